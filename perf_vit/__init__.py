@@ -1,0 +1,32 @@
+"""perf_vit: vision transformers with linear attention for imagery too large to downsample.
+
+Importing it registers every backbone with timm; rasters, training and inference load when they are first used.
+"""
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+import perf_vit.models.backbones  # noqa: F401  (registers with timm)
+from perf_vit._version import __version__
+
+if TYPE_CHECKING:
+    from perf_vit import ops
+    from perf_vit.inference import predict
+    from perf_vit.io import open_source
+    from perf_vit.models import load_segmenter
+
+__all__ = ["__version__", "load_segmenter", "open_source", "ops", "predict"]
+
+_LAZY = {
+    "load_segmenter": "perf_vit.models",
+    "open_source": "perf_vit.io",
+    "predict": "perf_vit.inference",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name in _LAZY:
+        return getattr(importlib.import_module(_LAZY[name]), name)
+    if name == "ops":
+        return importlib.import_module("perf_vit.ops")
+    raise AttributeError(f"module 'perf_vit' has no attribute {name!r}")

@@ -1,0 +1,6 @@
+"""`python -m perf_vit`."""
+
+from perf_vit.cli.main import run
+
+if __name__ == "__main__":
+    run()

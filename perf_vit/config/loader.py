@@ -1,0 +1,115 @@
+"""YAML + dotted overrides -> an instance of a dataclass schema, with errors that name the key."""
+
+import dataclasses
+import difflib
+import types
+import typing
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypeVar, cast
+
+import yaml
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from perf_vit.config.shipped import find_config
+from perf_vit.errors import ConfigError
+
+__all__ = ["dump_config", "load_config"]
+
+T = TypeVar("T")
+
+
+def load_config(path: str | Path, schema: type[T], overrides: Sequence[str] = ()) -> T:
+    """Load a YAML file onto a schema.
+
+    A top-level `extends: other.yaml` (relative to the file, or a shipped name) is loaded first and overridden key by
+    key. Keys that the schema doesn't have, values of another type and required values left out are errors.
+
+    Args:
+        path: a YAML file, or the name of a shipped config.
+        schema: a dataclass, nested as deeply as the YAML.
+        overrides: "dotted.key=value" pairs, applied last; values are parsed as YAML.
+
+    Returns:
+        An instance of the schema, nested dataclasses included.
+
+    Raises:
+        ConfigError: one line that names the key or file.
+    """
+    merged = OmegaConf.create(_read_with_bases(find_config(path), seen=()))
+    merged.merge_with(_parse_overrides(overrides))
+    for prefix, keys, known in _unknown_keys(merged, schema):
+        raise ConfigError(_unknown_key_message(prefix, keys, known))
+    try:
+        typed = OmegaConf.merge(OmegaConf.structured(schema), merged)
+        missing = sorted(OmegaConf.missing_keys(typed))
+        if missing:
+            raise ConfigError(f"{path}: give {' '.join(f'{key}=...' for key in missing)}")
+        return cast(T, OmegaConf.to_object(typed))
+    except OmegaConfBaseException as error:
+        raise ConfigError(f"{error.full_key or path}: {str(error.msg or error).splitlines()[0]}") from error
+
+
+def dump_config(config: Any, path: Path) -> None:
+    """Write a schema instance as YAML that `load_config` reads back."""
+    OmegaConf.save(OmegaConf.structured(config), path)
+
+
+def _read_with_bases(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
+    if path.resolve() in seen:
+        raise ConfigError(f"{path} extends itself; remove the circle")
+    content = _read_yaml(path)
+    base = content.pop("extends", None)
+    if base is None:
+        return content
+    beside = path.parent / str(base)
+    parent = _read_with_bases(beside if beside.is_file() else find_config(str(base)), (*seen, path.resolve()))
+    return cast(dict[str, Any], OmegaConf.to_container(OmegaConf.merge(parent, content)))
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(content, dict):
+        raise ConfigError(f"{path} must hold a mapping of keys to values, got {type(content).__name__}")
+    return content
+
+
+def _parse_overrides(overrides: Sequence[str]) -> DictConfig:
+    for item in overrides:
+        if "=" not in item:
+            raise ConfigError(f"overrides are key=value, got {item!r}")
+    try:
+        return OmegaConf.from_dotlist(list(overrides))
+    except (OmegaConfBaseException, yaml.YAMLError) as error:
+        raise ConfigError(f"can't read the overrides {list(overrides)}: {str(error).splitlines()[0]}") from error
+
+
+def _unknown_keys(config: Mapping[Any, Any], schema: type, prefix: str = "") -> Iterator[tuple[str, str, list[str]]]:
+    """(prefix, key, known keys) of every key that the schema lacks."""
+    hints = typing.get_type_hints(schema)
+    known = [field.name for field in dataclasses.fields(cast(Any, schema))]
+    for key in config:
+        if key not in known:
+            yield prefix, str(key), known
+            continue
+        nested = _dataclass_in(hints[key])
+        value = None if OmegaConf.is_missing(config, key) else config[key]
+        if nested is not None and isinstance(value, Mapping | DictConfig):
+            yield from _unknown_keys(value, nested, f"{prefix}{key}.")
+
+
+def _dataclass_in(hint: Any) -> type | None:
+    """The dataclass that a hint holds, looking through `X | None`."""
+    options = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+    return next((option for option in options if isinstance(option, type) and dataclasses.is_dataclass(option)), None)
+
+
+def _unknown_key_message(prefix: str, key: str, known: list[str]) -> str:
+    near = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
+    hint = f"Did you mean: '{near[0]}'?" if near else f"Known: {', '.join(known)}"
+    where = f" in '{prefix.rstrip('.')}'" if prefix else ""
+    return f"Key '{key}' not{where or ' in the config'}. {hint}"

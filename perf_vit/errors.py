@@ -1,0 +1,23 @@
+"""The errors a user can cause: each message says what was expected, what came and what to do next."""
+
+__all__ = ["CheckpointError", "ConfigError", "InputError", "OutputError", "PerfVitError"]
+
+
+class PerfVitError(ValueError):
+    """Base of every error that a user can cause and mend; the command line prints it as one line."""
+
+
+class ConfigError(PerfVitError):
+    """A config file, key or value that does not fit its schema."""
+
+
+class InputError(PerfVitError):
+    """An image or label file that can't be read, or that doesn't fit the others."""
+
+
+class OutputError(PerfVitError):
+    """A result that can't be written where it was asked for."""
+
+
+class CheckpointError(PerfVitError):
+    """A checkpoint that can't be read, or that doesn't fit the data it is used on."""

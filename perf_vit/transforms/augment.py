@@ -1,0 +1,90 @@
+"""Augmentation of image and labels together, for any band count."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from perf_vit.types import IGNORE_INDEX, LabelArray
+
+# albumentations asks the network for its newest release on import unless told not to.
+os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")
+
+import albumentations as A
+
+__all__ = ["Augmentation"]
+
+FloatArray = npt.NDArray[np.float32]
+
+
+class BandGainOffset(A.ImageOnlyTransform):
+    """Multiply and shift each band of a standardised image by random amounts.
+
+    The photometric transforms of albumentations clip float images to [0, 1]; standardised pixels are neither, and
+    have any number of bands.
+
+    Args:
+        gain: each band is multiplied by a factor from [1 - gain, 1 + gain].
+        offset: each band is shifted by an amount from [-offset, offset], in standard deviations. Half of both is
+            common to all bands (exposure), half is a band's own (colour).
+        p: probability of applying it.
+    """
+
+    def __init__(self, gain: float, offset: float, p: float = 0.8) -> None:
+        super().__init__(p=p)
+        self.gain = gain
+        self.offset = offset
+
+    def get_params_dependent_on_data(self, params: dict[str, Any], data: dict[str, Any]) -> dict[str, Any]:
+        """Draw one gain and one offset a band."""
+        num_bands = data["image"].shape[-1]
+        draw = self.random_generator.uniform(-1, 1, (2, num_bands + 1)).astype(np.float32)
+        common_and_own = (draw[:, :1] + draw[:, 1:]) / 2
+        return {"gains": 1 + self.gain * common_and_own[0], "offsets": self.offset * common_and_own[1]}
+
+    def apply(self, img: FloatArray, gains: FloatArray, offsets: FloatArray, **params: Any) -> FloatArray:
+        """Apply the drawn gains and offsets to [H, W, C]."""
+        return img * gains + offsets
+
+
+class Augmentation:
+    """Flips, quarter turns, scale and colour, each drawn from a seed given with the sample.
+
+    Args:
+        flips: the eight symmetries of the square: right for imagery seen from above.
+        scale: (smallest, largest) zoom about the tile's centre; (1, 1) for none. What a zoom below 1 uncovers is
+            0 in the image and ignored in the labels.
+        gain: see `BandGainOffset`; 0 with offset 0 for none.
+        offset: see `BandGainOffset`.
+    """
+
+    def __init__(
+        self, *, flips: bool = True, scale: tuple[float, float] = (1.0, 1.0), gain: float = 0.0, offset: float = 0.0
+    ) -> None:
+        steps: list[Any] = []
+        if flips:
+            steps.append(A.D4(p=1.0))
+        if tuple(scale) != (1.0, 1.0):
+            steps.append(A.Affine(scale=tuple(scale), fill=0, fill_mask=IGNORE_INDEX, p=0.8))
+        if gain or offset:
+            steps.append(BandGainOffset(gain, offset))
+        self._compose = A.Compose(steps)
+
+    def __call__(self, image: FloatArray, labels: LabelArray, seed: int) -> tuple[FloatArray, LabelArray]:
+        """Augment one sample.
+
+        Args:
+            image: [C, H, W] float32, standardised.
+            labels: [H, W] class indices.
+            seed: decides every draw; the same seed gives the same sample in any process.
+
+        Returns:
+            The augmented pair, shapes and dtypes kept.
+        """
+        self._compose.set_random_seed(seed)
+        out = self._compose(image=np.ascontiguousarray(image.transpose(1, 2, 0)), mask=labels)
+        pixels = out["image"].reshape(*out["image"].shape[:2], len(image))
+        return np.ascontiguousarray(pixels.transpose(2, 0, 1), dtype=np.float32), np.ascontiguousarray(out["mask"])

@@ -1,0 +1,88 @@
+"""The values that travel between packages: windows, georeferenced pixels, feature shapes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+
+if TYPE_CHECKING:
+    from affine import Affine
+    from rasterio.crs import CRS
+
+__all__ = ["IGNORE_INDEX", "BoolArray", "FeatureSpec", "GeoImage", "LabelArray", "Window"]
+
+BoolArray = npt.NDArray[np.bool_]
+LabelArray = npt.NDArray[np.uint8]
+
+IGNORE_INDEX = 255
+"""Label of a pixel that takes part in neither loss nor metrics; classes are 0 to 254."""
+
+
+@dataclass(frozen=True, slots=True)
+class Window:
+    """A rectangle of a source's pixels, half open: rows [row, row_stop), columns [col, col_stop).
+
+    It may reach past the source's edges on any side; readers pad there.
+    """
+
+    row: int
+    col: int
+    height: int
+    width: int
+
+    @property
+    def row_stop(self) -> int:
+        """First row below the window."""
+        return self.row + self.height
+
+    @property
+    def col_stop(self) -> int:
+        """First column right of the window."""
+        return self.col + self.width
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(height, width)."""
+        return self.height, self.width
+
+    def intersect(self, other: Window) -> Window | None:
+        """The part that both windows share, or None."""
+        row, col = max(self.row, other.row), max(self.col, other.col)
+        height = min(self.row_stop, other.row_stop) - row
+        width = min(self.col_stop, other.col_stop) - col
+        return Window(row, col, height, width) if height > 0 and width > 0 else None
+
+    def slices_in(self, outer: Window) -> tuple[slice, slice]:
+        """(rows, columns) of this window inside an array that holds `outer`, which must contain it."""
+        row, col = self.row - outer.row, self.col - outer.col
+        return slice(row, row + self.height), slice(col, col + self.width)
+
+
+@dataclass(slots=True)
+class GeoImage:
+    """Pixels that know where they lie and which of them hold data.
+
+    Attributes:
+        pixels: [C, H, W], the source's own dtype.
+        valid: [H, W], False where there is no data: nodata, transparent, NaN or past the edge.
+        crs: coordinate reference system, None where the source has none.
+        transform: pixel (column, row) to CRS coordinates, None where the source has none.
+        mpp: micrometres per pixel of a slide, None for a raster.
+    """
+
+    pixels: npt.NDArray[Any]
+    valid: BoolArray
+    crs: CRS | None = None
+    transform: Affine | None = None
+    mpp: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class FeatureSpec:
+    """One feature map of a backbone: its channel count and its stride in input pixels."""
+
+    channels: int
+    stride: int
