@@ -11,7 +11,8 @@ LEVELS = {
     "_version": -1,
     "types": 0,
     "errors": 0,
-    "config": 0,
+    # config raises errors, nothing else: it stands just above them.
+    "config": 1,
     "ops": 1,
     "tiling": 1,
     "layers": 2,

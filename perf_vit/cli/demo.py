@@ -1,0 +1,61 @@
+"""`perf-vit demo`: the whole road on a scene that it makes itself."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+from perf_vit.cli.console import console, score_table
+from perf_vit.cli.mapping import evaluate_raster, predict_raster, write_scores
+from perf_vit.cli.report import write_report
+from perf_vit.cli.schemas import SegmentationRun
+from perf_vit.cli.training import train_segmentation
+from perf_vit.config import load_config
+from perf_vit.data import make_ship_scene
+
+__all__ = ["run_demo"]
+
+
+def run_demo(out: Path, seed: int) -> None:
+    """Make a scene, train on its upper half, score its lower half, map all of it, write `report.html`.
+
+    An earlier demo in the same folder is replaced.
+    """
+    start = time.perf_counter()
+    scene = make_ship_scene(out / "scene", seed=seed)
+    console.print(f"scene: {scene.image} ({scene.num_targets} ships), labels: {scene.labels}", soft_wrap=True)
+
+    half = scene.size_px // 2
+    upper, lower = [0, 0, half, scene.size_px], [half, 0, scene.size_px - half, scene.size_px]
+    config = load_config(
+        "configs/segmentation/demo.yaml",
+        SegmentationRun,
+        [
+            f"out={out / 'run'}",
+            f"seed={seed}",
+            *(f"data.{part}.image={scene.image}" for part in ("train", "val")),
+            *(f"data.{part}.labels={scene.labels}" for part in ("train", "val")),
+            f"data.train.region={upper}",
+            f"data.val.region={lower}",
+        ],
+    )
+    (out / "run" / "checkpoints" / "last.ckpt").unlink(missing_ok=True)
+    checkpoint = train_segmentation(config)
+
+    output = out / "map.tif"
+    predict_raster(checkpoint, scene.image, output)
+    scores = evaluate_raster(checkpoint, scene.image, scene.labels, region=lower)
+    write_scores(scores, out / "scores.json")
+    console.print(score_table(scores, title="lower half of the scene, never trained on"))
+    report = write_report(
+        out / "report.html",
+        image=scene.image,
+        labels=scene.labels,
+        prediction=output,
+        loss_curve=out / "run" / "loss_curve.png",
+        scores=scores,
+        seconds=time.perf_counter() - start,
+    )
+    ship = next(score for score in scores if score.name == "ship")
+    console.print(f"IoU of ships: {ship.iou:.3f}  ({time.perf_counter() - start:.0f} s in all)")
+    console.print(f"map: {output}\nquicklook: {output.with_suffix('.png')}\nreport: {report}", soft_wrap=True)

@@ -1,0 +1,153 @@
+"""The `perf-vit` command."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from perf_vit._version import __version__
+from perf_vit.errors import PerfVitError
+
+__all__ = ["app", "run"]
+
+app = typer.Typer(
+    name="perf-vit",
+    help="Vision transformers with linear attention for imagery too large to downsample.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+Checkpoint = Annotated[Path, typer.Option(help="A .ckpt file that `perf-vit train` wrote.")]
+Input = Annotated[Path, typer.Option("--input", help="The raster.")]
+WindowSize = Annotated[int | None, typer.Option(help="Side of a window in pixels; the training tile's by default.")]
+Overlap = Annotated[int | None, typer.Option(help="Pixels that neighbours share; a quarter window by default.")]
+BatchSize = Annotated[int, typer.Option(help="Windows a forward pass.", min=1)]
+Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, mps.")]
+Precision = Annotated[str, typer.Option(help="32, bf16 or 16.")]
+
+
+@app.command()
+def train(
+    config: Annotated[str, typer.Argument(help="A YAML file, or a shipped one: configs/segmentation/buildings.yaml")],
+    overrides: Annotated[list[str] | None, typer.Argument(help="key=value ..., as in data.tile_px=512")] = None,
+) -> None:
+    """Train a model from a config file and key=value overrides."""
+    from perf_vit.cli.console import console
+    from perf_vit.cli.schemas import SegmentationRun
+    from perf_vit.cli.training import train_segmentation
+    from perf_vit.config import load_config
+
+    best = train_segmentation(load_config(config, SegmentationRun, overrides or []))
+    console.print(f"best checkpoint: {best}", soft_wrap=True)
+
+
+@app.command()
+def predict(
+    checkpoint: Checkpoint,
+    image: Input,
+    output: Annotated[Path, typer.Option(help="The map to write, .tif; a quicklook .png goes beside it.")],
+    probabilities: Annotated[bool, typer.Option("--probabilities", help="One float band a class.")] = False,
+    window_size: WindowSize = None,
+    overlap: Overlap = None,
+    batch_size: BatchSize = 1,
+    device: Device = "auto",
+    precision: Precision = "32",
+) -> None:
+    """Map a raster with a trained model."""
+    from perf_vit.cli.console import console
+    from perf_vit.cli.mapping import predict_raster
+
+    predict_raster(
+        checkpoint,
+        image,
+        output,
+        probabilities=probabilities,
+        window_size=window_size,
+        overlap=overlap,
+        batch_size=batch_size,
+        device=device,
+        precision=precision,
+    )
+    console.print(f"map: {output}\nquicklook: {output.with_suffix('.png')}", soft_wrap=True)
+
+
+@app.command()
+def evaluate(
+    checkpoint: Checkpoint,
+    image: Input,
+    labels: Annotated[Path, typer.Option(help="A mask raster or a vector file, as in training.")],
+    json: Annotated[Path | None, typer.Option(help="Write the scores here as well.")] = None,
+    region: Annotated[
+        tuple[int, int, int, int] | None,
+        typer.Option(help="row col height width, in pixels, of the part to score."),
+    ] = None,
+    window_size: WindowSize = None,
+    overlap: Overlap = None,
+    batch_size: BatchSize = 1,
+    device: Device = "auto",
+    precision: Precision = "32",
+) -> None:
+    """Score a trained model on a labelled raster, class by class."""
+    from perf_vit.cli.console import console, score_table
+    from perf_vit.cli.mapping import evaluate_raster, write_scores
+
+    scores = evaluate_raster(
+        checkpoint,
+        image,
+        labels,
+        region=region,
+        window_size=window_size,
+        overlap=overlap,
+        batch_size=batch_size,
+        device=device,
+        precision=precision,
+    )
+    console.print(score_table(scores, title=f"{image.name} against {labels.name}"))
+    if json is not None:
+        write_scores(scores, json)
+
+
+@app.command()
+def demo(
+    out: Annotated[Path, typer.Option(help="Folder for scene, run, map and report.")] = Path("demo"),
+    seed: Annotated[int, typer.Option(help="Decides the scene and the training.")] = 0,
+) -> None:
+    """Make a scene, train a small model on half of it, map all of it and write a report: a few minutes on a CPU."""
+    from perf_vit.cli.demo import run_demo
+
+    run_demo(out, seed)
+
+
+def _print_version(value: bool) -> None:
+    if value:
+        typer.echo(f"perf-vit {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Version.")
+    ] = False,
+) -> None:
+    pass
+
+
+def run(args: list[str] | None = None) -> None:
+    """Run the command line and exit: 0 when all went well, 2 with one line on stderr for what a user can mend."""
+    try:
+        app(args)
+    except PerfVitError as error:
+        sys.exit(_fail(str(error)))
+    except (OSError, MemoryError) as error:
+        sys.exit(_fail(f"{type(error).__name__}: {error}"))
+
+
+def _fail(message: str) -> int:
+    typer.echo(f"Error: {' '.join(message.split())}", err=True)
+    return 2

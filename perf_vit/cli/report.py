@@ -1,0 +1,99 @@
+"""The demo's one-page report."""
+
+from __future__ import annotations
+
+import base64
+import html
+import io
+import platform
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+
+from perf_vit._version import __version__
+from perf_vit.io import colorize, default_colormap, open_labels, open_source, rgb_from
+from perf_vit.tasks import ClassScores
+
+__all__ = ["write_report"]
+
+_STYLE = """
+body { font: 16px/1.5 system-ui, sans-serif; margin: 2rem auto; max-width: 72rem; padding: 0 1rem; color: #222 }
+.row { display: grid; grid-template-columns: repeat(3, 1fr); gap: 1rem }
+figure { margin: 0 } img { width: 100%; image-rendering: pixelated; border: 1px solid #ccc }
+table { border-collapse: collapse } td, th { padding: .3rem .9rem; text-align: right; border-bottom: 1px solid #ddd }
+td:first-child, th:first-child { text-align: left }
+"""
+
+
+def write_report(
+    path: Path,
+    *,
+    image: Path,
+    labels: Path,
+    prediction: Path,
+    loss_curve: Path,
+    scores: Sequence[ClassScores],
+    seconds: float,
+) -> Path:
+    """Write a self-contained HTML page: scene, labels and prediction side by side, loss curve, metrics.
+
+    The pictures are at the raster's own resolution: a browser zooms in until single pixels show.
+    """
+    source = open_source(image)
+    classes = [score.name for score in scores]
+    colors = default_colormap(len(classes))
+    truth = open_labels(labels, source, classes=classes).read(source.extent)
+    mapped = open_source(prediction).read(source.extent).pixels[0]
+    pictures = {
+        "scene": rgb_from(source.read(source.extent)),
+        "labels": colorize(truth, colors),
+        "prediction": colorize(mapped, colors),
+    }
+    figures = "\n".join(
+        f'<figure><img src="{_data_uri(pixels)}" alt="{name}"><figcaption>{name}</figcaption></figure>'
+        for name, pixels in pictures.items()
+    )
+    curve = base64.b64encode(loss_curve.read_bytes()).decode()
+    page = f"""<!doctype html>
+<html lang="en"><head><meta charset="utf-8"><title>perf_vit demo</title><style>{_STYLE}</style></head><body>
+<h1>perf_vit demo</h1>
+<p>{html.escape(_summary(source.height, source.width, source.num_bands, str(source.crs), seconds))}</p>
+<div class="row">
+{figures}
+</div>
+<h2>Metrics on the lower half, which the model never trained on</h2>
+{_table(scores)}
+<h2>Training</h2>
+<img style="max-width: 60rem; border: 0; image-rendering: auto" src="data:image/png;base64,{curve}" alt="loss curve">
+</body></html>
+"""
+    path.write_text(page, encoding="utf-8")
+    return path
+
+
+def _summary(height: int, width: int, num_bands: int, crs: str, seconds: float) -> str:
+    machine = f"{platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}"
+    return (
+        f"A generated scene of {height} x {width} pixels, {num_bands} bands, {crs}. Trained on the upper half, mapped "
+        f"as a whole, in {seconds:.0f} s ({machine}, perf_vit {__version__})."
+    )
+
+
+def _data_uri(pixels: np.ndarray[Any, Any]) -> str:
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, format="PNG")
+    return f"data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}"
+
+
+def _table(scores: Sequence[ClassScores]) -> str:
+    rows = "".join(
+        f"<tr><td>{html.escape(s.name)}</td><td>{s.iou:.3f}</td><td>{s.f1:.3f}</td><td>{s.precision:.3f}</td>"
+        f"<td>{s.recall:.3f}</td><td>{s.num_pixels:,}</td></tr>"
+        for s in scores
+    )
+    head = "".join(f"<th>{name}</th>" for name in ("class", "IoU", "F1", "precision", "recall", "pixels"))
+    return f"<table><tr>{head}</tr>{rows}</table>"

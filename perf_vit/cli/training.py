@@ -1,0 +1,77 @@
+"""`perf-vit train`: from a config to a run folder."""
+
+from __future__ import annotations
+
+import logging
+import os
+from pathlib import Path
+
+import lightning
+
+from perf_vit.cli.schemas import SegmentationRun
+from perf_vit.config import dump_config
+from perf_vit.data import WindowDataModule, build_datamodule
+from perf_vit.errors import ConfigError, OutputError
+from perf_vit.models import SegmenterSpec
+from perf_vit.tasks import SegmentationTask, build_trainer
+
+__all__ = ["train_segmentation"]
+
+
+def train_segmentation(config: SegmentationRun, *, progress: bool = True) -> Path:
+    """Train a segmenter and leave checkpoints, metrics, curves and the resolved config in the run folder.
+
+    Everything is opened and built before the folder is touched, so a wrong argument leaves nothing behind.
+
+    Returns:
+        The best checkpoint by mean validation IoU.
+
+    Raises:
+        PerfVitError: a config, input or output that doesn't fit.
+    """
+    folder = Path(config.out)
+    last = folder / "checkpoints" / "last.ckpt"
+    _check_folder(folder, last, resume=config.resume)
+    _quieten()
+    lightning.seed_everything(config.seed, workers=True, verbose=False)
+    data = build_datamodule(config.data, config.seed)
+    task = SegmentationTask(config.model, _spec(config, data), config.optim)
+    trainer = build_trainer(config.trainer, folder, progress=progress)
+    _make_folder(folder)
+    dump_config(config, folder / "config.yaml")
+    trainer.fit(task, data, ckpt_path=last if config.resume else None, weights_only=True)
+    return folder / "checkpoints" / "best.ckpt"
+
+
+def _spec(config: SegmentationRun, data: WindowDataModule) -> SegmenterSpec:
+    return SegmenterSpec(
+        classes=data.classes,
+        normalizer=data.normalizer,
+        tile_px=data.tile_px,
+        bands=None if config.data.bands is None else tuple(config.data.bands),
+        nodata=config.data.nodata,
+    )
+
+
+def _check_folder(folder: Path, last: Path, *, resume: bool) -> None:
+    if resume and not last.is_file():
+        raise ConfigError(f"resume=true needs {last}, which doesn't exist; leave it out to start anew")
+    if last.is_file() and not resume:
+        raise ConfigError(f"{folder} already holds a run; pass resume=true to continue it, or another out=")
+    nearest = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    if not nearest.is_dir() or not os.access(nearest, os.W_OK):
+        raise OutputError(
+            f"can't write the run folder {folder}: {nearest} is not a writable folder; choose another out="
+        )
+
+
+def _make_folder(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OutputError(f"can't make the run folder {folder}: {error.strerror}; choose another out=") from error
+
+
+def _quieten() -> None:
+    for name in ("lightning.pytorch", "lightning.fabric"):
+        logging.getLogger(name).setLevel(logging.WARNING)

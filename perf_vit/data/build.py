@@ -1,0 +1,165 @@
+"""Data modules from configs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from perf_vit.data.datamodule import WindowDataModule
+from perf_vit.data.windows import GridWindows, LabelledSource, RandomWindows
+from perf_vit.errors import ConfigError
+from perf_vit.io import RasterSource, open_labels, open_source
+from perf_vit.transforms import Augmentation, Normalizer
+from perf_vit.types import IGNORE_INDEX, Window
+
+__all__ = ["AugmentConfig", "DataConfig", "RegionConfig", "build_datamodule", "region_window"]
+
+# Enough pixels for a mean to three digits, few enough to read in a second.
+_STATISTICS_PX = 2048
+
+
+@dataclass(kw_only=True)
+class RegionConfig:
+    """One labelled raster, or a part of it.
+
+    Attributes:
+        image: a raster that rasterio opens.
+        labels: a mask raster, or a vector file in any CRS.
+        region: [row, col, height, width] in pixels; the whole raster if left out. Training on one side of a line
+            and validating on the other is two regions of one raster.
+    """
+
+    image: str
+    labels: str
+    region: list[int] | None = None
+
+
+@dataclass(kw_only=True)
+class AugmentConfig:
+    """Arguments of `perf_vit.transforms.Augmentation`."""
+
+    flips: bool = True
+    scale: tuple[float, float] = (1.0, 1.0)
+    gain: float = 0.0
+    offset: float = 0.0
+
+
+@dataclass(kw_only=True)
+class DataConfig:
+    """Where tiles and labels come from.
+
+    Attributes:
+        train: the raster trained on.
+        val: the raster validated on.
+        classes: class names; labels are indices into them.
+        values: the label file's value of each class; 0, 1, 2, ... if left out.
+        ignore_values: label values that mean "no label here", beside the label file's own nodata.
+        attribute: the vector column that holds class names or values; without it every polygon is class 1.
+        background: class of the pixels under no polygon, or null where polygons are only samples.
+        bands: 1-based bands to use; all of them if left out.
+        nodata: value of missing pixels where the raster doesn't declare one.
+        tile_px: side of a tile, in pixels; a multiple of the backbone's patch size.
+        tiles_per_epoch: random training tiles an epoch.
+        batch_size: tiles a step.
+        num_workers: loader processes; 0 loads in the training process.
+        augment: applied to training tiles.
+    """
+
+    train: RegionConfig
+    val: RegionConfig
+    classes: list[str]
+    values: list[int] | None = None
+    ignore_values: list[int] = field(default_factory=list)
+    attribute: str | None = None
+    background: int | None = 0
+    bands: list[int] | None = None
+    nodata: float | None = None
+    tile_px: int = 512
+    tiles_per_epoch: int = 200
+    batch_size: int = 4
+    num_workers: int = 0
+    augment: AugmentConfig = field(default_factory=AugmentConfig)
+
+
+def build_datamodule(config: DataConfig, seed: int) -> WindowDataModule:
+    """Open both rasters and their labels and measure the bands' statistics on the training region.
+
+    Raises:
+        ConfigError: values that don't fit each other.
+        InputError: files that can't be read or don't fit each other.
+    """
+    _check(config)
+    train, val = _open(config, config.train, "data.train"), _open(config, config.val, "data.val")
+    if val.source.num_bands != train.source.num_bands:
+        raise ConfigError(
+            f"data.val.image has {val.source.num_bands} bands, data.train.image {train.source.num_bands}; "
+            "choose common ones with data.bands"
+        )
+    normalizer = Normalizer.from_images([train.source.read_reduced(_STATISTICS_PX, train.region)])
+    augmentation = Augmentation(
+        flips=config.augment.flips,
+        scale=config.augment.scale,
+        gain=config.augment.gain,
+        offset=config.augment.offset,
+    )
+    return WindowDataModule(
+        RandomWindows(
+            train, normalizer, augmentation, tile_px=config.tile_px, length=config.tiles_per_epoch, seed=seed
+        ),
+        GridWindows(val, normalizer, tile_px=config.tile_px),
+        classes=tuple(config.classes),
+        normalizer=normalizer,
+        tile_px=config.tile_px,
+        batch_size=config.batch_size,
+        num_workers=config.num_workers,
+    )
+
+
+def region_window(region: list[int] | None, source: RasterSource, key: str) -> Window:
+    """The window that a config or command line asks for, checked against the source.
+
+    Args:
+        region: [row, col, height, width] in pixels, or None for the whole source.
+        source: the raster that it lies in.
+        key: what to call it in an error.
+
+    Raises:
+        ConfigError: not four numbers, or not inside the source.
+    """
+    if region is None:
+        return source.extent
+    if len(region) != 4:
+        raise ConfigError(f"{key} must be [row, col, height, width], got {list(region)}")
+    window = Window(*region)
+    if window.intersect(source.extent) != window:
+        raise ConfigError(
+            f"{key} [row, col, height, width] = {list(region)} must lie inside {source.path}, "
+            f"which is {source.height} rows x {source.width} columns"
+        )
+    return window
+
+
+def _open(config: DataConfig, region: RegionConfig, key: str) -> LabelledSource:
+    source = open_source(region.image, bands=config.bands, nodata=config.nodata)
+    labels = open_labels(
+        region.labels,
+        source,
+        attribute=config.attribute,
+        classes=config.classes,
+        values=config.values,
+        ignore_values=config.ignore_values,
+        background=config.background,
+    )
+    return LabelledSource(source, labels, region_window(region.region, source, f"{key}.region"))
+
+
+def _check(config: DataConfig) -> None:
+    num_classes = len(config.classes)
+    if not 2 <= num_classes <= IGNORE_INDEX:
+        raise ConfigError(f"data.classes must name 2 to {IGNORE_INDEX} classes, got {num_classes}")
+    if config.values is not None and len(config.values) != num_classes:
+        raise ConfigError(f"data.values must give one value a class, got {len(config.values)} for {num_classes}")
+    if config.background is not None and not 0 <= config.background < num_classes:
+        raise ConfigError(f"data.background must be a class index below {num_classes}, got {config.background}")
+    for key, least in (("tile_px", 1), ("tiles_per_epoch", config.batch_size), ("batch_size", 1), ("num_workers", 0)):
+        if getattr(config, key) < least:
+            raise ConfigError(f"data.{key} must be at least {least}, got {getattr(config, key)}")

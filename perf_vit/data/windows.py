@@ -1,0 +1,119 @@
+"""Datasets that cut tiles from a labelled source, with the window code that prediction uses."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from perf_vit.io import LabelSource, RasterSource
+from perf_vit.tiling import grid_windows, random_window
+from perf_vit.transforms import Augmentation, Normalizer
+from perf_vit.types import IGNORE_INDEX, LabelArray, Window
+
+__all__ = ["GridWindows", "LabelledSource", "RandomWindows"]
+
+
+@dataclass(frozen=True, slots=True)
+class LabelledSource:
+    """A source, its labels on the same pixel grid, and the part of both that may be used."""
+
+    source: RasterSource
+    labels: LabelSource
+    region: Window
+
+    def read(self, window: Window, normalizer: Normalizer) -> tuple[npt.NDArray[np.float32], LabelArray]:
+        """Pixels [C, H, W], standardised, and labels [H, W]; `IGNORE_INDEX` where a pixel is invalid or outside."""
+        image = self.source.read(window)
+        labels = self.labels.read(window)
+        usable = image.valid & _inside(self.region, window)
+        return normalizer(image), np.where(usable, labels, np.uint8(IGNORE_INDEX))
+
+
+def _inside(region: Window, window: Window) -> npt.NDArray[np.bool_]:
+    inside = np.zeros(window.shape, bool)
+    shared = region.intersect(window)
+    if shared is not None:
+        inside[shared.slices_in(window)] = True
+    return inside
+
+
+class RandomWindows(Dataset[tuple[Tensor, Tensor]]):
+    """Tiles at random places; item `i` of epoch `e` is a function of (seed, e * length + i) alone.
+
+    A window without a single labelled pixel is drawn anew, up to ten times.
+
+    Args:
+        source: where tiles come from.
+        normalizer: applied before augmentation.
+        augmentation: applied to image and labels together.
+        tile_px: side of a tile, in pixels.
+        length: tiles an epoch.
+        seed: decides places and augmentation, whatever the number of workers.
+    """
+
+    def __init__(
+        self,
+        source: LabelledSource,
+        normalizer: Normalizer,
+        augmentation: Augmentation,
+        *,
+        tile_px: int,
+        length: int,
+        seed: int,
+    ) -> None:
+        self.source = source
+        self.normalizer = normalizer
+        self.augmentation = augmentation
+        self.tile_px = tile_px
+        self.length = length
+        self.seed = seed
+
+    def __len__(self) -> int:
+        return self.length
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
+        """Tile [C, tile_px, tile_px] float32 and labels [tile_px, tile_px] int64; any index >= 0 is allowed."""
+        rng = np.random.default_rng((self.seed, index))
+        for _ in range(10):
+            window = random_window(self.source.region, self.tile_px, rng)
+            image, labels = self.source.read(window, self.normalizer)
+            if (labels != IGNORE_INDEX).any():
+                break
+        image, labels = self.augmentation(image, labels, seed=int(rng.integers(2**31)))
+        return torch.from_numpy(image), torch.from_numpy(labels).long()
+
+
+class GridWindows(Dataset[tuple[Tensor, Tensor]]):
+    """Every tile of a grid over the region, each pixel once as nearly as the grid allows; nothing is augmented.
+
+    Where the last row or column of windows is shifted back to end at the edge, the pixels that an earlier window
+    already holds are ignored in the labels, so a metric counts each pixel once.
+    """
+
+    def __init__(self, source: LabelledSource, normalizer: Normalizer, *, tile_px: int) -> None:
+        self.source = source
+        self.normalizer = normalizer
+        self.windows = grid_windows(source.region, tile_px, overlap=0)
+        self._row_stops = _previous_stops(sorted({w.row for w in self.windows}), tile_px)
+        self._col_stops = _previous_stops(sorted({w.col for w in self.windows}), tile_px)
+
+    def __len__(self) -> int:
+        return len(self.windows)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
+        """Tile [C, tile_px, tile_px] float32 and labels [tile_px, tile_px] int64."""
+        window = self.windows[index]
+        image, labels = self.source.read(window, self.normalizer)
+        labels[: max(0, self._row_stops[window.row] - window.row)] = IGNORE_INDEX
+        labels[:, : max(0, self._col_stops[window.col] - window.col)] = IGNORE_INDEX
+        return torch.from_numpy(image), torch.from_numpy(labels).long()
+
+
+def _previous_stops(starts: list[int], size: int) -> dict[int, int]:
+    """For each start, where the window before it ended."""
+    return {start: before + size for before, start in zip([starts[0] - size, *starts], starts, strict=False)}

@@ -1,0 +1,90 @@
+"""GDAL's failures as one line that names the file."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import rasterio
+import rasterio.windows
+from rasterio.errors import NotGeoreferencedWarning, RasterioError
+
+from perf_vit.errors import InputError
+from perf_vit.types import Window
+
+__all__ = ["check_exists", "crs_name", "open_dataset", "plain_images_allowed", "read_window", "reason_of"]
+
+
+def open_dataset(path: str) -> Any:
+    """Open a raster for reading.
+
+    Raises:
+        InputError: no such file, or not a raster.
+    """
+    check_exists(path)
+    try:
+        with plain_images_allowed():
+            return rasterio.open(path)
+    except RasterioError as error:
+        raise InputError(f"can't open {path} as a raster: {reason_of(error)}") from error
+
+
+@contextmanager
+def plain_images_allowed() -> Iterator[None]:
+    """Open or make files without georeference in silence; whatever needs a position says so itself."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", NotGeoreferencedWarning)
+        yield
+
+
+def check_exists(path: str) -> None:
+    """Refuse a local path that doesn't exist.
+
+    Raises:
+        InputError: there is no such file.
+    """
+    # URLs, /vsi paths and "DRIVER:file:variable" are GDAL's to judge.
+    if not os.path.exists(path) and ":" not in path and not path.startswith("/vsi"):
+        raise InputError(f"can't open {path}: no such file")
+
+
+def read_window(dataset: Any, path: str, window: Window, **options: Any) -> Any:
+    """`dataset.read` of a window inside the dataset.
+
+    Args:
+        dataset: an open rasterio dataset.
+        path: its name in errors.
+        window: the pixels to read.
+        **options: `dataset.read`'s own, and `masks=True` for `dataset.read_masks`.
+
+    Raises:
+        InputError: the file is damaged there.
+    """
+    read = dataset.read_masks if options.pop("masks", False) else dataset.read
+    place = rasterio.windows.Window(window.col, window.row, window.width, window.height)
+    try:
+        return read(window=place, **options)
+    except RasterioError as error:
+        raise InputError(
+            f"can't read rows {window.row} to {window.row_stop}, columns {window.col} to {window.col_stop} of {path}: "
+            f"{reason_of(error)}; the file may be truncated or damaged"
+        ) from error
+
+
+def reason_of(error: BaseException) -> str:
+    """The innermost cause of a rasterio error, in one line."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    message = getattr(error, "errmsg", None) or str(error)
+    return " ".join(message.split()).rstrip(".")
+
+
+def crs_name(crs: Any) -> str:
+    """A short name for messages: `EPSG:32637` where there is one."""
+    if crs is None:
+        return "no CRS"
+    code = crs.to_epsg()
+    return f"EPSG:{code}" if code else str(crs.to_wkt()).split('"')[1]

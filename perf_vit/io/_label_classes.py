@@ -1,0 +1,98 @@
+"""Which label value stands for which class."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Self
+
+import numpy as np
+import numpy.typing as npt
+
+from perf_vit.errors import InputError
+from perf_vit.types import IGNORE_INDEX, BoolArray, LabelArray
+
+__all__ = ["LabelClasses"]
+
+
+@dataclass(frozen=True, slots=True)
+class LabelClasses:
+    """Class names, the value of each class in the label file, and the values that mean "no label".
+
+    Attributes:
+        names: class names, None where nobody gave any.
+        values: value of class 0, 1, ...
+        ignore_values: read as `IGNORE_INDEX`.
+        explicit: whether names or values were given; without them any value up to 254 is its own class.
+    """
+
+    names: tuple[str, ...] | None
+    values: tuple[float, ...]
+    ignore_values: tuple[float, ...]
+    explicit: bool
+
+    @classmethod
+    def make(cls, names: Sequence[str] | None, values: Sequence[float] | None, ignore_values: Sequence[float]) -> Self:
+        """Fill in what was not given.
+
+        Raises:
+            InputError: another number of values than classes, a value of two classes, or more than 255 classes.
+        """
+        explicit = names is not None or values is not None
+        num_classes = len(names) if names is not None else IGNORE_INDEX
+        chosen = tuple(range(num_classes)) if values is None else tuple(values)
+        if names is not None and len(chosen) != num_classes:
+            raise InputError(f"values must give one value for each of {num_classes} classes, got {len(chosen)}")
+        if len(set(chosen)) != len(chosen) or len(chosen) > IGNORE_INDEX:
+            raise InputError(f"values must be up to {IGNORE_INDEX} different numbers, got {list(chosen)}")
+        return cls(None if names is None else tuple(names), chosen, tuple(ignore_values), explicit)
+
+    def indices_of(self, pixels: npt.NDArray[Any], valid: BoolArray, path: str) -> LabelArray:
+        """Label values to class indices.
+
+        Args:
+            pixels: label values, [H, W].
+            valid: False where the file has no data, [H, W].
+            path: the file's name in errors.
+
+        Returns:
+            [H, W] class indices, `IGNORE_INDEX` at invalid pixels and ignored values.
+
+        Raises:
+            InputError: a valid pixel's value is neither a class nor ignored.
+        """
+        labels = np.full(pixels.shape, IGNORE_INDEX, np.uint8)
+        unknown = valid.copy()
+        for index, value in enumerate(self.values):
+            match = pixels == value
+            labels[match & valid] = index
+            unknown &= ~match
+        for value in self.ignore_values:
+            match = pixels == value
+            labels[match] = IGNORE_INDEX
+            unknown &= ~match
+        if unknown.any():
+            found = np.unique(pixels[unknown]).tolist()
+            raise InputError(
+                f"{path} holds {_listed('value', found)}, which is no class ({self.described_values()}) nor nodata: "
+                "give it in values or ignore_values"
+            )
+        return labels
+
+    def index_of(self, value: Any) -> int | None:
+        """Class index of a class name or value, `IGNORE_INDEX` of an ignored one, None of any other."""
+        if value in self.ignore_values:
+            return IGNORE_INDEX
+        known: Sequence[Any] = (self.names or ()) if isinstance(value, str) else self.values
+        return known.index(value) if value in known else None
+
+    def described_values(self) -> str:
+        """The values of the classes, in words."""
+        if len(self.values) > 12:
+            return f"{len(self.values)} values from {min(self.values):g} to {max(self.values):g}"
+        return _listed("value", self.values)
+
+
+def _listed(noun: str, values: Sequence[float]) -> str:
+    shown = ", ".join(f"{value:g}" for value in values[:12])
+    return f"{noun}{'s' if len(values) > 1 else ''} {shown}{', ...' if len(values) > 12 else ''}"

@@ -1,0 +1,119 @@
+"""Labels from a mask raster, on the source's grid or warped onto it."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from rasterio.enums import ColorInterp
+from rasterio.vrt import WarpedVRT
+
+from perf_vit.errors import InputError
+from perf_vit.io._gdal import open_dataset, read_window
+from perf_vit.io._handles import PerThread
+from perf_vit.io._label_classes import LabelClasses
+from perf_vit.io._placing import check_both_placed, check_overlap, reproject_bounds
+from perf_vit.io.raster import RasterSource
+from perf_vit.types import IGNORE_INDEX, BoolArray, LabelArray, Window
+
+__all__ = ["RasterLabels"]
+
+_SPOT_PX = 256
+_MAX_SPOTS = 8
+
+
+class RasterLabels:
+    """Class indices from a raster of label values; `open_labels` makes one.
+
+    Args:
+        labels: the mask raster.
+        source: gives the grid to read on.
+        classes: label values to class indices.
+
+    Raises:
+        InputError: labels and source don't fit each other, or the labels hold a value that is no class.
+    """
+
+    def __init__(self, labels: RasterSource, source: RasterSource, classes: LabelClasses) -> None:
+        self._labels = labels
+        self._extent = source.extent
+        self._classes = classes
+        _check_values(labels, classes)
+        self._warped = None if _same_grid(labels, source) else _warped(labels, source)
+        for window in _spots(self._extent):
+            # A value that is no class should come to light before the training does.
+            self.read(window)
+
+    def read(self, window: Window) -> LabelArray:
+        """Class indices of a window of the source, [height, width]; `IGNORE_INDEX` where there is no label.
+
+        Raises:
+            InputError: the file is damaged there, or holds a value that is no class.
+        """
+        indices = np.full(window.shape, IGNORE_INDEX, np.uint8)
+        shared = window.intersect(self._extent)
+        if shared is not None:
+            pixels, valid = self._read_inside(shared)
+            indices[shared.slices_in(window)] = self._classes.indices_of(pixels, valid, self._labels.path)
+        return indices
+
+    def _read_inside(self, window: Window) -> tuple[npt.NDArray[Any], BoolArray]:
+        if self._warped is None:
+            image = self._labels.read(window)
+            return image.pixels[0], image.valid
+        dataset = self._warped.get()
+        pixels, alpha = read_window(dataset, self._labels.path, window, indexes=[self._labels.bands[0], dataset.count])
+        return pixels, alpha > 0
+
+
+def _check_values(labels: RasterSource, classes: LabelClasses) -> None:
+    if labels.num_bands != 1:
+        raise InputError(f"expected one band of label values in {labels.path}, got {labels.num_bands} bands")
+    if classes.explicit and labels.nodata in classes.values and labels.nodata not in classes.ignore_values:
+        raise InputError(
+            f"{labels.path} declares {labels.nodata:g} as nodata, and {labels.nodata:g} is the value of class "
+            f"{classes.values.index(labels.nodata)}: if it is a class, remove the declaration "
+            f"(rio edit-info --unset-nodata {labels.path}); if it means no label, add it to ignore_values"
+        )
+
+
+def _same_grid(labels: RasterSource, source: RasterSource) -> bool:
+    if labels.size != source.size or labels.crs != source.crs:
+        return False
+    if source.crs is None:
+        return True
+    to_labels = ~labels.transform * source.transform
+    corners = [(0, 0), (source.width, source.height)]
+    return all(abs(a - b) < 0.01 for corner in corners for a, b in zip(to_labels * corner, corner, strict=True))
+
+
+def _warped(labels: RasterSource, source: RasterSource) -> PerThread[Any]:
+    if labels.crs is None and source.crs is None:
+        raise InputError(
+            f"labels without a CRS must have the raster's size, {source.height} rows x {source.width} columns "
+            f"({source.path}), got {labels.height} x {labels.width} ({labels.path})"
+        )
+    check_both_placed(source, labels.path, labels.crs)
+    check_overlap(source, labels.path, reproject_bounds(labels.bounds, labels.crs, source.crs))
+    grid = {"crs": source.crs, "transform": source.transform, "height": source.height, "width": source.width}
+    return PerThread(functools.partial(_open_warped, labels.path, grid))
+
+
+def _open_warped(path: str, grid: dict[str, Any]) -> Any:
+    dataset = open_dataset(path)
+    # Alpha tells what lies outside the labels, whatever nodata they have.
+    has_alpha = ColorInterp.alpha in dataset.colorinterp
+    return WarpedVRT(dataset, add_alpha=not has_alpha, **grid)
+
+
+def _spots(extent: Window) -> list[Window]:
+    """Windows spread evenly: all of a small raster, a sample of a large one."""
+    rows, cols = _spread(extent.height), _spread(extent.width)
+    return [Window(row, col, _SPOT_PX, _SPOT_PX) for row in rows for col in cols]
+
+
+def _spread(length: int) -> list[int]:
+    count = min(_MAX_SPOTS, -(-length // _SPOT_PX))
+    return [int(start) for start in np.linspace(0, max(0, length - _SPOT_PX), count)]

@@ -1,0 +1,173 @@
+"""Labels from polygons, burnt window by window."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import geopandas as gpd
+import numpy as np
+import numpy.typing as npt
+import pyogrio
+import shapely
+from affine import Affine
+from pyogrio.errors import DataLayerError, DataSourceError
+from rasterio.features import rasterize
+
+from perf_vit.errors import InputError
+from perf_vit.io._gdal import reason_of
+from perf_vit.io._label_classes import LabelClasses
+from perf_vit.io._placing import check_both_placed, check_overlap
+from perf_vit.io.raster import RasterSource
+from perf_vit.types import IGNORE_INDEX, LabelArray, Window
+
+__all__ = ["VectorLabels", "is_vector_name", "opens_as_vector"]
+
+_SUFFIXES = {".fgb", ".geojson", ".geojsonl", ".gml", ".gpkg", ".json", ".kml", ".shp"}
+_STEPS_PER_PX = 256
+
+
+class VectorLabels:
+    """Class indices from a file of polygons; `open_labels` makes one.
+
+    The polygons are kept in pixel coordinates, rounded to 1/256 pixel: then a shift by whole pixels is exact, and a
+    pixel gets the same label in whichever window it is read.
+
+    Args:
+        path: the vector file.
+        source: gives the grid to burn on.
+        classes: attribute values to class indices.
+        attribute: column of class names or values; None makes every polygon class 1.
+        background: class index under no polygon, None for `IGNORE_INDEX`.
+
+    Raises:
+        InputError: the file can't be read, or doesn't fit the source or the classes.
+    """
+
+    def __init__(
+        self,
+        path: str,
+        source: RasterSource,
+        classes: LabelClasses,
+        attribute: str | None,
+        background: int | None,
+    ) -> None:
+        frame = _read_polygons(path, source, attribute)
+        codes = _codes(path, frame, classes, attribute)
+        # Parts of a multipolygon are found one by one, so far islands are not burnt.
+        parts, owners = shapely.get_parts(frame.geometry.to_numpy(), return_index=True)
+        self._polygons = _to_pixels(parts, source.transform)
+        self._codes = codes[owners]
+        self._tree = shapely.STRtree(self._polygons)
+        self._extent = source.extent
+        self._fill = IGNORE_INDEX if background is None else background
+
+    def read(self, window: Window) -> LabelArray:
+        """Class indices of a window of the source, [height, width]; `IGNORE_INDEX` where there is no label.
+
+        A pixel belongs to the polygon that holds its centre, and of several to the last in the file.
+        """
+        indices = np.full(window.shape, IGNORE_INDEX, np.uint8)
+        shared = window.intersect(self._extent)
+        if shared is not None:
+            indices[shared.slices_in(window)] = self._burn(shared)
+        return indices
+
+    def _burn(self, window: Window) -> LabelArray:
+        area = shapely.box(window.col, window.row, window.col_stop, window.row_stop)
+        hits = np.sort(self._tree.query(area))
+        if len(hits) == 0:
+            return np.full(window.shape, self._fill, np.uint8)
+        shapes = zip(self._polygons[hits], self._codes[hits].tolist(), strict=True)
+        shift = Affine.translation(window.col, window.row)
+        burnt: LabelArray = rasterize(
+            shapes, out_shape=window.shape, fill=self._fill, transform=shift, all_touched=False, dtype="uint8"
+        )
+        return burnt
+
+
+def is_vector_name(path: str) -> bool:
+    """Whether the file's suffix is one of a vector format."""
+    return Path(path).suffix.lower() in _SUFFIXES
+
+
+def opens_as_vector(path: str) -> bool:
+    """Whether a file of another suffix is a vector file after all."""
+    try:
+        return len(pyogrio.list_layers(path)) > 0
+    except DataSourceError:
+        return False
+
+
+def _read_polygons(path: str, source: RasterSource, attribute: str | None) -> Any:
+    """Polygons of the file in the source's CRS, with the attribute's column."""
+    frame = _read_file(path, attribute)
+    check_both_placed(source, path, frame.crs)
+    frame = frame[~(frame.geometry.isna() | frame.geometry.is_empty)]
+    other = sorted(set(frame.geom_type) - {"Polygon", "MultiPolygon"})
+    if other:
+        raise InputError(f"{path} holds {', '.join(other)}; labels must be polygons (buffer lines and points first)")
+    if frame.empty:
+        raise InputError(f"{path} holds no polygons")
+    frame = frame.to_crs(source.crs.to_wkt())
+    # What has no place in the source's projection can't lie on the source.
+    frame = frame[np.isfinite(frame.bounds.to_numpy()).all(axis=1)]
+    check_overlap(source, path, tuple(frame.total_bounds))
+    return frame
+
+
+def _read_file(path: str, attribute: str | None) -> Any:
+    try:
+        layer = _only_layer(path)
+        columns = pyogrio.read_info(path, layer=layer)["fields"].tolist()
+        if attribute is not None and attribute not in columns:
+            raise InputError(f"attribute {attribute!r} is not a column of {path}; columns: {', '.join(columns) or '-'}")
+        return gpd.read_file(path, layer=layer, engine="pyogrio", columns=[] if attribute is None else [attribute])
+    except (DataSourceError, DataLayerError) as error:
+        raise InputError(f"can't open {path} as a vector file: {reason_of(error)}") from error
+
+
+def _only_layer(path: str) -> str:
+    layers = [str(name) for name, kind in pyogrio.list_layers(path) if kind is not None]
+    if len(layers) != 1:
+        raise InputError(f"expected one layer of polygons in {path}, got {', '.join(layers) or 'none'}")
+    return layers[0]
+
+
+def _codes(path: str, frame: Any, classes: LabelClasses, attribute: str | None) -> npt.NDArray[np.uint8]:
+    """One class index a feature."""
+    if attribute is None:
+        if classes.explicit and len(classes.values) != 2:
+            raise InputError(
+                f"polygons without attribute are class 1 of 2, got {len(classes.values)} classes; set attribute to the "
+                f"column of {path} that holds the class"
+            )
+        return np.ones(len(frame), np.uint8)
+    column = frame[attribute]
+    codes = {value: classes.index_of(value) for value in column.dropna().unique().tolist()}
+    unknown = [value for value, code in codes.items() if code is None] + ["null"] * int(column.isna().any())
+    if unknown:
+        raise InputError(_unknown_message(path, attribute, unknown, classes))
+    return column.map(codes).to_numpy(np.uint8)
+
+
+def _unknown_message(path: str, attribute: str, unknown: Sequence[Any], classes: LabelClasses) -> str:
+    shown = ", ".join(str(value) for value in unknown[:8])
+    names = f"{', '.join(classes.names)}; " if classes.names else ""
+    return (
+        f"{attribute} of {path} holds {shown}, which is no class ({names}{classes.described_values()}): "
+        "add it to classes, values or ignore_values"
+    )
+
+
+def _to_pixels(polygons: npt.NDArray[Any], transform: Affine) -> npt.NDArray[Any]:
+    inverse = ~transform
+
+    def place(xy: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+        matrix = np.array([[inverse.a, inverse.d], [inverse.b, inverse.e]])
+        pixels = xy @ matrix + (inverse.c, inverse.f)
+        return np.asarray(np.round(pixels * _STEPS_PER_PX) / _STEPS_PER_PX)
+
+    placed: npt.NDArray[Any] = shapely.transform(shapely.force_2d(polygons), place)
+    return placed

@@ -1,0 +1,60 @@
+"""Whether labels and a raster can be laid on each other."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from rasterio.warp import transform_bounds
+
+from perf_vit.errors import InputError
+from perf_vit.io._gdal import crs_name
+from perf_vit.io.raster import Bounds, RasterSource
+
+__all__ = ["check_both_placed", "check_overlap", "reproject_bounds"]
+
+
+def check_both_placed(source: RasterSource, path: str, crs: Any) -> None:
+    """Refuse labels or a raster without CRS.
+
+    Raises:
+        InputError: one of them has none.
+    """
+    if source.crs is None:
+        raise InputError(
+            f"{source.path} has no CRS, so labels in {crs_name(crs)} can't be placed on it; assign one with "
+            f"rio edit-info --crs EPSG:CODE {source.path}"
+        )
+    if crs is None:
+        raise InputError(
+            f"labels {path} have no CRS, so they can't be placed on {source.path} ({crs_name(source.crs)}); assign one"
+        )
+
+
+def check_overlap(source: RasterSource, path: str, bounds: Bounds) -> None:
+    """Refuse labels that lie wholly elsewhere.
+
+    Args:
+        source: the raster.
+        path: the labels' name in errors.
+        bounds: of the labels, in the raster's CRS.
+
+    Raises:
+        InputError: both don't meet.
+    """
+    left, bottom, right, top = source.bounds
+    if bounds[0] < right and bounds[2] > left and bounds[1] < top and bounds[3] > bottom:
+        return
+    raise InputError(
+        f"labels {path} don't overlap {source.path}: they cover {_span(bounds)}, the raster "
+        f"{_span(source.bounds)} ({crs_name(source.crs)}); check their CRS or choose other labels"
+    )
+
+
+def reproject_bounds(bounds: Bounds, crs: Any, to_crs: Any) -> Bounds:
+    """Bounds around a box of another CRS."""
+    left, bottom, right, top = transform_bounds(crs, to_crs, *bounds)
+    return left, bottom, right, top
+
+
+def _span(bounds: Bounds) -> str:
+    return f"x {bounds[0]:.8g} to {bounds[2]:.8g}, y {bounds[1]:.8g} to {bounds[3]:.8g}"

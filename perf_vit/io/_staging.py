@@ -1,0 +1,63 @@
+"""Outputs that appear under their name when they are complete, or not at all."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from perf_vit.errors import OutputError
+
+__all__ = ["staged"]
+
+
+@contextmanager
+def staged(path: Path) -> Iterator[Path]:
+    """Give a hidden folder beside `path` to write in, and move its file of that name to `path` at the end.
+
+    After an exception the folder is gone, with any parent that was made for it, and an earlier output is untouched.
+
+    Args:
+        path: where the output goes; missing parent folders are made.
+
+    Yields:
+        The folder to write `path.name` into.
+
+    Raises:
+        OutputError: nothing can be written there.
+    """
+    parent = path.absolute().parent
+    made = [folder for folder in (parent, *parent.parents) if not folder.exists()]
+    try:
+        with _make_staging(path, parent) as folder:
+            yield Path(folder)
+            _move(Path(folder, path.name), path)
+    except BaseException:
+        for empty in made:
+            with suppress(OSError):
+                empty.rmdir()
+        raise
+
+
+def _make_staging(path: Path, parent: Path) -> tempfile.TemporaryDirectory[str]:
+    if path.is_dir():
+        raise OutputError(f"can't write {path}: it is a folder; choose a file in it")
+    try:
+        parent.mkdir(parents=True, exist_ok=True)
+        return tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=parent)
+    except OSError as error:
+        raise _refusal(path, error) from error
+
+
+def _move(made: Path, path: Path) -> None:
+    try:
+        os.replace(made, path)
+    except OSError as error:
+        raise _refusal(path, error) from error
+
+
+def _refusal(path: Path, error: OSError) -> OutputError:
+    reason = "a parent is not a folder" if isinstance(error, FileExistsError | NotADirectoryError) else error.strerror
+    return OutputError(f"can't write {path}: {str(reason).lower()}; choose another output")

@@ -1,0 +1,70 @@
+"""Labels of a source, read window by window as class indices, from a mask raster or a vector file."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Protocol
+
+from perf_vit.errors import InputError
+from perf_vit.io._gdal import check_exists
+from perf_vit.io._label_classes import LabelClasses
+from perf_vit.io._label_raster import RasterLabels
+from perf_vit.io._label_vector import VectorLabels, is_vector_name, opens_as_vector
+from perf_vit.io.raster import RasterSource, open_source
+from perf_vit.types import LabelArray, Window
+
+__all__ = ["LabelSource", "open_labels"]
+
+
+class LabelSource(Protocol):
+    """Labels on a source's pixel grid; may be pickled, forked and shared between threads."""
+
+    def read(self, window: Window) -> LabelArray:
+        """Class indices of a window of the source, [height, width].
+
+        `IGNORE_INDEX` past the source's edge and wherever there is no label.
+
+        Raises:
+            InputError: the file is damaged there, or holds a value that is no class.
+        """
+
+
+def open_labels(
+    path: str | Path,
+    source: RasterSource,
+    *,
+    attribute: str | None = None,
+    classes: Sequence[str] | None = None,
+    values: Sequence[float] | None = None,
+    ignore_values: Sequence[float] = (),
+    background: int | None = 0,
+) -> LabelSource:
+    """Open the labels of a raster: a mask raster or polygons, in any CRS and on any grid.
+
+    Args:
+        path: a raster of label values, or a file of polygons (GeoJSON, GeoPackage, shapefile, ...).
+        source: the raster that they describe.
+        attribute: column of class names or values of the polygons; without it every polygon is class 1 of 2.
+        classes: class names; a label is an index into them. Without names and values, label values up to 254 are
+            indices themselves.
+        values: the label file's value of each class; 0, 1, 2, ... by default.
+        ignore_values: label values that mean "no label", beside a mask's own nodata.
+        background: class index of the pixels under no polygon, None where polygons are only samples.
+
+    Raises:
+        InputError: the file can't be read, has no place on the source, or holds what is no class.
+    """
+    name = os.fspath(path)
+    check_exists(name)
+    mapping = LabelClasses.make(classes, values, ignore_values)
+    if is_vector_name(name):
+        return VectorLabels(name, source, mapping, attribute, background)
+    try:
+        mask = open_source(name)
+    except InputError:
+        if not opens_as_vector(name):
+            raise
+        return VectorLabels(name, source, mapping, attribute, background)
+    return RasterLabels(mask, source, mapping)

@@ -1,0 +1,209 @@
+"""Self-attention of linear cost that takes the place of timm's `Attention`."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable
+from dataclasses import dataclass, fields, replace
+from typing import Any, Self
+
+import numpy as np
+import torch
+from timm.layers import Attention, register_notrace_function
+from torch import Tensor
+
+from perf_vit.ops import draw_projection, favor_attention
+from perf_vit.ops.kernels import get_kernel
+from perf_vit.ops.projection import ProjectionNorms
+
+__all__ = ["PerformerAttention", "PerformerOptions", "bidirectional_favor_attention"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class PerformerOptions:
+    """What a `PerformerAttention` has and timm's `Attention` has not.
+
+    Attributes:
+        kernel: name of the feature map, "softmax+" or "relu".
+        num_features: number of random features, M.
+        orthogonal: whether the projection's rows come in orthogonal blocks.
+        norms: norms of its rows, "chi" or "sqrt" (see `draw_projection`).
+        seed: seed of the model's projections, 0 or more.
+        layer_index: place of the layer in its model; layers of one seed draw different projections.
+
+    Raises:
+        ValueError: an unknown kernel or a negative number; `draw_projection` checks the rest.
+    """
+
+    kernel: str = "softmax+"
+    num_features: int = 256
+    orthogonal: bool = True
+    norms: ProjectionNorms = "chi"
+    seed: int = 0
+    layer_index: int = 0
+
+    def __post_init__(self) -> None:
+        get_kernel(self.kernel)
+        if self.seed < 0 or self.layer_index < 0:
+            raise ValueError(
+                f"seed and layer_index must be 0 or more, got {self.seed} and {self.layer_index}; use seed=0"
+            )
+
+
+class PerformerAttention(Attention):
+    """Multi-head self-attention through random features (FAVOR+, Choromanski et al. 2020), for timm's `attn_layer`.
+
+    It is built with the arguments of `timm.layers.Attention` and has the same parameters under the same names, so
+    checkpoints of either load into the other with `strict=True`. `configure` sets what is its own.
+
+    The projection, [M, D], is drawn from (seed, layer_index, draw), so it is a non-persistent buffer that no
+    checkpoint needs to carry. It stays float32 whatever dtype the module is moved to: a rounded draw would be
+    another one, and the features are computed in float32 anyway.
+
+    Args:
+        *args: of `timm.layers.Attention`.
+        **kwargs: of `timm.layers.Attention`.
+
+    Raises:
+        ValueError: `attn_drop` above 0; there are no attention weights to drop.
+    """
+
+    projection: Tensor
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        if self.attn_drop.p > 0:
+            raise ValueError(
+                f"attn_drop must be 0, got {self.attn_drop.p}: linear attention never forms the weights that it "
+                "drops; use proj_drop or drop_path instead"
+            )
+        self.options = PerformerOptions()
+        self.draw = 0
+        self.register_buffer("projection", self._draw_projection(self.options, self.draw), persistent=False)
+
+    def configure(self, **options: Any) -> Self:
+        """Change options and draw the projection anew; those not named stay.
+
+        Args:
+            **options: fields of `PerformerOptions`.
+
+        Raises:
+            ValueError: an unknown option, or a value that it can't take.
+        """
+        known = [field.name for field in fields(PerformerOptions)]
+        for name in options:
+            if name not in known:
+                near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+                hint = f"; did you mean {near[0]!r}?" if near else ""
+                raise ValueError(f"attention options are {', '.join(known)}, got {name!r}{hint}")
+        changed = replace(self.options, **options)
+        self.projection = self._draw_projection(changed, self.draw)
+        self.options = changed
+        return self
+
+    def redraw(self, draw: int) -> None:
+        """Replace the projection, in place, by draw number `draw` of the same seed; 0 is the one it starts with.
+
+        To be called between steps with the same number on every process, never within a forward pass: a checkpointed
+        block would recompute with another projection than it used.
+        """
+        self.projection.copy_(self._draw_projection(self.options, draw))
+        self.draw = draw
+
+    def init_non_persistent_buffers(self) -> None:
+        """Draw the projection on the module's device; timm calls it once a model leaves the meta device."""
+        self.projection = self._draw_projection(self.options, self.draw)
+
+    def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
+        """Attend.
+
+        Args:
+            x: tokens, [B, N, C].
+            attn_mask: must be None.
+            is_causal: must be False.
+
+        Returns:
+            [B, N, dim_out].
+
+        Raises:
+            ValueError: a mask or causal order, which have no form here.
+        """
+        B, N, _ = x.shape
+        qkv = self.qkv(x).reshape(B, N, 3, self.num_heads, self.head_dim).permute(2, 0, 3, 1, 4)
+        q, k, v = qkv.unbind(0)
+        q, k = self.q_norm(q), self.k_norm(k)
+        out = bidirectional_favor_attention(q, k, v, self.projection, self.options.kernel, attn_mask, is_causal)
+        out = self.norm(out.transpose(1, 2).flatten(2))
+        # The oldest timm that we take has no gate.
+        gate = getattr(self, "gate", None)
+        if gate is not None:
+            out = out * gate(x).sigmoid()
+        return self.proj_drop(self.proj(out))
+
+    def extra_repr(self) -> str:
+        """The options, for printing."""
+        return ", ".join(f"{field.name}={getattr(self.options, field.name)!r}" for field in fields(self.options))
+
+    def _draw_projection(self, options: PerformerOptions, draw: int) -> Tensor:
+        device = self.qkv.weight.device
+        if device.type == "meta":
+            return torch.empty(options.num_features, self.head_dim, dtype=torch.float32, device=device)
+        generator = _generator(options.seed, options.layer_index, draw)
+        projection = draw_projection(
+            options.num_features, self.head_dim, options.orthogonal, options.norms, generator=generator
+        )
+        return projection.to(device)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        before = self.projection
+        super()._apply(fn, recurse)
+        if before.is_meta and not self.projection.is_meta:
+            self.init_non_persistent_buffers()
+        elif self.projection.dtype != before.dtype:
+            self.projection = before.to(self.projection.device)
+        return self
+
+
+# timm and torchvision trace models to extract features. What the function decides by shapes and by the absence of a
+# mask can't be traced, so it stays one node of the graph.
+@torch.fx.wrap
+@register_notrace_function
+def bidirectional_favor_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    projection: Tensor,
+    kernel: str,
+    attn_mask: Tensor | None = None,
+    is_causal: bool = False,
+) -> Tensor:
+    """`favor_attention` that refuses what timm may pass and it can't honour.
+
+    Args:
+        q: queries, [B, H, N, D].
+        k: keys, [B, H, N, D].
+        v: values, [B, H, N, D].
+        projection: rows of the feature map, [M, D].
+        kernel: name of the feature map.
+        attn_mask: must be None.
+        is_causal: must be False.
+
+    Returns:
+        [B, H, N, D].
+
+    Raises:
+        ValueError: a mask or causal order.
+    """
+    if attn_mask is not None or is_causal:
+        raise ValueError(
+            "Performer attention is bidirectional over all tokens: attn_mask must be None and is_causal False, got "
+            f"attn_mask {'of ' + str(list(attn_mask.shape)) if attn_mask is not None else None} and "
+            f"is_causal {is_causal}; leave unwanted tokens out of the input, or use timm's own Attention"
+        )
+    return favor_attention(q, k, v, projection, kernel)
+
+
+def _generator(*entropy: int) -> torch.Generator:
+    # SeedSequence mixes its words, so neighbouring seeds, layers and draws are independent; a sum would repeat them.
+    seed = int(np.random.SeedSequence(entropy).generate_state(1, np.uint64)[0])
+    return torch.Generator().manual_seed(seed)

@@ -1,0 +1,15 @@
+"""Networks: backbones registered with timm, heads, and both together with what prediction needs to know."""
+
+from perf_vit.models.build import ModelConfig, build_segmenter
+from perf_vit.models.checkpoint import CHECKPOINT_KEY, checkpoint_metadata, load_segmenter
+from perf_vit.models.segmenter import Segmenter, SegmenterSpec
+
+__all__ = [
+    "CHECKPOINT_KEY",
+    "ModelConfig",
+    "Segmenter",
+    "SegmenterSpec",
+    "build_segmenter",
+    "checkpoint_metadata",
+    "load_segmenter",
+]

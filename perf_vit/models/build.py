@@ -1,0 +1,90 @@
+"""Models from configs."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import timm
+from torch import nn
+
+import perf_vit.models.backbones  # noqa: F401  (registers the backbones)
+from perf_vit.errors import ConfigError
+from perf_vit.models.heads import FullResolutionHead
+from perf_vit.models.segmenter import Segmenter, SegmenterSpec
+from perf_vit.types import FeatureSpec
+
+__all__ = ["ModelConfig", "build_segmenter"]
+
+_HEADS: dict[str, Callable[..., nn.Module]] = {"full_resolution": FullResolutionHead}
+
+
+@dataclass(kw_only=True)
+class ModelConfig:
+    """A backbone and a head.
+
+    Attributes:
+        backbone: any timm model name that takes `features_only` and `img_size`.
+        backbone_kwargs: passed to `timm.create_model`, e.g. {attn_kwargs: {num_features: 128}}.
+        pretrained: load timm's weights for the backbone.
+        out_indices: the blocks whose outputs the head sees.
+        head: name of a segmentation head.
+        head_kwargs: passed to the head.
+    """
+
+    backbone: str = "performer_vit_small_patch16_224"
+    backbone_kwargs: dict[str, Any] = field(default_factory=dict)
+    pretrained: bool = False
+    out_indices: list[int] = field(default_factory=lambda: [2, 5, 8, 11])
+    head: str = "full_resolution"
+    head_kwargs: dict[str, Any] = field(default_factory=dict)
+
+
+def build_segmenter(config: ModelConfig, spec: SegmenterSpec) -> Segmenter:
+    """Build a segmentation network; its weights are random unless `pretrained` is set.
+
+    Raises:
+        ConfigError: an unknown backbone or head, arguments they don't take, or a tile size that the patch size
+            doesn't divide.
+    """
+    in_chans = len(spec.normalizer.mean)
+    backbone = _build_backbone(config, in_chans, spec.tile_px)
+    info: Any = backbone.feature_info
+    specs = [FeatureSpec(c, s) for c, s in zip(info.channels(), info.reduction(), strict=True)]
+    size_multiple = max(s.stride for s in specs)
+    if spec.tile_px % size_multiple:
+        nearest = max(1, round(spec.tile_px / size_multiple)) * size_multiple
+        raise ConfigError(
+            f"data.tile_px must be a multiple of the patch size {size_multiple}, got {spec.tile_px}; try {nearest}"
+        )
+    try:
+        head = _lookup_head(config.head)(specs, in_chans, len(spec.classes), **config.head_kwargs)
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"model.head {config.head}: {error}") from error
+    return Segmenter(backbone, head, spec, size_multiple)
+
+
+def _build_backbone(config: ModelConfig, in_chans: int, tile_px: int) -> nn.Module:
+    if config.backbone not in timm.list_models():
+        near = difflib.get_close_matches(config.backbone, timm.list_models(), n=1, cutoff=0.5)
+        hint = f"did you mean {near[0]}?" if near else "see `timm.list_models('performer_*')`"
+        raise ConfigError(f"model.backbone: timm has no model {config.backbone}; {hint}")
+    try:
+        return timm.create_model(
+            config.backbone,
+            pretrained=config.pretrained,
+            features_only=True,
+            out_indices=tuple(config.out_indices),
+            in_chans=in_chans,
+            **{"img_size": tile_px, "dynamic_img_size": True, **config.backbone_kwargs},
+        )
+    except (TypeError, ValueError, AssertionError, RuntimeError) as error:
+        raise ConfigError(f"model.backbone {config.backbone}: {str(error).splitlines()[0]}") from error
+
+
+def _lookup_head(name: str) -> Callable[..., nn.Module]:
+    if name not in _HEADS:
+        raise ConfigError(f"model.head must be one of {', '.join(_HEADS)}, got {name}")
+    return _HEADS[name]

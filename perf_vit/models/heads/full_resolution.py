@@ -1,0 +1,95 @@
+"""A segmentation head whose output has the resolution of its input."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from perf_vit.types import FeatureSpec
+
+__all__ = ["FullResolutionHead"]
+
+
+class FullResolutionHead(nn.Module):
+    """Fuse a ViT's feature maps with convolutions on the pixels, step by step up to full resolution.
+
+    A patch token says what is there; only the pixels say where its edge runs. A small convolutional branch runs on
+    the image itself, and its maps at strides 8, 4, 2 and 1 join the token features on their way up (the detail
+    capture of Yao et al. 2023, "ViTMatte", with one fusion a stride).
+
+    Args:
+        feature_specs: the backbone's feature maps, all of one stride, a power of two.
+        in_chans: bands of the image.
+        num_classes: channels of the output.
+        channels: widths at strides 1, 2, 4, ...; the last one is repeated for larger strides.
+        drop_rate: dropout before the classifier.
+    """
+
+    def __init__(
+        self,
+        feature_specs: Sequence[FeatureSpec],
+        in_chans: int,
+        num_classes: int,
+        channels: Sequence[int] = (16, 32, 64, 96),
+        drop_rate: float = 0.0,
+    ) -> None:
+        super().__init__()
+        stride = _common_stride(feature_specs)
+        num_steps = stride.bit_length() - 1
+        widths = [channels[min(step, len(channels) - 1)] for step in range(num_steps + 1)]
+
+        self.detail = nn.ModuleList(
+            _conv_bn_act(in_chans if step == 0 else widths[step - 1], widths[step], stride=1 if step == 0 else 2)
+            for step in range(num_steps)
+        )
+        self.laterals = nn.ModuleList(nn.Conv2d(spec.channels, widths[-1], 1) for spec in feature_specs)
+        self.context = _conv_bn_act(widths[-1], widths[-1])
+        self.fuse = nn.ModuleList(
+            _conv_bn_act(widths[step + 1] + widths[step], widths[step]) for step in reversed(range(num_steps))
+        )
+        self.drop = nn.Dropout2d(drop_rate)
+        self.classifier = nn.Conv2d(widths[0], num_classes, 1)
+
+    def forward(self, features: Sequence[Tensor], image: Tensor) -> Tensor:
+        """Class scores for every pixel.
+
+        Args:
+            features: one map per feature spec, [B, C_i, H / stride, W / stride].
+            image: [B, in_chans, H, W].
+
+        Returns:
+            Logits, [B, num_classes, H, W].
+        """
+        details = []
+        # Convolutions with few channels at full resolution run twice as fast on CPUs in this layout.
+        detail = image.contiguous(memory_format=torch.channels_last)
+        for stage in self.detail:
+            detail = stage(detail)
+            details.append(detail)
+        projected = [lateral(feature) for lateral, feature in zip(self.laterals, features, strict=True)]
+        x = self.context(torch.stack(projected).sum(0).contiguous(memory_format=torch.channels_last))
+        for stage, detail in zip(self.fuse, reversed(details), strict=True):
+            x = F.interpolate(x, size=detail.shape[-2:], mode="bilinear", align_corners=False)
+            x = stage(torch.cat([x, detail], dim=1))
+        return self.classifier(self.drop(x))
+
+
+def _common_stride(feature_specs: Sequence[FeatureSpec]) -> int:
+    strides = {spec.stride for spec in feature_specs}
+    if len(strides) != 1:
+        raise ValueError(f"expected feature maps of one stride, got strides {sorted(strides)}; use a plain ViT")
+    stride = strides.pop()
+    if stride & (stride - 1):
+        raise ValueError(f"expected a stride that is a power of two, got {stride}; use a patch size of 8, 16 or 32")
+    return stride
+
+
+def _conv_bn_act(in_channels: int, out_channels: int, stride: int = 1) -> nn.Sequential:
+    return nn.Sequential(
+        nn.Conv2d(in_channels, out_channels, 3, stride=stride, padding=1, bias=False),
+        nn.BatchNorm2d(out_channels),
+        nn.ReLU(inplace=True),
+    )

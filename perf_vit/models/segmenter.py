@@ -1,0 +1,79 @@
+"""Backbone + head as one network, together with all that prediction needs to know about its input."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from torch import Tensor, nn
+
+from perf_vit.transforms import Normalizer
+
+__all__ = ["Segmenter", "SegmenterSpec"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SegmenterSpec:
+    """What a trained segmenter expects and means; saved with its weights.
+
+    Attributes:
+        classes: names, in the order of the output channels.
+        normalizer: statistics of the bands it was trained on.
+        tile_px: side of the square tiles it was trained on, in pixels.
+        bands: 1-based bands of the source that it reads, None for all of them.
+        nodata: value that marks missing pixels where the file declares none, None for nothing of the kind.
+    """
+
+    classes: tuple[str, ...]
+    normalizer: Normalizer
+    tile_px: int
+    bands: tuple[int, ...] | None = None
+    nodata: float | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, for a checkpoint."""
+        values = asdict(self)
+        values["normalizer"] = self.normalizer.to_dict()
+        return values
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> SegmenterSpec:
+        """The inverse of `to_dict`."""
+        return cls(
+            classes=tuple(values["classes"]),
+            normalizer=Normalizer.from_dict(values["normalizer"]),
+            tile_px=values["tile_px"],
+            bands=None if values["bands"] is None else tuple(values["bands"]),
+            nodata=values["nodata"],
+        )
+
+
+class Segmenter(nn.Module):
+    """A semantic segmentation network.
+
+    Args:
+        backbone: a timm `features_only` model.
+        head: takes the list of feature maps and the image, gives logits.
+        spec: what the network expects and means.
+        size_multiple: height and width of a tile must be multiples of it, the patch size of the backbone.
+    """
+
+    def __init__(self, backbone: nn.Module, head: nn.Module, spec: SegmenterSpec, size_multiple: int) -> None:
+        super().__init__()
+        self.backbone = backbone
+        self.head = head
+        self.spec = spec
+        self.size_multiple = size_multiple
+
+    def forward(self, image: Tensor) -> Tensor:
+        """Logits for every pixel.
+
+        Args:
+            image: standardised tile, [B, C, H, W]; H and W multiples of `size_multiple`.
+
+        Returns:
+            [B, num_classes, H, W].
+        """
+        features: Sequence[Tensor] = self.backbone(image)
+        return self.head(features, image)

@@ -1,0 +1,10 @@
+"""Pure tensor functions: random projections and attention whose cost is linear in the number of tokens.
+
+Every fast operation has an N x N reference in `perf_vit.ops.naive`, which is imported by that name.
+"""
+
+from perf_vit.ops.linear_attention import favor_attention
+from perf_vit.ops.projection import draw_projection
+from perf_vit.ops.state import KVState
+
+__all__ = ["KVState", "draw_projection", "favor_attention"]

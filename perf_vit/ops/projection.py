@@ -1,0 +1,89 @@
+"""Random projections: the rows that the feature maps of linear attention are evaluated on."""
+
+from collections.abc import Callable
+from typing import Literal
+
+import torch
+from torch import Generator, Tensor
+from torch.nn import functional as F
+
+__all__ = ["ProjectionNorms", "draw_projection"]
+
+ProjectionNorms = Literal["chi", "sqrt"]
+
+
+def draw_projection(
+    num_features: int,
+    head_dim: int,
+    orthogonal: bool = True,
+    norms: ProjectionNorms = "chi",
+    generator: Generator | None = None,
+) -> Tensor:
+    """Draw the rows w_1 .. w_M of a random feature map.
+
+    Orthogonal rows come in blocks of `head_dim`, each a Haar-distributed orthogonal matrix, the last one cut where
+    `num_features` is no multiple; rows of different blocks are independent (Choromanski et al. 2020, "Rethinking
+    Attention with Performers", section 2.4). Every row alone points uniformly, so with "chi" norms it is N(0, I)
+    and the feature map's estimate stays unbiased. The draw happens in float64 on the CPU: the same seed gives the
+    same rows on every device.
+
+    Args:
+        num_features: number of rows, M.
+        head_dim: their length, D.
+        orthogonal: orthogonal blocks; False gives independent directions.
+        norms: "chi" gives each row the norm of an independent Gaussian vector, "sqrt" gives all of them sqrt(D),
+            which estimates the regularised softmax kernel (SMREG, ibid., theorem 1) instead of softmax.
+        generator: a CPU generator; None uses torch's global one.
+
+    Returns:
+        The projection, [M, D], float32.
+
+    Raises:
+        ValueError: a size below 1, unknown norms or a generator of another device.
+    """
+    _check_arguments(num_features, head_dim, norms, generator)
+    if orthogonal:
+        directions_MD = _orthogonal_directions(num_features, head_dim, generator)
+    else:
+        directions_MD = F.normalize(_randn(num_features, head_dim, generator=generator), dim=-1)
+    return (_NORMS[norms](num_features, head_dim, generator) * directions_MD).float()
+
+
+def _orthogonal_directions(num_features: int, head_dim: int, generator: Generator | None) -> Tensor:
+    num_blocks = -(-num_features // head_dim)
+    q, r = torch.linalg.qr(_randn(num_blocks, head_dim, head_dim, generator=generator))
+    # LAPACK fixes the signs in R, so Q alone is not Haar; giving them back to the columns makes it so
+    # (Mezzadri 2007). `sign` would erase a column whose diagonal entry is exactly zero.
+    diagonal = r.diagonal(dim1=-2, dim2=-1)
+    signs = torch.where(diagonal < 0, -torch.ones_like(diagonal), torch.ones_like(diagonal))
+    return (q * signs.unsqueeze(-2)).reshape(-1, head_dim)[:num_features]
+
+
+def _chi_norms(num_features: int, head_dim: int, generator: Generator | None) -> Tensor:
+    return _randn(num_features, head_dim, generator=generator).norm(dim=-1, keepdim=True)
+
+
+def _sqrt_norms(num_features: int, head_dim: int, generator: Generator | None) -> Tensor:
+    return torch.full((num_features, 1), head_dim**0.5, dtype=torch.float64, device="cpu")
+
+
+_NORMS: dict[str, Callable[[int, int, Generator | None], Tensor]] = {"chi": _chi_norms, "sqrt": _sqrt_norms}
+
+
+def _randn(*shape: int, generator: Generator | None) -> Tensor:
+    # An explicit device: the rows must be real even where a model is built under `torch.device("meta")`.
+    return torch.randn(*shape, generator=generator, dtype=torch.float64, device="cpu")
+
+
+def _check_arguments(num_features: int, head_dim: int, norms: str, generator: Generator | None) -> None:
+    if num_features < 1 or head_dim < 1:
+        raise ValueError(
+            f"num_features and head_dim must be at least 1, got {num_features} and {head_dim}; "
+            "256 features suit heads of 64 channels"
+        )
+    if norms not in _NORMS:
+        raise ValueError(f"norms must be one of {', '.join(_NORMS)}, got {norms!r}; use 'chi' to estimate softmax")
+    if generator is not None and generator.device.type != "cpu":
+        raise ValueError(
+            f"generator must be on the CPU, got one on {generator.device}; pass torch.Generator().manual_seed(seed)"
+        )

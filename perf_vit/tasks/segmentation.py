@@ -1,0 +1,119 @@
+"""Training of a segmentation network."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import lightning
+from torch import Tensor
+from torch.optim import AdamW
+from torch.optim.lr_scheduler import LambdaLR
+
+from perf_vit.errors import ConfigError
+from perf_vit.models import CHECKPOINT_KEY, ModelConfig, SegmenterSpec, build_segmenter, checkpoint_metadata
+from perf_vit.tasks.losses import SegmentationLoss
+from perf_vit.tasks.metrics import class_scores, segmentation_metrics
+
+__all__ = ["OptimConfig", "SegmentationTask"]
+
+
+@dataclass(kw_only=True)
+class OptimConfig:
+    """AdamW with a linear warm-up and a cosine decay to zero, over the steps of the whole run.
+
+    Attributes:
+        lr: peak learning rate.
+        weight_decay: of matrices and kernels; vectors (norms, biases) and position embeddings have none.
+        warmup_fraction: share of the steps over which the rate rises.
+        dice_weight: factor of the Dice loss beside the cross-entropy.
+        class_weights: one factor a class in the cross-entropy.
+    """
+
+    lr: float = 1e-3
+    weight_decay: float = 0.05
+    warmup_fraction: float = 0.05
+    dice_weight: float = 0.0
+    class_weights: list[float] | None = None
+
+
+class SegmentationTask(lightning.LightningModule):
+    """Trains a segmenter; its checkpoints hold all that `perf_vit.models.load_segmenter` needs.
+
+    Args:
+        model_config: the network.
+        spec: classes and statistics of the training data.
+        optim: loss and schedule.
+    """
+
+    def __init__(self, model_config: ModelConfig, spec: SegmenterSpec, optim: OptimConfig) -> None:
+        super().__init__()
+        num_classes = len(spec.classes)
+        if optim.class_weights is not None and len(optim.class_weights) != num_classes:
+            raise ConfigError(
+                f"optim.class_weights must give one weight a class, got {len(optim.class_weights)} for {num_classes}"
+            )
+        self.metadata = checkpoint_metadata(model_config, spec)
+        self.optim = optim
+        self.model = build_segmenter(model_config, spec)
+        self.loss = SegmentationLoss(optim.dice_weight, optim.class_weights)
+        self.val_metrics = segmentation_metrics(num_classes)
+        self.save_hyperparameters({"model": asdict(model_config), "optim": asdict(optim)})
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Add the metadata."""
+        checkpoint[CHECKPOINT_KEY] = self.metadata
+
+    def forward(self, image: Tensor) -> Tensor:
+        """Logits [B, K, H, W] of standardised tiles [B, C, H, W]."""
+        return self.model(image)
+
+    def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
+        """Loss of one batch."""
+        image, labels = batch
+        loss = self.loss(self(image), labels)
+        self.log("train/loss", loss, on_step=False, on_epoch=True, prog_bar=True)
+        return loss
+
+    def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
+        """Loss and metrics of one batch."""
+        image, labels = batch
+        logits = self(image)
+        self.log("val/loss", self.loss(logits, labels), batch_size=len(image), prog_bar=True)
+        self.val_metrics.update(logits.argmax(1), labels)
+
+    def on_validation_epoch_end(self) -> None:
+        """Log IoU and F1 per class and their means over the classes present."""
+        scores = class_scores(self.val_metrics, self.model.spec.classes)
+        for score in scores:
+            self.log(f"val/iou/{score.name}", score.iou)
+            self.log(f"val/f1/{score.name}", score.f1)
+        present = [score for score in scores if not math.isnan(score.iou)]
+        self.log("val/iou", sum(s.iou for s in present) / max(1, len(present)), prog_bar=True)
+        self.log("val/f1", sum(s.f1 for s in present) / max(1, len(present)))
+        self.val_metrics.reset()
+
+    def configure_optimizers(self) -> Any:
+        """AdamW and the schedule, stepped every batch."""
+        optimizer = AdamW(self._parameter_groups(), lr=self.optim.lr)
+        total = max(1, int(self.trainer.estimated_stepping_batches))
+        schedule = LambdaLR(optimizer, lambda step: warmup_cosine(step, total, self.optim.warmup_fraction))
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    def _parameter_groups(self) -> list[dict[str, Any]]:
+        exempt = ("pos_embed", "cls_token", "reg_token")
+        decayed: list[Tensor] = []
+        plain: list[Tensor] = []
+        for name, parameter in self.model.named_parameters():
+            is_plain = parameter.ndim < 2 or name.endswith(exempt)
+            (plain if is_plain else decayed).append(parameter)
+        return [{"params": decayed, "weight_decay": self.optim.weight_decay}, {"params": plain, "weight_decay": 0.0}]
+
+
+def warmup_cosine(step: int, total: int, warmup_fraction: float) -> float:
+    """Factor of the learning rate at a step: linear up to 1, then half a cosine down to 0 at `total`."""
+    warmup = max(1, round(total * warmup_fraction))
+    if step < warmup:
+        return (step + 1) / warmup
+    return 0.5 * (1 + math.cos(math.pi * min(1.0, (step - warmup) / max(1, total - warmup))))

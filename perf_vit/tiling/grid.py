@@ -1,0 +1,64 @@
+"""Windows of one size over a part of a source: a grid that covers it, or a random one inside it."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from perf_vit.errors import PerfVitError
+from perf_vit.types import Window
+
+__all__ = ["grid_windows", "random_window"]
+
+
+def grid_windows(extent: Window, window_size: int, overlap: int) -> list[Window]:
+    """Cover an extent with square windows, row by row.
+
+    The last row and column of windows are shifted back to end at the extent's edge, so they share more with their
+    neighbours than the others do. Along an axis shorter than a window there is one window, which begins at the
+    extent's start and reaches past its edge.
+
+    Args:
+        extent: the pixels to cover, at least one.
+        window_size: side of a window, in pixels.
+        overlap: pixels that neighbours share, from 0 to window_size - 1.
+
+    Raises:
+        PerfVitError: a window size below 1, or an overlap outside its range.
+    """
+    _check_size(window_size)
+    if not 0 <= overlap < window_size:
+        raise PerfVitError(
+            f"overlap must lie between 0 and window_size - 1 = {window_size - 1}, got {overlap}; try {window_size // 4}"
+        )
+    rows = _starts(extent.row, extent.height, window_size, window_size - overlap)
+    cols = _starts(extent.col, extent.width, window_size, window_size - overlap)
+    return [Window(row, col, window_size, window_size) for row in rows for col in cols]
+
+
+def random_window(extent: Window, window_size: int, rng: np.random.Generator) -> Window:
+    """Draw a square window, every place inside the extent with the same probability.
+
+    Along an axis shorter than a window there is one place: the extent's start.
+
+    Args:
+        extent: the pixels to stay inside.
+        window_size: side of the window, in pixels.
+        rng: decides the place.
+
+    Raises:
+        PerfVitError: a window size below 1.
+    """
+    _check_size(window_size)
+    row = extent.row + int(rng.integers(max(1, extent.height - window_size + 1)))
+    col = extent.col + int(rng.integers(max(1, extent.width - window_size + 1)))
+    return Window(row, col, window_size, window_size)
+
+
+def _starts(start: int, length: int, size: int, stride: int) -> list[int]:
+    last = start + max(0, length - size)
+    return [*range(start, last, stride), last]
+
+
+def _check_size(window_size: int) -> None:
+    if window_size < 1:
+        raise PerfVitError(f"window_size must be at least 1 pixel, got {window_size}")

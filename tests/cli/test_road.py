@@ -1,0 +1,140 @@
+"""Train, evaluate and predict through the real entry point."""
+
+import csv
+import json
+import shutil
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from command_line import call, train_args
+from PIL import Image
+from rio_cogeo.cogeo import cog_validate
+
+import perf_vit
+from perf_vit.cli.schemas import SegmentationRun
+from perf_vit.config import load_config
+from perf_vit.io import open_source
+
+
+def test_run_folder_holds_config_checkpoints_metrics_and_curve(trained) -> None:
+    folder = trained.folder
+    config = load_config(folder / "config.yaml", SegmentationRun)
+    assert config.data.tile_px == 64
+    assert {p.name for p in (folder / "checkpoints").iterdir()} == {"best.ckpt", "last.ckpt"}
+    rows = list(csv.DictReader((folder / "metrics.csv").open()))
+    assert [row["epoch"] for row in rows] == ["0", "1"]
+    assert {"train/loss", "val/loss", "val/iou/ship", "val/f1/ship", "lr"} <= set(rows[0])
+    assert Image.open(folder / "loss_curve.png").size[0] > 500
+    assert list((folder / "tensorboard").glob("events.*"))
+
+
+def test_the_same_seed_trains_the_same_weights(trained, tmp_path) -> None:
+    assert call(train_args(trained.scene, tmp_path / "again")) == 0
+    first, second = (
+        torch.load(folder / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"]
+        for folder in (trained.folder, tmp_path / "again")
+    )
+    assert all(torch.equal(first[key], second[key]) for key in first)
+    assert (trained.folder / "metrics.csv").read_text() == (tmp_path / "again" / "metrics.csv").read_text()
+
+
+def test_a_resumed_run_ends_where_an_uninterrupted_one_does(trained, tmp_path) -> None:
+    out = tmp_path / "run"
+    # the schedule must be the whole run's from the start, so interrupt by keeping the first epoch's checkpoint
+    assert call(train_args(trained.scene, out, "trainer.max_epochs=3")) == 0
+    whole = torch.load(out / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"]
+    curve = (out / "metrics.csv").read_text()
+
+    interrupted = tmp_path / "interrupted"
+    script = (
+        "import lightning, sys; from perf_vit.cli.main import run\n"
+        "class Stop(lightning.Callback):\n"
+        "    def on_train_epoch_start(self, trainer, module):\n"
+        "        if trainer.current_epoch == 2: raise KeyboardInterrupt\n"
+        "import perf_vit.tasks.trainer as t; kept = t._callbacks\n"
+        "t._callbacks = lambda *a: [*kept(*a), Stop()]\n"
+        "run(sys.argv[1:])\n"
+    )
+    args = train_args(trained.scene, interrupted, "trainer.max_epochs=3")
+    subprocess.run([sys.executable, "-c", script, *args], capture_output=True, check=False)
+    assert len((interrupted / "metrics.csv").read_text().splitlines()) == 3
+    assert call([*args, "resume=true"]) == 0
+    resumed = torch.load(interrupted / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"]
+    assert all(torch.equal(whole[key], resumed[key]) for key in whole)
+    assert (interrupted / "metrics.csv").read_text() == curve
+
+
+def test_predict_writes_a_valid_cog_on_the_grid_of_the_input(trained, tmp_path) -> None:
+    out = tmp_path / "new" / "map.tif"
+    args = ["--checkpoint", trained.checkpoint, "--input", trained.scene.image, "--output", out]
+    assert call(["predict", *args]) == 0
+    valid, errors, warnings = cog_validate(out, strict=True)
+    assert (valid, errors, warnings) == (True, [], [])
+    scene, result = open_source(trained.scene.image), open_source(out)
+    assert (result.crs, result.size, result.nodata) == (scene.crs, scene.size, 255)
+    assert result.transform.almost_equals(scene.transform, precision=1e-9)
+    before, after = scene.read(scene.extent), result.read(result.extent)
+    assert np.array_equal(before.valid, after.valid)
+    assert set(np.unique(after.pixels[0][after.valid])) <= {0, 1}
+    assert result.colormap[1] != result.colormap[0]
+    picture = np.asarray(Image.open(out.with_suffix(".png")))
+    assert picture.shape[0] > 100
+    assert len(np.unique(picture.reshape(-1, picture.shape[-1]), axis=0)) > 10
+    assert sorted(p.name for p in out.parent.iterdir()) == ["map.png", "map.tif"]
+
+
+def test_probabilities_sum_to_1_and_agree_with_the_classes(trained, tmp_path) -> None:
+    base = ["predict", "--checkpoint", trained.checkpoint, "--input", trained.scene.image]
+    assert call([*base, "--output", tmp_path / "c.tif"]) == 0
+    assert call([*base, "--output", tmp_path / "p.tif", "--probabilities"]) == 0
+    classes, probs = open_source(tmp_path / "c.tif"), open_source(tmp_path / "p.tif")
+    c, p = classes.read(classes.extent), probs.read(probs.extent)
+    assert p.pixels.dtype == np.float32
+    assert np.array_equal(c.valid, p.valid)
+    np.testing.assert_allclose(p.pixels.sum(0)[p.valid], 1, atol=1e-5)
+    assert np.array_equal(p.pixels.argmax(0)[p.valid], c.pixels[0][c.valid])
+    assert probs.band_names == ("water_or_land", "ship")
+
+
+def test_evaluate_prints_and_writes_what_the_map_scores(trained, tmp_path, capsys) -> None:
+    base = ["--checkpoint", trained.checkpoint, "--input", trained.scene.image]
+    json_path = tmp_path / "scores.json"
+    assert call(["evaluate", *base, "--labels", trained.scene.labels, "--json", json_path]) == 0
+    assert "ship" in capsys.readouterr().out
+    scores = json.loads(json_path.read_text())
+    assert [c["name"] for c in scores["classes"]] == ["water_or_land", "ship"]
+
+    from perf_vit.io import open_labels
+
+    assert call(["predict", *base, "--output", tmp_path / "map.tif"]) == 0
+    source, result = open_source(trained.scene.image), open_source(tmp_path / "map.tif")
+    truth = open_labels(trained.scene.labels, source, classes=["water_or_land", "ship"]).read(source.extent)
+    mapped = result.read(result.extent)
+    keep = mapped.valid
+    for index, entry in enumerate(scores["classes"]):
+        predicted, expected = mapped.pixels[0][keep] == index, truth[keep] == index
+        union = (predicted | expected).sum()
+        assert entry["iou"] == pytest.approx((predicted & expected).sum() / union, abs=1e-6)
+        assert entry["num_pixels"] == expected.sum()
+
+
+def test_python_api_maps_with_the_contract_of_the_readme(trained, tmp_path) -> None:
+    model = perf_vit.load_segmenter(trained.checkpoint)
+    source = perf_vit.open_source(trained.scene.image)
+    out = perf_vit.predict(model, source, out=tmp_path / "map.tif", window_size=96, overlap=32)
+    assert open_source(out).size == source.size
+
+
+def test_a_checkpoint_works_after_it_was_moved(trained, tmp_path) -> None:
+    moved = shutil.copy(trained.checkpoint, tmp_path / "model.ckpt")
+    args = ["--checkpoint", moved, "--input", trained.scene.image, "--output", tmp_path / "map.tif"]
+    assert call(["predict", *args]) == 0
+
+
+def test_version_and_help() -> None:
+    done = subprocess.run([sys.executable, "-m", "perf_vit", "--version"], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == f"perf-vit {perf_vit.__version__}"
+    assert call(["train", "--help"]) == 0

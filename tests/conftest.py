@@ -1,0 +1,47 @@
+"""Scenes that every test may make."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import rasterio
+from affine import Affine
+
+CRS = "EPSG:32637"
+TRANSFORM = Affine(2.5, 0, 401_000.125, 0, -3.25, 4_510_000.5)
+
+
+@pytest.fixture
+def make_scene(tmp_path: Path):
+    """Write a seeded GeoTIFF with a real CRS, non-square pixels and a nodata border; further calls, further files."""
+    made = []
+
+    def _make(
+        *,
+        height: int = 70,
+        width: int = 90,
+        num_bands: int = 3,
+        dtype: str = "uint16",
+        nodata: float | None = 0,
+        seed: int = 0,
+        pixels: np.ndarray | None = None,
+        **profile,
+    ) -> Path:
+        rng = np.random.default_rng(seed)
+        if pixels is None:
+            high = {"uint8": 255, "float32": 1e6}.get(dtype, 30_000)
+            pixels = (rng.random((num_bands, height, width)) * (high - 1) + 1).astype(dtype)
+            if nodata is not None:
+                pixels[:, :2, :] = nodata
+                pixels[:, :, :3] = nodata
+        path = tmp_path / f"scene_{len(made)}.tif"
+        made.append(path)
+        options = {"driver": "GTiff", "crs": CRS, "transform": TRANSFORM, "nodata": nodata, **profile}
+        count, height, width = pixels.shape
+        with rasterio.open(
+            path, "w", count=count, height=height, width=width, dtype=pixels.dtype, **options
+        ) as dataset:
+            dataset.write(pixels)
+        return path
+
+    return _make

@@ -1,0 +1,196 @@
+import pickle
+
+import geopandas as gpd
+import numpy as np
+import pytest
+import rasterio
+from affine import Affine
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from rasterio.enums import Resampling
+from rasterio.warp import reproject
+from shapely import LineString, Polygon, affinity, box
+
+from perf_vit.errors import InputError
+from perf_vit.io import open_labels, open_source
+from perf_vit.types import IGNORE_INDEX, Window
+
+CLASSES = ["background", "building"]
+
+
+@pytest.fixture
+def source(make_scene):
+    return open_source(make_scene(nodata=None))
+
+
+@pytest.fixture
+def write_vector(source, tmp_path):
+    """Write polygons given in pixel coordinates, in another CRS."""
+
+    def _write(polygons, name="labels.geojson", crs="EPSG:4326", set_crs=True, **columns):
+        t = source.transform
+        placed = [affinity.affine_transform(p, (t.a, t.b, t.d, t.e, t.c, t.f)) if p else p for p in polygons]
+        frame = gpd.GeoDataFrame({"id": range(len(placed)), **columns}, geometry=placed, crs=source.crs)
+        frame = frame.to_crs(crs) if set_crs else frame.set_crs(None, allow_override=True)
+        frame.to_file(tmp_path / name)
+        return tmp_path / name
+
+    return _write
+
+
+def _mask(make_scene, values, **profile):
+    return make_scene(pixels=np.asarray(values, np.uint8)[None], nodata=profile.pop("nodata", None), **profile)
+
+
+POLYGONS = [box(10, 5, 40, 30), Polygon([(50, 20), (80, 25), (60, 60)]), box(-5, 60, 12, 90)]
+
+
+@pytest.mark.parametrize("name", ["labels.geojson", "labels.gpkg", "labels.shp"])
+@pytest.mark.parametrize("crs", ["EPSG:4326", "EPSG:3857", "EPSG:32637"])
+def test_polygons_in_any_crs_and_format_burn_the_pixels_whose_centre_they_hold(
+    source, write_vector, name: str, crs: str
+) -> None:
+    labels = open_labels(write_vector(POLYGONS, name, crs), source, classes=CLASSES).read(source.extent)
+    expected = rasterio.features.rasterize(POLYGONS, source.size, dtype="uint8")
+    assert (labels != expected).mean() < 0.002
+    assert set(np.unique(labels)) == {0, 1}
+
+
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(row=st.integers(-30, 80), col=st.integers(-30, 100), size=st.integers(1, 50))
+def test_a_window_burns_exactly_what_the_whole_does(source, write_vector, row: int, col: int, size: int) -> None:
+    labels = open_labels(write_vector(POLYGONS, "labels.gpkg"), source, classes=CLASSES)
+    padded = np.pad(labels.read(source.extent), 100, constant_values=IGNORE_INDEX)
+    rows, cols = slice(row + 100, row + 100 + size), slice(col + 100, col + 100 + size)
+    assert np.array_equal(labels.read(Window(row, col, size, size)), padded[rows, cols])
+
+
+def test_attribute_gives_the_class_by_name_or_value_and_later_polygons_win(source, write_vector) -> None:
+    polygons = [box(0, 0, 40, 40), box(20, 20, 60, 60)]
+    path = write_vector(polygons, kind=["water", "forest"], code=[7, 9])
+    classes = ["rest", "forest", "water"]
+    by_name = open_labels(path, source, classes=classes, attribute="kind").read(source.extent)
+    by_value = open_labels(path, source, classes=classes, attribute="code", values=[1, 9, 7]).read(source.extent)
+    assert np.array_equal(by_name, by_value)
+    assert (by_name[10, 10], by_name[30, 30], by_name[65, 80]) == (2, 1, 0)
+
+
+def test_sparse_polygons_leave_the_rest_ignored(source, write_vector) -> None:
+    labels = open_labels(write_vector(POLYGONS), source, classes=CLASSES, background=None).read(source.extent)
+    assert set(np.unique(labels)) == {1, IGNORE_INDEX}
+
+
+def test_labels_travel_to_workers(source, write_vector, make_scene) -> None:
+    vector = open_labels(write_vector(POLYGONS), source, classes=CLASSES)
+    mask = open_labels(_mask(make_scene, np.eye(80), transform=source.transform), source, classes=CLASSES)
+    for labels in (vector, mask):
+        copy = pickle.loads(pickle.dumps(labels))
+        assert np.array_equal(copy.read(source.extent), labels.read(source.extent))
+
+
+def test_mask_on_the_same_grid_is_read_as_it_is(source, make_scene) -> None:
+    values = np.random.default_rng(0).integers(0, 2, (70, 90))
+    labels = open_labels(_mask(make_scene, values), source, classes=CLASSES)
+    assert np.array_equal(labels.read(source.extent), values)
+    assert np.array_equal(labels.read(Window(60, 80, 20, 20))[:10, :10], values[60:, 80:])
+    assert (labels.read(Window(60, 80, 20, 20))[10:] == IGNORE_INDEX).all()
+
+
+def test_mask_values_nodata_and_ignored_values(source, make_scene) -> None:
+    values = np.random.default_rng(0).choice([0, 3, 5, 99], (70, 90))
+    path = _mask(make_scene, values, nodata=0)
+    labels = open_labels(path, source, classes=["a", "b"], values=[5, 3], ignore_values=[99]).read(source.extent)
+    expected = np.select([values == 5, values == 3], [0, 1], IGNORE_INDEX)
+    assert np.array_equal(labels, expected)
+
+
+def test_mask_nodata_that_is_a_class_is_refused_until_the_user_decides(source, make_scene) -> None:
+    values = np.zeros((70, 90))
+    values[:30] = 1
+    path = _mask(make_scene, values, nodata=0)
+    _refused("declares 0 as nodata, and 0 is the value of class 0.*unset-nodata", path, source)
+    labels = open_labels(path, source, classes=CLASSES, ignore_values=[0]).read(source.extent)
+    assert set(np.unique(labels)) == {1, IGNORE_INDEX}
+
+
+def test_mask_in_another_crs_is_warped_to_the_grid(source, make_scene) -> None:
+    values = np.zeros((200, 200), np.uint8)
+    values[40:120, 60:150] = 1
+    transform = Affine(4e-5, 0, source_longitude(source), 0, -4e-5, source_latitude(source))
+    path = _mask(make_scene, values, crs="EPSG:4326", transform=transform)
+    labels = open_labels(path, source, classes=CLASSES).read(source.extent)
+    expected = np.full(source.size, IGNORE_INDEX, np.uint8)
+    reproject(
+        values,
+        expected,
+        src_transform=transform,
+        src_crs="EPSG:4326",
+        dst_transform=source.transform,
+        dst_crs=source.crs,
+        dst_nodata=IGNORE_INDEX,
+        resampling=Resampling.nearest,
+    )
+    assert (labels != expected).mean() < 0.01
+    assert {0, 1} <= set(np.unique(labels))
+
+
+def source_longitude(source) -> float:
+    return rasterio.warp.transform(source.crs, "EPSG:4326", [source.bounds[0]], [source.bounds[3]])[0][0] - 1e-4
+
+
+def source_latitude(source) -> float:
+    return rasterio.warp.transform(source.crs, "EPSG:4326", [source.bounds[0]], [source.bounds[3]])[1][0] + 1e-4
+
+
+def test_a_value_that_is_no_class_is_an_error(source, make_scene) -> None:
+    values = np.zeros((70, 90))
+    values[-1, -1] = 255
+    _refused(r"holds value 255, which is no class \(values 0, 1\) nor nodata", _mask(make_scene, values), source)
+
+
+def _refused(match: str, path, source, **options) -> None:
+    with pytest.raises(InputError, match=match) as error:
+        open_labels(path, source, **{"classes": CLASSES, **options})
+    assert "\n" not in str(error.value)
+
+
+def test_missing_labels(source, tmp_path) -> None:
+    _refused("no such file", tmp_path / "none.geojson", source)
+    _refused("no such file", tmp_path / "none.tif", source)
+
+
+def test_a_file_that_is_no_vector_file(source, tmp_path) -> None:
+    (tmp_path / "bad.geojson").write_text("{")
+    _refused("can't open .* as a vector file", tmp_path / "bad.geojson", source)
+
+
+def test_an_image_without_crs(source, write_vector, make_scene) -> None:
+    plain = open_source(make_scene(crs=None, transform=Affine.identity(), nodata=None))
+    _refused("has no CRS", write_vector(POLYGONS), plain)
+
+
+def test_labels_without_crs(source, write_vector) -> None:
+    _refused("labels.shp have no CRS", write_vector(POLYGONS, "labels.shp", set_crs=False), source)
+
+
+def test_labels_elsewhere(source, write_vector, make_scene) -> None:
+    far = affinity.translate(box(0, 0, 10, 10), 5000, 5000)
+    _refused("don't overlap", write_vector([far]), source)
+    mask = _mask(make_scene, np.eye(50), transform=Affine(3, 0, 900_000, 0, -3, 4_000_000))
+    _refused("don't overlap", mask, source)
+
+
+def test_attributes_and_classes_that_do_not_fit(source, write_vector) -> None:
+    path = write_vector(POLYGONS, kind=["building", "house", None])
+    _refused("'king' is not a column of .*; columns: id, kind", path, source, attribute="king")
+    _refused("holds house, null, which is no class", path, source, attribute="kind")
+    _refused("class 1 of 2, got 3 classes", path, source, classes=["a", "b", "c"])
+
+
+def test_lines_are_refused_and_empty_geometries_dropped(source, write_vector) -> None:
+    _refused(
+        "holds LineString; labels must be polygons", write_vector([LineString([(0, 0), (9, 9)])], "l.gpkg"), source
+    )
+    path = write_vector([box(1, 1, 9, 9), None], "some.gpkg")
+    assert open_labels(path, source, classes=CLASSES).read(source.extent).sum() == 64
+    _refused("no polygons", write_vector([None], "none.gpkg"), source)

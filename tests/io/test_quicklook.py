@@ -1,0 +1,44 @@
+import numpy as np
+import pytest
+from PIL import Image
+
+from perf_vit.errors import OutputError
+from perf_vit.io import CogWriter, colorize, default_colormap, open_source, rgb_from, write_map_quicklook
+from perf_vit.types import IGNORE_INDEX, GeoImage
+
+
+@pytest.mark.parametrize("num_bands", [1, 2, 3, 7])
+def test_a_stretch_uses_the_whole_range_and_shows_invalid_pixels_white(num_bands: int) -> None:
+    pixels = np.random.default_rng(0).normal(5000, 300, (num_bands, 60, 60)).astype(np.float32)
+    valid = np.ones((60, 60), bool)
+    valid[:5] = False
+    pixels[:, :5] = np.nan
+    rgb = rgb_from(GeoImage(pixels, valid))
+    assert rgb.shape == (60, 60, 3)
+    assert (rgb[:5] == 255).all()
+    assert rgb[5:].min() == 0
+    assert np.ptp(rgb[5:]) == 255
+
+
+def test_colours_are_distinct_and_ignored_is_transparent() -> None:
+    table = default_colormap(40)
+    assert len({table[i] for i in range(40)}) == 40
+    assert table[IGNORE_INDEX][3] == 0
+    labels = np.array([[0, 1, IGNORE_INDEX]], np.uint8)
+    assert colorize(labels, table).tolist() == [[list(table[0]), list(table[1]), [0, 0, 0, 0]]]
+    assert colorize(labels, {1: (9, 8, 7)}).tolist() == [[[0, 0, 0, 0], [9, 8, 7, 255], [0, 0, 0, 0]]]
+
+
+@pytest.mark.parametrize(("height", "width"), [(70, 90), (1500, 40), (30, 2100)])
+def test_a_quicklook_shows_scene_and_map(make_scene, tmp_path, height: int, width: int) -> None:
+    source = open_source(make_scene(height=height, width=width))
+    layout = {"height": height, "width": width, "num_bands": 1, "dtype": "uint8", "nodata": 255}
+    with CogWriter(tmp_path / "map.tif", crs=source.crs, transform=source.transform, **layout) as writer:
+        writer.write(0, np.random.default_rng(0).integers(0, 2, (1, height, width)).astype(np.uint8))
+    write_map_quicklook(source, tmp_path / "map.tif", tmp_path / "map.png", ["a", "b"])
+    picture = np.asarray(Image.open(tmp_path / "map.png"))[..., :3]
+    colors = {tuple(color) for color in picture.reshape(-1, 3)}
+    assert {color[:3] for color in (default_colormap(2)[0], default_colormap(2)[1])} <= colors
+    assert max(picture.shape) < 4000
+    with pytest.raises(OutputError, match="can't write"):
+        write_map_quicklook(source, tmp_path / "map.tif", tmp_path / "map.png" / "map.png", ["a", "b"])

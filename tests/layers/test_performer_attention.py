@@ -1,0 +1,182 @@
+import copy
+import inspect
+
+import pytest
+import torch
+from timm.layers import Attention, LayerNorm
+from timm.models._manipulate import reinit_non_persistent_buffers
+from torch import nn
+from torch.nn import functional as F
+
+from perf_vit.layers import PerformerAttention, performer_attention
+from perf_vit.ops.naive import naive_favor_attention
+
+VARIANTS = [{}, {"qkv_bias": True}, {"qk_norm": True, "scale_norm": True}, {"attn_head_dim": 24, "dim_out": 40}]
+if "gated" in inspect.signature(Attention).parameters:
+    VARIANTS.append({"gated": True, "qkv_bias": True, "scale_norm": True})
+
+LAYER_ARGS = {"dim": 32, "num_heads": 2, "norm_layer": LayerNorm}
+
+
+def layer(**kwargs) -> PerformerAttention:
+    torch.manual_seed(0)
+    return PerformerAttention(**LAYER_ARGS, **kwargs).eval()
+
+
+def tokens(num_tokens: int = 21) -> torch.Tensor:
+    return torch.randn(2, num_tokens, 32, generator=torch.Generator().manual_seed(1))
+
+
+@pytest.mark.parametrize("variant", VARIANTS, ids=str)
+def test_all_but_the_attention_itself_is_timms(variant: dict, monkeypatch: pytest.MonkeyPatch) -> None:
+    ours, theirs = layer(**variant), Attention(**LAYER_ARGS, **variant).eval()
+    theirs.load_state_dict(ours.state_dict(), strict=True)
+    approximate = ours(tokens())
+    assert approximate.shape == theirs(tokens()).shape
+    assert not torch.allclose(approximate, theirs(tokens()))
+    monkeypatch.setattr(
+        performer_attention,
+        "bidirectional_favor_attention",
+        lambda q, k, v, *_: F.scaled_dot_product_attention(q, k, v),
+    )
+    torch.testing.assert_close(ours(tokens()), theirs(tokens()))
+
+
+@pytest.mark.parametrize("kernel", ["softmax+", "relu"])
+def test_heads_attend_by_the_configured_kernel_and_projection(kernel: str) -> None:
+    attention = layer().configure(kernel=kernel, num_features=20).double()
+    x = tokens().double()
+    q, k, v = attention.qkv(x).reshape(2, 21, 3, 2, 16).permute(2, 0, 3, 1, 4).unbind(0)
+    heads = naive_favor_attention(q, k, v, attention.projection, kernel)
+    torch.testing.assert_close(attention(x), attention.proj(heads.transpose(1, 2).reshape(2, 21, 32)))
+
+
+def test_many_features_approach_the_softmax_layer() -> None:
+    ours, theirs = layer(), Attention(**LAYER_ARGS).eval()
+    theirs.load_state_dict(ours.state_dict())
+    errors = [float((ours.configure(num_features=m)(tokens()) - theirs(tokens())).abs().max()) for m in (4, 128, 4096)]
+    assert errors[0] > errors[1] > errors[2]
+
+
+def test_default_options_hold_before_any_configure() -> None:
+    attention = layer()
+    assert attention.projection.shape == (256, 16)
+    assert torch.equal(attention.projection, layer().configure(kernel="softmax+", seed=0, layer_index=0).projection)
+    assert "kernel='softmax+', num_features=256" in repr(attention)
+
+
+def test_configure_changes_what_it_names_and_keeps_the_rest() -> None:
+    attention = layer().configure(kernel="relu", num_features=20)
+    attention.configure(norms="sqrt", orthogonal=False)
+    assert attention.options.kernel == "relu"
+    torch.testing.assert_close(attention.projection.norm(dim=1), torch.full((20,), 4.0))
+
+
+def test_seed_layer_and_draw_each_give_another_projection_and_repeat() -> None:
+    entropies = [(0, 0, 0), (1, 0, 0), (0, 1, 0), (0, 0, 1), (1, 1, 0), (2, 0, 0)]
+
+    def projection(seed: int, layer_index: int, draw: int) -> torch.Tensor:
+        attention = layer().configure(seed=seed, layer_index=layer_index)
+        attention.redraw(draw)
+        return attention.projection
+
+    drawn = [projection(*entropy) for entropy in entropies]
+    for i, first in enumerate(drawn):
+        assert torch.equal(first, projection(*entropies[i]))
+        assert not any(torch.equal(first, other) for other in drawn[i + 1 :])
+
+
+def test_building_and_configuring_leave_global_randomness_to_the_weights() -> None:
+    torch.manual_seed(0)
+    Attention(**LAYER_ARGS)
+    expected = torch.random.get_rng_state()
+    layer().configure(num_features=20)
+    assert torch.equal(torch.random.get_rng_state(), expected)
+
+
+def test_redraw_writes_into_the_same_buffer() -> None:
+    attention = layer()
+    address, before = attention.projection.data_ptr(), attention.projection.clone()
+    attention.redraw(1)
+    assert attention.projection.data_ptr() == address
+    assert not torch.equal(attention.projection, before)
+    attention.redraw(0)
+    assert torch.equal(attention.projection, before)
+
+
+def test_projection_is_in_no_checkpoint() -> None:
+    assert set(layer(qkv_bias=True).state_dict()) == {"qkv.weight", "qkv.bias", "proj.weight", "proj.bias"}
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_projection_stays_the_same_float32_in_a_module_of_another_dtype(dtype: torch.dtype) -> None:
+    attention = layer()
+    drawn = attention.projection.clone()
+    expected = attention(tokens())
+    moved = attention.to(dtype)
+    assert moved.projection.dtype == torch.float32
+    assert torch.equal(moved.projection, drawn)
+    out = moved(tokens().to(dtype))
+    assert out.dtype == dtype
+    torch.testing.assert_close(out.float(), expected, rtol=0, atol=2e-2)
+
+
+def test_other_dtypes_at_construction_keep_the_projection_float32() -> None:
+    attention = layer(dtype=torch.bfloat16)
+    assert attention.qkv.weight.dtype == torch.bfloat16
+    assert torch.equal(attention.projection, layer().projection)
+
+
+@pytest.mark.parametrize("build", [lambda: layer(device="meta"), lambda: layer().to("meta")])
+def test_a_module_that_leaves_the_meta_device_has_its_projection(build) -> None:
+    attention = build()
+    assert attention.projection.is_meta
+    attention.to_empty(device="cpu")
+    assert torch.equal(attention.projection, layer().projection)
+
+
+def test_timm_restores_the_projection() -> None:
+    model = nn.Sequential(layer().configure(layer_index=3))
+    expected = model[0].projection.clone()
+    model[0].projection.zero_()
+    assert reinit_non_persistent_buffers(model) == ["0"]
+    assert torch.equal(model[0].projection, expected)
+
+
+def test_copies_are_independent() -> None:
+    attention = layer()
+    twin = copy.deepcopy(attention)
+    assert torch.equal(twin(tokens()), attention(tokens()))
+    twin.redraw(1)
+    assert not torch.equal(twin.projection, attention.projection)
+
+
+def test_masks_and_causal_order_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"attn_mask must be None .* got attn_mask of \[21, 21\] and is_causal False"):
+        layer()(tokens(), attn_mask=torch.ones(21, 21))
+    with pytest.raises(ValueError, match="is_causal True"):
+        layer()(tokens(), is_causal=True)
+
+
+def test_attention_dropout_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"attn_drop must be 0, got 0\.1"):
+        layer(attn_drop=0.1)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"num_feature": 3}, "got 'num_feature'; did you mean 'num_features'"),
+        ({"kernel": "rely"}, "did you mean 'relu'"),
+        ({"norms": "unit"}, "one of chi, sqrt"),
+        ({"num_features": 0}, "at least 1"),
+        ({"seed": -1}, "0 or more, got -1"),
+    ],
+)
+def test_wrong_options_are_named_and_change_nothing(options: dict, message: str) -> None:
+    attention = layer()
+    before, expected = attention.options, attention(tokens())
+    with pytest.raises(ValueError, match=message):
+        attention.configure(**options)
+    assert attention.options == before
+    assert torch.equal(attention(tokens()), expected)

@@ -1,0 +1,88 @@
+from dataclasses import replace
+
+import pytest
+import torch
+
+from perf_vit.errors import ConfigError
+from perf_vit.models import ModelConfig, SegmenterSpec, build_segmenter
+from perf_vit.models.heads import FullResolutionHead
+from perf_vit.transforms import Normalizer
+from perf_vit.types import FeatureSpec
+
+TINY = ModelConfig(
+    backbone="performer_vit_tiny_patch16_224",
+    backbone_kwargs={"depth": 2, "attn_kwargs": {"num_features": 32}},
+    out_indices=[0, 1],
+)
+
+
+def spec(num_bands: int = 3, tile_px: int = 64) -> SegmenterSpec:
+    statistics = Normalizer((0.0,) * num_bands, (1.0,) * num_bands)
+    return SegmenterSpec(classes=("a", "b", "c"), normalizer=statistics, tile_px=tile_px)
+
+
+@pytest.mark.parametrize("num_bands", [1, 3, 7])
+@pytest.mark.parametrize("size", [(64, 64), (96, 32)])
+def test_logits_have_the_resolution_of_the_image(num_bands: int, size: tuple[int, int]) -> None:
+    model = build_segmenter(TINY, spec(num_bands)).eval()
+    with torch.no_grad():
+        assert model(torch.randn(2, num_bands, *size)).shape == (2, 3, *size)
+
+
+def test_every_parameter_gets_a_gradient() -> None:
+    model = build_segmenter(TINY, spec())
+    model(torch.randn(2, 3, 64, 64)).square().mean().backward()
+    without = [name for name, p in model.named_parameters() if p.grad is None or not p.grad.abs().sum() > 0]
+    # softmax over keys ignores a constant added to all of them, so the bias of the keys alone can be flat
+    assert without == []
+
+
+def test_a_single_pixel_changes_the_output_beside_it_most() -> None:
+    torch.manual_seed(0)
+    model = build_segmenter(TINY, spec()).eval()
+    image = torch.randn(1, 3, 64, 64)
+    touched = image.clone()
+    touched[..., 40, 21] += 5
+    with torch.no_grad():
+        change = (model(image) - model(touched)).abs().sum(1)[0]
+    assert divmod(int(change.argmax()), 64) in {(r, c) for r in range(38, 43) for c in range(19, 24)}
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"backbone": "performer_vit_tinny_patch16_224"}, "did you mean performer_vit_tiny_patch16_224?"),
+        ({"head": "unet"}, "model.head must be one of full_resolution, got unet"),
+        ({"head_kwargs": {"widths": 3}}, "widths"),
+        ({"backbone_kwargs": {"attn_kwargs": {"num_feature": 3}}}, "num_features"),
+    ],
+)
+def test_wrong_configs_are_one_line(change: dict, message: str) -> None:
+    with pytest.raises(ConfigError) as error:
+        build_segmenter(replace(TINY, **change), spec())
+    assert message in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_a_tile_that_the_patch_size_does_not_divide_is_an_error() -> None:
+    with pytest.raises(ConfigError, match="multiple of the patch size 16, got 1000; try 992"):
+        build_segmenter(TINY, spec(tile_px=1000))
+
+
+def test_head_takes_any_power_of_two_stride() -> None:
+    for stride in (4, 8, 32):
+        head = FullResolutionHead([FeatureSpec(24, stride)] * 2, in_chans=2, num_classes=5).eval()
+        features = [torch.randn(1, 24, 64 // stride, 96 // stride) for _ in range(2)]
+        assert head(features, torch.randn(1, 2, 64, 96)).shape == (1, 5, 64, 96)
+
+
+def test_head_refuses_strides_that_it_cannot_double() -> None:
+    with pytest.raises(ValueError, match="power of two, got 14"):
+        FullResolutionHead([FeatureSpec(24, 14)], in_chans=3, num_classes=2)
+    with pytest.raises(ValueError, match="one stride"):
+        FullResolutionHead([FeatureSpec(24, 8), FeatureSpec(24, 16)], in_chans=3, num_classes=2)
+
+
+def test_spec_round_trip() -> None:
+    full = replace(spec(), bands=(3, 1), nodata=0.0)
+    assert SegmenterSpec.from_dict(full.to_dict()) == full

@@ -1,0 +1,55 @@
+import numpy as np
+import pytest
+
+from perf_vit.transforms import Augmentation
+from perf_vit.types import IGNORE_INDEX
+
+FULL = {"flips": True, "scale": (0.6, 1.5), "gain": 0.2, "offset": 0.2}
+
+
+def _sample(num_bands: int, size: int = 64) -> tuple[np.ndarray, np.ndarray]:
+    labels = np.zeros((size, size), np.uint8)
+    labels[6:30, 11:50] = 1
+    image = np.repeat(labels[None].astype(np.float32), num_bands, axis=0)
+    return image, labels
+
+
+@pytest.mark.parametrize("num_bands", [1, 3, 7, 13])
+def test_image_and_labels_move_together_for_any_band_count(num_bands: int) -> None:
+    image, labels = _sample(num_bands)
+    augment = Augmentation(flips=True, scale=(0.6, 1.5))
+    moved = 0
+    for seed in range(20):
+        out, out_labels = augment(image, labels, seed)
+        assert out.shape == image.shape
+        assert out.dtype == np.float32
+        inside = out_labels != IGNORE_INDEX
+        assert ((out > 0.5) != (out_labels == 1))[:, inside].mean() < 0.02
+        moved += int((out_labels != labels).any())
+    assert moved > 10
+
+
+def test_the_seed_alone_decides_the_sample() -> None:
+    image, labels = _sample(7)
+    first, second = Augmentation(**FULL), Augmentation(**FULL)
+    second(image, labels, seed=1)
+    for seed in (5, 6):
+        a, b = first(image, labels, seed), second(image, labels, seed)
+        assert all(np.array_equal(x, y) for x, y in zip(a, b, strict=True))
+    assert not np.array_equal(first(image, labels, 5)[0], first(image, labels, 6)[0])
+
+
+def test_what_a_zoom_out_uncovers_is_ignored() -> None:
+    image, labels = _sample(3)
+    _, out = Augmentation(flips=False, scale=(0.5, 0.5))(image, labels, seed=1)
+    assert {0, 1, IGNORE_INDEX} == set(np.unique(out))
+
+
+def test_gain_and_offset_leave_labels_alone_and_stay_within_bounds() -> None:
+    _, labels = _sample(7)
+    image = np.full((7, 64, 64), 2.0, np.float32)
+    augment = Augmentation(flips=False, gain=0.1, offset=0.3)
+    out = np.stack([augment(image, labels, seed)[0] for seed in range(50)])
+    assert np.array_equal(augment(image, labels, 3)[1], labels)
+    assert np.abs(out - 2).max() <= 2 * 0.1 + 0.3 + 1e-5
+    assert out.std() > 0.05
