@@ -84,9 +84,9 @@ def _same_grid(labels: RasterSource, source: RasterSource) -> bool:
         return False
     if source.crs is None:
         return True
-    to_labels = ~labels.transform * source.transform
+    to_labels = ~labels.transform @ source.transform
     corners = [(0, 0), (source.width, source.height)]
-    return all(abs(a - b) < 0.01 for corner in corners for a, b in zip(to_labels * corner, corner, strict=True))
+    return all(abs(a - b) < 0.01 for corner in corners for a, b in zip(to_labels @ corner, corner, strict=True))
 
 
 def _warped(labels: RasterSource, source: RasterSource) -> PerThread[Any]:

@@ -95,7 +95,7 @@ class RasterSource:
     def bounds(self) -> Bounds:
         """(left, bottom, right, top) in CRS units; of a rotated raster, the box around it."""
         corners = ((0, 0), (self.width, 0), (0, self.height), (self.width, self.height))
-        xs, ys = zip(*(self.transform * corner for corner in corners), strict=True)
+        xs, ys = zip(*(self.transform @ corner for corner in corners), strict=True)
         return min(xs), min(ys), max(xs), max(ys)
 
     def read(self, window: Window) -> GeoImage:
@@ -141,7 +141,7 @@ class RasterSource:
         height, width = (max(1, math.floor(side / step + 0.5)) for side in shared.shape)
         pixels, valid = self._read_inside(shared, (height, width))
         scale = Affine.scale(shared.width / width, shared.height / height)
-        return GeoImage(pixels, valid, self.crs, self.transform @ Affine.translation(shared.col, shared.row) * scale)
+        return GeoImage(pixels, valid, self.crs, self.transform @ Affine.translation(shared.col, shared.row) @ scale)
 
     def close(self) -> None:
         """Close this thread's file handle; a later read opens it again."""

@@ -41,7 +41,7 @@ def test_any_window_equals_the_crop_of_a_padded_read(make_scene, row: int, col: 
     rows, cols = slice(row + pad, row + pad + height), slice(col + pad, col + pad + width)
     assert np.array_equal(image.pixels, pixels[:, rows, cols])
     assert np.array_equal(image.valid, valid[rows, cols])
-    assert image.transform * (0, 0) == source.transform * (col, row)
+    assert image.transform @ (0, 0) == source.transform @ (col, row)
 
 
 def test_bands_are_read_in_the_order_given(make_scene) -> None:
@@ -113,8 +113,8 @@ def test_reduced_reads_keep_their_place(make_scene) -> None:
     source = open_source(make_scene(height=500, width=300, nodata=None))
     image = source.read_reduced(100)
     assert image.pixels.shape == (3, 100, 60)
-    right_bottom = image.transform * (60, 100)
-    np.testing.assert_allclose(right_bottom, source.transform * (300, 500))
+    right_bottom = image.transform @ (60, 100)
+    np.testing.assert_allclose(right_bottom, source.transform @ (300, 500))
     small = source.read_reduced(1000, Window(10, 20, 30, 40))
     assert np.array_equal(small.pixels, source.read(Window(10, 20, 30, 40)).pixels)
 

@@ -1,0 +1,52 @@
+"""The names that users rely on; a change here is a change of the contract."""
+
+import importlib
+import subprocess
+import sys
+
+import pytest
+
+import perf_vit
+
+CONTRACT = {
+    "perf_vit": ["__version__", "load_segmenter", "open_source", "ops", "predict"],
+    "perf_vit.ops": ["KVState", "draw_projection", "favor_attention"],
+    "perf_vit.tiling": ["grid_windows", "hann_weights", "random_window"],
+    "perf_vit.layers": ["PerformerAttention"],
+    "perf_vit.transforms": ["Augmentation", "Normalizer"],
+    "perf_vit.inference": [
+        "Strip",
+        "TileModel",
+        "class_map",
+        "class_probabilities",
+        "predict",
+        "predict_strips",
+        "segment_strips",
+    ],
+}
+
+
+@pytest.mark.parametrize("module", CONTRACT)
+def test_promised_names_exist_and_are_listed(module: str) -> None:
+    package = importlib.import_module(module)
+    assert set(CONTRACT[module]) <= set(package.__all__)
+    assert all(getattr(package, name) is not None for name in package.__all__)
+
+
+def test_top_level_names_are_exactly_the_contract() -> None:
+    assert sorted(perf_vit.__all__) == sorted(CONTRACT["perf_vit"])
+
+
+def test_importing_the_package_registers_backbones_and_loads_no_raster_or_training_library() -> None:
+    script = (
+        "import sys, timm, perf_vit\n"
+        "assert 'performer_vit_tiny_patch16_224' in timm.list_models('performer*')\n"
+        "print([m for m in ('rasterio', 'geopandas', 'lightning', 'matplotlib') if m in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+def test_an_unknown_name_is_an_attribute_error() -> None:
+    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+        perf_vit.nothing  # noqa: B018
