@@ -2,9 +2,11 @@
 #   make demo           a whole road in under four minutes: scene, training, map, report
 #   make test           the fast suite        make slow    the rest
 #   make check          lint, format, types, dependency rule
-# VENV=DIR puts the environment elsewhere; PYTHON=python3.12 chooses the interpreter it is made with.
+# VENV=DIR puts the environment elsewhere; PYTHON=python3.12 chooses the interpreter it is made with;
+# PROCESSES=8 tests in as many processes.
 VENV ?= .venv
 PYTHON ?= python3
+PROCESSES ?= 2
 PY := $(VENV)/bin/python
 STAMP := $(VENV)/.perf_vit_installed
 
@@ -14,7 +16,7 @@ demo: $(STAMP)
 	$(PY) -m perf_vit demo --out demo
 
 test: $(STAMP)
-	$(PY) -m pytest
+	$(PY) -m pytest --numprocesses $(PROCESSES) --dist worksteal
 
 slow: $(STAMP)
 	$(PY) -m pytest -m slow

@@ -1,11 +1,19 @@
 """Scenes that every test may make."""
 
+import os
 from pathlib import Path
+
+# One thread a process: the suite runs in as many processes as there are cores, and small operations on two threads of
+# a busy machine take many times longer than on one.
+os.environ["OMP_NUM_THREADS"] = "1"
 
 import numpy as np
 import pytest
 import rasterio
+import torch
 from affine import Affine
+
+torch.set_num_threads(1)
 
 CRS = "EPSG:32637"
 TRANSFORM = Affine(2.5, 0, 401_000.125, 0, -3.25, 4_510_000.5)

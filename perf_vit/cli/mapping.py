@@ -47,24 +47,12 @@ def evaluate_raster(
     labels: Path,
     *,
     region: Sequence[int] | None = None,
-    attribute: str | None = None,
-    values: Sequence[int] | None = None,
-    ignore_values: Sequence[int] = (),
-    background: int | None = 0,
     **engine: Any,
 ) -> list[ClassScores]:
-    """Score the blended prediction of a raster against labels; each pixel counts once."""
+    """Score the blended prediction of a raster against labels, read as in training; each pixel counts once."""
     model = load_segmenter(checkpoint)
     source = open_for(model, image)
-    truth = open_labels(
-        labels,
-        source,
-        attribute=attribute,
-        classes=model.spec.classes,
-        values=values,
-        ignore_values=ignore_values,
-        background=background,
-    )
+    truth = open_labels(labels, source, classes=model.spec.classes, **model.spec.label_options)
     extent = region_window(None if region is None else list(region), source, "--region")
     metrics = segmentation_metrics(len(model.spec.classes))
     with windows_progress(f"evaluating {image.name}") as on_window:

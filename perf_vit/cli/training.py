@@ -10,7 +10,7 @@ import lightning
 
 from perf_vit.cli.schemas import SegmentationRun
 from perf_vit.config import dump_config
-from perf_vit.data import WindowDataModule, build_datamodule
+from perf_vit.data import WindowDataModule, build_datamodule, label_options
 from perf_vit.errors import ConfigError, OutputError
 from perf_vit.models import SegmenterSpec
 from perf_vit.tasks import SegmentationTask, build_trainer
@@ -50,6 +50,7 @@ def _spec(config: SegmentationRun, data: WindowDataModule) -> SegmenterSpec:
         tile_px=data.tile_px,
         bands=None if config.data.bands is None else tuple(config.data.bands),
         nodata=config.data.nodata,
+        label_options=label_options(config.data),
     )
 
 

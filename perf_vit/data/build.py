@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
 from perf_vit.data.datamodule import WindowDataModule
 from perf_vit.data.windows import GridWindows, LabelledSource, RandomWindows
@@ -138,17 +139,19 @@ def region_window(region: list[int] | None, source: RasterSource, key: str) -> W
     return window
 
 
+def label_options(config: DataConfig) -> dict[str, Any]:
+    """How label files are read, as plain keyword arguments of `perf_vit.io.open_labels`."""
+    return {
+        "attribute": config.attribute,
+        "values": config.values,
+        "ignore_values": list(config.ignore_values),
+        "background": config.background,
+    }
+
+
 def _open(config: DataConfig, region: RegionConfig, key: str) -> LabelledSource:
     source = open_source(region.image, bands=config.bands, nodata=config.nodata)
-    labels = open_labels(
-        region.labels,
-        source,
-        attribute=config.attribute,
-        classes=config.classes,
-        values=config.values,
-        ignore_values=config.ignore_values,
-        background=config.background,
-    )
+    labels = open_labels(region.labels, source, classes=config.classes, **label_options(config))
     return LabelledSource(source, labels, region_window(region.region, source, f"{key}.region"))
 
 

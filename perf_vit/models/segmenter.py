@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from torch import Tensor, nn
@@ -23,6 +23,7 @@ class SegmenterSpec:
         tile_px: side of the square tiles it was trained on, in pixels.
         bands: 1-based bands of the source that it reads, None for all of them.
         nodata: value that marks missing pixels where the file declares none, None for nothing of the kind.
+        label_options: how its label files are read, as keyword arguments of `perf_vit.io.open_labels`.
     """
 
     classes: tuple[str, ...]
@@ -30,6 +31,7 @@ class SegmenterSpec:
     tile_px: int
     bands: tuple[int, ...] | None = None
     nodata: float | None = None
+    label_options: dict[str, Any] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, for a checkpoint."""
@@ -46,6 +48,7 @@ class SegmenterSpec:
             tile_px=values["tile_px"],
             bands=None if values["bands"] is None else tuple(values["bands"]),
             nodata=values["nodata"],
+            label_options=values["label_options"],
         )
 
 

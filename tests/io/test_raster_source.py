@@ -148,7 +148,7 @@ def test_missing_file(tmp_path) -> None:
 
 def test_a_file_that_is_no_raster(tmp_path) -> None:
     (tmp_path / "text.tif").write_text("hello")
-    with pytest.raises(InputError, match="can't open .* as a raster"):
+    with pytest.raises(InputError, match=r"can't open .* as a raster"):
         open_source(tmp_path / "text.tif")
 
 

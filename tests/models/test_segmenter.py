@@ -84,5 +84,5 @@ def test_head_refuses_strides_that_it_cannot_double() -> None:
 
 
 def test_spec_round_trip() -> None:
-    full = replace(spec(), bands=(3, 1), nodata=0.0)
+    full = replace(spec(), bands=(3, 1), nodata=0.0, label_options={"values": [4, 5, 6], "attribute": None})
     assert SegmenterSpec.from_dict(full.to_dict()) == full
