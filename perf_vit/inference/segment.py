@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from perf_vit._version import __version__
-from perf_vit.errors import InputError
+from perf_vit.errors import InputError, OutputError
 from perf_vit.inference.engine import Strip, predict_strips
 from perf_vit.io import CogWriter, RasterSource, default_colormap
 from perf_vit.models import Segmenter
@@ -55,8 +55,9 @@ def predict(
 
     Raises:
         InputError: the source's bands are not the model's, or the window size doesn't fit the patch size.
-        OutputError: the map can't be written there.
+        OutputError: the map can't be written there, would replace its input, or isn't named .tif.
     """
+    _check_output(Path(out), source)
     classes = model.spec.classes
     strips = segment_strips(
         model,
@@ -94,6 +95,13 @@ def predict(
             block = class_probabilities(strip) if probabilities else class_map(strip)[None]
             writer.write(strip.window.row, block)
     return Path(out)
+
+
+def _check_output(out: Path, source: RasterSource) -> None:
+    if out.suffix.lower() not in {".tif", ".tiff"}:
+        raise OutputError(f"the map is a GeoTIFF: its name must end in .tif, got {out}; try {out.with_suffix('.tif')}")
+    if out.exists() and Path(source.path).exists() and out.samefile(source.path):
+        raise OutputError(f"the map would replace its own input {out}; choose another output")
 
 
 def segment_strips(

@@ -1,7 +1,7 @@
 """Sources, labels and outputs: rasters read and written window by window."""
 
 from perf_vit.io.labels import LabelSource, open_labels
-from perf_vit.io.quicklook import colorize, default_colormap, rgb_from, save_png, write_map_quicklook
+from perf_vit.io.quicklook import colorize, default_colormap, natural_bands, rgb_from, save_png, write_map_quicklook
 from perf_vit.io.raster import RasterSource, open_source
 from perf_vit.io.writers import CogWriter
 
@@ -11,6 +11,7 @@ __all__ = [
     "RasterSource",
     "colorize",
     "default_colormap",
+    "natural_bands",
     "open_labels",
     "open_source",
     "rgb_from",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -119,13 +120,20 @@ def _read_polygons(path: str, source: RasterSource, attribute: str | None) -> An
 
 def _read_file(path: str, attribute: str | None) -> Any:
     try:
-        layer = _only_layer(path)
-        columns = pyogrio.read_info(path, layer=layer)["fields"].tolist()
-        if attribute is not None and attribute not in columns:
-            raise InputError(f"attribute {attribute!r} is not a column of {path}; columns: {', '.join(columns) or '-'}")
-        return gpd.read_file(path, layer=layer, engine="pyogrio", columns=[] if attribute is None else [attribute])
+        with warnings.catch_warnings():
+            # Of a damaged file the error below says the same, once.
+            warnings.simplefilter("ignore", RuntimeWarning)
+            return _read_only_layer(path, attribute)
     except (DataSourceError, DataLayerError) as error:
         raise InputError(f"can't open {path} as a vector file: {reason_of(error)}") from error
+
+
+def _read_only_layer(path: str, attribute: str | None) -> Any:
+    layer = _only_layer(path)
+    columns = pyogrio.read_info(path, layer=layer)["fields"].tolist()
+    if attribute is not None and attribute not in columns:
+        raise InputError(f"attribute {attribute!r} is not a column of {path}; columns: {', '.join(columns) or '-'}")
+    return gpd.read_file(path, layer=layer, engine="pyogrio", columns=[] if attribute is None else [attribute])
 
 
 def _only_layer(path: str) -> str:
@@ -154,9 +162,9 @@ def _codes(path: str, frame: Any, classes: LabelClasses, attribute: str | None) 
 
 def _unknown_message(path: str, attribute: str, unknown: Sequence[Any], classes: LabelClasses) -> str:
     shown = ", ".join(str(value) for value in unknown[:8])
-    names = f"{', '.join(classes.names)}; " if classes.names else ""
+    names = f"{', '.join(classes.names)}, " if classes.names else ""
     return (
-        f"{attribute} of {path} holds {shown}, which is no class ({names}{classes.described_values()}): "
+        f"{attribute} of {path} holds {shown}; the classes are {names}{classes.described_values()}: "
         "add it to classes, values or ignore_values"
     )
 

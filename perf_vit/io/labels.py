@@ -59,6 +59,8 @@ def open_labels(
     name = os.fspath(path)
     check_exists(name)
     mapping = LabelClasses.make(classes, values, ignore_values)
+    if background is not None and not 0 <= background < len(mapping.values):
+        raise InputError(f"background must be a class index below {len(mapping.values)}, got {background}")
     if is_vector_name(name):
         return VectorLabels(name, source, mapping, attribute, background)
     try:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import colorsys
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from perf_vit.io._staging import staged
 from perf_vit.io.raster import RasterSource, open_source
 from perf_vit.types import IGNORE_INDEX, GeoImage, LabelArray
 
-__all__ = ["colorize", "default_colormap", "rgb_from", "save_png", "write_map_quicklook"]
+__all__ = ["colorize", "default_colormap", "natural_bands", "rgb_from", "save_png", "write_map_quicklook"]
 
 Picture = npt.NDArray[np.uint8]
 Color = tuple[int, int, int, int]
@@ -114,7 +115,7 @@ def write_map_quicklook(source: RasterSource, map_path: str | Path, path: str | 
     colors = default_colormap(len(classes))
     with open_source(map_path) as result:
         labels = _class_indices(result.read_reduced(_PANEL_PX))
-    scene = rgb_from(source.read_reduced(_PANEL_PX), _natural_bands(source))
+    scene = rgb_from(source.read_reduced(_PANEL_PX), natural_bands(source))
     painted = colorize(labels, colors)
     painted[painted[..., 3] == 0] = 255
     panels = [_enlarge(scene), _enlarge(painted[..., :3])]
@@ -148,11 +149,11 @@ def _class_indices(image: GeoImage) -> LabelArray:
     return np.where(image.valid, best, IGNORE_INDEX).astype(np.uint8)
 
 
-def _natural_bands(source: RasterSource) -> list[int] | None:
-    """Where the bands called red, green and blue are, if there are all three."""
-    names = [name.lower() for name in source.band_names]
-    wanted = ("red", "green", "blue")
-    return [names.index(name) + 1 for name in wanted] if set(wanted) <= set(names) else None
+def natural_bands(source: RasterSource) -> list[int] | None:
+    """Where the bands called red, green and blue are ("Red", "red_B4"), if there are all three."""
+    words = [re.findall("[a-z]+", name.lower()) for name in source.band_names]
+    found = [next((i for i, name in enumerate(words, 1) if color in name), 0) for color in ("red", "green", "blue")]
+    return found if all(found) else None
 
 
 def _enlarge(picture: Picture) -> Picture:

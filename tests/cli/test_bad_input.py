@@ -148,6 +148,18 @@ def test_output_folder_that_cannot_be_written(trained, tmp_path, refused) -> Non
     assert "can't write" in message
 
 
+def test_a_map_never_replaces_its_input(trained, capsys) -> None:
+    before = trained.scene.image.read_bytes()
+    assert call(_predict(trained, trained.scene.image, trained.scene.image)) == 2
+    assert "would replace its own input" in capsys.readouterr().err
+    assert trained.scene.image.read_bytes() == before
+
+
+def test_a_map_is_named_as_what_it_is(trained, tmp_path, refused) -> None:
+    message = refused(_predict(trained, trained.scene.image, tmp_path / "out" / "map.png"))
+    assert "must end in .tif" in message
+
+
 def test_run_folder_that_cannot_be_written(trained, tmp_path, refused) -> None:
     (tmp_path / "file").write_text("not a folder")
     assert "can't write the run folder" in refused(train_args(trained.scene, tmp_path / "file" / "run"))

@@ -183,7 +183,7 @@ def test_labels_elsewhere(source, write_vector, make_scene) -> None:
 def test_attributes_and_classes_that_do_not_fit(source, write_vector) -> None:
     path = write_vector(POLYGONS, kind=["building", "house", None])
     _refused("'king' is not a column of .*; columns: id, kind", path, source, attribute="king")
-    _refused("holds house, null, which is no class", path, source, attribute="kind")
+    _refused("holds house, null; the classes are background, building, values 0, 1", path, source, attribute="kind")
     _refused("class 1 of 2, got 3 classes", path, source, classes=["a", "b", "c"])
 
 
