@@ -8,6 +8,7 @@ from pathlib import Path
 
 import lightning
 
+from perf_vit.cli.console import console
 from perf_vit.cli.schemas import SegmentationRun
 from perf_vit.config import dump_config
 from perf_vit.data import WindowDataModule, build_datamodule, label_options
@@ -32,7 +33,7 @@ def train_segmentation(config: SegmentationRun, *, progress: bool = True) -> Pat
     folder = Path(config.out)
     last = folder / "checkpoints" / "last.ckpt"
     _check_folder(folder, last, resume=config.resume)
-    _quieten()
+    _set_up_logging()
     lightning.seed_everything(config.seed, workers=True, verbose=False)
     data = build_datamodule(config.data, config.seed)
     task = SegmentationTask(config.model, _spec(config, data), config.optim)
@@ -73,6 +74,10 @@ def _make_folder(folder: Path) -> None:
         raise OutputError(f"can't make the run folder {folder}: {error.strerror}; choose another out=") from error
 
 
-def _quieten() -> None:
+def _set_up_logging() -> None:
+    # A terminal has the progress bar; a log file gets a line an epoch.
+    if not console.is_terminal:
+        logging.basicConfig(format="%(message)s")
+        logging.getLogger("perf_vit").setLevel(logging.INFO)
     for name in ("lightning.pytorch", "lightning.fabric"):
         logging.getLogger(name).setLevel(logging.WARNING)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +13,15 @@ from matplotlib.figure import Figure
 
 __all__ = ["HistoryCallback", "plot_history"]
 
+_logger = logging.getLogger("perf_vit")
+_SHOWN = ("train/loss", "val/loss", "val/iou", "val/f1")
+
 
 class HistoryCallback(lightning.Callback):
     """Writes `metrics.csv` and `loss_curve.png` into the run folder after each epoch.
 
-    The rows are part of the checkpoint, so a resumed run's files hold every epoch (Lightning's CSVLogger starts a new
-    file).
+    It logs a line an epoch to the logger "perf_vit" at INFO, for runs without a terminal. The rows are part of the
+    checkpoint, so a resumed run's files hold every epoch (Lightning's CSVLogger starts a new file).
     """
 
     def __init__(self, folder: Path) -> None:
@@ -40,6 +44,8 @@ class HistoryCallback(lightning.Callback):
         self.rows = [*rows, {"epoch": trainer.current_epoch, "lr": lr, **dict(sorted(values.items()))}]
         if trainer.is_global_zero:
             self._write()
+            shown = ", ".join(f"{key} {values[key]:.4f}" for key in _SHOWN if key in values)
+            _logger.info("epoch %d of %s: %s", trainer.current_epoch + 1, trainer.max_epochs, shown)
 
     def _write(self) -> None:
         columns = list(dict.fromkeys(key for row in self.rows for key in row))
