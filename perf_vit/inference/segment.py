@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -58,7 +58,6 @@ def predict(
         OutputError: the map can't be written there, would replace its input, or isn't named .tif.
     """
     _check_output(Path(out), source)
-    classes = model.spec.classes
     strips = segment_strips(
         model,
         source,
@@ -70,6 +69,14 @@ def predict(
         precision=precision,
         on_window=on_window,
     )
+    with _map_writer(Path(out), source, model.spec.classes, probabilities=probabilities) as writer:
+        for strip in strips:
+            block = class_probabilities(strip) if probabilities else class_map(strip)[None]
+            writer.write(strip.window.row, block)
+    return Path(out)
+
+
+def _map_writer(out: Path, source: RasterSource, classes: Sequence[str], *, probabilities: bool) -> CogWriter:
     layout: dict[str, Any] = (
         {"num_bands": len(classes), "dtype": "float32", "nodata": float("nan"), "band_names": classes}
         if probabilities
@@ -81,7 +88,7 @@ def predict(
             "colormap": default_colormap(len(classes)),
         }
     )
-    writer = CogWriter(
+    return CogWriter(
         out,
         height=source.height,
         width=source.width,
@@ -90,11 +97,6 @@ def predict(
         tags={"PERF_VIT_VERSION": __version__, "PERF_VIT_CLASSES": ",".join(classes)},
         **layout,
     )
-    with writer:
-        for strip in strips:
-            block = class_probabilities(strip) if probabilities else class_map(strip)[None]
-            writer.write(strip.window.row, block)
-    return Path(out)
 
 
 def _check_output(out: Path, source: RasterSource) -> None:

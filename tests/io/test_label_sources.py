@@ -108,7 +108,7 @@ def test_mask_nodata_that_is_a_class_is_refused_until_the_user_decides(source, m
     values = np.zeros((70, 90))
     values[:30] = 1
     path = _mask(make_scene, values, nodata=0)
-    _refused("declares 0 as nodata, and 0 is the value of class 0.*unset-nodata", path, source)
+    _assert_refused("declares 0 as nodata, and 0 is the value of class 0.*unset-nodata", path, source)
     labels = open_labels(path, source, classes=CLASSES, ignore_values=[0]).read(source.extent)
     assert set(np.unique(labels)) == {1, IGNORE_INDEX}
 
@@ -145,52 +145,54 @@ def source_latitude(source) -> float:
 def test_a_value_that_is_no_class_is_an_error(source, make_scene) -> None:
     values = np.zeros((70, 90))
     values[-1, -1] = 255
-    _refused(r"holds value 255, which is no class \(values 0, 1\) nor nodata", _mask(make_scene, values), source)
+    _assert_refused(r"holds value 255, which is no class \(values 0, 1\) nor nodata", _mask(make_scene, values), source)
 
 
-def _refused(match: str, path, source, **options) -> None:
+def _assert_refused(match: str, path, source, **options) -> None:
     with pytest.raises(InputError, match=match) as error:
         open_labels(path, source, **{"classes": CLASSES, **options})
     assert "\n" not in str(error.value)
 
 
 def test_missing_labels(source, tmp_path) -> None:
-    _refused("no such file", tmp_path / "none.geojson", source)
-    _refused("no such file", tmp_path / "none.tif", source)
+    _assert_refused("no such file", tmp_path / "none.geojson", source)
+    _assert_refused("no such file", tmp_path / "none.tif", source)
 
 
 def test_a_file_that_is_no_vector_file(source, tmp_path) -> None:
     (tmp_path / "bad.geojson").write_text("{")
-    _refused("can't open .* as a vector file", tmp_path / "bad.geojson", source)
+    _assert_refused("can't open .* as a vector file", tmp_path / "bad.geojson", source)
 
 
 def test_an_image_without_crs(source, write_vector, make_scene) -> None:
     plain = open_source(make_scene(crs=None, transform=Affine.identity(), nodata=None))
-    _refused("has no CRS", write_vector(POLYGONS), plain)
+    _assert_refused("has no CRS", write_vector(POLYGONS), plain)
 
 
 def test_labels_without_crs(source, write_vector) -> None:
-    _refused("labels.shp have no CRS", write_vector(POLYGONS, "labels.shp", set_crs=False), source)
+    _assert_refused("labels.shp have no CRS", write_vector(POLYGONS, "labels.shp", set_crs=False), source)
 
 
 def test_labels_elsewhere(source, write_vector, make_scene) -> None:
     far = affinity.translate(box(0, 0, 10, 10), 5000, 5000)
-    _refused("don't overlap", write_vector([far]), source)
+    _assert_refused("don't overlap", write_vector([far]), source)
     mask = _mask(make_scene, np.eye(50), transform=Affine(3, 0, 900_000, 0, -3, 4_000_000))
-    _refused("don't overlap", mask, source)
+    _assert_refused("don't overlap", mask, source)
 
 
 def test_attributes_and_classes_that_do_not_fit(source, write_vector) -> None:
     path = write_vector(POLYGONS, kind=["building", "house", None])
-    _refused("'king' is not a column of .*; columns: id, kind", path, source, attribute="king")
-    _refused("holds house, null; the classes are background, building, values 0, 1", path, source, attribute="kind")
-    _refused("class 1 of 2, got 3 classes", path, source, classes=["a", "b", "c"])
+    _assert_refused("'king' is not a column of .*; columns: id, kind", path, source, attribute="king")
+    _assert_refused(
+        "holds house, null; the classes are background, building, values 0, 1", path, source, attribute="kind"
+    )
+    _assert_refused("class 1 of 2, got 3 classes", path, source, classes=["a", "b", "c"])
 
 
 def test_lines_are_refused_and_empty_geometries_dropped(source, write_vector) -> None:
-    _refused(
+    _assert_refused(
         "holds LineString; labels must be polygons", write_vector([LineString([(0, 0), (9, 9)])], "l.gpkg"), source
     )
     path = write_vector([box(1, 1, 9, 9), None], "some.gpkg")
     assert open_labels(path, source, classes=CLASSES).read(source.extent).sum() == 64
-    _refused("no polygons", write_vector([None], "none.gpkg"), source)
+    _assert_refused("no polygons", write_vector([None], "none.gpkg"), source)
