@@ -10,12 +10,24 @@ from typing import Any
 
 import rasterio
 import rasterio.windows
+from rasterio._err import CPLE_BaseError
 from rasterio.errors import NotGeoreferencedWarning, RasterioError
 
 from perf_vit.errors import InputError
 from perf_vit.types import Window
 
-__all__ = ["check_exists", "crs_name", "open_dataset", "plain_images_allowed", "read_window", "reason_of"]
+__all__ = [
+    "GDAL_ERRORS",
+    "check_exists",
+    "crs_name",
+    "open_dataset",
+    "plain_images_allowed",
+    "read_window",
+    "reason_of",
+]
+
+# Some of GDAL's own errors come through rasterio as they are; it has no public name for them.
+GDAL_ERRORS = (RasterioError, CPLE_BaseError)
 
 
 def open_dataset(path: str) -> Any:
@@ -28,7 +40,7 @@ def open_dataset(path: str) -> Any:
     try:
         with plain_images_allowed():
             return rasterio.open(path)
-    except RasterioError as error:
+    except GDAL_ERRORS as error:
         raise InputError(f"can't open {path} as a raster: {reason_of(error)}") from error
 
 
@@ -67,7 +79,7 @@ def read_window(dataset: Any, path: str, window: Window, **options: Any) -> Any:
     place = rasterio.windows.Window(window.col, window.row, window.width, window.height)
     try:
         return read(window=place, **options)
-    except RasterioError as error:
+    except GDAL_ERRORS as error:
         raise InputError(
             f"can't read rows {window.row} to {window.row_stop}, columns {window.col} to {window.col_stop} of {path}: "
             f"{reason_of(error)}; the file may be truncated or damaged"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
@@ -13,10 +14,9 @@ import numpy.typing as npt
 import rasterio
 import rasterio.shutil
 from affine import Affine
-from rasterio.errors import RasterioError
 
 from perf_vit.errors import OutputError
-from perf_vit.io._gdal import plain_images_allowed, reason_of
+from perf_vit.io._gdal import GDAL_ERRORS, plain_images_allowed, reason_of
 from perf_vit.io._staging import staged
 
 __all__ = ["CogWriter"]
@@ -75,7 +75,7 @@ class CogWriter:
         self._band_names = band_names
         self._tags = tags or {}
         self._overviews = overviews or ("nearest" if colormap else "average")
-        self._rows_written = 0
+        self._checksums: dict[tuple[int, int], int] = {}
         self._stack = ExitStack()
 
     def __enter__(self) -> Self:
@@ -114,16 +114,21 @@ class CogWriter:
         """
         num_bands, height, width = self._shape
         rows = block.shape[1] if block.ndim == 3 else 0
-        if block.shape != (num_bands, rows, width) or block.dtype != self._dtype or not 0 <= row <= height - rows:
+        if (
+            block.shape != (num_bands, rows, width)
+            or block.dtype != self._dtype
+            or rows == 0
+            or not 0 <= row <= height - rows
+        ):
             raise OutputError(
                 f"expected strips [{num_bands}, h, {width}] of {self._dtype} inside {height} rows for {self.path}, "
                 f"got {list(block.shape)} of {block.dtype} at row {row}"
             )
         try:
             self._dataset.write(block, window=rasterio.windows.Window(0, row, width, rows))
-        except RasterioError as error:
+        except GDAL_ERRORS as error:
             raise self._refusal(error) from error
-        self._rows_written += rows
+        self._checksums[row, rows] = zlib.crc32(np.ascontiguousarray(block).data)
 
     def _create(self) -> Any:
         num_bands, height, width = self._shape
@@ -143,7 +148,7 @@ class CogWriter:
                     **layout,
                     **self._profile,
                 )
-        except RasterioError as error:
+        except GDAL_ERRORS as error:
             raise self._refusal(error) from error
         self._describe(dataset)
         return dataset
@@ -159,11 +164,13 @@ class CogWriter:
         self._dataset.close()
         if kind is not None:
             return
-        if self._rows_written != self._shape[1]:
-            raise OutputError(f"expected {self._shape[1]} rows for {self.path}, got {self._rows_written}")
+        written = sum(rows for _, rows in self._checksums)
+        if written != self._shape[1]:
+            raise OutputError(f"expected {self._shape[1]} rows for {self.path}, got {written}")
         try:
             self._convert()
-        except RasterioError as error:
+            self._check()
+        except GDAL_ERRORS as error:
             raise self._refusal(error) from error
 
     def _convert(self) -> None:
@@ -179,6 +186,14 @@ class CogWriter:
             overview_resampling=self._overviews,
             num_threads="all_cpus",
         )
+
+    def _check(self) -> None:
+        """Read the result once: GDAL tells nobody of errors at closing, such as a disk that is full by then."""
+        with plain_images_allowed(), rasterio.open(self._folder / self.path.name) as dataset:
+            for (row, rows), expected in self._checksums.items():
+                block = dataset.read(window=rasterio.windows.Window(0, row, self._shape[2], rows))
+                if zlib.crc32(block) != expected:
+                    raise OutputError(f"can't write {self.path}: rows from {row} on differ on disk; is the disk full?")
 
     def _refusal(self, error: BaseException) -> OutputError:
         return OutputError(f"can't write {self.path}: {reason_of(error)}; is the disk full?")

@@ -1,3 +1,6 @@
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 import rasterio
@@ -6,7 +9,7 @@ from rasterio.crs import CRS
 from rio_cogeo.cogeo import cog_validate
 
 from perf_vit.errors import OutputError
-from perf_vit.io import CogWriter
+from perf_vit.io import CogWriter, open_source
 
 UTM = CRS.from_epsg(32637)
 PLACE = Affine(2.5, 0, 401_000.125, 0, -3.25, 4_510_000.5)
@@ -93,3 +96,76 @@ def test_a_place_that_cannot_be_written(tmp_path) -> None:
     (tmp_path / "file").write_text("x")
     with pytest.raises(OutputError, match="can't write"), _writer(tmp_path / "file" / "o.tif", np.ones((1, 5, 5))):
         pytest.fail("the block must not be entered")
+
+
+def test_a_raster_without_georeference_stays_without(tmp_path) -> None:
+    pixels = np.arange(60, dtype=np.int16).reshape(1, 6, 10)
+    _write(tmp_path / "plain.tif", pixels, crs=None, transform=Affine.identity())
+    source = open_source(tmp_path / "plain.tif")
+    assert source.crs is None
+    assert source.transform == Affine.identity()
+    assert np.array_equal(source.read(source.extent).pixels, pixels)
+
+
+def test_overviews_of_a_map_without_colours_can_be_asked_for(tmp_path) -> None:
+    pixels = np.random.default_rng(0).choice([0, 200], (1, 600, 600)).astype(np.uint8)
+    _write(tmp_path / "map.tif", pixels, overviews="nearest")
+    with rasterio.open(tmp_path / "map.tif", overview_level=0) as overview:
+        assert set(np.unique(overview.read(1))) == {0, 200}
+
+
+def _write_part(path, pixels, block) -> None:
+    with _writer(path, pixels) as writer:
+        writer.write(0, block)
+
+
+@pytest.mark.parametrize(
+    ("block", "match"),
+    [
+        (np.ones((1, 40, 50), np.uint8), "expected 50 rows .*, got 40"),
+        (np.ones((1, 51, 50), np.uint8), "inside 50 rows"),
+        (np.ones((2, 50, 50), np.uint8), r"got \[2, 50, 50\]"),
+        (np.ones((1, 50, 50), np.int16), "of int16 at row 0"),
+    ],
+)
+def test_strips_that_do_not_fit_leave_nothing(tmp_path, block, match: str) -> None:
+    with pytest.raises(OutputError, match=match):
+        _write_part(tmp_path / "out.tif", np.ones((1, 50, 50), np.uint8), block)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_folder_in_the_place_of_the_file(tmp_path) -> None:
+    with pytest.raises(OutputError, match="it is a folder"):
+        _write(tmp_path, np.ones((1, 5, 5), np.uint8))
+
+
+_FILL = """
+import resource, sys
+import numpy as np
+from perf_vit.errors import OutputError
+from perf_vit.io import CogWriter
+
+path, size = sys.argv[1], int(sys.argv[2])
+pixels = np.random.default_rng(0).integers(0, 255, (1, 700, 700)).astype(np.uint8)
+for share in (0.05, 0.5, 0.8, 0.95, 0.999):
+    resource.setrlimit(resource.RLIMIT_FSIZE, (int(share * size), resource.RLIM_INFINITY))
+    try:
+        with CogWriter(path, height=700, width=700, num_bands=1, dtype="uint8", crs=None, transform=None) as writer:
+            writer.write(0, pixels)
+    except OutputError:
+        continue
+    sys.exit(f"no error at {share} of the file's size")
+"""
+
+
+def test_a_full_disk_is_an_error_even_if_it_fills_up_at_the_last_byte(tmp_path) -> None:
+    path = tmp_path / "out.tif"
+    pixels = np.random.default_rng(0).integers(0, 255, (1, 700, 700)).astype(np.uint8)
+    _write(path, pixels, crs=None, transform=None)
+    before = path.read_bytes()
+    done = subprocess.run(
+        [sys.executable, "-c", _FILL, path, str(len(before))], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert path.read_bytes() == before
+    assert list(tmp_path.iterdir()) == [path]

@@ -196,3 +196,85 @@ def test_lines_are_refused_and_empty_geometries_dropped(source, write_vector) ->
     path = write_vector([box(1, 1, 9, 9), None], "some.gpkg")
     assert open_labels(path, source, classes=CLASSES).read(source.extent).sum() == 64
     _assert_refused("no polygons", write_vector([None], "none.gpkg"), source)
+
+
+def test_a_warped_mask_reads_the_same_through_any_window(source, make_scene) -> None:
+    values = np.random.default_rng(1).integers(0, 2, (100, 100))
+    place = Affine(3e-5, 0, source_longitude(source), 0, -3e-5, source_latitude(source))
+    labels = open_labels(_mask(make_scene, values, crs="EPSG:4326", transform=place), source, classes=CLASSES)
+    whole = labels.read(source.extent)
+    for row, col, size in ((0, 0, 5), (13, 40, 31), (60, 80, 9)):
+        expected = whole[row : row + size, col : col + size]
+        assert np.array_equal(labels.read(Window(row, col, size, size))[: len(expected)], expected)
+
+
+def test_a_mask_that_covers_a_part_leaves_the_rest_ignored(source, make_scene) -> None:
+    values = np.random.default_rng(2).integers(0, 2, (30, 40))
+    place = source.transform @ Affine.translation(20, 10)
+    labels = open_labels(_mask(make_scene, values, transform=place), source, classes=CLASSES).read(source.extent)
+    assert np.array_equal(labels[10:40, 20:60], values)
+    assert (labels != IGNORE_INDEX).sum() == values.size
+
+
+def test_masks_without_georeference_fit_a_plain_image_of_their_size(make_scene) -> None:
+    nowhere = {"crs": None, "transform": Affine.identity(), "nodata": None}
+    plain = open_source(make_scene(**nowhere))
+    values = np.random.default_rng(3).integers(0, 2, (70, 90))
+    assert np.array_equal(open_labels(_mask(make_scene, values, **nowhere), plain).read(plain.extent), values)
+    _assert_refused(
+        "must have the raster's size, 70 rows x 90 columns", _mask(make_scene, values[1:], **nowhere), plain
+    )
+
+
+def test_a_mask_without_crs_does_not_fit_a_placed_raster(source, make_scene) -> None:
+    mask = _mask(make_scene, np.eye(70, 90), crs=None, transform=Affine.identity())
+    _assert_refused("labels .* have no CRS", mask, source)
+
+
+def test_a_picture_is_no_mask(source, make_scene) -> None:
+    _assert_refused("one band of label values in .*, got 3 bands", make_scene(), source)
+
+
+def test_nan_in_a_float_mask_is_no_label(source, make_scene) -> None:
+    values = np.zeros((1, 70, 90), np.float32)
+    values[0, 3] = np.nan
+    labels = open_labels(make_scene(pixels=values, nodata=None), source, classes=CLASSES).read(source.extent)
+    assert (labels[3] == IGNORE_INDEX).all()
+    assert (np.delete(labels, 3, axis=0) == 0).all()
+
+
+def test_ignored_attribute_values_are_burnt_as_no_label(source, write_vector) -> None:
+    path = write_vector([box(0, 0, 10, 10), box(20, 20, 30, 30)], "labels.gpkg", code=[1, 9])
+    labels = open_labels(path, source, classes=CLASSES, attribute="code", ignore_values=[9]).read(source.extent)
+    assert (labels[5, 5], labels[25, 25], labels[50, 50]) == (1, IGNORE_INDEX, 0)
+
+
+def test_a_vector_file_of_any_suffix_is_recognised(source, write_vector) -> None:
+    path = write_vector([box(0, 0, 10, 10)])
+    assert open_labels(path.rename(path.with_suffix(".txt")), source).read(source.extent).sum() == 100
+
+
+def test_a_file_of_two_layers_is_refused(source, tmp_path) -> None:
+    frame = gpd.GeoDataFrame(geometry=[box(*source.bounds)], crs=source.crs.to_wkt())
+    for layer in ("roofs", "roads"):
+        frame.to_file(tmp_path / "two.gpkg", layer=layer)
+    _assert_refused("expected one layer of polygons in .*, got roofs, roads", tmp_path / "two.gpkg", source)
+
+
+def test_polygons_beyond_the_projection_are_left_out(source, write_vector, tmp_path) -> None:
+    near = gpd.read_file(write_vector([box(0, 0, 10, 10)])).geometry.tolist()
+    frame = gpd.GeoDataFrame(geometry=[box(-179, -89, -170, 89), *near], crs="EPSG:4326")
+    frame.to_file(tmp_path / "world.gpkg")
+    assert open_labels(tmp_path / "world.gpkg", source).read(source.extent).sum() == 100
+
+
+@pytest.mark.parametrize(
+    ("match", "options"),
+    [
+        ("background must be a class index below 2, got 2", {"background": 2}),
+        ("one value for each of 2 classes, got 3", {"values": [0, 1, 2]}),
+        ("different numbers", {"values": [1, 1]}),
+    ],
+)
+def test_arguments_that_contradict_each_other(source, write_vector, match: str, options: dict) -> None:
+    _assert_refused(match, write_vector(POLYGONS), source, **options)

@@ -2,8 +2,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from perf_vit.errors import OutputError
-from perf_vit.io import CogWriter, colorize, default_colormap, open_source, rgb_from, write_map_quicklook
+from perf_vit.errors import InputError, OutputError
+from perf_vit.io import CogWriter, colorize, default_colormap, open_source, rgb_from, save_png, write_map_quicklook
 from perf_vit.types import IGNORE_INDEX, GeoImage
 
 
@@ -42,3 +42,41 @@ def test_a_quicklook_shows_scene_and_map(make_scene, tmp_path, height: int, widt
     assert max(picture.shape) < 4000
     with pytest.raises(OutputError, match="can't write"):
         write_map_quicklook(source, tmp_path / "map.tif", tmp_path / "map.png" / "map.png", ["a", "b"])
+
+
+def test_every_class_has_a_colour_of_its_own() -> None:
+    assert len(set(default_colormap(255).values())) == 256
+
+
+def test_a_quicklook_of_probabilities_shows_the_likeliest_class(make_scene, tmp_path) -> None:
+    source = open_source(make_scene(height=40, width=40))
+    scores = np.full((2, 40, 40), 0.1, np.float32)
+    scores[1] = 0.9
+    scores[:, :10] = np.nan
+    layout = {"height": 40, "width": 40, "num_bands": 2, "dtype": "float32", "nodata": float("nan")}
+    with CogWriter(tmp_path / "p.tif", crs=source.crs, transform=source.transform, **layout) as writer:
+        writer.write(0, scores)
+    write_map_quicklook(source, tmp_path / "p.tif", tmp_path / "p.png", ["sea", "ship"])
+    picture = np.asarray(Image.open(tmp_path / "p.png"))
+    share = (picture == default_colormap(2)[1][:3]).all(-1).mean()
+    assert share > 0.25
+
+
+@pytest.mark.parametrize("bands", [[1, 2], [4], [0, 1, 2]])
+def test_a_picture_of_other_bands_is_refused(bands: list[int]) -> None:
+    with pytest.raises(InputError, match="one or three of the bands 1 to 3"):
+        rgb_from(GeoImage(np.ones((3, 4, 4)), np.ones((4, 4), bool)), bands)
+
+
+def test_a_picture_without_valid_or_differing_pixels_is_still_one() -> None:
+    image = GeoImage(np.full((3, 4, 4), 7, np.uint16), np.zeros((4, 4), bool))
+    assert (rgb_from(image) == 255).all()
+    image.valid[:] = True
+    assert np.ptp(rgb_from(image)) == 0
+
+
+def test_a_picture_is_saved_with_its_transparency(tmp_path) -> None:
+    painted = colorize(np.array([[0, IGNORE_INDEX]], np.uint8), default_colormap(1))
+    save_png(tmp_path / "new" / "labels.png", painted)
+    assert np.array_equal(np.asarray(Image.open(tmp_path / "new" / "labels.png")), painted)
+    assert [path.name for path in (tmp_path / "new").iterdir()] == ["labels.png"]

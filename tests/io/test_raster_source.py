@@ -5,6 +5,7 @@ from multiprocessing import get_context
 import numpy as np
 import pytest
 import rasterio
+import rasterio.shutil
 from affine import Affine
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -179,3 +180,60 @@ def test_closing_is_not_final(make_scene) -> None:
     with open_source(make_scene()) as source:
         before = source.read(source.extent).pixels
     assert np.array_equal(source.read(source.extent).pixels, before)
+
+
+def test_nan_nodata_hides_a_pixel_of_any_band(make_scene) -> None:
+    source = open_source(make_scene(dtype="float32", nodata=float("nan")))
+    image = source.read(Window(-1, -1, 10, 10))
+    assert np.isnan(source.nodata)
+    assert np.array_equal(image.valid, np.isfinite(image.pixels).all(0))
+    assert image.valid.any()
+
+
+def test_declared_nodata_that_the_pixels_cannot_hold_hides_nothing(make_scene) -> None:
+    path = make_scene(dtype="uint8", nodata=1)
+    rasterio.shutil.copy(path, path.with_suffix(".vrt"), driver="VRT")
+    text = path.with_suffix(".vrt").read_text()
+    path.with_suffix(".vrt").write_text(text.replace("<NoDataValue>1<", "<NoDataValue>0.5<"))
+    with rasterio.open(path.with_suffix(".vrt")) as dataset:
+        assert dataset.nodata == 0.5
+    source = open_source(path.with_suffix(".vrt"))
+    assert source.nodata is None
+    assert source.read(source.extent).valid.all()
+
+
+@pytest.mark.parametrize("nodata", [-1, 0.5, 256, float("nan")])
+def test_given_nodata_that_the_pixels_cannot_hold_is_refused(make_scene, nodata: float) -> None:
+    with pytest.raises(InputError, match="must be a value of its uint8 pixels"):
+        open_source(make_scene(dtype="uint8"), nodata=nodata)
+
+
+def test_complex_pixels_are_refused(make_scene) -> None:
+    with pytest.raises(InputError, match="complex"):
+        open_source(make_scene(pixels=np.ones((1, 4, 5), np.complex64), nodata=None))
+
+
+def test_a_container_of_rasters_names_one_to_open(make_scene, tmp_path) -> None:
+    layout = {"driver": "GPKG", "height": 40, "width": 40, "count": 3, "dtype": "uint8", "crs": "EPSG:32637"}
+    for name, append in (("a", "NO"), ("b", "YES")):
+        options = {"RASTER_TABLE": name, "APPEND_SUBDATASET": append, "transform": Affine(3, 0, 4e5, 0, -3, 4.5e6)}
+        with rasterio.open(tmp_path / "two.gpkg", "w", **layout, **options) as dataset:
+            dataset.write(np.ones((3, 40, 40), np.uint8))
+    with pytest.raises(InputError, match=r"no bands; open one of its 2 subdatasets, such as GPKG:.*two.gpkg:a"):
+        open_source(tmp_path / "two.gpkg")
+
+
+def test_failures_say_nothing_on_stderr(make_scene, tmp_path, capfd) -> None:
+    path = make_scene(height=300, width=300)
+    path.write_bytes(path.read_bytes()[:90_000])
+    source = open_source(path)
+    with pytest.raises(InputError, match="truncated or damaged"):
+        source.read(source.extent)
+    with pytest.raises(InputError):
+        open_source(tmp_path)
+    assert capfd.readouterr().err == ""
+
+
+def test_a_reduced_read_outside_the_raster_is_refused(make_scene) -> None:
+    with pytest.raises(InputError, match="70 rows x 90 columns"):
+        open_source(make_scene()).read_reduced(10, Window(70, 0, 5, 5))
