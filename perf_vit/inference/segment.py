@@ -125,7 +125,7 @@ def segment_strips(
     num_bands, expected = source.num_bands, len(model.spec.normalizer.mean)
     if num_bands != expected:
         raise InputError(
-            f"the model was trained on {expected} bands, {source.path} has {num_bands}; choose {expected} with bands"
+            f"the model was trained on {expected} bands, {source.path} has {num_bands}; give a raster with those bands"
         )
     size = window_size or model.spec.tile_px
     multiple = model.size_multiple

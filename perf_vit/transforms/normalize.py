@@ -37,7 +37,9 @@ class Normalizer:
             InputError: the image's band count is not the normalizer's.
         """
         if len(image.pixels) != len(self.mean):
-            raise InputError(f"expected {len(self.mean)} bands, got {len(image.pixels)}; choose them with `bands`")
+            raise InputError(
+                f"expected {len(self.mean)} bands, got {len(image.pixels)}; give an image with those bands"
+            )
         mean = np.asarray(self.mean, np.float32)[:, None, None]
         scale = 1 / np.asarray(self.std, np.float32)[:, None, None]
         pixels = (image.pixels.astype(np.float32) - mean) * scale
