@@ -119,14 +119,14 @@ class PerformerAttention(Attention):
 
         Args:
             x: tokens, [B, N, C].
-            attn_mask: must be None.
+            attn_mask: which keys take part, bool, [B, N] or [B, 1, 1, N], or None for all of them.
             is_causal: must be False.
 
         Returns:
             [B, N, dim_out].
 
         Raises:
-            ValueError: a mask or causal order, which have no form here.
+            ValueError: any other mask, or causal order, which have no form here.
         """
         B, N, _ = x.shape
         qkv = self.qkv(x).reshape(B, N, 3, self.num_heads, self.head_dim).permute(2, 0, 3, 1, 4)
@@ -177,7 +177,7 @@ def bidirectional_favor_attention(
     attn_mask: Tensor | None = None,
     is_causal: bool = False,
 ) -> Tensor:
-    """`favor_attention` that refuses what timm may pass and it can't honour.
+    """`favor_attention` with timm's masks: those that leave out keys; others are refused.
 
     Args:
         q: queries, [B, H, N, D].
@@ -185,22 +185,30 @@ def bidirectional_favor_attention(
         v: values, [B, H, N, D].
         projection: rows of the feature map, [M, D].
         kernel: name of the feature map.
-        attn_mask: must be None.
+        attn_mask: which keys take part, bool, [B, N] or [B, 1, 1, N], or None for all of them.
         is_causal: must be False.
 
     Returns:
         [B, H, N, D].
 
     Raises:
-        ValueError: a mask or causal order.
+        ValueError: any other mask, or causal order.
     """
-    if attn_mask is not None or is_causal:
+    if is_causal:
+        raise ValueError("Performer attention is bidirectional: is_causal must be False; use timm's own Attention")
+    return favor_attention(q, k, v, projection, kernel, key_mask=_key_mask(attn_mask, k))
+
+
+def _key_mask(attn_mask: Tensor | None, k: Tensor) -> Tensor | None:
+    if attn_mask is None:
+        return None
+    B, N = k.shape[0], k.shape[2]
+    if attn_mask.dtype != torch.bool or tuple(attn_mask.shape) not in {(B, N), (B, 1, 1, N)}:
         raise ValueError(
-            "Performer attention is bidirectional over all tokens: attn_mask must be None and is_causal False, got "
-            f"attn_mask {'of ' + str(list(attn_mask.shape)) if attn_mask is not None else None} and "
-            f"is_causal {is_causal}; leave unwanted tokens out of the input, or use timm's own Attention"
+            f"linear attention can leave keys out and nothing else: attn_mask must be bool, [{B}, {N}] or "
+            f"[{B}, 1, 1, {N}], got {attn_mask.dtype} {list(attn_mask.shape)}; use timm's own Attention for others"
         )
-    return favor_attention(q, k, v, projection, kernel)
+    return attn_mask.reshape(B, N)
 
 
 def _generator(*entropy: int) -> torch.Generator:

@@ -1,9 +1,14 @@
 """FAVOR+ attention at a cost linear in the number of tokens, in chunks that keep its memory small."""
 
+from collections.abc import Sequence
+from typing import Any
+
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
-from perf_vit.ops.state import KVState
+from perf_vit.ops.kernels import Kernel, get_kernel
+from perf_vit.ops.state import KVState, masked_features, without_autocast
 
 __all__ = ["favor_attention"]
 
@@ -14,13 +19,15 @@ def favor_attention(
     v: Tensor,
     projection: Tensor,
     kernel: str = "softmax+",
+    key_mask: Tensor | None = None,
     chunk_size: int = 2048,
 ) -> Tensor:
     """Bidirectional attention through random features (FAVOR+).
 
     out_i = sum_j phi(q_i).phi(k_j) v_j / sum_j phi(q_i).phi(k_j), Choromanski et al. 2020, "Rethinking Attention with
     Performers", equation 4, in O(N M D) time. With the kernel "softmax+" it estimates softmax(q k^T / sqrt(D)) v.
-    Keys, then queries, go through in chunks; without gradients no buffer of size N x M ever exists.
+    Keys, then queries, go through in chunks, and the backward pass computes their features again: no buffer of size
+    N x M ever exists, in either direction. It can be differentiated once, with respect to q, k and v.
     `perf_vit.ops.naive.naive_favor_attention` is the same estimator as an N x N matrix.
 
     Features and sums are float32 for float32, half and bfloat16 inputs and under autocast, float64 for float64.
@@ -31,6 +38,8 @@ def favor_attention(
         v: values, [B, H, N_k, Dv].
         projection: rows of the feature map, [M, D], from `draw_projection`.
         kernel: name of the feature map, "softmax+" or "relu".
+        key_mask: [B, N_k] bool, False for keys that are left out, exactly as if they weren't there; a sample whose
+            keys are all left out gets zeros.
         chunk_size: tokens whose features are in memory at once; it changes the result by rounding only.
 
     Returns:
@@ -41,14 +50,119 @@ def favor_attention(
     """
     if chunk_size < 1:
         raise ValueError(f"chunk_size must be at least 1, got {chunk_size}; 2048 suits most machines")
-    state: KVState | None = None
-    for k_chunk, v_chunk in zip(_chunks(k, chunk_size), _chunks(v, chunk_size), strict=True):
-        if state is None:
-            state = KVState.from_keys(k_chunk, v_chunk, projection, kernel)
-        else:
-            state = state.update(k_chunk, v_chunk)
-    assert state is not None
+    chosen = get_kernel(kernel)
+    if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
+        return _FavorAttention.apply(q, k, v, projection, key_mask, chosen, chunk_size)
+    state = _accumulate(k, v, projection, key_mask, chosen, chunk_size)
     return torch.cat([state.attend(q_chunk) for q_chunk in _chunks(q, chunk_size)], dim=-2)
+
+
+def _accumulate(
+    k: Tensor, v: Tensor, projection: Tensor, key_mask: Tensor | None, kernel: Kernel, chunk_size: int
+) -> KVState:
+    state: KVState | None = None
+    for k_chunk, v_chunk, mask in zip(*_key_chunks(k, v, key_mask, chunk_size), strict=True):
+        if state is None:
+            state = KVState.from_keys(k_chunk, v_chunk, projection, kernel.name, mask)
+        else:
+            state = state.update(k_chunk, v_chunk, mask)
+    assert state is not None
+    return state
+
+
+class _FavorAttention(torch.autograd.Function):
+    """The op with a backward pass that recomputes features chunk by chunk.
+
+    Kept between the passes: the inputs, the output, one denominator a query, and the state. The stabilisers are
+    constants: they cancel in the quotient, so the derivative with respect to them is 0.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        projection: Tensor,
+        key_mask: Tensor | None,
+        kernel: Kernel,
+        chunk_size: int,
+    ) -> Tensor:
+        state = _accumulate(k, v, projection, key_mask, kernel, chunk_size)
+        outputs, denominators = [], []
+        for q_chunk in _chunks(q, chunk_size):
+            numerator, denominator = state.sums(q_chunk)
+            denominator = denominator.masked_fill(denominator == 0, 1.0)
+            outputs.append(numerator / denominator)
+            denominators.append(denominator)
+        out = torch.cat(outputs, dim=-2)
+        ctx.save_for_backward(
+            q, k, v, projection, key_mask, state.S, state.z, state.log_scale, out, torch.cat(denominators, dim=-2)
+        )
+        ctx.kernel, ctx.chunk_size = kernel, chunk_size
+        return out.to(q.dtype)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
+        q, k, v, projection, key_mask, s, z, log_scale, out, denominator = ctx.saved_tensors
+        state = KVState(s, z, log_scale, projection, ctx.kernel)
+        with without_autocast(q):
+            # With o = num / den: d num = d o / den and d den = -(d o . o) / den, side by side as S and z are.
+            grad_num = grad_out.to(out.dtype) / denominator
+            grad_sums = torch.cat([grad_num, -(grad_num * out).sum(dim=-1, keepdim=True)], dim=-1)
+            grad_q, grad_state = _query_gradients(state, q, grad_sums, ctx.chunk_size)
+            grad_k, grad_v = _key_gradients(state, k, v, key_mask, grad_state, ctx.chunk_size)
+        return grad_q, grad_k, grad_v, None, None, None, None
+
+
+def _query_gradients(state: KVState, q: Tensor, grad_sums: Tensor, chunk_size: int) -> tuple[Tensor, Tensor]:
+    """Gradients with respect to the queries and to [S, z], from that with respect to [num, den]."""
+    sums = torch.cat([state.S, state.z.unsqueeze(-1)], dim=-1)
+    grad_state = torch.zeros_like(sums)
+    grads = []
+    for q_chunk, grad_chunk in zip(_chunks(q, chunk_size), _chunks(grad_sums, chunk_size), strict=True):
+        features = state.query_features(masked_features(q_chunk, state.projection, state.kernel))
+        grad_state += features.mT @ grad_chunk
+        grads.append(_input_gradient(state, q_chunk, features, grad_chunk @ sums.mT))
+    return torch.cat(grads, dim=-2), grad_state
+
+
+def _key_gradients(
+    state: KVState, k: Tensor, v: Tensor, key_mask: Tensor | None, grad_state: Tensor, chunk_size: int
+) -> tuple[Tensor, Tensor]:
+    """Gradients with respect to keys and values, from that with respect to [S, z]."""
+    grads_k, grads_v = [], []
+    for k_chunk, v_chunk, mask in zip(*_key_chunks(k, v, key_mask, chunk_size), strict=True):
+        features = state.key_features(masked_features(k_chunk, state.projection, state.kernel, mask))
+        grads_v.append((features @ grad_state[..., :-1]).to(v.dtype))
+        values = v_chunk.to(features.dtype)
+        grad_features = values @ grad_state[..., :-1].mT + grad_state[..., -1].unsqueeze(-2)
+        if mask is not None:
+            grad_features = grad_features.masked_fill_(~mask[:, None, :, None], 0.0)
+        grads_k.append(_input_gradient(state, k_chunk, features, grad_features))
+    return torch.cat(grads_k, dim=-2), torch.cat(grads_v, dim=-2)
+
+
+def _input_gradient(state: KVState, x: Tensor, features: Tensor, grad_features: Tensor) -> Tensor:
+    """Back through the exponential, where the kernel has one, the kernel itself and D^(-1/4): [B, H, N, D]."""
+    scale = x.shape[-1] ** -0.25
+    if state.kernel.log_domain:
+        grad_features = grad_features.mul_(features)
+    scaled = x.to(features.dtype) * scale
+    grad = state.kernel.gradient(scaled, state.projection.to(features.dtype), features, grad_features)
+    return (grad * scale).to(x.dtype)
+
+
+def _key_chunks(
+    k: Tensor, v: Tensor, key_mask: Tensor | None, chunk_size: int
+) -> tuple[Sequence[Tensor], Sequence[Tensor], Sequence[Tensor | None]]:
+    k_chunks = _chunks(k, chunk_size)
+    if key_mask is None:
+        return k_chunks, _chunks(v, chunk_size), (None,) * len(k_chunks)
+    if k.shape[-2] <= chunk_size:
+        return k_chunks, _chunks(v, chunk_size), (key_mask,)
+    return k_chunks, _chunks(v, chunk_size), torch.split(key_mask, chunk_size, dim=-1)
 
 
 def _chunks(x: Tensor, chunk_size: int) -> tuple[Tensor, ...]:

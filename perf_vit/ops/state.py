@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 
@@ -10,7 +11,10 @@ from torch import Tensor
 
 from perf_vit.ops.kernels import Kernel, get_kernel
 
-__all__ = ["KVState"]
+__all__ = ["KVState", "masked_features", "without_autocast"]
+
+# Below any log-feature of a real key, and far enough above float32's lowest that sums with it stay finite.
+_LOWEST_SCALE = -1e30
 
 
 @dataclass(frozen=True, eq=False)
@@ -41,7 +45,9 @@ class KVState:
     kernel: Kernel
 
     @classmethod
-    def from_keys(cls, k: Tensor, v: Tensor, projection: Tensor, kernel: str = "softmax+") -> KVState:
+    def from_keys(
+        cls, k: Tensor, v: Tensor, projection: Tensor, kernel: str = "softmax+", key_mask: Tensor | None = None
+    ) -> KVState:
         """The state of some keys and their values.
 
         Args:
@@ -49,34 +55,38 @@ class KVState:
             v: values, [B, H, N, Dv].
             projection: rows of the feature map, [M, D], from `draw_projection`.
             kernel: name of the feature map.
+            key_mask: [B, N] bool, False for keys that add nothing, exactly as if they weren't there.
 
         Raises:
             ValueError: an unknown kernel, no key, or shapes that don't fit together.
         """
         _check_keys(k, v, projection)
-        return cls._from_keys(k, v, projection, get_kernel(kernel))
+        _check_mask(k, key_mask)
+        return cls._from_keys(k, v, projection, get_kernel(kernel), key_mask)
 
     @classmethod
-    def _from_keys(cls, k: Tensor, v: Tensor, projection: Tensor, kernel: Kernel) -> KVState:
-        with _without_autocast(k):
-            features = _features(k, projection, kernel)
+    def _from_keys(cls, k: Tensor, v: Tensor, projection: Tensor, kernel: Kernel, key_mask: Tensor | None) -> KVState:
+        with without_autocast(k):
+            features = masked_features(k, projection, kernel, key_mask)
             log_scale = torch.zeros_like(features[..., 0, :])
             if kernel.log_domain:
-                log_scale = features.detach().amax(dim=-2)
+                # Where every key is masked the maximum is -inf, from which nothing could be subtracted.
+                log_scale = features.detach().amax(dim=-2).clamp(min=_LOWEST_SCALE)
                 features = features.sub_(log_scale.unsqueeze(-2)).exp_()
             # A column of ones sums the features themselves in the same matrix product.
             v = v.to(features.dtype)
             sums = features.mT @ torch.cat([v, torch.ones_like(v[..., :1])], dim=-1)
         return cls(sums[..., :-1], sums[..., -1], log_scale, projection, kernel)
 
-    def update(self, k: Tensor, v: Tensor) -> KVState:
-        """The state with more keys, [B, H, N, D], and values, [B, H, N, Dv]; this one stays as it is.
+    def update(self, k: Tensor, v: Tensor, key_mask: Tensor | None = None) -> KVState:
+        """The state with more keys, [B, H, N, D], values, [B, H, N, Dv], and their mask; this one stays as it is.
 
         Raises:
             ValueError: shapes that don't fit together or don't fit the state.
         """
         _check_keys(k, v, self.projection)
-        return self.merge(self._from_keys(k, v, self.projection, self.kernel))
+        _check_mask(k, key_mask)
+        return self.merge(self._from_keys(k, v, self.projection, self.kernel, key_mask))
 
     def merge(self, other: KVState) -> KVState:
         """The state of both states' keys, which must come from the same projection.
@@ -105,7 +115,7 @@ class KVState:
         """Numerator and denominator of the attention of queries, up to one positive factor per query.
 
         For a log-domain kernel the factor makes the largest term of each query's features 1; the denominator is then
-        at least 1.
+        at least 1, or 0 where every key was masked.
 
         Args:
             q: queries, [B, H, N, D].
@@ -117,13 +127,21 @@ class KVState:
             ValueError: queries that don't fit the state.
         """
         self._check_queries(q)
-        with _without_autocast(q):
-            features = _features(q, self.projection, self.kernel)
-            if self.kernel.log_domain:
-                features = features.add_(self.log_scale.unsqueeze(-2))
-                features = features.sub_(features.detach().amax(dim=-1, keepdim=True)).exp_()
+        with without_autocast(q):
+            features = self.query_features(masked_features(q, self.projection, self.kernel))
             sums = features @ torch.cat([self.S, self.z.unsqueeze(-1)], dim=-1).to(features.dtype)
         return sums[..., :-1], sums[..., -1:]
+
+    def query_features(self, features: Tensor) -> Tensor:
+        """Features of queries, [B, H, N, M] (overwritten), brought to the scale of the state's sums."""
+        if not self.kernel.log_domain:
+            return features
+        features = features.add_(self.log_scale.unsqueeze(-2))
+        return features.sub_(features.detach().amax(dim=-1, keepdim=True)).exp_()
+
+    def key_features(self, features: Tensor) -> Tensor:
+        """Features of the state's own keys, [B, H, N, M] (overwritten), brought to the scale of its sums."""
+        return features.sub_(self.log_scale.unsqueeze(-2)).exp_() if self.kernel.log_domain else features
 
     def attend(self, q: Tensor) -> Tensor:
         """Attention of queries over all keys of the state (Choromanski et al. 2020, equation 4).
@@ -132,13 +150,14 @@ class KVState:
             q: queries, [B, H, N, D].
 
         Returns:
-            The weighted mean of the values, [B, H, N, Dv], in the dtype of `q`.
+            The weighted mean of the values, [B, H, N, Dv], in the dtype of `q`; 0 where every key was masked.
 
         Raises:
             ValueError: queries that don't fit the state.
         """
         numerator, denominator = self.sums(q)
-        return (numerator / denominator).to(q.dtype)
+        # Without a key both are 0, and so is the mean of nothing.
+        return (numerator / denominator.masked_fill(denominator == 0, 1.0)).to(q.dtype)
 
     def _check_queries(self, q: Tensor) -> None:
         batch, heads = self.S.shape[:2]
@@ -150,16 +169,32 @@ class KVState:
             )
 
 
-def _features(x: Tensor, projection: Tensor, kernel: Kernel) -> Tensor:
+def masked_features(x: Tensor, projection: Tensor, kernel: Kernel, key_mask: Tensor | None = None) -> Tensor:
+    """What `kernel.features` gives for queries or keys, [B, H, N, D], in at least float32; nothing for masked keys."""
     dtype = torch.promote_types(x.dtype, torch.float32)
-    return kernel.features(x.to(dtype) * x.shape[-1] ** -0.25, projection.to(dtype))
+    features = kernel.features(x.to(dtype) * x.shape[-1] ** -0.25, projection.to(dtype))
+    if key_mask is None:
+        return features
+    return features.masked_fill(~key_mask[:, None, :, None], -math.inf if kernel.log_domain else 0.0)
 
 
-def _without_autocast(x: Tensor) -> AbstractContextManager[object]:
+def without_autocast(x: Tensor) -> AbstractContextManager[object]:
+    """A context without autocast, or an empty one where there is none."""
     # Entered only where there is something to switch off, so that an exported graph stays free of it.
     if torch.is_autocast_enabled(x.device.type):
         return torch.autocast(x.device.type, enabled=False)
     return nullcontext()
+
+
+def _check_mask(k: Tensor, key_mask: Tensor | None) -> None:
+    if key_mask is None:
+        return
+    expected = (k.shape[0], k.shape[2])
+    if key_mask.dtype != torch.bool or tuple(key_mask.shape) != expected:
+        raise ValueError(
+            f"key_mask must be bool [B, N_k] = {list(expected)}, True for keys that count, got {key_mask.dtype} "
+            f"{list(key_mask.shape)}"
+        )
 
 
 def _check_keys(k: Tensor, v: Tensor, projection: Tensor) -> None:

@@ -153,10 +153,22 @@ def test_copies_are_independent() -> None:
     assert not torch.equal(twin.projection, attention.projection)
 
 
-def test_masks_and_causal_order_are_refused() -> None:
-    with pytest.raises(ValueError, match=r"attn_mask must be None .* got attn_mask of \[21, 21\] and is_causal False"):
-        layer()(tokens(), attn_mask=torch.ones(21, 21))
-    with pytest.raises(ValueError, match="is_causal True"):
+@pytest.mark.parametrize("timm_form", [False, True])
+def test_a_key_mask_equals_leaving_the_tokens_out(timm_form: bool) -> None:
+    attention, x = layer().eval(), tokens()
+    mask = torch.ones(x.shape[:2], dtype=torch.bool)
+    mask[:, 5:9] = False
+    with torch.no_grad():
+        masked = attention(x, attn_mask=mask[:, None, None] if timm_form else mask)
+        left_out = attention(x[:, mask[0]])
+    torch.testing.assert_close(masked[:, mask[0]], left_out)
+
+
+def test_other_masks_and_causal_order_are_refused() -> None:
+    for mask in (torch.ones(21, 21), torch.ones(21, 21, dtype=torch.bool)):
+        with pytest.raises(ValueError, match=r"attn_mask must be bool, .* got torch\.\w+ \[21, 21\]"):
+            layer()(tokens(), attn_mask=mask)
+    with pytest.raises(ValueError, match="is_causal must be False"):
         layer()(tokens(), is_causal=True)
 
 

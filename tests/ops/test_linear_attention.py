@@ -160,7 +160,8 @@ def test_a_compiled_graph_is_whole_and_takes_any_length(kernel: str) -> None:
     compiled = torch.compile(favor_attention, backend="eager", fullgraph=True, dynamic=True)
     for n_q, n_k in [(63, 197), (197, 64)]:
         q, k, v, w = make(n_q, n_k)
-        assert torch.equal(compiled(q, k, v, w, kernel, 100), favor_attention(q, k, v, w, kernel, 100))
+        actual = compiled(q, k, v, w, kernel, chunk_size=100)
+        assert torch.equal(actual, favor_attention(q, k, v, w, kernel, chunk_size=100))
 
 
 @pytest.mark.parametrize("kernel", KERNELS)
@@ -192,3 +193,38 @@ def test_wrong_arguments_are_named(change: dict, message: str) -> None:
     q, k, v, w = make(5, 7)
     with pytest.raises(ValueError, match=message):
         favor_attention(**{"q": q, "k": k, "v": v, "projection": w, **change})
+
+
+def test_training_keeps_nothing_of_size_tokens_times_features() -> None:
+    q, k, v, w = make(300, 300, num_features=64)
+    kept: list[int] = []
+
+    def note(tensor: torch.Tensor) -> torch.Tensor:
+        kept.append(tensor.numel())
+        return tensor
+
+    leaves = [x.requires_grad_() for x in (q, k, v)]
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        favor_attention(*leaves, w, chunk_size=50)
+    assert max(kept) <= max(x.numel() for x in leaves)
+    assert max(kept) < 300 * 64 * 4
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_training_compiles_whole(kernel: str) -> None:
+    compiled = torch.compile(favor_attention, backend="aot_eager", fullgraph=True)
+    q, k, v, w = make(63, 40)
+    actual = value_and_gradients(compiled, q, k, v, w, kernel)
+    assert_same(actual, value_and_gradients(favor_attention, q, k, v, w, kernel), 1e-12)
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_gradients_of_low_precision_inputs_are_close_to_float64(kernel: str, dtype: torch.dtype) -> None:
+    q, k, v, w = (x.to(dtype) for x in make(120, 90))
+    exact = value_and_gradients(favor_attention, *(x.double() for x in (q, k, v)), w.float(), kernel)
+    actual = value_and_gradients(favor_attention, q, k, v, w.float(), kernel)
+    tolerance = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 5e-3}[dtype]
+    for a, e in zip(actual, exact, strict=True):
+        assert a.dtype == dtype
+        assert (a.double() - e).norm() / e.norm() < tolerance

@@ -1,0 +1,91 @@
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from perf_vit.ops import KVState, draw_projection, favor_attention
+from perf_vit.ops.kernels import kernel_names
+from perf_vit.ops.naive import naive_favor_attention
+
+KERNELS = kernel_names()
+
+
+def make(n_q: int, n_k: int, batch: int = 2, seed: int = 0, dtype: torch.dtype = torch.float64):
+    generator = torch.Generator().manual_seed(seed)
+    q, k, v = (torch.randn(batch, 3, n, 8, generator=generator, dtype=torch.float64) for n in (n_q, n_k, n_k))
+    return q.to(dtype), k.to(dtype), v.to(dtype), draw_projection(12, 8, generator=generator)
+
+
+def value_and_gradients(q, k, v, *args, **kwargs) -> list[torch.Tensor]:
+    leaves = [x.clone().requires_grad_() for x in (q, k, v)]
+    out = favor_attention(*leaves, *args, **kwargs)
+    weights = torch.linspace(-1, 1, out.numel(), dtype=out.dtype).reshape(out.shape).sin()
+    return [out.detach(), *torch.autograd.grad((out * weights).sum(), leaves)]
+
+
+@settings(max_examples=40, deadline=None, derandomize=True)
+@given(
+    n_q=st.integers(1, 30),
+    n_k=st.integers(1, 40),
+    chunk_size=st.integers(1, 50),
+    kernel=st.sampled_from(KERNELS),
+    seed=st.integers(0, 99),
+)
+def test_a_mask_equals_dropping_the_keys_in_value_and_gradient(n_q, n_k, chunk_size, kernel, seed) -> None:
+    q, k, v, w = make(n_q, n_k, batch=1, seed=seed)
+    kept = torch.rand(n_k, generator=torch.Generator().manual_seed(seed)) > 0.4
+    kept[seed % n_k] = True
+    masked = value_and_gradients(q, k, v, w, kernel, key_mask=kept[None], chunk_size=chunk_size)
+    dropped = value_and_gradients(q, k[:, :, kept], v[:, :, kept], w, kernel)
+    torch.testing.assert_close(masked[0], dropped[0], rtol=1e-10, atol=1e-10)
+    torch.testing.assert_close(masked[1], dropped[1], rtol=1e-10, atol=1e-10)
+    for with_mask, without in zip(masked[2:], dropped[2:], strict=True):
+        torch.testing.assert_close(with_mask[:, :, kept], without, rtol=1e-10, atol=1e-10)
+        assert (with_mask[:, :, ~kept] == 0).all()
+    naive = naive_favor_attention(q, k[:, :, kept], v[:, :, kept], w, kernel)
+    torch.testing.assert_close(masked[0], naive, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+def test_a_sample_without_keys_gets_zeros_and_leaves_the_others_alone(kernel: str, dtype: torch.dtype) -> None:
+    q, k, v, w = make(9, 21, dtype=dtype)
+    mask = torch.ones(2, 21, dtype=torch.bool)
+    mask[1] = False
+    out, *grads = value_and_gradients(q, k, v, w, kernel, key_mask=mask, chunk_size=8)
+    assert (out[1] == 0).all()
+    assert all((grad[1] == 0).all() for grad in grads)
+    assert all(grad.isfinite().all() for grad in grads)
+    alone = value_and_gradients(q[:1], k[:1], v[:1], w, kernel, chunk_size=8)
+    # To rounding: a matrix library may sum a batch of two in another order than a batch of one.
+    torch.testing.assert_close(out[:1], alone[0])
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_a_chunk_of_masked_keys_between_others_changes_nothing(kernel: str) -> None:
+    q, k, v, w = make(5, 30)
+    mask = torch.ones(2, 30, dtype=torch.bool)
+    mask[:, 10:20] = False
+    k[:, :, 10:20] *= 1e3
+    masked = favor_attention(q, k, v, w, kernel, key_mask=mask, chunk_size=10)
+    kept = mask[0]
+    expected = favor_attention(q, k[:, :, kept], v[:, :, kept], w, kernel)
+    torch.testing.assert_close(masked, expected, rtol=1e-12, atol=1e-12)
+
+
+def test_a_state_of_masked_keys_is_neutral_in_a_merge() -> None:
+    q, k, v, w = make(5, 12)
+    nothing = torch.zeros(2, 12, dtype=torch.bool)
+    empty = KVState.from_keys(k, v, w, key_mask=nothing)
+    full = KVState.from_keys(k, v, w)
+    for merged in (empty.merge(full), full.merge(empty), full.update(k, v, nothing)):
+        assert torch.equal(merged.attend(q), full.attend(q))
+
+
+@pytest.mark.parametrize(
+    "mask", [torch.ones(2, 11, dtype=torch.bool), torch.ones(12, dtype=torch.bool), torch.ones(2, 12)]
+)
+def test_a_mask_of_another_shape_or_dtype_is_named(mask: torch.Tensor) -> None:
+    q, k, v, w = make(5, 12)
+    with pytest.raises(ValueError, match=r"key_mask must be bool \[B, N_k\] = \[2, 12\].*got"):
+        favor_attention(q, k, v, w, key_mask=mask)
