@@ -1,6 +1,7 @@
 """FAVOR+ attention at a cost linear in the number of tokens, in chunks that keep its memory small."""
 
-from collections.abc import Sequence
+import itertools
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -54,7 +55,7 @@ def favor_attention(
     if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
         return _FavorAttention.apply(q, k, v, projection, key_mask, chosen, chunk_size)
     state = _accumulate(k, v, projection, key_mask, chosen, chunk_size)
-    return torch.cat([state.attend(q_chunk) for q_chunk in _chunks(q, chunk_size)], dim=-2)
+    return _join((state.attend(q_chunk) for q_chunk in _chunks(q, chunk_size)), q.shape[-2])
 
 
 def _accumulate(
@@ -89,18 +90,14 @@ class _FavorAttention(torch.autograd.Function):
         chunk_size: int,
     ) -> Tensor:
         state = _accumulate(k, v, projection, key_mask, kernel, chunk_size)
-        outputs, denominators = [], []
-        for q_chunk in _chunks(q, chunk_size):
-            numerator, denominator = state.sums(q_chunk)
-            denominator = denominator.masked_fill(denominator == 0, 1.0)
-            outputs.append(numerator / denominator)
-            denominators.append(denominator)
-        out = torch.cat(outputs, dim=-2)
+        denominators: list[Tensor] = []
+        chunks = (_attend(state, q_chunk, denominators) for q_chunk in _chunks(q, chunk_size))
+        out = _join(chunks, q.shape[-2])
         ctx.save_for_backward(
             q, k, v, projection, key_mask, state.S, state.z, state.log_scale, out, torch.cat(denominators, dim=-2)
         )
         ctx.kernel, ctx.chunk_size = kernel, chunk_size
-        return out.to(q.dtype)
+        return out
 
     @staticmethod
     @once_differentiable
@@ -108,40 +105,50 @@ class _FavorAttention(torch.autograd.Function):
         q, k, v, projection, key_mask, s, z, log_scale, out, denominator = ctx.saved_tensors
         state = KVState(s, z, log_scale, projection, ctx.kernel)
         with without_autocast(q):
-            # With o = num / den: d num = d o / den and d den = -(d o . o) / den, side by side as S and z are.
-            grad_num = grad_out.to(out.dtype) / denominator
-            grad_sums = torch.cat([grad_num, -(grad_num * out).sum(dim=-1, keepdim=True)], dim=-1)
-            grad_q, grad_state = _query_gradients(state, q, grad_sums, ctx.chunk_size)
+            grad_q, grad_state = _query_gradients(state, q, grad_out, out, denominator, ctx.chunk_size)
             grad_k, grad_v = _key_gradients(state, k, v, key_mask, grad_state, ctx.chunk_size)
         return grad_q, grad_k, grad_v, None, None, None, None
 
 
-def _query_gradients(state: KVState, q: Tensor, grad_sums: Tensor, chunk_size: int) -> tuple[Tensor, Tensor]:
-    """Gradients with respect to the queries and to [S, z], from that with respect to [num, den]."""
+def _attend(state: KVState, q: Tensor, denominators: list[Tensor]) -> Tensor:
+    """`state.attend` that leaves its denominators, [B, H, N, 1], in a list."""
+    numerator, denominator = state.sums(q)
+    denominators.append(denominator.masked_fill(denominator == 0, 1.0))
+    return (numerator / denominators[-1]).to(q.dtype)
+
+
+def _query_gradients(
+    state: KVState, q: Tensor, grad_out: Tensor, out: Tensor, denominator: Tensor, chunk_size: int
+) -> tuple[Tensor, Tensor]:
+    """Gradients with respect to the queries and to [S, z]."""
     sums = torch.cat([state.S, state.z.unsqueeze(-1)], dim=-1)
-    grad_state = torch.zeros_like(sums)
-    grads = []
-    for q_chunk, grad_chunk in zip(_chunks(q, chunk_size), _chunks(grad_sums, chunk_size), strict=True):
-        features = state.query_features(masked_features(q_chunk, state.projection, state.kernel))
-        grad_state += features.mT @ grad_chunk
-        grads.append(_input_gradient(state, q_chunk, features, grad_chunk @ sums.mT))
-    return torch.cat(grads, dim=-2), grad_state
+    grad_state, grad_q = torch.zeros_like(sums), torch.empty_like(q)
+    for tokens in _slices(q, chunk_size):
+        features = state.query_features(masked_features(q[tokens], state.projection, state.kernel))
+        # With o = num / den: d num = d o / den and d den = -(d o . o) / den, side by side as S and z are.
+        grad_num = grad_out[tokens].to(sums.dtype) / denominator[tokens]
+        grad_den = -(grad_num * out[tokens]).sum(dim=-1, keepdim=True)
+        grad_sums = torch.cat([grad_num, grad_den], dim=-1)
+        grad_state += features.mT @ grad_sums
+        grad_q[tokens] = _input_gradient(state, q[tokens], features, grad_sums @ sums.mT)
+    return grad_q, grad_state
 
 
 def _key_gradients(
     state: KVState, k: Tensor, v: Tensor, key_mask: Tensor | None, grad_state: Tensor, chunk_size: int
 ) -> tuple[Tensor, Tensor]:
     """Gradients with respect to keys and values, from that with respect to [S, z]."""
-    grads_k, grads_v = [], []
-    for k_chunk, v_chunk, mask in zip(*_key_chunks(k, v, key_mask, chunk_size), strict=True):
-        features = state.key_features(masked_features(k_chunk, state.projection, state.kernel, mask))
-        grads_v.append((features @ grad_state[..., :-1]).to(v.dtype))
-        values = v_chunk.to(features.dtype)
-        grad_features = values @ grad_state[..., :-1].mT + grad_state[..., -1].unsqueeze(-2)
+    grad_s, grad_z = grad_state[..., :-1], grad_state[..., -1].unsqueeze(-2)
+    grad_k, grad_v = torch.empty_like(k), torch.empty_like(v)
+    for tokens in _slices(k, chunk_size):
+        mask = None if key_mask is None else key_mask[:, tokens[-1]]
+        features = state.key_features(masked_features(k[tokens], state.projection, state.kernel, mask))
+        grad_v[tokens] = (features @ grad_s).to(v.dtype)
+        grad_features = (v[tokens].to(features.dtype) @ grad_s.mT).add_(grad_z)
         if mask is not None:
             grad_features = grad_features.masked_fill_(~mask[:, None, :, None], 0.0)
-        grads_k.append(_input_gradient(state, k_chunk, features, grad_features))
-    return torch.cat(grads_k, dim=-2), torch.cat(grads_v, dim=-2)
+        grad_k[tokens] = _input_gradient(state, k[tokens], features, grad_features)
+    return grad_k, grad_v
 
 
 def _input_gradient(state: KVState, x: Tensor, features: Tensor, grad_features: Tensor) -> Tensor:
@@ -163,6 +170,25 @@ def _key_chunks(
     if k.shape[-2] <= chunk_size:
         return k_chunks, _chunks(v, chunk_size), (key_mask,)
     return k_chunks, _chunks(v, chunk_size), torch.split(key_mask, chunk_size, dim=-1)
+
+
+def _slices(x: Tensor, chunk_size: int) -> list[tuple[slice, slice, slice]]:
+    """Indices of the chunks of [B, H, N, ...]."""
+    every = slice(None)
+    return [(every, every, slice(start, start + chunk_size)) for start in range(0, x.shape[-2], chunk_size)]
+
+
+def _join(chunks: Iterator[Tensor], num_tokens: int) -> Tensor:
+    """Put chunks of tokens together as they come, so that they are never all there twice."""
+    first = next(chunks)
+    if first.shape[-2] == num_tokens:
+        return first
+    out = first.new_empty(*first.shape[:-2], num_tokens, first.shape[-1])
+    start = 0
+    for chunk in itertools.chain([first], chunks):
+        out[..., start : start + chunk.shape[-2], :] = chunk
+        start += chunk.shape[-2]
+    return out
 
 
 def _chunks(x: Tensor, chunk_size: int) -> tuple[Tensor, ...]:
