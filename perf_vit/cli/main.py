@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from perf_vit._version import __version__
+from perf_vit.cli.benchmark import benchmark_app
 from perf_vit.errors import PerfVitError
 
 __all__ = ["app", "run"]
@@ -21,6 +22,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
+app.add_typer(benchmark_app, name="benchmark")
 
 Checkpoint = Annotated[Path, typer.Option(help="A .ckpt file that `perf-vit train` wrote.")]
 Input = Annotated[Path, typer.Option("--input", help="The raster.")]

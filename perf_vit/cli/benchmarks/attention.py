@@ -1,0 +1,60 @@
+"""`perf-vit benchmark attention`, start to end: check, measure, show, save."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+
+from perf_vit.cli.benchmarks.contenders import INSTALL_HINT, POPULAR, attention_contenders
+from perf_vit.cli.benchmarks.report import attention_table, write_attention
+from perf_vit.cli.benchmarks.settings import AttentionBenchmark
+from perf_vit.cli.benchmarks.sweep import PASSES, Measurement, sweep_lengths
+from perf_vit.cli.benchmarks.verify import verify_linear_attention
+from perf_vit.cli.console import console, errors
+from perf_vit.ops import draw_projection
+
+__all__ = ["run_attention_benchmark"]
+
+
+def run_attention_benchmark(settings: AttentionBenchmark, folder: Path) -> list[Measurement]:
+    """Verify linear attention, measure all contenders, print the table and write CSV and picture.
+
+    Args:
+        settings: what to measure.
+        folder: where `attention.csv` and `attention.png` go.
+
+    Raises:
+        PerfVitError: an output disagrees with its reference (nothing is measured or written), or the folder can't be
+            written to.
+    """
+    generator = torch.Generator().manual_seed(0)
+    projection = draw_projection(settings.num_features, settings.head_dim, generator=generator)
+    projection = projection.to(settings.device, settings.torch_dtype)
+    with _threads(settings.num_threads):
+        verify_linear_attention(settings, projection)
+        contenders = attention_contenders(settings, projection)
+        if POPULAR not in {contender.name for contender in contenders}:
+            errors.print(INSTALL_HINT, soft_wrap=True)
+        with errors.status("measuring") as status:
+            rows = sweep_lengths(
+                settings, contenders, lambda direction, length: status.update(f"{direction}, L = {length:,}")
+            )
+    table, picture = write_attention(rows, settings, folder)
+    console.print(settings.describe(), soft_wrap=True)
+    for direction in PASSES:
+        console.print(attention_table(rows, direction))
+    console.print(f"table: {table}\npicture: {picture}", soft_wrap=True)
+    return rows
+
+
+@contextmanager
+def _threads(num_threads: int) -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(num_threads)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)

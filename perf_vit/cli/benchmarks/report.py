@@ -1,0 +1,124 @@
+"""The benchmark's results as a table, a CSV file and a picture."""
+
+from __future__ import annotations
+
+import csv
+import math
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from rich.table import Table
+
+from perf_vit.cli.benchmarks.contenders import FLOOR, OURS, POPULAR, SDPA
+from perf_vit.cli.benchmarks.settings import AttentionBenchmark, machine_name
+from perf_vit.cli.benchmarks.sweep import PASSES, Measurement
+from perf_vit.errors import OutputError
+
+__all__ = ["BASELINES", "COLUMNS", "attention_table", "plot_attention", "write_attention"]
+
+BASELINES = {"x_floor": FLOOR, "x_sdpa": SDPA, "x_performer_pytorch": POPULAR}
+_MEASURES = ("contender", "pass", "length", "milliseconds", "peak_mib", *BASELINES)
+_SETTINGS = ("batch_size", "num_heads", "head_dim", "num_features", "dtype", "device", "num_threads", "num_runs")
+COLUMNS = (*_MEASURES, *_SETTINGS, "machine", "torch")
+
+_COLORS = {OURS: "#0072b2", SDPA: "#d55e00", POPULAR: "#009e73", FLOOR: "#777777"}
+
+
+def attention_table(rows: Sequence[Measurement], direction: str) -> Table:
+    """One row a contender and length, with the time divided by each baseline's; narrow enough for 80 columns."""
+    table = Table(title=f"Attention, {direction}")
+    headers = ("L", "attention", "ms", "peak MiB", "/ floor", "/ SDPA", "/ popular")
+    for header in headers:
+        table.add_column(header, justify="left" if header == "attention" else "right", no_wrap=True)
+    for row in (row for row in rows if row.direction == direction):
+        times = [_digits(x, 2) for x in _ratios(row, rows).values()]
+        memory = _digits(row.peak_bytes / 2**20, 1)
+        # The floor is the last of each length's contenders.
+        is_last = row.contender == FLOOR
+        table.add_row(
+            f"{row.length:,}", row.contender, _digits(row.seconds * 1e3, 2), memory, *times, end_section=is_last
+        )
+    return table
+
+
+def write_attention(rows: Sequence[Measurement], settings: AttentionBenchmark, folder: Path) -> tuple[Path, Path]:
+    """Write `attention.csv`, a row a measurement with all settings, and `attention.png` into a folder.
+
+    Returns:
+        The paths of both.
+
+    Raises:
+        OutputError: the folder can't be written to.
+    """
+    table, picture = folder / "attention.csv", folder / "attention.png"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        _write_csv(rows, settings, table)
+        plot_attention(rows, settings.describe(), picture)
+    except OSError as error:
+        raise OutputError(f"can't write into {folder}: {error.strerror}") from error
+    return table, picture
+
+
+def plot_attention(rows: Sequence[Measurement], title: str, path: Path) -> None:
+    """Draw time and memory against length for both directions, on logarithmic axes."""
+    figure = Figure(figsize=(9, 6.6), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots(2, 2, sharex=True, sharey="row")
+    for column, direction in enumerate(PASSES):
+        chosen = [row for row in rows if row.direction == direction]
+        _draw(axes[0, column], chosen, {row: row.seconds * 1e3 for row in chosen}, "milliseconds")
+        # The floor's four products in full size are no floor for memory, so it is not drawn there.
+        others = [row for row in chosen if row.contender != FLOOR]
+        _draw(
+            axes[1, column], others, {row: row.peak_bytes / 2**20 for row in others}, "peak MiB above inputs, outputs"
+        )
+        axes[0, column].set_title(direction)
+        axes[1, column].set_xlabel("tokens, L")
+    axes[0, 0].legend(frameon=False)
+    figure.suptitle(title, fontsize=9)
+    figure.savefig(path, dpi=110)
+
+
+def _draw(axes: Axes, rows: Sequence[Measurement], values: dict[Measurement, float], label: str) -> None:
+    for name in dict.fromkeys(row.contender for row in rows):
+        points = [(row.length, values[row]) for row in rows if row.contender == name and values[row] > 0]
+        style = "--" if name == FLOOR else "o-"
+        axes.plot(*zip(*points, strict=True), style, color=_COLORS[name], label=name, markersize=4)
+    lengths = sorted({row.length for row in rows})
+    axes.set(xscale="log", yscale="log")
+    axes.set_xticks(lengths, [f"{n / 1024:g}k" if n >= 1024 else str(n) for n in lengths], minor=False)
+    axes.minorticks_off()
+    axes.grid(alpha=0.3)
+    if axes.get_subplotspec().is_first_col():  # type: ignore[union-attr]
+        axes.set_ylabel(label)
+
+
+def _write_csv(rows: Sequence[Measurement], settings: AttentionBenchmark, path: Path) -> None:
+    constants = [getattr(settings, name) for name in _SETTINGS]
+    constants += [machine_name(settings.device), torch.__version__]
+    with path.open("w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(COLUMNS)
+        for row in rows:
+            numbers = (row.seconds * 1e3, row.peak_bytes / 2**20, *_ratios(row, rows).values())
+            cells = ["" if math.isnan(number) else f"{number:.4f}" for number in numbers]
+            writer.writerow([row.contender, row.direction, row.length, *cells, *constants])
+
+
+def _ratios(row: Measurement, rows: Sequence[Measurement]) -> dict[str, float]:
+    """Time of a row over each baseline's at the same length and direction; NaN where either was left out."""
+    peers = {other.contender: other.seconds for other in rows if _place(other) == _place(row)}
+    return {column: row.seconds / peers.get(name, math.nan) for column, name in BASELINES.items()}
+
+
+def _place(row: Measurement) -> tuple[str, int]:
+    return row.direction, row.length
+
+
+def _digits(value: float, decimals: int) -> str:
+    return "-" if math.isnan(value) else f"{value:,.{decimals}f}"
