@@ -1,5 +1,6 @@
 """Layers that timm models are built from."""
 
+from perf_vit.layers.draws import current_draw, redraw_projections
 from perf_vit.layers.performer_attention import PerformerAttention, PerformerOptions
 
-__all__ = ["PerformerAttention", "PerformerOptions"]
+__all__ = ["PerformerAttention", "PerformerOptions", "current_draw", "redraw_projections"]

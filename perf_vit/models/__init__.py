@@ -1,7 +1,7 @@
 """Networks: backbones registered with timm, heads, and both together with what prediction needs to know."""
 
 from perf_vit.models.build import ModelConfig, build_segmenter
-from perf_vit.models.checkpoint import CHECKPOINT_KEY, checkpoint_metadata, load_segmenter
+from perf_vit.models.checkpoint import CHECKPOINT_KEY, checkpoint_metadata, load_segmenter, restore_draw
 from perf_vit.models.segmenter import Segmenter, SegmenterSpec
 
 __all__ = [
@@ -12,4 +12,5 @@ __all__ = [
     "build_segmenter",
     "checkpoint_metadata",
     "load_segmenter",
+    "restore_draw",
 ]

@@ -11,10 +11,11 @@ import torch
 
 from perf_vit._version import __version__
 from perf_vit.errors import CheckpointError
+from perf_vit.layers import current_draw, redraw_projections
 from perf_vit.models.build import ModelConfig, build_segmenter
 from perf_vit.models.segmenter import Segmenter, SegmenterSpec
 
-__all__ = ["CHECKPOINT_KEY", "checkpoint_metadata", "load_segmenter"]
+__all__ = ["CHECKPOINT_KEY", "checkpoint_metadata", "load_segmenter", "restore_draw"]
 
 CHECKPOINT_KEY = "perf_vit"
 """Where our metadata lies inside a Lightning checkpoint."""
@@ -23,9 +24,20 @@ STATE_PREFIX = "model."
 """The network's attribute name inside the Lightning module."""
 
 
-def checkpoint_metadata(config: ModelConfig, spec: SegmenterSpec) -> dict[str, Any]:
+def checkpoint_metadata(config: ModelConfig, model: Segmenter) -> dict[str, Any]:
     """What `load_segmenter` needs beside the weights, as plain values."""
-    return {"version": __version__, "model": asdict(config), "spec": spec.to_dict()}
+    return {
+        "version": __version__,
+        "model": asdict(config),
+        "spec": model.spec.to_dict(),
+        "draw": current_draw(model),
+    }
+
+
+def restore_draw(model: Segmenter, metadata: dict[str, Any]) -> None:
+    """Give the model the random projections that a checkpoint's weights were trained with."""
+    # Checkpoints without a number are older than redrawing.
+    redraw_projections(model, metadata.get("draw", 0))
 
 
 def load_segmenter(path: str | Path) -> Segmenter:
@@ -44,6 +56,7 @@ def load_segmenter(path: str | Path) -> Segmenter:
     model.load_state_dict(
         {key.removeprefix(STATE_PREFIX): value for key, value in state.items() if key.startswith(STATE_PREFIX)}
     )
+    restore_draw(model, metadata)
     return model.eval()
 
 

@@ -12,7 +12,14 @@ from torch.optim import AdamW
 from torch.optim.lr_scheduler import LambdaLR
 
 from perf_vit.errors import ConfigError
-from perf_vit.models import CHECKPOINT_KEY, ModelConfig, SegmenterSpec, build_segmenter, checkpoint_metadata
+from perf_vit.models import (
+    CHECKPOINT_KEY,
+    ModelConfig,
+    SegmenterSpec,
+    build_segmenter,
+    checkpoint_metadata,
+    restore_draw,
+)
 from perf_vit.tasks.losses import SegmentationLoss
 from perf_vit.tasks.metrics import class_scores, segmentation_metrics
 
@@ -54,7 +61,7 @@ class SegmentationTask(lightning.LightningModule):
             raise ConfigError(
                 f"optim.class_weights must give one weight a class, got {len(optim.class_weights)} for {num_classes}"
             )
-        self.metadata = checkpoint_metadata(model_config, spec)
+        self.model_config = model_config
         self.optim = optim
         self.model = build_segmenter(model_config, spec)
         self.loss = SegmentationLoss(optim.dice_weight, optim.class_weights)
@@ -63,7 +70,11 @@ class SegmentationTask(lightning.LightningModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Add the metadata."""
-        checkpoint[CHECKPOINT_KEY] = self.metadata
+        checkpoint[CHECKPOINT_KEY] = checkpoint_metadata(self.model_config, self.model)
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Take up the draw of the attention's projections, which are no part of the weights."""
+        restore_draw(self.model, checkpoint[CHECKPOINT_KEY])
 
     def forward(self, image: Tensor) -> Tensor:
         """Logits [B, K, H, W] of standardised tiles [B, C, H, W]."""

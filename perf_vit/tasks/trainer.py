@@ -13,6 +13,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 
 from perf_vit.errors import ConfigError
 from perf_vit.tasks.history import HistoryCallback
+from perf_vit.tasks.redraw import RedrawProjections
 
 __all__ = ["TrainerConfig", "build_trainer"]
 
@@ -30,6 +31,9 @@ class TrainerConfig:
         devices: how many; "auto" for all.
         gradient_clip: largest gradient norm; 0 for no clipping.
         val_every_epochs: epochs between validations.
+        redraw_every_steps: optimizer steps between new draws of the attention's random projections, 0 to keep the first
+            draw. Choromanski et al. 2020 redraw while training, so that the weights don't fit themselves to one draw,
+            which may be a poor one. It changes nothing in a model without Performer attention.
     """
 
     max_epochs: int = 50
@@ -38,6 +42,7 @@ class TrainerConfig:
     devices: str = "auto"
     gradient_clip: float = 1.0
     val_every_epochs: int = 1
+    redraw_every_steps: int = 0
 
 
 def build_trainer(config: TrainerConfig, folder: Path, *, progress: bool = True) -> lightning.Trainer:
@@ -51,6 +56,10 @@ def build_trainer(config: TrainerConfig, folder: Path, *, progress: bool = True)
         raise ConfigError(f"trainer.precision must be one of {', '.join(_PRECISIONS)}, got {config.precision}")
     if config.max_epochs < 1 or config.val_every_epochs < 1:
         raise ConfigError("trainer.max_epochs and trainer.val_every_epochs must be at least 1")
+    if config.redraw_every_steps < 0:
+        raise ConfigError(
+            f"trainer.redraw_every_steps must be 0 or more, got {config.redraw_every_steps}; use 0 to never redraw"
+        )
     _quieten()
     try:
         return lightning.Trainer(
@@ -64,7 +73,7 @@ def build_trainer(config: TrainerConfig, folder: Path, *, progress: bool = True)
             deterministic="warn",
             default_root_dir=folder,
             logger=TensorBoardLogger(folder, name="tensorboard", version=""),
-            callbacks=_callbacks(folder, progress),
+            callbacks=_callbacks(config, folder, progress),
             enable_progress_bar=progress,
             enable_model_summary=False,
             num_sanity_val_steps=0,
@@ -74,7 +83,7 @@ def build_trainer(config: TrainerConfig, folder: Path, *, progress: bool = True)
         raise ConfigError(f"trainer: {str(error).splitlines()[0]}") from error
 
 
-def _callbacks(folder: Path, progress: bool) -> list[Callback]:
+def _callbacks(config: TrainerConfig, folder: Path, progress: bool) -> list[Callback]:
     # The history comes before the checkpoint, which must hold this epoch's row.
     checkpoints = folder / "checkpoints"
     shared: dict[str, Any] = {"enable_version_counter": False, "save_on_train_epoch_end": True}
@@ -84,6 +93,8 @@ def _callbacks(folder: Path, progress: bool) -> list[Callback]:
         # Without a monitor the newest is kept; `save_last` would follow the best one.
         ModelCheckpoint(dirpath=checkpoints, filename="last", **shared),
     ]
+    if config.redraw_every_steps:
+        callbacks.append(RedrawProjections(config.redraw_every_steps))
     return [*callbacks, RichProgressBar()] if progress else callbacks
 
 
