@@ -7,6 +7,7 @@ import pytest
 import timm
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
+from timm.models import VisionTransformer
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -202,6 +203,14 @@ def test_gradient_checkpointing_changes_no_gradient_after_a_redraw() -> None:
             model(x).square().sum().backward()
     for (name, expected), parameter in zip(plain.named_parameters(), checkpointed.parameters(), strict=True):
         torch.testing.assert_close(parameter.grad, expected.grad, rtol=0, atol=0, msg=name)
+
+
+def test_training_with_gradient_checkpointing_and_redraws_ends_at_the_same_weights(run) -> None:
+    checkpointed = new_task()
+    vit = next(module for module in checkpointed.modules() if isinstance(module, VisionTransformer))
+    vit.set_grad_checkpointing(True)
+    new_trainer(RedrawProjections(3), max_epochs=3).fit(checkpointed, batches(2), batches(1))
+    assert equal_states(run[0], checkpointed)
 
 
 def test_an_exported_program_holds_the_draw_of_its_export() -> None:
