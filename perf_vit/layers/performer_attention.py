@@ -12,11 +12,11 @@ import torch
 from timm.layers import Attention, register_notrace_function
 from torch import Tensor
 
-from perf_vit.ops import draw_projection, favor_attention
+from perf_vit.ops import draw_projection, favor_attention, fit_balancing
 from perf_vit.ops.kernels import get_kernel
 from perf_vit.ops.projection import ProjectionNorms
 
-__all__ = ["PerformerAttention", "PerformerOptions", "bidirectional_favor_attention"]
+__all__ = ["PerformerAttention", "PerformerOptions", "timm_favor_attention"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,26 +24,35 @@ class PerformerOptions:
     """What a `PerformerAttention` has and timm's `Attention` has not.
 
     Attributes:
-        kernel: name of the feature map, "softmax+" or "relu".
+        kernel: name of the feature map, "softmax+", "softmax-hyp+", "softmax-trig", "relu", "oprf" or a registered one.
         num_features: number of random features, M.
         orthogonal: whether the projection's rows come in orthogonal blocks.
         norms: norms of its rows, "chi" or "sqrt" (see `draw_projection`).
+        center: whether queries and keys are centred by the means of each call and head (see `fit_balancing`).
+        balance: whether their channels are balanced likewise.
         seed: seed of the model's projections, 0 or more.
         layer_index: place of the layer in its model; layers of one seed draw different projections.
 
     Raises:
-        ValueError: an unknown kernel or a negative number; `draw_projection` checks the rest.
+        ValueError: an unknown kernel, one that centring or balancing would change, or a negative number;
+            `draw_projection` checks the rest.
     """
 
     kernel: str = "softmax+"
     num_features: int = 256
     orthogonal: bool = True
     norms: ProjectionNorms = "chi"
+    center: bool = False
+    balance: bool = False
     seed: int = 0
     layer_index: int = 0
 
     def __post_init__(self) -> None:
-        get_kernel(self.kernel)
+        if (self.center or self.balance) and not get_kernel(self.kernel).estimates_softmax:
+            raise ValueError(
+                f"center and balance leave softmax attention as it is, but kernel {self.kernel!r} estimates another; "
+                "use center=False, balance=False"
+            )
         if self.seed < 0 or self.layer_index < 0:
             raise ValueError(
                 f"seed and layer_index must be 0 or more, got {self.seed} and {self.layer_index}; use seed=0"
@@ -120,19 +129,23 @@ class PerformerAttention(Attention):
         Args:
             x: tokens, [B, N, C].
             attn_mask: which keys take part, bool, [B, N] or [B, 1, 1, N], or None for all of them.
-            is_causal: must be False.
+            is_causal: token i sees tokens 0 .. i only.
 
         Returns:
             [B, N, dim_out].
 
         Raises:
-            ValueError: any other mask, or causal order, which have no form here.
+            ValueError: any other mask, which has no form here; causal order with centring or balancing, whose
+                statistics would tell of the future.
         """
         B, N, _ = x.shape
         qkv = self.qkv(x).reshape(B, N, 3, self.num_heads, self.head_dim).permute(2, 0, 3, 1, 4)
         q, k, v = qkv.unbind(0)
         q, k = self.q_norm(q), self.k_norm(k)
-        out = bidirectional_favor_attention(q, k, v, self.projection, self.options.kernel, attn_mask, is_causal)
+        options = self.options
+        out = timm_favor_attention(
+            q, k, v, self.projection, options.kernel, options.center, options.balance, attn_mask, is_causal
+        )
         out = self.norm(out.transpose(1, 2).flatten(2))
         # The oldest timm that we take has no gate.
         gate = getattr(self, "gate", None)
@@ -147,10 +160,11 @@ class PerformerAttention(Attention):
     def _draw_projection(self, options: PerformerOptions, draw: int) -> Tensor:
         device = self.qkv.weight.device
         if device.type == "meta":
-            return torch.empty(options.num_features, self.head_dim, dtype=torch.float32, device=device)
+            num_rows = get_kernel(options.kernel).num_rows(options.num_features)
+            return torch.empty(num_rows, self.head_dim, dtype=torch.float32, device=device)
         generator = _generator(options.seed, options.layer_index, draw)
         projection = draw_projection(
-            options.num_features, self.head_dim, options.orthogonal, options.norms, generator=generator
+            options.num_features, self.head_dim, options.orthogonal, options.norms, generator, options.kernel
         )
         return projection.to(device)
 
@@ -168,12 +182,14 @@ class PerformerAttention(Attention):
 # mask can't be traced, so it stays one node of the graph.
 @torch.fx.wrap
 @register_notrace_function
-def bidirectional_favor_attention(
+def timm_favor_attention(
     q: Tensor,
     k: Tensor,
     v: Tensor,
     projection: Tensor,
     kernel: str,
+    center: bool = False,
+    balance: bool = False,
     attn_mask: Tensor | None = None,
     is_causal: bool = False,
 ) -> Tensor:
@@ -185,18 +201,26 @@ def bidirectional_favor_attention(
         v: values, [B, H, N, D].
         projection: rows of the feature map, [M, D].
         kernel: name of the feature map.
+        center: centre queries and keys by their means.
+        balance: balance their channels.
         attn_mask: which keys take part, bool, [B, N] or [B, 1, 1, N], or None for all of them.
-        is_causal: must be False.
+        is_causal: token i sees tokens 0 .. i only.
 
     Returns:
         [B, H, N, D].
 
     Raises:
-        ValueError: any other mask, or causal order.
+        ValueError: any other mask, or causal order with centring or balancing.
     """
-    if is_causal:
-        raise ValueError("Performer attention is bidirectional: is_causal must be False; use timm's own Attention")
-    return favor_attention(q, k, v, projection, kernel, key_mask=_key_mask(attn_mask, k))
+    key_mask = _key_mask(attn_mask, k)
+    balancing = None
+    if center or balance:
+        if is_causal:
+            raise ValueError(
+                "is_causal=True needs center=False and balance=False: the statistics of a call tell of the future"
+            )
+        balancing = fit_balancing(q, k, key_mask, center=center, balance=balance)
+    return favor_attention(q, k, v, projection, kernel, key_mask, is_causal, balancing)
 
 
 def _key_mask(attn_mask: Tensor | None, k: Tensor) -> Tensor | None:

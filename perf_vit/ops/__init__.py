@@ -3,8 +3,21 @@
 Every fast operation has an N x N reference in `perf_vit.ops.naive`, which is imported by that name.
 """
 
+from perf_vit.ops.balancing import Balancing, fit_balancing
+from perf_vit.ops.kernels import Kernel, kernel_names, make_kernel, oprf_kernel, register_kernel
 from perf_vit.ops.linear_attention import favor_attention
 from perf_vit.ops.projection import draw_projection
 from perf_vit.ops.state import KVState
 
-__all__ = ["KVState", "draw_projection", "favor_attention"]
+__all__ = [
+    "Balancing",
+    "KVState",
+    "Kernel",
+    "draw_projection",
+    "favor_attention",
+    "fit_balancing",
+    "kernel_names",
+    "make_kernel",
+    "oprf_kernel",
+    "register_kernel",
+]

@@ -1,15 +1,22 @@
 """FAVOR+ attention at a cost linear in the number of tokens, in chunks that keep its memory small."""
 
-import itertools
-from collections.abc import Iterator, Sequence
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from perf_vit.ops.kernels import Kernel, get_kernel
-from perf_vit.ops.state import KVState, masked_features, without_autocast
+from perf_vit.ops.balancing import Balancing
+from perf_vit.ops.causal import causal_favor
+from perf_vit.ops.chunks import join_chunks, token_slices
+from perf_vit.ops.features import FeatureMap, without_autocast
+from perf_vit.ops.kernels import Kernel
+from perf_vit.ops.oprf import optimal_parameter
+from perf_vit.ops.state import KVState, check_keys, make_feature_map, masked_values, sum_keys
 
 __all__ = ["favor_attention"]
 
@@ -19,17 +26,19 @@ def favor_attention(
     k: Tensor,
     v: Tensor,
     projection: Tensor,
-    kernel: str = "softmax+",
+    kernel: str | Kernel = "softmax+",
     key_mask: Tensor | None = None,
-    chunk_size: int = 2048,
+    causal: bool = False,
+    balancing: Balancing | None = None,
+    chunk_size: int = 768,
 ) -> Tensor:
-    """Bidirectional attention through random features (FAVOR+).
+    """Attention through random features (FAVOR+).
 
     out_i = sum_j phi(q_i).phi(k_j) v_j / sum_j phi(q_i).phi(k_j), Choromanski et al. 2020, "Rethinking Attention with
-    Performers", equation 4, in O(N M D) time. With the kernel "softmax+" it estimates softmax(q k^T / sqrt(D)) v.
-    Keys, then queries, go through in chunks, and the backward pass computes their features again: no buffer of size
-    N x M ever exists, in either direction. It can be differentiated once, with respect to q, k and v.
-    `perf_vit.ops.naive.naive_favor_attention` is the same estimator as an N x N matrix.
+    Performers", equation 4, in O(N M D) time; j runs over all keys, or up to i where `causal`. With a softmax kernel
+    it estimates softmax(q k^T / sqrt(D)) v. Keys, then queries, go through in chunks, and the backward pass computes
+    their features again: no buffer of size N x M ever exists, in either direction. It can be differentiated once,
+    with respect to q, k and v. `perf_vit.ops.naive.naive_favor_attention` is the same estimator as an N x N matrix.
 
     Features and sums are float32 for float32, half and bfloat16 inputs and under autocast, float64 for float64.
 
@@ -37,10 +46,14 @@ def favor_attention(
         q: queries, [B, H, N_q, D].
         k: keys, [B, H, N_k, D].
         v: values, [B, H, N_k, Dv].
-        projection: rows of the feature map, [M, D], from `draw_projection`.
-        kernel: name of the feature map, "softmax+" or "relu".
-        key_mask: [B, N_k] bool, False for keys that are left out, exactly as if they weren't there; a sample whose
-            keys are all left out gets zeros.
+        projection: rows of the feature map, [R, D], from `draw_projection`.
+        kernel: the feature map or its name: "softmax+", "softmax-hyp+", "softmax-trig", "relu" or "oprf". "oprf"
+            finds its parameter for these queries and keys; `oprf_kernel` fixes it.
+        key_mask: [B, N_k] bool, False for keys that are left out, exactly as if they weren't there; a query that sees
+            no key gets zeros.
+        causal: query i sees keys 0 .. i only; N_q must equal N_k. What comes later changes no bit of its result.
+        balancing: constants from `fit_balancing` that centre and balance q and k first; exact attention stays as it
+            is, its estimate gets closer. Under `causal` they must not be of this call, or they tell of the future.
         chunk_size: tokens whose features are in memory at once; it changes the result by rounding only.
 
     Returns:
@@ -49,26 +62,43 @@ def favor_attention(
     Raises:
         ValueError: an unknown kernel, no key, or shapes that don't fit together.
     """
-    if chunk_size < 1:
-        raise ValueError(f"chunk_size must be at least 1, got {chunk_size}; 2048 suits most machines")
-    chosen = get_kernel(kernel)
+    feature_map = make_feature_map(kernel, projection, balancing)
+    _check(q, k, v, feature_map, key_mask, causal, chunk_size)
+    if torch.compiler.is_exporting() and not causal:
+        # One graph for any number of tokens; it holds the features of all of them.
+        chunk_size = max(q.shape[2], k.shape[2])
+    if causal:
+        return causal_favor(q, k, v, feature_map, key_mask, chunk_size)
+    feature_map = _with_parameter(feature_map, q, k, key_mask, chunk_size)
     if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
-        return _FavorAttention.apply(q, k, v, projection, key_mask, chosen, chunk_size)
-    state = _accumulate(k, v, projection, key_mask, chosen, chunk_size)
-    return _join((state.attend(q_chunk) for q_chunk in _chunks(q, chunk_size)), q.shape[-2])
+        constants = () if balancing is None else balancing.tensors()
+        kernel_, parameter = feature_map.kernel, feature_map.kernel.parameter
+        return _FavorAttention.apply(q, k, v, projection, key_mask, kernel_, parameter, chunk_size, *constants)
+    state = _accumulate(k, v, feature_map, key_mask, chunk_size).normalized()
+    with without_autocast(q):
+        return join_chunks((_attend(state, q[tokens])[0] for tokens in token_slices(q, chunk_size)), q.shape[2])
 
 
-def _accumulate(
-    k: Tensor, v: Tensor, projection: Tensor, key_mask: Tensor | None, kernel: Kernel, chunk_size: int
-) -> KVState:
+def _accumulate(k: Tensor, v: Tensor, feature_map: FeatureMap, key_mask: Tensor | None, chunk_size: int) -> KVState:
     state: KVState | None = None
-    for k_chunk, v_chunk, mask in zip(*_key_chunks(k, v, key_mask, chunk_size), strict=True):
-        if state is None:
-            state = KVState.from_keys(k_chunk, v_chunk, projection, kernel.name, mask)
-        else:
-            state = state.update(k_chunk, v_chunk, mask)
+    with without_autocast(k):
+        for tokens in token_slices(k, chunk_size):
+            mask = None if key_mask is None else key_mask[:, tokens[-1]]
+            part = sum_keys(feature_map.keys(feature_map.key_inputs(k[tokens]), mask), v[tokens], feature_map)
+            state = part if state is None else state.merge(part)
     assert state is not None
     return state
+
+
+def _attend(state: KVState, q: Tensor) -> tuple[Tensor, Tensor]:
+    """Attention of queries, [B, H, N, Dv], and their denominators, [B, H, N, 1]; the state must be normalised."""
+    feature_map = state.feature_map
+    values = feature_map.queries(feature_map.query_inputs(q))
+    features, _ = feature_map.scaled_queries(values, state.log_scale)
+    denominator = state.denominators(features)
+    if not feature_map.kernel.log_domain:
+        denominator = denominator.masked_fill(denominator == 0, 1.0)
+    return (features @ state.S).div_(denominator).to(q.dtype), denominator
 
 
 class _FavorAttention(torch.autograd.Function):
@@ -87,110 +117,132 @@ class _FavorAttention(torch.autograd.Function):
         projection: Tensor,
         key_mask: Tensor | None,
         kernel: Kernel,
+        parameter: float | Tensor | None,
         chunk_size: int,
+        *constants: Tensor,
     ) -> Tensor:
-        state = _accumulate(k, v, projection, key_mask, kernel, chunk_size)
-        denominators: list[Tensor] = []
-        chunks = (_attend(state, q_chunk, denominators) for q_chunk in _chunks(q, chunk_size))
-        out = _join(chunks, q.shape[-2])
+        feature_map = _rebuild(kernel, parameter, projection, constants)
+        state = _accumulate(k, v, feature_map, key_mask, chunk_size).normalized()
+        denominator = q.new_empty(*q.shape[:-1], 1, dtype=state.z.dtype)
+
+        def attended() -> Iterator[Tensor]:
+            for tokens in token_slices(q, chunk_size):
+                out, denominator[tokens] = _attend(state, q[tokens])
+                yield out
+
+        with without_autocast(q):
+            out = join_chunks(attended(), q.shape[2])
+        ctx.is_tensor = isinstance(parameter, Tensor)
+        kept = (parameter,) if isinstance(parameter, Tensor) else ()
         ctx.save_for_backward(
-            q, k, v, projection, key_mask, state.S, state.z, state.log_scale, out, torch.cat(denominators, dim=-2)
+            q, k, v, projection, key_mask, state.S, state.z, state.log_scale, out, denominator, *constants, *kept
         )
-        ctx.kernel, ctx.chunk_size = kernel, chunk_size
+        ctx.kernel, ctx.parameter, ctx.chunk_size = kernel, None if ctx.is_tensor else parameter, chunk_size
         return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
-        q, k, v, projection, key_mask, s, z, log_scale, out, denominator = ctx.saved_tensors
-        state = KVState(s, z, log_scale, projection, ctx.kernel)
+        q, k, v, projection, key_mask, s, z, log_scale, out, denominator, *rest = ctx.saved_tensors
+        parameter = rest.pop() if ctx.is_tensor else ctx.parameter
+        state = KVState(s, z, log_scale, _rebuild(ctx.kernel, parameter, projection, tuple(rest)))
         with without_autocast(q):
-            grad_q, grad_state = _query_gradients(state, q, grad_out, out, denominator, ctx.chunk_size)
-            grad_k, grad_v = _key_gradients(state, k, v, key_mask, grad_state, ctx.chunk_size)
-        return grad_q, grad_k, grad_v, None, None, None, None
-
-
-def _attend(state: KVState, q: Tensor, denominators: list[Tensor]) -> Tensor:
-    """`state.attend` that leaves its denominators, [B, H, N, 1], in a list."""
-    numerator, denominator = state.sums(q)
-    denominators.append(denominator.masked_fill(denominator == 0, 1.0))
-    return (numerator / denominators[-1]).to(q.dtype)
+            grad_q, grad_s, grad_z = _query_gradients(state, q, grad_out, out, denominator, ctx.chunk_size)
+            grad_k, grad_v = _key_gradients(state, k, v, key_mask, grad_s, grad_z, ctx.chunk_size)
+        return grad_q, grad_k, grad_v, *(None for _ in range(5 + len(rest)))
 
 
 def _query_gradients(
     state: KVState, q: Tensor, grad_out: Tensor, out: Tensor, denominator: Tensor, chunk_size: int
-) -> tuple[Tensor, Tensor]:
-    """Gradients with respect to the queries and to [S, z]."""
-    sums = torch.cat([state.S, state.z.unsqueeze(-1)], dim=-1)
-    grad_state, grad_q = torch.zeros_like(sums), torch.empty_like(q)
-    for tokens in _slices(q, chunk_size):
-        features = state.query_features(masked_features(q[tokens], state.projection, state.kernel))
-        # With o = num / den: d num = d o / den and d den = -(d o . o) / den, side by side as S and z are.
-        grad_num = grad_out[tokens].to(sums.dtype) / denominator[tokens]
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients with respect to the queries, S, [B, H, M, Dv], and z, [B, H, 1, M]."""
+    feature_map, s, z = state.feature_map, state.S, state.z.unsqueeze(-2)
+    grad_s, grad_z, grad_q = torch.zeros_like(s), torch.zeros_like(z), torch.empty_like(q)
+    for tokens in token_slices(q, chunk_size):
+        x = feature_map.query_inputs(q[tokens])
+        values = feature_map.queries(x)
+        features, _ = feature_map.scaled_queries(values, state.log_scale)
+        # With o = num / den: d num = d o / den and d den = -(d o . o) / den.
+        grad_num = grad_out[tokens].to(s.dtype) / denominator[tokens]
         grad_den = -(grad_num * out[tokens]).sum(dim=-1, keepdim=True)
-        grad_sums = torch.cat([grad_num, grad_den], dim=-1)
-        grad_state += features.mT @ grad_sums
-        grad_q[tokens] = _input_gradient(state, q[tokens], features, grad_sums @ sums.mT)
-    return grad_q, grad_state
+        grad_s += features.mT @ grad_num
+        # A row times a matrix: several times as fast as the matrix times a column.
+        grad_z += grad_den.mT @ features
+        grad_features = grad_num @ s.mT
+        if feature_map.kernel.log_domain:
+            grad_features = grad_features.add_(grad_den).mul_(features)
+        else:
+            grad_features = grad_features.addcmul_(grad_den, z)
+        grad_q[tokens] = feature_map.query_gradient(q, x, values, grad_features)
+    return grad_q, grad_s, grad_z
 
 
 def _key_gradients(
-    state: KVState, k: Tensor, v: Tensor, key_mask: Tensor | None, grad_state: Tensor, chunk_size: int
+    state: KVState,
+    k: Tensor,
+    v: Tensor,
+    key_mask: Tensor | None,
+    grad_s: Tensor,
+    grad_z: Tensor,
+    chunk_size: int,
 ) -> tuple[Tensor, Tensor]:
-    """Gradients with respect to keys and values, from that with respect to [S, z]."""
-    grad_s, grad_z = grad_state[..., :-1], grad_state[..., -1].unsqueeze(-2)
+    """Gradients with respect to keys and values, from those with respect to S and z."""
+    feature_map = state.feature_map
     grad_k, grad_v = torch.empty_like(k), torch.empty_like(v)
-    for tokens in _slices(k, chunk_size):
-        mask = None if key_mask is None else key_mask[:, tokens[-1]]
-        features = state.key_features(masked_features(k[tokens], state.projection, state.kernel, mask))
+    for tokens in token_slices(k, chunk_size):
+        x = feature_map.key_inputs(k[tokens])
+        keys = feature_map.keys(x, None if key_mask is None else key_mask[:, tokens[-1]])
+        features = keys.scaled(state.log_scale)
         grad_v[tokens] = (features @ grad_s).to(v.dtype)
-        grad_features = (v[tokens].to(features.dtype) @ grad_s.mT).add_(grad_z)
-        if mask is not None:
-            grad_features = grad_features.masked_fill_(~mask[:, None, :, None], 0.0)
-        grad_k[tokens] = _input_gradient(state, k[tokens], features, grad_features)
+        grad_features = (masked_values(v[tokens], keys) @ grad_s.mT).add_(grad_z)
+        if keys.mask is not None:
+            grad_features = grad_features.masked_fill_(keys.mask, 0.0)
+        gradients = keys.gradient(grad_features, state.log_scale, features)
+        grad_k[tokens] = feature_map.key_gradient(k, x, keys.values, *gradients)
     return grad_k, grad_v
 
 
-def _input_gradient(state: KVState, x: Tensor, features: Tensor, grad_features: Tensor) -> Tensor:
-    """Back through the exponential, where the kernel has one, the kernel itself and D^(-1/4): [B, H, N, D]."""
-    scale = x.shape[-1] ** -0.25
-    if state.kernel.log_domain:
-        grad_features = grad_features.mul_(features)
-    scaled = x.to(features.dtype) * scale
-    grad = state.kernel.gradient(scaled, state.projection.to(features.dtype), features, grad_features)
-    return (grad * scale).to(x.dtype)
+def _with_parameter(
+    feature_map: FeatureMap, q: Tensor, k: Tensor, key_mask: Tensor | None, chunk_size: int
+) -> FeatureMap:
+    if not feature_map.kernel.needs_parameter:
+        return feature_map
+    assert feature_map.kernel.bind is not None
+    with without_autocast(q):
+        parameter = optimal_parameter(feature_map, q, k, key_mask, chunk_size)
+    return replace(feature_map, kernel=feature_map.kernel.bind(parameter))
 
 
-def _key_chunks(
-    k: Tensor, v: Tensor, key_mask: Tensor | None, chunk_size: int
-) -> tuple[Sequence[Tensor], Sequence[Tensor], Sequence[Tensor | None]]:
-    k_chunks = _chunks(k, chunk_size)
-    if key_mask is None:
-        return k_chunks, _chunks(v, chunk_size), (None,) * len(k_chunks)
-    if k.shape[-2] <= chunk_size:
-        return k_chunks, _chunks(v, chunk_size), (key_mask,)
-    return k_chunks, _chunks(v, chunk_size), torch.split(key_mask, chunk_size, dim=-1)
+def _rebuild(
+    kernel: Kernel, parameter: float | Tensor | None, projection: Tensor, constants: tuple[Tensor, ...]
+) -> FeatureMap:
+    """The feature map from what may enter an autograd function: its tensors apart from the rest."""
+    if kernel.bind is not None and parameter is not None:
+        kernel = kernel.bind(parameter)
+    return FeatureMap(kernel, projection, Balancing(*constants) if constants else None)
 
 
-def _slices(x: Tensor, chunk_size: int) -> list[tuple[slice, slice, slice]]:
-    """Indices of the chunks of [B, H, N, ...]."""
-    every = slice(None)
-    return [(every, every, slice(start, start + chunk_size)) for start in range(0, x.shape[-2], chunk_size)]
-
-
-def _join(chunks: Iterator[Tensor], num_tokens: int) -> Tensor:
-    """Put chunks of tokens together as they come, so that they are never all there twice."""
-    first = next(chunks)
-    if first.shape[-2] == num_tokens:
-        return first
-    out = first.new_empty(*first.shape[:-2], num_tokens, first.shape[-1])
-    start = 0
-    for chunk in itertools.chain([first], chunks):
-        out[..., start : start + chunk.shape[-2], :] = chunk
-        start += chunk.shape[-2]
-    return out
-
-
-def _chunks(x: Tensor, chunk_size: int) -> tuple[Tensor, ...]:
-    # Not split where it need not be: an exported graph then takes any number of tokens up to a chunk.
-    return (x,) if x.shape[-2] <= chunk_size else torch.split(x, chunk_size, dim=-2)
+def _check(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    feature_map: FeatureMap,
+    key_mask: Tensor | None,
+    causal: bool,
+    chunk_size: int,
+) -> None:
+    if chunk_size < 1:
+        raise ValueError(f"chunk_size must be at least 1, got {chunk_size}; 768 suits most machines")
+    check_keys(k, v, feature_map.projection, key_mask)
+    if q.ndim != 4 or q.shape[:2] != k.shape[:2] or q.shape[3] != k.shape[3]:
+        raise ValueError(
+            f"q must be [B, H, N, D] with the keys' B = {k.shape[0]}, H = {k.shape[1]} and D = {k.shape[3]}, "
+            f"got {list(q.shape)}"
+        )
+    if causal and q.shape[2] != k.shape[2]:
+        raise ValueError(f"causal attention needs as many queries as keys, got {q.shape[2]} and {k.shape[2]}")
+    if causal and feature_map.kernel.needs_parameter:
+        raise ValueError(
+            f"kernel {feature_map.kernel.name!r} would take its parameter from the future under causal=True; "
+            "expected it fixed: kernel=oprf_kernel(-0.05)"
+        )

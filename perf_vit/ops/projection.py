@@ -7,6 +7,8 @@ import torch
 from torch import Generator, Tensor
 from torch.nn import functional as F
 
+from perf_vit.ops.kernels import Kernel, get_kernel
+
 __all__ = ["ProjectionNorms", "draw_projection"]
 
 ProjectionNorms = Literal["chi", "sqrt"]
@@ -18,35 +20,54 @@ def draw_projection(
     orthogonal: bool = True,
     norms: ProjectionNorms = "chi",
     generator: Generator | None = None,
+    kernel: str | Kernel = "softmax+",
 ) -> Tensor:
-    """Draw the rows w_1 .. w_M of a random feature map.
+    """Draw the rows w_1 .. w_R of a random feature map with M features.
 
     Orthogonal rows come in blocks of `head_dim`, each a Haar-distributed orthogonal matrix, the last one cut where
-    `num_features` is no multiple; rows of different blocks are independent (Choromanski et al. 2020, "Rethinking
+    R is no multiple; rows of different blocks are independent (Choromanski et al. 2020, "Rethinking
     Attention with Performers", section 2.4). Every row alone points uniformly, so with "chi" norms it is N(0, I)
     and the feature map's estimate stays unbiased. The draw happens in float64 on the CPU: the same seed gives the
     same rows on every device.
 
     Args:
-        num_features: number of rows, M.
+        num_features: features that come out, M; a kernel that makes two of each row draws R = M / 2 rows.
         head_dim: their length, D.
         orthogonal: orthogonal blocks; False gives independent directions.
         norms: "chi" gives each row the norm of an independent Gaussian vector, "sqrt" gives all of them sqrt(D),
             which estimates the regularised softmax kernel (SMREG, ibid., theorem 1) instead of softmax.
         generator: a CPU generator; None uses torch's global one.
+        kernel: the feature map or its name. One that has a distribution of its own draws from that, whatever
+            `orthogonal` and `norms` say.
 
     Returns:
-        The projection, [M, D], float32.
+        The projection, [R, D], float32.
 
     Raises:
-        ValueError: a size below 1, unknown norms or a generator of another device.
+        ValueError: a size below 1 or one that the kernel can't make, unknown norms or kernel, or a generator of
+            another device.
     """
     _check_arguments(num_features, head_dim, norms, generator)
+    chosen = get_kernel(kernel)
+    num_features = chosen.num_rows(num_features)
+    if chosen.distribution is not None:
+        return _draw_from(chosen, num_features, head_dim, generator)
     if orthogonal:
         directions_MD = _orthogonal_directions(num_features, head_dim, generator)
     else:
         directions_MD = F.normalize(_randn(num_features, head_dim, generator=generator), dim=-1)
     return (_NORMS[norms](num_features, head_dim, generator) * directions_MD).float()
+
+
+def _draw_from(kernel: Kernel, num_rows: int, head_dim: int, generator: Generator | None) -> Tensor:
+    assert kernel.distribution is not None
+    rows = kernel.distribution(num_rows, head_dim, generator).float()
+    if tuple(rows.shape) != (num_rows, head_dim):
+        raise ValueError(
+            f"the distribution of kernel {kernel.name!r} must give [{num_rows}, {head_dim}] rows, "
+            f"got {list(rows.shape)}; it is called with (num_rows, head_dim, generator)"
+        )
+    return rows
 
 
 def _orthogonal_directions(num_features: int, head_dim: int, generator: Generator | None) -> Tensor:

@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import math
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
+from perf_vit.ops.balancing import Balancing
+from perf_vit.ops.features import FeatureMap, KeyFeatures, without_autocast
 from perf_vit.ops.kernels import Kernel, get_kernel
 
-__all__ = ["KVState", "masked_features", "without_autocast"]
-
-# Below any log-feature of a real key, and far enough above float32's lowest that sums with it stay finite.
-_LOWEST_SCALE = -1e30
+__all__ = ["KVState", "check_keys", "make_feature_map", "masked_values", "sum_keys"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -33,50 +30,52 @@ class KVState:
     Attributes:
         S: scaled sums of phi(k_j) v_j^T, [B, H, M, Dv].
         z: scaled sums of phi(k_j), [B, H, M].
-        log_scale: c, [B, H, M]; zero for kernels that do not work in the log domain.
-        projection: rows of the feature map, [M, D]; the same for keys, queries and states that merge.
-        kernel: the feature map.
+        log_scale: c, [B, H, M]; zero for kernels without an amplitude, one number for all features of
+            "softmax-trig".
+        feature_map: kernel, projection and balancing; the same for keys, queries and states that merge.
     """
 
     S: Tensor
     z: Tensor
     log_scale: Tensor
-    projection: Tensor
-    kernel: Kernel
+    feature_map: FeatureMap
 
     @classmethod
     def from_keys(
-        cls, k: Tensor, v: Tensor, projection: Tensor, kernel: str = "softmax+", key_mask: Tensor | None = None
+        cls,
+        k: Tensor,
+        v: Tensor,
+        projection: Tensor,
+        kernel: str | Kernel = "softmax+",
+        key_mask: Tensor | None = None,
+        balancing: Balancing | None = None,
     ) -> KVState:
         """The state of some keys and their values.
 
         Args:
             k: keys, [B, H, N, D], at least one.
             v: values, [B, H, N, Dv].
-            projection: rows of the feature map, [M, D], from `draw_projection`.
-            kernel: name of the feature map.
+            projection: rows of the feature map, [R, D], from `draw_projection`.
+            kernel: the feature map, or its name; "oprf" as `oprf_kernel(A)`, lest parts have different ones.
             key_mask: [B, N] bool, False for keys that add nothing, exactly as if they weren't there.
+            balancing: constants that centre and balance queries and keys, from `fit_balancing`.
 
         Raises:
-            ValueError: an unknown kernel, no key, or shapes that don't fit together.
+            ValueError: an unknown kernel or one without its parameter, no key, or shapes that don't fit together.
         """
-        _check_keys(k, v, projection)
-        _check_mask(k, key_mask)
-        return cls._from_keys(k, v, projection, get_kernel(kernel), key_mask)
+        feature_map = make_feature_map(kernel, projection, balancing)
+        check_keys(k, v, projection, key_mask)
+        if feature_map.kernel.needs_parameter:
+            raise ValueError(
+                f"kernel {feature_map.kernel.name!r} takes its parameter from all queries and keys, which a state "
+                "doesn't see; expected it fixed: kernel=oprf_kernel(-0.05)"
+            )
+        return cls._from_keys(k, v, feature_map, key_mask)
 
     @classmethod
-    def _from_keys(cls, k: Tensor, v: Tensor, projection: Tensor, kernel: Kernel, key_mask: Tensor | None) -> KVState:
+    def _from_keys(cls, k: Tensor, v: Tensor, feature_map: FeatureMap, key_mask: Tensor | None) -> KVState:
         with without_autocast(k):
-            features = masked_features(k, projection, kernel, key_mask)
-            log_scale = torch.zeros_like(features[..., 0, :])
-            if kernel.log_domain:
-                # Where every key is masked the maximum is -inf, from which nothing could be subtracted.
-                log_scale = features.detach().amax(dim=-2).clamp(min=_LOWEST_SCALE)
-                features = features.sub_(log_scale.unsqueeze(-2)).exp_()
-            # A column of ones sums the features themselves in the same matrix product.
-            v = v.to(features.dtype)
-            sums = features.mT @ torch.cat([v, torch.ones_like(v[..., :1])], dim=-1)
-        return cls(sums[..., :-1], sums[..., -1], log_scale, projection, kernel)
+            return sum_keys(feature_map.keys(feature_map.key_inputs(k), key_mask), v, feature_map)
 
     def update(self, k: Tensor, v: Tensor, key_mask: Tensor | None = None) -> KVState:
         """The state with more keys, [B, H, N, D], values, [B, H, N, Dv], and their mask; this one stays as it is.
@@ -84,9 +83,8 @@ class KVState:
         Raises:
             ValueError: shapes that don't fit together or don't fit the state.
         """
-        _check_keys(k, v, self.projection)
-        _check_mask(k, key_mask)
-        return self.merge(self._from_keys(k, v, self.projection, self.kernel, key_mask))
+        check_keys(k, v, self.feature_map.projection, key_mask)
+        return self.merge(self._from_keys(k, v, self.feature_map, key_mask))
 
     def merge(self, other: KVState) -> KVState:
         """The state of both states' keys, which must come from the same projection.
@@ -94,28 +92,40 @@ class KVState:
         Each side is rescaled by exp(c_old - c_new) <= 1 to the larger of the two scales.
 
         Raises:
-            ValueError: states of different kernels or shapes.
+            ValueError: states of different kernels, balancing or shapes.
         """
-        if self.kernel != other.kernel or self.S.shape != other.S.shape:
+        if self.S.shape != other.S.shape or not self.feature_map.same_as(other.feature_map):
+            mine, theirs = self.feature_map, other.feature_map
             raise ValueError(
-                "states merge only with the same kernel and shape, "
-                f"got {self.kernel.name} {list(self.S.shape)} and {other.kernel.name} {list(other.S.shape)}; "
-                "build both with one projection and kernel, for the same batch and heads"
+                "states merge only with the same kernel, parameter, balancing and shape, "
+                f"got {mine.kernel.name} {list(self.S.shape)} and {theirs.kernel.name} {list(other.S.shape)}; "
+                "build both with one projection, kernel and balancing, for the same batch and heads"
             )
         log_scale = torch.maximum(self.log_scale, other.log_scale)
-        mine, theirs = (self.log_scale - log_scale).exp(), (other.log_scale - log_scale).exp()
+        mine_by, theirs_by = (self.log_scale - log_scale).exp(), (other.log_scale - log_scale).exp()
         return replace(
             self,
-            S=self.S * mine.unsqueeze(-1) + other.S * theirs.unsqueeze(-1),
-            z=self.z * mine + other.z * theirs,
+            S=self.S * mine_by.unsqueeze(-1) + other.S * theirs_by.unsqueeze(-1),
+            z=self.z * mine_by + other.z * theirs_by,
             log_scale=log_scale,
         )
+
+    def normalized(self) -> KVState:
+        """The same state with z = 1 and S = the mean value of each feature, for kernels in the log domain.
+
+        Attention is then a softmax over features, whose denominator needs no product with z.
+        """
+        if not self.feature_map.kernel.log_domain:
+            return self
+        # z is 0 where every key is masked, and so is S. A constant divides both, lest a gradient be lost.
+        by = self.z.detach().clamp(min=torch.finfo(self.z.dtype).tiny)
+        return replace(self, S=self.S / by.unsqueeze(-1), z=self.z / by, log_scale=self.log_scale + by.log())
 
     def sums(self, q: Tensor) -> tuple[Tensor, Tensor]:
         """Numerator and denominator of the attention of queries, up to one positive factor per query.
 
-        For a log-domain kernel the factor makes the largest term of each query's features 1; the denominator is then
-        at least 1, or 0 where every key was masked.
+        For a log-domain kernel the factor makes the largest term of each query's denominator 1, so that it is at
+        least 1. Where every key was masked, the numerator is 0.
 
         Args:
             q: queries, [B, H, N, D].
@@ -127,21 +137,17 @@ class KVState:
             ValueError: queries that don't fit the state.
         """
         self._check_queries(q)
+        state = self.normalized()
         with without_autocast(q):
-            features = self.query_features(masked_features(q, self.projection, self.kernel))
-            sums = features @ torch.cat([self.S, self.z.unsqueeze(-1)], dim=-1).to(features.dtype)
-        return sums[..., :-1], sums[..., -1:]
+            values = self.feature_map.queries(self.feature_map.query_inputs(q))
+            features, _ = self.feature_map.scaled_queries(values, state.log_scale)
+            return features @ state.S, state.denominators(features)
 
-    def query_features(self, features: Tensor) -> Tensor:
-        """Features of queries, [B, H, N, M] (overwritten), brought to the scale of the state's sums."""
-        if not self.kernel.log_domain:
-            return features
-        features = features.add_(self.log_scale.unsqueeze(-2))
-        return features.sub_(features.detach().amax(dim=-1, keepdim=True)).exp_()
-
-    def key_features(self, features: Tensor) -> Tensor:
-        """Features of the state's own keys, [B, H, N, M] (overwritten), brought to the scale of its sums."""
-        return features.sub_(self.log_scale.unsqueeze(-2)).exp_() if self.kernel.log_domain else features
+    def denominators(self, features: Tensor) -> Tensor:
+        """Products of queries' scaled features, [B, H, N, M], with z, [B, H, N, 1]; the state must be normalised."""
+        if self.feature_map.kernel.log_domain and not self.z.requires_grad:
+            return features.sum(dim=-1, keepdim=True)
+        return features @ self.z.unsqueeze(-1)
 
     def attend(self, q: Tensor) -> Tensor:
         """Attention of queries over all keys of the state (Choromanski et al. 2020, equation 4).
@@ -156,12 +162,12 @@ class KVState:
             ValueError: queries that don't fit the state.
         """
         numerator, denominator = self.sums(q)
-        # Without a key both are 0, and so is the mean of nothing.
+        # Without a key, and without the log domain, both are 0, and so is the mean of nothing.
         return (numerator / denominator.masked_fill(denominator == 0, 1.0)).to(q.dtype)
 
     def _check_queries(self, q: Tensor) -> None:
         batch, heads = self.S.shape[:2]
-        head_dim = self.projection.shape[1]
+        head_dim = self.feature_map.projection.shape[1]
         if q.ndim != 4 or q.shape[:2] != self.S.shape[:2] or q.shape[3] != head_dim:
             raise ValueError(
                 f"q must be [B, H, N, D] with the keys' B = {batch}, H = {heads} and D = {head_dim}, "
@@ -169,24 +175,55 @@ class KVState:
             )
 
 
-def masked_features(x: Tensor, projection: Tensor, kernel: Kernel, key_mask: Tensor | None = None) -> Tensor:
-    """What `kernel.features` gives for queries or keys, [B, H, N, D], in at least float32; nothing for masked keys."""
-    dtype = torch.promote_types(x.dtype, torch.float32)
-    features = kernel.features(x.to(dtype) * x.shape[-1] ** -0.25, projection.to(dtype))
-    if key_mask is None:
-        return features
-    return features.masked_fill(~key_mask[:, None, :, None], -math.inf if kernel.log_domain else 0.0)
+def sum_keys(keys: KeyFeatures, v: Tensor, feature_map: FeatureMap) -> KVState:
+    """The state of keys whose features are there (overwritten) and of their values, [B, H, N, Dv]."""
+    log_scale = keys.scale()
+    features = keys.scaled(log_scale)
+    return KVState(features.mT @ masked_values(v, keys), features.sum(dim=-2), log_scale, feature_map)
 
 
-def without_autocast(x: Tensor) -> AbstractContextManager[object]:
-    """A context without autocast, or an empty one where there is none."""
-    # Entered only where there is something to switch off, so that an exported graph stays free of it.
-    if torch.is_autocast_enabled(x.device.type):
-        return torch.autocast(x.device.type, enabled=False)
-    return nullcontext()
+def masked_values(v: Tensor, keys: KeyFeatures) -> Tensor:
+    """Values in the dtype of the features, 0 for masked keys, which may carry anything, NaN included."""
+    v = v.to(keys.values.dtype)
+    return v if keys.mask is None else v.masked_fill(keys.mask, 0.0)
 
 
-def _check_mask(k: Tensor, key_mask: Tensor | None) -> None:
+def make_feature_map(kernel: str | Kernel, projection: Tensor, balancing: Balancing | None) -> FeatureMap:
+    """A feature map of checked parts.
+
+    Raises:
+        ValueError: an unknown kernel, a projection that isn't [R, D], or a balancing for a kernel that it changes.
+    """
+    chosen = get_kernel(kernel)
+    if projection.ndim != 2 or 0 in projection.shape:
+        raise ValueError(
+            f"projection must be [R, D] with R, D >= 1, got {list(projection.shape)}; "
+            "draw it with draw_projection(num_features, head_dim)"
+        )
+    if balancing is not None and not chosen.estimates_softmax:
+        raise ValueError(
+            f"balancing leaves softmax attention as it is, but kernel {chosen.name!r} estimates another; "
+            "use balancing=None"
+        )
+    return FeatureMap(chosen, projection, balancing)
+
+
+def check_keys(k: Tensor, v: Tensor, projection: Tensor, key_mask: Tensor | None) -> None:
+    """Refuse keys, values, projection and mask that don't fit together.
+
+    Raises:
+        ValueError: says what doesn't.
+    """
+    if k.ndim != 4 or v.ndim != 4 or k.shape[:3] != v.shape[:3] or k.shape[2] == 0:
+        raise ValueError(
+            "k and v must be [B, H, N, D] and [B, H, N, Dv] with the same B, H and N >= 1, "
+            f"got {list(k.shape)} and {list(v.shape)}"
+        )
+    if projection.shape[1] != k.shape[3]:
+        raise ValueError(
+            f"projection must be [R, D] with the keys' D = {k.shape[3]}, got {list(projection.shape)}; "
+            f"draw it with draw_projection(num_features, head_dim={k.shape[3]})"
+        )
     if key_mask is None:
         return
     expected = (k.shape[0], k.shape[2])
@@ -194,17 +231,4 @@ def _check_mask(k: Tensor, key_mask: Tensor | None) -> None:
         raise ValueError(
             f"key_mask must be bool [B, N_k] = {list(expected)}, True for keys that count, got {key_mask.dtype} "
             f"{list(key_mask.shape)}"
-        )
-
-
-def _check_keys(k: Tensor, v: Tensor, projection: Tensor) -> None:
-    if k.ndim != 4 or v.ndim != 4 or k.shape[:3] != v.shape[:3] or k.shape[2] == 0:
-        raise ValueError(
-            "k and v must be [B, H, N, D] and [B, H, N, Dv] with the same B, H and N >= 1, "
-            f"got {list(k.shape)} and {list(v.shape)}"
-        )
-    if projection.ndim != 2 or projection.shape[1] != k.shape[3]:
-        raise ValueError(
-            f"projection must be [M, D] with the keys' D = {k.shape[3]}, got {list(projection.shape)}; "
-            f"draw it with draw_projection(num_features, head_dim={k.shape[3]})"
         )

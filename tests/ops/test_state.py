@@ -3,11 +3,12 @@ import pickle
 
 import pytest
 import torch
+from attention_cases import KERNELS, kernel_id
 
-from perf_vit.ops import KVState, draw_projection
-from perf_vit.ops.kernels import kernel_names
+from perf_vit.ops import KVState, draw_projection, fit_balancing, oprf_kernel
 
 D = 16
+each_kernel = pytest.mark.parametrize("kernel", KERNELS, ids=kernel_id)
 
 
 def make(num_keys: int = 90, norm: float = 5.0, dtype: torch.dtype = torch.float64) -> tuple[torch.Tensor, ...]:
@@ -18,9 +19,10 @@ def make(num_keys: int = 90, norm: float = 5.0, dtype: torch.dtype = torch.float
     return *(x.to(dtype) for x in (q, k, v)), draw_projection(40, D, generator=generator)
 
 
-@pytest.mark.parametrize("kernel", kernel_names())
-def test_states_merge_in_any_order(kernel: str) -> None:
-    q, k, v, projection = make()
+@each_kernel
+def test_states_merge_in_any_order(kernel) -> None:
+    q, k, v, projection = make(norm=1.0)
+    q = q / 8
     whole = KVState.from_keys(k, v, projection, kernel)
     bounds = [slice(0, 1), slice(1, 40), slice(40, 90)]
     parts = [KVState.from_keys(k[:, :, b], v[:, :, b], projection, kernel) for b in bounds]
@@ -32,9 +34,10 @@ def test_states_merge_in_any_order(kernel: str) -> None:
             torch.testing.assert_close(merged.attend(q), whole.attend(q), rtol=0, atol=1e-12)
 
 
-@pytest.mark.parametrize("kernel", kernel_names())
-def test_update_equals_building_from_all_keys_and_leaves_the_old_state_alone(kernel: str) -> None:
-    q, k, v, projection = make()
+@each_kernel
+def test_update_equals_building_from_all_keys_and_leaves_the_old_state_alone(kernel) -> None:
+    q, k, v, projection = make(norm=1.0)
+    q = q / 8
     first = KVState.from_keys(k[:, :, :30], v[:, :, :30], projection, kernel)
     before = first.S.clone(), first.z.clone(), first.log_scale.clone()
     whole = KVState.from_keys(k, v, projection, kernel).attend(q)
@@ -47,7 +50,7 @@ def test_merging_bridges_scales_that_no_float_holds_together() -> None:
     q, k, v, projection = make(dtype=torch.float32)
     near = KVState.from_keys(k, v, projection)
     # e^200 times the weight: beside it, nothing of the first state is left in float32.
-    far = KVState(near.S * 2, near.z, near.log_scale + 200, projection, near.kernel)
+    far = KVState(near.S * 2, near.z, near.log_scale + 200, near.feature_map)
     for merged in (near.merge(far), far.merge(near)):
         torch.testing.assert_close(merged.attend(q), far.attend(q))
 
@@ -65,8 +68,8 @@ def test_long_keys_give_finite_sums_and_denominators_of_at_least_one(norm: float
         assert state.attend(queries).dtype == dtype
 
 
-@pytest.mark.parametrize("kernel", kernel_names())
-def test_samples_and_heads_do_not_couple(kernel: str) -> None:
+@each_kernel
+def test_samples_and_heads_do_not_couple(kernel) -> None:
     q, k, v, projection = make(dtype=torch.float32)
     alone = KVState.from_keys(k, v, projection, kernel).attend(q)
     k[1] *= 20
@@ -106,6 +109,26 @@ def test_no_gradient_flows_through_the_scale() -> None:
     assert not state.log_scale.requires_grad
 
 
+def test_states_of_float32_merge_to_within_its_rounding() -> None:
+    q, k, v, projection = make(dtype=torch.float32)
+    whole = KVState.from_keys(k, v, projection)
+    a, b, c = (KVState.from_keys(x, y, projection) for x, y in zip(k.split(30, 2), v.split(30, 2), strict=True))
+    for merged in (a.merge(b).merge(c), c.merge(a.merge(b)), b.merge(c).merge(a)):
+        torch.testing.assert_close(merged.attend(q), whole.attend(q), rtol=1e-6, atol=1e-6)
+
+
+@each_kernel
+def test_gradients_flow_through_states(kernel) -> None:
+    q, k, v, projection = make(num_keys=3, norm=1.0)
+    leaves = [x[:1, :1, :, :4].clone().requires_grad_() for x in (q / 4, k, v)]
+
+    def attend(q, k, v):
+        first = KVState.from_keys(k[:, :, :1], v[:, :, :1], projection[:, :4].double(), kernel)
+        return first.update(k[:, :, 1:], v[:, :, 1:]).attend(q)
+
+    assert torch.autograd.gradcheck(attend, leaves)
+
+
 def test_states_travel_between_processes() -> None:
     q, k, v, projection = make()
     state = KVState.from_keys(k, v, projection)
@@ -113,10 +136,22 @@ def test_states_travel_between_processes() -> None:
 
 
 def test_states_of_other_kernels_or_shapes_do_not_merge() -> None:
-    _, k, v, projection = make()
+    q, k, v, projection = make()
     state = KVState.from_keys(k, v, projection)
-    with pytest.raises(ValueError, match="same kernel and shape"):
-        state.merge(KVState.from_keys(k, v, projection, "relu"))
+    oprf = KVState.from_keys(k, v, projection, oprf_kernel(-0.05))
+    oprf.merge(KVState.from_keys(k, v, projection, oprf_kernel(-0.05)))
+    balanced = KVState.from_keys(k, v, projection, balancing=fit_balancing(q, k))
+    others = [
+        (state, KVState.from_keys(k, v, projection, "relu")),
+        (oprf, KVState.from_keys(k, v, projection, oprf_kernel(-0.06))),
+        (state, balanced),
+        (balanced, KVState.from_keys(k, v, projection, balancing=fit_balancing(q, k + 1))),
+    ]
+    for one, other in others:
+        with pytest.raises(ValueError, match="same kernel, parameter, balancing and shape"):
+            one.merge(other)
+    with pytest.raises(ValueError, match=r"expected it fixed: kernel=oprf_kernel\(-0.05\)"):
+        KVState.from_keys(k, v, projection, "oprf")
     with pytest.raises(ValueError, match=r"got softmax\+ \[2, 3, 40, 16\] and softmax\+ \[1, 3, 40, 16\]"):
         state.merge(KVState.from_keys(k[:1], v[:1], projection))
 

@@ -1,0 +1,155 @@
+"""FAVOR+ attention in which every token sees itself and what came before, in chunks."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+
+from perf_vit.ops.chunks import halves, join_chunks, token_slices
+from perf_vit.ops.features import LOWEST_SCALE, FeatureMap, KeyFeatures, exp_, without_autocast
+from perf_vit.ops.state import KVState, masked_values, sum_keys
+
+__all__ = ["causal_favor"]
+
+# Products within a chunk grow with its square, those with the state shrink with its number.
+_MAX_CHUNK = 256
+
+# Numerator, [..., N, Dv], denominator, [..., N, 1], and the logarithm of the factor that both lack, [..., N, 1].
+_Sums = tuple[Tensor, Tensor, Tensor]
+# S, z and log_scale of a KVState.
+_State = tuple[Tensor, Tensor, Tensor]
+
+
+def causal_favor(
+    q: Tensor, k: Tensor, v: Tensor, feature_map: FeatureMap, key_mask: Tensor | None, chunk_size: int
+) -> Tensor:
+    """Unidirectional attention (Choromanski et al. 2020, section 2.2 and appendix B.1).
+
+    The keys before a chunk are a `KVState`. Within a chunk, halves of halves: the queries of a block's second half see
+    all keys of its first, so these can share the stabiliser that fits them, and no query ever meets one that a later
+    key has set. log2(chunk) levels of matrix products take the place of a prefix sum over tokens.
+
+    The backward pass computes each chunk again from the state before it: one state a chunk is kept, nothing of size
+    N x M.
+
+    Args:
+        q: queries, [B, H, N, D].
+        k: keys, [B, H, N, D].
+        v: values, [B, H, N, Dv].
+        feature_map: kernel, projection and balancing.
+        key_mask: [B, N] bool, False for keys that are left out.
+        chunk_size: tokens of a chunk.
+
+    Returns:
+        [B, H, N, Dv] in the dtype of `q`; 0 for queries that see no key.
+    """
+    chunk_size = min(chunk_size, _MAX_CHUNK)
+    with without_autocast(q):
+        return join_chunks(_chunks_in_order(q, k, v, feature_map, key_mask, chunk_size), q.shape[2])
+
+
+def _chunks_in_order(
+    q: Tensor, k: Tensor, v: Tensor, feature_map: FeatureMap, key_mask: Tensor | None, chunk_size: int
+) -> Iterator[Tensor]:
+    needs_grad = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
+    before: _State | None = None
+    slices = token_slices(q, chunk_size)
+    # Split, not sliced: the gradient of a slice is as long as the whole.
+    lengths = [len(range(q.shape[2])[tokens[-1]]) for tokens in slices]
+    parts = [torch.split(x, lengths, dim=2) for x in (q, k, v)]
+    for tokens, q_chunk, k_chunk, v_chunk in zip(slices, *parts, strict=True):
+        mask = None if key_mask is None else key_mask[:, tokens[-1]]
+        arguments = (q_chunk, k_chunk, v_chunk, feature_map, mask, before)
+        if needs_grad:
+            out, before = checkpoint(_step, *arguments, use_reentrant=False, preserve_rng_state=False)
+        else:
+            out, before = _step(*arguments)
+        yield out
+
+
+def _step(
+    q: Tensor, k: Tensor, v: Tensor, feature_map: FeatureMap, key_mask: Tensor | None, before: _State | None
+) -> tuple[Tensor, _State]:
+    """Attention of one chunk, and the state of all keys up to its end."""
+    length, padding = q.shape[2], _to_power_of_two(q.shape[2])
+    # What is padded comes last, so no query that counts sees it.
+    queries = feature_map.queries(feature_map.query_inputs(F.pad(q, padding)))
+    mask = None if key_mask is None else F.pad(key_mask, padding[2:], value=False)
+    keys = feature_map.keys(feature_map.key_inputs(F.pad(k, padding)), mask)
+    sums = _within(queries, keys, masked_values(F.pad(v, padding), keys), feature_map)
+    state = sum_keys(keys.first(length), v, feature_map)
+    if before is not None:
+        past = KVState(*before, feature_map)
+        sums = _add(sums, _past(queries, past))
+        state = past.merge(state)
+    numerator, denominator, _ = sums
+    out = (numerator / denominator.masked_fill(denominator == 0, 1.0))[:, :, :length]
+    return out.to(q.dtype), (state.S, state.z, state.log_scale)
+
+
+def _within(queries: Tensor, keys: KeyFeatures, v: Tensor, feature_map: FeatureMap) -> _Sums:
+    """What the queries of a chunk see in it: their own key, then the first half of each block whose second they are in.
+
+    Args:
+        queries: what the kernel makes of queries, [B, H, T, M], T a power of two.
+        keys: the keys' features, of the same shape.
+        v: values, [B, H, T, Dv].
+        feature_map: their feature map.
+    """
+    sums = _own(queries, keys, v)
+    half = 1
+    while half < queries.shape[2]:
+        first_keys, first_v = keys.first_halves(half), halves(v, half)[0]
+        log_scale = first_keys.scale()
+        features, log_factor = feature_map.scaled_queries(halves(queries, half)[1].clone(), log_scale)
+        weights = features @ first_keys.scaled(log_scale).mT
+        level = weights @ first_v, weights.sum(dim=-1, keepdim=True), log_factor
+        sums = _add_to_second_halves(sums, level, half)
+        half *= 2
+    return sums
+
+
+def _own(queries: Tensor, keys: KeyFeatures, v: Tensor) -> _Sums:
+    if keys.log_domain:
+        logs = queries + keys.values
+        log_factor = logs.detach().amax(dim=-1, keepdim=True).clamp(min=LOWEST_SCALE)
+        weights = exp_(logs - log_factor).sum(dim=-1, keepdim=True)
+        if keys.mask is not None:
+            weights = weights.masked_fill(keys.mask, 0.0)
+    else:
+        weights = (queries * keys.values).sum(dim=-1, keepdim=True)
+        log_factor = torch.zeros_like(weights.detach())
+        if keys.log_amplitude is not None:
+            log_factor = keys.log_amplitude.detach().clamp(min=LOWEST_SCALE)
+            weights = weights * (keys.log_amplitude - log_factor).exp()
+    return weights * v, weights, log_factor
+
+
+def _past(queries: Tensor, state: KVState) -> _Sums:
+    state = state.normalized()
+    features, log_factor = state.feature_map.scaled_queries(queries.clone(), state.log_scale)
+    return features @ state.S, state.denominators(features), log_factor
+
+
+def _add_to_second_halves(sums: _Sums, level: _Sums, half: int) -> _Sums:
+    first, second = zip(*(halves(x, half) for x in sums), strict=True)
+    joined = _add(second, level)
+    numerator, denominator, log_factor = (
+        torch.stack([a, b.expand_as(a)], dim=3).flatten(2, 4) for a, b in zip(first, joined, strict=True)
+    )
+    return numerator, denominator, log_factor
+
+
+def _add(a: _Sums, b: _Sums) -> _Sums:
+    log_factor = torch.maximum(a[2], b[2])
+    by_a, by_b = (a[2] - log_factor).exp(), (b[2] - log_factor).exp()
+    return a[0] * by_a + b[0] * by_b, a[1] * by_a + b[1] * by_b, log_factor
+
+
+def _to_power_of_two(length: int) -> tuple[int, int, int, int]:
+    """What `F.pad` appends to [..., length, D]."""
+    return 0, 0, 0, (1 << (length - 1).bit_length()) - length

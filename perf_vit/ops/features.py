@@ -1,0 +1,237 @@
+"""From queries and keys to features of a range that any float holds."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from perf_vit.ops.balancing import Balancing
+from perf_vit.ops.chunks import halves
+from perf_vit.ops.kernels import Kernel
+
+__all__ = ["LOWEST_SCALE", "FeatureMap", "KeyFeatures", "exp_", "without_autocast"]
+
+# Below any log-feature of a real key, and far enough above float32's lowest that sums with it stay finite.
+LOWEST_SCALE = -1e30
+
+
+@dataclass(frozen=True, eq=False)
+class FeatureMap:
+    """All that turns queries and keys into features: kernel, projection and, if any, balancing.
+
+    Attributes:
+        kernel: the feature map's form.
+        projection: its rows, [R, D].
+        balancing: how inputs are centred and balanced first.
+    """
+
+    kernel: Kernel
+    projection: Tensor
+    balancing: Balancing | None = None
+
+    def same_as(self, other: FeatureMap) -> bool:
+        """Whether features of both may be multiplied, as far as can be seen without comparing projections."""
+        if self.projection.shape != other.projection.shape or not self.kernel.same_as(other.kernel):
+            return False
+        if self.balancing is None or other.balancing is None:
+            return self.balancing is other.balancing
+        return self.balancing.same_as(other.balancing)
+
+    def query_inputs(self, q: Tensor) -> Tensor:
+        """X = D^(-1/4) q', [B, H, N, D], in at least float32."""
+        if self.balancing is None:
+            return _scaled(q)
+        return _scaled(q, self.balancing.query_center, self.balancing.scale)
+
+    def key_inputs(self, k: Tensor) -> Tensor:
+        """X = D^(-1/4) k', [B, H, N, D], in at least float32."""
+        if self.balancing is None:
+            return _scaled(k)
+        return _scaled(k, self.balancing.key_center, 1 / self.balancing.scale)
+
+    def queries(self, x: Tensor) -> Tensor:
+        """What the kernel makes of `query_inputs`, [B, H, N, M]; the amplitude, which cancels, is left out."""
+        return self.kernel.features(x, self.projection.to(x.dtype))
+
+    def keys(self, x: Tensor, key_mask: Tensor | None = None) -> KeyFeatures:
+        """What the kernel makes of `key_inputs`, amplitude and bias included; nothing of masked keys, [B, N]."""
+        projection = self.projection.to(x.dtype)
+        values, log_amplitude = self.kernel.features(x, projection), self._key_log_amplitude(x)
+        if self.kernel.log_domain and log_amplitude is not None:
+            values, log_amplitude = values.add_(log_amplitude), None
+        mask = None if key_mask is None else ~key_mask[:, None, :, None]
+        if mask is not None:
+            values = values.masked_fill_(mask, -math.inf if self.kernel.log_domain else 0.0)
+            log_amplitude = None if log_amplitude is None else log_amplitude.masked_fill(mask, -math.inf)
+        return KeyFeatures(self.kernel.log_domain, values, log_amplitude, mask)
+
+    def scaled_queries(self, values: Tensor, log_scale: Tensor) -> tuple[Tensor, Tensor]:
+        """Features of queries (overwritten) for sums whose scale is `log_scale`, [B, H, M].
+
+        Returns:
+            phi(q_i) exp(log_scale - s_i), [B, H, N, M], and s, [B, H, N, 1] or [B, H, 1, 1]. In the log domain s makes
+            the largest of each query 1.
+        """
+        if not self.kernel.log_domain:
+            # All features of such a kernel share one scale.
+            return values, log_scale[..., :1].unsqueeze(-1)
+        logs = values.add_(log_scale.unsqueeze(-2))
+        largest = logs.detach().amax(dim=-1, keepdim=True)
+        return exp_(logs.sub_(largest)), largest
+
+    def query_gradient(self, q: Tensor, x: Tensor, values: Tensor, grad: Tensor) -> Tensor:
+        """From a gradient with respect to `queries(x)` to that with respect to q."""
+        factor = q.shape[-1] ** -0.25
+        grad_x = self._features_gradient(x, values, grad)
+        if self.balancing is not None:
+            return (grad_x * (self.balancing.scale * factor)).to(q.dtype)
+        return grad_x.mul_(factor).to(q.dtype)
+
+    def key_gradient(
+        self, k: Tensor, x: Tensor, values: Tensor, grad: Tensor, grad_log_amplitude: Tensor | None
+    ) -> Tensor:
+        """From gradients with respect to the features and the logarithm of the amplitude to that with respect to k."""
+        factor = k.shape[-1] ** -0.25
+        grad_x = self._features_gradient(x, values, grad)
+        if grad_log_amplitude is not None:
+            grad_x = grad_x.add_(self._amplitude_gradient(x, grad_log_amplitude))
+        if self.balancing is not None:
+            return (grad_x * (factor / self.balancing.scale)).to(k.dtype)
+        return grad_x.mul_(factor).to(k.dtype)
+
+    def _key_log_amplitude(self, x: Tensor) -> Tensor | None:
+        log_amplitude = None
+        if self.kernel.log_amplitude is not None:
+            log_amplitude = self.kernel.log_amplitude(x, self.projection.shape[0])
+        if self.balancing is not None:
+            bias = x @ self._bias_direction(x).mT
+            log_amplitude = bias if log_amplitude is None else log_amplitude + bias
+        return log_amplitude
+
+    def _bias_direction(self, x: Tensor) -> Tensor:
+        """u, [B, H, 1, D], with x . u = (k - c_k) . c_q / sqrt(D)."""
+        assert self.balancing is not None
+        return (self.balancing.query_center * self.balancing.scale * x.shape[-1] ** -0.25).to(x.dtype)
+
+    def _features_gradient(self, x: Tensor, values: Tensor, grad: Tensor) -> Tensor:
+        projection = self.projection.to(x.dtype)
+        if self.kernel.gradient is not None:
+            return self.kernel.gradient(x, projection, values, grad)
+        with torch.enable_grad():
+            leaf = x.detach().requires_grad_()
+            features = self.kernel.features(leaf, projection)
+        return torch.autograd.grad(features, leaf, grad)[0]
+
+    def _amplitude_gradient(self, x: Tensor, grad: Tensor) -> Tensor:
+        total = grad * self._bias_direction(x) if self.balancing is not None else torch.zeros_like(x[..., :1])
+        if self.kernel.amplitude_gradient is not None:
+            return total + self.kernel.amplitude_gradient(x, grad)
+        if self.kernel.log_amplitude is None:
+            return total
+        with torch.enable_grad():
+            leaf = x.detach().requires_grad_()
+            log_amplitude = self.kernel.log_amplitude(leaf, self.projection.shape[0])
+        if not log_amplitude.requires_grad:
+            return total
+        return total + torch.autograd.grad(log_amplitude, leaf, grad)[0]
+
+
+@dataclass(frozen=True, eq=False)
+class KeyFeatures:
+    """Features of some keys before they are brought to a scale.
+
+    Attributes:
+        log_domain: whether `values` are logarithms.
+        values: log phi(k), [B, H, N, M], -inf for masked keys; else f(W x), 0 for masked keys.
+        log_amplitude: log(h / sqrt(R)), [B, H, N, 1], of features that aren't logarithms; None where it is constant.
+        mask: True for masked keys, [B, 1, N, 1].
+    """
+
+    log_domain: bool
+    values: Tensor
+    log_amplitude: Tensor | None
+    mask: Tensor | None
+
+    def first(self, num_tokens: int) -> KeyFeatures:
+        """The first keys."""
+        return self._of_parts(lambda part: part[:, :, :num_tokens])
+
+    def first_halves(self, half: int) -> KeyFeatures:
+        """A copy of the first halves of the blocks of 2 `half` keys, [B, H, N / (2 half), half, M]."""
+        return self._of_parts(lambda part: halves(part, half)[0].clone())
+
+    def scale(self) -> Tensor:
+        """c, the largest log phi(k_j) over the tokens of each feature, [B, H, M]; no gradient flows through it.
+
+        Where every key is masked it is a number so low that any other scale replaces it.
+        """
+        if self.log_domain:
+            return self.values.detach().amax(dim=-2).clamp(min=LOWEST_SCALE)
+        if self.log_amplitude is None:
+            return torch.zeros_like(self.values[..., 0, :].detach())
+        largest = self.log_amplitude.detach().amax(dim=-2).clamp(min=LOWEST_SCALE)
+        return largest.repeat_interleave(self.values.shape[-1], dim=-1)
+
+    def scaled(self, log_scale: Tensor) -> Tensor:
+        """phi(k_j) exp(-log_scale), [B, H, N, M]; logarithms are overwritten."""
+        if self.log_domain:
+            features = exp_(self.values.sub_(log_scale.unsqueeze(-2)))
+            return features if self.mask is None else features.masked_fill_(self.mask, 0.0)
+        if self.log_amplitude is None:
+            return self.values
+        return self.values * self._factor(log_scale)
+
+    def gradient(self, grad: Tensor, log_scale: Tensor, features: Tensor) -> tuple[Tensor, Tensor | None]:
+        """From a gradient with respect to `scaled` (overwritten) to those of the kernel's features and log-amplitude.
+
+        Args:
+            grad: [B, H, N, M].
+            log_scale: what `scaled` was given.
+            features: what it returned.
+        """
+        if self.log_domain:
+            grad_logs = grad.mul_(features)
+            return grad_logs, grad_logs.sum(dim=-1, keepdim=True)
+        if self.log_amplitude is None:
+            return grad, None
+        return grad * self._factor(log_scale), (grad * features).sum(dim=-1, keepdim=True)
+
+    def _factor(self, log_scale: Tensor) -> Tensor:
+        assert self.log_amplitude is not None
+        return (self.log_amplitude - log_scale[..., :1].unsqueeze(-2)).exp()
+
+    def _of_parts(self, part: Callable[[Tensor], Tensor]) -> KeyFeatures:
+        log_amplitude = None if self.log_amplitude is None else part(self.log_amplitude)
+        mask = None if self.mask is None else part(self.mask)
+        return KeyFeatures(self.log_domain, part(self.values), log_amplitude, mask)
+
+
+def exp_(logs: Tensor) -> Tensor:
+    """Exp of logarithms whose relevant ones are near 0, in place.
+
+    Anything below e^-60 (e^-600 in float64), which nothing beside a term of 1 can feel, is raised to that: processors
+    take 30 times as long for exponentials that underflow, and for products with what remains of them.
+    """
+    return logs.clamp_(min=-600.0 if logs.dtype == torch.float64 else -60.0).exp_()
+
+
+def without_autocast(x: Tensor) -> AbstractContextManager[object]:
+    """A context without autocast, or an empty one where there is none."""
+    # Entered only where there is something to switch off, so that an exported graph stays free of it.
+    if torch.is_autocast_enabled(x.device.type):
+        return torch.autocast(x.device.type, enabled=False)
+    return nullcontext()
+
+
+def _scaled(x: Tensor, center: Tensor | None = None, scale: Tensor | None = None) -> Tensor:
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    factor = x.shape[-1] ** -0.25
+    if center is None or scale is None:
+        return x.to(dtype) * factor
+    scale = scale.to(dtype) * factor
+    return torch.addcmul(-center.to(dtype) * scale, x.to(dtype), scale)
