@@ -11,11 +11,11 @@ from command_line import call
 from PIL import Image
 
 import perf_vit.ops
-from perf_vit.cli.benchmarks.contenders import FLOOR, OURS, POPULAR, SDPA, Contender
+from perf_vit.cli.benchmarks.contenders import CHUNKED_FLOOR, FLOOR, OURS, POPULAR, SDPA, Contender
 from perf_vit.cli.benchmarks.measure import alternating_medians, peak_extra_bytes
-from perf_vit.cli.benchmarks.report import COLUMNS
-from perf_vit.cli.benchmarks.settings import AttentionBenchmark
-from perf_vit.cli.benchmarks.sweep import FORWARD, PASSES, sweep_lengths
+from perf_vit.cli.benchmarks.report import COLUMNS, attention_summary
+from perf_vit.cli.benchmarks.settings import FORWARD, FORWARD_BACKWARD, PASSES, AttentionBenchmark
+from perf_vit.cli.benchmarks.sweep import Measurement, sweep_lengths
 
 SMALL = ["--length", "64", "--length", "100", "--num-heads", "2", "--head-dim", "16", "--num-features", "32"]
 
@@ -46,7 +46,8 @@ def test_table_and_picture_are_written(tmp_path, capsys, without_popular) -> Non
     rows = _rows(tmp_path / "out")
     assert tuple(rows[0]) == COLUMNS
     places = {(r["contender"], r["pass"], r["length"]) for r in rows}
-    assert places == {(c, p, n) for c in (OURS, SDPA, FLOOR) for p in PASSES for n in ("64", "100")}
+    expected = {(c, p, n) for c in (OURS, SDPA, FLOOR) for p in PASSES for n in ("64", "100")}
+    assert places == expected | {(CHUNKED_FLOOR, FORWARD, n) for n in ("64", "100")}
     assert len(rows) == len(places)
     assert all(float(r["milliseconds"]) > 0 and float(r["peak_mib"]) >= 0 for r in rows)
     with Image.open(tmp_path / "out" / "attention.png") as picture:
@@ -62,6 +63,19 @@ def test_ratios_are_against_the_baseline_of_the_same_length(tmp_path, without_po
         floor = times[FLOOR, r["pass"], r["length"]]
         assert float(r["x_floor"]) == pytest.approx(float(r["milliseconds"]) / floor, rel=0.02)
         assert r["x_performer_pytorch"] == ""
+
+
+def test_the_summary_finds_the_crossover_and_the_growth_per_token() -> None:
+    rows = [Measurement(OURS, FORWARD, n, seconds=n * 1.0) for n in (256, 1024, 4096)]
+    rows += [Measurement(OURS, FORWARD, 16384, seconds=16384 * 1.25)]
+    # Softmax: L^2 / 512 seconds, ours L: equal at 512, on any axes.
+    rows += [Measurement(SDPA, FORWARD, n, seconds=n * n / 512) for n in (256, 1024)]
+    rows += [Measurement(SDPA, FORWARD, n) for n in (4096, 16384)]
+    assert attention_summary(rows) == [
+        "forward: as fast as torch SDPA from L = 512 on",
+        "forward: time per token at L = 16,384 is 1.25 of that at 4,096",
+    ]
+    assert attention_summary([Measurement(OURS, FORWARD_BACKWARD, 4096, seconds=1.0)]) == []
 
 
 def test_a_wrong_attention_is_refused(tmp_path, capsys, monkeypatch) -> None:

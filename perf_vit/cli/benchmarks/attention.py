@@ -9,9 +9,9 @@ from pathlib import Path
 import torch
 
 from perf_vit.cli.benchmarks.contenders import INSTALL_HINT, POPULAR, attention_contenders
-from perf_vit.cli.benchmarks.report import attention_table, write_attention
-from perf_vit.cli.benchmarks.settings import AttentionBenchmark
-from perf_vit.cli.benchmarks.sweep import PASSES, Measurement, sweep_lengths
+from perf_vit.cli.benchmarks.report import attention_summary, attention_table, write_attention
+from perf_vit.cli.benchmarks.settings import PASSES, AttentionBenchmark
+from perf_vit.cli.benchmarks.sweep import Measurement, sweep_lengths
 from perf_vit.cli.benchmarks.verify import verify_linear_attention
 from perf_vit.cli.console import console, errors
 from perf_vit.ops import draw_projection
@@ -46,6 +46,8 @@ def run_attention_benchmark(settings: AttentionBenchmark, folder: Path) -> list[
     console.print(settings.describe(), soft_wrap=True)
     for direction in PASSES:
         console.print(attention_table(rows, direction))
+    for line in attention_summary(rows):
+        console.print(line, soft_wrap=True)
     console.print(f"table: {table}\npicture: {picture}", soft_wrap=True)
     return rows
 

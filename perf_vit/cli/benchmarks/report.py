@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import itertools
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,19 +14,22 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from rich.table import Table
 
-from perf_vit.cli.benchmarks.contenders import FLOOR, OURS, POPULAR, SDPA
-from perf_vit.cli.benchmarks.settings import AttentionBenchmark, machine_name
-from perf_vit.cli.benchmarks.sweep import PASSES, Measurement
+from perf_vit.cli.benchmarks.contenders import CHUNKED_FLOOR, FLOOR, OURS, POPULAR, SDPA
+from perf_vit.cli.benchmarks.settings import PASSES, AttentionBenchmark, machine_name
+from perf_vit.cli.benchmarks.sweep import Measurement
 from perf_vit.errors import OutputError
 
-__all__ = ["BASELINES", "COLUMNS", "attention_table", "plot_attention", "write_attention"]
+__all__ = ["BASELINES", "COLUMNS", "attention_summary", "attention_table", "plot_attention", "write_attention"]
 
 BASELINES = {"x_floor": FLOOR, "x_sdpa": SDPA, "x_performer_pytorch": POPULAR}
 _MEASURES = ("contender", "pass", "length", "milliseconds", "peak_mib", *BASELINES)
 _SETTINGS = ("batch_size", "num_heads", "head_dim", "num_features", "dtype", "device", "num_threads", "num_runs")
 COLUMNS = (*_MEASURES, *_SETTINGS, "machine", "torch")
 
-_COLORS = {OURS: "#0072b2", SDPA: "#d55e00", POPULAR: "#009e73", FLOOR: "#777777"}
+# From here on, fixed costs of a call no longer show.
+_REFERENCE_LENGTH = 4096
+_FLOORS = (CHUNKED_FLOOR, FLOOR)
+_COLORS = {OURS: "#0072b2", SDPA: "#d55e00", POPULAR: "#009e73", CHUNKED_FLOOR: "#bbbbbb", FLOOR: "#777777"}
 
 
 def attention_table(rows: Sequence[Measurement], direction: str) -> Table:
@@ -43,6 +47,24 @@ def attention_table(rows: Sequence[Measurement], direction: str) -> Table:
             f"{row.length:,}", row.contender, _digits(row.seconds * 1e3, 2), memory, *times, end_section=is_last
         )
     return table
+
+
+def attention_summary(rows: Sequence[Measurement]) -> list[str]:
+    """Where ours gets ahead of softmax, and how its time per token grows, one line each and direction."""
+    lines = []
+    for direction in PASSES:
+        chosen = [row for row in rows if row.direction == direction]
+        crossover = _crossover(chosen)
+        if crossover is not None:
+            lines.append(f"{direction}: as fast as {SDPA} from L = {crossover:,.0f} on")
+        ours = [row for row in chosen if row.contender == OURS and not math.isnan(row.seconds)]
+        lines += [
+            f"{direction}: time per token at L = {ours[-1].length:,} is {_per_token(ours[-1]) / _per_token(row):.2f} "
+            f"of that at {row.length:,}"
+            for row in ours
+            if row.length == _REFERENCE_LENGTH and row is not ours[-1]
+        ]
+    return lines
 
 
 def write_attention(rows: Sequence[Measurement], settings: AttentionBenchmark, folder: Path) -> tuple[Path, Path]:
@@ -73,7 +95,7 @@ def plot_attention(rows: Sequence[Measurement], title: str, path: Path) -> None:
         chosen = [row for row in rows if row.direction == direction]
         _draw(axes[0, column], chosen, {row: row.seconds * 1e3 for row in chosen}, "milliseconds")
         # The floor's four products in full size are no floor for memory, so it is not drawn there.
-        others = [row for row in chosen if row.contender != FLOOR]
+        others = [row for row in chosen if row.contender not in _FLOORS]
         _draw(
             axes[1, column], others, {row: row.peak_bytes / 2**20 for row in others}, "peak MiB above inputs, outputs"
         )
@@ -87,7 +109,7 @@ def plot_attention(rows: Sequence[Measurement], title: str, path: Path) -> None:
 def _draw(axes: Axes, rows: Sequence[Measurement], values: dict[Measurement, float], label: str) -> None:
     for name in dict.fromkeys(row.contender for row in rows):
         points = [(row.length, values[row]) for row in rows if row.contender == name and values[row] > 0]
-        style = "--" if name == FLOOR else "o-"
+        style = "--" if name in _FLOORS else "o-"
         axes.plot(*zip(*points, strict=True), style, color=_COLORS[name], label=name, markersize=4)
     lengths = sorted({row.length for row in rows})
     axes.set(xscale="log", yscale="log")
@@ -114,6 +136,21 @@ def _ratios(row: Measurement, rows: Sequence[Measurement]) -> dict[str, float]:
     """Time of a row over each baseline's at the same length and direction; NaN where either was left out."""
     peers = {other.contender: other.seconds for other in rows if _place(other) == _place(row)}
     return {column: row.seconds / peers.get(name, math.nan) for column, name in BASELINES.items()}
+
+
+def _per_token(row: Measurement) -> float:
+    return row.seconds / row.length
+
+
+def _crossover(rows: Sequence[Measurement]) -> float | None:
+    """The length where our time equals softmax's, between the measured ones on logarithmic axes; None if nowhere."""
+    seconds = {(row.contender, row.length): row.seconds for row in rows}
+    lengths = sorted({row.length for row in rows})
+    ahead = [math.log(seconds.get((SDPA, n), math.nan) / seconds[OURS, n]) for n in lengths]
+    for (n, before), (m, after) in itertools.pairwise(zip(lengths, ahead, strict=True)):
+        if before < 0 <= after:
+            return float(n * (m / n) ** (before / (before - after)))
+    return None
 
 
 def _place(row: Measurement) -> tuple[str, int]:

@@ -10,8 +10,10 @@ import torch
 
 from perf_vit.errors import ConfigError
 
-__all__ = ["DTYPES", "AttentionBenchmark", "machine_name"]
+__all__ = ["DTYPES", "FORWARD", "FORWARD_BACKWARD", "PASSES", "AttentionBenchmark", "machine_name"]
 
+FORWARD, FORWARD_BACKWARD = "forward", "forward+backward"
+PASSES = (FORWARD, FORWARD_BACKWARD)
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "fp64": torch.float64}
 
 

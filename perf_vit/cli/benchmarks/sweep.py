@@ -11,13 +11,10 @@ from torch import Tensor
 
 from perf_vit.cli.benchmarks.contenders import Contender
 from perf_vit.cli.benchmarks.measure import Call, alternating_medians, peak_extra_bytes
-from perf_vit.cli.benchmarks.settings import AttentionBenchmark
+from perf_vit.cli.benchmarks.settings import FORWARD, PASSES, AttentionBenchmark
 from perf_vit.cli.benchmarks.verify import draw_inputs
 
-__all__ = ["FORWARD", "FORWARD_BACKWARD", "PASSES", "Measurement", "sweep_lengths"]
-
-FORWARD, FORWARD_BACKWARD = "forward", "forward+backward"
-PASSES = (FORWARD, FORWARD_BACKWARD)
+__all__ = ["Measurement", "sweep_lengths"]
 
 
 @dataclass(frozen=True)
@@ -56,9 +53,10 @@ def sweep_lengths(
         for length in settings.lengths:
             on_start(direction, length)
             past = [m for m in measured if m.direction == direction]
-            fast = [c for c in contenders if _expected_seconds(c, length, past) <= settings.max_seconds]
+            present = [c for c in contenders if direction in c.passes]
+            fast = [c for c in present if _expected_seconds(c, length, past) <= settings.max_seconds]
             round_ = {m.contender: m for m in _measure_round(settings, fast, direction, length)}
-            measured += [round_.get(c.name, Measurement(c.name, direction, length)) for c in contenders]
+            measured += [round_.get(c.name, Measurement(c.name, direction, length)) for c in present]
     return measured
 
 
@@ -79,7 +77,6 @@ def _measure_round(
 
 def _make_call(settings: AttentionBenchmark, contender: Contender, direction: str, length: int) -> Call:
     q, k, v = draw_inputs(settings, length, settings.torch_dtype)
-    v = contender.prepare_values(v)
     if direction == FORWARD:
         return torch.no_grad()(lambda: (contender.attend(q, k, v),))
     inputs = [x.requires_grad_() for x in (q, k, v)]
