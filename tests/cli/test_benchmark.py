@@ -1,6 +1,7 @@
 """`perf-vit benchmark attention`: it measures what it has verified, and nothing else."""
 
 import csv
+import dataclasses
 import importlib
 import math
 import time
@@ -11,11 +12,20 @@ from command_line import call
 from PIL import Image
 
 import perf_vit.ops
-from perf_vit.cli.benchmarks.contenders import CHUNKED_FLOOR, FLOOR, OURS, POPULAR, SDPA, Contender
+from perf_vit.cli.benchmarks.contenders import (
+    CHUNKED_FLOOR,
+    FLOOR,
+    OURS,
+    POPULAR,
+    SDPA,
+    Contender,
+    attention_contenders,
+)
 from perf_vit.cli.benchmarks.measure import alternating_medians, peak_extra_bytes
 from perf_vit.cli.benchmarks.report import COLUMNS, attention_summary
 from perf_vit.cli.benchmarks.settings import FORWARD, FORWARD_BACKWARD, PASSES, AttentionBenchmark
 from perf_vit.cli.benchmarks.sweep import Measurement, sweep_lengths
+from perf_vit.ops import draw_projection
 
 SMALL = ["--length", "64", "--length", "100", "--num-heads", "2", "--head-dim", "16", "--num-features", "32"]
 
@@ -139,3 +149,13 @@ def test_contenders_take_turns() -> None:
     calls = {name: lambda name=name: (turns.append(name), ())[1] for name in "ab"}
     alternating_medians(calls, num_runs=2, device="cpu")
     assert "".join(turns) == "ababab"
+
+
+@pytest.mark.parametrize(("direction", "mebibytes"), [(FORWARD, 40), (FORWARD_BACKWARD, 80)])
+def test_65536_tokens_need_little_above_inputs_outputs_and_gradients(direction: str, mebibytes: int) -> None:
+    settings = AttentionBenchmark(lengths=(65_536,), num_runs=1, max_seconds=60)
+    projection = draw_projection(256, 64, generator=torch.Generator().manual_seed(0))
+    ours = attention_contenders(settings, projection)[0]
+    rows = sweep_lengths(settings, [dataclasses.replace(ours, passes=(direction,))])
+    assert [row.contender for row in rows] == [OURS]
+    assert 0 < rows[0].peak_bytes < mebibytes * 2**20
