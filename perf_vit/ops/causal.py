@@ -48,14 +48,22 @@ def causal_favor(
         [B, H, N, Dv] in the dtype of `q`; 0 for queries that see no key.
     """
     chunk_size = min(chunk_size, _MAX_CHUNK)
+    needs_grad = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
     with without_autocast(q):
-        return join_chunks(_chunks_in_order(q, k, v, feature_map, key_mask, chunk_size), q.shape[2])
+        chunks = _chunks_in_order(q, k, v, feature_map, key_mask, chunk_size, needs_grad)
+        # Chunks put into one tensor in turn would each hand the whole tensor's gradient on.
+        return torch.cat(list(chunks), dim=2) if needs_grad else join_chunks(chunks, q.shape[2])
 
 
 def _chunks_in_order(
-    q: Tensor, k: Tensor, v: Tensor, feature_map: FeatureMap, key_mask: Tensor | None, chunk_size: int
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    feature_map: FeatureMap,
+    key_mask: Tensor | None,
+    chunk_size: int,
+    needs_grad: bool,
 ) -> Iterator[Tensor]:
-    needs_grad = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
     before: _State | None = None
     slices = token_slices(q, chunk_size)
     # Split, not sliced: the gradient of a slice is as long as the whole.
