@@ -17,7 +17,7 @@ import qr_bias
 import speed_curve
 import torch
 import typer
-from figure_style import Row, read_rows, write_rows
+from figure_style import read_rows, write_rows
 
 from perf_vit.cli.benchmarks.settings import machine_name
 from perf_vit.cli.console import console
@@ -45,21 +45,17 @@ def main(
         )
     torch.set_num_threads(threads)
     out.mkdir(parents=True, exist_ok=True)
-    rows = {row.key: row for row in read_rows(out / "figures.csv")}
+    rows = read_rows(out / "figures.csv")
     for name in figure or FIGURES:
         made = FIGURES[name](out, seed)
-        rows = {key: row for key, row in rows.items() if row.figure != name or not made}
-        rows |= {row.key: row for row in made}
-        write_rows(sorted(rows.values(), key=_place), out / "figures.csv")
+        # A figure that was left out keeps the numbers of its last picture.
+        rows = [row for row in rows if row.figure != name or not made] + made
+        write_rows(sorted(rows, key=lambda row: list(FIGURES).index(row.figure)), out / "figures.csv")
     if speed_csv is not None:
         speed_curve.draw(speed_csv, out / "speed.png")
     console.print(
         f"torch {torch.__version__}, Python {platform.python_version()}, {machine_name('cpu')}, {threads} thread"
     )
-
-
-def _place(row: Row) -> int:
-    return list(FIGURES).index(row.figure)
 
 
 if __name__ == "__main__":

@@ -38,20 +38,17 @@ def make(out: Path, seed: int) -> list[Row]:
             rows.append(Row("qr_bias", f"{name}, t = {t:g}", "E exp(w.z)", mean, error))
     rows += [Row("qr_bias", f"true, t = {t:g}", "E exp(w.z)", math.exp(t**2 / 2)) for t in STEPS]
     _draw(rows, out / "qr_bias.png")
-    lines = [(r.setting, f"{r.value:.3f}", f"{r.spread:.3f}") for r in rows]
-    print_markdown(f"Figure 5, {NUM_DRAWS} matrices", ("rows", "mean of exp(w.z)", "standard error"), lines)
+    _print(rows)
     return rows
 
 
 def measure(draw: Callable[[], Tensor], num_draws: int, generator: Generator) -> tuple[Tensor, Tensor]:
     """Means of exp(w . z) over the rows of many matrices, and standard errors, for each t; matrices are independent."""
     z = torch.tensor(STEPS, dtype=torch.float64) * torch.full((HEAD_DIM, 1), HEAD_DIM**-0.5, dtype=torch.float64)
-    means = []
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(int(torch.randint(2**31, (), generator=generator)))
-        for _ in track(range(num_draws), "bias of the rows", console=console):
-            means.append((draw().double() @ z).exp().mean(dim=0))
-    per_matrix = torch.stack(means)
+        draws = track(range(num_draws), "bias of the rows", console=console)
+        per_matrix = torch.stack([(draw().double() @ z).exp().mean(dim=0) for _ in draws])
     return per_matrix.mean(dim=0), per_matrix.std(dim=0) / math.sqrt(num_draws)
 
 
@@ -71,3 +68,10 @@ def _draw(rows: list[Row], path: Path) -> None:
     axes.grid(alpha=0.3)
     axes.legend(frameon=False)
     save(figure, path)
+
+
+def _print(rows: list[Row]) -> None:
+    names = list(dict.fromkeys(row.setting.rpartition(", t = ")[0] for row in rows))
+    cells = {row.setting: f"{row.value:.3f}" + (f" ({row.spread:.3f})" if row.spread > 0 else "") for row in rows}
+    lines = [(f"{t:g}", *(cells[f"{name}, t = {t:g}"] for name in names)) for t in STEPS]
+    print_markdown(f"Figure 5: mean of exp(w.z) (standard error), {NUM_DRAWS:,} matrices", ("t", *names), lines)

@@ -12,7 +12,10 @@ from perf_vit.cli.benchmarks.sweep import PASSES
 
 COLORS = {OURS: BLUE, SDPA: RED, POPULAR: GREEN, FLOOR: GREY}
 MEASURES = {"milliseconds": "milliseconds", "peak_mib": "peak MiB above inputs, outputs"}
-SETTINGS = "B={batch_size} H={num_heads} D={head_dim} M={num_features} {dtype}, {machine}, {num_threads} threads, torch {torch}, median of {num_runs}"
+SETTINGS = (
+    "B={batch_size} H={num_heads} D={head_dim} M={num_features} {dtype}, {machine}, {num_threads} threads, "
+    "torch {torch}, median of {num_runs}"
+)
 
 
 def draw(table: Path, path: Path) -> None:
