@@ -3,7 +3,8 @@
     python tools/benchmarks/performer_figures --out docs/images/performers
 
 Draws one picture each, writes every number behind them to `figures.csv` and prints the tables of docs/performers.md.
-The speed curve is drawn from the CSV file of `perf-vit benchmark attention`, given with --speed-csv.
+With --speed-csv it draws the speed curve instead, from the CSV file of `perf-vit benchmark attention`. Two of the
+figures want performer-pytorch (the `peers` extra).
 """
 
 import platform
@@ -46,7 +47,7 @@ def main(
     torch.set_num_threads(threads)
     out.mkdir(parents=True, exist_ok=True)
     rows = read_rows(out / "figures.csv")
-    for name in figure or FIGURES:
+    for name in figure or (FIGURES if speed_csv is None else ()):
         made = FIGURES[name](out, seed)
         # A figure that was left out keeps the numbers of its last picture.
         rows = [row for row in rows if row.figure != name or not made] + made
@@ -54,7 +55,7 @@ def main(
     if speed_csv is not None:
         speed_curve.draw(speed_csv, out / "speed.png")
     console.print(
-        f"torch {torch.__version__}, Python {platform.python_version()}, {machine_name('cpu')}, {threads} thread"
+        f"torch {torch.__version__}, Python {platform.python_version()}, {machine_name('cpu')}, {threads} threads"
     )
 
 

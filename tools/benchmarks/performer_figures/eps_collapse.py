@@ -22,7 +22,7 @@ LENGTHS = (256, 512, 1024, 2048, 4096, 8192, 16384)
 SETTINGS = {
     "D = 64, std 1": (64, 1.0, 1.0),
     "D = 16, std 0.5": (16, 0.5, 1.0),
-    "D = 16, std 0.5, one key x 4": (16, 0.5, 4.0),
+    "D = 16, std 0.5, one key x 6": (16, 0.5, 6.0),
 }
 # The defaults of performer-pytorch and of the authors' JAX code.
 EPSILONS = {"eps 1e-4": 1e-4, "eps 1e-6": 1e-6}
@@ -115,12 +115,14 @@ def _draw(rows: list[Row], path: Path) -> None:
     figure = new_figure(12, 9)
     for setting, line in zip(SETTINGS, figure.subplots(len(SETTINGS), len(PANELS), sharex=True), strict=True):
         for axes, quantity in zip(line, PANELS, strict=True):
-            _draw_panel(axes, [r for r in rows if r.quantity == quantity and r.setting.startswith(f"{setting}, L")])
+            chosen = [r for r in rows if r.quantity == quantity and r.setting.startswith(f"{setting}, L")]
+            _draw_panel(axes, chosen)
             axes.set_title(f"{quantity}\n{setting}", fontsize=9)
             if quantity == SHARE:
                 axes.set_ylim(0, 1.05)
             else:
                 axes.set_yscale("log")
+                axes.set_ylim(min(row.value for row in chosen) / 2, max(row.value for row in chosen) * 2)
                 label_logarithms(axes.yaxis)
             if axes.get_subplotspec().is_last_row():
                 axes.set_xlabel("tokens, L")

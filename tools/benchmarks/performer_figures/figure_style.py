@@ -50,7 +50,7 @@ def label_logarithms(axis: Axis) -> None:
     """Numbers at 1, 2 and 5 times the powers of ten, or at these alone where there are many."""
     low, high = axis.get_view_interval()
     axis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0) if high < 100 * low else (1.0,)))
-    axis.set_major_formatter(FuncFormatter(lambda value, _: digits(value, 1)))
+    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.2g}".replace("0.", ".", 1)))
     axis.set_minor_locator(NullLocator())
 
 
@@ -77,12 +77,12 @@ def print_markdown(title: str, header: Sequence[str], lines: Iterable[Sequence[s
     console.print(f"\n{title}\n\n{text}\n", highlight=False, markup=False, soft_wrap=True)
 
 
-def digits(value: float, significant: int = 3) -> str:
+def digits(value: float) -> str:
     """A number as the page writes it: .0123, .123, 1.23, 12.3, 4,560."""
     if value != 0 and not 1e-3 <= abs(value) < 1e5:
-        return f"{value:.{min(significant - 1, 1)}e}".replace("e-0", "e-").replace("e+0", "e").replace("e+", "e")
+        return f"{value:.1e}".replace("e-0", "e-").replace("e+0", "e").replace("e+", "e")
     exponent = math.floor(math.log10(abs(value))) if value else 0
-    decimals = min(max(0, significant - 1 - exponent), 4)
+    decimals = min(max(0, 2 - exponent), 4)
     text = f"{value:,.{decimals}f}"
     return text.replace("0.", ".", 1) if abs(value) < 1 else text
 
