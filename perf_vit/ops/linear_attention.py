@@ -30,7 +30,7 @@ def favor_attention(
     key_mask: Tensor | None = None,
     causal: bool = False,
     balancing: Balancing | None = None,
-    chunk_size: int = 768,
+    chunk_size: int = 512,
 ) -> Tensor:
     """Attention through random features (FAVOR+).
 
@@ -232,7 +232,7 @@ def _check(
     chunk_size: int,
 ) -> None:
     if chunk_size < 1:
-        raise ValueError(f"chunk_size must be at least 1, got {chunk_size}; 768 suits most machines")
+        raise ValueError(f"chunk_size must be at least 1, got {chunk_size}; 512 suits most machines")
     check_keys(k, v, feature_map.projection, key_mask)
     if q.ndim != 4 or q.shape[:2] != k.shape[:2] or q.shape[3] != k.shape[3]:
         raise ValueError(

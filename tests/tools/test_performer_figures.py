@@ -1,6 +1,5 @@
 """tools/benchmarks/performer_figures: closed forms agree with draws, figures are drawn from what was measured."""
 
-import csv
 import importlib
 import importlib.util
 import math
@@ -11,7 +10,6 @@ import pytest
 import torch
 from PIL import Image
 
-from perf_vit.cli.benchmarks.report import COLUMNS
 from perf_vit.ops import draw_projection
 
 FOLDER = Path(__file__).parents[2] / "tools" / "benchmarks" / "performer_figures"
@@ -118,22 +116,6 @@ def test_rows_without_sign_correction_are_found_to_be_biased(tool) -> None:
     place = qr_bias.STEPS.index(-1.0)
     assert biased[place] > math.exp(0.5) + 5 * error[place]
     assert abs(ours[place] - math.exp(0.5)) < 4 * our_error[place]
-
-
-def test_speed_curve_is_drawn_where_contenders_were_left_out(tool, tmp_path) -> None:
-    speed_curve = tool("speed_curve")
-    table = tmp_path / "attention.csv"
-    with table.open("w", newline="") as file:
-        writer = csv.DictWriter(file, COLUMNS, restval="1")
-        writer.writeheader()
-        for contender in speed_curve.COLORS:
-            for direction in speed_curve.PASSES:
-                for length in (512, 4096):
-                    seconds = "" if (contender, length) == ("torch SDPA", 4096) else str(length / 100)
-                    row = {"contender": contender, "pass": direction, "length": length}
-                    writer.writerow({**row, "milliseconds": seconds, "peak_mib": seconds})
-    speed_curve.draw(table, tmp_path / "speed.png")
-    assert _is_picture(tmp_path / "speed.png")
 
 
 def test_drawing_one_figure_keeps_the_numbers_of_the_others(tool, tmp_path, monkeypatch) -> None:

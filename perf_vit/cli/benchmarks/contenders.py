@@ -18,7 +18,7 @@ from perf_vit.cli.benchmarks.settings import FORWARD, PASSES, AttentionBenchmark
 __all__ = ["CHUNKED_FLOOR", "FLOOR", "INSTALL_HINT", "OURS", "POPULAR", "SDPA", "Contender", "attention_contenders"]
 
 OURS, SDPA, POPULAR, CHUNKED_FLOOR, FLOOR = "perf_vit", "torch SDPA", "performer-pytorch", "floor, chunked", "floor"
-_FLOOR_CHUNK = 768
+_FLOOR_CHUNK = 512
 INSTALL_HINT = f"{POPULAR} is not installed, so it is left out; `pip install {POPULAR}` brings it in"
 
 

@@ -113,11 +113,21 @@ def _draw(axes: Axes, rows: Sequence[Measurement], values: dict[Measurement, flo
         axes.plot(*zip(*points, strict=True), style, color=_COLORS[name], label=name, markersize=4)
     lengths = sorted({row.length for row in rows})
     axes.set(xscale="log", yscale="log")
-    axes.set_xticks(lengths, [f"{n / 1024:g}k" if n >= 1024 else str(n) for n in lengths], minor=False)
+    ticks = _apart(lengths)
+    axes.set_xticks(ticks, [f"{n / 1024:g}k" if n >= 1024 else str(n) for n in ticks], minor=False)
     axes.minorticks_off()
     axes.grid(alpha=0.3)
     if axes.get_subplotspec().is_first_col():  # type: ignore[union-attr]
         axes.set_ylabel(label)
+
+
+def _apart(lengths: Sequence[int]) -> list[int]:
+    """Those that have room for a label on a logarithmic axis."""
+    ticks = list(lengths[:1])
+    for length in lengths:
+        if length >= 1.9 * ticks[-1]:
+            ticks.append(length)
+    return ticks
 
 
 def _write_csv(rows: Sequence[Measurement], settings: AttentionBenchmark, path: Path) -> None:

@@ -3,8 +3,8 @@
     python tools/benchmarks/performer_figures --out docs/images/performers
 
 Draws one picture each, writes every number behind them to `figures.csv` and prints the tables of docs/performers.md.
-With --speed-csv it draws the speed curve instead, from the CSV file of `perf-vit benchmark attention`. Two of the
-figures want performer-pytorch (the `peers` extra).
+Two of the figures want performer-pytorch (the `peers` extra). The speed curve is a picture of
+`perf-vit benchmark attention`.
 """
 
 import platform
@@ -15,7 +15,6 @@ import attention_error
 import eps_collapse
 import kernel_mse
 import qr_bias
-import speed_curve
 import torch
 import typer
 from figure_style import read_rows, write_rows
@@ -35,7 +34,6 @@ def main(
     out: Annotated[Path, typer.Option(help="Folder of the pictures and figures.csv.")] = Path("docs/images/performers"),
     seed: Annotated[int, typer.Option(help="Of every random draw.")] = 0,
     figure: Annotated[list[str] | None, typer.Option(help=f"One of {', '.join(FIGURES)}; repeatable; all.")] = None,
-    speed_csv: Annotated[Path | None, typer.Option(help="attention.csv of `perf-vit benchmark attention`.")] = None,
     threads: Annotated[int, typer.Option(help="Of torch.")] = 1,
 ) -> None:
     """Draw the figures of docs/performers.md."""
@@ -47,13 +45,11 @@ def main(
     torch.set_num_threads(threads)
     out.mkdir(parents=True, exist_ok=True)
     rows = read_rows(out / "figures.csv")
-    for name in figure or (FIGURES if speed_csv is None else ()):
+    for name in figure or FIGURES:
         made = FIGURES[name](out, seed)
         # A figure that was left out keeps the numbers of its last picture.
         rows = [row for row in rows if row.figure != name or not made] + made
         write_rows(sorted(rows, key=lambda row: list(FIGURES).index(row.figure)), out / "figures.csv")
-    if speed_csv is not None:
-        speed_curve.draw(speed_csv, out / "speed.png")
     console.print(
         f"torch {torch.__version__}, Python {platform.python_version()}, {machine_name('cpu')}, {threads} threads"
     )
