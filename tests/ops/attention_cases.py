@@ -78,6 +78,20 @@ def favor(q, k, v, *args, **kwargs) -> list[torch.Tensor]:
     return value_and_gradients(favor_attention, q, k, v, *args, **kwargs)
 
 
+def kept_by_training(q, k, v, *args, **kwargs) -> list[int]:
+    """Numbers in each tensor that a forward pass keeps for the backward one."""
+    kept: list[int] = []
+
+    def note(tensor: torch.Tensor) -> torch.Tensor:
+        kept.append(tensor.numel())
+        return tensor
+
+    leaves = [x.clone().requires_grad_() for x in (q, k, v)]
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        favor_attention(*leaves, *args, **kwargs)
+    return kept
+
+
 def assert_same(actual: list[torch.Tensor], expected: list[torch.Tensor], tolerance: float = 1e-10) -> None:
     for a, e in zip(actual, expected, strict=True):
         torch.testing.assert_close(a, e, rtol=tolerance, atol=tolerance)

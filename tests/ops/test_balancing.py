@@ -65,10 +65,8 @@ def test_value_and_gradient_match_the_naive_reference(kernel, form: dict, causal
     assert_same(actual, value_and_gradients(naive_favor_attention, *arguments), 1e-8)
 
 
-@pytest.mark.parametrize("kernel", POSITIVE, ids=kernel_id)
+@pytest.mark.parametrize("kernel", [kernel for kernel in POSITIVE if kernel.estimates_softmax], ids=kernel_id)
 def test_the_estimate_gets_closer_with_each_of_them(kernel) -> None:
-    if not kernel.estimates_softmax:
-        pytest.skip("balancing is refused for it")
     q, k, v, w = uneven()
     exact = softmax_attention(q, k, v)
 

@@ -1,6 +1,16 @@
 import pytest
 import torch
-from attention_cases import KERNELS, POSITIVE, assert_same, favor, kernel_id, make, transcription, value_and_gradients
+from attention_cases import (
+    KERNELS,
+    POSITIVE,
+    assert_same,
+    favor,
+    kept_by_training,
+    kernel_id,
+    make,
+    transcription,
+    value_and_gradients,
+)
 
 from perf_vit.ops import KVState, favor_attention, fit_balancing
 
@@ -73,15 +83,7 @@ def test_constants_of_a_calibration_go_with_causal_order() -> None:
 
 def test_training_keeps_one_state_a_chunk_and_nothing_of_tokens_times_features() -> None:
     q, k, v, w = make(300, 300, num_features=64)
-    kept: list[int] = []
-
-    def note(tensor: torch.Tensor) -> torch.Tensor:
-        kept.append(tensor.numel())
-        return tensor
-
-    leaves = [x.requires_grad_() for x in (q, k, v)]
-    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
-        favor_attention(*leaves, w, causal=True, chunk_size=50)
+    kept = kept_by_training(q, k, v, w, causal=True, chunk_size=50)
     assert sum(kept) < 300 * 64 * 4
 
 

@@ -1,6 +1,15 @@
 import pytest
 import torch
-from attention_cases import KERNELS, POSITIVE, assert_same, kernel_id, make, transcription, value_and_gradients
+from attention_cases import (
+    KERNELS,
+    POSITIVE,
+    assert_same,
+    kept_by_training,
+    kernel_id,
+    make,
+    transcription,
+    value_and_gradients,
+)
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -197,16 +206,8 @@ def test_wrong_arguments_are_named(change: dict, message: str) -> None:
 
 def test_training_keeps_nothing_of_size_tokens_times_features() -> None:
     q, k, v, w = make(300, 300, num_features=64)
-    kept: list[int] = []
-
-    def note(tensor: torch.Tensor) -> torch.Tensor:
-        kept.append(tensor.numel())
-        return tensor
-
-    leaves = [x.requires_grad_() for x in (q, k, v)]
-    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
-        favor_attention(*leaves, w, chunk_size=50)
-    assert max(kept) <= max(x.numel() for x in leaves)
+    kept = kept_by_training(q, k, v, w, chunk_size=50)
+    assert max(kept) <= max(x.numel() for x in (q, k, v))
     assert max(kept) < 300 * 64 * 4
 
 
