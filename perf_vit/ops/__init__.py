@@ -7,6 +7,7 @@ from perf_vit.ops.balancing import Balancing, fit_balancing
 from perf_vit.ops.kernels import Kernel, kernel_names, make_kernel, oprf_kernel, register_kernel
 from perf_vit.ops.linear_attention import favor_attention
 from perf_vit.ops.projection import draw_projection
+from perf_vit.ops.scatterbrain import scatterbrain_attention
 from perf_vit.ops.state import KVState
 
 __all__ = [
@@ -20,4 +21,5 @@ __all__ = [
     "make_kernel",
     "oprf_kernel",
     "register_kernel",
+    "scatterbrain_attention",
 ]

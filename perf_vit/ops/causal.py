@@ -10,7 +10,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from perf_vit.ops.chunks import halves, join_chunks, token_slices
-from perf_vit.ops.features import LOWEST_SCALE, FeatureMap, KeyFeatures, exp_, without_autocast
+from perf_vit.ops.features import LOWEST_SCALE, FeatureMap, KeyFeatures, exp_, left_out, without_autocast
 from perf_vit.ops.state import KVState, masked_values, sum_keys
 
 __all__ = ["causal_favor"]
@@ -87,7 +87,7 @@ def _step(
     # What is padded comes last, so no query that counts sees it.
     queries = feature_map.queries(feature_map.query_inputs(F.pad(q, padding)))
     mask = None if key_mask is None else F.pad(key_mask, padding[2:], value=False)
-    keys = feature_map.keys(feature_map.key_inputs(F.pad(k, padding)), mask)
+    keys = feature_map.keys(feature_map.key_inputs(F.pad(k, padding)), left_out(mask))
     sums = _within(queries, keys, masked_values(F.pad(v, padding), keys), feature_map)
     state = sum_keys(keys.first(length), v, feature_map)
     if before is not None:

@@ -14,7 +14,7 @@ from perf_vit.ops.balancing import Balancing
 from perf_vit.ops.chunks import halves
 from perf_vit.ops.kernels import Kernel
 
-__all__ = ["LOWEST_SCALE", "FeatureMap", "KeyFeatures", "exp_", "without_autocast"]
+__all__ = ["LOWEST_SCALE", "FeatureMap", "KeyFeatures", "exp_", "left_out", "without_autocast"]
 
 # Below any log-feature of a real key, and far enough above float32's lowest that sums with it stay finite.
 LOWEST_SCALE = -1e30
@@ -58,17 +58,27 @@ class FeatureMap:
         """What the kernel makes of `query_inputs`, [B, H, N, M]; the amplitude, which cancels, is left out."""
         return self.kernel.features(x, self.projection.to(x.dtype))
 
-    def keys(self, x: Tensor, key_mask: Tensor | None = None) -> KeyFeatures:
-        """What the kernel makes of `key_inputs`, amplitude and bias included; nothing of masked keys, [B, N]."""
+    def query_log_amplitude(self, x: Tensor) -> Tensor:
+        """log(h / sqrt(R)) of `query_inputs`, [B, H, N, 1], for sums that don't share a query's amplitude."""
+        if self.kernel.log_amplitude is None:
+            return torch.zeros_like(x[..., :1])
+        return self.kernel.log_amplitude(x, self.projection.shape[0])
+
+    def keys(self, x: Tensor, masked: Tensor | None = None) -> KeyFeatures:
+        """What the kernel makes of `key_inputs`, amplitude and bias included; nothing of keys where `masked` is True.
+
+        Args:
+            x: the inputs, [B, H, N, D].
+            masked: bool, [B, 1, N, 1] or [B, H, N, 1].
+        """
         projection = self.projection.to(x.dtype)
         values, log_amplitude = self.kernel.features(x, projection), self._key_log_amplitude(x)
         if self.kernel.log_domain and log_amplitude is not None:
             values, log_amplitude = values.add_(log_amplitude), None
-        mask = None if key_mask is None else ~key_mask[:, None, :, None]
-        if mask is not None:
-            values = values.masked_fill_(mask, -math.inf if self.kernel.log_domain else 0.0)
-            log_amplitude = None if log_amplitude is None else log_amplitude.masked_fill(mask, -math.inf)
-        return KeyFeatures(self.kernel.log_domain, values, log_amplitude, mask)
+        if masked is not None:
+            values = values.masked_fill_(masked, -math.inf if self.kernel.log_domain else 0.0)
+            log_amplitude = None if log_amplitude is None else log_amplitude.masked_fill(masked, -math.inf)
+        return KeyFeatures(self.kernel.log_domain, values, log_amplitude, masked)
 
     def scaled_queries(self, values: Tensor, log_scale: Tensor) -> tuple[Tensor, Tensor]:
         """Features of queries (overwritten) for sums whose scale is `log_scale`, [B, H, M].
@@ -209,6 +219,11 @@ class KeyFeatures:
         log_amplitude = None if self.log_amplitude is None else part(self.log_amplitude)
         mask = None if self.mask is None else part(self.mask)
         return KeyFeatures(self.log_domain, part(self.values), log_amplitude, mask)
+
+
+def left_out(key_mask: Tensor | None, tokens: slice = slice(None)) -> Tensor | None:
+    """What `FeatureMap.keys` takes, [B, 1, N, 1], from a mask of the keys that count, [B, N]."""
+    return None if key_mask is None else ~key_mask[:, None, tokens, None]
 
 
 def exp_(logs: Tensor) -> Tensor:

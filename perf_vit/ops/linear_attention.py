@@ -13,7 +13,7 @@ from torch.autograd.function import once_differentiable
 from perf_vit.ops.balancing import Balancing
 from perf_vit.ops.causal import causal_favor
 from perf_vit.ops.chunks import join_chunks, token_slices
-from perf_vit.ops.features import FeatureMap, without_autocast
+from perf_vit.ops.features import FeatureMap, left_out, without_autocast
 from perf_vit.ops.kernels import Kernel
 from perf_vit.ops.oprf import optimal_parameter
 from perf_vit.ops.state import KVState, check_keys, make_feature_map, masked_values, sum_keys
@@ -83,8 +83,8 @@ def _accumulate(k: Tensor, v: Tensor, feature_map: FeatureMap, key_mask: Tensor 
     state: KVState | None = None
     with without_autocast(k):
         for tokens in token_slices(k, chunk_size):
-            mask = None if key_mask is None else key_mask[:, tokens[-1]]
-            part = sum_keys(feature_map.keys(feature_map.key_inputs(k[tokens]), mask), v[tokens], feature_map)
+            keys = feature_map.keys(feature_map.key_inputs(k[tokens]), left_out(key_mask, tokens[-1]))
+            part = sum_keys(keys, v[tokens], feature_map)
             state = part if state is None else state.merge(part)
     assert state is not None
     return state
@@ -191,7 +191,7 @@ def _key_gradients(
     grad_k, grad_v = torch.empty_like(k), torch.empty_like(v)
     for tokens in token_slices(k, chunk_size):
         x = feature_map.key_inputs(k[tokens])
-        keys = feature_map.keys(x, None if key_mask is None else key_mask[:, tokens[-1]])
+        keys = feature_map.keys(x, left_out(key_mask, tokens[-1]))
         features = keys.scaled(state.log_scale)
         grad_v[tokens] = (features @ grad_s).to(v.dtype)
         grad_features = (masked_values(v[tokens], keys) @ grad_s.mT).add_(grad_z)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from perf_vit.ops.balancing import Balancing
-from perf_vit.ops.features import FeatureMap, KeyFeatures, without_autocast
+from perf_vit.ops.features import FeatureMap, KeyFeatures, left_out, without_autocast
 from perf_vit.ops.kernels import Kernel, get_kernel
 
 __all__ = ["KVState", "check_keys", "make_feature_map", "masked_values", "sum_keys"]
@@ -75,7 +75,7 @@ class KVState:
     @classmethod
     def _from_keys(cls, k: Tensor, v: Tensor, feature_map: FeatureMap, key_mask: Tensor | None) -> KVState:
         with without_autocast(k):
-            return sum_keys(feature_map.keys(feature_map.key_inputs(k), key_mask), v, feature_map)
+            return sum_keys(feature_map.keys(feature_map.key_inputs(k), left_out(key_mask)), v, feature_map)
 
     def update(self, k: Tensor, v: Tensor, key_mask: Tensor | None = None) -> KVState:
         """The state with more keys, [B, H, N, D], values, [B, H, N, Dv], and their mask; this one stays as it is.
