@@ -71,13 +71,18 @@ class FeatureMap:
             x: the inputs, [B, H, N, D].
             masked: bool, [B, 1, N, 1] or [B, H, N, 1].
         """
-        projection = self.projection.to(x.dtype)
-        values, log_amplitude = self.kernel.features(x, projection), self._key_log_amplitude(x)
+        if masked is not None:
+            # What a masked key carries may be anything, NaN included.
+            x = x.masked_fill(masked, 0.0)
+        values, log_amplitude = self.kernel.features(x, self.projection.to(x.dtype)), self._key_log_amplitude(x)
+        if masked is not None:
+            if self.kernel.log_domain or log_amplitude is not None:
+                log_amplitude = torch.zeros_like(x[..., :1]) if log_amplitude is None else log_amplitude
+                log_amplitude = log_amplitude.masked_fill(masked, -math.inf)
+            else:
+                values = values.masked_fill_(masked, 0.0)
         if self.kernel.log_domain and log_amplitude is not None:
             values, log_amplitude = values.add_(log_amplitude), None
-        if masked is not None:
-            values = values.masked_fill_(masked, -math.inf if self.kernel.log_domain else 0.0)
-            log_amplitude = None if log_amplitude is None else log_amplitude.masked_fill(masked, -math.inf)
         return KeyFeatures(self.kernel.log_domain, values, log_amplitude, masked)
 
     def scaled_queries(self, values: Tensor, log_scale: Tensor) -> tuple[Tensor, Tensor]:

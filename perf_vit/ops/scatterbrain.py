@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from perf_vit.ops.balancing import Balancing
-from perf_vit.ops.features import LOWEST_SCALE, FeatureMap, KeyFeatures, exp_, without_autocast
+from perf_vit.ops.features import LOWEST_SCALE, FeatureMap, exp_, without_autocast
 from perf_vit.ops.kernels import Kernel
 from perf_vit.ops.linear_attention import favor_attention
 from perf_vit.ops.oprf import optimal_parameter
@@ -104,16 +104,15 @@ def choose_sinks(q: Tensor, k: Tensor, num_sinks: int, num_prefix_tokens: int, k
 
 @dataclass(frozen=True, eq=False)
 class _Windows:
-    """The grid's tokens in the order of windows.
+    """The grid's tokens, window by window, W windows of T tokens.
 
     Attributes:
-        q: queries, [B, H, W T, D], W windows of T tokens.
+        q: queries, [W, B, H, T, D].
         k: keys, centred.
-        v: values.
+        v: values, [W, B, H, T, Dv].
         features_k: keys as they came, for the features.
         masked: True for keys that take part neither in the window nor in the sums: masked ones, sinks and what lies
-            beyond the grid, [B, H, W T, 1].
-        tokens: T.
+            beyond the grid, [W, B, H, T, 1].
         own: whether a window's queries see its own keys exactly.
     """
 
@@ -122,13 +121,12 @@ class _Windows:
     v: Tensor
     features_k: Tensor
     masked: Tensor
-    tokens: int
     own: bool
 
-    def slices(self) -> list[slice]:
-        """Groups of whole windows of about equally many tokens."""
-        length, group = self.q.shape[2], max(1, _GROUP_TOKENS // self.tokens) * self.tokens
-        return [slice(start, min(start + group, length)) for start in range(0, length, group)]
+    def groups(self) -> list[slice]:
+        """Slices of windows of about equally many tokens in all."""
+        group = max(1, _GROUP_TOKENS // self.q.shape[3])
+        return [slice(start, start + group) for start in range(0, self.q.shape[0], group)]
 
 
 def _attend(
@@ -154,7 +152,10 @@ def _attend(
     shared = _shared_keys(centred, v, masked, sinks, num_prefix_tokens)
     windows = _split_into_windows(q, centred, v, k, masked, sinks, grid, window_size, num_prefix_tokens)
     sums = _window_sums(windows, feature_map)
-    out = torch.cat([_run(_attend_group, windows, s, shared, sums, feature_map) for s in windows.slices()], dim=2)
+    total = sums[0].sum(dim=0), sums[1].sum(dim=0)
+    out = torch.cat(
+        [_run(_attend_group, windows, group, shared, sums, total, feature_map) for group in windows.groups()]
+    )
     out = from_windows(out, grid, _window(grid, window_size))
     if num_prefix_tokens:
         prefix = _exact(q[:, :, :num_prefix_tokens], centred, v, masked)
@@ -185,73 +186,67 @@ def _split_into_windows(
 ) -> _Windows:
     window = _window(grid, window_size)
     counts = (~masked).scatter(2, sinks.unsqueeze(-1), torch.zeros_like(sinks.unsqueeze(-1), dtype=torch.bool))
-    moved = (q, k, v, features_k, counts)
-    q, k, v, features_k, counts = (to_windows(x[:, :, num_prefix_tokens:], grid, window) for x in moved)
-    return _Windows(q, k, v, features_k, ~counts, tokens=window[0] * window[1], own=window_size > 0)
+    q, in_window, v, counts = (to_windows(x[:, :, num_prefix_tokens:], grid, window) for x in (q, k, v, counts))
+    moved = in_window if features_k is k else to_windows(features_k[:, :, num_prefix_tokens:], grid, window)
+    return _Windows(q, in_window, v, moved, ~counts, own=window_size > 0)
 
 
 def _window_sums(windows: _Windows, feature_map: FeatureMap) -> tuple[Tensor, Tensor, Tensor]:
-    """(S, z, log_scale) of each window, [B, H, W, ...], all on one scale, [B, H, 1, M]."""
-    parts = [_run(_sum_group, windows, s, feature_map) for s in windows.slices()]
-    s, z, log_scales = (torch.cat(x, dim=2) for x in zip(*parts, strict=True))
-    log_scale = log_scales.amax(dim=2, keepdim=True)
-    by = (log_scales - log_scale).exp()
-    return s * by.unsqueeze(-1), z * by, log_scale
+    """(S, z) of each window, [W, B, H, M, ...], all on one scale, [B, H, 1, M]."""
+    parts = [_run(_sum_group, windows, group, feature_map) for group in windows.groups()]
+    s, z, log_scales = (torch.cat(x) for x in zip(*parts, strict=True))
+    log_scale = log_scales.amax(dim=0)
+    by = (log_scales - log_scale).exp().unsqueeze(-1)
+    return s.mul_(by), z * by, log_scale.unsqueeze(-2)
 
 
-def _sum_group(windows: _Windows, tokens: slice, feature_map: FeatureMap) -> tuple[Tensor, Tensor, Tensor]:
-    k, v, masked = (x[:, :, tokens] for x in (windows.features_k, windows.v, windows.masked))
-    keys = feature_map.keys(feature_map.key_inputs(k), masked)
-    values, v, masked = (_by_window(x, windows.tokens) for x in (keys.values, v, masked))
-    keys = KeyFeatures(True, values, None, masked)
+def _sum_group(windows: _Windows, group: slice, feature_map: FeatureMap) -> tuple[Tensor, Tensor, Tensor]:
+    keys = feature_map.keys(feature_map.key_inputs(windows.features_k[group]), windows.masked[group])
     log_scale = keys.scale()
-    features = keys.scaled(log_scale)
-    return features.mT @ v, features.sum(dim=-2), log_scale
+    # The e^-60 that is left of a masked key, beside 1, is nothing.
+    features = exp_(keys.values.sub_(log_scale.unsqueeze(-2)))
+    return features.mT @ windows.v[group], features.sum(dim=-2).unsqueeze(-1), log_scale
 
 
 def _attend_group(
     windows: _Windows,
-    tokens: slice,
+    group: slice,
     shared: tuple[Tensor, Tensor, Tensor],
     sums: tuple[Tensor, Tensor, Tensor],
+    total: tuple[Tensor, Tensor],
     feature_map: FeatureMap,
 ) -> Tensor:
-    """Attention of the queries of some windows, [B, H, tokens, Dv]."""
-    q, factor = windows.q[:, :, tokens], windows.q.shape[-1] ** -0.5
-    shared_k, shared_v, hidden = shared
-    logits = [(q * factor) @ shared_k.mT]
-    logits[0] = logits[0].masked_fill(hidden.mT, LOWEST_SCALE)
-    far_s, far_z, log_scale = _far_sums(windows, tokens, sums)
-    x = feature_map.query_inputs(q)
-    far = feature_map.queries(x) + feature_map.query_log_amplitude(x) + log_scale
-    if windows.own:
-        k, masked = (_by_window(y[:, :, tokens], windows.tokens) for y in (windows.k, windows.masked))
-        own = (_by_window(q, windows.tokens) * factor) @ k.mT
-        logits.append(own.masked_fill(masked.mT, LOWEST_SCALE).flatten(2, 3))
-    largest = torch.cat([y.detach().amax(dim=-1, keepdim=True) for y in (*logits, far) if y.shape[-1]], dim=-1)
-    largest = largest.amax(dim=-1, keepdim=True)
-    # Nothing to see: all weights are 0 instead of e^0.
-    blind = largest <= LOWEST_SCALE / 2
-    shared_w, *own_w = ((y - largest).exp().masked_fill(blind, 0.0) for y in logits)
-    far_w = _by_window(exp_(far - largest).masked_fill(blind, 0.0), windows.tokens)
-    numerator, denominator = shared_w @ shared_v, shared_w.sum(dim=-1, keepdim=True)
-    numerator = numerator + (far_w @ far_s).flatten(2, 3)
-    denominator = denominator + (far_w @ far_z.unsqueeze(-1)).flatten(2, 3)
-    for weights in own_w:
-        v = _by_window(windows.v[:, :, tokens], windows.tokens)
-        numerator = numerator + (_by_window(weights, windows.tokens) @ v).flatten(2, 3)
-        denominator = denominator + weights.sum(dim=-1, keepdim=True)
-    return numerator / denominator.masked_fill(denominator == 0, 1.0)
-
-
-def _far_sums(windows: _Windows, tokens: slice, sums: tuple[Tensor, Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
-    """S and z of all windows but a query's own, [B, H, w, M, ...], and their scale, [B, H, 1, M]."""
+    """Attention of the queries of some windows, [w, B, H, T, Dv]."""
+    q = windows.q[group]
+    keys, values, masked = _near(windows, group, shared)
+    near = (q * q.shape[-1] ** -0.5) @ keys.mT
+    near = near.add_(torch.zeros_like(masked, dtype=near.dtype).masked_fill_(masked, LOWEST_SCALE).mT)
     s, z, log_scale = sums
-    far_s, far_z = s.sum(dim=2, keepdim=True), z.sum(dim=2, keepdim=True)
+    far_s, far_z = total
     if windows.own:
-        mine = slice(tokens.start // windows.tokens, -(-tokens.stop // windows.tokens))
-        far_s, far_z = far_s - s[:, :, mine], (far_z - z[:, :, mine]).clamp(min=0.0)
-    return far_s, far_z, log_scale
+        # All windows but a query's own.
+        far_s, far_z = far_s - s[group], (far_z - z[group]).clamp(min=0.0)
+    x = feature_map.query_inputs(q)
+    far = feature_map.queries(x).add_(log_scale).add_(feature_map.query_log_amplitude(x))
+    largest = far.detach().amax(dim=-1, keepdim=True)
+    if keys.shape[-2]:
+        largest = torch.maximum(largest, near.detach().amax(dim=-1, keepdim=True))
+    # Where a query sees nothing, all weights are the same, and all values 0.
+    near, far = exp_(near.sub_(largest)), exp_(far.sub_(largest))
+    numerator = near @ values + far @ far_s
+    denominator = near.sum(dim=-1, keepdim=True) + (far_z.mT @ far.mT).mT
+    return numerator / denominator
+
+
+def _near(windows: _Windows, group: slice, shared: tuple[Tensor, Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+    """Keys, values and masks that the queries of some windows see exactly, [w, B, H, n, ...]."""
+    num_windows = windows.q[group].shape[0]
+    everywhere = [x.expand(num_windows, *x.shape) for x in shared]
+    if not windows.own:
+        return everywhere[0], everywhere[1], everywhere[2]
+    own = (windows.k[group], windows.v[group], windows.masked[group])
+    keys, values, masked = (torch.cat(pair, dim=-2) for pair in zip(own, everywhere, strict=True))
+    return keys, values, masked
 
 
 def _exact(q: Tensor, k: Tensor, v: Tensor, masked: Tensor) -> Tensor:
@@ -259,16 +254,11 @@ def _exact(q: Tensor, k: Tensor, v: Tensor, masked: Tensor) -> Tensor:
     return logits.softmax(dim=-1) @ v
 
 
-def _run(function: Callable[..., Any], windows: _Windows, tokens: slice, *arguments: Any) -> Any:
+def _run(function: Callable[..., Any], windows: _Windows, group: slice, *arguments: Any) -> Any:
     """Call it so that the backward pass computes it again: nothing of a group's size is kept."""
     if torch.is_grad_enabled() and windows.q.requires_grad:
-        return checkpoint(function, windows, tokens, *arguments, use_reentrant=False, preserve_rng_state=False)
-    return function(windows, tokens, *arguments)
-
-
-def _by_window(x: Tensor, tokens: int) -> Tensor:
-    """[B, H, w T, C] -> [B, H, w, T, C]."""
-    return x.reshape(*x.shape[:2], -1, tokens, x.shape[-1])
+        return checkpoint(function, windows, group, *arguments, use_reentrant=False, preserve_rng_state=False)
+    return function(windows, group, *arguments)
 
 
 def _window(grid: tuple[int, int], window_size: int) -> tuple[int, int]:

@@ -15,7 +15,7 @@ def num_windows(grid: tuple[int, int], window: tuple[int, int]) -> tuple[int, in
 
 
 def to_windows(x: Tensor, grid: tuple[int, int], window: tuple[int, int]) -> Tensor:
-    """[B, H, rows x columns, C] -> [B, H, windows x tokens of a window, C], window after window.
+    """[B, H, rows x columns, C] -> [windows, B, H, tokens of a window, C].
 
     What of the windows lies beyond the grid is zeros (False).
     """
@@ -26,14 +26,14 @@ def to_windows(x: Tensor, grid: tuple[int, int], window: tuple[int, int]) -> Ten
     if any(padding):
         x = F.pad(x, padding)
     x = x.reshape(batch, heads, rows, window[0], columns, window[1], channels)
-    return x.transpose(3, 4).reshape(batch, heads, -1, channels)
+    return x.permute(2, 4, 0, 1, 3, 5, 6).reshape(rows * columns, batch, heads, -1, channels)
 
 
 def from_windows(x: Tensor, grid: tuple[int, int], window: tuple[int, int]) -> Tensor:
     """The inverse of `to_windows`: what lies beyond the grid is dropped."""
-    batch, heads, _, channels = x.shape
     rows, columns = num_windows(grid, window)
-    x = x.reshape(batch, heads, rows, columns, *window, channels).transpose(3, 4)
+    _, batch, heads, _, channels = x.shape
+    x = x.reshape(rows, columns, batch, heads, *window, channels).permute(2, 3, 0, 4, 1, 5, 6)
     x = x.reshape(batch, heads, rows * window[0], columns * window[1], channels)
     return x[:, :, : grid[0], : grid[1]].reshape(batch, heads, -1, channels)
 
