@@ -13,13 +13,14 @@ if TYPE_CHECKING:
     from perf_vit import ops
     from perf_vit.inference import predict
     from perf_vit.io import open_source
-    from perf_vit.models import load_segmenter
+    from perf_vit.models import load_segmenter, performerize
 
-__all__ = ["__version__", "load_segmenter", "open_source", "ops", "predict"]
+__all__ = ["__version__", "load_segmenter", "open_source", "ops", "performerize", "predict"]
 
 _LAZY = {
     "load_segmenter": "perf_vit.models",
     "open_source": "perf_vit.io",
+    "performerize": "perf_vit.models",
     "predict": "perf_vit.inference",
 }
 

@@ -9,8 +9,8 @@ import pytest
 import perf_vit
 
 CONTRACT = {
-    "perf_vit": ["__version__", "load_segmenter", "open_source", "ops", "predict"],
-    "perf_vit.ops": ["KVState", "draw_projection", "favor_attention"],
+    "perf_vit": ["__version__", "load_segmenter", "open_source", "ops", "performerize", "predict"],
+    "perf_vit.ops": ["KVState", "draw_projection", "favor_attention", "scatterbrain_attention"],
     "perf_vit.tiling": ["grid_windows", "hann_weights", "random_window"],
     "perf_vit.layers": ["PerformerAttention"],
     "perf_vit.transforms": ["Augmentation", "Normalizer"],

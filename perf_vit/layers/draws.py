@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 from torch import nn
 
-from perf_vit.layers.performer_attention import PerformerAttention
+from perf_vit.layers.performer_attention import RandomProjectionMixin
 
 __all__ = ["current_draw", "redraw_projections"]
 
@@ -36,5 +36,5 @@ def redraw_projections(model: nn.Module, draw: int) -> None:
             layer.redraw(draw)
 
 
-def _performer_layers(model: nn.Module) -> Iterator[PerformerAttention]:
-    return (module for module in model.modules() if isinstance(module, PerformerAttention))
+def _performer_layers(model: nn.Module) -> Iterator[RandomProjectionMixin]:
+    return (module for module in model.modules() if isinstance(module, RandomProjectionMixin))

@@ -10,13 +10,13 @@ from typing import Any, Self
 import numpy as np
 import torch
 from timm.layers import Attention, register_notrace_function
-from torch import Tensor
+from torch import Tensor, nn
 
 from perf_vit.ops import draw_projection, favor_attention, fit_balancing
 from perf_vit.ops.kernels import get_kernel
 from perf_vit.ops.projection import ProjectionNorms
 
-__all__ = ["PerformerAttention", "PerformerOptions", "timm_favor_attention"]
+__all__ = ["PerformerAttention", "PerformerOptions", "RandomProjectionMixin", "key_mask_of", "timm_favor_attention"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,36 +59,22 @@ class PerformerOptions:
             )
 
 
-class PerformerAttention(Attention):
-    """Multi-head self-attention through random features (FAVOR+, Choromanski et al. 2020), for timm's `attn_layer`.
+class RandomProjectionMixin(nn.Module):
+    """What every layer with a random projection shares: its options, its draws and where they live.
 
-    It is built with the arguments of `timm.layers.Attention` and has the same parameters under the same names, so
-    checkpoints of either load into the other with `strict=True`. `configure` sets what is its own.
-
-    The projection, [M, D], is drawn from (seed, layer_index, draw), so it is a non-persistent buffer that no
+    The projection, [R, D], is drawn from (seed, layer_index, draw), so it is a non-persistent buffer that no
     checkpoint needs to carry. It stays float32 whatever dtype the module is moved to: a rounded draw would be
-    another one, and the features are computed in float32 anyway.
-
-    Args:
-        *args: of `timm.layers.Attention`.
-        **kwargs: of `timm.layers.Attention`.
-
-    Raises:
-        ValueError: `attn_drop` above 0; there are no attention weights to drop.
+    another one, and the features are computed in float32 anyway. `head_dim` must be set before `_start_drawing`.
     """
 
     projection: Tensor
+    options: PerformerOptions
+    draw: int
+    head_dim: int
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        if self.attn_drop.p > 0:
-            raise ValueError(
-                f"attn_drop must be 0, got {self.attn_drop.p}: linear attention never forms the weights that it "
-                "drops; use proj_drop or drop_path instead"
-            )
-        self.options = PerformerOptions()
-        self.draw = 0
-        self.register_buffer("projection", self._draw_projection(self.options, self.draw), persistent=False)
+    def _start_drawing(self, options: PerformerOptions) -> None:
+        self.options, self.draw = options, 0
+        self.register_buffer("projection", self._draw_projection(options, 0), persistent=False)
 
     def configure(self, **options: Any) -> Self:
         """Change options and draw the projection anew; those not named stay.
@@ -99,7 +85,7 @@ class PerformerAttention(Attention):
         Raises:
             ValueError: an unknown option, or a value that it can't take.
         """
-        known = [field.name for field in fields(PerformerOptions)]
+        known = [field.name for field in fields(self.options)]
         for name in options:
             if name not in known:
                 near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
@@ -122,6 +108,64 @@ class PerformerAttention(Attention):
     def init_non_persistent_buffers(self) -> None:
         """Draw the projection on the module's device; timm calls it once a model leaves the meta device."""
         self.projection = self._draw_projection(self.options, self.draw)
+
+    def extra_repr(self) -> str:
+        """The options, for printing."""
+        return ", ".join(f"{field.name}={getattr(self.options, field.name)!r}" for field in fields(self.options))
+
+    def _draw_projection(self, options: PerformerOptions, draw: int) -> Tensor:
+        device = next(self.parameters()).device
+        if device.type == "meta":
+            num_rows = get_kernel(options.kernel).num_rows(options.num_features)
+            return torch.empty(num_rows, self.head_dim, dtype=torch.float32, device=device)
+        generator = _generator(options.seed, options.layer_index, draw)
+        projection = draw_projection(
+            options.num_features, self.head_dim, options.orthogonal, options.norms, generator, options.kernel
+        )
+        return projection.to(device)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        before = self.projection
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        if before.is_meta and not self.projection.is_meta:
+            self.init_non_persistent_buffers()
+        elif self.projection.dtype != before.dtype:
+            self.projection = before.to(self.projection.device)
+        return self
+
+
+class PerformerAttention(RandomProjectionMixin, Attention):
+    """Multi-head self-attention through random features (FAVOR+, Choromanski et al. 2020), for timm's `attn_layer`.
+
+    It is built with the arguments of `timm.layers.Attention` and has the same parameters under the same names, so
+    checkpoints of either load into the other with `strict=True`. `configure` sets what is its own.
+
+    Args:
+        *args: of `timm.layers.Attention`.
+        **kwargs: of `timm.layers.Attention`.
+
+    Raises:
+        ValueError: `attn_drop` above 0; there are no attention weights to drop.
+    """
+
+    # Untyped in timm.
+    qkv: Any
+    q_norm: Any
+    k_norm: Any
+    norm: Any
+    proj: Any
+    proj_drop: Any
+    attn_drop: Any
+    num_heads: int
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        if self.attn_drop.p > 0:
+            raise ValueError(
+                f"attn_drop must be 0, got {self.attn_drop.p}: linear attention never forms the weights that it "
+                "drops; use proj_drop or drop_path instead"
+            )
+        self._start_drawing(PerformerOptions())
 
     def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
         """Attend.
@@ -152,30 +196,6 @@ class PerformerAttention(Attention):
         if gate is not None:
             out = out * gate(x).sigmoid()
         return self.proj_drop(self.proj(out))
-
-    def extra_repr(self) -> str:
-        """The options, for printing."""
-        return ", ".join(f"{field.name}={getattr(self.options, field.name)!r}" for field in fields(self.options))
-
-    def _draw_projection(self, options: PerformerOptions, draw: int) -> Tensor:
-        device = self.qkv.weight.device
-        if device.type == "meta":
-            num_rows = get_kernel(options.kernel).num_rows(options.num_features)
-            return torch.empty(num_rows, self.head_dim, dtype=torch.float32, device=device)
-        generator = _generator(options.seed, options.layer_index, draw)
-        projection = draw_projection(
-            options.num_features, self.head_dim, options.orthogonal, options.norms, generator, options.kernel
-        )
-        return projection.to(device)
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        before = self.projection
-        super()._apply(fn, recurse)
-        if before.is_meta and not self.projection.is_meta:
-            self.init_non_persistent_buffers()
-        elif self.projection.dtype != before.dtype:
-            self.projection = before.to(self.projection.device)
-        return self
 
 
 # timm and torchvision trace models to extract features. What the function decides by shapes and by the absence of a
@@ -212,7 +232,7 @@ def timm_favor_attention(
     Raises:
         ValueError: any other mask, or causal order with centring or balancing.
     """
-    key_mask = _key_mask(attn_mask, k)
+    key_mask = key_mask_of(attn_mask, k)
     balancing = None
     if center or balance:
         if is_causal:
@@ -223,7 +243,12 @@ def timm_favor_attention(
     return favor_attention(q, k, v, projection, kernel, key_mask, is_causal, balancing)
 
 
-def _key_mask(attn_mask: Tensor | None, k: Tensor) -> Tensor | None:
+def key_mask_of(attn_mask: Tensor | None, k: Tensor) -> Tensor | None:
+    """The key mask, [B, N], of a mask as timm passes it, [B, N] or [B, 1, 1, N].
+
+    Raises:
+        ValueError: any other mask.
+    """
     if attn_mask is None:
         return None
     B, N = k.shape[0], k.shape[2]

@@ -2,6 +2,7 @@
 
 from perf_vit.models.build import ModelConfig, build_segmenter
 from perf_vit.models.checkpoint import CHECKPOINT_KEY, checkpoint_metadata, load_segmenter, restore_draw
+from perf_vit.models.convert import performerize
 from perf_vit.models.segmenter import Segmenter, SegmenterSpec
 
 __all__ = [
@@ -12,5 +13,6 @@ __all__ = [
     "build_segmenter",
     "checkpoint_metadata",
     "load_segmenter",
+    "performerize",
     "restore_draw",
 ]

@@ -1,0 +1,191 @@
+"""Linear attention in the body of a pretrained one."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from timm.layers import Attention, apply_rot_embed_cat
+from timm.layers.attention import AttentionRope
+from timm.models.eva import EvaAttention
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from perf_vit.layers.performer_attention import PerformerOptions, RandomProjectionMixin, key_mask_of
+from perf_vit.layers.token_grid import TokenGrid
+from perf_vit.ops import favor_attention, fit_balancing, scatterbrain_attention
+
+__all__ = ["CONVERTIBLE", "ConvertedAttention", "ScatterbrainOptions"]
+
+CONVERTIBLE = (Attention, AttentionRope, EvaAttention)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScatterbrainOptions(PerformerOptions):
+    """Options of a converted attention.
+
+    Attributes:
+        window_size: rows and columns of a window in which attention is exact; 0 for none.
+        num_sinks: keys of each head that every query sees exactly; 0 for none.
+        num_prefix_tokens: class and register tokens, which attend and are attended exactly.
+
+    Raises:
+        ValueError: as `PerformerOptions`; a negative number.
+    """
+
+    window_size: int = 0
+    num_sinks: int = 0
+    num_prefix_tokens: int = 0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if min(self.window_size, self.num_sinks, self.num_prefix_tokens) < 0:
+            raise ValueError(
+                "window_size, num_sinks and num_prefix_tokens must be 0 or more, "
+                f"got {self.window_size}, {self.num_sinks} and {self.num_prefix_tokens}"
+            )
+
+
+class ConvertedAttention(RandomProjectionMixin, nn.Module):
+    """A timm attention whose weights stay and whose N x N matrix goes: FAVOR+, with exact windows and sinks or without.
+
+    It takes over the modules of an `Attention`, `AttentionRope` or `EvaAttention`, under the same names, so the state
+    dict stays as it is. Rotary embeddings are applied before the features, as before the products they replace.
+
+    Args:
+        attention: the layer that it takes over; not changed, but its modules are shared.
+        options: kernel, features, windows and sinks.
+        grid: where the rows and columns of the tokens are told.
+
+    Raises:
+        ValueError: another type of layer, or attention dropout, which has nothing to drop.
+    """
+
+    # What it takes over is untyped in timm.
+    qkv: Any
+    q_proj: Any
+    k_proj: Any
+    v_proj: Any
+    q_bias: Tensor
+    k_bias: Tensor
+    v_bias: Tensor
+    q_norm: Any
+    k_norm: Any
+    norm: Any
+    proj: Any
+    proj_drop: Any
+    num_heads: int
+    num_prefix_tokens: int
+
+    def __init__(self, attention: nn.Module, options: ScatterbrainOptions, grid: TokenGrid) -> None:
+        super().__init__()
+        if not isinstance(attention, CONVERTIBLE):
+            raise ValueError(
+                f"expected one of {', '.join(kind.__name__ for kind in CONVERTIBLE)}, got {type(attention).__name__}"
+            )
+        if attention.attn_drop.p > 0:
+            raise ValueError(
+                f"attn_drop must be 0, got {attention.attn_drop.p}: linear attention never forms the weights it drops"
+            )
+        own = set(self.__dict__)
+        for name, value in attention.__dict__.items():
+            if name in ("_modules", "_parameters", "_buffers", "_non_persistent_buffers_set"):
+                getattr(self, name).update(value)
+            elif name not in own:
+                self.__dict__[name] = value
+        self.training = attention.training
+        self.head_dim = self._head_dim()
+        self.grid = grid
+        self._start_drawing(options)
+
+    def forward(
+        self,
+        x: Tensor,
+        rope: Tensor | None = None,
+        attn_mask: Tensor | None = None,
+        is_causal: bool = False,
+    ) -> Tensor:
+        """Attend.
+
+        Args:
+            x: tokens, [B, N, C].
+            rope: rotary embedding of the grid's tokens, as timm's layers take it.
+            attn_mask: which keys take part, bool, [B, N] or [B, 1, 1, N], or None for all of them.
+            is_causal: token i sees tokens 0 .. i only; without windows and sinks.
+
+        Returns:
+            [B, N, C].
+
+        Raises:
+            ValueError: another mask, causal order with windows, or a grid that nobody told.
+        """
+        q, k, v = self._queries_keys_values(x)
+        if rope is not None:
+            q, k = (self._rotate(y, rope).type_as(v) for y in (q, k))
+        groups = self.num_heads // k.shape[1]
+        if groups > 1:
+            k, v = (y.repeat_interleave(groups, dim=1) for y in (k, v))
+        out = self.norm(self._mix(q, k, v, attn_mask, is_causal).transpose(1, 2).flatten(2))
+        gate = getattr(self, "gate", None)
+        if gate is not None:
+            out = out * gate(x).sigmoid()
+        projected: Tensor = self.proj_drop(self.proj(out))
+        return projected
+
+    def _mix(self, q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None, is_causal: bool) -> Tensor:
+        options = self.options
+        assert isinstance(options, ScatterbrainOptions)
+        exact = options.window_size > 0 or options.num_sinks > 0
+        if is_causal and (exact or options.center or options.balance):
+            raise ValueError(
+                "is_causal=True needs window_size=0, num_sinks=0, center=False and balance=False: windows, sinks and "
+                "the statistics of a call look into the future"
+            )
+        key_mask, balancing = key_mask_of(attn_mask, k), None
+        if options.center or options.balance:
+            balancing = fit_balancing(q, k, key_mask, center=options.center, balance=options.balance)
+        if not exact:
+            return favor_attention(q, k, v, self.projection, options.kernel, key_mask, is_causal, balancing)
+        grid = self.grid.of(q.shape[2] - options.num_prefix_tokens)
+        return scatterbrain_attention(
+            q,
+            k,
+            v,
+            self.projection,
+            grid,
+            options.window_size,
+            options.num_sinks,
+            options.num_prefix_tokens,
+            options.kernel,
+            key_mask,
+            balancing,
+        )
+
+    def _queries_keys_values(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, [B, H, N, D], keys and values, which may have fewer heads."""
+        if self.qkv is None:
+            q, k, v = (self._heads(project(x)) for project in (self.q_proj, self.k_proj, self.v_proj))
+        else:
+            bias = self._eva_bias()
+            packed = self.qkv(x) if bias is None else F.linear(x, self.qkv.weight, bias)
+            q, k, v = (self._heads(part) for part in packed.chunk(3, dim=-1))
+        return self.q_norm(q), self.k_norm(k), v
+
+    def _eva_bias(self) -> Tensor | None:
+        if getattr(self, "q_bias", None) is None:
+            return None
+        bias = torch.cat([self.q_bias, self.k_bias, self.v_bias])
+        # EVA's layers may have a bias in the projection too, to which this one is added.
+        return bias if self.qkv.bias is None else bias + self.qkv.bias
+
+    def _heads(self, x: Tensor) -> Tensor:
+        return x.reshape(*x.shape[:2], -1, self.head_dim).transpose(1, 2)
+
+    def _rotate(self, x: Tensor, rope: Tensor) -> Tensor:
+        prefix, half = self.num_prefix_tokens, getattr(self, "rotate_half", False)
+        return torch.cat([x[:, :, :prefix], apply_rot_embed_cat(x[:, :, prefix:], rope, half=half)], dim=2)
+
+    def _head_dim(self) -> int:
+        width = self.qkv.out_features // 3 if self.qkv is not None else self.q_proj.out_features
+        return int(width // self.num_heads)

@@ -1,0 +1,158 @@
+import copy
+
+import pytest
+import timm
+import torch
+from torch.nn import functional as F
+
+import perf_vit
+from perf_vit.layers.converted_attention import ConvertedAttention
+from perf_vit.ops.naive import naive_favor_attention
+
+# One of each kind of attention: plain, rotary, EVA's packed and apart, with register tokens and without class token.
+MODELS = {
+    "vit_tiny_patch16_224": {},
+    "vit_small_patch14_reg4_dinov2": {"depth": 2, "embed_dim": 96, "num_heads": 3},
+    "vit_base_patch16_siglip_224": {"depth": 2, "embed_dim": 96, "num_heads": 3},
+    "eva02_tiny_patch14_224": {"depth": 2},
+    "vit_small_patch16_dinov3": {"depth": 2, "embed_dim": 96, "num_heads": 3},
+}
+SIZE = 112
+
+
+def build(name: str, **kwargs) -> torch.nn.Module:
+    torch.manual_seed(0)
+    kwargs = {"img_size": SIZE, "num_classes": 5, **MODELS[name], **kwargs}
+    return timm.create_model(name, **kwargs).eval()
+
+
+def images(height: int = SIZE, width: int = SIZE, batch: int = 2) -> torch.Tensor:
+    return torch.randn(batch, 3, height, width, generator=torch.Generator().manual_seed(0))
+
+
+@pytest.mark.parametrize("name", MODELS)
+@torch.no_grad()
+def test_windows_as_large_as_the_image_give_the_softmax_model(name: str) -> None:
+    model = build(name)
+    converted = perf_vit.performerize(model, window_size=20, num_sinks=0)
+    torch.testing.assert_close(converted(images()), model(images()), rtol=1e-4, atol=1e-4)
+    assert list(converted.state_dict()) == list(model.state_dict())
+    assert any(isinstance(module, ConvertedAttention) for module in converted.modules())
+    assert not any(isinstance(module, ConvertedAttention) for module in model.modules())
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_a_converted_model_trains_and_scatterbrain_is_closer_than_the_performer(name: str) -> None:
+    model = build(name)
+    # Weights from nothing give attention that is all mean; larger ones give it something to lose.
+    with torch.no_grad():
+        for parameter_name, parameter in model.named_parameters():
+            if parameter.ndim == 2:
+                parameter *= 3
+            if "gamma" in parameter_name:
+                parameter.fill_(1.0)
+        exact = model.forward_features(images())
+        options = {"window_size": 4, "num_sinks": 16, "num_features": 64}
+        near = perf_vit.performerize(model, **options).forward_features(images())
+        far = perf_vit.performerize(model, "performer", num_features=64).forward_features(images())
+    cosines = [F.cosine_similarity(x, exact, dim=-1).mean() for x in (near, far)]
+    assert cosines[0] > cosines[1]
+    converted = perf_vit.performerize(model, **options).train()
+    converted(images()).square().sum().backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in converted.parameters() if p.requires_grad)
+
+
+@torch.no_grad()
+def test_plain_performer_is_favor_of_the_models_own_queries_and_keys() -> None:
+    model = build("vit_tiny_patch16_224")
+    attention = perf_vit.performerize(model, "performer").blocks[3].attn
+    x = torch.randn(2, 50, 192, generator=torch.Generator().manual_seed(0))
+    q, k, v = attention.qkv(x).reshape(2, 50, 3, 3, 64).permute(2, 0, 3, 1, 4)
+    expected = naive_favor_attention(q.double(), k.double(), v.double(), attention.projection).float()
+    torch.testing.assert_close(attention(x), attention.proj(expected.transpose(1, 2).flatten(2)), rtol=1e-4, atol=1e-5)
+
+
+@torch.no_grad()
+def test_the_grid_follows_the_image_of_each_pass() -> None:
+    model = build("vit_tiny_patch16_224", dynamic_img_size=True)
+    converted = perf_vit.performerize(model, window_size=64, num_sinks=0)
+    for height, width in ((112, 112), (64, 160), (160, 64), (112, 112)):
+        x = images(height, width)
+        torch.testing.assert_close(converted(x), model(x), rtol=1e-4, atol=1e-4)
+
+
+@torch.no_grad()
+def test_a_copy_has_a_grid_of_its_own() -> None:
+    converted = perf_vit.performerize(build("vit_tiny_patch16_224", dynamic_img_size=True), window_size=2, num_sinks=4)
+    twin = copy.deepcopy(converted)
+    expected = converted(images())
+    twin(images(64, 160))
+    assert converted.blocks[0].attn.grid.size == (7, 7)
+    assert twin.blocks[0].attn.grid.size == twin.blocks[5].attn.grid.size == (4, 10)
+    assert torch.equal(twin(images()), expected)
+
+
+@torch.no_grad()
+def test_layers_can_be_chosen() -> None:
+    model = build("vit_tiny_patch16_224")
+    converted = perf_vit.performerize(model, "performer", layers=[1, 4])
+    kinds = [isinstance(block.attn, ConvertedAttention) for block in converted.blocks]
+    assert [index for index, is_converted in enumerate(kinds) if is_converted] == [1, 4]
+    assert torch.equal(perf_vit.performerize(model, "softmax")(images()), model(images()))
+
+
+def test_timms_utilities_take_a_converted_model() -> None:
+    model = perf_vit.performerize(build("vit_tiny_patch16_224", depth=3), window_size=3, num_sinks=8)
+    expected = model(images())
+    model.set_grad_checkpointing(True)
+    torch.testing.assert_close(model.train()(images()), expected)
+    model.eval().set_grad_checkpointing(False)
+    features = model.forward_intermediates(images(), indices=[0, 2], intermediates_only=True)
+    assert [x.shape for x in features] == [(2, 192, 7, 7)] * 2
+    model.reset_classifier(0)
+    assert model(images()).shape == (2, 192)
+    model.set_input_size(img_size=(64, 160))
+    assert model(images(64, 160)).shape == (2, 192)
+
+
+@torch.no_grad()
+def test_half_precision_and_autocast() -> None:
+    model = perf_vit.performerize(build("vit_tiny_patch16_224"), window_size=4, num_sinks=8)
+    expected = model(images())
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert F.cosine_similarity(model(images()).float(), expected).min() > 0.99
+    half = copy.deepcopy(model).bfloat16()
+    assert half.blocks[0].attn.projection.dtype == torch.float32
+    assert F.cosine_similarity(half(images().bfloat16()).float(), expected).min() > 0.99
+
+
+@torch.no_grad()
+def test_a_converted_model_exports() -> None:
+    model = perf_vit.performerize(build("vit_tiny_patch16_224", depth=2), window_size=3, num_sinks=8)
+    exported = torch.export.export(model, (images(),)).module()
+    torch.testing.assert_close(exported(images()), model(images()), rtol=1e-4, atol=1e-4)
+
+
+def test_what_cannot_be_converted_is_named() -> None:
+    model = build("vit_tiny_patch16_224")
+    with pytest.raises(ValueError, match="one of softmax, performer, scatterbrain, got 'linformer'"):
+        perf_vit.performerize(model, "linformer")
+    with pytest.raises(ValueError, match=r"ResNet with none of them"):
+        perf_vit.performerize(timm.create_model("resnet18"))
+    with pytest.raises(ValueError, match="from 0 to 11, got 12"):
+        perf_vit.performerize(model, layers=[3, 12])
+    with pytest.raises(ValueError, match=r"options are kernel, .*, got 'window'"):
+        perf_vit.performerize(model, window=8)
+    with pytest.raises(ValueError, match=r"linear already \(blocks.0.attn\)"):
+        perf_vit.performerize(perf_vit.performerize(model))
+    with pytest.raises(ValueError, match="multiple of 2 for kernel 'softmax-hyp"):
+        perf_vit.performerize(model, num_features=33)
+    with pytest.raises(ValueError, match=r"attn_drop must be 0, got 0\.1"):
+        perf_vit.performerize(build("vit_tiny_patch16_224", attn_drop_rate=0.1))
+    attention = perf_vit.performerize(model).blocks[0].attn
+    with pytest.raises(ValueError, match="expected the patch embedding to tell the grid of 49 patch tokens, got None"):
+        attention(torch.zeros(1, 50, 192))
+    with pytest.raises(ValueError, match="is_causal=True needs window_size=0"):
+        attention(torch.zeros(1, 50, 192), is_causal=True)
+    with pytest.raises(ValueError, match="attn_mask must be bool"):
+        attention(torch.zeros(1, 50, 192), attn_mask=torch.zeros(50, 50))
