@@ -234,10 +234,10 @@ def left_out(key_mask: Tensor | None, tokens: slice = slice(None)) -> Tensor | N
 def exp_(logs: Tensor) -> Tensor:
     """Exp of logarithms whose relevant ones are near 0, in place.
 
-    Anything below e^-60 (e^-600 in float64), which nothing beside a term of 1 can feel, is raised to that: processors
-    take 30 times as long for exponentials that underflow, and for products with what remains of them.
+    Anything below e^-40 (e^-300 in float64), which nothing beside a term of 1 can feel, is raised to that: processors
+    take 30 times as long for exponentials that underflow, and for products that do.
     """
-    return logs.clamp_(min=-600.0 if logs.dtype == torch.float64 else -60.0).exp_()
+    return logs.clamp_(min=-300.0 if logs.dtype == torch.float64 else -40.0).exp_()
 
 
 def without_autocast(x: Tensor) -> AbstractContextManager[object]:

@@ -196,14 +196,14 @@ def _window_sums(windows: _Windows, feature_map: FeatureMap) -> tuple[Tensor, Te
     parts = [_run(_sum_group, windows, group, feature_map) for group in windows.groups()]
     s, z, log_scales = (torch.cat(x) for x in zip(*parts, strict=True))
     log_scale = log_scales.amax(dim=0)
-    by = (log_scales - log_scale).exp().unsqueeze(-1)
+    by = exp_(log_scales - log_scale).unsqueeze(-1)
     return s.mul_(by), z * by, log_scale.unsqueeze(-2)
 
 
 def _sum_group(windows: _Windows, group: slice, feature_map: FeatureMap) -> tuple[Tensor, Tensor, Tensor]:
     keys = feature_map.keys(feature_map.key_inputs(windows.features_k[group]), windows.masked[group])
     log_scale = keys.scale()
-    # The e^-60 that is left of a masked key, beside 1, is nothing.
+    # The e^-40 that is left of a masked key, beside 1, is nothing.
     features = exp_(keys.values.sub_(log_scale.unsqueeze(-2)))
     return features.mT @ windows.v[group], features.sum(dim=-2).unsqueeze(-1), log_scale
 

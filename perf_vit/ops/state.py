@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from perf_vit.ops.balancing import Balancing
-from perf_vit.ops.features import FeatureMap, KeyFeatures, left_out, without_autocast
+from perf_vit.ops.features import FeatureMap, KeyFeatures, exp_, left_out, without_autocast
 from perf_vit.ops.kernels import Kernel, get_kernel
 
 __all__ = ["KVState", "check_keys", "make_feature_map", "masked_values", "sum_keys"]
@@ -102,7 +102,7 @@ class KVState:
                 "build both with one projection, kernel and balancing, for the same batch and heads"
             )
         log_scale = torch.maximum(self.log_scale, other.log_scale)
-        mine_by, theirs_by = (self.log_scale - log_scale).exp(), (other.log_scale - log_scale).exp()
+        mine_by, theirs_by = exp_(self.log_scale - log_scale), exp_(other.log_scale - log_scale)
         return replace(
             self,
             S=self.S * mine_by.unsqueeze(-1) + other.S * theirs_by.unsqueeze(-1),

@@ -1,0 +1,156 @@
+"""What a pretrained ViT keeps when its attention is made linear, without any training.
+
+    python tools/benchmarks/conversion_fidelity.py --weights vit.safetensors --size 518 a.tif b.tif slide.svs
+
+Compares final tokens of the converted model with those of the softmax model on crops of real images, over several draws
+of the projections, and prints a table: cosine of patch tokens and of the class token (means, worst image), seconds an
+image. The weights are a timm state dict; images are whatever rasterio reads, three bands of 8 bits.
+"""
+
+from __future__ import annotations
+
+import csv
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Annotated, Any
+
+import numpy as np
+import rasterio
+import timm
+import torch
+import typer
+from rasterio.windows import Window
+from rich.table import Table
+from safetensors.torch import load_file
+from timm.models.vision_transformer import checkpoint_filter_fn
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import perf_vit
+from perf_vit.cli.benchmarks.settings import machine_name
+from perf_vit.cli.console import console, errors
+
+MEAN, STD = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
+# Name -> options of `performerize`; M = 256 where not said.
+CONVERSIONS: dict[str, dict[str, Any]] = {
+    "plain FAVOR+": {"attention": "performer"},
+    "no windows, 256 sinks": {"window_size": 0},
+    "windows 16, no sinks": {"num_sinks": 0},
+    "windows 8, 64 sinks": {"window_size": 8, "num_sinks": 64},
+    "windows 16, 128 sinks": {"num_sinks": 128},
+    "windows 16, 256 sinks": {},
+    "windows 16, 256 sinks, not centred or balanced": {"center": False, "balance": False},
+    "windows 16, 256 sinks, M 512": {"num_features": 512},
+    "windows 16, 512 sinks": {"num_sinks": 512},
+}
+
+
+class PopularAttention(nn.Module):
+    """The attention of performer-pytorch, with its defaults, in the place of timm's."""
+
+    def __init__(self, attention: nn.Module, num_features: int = 256) -> None:
+        super().__init__()
+        from performer_pytorch import FastAttention
+
+        self.inner = attention
+        self.attend = FastAttention(dim_heads=attention.head_dim, nb_features=num_features)
+
+    def forward(self, x: Tensor, **_: Any) -> Tensor:
+        inner = self.inner
+        q, k, v = inner.qkv(x).unflatten(-1, (3, inner.num_heads, -1)).permute(2, 0, 3, 1, 4)
+        return inner.proj(self.attend(q, k, v).transpose(1, 2).flatten(2))
+
+
+def main(
+    images: Annotated[list[Path], typer.Argument(help="Rasters or slides; two crops are taken of each.")],
+    weights: Annotated[Path, typer.Option(help="State dict, .safetensors.")],
+    model_name: Annotated[str, typer.Option(help="timm's name of the model.")] = "vit_small_patch14_dinov2",
+    size: Annotated[int, typer.Option(help="Side of a crop in pixels.")] = 518,
+    draws: Annotated[int, typer.Option(help="Draws of the projections.")] = 3,
+    out: Annotated[Path | None, typer.Option(help="CSV file for the table.")] = None,
+    only: Annotated[list[str] | None, typer.Option(help="Names of conversions; repeat it; all.")] = None,
+) -> None:
+    """Print a table of fidelity."""
+    model = timm.create_model(model_name, pretrained=False, num_classes=0, img_size=size).eval()
+    state = {name: tensor.float() for name, tensor in load_file(weights).items()}
+    model.load_state_dict(checkpoint_filter_fn(state, model), strict=True)
+    crops = [crop for path in images for crop in read_crops(path, size)]
+    exact, seconds = tokens_of(model, crops)
+    rows = [("softmax", 1.0, 1.0, 1.0, 1.0, seconds)]
+    for name, make in conversions(model, only).items():
+        with errors.status(name):
+            rows.append((name, *fidelity(make, crops, exact, draws)))
+    show(rows, f"{model_name}, {size} px, {len(crops)} images, {draws} draws, {machine_name('cpu')}")
+    if out is not None:
+        with out.open("w", newline="") as file:
+            csv.writer(file).writerows([("attention", "patch", "worst", "class", "worst", "seconds"), *rows])
+
+
+def conversions(model: nn.Module, only: list[str] | None) -> dict[str, Callable[[int], nn.Module]]:
+    """Name -> (seed -> converted model)."""
+    makers: dict[str, Callable[[int], nn.Module]] = {}
+    for name, options in CONVERSIONS.items():
+        makers[name] = lambda seed, options=options: perf_vit.performerize(model, **{"seed": seed, **options})
+    try:
+        import performer_pytorch  # noqa: F401
+
+        makers = {"performer-pytorch": lambda seed: popular(model, seed), **makers}
+    except ImportError:
+        errors.print("performer-pytorch is not installed, so it is left out")
+    return {name: maker for name, maker in makers.items() if not only or name in only}
+
+
+def popular(model: nn.Module, seed: int) -> nn.Module:
+    torch.manual_seed(seed)
+    copied = perf_vit.performerize(model, "softmax")
+    for block in copied.blocks:
+        block.attn = PopularAttention(block.attn)
+    return copied.eval()
+
+
+def read_crops(path: Path, size: int) -> Iterator[Tensor]:
+    """Two crops, [3, size, size], a third and two thirds of the way from corner to corner."""
+    with rasterio.open(path) as source:
+        for part in (1, 2):
+            row, column = ((side - size) * part // 3 for side in (source.height, source.width))
+            pixels = source.read([1, 2, 3], window=Window(max(column, 0), max(row, 0), size, size))
+            if pixels.shape[1:] != (size, size):
+                raise typer.BadParameter(f"expected {size} x {size} px at least, got {path} with less")
+            yield (torch.from_numpy(pixels).float() / 255 - MEAN[:, None, None]) / STD[:, None, None]
+
+
+@torch.no_grad()
+def tokens_of(model: nn.Module, crops: list[Tensor]) -> tuple[list[Tensor], float]:
+    """Final tokens of each crop, [N, C], and seconds a crop."""
+    start = time.perf_counter()
+    tokens = [model.forward_features(crop.unsqueeze(0))[0] for crop in crops]
+    return tokens, (time.perf_counter() - start) / len(crops)
+
+
+def fidelity(
+    make: Callable[[int], nn.Module], crops: list[Tensor], exact: list[Tensor], draws: int
+) -> tuple[float, float, float, float, float]:
+    """Mean and worst cosine of patch tokens, then of the class token, and the least seconds a crop."""
+    patch, class_, seconds = [], [], []
+    for seed in range(draws):
+        tokens, time_ = tokens_of(make(seed), crops)
+        seconds.append(time_)
+        for a, b in zip(tokens, exact, strict=True):
+            cosine = F.cosine_similarity(a, b, dim=-1)
+            patch.append(cosine[1:].mean().item())
+            class_.append(cosine[0].item())
+    return float(np.mean(patch)), min(patch), float(np.mean(class_)), min(class_), min(seconds)
+
+
+def show(rows: list[tuple[Any, ...]], title: str) -> None:
+    table = Table(title=title)
+    for header in ("attention", "patch tokens", "worst", "class token", "worst", "s"):
+        table.add_column(header, justify="left" if header == "attention" else "right")
+    for name, *cosines, seconds in rows:
+        table.add_row(name, *(f"{cosine:.4f}" for cosine in cosines), f"{seconds:.2f}")
+    console.print(table)
+
+
+if __name__ == "__main__":
+    typer.run(main)
