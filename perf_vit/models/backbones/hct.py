@@ -61,6 +61,7 @@ class HighResolutionConvTransformer(nn.Module):
         super().__init__()
         if len(channels) != len(depths):
             raise ValueError(f"channels and depths must have one entry per stage, got {channels} and {depths}")
+        self.in_chans = in_chans
         self.num_classes = num_classes
         self.num_features = self.head_hidden_size = channels[-1]
         self.grad_checkpointing = False
@@ -109,6 +110,9 @@ class HighResolutionConvTransformer(nn.Module):
         """Replace the classifier; `num_classes=0` removes it, `global_pool=""` leaves the features as a map."""
         self.num_classes = num_classes
         self.head.reset(num_classes, global_pool)
+        # A head without parameters has no device of its own to build the next classifier on.
+        weight = next(self.parameters())
+        self.head.to(device=weight.device, dtype=weight.dtype)
 
     def forward_intermediates(
         self,
