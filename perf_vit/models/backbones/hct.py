@@ -110,9 +110,10 @@ class HighResolutionConvTransformer(nn.Module):
         """Replace the classifier; `num_classes=0` removes it, `global_pool=""` leaves the features as a map."""
         self.num_classes = num_classes
         self.head.reset(num_classes, global_pool)
-        # A head without parameters has no device of its own to build the next classifier on.
+        # A head without parameters has no device of its own to build the next classifier on, and not every timm that we
+        # take leaves the mode alone.
         weight = next(self.parameters())
-        self.head.to(device=weight.device, dtype=weight.dtype)
+        self.head.to(device=weight.device, dtype=weight.dtype).train(self.training)
 
     def forward_intermediates(
         self,
