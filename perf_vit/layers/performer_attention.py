@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 from typing import Any, Self
 
 import numpy as np
 import torch
 from timm.layers import Attention, register_notrace_function
-from torch import Tensor, nn
+from torch import Tensor
 
 from perf_vit.ops import draw_projection, favor_attention, fit_balancing
 from perf_vit.ops.kernels import get_kernel
 from perf_vit.ops.projection import ProjectionNorms
 
-__all__ = ["PerformerAttention", "PerformerOptions", "configure_attention", "timm_favor_attention"]
+__all__ = ["PerformerAttention", "PerformerOptions", "timm_favor_attention"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -176,23 +176,6 @@ class PerformerAttention(Attention):
         elif self.projection.dtype != before.dtype:
             self.projection = before.to(self.projection.device)
         return self
-
-
-def configure_attention(model: nn.Module, options: Mapping[str, Any]) -> None:
-    """Configure every `PerformerAttention` of a model alike, each with its own `layer_index`.
-
-    Args:
-        model: holds the layers, which are numbered from 0 in its order.
-        options: fields of `PerformerOptions`; those not named stay.
-
-    Raises:
-        ValueError: `layer_index` among the options, an unknown option, or a value that it can't take.
-    """
-    if "layer_index" in options:
-        raise ValueError("attn_kwargs must not hold layer_index, which each block gets by its place; use seed")
-    layers = [module for module in model.modules() if isinstance(module, PerformerAttention)]
-    for index, layer in enumerate(layers):
-        layer.configure(**options, layer_index=index)
 
 
 # timm and torchvision trace models to extract features. What the function decides by shapes and by the absence of a

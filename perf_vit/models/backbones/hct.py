@@ -67,8 +67,8 @@ class HighResolutionConvTransformer(nn.Module):
         self.grad_checkpointing = False
 
         # The published count, 1,737,010 with 1 channel and 2 classes, comes out if the four projections of every
-        # attention have biases, the convolutions have none, and no norm follows that of the stem: 1,320,976 of
-        # convolutions + 409,600 of projections + 2,304 of their biases + 3,616 of norms + 514 of the classifier.
+        # attention have biases, the convolutions have none, and the stem has no norm: 1,320,976 of convolutions +
+        # 409,600 of projections + 2,304 of their biases + 3,616 of norms + 514 of the classifier.
         dd: dict[str, Any] = {"device": device, "dtype": dtype}
         self.stem = nn.Sequential(
             OrderedDict(
