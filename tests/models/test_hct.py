@@ -109,3 +109,10 @@ def test_a_pickled_model_gives_the_same_output() -> None:
     model = build()
     x = images(64, 96)
     assert torch.equal(pickle.loads(pickle.dumps(model))(x), model(x))
+
+
+def test_an_exported_program_takes_other_sizes() -> None:
+    model = build()
+    sides = {axis: torch.export.Dim(f"side_{axis}", min=300, max=4096) for axis in (2, 3)}
+    program = torch.export.export(model, (images(384, 512),), dynamic_shapes=(sides,)).module()
+    torch.testing.assert_close(program(images(301, 780)), model(images(301, 780)))
