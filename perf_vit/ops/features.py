@@ -243,7 +243,8 @@ def exp_(logs: Tensor) -> Tensor:
 def without_autocast(x: Tensor) -> AbstractContextManager[object]:
     """A context without autocast, or an empty one where there is none."""
     # Entered only where there is something to switch off, so that an exported graph stays free of it.
-    if torch.is_autocast_enabled(x.device.type):
+    # The meta device, on which shapes are computed, has no autocast to ask for.
+    if not x.is_meta and torch.is_autocast_enabled(x.device.type):
         return torch.autocast(x.device.type, enabled=False)
     return nullcontext()
 

@@ -14,8 +14,9 @@ import perf_vit  # noqa: F401  (registers the models)
 from perf_vit.layers import PerformerAttention
 from perf_vit.models import backbones
 
-NAMES = [f"performer_vit_{size}_patch16_224" for size in ("tiny", "small", "base")]
-TINY = NAMES[0]
+SIZES = ("tiny", "small", "base", "large")
+NAMES = [f"performer_vit_{size}_patch{patch_size}_224" for size in SIZES for patch_size in (8, 14, 16)]
+TINY = "performer_vit_tiny_patch16_224"
 SOFTMAX_TINY = TINY.removeprefix("performer_")
 
 
@@ -32,23 +33,38 @@ def attentions(model: nn.Module) -> list[PerformerAttention]:
     return [module for module in model.modules() if isinstance(module, PerformerAttention)]
 
 
+def softmax_twin(name: str, **kwargs) -> nn.Module:
+    """The ViT of timm with the same shape: the 16 px one with other patches, as not every size has its own."""
+    _, _, size, patch, _ = name.split("_")
+    patch_size = int(patch.removeprefix("patch"))
+    return timm.create_model(f"vit_{size}_patch16_224", patch_size=patch_size, **kwargs)
+
+
 def test_timm_lists_the_models() -> None:
-    assert timm.list_models("performer_vit_*_patch16_224") == sorted(NAMES)
+    assert sorted(timm.list_models("performer_vit_*")) == sorted(NAMES)
+    assert sorted(timm.list_models(module="performer_vit")) == sorted(NAMES)
     assert set(NAMES) < set(backbones.__all__)
 
 
 @pytest.mark.parametrize("name", NAMES)
+def test_entrypoints_are_functions_of_their_module(name: str) -> None:
+    entrypoint = timm.model_entrypoint(name)
+    assert entrypoint is getattr(backbones, name)
+    assert pickle.loads(pickle.dumps(entrypoint)) is entrypoint
+    assert f"patches of {name.split('_')[3].removeprefix('patch')} px" in entrypoint.__doc__
+
+
+@pytest.mark.parametrize("name", NAMES)
 def test_parameters_are_those_of_timms_vit(name: str) -> None:
-    ours = timm.create_model(name, device="meta")
-    theirs = timm.create_model(name.removeprefix("performer_"), device="meta")
+    ours, theirs = timm.create_model(name, device="meta"), softmax_twin(name, device="meta")
     assert {k: v.shape for k, v in ours.state_dict().items()} == {k: v.shape for k, v in theirs.state_dict().items()}
-    assert len(attentions(ours)) == 12
+    assert len(attentions(ours)) == len(ours.blocks)
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_default_cfg_is_timms_without_weights(name: str) -> None:
     ours = timm.get_pretrained_cfg(name).to_dict()
-    theirs = timm.get_pretrained_cfg(f"{name.removeprefix('performer_')}.augreg_in21k_ft_in1k").to_dict()
+    theirs = timm.get_pretrained_cfg(f"vit_{name.split('_')[2]}_patch16_224.augreg_in21k_ft_in1k").to_dict()
     for key in ("num_classes", "input_size", "fixed_input_size", "crop_pct", "interpolation", "mean", "std"):
         assert ours[key] == theirs[key], key
     for key in ("pool_size", "first_conv", "classifier"):
@@ -57,7 +73,14 @@ def test_default_cfg_is_timms_without_weights(name: str) -> None:
 
 
 def test_a_base_model_runs() -> None:
-    assert build(NAMES[2], depth=1)(images()).shape == (2, 7)
+    assert build("performer_vit_base_patch16_224", depth=1)(images()).shape == (2, 7)
+
+
+@pytest.mark.parametrize("name", ["performer_vit_tiny_patch8_224", "performer_vit_small_patch14_224"])
+def test_softmax_checkpoint_of_any_patch_size_loads_strictly(name: str) -> None:
+    ours, theirs = build(name, img_size=56), softmax_twin(name, depth=3, img_size=56, num_classes=7)
+    ours.load_state_dict(theirs.state_dict(), strict=True)
+    assert ours(images(56, 56)).isfinite().all()
 
 
 def test_softmax_checkpoint_loads_strictly() -> None:
@@ -124,34 +147,12 @@ def test_features_of_a_large_multispectral_image() -> None:
         assert [tuple(m.shape) for m in maps] == [(1, 192, height // 16, width // 16)] * 3
 
 
-def test_out_indices_select_feature_maps() -> None:
-    model = build(features_only=True, out_indices=(0, 2))
-    assert len(model(images())) == 2
-
-
 def test_intermediates_are_those_of_the_forward_pass() -> None:
     model = build()
     final, maps = model.forward_intermediates(images(), norm=True)
     assert len(maps) == 3
     assert torch.equal(model.forward_head(final), model(images()))
     assert torch.equal(maps[-1].flatten(2).mT, final[:, 1:])
-
-
-def test_input_size_can_change_afterwards() -> None:
-    model = build()
-    model.set_input_size((96, 160))
-    assert model(images(96, 160)).shape == (2, 7)
-
-
-def test_gradient_checkpointing_changes_neither_output_nor_gradients() -> None:
-    results = []
-    for enable in (False, True):
-        model = build().train()
-        model.set_grad_checkpointing(enable)
-        out = model(images())
-        out.square().sum().backward()
-        results.append([out.detach(), *(p.grad for p in model.parameters())])
-    assert all(torch.equal(plain, checkpointed) for plain, checkpointed in zip(*results, strict=True))
 
 
 @pytest.mark.parametrize("kernel", ["softmax+", "relu"])

@@ -1,15 +1,7 @@
 """Backbones; importing this package registers them with timm."""
 
-from perf_vit.models.backbones.performer_vit import (
-    PerformerVisionTransformer,
-    performer_vit_base_patch16_224,
-    performer_vit_small_patch16_224,
-    performer_vit_tiny_patch16_224,
-)
+from perf_vit.models.backbones import hct, performer_vit
+from perf_vit.models.backbones.hct import *  # noqa: F403
+from perf_vit.models.backbones.performer_vit import *  # noqa: F403
 
-__all__ = [
-    "PerformerVisionTransformer",
-    "performer_vit_base_patch16_224",
-    "performer_vit_small_patch16_224",
-    "performer_vit_tiny_patch16_224",
-]
+__all__ = [*hct.__all__, *performer_vit.__all__]

@@ -1,20 +1,16 @@
 """Plain vision transformers whose attention costs O(N) in the number of patches N."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from timm.data import IMAGENET_INCEPTION_MEAN, IMAGENET_INCEPTION_STD
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
 from timm.models.vision_transformer import VisionTransformer, checkpoint_filter_fn
 
-from perf_vit.layers import PerformerAttention
+from perf_vit.layers import PerformerAttention, configure_attention
 
-__all__ = [
-    "PerformerVisionTransformer",
-    "performer_vit_base_patch16_224",
-    "performer_vit_small_patch16_224",
-    "performer_vit_tiny_patch16_224",
-]
+# `register_model` adds the name of every model.
+__all__ = ["PerformerVisionTransformer"]
 
 
 class PerformerVisionTransformer(VisionTransformer):
@@ -33,13 +29,22 @@ class PerformerVisionTransformer(VisionTransformer):
     """
 
     def __init__(self, *args: Any, attn_kwargs: Mapping[str, Any] | None = None, **kwargs: Any) -> None:
-        options = dict(attn_kwargs or {})
-        if "layer_index" in options:
-            raise ValueError("attn_kwargs must not hold layer_index, which each block gets by its place; use seed")
         super().__init__(*args, attn_layer=PerformerAttention, **kwargs)
-        layers = [module for module in self.modules() if isinstance(module, PerformerAttention)]
-        for index, layer in enumerate(layers):
-            layer.configure(**options, layer_index=index)
+        configure_attention(self, attn_kwargs or {})
+
+
+# The widths, depths and heads of timm's `vit_*`, whose heads have 64 channels at every size.
+_SIZES = {
+    "tiny": {"embed_dim": 192, "depth": 12, "num_heads": 3},
+    "small": {"embed_dim": 384, "depth": 12, "num_heads": 6},
+    "base": {"embed_dim": 768, "depth": 12, "num_heads": 12},
+    "large": {"embed_dim": 1024, "depth": 24, "num_heads": 16},
+}
+_VARIANTS = {
+    f"performer_vit_{size}_patch{patch_size}_224": {"patch_size": patch_size, **size_args}
+    for size, size_args in _SIZES.items()
+    for patch_size in (8, 14, 16)
+}
 
 
 def _cfg(url: str = "", **kwargs: Any) -> dict[str, Any]:
@@ -60,13 +65,7 @@ def _cfg(url: str = "", **kwargs: Any) -> dict[str, Any]:
     }
 
 
-default_cfgs = generate_default_cfgs(
-    {
-        "performer_vit_tiny_patch16_224": _cfg(),
-        "performer_vit_small_patch16_224": _cfg(),
-        "performer_vit_base_patch16_224": _cfg(),
-    }
-)
+default_cfgs = generate_default_cfgs({name: _cfg() for name in _VARIANTS})
 
 
 def _create_performer_vit(variant: str, pretrained: bool, **kwargs: Any) -> PerformerVisionTransformer:
@@ -81,22 +80,18 @@ def _create_performer_vit(variant: str, pretrained: bool, **kwargs: Any) -> Perf
     )
 
 
-@register_model
-def performer_vit_tiny_patch16_224(pretrained: bool = False, **kwargs: Any) -> PerformerVisionTransformer:
-    """Performer ViT-Ti/16: 12 blocks of 192 channels, 3 heads."""
-    model_args = {"patch_size": 16, "embed_dim": 192, "depth": 12, "num_heads": 3}
-    return _create_performer_vit("performer_vit_tiny_patch16_224", pretrained, **{**model_args, **kwargs})
+def _entrypoint(name: str, model_args: dict[str, int]) -> Callable[..., PerformerVisionTransformer]:
+    def entrypoint(pretrained: bool = False, **kwargs: Any) -> PerformerVisionTransformer:
+        return _create_performer_vit(name, pretrained, **{**model_args, **kwargs})
+
+    # timm registers a model under its function's name, in its function's module; pickle looks for it there.
+    entrypoint.__name__ = entrypoint.__qualname__ = name
+    entrypoint.__doc__ = (
+        f"{model_args['depth']} blocks of {model_args['embed_dim']} channels, {model_args['num_heads']} heads, on "
+        f"patches of {model_args['patch_size']} px."
+    )
+    return entrypoint
 
 
-@register_model
-def performer_vit_small_patch16_224(pretrained: bool = False, **kwargs: Any) -> PerformerVisionTransformer:
-    """Performer ViT-S/16: 12 blocks of 384 channels, 6 heads."""
-    model_args = {"patch_size": 16, "embed_dim": 384, "depth": 12, "num_heads": 6}
-    return _create_performer_vit("performer_vit_small_patch16_224", pretrained, **{**model_args, **kwargs})
-
-
-@register_model
-def performer_vit_base_patch16_224(pretrained: bool = False, **kwargs: Any) -> PerformerVisionTransformer:
-    """Performer ViT-B/16: 12 blocks of 768 channels, 12 heads."""
-    model_args = {"patch_size": 16, "embed_dim": 768, "depth": 12, "num_heads": 12}
-    return _create_performer_vit("performer_vit_base_patch16_224", pretrained, **{**model_args, **kwargs})
+for _name, _model_args in _VARIANTS.items():
+    globals()[_name] = register_model(_entrypoint(_name, _model_args))

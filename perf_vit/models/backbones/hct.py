@@ -1,0 +1,293 @@
+"""HCT: convolutions while the image is large, then convolutions and linear attention in turn."""
+
+import math
+from collections import OrderedDict
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from timm.layers import BatchNormAct2d, ClassifierHead
+from timm.models import build_model_with_cfg, checkpoint_seq, generate_default_cfgs, register_model
+from timm.models._features import feature_take_indices
+from torch import Tensor, nn
+
+from perf_vit.layers import PerformerAttention, configure_attention
+
+# `register_model` adds the name of every model.
+__all__ = ["HighResolutionConvTransformer"]
+
+
+class HighResolutionConvTransformer(nn.Module):
+    """High-resolution Convolutional Transformer (HCT), for images such as whole mammograms at full resolution.
+
+    A convolution and a max-pool halve the image twice, then each stage halves it once more in its first block. The
+    blocks of the last `num_attn_stages` stages attend to all positions, at their input's resolution, before they
+    convolve. Nothing encodes positions, so images may have any size, [B, C, H, W].
+
+    The attention is the ReLU Performer with M = int(D ln D) features of rows of norm sqrt(D), D channels a head.
+
+    Args:
+        in_chans: number of input channels.
+        num_classes: number of classes, 0 for none.
+        global_pool: pooling before the classifier, of `timm.layers.SelectAdaptivePool2d`.
+        channels: channels of each stage; the stem has those of the first.
+        depths: number of blocks of each stage.
+        num_heads: heads of every attention.
+        num_attn_stages: how many stages, counted from the last, attend.
+        drop_rate: dropout before the classifier.
+        attn_kwargs: options of the attention other than the above: kernel, num_features, seed (`PerformerOptions`).
+        device: of the parameters.
+        dtype: of the parameters.
+
+    Raises:
+        ValueError: an unknown option or value in `attn_kwargs`, or `channels` and `depths` of different lengths.
+    """
+
+    def __init__(
+        self,
+        in_chans: int = 3,
+        num_classes: int = 1000,
+        global_pool: str = "avg",
+        channels: Sequence[int] = (16, 32, 64, 128, 256),
+        depths: Sequence[int] = (2, 2, 2, 2, 2),
+        num_heads: int = 8,
+        num_attn_stages: int = 2,
+        drop_rate: float = 0.0,
+        attn_kwargs: Mapping[str, Any] | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        if len(channels) != len(depths):
+            raise ValueError(f"channels and depths must have one entry per stage, got {channels} and {depths}")
+        self.in_chans = in_chans
+        self.num_classes = num_classes
+        self.num_features = self.head_hidden_size = channels[-1]
+        self.grad_checkpointing = False
+
+        # The published count, 1,737,010 with 1 channel and 2 classes, comes out if the four projections of every
+        # attention have biases, the convolutions have none, and the stem has no norm: 1,320,976 of convolutions +
+        # 409,600 of projections + 2,304 of their biases + 3,616 of norms + 514 of the classifier.
+        dd: dict[str, Any] = {"device": device, "dtype": dtype}
+        self.stem = nn.Sequential(
+            OrderedDict(
+                conv=nn.Conv2d(in_chans, channels[0], 7, stride=2, padding=3, bias=False, **dd),
+                pool=nn.MaxPool2d(3, stride=2, padding=1),
+            )
+        )
+        self.feature_info = [{"num_chs": channels[0], "reduction": 4, "module": "stem"}]
+        self.stages = nn.Sequential()
+        stage_in_chans = channels[0]
+        for index, (stage_chans, depth) in enumerate(zip(channels, depths, strict=True)):
+            stage_heads = num_heads if index >= len(channels) - num_attn_stages else 0
+            self.stages.append(_stage(stage_in_chans, stage_chans, depth, stage_heads, dd))
+            self.feature_info.append({"num_chs": stage_chans, "reduction": 8 << index, "module": f"stages.{index}"})
+            stage_in_chans = stage_chans
+        self.norm: nn.Module = BatchNormAct2d(stage_in_chans, **dd)
+        self.head = ClassifierHead(stage_in_chans, num_classes, pool_type=global_pool, drop_rate=drop_rate, **dd)
+        configure_attention(self, attn_kwargs or {})
+        self.apply(_init_weights)
+
+    def no_weight_decay(self) -> set[str]:
+        """Parameters that weight decay leaves alone beside biases and norms: none."""
+        return set()
+
+    def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
+        """Patterns that put parameters into groups by depth: by block, or by stage if `coarse`."""
+        blocks = r"^stages\.(\d+)" if coarse else [(r"^stages\.(\d+)\.(\d+)", None), (r"^norm", (99999,))]
+        return {"stem": r"^stem", "blocks": blocks}
+
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Compute the activations of each block again in the backward pass rather than store them."""
+        self.grad_checkpointing = enable
+
+    def get_classifier(self) -> nn.Module:
+        """The last layer."""
+        return self.head.fc
+
+    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
+        """Replace the classifier; `num_classes=0` removes it, `global_pool=""` leaves the features as a map."""
+        self.num_classes = num_classes
+        self.head.reset(num_classes, global_pool)
+        # A head without parameters has no device of its own to build the next classifier on, and not every timm that we
+        # take leaves the mode alone.
+        weight = next(self.parameters())
+        self.head.to(device=weight.device, dtype=weight.dtype).train(self.training)
+
+    def forward_intermediates(
+        self,
+        x: Tensor,
+        indices: int | list[int] | None = None,
+        norm: bool = False,
+        stop_early: bool = False,
+        output_fmt: str = "NCHW",
+        intermediates_only: bool = False,
+    ) -> list[Tensor] | tuple[Tensor, list[Tensor]]:
+        """The maps that the stem (index 0) and the stages (1, 2, ...) put out, with the final features or without.
+
+        Args:
+            x: images, [B, C, H, W].
+            indices: which maps; the last so many if an int, all if None.
+            norm: whether the last stage's map is the normalised one.
+            stop_early: compute no stage beyond the last map asked for.
+            output_fmt: "NCHW", the only one.
+            intermediates_only: leave out the final features.
+
+        Raises:
+            ValueError: another `output_fmt`.
+        """
+        if output_fmt != "NCHW":
+            raise ValueError(f"output_fmt must be 'NCHW', got {output_fmt!r}; permute the maps afterwards")
+        take_indices, max_index = feature_take_indices(len(self.stages) + 1, indices)
+        maps = [self.stem(x)]
+        for stage in self.stages[:max_index] if stop_early else self.stages:
+            maps.append(self._forward_stage(stage, maps[-1]))
+        final = self.norm(maps[-1]) if len(maps) == len(self.stages) + 1 else maps[-1]
+        if norm:
+            maps[-1] = final
+        intermediates = [each for index, each in enumerate(maps) if index in take_indices]
+        return intermediates if intermediates_only else (final, intermediates)
+
+    def prune_intermediate_layers(
+        self, indices: int | list[int] = 1, prune_norm: bool = False, prune_head: bool = True
+    ) -> list[int]:
+        """Remove what the maps of `indices` don't need, and return the indices counted from 0."""
+        take_indices, max_index = feature_take_indices(len(self.stages) + 1, indices)
+        ends_early = max_index < len(self.stages)
+        self.stages = self.stages[:max_index]
+        if prune_norm or ends_early:
+            self.norm = nn.Identity()
+        if ends_early:
+            self.num_features = self.head_hidden_size = self.feature_info[max_index]["num_chs"]
+        if prune_head or ends_early:
+            self.reset_classifier(0, "")
+        return take_indices
+
+    def forward_features(self, x: Tensor) -> Tensor:
+        """The last stage's map, normalised: [B, C, ceil(H / 128), ceil(W / 128)] with five stages."""
+        x = self.stem(x)
+        for stage in self.stages:
+            x = self._forward_stage(stage, x)
+        return self.norm(x)
+
+    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
+        """Logits, [B, num_classes], of the map, or what the classifier would get if `pre_logits`."""
+        return self.head(x, pre_logits=pre_logits)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Logits, [B, num_classes], of images, [B, C, H, W]."""
+        return self.forward_head(self.forward_features(x))
+
+    def _forward_stage(self, stage: nn.Module, x: Tensor) -> Tensor:
+        return checkpoint_seq(stage, x) if self.grad_checkpointing else stage(x)
+
+
+class ResidualBlock(nn.Module):
+    """Pre-activation residual block of two 3 x 3 convolutions (He et al. 2016b); the first one has the stride.
+
+    Args:
+        in_chans: channels of the input.
+        out_chans: channels of the output.
+        stride: 2 halves the map.
+        device: of the parameters.
+        dtype: of the parameters.
+    """
+
+    def __init__(self, in_chans: int, out_chans: int, stride: int = 1, **dd: Any) -> None:
+        super().__init__()
+        self.norm1 = BatchNormAct2d(in_chans, **dd)
+        self.shortcut = _shortcut(in_chans, out_chans, stride, dd)
+        self.conv1 = nn.Conv2d(in_chans, out_chans, 3, stride=stride, padding=1, bias=False, **dd)
+        self.norm2 = BatchNormAct2d(out_chans, **dd)
+        self.conv2 = nn.Conv2d(out_chans, out_chans, 3, padding=1, bias=False, **dd)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Maps, [B, in_chans, H, W], to [B, out_chans, ceil(H / stride), ceil(W / stride)]."""
+        y = self.norm1(x)
+        residual = x if self.shortcut is None else self.shortcut(y)
+        return self.conv2(self.norm2(self.conv1(y))) + residual
+
+
+class AttentionConvBlock(nn.Module):
+    """Pre-activation block of linear attention over all positions, then a 3 x 3 convolution, which has the stride.
+
+    Args:
+        in_chans: channels of the input, a multiple of `num_heads`.
+        out_chans: channels of the output.
+        stride: 2 halves the map, after the attention.
+        num_heads: heads of the attention.
+        device: of the parameters.
+        dtype: of the parameters.
+    """
+
+    def __init__(self, in_chans: int, out_chans: int, stride: int = 1, num_heads: int = 8, **dd: Any) -> None:
+        super().__init__()
+        head_dim = in_chans // num_heads
+        self.norm1 = BatchNormAct2d(in_chans, **dd)
+        self.shortcut = _shortcut(in_chans, out_chans, stride, dd)
+        self.attn = PerformerAttention(in_chans, num_heads=num_heads, qkv_bias=True, **dd)
+        self.attn.configure(kernel="relu", num_features=int(head_dim * math.log(head_dim)), norms="sqrt")
+        self.norm2 = BatchNormAct2d(in_chans, **dd)
+        self.conv = nn.Conv2d(in_chans, out_chans, 3, stride=stride, padding=1, bias=False, **dd)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Maps, [B, in_chans, H, W], to [B, out_chans, ceil(H / stride), ceil(W / stride)]."""
+        y = self.norm1(x)
+        residual = x if self.shortcut is None else self.shortcut(y)
+        tokens = self.attn(y.flatten(2).transpose(1, 2))
+        x = x + tokens.transpose(1, 2).reshape(x.shape)
+        return self.conv(self.norm2(x)) + residual
+
+
+def _shortcut(in_chans: int, out_chans: int, stride: int, dd: Mapping[str, Any]) -> nn.Module | None:
+    if stride == 1 and in_chans == out_chans:
+        return None
+    return nn.Conv2d(in_chans, out_chans, 1, stride=stride, bias=False, **dd)
+
+
+def _stage(in_chans: int, out_chans: int, depth: int, num_heads: int, dd: Mapping[str, Any]) -> nn.Sequential:
+    """Blocks of which the first has the stride; they attend if there are heads."""
+    stage = nn.Sequential()
+    for index in range(depth):
+        chans = (out_chans if index else in_chans, out_chans)
+        stride = 1 if index else 2
+        stage.append(
+            AttentionConvBlock(*chans, stride, num_heads, **dd) if num_heads else ResidualBlock(*chans, stride, **dd)
+        )
+    return stage
+
+
+def _init_weights(module: nn.Module) -> None:
+    if isinstance(module, nn.Conv2d):
+        nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+
+
+def _cfg(url: str = "", **kwargs: Any) -> dict[str, Any]:
+    return {
+        "url": url,
+        "num_classes": 1000,
+        # That of the mammograms which the network was made for.
+        "input_size": (3, 3328, 2560),
+        "pool_size": (26, 20),
+        "crop_pct": 1.0,
+        "interpolation": "bicubic",
+        "mean": IMAGENET_DEFAULT_MEAN,
+        "std": IMAGENET_DEFAULT_STD,
+        "first_conv": "stem.conv",
+        "classifier": "head.fc",
+        "license": "apache-2.0",
+        **kwargs,
+    }
+
+
+default_cfgs = generate_default_cfgs({"hct_base": _cfg()})
+
+
+@register_model
+def hct_base(pretrained: bool = False, **kwargs: Any) -> HighResolutionConvTransformer:
+    """HCT of the published size: 16 to 256 channels, two blocks a stage, 8 heads in the last two stages."""
+    feature_cfg = {"out_indices": (0, 1, 2, 3, 4, 5), "feature_cls": "getter"}
+    return build_model_with_cfg(
+        HighResolutionConvTransformer, "hct_base", pretrained, feature_cfg=feature_cfg, **kwargs
+    )
