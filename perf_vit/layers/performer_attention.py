@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, fields, replace
 from typing import Any, Self
 
@@ -16,7 +16,14 @@ from perf_vit.ops import draw_projection, favor_attention, fit_balancing
 from perf_vit.ops.kernels import get_kernel
 from perf_vit.ops.projection import ProjectionNorms
 
-__all__ = ["PerformerAttention", "PerformerOptions", "RandomProjectionMixin", "key_mask_of", "timm_favor_attention"]
+__all__ = [
+    "PerformerAttention",
+    "PerformerOptions",
+    "RandomProjectionMixin",
+    "check_option_names",
+    "key_mask_of",
+    "timm_favor_attention",
+]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,6 +66,20 @@ class PerformerOptions:
             )
 
 
+def check_option_names(options: Iterable[str], kind: type[PerformerOptions]) -> None:
+    """Refuse options that `kind` doesn't have.
+
+    Raises:
+        ValueError: names the first of them and the nearest one that there is.
+    """
+    known = [field.name for field in fields(kind)]
+    for name in options:
+        if name not in known:
+            near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+            hint = f"; did you mean {near[0]!r}?" if near else ""
+            raise ValueError(f"attention options are {', '.join(known)}, got {name!r}{hint}")
+
+
 class RandomProjectionMixin(nn.Module):
     """What every layer with a random projection shares: its options, its draws and where they live.
 
@@ -85,12 +106,7 @@ class RandomProjectionMixin(nn.Module):
         Raises:
             ValueError: an unknown option, or a value that it can't take.
         """
-        known = [field.name for field in fields(self.options)]
-        for name in options:
-            if name not in known:
-                near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
-                hint = f"; did you mean {near[0]!r}?" if near else ""
-                raise ValueError(f"attention options are {', '.join(known)}, got {name!r}{hint}")
+        check_option_names(options, type(self.options))
         changed = replace(self.options, **options)
         self.projection = self._draw_projection(changed, self.draw)
         self.options = changed

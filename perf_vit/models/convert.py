@@ -9,7 +9,7 @@ from typing import Any
 from torch import nn
 
 from perf_vit.layers.converted_attention import CONVERTIBLE, ConvertedAttention, ScatterbrainOptions
-from perf_vit.layers.performer_attention import RandomProjectionMixin
+from perf_vit.layers.performer_attention import RandomProjectionMixin, check_option_names
 from perf_vit.layers.token_grid import TokenGrid, watch_patch_embed
 
 __all__ = ["ATTENTIONS", "performerize"]
@@ -60,11 +60,12 @@ def performerize(
     if defaults is None:
         return model
     merged = {"num_prefix_tokens": getattr(model, "num_prefix_tokens", 0), **defaults, **options}
+    check_option_names(merged, ScatterbrainOptions)
     grid = TokenGrid()
     for index in chosen:
         name, module = found[index]
         parent, _, child = name.rpartition(".")
-        converted = ConvertedAttention(module, _options(merged, index), grid)
+        converted = ConvertedAttention(module, ScatterbrainOptions(**{**merged, "layer_index": index}), grid)
         setattr(model.get_submodule(parent), child, converted)
     if merged.get("window_size") or merged.get("num_sinks"):
         watch_patch_embed(_patch_embed(model), grid)
@@ -87,14 +88,6 @@ def _choose(model: nn.Module, found: list[tuple[str, nn.Module]], layers: Collec
     if outside:
         raise ValueError(f"layers must be places from 0 to {len(found) - 1}, got {outside[0]}")
     return list(chosen)
-
-
-def _options(options: dict[str, Any], index: int) -> ScatterbrainOptions:
-    known = list(ScatterbrainOptions.__dataclass_fields__)
-    unknown = [name for name in options if name not in known]
-    if unknown:
-        raise ValueError(f"options are {', '.join(known)}, got {unknown[0]!r}")
-    return ScatterbrainOptions(**{**options, "layer_index": index})
 
 
 def _patch_embed(model: nn.Module) -> nn.Module:

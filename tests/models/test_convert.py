@@ -141,7 +141,7 @@ def test_what_cannot_be_converted_is_named() -> None:
         perf_vit.performerize(timm.create_model("resnet18"))
     with pytest.raises(ValueError, match="from 0 to 11, got 12"):
         perf_vit.performerize(model, layers=[3, 12])
-    with pytest.raises(ValueError, match=r"options are kernel, .*, got 'window'"):
+    with pytest.raises(ValueError, match=r"options are kernel, .*, got 'window'; did you mean 'window_size'\?"):
         perf_vit.performerize(model, window=8)
     with pytest.raises(ValueError, match=r"linear already \(blocks.0.attn\)"):
         perf_vit.performerize(perf_vit.performerize(model))
