@@ -58,6 +58,16 @@ class FeatureMap:
         """What the kernel makes of `query_inputs`, [B, H, N, M]; the amplitude, which cancels, is left out."""
         return self.kernel.features(x, self.projection.to(x.dtype))
 
+    def query_rows(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """U, [.., .., M, D], and o, [.., .., 1, M], with `queries(query_inputs(q))` = q U^T + o, for a linear kernel."""
+        moved = None if self.balancing is None else (self.balancing.query_center, self.balancing.scale)
+        return self._rows(moved, dtype)
+
+    def key_rows(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """The same for keys, whose amplitude is left out: `key_log_amplitude`."""
+        moved = None if self.balancing is None else (self.balancing.key_center, 1 / self.balancing.scale)
+        return self._rows(moved, dtype)
+
     def query_log_amplitude(self, x: Tensor) -> Tensor:
         """log(h / sqrt(R)) of `query_inputs`, [B, H, N, 1], for sums that don't share a query's amplitude."""
         if self.kernel.log_amplitude is None:
@@ -74,7 +84,7 @@ class FeatureMap:
         if masked is not None:
             # What a masked key carries may be anything, NaN included.
             x = x.masked_fill(masked, 0.0)
-        values, log_amplitude = self.kernel.features(x, self.projection.to(x.dtype)), self._key_log_amplitude(x)
+        values, log_amplitude = self.kernel.features(x, self.projection.to(x.dtype)), self.key_log_amplitude(x)
         if masked is not None:
             if self.kernel.log_domain or log_amplitude is not None:
                 log_amplitude = torch.zeros_like(x[..., :1]) if log_amplitude is None else log_amplitude
@@ -119,7 +129,8 @@ class FeatureMap:
             return (grad_x * (factor / self.balancing.scale)).to(k.dtype)
         return grad_x.mul_(factor).to(k.dtype)
 
-    def _key_log_amplitude(self, x: Tensor) -> Tensor | None:
+    def key_log_amplitude(self, x: Tensor) -> Tensor | None:
+        """log(h / sqrt(R)) of `key_inputs` and the bias of balancing, [B, H, N, 1]; None where it is constant."""
         log_amplitude = None
         if self.kernel.log_amplitude is not None:
             log_amplitude = self.kernel.log_amplitude(x, self.projection.shape[0])
@@ -127,6 +138,17 @@ class FeatureMap:
             bias = x @ self._bias_direction(x).mT
             log_amplitude = bias if log_amplitude is None else log_amplitude + bias
         return log_amplitude
+
+    def _rows(self, moved: tuple[Tensor, Tensor] | None, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        projection, head_dim = self.projection.to(dtype), self.projection.shape[1]
+        identity = torch.eye(head_dim, dtype=dtype, device=projection.device)[None, None]
+        offset = self.kernel.features(torch.zeros_like(identity[..., :1, :]), projection)
+        rows = (self.kernel.features(identity, projection) - offset).mT * head_dim**-0.25
+        if moved is None:
+            return rows, offset
+        center, scale = (x.to(dtype) for x in moved)
+        rows = rows * scale
+        return rows, offset - center @ rows.mT
 
     def _bias_direction(self, x: Tensor) -> Tensor:
         """u, [B, H, 1, D], with x . u = (k - c_k) . c_q / sqrt(D)."""

@@ -49,6 +49,7 @@ class Kernel:
         distribution: (R, D, generator) -> rows [R, D]; None for the Gaussian of `draw_projection`.
         parameter: a constant of the feature map that has been fixed, float or [B, H, 1, 1].
         bind: parameter -> this kernel with it; for kernels that can't be used without one.
+        log_linear: whether `features` gives logarithms that are linear in x, up to a constant.
     """
 
     name: str
@@ -62,6 +63,7 @@ class Kernel:
     distribution: Distribution | None = None
     parameter: float | Tensor | None = None
     bind: Callable[[float | Tensor], Kernel] | None = None
+    log_linear: bool = False
 
     @property
     def needs_parameter(self) -> bool:
@@ -292,6 +294,7 @@ _SOFTMAX_PLUS = Kernel(
     gradient=_softmax_plus_gradient,
     amplitude_gradient=_softmax_amplitude_gradient,
     estimates_softmax=True,
+    log_linear=True,
 )
 _OPRF = replace(_SOFTMAX_PLUS, name="oprf", features=_unbound, bind=oprf_kernel)
 _KERNELS = {

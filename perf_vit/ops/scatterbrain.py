@@ -2,27 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from perf_vit.ops.balancing import Balancing
+from perf_vit.ops.chunks import token_slices
 from perf_vit.ops.features import LOWEST_SCALE, FeatureMap, exp_, without_autocast
 from perf_vit.ops.kernels import Kernel
 from perf_vit.ops.linear_attention import favor_attention
 from perf_vit.ops.oprf import optimal_parameter
 from perf_vit.ops.state import check_keys, make_feature_map
-from perf_vit.ops.windows import from_windows, to_windows
+from perf_vit.ops.windows import WindowGroup, even_window, from_windows, group_windows, to_windows
 
 __all__ = ["choose_sinks", "scatterbrain_attention"]
 
-# Windows are worked on in groups of about so many tokens.
+# A group of windows has about so many keys, counted for each window; without windows, so many tokens.
+_GROUP_KEYS = 16384
 _GROUP_TOKENS = 2048
 _SINK_QUERIES = 128
+_SINK_KEYS = 1024
 
 
 def scatterbrain_attention(
@@ -52,7 +56,8 @@ def scatterbrain_attention(
         v: values, [B, H, N, Dv].
         projection: rows of the feature map, [R, D], from `draw_projection` with this kernel.
         grid: rows and columns of tokens; N = num_prefix_tokens + rows x columns.
-        window_size: rows and columns of a window; windows at the right and lower border may be cut. 0 for none.
+        window_size: rows and columns of a window, at most; the grid is cut into the fewest such, of nearly equal size.
+            0 for none.
         num_sinks: keys of each sample and head that every query sees exactly; 0 for none.
         num_prefix_tokens: class and register tokens, which come first.
         kernel: a positive kernel that estimates softmax, or its name.
@@ -74,7 +79,7 @@ def scatterbrain_attention(
             assert feature_map.kernel.bind is not None
             fixed = feature_map.kernel.bind(optimal_parameter(feature_map, q, k, key_mask))
             feature_map = FeatureMap(fixed, projection, balancing)
-        return _attend(q, k, v, feature_map, grid, window_size, num_sinks, num_prefix_tokens, key_mask)
+        return _attend(q, k, v, feature_map, grid, window_size, num_sinks, num_prefix_tokens, key_mask).to(q.dtype)
 
 
 @torch.no_grad()
@@ -93,40 +98,132 @@ def choose_sinks(q: Tensor, k: Tensor, num_sinks: int, num_prefix_tokens: int, k
     """
     length = q.shape[2] - num_prefix_tokens
     places = torch.linspace(0, length - 1, min(_SINK_QUERIES, length), device=q.device).long() + num_prefix_tokens
-    logits = (q[:, :, places].float() @ k.float().mT) * q.shape[-1] ** -0.5
-    if key_mask is not None:
-        logits = logits.masked_fill(~key_mask[:, None, None, :], LOWEST_SCALE)
-    mass = logits.softmax(dim=-1).mean(dim=2)[..., num_prefix_tokens:]
+    asking = q[:, :, places].float() * q.shape[-1] ** -0.5
+
+    def logits() -> Iterator[Tensor]:
+        # Computed anew for each use: to write all of them down takes longer.
+        for keys in token_slices(k, _SINK_KEYS):
+            values = asking @ k[keys].float().mT
+            yield values if key_mask is None else values.masked_fill_(~key_mask[:, None, None, keys[2]], LOWEST_SCALE)
+
+    log_sums = torch.stack([values.logsumexp(dim=-1, keepdim=True) for values in logits()]).logsumexp(dim=0)
+    mass = torch.cat([exp_(values.sub_(log_sums)).sum(dim=2) for values in logits()], dim=-1)[..., num_prefix_tokens:]
     if key_mask is not None:
         mass = mass.masked_fill(~key_mask[:, None, num_prefix_tokens:], -1.0)
     return mass.topk(min(num_sinks, length), dim=-1).indices + num_prefix_tokens
 
 
 @dataclass(frozen=True, eq=False)
-class _Windows:
-    """The grid's tokens, window by window, W windows of T tokens.
+class _Attention:
+    """One call: what all groups of windows need.
+
+    An estimate is a softmax too: that of a query's logits with the rows of the projection, and its values are the means
+    that the features of the keys weight. So a query attends, in one exact attention, to the keys of its window, to
+    those that all queries see, and to M features in place of all other keys. A few more columns carry what is no
+    product: queries are [q / sqrt(D), log h(q), 1, 0], keys [k, 0, log mask, log h(k)] and features
+    [row, 1, log z, 0], or as queries of the keys that they sum [row, 0, 1, 1]. Values have a column of ones, whose
+    sums are z.
 
     Attributes:
-        q: queries, [W, B, H, T, D].
-        k: keys, centred.
-        v: values, [W, B, H, T, Dv].
-        features_k: keys as they came, for the features.
-        masked: True for keys that take part neither in the window nor in the sums: masked ones, sinks and what lies
-            beyond the grid, [W, B, H, T, 1].
-        own: whether a window's queries see its own keys exactly.
+        q: queries of the grid, [B, H, N, D].
+        k: keys of the grid, [B, H, N, D].
+        v: values of the grid, [B, H, N, Dv].
+        log_mask: 0 for keys that take part in windows and sums, far below any logit for masked ones and sinks,
+            [B, H, N, 1].
+        shared: keys and values of the prefix and the sinks, which all queries see, [B, H, s, C] each.
+        feature_map: of the estimate.
+        grid: rows and columns.
+        own: whether queries see the keys of their window exactly.
     """
 
     q: Tensor
     k: Tensor
     v: Tensor
-    features_k: Tensor
-    masked: Tensor
+    log_mask: Tensor
+    shared: tuple[Tensor, Tensor]
+    feature_map: FeatureMap
+    grid: tuple[int, int]
     own: bool
 
-    def groups(self) -> list[slice]:
-        """Slices of windows of about equally many tokens in all."""
-        group = max(1, _GROUP_TOKENS // self.q.shape[3])
-        return [slice(start, start + group) for start in range(0, self.q.shape[0], group)]
+    def run(self, groups: list[WindowGroup]) -> Iterator[Tensor]:
+        """Attention of the queries of each group, [B, rows, columns, H, Dv]."""
+        dtype = self.log_mask.dtype
+        (query_rows, query_offset), (key_rows, key_offset) = (
+            rows(dtype) for rows in (self.feature_map.query_rows, self.feature_map.key_rows)
+        )
+        num_columns = self.shared[0].shape[-1]
+        key_rows = _with_columns(key_rows, num_columns, 0.0, 1.0, 1.0)
+        query_rows = query_rows.unsqueeze(2) * self.q.shape[-1] ** 0.5
+        sums = [self._call(self._sum_windows, group, key_rows) for group in groups]
+        total, log_scale = sums[0][0].sum(dim=2), sums[0][1]
+        for s, c in sums[1:]:
+            larger = torch.maximum(log_scale, c)
+            mine_by, its_by = exp_(log_scale - larger).unsqueeze(-1), exp_(c - larger).unsqueeze(-1)
+            total, log_scale = total * mine_by + s.sum(dim=2) * its_by, larger
+        offset = (log_scale.unsqueeze(-2) + query_offset + key_offset).mT.unsqueeze(2)
+        for group, (s, c) in zip(groups, sums, strict=True):
+            own_by = exp_(c - log_scale)[:, :, None, :, None]
+            out = self._call(self._attend, group, total.unsqueeze(2), s, own_by, query_rows, offset)
+            yield from_windows(out, group)
+
+    def _call(self, function: Callable[..., Any], *arguments: Any) -> Any:
+        """Call it so that the backward pass computes it again: nothing of a group's size is kept."""
+        if torch.is_grad_enabled() and (self.q.requires_grad or self.k.requires_grad or self.v.requires_grad):
+            return checkpoint(function, *arguments, use_reentrant=False, preserve_rng_state=False)
+        return function(*arguments)
+
+    def _sum_windows(self, group: WindowGroup, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """[S, z] of each window, [B, H, W, M, C], and their common logarithmic scale, [B, H, M]."""
+        keys, values = self._keys_and_values(group)
+        logs = keys @ rows.mT
+        log_scale = logs.detach().amax(dim=-2).clamp(min=LOWEST_SCALE)
+        # The e^-40 that is left of a masked key, beside 1, is nothing.
+        features = exp_(logs.sub_(log_scale.unsqueeze(-2)))
+        features, values = (x.unflatten(2, (group.num_windows, -1)) for x in (features, values))
+        return features.mT @ values, log_scale
+
+    def _attend(
+        self, group: WindowGroup, total: Tensor, own: Tensor, own_by: Tensor, rows: Tensor, offset: Tensor
+    ) -> Tensor:
+        """Attention of the queries of some windows, [B, H, W x T, Dv]."""
+        value_dim, windows = self.v.shape[-1], (group.num_windows, -1)
+        # All windows but a query's own.
+        far = torch.addcmul(total, own, own_by, value=-1.0) if self.own else total
+        limits, mass = torch.finfo(far.dtype), slice(value_dim, value_dim + 1)
+        # Where a window holds all that a feature sees, rounding errors are left of the others.
+        z = far[..., mass].clamp(min=0.0) + (total[..., mass] * limits.eps + limits.tiny)
+        far_keys = _with_columns(rows, far.shape[-1], 1.0, z.log() + offset, 0.0)
+        parts = [(x.unsqueeze(2) for x in self.shared), (far_keys, far / z)]
+        if self.own:
+            parts.insert(0, (x.unflatten(2, windows) for x in self._keys_and_values(group)))
+        q = self._queries(group).unflatten(2, windows)
+        everywhere = (*q.shape[:3], -1, -1)
+        k, v = (torch.cat([x.expand(everywhere) for x in side], dim=3) for side in zip(*parts, strict=True))
+        q, k, v = (x.flatten(0, 2).unsqueeze(1) for x in (q, k, v))
+        out = F.scaled_dot_product_attention(q, k, v, scale=1.0)
+        return out[..., :value_dim].reshape(*self.q.shape[:2], -1, value_dim)
+
+    def _queries(self, group: WindowGroup) -> Tensor:
+        """[q / sqrt(D), log h(q), 1, 0], [B, H, W x T, C]."""
+        q = self._windows(self.q, group)
+        factor, balancing = q.shape[-1] ** -0.5, self.feature_map.balancing
+        log_amplitude = self.feature_map.query_log_amplitude(self.feature_map.query_inputs(q))
+        if balancing is not None:
+            # Exact weights are those of keys as they came, estimated ones those of centred keys.
+            log_amplitude = log_amplitude + q @ balancing.key_center.to(q.dtype).mT * factor
+        return _with_columns(q * factor, self.shared[0].shape[-1], log_amplitude, 1.0, 0.0)
+
+    def _keys_and_values(self, group: WindowGroup) -> tuple[Tensor, Tensor]:
+        """[k, 0, log mask, log h(k)] and [v, 1], [B, H, W x T, C]."""
+        k, v = self._windows(self.k, group), self._windows(self.v, group)
+        log_mask = to_windows(self.log_mask, self.grid, group, fill=LOWEST_SCALE)
+        log_amplitude = self.feature_map.key_log_amplitude(self.feature_map.key_inputs(k))
+        assert log_amplitude is not None
+        num_columns = self.shared[0].shape[-1]
+        return _with_columns(k, num_columns, 0.0, log_mask, log_amplitude), _with_columns(v, num_columns, 1.0)
+
+    def _windows(self, x: Tensor, group: WindowGroup) -> Tensor:
+        return to_windows(x, self.grid, group).to(self.log_mask.dtype)
 
 
 def _attend(
@@ -140,130 +237,71 @@ def _attend(
     num_prefix_tokens: int,
     key_mask: Tensor | None,
 ) -> Tensor:
-    dtype, given = torch.promote_types(q.dtype, torch.float32), q.dtype
-    masked = torch.zeros_like(k[..., :1], dtype=torch.bool)
+    log_mask = k.new_zeros(*k.shape[:3], 1, dtype=torch.promote_types(k.dtype, torch.float32))
     if key_mask is not None:
-        masked = masked | ~key_mask[:, None, :, None]
-        v = v.masked_fill(masked, 0.0)
+        masked = ~key_mask[:, None, :, None]
+        # What a masked key carries may be anything, NaN included.
+        k, v, log_mask = k.masked_fill(masked, 0.0), v.masked_fill(masked, 0.0), log_mask.masked_fill(masked, LOWEST_SCALE)
+    prefix = _exact(q[:, :, :num_prefix_tokens], k, v, log_mask)
     sinks = choose_sinks(q, k, num_sinks, num_prefix_tokens, key_mask)
-    q, k, v = (x.to(dtype) for x in (q, k, v))
-    # Moving all keys by one vector changes no exact weight; the features estimate the weights of the moved ones.
-    centred = k if feature_map.balancing is None else k - feature_map.balancing.key_center.to(dtype)
-    shared = _shared_keys(centred, v, masked, sinks, num_prefix_tokens)
-    windows = _split_into_windows(q, centred, v, k, masked, sinks, grid, window_size, num_prefix_tokens)
-    sums = _window_sums(windows, feature_map)
-    total = sums[0].sum(dim=0), sums[1].sum(dim=0)
-    out = torch.cat(
-        [_run(_attend_group, windows, group, shared, sums, total, feature_map) for group in windows.groups()]
-    )
-    out = from_windows(out, grid, _window(grid, window_size))
-    if num_prefix_tokens:
-        prefix = _exact(q[:, :, :num_prefix_tokens], centred, v, masked)
-        out = torch.cat([prefix, out], dim=2)
-    return out.to(given)
+    shared = _shared_keys(k, v, log_mask, sinks, num_prefix_tokens)
+    log_mask = log_mask.scatter(2, sinks.unsqueeze(-1), LOWEST_SCALE)
+    patches = (x[:, :, num_prefix_tokens:] for x in (q, k, v, log_mask))
+    attention = _Attention(*patches, shared, feature_map, grid, own=window_size > 0)
+    num_features = feature_map.projection.shape[0] * feature_map.kernel.features_per_row
+    groups = _groups(grid, window_size, shared[0].shape[2] + num_features)
+    return _join(prefix, attention.run(groups), groups, grid)
 
 
 def _shared_keys(
-    k: Tensor, v: Tensor, masked: Tensor, sinks: Tensor, num_prefix_tokens: int
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Keys, values and masks, [B, H, P + s, ...], of the prefix tokens and the sinks, which all queries see."""
+    k: Tensor, v: Tensor, log_mask: Tensor, sinks: Tensor, num_prefix_tokens: int
+) -> tuple[Tensor, Tensor]:
+    """Keys and values of the prefix tokens and the sinks, with their columns, [B, H, P + s, C]."""
     places = torch.arange(num_prefix_tokens, device=k.device).expand(*sinks.shape[:2], -1)
     places = torch.cat([places, sinks], dim=-1).unsqueeze(-1)
-    keys, values, hidden = (torch.take_along_dim(x, places, dim=2) for x in (k, v, masked))
-    return keys, values, hidden
+    k, v, log_mask = (torch.take_along_dim(x, places, dim=2).to(log_mask.dtype) for x in (k, v, log_mask))
+    num_columns = max(k.shape[-1] + 4, v.shape[-1] + 1)
+    return _with_columns(k, num_columns, 0.0, log_mask, 0.0), _with_columns(v, num_columns, 1.0)
 
 
-def _split_into_windows(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    features_k: Tensor,
-    masked: Tensor,
-    sinks: Tensor,
-    grid: tuple[int, int],
-    window_size: int,
-    num_prefix_tokens: int,
-) -> _Windows:
-    window = _window(grid, window_size)
-    counts = (~masked).scatter(2, sinks.unsqueeze(-1), torch.zeros_like(sinks.unsqueeze(-1), dtype=torch.bool))
-    q, in_window, v, counts = (to_windows(x[:, :, num_prefix_tokens:], grid, window) for x in (q, k, v, counts))
-    moved = in_window if features_k is k else to_windows(features_k[:, :, num_prefix_tokens:], grid, window)
-    return _Windows(q, in_window, v, moved, ~counts, own=window_size > 0)
+def _exact(q: Tensor, k: Tensor, v: Tensor, log_mask: Tensor) -> Tensor:
+    q, k, v = (x.to(log_mask.dtype) for x in (q, k, v))
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=log_mask.mT)
 
 
-def _window_sums(windows: _Windows, feature_map: FeatureMap) -> tuple[Tensor, Tensor, Tensor]:
-    """(S, z) of each window, [W, B, H, M, ...], all on one scale, [B, H, 1, M]."""
-    parts = [_run(_sum_group, windows, group, feature_map) for group in windows.groups()]
-    s, z, log_scales = (torch.cat(x) for x in zip(*parts, strict=True))
-    log_scale = log_scales.amax(dim=0)
-    by = exp_(log_scales - log_scale).unsqueeze(-1)
-    return s.mul_(by), z * by, log_scale.unsqueeze(-2)
+def _join(prefix: Tensor, parts: Iterator[Tensor], groups: list[WindowGroup], grid: tuple[int, int]) -> Tensor:
+    """The prefix, [B, H, P, Dv], and the groups' rectangles, [B, rows, columns, H, Dv], as [B, H, N, Dv]."""
+    batch, heads, num_prefix, value_dim = prefix.shape
+    if torch.is_grad_enabled():
+        rows: dict[int, list[Tensor]] = {}
+        for group, part in zip(groups, parts, strict=True):
+            rows.setdefault(group.rows.start, []).append(part)
+        patches = torch.cat([torch.cat(row, dim=2) for row in rows.values()], dim=1).flatten(1, 2)
+        return torch.cat([prefix.transpose(1, 2), patches], dim=1).transpose(1, 2)
+    out = prefix.new_empty(batch, num_prefix + grid[0] * grid[1], heads, value_dim)
+    out[:, :num_prefix] = prefix.transpose(1, 2)
+    patches = out[:, num_prefix:].unflatten(1, grid)
+    for group, part in zip(groups, parts, strict=True):
+        patches[:, group.rows, group.columns] = part
+    return out.transpose(1, 2)
 
 
-def _sum_group(windows: _Windows, group: slice, feature_map: FeatureMap) -> tuple[Tensor, Tensor, Tensor]:
-    keys = feature_map.keys(feature_map.key_inputs(windows.features_k[group]), windows.masked[group])
-    log_scale = keys.scale()
-    # The e^-40 that is left of a masked key, beside 1, is nothing.
-    features = exp_(keys.values.sub_(log_scale.unsqueeze(-2)))
-    return features.mT @ windows.v[group], features.sum(dim=-2).unsqueeze(-1), log_scale
+def _with_columns(x: Tensor, num_columns: int, *columns: Tensor | float) -> Tensor:
+    """[..., n] with more columns, numbers or [..., 1], and zeros after them, [..., C]."""
+    shape = torch.broadcast_shapes(x.shape[:-1], *(y.shape[:-1] for y in columns if isinstance(y, Tensor)))
+    numbers = (y if isinstance(y, Tensor) else x.new_full((1,), y) for y in columns)
+    missing = num_columns - x.shape[-1] - len(columns)
+    parts = [x, *numbers, x.new_zeros(missing)]
+    return torch.cat([part.expand(*shape, -1) for part in parts], dim=-1)
 
 
-def _attend_group(
-    windows: _Windows,
-    group: slice,
-    shared: tuple[Tensor, Tensor, Tensor],
-    sums: tuple[Tensor, Tensor, Tensor],
-    total: tuple[Tensor, Tensor],
-    feature_map: FeatureMap,
-) -> Tensor:
-    """Attention of the queries of some windows, [w, B, H, T, Dv]."""
-    q = windows.q[group]
-    keys, values, masked = _near(windows, group, shared)
-    near = (q * q.shape[-1] ** -0.5) @ keys.mT
-    near = near.add_(torch.zeros_like(masked, dtype=near.dtype).masked_fill_(masked, LOWEST_SCALE).mT)
-    s, z, log_scale = sums
-    far_s, far_z = total
-    if windows.own:
-        # All windows but a query's own.
-        far_s, far_z = far_s - s[group], (far_z - z[group]).clamp(min=0.0)
-    x = feature_map.query_inputs(q)
-    far = feature_map.queries(x).add_(log_scale).add_(feature_map.query_log_amplitude(x))
-    largest = far.detach().amax(dim=-1, keepdim=True)
-    if keys.shape[-2]:
-        largest = torch.maximum(largest, near.detach().amax(dim=-1, keepdim=True))
-    # Where a query sees nothing, all weights are the same, and all values 0.
-    near, far = exp_(near.sub_(largest)), exp_(far.sub_(largest))
-    numerator = near @ values + far @ far_s
-    denominator = near.sum(dim=-1, keepdim=True) + (far_z.mT @ far.mT).mT
-    return numerator / denominator
-
-
-def _near(windows: _Windows, group: slice, shared: tuple[Tensor, Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
-    """Keys, values and masks that the queries of some windows see exactly, [w, B, H, n, ...]."""
-    num_windows = windows.q[group].shape[0]
-    everywhere = [x.expand(num_windows, *x.shape) for x in shared]
-    if not windows.own:
-        return everywhere[0], everywhere[1], everywhere[2]
-    own = (windows.k[group], windows.v[group], windows.masked[group])
-    keys, values, masked = (torch.cat(pair, dim=-2) for pair in zip(own, everywhere, strict=True))
-    return keys, values, masked
-
-
-def _exact(q: Tensor, k: Tensor, v: Tensor, masked: Tensor) -> Tensor:
-    logits = (q @ k.mT * q.shape[-1] ** -0.5).masked_fill(masked.mT, LOWEST_SCALE)
-    return logits.softmax(dim=-1) @ v
-
-
-def _run(function: Callable[..., Any], windows: _Windows, group: slice, *arguments: Any) -> Any:
-    """Call it so that the backward pass computes it again: nothing of a group's size is kept."""
-    if torch.is_grad_enabled() and windows.q.requires_grad:
-        return checkpoint(function, windows, group, *arguments, use_reentrant=False, preserve_rng_state=False)
-    return function(windows, group, *arguments)
-
-
-def _window(grid: tuple[int, int], window_size: int) -> tuple[int, int]:
-    # Without windows, tokens still come in groups: runs of one row of all tokens don't depend on the grid.
-    return (window_size, window_size) if window_size else (1, min(grid[1], _GROUP_TOKENS))
+def _groups(grid: tuple[int, int], window_size: int, num_shared: int) -> list[WindowGroup]:
+    if not window_size:
+        # Without windows tokens still come in groups, of whole rows or of parts of one.
+        window = min(grid[0], max(1, _GROUP_TOKENS // grid[1])), min(grid[1], _GROUP_TOKENS)
+        return group_windows(grid, window, max_windows=1)
+    window = even_window(grid, window_size)
+    return group_windows(grid, window, max(1, _GROUP_KEYS // (window[0] * window[1] + num_shared)))
 
 
 def _check(
@@ -281,7 +319,7 @@ def _check(
     if q.shape != k.shape:
         raise ValueError(f"q and k must have one shape [B, H, N, D], got {list(q.shape)} and {list(k.shape)}")
     kernel = feature_map.kernel
-    if not (kernel.estimates_softmax and kernel.log_domain):
+    if not (kernel.estimates_softmax and kernel.log_linear):
         raise ValueError(
             "the linear part must estimate the exponential of the exact one by positive features: expected "
             f"softmax+, softmax-hyp+ or oprf, got {kernel.name!r}"

@@ -8,7 +8,7 @@ from perf_vit.ops import draw_projection, favor_attention, fit_balancing, scatte
 from perf_vit.ops.kernels import get_kernel
 from perf_vit.ops.naive import naive_scatterbrain_attention, softmax_attention
 from perf_vit.ops.scatterbrain import choose_sinks
-from perf_vit.ops.windows import from_windows, to_windows, window_numbers
+from perf_vit.ops.windows import even_window, from_windows, group_windows, to_windows, window_numbers
 
 KERNELS = [get_kernel("softmax+"), get_kernel("softmax-hyp+"), FIXED_OPRF]
 
@@ -127,16 +127,31 @@ def test_a_sample_without_keys_gets_zeros_and_masked_keys_may_hold_anything() ->
     assert out[0].isfinite().all()
 
 
-@settings(max_examples=40, deadline=None, derandomize=True)
+@settings(max_examples=60, deadline=None, derandomize=True)
 @given(st.integers(1, 20), st.integers(1, 20), st.integers(1, 9), st.integers(1, 9))
-def test_windows_hold_each_token_once(rows: int, columns: int, height: int, width: int) -> None:
-    grid, window = (rows, columns), (height, width)
-    x = torch.arange(1, rows * columns + 1).reshape(1, 1, -1, 1)
-    windows = to_windows(x, grid, window)
-    assert torch.equal(from_windows(windows, grid, window), x)
-    numbers = to_windows(window_numbers(grid, window).add(1).reshape(1, 1, -1, 1), grid, window)
-    for number, tokens in enumerate(numbers[:, 0, 0, :, 0], start=1):
-        assert set(tokens.tolist()) <= {0, number}
+def test_groups_of_windows_hold_each_token_once(rows: int, columns: int, largest: int, max_windows: int) -> None:
+    grid = (rows, columns)
+    window = even_window(grid, largest)
+    assert max(window) <= largest
+    tokens = torch.arange(1, rows * columns + 1).reshape(1, 1, -1, 1)
+    numbers = window_numbers(grid, window).add(1).reshape(1, 1, -1, 1)
+    seen, seen_numbers = [], []
+    for group in group_windows(grid, window, max_windows):
+        assert group.num_windows <= max_windows
+        windows = to_windows(tokens, grid, group)
+        rectangle = tokens.reshape(grid)[group.rows, group.columns]
+        assert torch.equal(from_windows(windows, group)[0, :, :, 0, 0], rectangle)
+        seen += rectangle.flatten().tolist()
+        for own in to_windows(numbers, grid, group).reshape(group.num_windows, -1).tolist():
+            (number,) = set(own) - {0}
+            seen_numbers.append(number)
+    assert sorted(seen) == list(range(1, rows * columns + 1))
+    assert sorted(seen_numbers) == sorted(set(seen_numbers))
+
+
+def test_windows_are_as_equal_as_they_can_be() -> None:
+    assert even_window((37, 146), 16) == (13, 15)
+    assert even_window((5, 16), 16) == (5, 16)
 
 
 @pytest.mark.parametrize(
