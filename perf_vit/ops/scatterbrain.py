@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -23,7 +24,7 @@ from perf_vit.ops.windows import WindowGroup, even_window, from_windows, group_w
 __all__ = ["choose_sinks", "scatterbrain_attention"]
 
 # A group of windows has about so many keys, counted for each window; without windows, so many tokens.
-_GROUP_KEYS = 16384
+_GROUP_KEYS = 8192
 _GROUP_TOKENS = 2048
 _SINK_QUERIES = 128
 _SINK_KEYS = 1024
@@ -145,15 +146,23 @@ class _Attention:
     grid: tuple[int, int]
     own: bool
 
+    @property
+    def num_columns(self) -> int:
+        """C."""
+        return self.shared[0].shape[-1]
+
+    @property
+    def differentiable(self) -> bool:
+        """Whether a backward pass may follow."""
+        return torch.is_grad_enabled() and any(x.requires_grad for x in (self.q, self.k, self.v))
+
     def run(self, groups: list[WindowGroup]) -> Iterator[Tensor]:
         """Attention of the queries of each group, [B, rows, columns, H, Dv]."""
         dtype = self.log_mask.dtype
         (query_rows, query_offset), (key_rows, key_offset) = (
             rows(dtype) for rows in (self.feature_map.query_rows, self.feature_map.key_rows)
         )
-        num_columns = self.shared[0].shape[-1]
-        key_rows = _with_columns(key_rows, num_columns, 0.0, 1.0, 1.0)
-        query_rows = query_rows.unsqueeze(2) * self.q.shape[-1] ** 0.5
+        key_rows = _with_columns(key_rows, self.num_columns, 0.0, 1.0, 1.0)
         sums = [self._call(self._sum_windows, group, key_rows) for group in groups]
         total, log_scale = sums[0][0].sum(dim=2), sums[0][1]
         for s, c in sums[1:]:
@@ -161,66 +170,91 @@ class _Attention:
             mine_by, its_by = exp_(log_scale - larger).unsqueeze(-1), exp_(c - larger).unsqueeze(-1)
             total, log_scale = total * mine_by + s.sum(dim=2) * its_by, larger
         offset = (log_scale.unsqueeze(-2) + query_offset + key_offset).mT.unsqueeze(2)
+        far_keys = _with_columns(query_rows * self.q.shape[-1] ** 0.5, self.num_columns, 1.0, 0.0, 0.0)
+        blanks: dict[tuple[int, ...], tuple[Tensor, ...]] = {}
         for group, (s, c) in zip(groups, sums, strict=True):
             own_by = exp_(c - log_scale)[:, :, None, :, None]
-            out = self._call(self._attend, group, total.unsqueeze(2), s, own_by, query_rows, offset)
+            size = (*group.shape, *group.window)
+            if size not in blanks:
+                blanks[size] = self._blank(group, far_keys)
+            out = self._call(self._attend, group, total.unsqueeze(2), s, own_by, offset, *blanks[size])
             yield from_windows(out, group)
 
     def _call(self, function: Callable[..., Any], *arguments: Any) -> Any:
         """Call it so that the backward pass computes it again: nothing of a group's size is kept."""
-        if torch.is_grad_enabled() and (self.q.requires_grad or self.k.requires_grad or self.v.requires_grad):
+        if self.differentiable:
             return checkpoint(function, *arguments, use_reentrant=False, preserve_rng_state=False)
         return function(*arguments)
 
     def _sum_windows(self, group: WindowGroup, rows: Tensor) -> tuple[Tensor, Tensor]:
         """[S, z] of each window, [B, H, W, M, C], and their common logarithmic scale, [B, H, M]."""
-        keys, values = self._keys_and_values(group)
-        logs = keys @ rows.mT
+        k = self._windows(self.k, group).reshape(*self.k.shape[:2], -1, self.k.shape[3])
+        v = self._windows(self.v, group).reshape(*self.v.shape[:2], -1, self.v.shape[3])
+        log_mask = self._windows(self.log_mask, group).reshape(*self.k.shape[:2], -1, 1)
+        log_amplitude = self.feature_map.key_log_amplitude(self.feature_map.key_inputs(k))
+        assert log_amplitude is not None
+        logs = _with_columns(k, self.num_columns, 0.0, log_mask, log_amplitude) @ rows.mT
         log_scale = logs.detach().amax(dim=-2).clamp(min=LOWEST_SCALE)
         # The e^-40 that is left of a masked key, beside 1, is nothing.
         features = exp_(logs.sub_(log_scale.unsqueeze(-2)))
-        features, values = (x.unflatten(2, (group.num_windows, -1)) for x in (features, values))
-        return features.mT @ values, log_scale
+        windows = (math.prod(group.shape), -1)
+        return features.unflatten(2, windows).mT @ _with_columns(v, self.num_columns, 1.0).unflatten(2, windows), log_scale
 
     def _attend(
-        self, group: WindowGroup, total: Tensor, own: Tensor, own_by: Tensor, rows: Tensor, offset: Tensor
+        self,
+        group: WindowGroup,
+        total: Tensor,
+        own: Tensor,
+        own_by: Tensor,
+        offset: Tensor,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
     ) -> Tensor:
-        """Attention of the queries of some windows, [B, H, W x T, Dv]."""
-        value_dim, windows = self.v.shape[-1], (group.num_windows, -1)
+        """Attention of the queries of some windows, [B, H, W x T, Dv], whose q, k and v are still blank."""
+        if self.differentiable:
+            q, k, v = q.clone(), k.clone(), v.clone()
+        value_dim, head_dim = self.v.shape[-1], self.q.shape[-1]
         # All windows but a query's own.
         far = torch.addcmul(total, own, own_by, value=-1.0) if self.own else total
-        limits, mass = torch.finfo(far.dtype), slice(value_dim, value_dim + 1)
+        limits, ones = torch.finfo(far.dtype), slice(value_dim, value_dim + 1)
         # Where a window holds all that a feature sees, rounding errors are left of the others.
-        z = far[..., mass].clamp(min=0.0) + (total[..., mass] * limits.eps + limits.tiny)
-        far_keys = _with_columns(rows, far.shape[-1], 1.0, z.log() + offset, 0.0)
-        parts = [(x.unsqueeze(2) for x in self.shared), (far_keys, far / z)]
+        z = far[..., ones].clamp(min=0.0) + (total[..., ones] * limits.eps + limits.tiny)
+        features = slice(k.shape[3] - far.shape[3], None)
+        k[:, :, :, features, head_dim + 1 : head_dim + 2] = z.log() + offset
+        v[:, :, :, features] = far / z
         if self.own:
-            parts.insert(0, (x.unflatten(2, windows) for x in self._keys_and_values(group)))
-        q = self._queries(group).unflatten(2, windows)
-        everywhere = (*q.shape[:3], -1, -1)
-        k, v = (torch.cat([x.expand(everywhere) for x in side], dim=3) for side in zip(*parts, strict=True))
+            near_k, near_v = (_as_windows(x[:, :, :, : q.shape[3]], group) for x in (k, v))
+            near_k[..., :head_dim] = self._windows(self.k, group)
+            near_k[..., head_dim + 1 : head_dim + 2] = self._windows(self.log_mask, group)
+            near_v[..., :value_dim] = self._windows(self.v, group)
+        own_q = self._windows(self.q, group)
+        _as_windows(q, group)[..., :head_dim] = own_q * head_dim**-0.5
+        q[..., head_dim : head_dim + 1] = self._log_amplitude(own_q.reshape(*q.shape[:2], -1, head_dim)).view(*q.shape[:4], 1)
         q, k, v = (x.flatten(0, 2).unsqueeze(1) for x in (q, k, v))
         out = F.scaled_dot_product_attention(q, k, v, scale=1.0)
-        return out[..., :value_dim].reshape(*self.q.shape[:2], -1, value_dim)
+        return out.view(*self.q.shape[:2], -1, out.shape[-1])[..., :value_dim]
 
-    def _queries(self, group: WindowGroup) -> Tensor:
-        """[q / sqrt(D), log h(q), 1, 0], [B, H, W x T, C]."""
-        q = self._windows(self.q, group)
-        factor, balancing = q.shape[-1] ** -0.5, self.feature_map.balancing
+    def _blank(self, group: WindowGroup, far_keys: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, [B, H, W, T, C], keys and values, [B, H, W, T + s + M, C]: what is the same for all groups."""
+        tokens = math.prod(group.window)
+        each = (*self.q.shape[:2], math.prod(group.shape))
+        q = self.log_mask.new_zeros(*each, tokens, self.num_columns)
+        q[..., self.q.shape[-1] + 1] = 1.0
+        near = q.new_zeros(*each, tokens if self.own else 0, self.num_columns)
+        far = q.new_zeros(*each, far_keys.shape[2], self.num_columns)
+        shared_k, shared_v = (x.unsqueeze(2).expand(*each, -1, -1) for x in self.shared)
+        k = torch.cat([near, shared_k, far_keys.unsqueeze(2).expand(*each, -1, -1)], dim=3)
+        return q, k, torch.cat([near, shared_v, far], dim=3)
+
+    def _log_amplitude(self, q: Tensor) -> Tensor:
+        """Of queries, [B, H, W x T, 1], beside exact weights."""
         log_amplitude = self.feature_map.query_log_amplitude(self.feature_map.query_inputs(q))
-        if balancing is not None:
-            # Exact weights are those of keys as they came, estimated ones those of centred keys.
-            log_amplitude = log_amplitude + q @ balancing.key_center.to(q.dtype).mT * factor
-        return _with_columns(q * factor, self.shared[0].shape[-1], log_amplitude, 1.0, 0.0)
-
-    def _keys_and_values(self, group: WindowGroup) -> tuple[Tensor, Tensor]:
-        """[k, 0, log mask, log h(k)] and [v, 1], [B, H, W x T, C]."""
-        k, v = self._windows(self.k, group), self._windows(self.v, group)
-        log_mask = to_windows(self.log_mask, self.grid, group, fill=LOWEST_SCALE)
-        log_amplitude = self.feature_map.key_log_amplitude(self.feature_map.key_inputs(k))
-        assert log_amplitude is not None
-        num_columns = self.shared[0].shape[-1]
-        return _with_columns(k, num_columns, 0.0, log_mask, log_amplitude), _with_columns(v, num_columns, 1.0)
+        if self.feature_map.balancing is None:
+            return log_amplitude
+        # Exact weights are those of keys as they came, estimated ones those of centred keys.
+        center = self.feature_map.balancing.key_center.to(q.dtype) * q.shape[-1] ** -0.5
+        return log_amplitude + q @ center.mT
 
     def _windows(self, x: Tensor, group: WindowGroup) -> Tensor:
         return to_windows(x, self.grid, group).to(self.log_mask.dtype)
@@ -286,6 +320,11 @@ def _join(prefix: Tensor, parts: Iterator[Tensor], groups: list[WindowGroup], gr
     return out.transpose(1, 2)
 
 
+def _as_windows(x: Tensor, group: WindowGroup) -> Tensor:
+    """[B, H, W, T, C] -> a view of it, [B, H, .., .., h, w, C]."""
+    return x.unflatten(3, group.window).unflatten(2, group.shape)
+
+
 def _with_columns(x: Tensor, num_columns: int, *columns: Tensor | float) -> Tensor:
     """[..., n] with more columns, numbers or [..., 1], and zeros after them, [..., C]."""
     shape = torch.broadcast_shapes(x.shape[:-1], *(y.shape[:-1] for y in columns if isinstance(y, Tensor)))
@@ -298,8 +337,8 @@ def _with_columns(x: Tensor, num_columns: int, *columns: Tensor | float) -> Tens
 def _groups(grid: tuple[int, int], window_size: int, num_shared: int) -> list[WindowGroup]:
     if not window_size:
         # Without windows tokens still come in groups, of whole rows or of parts of one.
-        window = min(grid[0], max(1, _GROUP_TOKENS // grid[1])), min(grid[1], _GROUP_TOKENS)
-        return group_windows(grid, window, max_windows=1)
+        rows = max(1, _GROUP_TOKENS // grid[1])
+        return group_windows(grid, (min(grid[0], rows), min(grid[1], _GROUP_TOKENS)), max_windows=1)
     window = even_window(grid, window_size)
     return group_windows(grid, window, max(1, _GROUP_KEYS // (window[0] * window[1] + num_shared)))
 

@@ -1,3 +1,5 @@
+import math
+
 import pytest
 import torch
 from attention_cases import FIXED_OPRF, assert_same, value_and_gradients
@@ -134,16 +136,16 @@ def test_groups_of_windows_hold_each_token_once(rows: int, columns: int, largest
     window = even_window(grid, largest)
     assert max(window) <= largest
     tokens = torch.arange(1, rows * columns + 1).reshape(1, 1, -1, 1)
-    numbers = window_numbers(grid, window).add(1).reshape(1, 1, -1, 1)
+    numbers = window_numbers(grid, window).reshape(1, 1, -1, 1)
     seen, seen_numbers = [], []
     for group in group_windows(grid, window, max_windows):
-        assert group.num_windows <= max_windows
-        windows = to_windows(tokens, grid, group)
+        assert math.prod(group.shape) <= max_windows
+        windows = to_windows(tokens, grid, group).reshape(1, 1, -1, 1)
         rectangle = tokens.reshape(grid)[group.rows, group.columns]
         assert torch.equal(from_windows(windows, group)[0, :, :, 0, 0], rectangle)
         seen += rectangle.flatten().tolist()
-        for own in to_windows(numbers, grid, group).reshape(group.num_windows, -1).tolist():
-            (number,) = set(own) - {0}
+        for own in to_windows(numbers, grid, group).reshape(math.prod(group.shape), -1).tolist():
+            (number,) = set(own)
             seen_numbers.append(number)
     assert sorted(seen) == list(range(1, rows * columns + 1))
     assert sorted(seen_numbers) == sorted(set(seen_numbers))
