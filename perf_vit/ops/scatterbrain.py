@@ -85,7 +85,9 @@ def scatterbrain_attention(
 
 @torch.no_grad()
 def choose_sinks(q: Tensor, k: Tensor, num_sinks: int, num_prefix_tokens: int, key_mask: Tensor | None) -> Tensor:
-    """The keys with the largest mean weight in exact attention of 128 queries spread evenly over the grid.
+    """The keys with the largest mean root of their weights in exact attention of 128 queries spread over the grid.
+
+    The root, because a key that many queries look at serves better than one that holds all of a few.
 
     Args:
         q: queries, [B, H, N, D].
@@ -108,7 +110,7 @@ def choose_sinks(q: Tensor, k: Tensor, num_sinks: int, num_prefix_tokens: int, k
             yield values if key_mask is None else values.masked_fill_(~key_mask[:, None, None, keys[2]], LOWEST_SCALE)
 
     log_sums = torch.stack([values.logsumexp(dim=-1, keepdim=True) for values in logits()]).logsumexp(dim=0)
-    mass = torch.cat([exp_(values.sub_(log_sums)).sum(dim=2) for values in logits()], dim=-1)[..., num_prefix_tokens:]
+    mass = torch.cat([exp_(values.sub_(log_sums).mul_(0.5)).sum(dim=2) for values in logits()], dim=-1)[..., num_prefix_tokens:]
     if key_mask is not None:
         mass = mass.masked_fill(~key_mask[:, None, num_prefix_tokens:], -1.0)
     return mass.topk(min(num_sinks, length), dim=-1).indices + num_prefix_tokens
