@@ -49,6 +49,23 @@ def train(
 
 
 @app.command()
+def distill(
+    config: Annotated[
+        str, typer.Argument(help="A YAML file, or a shipped one: configs/distillation/vit_small_dinov2.yaml")
+    ],
+    overrides: Annotated[list[str] | None, typer.Argument(help="key=value ..., as in optim.max_minutes=20")] = None,
+) -> None:
+    """Train the linear copy of a pretrained ViT to give its tokens, on images without labels."""
+    from perf_vit.cli.console import console
+    from perf_vit.cli.distilling import distill_model
+    from perf_vit.cli.schemas import DistillationRun
+    from perf_vit.config import load_config
+
+    student = distill_model(load_config(config, DistillationRun, overrides or []))
+    console.print(f"student: {student}", soft_wrap=True)
+
+
+@app.command()
 def predict(
     checkpoint: Checkpoint,
     image: Input,

@@ -2,12 +2,15 @@
 
 from perf_vit.data.build import AugmentConfig, DataConfig, RegionConfig, build_datamodule, label_options, region_window
 from perf_vit.data.crops import UnlabelledCrops, find_images
+from perf_vit.data.crops_datamodule import CropsConfig, CropsDataModule, build_crops
 from perf_vit.data.datamodule import WindowDataModule
 from perf_vit.data.synthetic import ShipScene, make_ship_scene
 from perf_vit.data.windows import GridWindows, LabelledSource, RandomWindows
 
 __all__ = [
     "AugmentConfig",
+    "CropsConfig",
+    "CropsDataModule",
     "DataConfig",
     "GridWindows",
     "LabelledSource",
@@ -16,6 +19,7 @@ __all__ = [
     "ShipScene",
     "UnlabelledCrops",
     "WindowDataModule",
+    "build_crops",
     "build_datamodule",
     "find_images",
     "label_options",
