@@ -11,7 +11,7 @@ from torch import nn
 from perf_vit.layers.converted_attention import CONVERTIBLE, ConvertedAttention, ScatterbrainOptions
 from perf_vit.layers.performer_attention import RandomProjectionMixin, check_option_names
 from perf_vit.layers.token_grid import TokenGrid, watch_patch_embed
-from perf_vit.models.conversion import ATTENTIONS, Conversion
+from perf_vit.models.conversion import Conversion
 
 __all__ = ["body_of", "convert_in_place", "converted_layers", "convertible_layers", "performerize"]
 
