@@ -192,19 +192,20 @@ def _tables(measured: MeasuredConversion) -> list[tuple[str, list[str], list[lis
     ]
     speeds = [
         [
-            f"{speed.size_px} px, {speed.num_tokens:,} tokens",
+            f"{speed.size_px:,}",
+            f"{speed.num_tokens:,}",
             "not run" if speed.softmax is None else f"{speed.softmax:.3f}",
             f"{speed.plain:.3f}",
             f"{speed.converted:.3f}",
-            "-" if speed.softmax is None else f"{speed.softmax / speed.converted:.2f}",
+            "-" if speed.softmax is None else f"{speed.converted / speed.softmax:.2f}",
             f"{speed.converted / speed.plain:.2f}",
         ]
         for speed in measured.speeds
     ]
-    head = ["one image, s", "softmax", "plain FAVOR+", "converted", "softmax / converted", "converted / plain"]
+    head = ["px", "tokens", "softmax", "plain FAVOR+", "converted", "/ softmax", "/ plain"]
     return [
         ("Cosine of final tokens with those of the softmax model", ["", "mean", "worst image"], cosines),
-        ("Speed", head, speeds),
+        ("Seconds of one image, and the converted model's over the others'", head, speeds),
         (
             "Relative error of attention outputs, on the softmax model's inputs",
             ["layer", "error", "window", "sinks", "features"],

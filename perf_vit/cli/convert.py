@@ -140,7 +140,10 @@ def _softmax_model(request: ConversionRequest) -> Any:
     _check_name(request.source)
     if request.weights is None:
         return _checked(_pretrained(request.source, kwargs))
-    overlay = {} if request.num_classes is None else {"num_classes": request.num_classes}
+    # The file's weights have neither the name nor the licence of those that timm would load.
+    overlay: dict[str, Any] = {"tag": None, "license": None}
+    if request.num_classes is not None:
+        overlay["num_classes"] = request.num_classes
     weights = read_weights(request.weights)
     try:
         return _checked(create_with_weights(request.source, weights, request.weights, overlay, **kwargs).eval())
@@ -216,7 +219,7 @@ def _describe_images(request: ConversionRequest) -> str:
         return f"{_REPORT_CROPS} generated pictures, noise of all scales: give --images for figures that mean something"
     learned = request.budget is not None or request.calibrate
     apart = ", others than those the conversion learned from" if learned else ""
-    return f"{_REPORT_CROPS} crops of {', '.join(map(str, request.images[:3]))}{apart}"
+    return f"{_REPORT_CROPS} crops of {', '.join(path.name for path in request.images)}{apart}"
 
 
 def _first_line(error: Exception) -> str:

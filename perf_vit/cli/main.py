@@ -118,12 +118,8 @@ def evaluate(
 def convert(
     source: Annotated[str, typer.Argument(help="A timm model, or a folder with a saved one.")],
     out: Annotated[Path, typer.Option(help="Folder for model.safetensors, config.json and fidelity.html.")],
-    weights: Annotated[
-        Path | None, typer.Option(help="Weights of the model; timm's pretrained ones if left out.")
-    ] = None,
-    num_classes: Annotated[
-        int | None, typer.Option(help="Classes of the weights; 0 where they have none.", min=0)
-    ] = None,
+    weights: Annotated[Path | None, typer.Option(help="Weights of the model; timm's own if left out.")] = None,
+    num_classes: Annotated[int | None, typer.Option(help="Classes of the weights; 0 for none.", min=0)] = None,
     attention: Annotated[str, typer.Option(help="scatterbrain, or performer: plain FAVOR+.")] = "scatterbrain",
     window_size: Annotated[int | None, typer.Option(help="Side of a window in patches; 16 by default.")] = None,
     num_sinks: Annotated[int | None, typer.Option(help="Keys that all see exactly; 256 by default.")] = None,

@@ -7,6 +7,7 @@ import statistics
 import time
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from contextlib import ExitStack
+from functools import partial
 from itertools import product
 from typing import Any
 
@@ -171,7 +172,7 @@ def _seconds(
     with evaluating(plain):
         arguments, options = _inputs_of(linear, plain, [layer.grid for layer in candidates[:1]], batch)
         calls: list[Callable[[], Any]] = [lambda: plain(batch), lambda: linear(*arguments, **options)]
-        calls += [lambda layer=layer: layer(*arguments, **options) for layer in candidates]
+        calls += [partial(layer, *arguments, **options) for layer in candidates]
         runs = []
         # One of all, again and again: whatever else the machine does hits all alike. The first round warms up.
         for _ in range(_TIMED_RUNS + 1):
@@ -186,9 +187,12 @@ def _inputs_of(
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """What a layer is called with when the model sees a batch; grids are told theirs."""
     given: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
+
+    def keep(_: nn.Module, arguments: tuple[Any, ...], options: dict[str, Any]) -> None:
+        given.append((arguments, options))
+
     with ExitStack() as hooks:
-        keep = layer.register_forward_pre_hook(lambda _, *inputs: given.append(inputs), with_kwargs=True)
-        hooks.callback(keep.remove)
+        hooks.callback(layer.register_forward_pre_hook(keep, with_kwargs=True).remove)
         patch_embed: Any = getattr(body_of(model), "patch_embed", None)
         for grid in grids if patch_embed is not None else ():
             hooks.callback(watch_patch_embed(patch_embed, grid).remove)

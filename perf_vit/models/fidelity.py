@@ -19,7 +19,7 @@ __all__ = ["attention_errors", "evaluating", "image_batches", "token_cosines"]
 
 @torch.no_grad()
 def attention_errors(
-    softmax: nn.Module,
+    softmax: Any,
     alternatives: Mapping[int, Sequence[ConvertedAttention]],
     images: Iterable[Tensor],
     on_step: Callable[[], None] = lambda: None,
@@ -78,8 +78,8 @@ def token_cosines(softmax: Any, converted: Any, images: Iterable[Tensor]) -> tup
     has_class_token = getattr(softmax, "cls_token", None) is not None
     with evaluating(softmax), evaluating(converted):
         for batch in image_batches(softmax, images):
-            tokens = [model.forward_features(batch).float() for model in (softmax, converted)]
-            cosines = F.cosine_similarity(*tokens, dim=-1)
+            before, after = (model.forward_features(batch).float() for model in (softmax, converted))
+            cosines = F.cosine_similarity(before, after, dim=-1)
             patches += cosines[:, num_prefix_tokens:].mean(dim=1).tolist()
             class_tokens += cosines[:, 0].tolist() if has_class_token else []
     return patches, class_tokens

@@ -73,6 +73,9 @@ def save_converted(model: nn.Module, folder: str | Path, *, overwrite: bool = Fa
         if constants:
             save_file(constants, staging / BALANCING)
         (staging / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+        # safetensors lets nobody else read what it writes; whoever may read the config may read the rest.
+        for path in staging.iterdir():
+            path.chmod((staging / CONFIG).stat().st_mode)
     return folder
 
 

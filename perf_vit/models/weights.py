@@ -83,15 +83,15 @@ def create_with_weights(
     # A copy: filters take names out of the dict that they are given.
     cfg = {**(overlay or {}), "state_dict": dict(weights)}
     try:
-        model: nn.Module = timm.create_model(name, pretrained=True, pretrained_cfg_overlay=cfg, **kwargs)
+        model: Any = timm.create_model(name, pretrained=True, pretrained_cfg_overlay=cfg, **kwargs)
     except (RuntimeError, KeyError, AttributeError, IndexError) as error:
         # What timm says of arguments comes before it looks at the weights.
         timm.create_model(name, pretrained=False, **kwargs)
         raise CheckpointError(f"{origin} doesn't fit {name}: {_misfit(error)}; name the model it is of") from error
     # Or the weights would stay in memory, and be written into every config.
-    model_cfg: Any = model.pretrained_cfg if hasattr(model, "pretrained_cfg") else model.model.pretrained_cfg
-    model_cfg.pop("state_dict", None)
-    return model
+    (model if hasattr(model, "pretrained_cfg") else model.model).pretrained_cfg.pop("state_dict", None)
+    made: nn.Module = model
+    return made
 
 
 def _misfit(error: Exception) -> str:

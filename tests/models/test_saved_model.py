@@ -45,6 +45,7 @@ def test_a_saved_model_comes_back_as_it_was(name: str, tmp_path) -> None:
     redraw_projections(converted, 3)
     folder = perf_vit.save_converted(converted, tmp_path / "deep" / "saved")
     assert sorted(path.name for path in folder.iterdir()) == ["config.json", "model.safetensors"]
+    assert len({path.stat().st_mode for path in folder.iterdir()}) == 1
     loaded = perf_vit.load_converted(folder)
     assert loaded.conversion == converted.conversion
     assert not loaded.training
@@ -112,7 +113,7 @@ def test_an_interrupted_save_leaves_the_old_model_and_nothing_else(saved, monkey
 
     before = {path.name: path.read_bytes() for path in saved.iterdir()}
     monkeypatch.setattr("perf_vit.models.saved_model.save_file", fail)
-    with pytest.raises(OutputError, match="can't save a model in .*: No space left on device"):
+    with pytest.raises(OutputError, match=r"can't save a model in .*: No space left on device"):
         perf_vit.save_converted(perf_vit.performerize(build(), **OPTIONS), saved, overwrite=True)
     assert {path.name: path.read_bytes() for path in saved.iterdir()} == before
     assert [path.name for path in saved.parent.iterdir()] == ["saved"]
