@@ -2,28 +2,28 @@
 
 from __future__ import annotations
 
-import logging
+import tempfile
 from pathlib import Path
 from typing import Any
 
 import lightning
 import timm
 import torch
-from safetensors.torch import save_file
 from torch import nn
 
 from perf_vit.cli.schemas import DistillationRun, PairConfig
 from perf_vit.cli.training import check_run_folder, make_run_folder, set_up_logging
 from perf_vit.config import dump_config
 from perf_vit.data import build_crops
-from perf_vit.errors import CheckpointError, ConfigError
-from perf_vit.models import performerize
+from perf_vit.errors import ConfigError, PerfVitError
+from perf_vit.models import load_converted, performerize, save_converted
+from perf_vit.models.weights import create_with_weights, read_weights
 from perf_vit.tasks import DistillationTask, build_distillation_trainer
 
 __all__ = ["distill_model"]
 
-_STUDENT_PREFIX = "student."
-_logger = logging.getLogger("perf_vit")
+STUDENT = "student"
+"""The saved student's folder inside the run folder."""
 
 
 def distill_model(config: DistillationRun, *, progress: bool = True) -> Path:
@@ -32,7 +32,7 @@ def distill_model(config: DistillationRun, *, progress: bool = True) -> Path:
     Everything is opened and built before the folder is touched, so a wrong argument leaves nothing behind.
 
     Returns:
-        The saved student: the best checkpoint's by the patch tokens' cosine.
+        The folder of the saved student, the best checkpoint's by the patch tokens' cosine; `load_converted` reads it.
 
     Raises:
         PerfVitError: a config, input or output that doesn't fit.
@@ -63,16 +63,18 @@ def distill_model(config: DistillationRun, *, progress: bool = True) -> Path:
 def _teacher(config: PairConfig) -> nn.Module:
     if not timm.is_model(config.name):
         raise ConfigError(f"model.name: timm has no model {config.name}; see timm.list_models()")
-    source: dict[str, Any] = {}
-    if config.weights is not None:
-        if not Path(config.weights).is_file():
-            raise CheckpointError(f"no weights file {config.weights}; check model.weights")
-        source["pretrained_cfg_overlay"] = {"file": config.weights}
     try:
-        # The grid of position embeddings stays as it was trained, whatever the size of the crops.
-        return timm.create_model(config.name, pretrained=True, **{"dynamic_img_size": True, **source, **config.kwargs})
-    except (RuntimeError, TypeError, ValueError, AssertionError, KeyError) as error:
-        raise ConfigError(f"model {config.name}: {str(error).splitlines()[0]}") from error
+        if config.weights is None:
+            return timm.create_model(config.name, pretrained=True, **_timm_kwargs(config))
+        weights = read_weights(config.weights)
+        return create_with_weights(config.name, weights, config.weights, **_timm_kwargs(config))
+    except (RuntimeError, TypeError, ValueError, AssertionError) as error:
+        raise _as_ours(error, f"model {config.name}") from error
+
+
+def _timm_kwargs(config: PairConfig) -> dict[str, Any]:
+    # The grid of position embeddings stays as it was trained, whatever the size of the crops.
+    return {"dynamic_img_size": True, **config.kwargs}
 
 
 def _check_size(teacher: nn.Module, size_px: int) -> None:
@@ -86,21 +88,35 @@ def _check_size(teacher: nn.Module, size_px: int) -> None:
 
 def _task(config: DistillationRun, teacher: nn.Module) -> DistillationTask:
     try:
-        student = performerize(teacher, config.model.attention, **config.model.options)
-        return DistillationTask(teacher, student, config.optim)
+        student = _student(config.model, teacher)
+        task = DistillationTask(teacher, student, config.optim)
+        # A student that can't be saved is found out before it is trained.
+        with tempfile.TemporaryDirectory() as scratch:
+            save_converted(student, Path(scratch, STUDENT))
     except (TypeError, ValueError) as error:
-        raise error if isinstance(error, ConfigError) else ConfigError(f"model: {error}") from error
+        raise _as_ours(error, "model") from error
+    return task
+
+
+def _student(config: PairConfig, teacher: nn.Module) -> nn.Module:
+    if config.student is None:
+        return performerize(teacher, config.attention, **config.options)
+    student = load_converted(config.student, **_timm_kwargs(config))
+    expected = {name: parameter.shape for name, parameter in teacher.named_parameters()}
+    if {name: parameter.shape for name, parameter in student.named_parameters()} != expected:
+        raise ConfigError(
+            f"model.student {config.student} is not a conversion of {config.name}; give the model.name and "
+            "model.weights that it was converted from"
+        )
+    return student
+
+
+def _as_ours(error: Exception, where: str) -> PerfVitError:
+    return error if isinstance(error, PerfVitError) else ConfigError(f"{where}: {str(error).splitlines()[0]}")
 
 
 def _save_student(task: DistillationTask, folder: Path) -> Path:
-    """Write the best checkpoint's student."""
+    """Save the best checkpoint's student, over that of a run which was resumed."""
     best = torch.load(folder / "checkpoints" / "best.ckpt", map_location="cpu", weights_only=True)
-    state = {
-        name.removeprefix(_STUDENT_PREFIX): value
-        for name, value in best["state_dict"].items()
-        if name.startswith(_STUDENT_PREFIX)
-    }
-    task.student.load_state_dict(state)
-    path = folder / "student.safetensors"
-    save_file({name: value.detach().cpu().contiguous() for name, value in task.student.state_dict().items()}, path)
-    return path
+    task.load_state_dict(best["state_dict"], strict=False)
+    return save_converted(task.student, folder / STUDENT, overwrite=True)

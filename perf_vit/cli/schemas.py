@@ -45,6 +45,8 @@ class PairConfig:
         kwargs: passed to `timm.create_model`.
         attention: of the student, as `perf_vit.performerize` takes it.
         options: of `perf_vit.performerize`, among them num_features, window_size, num_sinks and seed.
+        student: a folder of `perf-vit convert` or of an earlier distillation to start from, instead of `attention` and
+            `options`.
     """
 
     name: str
@@ -52,6 +54,7 @@ class PairConfig:
     kwargs: dict[str, Any] = field(default_factory=dict)
     attention: str = "scatterbrain"
     options: dict[str, Any] = field(default_factory=dict)
+    student: str | None = None
 
 
 @dataclass(kw_only=True)

@@ -80,6 +80,11 @@ def _last(folder) -> dict[str, torch.Tensor]:
     return torch.load(folder / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"]
 
 
+def _best(folder) -> dict[str, torch.Tensor]:
+    state = torch.load(folder / "checkpoints" / "best.ckpt", weights_only=True)["state_dict"]
+    return {name.removeprefix("student."): value for name, value in state.items()}
+
+
 def test_a_run_leaves_a_student_that_is_nearer_to_its_teacher(args, weights, tmp_path) -> None:
     out = tmp_path / "run"
     assert call(args(out)) == 0
@@ -96,11 +101,12 @@ def test_a_run_leaves_a_student_that_is_nearer_to_its_teacher(args, weights, tmp
     assert rows[-1]["train/block_loss"] == ""
     assert float(rows[-1]["train/token_loss"]) > 0
     assert all("val/class_cosine" in row for row in rows)
-    state = load_file(out / "student.safetensors")
+    student = perf_vit.load_converted(out / "student")
+    assert student.blocks[0].attn.options.num_features == 16
+    state = student.state_dict()
+    assert all(torch.equal(state[name], value) for name, value in _best(out).items())
     teacher = timm.create_model("vit_tiny_patch16_224", **KWARGS)
     teacher.load_state_dict(load_file(weights))
-    student = perf_vit.performerize(teacher, **OPTIONS)
-    student.load_state_dict(state)
     # Only attention has trained.
     changed = {name for name, value in teacher.state_dict().items() if not torch.equal(value, state[name])}
     assert {"blocks.0.attn.qkv.weight", "blocks.1.attn.proj.weight", "blocks.1.norm1.weight"} <= changed
@@ -122,13 +128,27 @@ def test_a_resumed_run_ends_where_an_uninterrupted_one_does(args, tmp_path) -> N
     command = [sys.executable, "-c", script, *args(interrupted)]
     subprocess.run(command, capture_output=True, check=False)
     assert len(_rows(interrupted)) == 3
-    assert not (interrupted / "student.safetensors").exists()
+    assert not (interrupted / "student").exists()
     assert call(args(interrupted, "resume=true")) == 0
     first, second = _last(whole), _last(interrupted)
     assert first.keys() == second.keys()
     assert all(name.startswith("student.") for name in first)
     assert all(torch.equal(first[name], second[name]) for name in first)
     assert (whole / "metrics.csv").read_text() == (interrupted / "metrics.csv").read_text()
+
+
+def test_a_saved_student_can_be_trained_on(args, weights, tmp_path, capsys) -> None:
+    teacher = timm.create_model("vit_tiny_patch16_224", **KWARGS)
+    teacher.load_state_dict(load_file(weights))
+    perf_vit.save_converted(perf_vit.performerize(teacher, **{**OPTIONS, "num_sinks": 3}), tmp_path / "converted")
+    start = f"model.student={tmp_path / 'converted'}"
+    assert call(args(tmp_path / "run", start, "optim.block_steps=6", "optim.token_steps=0")) == 0
+    student = perf_vit.load_converted(tmp_path / "run" / "student")
+    assert student.blocks[0].attn.options.num_sinks == 3
+    assert not torch.equal(student.blocks[0].attn.qkv.weight, teacher.blocks[0].attn.qkv.weight)
+    assert call(args(tmp_path / "other", f"model.student={tmp_path / 'run'}")) == 2
+    assert "config.json" in capsys.readouterr().err
+    assert not (tmp_path / "other").exists()
 
 
 def test_a_run_that_is_short_of_time_still_ends_its_schedule(args, tmp_path) -> None:
@@ -139,7 +159,7 @@ def test_a_run_that_is_short_of_time_still_ends_its_schedule(args, tmp_path) -> 
     assert rows[1]["train/block_loss"]
     assert rows[-1]["train/token_loss"]
     assert float(rows[-1]["lr"]) < 0.2 * 1e-5
-    assert (out / "student.safetensors").is_file()
+    assert (out / "student" / "model.safetensors").is_file()
 
 
 @pytest.mark.parametrize(
@@ -152,7 +172,7 @@ def test_a_run_that_is_short_of_time_still_ends_its_schedule(args, tmp_path) -> 
         ("data.mean=[0,0,0]", "go together"),
         ("model.name=vit_tinny", "timm has no model vit_tinny"),
         ("model.weights=nowhere.pth", "no weights file nowhere.pth"),
-        ("model.kwargs.embed_dim=32", "model vit_tiny_patch16_224"),
+        ("model.kwargs.embed_dim=32", "doesn't fit vit_tiny_patch16_224"),
         ("model.options.windows=3", "window"),
         ("model.attention=softmax", "converted attention"),
         ("optim.train=mlp", "attention, all"),
