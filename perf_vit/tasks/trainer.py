@@ -131,5 +131,13 @@ def best_and_last(folder: Path, monitor: str) -> list[Callback]:
 
 
 def _quieten() -> None:
-    for message in (".*does not have many workers.*", ".*treespec.*", ".*litlogger.*", ".*exists and is not empty.*"):
+    for message in (
+        ".*does not have many workers.*",
+        ".*treespec.*",
+        ".*litlogger.*",
+        ".*exists and is not empty.*",
+        # A distillation validates as often as it likes, and keeps both models in evaluation mode.
+        ".*smaller than the logging interval.*",
+        ".*in eval mode at the start of training.*",
+    ):
         warnings.filterwarnings("ignore", message)
