@@ -9,7 +9,18 @@ import pytest
 import perf_vit
 
 CONTRACT = {
-    "perf_vit": ["__version__", "load_segmenter", "open_source", "ops", "performerize", "predict"],
+    "perf_vit": [
+        "__version__",
+        "calibrate",
+        "choose_layer_options",
+        "load_converted",
+        "load_segmenter",
+        "open_source",
+        "ops",
+        "performerize",
+        "predict",
+        "save_converted",
+    ],
     "perf_vit.ops": ["KVState", "draw_projection", "favor_attention", "scatterbrain_attention"],
     "perf_vit.tiling": ["grid_windows", "hann_weights", "random_window"],
     "perf_vit.layers": ["PerformerAttention"],

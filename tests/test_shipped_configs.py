@@ -1,16 +1,37 @@
 """Every shipped YAML loads, builds and trains one step."""
 
 import pytest
+import timm
 import torch
 
-from perf_vit.cli.schemas import SegmentationRun
+import perf_vit
+from perf_vit.cli.schemas import DistillationRun, SegmentationRun
 from perf_vit.config import find_config, load_config, shipped_configs
 from perf_vit.models import SegmenterSpec, build_segmenter
-from perf_vit.tasks import SegmentationLoss
+from perf_vit.tasks import DistillationTask, SegmentationLoss
 from perf_vit.transforms import Normalizer
 
+SEGMENTATION = [name for name in shipped_configs() if name.startswith("configs/segmentation/")]
+DISTILLATION = [name for name in shipped_configs() if name.startswith("configs/distillation/")]
 
-@pytest.mark.parametrize("name", shipped_configs())
+
+def test_every_shipped_config_is_of_a_kind_tested_here() -> None:
+    assert sorted(SEGMENTATION + DISTILLATION) == shipped_configs()
+    assert DISTILLATION
+
+
+@pytest.mark.parametrize("name", DISTILLATION)
+def test_a_shipped_distillation_loads_and_its_student_builds(name: str) -> None:
+    config = load_config(name, DistillationRun, ["data.images=[x]", "data.val_images=[y]", "out=x"])
+    with torch.device("meta"):
+        teacher = timm.create_model(config.model.name, **config.model.kwargs)
+    student = perf_vit.performerize(teacher, config.model.attention, **config.model.options)
+    task = DistillationTask(teacher, student, config.optim)
+    assert any(parameter.requires_grad for parameter in task.student.parameters())
+    assert config.data.size_px % teacher.patch_embed.patch_size[0] == 0
+
+
+@pytest.mark.parametrize("name", SEGMENTATION)
 def test_a_shipped_config_loads_builds_and_takes_a_step(name: str) -> None:
     files = [f"data.{part}.{key}=x" for part in ("train", "val") for key in ("image", "labels")]
     config = load_config(name, SegmentationRun, [*files, "out=x"])

@@ -19,13 +19,13 @@ errors = Console(stderr=True)
 
 
 @contextmanager
-def windows_progress(description: str) -> Iterator[Callable[[int, int], None]]:
-    """A progress bar over windows, as the callback that the inference engine takes."""
+def windows_progress(description: str, unit: str = "windows") -> Iterator[Callable[[int, int], None]]:
+    """A progress bar over windows, or other units, as the callback that the inference engine takes."""
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),
         MofNCompleteColumn(),
-        TextColumn("windows"),
+        TextColumn(unit),
         TimeElapsedColumn(),
         TimeRemainingColumn(),
     )

@@ -49,6 +49,23 @@ def train(
 
 
 @app.command()
+def distill(
+    config: Annotated[
+        str, typer.Argument(help="A YAML file, or a shipped one: configs/distillation/vit_small_dinov2.yaml")
+    ],
+    overrides: Annotated[list[str] | None, typer.Argument(help="key=value ..., as in optim.max_minutes=20")] = None,
+) -> None:
+    """Train the linear copy of a pretrained ViT to give its tokens, on images without labels."""
+    from perf_vit.cli.console import console
+    from perf_vit.cli.distilling import distill_model
+    from perf_vit.cli.schemas import DistillationRun
+    from perf_vit.config import load_config
+
+    student = distill_model(load_config(config, DistillationRun, overrides or []))
+    console.print(f"student: {student}", soft_wrap=True)
+
+
+@app.command()
 def predict(
     checkpoint: Checkpoint,
     image: Input,
@@ -112,6 +129,55 @@ def evaluate(
     console.print(score_table(scores, title=f"{image.name} against {labels.name}"))
     if json is not None:
         write_scores(scores, json)
+
+
+@app.command()
+def convert(
+    source: Annotated[str, typer.Argument(help="A timm model, or a folder with a saved one.")],
+    out: Annotated[Path, typer.Option(help="Folder for model.safetensors, config.json and fidelity.html.")],
+    weights: Annotated[Path | None, typer.Option(help="Weights of the model; timm's own if left out.")] = None,
+    num_classes: Annotated[int | None, typer.Option(help="Classes of the weights; 0 for none.", min=0)] = None,
+    attention: Annotated[str, typer.Option(help="scatterbrain, or performer: plain FAVOR+.")] = "scatterbrain",
+    window_size: Annotated[int | None, typer.Option(help="Side of a window in patches; 16 by default.")] = None,
+    num_sinks: Annotated[int | None, typer.Option(help="Keys that all see exactly; 256 by default.")] = None,
+    num_features: Annotated[int | None, typer.Option(help="Random features; 256 by default.")] = None,
+    layers: Annotated[str | None, typer.Option(help="Layers to convert, as 0-5,8; all by default.")] = None,
+    img_size: Annotated[int | None, typer.Option(help="Side of the images; the model's own by default.")] = None,
+    images: Annotated[list[Path] | None, typer.Option(help="Image or folder to measure on; repeat it.")] = None,
+    budget: Annotated[
+        float | None, typer.Option(help="Choose windows, sinks and features of each layer: 1.5 x plain FAVOR+'s time.")
+    ] = None,
+    calibrate: Annotated[
+        bool, typer.Option("--calibrate/--no-calibrate", help="Fix each layer's statistics to those of the images.")
+    ] = False,
+    seed: Annotated[int, typer.Option(help="Decides projections and crops.", min=0)] = 0,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a model in the folder.")] = False,
+    time_softmax: Annotated[bool, typer.Option("--time-softmax", help="Time softmax at any size.")] = False,
+) -> None:
+    """Make the attention of a pretrained ViT linear, and report what it keeps."""
+    from perf_vit.cli.console import console
+    from perf_vit.cli.convert import ConversionRequest, convert_model, parse_layers
+
+    given = {"window_size": window_size, "num_sinks": num_sinks, "num_features": num_features}
+    report = convert_model(
+        ConversionRequest(
+            source=source,
+            out=out,
+            weights=weights,
+            num_classes=num_classes,
+            attention=attention,
+            options={name: value for name, value in given.items() if value is not None},
+            layers=parse_layers(layers),
+            img_size=img_size,
+            images=tuple(images or ()),
+            budget=budget,
+            calibrate=calibrate,
+            seed=seed,
+            overwrite=overwrite,
+            time_softmax=time_softmax,
+        )
+    )
+    console.print(f"model: {out}\nreport: {report}", soft_wrap=True)
 
 
 @app.command()

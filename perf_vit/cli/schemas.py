@@ -1,14 +1,15 @@
-"""The schema of a run: the schemas of its parts, put together."""
+"""The schemas of runs: the schemas of their parts, put together."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
-from perf_vit.data import DataConfig
+from perf_vit.data import CropsConfig, DataConfig
 from perf_vit.models import ModelConfig
-from perf_vit.tasks import OptimConfig, TrainerConfig
+from perf_vit.tasks import DistillationConfig, DistillationTrainerConfig, OptimConfig, TrainerConfig
 
-__all__ = ["SegmentationRun"]
+__all__ = ["DistillationRun", "PairConfig", "SegmentationRun"]
 
 
 @dataclass(kw_only=True)
@@ -32,3 +33,48 @@ class SegmentationRun:
     model: ModelConfig = field(default_factory=ModelConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     trainer: TrainerConfig = field(default_factory=TrainerConfig)
+
+
+@dataclass(kw_only=True)
+class PairConfig:
+    """A softmax model and how its copy is made linear.
+
+    Attributes:
+        name: timm's name of the model.
+        weights: its weights, .safetensors or .pth, as timm or the model's authors name them; timm's own if left out.
+        kwargs: passed to `timm.create_model`.
+        attention: of the student, as `perf_vit.performerize` takes it.
+        options: of `perf_vit.performerize`, among them num_features, window_size, num_sinks and seed.
+        student: a folder of `perf-vit convert` or of an earlier distillation to start from, instead of `attention` and
+            `options`.
+    """
+
+    name: str
+    weights: str | None = None
+    kwargs: dict[str, Any] = field(default_factory=dict)
+    attention: str = "scatterbrain"
+    options: dict[str, Any] = field(default_factory=dict)
+    student: str | None = None
+
+
+@dataclass(kw_only=True)
+class DistillationRun:
+    """Everything that decides a distillation; dumped into its folder.
+
+    Attributes:
+        out: the run folder.
+        model: teacher and student.
+        data: images to take crops of.
+        seed: decides the crops.
+        resume: continue from the run folder's last checkpoint.
+        optim: stages and schedule.
+        trainer: where to train and how often to validate.
+    """
+
+    out: str
+    model: PairConfig
+    data: CropsConfig
+    seed: int = 0
+    resume: bool = False
+    optim: DistillationConfig = field(default_factory=DistillationConfig)
+    trainer: DistillationTrainerConfig = field(default_factory=DistillationTrainerConfig)

@@ -16,7 +16,7 @@ from perf_vit.errors import ConfigError, OutputError
 from perf_vit.models import SegmenterSpec
 from perf_vit.tasks import SegmentationTask, build_trainer
 
-__all__ = ["train_segmentation"]
+__all__ = ["check_run_folder", "make_run_folder", "set_up_logging", "train_segmentation"]
 
 
 def train_segmentation(config: SegmentationRun, *, progress: bool = True) -> Path:
@@ -32,13 +32,13 @@ def train_segmentation(config: SegmentationRun, *, progress: bool = True) -> Pat
     """
     folder = Path(config.out)
     last = folder / "checkpoints" / "last.ckpt"
-    _check_folder(folder, last, resume=config.resume)
-    _set_up_logging()
+    check_run_folder(folder, last, resume=config.resume)
+    set_up_logging()
     lightning.seed_everything(config.seed, workers=True, verbose=False)
     data = build_datamodule(config.data, config.seed)
     task = SegmentationTask(config.model, _spec(config, data), config.optim)
     trainer = build_trainer(config.trainer, folder, progress=progress)
-    _make_folder(folder)
+    make_run_folder(folder)
     dump_config(config, folder / "config.yaml")
     trainer.fit(task, data, ckpt_path=last if config.resume else None, weights_only=True)
     return folder / "checkpoints" / "best.ckpt"
@@ -55,7 +55,13 @@ def _spec(config: SegmentationRun, data: WindowDataModule) -> SegmenterSpec:
     )
 
 
-def _check_folder(folder: Path, last: Path, *, resume: bool) -> None:
+def check_run_folder(folder: Path, last: Path, *, resume: bool) -> None:
+    """Refuse a folder that a run can't be started or resumed in.
+
+    Raises:
+        ConfigError: a run to resume that there isn't, or one in the way.
+        OutputError: the folder can't be written.
+    """
     if resume and not last.is_file():
         raise ConfigError(f"resume=true needs {last}, which doesn't exist; leave it out to start anew")
     if last.is_file() and not resume:
@@ -67,14 +73,20 @@ def _check_folder(folder: Path, last: Path, *, resume: bool) -> None:
         )
 
 
-def _make_folder(folder: Path) -> None:
+def make_run_folder(folder: Path) -> None:
+    """Make the folder.
+
+    Raises:
+        OutputError: it can't be made.
+    """
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise OutputError(f"can't make the run folder {folder}: {error.strerror}; choose another out=") from error
 
 
-def _set_up_logging() -> None:
+def set_up_logging() -> None:
+    """Show what matters of a run, on a terminal and in a log file."""
     # A terminal has the progress bar; a log file gets a line an epoch.
     if not console.is_terminal:
         logging.basicConfig(format="%(message)s")

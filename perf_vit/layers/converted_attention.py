@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,10 +16,14 @@ from torch.nn import functional as F
 from perf_vit.layers.performer_attention import PerformerOptions, RandomProjectionMixin, key_mask_of
 from perf_vit.layers.token_grid import TokenGrid
 from perf_vit.ops import favor_attention, fit_balancing, scatterbrain_attention
+from perf_vit.ops.balancing import Balancing
 
-__all__ = ["CONVERTIBLE", "ConvertedAttention", "ScatterbrainOptions"]
+__all__ = ["BALANCING_BUFFERS", "CONVERTIBLE", "ConvertedAttention", "ScatterbrainOptions"]
 
 CONVERTIBLE = (Attention, AttentionRope, EvaAttention)
+
+BALANCING_BUFFERS = ("balancing_query_center", "balancing_key_center", "balancing_scale")
+"""Names of the constants that a calibration leaves in a layer, in the order of `Balancing`'s arguments."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,6 +57,8 @@ class ConvertedAttention(RandomProjectionMixin, nn.Module):
 
     It takes over the modules of an `Attention`, `AttentionRope` or `EvaAttention`, under the same names, so the state
     dict stays as it is. Rotary embeddings are applied before the features, as before the products they replace.
+    Queries and keys are centred and balanced by the statistics of each call, or by constants (`set_balancing`), which
+    then are part of the state dict; loading a state dict that has them sets them.
 
     Args:
         attention: the layer that it takes over; not changed, but its modules are shared.
@@ -97,7 +104,35 @@ class ConvertedAttention(RandomProjectionMixin, nn.Module):
         self.training = attention.training
         self.head_dim = self._head_dim()
         self.grid = grid
+        for name in BALANCING_BUFFERS:
+            self.register_buffer(name, None)
         self._start_drawing(options)
+
+    @property
+    def balancing(self) -> Balancing | None:
+        """The constants that queries and keys are centred and balanced with; None for each call's own statistics."""
+        buffers = [getattr(self, name) for name in BALANCING_BUFFERS]
+        return None if buffers[0] is None else Balancing(*(buffer.float() for buffer in buffers))
+
+    def set_balancing(self, balancing: Balancing | None) -> None:
+        """Take constants, [1, H, 1, D], in the place of each call's statistics; None gives those back.
+
+        Raises:
+            ValueError: constants for a layer that neither centres nor balances.
+        """
+        if balancing is not None and not (self.options.center or self.options.balance):
+            raise ValueError("expected a layer with center=True or balance=True to take constants, got neither")
+        tensors = (None,) * len(BALANCING_BUFFERS) if balancing is None else balancing.tensors()
+        for name, tensor in zip(BALANCING_BUFFERS, tensors, strict=True):
+            setattr(self, name, tensor)
+
+    def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
+        if self.balancing is None and (self.options.center or self.options.balance):
+            device = self.projection.device
+            for name in BALANCING_BUFFERS:
+                if prefix + name in state_dict:
+                    setattr(self, name, torch.empty_like(state_dict[prefix + name], device=device))
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
     def forward(
         self,
@@ -120,12 +155,7 @@ class ConvertedAttention(RandomProjectionMixin, nn.Module):
         Raises:
             ValueError: another mask, causal order with windows, or a grid that nobody told.
         """
-        q, k, v = self._queries_keys_values(x)
-        if rope is not None:
-            q, k = (self._rotate(y, rope).type_as(v) for y in (q, k))
-        groups = self.num_heads // k.shape[1]
-        if groups > 1:
-            k, v = (y.repeat_interleave(groups, dim=1) for y in (k, v))
+        q, k, v = self.queries_keys_values(x, rope)
         out = self.norm(self._mix(q, k, v, attn_mask, is_causal).transpose(1, 2).flatten(2))
         gate = getattr(self, "gate", None)
         if gate is not None:
@@ -144,7 +174,9 @@ class ConvertedAttention(RandomProjectionMixin, nn.Module):
             )
         key_mask, balancing = key_mask_of(attn_mask, k), None
         if options.center or options.balance:
-            balancing = fit_balancing(q, k, key_mask, center=options.center, balance=options.balance)
+            balancing = self.balancing
+            if balancing is None:
+                balancing = fit_balancing(q, k, key_mask, center=options.center, balance=options.balance)
         if not exact:
             return favor_attention(q, k, v, self.projection, options.kernel, key_mask, is_causal, balancing)
         grid = self.grid.of(q.shape[2] - options.num_prefix_tokens)
@@ -162,7 +194,22 @@ class ConvertedAttention(RandomProjectionMixin, nn.Module):
             balancing,
         )
 
-    def _queries_keys_values(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def queries_keys_values(self, x: Tensor, rope: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, keys and values as the attention sees them, [B, H, N, D]: normed, rotated, one of each a head.
+
+        Args:
+            x: tokens, [B, N, C].
+            rope: rotary embedding of the grid's tokens.
+        """
+        q, k, v = self._project(x)
+        if rope is not None:
+            q, k = (self._rotate(y, rope).type_as(v) for y in (q, k))
+        groups = self.num_heads // k.shape[1]
+        if groups > 1:
+            k, v = (y.repeat_interleave(groups, dim=1) for y in (k, v))
+        return q, k, v
+
+    def _project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Queries, [B, H, N, D], keys and values, which may have fewer heads."""
         if self.qkv is None:
             q, k, v = (self._heads(project(x)) for project in (self.q_proj, self.k_proj, self.v_proj))

@@ -1,8 +1,11 @@
 """Networks: backbones registered with timm, heads, and both together with what prediction needs to know."""
 
 from perf_vit.models.build import ModelConfig, build_segmenter
+from perf_vit.models.calibration import calibrate, choose_layer_options
 from perf_vit.models.checkpoint import CHECKPOINT_KEY, checkpoint_metadata, load_segmenter, restore_draw
 from perf_vit.models.convert import performerize
+from perf_vit.models.fidelity import attention_errors, token_cosines
+from perf_vit.models.saved_model import load_converted, load_softmax, save_converted
 from perf_vit.models.segmenter import Segmenter, SegmenterSpec
 
 __all__ = [
@@ -10,9 +13,16 @@ __all__ = [
     "ModelConfig",
     "Segmenter",
     "SegmenterSpec",
+    "attention_errors",
     "build_segmenter",
+    "calibrate",
     "checkpoint_metadata",
+    "choose_layer_options",
+    "load_converted",
     "load_segmenter",
+    "load_softmax",
     "performerize",
     "restore_draw",
+    "save_converted",
+    "token_cosines",
 ]

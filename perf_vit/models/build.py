@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import timm
 from torch import nn
 
 import perf_vit.models.backbones  # noqa: F401  (registers the backbones)
-from perf_vit.errors import ConfigError
+from perf_vit.errors import CheckpointError, ConfigError
 from perf_vit.models.heads import FullResolutionHead
+from perf_vit.models.saved_model import build_converted, load_converted, read_saved_config
 from perf_vit.models.segmenter import Segmenter, SegmenterSpec
 from perf_vit.types import FeatureSpec
 
@@ -26,7 +28,8 @@ class ModelConfig:
     """A backbone and a head.
 
     Attributes:
-        backbone: any timm model name that takes `features_only` and `img_size`.
+        backbone: any timm model name that takes `features_only` and `img_size`, or a folder with a converted model,
+            whose weights are loaded.
         backbone_kwargs: passed to `timm.create_model`, e.g. {attn_kwargs: {num_features: 128}}.
         pretrained: load timm's weights for the backbone.
         out_indices: the blocks whose outputs the head sees.
@@ -42,15 +45,26 @@ class ModelConfig:
     head_kwargs: dict[str, Any] = field(default_factory=dict)
 
 
-def build_segmenter(config: ModelConfig, spec: SegmenterSpec) -> Segmenter:
-    """Build a segmentation network; its weights are random unless `pretrained` is set.
+def build_segmenter(
+    config: ModelConfig, spec: SegmenterSpec, saved_backbone: Mapping[str, Any] | None = None
+) -> Segmenter:
+    """Build a segmentation network; its weights are random unless `pretrained` is set or the backbone is a folder.
+
+    Args:
+        config: the network.
+        spec: what it expects and means.
+        saved_backbone: config of the converted model that the backbone was made of, to do without its folder.
 
     Raises:
+        CheckpointError: a folder without a converted model.
         ConfigError: an unknown backbone or head, arguments they don't take, or a tile size that the patch size
             doesn't divide.
     """
     in_chans = len(spec.normalizer.mean)
-    backbone = _build_backbone(config, in_chans, spec.tile_px)
+    in_folder = saved_backbone is None and config.backbone not in timm.list_models() and Path(config.backbone).is_dir()
+    if in_folder:
+        saved_backbone = read_saved_config(config.backbone)
+    backbone = _build_backbone(config, in_chans, spec.tile_px, saved_backbone, load_weights=in_folder)
     info: Any = backbone.feature_info
     specs = [FeatureSpec(c, s) for c, s in zip(info.channels(), info.reduction(), strict=True)]
     size_multiple = max(s.stride for s in specs)
@@ -63,23 +77,32 @@ def build_segmenter(config: ModelConfig, spec: SegmenterSpec) -> Segmenter:
         head = _lookup_head(config.head)(specs, in_chans, len(spec.classes), **config.head_kwargs)
     except (TypeError, ValueError) as error:
         raise ConfigError(f"model.head {config.head}: {error}") from error
-    return Segmenter(backbone, head, spec, size_multiple)
+    return Segmenter(backbone, head, spec, size_multiple, saved_backbone)
 
 
-def _build_backbone(config: ModelConfig, in_chans: int, tile_px: int) -> nn.Module:
-    if config.backbone not in timm.list_models():
+def _build_backbone(
+    config: ModelConfig, in_chans: int, tile_px: int, saved: Mapping[str, Any] | None, *, load_weights: bool
+) -> nn.Module:
+    if saved is None and config.backbone not in timm.list_models():
         near = difflib.get_close_matches(config.backbone, timm.list_models(), n=1, cutoff=0.5)
         hint = f"did you mean {near[0]}?" if near else "see `timm.list_models('performer_*')`"
-        raise ConfigError(f"model.backbone: timm has no model {config.backbone}; {hint}")
+        raise ConfigError(f"model.backbone: timm has no model {config.backbone}, nor is it a folder; {hint}")
+    options = {
+        "features_only": True,
+        "out_indices": tuple(config.out_indices),
+        "in_chans": in_chans,
+        "img_size": tile_px,
+        "dynamic_img_size": True,
+        **config.backbone_kwargs,
+    }
     try:
-        return timm.create_model(
-            config.backbone,
-            pretrained=config.pretrained,
-            features_only=True,
-            out_indices=tuple(config.out_indices),
-            in_chans=in_chans,
-            **{"img_size": tile_px, "dynamic_img_size": True, **config.backbone_kwargs},
-        )
+        if load_weights:
+            return load_converted(config.backbone, **options).train()
+        if saved is not None:
+            return build_converted(saved, **options).train()
+        return timm.create_model(config.backbone, pretrained=config.pretrained, **options)
+    except CheckpointError:
+        raise
     except (TypeError, ValueError, AssertionError, RuntimeError) as error:
         raise ConfigError(f"model.backbone {config.backbone}: {str(error).splitlines()[0]}") from error
 

@@ -31,6 +31,8 @@ def checkpoint_metadata(config: ModelConfig, model: Segmenter) -> dict[str, Any]
         "model": asdict(config),
         "spec": model.spec.to_dict(),
         "draw": current_draw(model),
+        # A converted backbone's folder may be gone when the checkpoint is used.
+        "saved_backbone": model.saved_backbone,
     }
 
 
@@ -51,7 +53,7 @@ def load_segmenter(path: str | Path) -> Segmenter:
         raise CheckpointError(f"{path} is not a perf_vit checkpoint; give a .ckpt file that `perf-vit train` wrote")
     metadata = content[CHECKPOINT_KEY]
     config = ModelConfig(**{**metadata["model"], "pretrained": False})
-    model = build_segmenter(config, SegmenterSpec.from_dict(metadata["spec"]))
+    model = build_segmenter(config, SegmenterSpec.from_dict(metadata["spec"]), metadata.get("saved_backbone"))
     state = content["state_dict"]
     model.load_state_dict(
         {key.removeprefix(STATE_PREFIX): value for key, value in state.items() if key.startswith(STATE_PREFIX)}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -60,14 +60,23 @@ class Segmenter(nn.Module):
         head: takes the list of feature maps and the image, gives logits.
         spec: what the network expects and means.
         size_multiple: height and width of a tile must be multiples of it, the patch size of the backbone.
+        saved_backbone: config of the converted model that the backbone was made of, None for a timm model.
     """
 
-    def __init__(self, backbone: nn.Module, head: nn.Module, spec: SegmenterSpec, size_multiple: int) -> None:
+    def __init__(
+        self,
+        backbone: nn.Module,
+        head: nn.Module,
+        spec: SegmenterSpec,
+        size_multiple: int,
+        saved_backbone: Mapping[str, Any] | None = None,
+    ) -> None:
         super().__init__()
         self.backbone = backbone
         self.head = head
         self.spec = spec
         self.size_multiple = size_multiple
+        self.saved_backbone = saved_backbone
 
     def forward(self, image: Tensor) -> Tensor:
         """Logits for every pixel.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import logging
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -11,21 +12,46 @@ import lightning
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-__all__ = ["HistoryCallback", "plot_history"]
+__all__ = ["SEGMENTATION_CURVES", "Curves", "HistoryCallback", "plot_history"]
 
 _logger = logging.getLogger("perf_vit")
-_SHOWN = ("train/loss", "val/loss", "val/iou", "val/f1")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Curves:
+    """Which metrics are drawn, losses in one panel and scores in another, and named in the log.
+
+    Attributes:
+        losses: names of losses.
+        scores: names of scores between 0 and 1.
+        title: of the scores' panel.
+        log_losses: draw losses on a logarithmic axis.
+        score_range: of the scores' axis, None for that of the scores.
+    """
+
+    losses: tuple[str, ...]
+    scores: tuple[str, ...]
+    title: str
+    log_losses: bool = False
+    score_range: tuple[float, float] | None = (0.0, 1.0)
+
+
+SEGMENTATION_CURVES = Curves(
+    losses=("train/loss", "val/loss"), scores=("val/iou", "val/f1"), title="validation, mean over classes"
+)
 
 
 class HistoryCallback(lightning.Callback):
     """Writes `metrics.csv` and `loss_curve.png` into the run folder after each epoch.
 
     It logs a line an epoch to the logger "perf_vit" at INFO, for runs without a terminal. The rows are part of the
-    checkpoint, so a resumed run's files hold every epoch (Lightning's CSVLogger starts a new file).
+    checkpoint, so a resumed run's files hold every epoch (Lightning's CSVLogger starts a new file). Where validation
+    is run before training, its row is that of epoch -1.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, curves: Curves = SEGMENTATION_CURVES) -> None:
         self.folder = folder
+        self.curves = curves
         self.rows: list[dict[str, float]] = []
 
     def state_dict(self) -> dict[str, Any]:
@@ -36,6 +62,11 @@ class HistoryCallback(lightning.Callback):
         """Take up the rows of the checkpoint that a run resumes from."""
         self.rows = state_dict["rows"]
 
+    def on_sanity_check_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
+        """Start with the scores before training; a resumed run has them."""
+        if not self.rows:
+            self.rows = [{"epoch": -1, **{key: float(value) for key, value in trainer.callback_metrics.items()}}]
+
     def on_train_epoch_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
         """Add this epoch's row and write both files anew."""
         values = {key: float(value) for key, value in trainer.callback_metrics.items()}
@@ -44,7 +75,8 @@ class HistoryCallback(lightning.Callback):
         self.rows = [*rows, {"epoch": trainer.current_epoch, "lr": lr, **dict(sorted(values.items()))}]
         if trainer.is_global_zero:
             self._write()
-            shown = ", ".join(f"{key} {values[key]:.4f}" for key in _SHOWN if key in values)
+            names = (*self.curves.losses, *self.curves.scores)
+            shown = ", ".join(f"{key} {values[key]:.4f}" for key in names if key in values)
             _logger.info("epoch %d of %s: %s", trainer.current_epoch + 1, trainer.max_epochs, shown)
 
     def _write(self) -> None:
@@ -53,23 +85,27 @@ class HistoryCallback(lightning.Callback):
             writer = csv.DictWriter(file, columns)
             writer.writeheader()
             writer.writerows(self.rows)
-        plot_history(self.rows, self.folder / "loss_curve.png")
+        plot_history(self.rows, self.folder / "loss_curve.png", self.curves)
 
 
-def plot_history(rows: list[dict[str, float]], path: Path) -> None:
+def plot_history(rows: list[dict[str, float]], path: Path, curves: Curves = SEGMENTATION_CURVES) -> None:
     """Draw losses (left) and validation scores (right) against the epoch."""
     figure = Figure(figsize=(9, 3.4), layout="constrained")
     FigureCanvasAgg(figure)
     losses, scores = figure.subplots(1, 2)
-    for axes, keys in ((losses, ("train/loss", "val/loss")), (scores, ("val/iou", "val/f1"))):
+    for axes, keys in ((losses, curves.losses), (scores, curves.scores)):
         for key in keys:
             points = [(row["epoch"], row[key]) for row in rows if key in row]
             if points:
                 axes.plot(*zip(*points, strict=True), marker=".", label=key)
         axes.set_xlabel("epoch")
         axes.grid(alpha=0.3)
-        axes.legend()
+        if axes.lines:
+            axes.legend()
     losses.set_title("loss")
-    scores.set_title("validation, mean over classes")
-    scores.set_ylim(0, 1)
+    if curves.log_losses:
+        losses.set_yscale("log")
+    scores.set_title(curves.title)
+    if curves.score_range is not None:
+        scores.set_ylim(*curves.score_range)
     figure.savefig(path, dpi=110)

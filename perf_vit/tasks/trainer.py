@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from perf_vit.errors import ConfigError
 from perf_vit.tasks.history import HistoryCallback
 from perf_vit.tasks.redraw import RedrawProjections
 
-__all__ = ["TrainerConfig", "build_trainer"]
+__all__ = ["TrainerConfig", "best_and_last", "build_trainer", "lightning_trainer"]
 
 _PRECISIONS = ("32-true", "bf16-mixed", "16-mixed", "64-true")
 
@@ -52,52 +53,91 @@ def build_trainer(config: TrainerConfig, folder: Path, *, progress: bool = True)
     Raises:
         ConfigError: values that Lightning doesn't know.
     """  # noqa: D205
-    if config.precision not in _PRECISIONS:
-        raise ConfigError(f"trainer.precision must be one of {', '.join(_PRECISIONS)}, got {config.precision}")
     if config.max_epochs < 1 or config.val_every_epochs < 1:
         raise ConfigError("trainer.max_epochs and trainer.val_every_epochs must be at least 1")
     if config.redraw_every_steps < 0:
         raise ConfigError(
             f"trainer.redraw_every_steps must be 0 or more, got {config.redraw_every_steps}; use 0 to never redraw"
         )
+    callbacks = [HistoryCallback(folder), *best_and_last(folder, monitor="val/iou")]
+    if config.redraw_every_steps:
+        callbacks.append(RedrawProjections(config.redraw_every_steps))
+    return lightning_trainer(
+        folder,
+        callbacks,
+        precision=config.precision,
+        accelerator=config.accelerator,
+        devices=config.devices,
+        progress=progress,
+        max_epochs=config.max_epochs,
+        gradient_clip_val=config.gradient_clip or None,
+        check_val_every_n_epoch=config.val_every_epochs,
+        num_sanity_val_steps=0,
+    )
+
+
+def lightning_trainer(
+    folder: Path,
+    callbacks: Sequence[Callback],
+    *,
+    precision: str,
+    accelerator: str,
+    devices: str | int,
+    progress: bool,
+    **options: Any,
+) -> lightning.Trainer:
+    """A trainer as all tasks want it; `options` are Lightning's.
+
+    Raises:
+        ConfigError: values that Lightning doesn't know.
+    """
+    if precision not in _PRECISIONS:
+        raise ConfigError(f"trainer.precision must be one of {', '.join(_PRECISIONS)}, got {precision}")
     _quieten()
     try:
         return lightning.Trainer(
-            max_epochs=config.max_epochs,
-            precision=config.precision,
-            accelerator=config.accelerator,
-            devices=config.devices,
-            gradient_clip_val=config.gradient_clip or None,
-            check_val_every_n_epoch=config.val_every_epochs,
+            precision=precision,
+            accelerator=accelerator,
+            devices=devices,
             # bilinear resizing has no deterministic backward on CUDA: a warning there, exact on the CPU.
             deterministic="warn",
             default_root_dir=folder,
             logger=TensorBoardLogger(folder, name="tensorboard", version=""),
-            callbacks=_callbacks(config, folder, progress),
+            callbacks=[*callbacks, *([RichProgressBar()] if progress else [])],
             enable_progress_bar=progress,
             enable_model_summary=False,
-            num_sanity_val_steps=0,
             log_every_n_steps=10,
+            **options,
         )
     except (ValueError, RuntimeError, lightning.fabric.utilities.exceptions.MisconfigurationException) as error:
         raise ConfigError(f"trainer: {str(error).splitlines()[0]}") from error
 
 
-def _callbacks(config: TrainerConfig, folder: Path, progress: bool) -> list[Callback]:
-    # The history comes before the checkpoint, which must hold this epoch's row.
-    checkpoints = folder / "checkpoints"
-    shared: dict[str, Any] = {"enable_version_counter": False, "save_on_train_epoch_end": True}
-    callbacks: list[Callback] = [
-        HistoryCallback(folder),
-        ModelCheckpoint(dirpath=checkpoints, filename="best", monitor="val/iou", mode="max", **shared),
+def best_and_last(folder: Path, monitor: str) -> list[Callback]:
+    """The callbacks that keep `checkpoints/best.ckpt`, by the highest `monitor`, and `last.ckpt`.
+
+    They go after the history, whose rows of this epoch are part of the checkpoint.
+    """
+    shared: dict[str, Any] = {
+        "dirpath": folder / "checkpoints",
+        "enable_version_counter": False,
+        "save_on_train_epoch_end": True,
+    }
+    return [
+        ModelCheckpoint(filename="best", monitor=monitor, mode="max", **shared),
         # Without a monitor the newest is kept; `save_last` would follow the best one.
-        ModelCheckpoint(dirpath=checkpoints, filename="last", **shared),
+        ModelCheckpoint(filename="last", **shared),
     ]
-    if config.redraw_every_steps:
-        callbacks.append(RedrawProjections(config.redraw_every_steps))
-    return [*callbacks, RichProgressBar()] if progress else callbacks
 
 
 def _quieten() -> None:
-    for message in (".*does not have many workers.*", ".*treespec.*", ".*litlogger.*", ".*exists and is not empty.*"):
+    for message in (
+        ".*does not have many workers.*",
+        ".*treespec.*",
+        ".*litlogger.*",
+        ".*exists and is not empty.*",
+        # A distillation validates as often as it likes, and keeps both models in evaluation mode.
+        ".*smaller than the logging interval.*",
+        ".*in eval mode at the start of training.*",
+    ):
         warnings.filterwarnings("ignore", message)

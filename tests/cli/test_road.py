@@ -61,8 +61,8 @@ def test_a_resumed_run_ends_where_an_uninterrupted_one_does(trained, tmp_path) -
         "class Stop(lightning.Callback):\n"
         "    def on_train_epoch_start(self, trainer, module):\n"
         "        if trainer.current_epoch == 2: raise KeyboardInterrupt\n"
-        "import perf_vit.tasks.trainer as t; kept = t._callbacks\n"
-        "t._callbacks = lambda *a: [*kept(*a), Stop()]\n"
+        "import perf_vit.tasks.trainer as t; kept = t.best_and_last\n"
+        "t.best_and_last = lambda *a, **k: [*kept(*a, **k), Stop()]\n"
         "run(sys.argv[1:])\n"
     )
     args = train_args(trained.scene, interrupted, "trainer.max_epochs=3")

@@ -133,6 +133,51 @@ def test_a_converted_model_exports() -> None:
     torch.testing.assert_close(exported(images()), model(images()), rtol=1e-4, atol=1e-4)
 
 
+def test_single_layers_have_options_and_attention_of_their_own() -> None:
+    per_layer = {0: {"attention": "softmax"}, 1: {"attention": "performer"}, 2: {"window_size": 4, "num_features": 32}}
+    model = perf_vit.performerize(build("vit_tiny_patch16_224"), per_layer=per_layer, num_features=64, num_sinks=8)
+    assert not isinstance(model.blocks[0].attn, ConvertedAttention)
+    found = [
+        (x.kernel, x.window_size, x.num_sinks, x.num_features, x.layer_index)
+        for x in (model.blocks[index].attn.options for index in (1, 2, 3))
+    ]
+    assert found == [
+        ("softmax+", 0, 0, 64, 1),
+        ("softmax-hyp+", 4, 8, 32, 2),
+        ("softmax-hyp+", 16, 8, 64, 3),
+    ]
+    assert model.conversion.per_layer == per_layer
+
+
+def test_one_layer_of_a_model_that_stays_softmax_can_be_converted() -> None:
+    per_layer = {3: {"attention": "scatterbrain", "num_sinks": 8}}
+    model = perf_vit.performerize(build("vit_tiny_patch16_224"), "softmax", per_layer=per_layer)
+    assert [isinstance(block.attn, ConvertedAttention) for block in model.blocks] == [i == 3 for i in range(12)]
+    assert model(images()).shape == (2, 5)
+
+
+def test_wrong_options_for_single_layers_are_named() -> None:
+    model = build("vit_tiny_patch16_224")
+    with pytest.raises(ValueError, match="layers that are converted, 0 to 11; got 12"):
+        perf_vit.performerize(model, per_layer={12: {"window_size": 8}})
+    with pytest.raises(ValueError, match="layers that are converted, 2, 5; got 3"):
+        perf_vit.performerize(model, layers=[5, 2], per_layer={3: {"window_size": 8}})
+    with pytest.raises(ValueError, match=r"got 'sinks'; did you mean 'num_sinks'\?"):
+        perf_vit.performerize(model, per_layer={3: {"sinks": 8}})
+    with pytest.raises(ValueError, match="one of softmax, performer, scatterbrain, got 'linear'"):
+        perf_vit.performerize(model, per_layer={3: {"attention": "linear"}})
+
+
+@torch.no_grad()
+def test_a_features_only_model_converts_too() -> None:
+    kwargs = {"features_only": True, "out_indices": (0, 2)}
+    model = timm.create_model("vit_tiny_patch16_224", img_size=SIZE, **kwargs).eval()
+    converted = perf_vit.performerize(model, window_size=20, num_sinks=0)
+    assert all(isinstance(block.attn, ConvertedAttention) for block in converted.model.blocks)
+    for x, y in zip(converted(images()), model(images()), strict=True):
+        torch.testing.assert_close(x, y, rtol=1e-4, atol=1e-4)
+
+
 def test_what_cannot_be_converted_is_named() -> None:
     model = build("vit_tiny_patch16_224")
     with pytest.raises(ValueError, match="one of softmax, performer, scatterbrain, got 'linformer'"):

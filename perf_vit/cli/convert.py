@@ -1,0 +1,226 @@
+"""`perf-vit convert`: from a softmax ViT to a folder with a linear one, and a report of what it kept."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from perf_vit.cli.console import errors, windows_progress
+from perf_vit.cli.conversion_report import measure_conversion, print_conversion, write_conversion
+from perf_vit.data import UnlabelledCrops, find_images
+from perf_vit.errors import ConfigError, PerfVitError
+from perf_vit.models import calibrate, choose_layer_options, load_softmax, performerize, save_converted
+from perf_vit.models.saved_model import check_output_folder
+from perf_vit.models.weights import create_with_weights, read_weights
+from perf_vit.transforms import Normalizer
+
+__all__ = ["ConversionRequest", "convert_model", "parse_layers"]
+
+# Crops that options and constants are chosen by, and others that the report measures on.
+_CALIBRATION_CROPS, _OPTION_CROPS, _REPORT_CROPS = 8, 4, 4
+
+
+@dataclass(frozen=True, kw_only=True)
+class ConversionRequest:
+    """What the command line asks for.
+
+    Attributes:
+        source: a timm model, or a folder with a saved one.
+        out: folder for the converted model.
+        weights: file with the weights of a timm model; timm's own pretrained ones if None.
+        num_classes: of the weights; the model's own number if None.
+        attention: as in `performerize`.
+        options: of all layers.
+        layers: places of the layers to convert, None for all.
+        img_size: side of the images in pixels; the model's own if None.
+        images: files and folders with images to calibrate and measure on.
+        budget: times of plain FAVOR+ that the model may take; None leaves options as they are.
+        calibrate: keep constants of the images in the place of each call's statistics.
+        seed: of projections and crops.
+        overwrite: replace a model in `out`.
+        time_softmax: time softmax however many tokens there are.
+    """
+
+    source: str
+    out: Path
+    weights: Path | None = None
+    num_classes: int | None = None
+    attention: str = "scatterbrain"
+    options: dict[str, Any] = field(default_factory=dict)
+    layers: tuple[int, ...] | None = None
+    img_size: int | None = None
+    images: tuple[Path, ...] = ()
+    budget: float | None = None
+    calibrate: bool = False
+    seed: int = 0
+    overwrite: bool = False
+    time_softmax: bool = False
+
+    def __post_init__(self) -> None:
+        asked = [name for name, on in (("--budget", self.budget is not None), ("--calibrate", self.calibrate)) if on]
+        if asked and not self.images:
+            raise ConfigError(f"{asked[0]} learns from images, got none; give --images FOLDER")
+        if asked and self.attention != "scatterbrain":
+            raise ConfigError(f"{asked[0]} is of --attention scatterbrain, got {self.attention}; leave it out")
+
+
+def convert_model(request: ConversionRequest) -> Path:
+    """Convert a model, save it with `fidelity.html` beside its weights, print what it keeps and costs.
+
+    Returns:
+        The report.
+
+    Raises:
+        PerfVitError: an argument, input or output that doesn't fit; nothing is written then.
+    """
+    check_output_folder(request.out, overwrite=request.overwrite)
+    try:
+        softmax = _softmax_model(request)
+        crops = _crops(request, softmax)
+        converted = _convert(request, softmax, crops)
+        save_converted(converted, request.out, overwrite=request.overwrite)
+    except PerfVitError:
+        raise
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+    with errors.status("measuring") as status:
+        measured = measure_conversion(
+            softmax, converted, crops[-_REPORT_CROPS:], time_softmax=request.time_softmax, on_step=status.update
+        )
+    print_conversion(measured)
+    return write_conversion(measured, request.out, title=request.source, images=_describe_images(request))
+
+
+def parse_layers(text: str | None) -> tuple[int, ...] | None:
+    """Places as "0-5,8": 0 to 5 and 8; None for all.
+
+    Raises:
+        ConfigError: anything else.
+    """
+    if text is None:
+        return None
+    try:
+        ranges = [[int(end) for end in part.split("-")] for part in text.split(",")]
+        if any(len(ends) > 2 for ends in ranges):
+            raise ValueError
+    except ValueError as error:
+        raise ConfigError(f"--layers must be places such as 0-5,8, got {text}") from error
+    return tuple(sorted({index for ends in ranges for index in range(ends[0], ends[-1] + 1)}))
+
+
+def _convert(request: ConversionRequest, softmax: nn.Module, crops: Sequence[Tensor]) -> nn.Module:
+    options, per_layer = {"seed": request.seed, **request.options}, None
+    if request.budget is not None:
+        with windows_progress("trying options", unit="measurements") as on_step:
+            per_layer = choose_layer_options(
+                softmax, crops[:_OPTION_CROPS], request.budget, layers=request.layers, on_step=on_step, **options
+            )
+    converted = performerize(softmax, request.attention, request.layers, per_layer, **options)
+    if request.calibrate:
+        with errors.status("calibrating"):
+            calibrate(converted, crops[:_CALIBRATION_CROPS])
+    return converted
+
+
+def _softmax_model(request: ConversionRequest) -> Any:
+    kwargs = {"img_size": request.img_size, "num_classes": request.num_classes}
+    kwargs = {name: value for name, value in kwargs.items() if value is not None}
+    if Path(request.source).is_dir():
+        if request.weights is not None:
+            raise ConfigError(f"{request.source} is a folder with weights of its own; leave --weights out")
+        return _checked(load_softmax(request.source, **kwargs).eval())
+    _check_name(request.source)
+    if request.weights is None:
+        return _checked(_pretrained(request.source, kwargs))
+    # The file's weights have neither the name nor the licence of those that timm would load.
+    overlay: dict[str, Any] = {"tag": None, "license": None}
+    if request.num_classes is not None:
+        overlay["num_classes"] = request.num_classes
+    weights = read_weights(request.weights)
+    try:
+        return _checked(create_with_weights(request.source, weights, request.weights, overlay, **kwargs).eval())
+    except (TypeError, RuntimeError, AssertionError) as error:
+        raise ConfigError(f"timm can't make {request.source} with {kwargs}: {_first_line(error)}") from error
+
+
+def _pretrained(name: str, kwargs: dict[str, Any]) -> Any:
+    try:
+        with errors.status(f"loading {name}"):
+            return timm.create_model(name, pretrained=True, **kwargs).eval()
+    # Each way of downloading has errors of its own.
+    except Exception as error:
+        raise ConfigError(
+            f"timm can't load pretrained weights of {name}: {_first_line(error)}; give them by --weights FILE"
+        ) from error
+
+
+def _check_name(name: str) -> None:
+    architecture = name.partition(".")[0]
+    if timm.is_model(architecture):
+        return
+    if Path(name).suffix in {".safetensors", ".pth", ".pt", ".ckpt", ".bin"}:
+        raise ConfigError(
+            f"{name} is a weights file: name its model first, as in vit_small_patch14_dinov2 --weights {name}"
+        )
+    near = difflib.get_close_matches(architecture, timm.list_models(), n=1, cutoff=0.5)
+    hint = f"did you mean {near[0]}?" if near else "see timm.list_models('vit_*')"
+    raise ConfigError(f"timm has no model {name}, and there is no such folder; {hint}")
+
+
+def _checked(model: Any) -> Any:
+    """Refuse a size that patches don't divide; it would be cut silently."""
+    (height, _), (patch, _) = model.patch_embed.img_size, model.patch_embed.patch_size
+    if height % patch:
+        nearest = max(1, round(height / patch)) * patch
+        raise ConfigError(f"--img-size must be a multiple of the patch size {patch}, got {height}; try {nearest}")
+    return model
+
+
+def _crops(request: ConversionRequest, model: Any) -> list[Tensor]:
+    """Standardised crops, [C, S, S]: those for calibration, then those for the report."""
+    size, cfg = model.patch_embed.img_size[0], model.pretrained_cfg
+    if not request.images:
+        in_chans = model.patch_embed.proj.in_channels
+        return [_synthetic(in_chans, size, request.seed + place) for place in range(_REPORT_CROPS)]
+    # timm's statistics are of values from 0 to 1, images have 0 to 255.
+    normalizer = Normalizer(*(tuple(255 * value for value in cfg[name]) for name in ("mean", "std")))
+    crops = UnlabelledCrops(
+        find_images(request.images),
+        normalizer,
+        size_px=size,
+        length=_CALIBRATION_CROPS + _REPORT_CROPS,
+        seed=request.seed,
+        symmetries=False,
+    )
+    return [crops[index] for index in range(len(crops))]
+
+
+def _synthetic(in_chans: int, size: int, seed: int) -> Tensor:
+    """Noise of all scales, [in_chans, size, size], as large in every octave."""
+    generator = torch.Generator().manual_seed(seed)
+    picture, side = torch.zeros(1, in_chans, size, size), 2
+    while side < size:
+        noise = torch.randn(1, in_chans, side, side, generator=generator)
+        picture += F.interpolate(noise, size=(size, size), mode="bilinear")
+        side *= 2
+    return (picture / picture.std()).squeeze(0)
+
+
+def _describe_images(request: ConversionRequest) -> str:
+    if not request.images:
+        return f"{_REPORT_CROPS} generated pictures, noise of all scales: give --images for figures that mean something"
+    learned = request.budget is not None or request.calibrate
+    apart = ", others than those the conversion learned from" if learned else ""
+    return f"{_REPORT_CROPS} crops of {', '.join(path.name for path in request.images)}{apart}"
+
+
+def _first_line(error: Exception) -> str:
+    return next(iter(str(error).splitlines()), type(error).__name__)

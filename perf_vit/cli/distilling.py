@@ -1,0 +1,122 @@
+"""`perf-vit distill`: from a config to a run folder with a trained student."""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import lightning
+import timm
+import torch
+from torch import nn
+
+from perf_vit.cli.schemas import DistillationRun, PairConfig
+from perf_vit.cli.training import check_run_folder, make_run_folder, set_up_logging
+from perf_vit.config import dump_config
+from perf_vit.data import build_crops
+from perf_vit.errors import ConfigError, PerfVitError
+from perf_vit.models import load_converted, performerize, save_converted
+from perf_vit.models.weights import create_with_weights, read_weights
+from perf_vit.tasks import DistillationTask, build_distillation_trainer
+
+__all__ = ["distill_model"]
+
+STUDENT = "student"
+"""The saved student's folder inside the run folder."""
+
+
+def distill_model(config: DistillationRun, *, progress: bool = True) -> Path:
+    """Train a student and leave it with checkpoints, metrics, curves and the resolved config in the run folder.
+
+    Everything is opened and built before the folder is touched, so a wrong argument leaves nothing behind.
+
+    Returns:
+        The folder of the saved student, the best checkpoint's by the patch tokens' cosine; `load_converted` reads it.
+
+    Raises:
+        PerfVitError: a config, input or output that doesn't fit.
+    """
+    folder = Path(config.out)
+    last = folder / "checkpoints" / "last.ckpt"
+    check_run_folder(folder, last, resume=config.resume)
+    set_up_logging()
+    lightning.seed_everything(config.seed, workers=True, verbose=False)
+    teacher = _teacher(config.model)
+    _check_size(teacher, config.data.size_px)
+    task = _task(config, teacher)
+    pretrained: Any = teacher.pretrained_cfg
+    data = build_crops(
+        config.data,
+        pretrained["mean"],
+        pretrained["std"],
+        steps_per_epoch=config.trainer.val_every_steps,
+        seed=config.seed,
+    )
+    trainer = build_distillation_trainer(config.trainer, config.optim, folder, progress=progress)
+    make_run_folder(folder)
+    dump_config(config, folder / "config.yaml")
+    trainer.fit(task, data, ckpt_path=last if config.resume else None, weights_only=True)
+    return _save_student(task, folder)
+
+
+def _teacher(config: PairConfig) -> nn.Module:
+    if not timm.is_model(config.name):
+        raise ConfigError(f"model.name: timm has no model {config.name}; see timm.list_models()")
+    try:
+        if config.weights is None:
+            return timm.create_model(config.name, pretrained=True, **_timm_kwargs(config))
+        weights = read_weights(config.weights)
+        return create_with_weights(config.name, weights, config.weights, **_timm_kwargs(config))
+    except (RuntimeError, TypeError, ValueError, AssertionError) as error:
+        raise _as_ours(error, f"model {config.name}") from error
+
+
+def _timm_kwargs(config: PairConfig) -> dict[str, Any]:
+    # The grid of position embeddings stays as it was trained, whatever the size of the crops.
+    return {"dynamic_img_size": True, **config.kwargs}
+
+
+def _check_size(teacher: nn.Module, size_px: int) -> None:
+    patch_embed: Any = getattr(teacher, "patch_embed", None)
+    patch_size = getattr(patch_embed, "patch_size", (1, 1))
+    patch_px = max(patch_size) if isinstance(patch_size, tuple) else int(patch_size)
+    if size_px < 1 or size_px % patch_px:
+        nearest = max(1, round(size_px / patch_px)) * patch_px
+        raise ConfigError(f"data.size_px must be a multiple of the patch size {patch_px}, got {size_px}; try {nearest}")
+
+
+def _task(config: DistillationRun, teacher: nn.Module) -> DistillationTask:
+    try:
+        student = _student(config.model, teacher)
+        task = DistillationTask(teacher, student, config.optim)
+        # A student that can't be saved is found out before it is trained.
+        with tempfile.TemporaryDirectory() as scratch:
+            save_converted(student, Path(scratch, STUDENT))
+    except (TypeError, ValueError) as error:
+        raise _as_ours(error, "model") from error
+    return task
+
+
+def _student(config: PairConfig, teacher: nn.Module) -> nn.Module:
+    if config.student is None:
+        return performerize(teacher, config.attention, **config.options)
+    student = load_converted(config.student, **_timm_kwargs(config))
+    expected = {name: parameter.shape for name, parameter in teacher.named_parameters()}
+    if {name: parameter.shape for name, parameter in student.named_parameters()} != expected:
+        raise ConfigError(
+            f"model.student {config.student} is not a conversion of {config.name}; give the model.name and "
+            "model.weights that it was converted from"
+        )
+    return student
+
+
+def _as_ours(error: Exception, where: str) -> PerfVitError:
+    return error if isinstance(error, PerfVitError) else ConfigError(f"{where}: {str(error).splitlines()[0]}")
+
+
+def _save_student(task: DistillationTask, folder: Path) -> Path:
+    """Save the best checkpoint's student, over that of a run which was resumed."""
+    best = torch.load(folder / "checkpoints" / "best.ckpt", map_location="cpu", weights_only=True)
+    task.load_state_dict(best["state_dict"], strict=False)
+    return save_converted(task.student, folder / STUDENT, overwrite=True)

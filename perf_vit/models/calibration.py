@@ -1,0 +1,216 @@
+"""What a converted model learns from a few images: constants, and options that are worth their time."""
+
+from __future__ import annotations
+
+import math
+import statistics
+import time
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from contextlib import ExitStack
+from functools import partial
+from itertools import product
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from perf_vit.layers.converted_attention import ConvertedAttention, ScatterbrainOptions
+from perf_vit.layers.performer_attention import check_option_names
+from perf_vit.layers.token_grid import TokenGrid, watch_patch_embed
+from perf_vit.models.conversion import ATTENTIONS
+from perf_vit.models.convert import body_of, converted_layers, convertible_layers, performerize
+from perf_vit.models.fidelity import attention_errors, evaluating, image_batches
+from perf_vit.models.knapsack import choose_under_budget
+from perf_vit.ops import fit_balancing
+
+__all__ = ["CANDIDATES", "calibrate", "choose_layer_options"]
+
+CANDIDATES: tuple[dict[str, int], ...] = tuple(
+    {"window_size": window_size, "num_sinks": num_sinks, "num_features": num_features}
+    for window_size, num_sinks, num_features in product((8, 16), (64, 128, 256, 512), (64, 128, 256))
+)
+"""What `choose_layer_options` chooses from for each layer."""
+
+# So many tokens of all images together tell means and variances to about 2 percent.
+_TOKENS_PER_LAYER = 4096
+_TIMED_RUNS = 3
+
+
+@torch.no_grad()
+def calibrate(model: nn.Module, images: Iterable[Tensor]) -> nn.Module:
+    """Fix the statistics that a converted model centres and balances with, in place.
+
+    Each layer and head gets the means and channel factors of its queries and keys over all images
+    (`fit_balancing(per_sample=False)` of up to 4,096 tokens spread evenly over them), and uses these constants instead
+    of each call's own. They are part of the state dict from then on.
+
+    Args:
+        model: from `performerize`, with layers that centre or balance.
+        images: standardised images, [B, C, H, W] or [C, H, W], of sizes that the model takes.
+
+    Returns:
+        The model.
+
+    Raises:
+        ValueError: no image, or no such layer.
+    """
+    batches = list(image_batches(model, images))
+    layers = [x for x in converted_layers(model).values() if x.options.center or x.options.balance]
+    if not batches or not layers:
+        lacking = "images" if layers else "a model whose converted layers centre or balance"
+        raise ValueError(f"calibration needs {lacking}, got none; use performerize(model) and a few images")
+    tokens_per_image = math.ceil(_TOKENS_PER_LAYER / sum(len(batch) for batch in batches))
+    seen: dict[ConvertedAttention, list[tuple[Tensor, Tensor]]] = {layer: [] for layer in layers}
+
+    def keep(layer: Any, arguments: tuple[Any, ...], options: dict[str, Any]) -> None:
+        rope = options.get("rope", arguments[1] if len(arguments) > 1 else None)
+        q, k, _ = layer.queries_keys_values(arguments[0], rope)
+        seen[layer].append((_spread(q, tokens_per_image), _spread(k, tokens_per_image)))
+
+    with evaluating(model), ExitStack() as hooks:
+        for layer in layers:
+            layer.set_balancing(None)
+            hooks.callback(layer.register_forward_pre_hook(keep, with_kwargs=True).remove)
+        for batch in batches:
+            model(batch)
+    for layer, parts in seen.items():
+        q, k = (torch.cat(x, dim=2) for x in zip(*parts, strict=True))
+        options = layer.options
+        layer.set_balancing(fit_balancing(q, k, center=options.center, balance=options.balance, per_sample=False))
+    return model
+
+
+def choose_layer_options(
+    model: nn.Module,
+    images: Sequence[Tensor],
+    budget: float = 1.5,
+    *,
+    layers: Collection[int] | None = None,
+    candidates: Sequence[Mapping[str, int]] = CANDIDATES,
+    on_step: Callable[[int, int], None] = lambda done, total: None,
+    **options: Any,
+) -> dict[int, dict[str, int]]:
+    """Windows, sinks and features for each layer that keep most of a model within a time.
+
+    Measures what each candidate does to the outputs of each layer, on the inputs that the layer has in the softmax
+    model, and how long each takes on one layer; then chooses one for each layer so that the sum of relative errors is
+    smallest while the model's forward takes at most `budget` times that of plain FAVOR+ (256 features). Times are those
+    of this machine, at the size of the images, while nothing else should run.
+
+    Args:
+        model: the softmax model.
+        images: a few standardised images, [B, C, H, W] or [C, H, W]; the first one is timed.
+        budget: times of plain FAVOR+, whole models, projections and feed-forward layers included.
+        layers: places of the layers to convert, None for all.
+        candidates: options to choose from.
+        on_step: called with the number of measurements that are done and of all.
+        **options: fields of `ScatterbrainOptions` that all candidates share.
+
+    Returns:
+        Place -> options, for the `per_layer` of `performerize`.
+
+    Raises:
+        ValueError: no image, a model that can't be converted, or a budget below what the fastest candidate takes.
+    """
+    if not images or not candidates:
+        raise ValueError(f"expected images and candidates to choose by, got {len(images)} and {len(candidates)}")
+    check_option_names({*options, *(name for candidate in candidates for name in candidate)}, ScatterbrainOptions)
+    plain = performerize(model, "performer", layers)
+    alternatives = _alternatives(model, sorted(converted_layers(plain)), candidates, options)
+    steps = _Steps(len(alternatives) * len(candidates) * len(images) + _TIMED_RUNS + 1, on_step)
+    errors = attention_errors(model, alternatives, images, steps)
+    (batch,) = image_batches(model, images[:1])
+    seconds, whole, rest = _seconds(plain, alternatives, batch, steps)
+    places = choose_under_budget(list(errors.values()), seconds, budget * whole - rest)
+    if places is None:
+        fastest = (rest + len(alternatives) * min(seconds)) / whole
+        raise ValueError(
+            f"budget must be at least what the fastest candidates take, {fastest:.2f} times plain FAVOR+ here, got "
+            f"{budget:g}; try {math.ceil(10 * fastest) / 10:g}"
+        )
+    return {index: dict(candidates[place]) for index, place in zip(alternatives, places, strict=True)}
+
+
+class _Steps:
+    """Counts measurements."""
+
+    def __init__(self, total: int, on_step: Callable[[int, int], None]) -> None:
+        self.done, self.total, self.on_step = 0, total, on_step
+
+    def __call__(self) -> None:
+        self.done += 1
+        self.on_step(self.done, self.total)
+
+
+def _alternatives(
+    model: nn.Module, layers: Sequence[int], candidates: Sequence[Mapping[str, int]], options: Mapping[str, Any]
+) -> dict[int, list[ConvertedAttention]]:
+    """The layers that each candidate would make, which share the model's modules."""
+    body, grid = body_of(model), TokenGrid()
+    found = convertible_layers(body)
+    prefix = getattr(body, "num_prefix_tokens", 0)
+    made: dict[int, list[ConvertedAttention]] = {}
+    for index in layers:
+        fixed = {"num_prefix_tokens": prefix, **(ATTENTIONS["scatterbrain"] or {}), **options, "layer_index": index}
+        made[index] = [
+            ConvertedAttention(found[index][1], ScatterbrainOptions(**{**fixed, **candidate}), grid)
+            for candidate in candidates
+        ]
+    return made
+
+
+@torch.no_grad()
+def _seconds(
+    plain: nn.Module,
+    alternatives: Mapping[int, Sequence[ConvertedAttention]],
+    batch: Tensor,
+    on_step: Callable[[], None],
+) -> tuple[list[float], float, float]:
+    """Seconds of each candidate in one layer, of the model with plain FAVOR+, and of all but its converted layers."""
+    index = list(alternatives)[len(alternatives) // 2]
+    linear, candidates = converted_layers(plain)[index], alternatives[index]
+    with evaluating(plain):
+        arguments, options = _inputs_of(linear, plain, [layer.grid for layer in candidates[:1]], batch)
+        calls: list[Callable[[], Any]] = [lambda: plain(batch), lambda: linear(*arguments, **options)]
+        calls += [partial(layer, *arguments, **options) for layer in candidates]
+        runs = []
+        # One of all, again and again: whatever else the machine does hits all alike. The first round warms up.
+        for _ in range(_TIMED_RUNS + 1):
+            runs.append([_clock(call, batch.device) for call in calls])
+            on_step()
+    whole, of_layer, *of_candidates = (statistics.median(times) for times in zip(*runs[1:], strict=True))
+    return of_candidates, whole, max(0.0, whole - len(alternatives) * of_layer)
+
+
+def _inputs_of(
+    layer: nn.Module, model: nn.Module, grids: Sequence[TokenGrid], batch: Tensor
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """What a layer is called with when the model sees a batch; grids are told theirs."""
+    given: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
+
+    def keep(_: nn.Module, arguments: tuple[Any, ...], options: dict[str, Any]) -> None:
+        given.append((arguments, options))
+
+    with ExitStack() as hooks:
+        hooks.callback(layer.register_forward_pre_hook(keep, with_kwargs=True).remove)
+        patch_embed: Any = getattr(body_of(model), "patch_embed", None)
+        for grid in grids if patch_embed is not None else ():
+            hooks.callback(watch_patch_embed(patch_embed, grid).remove)
+        model(batch)
+    return given[0]
+
+
+def _clock(call: Callable[[], Any], device: torch.device) -> float:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    start = time.perf_counter()
+    call()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter() - start
+
+
+def _spread(x: Tensor, count: int) -> Tensor:
+    """Tokens of [B, H, N, D] spread evenly, at most `count` a sample, as [1, H, B n, D]."""
+    places = torch.linspace(0, x.shape[2] - 1, min(count, x.shape[2]), device=x.device).long()
+    return x[:, :, places].float().transpose(0, 1).flatten(1, 2).unsqueeze(0)

@@ -1,0 +1,85 @@
+"""What a conversion was asked for, as plain values that can be saved."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any, Self
+
+__all__ = ["ATTENTIONS", "Conversion"]
+
+# What each kind of attention changes of `ScatterbrainOptions`; further mixers go here.
+ATTENTIONS: dict[str, dict[str, Any] | None] = {
+    "softmax": None,
+    "performer": {},
+    "scatterbrain": {
+        "kernel": "softmax-hyp+",
+        "norms": "sqrt",
+        "center": True,
+        "balance": True,
+        "window_size": 16,
+        "num_sinks": 256,
+    },
+}
+# Options that mean the same for every attention.
+_SHARED = ("num_features", "orthogonal", "seed")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Conversion:
+    """The arguments of `performerize`.
+
+    Attributes:
+        attention: "softmax", "performer" or "scatterbrain".
+        layers: places of the layers to convert, None for all.
+        options: for all of these layers.
+        per_layer: options by place, over those for all; among them an "attention" of the layer's own.
+
+    Raises:
+        ValueError: an attention that there isn't.
+    """
+
+    attention: str = "scatterbrain"
+    layers: tuple[int, ...] | None = None
+    options: Mapping[str, Any] = field(default_factory=dict)
+    per_layer: Mapping[int, Mapping[str, Any]] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        own = (options["attention"] for options in self.per_layer.values() if "attention" in options)
+        for attention in (self.attention, *own):
+            if attention not in ATTENTIONS:
+                raise ValueError(f"attention must be one of {', '.join(ATTENTIONS)}, got {attention!r}")
+
+    def of_layer(self, index: int) -> tuple[str, dict[str, Any]]:
+        """The attention of a layer and its options, defaults included."""
+        own = dict(self.per_layer.get(index, {}))
+        attention = own.pop("attention", self.attention)
+        common = self.options
+        if attention != self.attention:
+            common = {name: value for name, value in common.items() if name in _SHARED}
+        return attention, {**(ATTENTIONS[attention] or {}), **common, **own}
+
+    def within(self, num_layers: int) -> Self:
+        """The same for a model that was cut after its first layers."""
+        layers = None if self.layers is None else tuple(index for index in self.layers if index < num_layers)
+        per_layer = {index: options for index, options in self.per_layer.items() if index < num_layers}
+        return replace(self, layers=layers, per_layer=per_layer)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, for JSON, whose keys are strings."""
+        return {
+            "attention": self.attention,
+            "layers": None if self.layers is None else list(self.layers),
+            "options": dict(self.options),
+            "per_layer": {str(index): dict(options) for index, options in self.per_layer.items()},
+        }
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Self:
+        """The inverse of `to_dict`."""
+        return cls(
+            attention=values["attention"],
+            layers=None if values["layers"] is None else tuple(values["layers"]),
+            options=values["options"],
+            per_layer={int(index): options for index, options in values["per_layer"].items()},
+        )

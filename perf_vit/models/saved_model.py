@@ -1,0 +1,312 @@
+"""Converted models as folders: weights as timm has them, timm's config with the conversion in it."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from perf_vit._version import __version__
+from perf_vit.errors import CheckpointError, OutputError
+from perf_vit.layers import current_draw, redraw_projections
+from perf_vit.layers.converted_attention import BALANCING_BUFFERS
+from perf_vit.models.conversion import Conversion
+from perf_vit.models.convert import body_of, convert_in_place, convertible_layers
+from perf_vit.models.weights import create_with_weights, read_weights
+
+__all__ = [
+    "build_converted",
+    "check_output_folder",
+    "load_converted",
+    "load_softmax",
+    "read_saved_config",
+    "save_converted",
+]
+
+WEIGHTS, CONFIG, BALANCING = "model.safetensors", "config.json", "balancing.safetensors"
+CONFIG_KEY = "perf_vit"
+"""Where the conversion lies in timm's config."""
+
+# All that a folder may hold to be replaced as a whole.
+_OURS = {WEIGHTS, CONFIG, BALANCING, "fidelity.html"}
+# Where weights came from is no longer so; these are no part of a config.
+_NOT_SAVED = ("state_dict", "file", "url", "hf_hub_id", "hf_hub_filename", "source", "custom_load", "label_offset")
+
+
+def save_converted(model: nn.Module, folder: str | Path, *, overwrite: bool = False) -> Path:
+    """Save a converted model as `model.safetensors` and `config.json`, and constants as `balancing.safetensors`.
+
+    The first two are what timm writes for its hub, so `timm.create_model("local-dir:FOLDER", pretrained=True)` gives
+    the softmax model; `load_converted` gives the converted one. The folder appears when all of it is written.
+
+    Args:
+        model: from `performerize`, of a model from `timm.create_model`.
+        folder: where it goes.
+        overwrite: replace an earlier model in that folder.
+
+    Returns:
+        The folder.
+
+    Raises:
+        ValueError: a model that wasn't converted, or that timm can't build again from its name and arguments.
+        OutputError: the folder holds something, or can't be written.
+    """
+    folder = Path(folder)
+    check_output_folder(folder, overwrite=overwrite)
+    config = _config_of(model)
+    state = {name: value.detach().cpu().contiguous() for name, value in model.state_dict().items()}
+    constants = {name: state.pop(name) for name in list(state) if _is_constant(name)}
+    _check_that_timm_builds(config, state)
+    with _staged_folder(folder) as staging:
+        # `metadata` as timm writes it; other tools ask for it.
+        save_file(state, staging / WEIGHTS, metadata={"format": "pt"})
+        if constants:
+            save_file(constants, staging / BALANCING)
+        (staging / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+        # safetensors lets nobody else read what it writes; whoever may read the config may read the rest.
+        for path in staging.iterdir():
+            path.chmod((staging / CONFIG).stat().st_mode)
+    return folder
+
+
+def load_converted(folder: str | Path, **timm_kwargs: Any) -> nn.Module:
+    """Load a converted model, in evaluation mode, on the CPU.
+
+    Args:
+        folder: from `save_converted`.
+        **timm_kwargs: of `timm.create_model`, over those it was saved with: img_size, in_chans, num_classes,
+            features_only with out_indices. Weights are adapted as timm adapts pretrained ones.
+
+    Raises:
+        CheckpointError: a missing or broken file, a config without a conversion, or weights that don't fit it.
+    """
+    config = read_saved_config(folder)
+    weights = read_weights(Path(folder, WEIGHTS))
+    constants = read_weights(Path(folder, BALANCING)) if config[CONFIG_KEY]["constants"] else {}
+    return build_converted(config, weights, constants, origin=folder, **timm_kwargs)
+
+
+def load_softmax(folder: str | Path, **timm_kwargs: Any) -> nn.Module:
+    """The softmax model that a folder holds: one of `save_converted`'s, or as timm saves models for its hub.
+
+    Raises:
+        CheckpointError: a missing or broken file, or weights that don't fit the config.
+    """
+    config = _read_json(Path(folder, CONFIG))
+    return _build(config, read_weights(Path(folder, WEIGHTS)), folder, **timm_kwargs)
+
+
+def build_converted(
+    config: Mapping[str, Any],
+    weights: Mapping[str, Tensor] | None = None,
+    constants: Mapping[str, Tensor] | None = None,
+    *,
+    origin: str | Path = "",
+    **timm_kwargs: Any,
+) -> nn.Module:
+    """The model that a saved config describes.
+
+    Args:
+        config: from `read_saved_config`.
+        weights: of the softmax model; None for random ones.
+        constants: of the calibration.
+        origin: where these came from, for messages.
+        **timm_kwargs: of `timm.create_model`, over those of the config.
+
+    Raises:
+        CheckpointError: weights or constants that don't fit the config.
+    """
+    model = _build(config, weights, origin, **timm_kwargs)
+    body, ours = body_of(model), config[CONFIG_KEY]
+    if weights is not None:
+        _check_names(body, weights, origin)
+    conversion = Conversion.from_dict(ours["conversion"]).within(len(convertible_layers(body)))
+    convert_in_place(body, conversion)
+    _load_constants(body, constants or {}, origin)
+    redraw_projections(body, ours["draw"])
+    return model.eval()
+
+
+def read_saved_config(folder: str | Path) -> dict[str, Any]:
+    """The config of a folder that `save_converted` wrote.
+
+    Raises:
+        CheckpointError: no folder, no config in it, or one without a conversion.
+    """
+    path = Path(folder, CONFIG)
+    config = _read_json(path)
+    ours = config.get(CONFIG_KEY)
+    if not isinstance(ours, dict) or not {"conversion", "constants", "draw"} <= set(ours):
+        raise CheckpointError(
+            f"{path} says nothing of a conversion; expected a folder from perf_vit.save_converted; convert the model "
+            "with `perf-vit convert`"
+        )
+    return config
+
+
+def check_output_folder(folder: Path, *, overwrite: bool) -> None:
+    """Refuse a folder that a model can't be saved in, before anything is computed.
+
+    Raises:
+        OutputError: it is a file, it holds a model and `overwrite` is not set, or it holds other things.
+    """
+    if folder.exists() and not folder.is_dir():
+        raise OutputError(f"can't save a model in {folder}: it is a file; choose a folder")
+    held = sorted(path.name for path in folder.iterdir()) if folder.exists() else []
+    foreign = [name for name in held if name not in _OURS]
+    if foreign:
+        raise OutputError(f"{folder} holds {foreign[0]}, which is no part of a saved model; choose a folder of its own")
+    if held and not overwrite:
+        raise OutputError(f"{folder} already holds a model; choose another folder, or overwrite it (--overwrite)")
+    nearest = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    if not nearest.is_dir() or not os.access(nearest, os.W_OK):
+        raise OutputError(f"can't save a model in {folder}: {nearest} is not a writable folder; choose another")
+
+
+def _config_of(model: nn.Module) -> dict[str, Any]:
+    conversion = getattr(model, "conversion", None)
+    cfg: Mapping[str, Any] = getattr(model, "pretrained_cfg", None) or {}
+    if not isinstance(conversion, Conversion):
+        raise ValueError(f"expected a model from perf_vit.performerize, got {type(model).__name__}; convert it first")
+    if "architecture" not in cfg:
+        raise ValueError(
+            f"expected a model that timm.create_model made, got {type(model).__name__} without a timm name; make it "
+            "with timm.create_model, then convert it"
+        )
+    args = _model_args(model)
+    pretrained = {key: value for key, value in cfg.items() if value is not None and key not in _NOT_SAVED}
+    pretrained["num_classes"] = args["num_classes"]
+    pretrained["input_size"] = (args["in_chans"], *args["img_size"])
+    state = model.state_dict()
+    config = {
+        "architecture": pretrained.pop("architecture"),
+        "num_classes": args["num_classes"],
+        "num_features": getattr(model, "num_features", None),
+        "model_args": args,
+        "pretrained_cfg": pretrained,
+        CONFIG_KEY: {
+            "version": __version__,
+            "conversion": conversion.to_dict(),
+            "draw": current_draw(model),
+            "constants": any(_is_constant(name) for name in state),
+        },
+    }
+    try:
+        # What is read back is what was meant: tuples become lists here already.
+        return dict(json.loads(json.dumps(config)))
+    except TypeError as error:
+        raise ValueError(
+            f"the arguments of timm.create_model must be plain values to be saved, got {error}; make the model with "
+            "names instead of objects"
+        ) from error
+
+
+def _model_args(model: Any) -> dict[str, Any]:
+    """The arguments of `timm.create_model` that give the model as it is now."""
+    # timm keeps what `create_model` was called with; sizes and classifier may have changed since.
+    made_with: Mapping[str, Any] = getattr(model, "_model_args", {})
+    args = {name: value for name, value in made_with.items() if not name.endswith("drop_rate")}
+    img_size = model.patch_embed.img_size or model.pretrained_cfg["input_size"][1:]
+    args["img_size"] = [img_size] * 2 if isinstance(img_size, int) else list(img_size)
+    args["in_chans"] = model.patch_embed.proj.in_channels
+    args["num_classes"] = model.num_classes
+    if isinstance(getattr(model, "global_pool", None), str):
+        args["global_pool"] = model.global_pool
+    return args
+
+
+def _check_that_timm_builds(config: Mapping[str, Any], state: Mapping[str, Tensor]) -> None:
+    """A saved model that can't be loaded is found out now."""
+    with torch.device("meta"):
+        built = timm.create_model(config["architecture"], pretrained=False, **config["model_args"])
+    expected = {name: value.shape for name, value in built.state_dict().items()}
+    got = {name: value.shape for name, value in state.items()}
+    wrong = sorted(name for name in expected.keys() | got.keys() if expected.get(name) != got.get(name))
+    if wrong:
+        raise ValueError(
+            f"timm's {config['architecture']} with {config['model_args']} has another {wrong[0]} than this model, so "
+            "it could not be loaded again; save a model whose parts are as timm.create_model made them"
+        )
+
+
+def _build(
+    config: Mapping[str, Any], weights: Mapping[str, Tensor] | None, origin: str | Path, **timm_kwargs: Any
+) -> nn.Module:
+    kwargs = {"pretrained_cfg": config.get("pretrained_cfg"), **config.get("model_args", {}), **timm_kwargs}
+    if weights is None:
+        return timm.create_model(config["architecture"], pretrained=False, **kwargs)
+    return create_with_weights(config["architecture"], weights, origin, **kwargs)
+
+
+def _check_names(body: Any, weights: Mapping[str, Tensor], origin: str | Path) -> None:
+    # Where the classifier is another, timm doesn't ask for any of the names.
+    classifier = {id(parameter) for parameter in body.get_classifier().parameters()}
+    for name, parameter in body.named_parameters():
+        if name not in weights and id(parameter) not in classifier:
+            raise CheckpointError(f"{origin}: {WEIGHTS} has no {name}, which {CONFIG} asks for; save the model again")
+
+
+def _load_constants(body: nn.Module, constants: Mapping[str, Tensor], origin: str | Path) -> None:
+    layers = dict(body.named_modules())
+    for name, value in constants.items():
+        place = name.rpartition(".")[0]
+        # Blocks past the last one that features are taken from are cut off.
+        if place in layers:
+            layer: Any = layers[place]
+            if not _is_constant(name) or value.shape != (1, layer.num_heads, 1, layer.head_dim):
+                raise CheckpointError(
+                    f"{origin}: {BALANCING} holds {name} of shape {list(value.shape)}, expected "
+                    f"[1, {layer.num_heads}, 1, {layer.head_dim}]; the files are not of one model"
+                )
+            layer.register_buffer(name.rpartition(".")[2], value)
+
+
+def _is_constant(name: str) -> bool:
+    return name.rpartition(".")[2] in BALANCING_BUFFERS
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        raise CheckpointError(f"no {path.name} in {path.parent}; expected a folder that a model was saved in")
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, OSError) as error:
+        raise CheckpointError(f"{path} can't be read as JSON: {error}; save the model again") from error
+    if not isinstance(config, dict) or "architecture" not in config:
+        raise CheckpointError(f"{path} names no architecture; expected a config as timm saves it for its hub")
+    if not timm.is_model(str(config["architecture"])):
+        raise CheckpointError(f"{path} is of {config['architecture']}, which this timm doesn't have; update timm")
+    return config
+
+
+@contextmanager
+def _staged_folder(folder: Path) -> Iterator[Path]:
+    """A hidden folder beside `folder`, which takes its place once all is written; nothing is left after an error."""
+    parent = folder.absolute().parent
+    try:
+        parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=f".{folder.name}.", dir=parent) as scratch:
+            made, old = Path(scratch, "new"), Path(scratch, "old")
+            made.mkdir()
+            yield made
+            if folder.exists():
+                folder.rename(old)
+            try:
+                made.rename(folder)
+            except OSError:
+                with suppress(OSError):
+                    old.rename(folder)
+                raise
+            shutil.rmtree(old, ignore_errors=True)
+    except OSError as error:
+        raise OutputError(f"can't save a model in {folder}: {error.strerror}; choose another folder") from error

@@ -1,0 +1,62 @@
+"""The Lightning trainer of a distillation."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import lightning
+
+from perf_vit.errors import ConfigError
+from perf_vit.tasks.distillation import DistillationConfig
+from perf_vit.tasks.history import Curves, HistoryCallback
+from perf_vit.tasks.trainer import best_and_last, lightning_trainer
+
+__all__ = ["DistillationTrainerConfig", "build_distillation_trainer"]
+
+_CURVES = Curves(
+    losses=("train/block_loss", "train/token_loss"),
+    scores=("val/patch_cosine", "val/class_cosine"),
+    title="cosine with the teacher, held-out crops",
+    log_losses=True,
+    score_range=None,
+)
+
+
+@dataclass(kw_only=True)
+class DistillationTrainerConfig:
+    """Where to train and how often to look.
+
+    Attributes:
+        val_every_steps: steps between validations, each of which leaves a checkpoint to resume from.
+        precision: 32-true, bf16-mixed, 16-mixed (GPU) or 64-true.
+        accelerator: auto, cpu, gpu, mps: as Lightning names them; one device trains.
+    """
+
+    val_every_steps: int = 50
+    precision: str = "32-true"
+    accelerator: str = "auto"
+
+
+def build_distillation_trainer(
+    config: DistillationTrainerConfig, stages: DistillationConfig, folder: Path, *, progress: bool = True
+) -> lightning.Trainer:
+    """A trainer that keeps `checkpoints/best.ckpt` (by patch cosine) and `last.ckpt`, `metrics.csv`, `loss_curve.png`
+    and TensorBoard logs in the run folder. An epoch is `val_every_steps` steps.
+
+    Raises:
+        ConfigError: values that Lightning doesn't know.
+    """  # noqa: D205
+    if config.val_every_steps < 1:
+        raise ConfigError(f"trainer.val_every_steps must be at least 1, got {config.val_every_steps}")
+    return lightning_trainer(
+        folder,
+        [HistoryCallback(folder, _CURVES), *best_and_last(folder, monitor="val/patch_cosine")],
+        precision=config.precision,
+        accelerator=config.accelerator,
+        devices=1,
+        progress=progress,
+        max_epochs=-(-stages.total_steps // config.val_every_steps),
+        # The untrained student is validated first, on all crops.
+        num_sanity_val_steps=-1,
+    )

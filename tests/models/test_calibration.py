@@ -1,0 +1,192 @@
+import itertools
+
+import numpy as np
+import pytest
+import timm
+import torch
+
+import perf_vit
+from perf_vit.layers.converted_attention import BALANCING_BUFFERS
+from perf_vit.models import attention_errors, calibration, token_cosines
+from perf_vit.models.convert import converted_layers
+from perf_vit.models.knapsack import choose_under_budget
+from perf_vit.ops import fit_balancing
+
+SIZE = 112
+CANDIDATES = tuple(
+    {"window_size": w, "num_sinks": s, "num_features": m} for w, s, m in ((2, 2, 16), (2, 8, 32), (4, 16, 64))
+)
+
+
+def build(name: str = "vit_tiny_patch16_224", **kwargs) -> torch.nn.Module:
+    torch.manual_seed(0)
+    model = timm.create_model(name, **{"img_size": SIZE, "num_classes": 5, "depth": 4, **kwargs}).eval()
+    # Weights from nothing give attention that is all mean; larger ones give it something to lose.
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim == 2:
+                parameter *= 3
+    return model
+
+
+def images(count: int = 3, size: int = SIZE) -> list[torch.Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    return [torch.randn(3, size, size, generator=generator) for _ in range(count)]
+
+
+@torch.no_grad()
+def test_constants_are_pooled_statistics_of_the_layers_own_queries_and_keys() -> None:
+    model = perf_vit.performerize(build(), window_size=3, num_sinks=4, num_features=32)
+    assert perf_vit.calibrate(model, images()) is model
+    tokens = []
+    attention = model.blocks[0].attn
+    hook = attention.register_forward_pre_hook(lambda _, inputs: tokens.append(inputs[0]))
+    for image in images():
+        model(image.unsqueeze(0))
+    hook.remove()
+    q, k = (torch.cat([attention.queries_keys_values(x)[part] for x in tokens]) for part in (0, 1))
+    expected = fit_balancing(q, k, per_sample=False)
+    for mine, theirs in zip(attention.balancing.tensors(), expected.tensors(), strict=True):
+        assert mine.shape == (1, 3, 1, 64)
+        torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-5)
+
+
+@torch.no_grad()
+def test_constants_leave_exact_attention_as_it_is_and_change_the_linear_part() -> None:
+    model = build()
+    exact = perf_vit.calibrate(perf_vit.performerize(model, window_size=20, num_sinks=0), images())
+    x = torch.stack(images(2))
+    torch.testing.assert_close(exact(x), model(x), rtol=1e-3, atol=1e-3)
+    linear = perf_vit.performerize(model, window_size=2, num_sinks=2, num_features=32)
+    before = linear(x)
+    perf_vit.calibrate(linear, images())
+    assert not torch.equal(linear(x), before)
+    linear.blocks[0].attn.set_balancing(None)
+    assert "blocks.0.attn.balancing_scale" not in linear.state_dict()
+
+
+@torch.no_grad()
+def test_constants_travel_with_the_state_dict_and_do_not_depend_on_earlier_ones() -> None:
+    options = {"window_size": 3, "num_sinks": 4, "num_features": 32}
+    model = perf_vit.calibrate(perf_vit.performerize(build(), **options), images())
+    other = perf_vit.performerize(build(), **options)
+    other.load_state_dict(model.state_dict())
+    assert torch.equal(other(images()[0][None]), model(images()[0][None]))
+    before = {name: value.clone() for name, value in model.state_dict().items() if name.endswith(BALANCING_BUFFERS)}
+    perf_vit.calibrate(model, images())
+    assert len(before) == 4 * len(BALANCING_BUFFERS)
+    assert all(torch.equal(model.state_dict()[name], value) for name, value in before.items())
+
+
+def test_calibration_of_rotary_layers_keeps_the_mode_of_the_model() -> None:
+    model = perf_vit.performerize(
+        build("eva02_tiny_patch14_224", depth=2), window_size=3, num_sinks=4, num_features=32
+    ).train()
+    perf_vit.calibrate(model, images(1))
+    assert model.training
+    assert all(layer.balancing is not None for layer in converted_layers(model).values())
+
+
+def test_calibration_needs_images_and_layers_that_centre_or_balance() -> None:
+    with pytest.raises(ValueError, match="calibration needs images, got none"):
+        perf_vit.calibrate(perf_vit.performerize(build()), [])
+    plain = perf_vit.performerize(build(), "performer")
+    with pytest.raises(ValueError, match="calibration needs a model whose converted layers centre or balance"):
+        perf_vit.calibrate(plain, images())
+    with pytest.raises(ValueError, match="expected a layer with center=True or balance=True"):
+        plain.blocks[0].attn.set_balancing(fit_balancing(torch.randn(1, 3, 9, 64), torch.randn(1, 3, 9, 64)))
+
+
+@torch.no_grad()
+def test_errors_are_those_of_each_layer_on_the_softmax_models_inputs() -> None:
+    model = build()
+    converted = perf_vit.performerize(
+        model, window_size=2, num_sinks=2, num_features=16, per_layer={2: {"window_size": 9}}
+    )
+    layers = converted_layers(converted)
+    errors = attention_errors(model, {index: [layer] for index, layer in layers.items()}, images())
+    inputs, outputs = [], []
+    hook = model.blocks[3].attn.register_forward_hook(lambda _, x, y: inputs.append(x[0]) or outputs.append(y))
+    model(torch.stack(images()))
+    hook.remove()
+    converted.patch_embed(images()[0][None])
+    got = torch.cat([converted.blocks[3].attn(x) for x in inputs])
+    expected = (got - outputs[0]).norm() / outputs[0].norm()
+    assert errors[3][0] == pytest.approx(expected.item(), rel=1e-4)
+    assert errors[2][0] < 1e-5 < errors[1][0]
+    # Nothing stays on the softmax model.
+    assert not any(module._forward_hooks for module in model.modules())
+
+
+@torch.no_grad()
+def test_cosines_of_final_tokens() -> None:
+    model = build()
+    patches, class_tokens = token_cosines(model, perf_vit.performerize(model, window_size=20), images())
+    assert patches == pytest.approx([1.0] * 3, abs=1e-4)
+    assert class_tokens == pytest.approx([1.0] * 3, abs=1e-4)
+    without = build("vit_base_patch16_siglip_224", depth=2, embed_dim=96, num_heads=3)
+    assert token_cosines(without, perf_vit.performerize(without, window_size=20), images())[1] == []
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_the_choice_under_a_budget_is_the_best_of_all(seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    errors, costs = rng.uniform(size=(4, 5)), rng.integers(1, 10, 5).astype(float)
+    budget = 4.0 * costs.min() + rng.integers(0, 20)
+    places = choose_under_budget(errors.tolist(), costs.tolist(), budget)
+    assert places is not None
+    assert sum(costs[place] for place in places) <= budget
+    feasible = [x for x in itertools.product(range(5), repeat=4) if sum(costs[place] for place in x) <= budget * 0.995]
+    best = min(sum(errors[layer, place] for layer, place in enumerate(x)) for x in feasible)
+    assert sum(errors[layer, place] for layer, place in enumerate(places)) <= best + 1e-12
+
+
+def test_a_budget_that_nothing_fits_has_no_choice() -> None:
+    assert choose_under_budget([[1.0, 0.5]] * 3, [1.0, 2.0], 2.9) is None
+    assert choose_under_budget([[1.0, 0.5]] * 3, [1.0, 2.0], -1.0) is None
+    assert choose_under_budget([[1.0, 0.5]] * 3, [1.0, 2.0], 6.1) == [1, 1, 1]
+
+
+def test_a_larger_budget_buys_smaller_errors(monkeypatch) -> None:
+    model = build()
+    # Times by the wall would make this test a matter of luck: candidates cost 1, 2 and 3, all else 10.
+    monkeypatch.setattr(calibration, "_seconds", lambda *_: ([1.0, 2.0, 3.0], 14.0, 10.0))
+    steps = []
+    choices = [
+        perf_vit.choose_layer_options(
+            model, images(2), budget, candidates=CANDIDATES, on_step=lambda done, total: steps.append((done, total))
+        )
+        for budget in (14.1 / 14, 18.1 / 14, 22.1 / 14)
+    ]
+    assert list(choices[0].values()) == [CANDIDATES[0]] * 4
+    assert list(choices[2].values()) == [CANDIDATES[2]] * 4
+    total = []
+    for per_layer in choices:
+        converted = perf_vit.performerize(model, per_layer=per_layer)
+        errors = attention_errors(model, {i: [x] for i, x in converted_layers(converted).items()}, images(2))
+        total.append(sum(error for (error,) in errors.values()))
+    assert total[0] > total[1] > total[2]
+    with pytest.raises(ValueError, match=r"at least what the fastest candidates take, 1\.00 times .*, got 0\.9"):
+        perf_vit.choose_layer_options(model, images(1), 0.9, candidates=CANDIDATES)
+
+
+def test_times_are_measured_and_layers_can_be_chosen() -> None:
+    seen = []
+    chosen = perf_vit.choose_layer_options(
+        build(),
+        images(1),
+        1000.0,
+        layers=[1, 3],
+        candidates=CANDIDATES,
+        on_step=lambda done, total: seen.append((done, total)),
+    )
+    assert chosen == {1: CANDIDATES[2], 3: CANDIDATES[2]}
+    assert seen[-1][0] == seen[-1][1]
+    assert [done for done, _ in seen] == list(range(1, len(seen) + 1))
+
+
+def test_wrong_arguments_of_the_choice_are_named() -> None:
+    with pytest.raises(ValueError, match="expected images and candidates to choose by, got 0 and 24"):
+        perf_vit.choose_layer_options(build(), [])
+    with pytest.raises(ValueError, match="did you mean 'num_sinks'"):
+        perf_vit.choose_layer_options(build(), images(1), candidates=[{"num_sink": 3}])
