@@ -6,13 +6,14 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from timm.layers import Attention, apply_rot_embed_cat
+from timm.layers import Attention, apply_rot_embed_cat, register_notrace_module
 from timm.layers.attention import AttentionRope
 from timm.models.eva import EvaAttention
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from perf_vit.layers.performer_attention import PerformerOptions, RandomProjectionMixin, key_mask_of
+from perf_vit.layers.key_mask import key_mask_of
+from perf_vit.layers.performer_attention import PerformerOptions, RandomProjectionMixin
 from perf_vit.layers.token_grid import TokenGrid
 from perf_vit.ops import favor_attention, fit_balancing, scatterbrain_attention
 
@@ -23,12 +24,11 @@ CONVERTIBLE = (Attention, AttentionRope, EvaAttention)
 
 @dataclass(frozen=True, kw_only=True)
 class ScatterbrainOptions(PerformerOptions):
-    """Options of a converted attention.
+    """Options of a converted attention; prefix tokens attend and are attended exactly if there are windows or sinks.
 
     Attributes:
         window_size: rows and columns of a window in which attention is exact; 0 for none.
         num_sinks: keys of each head that every query sees exactly; 0 for none.
-        num_prefix_tokens: class and register tokens, which attend and are attended exactly.
 
     Raises:
         ValueError: as `PerformerOptions`; a negative number.
@@ -36,17 +36,22 @@ class ScatterbrainOptions(PerformerOptions):
 
     window_size: int = 0
     num_sinks: int = 0
-    num_prefix_tokens: int = 0
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if min(self.window_size, self.num_sinks, self.num_prefix_tokens) < 0:
+        if min(self.window_size, self.num_sinks) < 0:
             raise ValueError(
-                "window_size, num_sinks and num_prefix_tokens must be 0 or more, "
-                f"got {self.window_size}, {self.num_sinks} and {self.num_prefix_tokens}"
+                f"window_size and num_sinks must be 0 or more, got {self.window_size} and {self.num_sinks}"
             )
 
+    @property
+    def needs_grid(self) -> bool:
+        """Whether a layer must know the rows and columns of its tokens."""
+        return self.window_size > 0 or self.num_sinks > 0 or self.local_enhancement
 
+
+# Tracers take it as one node: the grid isn't a thing that a graph could carry.
+@register_notrace_module
 class ConvertedAttention(RandomProjectionMixin, nn.Module):
     """A timm attention whose weights stay and whose N x N matrix goes: FAVOR+, with exact windows and sinks or without.
 
@@ -75,7 +80,6 @@ class ConvertedAttention(RandomProjectionMixin, nn.Module):
     norm: Any
     proj: Any
     proj_drop: Any
-    num_heads: int
     num_prefix_tokens: int
 
     def __init__(self, attention: nn.Module, options: ScatterbrainOptions, grid: TokenGrid) -> None:
@@ -96,8 +100,13 @@ class ConvertedAttention(RandomProjectionMixin, nn.Module):
                 self.__dict__[name] = value
         self.training = attention.training
         self.head_dim = self._head_dim()
-        self.grid = grid
-        self._start_drawing(options)
+        self._start_drawing(options, grid)
+
+    def init_non_persistent_buffers(self) -> None:
+        """Draw the projection on the module's device, and zero the bias that EVA's keys don't have."""
+        super().init_non_persistent_buffers()
+        if getattr(self, "k_bias", None) is not None:
+            self.k_bias.zero_()
 
     def forward(
         self,
@@ -118,7 +127,7 @@ class ConvertedAttention(RandomProjectionMixin, nn.Module):
             [B, N, C].
 
         Raises:
-            ValueError: another mask, causal order with windows, or a grid that nobody told.
+            ValueError: another mask, causal order with windows or local enhancement, or a grid that nobody told.
         """
         q, k, v = self._queries_keys_values(x)
         if rope is not None:
@@ -126,7 +135,10 @@ class ConvertedAttention(RandomProjectionMixin, nn.Module):
         groups = self.num_heads // k.shape[1]
         if groups > 1:
             k, v = (y.repeat_interleave(groups, dim=1) for y in (k, v))
-        out = self.norm(self._mix(q, k, v, attn_mask, is_causal).transpose(1, 2).flatten(2))
+        out = self._mix(q, k, v, attn_mask, is_causal)
+        if self.local_enhancement is not None:
+            out = out + self.local_enhancement(v, self.options.num_prefix_tokens, attn_mask, is_causal)
+        out = self.norm(out.transpose(1, 2).flatten(2))
         gate = getattr(self, "gate", None)
         if gate is not None:
             out = out * gate(x).sigmoid()

@@ -26,7 +26,8 @@ class ModelConfig:
     """A backbone and a head.
 
     Attributes:
-        backbone: any timm model name that takes `features_only` and `img_size`.
+        backbone: any timm model name that takes `features_only`, and `img_size` and `dynamic_img_size` if timm says
+            that its input size is fixed.
         backbone_kwargs: passed to `timm.create_model`, e.g. {attn_kwargs: {num_features: 128}}.
         pretrained: load timm's weights for the backbone.
         out_indices: the blocks whose outputs the head sees.
@@ -71,6 +72,10 @@ def _build_backbone(config: ModelConfig, in_chans: int, tile_px: int) -> nn.Modu
         near = difflib.get_close_matches(config.backbone, timm.list_models(), n=1, cutoff=0.5)
         hint = f"did you mean {near[0]}?" if near else "see `timm.list_models('performer_*')`"
         raise ConfigError(f"model.backbone: timm has no model {config.backbone}; {hint}")
+    # A model of fixed input size must be told to give it up; others (convolutions, rotary positions) take any image.
+    cfg = timm.get_pretrained_cfg(config.backbone)
+    fixed = cfg is not None and cfg.fixed_input_size
+    size_kwargs = {"img_size": tile_px, "dynamic_img_size": True} if fixed else {}
     try:
         return timm.create_model(
             config.backbone,
@@ -78,7 +83,7 @@ def _build_backbone(config: ModelConfig, in_chans: int, tile_px: int) -> nn.Modu
             features_only=True,
             out_indices=tuple(config.out_indices),
             in_chans=in_chans,
-            **{"img_size": tile_px, "dynamic_img_size": True, **config.backbone_kwargs},
+            **{**size_kwargs, **config.backbone_kwargs},
         )
     except (TypeError, ValueError, AssertionError, RuntimeError) as error:
         raise ConfigError(f"model.backbone {config.backbone}: {str(error).splitlines()[0]}") from error

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from torch import nn
@@ -12,7 +12,7 @@ from perf_vit.layers.converted_attention import CONVERTIBLE, ConvertedAttention,
 from perf_vit.layers.performer_attention import RandomProjectionMixin, check_option_names
 from perf_vit.layers.token_grid import TokenGrid, watch_patch_embed
 
-__all__ = ["ATTENTIONS", "performerize"]
+__all__ = ["ATTENTIONS", "convert_attention", "performerize"]
 
 # What each kind of attention changes of `ScatterbrainOptions`; further mixers go here.
 ATTENTIONS: dict[str, dict[str, Any] | None] = {
@@ -54,22 +54,39 @@ def performerize(
     if attention not in ATTENTIONS:
         raise ValueError(f"attention must be one of {', '.join(ATTENTIONS)}, got {attention!r}")
     model = copy.deepcopy(model)
+    convert_attention(model, attention, layers, options)
+    return model
+
+
+def convert_attention(
+    model: nn.Module, attention: str, layers: Collection[int] | None, options: Mapping[str, Any]
+) -> None:
+    """What `performerize` does to its copy: replace attention layers in place.
+
+    Args:
+        model: a model that holds such layers.
+        attention: a key of `ATTENTIONS`.
+        layers: places, from 0, of the attention layers to convert; None for all.
+        options: fields of `ScatterbrainOptions`.
+
+    Raises:
+        ValueError: as `performerize`.
+    """
     found = [(name, module) for name, module in model.named_modules() if isinstance(module, CONVERTIBLE)]
     chosen = _choose(model, found, layers)
     defaults = ATTENTIONS[attention]
     if defaults is None:
-        return model
+        return
     merged = {"num_prefix_tokens": getattr(model, "num_prefix_tokens", 0), **defaults, **options}
     check_option_names(merged, ScatterbrainOptions)
     grid = TokenGrid()
+    if ScatterbrainOptions(**merged).needs_grid:
+        watch_patch_embed(model, grid)
     for index in chosen:
         name, module = found[index]
         parent, _, child = name.rpartition(".")
         converted = ConvertedAttention(module, ScatterbrainOptions(**{**merged, "layer_index": index}), grid)
         setattr(model.get_submodule(parent), child, converted)
-    if merged.get("window_size") or merged.get("num_sinks"):
-        watch_patch_embed(_patch_embed(model), grid)
-    return model
 
 
 def _choose(model: nn.Module, found: list[tuple[str, nn.Module]], layers: Collection[int] | None) -> list[int]:
@@ -88,13 +105,3 @@ def _choose(model: nn.Module, found: list[tuple[str, nn.Module]], layers: Collec
     if outside:
         raise ValueError(f"layers must be places from 0 to {len(found) - 1}, got {outside[0]}")
     return list(chosen)
-
-
-def _patch_embed(model: nn.Module) -> nn.Module:
-    patch_embed = getattr(model, "patch_embed", None)
-    if not isinstance(patch_embed, nn.Module):
-        raise ValueError(
-            f"windows and sinks need the grid, which a patch_embed tells; {type(model).__name__} has none; "
-            "use attention='performer' or set window_size=0, num_sinks=0"
-        )
-    return patch_embed
