@@ -286,9 +286,9 @@ def test_input_size_can_change_afterwards(name: str) -> None:
     size = tuple(model.patch_embed.img_size)
     assert model(images(size)).shape == (2, 7)
     assert model(images(size)).isfinite().all()
-    model.set_input_size(patch_size=(28, 14))
-    assert model(images(size)).shape == (2, 7)
-    assert model(images(size)).isfinite().all()
+    model.set_input_size(img_size=(112, 168), patch_size=(28, 14))
+    assert model(images((112, 168))).shape == (2, 7)
+    assert model(images((112, 168))).isfinite().all()
 
 
 @pytest.mark.parametrize("name", SMALL_VITS)
