@@ -7,13 +7,14 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from timm.layers import Attention, apply_rot_embed_cat
+from timm.layers import Attention, apply_rot_embed_cat, register_notrace_module
 from timm.layers.attention import AttentionRope
 from timm.models.eva import EvaAttention
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from perf_vit.layers.performer_attention import PerformerOptions, RandomProjectionMixin, key_mask_of
+from perf_vit.layers.key_mask import key_mask_of
+from perf_vit.layers.performer_attention import PerformerOptions, RandomProjectionMixin
 from perf_vit.layers.token_grid import TokenGrid
 from perf_vit.ops import favor_attention, fit_balancing, scatterbrain_attention
 from perf_vit.ops.balancing import Balancing
@@ -22,18 +23,20 @@ __all__ = ["BALANCING_BUFFERS", "CONVERTIBLE", "ConvertedAttention", "Scatterbra
 
 CONVERTIBLE = (Attention, AttentionRope, EvaAttention)
 
+# Means and variances of at least so many tokens.
+_STATISTICS_TOKENS = 2048
+
 BALANCING_BUFFERS = ("balancing_query_center", "balancing_key_center", "balancing_scale")
 """Names of the constants that a calibration leaves in a layer, in the order of `Balancing`'s arguments."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class ScatterbrainOptions(PerformerOptions):
-    """Options of a converted attention.
+    """Options of a converted attention; prefix tokens attend and are attended exactly if there are windows or sinks.
 
     Attributes:
         window_size: rows and columns of a window in which attention is exact; 0 for none.
         num_sinks: keys of each head that every query sees exactly; 0 for none.
-        num_prefix_tokens: class and register tokens, which attend and are attended exactly.
 
     Raises:
         ValueError: as `PerformerOptions`; a negative number.
@@ -41,17 +44,22 @@ class ScatterbrainOptions(PerformerOptions):
 
     window_size: int = 0
     num_sinks: int = 0
-    num_prefix_tokens: int = 0
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if min(self.window_size, self.num_sinks, self.num_prefix_tokens) < 0:
+        if min(self.window_size, self.num_sinks) < 0:
             raise ValueError(
-                "window_size, num_sinks and num_prefix_tokens must be 0 or more, "
-                f"got {self.window_size}, {self.num_sinks} and {self.num_prefix_tokens}"
+                f"window_size and num_sinks must be 0 or more, got {self.window_size} and {self.num_sinks}"
             )
 
+    @property
+    def needs_grid(self) -> bool:
+        """Whether a layer must know the rows and columns of its tokens."""
+        return self.window_size > 0 or self.num_sinks > 0 or self.local_enhancement
 
+
+# Tracers take it as one node: the grid isn't a thing that a graph could carry.
+@register_notrace_module
 class ConvertedAttention(RandomProjectionMixin, nn.Module):
     """A timm attention whose weights stay and whose N x N matrix goes: FAVOR+, with exact windows and sinks or without.
 
@@ -82,7 +90,6 @@ class ConvertedAttention(RandomProjectionMixin, nn.Module):
     norm: Any
     proj: Any
     proj_drop: Any
-    num_heads: int
     num_prefix_tokens: int
 
     def __init__(self, attention: nn.Module, options: ScatterbrainOptions, grid: TokenGrid) -> None:
@@ -103,10 +110,15 @@ class ConvertedAttention(RandomProjectionMixin, nn.Module):
                 self.__dict__[name] = value
         self.training = attention.training
         self.head_dim = self._head_dim()
-        self.grid = grid
         for name in BALANCING_BUFFERS:
             self.register_buffer(name, None)
-        self._start_drawing(options)
+        self._start_drawing(options, grid)
+
+    def init_non_persistent_buffers(self) -> None:
+        """Draw the projection on the module's device, and zero the bias that EVA's keys don't have."""
+        super().init_non_persistent_buffers()
+        if getattr(self, "k_bias", None) is not None:
+            self.k_bias.zero_()
 
     @property
     def balancing(self) -> Balancing | None:
@@ -153,10 +165,13 @@ class ConvertedAttention(RandomProjectionMixin, nn.Module):
             [B, N, C].
 
         Raises:
-            ValueError: another mask, causal order with windows, or a grid that nobody told.
+            ValueError: another mask, causal order with windows or local enhancement, or a grid that nobody told.
         """
         q, k, v = self.queries_keys_values(x, rope)
-        out = self.norm(self._mix(q, k, v, attn_mask, is_causal).transpose(1, 2).flatten(2))
+        out = self._mix(q, k, v, attn_mask, is_causal)
+        if self.local_enhancement is not None:
+            out = out + self.local_enhancement(v, self.options.num_prefix_tokens, attn_mask, is_causal)
+        out = self.norm(out.transpose(1, 2).flatten(2))
         gate = getattr(self, "gate", None)
         if gate is not None:
             out = out * gate(x).sigmoid()
@@ -176,7 +191,7 @@ class ConvertedAttention(RandomProjectionMixin, nn.Module):
         if options.center or options.balance:
             balancing = self.balancing
             if balancing is None:
-                balancing = fit_balancing(q, k, key_mask, center=options.center, balance=options.balance)
+                balancing = _fit_sampled(q, k, key_mask, options)
         if not exact:
             return favor_attention(q, k, v, self.projection, options.kernel, key_mask, is_causal, balancing)
         grid = self.grid.of(q.shape[2] - options.num_prefix_tokens)
@@ -236,3 +251,10 @@ class ConvertedAttention(RandomProjectionMixin, nn.Module):
     def _head_dim(self) -> int:
         width = self.qkv.out_features // 3 if self.qkv is not None else self.q_proj.out_features
         return int(width // self.num_heads)
+
+
+def _fit_sampled(q: Tensor, k: Tensor, key_mask: Tensor | None, options: ScatterbrainOptions) -> Balancing:
+    """The balancing of evenly spaced tokens: means of all of a large image would take longer and serve no better."""
+    every = max(1, q.shape[2] // _STATISTICS_TOKENS)
+    key_mask = None if key_mask is None else key_mask[:, ::every]
+    return fit_balancing(q[:, :, ::every], k[:, :, ::every], key_mask, center=options.center, balance=options.balance)

@@ -12,6 +12,9 @@ import torch
 from timm.layers import Attention, register_notrace_function
 from torch import Tensor, nn
 
+from perf_vit.layers.key_mask import key_mask_of
+from perf_vit.layers.local_enhancement import LocalEnhancement
+from perf_vit.layers.token_grid import TokenGrid
 from perf_vit.ops import draw_projection, favor_attention, fit_balancing
 from perf_vit.ops.kernels import get_kernel
 from perf_vit.ops.projection import ProjectionNorms
@@ -21,7 +24,6 @@ __all__ = [
     "PerformerOptions",
     "RandomProjectionMixin",
     "check_option_names",
-    "key_mask_of",
     "timm_favor_attention",
 ]
 
@@ -37,6 +39,9 @@ class PerformerOptions:
         norms: norms of its rows, "chi" or "sqrt" (see `draw_projection`).
         center: whether queries and keys are centred by the means of each call and head (see `fit_balancing`).
         balance: whether their channels are balanced likewise.
+        local_enhancement: whether a depth-wise convolution of the values is added (see `LocalEnhancement`); it has
+            parameters of its own.
+        num_prefix_tokens: class and register tokens, which have no place in the grid of patches.
         seed: seed of the model's projections, 0 or more.
         layer_index: place of the layer in its model; layers of one seed draw different projections.
 
@@ -51,6 +56,8 @@ class PerformerOptions:
     norms: ProjectionNorms = "chi"
     center: bool = False
     balance: bool = False
+    local_enhancement: bool = False
+    num_prefix_tokens: int = 0
     seed: int = 0
     layer_index: int = 0
 
@@ -64,6 +71,8 @@ class PerformerOptions:
             raise ValueError(
                 f"seed and layer_index must be 0 or more, got {self.seed} and {self.layer_index}; use seed=0"
             )
+        if self.num_prefix_tokens < 0:
+            raise ValueError(f"num_prefix_tokens must be 0 or more, got {self.num_prefix_tokens}")
 
 
 def check_option_names(options: Iterable[str], kind: type[PerformerOptions]) -> None:
@@ -81,21 +90,27 @@ def check_option_names(options: Iterable[str], kind: type[PerformerOptions]) -> 
 
 
 class RandomProjectionMixin(nn.Module):
-    """What every layer with a random projection shares: its options, its draws and where they live.
+    """What every layer with a random projection shares: its options, its draws, where they live, what is added.
 
     The projection, [R, D], is drawn from (seed, layer_index, draw), so it is a non-persistent buffer that no
     checkpoint needs to carry. It stays float32 whatever dtype the module is moved to: a rounded draw would be
-    another one, and the features are computed in float32 anyway. `head_dim` must be set before `_start_drawing`.
+    another one, and the features are computed in float32 anyway. `num_heads` and `head_dim` must be set before
+    `_start_drawing`.
     """
 
     projection: Tensor
     options: PerformerOptions
     draw: int
+    num_heads: int
     head_dim: int
+    grid: TokenGrid
+    local_enhancement: LocalEnhancement | None
 
-    def _start_drawing(self, options: PerformerOptions) -> None:
-        self.options, self.draw = options, 0
+    def _start_drawing(self, options: PerformerOptions, grid: TokenGrid) -> None:
+        self.options, self.draw, self.grid = options, 0, grid
         self.register_buffer("projection", self._draw_projection(options, 0), persistent=False)
+        self.register_module("local_enhancement", None)
+        self._enhance(options)
 
     def configure(self, **options: Any) -> Self:
         """Change options and draw the projection anew; those not named stay.
@@ -109,7 +124,15 @@ class RandomProjectionMixin(nn.Module):
         check_option_names(options, type(self.options))
         changed = replace(self.options, **options)
         self.projection = self._draw_projection(changed, self.draw)
+        self._enhance(changed)
         self.options = changed
+        return self
+
+    def on_grid(self, grid: TokenGrid) -> Self:
+        """Take the rows and columns of the tokens from this grid from now on, as the other layers of a model do."""
+        self.grid = grid
+        if self.local_enhancement is not None:
+            self.local_enhancement.grid = grid
         return self
 
     def redraw(self, draw: int) -> None:
@@ -128,6 +151,15 @@ class RandomProjectionMixin(nn.Module):
     def extra_repr(self) -> str:
         """The options, for printing."""
         return ", ".join(f"{field.name}={getattr(self.options, field.name)!r}" for field in fields(self.options))
+
+    def _enhance(self, options: PerformerOptions) -> None:
+        if not options.local_enhancement:
+            self.local_enhancement = None
+        elif self.local_enhancement is None:
+            like = next(self.parameters())
+            self.local_enhancement = LocalEnhancement(
+                self.num_heads * self.head_dim, self.grid, device=like.device, dtype=like.dtype
+            )
 
     def _draw_projection(self, options: PerformerOptions, draw: int) -> Tensor:
         device = next(self.parameters()).device
@@ -172,7 +204,6 @@ class PerformerAttention(RandomProjectionMixin, Attention):
     proj: Any
     proj_drop: Any
     attn_drop: Any
-    num_heads: int
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -181,7 +212,7 @@ class PerformerAttention(RandomProjectionMixin, Attention):
                 f"attn_drop must be 0, got {self.attn_drop.p}: linear attention never forms the weights that it "
                 "drops; use proj_drop or drop_path instead"
             )
-        self._start_drawing(PerformerOptions())
+        self._start_drawing(PerformerOptions(), TokenGrid())
 
     def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
         """Attend.
@@ -196,7 +227,7 @@ class PerformerAttention(RandomProjectionMixin, Attention):
 
         Raises:
             ValueError: any other mask, which has no form here; causal order with centring or balancing, whose
-                statistics would tell of the future.
+                statistics would tell of the future, or with local enhancement.
         """
         B, N, _ = x.shape
         qkv = self.qkv(x).reshape(B, N, 3, self.num_heads, self.head_dim).permute(2, 0, 3, 1, 4)
@@ -206,6 +237,8 @@ class PerformerAttention(RandomProjectionMixin, Attention):
         out = timm_favor_attention(
             q, k, v, self.projection, options.kernel, options.center, options.balance, attn_mask, is_causal
         )
+        if self.local_enhancement is not None:
+            out = out + self.local_enhancement(v, options.num_prefix_tokens, attn_mask, is_causal)
         out = self.norm(out.transpose(1, 2).flatten(2))
         # The oldest timm that we take has no gate.
         gate = getattr(self, "gate", None)
@@ -257,23 +290,6 @@ def timm_favor_attention(
             )
         balancing = fit_balancing(q, k, key_mask, center=center, balance=balance)
     return favor_attention(q, k, v, projection, kernel, key_mask, is_causal, balancing)
-
-
-def key_mask_of(attn_mask: Tensor | None, k: Tensor) -> Tensor | None:
-    """The key mask, [B, N], of a mask as timm passes it, [B, N] or [B, 1, 1, N].
-
-    Raises:
-        ValueError: any other mask.
-    """
-    if attn_mask is None:
-        return None
-    B, N = k.shape[0], k.shape[2]
-    if attn_mask.dtype != torch.bool or tuple(attn_mask.shape) not in {(B, N), (B, 1, 1, N)}:
-        raise ValueError(
-            f"linear attention can leave keys out and nothing else: attn_mask must be bool, [{B}, {N}] or "
-            f"[{B}, 1, 1, {N}], got {attn_mask.dtype} {list(attn_mask.shape)}; use timm's own Attention for others"
-        )
-    return attn_mask.reshape(B, N)
 
 
 def _generator(*entropy: int) -> torch.Generator:

@@ -28,8 +28,8 @@ class ModelConfig:
     """A backbone and a head.
 
     Attributes:
-        backbone: any timm model name that takes `features_only` and `img_size`, or a folder with a converted model,
-            whose weights are loaded.
+        backbone: any timm model name that takes `features_only`, and `img_size` and `dynamic_img_size` if timm says
+            that its input size is fixed; or a folder with a converted model, whose weights are loaded.
         backbone_kwargs: passed to `timm.create_model`, e.g. {attn_kwargs: {num_features: 128}}.
         pretrained: load timm's weights for the backbone.
         out_indices: the blocks whose outputs the head sees.
@@ -91,8 +91,7 @@ def _build_backbone(
         "features_only": True,
         "out_indices": tuple(config.out_indices),
         "in_chans": in_chans,
-        "img_size": tile_px,
-        "dynamic_img_size": True,
+        **_size_options(config.backbone if saved is None else saved["architecture"], tile_px),
         **config.backbone_kwargs,
     }
     try:
@@ -105,6 +104,12 @@ def _build_backbone(
         raise
     except (TypeError, ValueError, AssertionError, RuntimeError) as error:
         raise ConfigError(f"model.backbone {config.backbone}: {str(error).splitlines()[0]}") from error
+
+
+def _size_options(name: str, tile_px: int) -> dict[str, Any]:
+    # A model of fixed input size must be told to give it up; others (convolutions, rotary positions) take any image.
+    cfg = timm.get_pretrained_cfg(name)
+    return {"img_size": tile_px, "dynamic_img_size": True} if cfg is not None and cfg.fixed_input_size else {}
 
 
 def _lookup_head(name: str) -> Callable[..., nn.Module]:

@@ -17,8 +17,9 @@ ATTENTIONS: dict[str, dict[str, Any] | None] = {
         "norms": "sqrt",
         "center": True,
         "balance": True,
-        "window_size": 16,
-        "num_sinks": 256,
+        "num_features": 128,
+        "window_size": 12,
+        "num_sinks": 512,
     },
 }
 # Options that mean the same for every attention.

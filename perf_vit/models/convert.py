@@ -8,12 +8,20 @@ from typing import Any
 
 from torch import nn
 
+from perf_vit.layers.chunked_mlp import chunk_mlps
 from perf_vit.layers.converted_attention import CONVERTIBLE, ConvertedAttention, ScatterbrainOptions
 from perf_vit.layers.performer_attention import RandomProjectionMixin, check_option_names
 from perf_vit.layers.token_grid import TokenGrid, watch_patch_embed
 from perf_vit.models.conversion import Conversion
 
-__all__ = ["body_of", "convert_in_place", "converted_layers", "convertible_layers", "performerize"]
+__all__ = [
+    "body_of",
+    "convert_attention",
+    "convert_in_place",
+    "converted_layers",
+    "convertible_layers",
+    "performerize",
+]
 
 
 def performerize(
@@ -61,24 +69,34 @@ def convert_in_place(model: nn.Module, conversion: Conversion) -> nn.Module:
         ValueError: as `performerize`.
     """
     body = body_of(model)
-    found = convertible_layers(body)
-    chosen = _choose(body, found, conversion)
+    convert_attention(body, conversion)
+    # timm's models are open to attributes of any kind.
+    body.conversion = conversion  # type: ignore[assignment]
+    return model
+
+
+def convert_attention(model: nn.Module, conversion: Conversion) -> None:
+    """Replace the attention layers of a model itself, and let its MLPs go in chunks.
+
+    Raises:
+        ValueError: as `performerize`.
+    """
+    found = convertible_layers(model)
+    chosen = _choose(model, found, conversion)
     grid, needs_grid = TokenGrid(), False
     for index in chosen:
         attention, options = conversion.of_layer(index)
         if attention == "softmax":
             continue
-        options = {"num_prefix_tokens": getattr(body, "num_prefix_tokens", 0), **options, "layer_index": index}
+        chunk_mlps(model)
+        options = {"num_prefix_tokens": getattr(model, "num_prefix_tokens", 0), **options, "layer_index": index}
         name, module = found[index]
         parent, _, child = name.rpartition(".")
         converted = ConvertedAttention(module, ScatterbrainOptions(**options), grid)
-        setattr(body.get_submodule(parent), child, converted)
-        needs_grid = needs_grid or bool(options.get("window_size") or options.get("num_sinks"))
+        setattr(model.get_submodule(parent), child, converted)
+        needs_grid = needs_grid or converted.options.needs_grid
     if needs_grid:
-        watch_patch_embed(_patch_embed(body), grid)
-    # timm's models are open to attributes of any kind.
-    body.conversion = conversion  # type: ignore[assignment]
-    return model
+        watch_patch_embed(model, grid)
 
 
 def body_of(model: nn.Module) -> nn.Module:
@@ -120,13 +138,3 @@ def _choose(model: nn.Module, found: list[tuple[str, nn.Module]], conversion: Co
             raise ValueError(f"per_layer must name layers that are converted, {among}; got {index!r}")
         check_option_names((name for name in options if name != "attention"), ScatterbrainOptions)
     return list(chosen)
-
-
-def _patch_embed(model: nn.Module) -> nn.Module:
-    patch_embed = getattr(model, "patch_embed", None)
-    if not isinstance(patch_embed, nn.Module):
-        raise ValueError(
-            f"windows and sinks need the grid, which a patch_embed tells; {type(model).__name__} has none; "
-            "use attention='performer' or set window_size=0, num_sinks=0"
-        )
-    return patch_embed

@@ -110,7 +110,9 @@ def choose_sinks(q: Tensor, k: Tensor, num_sinks: int, num_prefix_tokens: int, k
             yield values if key_mask is None else values.masked_fill_(~key_mask[:, None, None, keys[2]], LOWEST_SCALE)
 
     log_sums = torch.stack([values.logsumexp(dim=-1, keepdim=True) for values in logits()]).logsumexp(dim=0)
-    mass = torch.cat([exp_(values.sub_(log_sums).mul_(0.5)).sum(dim=2) for values in logits()], dim=-1)[..., num_prefix_tokens:]
+    mass = torch.cat([exp_(values.sub_(log_sums).mul_(0.5)).sum(dim=2) for values in logits()], dim=-1)[
+        ..., num_prefix_tokens:
+    ]
     if key_mask is not None:
         mass = mass.masked_fill(~key_mask[:, None, num_prefix_tokens:], -1.0)
     return mass.topk(min(num_sinks, length), dim=-1).indices + num_prefix_tokens
@@ -200,7 +202,9 @@ class _Attention:
         # The e^-40 that is left of a masked key, beside 1, is nothing.
         features = exp_(logs.sub_(log_scale.unsqueeze(-2)))
         windows = (math.prod(group.shape), -1)
-        return features.unflatten(2, windows).mT @ _with_columns(v, self.num_columns, 1.0).unflatten(2, windows), log_scale
+        return features.unflatten(2, windows).mT @ _with_columns(v, self.num_columns, 1.0).unflatten(
+            2, windows
+        ), log_scale
 
     def _attend(
         self,
@@ -232,7 +236,8 @@ class _Attention:
             near_v[..., :value_dim] = self._windows(self.v, group)
         own_q = self._windows(self.q, group)
         _as_windows(q, group)[..., :head_dim] = own_q * head_dim**-0.5
-        q[..., head_dim : head_dim + 1] = self._log_amplitude(own_q.reshape(*q.shape[:2], -1, head_dim)).view(*q.shape[:4], 1)
+        log_amplitude = self._log_amplitude(own_q.reshape(*q.shape[:2], -1, head_dim))
+        q[..., head_dim : head_dim + 1] = log_amplitude.view(*q.shape[:4], 1)
         q, k, v = (x.flatten(0, 2).unsqueeze(1) for x in (q, k, v))
         out = F.scaled_dot_product_attention(q, k, v, scale=1.0)
         return out.view(*self.q.shape[:2], -1, out.shape[-1])[..., :value_dim]
@@ -277,7 +282,8 @@ def _attend(
     if key_mask is not None:
         masked = ~key_mask[:, None, :, None]
         # What a masked key carries may be anything, NaN included.
-        k, v, log_mask = k.masked_fill(masked, 0.0), v.masked_fill(masked, 0.0), log_mask.masked_fill(masked, LOWEST_SCALE)
+        k, v = k.masked_fill(masked, 0.0), v.masked_fill(masked, 0.0)
+        log_mask = log_mask.masked_fill(masked, LOWEST_SCALE)
     prefix = _exact(q[:, :, :num_prefix_tokens], k, v, log_mask)
     sinks = choose_sinks(q, k, num_sinks, num_prefix_tokens, key_mask)
     shared = _shared_keys(k, v, log_mask, sinks, num_prefix_tokens)

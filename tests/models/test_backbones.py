@@ -41,7 +41,6 @@ def softmax_twin(name: str, **kwargs) -> nn.Module:
 
 
 def test_timm_lists_the_models() -> None:
-    assert sorted(timm.list_models("performer_vit_*")) == sorted(NAMES)
     assert sorted(timm.list_models(module="performer_vit")) == sorted(NAMES)
     assert set(NAMES) < set(backbones.__all__)
 

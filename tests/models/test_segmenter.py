@@ -29,6 +29,28 @@ def test_logits_have_the_resolution_of_the_image(num_bands: int, size: tuple[int
         assert model(torch.randn(2, num_bands, *size)).shape == (2, 3, *size)
 
 
+@pytest.mark.parametrize(
+    ("backbone", "backbone_kwargs", "out_indices", "stride"),
+    [
+        ("hct_base", {"attn_kwargs": {"num_features": 16}}, [1], 8),
+        ("resnet18", {}, [1], 4),
+        ("performer_vit_rope_small_patch16_224", {"depth": 2}, [0, 1], 16),
+        ("scatterbrain_vit_tiny_patch8_224", {"depth": 2, "attn_kwargs": {"window_size": 3, "num_sinks": 4}}, [1], 8),
+    ],
+)
+def test_backbones_of_every_kind_segment_images_of_any_size(
+    backbone: str, backbone_kwargs: dict, out_indices: list[int], stride: int
+) -> None:
+    config = ModelConfig(backbone=backbone, backbone_kwargs=backbone_kwargs, out_indices=out_indices)
+    model = build_segmenter(config, spec(num_bands=4)).eval()
+    assert model.size_multiple == stride
+    for size in ((64, 64), (96, 160)):
+        with torch.no_grad():
+            assert model(torch.randn(2, 4, *size)).shape == (2, 3, *size)
+    model.train()(torch.randn(2, 4, 64, 64)).square().mean().backward()
+    assert all(p.grad is not None for p in model.parameters())
+
+
 def test_every_parameter_gets_a_gradient() -> None:
     model = build_segmenter(TINY, spec())
     model(torch.randn(2, 3, 64, 64)).square().mean().backward()
@@ -52,6 +74,8 @@ def test_a_single_pixel_changes_the_output_beside_it_most() -> None:
     ("change", "message"),
     [
         ({"backbone": "performer_vit_tinny_patch16_224"}, "did you mean performer_vit_tiny_patch16_224?"),
+        ({"backbone": "hct_base", "backbone_kwargs": {}, "out_indices": [0, 1]}, "one stride"),
+        ({"backbone": "hct_base", "backbone_kwargs": {"img_size": 64}}, "unexpected keyword argument 'img_size'"),
         ({"head": "unet"}, "model.head must be one of full_resolution, got unet"),
         ({"head_kwargs": {"widths": 3}}, "widths"),
         ({"backbone_kwargs": {"attn_kwargs": {"num_feature": 3}}}, "num_features"),

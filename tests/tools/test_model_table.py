@@ -22,7 +22,8 @@ def test_the_page_is_up_to_date(model_table: ModuleType) -> None:
 
 
 def test_every_registered_model_is_in_the_table(model_table: ModuleType) -> None:
-    expected = {*timm.list_models(module="performer_vit"), *timm.list_models(module="hct")}
+    modules = ("performer_vit", "scatterbrain_vit", "rope_vit", "hct")
+    expected = {name for module in modules for name in timm.list_models(module=module)}
     names = model_table.registered_names()
     assert set(names) == expected
     assert len(names) == len(expected)
@@ -31,4 +32,6 @@ def test_every_registered_model_is_in_the_table(model_table: ModuleType) -> None
 def test_a_row_says_what_the_model_is(model_table: ModuleType) -> None:
     rows = {row.split("`")[1]: row for row in model_table.table().splitlines() if "`" in row}
     assert rows["performer_vit_base_patch16_224"].split(" | ")[1:] == ["86.6", "768", "12", "12", "16", "224 x 224 |"]
+    row = rows["performer_vit_rope_small_patch16_224"].split(" | ")[1:]
+    assert row == ["22.0", "384", "12", "6", "16", "224 x 224 |"]
     assert rows["hct_base"].split(" | ")[2:] == ["256", "10", "8", "-", "3328 x 2560 |"]
