@@ -37,28 +37,24 @@ class TokenGrid:
 class _Watch:
     """A forward hook that writes down the grid; an object, so that a copied model gets a copy of its own."""
 
-    def __init__(self, grid: TokenGrid, patch_size: tuple[int, int]) -> None:
-        self.grid, self.patch_size = grid, patch_size
+    def __init__(self, grid: TokenGrid) -> None:
+        self.grid = grid
 
-    def __call__(self, module: nn.Module, arguments: tuple[Any, ...], output: Any) -> None:
+    def __call__(self, module: Any, arguments: tuple[Any, ...], output: Any) -> None:
         height, width = arguments[0].shape[-2:]
-        if getattr(module, "dynamic_img_pad", False):
-            rows, columns = -(-height // self.patch_size[0]), -(-width // self.patch_size[1])
-        else:
-            rows, columns = height // self.patch_size[0], width // self.patch_size[1]
+        rows, columns = module.dynamic_feat_size((height, width))
         self.grid.size = (rows, columns)
 
 
 def watch_patch_embed(patch_embed: nn.Module, grid: TokenGrid) -> torch.utils.hooks.RemovableHandle:
-    """Have a timm `PatchEmbed` write its grid of patches down in each forward pass.
+    """Have a timm `PatchEmbed` or `HybridEmbed` write its grid of patches down in each forward pass.
 
     Raises:
-        ValueError: a module without a patch size.
+        ValueError: a module that can't tell its grid.
     """
-    patch_size = getattr(patch_embed, "patch_size", None)
-    if patch_size is None:
+    if not hasattr(patch_embed, "dynamic_feat_size"):
         raise ValueError(
-            f"expected a patch embedding with a patch_size, got {type(patch_embed).__name__}; windows need the grid"
+            f"windows and sinks need the grid: expected timm's PatchEmbed or HybridEmbed, got "
+            f"{type(patch_embed).__name__}; use attention='performer'"
         )
-    size = (patch_size, patch_size) if isinstance(patch_size, int) else tuple(patch_size)
-    return patch_embed.register_forward_hook(_Watch(grid, (size[0], size[1])))
+    return patch_embed.register_forward_hook(_Watch(grid))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import difflib
 from collections.abc import Collection
 from typing import Any
 
@@ -51,25 +52,56 @@ def performerize(
         ValueError: an unknown attention or option, a model without such layers, or with windows one without a patch
             embedding that tells the grid, or a layer that has no linear form.
     """
-    if attention not in ATTENTIONS:
-        raise ValueError(f"attention must be one of {', '.join(ATTENTIONS)}, got {attention!r}")
+    _check_arguments(model, attention, options)
     model = copy.deepcopy(model)
-    found = [(name, module) for name, module in model.named_modules() if isinstance(module, CONVERTIBLE)]
-    chosen = _choose(model, found, layers)
+    vit = _find_vit(model)
+    found = _attentions(vit)
+    chosen = _choose(vit, found, layers)
     defaults = ATTENTIONS[attention]
     if defaults is None:
         return model
-    merged = {"num_prefix_tokens": getattr(model, "num_prefix_tokens", 0), **defaults, **options}
-    check_option_names(merged, ScatterbrainOptions)
+    merged = {"num_prefix_tokens": getattr(vit, "num_prefix_tokens", 0), **defaults, **options}
     grid = TokenGrid()
     for index in chosen:
         name, module = found[index]
         parent, _, child = name.rpartition(".")
         converted = ConvertedAttention(module, ScatterbrainOptions(**{**merged, "layer_index": index}), grid)
-        setattr(model.get_submodule(parent), child, converted)
+        setattr(vit.get_submodule(parent), child, converted)
     if merged.get("window_size") or merged.get("num_sinks"):
-        watch_patch_embed(_patch_embed(model), grid)
+        watch_patch_embed(_patch_embed(vit), grid)
     return model
+
+
+def _check_arguments(model: nn.Module, attention: str, options: dict[str, Any]) -> None:
+    if not isinstance(model, nn.Module):
+        raise ValueError(f"expected a model, got {model!r}; timm.create_model makes one")
+    if attention not in ATTENTIONS:
+        near = difflib.get_close_matches(str(attention), ATTENTIONS, n=1)
+        hint = f"; did you mean {near[0]!r}?" if near else ""
+        raise ValueError(f"attention must be one of {', '.join(ATTENTIONS)}, got {attention!r}{hint}")
+    check_option_names(options, ScatterbrainOptions)
+    if "layer_index" in options:
+        raise ValueError("options must not hold layer_index, which each layer gets by its place; use seed")
+
+
+def _find_vit(model: nn.Module) -> nn.Module:
+    """The model, or the one ViT within it: `features_only=True`, decoders and trainers wrap one up."""
+    vits = [module for module in model.modules() if _has_patch_embed(module) and _attentions(module)]
+    if not vits or vits[0] is model:
+        return model
+    if len(vits) > 1:
+        raise ValueError(
+            f"expected one ViT in {type(model).__name__}, got {len(vits)}: convert each of them and put it in its place"
+        )
+    return vits[0]
+
+
+def _has_patch_embed(module: nn.Module) -> bool:
+    return isinstance(getattr(module, "patch_embed", None), nn.Module)
+
+
+def _attentions(model: nn.Module) -> list[tuple[str, nn.Module]]:
+    return [(name, module) for name, module in model.named_modules() if isinstance(module, CONVERTIBLE)]
 
 
 def _choose(model: nn.Module, found: list[tuple[str, nn.Module]], layers: Collection[int] | None) -> list[int]:
@@ -81,12 +113,18 @@ def _choose(model: nn.Module, found: list[tuple[str, nn.Module]], layers: Collec
     if not found:
         raise ValueError(
             f"expected a model with timm's {', '.join(kind.__name__ for kind in CONVERTIBLE)}, got "
-            f"{type(model).__name__} with none of them; windowed and pooled attention (Swin, MViT) is not converted"
+            f"{type(model).__name__} with none of them; windows, pooling and relative position biases (Swin, MViT, BEiT) have no linear form"
+        )
+    if layers is not None and not (isinstance(layers, Collection) and all(isinstance(x, int) for x in layers)):
+        raise ValueError(
+            f"layers must be places from 0 to {len(found) - 1}, got {layers!r}; pass a list of whole numbers"
         )
     chosen = range(len(found)) if layers is None else sorted(set(layers))
     outside = [index for index in chosen if not 0 <= index < len(found)]
     if outside:
-        raise ValueError(f"layers must be places from 0 to {len(found) - 1}, got {outside[0]}")
+        raise ValueError(
+            f"layers must be places from 0 to {len(found) - 1}, got {outside[0]}; leave layers out to convert all"
+        )
     return list(chosen)
 
 
@@ -94,7 +132,7 @@ def _patch_embed(model: nn.Module) -> nn.Module:
     patch_embed = getattr(model, "patch_embed", None)
     if not isinstance(patch_embed, nn.Module):
         raise ValueError(
-            f"windows and sinks need the grid, which a patch_embed tells; {type(model).__name__} has none; "
-            "use attention='performer' or set window_size=0, num_sinks=0"
+            f"windows and sinks need the grid: expected a model with a patch_embed, got {type(model).__name__} without "
+            "one; use attention='performer'"
         )
     return patch_embed

@@ -291,8 +291,13 @@ def _check(
             "window_size, num_sinks and num_prefix_tokens must be 0 or more, "
             f"got {window_size}, {num_sinks} and {num_prefix_tokens}"
         )
+    if not isinstance(grid, tuple | list) or len(grid) != 2 or min(grid) < 1:
+        raise ValueError(
+            f"grid must be (rows, columns) of the patches, each 1 or more, got {grid!r}; {num_prefix_tokens} prefix "
+            f"tokens come before the patches, rows x columns = {q.shape[2] - num_prefix_tokens}"
+        )
     expected = num_prefix_tokens + grid[0] * grid[1]
-    if min(grid) < 1 or q.shape[2] != expected:
+    if q.shape[2] != expected:
         raise ValueError(
             f"{num_prefix_tokens} prefix tokens and a grid of {grid[0]} x {grid[1]} are {expected} tokens, got "
             f"{q.shape[2]}; pass grid=(rows, columns) of the patches"
