@@ -36,11 +36,12 @@ def performerize(
     """A copy of a timm ViT whose attention costs O(N), with the same weights under the same names.
 
     timm's `Attention` (ViT, DeiT, MAE, DINOv2, CLIP, SigLIP), `AttentionRope` and `EvaAttention` (EVA02, DINOv3) are
-    taken over; the model is still what it was for timm's utilities. "scatterbrain" keeps what a pretrained model
-    knows, untrained; "performer" is plain FAVOR+ (Choromanski et al. 2020), after which a model must be trained.
+    taken over, also in a ViT that something wraps; the model is still what it was for timm's utilities.
+    "scatterbrain" keeps what a pretrained model knows, untrained; "performer" is plain FAVOR+ (Choromanski et al.
+    2020), after which a model must be trained.
 
     Args:
-        model: a model that holds such layers; it is not changed.
+        model: a ViT with such layers, or a model that holds one; it is not changed.
         attention: "scatterbrain", "performer", or "softmax" to leave layers as they are.
         layers: places, from 0, of the attention layers to convert; None for all.
         **options: fields of `ScatterbrainOptions`, among them num_features, window_size, num_sinks, kernel and seed.
@@ -113,7 +114,8 @@ def _choose(model: nn.Module, found: list[tuple[str, nn.Module]], layers: Collec
     if not found:
         raise ValueError(
             f"expected a model with timm's {', '.join(kind.__name__ for kind in CONVERTIBLE)}, got "
-            f"{type(model).__name__} with none of them; windows, pooling and relative position biases (Swin, MViT, BEiT) have no linear form"
+            f"{type(model).__name__} with none of them; windows, pooling and relative position "
+            "biases (Swin, MViT, BEiT) have no linear form"
         )
     if layers is not None and not (isinstance(layers, Collection) and all(isinstance(x, int) for x in layers)):
         raise ValueError(

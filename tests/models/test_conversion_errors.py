@@ -1,4 +1,4 @@
-"""What a user can get wrong with conversion and creation: each answer is one line, with what was expected and what came."""
+"""What a user can get wrong with conversion and creation; one line says what was expected and what came."""
 
 from pathlib import Path
 
