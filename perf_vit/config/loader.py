@@ -46,9 +46,11 @@ def load_config(path: str | Path, schema: type[T], overrides: Sequence[str] = ()
         missing = sorted(OmegaConf.missing_keys(typed))
         if missing:
             raise ConfigError(f"{path}: give {' '.join(f'{key}=...' for key in missing)}")
-        return cast(T, OmegaConf.to_object(typed))
+        loaded = cast(T, OmegaConf.to_object(typed))
     except OmegaConfBaseException as error:
         raise ConfigError(f"{error.full_key or path}: {str(error.msg or error).splitlines()[0]}") from error
+    _make_tuples(loaded)
+    return loaded
 
 
 def dump_config(config: Any, path: Path) -> None:
@@ -106,6 +108,22 @@ def _dataclass_in(hint: Any) -> type | None:
     """The dataclass that a hint holds, looking through `X | None`."""
     options = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
     return next((option for option in options if isinstance(option, type) and dataclasses.is_dataclass(option)), None)
+
+
+def _make_tuples(config: Any) -> None:
+    """Turn lists under fields that are tuples into such: OmegaConf does so from 2.4 on only."""
+    hints = typing.get_type_hints(type(config))
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        if dataclasses.is_dataclass(value):
+            _make_tuples(value)
+        elif isinstance(value, list) and _holds_tuple(hints[field.name]):
+            setattr(config, field.name, tuple(value))
+
+
+def _holds_tuple(hint: Any) -> bool:
+    options = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+    return any(typing.get_origin(option) is tuple for option in options)
 
 
 def _unknown_key_message(prefix: str, key: str, known: list[str]) -> str:

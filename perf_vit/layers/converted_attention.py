@@ -14,10 +14,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from perf_vit.layers.key_mask import key_mask_of
-from perf_vit.layers.performer_attention import PerformerOptions, RandomProjectionMixin
+from perf_vit.layers.performer_attention import PerformerOptions, RandomProjectionMixin, check_whole
 from perf_vit.layers.token_grid import TokenGrid
 from perf_vit.ops import favor_attention, fit_balancing, scatterbrain_attention
 from perf_vit.ops.balancing import Balancing
+from perf_vit.ops.kernels import get_kernel
 
 __all__ = ["BALANCING_BUFFERS", "CONVERTIBLE", "ConvertedAttention", "ScatterbrainOptions"]
 
@@ -39,13 +40,21 @@ class ScatterbrainOptions(PerformerOptions):
         num_sinks: keys of each head that every query sees exactly; 0 for none.
 
     Raises:
-        ValueError: as `PerformerOptions`; a negative number.
+        ValueError: as `PerformerOptions`; a number that is negative or not whole; windows or sinks with a kernel that
+            has no positive features for softmax.
     """
 
     window_size: int = 0
     num_sinks: int = 0
 
     def __post_init__(self) -> None:
+        check_whole(window_size=self.window_size, num_sinks=self.num_sinks, num_prefix_tokens=self.num_prefix_tokens)
+        kernel = get_kernel(self.kernel)
+        if (self.window_size or self.num_sinks) and not (kernel.estimates_softmax and kernel.log_domain):
+            raise ValueError(
+                "windows and sinks need a kernel of positive features that estimates softmax: expected softmax+, "
+                f"softmax-hyp+ or oprf, got {kernel.name!r}; use attention='performer' for others"
+            )
         super().__post_init__()
         if min(self.window_size, self.num_sinks) < 0:
             raise ValueError(
@@ -100,7 +109,8 @@ class ConvertedAttention(RandomProjectionMixin, nn.Module):
             )
         if attention.attn_drop.p > 0:
             raise ValueError(
-                f"attn_drop must be 0, got {attention.attn_drop.p}: linear attention never forms the weights it drops"
+                f"attn_drop must be 0, got {attention.attn_drop.p}: linear attention never forms the weights it drops; "
+                "create the model with attn_drop_rate=0"
             )
         own = set(self.__dict__)
         for name, value in attention.__dict__.items():

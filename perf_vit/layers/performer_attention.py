@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, fields, replace
+from numbers import Integral
 from typing import Any, Self
 
 import numpy as np
@@ -24,6 +25,7 @@ __all__ = [
     "PerformerOptions",
     "RandomProjectionMixin",
     "check_option_names",
+    "check_whole",
     "timm_favor_attention",
 ]
 
@@ -46,8 +48,8 @@ class PerformerOptions:
         layer_index: place of the layer in its model; layers of one seed draw different projections.
 
     Raises:
-        ValueError: an unknown kernel, one that centring or balancing would change, or a negative number;
-            `draw_projection` checks the rest.
+        ValueError: an unknown kernel, one that centring or balancing would change, or a number that is negative or
+            not whole; `draw_projection` checks the rest.
     """
 
     kernel: str = "softmax+"
@@ -67,12 +69,24 @@ class PerformerOptions:
                 f"center and balance leave softmax attention as it is, but kernel {self.kernel!r} estimates another; "
                 "use center=False, balance=False"
             )
+        check_whole(num_features=self.num_features, seed=self.seed, layer_index=self.layer_index)
         if self.seed < 0 or self.layer_index < 0:
             raise ValueError(
                 f"seed and layer_index must be 0 or more, got {self.seed} and {self.layer_index}; use seed=0"
             )
         if self.num_prefix_tokens < 0:
             raise ValueError(f"num_prefix_tokens must be 0 or more, got {self.num_prefix_tokens}")
+
+
+def check_whole(**numbers: Any) -> None:
+    """Refuse options that must be whole numbers and aren't.
+
+    Raises:
+        ValueError: names the first of them.
+    """
+    for name, number in numbers.items():
+        if not isinstance(number, Integral):
+            raise ValueError(f"{name} must be a whole number, got {number!r}; pass an int")
 
 
 def check_option_names(options: Iterable[str], kind: type[PerformerOptions]) -> None:

@@ -6,7 +6,6 @@ from typing import Any
 
 import torch
 import torch.fx
-from timm.layers import to_2tuple
 from torch import nn
 
 __all__ = ["TokenGrid", "watch_patch_embed"]
@@ -42,18 +41,14 @@ class _Watch:
     def __init__(self, grid: TokenGrid) -> None:
         self.grid = grid
 
-    def __call__(self, module: nn.Module, arguments: tuple[Any, ...], output: Any) -> None:
+    def __call__(self, module: Any, arguments: tuple[Any, ...], output: Any) -> None:
         if isinstance(arguments[0], torch.fx.Proxy):
             # A graph is made, in which there is no patch embedding any more, but its convolution.
             module.get_submodule("proj").register_forward_hook(_WatchConvolution(self.grid))
             return
         height, width = arguments[0].shape[-2:]
-        # It is asked for in each pass: `set_input_size` may change it.
-        patch_height, patch_width = to_2tuple(module.patch_size)
-        if getattr(module, "dynamic_img_pad", False):
-            self.grid.size = (-(-height // patch_height), -(-width // patch_width))
-        else:
-            self.grid.size = (height // patch_height, width // patch_width)
+        rows, columns = module.dynamic_feat_size((height, width))
+        self.grid.size = (rows, columns)
 
 
 class _WatchConvolution:
@@ -66,16 +61,16 @@ class _WatchConvolution:
 
 
 def watch_patch_embed(model: nn.Module, grid: TokenGrid) -> torch.utils.hooks.RemovableHandle:
-    """Have the `patch_embed` of a timm model write its grid of patches down in each forward pass.
+    """Have a timm model's `PatchEmbed` or `HybridEmbed` write its grid down in each forward pass.
 
     Raises:
-        ValueError: a model without a patch embedding, or one without a patch size.
+        ValueError: a model without such a patch embedding.
     """
     patch_embed = getattr(model, "patch_embed", None)
-    if not isinstance(patch_embed, nn.Module) or getattr(patch_embed, "patch_size", None) is None:
+    if not isinstance(patch_embed, nn.Module) or not hasattr(patch_embed, "dynamic_feat_size"):
+        got = "none" if patch_embed is None else type(patch_embed).__name__
         raise ValueError(
-            "windows, sinks and local enhancement need the grid, which a patch_embed with a patch_size tells; "
-            f"{type(model).__name__} has none; use attention='performer' or window_size=0, num_sinks=0, "
-            "local_enhancement=False"
+            "windows, sinks and local enhancement need the grid: expected a model whose patch_embed is timm's PatchEmbed "
+            f"or HybridEmbed, got {type(model).__name__} with {got}; use attention='performer'"
         )
     return patch_embed.register_forward_hook(_Watch(grid))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import difflib
 from collections.abc import Collection, Mapping
 from typing import Any
 
@@ -12,7 +13,7 @@ from perf_vit.layers.chunked_mlp import chunk_mlps
 from perf_vit.layers.converted_attention import CONVERTIBLE, ConvertedAttention, ScatterbrainOptions
 from perf_vit.layers.performer_attention import RandomProjectionMixin, check_option_names
 from perf_vit.layers.token_grid import TokenGrid, watch_patch_embed
-from perf_vit.models.conversion import Conversion
+from perf_vit.models.conversion import ATTENTIONS, Conversion
 
 __all__ = [
     "body_of",
@@ -34,11 +35,12 @@ def performerize(
     """A copy of a timm ViT whose attention costs O(N), with the same weights under the same names.
 
     timm's `Attention` (ViT, DeiT, MAE, DINOv2, CLIP, SigLIP), `AttentionRope` and `EvaAttention` (EVA02, DINOv3) are
-    taken over; the model is still what it was for timm's utilities. "scatterbrain" keeps what a pretrained model
-    knows, untrained; "performer" is plain FAVOR+ (Choromanski et al. 2020), after which a model must be trained.
+    taken over, also in a ViT that something wraps; the model is still what it was for timm's utilities.
+    "scatterbrain" keeps what a pretrained model knows, untrained; "performer" is plain FAVOR+ (Choromanski et al.
+    2020), after which a model must be trained.
 
     Args:
-        model: a model that holds such layers; it is not changed.
+        model: a ViT with such layers, or a model that holds one; it is not changed.
         attention: "scatterbrain", "performer", or "softmax" to leave layers as they are.
         layers: places, from 0, of the attention layers to convert; None for all.
         per_layer: options for single layers, by place, over those for all: {11: {"window_size": 8}}. Among them may
@@ -53,6 +55,7 @@ def performerize(
         ValueError: an unknown attention or option, a model without such layers, or with windows one without a patch
             embedding that tells the grid, or a layer that has no linear form.
     """
+    _check_arguments(model, attention, layers, options)
     conversion = Conversion(
         attention=attention,
         layers=None if layers is None else tuple(sorted(set(layers))),
@@ -92,17 +95,27 @@ def convert_attention(model: nn.Module, conversion: Conversion) -> None:
         options = {"num_prefix_tokens": getattr(model, "num_prefix_tokens", 0), **options, "layer_index": index}
         name, module = found[index]
         parent, _, child = name.rpartition(".")
-        converted = ConvertedAttention(module, ScatterbrainOptions(**options), grid)
-        setattr(model.get_submodule(parent), child, converted)
-        needs_grid = needs_grid or converted.options.needs_grid
+        chosen_options = ScatterbrainOptions(**options)
+        setattr(model.get_submodule(parent), child, ConvertedAttention(module, chosen_options, grid))
+        needs_grid = needs_grid or chosen_options.needs_grid
     if needs_grid:
         watch_patch_embed(model, grid)
 
 
 def body_of(model: nn.Module) -> nn.Module:
-    """The transformer itself, where timm's `features_only` has wrapped it."""
-    inner = getattr(model, "model", None)
-    return inner if hasattr(model, "feature_info") and isinstance(inner, nn.Module) else model
+    """The model, or the one ViT within it: `features_only=True`, decoders and trainers wrap one up.
+
+    Raises:
+        ValueError: several of them.
+    """
+    vits = [module for module in model.modules() if _has_patch_embed(module) and _has_attention(module)]
+    if not vits or vits[0] is model:
+        return model
+    if len(vits) > 1:
+        raise ValueError(
+            f"expected one ViT in {type(model).__name__}, got {len(vits)}: convert each of them and put it in its place"
+        )
+    return vits[0]
 
 
 def convertible_layers(model: nn.Module) -> list[tuple[str, nn.Module]]:
@@ -116,6 +129,27 @@ def converted_layers(model: nn.Module) -> dict[int, ConvertedAttention]:
     return {layer.options.layer_index: layer for layer in layers}
 
 
+def _check_arguments(model: nn.Module, attention: str, layers: object, options: Mapping[str, Any]) -> None:
+    if not isinstance(model, nn.Module):
+        raise ValueError(f"expected a model, got {model!r}; timm.create_model makes one")
+    if attention not in ATTENTIONS:
+        near = difflib.get_close_matches(str(attention), ATTENTIONS, n=1)
+        hint = f"; did you mean {near[0]!r}?" if near else ""
+        raise ValueError(f"attention must be one of {', '.join(ATTENTIONS)}, got {attention!r}{hint}")
+    if layers is not None and not (isinstance(layers, Collection) and all(isinstance(x, int) for x in layers)):
+        raise ValueError(f"layers must be places of attention layers, got {layers!r}; pass a list of whole numbers")
+    if "layer_index" in options:
+        raise ValueError("options must not hold layer_index, which each layer gets by its place; use seed")
+
+
+def _has_patch_embed(module: nn.Module) -> bool:
+    return isinstance(getattr(module, "patch_embed", None), nn.Module)
+
+
+def _has_attention(module: nn.Module) -> bool:
+    return any(isinstance(layer, (*CONVERTIBLE, ConvertedAttention)) for layer in module.modules())
+
+
 def _choose(model: nn.Module, found: list[tuple[str, nn.Module]], conversion: Conversion) -> list[int]:
     linear = [name for name, module in model.named_modules() if isinstance(module, RandomProjectionMixin)]
     if linear:
@@ -125,12 +159,15 @@ def _choose(model: nn.Module, found: list[tuple[str, nn.Module]], conversion: Co
     if not found:
         raise ValueError(
             f"expected a model with timm's {', '.join(kind.__name__ for kind in CONVERTIBLE)}, got "
-            f"{type(model).__name__} with none of them; windowed and pooled attention (Swin, MViT) is not converted"
+            f"{type(model).__name__} with none of them; windows, pooling and relative position "
+            "biases (Swin, MViT, BEiT) have no linear form"
         )
     chosen = range(len(found)) if conversion.layers is None else conversion.layers
     outside = [index for index in chosen if not 0 <= index < len(found)]
     if outside:
-        raise ValueError(f"layers must be places from 0 to {len(found) - 1}, got {outside[0]}")
+        raise ValueError(
+            f"layers must be places from 0 to {len(found) - 1}, got {outside[0]}; leave layers out to convert all"
+        )
     check_option_names(conversion.options, ScatterbrainOptions)
     for index, options in conversion.per_layer.items():
         if index not in chosen:

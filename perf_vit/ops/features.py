@@ -59,7 +59,7 @@ class FeatureMap:
         return self.kernel.features(x, self.projection.to(x.dtype))
 
     def query_rows(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """U, [.., .., M, D], and o, [.., .., 1, M], with `queries(query_inputs(q))` = q U^T + o, for a linear kernel."""
+        """U, [.., .., M, D], and o, [.., .., 1, M], of `queries(query_inputs(q))` = q U^T + o, for a linear kernel."""
         moved = None if self.balancing is None else (self.balancing.query_center, self.balancing.scale)
         return self._rows(moved, dtype)
 

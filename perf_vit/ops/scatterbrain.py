@@ -19,7 +19,7 @@ from perf_vit.ops.kernels import Kernel
 from perf_vit.ops.linear_attention import favor_attention
 from perf_vit.ops.oprf import optimal_parameter
 from perf_vit.ops.state import check_keys, make_feature_map
-from perf_vit.ops.windows import WindowGroup, even_window, from_windows, group_windows, to_windows
+from perf_vit.ops.windows import WindowGroup, even_window, from_windows, group_windows, split_dim, to_windows
 
 __all__ = ["choose_sinks", "scatterbrain_attention"]
 
@@ -202,9 +202,8 @@ class _Attention:
         # The e^-40 that is left of a masked key, beside 1, is nothing.
         features = exp_(logs.sub_(log_scale.unsqueeze(-2)))
         windows = (math.prod(group.shape), -1)
-        return features.unflatten(2, windows).mT @ _with_columns(v, self.num_columns, 1.0).unflatten(
-            2, windows
-        ), log_scale
+        values = _with_columns(v, self.num_columns, 1.0)
+        return split_dim(features, 2, *windows).mT @ split_dim(values, 2, *windows), log_scale
 
     def _attend(
         self,
@@ -288,8 +287,8 @@ def _attend(
     sinks = choose_sinks(q, k, num_sinks, num_prefix_tokens, key_mask)
     shared = _shared_keys(k, v, log_mask, sinks, num_prefix_tokens)
     log_mask = log_mask.scatter(2, sinks.unsqueeze(-1), LOWEST_SCALE)
-    patches = (x[:, :, num_prefix_tokens:] for x in (q, k, v, log_mask))
-    attention = _Attention(*patches, shared, feature_map, grid, own=window_size > 0)
+    q, k, v, log_mask = (x[:, :, num_prefix_tokens:] for x in (q, k, v, log_mask))
+    attention = _Attention(q, k, v, log_mask, shared, feature_map, grid, own=window_size > 0)
     num_features = feature_map.projection.shape[0] * feature_map.kernel.features_per_row
     groups = _groups(grid, window_size, shared[0].shape[2] + num_features)
     return _join(prefix, attention.run(groups), groups, grid)
@@ -322,7 +321,7 @@ def _join(prefix: Tensor, parts: Iterator[Tensor], groups: list[WindowGroup], gr
         return torch.cat([prefix.transpose(1, 2), patches], dim=1).transpose(1, 2)
     out = prefix.new_empty(batch, num_prefix + grid[0] * grid[1], heads, value_dim)
     out[:, :num_prefix] = prefix.transpose(1, 2)
-    patches = out[:, num_prefix:].unflatten(1, grid)
+    patches = split_dim(out[:, num_prefix:], 1, *grid)
     for group, part in zip(groups, parts, strict=True):
         patches[:, group.rows, group.columns] = part
     return out.transpose(1, 2)
@@ -330,16 +329,15 @@ def _join(prefix: Tensor, parts: Iterator[Tensor], groups: list[WindowGroup], gr
 
 def _as_windows(x: Tensor, group: WindowGroup) -> Tensor:
     """[B, H, W, T, C] -> a view of it, [B, H, .., .., h, w, C]."""
-    return x.unflatten(3, group.window).unflatten(2, group.shape)
+    return split_dim(split_dim(x, 3, *group.window), 2, *group.shape)
 
 
 def _with_columns(x: Tensor, num_columns: int, *columns: Tensor | float) -> Tensor:
-    """[..., n] with more columns, numbers or [..., 1], and zeros after them, [..., C]."""
-    shape = torch.broadcast_shapes(x.shape[:-1], *(y.shape[:-1] for y in columns if isinstance(y, Tensor)))
+    """[..., n] with more columns, numbers or [..., 1], and zeros after those, [..., C]."""
     numbers = (y if isinstance(y, Tensor) else x.new_full((1,), y) for y in columns)
     missing = num_columns - x.shape[-1] - len(columns)
     parts = [x, *numbers, x.new_zeros(missing)]
-    return torch.cat([part.expand(*shape, -1) for part in parts], dim=-1)
+    return torch.cat([part.expand(*x.shape[:-1], -1) for part in parts], dim=-1)
 
 
 def _groups(grid: tuple[int, int], window_size: int, num_shared: int) -> list[WindowGroup]:
@@ -376,8 +374,13 @@ def _check(
             "window_size, num_sinks and num_prefix_tokens must be 0 or more, "
             f"got {window_size}, {num_sinks} and {num_prefix_tokens}"
         )
+    if not isinstance(grid, tuple | list) or len(grid) != 2 or min(grid) < 1:
+        raise ValueError(
+            f"grid must be (rows, columns) of the patches, each 1 or more, got {grid!r}; {num_prefix_tokens} prefix "
+            f"tokens come before the patches, rows x columns = {q.shape[2] - num_prefix_tokens}"
+        )
     expected = num_prefix_tokens + grid[0] * grid[1]
-    if min(grid) < 1 or q.shape[2] != expected:
+    if q.shape[2] != expected:
         raise ValueError(
             f"{num_prefix_tokens} prefix tokens and a grid of {grid[0]} x {grid[1]} are {expected} tokens, got "
             f"{q.shape[2]}; pass grid=(rows, columns) of the patches"

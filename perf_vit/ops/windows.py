@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-__all__ = ["WindowGroup", "even_window", "from_windows", "group_windows", "to_windows", "window_numbers"]
+__all__ = ["WindowGroup", "even_window", "from_windows", "group_windows", "split_dim", "to_windows", "window_numbers"]
 
 
 @dataclass(frozen=True)
@@ -58,14 +58,20 @@ def to_windows(x: Tensor, grid: tuple[int, int], group: WindowGroup) -> Tensor:
 
     The dots are the rows and columns of windows, h and w the rows and columns of a window.
     """
-    x = x.unflatten(2, grid)[:, :, group.rows, group.columns]
-    return x.unflatten(3, (-1, group.window[1])).unflatten(2, (-1, group.window[0])).transpose(3, 4)
+    x = split_dim(x, 2, *grid)[:, :, group.rows, group.columns]
+    x = split_dim(split_dim(x, 3, -1, group.window[1]), 2, -1, group.window[0])
+    return x.transpose(3, 4)
 
 
 def from_windows(x: Tensor, group: WindowGroup) -> Tensor:
     """A group's windows, [B, H, windows x tokens, C] -> its rectangle, [B, rows, columns, H, C]."""
-    x = x.unflatten(2, (*group.shape, *group.window)).permute(0, 2, 4, 3, 5, 1, 6)
+    x = split_dim(x, 2, *group.shape, *group.window).permute(0, 2, 4, 3, 5, 1, 6)
     return x.flatten(3, 4).flatten(1, 2)
+
+
+def split_dim(x: Tensor, dim: int, *sizes: int) -> Tensor:
+    """A view in which one dimension has become several."""
+    return x.view(*x.shape[:dim], *sizes, *x.shape[dim + 1 :])
 
 
 def window_numbers(grid: tuple[int, int], window: tuple[int, int]) -> Tensor:

@@ -144,7 +144,7 @@ def test_single_layers_have_options_and_attention_of_their_own() -> None:
     assert found == [
         ("softmax+", 0, 0, 64, 1),
         ("softmax-hyp+", 4, 8, 32, 2),
-        ("softmax-hyp+", 16, 8, 64, 3),
+        ("softmax-hyp+", 12, 8, 64, 3),
     ]
     assert model.conversion.per_layer == per_layer
 
