@@ -102,6 +102,9 @@ def main(
     only: Annotated[list[str] | None, typer.Option(help="Names of conversions; repeat it; all.")] = None,
 ) -> None:
     """Print a table of what probes see."""
+    unknown = set(only or []) - set(CONVERSIONS)
+    if unknown:
+        raise typer.BadParameter(f"--only must be one of {', '.join(CONVERSIONS)}, got {unknown.pop()}")
     model = load_vit(model_name, weights, size)
     places = [int(block) for block in blocks.split(",")]
     train_tiles, test_tiles = (
