@@ -70,7 +70,7 @@ def watch_patch_embed(model: nn.Module, grid: TokenGrid) -> torch.utils.hooks.Re
     if not isinstance(patch_embed, nn.Module) or not hasattr(patch_embed, "dynamic_feat_size"):
         got = "none" if patch_embed is None else type(patch_embed).__name__
         raise ValueError(
-            "windows, sinks and local enhancement need the grid: expected a model whose patch_embed is timm's PatchEmbed "
-            f"or HybridEmbed, got {type(model).__name__} with {got}; use attention='performer'"
+            "windows, sinks and local enhancement need the grid: expected a model with timm's PatchEmbed "
+            f"or HybridEmbed as patch_embed, got {type(model).__name__} with {got}; use attention='performer'"
         )
     return patch_embed.register_forward_hook(_Watch(grid))

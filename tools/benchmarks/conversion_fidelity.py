@@ -17,33 +17,17 @@ from typing import Annotated, Any
 
 import numpy as np
 import rasterio
-import timm
 import torch
 import typer
+from pretrained_vit import CONVERSIONS, load_vit, normalize
 from rasterio.windows import Window
 from rich.table import Table
-from safetensors.torch import load_file
-from timm.models.vision_transformer import checkpoint_filter_fn
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 import perf_vit
 from perf_vit.cli.benchmarks.settings import machine_name
 from perf_vit.cli.console import console, errors
-
-MEAN, STD = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
-# Name -> options of `performerize`; M = 256 where not said.
-CONVERSIONS: dict[str, dict[str, Any]] = {
-    "plain FAVOR+": {"attention": "performer"},
-    "no windows, 256 sinks": {"window_size": 0},
-    "windows 16, no sinks": {"num_sinks": 0},
-    "windows 8, 64 sinks": {"window_size": 8, "num_sinks": 64},
-    "windows 16, 128 sinks": {"num_sinks": 128},
-    "windows 16, 256 sinks": {},
-    "windows 16, 256 sinks, not centred or balanced": {"center": False, "balance": False},
-    "windows 16, 256 sinks, M 512": {"num_features": 512},
-    "windows 16, 512 sinks": {"num_sinks": 512},
-}
 
 
 class PopularAttention(nn.Module):
@@ -72,9 +56,7 @@ def main(
     only: Annotated[list[str] | None, typer.Option(help="Names of conversions; repeat it; all.")] = None,
 ) -> None:
     """Print a table of fidelity."""
-    model = timm.create_model(model_name, pretrained=False, num_classes=0, img_size=size).eval()
-    state = {name: tensor.float() for name, tensor in load_file(weights).items()}
-    model.load_state_dict(checkpoint_filter_fn(state, model), strict=True)
+    model = load_vit(model_name, weights, size)
     crops = [crop for path in images for crop in read_crops(path, size)]
     exact, seconds = tokens_of(model, crops)
     rows = [("softmax", 1.0, 1.0, 1.0, 1.0, seconds)]
@@ -117,7 +99,7 @@ def read_crops(path: Path, size: int) -> Iterator[Tensor]:
             pixels = source.read([1, 2, 3], window=Window(max(column, 0), max(row, 0), size, size))
             if pixels.shape[1:] != (size, size):
                 raise typer.BadParameter(f"expected {size} x {size} px at least, got {path} with less")
-            yield (torch.from_numpy(pixels).float() / 255 - MEAN[:, None, None]) / STD[:, None, None]
+            yield normalize(pixels)
 
 
 @torch.no_grad()
