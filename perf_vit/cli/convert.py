@@ -176,8 +176,11 @@ def _check_name(name: str) -> None:
 
 
 def _checked(model: Any) -> Any:
-    """Refuse a size that patches don't divide; it would be cut silently."""
-    (height, _), (patch, _) = model.patch_embed.img_size, model.patch_embed.patch_size
+    """Refuse a model without patches, and a size that they don't divide; it would be cut silently."""
+    patch_embed = getattr(model, "patch_embed", None)
+    if getattr(patch_embed, "img_size", None) is None:
+        raise ConfigError(f"expected a vision transformer of square patches, got {type(model).__name__}")
+    (height, _), (patch, _) = patch_embed.img_size, patch_embed.patch_size
     if height % patch:
         nearest = max(1, round(height / patch)) * patch
         raise ConfigError(f"--img-size must be a multiple of the patch size {patch}, got {height}; try {nearest}")
