@@ -25,7 +25,7 @@ from perf_vit.transforms import Normalizer
 __all__ = ["ConversionRequest", "convert_model", "parse_layers"]
 
 # Crops that options and constants are chosen by, and others that the report measures on.
-_CALIBRATION_CROPS, _OPTION_CROPS, _REPORT_CROPS = 8, 4, 4
+_CALIBRATION_CROPS, _OPTION_CROPS, _REPORT_CROPS = 8, 2, 4
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -176,8 +176,11 @@ def _check_name(name: str) -> None:
 
 
 def _checked(model: Any) -> Any:
-    """Refuse a size that patches don't divide; it would be cut silently."""
-    (height, _), (patch, _) = model.patch_embed.img_size, model.patch_embed.patch_size
+    """Refuse a model without patches, and a size that they don't divide; it would be cut silently."""
+    patch_embed: Any = getattr(model, "patch_embed", None)
+    if getattr(patch_embed, "img_size", None) is None:
+        raise ConfigError(f"expected a vision transformer of square patches, got {type(model).__name__}")
+    (height, _), (patch, _) = patch_embed.img_size, patch_embed.patch_size
     if height % patch:
         nearest = max(1, round(height / patch)) * patch
         raise ConfigError(f"--img-size must be a multiple of the patch size {patch}, got {height}; try {nearest}")

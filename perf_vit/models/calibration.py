@@ -86,7 +86,7 @@ def choose_layer_options(
     budget: float = 1.5,
     *,
     layers: Collection[int] | None = None,
-    candidates: Sequence[Mapping[str, int]] = CANDIDATES,
+    candidates: Sequence[Mapping[str, int]] | None = None,
     on_step: Callable[[int, int], None] = lambda done, total: None,
     **options: Any,
 ) -> dict[int, dict[str, int]]:
@@ -102,7 +102,7 @@ def choose_layer_options(
         images: a few standardised images, [B, C, H, W] or [C, H, W]; the first one is timed.
         budget: times of plain FAVOR+, whole models, projections and feed-forward layers included.
         layers: places of the layers to convert, None for all.
-        candidates: options to choose from.
+        candidates: options to choose from, `CANDIDATES` if None.
         on_step: called with the number of measurements that are done and of all.
         **options: fields of `ScatterbrainOptions` that all candidates share.
 
@@ -112,6 +112,7 @@ def choose_layer_options(
     Raises:
         ValueError: no image, a model that can't be converted, or a budget below what the fastest candidate takes.
     """
+    candidates = CANDIDATES if candidates is None else candidates
     if not images or not candidates:
         raise ValueError(f"expected images and candidates to choose by, got {len(images)} and {len(candidates)}")
     check_option_names({*options, *(name for candidate in candidates for name in candidate)}, ScatterbrainOptions)

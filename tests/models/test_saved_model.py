@@ -243,3 +243,15 @@ def test_a_folder_without_a_converted_model_is_no_backbone(tmp_path) -> None:
     spec = SegmenterSpec(classes=("a", "b"), normalizer=Normalizer((0.0,) * 3, (1.0,) * 3), tile_px=64)
     with pytest.raises(CheckpointError, match=r"no config\.json in"):
         build_segmenter(ModelConfig(backbone=str(tmp_path)), spec)
+
+
+@torch.no_grad()
+def test_patches_that_no_head_can_double_are_resampled(tmp_path) -> None:
+    model = build("vit_small_patch14_dinov2", embed_dim=96, num_heads=3, num_classes=0)
+    folder = perf_vit.save_converted(perf_vit.performerize(model, **OPTIONS), tmp_path / "saved")
+    options = {"out_indices": [0, 2], "head_kwargs": {"channels": [8, 8, 8, 8]}}
+    config = ModelConfig(backbone=str(folder), backbone_kwargs={"patch_size": 16}, **options)
+    spec = SegmenterSpec(classes=("a", "b"), normalizer=Normalizer((0.0,) * 3, (1.0,) * 3), tile_px=64)
+    segmenter = build_segmenter(config, spec).eval()
+    assert segmenter(images(size=96)).shape == (2, 2, 96, 96)
+    assert segmenter.backbone.model.patch_embed.proj.weight.shape[-2:] == (16, 16)

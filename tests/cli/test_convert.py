@@ -1,0 +1,146 @@
+"""`perf-vit convert` through the real entry point, on small models and made images."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import rasterio
+import timm
+import torch
+from command_line import call
+from safetensors.torch import save_file
+
+import perf_vit
+from perf_vit.models.convert import converted_layers
+
+MODEL = "vit_tiny_patch16_224"
+FAST = ["--img-size", "64", "--window-size", "2", "--num-sinks", "4", "--num-features", "32"]
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory) -> Path:
+    torch.manual_seed(0)
+    path = tmp_path_factory.mktemp("weights") / "vit.safetensors"
+    save_file(timm.create_model(MODEL, num_classes=0).state_dict(), path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("images")
+    rng = np.random.default_rng(0)
+    for name in ("a.png", "b.png"):
+        with rasterio.open(folder / name, "w", driver="PNG", width=90, height=80, count=3, dtype="uint8") as dataset:
+            dataset.write(rng.integers(0, 255, (3, 80, 90)).astype(np.uint8))
+    return folder
+
+
+def convert(source: str | Path, out: Path, *extra: str | Path) -> int:
+    return call(["convert", source, "--out", out, *extra])
+
+
+def given(weights: Path) -> list[str | Path]:
+    return ["--weights", weights, "--num-classes", "0"]
+
+
+def test_a_model_is_converted_and_the_report_says_what_it_was_measured_on(weights, tmp_path, capsys) -> None:
+    out = tmp_path / "out"
+    assert convert(MODEL, out, *given(weights), *FAST, "--layers", "0-1,11", "--seed", "3") == 0
+    printed = capsys.readouterr().out
+    assert f"report: {out / 'fidelity.html'}" in printed
+    model = perf_vit.load_converted(out)
+    assert sorted(converted_layers(model)) == [0, 1, 11]
+    options = model.blocks[11].attn.options
+    assert (options.window_size, options.num_sinks, options.num_features, options.seed) == (2, 4, 32, 3)
+    assert model.num_classes == 0
+    # Weights from a file are not the ones that timm's config tells of.
+    assert "tag" not in model.pretrained_cfg or not model.pretrained_cfg["tag"]
+    page = (out / "fidelity.html").read_text()
+    assert "generated pictures" in page
+    assert "<svg" in page
+    assert "src=" not in page
+    assert all(text in page for text in ("class token", "64", "128", "plain FAVOR+", "load_converted"))
+    # Three bars: one a converted layer.
+    assert page.count("<td>2</td><td>4</td><td>32</td>") == 3
+
+
+def test_options_are_chosen_and_constants_fixed_on_images(weights, images, tmp_path, monkeypatch) -> None:
+    candidates = ({"window_size": 2, "num_sinks": 2, "num_features": 16},) * 2
+    monkeypatch.setattr("perf_vit.models.calibration.CANDIDATES", candidates)
+    args = ["--img-size", "64", "--images", images, "--budget", "1000", "--calibrate"]
+    assert convert(MODEL, tmp_path / "out", *given(weights), *args) == 0
+    model = perf_vit.load_converted(tmp_path / "out")
+    assert {layer.options.num_sinks for layer in converted_layers(model).values()} == {2}
+    assert all(layer.balancing is not None for layer in converted_layers(model).values())
+    page = (tmp_path / "out" / "fidelity.html").read_text()
+    assert "others than those the conversion learned from" in page
+
+
+def test_a_saved_folder_is_converted_anew_and_overwritten_when_told(weights, tmp_path, capsys) -> None:
+    first, second = tmp_path / "first", tmp_path / "second"
+    assert convert(MODEL, first, *given(weights), *FAST) == 0
+    assert convert(first, second, "--attention", "performer", "--num-features", "16") == 0
+    one, two = perf_vit.load_converted(first), perf_vit.load_converted(second)
+    assert torch.equal(one.blocks[3].attn.qkv.weight, two.blocks[3].attn.qkv.weight)
+    assert two.conversion.attention == "performer"
+    capsys.readouterr()
+    assert convert(first, second) == 2
+    assert "already holds a model" in capsys.readouterr().err
+    assert convert(first, second, *FAST[2:], "--overwrite") == 0
+    assert perf_vit.load_converted(second).conversion.attention == "scatterbrain"
+
+
+def test_softmax_is_left_out_where_it_would_take_long(weights, tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr("perf_vit.cli.conversion_report._SOFTMAX_TOKENS", 20)
+    assert convert(MODEL, tmp_path / "out", *given(weights), *FAST) == 0
+    page = (tmp_path / "out" / "fidelity.html").read_text()
+    assert "<td>128</td><td>65</td><td>not run</td>" in page
+    assert "Softmax was not run at 128 px: 65 tokens are more than 20; --time-softmax runs it." in page
+    assert convert(MODEL, tmp_path / "out", *given(weights), *FAST, "--time-softmax", "--overwrite") == 0
+    assert "not run" not in (tmp_path / "out" / "fidelity.html").read_text()
+
+
+@pytest.mark.parametrize(
+    ("source", "extra", "message"),
+    [
+        ("vit_tinny_patch16_224", [], "did you mean vit_tiny_patch16_224?"),
+        ("resnet18", ["--weights", "RESNET"], "expected a vision transformer of square patches, got ResNet"),
+        (MODEL, ["--weights", "nowhere.pth"], "no weights file nowhere.pth"),
+        (MODEL, ["--weights", "BROKEN"], "can't be read as weights"),
+        (MODEL, ["--weights", "WEIGHTS"], "doesn't fit vit_tiny_patch16_224: missing head.weight, head.bias"),
+        ("vit_small_patch16_224", ["--weights", "WEIGHTS", "--num-classes", "0"], "mis-shaped cls_token (expected"),
+        ("swin_tiny_patch4_window7_224", [], "give them by --weights FILE"),
+        (MODEL, ["VIT", "--img-size", "100"], "multiple of the patch size 16, got 100; try 96"),
+        (MODEL, ["VIT", "--attention", "linformer"], "one of softmax, performer, scatterbrain, got 'linformer'"),
+        (MODEL, ["VIT", "--layers", "3-12"], "from 0 to 11, got 12"),
+        (MODEL, ["VIT", "--layers", "a"], "--layers must be places such as 0-5,8, got a"),
+        (MODEL, ["VIT", "--num-features", "33"], "multiple of 2"),
+        (MODEL, ["VIT", "--budget", "1.5"], "--budget learns from images, got none; give --images FOLDER"),
+        (MODEL, ["VIT", "--calibrate", "--images", "NONE"], "no image file or folder"),
+        (MODEL, ["VIT", "--images", "SMALL", "--img-size", "96"], "crops of 96 px need images as large"),
+        ("w.safetensors", [], "is a weights file: name its model first"),
+    ],
+)
+def test_what_a_user_gets_wrong_is_one_line_and_nothing_is_left(
+    source, extra, message, weights, images, tmp_path, capsys, monkeypatch
+) -> None:
+    # Nothing is downloaded in a test.
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    (tmp_path / "broken.pth").write_bytes(b"nothing")
+    save_file(timm.create_model("resnet18").state_dict(), tmp_path / "resnet.safetensors")
+    words = {
+        "RESNET": tmp_path / "resnet.safetensors",
+        "WEIGHTS": weights,
+        "BROKEN": tmp_path / "broken.pth",
+        "NONE": tmp_path / "none",
+        "SMALL": images,
+    }
+    args = [x for word in extra for x in (given(weights) if word == "VIT" else [words.get(word, word)])]
+    assert convert(source, tmp_path / "out", *args) == 2
+    captured = capsys.readouterr().err
+    lines = [line for line in captured.splitlines() if line.startswith("Error: ")]
+    assert len(lines) == 1, captured
+    assert "Traceback" not in captured
+    assert message in lines[0]
+    assert not (tmp_path / "out").exists()
