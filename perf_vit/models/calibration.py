@@ -194,9 +194,9 @@ def _inputs_of(
 
     with ExitStack() as hooks:
         hooks.callback(layer.register_forward_pre_hook(keep, with_kwargs=True).remove)
-        patch_embed: Any = getattr(body_of(model), "patch_embed", None)
-        for grid in grids if patch_embed is not None else ():
-            hooks.callback(watch_patch_embed(patch_embed, grid).remove)
+        body = body_of(model)
+        for grid in grids if hasattr(body, "patch_embed") else ():
+            hooks.callback(watch_patch_embed(body, grid).remove)
         model(batch)
     return given[0]
 

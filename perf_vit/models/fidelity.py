@@ -46,10 +46,9 @@ def attention_errors(
 
     found = convertible_layers(softmax)
     with evaluating(softmax), ExitStack() as hooks:
-        patch_embed: Any = getattr(softmax, "patch_embed", None)
         for grid in {id(layer.grid): layer.grid for layers in alternatives.values() for layer in layers}.values():
-            if patch_embed is not None:
-                hooks.callback(watch_patch_embed(patch_embed, grid).remove)
+            if hasattr(softmax, "patch_embed"):
+                hooks.callback(watch_patch_embed(softmax, grid).remove)
         for index in alternatives:
             hook = found[index][1].register_forward_hook(
                 lambda _, arguments, options, exact, index=index: compare(index, arguments, options, exact),

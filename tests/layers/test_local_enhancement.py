@@ -76,7 +76,7 @@ def test_what_it_cannot_do_is_named() -> None:
         module(v, 1, torch.zeros(16, 16))
     with pytest.raises(ValueError, match=r"grid of 14 patch tokens, got \(3, 5\)"):
         module(v, 2)
-    with pytest.raises(ValueError, match=r"HighResolutionConvTransformer has none; use .* local_enhancement=False"):
+    with pytest.raises(ValueError, match=r"HighResolutionConvTransformer with none; use attention='performer'"):
         timm.create_model("hct_base", attn_kwargs={"local_enhancement": True})
 
 

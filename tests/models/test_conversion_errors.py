@@ -57,18 +57,18 @@ def test_other_attention_and_none_are_refused(name: str) -> None:
 @pytest.mark.parametrize(
     ("name", "got"),
     [
-        ("mobilevit_xxs", "a model with a patch_embed, got ByobNet without one"),
-        ("csatv2", "a model with a patch_embed, got CSATv2 without one"),
-        ("naflexvit_base_patch16_gap", "a model with a patch_embed, got NaFlexVit without one"),
-        ("crossvit_tiny_240", "timm's PatchEmbed or HybridEmbed, got ModuleList"),
-        ("pit_ti_224", "timm's PatchEmbed or HybridEmbed, got ConvEmbedding"),
+        ("mobilevit_xxs", "got ByobNet with none"),
+        ("csatv2", "got CSATv2 with none"),
+        ("naflexvit_base_patch16_gap", "got NaFlexVit with none"),
+        ("crossvit_tiny_240", "got CrossVit with ModuleList"),
+        ("pit_ti_224", "got PoolingVisionTransformer with ConvEmbedding"),
     ],
 )
 def test_models_that_tell_no_grid_are_refused_windows_and_become_performers(name: str, got: str) -> None:
     model = timm.create_model(name).eval()
-    with pytest.raises(ValueError, match="windows and sinks need the grid: expected ") as error:
+    with pytest.raises(ValueError, match="windows, sinks and local enhancement need the grid: expected ") as error:
         perf_vit.performerize(model)
-    assert f"expected {got}; use attention='performer'" in message_of(error)
+    assert f"{got}; use attention='performer'" in message_of(error)
     linear = perf_vit.performerize(model, "performer", num_features=32)
     with torch.no_grad():
         assert linear(torch.zeros(1, *model.pretrained_cfg["input_size"])).isfinite().all()
@@ -83,7 +83,7 @@ def test_two_vits_in_one_model_are_refused() -> None:
 def test_linear_models_are_refused() -> None:
     for model, layer in [
         (build(PERFORMER), r"blocks\.0\.attn"),
-        (perf_vit.performerize(build(features_only=True, out_indices=1)), r"model\.blocks\.0\.attn"),
+        (perf_vit.performerize(build(features_only=True, out_indices=1)), r"blocks\.0\.attn"),
         (timm.create_model("hct_base"), r"stages\.3\.0\.attn"),
     ]:
         with pytest.raises(ValueError, match=rf"linear already \({layer}\); convert the softmax model"):
@@ -107,12 +107,12 @@ def test_linear_models_are_refused() -> None:
         ({"num_features": 2.5}, r"num_features must be a whole number, got 2\.5; pass an int"),
         ({"num_features": "64"}, "num_features must be a whole number, got '64'; pass an int"),
         ({"window_size": 7.5}, r"window_size must be a whole number, got 7\.5; pass an int"),
-        ({"num_sinks": -1}, "window_size, num_sinks and num_prefix_tokens must be 0 or more, got 16, -1 and 1"),
+        ({"num_sinks": -1}, "window_size and num_sinks must be 0 or more, got 12 and -1"),
         ({"layers": [1, 2]}, "layers must be places from 0 to 1, got 2; leave layers out to convert all"),
         ({"layers": [-1]}, "layers must be places from 0 to 1, got -1"),
-        ({"layers": 1}, "layers must be places from 0 to 1, got 1; pass a list of whole numbers"),
-        ({"layers": "01"}, "layers must be places from 0 to 1, got '01'; pass a list"),
-        ({"layers": [0.5]}, r"layers must be places from 0 to 1, got \[0\.5\]; pass a list"),
+        ({"layers": 1}, "layers must be places of attention layers, got 1; pass a list of whole numbers"),
+        ({"layers": "01"}, "layers must be places of attention layers, got '01'; pass a list"),
+        ({"layers": [0.5]}, r"layers must be places of attention layers, got \[0\.5\]; pass a list"),
     ],
 )
 def test_wrong_arguments_are_named(arguments: dict, message: str) -> None:
