@@ -17,7 +17,7 @@ VITS = [
     for name in (
         "performer_vit_tiny_patch8_224",
         "performer_vit_tiny_patch16_224",
-        "performer_vit_rope_tiny_patch16_224",
+        "performer_vit_rope_small_patch16_224",
         "scatterbrain_vit_tiny_patch16_224",
     )
     if timm.is_model(name)
@@ -53,14 +53,14 @@ def test_dpt_trains_on_a_vit_at_any_size(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", VITS)
-def test_dpt_reads_the_same_encoder_as_of_the_softmax_vit(name: str) -> None:
-    ours, theirs = dpt(name).encoder, dpt("vit_tiny_patch16_224").encoder
-    assert ours.out_channels == theirs.out_channels == [192] * 4
-    assert ours.output_strides == [int(name.split("patch")[1].split("_")[0])] * 4
-    assert ours.has_prefix_tokens == theirs.has_prefix_tokens
-    features, prefixes = ours(images(64, 96))
-    assert all(torch.isfinite(feature).all() for feature in features)
-    assert [prefix.shape for prefix in prefixes] == [(2, 1, 192)] * 4
+def test_dpt_reads_channels_strides_and_prefix_tokens(name: str) -> None:
+    encoder = dpt(name).encoder
+    width, prefix_tokens = encoder.model.embed_dim, encoder.model.num_prefix_tokens
+    assert encoder.out_channels == [width] * 4
+    assert encoder.output_strides == [int(name.split("patch")[1].split("_")[0])] * 4
+    features, prefixes = encoder(images(64, 96))
+    assert all(feature.isfinite().all() for feature in features)
+    assert [prefix.shape for prefix in prefixes] == [(2, prefix_tokens, width)] * 4
 
 
 @pytest.mark.parametrize("readout", ["cat", "add", "ignore"])

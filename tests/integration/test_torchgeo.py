@@ -18,7 +18,7 @@ VITS = [
     name
     for name in (
         "performer_vit_tiny_patch16_224",
-        "performer_vit_rope_tiny_patch16_224",
+        "performer_vit_rope_small_patch16_224",
         "scatterbrain_vit_tiny_patch16_224",
     )
     if timm.is_model(name)
