@@ -294,15 +294,12 @@ def test_input_size_can_change_afterwards(name: str) -> None:
 @pytest.mark.parametrize("name", SMALL_VITS)
 @torch.no_grad()
 def test_images_of_any_size_go_through_one_model(name: str) -> None:
-    model = build(name, dynamic_img_size=True)
-    outputs = {size: model(images(size)) for size in (SIZE, (224, 112), (112, 336))}
-    for size, expected in outputs.items():
-        assert torch.equal(model(images(size)), expected)
-        fixed = build(name, size, dynamic_img_size=False)
-        state = {key: value for key, value in model.state_dict().items() if key != "pos_embed"}
-        assert set(fixed.load_state_dict(state, strict=False).missing_keys) <= {"pos_embed"}
-        if name in ROPE_VITS:
-            torch.testing.assert_close(fixed(images(size)), expected)
+    dynamic, fixed = (build(name, dynamic_img_size=dynamic) for dynamic in (True, False))
+    # On the way back to a size, nothing of the other ones is left.
+    for size in (SIZE, (224, 112), (112, 336), SIZE):
+        resized = copy.deepcopy(fixed)
+        resized.set_input_size(size)
+        torch.testing.assert_close(dynamic(images(size)), resized(images(size)))
 
 
 @pytest.mark.parametrize("name", SMALL)
@@ -314,7 +311,7 @@ def test_copies_and_pickles_give_the_same_output(name: str) -> None:
         assert torch.equal(twin(images()), expected)
 
 
-@pytest.mark.parametrize("name", SMALL)
+@pytest.mark.parametrize("name", [name for name in SMALL if "patch8" not in name and "patch14" not in name])
 @torch.no_grad()
 def test_dynamo_takes_a_model_as_one_graph(name: str) -> None:
     model = build(name)
