@@ -46,7 +46,7 @@ class DistillationConfig:
     """
 
     block_steps: int = 200
-    block_lr: float = 1e-4
+    block_lr: float = 3e-5
     token_steps: int = 0
     token_lr: float = 1e-5
     train: str = "attention"
