@@ -138,9 +138,13 @@ def convert(
     weights: Annotated[Path | None, typer.Option(help="Weights of the model; timm's own if left out.")] = None,
     num_classes: Annotated[int | None, typer.Option(help="Classes of the weights; 0 for none.", min=0)] = None,
     attention: Annotated[str, typer.Option(help="scatterbrain, or performer: plain FAVOR+.")] = "scatterbrain",
-    window_size: Annotated[int | None, typer.Option(help="Side of a window in patches; 16 by default.")] = None,
-    num_sinks: Annotated[int | None, typer.Option(help="Keys that all see exactly; 256 by default.")] = None,
-    num_features: Annotated[int | None, typer.Option(help="Random features; 256 by default.")] = None,
+    window_size: Annotated[
+        int | None, typer.Option(help="Side of a window in patches, at most; 12 by default.")
+    ] = None,
+    num_sinks: Annotated[int | None, typer.Option(help="Keys that all see exactly; 512 by default.")] = None,
+    num_features: Annotated[
+        int | None, typer.Option(help="Random features; 128 by default, 256 for performer.")
+    ] = None,
     layers: Annotated[str | None, typer.Option(help="Layers to convert, as 0-5,8; all by default.")] = None,
     img_size: Annotated[int | None, typer.Option(help="Side of the images; the model's own by default.")] = None,
     images: Annotated[list[Path] | None, typer.Option(help="Image or folder to measure on; repeat it.")] = None,

@@ -19,7 +19,7 @@ from perf_vit.layers.performer_attention import check_option_names
 from perf_vit.layers.token_grid import TokenGrid, watch_patch_embed
 from perf_vit.models.conversion import ATTENTIONS
 from perf_vit.models.convert import body_of, converted_layers, convertible_layers, performerize
-from perf_vit.models.fidelity import attention_errors, evaluating, image_batches
+from perf_vit.models.fidelity import attention_errors, evaluating, final_errors, image_batches
 from perf_vit.models.knapsack import choose_under_budget
 from perf_vit.ops import fit_balancing
 
@@ -27,7 +27,10 @@ __all__ = ["CANDIDATES", "calibrate", "choose_layer_options"]
 
 CANDIDATES: tuple[dict[str, int], ...] = tuple(
     {"window_size": window_size, "num_sinks": num_sinks, "num_features": num_features}
-    for window_size, num_sinks, num_features in product((8, 16), (64, 128, 256, 512), (64, 128, 256))
+    for window_size, num_sinks, num_features in (
+        (0, 0, 128),
+        *product((12, 16), (64, 128, 256, 512, 768), (64, 128)),
+    )
 )
 """What `choose_layer_options` chooses from for each layer."""
 
@@ -93,9 +96,11 @@ def choose_layer_options(
     """Windows, sinks and features for each layer that keep most of a model within a time.
 
     Measures what each candidate does to the outputs of each layer, on the inputs that the layer has in the softmax
-    model, and how long each takes on one layer; then chooses one for each layer so that the sum of relative errors is
-    smallest while the model's forward takes at most `budget` times that of plain FAVOR+ (256 features). Times are those
-    of this machine, at the size of the images, while nothing else should run.
+    model, how far the final tokens move if the fastest one stands in one layer alone, and how long each takes on one
+    layer. From the first two it predicts what each choice costs in the cosine of the final tokens, which grows with the
+    square of a layer's error, and chooses so that the sum is smallest while the model's forward takes at most `budget`
+    times that of plain FAVOR+ (256 features). Times are those of this machine, at the size of the images, while nothing
+    else should run.
 
     Args:
         model: the softmax model.
@@ -118,16 +123,23 @@ def choose_layer_options(
     check_option_names({*options, *(name for candidate in candidates for name in candidate)}, ScatterbrainOptions)
     plain = performerize(model, "performer", layers)
     alternatives = _alternatives(model, sorted(converted_layers(plain)), candidates, options)
-    steps = _Steps(len(alternatives) * len(candidates) * len(images) + _TIMED_RUNS + 1, on_step)
-    errors = attention_errors(model, alternatives, images, steps)
+    steps = _Steps(len(alternatives) * (len(candidates) + 1) * len(images) + _TIMED_RUNS + 1, on_step)
     (batch,) = image_batches(model, images[:1])
     seconds, whole, rest = _seconds(plain, alternatives, batch, steps)
-    places = choose_under_budget(list(errors.values()), seconds, budget * whole - rest)
+    errors = attention_errors(model, alternatives, images, steps)
+    fastest = seconds.index(min(seconds))
+    alone = {index: [layers[fastest]] for index, layers in alternatives.items()}
+    moved = final_errors(model, alone, images, steps)
+    losses = [
+        [moved[index] * (error / of_layer[fastest]) ** 2 if of_layer[fastest] else error for error in of_layer]
+        for index, of_layer in errors.items()
+    ]
+    places = choose_under_budget(losses, seconds, budget * whole - rest)
     if places is None:
-        fastest = (rest + len(alternatives) * min(seconds)) / whole
+        least = (rest + len(alternatives) * min(seconds)) / whole
         raise ValueError(
-            f"budget must be at least what the fastest candidates take, {fastest:.2f} times plain FAVOR+ here, got "
-            f"{budget:g}; try {math.ceil(10 * fastest) / 10:g}"
+            f"budget must be at least what the fastest candidates take, {least:.2f} times plain FAVOR+ here, got "
+            f"{budget:g}; try {math.ceil(10 * least) / 10:g}"
         )
     return {index: dict(candidates[place]) for index, place in zip(alternatives, places, strict=True)}
 

@@ -14,7 +14,7 @@ from perf_vit.layers.converted_attention import ConvertedAttention
 from perf_vit.layers.token_grid import watch_patch_embed
 from perf_vit.models.convert import convertible_layers
 
-__all__ = ["attention_errors", "evaluating", "image_batches", "token_cosines"]
+__all__ = ["attention_errors", "evaluating", "final_errors", "image_batches", "token_cosines"]
 
 
 @torch.no_grad()
@@ -58,6 +58,41 @@ def attention_errors(
         for batch in image_batches(softmax, images):
             softmax.forward_features(batch)
     return {index: [(float(x) / total[index]) ** 0.5 for x in wrong[index]] for index in alternatives}
+
+
+@torch.no_grad()
+def final_errors(
+    softmax: Any,
+    alone: Mapping[int, Sequence[ConvertedAttention]],
+    images: Sequence[Tensor],
+    on_step: Callable[[], None] = lambda: None,
+) -> dict[int, float]:
+    """How far the final tokens move, 1 - their mean cosine, when one layer alone is converted.
+
+    Args:
+        softmax: the model that the layers were converted from.
+        alone: one converted layer, by place of the layer that it stands for.
+        images: standardised images, [B, C, H, W] or [C, H, W].
+        on_step: called after each layer and image.
+    """
+    found = convertible_layers(softmax)
+    moved = dict.fromkeys(alone, 0.0)
+    with evaluating(softmax), ExitStack() as hooks:
+        for (layer,) in alone.values():
+            if hasattr(softmax, "patch_embed"):
+                hooks.callback(watch_patch_embed(softmax, layer.grid).remove)
+        for batch in image_batches(softmax, images):
+            exact = softmax.forward_features(batch).float()
+            for index, (layer,) in alone.items():
+                replace = found[index][1].register_forward_hook(
+                    lambda _, arguments, options, __, layer=layer: layer(*arguments, **options), with_kwargs=True
+                )
+                with ExitStack() as single:
+                    single.callback(replace.remove)
+                    tokens = softmax.forward_features(batch).float()
+                moved[index] += 1 - float(F.cosine_similarity(tokens, exact, dim=-1).mean())
+                on_step()
+    return {index: total / len(images) for index, total in moved.items()}
 
 
 @torch.no_grad()

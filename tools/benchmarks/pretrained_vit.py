@@ -14,17 +14,19 @@ from timm.models.vision_transformer import checkpoint_filter_fn
 from torch import Tensor, nn
 
 MEAN, STD = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
-# Name -> options of `performerize`; M = 256 where not said.
+# Name -> options of `performerize`; M = 128 where not said, 256 for plain FAVOR+.
 CONVERSIONS: dict[str, dict[str, Any]] = {
     "plain FAVOR+": {"attention": "performer"},
-    "no windows, 256 sinks": {"window_size": 0},
-    "windows 16, no sinks": {"num_sinks": 0},
-    "windows 8, 64 sinks": {"window_size": 8, "num_sinks": 64},
-    "windows 16, 128 sinks": {"num_sinks": 128},
-    "windows 16, 256 sinks": {},
-    "windows 16, 256 sinks, not centred or balanced": {"center": False, "balance": False},
-    "windows 16, 256 sinks, M 512": {"num_features": 512},
-    "windows 16, 512 sinks": {"num_sinks": 512},
+    "no windows, 512 sinks": {"window_size": 0},
+    "windows 12, no sinks": {"num_sinks": 0},
+    "windows 12, 128 sinks": {"num_sinks": 128},
+    "windows 12, 256 sinks": {"num_sinks": 256},
+    "windows 12, 512 sinks": {},
+    "windows 12, 512 sinks, not centred or balanced": {"center": False, "balance": False},
+    "windows 12, 512 sinks, M 64": {"num_features": 64},
+    "windows 12, 512 sinks, M 256": {"num_features": 256},
+    "windows 16, 512 sinks": {"window_size": 16},
+    "windows 12, 1024 sinks": {"num_sinks": 1024},
 }
 
 
