@@ -119,6 +119,25 @@ def choose_sinks(q: Tensor, k: Tensor, num_sinks: int, num_prefix_tokens: int, k
 
 
 @dataclass(frozen=True, eq=False)
+class _Blank:
+    """What is the same for all groups of windows of one size, and room for the rest.
+
+    Attributes:
+        near_k: keys of the windows, [B, H, W, T, C].
+        near_v: values of the windows, [B, H, W, T, C].
+        q: queries, [B, H, W, T, C].
+        k: all keys that a query attends to: of its window, those that all see, and features, [B, H, W, n, C].
+        v: their values, [B, H, W, n, C].
+    """
+
+    near_k: Tensor
+    near_v: Tensor
+    q: Tensor
+    k: Tensor
+    v: Tensor
+
+
+@dataclass(frozen=True, eq=False)
 class _Attention:
     """One call: what all groups of windows need.
 
@@ -167,21 +186,19 @@ class _Attention:
             rows(dtype) for rows in (self.feature_map.query_rows, self.feature_map.key_rows)
         )
         key_rows = _with_columns(key_rows, self.num_columns, 0.0, 1.0, 1.0)
-        sums = [self._call(self._sum_windows, group, key_rows) for group in groups]
+        far_keys = _with_columns(query_rows * self.q.shape[-1] ** 0.5, self.num_columns, 1.0, 0.0, 0.0)
+        sizes = {group.size: group for group in groups}
+        blanks = {size: self._blank(group, far_keys) for size, group in sizes.items()}
+        sums = [self._call(self._sum_windows, group, key_rows, blanks[group.size]) for group in groups]
         total, log_scale = sums[0][0].sum(dim=2), sums[0][1]
         for s, c in sums[1:]:
             larger = torch.maximum(log_scale, c)
             mine_by, its_by = exp_(log_scale - larger).unsqueeze(-1), exp_(c - larger).unsqueeze(-1)
             total, log_scale = total * mine_by + s.sum(dim=2) * its_by, larger
         offset = (log_scale.unsqueeze(-2) + query_offset + key_offset).mT.unsqueeze(2)
-        far_keys = _with_columns(query_rows * self.q.shape[-1] ** 0.5, self.num_columns, 1.0, 0.0, 0.0)
-        blanks: dict[tuple[int, ...], tuple[Tensor, ...]] = {}
         for group, (s, c) in zip(groups, sums, strict=True):
             own_by = exp_(c - log_scale)[:, :, None, :, None]
-            size = (*group.shape, *group.window)
-            if size not in blanks:
-                blanks[size] = self._blank(group, far_keys)
-            out = self._call(self._attend, group, total.unsqueeze(2), s, own_by, offset, *blanks[size])
+            out = self._call(self._attend, group, total.unsqueeze(2), s, own_by, offset, blanks[group.size])
             yield from_windows(out, group)
 
     def _call(self, function: Callable[..., Any], *arguments: Any) -> Any:
@@ -190,35 +207,25 @@ class _Attention:
             return checkpoint(function, *arguments, use_reentrant=False, preserve_rng_state=False)
         return function(*arguments)
 
-    def _sum_windows(self, group: WindowGroup, rows: Tensor) -> tuple[Tensor, Tensor]:
+    def _sum_windows(self, group: WindowGroup, rows: Tensor, blank: _Blank) -> tuple[Tensor, Tensor]:
         """[S, z] of each window, [B, H, W, M, C], and their common logarithmic scale, [B, H, M]."""
-        k = self._windows(self.k, group).reshape(*self.k.shape[:2], -1, self.k.shape[3])
-        v = self._windows(self.v, group).reshape(*self.v.shape[:2], -1, self.v.shape[3])
-        log_mask = self._windows(self.log_mask, group).reshape(*self.k.shape[:2], -1, 1)
-        log_amplitude = self.feature_map.key_log_amplitude(self.feature_map.key_inputs(k))
+        keys, values = self._mine(blank.near_k), self._mine(blank.near_v)
+        self._fill_in(group, keys, values)
+        head_dim, keys = self.k.shape[-1], keys.flatten(2, 3)
+        log_amplitude = self.feature_map.key_log_amplitude(self.feature_map.key_inputs(keys[..., :head_dim]))
         assert log_amplitude is not None
-        logs = _with_columns(k, self.num_columns, 0.0, log_mask, log_amplitude) @ rows.mT
+        keys[..., head_dim + 2 : head_dim + 3] = log_amplitude
+        logs = keys @ rows.mT
         log_scale = logs.detach().amax(dim=-2).clamp(min=LOWEST_SCALE)
         # The e^-40 that is left of a masked key, beside 1, is nothing.
         features = exp_(logs.sub_(log_scale.unsqueeze(-2)))
-        windows = (math.prod(group.shape), -1)
-        values = _with_columns(v, self.num_columns, 1.0)
-        return split_dim(features, 2, *windows).mT @ split_dim(values, 2, *windows), log_scale
+        return split_dim(features, 2, *values.shape[2:4]).mT @ values, log_scale
 
     def _attend(
-        self,
-        group: WindowGroup,
-        total: Tensor,
-        own: Tensor,
-        own_by: Tensor,
-        offset: Tensor,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
+        self, group: WindowGroup, total: Tensor, own: Tensor, own_by: Tensor, offset: Tensor, blank: _Blank
     ) -> Tensor:
-        """Attention of the queries of some windows, [B, H, W x T, Dv], whose q, k and v are still blank."""
-        if self.differentiable:
-            q, k, v = q.clone(), k.clone(), v.clone()
+        """Attention of the queries of some windows, [B, H, W x T, Dv]."""
+        q, k, v = self._mine(blank.q), self._mine(blank.k), self._mine(blank.v)
         value_dim, head_dim = self.v.shape[-1], self.q.shape[-1]
         # All windows but a query's own.
         far = torch.addcmul(total, own, own_by, value=-1.0) if self.own else total
@@ -229,10 +236,8 @@ class _Attention:
         k[:, :, :, features, head_dim + 1 : head_dim + 2] = z.log() + offset
         v[:, :, :, features] = far / z
         if self.own:
-            near_k, near_v = (_as_windows(x[:, :, :, : q.shape[3]], group) for x in (k, v))
-            near_k[..., :head_dim] = self._windows(self.k, group)
-            near_k[..., head_dim + 1 : head_dim + 2] = self._windows(self.log_mask, group)
-            near_v[..., :value_dim] = self._windows(self.v, group)
+            near = slice(0, q.shape[3])
+            self._fill_in(group, k[:, :, :, near], v[:, :, :, near])
         own_q = self._windows(self.q, group)
         _as_windows(q, group)[..., :head_dim] = own_q * head_dim**-0.5
         log_amplitude = self._log_amplitude(own_q.reshape(*q.shape[:2], -1, head_dim))
@@ -241,17 +246,29 @@ class _Attention:
         out = F.scaled_dot_product_attention(q, k, v, scale=1.0)
         return out.view(*self.q.shape[:2], -1, out.shape[-1])[..., :value_dim]
 
-    def _blank(self, group: WindowGroup, far_keys: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries, [B, H, W, T, C], keys and values, [B, H, W, T + s + M, C]: what is the same for all groups."""
+    def _blank(self, group: WindowGroup, far_keys: Tensor) -> _Blank:
         tokens = math.prod(group.window)
         each = (*self.q.shape[:2], math.prod(group.shape))
-        q = self.log_mask.new_zeros(*each, tokens, self.num_columns)
+        near_k = self.log_mask.new_zeros(*each, tokens, self.num_columns)
+        q, near_v = near_k.clone(), near_k.clone()
         q[..., self.q.shape[-1] + 1] = 1.0
-        near = q.new_zeros(*each, tokens if self.own else 0, self.num_columns)
-        far = q.new_zeros(*each, far_keys.shape[2], self.num_columns)
+        near_v[..., self.v.shape[-1]] = 1.0
+        near = near_k[:, :, :, : tokens if self.own else 0]
         shared_k, shared_v = (x.unsqueeze(2).expand(*each, -1, -1) for x in self.shared)
-        k = torch.cat([near, shared_k, far_keys.unsqueeze(2).expand(*each, -1, -1)], dim=3)
-        return q, k, torch.cat([near, shared_v, far], dim=3)
+        far = far_keys.unsqueeze(2).expand(*each, -1, -1)
+        k = torch.cat([near, shared_k, far], dim=3)
+        return _Blank(near_k, near_v, q, k, torch.cat([near, shared_v, torch.zeros_like(far)], dim=3))
+
+    def _mine(self, blank: Tensor) -> Tensor:
+        """A blank to write on: itself, where no backward pass needs what was written before."""
+        return blank.clone() if self.differentiable else blank
+
+    def _fill_in(self, group: WindowGroup, keys: Tensor, values: Tensor) -> None:
+        """Write the keys, their masks and values into [B, H, W, T, C]."""
+        head_dim, keys, values = self.k.shape[-1], _as_windows(keys, group), _as_windows(values, group)
+        keys[..., :head_dim] = self._windows(self.k, group)
+        keys[..., head_dim + 1 : head_dim + 2] = self._windows(self.log_mask, group)
+        values[..., : self.v.shape[-1]] = self._windows(self.v, group)
 
     def _log_amplitude(self, q: Tensor) -> Tensor:
         """Of queries, [B, H, W x T, 1], beside exact weights."""

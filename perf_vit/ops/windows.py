@@ -30,6 +30,11 @@ class WindowGroup:
         rows, columns = self.rows.stop - self.rows.start, self.columns.stop - self.columns.start
         return rows // self.window[0], columns // self.window[1]
 
+    @property
+    def size(self) -> tuple[int, ...]:
+        """All that the memory of a group depends on."""
+        return *self.shape, *self.window
+
 
 def even_window(grid: tuple[int, int], largest: int) -> tuple[int, int]:
     """Rows and columns of the windows when each side has the fewest of `largest` or less, as equal as they can be.

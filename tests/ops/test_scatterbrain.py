@@ -105,6 +105,20 @@ def test_low_precision_and_long_keys_stay_exact(dtype: torch.dtype, largest: flo
     assert all(x.isfinite().all() for x in torch.autograd.grad(out.float().square().mean(), (q, k, v)))
 
 
+@pytest.mark.parametrize(("grid", "num_prefix"), [((3, 5), 0), ((61, 83), 1), ((40, 52), 4)])
+def test_sinks_have_the_largest_mean_root_of_a_softmax_weight(grid: tuple[int, int], num_prefix: int) -> None:
+    q, k, _, _ = make(grid, num_prefix)
+    q = 3 * q
+    mask = torch.rand(q.shape[0], q.shape[2], generator=torch.Generator().manual_seed(0)) > 0.3
+    length = q.shape[2] - num_prefix
+    asking = q[:, :, torch.linspace(0, length - 1, min(128, length)).long() + num_prefix]
+    weights = (asking @ k.mT / 4).masked_fill(~mask[:, None, None], -torch.inf).softmax(-1)
+    mass = weights.sqrt().mean(2)[..., num_prefix:]
+    expected = mass.topk(7).indices + num_prefix
+    actual = choose_sinks(q, k, 7, num_prefix, mask)
+    assert torch.equal(actual.sort().values, expected.sort().values)
+
+
 def test_sinks_are_the_keys_that_most_queries_look_at() -> None:
     q, k, _, _ = make((9, 9), 1)
     k[0, 1, 40] = 5 * q[0, 1].mean(0)
