@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
+import torch.fx
 from timm.layers import GluMlp, Mlp, SwiGLU
 from torch import Tensor, nn
 
@@ -13,9 +16,9 @@ _CHUNK_TOKENS = 2048
 
 
 class _InChunks(nn.Module):
-    def forward(self, x: Tensor) -> Tensor:
-        whole = x.ndim != 3 or x.shape[1] <= _CHUNK_TOKENS
-        if whole or torch.is_grad_enabled() or torch.compiler.is_compiling():
+    def forward(self, x: Any) -> Tensor:
+        symbolic = isinstance(x, torch.fx.Proxy) or torch.compiler.is_compiling()
+        if symbolic or torch.is_grad_enabled() or x.ndim != 3 or x.shape[1] <= _CHUNK_TOKENS:
             out: Tensor = super().forward(x)
             return out
         out = torch.empty_like(x)

@@ -294,6 +294,8 @@ def _attend(
     num_prefix_tokens: int,
     key_mask: Tensor | None,
 ) -> Tensor:
+    # While torch.jit traces, sizes are tensors; a trace is for images of one size.
+    grid = int(grid[0]), int(grid[1])
     log_mask = k.new_zeros(*k.shape[:3], 1, dtype=torch.promote_types(k.dtype, torch.float32))
     if key_mask is not None:
         masked = ~key_mask[:, None, :, None]
@@ -307,7 +309,7 @@ def _attend(
     q, k, v, log_mask = (x[:, :, num_prefix_tokens:] for x in (q, k, v, log_mask))
     attention = _Attention(q, k, v, log_mask, shared, feature_map, grid, own=window_size > 0)
     num_features = feature_map.projection.shape[0] * feature_map.kernel.features_per_row
-    groups = _groups(grid, window_size, shared[0].shape[2] + num_features)
+    groups = _groups(grid, window_size, int(shared[0].shape[2] + num_features))
     return _join(prefix, attention.run(groups), groups, grid)
 
 
