@@ -26,7 +26,7 @@ from performer_figures.figure_style import BLUE, GREEN, GREY, PURPLE, RED, YELLO
 from pretrained_vit import load_vit
 from rich.table import Table
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
 import perf_vit
 from perf_vit.cli.benchmarks.measure import Call, alternating_medians
@@ -102,12 +102,20 @@ def numbers_of(text: str, name: str) -> list[int]:
     return numbers
 
 
+def _fused_attention_flops(query: Any, key: Any, value: Any, *_: Any, **__: Any) -> int:
+    return int(sdpa_flop_count(query, key, value))
+
+
+# torch counts its fused attention on GPUs alone.
+_FUSED = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _fused_attention_flops}
+
+
 class Cost:
     """Time and arithmetic of one forward pass of a model."""
 
     def __init__(self, model: nn.Module, crop: Tensor) -> None:
         self.call: Call = torch.no_grad()(lambda: (model.forward_features(crop.unsqueeze(0)),))
-        with FlopCounterMode(display=False) as counter:
+        with FlopCounterMode(display=False, custom_mapping=_FUSED) as counter:
             self.call()
         self.gflop = counter.get_total_flops() / 1e9
 
