@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from affine import Affine
     from rasterio.crs import CRS
 
-__all__ = ["IGNORE_INDEX", "BoolArray", "FeatureSpec", "GeoImage", "LabelArray", "Window"]
+__all__ = ["IGNORE_INDEX", "BoolArray", "FeatureSpec", "GeoImage", "LabelArray", "Source", "Window"]
 
 BoolArray = npt.NDArray[np.bool_]
 LabelArray = npt.NDArray[np.uint8]
@@ -78,6 +78,59 @@ class GeoImage:
     crs: CRS | None = None
     transform: Affine | None = None
     mpp: float | None = None
+
+
+class Source(Protocol):
+    """What a raster, a mosaic and a slide have in common; `perf_vit.open_source` opens them.
+
+    Attributes:
+        path: as it was given.
+        height: rows.
+        width: columns.
+        num_bands: C, bands or channels that `read` gives.
+        dtype: of the pixels.
+        band_names: one a band.
+        crs: coordinate reference system, None where there is none.
+        transform: pixel (column, row) to CRS coordinates; the identity where there is none.
+        mpp: micrometres per pixel of a slide at the size it is read at, None for a raster.
+        nodata: value of missing pixels, None if there is none.
+        colormap: value to (red, green, blue, alpha), None where there is none.
+    """
+
+    path: str
+    height: int
+    width: int
+    dtype: np.dtype[Any]
+    band_names: tuple[str, ...]
+    crs: CRS | None
+    transform: Affine
+    mpp: float | None
+    nodata: float | None
+    colormap: dict[int, tuple[int, int, int, int]] | None
+
+    @property
+    def num_bands(self) -> int:
+        """C."""
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """(height, width)."""
+
+    @property
+    def extent(self) -> Window:
+        """The window of all pixels."""
+
+    def read(self, window: Window) -> GeoImage:
+        """Pixels [C, h, w] and valid mask [h, w] of a window, padded where it reaches past the edge.
+
+        Any thread may call it.
+        """
+
+    def read_reduced(self, max_size_px: int, window: Window | None = None) -> GeoImage:
+        """A window at lower resolution, its longest side at most `max_size_px`: for statistics and pictures."""
+
+    def close(self) -> None:
+        """Close this thread's file handle; a later read opens it again."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,7 +2,8 @@
 
 from perf_vit.io.labels import LabelSource, open_labels
 from perf_vit.io.quicklook import colorize, default_colormap, natural_bands, rgb_from, save_png, write_map_quicklook
-from perf_vit.io.raster import RasterSource, open_source
+from perf_vit.io.raster import RasterSource
+from perf_vit.io.sources import open_source
 from perf_vit.io.writers import CogWriter
 
 __all__ = [

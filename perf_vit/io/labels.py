@@ -12,7 +12,8 @@ from perf_vit.io._gdal import check_exists
 from perf_vit.io._label_classes import LabelClasses
 from perf_vit.io._label_raster import RasterLabels
 from perf_vit.io._label_vector import VectorLabels, is_vector_name, opens_as_vector
-from perf_vit.io.raster import RasterSource, open_source
+from perf_vit.io.raster import RasterSource
+from perf_vit.io.sources import open_source
 from perf_vit.types import LabelArray, Window
 
 __all__ = ["LabelSource", "open_labels"]

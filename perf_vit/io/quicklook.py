@@ -14,7 +14,8 @@ from PIL import Image, ImageDraw, ImageFont
 
 from perf_vit.errors import InputError, OutputError
 from perf_vit.io._staging import staged
-from perf_vit.io.raster import RasterSource, open_source
+from perf_vit.io.raster import RasterSource
+from perf_vit.io.sources import open_source
 from perf_vit.types import IGNORE_INDEX, GeoImage, LabelArray
 
 __all__ = ["colorize", "default_colormap", "natural_bands", "rgb_from", "save_png", "write_map_quicklook"]

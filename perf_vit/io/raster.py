@@ -19,26 +19,12 @@ from perf_vit.io._gdal import crs_name, open_dataset, read_window
 from perf_vit.io._handles import PerThread
 from perf_vit.types import BoolArray, GeoImage, Window
 
-__all__ = ["Bounds", "RasterSource", "open_source"]
+__all__ = ["Bounds", "RasterSource"]
 
 PixelArray = npt.NDArray[Any]
 
 Bounds = tuple[float, float, float, float]
 """(left, bottom, right, top) in CRS units."""
-
-
-def open_source(path: str | Path, *, bands: Sequence[int] | None = None, nodata: float | None = None) -> RasterSource:
-    """Open a raster that GDAL reads: GeoTIFF, COG, VRT, JPEG 2000, ..., also by URL.
-
-    Args:
-        path: a file, a URL or a GDAL path.
-        bands: 1-based bands to read, in this order; by default all but an alpha band.
-        nodata: value of missing pixels, instead of the one the file declares.
-
-    Raises:
-        InputError: the file can't be opened, holds no such band, or its pixels can't hold the nodata value.
-    """
-    return RasterSource(path, bands=bands, nodata=nodata)
 
 
 class RasterSource:
@@ -58,6 +44,8 @@ class RasterSource:
         band_names: the bands' descriptions, "band_1" and so on where they have none.
         colormap: value to (red, green, blue, alpha), None where the first band has none.
     """
+
+    mpp: float | None = None
 
     def __init__(self, path: str | Path, *, bands: Sequence[int] | None = None, nodata: float | None = None) -> None:
         self.path = os.fspath(path)
