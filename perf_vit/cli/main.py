@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -70,10 +70,20 @@ def predict(
     checkpoint: Checkpoint,
     image: Input,
     output: Annotated[Path, typer.Option(help="The map to write, .tif; a quicklook .png goes beside it.")],
-    probabilities: Annotated[bool, typer.Option("--probabilities", help="One float band a class.")] = False,
+    kind: Annotated[
+        Literal["classes", "probabilities", "probabilities-uint8"],
+        typer.Option(help="Class indices, one float32 band a class, or the same in steps of 1/254."),
+    ] = "classes",
     window_size: WindowSize = None,
     overlap: Overlap = None,
     batch_size: BatchSize = 1,
+    blend: Annotated[Literal["hann", "gaussian"], typer.Option(help="How overlapping windows are weighted.")] = "hann",
+    flips: Annotated[bool, typer.Option("--flips", help="Average over mirror images: four times the work.")] = False,
+    num_readers: Annotated[int, typer.Option(help="Threads that read ahead.", min=1)] = 2,
+    resume: Annotated[bool, typer.Option("--resume/--no-resume", help="Go on with an interrupted map.")] = True,
+    on_error: Annotated[
+        Literal["stop", "skip"], typer.Option(help="Stop at pixels that can't be read, or leave them out as nodata.")
+    ] = "stop",
     device: Device = "auto",
     precision: Precision = "32",
 ) -> None:
@@ -85,10 +95,15 @@ def predict(
         checkpoint,
         image,
         output,
-        probabilities=probabilities,
+        kind=kind,
         window_size=window_size,
         overlap=overlap,
         batch_size=batch_size,
+        blend=blend,
+        flips=flips,
+        num_readers=num_readers,
+        resume=resume,
+        on_error=on_error,
         device=device,
         precision=precision,
     )

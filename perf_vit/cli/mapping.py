@@ -12,7 +12,7 @@ import torch
 from perf_vit.cli.console import mean_over_present, windows_progress
 from perf_vit.data import region_window
 from perf_vit.errors import ConfigError, OutputError
-from perf_vit.inference import predict, segment_strips
+from perf_vit.inference import OutputKind, predict, segment_strips
 from perf_vit.io import RasterSource, open_labels, open_source, write_map_quicklook
 from perf_vit.models import Segmenter, load_segmenter
 from perf_vit.tasks import ClassScores, class_scores, segmentation_metrics
@@ -28,7 +28,7 @@ def predict_raster(
     image: Path,
     output: Path,
     *,
-    probabilities: bool = False,
+    kind: OutputKind = "classes",
     quicklook: bool = True,
     **engine: Any,
 ) -> None:
@@ -36,7 +36,7 @@ def predict_raster(
     model = load_segmenter(checkpoint)
     source = open_for(model, image)
     with windows_progress(f"predicting {image.name}") as on_window:
-        predict(model, source, output, probabilities=probabilities, on_window=on_window, **_engine(model, **engine))
+        predict(model, source, output, kind=kind, on_window=on_window, **_engine(model, **engine))
     if quicklook:
         write_map_quicklook(source, output, output.with_suffix(".png"), model.spec.classes)
 

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import itertools
+from collections import deque
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from dataclasses import dataclass
-from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -13,23 +14,20 @@ import torch
 from torch import Tensor
 
 from perf_vit.errors import InputError
+from perf_vit.inference.reader import Reads, Tile, read_ahead
 from perf_vit.inference.stitch_dense import RowStitcher
-from perf_vit.tiling import grid_windows, hann_weights
+from perf_vit.tiling import Blend, blend_weights, grid_windows
 from perf_vit.types import BoolArray, GeoImage, Window
 
-__all__ = ["Source", "Strip", "TileModel", "predict_strips"]
+__all__ = ["Strip", "TileModel", "predict_strips"]
 
 FloatArray = npt.NDArray[np.float32]
 
 TileModel = Callable[[Tensor], Tensor]
 """Tiles [B, C, h, w] float32 to scores [B, K, h, w], at the same resolution."""
 
-
-class Source(Protocol):
-    """What the engine reads from: anything that gives a window's pixels and valid mask."""
-
-    def read(self, window: Window) -> GeoImage:
-        """Pixels and valid mask of a window, padded where it reaches past the edge."""
+_STRIP_ROWS = 256
+"""Rows of a strip at most: a whole row of windows at once would double what the engine holds."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,73 +47,153 @@ class Strip:
 
 def predict_strips(
     model: TileModel,
-    source: Source,
+    source: Reads,
     normalize: Callable[[GeoImage], FloatArray],
     *,
     extent: Window,
     num_channels: int,
     window_size: int,
     overlap: int,
+    start_row: int | None = None,
+    blend: Blend = "hann",
+    flips: bool = False,
     batch_size: int = 1,
+    num_readers: int = 2,
     device: str | torch.device = "cpu",
     precision: torch.dtype = torch.float32,
     on_window: Callable[[int, int], None] = lambda done, total: None,
 ) -> Iterator[Strip]:
     """Run a model over a scene in overlapping windows and give the rows as they are finished, top to bottom.
 
-    Windows without a valid pixel skip the model. Scores are blended with Hann weights, so a window counts least at
-    its edge, where it has seen least.
+    Threads read ahead; windows without a valid pixel skip the model. Windows are blended in the order of the grid, so
+    the strips don't depend on the batch size (as far as the model's scores don't) nor on which window was read first.
+    Memory is that of one row of windows.
 
     Args:
         model: tiles to scores; put an `nn.Module` into evaluation mode and onto the device yourself.
-        source: where pixels come from.
+        source: where pixels come from; several threads read it.
         normalize: a window's pixels to the model's input, [C, h, w].
         extent: the part of the source to predict.
         num_channels: K, the channels of the model's output.
         window_size: side of a window, in pixels.
         overlap: pixels that neighbouring windows share.
+        start_row: first row wanted, where a row of windows begins or any row below it; the extent's first by default.
+            The strips from there on are the same bits as those of the whole extent.
+        blend: "hann" or "gaussian" weights; a window counts least at its edge, where it has seen least.
+        flips: average the scores of a tile and its three mirror images.
         batch_size: windows a forward pass.
+        num_readers: threads that read.
         device: where the tiles go.
         precision: torch.float32, or torch.bfloat16 / torch.float16 for autocast.
         on_window: called with (windows done, windows in all), for a progress bar.
 
     Yields:
-        Strips that cover the extent once, in order.
+        Strips of at most 256 rows that cover the extent once, in order.
 
     Raises:
-        InputError: the model's output is not [B, num_channels, h, w].
+        InputError: a window can't be read, or the model's output is not [B, num_channels, h, w].
     """
-    windows = grid_windows(extent, window_size, overlap)
-    weights = hann_weights(window_size)
-    stitcher = RowStitcher(extent, window_size, num_channels)
-    rows = [list(group) for _, group in itertools.groupby(windows, key=lambda window: window.row)]
-    done = 0
-    for index, row in enumerate(rows):
-        for start in range(0, len(row), batch_size):
-            batch = row[start : start + batch_size]
-            images = [source.read(window) for window in batch]
-            used = [i for i, image in enumerate(images) if image.valid.any()]
-            if used:
-                tiles = np.stack([normalize(images[i]) for i in used])
-                scores = _forward(model, tiles, num_channels, device, precision)
-                for i, score in zip(used, scores, strict=True):
-                    stitcher.add(batch[i], score, images[i].valid, weights)
-            done += len(batch)
-            on_window(done, len(windows))
-        top = row[0].row
-        stop = rows[index + 1][0].row if index + 1 < len(rows) else extent.row_stop
-        blended, valid = stitcher.advance(stop)
-        yield Strip(Window(top, extent.col, stop - top, extent.width), blended, valid)
+    plan = _Plan(extent, window_size, overlap, extent.row if start_row is None else start_row)
+    weights = blend_weights(blend, window_size)
+    forward = _Forward(model, num_channels, device, precision, flips)
+    stitcher = RowStitcher(plan.stitched, window_size, num_channels)
+    tiles = read_ahead(plan.windows(), source, normalize, num_threads=num_readers, depth=2 * batch_size + num_readers)
+    with closing(tiles):
+        for row in plan.rows:
+            for done, (tile, scores) in enumerate(
+                _scores_of(itertools.islice(tiles, len(row.windows)), forward, batch_size), 1
+            ):
+                stitcher.add(tile.window, scores, tile.valid, weights)
+                on_window(row.num_before + done, plan.num_windows)
+            on_window(row.num_before + len(row.windows), plan.num_windows)
+            for window, blended, valid in stitcher.advance(row.stop, _STRIP_ROWS):
+                if window.row_stop > plan.start_row:
+                    yield Strip(window, blended, valid)
 
 
-def _forward(
-    model: TileModel, tiles: FloatArray, num_channels: int, device: str | torch.device, precision: torch.dtype
-) -> FloatArray:
-    batch = torch.from_numpy(tiles).to(device, non_blocking=True)
-    autocast = torch.autocast(batch.device.type, dtype=precision, enabled=precision != torch.float32)
-    with torch.inference_mode(), autocast:
-        scores = model(batch)
-    expected = (len(tiles), num_channels, *tiles.shape[-2:])
-    if tuple(scores.shape) != expected:
-        raise InputError(f"expected scores of shape {expected} from the model, got {tuple(scores.shape)}")
-    return scores.float().cpu().numpy()
+@dataclass(frozen=True, slots=True)
+class _WindowRow:
+    """Windows that begin at one row of the scene.
+
+    Attributes:
+        windows: from left to right.
+        stop: where the next row of windows begins: rows above it are finished with this one.
+        num_before: windows of the rows above.
+    """
+
+    windows: list[Window]
+    stop: int
+    num_before: int
+
+
+class _Plan:
+    """The rows of windows that a run from `start_row` on needs."""
+
+    def __init__(self, extent: Window, window_size: int, overlap: int, start_row: int) -> None:
+        windows = grid_windows(extent, window_size, overlap)
+        groups = [list(group) for _, group in itertools.groupby(windows, key=lambda window: window.row)]
+        stops = [group[0].row for group in groups[1:]] + [extent.row_stop]
+        rows = [
+            _WindowRow(group, stop, i * len(group)) for i, (group, stop) in enumerate(zip(groups, stops, strict=True))
+        ]
+        wanted = [row for row in rows if row.stop > start_row]
+        # The rows of windows above that reach into the first wanted one belong to its mean.
+        self.rows = [row for row in rows if wanted and row.windows[0].row_stop > wanted[0].windows[0].row]
+        self.start_row = start_row
+        self.num_windows = len(windows)
+        begin = self.rows[0].windows[0].row if self.rows else extent.row
+        self.stitched = Window(begin, extent.col, extent.row_stop - begin, extent.width)
+
+    def windows(self) -> Iterator[Window]:
+        return itertools.chain.from_iterable(row.windows for row in self.rows)
+
+
+def _scores_of(tiles: Iterator[Tile], forward: _Forward, batch_size: int) -> Iterator[tuple[Tile, FloatArray]]:
+    """Tiles with a valid pixel and their scores, in order; one batch stays on the device while the next is read."""
+    running: deque[tuple[list[Tile], Tensor]] = deque()
+    used = (tile for tile in tiles if tile.pixels is not None)
+    while batch := list(itertools.islice(used, batch_size)):
+        running.append((batch, forward(batch)))
+        if len(running) > 1:
+            yield from _collect(*running.popleft())
+    while running:
+        yield from _collect(*running.popleft())
+
+
+def _collect(batch: list[Tile], scores: Tensor) -> Iterator[tuple[Tile, FloatArray]]:
+    yield from zip(batch, scores.float().cpu().numpy(), strict=True)
+
+
+@dataclass(frozen=True, slots=True)
+class _Forward:
+    """A batch of tiles through the model, unless it has another shape than it must."""
+
+    model: TileModel
+    num_channels: int
+    device: str | torch.device
+    precision: torch.dtype
+    flips: bool
+
+    def __call__(self, tiles: list[Tile]) -> Tensor:
+        pixels = torch.from_numpy(np.stack([tile.pixels for tile in tiles if tile.pixels is not None]))
+        device = torch.device(self.device)
+        if device.type == "cuda":
+            # Only from pinned memory does the copy run beside the computation.
+            pixels = pixels.pin_memory()
+        batch = pixels.to(device, non_blocking=True)
+        autocast = torch.autocast(device.type, dtype=self.precision, enabled=self.precision != torch.float32)
+        with torch.inference_mode(), autocast:
+            return self._mean_over_flips(batch) if self.flips else self._scores(batch)
+
+    def _scores(self, batch: Tensor) -> Tensor:
+        scores = self.model(batch)
+        expected = (len(batch), self.num_channels, *batch.shape[-2:])
+        if tuple(scores.shape) != expected:
+            raise InputError(f"expected scores of shape {expected} from the model, got {tuple(scores.shape)}")
+        return scores
+
+    def _mean_over_flips(self, batch: Tensor) -> Tensor:
+        total = self._scores(batch).float()
+        for dims in ((-1,), (-2,), (-2, -1)):
+            total += self._scores(batch.flip(dims)).float().flip(dims)
+        return total / 4

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import numpy as np
 import numpy.typing as npt
 
@@ -18,8 +20,9 @@ class RowStitcher:
     The mean is updated window by window, m += (x - m) w / W with W the weight so far, instead of dividing a sum by a
     sum at the end: where all windows agree the result is their value, bit for bit, in float32.
 
-    Memory is [C, window height, scene width], whatever the scene's height. Windows must come in the order of
-    `perf_vit.tiling.grid_windows`: row by row, top to bottom.
+    Memory is [C, window height, scene width], whatever the scene's height: a ring, in which scene row r lies at
+    r modulo the window height. Windows must come in the order of `perf_vit.tiling.grid_windows`: row by row, top to
+    bottom.
 
     Args:
         extent: the rows and columns to fill.
@@ -46,28 +49,51 @@ class RowStitcher:
         inside = window.intersect(self._extent)
         assert inside is not None
         assert inside.intersect(self._held) == inside, "windows must come row by row"
-        source, held = inside.slices_in(window), inside.slices_in(self._held)
-        weight = weights[source]
-        total = self._weight[held] + weight
-        mean = self._mean[:, *held]
-        mean += (scores[:, *source] - mean) * (weight / total)
-        self._weight[held] = total
-        self._valid[held] |= valid[source]
+        _, held_cols = inside.slices_in(self._held)
+        for part, held_rows in self._ring_parts(inside):
+            source, held = part.slices_in(window), (held_rows, held_cols)
+            weight = weights[source]
+            total = self._weight[held] + weight
+            mean = self._mean[:, *held]
+            step = scores[:, *source] - mean
+            step *= weight / total
+            mean += step
+            self._weight[held] = total
+            self._valid[held] |= valid[source]
 
-    def advance(self, row: int) -> tuple[FloatArray, BoolArray]:
-        """Take out the rows above `row`, which no later window reaches.
+    def advance(self, row: int, max_rows: int | None = None) -> Iterator[tuple[Window, FloatArray, BoolArray]]:
+        """Take out the rows above `row`, which no later window reaches, in blocks; take all of them.
 
         Args:
             row: first row of the next row of windows, or the extent's end.
+            max_rows: of a block; all rows in one by default.
 
-        Returns:
-            Scores [C, rows, width], 0 where no window was added, and where the source has data, [rows, width].
+        Yields:
+            Where the block lies, its scores [C, rows, width], 0 where no window was added, and where the source has
+            data, [rows, width].
         """
-        count = row - self._held.row
-        finished = self._mean[:, :count].copy(), self._valid[:count].copy()
-        for buffer in (self._mean, self._weight[None], self._valid[None]):
-            kept = self._held.height - count
-            buffer[:, :kept] = buffer[:, count:].copy()
-            buffer[:, kept:] = 0
-        self._held = Window(row, self._held.col, *self._held.shape)
-        return finished
+        while self._held.row < row:
+            count = min(row - self._held.row, max_rows or self._held.height)
+            block = Window(self._held.row, self._extent.col, count, self._extent.width)
+            parts = [rows for _, rows in self._ring_parts(block)]
+            yield (
+                block,
+                np.concatenate([self._mean[:, rows] for rows in parts], axis=1),
+                np.concatenate([self._valid[rows] for rows in parts]),
+            )
+            for rows in parts:
+                self._mean[:, rows] = 0
+                self._weight[rows] = 0
+                self._valid[rows] = False
+            self._held = Window(block.row_stop, self._held.col, *self._held.shape)
+
+    def _ring_parts(self, window: Window) -> list[tuple[Window, slice]]:
+        """A window's rows, cut where the ring begins anew: the part, and its rows of the buffers."""
+        height = self._held.height
+        start = (window.row - self._extent.row) % height
+        above = min(window.height, height - start)
+        parts = [(Window(window.row, window.col, above, window.width), slice(start, start + above))]
+        if above < window.height:
+            below = window.height - above
+            parts.append((Window(window.row + above, window.col, below, window.width), slice(0, below)))
+        return parts

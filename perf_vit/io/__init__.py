@@ -1,15 +1,20 @@
 """Sources, labels and outputs: rasters read and written window by window."""
 
+from perf_vit.io.cog import write_cog
 from perf_vit.io.labels import LabelSource, open_labels
+from perf_vit.io.layout import RasterLayout
 from perf_vit.io.quicklook import colorize, default_colormap, natural_bands, rgb_from, save_png, write_map_quicklook
 from perf_vit.io.raster import RasterSource
 from perf_vit.io.sources import open_source
+from perf_vit.io.strips import StripStore
 from perf_vit.io.writers import CogWriter
 
 __all__ = [
     "CogWriter",
     "LabelSource",
+    "RasterLayout",
     "RasterSource",
+    "StripStore",
     "colorize",
     "default_colormap",
     "natural_bands",
@@ -17,5 +22,6 @@ __all__ = [
     "open_source",
     "rgb_from",
     "save_png",
+    "write_cog",
     "write_map_quicklook",
 ]

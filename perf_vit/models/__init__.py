@@ -6,7 +6,7 @@ from perf_vit.models.checkpoint import CHECKPOINT_KEY, checkpoint_metadata, load
 from perf_vit.models.convert import performerize
 from perf_vit.models.fidelity import attention_errors, token_cosines
 from perf_vit.models.saved_model import load_converted, load_softmax, save_converted
-from perf_vit.models.segmenter import Segmenter, SegmenterSpec
+from perf_vit.models.segmenter import Segmenter, SegmenterSpec, segmenter_id
 
 __all__ = [
     "CHECKPOINT_KEY",
@@ -24,5 +24,6 @@ __all__ = [
     "performerize",
     "restore_draw",
     "save_converted",
+    "segmenter_id",
     "token_cosines",
 ]

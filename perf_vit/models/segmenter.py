@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import hashlib
+import itertools
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from perf_vit.transforms import Normalizer
 
-__all__ = ["Segmenter", "SegmenterSpec"]
+__all__ = ["Segmenter", "SegmenterSpec", "segmenter_id"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -89,3 +93,14 @@ class Segmenter(nn.Module):
         """
         features: Sequence[Tensor] = self.backbone(image)
         return self.head(features, image)
+
+
+def segmenter_id(model: Segmenter) -> str:
+    """Twelve hex digits that another network, other weights or another meaning of them would not have."""
+    digest = hashlib.sha256(json.dumps(model.spec.to_dict(), sort_keys=True).encode())
+    # Options without parameters show in the text; projections are buffers that no state dict holds.
+    digest.update(str(model).encode())
+    for name, value in itertools.chain(model.named_parameters(), model.named_buffers()):
+        digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
+        digest.update(value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()[:12]

@@ -96,7 +96,7 @@ def test_predict_writes_a_valid_cog_on_the_grid_of_the_input(trained, tmp_path) 
 def test_probabilities_sum_to_1_and_agree_with_the_classes(trained, tmp_path) -> None:
     base = ["predict", "--checkpoint", trained.checkpoint, "--input", trained.scene.image]
     assert call([*base, "--output", tmp_path / "c.tif"]) == 0
-    assert call([*base, "--output", tmp_path / "p.tif", "--probabilities"]) == 0
+    assert call([*base, "--output", tmp_path / "p.tif", "--kind", "probabilities"]) == 0
     classes, probs = open_source(tmp_path / "c.tif"), open_source(tmp_path / "p.tif")
     c, p = classes.read(classes.extent), probs.read(probs.extent)
     assert p.pixels.dtype == np.float32

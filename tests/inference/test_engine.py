@@ -1,9 +1,17 @@
+import threading
+import time
+
 import numpy as np
 import pytest
+import timm
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
+import perf_vit  # noqa: F401  (registers the backbones)
 from perf_vit.errors import InputError
 from perf_vit.inference import predict_strips
+from perf_vit.inference.reader import SalvagingReader
 from perf_vit.io import CogWriter, open_source
 from perf_vit.types import GeoImage, Window
 
@@ -141,3 +149,153 @@ def test_bfloat16_autocast_stays_close_to_float32() -> None:
         for p in (torch.float32, torch.bfloat16)
     )
     assert 0 < np.abs(exact - half).max() < 0.05
+
+
+class Slow:
+    """A plane whose windows come in another order than they were asked for."""
+
+    def __init__(self, plane: Plane, seed: int) -> None:
+        self.plane, self.rng = plane, np.random.default_rng(seed)
+
+    def read(self, window: Window) -> GeoImage:
+        time.sleep(float(self.rng.random()) * 0.004)
+        return self.plane.read(window)
+
+
+def _scores(model, plane, **options) -> np.ndarray:
+    strips = predict_strips(model, plane, as_float, **options)
+    return np.concatenate([strip.scores for strip in strips], axis=1)
+
+
+def _random_plane(num_bands: int, height: int, width: int) -> Plane:
+    rng = np.random.default_rng(3)
+    valid = rng.random((height, width)) > 0.1
+    valid[:20, :20] = False
+    return Plane(rng.standard_normal((num_bands, height, width)).astype(np.float32), valid)
+
+
+def _tile_sum(tiles: torch.Tensor) -> torch.Tensor:
+    """A model whose scores at a pixel depend on all of its tile, computed tile by tile."""
+    return torch.stack([tile + torch.cumsum(tile.flatten(), 0).reshape(tile.shape) / tile.numel() for tile in tiles])
+
+
+def test_strips_do_not_depend_on_batches_readers_or_the_order_of_reading() -> None:
+    plane = _random_plane(2, 75, 93)
+    options = {"extent": Window(0, 0, 75, 93), "num_channels": 2, "window_size": 16, "overlap": 7}
+    expected = _scores(_tile_sum, plane, **options)
+    for batch_size, num_readers, seed in [(3, 1, 0), (1, 5, 1), (8, 4, 2)]:
+        got = _scores(_tile_sum, Slow(plane, seed), batch_size=batch_size, num_readers=num_readers, **options)
+        assert np.array_equal(got, expected)
+
+
+def test_a_window_as_large_as_the_scene_gives_the_models_own_forward() -> None:
+    backbone = timm.create_model("performer_vit_tiny_patch16_224", img_size=64, num_classes=0).eval()
+
+    def model(tiles: torch.Tensor) -> torch.Tensor:
+        tokens = backbone.forward_features(tiles)[:, 1:, :3]
+        return torch.nn.functional.interpolate(tokens.transpose(1, 2).reshape(-1, 3, 4, 4), scale_factor=16)
+
+    plane = Plane(np.random.default_rng(0).standard_normal((3, 64, 64)).astype(np.float32), np.ones((64, 64), bool))
+    with torch.inference_mode():
+        expected = model(torch.from_numpy(plane.pixels)[None])[0].numpy()
+    for blend in ("hann", "gaussian"):
+        options = {"extent": Window(0, 0, 64, 64), "num_channels": 3, "window_size": 64, "overlap": 0, "blend": blend}
+        assert np.array_equal(_scores(model, plane, **options), expected)
+
+
+@pytest.mark.parametrize(("height", "width"), [(70, 101), (32, 33), (20, 60)])
+@pytest.mark.parametrize("overlap", [8, 16, 25])
+def test_gaussian_blending_equals_monais(height: int, width: int, overlap: int) -> None:
+    sliding_window_inference = pytest.importorskip("monai.inferers").sliding_window_inference
+    plane = _random_plane(2, height, width)
+    plane.valid[:] = True
+    size = 32
+    padded = Padded(plane)
+    got = _scores(_tile_sum, padded, extent=Window(0, 0, height, width), num_channels=2, window_size=size,
+                  overlap=overlap, blend="gaussian")  # fmt: skip
+    image = torch.from_numpy(padded.read(Window(0, 0, max(height, size), max(width, size))).pixels)[None]
+    expected = sliding_window_inference(image, size, 1, _tile_sum, overlap=overlap / size, mode="gaussian")
+    np.testing.assert_allclose(got, expected[0, :, :height, :width], rtol=0, atol=1e-5)
+
+
+class Padded(Plane):
+    """A plane that pads below and on the right with zeros."""
+
+    def __init__(self, plane: Plane) -> None:
+        _, self.height, self.width = plane.pixels.shape
+        super().__init__(np.pad(plane.pixels, ((0, 0), (0, 64), (0, 64))), np.pad(plane.valid, ((0, 64), (0, 64))))
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    height=st.integers(1, 90),
+    size=st.sampled_from([8, 16, 24]),
+    share=st.floats(0, 0.95),
+    start=st.floats(0, 1),
+)
+def test_strips_from_a_later_row_on_are_the_same_bits(height: int, size: int, share: float, start: float) -> None:
+    plane = Padded(_random_plane(2, height, 40))
+    options = {"extent": Window(0, 0, height, 40), "num_channels": 2, "window_size": size, "overlap": int(size * share)}
+    start_row = int(start * height)
+    whole = list(predict_strips(_tile_sum, plane, as_float, **options))
+    later = list(predict_strips(_tile_sum, plane, as_float, start_row=start_row, **options))
+    expected = [strip for strip in whole if strip.window.row_stop > start_row]
+    assert [strip.window for strip in later] == [strip.window for strip in expected]
+    for got, strip in zip(later, expected, strict=True):
+        assert np.array_equal(got.scores, strip.scores)
+        assert np.array_equal(got.valid, strip.valid)
+
+
+def test_mirror_images_are_averaged() -> None:
+    plane = _random_plane(1, 16, 16)
+    plane.valid[:] = True
+    options = {"extent": Window(0, 0, 16, 16), "num_channels": 1, "window_size": 16, "overlap": 0}
+    got = _scores(_tile_sum, plane, flips=True, **options)
+    mirrored = [np.flip(_scores(_tile_sum, Plane(np.flip(plane.pixels, axes), plane.valid), **options), axes)
+                for axes in ((), (-1,), (-2,), (-2, -1))]  # fmt: skip
+    np.testing.assert_allclose(got, np.mean(mirrored, axis=0), atol=1e-6)
+    assert not np.allclose(got, mirrored[0], atol=1e-3)
+
+
+def test_an_error_of_reading_reaches_the_caller_and_stops_the_readers() -> None:
+    class Broken(Plane):
+        def read(self, window: Window) -> GeoImage:
+            if window.row >= 32:
+                raise InputError("rows 32 to 48 can't be read")
+            return super().read(window)
+
+    plane = Broken(np.ones((1, 64, 64), np.float32), np.ones((64, 64), bool))
+    before = threading.active_count()
+    strips = predict_strips(
+        Recorder(), plane, as_float, extent=Window(0, 0, 64, 64), num_channels=1, window_size=16, overlap=0
+    )
+    with pytest.raises(InputError, match="can't be read"):
+        list(strips)
+    assert threading.active_count() == before
+
+
+def test_of_a_damaged_window_only_what_is_damaged_is_lost() -> None:
+    class Damaged(Plane):
+        num_bands, dtype = 1, np.dtype(np.float32)
+
+        def read(self, window: Window) -> GeoImage:
+            if window.intersect(Window(128, 192, 64, 128)):
+                raise InputError(f"can't read {window}")
+            return super().read(window)
+
+    rng = np.random.default_rng(0)
+    plane = Damaged(rng.random((1, 512, 512), np.float32), np.ones((512, 512), bool))
+    lost = []
+    source = SalvagingReader(plane, lambda window, reason: lost.append((window, reason)))
+    strips = list(
+        predict_strips(
+            Recorder(), source, as_float, extent=Window(0, 0, 512, 512), num_channels=1, window_size=192, overlap=64
+        )
+    )
+    valid = np.concatenate([strip.valid for strip in strips])
+    scores = np.concatenate([strip.scores for strip in strips], axis=1)
+    expected = np.ones((512, 512), bool)
+    expected[128:192, 192:320] = False
+    assert np.array_equal(valid, expected)
+    assert np.array_equal(scores[0][valid], plane.pixels[0][valid])
+    assert all(reason.startswith("can't read Window") for _, reason in lost)

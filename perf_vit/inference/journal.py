@@ -1,0 +1,150 @@
+"""An unfinished output: its rows so far, what they were made with, and who works on it."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+
+from perf_vit.errors import OutputError
+
+__all__ = ["Journal", "open_journal"]
+
+_SETTINGS = "journal.json"
+_LOCK = "lock"
+
+
+class Journal:
+    """The folder `OUTPUT.partial` beside an output; `open_journal` makes one.
+
+    Attributes:
+        folder: where rows and temporary files go.
+        path: the output.
+    """
+
+    def __init__(self, folder: Path, path: Path) -> None:
+        self.folder = folder
+        self.path = path
+
+    def settings(self) -> dict[str, Any] | None:
+        """What the rows were made with, None where nothing has been begun."""
+        try:
+            return json.loads((self.folder / _SETTINGS).read_text())
+        except (FileNotFoundError, json.JSONDecodeError):
+            return None
+
+    def begin(self, settings: Mapping[str, Any], *, resume: bool) -> None:
+        """Go on with an unfinished output of the same settings, or begin a new one.
+
+        Args:
+            settings: everything that decides the output, as plain values of JSON.
+            resume: go on where there is something; else remove it.
+
+        Raises:
+            OutputError: what is there was made with other settings.
+        """
+        wanted = json.loads(json.dumps(settings))
+        before = self.settings()
+        if before is not None and resume:
+            self._check(before, wanted)
+            return
+        with _refusing(self.path):
+            for file in self.folder.iterdir():
+                if file.name != _LOCK:
+                    file.unlink()
+            self._write_settings(wanted)
+
+    def complete(self, made: Path) -> None:
+        """Move the finished file to the output's name; then the folder has done its work."""
+        with _refusing(self.path):
+            os.replace(made, self.path)
+
+    def _write_settings(self, settings: Mapping[str, Any]) -> None:
+        unfinished = self.folder / f"{_SETTINGS}.tmp"
+        with unfinished.open("w") as file:
+            json.dump(settings, file, indent=2)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(unfinished, self.folder / _SETTINGS)
+
+    def _check(self, before: dict[str, Any], wanted: dict[str, Any]) -> None:
+        for name in [*wanted, *before]:
+            if before.get(name) != wanted.get(name):
+                raise OutputError(
+                    f"{self.folder} holds the unfinished {self.path.name}, made with {name} = {before.get(name)}, now "
+                    f"{wanted.get(name)}; go on with the same, or begin anew with --no-resume (resume=False)"
+                )
+
+
+@contextmanager
+def open_journal(path: Path) -> Iterator[Journal]:
+    """Work on an output alone, in a folder beside it that a crash leaves behind.
+
+    The folder is removed when the `with` block ends well, or ends before there is anything to keep.
+
+    Args:
+        path: the output; missing parent folders are made.
+
+    Raises:
+        OutputError: another process works on it, or nothing can be written there.
+    """
+    folder = path.with_name(f"{path.name}.partial")
+    if path.is_dir():
+        raise OutputError(f"can't write {path}: it is a folder; choose a file in it")
+    made = [parent for parent in (folder, *folder.absolute().parents) if not parent.exists()]
+    try:
+        with _locked(folder, path):
+            try:
+                yield Journal(folder, path)
+            except BaseException:
+                if not any(folder.glob("rows_*")):
+                    _remove(folder)
+                raise
+            _remove(folder)
+    finally:
+        for empty in made:
+            with suppress(OSError):
+                empty.rmdir()
+
+
+@contextmanager
+def _locked(folder: Path, path: Path) -> Iterator[None]:
+    try:
+        with _refusing(path):
+            folder.mkdir(parents=True, exist_ok=True)
+            # The system drops the lock with the process that holds it, however that ends.
+            lock = FileLock(folder / _LOCK, timeout=0)
+            lock.acquire()
+    except Timeout as error:
+        raise OutputError(
+            f"{path} is being written by another process; wait for it, or choose another output"
+        ) from error
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+@contextmanager
+def _refusing(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except Timeout:
+        raise
+    except OSError as error:
+        not_folder = isinstance(error, FileExistsError | NotADirectoryError)
+        reason = "a parent is not a folder" if not_folder else str(error.strerror or error).lower()
+        raise OutputError(f"can't write {path}: {reason}; choose another output or make room") from error
+
+
+def _remove(folder: Path) -> None:
+    # The settings go first: without them the rest counts as nothing.
+    with suppress(FileNotFoundError):
+        (folder / _SETTINGS).unlink()
+    shutil.rmtree(folder, ignore_errors=True)

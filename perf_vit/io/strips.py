@@ -1,0 +1,166 @@
+"""Rows of an unfinished raster, each strip a file that is complete or absent."""
+
+from __future__ import annotations
+
+import os
+import re
+import xml.etree.ElementTree as ET
+import zlib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import rasterio
+import rasterio.shutil
+
+from perf_vit.errors import OutputError
+from perf_vit.io._gdal import GDAL_ERRORS, plain_images_allowed, reason_of
+from perf_vit.io.layout import RasterLayout
+
+__all__ = ["StoredStrip", "StripStore"]
+
+_NAME = re.compile(r"rows_(\d+)_(\d+)_([0-9a-f]{8})\.tif")
+_BLOCK_PX = 512
+# Tiles of TIFF are multiples of 16.
+_BLOCK_STEP_PX = 16
+
+
+@dataclass(frozen=True, slots=True, order=True)
+class StoredStrip:
+    """A strip on disk.
+
+    Attributes:
+        row: its first.
+        num_rows: its height.
+        checksum: CRC-32 of its pixels.
+        name: of its file.
+    """
+
+    row: int
+    num_rows: int
+    checksum: int
+    name: str
+
+
+class StripStore:
+    """Full-width strips in a folder, in any order; what is there survives a crash at any moment.
+
+    Args:
+        folder: exists already.
+        layout: of the raster that the strips add up to.
+        path: the output's name in errors.
+    """
+
+    def __init__(self, folder: Path, layout: RasterLayout, path: Path) -> None:
+        self._folder = folder
+        self._layout = layout
+        self._path = path
+
+    def write(self, row: int, block: npt.NDArray[Any]) -> None:
+        """Write a strip of rows.
+
+        Args:
+            row: of the strip's first line.
+            block: [C, h, width] in the layout's dtype.
+
+        Raises:
+            OutputError: a strip of another shape or dtype, or outside the raster, or the disk is full.
+        """
+        self._check(row, block)
+        block = np.ascontiguousarray(block)
+        name = f"rows_{row:010d}_{block.shape[1]:05d}_{zlib.crc32(block.data):08x}.tif"
+        try:
+            with rasterio.MemoryFile() as memory:
+                self._encode(memory, block)
+                self._write_file(name, memory.getbuffer())
+        except (*GDAL_ERRORS, OSError) as error:
+            raise OutputError(f"can't write {self._path}: {reason_of(error)}; is the disk full?") from error
+
+    def strips(self) -> list[StoredStrip]:
+        """What is there, from top to bottom."""
+        found = ((_NAME.fullmatch(file), file) for file in os.listdir(self._folder))
+        return sorted(
+            StoredStrip(int(match[1]), int(match[2]), int(match[3], 16), file) for match, file in found if match
+        )
+
+    def num_rows_from_top(self) -> int:
+        """Rows that are there without a gap."""
+        stop = 0
+        for strip in self.strips():
+            if strip.row > stop:
+                break
+            stop = max(stop, strip.row + strip.num_rows)
+        return stop
+
+    def mosaic(self) -> Path:
+        """All strips as one raster: a VRT file in the folder, with the layout's metadata.
+
+        Raises:
+            OutputError: rows are missing, or the disk is full.
+        """
+        there = self.num_rows_from_top()
+        if there != self._layout.height:
+            raise OutputError(f"expected {self._layout.height} rows for {self._path}, got {there}")
+        template, mosaic = self._folder / "template.tif", self._folder / "mosaic.vrt"
+        try:
+            self._layout.create(str(template), sparse_ok=True, tiled=True, blockxsize=512, blockysize=512).close()
+            with plain_images_allowed():
+                rasterio.shutil.copy(template, mosaic, driver="VRT")
+            tree = ET.parse(mosaic)
+            for band, element in enumerate(tree.getroot().iter("VRTRasterBand"), 1):
+                self._fill(element, band)
+            tree.write(mosaic)
+        except (*GDAL_ERRORS, OSError, ET.ParseError) as error:
+            raise OutputError(f"can't write {self._path}: {reason_of(error)}; is the disk full?") from error
+        return mosaic
+
+    def _fill(self, element: ET.Element, band: int) -> None:
+        """Let a band of the VRT take its pixels from the strips."""
+        for source in [child for child in element if child.tag.endswith("Source")]:
+            element.remove(source)
+        width = str(self._layout.width)
+        for strip in self.strips():
+            source = ET.SubElement(element, "SimpleSource")
+            ET.SubElement(source, "SourceFilename", relativeToVRT="1").text = strip.name
+            ET.SubElement(source, "SourceBand").text = str(band)
+            rows = str(strip.num_rows)
+            ET.SubElement(source, "SrcRect", xOff="0", yOff="0", xSize=width, ySize=rows)
+            ET.SubElement(source, "DstRect", xOff="0", yOff=str(strip.row), xSize=width, ySize=rows)
+
+    def _check(self, row: int, block: npt.NDArray[Any]) -> None:
+        layout = self._layout
+        num_rows = block.shape[1] if block.ndim == 3 else 0
+        if (
+            block.shape != (layout.num_bands, num_rows, layout.width)
+            or block.dtype != layout.dtype
+            or num_rows == 0
+            or not 0 <= row <= layout.height - num_rows
+        ):
+            raise OutputError(
+                f"expected strips [{layout.num_bands}, h, {layout.width}] of {layout.dtype} inside {layout.height} "
+                f"rows for {self._path}, got {list(block.shape)} of {block.dtype} at row {row}"
+            )
+
+    def _encode(self, memory: Any, block: npt.NDArray[Any]) -> None:
+        """As a TIFF in memory: GDAL tells nobody of errors when it closes a file, Python does."""
+        num_rows = block.shape[1]
+        tile_rows = min(_BLOCK_PX, -(-num_rows // _BLOCK_STEP_PX) * _BLOCK_STEP_PX)
+        # Fast compression: the file is read once and removed.
+        tiles = {"tiled": True, "blockxsize": _BLOCK_PX, "blockysize": tile_rows}
+        with (
+            plain_images_allowed(),
+            memory.open(
+                driver="GTiff", compress="deflate", zlevel=1, **tiles, **self._layout.profile(num_rows)
+            ) as file,
+        ):
+            file.write(block)
+
+    def _write_file(self, name: str, content: Any) -> None:
+        unfinished = self._folder / "strip.tmp"
+        with unfinished.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(unfinished, self._folder / name)

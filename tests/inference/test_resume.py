@@ -1,0 +1,155 @@
+"""An interrupted map goes on where it was, and nobody sees the difference."""
+
+import json
+import random
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import mapping_process
+import pytest
+
+from perf_vit.errors import InputError, OutputError
+from perf_vit.inference import predict_map
+from perf_vit.inference.journal import open_journal
+
+SCRIPT = Path(mapping_process.__file__)
+
+
+@pytest.fixture
+def scene(make_scene) -> Path:
+    return make_scene(height=700, width=130, num_bands=3)
+
+
+def _start(*args: object) -> subprocess.Popen:
+    command = [sys.executable, str(SCRIPT), *map(str, args)]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def _wait_for(process: subprocess.Popen, done: int) -> None:
+    for line in process.stdout:
+        if int(line.split("/")[0]) >= done:
+            return
+
+
+def test_a_killed_run_goes_on_and_gives_the_same_bytes(scene, tmp_path) -> None:
+    mapping_process.main(scene, tmp_path / "whole.tif")
+    rng = random.Random(0)
+    kills = 0
+    out = tmp_path / "map.tif"
+    for attempt in range(4):
+        process = _start(scene, out, 0.01)
+        # Later attempts have less left to do.
+        _wait_for(process, rng.randint(1, 6) + 6 * attempt)
+        time.sleep(rng.random() * 0.05)
+        process.kill()
+        process.communicate()
+        kills += process.returncode == -9
+        if out.exists():
+            break
+    assert kills >= 2
+    assert list(tmp_path.glob("map.tif.partial/rows_*")) or out.exists()
+    mapping_process.main(scene, out)
+    assert out.read_bytes() == (tmp_path / "whole.tif").read_bytes()
+    assert not (tmp_path / "map.tif.partial").exists()
+
+
+@pytest.mark.slow
+def test_runs_killed_at_random_moments_of_their_life_give_the_same_bytes(make_scene, tmp_path) -> None:
+    scene = make_scene(height=3000, width=1500, num_bands=3)
+    start = time.monotonic()
+    process = _start(scene, tmp_path / "whole.tif", 0, 256)
+    assert process.wait() == 0, process.communicate()
+    duration = time.monotonic() - start
+    expected = (tmp_path / "whole.tif").read_bytes()
+    rng = random.Random(1)
+    kills = 0
+    for _ in range(10):
+        process = _start(scene, tmp_path / "map.tif", 0, 256)
+        # From before the first window to the middle of writing the final file.
+        time.sleep(rng.uniform(0.5, 1) * duration)
+        process.kill()
+        process.communicate()
+        kills += process.returncode == -9
+        process = _start(scene, tmp_path / "map.tif", 0, 256)
+        assert process.wait() == 0, process.communicate()
+        assert (tmp_path / "map.tif").read_bytes() == expected
+        (tmp_path / "map.tif").unlink()
+    assert kills >= 6
+
+
+def test_other_settings_are_not_mixed_in(scene, tmp_path) -> None:
+    process = _start(scene, tmp_path / "map.tif", 0.02)
+    _wait_for(process, 25)
+    process.kill()
+    process.communicate()
+    kept = sorted(path.name for path in (tmp_path / "map.tif.partial").iterdir())
+    refused = _start(scene, tmp_path / "map.tif", 0, 32)
+    _, errors = refused.communicate()
+    assert refused.returncode == 1
+    assert "made with window_size = 64, now 32" in errors
+    assert sorted(path.name for path in (tmp_path / "map.tif.partial").iterdir()) == kept
+
+
+def test_a_changed_input_is_not_mixed_in(scene, tmp_path) -> None:
+    process = _start(scene, tmp_path / "map.tif", 0.02)
+    _wait_for(process, 25)
+    process.kill()
+    process.communicate()
+    shutil.copy(scene, tmp_path / "other.tif")
+    shutil.copyfile(tmp_path / "other.tif", scene)
+    with pytest.raises(OutputError, match="made with input_modified_ns"):
+        mapping_process.main(scene, tmp_path / "map.tif")
+
+
+def test_a_second_process_is_told_of_the_first(scene, tmp_path) -> None:
+    first = _start(scene, tmp_path / "map.tif", 0.05)
+    _wait_for(first, 2)
+    with pytest.raises(OutputError, match="being written by another process"):
+        mapping_process.main(scene, tmp_path / "map.tif")
+    first.kill()
+    first.communicate()
+    mapping_process.main(scene, tmp_path / "map.tif")
+    assert (tmp_path / "map.tif").exists()
+
+
+def test_an_error_before_the_first_rows_leaves_nothing_and_after_them_only_the_rows(tmp_path) -> None:
+    path = tmp_path / "a" / "b" / "map.tif"
+    with pytest.raises(InputError), open_journal(path) as journal:
+        journal.begin({"x": 1}, resume=True)
+        raise InputError("damaged")
+    assert list(tmp_path.iterdir()) == []
+    with pytest.raises(InputError), open_journal(path) as journal:
+        journal.begin({"x": 1}, resume=True)
+        (journal.folder / "rows_1").write_text("")
+        raise InputError("damaged")
+    assert json.loads((path.parent / "map.tif.partial" / "journal.json").read_text()) == {"x": 1}
+    with open_journal(path) as journal:
+        journal.begin({"x": 2}, resume=False)
+        assert not (journal.folder / "rows_1").exists()
+    assert list(path.parent.iterdir()) == []
+
+
+def test_a_run_with_a_damaged_window_stops_and_keeps_its_rows(make_scene, tmp_path) -> None:
+    path = make_scene(height=700, width=64, num_bands=3, blockysize=16)
+    content = bytearray(path.read_bytes())
+    path.write_bytes(content[: int(len(content) * 0.7)])
+    out = tmp_path / "map.tif"
+    with pytest.raises(InputError, match="can't read rows"):
+        mapping_process.main(path, out)
+    assert not out.exists()
+    assert list((tmp_path / "map.tif.partial").glob("rows_*"))
+
+
+def test_predict_map_refuses_an_unknown_way_of_handling_errors(tmp_path) -> None:
+    with pytest.raises(ValueError, match="on_error must be stop or skip, got ignore"):
+        predict_map(
+            None, _Nowhere(), None, tmp_path / "m.tif", output=None, model_id="", num_channels=1, window_size=8,
+            overlap=0, on_error="ignore",
+        )  # fmt: skip
+
+
+class _Nowhere:
+    path = "nowhere.tif"
