@@ -18,7 +18,7 @@ from perf_vit.inference.dense_output import DenseOutput
 from perf_vit.inference.engine import Strip, TileModel, predict_strips
 from perf_vit.inference.journal import open_journal
 from perf_vit.inference.reader import Reads, SalvagingReader
-from perf_vit.io import StripStore, write_cog
+from perf_vit.io import StripStore, bounded_cache, write_cog
 from perf_vit.tiling import Blend
 from perf_vit.types import GeoImage, Source, Window
 
@@ -104,7 +104,7 @@ def predict_map(
     tags = {"PERF_VIT_VERSION": __version__, **{f"PERF_VIT_{name.upper()}": str(v) for name, v in settings.items()}}
     layout = output.layout(source, tags)
     reader: Reads = SalvagingReader(source, on_damage) if on_error == "skip" else source
-    with open_journal(out) as journal:
+    with bounded_cache(), open_journal(out) as journal:
         identity = {"device": torch.device(device).type, "on_error": on_error, "bands": list(output.band_names)}
         journal.begin({**settings, **identity, **_input_identity(source), "version": __version__}, resume=resume)
         store = StripStore(journal.folder, layout, out)

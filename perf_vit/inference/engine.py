@@ -26,7 +26,7 @@ FloatArray = npt.NDArray[np.float32]
 TileModel = Callable[[Tensor], Tensor]
 """Tiles [B, C, h, w] float32 to scores [B, K, h, w], at the same resolution."""
 
-_STRIP_ROWS = 256
+_STRIP_ROWS = 128
 """Rows of a strip at most: a whole row of windows at once would double what the engine holds."""
 
 
@@ -88,7 +88,7 @@ def predict_strips(
         on_window: called with (windows done, windows in all), for a progress bar.
 
     Yields:
-        Strips of at most 256 rows that cover the extent once, in order.
+        Strips of at most 128 rows that cover the extent once, in order.
 
     Raises:
         InputError: a window can't be read, or the model's output is not [B, num_channels, h, w].

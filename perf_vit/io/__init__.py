@@ -1,5 +1,6 @@
 """Sources, labels and outputs: rasters read and written window by window."""
 
+from perf_vit.io._gdal import bounded_cache
 from perf_vit.io.cog import write_cog
 from perf_vit.io.labels import LabelSource, open_labels
 from perf_vit.io.layout import RasterLayout
@@ -15,6 +16,7 @@ __all__ = [
     "RasterLayout",
     "RasterSource",
     "StripStore",
+    "bounded_cache",
     "colorize",
     "default_colormap",
     "natural_bands",

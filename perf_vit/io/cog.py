@@ -9,15 +9,13 @@ import rasterio
 import rasterio.shutil
 
 from perf_vit.errors import OutputError
-from perf_vit.io._gdal import GDAL_ERRORS, plain_images_allowed, reason_of
+from perf_vit.io._gdal import GDAL_ERRORS, bounded_cache, plain_images_allowed, reason_of
 from perf_vit.io.layout import RasterLayout
 from perf_vit.io.strips import StripStore
 
 __all__ = ["write_cog"]
 
 _BLOCK_PX = 512
-# GDAL takes a twentieth of the machine's memory otherwise.
-_CACHE_BYTES = 128 * 2**20
 
 
 def write_cog(store: StripStore, layout: RasterLayout, made: Path, path: Path) -> None:
@@ -36,7 +34,7 @@ def write_cog(store: StripStore, layout: RasterLayout, made: Path, path: Path) -
     """
     mosaic = store.mosaic()
     try:
-        with rasterio.Env(GDAL_CACHEMAX=_CACHE_BYTES), plain_images_allowed():
+        with bounded_cache(), plain_images_allowed():
             rasterio.shutil.copy(
                 mosaic,
                 made,
