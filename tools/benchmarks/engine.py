@@ -1,0 +1,192 @@
+"""What the dense engine costs: memory, time beside bare reads and writes, time beside the model alone.
+
+    python tools/benchmarks/engine.py scene big.tif --height 20000 --width 20000
+    python tools/benchmarks/engine.py memory big.tif small.tif
+    python tools/benchmarks/engine.py overhead big.tif
+    python tools/benchmarks/engine.py model small.tif
+"""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any
+
+import numpy as np
+import rasterio
+import timm
+import torch
+import typer
+from rasterio.windows import Window as RasterioWindow
+
+import perf_vit  # noqa: F401  (registers the backbones)
+from perf_vit.inference import DenseOutput, Strip, predict_map
+from perf_vit.io import CogWriter, open_source
+from perf_vit.tiling import grid_windows
+from perf_vit.types import GeoImage
+
+app = typer.Typer(add_completion=False, help=__doc__)
+
+Runs = Annotated[int, typer.Option(help="Repetitions; the median counts.")]
+WindowSize = Annotated[int, typer.Option(help="Side of a window, in pixels.")]
+
+
+@app.command()
+def scene(path: Path, height: int = 20_000, width: int = 20_000, bands: int = 3, seed: int = 0) -> None:
+    """Write a Cloud-Optimised GeoTIFF of smooth fields with noise, which compresses about as imagery does."""
+    rng = np.random.default_rng(seed)
+    place = rasterio.Affine(0.1, 0, 400_000, 0, -0.1, 4_500_000)
+    layout = {"height": height, "width": width, "num_bands": bands, "crs": "EPSG:32637", "transform": place}
+    with CogWriter(path, dtype="uint8", **layout) as writer:
+        for row in range(0, height, 500):
+            rows = min(500, height - row)
+            waves = 90 + 60 * np.sin(np.arange(row, row + rows) / 97)[:, None] * np.cos(np.arange(width) / 131)
+            noise = rng.integers(0, 12, (bands, rows, width), dtype=np.uint8)
+            writer.write(row, (waves.astype(np.uint8) + noise).astype(np.uint8))
+
+
+@app.command()
+def memory(scenes: list[Path], window_size: WindowSize = 1024, overlap: int = 256) -> None:
+    """Peak memory of mapping each scene with a stub model, above the process before it."""
+    for path in scenes:
+        command = [sys.executable, __file__, "map", str(path), "--window-size", str(window_size)]
+        done = subprocess.run([*command, "--overlap", str(overlap)], capture_output=True, text=True, check=True)
+        typer.echo(f"{path.name}: {done.stdout.strip()}")
+
+
+@app.command("map", hidden=True)
+def map_once(path: Path, window_size: WindowSize = 1024, overlap: int = 256) -> None:
+    """Map one scene with a stub and print the peak of this process."""
+    source = open_source(path)
+    source.read(grid_windows(source.extent, 16, 0)[0])
+    before, started = _status_mib("VmRSS"), time.perf_counter()
+    with tempfile.TemporaryDirectory(dir=path.parent) as folder:
+        _map_with_stub(path, Path(folder, "map.tif"), window_size, overlap)
+    peak = _status_mib("VmHWM")
+    size = f"{source.height} x {source.width} x {source.num_bands}"
+    typer.echo(
+        f"{size}, window {window_size}, overlap {overlap}: {before:.0f} MiB before, {peak:.0f} MiB at most, "
+        f"{peak - before:.0f} MiB above; {time.perf_counter() - started:.0f} s"
+    )
+
+
+@app.command()
+def overhead(path: Path, runs: Runs = 3, window_size: WindowSize = 1024) -> None:
+    """Throughput with a stub model beside a bare loop of reads and writes of the same windows."""
+    source = open_source(path)
+    with tempfile.TemporaryDirectory(dir=path.parent) as folder:
+        bare, engine = Path(folder, "bare.tif"), Path(folder, "map.tif")
+        times = _alternate(
+            {
+                "bare reads and writes": lambda: _copy_bare(path, bare, window_size),
+                "engine": lambda: _map_with_stub(path, engine, window_size, 0),
+            },
+            runs,
+        )
+        with rasterio.open(bare) as a, rasterio.open(engine) as b:
+            for row in range(0, source.height, window_size):
+                rows = RasterioWindow(0, row, source.width, min(window_size, source.height - row))
+                assert np.array_equal(a.read(window=rows), b.read(window=rows)), "both must write the same pixels"
+    _print(times, source.height * source.width, "bare reads and writes")
+
+
+@app.command()
+def model(
+    path: Path, runs: Runs = 3, window_size: WindowSize = 512, name: str = "performer_vit_small_patch16_224"
+) -> None:
+    """Time of a real backbone in the engine beside its forwards alone, on the same tiles."""
+    source = open_source(path)
+    windows = grid_windows(source.extent, window_size, 0)
+    network = timm.create_model(name, img_size=window_size, in_chans=source.num_bands, num_classes=0).eval()
+    output = DenseOutput(encode=_as_bytes, band_names=["a", "b", "c"], dtype="uint8", nodata=None)
+    tiles = [torch.from_numpy(_as_float(source.read(window)))[None] for window in windows]
+
+    def scores(tiles: torch.Tensor) -> torch.Tensor:
+        tokens = network.forward_features(tiles)[:, 1:, :3].transpose(1, 2)
+        side = window_size // 16
+        return torch.nn.functional.interpolate(tokens.reshape(-1, 3, side, side), scale_factor=16.0)
+
+    def alone() -> None:
+        with torch.inference_mode():
+            for tile in tiles:
+                scores(tile)
+
+    def engine() -> None:
+        with tempfile.TemporaryDirectory(dir=path.parent) as folder:
+            options = {"num_channels": 3, "window_size": window_size, "overlap": 0, "model_id": name}
+            predict_map(scores, source, _as_float, Path(folder, "map.tif"), output=output, **options)
+
+    alone()
+    _print(_alternate({"model alone": alone, "engine": engine}, runs), source.height * source.width, "model alone")
+
+
+def _map_with_stub(path: Path, out: Path, window_size: int, overlap: int) -> None:
+    source = open_source(path)
+    output = DenseOutput(
+        encode=_as_bytes, band_names=source.band_names, dtype="uint8", nodata=None, overviews="average"
+    )
+    predict_map(
+        lambda tiles: tiles,
+        source,
+        _as_float,
+        out,
+        output=output,
+        model_id="stub",
+        num_channels=source.num_bands,
+        window_size=window_size,
+        overlap=overlap,
+    )
+
+
+def _copy_bare(path: Path, out: Path, window_size: int) -> None:
+    with rasterio.open(path) as source:
+        profile = {"driver": "GTiff", "tiled": True, "blockxsize": 512, "blockysize": 512, "compress": "deflate"}
+        layout = {key: source.profile[key] for key in ("height", "width", "count", "dtype", "crs", "transform")}
+        with rasterio.open(out, "w", **layout, **profile) as target:
+            for row in range(0, source.height, window_size):
+                for col in range(0, source.width, window_size):
+                    size = min(window_size, source.width - col), min(window_size, source.height - row)
+                    window = RasterioWindow(col, row, *size)
+                    target.write(source.read(window=window), window=window)
+
+
+def _as_float(image: GeoImage) -> Any:
+    return image.pixels.astype(np.float32)
+
+
+def _as_bytes(strip: Strip) -> Any:
+    return strip.scores.astype(np.uint8)
+
+
+def _alternate(contenders: dict[str, Callable[[], None]], runs: int) -> dict[str, list[float]]:
+    times: dict[str, list[float]] = {name: [] for name in contenders}
+    for _ in range(runs):
+        for name, run in contenders.items():
+            started = time.perf_counter()
+            run()
+            times[name].append(time.perf_counter() - started)
+    return times
+
+
+def _print(times: dict[str, list[float]], num_pixels: int, baseline: str) -> None:
+    medians = {name: float(np.median(values)) for name, values in times.items()}
+    for name, median in medians.items():
+        each = ", ".join(f"{value:.1f}" for value in times[name])
+        typer.echo(
+            f"{name}: {median:.1f} s ({each}), {num_pixels / median / 1e6:.1f} Mpx/s, "
+            f"{medians[baseline] / median:.2f} of the throughput of {baseline}"
+        )
+
+
+def _status_mib(key: str) -> float:
+    """A figure of this process from Linux, in MiB."""
+    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(key))
+    return int(line.split()[1]) / 1024
+
+
+if __name__ == "__main__":
+    app()
