@@ -175,7 +175,8 @@ class _Forward:
     flips: bool
 
     def __call__(self, tiles: list[Tile]) -> Tensor:
-        pixels = torch.from_numpy(np.stack([tile.pixels for tile in tiles if tile.pixels is not None]))
+        arrays = [tile.pixels for tile in tiles if tile.pixels is not None]
+        pixels = torch.from_numpy(arrays[0][None] if len(arrays) == 1 else np.stack(arrays))
         device = torch.device(self.device)
         if device.type == "cuda":
             # Only from pinned memory does the copy run beside the computation.

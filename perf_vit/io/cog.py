@@ -7,11 +7,12 @@ from pathlib import Path
 
 import rasterio
 import rasterio.shutil
+from rasterio.enums import Resampling
 
 from perf_vit.errors import OutputError
 from perf_vit.io._gdal import GDAL_ERRORS, bounded_cache, plain_images_allowed, reason_of
 from perf_vit.io.layout import RasterLayout
-from perf_vit.io.strips import StripStore
+from perf_vit.io.strips import StripStore, fast_compression
 
 __all__ = ["write_cog"]
 
@@ -33,8 +34,10 @@ def write_cog(store: StripStore, layout: RasterLayout, made: Path, path: Path) -
         OutputError: rows are missing, or the disk is full.
     """
     mosaic = store.mosaic()
+    resampling = layout.overviews or ("nearest" if layout.colormap else "average")
     try:
         with bounded_cache(), plain_images_allowed():
+            _add_overviews(mosaic, layout, resampling)
             rasterio.shutil.copy(
                 mosaic,
                 made,
@@ -44,7 +47,7 @@ def write_cog(store: StripStore, layout: RasterLayout, made: Path, path: Path) -
                 predictor="no" if layout.colormap else "yes",
                 blocksize=_BLOCK_PX,
                 bigtiff="if_safer",
-                overview_resampling=layout.overviews or ("nearest" if layout.colormap else "average"),
+                overview_resampling=resampling,
                 num_threads="all_cpus",
             )
             _compare(store, layout, made, path)
@@ -52,10 +55,27 @@ def write_cog(store: StripStore, layout: RasterLayout, made: Path, path: Path) -
         raise OutputError(f"can't write {path}: {reason_of(error)}; is the disk full?") from error
 
 
+def _add_overviews(mosaic: Path, layout: RasterLayout, resampling: str) -> None:
+    """Beside the mosaic, where the COG finds them: its own are compressed by one thread, and twice."""
+    longest = max(layout.height, layout.width)
+    factors = [2**level for level in range(1, 32) if longest > _BLOCK_PX * 2 ** (level - 1)]
+    if not factors:
+        return
+    options = {"GDAL_NUM_THREADS": "ALL_CPUS", "GDAL_TIFF_OVR_BLOCKSIZE": _BLOCK_PX, "INTERLEAVE_OVERVIEW": "PIXEL"}
+    with rasterio.Env(COMPRESS_OVERVIEW=fast_compression(), **options), rasterio.open(mosaic, "r+") as dataset:
+        dataset.build_overviews(factors, Resampling[resampling])
+
+
 def _compare(store: StripStore, layout: RasterLayout, made: Path, path: Path) -> None:
     """GDAL tells nobody of errors at closing, such as a disk that is full by then: read the file and see."""
     with rasterio.open(made, num_threads="all_cpus") as dataset:
+        num_overviews = len(dataset.overviews(1))
         for strip in store.strips():
             block = dataset.read(window=rasterio.windows.Window(0, strip.row, layout.width, strip.num_rows))
             if zlib.crc32(block) != strip.checksum:
                 raise OutputError(f"can't write {path}: rows from {strip.row} on differ on disk; is the disk full?")
+    for level in range(num_overviews):
+        with rasterio.open(made, overview_level=level, num_threads="all_cpus") as overview:
+            for row in range(0, overview.height, _BLOCK_PX):
+                rows = min(_BLOCK_PX, overview.height - row)
+                overview.read(window=rasterio.windows.Window(0, row, overview.width, rows))

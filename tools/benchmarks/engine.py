@@ -1,9 +1,9 @@
 """What the dense engine costs: memory, time beside bare reads and writes, time beside the model alone.
 
-    python tools/benchmarks/engine.py scene big.tif --height 20000 --width 20000
-    python tools/benchmarks/engine.py memory big.tif small.tif
-    python tools/benchmarks/engine.py overhead big.tif
-    python tools/benchmarks/engine.py model small.tif
+python tools/benchmarks/engine.py scene big.tif --height 20000 --width 20000
+python tools/benchmarks/engine.py memory big.tif small.tif
+python tools/benchmarks/engine.py overhead big.tif
+python tools/benchmarks/engine.py model small.tif
 """
 
 from __future__ import annotations
