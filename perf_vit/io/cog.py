@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import zlib
 from pathlib import Path
 
@@ -33,6 +34,9 @@ def write_cog(store: StripStore, layout: RasterLayout, made: Path, path: Path) -
     Raises:
         OutputError: rows are missing, or the disk is full.
     """
+    # What a killed run has left of this step.
+    for leftover in (*made.parent.glob("mosaic.vrt*"), *made.parent.glob(f"{glob.escape(made.name)}*")):
+        leftover.unlink()
     mosaic = store.mosaic()
     resampling = layout.overviews or ("nearest" if layout.colormap else "average")
     try:
@@ -61,8 +65,10 @@ def _add_overviews(mosaic: Path, layout: RasterLayout, resampling: str) -> None:
     factors = [2**level for level in range(1, 32) if longest > _BLOCK_PX * 2 ** (level - 1)]
     if not factors:
         return
-    options = {"GDAL_NUM_THREADS": "ALL_CPUS", "GDAL_TIFF_OVR_BLOCKSIZE": _BLOCK_PX, "INTERLEAVE_OVERVIEW": "PIXEL"}
-    with rasterio.Env(COMPRESS_OVERVIEW=fast_compression(), **options), rasterio.open(mosaic, "r+") as dataset:
+    predictor = 3 if layout.dtype.kind == "f" else 2
+    compression = {"COMPRESS_OVERVIEW": fast_compression(), "ZSTD_LEVEL_OVERVIEW": 1, "PREDICTOR_OVERVIEW": predictor}
+    shape = {"INTERLEAVE_OVERVIEW": "BAND", "GDAL_TIFF_OVR_BLOCKSIZE": _BLOCK_PX}
+    with rasterio.Env(GDAL_NUM_THREADS="ALL_CPUS", **compression, **shape), rasterio.open(mosaic, "r+") as dataset:
         dataset.build_overviews(factors, Resampling[resampling])
 
 
