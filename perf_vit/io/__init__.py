@@ -6,7 +6,8 @@ from perf_vit.io.labels import LabelSource, open_labels
 from perf_vit.io.layout import RasterLayout
 from perf_vit.io.quicklook import colorize, default_colormap, natural_bands, rgb_from, save_png, write_map_quicklook
 from perf_vit.io.raster import RasterSource
-from perf_vit.io.sources import open_source
+from perf_vit.io.slide import SlideSource
+from perf_vit.io.sources import open_raster, open_source
 from perf_vit.io.strips import StripStore
 from perf_vit.io.writers import CogWriter
 
@@ -15,12 +16,14 @@ __all__ = [
     "LabelSource",
     "RasterLayout",
     "RasterSource",
+    "SlideSource",
     "StripStore",
     "bounded_cache",
     "colorize",
     "default_colormap",
     "natural_bands",
     "open_labels",
+    "open_raster",
     "open_source",
     "rgb_from",
     "save_png",
