@@ -4,6 +4,7 @@ from perf_vit.io._gdal import bounded_cache
 from perf_vit.io.cog import write_cog
 from perf_vit.io.labels import LabelSource, open_labels
 from perf_vit.io.layout import RasterLayout
+from perf_vit.io.ome_tiff import write_ome_tiff
 from perf_vit.io.quicklook import colorize, default_colormap, natural_bands, rgb_from, save_png, write_map_quicklook
 from perf_vit.io.raster import RasterSource
 from perf_vit.io.slide import SlideSource
@@ -29,4 +30,5 @@ __all__ = [
     "save_png",
     "write_cog",
     "write_map_quicklook",
+    "write_ome_tiff",
 ]

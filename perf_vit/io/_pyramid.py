@@ -88,7 +88,7 @@ def true_downsample(full: int, reduced: int) -> float:
     as most pyramids halve.
     """
     ratio = full / reduced
-    for whole in (2 ** round(math.log2(ratio)), round(ratio)):
+    for whole in (2 ** round(math.log2(ratio)), round(ratio)) if not ratio.is_integer() else ():
         if whole >= 1 and abs(reduced - full / whole) < 1:
             return float(whole)
     return ratio

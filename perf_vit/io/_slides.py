@@ -11,6 +11,7 @@ from perf_vit.io._gdal import open_dataset
 from perf_vit.io._openslide import OpenSlideReader, slide_format
 from perf_vit.io._pyramid import PyramidReader
 from perf_vit.io.slide import SlideSource
+from perf_vit.io.slide_array import is_multiscale, open_ome_tiff, open_ome_zarr
 
 __all__ = ["is_slide", "open_slide"]
 
@@ -55,7 +56,11 @@ def open_slide(
 
 
 def _reader(path: str, icc: str | None) -> PyramidReader:
-    return OpenSlideReader(path, to_srgb=icc is not None)
+    if not (_is_ome_tiff(path) or _is_ome_zarr(path)):
+        return OpenSlideReader(path, to_srgb=icc is not None)
+    if icc is not None:
+        raise InputError(f"icc is for slides that OpenSlide reads, and {path} is not one; leave it out")
+    return open_ome_tiff(path) if _is_ome_tiff(path) else open_ome_zarr(path)
 
 
 def _is_ome_tiff(path: str) -> bool:
@@ -63,7 +68,9 @@ def _is_ome_tiff(path: str) -> bool:
 
 
 def _is_ome_zarr(path: str) -> bool:
-    return False
+    return path.lower().rstrip("/").endswith(".ome.zarr") or (
+        path.rstrip("/").endswith(".zarr") and is_multiscale(path)
+    )
 
 
 def _is_slide_tiff(path: str, asked: bool) -> bool:
