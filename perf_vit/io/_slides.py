@@ -15,7 +15,7 @@ from perf_vit.io.slide_array import is_multiscale, open_ome_tiff, open_ome_zarr
 
 __all__ = ["is_slide", "open_slide"]
 
-_SLIDE_SUFFIXES = {".bif", ".czi", ".dcm", ".mrxs", ".ndpi", ".scn", ".svs", ".svslide", ".vms", ".vmu", ".zvi"}
+_SLIDE_SUFFIXES = {".bif", ".czi", ".dcm", ".mrxs", ".ndpi", ".scn", ".svs", ".svslide", ".vms", ".vmu"}
 _OME_TIFF_SUFFIXES = (".ome.tif", ".ome.tiff", ".ome.tf2", ".ome.tf8", ".ome.btf")
 
 

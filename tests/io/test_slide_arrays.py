@@ -167,7 +167,7 @@ def test_stacks_in_depth_or_time_are_refused(tmp_path: Path) -> None:
     )
     assert (flat.num_bands, flat.size) == (2, (64, 64))
     with pytest.raises(InputError, match="got axes T 2"):
-        open_source(write_zarr(tmp_path / "t2.ome.zarr", [np.zeros((2, 2, 1, 64, 64), np.uint8)], "0.5", axes="tczyx"))
+        open_source(write_zarr(tmp_path / "t2.ome.zarr", [series], "0.5", axes="tczyx"))
 
 
 def test_a_window_reads_only_the_tiles_it_needs(files, monkeypatch) -> None:

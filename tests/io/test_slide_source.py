@@ -1,5 +1,6 @@
 import pickle
 import sys
+import warnings
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
@@ -300,7 +301,8 @@ def test_a_plain_tiff_is_a_slide_if_it_is_a_pyramid_of_colours_or_read_as_one(ma
     nowhere = {"crs": None, "transform": None, "nodata": None, "dtype": "uint8"}
     tiles = {"tiled": True, "blockxsize": 64, "blockysize": 64, "height": 150, "width": 140}
     pyramid = write_pyramid(tmp_path / "pyramid.tif", levels_of(200, 160, 2))
-    single, strips = make_scene(**nowhere, **tiles), make_scene(**nowhere)
+    with warnings.catch_warnings(action="ignore"):
+        single, strips = make_scene(**nowhere, **tiles), make_scene(**nowhere)
     assert isinstance(open_source(pyramid), SlideSource)
     assert isinstance(open_source(single), RasterSource)
     assert isinstance(open_source(single, mpp=1.0, slide_mpp=0.5), SlideSource)
