@@ -162,9 +162,8 @@ def test_stacks_in_depth_or_time_are_refused(tmp_path: Path) -> None:
     )
     with pytest.raises(InputError, match=r"rows Y, columns X and channels C .* got axes Z 4, Y 64, X 64"):
         open_source(path)
-    flat = open_source(
-        write_zarr(tmp_path / "t.ome.zarr", [np.zeros((1, 2, 1, 64, 64), np.uint8)], "0.5", axes="tczyx")
-    )
+    single, series = np.zeros((1, 2, 1, 64, 64), np.uint8), np.zeros((2, 2, 1, 64, 64), np.uint8)
+    flat = open_source(write_zarr(tmp_path / "t.ome.zarr", [single], "0.5", axes="tczyx"))
     assert (flat.num_bands, flat.size) == (2, (64, 64))
     with pytest.raises(InputError, match="got axes T 2"):
         open_source(write_zarr(tmp_path / "t2.ome.zarr", [series], "0.5", axes="tczyx"))
