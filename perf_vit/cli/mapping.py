@@ -13,7 +13,7 @@ from perf_vit.cli.console import mean_over_present, windows_progress
 from perf_vit.data import region_window
 from perf_vit.errors import ConfigError, OutputError
 from perf_vit.inference import OutputKind, predict, segment_strips
-from perf_vit.io import RasterSource, open_labels, open_source, write_map_quicklook
+from perf_vit.io import RasterSource, open_labels, open_raster, write_map_quicklook
 from perf_vit.models import Segmenter, load_segmenter
 from perf_vit.tasks import ClassScores, class_scores, segmentation_metrics
 from perf_vit.types import IGNORE_INDEX
@@ -66,7 +66,7 @@ def evaluate_raster(
 
 def open_for(model: Segmenter, image: Path) -> RasterSource:
     """Open a raster with the bands and nodata that a model was trained with."""
-    return open_source(image, bands=model.spec.bands, nodata=model.spec.nodata)
+    return open_raster(image, bands=model.spec.bands, nodata=model.spec.nodata)
 
 
 def write_scores(scores: Sequence[ClassScores], path: Path) -> None:

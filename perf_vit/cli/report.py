@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 
 from perf_vit._version import __version__
-from perf_vit.io import RasterSource, colorize, default_colormap, natural_bands, open_labels, open_source, rgb_from
+from perf_vit.io import RasterSource, colorize, default_colormap, natural_bands, open_labels, open_raster, rgb_from
 from perf_vit.tasks import ClassScores
 from perf_vit.types import IGNORE_INDEX
 
@@ -42,7 +42,7 @@ def write_report(
     seconds: float,
 ) -> Path:
     """Write a self-contained HTML page: scene, labels and prediction side by side, loss curve, metrics."""
-    source = open_source(image)
+    source = open_raster(image)
     pictures = _pictures(source, labels, prediction, [score.name for score in scores])
     row, col = int(0.72 * source.height), int(0.4 * source.width)
     detail = {name: picture[row : row + _DETAIL_PX, col : col + _DETAIL_PX] for name, picture in pictures.items()}
@@ -70,7 +70,7 @@ def _pictures(
     colors = default_colormap(len(classes))
     scene = source.read(source.extent)
     truth = open_labels(labels, source, classes=classes).read(source.extent)
-    mapped = open_source(prediction).read(source.extent).pixels[0]
+    mapped = open_raster(prediction).read(source.extent).pixels[0]
     return {
         "scene": rgb_from(scene, natural_bands(source)),
         "labels": colorize(np.where(scene.valid, truth, np.uint8(IGNORE_INDEX)), colors),

@@ -8,7 +8,7 @@ from typing import Any
 from perf_vit.data.datamodule import WindowDataModule
 from perf_vit.data.windows import GridWindows, LabelledSource, RandomWindows
 from perf_vit.errors import ConfigError
-from perf_vit.io import RasterSource, open_labels, open_source
+from perf_vit.io import RasterSource, open_labels, open_raster
 from perf_vit.transforms import Augmentation, Normalizer
 from perf_vit.types import IGNORE_INDEX, Window
 
@@ -150,7 +150,7 @@ def label_options(config: DataConfig) -> dict[str, Any]:
 
 
 def _open(config: DataConfig, region: RegionConfig, key: str) -> LabelledSource:
-    source = open_source(region.image, bands=config.bands, nodata=config.nodata)
+    source = open_raster(region.image, bands=config.bands, nodata=config.nodata)
     labels = open_labels(region.labels, source, classes=config.classes, **label_options(config))
     return LabelledSource(source, labels, region_window(region.region, source, f"{key}.region"))
 

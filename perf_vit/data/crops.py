@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from perf_vit.errors import InputError
-from perf_vit.io import RasterSource, open_source
+from perf_vit.io import RasterSource, open_raster
 from perf_vit.tiling import random_window
 from perf_vit.transforms import Normalizer
 
@@ -115,7 +115,7 @@ class UnlabelledCrops(Dataset[Tensor]):
 
 
 def _open(path: Path, bands: tuple[int, ...]) -> RasterSource:
-    with open_source(path, bands=bands) as source:
+    with open_raster(path, bands=bands) as source:
         return source
 
 

@@ -4,9 +4,11 @@ from perf_vit.io._gdal import bounded_cache
 from perf_vit.io.cog import write_cog
 from perf_vit.io.labels import LabelSource, open_labels
 from perf_vit.io.layout import RasterLayout
+from perf_vit.io.ome_tiff import write_ome_tiff
 from perf_vit.io.quicklook import colorize, default_colormap, natural_bands, rgb_from, save_png, write_map_quicklook
 from perf_vit.io.raster import RasterSource
-from perf_vit.io.sources import open_source
+from perf_vit.io.slide import SlideSource
+from perf_vit.io.sources import open_raster, open_source
 from perf_vit.io.strips import StripStore
 from perf_vit.io.writers import CogWriter
 
@@ -15,15 +17,18 @@ __all__ = [
     "LabelSource",
     "RasterLayout",
     "RasterSource",
+    "SlideSource",
     "StripStore",
     "bounded_cache",
     "colorize",
     "default_colormap",
     "natural_bands",
     "open_labels",
+    "open_raster",
     "open_source",
     "rgb_from",
     "save_png",
     "write_cog",
     "write_map_quicklook",
+    "write_ome_tiff",
 ]

@@ -13,7 +13,7 @@ from perf_vit.io._label_classes import LabelClasses
 from perf_vit.io._label_raster import RasterLabels
 from perf_vit.io._label_vector import VectorLabels, is_vector_name, opens_as_vector
 from perf_vit.io.raster import RasterSource
-from perf_vit.io.sources import open_source
+from perf_vit.io.sources import open_raster
 from perf_vit.types import LabelArray, Window
 
 __all__ = ["LabelSource", "open_labels"]
@@ -65,7 +65,7 @@ def open_labels(
     if is_vector_name(name):
         return VectorLabels(name, source, mapping, attribute, background)
     try:
-        mask = open_source(name)
+        mask = open_raster(name)
     except InputError:
         if not opens_as_vector(name):
             raise

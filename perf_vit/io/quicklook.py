@@ -15,7 +15,7 @@ from PIL import Image, ImageDraw, ImageFont
 from perf_vit.errors import InputError, OutputError
 from perf_vit.io._staging import staged
 from perf_vit.io.raster import RasterSource
-from perf_vit.io.sources import open_source
+from perf_vit.io.sources import open_raster
 from perf_vit.types import IGNORE_INDEX, GeoImage, LabelArray
 
 __all__ = ["colorize", "default_colormap", "natural_bands", "rgb_from", "save_png", "write_map_quicklook"]
@@ -114,7 +114,7 @@ def write_map_quicklook(source: RasterSource, map_path: str | Path, path: str | 
         OutputError: the picture can't be written.
     """
     colors = default_colormap(len(classes))
-    with open_source(map_path) as result:
+    with open_raster(map_path) as result:
         labels = _class_indices(result.read_reduced(_PANEL_PX))
     scene = rgb_from(source.read_reduced(_PANEL_PX), natural_bands(source))
     painted = colorize(labels, colors)

@@ -1,0 +1,150 @@
+"""The metadata of an OME-TIFF: what is read of it, and what is written."""
+
+from __future__ import annotations
+
+import xml.etree.ElementTree as ET
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+__all__ = ["OmeImage", "make_ome_xml", "micrometres", "parse_ome_xml"]
+
+_NAMESPACE = "http://www.openmicroscopy.org/Schemas/OME/2016-06"
+_SCHEMA = f"{_NAMESPACE} {_NAMESPACE}/ome.xsd"
+_MICROMETRES = {
+    "µm": 1.0,
+    "μm": 1.0,
+    "um": 1.0,
+    "micron": 1.0,
+    "micrometer": 1.0,
+    "micrometre": 1.0,
+    "nm": 1e-3,
+    "nanometer": 1e-3,
+    "angstrom": 1e-4,
+    "Å": 1e-4,
+    "mm": 1e3,
+    "millimeter": 1e3,
+    "cm": 1e4,
+    "centimeter": 1e4,
+    "m": 1e6,
+    "meter": 1e6,
+    "inch": 25_400.0,
+    "in": 25_400.0,
+}
+_TYPES = {"float32": "float", "float64": "double"}
+
+
+@dataclass(frozen=True, slots=True)
+class OmeImage:
+    """What the metadata say of the first image.
+
+    Attributes:
+        mpp_yx: micrometres per pixel, None where they don't tell.
+        channel_names: empty names where a channel has none.
+    """
+
+    mpp_yx: tuple[float, float] | None
+    channel_names: tuple[str, ...]
+
+
+def micrometres(value: float, unit: str | None) -> float | None:
+    """A length in micrometres, None of a unit that is no length."""
+    factor = _MICROMETRES.get(unit or "")
+    return value * factor if factor is not None and value > 0 else None
+
+
+def parse_ome_xml(text: str) -> OmeImage:
+    """Pixel size and channel names of the first image; nothing of what is not well formed."""
+    try:
+        pixels = next(element for element in ET.fromstring(text).iter() if _local(element) == "Pixels")
+    except (ET.ParseError, StopIteration):
+        return OmeImage(None, ())
+    sizes = [_physical_size(pixels, axis) for axis in "YX"]
+    names = tuple(element.get("Name", "") for element in pixels if _local(element) == "Channel")
+    mpp_yx = (sizes[0], sizes[1]) if sizes[0] is not None and sizes[1] is not None else None
+    return OmeImage(mpp_yx, names)
+
+
+def make_ome_xml(
+    *,
+    name: str,
+    shape: tuple[int, int, int],
+    dtype: np.dtype[Any],
+    mpp_xy: tuple[float, float],
+    channel_names: Sequence[str],
+    description: str | None,
+    tags: Mapping[str, str],
+) -> str:
+    """OME-XML 2016-06 of one image whose channels are pages in order; the same for the same arguments.
+
+    Args:
+        name: of the image.
+        shape: channels, rows, columns.
+        dtype: of the pixels.
+        mpp_xy: micrometres per pixel.
+        channel_names: one a channel.
+        description: free text.
+        tags: key and value pairs, kept as a map annotation.
+    """
+    ET.register_namespace("", _NAMESPACE)
+    ET.register_namespace("xsi", "http://www.w3.org/2001/XMLSchema-instance")
+    root = ET.Element(_tag("OME"), {"{http://www.w3.org/2001/XMLSchema-instance}schemaLocation": _SCHEMA})
+    image = ET.SubElement(root, _tag("Image"), ID="Image:0", Name=name)
+    if description is not None:
+        ET.SubElement(image, _tag("Description")).text = description
+    _add_pixels(image, shape, dtype, mpp_xy, channel_names)
+    if tags:
+        ET.SubElement(image, _tag("AnnotationRef"), ID="Annotation:0")
+        annotations = ET.SubElement(root, _tag("StructuredAnnotations"))
+        value = ET.SubElement(ET.SubElement(annotations, _tag("MapAnnotation"), ID="Annotation:0"), _tag("Value"))
+        for key, text in tags.items():
+            ET.SubElement(value, _tag("M"), K=key).text = text
+    body = ET.tostring(root, encoding="unicode")
+    # TIFF descriptions are ASCII; character references stand for the rest.
+    return '<?xml version="1.0" encoding="UTF-8"?>' + body.encode("ascii", "xmlcharrefreplace").decode("ascii")
+
+
+def _add_pixels(
+    image: ET.Element,
+    shape: tuple[int, int, int],
+    dtype: np.dtype[Any],
+    mpp_xy: tuple[float, float],
+    channel_names: Sequence[str],
+) -> None:
+    num_channels, height, width = shape
+    sizes = {"SizeX": width, "SizeY": height, "SizeC": num_channels, "SizeZ": 1, "SizeT": 1}
+    pixels = ET.SubElement(
+        image,
+        _tag("Pixels"),
+        {
+            "ID": "Pixels:0",
+            "DimensionOrder": "XYCZT",
+            "Type": _TYPES.get(dtype.name, dtype.name),
+            **{key: str(value) for key, value in sizes.items()},
+            **{f"PhysicalSize{axis}": repr(float(mpp)) for axis, mpp in zip("XY", mpp_xy, strict=True)},
+            "PhysicalSizeXUnit": "µm",
+            "PhysicalSizeYUnit": "µm",
+        },
+    )
+    for index, name in enumerate(channel_names):
+        ET.SubElement(pixels, _tag("Channel"), ID=f"Channel:0:{index}", Name=name, SamplesPerPixel="1")
+    for index in range(num_channels):
+        ET.SubElement(pixels, _tag("TiffData"), IFD=str(index), FirstC=str(index), PlaneCount="1")
+
+
+def _physical_size(pixels: ET.Element, axis: str) -> float | None:
+    value = pixels.get(f"PhysicalSize{axis}")
+    try:
+        return None if value is None else micrometres(float(value), pixels.get(f"PhysicalSize{axis}Unit", "µm"))
+    except ValueError:
+        return None
+
+
+def _tag(name: str) -> str:
+    return f"{{{_NAMESPACE}}}{name}"
+
+
+def _local(element: ET.Element) -> str:
+    return str(element.tag).rsplit("}", 1)[-1]

@@ -1,0 +1,123 @@
+"""Levels of a pyramid read on another grid, such that a pixel never depends on the window it is read in."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from scipy.sparse import csr_array
+
+from perf_vit.io._pyramid import LevelGrid, PyramidReader
+from perf_vit.types import BoolArray, Window
+
+__all__ = ["read_grid"]
+
+# Pixels of a level held at once, before a window is cut in two.
+_MAX_PIXELS = 1 << 24
+
+
+def read_grid(
+    reader: PyramidReader, grid: LevelGrid, window: Window, bands: Sequence[int]
+) -> tuple[npt.NDArray[Any], BoolArray]:
+    """Read a window of a grid over a pyramid's level.
+
+    Reduction and enlargement use a triangle filter, as wide as two grid pixels or two level pixels, whichever are
+    larger: anti-aliased in the first case, bilinear in the second. Weights come from a pixel's place in the whole grid
+    and are summed in a fixed order, so windows meet without a seam, bit for bit. Invalid pixels have no part in their
+    neighbours; a grid pixel is valid where at least half of the weight is.
+
+    Args:
+        reader: the pyramid.
+        grid: what to read.
+        window: inside the grid.
+        bands: indices of the bands to read, from 0.
+
+    Returns:
+        Pixels [C, h, w] in the reader's dtype, and which are valid [h, w].
+    """
+    if grid.is_level:
+        pixels, valid = reader.read(grid.level, window)
+        return pixels[list(bands)], valid
+    level = reader.levels[grid.level]
+    rows = _Taps(grid.start_yx[0], grid.step_yx[0], level.height, window.row, window.row_stop)
+    cols = _Taps(grid.start_yx[1], grid.step_yx[1], level.width, window.col, window.col_stop)
+    if rows.span * cols.span > _MAX_PIXELS and max(window.shape) > 1:
+        return _read_halves(reader, grid, window, bands)
+    pixels, valid = reader.read(grid.level, Window(rows.first, cols.first, rows.span, cols.span))
+    return _filtered(pixels[list(bands)], valid, rows, cols, reader.fill)
+
+
+def _read_halves(
+    reader: PyramidReader, grid: LevelGrid, window: Window, bands: Sequence[int]
+) -> tuple[npt.NDArray[Any], BoolArray]:
+    if window.height >= window.width:
+        half = window.height // 2
+        parts = [
+            Window(window.row, window.col, half, window.width),
+            Window(window.row + half, window.col, window.height - half, window.width),
+        ]
+    else:
+        half = window.width // 2
+        parts = [
+            Window(window.row, window.col, window.height, half),
+            Window(window.row, window.col + half, window.height, window.width - half),
+        ]
+    pixels = np.empty((len(bands), *window.shape), reader.dtype)
+    valid = np.empty(window.shape, bool)
+    for part in parts:
+        rows, cols = part.slices_in(window)
+        pixels[:, rows, cols], valid[rows, cols] = read_grid(reader, grid, part, bands)
+    return pixels, valid
+
+
+class _Taps:
+    """Weights of a level's rows (or columns) in the grid's rows `first_out` to `stop_out`."""
+
+    def __init__(self, start: float, step: float, length: int, first_out: int, stop_out: int) -> None:
+        support = max(step, 1.0)
+        centers = start + (np.arange(first_out, stop_out) + 0.5) * step
+        # At the far edge, a centre may lie a part of a pixel outside a level whose length was rounded down.
+        centers = np.clip(centers, 0.5, length - 0.5)
+        lowest = np.ceil(centers - support - 0.5).astype(np.int64)
+        index = lowest[:, None] + np.arange(int(np.floor(2 * support)) + 1)
+        weight = 1 - np.abs(index + 0.5 - centers[:, None]) / support
+        used = (weight > 0) & (index >= 0) & (index < length)
+        self.first = int(index[used].min())
+        self.span = int(index[used].max()) + 1 - self.first
+        self._columns = index[used] - self.first
+        self._weights = weight[used]
+        self._ends = np.concatenate([[0], np.cumsum(used.sum(1))])
+        self.totals: npt.NDArray[np.float64] = (weight * used).sum(1)
+
+    def matrix(self, dtype: npt.DTypeLike) -> Any:
+        """[out, span]; scipy multiplies it row by row, each row's entries in order."""
+        shape = (len(self._ends) - 1, self.span)
+        return csr_array((self._weights.astype(dtype), self._columns, self._ends), shape=shape)
+
+
+def _filtered(
+    pixels: npt.NDArray[Any], valid: BoolArray, rows: _Taps, cols: _Taps, fill: int
+) -> tuple[npt.NDArray[Any], BoolArray]:
+    # 24 bits of mantissa hold 16-bit pixels.
+    work = np.dtype(np.float32 if pixels.dtype.itemsize <= 2 or pixels.dtype == np.float32 else np.float64)
+    num_bands, height, width = pixels.shape
+    stack = np.empty((height, width, num_bands + 1), work)
+    stack[..., :-1] = np.where(valid, pixels, 0).transpose(1, 2, 0)
+    stack[..., -1] = valid
+    down = rows.matrix(work) @ stack.reshape(height, -1)
+    turned = np.ascontiguousarray(down.reshape(-1, width, num_bands + 1).transpose(1, 0, 2))
+    out = (cols.matrix(work) @ turned.reshape(width, -1)).reshape(-1, len(down), num_bands + 1).transpose(2, 1, 0)
+    weight = out[-1]
+    held = weight >= 0.4999 * np.multiply.outer(rows.totals, cols.totals)
+    with np.errstate(invalid="ignore", divide="ignore"):
+        values = np.where(held, out[:-1] / weight, fill)
+    return _cast(values, pixels.dtype), held
+
+
+def _cast(values: npt.NDArray[Any], dtype: np.dtype[Any]) -> npt.NDArray[Any]:
+    if dtype.kind == "f":
+        return values.astype(dtype)
+    limits = np.iinfo(dtype)
+    return np.clip(np.rint(values), limits.min, limits.max).astype(dtype)

@@ -1,0 +1,199 @@
+"""OME-TIFF and OME-Zarr: slides of any number of channels, their tiles or chunks read one by one."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from perf_vit.errors import InputError
+from perf_vit.io._gdal import check_exists
+from perf_vit.io._handles import PerThread
+from perf_vit.io._ome_xml import micrometres, parse_ome_xml
+from perf_vit.io._openslide import import_slide_library
+from perf_vit.io._pyramid import Level, true_downsample
+from perf_vit.types import BoolArray, Window
+
+__all__ = ["ArrayReader", "is_multiscale", "open_ome_tiff", "open_ome_zarr"]
+
+_COLOURS = ("red", "green", "blue")
+
+
+@dataclass(frozen=True, slots=True)
+class _Arrays:
+    """An open file: one array a level, with the axes they have in common, and what the metadata say."""
+
+    arrays: Sequence[Any]
+    axes: str
+    mpp_yx: tuple[float, float] | None
+    names: tuple[str, ...]
+    close: Callable[[], None]
+
+
+class ArrayReader:
+    """Levels of arrays with axes Y and X, at most one of C (channels) and S (colours), and others of length 1.
+
+    Args:
+        path: name of the file.
+        open_arrays: opens it.
+
+    Raises:
+        InputError: it can't be opened, or has other axes or pixels.
+    """
+
+    def __init__(self, path: str, open_arrays: Callable[[str], _Arrays]) -> None:
+        self._path = path
+        self._handle = PerThread(functools.partial(open_arrays, path))
+        opened = self._handle.get()
+        sizes = [dict(zip(opened.axes, array.shape, strict=True)) for array in opened.arrays]
+        self._axes = opened.axes
+        self._check(sizes[0], np.dtype(opened.arrays[0].dtype))
+        self.dtype = np.dtype(opened.arrays[0].dtype).newbyteorder("=")
+        self.levels = _levels([(size["Y"], size["X"]) for size in sizes])
+        self.mpp_yx = opened.mpp_yx
+        self._is_colour = "S" in sizes[0]
+        self.band_names = _COLOURS if self._is_colour else _channel_names(opened.names, sizes[0].get("C", 1))
+        self.fill = 255 if self._is_colour and self.dtype == np.uint8 else 0
+
+    def read(self, level: int, window: Window) -> tuple[npt.NDArray[Any], BoolArray]:
+        """Pixels [C, h, w] and which are finite [h, w].
+
+        Raises:
+            InputError: the file is damaged there.
+        """
+        places: dict[str, Any] = {"Y": slice(window.row, window.row_stop), "X": slice(window.col, window.col_stop)}
+        # Of colours with alpha, the colours.
+        places |= {"C": slice(None), "S": slice(len(_COLOURS))}
+        try:
+            found = np.asarray(self._handle.get().arrays[level][tuple(places.get(axis, 0) for axis in self._axes)])
+        # The codecs behind a file have no common base of their errors.
+        except Exception as error:
+            raise InputError(
+                f"can't read rows {window.row} to {window.row_stop}, columns {window.col} to {window.col_stop} of "
+                f"level {level} of {self._path}: {' '.join(str(error).split())}; the file may be truncated or damaged"
+            ) from error
+        kept = [axis for axis in self._axes if axis in places]
+        if len(kept) == 2:
+            found, kept = found[None], ["C", *kept]
+        order = [kept.index("S" if self._is_colour else "C"), kept.index("Y"), kept.index("X")]
+        pixels = np.ascontiguousarray(found.transpose(order), dtype=self.dtype)
+        valid = np.isfinite(pixels).all(0) if self.dtype.kind == "f" else np.ones(window.shape, bool)
+        return pixels, valid
+
+    def close(self) -> None:
+        """Close this thread's handle."""
+        self._handle.close()
+
+    def _check(self, size: Mapping[str, int], dtype: np.dtype[Any]) -> None:
+        shape = ", ".join(f"{axis} {length}" for axis, length in size.items())
+        others = [axis for axis, length in size.items() if axis not in "YXCS" and length > 1]
+        if others or not {"Y", "X"} <= set(size) or ({"C", "S"} <= set(size) and size["C"] > 1 and size["S"] > 1):
+            raise InputError(
+                f"{self._path} must be one image of rows Y, columns X and channels C or colours S, got axes {shape}; "
+                "write one plane of it to a file and open that"
+            )
+        if size.get("S", 3) not in (3, 4):
+            raise InputError(f"{self._path} must have 3 or 4 colours S a pixel, got axes {shape}")
+        if dtype.kind not in "uif":
+            raise InputError(f"{self._path} must hold integers or floating-point numbers, got {dtype}")
+
+
+def open_ome_tiff(path: str) -> ArrayReader:
+    """Read the first image of an OME-TIFF; others, such as labels, are never read.
+
+    Raises:
+        InputError: it can't be opened, or is no single image.
+    """
+    return ArrayReader(path, _open_tiff)
+
+
+def open_ome_zarr(path: str) -> ArrayReader:
+    """Read the first image of an OME-Zarr folder of version 0.4 or 0.5.
+
+    Raises:
+        InputError: it can't be opened, or is no single image.
+    """
+    return ArrayReader(path, _open_zarr)
+
+
+def is_multiscale(path: str) -> bool:
+    """Whether a folder is an OME-Zarr image."""
+    folder = Path(path)
+    return any(
+        b'"multiscales"' in (place / name).read_bytes()
+        for place in (folder, folder / "0")
+        for name in (".zattrs", "zarr.json")
+        if (place / name).is_file()
+    )
+
+
+def _levels(sizes: Sequence[tuple[int, int]]) -> tuple[Level, ...]:
+    full = sizes[0]
+    return tuple(
+        Level(height, width, (true_downsample(full[0], height), true_downsample(full[1], width)))
+        for height, width in sizes
+    )
+
+
+def _channel_names(names: Sequence[str], count: int) -> tuple[str, ...]:
+    given = tuple(names) + ("",) * count
+    return tuple(given[index] or f"band_{index + 1}" for index in range(count))
+
+
+def _open_tiff(path: str) -> _Arrays:
+    tifffile = import_slide_library("tifffile", path)
+    zarr = import_slide_library("zarr", path)
+    check_exists(path)
+    try:
+        tiff = tifffile.TiffFile(path)
+    except (OSError, ValueError) as error:
+        raise InputError(f"can't open {path} as an OME-TIFF: {error}") from error
+    series = tiff.series[0]
+    arrays = [zarr.open(series.aszarr(level=level), mode="r") for level in range(len(series.levels))]
+    found = parse_ome_xml(tiff.ome_metadata or "")
+    return _Arrays(arrays, series.axes, found.mpp_yx, found.channel_names, tiff.close)
+
+
+def _open_zarr(path: str) -> _Arrays:
+    zarr = import_slide_library("zarr", path)
+    check_exists(path)
+    try:
+        group = zarr.open_group(path, mode="r")
+        # Converters of many-image files put each image into a folder of its number.
+        image = group if _metadata(group).get("multiscales") else group["0"]
+        metadata = _metadata(image)
+        scales = metadata["multiscales"][0]
+        arrays = [image[entry["path"]] for entry in scales["datasets"]]
+        axes = "".join(str(axis["name"])[0].upper() for axis in scales["axes"])
+        names = tuple(str(channel.get("label", "")) for channel in metadata.get("omero", {}).get("channels", []))
+        return _Arrays(arrays, axes, _scale_yx(scales), names, lambda: None)
+    except (OSError, ValueError, KeyError, IndexError, TypeError) as error:
+        raise InputError(f"can't open {path} as an OME-Zarr image of version 0.4 or 0.5: {error!r}") from error
+
+
+def _metadata(group: Any) -> dict[str, Any]:
+    attributes = dict(group.attrs)
+    found: dict[str, Any] = attributes.get("ome", attributes)
+    return found
+
+
+def _scale_yx(scales: Mapping[str, Any]) -> tuple[float, float] | None:
+    """Micrometres per pixel of the first level, by its scale and that of all levels."""
+    factors = np.ones(len(scales["axes"]))
+    for entry in (
+        *scales["datasets"][0].get("coordinateTransformations", ()),
+        *scales.get("coordinateTransformations", ()),
+    ):
+        if entry["type"] == "scale":
+            factors = factors * np.asarray(entry["scale"], float)
+    sizes = {
+        axis["name"]: micrometres(float(factor), axis.get("unit"))
+        for axis, factor in zip(scales["axes"], factors, strict=True)
+    }
+    y, x = sizes["y"], sizes["x"]
+    return None if y is None or x is None else (y, x)
