@@ -200,6 +200,25 @@ def convert(
 
 
 @app.command()
+def info(
+    image: Annotated[str, typer.Argument(metavar="FILE", help="A raster or a slide; a path or a URL.")],
+    model: Annotated[
+        str | None, typer.Option(help="A .ckpt file, or a model of timm: count its tokens and time it.")
+    ] = None,
+    window_size: WindowSize = None,
+    mpp: Annotated[float | None, typer.Option(help="Micrometres per pixel to read a slide at.")] = None,
+    slide_mpp: Annotated[float | None, typer.Option(help="Of a slide's level 0, where the file doesn't say.")] = None,
+    json: Annotated[bool, typer.Option("--json", help="For programs.")] = False,
+) -> None:
+    """Tell what a raster or slide is, and how long a model would take for it."""
+    from perf_vit.cli.info import describe_file
+    from perf_vit.io import open_source
+
+    source = open_source(image, mpp=mpp, slide_mpp=slide_mpp)
+    describe_file(source, model=model, window_size=window_size, as_json=json)
+
+
+@app.command()
 def demo(
     out: Annotated[Path, typer.Option(help="Folder for scene, run, map and report.")] = Path("demo"),
     seed: Annotated[int, typer.Option(help="Decides the scene and the training.")] = 0,

@@ -2,6 +2,7 @@
 
 from perf_vit.io._gdal import bounded_cache
 from perf_vit.io.cog import write_cog
+from perf_vit.io.describe import SourceInfo, describe_source
 from perf_vit.io.labels import LabelSource, open_labels
 from perf_vit.io.layout import RasterLayout
 from perf_vit.io.ome_tiff import write_ome_tiff
@@ -18,10 +19,12 @@ __all__ = [
     "RasterLayout",
     "RasterSource",
     "SlideSource",
+    "SourceInfo",
     "StripStore",
     "bounded_cache",
     "colorize",
     "default_colormap",
+    "describe_source",
     "natural_bands",
     "open_labels",
     "open_raster",

@@ -80,6 +80,7 @@ class OpenSlideReader:
         self._path = path
         self._handle = PerThread(functools.partial(_open, path, to_srgb))
         slide = self._handle.get().slide
+        self.format = slide.properties.get("openslide.vendor", "unknown")
         self._downsamples = tuple(float(value) for value in slide.level_downsamples)
         self.levels = _levels(slide.level_dimensions)
         self.mpp_yx = _mpp_yx(slide.properties)

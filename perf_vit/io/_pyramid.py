@@ -42,6 +42,7 @@ class PyramidReader(Protocol):
         dtype: of the pixels.
         band_names: one a band.
         fill: value of pixels that don't exist.
+        format: its name, such as "aperio".
     """
 
     levels: tuple[Level, ...]
@@ -49,6 +50,7 @@ class PyramidReader(Protocol):
     dtype: np.dtype[Any]
     band_names: tuple[str, ...]
     fill: int
+    format: str
 
     def read(self, level: int, window: Window) -> tuple[npt.NDArray[Any], BoolArray]:
         """Pixels [C, h, w] and valid mask [h, w] of a window inside the level; any thread may call it."""

@@ -45,6 +45,8 @@ class SlideSource:
         slide_mpp: (x, y) of level 0, None where nobody knows.
         downsample_xy: width and height of a pixel of this source, in pixels of level 0.
         transform: the identity.
+        format: what the file is, such as "aperio".
+        levels: (height, width) of each level that the file holds, finest first.
 
     Raises:
         InputError: no such level or channel, `mpp` without a known pixel size, or a bad tissue file.
@@ -67,6 +69,8 @@ class SlideSource:
     ) -> None:
         self.path = path
         self._reader = reader
+        self.format = reader.format
+        self.levels = tuple((level.height, level.width) for level in reader.levels)
         mpp_yx = _checked_mpp(path, slide_mpp) or reader.mpp_yx
         self.slide_mpp = None if mpp_yx is None else (mpp_yx[1], mpp_yx[0])
         self._grid = _choose_grid(path, reader, mpp, level, mpp_yx)

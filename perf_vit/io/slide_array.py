@@ -42,12 +42,15 @@ class ArrayReader:
         path: name of the file.
         open_arrays: opens it.
 
+        format_name: what people call it.
+
     Raises:
         InputError: it can't be opened, or has other axes or pixels.
     """
 
-    def __init__(self, path: str, open_arrays: Callable[[str], _Arrays]) -> None:
+    def __init__(self, path: str, open_arrays: Callable[[str], _Arrays], format_name: str) -> None:
         self._path = path
+        self.format = format_name
         self._handle = PerThread(functools.partial(open_arrays, path))
         opened = self._handle.get()
         sizes = [dict(zip(opened.axes, array.shape, strict=True)) for array in opened.arrays]
@@ -109,7 +112,7 @@ def open_ome_tiff(path: str) -> ArrayReader:
     Raises:
         InputError: it can't be opened, or is no single image.
     """
-    return ArrayReader(path, _open_tiff)
+    return ArrayReader(path, _open_tiff, "ome-tiff")
 
 
 def open_ome_zarr(path: str) -> ArrayReader:
@@ -118,7 +121,7 @@ def open_ome_zarr(path: str) -> ArrayReader:
     Raises:
         InputError: it can't be opened, or is no single image.
     """
-    return ArrayReader(path, _open_zarr)
+    return ArrayReader(path, _open_zarr, "ome-zarr")
 
 
 def is_multiscale(path: str) -> bool:

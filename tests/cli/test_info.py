@@ -1,0 +1,77 @@
+import json
+
+import numpy as np
+import pytest
+from command_line import call
+
+from perf_vit.cli.info import estimate_workload
+from perf_vit.data.synthetic_slide import make_slide
+from perf_vit.io import CogWriter, describe_source, open_source
+
+
+def test_a_raster_is_described_from_its_header(make_scene, capsys) -> None:
+    path = make_scene(height=70, width=90, num_bands=4, dtype="uint16", nodata=0)
+    assert call(["info", path, "--json"]) == 0
+    info = json.loads(capsys.readouterr().out)
+    assert (info["kind"], info["format"]) == ("raster", "GTiff")
+    assert (info["height"], info["width"], len(info["band_names"]), info["dtype"]) == (70, 90, 4, "uint16")
+    assert (info["crs"], info["units"], info["nodata"]) == ("EPSG:32637", "metre", 0)
+    assert info["resolution_xy"] == [2.5, 3.25]
+    assert info["bounds_crs"] == pytest.approx(
+        [401_000.125, 4_510_000.5 - 70 * 3.25, 401_000.125 + 90 * 2.5, 4_510_000.5]
+    )
+    assert info["levels"] == [[70, 90]]
+    assert (info["mpp"], info["workload"]) == (None, None)
+    assert info["file_bytes"] == path.stat().st_size
+
+
+def test_levels_palette_and_compression_of_a_map(tmp_path) -> None:
+    layout = {"height": 1100, "width": 700, "num_bands": 1, "dtype": "uint8"}
+    with CogWriter(tmp_path / "map.tif", colormap={0: (1, 2, 3, 255)}, nodata=255, **layout) as writer:
+        writer.write(0, np.zeros((1, 1100, 700), np.uint8))
+    info = describe_source(open_source(tmp_path / "map.tif"))
+    assert info.levels == ((1100, 700), (550, 350), (275, 175))
+    assert info.compression == "DEFLATE"
+    assert info.block_px == (512, 512)
+    assert info.num_colors == 256
+    assert info.crs is None
+
+
+def test_a_slide_tells_its_pixel_size_and_levels(tmp_path, capsys) -> None:
+    make_slide(tmp_path / "slide.tif", 1500, 2000, mpp=0.5)
+    assert call(["info", tmp_path / "slide.tif"]) == 0
+    text = capsys.readouterr().out
+    assert "slide (generic-tiff)" in text
+    assert "0.5 um" in text
+    assert "1,500 x 2,000" in text
+    assert call(["info", tmp_path / "slide.tif", "--mpp", "1", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["height"] == 750
+
+
+def test_tokens_and_windows_of_a_model_are_counted_and_timed(make_scene, capsys) -> None:
+    path = make_scene(height=70, width=90, num_bands=5)
+    work = estimate_workload(open_source(path), "performer_vit_tiny_patch16_224", window_size=40)
+    assert (work.patch_px, work.num_tokens) == (16, 5 * 6)
+    # 40 is no multiple of 16: windows of 32, overlapping by 8.
+    assert (work.window_size, work.overlap, work.num_windows) == (32, 8, 3 * 4)
+    assert 0 < work.seconds_per_window * 12 == pytest.approx(work.seconds)
+    assert call(["info", path, "--model", "performer_vit_tiny_patch16_224", "--window-size", "40"]) == 0
+    assert "30 patches of 16 px" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("args", "match"),
+    [
+        (["nowhere.tif"], "can't open nowhere.tif: no such file"),
+        (["SCENE", "--model", "no_such_model"], "--model must be a .ckpt file or a model of timm, got no_such_model"),
+        (["SCENE", "--model", "resnet18"], "resnet18 has no patches of a fixed size"),
+        (["SCENE", "--model", "missing.ckpt"], "no checkpoint missing.ckpt"),
+        (["SCENE", "--mpp", "0.5"], "mpp can't be used with"),
+    ],
+)
+def test_bad_arguments_are_one_line(make_scene, capsys, args, match) -> None:
+    path = make_scene()
+    assert call(["info", *(path if arg == "SCENE" else arg for arg in args)]) == 2
+    error = capsys.readouterr().err
+    assert match in error
+    assert error.count("\n") == 1
