@@ -107,7 +107,7 @@ def reason_of(error: BaseException) -> str:
     """The innermost cause of a rasterio error, in one line."""
     while error.__cause__ is not None:
         error = error.__cause__
-    message = getattr(error, "errmsg", None) or str(error)
+    message = getattr(error, "errmsg", None) or getattr(error, "strerror", None) or str(error)
     return " ".join(message.split()).rstrip(".")
 
 

@@ -2,6 +2,7 @@
 
 import json
 import random
+import resource
 import shutil
 import subprocess
 import sys
@@ -102,6 +103,38 @@ def test_a_changed_input_is_not_mixed_in(scene, tmp_path) -> None:
     shutil.copyfile(tmp_path / "other.tif", scene)
     with pytest.raises(OutputError, match="made with input_modified_ns"):
         mapping_process.main(scene, tmp_path / "map.tif")
+
+
+def _limited(*args: object, file_bytes: int) -> subprocess.CompletedProcess:
+    """Run with a limit to the size of files, at which writing fails as it does on a full disk."""
+    command = [sys.executable, str(SCRIPT), *map(str, args)]
+    limit = (file_bytes, file_bytes)
+    return subprocess.run(
+        command,
+        capture_output=True,
+        text=True,
+        check=False,
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, limit),
+    )
+
+
+@pytest.mark.parametrize("step", ["a strip", "the final file"])
+def test_a_full_disk_is_a_clear_error_and_the_run_can_go_on(scene, tmp_path, step: str) -> None:
+    mapping_process.main(scene, tmp_path / "whole.tif")
+    expected = (tmp_path / "whole.tif").read_bytes()
+    out = tmp_path / "map.tif"
+    # Strips are smaller than the map of all of them.
+    failed = _limited(scene, out, file_bytes=len(expected) // (100 if step == "a strip" else 2))
+    assert failed.returncode == 1
+    # libtiff may say something before.
+    last = failed.stderr.splitlines()[-1]
+    assert last.startswith("can't write ")
+    assert "is the disk full?" in last
+    assert not out.exists()
+    assert (tmp_path / "map.tif.partial").exists() == (step == "the final file")
+    mapping_process.main(scene, out)
+    assert out.read_bytes() == expected
+    assert not (tmp_path / "map.tif.partial").exists()
 
 
 def test_a_second_process_is_told_of_the_first(scene, tmp_path) -> None:
