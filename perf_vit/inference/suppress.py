@@ -24,9 +24,9 @@ Rule = Callable[[FloatArray, IndexArray, IndexArray], BoolArray]
 # Objects taken at a time: all pairs among them are looked at before their neighbours are looked up.
 _BLOCK = 128
 # In the densest crowd a look-up gives every object of the scene for each that is asked for.
-_LOOKUP = 16
+_LOOKUP = 8
 # Pairs whose shared outlines are held at a time.
-_PAIRS = 1 << 14
+_PAIRS = 1 << 12
 
 
 class Overlaps:
