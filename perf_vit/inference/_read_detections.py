@@ -86,13 +86,13 @@ def _kind_of(name: str) -> ObjectKind:
 
 def _place(name: str, geometry: npt.NDArray[Any], window: Window) -> npt.NDArray[Any]:
     if name == "boxes_xyxy":
-        return geometry.astype(np.float64) + (window.col, window.row, window.col, window.row)
+        return np.add(geometry, (window.col, window.row, window.col, window.row), dtype=np.float64)
     if name == "oriented_boxes":
-        return geometry.astype(np.float64) + (window.col, window.row, 0, 0, 0)
+        return np.add(geometry, (window.col, window.row, 0, 0, 0), dtype=np.float64)
     polygons = _outlines(geometry) if name == "masks" else _repaired(geometry)
     if len(polygons) == 0:
         return polygons
-    moved: npt.NDArray[Any] = shapely.transform(polygons, lambda xy: xy + (window.col, window.row))
+    moved: npt.NDArray[Any] = shapely.transform(polygons, lambda xy: np.add(xy, (window.col, window.row)))
     return moved
 
 
@@ -114,8 +114,8 @@ def _outline(mask: npt.NDArray[np.uint8]) -> Any:
     parts = [shapely.Polygon(s["coordinates"][0], s["coordinates"][1:]) for s in rings]
     whole = parts[0] if len(parts) == 1 else shapely.MultiPolygon(parts)
     # Parts that meet at a corner make a valid multipolygon; a ring that touches itself there doesn't.
-    whole = whole if whole.is_valid else shapely.make_valid(whole, method="structure")
-    return shapely.transform(whole, lambda xy: xy + (cols.start, rows.start))
+    whole = shapely.make_valid(whole, method="structure", keep_collapsed=False)
+    return shapely.transform(whole, lambda xy: np.add(xy, (cols.start, rows.start)))
 
 
 def _repaired(polygons: npt.NDArray[Any]) -> npt.NDArray[Any]:

@@ -16,7 +16,7 @@ from perf_vit.types import BoolArray, Window
 
 __all__ = ["ObjectStitcher"]
 
-FloatArray = npt.NDArray[np.float64]
+FloatArray = npt.NDArray[np.floating]
 
 # An object whose bounds end this close to its window's edge is taken as cut by it.
 _EDGE_PX = 1.0
@@ -195,7 +195,7 @@ def _holds(extent: Window, window: Window, centers: FloatArray, valid: BoolArray
     shared = window.intersect(extent)
     assert shared is not None
     low, high = (shared.col, shared.row), (shared.col_stop, shared.row_stop)
-    inside = ((centers >= low) & (centers < high)).all(axis=1)
+    inside: BoolArray = np.all((centers >= low) & (centers < high), axis=1)
     cols, rows = np.floor(centers[inside]).astype(np.int64).T - ((window.col,), (window.row,))
     inside[inside] = valid[rows, cols]
     return inside

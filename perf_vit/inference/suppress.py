@@ -16,7 +16,7 @@ from perf_vit.types import BoolArray
 __all__ = ["Overlaps", "suppress"]
 
 IndexArray = npt.NDArray[np.int64]
-FloatArray = npt.NDArray[np.float64]
+FloatArray = npt.NDArray[np.floating]
 
 Rule = Callable[[FloatArray, IndexArray, IndexArray], BoolArray]
 """(shared area, first, second), each [p], to whether the first suppresses the second; more area, more suppression."""
@@ -40,7 +40,9 @@ class Overlaps:
     def __init__(self, kind: ObjectKind, geometry: npt.NDArray[Any]) -> None:
         self.bounds = object_bounds(kind, geometry)
         self._outlines = None if kind == "boxes" else object_polygons(kind, geometry)
-        self.areas = box_areas(self.bounds) if self._outlines is None else np.asarray(shapely.area(self._outlines))
+        self.areas: FloatArray = (
+            box_areas(self.bounds) if self._outlines is None else np.asarray(shapely.area(self._outlines))
+        )
         self._tree = shapely.STRtree(shapely.box(*self.bounds.T) if self._outlines is None else self._outlines)
 
     def __len__(self) -> int:

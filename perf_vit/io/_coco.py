@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import shapely
 
 from perf_vit.io._object_table import BOX_FIELDS, ObjectTable
@@ -60,17 +61,26 @@ def _annotation(table: ObjectTable, index: int) -> dict[str, Any]:
 
 
 def _solid(geometry: Any) -> Iterator[Any]:
-    """Polygons without holes that cover a geometry; they are cut through the middle of a hole until none is left."""
+    """Polygons without holes that cover a geometry, cut at half of the holes, and again until none is left."""
     for polygon in shapely.get_parts(geometry):
         if polygon.geom_type != "Polygon" or polygon.is_empty:
             continue
         if not polygon.interiors:
             yield polygon
             continue
-        middle = polygon.interiors[0].centroid.x
-        left, top, right, bottom = polygon.bounds
-        for low, high in ((left, middle), (middle, right)):
-            yield from _solid(shapely.intersection(polygon, shapely.box(low, top, high, bottom)))
+        for half in _halves(polygon):
+            yield from _solid(shapely.clip_by_rect(polygon, *half))
+
+
+def _halves(polygon: Any) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
+    """Bounds left and right, or above and below, of the middle of the middle hole."""
+    holes = shapely.bounds(shapely.get_rings(polygon)[1:]).reshape(-1, 4)
+    middles = (holes[:, :2] + holes[:, 2:]) / 2
+    axis = int(np.ptp(middles[:, 1]) > np.ptp(middles[:, 0]))
+    cut = np.sort(middles[:, axis])[len(middles) // 2]
+    first, second = np.array(polygon.bounds), np.array(polygon.bounds)
+    first[axis + 2] = second[axis] = cut
+    return first, second
 
 
 def _rounded(values: Any) -> list[float]:

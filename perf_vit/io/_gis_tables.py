@@ -24,7 +24,7 @@ _EPOCH = "1970-01-01T00:00:00.000Z"
 def write_gis(
     path: Path,
     table: ObjectTable,
-    format: Literal["gpkg", "geoparquet", "geojson"],
+    kind: Literal["gpkg", "geoparquet", "geojson"],
     *,
     layer: str,
     crs: Any,
@@ -35,7 +35,7 @@ def write_gis(
     Args:
         path: the file.
         table: the objects.
-        format: of the file.
+        kind: of the file.
         layer: name of a GeoPackage's layer.
         crs: of the source.
         transform: pixel (column, row) to CRS coordinates.
@@ -44,11 +44,11 @@ def write_gis(
         OSError: the disk is full or the like.
     """
     frame = gpd.GeoDataFrame(_columns(table), geometry=table.placed(transform), crs=crs.to_wkt())
-    if format == "geoparquet":
+    if kind == "geoparquet":
         frame.to_parquet(path, index=False)
         return
     options: dict[str, Any] = {"driver": "GPKG", "layer": layer}
-    if format == "geojson":
+    if kind == "geojson":
         # Turns to EPSG:4326 and to RFC 7946's order of corners, with 7 decimals: a centimetre.
         options = {"driver": "GeoJSON", "RFC7946": "YES"}
     try:

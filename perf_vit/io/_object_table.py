@@ -43,7 +43,8 @@ class ObjectTable:
         """Outlines of boxes, oriented boxes or polygons, with their classes and scores.
 
         Raises:
-            OutputError: arrays of different lengths, or a label without a class name.
+            OutputError: arrays of different lengths, numbers that are not finite, empty polygons, or a label without
+                a class name.
         """
         polygons, oriented_boxes = _outlines(geometries)
         labels = np.asarray(labels, np.int64)
@@ -57,6 +58,10 @@ class ObjectTable:
                 f"labels run from {labels.min()} to {labels.max()}, but there are {len(class_names)} class names, "
                 f"for 0 to {len(class_names) - 1}: {', '.join(class_names)}"
             )
+        finite = np.isfinite(shapely.bounds(polygons)).reshape(-1, 4).all(axis=1)
+        finite &= True if scores is None else np.isfinite(scores)
+        if not finite.all():
+            raise OutputError(f"scores and coordinates must be finite numbers; object {finite.argmin()} has others")
         return cls(polygons, labels, tuple(class_names), scores, oriented_boxes)
 
     def __len__(self) -> int:
@@ -72,7 +77,7 @@ class ObjectTable:
 
 
 def _outlines(geometries: Any) -> tuple[npt.NDArray[Any], npt.NDArray[np.float64] | None]:
-    values = np.asarray(geometries)
+    values = geometries if isinstance(geometries, np.ndarray) else np.array(list(geometries))
     if values.ndim == 2 and values.shape[1] == 4:
         return np.asarray(shapely.box(*values.astype(np.float64).T), object), None
     if values.ndim == 2 and values.shape[1] == 5:

@@ -36,15 +36,15 @@ def write_objects(
     class_names: Sequence[str],
     *,
     source: Source,
-    format: VectorFormat | None = None,
+    format: VectorFormat | None = None,  # noqa: A002
     object_type: Literal["detection", "annotation"] = "detection",
     level0_per_px: float = 1.0,
 ) -> Path:
     """Write objects of a source, in the format that the name's suffix asks for.
 
     - `.gpkg`, `.parquet`: a table in the source's CRS.
-    - `.geojson`: longitude and latitude (EPSG:4326), which is all that RFC 7946 knows; for a source without CRS QuPath's
-      GeoJSON instead.
+    - `.geojson`: longitude and latitude (EPSG:4326), which is all that RFC 7946 knows; QuPath's GeoJSON for a source
+      without CRS.
     - `.json`: COCO, in pixels of the source. Its category ids are the class indices.
     - `format="qupath"`: QuPath's GeoJSON, in pixels of the slide's level 0.
 
@@ -77,7 +77,8 @@ def write_objects(
     table = ObjectTable.make(geometries, scores, labels, class_names)
     if chosen in {"gpkg", "geoparquet", "geojson"} and source.crs is None:
         raise OutputError(
-            f"{source.path} has no CRS, so its objects have no place in {chosen}; write QuPath's .geojson or COCO's .json"
+            f"{source.path} has no CRS, so its objects can't be placed in {chosen}; write QuPath's .geojson or "
+            "COCO's .json"
         )
     with staged(target) as folder:
         made = folder / target.name

@@ -97,7 +97,8 @@ class Perfect:
 
     def _masks(self, origin: np.ndarray, size: int):
         x, y = origin[:, None, None] + np.stack(np.meshgrid(np.arange(size), np.arange(size))) + 0.5
-        center, radius = (self.objects[:, :2] + self.objects[:, 2:]) / 2, (self.objects[:, 2:] - self.objects[:, :2]) / 2
+        low, high = self.objects[:, :2], self.objects[:, 2:]
+        center, radius = (low + high) / 2, (high - low) / 2
         dx, dy = (x - center[:, 0, None, None]), (y - center[:, 1, None, None])
         masks = (dx / radius[:, 0, None, None]) ** 2 + (dy / radius[:, 1, None, None]) ** 2 <= 1
         kept = np.flatnonzero(masks.any(axis=(1, 2)))
