@@ -39,7 +39,7 @@ def write_qupath(path: Path, table: ObjectTable, *, object_type: str, scale: Aff
             properties: dict[str, Any] = {
                 "objectType": object_type,
                 "classification": classes[table.labels[index]],
-                "measurements": _measurements(table, index, scale),
+                "measurements": _measurements(table, index),
             }
             file.write(",\n" if index else "\n")
             file.write(json.dumps(_feature(index, polygon, properties), ensure_ascii=False, allow_nan=False))
@@ -58,11 +58,10 @@ def _feature(index: int, polygon: Any, properties: dict[str, Any]) -> dict[str, 
     }
 
 
-def _measurements(table: ObjectTable, index: int, scale: Affine) -> dict[str, float]:
+def _measurements(table: ObjectTable, index: int) -> dict[str, float]:
     found: dict[str, float] = {}
     if table.scores is not None:
         found["score"] = float(table.scores[index])
     if table.oriented_boxes is not None:
-        *lengths, angle = map(float, table.oriented_boxes[index])
-        found.update(zip(BOX_FIELDS, [*(length * scale.a for length in lengths), angle], strict=True))
+        found.update(zip(BOX_FIELDS, map(float, table.oriented_boxes[index]), strict=True))
     return found

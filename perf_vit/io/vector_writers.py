@@ -14,6 +14,7 @@ from perf_vit.io._gis_tables import write_gis
 from perf_vit.io._object_table import ObjectTable
 from perf_vit.io._qupath import write_qupath
 from perf_vit.io._staging import staged
+from perf_vit.io.slide import SlideSource
 from perf_vit.types import Source
 
 __all__ = ["VectorFormat", "write_objects"]
@@ -38,7 +39,6 @@ def write_objects(
     source: Source,
     format: VectorFormat | None = None,  # noqa: A002
     object_type: Literal["detection", "annotation"] = "detection",
-    level0_per_px: float = 1.0,
 ) -> Path:
     """Write objects of a source, in the format that the name's suffix asks for.
 
@@ -61,7 +61,6 @@ def write_objects(
         source: the scene or slide of the objects: its CRS, transform, size and name.
         format: instead of the one that the suffix asks for.
         object_type: of QuPath's objects; it draws detections faster, and lets users edit annotations.
-        level0_per_px: pixels of the slide's level 0 along one pixel of the source, for QuPath.
 
     Returns:
         The path of the file.
@@ -86,12 +85,16 @@ def write_objects(
             if chosen == "coco":
                 write_coco(made, table, name=Path(source.path).name, height=source.height, width=source.width)
             elif chosen == "qupath":
-                write_qupath(made, table, object_type=object_type, scale=Affine.scale(level0_per_px))
+                write_qupath(made, table, object_type=object_type, scale=_to_level0(source))
             else:
                 write_gis(made, table, chosen, layer=target.stem, crs=source.crs, transform=source.transform)
         except OSError as error:
             raise OutputError(f"can't write {path}: {error.strerror or error}") from error
     return target
+
+
+def _to_level0(source: Source) -> Affine:
+    return Affine.scale(*source.downsample_xy) if isinstance(source, SlideSource) else Affine.identity()
 
 
 def _format_of(path: Path, source: Source) -> VectorFormat:

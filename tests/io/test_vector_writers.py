@@ -10,6 +10,7 @@ import pytest
 import shapely
 from affine import Affine
 from rasterio.crs import CRS
+from slides import levels_of, write_pyramid
 
 from perf_vit.errors import OutputError
 from perf_vit.io import CogWriter, open_source, polygonize_classes, vector_writers, write_objects
@@ -189,7 +190,9 @@ QUPATH = {
 
 @pytest.mark.parametrize("kind", GEOMETRIES)
 @pytest.mark.parametrize("object_type", ["detection", "annotation"])
-def test_qupath_geojson_has_its_structure_and_level_0_pixels(slide, tmp_path, kind, object_type) -> None:
+def test_qupath_geojson_has_its_structure_and_level_0_pixels(tmp_path, kind, object_type) -> None:
+    slide = open_source(write_pyramid(tmp_path / "slide.tif", levels_of(280, 360, 3)), level=2)
+    assert slide.crs is None
     path = write_objects(
         tmp_path / "out.geojson",
         GEOMETRIES[kind],
@@ -198,7 +201,6 @@ def test_qupath_geojson_has_its_structure_and_level_0_pixels(slide, tmp_path, ki
         CLASSES,
         source=slide,
         object_type=object_type,
-        level0_per_px=4,
     )
     data = json.loads(path.read_text(encoding="utf-8"))
     jsonschema.validate(data, QUPATH)
@@ -213,7 +215,7 @@ def test_qupath_geojson_has_its_structure_and_level_0_pixels(slide, tmp_path, ki
     assert [properties["measurements"]["score"] for properties in found] == [0.9, 0.8, 0.7]
     assert len({uuid.UUID(feature["id"]) for feature in features}) == 3
     if kind == "oriented_boxes":
-        assert found[0]["measurements"]["cx_px"] == 120
+        assert found[0]["measurements"]["cx_px"] == 30
         assert found[0]["measurements"]["angle_rad"] == 0.5
 
 
