@@ -6,11 +6,13 @@ from perf_vit.io.describe import SourceInfo, describe_source
 from perf_vit.io.labels import LabelSource, open_labels
 from perf_vit.io.layout import RasterLayout
 from perf_vit.io.ome_tiff import write_ome_tiff
+from perf_vit.io.polygons import polygonize_classes
 from perf_vit.io.quicklook import colorize, default_colormap, natural_bands, rgb_from, save_png, write_map_quicklook
 from perf_vit.io.raster import RasterSource
 from perf_vit.io.slide import SlideSource
 from perf_vit.io.sources import open_raster, open_source
 from perf_vit.io.strips import StripStore
+from perf_vit.io.vector_writers import write_objects
 from perf_vit.io.writers import CogWriter
 
 __all__ = [
@@ -29,9 +31,11 @@ __all__ = [
     "open_labels",
     "open_raster",
     "open_source",
+    "polygonize_classes",
     "rgb_from",
     "save_png",
     "write_cog",
     "write_map_quicklook",
+    "write_objects",
     "write_ome_tiff",
 ]

@@ -1,0 +1,92 @@
+"""Objects as COCO's JSON, in pixels of one image."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import shapely
+
+from perf_vit.io._object_table import BOX_FIELDS, ObjectTable
+
+__all__ = ["write_coco"]
+
+_DECIMALS = 3
+
+
+def write_coco(path: Path, table: ObjectTable, *, name: str, height: int, width: int) -> None:
+    """Write a COCO data set of one image, annotation by annotation.
+
+    Segmentations are lists of polygons without holes, as COCO has no others; an object with holes is cut there.
+
+    Args:
+        path: the file.
+        table: the objects.
+        name: of the image.
+        height: of the image, in pixels.
+        width: of the image, in pixels.
+    """
+    image = {"id": 1, "file_name": name, "height": height, "width": width}
+    categories = [{"id": index, "name": name} for index, name in enumerate(table.class_names)]
+    with path.open("w", encoding="utf-8") as file:
+        file.write(f'{{"images": [{_json(image)}],\n"categories": {_json(categories)},\n"annotations": [')
+        for index in range(len(table)):
+            file.write(",\n" if index else "\n")
+            file.write(_json(_annotation(table, index)))
+        file.write("\n]}\n")
+
+
+def _annotation(table: ObjectTable, index: int) -> dict[str, Any]:
+    polygon = table.polygons[index]
+    left, top, right, bottom = polygon.bounds
+    annotation: dict[str, Any] = {
+        # From 1: pycocotools takes 0 for "no annotation".
+        "id": index + 1,
+        "image_id": 1,
+        "category_id": int(table.labels[index]),
+        "bbox": _rounded(np.array([left, top, right - left, bottom - top])),
+        "area": round(polygon.area, _DECIMALS),
+        "iscrowd": 0,
+        "segmentation": [_rounded(shapely.get_coordinates(part.exterior)[:-1].ravel()) for part in _solid(polygon)],
+    }
+    if table.scores is not None:
+        annotation["score"] = float(table.scores[index])
+    if table.oriented_boxes is not None:
+        annotation.update(zip(BOX_FIELDS, map(float, table.oriented_boxes[index]), strict=True))
+    return annotation
+
+
+def _solid(geometry: Any) -> Iterator[Any]:
+    """Polygons without holes that cover a geometry, cut at half of the holes, and again until none is left."""
+    for polygon in shapely.get_parts(geometry):
+        if polygon.geom_type != "Polygon" or polygon.is_empty:
+            continue
+        if not polygon.interiors:
+            yield polygon
+            continue
+        for half in _halves(polygon):
+            yield from _solid(shapely.clip_by_rect(polygon, *half))
+
+
+def _halves(polygon: Any) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
+    """Bounds left and right, or above and below, of the middle of the middle hole."""
+    holes = shapely.bounds(shapely.get_rings(polygon)[1:]).reshape(-1, 4)
+    middles = (holes[:, :2] + holes[:, 2:]) / 2
+    axis = int(np.ptp(middles[:, 1]) > np.ptp(middles[:, 0]))
+    cut = np.sort(middles[:, axis])[len(middles) // 2]
+    first, second = np.array(polygon.bounds), np.array(polygon.bounds)
+    first[axis + 2] = second[axis] = cut
+    return first, second
+
+
+def _rounded(values: Any) -> list[float]:
+    rounded: list[float] = np.round(values, _DECIMALS).tolist()
+    return rounded
+
+
+def _json(value: Any) -> str:
+    return json.dumps(value, ensure_ascii=False, allow_nan=False)

@@ -1,0 +1,67 @@
+"""Boxes, upright and oriented, as arrays: areas, overlaps, corners."""
+
+from __future__ import annotations
+
+import numpy as np
+import numpy.typing as npt
+
+__all__ = ["box_areas", "oriented_box_corners", "paired_intersections", "paired_iou"]
+
+FloatArray = npt.NDArray[np.floating]
+
+
+def box_areas(boxes_xyxy: FloatArray) -> FloatArray:
+    """Areas of upright boxes.
+
+    Args:
+        boxes_xyxy: left, top, right, bottom, [..., 4].
+
+    Returns:
+        [...], 0 for boxes turned inside out.
+    """
+    sides = np.maximum(boxes_xyxy[..., 2:] - boxes_xyxy[..., :2], 0)
+    return np.asarray(sides[..., 0] * sides[..., 1])
+
+
+def paired_intersections(boxes_xyxy: FloatArray, others_xyxy: FloatArray) -> FloatArray:
+    """Areas that each box shares with its partner.
+
+    Args:
+        boxes_xyxy: [..., 4].
+        others_xyxy: [..., 4]; both broadcast, so [N, 1, 4] and [M, 4] give all pairs.
+    """
+    shared = np.concatenate(
+        [np.maximum(boxes_xyxy[..., :2], others_xyxy[..., :2]), np.minimum(boxes_xyxy[..., 2:], others_xyxy[..., 2:])],
+        axis=-1,
+    )
+    return box_areas(shared)
+
+
+def paired_iou(boxes_xyxy: FloatArray, others_xyxy: FloatArray) -> FloatArray:
+    """Intersection over union of each box and its partner, 0 where both are empty.
+
+    Args:
+        boxes_xyxy: [..., 4].
+        others_xyxy: [..., 4]; both broadcast.
+    """
+    shared = paired_intersections(boxes_xyxy, others_xyxy)
+    union = box_areas(boxes_xyxy) + box_areas(others_xyxy) - shared
+    return np.asarray(shared / np.where(union > 0, union, 1))
+
+
+def oriented_box_corners(oriented_boxes: FloatArray) -> FloatArray:
+    """Corners of oriented boxes.
+
+    The angle turns the x axis towards the y axis: clockwise on the screen, where y points down.
+
+    Args:
+        oriented_boxes: centre x, centre y, width, height, angle in radians, [..., 5]. The width lies along the angle.
+
+    Returns:
+        [..., 4, 2], x and y, going round.
+    """
+    center, (width, height, angle) = oriented_boxes[..., :2], np.moveaxis(oriented_boxes[..., 2:], -1, 0)
+    along = np.stack([np.cos(angle), np.sin(angle)], -1) * (width / 2)[..., None]
+    across = np.stack([-np.sin(angle), np.cos(angle)], -1) * (height / 2)[..., None]
+    signs = ((1, 1), (-1, 1), (-1, -1), (1, -1))
+    return np.stack([center + a * along + b * across for a, b in signs], axis=-2)
