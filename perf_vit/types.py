@@ -12,7 +12,17 @@ if TYPE_CHECKING:
     from affine import Affine
     from rasterio.crs import CRS
 
-__all__ = ["IGNORE_INDEX", "BoolArray", "FeatureSpec", "GeoImage", "LabelArray", "Source", "Window"]
+__all__ = [
+    "IGNORE_INDEX",
+    "BoolArray",
+    "Detections",
+    "FeatureSpec",
+    "GeoImage",
+    "LabelArray",
+    "ObjectLabels",
+    "Source",
+    "Window",
+]
 
 BoolArray = npt.NDArray[np.bool_]
 LabelArray = npt.NDArray[np.uint8]
@@ -131,6 +141,51 @@ class Source(Protocol):
 
     def close(self) -> None:
         """Close this thread's file handle; a later read opens it again."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Detections:
+    """The objects of one tile, tensors or arrays, with exactly one kind of geometry.
+
+    Attributes:
+        scores: [n], higher is surer.
+        labels: [n], class indices.
+        boxes_xyxy: left, top, right, bottom in the tile's pixels, [n, 4].
+        oriented_boxes: centre x, centre y, width, height in the tile's pixels and angle in radians, [n, 5]; width is
+            at least height, and the angle lies in [-pi/2, pi/2).
+        masks: which pixels of the tile each object covers, bool [n, h, w].
+        polygons: n shapely polygons or multipolygons in the tile's pixels.
+    """
+
+    scores: Any
+    labels: Any
+    boxes_xyxy: Any = None
+    oriented_boxes: Any = None
+    masks: Any = None
+    polygons: Any = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ObjectLabels:
+    """The labelled objects of an image or a window, in its pixels.
+
+    Attributes:
+        labels: [n] int64, class indices.
+        boxes_xyxy: left, top, right, bottom, [n, 4] float32.
+        oriented_boxes: centre x, centre y, width, height and angle in radians, [n, 5] float32, where labels have them;
+            width is at least height, and the angle, from the x axis towards the y axis, lies in [-pi/2, pi/2).
+        masks: which pixels each object covers, bool [n, h, w], where labels have them.
+        ignored: [n] bool, objects that count neither as found nor as missed: crowds and difficult ones.
+    """
+
+    labels: npt.NDArray[np.int64]
+    boxes_xyxy: npt.NDArray[np.float32]
+    ignored: BoolArray
+    oriented_boxes: npt.NDArray[np.float32] | None = None
+    masks: BoolArray | None = None
+
+    def __len__(self) -> int:
+        return len(self.labels)
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,11 +2,12 @@
 
 from perf_vit.inference.dense import predict_map
 from perf_vit.inference.dense_output import DenseOutput, OutputKind, class_map, class_output, class_probabilities
-from perf_vit.inference.detections import Detections, Objects
+from perf_vit.inference.detections import Objects
 from perf_vit.inference.engine import Strip, TileModel, predict_strips
 from perf_vit.inference.objects import ObjectModel, predict_objects
 from perf_vit.inference.segment import predict, segment_strips
 from perf_vit.inference.stitch_objects import ObjectStitcher
+from perf_vit.types import Detections
 
 __all__ = [
     "DenseOutput",

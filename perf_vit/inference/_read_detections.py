@@ -13,8 +13,8 @@ from scipy import ndimage
 from torch import Tensor
 
 from perf_vit.errors import InputError
-from perf_vit.inference.detections import Detections, ObjectKind, Objects
-from perf_vit.types import Window
+from perf_vit.inference.detections import ObjectKind, Objects
+from perf_vit.types import Detections, Window
 
 __all__ = ["scene_objects"]
 

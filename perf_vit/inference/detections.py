@@ -1,4 +1,4 @@
-"""Objects as a model gives them, in a tile's pixels, and as a scene holds them, in the scene's."""
+"""Objects as a scene holds them, in its pixels."""
 
 from __future__ import annotations
 
@@ -11,31 +11,9 @@ import shapely
 
 from perf_vit.ops.boxes import oriented_box_corners
 
-__all__ = ["Detections", "ObjectKind", "Objects", "object_bounds", "object_polygons"]
+__all__ = ["ObjectKind", "Objects", "object_bounds", "object_polygons"]
 
 ObjectKind = Literal["boxes", "oriented_boxes", "polygons"]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Detections:
-    """The objects of one tile, tensors or arrays, with exactly one kind of geometry.
-
-    Attributes:
-        scores: [n], higher is surer.
-        labels: [n], class indices.
-        boxes_xyxy: left, top, right, bottom in the tile's pixels, [n, 4].
-        oriented_boxes: centre x, centre y, width, height in the tile's pixels and angle in radians, [n, 5]; width is
-            at least height, and the angle lies in [-pi/2, pi/2).
-        masks: which pixels of the tile each object covers, bool [n, h, w].
-        polygons: n shapely polygons or multipolygons in the tile's pixels.
-    """
-
-    scores: Any
-    labels: Any
-    boxes_xyxy: Any = None
-    oriented_boxes: Any = None
-    masks: Any = None
-    polygons: Any = None
 
 
 @dataclass(frozen=True, slots=True)

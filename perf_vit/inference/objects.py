@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing
 
 import numpy as np
 import numpy.typing as npt
@@ -11,10 +12,11 @@ from torch import Tensor
 
 from perf_vit.errors import InputError
 from perf_vit.inference._read_detections import scene_objects
-from perf_vit.inference.detections import Detections, Objects
+from perf_vit.inference.detections import Objects
+from perf_vit.inference.reader import Reads, Tile, read_ahead
 from perf_vit.inference.stitch_objects import ObjectStitcher
 from perf_vit.tiling import grid_windows
-from perf_vit.types import GeoImage, Source, Window
+from perf_vit.types import Detections, GeoImage, Window
 
 __all__ = ["ObjectModel", "predict_objects"]
 
@@ -26,13 +28,14 @@ ObjectModel = Callable[[Tensor], Sequence[Detections]]
 
 def predict_objects(
     model: ObjectModel,
-    source: Source,
+    source: Reads,
     normalize: Callable[[GeoImage], FloatArray],
     *,
     extent: Window,
     window_size: int,
     overlap: int,
     batch_size: int = 1,
+    num_readers: int = 2,
     device: str | torch.device = "cpu",
     precision: torch.dtype = torch.float32,
     score_threshold: float = 0.5,
@@ -53,6 +56,7 @@ def predict_objects(
         window_size: side of a window, in pixels.
         overlap: pixels that neighbouring windows share.
         batch_size: windows a forward pass.
+        num_readers: threads that read ahead.
         device: where the tiles go.
         precision: torch.float32, or torch.bfloat16 / torch.float16 for autocast.
         score_threshold: lowest score of an object.
@@ -64,27 +68,30 @@ def predict_objects(
     """
     stitcher = ObjectStitcher(extent, window_size, overlap, iou_threshold)
     windows = grid_windows(extent, window_size, overlap)
-    for batch in _batches(source, windows, batch_size, on_window):
-        tiles = np.stack([normalize(image) for _, image in batch])
-        for (window, image), detections in zip(batch, _forward(model, tiles, device, precision), strict=True):
-            stitcher.add(window, scene_objects(detections, window, score_threshold), image.valid)
+    tiles = read_ahead(windows, source, normalize, num_threads=num_readers, depth=2 * batch_size + num_readers)
+    with closing(tiles):
+        for batch in _batches(tiles, batch_size, lambda done: on_window(done, len(windows))):
+            pixels = np.stack([tile.pixels for tile in batch if tile.pixels is not None])
+            for tile, detections in zip(batch, _forward(model, pixels, device, precision), strict=True):
+                stitcher.add(tile.window, scene_objects(detections, tile.window, score_threshold), tile.valid)
     return stitcher.finish()
 
 
-def _batches(
-    source: Source, windows: Sequence[Window], batch_size: int, on_window: Callable[[int, int], None]
-) -> Iterator[list[tuple[Window, GeoImage]]]:
-    """Windows with a valid pixel; those before the next batch count as done when it is asked for."""
-    batch: list[tuple[Window, GeoImage]] = []
-    for done, window in enumerate(windows, 1):
-        image = source.read(window)
-        if image.valid.any():
-            batch.append((window, image))
-        if batch and (len(batch) == batch_size or done == len(windows)):
+def _batches(tiles: Iterator[Tile], batch_size: int, on_done: Callable[[int], None]) -> Iterator[list[Tile]]:
+    """Tiles with a valid pixel; those before the next batch count as done when it is asked for."""
+    batch: list[Tile] = []
+    done = 0
+    for done, tile in enumerate(tiles, 1):
+        if tile.pixels is not None:
+            batch.append(tile)
+        if len(batch) == batch_size:
             yield batch
             batch = []
         if not batch:
-            on_window(done, len(windows))
+            on_done(done)
+    if batch:
+        yield batch
+        on_done(done)
 
 
 def _forward(

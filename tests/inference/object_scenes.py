@@ -4,9 +4,9 @@ import numpy as np
 import shapely
 import torch
 
-from perf_vit.inference import Detections, predict_objects
+from perf_vit.inference import predict_objects
 from perf_vit.ops.boxes import oriented_box_corners, paired_intersections
-from perf_vit.types import GeoImage, Window
+from perf_vit.types import Detections, GeoImage, Window
 
 
 class Places:

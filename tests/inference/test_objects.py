@@ -7,9 +7,9 @@ from hypothesis import strategies as st
 from object_scenes import Perfect, Places, as_float, oriented_in, random_boxes, search
 
 from perf_vit.errors import InputError
-from perf_vit.inference import Detections, Objects, ObjectStitcher
+from perf_vit.inference import Objects, ObjectStitcher
 from perf_vit.tiling import grid_windows
-from perf_vit.types import Window
+from perf_vit.types import Detections, Window
 
 SCENES = {
     "seed": st.integers(0, 10_000),
