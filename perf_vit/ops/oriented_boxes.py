@@ -52,9 +52,7 @@ def normalize_oriented(oriented_boxes: Tensor) -> Tensor:
 
 def corners_of_oriented(oriented_boxes: Tensor) -> Tensor:
     """Corners of oriented boxes, [..., 5] to [..., 4, 2]: x and y, going round."""
-    center, sides, angle = oriented_boxes[..., :2], oriented_boxes[..., 2:4], oriented_boxes[..., 4]
-    signs = oriented_boxes.new_tensor([(0.5, 0.5), (-0.5, 0.5), (-0.5, -0.5), (0.5, -0.5)])
-    return center[..., None, :] + _turn(signs * sides[..., None, :], angle[..., None])
+    return oriented_boxes[..., None, :2] + _corner_offsets(oriented_boxes)
 
 
 def oriented_from_xyxy(boxes_xyxy: Tensor) -> Tensor:
@@ -75,7 +73,7 @@ def oriented_from_polygons(polygons: Tensor) -> Tensor:
     Returns:
         [..., 5], width >= height.
     """
-    points = polygons if polygons.shape[-1] == 2 else polygons.unflatten(-1, (-1, 2))
+    points = polygons if polygons.shape[-1] == 2 else polygons.reshape(*polygons.shape[:-1], -1, 2)
     origin = points.mean(-2, keepdim=True)
     offsets = working_precision(points - origin)
     first, second = torch.triu_indices(points.shape[-2], points.shape[-2], 1, device=points.device)
@@ -100,7 +98,7 @@ def oriented_iou(oriented_boxes: Tensor, others: Tensor) -> Tensor:
     Returns:
         [...], in the boxes' type.
     """
-    boxes, partners = torch.broadcast_tensors(working_precision(oriented_boxes), working_precision(others))
+    boxes, partners = working_precision(oriented_boxes), working_precision(others)
     shared = _shared_areas(boxes, partners)
     union = boxes[..., 2:4].prod(-1) + partners[..., 2:4].prod(-1) - shared
     return (shared / torch.where(union > 0, union, 1)).to(oriented_boxes.dtype)
@@ -134,8 +132,8 @@ def oriented_nms(oriented_boxes: Tensor, scores: Tensor, labels: Tensor, iou_thr
     """
     order = scores.argsort(descending=True, stable=True)
     kept = order[:0]
-    for block in order.split(_BLOCK_BOXES):
-        for earlier in kept.split(4 * _BLOCK_BOXES):
+    for block in torch.split(order, _BLOCK_BOXES):
+        for earlier in torch.split(kept, 4 * _BLOCK_BOXES):
             hidden = _overlap(earlier, block, oriented_boxes, labels, iou_threshold).any(0)
             block = block[~hidden]
         suppresses = _overlap(block, block, oriented_boxes, labels, iou_threshold).triu(1)
@@ -170,7 +168,7 @@ def _circles_meet(boxes: Tensor, others: Tensor) -> Tensor:
 
 def _iou_where(chosen: Tensor, boxes: Tensor, others: Tensor) -> Tensor:
     rows, columns = chosen.nonzero(as_tuple=True)
-    chunks = zip(rows.split(_CHUNK_PAIRS), columns.split(_CHUNK_PAIRS), strict=True)
+    chunks = zip(torch.split(rows, _CHUNK_PAIRS), torch.split(columns, _CHUNK_PAIRS), strict=True)
     iou = boxes.new_zeros(chosen.shape)
     iou[rows, columns] = torch.cat([oriented_iou(boxes[r], others[c]) for r, c in chunks])
     return iou
@@ -185,7 +183,7 @@ def _shared_areas(boxes: Tensor, others: Tensor) -> Tensor:
     apart, hence none to get wrong when edges touch or coincide.
     """
     half_sides = others[..., None, 2:4] / 2
-    corners = corners_of_oriented(torch.cat([boxes[..., :2] - others[..., :2], boxes[..., 2:]], -1))
+    corners = boxes[..., None, :2] - others[..., None, :2] + _corner_offsets(boxes)
     starts = _turn(corners, -others[..., None, 4])
     edges = starts.roll(-1, -2) - starts
     crossings = torch.cat([(-half_sides - starts) / edges, (half_sides - starts) / edges], -1)
@@ -198,6 +196,11 @@ def _shared_areas(boxes: Tensor, others: Tensor) -> Tensor:
     x, y = outline.unbind(-1)
     doubled = x[..., :-1] * y[..., 1:] - x[..., 1:] * y[..., :-1]
     return (doubled.sum((-1, -2)) / 2).clamp(min=0)
+
+
+def _corner_offsets(boxes: Tensor) -> Tensor:
+    signs = boxes.new_tensor([(0.5, 0.5), (-0.5, 0.5), (-0.5, -0.5), (0.5, -0.5)])
+    return _turn(signs * boxes[..., None, 2:4], boxes[..., None, 4])
 
 
 def _turn(points: Tensor, angle: Tensor) -> Tensor:
