@@ -146,7 +146,9 @@ def answer(head: OrientedFCOSHead, boxes: Tensor, labels: list[int]) -> Oriented
     """The head with outputs that are exactly what it should learn."""
     owner = assign_objects(boxes, LOCATIONS)
     own, stride = boxes[owner], LOCATIONS.strides[:, None]
-    deltas = torch.cat([(own[:, :2] - LOCATIONS.points) / stride, (own[:, 2:4] / stride / 4).log(), own[:, 4:]], 1)
+    sides, double = (own[:, 2:4] / stride / 4).log(), 2 * own[:, 4:]
+    elongation = (sides[:, :1] - sides[:, 1:]) / 2 * torch.cat([double.cos(), double.sin()], 1)
+    deltas = torch.cat([(own[:, :2] - LOCATIONS.points) / stride, sides.mean(1, keepdim=True), elongation], 1)
     logits = torch.full((len(owner), head.num_classes), -20.0)
     logits[owner >= 0, torch.tensor(labels)[owner[owner >= 0]]] = 20
     central = centerness_targets(LOCATIONS.points, LOCATIONS.strides, own)

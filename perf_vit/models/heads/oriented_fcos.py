@@ -27,17 +27,21 @@ __all__ = ["OrientedFCOSHead"]
 
 _BOX_LOSSES = {"probiou": probiou_loss, "kfiou": kfiou_loss}
 _PRIOR = 0.01
-# Sides of a box that the untrained head gives, in strides, and the largest factor it may come to.
+# Sides of a box that the untrained head gives, in strides.
 _TYPICAL_SIDE = 4
+# Bounds that keep exponentials finite: sides of 400 times that, and one side 400 times the other.
 _LARGEST_LOG_SIDE = 6.0
+_LARGEST_ELONGATION = 3.0
+_TINY = 1e-6
 
 
 class OrientedFCOSHead(nn.Module):
     """One box a location: class scores, centre, sides, angle and centre-ness (Tian et al. 2019, arXiv 1904.01355).
 
-    The centre is told in strides from the location, the sides as logarithms, the angle in radians: the loss compares
-    the boxes' Gaussians, for which half turns and swapped sides are the same, so the angle may take any value. The
-    Gaussian of a square does not show its angle, so angles of square objects are not learnt.
+    The head says where the centre lies, in strides from the location; the logarithm of the box's size; and its
+    elongation, half the logarithm of width over height, as a vector at twice the angle. So no output jumps where the
+    angle wraps round or the sides swap. The loss compares the boxes' Gaussians, which don't jump either. The Gaussian
+    of a square does not show its angle: angles of square objects are not learnt.
 
     Args:
         in_channels: of each feature map; a multiple of 8.
@@ -187,8 +191,13 @@ def _decode(deltas: Tensor, locations: Locations) -> Tensor:
     """Oriented boxes in pixels, [B, L, 5], from the head's outputs."""
     strides = locations.strides[:, None]
     center = locations.points + deltas[..., :2] * strides
-    sides = _TYPICAL_SIDE * strides * deltas[..., 2:4].clamp(max=_LARGEST_LOG_SIDE).exp()
-    return torch.cat([center, sides, deltas[..., 4:]], -1)
+    size, (along, across) = deltas[..., 2:3], deltas[..., 3:].unbind(-1)
+    # The root and the angle have no gradient where both are 0.
+    along = along + _TINY
+    elongation = torch.hypot(along, across).clamp(max=_LARGEST_ELONGATION)[..., None]
+    log_sides = torch.cat([size + elongation, size - elongation], -1).clamp(max=_LARGEST_LOG_SIDE)
+    sides = _TYPICAL_SIDE * strides * log_sides.exp()
+    return torch.cat([center, sides, torch.atan2(across, along)[..., None] / 2], -1)
 
 
 def _by_location(maps: Tensor) -> Tensor:
