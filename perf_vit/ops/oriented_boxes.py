@@ -156,13 +156,17 @@ def _greedy(suppresses: Tensor) -> Tensor:
 
 def _overlap(rows: Tensor, columns: Tensor, boxes: Tensor, labels: Tensor, iou_threshold: float) -> Tensor:
     near = _circles_meet(boxes[rows], boxes[columns]) & (labels[rows, None] == labels[columns])
+    areas, other_areas = boxes[rows, None, 2:4].prod(-1), boxes[columns, 2:4].prod(-1)
+    # The IoU is at most the smaller area over the larger.
+    near &= torch.minimum(areas, other_areas) >= iou_threshold * torch.maximum(areas, other_areas)
     return _iou_where(near, boxes[rows], boxes[columns]) > iou_threshold
 
 
 def _circles_meet(boxes: Tensor, others: Tensor) -> Tensor:
     """Which pairs can overlap at all, [n, m]."""
     radii, other_radii = boxes[:, 2:4].norm(dim=-1) / 2, others[:, 2:4].norm(dim=-1) / 2
-    distances = (boxes[:, None, :2] - others[:, :2]).norm(dim=-1)
+    # Through matrix products, distances of far coordinates would lose their digits.
+    distances = torch.cdist(boxes[:, :2], others[:, :2], compute_mode="donot_use_mm_for_euclid_dist")
     return distances <= radii[:, None] + other_radii
 
 

@@ -190,6 +190,24 @@ def test_ignored_objects_count_neither_as_objects_nor_as_background() -> None:
     assert missing["classification"] > 1
 
 
+def test_objects_centred_outside_or_without_area_count_as_ignored() -> None:
+    boxes, labels = spread_boxes(), [0, 1, 1, 0]
+    more = torch.cat([boxes, torch.tensor([[-2.0, 40, 30, 20, 0], [40, 93, 50, 30, 1], [60, 40, 0, 0, 0]])])
+    losses = answer(make_head(), boxes, labels).losses(features(1), [labels_of(more, [*labels, 1, 0, 0])])
+    assert losses["classification"] < 1e-6
+    assert losses["boxes"] < 1e-2
+
+
+def test_losses_under_autocast_are_close_to_those_in_full_precision() -> None:
+    head, labels = make_head(), [labels_of(random_boxes(5, 1), [0, 1, 0, 1, 0])]
+    expected = head.losses(features(1), labels)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        got = head.losses(features(1), labels)
+    for name, loss in got.items():
+        assert loss.dtype == torch.float32
+        assert loss.item() == pytest.approx(expected[name].item(), rel=0.02)
+
+
 def test_detections_stop_at_the_limit_and_the_threshold() -> None:
     head = answer(make_head(detections_per_tile=2), spread_boxes(), [0, 1, 1, 0])
     assert len(head.detect(features(1))[0].scores) == 2

@@ -36,6 +36,12 @@ class Locations:
     level_strides: tuple[int, ...]
 
     @property
+    def size_xy(self) -> tuple[int, int]:
+        """Width and height of the image, in pixels."""
+        rows, columns = self.level_sizes[0]
+        return columns * self.level_strides[0], rows * self.level_strides[0]
+
+    @property
     def level_lengths(self) -> list[int]:
         """Cells of each level."""
         return [rows * columns for rows, columns in self.level_sizes]

@@ -177,6 +177,9 @@ def _image_targets(
     boxes, classes, ignored = (
         torch.as_tensor(values, device=device) for values in (image.oriented_boxes, image.labels, image.ignored)
     )
+    # Objects centred elsewhere are for another window to find.
+    outside = ((boxes[:, :2] < 0) | (boxes[:, :2] >= boxes.new_tensor(locations.size_xy))).any(1)
+    ignored = ignored | outside | (boxes[:, 3] <= 0)
     objects, object_classes = boxes[~ignored], classes[~ignored]
     owner = assign_objects(objects, locations)
     owned = owner >= 0
