@@ -16,7 +16,7 @@ __all__ = ["DamageLog", "DamagedPiece"]
 
 @dataclass(frozen=True, slots=True)
 class DamagedPiece:
-    """Pixels that can't be read and are nodata in the map.
+    """Pixels that a window couldn't read: nodata in the map, but for those that a neighbouring window could.
 
     Attributes:
         window: where they lie in the source.

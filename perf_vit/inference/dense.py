@@ -94,9 +94,7 @@ def predict_map(
     )
 
     def write_rows(folder: Path) -> None:
-        job.write_rows(
-            folder, model, normalize, batch_size=batch_size, num_readers=num_readers, on_window=on_window
-        )
+        job.write_rows(folder, model, normalize, batch_size=batch_size, num_readers=num_readers, on_window=on_window)
 
     for piece in make_map(job, write_rows, resume=resume).damaged:
         on_damage(piece.window, piece.reason)

@@ -78,8 +78,8 @@ def predict_strips(
         num_channels: K, the channels of the model's output.
         window_size: side of a window, in pixels.
         overlap: pixels that neighbouring windows share.
-        start_row: first row wanted; the extent's first by default. The strips that hold wanted rows are the same bits as
-            those of the whole extent; windows above that reach into them are computed again.
+        start_row: first row wanted; the extent's first by default. The strips that hold wanted rows are the same bits
+            as those of the whole extent; windows above that reach into them are computed again.
         stop_row: first row below those wanted; the extent's end by default.
         blend: "hann" or "gaussian" weights; a window counts least at its edge, where it has seen least.
         flips: average the scores of a tile and its three mirror images.

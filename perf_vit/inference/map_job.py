@@ -276,7 +276,8 @@ def _input_identity(source: Source) -> dict[str, Any]:
     path = Path(source.path)
     stat = path.stat() if path.exists() else None
     return {
-        "input": str(source.path),
+        # A cluster's workers stand in other folders.
+        "input": str(path.absolute()) if stat else str(source.path),
         "input_bytes": stat and stat.st_size,
         "input_modified_ns": stat and stat.st_mtime_ns,
         "input_layout": [source.num_bands, source.height, source.width, str(source.dtype)],
