@@ -68,8 +68,15 @@ def distill(
 @app.command()
 def predict(
     checkpoint: Checkpoint,
-    image: Input,
-    output: Annotated[Path, typer.Option(help="The map to write, .tif; a quicklook .png goes beside it.")],
+    inputs: Annotated[
+        list[str], typer.Option("--input", help="A raster, a folder, a glob, or a list as CSV or Parquet; repeat it.")
+    ],
+    output: Annotated[
+        Path, typer.Option(help="The map to write, .tif; a quicklook .png goes beside it. A folder for several maps.")
+    ],
+    more_inputs: Annotated[
+        list[str] | None, typer.Argument(help="Further inputs: what a shell makes of --input *.tif.")
+    ] = None,
     kind: Annotated[
         Literal["classes", "probabilities", "probabilities-uint8"],
         typer.Option(help="Class indices, one float32 band a class, or the same in steps of 1/254."),
@@ -82,19 +89,35 @@ def predict(
     num_readers: Annotated[int, typer.Option(help="Threads that read ahead.", min=1)] = 2,
     resume: Annotated[bool, typer.Option("--resume/--no-resume", help="Go on with an interrupted map.")] = True,
     on_error: Annotated[
-        Literal["stop", "skip"], typer.Option(help="Stop at pixels that can't be read, or leave them out as nodata.")
+        Literal["stop", "skip"],
+        typer.Option(help="Stop at an error, or leave pixels that can't be read as nodata and go on after bad files."),
     ] = "stop",
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Of several maps, make those anew that are there already.")
+    ] = False,
+    path_column: Annotated[str, typer.Option(help="Column of a list that holds the paths.")] = "path",
     device: Device = "auto",
     precision: Precision = "32",
+    engine: Annotated[Literal["local", "ray"], typer.Option(help="This process, or a Ray cluster.")] = "local",
+    num_actors: Annotated[
+        int | None, typer.Option(help="Ray processes; one a GPU, else one a CPU, by default.", min=1)
+    ] = None,
+    ray_address: Annotated[
+        str | None, typer.Option(help="Of a running cluster, as auto; a Ray of its own by default.")
+    ] = None,
 ) -> None:
-    """Map a raster with a trained model."""
-    from perf_vit.cli.console import console
-    from perf_vit.cli.mapping import predict_raster
+    """Map rasters with a trained model."""
+    from perf_vit.cli.predicting import predict_inputs
 
-    predict_raster(
+    predict_inputs(
         checkpoint,
-        image,
+        [*inputs, *(more_inputs or ())],
         output,
+        path_column=path_column,
+        overwrite=overwrite,
+        engine=engine,
+        num_actors=num_actors,
+        ray_address=ray_address,
         kind=kind,
         window_size=window_size,
         overlap=overlap,
@@ -107,7 +130,6 @@ def predict(
         device=device,
         precision=precision,
     )
-    console.print(f"map: {output}\nquicklook: {output.with_suffix('.png')}", soft_wrap=True)
 
 
 @app.command()

@@ -12,7 +12,7 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from perf_vit.errors import OutputError
+from perf_vit.errors import BusyError, OutputError
 
 __all__ = ["Journal", "open_journal"]
 
@@ -53,6 +53,8 @@ class Journal:
         before = self.settings()
         if before is not None and resume:
             self._check(before, wanted)
+            for unfinished in self.folder.glob("*.tmp"):
+                unfinished.unlink(missing_ok=True)
             return
         with _refusing(self.path):
             for file in self.folder.iterdir():
@@ -92,7 +94,8 @@ def open_journal(path: Path) -> Iterator[Journal]:
         path: the output; missing parent folders are made.
 
     Raises:
-        OutputError: another process works on it, or nothing can be written there.
+        BusyError: another process works on it.
+        OutputError: nothing can be written there.
     """
     folder = path.with_name(f"{path.name}.partial")
     if path.is_dir():
@@ -115,20 +118,31 @@ def open_journal(path: Path) -> Iterator[Journal]:
 
 @contextmanager
 def _locked(folder: Path, path: Path) -> Iterator[None]:
+    busy = BusyError(f"{path} is being written by another process; wait for it, or choose another output")
+    # The system drops the lock with the process that holds it, however that ends.
+    lock = FileLock(folder / _LOCK, timeout=0)
     try:
         with _refusing(path):
             folder.mkdir(parents=True, exist_ok=True)
-            # The system drops the lock with the process that holds it, however that ends.
-            lock = FileLock(folder / _LOCK, timeout=0)
-            lock.acquire()
+            _acquire(lock)
     except Timeout as error:
-        raise OutputError(
-            f"{path} is being written by another process; wait for it, or choose another output"
-        ) from error
+        raise busy from error
+    # The other process may have finished and removed the folder in between: this lock is of a file that is gone.
+    if not (folder / _LOCK).exists():
+        lock.release()
+        raise busy
     try:
         yield
     finally:
         lock.release()
+
+
+def _acquire(lock: FileLock) -> None:
+    try:
+        lock.acquire()
+    except FileNotFoundError as error:
+        # The folder was there a moment ago.
+        raise Timeout(lock.lock_file) from error
 
 
 @contextmanager

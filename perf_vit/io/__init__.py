@@ -3,6 +3,7 @@
 from perf_vit.io._gdal import bounded_cache
 from perf_vit.io.cog import write_cog
 from perf_vit.io.describe import SourceInfo, describe_source
+from perf_vit.io.existing import holds_layout
 from perf_vit.io.labels import LabelSource, open_labels
 from perf_vit.io.layout import RasterLayout
 from perf_vit.io.ome_tiff import write_ome_tiff
@@ -27,6 +28,7 @@ __all__ = [
     "colorize",
     "default_colormap",
     "describe_source",
+    "holds_layout",
     "natural_bands",
     "open_labels",
     "open_raster",
