@@ -34,18 +34,24 @@ GDAL_ERRORS = (RasterioError, CPLE_BaseError)
 _CACHE_BYTES = 256 * 2**20
 
 
-def open_dataset(path: str) -> Any:
+def open_dataset(path: str, *, name: str | None = None, **options: Any) -> Any:
     """Open a raster for reading.
+
+    Args:
+        path: a file, a URL, a GDAL path or the text of a VRT.
+        name: for errors, instead of the path.
+        **options: GDAL's, for opening.
 
     Raises:
         InputError: no such file, or not a raster.
     """
-    check_exists(path)
+    if not path.startswith("<VRTDataset"):
+        check_exists(path)
     try:
         with plain_images_allowed():
-            return rasterio.open(path)
+            return rasterio.open(path, **options)
     except GDAL_ERRORS as error:
-        raise InputError(f"can't open {path} as a raster: {reason_of(error)}") from error
+        raise InputError(f"can't open {name or path} as a raster: {reason_of(error)}") from error
 
 
 @contextmanager
