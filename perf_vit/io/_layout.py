@@ -16,7 +16,7 @@ from perf_vit.io._gdal import read_window
 from perf_vit.io._nodata import has_mask, holds_data, nodata_values
 from perf_vit.types import BoolArray, Window
 
-__all__ = ["BandLayout", "Palette", "PixelOptions"]
+__all__ = ["BandLayout", "Palette", "PixelArray", "PixelOptions"]
 
 PixelArray = npt.NDArray[Any]
 
@@ -79,7 +79,7 @@ class BandLayout:
         bands = choose_bands(dataset, path, options.bands)
         raw_dtype = common_dtype(dataset, path, bands)
         raw_nodata = nodata_values(dataset, path, bands, raw_dtype, options.nodata)
-        given = {
+        given: dict[str, Any] = {
             "dtype": raw_dtype,
             "nodata": next((value for value in raw_nodata if value is not None), None),
             "names": names_of(dataset, bands),
@@ -101,18 +101,8 @@ class BandLayout:
             **given,
         )
 
-    @property
-    def num_bands(self) -> int:
-        """Bands that `read` gives."""
-        return len(self.names)
-
-    @property
-    def fill(self) -> float:
-        """Value of pixels past the edge."""
-        return self.nodata or 0
-
     def read(self, dataset: Any, window: Window, out_shape: tuple[int, int]) -> tuple[PixelArray, BoolArray]:
-        """Pixels [num_bands, *out_shape] and valid mask of a window inside the open file.
+        """Pixels [C, *out_shape] and valid mask of a window inside the open file.
 
         Raises:
             InputError: the file is damaged there.

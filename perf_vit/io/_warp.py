@@ -19,6 +19,7 @@ from perf_vit.io._layout import BandLayout
 
 __all__ = ["open_warped", "suggested_grid"]
 
+
 def suggested_grid(dataset: Any, path: str, crs: CRS) -> Grid:
     """The north-up grid that GDAL makes for an open raster in a CRS, from its transform, rotated or not, or its GCPs.
 
@@ -47,7 +48,7 @@ def open_warped(layout: BandLayout, grid: Grid, resampling: Resampling, overview
     Raises:
         InputError: the file can't be read, or has no place in the grid's CRS.
     """
-    options = {} if overview is None else {"overview_level": overview}
+    options: dict[str, Any] = {} if overview is None else {"overview_level": overview}
     with open_dataset(layout.path, **options) as dataset:
         try:
             with WarpedVRT(dataset, crs=grid.crs, resampling=resampling, tolerance=0) as warped:

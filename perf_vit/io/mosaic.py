@@ -5,7 +5,8 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Sequence
-from typing import Any, Self
+from contextlib import AbstractContextManager, closing, nullcontext
+from typing import Any
 
 import numpy as np
 import shapely
@@ -16,18 +17,19 @@ from rasterio.errors import CRSError
 
 from perf_vit.errors import InputError
 from perf_vit.io._gdal import crs_name
-from perf_vit.io._grid import Bounds, Grid, GridOptions, target_grid
+from perf_vit.io._grid import Grid, GridOptions, target_grid
 from perf_vit.io._handles import PerThread, Pool
-from perf_vit.io._layout import PixelOptions
+from perf_vit.io._layout import PixelArray, PixelOptions
 from perf_vit.io._tiles import OpenTile, Tile, describe_tile, open_tile
-from perf_vit.types import GeoImage, Window
+from perf_vit.io.raster import RasterSource
+from perf_vit.types import BoolArray, Window
 
 __all__ = ["MosaicSource"]
 
 _MAX_OPEN = 32
 
 
-class MosaicSource:
+class MosaicSource(RasterSource):
     """Rasters on one grid, warped where they lie on another; `open_source` makes one.
 
     Of tiles that overlap, a pixel comes from the first, in the order of `paths`, that is valid there. A tile whose
@@ -44,22 +46,13 @@ class MosaicSource:
         resampling: of pixels that are not the grid's; "nearest" with a palette and "bilinear" without by default.
 
     Attributes:
-        path: as it was given.
         paths: of the files.
-        height: rows.
-        width: columns.
-        dtype: of the pixels.
-        crs: of the grid.
-        transform: pixel (column, row) to CRS coordinates.
-        nodata: of the first file that has one; None if none has.
-        band_names: the first file's.
-        colormap: the first file's; None without palette.
+
+    The others are those of `RasterSource`, for the grid and, where files may differ, for the first file.
 
     Raises:
         InputError: a file can't be read or placed, or the files don't fit each other.
     """
-
-    mpp: float | None = None
 
     def __init__(
         self,
@@ -72,128 +65,62 @@ class MosaicSource:
     ) -> None:
         self.path = path
         self.paths = tuple(paths)
-        tiles, self._grid = _place(self.paths, pixels or PixelOptions(), grid or GridOptions())
-        layout = tiles[0].layout
-        self.height, self.width = self._grid.height, self._grid.width
-        self.crs, self.transform = self._grid.crs, self._grid.transform
-        self.dtype, self.band_names, self.colormap = layout.dtype, layout.names, layout.colormap
+        tiles, target = _place(self.paths, pixels or PixelOptions(), grid or GridOptions())
+        self._describe(tiles[0].layout, target)
         self.nodata = next((tile.layout.nodata for tile in tiles if tile.layout.nodata is not None), None)
+        self.placed_by_gcps = False
         self._tiles = tiles
         has_palette = any(tile.layout.colormap or tile.layout.colors is not None for tile in tiles)
-        self._resampling = _resampling(resampling or ("nearest" if has_palette else "bilinear"))
-        self._tree = shapely.STRtree([_box(tile.footprint_in(self._grid)) for tile in tiles])
+        kind = _resampling(resampling or ("nearest" if has_palette else "bilinear"))
+        self._tree = shapely.STRtree([_box(tile.footprint_in(target)) for tile in tiles])
         if self._tree.query(_box(self.extent)).size == 0:
-            raise InputError(f"bounds {grid and grid.bounds} ({crs_name(self.crs)}) meet no file of {path}")
-        self._handles = PerThread(functools.partial(_pool, tiles, self._grid, self._resampling))
-
-    @property
-    def num_bands(self) -> int:
-        """Bands that `read` gives."""
-        return len(self.band_names)
-
-    @property
-    def size(self) -> tuple[int, int]:
-        """(height, width)."""
-        return self.height, self.width
-
-    @property
-    def extent(self) -> Window:
-        """The window of all pixels."""
-        return self._grid.extent
-
-    @property
-    def bounds(self) -> Bounds:
-        """(left, bottom, right, top) in CRS units."""
-        return self._grid.bounds
-
-    def read(self, window: Window) -> GeoImage:
-        """Read a window, which may reach past the edge on any side.
-
-        Args:
-            window: rows and columns, in pixels of the grid.
-
-        Returns:
-            Pixels [num_bands, height, width]; invalid ones are the nodata value, or 0.
-
-        Raises:
-            InputError: a file is damaged there.
-        """
-        image = self._blank(self._grid.cut(window))
-        shared = window.intersect(self.extent)
-        for index in self._meeting(shared):
-            if not _lay(self._handles.get().get(index), image, window, shared):
-                break
-        return image
-
-    def read_reduced(self, max_size_px: int, window: Window | None = None) -> GeoImage:
-        """Read a window thinned out, or from the files' overviews: for statistics and pictures.
-
-        Args:
-            max_size_px: longest side of the result, in pixels; smaller windows are not enlarged.
-            window: inside the mosaic, all of it by default.
-
-        Returns:
-            Pixels [num_bands, h, w] by nearest neighbour, with the transform of the larger pixels.
-
-        Raises:
-            InputError: the window is outside the mosaic, or a file is damaged there.
-        """
-        shared = (window or self.extent).intersect(self.extent)
-        if shared is None:
-            raise InputError(f"{window} must meet {self.path}, which is {self.height} rows x {self.width} columns")
-        step = max(1.0, max(shared.shape) / max_size_px)
-        if step == 1:
-            return self.read(shared)
-        height, width = (max(1, math.floor(side / step + 0.5)) for side in shared.shape)
-        larger = Affine.translation(shared.col, shared.row) @ Affine.scale(shared.width / width, shared.height / height)
-        grid = Grid(self.crs, self.transform @ larger, height, width)
-        image = self._blank(grid)
-        for index in self._meeting(shared):
-            tile = self._tiles[index]
-            reduction = math.sqrt(math.prod(grid.resolution) / math.prod(tile.placed.resolution))
-            opened = open_tile(tile, grid, Resampling.nearest, reduction)
-            missing = _lay(opened, image, grid.extent, grid.extent)
-            opened.close()
-            if not missing:
-                break
-        return image
+            raise InputError(f"bounds {self.bounds} ({crs_name(self.crs)}) meet no file of {path}")
+        self._handles = PerThread(functools.partial(_pool, tiles, target, kind))
 
     def close(self) -> None:
         """Close this thread's file handles; a later read opens them again."""
         self._handles.close()
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        self.close()
-
     def __repr__(self) -> str:
-        layout = f"{self.height} x {self.width} px, {self.num_bands} x {self.dtype}, {crs_name(self.crs)}"
-        return f"MosaicSource({self.path!r}: {len(self.paths)} files, {layout})"
+        return f"{super().__repr__()[:-1]}, {len(self.paths)} files)"
 
-    def _blank(self, grid: Grid) -> GeoImage:
-        shape = grid.height, grid.width
-        pixels = np.full((self.num_bands, *shape), self.nodata or 0, self.dtype)
-        return GeoImage(pixels, np.zeros(shape, bool), grid.crs, grid.transform)
+    def _read_inside(self, window: Window, out_shape: tuple[int, int]) -> tuple[PixelArray, BoolArray]:
+        reduced = out_shape != window.shape
+        grid = _thinned(self._grid, window, out_shape) if reduced else self._grid
+        place = grid.extent if reduced else window
+        pixels = np.full((self.num_bands, *out_shape), self.nodata or 0, self.dtype)
+        valid = np.zeros(out_shape, bool)
+        for index in sorted(self._tree.query(_box(window)).tolist()):
+            with _opened(self._tiles[index], grid) if reduced else nullcontext(self._handles.get().get(index)) as tile:
+                covered = tile.read(place)
+            if covered is not None:
+                _lay_under(pixels, valid, place, *covered)
+            if valid.all():
+                break
+        return pixels, valid
 
-    def _meeting(self, window: Window | None) -> list[int]:
-        """Indices of the tiles that a window meets, the first ones first."""
-        return [] if window is None else sorted(self._tree.query(_box(window)).tolist())
+
+def _thinned(grid: Grid, window: Window, shape: tuple[int, int]) -> Grid:
+    """The grid of fewer, larger pixels over a window."""
+    height, width = shape
+    larger = Affine.translation(window.col, window.row) @ Affine.scale(window.width / width, window.height / height)
+    return Grid(grid.crs, grid.transform @ larger, height, width)
 
 
-def _lay(tile: OpenTile, image: GeoImage, window: Window, inside: Window | None) -> bool:
-    """Fill the pixels of an image that are missing so far; whether some still are, of those inside the mosaic."""
-    if inside is None:
-        return False
-    covered = tile.read(inside)
-    if covered is not None:
-        place, pixels, valid = covered
-        rows, cols = place.slices_in(window)
-        new = valid & ~image.valid[rows, cols]
-        np.copyto(image.pixels[:, rows, cols], pixels, where=new)
-        image.valid[rows, cols] |= new
-    return not image.valid[inside.slices_in(window)].all()
+def _opened(tile: Tile, grid: Grid) -> AbstractContextManager[OpenTile]:
+    """A tile for one read on a grid of large pixels."""
+    reduction = math.sqrt(math.prod(grid.resolution) / math.prod(tile.placed.resolution))
+    return closing(open_tile(tile, grid, Resampling.nearest, reduction))
+
+
+def _lay_under(
+    pixels: PixelArray, valid: BoolArray, window: Window, place: Window, new_pixels: PixelArray, new_valid: BoolArray
+) -> None:
+    """Fill what is missing so far of a window's pixels from those of a tile, which cover `place`."""
+    rows, cols = place.slices_in(window)
+    missing = new_valid & ~valid[rows, cols]
+    np.copyto(pixels[:, rows, cols], new_pixels, where=missing)
+    valid[rows, cols] |= missing
 
 
 def _pool(tiles: Sequence[Tile], grid: Grid, resampling: Resampling) -> Pool[OpenTile]:
@@ -219,9 +146,9 @@ def _check_alike(first: Tile, other: Tile) -> None:
         InputError: another number of bands, dtype or palette.
     """
     a, b = first.layout, other.layout
-    if a.num_bands != b.num_bands:
+    if len(a.names) != len(b.names):
         raise InputError(
-            f"files of a mosaic need the same bands, but {a.path} has {a.num_bands} and {b.path} has {b.num_bands}; "
+            f"files of a mosaic need the same bands, but {a.path} has {len(a.names)} and {b.path} has {len(b.names)}; "
             "choose bands that all have with bands="
         )
     if a.dtype != b.dtype:

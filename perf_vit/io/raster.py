@@ -14,20 +14,20 @@ from affine import Affine
 
 from perf_vit.errors import InputError
 from perf_vit.io._gdal import crs_name, open_dataset
+from perf_vit.io._grid import Bounds, Grid
 from perf_vit.io._handles import PerThread
-from perf_vit.io._layout import BandLayout, Palette, PixelOptions
-from perf_vit.types import GeoImage, Window
+from perf_vit.io._layout import BandLayout, Palette, PixelArray, PixelOptions
+from perf_vit.types import BoolArray, GeoImage, Window
 
 __all__ = ["Bounds", "RasterSource"]
-
-Bounds = tuple[float, float, float, float]
-"""(left, bottom, right, top) in CRS units."""
 
 
 class RasterSource:
     """A raster on disk or behind a URL; `open_source` makes one.
 
     It may be pickled, forked and shared between threads: each opens the file for itself.
+
+    A rotated raster keeps its pixels, its transform is the rotated one.
 
     Attributes:
         path: as it was given.
@@ -39,6 +39,7 @@ class RasterSource:
         transform: pixel (column, row) to CRS coordinates; the identity where the file has none.
         nodata: value of missing pixels, None if there is none that the dtype can hold.
         band_names: the bands' descriptions, "band_1" and so on where they have none.
+        placed_by_gcps: whether only ground control points say where it lies; its pixels are read as they are.
         colormap: value to (red, green, blue, alpha), None where the first band has none.
     """
 
@@ -58,20 +59,25 @@ class RasterSource:
         dataset = self._handle.get()
         options = PixelOptions(bands=bands, nodata=nodata, palette=palette, apply_scale=apply_scale)
         self._layout = BandLayout.of(dataset, self.path, options)
-        self.height: int = dataset.height
-        self.width: int = dataset.width
-        self.crs = dataset.crs
-        self.transform: Affine = dataset.transform
-        self.bands = self._layout.bands
-        self.dtype = self._layout.dtype
-        self.nodata = self._layout.nodata
-        self.band_names = self._layout.names
-        self.colormap = self._layout.colormap
+        self._describe(self._layout, Grid(dataset.crs, dataset.transform, dataset.height, dataset.width))
+        gcps, _ = dataset.gcps
+        self.placed_by_gcps = bool(gcps) and self.crs is None
+
+    def _describe(self, layout: BandLayout, grid: Grid) -> None:
+        self._grid = grid
+        self.height, self.width = grid.height, grid.width
+        self.crs = grid.crs
+        self.transform: Affine = grid.transform
+        self.bands = layout.bands
+        self.dtype = layout.dtype
+        self.nodata = layout.nodata
+        self.band_names = layout.names
+        self.colormap = layout.colormap
 
     @property
     def num_bands(self) -> int:
         """Bands that `read` gives."""
-        return self._layout.num_bands
+        return len(self.band_names)
 
     @property
     def size(self) -> tuple[int, int]:
@@ -81,14 +87,12 @@ class RasterSource:
     @property
     def extent(self) -> Window:
         """The window of all pixels."""
-        return Window(0, 0, self.height, self.width)
+        return self._grid.extent
 
     @property
     def bounds(self) -> Bounds:
         """(left, bottom, right, top) in CRS units; of a rotated raster, the box around it."""
-        corners = ((0, 0), (self.width, 0), (0, self.height), (self.width, self.height))
-        xs, ys = zip(*(self.transform @ corner for corner in corners), strict=True)
-        return min(xs), min(ys), max(xs), max(ys)
+        return self._grid.bounds
 
     def read(self, window: Window) -> GeoImage:
         """Read a window, which may reach past the edge on any side.
@@ -105,12 +109,12 @@ class RasterSource:
         Raises:
             InputError: the file is damaged there.
         """
-        pixels = np.full((self.num_bands, *window.shape), self._layout.fill, self.dtype)
+        pixels = np.full((self.num_bands, *window.shape), self.nodata or 0, self.dtype)
         valid = np.zeros(window.shape, bool)
         shared = window.intersect(self.extent)
         if shared is not None:
             rows, cols = shared.slices_in(window)
-            pixels[:, rows, cols], valid[rows, cols] = self._layout.read(self._handle.get(), shared, shared.shape)
+            pixels[:, rows, cols], valid[rows, cols] = self._read_inside(shared, shared.shape)
         return GeoImage(pixels, valid, self.crs, self.transform @ Affine.translation(window.col, window.row))
 
     def read_reduced(self, max_size_px: int, window: Window | None = None) -> GeoImage:
@@ -131,7 +135,7 @@ class RasterSource:
             raise InputError(f"{window} must meet {self.path}, which is {self.height} rows x {self.width} columns")
         step = max(1.0, max(shared.shape) / max_size_px)
         height, width = (max(1, math.floor(side / step + 0.5)) for side in shared.shape)
-        pixels, valid = self._layout.read(self._handle.get(), shared, (height, width))
+        pixels, valid = self._read_inside(shared, (height, width))
         scale = Affine.scale(shared.width / width, shared.height / height)
         return GeoImage(pixels, valid, self.crs, self.transform @ Affine.translation(shared.col, shared.row) @ scale)
 
@@ -147,4 +151,8 @@ class RasterSource:
 
     def __repr__(self) -> str:
         layout = f"{self.height} x {self.width} px, {self.num_bands} x {self.dtype}, {crs_name(self.crs)}"
-        return f"RasterSource({self.path!r}: {layout})"
+        return f"{type(self).__name__}({self.path!r}: {layout})"
+
+    def _read_inside(self, window: Window, out_shape: tuple[int, int]) -> tuple[PixelArray, BoolArray]:
+        """Pixels [C, *out_shape] and valid mask of a window inside the raster."""
+        return self._layout.read(self._handle.get(), window, out_shape)
