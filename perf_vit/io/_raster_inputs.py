@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from perf_vit.errors import InputError
+from perf_vit.io._band_layout import Palette, PixelOptions
 from perf_vit.io._grid import Bounds, GridOptions
-from perf_vit.io._layout import Palette, PixelOptions
 from perf_vit.io._stac import is_item_list, item_paths
 from perf_vit.io.mosaic import MosaicSource
 from perf_vit.io.raster import RasterSource

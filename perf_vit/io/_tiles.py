@@ -11,9 +11,9 @@ from rasterio.crs import CRS
 from rasterio.enums import Resampling
 
 from perf_vit.errors import InputError
+from perf_vit.io._band_layout import BandLayout, PixelOptions
 from perf_vit.io._gdal import crs_name, open_dataset, read_window
 from perf_vit.io._grid import Grid
-from perf_vit.io._layout import BandLayout, PixelOptions
 from perf_vit.io._nodata import holds_data
 from perf_vit.io._warp import open_warped, suggested_grid
 from perf_vit.types import BoolArray, Window

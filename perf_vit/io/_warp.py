@@ -13,9 +13,9 @@ from rasterio.vrt import WarpedVRT
 from rasterio.warp import transform as warp_points
 
 from perf_vit.errors import InputError
+from perf_vit.io._band_layout import BandLayout
 from perf_vit.io._gdal import GDAL_ERRORS, crs_name, open_dataset, reason_of
 from perf_vit.io._grid import Grid
-from perf_vit.io._layout import BandLayout
 
 __all__ = ["open_warped", "suggested_grid"]
 

@@ -16,10 +16,10 @@ from rasterio.enums import Resampling
 from rasterio.errors import CRSError
 
 from perf_vit.errors import InputError
+from perf_vit.io._band_layout import PixelArray, PixelOptions
 from perf_vit.io._gdal import crs_name
 from perf_vit.io._grid import Grid, GridOptions, target_grid
 from perf_vit.io._handles import PerThread, Pool
-from perf_vit.io._layout import PixelArray, PixelOptions
 from perf_vit.io._tiles import OpenTile, Tile, describe_tile, open_tile
 from perf_vit.io.raster import RasterSource
 from perf_vit.types import BoolArray, Window

@@ -13,10 +13,10 @@ import numpy as np
 from affine import Affine
 
 from perf_vit.errors import InputError
+from perf_vit.io._band_layout import BandLayout, Palette, PixelArray, PixelOptions
 from perf_vit.io._gdal import crs_name, open_dataset
 from perf_vit.io._grid import Bounds, Grid
 from perf_vit.io._handles import PerThread
-from perf_vit.io._layout import BandLayout, Palette, PixelArray, PixelOptions
 from perf_vit.types import BoolArray, GeoImage, Window
 
 __all__ = ["Bounds", "RasterSource"]

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from perf_vit.errors import InputError
+from perf_vit.io._band_layout import Palette
 from perf_vit.io._grid import Bounds
-from perf_vit.io._layout import Palette
 from perf_vit.io._raster_inputs import open_raster
 from perf_vit.io._slides import is_slide, open_slide
 from perf_vit.types import Source
