@@ -46,7 +46,7 @@ def _items(path: str) -> list[Mapping[str, Any]]:
     items: list[Mapping[str, Any]] = (
         [item for item in content if isinstance(item, dict) and "assets" in item] if content else []
     )
-    if not items or len(items) != len(content):
+    if not items or len(items) != len(listed):
         raise InputError(f"{path} must hold STAC items, each with assets: an ItemCollection, a list or one item")
     return items
 

@@ -165,7 +165,7 @@ def _check_alike(first: Tile, other: Tile) -> None:
 def _parse_crs(crs: Any) -> CRS:
     try:
         return CRS.from_user_input(crs)
-    except CRSError as error:
+    except (CRSError, ValueError) as error:
         raise InputError(f"crs must be a code such as EPSG:32637, or WKT or PROJ text, got {crs!r}") from error
 
 

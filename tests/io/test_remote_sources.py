@@ -40,7 +40,7 @@ class _Files(BaseHTTPRequestHandler):
         if self.command == "GET":
             self.wfile.write(content[start:stop])
 
-    do_HEAD = do_GET
+    do_HEAD = do_GET  # noqa: N815
 
     def log_message(self, *_: object) -> None:
         pass
