@@ -43,9 +43,8 @@ def _items(path: str) -> list[Mapping[str, Any]]:
         raise InputError(f"can't read {path} as JSON: {error}") from error
     if isinstance(content, dict):
         content = content.get("features", [content])
-    items: list[Mapping[str, Any]] = (
-        [item for item in content if isinstance(item, dict) and "assets" in item] if content else []
-    )
+    listed = content if isinstance(content, list) else []
+    items: list[Mapping[str, Any]] = [item for item in listed if isinstance(item, dict) and "assets" in item]
     if not items or len(items) != len(listed):
         raise InputError(f"{path} must hold STAC items, each with assets: an ItemCollection, a list or one item")
     return items

@@ -178,4 +178,5 @@ def _resampling(name: str) -> Resampling:
 
 
 def _box(window: Window) -> Any:
-    return shapely.box(window.col, window.row, window.col_stop, window.row_stop)
+    # Windows that only share an edge don't meet.
+    return shapely.box(window.col + 0.25, window.row + 0.25, window.col_stop - 0.25, window.row_stop - 0.25)

@@ -227,10 +227,16 @@ def _is_link(fd: str) -> bool:
 
 def test_a_window_opens_only_the_files_that_it_meets(make_scene) -> None:
     paths, whole = _grid_of_tiles(make_scene)
+    whole[:, 5, 5] = 0
+    with rasterio.open(paths[0], "r+") as dataset:
+        dataset.write(whole[:, :40, :50])
     source = open_source(paths)
     for path in paths[1:]:
         path.unlink()
-    assert np.array_equal(source.read(Window(0, 0, 40, 50)).pixels, whole[:, :40, :50])
+    # Not even for the missing pixel.
+    image = source.read(Window(0, 0, 40, 50))
+    assert np.array_equal(image.pixels, whole[:, :40, :50])
+    assert not image.valid[5, 5]
     with pytest.raises(InputError, match=r"scene_1.tif: no such file"):
         source.read(Window(0, 0, 40, 51))
 

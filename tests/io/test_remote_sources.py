@@ -11,7 +11,7 @@ import pytest
 import rasterio
 
 from perf_vit.errors import InputError
-from perf_vit.io import open_source
+from perf_vit.io import _remote, open_source
 from perf_vit.types import Window
 
 
@@ -103,6 +103,20 @@ def test_a_silent_server_is_given_up(monkeypatch) -> None:
         with pytest.raises(InputError, match="can't open"):
             open_source(f"http://127.0.0.1:{silent.getsockname()[1]}/a.tif")
         assert time.monotonic() - start < 10
+
+
+def test_a_server_that_falls_silent_while_reading_is_given_up(make_scene, serve, monkeypatch) -> None:
+    for name, value in {"GDAL_HTTP_TIMEOUT": "1", "GDAL_HTTP_MAX_RETRY": "0"}.items():
+        monkeypatch.setitem(_remote._DEFAULTS, name, value)
+    url, _ = serve({"/d.tif": _noise(make_scene).read_bytes()})
+    source = open_source(f"{url}/d.tif")
+    asleep = threading.Event()
+    monkeypatch.setattr(_Files, "do_GET", lambda _: asleep.wait(20))
+    start = time.monotonic()
+    with pytest.raises(InputError, match="can't read rows 300 to 500"):
+        source.read(Window(300, 0, 200, 600))
+    assert time.monotonic() - start < 10
+    asleep.set()
 
 
 def test_settings_for_urls_hide_nothing_beside_local_files(make_scene, serve) -> None:
