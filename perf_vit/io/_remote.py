@@ -25,11 +25,14 @@ _DEFAULTS = {
     "VSI_CACHE_SIZE": "16777216",
     "GDAL_HTTP_MERGE_CONSECUTIVE_RANGES": "YES",
     "GDAL_HTTP_MULTIPLEX": "YES",
-    # In seconds: without them, GDAL waits for a silent server for ever.
+    # Without limits, in seconds and bytes a second, GDAL waits for a silent server for ever. Silence is too low a speed,
+    # which GDAL doesn't try again; a timeout it does.
     "GDAL_HTTP_CONNECTTIMEOUT": "10",
-    "GDAL_HTTP_TIMEOUT": "60",
-    "GDAL_HTTP_MAX_RETRY": "3",
-    "GDAL_HTTP_RETRY_DELAY": "1",
+    "GDAL_HTTP_LOW_SPEED_TIME": "10",
+    "GDAL_HTTP_LOW_SPEED_LIMIT": "100",
+    "GDAL_HTTP_TIMEOUT": "120",
+    "GDAL_HTTP_MAX_RETRY": "2",
+    "GDAL_HTTP_RETRY_DELAY": "0.5",
 }
 
 
