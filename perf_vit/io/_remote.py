@@ -25,7 +25,7 @@ _DEFAULTS = {
     "VSI_CACHE_SIZE": "16777216",
     "GDAL_HTTP_MERGE_CONSECUTIVE_RANGES": "YES",
     "GDAL_HTTP_MULTIPLEX": "YES",
-    # Without limits, in seconds and bytes a second, GDAL waits for a silent server for ever. Silence is too low a speed,
+    # Without limits, in seconds and bytes a second, GDAL waits for a silent server for ever. Silence is a low speed,
     # which GDAL doesn't try again; a timeout it does.
     "GDAL_HTTP_CONNECTTIMEOUT": "10",
     "GDAL_HTTP_LOW_SPEED_TIME": "10",
