@@ -6,6 +6,7 @@ from perf_vit.io.describe import SourceInfo, describe_source
 from perf_vit.io.existing import holds_layout
 from perf_vit.io.labels import LabelSource, open_labels
 from perf_vit.io.layout import RasterLayout
+from perf_vit.io.mosaic import MosaicSource
 from perf_vit.io.ome_tiff import write_ome_tiff
 from perf_vit.io.polygons import polygonize_classes
 from perf_vit.io.quicklook import colorize, default_colormap, natural_bands, rgb_from, save_png, write_map_quicklook
@@ -19,6 +20,7 @@ from perf_vit.io.writers import CogWriter
 __all__ = [
     "CogWriter",
     "LabelSource",
+    "MosaicSource",
     "RasterLayout",
     "RasterSource",
     "SlideSource",
