@@ -30,6 +30,8 @@ WindowSize = Annotated[int | None, typer.Option(help="Side of a window in pixels
 Overlap = Annotated[int | None, typer.Option(help="Pixels that neighbours share; a quarter window by default.")]
 BatchSize = Annotated[int, typer.Option(help="Windows a forward pass.", min=1)]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, mps.")]
+Mpp = Annotated[float | None, typer.Option(help="Micrometres per pixel to read slides at.")]
+SlideMpp = Annotated[float | None, typer.Option(help="Of a slide's level 0, where the file doesn't say.")]
 Precision = Annotated[str, typer.Option(help="32, bf16 or 16.")]
 
 
@@ -96,6 +98,22 @@ def predict(
         bool, typer.Option("--overwrite", help="Of several maps, make those anew that are there already.")
     ] = False,
     path_column: Annotated[str, typer.Option(help="Column of a list that holds the paths.")] = "path",
+    polygons: Annotated[
+        Literal["gpkg", "geojson", "parquet", "json"] | None,
+        typer.Option(
+            help="Write the areas of the classes, but the first, beside the map; geojson of slides is QuPath's."
+        ),
+    ] = None,
+    mosaic: Annotated[bool, typer.Option("--mosaic", help="Read a folder, glob or STAC items as one scene.")] = False,
+    crs: Annotated[str | None, typer.Option(help="Read rasters in this CRS, as EPSG:32637.")] = None,
+    resolution: Annotated[
+        float | None, typer.Option(help="Read rasters with pixels of this size, in CRS units.")
+    ] = None,
+    mpp: Mpp = None,
+    slide_mpp: SlideMpp = None,
+    tissue: Annotated[
+        str | None, typer.Option(help="Only the tissue of slides: otsu, or a GeoJSON file of polygons.")
+    ] = None,
     device: Device = "auto",
     precision: Precision = "32",
     engine: Annotated[Literal["local", "ray"], typer.Option(help="This process, or a Ray cluster.")] = "local",
@@ -114,6 +132,9 @@ def predict(
         [*inputs, *(more_inputs or ())],
         output,
         path_column=path_column,
+        mosaic=mosaic,
+        polygons=polygons,
+        source={"crs": crs, "resolution": resolution, "mpp": mpp, "slide_mpp": slide_mpp, "tissue": tissue},
         overwrite=overwrite,
         engine=engine,
         num_actors=num_actors,
@@ -228,8 +249,8 @@ def info(
         str | None, typer.Option(help="A .ckpt file, or a model of timm: count its tokens and time it.")
     ] = None,
     window_size: WindowSize = None,
-    mpp: Annotated[float | None, typer.Option(help="Micrometres per pixel to read a slide at.")] = None,
-    slide_mpp: Annotated[float | None, typer.Option(help="Of a slide's level 0, where the file doesn't say.")] = None,
+    mpp: Mpp = None,
+    slide_mpp: SlideMpp = None,
     json: Annotated[bool, typer.Option("--json", help="For programs.")] = False,
 ) -> None:
     """Tell what a raster or slide is, and how long a model would take for it."""

@@ -10,11 +10,11 @@ from typing import Any
 import torch
 
 from perf_vit.cli.console import mean_over_present, print_damage, windows_progress
-from perf_vit.cli.segmentation_maps import SegmentationMaps, on_device, open_for, resolved_precision
+from perf_vit.cli.segmentation_maps import SegmentationMaps, on_device, resolved_precision
 from perf_vit.data import region_window
 from perf_vit.errors import OutputError
 from perf_vit.inference import MapInput, OutputKind, segment_strips
-from perf_vit.io import open_labels
+from perf_vit.io import open_labels, open_raster
 from perf_vit.models import Segmenter, load_segmenter
 from perf_vit.tasks import ClassScores, class_scores, segmentation_metrics
 from perf_vit.types import IGNORE_INDEX
@@ -49,7 +49,7 @@ def evaluate_raster(
 ) -> list[ClassScores]:
     """Score the blended prediction of a raster against labels, read as in training; each pixel counts once."""
     model = load_segmenter(checkpoint)
-    source = open_for(model, image)
+    source = open_raster(image, bands=model.spec.bands, nodata=model.spec.nodata)
     truth = open_labels(labels, source, classes=model.spec.classes, **model.spec.label_options)
     extent = region_window(None if region is None else list(region), source, "--region")
     metrics = segmentation_metrics(len(model.spec.classes))

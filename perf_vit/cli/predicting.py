@@ -35,6 +35,7 @@ def predict_inputs(
     output: Path,
     *,
     path_column: str = "path",
+    mosaic: bool = False,
     overwrite: bool = False,
     engine: Engine = "local",
     num_actors: int | None = None,
@@ -51,7 +52,9 @@ def predict_inputs(
     open_pool = partial(RayPool, num_actors=num_actors, address=ray_address, use_gpus=use_gpus)
     if engine == "local" and (num_actors or ray_address):
         raise ConfigError("--num-actors and --ray-address are for --engine ray")
-    if not is_one_file(inputs):
+    if mosaic and len(inputs) != 1:
+        raise ConfigError(f"--mosaic reads one folder, glob or list of STAC items as one scene, got {len(inputs)}")
+    if not mosaic and not is_one_file(inputs):
         found = _find(inputs, output, path_column)
         if engine == "local":
             _run_many(SegmentationMaps(checkpoint, overwrite=overwrite, **options), found, output, None, options)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -11,17 +11,28 @@ import torch
 
 from perf_vit.errors import ConfigError, InputError
 from perf_vit.inference import MapInput, MapJob, MapResult, OutputKind, make_map, segment_job
-from perf_vit.io import RasterSource, open_raster, write_map_quicklook
+from perf_vit.io import open_source, polygonize_classes, write_map_quicklook, write_objects
 from perf_vit.models import Segmenter, load_segmenter, segmenter_id
+from perf_vit.types import Source
 
-__all__ = ["SegmentationMaps", "on_device", "open_for", "resolved_precision"]
+__all__ = ["POLYGON_SUFFIXES", "SegmentationMaps", "on_device", "open_for", "resolved_precision"]
+
+POLYGON_SUFFIXES = ("gpkg", "geojson", "parquet", "json")
+"""Of files of polygons beside a map."""
 
 _PRECISIONS = {"32": torch.float32, "bf16": torch.bfloat16, "16": torch.float16}
 
 
-def open_for(model: Segmenter, image: str | Path) -> RasterSource:
-    """Open a raster with the bands and nodata that a model was trained with."""
-    return open_raster(image, bands=model.spec.bands, nodata=model.spec.nodata)
+def open_for(model: Segmenter, image: str | Path, **options: Any) -> Source:
+    """Open a raster or slide with the bands and nodata that a model was trained with.
+
+    Args:
+        model: knows its input.
+        image: what to open.
+        **options: further ones of `perf_vit.open_source`; None counts as not given.
+    """
+    given = {"nodata": model.spec.nodata, **options}
+    return open_source(image, bands=model.spec.bands, **{k: v for k, v in given.items() if v is not None})
 
 
 def resolved_precision(name: str) -> torch.dtype:
@@ -63,6 +74,8 @@ class SegmentationMaps:
         checkpoint: that `perf-vit train` wrote.
         kind: of the maps.
         quicklook: write one beside each map, with the suffix .png.
+        polygons: write the areas of the classes beside each map, with this suffix: gpkg, geojson, ...
+        source: options of `perf_vit.open_source`.
         device: auto, cpu, cuda, cuda:1, mps.
         precision: 32, bf16 or 16.
         batch_size: windows a forward pass.
@@ -78,6 +91,8 @@ class SegmentationMaps:
         *,
         kind: OutputKind = "classes",
         quicklook: bool = True,
+        polygons: str | None = None,
+        source: Mapping[str, Any] | None = None,
         device: str = "auto",
         precision: str = "32",
         batch_size: int = 1,
@@ -87,7 +102,12 @@ class SegmentationMaps:
         **settings: Any,
     ) -> None:
         self.checkpoint = checkpoint.absolute()
+        if polygons is not None and (polygons not in POLYGON_SUFFIXES or kind != "classes"):
+            got = f"got {polygons}" if polygons not in POLYGON_SUFFIXES else f"which {kind} have none of"
+            raise ConfigError(f"--polygons must be one of {', '.join(POLYGON_SUFFIXES)}, of --kind classes, {got}")
         self._quicklook = quicklook
+        self._polygons = polygons
+        self._source = dict(source or {})
         self._make = {"resume": resume, "overwrite": overwrite}
         self._rows = {"batch_size": batch_size, "num_readers": num_readers}
         self._settings = {"kind": kind, "precision": resolved_precision(precision), **settings}
@@ -115,7 +135,7 @@ class SegmentationMaps:
             InputError: it can't be opened, or doesn't fit the model.
             OutputError: the map would replace it, or isn't named .tif.
         """
-        source = open_for(self.model, item.path)
+        source = open_for(self.model, item.path, **self._source)
         device = self._device
         return segment_job(self.model, source, item.output, model_id=self.model_id, device=device, **self._settings)
 
@@ -145,6 +165,11 @@ class SegmentationMaps:
         result = make_map(job, write_rows, **self._make)
         if self._quicklook and result.made:
             self._write_quicklook(job, damaged=bool(result.damaged))
+        if self._polygons and result.made:
+            polygons, labels = polygonize_classes(job.out)
+            path = job.out.with_suffix(f".{self._polygons}")
+            write_objects(path, polygons, None, labels, self.model.spec.classes, source=job.source,
+                          object_type="annotation")  # fmt: skip
         job.source.close()
         return result
 

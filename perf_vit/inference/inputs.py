@@ -16,10 +16,9 @@ from perf_vit.errors import InputError, OutputError
 
 __all__ = ["MapInput", "find_inputs", "is_one_file"]
 
-_SUFFIXES = frozenset(
-    {".tif", ".tiff", ".vrt", ".jp2", ".img", ".png", ".jpg", ".jpeg", ".zarr"}
-    | {".svs", ".ndpi", ".mrxs", ".scn", ".svslide", ".bif", ".vms", ".vmu", ".dcm"}
-)
+_SLIDES = frozenset({".svs", ".ndpi", ".mrxs", ".scn", ".svslide", ".bif", ".vms", ".vmu", ".dcm"})
+
+_SUFFIXES = frozenset({".tif", ".tiff", ".vrt", ".jp2", ".img", ".png", ".jpg", ".jpeg", ".zarr"} | _SLIDES)
 """Of the files that a folder is searched for."""
 
 _FOLDERS = frozenset({".zarr"})
@@ -171,7 +170,8 @@ def _check_names(inputs: Sequence[MapInput]) -> None:
 
 
 def _map_name(name: str) -> str:
-    return f"{PurePosixPath(name).stem}.tif"
+    stem, suffix = PurePosixPath(name).stem, PurePosixPath(name).suffix.lower()
+    return f"{stem}.ome.tif" if suffix in _SLIDES else f"{stem}.tif"
 
 
 def _is_remote(path: str) -> bool:

@@ -12,7 +12,7 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from perf_vit.errors import BusyError, OutputError
+from perf_vit.errors import BusyError, OutputError, PerfVitError
 
 __all__ = ["Journal", "open_journal"]
 
@@ -26,11 +26,13 @@ class Journal:
     Attributes:
         folder: where rows and temporary files go.
         path: the output.
+        begun: whether what is in the folder is of this run.
     """
 
     def __init__(self, folder: Path, path: Path) -> None:
         self.folder = folder
         self.path = path
+        self.begun = False
 
     def settings(self) -> dict[str, Any] | None:
         """What the rows were made with, None where nothing has been begun."""
@@ -55,12 +57,16 @@ class Journal:
             self._check(before, wanted)
             for unfinished in self.folder.glob("*.tmp"):
                 unfinished.unlink(missing_ok=True)
+            self.begun = True
             return
         with _refusing(self.path):
             for file in self.folder.iterdir():
-                if file.name != _LOCK:
+                if file.is_dir():
+                    shutil.rmtree(file)
+                elif file.name != _LOCK:
                     file.unlink()
             self._write_settings(wanted)
+        self.begun = True
 
     def complete(self, made: Path) -> None:
         """Move the finished file to the output's name; then the folder has done its work."""
@@ -103,11 +109,15 @@ def open_journal(path: Path) -> Iterator[Journal]:
     made = [parent for parent in (folder, *folder.absolute().parents) if not parent.exists()]
     try:
         with _locked(folder, path):
+            journal = Journal(folder, path)
             try:
-                yield Journal(folder, path)
-            except BaseException:
+                yield journal
+            except BaseException as error:
                 if not any(folder.glob("rows_*")):
                     _remove(folder)
+                elif journal.begun and isinstance(error, PerfVitError):
+                    kept = f"{folder.name} keeps the finished rows, and the same command goes on there"
+                    raise type(error)(f"{error}; {kept}") from error
                 raise
             _remove(folder)
     finally:

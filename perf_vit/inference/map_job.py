@@ -21,7 +21,16 @@ from perf_vit.inference.dense_output import DenseOutput
 from perf_vit.inference.engine import Strip, TileModel, predict_strips
 from perf_vit.inference.journal import Journal, open_journal
 from perf_vit.inference.reader import Reads, SalvagingReader
-from perf_vit.io import RasterLayout, StripStore, bounded_cache, holds_layout, write_cog
+from perf_vit.io import (
+    RasterLayout,
+    SlideSource,
+    StripStore,
+    bounded_cache,
+    holds_layout,
+    is_ome_tiff_name,
+    write_cog,
+    write_ome_tiff,
+)
 from perf_vit.tiling import Blend, grid_windows
 from perf_vit.types import GeoImage, Source, Window
 
@@ -46,7 +55,7 @@ class MapJob:
 
     Attributes:
         source: from `perf_vit.open_source`.
-        out: path of the map, .tif.
+        out: path of the map: .tif for a Cloud-Optimised GeoTIFF, .ome.tif for a pyramid that viewers of slides open.
         output: how scores become pixels.
         model_id: tells this model and its weights from others.
         num_channels: K, the channels of the model's output.
@@ -59,7 +68,7 @@ class MapJob:
         on_error: "stop" at a window that can't be read, or "skip" what is damaged of it, as nodata.
 
     Raises:
-        OutputError: the map would replace its input, or isn't named .tif.
+        OutputError: the map would replace its input, isn't named .tif, or is an OME-TIFF of pixels of unknown size.
     """
 
     source: Source
@@ -202,7 +211,13 @@ class MapJob:
         layout = self.layout
         layout = replace(layout, tags={**layout.tags, _DAMAGE_TAG: str(len(damaged))})
         made = journal.folder / self.out.name
-        write_cog(StripStore(journal.folder, layout, self.out), layout, made, self.out)
+        store = StripStore(journal.folder, layout, self.out)
+        if is_ome_tiff_name(self.out):
+            pyramid = journal.folder / "pyramid.tif"
+            write_cog(store, layout, pyramid, self.out)
+            write_ome_tiff(made, pyramid, mpp=_mpp_xy(self.source), tags=layout.tags)
+        else:
+            write_cog(store, layout, made, self.out)
         journal.complete(made)
         return damaged
 
@@ -273,19 +288,36 @@ def _write_behind(strips: Iterable[Strip], write: Callable[[Strip], None]) -> No
 
 def _input_identity(source: Source) -> dict[str, Any]:
     """What tells an input from a changed one, without reading all of it."""
-    path = Path(source.path)
-    stat = path.stat() if path.exists() else None
+    files = [Path(path) for path in getattr(source, "paths", (source.path,))]
+    stats = [file.stat() if file.exists() else None for file in files]
     return {
         # A cluster's workers stand in other folders.
-        "input": str(path.absolute()) if stat else str(source.path),
-        "input_bytes": stat and stat.st_size,
-        "input_modified_ns": stat and stat.st_mtime_ns,
+        "input": [str(file.absolute()) if stat else str(file) for file, stat in zip(files, stats, strict=True)],
+        "input_bytes": [stat and stat.st_size for stat in stats],
+        "input_modified_ns": [stat and stat.st_mtime_ns for stat in stats],
         "input_layout": [source.num_bands, source.height, source.width, str(source.dtype)],
+        # The same file may be read on another grid.
+        "input_place": [list(source.transform)[:6], source.crs and source.crs.to_wkt(), source.mpp],
     }
+
+
+def _mpp_xy(source: Source) -> tuple[float, float]:
+    """Micrometres per pixel of a slide as it is read."""
+    if source.mpp is None:
+        raise OutputError(
+            f"an OME-TIFF tells the size of its pixels, and that of {source.path} is not known; give slide_mpp "
+            "(--slide-mpp), or a name that ends in .tif alone"
+        )
+    if not isinstance(source, SlideSource) or source.slide_mpp is None:
+        return source.mpp, source.mpp
+    (mpp_x, mpp_y), (down_x, down_y) = source.slide_mpp, source.downsample_xy
+    return mpp_x * down_x, mpp_y * down_y
 
 
 def _check_output(out: Path, source: Source) -> None:
     if out.suffix.lower() not in {".tif", ".tiff"}:
         raise OutputError(f"the map is a GeoTIFF: its name must end in .tif, got {out}; try {out.with_suffix('.tif')}")
+    if is_ome_tiff_name(out):
+        _mpp_xy(source)
     if out.exists() and Path(source.path).exists() and out.samefile(source.path):
         raise OutputError(f"the map would replace its own input {out}; choose another output")

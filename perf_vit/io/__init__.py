@@ -7,7 +7,7 @@ from perf_vit.io.existing import holds_layout
 from perf_vit.io.labels import LabelSource, open_labels
 from perf_vit.io.layout import RasterLayout
 from perf_vit.io.mosaic import MosaicSource
-from perf_vit.io.ome_tiff import write_ome_tiff
+from perf_vit.io.ome_tiff import is_ome_tiff_name, write_ome_tiff
 from perf_vit.io.polygons import polygonize_classes
 from perf_vit.io.quicklook import colorize, default_colormap, natural_bands, rgb_from, save_png, write_map_quicklook
 from perf_vit.io.raster import RasterSource
@@ -31,6 +31,7 @@ __all__ = [
     "default_colormap",
     "describe_source",
     "holds_layout",
+    "is_ome_tiff_name",
     "natural_bands",
     "open_labels",
     "open_raster",

@@ -14,7 +14,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from perf_vit.errors import InputError, OutputError
 from perf_vit.io._staging import staged
-from perf_vit.io.sources import open_raster
+from perf_vit.io.sources import open_source
 from perf_vit.types import IGNORE_INDEX, GeoImage, LabelArray, Source
 
 __all__ = ["colorize", "default_colormap", "natural_bands", "rgb_from", "save_png", "write_map_quicklook"]
@@ -113,8 +113,9 @@ def write_map_quicklook(source: Source, map_path: str | Path, path: str | Path, 
         OutputError: the picture can't be written.
     """
     colors = default_colormap(len(classes))
-    with open_raster(map_path) as result:
-        labels = _class_indices(result.read_reduced(_PANEL_PX))
+    result = open_source(map_path)
+    labels = _class_indices(result.read_reduced(_PANEL_PX))
+    result.close()
     scene = rgb_from(source.read_reduced(_PANEL_PX), natural_bands(source))
     painted = colorize(labels, colors)
     painted[painted[..., 3] == 0] = 255
