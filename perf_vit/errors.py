@@ -1,6 +1,6 @@
 """The errors a user can cause: each message says what was expected, what came and what to do next."""
 
-__all__ = ["CheckpointError", "ConfigError", "InputError", "OutputError", "PerfVitError"]
+__all__ = ["BusyError", "CheckpointError", "ConfigError", "InputError", "OutputError", "PerfVitError"]
 
 
 class PerfVitError(ValueError):
@@ -17,6 +17,10 @@ class InputError(PerfVitError):
 
 class OutputError(PerfVitError):
     """A result that can't be written where it was asked for."""
+
+
+class BusyError(OutputError):
+    """A result that another process is writing just now."""
 
 
 class CheckpointError(PerfVitError):

@@ -30,6 +30,8 @@ WindowSize = Annotated[int | None, typer.Option(help="Side of a window in pixels
 Overlap = Annotated[int | None, typer.Option(help="Pixels that neighbours share; a quarter window by default.")]
 BatchSize = Annotated[int, typer.Option(help="Windows a forward pass.", min=1)]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, mps.")]
+Mpp = Annotated[float | None, typer.Option(help="Micrometres per pixel to read slides at.")]
+SlideMpp = Annotated[float | None, typer.Option(help="Of a slide's level 0, where the file doesn't say.")]
 Precision = Annotated[str, typer.Option(help="32, bf16 or 16.")]
 
 
@@ -68,8 +70,15 @@ def distill(
 @app.command()
 def predict(
     checkpoint: Checkpoint,
-    image: Input,
-    output: Annotated[Path, typer.Option(help="The map to write, .tif; a quicklook .png goes beside it.")],
+    inputs: Annotated[
+        list[str], typer.Option("--input", help="A raster, a folder, a glob, or a list as CSV or Parquet; repeat it.")
+    ],
+    output: Annotated[
+        Path, typer.Option(help="The map to write, .tif; a quicklook .png goes beside it. A folder for several maps.")
+    ],
+    more_inputs: Annotated[
+        list[str] | None, typer.Argument(help="Further inputs: what a shell makes of --input *.tif.")
+    ] = None,
     kind: Annotated[
         Literal["classes", "probabilities", "probabilities-uint8"],
         typer.Option(help="Class indices, one float32 band a class, or the same in steps of 1/254."),
@@ -82,19 +91,54 @@ def predict(
     num_readers: Annotated[int, typer.Option(help="Threads that read ahead.", min=1)] = 2,
     resume: Annotated[bool, typer.Option("--resume/--no-resume", help="Go on with an interrupted map.")] = True,
     on_error: Annotated[
-        Literal["stop", "skip"], typer.Option(help="Stop at pixels that can't be read, or leave them out as nodata.")
+        Literal["stop", "skip"],
+        typer.Option(help="Stop at an error, or leave pixels that can't be read as nodata and go on after bad files."),
     ] = "stop",
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Of several maps, make those anew that are there already.")
+    ] = False,
+    path_column: Annotated[str, typer.Option(help="Column of a list that holds the paths.")] = "path",
+    polygons: Annotated[
+        Literal["gpkg", "geojson", "parquet", "json"] | None,
+        typer.Option(
+            help="Write the areas of the classes, but the first, beside the map; geojson of slides is QuPath's."
+        ),
+    ] = None,
+    mosaic: Annotated[bool, typer.Option("--mosaic", help="Read a folder, glob or STAC items as one scene.")] = False,
+    crs: Annotated[str | None, typer.Option(help="Read rasters in this CRS, as EPSG:32637.")] = None,
+    resolution: Annotated[
+        float | None, typer.Option(help="Read rasters with pixels of this size, in CRS units.")
+    ] = None,
+    mpp: Mpp = None,
+    slide_mpp: SlideMpp = None,
+    tissue: Annotated[
+        str | None, typer.Option(help="Only the tissue of slides: otsu, or a GeoJSON file of polygons.")
+    ] = None,
     device: Device = "auto",
     precision: Precision = "32",
+    engine: Annotated[Literal["local", "ray"], typer.Option(help="This process, or a Ray cluster.")] = "local",
+    num_actors: Annotated[
+        int | None, typer.Option(help="Ray processes; one a GPU, else one a CPU, by default.", min=1)
+    ] = None,
+    ray_address: Annotated[
+        str | None, typer.Option(help="Of a running cluster, as auto; a Ray of its own by default.")
+    ] = None,
 ) -> None:
-    """Map a raster with a trained model."""
-    from perf_vit.cli.console import console
-    from perf_vit.cli.mapping import predict_raster
+    """Map rasters with a trained model."""
+    from perf_vit.cli.predicting import predict_inputs
 
-    predict_raster(
+    predict_inputs(
         checkpoint,
-        image,
+        [*inputs, *(more_inputs or ())],
         output,
+        path_column=path_column,
+        mosaic=mosaic,
+        polygons=polygons,
+        source={"crs": crs, "resolution": resolution, "mpp": mpp, "slide_mpp": slide_mpp, "tissue": tissue},
+        overwrite=overwrite,
+        engine=engine,
+        num_actors=num_actors,
+        ray_address=ray_address,
         kind=kind,
         window_size=window_size,
         overlap=overlap,
@@ -107,7 +151,6 @@ def predict(
         device=device,
         precision=precision,
     )
-    console.print(f"map: {output}\nquicklook: {output.with_suffix('.png')}", soft_wrap=True)
 
 
 @app.command()
@@ -206,8 +249,8 @@ def info(
         str | None, typer.Option(help="A .ckpt file, or a model of timm: count its tokens and time it.")
     ] = None,
     window_size: WindowSize = None,
-    mpp: Annotated[float | None, typer.Option(help="Micrometres per pixel to read a slide at.")] = None,
-    slide_mpp: Annotated[float | None, typer.Option(help="Of a slide's level 0, where the file doesn't say.")] = None,
+    mpp: Mpp = None,
+    slide_mpp: SlideMpp = None,
     json: Annotated[bool, typer.Option("--json", help="For programs.")] = False,
 ) -> None:
     """Tell what a raster or slide is, and how long a model would take for it."""

@@ -1,29 +1,52 @@
 """Whole scenes through a model, window by window, in memory that doesn't know how tall the scene is."""
 
+from perf_vit.inference.damage import DamagedPiece
 from perf_vit.inference.dense import predict_map
 from perf_vit.inference.dense_output import DenseOutput, OutputKind, class_map, class_output, class_probabilities
 from perf_vit.inference.detections import Objects
 from perf_vit.inference.engine import Strip, TileModel, predict_strips
+from perf_vit.inference.inputs import MapInput, find_inputs, is_one_file
+from perf_vit.inference.many import attempt, in_turn, predict_many
+from perf_vit.inference.map_job import MapJob, MapResult, make_map
 from perf_vit.inference.objects import ObjectModel, predict_objects
-from perf_vit.inference.segment import predict, segment_strips
+from perf_vit.inference.ray_pool import RayPool
+from perf_vit.inference.ray_rows import rows_in_pool
+from perf_vit.inference.run_report import InputReport, RunReport, reserve_report
+from perf_vit.inference.segment import predict, segment_job, segment_strips
 from perf_vit.inference.stitch_objects import ObjectStitcher
 from perf_vit.types import Detections
 
 __all__ = [
+    "DamagedPiece",
     "DenseOutput",
     "Detections",
+    "InputReport",
+    "MapInput",
+    "MapJob",
+    "MapResult",
     "ObjectModel",
     "ObjectStitcher",
     "Objects",
     "OutputKind",
+    "RayPool",
+    "RunReport",
     "Strip",
     "TileModel",
+    "attempt",
     "class_map",
     "class_output",
     "class_probabilities",
+    "find_inputs",
+    "in_turn",
+    "is_one_file",
+    "make_map",
     "predict",
+    "predict_many",
     "predict_map",
     "predict_objects",
     "predict_strips",
+    "reserve_report",
+    "rows_in_pool",
+    "segment_job",
     "segment_strips",
 ]

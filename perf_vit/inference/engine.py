@@ -55,6 +55,7 @@ def predict_strips(
     window_size: int,
     overlap: int,
     start_row: int | None = None,
+    stop_row: int | None = None,
     blend: Blend = "hann",
     flips: bool = False,
     batch_size: int = 1,
@@ -77,8 +78,9 @@ def predict_strips(
         num_channels: K, the channels of the model's output.
         window_size: side of a window, in pixels.
         overlap: pixels that neighbouring windows share.
-        start_row: first row wanted, where a row of windows begins or any row below it; the extent's first by default.
-            The strips from there on are the same bits as those of the whole extent.
+        start_row: first row wanted; the extent's first by default. The strips that hold wanted rows are the same bits
+            as those of the whole extent; windows above that reach into them are computed again.
+        stop_row: first row below those wanted; the extent's end by default.
         blend: "hann" or "gaussian" weights; a window counts least at its edge, where it has seen least.
         flips: average the scores of a tile and its three mirror images.
         batch_size: windows a forward pass.
@@ -88,12 +90,14 @@ def predict_strips(
         on_window: called with (windows done, windows in all), for a progress bar.
 
     Yields:
-        Strips of at most 128 rows that cover the extent once, in order.
+        Strips of at most 128 rows that cover the wanted rows once, in order; the first and the last may hold others.
 
     Raises:
         InputError: a window can't be read, or the model's output is not [B, num_channels, h, w].
     """
-    plan = _Plan(extent, window_size, overlap, extent.row if start_row is None else start_row)
+    start_row = extent.row if start_row is None else start_row
+    stop_row = extent.row_stop if stop_row is None else stop_row
+    plan = _Plan(extent, window_size, overlap, start_row, stop_row)
     weights = blend_weights(blend, window_size)
     forward = _Forward(model, num_channels, device, precision, flips)
     stitcher = RowStitcher(plan.stitched, window_size, num_channels)
@@ -107,7 +111,7 @@ def predict_strips(
                 on_window(row.num_before + done, plan.num_windows)
             on_window(row.num_before + len(row.windows), plan.num_windows)
             for window, blended, valid in stitcher.advance(row.stop, _STRIP_ROWS):
-                if window.row_stop > plan.start_row:
+                if window.row_stop > start_row and window.row < stop_row:
                     yield Strip(window, blended, valid)
 
 
@@ -127,19 +131,22 @@ class _WindowRow:
 
 
 class _Plan:
-    """The rows of windows that a run from `start_row` on needs."""
+    """The rows of windows that the rows [start_row, stop_row) of a scene need."""
 
-    def __init__(self, extent: Window, window_size: int, overlap: int, start_row: int) -> None:
+    def __init__(self, extent: Window, window_size: int, overlap: int, start_row: int, stop_row: int) -> None:
         windows = grid_windows(extent, window_size, overlap)
         groups = [list(group) for _, group in itertools.groupby(windows, key=lambda window: window.row)]
         stops = [group[0].row for group in groups[1:]] + [extent.row_stop]
         rows = [
             _WindowRow(group, stop, i * len(group)) for i, (group, stop) in enumerate(zip(groups, stops, strict=True))
         ]
-        wanted = [row for row in rows if row.stop > start_row]
+        wanted = [row for row in rows if row.stop > start_row and row.windows[0].row < stop_row]
         # The rows of windows above that reach into the first wanted one belong to its mean.
-        self.rows = [row for row in rows if wanted and row.windows[0].row_stop > wanted[0].windows[0].row]
-        self.start_row = start_row
+        self.rows = [
+            row
+            for row in rows
+            if wanted and row.windows[0].row_stop > wanted[0].windows[0].row and row.num_before <= wanted[-1].num_before
+        ]
         self.num_windows = len(windows)
         begin = self.rows[0].windows[0].row if self.rows else extent.row
         self.stitched = Window(begin, extent.col, extent.row_stop - begin, extent.width)

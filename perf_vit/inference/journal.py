@@ -12,7 +12,7 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from perf_vit.errors import OutputError
+from perf_vit.errors import BusyError, OutputError, PerfVitError
 
 __all__ = ["Journal", "open_journal"]
 
@@ -26,11 +26,13 @@ class Journal:
     Attributes:
         folder: where rows and temporary files go.
         path: the output.
+        begun: whether what is in the folder is of this run.
     """
 
     def __init__(self, folder: Path, path: Path) -> None:
         self.folder = folder
         self.path = path
+        self.begun = False
 
     def settings(self) -> dict[str, Any] | None:
         """What the rows were made with, None where nothing has been begun."""
@@ -53,12 +55,18 @@ class Journal:
         before = self.settings()
         if before is not None and resume:
             self._check(before, wanted)
+            for unfinished in self.folder.glob("*.tmp"):
+                unfinished.unlink(missing_ok=True)
+            self.begun = True
             return
         with _refusing(self.path):
             for file in self.folder.iterdir():
-                if file.name != _LOCK:
+                if file.is_dir():
+                    shutil.rmtree(file)
+                elif file.name != _LOCK:
                     file.unlink()
             self._write_settings(wanted)
+        self.begun = True
 
     def complete(self, made: Path) -> None:
         """Move the finished file to the output's name; then the folder has done its work."""
@@ -92,7 +100,8 @@ def open_journal(path: Path) -> Iterator[Journal]:
         path: the output; missing parent folders are made.
 
     Raises:
-        OutputError: another process works on it, or nothing can be written there.
+        BusyError: another process works on it.
+        OutputError: nothing can be written there.
     """
     folder = path.with_name(f"{path.name}.partial")
     if path.is_dir():
@@ -100,11 +109,15 @@ def open_journal(path: Path) -> Iterator[Journal]:
     made = [parent for parent in (folder, *folder.absolute().parents) if not parent.exists()]
     try:
         with _locked(folder, path):
+            journal = Journal(folder, path)
             try:
-                yield Journal(folder, path)
-            except BaseException:
+                yield journal
+            except BaseException as error:
                 if not any(folder.glob("rows_*")):
                     _remove(folder)
+                elif journal.begun and isinstance(error, PerfVitError):
+                    kept = f"{folder.name} keeps the finished rows, and the same command goes on there"
+                    raise type(error)(f"{error}; {kept}") from error
                 raise
             _remove(folder)
     finally:
@@ -115,20 +128,31 @@ def open_journal(path: Path) -> Iterator[Journal]:
 
 @contextmanager
 def _locked(folder: Path, path: Path) -> Iterator[None]:
+    busy = BusyError(f"{path} is being written by another process; wait for it, or choose another output")
+    # The system drops the lock with the process that holds it, however that ends.
+    lock = FileLock(folder / _LOCK, timeout=0)
     try:
         with _refusing(path):
             folder.mkdir(parents=True, exist_ok=True)
-            # The system drops the lock with the process that holds it, however that ends.
-            lock = FileLock(folder / _LOCK, timeout=0)
-            lock.acquire()
+            _acquire(lock)
     except Timeout as error:
-        raise OutputError(
-            f"{path} is being written by another process; wait for it, or choose another output"
-        ) from error
+        raise busy from error
+    # The other process may have finished and removed the folder in between: this lock is of a file that is gone.
+    if not (folder / _LOCK).exists():
+        lock.release()
+        raise busy
     try:
         yield
     finally:
         lock.release()
+
+
+def _acquire(lock: FileLock) -> None:
+    try:
+        lock.acquire()
+    except FileNotFoundError as error:
+        # The folder was there a moment ago.
+        raise Timeout(lock.lock_file) from error
 
 
 @contextmanager

@@ -10,10 +10,11 @@ from perf_vit.errors import InputError
 from perf_vit.inference.dense import predict_map
 from perf_vit.inference.dense_output import OutputKind, class_output
 from perf_vit.inference.engine import Strip, predict_strips
+from perf_vit.inference.map_job import MapJob
 from perf_vit.models import Segmenter, segmenter_id
 from perf_vit.types import Source, Window
 
-__all__ = ["predict", "segment_strips"]
+__all__ = ["predict", "segment_job", "segment_strips"]
 
 
 def predict(
@@ -59,6 +60,43 @@ def predict(
         model_id=segmenter_id(model),
         **_windows(model, source, window_size, overlap),
         **engine,
+    )
+
+
+def segment_job(
+    model: Segmenter,
+    source: Source,
+    out: str | Path,
+    *,
+    kind: OutputKind = "classes",
+    window_size: int | None = None,
+    overlap: int | None = None,
+    model_id: str | None = None,
+    **settings: Any,
+) -> MapJob:
+    """What `predict` makes, for those who run it in parts.
+
+    Args:
+        model: as for `predict`.
+        source: as for `predict`.
+        out: as for `predict`.
+        kind: as for `predict`.
+        window_size: as for `predict`.
+        overlap: as for `predict`.
+        model_id: of `segmenter_id`, for those who know it: it takes a look at all weights.
+        **settings: blend, flips, precision, device and on_error of `MapJob`.
+
+    Raises:
+        InputError: the source's bands are not the model's, or the window size doesn't fit the patch size.
+        OutputError: the map would replace its input, or isn't named .tif.
+    """
+    return MapJob(
+        source=source,
+        out=Path(out),
+        output=class_output(kind, model.spec.classes),
+        model_id=model_id or segmenter_id(model),
+        **_windows(model, source, window_size, overlap),
+        **settings,
     )
 
 

@@ -3,21 +3,26 @@
 from perf_vit.io._gdal import bounded_cache
 from perf_vit.io.cog import write_cog
 from perf_vit.io.describe import SourceInfo, describe_source
+from perf_vit.io.existing import holds_layout
 from perf_vit.io.labels import LabelSource, open_labels
 from perf_vit.io.layout import RasterLayout
-from perf_vit.io.ome_tiff import write_ome_tiff
+from perf_vit.io.mosaic import MosaicSource
+from perf_vit.io.ome_tiff import is_ome_tiff_name, write_ome_tiff
 from perf_vit.io.polygons import polygonize_classes
 from perf_vit.io.quicklook import colorize, default_colormap, natural_bands, rgb_from, save_png, write_map_quicklook
 from perf_vit.io.raster import RasterSource
 from perf_vit.io.slide import SlideSource
 from perf_vit.io.sources import open_raster, open_source
 from perf_vit.io.strips import StripStore
+from perf_vit.io.vector_objects import PolygonFile
 from perf_vit.io.vector_writers import write_objects
 from perf_vit.io.writers import CogWriter
 
 __all__ = [
     "CogWriter",
     "LabelSource",
+    "MosaicSource",
+    "PolygonFile",
     "RasterLayout",
     "RasterSource",
     "SlideSource",
@@ -27,6 +32,8 @@ __all__ = [
     "colorize",
     "default_colormap",
     "describe_source",
+    "holds_layout",
+    "is_ome_tiff_name",
     "natural_bands",
     "open_labels",
     "open_raster",

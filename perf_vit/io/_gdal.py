@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import warnings
 from collections.abc import Iterator
@@ -14,6 +15,7 @@ from rasterio._err import CPLE_BaseError
 from rasterio.errors import NotGeoreferencedWarning, RasterioError
 
 from perf_vit.errors import InputError
+from perf_vit.io._remote import is_remote, with_remote_settings
 from perf_vit.types import Window
 
 __all__ = [
@@ -32,20 +34,51 @@ GDAL_ERRORS = (RasterioError, CPLE_BaseError)
 
 # Two rows of windows of 1,024 px across a scene of 40,000 px and three bytes.
 _CACHE_BYTES = 256 * 2**20
+# rasterio's wheels come without some of them.
+_OPTIONAL_DRIVERS = {
+    ".ecw": "ECW",
+    ".sid": "MrSID",
+    ".hdf": "HDF4",
+    ".kea": "KEA",
+    ".h5": "HDF5",
+    ".nc": "netCDF",
+    ".jp2": "JP2OpenJPEG",
+    ".zarr": "Zarr",
+}
 
 
-def open_dataset(path: str) -> Any:
+def open_dataset(path: str, *, name: str | None = None, **options: Any) -> Any:
     """Open a raster for reading.
+
+    Args:
+        path: a file, a URL, a GDAL path or the text of a VRT.
+        name: for errors, instead of the path.
+        **options: GDAL's, for opening.
 
     Raises:
         InputError: no such file, or not a raster.
     """
-    check_exists(path)
+    if not path.startswith("<VRTDataset"):
+        check_exists(path)
+    open_file = functools.partial(rasterio.open, path, **options)
     try:
         with plain_images_allowed():
-            return rasterio.open(path)
+            return with_remote_settings(open_file) if is_remote(path) else open_file()
     except GDAL_ERRORS as error:
-        raise InputError(f"can't open {path} as a raster: {reason_of(error)}") from error
+        hint = _driver_hint(name or path)
+        raise InputError(f"can't open {name or path} as a raster: {reason_of(error)}{hint}") from error
+
+
+def _driver_hint(path: str) -> str:
+    """What is missing where GDAL was built without the driver of a file's format."""
+    driver = _OPTIONAL_DRIVERS.get(os.path.splitext(path)[1].lower())
+    with rasterio.Env() as env:
+        if driver is None or driver in env.drivers():
+            return ""
+    return (
+        f"; this GDAL has no {driver} driver: convert the file to GeoTIFF elsewhere, or install rasterio from source "
+        f"against a GDAL that has it (pip install --no-binary rasterio rasterio)"
+    )
 
 
 @contextmanager

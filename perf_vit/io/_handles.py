@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import os
 import threading
+from collections import OrderedDict
 from collections.abc import Callable
 from typing import Any, Generic, Protocol, TypeVar
 
-__all__ = ["PerThread"]
+__all__ = ["PerThread", "Pool"]
 
 
 class _Closable(Protocol):
@@ -50,3 +51,34 @@ class PerThread(Generic[T]):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__init__(state["open_handle"])  # type: ignore[misc]
+
+
+class Pool(Generic[T]):
+    """A bounded number of open handles; the one not used for longest is closed for a new one.
+
+    For one thread only: `PerThread` gives each thread a pool of its own.
+
+    Args:
+        open_handle: opens the handle of an index.
+        max_open: handles open at a time.
+    """
+
+    def __init__(self, open_handle: Callable[[int], T], max_open: int) -> None:
+        self._open_handle = open_handle
+        self._max_open = max_open
+        self._handles: OrderedDict[int, T] = OrderedDict()
+
+    def get(self, index: int) -> T:
+        """The handle of an index, opened if it isn't."""
+        if index in self._handles:
+            self._handles.move_to_end(index)
+            return self._handles[index]
+        while len(self._handles) >= self._max_open:
+            self._handles.popitem(last=False)[1].close()
+        handle = self._handles[index] = self._open_handle(index)
+        return handle
+
+    def close(self) -> None:
+        """Close every handle."""
+        while self._handles:
+            self._handles.popitem()[1].close()

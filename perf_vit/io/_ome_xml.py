@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-__all__ = ["OmeImage", "make_ome_xml", "micrometres", "parse_ome_xml"]
+__all__ = ["OmeImage", "make_ome_xml", "micrometres", "parse_ome_tags", "parse_ome_xml"]
 
 _NAMESPACE = "http://www.openmicroscopy.org/Schemas/OME/2016-06"
 _SCHEMA = f"{_NAMESPACE} {_NAMESPACE}/ome.xsd"
@@ -65,6 +65,15 @@ def parse_ome_xml(text: str) -> OmeImage:
     names = tuple(element.get("Name", "") for element in pixels if _local(element) == "Channel")
     mpp_yx = (sizes[0], sizes[1]) if sizes[0] is not None and sizes[1] is not None else None
     return OmeImage(mpp_yx, names)
+
+
+def parse_ome_tags(text: str) -> dict[str, str]:
+    """The key and value pairs that `make_ome_xml` has written; none of what is not well formed."""
+    try:
+        found = [element for element in ET.fromstring(text).iter() if _local(element) == "M"]
+    except ET.ParseError:
+        return {}
+    return {element.get("K", ""): element.text or "" for element in found}
 
 
 def make_ome_xml(

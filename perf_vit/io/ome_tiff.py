@@ -17,11 +17,17 @@ from perf_vit.io._gdal import GDAL_ERRORS, check_exists, plain_images_allowed, r
 from perf_vit.io._ome_xml import make_ome_xml
 from perf_vit.io._staging import staged
 
-__all__ = ["write_ome_tiff"]
+__all__ = ["is_ome_tiff_name", "write_ome_tiff"]
 
 _TILE_PX = 512
+_UM_PER_CM = 10_000
 # Offsets of 32 bits reach 4 GiB; compression may only be hoped for.
 _BIG_BYTES = 1 << 31
+
+
+def is_ome_tiff_name(path: str | Path) -> bool:
+    """Whether a file's name says that it is an OME-TIFF."""
+    return Path(path).name.lower().endswith((".ome.tif", ".ome.tiff"))
 
 
 def write_ome_tiff(
@@ -62,11 +68,15 @@ def write_ome_tiff(
             big = cog.count * cog.height * cog.width * np.dtype(cog.dtypes[0]).itemsize > _BIG_BYTES
             with tifffile.TiffWriter(folder / target.name, bigtiff=big) as writer:
                 for band in range(1, cog.count + 1):
-                    _write_band(writer, cog, source, band, colors, xml if band == 1 else None)
+                    _write_band(writer, cog, source, band, mpp, colors, xml if band == 1 else None)
     except GDAL_ERRORS as error:
         raise InputError(f"can't read {source}: {reason_of(error)}; the file may be truncated or damaged") from error
     except OSError as error:
         raise OutputError(f"can't write {target}: {str(error.strerror or error).lower()}") from error
+
+
+def _as_pair(mpp: float | tuple[float, float]) -> tuple[float, float]:
+    return mpp if isinstance(mpp, tuple) else (mpp, mpp)
 
 
 def _tifffile(out: str | Path) -> Any:
@@ -77,7 +87,13 @@ def _tifffile(out: str | Path) -> Any:
 
 
 def _write_band(
-    writer: Any, cog: Any, source: str, band: int, colors: npt.NDArray[np.uint16] | None, xml: str | None
+    writer: Any,
+    cog: Any,
+    source: str,
+    band: int,
+    mpp: float | tuple[float, float],
+    colors: npt.NDArray[np.uint16] | None,
+    xml: str | None,
 ) -> None:
     num_overviews = len(cog.overviews(band))
     options = {
@@ -101,6 +117,9 @@ def _write_band(
                 subifds=num_overviews if level == 0 else None,
                 subfiletype=1 if level else 0,
                 description=xml if level == 0 else None,
+                # Readers that don't know OME take the pixel size from here.
+                resolution=tuple(_UM_PER_CM / value * dataset.width / cog.width for value in _as_pair(mpp)),
+                resolutionunit="CENTIMETER",
                 **options,
             )
 
@@ -141,7 +160,7 @@ def _metadata(
     description: str | None,
     tags: Mapping[str, str],
 ) -> str:
-    mpp_xy = mpp if isinstance(mpp, tuple) else (mpp, mpp)
+    mpp_xy = _as_pair(mpp)
     if not all(0 < value < np.inf for value in mpp_xy):
         raise OutputError(f"mpp of {target} must be above 0, in micrometres per pixel of the map; got {mpp}")
     names = tuple(channel_names or (cog.descriptions[band] or f"band_{band + 1}" for band in range(cog.count)))

@@ -14,9 +14,8 @@ from PIL import Image, ImageDraw, ImageFont
 
 from perf_vit.errors import InputError, OutputError
 from perf_vit.io._staging import staged
-from perf_vit.io.raster import RasterSource
-from perf_vit.io.sources import open_raster
-from perf_vit.types import IGNORE_INDEX, GeoImage, LabelArray
+from perf_vit.io.sources import open_source
+from perf_vit.types import IGNORE_INDEX, GeoImage, LabelArray, Source
 
 __all__ = ["colorize", "default_colormap", "natural_bands", "rgb_from", "save_png", "write_map_quicklook"]
 
@@ -100,7 +99,7 @@ def save_png(path: str | Path, picture: Picture) -> None:
             raise OutputError(f"can't write {path}: {error.strerror or error}") from error
 
 
-def write_map_quicklook(source: RasterSource, map_path: str | Path, path: str | Path, classes: Sequence[str]) -> None:
+def write_map_quicklook(source: Source, map_path: str | Path, path: str | Path, classes: Sequence[str]) -> None:
     """Write a scene and its map side by side, or one above the other, with a legend.
 
     Args:
@@ -114,8 +113,9 @@ def write_map_quicklook(source: RasterSource, map_path: str | Path, path: str | 
         OutputError: the picture can't be written.
     """
     colors = default_colormap(len(classes))
-    with open_raster(map_path) as result:
-        labels = _class_indices(result.read_reduced(_PANEL_PX))
+    result = open_source(map_path)
+    labels = _class_indices(result.read_reduced(_PANEL_PX))
+    result.close()
     scene = rgb_from(source.read_reduced(_PANEL_PX), natural_bands(source))
     painted = colorize(labels, colors)
     painted[painted[..., 3] == 0] = 255
@@ -150,7 +150,7 @@ def _class_indices(image: GeoImage) -> LabelArray:
     return np.where(image.valid, best, IGNORE_INDEX).astype(np.uint8)
 
 
-def natural_bands(source: RasterSource) -> list[int] | None:
+def natural_bands(source: Source) -> list[int] | None:
     """Where the bands called red, green and blue are ("Red", "red_B4"), if there are all three."""
     words = [re.findall("[a-z]+", name.lower()) for name in source.band_names]
     found = [next((i for i, name in enumerate(words, 1) if color in name), 0) for color in ("red", "green", "blue")]

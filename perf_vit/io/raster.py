@@ -7,24 +7,19 @@ import math
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Self
+from typing import Self
 
 import numpy as np
-import numpy.typing as npt
 from affine import Affine
-from rasterio.enums import ColorInterp, MaskFlags
 
 from perf_vit.errors import InputError
-from perf_vit.io._gdal import crs_name, open_dataset, read_window
+from perf_vit.io._band_layout import BandLayout, Palette, PixelArray, PixelOptions
+from perf_vit.io._gdal import crs_name, open_dataset
+from perf_vit.io._grid import Bounds, Grid
 from perf_vit.io._handles import PerThread
 from perf_vit.types import BoolArray, GeoImage, Window
 
 __all__ = ["Bounds", "RasterSource"]
-
-PixelArray = npt.NDArray[Any]
-
-Bounds = tuple[float, float, float, float]
-"""(left, bottom, right, top) in CRS units."""
 
 
 class RasterSource:
@@ -32,42 +27,57 @@ class RasterSource:
 
     It may be pickled, forked and shared between threads: each opens the file for itself.
 
+    A rotated raster keeps its pixels, its transform is the rotated one.
+
     Attributes:
         path: as it was given.
         height: rows.
         width: columns.
-        bands: 1-based numbers of the bands that `read` gives.
+        bands: 1-based numbers of the file's bands that `read` gives.
         dtype: of the pixels; the common one where bands differ.
         crs: None where the file has none.
         transform: pixel (column, row) to CRS coordinates; the identity where the file has none.
         nodata: value of missing pixels, None if there is none that the dtype can hold.
         band_names: the bands' descriptions, "band_1" and so on where they have none.
+        placed_by_gcps: whether only ground control points say where it lies; its pixels are read as they are.
         colormap: value to (red, green, blue, alpha), None where the first band has none.
     """
 
     mpp: float | None = None
 
-    def __init__(self, path: str | Path, *, bands: Sequence[int] | None = None, nodata: float | None = None) -> None:
+    def __init__(
+        self,
+        path: str | Path,
+        *,
+        bands: Sequence[int | str] | None = None,
+        nodata: float | None = None,
+        palette: Palette = "keep",
+        apply_scale: bool = False,
+    ) -> None:
         self.path = os.fspath(path)
         self._handle = PerThread(functools.partial(open_dataset, self.path))
         dataset = self._handle.get()
-        self.height: int = dataset.height
-        self.width: int = dataset.width
-        self.bands = _choose_bands(dataset, self.path, bands)
-        self.dtype = _common_dtype(dataset, self.path, self.bands)
-        self.crs = dataset.crs
-        self.transform: Affine = dataset.transform
-        self._nodata = _nodata_values(dataset, self.path, self.bands, self.dtype, nodata)
-        self.nodata = next((value for value in self._nodata if value is not None), None)
-        self.band_names = tuple(dataset.descriptions[band - 1] or f"band_{band}" for band in self.bands)
-        self.colormap = _colormap(dataset, self.bands[0])
-        self._alpha_bands = [i for i, kind in enumerate(dataset.colorinterp, 1) if kind == ColorInterp.alpha]
-        self._has_mask = _has_mask(dataset, self.bands[0])
+        options = PixelOptions(bands=bands, nodata=nodata, palette=palette, apply_scale=apply_scale)
+        self._layout = BandLayout.of(dataset, self.path, options)
+        self._describe(self._layout, Grid(dataset.crs, dataset.transform, dataset.height, dataset.width))
+        gcps, _ = dataset.gcps
+        self.placed_by_gcps = bool(gcps) and self.crs is None
+
+    def _describe(self, layout: BandLayout, grid: Grid) -> None:
+        self._grid = grid
+        self.height, self.width = grid.height, grid.width
+        self.crs = grid.crs
+        self.transform: Affine = grid.transform
+        self.bands = layout.bands
+        self.dtype = layout.dtype
+        self.nodata = layout.nodata
+        self.band_names = layout.names
+        self.colormap = layout.colormap
 
     @property
     def num_bands(self) -> int:
         """Bands that `read` gives."""
-        return len(self.bands)
+        return len(self.band_names)
 
     @property
     def size(self) -> tuple[int, int]:
@@ -77,14 +87,12 @@ class RasterSource:
     @property
     def extent(self) -> Window:
         """The window of all pixels."""
-        return Window(0, 0, self.height, self.width)
+        return self._grid.extent
 
     @property
     def bounds(self) -> Bounds:
         """(left, bottom, right, top) in CRS units; of a rotated raster, the box around it."""
-        corners = ((0, 0), (self.width, 0), (0, self.height), (self.width, self.height))
-        xs, ys = zip(*(self.transform @ corner for corner in corners), strict=True)
-        return min(xs), min(ys), max(xs), max(ys)
+        return self._grid.bounds
 
     def read(self, window: Window) -> GeoImage:
         """Read a window, which may reach past the edge on any side.
@@ -143,80 +151,8 @@ class RasterSource:
 
     def __repr__(self) -> str:
         layout = f"{self.height} x {self.width} px, {self.num_bands} x {self.dtype}, {crs_name(self.crs)}"
-        return f"RasterSource({self.path!r}: {layout})"
+        return f"{type(self).__name__}({self.path!r}: {layout})"
 
     def _read_inside(self, window: Window, out_shape: tuple[int, int]) -> tuple[PixelArray, BoolArray]:
-        read = functools.partial(read_window, self._handle.get(), self.path, window)
-        pixels = read(indexes=self.bands, out_shape=(self.num_bands, *out_shape), out_dtype=self.dtype)
-        valid = _holds_data(pixels, self._nodata)
-        if self._alpha_bands:
-            valid &= (read(indexes=self._alpha_bands, out_shape=(len(self._alpha_bands), *out_shape)) > 0).all(0)
-        if self._has_mask:
-            valid &= read(masks=True, indexes=self.bands[0], out_shape=out_shape) > 0
-        return pixels, valid
-
-
-def _holds_data(pixels: PixelArray, nodata: Sequence[float | None]) -> BoolArray:
-    """False where all bands hold their nodata value, and where a band is not finite; [H, W]."""
-    valid = np.zeros(pixels.shape[1:], bool)
-    for band, value in zip(pixels, nodata, strict=True):
-        # NaN differs from itself, so it passes here and is caught below.
-        valid |= True if value is None else band != band.dtype.type(value)
-    if pixels.dtype.kind == "f":
-        for band in pixels:
-            valid &= np.isfinite(band)
-    return valid
-
-
-def _choose_bands(dataset: Any, path: str, bands: Sequence[int] | None) -> tuple[int, ...]:
-    if dataset.count == 0:
-        parts = dataset.subdatasets
-        hint = f"open one of its {len(parts)} subdatasets, such as {parts[0]}" if parts else "choose another file"
-        raise InputError(f"{path} has no bands; {hint}")
-    if bands is None:
-        colors = [i for i, kind in enumerate(dataset.colorinterp, 1) if kind != ColorInterp.alpha]
-        return tuple(colors or range(1, dataset.count + 1))
-    wrong = [band for band in bands if not 1 <= band <= dataset.count]
-    if wrong or not bands:
-        got = f"got {wrong[0]}" if wrong else "got none"
-        raise InputError(f"bands of {path} must be numbers from 1 to {dataset.count}, which it has; {got}")
-    return tuple(bands)
-
-
-def _common_dtype(dataset: Any, path: str, bands: Sequence[int]) -> np.dtype[Any]:
-    names = {dataset.dtypes[band - 1] for band in bands}
-    if any(name.startswith("complex") for name in names):
-        raise InputError(f"{path} holds complex pixels; write their magnitude to a file and open that")
-    return np.result_type(*names)
-
-
-def _nodata_values(
-    dataset: Any, path: str, bands: Sequence[int], dtype: np.dtype[Any], given: float | None
-) -> tuple[float | None, ...]:
-    if given is not None:
-        if not _fits(given, dtype):
-            raise InputError(f"nodata of {path} must be a value of its {dtype} pixels, got {given}")
-        return (given,) * len(bands)
-    declared = [dataset.nodatavals[band - 1] for band in bands]
-    # Files often declare what their pixels can't hold, -9999 in bytes: then no pixel is missing.
-    return tuple(value if value is not None and _fits(value, dtype) else None for value in declared)
-
-
-def _fits(value: float, dtype: np.dtype[Any]) -> bool:
-    if dtype.kind == "f":
-        with np.errstate(over="ignore"):
-            return not math.isfinite(value) or bool(np.isfinite(dtype.type(value)))
-    limits = np.iinfo(dtype)
-    return math.isfinite(value) and value == int(value) and limits.min <= value <= limits.max
-
-
-def _colormap(dataset: Any, band: int) -> dict[int, tuple[int, int, int, int]] | None:
-    if dataset.colorinterp[band - 1] != ColorInterp.palette:
-        return None
-    return dict(dataset.colormap(band))
-
-
-def _has_mask(dataset: Any, band: int) -> bool:
-    """Whether there is a mask band, inside the file or beside it."""
-    derived = {MaskFlags.all_valid, MaskFlags.nodata, MaskFlags.alpha}
-    return not derived & set(dataset.mask_flag_enums[band - 1])
+        """Pixels [C, *out_shape] and valid mask of a window inside the raster."""
+        return self._layout.read(self._handle.get(), window, out_shape)

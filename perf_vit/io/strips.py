@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import os
 import re
+import uuid
 import xml.etree.ElementTree as ET
 import zlib
 from dataclasses import dataclass
@@ -49,6 +50,8 @@ class StoredStrip:
 class StripStore:
     """Full-width strips in a folder, in any order; what is there survives a crash at any moment.
 
+    Several processes may write into one folder.
+
     Args:
         folder: exists already.
         layout: of the raster that the strips add up to.
@@ -87,14 +90,16 @@ class StripStore:
             StoredStrip(int(match[1]), int(match[2]), int(match[3], 16), file) for match, file in found if match
         )
 
-    def num_rows_from_top(self) -> int:
-        """Rows that are there without a gap."""
-        stop = 0
+    def gaps(self, start: int, stop: int) -> list[tuple[int, int]]:
+        """Rows of [start, stop) that are not there, as (first, first below) from top to bottom."""
+        missing = []
         for strip in self.strips():
-            if strip.row > stop:
+            if strip.row >= stop:
                 break
-            stop = max(stop, strip.row + strip.num_rows)
-        return stop
+            if strip.row > start:
+                missing.append((start, strip.row))
+            start = max(start, strip.row + strip.num_rows)
+        return [*missing, (start, stop)] if start < stop else missing
 
     def mosaic(self) -> Path:
         """All strips as one raster: a VRT file in the folder, with the layout's metadata.
@@ -102,9 +107,10 @@ class StripStore:
         Raises:
             OutputError: rows are missing, or the disk is full.
         """
-        there = self.num_rows_from_top()
-        if there != self._layout.height:
-            raise OutputError(f"expected {self._layout.height} rows for {self._path}, got {there}")
+        height = self._layout.height
+        if gaps := self.gaps(0, height):
+            missing = sum(stop - start for start, stop in gaps)
+            raise OutputError(f"expected {height} rows for {self._path}, got {height - missing}")
         template, mosaic = self._folder / "template.tif", self._folder / "mosaic.vrt"
         try:
             self._layout.create(str(template), sparse_ok=True, tiled=True, blockxsize=512, blockysize=512).close()
@@ -157,7 +163,7 @@ class StripStore:
             file.write(block)
 
     def _write_file(self, name: str, content: Any) -> None:
-        unfinished = self._folder / "strip.tmp"
+        unfinished = self._folder / f"{uuid.uuid4().hex}.tmp"
         with unfinished.open("wb") as file:
             file.write(content)
             file.flush()

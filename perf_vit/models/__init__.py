@@ -1,24 +1,39 @@
 """Networks: backbones registered with timm, heads, and both together with what prediction needs to know."""
 
 from perf_vit.models.build import ModelConfig, build_segmenter
+from perf_vit.models.build_detector import DetectorConfig, build_detector
 from perf_vit.models.calibration import calibrate, choose_layer_options
-from perf_vit.models.checkpoint import CHECKPOINT_KEY, checkpoint_metadata, load_segmenter, restore_draw
+from perf_vit.models.checkpoint import (
+    CHECKPOINT_KEY,
+    checkpoint_metadata,
+    checkpoint_task,
+    load_detector,
+    load_segmenter,
+    restore_draw,
+)
 from perf_vit.models.convert import performerize
+from perf_vit.models.detector import Detector, DetectorSpec
 from perf_vit.models.fidelity import attention_errors, token_cosines
 from perf_vit.models.saved_model import load_converted, load_softmax, save_converted
 from perf_vit.models.segmenter import Segmenter, SegmenterSpec, segmenter_id
 
 __all__ = [
     "CHECKPOINT_KEY",
+    "Detector",
+    "DetectorConfig",
+    "DetectorSpec",
     "ModelConfig",
     "Segmenter",
     "SegmenterSpec",
     "attention_errors",
+    "build_detector",
     "build_segmenter",
     "calibrate",
     "checkpoint_metadata",
+    "checkpoint_task",
     "choose_layer_options",
     "load_converted",
+    "load_detector",
     "load_segmenter",
     "load_softmax",
     "performerize",

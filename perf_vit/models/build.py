@@ -6,7 +6,7 @@ import difflib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import timm
 from torch import nn
@@ -18,7 +18,7 @@ from perf_vit.models.saved_model import build_converted, load_converted, read_sa
 from perf_vit.models.segmenter import Segmenter, SegmenterSpec
 from perf_vit.types import FeatureSpec
 
-__all__ = ["ModelConfig", "build_segmenter"]
+__all__ = ["BackboneConfig", "ModelConfig", "build_backbone", "build_segmenter", "feature_specs"]
 
 _HEADS: dict[str, Callable[..., nn.Module]] = {"full_resolution": FullResolutionHead}
 
@@ -61,12 +61,8 @@ def build_segmenter(
             doesn't divide.
     """
     in_chans = len(spec.normalizer.mean)
-    in_folder = saved_backbone is None and config.backbone not in timm.list_models() and Path(config.backbone).is_dir()
-    if in_folder:
-        saved_backbone = read_saved_config(config.backbone)
-    backbone = _build_backbone(config, in_chans, spec.tile_px, saved_backbone, load_weights=in_folder)
-    info: Any = backbone.feature_info
-    specs = [FeatureSpec(c, s) for c, s in zip(info.channels(), info.reduction(), strict=True)]
+    backbone, saved_backbone = build_backbone(config, in_chans, spec.tile_px, saved_backbone)
+    specs = feature_specs(backbone)
     size_multiple = max(s.stride for s in specs)
     if spec.tile_px % size_multiple:
         nearest = max(1, round(spec.tile_px / size_multiple)) * size_multiple
@@ -80,8 +76,45 @@ def build_segmenter(
     return Segmenter(backbone, head, spec, size_multiple, saved_backbone)
 
 
+class BackboneConfig(Protocol):
+    """What the configs of all networks say of their backbone; see `ModelConfig`."""
+
+    backbone: str
+    backbone_kwargs: dict[str, Any]
+    pretrained: bool
+
+    @property
+    def out_indices(self) -> list[int] | None:
+        """The maps it gives, None for timm's choice."""
+
+
+def build_backbone(
+    config: BackboneConfig, in_chans: int, tile_px: int, saved_backbone: Mapping[str, Any] | None = None
+) -> tuple[nn.Module, Mapping[str, Any] | None]:
+    """Build a `features_only` backbone.
+
+    Returns:
+        The backbone, and the config of the converted model that it was made of, None for a timm model.
+
+    Raises:
+        CheckpointError: a folder without a converted model.
+        ConfigError: an unknown backbone or arguments that it doesn't take.
+    """
+    in_folder = saved_backbone is None and config.backbone not in timm.list_models() and Path(config.backbone).is_dir()
+    if in_folder:
+        saved_backbone = read_saved_config(config.backbone)
+    backbone = _build_backbone(config, in_chans, tile_px, saved_backbone, load_weights=in_folder)
+    return backbone, saved_backbone
+
+
+def feature_specs(backbone: nn.Module) -> list[FeatureSpec]:
+    """Channels and strides of the maps that a `features_only` backbone gives."""
+    info: Any = backbone.feature_info
+    return [FeatureSpec(c, s) for c, s in zip(info.channels(), info.reduction(), strict=True)]
+
+
 def _build_backbone(
-    config: ModelConfig, in_chans: int, tile_px: int, saved: Mapping[str, Any] | None, *, load_weights: bool
+    config: BackboneConfig, in_chans: int, tile_px: int, saved: Mapping[str, Any] | None, *, load_weights: bool
 ) -> nn.Module:
     if saved is None and config.backbone not in timm.list_models():
         near = difflib.get_close_matches(config.backbone, timm.list_models(), n=1, cutoff=0.5)
@@ -89,7 +122,7 @@ def _build_backbone(
         raise ConfigError(f"model.backbone: timm has no model {config.backbone}, nor is it a folder; {hint}")
     options = {
         "features_only": True,
-        "out_indices": tuple(config.out_indices),
+        **({} if config.out_indices is None else {"out_indices": tuple(config.out_indices)}),
         "in_chans": in_chans,
         **_size_options(config.backbone if saved is None else saved["architecture"], tile_px),
         **config.backbone_kwargs,

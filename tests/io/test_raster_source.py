@@ -229,8 +229,9 @@ def test_failures_say_nothing_on_stderr(make_scene, tmp_path, capfd) -> None:
     source = open_source(path)
     with pytest.raises(InputError, match="truncated or damaged"):
         source.read(source.extent)
+    (tmp_path / "empty").mkdir()
     with pytest.raises(InputError):
-        open_source(tmp_path)
+        open_source(tmp_path / "empty")
     assert capfd.readouterr().err == ""
 
 

@@ -53,7 +53,12 @@ class OrientedFCOSHead(nn.Module):
         iou_threshold: of two detections of a class with a larger IoU, the surer one stays.
         candidates_per_level: surest boxes of a level that are compared.
         detections_per_tile: surest detections that are given.
+
+    Raises:
+        ValueError: a number of channels that is no multiple of 8, or an unknown loss.
     """
+
+    kind = "oriented_boxes"
 
     def __init__(
         self,
@@ -69,6 +74,10 @@ class OrientedFCOSHead(nn.Module):
         detections_per_tile: int = 2000,
     ) -> None:
         super().__init__()
+        if in_channels % 8:
+            raise ValueError(f"expected channels to be a multiple of 8, got {in_channels}")
+        if box_loss not in _BOX_LOSSES:
+            raise ValueError(f"box_loss must be one of {', '.join(_BOX_LOSSES)}, got {box_loss}")
         self.strides = tuple(strides)
         self.num_classes = num_classes
         self.box_loss = _BOX_LOSSES[box_loss]

@@ -1,0 +1,200 @@
+"""A checkpoint as a maker of maps, in this process or in others."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from perf_vit.errors import ConfigError, InputError
+from perf_vit.inference import MapInput, MapJob, MapResult, OutputKind, make_map, segment_job
+from perf_vit.io import open_source, polygonize_classes, write_map_quicklook, write_objects
+from perf_vit.models import Segmenter, load_segmenter, segmenter_id
+from perf_vit.types import Source
+
+__all__ = ["POLYGON_SUFFIXES", "SegmentationMaps", "on_device", "open_for", "resolved_precision"]
+
+POLYGON_SUFFIXES = ("gpkg", "geojson", "parquet", "json")
+"""Of files of polygons beside a map."""
+
+_PRECISIONS = {"32": torch.float32, "bf16": torch.bfloat16, "16": torch.float16}
+
+
+def open_for(model: Segmenter, image: str | Path, **options: Any) -> Source:
+    """Open a raster or slide with the bands and nodata that a model was trained with.
+
+    Args:
+        model: knows its input.
+        image: what to open.
+        **options: further ones of `perf_vit.open_source`; None counts as not given.
+    """
+    given = {"nodata": model.spec.nodata, **options}
+    return open_source(image, bands=model.spec.bands, **{k: v for k, v in given.items() if v is not None})
+
+
+def resolved_precision(name: str) -> torch.dtype:
+    """The command line's word for a precision.
+
+    Raises:
+        ConfigError: no such precision.
+    """
+    if name not in _PRECISIONS:
+        raise ConfigError(f"--precision must be one of {', '.join(_PRECISIONS)}, got {name}")
+    return _PRECISIONS[name]
+
+
+def on_device(model: Segmenter, device: str) -> str:
+    """Put a model on a device, "auto" for a GPU if there is one; the device's name.
+
+    Raises:
+        ConfigError: there is no such device.
+    """
+    device = resolved_device(device)
+    try:
+        model.to(device)
+    except (RuntimeError, AssertionError) as error:
+        raise ConfigError(f"--device {device}: {str(error).splitlines()[0]}") from error
+    return device
+
+
+def resolved_device(device: str) -> str:
+    """Instead of "auto", a GPU if there is one."""
+    if device != "auto":
+        return device
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+class SegmentationMaps:
+    """Makes maps of inputs; pickled, it is a few words, and the model is loaded at the first use on the other side.
+
+    Args:
+        checkpoint: that `perf-vit train` wrote.
+        kind: of the maps.
+        quicklook: write one beside each map, with the suffix .png.
+        polygons: write the areas of the classes beside each map, with this suffix: gpkg, geojson, ...
+        source: options of `perf_vit.open_source`.
+        device: auto, cpu, cuda, cuda:1, mps.
+        precision: 32, bf16 or 16.
+        batch_size: windows a forward pass.
+        num_readers: threads that read.
+        resume: go on with unfinished maps.
+        overwrite: make maps anew that are there, with the same model and settings.
+        **settings: window_size, overlap, blend, flips and on_error of `perf_vit.inference.segment_job`.
+    """
+
+    def __init__(
+        self,
+        checkpoint: Path,
+        *,
+        kind: OutputKind = "classes",
+        quicklook: bool = True,
+        polygons: str | None = None,
+        source: Mapping[str, Any] | None = None,
+        device: str = "auto",
+        precision: str = "32",
+        batch_size: int = 1,
+        num_readers: int = 2,
+        resume: bool = True,
+        overwrite: bool = True,
+        **settings: Any,
+    ) -> None:
+        self.checkpoint = checkpoint.absolute()
+        if polygons is not None and (polygons not in POLYGON_SUFFIXES or kind != "classes"):
+            got = f"got {polygons}" if polygons not in POLYGON_SUFFIXES else f"which {kind} have none of"
+            raise ConfigError(f"--polygons must be one of {', '.join(POLYGON_SUFFIXES)}, of --kind classes, {got}")
+        self._quicklook = quicklook
+        self._polygons = polygons
+        self._source = dict(source or {})
+        self._make = {"resume": resume, "overwrite": overwrite}
+        self._rows = {"batch_size": batch_size, "num_readers": num_readers}
+        self._settings = {"kind": kind, "precision": resolved_precision(precision), **settings}
+        self._device = resolved_device(device)
+        self.on_window: Callable[[int, int], None] | None = None
+
+    @cached_property
+    def model(self) -> Segmenter:
+        """Not on its device yet.
+
+        Raises:
+            CheckpointError: it can't be read.
+        """
+        return load_segmenter(self.checkpoint)
+
+    @cached_property
+    def model_id(self) -> str:
+        """See `perf_vit.models.segmenter_id`."""
+        return segmenter_id(self.model)
+
+    def job(self, item: MapInput) -> MapJob:
+        """What is to be made of an input.
+
+        Raises:
+            InputError: it can't be opened, or doesn't fit the model.
+            OutputError: the map would replace it, or isn't named .tif.
+        """
+        source = open_for(self.model, item.path, **self._source)
+        device = self._device
+        return segment_job(self.model, source, item.output, model_id=self.model_id, device=device, **self._settings)
+
+    def make(
+        self,
+        job: MapJob,
+        write_rows: Callable[[Path], None] | None = None,
+        *,
+        on_window: Callable[[int, int], None] | None = None,
+    ) -> MapResult:
+        """Make a map and its quicklook; a damaged input may have none.
+
+        Args:
+            job: of `job`.
+            write_rows: for `perf_vit.inference.make_map`; in this process by default.
+            on_window: for a progress bar.
+
+        Raises:
+            PerfVitError: as `perf_vit.inference.make_map` says.
+        """
+        if write_rows is None:
+            forward = {**self._rows, **({"on_window": on_window} if on_window else {})}
+
+            def write_rows(folder: Path) -> None:
+                self._write(job, folder, None, **forward)
+
+        result = make_map(job, write_rows, **self._make)
+        if self._quicklook and result.made:
+            self._write_quicklook(job, damaged=bool(result.damaged))
+        if self._polygons and result.made:
+            polygons, labels = polygonize_classes(job.out)
+            path = job.out.with_suffix(f".{self._polygons}")
+            write_objects(path, polygons, None, labels, self.model.spec.classes, source=job.source,
+                          object_type="annotation")  # fmt: skip
+        job.source.close()
+        return result
+
+    def _write_quicklook(self, job: MapJob, *, damaged: bool) -> None:
+        path = job.out.with_suffix(".png")
+        try:
+            write_map_quicklook(job.source, job.out, path, self.model.spec.classes)
+        except InputError:
+            if not damaged:
+                raise
+            # The picture of the whole scene needs pixels that can't be read; an earlier map's would mislead.
+            path.unlink(missing_ok=True)
+
+    def __call__(self, item: MapInput) -> MapResult:
+        """The map of one input of many."""
+        return self.make(self.job(item), on_window=self.on_window)
+
+    def write_rows(self, item: MapInput, folder: Path, rows: tuple[int, int]) -> None:
+        """Some rows of a map that is begun elsewhere, into its folder."""
+        self._write(self.job(item), folder, rows, **self._rows)
+
+    def _write(self, job: MapJob, folder: Path, rows: tuple[int, int] | None, **forward: Any) -> None:
+        on_device(self.model, self._device)
+        job.write_rows(folder, self.model, self.model.spec.normalizer, rows, **forward)
+
+    def __getstate__(self) -> dict[str, Any]:
+        mine = {name: value for name, value in vars(self).items() if name not in {"model", "model_id"}}
+        return {**mine, "on_window": None}

@@ -1,0 +1,94 @@
+"""Detectors from configs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import nn
+
+from perf_vit.errors import ConfigError
+from perf_vit.models.build import build_backbone, feature_specs
+from perf_vit.models.detector import Detector, DetectorSpec
+from perf_vit.models.heads.fcos import FCOSHead
+from perf_vit.models.heads.oriented_fcos import OrientedFCOSHead
+from perf_vit.models.heads.rcnn import FasterRCNNHead, MaskRCNNHead
+from perf_vit.models.heads.retinanet import RetinaNetHead
+from perf_vit.models.necks import build_neck
+
+__all__ = ["DetectorConfig", "build_detector"]
+
+_HEADS: dict[str, Callable[..., nn.Module]] = {
+    "fcos": FCOSHead,
+    "retinanet": RetinaNetHead,
+    "faster_rcnn": FasterRCNNHead,
+    "mask_rcnn": MaskRCNNHead,
+    "oriented_fcos": OrientedFCOSHead,
+}
+
+_FREEZE = ("nothing", "norms", "backbone")
+
+
+@dataclass(kw_only=True)
+class DetectorConfig:
+    """A backbone, a neck and a head.
+
+    Attributes:
+        backbone: any timm model name that takes `features_only`; or a folder with a converted model, whose weights are
+            loaded. A plain ViT gets the neck `SimpleFPN`, a pyramid `TopDownFPN`.
+        backbone_kwargs: passed to `timm.create_model`, e.g. {attn_kwargs: {num_features: 128}}.
+        pretrained: load timm's weights for the backbone.
+        out_indices: the backbone's maps that the neck sees; the last one of a plain ViT, all of a pyramid if left out.
+        strides: of the levels that the head looks at, in pixels, powers of two. Stride 4 finds objects of 4 px and up;
+            2 finds smaller ones and takes four times the work.
+        channels: of each level.
+        head: fcos, retinanet, faster_rcnn, mask_rcnn or oriented_fcos.
+        head_kwargs: passed to the head.
+        freeze: "norms" keeps the batch norms of a pretrained backbone, whose statistics small batches spoil; "backbone"
+            keeps all of it; "nothing" trains all.
+    """
+
+    backbone: str = "performer_vit_small_patch16_224"
+    backbone_kwargs: dict[str, Any] = field(default_factory=dict)
+    pretrained: bool = False
+    out_indices: list[int] | None = None
+    strides: list[int] = field(default_factory=lambda: [4, 8, 16, 32, 64])
+    channels: int = 128
+    head: str = "fcos"
+    head_kwargs: dict[str, Any] = field(default_factory=dict)
+    freeze: str = "nothing"
+
+
+def build_detector(
+    config: DetectorConfig, spec: DetectorSpec, saved_backbone: Mapping[str, Any] | None = None
+) -> Detector:
+    """Build a detector; its weights are random unless `pretrained` is set or the backbone is a folder.
+
+    Args:
+        config: the network.
+        spec: what it expects and means; the head decides its kind.
+        saved_backbone: config of the converted model that the backbone was made of, to do without its folder.
+
+    Raises:
+        CheckpointError: a folder without a converted model.
+        ConfigError: an unknown backbone or head, or arguments they don't take.
+    """
+    if config.head not in _HEADS:
+        raise ConfigError(f"model.head must be one of {', '.join(_HEADS)}, got {config.head}")
+    if config.freeze not in _FREEZE:
+        raise ConfigError(f"model.freeze must be one of {', '.join(_FREEZE)}, got {config.freeze}")
+    backbone, saved_backbone = build_backbone(config, len(spec.normalizer.mean), spec.tile_px, saved_backbone)
+    specs = feature_specs(backbone)
+    if config.out_indices is None and len({each.stride for each in specs}) == 1:
+        # The last map of a plain ViT, as in the paper; the neck leaves the others where they are.
+        specs = specs[-1:]
+    try:
+        neck = build_neck(specs, config.strides, config.channels)
+    except ValueError as error:
+        raise ConfigError(f"model.strides: {error}") from error
+    try:
+        head = _HEADS[config.head](config.channels, len(spec.classes), config.strides, **config.head_kwargs)
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"model.head {config.head}: {error}") from error
+    return Detector(backbone, neck, head, spec, saved_backbone, config.freeze)  # type: ignore[arg-type]

@@ -1,0 +1,186 @@
+"""Backbone + neck + head as one network, together with all that prediction needs to know about its input."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from perf_vit.errors import InputError
+from perf_vit.transforms import Normalizer
+from perf_vit.types import Detections, ObjectLabels
+
+__all__ = ["Detector", "DetectorSpec", "ObjectKind"]
+
+ObjectKind = Literal["boxes", "oriented_boxes", "masks"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DetectorSpec:
+    """What a trained detector expects and means; saved with its weights.
+
+    Attributes:
+        classes: names, in the order of the class indices.
+        normalizer: statistics of the bands it was trained on.
+        tile_px: side of the square tiles it was trained on, in pixels.
+        bands: 1-based bands of the source that it reads, None for all of them.
+        nodata: value that marks missing pixels where the file declares none, None for nothing of the kind.
+        score_threshold: lowest score of an object that is worth writing; training sets it to where F1 was highest on
+            the validation images.
+        kind: geometry of its detections; the head decides it.
+    """
+
+    classes: tuple[str, ...]
+    normalizer: Normalizer
+    tile_px: int
+    bands: tuple[int, ...] | None = None
+    nodata: float | None = None
+    score_threshold: float = 0.5
+    kind: ObjectKind = "boxes"
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, for a checkpoint."""
+        values = asdict(self)
+        values["normalizer"] = self.normalizer.to_dict()
+        return values
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> DetectorSpec:
+        """The inverse of `to_dict`."""
+        return cls(
+            classes=tuple(values["classes"]),
+            normalizer=Normalizer.from_dict(values["normalizer"]),
+            tile_px=values["tile_px"],
+            bands=None if values["bands"] is None else tuple(values["bands"]),
+            nodata=values["nodata"],
+            score_threshold=values["score_threshold"],
+            kind=values["kind"],
+        )
+
+
+class Detector(nn.Module):
+    """An object detector for images of any size and any number of bands.
+
+    It neither resizes nor normalises: images are padded with 0, the mean, at the right and the bottom, to what backbone
+    and neck need, and detections are cut at the image's border.
+
+    Args:
+        backbone: a timm `features_only` model.
+        neck: makes the levels of the maps; see `perf_vit.models.necks`.
+        head: see `perf_vit.models.heads.DetectionHead`.
+        spec: what the network expects and means.
+        saved_backbone: config of the converted model that the backbone was made of, None for a timm model.
+        freeze: what keeps its weights: nothing, the statistics and weights of the backbone's batch norms, or the whole
+            backbone.
+    """
+
+    # Modules, seen by what else they have.
+    neck: Any
+    head: Any
+
+    def __init__(
+        self,
+        backbone: nn.Module,
+        neck: nn.Module,
+        head: nn.Module,
+        spec: DetectorSpec,
+        saved_backbone: Mapping[str, Any] | None = None,
+        freeze: Literal["nothing", "norms", "backbone"] = "nothing",
+    ) -> None:
+        super().__init__()
+        self.backbone = backbone
+        self.neck = neck
+        self.head = head
+        self.spec = replace(spec, kind=head.kind)
+        self.saved_backbone = saved_backbone
+        self.frozen = _frozen_parts(backbone, freeze)
+        for part in self.frozen:
+            part.requires_grad_(False)
+
+    @property
+    def size_multiple(self) -> int:
+        """Images whose sides are multiples of it need no padding."""
+        return max(self.neck.size_multiple, self.neck.backbone_multiple)
+
+    def train(self, mode: bool = True) -> Detector:
+        """Set the mode; frozen parts stay in evaluation mode."""
+        super().train(mode)
+        for part in self.frozen:
+            part.eval()
+        return self
+
+    def losses(self, images: Sequence[Tensor], labels: Sequence[ObjectLabels]) -> dict[str, Tensor]:
+        """Losses of a batch, whose sum is to be minimised.
+
+        Args:
+            images: standardised, [C, H, W] each, of any sizes.
+            labels: one an image, in its pixels.
+        """
+        height, width = (max(image.shape[side] for image in images) for side in (-2, -1))
+        batch = torch.stack([_padded(image, height, width) for image in images])
+        features, size = self._levels(batch)
+        return self.head.losses(features, [_with_padded_masks(each, size) for each in labels])
+
+    def forward(self, tiles: Tensor) -> list[Detections]:
+        """The objects of each tile, in its pixels; put the network into evaluation mode first.
+
+        Args:
+            tiles: standardised, [B, C, h, w], of any size.
+        """
+        height, width = tiles.shape[-2:]
+        features, _ = self._levels(tiles)
+        return [_clipped(found, height, width) for found in self.head.detect(features)]
+
+    def _levels(self, batch: Tensor) -> tuple[list[Tensor], tuple[int, int]]:
+        """The neck's levels and the size of the image that they cover."""
+        if batch.shape[1] != len(self.spec.normalizer.mean):
+            raise InputError(f"expected {len(self.spec.normalizer.mean)} bands, got {batch.shape[1]}")
+        neck = self.neck
+        height, width = (_next_multiple(side, neck.size_multiple) for side in batch.shape[-2:])
+        seen = (_next_multiple(side, neck.backbone_multiple) for side in (height, width))
+        return neck(self.backbone(_padded(batch, *seen)), (height, width)), (height, width)
+
+
+def _frozen_parts(backbone: nn.Module, freeze: str) -> tuple[nn.Module, ...]:
+    if freeze == "backbone":
+        return (backbone,)
+    if freeze == "norms":
+        # timm's norm with an activation is one of torch's batch norms, too.
+        return tuple(part for part in backbone.modules() if isinstance(part, nn.modules.batchnorm._BatchNorm))
+    return ()
+
+
+def _next_multiple(side: int, multiple: int) -> int:
+    return -(-side // multiple) * multiple
+
+
+def _padded(image: Tensor, height: int, width: int) -> Tensor:
+    return F.pad(image, (0, width - image.shape[-1], 0, height - image.shape[-2]))
+
+
+def _with_padded_masks(labels: ObjectLabels, size: tuple[int, int]) -> ObjectLabels:
+    if labels.masks is None:
+        return labels
+    return replace(labels, masks=_padded(torch.as_tensor(labels.masks), *size).numpy())
+
+
+def _clipped(found: Detections, height: int, width: int) -> Detections:
+    """Detections cut at the tile's border; those that lie outside are dropped."""
+    if found.masks is not None:
+        masks = found.masks[:, :height, :width]
+        keep = masks.flatten(1).any(1)
+        return Detections(scores=found.scores[keep], labels=found.labels[keep], masks=masks[keep])
+    if found.oriented_boxes is not None:
+        x, y = found.oriented_boxes[:, 0], found.oriented_boxes[:, 1]
+        keep = (x >= 0) & (y >= 0) & (x < width) & (y < height)
+        return Detections(
+            scores=found.scores[keep], labels=found.labels[keep], oriented_boxes=found.oriented_boxes[keep]
+        )
+    limits = found.boxes_xyxy.new_tensor([width, height, width, height])
+    boxes = torch.minimum(found.boxes_xyxy.clamp(min=0), limits)
+    keep = (boxes[:, 2:] > boxes[:, :2]).all(1)
+    return Detections(scores=found.scores[keep], labels=found.labels[keep], boxes_xyxy=boxes[keep])

@@ -1,0 +1,192 @@
+"""A detection head without anchors: FCOS."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torchvision.models.detection import FCOS
+from torchvision.models.detection._utils import BoxLinearCoder
+from torchvision.models.detection.fcos import FCOSHead as FCOSConvolutions
+from torchvision.ops import generalized_box_iou_loss, sigmoid_focal_loss
+
+from perf_vit.models.heads.detection import (
+    CenteredAnchors,
+    Targets,
+    image_list,
+    inside_any,
+    levels_only,
+    make_targets,
+    split_ignored,
+    to_detections,
+)
+from perf_vit.types import Detections, ObjectLabels
+
+__all__ = ["FCOSHead", "match_locations"]
+
+# A level takes objects whose farthest side is 4 to 8 strides from the location: up to 64 px at stride 8, as published.
+_REACH_STRIDES = (4, 8)
+_OBJECTS_AT_ONCE = 64
+_BACKGROUND = -1
+
+
+class FCOSHead(nn.Module):
+    """Each location tells its class, the distances to the four sides of its object and how central it lies.
+
+    Tian et al. 2019 (arXiv 1904.01355), with torchvision's convolutions and post-processing. Locations are the centres
+    of cells. An object so small that no location lies in it takes those next to it, instead of none.
+
+    Args:
+        in_channels: of each level; a multiple of 32.
+        num_classes: foreground classes.
+        strides: of the levels, finest first.
+        num_convs: 3 x 3 convolutions before the outputs, shared by all levels.
+        center_radius: locations within so many strides of an object's centre learn it.
+        score_threshold: lowest score of a detection.
+        iou_threshold: of two detections of a class with a larger IoU, the surer one stays.
+        detections_per_tile: the surest that are given; dense tiles hold many.
+
+    Raises:
+        ValueError: a number of channels that is no multiple of 32.
+    """
+
+    kind = "boxes"
+
+    def __init__(
+        self,
+        in_channels: int,
+        num_classes: int,
+        strides: Sequence[int],
+        *,
+        num_convs: int = 4,
+        center_radius: float = 1.5,
+        score_threshold: float = 0.05,
+        iou_threshold: float = 0.5,
+        detections_per_tile: int = 1000,
+    ) -> None:
+        super().__init__()
+        if in_channels % 32:
+            raise ValueError(f"expected model.channels to be a multiple of 32, got {in_channels}")
+        self.strides = tuple(strides)
+        self.center_radius = center_radius
+        self.coder = BoxLinearCoder(normalize_by_size=True)
+        self.model = FCOS(
+            levels_only(in_channels),
+            num_classes,
+            anchor_generator=CenteredAnchors(tuple((stride,) for stride in strides), ((1.0,),) * len(strides)),
+            head=FCOSConvolutions(in_channels, 1, num_classes, num_convs),
+            score_thresh=score_threshold,
+            nms_thresh=iou_threshold,
+            detections_per_img=detections_per_tile,
+            topk_candidates=2 * detections_per_tile,
+        )
+
+    def losses(self, features: Sequence[Tensor], labels: Sequence[ObjectLabels]) -> dict[str, Tensor]:
+        """Focal, GIoU and centre-ness losses, each divided by the number of locations with an object.
+
+        Args:
+            features: one map a stride, [B, in_channels, h, w].
+            labels: one an image; locations in ignored objects count in no loss.
+        """
+        outputs, cells = self._outputs(features)
+        targets = [split_ignored(make_targets(each, cells.device)) for each in labels]
+        matched = [self._match(objects, cells) for objects, _ in targets]
+        parts = [
+            self._image_losses(objects, ignored, match, cells, {name: value[index] for name, value in outputs.items()})
+            for index, ((objects, ignored), match) in enumerate(zip(targets, matched, strict=True))
+        ]
+        num_owned = max(1, sum(int((match >= 0).sum()) for match in matched))
+        total = torch.stack([torch.stack(each) for each in parts]).sum(0) / num_owned
+        return dict(zip(("classification", "box", "centerness"), total, strict=True))
+
+    def detect(self, features: Sequence[Tensor]) -> list[Detections]:
+        """The objects of each image; a score is the geometric mean of the class's score and the centre-ness.
+
+        Args:
+            features: one map a stride, [B, in_channels, h, w].
+        """
+        outputs, cells = self._outputs(features)
+        lengths = [feature.shape[-2] * feature.shape[-1] for feature in features]
+        images = image_list(features, self.strides)
+        by_level = {name: list(torch.split(value, lengths, dim=1)) for name, value in outputs.items()}
+        anchors = [list(torch.split(cells, lengths))] * len(images.image_sizes)
+        return [to_detections(f) for f in self.model.postprocess_detections(by_level, anchors, images.image_sizes)]
+
+    def _outputs(self, features: Sequence[Tensor]) -> tuple[dict[str, Tensor], Tensor]:
+        """Outputs of all locations, [B, L, ...] in float32, and their cells as boxes, [L, 4]."""
+        outputs = self.model.head(list(features))
+        cells = self.model.anchor_generator(image_list(features, self.strides), list(features))[0]
+        return {name: value.float() for name, value in outputs.items()}, cells.float()
+
+    def _match(self, objects: Targets, cells: Tensor) -> Tensor:
+        return match_locations(objects["boxes"], cells, self.strides, self.center_radius)
+
+    def _image_losses(
+        self, objects: Targets, ignored: Tensor, match: Tensor, cells: Tensor, outputs: dict[str, Tensor]
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        owned = match >= 0
+        counted = owned | ~inside_any(_centers(cells), ignored)
+        classes = torch.zeros_like(outputs["cls_logits"])
+        classes[owned, objects["labels"][match[owned]]] = 1
+        focal = sigmoid_focal_loss(outputs["cls_logits"][counted], classes[counted], reduction="sum")
+        boxes, own_cells = objects["boxes"][match[owned]], cells[owned]
+        found = self.coder.decode(outputs["bbox_regression"][owned], own_cells)
+        giou = generalized_box_iou_loss(found, boxes, reduction="sum")
+        centrality = _centerness(own_cells, _grown(boxes, self.strides[0]))
+        logits = outputs["bbox_ctrness"][owned, 0]
+        return focal, giou, F.binary_cross_entropy_with_logits(logits, centrality, reduction="sum")
+
+
+def match_locations(boxes_xyxy: Tensor, cells: Tensor, strides: Sequence[int], center_radius: float) -> Tensor:
+    """The object that each location learns.
+
+    A location learns the smallest object that it lies in, near whose centre it lies and whose size is its level's.
+    Memory grows with locations, not with their product with objects.
+
+    Args:
+        boxes_xyxy: objects, [n, 4].
+        cells: squares with the sides of their level's stride around the locations, [L, 4].
+        strides: of the levels, finest first.
+        center_radius: largest distance from the object's centre, in strides along x and y.
+
+    Returns:
+        Indices of objects, -1 for background, [L].
+    """
+    points, size = _centers(cells), cells[:, 2] - cells[:, 0]
+    lowest = torch.where(size > strides[0], _REACH_STRIDES[0] * size, 0)[:, None]
+    highest = torch.where(size < strides[-1], _REACH_STRIDES[1] * size, torch.inf)[:, None]
+    matched = torch.full((len(cells),), _BACKGROUND, device=cells.device)
+    smallest = torch.full((len(cells),), torch.inf, device=cells.device)
+    reached = _grown(boxes_xyxy, strides[0])
+    areas = (boxes_xyxy[:, 2:] - boxes_xyxy[:, :2]).prod(1)
+    for start in range(0, len(boxes_xyxy), _OBJECTS_AT_ONCE):
+        some = reached[start : start + _OBJECTS_AT_ONCE]
+        sides = torch.cat([points[:, None] - some[:, :2], some[:, 2:] - points[:, None]], dim=-1)
+        farthest = sides.amax(-1)
+        off_center = (points[:, None] - (some[:, :2] + some[:, 2:]) / 2).abs().amax(-1)
+        fits = (sides.amin(-1) > 0) & (off_center < center_radius * size[:, None])
+        fits &= (farthest > lowest) & (farthest <= highest)
+        area, index = torch.where(fits, areas[start : start + _OBJECTS_AT_ONCE], torch.inf).min(1)
+        better = area < smallest
+        matched, smallest = torch.where(better, start + index, matched), torch.where(better, area, smallest)
+    return matched
+
+
+def _grown(boxes_xyxy: Tensor, stride: int) -> Tensor:
+    """Boxes with sides just longer than a stride at least, so that each holds the centre of a cell."""
+    center = (boxes_xyxy[:, :2] + boxes_xyxy[:, 2:]) / 2
+    half = ((boxes_xyxy[:, 2:] - boxes_xyxy[:, :2]) / 2).clamp(min=0.51 * stride)
+    return torch.cat([center - half, center + half], dim=1)
+
+
+def _centers(cells: Tensor) -> Tensor:
+    return (cells[:, :2] + cells[:, 2:]) / 2
+
+
+def _centerness(cells: Tensor, boxes_xyxy: Tensor) -> Tensor:
+    """Equation 3 of the paper: 1 in the centre of the box, 0 at its border, [n]."""
+    points = _centers(cells)
+    before, after = points - boxes_xyxy[:, :2], boxes_xyxy[:, 2:] - points
+    return (torch.minimum(before, after) / torch.maximum(before, after)).prod(1).sqrt()

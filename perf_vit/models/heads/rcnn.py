@@ -1,0 +1,235 @@
+"""Two-stage detection heads: Faster R-CNN, and Mask R-CNN for instance masks."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torchvision.models.detection.faster_rcnn import FastRCNNPredictor, TwoMLPHead
+from torchvision.models.detection.mask_rcnn import MaskRCNNHeads, MaskRCNNPredictor
+from torchvision.models.detection.roi_heads import RoIHeads, paste_masks_in_image
+from torchvision.models.detection.rpn import RegionProposalNetwork, RPNHead
+from torchvision.ops import MultiScaleRoIAlign
+from torchvision.ops.poolers import initLevelMapper
+
+from perf_vit.errors import InputError
+from perf_vit.models.heads.detection import (
+    IGNORED_COVER,
+    IGNORED_LABEL,
+    CenteredAnchors,
+    Targets,
+    anchor_sides,
+    covered_share,
+    image_list,
+    make_targets,
+    split_ignored,
+    to_detections,
+)
+from perf_vit.types import Detections, ObjectLabels
+
+__all__ = ["FasterRCNNHead", "MaskRCNNHead"]
+
+_MASKS_AT_ONCE = 16
+
+
+class FasterRCNNHead(nn.Module):
+    """Proposals from anchors, then a class and a box from the features inside each (Ren et al. 2015, arXiv 1506.01497).
+
+    torchvision's proposal network and region heads. Ignored objects are neither positive nor negative in both.
+
+    Args:
+        in_channels: of each level.
+        num_classes: foreground classes.
+        strides: of the levels, finest first.
+        anchor_scale: side of a level's anchor in strides: 2 makes it 8 px at stride 4.
+        anchor_ratios: heights by widths.
+        hidden: width of the region head's two layers.
+        proposals_per_tile: regions that the second stage looks at.
+        score_threshold: lowest score of a detection.
+        iou_threshold: of two detections of a class with a larger IoU, the surer one stays.
+        detections_per_tile: the surest that are given; dense tiles hold many.
+    """
+
+    kind = "boxes"
+
+    def __init__(
+        self,
+        in_channels: int,
+        num_classes: int,
+        strides: Sequence[int],
+        *,
+        anchor_scale: float = 2.0,
+        anchor_ratios: Sequence[float] = (0.5, 1.0, 2.0),
+        hidden: int = 1024,
+        proposals_per_tile: int = 1000,
+        score_threshold: float = 0.05,
+        iou_threshold: float = 0.5,
+        detections_per_tile: int = 1000,
+    ) -> None:
+        super().__init__()
+        self.strides = tuple(strides)
+        sizes = tuple((side,) for side in anchor_sides(strides, anchor_scale))
+        anchors = CenteredAnchors(sizes, (tuple(anchor_ratios),) * len(strides))
+        self.rpn = _proposal_network(in_channels, anchors, proposals_per_tile)
+        self.roi_heads = _RegionHeads(
+            region_pool(strides, output_size=7),
+            TwoMLPHead(in_channels * 7**2, hidden),
+            FastRCNNPredictor(hidden, num_classes + 1),
+            fg_iou_thresh=0.5,
+            bg_iou_thresh=0.5,
+            batch_size_per_image=256,
+            positive_fraction=0.25,
+            bbox_reg_weights=None,
+            score_thresh=score_threshold,
+            nms_thresh=iou_threshold,
+            detections_per_img=detections_per_tile,
+            **self._mask_parts(in_channels, num_classes, strides),
+        )
+
+    def losses(self, features: Sequence[Tensor], labels: Sequence[ObjectLabels]) -> dict[str, Tensor]:
+        """Losses of both stages.
+
+        Args:
+            features: one map a stride, [B, in_channels, h, w].
+            labels: one an image.
+
+        Raises:
+            InputError: labels without masks where the head needs them.
+        """
+        masks = self.roi_heads.has_mask()
+        if masks and any(each.masks is None for each in labels):
+            raise InputError("expected labels with masks, got boxes alone; choose head faster_rcnn, fcos or retinanet")
+        device = features[0].device
+        targets = [make_targets(each, device, first_class=1, masks=masks) for each in labels]
+        return self._stages(features, targets)[1]
+
+    def detect(self, features: Sequence[Tensor]) -> list[Detections]:
+        """The objects of each image, surest first.
+
+        Args:
+            features: one map a stride, [B, in_channels, h, w].
+        """
+        found, _ = self._stages(features, None)
+        return [to_detections(each, first_class=1) for each in found]
+
+    def _stages(
+        self, features: Sequence[Tensor], targets: list[Targets] | None
+    ) -> tuple[list[dict[str, Tensor]], dict[str, Tensor]]:
+        images = image_list(features, self.strides)
+        # Box arithmetic in half precision would be off by pixels.
+        with torch.autocast(features[0].device.type, enabled=False):
+            named = {str(stride): feature.float() for stride, feature in zip(self.strides, features, strict=True)}
+            proposals, proposal_losses = self.rpn(images, named, targets)
+            found, region_losses = self.roi_heads(named, proposals, images.image_sizes, targets)
+        return found, {
+            name.removeprefix("loss_"): value for name, value in {**proposal_losses, **region_losses}.items()
+        }
+
+    def _mask_parts(self, in_channels: int, num_classes: int, strides: Sequence[int]) -> dict[str, Any]:
+        return {}
+
+
+class MaskRCNNHead(FasterRCNNHead):
+    """Faster R-CNN with a mask for each object (He et al. 2017, arXiv 1703.06870).
+
+    It takes the arguments of `FasterRCNNHead`. Detections have masks of the tile's size, 1 byte a pixel and object:
+    keep `detections_per_tile` as low as the tiles allow.
+    """
+
+    kind = "masks"
+
+    def detect(self, features: Sequence[Tensor]) -> list[Detections]:
+        """The objects of each image, surest first, with masks.
+
+        Args:
+            features: one map a stride, [B, in_channels, h, w].
+        """
+        found, _ = self._stages(features, None)
+        height, width = image_list(features, self.strides).image_sizes[0]
+        return [
+            Detections(
+                scores=each["scores"],
+                labels=each["labels"] - 1,
+                masks=_pasted(each["masks"], each["boxes"], (height, width)),
+            )
+            for each in found
+        ]
+
+    def _mask_parts(self, in_channels: int, num_classes: int, strides: Sequence[int]) -> dict[str, Any]:
+        return {
+            "mask_roi_pool": region_pool(strides, output_size=14),
+            "mask_head": MaskRCNNHeads(in_channels, (in_channels,) * 4, 1),
+            "mask_predictor": MaskRCNNPredictor(in_channels, in_channels, num_classes + 1),
+        }
+
+
+class _ProposalNetwork(RegionProposalNetwork):
+    """Leaves ignored objects out of both the positive and the negative anchors."""
+
+    def assign_targets_to_anchors(
+        self, anchors: list[Tensor], targets: list[Targets]
+    ) -> tuple[list[Tensor], list[Tensor]]:
+        split = [split_ignored(each) for each in targets]
+        labels, boxes = super().assign_targets_to_anchors(anchors, [objects for objects, _ in split])
+        regions = [ignored for _, ignored in split]
+        return [_without_ignored(*each) for each in zip(labels, anchors, regions, strict=True)], boxes
+
+
+class _RegionHeads(RoIHeads):
+    """Leaves ignored objects, which come last among the targets, out of both positive and negative proposals."""
+
+    def assign_targets_to_proposals(
+        self, proposals: list[Tensor], gt_boxes: list[Tensor], gt_labels: list[Tensor]
+    ) -> tuple[list[Tensor], list[Tensor]]:
+        counts = [labels != IGNORED_LABEL for labels in gt_labels]
+        objects = [boxes[count] for boxes, count in zip(gt_boxes, counts, strict=True)]
+        classes = [labels[count] for labels, count in zip(gt_labels, counts, strict=True)]
+        matched, labels = super().assign_targets_to_proposals(proposals, objects, classes)
+        regions = [boxes[~count] for boxes, count in zip(gt_boxes, counts, strict=True)]
+        return matched, [_without_ignored(*each) for each in zip(labels, proposals, regions, strict=True)]
+
+
+def _without_ignored(labels: Tensor, boxes: Tensor, regions: Tensor) -> Tensor:
+    """Labels with -1, which the sampler passes by, for negatives that mostly lie in an ignored object."""
+    share = covered_share(boxes, regions)
+    hidden = (labels == 0) & (share >= IGNORED_COVER)
+    # The losses are means over samples, so one negative stays where nothing else would.
+    if not ((labels >= 0) & ~hidden).any():
+        hidden[share.argmin()] = False
+    return torch.where(hidden, torch.full_like(labels, IGNORED_LABEL), labels)
+
+
+def _proposal_network(in_channels: int, anchors: CenteredAnchors, proposals_per_tile: int) -> _ProposalNetwork:
+    before, after = ({"training": n, "testing": n} for n in (2 * proposals_per_tile, proposals_per_tile))
+    return _ProposalNetwork(
+        anchors,
+        RPNHead(in_channels, anchors.num_anchors_per_location()[0]),
+        fg_iou_thresh=0.7,
+        bg_iou_thresh=0.3,
+        batch_size_per_image=256,
+        positive_fraction=0.5,
+        pre_nms_top_n=before,
+        post_nms_top_n=after,
+        nms_thresh=0.7,
+    )
+
+
+def region_pool(strides: Sequence[int], output_size: int) -> MultiScaleRoIAlign:
+    """Features of regions, from the level of their size: up to 112 px at the finest level if that has stride 4."""
+    pool = MultiScaleRoIAlign([str(stride) for stride in strides], output_size, sampling_ratio=2)
+    # Set here, as torchvision guesses both from the first images it sees.
+    pool.scales = [1 / stride for stride in strides]
+    levels = [stride.bit_length() - 1 for stride in (strides[0], strides[-1])]
+    pool.map_levels = initLevelMapper(*levels, canonical_scale=224, canonical_level=4)
+    return pool
+
+
+def _pasted(masks: Tensor, boxes: Tensor, size: tuple[int, int]) -> Tensor:
+    """Masks [n, 1, 28, 28] of boxes as bool [n, height, width], some at once: they are float32 on the way."""
+    whole = torch.zeros((len(boxes), *size), dtype=torch.bool, device=boxes.device)
+    for start in range(0, len(boxes), _MASKS_AT_ONCE):
+        some = slice(start, start + _MASKS_AT_ONCE)
+        whole[some] = paste_masks_in_image(masks[some], boxes[some], size)[:, 0] > 0.5
+    return whole
