@@ -3,47 +3,33 @@
 import numpy as np
 import torch
 from oriented_scenes import Picture, draw_rectangles
-from torch import Tensor, nn
 
 from perf_vit.inference import predict_objects
-from perf_vit.models.heads.oriented_fcos import OrientedFCOSHead
+from perf_vit.models import Detector, DetectorConfig, DetectorSpec, build_detector
 from perf_vit.ops.oriented_boxes import oriented_iou_matrix
 from perf_vit.tasks.oriented_metrics import OrientedAveragePrecision
+from perf_vit.transforms import Normalizer
 from perf_vit.types import ObjectLabels
 
 
-def conv(in_channels: int, out_channels: int) -> nn.Sequential:
-    return nn.Sequential(
-        nn.Conv2d(in_channels, out_channels, 3, 2, 1, bias=False), nn.GroupNorm(4, out_channels), nn.ReLU()
+def small_detector() -> Detector:
+    torch.manual_seed(0)
+    config = DetectorConfig(
+        backbone="test_resnet",
+        strides=[4, 8, 16],
+        channels=32,
+        head="oriented_fcos",
+        head_kwargs={"num_convs": 1},
     )
+    normalizer = Normalizer((0.0,) * 3, (1.0,) * 3)
+    return build_detector(config, DetectorSpec(classes=("red", "green"), normalizer=normalizer, tile_px=96))
 
 
-class Small(nn.Module):
-    """Feature maps at strides 4, 8 and 16 by a few convolutions, and the head."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        torch.manual_seed(0)
-        self.levels = nn.ModuleList([nn.Sequential(conv(3, 16), conv(16, 32)), conv(32, 32), conv(32, 32)])
-        self.head = OrientedFCOSHead(32, 2, [4, 8, 16], num_convs=1)
-
-    def features(self, x: Tensor) -> list[Tensor]:
-        maps = []
-        for level in self.levels:
-            x = level(x)
-            maps.append(x)
-        return maps
-
-    def forward(self, images: Tensor):
-        return self.head.detect(self.features(images))
-
-
-def fit(model: Small, batches: list[list[tuple[np.ndarray, ObjectLabels]]]) -> Small:
+def fit(model: Detector, batches: list[list[tuple[np.ndarray, ObjectLabels]]]) -> Detector:
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 3e-3, total_steps=len(batches))
     for batch in batches:
-        images = torch.from_numpy(np.stack([pixels for pixels, _ in batch]))
-        losses = model.head.losses(model.features(images), [labels for _, labels in batch])
+        losses = model.losses([torch.from_numpy(pixels) for pixels, _ in batch], [labels for _, labels in batch])
         optimizer.zero_grad()
         sum(losses.values()).backward()
         optimizer.step()
@@ -54,7 +40,7 @@ def fit(model: Small, batches: list[list[tuple[np.ndarray, ObjectLabels]]]) -> S
 def test_a_detector_learns_four_pictures() -> None:
     rng = np.random.default_rng(0)
     pictures = [draw_rectangles(rng, 96, 96, 4) for _ in range(4)]
-    model = fit(Small(), [pictures] * 120)
+    model = fit(small_detector(), [pictures] * 120)
     with torch.no_grad():
         found = model(torch.from_numpy(np.stack([pixels for pixels, _ in pictures])))
     metric = OrientedAveragePrecision(2)
@@ -66,7 +52,7 @@ def test_a_detector_learns_four_pictures() -> None:
 
 def test_a_scene_larger_than_a_window_gives_each_rectangle_once() -> None:
     rng = np.random.default_rng(1)
-    model = fit(Small(), [[draw_rectangles(rng, 96, 96, 4) for _ in range(4)] for _ in range(250)])
+    model = fit(small_detector(), [[draw_rectangles(rng, 96, 96, 4) for _ in range(4)] for _ in range(250)])
     pixels, labels = draw_rectangles(rng, 301, 259, 25)
     source = Picture(pixels)
     objects = predict_objects(

@@ -7,4 +7,12 @@ from perf_vit.models.heads.oriented_fcos import OrientedFCOSHead
 from perf_vit.models.heads.rcnn import FasterRCNNHead, MaskRCNNHead
 from perf_vit.models.heads.retinanet import RetinaNetHead
 
-__all__ = ["DetectionHead", "FCOSHead", "FasterRCNNHead", "FullResolutionHead", "MaskRCNNHead", "OrientedFCOSHead", "RetinaNetHead"]
+__all__ = [
+    "DetectionHead",
+    "FCOSHead",
+    "FasterRCNNHead",
+    "FullResolutionHead",
+    "MaskRCNNHead",
+    "OrientedFCOSHead",
+    "RetinaNetHead",
+]
