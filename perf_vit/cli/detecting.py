@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -68,15 +68,27 @@ def find_objects(
     output: Path,
     *,
     score_threshold: float | None = None,
+    for_maps: Mapping[str, object] | None = None,
     source: dict[str, Any] | None = None,
     **engine: Any,
 ) -> None:
     """Write the objects of one scene, slide or mosaic.
 
+    Args:
+        checkpoint: that `perf-vit train` wrote.
+        inputs: the one input.
+        output: its suffix chooses the format.
+        score_threshold: lowest score of an object; the checkpoint's own by default.
+        for_maps: options of maps, which are refused where they are set.
+        source: options of `perf_vit.open_source`.
+        **engine: options of the search.
+
     Raises:
-        ConfigError: several inputs, or a threshold that is no score.
+        ConfigError: several inputs, a threshold that is no score, or options that are for maps.
         PerfVitError: an input or output that doesn't fit.
     """
+    for name in (name for name, value in (for_maps or {}).items() if value):
+        raise ConfigError(f"{name} is for maps, and {checkpoint} holds an object detector; leave it out")
     if len(inputs) != 1:
         raise ConfigError(f"objects are found in one input at a time, got {len(inputs)}; call predict for each")
     if score_threshold is not None and not 0 <= score_threshold <= 1:

@@ -141,6 +141,7 @@ def predict(
             [*inputs, *(more_inputs or ())],
             output,
             score_threshold=score_threshold,
+            for_maps={"--polygons": polygons, "--flips": flips, "--engine ray": engine == "ray"},
             source=source,
             window_size=window_size,
             overlap=overlap,

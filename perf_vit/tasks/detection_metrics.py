@@ -199,12 +199,18 @@ def _coco(images: Sequence[Sequence[dict[str, Any]]], num_classes: int) -> COCO:
     objects = [{**shape, "image_id": index} for index, image in enumerate(images) for shape in image]
     coco = COCO()
     coco.dataset = {
-        "images": [{"id": index} for index in range(len(images))],
+        "images": [{"id": index, **_image_size(image)} for index, image in enumerate(images)],
         "categories": [{"id": index} for index in range(num_classes)],
         "annotations": [{**shape, "id": index} for index, shape in enumerate(objects, 1)],
     }
     coco.createIndex()
     return coco
+
+
+def _image_size(shapes: Sequence[dict[str, Any]]) -> dict[str, int]:
+    """Height and width where there are masks, which pycocotools looks up there."""
+    sizes = [shape["segmentation"]["size"] for shape in shapes if "segmentation" in shape]
+    return dict(zip(("height", "width"), sizes[0], strict=True)) if sizes else {}
 
 
 def _mask_shape(mask: npt.NDArray[np.bool_]) -> dict[str, Any]:

@@ -147,5 +147,7 @@ def _quieten() -> None:
         ".*smaller than the logging interval.*",
         ".*in eval mode at the start of training.*",
         ".*overridden `transfer_batch_to_device`.*",
+        # Epochs without validation have no score to choose the best by.
+        ".*could not find the monitored key.*",
     ):
         warnings.filterwarnings("ignore", message)
