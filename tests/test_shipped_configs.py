@@ -1,23 +1,27 @@
 """Every shipped YAML loads, builds and trains one step."""
 
+import numpy as np
 import pytest
 import timm
 import torch
 
 import perf_vit
-from perf_vit.cli.schemas import DistillationRun, SegmentationRun
-from perf_vit.config import find_config, load_config, shipped_configs
-from perf_vit.models import SegmenterSpec, build_segmenter
+from perf_vit.cli.schemas import DetectionRun, DistillationRun, SegmentationRun
+from perf_vit.config import config_value, find_config, load_config, shipped_configs
+from perf_vit.models import DetectorSpec, SegmenterSpec, build_detector, build_segmenter
 from perf_vit.tasks import DistillationTask, SegmentationLoss
 from perf_vit.transforms import Normalizer
+from perf_vit.types import ObjectLabels
 
 SEGMENTATION = [name for name in shipped_configs() if name.startswith("configs/segmentation/")]
+DETECTION = [name for name in shipped_configs() if name.startswith("configs/detection/")]
 DISTILLATION = [name for name in shipped_configs() if name.startswith("configs/distillation/")]
 
 
 def test_every_shipped_config_is_of_a_kind_tested_here() -> None:
-    assert sorted(SEGMENTATION + DISTILLATION) == shipped_configs()
+    assert sorted(SEGMENTATION + DETECTION + DISTILLATION) == shipped_configs()
     assert DISTILLATION
+    assert DETECTION
 
 
 @pytest.mark.parametrize("name", DISTILLATION)
@@ -55,6 +59,35 @@ def test_a_shipped_config_loads_builds_and_takes_a_step(name: str) -> None:
         loss.backward()
         optimizer.step()
     assert losses[1] < losses[0]
+
+
+@pytest.mark.parametrize("name", DETECTION)
+def test_a_shipped_detector_loads_builds_takes_a_step_and_detects(name: str) -> None:
+    files = [f"data.{part}.{key}=x" for part in ("train", "val") for key in ("images", "labels")]
+    config = load_config(name, DetectionRun, [*files, "out=x"])
+    assert config_value(name, "task") == "detection"
+    num_bands = len(config.data.bands or [1, 2, 3])
+    normalizer = Normalizer((0.0,) * num_bands, (1.0,) * num_bands)
+    torch.manual_seed(0)
+    model = build_detector(
+        config.model, DetectorSpec(classes=tuple(config.data.classes), normalizer=normalizer, tile_px=64)
+    )
+    masks = np.zeros((2, 64, 64), bool)
+    masks[0, 8:24, 8:20], masks[1, 30:58, 26:60] = True, True
+    boxes = np.array([[8, 8, 20, 24], [26, 30, 60, 58]], np.float32)
+    oriented = np.array([[14, 16, 16, 12, -1.5], [43, 44, 34, 28, 0.2]], np.float32)
+    labels = ObjectLabels(
+        labels=np.array([0, 0]), boxes_xyxy=boxes, oriented_boxes=oriented, masks=masks, ignored=np.zeros(2, bool)
+    )
+    images = torch.randn(2, num_bands, 64, 64, generator=torch.Generator().manual_seed(0))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=config.optim.lr)
+    losses = torch.stack(list(model.train().losses(list(images), [labels] * 2).values()))
+    losses.sum().backward()
+    optimizer.step()
+    assert losses.isfinite().all()
+    with torch.inference_mode():
+        found = model.eval()(images)
+    assert [type(each).__name__ for each in found] == ["Detections"] * 2
 
 
 @pytest.mark.parametrize("name", shipped_configs())

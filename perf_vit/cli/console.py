@@ -14,9 +14,18 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from perf_vit.inference import DamagedPiece, InputReport, RunReport
-from perf_vit.tasks import ClassScores
+from perf_vit.tasks import ClassScores, DetectionScores
 
-__all__ = ["console", "errors", "inputs_progress", "print_damage", "run_table", "score_table", "windows_progress"]
+__all__ = [
+    "console",
+    "detection_table",
+    "errors",
+    "inputs_progress",
+    "print_damage",
+    "run_table",
+    "score_table",
+    "windows_progress",
+]
 
 # More rows than that scroll away what matters; the report holds all.
 _MAX_ROWS = 20
@@ -109,6 +118,25 @@ def score_table(scores: Sequence[ClassScores], title: str) -> Table:
     means = [mean_over_present(scores, key) for key in ("iou", "f1", "precision", "recall")]
     table.add_row("mean", *map(_digits, means), f"{sum(s.num_pixels for s in scores):,}")
     return table
+
+
+def detection_table(scores: DetectionScores, title: str) -> tuple[Table, Table]:
+    """A row a class with the means below, and a row with the scores of each size of objects."""
+    classes = Table(title=title)
+    for column in ("class", "AP", "AP50", "F1", "precision", "recall", "from score", "objects"):
+        classes.add_column(column, justify="left" if column == "class" else "right")
+    for s in scores.classes:
+        values = map(_digits, (s.ap, s.ap50, s.f1, s.precision, s.recall, s.threshold))
+        classes.add_row(escape(s.name), *values, f"{s.num_objects:,}")
+    classes.add_section()
+    total = sum(s.num_objects for s in scores.classes)
+    empty = "", "", ""
+    classes.add_row("mean", *map(_digits, (scores.ap, scores.ap50)), *empty, _digits(scores.threshold), f"{total:,}")
+    sizes = Table(title="AP by size of objects")
+    for name in scores.ap_by_size:
+        sizes.add_column(name.replace("_", " "), justify="right")
+    sizes.add_row(*map(_digits, scores.ap_by_size.values()))
+    return classes, sizes
 
 
 def mean_over_present(scores: Sequence[ClassScores], key: str) -> float:

@@ -25,7 +25,7 @@ app = typer.Typer(
 app.add_typer(benchmark_app, name="benchmark")
 
 Checkpoint = Annotated[Path, typer.Option(help="A .ckpt file that `perf-vit train` wrote.")]
-Input = Annotated[Path, typer.Option("--input", help="The raster.")]
+Input = Annotated[Path, typer.Option("--input", help="The raster; for a detector, an image or a folder of them.")]
 WindowSize = Annotated[int | None, typer.Option(help="Side of a window in pixels; the training tile's by default.")]
 Overlap = Annotated[int | None, typer.Option(help="Pixels that neighbours share; a quarter window by default.")]
 BatchSize = Annotated[int, typer.Option(help="Windows a forward pass.", min=1)]
@@ -42,11 +42,9 @@ def train(
 ) -> None:
     """Train a model from a config file and key=value overrides."""
     from perf_vit.cli.console import console
-    from perf_vit.cli.schemas import SegmentationRun
-    from perf_vit.cli.training import train_segmentation
-    from perf_vit.config import load_config
+    from perf_vit.cli.training_tasks import train_from_config
 
-    best = train_segmentation(load_config(config, SegmentationRun, overrides or []))
+    best = train_from_config(config, overrides or [])
     console.print(f"best checkpoint: {best}", soft_wrap=True)
 
 
@@ -74,7 +72,11 @@ def predict(
         list[str], typer.Option("--input", help="A raster, a folder, a glob, or a list as CSV or Parquet; repeat it.")
     ],
     output: Annotated[
-        Path, typer.Option(help="The map to write, .tif; a quicklook .png goes beside it. A folder for several maps.")
+        Path,
+        typer.Option(
+            help="The map to write, .tif; a quicklook .png goes beside it. A folder for several maps. "
+            "Objects: .gpkg, .geojson, .parquet or COCO's .json."
+        ),
     ],
     more_inputs: Annotated[
         list[str] | None, typer.Argument(help="Further inputs: what a shell makes of --input *.tif.")
@@ -104,6 +106,9 @@ def predict(
             help="Write the areas of the classes, but the first, beside the map; geojson of slides is QuPath's."
         ),
     ] = None,
+    score_threshold: Annotated[
+        float | None, typer.Option(help="Lowest score of an object; where F1 was best in validation, by default.")
+    ] = None,
     mosaic: Annotated[bool, typer.Option("--mosaic", help="Read a folder, glob or STAC items as one scene.")] = False,
     crs: Annotated[str | None, typer.Option(help="Read rasters in this CRS, as EPSG:32637.")] = None,
     resolution: Annotated[
@@ -124,7 +129,28 @@ def predict(
         str | None, typer.Option(help="Of a running cluster, as auto; a Ray of its own by default.")
     ] = None,
 ) -> None:
-    """Map rasters with a trained model."""
+    """Map rasters with a trained model, or find objects in them."""
+    from perf_vit.models import checkpoint_task
+
+    source = {"crs": crs, "resolution": resolution, "mpp": mpp, "slide_mpp": slide_mpp, "tissue": tissue}
+    if checkpoint_task(checkpoint) == "detection":
+        from perf_vit.cli.detecting import find_objects
+
+        find_objects(
+            checkpoint,
+            [*inputs, *(more_inputs or ())],
+            output,
+            score_threshold=score_threshold,
+            for_maps={"--polygons": polygons, "--flips": flips, "--engine ray": engine == "ray"},
+            source=source,
+            window_size=window_size,
+            overlap=overlap,
+            batch_size=batch_size,
+            num_readers=num_readers,
+            device=device,
+            precision=precision,
+        )
+        return
     from perf_vit.cli.predicting import predict_inputs
 
     predict_inputs(
@@ -134,7 +160,7 @@ def predict(
         path_column=path_column,
         mosaic=mosaic,
         polygons=polygons,
-        source={"crs": crs, "resolution": resolution, "mpp": mpp, "slide_mpp": slide_mpp, "tissue": tissue},
+        source=source,
         overwrite=overwrite,
         engine=engine,
         num_actors=num_actors,
@@ -157,8 +183,13 @@ def predict(
 def evaluate(
     checkpoint: Checkpoint,
     image: Input,
-    labels: Annotated[Path, typer.Option(help="A mask raster or a vector file, as in training.")],
-    json: Annotated[Path | None, typer.Option(help="Write the scores here as well.")] = None,
+    labels: Annotated[Path, typer.Option(help="A mask raster or a vector file, as in training; labels of objects.")],
+    json: Annotated[
+        Path | None, typer.Option(help="Write the scores here as well; a detector's curves go beside it, as .png.")
+    ] = None,
+    label_format: Annotated[
+        str | None, typer.Option(help="Of labels of objects: coco, voc, yolo, ...; as in training by default.")
+    ] = None,
     region: Annotated[
         tuple[int, int, int, int] | None,
         typer.Option(help="row col height width, in pixels, of the part to score."),
@@ -169,7 +200,25 @@ def evaluate(
     device: Device = "auto",
     precision: Precision = "32",
 ) -> None:
-    """Score a trained model on a labelled raster, class by class."""
+    """Score a trained model on a labelled raster, or a detector on labelled images, class by class."""
+    from perf_vit.models import checkpoint_task
+
+    if checkpoint_task(checkpoint) == "detection":
+        from perf_vit.cli.detecting import report_objects
+
+        report_objects(
+            checkpoint,
+            image,
+            labels,
+            json,
+            label_format=label_format,
+            window_size=window_size,
+            overlap=overlap,
+            batch_size=batch_size,
+            device=device,
+            precision=precision,
+        )
+        return
     from perf_vit.cli.console import console, score_table
     from perf_vit.cli.mapping import evaluate_raster, write_scores
 

@@ -5,11 +5,17 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-from perf_vit.data import CropsConfig, DataConfig
-from perf_vit.models import ModelConfig
-from perf_vit.tasks import DistillationConfig, DistillationTrainerConfig, OptimConfig, TrainerConfig
+from perf_vit.data import CropsConfig, DataConfig, ObjectDataConfig
+from perf_vit.models import DetectorConfig, ModelConfig
+from perf_vit.tasks import (
+    DetectionOptimConfig,
+    DistillationConfig,
+    DistillationTrainerConfig,
+    OptimConfig,
+    TrainerConfig,
+)
 
-__all__ = ["DistillationRun", "PairConfig", "SegmentationRun"]
+__all__ = ["DetectionRun", "DistillationRun", "PairConfig", "SegmentationRun"]
 
 
 @dataclass(kw_only=True)
@@ -18,6 +24,7 @@ class SegmentationRun:
 
     Attributes:
         out: the run folder.
+        task: segmentation, which is also what a config without it means.
         seed: decides weights, windows and augmentation.
         resume: continue from the run folder's last checkpoint.
         data: rasters, labels and tiles.
@@ -28,10 +35,36 @@ class SegmentationRun:
 
     out: str
     data: DataConfig
+    task: str = "segmentation"
     seed: int = 0
     resume: bool = False
     model: ModelConfig = field(default_factory=ModelConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
+    trainer: TrainerConfig = field(default_factory=TrainerConfig)
+
+
+@dataclass(kw_only=True)
+class DetectionRun:
+    """Everything that decides a run of object detection; dumped into its folder.
+
+    Attributes:
+        out: the run folder.
+        task: detection.
+        seed: decides weights, windows and augmentation.
+        resume: continue from the run folder's last checkpoint.
+        data: images, labels of objects and tiles.
+        model: backbone, neck and head.
+        optim: optimizer and schedule.
+        trainer: how long and where.
+    """
+
+    out: str
+    data: ObjectDataConfig
+    task: str = "detection"
+    seed: int = 0
+    resume: bool = False
+    model: DetectorConfig = field(default_factory=DetectorConfig)
+    optim: DetectionOptimConfig = field(default_factory=DetectionOptimConfig)
     trainer: TrainerConfig = field(default_factory=TrainerConfig)
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from perf_vit.errors import ConfigError, InputError
 from perf_vit.inference import MapInput, MapJob, MapResult, OutputKind, make_map, segment_job
@@ -46,7 +47,7 @@ def resolved_precision(name: str) -> torch.dtype:
     return _PRECISIONS[name]
 
 
-def on_device(model: Segmenter, device: str) -> str:
+def on_device(model: nn.Module, device: str) -> str:
     """Put a model on a device, "auto" for a GPU if there is one; the device's name.
 
     Raises:

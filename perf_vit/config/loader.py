@@ -15,7 +15,7 @@ from omegaconf.errors import OmegaConfBaseException
 from perf_vit.config.shipped import find_config
 from perf_vit.errors import ConfigError
 
-__all__ = ["dump_config", "load_config"]
+__all__ = ["config_value", "dump_config", "load_config"]
 
 T = TypeVar("T")
 
@@ -51,6 +51,17 @@ def load_config(path: str | Path, schema: type[T], overrides: Sequence[str] = ()
         raise ConfigError(f"{error.full_key or path}: {str(error.msg or error).splitlines()[0]}") from error
     _make_tuples(loaded)
     return loaded
+
+
+def config_value(path: str | Path, key: str, overrides: Sequence[str] = (), default: Any = None) -> Any:
+    """One top-level value of a YAML file, with bases and overrides, before its schema is known.
+
+    Raises:
+        ConfigError: one line that names the key or file.
+    """
+    merged = OmegaConf.create(_read_with_bases(find_config(path), seen=()))
+    merged.merge_with(_parse_overrides(overrides))
+    return merged.get(key, default)
 
 
 def dump_config(config: Any, path: Path) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal
 
 import torch
@@ -32,6 +32,7 @@ class DetectorSpec:
         score_threshold: lowest score of an object that is worth writing; training sets it to where F1 was highest on
             the validation images.
         kind: geometry of its detections; the head decides it.
+        label_options: how its label files are read, as keyword arguments of `perf_vit.data.read_object_labels`.
     """
 
     classes: tuple[str, ...]
@@ -41,6 +42,7 @@ class DetectorSpec:
     nodata: float | None = None
     score_threshold: float = 0.5
     kind: ObjectKind = "boxes"
+    label_options: dict[str, Any] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, for a checkpoint."""
@@ -59,6 +61,7 @@ class DetectorSpec:
             nodata=values["nodata"],
             score_threshold=values["score_threshold"],
             kind=values["kind"],
+            label_options=values["label_options"],
         )
 
 
@@ -95,7 +98,7 @@ class Detector(nn.Module):
         self.backbone = backbone
         self.neck = neck
         self.head = head
-        self.spec = replace(spec, kind=head.kind)
+        self.spec = replace(spec, kind=self.head.kind)
         self.saved_backbone = saved_backbone
         self.frozen = _frozen_parts(backbone, freeze)
         for part in self.frozen:

@@ -1,5 +1,8 @@
 """Training tasks: losses, metrics and Lightning modules."""
 
+from perf_vit.tasks.detection import DETECTION_CURVES, DETECTION_MONITOR, DetectionOptimConfig, DetectionTask
+from perf_vit.tasks.detection_metrics import OBJECT_SIZES, DetectionClassScores, DetectionMetrics, DetectionScores
+from perf_vit.tasks.detection_plots import plot_precision_recall
 from perf_vit.tasks.distillation import DistillationConfig, DistillationTask
 from perf_vit.tasks.distillation_trainer import DistillationTrainerConfig, build_distillation_trainer
 from perf_vit.tasks.losses import SegmentationLoss
@@ -9,7 +12,15 @@ from perf_vit.tasks.segmentation import OptimConfig, SegmentationTask
 from perf_vit.tasks.trainer import TrainerConfig, build_trainer
 
 __all__ = [
+    "DETECTION_CURVES",
+    "DETECTION_MONITOR",
+    "OBJECT_SIZES",
     "ClassScores",
+    "DetectionClassScores",
+    "DetectionMetrics",
+    "DetectionOptimConfig",
+    "DetectionScores",
+    "DetectionTask",
     "DistillationConfig",
     "DistillationTask",
     "DistillationTrainerConfig",
@@ -21,5 +32,6 @@ __all__ = [
     "build_distillation_trainer",
     "build_trainer",
     "class_scores",
+    "plot_precision_recall",
     "segmentation_metrics",
 ]

@@ -13,7 +13,7 @@ from lightning.pytorch.callbacks import Callback, ModelCheckpoint, RichProgressB
 from lightning.pytorch.loggers import TensorBoardLogger
 
 from perf_vit.errors import ConfigError
-from perf_vit.tasks.history import HistoryCallback
+from perf_vit.tasks.history import SEGMENTATION_CURVES, Curves, HistoryCallback
 from perf_vit.tasks.redraw import RedrawProjections
 
 __all__ = ["TrainerConfig", "best_and_last", "build_trainer", "lightning_trainer"]
@@ -46,8 +46,15 @@ class TrainerConfig:
     redraw_every_steps: int = 0
 
 
-def build_trainer(config: TrainerConfig, folder: Path, *, progress: bool = True) -> lightning.Trainer:
-    """A trainer that keeps `checkpoints/best.ckpt` (by mean validation IoU) and `last.ckpt`, `metrics.csv`,
+def build_trainer(
+    config: TrainerConfig,
+    folder: Path,
+    *,
+    progress: bool = True,
+    monitor: str = "val/iou",
+    curves: Curves = SEGMENTATION_CURVES,
+) -> lightning.Trainer:
+    """A trainer that keeps `checkpoints/best.ckpt` (by the highest `monitor`) and `last.ckpt`, `metrics.csv`,
     `loss_curve.png` and TensorBoard logs in the run folder.
 
     Raises:
@@ -59,7 +66,7 @@ def build_trainer(config: TrainerConfig, folder: Path, *, progress: bool = True)
         raise ConfigError(
             f"trainer.redraw_every_steps must be 0 or more, got {config.redraw_every_steps}; use 0 to never redraw"
         )
-    callbacks = [HistoryCallback(folder), *best_and_last(folder, monitor="val/iou")]
+    callbacks = [HistoryCallback(folder, curves), *best_and_last(folder, monitor=monitor)]
     if config.redraw_every_steps:
         callbacks.append(RedrawProjections(config.redraw_every_steps))
     return lightning_trainer(
@@ -139,5 +146,8 @@ def _quieten() -> None:
         # A distillation validates as often as it likes, and keeps both models in evaluation mode.
         ".*smaller than the logging interval.*",
         ".*in eval mode at the start of training.*",
+        ".*overridden `transfer_batch_to_device`.*",
+        # Epochs without validation have no score to choose the best by.
+        ".*could not find the monitored key.*",
     ):
         warnings.filterwarnings("ignore", message)

@@ -19,6 +19,7 @@ __all__ = [
     "DetectionHead",
     "Targets",
     "anchor_sides",
+    "check_channels",
     "covered_share",
     "image_list",
     "inside_any",
@@ -84,6 +85,16 @@ class CenteredAnchors(AnchorGenerator):
 def anchor_sides(strides: Sequence[int], scale: float) -> tuple[int, ...]:
     """Side of each level's anchor, in pixels."""
     return tuple(max(1, round(scale * stride)) for stride in strides)
+
+
+def check_channels(channels: int) -> None:
+    """Refuse what the group norms of 32 groups can't take; of a group of one channel, a map of one cell has no spread.
+
+    Raises:
+        ValueError: no multiple of 32, or 32 itself.
+    """
+    if channels % 32 or channels < 64:
+        raise ValueError(f"expected model.channels to be a multiple of 32 above 32, got {channels}; try 64 or 128")
 
 
 def levels_only(channels: int) -> nn.Module:

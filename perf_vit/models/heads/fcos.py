@@ -15,6 +15,7 @@ from torchvision.ops import generalized_box_iou_loss, sigmoid_focal_loss
 from perf_vit.models.heads.detection import (
     CenteredAnchors,
     Targets,
+    check_channels,
     image_list,
     inside_any,
     levels_only,
@@ -39,7 +40,7 @@ class FCOSHead(nn.Module):
     of cells. An object so small that no location lies in it takes those next to it, instead of none.
 
     Args:
-        in_channels: of each level; a multiple of 32.
+        in_channels: of each level; a multiple of 32 above 32.
         num_classes: foreground classes.
         strides: of the levels, finest first.
         num_convs: 3 x 3 convolutions before the outputs, shared by all levels.
@@ -49,7 +50,7 @@ class FCOSHead(nn.Module):
         detections_per_tile: the surest that are given; dense tiles hold many.
 
     Raises:
-        ValueError: a number of channels that is no multiple of 32.
+        ValueError: another number of channels.
     """
 
     kind = "boxes"
@@ -67,8 +68,7 @@ class FCOSHead(nn.Module):
         detections_per_tile: int = 1000,
     ) -> None:
         super().__init__()
-        if in_channels % 32:
-            raise ValueError(f"expected model.channels to be a multiple of 32, got {in_channels}")
+        check_channels(in_channels)
         self.strides = tuple(strides)
         self.center_radius = center_radius
         self.coder = BoxLinearCoder(normalize_by_size=True)

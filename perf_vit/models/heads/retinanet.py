@@ -17,6 +17,7 @@ from perf_vit.models.heads.detection import (
     CenteredAnchors,
     Targets,
     anchor_sides,
+    check_channels,
     covered_share,
     image_list,
     levels_only,
@@ -37,7 +38,7 @@ class RetinaNetHead(nn.Module):
     torchvision's convolutions, with group norms, losses and post-processing. Each stride has anchors of three sizes.
 
     Args:
-        in_channels: of each level; a multiple of 32.
+        in_channels: of each level; a multiple of 32 above 32.
         num_classes: foreground classes.
         strides: of the levels, finest first.
         anchor_scale: side of a level's smallest anchor in strides: 2 makes it 8 px at stride 4.
@@ -47,7 +48,7 @@ class RetinaNetHead(nn.Module):
         detections_per_tile: the surest that are given; dense tiles hold many.
 
     Raises:
-        ValueError: a number of channels that is no multiple of 32.
+        ValueError: another number of channels.
     """
 
     kind = "boxes"
@@ -65,8 +66,7 @@ class RetinaNetHead(nn.Module):
         detections_per_tile: int = 1000,
     ) -> None:
         super().__init__()
-        if in_channels % 32:
-            raise ValueError(f"expected model.channels to be a multiple of 32, got {in_channels}")
+        check_channels(in_channels)
         self.strides = tuple(strides)
         self.per_place = len(_OCTAVES) * len(anchor_ratios)
         sizes = tuple(tuple(side * octave for octave in _OCTAVES) for side in anchor_sides(strides, anchor_scale))

@@ -61,11 +61,11 @@ class SimpleFPN(nn.Module):
         x = features[-1]
         if self.fuse is not None:
             x = torch.stack([conv(feature) for conv, feature in zip(self.fuse, features, strict=True)]).sum(0)
-        if self.backbone_multiple != self.base_stride:
-            scale = self.backbone_multiple / self.base_stride
-            # Without recomputing, the scale is exact, and so are the places that are sampled.
-            x = F.interpolate(x, scale_factor=scale, mode="bilinear", recompute_scale_factor=False)
-        x = x[..., : size[0] // self.base_stride, : size[1] // self.base_stride]
+        shape = (size[0] // self.base_stride, size[1] // self.base_stride)
+        if self.backbone_multiple == self.base_stride:
+            x = x[..., : shape[0], : shape[1]]
+        else:
+            x = _resampled(x, self.backbone_multiple / self.base_stride, shape)
         return [level(x) for level in self.levels]
 
 
@@ -73,6 +73,18 @@ def nearest_power_of_two(value: int) -> int:
     """The power of two with the nearest logarithm; of two, the larger."""
     below = 1 << (value.bit_length() - 1)
     return below if value * value < 2 * below * below else 2 * below
+
+
+def _resampled(feature: Tensor, scale: float, shape: tuple[int, int]) -> Tensor:
+    """Bilinear samples at the centres of cells that are `scale` times as many as those of the map."""
+    # `interpolate` copies a map whose size stays the same, whatever the scale.
+    rows, columns = (
+        (torch.arange(num, device=feature.device) + 0.5) * (2 / (scale * side)) - 1
+        for num, side in zip(shape, feature.shape[-2:], strict=True)
+    )
+    y, x = torch.meshgrid(rows, columns, indexing="ij")
+    grid = torch.stack([x, y], -1).expand(len(feature), *shape, 2).to(feature.dtype)
+    return F.grid_sample(feature, grid, mode="bilinear", padding_mode="border", align_corners=False)
 
 
 def _level(width: int, channels: int, base_stride: int, stride: int) -> nn.Sequential:

@@ -1,0 +1,160 @@
+"""Training of an object detector."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import lightning
+import torch
+from torch import Tensor
+from torch.optim import AdamW
+from torch.optim.lr_scheduler import LambdaLR
+
+from perf_vit.errors import ConfigError
+from perf_vit.models import (
+    CHECKPOINT_KEY,
+    DetectorConfig,
+    DetectorSpec,
+    build_detector,
+    checkpoint_metadata,
+    restore_draw,
+)
+from perf_vit.tasks.detection_metrics import DetectionMetrics, DetectionScores
+from perf_vit.tasks.history import Curves
+from perf_vit.tasks.segmentation import warmup_cosine
+from perf_vit.types import Detections, ObjectLabels
+
+__all__ = ["DETECTION_CURVES", "DETECTION_MONITOR", "DetectionOptimConfig", "DetectionTask"]
+
+DETECTION_MONITOR = "val/ap50"
+"""What the best checkpoint is chosen by: on small objects, AP at higher IoUs hangs on single pixels."""
+
+DETECTION_CURVES = Curves(
+    losses=("train/loss",), scores=("val/ap", "val/ap50"), title="validation, mean over classes and IoUs"
+)
+
+_NO_DECAY = ("pos_embed", "cls_token", "reg_token")
+
+
+@dataclass(kw_only=True)
+class DetectionOptimConfig:
+    """AdamW with a linear warm-up and a cosine decay to zero, over the steps of the whole run.
+
+    Attributes:
+        lr: peak learning rate.
+        backbone_lr_scale: factor of the rate in the backbone; below 1 keeps more of pretrained weights.
+        weight_decay: of matrices and kernels; vectors (norms, biases) and position embeddings have none.
+        warmup_fraction: share of the steps over which the rate rises.
+    """
+
+    lr: float = 5e-4
+    backbone_lr_scale: float = 1.0
+    weight_decay: float = 0.05
+    warmup_fraction: float = 0.05
+
+
+class DetectionTask(lightning.LightningModule):
+    """Trains a detector; its checkpoints hold all that `perf_vit.models.load_detector` needs.
+
+    Args:
+        model_config: the network.
+        spec: classes and statistics of the training data.
+        optim: schedule.
+
+    Raises:
+        ConfigError: a network that can't be built, or a learning rate below 0.
+    """
+
+    def __init__(
+        self,
+        model_config: DetectorConfig,
+        spec: DetectorSpec,
+        optim: DetectionOptimConfig,
+    ) -> None:
+        super().__init__()
+        if optim.lr <= 0 or optim.backbone_lr_scale < 0:
+            raise ConfigError("optim.lr must be above 0 and optim.backbone_lr_scale at least 0")
+        self.model_config = model_config
+        self.optim = optim
+        self.model = build_detector(model_config, spec)
+        kind = self.model.spec.kind
+        self.val_metrics = DetectionMetrics(spec.classes, "masks" if kind == "masks" else "boxes")
+        self.save_hyperparameters({"model": asdict(model_config), "optim": asdict(optim)})
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Add the metadata."""
+        checkpoint[CHECKPOINT_KEY] = checkpoint_metadata(self.model_config, self.model)
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Take up the draw of the attention's projections, which are no part of the weights."""
+        restore_draw(self.model, checkpoint[CHECKPOINT_KEY])
+
+    def forward(self, tiles: Tensor) -> list[Detections]:
+        """Objects of standardised tiles [B, C, H, W]."""
+        return self.model(tiles)
+
+    def transfer_batch_to_device(
+        self, batch: tuple[list[Tensor], list[ObjectLabels]], device: torch.device, dataloader_idx: int
+    ) -> tuple[list[Tensor], list[ObjectLabels]]:
+        """Move the images; the labels stay arrays, which the heads and metrics want."""
+        images, labels = batch
+        return [image.to(device, non_blocking=True) for image in images], labels
+
+    def training_step(self, batch: tuple[list[Tensor], list[ObjectLabels]], batch_idx: int) -> Tensor:
+        """Sum of the head's losses of one batch."""
+        images, labels = batch
+        losses = self.model.losses(images, labels)
+        loss = torch.stack(list(losses.values())).sum()
+        shared: dict[str, Any] = {"on_step": False, "on_epoch": True, "batch_size": len(images)}
+        self.log("train/loss", loss, prog_bar=True, **shared)
+        self.log_dict({f"train/{name}": value for name, value in losses.items()}, **shared)
+        return loss
+
+    def validation_step(self, batch: tuple[list[Tensor], list[ObjectLabels]], batch_idx: int) -> None:
+        """Detections of one batch."""
+        for image, label in zip(*batch, strict=True):
+            self.val_metrics.update(self(image[None]), [label])
+
+    def on_validation_epoch_end(self) -> None:
+        """Log average precision, overall, by class and by size, and set the network's score threshold."""
+        scores = self.val_metrics.compute()
+        self.val_metrics.reset()
+        for name, value in _logged(scores).items():
+            self.log(name, value, prog_bar=name in ("val/ap", DETECTION_MONITOR))
+        if not math.isnan(scores.threshold):
+            self.model.spec = replace(self.model.spec, score_threshold=scores.threshold)
+
+    def configure_optimizers(self) -> Any:
+        """AdamW and the schedule, stepped every batch."""
+        optimizer = AdamW(self._parameter_groups())
+        total = max(1, int(self.trainer.estimated_stepping_batches))
+        schedule = LambdaLR(optimizer, lambda step: warmup_cosine(step, total, self.optim.warmup_fraction))
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    def _parameter_groups(self) -> list[dict[str, Any]]:
+        groups: dict[tuple[bool, bool], list[Tensor]] = {}
+        for name, parameter in self.model.named_parameters():
+            if parameter.requires_grad:
+                plain = parameter.ndim < 2 or name.endswith(_NO_DECAY)
+                groups.setdefault((name.startswith("backbone."), plain), []).append(parameter)
+        return [
+            {
+                "params": parameters,
+                "lr": self.optim.lr * (self.optim.backbone_lr_scale if in_backbone else 1.0),
+                "weight_decay": 0.0 if plain else self.optim.weight_decay,
+            }
+            # The history shows the first group's rate: that of neck and head.
+            for (in_backbone, plain), parameters in sorted(groups.items())
+        ]
+
+
+def _logged(scores: DetectionScores) -> dict[str, float]:
+    """Names and values for the logs; what is unknown is left out, but for the overall scores, which are then 0."""
+    overall = {f"val/{name}": getattr(scores, name) for name in ("ap", "ap50", "ap75", "recall")}
+    parts = {f"val/ap_{name}": value for name, value in scores.ap_by_size.items()}
+    for each in scores.classes:
+        parts |= {f"val/ap50/{each.name}": each.ap50, f"val/f1/{each.name}": each.f1}
+    known = {name: value for name, value in parts.items() if not math.isnan(value)}
+    return {name: 0.0 if math.isnan(value) else value for name, value in overall.items()} | known

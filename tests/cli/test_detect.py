@@ -1,0 +1,143 @@
+"""Train, evaluate and predict objects through the real entry point."""
+
+import csv
+import json
+from pathlib import Path
+
+import geopandas
+import numpy as np
+import pytest
+import rasterio
+from affine import Affine
+from command_line import call
+from PIL import Image
+
+from perf_vit.cli.schemas import DetectionRun
+from perf_vit.config import load_config
+from perf_vit.models import load_detector
+
+TRANSFORM = Affine(0.2, 0, 500_000, 0, -0.3, 4_000_000)
+CONFIG = """
+out: ???
+task: detection
+data:
+  train: {images: "???", labels: "???"}
+  classes: [car, bus]
+  tile_px: 64
+  tiles_per_epoch: 24
+  batch_size: 4
+  val_share: 0.25
+model:
+  backbone: resnet18
+  strides: [4, 8]
+  channels: 64
+  head: fcos
+  head_kwargs: {num_convs: 1, detections_per_tile: 100}
+optim: {lr: 0.002}
+trainer: {max_epochs: 5, accelerator: cpu, val_every_epochs: 5}
+"""
+
+
+def make_streets(folder: Path) -> tuple[Path, Path]:
+    """Four rasters of 4 bands with bright cars of 6 x 6 px and buses of 6 x 16 px, and their COCO file."""
+    rng = np.random.default_rng(0)
+    images, annotations = [], []
+    (folder / "images").mkdir(parents=True)
+    for number in range(4):
+        pixels = rng.normal(100, 10, (4, 90, 140)).astype(np.float32)
+        for place in range(12):
+            kind, row, col = place % 2, 6 + 28 * (place // 4), 8 + 33 * (place % 4)
+            width = 16 if kind else 6
+            pixels[kind : kind + 2, row : row + 6, col : col + width] += 120
+            box = [col, row, width, 6]
+            annotations.append({"id": len(annotations), "image_id": number, "category_id": kind, "bbox": box})
+        profile = {"driver": "GTiff", "height": 90, "width": 140, "count": 4, "dtype": "float32", "crs": "EPSG:32636"}
+        with rasterio.open(folder / "images" / f"{number}.tif", "w", transform=TRANSFORM, **profile) as file:
+            file.write(pixels)
+        images.append({"id": number, "file_name": f"{number}.tif", "height": 90, "width": 140})
+    categories = [{"id": 0, "name": "car"}, {"id": 1, "name": "bus"}]
+    labels = folder / "labels.json"
+    labels.write_text(json.dumps({"images": images, "annotations": annotations, "categories": categories}))
+    return folder / "images", labels
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory) -> tuple[Path, Path, Path]:
+    root = tmp_path_factory.mktemp("detection")
+    images, labels = make_streets(root)
+    (root / "cars.yaml").write_text(CONFIG)
+    files = [f"data.train.images={images}", f"data.train.labels={labels}", f"out={root / 'run'}"]
+    assert call(["train", str(root / "cars.yaml"), *files]) == 0
+    return images, labels, root / "run"
+
+
+def test_the_run_folder_holds_config_checkpoints_metrics_and_curve(run) -> None:
+    folder = run[2]
+    assert load_config(folder / "config.yaml", DetectionRun).model.head == "fcos"
+    assert {p.name for p in (folder / "checkpoints").iterdir()} == {"best.ckpt", "last.ckpt"}
+    last = list(csv.DictReader((folder / "metrics.csv").open()))[-1]
+    assert {"train/loss", "train/box", "val/ap", "val/ap50", "val/ap50/car", "val/ap_very_tiny"} <= set(last)
+    assert Image.open(folder / "loss_curve.png").size[0] > 500
+    spec = load_detector(folder / "checkpoints" / "best.ckpt").spec
+    assert spec.classes == ("car", "bus")
+    assert spec.score_threshold != 0.5
+    assert spec.label_options["label_format"] == "coco"
+
+
+def test_evaluation_prints_classes_and_writes_scores_and_curves(run, tmp_path, capsys) -> None:
+    images, labels, folder = run
+    checkpoint = folder / "checkpoints" / "best.ckpt"
+    report = tmp_path / "scores.json"
+    args = ["--checkpoint", checkpoint, "--input", images, "--labels", labels, "--json", report]
+    assert call(["evaluate", *args]) == 0
+    shown = capsys.readouterr().out
+    assert "bus" in shown
+    assert "very tiny" in shown
+    scores = json.loads(report.read_text())
+    assert [each["num_objects"] for each in scores["classes"]] == [24, 24]
+    assert scores["ap50"] > 0.3
+    assert Image.open(report.with_suffix(".png")).size[0] > 300
+
+
+@pytest.mark.parametrize("suffix", [".gpkg", ".geojson", ".json"])
+def test_prediction_writes_the_objects_where_they_lie(run, tmp_path, suffix) -> None:
+    images, _, folder = run
+    checkpoint, out = folder / "checkpoints" / "best.ckpt", tmp_path / f"cars{suffix}"
+    args = ["--checkpoint", checkpoint, "--input", images / "0.tif", "--output", out, "--score-threshold", "0.1"]
+    assert call(["predict", *args]) == 0
+    if suffix == ".json":
+        found = json.loads(out.read_text())
+        assert found["annotations"]
+        return
+    objects = geopandas.read_file(out)
+    assert len(objects)
+    assert set(objects["class"]) <= {"car", "bus"}
+    if suffix == ".gpkg":
+        left, bottom, right, top = objects.total_bounds
+        assert left >= TRANSFORM.c - 1e-6
+        assert right <= TRANSFORM.c + 140 * 0.2 + 1e-6
+        assert bottom >= TRANSFORM.f - 90 * 0.3 - 1e-6
+        assert top <= TRANSFORM.f + 1e-6
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["--score-threshold", "2"], "--score-threshold must lie between 0 and 1, got 2"),
+        (["--input", "again.tif"], "one input at a time, got 2"),
+        (["--overlap", "64"], "--overlap must be below the window size 64"),
+        (["--polygons", "gpkg"], "--polygons is for maps"),
+    ],
+)
+def test_arguments_that_fit_no_detector_are_one_clear_line(run, tmp_path, capsys, args, message) -> None:
+    images, _, folder = run
+    base = ["--checkpoint", folder / "checkpoints" / "best.ckpt", "--input", images / "0.tif"]
+    assert call(["predict", *base, "--output", tmp_path / "cars.gpkg", *args]) == 2
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "cars.gpkg").exists()
+
+
+def test_an_unknown_task_is_one_clear_line(tmp_path, capsys) -> None:
+    (tmp_path / "run.yaml").write_text("task: tracking\n")
+    assert call(["train", str(tmp_path / "run.yaml")]) == 2
+    assert "task must be segmentation or detection, got tracking" in capsys.readouterr().err
