@@ -22,7 +22,7 @@ def ships(tmp_path_factory):
 
 def _random(ships, seed: int = 0) -> RandomWindows:
     augmentation = Augmentation(flips=True, scale=(0.7, 1.3), gain=0.1, offset=0.1)
-    return RandomWindows(ships, NORMALIZER, augmentation, tile_px=64, length=6, seed=seed)
+    return RandomWindows([ships], NORMALIZER, augmentation, tile_px=64, length=6, seed=seed)
 
 
 def test_samples_depend_on_seed_and_index_whatever_the_workers(ships) -> None:
@@ -64,7 +64,7 @@ def test_a_region_keeps_labels_of_the_other_part_out(ships) -> None:
     upper = LabelledSource(ships.source, ships.labels, Window(0, 0, 100, 200))
     _, labels = upper.read(Window(60, 40, 64, 64), NORMALIZER)
     assert (labels[40:] == IGNORE_INDEX).all()
-    dataset = RandomWindows(upper, NORMALIZER, Augmentation(flips=False), tile_px=64, length=50, seed=0)
+    dataset = RandomWindows([upper], NORMALIZER, Augmentation(flips=False), tile_px=64, length=50, seed=0)
     rows = [np.flatnonzero((dataset[i][1] != IGNORE_INDEX).any(1)).max() for i in range(20)]
     assert max(rows) <= 63
 
