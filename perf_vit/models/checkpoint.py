@@ -52,12 +52,19 @@ def load_segmenter(path: str | Path) -> Segmenter:
     if not isinstance(content, dict) or CHECKPOINT_KEY not in content:
         raise CheckpointError(f"{path} is not a perf_vit checkpoint; give a .ckpt file that `perf-vit train` wrote")
     metadata = content[CHECKPOINT_KEY]
-    config = ModelConfig(**{**metadata["model"], "pretrained": False})
-    model = build_segmenter(config, SegmenterSpec.from_dict(metadata["spec"]), metadata.get("saved_backbone"))
-    state = content["state_dict"]
-    model.load_state_dict(
-        {key.removeprefix(STATE_PREFIX): value for key, value in state.items() if key.startswith(STATE_PREFIX)}
-    )
+    try:
+        config = ModelConfig(**{**metadata["model"], "pretrained": False})
+        model = build_segmenter(config, SegmenterSpec.from_dict(metadata["spec"]), metadata.get("saved_backbone"))
+        state = content["state_dict"]
+        model.load_state_dict(
+            {key.removeprefix(STATE_PREFIX): value for key, value in state.items() if key.startswith(STATE_PREFIX)}
+        )
+    except (KeyError, TypeError, RuntimeError) as error:
+        version = metadata.get("version", "of unknown number")
+        raise CheckpointError(
+            f"{path} was written by perf_vit {version}, whose networks differ from those of {__version__}; use that "
+            "version, or train anew"
+        ) from error
     restore_draw(model, metadata)
     return model.eval()
 

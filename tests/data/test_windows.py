@@ -75,3 +75,24 @@ def test_scene_is_the_same_for_the_same_seed(tmp_path) -> None:
     assert a.labels.read_text() == b.labels.read_text()
     assert a.image.read_bytes() != c.image.read_bytes()
     assert 0 < a.num_targets <= 5
+
+
+def test_tiles_of_several_rasters_come_in_proportion_to_their_size(ships) -> None:
+    whole = ships.source.extent
+    upper = LabelledSource(ships.source, ships.labels, Window(0, 0, whole.height // 4, whole.width))
+    seen = []
+
+    class Watched(RandomWindows):
+        def _choose(self, rng: np.random.Generator) -> int:
+            seen.append(super()._choose(rng))
+            return seen[-1]
+
+    options = {"tile_px": 32, "length": 200, "seed": 0}
+    mixed = Watched([ships, upper], NORMALIZER, Augmentation(flips=False), **options)
+    for index in range(200):
+        mixed[index]
+    # Four fifths of the pixels are the first one's; four standard deviations of a binomial either way.
+    assert abs(np.mean(seen) - 0.2) < 4 * np.sqrt(0.2 * 0.8 / len(seen))
+    assert torch.equal(
+        mixed[7][0], RandomWindows([ships, upper], NORMALIZER, Augmentation(flips=False), **options)[7][0]
+    )
