@@ -1,19 +1,39 @@
-"""Training data: windows of labelled sources, and crops of images without labels, as standardised tiles."""
+"""Training data as standardised tiles: windows of labelled sources and of images with objects; unlabelled crops."""
 
 from perf_vit.data.build import AugmentConfig, DataConfig, RegionConfig, build_datamodule, label_options, region_window
 from perf_vit.data.crops import UnlabelledCrops, find_images
 from perf_vit.data.crops_datamodule import CropsConfig, CropsDataModule, build_crops
 from perf_vit.data.datamodule import WindowDataModule
+from perf_vit.data.labels import LABEL_FORMATS, ImageRecord, ObjectIndex, objects_in, read_object_labels
+from perf_vit.data.object_places import ObjectPlaces, RandomPlaces, make_places
+from perf_vit.data.objects import ObjectGrid, ObjectImages, ObjectWindows, collate_objects
+from perf_vit.data.objects_datamodule import (
+    ObjectDataConfig,
+    ObjectDataModule,
+    ObjectSplitConfig,
+    build_object_datamodule,
+)
 from perf_vit.data.synthetic import ShipScene, make_ship_scene
 from perf_vit.data.windows import GridWindows, LabelledSource, RandomWindows
 
 __all__ = [
+    "LABEL_FORMATS",
     "AugmentConfig",
     "CropsConfig",
     "CropsDataModule",
     "DataConfig",
     "GridWindows",
+    "ImageRecord",
     "LabelledSource",
+    "ObjectDataConfig",
+    "ObjectDataModule",
+    "ObjectGrid",
+    "ObjectImages",
+    "ObjectIndex",
+    "ObjectPlaces",
+    "ObjectSplitConfig",
+    "ObjectWindows",
+    "RandomPlaces",
     "RandomWindows",
     "RegionConfig",
     "ShipScene",
@@ -21,8 +41,13 @@ __all__ = [
     "WindowDataModule",
     "build_crops",
     "build_datamodule",
+    "build_object_datamodule",
+    "collate_objects",
     "find_images",
     "label_options",
+    "make_places",
     "make_ship_scene",
+    "objects_in",
+    "read_object_labels",
     "region_window",
 ]

@@ -14,6 +14,7 @@ from perf_vit.io.raster import RasterSource
 from perf_vit.io.slide import SlideSource
 from perf_vit.io.sources import open_raster, open_source
 from perf_vit.io.strips import StripStore
+from perf_vit.io.vector_objects import PolygonFile
 from perf_vit.io.vector_writers import write_objects
 from perf_vit.io.writers import CogWriter
 
@@ -21,6 +22,7 @@ __all__ = [
     "CogWriter",
     "LabelSource",
     "MosaicSource",
+    "PolygonFile",
     "RasterLayout",
     "RasterSource",
     "SlideSource",

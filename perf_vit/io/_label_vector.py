@@ -23,7 +23,7 @@ from perf_vit.io._placing import check_both_placed, check_overlap
 from perf_vit.io.raster import RasterSource
 from perf_vit.types import IGNORE_INDEX, LabelArray, Window
 
-__all__ = ["VectorLabels", "is_vector_name", "opens_as_vector"]
+__all__ = ["VectorLabels", "is_vector_name", "opens_as_vector", "read_features", "to_pixels"]
 
 _SUFFIXES = {".fgb", ".geojson", ".geojsonl", ".gml", ".gpkg", ".json", ".kml", ".shp"}
 _STEPS_PER_PX = 256
@@ -58,7 +58,7 @@ class VectorLabels:
         codes = _codes(path, frame, classes, attribute)
         # Parts of a multipolygon are found one by one, so far islands are not burnt.
         parts, owners = shapely.get_parts(frame.geometry.to_numpy(), return_index=True)
-        self._polygons = _to_pixels(parts, source.transform)
+        self._polygons = to_pixels(parts, source.transform)
         self._codes = codes[owners]
         self._tree = shapely.STRtree(self._polygons)
         self._extent = source.extent
@@ -103,7 +103,7 @@ def opens_as_vector(path: str) -> bool:
 
 def _read_polygons(path: str, source: RasterSource, attribute: str | None) -> Any:
     """Polygons of the file in the source's CRS, with the attribute's column."""
-    frame = _read_file(path, attribute)
+    frame = read_features(path, attribute)
     check_both_placed(source, path, frame.crs)
     frame = frame[~(frame.geometry.isna() | frame.geometry.is_empty)]
     other = sorted(set(frame.geom_type) - {"Polygon", "MultiPolygon"})
@@ -118,7 +118,12 @@ def _read_polygons(path: str, source: RasterSource, attribute: str | None) -> An
     return frame
 
 
-def _read_file(path: str, attribute: str | None) -> Any:
+def read_features(path: str, attribute: str | None) -> Any:
+    """The geometries of a vector file's only layer, with the attribute's column, as a geopandas frame.
+
+    Raises:
+        InputError: the file can't be read, or has several layers or no such column.
+    """
     try:
         with warnings.catch_warnings():
             # Of a damaged file the error below says the same, once.
@@ -169,7 +174,8 @@ def _unknown_message(path: str, attribute: str, unknown: Sequence[Any], classes:
     )
 
 
-def _to_pixels(polygons: npt.NDArray[Any], transform: Affine) -> npt.NDArray[Any]:
+def to_pixels(polygons: npt.NDArray[Any], transform: Affine) -> npt.NDArray[Any]:
+    """Polygons from CRS coordinates to pixels, rounded to 1/256 pixel."""
     inverse = ~transform
 
     def place(xy: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:

@@ -2,5 +2,6 @@
 
 from perf_vit.transforms.augment import Augmentation
 from perf_vit.transforms.normalize import Normalizer
+from perf_vit.transforms.objects import resize_with_objects, turn_with_objects
 
-__all__ = ["Augmentation", "Normalizer"]
+__all__ = ["Augmentation", "Normalizer", "resize_with_objects", "turn_with_objects"]

@@ -1,0 +1,89 @@
+"""COCO's JSON: boxes, polygons and run lengths of many images in one file."""
+
+from __future__ import annotations
+
+import json
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import shapely
+
+from perf_vit.data.labels.image_folder import ImageFolder
+from perf_vit.data.labels.masks import Rle
+from perf_vit.data.labels.records import RawImage, RawLabels, RawObject
+from perf_vit.errors import InputError
+
+__all__ = ["read_coco"]
+
+
+def read_coco(labels: Path, folder: ImageFolder) -> RawLabels:
+    """Read a COCO file; `iscrowd` objects are ignored ones, and images without annotations have no objects.
+
+    Raises:
+        InputError: not a COCO file, or an annotation of an unknown image or category.
+    """
+    content = _load(labels)
+    try:
+        categories = {item["id"]: str(item["name"]) for item in content["categories"]}
+        return RawLabels(_images(content, categories, labels, folder), tuple(categories.values()))
+    except (KeyError, TypeError, ValueError, IndexError) as error:
+        if isinstance(error, InputError):
+            raise
+        raise InputError(f"{labels} is not a COCO file: {type(error).__name__} {error}") from error
+
+
+def _load(labels: Path) -> Any:
+    try:
+        content = json.loads(labels.read_bytes())
+    except (ValueError, OSError) as error:
+        raise InputError(f"can't read {labels} as JSON: {error}; it may be damaged") from error
+    if not isinstance(content, dict) or not {"images", "annotations", "categories"} <= set(content):
+        raise InputError(f"{labels} is not a COCO file: expected an object with images, annotations and categories")
+    return content
+
+
+def _images(content: Any, categories: dict[Any, str], labels: Path, folder: ImageFolder) -> list[RawImage]:
+    by_image: dict[Any, list[Any]] = defaultdict(list)
+    for annotation in content["annotations"]:
+        by_image[annotation["image_id"]].append(annotation)
+    stray = set(by_image) - {image["id"] for image in content["images"]}
+    if stray:
+        raise InputError(f"{labels} has annotations of {len(stray)} images that it doesn't list, such as {stray.pop()}")
+    found = []
+    for image in content["images"]:
+        path = folder.find(image["file_name"], str(labels))
+        if not folder.wanted(path):
+            continue
+        objects = [_object(annotation, categories, labels) for annotation in by_image[image["id"]]]
+        size = (int(image.get("height") or 0), int(image.get("width") or 0))
+        found.append(RawImage(path=str(path), labels=str(labels), objects=objects, size=size))
+    return found
+
+
+def _object(annotation: Any, categories: dict[Any, str], labels: Path) -> RawObject:
+    name = categories.get(annotation["category_id"])
+    if name is None:
+        known = ", ".join(f"{key} ({value})" for key, value in categories.items())
+        raise InputError(
+            f"{labels} has an annotation of category {annotation['category_id']}; the categories are {known}"
+        )
+    box = annotation.get("bbox")
+    if box is not None:
+        left, top, width, height = (float(value) for value in box)
+        box = (left, top, left + width, top + height)
+    outline = _outline(annotation.get("segmentation"), labels)
+    if box is None and outline is None:
+        raise InputError(f"{labels} has an annotation without bbox and segmentation: {str(annotation)[:200]}")
+    return RawObject(name=name, box=box, ignored=bool(annotation.get("iscrowd", 0)), outline=outline)
+
+
+def _outline(segmentation: Any, labels: Path) -> Any:
+    if isinstance(segmentation, dict):
+        return Rle.make(segmentation, str(labels))
+    rings = [np.asarray(ring, np.float64).reshape(-1, 2) for ring in segmentation or ()]
+    polygons = [shapely.Polygon(ring) for ring in rings if len(ring) >= 3]
+    if not polygons:
+        return None
+    return polygons[0] if len(polygons) == 1 else shapely.union_all([shapely.make_valid(p) for p in polygons])

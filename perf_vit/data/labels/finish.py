@@ -1,0 +1,199 @@
+"""From raw labels to checked records: nothing is dropped or changed without being counted."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections import Counter
+from collections.abc import Collection, Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import shapely
+
+from perf_vit.data.labels.masks import OutlineMasks, Rle
+from perf_vit.data.labels.records import ImageRecord, MaskReader, ObjectIndex, RawImage, RawObject
+from perf_vit.errors import InputError
+from perf_vit.io import open_source
+from perf_vit.ops.boxes import box_areas
+
+__all__ = ["finish_index", "oriented_box_around"]
+
+# Label tools round to whole pixels: up to this far past the edge is no clipping worth a count.
+_ROUNDING_PX = 1.0
+# Corners on a line leave this much of rounding errors, in square pixels.
+_FLAT_PX2 = 1e-6
+
+
+def finish_index(
+    images: Sequence[RawImage], *, classes: Sequence[str], skip_classes: Collection[str] = ()
+) -> ObjectIndex:
+    """Check raw labels against their images and put them in arrays.
+
+    Boxes that reach past the image are clipped, boxes wholly outside or without area are dropped, and one warning at
+    the end counts both.
+
+    Args:
+        images: as a format's reader gives them.
+        classes: names; an object's label is its name's index.
+        skip_classes: names of objects to leave out, as if they were background.
+
+    Raises:
+        InputError: no image, an unknown class name, an image that can't be opened or has another size than its labels.
+    """
+    if not images:
+        raise InputError("expected labelled images, got none; check the paths and the list of names")
+    counts: Counter[str] = Counter()
+    indices = {name: index for index, name in enumerate(classes)}
+    _check_names(images, indices, skip_classes)
+    kinds = _kinds(images, counts)
+    records = tuple(_record(image, indices, kinds, counts) for image in images)
+    counts["images"] = len(records)
+    counts["images without objects"] = sum(len(record) == 0 for record in records)
+    counts["objects"] = sum(map(len, records))
+    counts["ignored"] = sum(int(record.ignored.sum()) for record in records)
+    _warn(counts, images)
+    return ObjectIndex(records, tuple(classes), counts)
+
+
+def oriented_box_around(points: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+    """The smallest oriented box around points.
+
+    Args:
+        points: x and y, [n, 2], n >= 3.
+
+    Returns:
+        Centre x, centre y, width >= height, and angle in [-pi/2, pi/2) from x towards y, [5]; the height is 0 where
+        all points lie on a line.
+    """
+    rectangle = shapely.minimum_rotated_rectangle(shapely.MultiPoint(points))
+    corners = shapely.get_coordinates(rectangle)
+    center = (corners.max(axis=0) + corners.min(axis=0)) / 2
+    if rectangle.geom_type != "Polygon":
+        return np.array([*center, 0, 0, 0])
+    sides = corners[1:3] - corners[:2]
+    lengths = np.hypot(*sides.T)
+    along = sides[int(np.argmax(lengths))]
+    angle = math.atan2(along[1], along[0])
+    angle -= math.pi * math.floor(angle / math.pi + 0.5)
+    return np.array([*center, lengths.max(), lengths.min(), angle])
+
+
+def _check_names(images: Sequence[RawImage], indices: dict[str, int], skip_classes: Collection[str]) -> None:
+    for image in images:
+        image.objects = (
+            [item for item in image.objects if item.name not in skip_classes] if skip_classes else (image.objects)
+        )
+        unknown = sorted({item.name for item in image.objects} - set(indices))
+        if unknown:
+            raise InputError(
+                f"{image.labels} holds objects of class {', '.join(unknown[:8])}; the classes are "
+                f"{', '.join(indices)}: add it to classes or skip_classes"
+            )
+
+
+def _kinds(images: Sequence[RawImage], counts: Counter[str]) -> tuple[bool, bool]:
+    """Whether the records have oriented boxes, and whether they have masks: all of them or none."""
+    oriented = any(item.corners is not None for image in images for item in image.objects)
+    missing = sum(item.outline is None for image in images if image.masks is None for item in image.objects)
+    found = sum(item.outline is not None for image in images for item in image.objects)
+    if missing and found:
+        counts["without outline, so no masks are given"] = missing
+    return oriented, not missing and (found > 0 or any(image.masks is not None for image in images))
+
+
+def _record(image: RawImage, indices: dict[str, int], kinds: tuple[bool, bool], counts: Counter[str]) -> ImageRecord:
+    height, width = _measured(image)
+    boxes = np.array([_box(item) for item in image.objects], np.float64).reshape(-1, 4)
+    oriented = _oriented(image.objects, boxes) if kinds[0] else None
+    inside = np.clip(boxes, 0, [width, height, width, height])
+    kept = _kept(boxes, inside, _areas(image.objects, boxes, oriented), counts)
+    objects = [image.objects[index] for index in np.flatnonzero(kept)]
+    return ImageRecord(
+        path=image.path,
+        height=height,
+        width=width,
+        labels=np.array([indices[item.name] for item in objects], np.int64),
+        boxes_xyxy=inside[kept],
+        ignored=np.array([item.ignored for item in objects], bool),
+        oriented_boxes=None if oriented is None else oriented[kept],
+        masks=_masks(image, objects) if kinds[1] else None,
+    )
+
+
+def _measured(image: RawImage) -> tuple[int, int]:
+    source = open_source(image.path)
+    source.close()
+    if image.size is not None and min(image.size) > 0 and image.size != source.size:
+        raise InputError(
+            f"{image.labels} describes an image of {image.size[0]} x {image.size[1]} px, {image.path} has "
+            f"{source.height} x {source.width}; use the image that was labelled"
+        )
+    return source.size
+
+
+def _box(item: RawObject) -> Sequence[float] | npt.NDArray[np.float64]:
+    if item.box is not None:
+        return item.box
+    if item.corners is not None:
+        return np.concatenate([item.corners.min(axis=0), item.corners.max(axis=0)])
+    bounds: Sequence[float] = item.outline.bounds
+    # An empty geometry has no bounds; 0 area is what it is.
+    return bounds if len(bounds) == 4 and np.isfinite(bounds).all() else (0, 0, 0, 0)
+
+
+def _oriented(objects: Sequence[RawObject], boxes: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+    upright = boxes[:, [[0, 1], [2, 1], [2, 3], [0, 3]]]
+    corners = [points if item.corners is None else item.corners for item, points in zip(objects, upright, strict=True)]
+    return np.array([oriented_box_around(points) for points in corners], np.float64).reshape(-1, 5)
+
+
+def _areas(
+    objects: Sequence[RawObject], boxes: npt.NDArray[np.float64], oriented: npt.NDArray[np.float64] | None
+) -> npt.NDArray[np.float64]:
+    """Areas of the objects, 0 where any of their geometries has none."""
+    areas = np.where(np.isfinite(boxes).all(axis=1), box_areas(boxes), 0)
+    if oriented is not None:
+        areas = np.where(oriented[:, 2] * oriented[:, 3] > _FLAT_PX2, areas, 0)
+    flat = [isinstance(i.outline, shapely.Geometry) and _mended(i.outline).area <= _FLAT_PX2 for i in objects]
+    return np.where(np.array(flat, bool), 0, areas)
+
+
+def _kept(
+    boxes: npt.NDArray[np.float64],
+    inside: npt.NDArray[np.float64],
+    areas: npt.NDArray[np.float64],
+    counts: Counter[str],
+) -> npt.NDArray[np.bool_]:
+    flat = areas <= 0
+    outside = ~flat & (box_areas(inside) <= 0)
+    clipped = ~flat & ~outside & (np.abs(boxes - inside).max(axis=1, initial=0) > _ROUNDING_PX)
+    counts["dropped: no area"] += int(flat.sum())
+    counts["dropped: outside the image"] += int(outside.sum())
+    counts["clipped at the image's edge"] += int(clipped.sum())
+    return np.asarray(~(flat | outside))
+
+
+def _masks(image: RawImage, objects: Sequence[RawObject]) -> MaskReader:
+    if image.masks is None:
+        return OutlineMasks([_mended(item.outline) for item in objects])
+    # Values of an instance raster are there because a pixel has them: none is ever dropped.
+    assert len(objects) == len(image.objects)
+    return image.masks
+
+
+def _mended(outline: Any) -> Any:
+    """A polygon that crosses itself, made valid, so that areas and parts are what they look like."""
+    return outline if isinstance(outline, Rle) or shapely.is_valid(outline) else shapely.make_valid(outline)
+
+
+def _warn(counts: Counter[str], images: Sequence[RawImage]) -> None:
+    told = ("dropped", "clipped", "without outline")
+    notable = [f"{number} {what}" for what, number in counts.items() if number and what.startswith(told)]
+    if notable:
+        warnings.warn(
+            f"labels of {len(images)} images, the first {images[0].labels}: kept {counts['objects']} objects; "
+            + ", ".join(notable),
+            stacklevel=4,
+        )

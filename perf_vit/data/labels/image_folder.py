@@ -1,0 +1,81 @@
+"""Images by the names that label files give them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+from perf_vit.data.crops import find_images
+from perf_vit.errors import InputError
+
+__all__ = ["ImageFolder", "label_files"]
+
+
+class ImageFolder:
+    """Finds images by path inside the folder, file name, or either without ending.
+
+    Args:
+        images: a folder, searched with its subfolders, or one image.
+        names: the images to use; all if None.
+
+    Raises:
+        InputError: no image there, or a name that fits none or several.
+    """
+
+    def __init__(self, images: str | Path, names: Sequence[str] | None = None) -> None:
+        self.root = Path(images)
+        self.paths = find_images([images])
+        self._known: dict[str, set[Path]] = {}
+        root = self.root if self.root.is_dir() else self.root.parent
+        for path in self.paths:
+            inside = path.relative_to(root)
+            for name in (str(inside), str(inside.with_suffix("")), path.name, path.stem):
+                self._known.setdefault(name, set()).add(path)
+        self._wanted = None if names is None else {self.find(name, "the list of names") for name in names}
+
+    def find(self, name: str, labels: str) -> Path:
+        """The image of a name that a label file gives.
+
+        Raises:
+            InputError: there is none, or several have this name.
+        """
+        found = self._known.get(str(Path(name)), set())
+        if len(found) == 1:
+            return next(iter(found))
+        if found:
+            raise InputError(
+                f"{labels} names {name}, which fits {len(found)} images in {self.root}, such as "
+                f"{' and '.join(map(str, sorted(found)[:2]))}; give one of their folders"
+            )
+        raise InputError(
+            f"{labels} names the image {name}, which is not among the {len(self.paths)} in {self.root}; "
+            "check the images folder"
+        )
+
+    def wanted(self, path: Path) -> bool:
+        """Whether an image is on the list of names."""
+        return self._wanted is None or path in self._wanted
+
+    def unlabelled(self, labelled: Iterable[Path]) -> list[Path]:
+        """Wanted images that are not among the labelled ones."""
+        known = set(labelled)
+        return [path for path in self.paths if self.wanted(path) and path not in known]
+
+
+def label_files(labels: Path, folder: ImageFolder, suffix: str) -> list[tuple[Path, Path]]:
+    """Pairs of a wanted image and its label file, which has the image's name but for the ending.
+
+    Args:
+        labels: a folder, searched with its subfolders, or one label file.
+        folder: the images.
+        suffix: of label files, such as ".xml".
+
+    Raises:
+        InputError: no label files, or one without an image.
+    """
+    files = [labels] if labels.is_file() else sorted(labels.rglob(f"*{suffix}"))
+    if not files:
+        raise InputError(f"no label files in {labels}; expected files that end in {suffix}")
+    root = labels if labels.is_dir() else labels.parent
+    pairs = [(folder.find(str(file.relative_to(root).with_suffix("")), str(file)), file) for file in files]
+    return [(image, file) for image, file in pairs if folder.wanted(image)]

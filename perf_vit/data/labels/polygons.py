@@ -1,0 +1,66 @@
+"""Polygons in GeoJSON, GeoPackage or shapefiles, on rasters or in pixels of images without CRS."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import shapely
+
+from perf_vit.data.labels.image_folder import ImageFolder
+from perf_vit.data.labels.records import RawImage, RawLabels, RawObject
+from perf_vit.errors import InputError
+from perf_vit.io import PolygonFile, open_source
+
+__all__ = ["read_polygons"]
+
+_SUFFIXES = (".geojson", ".gpkg", ".fgb", ".shp", ".json")
+
+
+def read_polygons(labels: Path, folder: ImageFolder, attribute: str | None, name: str) -> RawLabels:
+    """Read polygons as objects with outlines.
+
+    One file labels every image that it overlaps; images that it doesn't reach have no objects. In a folder, each file
+    has its image's name but for the ending. On an image without CRS, coordinates are its pixels.
+
+    Args:
+        labels: a vector file, or a folder of them.
+        folder: the images.
+        attribute: column that holds class names; None gives every object the class `name`.
+        name: class of objects without attribute.
+
+    Raises:
+        InputError: a file that can't be read, without CRS where the image has one, or without image.
+    """
+    if labels.is_file():
+        shared = PolygonFile(labels, attribute=attribute)
+        return RawLabels([_image(image, shared, name) for image in folder.paths if folder.wanted(image)])
+    pairs = _pairs(labels, folder)
+    return RawLabels([_image(image, PolygonFile(file, attribute=attribute), name) for image, file in pairs])
+
+
+def _pairs(labels: Path, folder: ImageFolder) -> list[tuple[Path, Path]]:
+    files = sorted(file for file in labels.rglob("*") if file.suffix.lower() in _SUFFIXES)
+    if not files:
+        raise InputError(f"no label files in {labels}; expected files that end in {', '.join(_SUFFIXES)}")
+    pairs = [(folder.find(str(file.relative_to(labels).with_suffix("")), str(file)), file) for file in files]
+    return [(image, file) for image, file in pairs if folder.wanted(image)]
+
+
+def _image(path: Path, file: PolygonFile, name: str) -> RawImage:
+    source = open_source(path)
+    polygons = file.in_pixels_of(source)
+    source.close()
+    near = _meeting(polygons, source.size)
+    names = [name if file.values is None else str(file.values[index]) for index in near]
+    objects = [RawObject(name=n, outline=polygons[index]) for n, index in zip(names, near, strict=True)]
+    return RawImage(path=str(path), labels=file.path, objects=objects)
+
+
+def _meeting(polygons: Any, size: tuple[int, int]) -> list[int]:
+    """Polygons that belong to this image; one file may hold those of many."""
+    left, top, right, bottom = shapely.bounds(polygons).reshape(-1, 4).T
+    meets = (left < size[1]) & (right > 0) & (top < size[0]) & (bottom > 0)
+    found: list[int] = np.flatnonzero(meets).tolist()
+    return found

@@ -1,0 +1,93 @@
+"""One way to read the labels of objects, whatever their format."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Collection, Sequence
+from pathlib import Path
+
+from perf_vit.data.labels.coco import read_coco
+from perf_vit.data.labels.dota import read_dota
+from perf_vit.data.labels.finish import finish_index
+from perf_vit.data.labels.image_folder import ImageFolder
+from perf_vit.data.labels.instances import read_instances
+from perf_vit.data.labels.polygons import read_polygons
+from perf_vit.data.labels.records import ObjectIndex, RawLabels
+from perf_vit.data.labels.table import read_table
+from perf_vit.data.labels.voc import read_voc
+from perf_vit.data.labels.yolo import read_yolo
+from perf_vit.errors import ConfigError, InputError
+
+__all__ = ["LABEL_FORMATS", "read_object_labels"]
+
+LABEL_FORMATS = ("coco", "voc", "yolo", "dota", "instances", "polygons", "csv")
+
+
+def read_object_labels(
+    labels: str | Path,
+    images: str | Path,
+    *,
+    label_format: str,
+    classes: Sequence[str] | None = None,
+    skip_classes: Collection[str] = (),
+    attribute: str | None = None,
+    names: Sequence[str] | None = None,
+) -> ObjectIndex:
+    """Read the labels of a set of images and check them against the images.
+
+    Args:
+        labels: a file for coco and csv; a folder for voc, yolo, dota and instances, with one file an image; either for
+            polygons.
+        images: a folder, searched with its subfolders, or one image.
+        label_format: coco, voc, yolo, dota, instances, polygons (GeoJSON, GeoPackage, shapefile) or csv.
+        classes: class names, in the order of their indices; by default those of the label files.
+        skip_classes: names of objects to leave out, as if they were background.
+        attribute: of polygons, the column that holds class names; without it every object is of the first class.
+        names: the images to use, with or without ending; all labelled ones by default.
+
+    Raises:
+        ConfigError: no such format.
+        InputError: files that can't be read or don't fit each other; see `finish_index` for bad objects.
+    """
+    if label_format not in LABEL_FORMATS:
+        raise ConfigError(f"format of labels must be one of {', '.join(LABEL_FORMATS)}, got {label_format}")
+    place = Path(labels)
+    if not place.exists():
+        raise InputError(f"no labels at {place}; check the path")
+    if label_format in ("coco", "csv") and place.is_dir():
+        raise InputError(f"labels of the format {label_format} are one file, got the folder {place}")
+    folder = ImageFolder(images, names)
+    raw = _reader(label_format, classes, attribute)(place, folder)
+    _warn_of_unlabelled(raw, folder, place)
+    return finish_index(raw.images, classes=classes or _own_classes(raw, skip_classes), skip_classes=skip_classes)
+
+
+def _reader(
+    label_format: str, classes: Sequence[str] | None, attribute: str | None
+) -> Callable[[Path, ImageFolder], RawLabels]:
+    name = classes[0] if classes else "object"
+    readers: dict[str, Callable[[Path, ImageFolder], RawLabels]] = {
+        "coco": read_coco,
+        "voc": read_voc,
+        "yolo": lambda labels, folder: read_yolo(labels, folder, tuple(classes) if classes else None),
+        "dota": read_dota,
+        "instances": lambda labels, folder: read_instances(labels, folder, name),
+        "polygons": lambda labels, folder: read_polygons(labels, folder, attribute, name),
+        "csv": read_table,
+    }
+    return readers[label_format]
+
+
+def _own_classes(raw: RawLabels, skip_classes: Collection[str]) -> tuple[str, ...]:
+    found = raw.classes or sorted({item.name for image in raw.images for item in image.objects})
+    return tuple(name for name in found if name not in skip_classes)
+
+
+def _warn_of_unlabelled(raw: RawLabels, folder: ImageFolder, labels: Path) -> None:
+    missing = folder.unlabelled(Path(image.path) for image in raw.images)
+    if missing:
+        warnings.warn(
+            f"{len(missing)} of {len(folder.paths)} images have no labels in {labels} and are left out, the first "
+            f"{missing[0]}",
+            stacklevel=3,
+        )

@@ -1,0 +1,222 @@
+"""Datasets of objects: tiles cut from images of any size, with the objects in them."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from perf_vit.data.labels.crop import objects_in
+from perf_vit.data.labels.records import ImageRecord
+from perf_vit.data.object_places import Places
+from perf_vit.errors import InputError
+from perf_vit.io import open_source
+from perf_vit.tiling import grid_windows
+from perf_vit.transforms import Augmentation, Normalizer, resize_with_objects, turn_with_objects
+from perf_vit.types import BoolArray, GeoImage, ObjectLabels, Source, Window
+
+__all__ = ["ObjectGrid", "ObjectImages", "ObjectSample", "ObjectWindows", "collate_objects"]
+
+ObjectSample = tuple[Tensor, ObjectLabels]
+
+
+class ObjectImages:
+    """Images with one number of bands, and the objects in any window of them.
+
+    A grey image among images of three bands is read as three equal ones.
+
+    Args:
+        records: the images.
+        bands: 1-based bands to read; all but alpha if None.
+        min_visible: objects of which a smaller share lies in a window are ignored there.
+
+    Raises:
+        InputError: no image, one that can't be opened, or different numbers of bands.
+    """
+
+    def __init__(
+        self, records: Sequence[ImageRecord], *, bands: Sequence[int] | None = None, min_visible: float = 0.3
+    ) -> None:
+        if not records:
+            raise InputError("expected labelled images to cut tiles from, got none")
+        self.records = list(records)
+        self.min_visible = min_visible
+        self.sources = [_open(record.path, bands) for record in self.records]
+        self.num_bands = _common_bands(self.sources)
+
+    def read(self, index: int, window: Window, owned: Window | None = None) -> tuple[GeoImage, ObjectLabels]:
+        """Pixels of a window of an image, and its objects in the window's pixels.
+
+        Objects without a valid pixel under them are ignored, and those whose centre lies outside `owned`, where given.
+        """
+        source = self.sources[index]
+        image = self._colored(source.read(window))
+        # Closed after each window: there may be more images than a process may hold open.
+        source.close()
+        objects = objects_in(self.records[index], window, min_visible=self.min_visible, owned=owned)
+        if image.valid.all():
+            return image, objects
+        unseen = ~_touch_valid(objects.boxes_xyxy, image.valid)
+        return image, dataclasses.replace(objects, ignored=objects.ignored | unseen)
+
+    def read_reduced(self, index: int, max_size_px: int) -> GeoImage:
+        """An image at lower resolution, for statistics."""
+        image = self._colored(self.sources[index].read_reduced(max_size_px))
+        self.sources[index].close()
+        return image
+
+    def _colored(self, image: GeoImage) -> GeoImage:
+        if len(image.pixels) < self.num_bands:
+            image.pixels = np.repeat(image.pixels, self.num_bands, axis=0)
+        return image
+
+
+class ObjectWindows(Dataset[ObjectSample]):
+    """Augmented tiles to train on; item i is a function of (seed, i) alone, whatever the number of workers.
+
+    A window without a valid pixel is drawn anew, up to ten times. A zoom reads a larger or smaller window and resizes
+    it, so it uncovers nothing.
+
+    Args:
+        images: where tiles come from.
+        places: decides where they lie.
+        normalizer: applied to the pixels; invalid ones become 0.
+        tile_px: side of a tile, in pixels.
+        length: tiles an epoch.
+        seed: decides places and augmentation.
+        flips: turn and mirror each tile into one of the eight symmetries of the square.
+        scale: (smallest, largest) zoom.
+        colors: gain and offset of the bands, see `Augmentation`; None for none.
+    """
+
+    def __init__(
+        self,
+        images: ObjectImages,
+        places: Places,
+        normalizer: Normalizer,
+        *,
+        tile_px: int,
+        length: int,
+        seed: int,
+        flips: bool = True,
+        scale: tuple[float, float] = (1.0, 1.0),
+        colors: Augmentation | None = None,
+    ) -> None:
+        self.images = images
+        self.places = places
+        self.normalizer = normalizer
+        self.tile_px = tile_px
+        self.length = length
+        self.seed = seed
+        self.flips = flips
+        self.scale = scale
+        self.colors = colors
+
+    def __len__(self) -> int:
+        return self.length
+
+    def __getitem__(self, index: int) -> ObjectSample:
+        """Tile [C, tile_px, tile_px] float32 and its objects; any index >= 0 is allowed."""
+        rng = np.random.default_rng((self.seed, index))
+        zoom = float(np.exp(rng.uniform(*np.log(self.scale))))
+        size_px = max(1, round(self.tile_px / zoom))
+        for _ in range(10):
+            image, objects = self.images.read(*self.places.draw(rng, size_px))
+            if image.valid.any():
+                break
+        pixels, objects = resize_with_objects(self.normalizer(image), objects, self.tile_px, self.tile_px)
+        if self.flips:
+            pixels, objects = turn_with_objects(pixels, objects, int(rng.integers(8)))
+        if self.colors is not None:
+            pixels = _recolored(pixels, self.colors, int(rng.integers(2**31)))
+        return torch.from_numpy(pixels), objects
+
+
+class ObjectGrid(Dataset[ObjectSample]):
+    """Every tile of a grid over every image, in order and as it is, to validate on.
+
+    An object counts in the one tile that owns its centre and is ignored in the others, so a metric counts each object
+    at most once.
+
+    Args:
+        images: where tiles come from.
+        normalizer: applied to the pixels; invalid ones become 0.
+        tile_px: side of a tile, in pixels.
+    """
+
+    def __init__(self, images: ObjectImages, normalizer: Normalizer, *, tile_px: int) -> None:
+        self.images = images
+        self.normalizer = normalizer
+        self.tile_px = tile_px
+        self.places = [
+            (index, window, owned)
+            for index, record in enumerate(images.records)
+            for window, owned in _grid_with_owners(record.extent, tile_px)
+        ]
+
+    def __len__(self) -> int:
+        return len(self.places)
+
+    def __getitem__(self, index: int) -> ObjectSample:
+        """Tile [C, tile_px, tile_px] float32 and its objects."""
+        image, objects = self.images.read(*self.places[index])
+        return torch.from_numpy(self.normalizer(image)), objects
+
+
+def collate_objects(samples: Sequence[ObjectSample]) -> tuple[list[Tensor], list[ObjectLabels]]:
+    """A batch: images and objects as two lists, since every tile has another number of objects."""
+    images, objects = zip(*samples, strict=True)
+    return list(images), list(objects)
+
+
+def _grid_with_owners(extent: Window, tile_px: int) -> list[tuple[Window, Window]]:
+    """Windows of a grid, and of each the part that no earlier one holds."""
+    found = []
+    windows = grid_windows(extent, tile_px, overlap=0)
+    rows = _owned_starts(sorted({window.row for window in windows}), tile_px)
+    cols = _owned_starts(sorted({window.col for window in windows}), tile_px)
+    for window in windows:
+        row, col = rows[window.row], cols[window.col]
+        found.append((window, Window(row, col, window.row_stop - row, window.col_stop - col)))
+    return found
+
+
+def _owned_starts(starts: list[int], size: int) -> dict[int, int]:
+    """For each start, the first pixel that the window before it doesn't hold."""
+    return {
+        start: max(start, before + size) for before, start in zip([starts[0] - size, *starts], starts, strict=False)
+    }
+
+
+def _open(path: str, bands: Sequence[int] | None) -> Source:
+    source = open_source(path, bands=bands)
+    source.close()
+    return source
+
+
+def _common_bands(sources: Sequence[Source]) -> int:
+    most = max(sources, key=lambda source: source.num_bands)
+    for source in sources:
+        if source.num_bands != most.num_bands and not (source.num_bands == 1 and most.num_bands == 3):
+            raise InputError(
+                f"{source.path} has {source.num_bands} bands, {most.path} {most.num_bands}; choose common ones with "
+                "data.bands"
+            )
+    return most.num_bands
+
+
+def _touch_valid(boxes_xyxy: npt.NDArray[np.float32], valid: BoolArray) -> BoolArray:
+    """Whether there is a valid pixel under each box, [n]."""
+    starts, stops = np.floor(boxes_xyxy[:, :2]).astype(int), np.ceil(boxes_xyxy[:, 2:]).astype(int)
+    spans = zip(starts.tolist(), stops.tolist(), strict=True)
+    touches = [valid[top:bottom, left:right].any() for (left, top), (right, bottom) in spans]
+    return np.array(touches, bool)
+
+
+def _recolored(pixels: npt.NDArray[np.float32], colors: Augmentation, seed: int) -> npt.NDArray[np.float32]:
+    return colors(pixels, np.zeros(pixels.shape[1:], np.uint8), seed)[0]

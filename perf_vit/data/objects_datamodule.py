@@ -1,0 +1,251 @@
+"""The Lightning data module of objects, and its config."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import lightning
+import numpy as np
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from perf_vit.data.build import AugmentConfig
+from perf_vit.data.datamodule import EpochSampler
+from perf_vit.data.labels import ImageRecord, ObjectIndex, read_object_labels
+from perf_vit.data.object_places import SAMPLERS, make_places
+from perf_vit.data.objects import ObjectGrid, ObjectImages, ObjectWindows, collate_objects
+from perf_vit.errors import ConfigError
+from perf_vit.transforms import Augmentation, Normalizer
+from perf_vit.types import ObjectLabels
+
+__all__ = ["ObjectDataConfig", "ObjectDataModule", "ObjectSplitConfig", "build_object_datamodule"]
+
+ObjectBatch = tuple[list[Tensor], list[ObjectLabels]]
+
+# Images to measure the bands' statistics on, and their longest side: enough for two digits, read in a second.
+_STATISTICS_IMAGES = 64
+_STATISTICS_PX = 256
+
+
+@dataclass(kw_only=True)
+class ObjectSplitConfig:
+    """Images and the labels of their objects.
+
+    Attributes:
+        images: a folder of images, or one image.
+        labels: a label file, or a folder with one an image, whichever the format has.
+        format: coco, voc, yolo, dota, instances, polygons or csv; see `perf_vit.data.read_object_labels`.
+        list: a text file with one image name a line, with or without ending; all labelled images if left out.
+    """
+
+    images: str
+    labels: str
+    format: str = "coco"
+    list: str | None = None
+
+
+@dataclass(kw_only=True)
+class ObjectDataConfig:
+    """Where tiles with objects come from.
+
+    Attributes:
+        train: images trained on.
+        classes: class names; labels are indices into them.
+        val: images validated on; a part of `train` that the seed decides if left out.
+        val_share: of the images of `train`, where `val` is left out.
+        skip_classes: names of labelled objects to leave out, as if they were background.
+        attribute: of the polygons or instances formats: the column that holds class names. Without it every object is
+            of the first class.
+        bands: 1-based bands to use; all but alpha if left out.
+        tile_px: side of a tile, in pixels; a multiple of the backbone's patch size.
+        sampler: where training tiles lie: random (anywhere), objects (around objects, each drawn alike) or balanced
+            (around objects, each class drawn alike).
+        random_share: share of tiles drawn anywhere by the samplers objects and balanced.
+        min_visible: objects of which a smaller share lies in a tile are ignored there.
+        tiles_per_epoch: training tiles an epoch.
+        batch_size: tiles a step.
+        num_workers: loader processes; 0 loads in the training process.
+        augment: applied to training tiles.
+    """
+
+    train: ObjectSplitConfig
+    classes: list[str]
+    val: ObjectSplitConfig | None = None
+    val_share: float = 0.2
+    skip_classes: list[str] = field(default_factory=list)
+    attribute: str | None = None
+    bands: list[int] | None = None
+    tile_px: int = 512
+    sampler: str = "objects"
+    random_share: float = 0.25
+    min_visible: float = 0.3
+    tiles_per_epoch: int = 200
+    batch_size: int = 4
+    num_workers: int = 0
+    augment: AugmentConfig = field(default_factory=AugmentConfig)
+
+
+class ObjectDataModule(lightning.LightningDataModule):
+    """Augmented windows to train on, grids of windows to validate on.
+
+    Attributes:
+        train: windows of the training images.
+        val: grid windows of the validation images.
+        classes: names, in the order of the class indices.
+        normalizer: measured on training images.
+        tile_px: side of a tile, in pixels.
+        train_index: the training images' objects, with counts.
+        val_index: the validation images' objects, with counts.
+    """
+
+    def __init__(
+        self,
+        train: ObjectWindows,
+        val: ObjectGrid,
+        *,
+        train_index: ObjectIndex,
+        val_index: ObjectIndex,
+        batch_size: int,
+        num_workers: int,
+    ) -> None:
+        super().__init__()
+        self.train = train
+        self.val = val
+        self.train_index = train_index
+        self.val_index = val_index
+        self.classes = train_index.classes
+        self.normalizer = train.normalizer
+        self.tile_px = train.tile_px
+        self.batch_size = batch_size
+        self.num_workers = num_workers
+
+    def train_dataloader(self) -> DataLoader[ObjectBatch]:
+        """Augmented tiles, a new set each epoch; a last smaller batch is dropped (batch statistics)."""
+        return DataLoader(
+            self.train,  # type: ignore[arg-type]
+            batch_size=self.batch_size,
+            sampler=EpochSampler(len(self.train)),
+            num_workers=self.num_workers,
+            persistent_workers=self.num_workers > 0,
+            collate_fn=collate_objects,
+            drop_last=True,
+        )
+
+    def val_dataloader(self) -> DataLoader[ObjectBatch]:
+        """The validation images' tiles, in order."""
+        return DataLoader(
+            self.val,  # type: ignore[arg-type]
+            batch_size=self.batch_size,
+            num_workers=self.num_workers,
+            collate_fn=collate_objects,
+        )
+
+
+def build_object_datamodule(config: ObjectDataConfig, seed: int) -> ObjectDataModule:
+    """Read the labels, check them against their images and measure the bands' statistics on training images.
+
+    Raises:
+        ConfigError: values that don't fit each other.
+        InputError: files that can't be read or don't fit each other.
+    """
+    _check(config)
+    train_index, val_index = _indices(config, seed)
+    train, val = (
+        ObjectImages(index.records, bands=config.bands, min_visible=config.min_visible)
+        for index in (train_index, val_index)
+    )
+    if train.num_bands != val.num_bands:
+        raise ConfigError(
+            f"the validation images have {val.num_bands} bands, the training images {train.num_bands}; choose common "
+            "ones with data.bands"
+        )
+    normalizer = _measured(train, seed)
+    augment = config.augment
+    colors = Augmentation(flips=False, gain=augment.gain, offset=augment.offset)
+    windows = ObjectWindows(
+        train,
+        make_places(config.sampler, train_index.records, config.tile_px, config.random_share),
+        normalizer,
+        tile_px=config.tile_px,
+        length=config.tiles_per_epoch,
+        seed=seed,
+        flips=augment.flips,
+        scale=augment.scale,
+        colors=colors if augment.gain or augment.offset else None,
+    )
+    return ObjectDataModule(
+        windows,
+        ObjectGrid(val, normalizer, tile_px=config.tile_px),
+        train_index=train_index,
+        val_index=val_index,
+        batch_size=config.batch_size,
+        num_workers=config.num_workers,
+    )
+
+
+def _indices(config: ObjectDataConfig, seed: int) -> tuple[ObjectIndex, ObjectIndex]:
+    train = _read(config, config.train, "data.train")
+    if config.val is not None:
+        return train, _read(config, config.val, "data.val")
+    num_val = max(1, round(len(train) * config.val_share))
+    if num_val >= len(train):
+        raise ConfigError(
+            f"data.val_share {config.val_share:g} of {len(train)} images leaves none to train on; give data.val"
+        )
+    order = np.random.default_rng(seed).permutation(len(train))
+    chosen = set(order[:num_val].tolist())
+    return (
+        ObjectIndex(_part(train, chosen, inside=False), train.classes, train.counts),
+        ObjectIndex(_part(train, chosen, inside=True), train.classes, train.counts),
+    )
+
+
+def _part(index: ObjectIndex, chosen: set[int], *, inside: bool) -> tuple[ImageRecord, ...]:
+    return tuple(record for position, record in enumerate(index) if (position in chosen) is inside)
+
+
+def _read(config: ObjectDataConfig, split: ObjectSplitConfig, key: str) -> ObjectIndex:
+    return read_object_labels(
+        split.labels,
+        split.images,
+        label_format=split.format,
+        classes=config.classes,
+        skip_classes=config.skip_classes,
+        attribute=config.attribute,
+        names=None if split.list is None else _names(split.list, f"{key}.list"),
+    )
+
+
+def _names(path: str, key: str) -> Sequence[str]:
+    try:
+        lines = Path(path).read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"can't read {key} {path}: {error}") from error
+    names = [line.strip() for line in lines if line.strip()]
+    if not names:
+        raise ConfigError(f"{key} {path} names no image; expected one name a line")
+    return names
+
+
+def _measured(images: ObjectImages, seed: int) -> Normalizer:
+    number = len(images.records)
+    chosen = np.random.default_rng(seed).permutation(number)[:_STATISTICS_IMAGES]
+    return Normalizer.from_images([images.read_reduced(int(index), _STATISTICS_PX) for index in chosen])
+
+
+def _check(config: ObjectDataConfig) -> None:
+    if not config.classes or len(set(config.classes)) != len(config.classes):
+        raise ConfigError(f"data.classes must name at least one class, each once, got {config.classes}")
+    if config.sampler not in SAMPLERS:
+        raise ConfigError(f"data.sampler must be one of {', '.join(SAMPLERS)}, got {config.sampler}")
+    for key in ("val_share", "random_share", "min_visible"):
+        if not 0 <= getattr(config, key) <= 1:
+            raise ConfigError(f"data.{key} must lie between 0 and 1, got {getattr(config, key):g}")
+    low, high = config.augment.scale
+    if not 0 < low <= high:
+        raise ConfigError(f"data.augment.scale must be [smallest, largest] above 0, got [{low:g}, {high:g}]")
+    for key, least in (("tile_px", 1), ("tiles_per_epoch", config.batch_size), ("batch_size", 1), ("num_workers", 0)):
+        if getattr(config, key) < least:
+            raise ConfigError(f"data.{key} must be at least {least}, got {getattr(config, key)}")

@@ -1,0 +1,79 @@
+"""Polygons of a vector file as objects, in pixels of a source."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import shapely
+
+from perf_vit.errors import InputError
+from perf_vit.io._gdal import check_exists, crs_name
+from perf_vit.io._label_vector import read_features, to_pixels
+from perf_vit.types import Source
+
+__all__ = ["PolygonFile"]
+
+
+class PolygonFile:
+    """The polygons of a vector file, placed on one source after another.
+
+    Args:
+        path: a GeoJSON, GeoPackage, shapefile, ... with one layer, in any CRS.
+        attribute: column to read with them.
+
+    Attributes:
+        path: as it was given.
+        values: the attribute's, one a polygon, [n]; None without attribute.
+
+    Raises:
+        InputError: the file can't be read, or holds lines or points.
+    """
+
+    def __init__(self, path: str | Path, *, attribute: str | None = None) -> None:
+        self.path = os.fspath(path)
+        check_exists(self.path)
+        frame = read_features(self.path, attribute)
+        frame = frame[~(frame.geometry.isna() | frame.geometry.is_empty)]
+        other = sorted(set(frame.geom_type) - {"Polygon", "MultiPolygon"})
+        if other:
+            raise InputError(
+                f"{self.path} holds {', '.join(other)}; objects must be polygons (buffer lines and points first)"
+            )
+        self._geometry = frame.geometry
+        self.values: npt.NDArray[Any] | None = None if attribute is None else frame[attribute].to_numpy()
+        # Images of a set share their CRS, mostly: each is transformed to once.
+        self._placed: dict[str, npt.NDArray[Any]] = {}
+
+    def __len__(self) -> int:
+        return len(self._geometry)
+
+    def in_pixels_of(self, source: Source) -> npt.NDArray[Any]:
+        """Polygons and multipolygons in pixels of a source, [n], also those that lie outside it.
+
+        Where the source has no CRS, coordinates are its pixels, whatever the file says. A polygon that has no place in
+        the source's CRS becomes an empty one.
+
+        Raises:
+            InputError: the source has a CRS and the file none.
+        """
+        if source.crs is None:
+            geometries: npt.NDArray[Any] = self._geometry.to_numpy()
+            return geometries
+        return to_pixels(self._in_crs(source), source.transform)
+
+    def _in_crs(self, source: Source) -> npt.NDArray[Any]:
+        if self._geometry.crs is None and len(self):
+            raise InputError(
+                f"{self.path} has no CRS and {source.path} has {crs_name(source.crs)}; assign one to {self.path}"
+            )
+        key = str(source.crs.to_wkt())  # type: ignore[union-attr]
+        if key not in self._placed:
+            placed = (self._geometry.to_crs(key) if len(self) else self._geometry).to_numpy()
+            unplaced = ~np.isfinite(shapely.bounds(placed).reshape(-1, 4)).all(axis=1)
+            placed[unplaced] = shapely.Polygon()
+            self._placed[key] = placed
+        return self._placed[key]

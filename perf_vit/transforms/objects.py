@@ -1,0 +1,106 @@
+"""Symmetries and sizes of an image together with its objects, exact for boxes, oriented boxes and masks."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import numpy.typing as npt
+import torch
+import torch.nn.functional as F
+
+from perf_vit.types import BoolArray, ObjectLabels
+
+__all__ = ["resize_with_objects", "turn_with_objects"]
+
+FloatArray = npt.NDArray[np.float32]
+
+
+def turn_with_objects(image: FloatArray, objects: ObjectLabels, symmetry: int) -> tuple[FloatArray, ObjectLabels]:
+    """One of the eight symmetries of the square: mirrored left to right from 4 on, then turned by quarters.
+
+    Args:
+        image: [C, H, W].
+        objects: in its pixels.
+        symmetry: 0 to 7; a quarter turn takes the x axis to where -y was, as `numpy.rot90` does. 0 changes nothing.
+
+    Returns:
+        Image [C, H, W] or, after an odd number of quarters, [C, W, H], and its objects.
+    """
+    if symmetry >= 4:
+        image, objects = image[:, :, ::-1], _mirrored(objects, image.shape[2])
+    for _ in range(symmetry % 4):
+        image, objects = np.rot90(image, axes=(1, 2)), _quarter_turned(objects, image.shape[2])
+    return np.ascontiguousarray(image), objects
+
+
+def resize_with_objects(
+    image: FloatArray, objects: ObjectLabels, height: int, width: int
+) -> tuple[FloatArray, ObjectLabels]:
+    """Resize an image, bilinear and without aliasing; masks take their nearest pixel.
+
+    Args:
+        image: [C, H, W].
+        objects: in its pixels; of oriented boxes, the sides are scaled along their angle, which is exact where both
+            axes are scaled alike.
+        height: of the result.
+        width: of the result.
+    """
+    _, rows, cols = image.shape
+    if (rows, cols) == (height, width):
+        return image, objects
+    y, x = height / rows, width / cols
+    resized = F.interpolate(torch.from_numpy(image)[None], (height, width), mode="bilinear", antialias=True)[0]
+    oriented = objects.oriented_boxes
+    if oriented is not None:
+        both = math.sqrt(x * y)
+        oriented = oriented * np.array([x, y, both, both, 1], np.float32)
+    masks = objects.masks
+    if masks is not None:
+        masks = masks[:, _nearest(rows, height)[:, None], _nearest(cols, width)]
+    boxes = objects.boxes_xyxy * np.array([x, y, x, y], np.float32)
+    return resized.numpy(), _with(objects, boxes, oriented, masks)
+
+
+def _nearest(size: int, new_size: int) -> npt.NDArray[np.int64]:
+    return ((np.arange(new_size) + 0.5) * size / new_size).astype(np.int64)
+
+
+def _mirrored(objects: ObjectLabels, width: int) -> ObjectLabels:
+    left, top, right, bottom = objects.boxes_xyxy.T
+    oriented = objects.oriented_boxes
+    if oriented is not None:
+        x, y, w, h, angle = oriented.T
+        oriented = np.stack([width - x, y, w, h, _le90(-angle)], axis=1)
+    masks = None if objects.masks is None else objects.masks[:, :, ::-1]
+    return _with(objects, np.stack([width - right, top, width - left, bottom], axis=1), oriented, masks)
+
+
+def _quarter_turned(objects: ObjectLabels, width: int) -> ObjectLabels:
+    """(x, y) becomes (y, width - x)."""
+    left, top, right, bottom = objects.boxes_xyxy.T
+    oriented = objects.oriented_boxes
+    if oriented is not None:
+        x, y, w, h, angle = oriented.T
+        oriented = np.stack([y, width - x, w, h, _le90(angle - np.float32(math.pi / 2))], axis=1)
+    masks = None if objects.masks is None else np.rot90(objects.masks, axes=(1, 2))
+    return _with(objects, np.stack([top, width - right, bottom, width - left], axis=1), oriented, masks)
+
+
+def _le90(angle: FloatArray) -> FloatArray:
+    """The same line's angle in [-pi/2, pi/2)."""
+    half = np.float32(math.pi / 2)
+    turned = np.where(angle >= half, angle - 2 * half, angle)
+    return np.where(turned < -half, turned + 2 * half, turned).astype(np.float32)
+
+
+def _with(
+    objects: ObjectLabels, boxes_xyxy: FloatArray, oriented_boxes: FloatArray | None, masks: BoolArray | None
+) -> ObjectLabels:
+    return ObjectLabels(
+        labels=objects.labels,
+        boxes_xyxy=np.ascontiguousarray(boxes_xyxy, dtype=np.float32),
+        ignored=objects.ignored,
+        oriented_boxes=None if oriented_boxes is None else np.ascontiguousarray(oriented_boxes, dtype=np.float32),
+        masks=None if masks is None else np.ascontiguousarray(masks),
+    )
