@@ -1,0 +1,134 @@
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from label_cases import write_image
+
+from perf_vit.config import load_config
+from perf_vit.data import ObjectDataConfig, ObjectSplitConfig, build_object_datamodule
+from perf_vit.errors import ConfigError, InputError
+
+
+@pytest.fixture
+def ships(tmp_path: Path) -> ObjectSplitConfig:
+    """Ten images in COCO's format, each with one ship and one dock."""
+    images, annotations = [], []
+    for number in range(10):
+        write_image(tmp_path / "images" / f"{number}.png", height=70, width=90, seed=number)
+        images.append({"id": number, "file_name": f"{number}.png", "height": 70, "width": 90})
+        for kind in (1, 2):
+            box = [10 * kind, 5 * number, 8, 6]
+            annotations.append({"id": len(annotations), "image_id": number, "category_id": kind, "bbox": box})
+    categories = [{"id": 1, "name": "ship"}, {"id": 2, "name": "dock"}]
+    labels = tmp_path / "labels.json"
+    labels.write_text(json.dumps({"images": images, "annotations": annotations, "categories": categories}))
+    return ObjectSplitConfig(images=str(tmp_path / "images"), labels=str(labels))
+
+
+def _config(split: ObjectSplitConfig, **changes) -> ObjectDataConfig:
+    options = {"tile_px": 32, "batch_size": 2, "tiles_per_epoch": 6, "classes": ["ship", "dock"], **changes}
+    return ObjectDataConfig(train=split, **options)
+
+
+def _names(index) -> set[str]:
+    return {Path(record.path).stem for record in index}
+
+
+def test_batches_are_lists_of_standardised_tiles_and_objects(ships) -> None:
+    data = build_object_datamodule(_config(ships, num_workers=2), seed=0)
+    batches = list(data.train_dataloader())
+    assert len(batches) == 3
+    images, objects = batches[0]
+    assert isinstance(images, list)
+    assert isinstance(objects, list)
+    assert [image.shape for image in images] == [(3, 32, 32)] * 2
+    assert abs(float(torch.stack([image for images, _ in batches for image in images]).mean())) < 0.3
+    assert data.classes == ("ship", "dock")
+    first = next(iter(data.val_dataloader()))
+    assert len(first[0]) == len(first[1]) == 2
+
+
+def test_a_seed_splits_images_the_same_way_each_time(ships) -> None:
+    splits = [build_object_datamodule(_config(ships, val_share=0.3), seed=seed) for seed in (0, 0, 1)]
+    names = [(_names(data.train_index), _names(data.val_index)) for data in splits]
+    assert names[0] == names[1] != names[2]
+    assert len(names[0][1]) == 3
+    assert names[0][0] | names[0][1] == {str(number) for number in range(10)}
+    assert not names[0][0] & names[0][1]
+
+
+def test_lists_of_names_split_images(ships, tmp_path) -> None:
+    (tmp_path / "train.txt").write_text("0\n1.png\n\n2\n")
+    (tmp_path / "val.txt").write_text("7\n")
+    train, val = (
+        ObjectSplitConfig(images=ships.images, labels=ships.labels, list=str(tmp_path / f"{name}.txt"))
+        for name in ("train", "val")
+    )
+    data = build_object_datamodule(_config(train, val=val), seed=0)
+    assert _names(data.train_index) == {"0", "1", "2"}
+    assert _names(data.val_index) == {"7"}
+
+
+def test_every_object_of_the_validation_images_is_counted_once(ships) -> None:
+    data = build_object_datamodule(_config(ships, min_visible=0.25), seed=0)
+    counted = np.concatenate([o.labels[~o.ignored] for _, objects in data.val_dataloader() for o in objects])
+    assert np.bincount(counted).tolist() == [2, 2]
+
+
+def test_augmentation_of_every_kind_keeps_shapes_and_boxes_inside(ships) -> None:
+    config = _config(ships, sampler="balanced")
+    config.augment.scale = (0.5, 2.0)
+    config.augment.gain = config.augment.offset = 0.2
+    data = build_object_datamodule(config, seed=0)
+    for index in range(30):
+        image, objects = data.train[index]
+        assert image.shape == (3, 32, 32)
+        assert (objects.boxes_xyxy >= 0).all()
+        assert (objects.boxes_xyxy <= 32).all()
+        assert (objects.boxes_xyxy[:, 2:] > objects.boxes_xyxy[:, :2]).all()
+
+
+def test_the_config_loads_from_yaml(ships, tmp_path) -> None:
+    text = f"classes: [ship, dock]\ntrain:\n  images: {ships.images}\n  labels: {ships.labels}\n  format: coco\n"
+    (tmp_path / "data.yaml").write_text(text + "augment:\n  scale: [0.8, 1.25]\n")
+    config = load_config(tmp_path / "data.yaml", ObjectDataConfig, ["sampler=random", "tile_px=32"])
+    assert len(build_object_datamodule(config, seed=0).train) == 200
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"classes": []}, r"data\.classes must name at least one class"),
+        ({"sampler": "grid"}, r"data\.sampler must be one of random, objects, balanced, got grid"),
+        ({"min_visible": 2}, r"data\.min_visible must lie between 0 and 1, got 2"),
+        ({"val_share": 1.0}, "of 10 images leaves none to train on"),
+        ({"batch_size": 7}, r"data\.tiles_per_epoch must be at least 7, got 6"),
+    ],
+)
+def test_values_that_do_not_fit_are_errors(ships, changes, message) -> None:
+    with pytest.raises(ConfigError, match=message):
+        build_object_datamodule(_config(ships, **changes), seed=0)
+
+
+def test_an_empty_or_missing_list_is_an_error(ships, tmp_path) -> None:
+    ships.list = str(tmp_path / "list.txt")
+    with pytest.raises(ConfigError, match=r"can't read data\.train\.list"):
+        build_object_datamodule(_config(ships), seed=0)
+    Path(ships.list).write_text("\n")
+    with pytest.raises(ConfigError, match="names no image"):
+        build_object_datamodule(_config(ships), seed=0)
+
+
+def test_unknown_classes_of_the_labels_are_an_error(ships) -> None:
+    with pytest.raises(InputError, match="objects of class dock; the classes are ship"):
+        build_object_datamodule(_config(ships, classes=["ship"]), seed=0)
+
+
+def test_images_without_a_valid_pixel_are_an_error(make_scene, tmp_path) -> None:
+    scene = make_scene(pixels=np.zeros((3, 40, 40), np.uint8), nodata=0)
+    (tmp_path / "t.csv").write_text(f"image,xmin,ymin,xmax,ymax,label\n{scene.name},1,1,9,9,ship\n")
+    split = ObjectSplitConfig(images=str(scene), labels=str(tmp_path / "t.csv"), format="csv")
+    with pytest.raises(InputError, match="expected valid pixels to measure mean and std on, got none"):
+        build_object_datamodule(_config(split, classes=["ship"], val=split), seed=0)
