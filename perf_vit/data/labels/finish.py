@@ -185,7 +185,9 @@ def _masks(image: RawImage, objects: Sequence[RawObject]) -> MaskReader:
 
 def _mended(outline: Any) -> Any:
     """A polygon that crosses itself, made valid, so that areas and parts are what they look like."""
-    return outline if isinstance(outline, Rle) or shapely.is_valid(outline) else shapely.make_valid(outline)
+    if isinstance(outline, Rle) or shapely.is_valid(outline):
+        return outline
+    return shapely.make_valid(outline, method="structure", keep_collapsed=False)
 
 
 def _warn(counts: Counter[str], images: Sequence[RawImage]) -> None:
