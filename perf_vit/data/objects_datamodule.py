@@ -63,7 +63,8 @@ class ObjectDataConfig:
         sampler: where training tiles lie: random (anywhere), objects (around objects, each drawn alike) or balanced
             (around objects, each class drawn alike).
         random_share: share of tiles drawn anywhere by the samplers objects and balanced.
-        min_visible: objects of which a smaller share lies in a tile are ignored there.
+        min_visible: objects of which a smaller share lies in a training tile are ignored there; of validation tiles,
+            the one that holds an object's centre counts it.
         tiles_per_epoch: training tiles an epoch.
         batch_size: tiles a step.
         num_workers: loader processes; 0 loads in the training process.

@@ -311,6 +311,17 @@ def test_degenerate_outlines_and_corners_on_a_line_are_dropped_and_counted(tmp_p
         read_object_labels(tmp_path / "l", images, label_format="dota", names=["a"])
 
 
+def test_an_outline_between_pixel_centres_still_has_a_mask(tmp_path, images) -> None:
+    outlines = [
+        {"segmentation": [[10.6, 5.6, 11.4, 5.6, 11.4, 6.4, 10.6, 6.4]]},
+        {"segmentation": [[1, 1, 9, 1, 9, 5]]},
+    ]
+    record = _only(read_object_labels(_coco(tmp_path / "c.json", outlines), images, label_format="coco"))
+    masks = record.masks.read(np.arange(2), record.extent)
+    assert masks[0].sum() == 4
+    assert masks[0, 5:7, 10:12].all()
+
+
 def test_images_without_a_label_file_are_left_out_with_a_warning(tmp_path, images) -> None:
     _voc(tmp_path / "xml" / "a.xml", _voc_object("ship", 1, 1, 6, 4))
     with pytest.warns(UserWarning, match=r"1 of 2 images have no labels .* left out, the first .*b\.png"):

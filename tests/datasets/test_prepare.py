@@ -237,5 +237,5 @@ def test_fair_tiles_are_stitched_where_web_mercator_puts_them(tmp_path, capsys) 
 def test_a_script_says_what_is_wrong_in_one_line(tmp_path, monkeypatch) -> None:
     script = str(ROOT / "dsb2018" / "prepare.py")
     monkeypatch.setattr(sys, "argv", [script, str(tmp_path), str(tmp_path / "out")])
-    with pytest.raises(SystemExit, match="^error: expected folders ID/images and ID/masks in [^\n]*$"):
+    with pytest.raises(SystemExit, match=r"^error: expected folders ID/images and ID/masks in [^\n]*$"):
         runpy.run_path(script, run_name="__main__")
