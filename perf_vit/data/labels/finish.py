@@ -148,7 +148,7 @@ def _clipped(
 ) -> npt.NDArray[np.float64]:
     """Boxes of what lies inside the image; of outlines, around their part inside, which may be smaller."""
     inside = np.clip(boxes, 0, [width, height, width, height])
-    for index in np.flatnonzero((inside != boxes).any(axis=1)):
+    for index in np.flatnonzero((inside != boxes).any(axis=1)).tolist():
         item = objects[index]
         if item.box is None and isinstance(item.outline, shapely.Geometry):
             part = shapely.clip_by_rect(_mended(item.outline), 0, 0, width, height)
