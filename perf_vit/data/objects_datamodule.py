@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from perf_vit.data.build import AugmentConfig
-from perf_vit.data.datamodule import EpochSampler
+from perf_vit.data.datamodule import EpochSampler, ShareSampler
 from perf_vit.data.labels import ImageRecord, ObjectIndex, read_object_labels
 from perf_vit.data.object_places import SAMPLERS, make_places
 from perf_vit.data.objects import ObjectGrid, ObjectImages, ObjectWindows, collate_objects
@@ -139,6 +139,7 @@ class ObjectDataModule(lightning.LightningDataModule):
         return DataLoader(
             self.val,  # type: ignore[arg-type]
             batch_size=self.batch_size,
+            sampler=ShareSampler(len(self.val)),
             num_workers=self.num_workers,
             collate_fn=collate_objects,
         )
