@@ -25,6 +25,7 @@ CONTRACT = {
     "perf_vit.tiling": ["grid_windows", "hann_weights", "random_window"],
     "perf_vit.layers": ["PerformerAttention"],
     "perf_vit.transforms": ["Augmentation", "Normalizer"],
+    "perf_vit.data": ["ObjectDataConfig", "build_object_datamodule", "collate_objects", "read_object_labels"],
     "perf_vit.io": ["polygonize_classes", "write_objects"],
     "perf_vit.inference": [
         "Detections",

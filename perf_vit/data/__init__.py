@@ -4,7 +4,14 @@ from perf_vit.data.build import AugmentConfig, DataConfig, RegionConfig, build_d
 from perf_vit.data.crops import UnlabelledCrops, find_images
 from perf_vit.data.crops_datamodule import CropsConfig, CropsDataModule, build_crops
 from perf_vit.data.datamodule import WindowDataModule
-from perf_vit.data.labels import LABEL_FORMATS, ImageRecord, ObjectIndex, objects_in, read_object_labels
+from perf_vit.data.labels import (
+    LABEL_FORMATS,
+    ImageRecord,
+    ObjectIndex,
+    objects_in,
+    read_object_labels,
+    write_coco_labels,
+)
 from perf_vit.data.object_places import ObjectPlaces, RandomPlaces, make_places
 from perf_vit.data.objects import ObjectGrid, ObjectImages, ObjectWindows, collate_objects
 from perf_vit.data.objects_datamodule import (
@@ -50,4 +57,5 @@ __all__ = [
     "objects_in",
     "read_object_labels",
     "region_window",
+    "write_coco_labels",
 ]

@@ -51,6 +51,7 @@ class DataConfig:
     Attributes:
         train: the raster trained on.
         val: the raster validated on.
+        extra_train: further rasters trained on, with as many bands; each gives tiles in proportion to its size.
         classes: class names; labels are indices into them.
         values: the label file's value of each class; 0, 1, 2, ... if left out.
         ignore_values: label values that mean "no label here", beside the label file's own nodata.
@@ -68,6 +69,7 @@ class DataConfig:
     train: RegionConfig
     val: RegionConfig
     classes: list[str]
+    extra_train: list[RegionConfig] = field(default_factory=list)
     values: list[int] | None = None
     ignore_values: list[int] = field(default_factory=list)
     attribute: str | None = None
@@ -90,12 +92,15 @@ def build_datamodule(config: DataConfig, seed: int) -> WindowDataModule:
     """
     _check(config)
     train, val = _open(config, config.train, "data.train"), _open(config, config.val, "data.val")
-    if val.source.num_bands != train.source.num_bands:
-        raise ConfigError(
-            f"data.val.image has {val.source.num_bands} bands, data.train.image {train.source.num_bands}; "
-            "choose common ones with data.bands"
-        )
-    normalizer = Normalizer.from_images([train.source.read_reduced(_STATISTICS_PX, train.region)])
+    extra = [_open(config, region, f"data.extra_train[{i}]") for i, region in enumerate(config.extra_train)]
+    for source, key in ((val, "data.val"), *((more, f"data.extra_train[{i}]") for i, more in enumerate(extra))):
+        if source.source.num_bands != train.source.num_bands:
+            raise ConfigError(
+                f"{key}.image has {source.source.num_bands} bands, data.train.image {train.source.num_bands}; "
+                "choose common ones with data.bands"
+            )
+    rasters = [train, *extra]
+    normalizer = Normalizer.from_images([one.source.read_reduced(_STATISTICS_PX, one.region) for one in rasters])
     augmentation = Augmentation(
         flips=config.augment.flips,
         scale=config.augment.scale,
@@ -104,7 +109,7 @@ def build_datamodule(config: DataConfig, seed: int) -> WindowDataModule:
     )
     return WindowDataModule(
         RandomWindows(
-            train, normalizer, augmentation, tile_px=config.tile_px, length=config.tiles_per_epoch, seed=seed
+            rasters, normalizer, augmentation, tile_px=config.tile_px, length=config.tiles_per_epoch, seed=seed
         ),
         GridWindows(val, normalizer, tile_px=config.tile_px),
         classes=tuple(config.classes),

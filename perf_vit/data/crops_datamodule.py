@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from perf_vit.data.crops import UnlabelledCrops, find_images
-from perf_vit.data.datamodule import EpochSampler
+from perf_vit.data.datamodule import EpochSampler, ShareSampler
 from perf_vit.errors import ConfigError, InputError
 from perf_vit.transforms import Normalizer
 
@@ -74,7 +74,9 @@ class CropsDataModule(lightning.LightningDataModule):
 
     def val_dataloader(self) -> DataLoader[Tensor]:
         """The crops to validate on, in order."""
-        return DataLoader(self.val, batch_size=self.batch_size, num_workers=self.num_workers)
+        return DataLoader(
+            self.val, batch_size=self.batch_size, sampler=ShareSampler(len(self.val)), num_workers=self.num_workers
+        )
 
 
 def build_crops(

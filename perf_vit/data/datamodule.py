@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import lightning
+import torch.distributed as dist
 from torch import Tensor
 from torch.utils.data import DataLoader, Sampler
 
@@ -17,7 +18,8 @@ __all__ = ["WindowDataModule"]
 class EpochSampler(Sampler[int]):
     """Counts on from epoch to epoch, so that a dataset which is a function of the index never repeats itself.
 
-    Lightning calls `set_epoch`, also after a resume: the samples go on where they would have been.
+    Lightning calls `set_epoch`, also after a resume: the samples go on where they would have been. Of several
+    processes each takes every so many-th sample, so together they see what one would; a rest is left out.
     """
 
     def __init__(self, length: int) -> None:
@@ -29,11 +31,34 @@ class EpochSampler(Sampler[int]):
         self.epoch = epoch
 
     def __iter__(self) -> Iterator[int]:
+        rank, world_size = _place()
         start = self.epoch * self.length
-        return iter(range(start, start + self.length))
+        return iter(range(start + rank, start + len(self) * world_size, world_size))
 
     def __len__(self) -> int:
-        return self.length
+        return self.length // _place()[1]
+
+
+class ShareSampler(Sampler[int]):
+    """The samples of a dataset in order, each in one of the processes that validate together."""
+
+    def __init__(self, length: int) -> None:
+        self.length = length
+
+    def __iter__(self) -> Iterator[int]:
+        rank, world_size = _place()
+        return iter(range(rank, self.length, world_size))
+
+    def __len__(self) -> int:
+        rank, world_size = _place()
+        return len(range(rank, self.length, world_size))
+
+
+def _place() -> tuple[int, int]:
+    """(number of this process, how many there are)."""
+    if dist.is_available() and dist.is_initialized():
+        return dist.get_rank(), dist.get_world_size()
+    return 0, 1
 
 
 class WindowDataModule(lightning.LightningDataModule):
@@ -78,4 +103,6 @@ class WindowDataModule(lightning.LightningDataModule):
 
     def val_dataloader(self) -> DataLoader[tuple[Tensor, Tensor]]:
         """The validation region's tiles, in order."""
-        return DataLoader(self.val, batch_size=self.batch_size, num_workers=self.num_workers)
+        return DataLoader(
+            self.val, batch_size=self.batch_size, sampler=ShareSampler(len(self.val)), num_workers=self.num_workers
+        )

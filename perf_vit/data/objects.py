@@ -52,7 +52,8 @@ class ObjectImages:
     def read(self, index: int, window: Window, owned: Window | None = None) -> tuple[GeoImage, ObjectLabels]:
         """Pixels of a window of an image, and its objects in the window's pixels.
 
-        Objects without a valid pixel under them are ignored, and those whose centre lies outside `owned`, where given.
+        Objects without a valid pixel under them are ignored, and those of which too little is visible or, where `owned`
+        is given, whose centre lies outside it.
         """
         source = self.sources[index]
         image = self._colored(source.read(window))

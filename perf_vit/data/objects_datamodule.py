@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from perf_vit.data.build import AugmentConfig
-from perf_vit.data.datamodule import EpochSampler
+from perf_vit.data.datamodule import EpochSampler, ShareSampler
 from perf_vit.data.labels import ImageRecord, ObjectIndex, read_object_labels
 from perf_vit.data.object_places import SAMPLERS, make_places
 from perf_vit.data.objects import ObjectGrid, ObjectImages, ObjectWindows, collate_objects
@@ -63,7 +63,8 @@ class ObjectDataConfig:
         sampler: where training tiles lie: random (anywhere), objects (around objects, each drawn alike) or balanced
             (around objects, each class drawn alike).
         random_share: share of tiles drawn anywhere by the samplers objects and balanced.
-        min_visible: objects of which a smaller share lies in a tile are ignored there.
+        min_visible: objects of which a smaller share lies in a training tile are ignored there; of validation tiles,
+            the one that holds an object's centre counts it.
         tiles_per_epoch: training tiles an epoch.
         batch_size: tiles a step.
         num_workers: loader processes; 0 loads in the training process.
@@ -138,6 +139,7 @@ class ObjectDataModule(lightning.LightningDataModule):
         return DataLoader(
             self.val,  # type: ignore[arg-type]
             batch_size=self.batch_size,
+            sampler=ShareSampler(len(self.val)),
             num_workers=self.num_workers,
             collate_fn=collate_objects,
         )

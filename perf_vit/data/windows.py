@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -48,7 +49,7 @@ class RandomWindows(Dataset[tuple[Tensor, Tensor]]):
     A window without a single labelled pixel is drawn anew, up to ten times.
 
     Args:
-        source: where tiles come from.
+        sources: where tiles come from, each in proportion to its pixels.
         normalizer: applied before augmentation.
         augmentation: applied to image and labels together.
         tile_px: side of a tile, in pixels.
@@ -58,7 +59,7 @@ class RandomWindows(Dataset[tuple[Tensor, Tensor]]):
 
     def __init__(
         self,
-        source: LabelledSource,
+        sources: Sequence[LabelledSource],
         normalizer: Normalizer,
         augmentation: Augmentation,
         *,
@@ -66,7 +67,9 @@ class RandomWindows(Dataset[tuple[Tensor, Tensor]]):
         length: int,
         seed: int,
     ) -> None:
-        self.source = source
+        self.sources = tuple(sources)
+        areas = [float(source.region.height * source.region.width) for source in self.sources]
+        self._shares = np.cumsum(areas) / sum(areas)
         self.normalizer = normalizer
         self.augmentation = augmentation
         self.tile_px = tile_px
@@ -80,12 +83,17 @@ class RandomWindows(Dataset[tuple[Tensor, Tensor]]):
         """Tile [C, tile_px, tile_px] float32 and labels [tile_px, tile_px] int64; any index >= 0 is allowed."""
         rng = np.random.default_rng((self.seed, index))
         for _ in range(10):
-            window = random_window(self.source.region, self.tile_px, rng)
-            image, labels = self.source.read(window, self.normalizer)
+            source = self.sources[self._choose(rng)]
+            window = random_window(source.region, self.tile_px, rng)
+            image, labels = source.read(window, self.normalizer)
             if (labels != IGNORE_INDEX).any():
                 break
         image, labels = self.augmentation(image, labels, seed=int(rng.integers(2**31)))
         return torch.from_numpy(image), torch.from_numpy(labels).long()
+
+    def _choose(self, rng: np.random.Generator) -> int:
+        # One source takes no draw, so its windows are the same as ever.
+        return 0 if len(self.sources) == 1 else int(np.searchsorted(self._shares, rng.random(), side="right"))
 
 
 class GridWindows(Dataset[tuple[Tensor, Tensor]]):

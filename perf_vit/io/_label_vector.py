@@ -119,7 +119,7 @@ def _read_polygons(path: str, source: RasterSource, attribute: str | None) -> An
 
 
 def read_features(path: str, attribute: str | None) -> Any:
-    """The geometries of a vector file's only layer, with the attribute's column, as a geopandas frame.
+    """The geometries of a vector file's only layer, with the attribute's column if there are any, as geopandas frame.
 
     Raises:
         InputError: the file can't be read, or has several layers or no such column.
@@ -135,7 +135,11 @@ def read_features(path: str, attribute: str | None) -> Any:
 
 def _read_only_layer(path: str, attribute: str | None) -> Any:
     layer = _only_layer(path)
-    columns = pyogrio.read_info(path, layer=layer)["fields"].tolist()
+    info = pyogrio.read_info(path, layer=layer, force_feature_count=True)
+    columns = info["fields"].tolist()
+    if info["features"] == 0:
+        # A GeoJSON without features has no columns either.
+        attribute = None
     if attribute is not None and attribute not in columns:
         raise InputError(f"attribute {attribute!r} is not a column of {path}; columns: {', '.join(columns) or '-'}")
     return gpd.read_file(path, layer=layer, engine="pyogrio", columns=[] if attribute is None else [attribute])

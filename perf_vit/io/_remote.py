@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -52,8 +53,13 @@ def with_remote_settings(open_file: Callable[[], T]) -> T:
         settings |= getenv()
     # rasterio's settings hold for the whole process when made in its main thread, where they would hide the files
     # beside a local raster that another thread opens meanwhile; in any other thread they are that thread's own.
-    with ThreadPoolExecutor(1) as thread:
-        return thread.submit(_call, open_file, settings).result()
+    return _threads(os.getpid()).submit(_call, open_file, settings).result()
+
+
+@functools.lru_cache(maxsize=1)
+def _threads(pid: int) -> ThreadPoolExecutor:
+    """Threads of this process that last: one that ends holds a lock of PROJ for a moment, which a fork would keep."""
+    return ThreadPoolExecutor(16, thread_name_prefix=f"open-url-{pid}")
 
 
 def _call(open_file: Callable[[], T], settings: dict[str, Any]) -> T:

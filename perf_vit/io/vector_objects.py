@@ -44,7 +44,9 @@ class PolygonFile:
                 f"{self.path} holds {', '.join(other)}; objects must be polygons (buffer lines and points first)"
             )
         self._geometry = frame.geometry
-        self.values: npt.NDArray[Any] | None = None if attribute is None else frame[attribute].to_numpy()
+        self.values: npt.NDArray[Any] | None = None
+        if attribute is not None:
+            self.values = frame[attribute].to_numpy() if len(frame) else np.zeros(0, object)
         # Images of a set share their CRS, mostly: each is transformed to once.
         self._placed: dict[str, npt.NDArray[Any]] = {}
 

@@ -32,6 +32,8 @@ class ModelConfig:
             that its input size is fixed; or a folder with a converted model, whose weights are loaded.
         backbone_kwargs: passed to `timm.create_model`, e.g. {attn_kwargs: {num_features: 128}}.
         pretrained: load timm's weights for the backbone.
+        freeze_backbone: keep the backbone's weights and train the head alone: quicker, and pretrained features stay
+            as general as they are.
         out_indices: the blocks whose outputs the head sees.
         head: name of a segmentation head.
         head_kwargs: passed to the head.
@@ -40,6 +42,7 @@ class ModelConfig:
     backbone: str = "performer_vit_small_patch16_224"
     backbone_kwargs: dict[str, Any] = field(default_factory=dict)
     pretrained: bool = False
+    freeze_backbone: bool = False
     out_indices: list[int] = field(default_factory=lambda: [2, 5, 8, 11])
     head: str = "full_resolution"
     head_kwargs: dict[str, Any] = field(default_factory=dict)
@@ -73,6 +76,8 @@ def build_segmenter(
         head = _lookup_head(config.head)(specs, in_chans, len(spec.classes), **config.head_kwargs)
     except (TypeError, ValueError) as error:
         raise ConfigError(f"model.head {config.head}: {error}") from error
+    if config.freeze_backbone:
+        backbone.requires_grad_(False)
     return Segmenter(backbone, head, spec, size_multiple, saved_backbone)
 
 

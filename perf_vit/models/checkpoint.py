@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import pickle
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -74,9 +76,10 @@ def load_segmenter(path: str | Path) -> Segmenter:
     """
     content = _read(Path(path), _SEGMENTATION)
     metadata = content[CHECKPOINT_KEY]
-    config = ModelConfig(**{**metadata["model"], "pretrained": False})
-    model = build_segmenter(config, SegmenterSpec.from_dict(metadata["spec"]), metadata.get("saved_backbone"))
-    _restore(model, content)
+    with _other_versions(path, metadata):
+        config = ModelConfig(**{**metadata["model"], "pretrained": False})
+        model = build_segmenter(config, SegmenterSpec.from_dict(metadata["spec"]), metadata.get("saved_backbone"))
+        _restore(model, content)
     return model.eval()
 
 
@@ -84,15 +87,29 @@ def load_detector(path: str | Path) -> Detector:
     """Load an object detector that `perf-vit train` wrote, in evaluation mode, on the CPU.
 
     Raises:
-        CheckpointError: the file is missing, is not a checkpoint, holds another task's network, or wasn't written by
-            perf_vit.
+        CheckpointError: the file is missing, is not a checkpoint, holds another task's network, wasn't written by
+            perf_vit, or was written by a version whose networks differ.
     """
     content = _read(Path(path), _DETECTION)
     metadata = content[CHECKPOINT_KEY]
-    config = DetectorConfig(**{**metadata["model"], "pretrained": False})
-    model = build_detector(config, DetectorSpec.from_dict(metadata["spec"]), metadata.get("saved_backbone"))
-    _restore(model, content)
+    with _other_versions(path, metadata):
+        config = DetectorConfig(**{**metadata["model"], "pretrained": False})
+        model = build_detector(config, DetectorSpec.from_dict(metadata["spec"]), metadata.get("saved_backbone"))
+        _restore(model, content)
     return model.eval()
+
+
+@contextmanager
+def _other_versions(path: str | Path, metadata: dict[str, Any]) -> Iterator[None]:
+    """Say which version wrote a checkpoint that doesn't fit the networks of this one."""
+    try:
+        yield
+    except (KeyError, TypeError, RuntimeError) as error:
+        version = metadata.get("version", "of unknown number")
+        raise CheckpointError(
+            f"{path} was written by perf_vit {version}, whose networks differ from those of {__version__}; use that "
+            "version, or train anew"
+        ) from error
 
 
 def _restore(model: nn.Module, content: dict[str, Any]) -> None:

@@ -7,7 +7,7 @@ import itertools
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -91,8 +91,21 @@ class Segmenter(nn.Module):
         Returns:
             [B, num_classes, H, W].
         """
-        features: Sequence[Tensor] = self.backbone(image)
+        # Without gradients, converted models go through their MLPs in pieces.
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not self.is_backbone_frozen):
+            features: Sequence[Tensor] = self.backbone(image)
         return self.head(features, image)
+
+    @property
+    def is_backbone_frozen(self) -> bool:
+        """Whether no weight of the backbone is trained."""
+        return not any(parameter.requires_grad for parameter in self.backbone.parameters())
+
+    def train(self, mode: bool = True) -> Self:
+        """Training mode, in which a frozen backbone stays as it is evaluated."""
+        super().train(mode)
+        self.backbone.train(mode and not self.is_backbone_frozen)
+        return self
 
 
 def segmenter_id(model: Segmenter) -> str:

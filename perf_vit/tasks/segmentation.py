@@ -84,14 +84,14 @@ class SegmentationTask(lightning.LightningModule):
         """Loss of one batch."""
         image, labels = batch
         loss = self.loss(self(image), labels)
-        self.log("train/loss", loss, on_step=False, on_epoch=True, prog_bar=True)
+        self.log("train/loss", loss, on_step=False, on_epoch=True, prog_bar=True, sync_dist=True)
         return loss
 
     def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
         """Loss and metrics of one batch."""
         image, labels = batch
         logits = self(image)
-        self.log("val/loss", self.loss(logits, labels), batch_size=len(image), prog_bar=True)
+        self.log("val/loss", self.loss(logits, labels), batch_size=len(image), prog_bar=True, sync_dist=True)
         self.val_metrics.update(logits.argmax(1), labels)
 
     def on_validation_epoch_end(self) -> None:

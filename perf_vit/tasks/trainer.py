@@ -9,7 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import lightning
-from lightning.pytorch.callbacks import Callback, ModelCheckpoint, RichProgressBar
+from lightning.pytorch.callbacks import (
+    Callback,
+    EarlyStopping,
+    EMAWeightAveraging,
+    ModelCheckpoint,
+    RichProgressBar,
+)
 from lightning.pytorch.loggers import TensorBoardLogger
 
 from perf_vit.errors import ConfigError
@@ -35,6 +41,11 @@ class TrainerConfig:
         redraw_every_steps: optimizer steps between new draws of the attention's random projections, 0 to keep the first
             draw. Choromanski et al. 2020 redraw while training, so that the weights don't fit themselves to one draw,
             which may be a poor one. It changes nothing in a model without Performer attention.
+        accumulate_batches: batches whose gradients make one step.
+        ema_decay: share of the old average at each step, such as 0.998, when weights are averaged while training; the
+            average is validated and kept. 0 for no average.
+        early_stop_epochs: validations without a better score after which training ends; 0 to go on to the end.
+        strategy: of several devices, as Lightning names it: auto, ddp, fsdp, ...
     """
 
     max_epochs: int = 50
@@ -44,6 +55,10 @@ class TrainerConfig:
     gradient_clip: float = 1.0
     val_every_epochs: int = 1
     redraw_every_steps: int = 0
+    accumulate_batches: int = 1
+    ema_decay: float = 0.0
+    early_stop_epochs: int = 0
+    strategy: str = "auto"
 
 
 def build_trainer(
@@ -66,7 +81,16 @@ def build_trainer(
         raise ConfigError(
             f"trainer.redraw_every_steps must be 0 or more, got {config.redraw_every_steps}; use 0 to never redraw"
         )
+    if not 0 <= config.ema_decay < 1 or config.accumulate_batches < 1 or config.early_stop_epochs < 0:
+        raise ConfigError(
+            "expected trainer.ema_decay from 0 to below 1, accumulate_batches from 1 on and early_stop_epochs from 0 "
+            f"on, got {config.ema_decay:g}, {config.accumulate_batches} and {config.early_stop_epochs}"
+        )
     callbacks = [HistoryCallback(folder, curves), *best_and_last(folder, monitor=monitor)]
+    if config.early_stop_epochs:
+        callbacks.append(EarlyStopping(monitor, mode="max", patience=config.early_stop_epochs))
+    if config.ema_decay:
+        callbacks.append(EMAWeightAveraging(decay=config.ema_decay))
     if config.redraw_every_steps:
         callbacks.append(RedrawProjections(config.redraw_every_steps))
     return lightning_trainer(
@@ -77,6 +101,8 @@ def build_trainer(
         devices=config.devices,
         progress=progress,
         max_epochs=config.max_epochs,
+        strategy=config.strategy,
+        accumulate_grad_batches=config.accumulate_batches,
         gradient_clip_val=config.gradient_clip or None,
         check_val_every_n_epoch=config.val_every_epochs,
         num_sanity_val_steps=0,
@@ -112,6 +138,8 @@ def lightning_trainer(
             logger=TensorBoardLogger(folder, name="tensorboard", version=""),
             callbacks=[*callbacks, *([RichProgressBar()] if progress else [])],
             enable_progress_bar=progress,
+            # Ours share the samples of one process out; Lightning's would shuffle them.
+            use_distributed_sampler=False,
             enable_model_summary=False,
             log_every_n_steps=10,
             **options,

@@ -300,6 +300,15 @@ def test_bad_boxes_are_clipped_or_dropped_and_counted_in_one_warning(tmp_path, i
     assert Path(warning.filename).name == Path(__file__).name
 
 
+def test_an_outline_past_the_edge_has_the_box_of_its_part_inside(tmp_path, images) -> None:
+    # Triangles whose bounds reach farther into the image than they do, and one whose bounds alone reach into it.
+    rings = [[-10, 0, 10, 0, -10, 20]], [[-10, 30, 5, 45, -10, 60]]
+    labels = _coco(tmp_path / "c.json", [{"segmentation": ring} for ring in rings])
+    with pytest.warns(UserWarning, match="kept 1 objects; 1 dropped: outside the image, 1 clipped"):
+        record = _only(read_object_labels(labels, images, label_format="coco"))
+    assert record.boxes_xyxy.tolist() == [[0, 0, 10, 10]]
+
+
 def test_degenerate_outlines_and_corners_on_a_line_are_dropped_and_counted(tmp_path, images) -> None:
     flat = {"bbox": [0, 0, 9, 9], "segmentation": [[0, 0, 9, 9, 3, 3]]}
     good = {"segmentation": [[20, 10, 26, 10, 26, 14]]}
@@ -309,6 +318,17 @@ def test_degenerate_outlines_and_corners_on_a_line_are_dropped_and_counted(tmp_p
     (tmp_path / "l" / "a.txt").write_text("0 0 10 10 20 20 30 30 ship 0")
     with pytest.warns(UserWarning, match="kept 0 objects; 1 dropped: no area"):
         read_object_labels(tmp_path / "l", images, label_format="dota", names=["a"])
+
+
+def test_an_outline_between_pixel_centres_still_has_a_mask(tmp_path, images) -> None:
+    outlines = [
+        {"segmentation": [[10.6, 5.6, 11.4, 5.6, 11.4, 6.4, 10.6, 6.4]]},
+        {"segmentation": [[1, 1, 9, 1, 9, 5]]},
+    ]
+    record = _only(read_object_labels(_coco(tmp_path / "c.json", outlines), images, label_format="coco"))
+    masks = record.masks.read(np.arange(2), record.extent)
+    assert masks[0].sum() == 4
+    assert masks[0, 5:7, 10:12].all()
 
 
 def test_images_without_a_label_file_are_left_out_with_a_warning(tmp_path, images) -> None:

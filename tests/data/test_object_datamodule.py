@@ -1,4 +1,5 @@
 import json
+import textwrap
 from pathlib import Path
 
 import numpy as np
@@ -72,7 +73,7 @@ def test_lists_of_names_split_images(ships, tmp_path) -> None:
 
 
 def test_every_object_of_the_validation_images_is_counted_once(ships) -> None:
-    data = build_object_datamodule(_config(ships, min_visible=0.25), seed=0)
+    data = build_object_datamodule(_config(ships), seed=0)
     counted = np.concatenate([o.labels[~o.ignored] for _, objects in data.val_dataloader() for o in objects])
     assert np.bincount(counted).tolist() == [2, 2]
 
@@ -95,6 +96,15 @@ def test_the_config_loads_from_yaml(ships, tmp_path) -> None:
     (tmp_path / "data.yaml").write_text(text + "augment:\n  scale: [0.8, 1.25]\n")
     config = load_config(tmp_path / "data.yaml", ObjectDataConfig, ["sampler=random", "tile_px=32"])
     assert len(build_object_datamodule(config, seed=0).train) == 200
+
+
+def test_the_documented_config_fits_the_schema(tmp_path) -> None:
+    page = (Path(__file__).parents[2] / "docs" / "datasets.md").read_text()
+    block = page.split("```yaml\n")[1].split("```")[0]
+    (tmp_path / "data.yaml").write_text(textwrap.dedent(block.removeprefix("data:\n")))
+    config = load_config(tmp_path / "data.yaml", ObjectDataConfig)
+    assert config.sampler == "balanced"
+    assert config.augment.scale == (0.8, 1.25)
 
 
 @pytest.mark.parametrize(

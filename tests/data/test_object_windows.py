@@ -146,8 +146,8 @@ def test_pixels_under_a_mask_move_with_it(tmp_path) -> None:
 
 
 @pytest.mark.parametrize("tile_px", [17, 64, 300])
-def test_a_grid_counts_each_object_at_most_once_and_whole_ones_exactly_once(nuclei, tile_px) -> None:
-    grid = ObjectGrid(ObjectImages(nuclei.records, min_visible=0), NORMALIZER, tile_px=tile_px)
+def test_a_grid_counts_each_object_once(nuclei, tile_px) -> None:
+    grid = ObjectGrid(ObjectImages(nuclei.records, min_visible=0.9), NORMALIZER, tile_px=tile_px)
     counted = sum(int((~grid[i][1].ignored).sum()) for i in range(len(grid)))
     # An object whose centre lies in a hole of its mask, cut by others drawn over it, may have no pixel at its owner.
     assert 0.9 * nuclei.counts["objects"] <= counted <= nuclei.counts["objects"]

@@ -22,7 +22,7 @@ def ships(tmp_path_factory):
 
 def _random(ships, seed: int = 0) -> RandomWindows:
     augmentation = Augmentation(flips=True, scale=(0.7, 1.3), gain=0.1, offset=0.1)
-    return RandomWindows(ships, NORMALIZER, augmentation, tile_px=64, length=6, seed=seed)
+    return RandomWindows([ships], NORMALIZER, augmentation, tile_px=64, length=6, seed=seed)
 
 
 def test_samples_depend_on_seed_and_index_whatever_the_workers(ships) -> None:
@@ -64,7 +64,7 @@ def test_a_region_keeps_labels_of_the_other_part_out(ships) -> None:
     upper = LabelledSource(ships.source, ships.labels, Window(0, 0, 100, 200))
     _, labels = upper.read(Window(60, 40, 64, 64), NORMALIZER)
     assert (labels[40:] == IGNORE_INDEX).all()
-    dataset = RandomWindows(upper, NORMALIZER, Augmentation(flips=False), tile_px=64, length=50, seed=0)
+    dataset = RandomWindows([upper], NORMALIZER, Augmentation(flips=False), tile_px=64, length=50, seed=0)
     rows = [np.flatnonzero((dataset[i][1] != IGNORE_INDEX).any(1)).max() for i in range(20)]
     assert max(rows) <= 63
 
@@ -75,3 +75,24 @@ def test_scene_is_the_same_for_the_same_seed(tmp_path) -> None:
     assert a.labels.read_text() == b.labels.read_text()
     assert a.image.read_bytes() != c.image.read_bytes()
     assert 0 < a.num_targets <= 5
+
+
+def test_tiles_of_several_rasters_come_in_proportion_to_their_size(ships) -> None:
+    whole = ships.source.extent
+    upper = LabelledSource(ships.source, ships.labels, Window(0, 0, whole.height // 4, whole.width))
+    seen = []
+
+    class Watched(RandomWindows):
+        def _choose(self, rng: np.random.Generator) -> int:
+            seen.append(super()._choose(rng))
+            return seen[-1]
+
+    options = {"tile_px": 32, "length": 200, "seed": 0}
+    mixed = Watched([ships, upper], NORMALIZER, Augmentation(flips=False), **options)
+    for index in range(200):
+        mixed[index]
+    # Four fifths of the pixels are the first one's; four standard deviations of a binomial either way.
+    assert abs(np.mean(seen) - 0.2) < 4 * np.sqrt(0.2 * 0.8 / len(seen))
+    assert torch.equal(
+        mixed[7][0], RandomWindows([ships, upper], NORMALIZER, Augmentation(flips=False), **options)[7][0]
+    )

@@ -93,18 +93,33 @@ def test_a_tile_that_the_patch_size_does_not_divide_is_an_error() -> None:
         build_segmenter(TINY, spec(tile_px=1000))
 
 
-def test_head_takes_any_power_of_two_stride() -> None:
-    for stride in (4, 8, 32):
-        head = FullResolutionHead([FeatureSpec(24, stride)] * 2, in_chans=2, num_classes=5).eval()
-        features = [torch.randn(1, 24, 64 // stride, 96 // stride) for _ in range(2)]
-        assert head(features, torch.randn(1, 2, 64, 96)).shape == (1, 5, 64, 96)
+@pytest.mark.parametrize("stride", [4, 8, 14, 32])
+def test_head_takes_any_stride(stride: int) -> None:
+    head = FullResolutionHead([FeatureSpec(24, stride)] * 2, in_chans=2, num_classes=5).eval()
+    height, width = 4 * stride, 5 * stride
+    features = [torch.randn(1, 24, 4, 5) for _ in range(2)]
+    assert head(features, torch.randn(1, 2, height, width)).shape == (1, 5, height, width)
 
 
-def test_head_refuses_strides_that_it_cannot_double() -> None:
-    with pytest.raises(ValueError, match="power of two, got 14"):
-        FullResolutionHead([FeatureSpec(24, 14)], in_chans=3, num_classes=2)
+def test_head_refuses_feature_maps_of_several_strides() -> None:
     with pytest.raises(ValueError, match="one stride"):
         FullResolutionHead([FeatureSpec(24, 8), FeatureSpec(24, 16)], in_chans=3, num_classes=2)
+
+
+def test_a_frozen_backbone_keeps_weights_and_statistics_and_stays_in_evaluation_mode() -> None:
+    model = build_segmenter(replace(TINY, freeze_backbone=True), spec()).train()
+    assert model.is_backbone_frozen
+    assert not model.backbone.training
+    assert model.head.training
+    before = {name: value.clone() for name, value in model.backbone.state_dict().items()}
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
+    image = torch.randn(2, len(spec().normalizer.mean), 64, 64)
+    model(image).square().mean().backward()
+    optimizer.step()
+    assert all(parameter.grad is None for parameter in model.backbone.parameters())
+    assert all(parameter.grad is not None for parameter in model.head.parameters())
+    assert all(torch.equal(value, before[name]) for name, value in model.backbone.state_dict().items())
+    assert not build_segmenter(TINY, spec()).is_backbone_frozen
 
 
 def test_spec_round_trip() -> None:

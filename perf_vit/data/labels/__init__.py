@@ -4,6 +4,7 @@ from perf_vit.data.labels.crop import objects_in
 from perf_vit.data.labels.finish import finish_index, oriented_box_around
 from perf_vit.data.labels.read import LABEL_FORMATS, read_object_labels
 from perf_vit.data.labels.records import ImageRecord, ObjectIndex
+from perf_vit.data.labels.write import write_coco_labels
 
 __all__ = [
     "LABEL_FORMATS",
@@ -13,4 +14,5 @@ __all__ = [
     "objects_in",
     "oriented_box_around",
     "read_object_labels",
+    "write_coco_labels",
 ]

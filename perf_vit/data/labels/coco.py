@@ -86,4 +86,6 @@ def _outline(segmentation: Any, labels: Path) -> Any:
     polygons = [shapely.Polygon(ring) for ring in rings if len(ring) >= 3]
     if not polygons:
         return None
-    return polygons[0] if len(polygons) == 1 else shapely.union_all([shapely.make_valid(p) for p in polygons])
+    if len(polygons) == 1:
+        return polygons[0]
+    return shapely.union_all(shapely.make_valid(polygons, method="structure", keep_collapsed=False))

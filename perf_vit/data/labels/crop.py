@@ -26,20 +26,19 @@ def objects_in(record: ImageRecord, window: Window, *, min_visible: float, owned
         window: in the image's pixels.
         min_visible: of an object of which a smaller share lies inside, the label says `ignored`. The share is of the
             oriented box's area where there is one, and of the upright box's otherwise.
-        owned: part of the image's pixels; objects whose centre lies elsewhere are ignored.
+        owned: part of the image's pixels that decides instead of `min_visible`: objects whose centre lies elsewhere are
+            ignored.
     """
     corner = np.array([window.col, window.row] * 2, np.float64)
     limits = np.array([window.width, window.height] * 2, np.float64)
     inside = np.clip(record.boxes_xyxy - corner, 0, limits)
     shares = _visible_shares(record, inside, window)
     found = np.flatnonzero((shares > 0) & (box_areas(inside) > 0))
-    ignored = record.ignored[found] | (shares[found] < min_visible)
-    if owned is not None:
-        ignored |= ~_centered_in(record.boxes_xyxy[found], owned)
+    counts = shares[found] >= min_visible if owned is None else _centered_in(record.boxes_xyxy[found], owned)
     objects = ObjectLabels(
         labels=record.labels[found],
         boxes_xyxy=inside[found].astype(np.float32),
-        ignored=ignored,
+        ignored=record.ignored[found] | ~counts,
         oriented_boxes=_moved(record, found, window),
     )
     return objects if record.masks is None else _with_masks(objects, record, found, window)

@@ -107,7 +107,7 @@ def _record(image: RawImage, indices: dict[str, int], kinds: tuple[bool, bool], 
     height, width = _measured(image)
     boxes = np.array([_box(item) for item in image.objects], np.float64).reshape(-1, 4)
     oriented = _oriented(image.objects, boxes) if kinds[0] else None
-    inside = np.clip(boxes, 0, [width, height, width, height])
+    inside = _clipped(image.objects, boxes, height, width)
     kept = _kept(boxes, inside, _areas(image.objects, boxes, oriented), counts)
     objects = [image.objects[index] for index in np.flatnonzero(kept)]
     return ImageRecord(
@@ -141,6 +141,19 @@ def _box(item: RawObject) -> Sequence[float] | npt.NDArray[np.float64]:
     bounds: Sequence[float] = item.outline.bounds
     # An empty geometry has no bounds; 0 area is what it is.
     return bounds if len(bounds) == 4 and np.isfinite(bounds).all() else (0, 0, 0, 0)
+
+
+def _clipped(
+    objects: Sequence[RawObject], boxes: npt.NDArray[np.float64], height: int, width: int
+) -> npt.NDArray[np.float64]:
+    """Boxes of what lies inside the image; of outlines, around their part inside, which may be smaller."""
+    inside = np.clip(boxes, 0, [width, height, width, height])
+    for index in np.flatnonzero((inside != boxes).any(axis=1)).tolist():
+        item = objects[index]
+        if item.box is None and isinstance(item.outline, shapely.Geometry):
+            part = shapely.clip_by_rect(_mended(item.outline), 0, 0, width, height)
+            inside[index] = 0 if part.is_empty else part.bounds
+    return inside
 
 
 def _oriented(objects: Sequence[RawObject], boxes: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
@@ -185,7 +198,9 @@ def _masks(image: RawImage, objects: Sequence[RawObject]) -> MaskReader:
 
 def _mended(outline: Any) -> Any:
     """A polygon that crosses itself, made valid, so that areas and parts are what they look like."""
-    return outline if isinstance(outline, Rle) or shapely.is_valid(outline) else shapely.make_valid(outline)
+    if isinstance(outline, Rle) or shapely.is_valid(outline):
+        return outline
+    return shapely.make_valid(outline, method="structure", keep_collapsed=False)
 
 
 def _warn(counts: Counter[str], images: Sequence[RawImage]) -> None:

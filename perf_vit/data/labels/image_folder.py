@@ -56,6 +56,18 @@ class ImageFolder:
         """Whether an image is on the list of names."""
         return self._wanted is None or path in self._wanted
 
+    def check_named(self, labelled: Iterable[Path]) -> None:
+        """Refuse a list of names of which some have no labels.
+
+        Raises:
+            InputError: an image on the list is not among the labelled ones.
+        """
+        missing = [] if self._wanted is None else self.unlabelled(labelled)
+        if missing:
+            raise InputError(
+                f"{len(missing)} images on the list of names have no labels, the first {missing[0]}; check the list"
+            )
+
     def unlabelled(self, labelled: Iterable[Path]) -> list[Path]:
         """Wanted images that are not among the labelled ones."""
         known = set(labelled)

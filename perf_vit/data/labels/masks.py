@@ -88,6 +88,8 @@ def _unpacked(text: str) -> list[int]:
 class OutlineMasks:
     """Masks from polygons and run lengths; a pixel belongs to a polygon that holds its centre.
 
+    A polygon too small or thin to hold any covers the pixels that it touches, so that no object is without mask.
+
     Args:
         outlines: shapely geometries in pixels of the image, or `Rle`.
     """
@@ -121,8 +123,11 @@ def _burn(mask: BoolArray, polygon: Any, window: Window) -> None:
     shared = around.intersect(window)
     if shared is None:
         return
-    place = Affine.translation(shared.col, shared.row)
-    mask[shared.slices_in(window)] = rasterize([polygon], out_shape=shared.shape, transform=place, dtype="uint8") > 0
+    options = {"out_shape": shared.shape, "transform": Affine.translation(shared.col, shared.row), "dtype": "uint8"}
+    burnt = rasterize([polygon], **options) > 0
+    if shared == around and not burnt.any():
+        burnt = rasterize([polygon], all_touched=True, **options) > 0
+    mask[shared.slices_in(window)] = burnt
 
 
 class InstanceMasks:

@@ -21,6 +21,7 @@ from perf_vit.errors import ConfigError, InputError
 __all__ = ["LABEL_FORMATS", "read_object_labels"]
 
 LABEL_FORMATS = ("coco", "voc", "yolo", "dota", "instances", "polygons", "csv")
+_ONE_FILE = ("coco", "csv")
 
 
 def read_object_labels(
@@ -54,11 +55,15 @@ def read_object_labels(
     place = Path(labels)
     if not place.exists():
         raise InputError(f"no labels at {place}; check the path")
-    if label_format in ("coco", "csv") and place.is_dir():
+    if label_format in _ONE_FILE and place.is_dir():
         raise InputError(f"labels of the format {label_format} are one file, got the folder {place}")
     folder = ImageFolder(images, names)
     raw = _reader(label_format, classes, attribute)(place, folder)
-    _warn_of_unlabelled(raw, folder, place)
+    if label_format in _ONE_FILE:
+        # One file for many images is the list of them: others may be another split's.
+        folder.check_named(Path(image.path) for image in raw.images)
+    else:
+        _warn_of_unlabelled(raw, folder, place)
     return finish_index(raw.images, classes=classes or _own_classes(raw, skip_classes), skip_classes=skip_classes)
 
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Literal
 
 import torch
+from timm.layers import LayerNorm2d
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -18,14 +20,17 @@ class FullResolutionHead(nn.Module):
 
     A patch token says what is there; only the pixels say where its edge runs. A small convolutional branch runs on
     the image itself, and its maps at strides 8, 4, 2 and 1 join the token features on their way up (the detail
-    capture of Yao et al. 2023, "ViTMatte", with one fusion a stride).
+    capture of Yao et al. 2023, "ViTMatte", with one fusion a stride). Features of another stride, such as 14, are
+    resized to the next finer one.
 
     Args:
-        feature_specs: the backbone's feature maps, all of one stride, a power of two.
+        feature_specs: the backbone's feature maps, all of one stride.
         in_chans: bands of the image.
         num_classes: channels of the output.
         channels: widths at strides 1, 2, 4, ...; the last one is repeated for larger strides.
         drop_rate: dropout before the classifier.
+        norm: "batch" or "group"; the latter doesn't depend on the other tiles of a batch, nor on how a batch is split
+            between devices.
     """
 
     def __init__(
@@ -35,20 +40,26 @@ class FullResolutionHead(nn.Module):
         num_classes: int,
         channels: Sequence[int] = (16, 32, 64, 96),
         drop_rate: float = 0.0,
+        norm: Literal["batch", "group"] = "batch",
     ) -> None:
         super().__init__()
+        if norm not in ("batch", "group"):
+            raise ValueError(f"norm must be batch or group, got {norm}")
         stride = _common_stride(feature_specs)
-        num_steps = stride.bit_length() - 1
+        num_steps = (stride - 1).bit_length()
         widths = [channels[min(step, len(channels) - 1)] for step in range(num_steps + 1)]
 
         self.detail = nn.ModuleList(
-            _conv_bn_act(in_chans if step == 0 else widths[step - 1], widths[step], stride=1 if step == 0 else 2)
-            for step in range(num_steps)
+            _conv_norm_act(before, widths[step], norm, stride=1 if step == 0 else 2)
+            for step, before in enumerate([in_chans, *widths[: num_steps - 1]])
         )
-        self.laterals = nn.ModuleList(nn.Conv2d(spec.channels, widths[-1], 1) for spec in feature_specs)
-        self.context = _conv_bn_act(widths[-1], widths[-1])
+        # Blocks of pretrained ViTs differ by orders of magnitude in scale, and so do their channels.
+        self.laterals = nn.ModuleList(
+            nn.Sequential(LayerNorm2d(spec.channels), nn.Conv2d(spec.channels, widths[-1], 1)) for spec in feature_specs
+        )
+        self.context = _conv_norm_act(widths[-1], widths[-1], norm)
         self.fuse = nn.ModuleList(
-            _conv_bn_act(widths[step + 1] + widths[step], widths[step]) for step in reversed(range(num_steps))
+            _conv_norm_act(widths[step + 1] + widths[step], widths[step], norm) for step in reversed(range(num_steps))
         )
         self.drop = nn.Dropout2d(drop_rate)
         self.classifier = nn.Conv2d(widths[0], num_classes, 1)
@@ -81,15 +92,12 @@ def _common_stride(feature_specs: Sequence[FeatureSpec]) -> int:
     strides = {spec.stride for spec in feature_specs}
     if len(strides) != 1:
         raise ValueError(f"expected feature maps of one stride, got strides {sorted(strides)}; use a plain ViT")
-    stride = strides.pop()
-    if stride & (stride - 1):
-        raise ValueError(f"expected a stride that is a power of two, got {stride}; use a patch size of 8, 16 or 32")
-    return stride
+    return strides.pop()
 
 
-def _conv_bn_act(in_channels: int, out_channels: int, stride: int = 1) -> nn.Sequential:
+def _conv_norm_act(in_channels: int, out_channels: int, norm: str, stride: int = 1) -> nn.Sequential:
     return nn.Sequential(
         nn.Conv2d(in_channels, out_channels, 3, stride=stride, padding=1, bias=False),
-        nn.BatchNorm2d(out_channels),
+        nn.BatchNorm2d(out_channels) if norm == "batch" else nn.GroupNorm(min(8, out_channels), out_channels),
         nn.ReLU(inplace=True),
     )

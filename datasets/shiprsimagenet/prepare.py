@@ -1,0 +1,50 @@
+"""Check ShipRSImageNet and write boxes and oriented boxes: python datasets/shiprsimagenet/prepare.py ROOT OUT."""
+
+import json
+from collections import defaultdict
+from pathlib import Path
+
+import typer
+
+from perf_vit.data import read_object_labels, write_coco_labels
+from perf_vit.errors import PerfVitError
+
+
+def prepare(source: Path, out: Path, level: int = 0) -> None:
+    """Read SOURCE/COCO_Format and write OUT/{train,val}.json and OUT/{train,val}_labelTxt.
+
+    The latter holds the outlines of four corners, for oriented boxes. LEVEL is the depth of the publisher's class
+    tree, from 0 (ship or dock) to 3 (50 types).
+    """
+    images = source / "VOC_Format" / "JPEGImages"
+    out.mkdir(parents=True, exist_ok=True)
+    for split in ("train", "val"):
+        labels = source / "COCO_Format" / f"ShipRSImageNet_bbox_{split}_level_{level}.json"
+        index = read_object_labels(labels, images, label_format="coco")
+        write_coco_labels(out / f"{split}.json", index, images)
+        num_oriented = write_corners(labels, out / f"{split}_labelTxt")
+        print(f"{split}: {len(index)} images, {num_oriented} oriented boxes, {index.class_counts()}")
+
+
+def write_corners(labels: Path, folder: Path) -> int:
+    """Write a labelTxt file an image, spaces in class names as hyphens, and return the number of objects."""
+    content = json.loads(labels.read_bytes())
+    names = {item["id"]: item["name"].replace(" ", "-") for item in content["categories"]}
+    lines = defaultdict(list)
+    for annotation in content["annotations"]:
+        rings = annotation.get("segmentation")
+        if isinstance(rings, list) and len(rings) == 1 and len(rings[0]) == 8:
+            ring = " ".join(f"{value:g}" for value in rings[0])
+            name, crowd = names[annotation["category_id"]], annotation.get("iscrowd", 0)
+            lines[annotation["image_id"]].append(f"{ring} {name} {crowd}\n")
+    folder.mkdir(exist_ok=True)
+    for image in content["images"]:
+        (folder / Path(image["file_name"]).with_suffix(".txt").name).write_text("".join(lines[image["id"]]))
+    return sum(map(len, lines.values()))
+
+
+if __name__ == "__main__":
+    try:
+        typer.run(prepare)
+    except PerfVitError as error:
+        raise SystemExit(f"error: {error}") from None

@@ -1,0 +1,75 @@
+"""Two processes train as one does on the same global batch."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+
+from perf_vit.data import make_ship_scene
+
+SCRIPT = '''
+import json, sys
+from pathlib import Path
+import lightning, torch
+from perf_vit.data import AugmentConfig, DataConfig, RegionConfig, build_datamodule
+from perf_vit.models import ModelConfig, SegmenterSpec
+from perf_vit.tasks import OptimConfig, SegmentationTask, TrainerConfig, build_trainer
+
+image, labels, folder, devices = sys.argv[1:]
+
+
+class Losses(lightning.Callback):
+    """The mean over all processes of the loss of each step."""
+
+    def __init__(self):
+        self.values = []
+
+    def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx):
+        loss = outputs["loss"].detach()
+        self.values.append(trainer.strategy.reduce(loss, reduce_op="mean").item())
+        if trainer.is_global_zero:
+            with open(f"{folder}/losses.json", "w") as file:
+                json.dump(self.values, file)
+
+
+def main():
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    region = RegionConfig(image=image, labels=labels, region=[8, 24, 100, 100])
+    count = int(devices)
+    config = DataConfig(train=region, val=region, classes=["sea", "ship"], tile_px=64, tiles_per_epoch=40,
+                        batch_size=4 // count, augment=AugmentConfig(flips=True))
+    data = build_datamodule(config, seed=0)
+    spec = SegmenterSpec(classes=data.classes, normalizer=data.normalizer, tile_px=data.tile_px)
+    model = ModelConfig(backbone="performer_vit_tiny_patch16_224", out_indices=[0, 1], head_kwargs={"norm": "group"},
+                        backbone_kwargs={"depth": 2, "attn_kwargs": {"num_features": 32}})
+    task = SegmentationTask(model, spec, OptimConfig())
+    trainer = build_trainer(TrainerConfig(accelerator="cpu", devices=devices, max_epochs=2,
+                                          strategy="ddp_spawn" if count > 1 else "auto"), Path(folder), progress=False)
+    trainer.callbacks.append(Losses())
+    trainer.fit(task, data)
+
+
+if __name__ == "__main__":
+    main()
+'''
+
+
+def _losses(scene, folder: Path, devices: int) -> np.ndarray:
+    folder.mkdir()
+    script = folder / "train.py"
+    script.write_text(SCRIPT)
+    command = [sys.executable, script, scene.image, scene.labels, folder, str(devices)]
+    done = subprocess.run(list(map(str, command)), capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return np.array(json.loads((folder / "losses.json").read_text()))
+
+
+def test_two_processes_have_the_losses_of_one(tmp_path) -> None:
+    scene = make_ship_scene(tmp_path / "scene", seed=1, size_px=160, num_targets=12)
+    one, two = _losses(scene, tmp_path / "one", 1), _losses(scene, tmp_path / "two", 2)
+    assert len(one) == len(two) == 20
+    assert np.ptp(one) > 0.1
+    np.testing.assert_allclose(two, one, rtol=0, atol=1e-5)

@@ -1,0 +1,74 @@
+"""Options of the trainer, on a small scene through the real task."""
+
+import pytest
+import torch
+
+from perf_vit.data import AugmentConfig, DataConfig, RegionConfig, build_datamodule, make_ship_scene
+from perf_vit.errors import ConfigError
+from perf_vit.models import ModelConfig, SegmenterSpec, load_segmenter
+from perf_vit.tasks import OptimConfig, SegmentationTask, TrainerConfig, build_trainer
+
+MODEL = ModelConfig(
+    backbone="performer_vit_tiny_patch16_224",
+    backbone_kwargs={"depth": 2, "attn_kwargs": {"num_features": 32}},
+    out_indices=[0, 1],
+)
+
+
+@pytest.fixture(scope="module")
+def data_config(tmp_path_factory) -> DataConfig:
+    scene = make_ship_scene(tmp_path_factory.mktemp("scene"), seed=0, size_px=128, num_targets=8)
+    region = RegionConfig(image=str(scene.image), labels=str(scene.labels))
+    plain = AugmentConfig(flips=False)
+    return DataConfig(train=region, val=region, classes=["sea", "ship"], tile_px=64, tiles_per_epoch=8, batch_size=2,
+                      augment=plain)  # fmt: skip
+
+
+def _fit(data_config: DataConfig, folder, **options) -> tuple[SegmentationTask, object]:
+    torch.manual_seed(0)
+    data = build_datamodule(data_config, seed=0)
+    spec = SegmenterSpec(classes=data.classes, normalizer=data.normalizer, tile_px=data.tile_px)
+    task = SegmentationTask(MODEL, spec, OptimConfig())
+    trainer = build_trainer(TrainerConfig(**{"accelerator": "cpu", "devices": "1", "max_epochs": 2, **options}), folder,
+                            progress=False)  # fmt: skip
+    trainer.fit(task, data)
+    return task, trainer
+
+
+def test_averaged_weights_are_what_a_checkpoint_gives(data_config, tmp_path) -> None:
+    task, _ = _fit(data_config, tmp_path / "ema", ema_decay=0.5)
+    plain, _ = _fit(data_config, tmp_path / "plain")
+    kept = load_segmenter(tmp_path / "ema" / "checkpoints" / "last.ckpt").state_dict()
+    last = load_segmenter(tmp_path / "plain" / "checkpoints" / "last.ckpt").state_dict()
+    name = "head.classifier.weight"
+    # Training itself goes on from the weights, not from their average.
+    assert not torch.equal(kept[name], last[name])
+    torch.testing.assert_close(task.model.state_dict()[name], kept[name])
+    assert torch.equal(plain.model.state_dict()[name], last[name])
+
+
+def test_accumulated_batches_make_fewer_steps(data_config, tmp_path) -> None:
+    _, trainer = _fit(data_config, tmp_path, accumulate_batches=2, max_epochs=1)
+    assert trainer.global_step == 2
+
+
+def test_training_stops_early_without_progress(data_config, tmp_path) -> None:
+    data = build_datamodule(data_config, seed=0)
+    spec = SegmenterSpec(classes=data.classes, normalizer=data.normalizer, tile_px=data.tile_px)
+    task = SegmentationTask(MODEL, spec, OptimConfig())
+    task.on_validation_epoch_end = lambda: task.log("val/iou", 0.5)
+    config = TrainerConfig(accelerator="cpu", devices="1", max_epochs=9, early_stop_epochs=2)
+    trainer = build_trainer(config, tmp_path, progress=False)
+    trainer.fit(task, data)
+    assert trainer.current_epoch == 3
+
+
+@pytest.mark.parametrize("change", [{"ema_decay": 1.0}, {"accumulate_batches": 0}, {"early_stop_epochs": -1}])
+def test_values_out_of_range_are_one_line(tmp_path, change) -> None:
+    with pytest.raises(ConfigError, match=r"expected trainer\.ema_decay"):
+        build_trainer(TrainerConfig(**change), tmp_path)
+
+
+def test_an_unknown_strategy_is_one_line(tmp_path) -> None:
+    with pytest.raises(ConfigError, match="trainer: "):
+        build_trainer(TrainerConfig(strategy="no_such_strategy"), tmp_path)
