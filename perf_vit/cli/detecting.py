@@ -133,7 +133,7 @@ def evaluate_detector(
     spec = model.spec
     options = {**spec.label_options, **({} if label_format is None else {"label_format": label_format})}
     index = read_object_labels(labels, images, classes=spec.classes, **options)
-    metrics = DetectionMetrics(spec.classes, "masks" if spec.kind == "masks" else "boxes")
+    metrics = DetectionMetrics(spec.classes, spec.kind)
     with windows_progress(f"evaluating {images.name}", "images") as on_image:
         for done, record in enumerate(index, 1):
             source = _open_for(model, record.path)
@@ -197,6 +197,8 @@ def _detect(
 def _as_detections(objects: Objects, record: ImageRecord) -> Detections:
     if objects.kind == "boxes":
         return Detections(boxes_xyxy=objects.geometry, scores=objects.scores, labels=objects.labels)
+    if objects.kind == "oriented_boxes":
+        return Detections(oriented_boxes=objects.geometry, scores=objects.scores, labels=objects.labels)
     masks = _burnt(objects.geometry, record.height, record.width)
     return Detections(masks=masks, scores=objects.scores, labels=objects.labels)
 

@@ -7,6 +7,7 @@ from perf_vit.tasks.distillation import DistillationConfig, DistillationTask
 from perf_vit.tasks.distillation_trainer import DistillationTrainerConfig, build_distillation_trainer
 from perf_vit.tasks.losses import SegmentationLoss
 from perf_vit.tasks.metrics import ClassScores, class_scores, segmentation_metrics
+from perf_vit.tasks.oriented_metrics import OrientedAveragePrecision
 from perf_vit.tasks.redraw import RedrawProjections
 from perf_vit.tasks.segmentation import OptimConfig, SegmentationTask
 from perf_vit.tasks.trainer import TrainerConfig, build_trainer
@@ -25,6 +26,7 @@ __all__ = [
     "DistillationTask",
     "DistillationTrainerConfig",
     "OptimConfig",
+    "OrientedAveragePrecision",
     "RedrawProjections",
     "SegmentationLoss",
     "SegmentationTask",

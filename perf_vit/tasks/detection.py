@@ -79,8 +79,7 @@ class DetectionTask(lightning.LightningModule):
         self.model_config = model_config
         self.optim = optim
         self.model = build_detector(model_config, spec)
-        kind = self.model.spec.kind
-        self.val_metrics = DetectionMetrics(spec.classes, "masks" if kind == "masks" else "boxes")
+        self.val_metrics = DetectionMetrics(spec.classes, self.model.spec.kind)
         self.save_hyperparameters({"model": asdict(model_config), "optim": asdict(optim)})
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:

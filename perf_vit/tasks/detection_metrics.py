@@ -18,6 +18,7 @@ from pycocotools.cocoeval import COCOeval
 from torch import distributed
 
 from perf_vit.errors import InputError
+from perf_vit.ops.oriented_boxes import oriented_iou_matrix
 from perf_vit.types import Detections, ObjectLabels
 
 __all__ = ["OBJECT_SIZES", "DetectionClassScores", "DetectionMetrics", "DetectionScores"]
@@ -35,6 +36,7 @@ Aerial Images", ICPR 2020), and large for what that data set doesn't have."""
 # AI-TOD's; COCO's own 100 would cut dense tiles.
 _MAX_DETECTIONS = 1500
 _IOU_50, _IOU_75 = 0, 5
+_GEOMETRY = {"boxes": "boxes_xyxy", "oriented_boxes": "oriented_boxes", "masks": "masks"}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -98,14 +100,14 @@ class DetectionMetrics:
 
     Args:
         classes: names, in the order of the class indices.
-        kind: what is compared, boxes or masks.
+        kind: what is compared, boxes, oriented boxes (by their exact IoU) or masks.
         max_detections: the surest of an image and class that count.
     """
 
     def __init__(
         self,
         classes: Sequence[str],
-        kind: Literal["boxes", "masks"] = "boxes",
+        kind: Literal["boxes", "oriented_boxes", "masks"] = "boxes",
         max_detections: int = _MAX_DETECTIONS,
     ) -> None:
         self.classes = tuple(classes)
@@ -158,40 +160,61 @@ class DetectionMetrics:
         )
 
     def _truth(self, truth: ObjectLabels) -> list[dict[str, Any]]:
-        shapes = self._shapes(truth.boxes_xyxy, truth.masks)
+        shapes = self._shapes(truth)
         return [
             {**shape, "category_id": int(label), "iscrowd": int(ignored)}
             for shape, label, ignored in zip(shapes, truth.labels, truth.ignored, strict=True)
         ]
 
     def _found(self, found: Detections) -> list[dict[str, Any]]:
-        shapes = self._shapes(found.boxes_xyxy, found.masks)
+        shapes = self._shapes(found)
         return [
             {**shape, "category_id": label, "score": score, "iscrowd": 0}
             for shape, label, score in zip(shapes, _list(found.labels), _list(found.scores), strict=True)
         ]
 
-    def _shapes(self, boxes: Any, masks: Any) -> list[dict[str, Any]]:
-        values = boxes if self.kind == "boxes" else masks
+    def _shapes(self, objects: Detections | ObjectLabels) -> list[dict[str, Any]]:
+        values = getattr(objects, _GEOMETRY[self.kind])
         if values is None:
             raise InputError(f"expected {self.kind} to compare, got another kind of geometry; check the label format")
         if self.kind == "boxes":
             return [
                 {"bbox": [x0, y0, x1 - x0, y1 - y0], "area": (x1 - x0) * (y1 - y0)} for x0, y0, x1, y1 in _list(values)
             ]
+        if self.kind == "oriented_boxes":
+            return [{"oriented_box": box, "area": box[2] * box[3]} for box in _list(values)]
         return [_mask_shape(mask) for mask in torch.as_tensor(values).cpu().numpy()]
 
     def _evaluate(self, images: list[tuple[list[dict[str, Any]], list[dict[str, Any]]]]) -> COCOeval:
         # pycocotools prints how far it is.
         with contextlib.redirect_stdout(io.StringIO()):
             truth, found = (_coco([image[side] for image in images], len(self.classes)) for side in (0, 1))
-            evaluation = COCOeval(truth, found, "bbox" if self.kind == "boxes" else "segm")
+            protocol = _OrientedEvaluation if self.kind == "oriented_boxes" else COCOeval
+            evaluation = protocol(truth, found, "segm" if self.kind == "masks" else "bbox")
             evaluation.params.areaRng = [[0, 1e10], *([low**2, high**2] for low, high in OBJECT_SIZES.values())]
             evaluation.params.areaRngLbl = ["all", *OBJECT_SIZES]
             evaluation.params.maxDets = [self.max_detections]
             evaluation.evaluate()
             evaluation.accumulate()
         return evaluation
+
+
+class _OrientedEvaluation(COCOeval):
+    """COCO's evaluation with the exact IoU of oriented boxes."""
+
+    def computeIoU(self, imgId: int, catId: int) -> Any:  # noqa: N802
+        """IoU of an image's detections of a class, surest first, and its objects; over a crowd, the share inside it."""
+        found = sorted(self._dts[imgId, catId], key=lambda shape: -shape["score"])[: self.params.maxDets[-1]]
+        truth = self._gts[imgId, catId]
+        if not found or not truth:
+            return []
+        boxes, objects = (
+            torch.tensor([shape["oriented_box"] for shape in shapes], dtype=torch.float64) for shapes in (found, truth)
+        )
+        iou = oriented_iou_matrix(boxes, objects)
+        areas, other_areas = boxes[:, 2:4].prod(1, keepdim=True), objects[:, 2:4].prod(1)
+        inside = iou * (areas + other_areas) / (1 + iou) / areas.clamp(min=1e-9)
+        return torch.where(torch.tensor([bool(shape["iscrowd"]) for shape in truth]), inside, iou).numpy()
 
 
 def _coco(images: Sequence[Sequence[dict[str, Any]]], num_classes: int) -> COCO:

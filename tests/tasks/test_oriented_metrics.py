@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import shapely
@@ -5,7 +7,7 @@ import torch
 
 from perf_vit.errors import InputError
 from perf_vit.ops.boxes import oriented_box_corners
-from perf_vit.tasks.oriented_metrics import OrientedAveragePrecision
+from perf_vit.tasks import DetectionMetrics, OrientedAveragePrecision
 from perf_vit.types import Detections, ObjectLabels
 
 NUM_CLASSES = 3
@@ -156,6 +158,33 @@ def test_batches_of_images_and_ranks_add_up() -> None:
         (first if number < 3 else second).update([detections], [target])
     second.merge_state(first)
     torch.testing.assert_close(second.compute(), expected, equal_nan=True)
+
+
+def test_the_metrics_of_upright_boxes_give_the_same_for_oriented_ones() -> None:
+    rng = np.random.default_rng(6)
+    oriented, upright = (DetectionMetrics(("a", "b", "c"), kind) for kind in ("oriented_boxes", "boxes"))
+    for _ in range(12):
+        found, target = random_image(rng)
+        found, target = square_angles(found), square_angles(target)
+        oriented.update([found], [target])
+        upright.update([with_bounds(found)], [with_bounds(target)])
+    got, expected = oriented.compute(), upright.compute()
+    assert 0.2 < expected.ap < 0.9
+    assert got.to_dict() == expected.to_dict()
+
+
+def square_angles(objects):
+    """The same objects with sides along the axes."""
+    boxes = torch.as_tensor(objects.oriented_boxes).clone().round()
+    boxes[:, 2:4] = 2 * (boxes[:, 2:4] / 2).round().clamp(min=1)
+    boxes[:, 4] = 0
+    return replace(objects, oriented_boxes=boxes if isinstance(objects, Detections) else boxes.numpy())
+
+
+def with_bounds(objects):
+    boxes = torch.as_tensor(objects.oriented_boxes)
+    bounds = torch.cat([boxes[:, :2] - boxes[:, 2:4] / 2, boxes[:, :2] + boxes[:, 2:4] / 2], 1)
+    return replace(objects, boxes_xyxy=bounds, oriented_boxes=None)
 
 
 def test_missing_oriented_boxes_are_an_error() -> None:
