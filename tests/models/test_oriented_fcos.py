@@ -120,7 +120,7 @@ def test_losses_reach_every_parameter(box_loss) -> None:
     losses = head.losses(
         features(2), [labels_of(random_boxes(5, 1), [0, 1, 0, 1, 0]), labels_of(torch.zeros(0, 5), [])]
     )
-    assert sorted(losses) == ["boxes", "centerness", "classification"]
+    assert sorted(losses) == ["box", "centerness", "classification"]
     sum(losses.values()).backward()
     assert all(p.grad is not None and p.grad.isfinite().all() and p.grad.any() for p in head.parameters())
 
@@ -128,7 +128,7 @@ def test_losses_reach_every_parameter(box_loss) -> None:
 def test_images_without_objects_train_the_background_alone() -> None:
     losses = make_head().losses(features(1), [labels_of(torch.zeros(0, 5), [])])
     assert losses["classification"] > 0
-    assert losses["boxes"] == losses["centerness"] == 0
+    assert losses["box"] == losses["centerness"] == 0
 
 
 class Answers(nn.Module):
@@ -172,7 +172,7 @@ def test_a_head_that_says_what_it_should_has_no_loss_and_finds_each_object_once(
     head = answer(make_head(), boxes, labels)
     losses = head.losses(features(1), [labels_of(boxes, labels)])
     assert losses["classification"] < 1e-6
-    assert losses["boxes"] < 1e-2
+    assert losses["box"] < 1e-2
     (found,) = head.detect(features(1))
     assert sorted(found.labels.tolist()) == sorted(labels)
     for box, label in zip(boxes, labels, strict=True):
@@ -195,7 +195,7 @@ def test_objects_centred_outside_or_without_area_count_as_ignored() -> None:
     more = torch.cat([boxes, torch.tensor([[-2.0, 40, 30, 20, 0], [40, 93, 50, 30, 1], [60, 40, 0, 0, 0]])])
     losses = answer(make_head(), boxes, labels).losses(features(1), [labels_of(more, [*labels, 1, 0, 0])])
     assert losses["classification"] < 1e-6
-    assert losses["boxes"] < 1e-2
+    assert losses["box"] < 1e-2
 
 
 def test_losses_under_autocast_are_close_to_those_in_full_precision() -> None:

@@ -118,8 +118,8 @@ class OrientedFCOSHead(nn.Module):
             labels: with oriented boxes, one an image.
 
         Returns:
-            classification: focal loss, summed over locations, an object's location.
-            boxes: of the objects' locations, weighted by how central they lie.
+            classification: focal loss, its sum over locations divided by the number that have an object.
+            box: of the objects' locations, weighted by how central they lie.
             centerness: binary cross entropy, a mean over the objects' locations.
 
         Raises:
@@ -138,7 +138,7 @@ class OrientedFCOSHead(nn.Module):
         entropy = F.binary_cross_entropy_with_logits(centerness[owned], central, reduction="sum")
         return {
             "classification": focal,
-            "boxes": (distances * central).sum() / central.sum().clamp(min=1e-6),
+            "box": (distances * central).sum() / central.sum().clamp(min=1e-6),
             "centerness": entropy / num_owned,
         }
 
