@@ -3,6 +3,7 @@
 from perf_vit.models.heads.detection import DetectionHead
 from perf_vit.models.heads.fcos import FCOSHead
 from perf_vit.models.heads.full_resolution import FullResolutionHead
+from perf_vit.models.heads.linear import LinearHead
 from perf_vit.models.heads.oriented_fcos import OrientedFCOSHead
 from perf_vit.models.heads.rcnn import FasterRCNNHead, MaskRCNNHead
 from perf_vit.models.heads.retinanet import RetinaNetHead
@@ -12,6 +13,7 @@ __all__ = [
     "FCOSHead",
     "FasterRCNNHead",
     "FullResolutionHead",
+    "LinearHead",
     "MaskRCNNHead",
     "OrientedFCOSHead",
     "RetinaNetHead",
