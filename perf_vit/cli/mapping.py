@@ -49,7 +49,7 @@ def evaluate_raster(
 ) -> list[ClassScores]:
     """Score the blended prediction of a raster against labels, read as in training; each pixel counts once."""
     model = load_segmenter(checkpoint)
-    source = open_raster(image, bands=model.spec.bands, nodata=model.spec.nodata)
+    source = open_raster(image, bands=model.spec.bands, nodata=model.spec.nodata, resolution=model.spec.resolution)
     truth = open_labels(labels, source, classes=model.spec.classes, **model.spec.label_options)
     extent = region_window(None if region is None else list(region), source, "--region")
     metrics = segmentation_metrics(len(model.spec.classes))

@@ -51,6 +51,7 @@ def _spec(config: SegmentationRun, data: WindowDataModule) -> SegmenterSpec:
         tile_px=data.tile_px,
         bands=None if config.data.bands is None else tuple(config.data.bands),
         nodata=config.data.nodata,
+        resolution=config.data.resolution,
         label_options=label_options(config.data),
     )
 

@@ -59,6 +59,8 @@ class DataConfig:
         background: class of the pixels under no polygon, or null where polygons are only samples.
         bands: 1-based bands to use; all of them if left out.
         nodata: value of missing pixels where the raster doesn't declare one.
+        resolution: side of a pixel to read rasters at, in units of their CRS; their own if left out. Prediction reads
+            at the same.
         tile_px: side of a tile, in pixels; a multiple of the backbone's patch size.
         tiles_per_epoch: random training tiles an epoch.
         batch_size: tiles a step.
@@ -76,6 +78,7 @@ class DataConfig:
     background: int | None = 0
     bands: list[int] | None = None
     nodata: float | None = None
+    resolution: float | None = None
     tile_px: int = 512
     tiles_per_epoch: int = 200
     batch_size: int = 4
@@ -155,7 +158,7 @@ def label_options(config: DataConfig) -> dict[str, Any]:
 
 
 def _open(config: DataConfig, region: RegionConfig, key: str) -> LabelledSource:
-    source = open_raster(region.image, bands=config.bands, nodata=config.nodata)
+    source = open_raster(region.image, bands=config.bands, nodata=config.nodata, resolution=config.resolution)
     labels = open_labels(region.labels, source, classes=config.classes, **label_options(config))
     return LabelledSource(source, labels, region_window(region.region, source, f"{key}.region"))
 

@@ -13,14 +13,14 @@ from torch import nn
 
 import perf_vit.models.backbones  # noqa: F401  (registers the backbones)
 from perf_vit.errors import CheckpointError, ConfigError
-from perf_vit.models.heads import FullResolutionHead
+from perf_vit.models.heads import FullResolutionHead, LinearHead
 from perf_vit.models.saved_model import build_converted, load_converted, read_saved_config
 from perf_vit.models.segmenter import Segmenter, SegmenterSpec
 from perf_vit.types import FeatureSpec
 
 __all__ = ["BackboneConfig", "ModelConfig", "build_backbone", "build_segmenter", "feature_specs"]
 
-_HEADS: dict[str, Callable[..., nn.Module]] = {"full_resolution": FullResolutionHead}
+_HEADS: dict[str, Callable[..., nn.Module]] = {"full_resolution": FullResolutionHead, "linear": LinearHead}
 
 
 @dataclass(kw_only=True)

@@ -27,6 +27,7 @@ class SegmenterSpec:
         tile_px: side of the square tiles it was trained on, in pixels.
         bands: 1-based bands of the source that it reads, None for all of them.
         nodata: value that marks missing pixels where the file declares none, None for nothing of the kind.
+        resolution: side of a pixel that rasters are read at, in units of their CRS, None for their own.
         label_options: how its label files are read, as keyword arguments of `perf_vit.io.open_labels`.
     """
 
@@ -35,6 +36,7 @@ class SegmenterSpec:
     tile_px: int
     bands: tuple[int, ...] | None = None
     nodata: float | None = None
+    resolution: float | None = None
     label_options: dict[str, Any] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
@@ -52,6 +54,7 @@ class SegmenterSpec:
             tile_px=values["tile_px"],
             bands=None if values["bands"] is None else tuple(values["bands"]),
             nodata=values["nodata"],
+            resolution=values.get("resolution"),
             label_options=values["label_options"],
         )
 

@@ -93,6 +93,21 @@ def test_predict_writes_a_valid_cog_on_the_grid_of_the_input(trained, tmp_path) 
     assert sorted(p.name for p in out.parent.iterdir()) == ["map.png", "map.tif"]
 
 
+def test_a_model_trained_on_coarser_pixels_maps_at_them(trained, tmp_path) -> None:
+    out = tmp_path / "run"
+    assert call(train_args(trained.scene, out, "trainer.max_epochs=1", "data.resolution=8")) == 0
+    checkpoint = out / "checkpoints" / "best.ckpt"
+    base = ["--checkpoint", checkpoint, "--input", trained.scene.image]
+    assert call(["predict", *base, "--output", tmp_path / "map.tif"]) == 0
+    scene, result = open_source(trained.scene.image), open_source(tmp_path / "map.tif")
+    assert abs(result.transform.a) == abs(result.transform.e) == 8
+    assert result.width == pytest.approx(scene.width * abs(scene.transform.a) / 8, abs=1)
+    scores = tmp_path / "scores.json"
+    assert call(["evaluate", *base, "--labels", trained.scene.labels, "--json", scores]) == 0
+    scored = sum(row["num_pixels"] for row in json.loads(scores.read_text())["classes"])
+    assert 0 < scored <= result.width * result.height
+
+
 def test_probabilities_sum_to_1_and_agree_with_the_classes(trained, tmp_path) -> None:
     base = ["predict", "--checkpoint", trained.checkpoint, "--input", trained.scene.image]
     assert call([*base, "--output", tmp_path / "c.tif"]) == 0

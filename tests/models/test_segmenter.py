@@ -5,7 +5,7 @@ import torch
 
 from perf_vit.errors import ConfigError
 from perf_vit.models import ModelConfig, SegmenterSpec, build_segmenter
-from perf_vit.models.heads import FullResolutionHead
+from perf_vit.models.heads import FullResolutionHead, LinearHead
 from perf_vit.transforms import Normalizer
 from perf_vit.types import FeatureSpec
 
@@ -76,7 +76,7 @@ def test_a_single_pixel_changes_the_output_beside_it_most() -> None:
         ({"backbone": "performer_vit_tinny_patch16_224"}, "did you mean performer_vit_tiny_patch16_224?"),
         ({"backbone": "hct_base", "backbone_kwargs": {}, "out_indices": [0, 1]}, "one stride"),
         ({"backbone": "hct_base", "backbone_kwargs": {"img_size": 64}}, "unexpected keyword argument 'img_size'"),
-        ({"head": "unet"}, "model.head must be one of full_resolution, got unet"),
+        ({"head": "unet"}, "model.head must be one of full_resolution, linear, got unet"),
         ({"head_kwargs": {"widths": 3}}, "widths"),
         ({"backbone_kwargs": {"attn_kwargs": {"num_feature": 3}}}, "num_features"),
     ],
@@ -99,6 +99,21 @@ def test_head_takes_any_stride(stride: int) -> None:
     height, width = 4 * stride, 5 * stride
     features = [torch.randn(1, 24, 4, 5) for _ in range(2)]
     assert head(features, torch.randn(1, 2, height, width)).shape == (1, 5, height, width)
+
+
+def test_a_linear_head_gives_the_scores_of_its_tokens_and_takes_several_strides() -> None:
+    head = LinearHead([FeatureSpec(8, 14), FeatureSpec(16, 28)], in_chans=3, num_classes=4).eval()
+    fine, coarse = torch.randn(2, 8, 6, 10), torch.randn(2, 16, 3, 5)
+    image = torch.zeros(2, 3, 84, 140)
+    logits = head([fine, coarse], image)
+    assert logits.shape == (2, 4, 84, 140)
+    # Linear in each map's scores: a map that a classifier turns to nothing leaves the other's.
+    with torch.no_grad():
+        for parameter in head.classifiers[1][-1].parameters():
+            parameter.zero_()
+    alone = head.classifiers[0](fine)
+    expected = torch.nn.functional.interpolate(alone, (84, 140), mode="bilinear")
+    torch.testing.assert_close(head([fine, coarse], image), expected)
 
 
 def test_head_refuses_feature_maps_of_several_strides() -> None:

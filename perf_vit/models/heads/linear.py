@@ -1,0 +1,54 @@
+"""The plainest segmentation head: a linear layer on tokens, enlarged to the pixels."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from timm.layers import LayerNorm2d
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from perf_vit.types import FeatureSpec
+
+__all__ = ["LinearHead"]
+
+
+class LinearHead(nn.Module):
+    """Class scores of each token from all feature maps at once, enlarged bilinearly to the image.
+
+    What a frozen backbone knows, with nothing else to learn from; edges are as coarse as the tokens.
+
+    Args:
+        feature_specs: the backbone's feature maps, of one stride or several.
+        in_chans: bands of the image, which it doesn't look at.
+        num_classes: channels of the output.
+        drop_rate: dropout of whole feature channels.
+    """
+
+    def __init__(
+        self, feature_specs: Sequence[FeatureSpec], in_chans: int, num_classes: int, drop_rate: float = 0.0
+    ) -> None:
+        super().__init__()
+        # Blocks of pretrained ViTs differ by orders of magnitude in scale, and so do their channels.
+        self.classifiers = nn.ModuleList(
+            nn.Sequential(LayerNorm2d(spec.channels), nn.Dropout2d(drop_rate), nn.Conv2d(spec.channels, num_classes, 1))
+            for spec in feature_specs
+        )
+
+    def forward(self, features: Sequence[Tensor], image: Tensor) -> Tensor:
+        """Class scores for every pixel.
+
+        Args:
+            features: one map per feature spec, [B, C_i, H / stride_i, W / stride_i].
+            image: [B, in_chans, H, W].
+
+        Returns:
+            Logits, [B, num_classes, H, W].
+        """
+        size = max((feature.shape[-2:] for feature in features), key=lambda shape: shape[0])
+        scores = [
+            classify(feature) if feature.shape[-2:] == size else F.interpolate(classify(feature), size, mode="bilinear")
+            for classify, feature in zip(self.classifiers, features, strict=True)
+        ]
+        return F.interpolate(torch.stack(scores).sum(0), image.shape[-2:], mode="bilinear", align_corners=False)
