@@ -7,15 +7,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import lightning
 import numpy as np
 import numpy.typing as npt
 
 from perf_vit.cli.console import console, detection_table, windows_progress
+from perf_vit.cli.run_folder import RunFolder
 from perf_vit.cli.schemas import DetectionRun
 from perf_vit.cli.segmentation_maps import on_device, resolved_precision
-from perf_vit.cli.training import check_run_folder, make_run_folder, set_up_logging
-from perf_vit.config import dump_config
 from perf_vit.data import ImageRecord, ObjectDataModule, build_object_datamodule, objects_in, read_object_labels
 from perf_vit.errors import ConfigError, OutputError
 from perf_vit.inference import Objects, predict_objects
@@ -46,20 +44,14 @@ def train_detector(config: DetectionRun, *, progress: bool = True) -> Path:
     Raises:
         PerfVitError: a config, input or output that doesn't fit.
     """
-    folder = Path(config.out)
-    last = folder / "checkpoints" / "last.ckpt"
-    check_run_folder(folder, last, resume=config.resume)
-    set_up_logging()
-    lightning.seed_everything(config.seed, workers=True, verbose=False)
+    run = RunFolder(config)
     data = build_object_datamodule(config.data, config.seed)
     task = DetectionTask(config.model, _spec(config, data), config.optim)
     trainer = build_trainer(
-        config.trainer, folder, progress=progress, monitor=DETECTION_MONITOR, curves=DETECTION_CURVES
+        config.trainer, run.path, progress=progress, monitor=DETECTION_MONITOR, curves=DETECTION_CURVES
     )
-    make_run_folder(folder)
-    dump_config(config, folder / "config.yaml")
-    trainer.fit(task, data, ckpt_path=last if config.resume else None, weights_only=True)
-    return folder / "checkpoints" / "best.ckpt"
+    run.fit(trainer, task, data)
+    return run.best
 
 
 def find_objects(

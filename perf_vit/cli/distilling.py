@@ -6,14 +6,12 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-import lightning
 import timm
 import torch
 from torch import nn
 
+from perf_vit.cli.run_folder import RunFolder
 from perf_vit.cli.schemas import DistillationRun, PairConfig
-from perf_vit.cli.training import check_run_folder, make_run_folder, set_up_logging
-from perf_vit.config import dump_config
 from perf_vit.data import build_crops
 from perf_vit.errors import ConfigError, PerfVitError
 from perf_vit.models import load_converted, performerize, save_converted
@@ -37,11 +35,7 @@ def distill_model(config: DistillationRun, *, progress: bool = True) -> Path:
     Raises:
         PerfVitError: a config, input or output that doesn't fit.
     """
-    folder = Path(config.out)
-    last = folder / "checkpoints" / "last.ckpt"
-    check_run_folder(folder, last, resume=config.resume)
-    set_up_logging()
-    lightning.seed_everything(config.seed, workers=True, verbose=False)
+    run = RunFolder(config)
     teacher = _teacher(config.model)
     _check_size(teacher, config.data.size_px)
     task = _task(config, teacher)
@@ -53,11 +47,9 @@ def distill_model(config: DistillationRun, *, progress: bool = True) -> Path:
         steps_per_epoch=config.trainer.val_every_steps,
         seed=config.seed,
     )
-    trainer = build_distillation_trainer(config.trainer, config.optim, folder, progress=progress)
-    make_run_folder(folder)
-    dump_config(config, folder / "config.yaml")
-    trainer.fit(task, data, ckpt_path=last if config.resume else None, weights_only=True)
-    return _save_student(task, folder)
+    trainer = build_distillation_trainer(config.trainer, config.optim, run.path, progress=progress)
+    run.fit(trainer, task, data)
+    return _save_student(task, run.path)
 
 
 def _teacher(config: PairConfig) -> nn.Module:

@@ -2,21 +2,15 @@
 
 from __future__ import annotations
 
-import logging
-import os
 from pathlib import Path
 
-import lightning
-
-from perf_vit.cli.console import console
+from perf_vit.cli.run_folder import RunFolder
 from perf_vit.cli.schemas import SegmentationRun
-from perf_vit.config import dump_config
 from perf_vit.data import WindowDataModule, build_datamodule, label_options
-from perf_vit.errors import ConfigError, OutputError
 from perf_vit.models import SegmenterSpec
 from perf_vit.tasks import SegmentationTask, build_trainer
 
-__all__ = ["check_run_folder", "make_run_folder", "set_up_logging", "train_segmentation"]
+__all__ = ["train_segmentation"]
 
 
 def train_segmentation(config: SegmentationRun, *, progress: bool = True) -> Path:
@@ -30,18 +24,11 @@ def train_segmentation(config: SegmentationRun, *, progress: bool = True) -> Pat
     Raises:
         PerfVitError: a config, input or output that doesn't fit.
     """
-    folder = Path(config.out)
-    last = folder / "checkpoints" / "last.ckpt"
-    check_run_folder(folder, last, resume=config.resume)
-    set_up_logging()
-    lightning.seed_everything(config.seed, workers=True, verbose=False)
+    run = RunFolder(config)
     data = build_datamodule(config.data, config.seed)
     task = SegmentationTask(config.model, _spec(config, data), config.optim)
-    trainer = build_trainer(config.trainer, folder, progress=progress)
-    make_run_folder(folder)
-    dump_config(config, folder / "config.yaml")
-    trainer.fit(task, data, ckpt_path=last if config.resume else None, weights_only=True)
-    return folder / "checkpoints" / "best.ckpt"
+    run.fit(build_trainer(config.trainer, run.path, progress=progress), task, data)
+    return run.best
 
 
 def _spec(config: SegmentationRun, data: WindowDataModule) -> SegmenterSpec:
@@ -54,43 +41,3 @@ def _spec(config: SegmentationRun, data: WindowDataModule) -> SegmenterSpec:
         resolution=config.data.resolution,
         label_options=label_options(config.data),
     )
-
-
-def check_run_folder(folder: Path, last: Path, *, resume: bool) -> None:
-    """Refuse a folder that a run can't be started or resumed in.
-
-    Raises:
-        ConfigError: a run to resume that there isn't, or one in the way.
-        OutputError: the folder can't be written.
-    """
-    if resume and not last.is_file():
-        raise ConfigError(f"resume=true needs {last}, which doesn't exist; leave it out to start anew")
-    if last.is_file() and not resume:
-        raise ConfigError(f"{folder} already holds a run; pass resume=true to continue it, or another out=")
-    nearest = next(path for path in (folder, *folder.absolute().parents) if path.exists())
-    if not nearest.is_dir() or not os.access(nearest, os.W_OK):
-        raise OutputError(
-            f"can't write the run folder {folder}: {nearest} is not a writable folder; choose another out="
-        )
-
-
-def make_run_folder(folder: Path) -> None:
-    """Make the folder.
-
-    Raises:
-        OutputError: it can't be made.
-    """
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise OutputError(f"can't make the run folder {folder}: {error.strerror}; choose another out=") from error
-
-
-def set_up_logging() -> None:
-    """Show what matters of a run, on a terminal and in a log file."""
-    # A terminal has the progress bar; a log file gets a line an epoch.
-    if not console.is_terminal:
-        logging.basicConfig(format="%(message)s")
-        logging.getLogger("perf_vit").setLevel(logging.INFO)
-    for name in ("lightning.pytorch", "lightning.fabric"):
-        logging.getLogger(name).setLevel(logging.WARNING)

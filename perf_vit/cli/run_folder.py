@@ -1,0 +1,104 @@
+"""The folder of a training run: looked at before, filled while it trains, taken up again."""
+
+from __future__ import annotations
+
+import logging
+import os
+from pathlib import Path
+from typing import Any, Protocol
+
+import lightning
+
+from perf_vit.cli.console import console
+from perf_vit.config import dump_config
+from perf_vit.errors import ConfigError, OutputError
+
+__all__ = ["RunFolder"]
+
+_INTERRUPTED = 130
+"""Exit code of a run that somebody stopped, as shells have it."""
+
+
+class _Run(Protocol):
+    out: str
+    seed: int
+    resume: bool
+
+
+class RunFolder:
+    """Where a run leaves checkpoints, metrics, curves and its resolved config; nothing is written before `fit`.
+
+    Args:
+        config: of the run, with its folder, seed and whether to resume.
+
+    Attributes:
+        path: the folder.
+        best: the best checkpoint, once it is there.
+
+    Raises:
+        ConfigError: a run to resume that there isn't, or one in the way.
+        OutputError: the folder can't be written.
+    """
+
+    def __init__(self, config: _Run) -> None:
+        self._config = config
+        self.path = Path(config.out)
+        self.best = self.path / "checkpoints" / "best.ckpt"
+        self._last = self.path / "checkpoints" / "last.ckpt"
+        _check_run_folder(self.path, self._last, resume=config.resume)
+        _set_up_logging()
+        lightning.seed_everything(config.seed, workers=True, verbose=False)
+
+    def fit(self, trainer: lightning.Trainer, task: Any, data: Any) -> None:
+        """Train, from the last checkpoint on if the run is resumed.
+
+        Raises:
+            OutputError: the folder can't be made.
+            SystemExit: somebody stopped the run; the last checkpoint is that of the last epoch.
+        """
+        _make_run_folder(self.path)
+        dump_config(self._config, self.path / "config.yaml")
+        trainer.fit(task, data, ckpt_path=self._last if self._config.resume else None, weights_only=True)
+        # Lightning takes an interrupt for an end like any other.
+        if trainer.interrupted:
+            raise SystemExit(_INTERRUPTED)
+
+
+def _check_run_folder(folder: Path, last: Path, *, resume: bool) -> None:
+    """Refuse a folder that a run can't be started or resumed in.
+
+    Raises:
+        ConfigError: a run to resume that there isn't, or one in the way.
+        OutputError: the folder can't be written.
+    """
+    if resume and not last.is_file():
+        raise ConfigError(f"resume=true needs {last}, which doesn't exist; leave it out to start anew")
+    if last.is_file() and not resume:
+        raise ConfigError(f"{folder} already holds a run; pass resume=true to continue it, or another out=")
+    nearest = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    if not nearest.is_dir() or not os.access(nearest, os.W_OK):
+        raise OutputError(
+            f"can't write the run folder {folder}: {nearest} is not a writable folder; choose another out="
+        )
+
+
+def _make_run_folder(folder: Path) -> None:
+    """Make the folder.
+
+    Raises:
+        OutputError: it can't be made.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OutputError(f"can't make the run folder {folder}: {error.strerror}; choose another out=") from error
+
+
+def _set_up_logging() -> None:
+    """Show what matters of a run, on a terminal and in a log file."""
+    # A terminal has the progress bar; a log file gets a line an epoch.
+    if not console.is_terminal:
+        logging.basicConfig(format="%(message)s")
+        logging.getLogger("perf_vit").setLevel(logging.INFO)
+    for name in ("lightning.pytorch", "lightning.fabric"):
+        logging.getLogger(name).setLevel(logging.WARNING)
