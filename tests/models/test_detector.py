@@ -167,7 +167,7 @@ def test_locations_learn_the_smallest_fitting_object(boxes) -> None:
     boxes = torch.stack([x, y, x + width, y + height], 1)
     strides = [4, 8, 16]
     cells = cells_of(strides, 128)
-    matched = match_locations(boxes, cells, strides, 1.5)
+    matched = match_locations(boxes, [(128 // stride, 128 // stride) for stride in strides], strides, 1.5)
     areas = (boxes[:, 2:] - boxes[:, :2]).prod(1)
     for cell, index in list(zip(cells, matched.tolist(), strict=True))[::37]:
         point, stride = (cell[:2] + cell[2:]) / 2, float(cell[2] - cell[0])
@@ -189,7 +189,7 @@ def test_locations_learn_the_smallest_fitting_object(boxes) -> None:
 @pytest.mark.parametrize("corner", [(0.1, 0.1), (3.5, 7.7), (61.0, 30.2), (4.0, 4.0)])
 def test_an_object_of_two_pixels_is_learnt_somewhere(corner) -> None:
     x, y = corner
-    matched = match_locations(torch.tensor([[x, y, x + 2, y + 2]]), cells_of([4, 8], 64), [4, 8], 1.5)
+    matched = match_locations(torch.tensor([[x, y, x + 2, y + 2]]), [(16, 16), (8, 8)], [4, 8], 1.5)
     assert (matched == 0).any()
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -29,7 +30,6 @@ __all__ = ["FCOSHead", "match_locations"]
 
 # A level takes objects whose farthest side is 4 to 8 strides from the location: up to 64 px at stride 8, as published.
 _REACH_STRIDES = (4, 8)
-_OBJECTS_AT_ONCE = 64
 _BACKGROUND = -1
 
 
@@ -92,7 +92,10 @@ class FCOSHead(nn.Module):
         """
         outputs, cells = self._outputs(features)
         targets = [split_ignored(make_targets(each, cells.device)) for each in labels]
-        matched = [self._match(objects, cells) for objects, _ in targets]
+        shapes = [(feature.shape[-2], feature.shape[-1]) for feature in features]
+        matched = [
+            match_locations(objects["boxes"], shapes, self.strides, self.center_radius) for objects, _ in targets
+        ]
         parts = [
             self._image_losses(objects, ignored, match, cells, {name: value[index] for name, value in outputs.items()})
             for index, ((objects, ignored), match) in enumerate(zip(targets, matched, strict=True))
@@ -120,9 +123,6 @@ class FCOSHead(nn.Module):
         cells = self.model.anchor_generator(image_list(features, self.strides), list(features))[0]
         return {name: value.float() for name, value in outputs.items()}, cells.float()
 
-    def _match(self, objects: Targets, cells: Tensor) -> Tensor:
-        return match_locations(objects["boxes"], cells, self.strides, self.center_radius)
-
     def _image_losses(
         self, objects: Targets, ignored: Tensor, match: Tensor, cells: Tensor, outputs: dict[str, Tensor]
     ) -> tuple[Tensor, Tensor, Tensor]:
@@ -139,39 +139,62 @@ class FCOSHead(nn.Module):
         return focal, giou, F.binary_cross_entropy_with_logits(logits, centrality, reduction="sum")
 
 
-def match_locations(boxes_xyxy: Tensor, cells: Tensor, strides: Sequence[int], center_radius: float) -> Tensor:
+def match_locations(
+    boxes_xyxy: Tensor, shapes: Sequence[tuple[int, int]], strides: Sequence[int], center_radius: float
+) -> Tensor:
     """The object that each location learns.
 
     A location learns the smallest object that it lies in, near whose centre it lies and whose size is its level's.
-    Memory grows with locations, not with their product with objects.
+    Time and memory grow with the objects and with the locations, not with their product: only locations near an
+    object's centre are looked at.
 
     Args:
         boxes_xyxy: objects, [n, 4].
-        cells: squares with the sides of their level's stride around the locations, [L, 4].
+        shapes: rows and columns of the levels.
         strides: of the levels, finest first.
         center_radius: largest distance from the object's centre, in strides along x and y.
 
     Returns:
-        Indices of objects, -1 for background, [L].
+        Indices of objects, -1 for background, [L]; locations level after level, row by row.
     """
-    points, size = _centers(cells), cells[:, 2] - cells[:, 0]
-    lowest = torch.where(size > strides[0], _REACH_STRIDES[0] * size, 0)[:, None]
-    highest = torch.where(size < strides[-1], _REACH_STRIDES[1] * size, torch.inf)[:, None]
-    matched = torch.full((len(cells),), _BACKGROUND, device=cells.device)
-    smallest = torch.full((len(cells),), torch.inf, device=cells.device)
-    reached = _grown(boxes_xyxy, strides[0])
-    areas = (boxes_xyxy[:, 2:] - boxes_xyxy[:, :2]).prod(1)
-    for start in range(0, len(boxes_xyxy), _OBJECTS_AT_ONCE):
-        some = reached[start : start + _OBJECTS_AT_ONCE]
-        sides = torch.cat([points[:, None] - some[:, :2], some[:, 2:] - points[:, None]], dim=-1)
-        farthest = sides.amax(-1)
-        off_center = (points[:, None] - (some[:, :2] + some[:, 2:]) / 2).abs().amax(-1)
-        fits = (sides.amin(-1) > 0) & (off_center < center_radius * size[:, None])
-        fits &= (farthest > lowest) & (farthest <= highest)
-        area, index = torch.where(fits, areas[start : start + _OBJECTS_AT_ONCE], torch.inf).min(1)
-        better = area < smallest
-        matched, smallest = torch.where(better, start + index, matched), torch.where(better, area, smallest)
-    return matched
+    order = (boxes_xyxy[:, 2:] - boxes_xyxy[:, :2]).prod(1).argsort(stable=True)
+    ranked = _grown(boxes_xyxy, strides[0])[order]
+    index_of_rank = torch.cat([order, order.new_tensor([_BACKGROUND])])
+    ranks = []
+    for level, (shape, stride) in enumerate(zip(shapes, strides, strict=True)):
+        lowest = _REACH_STRIDES[0] * stride if level else 0
+        highest = _REACH_STRIDES[1] * stride if level < len(strides) - 1 else torch.inf
+        rank, cell = _fitting_cells(ranked, shape, stride, center_radius * stride, (lowest, highest))
+        best = torch.full((shape[0] * shape[1],), len(ranked), device=ranked.device)
+        ranks.append(best.scatter_reduce(0, cell, rank, "amin"))
+    return index_of_rank[torch.cat(ranks)]
+
+
+def _fitting_cells(
+    boxes_xyxy: Tensor, shape: tuple[int, int], stride: int, radius: float, reach: tuple[float, float]
+) -> tuple[Tensor, Tensor]:
+    """Pairs of an object and a cell of one level that may learn it, [p] each: numbers of both.
+
+    Args:
+        boxes_xyxy: objects, [n, 4].
+        shape: rows and columns of the level.
+        stride: of the level.
+        radius: cells' centres are nearer to the object's along x and y, in pixels.
+        reach: the farthest side of the object is more than the first and at most the second away, in pixels.
+    """
+    center = (boxes_xyxy[:, :2] + boxes_xyxy[:, 2:]) / 2
+    most = math.ceil(radius / stride)
+    steps = torch.arange(-most, most + 1, device=boxes_xyxy.device)
+    around = torch.stack(torch.meshgrid(steps, steps, indexing="xy"), -1).reshape(-1, 2)
+    cell = (center[:, None] / stride).floor().long() + around
+    point = (cell + 0.5) * stride
+    sides = torch.cat([point - boxes_xyxy[:, None, :2], boxes_xyxy[:, None, 2:] - point], dim=-1)
+    farthest = sides.amax(-1)
+    fits = (sides.amin(-1) > 0) & ((point - center[:, None]).abs().amax(-1) < radius)
+    fits &= (farthest > reach[0]) & (farthest <= reach[1])
+    fits &= ((cell >= 0) & (cell < cell.new_tensor([shape[1], shape[0]]))).all(-1)
+    column, row = cell[fits].unbind(-1)
+    return fits.nonzero()[:, 0], row * shape[1] + column
 
 
 def _grown(boxes_xyxy: Tensor, stride: int) -> Tensor:
