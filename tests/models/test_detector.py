@@ -186,6 +186,16 @@ def test_locations_learn_the_smallest_fitting_object(boxes) -> None:
             assert areas[index] <= min(float(areas[number]) for number in fitting) + 1e-3
 
 
+@pytest.mark.parametrize("head", ["fcos", "retinanet"])
+def test_half_precision_moves_no_anchor(head: str) -> None:
+    model = detector(head, strides=[8, 16]).head
+    features = [torch.zeros(1, 64, rows, rows) for rows in (130, 65)]
+    exact = model._outputs(features)[1]
+    with torch.autocast("cpu", torch.bfloat16):
+        rounded = model._outputs([each.bfloat16() for each in features])[1]
+    torch.testing.assert_close(rounded, exact, rtol=0, atol=0)
+
+
 @pytest.mark.parametrize("corner", [(0.1, 0.1), (3.5, 7.7), (61.0, 30.2), (4.0, 4.0)])
 def test_an_object_of_two_pixels_is_learnt_somewhere(corner) -> None:
     x, y = corner

@@ -69,8 +69,12 @@ class CenteredAnchors(AnchorGenerator):
     """
 
     def forward(self, image_list: ImageList, feature_maps: list[Tensor]) -> list[Tensor]:
-        """Anchors of all levels, one tensor [A, 4] an image."""
-        anchors = super().forward(image_list, feature_maps)
+        """Anchors of all levels, one tensor [A, 4] an image, in float32 whatever the maps are.
+
+        Eight bits, those of bfloat16, can't tell pixels 510 and 512 apart.
+        """
+        shapes = [feature.new_zeros((), dtype=torch.float32).expand(feature.shape) for feature in feature_maps]
+        anchors = super().forward(image_list, shapes)
         height = image_list.tensors.shape[-2]
         shifts = [
             anchors[0].new_full((rows * columns * per_cell, 1), height / rows / 2)

@@ -121,7 +121,7 @@ class FCOSHead(nn.Module):
         """Outputs of all locations, [B, L, ...] in float32, and their cells as boxes, [L, 4]."""
         outputs = self.model.head(list(features))
         cells = self.model.anchor_generator(image_list(features, self.strides), list(features))[0]
-        return {name: value.float() for name, value in outputs.items()}, cells.float()
+        return {name: value.float() for name, value in outputs.items()}, cells
 
     def _image_losses(
         self, objects: Targets, ignored: Tensor, match: Tensor, cells: Tensor, outputs: dict[str, Tensor]

@@ -111,7 +111,7 @@ class RetinaNetHead(nn.Module):
     def _outputs(self, features: Sequence[Tensor]) -> tuple[dict[str, Tensor], list[Tensor]]:
         outputs = self.model.head(list(features))
         anchors = self.model.anchor_generator(image_list(features, self.strides), list(features))
-        return {name: value.float() for name, value in outputs.items()}, [each.float() for each in anchors]
+        return {name: value.float() for name, value in outputs.items()}, anchors
 
     def _match(self, objects: Targets, ignored: Tensor, anchors: Tensor) -> Tensor:
         """The object of each anchor, or one of the matcher's two numbers for background and for neither."""
