@@ -1,0 +1,110 @@
+"""tools/benchmarks/tiny_objects: tiles hold what they say, windows see nothing else, recall counts an object once."""
+
+import importlib
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+import torch
+from torch.nn import functional as F
+
+from perf_vit.types import Detections, ObjectLabels
+
+FOLDER = Path(__file__).parents[2] / "tools" / "benchmarks" / "tiny_objects"
+XML = """<annotation><filename>{name}.jpg</filename><size><width>240</width><height>160</height><depth>3</depth></size>
+{objects}</annotation>"""
+OBJECT = """<object><name>{name}</name><bndbox><xmin>{box[0]}</xmin><ymin>{box[1]}</ymin><xmax>{box[2]}</xmax>
+<ymax>{box[3]}</ymax></bndbox></object>"""
+
+
+@pytest.fixture
+def tool(monkeypatch):
+    monkeypatch.syspath_prepend(str(FOLDER))
+    return importlib.import_module
+
+
+@pytest.fixture
+def bccd(tmp_path: Path) -> Path:
+    """Ten photographs of dark cells on white; the class follows from the cell's colour."""
+    rng = np.random.default_rng(0)
+    for folder in ("JPEGImages", "Annotations"):
+        (tmp_path / folder).mkdir()
+    for index in range(10):
+        image, objects = np.full((160, 240, 3), 255, np.uint8), []
+        for column in range(3):
+            left, top = 20 + 70 * column, int(rng.integers(10, 80))
+            box = (left, top, left + 50, top + 50)
+            # Blue, green, red, as OpenCV writes them.
+            image[box[1] : box[3], box[0] : box[2]] = [(0, 0, 90), (90, 0, 0), (0, 90, 0)][column]
+            objects.append(OBJECT.format(name=("RBC", "WBC", "Platelets")[column], box=box))
+        cv2.imwrite(str(tmp_path / "JPEGImages" / f"{index}.jpg"), image, [cv2.IMWRITE_JPEG_QUALITY, 100])
+        (tmp_path / "Annotations" / f"{index}.xml").write_text(XML.format(name=index, objects="".join(objects)))
+    return tmp_path
+
+
+def test_boxes_lie_on_their_cells(tool, bccd: Path) -> None:
+    mosaic = tool("mosaic")
+    train, test = mosaic.read_smears(bccd)
+    assert (len(train), len(test)) == (8, 2)
+    image, labels = mosaic.make_mosaic(train, 150, seed=3)
+    assert image.shape == (150, 150, 3)
+    whole = labels.boxes_xyxy[~labels.ignored]
+    assert len(whole) > 50
+    for (left, top, right, bottom), label in zip(whole, labels.labels[~labels.ignored], strict=True):
+        middle = image[int((top + bottom) / 2), int((left + right) / 2)]
+        assert middle[[0, 2, 1][label]] > 70
+        assert np.delete(middle, [0, 2, 1][label]).max() < 30
+
+
+def test_a_seed_decides_the_tile_and_shrinking_moves_boxes_with_it(tool, bccd: Path) -> None:
+    mosaic = tool("mosaic")
+    train, _ = mosaic.read_smears(bccd)
+    image, labels = mosaic.make_mosaic(train, 96, seed=1)
+    again, other = (mosaic.make_mosaic(train, 96, seed=seed)[0] for seed in (1, 2))
+    np.testing.assert_array_equal(image, again)
+    assert (image != other).any()
+    small, small_labels = mosaic.shrunk(image, labels, 4)
+    np.testing.assert_allclose(small, image.reshape(24, 4, 24, 4, 3).mean((1, 3)), atol=1)
+    np.testing.assert_allclose(small_labels.boxes_xyxy * 4, labels.boxes_xyxy)
+
+
+def test_all_variants_have_the_same_weights(tool) -> None:
+    variants = tool("variants")
+    states = []
+    for variant in variants.VARIANTS.values():
+        torch.manual_seed(0)
+        states.append(variants.build_variant(variant, (0.0,) * 3, (1.0,) * 3, 256).state_dict())
+    for state in states[1:]:
+        assert sorted(state) == sorted(states[0])
+        assert all(torch.equal(state[name], states[0][name]) for name in state)
+
+
+def test_windows_are_softmax_attention_under_a_mask(tool) -> None:
+    variants = tool("variants")
+    torch.manual_seed(0)
+    model = variants.build_variant(variants.VARIANTS["windows"], (0.0,) * 3, (1.0,) * 3, 512)
+    layer = next(module for module in model.modules() if isinstance(module, variants.WindowAttention))
+    rows, columns, prefix = 32, 48, layer.options.num_prefix_tokens
+    layer.grid.size = (rows, columns)
+    q, k, v = torch.randn(3, 2, 4, prefix + rows * columns, 32).unbind()
+    row, column = torch.meshgrid(torch.arange(rows), torch.arange(columns), indexing="ij")
+    window = torch.cat([torch.full((prefix,), -1), (row // 16 * 100 + column // 16).flatten()])
+    expected = F.scaled_dot_product_attention(q, k, v, attn_mask=window[:, None] == window)
+    torch.testing.assert_close(layer._mix(q, k, v, None, False), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_an_object_is_found_once_and_by_its_own_class(tool) -> None:
+    scores = tool("scores").SizeScores()
+    boxes = np.array([[0, 0, 5, 5], [20, 20, 30, 30], [50, 50, 60, 60], [80, 80, 85, 85]], np.float32)
+    truth = ObjectLabels(labels=np.array([0, 0, 1, 0]), boxes_xyxy=boxes, ignored=np.array([False] * 3 + [True]))
+    found = Detections(
+        # The second object twice, the third as another class.
+        boxes_xyxy=torch.tensor(boxes)[[0, 1, 1, 2]],
+        scores=torch.tensor([0.9, 0.8, 0.7, 0.6]),
+        labels=torch.tensor([0, 0, 0, 0]),
+    )
+    scores.update(found, truth)
+    rows = {row["low"]: row for row in scores.to_dict()["recall_by_size"]["0.5"]}
+    assert (rows[4.0]["num"], rows[4.0]["recall"]) == (1, 1.0)
+    assert (rows[8.0]["num"], rows[8.0]["recall"]) == (2, 0.5)
