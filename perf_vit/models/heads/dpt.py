@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from segmentation_models_pytorch.decoders.dpt.decoder import DPTDecoder
+from timm.layers import LayerNorm2d
 from torch import Tensor, nn
 
 from perf_vit.models.heads.level_maps import check_growing_strides, has_one_stride, padded_to
@@ -12,7 +13,6 @@ from perf_vit.models.heads.norms import Norm, apply_norm
 from perf_vit.models.heads.pixel_scores import PixelScores
 from perf_vit.models.necks.simple_fpn import nearest_power_of_two
 from perf_vit.types import FeatureSpec
-from timm.layers import LayerNorm2d
 
 __all__ = ["DPTHead"]
 
@@ -26,8 +26,8 @@ class DPTHead(nn.Module):
     `model.out_indices` counts. Patches of 14 px give strides of 3.5, 7, ... The decoder is that of
     segmentation_models_pytorch, without class tokens.
 
-    Memory: at stride 2 it holds about 4 maps of `channels`, whatever the number of classes, 4.3 GB for a tile of 4096 px
-    with 64 channels; and the logits once, beside a quarter of them.
+    Memory, without gradients: 3.5 GB for a tile of 4096 px and 64 channels, whatever the number of classes; after that
+    the logits once (4 bytes x classes x pixels), beside a quarter of them.
 
     Args:
         feature_specs: the backbone's feature maps, up to four, of one stride or of growing ones.

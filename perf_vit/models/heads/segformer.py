@@ -21,8 +21,8 @@ class SegFormerHead(nn.Module):
     A plain ViT's maps become levels at strides 4, 8, 16 and 32 first (`LevelMaps`); a pyramid is used as it is. The
     decoder is that of segmentation_models_pytorch.
 
-    Memory: at the finest level, stride 4, it holds about 10 maps of `channels`, whatever the number of classes, 5.4 GB for
-    a tile of 4096 px with 128 channels; and the logits once, beside a sixteenth of them.
+    Memory, without gradients: 6.9 GB for a tile of 4096 px and 128 channels, whatever the number of classes; after that
+    the logits once (4 bytes x classes x pixels), beside a sixteenth of them.
 
     Args:
         feature_specs: the backbone's feature maps, of one stride or of growing ones.
