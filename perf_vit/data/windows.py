@@ -14,7 +14,7 @@ from torch.utils.data import Dataset
 from perf_vit.io import LabelSource, RasterSource
 from perf_vit.tiling import grid_windows, random_window
 from perf_vit.transforms import Augmentation, Normalizer
-from perf_vit.types import IGNORE_INDEX, LabelArray, Window
+from perf_vit.types import IGNORE_INDEX, BoolArray, LabelArray, Window
 
 __all__ = ["GridWindows", "LabelledSource", "RandomWindows"]
 
@@ -30,9 +30,15 @@ class LabelledSource:
     def read(self, window: Window, normalizer: Normalizer) -> tuple[npt.NDArray[np.float32], LabelArray]:
         """Pixels [C, H, W], standardised, and labels [H, W]; `IGNORE_INDEX` where a pixel is invalid or outside."""
         image = self.source.read(window)
-        labels = self.labels.read(window)
-        usable = image.valid & _inside(self.region, window)
-        return normalizer(image), np.where(usable, labels, np.uint8(IGNORE_INDEX))
+        return normalizer(image), self._labels_where(image.valid, window)
+
+    def read_labels(self, window: Window) -> LabelArray:
+        """The labels of `read`, [H, W]."""
+        return self._labels_where(self.source.read(window).valid, window)
+
+    def _labels_where(self, valid: BoolArray, window: Window) -> LabelArray:
+        usable = valid & _inside(self.region, window)
+        return np.where(usable, self.labels.read(window), np.uint8(IGNORE_INDEX))
 
 
 def _inside(region: Window, window: Window) -> npt.NDArray[np.bool_]:
