@@ -41,5 +41,6 @@ def _spec(config: SegmentationRun, data: WindowDataModule) -> SegmenterSpec:
         bands=None if config.data.bands is None else tuple(config.data.bands),
         nodata=config.data.nodata,
         resolution=config.data.resolution,
+        multilabel=config.data.multilabel,
         label_options=label_options(config.data),
     )

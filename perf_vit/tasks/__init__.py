@@ -7,6 +7,7 @@ from perf_vit.tasks.distillation import DistillationConfig, DistillationTask
 from perf_vit.tasks.distillation_trainer import DistillationTrainerConfig, build_distillation_trainer
 from perf_vit.tasks.losses import LossConfig, SegmentationLoss, balanced_weights
 from perf_vit.tasks.metrics import ClassScores, class_scores, segmentation_metrics
+from perf_vit.tasks.multilabel_losses import MultilabelLoss
 from perf_vit.tasks.oriented_metrics import OrientedAveragePrecision
 from perf_vit.tasks.redraw import RedrawProjections
 from perf_vit.tasks.segmentation import OptimConfig, SegmentationTask
@@ -26,6 +27,7 @@ __all__ = [
     "DistillationTask",
     "DistillationTrainerConfig",
     "LossConfig",
+    "MultilabelLoss",
     "OptimConfig",
     "OrientedAveragePrecision",
     "RedrawProjections",

@@ -15,7 +15,15 @@ from torch.nn import functional as F
 from perf_vit.errors import ConfigError
 from perf_vit.types import IGNORE_INDEX
 
-__all__ = ["LossConfig", "SegmentationLoss", "balanced_weights", "check_class_weights", "soft_dice"]
+__all__ = [
+    "LossConfig",
+    "SegmentationLoss",
+    "balanced_weights",
+    "check_class_weights",
+    "check_terms",
+    "focal_factor",
+    "soft_dice",
+]
 
 _FOCAL_EXPONENT = 2
 
@@ -54,9 +62,7 @@ class SegmentationLoss(nn.Module):
     def __init__(self, terms: LossConfig | None = None, class_weights: Sequence[float] | None = None) -> None:
         super().__init__()
         self.terms = LossConfig() if terms is None else terms
-        weights = asdict(self.terms)
-        if not all(0 <= weight < math.inf for weight in weights.values()) or not any(weights.values()):
-            raise ConfigError(f"optim.loss must hold weights of at least 0, one of them above 0, got {weights}")
+        check_terms(self.terms)
         self.class_weights: Tensor | None
         factors = None if class_weights is None else torch.tensor(class_weights, dtype=torch.float32)
         self.register_buffer("class_weights", factors, persistent=False)
@@ -87,9 +93,7 @@ class SegmentationLoss(nn.Module):
     def _by_pixel(self, logits: Tensor, labels: Tensor) -> Tensor:
         """Cross-entropy and focal loss from one value a pixel, mean over the labelled ones."""
         entropy = F.cross_entropy(logits, labels, ignore_index=IGNORE_INDEX, reduction="none")
-        per_pixel = self.terms.ce * entropy
-        if self.terms.focal:
-            per_pixel = per_pixel + self.terms.focal * (1 - (-entropy).exp()) ** _FOCAL_EXPONENT * entropy
+        per_pixel = (self.terms.ce + self.terms.focal * focal_factor(entropy)) * entropy
         keep = labels != IGNORE_INDEX
         if self.class_weights is not None:
             per_pixel = per_pixel * self.class_weights[labels.masked_fill(~keep, 0)]
@@ -117,6 +121,22 @@ def soft_dice(logits: Tensor, labels: Tensor) -> Tensor:
     dice = 2 * overlap / (probs.square().sum((0, 2, 3)) + size).clamp(min=1e-6)
     present = size > 0
     return ((1 - dice) * present).sum() / present.sum().clamp(min=1)
+
+
+def focal_factor(entropy: Tensor) -> Tensor:
+    """(1 - p)^2 of cross-entropies -log p."""
+    return (1 - (-entropy).exp()) ** _FOCAL_EXPONENT
+
+
+def check_terms(terms: LossConfig) -> None:
+    """Refuse weights that make no loss.
+
+    Raises:
+        ConfigError: a negative weight, or none above 0.
+    """
+    weights = asdict(terms)
+    if not all(0 <= weight < math.inf for weight in weights.values()) or not any(weights.values()):
+        raise ConfigError(f"optim.loss must hold weights of at least 0, one of them above 0, got {weights}")
 
 
 def balanced_weights(pixels: Sequence[int]) -> list[float]:

@@ -21,6 +21,7 @@ from perf_vit.models import (
 )
 from perf_vit.tasks.losses import LossConfig, SegmentationLoss, check_class_weights
 from perf_vit.tasks.metrics import class_scores, segmentation_metrics
+from perf_vit.tasks.multilabel_losses import MultilabelLoss
 
 __all__ = ["OptimConfig", "SegmentationTask"]
 
@@ -61,8 +62,8 @@ class SegmentationTask(lightning.LightningModule):
         self.model_config = model_config
         self.optim = optim
         self.model = build_segmenter(model_config, spec)
-        self.loss = SegmentationLoss(optim.loss, optim.class_weights)
-        self.val_metrics = segmentation_metrics(num_classes)
+        self.loss = (MultilabelLoss if spec.multilabel else SegmentationLoss)(optim.loss, optim.class_weights)
+        self.val_metrics = segmentation_metrics(num_classes, multilabel=spec.multilabel)
         self.save_hyperparameters({"model": asdict(model_config), "optim": asdict(optim)})
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -89,7 +90,7 @@ class SegmentationTask(lightning.LightningModule):
         image, labels = batch
         logits = self(image)
         self.log("val/loss", self.loss(logits, labels), batch_size=len(image), prog_bar=True, sync_dist=True)
-        self.val_metrics.update(logits.argmax(1), labels)
+        self.val_metrics.update(self.model.decide(logits), labels)
 
     def on_validation_epoch_end(self) -> None:
         """Log IoU and F1 per class and their means over the classes present."""
