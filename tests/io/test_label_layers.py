@@ -90,7 +90,7 @@ def test_each_band_of_a_raster_is_a_class(source, make_scene, num_classes: int, 
 
 def test_bands_that_are_no_layers_are_one_line(source, make_scene):
     two = np.zeros((2, 70, 90), np.uint8)
-    with pytest.raises(InputError, match="expected one band a class in .*, 3, got 2 bands"):
+    with pytest.raises(InputError, match=r"expected one band a class in .*, 3, got 2 bands"):
         open_labels(make_scene(pixels=two, nodata=None), source, classes=["a", "b", "c"], multilabel=True)
     with pytest.raises(InputError, match="must lie on the pixel grid"):
         open_labels(make_scene(pixels=two[:, 1:], nodata=None), source, classes=["a", "b"], multilabel=True)
