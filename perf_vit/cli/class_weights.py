@@ -11,22 +11,21 @@ from perf_vit.cli.console import console, errors
 from perf_vit.data import WindowDataModule, count_class_pixels
 from perf_vit.errors import ConfigError
 from perf_vit.tasks import OptimConfig, balanced_weights
-from perf_vit.types import Window
 
 __all__ = ["with_measured_weights"]
 
 
-def with_measured_weights(optim: OptimConfig, data: WindowDataModule) -> OptimConfig:
+def with_measured_weights(optim: OptimConfig, data: WindowDataModule, *, multilabel: bool) -> OptimConfig:
     """The same with numbers in place of `class_weights: balanced`; prints them, with the pixels of each class.
 
     Classes without a pixel in the training labels are a warning.
 
     Raises:
-        ConfigError: several classes may be true at a pixel.
+        ConfigError: with `multilabel`, where several classes may be true at a pixel.
     """
     if optim.class_weights != "balanced":
         return optim
-    if data.train.sources[0].read_labels(Window(0, 0, 1, 1)).ndim > 2:
+    if multilabel:
         raise ConfigError(
             "optim.class_weights: balanced is for classes that exclude each other; with data.multilabel, give numbers, "
             "or a loss that looks for the rare, as optim.loss={dice: 1}"

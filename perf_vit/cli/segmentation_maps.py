@@ -148,24 +148,23 @@ class SegmentationMaps:
             item.output,
             model_id=self.model_id,
             device=self._device,
-            **self._labels,
+            threshold=self._label_threshold,
             **self._settings,
         )
 
     @property
-    def _labels(self) -> dict[str, float]:
-        """How labels that don't exclude each other are told apart from the rest.
+    def _label_threshold(self) -> float:
+        """The probability above which a class of a multi-label model is true.
 
         Raises:
             ConfigError: what only one kind of model has was asked of the other.
         """
-        if self.model.spec.multilabel:
-            if self._polygons:
-                raise ConfigError("--polygons are of classes that exclude each other; this model's classes don't")
-            return {} if self._threshold is None else {"threshold": self._threshold}
-        if self._threshold is not None:
+        multilabel = self.model.spec.multilabel
+        if multilabel and self._polygons:
+            raise ConfigError("--polygons are of classes that exclude each other; this model's classes don't")
+        if not multilabel and self._threshold is not None:
             raise ConfigError("--score-threshold is for objects and for classes that don't exclude each other")
-        return {}
+        return 0.5 if self._threshold is None else self._threshold
 
     def make(
         self,

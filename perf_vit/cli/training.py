@@ -27,7 +27,7 @@ def train_segmentation(config: SegmentationRun, *, progress: bool = True) -> Pat
     """
     run = RunFolder(config)
     data = build_datamodule(config.data, config.seed)
-    optim = with_measured_weights(config.optim, data)
+    optim = with_measured_weights(config.optim, data, multilabel=config.data.multilabel)
     task = SegmentationTask(config.model, _spec(config, data), optim)
     run.fit(build_trainer(config.trainer, run.path, progress=progress), task, data)
     return run.best

@@ -158,14 +158,12 @@ def _class_indices(image: GeoImage) -> LabelArray:
 
 def _shown_labels(image: GeoImage) -> LabelArray:
     """0 where no class is true, or the number of one that is, from 1 on."""
-    scores = np.nan_to_num(image.pixels.astype(np.float32), nan=-1)
-    if image.pixels.dtype == np.uint8:
-        # Labels are 0 and 1, quantised probabilities go up to 254.
-        scores = np.where(scores == IGNORE_INDEX, -1, scores)
-        scores = scores / (254 if scores.max() > 1 else 1)
+    scores = np.where(image.valid, np.nan_to_num(image.pixels, nan=0), 0)
+    # Quantised probabilities go up to 254, labels and other probabilities to 1.
+    half = 127 if scores.max() > 1 else 0.5
     # Of several the last.
     best = len(scores) - 1 - scores[::-1].argmax(0)
-    return np.where(image.valid, np.where(scores.max(0) > 0.5, best + 1, 0), IGNORE_INDEX).astype(np.uint8)
+    return np.where(image.valid, np.where(scores.max(0) > half, best + 1, 0), IGNORE_INDEX).astype(np.uint8)
 
 
 def natural_bands(source: Source) -> list[int] | None:
