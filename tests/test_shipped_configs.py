@@ -54,7 +54,7 @@ def test_a_shipped_config_loads_builds_and_takes_a_step(name: str) -> None:
     size = 2 * model.size_multiple
     labels = torch.randint(0, len(spec.classes), (2, size, size), generator=torch.Generator().manual_seed(0))
     images = torch.randn(2, num_bands, size, size, generator=torch.Generator().manual_seed(0))
-    criterion = SegmentationLoss(config.optim.dice_weight, config.optim.class_weights)
+    criterion = SegmentationLoss(config.optim.loss)
     losses = []
     for _ in range(2):
         loss = criterion(model(images), labels)

@@ -107,7 +107,11 @@ def predict(
         ),
     ] = None,
     score_threshold: Annotated[
-        float | None, typer.Option(help="Lowest score of an object; where F1 was best in validation, by default.")
+        float | None,
+        typer.Option(
+            help="Lowest score of an object; where F1 was best in validation, by default. In maps of classes that "
+            "don't exclude each other, the probability above which one is true; 0.5 by default."
+        ),
     ] = None,
     mosaic: Annotated[bool, typer.Option("--mosaic", help="Read a folder, glob or STAC items as one scene.")] = False,
     crs: Annotated[str | None, typer.Option(help="Read rasters in this CRS, as EPSG:32637.")] = None,
@@ -161,6 +165,7 @@ def predict(
         mosaic=mosaic,
         polygons=polygons,
         source=source,
+        threshold=score_threshold,
         overwrite=overwrite,
         engine=engine,
         num_actors=num_actors,

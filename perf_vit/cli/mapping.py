@@ -50,16 +50,17 @@ def evaluate_raster(
     """Score the blended prediction of a raster against labels, read as in training; each pixel counts once."""
     model = load_segmenter(checkpoint)
     source = open_raster(image, bands=model.spec.bands, nodata=model.spec.nodata, resolution=model.spec.resolution)
-    truth = open_labels(labels, source, classes=model.spec.classes, **model.spec.label_options)
+    spec = model.spec
+    truth = open_labels(labels, source, classes=spec.classes, multilabel=spec.multilabel, **spec.label_options)
     extent = region_window(None if region is None else list(region), source, "--region")
-    metrics = segmentation_metrics(len(model.spec.classes))
+    metrics = segmentation_metrics(len(spec.classes), multilabel=spec.multilabel)
     with windows_progress(f"evaluating {image.name}") as on_window:
         for strip in segment_strips(model, source, extent=extent, on_window=on_window, **_engine(model, **engine)):
             expected = truth.read(strip.window)
-            expected[~strip.valid] = IGNORE_INDEX
-            predicted = strip.scores.argmax(0)
-            metrics.update(torch.from_numpy(predicted)[None], torch.from_numpy(expected).long()[None])
-    return class_scores(metrics, model.spec.classes)
+            expected[..., ~strip.valid] = IGNORE_INDEX
+            predicted = model.decide(torch.from_numpy(strip.scores)[None])
+            metrics.update(predicted, torch.from_numpy(expected).long()[None])
+    return class_scores(metrics, spec.classes)
 
 
 def write_scores(scores: Sequence[ClassScores], path: Path) -> None:

@@ -84,6 +84,7 @@ class SegmentationMaps:
         num_readers: threads that read.
         resume: go on with unfinished maps.
         overwrite: make maps anew that are there, with the same model and settings.
+        threshold: of a multi-label model's classes, the probability above which one is true; 0.5 by default.
         **settings: window_size, overlap, blend, flips and on_error of `perf_vit.inference.segment_job`.
     """
 
@@ -101,6 +102,7 @@ class SegmentationMaps:
         num_readers: int = 2,
         resume: bool = True,
         overwrite: bool = True,
+        threshold: float | None = None,
         **settings: Any,
     ) -> None:
         self.checkpoint = checkpoint.absolute()
@@ -112,6 +114,7 @@ class SegmentationMaps:
         self._source = dict(source or {})
         self._make = {"resume": resume, "overwrite": overwrite}
         self._rows = {"batch_size": batch_size, "num_readers": num_readers}
+        self._threshold = threshold
         self._settings = {"kind": kind, "precision": resolved_precision(precision), **settings}
         self._device = resolved_device(device)
         self.on_window: Callable[[int, int], None] | None = None
@@ -134,12 +137,34 @@ class SegmentationMaps:
         """What is to be made of an input.
 
         Raises:
+            ConfigError: polygons or a threshold of a model that has none.
             InputError: it can't be opened, or doesn't fit the model.
             OutputError: the map would replace it, or isn't named .tif.
         """
         source = open_for(self.model, item.path, **self._source)
-        device = self._device
-        return segment_job(self.model, source, item.output, model_id=self.model_id, device=device, **self._settings)
+        return segment_job(
+            self.model,
+            source,
+            item.output,
+            model_id=self.model_id,
+            device=self._device,
+            threshold=self._label_threshold,
+            **self._settings,
+        )
+
+    @property
+    def _label_threshold(self) -> float:
+        """The probability above which a class of a multi-label model is true.
+
+        Raises:
+            ConfigError: what only one kind of model has was asked of the other.
+        """
+        multilabel = self.model.spec.multilabel
+        if multilabel and self._polygons:
+            raise ConfigError("--polygons are of classes that exclude each other; this model's classes don't")
+        if not multilabel and self._threshold is not None:
+            raise ConfigError("--score-threshold is for objects and for classes that don't exclude each other")
+        return 0.5 if self._threshold is None else self._threshold
 
     def make(
         self,
@@ -178,7 +203,8 @@ class SegmentationMaps:
     def _write_quicklook(self, job: MapJob, *, damaged: bool) -> None:
         path = job.out.with_suffix(".png")
         try:
-            write_map_quicklook(job.source, job.out, path, self.model.spec.classes)
+            spec = self.model.spec
+            write_map_quicklook(job.source, job.out, path, spec.classes, multilabel=spec.multilabel)
         except InputError:
             if not damaged:
                 raise

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from perf_vit.cli.class_weights import with_measured_weights
 from perf_vit.cli.run_folder import RunFolder
 from perf_vit.cli.schemas import SegmentationRun
 from perf_vit.data import WindowDataModule, build_datamodule, label_options
@@ -26,7 +27,8 @@ def train_segmentation(config: SegmentationRun, *, progress: bool = True) -> Pat
     """
     run = RunFolder(config)
     data = build_datamodule(config.data, config.seed)
-    task = SegmentationTask(config.model, _spec(config, data), config.optim)
+    optim = with_measured_weights(config.optim, data, multilabel=config.data.multilabel)
+    task = SegmentationTask(config.model, _spec(config, data), optim)
     run.fit(build_trainer(config.trainer, run.path, progress=progress), task, data)
     return run.best
 
@@ -39,5 +41,6 @@ def _spec(config: SegmentationRun, data: WindowDataModule) -> SegmenterSpec:
         bands=None if config.data.bands is None else tuple(config.data.bands),
         nodata=config.data.nodata,
         resolution=config.data.resolution,
+        multilabel=config.data.multilabel,
         label_options=label_options(config.data),
     )

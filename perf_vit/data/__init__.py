@@ -1,6 +1,7 @@
 """Training data as standardised tiles: windows of labelled sources and of images with objects; unlabelled crops."""
 
 from perf_vit.data.build import AugmentConfig, DataConfig, RegionConfig, build_datamodule, label_options, region_window
+from perf_vit.data.class_pixels import count_class_pixels
 from perf_vit.data.crops import UnlabelledCrops, find_images
 from perf_vit.data.crops_datamodule import CropsConfig, CropsDataModule, build_crops
 from perf_vit.data.datamodule import WindowDataModule
@@ -50,6 +51,7 @@ __all__ = [
     "build_datamodule",
     "build_object_datamodule",
     "collate_objects",
+    "count_class_pixels",
     "find_images",
     "label_options",
     "make_places",

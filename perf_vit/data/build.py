@@ -57,6 +57,8 @@ class DataConfig:
         ignore_values: label values that mean "no label here", beside the label file's own nodata.
         attribute: the vector column that holds class names or values; without it every polygon is class 1.
         background: class of the pixels under no polygon, or null where polygons are only samples.
+        multilabel: several classes, or none, may be true at a pixel: labels are overlapping polygons, or a raster with
+            a band of 0 and 1 a class. There is no class for the background then.
         bands: 1-based bands to use; all of them if left out.
         nodata: value of missing pixels where the raster doesn't declare one.
         resolution: side of a pixel to read rasters at, in units of their CRS; their own if left out. Prediction reads
@@ -76,6 +78,7 @@ class DataConfig:
     ignore_values: list[int] = field(default_factory=list)
     attribute: str | None = None
     background: int | None = 0
+    multilabel: bool = False
     bands: list[int] | None = None
     nodata: float | None = None
     resolution: float | None = None
@@ -159,14 +162,17 @@ def label_options(config: DataConfig) -> dict[str, Any]:
 
 def _open(config: DataConfig, region: RegionConfig, key: str) -> LabelledSource:
     source = open_raster(region.image, bands=config.bands, nodata=config.nodata, resolution=config.resolution)
-    labels = open_labels(region.labels, source, classes=config.classes, **label_options(config))
+    labels = open_labels(
+        region.labels, source, classes=config.classes, multilabel=config.multilabel, **label_options(config)
+    )
     return LabelledSource(source, labels, region_window(region.region, source, f"{key}.region"))
 
 
 def _check(config: DataConfig) -> None:
     num_classes = len(config.classes)
-    if not 2 <= num_classes <= IGNORE_INDEX:
-        raise ConfigError(f"data.classes must name 2 to {IGNORE_INDEX} classes, got {num_classes}")
+    least_classes = 1 if config.multilabel else 2
+    if not least_classes <= num_classes <= IGNORE_INDEX:
+        raise ConfigError(f"data.classes must name {least_classes} to {IGNORE_INDEX} classes, got {num_classes}")
     if config.values is not None and len(config.values) != num_classes:
         raise ConfigError(f"data.values must give one value a class, got {len(config.values)} for {num_classes}")
     if config.background is not None and not 0 <= config.background < num_classes:

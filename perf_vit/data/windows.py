@@ -14,7 +14,7 @@ from torch.utils.data import Dataset
 from perf_vit.io import LabelSource, RasterSource
 from perf_vit.tiling import grid_windows, random_window
 from perf_vit.transforms import Augmentation, Normalizer
-from perf_vit.types import IGNORE_INDEX, LabelArray, Window
+from perf_vit.types import IGNORE_INDEX, BoolArray, LabelArray, Window
 
 __all__ = ["GridWindows", "LabelledSource", "RandomWindows"]
 
@@ -28,11 +28,17 @@ class LabelledSource:
     region: Window
 
     def read(self, window: Window, normalizer: Normalizer) -> tuple[npt.NDArray[np.float32], LabelArray]:
-        """Pixels [C, H, W], standardised, and labels [H, W]; `IGNORE_INDEX` where a pixel is invalid or outside."""
+        """Pixels [C, H, W], standardised, and labels [H, W] or [K, H, W]; `IGNORE_INDEX` where invalid or outside."""
         image = self.source.read(window)
-        labels = self.labels.read(window)
-        usable = image.valid & _inside(self.region, window)
-        return normalizer(image), np.where(usable, labels, np.uint8(IGNORE_INDEX))
+        return normalizer(image), self._labels_where(image.valid, window)
+
+    def read_labels(self, window: Window) -> LabelArray:
+        """The labels of `read`."""
+        return self._labels_where(self.source.read(window).valid, window)
+
+    def _labels_where(self, valid: BoolArray, window: Window) -> LabelArray:
+        usable = valid & _inside(self.region, window)
+        return np.where(usable, self.labels.read(window), np.uint8(IGNORE_INDEX))
 
 
 def _inside(region: Window, window: Window) -> npt.NDArray[np.bool_]:
@@ -80,7 +86,7 @@ class RandomWindows(Dataset[tuple[Tensor, Tensor]]):
         return self.length
 
     def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
-        """Tile [C, tile_px, tile_px] float32 and labels [tile_px, tile_px] int64; any index >= 0 is allowed."""
+        """Tile [C, tile_px, tile_px] float32 and labels [(K,) tile_px, tile_px] int64; any index >= 0 is allowed."""
         rng = np.random.default_rng((self.seed, index))
         for _ in range(10):
             source = self.sources[self._choose(rng)]
@@ -114,11 +120,11 @@ class GridWindows(Dataset[tuple[Tensor, Tensor]]):
         return len(self.windows)
 
     def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
-        """Tile [C, tile_px, tile_px] float32 and labels [tile_px, tile_px] int64."""
+        """Tile [C, tile_px, tile_px] float32 and labels [(K,) tile_px, tile_px] int64."""
         window = self.windows[index]
         image, labels = self.source.read(window, self.normalizer)
-        labels[: max(0, self._row_stops[window.row] - window.row)] = IGNORE_INDEX
-        labels[:, : max(0, self._col_stops[window.col] - window.col)] = IGNORE_INDEX
+        labels[..., : max(0, self._row_stops[window.row] - window.row), :] = IGNORE_INDEX
+        labels[..., : max(0, self._col_stops[window.col] - window.col)] = IGNORE_INDEX
         return torch.from_numpy(image), torch.from_numpy(labels).long()
 
 

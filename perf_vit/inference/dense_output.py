@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Literal
 
 import numpy as np
@@ -14,9 +16,12 @@ from perf_vit.inference.engine import Strip
 from perf_vit.io import RasterLayout, default_colormap
 from perf_vit.types import IGNORE_INDEX, Source
 
-__all__ = ["DenseOutput", "OutputKind", "class_map", "class_output", "class_probabilities", "quantised_probabilities"]
+__all__ = ["DenseOutput", "OutputKind", "class_map", "class_output", "class_probabilities"]
 
 OutputKind = Literal["classes", "probabilities", "probabilities-uint8"]
+
+FloatArray = npt.NDArray[np.float32]
+ToProbabilities = Callable[[FloatArray, float], FloatArray]
 
 _LEVELS = 254
 """Steps of a quantised probability; 255 is nodata."""
@@ -64,16 +69,28 @@ class DenseOutput:
         )
 
 
-def class_output(kind: OutputKind, classes: Sequence[str]) -> DenseOutput:
+def class_output(
+    kind: OutputKind, classes: Sequence[str], *, multilabel: bool = False, threshold: float = 0.5
+) -> DenseOutput:
     """The output of a semantic segmenter, whose scores are one logit a class.
 
     "classes" is one uint8 band of class indices with a colour table and nodata 255, "probabilities" one float32 band
     a class with nodata NaN, "probabilities-uint8" the same in 254 steps with nodata 255: a quarter of the size.
 
+    Args:
+        kind: of these.
+        classes: their names.
+        multilabel: each class is true or not by itself. "classes" is then a uint8 band of 0 and 1 a class, and
+            probabilities are sigmoids.
+        threshold: with `multilabel`, the probability from which on a class is true.
+
     Raises:
-        PerfVitError: none of these.
+        PerfVitError: none of these, or a threshold that is no probability between 0 and 1.
     """
     tags = {"PERF_VIT_CLASSES": ",".join(classes)}
+    if kind == "classes" and multilabel:
+        return _true_classes(classes, threshold, tags)
+    to_probabilities = sigmoid if multilabel else softmax
     if kind == "classes":
         return DenseOutput(
             encode=lambda strip: class_map(strip)[None],
@@ -85,11 +102,15 @@ def class_output(kind: OutputKind, classes: Sequence[str]) -> DenseOutput:
         )
     if kind == "probabilities":
         return DenseOutput(
-            encode=class_probabilities, band_names=classes, dtype="float32", nodata=float("nan"), tags=tags
+            encode=partial(_probabilities, to_probabilities),
+            band_names=classes,
+            dtype="float32",
+            nodata=float("nan"),
+            tags=tags,
         )
     if kind == "probabilities-uint8":
         return DenseOutput(
-            encode=quantised_probabilities,
+            encode=partial(_quantised, to_probabilities),
             band_names=classes,
             dtype="uint8",
             nodata=IGNORE_INDEX,
@@ -105,14 +126,41 @@ def class_map(strip: Strip) -> npt.NDArray[np.uint8]:
     return np.where(strip.valid, strip.scores.argmax(0).astype(np.uint8), np.uint8(IGNORE_INDEX))
 
 
-def class_probabilities(strip: Strip) -> npt.NDArray[np.float32]:
+def softmax(scores: FloatArray, scale: float = 1.0) -> FloatArray:
+    """`scale` times the softmax of [K, h, w] over K."""
+    shifted = np.exp(scores - scores.max(0))
+    shifted *= scale / shifted.sum(0)
+    return shifted
+
+
+def sigmoid(scores: FloatArray, scale: float = 1.0) -> FloatArray:
+    """`scale` times the sigmoid of each score."""
+    # By the hyperbolic tangent, which doesn't overflow.
+    return np.float32(scale / 2) * (1 + np.tanh(scores / 2))
+
+
+def class_probabilities(strip: Strip) -> FloatArray:
     """Softmax of the scores, NaN where there is no data: [K, h, w]."""
-    shifted = np.exp(strip.scores - strip.scores.max(0))
-    return np.where(strip.valid, shifted / shifted.sum(0), np.float32("nan"))
+    return _probabilities(softmax, strip)
 
 
-def quantised_probabilities(strip: Strip) -> npt.NDArray[np.uint8]:
-    """Softmax of the scores times 254, rounded, 255 where there is no data: [K, h, w]."""
-    shifted = np.exp(strip.scores - strip.scores.max(0))
-    shifted *= _LEVELS / shifted.sum(0)
-    return np.where(strip.valid, np.rint(shifted).astype(np.uint8), np.uint8(IGNORE_INDEX))
+def _probabilities(to_probabilities: ToProbabilities, strip: Strip) -> FloatArray:
+    return np.where(strip.valid, to_probabilities(strip.scores, 1.0), np.float32("nan"))
+
+
+def _quantised(to_probabilities: ToProbabilities, strip: Strip) -> npt.NDArray[np.uint8]:
+    """Times 254, rounded, 255 where there is no data: [K, h, w]."""
+    scaled = to_probabilities(strip.scores, float(_LEVELS))
+    return np.where(strip.valid, np.rint(scaled).astype(np.uint8), np.uint8(IGNORE_INDEX))
+
+
+def _true_classes(classes: Sequence[str], threshold: float, tags: Mapping[str, str]) -> DenseOutput:
+    if not 0 < threshold < 1:
+        raise PerfVitError(f"the threshold of labels must lie between 0 and 1, got {threshold:g}")
+    least_score = np.float32(math.log(threshold / (1 - threshold)))
+
+    def encode(strip: Strip) -> npt.NDArray[np.uint8]:
+        return np.where(strip.valid, (strip.scores > least_score).astype(np.uint8), np.uint8(IGNORE_INDEX))
+
+    tags = {**tags, "PERF_VIT_THRESHOLD": f"{threshold:g}"}
+    return DenseOutput(encode=encode, band_names=classes, dtype="uint8", nodata=IGNORE_INDEX, tags=tags)

@@ -142,6 +142,8 @@ class MapJob:
             "device": torch.device(self.device).type,
             "on_error": self.on_error,
             "bands": list(self.output.band_names),
+            "dtype": str(np.dtype(self.output.dtype)),
+            "output": dict(self.output.tags),
         }
         settings = {**self.settings, **identity, **_input_identity(self.source), "version": __version__}
         journal.begin(settings, resume=resume)

@@ -23,6 +23,7 @@ def predict(
     out: str | Path,
     *,
     kind: OutputKind = "classes",
+    threshold: float = 0.5,
     window_size: int | None = None,
     overlap: int | None = None,
     **engine: Any,
@@ -37,7 +38,9 @@ def predict(
         source: from `perf_vit.open_source`, with the bands that the model was trained on.
         out: path of the map; its folder is made if need be.
         kind: "classes", one uint8 band of class indices with a colour table and nodata 255; "probabilities", one
-            float32 band a class with nodata NaN; or "probabilities-uint8", in steps of 1/254 with nodata 255.
+            float32 band a class with nodata NaN; or "probabilities-uint8", in steps of 1/254 with nodata 255. Of a
+            multi-label model, "classes" is a uint8 band of 0 and 1 a class.
+        threshold: with that, the probability above which a class is true.
         window_size: side of a window in pixels, a multiple of the patch size; the training tile's by default.
         overlap: pixels that neighbouring windows share; a quarter of the window by default.
         **engine: batch_size, device, precision, blend, flips, num_readers, resume, on_error, on_damage and on_window of
@@ -56,7 +59,7 @@ def predict(
         source,
         model.spec.normalizer,
         out,
-        output=class_output(kind, model.spec.classes),
+        output=class_output(kind, model.spec.classes, multilabel=model.spec.multilabel, threshold=threshold),
         model_id=segmenter_id(model),
         **_windows(model, source, window_size, overlap),
         **engine,
@@ -69,6 +72,7 @@ def segment_job(
     out: str | Path,
     *,
     kind: OutputKind = "classes",
+    threshold: float = 0.5,
     window_size: int | None = None,
     overlap: int | None = None,
     model_id: str | None = None,
@@ -81,6 +85,7 @@ def segment_job(
         source: as for `predict`.
         out: as for `predict`.
         kind: as for `predict`.
+        threshold: as for `predict`.
         window_size: as for `predict`.
         overlap: as for `predict`.
         model_id: of `segmenter_id`, for those who know it: it takes a look at all weights.
@@ -93,7 +98,7 @@ def segment_job(
     return MapJob(
         source=source,
         out=Path(out),
-        output=class_output(kind, model.spec.classes),
+        output=class_output(kind, model.spec.classes, multilabel=model.spec.multilabel, threshold=threshold),
         model_id=model_id or segmenter_id(model),
         **_windows(model, source, window_size, overlap),
         **settings,

@@ -18,7 +18,7 @@ from perf_vit.io._placing import check_both_placed, check_overlap, reproject_bou
 from perf_vit.io.raster import RasterSource
 from perf_vit.types import IGNORE_INDEX, BoolArray, LabelArray, Window
 
-__all__ = ["RasterLabels"]
+__all__ = ["RasterLabels", "same_grid", "spots"]
 
 _SPOT_PX = 256
 _MAX_SPOTS = 8
@@ -41,8 +41,8 @@ class RasterLabels:
         self._extent = source.extent
         self._classes = classes
         _check_values(labels, classes)
-        self._warped = None if _same_grid(labels, source) else _warped(labels, source)
-        for window in _spots(self._extent):
+        self._warped = None if same_grid(labels, source) else _warped(labels, source)
+        for window in spots(self._extent):
             # A value that is no class should come to light before the training does.
             self.read(window)
 
@@ -79,7 +79,8 @@ def _check_values(labels: RasterSource, classes: LabelClasses) -> None:
         )
 
 
-def _same_grid(labels: RasterSource, source: RasterSource) -> bool:
+def same_grid(labels: RasterSource, source: RasterSource) -> bool:
+    """Whether two rasters have the same pixels."""
     if labels.size != source.size or labels.crs != source.crs:
         return False
     if source.crs is None:
@@ -108,7 +109,7 @@ def _open_warped(path: str, grid: dict[str, Any]) -> Any:
     return WarpedVRT(dataset, add_alpha=not has_alpha, **grid)
 
 
-def _spots(extent: Window) -> list[Window]:
+def spots(extent: Window) -> list[Window]:
     """Windows spread evenly: all of a small raster, a sample of a large one."""
     rows, cols = _spread(extent.height), _spread(extent.width)
     return [Window(row, col, _SPOT_PX, _SPOT_PX) for row in rows for col in cols]

@@ -55,7 +55,12 @@ class VectorLabels:
         background: int | None,
     ) -> None:
         frame = _read_polygons(path, source, attribute)
-        codes = _codes(path, frame, classes, attribute)
+        self._classes = classes
+        self._num_classes = len(classes.values)
+        if attribute is None:
+            codes = self._codes_without_attribute(path, len(frame))
+        else:
+            codes = _codes(path, frame, classes, attribute)
         # Parts of a multipolygon are found one by one, so far islands are not burnt.
         parts, owners = shapely.get_parts(frame.geometry.to_numpy(), return_index=True)
         self._polygons = to_pixels(parts, source.transform)
@@ -76,16 +81,34 @@ class VectorLabels:
         return indices
 
     def _burn(self, window: Window) -> LabelArray:
+        hits = self._hits(window)
+        return self._burnt(window, hits, self._codes[hits], fill=self._fill)
+
+    def _hits(self, window: Window) -> npt.NDArray[np.int64]:
+        """Indices of the polygons that may reach into a window, in the order of the file."""
         area = shapely.box(window.col, window.row, window.col_stop, window.row_stop)
-        hits = np.sort(self._tree.query(area))
+        hits: npt.NDArray[np.int64] = np.sort(self._tree.query(area))
+        return hits
+
+    def _burnt(
+        self, window: Window, hits: npt.NDArray[np.int64], values: int | npt.NDArray[np.uint8], *, fill: int
+    ) -> LabelArray:
         if len(hits) == 0:
-            return np.full(window.shape, self._fill, np.uint8)
-        shapes = zip(self._polygons[hits], self._codes[hits].tolist(), strict=True)
+            return np.full(window.shape, fill, np.uint8)
+        shapes = zip(self._polygons[hits], np.broadcast_to(values, len(hits)).tolist(), strict=True)
         shift = Affine.translation(window.col, window.row)
         burnt: LabelArray = rasterize(
-            shapes, out_shape=window.shape, fill=self._fill, transform=shift, all_touched=False, dtype="uint8"
+            shapes, out_shape=window.shape, fill=fill, transform=shift, all_touched=False, dtype="uint8"
         )
         return burnt
+
+    def _codes_without_attribute(self, path: str, num_features: int) -> npt.NDArray[np.uint8]:
+        if self._classes.explicit and self._num_classes != 2:
+            raise InputError(
+                f"polygons without attribute are class 1 of 2, got {self._num_classes} classes; set attribute to the "
+                f"column of {path} that holds the class"
+            )
+        return np.ones(num_features, np.uint8)
 
 
 def is_vector_name(path: str) -> bool:
@@ -152,15 +175,8 @@ def _only_layer(path: str) -> str:
     return layers[0]
 
 
-def _codes(path: str, frame: Any, classes: LabelClasses, attribute: str | None) -> npt.NDArray[np.uint8]:
+def _codes(path: str, frame: Any, classes: LabelClasses, attribute: str) -> npt.NDArray[np.uint8]:
     """One class index a feature."""
-    if attribute is None:
-        if classes.explicit and len(classes.values) != 2:
-            raise InputError(
-                f"polygons without attribute are class 1 of 2, got {len(classes.values)} classes; set attribute to the "
-                f"column of {path} that holds the class"
-            )
-        return np.ones(len(frame), np.uint8)
     column = frame[attribute]
     codes = {value: classes.index_of(value) for value in column.dropna().unique().tolist()}
     unknown = [value for value, code in codes.items() if code is None] + ["null"] * int(column.isna().any())

@@ -10,6 +10,7 @@ from typing import Protocol
 from perf_vit.errors import InputError
 from perf_vit.io._gdal import check_exists
 from perf_vit.io._label_classes import LabelClasses
+from perf_vit.io._label_layers import RasterLayers, VectorLayers
 from perf_vit.io._label_raster import RasterLabels
 from perf_vit.io._label_vector import VectorLabels, is_vector_name, opens_as_vector
 from perf_vit.io.raster import RasterSource
@@ -23,9 +24,10 @@ class LabelSource(Protocol):
     """Labels on a source's pixel grid; may be pickled, forked and shared between threads."""
 
     def read(self, window: Window) -> LabelArray:
-        """Class indices of a window of the source, [height, width].
+        """Class indices of a window of the source, [height, width]; or one layer a class, [K, height, width].
 
-        `IGNORE_INDEX` past the source's edge and wherever there is no label.
+        Layers are 1 where a class is true, 0 where not. `IGNORE_INDEX` past the source's edge and wherever there is no
+        label.
 
         Raises:
             InputError: the file is damaged there, or holds a value that is no class.
@@ -41,6 +43,7 @@ def open_labels(
     values: Sequence[float] | None = None,
     ignore_values: Sequence[float] = (),
     background: int | None = 0,
+    multilabel: bool = False,
 ) -> LabelSource:
     """Open the labels of a raster: a mask raster or polygons, in any CRS and on any grid.
 
@@ -53,6 +56,8 @@ def open_labels(
         values: the label file's value of each class; 0, 1, 2, ... by default.
         ignore_values: label values that mean "no label", beside a mask's own nodata.
         background: class index of the pixels under no polygon, None where polygons are only samples.
+        multilabel: several classes may be true at a pixel: layers from overlapping polygons, or from the bands of a
+            raster of 0 and 1 on the source's grid. Then `background` only tells whether no polygon means 0.
 
     Raises:
         InputError: the file can't be read, has no place on the source, or holds what is no class.
@@ -62,12 +67,15 @@ def open_labels(
     mapping = LabelClasses.make(classes, values, ignore_values)
     if background is not None and not 0 <= background < len(mapping.values):
         raise InputError(f"background must be a class index below {len(mapping.values)}, got {background}")
+    from_vector = VectorLayers if multilabel else VectorLabels
     if is_vector_name(name):
-        return VectorLabels(name, source, mapping, attribute, background)
+        return from_vector(name, source, mapping, attribute, background)
     try:
         mask = open_raster(name)
     except InputError:
         if not opens_as_vector(name):
             raise
-        return VectorLabels(name, source, mapping, attribute, background)
+        return from_vector(name, source, mapping, attribute, background)
+    if multilabel:
+        return RasterLayers(mask, source, len(mapping.values), mapping)
     return RasterLabels(mask, source, mapping)

@@ -99,7 +99,9 @@ def save_png(path: str | Path, picture: Picture) -> None:
             raise OutputError(f"can't write {path}: {error.strerror or error}") from error
 
 
-def write_map_quicklook(source: Source, map_path: str | Path, path: str | Path, classes: Sequence[str]) -> None:
+def write_map_quicklook(
+    source: Source, map_path: str | Path, path: str | Path, classes: Sequence[str], *, multilabel: bool = False
+) -> None:
     """Write a scene and its map side by side, or one above the other, with a legend.
 
     Args:
@@ -107,20 +109,24 @@ def write_map_quicklook(source: Source, map_path: str | Path, path: str | Path, 
         map_path: the scene's map, a band of class indices or a band of probabilities a class.
         path: the PNG to write.
         classes: names for the legend, in the order of the class indices.
+        multilabel: the map has a band of 0 and 1, or of probabilities, a class, of which several may be true: where
+            they are, the likeliest or last is shown.
 
     Raises:
         InputError: the scene or the map can't be read.
         OutputError: the picture can't be written.
     """
-    colors = default_colormap(len(classes))
+    names = ["none", *classes] if multilabel else list(classes)
+    colors = default_colormap(len(names))
     result = open_source(map_path)
-    labels = _class_indices(result.read_reduced(_PANEL_PX))
+    image = result.read_reduced(_PANEL_PX)
     result.close()
+    labels = _shown_labels(image) if multilabel else _class_indices(image)
     scene = rgb_from(source.read_reduced(_PANEL_PX), natural_bands(source))
     painted = colorize(labels, colors)
     painted[painted[..., 3] == 0] = 255
     panels = [_enlarge(scene), _enlarge(painted[..., :3])]
-    save_png(path, _with_legend(_beside(panels), classes, colors))
+    save_png(path, _with_legend(_beside(panels), names, colors))
 
 
 def _stretch(band: npt.NDArray[Any], valid: npt.NDArray[np.bool_]) -> Picture:
@@ -148,6 +154,16 @@ def _generated(index: int) -> Color:
 def _class_indices(image: GeoImage) -> LabelArray:
     best = image.pixels[0] if len(image.pixels) == 1 else np.nan_to_num(image.pixels, nan=-1).argmax(0)
     return np.where(image.valid, best, IGNORE_INDEX).astype(np.uint8)
+
+
+def _shown_labels(image: GeoImage) -> LabelArray:
+    """0 where no class is true, or the number of one that is, from 1 on."""
+    scores = np.where(image.valid, np.nan_to_num(image.pixels, nan=0), 0)
+    # Quantised probabilities go up to 254, labels and other probabilities to 1.
+    half = 127 if scores.max() > 1 else 0.5
+    # Of several the last.
+    best = len(scores) - 1 - scores[::-1].argmax(0)
+    return np.where(image.valid, np.where(scores.max(0) > half, best + 1, 0), IGNORE_INDEX).astype(np.uint8)
 
 
 def natural_bands(source: Source) -> list[int] | None:

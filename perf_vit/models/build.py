@@ -13,14 +13,20 @@ from torch import nn
 
 import perf_vit.models.backbones  # noqa: F401  (registers the backbones)
 from perf_vit.errors import CheckpointError, ConfigError
-from perf_vit.models.heads import FullResolutionHead, LinearHead
+from perf_vit.models.heads import DPTHead, FullResolutionHead, LinearHead, SegFormerHead, UPerNetHead
 from perf_vit.models.saved_model import build_converted, load_converted, read_saved_config
 from perf_vit.models.segmenter import Segmenter, SegmenterSpec
 from perf_vit.types import FeatureSpec
 
 __all__ = ["BackboneConfig", "ModelConfig", "build_backbone", "build_segmenter", "feature_specs"]
 
-_HEADS: dict[str, Callable[..., nn.Module]] = {"full_resolution": FullResolutionHead, "linear": LinearHead}
+_HEADS: dict[str, Callable[..., nn.Module]] = {
+    "full_resolution": FullResolutionHead,
+    "linear": LinearHead,
+    "upernet": UPerNetHead,
+    "dpt": DPTHead,
+    "segformer": SegFormerHead,
+}
 
 
 @dataclass(kw_only=True)
@@ -35,7 +41,7 @@ class ModelConfig:
         freeze_backbone: keep the backbone's weights and train the head alone: quicker, and pretrained features stay
             as general as they are.
         out_indices: the blocks whose outputs the head sees.
-        head: name of a segmentation head.
+        head: full_resolution, linear, upernet, dpt or segformer.
         head_kwargs: passed to the head.
     """
 

@@ -28,6 +28,7 @@ class SegmenterSpec:
         bands: 1-based bands of the source that it reads, None for all of them.
         nodata: value that marks missing pixels where the file declares none, None for nothing of the kind.
         resolution: side of a pixel that rasters are read at, in units of their CRS, None for their own.
+        multilabel: each class is true or not by itself; its scores are logits of a sigmoid, not of a softmax.
         label_options: how its label files are read, as keyword arguments of `perf_vit.io.open_labels`.
     """
 
@@ -37,6 +38,7 @@ class SegmenterSpec:
     bands: tuple[int, ...] | None = None
     nodata: float | None = None
     resolution: float | None = None
+    multilabel: bool = False
     label_options: dict[str, Any] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
@@ -55,6 +57,8 @@ class SegmenterSpec:
             bands=None if values["bands"] is None else tuple(values["bands"]),
             nodata=values["nodata"],
             resolution=values.get("resolution"),
+            # Checkpoints without it are older.
+            multilabel=values.get("multilabel", False),
             label_options=values["label_options"],
         )
 
@@ -98,6 +102,10 @@ class Segmenter(nn.Module):
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.is_backbone_frozen):
             features: Sequence[Tensor] = self.backbone(image)
         return self.head(features, image)
+
+    def decide(self, logits: Tensor) -> Tensor:
+        """What logits [B, K, H, W] say: class indices [B, H, W], or 0 and 1 for each class [B, K, H, W]."""
+        return (logits > 0).long() if self.spec.multilabel else logits.argmax(1)
 
     @property
     def is_backbone_frozen(self) -> bool:

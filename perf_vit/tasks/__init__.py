@@ -5,8 +5,9 @@ from perf_vit.tasks.detection_metrics import OBJECT_SIZES, DetectionClassScores,
 from perf_vit.tasks.detection_plots import plot_precision_recall
 from perf_vit.tasks.distillation import DistillationConfig, DistillationTask
 from perf_vit.tasks.distillation_trainer import DistillationTrainerConfig, build_distillation_trainer
-from perf_vit.tasks.losses import SegmentationLoss
+from perf_vit.tasks.losses import LossConfig, SegmentationLoss, balanced_weights
 from perf_vit.tasks.metrics import ClassScores, class_scores, segmentation_metrics
+from perf_vit.tasks.multilabel_losses import MultilabelLoss
 from perf_vit.tasks.oriented_metrics import OrientedAveragePrecision
 from perf_vit.tasks.redraw import RedrawProjections
 from perf_vit.tasks.segmentation import OptimConfig, SegmentationTask
@@ -25,12 +26,15 @@ __all__ = [
     "DistillationConfig",
     "DistillationTask",
     "DistillationTrainerConfig",
+    "LossConfig",
+    "MultilabelLoss",
     "OptimConfig",
     "OrientedAveragePrecision",
     "RedrawProjections",
     "SegmentationLoss",
     "SegmentationTask",
     "TrainerConfig",
+    "balanced_weights",
     "build_distillation_trainer",
     "build_trainer",
     "class_scores",

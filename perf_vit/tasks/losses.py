@@ -1,30 +1,72 @@
-"""Losses that leave ignored pixels out."""
+"""Losses of segmentation, and mixtures of them, that leave ignored pixels out."""
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
 import torch
+from segmentation_models_pytorch.losses import LovaszLoss
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from perf_vit.errors import ConfigError
 from perf_vit.types import IGNORE_INDEX
 
-__all__ = ["SegmentationLoss", "soft_dice"]
+__all__ = [
+    "LossConfig",
+    "SegmentationLoss",
+    "balanced_weights",
+    "check_class_weights",
+    "check_terms",
+    "focal_factor",
+    "soft_dice",
+]
+
+_FOCAL_EXPONENT = 2
+
+
+@dataclass(kw_only=True)
+class LossConfig:
+    """Weights of the terms of a loss; 0 leaves a term out.
+
+    Attributes:
+        ce: cross-entropy.
+        dice: soft Dice over the classes present in a batch: large and small classes count the same.
+        focal: cross-entropy times (1 - p)^2, p the probability of the right class (Lin et al. 2017): easy pixels count
+            little.
+        lovasz: Lovasz-Softmax (Berman et al. 2018), whose minimum is that of 1 - IoU. It sorts all pixels for each
+            class of a batch, so it is the slowest and takes the most memory.
+    """
+
+    ce: float = 1.0
+    dice: float = 0.0
+    focal: float = 0.0
+    lovasz: float = 0.0
 
 
 class SegmentationLoss(nn.Module):
-    """Cross-entropy plus a weighted soft Dice loss over the pixels that carry a label.
+    """A weighted sum of losses over the pixels that carry a label.
 
     Args:
-        dice_weight: factor of the Dice term; 0 for cross-entropy alone.
-        class_weights: one factor a class in the cross-entropy, None for 1 each.
+        terms: their weights.
+        class_weights: one factor a class in cross-entropy and focal loss, None for 1 each. The other terms weigh
+            classes alike as they are.
+
+    Raises:
+        ConfigError: a negative weight, or none above 0.
     """
 
-    def __init__(self, dice_weight: float = 0.0, class_weights: list[float] | None = None) -> None:
+    def __init__(self, terms: LossConfig | None = None, class_weights: Sequence[float] | None = None) -> None:
         super().__init__()
-        self.dice_weight = dice_weight
+        self.terms = LossConfig() if terms is None else terms
+        check_terms(self.terms)
         self.class_weights: Tensor | None
-        weights = None if class_weights is None else torch.tensor(class_weights, dtype=torch.float32)
-        self.register_buffer("class_weights", weights, persistent=False)
+        factors = None if class_weights is None else torch.tensor(class_weights, dtype=torch.float32)
+        self.register_buffer("class_weights", factors, persistent=False)
+        self.lovasz = LovaszLoss("multiclass", ignore_index=IGNORE_INDEX)
 
     def forward(self, logits: Tensor, labels: Tensor) -> Tensor:
         """Mean loss; 0, with a gradient of 0, where no pixel carries a label.
@@ -37,18 +79,31 @@ class SegmentationLoss(nn.Module):
             A scalar.
         """
         logits = logits.float()
-        keep = labels != IGNORE_INDEX
-        per_pixel = F.cross_entropy(
-            logits, labels, weight=self.class_weights, ignore_index=IGNORE_INDEX, reduction="none"
-        )
-        loss = per_pixel.sum() / keep.sum().clamp(min=1)
-        if self.dice_weight:
-            loss = loss + self.dice_weight * soft_dice(logits, labels)
+        terms = self.terms
+        loss = logits.new_zeros(())
+        if terms.ce or terms.focal:
+            loss = loss + self._by_pixel(logits, labels)
+        if terms.dice:
+            loss = loss + terms.dice * soft_dice(logits, labels)
+        if terms.lovasz:
+            # Without a labelled pixel it is an empty tensor.
+            loss = loss + terms.lovasz * self.lovasz(logits, labels).sum()
         return loss
+
+    def _by_pixel(self, logits: Tensor, labels: Tensor) -> Tensor:
+        """Cross-entropy and focal loss from one value a pixel, mean over the labelled ones."""
+        entropy = F.cross_entropy(logits, labels, ignore_index=IGNORE_INDEX, reduction="none")
+        per_pixel = (self.terms.ce + self.terms.focal * focal_factor(entropy)) * entropy
+        keep = labels != IGNORE_INDEX
+        if self.class_weights is not None:
+            per_pixel = per_pixel * self.class_weights[labels.masked_fill(~keep, 0)]
+        return per_pixel.sum() / keep.sum().clamp(min=1)
 
 
 def soft_dice(logits: Tensor, labels: Tensor) -> Tensor:
     """1 - the soft Dice coefficient over the batch, mean over the classes present in it (Milletari et al. 2016, eq. 5).
+
+    Beside the probabilities it holds no one-hot labels, which for many classes are larger than all else.
 
     Args:
         logits: [B, K, H, W] float.
@@ -57,11 +112,55 @@ def soft_dice(logits: Tensor, labels: Tensor) -> Tensor:
     Returns:
         A scalar in [0, 1]; 0 where no pixel carries a label.
     """
-    keep = (labels != IGNORE_INDEX).unsqueeze(1)
-    probs = logits.softmax(dim=1) * keep
-    target = F.one_hot(labels.masked_fill(labels == IGNORE_INDEX, 0), logits.shape[1]).permute(0, 3, 1, 2) * keep
-    overlap = (probs * target).sum((0, 2, 3))
-    size = target.sum((0, 2, 3))
+    keep = labels != IGNORE_INDEX
+    probs = logits.softmax(dim=1) * keep.unsqueeze(1)
+    at_label = probs.gather(1, labels.masked_fill(~keep, 0).unsqueeze(1)).squeeze(1)
+    present_labels = labels[keep]
+    overlap = probs.new_zeros(logits.shape[1]).index_add(0, present_labels, at_label[keep])
+    size = present_labels.bincount(minlength=logits.shape[1])
     dice = 2 * overlap / (probs.square().sum((0, 2, 3)) + size).clamp(min=1e-6)
     present = size > 0
     return ((1 - dice) * present).sum() / present.sum().clamp(min=1)
+
+
+def focal_factor(entropy: Tensor) -> Tensor:
+    """(1 - p)^2 of cross-entropies -log p."""
+    return (1 - (-entropy).exp()) ** _FOCAL_EXPONENT
+
+
+def check_terms(terms: LossConfig) -> None:
+    """Refuse weights that make no loss.
+
+    Raises:
+        ConfigError: a negative weight, or none above 0.
+    """
+    weights = asdict(terms)
+    if not all(0 <= weight < math.inf for weight in weights.values()) or not any(weights.values()):
+        raise ConfigError(f"optim.loss must hold weights of at least 0, one of them above 0, got {weights}")
+
+
+def balanced_weights(pixels: Sequence[int]) -> list[float]:
+    """Factors inverse to the number of a class's pixels, 1 on average over all pixels.
+
+    Each class then has the same share in the loss.
+
+    Args:
+        pixels: of each class; a class without any gets 1.
+    """
+    num_present = sum(count > 0 for count in pixels)
+    return [sum(pixels) / (num_present * count) if count else 1.0 for count in pixels]
+
+
+def check_class_weights(weights: Any, num_classes: int) -> None:
+    """Refuse what is not one factor a class.
+
+    Raises:
+        ConfigError: another number of factors, or no numbers of at least 0.
+    """
+    if weights is None:
+        return
+    is_list = isinstance(weights, Sequence) and not isinstance(weights, str)
+    if not is_list or not all(isinstance(w, int | float) and 0 <= w < math.inf for w in weights):
+        raise ConfigError(f"optim.class_weights must be balanced, or numbers of at least 0, got {weights}")
+    if len(weights) != num_classes:
+        raise ConfigError(f"optim.class_weights must give one weight a class, got {len(weights)} for {num_classes}")

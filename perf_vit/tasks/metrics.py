@@ -10,12 +10,18 @@ from typing import Any
 from torch import Tensor
 from torchmetrics import MetricCollection
 from torchmetrics.classification import (
+    BinaryF1Score,
+    BinaryJaccardIndex,
+    BinaryPrecision,
+    BinaryRecall,
+    BinaryStatScores,
     MulticlassF1Score,
     MulticlassJaccardIndex,
     MulticlassPrecision,
     MulticlassRecall,
     MulticlassStatScores,
 )
+from torchmetrics.wrappers import MultioutputWrapper
 
 from perf_vit.types import IGNORE_INDEX
 
@@ -38,8 +44,31 @@ class ClassScores:
         return {key: None if value != value else value for key, value in asdict(self).items()}
 
 
-def segmentation_metrics(num_classes: int) -> MetricCollection:
-    """IoU, F1, precision, recall and counts per class; ignored pixels count nowhere."""
+_BINARY: dict[str, Any] = {
+    "iou": BinaryJaccardIndex,
+    "f1": BinaryF1Score,
+    "precision": BinaryPrecision,
+    "recall": BinaryRecall,
+    "counts": BinaryStatScores,
+}
+
+
+def segmentation_metrics(num_classes: int, *, multilabel: bool = False) -> MetricCollection:
+    """IoU, F1, precision, recall and counts per class; ignored pixels count nowhere.
+
+    Args:
+        num_classes: K.
+        multilabel: predictions and labels are 0 and 1 for each class, [B, K, H, W], instead of class indices [B, H, W].
+    """
+    if multilabel:
+        # torchmetrics' own metrics for several labels refuse a single one.
+        return MetricCollection(
+            {
+                key: MultioutputWrapper(metric(ignore_index=IGNORE_INDEX), num_classes, output_dim=1, remove_nans=False)
+                for key, metric in _BINARY.items()
+            },
+            compute_groups=False,
+        )
     shared: dict[str, Any] = {"num_classes": num_classes, "average": None, "ignore_index": IGNORE_INDEX}
     return MetricCollection(
         {

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import lightning
@@ -11,7 +11,6 @@ from torch import Tensor
 from torch.optim import AdamW
 from torch.optim.lr_scheduler import LambdaLR
 
-from perf_vit.errors import ConfigError
 from perf_vit.models import (
     CHECKPOINT_KEY,
     ModelConfig,
@@ -20,8 +19,9 @@ from perf_vit.models import (
     checkpoint_metadata,
     restore_draw,
 )
-from perf_vit.tasks.losses import SegmentationLoss
+from perf_vit.tasks.losses import LossConfig, SegmentationLoss, check_class_weights
 from perf_vit.tasks.metrics import class_scores, segmentation_metrics
+from perf_vit.tasks.multilabel_losses import MultilabelLoss
 
 __all__ = ["OptimConfig", "SegmentationTask"]
 
@@ -34,15 +34,16 @@ class OptimConfig:
         lr: peak learning rate.
         weight_decay: of matrices and kernels; vectors (norms, biases) and position embeddings have none.
         warmup_fraction: share of the steps over which the rate rises.
-        dice_weight: factor of the Dice loss beside the cross-entropy.
-        class_weights: one factor a class in the cross-entropy.
+        loss: weights of its terms.
+        class_weights: one factor a class in cross-entropy and focal loss, or "balanced", which `perf-vit train` turns
+            into factors inverse to the classes' pixels in the training labels.
     """
 
     lr: float = 1e-3
     weight_decay: float = 0.05
     warmup_fraction: float = 0.05
-    dice_weight: float = 0.0
-    class_weights: list[float] | None = None
+    loss: LossConfig = field(default_factory=LossConfig)
+    class_weights: Any = None
 
 
 class SegmentationTask(lightning.LightningModule):
@@ -57,15 +58,12 @@ class SegmentationTask(lightning.LightningModule):
     def __init__(self, model_config: ModelConfig, spec: SegmenterSpec, optim: OptimConfig) -> None:
         super().__init__()
         num_classes = len(spec.classes)
-        if optim.class_weights is not None and len(optim.class_weights) != num_classes:
-            raise ConfigError(
-                f"optim.class_weights must give one weight a class, got {len(optim.class_weights)} for {num_classes}"
-            )
+        check_class_weights(optim.class_weights, num_classes)
         self.model_config = model_config
         self.optim = optim
         self.model = build_segmenter(model_config, spec)
-        self.loss = SegmentationLoss(optim.dice_weight, optim.class_weights)
-        self.val_metrics = segmentation_metrics(num_classes)
+        self.loss = (MultilabelLoss if spec.multilabel else SegmentationLoss)(optim.loss, optim.class_weights)
+        self.val_metrics = segmentation_metrics(num_classes, multilabel=spec.multilabel)
         self.save_hyperparameters({"model": asdict(model_config), "optim": asdict(optim)})
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -92,7 +90,7 @@ class SegmentationTask(lightning.LightningModule):
         image, labels = batch
         logits = self(image)
         self.log("val/loss", self.loss(logits, labels), batch_size=len(image), prog_bar=True, sync_dist=True)
-        self.val_metrics.update(logits.argmax(1), labels)
+        self.val_metrics.update(self.model.decide(logits), labels)
 
     def on_validation_epoch_end(self) -> None:
         """Log IoU and F1 per class and their means over the classes present."""

@@ -78,13 +78,15 @@ class Augmentation:
 
         Args:
             image: [C, H, W] float32, standardised.
-            labels: [H, W] class indices.
+            labels: class indices, [H, W], or layers, [K, H, W].
             seed: decides every draw; the same seed gives the same sample in any process.
 
         Returns:
             The augmented pair, shapes and dtypes kept.
         """
         self._compose.set_random_seed(seed)
-        out = self._compose(image=np.ascontiguousarray(image.transpose(1, 2, 0)), mask=labels)
+        layers = labels.reshape(-1, *labels.shape[-2:])
+        out = self._compose(image=np.ascontiguousarray(image.transpose(1, 2, 0)), masks=layers)
         pixels = out["image"].reshape(*out["image"].shape[:2], len(image))
-        return np.ascontiguousarray(pixels.transpose(2, 0, 1), dtype=np.float32), np.ascontiguousarray(out["mask"])
+        masks = np.stack(out["masks"]).reshape(*labels.shape[:-2], *pixels.shape[:2])
+        return np.ascontiguousarray(pixels.transpose(2, 0, 1), dtype=np.float32), np.ascontiguousarray(masks)

@@ -98,6 +98,11 @@ def test_window_size_that_the_patch_size_does_not_divide(trained, tmp_path, refu
     assert "multiple of the patch size 16, got 100; try 96" in message
 
 
+def test_a_threshold_for_classes_that_exclude_each_other(trained, tmp_path, refused) -> None:
+    args = _predict(trained, trained.scene.image, tmp_path / "out" / "map.tif", "--score-threshold", "0.7")
+    assert "--score-threshold is for objects and for classes that don't exclude each other" in refused(args)
+
+
 def test_overlap_as_large_as_the_window(trained, tmp_path, refused) -> None:
     extra = ["--window-size", "64", "--overlap", "64"]
     assert "overlap" in refused(_predict(trained, trained.scene.image, tmp_path / "out" / "map.tif", *extra))

@@ -62,6 +62,25 @@ def test_a_quicklook_of_probabilities_shows_the_likeliest_class(make_scene, tmp_
     assert share > 0.25
 
 
+@pytest.mark.parametrize(("dtype", "low", "high", "nodata"), [("uint8", 0, 1, 255), ("uint8", 100, 150, 255),
+                                                               ("float32", 0.3, 0.6, float("nan"))])  # fmt: skip
+def test_a_quicklook_of_several_labels_shows_where_none_is_true(make_scene, tmp_path, dtype, low, high, nodata) -> None:
+    source = open_source(make_scene(height=40, width=40))
+    scores = np.full((2, 40, 40), low, dtype)
+    scores[1, 10:30] = high
+    scores[:, 30:] = nodata
+    layout = {"height": 40, "width": 40, "num_bands": 2, "dtype": dtype, "nodata": nodata}
+    with CogWriter(tmp_path / "p.tif", crs=source.crs, transform=source.transform, **layout) as writer:
+        writer.write(0, scores)
+    write_map_quicklook(source, tmp_path / "p.tif", tmp_path / "p.png", ["wet", "built"], multilabel=True)
+    picture = np.asarray(Image.open(tmp_path / "p.png"))
+    colors = default_colormap(3)
+    none, wet, built = ((picture == colors[index][:3]).all(-1).mean() for index in range(3))
+    assert built == pytest.approx(2 * none, rel=0.1)
+    # A patch of the legend.
+    assert 0 < wet < none / 10
+
+
 @pytest.mark.parametrize("bands", [[1, 2], [4], [0, 1, 2]])
 def test_a_picture_of_other_bands_is_refused(bands: list[int]) -> None:
     with pytest.raises(InputError, match="one or three of the bands 1 to 3"):

@@ -76,7 +76,7 @@ def test_a_single_pixel_changes_the_output_beside_it_most() -> None:
         ({"backbone": "performer_vit_tinny_patch16_224"}, "did you mean performer_vit_tiny_patch16_224?"),
         ({"backbone": "hct_base", "backbone_kwargs": {}, "out_indices": [0, 1]}, "one stride"),
         ({"backbone": "hct_base", "backbone_kwargs": {"img_size": 64}}, "unexpected keyword argument 'img_size'"),
-        ({"head": "unet"}, "model.head must be one of full_resolution, linear, got unet"),
+        ({"head": "unet"}, "model.head must be one of full_resolution, linear, upernet, dpt, segformer, got unet"),
         ({"head_kwargs": {"widths": 3}}, "widths"),
         ({"backbone_kwargs": {"attn_kwargs": {"num_feature": 3}}}, "num_features"),
     ],
@@ -140,3 +140,15 @@ def test_a_frozen_backbone_keeps_weights_and_statistics_and_stays_in_evaluation_
 def test_spec_round_trip() -> None:
     full = replace(spec(), bands=(3, 1), nodata=0.0, label_options={"values": [4, 5, 6], "attribute": None})
     assert SegmenterSpec.from_dict(full.to_dict()) == full
+    several = replace(full, multilabel=True)
+    assert SegmenterSpec.from_dict(several.to_dict()) == several
+    older = {key: value for key, value in full.to_dict().items() if key != "multilabel"}
+    assert SegmenterSpec.from_dict(older) == full
+
+
+def test_classes_that_exclude_each_other_or_not_are_decided_from_logits() -> None:
+    logits = torch.tensor([[[[2.0, -1.0]], [[1.0, -2.0]], [[-1.0, -3.0]]]])
+    model = build_segmenter(TINY, spec())
+    assert model.decide(logits).tolist() == [[[0, 0]]]
+    model.spec = replace(model.spec, multilabel=True)
+    assert model.decide(logits).tolist() == [[[[1, 0]], [[1, 0]], [[0, 0]]]]

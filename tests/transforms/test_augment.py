@@ -29,6 +29,20 @@ def test_image_and_labels_move_together_for_any_band_count(num_bands: int) -> No
     assert moved > 10
 
 
+@pytest.mark.parametrize("num_layers", [1, 3, 6])
+def test_layers_of_labels_move_together(num_layers: int) -> None:
+    image, labels = _sample(3)
+    layers = np.stack([(labels == 1) & (np.arange(64) < 64 - 5 * k) for k in range(num_layers)]).astype(np.uint8)
+    augment = Augmentation(flips=True, scale=(0.6, 1.5))
+    for seed in range(5):
+        out, out_layers = augment(image, layers, seed)
+        assert out_layers.shape == layers.shape
+        for layer, moved in zip(layers, out_layers, strict=True):
+            expected, alone = augment(image, layer, seed)
+            np.testing.assert_array_equal(moved, alone)
+            np.testing.assert_array_equal(out, expected)
+
+
 def test_the_seed_alone_decides_the_sample() -> None:
     image, labels = _sample(7)
     first, second = Augmentation(**FULL), Augmentation(**FULL)

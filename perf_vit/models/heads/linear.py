@@ -19,6 +19,8 @@ class LinearHead(nn.Module):
 
     What a frozen backbone knows, with nothing else to learn from; edges are as coarse as the tokens.
 
+    Memory, without gradients: 0.1 GB for a tile of 4096 px, and the logits once (4 bytes x classes x pixels).
+
     Args:
         feature_specs: the backbone's feature maps, of one stride or several.
         in_chans: bands of the image, which it doesn't look at.

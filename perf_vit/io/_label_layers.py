@@ -1,0 +1,115 @@
+"""Labels of which several may be true at a pixel: one layer a class, from overlapping polygons or a raster's bands."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from perf_vit.errors import InputError
+from perf_vit.io._gdal import open_dataset, read_window
+from perf_vit.io._handles import PerThread
+from perf_vit.io._label_classes import LabelClasses
+from perf_vit.io._label_raster import same_grid, spots
+from perf_vit.io._label_vector import VectorLabels
+from perf_vit.io.raster import RasterSource
+from perf_vit.types import IGNORE_INDEX, LabelArray, Window
+
+__all__ = ["RasterLayers", "VectorLayers"]
+
+
+class RasterLayers:
+    """One layer a class from the bands of a raster of 0 and 1; `open_labels` makes one.
+
+    A band's nodata and the ignored values are "no label" for its class alone.
+
+    Args:
+        labels: the raster, on the source's grid.
+        source: gives the grid.
+        num_classes: bands expected.
+        classes: the values to ignore.
+
+    Raises:
+        InputError: another number of bands, another grid, or a value other than 0 and 1.
+    """
+
+    def __init__(self, labels: RasterSource, source: RasterSource, num_classes: int, classes: LabelClasses) -> None:
+        self._path = labels.path
+        self._extent = source.extent
+        # Bands are read as they are: GDAL takes the fourth of four bytes for transparency.
+        self._dataset: PerThread[Any] = PerThread(functools.partial(open_dataset, labels.path))
+        dataset = self._dataset.get()
+        if dataset.count != num_classes:
+            raise InputError(f"expected one band a class in {self._path}, {num_classes}, got {dataset.count} bands")
+        if not same_grid(labels, source):
+            raise InputError(
+                f"label bands must lie on the pixel grid of {source.path}, {source.height} rows x {source.width} "
+                f"columns; warp {self._path} to it (gdalwarp -r near -te ... -ts ...)"
+            )
+        nodata = [] if dataset.nodata is None or dataset.nodata in (0, 1) else [dataset.nodata]
+        self._values = LabelClasses(None, (0, 1), (*classes.ignore_values, *nodata), explicit=True)
+        for window in spots(self._extent):
+            # A value that is no label should come to light before the training does.
+            self.read(window)
+
+    def read(self, window: Window) -> LabelArray:
+        """1 where a class is true, 0 where not, `IGNORE_INDEX` where there is no label: [K, height, width].
+
+        Raises:
+            InputError: the file is damaged there, or holds a value other than 0 and 1.
+        """
+        dataset = self._dataset.get()
+        layers = np.full((dataset.count, *window.shape), IGNORE_INDEX, np.uint8)
+        shared = window.intersect(self._extent)
+        if shared is not None:
+            pixels = read_window(dataset, self._path, shared)
+            everywhere = np.ones(shared.shape, bool)
+            for layer, band in zip(layers, pixels, strict=True):
+                layer[shared.slices_in(window)] = self._values.indices_of(band, everywhere, self._path)
+        return layers
+
+
+class VectorLayers(VectorLabels):
+    """One layer a class from polygons that may overlap; `open_labels` makes one.
+
+    Polygons of an ignored value are "no label" for all classes.
+
+    Args:
+        path: the vector file.
+        source: gives the grid to burn on.
+        classes: attribute values to class indices.
+        attribute: column of class names or values; it may be left out where there is one class.
+        background: None where polygons are only samples: pixels under no polygon carry no label.
+
+    Raises:
+        InputError: the file can't be read, or doesn't fit the source or the classes.
+    """
+
+    def read(self, window: Window) -> LabelArray:
+        """1 where a class is true, 0 where not, `IGNORE_INDEX` where there is no label: [K, height, width]."""
+        layers = np.full((self._num_classes, *window.shape), IGNORE_INDEX, np.uint8)
+        shared = window.intersect(self._extent)
+        if shared is not None:
+            layers[:, *shared.slices_in(window)] = self._burn_layers(shared)
+        return layers
+
+    def _burn_layers(self, window: Window) -> LabelArray:
+        hits = self._hits(window)
+        codes = self._codes[hits]
+        layers = [self._burnt(window, hits[codes == k], 1, fill=0) for k in range(self._num_classes)]
+        unlabelled = self._burnt(window, hits[codes == IGNORE_INDEX], 1, fill=0) > 0
+        burnt = np.stack(layers)
+        if self._fill == IGNORE_INDEX:
+            unlabelled |= ~burnt.any(0)
+        burnt[:, unlabelled] = IGNORE_INDEX
+        return burnt
+
+    def _codes_without_attribute(self, path: str, num_features: int) -> npt.NDArray[np.uint8]:
+        if self._num_classes != 1:
+            raise InputError(
+                f"polygons without attribute are of one class, got {self._num_classes} classes; set attribute to the "
+                f"column of {path} that holds the class"
+            )
+        return np.zeros(num_features, np.uint8)
