@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+from perf_vit.tasks.detection_metrics import DetectionMetrics
 from perf_vit.types import Detections, ObjectLabels
 
 FOLDER = Path(__file__).parents[2] / "tools" / "benchmarks" / "tiny_objects"
@@ -105,6 +106,32 @@ def test_an_object_is_found_once_and_by_its_own_class(tool) -> None:
         labels=torch.tensor([0, 0, 0, 0]),
     )
     scores.update(found, truth)
-    rows = {row["low"]: row for row in scores.to_dict()["recall_by_size"]["0.5"]}
-    assert (rows[4.0]["num"], rows[4.0]["recall"]) == (1, 1.0)
-    assert (rows[8.0]["num"], rows[8.0]["recall"]) == (2, 0.5)
+    rows = {(row["low"], row["high"]): row for row in scores.to_dict()["by_size"]["0.5"]}
+    assert (rows[4.0, 6.0]["num"], rows[4.0, 6.0]["recall"]) == (1, 1.0)
+    assert (rows[8.0, 11.0]["num"], rows[8.0, 11.0]["recall"]) == (2, 0.5)
+    assert (rows[4.0, 16.0]["num"], rows[4.0, 16.0]["recall"]) == (3, pytest.approx(2 / 3))
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_average_precision_is_that_of_pycocotools(tool, seed: int) -> None:
+    scores, reference = tool("scores").SizeScores(), DetectionMetrics(tool("mosaic").CLASSES)
+    rng = np.random.default_rng(seed)
+    for num in (0, 1, 40, 60):
+        boxes = np.repeat(rng.uniform(0, 90, (num, 2)), 2, axis=0).reshape(num, 4)
+        boxes[:, 2:] += rng.uniform(4, 20, (num, 2))
+        truth = ObjectLabels(
+            labels=rng.integers(0, 3, num), boxes_xyxy=boxes.astype(np.float32), ignored=rng.random(num) < 0.15
+        )
+        moved = np.concatenate([boxes + rng.normal(0, spread, boxes.shape) for spread in (0.5, 2)]).astype(np.float32)
+        moved[:, 2:] = np.maximum(moved[:, 2:], moved[:, :2] + 1)
+        found = Detections(
+            boxes_xyxy=torch.from_numpy(moved),
+            scores=torch.from_numpy(rng.random(2 * num).astype(np.float32)),
+            labels=torch.from_numpy(np.where(rng.random(2 * num) < 0.2, 0, np.tile(truth.labels, 2))),
+        )
+        scores.update(found, truth)
+        reference.update([found], [truth])
+    expected, result = reference.compute(), scores.to_dict()
+    assert result["ap50"] == pytest.approx(expected.ap50, abs=1e-6)
+    assert list(result["ap50_by_class"].values()) == pytest.approx([each.ap50 for each in expected.classes], abs=1e-6)
+    assert result["threshold"] == pytest.approx(expected.threshold)

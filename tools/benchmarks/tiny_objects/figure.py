@@ -12,11 +12,11 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 _COLUMNS = (
-    ("AP50", lambda run: run["ap50"]),
-    ("AP", lambda run: run["ap"]),
-    ("AP, 2 to 8 px", lambda run: run["ap_by_size"]["very_tiny"]),
-    ("AP, 8 to 16 px", lambda run: run["ap_by_size"]["tiny"]),
-    ("AP, 16 to 32 px", lambda run: run["ap_by_size"]["small"]),
+    ("AP50, all sizes", lambda run: run["ap50"]),
+    ("AP50, 4 to 8 px", lambda run: _of_size(run, 4, 8)["ap"]),
+    ("AP50, 8 to 16 px", lambda run: _of_size(run, 8, 16)["ap"]),
+    ("recall, 4 to 8 px", lambda run: _of_size(run, 4, 8)["recall"]),
+    ("recall, 8 to 16 px", lambda run: _of_size(run, 8, 16)["recall"]),
     ("AP50, platelets", lambda run: run["ap50_by_class"]["Platelets"]),
 )
 _COSTS = (
@@ -44,12 +44,12 @@ def draw(results: Sequence[dict[str, Any]], path: Path) -> None:
     """Recall by size, a line a network, a band from the lowest to the highest seed; one part for each IoU."""
     picture = Figure(figsize=(10, 4), layout="constrained")
     FigureCanvasAgg(picture)
-    ious = list(results[0]["recall_by_size"])
+    ious = list(results[0]["by_size"])
     for axes, iou in zip(picture.subplots(1, len(ious), sharey=True), ious, strict=True):
         for runs, color in zip(_by_variant(results), _COLORS, strict=False):
-            rows = runs[0]["recall_by_size"][iou]
+            rows = _bins(runs[0]["by_size"][iou])
             x = [(row["low"] * row["high"]) ** 0.5 for row in rows]
-            recall = np.array([[row["recall"] for row in run["recall_by_size"][iou]] for run in runs])
+            recall = np.array([[row["recall"] for row in _bins(run["by_size"][iou])] for run in runs])
             axes.plot(x, recall.mean(0), "o-", color=color, label=runs[0]["title"])
             axes.fill_between(x, recall.min(0), recall.max(0), color=color, alpha=0.2, linewidth=0)
         axes.set_xscale("log", base=2)
@@ -64,6 +64,17 @@ def draw(results: Sequence[dict[str, Any]], path: Path) -> None:
     picture.axes[0].legend(frameon=False, fontsize=8)
     path.parent.mkdir(parents=True, exist_ok=True)
     picture.savefig(path, dpi=110)
+
+
+def _of_size(run: dict[str, Any], low: float, high: float) -> dict[str, float]:
+    rows = run["by_size"]["0.5"]
+    return next(row for row in rows if (row["low"], row["high"]) == (low, high))
+
+
+def _bins(rows: Sequence[dict[str, float]]) -> list[dict[str, float]]:
+    """The rows whose sizes follow one another; those after them sum several up."""
+    last = next(index for index, row in enumerate(rows) if index and row["low"] < rows[index - 1]["low"])
+    return list(rows[:last])
 
 
 def _by_variant(results: Sequence[dict[str, Any]]) -> list[list[dict[str, Any]]]:
