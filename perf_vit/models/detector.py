@@ -85,6 +85,8 @@ class Detector(nn.Module):
     neck: Any
     head: Any
 
+    task = "detection"
+
     def __init__(
         self,
         backbone: nn.Module,

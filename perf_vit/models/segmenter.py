@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from perf_vit.transforms import Normalizer
 
-__all__ = ["Segmenter", "SegmenterSpec", "segmenter_id"]
+__all__ = ["Segmenter", "SegmenterSpec", "network_id", "segmenter_id"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -74,6 +74,8 @@ class Segmenter(nn.Module):
         saved_backbone: config of the converted model that the backbone was made of, None for a timm model.
     """
 
+    task = "segmentation"
+
     def __init__(
         self,
         backbone: nn.Module,
@@ -121,7 +123,17 @@ class Segmenter(nn.Module):
 
 def segmenter_id(model: Segmenter) -> str:
     """Twelve hex digits that another network, other weights or another meaning of them would not have."""
-    digest = hashlib.sha256(json.dumps(model.spec.to_dict(), sort_keys=True).encode())
+    return network_id(model, model.spec.to_dict())
+
+
+def network_id(model: nn.Module, meaning: Mapping[str, Any]) -> str:
+    """Twelve hex digits that another network, other weights or another meaning of them would not have.
+
+    Args:
+        model: with its weights.
+        meaning: plain values that decide what its output means.
+    """
+    digest = hashlib.sha256(json.dumps(meaning, sort_keys=True).encode())
     # Options without parameters show in the text; projections are buffers that no state dict holds.
     digest.update(str(model).encode())
     for name, value in itertools.chain(model.named_parameters(), model.named_buffers()):
