@@ -42,12 +42,15 @@ class ImageTargets:
         return ImageTargets(tuple(self.paths[index] for index in chosen), self.targets[chosen], self.names)
 
 
-def read_class_folders(root: str | Path, classes: Sequence[str] | None = None) -> ImageTargets:
+def read_class_folders(
+    root: str | Path, classes: Sequence[str] | None = None, *, allow_missing: bool = False
+) -> ImageTargets:
     """Images in folders that are named after their class: `root/class/.../image.tif`.
 
     Args:
         root: the folder of the folders.
         classes: names in the order of the indices; the folders by name if None.
+        allow_missing: classes may be without images, as in a small set to validate on.
 
     Raises:
         InputError: no such folder, images beside the folders, a folder that is no class, or a class without images.
@@ -65,7 +68,7 @@ def read_class_folders(root: str | Path, classes: Sequence[str] | None = None) -
     classes = tuple(sorted(set(names)) if classes is None else classes)
     indices = [class_index(name, classes, f"the folder {root / name}") for name in names]
     empty = set(range(len(classes))) - set(indices)
-    if empty:
+    if empty and not allow_missing:
         raise InputError(f"class {classes[min(empty)]} has no images in {root}; check the folders' names")
     return ImageTargets(tuple(map(str, images)), np.array(indices, np.int64), classes)
 

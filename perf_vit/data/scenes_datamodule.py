@@ -162,7 +162,10 @@ def build_scene_datamodule(config: SceneDataConfig, seed: int) -> SceneDataModul
         chosen, rest = split_off(len(labelled), config.val_share, seed, "images")
         train_part, val_part = labelled.part(chosen), labelled.part(rest)
     else:
-        train_part, val_part = labelled, read_image_targets(config, config.val, names=labelled.names)
+        train_part, val_part = (
+            labelled,
+            read_image_targets(config, config.val, names=labelled.names, allow_missing=True),
+        )
     train, val = (SceneImages(part, bands=config.bands, nodata=config.nodata) for part in (train_part, val_part))
     if train.num_bands != val.num_bands:
         raise ConfigError(
@@ -195,7 +198,11 @@ def build_scene_datamodule(config: SceneDataConfig, seed: int) -> SceneDataModul
 
 
 def read_image_targets(
-    config: SceneDataConfig, split: ImageSplitConfig, names: Sequence[str] | None = None
+    config: SceneDataConfig,
+    split: ImageSplitConfig,
+    names: Sequence[str] | None = None,
+    *,
+    allow_missing: bool = False,
 ) -> ImageTargets:
     """The labelled images of a split.
 
@@ -203,6 +210,7 @@ def read_image_targets(
         config: what the labels are.
         split: where images and labels lie.
         names: of classes, instead of those of the config.
+        allow_missing: folders by class needn't have images of all classes.
 
     Raises:
         ConfigError: numbers without a CSV file.
@@ -217,7 +225,7 @@ def read_image_targets(
     if split.labels is None:
         if config.multi_label:
             raise ConfigError("several classes an image come from a CSV file; give data.train.labels")
-        return read_class_folders(split.images, classes)
+        return read_class_folders(split.images, classes, allow_missing=allow_missing)
     return read_class_table(
         split.labels,
         split.images,

@@ -5,7 +5,7 @@ from perf_vit.inference.dense import predict_map
 from perf_vit.inference.dense_output import DenseOutput, OutputKind, class_map, class_output, class_probabilities
 from perf_vit.inference.detections import Objects
 from perf_vit.inference.engine import Strip, TileModel, predict_strips
-from perf_vit.inference.inputs import MapInput, find_inputs, is_one_file
+from perf_vit.inference.inputs import MapInput, find_inputs, find_paths, is_one_file
 from perf_vit.inference.many import attempt, in_turn, predict_many
 from perf_vit.inference.map_job import MapJob, MapResult, make_map
 from perf_vit.inference.objects import ObjectModel, predict_objects
@@ -37,6 +37,7 @@ __all__ = [
     "class_output",
     "class_probabilities",
     "find_inputs",
+    "find_paths",
     "in_turn",
     "is_one_file",
     "make_map",

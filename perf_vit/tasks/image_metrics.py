@@ -130,12 +130,20 @@ class ImageMetrics(Metric):
         self.scores.append(scores.detach().float())
         self.targets.append(targets.detach())
 
-    def compute(self) -> ClassificationScores | RegressionScores:
-        """Scores of all images so far."""
-        scores, targets = dim_zero_cat(self.scores), dim_zero_cat(self.targets)
+    def compute(self) -> tuple[Tensor, Tensor]:
+        """All scores and targets so far, of all processes."""
+        return dim_zero_cat(self.scores), dim_zero_cat(self.targets)
+
+    def summary(self) -> ClassificationScores | RegressionScores:
+        """What all images so far come to."""
+        scores, targets = self.compute()
+        # torchmetrics gives a single number without its axes.
+        scores = scores.reshape(-1, len(self.names))
         if self.kind == "regression":
-            return _number_scores(scores, targets, self.names)
-        return _class_scores(scores, targets, self.names, single=self.kind == "single_label")
+            return _number_scores(scores, targets.reshape(scores.shape), self.names)
+        if self.kind == "multi_label":
+            return _class_scores(scores, targets.reshape(scores.shape), self.names, single=False)
+        return _class_scores(scores, targets.reshape(-1), self.names, single=True)
 
 
 def _class_scores(scores: Tensor, targets: Tensor, names: Sequence[str], *, single: bool) -> ClassificationScores:

@@ -117,7 +117,7 @@ class SceneTask(lightning.LightningModule):
 
     def on_validation_epoch_end(self) -> None:
         """Log the scores, overall and by class."""
-        self.log_dict(logged_scores(self.val_metrics.compute()))
+        self.log_dict(logged_scores(self.val_metrics.summary()))
         self.val_metrics.reset()
 
     def configure_optimizers(self) -> Any:
