@@ -5,13 +5,17 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import timm
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.layers import AttentionPoolLatent
 from torch import nn
 
 from perf_vit.errors import ConfigError
 from perf_vit.models.build import TimmConfig, create_backbone
+from perf_vit.models.saved_model import read_saved_config
+from perf_vit.transforms import Normalizer
 
-__all__ = ["POOLS", "build_pooled", "pooled_parts"]
+__all__ = ["POOLS", "build_pooled", "pooled_parts", "pretrained_statistics"]
 
 POOLS = ("token", "avg", "max", "avgmax", "map")
 """Of patches: the class token, their mean, maximum or both, or attention with a learnt query (timm's map pooling)."""
@@ -59,6 +63,24 @@ def build_pooled(
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise ConfigError(f"model.pool {pool} doesn't go with {config.backbone}: {reason}") from error
     return model, saved_backbone
+
+
+def pretrained_statistics(backbone: str) -> Normalizer:
+    """Mean and standard deviation of red, green and blue that a backbone was pretrained with, for pixels of 8 bits.
+
+    Args:
+        backbone: a timm model name, or a folder with a converted model.
+
+    Raises:
+        CheckpointError: a folder without a converted model.
+    """
+    if timm.is_model(backbone):
+        config = timm.get_pretrained_cfg(backbone)
+        found = {} if config is None else {"mean": config.mean, "std": config.std}
+    else:
+        found = read_saved_config(backbone).get("pretrained_cfg") or {}
+    mean, std = found.get("mean", IMAGENET_DEFAULT_MEAN), found.get("std", IMAGENET_DEFAULT_STD)
+    return Normalizer(tuple(255.0 * value for value in mean), tuple(255.0 * value for value in std))
 
 
 def pooled_parts(model: Any) -> list[nn.Module]:

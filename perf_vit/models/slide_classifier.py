@@ -86,10 +86,14 @@ class SlideSpec:
             }
         )
 
-    @property
-    def source_options(self) -> dict[str, Any]:
-        """How slides are opened, as keyword arguments of `perf_vit.open_source`."""
-        options = {"bands": self.bands, "mpp": self.mpp, "tissue": self.tissue, "slide_mpp": self.slide_mpp}
+    def source_options(self, **given: Any) -> dict[str, Any]:
+        """How slides are opened, as keyword arguments of `perf_vit.open_source`.
+
+        Args:
+            **given: tissue and slide_mpp of one slide; None counts as not given.
+        """
+        own = {"bands": self.bands, "mpp": self.mpp, "tissue": self.tissue, "slide_mpp": self.slide_mpp}
+        options = {**own, **{name: value for name, value in given.items() if value is not None}}
         return {name: value for name, value in options.items() if value is not None}
 
 
@@ -176,9 +180,8 @@ class SlideClassifier(nn.Module):
         return features
 
     def encoder_id(self) -> str:
-        """Twelve hex digits that features of other windows, or of another encoder, would not have."""
-        meaning = {name: value for name, value in self.spec.to_dict().items() if name != "classes"}
-        return network_id(self.encoder, meaning)
+        """Twelve hex digits that another encoder, or another standardisation, would not have."""
+        return network_id(self.encoder, self.spec.normalizer.to_dict())
 
     def train(self, mode: bool = True) -> Self:
         """Training mode, in which the encoder stays as it is evaluated."""
