@@ -156,6 +156,26 @@ def predict(
             precision=precision,
         )
         return
+    if task == "slide":
+        from perf_vit.cli.slides import predict_slides
+
+        predict_slides(
+            checkpoint,
+            [*inputs, *(more_inputs or ())],
+            output,
+            for_maps={"--polygons": polygons, "--flips": flips, "--mosaic": mosaic, "--engine ray": engine == "ray",
+                      "--window-size": window_size, "--overlap": overlap, "--score-threshold": score_threshold,
+                      "--crs": crs, "--resolution": resolution, "--mpp": mpp},
+            slide_mpp=slide_mpp,
+            tissue=tissue,
+            path_column=path_column,
+            skip_errors=on_error == "skip",
+            batch_size=batch_size,
+            num_readers=num_readers,
+            device=device,
+            precision=precision,
+        )  # fmt: skip
+        return
     if task == "detection":
         from perf_vit.cli.detecting import find_objects
 
@@ -245,6 +265,11 @@ def evaluate(
         return
     if labels is None:
         raise ConfigError("evaluate needs --labels: a mask raster or a vector file, labels of objects, or a CSV file")
+    if task == "slide":
+        from perf_vit.cli.slides import report_slides
+
+        report_slides(checkpoint, image, labels, json, batch_size=batch_size, device=device, precision=precision)
+        return
     if task == "detection":
         from perf_vit.cli.detecting import report_objects
 

@@ -5,8 +5,15 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-from perf_vit.data import ClassificationDataConfig, CropsConfig, DataConfig, ObjectDataConfig, RegressionDataConfig
-from perf_vit.models import ClassifierConfig, DetectorConfig, ModelConfig
+from perf_vit.data import (
+    ClassificationDataConfig,
+    CropsConfig,
+    DataConfig,
+    ObjectDataConfig,
+    RegressionDataConfig,
+    SlideDataConfig,
+)
+from perf_vit.models import ClassifierConfig, DetectorConfig, ModelConfig, SlideModelConfig
 from perf_vit.tasks import (
     DetectionOptimConfig,
     DistillationConfig,
@@ -23,6 +30,7 @@ __all__ = [
     "PairConfig",
     "RegressionRun",
     "SegmentationRun",
+    "SlideRun",
 ]
 
 
@@ -122,6 +130,31 @@ class RegressionRun:
     seed: int = 0
     resume: bool = False
     model: ClassifierConfig = field(default_factory=ClassifierConfig)
+    optim: PooledOptimConfig = field(default_factory=PooledOptimConfig)
+    trainer: TrainerConfig = field(default_factory=TrainerConfig)
+
+
+@dataclass(kw_only=True)
+class SlideRun:
+    """Everything that decides a run of slide classification; dumped into its folder.
+
+    Attributes:
+        out: the run folder.
+        task: slide.
+        seed: decides weights, the order of slides and the windows drawn.
+        resume: continue from the run folder's last checkpoint.
+        data: slides, their classes and windows.
+        model: encoder and attention.
+        optim: loss, optimizer and schedule.
+        trainer: how long and where.
+    """
+
+    out: str
+    data: SlideDataConfig
+    task: str = "slide"
+    seed: int = 0
+    resume: bool = False
+    model: SlideModelConfig = field(default_factory=SlideModelConfig)
     optim: PooledOptimConfig = field(default_factory=PooledOptimConfig)
     trainer: TrainerConfig = field(default_factory=TrainerConfig)
 

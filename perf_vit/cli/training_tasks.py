@@ -8,7 +8,8 @@ from typing import Any
 
 from perf_vit.cli.detecting import train_detector
 from perf_vit.cli.scenes import train_scenes
-from perf_vit.cli.schemas import ClassificationRun, DetectionRun, RegressionRun, SegmentationRun
+from perf_vit.cli.schemas import ClassificationRun, DetectionRun, RegressionRun, SegmentationRun, SlideRun
+from perf_vit.cli.slides import train_slides
 from perf_vit.cli.training import train_segmentation
 from perf_vit.config import config_value, load_config
 from perf_vit.errors import ConfigError
@@ -20,6 +21,7 @@ TRAINING_TASKS: dict[str, tuple[type, Callable[[Any], Path]]] = {
     "detection": (DetectionRun, train_detector),
     "classification": (ClassificationRun, train_scenes),
     "regression": (RegressionRun, train_scenes),
+    "slide": (SlideRun, train_slides),
 }
 """Of each task, the schema of its configs and what trains it."""
 

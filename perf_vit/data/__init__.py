@@ -5,6 +5,7 @@ from perf_vit.data.class_pixels import count_class_pixels
 from perf_vit.data.crops import UnlabelledCrops, find_images
 from perf_vit.data.crops_datamodule import CropsConfig, CropsDataModule, build_crops
 from perf_vit.data.datamodule import WindowDataModule
+from perf_vit.data.embeddings import EmbeddingStore, SlideFeatures
 from perf_vit.data.image_targets import ImageTargets
 from perf_vit.data.labels import (
     LABEL_FORMATS,
@@ -32,6 +33,9 @@ from perf_vit.data.scenes_datamodule import (
     build_scene_datamodule,
     read_image_targets,
 )
+from perf_vit.data.slide_bags import SlideBags, SlideTargets, collate_bags, read_slide_table
+from perf_vit.data.slide_windows import tissue_windows
+from perf_vit.data.slides_datamodule import SlideBagModule, SlideDataConfig, read_slides
 from perf_vit.data.synthetic import ShipScene, make_ship_scene
 from perf_vit.data.windows import GridWindows, LabelledSource, RandomWindows
 
@@ -42,6 +46,7 @@ __all__ = [
     "CropsConfig",
     "CropsDataModule",
     "DataConfig",
+    "EmbeddingStore",
     "GridWindows",
     "ImageRecord",
     "ImageSplitConfig",
@@ -65,12 +70,18 @@ __all__ = [
     "SceneTiles",
     "SceneViews",
     "ShipScene",
+    "SlideBagModule",
+    "SlideBags",
+    "SlideDataConfig",
+    "SlideFeatures",
+    "SlideTargets",
     "UnlabelledCrops",
     "WindowDataModule",
     "build_crops",
     "build_datamodule",
     "build_object_datamodule",
     "build_scene_datamodule",
+    "collate_bags",
     "collate_objects",
     "count_class_pixels",
     "find_images",
@@ -81,7 +92,10 @@ __all__ = [
     "objects_in",
     "read_image_targets",
     "read_object_labels",
+    "read_slide_table",
+    "read_slides",
     "region_window",
     "scene_tile",
+    "tissue_windows",
     "write_coco_labels",
 ]

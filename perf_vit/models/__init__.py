@@ -23,6 +23,7 @@ from perf_vit.models.classifier import (
 from perf_vit.models.convert import performerize
 from perf_vit.models.detector import Detector, DetectorSpec
 from perf_vit.models.fidelity import attention_errors, token_cosines
+from perf_vit.models.pooled import pretrained_statistics
 from perf_vit.models.saved_model import load_converted, load_softmax, save_converted
 from perf_vit.models.segmenter import Segmenter, SegmenterSpec, network_id, segmenter_id
 from perf_vit.models.slide_classifier import SlideClassifier, SlideModelConfig, SlideSpec, build_slide_classifier
@@ -59,6 +60,7 @@ __all__ = [
     "load_softmax",
     "network_id",
     "performerize",
+    "pretrained_statistics",
     "restore_draw",
     "save_converted",
     "segmenter_id",

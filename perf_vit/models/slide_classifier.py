@@ -59,6 +59,7 @@ class SlideSpec:
         tissue: "otsu", or None to take windows of glass, too.
         min_tissue: least share of tissue in a window.
         slide_mpp: micrometres per pixel of level 0 where files don't say.
+        label_options: columns of the CSV files it was trained with.
     """
 
     classes: tuple[str, ...]
@@ -69,6 +70,7 @@ class SlideSpec:
     tissue: str | None = "otsu"
     min_tissue: float = 0.25
     slide_mpp: float | None = None
+    label_options: dict[str, Any] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, for a checkpoint."""

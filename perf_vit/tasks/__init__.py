@@ -27,6 +27,7 @@ from perf_vit.tasks.scenes import (
     SceneTask,
 )
 from perf_vit.tasks.segmentation import OptimConfig, SegmentationTask
+from perf_vit.tasks.slides import SLIDE_CURVES, SLIDE_MONITOR, SlideTask
 from perf_vit.tasks.trainer import TrainerConfig, build_trainer
 
 __all__ = [
@@ -37,6 +38,8 @@ __all__ = [
     "OBJECT_SIZES",
     "REGRESSION_CURVES",
     "REGRESSION_MONITOR",
+    "SLIDE_CURVES",
+    "SLIDE_MONITOR",
     "ClassScores",
     "ClassificationScores",
     "DetectionClassScores",
@@ -60,6 +63,7 @@ __all__ = [
     "SceneTask",
     "SegmentationLoss",
     "SegmentationTask",
+    "SlideTask",
     "TrainerConfig",
     "balanced_weights",
     "build_distillation_trainer",

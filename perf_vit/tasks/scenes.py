@@ -95,7 +95,9 @@ class SceneTask(lightning.LightningModule):
         logits = logits.float()
         kind, smoothing = self.model.spec.kind, self.optim.label_smoothing
         if kind == "single_label":
-            return F.cross_entropy(logits, targets, self.class_weights, label_smoothing=smoothing)
+            # torch's weighted mean divides by the weights of the batch, so small batches would weigh little.
+            options: dict[str, Any] = {"reduction": "none", "label_smoothing": smoothing}
+            return F.cross_entropy(logits, targets, self.class_weights, **options).mean()
         if kind == "multi_label":
             smooth = targets * (1 - smoothing) + smoothing / 2
             return F.binary_cross_entropy_with_logits(logits, smooth, self.class_weights)
