@@ -200,7 +200,7 @@ class _Forward:
 
 def _tiles(spec: ClassifierSpec, paths: Sequence[str], errors: dict[str, str] | None) -> Iterator[tuple[str, Tensor]]:
     """Images as the network sees them; those that can't be read go to `errors`, if there are such."""
-    options = {} if spec.nodata is None else {"nodata": spec.nodata}
+    options: dict[str, Any] = {} if spec.nodata is None else {"nodata": spec.nodata}
     for path in paths:
         try:
             source = open_source(path, bands=spec.bands, **options)
