@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -35,19 +35,25 @@ class ObjectImages:
         records: the images.
         bands: 1-based bands to read; all but alpha if None.
         min_visible: objects of which a smaller share lies in a window are ignored there.
+        source_options: mpp and slide_mpp that the records' slides are read at.
 
     Raises:
         InputError: no image, one that can't be opened, or different numbers of bands.
     """
 
     def __init__(
-        self, records: Sequence[ImageRecord], *, bands: Sequence[int] | None = None, min_visible: float = 0.3
+        self,
+        records: Sequence[ImageRecord],
+        *,
+        bands: Sequence[int] | None = None,
+        min_visible: float = 0.3,
+        source_options: Mapping[str, Any] | None = None,
     ) -> None:
         if not records:
             raise InputError("expected labelled images to cut tiles from, got none")
         self.records = list(records)
         self.min_visible = min_visible
-        self.sources = [open_closed(record.path, bands) for record in self.records]
+        self.sources = [open_closed(record.path, bands, **(source_options or {})) for record in self.records]
         self.num_bands = common_bands(self.sources)
 
     def read(self, index: int, window: Window, owned: Window | None = None) -> tuple[GeoImage, ObjectLabels]:

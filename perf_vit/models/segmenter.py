@@ -29,6 +29,7 @@ class SegmenterSpec:
         nodata: value that marks missing pixels where the file declares none, None for nothing of the kind.
         resolution: side of a pixel that rasters are read at, in units of their CRS, None for their own.
         multilabel: each class is true or not by itself; its scores are logits of a sigmoid, not of a softmax.
+        mpp: micrometres per pixel that slides are read at, None for a model of rasters.
         label_options: how its label files are read, as keyword arguments of `perf_vit.io.open_labels`.
     """
 
@@ -39,6 +40,7 @@ class SegmenterSpec:
     nodata: float | None = None
     resolution: float | None = None
     multilabel: bool = False
+    mpp: float | None = None
     label_options: dict[str, Any] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
@@ -59,6 +61,7 @@ class SegmenterSpec:
             resolution=values.get("resolution"),
             # Checkpoints without it are older.
             multilabel=values.get("multilabel", False),
+            mpp=values.get("mpp"),
             label_options=values["label_options"],
         )
 
