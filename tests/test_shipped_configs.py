@@ -114,9 +114,9 @@ def test_a_shipped_classifier_loads_builds_and_learns_one_batch(name: str) -> No
     if " labels: " in find_config(name).read_text():
         files += ["data.train.labels=x", "data.targets=[a]" if is_regression else "data.classes=[a,b,c]"]
     config = load_config(name, RegressionRun if is_regression else ClassificationRun, [*files, *given])
-    multi_label = not is_regression and config.data.multi_label
+    multilabel = not is_regression and config.data.multilabel
     spec = ClassifierSpec(
-        kind="regression" if is_regression else "multi_label" if multi_label else "single_label",
+        kind="regression" if is_regression else "multilabel" if multilabel else "single_label",
         outputs=("a",) if is_regression else ("a", "b", "c"),
         normalizer=Normalizer((0.0,) * 3, (1.0,) * 3),
         tile_px=64,
@@ -127,7 +127,7 @@ def test_a_shipped_classifier_loads_builds_and_learns_one_batch(name: str) -> No
     task = SceneTask(config.model, spec, config.optim)
     images = torch.randn(2, 3, 64, 64)
     targets = torch.tensor([0, 2])
-    if is_regression or multi_label:
+    if is_regression or multilabel:
         targets = torch.tensor([[3.0], [7.0]]) if is_regression else torch.tensor([[0.0, 1, 1], [1, 0, 0]])
     # Without the warm-up of a run, its rate would go too far.
     optimizer = torch.optim.AdamW([p for p in task.parameters() if p.requires_grad], lr=config.optim.lr / 100)

@@ -162,7 +162,7 @@ def evaluate_scenes(
         config: Any = RegressionDataConfig(train=split, targets=list(spec.outputs), **columns)
         labelled = read_image_targets(config, split)
     else:
-        config = ClassificationDataConfig(train=split, multi_label=spec.kind == "multi_label", **columns)
+        config = ClassificationDataConfig(train=split, multilabel=spec.kind == "multilabel", **columns)
         labelled = read_image_targets(config, split, names=spec.outputs, allow_missing=True)
     views = SceneViews(
         SceneImages(labelled, bands=spec.bands, nodata=spec.nodata),
@@ -222,7 +222,7 @@ def _batches(items: Iterable[Any], batch_size: int) -> Iterator[list[Any]]:
 
 
 def _header(spec: ClassifierSpec, with_errors: bool) -> list[str]:
-    leading = {"single_label": ["prediction"], "multi_label": ["predictions"], "regression": []}[spec.kind]
+    leading = {"single_label": ["prediction"], "multilabel": ["predictions"], "regression": []}[spec.kind]
     return ["image", *leading, *spec.outputs, *(["error"] if with_errors else [])]
 
 
@@ -238,7 +238,7 @@ def _rows(
         leading = []
         if spec.kind == "single_label":
             leading = [spec.outputs[max(range(len(scores)), key=scores.__getitem__)]]
-        elif spec.kind == "multi_label":
+        elif spec.kind == "multilabel":
             leading = [" ".join(name for name, score in zip(spec.outputs, scores, strict=True) if score > 0.5)]
         yield [path, *leading, *(f"{score:.6g}" for score in scores), *([""] if errors else [])]
 
@@ -264,7 +264,7 @@ def _spec(config: ClassificationRun | RegressionRun, data: SceneDataModule) -> C
             **shared,
         )
     return ClassifierSpec(
-        kind="multi_label" if given.multi_label else "single_label",
+        kind="multilabel" if given.multilabel else "single_label",
         label_options={"image_column": given.image_column, "label_column": given.label_column},
         **shared,
     )

@@ -78,7 +78,7 @@ def read_class_table(
     images: str | Path,
     classes: Sequence[str] | None = None,
     *,
-    multi_label: bool = False,
+    multilabel: bool = False,
     image_column: str = "image",
     label_column: str = "label",
 ) -> ImageTargets:
@@ -88,15 +88,15 @@ def read_class_table(
         table: the CSV file.
         images: folder that its names of images are searched in.
         classes: names in the order of the indices; those that occur, by name, if None. Columns of the file if
-            `multi_label`.
-        multi_label: images of any number of classes.
+            `multilabel`.
+        multilabel: images of any number of classes.
         image_column: that names the image.
         label_column: that names the class.
 
     Raises:
         InputError: a file, column, image or class that isn't there, or a value that is none of 0 and 1.
     """
-    if multi_label:
+    if multilabel:
         if not classes:
             raise InputError(f"data.classes must name the columns of {table} that hold 0 and 1")
         rows = read_csv_rows(table, [image_column, *classes])

@@ -88,13 +88,13 @@ class ClassificationDataConfig(SceneDataConfig):
     Attributes:
         classes: names; those that occur in `train`, by name, if left out. For several classes an image, the CSV file's
             columns of 0 and 1.
-        multi_label: images of any number of classes.
+        multilabel: images of any number of classes.
         label_column: of CSV files, that names the class.
         sampler: all, each image once an epoch, or balanced, each class as often as the others.
     """
 
     classes: list[str] | None = None
-    multi_label: bool = False
+    multilabel: bool = False
     label_column: str = "label"
     sampler: str = "all"
 
@@ -156,7 +156,7 @@ def build_scene_datamodule(config: SceneDataConfig, seed: int) -> SceneDataModul
     """
     _check(config)
     labelled = read_image_targets(config, config.train)
-    if isinstance(config, ClassificationDataConfig) and not config.multi_label and len(labelled.names) < 2:
+    if isinstance(config, ClassificationDataConfig) and not config.multilabel and len(labelled.names) < 2:
         raise ConfigError(f"all images of data.train are of the class {labelled.names[0]}; expected at least two")
     if config.val is None:
         chosen, rest = split_off(len(labelled), config.val_share, seed, "images")
@@ -223,14 +223,14 @@ def read_image_targets(
     assert isinstance(config, ClassificationDataConfig)
     classes = names or config.classes
     if split.labels is None:
-        if config.multi_label:
+        if config.multilabel:
             raise ConfigError("several classes an image come from a CSV file; give data.train.labels")
         return read_class_folders(split.images, classes, allow_missing=allow_missing)
     return read_class_table(
         split.labels,
         split.images,
         classes,
-        multi_label=config.multi_label,
+        multilabel=config.multilabel,
         image_column=config.image_column,
         label_column=config.label_column,
     )
@@ -258,11 +258,11 @@ def measured_normalizer(read_reduced: Callable[[int, int], Any], length: int, se
 def _check(config: SceneDataConfig) -> None:
     if isinstance(config, ClassificationDataConfig):
         classes = config.classes
-        if classes is not None and (len(classes) < 2 - config.multi_label or len(set(classes)) != len(classes)):
+        if classes is not None and (len(classes) < 2 - config.multilabel or len(set(classes)) != len(classes)):
             raise ConfigError(f"data.classes must name at least two classes, each once, got {classes}")
-        if config.multi_label and classes is None:
-            raise ConfigError("data.multi_label needs data.classes, the columns of 0 and 1")
-        if config.sampler not in ("all", "balanced") or (config.sampler == "balanced" and config.multi_label):
+        if config.multilabel and classes is None:
+            raise ConfigError("data.multilabel needs data.classes, the columns of 0 and 1")
+        if config.sampler not in ("all", "balanced") or (config.sampler == "balanced" and config.multilabel):
             raise ConfigError(f"data.sampler must be all, or balanced for one class an image, got {config.sampler}")
     if isinstance(config, RegressionDataConfig) and not config.targets:
         raise ConfigError("data.targets must name at least one column of numbers")

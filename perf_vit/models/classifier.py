@@ -14,7 +14,7 @@ from perf_vit.transforms import Normalizer
 
 __all__ = ["Classifier", "ClassifierConfig", "ClassifierSpec", "ImageLabelKind", "build_classifier"]
 
-ImageLabelKind = Literal["single_label", "multi_label", "regression"]
+ImageLabelKind = Literal["single_label", "multilabel", "regression"]
 """One class an image, any number of classes, or one number or several."""
 
 
@@ -144,7 +144,7 @@ class Classifier(nn.Module):
         logits = logits.float()
         if self.spec.kind == "single_label":
             return logits.softmax(dim=1)
-        if self.spec.kind == "multi_label":
+        if self.spec.kind == "multilabel":
             return logits.sigmoid()
         return logits * self._std + self._mean
 

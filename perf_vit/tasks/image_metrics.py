@@ -141,7 +141,7 @@ class ImageMetrics(Metric):
         scores = scores.reshape(-1, len(self.names))
         if self.kind == "regression":
             return _number_scores(scores, targets.reshape(scores.shape), self.names)
-        if self.kind == "multi_label":
+        if self.kind == "multilabel":
             return _class_scores(scores, targets.reshape(scores.shape), self.names, single=False)
         return _class_scores(scores, targets.reshape(-1), self.names, single=True)
 

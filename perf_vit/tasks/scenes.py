@@ -98,7 +98,7 @@ class SceneTask(lightning.LightningModule):
             # torch's weighted mean divides by the weights of the batch, so small batches would weigh little.
             options: dict[str, Any] = {"reduction": "none", "label_smoothing": smoothing}
             return F.cross_entropy(logits, targets, self.class_weights, **options).mean()
-        if kind == "multi_label":
+        if kind == "multilabel":
             smooth = targets * (1 - smoothing) + smoothing / 2
             return F.binary_cross_entropy_with_logits(logits, smooth, self.class_weights)
         return F.smooth_l1_loss(logits, self.model.standardised(targets))

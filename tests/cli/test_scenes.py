@@ -139,7 +139,7 @@ def test_options_of_maps_are_refused(run, folders, extra, message, capsys) -> No
 def test_several_classes_an_image_train_evaluate_and_predict(folders, config, table, tmp_path, capsys) -> None:
     out = tmp_path / "run"
     labels = [f"data.train.images={folders}", f"data.train.labels={table}", f"out={out}"]
-    more = ["data.multi_label=true", "data.classes=[first,second]", "trainer.max_epochs=6", "optim.lr=0.01"]
+    more = ["data.multilabel=true", "data.classes=[first,second]", "trainer.max_epochs=6", "optim.lr=0.01"]
     assert call(["train", config, "task=classification", *labels, *more]) == 0
     checkpoint, report = out / "checkpoints" / "best.ckpt", tmp_path / "scores.json"
     assert call(["evaluate", "--checkpoint", checkpoint, "--input", folders, "--labels", table, "--json", report]) == 0
@@ -176,7 +176,7 @@ def test_numbers_are_estimated_in_their_unit(folders, config, table, tmp_path) -
         (["task=classification", "data.tile_px=33"], "multiple of the patch size 16"),
         (["task=classification", "model.pool=mean"], "model.pool must be one of token"),
         (["task=classification", "data.batch_size=100"], "data.batch_size must be at most the 18 tiles"),
-        (["task=classification", "data.multi_label=true", "data.classes=[a]"], "come from a CSV file"),
+        (["task=classification", "data.multilabel=true", "data.classes=[a]"], "come from a CSV file"),
         (["task=regression", "data.targets=[height]"], "numbers come from a CSV file"),
         (["task=classification", "optim.class_weights=[1,2]"], "one weight a class"),
     ],

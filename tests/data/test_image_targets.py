@@ -89,11 +89,11 @@ def test_a_table_that_doesnt_fit_is_an_error_with_its_line(root, lines, message)
 
 def test_several_classes_are_columns_of_0_and_1(root) -> None:
     table = write_table(root, "image,wet,cold,note", "a,1,0,x", "b,1.0,1,y")
-    found = read_class_table(table, root, ["cold", "wet"], multi_label=True)
+    found = read_class_table(table, root, ["cold", "wet"], multilabel=True)
     assert found.targets.tolist() == [[0, 1], [1, 1]]
     table = write_table(root, "image,wet,cold", "a,1,0", "b,1,0.5")
     with pytest.raises(InputError, match=r"line 3 .* must have 0 or 1 as cold, got 0.5"):
-        read_class_table(table, root, ["cold", "wet"], multi_label=True)
+        read_class_table(table, root, ["cold", "wet"], multilabel=True)
 
 
 @pytest.mark.parametrize("value", ["nan", "inf", "tall", "1,5"])

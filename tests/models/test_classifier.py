@@ -85,7 +85,7 @@ def test_a_converted_folder_keeps_its_weights_under_any_pool(tmp_path: Path, poo
     folder = tmp_path / "converted"
     perf_vit.save_converted(perf_vit.performerize(teacher), folder)
     spec = ClassifierSpec(
-        kind="multi_label", outputs=("a", "b"), normalizer=Normalizer((0.0,) * 3, (1.0,) * 3), tile_px=32
+        kind="multilabel", outputs=("a", "b"), normalizer=Normalizer((0.0,) * 3, (1.0,) * 3), tile_px=32
     )
     config = ClassifierConfig(backbone=str(folder), pool=pool)
     model = build_classifier(config, spec)
@@ -101,7 +101,7 @@ def test_a_converted_folder_keeps_its_weights_under_any_pool(tmp_path: Path, poo
 def test_scores_are_probabilities_or_numbers_in_their_unit() -> None:
     logits = torch.tensor([[0.0, 1.0, -2.0]])
     assert make("resnet10t").scores(logits).sum().item() == pytest.approx(1)
-    assert torch.allclose(make("resnet10t", kind="multi_label").scores(logits), logits.sigmoid())
+    assert torch.allclose(make("resnet10t", kind="multilabel").scores(logits), logits.sigmoid())
     numbers = make("resnet10t", kind="regression")
     assert numbers.scores(logits).tolist() == [[1, 12, -197]]
     assert torch.allclose(numbers.standardised(numbers.scores(logits)), logits)

@@ -50,7 +50,7 @@ def test_a_class_that_never_occurs_counts_in_no_mean() -> None:
 def test_several_classes_an_image_are_scored_each_for_itself() -> None:
     scores = torch.tensor([[0.9, 0.8], [0.2, 0.6], [0.7, 0.1], [0.1, 0.2]])
     truth = torch.tensor([[1.0, 1.0], [0.0, 0.0], [1.0, 0.0], [0.0, 1.0]])
-    found = collect("multi_label", ("a", "b"), scores, truth)
+    found = collect("multilabel", ("a", "b"), scores, truth)
     assert isinstance(found, ClassificationScores)
     assert found.confusion is None
     assert found.classes[0].f1 == 1
