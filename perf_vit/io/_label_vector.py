@@ -66,8 +66,8 @@ class VectorLabels:
         # Parts of a multipolygon are found one by one, so far islands are not burnt.
         parts, owners = shapely.get_parts(frame.geometry.to_numpy(), return_index=True)
         # Polygons of a slide are in pixels of its level 0, as QuPath has them.
-        is_slide = isinstance(source, SlideSource)
-        self._polygons = to_pixels(parts, Affine.scale(*source.downsample_xy) if is_slide else source.transform)
+        transform = Affine.scale(*source.downsample_xy) if isinstance(source, SlideSource) else source.transform
+        self._polygons = to_pixels(parts, transform)
         self._codes = codes[owners]
         self._tree = shapely.STRtree(self._polygons)
         self._extent = source.extent
