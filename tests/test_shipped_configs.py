@@ -6,22 +6,33 @@ import timm
 import torch
 
 import perf_vit
-from perf_vit.cli.schemas import DetectionRun, DistillationRun, SegmentationRun
+from perf_vit.cli.schemas import (
+    ClassificationRun,
+    DetectionRun,
+    DistillationRun,
+    RegressionRun,
+    SegmentationRun,
+    SlideRun,
+)
 from perf_vit.config import config_value, find_config, load_config, shipped_configs
-from perf_vit.models import DetectorSpec, SegmenterSpec, build_detector, build_segmenter
-from perf_vit.tasks import DistillationTask, SegmentationLoss
+from perf_vit.models import ClassifierSpec, DetectorSpec, SegmenterSpec, SlideSpec, build_detector, build_segmenter
+from perf_vit.tasks import DistillationTask, SceneTask, SegmentationLoss, SlideTask
 from perf_vit.transforms import Normalizer
 from perf_vit.types import ObjectLabels
 
 SEGMENTATION = [name for name in shipped_configs() if name.startswith("configs/segmentation/")]
 DETECTION = [name for name in shipped_configs() if name.startswith("configs/detection/")]
+CLASSIFICATION = [name for name in shipped_configs() if name.startswith("configs/classification/")]
+SLIDES = [name for name in shipped_configs() if name.startswith("configs/slides/")]
 DISTILLATION = [name for name in shipped_configs() if name.startswith("configs/distillation/")]
 
 
 def test_every_shipped_config_is_of_a_kind_tested_here() -> None:
-    assert sorted(SEGMENTATION + DETECTION + DISTILLATION) == shipped_configs()
+    assert sorted(SEGMENTATION + DETECTION + DISTILLATION + CLASSIFICATION + SLIDES) == shipped_configs()
     assert DISTILLATION
     assert DETECTION
+    assert CLASSIFICATION
+    assert SLIDES
 
 
 @pytest.mark.parametrize("name", DISTILLATION)
@@ -92,6 +103,64 @@ def test_a_shipped_detector_loads_builds_takes_a_step_and_detects(name: str) -> 
     with torch.inference_mode():
         found = model.eval()(images)
     assert [type(each).__name__ for each in found] == ["Detections"] * 2
+
+
+@pytest.mark.parametrize("name", CLASSIFICATION)
+def test_a_shipped_classifier_loads_builds_and_learns_one_batch(name: str) -> None:
+    is_regression = config_value(name, "task") == "regression"
+    # A backbone that the user must give may be any of the same blocks.
+    given = [] if "backbone: performer" in find_config(name).read_text() else ["model.backbone=vit_tiny_patch16_224"]
+    files = ["data.train.images=x", "out=x"]
+    if " labels: " in find_config(name).read_text():
+        files += ["data.train.labels=x", "data.targets=[a]" if is_regression else "data.classes=[a,b,c]"]
+    config = load_config(name, RegressionRun if is_regression else ClassificationRun, [*files, *given])
+    multilabel = not is_regression and config.data.multilabel
+    spec = ClassifierSpec(
+        kind="regression" if is_regression else "multilabel" if multilabel else "single_label",
+        outputs=("a",) if is_regression else ("a", "b", "c"),
+        normalizer=Normalizer((0.0,) * 3, (1.0,) * 3),
+        tile_px=64,
+        target_mean=(5.0,) if is_regression else (),
+        target_std=(2.0,) if is_regression else (),
+    )
+    torch.manual_seed(0)
+    task = SceneTask(config.model, spec, config.optim)
+    images = torch.randn(2, 3, 64, 64)
+    targets = torch.tensor([0, 2])
+    if is_regression or multilabel:
+        targets = torch.tensor([[3.0], [7.0]]) if is_regression else torch.tensor([[0.0, 1, 1], [1, 0, 0]])
+    # Without the warm-up of a run, its rate would go too far.
+    optimizer = torch.optim.AdamW([p for p in task.parameters() if p.requires_grad], lr=config.optim.lr / 100)
+    losses = []
+    for _ in range(2):
+        loss = task.loss(task(images), targets)
+        losses.append(loss.item())
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    assert losses[1] < losses[0]
+
+
+@pytest.mark.parametrize("name", SLIDES)
+def test_a_shipped_slide_classifier_loads_builds_and_learns_one_batch(name: str) -> None:
+    given = ["data.train=x", "data.slides=x", "model.backbone=vit_tiny_patch16_224", "out=x"]
+    config = load_config(name, SlideRun, given)
+    spec = SlideSpec(classes=("a", "b"), normalizer=Normalizer((0.0,) * 3, (1.0,) * 3), tile_px=config.data.tile_px)
+    torch.manual_seed(0)
+    task = SlideTask(config.model, spec, config.optim).eval()
+    bags = torch.randn(2, 7, task.model.embed_dim)
+    mask = torch.arange(7) < torch.tensor([[7], [4]])
+    labels = torch.tensor([0, 1])
+    # Without the warm-up of a run, its rate would go too far.
+    optimizer = torch.optim.AdamW([p for p in task.parameters() if p.requires_grad], lr=config.optim.lr / 100)
+    losses = []
+    for _ in range(2):
+        loss = task.loss(task.model(bags, mask)[0], labels)
+        losses.append(loss.item())
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    assert losses[1] < losses[0]
 
 
 @pytest.mark.parametrize("name", shipped_configs())

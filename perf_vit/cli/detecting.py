@@ -124,7 +124,8 @@ def evaluate_detector(
     model = load_detector(checkpoint)
     spec = model.spec
     options = {**spec.label_options, **({} if label_format is None else {"label_format": label_format})}
-    index = read_object_labels(labels, images, classes=spec.classes, **options)
+    source_options = {} if spec.mpp is None else {"mpp": spec.mpp}
+    index = read_object_labels(labels, images, classes=spec.classes, source_options=source_options, **options)
     metrics = DetectionMetrics(spec.classes, spec.kind)
     with windows_progress(f"evaluating {images.name}", "images") as on_image:
         for done, record in enumerate(index, 1):
@@ -143,6 +144,7 @@ def _spec(config: DetectionRun, data: ObjectDataModule) -> DetectorSpec:
         normalizer=data.normalizer,
         tile_px=data.tile_px,
         bands=None if config.data.bands is None else tuple(config.data.bands),
+        mpp=config.data.mpp,
         label_options={
             "label_format": split.format,
             "skip_classes": list(config.data.skip_classes),
@@ -153,7 +155,8 @@ def _spec(config: DetectionRun, data: ObjectDataModule) -> DetectorSpec:
 
 def _open_for(model: Detector, path: str, **options: Any) -> Source:
     """Open a source with the bands and nodata that a model was trained with."""
-    given = {"nodata": model.spec.nodata, **options}
+    own = {"nodata": model.spec.nodata, "mpp": model.spec.mpp}
+    given = {**own, **{name: value for name, value in options.items() if value is not None}}
     return open_source(path, bands=model.spec.bands, **{k: v for k, v in given.items() if v is not None})
 
 

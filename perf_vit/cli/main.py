@@ -10,7 +10,7 @@ import typer
 
 from perf_vit._version import __version__
 from perf_vit.cli.benchmark import benchmark_app
-from perf_vit.errors import PerfVitError
+from perf_vit.errors import ConfigError, PerfVitError
 
 __all__ = ["app", "run"]
 
@@ -133,11 +133,50 @@ def predict(
         str | None, typer.Option(help="Of a running cluster, as auto; a Ray of its own by default.")
     ] = None,
 ) -> None:
-    """Map rasters with a trained model, or find objects in them."""
+    """Map rasters with a trained model, find objects in them, or tell what whole images or slides show."""
     from perf_vit.models import checkpoint_task
 
     source = {"crs": crs, "resolution": resolution, "mpp": mpp, "slide_mpp": slide_mpp, "tissue": tissue}
-    if checkpoint_task(checkpoint) == "detection":
+    task = checkpoint_task(checkpoint)
+    if task in {"classification", "regression"}:
+        from perf_vit.cli.scenes import predict_scenes
+
+        for_maps = {"--polygons": polygons, "--flips": flips, "--mosaic": mosaic, "--engine ray": engine == "ray",
+                    "--window-size": window_size, "--overlap": overlap, "--score-threshold": score_threshold,
+                    **{f"--{name.replace('_', '-')}": value for name, value in source.items()}}  # fmt: skip
+        predict_scenes(
+            checkpoint,
+            [*inputs, *(more_inputs or ())],
+            output,
+            for_maps=for_maps,
+            path_column=path_column,
+            skip_errors=on_error == "skip",
+            batch_size=batch_size,
+            device=device,
+            precision=precision,
+        )
+        return
+    if task == "slide":
+        from perf_vit.cli.slides import predict_slides
+
+        predict_slides(
+            checkpoint,
+            [*inputs, *(more_inputs or ())],
+            output,
+            for_maps={"--polygons": polygons, "--flips": flips, "--mosaic": mosaic, "--engine ray": engine == "ray",
+                      "--window-size": window_size, "--overlap": overlap, "--score-threshold": score_threshold,
+                      "--crs": crs, "--resolution": resolution, "--mpp": mpp},
+            slide_mpp=slide_mpp,
+            tissue=tissue,
+            path_column=path_column,
+            skip_errors=on_error == "skip",
+            batch_size=batch_size,
+            num_readers=num_readers,
+            device=device,
+            precision=precision,
+        )  # fmt: skip
+        return
+    if task == "detection":
         from perf_vit.cli.detecting import find_objects
 
         find_objects(
@@ -188,9 +227,19 @@ def predict(
 def evaluate(
     checkpoint: Checkpoint,
     image: Input,
-    labels: Annotated[Path, typer.Option(help="A mask raster or a vector file, as in training; labels of objects.")],
+    labels: Annotated[
+        Path | None,
+        typer.Option(
+            help="A mask raster or a vector file, as in training; labels of objects; a CSV of images or slides, which "
+            "folders by class do without."
+        ),
+    ] = None,
     json: Annotated[
-        Path | None, typer.Option(help="Write the scores here as well; a detector's curves go beside it, as .png.")
+        Path | None,
+        typer.Option(
+            help="Write the scores here as well; a detector's curves or a classifier's confusion matrix go beside it, "
+            "as .png."
+        ),
     ] = None,
     label_format: Annotated[
         str | None, typer.Option(help="Of labels of objects: coco, voc, yolo, ...; as in training by default.")
@@ -205,10 +254,23 @@ def evaluate(
     device: Device = "auto",
     precision: Precision = "32",
 ) -> None:
-    """Score a trained model on a labelled raster, or a detector on labelled images, class by class."""
+    """Score a trained model on a labelled raster, or on labelled images or slides, class by class."""
     from perf_vit.models import checkpoint_task
 
-    if checkpoint_task(checkpoint) == "detection":
+    task = checkpoint_task(checkpoint)
+    if task in {"classification", "regression"}:
+        from perf_vit.cli.scenes import report_scenes
+
+        report_scenes(checkpoint, image, labels, json, batch_size=batch_size, device=device, precision=precision)
+        return
+    if labels is None:
+        raise ConfigError("evaluate needs --labels: a mask raster or a vector file, labels of objects, or a CSV file")
+    if task == "slide":
+        from perf_vit.cli.slides import report_slides
+
+        report_slides(checkpoint, image, labels, json, batch_size=batch_size, device=device, precision=precision)
+        return
+    if task == "detection":
         from perf_vit.cli.detecting import report_objects
 
         report_objects(

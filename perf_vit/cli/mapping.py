@@ -10,11 +10,11 @@ from typing import Any
 import torch
 
 from perf_vit.cli.console import mean_over_present, print_damage, windows_progress
-from perf_vit.cli.segmentation_maps import SegmentationMaps, on_device, resolved_precision
+from perf_vit.cli.segmentation_maps import SegmentationMaps, on_device, open_for, resolved_precision
 from perf_vit.data import region_window
 from perf_vit.errors import OutputError
 from perf_vit.inference import MapInput, OutputKind, segment_strips
-from perf_vit.io import open_labels, open_raster
+from perf_vit.io import RasterSource, SlideSource, open_labels, open_raster
 from perf_vit.models import Segmenter, load_segmenter
 from perf_vit.tasks import ClassScores, class_scores, segmentation_metrics
 from perf_vit.types import IGNORE_INDEX
@@ -49,7 +49,7 @@ def evaluate_raster(
 ) -> list[ClassScores]:
     """Score the blended prediction of a raster against labels, read as in training; each pixel counts once."""
     model = load_segmenter(checkpoint)
-    source = open_raster(image, bands=model.spec.bands, nodata=model.spec.nodata, resolution=model.spec.resolution)
+    source = _open_labelled(model, image)
     spec = model.spec
     truth = open_labels(labels, source, classes=spec.classes, multilabel=spec.multilabel, **spec.label_options)
     extent = region_window(None if region is None else list(region), source, "--region")
@@ -74,6 +74,16 @@ def write_scores(scores: Sequence[ClassScores], path: Path) -> None:
         path.write_text(json.dumps(content, indent=2) + "\n")
     except OSError as error:
         raise OutputError(f"can't write {path}: {error.strerror}") from error
+
+
+def _open_labelled(model: Segmenter, image: Path) -> RasterSource | SlideSource:
+    spec = model.spec
+    if spec.mpp is None:
+        return open_raster(image, bands=spec.bands, nodata=spec.nodata, resolution=spec.resolution)
+    source = open_for(model, image)
+    # A raster refuses mpp.
+    assert isinstance(source, SlideSource)
+    return source
 
 
 def _engine(model: Segmenter, *, device: str = "auto", precision: str = "32", **options: Any) -> dict[str, Any]:

@@ -5,17 +5,33 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-from perf_vit.data import CropsConfig, DataConfig, ObjectDataConfig
-from perf_vit.models import DetectorConfig, ModelConfig
+from perf_vit.data import (
+    ClassificationDataConfig,
+    CropsConfig,
+    DataConfig,
+    ObjectDataConfig,
+    RegressionDataConfig,
+    SlideDataConfig,
+)
+from perf_vit.models import ClassifierConfig, DetectorConfig, ModelConfig, SlideModelConfig
 from perf_vit.tasks import (
     DetectionOptimConfig,
     DistillationConfig,
     DistillationTrainerConfig,
     OptimConfig,
+    PooledOptimConfig,
     TrainerConfig,
 )
 
-__all__ = ["DetectionRun", "DistillationRun", "PairConfig", "SegmentationRun"]
+__all__ = [
+    "ClassificationRun",
+    "DetectionRun",
+    "DistillationRun",
+    "PairConfig",
+    "RegressionRun",
+    "SegmentationRun",
+    "SlideRun",
+]
 
 
 @dataclass(kw_only=True)
@@ -65,6 +81,81 @@ class DetectionRun:
     resume: bool = False
     model: DetectorConfig = field(default_factory=DetectorConfig)
     optim: DetectionOptimConfig = field(default_factory=DetectionOptimConfig)
+    trainer: TrainerConfig = field(default_factory=TrainerConfig)
+
+
+@dataclass(kw_only=True)
+class ClassificationRun:
+    """Everything that decides a run of image classification; dumped into its folder.
+
+    Attributes:
+        out: the run folder.
+        task: classification.
+        seed: decides weights, tiles and augmentation.
+        resume: continue from the run folder's last checkpoint.
+        data: images, their classes and tiles.
+        model: backbone and pooling.
+        optim: loss, optimizer and schedule.
+        trainer: how long and where.
+    """
+
+    out: str
+    data: ClassificationDataConfig
+    task: str = "classification"
+    seed: int = 0
+    resume: bool = False
+    model: ClassifierConfig = field(default_factory=ClassifierConfig)
+    optim: PooledOptimConfig = field(default_factory=PooledOptimConfig)
+    trainer: TrainerConfig = field(default_factory=TrainerConfig)
+
+
+@dataclass(kw_only=True)
+class RegressionRun:
+    """Everything that decides a run that learns to estimate numbers from images; dumped into its folder.
+
+    Attributes:
+        out: the run folder.
+        task: regression.
+        seed: decides weights, tiles and augmentation.
+        resume: continue from the run folder's last checkpoint.
+        data: images, their numbers and tiles.
+        model: backbone and pooling.
+        optim: optimizer and schedule.
+        trainer: how long and where.
+    """
+
+    out: str
+    data: RegressionDataConfig
+    task: str = "regression"
+    seed: int = 0
+    resume: bool = False
+    model: ClassifierConfig = field(default_factory=ClassifierConfig)
+    optim: PooledOptimConfig = field(default_factory=PooledOptimConfig)
+    trainer: TrainerConfig = field(default_factory=TrainerConfig)
+
+
+@dataclass(kw_only=True)
+class SlideRun:
+    """Everything that decides a run of slide classification; dumped into its folder.
+
+    Attributes:
+        out: the run folder.
+        task: slide.
+        seed: decides weights, the order of slides and the windows drawn.
+        resume: continue from the run folder's last checkpoint.
+        data: slides, their classes and windows.
+        model: encoder and attention.
+        optim: loss, optimizer and schedule.
+        trainer: how long and where.
+    """
+
+    out: str
+    data: SlideDataConfig
+    task: str = "slide"
+    seed: int = 0
+    resume: bool = False
+    model: SlideModelConfig = field(default_factory=SlideModelConfig)
+    optim: PooledOptimConfig = field(default_factory=PooledOptimConfig)
     trainer: TrainerConfig = field(default_factory=TrainerConfig)
 
 

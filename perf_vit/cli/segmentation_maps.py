@@ -32,7 +32,7 @@ def open_for(model: Segmenter, image: str | Path, **options: Any) -> Source:
         image: what to open.
         **options: further ones of `perf_vit.open_source`; None counts as not given.
     """
-    own = {"nodata": model.spec.nodata, "resolution": model.spec.resolution}
+    own = {"nodata": model.spec.nodata, "resolution": model.spec.resolution, "mpp": model.spec.mpp}
     given = {**own, **{name: value for name, value in options.items() if value is not None}}
     return open_source(image, bands=model.spec.bands, **{k: v for k, v in given.items() if v is not None})
 

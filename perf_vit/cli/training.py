@@ -42,5 +42,6 @@ def _spec(config: SegmentationRun, data: WindowDataModule) -> SegmenterSpec:
         nodata=config.data.nodata,
         resolution=config.data.resolution,
         multilabel=config.data.multilabel,
+        mpp=config.data.mpp,
         label_options=label_options(config.data),
     )

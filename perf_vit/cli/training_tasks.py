@@ -2,20 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 from perf_vit.cli.detecting import train_detector
-from perf_vit.cli.schemas import DetectionRun, SegmentationRun
+from perf_vit.cli.scenes import train_scenes
+from perf_vit.cli.schemas import ClassificationRun, DetectionRun, RegressionRun, SegmentationRun, SlideRun
+from perf_vit.cli.slides import train_slides
 from perf_vit.cli.training import train_segmentation
 from perf_vit.config import config_value, load_config
 from perf_vit.errors import ConfigError
 
-__all__ = ["train_from_config"]
+__all__ = ["TRAINING_TASKS", "train_from_config"]
+
+TRAINING_TASKS: dict[str, tuple[type, Callable[[Any], Path]]] = {
+    "segmentation": (SegmentationRun, train_segmentation),
+    "detection": (DetectionRun, train_detector),
+    "classification": (ClassificationRun, train_scenes),
+    "regression": (RegressionRun, train_scenes),
+    "slide": (SlideRun, train_slides),
+}
+"""Of each task, the schema of its configs and what trains it."""
 
 
 def train_from_config(config: str, overrides: Sequence[str]) -> Path:
-    """Train what the config's key `task` says: segmentation, also without the key, or detection.
+    """Train what the config's key `task` says, segmentation without the key.
 
     Returns:
         The best checkpoint.
@@ -24,8 +36,7 @@ def train_from_config(config: str, overrides: Sequence[str]) -> Path:
         PerfVitError: a config, input or output that doesn't fit.
     """
     task = config_value(config, "task", overrides, "segmentation")
-    if task == "detection":
-        return train_detector(load_config(config, DetectionRun, overrides))
-    if task == "segmentation":
-        return train_segmentation(load_config(config, SegmentationRun, overrides))
-    raise ConfigError(f"task must be segmentation or detection, got {task}")
+    if task not in TRAINING_TASKS:
+        raise ConfigError(f"task must be one of {', '.join(TRAINING_TASKS)}, got {task}")
+    schema, train = TRAINING_TASKS[task]
+    return train(load_config(config, schema, overrides))

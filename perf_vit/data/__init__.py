@@ -5,6 +5,8 @@ from perf_vit.data.class_pixels import count_class_pixels
 from perf_vit.data.crops import UnlabelledCrops, find_images
 from perf_vit.data.crops_datamodule import CropsConfig, CropsDataModule, build_crops
 from perf_vit.data.datamodule import WindowDataModule
+from perf_vit.data.embeddings import EmbeddingStore, SlideFeatures
+from perf_vit.data.image_targets import ImageTargets
 from perf_vit.data.labels import (
     LABEL_FORMATS,
     ImageRecord,
@@ -21,17 +23,34 @@ from perf_vit.data.objects_datamodule import (
     ObjectSplitConfig,
     build_object_datamodule,
 )
+from perf_vit.data.scenes import SceneImages, SceneTiles, SceneViews, middle_window, scene_tile
+from perf_vit.data.scenes_datamodule import (
+    ClassificationDataConfig,
+    ImageSplitConfig,
+    RegressionDataConfig,
+    SceneDataConfig,
+    SceneDataModule,
+    build_scene_datamodule,
+    read_image_targets,
+)
+from perf_vit.data.slide_bags import SlideBags, SlideTargets, collate_bags, read_slide_table
+from perf_vit.data.slide_windows import tissue_windows
+from perf_vit.data.slides_datamodule import SlideBagModule, SlideDataConfig, read_slides
 from perf_vit.data.synthetic import ShipScene, make_ship_scene
 from perf_vit.data.windows import GridWindows, LabelledSource, RandomWindows
 
 __all__ = [
     "LABEL_FORMATS",
     "AugmentConfig",
+    "ClassificationDataConfig",
     "CropsConfig",
     "CropsDataModule",
     "DataConfig",
+    "EmbeddingStore",
     "GridWindows",
     "ImageRecord",
+    "ImageSplitConfig",
+    "ImageTargets",
     "LabelledSource",
     "ObjectDataConfig",
     "ObjectDataModule",
@@ -44,20 +63,39 @@ __all__ = [
     "RandomPlaces",
     "RandomWindows",
     "RegionConfig",
+    "RegressionDataConfig",
+    "SceneDataConfig",
+    "SceneDataModule",
+    "SceneImages",
+    "SceneTiles",
+    "SceneViews",
     "ShipScene",
+    "SlideBagModule",
+    "SlideBags",
+    "SlideDataConfig",
+    "SlideFeatures",
+    "SlideTargets",
     "UnlabelledCrops",
     "WindowDataModule",
     "build_crops",
     "build_datamodule",
     "build_object_datamodule",
+    "build_scene_datamodule",
+    "collate_bags",
     "collate_objects",
     "count_class_pixels",
     "find_images",
     "label_options",
     "make_places",
     "make_ship_scene",
+    "middle_window",
     "objects_in",
+    "read_image_targets",
     "read_object_labels",
+    "read_slide_table",
+    "read_slides",
     "region_window",
+    "scene_tile",
+    "tissue_windows",
     "write_coco_labels",
 ]

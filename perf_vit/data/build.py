@@ -8,9 +8,9 @@ from typing import Any
 from perf_vit.data.datamodule import WindowDataModule
 from perf_vit.data.windows import GridWindows, LabelledSource, RandomWindows
 from perf_vit.errors import ConfigError
-from perf_vit.io import RasterSource, open_labels, open_raster
+from perf_vit.io import RasterSource, SlideSource, open_labels, open_raster, open_source
 from perf_vit.transforms import Augmentation, Normalizer
-from perf_vit.types import IGNORE_INDEX, Window
+from perf_vit.types import IGNORE_INDEX, Source, Window
 
 __all__ = ["AugmentConfig", "DataConfig", "RegionConfig", "build_datamodule", "region_window"]
 
@@ -23,8 +23,8 @@ class RegionConfig:
     """One labelled raster, or a part of it.
 
     Attributes:
-        image: a raster that rasterio opens.
-        labels: a mask raster, or a vector file in any CRS.
+        image: a raster that rasterio opens; or a slide, with `data.mpp`.
+        labels: a mask raster, or a vector file in any CRS; of a slide, polygons in pixels of level 0.
         region: [row, col, height, width] in pixels; the whole raster if left out. Training on one side of a line
             and validating on the other is two regions of one raster.
     """
@@ -63,6 +63,9 @@ class DataConfig:
         nodata: value of missing pixels where the raster doesn't declare one.
         resolution: side of a pixel to read rasters at, in units of their CRS; their own if left out. Prediction reads
             at the same.
+        mpp: micrometres per pixel to read slides at; left out, images are rasters. Prediction reads at the same.
+        slide_mpp: micrometres per pixel of slides' level 0 where files don't say.
+        tissue: "otsu" to train and validate on slides' tissue alone.
         tile_px: side of a tile, in pixels; a multiple of the backbone's patch size.
         tiles_per_epoch: random training tiles an epoch.
         batch_size: tiles a step.
@@ -82,6 +85,9 @@ class DataConfig:
     bands: list[int] | None = None
     nodata: float | None = None
     resolution: float | None = None
+    mpp: float | None = None
+    slide_mpp: float | None = None
+    tissue: str | None = None
     tile_px: int = 512
     tiles_per_epoch: int = 200
     batch_size: int = 4
@@ -126,7 +132,7 @@ def build_datamodule(config: DataConfig, seed: int) -> WindowDataModule:
     )
 
 
-def region_window(region: list[int] | None, source: RasterSource, key: str) -> Window:
+def region_window(region: list[int] | None, source: Source, key: str) -> Window:
     """The window that a config or command line asks for, checked against the source.
 
     Args:
@@ -161,14 +167,31 @@ def label_options(config: DataConfig) -> dict[str, Any]:
 
 
 def _open(config: DataConfig, region: RegionConfig, key: str) -> LabelledSource:
-    source = open_raster(region.image, bands=config.bands, nodata=config.nodata, resolution=config.resolution)
+    source: RasterSource | SlideSource
+    if config.mpp is None:
+        source = open_raster(region.image, bands=config.bands, nodata=config.nodata, resolution=config.resolution)
+    else:
+        source = _open_slide(config, region)
     labels = open_labels(
         region.labels, source, classes=config.classes, multilabel=config.multilabel, **label_options(config)
     )
     return LabelledSource(source, labels, region_window(region.region, source, f"{key}.region"))
 
 
+def _open_slide(config: DataConfig, region: RegionConfig) -> SlideSource:
+    source = open_source(
+        region.image, bands=config.bands, mpp=config.mpp, slide_mpp=config.slide_mpp, tissue=config.tissue
+    )
+    # A raster refuses these options.
+    assert isinstance(source, SlideSource)
+    return source
+
+
 def _check(config: DataConfig) -> None:
+    if config.mpp is None and (config.slide_mpp is not None or config.tissue is not None):
+        raise ConfigError("data.slide_mpp and data.tissue are for slides, which need data.mpp; give it, such as 0.5")
+    if config.mpp is not None and (config.nodata is not None or config.resolution is not None):
+        raise ConfigError("data.nodata and data.resolution are for rasters, data.mpp for slides; leave one out")
     num_classes = len(config.classes)
     least_classes = 1 if config.multilabel else 2
     if not least_classes <= num_classes <= IGNORE_INDEX:

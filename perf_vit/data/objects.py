@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -34,20 +35,26 @@ class ObjectImages:
         records: the images.
         bands: 1-based bands to read; all but alpha if None.
         min_visible: objects of which a smaller share lies in a window are ignored there.
+        source_options: mpp and slide_mpp that the records' slides are read at.
 
     Raises:
         InputError: no image, one that can't be opened, or different numbers of bands.
     """
 
     def __init__(
-        self, records: Sequence[ImageRecord], *, bands: Sequence[int] | None = None, min_visible: float = 0.3
+        self,
+        records: Sequence[ImageRecord],
+        *,
+        bands: Sequence[int] | None = None,
+        min_visible: float = 0.3,
+        source_options: Mapping[str, Any] | None = None,
     ) -> None:
         if not records:
             raise InputError("expected labelled images to cut tiles from, got none")
         self.records = list(records)
         self.min_visible = min_visible
-        self.sources = [_open(record.path, bands) for record in self.records]
-        self.num_bands = _common_bands(self.sources)
+        self.sources = [open_closed(record.path, bands, **(source_options or {})) for record in self.records]
+        self.num_bands = common_bands(self.sources)
 
     def read(self, index: int, window: Window, owned: Window | None = None) -> tuple[GeoImage, ObjectLabels]:
         """Pixels of a window of an image, and its objects in the window's pixels.
@@ -72,9 +79,7 @@ class ObjectImages:
         return image
 
     def _colored(self, image: GeoImage) -> GeoImage:
-        if len(image.pixels) < self.num_bands:
-            image.pixels = np.repeat(image.pixels, self.num_bands, axis=0)
-        return image
+        return with_bands(image, self.num_bands)
 
 
 class ObjectWindows(Dataset[ObjectSample]):
@@ -194,13 +199,19 @@ def _owned_starts(starts: list[int], size: int) -> dict[int, int]:
     }
 
 
-def _open(path: str, bands: Sequence[int] | None) -> Source:
-    source = open_source(path, bands=bands)
+def open_closed(path: str, bands: Sequence[int] | None, **options: Any) -> Source:
+    """A source without an open file, as there may be more images than a process may hold open."""
+    source = open_source(path, bands=bands, **options)
     source.close()
     return source
 
 
-def _common_bands(sources: Sequence[Source]) -> int:
+def common_bands(sources: Sequence[Source]) -> int:
+    """How many bands images have; grey ones may lie among those of three.
+
+    Raises:
+        InputError: different numbers of bands.
+    """
     most = max(sources, key=lambda source: source.num_bands)
     for source in sources:
         if source.num_bands != most.num_bands and not (source.num_bands == 1 and most.num_bands == 3):
@@ -209,6 +220,13 @@ def _common_bands(sources: Sequence[Source]) -> int:
                 "data.bands"
             )
     return most.num_bands
+
+
+def with_bands(image: GeoImage, num_bands: int) -> GeoImage:
+    """A grey image among images of three bands, as three equal ones; others as they are."""
+    if len(image.pixels) == 1 and num_bands == 3:
+        image.pixels = np.repeat(image.pixels, num_bands, axis=0)
+    return image
 
 
 def _touch_valid(boxes_xyxy: npt.NDArray[np.float32], valid: BoolArray) -> BoolArray:

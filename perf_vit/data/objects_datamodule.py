@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import lightning
 import numpy as np
@@ -59,6 +60,9 @@ class ObjectDataConfig:
         attribute: of the polygons or instances formats: the column that holds class names. Without it every object is
             of the first class.
         bands: 1-based bands to use; all but alpha if left out.
+        mpp: micrometres per pixel to read slides at; their level 0, and rasters, if left out. Labels are in pixels of
+            level 0. Prediction reads at the same.
+        slide_mpp: micrometres per pixel of slides' level 0 where files don't say.
         tile_px: side of a tile, in pixels; a multiple of the backbone's patch size.
         sampler: where training tiles lie: random (anywhere), objects (around objects, each drawn alike) or balanced
             (around objects, each class drawn alike).
@@ -78,6 +82,8 @@ class ObjectDataConfig:
     skip_classes: list[str] = field(default_factory=list)
     attribute: str | None = None
     bands: list[int] | None = None
+    mpp: float | None = None
+    slide_mpp: float | None = None
     tile_px: int = 512
     sampler: str = "objects"
     random_share: float = 0.25
@@ -155,7 +161,12 @@ def build_object_datamodule(config: ObjectDataConfig, seed: int) -> ObjectDataMo
     _check(config)
     train_index, val_index = _indices(config, seed)
     train, val = (
-        ObjectImages(index.records, bands=config.bands, min_visible=config.min_visible)
+        ObjectImages(
+            index.records,
+            bands=config.bands,
+            min_visible=config.min_visible,
+            source_options=_source_options(config),
+        )
         for index in (train_index, val_index)
     )
     if train.num_bands != val.num_bands:
@@ -217,7 +228,13 @@ def _read(config: ObjectDataConfig, split: ObjectSplitConfig, key: str) -> Objec
         skip_classes=config.skip_classes,
         attribute=config.attribute,
         names=None if split.list is None else _names(split.list, f"{key}.list"),
+        source_options=_source_options(config),
     )
+
+
+def _source_options(config: ObjectDataConfig) -> dict[str, Any]:
+    options = {"mpp": config.mpp, "slide_mpp": config.slide_mpp}
+    return {name: value for name, value in options.items() if value is not None}
 
 
 def _names(path: str, key: str) -> Sequence[str]:

@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from perf_vit.io import LabelSource, RasterSource
+from perf_vit.io import LabelSource
 from perf_vit.tiling import grid_windows, random_window
 from perf_vit.transforms import Augmentation, Normalizer
-from perf_vit.types import IGNORE_INDEX, BoolArray, LabelArray, Window
+from perf_vit.types import IGNORE_INDEX, BoolArray, LabelArray, Source, Window
 
 __all__ = ["GridWindows", "LabelledSource", "RandomWindows"]
 
@@ -23,7 +23,7 @@ __all__ = ["GridWindows", "LabelledSource", "RandomWindows"]
 class LabelledSource:
     """A source, its labels on the same pixel grid, and the part of both that may be used."""
 
-    source: RasterSource
+    source: Source
     labels: LabelSource
     region: Window
 

@@ -1,11 +1,13 @@
 """Whole scenes through a model, window by window, in memory that doesn't know how tall the scene is."""
 
+from perf_vit.inference.attention_picture import attention_picture
 from perf_vit.inference.damage import DamagedPiece
 from perf_vit.inference.dense import predict_map
 from perf_vit.inference.dense_output import DenseOutput, OutputKind, class_map, class_output, class_probabilities
 from perf_vit.inference.detections import Objects
+from perf_vit.inference.embed import embed_windows
 from perf_vit.inference.engine import Strip, TileModel, predict_strips
-from perf_vit.inference.inputs import MapInput, find_inputs, is_one_file
+from perf_vit.inference.inputs import MapInput, find_inputs, find_paths, is_one_file
 from perf_vit.inference.many import attempt, in_turn, predict_many
 from perf_vit.inference.map_job import MapJob, MapResult, make_map
 from perf_vit.inference.objects import ObjectModel, predict_objects
@@ -33,10 +35,13 @@ __all__ = [
     "Strip",
     "TileModel",
     "attempt",
+    "attention_picture",
     "class_map",
     "class_output",
     "class_probabilities",
+    "embed_windows",
     "find_inputs",
+    "find_paths",
     "in_turn",
     "is_one_file",
     "make_map",

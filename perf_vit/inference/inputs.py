@@ -14,7 +14,7 @@ import pyarrow.parquet
 
 from perf_vit.errors import InputError, OutputError
 
-__all__ = ["MapInput", "find_inputs", "is_one_file"]
+__all__ = ["MapInput", "find_inputs", "find_paths", "is_one_file"]
 
 _SLIDES = frozenset({".svs", ".ndpi", ".mrxs", ".scn", ".svslide", ".bif", ".vms", ".vmu", ".dcm"})
 
@@ -80,6 +80,22 @@ def find_inputs(given: Sequence[str | Path], folder: str | Path, *, path_column:
         found.update(dict.fromkeys(_expand(os.fspath(item), folder, path_column)))
     _check_names(list(found))
     return list(found)
+
+
+def find_paths(given: Sequence[str | Path], *, path_column: str = "path") -> list[str]:
+    """All inputs of what makes no maps, each once; see `find_inputs`.
+
+    Args:
+        given: files, URLs, folders, globs and lists.
+        path_column: of lists.
+
+    Raises:
+        InputError: nothing is there, or a list has no such column.
+    """
+    # No image lies below a file.
+    nowhere = Path(os.devnull)
+    found = [each.path for item in given for each in _expand(os.fspath(item), nowhere, path_column)]
+    return list(dict.fromkeys(found))
 
 
 def _expand(item: str, folder: Path, path_column: str) -> Iterator[MapInput]:

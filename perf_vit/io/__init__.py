@@ -1,6 +1,7 @@
 """Sources, labels and outputs: rasters read and written window by window."""
 
 from perf_vit.io._gdal import bounded_cache
+from perf_vit.io._staging import staged
 from perf_vit.io.cog import write_cog
 from perf_vit.io.describe import SourceInfo, describe_source
 from perf_vit.io.existing import holds_layout
@@ -41,6 +42,7 @@ __all__ = [
     "polygonize_classes",
     "rgb_from",
     "save_png",
+    "staged",
     "write_cog",
     "write_map_quicklook",
     "write_objects",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -19,8 +20,9 @@ from rasterio.features import rasterize
 from perf_vit.errors import InputError
 from perf_vit.io._gdal import reason_of
 from perf_vit.io._label_classes import LabelClasses
-from perf_vit.io._placing import check_both_placed, check_overlap
+from perf_vit.io._placing import check_both_placed, check_on_slide, check_overlap
 from perf_vit.io.raster import RasterSource
+from perf_vit.io.slide import SlideSource
 from perf_vit.types import IGNORE_INDEX, LabelArray, Window
 
 __all__ = ["VectorLabels", "is_vector_name", "opens_as_vector", "read_features", "to_pixels"]
@@ -49,7 +51,7 @@ class VectorLabels:
     def __init__(
         self,
         path: str,
-        source: RasterSource,
+        source: RasterSource | SlideSource,
         classes: LabelClasses,
         attribute: str | None,
         background: int | None,
@@ -63,7 +65,9 @@ class VectorLabels:
             codes = _codes(path, frame, classes, attribute)
         # Parts of a multipolygon are found one by one, so far islands are not burnt.
         parts, owners = shapely.get_parts(frame.geometry.to_numpy(), return_index=True)
-        self._polygons = to_pixels(parts, source.transform)
+        # Polygons of a slide are in pixels of its level 0, as QuPath has them.
+        transform = Affine.scale(*source.downsample_xy) if isinstance(source, SlideSource) else source.transform
+        self._polygons = to_pixels(parts, transform)
         self._codes = codes[owners]
         self._tree = shapely.STRtree(self._polygons)
         self._extent = source.extent
@@ -124,16 +128,20 @@ def opens_as_vector(path: str) -> bool:
         return False
 
 
-def _read_polygons(path: str, source: RasterSource, attribute: str | None) -> Any:
-    """Polygons of the file in the source's CRS, with the attribute's column."""
+def _read_polygons(path: str, source: RasterSource | SlideSource, attribute: str | None) -> Any:
+    """Polygons of the file in the source's CRS, or in pixels of a slide's level 0, with the attribute's column."""
     frame = read_features(path, attribute)
-    check_both_placed(source, path, frame.crs)
+    if not isinstance(source, SlideSource):
+        check_both_placed(source, path, frame.crs)
     frame = frame[~(frame.geometry.isna() | frame.geometry.is_empty)]
     other = sorted(set(frame.geom_type) - {"Polygon", "MultiPolygon"})
     if other:
         raise InputError(f"{path} holds {', '.join(other)}; labels must be polygons (buffer lines and points first)")
     if frame.empty:
         raise InputError(f"{path} holds no polygons")
+    if isinstance(source, SlideSource):
+        check_on_slide(source, path, tuple(frame.total_bounds))
+        return frame
     frame = frame.to_crs(source.crs.to_wkt())
     # What has no place in the source's projection can't lie on the source.
     frame = frame[np.isfinite(frame.bounds.to_numpy()).all(axis=1)]
@@ -165,7 +173,22 @@ def _read_only_layer(path: str, attribute: str | None) -> Any:
         attribute = None
     if attribute is not None and attribute not in columns:
         raise InputError(f"attribute {attribute!r} is not a column of {path}; columns: {', '.join(columns) or '-'}")
-    return gpd.read_file(path, layer=layer, engine="pyogrio", columns=[] if attribute is None else [attribute])
+    frame = gpd.read_file(path, layer=layer, engine="pyogrio", columns=[] if attribute is None else [attribute])
+    if attribute is not None:
+        frame[attribute] = frame[attribute].map(_class_name)
+    return frame
+
+
+def _class_name(value: Any) -> Any:
+    """The name in a value like {"name": "Tumor", "color": [200, 0, 0]}, which is what QuPath calls a classification."""
+    found = value
+    # Whether a JSON object comes as text depends on the version of pyogrio.
+    if isinstance(value, str) and value.startswith("{"):
+        try:
+            found = json.loads(value)
+        except ValueError:
+            return value
+    return found.get("name", value) if isinstance(found, dict) else value
 
 
 def _only_layer(path: str) -> str:

@@ -9,8 +9,9 @@ from rasterio.warp import transform_bounds
 from perf_vit.errors import InputError
 from perf_vit.io._gdal import crs_name
 from perf_vit.io.raster import Bounds, RasterSource
+from perf_vit.io.slide import SlideSource
 
-__all__ = ["check_both_placed", "check_overlap", "reproject_bounds"]
+__all__ = ["check_both_placed", "check_on_slide", "check_overlap", "reproject_bounds"]
 
 
 def check_both_placed(source: RasterSource, path: str, crs: Any) -> None:
@@ -47,6 +48,26 @@ def check_overlap(source: RasterSource, path: str, bounds: Bounds) -> None:
     raise InputError(
         f"labels {path} don't overlap {source.path}: they cover {_span(bounds)}, the raster "
         f"{_span(source.bounds)} ({crs_name(source.crs)}); check their CRS or choose other labels"
+    )
+
+
+def check_on_slide(source: SlideSource, path: str, bounds: Bounds) -> None:
+    """Refuse labels that lie wholly beside a slide.
+
+    Args:
+        source: the slide, at any size.
+        path: the labels' name in errors.
+        bounds: of the labels, in pixels of level 0.
+
+    Raises:
+        InputError: both don't meet.
+    """
+    height, width = source.levels[0]
+    if bounds[0] < width and bounds[2] > 0 and bounds[1] < height and bounds[3] > 0:
+        return
+    raise InputError(
+        f"labels {path} don't overlap {source.path}: they cover {_span(bounds)}, the slide {width} x {height} pixels "
+        "of level 0; labels of slides are in these pixels, as QuPath exports them"
     )
 
 

@@ -14,6 +14,7 @@ from perf_vit.io._label_layers import RasterLayers, VectorLayers
 from perf_vit.io._label_raster import RasterLabels
 from perf_vit.io._label_vector import VectorLabels, is_vector_name, opens_as_vector
 from perf_vit.io.raster import RasterSource
+from perf_vit.io.slide import SlideSource
 from perf_vit.io.sources import open_raster
 from perf_vit.types import LabelArray, Window
 
@@ -36,7 +37,7 @@ class LabelSource(Protocol):
 
 def open_labels(
     path: str | Path,
-    source: RasterSource,
+    source: RasterSource | SlideSource,
     *,
     attribute: str | None = None,
     classes: Sequence[str] | None = None,
@@ -45,12 +46,14 @@ def open_labels(
     background: int | None = 0,
     multilabel: bool = False,
 ) -> LabelSource:
-    """Open the labels of a raster: a mask raster or polygons, in any CRS and on any grid.
+    """Open the labels of a raster: a mask raster or polygons, in any CRS and on any grid; or polygons on a slide.
 
     Args:
-        path: a raster of label values, or a file of polygons (GeoJSON, GeoPackage, shapefile, ...).
-        source: the raster that they describe.
-        attribute: column of class names or values of the polygons; without it every polygon is class 1 of 2.
+        path: a raster of label values, or a file of polygons (GeoJSON, GeoPackage, shapefile, ...). Polygons on a slide
+            are in pixels of its level 0, as QuPath exports them.
+        source: the raster or slide that they describe.
+        attribute: column of class names or values of the polygons, "classification" in QuPath's files; without it every
+            polygon is class 1 of 2.
         classes: class names; a label is an index into them. Without names and values, label values up to 254 are
             indices themselves.
         values: the label file's value of each class; 0, 1, 2, ... by default.
@@ -70,6 +73,8 @@ def open_labels(
     from_vector = VectorLayers if multilabel else VectorLabels
     if is_vector_name(name):
         return from_vector(name, source, mapping, attribute, background)
+    if isinstance(source, SlideSource):
+        raise InputError(f"labels of the slide {source.path} must be polygons, such as QuPath's GeoJSON; got {name}")
     try:
         mask = open_raster(name)
     except InputError:

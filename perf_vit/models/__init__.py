@@ -7,36 +7,60 @@ from perf_vit.models.checkpoint import (
     CHECKPOINT_KEY,
     checkpoint_metadata,
     checkpoint_task,
+    load_classifier,
     load_detector,
     load_segmenter,
+    load_slide_classifier,
     restore_draw,
+)
+from perf_vit.models.classifier import (
+    Classifier,
+    ClassifierConfig,
+    ClassifierSpec,
+    ImageLabelKind,
+    build_classifier,
 )
 from perf_vit.models.convert import performerize
 from perf_vit.models.detector import Detector, DetectorSpec
 from perf_vit.models.fidelity import attention_errors, token_cosines
+from perf_vit.models.pooled import pretrained_statistics
 from perf_vit.models.saved_model import load_converted, load_softmax, save_converted
-from perf_vit.models.segmenter import Segmenter, SegmenterSpec, segmenter_id
+from perf_vit.models.segmenter import Segmenter, SegmenterSpec, network_id, segmenter_id
+from perf_vit.models.slide_classifier import SlideClassifier, SlideModelConfig, SlideSpec, build_slide_classifier
 
 __all__ = [
     "CHECKPOINT_KEY",
+    "Classifier",
+    "ClassifierConfig",
+    "ClassifierSpec",
     "Detector",
     "DetectorConfig",
     "DetectorSpec",
+    "ImageLabelKind",
     "ModelConfig",
     "Segmenter",
     "SegmenterSpec",
+    "SlideClassifier",
+    "SlideModelConfig",
+    "SlideSpec",
     "attention_errors",
+    "build_classifier",
     "build_detector",
     "build_segmenter",
+    "build_slide_classifier",
     "calibrate",
     "checkpoint_metadata",
     "checkpoint_task",
     "choose_layer_options",
+    "load_classifier",
     "load_converted",
     "load_detector",
     "load_segmenter",
+    "load_slide_classifier",
     "load_softmax",
+    "network_id",
     "performerize",
+    "pretrained_statistics",
     "restore_draw",
     "save_converted",
     "segmenter_id",

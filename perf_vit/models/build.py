@@ -18,7 +18,15 @@ from perf_vit.models.saved_model import build_converted, load_converted, read_sa
 from perf_vit.models.segmenter import Segmenter, SegmenterSpec
 from perf_vit.types import FeatureSpec
 
-__all__ = ["BackboneConfig", "ModelConfig", "build_backbone", "build_segmenter", "feature_specs"]
+__all__ = [
+    "BackboneConfig",
+    "ModelConfig",
+    "TimmConfig",
+    "build_backbone",
+    "build_segmenter",
+    "create_backbone",
+    "feature_specs",
+]
 
 _HEADS: dict[str, Callable[..., nn.Module]] = {
     "full_resolution": FullResolutionHead,
@@ -87,12 +95,16 @@ def build_segmenter(
     return Segmenter(backbone, head, spec, size_multiple, saved_backbone)
 
 
-class BackboneConfig(Protocol):
+class TimmConfig(Protocol):
     """What the configs of all networks say of their backbone; see `ModelConfig`."""
 
     backbone: str
     backbone_kwargs: dict[str, Any]
     pretrained: bool
+
+
+class BackboneConfig(TimmConfig, Protocol):
+    """What the configs of networks say that look at a backbone's maps; see `ModelConfig`."""
 
     @property
     def out_indices(self) -> list[int] | None:
@@ -111,11 +123,41 @@ def build_backbone(
         CheckpointError: a folder without a converted model.
         ConfigError: an unknown backbone or arguments that it doesn't take.
     """
+    options = {
+        "features_only": True,
+        **({} if config.out_indices is None else {"out_indices": tuple(config.out_indices)}),
+    }
+    return create_backbone(config, in_chans, tile_px, saved_backbone, options)
+
+
+def create_backbone(
+    config: TimmConfig,
+    in_chans: int,
+    tile_px: int,
+    saved_backbone: Mapping[str, Any] | None = None,
+    options: Mapping[str, Any] | None = None,
+) -> tuple[nn.Module, Mapping[str, Any] | None]:
+    """Make a timm model, or a converted one from its folder or saved config.
+
+    Args:
+        config: which model.
+        in_chans: bands of the images.
+        tile_px: side of a tile, for models of fixed input size.
+        saved_backbone: config of the converted model that the backbone was made of, to do without its folder.
+        options: further ones of `timm.create_model`; those of the config come last.
+
+    Returns:
+        The model, and the config of the converted model that it was made of, None for a timm model.
+
+    Raises:
+        CheckpointError: a folder without a converted model.
+        ConfigError: an unknown model or arguments that it doesn't take.
+    """
     in_folder = saved_backbone is None and config.backbone not in timm.list_models() and Path(config.backbone).is_dir()
     if in_folder:
         saved_backbone = read_saved_config(config.backbone)
-    backbone = _build_backbone(config, in_chans, tile_px, saved_backbone, load_weights=in_folder)
-    return backbone, saved_backbone
+    made = _create(config, in_chans, tile_px, saved_backbone, options or {}, load_weights=in_folder)
+    return made, saved_backbone
 
 
 def feature_specs(backbone: nn.Module) -> list[FeatureSpec]:
@@ -124,16 +166,21 @@ def feature_specs(backbone: nn.Module) -> list[FeatureSpec]:
     return [FeatureSpec(c, s) for c, s in zip(info.channels(), info.reduction(), strict=True)]
 
 
-def _build_backbone(
-    config: BackboneConfig, in_chans: int, tile_px: int, saved: Mapping[str, Any] | None, *, load_weights: bool
+def _create(
+    config: TimmConfig,
+    in_chans: int,
+    tile_px: int,
+    saved: Mapping[str, Any] | None,
+    options: Mapping[str, Any],
+    *,
+    load_weights: bool,
 ) -> nn.Module:
     if saved is None and config.backbone not in timm.list_models():
         near = difflib.get_close_matches(config.backbone, timm.list_models(), n=1, cutoff=0.5)
         hint = f"did you mean {near[0]}?" if near else "see `timm.list_models('performer_*')`"
         raise ConfigError(f"model.backbone: timm has no model {config.backbone}, nor is it a folder; {hint}")
     options = {
-        "features_only": True,
-        **({} if config.out_indices is None else {"out_indices": tuple(config.out_indices)}),
+        **options,
         "in_chans": in_chans,
         **_size_options(config.backbone if saved is None else saved["architecture"], tile_px),
         **config.backbone_kwargs,

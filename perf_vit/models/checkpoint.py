@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import pickle
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
@@ -17,20 +17,32 @@ from perf_vit.errors import CheckpointError
 from perf_vit.layers import current_draw, redraw_projections
 from perf_vit.models.build import ModelConfig, build_segmenter
 from perf_vit.models.build_detector import DetectorConfig, build_detector
+from perf_vit.models.classifier import Classifier, ClassifierConfig, ClassifierSpec, build_classifier
 from perf_vit.models.detector import Detector, DetectorSpec
 from perf_vit.models.segmenter import Segmenter, SegmenterSpec
+from perf_vit.models.slide_classifier import SlideClassifier, SlideModelConfig, SlideSpec, build_slide_classifier
 
 __all__ = [
     "CHECKPOINT_KEY",
     "checkpoint_metadata",
     "checkpoint_task",
+    "load_classifier",
     "load_detector",
     "load_segmenter",
+    "load_slide_classifier",
     "restore_draw",
 ]
 
-_SEGMENTATION, _DETECTION = "segmentation", "detection"
-_MODELS = {_SEGMENTATION: "a segmentation model", _DETECTION: "an object detector"}
+_MODELS = {
+    "segmentation": "a segmentation model",
+    "detection": "an object detector",
+    "classification": "an image classifier",
+    "regression": "a network that estimates numbers",
+    "slide": "a slide classifier",
+}
+"""What each task's network is called in messages."""
+
+Network = TypeVar("Network", bound=nn.Module)
 
 CHECKPOINT_KEY = "perf_vit"
 """Where our metadata lies inside a Lightning checkpoint."""
@@ -39,11 +51,16 @@ STATE_PREFIX = "model."
 """The network's attribute name inside the Lightning module."""
 
 
-def checkpoint_metadata(config: ModelConfig | DetectorConfig, model: Segmenter | Detector) -> dict[str, Any]:
-    """What `load_segmenter` or `load_detector` needs beside the weights, as plain values."""
+def checkpoint_metadata(config: Any, model: Segmenter | Detector | Classifier | SlideClassifier) -> dict[str, Any]:
+    """What loading needs beside the weights, as plain values.
+
+    Args:
+        config: the dataclass that the model was built from.
+        model: of any task.
+    """
     return {
         "version": __version__,
-        "task": _DETECTION if isinstance(model, Detector) else _SEGMENTATION,
+        "task": model.task,
         "model": asdict(config),
         "spec": model.spec.to_dict(),
         "draw": current_draw(model),
@@ -59,7 +76,7 @@ def restore_draw(model: nn.Module, metadata: dict[str, Any]) -> None:
 
 
 def checkpoint_task(path: str | Path) -> str:
-    """What a checkpoint's network does: "segmentation" or "detection".
+    """What a checkpoint's network does: segmentation, detection, classification, regression or slide.
 
     Raises:
         CheckpointError: the file is missing, is not a checkpoint, or wasn't written by perf_vit.
@@ -71,30 +88,45 @@ def load_segmenter(path: str | Path) -> Segmenter:
     """Load a segmentation network that `perf-vit train` wrote, in evaluation mode, on the CPU.
 
     Raises:
-        CheckpointError: the file is missing, is not a checkpoint, holds another task's network, or wasn't written by
-            perf_vit.
+        CheckpointError: the file is missing, is not a checkpoint, holds another task's network, wasn't written by
+            perf_vit, or was written by a version whose networks differ.
     """
-    content = _read(Path(path), _SEGMENTATION)
-    metadata = content[CHECKPOINT_KEY]
-    with _other_versions(path, metadata):
-        config = ModelConfig(**{**metadata["model"], "pretrained": False})
-        model = build_segmenter(config, SegmenterSpec.from_dict(metadata["spec"]), metadata.get("saved_backbone"))
-        _restore(model, content)
-    return model.eval()
+    return _load(path, ("segmentation",), ModelConfig, SegmenterSpec, build_segmenter)
 
 
 def load_detector(path: str | Path) -> Detector:
     """Load an object detector that `perf-vit train` wrote, in evaluation mode, on the CPU.
 
     Raises:
-        CheckpointError: the file is missing, is not a checkpoint, holds another task's network, wasn't written by
-            perf_vit, or was written by a version whose networks differ.
+        CheckpointError: as `load_segmenter`.
     """
-    content = _read(Path(path), _DETECTION)
+    return _load(path, ("detection",), DetectorConfig, DetectorSpec, build_detector)
+
+
+def load_classifier(path: str | Path) -> Classifier:
+    """Load an image classifier, or a network that estimates numbers, in evaluation mode, on the CPU.
+
+    Raises:
+        CheckpointError: as `load_segmenter`.
+    """
+    return _load(path, ("classification", "regression"), ClassifierConfig, ClassifierSpec, build_classifier)
+
+
+def load_slide_classifier(path: str | Path) -> SlideClassifier:
+    """Load a slide classifier with its encoder, in evaluation mode, on the CPU.
+
+    Raises:
+        CheckpointError: as `load_segmenter`.
+    """
+    return _load(path, ("slide",), SlideModelConfig, SlideSpec, build_slide_classifier)
+
+
+def _load(path: str | Path, tasks: tuple[str, ...], config: Any, spec: Any, build: Callable[..., Network]) -> Network:
+    content = _read(Path(path), tasks)
     metadata = content[CHECKPOINT_KEY]
     with _other_versions(path, metadata):
-        config = DetectorConfig(**{**metadata["model"], "pretrained": False})
-        model = build_detector(config, DetectorSpec.from_dict(metadata["spec"]), metadata.get("saved_backbone"))
+        made_with = config(**{**metadata["model"], "pretrained": False})
+        model = build(made_with, spec.from_dict(metadata["spec"]), metadata.get("saved_backbone"))
         _restore(model, content)
     return model.eval()
 
@@ -122,10 +154,10 @@ def _restore(model: nn.Module, content: dict[str, Any]) -> None:
 
 def _task_of(metadata: dict[str, Any]) -> str:
     # Checkpoints without a task are older than detectors.
-    return str(metadata.get("task", _SEGMENTATION))
+    return str(metadata.get("task", "segmentation"))
 
 
-def _read(path: Path, task: str | None = None) -> dict[str, Any]:
+def _read(path: Path, tasks: tuple[str, ...] | None = None) -> dict[str, Any]:
     if not path.is_file():
         raise CheckpointError(f"no checkpoint {path}")
     try:
@@ -135,6 +167,6 @@ def _read(path: Path, task: str | None = None) -> dict[str, Any]:
     if not isinstance(content, dict) or CHECKPOINT_KEY not in content:
         raise CheckpointError(f"{path} is not a perf_vit checkpoint; give a .ckpt file that `perf-vit train` wrote")
     found = _task_of(content[CHECKPOINT_KEY])
-    if task is not None and found != task:
-        raise CheckpointError(f"expected {_MODELS[task]} in {path}, got {_MODELS.get(found, found)}")
+    if tasks is not None and found not in tasks:
+        raise CheckpointError(f"expected {_MODELS[tasks[0]]} in {path}, got {_MODELS.get(found, found)}")
     return content

@@ -32,6 +32,7 @@ class DetectorSpec:
         score_threshold: lowest score of an object that is worth writing; training sets it to where F1 was highest on
             the validation images.
         kind: geometry of its detections; the head decides it.
+        mpp: micrometres per pixel that slides are read at, None for their level 0 and rasters.
         label_options: how its label files are read, as keyword arguments of `perf_vit.data.read_object_labels`.
     """
 
@@ -42,6 +43,7 @@ class DetectorSpec:
     nodata: float | None = None
     score_threshold: float = 0.5
     kind: ObjectKind = "boxes"
+    mpp: float | None = None
     label_options: dict[str, Any] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
@@ -61,6 +63,7 @@ class DetectorSpec:
             nodata=values["nodata"],
             score_threshold=values["score_threshold"],
             kind=values["kind"],
+            mpp=values.get("mpp"),
             label_options=values["label_options"],
         )
 
@@ -84,6 +87,8 @@ class Detector(nn.Module):
     # Modules, seen by what else they have.
     neck: Any
     head: Any
+
+    task = "detection"
 
     def __init__(
         self,

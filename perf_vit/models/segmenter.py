@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from perf_vit.transforms import Normalizer
 
-__all__ = ["Segmenter", "SegmenterSpec", "segmenter_id"]
+__all__ = ["Segmenter", "SegmenterSpec", "network_id", "segmenter_id"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -29,6 +29,7 @@ class SegmenterSpec:
         nodata: value that marks missing pixels where the file declares none, None for nothing of the kind.
         resolution: side of a pixel that rasters are read at, in units of their CRS, None for their own.
         multilabel: each class is true or not by itself; its scores are logits of a sigmoid, not of a softmax.
+        mpp: micrometres per pixel that slides are read at, None for a model of rasters.
         label_options: how its label files are read, as keyword arguments of `perf_vit.io.open_labels`.
     """
 
@@ -39,6 +40,7 @@ class SegmenterSpec:
     nodata: float | None = None
     resolution: float | None = None
     multilabel: bool = False
+    mpp: float | None = None
     label_options: dict[str, Any] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
@@ -59,6 +61,7 @@ class SegmenterSpec:
             resolution=values.get("resolution"),
             # Checkpoints without it are older.
             multilabel=values.get("multilabel", False),
+            mpp=values.get("mpp"),
             label_options=values["label_options"],
         )
 
@@ -73,6 +76,8 @@ class Segmenter(nn.Module):
         size_multiple: height and width of a tile must be multiples of it, the patch size of the backbone.
         saved_backbone: config of the converted model that the backbone was made of, None for a timm model.
     """
+
+    task = "segmentation"
 
     def __init__(
         self,
@@ -121,7 +126,17 @@ class Segmenter(nn.Module):
 
 def segmenter_id(model: Segmenter) -> str:
     """Twelve hex digits that another network, other weights or another meaning of them would not have."""
-    digest = hashlib.sha256(json.dumps(model.spec.to_dict(), sort_keys=True).encode())
+    return network_id(model, model.spec.to_dict())
+
+
+def network_id(model: nn.Module, meaning: Mapping[str, Any]) -> str:
+    """Twelve hex digits that another network, other weights or another meaning of them would not have.
+
+    Args:
+        model: with its weights.
+        meaning: plain values that decide what its output means.
+    """
+    digest = hashlib.sha256(json.dumps(meaning, sort_keys=True).encode())
     # Options without parameters show in the text; projections are buffers that no state dict holds.
     digest.update(str(model).encode())
     for name, value in itertools.chain(model.named_parameters(), model.named_buffers()):

@@ -1,23 +1,47 @@
 """Training tasks: losses, metrics and Lightning modules."""
 
+from perf_vit.tasks.confusion_plot import save_confusion_matrix
 from perf_vit.tasks.detection import DETECTION_CURVES, DETECTION_MONITOR, DetectionOptimConfig, DetectionTask
 from perf_vit.tasks.detection_metrics import OBJECT_SIZES, DetectionClassScores, DetectionMetrics, DetectionScores
 from perf_vit.tasks.detection_plots import plot_precision_recall
 from perf_vit.tasks.distillation import DistillationConfig, DistillationTask
 from perf_vit.tasks.distillation_trainer import DistillationTrainerConfig, build_distillation_trainer
+from perf_vit.tasks.image_metrics import (
+    ClassificationScores,
+    ImageClassScores,
+    ImageMetrics,
+    NumberScores,
+    RegressionScores,
+)
 from perf_vit.tasks.losses import LossConfig, SegmentationLoss, balanced_weights
 from perf_vit.tasks.metrics import ClassScores, class_scores, segmentation_metrics
 from perf_vit.tasks.multilabel_losses import MultilabelLoss
 from perf_vit.tasks.oriented_metrics import OrientedAveragePrecision
+from perf_vit.tasks.pooled_optim import PooledOptimConfig
 from perf_vit.tasks.redraw import RedrawProjections
+from perf_vit.tasks.scenes import (
+    CLASSIFICATION_CURVES,
+    CLASSIFICATION_MONITOR,
+    REGRESSION_CURVES,
+    REGRESSION_MONITOR,
+    SceneTask,
+)
 from perf_vit.tasks.segmentation import OptimConfig, SegmentationTask
+from perf_vit.tasks.slides import SLIDE_CURVES, SLIDE_MONITOR, SlideTask
 from perf_vit.tasks.trainer import TrainerConfig, build_trainer
 
 __all__ = [
+    "CLASSIFICATION_CURVES",
+    "CLASSIFICATION_MONITOR",
     "DETECTION_CURVES",
     "DETECTION_MONITOR",
     "OBJECT_SIZES",
+    "REGRESSION_CURVES",
+    "REGRESSION_MONITOR",
+    "SLIDE_CURVES",
+    "SLIDE_MONITOR",
     "ClassScores",
+    "ClassificationScores",
     "DetectionClassScores",
     "DetectionMetrics",
     "DetectionOptimConfig",
@@ -26,18 +50,26 @@ __all__ = [
     "DistillationConfig",
     "DistillationTask",
     "DistillationTrainerConfig",
+    "ImageClassScores",
+    "ImageMetrics",
     "LossConfig",
     "MultilabelLoss",
+    "NumberScores",
     "OptimConfig",
     "OrientedAveragePrecision",
+    "PooledOptimConfig",
     "RedrawProjections",
+    "RegressionScores",
+    "SceneTask",
     "SegmentationLoss",
     "SegmentationTask",
+    "SlideTask",
     "TrainerConfig",
     "balanced_weights",
     "build_distillation_trainer",
     "build_trainer",
     "class_scores",
     "plot_precision_recall",
+    "save_confusion_matrix",
     "segmentation_metrics",
 ]

@@ -140,4 +140,7 @@ def test_arguments_that_fit_no_detector_are_one_clear_line(run, tmp_path, capsys
 def test_an_unknown_task_is_one_clear_line(tmp_path, capsys) -> None:
     (tmp_path / "run.yaml").write_text("task: tracking\n")
     assert call(["train", str(tmp_path / "run.yaml")]) == 2
-    assert "task must be segmentation or detection, got tracking" in capsys.readouterr().err
+    assert (
+        "task must be one of segmentation, detection, classification, regression, slide, got tracking"
+        in capsys.readouterr().err
+    )

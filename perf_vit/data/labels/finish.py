@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 import warnings
 from collections import Counter
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -15,7 +16,7 @@ import shapely
 from perf_vit.data.labels.masks import OutlineMasks, Rle
 from perf_vit.data.labels.records import ImageRecord, MaskReader, ObjectIndex, RawImage, RawObject
 from perf_vit.errors import InputError
-from perf_vit.io import open_source
+from perf_vit.io import SlideSource, open_source
 from perf_vit.ops.boxes import box_areas
 
 __all__ = ["finish_index", "oriented_box_around"]
@@ -27,7 +28,11 @@ _FLAT_PX2 = 1e-6
 
 
 def finish_index(
-    images: Sequence[RawImage], *, classes: Sequence[str], skip_classes: Collection[str] = ()
+    images: Sequence[RawImage],
+    *,
+    classes: Sequence[str],
+    skip_classes: Collection[str] = (),
+    source_options: Mapping[str, Any] | None = None,
 ) -> ObjectIndex:
     """Check raw labels against their images and put them in arrays.
 
@@ -38,6 +43,8 @@ def finish_index(
         images: as a format's reader gives them.
         classes: names; an object's label is its name's index.
         skip_classes: names of objects to leave out, as if they were background.
+        source_options: mpp and slide_mpp that slides are read at. Raw labels are in pixels of level 0, records in those
+            of the size that slides are read at.
 
     Raises:
         InputError: no image, an unknown class name, an image that can't be opened or has another size than its labels.
@@ -48,7 +55,7 @@ def finish_index(
     indices = {name: index for index, name in enumerate(classes)}
     _check_names(images, indices, skip_classes)
     kinds = _kinds(images, counts)
-    records = tuple(_record(image, indices, kinds, counts) for image in images)
+    records = tuple(_record(image, indices, kinds, counts, source_options or {}) for image in images)
     counts["images"] = len(records)
     counts["images without objects"] = sum(len(record) == 0 for record in records)
     counts["objects"] = sum(map(len, records))
@@ -103,8 +110,14 @@ def _kinds(images: Sequence[RawImage], counts: Counter[str]) -> tuple[bool, bool
     return oriented, not missing and (found > 0 or any(image.masks is not None for image in images))
 
 
-def _record(image: RawImage, indices: dict[str, int], kinds: tuple[bool, bool], counts: Counter[str]) -> ImageRecord:
-    height, width = _measured(image)
+def _record(
+    image: RawImage,
+    indices: dict[str, int],
+    kinds: tuple[bool, bool],
+    counts: Counter[str],
+    source_options: Mapping[str, Any],
+) -> ImageRecord:
+    height, width = _measured(image, source_options)
     boxes = np.array([_box(item) for item in image.objects], np.float64).reshape(-1, 4)
     oriented = _oriented(image.objects, boxes) if kinds[0] else None
     inside = _clipped(image.objects, boxes, height, width)
@@ -122,15 +135,35 @@ def _record(image: RawImage, indices: dict[str, int], kinds: tuple[bool, bool], 
     )
 
 
-def _measured(image: RawImage) -> tuple[int, int]:
-    source = open_source(image.path)
+def _measured(image: RawImage, source_options: Mapping[str, Any]) -> tuple[int, int]:
+    """The size of an image as it is read; its objects are brought to that."""
+    source = open_source(image.path, **source_options)
     source.close()
-    if image.size is not None and min(image.size) > 0 and image.size != source.size:
+    labelled = source.levels[0] if isinstance(source, SlideSource) else source.size
+    if image.size is not None and min(image.size) > 0 and image.size != labelled:
         raise InputError(
             f"{image.labels} describes an image of {image.size[0]} x {image.size[1]} px, {image.path} has "
-            f"{source.height} x {source.width}; use the image that was labelled"
+            f"{labelled[0]} x {labelled[1]}; use the image that was labelled"
         )
+    if isinstance(source, SlideSource) and source.downsample_xy != (1, 1):
+        if image.masks is not None or any(isinstance(item.outline, Rle) for item in image.objects):
+            raise InputError(
+                f"{image.labels} holds masks of the pixels of {image.path}, which can't be read at another mpp; give "
+                "polygons, or leave data.mpp out"
+            )
+        image.objects = [_reduced(item, source.downsample_xy) for item in image.objects]
     return source.size
+
+
+def _reduced(item: RawObject, downsample_xy: tuple[float, float]) -> RawObject:
+    """An object in pixels of level 0, in larger ones."""
+    scale = 1 / np.array(downsample_xy)
+    return replace(
+        item,
+        box=None if item.box is None else (np.asarray(item.box, np.float64) * np.tile(scale, 2)).tolist(),
+        corners=None if item.corners is None else item.corners * scale,
+        outline=None if item.outline is None else shapely.transform(item.outline, lambda xy: xy * scale),
+    )
 
 
 def _box(item: RawObject) -> Sequence[float] | npt.NDArray[np.float64]:

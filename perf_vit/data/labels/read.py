@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from perf_vit.data.labels.coco import read_coco
 from perf_vit.data.labels.dota import read_dota
@@ -33,6 +34,7 @@ def read_object_labels(
     skip_classes: Collection[str] = (),
     attribute: str | None = None,
     names: Sequence[str] | None = None,
+    source_options: Mapping[str, Any] | None = None,
 ) -> ObjectIndex:
     """Read the labels of a set of images and check them against the images.
 
@@ -45,6 +47,7 @@ def read_object_labels(
         skip_classes: names of objects to leave out, as if they were background.
         attribute: of polygons, the column that holds class names; without it every object is of the first class.
         names: the images to use, with or without ending; all labelled ones by default.
+        source_options: mpp and slide_mpp to read slides at; their labels are in pixels of level 0.
 
     Raises:
         ConfigError: no such format.
@@ -64,7 +67,12 @@ def read_object_labels(
         folder.check_named(Path(image.path) for image in raw.images)
     else:
         _warn_of_unlabelled(raw, folder, place)
-    return finish_index(raw.images, classes=classes or _own_classes(raw, skip_classes), skip_classes=skip_classes)
+    return finish_index(
+        raw.images,
+        classes=classes or _own_classes(raw, skip_classes),
+        skip_classes=skip_classes,
+        source_options=source_options,
+    )
 
 
 def _reader(

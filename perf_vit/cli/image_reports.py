@@ -1,0 +1,61 @@
+"""Scores of networks for whole images and slides, as tables and files."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+from rich.table import Table
+
+from perf_vit.errors import OutputError
+from perf_vit.tasks import ClassificationScores, RegressionScores, save_confusion_matrix
+
+__all__ = ["image_tables", "write_image_report"]
+
+
+def image_tables(scores: ClassificationScores | RegressionScores, title: str) -> list[Table]:
+    """One row a class or number, and what they come to."""
+    return [_classes(scores, title) if isinstance(scores, ClassificationScores) else _numbers(scores, title)]
+
+
+def write_image_report(scores: ClassificationScores | RegressionScores, path: Path) -> None:
+    """Scores as JSON, and beside it the confusion matrix, where there is one, as .png.
+
+    Raises:
+        OutputError: they can't be written there.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(scores.to_dict(), indent=2) + "\n")
+        if isinstance(scores, ClassificationScores) and scores.confusion is not None:
+            names = [each.name for each in scores.classes]
+            save_confusion_matrix(scores.confusion, names, path.with_suffix(".png"))
+    except OSError as error:
+        raise OutputError(f"can't write {path}: {error.strerror}") from error
+
+
+def _classes(scores: ClassificationScores, title: str) -> Table:
+    table = Table(title=f"{title}: accuracy {_digits(scores.accuracy)}")
+    for column in ("class", "F1", "precision", "recall", "AUROC", "images"):
+        table.add_column(column, justify="left" if column == "class" else "right")
+    for each in scores.classes:
+        digits = map(_digits, (each.f1, each.precision, each.recall, each.auroc))
+        table.add_row(each.name, *digits, f"{each.num_images:,}")
+    table.add_section()
+    total = sum(each.num_images for each in scores.classes)
+    table.add_row("mean", _digits(scores.f1), "", "", _digits(scores.auroc), f"{total:,}")
+    return table
+
+
+def _numbers(scores: RegressionScores, title: str) -> Table:
+    table = Table(title=title)
+    for column in ("number", "MAE", "RMSE", "R2", "images"):
+        table.add_column(column, justify="left" if column == "number" else "right")
+    for each in scores.targets:
+        table.add_row(each.name, f"{each.mae:.4g}", f"{each.rmse:.4g}", _digits(each.r2), f"{each.num_images:,}")
+    return table
+
+
+def _digits(value: float) -> str:
+    return "-" if math.isnan(value) else f"{value:.3f}"

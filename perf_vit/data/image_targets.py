@@ -1,0 +1,172 @@
+"""What whole images show: a class, several classes or numbers, from folders by class or from CSV files."""
+
+from __future__ import annotations
+
+import difflib
+import math
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+from perf_vit.data.crops import find_images
+from perf_vit.data.csv_rows import CsvRow, read_csv_rows
+from perf_vit.data.labels.image_folder import ImageFolder
+from perf_vit.errors import InputError
+
+__all__ = ["ImageTargets", "class_index", "read_class_folders", "read_class_table", "read_number_table"]
+
+
+@dataclass(frozen=True, slots=True)
+class ImageTargets:
+    """Labelled images.
+
+    Attributes:
+        paths: of the images.
+        targets: class indices, [n] int64; or for several classes 0 and 1, or numbers, [n, K] float32.
+        names: of the K classes or numbers.
+    """
+
+    paths: tuple[str, ...]
+    targets: npt.NDArray[np.int64] | npt.NDArray[np.float32]
+    names: tuple[str, ...]
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def part(self, indices: Sequence[int]) -> ImageTargets:
+        """Some of the images."""
+        chosen = list(indices)
+        return ImageTargets(tuple(self.paths[index] for index in chosen), self.targets[chosen], self.names)
+
+
+def read_class_folders(
+    root: str | Path, classes: Sequence[str] | None = None, *, allow_missing: bool = False
+) -> ImageTargets:
+    """Images in folders that are named after their class: `root/class/.../image.tif`.
+
+    Args:
+        root: the folder of the folders.
+        classes: names in the order of the indices; the folders by name if None.
+        allow_missing: classes may be without images, as in a small set to validate on.
+
+    Raises:
+        InputError: no such folder, images beside the folders, a folder that is no class, or a class without images.
+    """
+    root = Path(root)
+    images = find_images([root])
+    if root.is_file():
+        raise InputError(f"expected a folder of folders by class, got the file {root}; or give labels as CSV")
+    names = [path.relative_to(root).parts[0] for path in images]
+    loose = [path for path in images if path.parent == root]
+    if loose:
+        raise InputError(
+            f"{loose[0]} lies in no folder of a class; move it to {root}/CLASS/{loose[0].name}, or give labels as CSV"
+        )
+    classes = tuple(sorted(set(names)) if classes is None else classes)
+    indices = [class_index(name, classes, f"the folder {root / name}") for name in names]
+    empty = set(range(len(classes))) - set(indices)
+    if empty and not allow_missing:
+        raise InputError(f"class {classes[min(empty)]} has no images in {root}; check the folders' names")
+    return ImageTargets(tuple(map(str, images)), np.array(indices, np.int64), classes)
+
+
+def read_class_table(
+    table: str | Path,
+    images: str | Path,
+    classes: Sequence[str] | None = None,
+    *,
+    multilabel: bool = False,
+    image_column: str = "image",
+    label_column: str = "label",
+) -> ImageTargets:
+    """A CSV file with the class of each image, or for several classes an image with a column of 0 and 1 a class.
+
+    Args:
+        table: the CSV file.
+        images: folder that its names of images are searched in.
+        classes: names in the order of the indices; those that occur, by name, if None. Columns of the file if
+            `multilabel`.
+        multilabel: images of any number of classes.
+        image_column: that names the image.
+        label_column: that names the class.
+
+    Raises:
+        InputError: a file, column, image or class that isn't there, or a value that is none of 0 and 1.
+    """
+    if multilabel:
+        if not classes:
+            raise InputError(f"data.classes must name the columns of {table} that hold 0 and 1")
+        rows = read_csv_rows(table, [image_column, *classes])
+        marks = np.array([_numbers(row, classes) for row in rows], np.float32)
+        wrong = np.argwhere((marks != 0) & (marks != 1))
+        if len(wrong):
+            row, column = wrong[0]
+            raise InputError(f"{rows[row].place} must have 0 or 1 as {classes[column]}, got {marks[row, column]:g}")
+        return ImageTargets(_paths(rows, images, image_column), marks, tuple(classes))
+    rows = read_csv_rows(table, [image_column, label_column])
+    names = [row.values[label_column] for row in rows]
+    classes = tuple(sorted(set(names)) if classes is None else classes)
+    indices = [class_index(name, classes, row.place) for name, row in zip(names, rows, strict=True)]
+    return ImageTargets(_paths(rows, images, image_column), np.array(indices, np.int64), classes)
+
+
+def read_number_table(
+    table: str | Path, images: str | Path, columns: Sequence[str], *, image_column: str = "image"
+) -> ImageTargets:
+    """A CSV file with a column of numbers, or several, for each image.
+
+    Args:
+        table: the CSV file.
+        images: folder that its names of images are searched in.
+        columns: of the numbers.
+        image_column: that names the image.
+
+    Raises:
+        InputError: a file, column or image that isn't there, or a value that is no finite number.
+    """
+    rows = read_csv_rows(table, [image_column, *columns])
+    values = np.array([_numbers(row, columns) for row in rows], np.float32)
+    return ImageTargets(_paths(rows, images, image_column), values, tuple(columns))
+
+
+def class_index(name: str, classes: Sequence[str], place: str) -> int:
+    """The index of a class by its name.
+
+    Raises:
+        InputError: there is no such class; the message says where the name was found.
+    """
+    if name in classes:
+        return list(classes).index(name)
+    near = difflib.get_close_matches(name, classes, n=1, cutoff=0.5)
+    hint = f"did you mean {near[0]}?" if near else f"the classes are {', '.join(classes)}"
+    raise InputError(f"{place} is of the class {name!r}, which there isn't; {hint}")
+
+
+def _paths(rows: Iterable[CsvRow], images: str | Path, column: str) -> tuple[str, ...]:
+    return tuple(_unique(rows, ImageFolder(images), column))
+
+
+def _unique(rows: Iterable[CsvRow], folder: ImageFolder, column: str) -> Iterator[str]:
+    seen: dict[Path, str] = {}
+    for row in rows:
+        path = folder.find(row.values[column], row.place)
+        if path in seen:
+            raise InputError(f"{row.place} names {path}, as does {seen[path]}; give each image once")
+        seen[path] = row.place
+        yield str(path)
+
+
+def _numbers(row: CsvRow, columns: Sequence[str]) -> list[float]:
+    found = []
+    for column in columns:
+        try:
+            value = float(row.values[column])
+        except ValueError:
+            value = math.nan
+        if not math.isfinite(value):
+            raise InputError(f"{row.place} must have a number as {column}, got {row.values[column]}")
+        found.append(value)
+    return found

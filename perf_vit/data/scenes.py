@@ -1,0 +1,194 @@
+"""Datasets of whole images with one label each, as tiles of one size."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import lru_cache
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from torch.utils.data import Dataset
+
+from perf_vit.data.image_targets import ImageTargets
+from perf_vit.data.objects import common_bands, open_closed, with_bands
+from perf_vit.errors import InputError
+from perf_vit.tiling import random_window
+from perf_vit.transforms import Augmentation, Normalizer
+from perf_vit.types import GeoImage, Source, Window
+
+__all__ = ["SceneImages", "SceneTiles", "SceneViews", "middle_window", "scene_tile"]
+
+FloatArray = npt.NDArray[np.float32]
+
+
+class SceneImages:
+    """Labelled images with one number of bands; a grey one among images of three bands is read as three equal ones.
+
+    Args:
+        labelled: the images.
+        bands: 1-based bands to read; all but alpha if None.
+        nodata: value of missing pixels where a file declares none.
+
+    Raises:
+        InputError: no image, one that can't be opened, or different numbers of bands.
+    """
+
+    def __init__(
+        self, labelled: ImageTargets, *, bands: Sequence[int] | None = None, nodata: float | None = None
+    ) -> None:
+        if not len(labelled):
+            raise InputError("expected labelled images, got none")
+        self.labelled = labelled
+        options = {} if nodata is None else {"nodata": nodata}
+        self.sources = [open_closed(path, bands, **options) for path in labelled.paths]
+        self.num_bands = common_bands(self.sources)
+
+    def __len__(self) -> int:
+        return len(self.sources)
+
+    def read_reduced(self, index: int, max_size_px: int) -> GeoImage:
+        """An image at lower resolution, for statistics."""
+        source = self.sources[index]
+        image = with_bands(source.read_reduced(max_size_px), self.num_bands)
+        source.close()
+        return image
+
+    def target(self, index: int) -> Tensor:
+        """Class index, or [K] numbers."""
+        return torch.as_tensor(self.labelled.targets[index])
+
+
+class SceneTiles(Dataset[tuple[Tensor, Tensor]]):
+    """Augmented tiles to train on; item i is a function of (seed, i) alone, whatever the number of workers.
+
+    A tile is a random part of an image, or the whole image resized. Every image comes once in as many tiles as there
+    are images, in an order of that round's own; balanced, each class comes as often as the others.
+
+    Args:
+        images: where tiles come from.
+        normalizer: applied to the pixels; invalid ones become 0.
+        augmentation: applied to tiles.
+        tile_px: side of a tile, in pixels.
+        resize: resize whole images; else tiles are parts at full resolution.
+        length: tiles an epoch.
+        seed: decides order, places and augmentation.
+        balanced: draw classes alike; only for one class an image.
+    """
+
+    def __init__(
+        self,
+        images: SceneImages,
+        normalizer: Normalizer,
+        augmentation: Augmentation,
+        *,
+        tile_px: int,
+        resize: bool,
+        length: int,
+        seed: int,
+        balanced: bool = False,
+    ) -> None:
+        self.images = images
+        self.normalizer = normalizer
+        self.augmentation = augmentation
+        self.tile_px = tile_px
+        self.resize = resize
+        self.length = length
+        self.seed = seed
+        targets = images.labelled.targets
+        self._by_class = [np.flatnonzero(targets == index) for index in np.unique(targets)] if balanced else None
+
+    def __len__(self) -> int:
+        return self.length
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
+        """Tile [C, tile_px, tile_px] float32 and its target; any index >= 0 is allowed."""
+        rng = np.random.default_rng((self.seed, index))
+        chosen = self._choose(index, rng)
+        source = self.images.sources[chosen]
+        place = None if self.resize else random_window(source.extent, self.tile_px, rng)
+        pixels = scene_tile(source, self.normalizer, self.tile_px, place)
+        source.close()
+        pixels, _ = self.augmentation(pixels, np.zeros(pixels.shape[1:], np.uint8), seed=int(rng.integers(2**31)))
+        return torch.from_numpy(pixels), self.images.target(chosen)
+
+    def _choose(self, index: int, rng: np.random.Generator) -> int:
+        if self._by_class is not None:
+            return int(rng.choice(self._by_class[int(rng.integers(len(self._by_class)))]))
+        turn, position = divmod(index, len(self.images))
+        return int(_order(self.seed, turn, len(self.images))[position])
+
+
+class SceneViews(Dataset[tuple[Tensor, Tensor]]):
+    """One tile an image, as prediction sees it: the middle of the image, or all of it, resized.
+
+    Args:
+        images: what to look at.
+        normalizer: applied to the pixels; invalid ones become 0.
+        tile_px: side of a tile, in pixels.
+        resize: resize whole images; else tiles are parts at full resolution.
+    """
+
+    def __init__(self, images: SceneImages, normalizer: Normalizer, *, tile_px: int, resize: bool) -> None:
+        self.images = images
+        self.normalizer = normalizer
+        self.tile_px = tile_px
+        self.resize = resize
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
+        """Tile [C, tile_px, tile_px] float32 and its target."""
+        source = self.images.sources[index]
+        place = None if self.resize else middle_window(source, self.tile_px)
+        pixels = scene_tile(source, self.normalizer, self.tile_px, place)
+        source.close()
+        return torch.from_numpy(pixels), self.images.target(index)
+
+
+def middle_window(source: Source, tile_px: int) -> Window:
+    """The tile in the middle of an image; along an axis shorter than a tile it begins at the image's start."""
+    row, col = (max(0, (side - tile_px) // 2) for side in source.size)
+    return Window(row, col, tile_px, tile_px)
+
+
+def scene_tile(source: Source, normalizer: Normalizer, tile_px: int, window: Window | None) -> FloatArray:
+    """Standardised pixels of an image, [C, tile_px, tile_px].
+
+    Args:
+        source: the image.
+        normalizer: applied to the pixels; invalid ones become 0.
+        tile_px: side of the tile.
+        window: the part that becomes the tile; None to resize all of the image, bilinear and without aliasing.
+
+    Raises:
+        InputError: the image can't be read, has no valid pixel there, or another number of bands.
+    """
+    # Larger images are reduced as they are read, to at least twice the tile, which leaves the fine resizing sharp.
+    image = source.read(window) if window is not None else source.read_reduced(_reduced_size(source, tile_px))
+    if not image.valid.any():
+        raise InputError(f"{source.path} has no valid pixel in its tile of {tile_px} px; leave it out, or check nodata")
+    image = with_bands(image, len(normalizer.mean))
+    try:
+        pixels = normalizer(image)
+    except InputError as error:
+        raise InputError(f"{source.path}: {error}") from error
+    if window is not None:
+        return pixels
+    batch = torch.from_numpy(pixels)[None]
+    resized = F.interpolate(batch, (tile_px, tile_px), mode="bilinear", antialias=True)[0]
+    return np.asarray(resized.numpy(), np.float32)
+
+
+def _reduced_size(source: Source, tile_px: int) -> int:
+    shortest = min(source.size)
+    return max(1, -(-max(source.size) * min(shortest, 2 * tile_px) // shortest))
+
+
+@lru_cache(maxsize=4)
+def _order(seed: int, turn: int, length: int) -> npt.NDArray[np.int64]:
+    # A seed of its own, so that no tile draws from it.
+    return np.random.default_rng((seed, turn, length)).permutation(length)

@@ -1,0 +1,275 @@
+"""The Lightning data module of whole images with one label each, and its configs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import lightning
+import numpy as np
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from perf_vit.data.build import AugmentConfig
+from perf_vit.data.datamodule import EpochSampler, ShareSampler
+from perf_vit.data.image_targets import ImageTargets, read_class_folders, read_class_table, read_number_table
+from perf_vit.data.scenes import SceneImages, SceneTiles, SceneViews
+from perf_vit.errors import ConfigError
+from perf_vit.transforms import Augmentation, Normalizer
+
+__all__ = [
+    "ClassificationDataConfig",
+    "ImageSplitConfig",
+    "RegressionDataConfig",
+    "SceneDataConfig",
+    "SceneDataModule",
+    "build_scene_datamodule",
+    "read_image_targets",
+    "split_off",
+]
+
+# Images to measure the bands' statistics on, and their longest side: enough for two digits, read in a second.
+_STATISTICS_IMAGES = 64
+_STATISTICS_PX = 256
+
+
+@dataclass(kw_only=True)
+class ImageSplitConfig:
+    """Labelled images.
+
+    Attributes:
+        images: a folder.
+        labels: a CSV file; left out, the folder holds folders that are named after the class of their images.
+    """
+
+    images: str
+    labels: str | None = None
+
+
+@dataclass(kw_only=True)
+class SceneDataConfig:
+    """Where whole images come from, and how they become tiles.
+
+    Attributes:
+        train: images trained on.
+        val: images validated on; a part of `train` that the seed decides if left out.
+        val_share: of the images of `train`, where `val` is left out.
+        image_column: of CSV files, that names the image.
+        bands: 1-based bands to use; all but alpha if left out.
+        nodata: value of missing pixels where files declare none.
+        tile_px: side of a tile, in pixels; a multiple of the backbone's patch size.
+        resize: resize whole images to a tile; else a tile is a part at full resolution, at random while training, the
+            middle otherwise, and images that are smaller are padded.
+        tiles_per_epoch: training tiles an epoch; one an image if left out.
+        batch_size: tiles a step.
+        num_workers: loader processes; 0 loads in the training process.
+        augment: applied to training tiles.
+    """
+
+    train: ImageSplitConfig
+    val: ImageSplitConfig | None = None
+    val_share: float = 0.2
+    image_column: str = "image"
+    bands: list[int] | None = None
+    nodata: float | None = None
+    tile_px: int = 224
+    resize: bool = False
+    tiles_per_epoch: int | None = None
+    batch_size: int = 16
+    num_workers: int = 0
+    augment: AugmentConfig = field(default_factory=AugmentConfig)
+
+
+@dataclass(kw_only=True)
+class ClassificationDataConfig(SceneDataConfig):
+    """Where images and their classes come from.
+
+    Attributes:
+        classes: names; those that occur in `train`, by name, if left out. For several classes an image, the CSV file's
+            columns of 0 and 1.
+        multilabel: images of any number of classes.
+        label_column: of CSV files, that names the class.
+        sampler: all, each image once an epoch, or balanced, each class as often as the others.
+    """
+
+    classes: list[str] | None = None
+    multilabel: bool = False
+    label_column: str = "label"
+    sampler: str = "all"
+
+
+@dataclass(kw_only=True)
+class RegressionDataConfig(SceneDataConfig):
+    """Where images and their numbers come from.
+
+    Attributes:
+        targets: columns of numbers of the CSV files.
+    """
+
+    targets: list[str]
+
+
+class SceneDataModule(lightning.LightningDataModule):
+    """Augmented tiles to train on, one tile an image to validate on.
+
+    Attributes:
+        train: tiles of the training images.
+        val: views of the validation images.
+        names: of the classes or numbers.
+        normalizer: measured on training images.
+    """
+
+    def __init__(self, train: SceneTiles, val: SceneViews, *, batch_size: int, num_workers: int) -> None:
+        super().__init__()
+        self.train = train
+        self.val = val
+        self.names = train.images.labelled.names
+        self.normalizer = train.normalizer
+        self.batch_size = batch_size
+        self.num_workers = num_workers
+
+    def train_dataloader(self) -> DataLoader[tuple[Tensor, Tensor]]:
+        """Augmented tiles, others each epoch; a last smaller batch is dropped (batch statistics)."""
+        return DataLoader(
+            self.train,
+            batch_size=self.batch_size,
+            sampler=EpochSampler(len(self.train)),
+            num_workers=self.num_workers,
+            persistent_workers=self.num_workers > 0,
+            drop_last=True,
+        )
+
+    def val_dataloader(self) -> DataLoader[tuple[Tensor, Tensor]]:
+        """The validation images, in order."""
+        return DataLoader(
+            self.val, batch_size=self.batch_size, sampler=ShareSampler(len(self.val)), num_workers=self.num_workers
+        )
+
+
+def build_scene_datamodule(config: SceneDataConfig, seed: int) -> SceneDataModule:
+    """Read labels, open images and measure the bands' statistics on training images.
+
+    Raises:
+        ConfigError: values that don't fit each other.
+        InputError: files that can't be read or don't fit each other.
+    """
+    _check(config)
+    labelled = read_image_targets(config, config.train)
+    if isinstance(config, ClassificationDataConfig) and not config.multilabel and len(labelled.names) < 2:
+        raise ConfigError(f"all images of data.train are of the class {labelled.names[0]}; expected at least two")
+    if config.val is None:
+        chosen, rest = split_off(len(labelled), config.val_share, seed, "images")
+        train_part, val_part = labelled.part(chosen), labelled.part(rest)
+    else:
+        train_part, val_part = (
+            labelled,
+            read_image_targets(config, config.val, names=labelled.names, allow_missing=True),
+        )
+    train, val = (SceneImages(part, bands=config.bands, nodata=config.nodata) for part in (train_part, val_part))
+    if train.num_bands != val.num_bands:
+        raise ConfigError(
+            f"data.val has images of {val.num_bands} bands, data.train of {train.num_bands}; choose common ones with "
+            "data.bands"
+        )
+    length = config.tiles_per_epoch or len(train)
+    if length < config.batch_size:
+        raise ConfigError(
+            f"data.batch_size must be at most the {length} tiles of an epoch, got {config.batch_size}; take a smaller "
+            "one, or give data.tiles_per_epoch"
+        )
+    normalizer = measured_normalizer(train.read_reduced, len(train), seed)
+    augment = config.augment
+    return SceneDataModule(
+        SceneTiles(
+            train,
+            normalizer,
+            Augmentation(flips=augment.flips, scale=augment.scale, gain=augment.gain, offset=augment.offset),
+            tile_px=config.tile_px,
+            resize=config.resize,
+            length=length,
+            seed=seed,
+            balanced=isinstance(config, ClassificationDataConfig) and config.sampler == "balanced",
+        ),
+        SceneViews(val, normalizer, tile_px=config.tile_px, resize=config.resize),
+        batch_size=config.batch_size,
+        num_workers=config.num_workers,
+    )
+
+
+def read_image_targets(
+    config: SceneDataConfig,
+    split: ImageSplitConfig,
+    names: Sequence[str] | None = None,
+    *,
+    allow_missing: bool = False,
+) -> ImageTargets:
+    """The labelled images of a split.
+
+    Args:
+        config: what the labels are.
+        split: where images and labels lie.
+        names: of classes, instead of those of the config.
+        allow_missing: folders by class needn't have images of all classes.
+
+    Raises:
+        ConfigError: numbers without a CSV file.
+        InputError: files that can't be read or don't fit each other.
+    """
+    if isinstance(config, RegressionDataConfig):
+        if split.labels is None:
+            raise ConfigError("numbers come from a CSV file; give data.train.labels, and data.val.labels with data.val")
+        return read_number_table(split.labels, split.images, config.targets, image_column=config.image_column)
+    assert isinstance(config, ClassificationDataConfig)
+    classes = names or config.classes
+    if split.labels is None:
+        if config.multilabel:
+            raise ConfigError("several classes an image come from a CSV file; give data.train.labels")
+        return read_class_folders(split.images, classes, allow_missing=allow_missing)
+    return read_class_table(
+        split.labels,
+        split.images,
+        classes,
+        multilabel=config.multilabel,
+        image_column=config.image_column,
+        label_column=config.label_column,
+    )
+
+
+def split_off(length: int, val_share: float, seed: int, what: str) -> tuple[list[int], list[int]]:
+    """Indices to train and to validate on, both in order.
+
+    Raises:
+        ConfigError: one of both would be empty.
+    """
+    num_val = max(1, round(length * val_share))
+    if num_val >= length:
+        raise ConfigError(f"data.val_share {val_share:g} of {length} {what} leaves none to train on; give data.val")
+    order = np.random.default_rng(seed).permutation(length)
+    return sorted(order[num_val:].tolist()), sorted(order[:num_val].tolist())
+
+
+def measured_normalizer(read_reduced: Callable[[int, int], Any], length: int, seed: int) -> Normalizer:
+    """Statistics of some images that the seed decides."""
+    chosen = np.random.default_rng(seed).permutation(length)[:_STATISTICS_IMAGES]
+    return Normalizer.from_images([read_reduced(int(index), _STATISTICS_PX) for index in chosen])
+
+
+def _check(config: SceneDataConfig) -> None:
+    if isinstance(config, ClassificationDataConfig):
+        classes = config.classes
+        if classes is not None and (len(classes) < 2 - config.multilabel or len(set(classes)) != len(classes)):
+            raise ConfigError(f"data.classes must name at least two classes, each once, got {classes}")
+        if config.multilabel and classes is None:
+            raise ConfigError("data.multilabel needs data.classes, the columns of 0 and 1")
+        if config.sampler not in ("all", "balanced") or (config.sampler == "balanced" and config.multilabel):
+            raise ConfigError(f"data.sampler must be all, or balanced for one class an image, got {config.sampler}")
+    if isinstance(config, RegressionDataConfig) and not config.targets:
+        raise ConfigError("data.targets must name at least one column of numbers")
+    if not 0 <= config.val_share <= 1:
+        raise ConfigError(f"data.val_share must lie between 0 and 1, got {config.val_share:g}")
+    for key, least in (("tile_px", 1), ("batch_size", 1), ("num_workers", 0)):
+        if getattr(config, key) < least:
+            raise ConfigError(f"data.{key} must be at least {least}, got {getattr(config, key)}")
+    if config.tiles_per_epoch is not None and config.tiles_per_epoch < 1:
+        raise ConfigError(f"data.tiles_per_epoch must be at least 1, got {config.tiles_per_epoch}")

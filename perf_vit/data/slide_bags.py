@@ -1,0 +1,147 @@
+"""Slides with one label each, as bags of their windows' features."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+from torch.utils.data import Dataset
+
+from perf_vit.data.csv_rows import CsvRow, read_csv_rows
+from perf_vit.data.embeddings import EmbeddingStore
+from perf_vit.data.image_targets import class_index
+from perf_vit.errors import InputError
+
+__all__ = ["Bag", "SlideBags", "SlideTargets", "collate_bags", "read_slide_table"]
+
+Bag = tuple[Tensor, Tensor]
+"""Features [N, D] and class index."""
+
+
+@dataclass(frozen=True, slots=True)
+class SlideTargets:
+    """Labelled slides.
+
+    Attributes:
+        paths: of the slides.
+        labels: class indices, [n].
+        classes: names.
+    """
+
+    paths: tuple[str, ...]
+    labels: npt.NDArray[np.int64]
+    classes: tuple[str, ...]
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def part(self, indices: Sequence[int]) -> SlideTargets:
+        """Some of the slides."""
+        chosen = list(indices)
+        return SlideTargets(tuple(self.paths[index] for index in chosen), self.labels[chosen], self.classes)
+
+
+def read_slide_table(
+    table: str | Path,
+    slides: str | Path,
+    classes: Sequence[str] | None = None,
+    *,
+    slide_column: str = "slide",
+    label_column: str = "label",
+) -> SlideTargets:
+    """A CSV file with the class of each slide.
+
+    Args:
+        table: the CSV file.
+        slides: folder that its names of slides are relative to; they may lack their ending.
+        classes: names in the order of the indices; those that occur, by name, if None.
+        slide_column: that names the slide.
+        label_column: that names the class.
+
+    Raises:
+        InputError: a file, column, slide or class that isn't there, or a slide named twice.
+    """
+    rows = read_csv_rows(table, [slide_column, label_column])
+    names = [row.values[label_column] for row in rows]
+    classes = tuple(sorted(set(names)) if classes is None else classes)
+    labels = [class_index(name, classes, row.place) for name, row in zip(names, rows, strict=True)]
+    paths: dict[str, str] = {}
+    for row in rows:
+        path = _find(row, Path(slides), slide_column)
+        if path in paths:
+            raise InputError(f"{row.place} names {path}, as does {paths[path]}; give each slide once")
+        paths[path] = row.place
+    return SlideTargets(tuple(paths), np.array(labels, np.int64), classes)
+
+
+def _find(row: CsvRow, folder: Path, column: str) -> str:
+    name = row.values[column]
+    if "://" in name or (folder / name).exists():
+        return name if "://" in name else str(folder / name)
+    parent = (folder / name).parent
+    near = sorted(path for path in parent.glob("*") if path.stem == Path(name).name) if parent.is_dir() else []
+    if len(near) == 1:
+        return str(near[0])
+    several = f", but {' and '.join(path.name for path in near[:2])}; give the ending" if near else ""
+    raise InputError(f"{row.place} names the slide {name}, which is not in {folder}{several or '; check data.slides'}")
+
+
+class SlideBags(Dataset[Bag]):
+    """Bags of features, a slide each.
+
+    To train on, slides come in another order each round, and a large bag is a random part of its slide: item i is a
+    function of (seed, i) alone.
+
+    Args:
+        slides: with their labels.
+        store: that holds their features.
+        max_windows: of a bag, drawn anew each time; None for all.
+        seed: decides order and windows; None for the order given.
+
+    Raises:
+        InputError: features are missing or damaged, when they are read.
+    """
+
+    def __init__(
+        self, slides: SlideTargets, store: EmbeddingStore, *, max_windows: int | None = None, seed: int | None = None
+    ) -> None:
+        self.slides = slides
+        self.store = store
+        self.max_windows = max_windows
+        self.seed = seed
+
+    def __len__(self) -> int:
+        return len(self.slides)
+
+    def __getitem__(self, index: int) -> Bag:
+        """Features [N, D] float32 and the class index; with a seed, any index >= 0 is allowed."""
+        chosen = index
+        if self.seed is not None:
+            turn, position = divmod(index, len(self.slides))
+            chosen = int(_order(self.seed, turn, len(self.slides))[position])
+        features = self.store.read(self.slides.paths[chosen]).features
+        if self.max_windows is not None and len(features) > self.max_windows:
+            rng = np.random.default_rng((self.seed or 0, index))
+            features = features[np.sort(rng.choice(len(features), self.max_windows, replace=False))]
+        return torch.from_numpy(features), torch.tensor(self.slides.labels[chosen])
+
+
+def collate_bags(bags: Sequence[Bag]) -> tuple[Tensor, Tensor, Tensor]:
+    """A batch: features [B, N, D] of the largest bag's size, which of them are there [B, N], and labels [B]."""
+    features, labels = zip(*bags, strict=True)
+    sizes = torch.tensor([len(each) for each in features])
+    mask = torch.arange(int(sizes.max())) < sizes[:, None]
+    return pad_sequence(list(features), batch_first=True), mask, torch.stack(labels)
+
+
+@lru_cache(maxsize=4)
+def _order(seed: int, turn: int, length: int) -> npt.NDArray[np.int64]:
+    # A seed of its own, so that no bag draws from it.
+    return np.random.default_rng((seed, turn, length)).permutation(length)

@@ -1,0 +1,162 @@
+"""The Lightning data module of slides as bags, and its config."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import lightning
+import numpy as np
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from perf_vit.data.datamodule import EpochSampler, ShareSampler
+from perf_vit.data.embeddings import EmbeddingStore
+from perf_vit.data.slide_bags import SlideBags, SlideTargets, collate_bags, read_slide_table
+from perf_vit.errors import ConfigError
+
+__all__ = ["SlideBagModule", "SlideDataConfig", "read_slides"]
+
+BagBatch = tuple[Tensor, Tensor, Tensor]
+
+
+@dataclass(kw_only=True)
+class SlideDataConfig:
+    """Where slides and their classes come from, and how slides become bags of windows.
+
+    Attributes:
+        train: a CSV file with the columns slide and label.
+        slides: folder that the CSV's names of slides are relative to.
+        val: a CSV file of slides validated on; of each class a part of `train` that the seed decides if left out.
+            Slides of one patient belong on one side.
+        val_share: of the slides of `train`, where `val` is left out.
+        classes: names; those that occur in `train`, by name, if left out.
+        slide_column: of CSV files, that names the slide.
+        label_column: of CSV files, that names the class.
+        mpp: micrometres per pixel to read slides at; their level 0, or a raster's pixels, with null.
+        slide_mpp: micrometres per pixel of level 0 where files don't say.
+        bands: 1-based channels to use; all if left out.
+        tile_px: side of a window, in pixels; a multiple of the encoder's patch size.
+        tissue: otsu, or null to take windows of glass and of rasters.
+        min_tissue: least share of tissue in a window.
+        max_windows: of a slide in a training step, drawn anew each time; all if left out.
+        embeddings: folder for the windows' features, so that several runs share them; in the run folder if left out.
+        embed_batch_size: windows in the encoder at once.
+        batch_size: slides a step.
+        num_workers: loader processes; 0 loads in the training process.
+    """
+
+    train: str
+    slides: str = "."
+    val: str | None = None
+    val_share: float = 0.2
+    classes: list[str] | None = None
+    slide_column: str = "slide"
+    label_column: str = "label"
+    mpp: float | None = 0.5
+    slide_mpp: float | None = None
+    bands: list[int] | None = None
+    tile_px: int = 224
+    tissue: str | None = "otsu"
+    min_tissue: float = 0.25
+    max_windows: int | None = None
+    embeddings: str | None = None
+    embed_batch_size: int = 16
+    batch_size: int = 1
+    num_workers: int = 0
+
+
+class SlideBagModule(lightning.LightningDataModule):
+    """Bags of the training slides in another order each epoch, bags of the validation slides in theirs."""
+
+    def __init__(self, train: SlideBags, val: SlideBags, *, batch_size: int, num_workers: int) -> None:
+        super().__init__()
+        self.train = train
+        self.val = val
+        self.batch_size = batch_size
+        self.num_workers = num_workers
+
+    @classmethod
+    def of(
+        cls, config: SlideDataConfig, train: SlideTargets, val: SlideTargets, store: EmbeddingStore, seed: int
+    ) -> SlideBagModule:
+        """Both sides of a config, whose features are in the store."""
+        return cls(
+            SlideBags(train, store, max_windows=config.max_windows, seed=seed),
+            SlideBags(val, store),
+            batch_size=config.batch_size,
+            num_workers=config.num_workers,
+        )
+
+    def train_dataloader(self) -> DataLoader[BagBatch]:
+        """Bags in another order each epoch."""
+        return DataLoader(
+            self.train,  # type: ignore[arg-type]
+            batch_size=self.batch_size,
+            sampler=EpochSampler(len(self.train)),
+            num_workers=self.num_workers,
+            persistent_workers=self.num_workers > 0,
+            collate_fn=collate_bags,
+        )
+
+    def val_dataloader(self) -> DataLoader[BagBatch]:
+        """The validation slides, in order and one by one: bags may be large."""
+        return DataLoader(
+            self.val,  # type: ignore[arg-type]
+            batch_size=1,
+            sampler=ShareSampler(len(self.val)),
+            num_workers=self.num_workers,
+            collate_fn=collate_bags,
+        )
+
+
+def read_slides(config: SlideDataConfig, seed: int) -> tuple[SlideTargets, SlideTargets]:
+    """The slides to train and to validate on.
+
+    Raises:
+        ConfigError: values that don't fit each other.
+        InputError: files that can't be read or don't fit each other.
+    """
+    _check(config)
+    columns = {"slide_column": config.slide_column, "label_column": config.label_column}
+    train = read_slide_table(config.train, config.slides, config.classes, **columns)
+    if len(train.classes) < 2:
+        raise ConfigError(f"all slides of {config.train} are of the class {train.classes[0]}; expected at least two")
+    if config.val is not None:
+        val = read_slide_table(config.val, config.slides, train.classes, **columns)
+        common = sorted(set(train.paths) & set(val.paths))
+        if common:
+            raise ConfigError(f"{common[0]} is in both data.train and data.val; a slide belongs in one")
+        return train, val
+    chosen = _stratified(train.labels, config.val_share, seed)
+    if not chosen or len(chosen) == len(train):
+        raise ConfigError(
+            f"data.val_share {config.val_share:g} of {len(train)} slides leaves none to train or validate on; give "
+            "data.val"
+        )
+    return train.part([i for i in range(len(train)) if i not in chosen]), train.part(sorted(chosen))
+
+
+def _stratified(labels: np.ndarray, share: float, seed: int) -> set[int]:
+    """Of each class with at least two slides a share, one at least and not all."""
+    rng = np.random.default_rng(seed)
+    chosen: set[int] = set()
+    for label in np.unique(labels):
+        members = rng.permutation(np.flatnonzero(labels == label))
+        number = min(len(members) - 1, max(1, round(len(members) * share)))
+        chosen.update(members[:number].tolist())
+    return chosen
+
+
+def _check(config: SlideDataConfig) -> None:
+    if config.classes is not None and (len(config.classes) < 2 or len(set(config.classes)) != len(config.classes)):
+        raise ConfigError(f"data.classes must name at least two classes, each once, got {config.classes}")
+    if config.tissue not in ("otsu", None):
+        raise ConfigError(f"data.tissue must be otsu or null, got {config.tissue}")
+    for key in ("val_share", "min_tissue"):
+        if not 0 <= getattr(config, key) <= 1:
+            raise ConfigError(f"data.{key} must lie between 0 and 1, got {getattr(config, key):g}")
+    for key, least in (("tile_px", 1), ("batch_size", 1), ("embed_batch_size", 1), ("num_workers", 0)):
+        if getattr(config, key) < least:
+            raise ConfigError(f"data.{key} must be at least {least}, got {getattr(config, key)}")
+    if config.max_windows is not None and config.max_windows < 1:
+        raise ConfigError(f"data.max_windows must be at least 1, or left out, got {config.max_windows}")

@@ -1,0 +1,189 @@
+"""A network that says one thing of a whole image, with all that prediction needs to know about its input."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal, Self
+
+import torch
+from torch import Tensor, nn
+
+from perf_vit.models.pooled import build_pooled, pooled_parts
+from perf_vit.transforms import Normalizer
+
+__all__ = ["Classifier", "ClassifierConfig", "ClassifierSpec", "ImageLabelKind", "build_classifier"]
+
+ImageLabelKind = Literal["single_label", "multilabel", "regression"]
+"""One class an image, any number of classes, or one number or several."""
+
+
+@dataclass(kw_only=True)
+class ClassifierConfig:
+    """A backbone and what is put on it.
+
+    Attributes:
+        backbone: any timm model name; or a folder with a converted model, whose weights are loaded.
+        backbone_kwargs: passed to `timm.create_model`, e.g. {attn_kwargs: {num_features: 128}}.
+        pretrained: load timm's weights for the backbone.
+        freeze_backbone: keep the backbone's weights and train pooling and classifier alone.
+        pool: token, avg, max, avgmax or map (attention with a learnt query); the backbone's own if left out.
+        drop_rate: of the pooled features while training.
+    """
+
+    backbone: str = "performer_vit_small_patch16_224"
+    backbone_kwargs: dict[str, Any] = field(default_factory=dict)
+    pretrained: bool = False
+    freeze_backbone: bool = False
+    pool: str | None = None
+    drop_rate: float = 0.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ClassifierSpec:
+    """What a trained network expects and means; saved with its weights.
+
+    Attributes:
+        kind: what its outputs are.
+        outputs: names of the classes, or of the numbers, in the order of the output.
+        normalizer: statistics of the bands it was trained on.
+        tile_px: side of the square tiles that it sees, in pixels.
+        resize: whole images are resized to a tile; else a tile is the middle of the image, at full resolution.
+        bands: 1-based bands of the source that it reads, None for all of them.
+        nodata: value that marks missing pixels where the file declares none, None for nothing of the kind.
+        target_mean: of each number in the training data; empty for classes.
+        target_std: likewise.
+        label_options: columns of the CSV files it was trained with.
+    """
+
+    kind: ImageLabelKind
+    outputs: tuple[str, ...]
+    normalizer: Normalizer
+    tile_px: int
+    resize: bool = False
+    bands: tuple[int, ...] | None = None
+    nodata: float | None = None
+    target_mean: tuple[float, ...] = ()
+    target_std: tuple[float, ...] = ()
+    label_options: dict[str, Any] = field(default_factory=dict)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, for a checkpoint."""
+        return {**asdict(self), "normalizer": self.normalizer.to_dict()}
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> ClassifierSpec:
+        """The inverse of `to_dict`."""
+        return cls(
+            **{
+                **values,
+                "normalizer": Normalizer.from_dict(values["normalizer"]),
+                "outputs": tuple(values["outputs"]),
+                "bands": None if values["bands"] is None else tuple(values["bands"]),
+                "target_mean": tuple(values["target_mean"]),
+                "target_std": tuple(values["target_std"]),
+            }
+        )
+
+
+class Classifier(nn.Module):
+    """A network that classifies images, or estimates numbers from them.
+
+    Args:
+        network: a timm model whose classifier has as many outputs as the spec names.
+        spec: what the network expects and means.
+        saved_backbone: config of the converted model that the backbone was made of, None for a timm model.
+        freeze_backbone: train what comes after the backbone's features alone.
+    """
+
+    def __init__(
+        self,
+        network: nn.Module,
+        spec: ClassifierSpec,
+        saved_backbone: Mapping[str, Any] | None = None,
+        *,
+        freeze_backbone: bool = False,
+    ) -> None:
+        super().__init__()
+        self.network = network
+        self.spec = spec
+        self.saved_backbone = saved_backbone
+        self.is_backbone_frozen = freeze_backbone
+        if freeze_backbone:
+            network.requires_grad_(False)
+            for part in pooled_parts(network):
+                part.requires_grad_(True)
+        self._mean: Tensor
+        self._std: Tensor
+        self.register_buffer("_mean", torch.tensor(spec.target_mean or (0.0,)), persistent=False)
+        self.register_buffer("_std", torch.tensor(spec.target_std or (1.0,)), persistent=False)
+
+    @property
+    def task(self) -> str:
+        """The task that trains it."""
+        return "regression" if self.spec.kind == "regression" else "classification"
+
+    def forward(self, image: Tensor) -> Tensor:
+        """Logits, or standardised numbers, of standardised tiles.
+
+        Args:
+            image: [B, C, H, W].
+
+        Returns:
+            [B, K].
+        """
+        network: Any = self.network
+        # Without gradients, converted models go through their MLPs in pieces.
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not self.is_backbone_frozen):
+            features: Tensor = network.forward_features(image)
+        logits: Tensor = network.forward_head(features)
+        return logits
+
+    def scores(self, logits: Tensor) -> Tensor:
+        """Probabilities of the classes, or numbers in the labels' units, [B, K]."""
+        logits = logits.float()
+        if self.spec.kind == "single_label":
+            return logits.softmax(dim=1)
+        if self.spec.kind == "multilabel":
+            return logits.sigmoid()
+        return logits * self._std + self._mean
+
+    def standardised(self, values: Tensor) -> Tensor:
+        """Numbers in the labels' units as the network gives them, [B, K]."""
+        return (values - self._mean) / self._std
+
+    def train(self, mode: bool = True) -> Self:
+        """Training mode, in which a frozen backbone stays as it is evaluated."""
+        super().train(mode)
+        if mode and self.is_backbone_frozen:
+            self.network.eval()
+            for part in (*pooled_parts(self.network), getattr(self.network, "head_drop", nn.Identity())):
+                part.train()
+        return self
+
+
+def build_classifier(
+    config: ClassifierConfig, spec: ClassifierSpec, saved_backbone: Mapping[str, Any] | None = None
+) -> Classifier:
+    """Build a network; its weights are random unless `pretrained` is set or the backbone is a folder.
+
+    Args:
+        config: the network.
+        spec: what it expects and means.
+        saved_backbone: config of the converted model that the backbone was made of, to do without its folder.
+
+    Raises:
+        CheckpointError: a folder without a converted model.
+        ConfigError: an unknown backbone or pooling, arguments they don't take, or a tile size that the patch size
+            doesn't divide.
+    """
+    network, saved_backbone = build_pooled(
+        config,
+        len(spec.normalizer.mean),
+        spec.tile_px,
+        num_outputs=len(spec.outputs),
+        pool=config.pool,
+        drop_rate=config.drop_rate,
+        saved_backbone=saved_backbone,
+    )
+    return Classifier(network, spec, saved_backbone, freeze_backbone=config.freeze_backbone)

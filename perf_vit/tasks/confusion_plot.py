@@ -1,0 +1,60 @@
+"""Which classes are taken for which, as a picture."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+__all__ = ["save_confusion_matrix"]
+
+# Numbers in more cells than these overlap.
+_MAX_NUMBERED = 20
+
+
+def save_confusion_matrix(matrix: npt.ArrayLike, class_names: Sequence[str], path: str | Path) -> None:
+    """Draw a confusion matrix: colour is the share of the true class, the number in a cell its count.
+
+    Args:
+        matrix: counts, a row a true class and a column a predicted one, [K, K]; a tensor or an array.
+        class_names: K names.
+        path: the picture to write, .png.
+    """
+    counts = np.asarray(matrix)
+    num_classes = len(class_names)
+    assert counts.shape == (num_classes, num_classes), (counts.shape, num_classes)
+    totals = counts.sum(axis=1, keepdims=True)
+    shares = np.divide(counts, totals, out=np.zeros(counts.shape, np.float64), where=totals > 0)
+    side = min(16.0, 3.0 + 0.5 * num_classes)
+    figure = Figure(figsize=(side + 0.8, side), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots()
+    picture = axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)
+    figure.colorbar(picture, ax=axes, label="share of the true class", shrink=0.8)
+    ticks = np.arange(num_classes)
+    axes.set_xticks(ticks, class_names, rotation=45, ha="right", rotation_mode="anchor")
+    axes.set_yticks(ticks, class_names)
+    axes.set(xlabel="predicted", ylabel="true")
+    if num_classes <= _MAX_NUMBERED:
+        _number_cells(axes, counts, shares)
+    figure.savefig(path, dpi=110)
+
+
+def _number_cells(axes: Any, counts: npt.NDArray[Any], shares: npt.NDArray[np.float64]) -> None:
+    for (row, col), count in np.ndenumerate(counts):
+        color = "white" if shares[row, col] > 0.5 else "black"
+        axes.text(col, row, _short(float(count)), ha="center", va="center", color=color, fontsize=8)
+
+
+def _short(count: float) -> str:
+    """A count in at most five characters: 812, 45.2k, 7.3M."""
+    for unit, size in (("G", 1e9), ("M", 1e6), ("k", 1e4)):
+        if count >= size:
+            scaled = count / (1e3 if unit == "k" else size)
+            return f"{scaled:.1f}{unit}" if scaled < 100 else f"{scaled:.0f}{unit}"
+    return f"{count:.0f}"

@@ -1,0 +1,138 @@
+"""Training of networks that classify whole images, or estimate numbers from them."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict
+from typing import Any
+
+import lightning
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from perf_vit.models import (
+    CHECKPOINT_KEY,
+    ClassifierConfig,
+    ClassifierSpec,
+    build_classifier,
+    checkpoint_metadata,
+    restore_draw,
+)
+from perf_vit.models.pooled import pooled_parts
+from perf_vit.tasks.history import Curves
+from perf_vit.tasks.image_metrics import ClassificationScores, ImageMetrics, RegressionScores
+from perf_vit.tasks.pooled_optim import PooledOptimConfig, check_class_weights, pooled_optimizers
+
+__all__ = [
+    "CLASSIFICATION_CURVES",
+    "CLASSIFICATION_MONITOR",
+    "REGRESSION_CURVES",
+    "REGRESSION_MONITOR",
+    "SceneTask",
+    "logged_scores",
+]
+
+CLASSIFICATION_MONITOR = "val/f1"
+"""What the best checkpoint is chosen by: rare classes count as much as frequent ones."""
+
+REGRESSION_MONITOR = "val/r2"
+
+CLASSIFICATION_CURVES = Curves(
+    losses=("train/loss", "val/loss"), scores=("val/accuracy", "val/f1", "val/auroc"), title="validation"
+)
+REGRESSION_CURVES = Curves(
+    losses=("train/loss", "val/loss"), scores=("val/r2",), title="validation, mean over numbers", score_range=None
+)
+
+
+class SceneTask(lightning.LightningModule):
+    """Trains a classifier of images; its checkpoints hold all that `perf_vit.models.load_classifier` needs.
+
+    The loss of classes is the cross-entropy, binary with several classes an image; that of numbers, of which each is
+    standardised, Huber's, which is quadratic up to one standard deviation.
+
+    Args:
+        model_config: the network.
+        spec: classes or numbers, and statistics of the training data.
+        optim: loss and schedule.
+
+    Raises:
+        ConfigError: a network that can't be built, or values that don't fit it.
+    """
+
+    def __init__(self, model_config: ClassifierConfig, spec: ClassifierSpec, optim: PooledOptimConfig) -> None:
+        super().__init__()
+        check_class_weights(optim, len(spec.outputs))
+        self.model_config = model_config
+        self.optim = optim
+        self.model = build_classifier(model_config, spec)
+        self.val_metrics = ImageMetrics(spec.outputs, spec.kind)
+        weights = None if optim.class_weights is None else torch.tensor(optim.class_weights)
+        self.class_weights: Tensor | None
+        self.register_buffer("class_weights", weights, persistent=False)
+        self.save_hyperparameters({"model": asdict(model_config), "optim": asdict(optim)})
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Add the metadata."""
+        checkpoint[CHECKPOINT_KEY] = checkpoint_metadata(self.model_config, self.model)
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Take up the draw of the attention's projections, which are no part of the weights."""
+        restore_draw(self.model, checkpoint[CHECKPOINT_KEY])
+
+    def forward(self, image: Tensor) -> Tensor:
+        """Logits, or standardised numbers, [B, K], of standardised tiles [B, C, H, W]."""
+        return self.model(image)
+
+    def loss(self, logits: Tensor, targets: Tensor) -> Tensor:
+        """Mean loss of a batch.
+
+        Args:
+            logits: [B, K].
+            targets: class indices, [B]; or 0 and 1, or numbers in their units, [B, K].
+        """
+        logits = logits.float()
+        kind, smoothing = self.model.spec.kind, self.optim.label_smoothing
+        if kind == "single_label":
+            # torch's weighted mean divides by the weights of the batch, so small batches would weigh little.
+            options: dict[str, Any] = {"reduction": "none", "label_smoothing": smoothing}
+            return F.cross_entropy(logits, targets, self.class_weights, **options).mean()
+        if kind == "multilabel":
+            smooth = targets * (1 - smoothing) + smoothing / 2
+            return F.binary_cross_entropy_with_logits(logits, smooth, self.class_weights)
+        return F.smooth_l1_loss(logits, self.model.standardised(targets))
+
+    def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
+        """Loss of one batch."""
+        image, targets = batch
+        loss = self.loss(self(image), targets)
+        self.log("train/loss", loss, on_step=False, on_epoch=True, prog_bar=True, sync_dist=True)
+        return loss
+
+    def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
+        """Loss and scores of one batch."""
+        image, targets = batch
+        logits = self(image)
+        self.log("val/loss", self.loss(logits, targets), batch_size=len(image), prog_bar=True, sync_dist=True)
+        self.val_metrics.update(self.model.scores(logits), targets)
+
+    def on_validation_epoch_end(self) -> None:
+        """Log the scores, overall and by class."""
+        self.log_dict(logged_scores(self.val_metrics.summary()))
+        self.val_metrics.reset()
+
+    def configure_optimizers(self) -> Any:
+        """AdamW and the schedule, stepped every batch."""
+        head = {id(parameter) for part in pooled_parts(self.model.network) for parameter in part.parameters()}
+        return pooled_optimizers(self, self.optim, head, self.model)
+
+
+def logged_scores(scores: ClassificationScores | RegressionScores) -> dict[str, float]:
+    """Names and values for the logs; what is unknown is 0 overall, and left out by class."""
+    overall = {f"val/{name}": 0.0 if math.isnan(value) else value for name, value in scores.overall().items()}
+    if isinstance(scores, RegressionScores):
+        parts = {f"val/mae/{each.name}": each.mae for each in scores.targets}
+    else:
+        parts = {f"val/f1/{each.name}": each.f1 for each in scores.classes}
+    return overall | {name: value for name, value in parts.items() if not math.isnan(value)}

@@ -1,0 +1,100 @@
+"""Training of slide classifiers on bags of features."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from typing import Any
+
+import lightning
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from perf_vit.models import (
+    CHECKPOINT_KEY,
+    SlideModelConfig,
+    SlideSpec,
+    build_slide_classifier,
+    checkpoint_metadata,
+    restore_draw,
+)
+from perf_vit.tasks.history import Curves
+from perf_vit.tasks.image_metrics import ImageMetrics
+from perf_vit.tasks.pooled_optim import PooledOptimConfig, check_class_weights, pooled_optimizers
+from perf_vit.tasks.scenes import logged_scores
+
+__all__ = ["SLIDE_CURVES", "SLIDE_MONITOR", "SlideTask"]
+
+SLIDE_MONITOR = "val/log_likelihood"
+"""What the best checkpoint is chosen by, the loss with another sign: with few slides, many epochs have the same F1 and
+AUROC, and the first of them is hardly trained."""
+
+SLIDE_CURVES = Curves(
+    losses=("train/loss", "val/loss"), scores=("val/accuracy", "val/f1", "val/auroc"), title="validation"
+)
+
+
+class SlideTask(lightning.LightningModule):
+    """Trains a slide classifier with cross-entropy; its checkpoints hold encoder and all that prediction needs.
+
+    Args:
+        model_config: the network.
+        spec: classes, and how slides are read.
+        optim: loss and schedule.
+
+    Raises:
+        ConfigError: a network that can't be built, or values that don't fit it.
+    """
+
+    def __init__(self, model_config: SlideModelConfig, spec: SlideSpec, optim: PooledOptimConfig) -> None:
+        super().__init__()
+        check_class_weights(optim, len(spec.classes))
+        self.model_config = model_config
+        self.optim = optim
+        self.model = build_slide_classifier(model_config, spec)
+        self.val_metrics = ImageMetrics(spec.classes, "single_label")
+        weights = None if optim.class_weights is None else torch.tensor(optim.class_weights)
+        self.class_weights: Tensor | None
+        self.register_buffer("class_weights", weights, persistent=False)
+        self.save_hyperparameters({"model": asdict(model_config), "optim": asdict(optim)})
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Add the metadata."""
+        checkpoint[CHECKPOINT_KEY] = checkpoint_metadata(self.model_config, self.model)
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Take up the draw of the encoder's projections, which are no part of the weights."""
+        restore_draw(self.model, checkpoint[CHECKPOINT_KEY])
+
+    def loss(self, logits: Tensor, labels: Tensor) -> Tensor:
+        """Mean cross-entropy of logits [B, K] and class indices [B]."""
+        # torch's weighted mean divides by the weights: of a single slide it would leave nothing of them.
+        smoothing = self.optim.label_smoothing
+        each = F.cross_entropy(logits.float(), labels, self.class_weights, reduction="none", label_smoothing=smoothing)
+        return each.mean()
+
+    def training_step(self, batch: tuple[Tensor, Tensor, Tensor], batch_idx: int) -> Tensor:
+        """Loss of one batch."""
+        bags, mask, labels = batch
+        loss = self.loss(self.model(bags, mask)[0], labels)
+        self.log("train/loss", loss, on_step=False, on_epoch=True, prog_bar=True, sync_dist=True, batch_size=len(bags))
+        return loss
+
+    def validation_step(self, batch: tuple[Tensor, Tensor, Tensor], batch_idx: int) -> None:
+        """Loss and scores of one batch."""
+        bags, mask, labels = batch
+        logits = self.model(bags, mask)[0]
+        loss = self.loss(logits, labels)
+        self.log("val/loss", loss, batch_size=len(bags), prog_bar=True, sync_dist=True)
+        self.log(SLIDE_MONITOR, -loss, batch_size=len(bags), sync_dist=True)
+        self.val_metrics.update(logits.float().softmax(dim=1), labels)
+
+    def on_validation_epoch_end(self) -> None:
+        """Log the scores, overall and by class."""
+        self.log_dict(logged_scores(self.val_metrics.summary()))
+        self.val_metrics.reset()
+
+    def configure_optimizers(self) -> Any:
+        """AdamW and the schedule, stepped every batch."""
+        head = {id(parameter) for parameter in self.model.parameters() if parameter.requires_grad}
+        return pooled_optimizers(self, self.optim, head, self.model)

@@ -1,0 +1,92 @@
+"""Train, evaluate and predict on annotated slides, at the pixel size of the config, through the real entry point."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from command_line import call
+
+from perf_vit.data.synthetic_slide import make_slide
+from perf_vit.io import open_source
+from perf_vit.models import load_detector, load_segmenter
+
+MODEL = "backbone: performer_vit_tiny_patch16_224\n  backbone_kwargs: {depth: 1, embed_dim: 64, num_heads: 2}"
+SEGMENTATION = f"""
+out: ???
+data:
+  train: {{image: "???", labels: "???"}}
+  val: {{image: "???", labels: "???"}}
+  classes: [other, Tumor]
+  attribute: classification
+  mpp: 1.0
+  tile_px: 64
+  tiles_per_epoch: 4
+  batch_size: 2
+model:
+  {MODEL}
+  out_indices: [0]
+  head: linear
+trainer: {{max_epochs: 1, accelerator: cpu}}
+"""
+DETECTION = """
+out: ???
+task: detection
+data:
+  train: {images: "???", labels: "???", format: polygons}
+  val: {images: "???", labels: "???", format: polygons}
+  classes: [Tumor]
+  attribute: classification
+  mpp: 1.0
+  tile_px: 128
+  tiles_per_epoch: 2
+  batch_size: 2
+model: {backbone: resnet10t, strides: [8, 16], channels: 64, head: fcos, head_kwargs: {num_convs: 1}}
+trainer: {max_epochs: 1, accelerator: cpu}
+"""
+
+
+@pytest.fixture(scope="module")
+def slide(tmp_path_factory) -> Path:
+    root = tmp_path_factory.mktemp("annotated")
+    ring = [[80, 40], [240, 40], [240, 120], [80, 120], [80, 40]]
+    annotation = {
+        "type": "Feature",
+        "geometry": {"type": "Polygon", "coordinates": [ring]},
+        "properties": {"objectType": "annotation", "classification": {"name": "Tumor", "color": [200, 0, 0]}},
+    }
+    (root / "a.geojson").write_text(json.dumps({"type": "FeatureCollection", "features": [annotation]}))
+    (root / "segmentation.yaml").write_text(SEGMENTATION)
+    (root / "detection.yaml").write_text(DETECTION)
+    return make_slide(root / "a.svs", 320, 400, mpp=0.5, tile_px=64, tissue_share=1.0)
+
+
+def test_a_map_is_trained_scored_and_predicted_at_the_mpp_of_the_config(slide, tmp_path) -> None:
+    labels, out = slide.with_suffix(".geojson"), tmp_path / "run"
+    files = [f"data.{part}.{key}={path}" for part in ("train", "val") for key, path in
+             (("image", slide), ("labels", labels))]  # fmt: skip
+    assert call(["train", slide.with_name("segmentation.yaml"), *files, f"out={out}"]) == 0
+    checkpoint, report, mapped = out / "checkpoints" / "best.ckpt", tmp_path / "scores.json", tmp_path / "map.tif"
+    assert load_segmenter(checkpoint).spec.mpp == 1.0
+    options = ["--checkpoint", checkpoint, "--input", slide]
+    assert call(["evaluate", *options, "--labels", labels, "--json", report]) == 0
+    pixels = [each["num_pixels"] for each in json.loads(report.read_text())["classes"]]
+    assert pixels == [160 * 200 - 80 * 40, 80 * 40]
+    assert call(["predict", *options, "--output", mapped]) == 0
+    assert open_source(mapped).size == (160, 200)
+
+
+def test_objects_are_trained_and_found_at_the_mpp_of_the_config(slide, tmp_path) -> None:
+    labels, out = slide.with_suffix(".geojson"), tmp_path / "run"
+    files = [f"data.{part}.{key}={path}" for part in ("train", "val") for key, path in
+             (("images", slide), ("labels", labels))]  # fmt: skip
+    assert call(["train", slide.with_name("detection.yaml"), *files, f"out={out}"]) == 0
+    checkpoint, report, found = out / "checkpoints" / "best.ckpt", tmp_path / "scores.json", tmp_path / "found.geojson"
+    assert load_detector(checkpoint).spec.mpp == 1.0
+    options = ["--checkpoint", checkpoint, "--input", slide]
+    assert call(["evaluate", *options, "--labels", labels, "--json", report]) == 0
+    assert [each["num_objects"] for each in json.loads(report.read_text())["classes"]] == [1]
+    assert call(["predict", *options, "--output", found, "--score-threshold", "0"]) == 0
+    corners = [each["geometry"]["coordinates"][0] for each in json.loads(found.read_text())["features"]]
+    # In pixels of level 0 again: beyond the 200 columns that were searched.
+    assert np.concatenate(corners)[:, 0].max() > 210

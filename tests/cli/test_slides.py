@@ -1,0 +1,189 @@
+"""Train, evaluate and predict classes of whole slides through the real entry point."""
+
+import csv
+import json
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+from command_line import call
+from PIL import Image
+
+from perf_vit.cli.schemas import SlideRun
+from perf_vit.config import load_config
+from perf_vit.data.synthetic_slide import make_slide
+from perf_vit.models import load_slide_classifier
+
+CONFIG = """
+out: ???
+task: slide
+data:
+  train: "???"
+  slides: "???"
+  mpp: 1.0
+  slide_mpp: 0.5
+  tile_px: 32
+  min_tissue: 0.2
+  max_windows: 6
+  batch_size: 2
+  val_share: 0.4
+model:
+  backbone: performer_vit_tiny_patch16_224
+  backbone_kwargs: {depth: 1, embed_dim: 64, num_heads: 2, attn_kwargs: {num_features: 16}}
+  pool: avg
+  hidden_dim: 32
+  attention_dim: 16
+optim: {lr: 0.01}
+trainer: {max_epochs: 8, accelerator: cpu}
+"""
+PER_CLASS = 5
+
+
+@pytest.fixture(scope="module")
+def slides(tmp_path_factory) -> Path:
+    """Slides of 640 x 600 px with small or large nuclei, and their CSV file."""
+    root = tmp_path_factory.mktemp("slides")
+    rows = []
+    for number in range(2 * PER_CLASS):
+        # What the file says of its pixels is overruled by the config, so only the nuclei differ.
+        mpp = 0.5 if number % 2 else 0.15
+        make_slide(root / f"s{number}.svs", 640, 600, mpp=mpp, tile_px=64, tissue_share=0.5, seed=number)
+        rows.append(f"s{number}{'.svs' if number < 3 else ''},{'small' if number % 2 else 'large'}")
+    (root / "labels.csv").write_text("slide,label\n" + "\n".join(rows))
+    (root / "slides.yaml").write_text(CONFIG)
+    return root
+
+
+def train_args(slides: Path, out: Path, *extra: str) -> list:
+    files = [f"data.train={slides / 'labels.csv'}", f"data.slides={slides}", f"out={out}"]
+    return ["train", slides / "slides.yaml", *files, *extra]
+
+
+@pytest.fixture(scope="module")
+def run(slides) -> Path:
+    out = slides / "run"
+    assert call(train_args(slides, out)) == 0
+    return out
+
+
+def test_the_run_folder_holds_config_checkpoints_metrics_and_a_file_of_features_a_slide(run) -> None:
+    assert load_config(run / "config.yaml", SlideRun).model.hidden_dim == 32
+    assert {p.name for p in (run / "checkpoints").iterdir()} == {"best.ckpt", "last.ckpt"}
+    assert {"train/loss", "val/auroc", "val/f1/large"} <= set(next(csv.DictReader((run / "metrics.csv").open())))
+    features = sorted((run / "embeddings").iterdir())
+    assert len(features) == 2 * PER_CLASS
+    with np.load(features[0]) as file:
+        assert file["features"].shape == (len(file["windows"]), 64)
+    spec = load_slide_classifier(run / "checkpoints" / "best.ckpt").spec
+    assert spec.classes == ("large", "small")
+    # ImageNet's, as slides are red, green and blue.
+    assert spec.normalizer.mean[0] == pytest.approx(127.5, abs=5)
+
+
+def test_features_are_computed_once(slides, run, tmp_path) -> None:
+    shared = tmp_path / "features"
+    os.symlink(run / "embeddings", shared)
+    before = {path.name: path.stat().st_mtime_ns for path in shared.iterdir()}
+    assert call(train_args(slides, tmp_path / "again", f"data.embeddings={shared}", "trainer.max_epochs=1")) == 0
+    assert {path.name: path.stat().st_mtime_ns for path in shared.iterdir()} == before
+    assert not (tmp_path / "again" / "embeddings").exists()
+
+
+def test_damaged_features_are_named(slides, run, tmp_path, capsys) -> None:
+    shared = tmp_path / "features"
+    shared.mkdir()
+    for path in (run / "embeddings").iterdir():
+        (shared / path.name).write_bytes(path.read_bytes()[:200])
+    assert call(train_args(slides, tmp_path / "again", f"data.embeddings={shared}")) == 2
+    assert "is damaged" in capsys.readouterr().err
+
+
+def test_a_run_resumes(slides, tmp_path) -> None:
+    out = tmp_path / "run"
+    assert call(train_args(slides, out, "trainer.max_epochs=2")) == 0
+    assert call(train_args(slides, out, "trainer.max_epochs=4", "resume=true")) == 0
+    rows = list(csv.DictReader((out / "metrics.csv").open()))
+    assert [int(row["epoch"]) for row in rows] == [0, 1, 2, 3]
+
+
+def test_evaluation_prints_classes_and_writes_scores_and_confusion_matrix(run, slides, tmp_path, capsys) -> None:
+    report = tmp_path / "scores.json"
+    args = ["evaluate", "--checkpoint", run / "checkpoints" / "best.ckpt", "--input", slides]
+    assert call([*args, "--labels", slides / "labels.csv", "--json", report]) == 0
+    assert "large" in capsys.readouterr().out
+    scores = json.loads(report.read_text())
+    assert scores["auroc"] > 0.9
+    assert np.sum(scores["confusion"]) == 2 * PER_CLASS
+    assert Image.open(report.with_suffix(".png")).size[0] > 200
+    assert call(args) == 2
+    assert "needs --labels" in capsys.readouterr().err
+
+
+def test_prediction_writes_probabilities_and_attention_in_pixels_of_level_0(run, slides, tmp_path) -> None:
+    out = tmp_path / "new" / "found.csv"
+    args = ["predict", "--checkpoint", run / "checkpoints" / "best.ckpt", "--output", out, "--batch-size", "4"]
+    assert call([*args, "--input", slides / "s0.svs", "--input", slides / "s1.svs"]) == 0
+    rows = list(csv.DictReader(out.open()))
+    assert [row["prediction"] for row in rows] == ["large", "small"]
+    assert float(rows[0]["large"]) + float(rows[0]["small"]) == pytest.approx(1, abs=1e-4)
+    folder = tmp_path / "new" / "found_attention"
+    assert {path.name for path in folder.iterdir()} == {"s0.png", "s0.geojson", "s1.png", "s1.geojson"}
+    found = json.loads((folder / "s0.geojson").read_text())["features"]
+    assert len(found) == int(rows[0]["windows"])
+    scores = [each["properties"]["measurements"]["score"] for each in found]
+    assert max(scores) == 1
+    assert min(scores) >= 0
+    corners = np.array([each["geometry"]["coordinates"][0] for each in found])
+    # A window of 32 px at 1 um is 64 px of level 0 wide.
+    assert np.ptp(corners[..., 0], axis=1) == pytest.approx(64, abs=0.1)
+    assert corners[..., 0].max() <= 600.1
+
+
+def test_a_slide_that_cant_be_read_is_a_row_with_its_error_if_asked_for(run, slides, tmp_path, capsys) -> None:
+    bad, out = tmp_path / "bad.svs", tmp_path / "found.csv"
+    bad.write_bytes(b"no slide")
+    args = ["predict", "--checkpoint", run / "checkpoints" / "best.ckpt", "--output", out]
+    args += ["--input", bad, "--input", slides / "s1.svs"]
+    assert call(args) == 2
+    assert str(bad) in capsys.readouterr().err
+    assert call([*args, "--on-error", "skip"]) == 0
+    rows = list(csv.DictReader(out.open()))
+    assert rows[0]["prediction"] == ""
+    assert str(bad) in rows[0]["error"]
+    assert rows[1]["prediction"] == "small"
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["data.train=none.csv"], "no such file: none.csv"),
+        (["data.label_column=kind"], "has no column kind"),
+        (["data.classes=[large,tiny]"], "'small', which there isn't"),
+        (["data.slides=."], "check data.slides"),
+        (["data.tile_px=33"], "multiple of the patch size 16"),
+        (["data.tissue=hand"], "otsu or null"),
+        (["data.val_share=2"], "between 0 and 1"),
+        (["model.pool=map"], "weights to train"),
+        (["trainer.redraw_every_steps=3"], "would change the encoder"),
+    ],
+)
+def test_a_config_that_doesnt_fit_is_one_line_and_leaves_nothing(slides, tmp_path, overrides, message, capsys) -> None:
+    out = tmp_path / "run"
+    assert call(train_args(slides, out, *overrides)) == 2
+    assert message in capsys.readouterr().err
+    assert not out.exists()
+
+
+def test_a_slide_without_tissue_is_named(run, tmp_path, capsys) -> None:
+    glass = make_slide(tmp_path / "glass.svs", 640, 600, tile_px=64, tissue_share=0)
+    args = ["predict", "--checkpoint", run / "checkpoints" / "best.ckpt", "--output", tmp_path / "found.csv"]
+    assert call([*args, "--input", glass]) == 2
+    message = capsys.readouterr().err
+    assert "glass.svs" in message
+    assert "tissue" in message
+
+
+def test_one_slide_on_both_sides_is_refused(slides, tmp_path, capsys) -> None:
+    assert call(train_args(slides, tmp_path / "run", f"data.val={slides / 'labels.csv'}")) == 2
+    assert "in both data.train and data.val" in capsys.readouterr().err
