@@ -44,10 +44,10 @@ def train(
     variant: Annotated[str, typer.Option(help=f"One of {', '.join(VARIANTS)}.")],
     out: Annotated[Path, typer.Option(help="Folder that gets VARIANT_SEED.json.")],
     seed: Annotated[int, typer.Option(help="Decides weights and tiles.")] = 0,
-    steps: Annotated[int, typer.Option(help="Of one tile each.")] = 200,
+    steps: Annotated[int, typer.Option(help="Of one tile each.")] = 120,
     side: Annotated[int, typer.Option(help="Of the tiles, in pixels.")] = 1024,
-    num_tests: Annotated[int, typer.Option(help="Tiles of the test photographs.")] = 4,
-    lr: Annotated[float, typer.Option(help="Peak learning rate.")] = 1e-3,
+    num_tests: Annotated[int, typer.Option(help="Tiles of the test photographs.")] = 8,
+    lr: Annotated[float, typer.Option(help="Peak learning rate.")] = 2e-3,
     name: Annotated[str | None, typer.Option(help="Of the row in the report, if not the variant's.")] = None,
 ) -> None:
     """Train one variant on mosaics of one part of the photographs and score it on mosaics of the other."""

@@ -14,8 +14,11 @@ from torchvision.ops import box_iou
 
 from perf_vit.types import Detections, ObjectLabels
 
-SIZE_BOUNDS = (3.0, 4.0, 6.0, 8.0, 11.0, 16.0, 32.0)
+SIZE_BOUNDS = (4.0, 6.0, 8.0, 11.0, 16.0, 23.0, 32.0, 64.0)
 """Of the square root of an object's area, in pixels of the full tile."""
+
+# For the table; after those of the picture.
+_WIDE = ((4.0, 8.0), (8.0, 16.0), (16.0, 32.0))
 
 IOUS = (0.5, 0.25)
 _RECALLS = np.linspace(0, 1, 101)
@@ -90,7 +93,7 @@ class SizeScores:
                         "ap": self._mean_ap(iou, low, high),
                         "recall": self._recall(iou, threshold, low, high),
                     }
-                    for low, high in [*ranges, (SIZE_BOUNDS[1], 16.0), (SIZE_BOUNDS[1], 8.0), (8.0, 16.0)]
+                    for low, high in [*ranges, *_WIDE]
                 ]
                 for iou in IOUS
             },
