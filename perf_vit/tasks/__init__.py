@@ -16,6 +16,7 @@ from perf_vit.tasks.image_metrics import (
 from perf_vit.tasks.losses import LossConfig, SegmentationLoss, balanced_weights
 from perf_vit.tasks.metrics import ClassScores, class_scores, segmentation_metrics
 from perf_vit.tasks.multilabel_losses import MultilabelLoss
+from perf_vit.tasks.optimize import OptimizerConfig, TrainingTask
 from perf_vit.tasks.oriented_metrics import OrientedAveragePrecision
 from perf_vit.tasks.pooled_optim import PooledOptimConfig
 from perf_vit.tasks.redraw import RedrawProjections
@@ -56,6 +57,7 @@ __all__ = [
     "MultilabelLoss",
     "NumberScores",
     "OptimConfig",
+    "OptimizerConfig",
     "OrientedAveragePrecision",
     "PooledOptimConfig",
     "RedrawProjections",
@@ -65,6 +67,7 @@ __all__ = [
     "SegmentationTask",
     "SlideTask",
     "TrainerConfig",
+    "TrainingTask",
     "balanced_weights",
     "build_distillation_trainer",
     "build_trainer",
