@@ -48,7 +48,12 @@ def train_detector(config: DetectionRun, *, progress: bool = True) -> Path:
     data = build_object_datamodule(config.data, config.seed)
     task = DetectionTask(config.model, _spec(config, data), config.optim)
     trainer = build_trainer(
-        config.trainer, run.path, progress=progress, monitor=DETECTION_MONITOR, curves=DETECTION_CURVES
+        config.trainer,
+        run.path,
+        progress=progress,
+        monitor=DETECTION_MONITOR,
+        curves=DETECTION_CURVES,
+        seed=config.seed,
     )
     run.fit(trainer, task, data)
     return run.best

@@ -29,7 +29,7 @@ def train_segmentation(config: SegmentationRun, *, progress: bool = True) -> Pat
     data = build_datamodule(config.data, config.seed)
     optim = with_measured_weights(config.optim, data, multilabel=config.data.multilabel)
     task = SegmentationTask(config.model, _spec(config, data), optim)
-    run.fit(build_trainer(config.trainer, run.path, progress=progress), task, data)
+    run.fit(build_trainer(config.trainer, run.path, progress=progress, seed=config.seed), task, data)
     return run.best
 
 

@@ -21,6 +21,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from perf_vit.errors import ConfigError
 from perf_vit.tasks.history import SEGMENTATION_CURVES, Curves, HistoryCallback
 from perf_vit.tasks.redraw import RedrawProjections
+from perf_vit.tasks.resume import StepCheckpoint, StepSeeds
 
 __all__ = ["TrainerConfig", "best_and_last", "build_trainer", "lightning_trainer"]
 
@@ -45,6 +46,8 @@ class TrainerConfig:
         ema_decay: share of the old average at each step, such as 0.998, when weights are averaged while training; the
             average is validated and kept. 0 for no average.
         early_stop_epochs: validations without a better score after which training ends; 0 to go on to the end.
+        checkpoint_every_steps: optimizer steps between checkpoints inside an epoch, from which `resume=true` goes on with
+            the samples that were left, to the same weights; 0 for none but that of the last epoch.
         strategy: of several devices, as Lightning names it: auto, ddp, fsdp, ...
     """
 
@@ -58,6 +61,7 @@ class TrainerConfig:
     accumulate_batches: int = 1
     ema_decay: float = 0.0
     early_stop_epochs: int = 0
+    checkpoint_every_steps: int = 0
     strategy: str = "auto"
 
 
@@ -68,9 +72,18 @@ def build_trainer(
     progress: bool = True,
     monitor: str = "val/iou",
     curves: Curves = SEGMENTATION_CURVES,
+    seed: int = 0,
 ) -> lightning.Trainer:
     """A trainer that keeps `checkpoints/best.ckpt` (by the highest `monitor`) and `last.ckpt`, `metrics.csv`,
     `loss_curve.png` and TensorBoard logs in the run folder.
+
+    Args:
+        config: how long and where to train.
+        folder: of the run.
+        progress: show a progress bar.
+        monitor: the score that `best.ckpt` is chosen by.
+        curves: what is drawn and named in the log.
+        seed: decides dropout and whatever else is random in a training step.
 
     Raises:
         ConfigError: values that Lightning doesn't know.
@@ -86,13 +99,17 @@ def build_trainer(
             "expected trainer.ema_decay from 0 to below 1, accumulate_batches from 1 on and early_stop_epochs from 0 "
             f"on, got {config.ema_decay:g}, {config.accumulate_batches} and {config.early_stop_epochs}"
         )
-    callbacks = [HistoryCallback(folder, curves), *best_and_last(folder, monitor=monitor)]
+    if config.checkpoint_every_steps < 0:
+        raise ConfigError(f"trainer.checkpoint_every_steps must be 0 or more, got {config.checkpoint_every_steps}")
+    callbacks = [StepSeeds(seed), HistoryCallback(folder, curves), *best_and_last(folder, monitor=monitor)]
     if config.early_stop_epochs:
         callbacks.append(EarlyStopping(monitor, mode="max", patience=config.early_stop_epochs))
     if config.ema_decay:
         callbacks.append(EMAWeightAveraging(decay=config.ema_decay))
     if config.redraw_every_steps:
         callbacks.append(RedrawProjections(config.redraw_every_steps))
+    if config.checkpoint_every_steps:
+        callbacks.append(StepCheckpoint(folder / "checkpoints" / "last.ckpt", config.checkpoint_every_steps))
     return lightning_trainer(
         folder,
         callbacks,
@@ -175,6 +192,8 @@ def _quieten() -> None:
         ".*smaller than the logging interval.*",
         ".*in eval mode at the start of training.*",
         ".*overridden `transfer_batch_to_device`.*",
+        # Ours takes up the middle of an epoch through the data module's state.
+        ".*your dataloader is not resumable.*",
         # Epochs without validation have no score to choose the best by.
         ".*could not find the monitored key.*",
     ):
