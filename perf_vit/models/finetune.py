@@ -94,8 +94,8 @@ def backbone_body(backbone: nn.Module) -> nn.Module:
 def backbone_layers(backbone: nn.Module) -> dict[str, int]:
     """The layer that each parameter of a `features_only` backbone belongs to, counted from the input.
 
-    The layers of a ViT are the stem with the position embeddings, 0, and its blocks, from 1 on; the last norm is part of
-    the last block. Those of a convolutional network are its stem and stages.
+    The layers of a ViT are the stem with the position embeddings, 0, and its blocks, from 1 on; the last norm is part
+    of the last block. Those of a convolutional network are its stem and stages.
     """
     body = backbone_body(backbone)
     names = [name for name, _ in backbone.named_parameters()]

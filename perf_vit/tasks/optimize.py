@@ -15,6 +15,7 @@ from torch.optim import AdamW, Optimizer
 
 from perf_vit.errors import ConfigError
 from perf_vit.models import backbone_body, backbone_layers
+from perf_vit.tasks.sharding import shard_network
 
 __all__ = ["OptimizerConfig", "TrainingTask", "build_schedule", "parameter_groups", "warmup_cosine"]
 
@@ -63,6 +64,13 @@ class TrainingTask(lightning.LightningModule):
         super().__init__()
         _check(optim)
         self.optim: Any = optim
+        self._is_sharded = False
+
+    def configure_model(self) -> None:
+        """Share out the weights where the strategy asks for it, once."""
+        if self.device_mesh is not None and not self._is_sharded:
+            shard_network(self.model, self.device_mesh["data_parallel"])
+            self._is_sharded = True
 
     def on_fit_start(self) -> None:
         """Put the network into training mode, but for its frozen parts; Lightning leaves the mode as it is."""

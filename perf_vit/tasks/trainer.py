@@ -22,6 +22,7 @@ from perf_vit.errors import ConfigError
 from perf_vit.tasks.history import SEGMENTATION_CURVES, Curves, HistoryCallback
 from perf_vit.tasks.redraw import RedrawProjections
 from perf_vit.tasks.resume import StepCheckpoint, StepSeeds
+from perf_vit.tasks.sharding import FullyShardedStrategy
 
 __all__ = ["TrainerConfig", "best_and_last", "build_trainer", "lightning_trainer"]
 
@@ -46,9 +47,10 @@ class TrainerConfig:
         ema_decay: share of the old average at each step, such as 0.998, when weights are averaged while training; the
             average is validated and kept. 0 for no average.
         early_stop_epochs: validations without a better score after which training ends; 0 to go on to the end.
-        checkpoint_every_steps: optimizer steps between checkpoints inside an epoch, from which `resume=true` goes on with
-            the samples that were left, to the same weights; 0 for none but that of the last epoch.
-        strategy: of several devices, as Lightning names it: auto, ddp, fsdp, ...
+        checkpoint_every_steps: optimizer steps between checkpoints inside an epoch, from which `resume=true` goes on
+            with the samples that were left, to the same weights; 0 for none but that of the last epoch.
+        strategy: of several devices: fsdp2, which shares weights, gradients and optimizer states out among them, or as
+            Lightning names it: auto, ddp, ...
     """
 
     max_epochs: int = 50
@@ -101,6 +103,10 @@ def build_trainer(
         )
     if config.checkpoint_every_steps < 0:
         raise ConfigError(f"trainer.checkpoint_every_steps must be 0 or more, got {config.checkpoint_every_steps}")
+    if config.strategy == "fsdp2" and config.ema_decay:
+        raise ConfigError(
+            "trainer.ema_decay can't average weights that strategy=fsdp2 shares out; leave one of them out"
+        )
     callbacks = [StepSeeds(seed), HistoryCallback(folder, curves), *best_and_last(folder, monitor=monitor)]
     if config.early_stop_epochs:
         callbacks.append(EarlyStopping(monitor, mode="max", patience=config.early_stop_epochs))
@@ -118,7 +124,7 @@ def build_trainer(
         devices=config.devices,
         progress=progress,
         max_epochs=config.max_epochs,
-        strategy=config.strategy,
+        strategy=FullyShardedStrategy() if config.strategy == "fsdp2" else config.strategy,
         accumulate_grad_batches=config.accumulate_batches,
         gradient_clip_val=config.gradient_clip or None,
         check_val_every_n_epoch=config.val_every_epochs,
@@ -192,6 +198,8 @@ def _quieten() -> None:
         ".*smaller than the logging interval.*",
         ".*in eval mode at the start of training.*",
         ".*overridden `transfer_batch_to_device`.*",
+        # `configure_model` does something with sharded weights only, and those are not averaged.
+        ".*WeightAveraging callback with a model that overrides.*",
         # Ours takes up the middle of an epoch through the data module's state.
         ".*your dataloader is not resumable.*",
         # Epochs without validation have no score to choose the best by.

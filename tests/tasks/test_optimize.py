@@ -1,5 +1,6 @@
 """Groups of parameters and schedules of the learning rate."""
 
+import itertools
 import math
 
 import pytest
@@ -94,7 +95,7 @@ def test_the_default_is_a_warm_up_and_half_a_cosine_over_all_steps() -> None:
         curve.append(second)
     warmup = 6
     assert 0 < curve[0] == pytest.approx(2 / warmup)
-    assert all(b > a for a, b in zip(curve[:warmup], curve[1 : warmup + 1], strict=True))
+    assert all(b > a for a, b in itertools.pairwise(curve[: warmup + 1]))
     expected = [1 + math.cos(math.pi * (step - warmup) / (91 - warmup)) for step in range(warmup, 92)]
     assert curve[warmup:] == pytest.approx(expected, abs=1e-9)
 

@@ -1,5 +1,6 @@
 """A run that is killed between two epochs' ends goes on with the samples that were left, to the same weights."""
 
+import contextlib
 import json
 
 import numpy as np
@@ -33,13 +34,13 @@ from perf_vit.tasks import (
 )
 
 # Dropped paths and sampled anchors take random numbers in each step.
-VIT = {"backbone": "performer_vit_tiny_patch16_224",
-       "backbone_kwargs": {"depth": 2, "embed_dim": 24, "drop_path_rate": 0.5, "attn_kwargs": {"num_features": 8}}}  # fmt: skip
+SMALL = {"depth": 2, "embed_dim": 24, "drop_path_rate": 0.5, "attn_kwargs": {"num_features": 8}}
+VIT = {"backbone": "performer_vit_tiny_patch16_224", "backbone_kwargs": SMALL}
 AUGMENT = AugmentConfig(flips=True, gain=0.2, offset=0.2)
 TILES = {"tile_px": 32, "tiles_per_epoch": 10, "batch_size": 2, "augment": AUGMENT}
 
 
-class Killed(RuntimeError):
+class KilledError(RuntimeError):
     pass
 
 
@@ -52,7 +53,7 @@ class Watch(Callback):
 
     def on_train_batch_start(self, trainer, module, batch, batch_idx) -> None:
         if self.kill_at is not None and len(self.seen) == self.kill_at:
-            raise Killed
+            raise KilledError
         self.seen.append(float(torch.stack([image.double().sum() for image in batch[0]]).sum()))
 
 
@@ -110,10 +111,8 @@ def fit(build, folder, *, num_workers: int = 0, kill_at: int | None = None, resu
     watch = Watch(kill_at)
     trainer.callbacks.insert(0, watch)
     last = folder / "checkpoints" / "last.ckpt"
-    try:
+    with contextlib.suppress(KilledError):
         trainer.fit(task, data, ckpt_path=last if resume else None, weights_only=True)
-    except Killed:
-        pass
     return watch.seen, torch.load(last, weights_only=True)
 
 
