@@ -26,6 +26,7 @@ from perf_vit.tasks import (
     DetectionScores,
     DetectionTask,
     build_trainer,
+    draw_objects,
     plot_precision_recall,
 )
 from perf_vit.types import Detections, Source
@@ -53,6 +54,7 @@ def train_detector(config: DetectionRun, *, progress: bool = True) -> Path:
         progress=progress,
         monitor=DETECTION_MONITOR,
         curves=DETECTION_CURVES,
+        draw=draw_objects,
         seed=config.seed,
     )
     run.fit(trainer, task, data)

@@ -19,6 +19,7 @@ from perf_vit.tasks.multilabel_losses import MultilabelLoss
 from perf_vit.tasks.optimize import OptimizerConfig, TrainingTask
 from perf_vit.tasks.oriented_metrics import OrientedAveragePrecision
 from perf_vit.tasks.pooled_optim import PooledOptimConfig
+from perf_vit.tasks.pictures import PredictionPictures, draw_objects, draw_segmentation
 from perf_vit.tasks.redraw import RedrawProjections
 from perf_vit.tasks.scenes import (
     CLASSIFICATION_CURVES,
@@ -60,6 +61,7 @@ __all__ = [
     "OptimizerConfig",
     "OrientedAveragePrecision",
     "PooledOptimConfig",
+    "PredictionPictures",
     "RedrawProjections",
     "RegressionScores",
     "SceneTask",
@@ -72,6 +74,8 @@ __all__ = [
     "build_distillation_trainer",
     "build_trainer",
     "class_scores",
+    "draw_objects",
+    "draw_segmentation",
     "plot_precision_recall",
     "save_confusion_matrix",
     "segmentation_metrics",
