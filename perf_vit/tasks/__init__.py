@@ -13,6 +13,7 @@ from perf_vit.tasks.image_metrics import (
     NumberScores,
     RegressionScores,
 )
+from perf_vit.tasks.fit_tile import TileFit, fit_max_tile
 from perf_vit.tasks.losses import LossConfig, SegmentationLoss, balanced_weights
 from perf_vit.tasks.metrics import ClassScores, class_scores, segmentation_metrics
 from perf_vit.tasks.multilabel_losses import MultilabelLoss
@@ -31,6 +32,7 @@ from perf_vit.tasks.scenes import (
 from perf_vit.tasks.segmentation import OptimConfig, SegmentationTask
 from perf_vit.tasks.slides import SLIDE_CURVES, SLIDE_MONITOR, SlideTask
 from perf_vit.tasks.trainer import TrainerConfig, build_trainer
+from perf_vit.tasks.training_peak import TrainingSteps
 
 __all__ = [
     "CLASSIFICATION_CURVES",
@@ -68,7 +70,9 @@ __all__ = [
     "SegmentationLoss",
     "SegmentationTask",
     "SlideTask",
+    "TileFit",
     "TrainerConfig",
+    "TrainingSteps",
     "TrainingTask",
     "balanced_weights",
     "build_distillation_trainer",
@@ -76,6 +80,7 @@ __all__ = [
     "class_scores",
     "draw_objects",
     "draw_segmentation",
+    "fit_max_tile",
     "plot_precision_recall",
     "save_confusion_matrix",
     "segmentation_metrics",
