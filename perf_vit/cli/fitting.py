@@ -66,7 +66,7 @@ def _training_steps(config: str, overrides: Sequence[str]) -> TrainingSteps:
             num_bands=len(objects.normalizer.mean),
             classes=objects.classes,
             batch_size=run.data.batch_size,
-            objects_per_mpx=1e6 * sum(len(record.objects) for record in records) / pixels,
+            objects_per_mpx=1e6 * sum(len(record.labels) for record in records) / pixels,
         )
     maps = load_config(config, SegmentationRun, given)
     data = build_datamodule(maps.data, maps.seed)
