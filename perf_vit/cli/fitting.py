@@ -72,11 +72,13 @@ def _training_steps(config: str, overrides: Sequence[str]) -> TrainingSteps:
     data = build_datamodule(maps.data, maps.seed)
     return TrainingSteps(
         model=maps.model,
-        optim=maps.optim,
+        # Weights that are to be measured take no more memory than any others.
+        optim=replace(maps.optim, class_weights=None),
         trainer=maps.trainer,
         num_bands=len(data.normalizer.mean),
         classes=data.classes,
         batch_size=maps.data.batch_size,
+        multilabel=maps.data.multilabel,
     )
 
 

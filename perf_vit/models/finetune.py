@@ -59,8 +59,9 @@ class BackboneTuning:
 
     def __post_init__(self) -> None:
         # Checkpoints hold plain values.
-        if isinstance(self.lora, Mapping):
-            self.lora = LoraConfig(**self.lora)
+        lora: Any = self.lora
+        if isinstance(lora, Mapping):
+            self.lora = LoraConfig(**lora)
 
 
 def tune_backbone(backbone: nn.Module, tuning: BackboneTuning) -> None:
@@ -78,7 +79,7 @@ def tune_backbone(backbone: nn.Module, tuning: BackboneTuning) -> None:
         _inject_lora(backbone, tuning.lora)
     if tuning.grad_checkpointing:
         # A wrapper around a ViT, unlike those around convolutions, has no switch of its own.
-        body = backbone_body(backbone)
+        body: Any = backbone_body(backbone)
         if not hasattr(body, "set_grad_checkpointing"):
             raise ConfigError(f"model.grad_checkpointing: {type(body).__name__} can't; leave it out")
         body.set_grad_checkpointing(True)
@@ -97,7 +98,7 @@ def backbone_layers(backbone: nn.Module) -> dict[str, int]:
     The layers of a ViT are the stem with the position embeddings, 0, and its blocks, from 1 on; the last norm is part
     of the last block. Those of a convolutional network are its stem and stages.
     """
-    body = backbone_body(backbone)
+    body: Any = backbone_body(backbone)
     names = [name for name, _ in backbone.named_parameters()]
     if hasattr(body, "group_matcher"):
         of_body: dict[str, int] = group_parameters(body, body.group_matcher(coarse=False), reverse=True)

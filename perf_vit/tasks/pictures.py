@@ -71,10 +71,16 @@ class PredictionPictures(lightning.Callback):
 
 
 def draw_segmentation(image: Tensor, labels: Tensor, network: Any, logits: Tensor) -> list[Picture]:
-    """Image, true classes and predicted classes; where there is no label, both are white."""
-    colors = default_colormap(len(network.spec.classes))
-    truth = labels.cpu().numpy().astype(np.uint8)
-    predicted = logits.argmax(0).cpu().numpy().astype(np.uint8)
+    """Image, true classes and predicted classes; where there is no label, both are white.
+
+    Of several classes that are true at a pixel, the last is shown, and where none is, dark grey.
+    """
+    truth, predicted = _array(labels), _array(network.decide(logits[None])[0])
+    num_colors = len(network.spec.classes)
+    if network.spec.multilabel:
+        truth, predicted, num_colors = _last_true(truth), _last_true(predicted), num_colors + 1
+    colors = default_colormap(num_colors)
+    truth, predicted = truth.astype(np.uint8), predicted.astype(np.uint8)
     predicted = np.where(truth == IGNORE_INDEX, np.uint8(IGNORE_INDEX), predicted)
     return [_seen(image), *(_on_white(colorize(each, colors)) for each in (truth, predicted))]
 
@@ -89,6 +95,12 @@ def draw_objects(image: Tensor, labels: ObjectLabels, network: Any, found: Detec
         _with_outlines(seen, labels, ~labels.ignored, kind, len(classes)),
         _with_outlines(seen, found, sure, kind, len(classes)),
     ]
+
+
+def _last_true(layers: npt.NDArray[Any]) -> npt.NDArray[np.int64]:
+    """1 + the last class that is true of layers [K, H, W] of 0 and 1, 0 where none is."""
+    numbers = np.arange(1, len(layers) + 1)[:, None, None]
+    return np.where((layers == IGNORE_INDEX).all(0), IGNORE_INDEX, ((layers == 1) * numbers).max(0))
 
 
 def _seen(image: Tensor) -> Picture:
@@ -112,7 +124,7 @@ def _with_outlines(
     return picture
 
 
-def _corners(objects: ObjectLabels | Detections, kind: str) -> npt.NDArray[np.float64]:
+def _corners(objects: ObjectLabels | Detections, kind: str) -> npt.NDArray[np.floating[Any]]:
     """Corners of boxes, [n, 4, 2]."""
     if kind == "oriented_boxes" and objects.oriented_boxes is not None:
         return oriented_box_corners(_array(objects.oriented_boxes).astype(np.float64))
@@ -120,7 +132,7 @@ def _corners(objects: ObjectLabels | Detections, kind: str) -> npt.NDArray[np.fl
     return np.stack([boxes[:, [0, 1]], boxes[:, [2, 1]], boxes[:, [2, 3]], boxes[:, [0, 3]]], axis=1)
 
 
-def _with_line(picture: Picture, corners: npt.NDArray[np.float64], color: tuple[int, ...]) -> Picture:
+def _with_line(picture: Picture, corners: npt.NDArray[np.floating[Any]], color: tuple[int, ...]) -> Picture:
     drawn = Image.fromarray(picture)
     # Coordinates count pixel edges; a line is drawn along pixels.
     points = [tuple(point) for point in (corners - 0.5).tolist()]

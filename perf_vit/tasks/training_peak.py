@@ -41,6 +41,7 @@ class TrainingSteps:
         classes: names.
         tile_px: side of a tile, in pixels.
         batch_size: tiles a step.
+        multilabel: several classes may be true at a pixel.
         objects_per_mpx: labelled objects in a million pixels, for detectors.
     """
 
@@ -51,6 +52,7 @@ class TrainingSteps:
     optim: OptimConfig | DetectionOptimConfig | None = None
     tile_px: int = 224
     batch_size: int = 1
+    multilabel: bool = False
     objects_per_mpx: float = 100.0
 
 
@@ -62,7 +64,7 @@ def make_task(steps: TrainingSteps) -> TrainingTask:
     optim: Any = steps.optim
     if isinstance(model, DetectorConfig):
         return DetectionTask(model, DetectorSpec(**spec), optim or DetectionOptimConfig())
-    return SegmentationTask(model, SegmenterSpec(**spec), optim or OptimConfig())
+    return SegmentationTask(model, SegmenterSpec(**spec, multilabel=steps.multilabel), optim or OptimConfig())
 
 
 def training_peak(steps: TrainingSteps) -> int | None:
@@ -74,7 +76,7 @@ def training_peak(steps: TrainingSteps) -> int | None:
     trainer = lightning.Trainer(
         accelerator=config.accelerator,
         devices=1,
-        precision=config.precision,  # type: ignore[arg-type]
+        precision=config.precision,
         gradient_clip_val=config.gradient_clip or None,
         callbacks=[EMAWeightAveraging(decay=config.ema_decay)] if config.ema_decay else [],
         max_steps=_NUM_STEPS,
@@ -117,7 +119,10 @@ class _Batches:
             with_masks = steps.model.head == "mask_rcnn"
             labels = [_objects(size, steps.objects_per_mpx, with_masks=with_masks) for _ in range(steps.batch_size)]
             return list(images), labels
-        return images, torch.randint(0, len(steps.classes), (steps.batch_size, size, size))
+        num_classes = len(steps.classes)
+        if steps.multilabel:
+            return images, torch.randint(0, 2, (steps.batch_size, num_classes, size, size))
+        return images, torch.randint(0, num_classes, (steps.batch_size, size, size))
 
 
 def _objects(size: int, per_mpx: float, *, with_masks: bool) -> ObjectLabels:

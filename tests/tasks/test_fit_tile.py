@@ -10,7 +10,7 @@ from perf_vit.errors import ConfigError
 from perf_vit.models import DetectorConfig, ModelConfig
 from perf_vit.tasks import OptimConfig, TrainerConfig, fit_max_tile
 from perf_vit.tasks.fit_tile import largest_fitting
-from perf_vit.tasks.training_peak import TrainingSteps
+from perf_vit.tasks.training_peak import TrainingSteps, training_peak
 
 MB = 10**6
 VIT = {"backbone": "performer_vit_tiny_patch16_224",
@@ -73,10 +73,12 @@ def test_what_fails_for_another_reason_says_so() -> None:
         fit_max_tile(replace(STEPS, optim=OptimConfig(lr=0.0)), 10**9)
 
 
+def test_classes_that_do_not_exclude_each_other_train_a_step() -> None:
+    assert training_peak(replace(STEPS, multilabel=True, tile_px=64)) > 100 * MB
+
+
 @pytest.mark.parametrize("head", ["mask_rcnn", "oriented_fcos"])
 def test_detectors_train_a_step_on_made_up_objects(head: str) -> None:
-    from perf_vit.tasks.training_peak import training_peak
-
     options = {"hidden": 16, "proposals_per_tile": 20} if head == "mask_rcnn" else {"num_convs": 1}
     model = DetectorConfig(**VIT, out_indices=[1], strides=[8], channels=64, head=head, head_kwargs=options)
     steps = replace(STEPS, model=model, batch_size=2, tile_px=64)

@@ -18,8 +18,9 @@ from perf_vit.types import Detections, ObjectLabels
 IMAGE = torch.linspace(0, 1, 5 * 16 * 24).reshape(5, 16, 24)
 
 
-def network(kind: str = "boxes", threshold: float = 0.5):
-    return SimpleNamespace(spec=SimpleNamespace(classes=("a", "b"), kind=kind, score_threshold=threshold))
+def network(kind: str = "boxes", threshold: float = 0.5, multilabel: bool = False):
+    spec = SimpleNamespace(classes=("a", "b"), kind=kind, score_threshold=threshold, multilabel=multilabel)
+    return SimpleNamespace(spec=spec, decide=lambda logits: (logits > 0).long() if multilabel else logits.argmax(1))
 
 
 def color(index: int) -> np.ndarray:
@@ -39,6 +40,18 @@ def test_classes_have_the_colours_of_the_map_and_what_is_ignored_is_white() -> N
     assert (predicted[0, 5] == color(0)).all()
     assert (truth[12:] == 255).all()
     assert (predicted[12:] == 255).all()
+
+
+def test_of_classes_that_do_not_exclude_each_other_the_last_is_shown() -> None:
+    labels = torch.zeros(2, 16, 24, dtype=torch.long)
+    labels[0, :8], labels[1, 4:12], labels[:, 14:] = 1, 1, 255
+    logits = torch.full((2, 16, 24), -1.0)
+    logits[0, :, :5] = 1.0
+    _, truth, predicted = draw_segmentation(IMAGE, labels, network(multilabel=True), logits)
+    assert [tuple(truth[row, 0]) for row in (0, 5, 9, 12)] == [tuple(color(index)) for index in (1, 2, 2, 0)]
+    assert (truth[14:] == 255).all()
+    assert (predicted[0, 4] == color(1)).all()
+    assert (predicted[0, 5] == color(0)).all()
 
 
 def test_boxes_that_count_and_sure_detections_are_outlined() -> None:
@@ -84,6 +97,7 @@ class Halves(torch.nn.Module):
         super().__init__()
         self.weight = torch.nn.Parameter(torch.tensor(1.0))
         self.spec = network().spec
+        self.decide = network().decide
 
     def forward(self, image: torch.Tensor) -> torch.Tensor:
         ones = torch.ones_like(image[:, :1])
