@@ -20,7 +20,7 @@ from lightning.pytorch.loggers import Logger, TensorBoardLogger, WandbLogger
 
 from perf_vit.errors import ConfigError
 from perf_vit.tasks.history import SEGMENTATION_CURVES, Curves, HistoryCallback
-from perf_vit.tasks.pictures import Draw, PredictionPictures, draw_segmentation
+from perf_vit.tasks.pictures import Draw, PredictionPictures
 from perf_vit.tasks.redraw import RedrawProjections
 from perf_vit.tasks.resume import StepCheckpoint, StepSeeds
 from perf_vit.tasks.sharding import FullyShardedStrategy
@@ -80,7 +80,7 @@ def build_trainer(
     progress: bool = True,
     monitor: str = "val/iou",
     curves: Curves = SEGMENTATION_CURVES,
-    draw: Draw = draw_segmentation,
+    draw: Draw | None = None,
     seed: int = 0,
 ) -> lightning.Trainer:
     """A trainer that keeps `checkpoints/best.ckpt` (by the highest `monitor`) and `last.ckpt`, `metrics.csv`,
@@ -92,7 +92,7 @@ def build_trainer(
         progress: show a progress bar.
         monitor: the score that `best.ckpt` is chosen by.
         curves: what is drawn and named in the log.
-        draw: makes the pictures of a validation tile, see `PredictionPictures`.
+        draw: makes the pictures of a validation tile, `draw_segmentation` or `draw_objects`; None for no pictures.
         seed: decides dropout and whatever else is random in a training step.
 
     Raises:
@@ -117,7 +117,7 @@ def build_trainer(
             "trainer.ema_decay can't average weights that strategy=fsdp2 shares out; leave one of them out"
         )
     callbacks = [StepSeeds(seed), HistoryCallback(folder, curves), *best_and_last(folder, monitor=monitor)]
-    if config.num_pictures:
+    if config.num_pictures and draw is not None:
         # Before the average of the weights, which takes itself out of the network when validation ends.
         callbacks.append(PredictionPictures(folder, config.num_pictures, draw))
     if config.early_stop_epochs:

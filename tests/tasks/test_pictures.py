@@ -125,7 +125,7 @@ def test_each_validation_leaves_a_picture_of_the_averaged_weights(tmp_path) -> N
     config = TrainerConfig(
         accelerator="cpu", devices="1", max_epochs=2, num_pictures=2, ema_decay=0.9, gradient_clip=0.0
     )
-    trainer = build_trainer(config, tmp_path, progress=False)
+    trainer = build_trainer(config, tmp_path, progress=False, draw=draw_segmentation)
     trainer.fit(Task(), DataLoader(data, batch_size=7), DataLoader(data, batch_size=7))
     assert sorted(path.name for path in (tmp_path / "pictures").iterdir()) == ["epoch_0000.png", "epoch_0001.png"]
     picture = np.asarray(Image.open(tmp_path / "pictures" / "epoch_0001.png"))
@@ -142,7 +142,7 @@ def test_each_validation_leaves_a_picture_of_the_averaged_weights(tmp_path) -> N
 def test_no_pictures_are_drawn_where_none_are_asked_for(tmp_path) -> None:
     data = [(IMAGE, torch.zeros(16, 24, dtype=torch.long))]
     config = TrainerConfig(accelerator="cpu", devices="1", max_epochs=1, num_pictures=0)
-    trainer = build_trainer(config, tmp_path, progress=False)
+    trainer = build_trainer(config, tmp_path, progress=False, draw=draw_segmentation)
     trainer.fit(Task(), DataLoader(data), DataLoader(data))
     assert not (tmp_path / "pictures").exists()
 

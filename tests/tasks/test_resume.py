@@ -31,6 +31,8 @@ from perf_vit.tasks import (
     SegmentationTask,
     TrainerConfig,
     build_trainer,
+    draw_objects,
+    draw_segmentation,
 )
 
 # Dropped paths and sampled anchors take random numbers in each step.
@@ -68,7 +70,7 @@ def segmentation(tmp_path_factory):
         )
         spec = SegmenterSpec(classes=data.classes, normalizer=data.normalizer, tile_px=data.tile_px)
         model = ModelConfig(**VIT, out_indices=[0, 1], head="linear")
-        return data, SegmentationTask(model, spec, OptimConfig(layer_decay=0.8)), {}
+        return data, SegmentationTask(model, spec, OptimConfig(layer_decay=0.8)), {"draw": draw_segmentation}
 
     return build
 
@@ -96,7 +98,7 @@ def detection(tmp_path_factory):
         head = {"hidden": 16, "proposals_per_tile": 20, "detections_per_tile": 5}
         model = DetectorConfig(**VIT, out_indices=[1], strides=[8], channels=64, head="faster_rcnn", head_kwargs=head)
         task = DetectionTask(model, spec, DetectionOptimConfig())
-        return data, task, {"monitor": DETECTION_MONITOR, "curves": DETECTION_CURVES}
+        return data, task, {"monitor": DETECTION_MONITOR, "curves": DETECTION_CURVES, "draw": draw_objects}
 
     return build
 
