@@ -58,13 +58,14 @@ class ShareSampler(Sampler[int]):
 
 
 class EpochLoader(DataLoader[Any]):
-    """Batches of the samples of one epoch after another; a last smaller batch is dropped (batch statistics).
+    """Batches of the samples of one epoch after another.
 
     Args:
         dataset: of samples that are functions of the index, see `EpochSampler`; its length is that of an epoch.
         batch_size: samples a batch.
         num_workers: loader processes; 0 loads in the training process.
         collate_fn: makes a batch of a list of samples; torch's by default.
+        drop_last: drop a last smaller batch, whose batch statistics are worse.
 
     Attributes:
         num_given: batches of the present epoch that were handed out; workers may have made more.
@@ -72,7 +73,13 @@ class EpochLoader(DataLoader[Any]):
     """
 
     def __init__(
-        self, dataset: Any, *, batch_size: int, num_workers: int, collate_fn: Callable[[list[Any]], Any] | None = None
+        self,
+        dataset: Any,
+        *,
+        batch_size: int,
+        num_workers: int,
+        collate_fn: Callable[[list[Any]], Any] | None = None,
+        drop_last: bool = True,
     ) -> None:
         self.epoch_sampler = EpochSampler(len(dataset))
         super().__init__(
@@ -82,7 +89,7 @@ class EpochLoader(DataLoader[Any]):
             num_workers=num_workers,
             persistent_workers=num_workers > 0,
             collate_fn=collate_fn,
-            drop_last=True,
+            drop_last=drop_last,
         )
         self.num_given = 0
         self.num_skipped = 0

@@ -6,6 +6,7 @@ from perf_vit.tasks.detection_metrics import OBJECT_SIZES, DetectionClassScores,
 from perf_vit.tasks.detection_plots import plot_precision_recall
 from perf_vit.tasks.distillation import DistillationConfig, DistillationTask
 from perf_vit.tasks.distillation_trainer import DistillationTrainerConfig, build_distillation_trainer
+from perf_vit.tasks.fit_tile import TileFit, fit_max_tile
 from perf_vit.tasks.image_metrics import (
     ClassificationScores,
     ImageClassScores,
@@ -13,14 +14,13 @@ from perf_vit.tasks.image_metrics import (
     NumberScores,
     RegressionScores,
 )
-from perf_vit.tasks.fit_tile import TileFit, fit_max_tile
 from perf_vit.tasks.losses import LossConfig, SegmentationLoss, balanced_weights
 from perf_vit.tasks.metrics import ClassScores, class_scores, segmentation_metrics
 from perf_vit.tasks.multilabel_losses import MultilabelLoss
 from perf_vit.tasks.optimize import OptimizerConfig, TrainingTask
 from perf_vit.tasks.oriented_metrics import OrientedAveragePrecision
-from perf_vit.tasks.pooled_optim import PooledOptimConfig
 from perf_vit.tasks.pictures import PredictionPictures, draw_objects, draw_segmentation
+from perf_vit.tasks.pooled_optim import PooledOptimConfig
 from perf_vit.tasks.redraw import RedrawProjections
 from perf_vit.tasks.scenes import (
     CLASSIFICATION_CURVES,
