@@ -26,6 +26,7 @@ from perf_vit.tasks import (
     DetectionScores,
     DetectionTask,
     build_trainer,
+    draw_objects,
     plot_precision_recall,
 )
 from perf_vit.types import Detections, Source
@@ -48,7 +49,13 @@ def train_detector(config: DetectionRun, *, progress: bool = True) -> Path:
     data = build_object_datamodule(config.data, config.seed)
     task = DetectionTask(config.model, _spec(config, data), config.optim)
     trainer = build_trainer(
-        config.trainer, run.path, progress=progress, monitor=DETECTION_MONITOR, curves=DETECTION_CURVES
+        config.trainer,
+        run.path,
+        progress=progress,
+        monitor=DETECTION_MONITOR,
+        curves=DETECTION_CURVES,
+        draw=draw_objects,
+        seed=config.seed,
     )
     run.fit(trainer, task, data)
     return run.best

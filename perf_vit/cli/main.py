@@ -49,6 +49,24 @@ def train(
 
 
 @app.command()
+def fit_tile(
+    config: Annotated[str, typer.Argument(help="A YAML file, or a shipped one, whose data are there.")],
+    overrides: Annotated[list[str] | None, typer.Argument(help="key=value ..., as in model.lora={rank: 8}")] = None,
+    memory: Annotated[str | None, typer.Option(help="16GB, 500MB, ...; what is free now by default.")] = None,
+    batch_size: Annotated[int | None, typer.Option(help="Tiles a step; the config's by default.", min=1)] = None,
+    max_tile: Annotated[int, typer.Option(help="The largest side to try, in pixels.", min=1)] = 8192,
+) -> None:
+    """Find the largest tile that a config can be trained on, by training a little on growing ones."""
+    from perf_vit.cli.console import console
+    from perf_vit.cli.fitting import fit_tile_from_config
+
+    found = fit_tile_from_config(config, overrides or [], memory=memory, batch_size=batch_size, max_tile_px=max_tile)
+    console.print(
+        f"largest tile: data.tile_px={found.tile_px}, {found.peak_bytes / 1e9:.2f} of {found.memory_bytes / 1e9:.2f} GB"
+    )
+
+
+@app.command()
 def distill(
     config: Annotated[
         str, typer.Argument(help="A YAML file, or a shipped one: configs/distillation/vit_small_dinov2.yaml")

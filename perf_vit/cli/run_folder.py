@@ -54,7 +54,7 @@ class RunFolder:
 
         Raises:
             OutputError: the folder can't be made.
-            SystemExit: somebody stopped the run; the last checkpoint is that of the last epoch.
+            SystemExit: somebody stopped the run; the last checkpoint is there to resume from.
         """
         _make_run_folder(self.path)
         dump_config(self._config, self.path / "config.yaml")

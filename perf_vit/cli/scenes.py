@@ -68,6 +68,7 @@ def train_scenes(config: ClassificationRun | RegressionRun, *, progress: bool = 
         progress=progress,
         monitor=REGRESSION_MONITOR if is_regression else CLASSIFICATION_MONITOR,
         curves=REGRESSION_CURVES if is_regression else CLASSIFICATION_CURVES,
+        seed=config.seed,
     )
     run.fit(trainer, task, data)
     return run.best

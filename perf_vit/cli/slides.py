@@ -66,7 +66,9 @@ def train_slides(config: SlideRun, *, progress: bool = True) -> Path:
     run = RunFolder(config)
     train, val = read_slides(config.data, config.seed)
     task = SlideTask(config.model, _spec(config, train), config.optim)
-    trainer = build_trainer(config.trainer, run.path, progress=progress, monitor=SLIDE_MONITOR, curves=SLIDE_CURVES)
+    trainer = build_trainer(
+        config.trainer, run.path, progress=progress, monitor=SLIDE_MONITOR, curves=SLIDE_CURVES, seed=config.seed
+    )
     store = _store(task.model, config.data.embeddings or run.path / _EMBEDDINGS)
     device = "cpu" if config.trainer.accelerator == "cpu" else "auto"
     embedder = _Embedder(task.model, batch_size=config.data.embed_batch_size, device=device)

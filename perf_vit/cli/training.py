@@ -9,7 +9,7 @@ from perf_vit.cli.run_folder import RunFolder
 from perf_vit.cli.schemas import SegmentationRun
 from perf_vit.data import WindowDataModule, build_datamodule, label_options
 from perf_vit.models import SegmenterSpec
-from perf_vit.tasks import SegmentationTask, build_trainer
+from perf_vit.tasks import SegmentationTask, build_trainer, draw_segmentation
 
 __all__ = ["train_segmentation"]
 
@@ -29,7 +29,8 @@ def train_segmentation(config: SegmentationRun, *, progress: bool = True) -> Pat
     data = build_datamodule(config.data, config.seed)
     optim = with_measured_weights(config.optim, data, multilabel=config.data.multilabel)
     task = SegmentationTask(config.model, _spec(config, data), optim)
-    run.fit(build_trainer(config.trainer, run.path, progress=progress), task, data)
+    trainer = build_trainer(config.trainer, run.path, progress=progress, draw=draw_segmentation, seed=config.seed)
+    run.fit(trainer, task, data)
     return run.best
 
 

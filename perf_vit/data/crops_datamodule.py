@@ -5,13 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import lightning
 import numpy as np
 from torch import Tensor
 from torch.utils.data import DataLoader
 
 from perf_vit.data.crops import UnlabelledCrops, find_images
-from perf_vit.data.datamodule import EpochSampler, ShareSampler
+from perf_vit.data.epochs import EpochDataModule, ShareSampler
 from perf_vit.errors import ConfigError, InputError
 from perf_vit.transforms import Normalizer
 
@@ -45,7 +44,7 @@ class CropsConfig:
     num_workers: int = 0
 
 
-class CropsDataModule(lightning.LightningDataModule):
+class CropsDataModule(EpochDataModule):
     """Random crops to train on, a fixed set of them to validate on.
 
     Args:
@@ -64,13 +63,7 @@ class CropsDataModule(lightning.LightningDataModule):
 
     def train_dataloader(self) -> DataLoader[Tensor]:
         """Crops that were never seen before, each epoch."""
-        return DataLoader(
-            self.train,
-            batch_size=self.batch_size,
-            sampler=EpochSampler(len(self.train)),
-            num_workers=self.num_workers,
-            persistent_workers=self.num_workers > 0,
-        )
+        return self.train_loader(self.train, batch_size=self.batch_size, num_workers=self.num_workers)
 
     def val_dataloader(self) -> DataLoader[Tensor]:
         """The crops to validate on, in order."""

@@ -7,13 +7,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import lightning
 import numpy as np
 from torch import Tensor
 from torch.utils.data import DataLoader
 
 from perf_vit.data.build import AugmentConfig
-from perf_vit.data.datamodule import EpochSampler, ShareSampler
+from perf_vit.data.epochs import EpochDataModule, ShareSampler
 from perf_vit.data.labels import ImageRecord, ObjectIndex, read_object_labels
 from perf_vit.data.object_places import SAMPLERS, make_places
 from perf_vit.data.objects import ObjectGrid, ObjectImages, ObjectWindows, collate_objects
@@ -94,7 +93,7 @@ class ObjectDataConfig:
     augment: AugmentConfig = field(default_factory=AugmentConfig)
 
 
-class ObjectDataModule(lightning.LightningDataModule):
+class ObjectDataModule(EpochDataModule):
     """Augmented windows to train on, grids of windows to validate on.
 
     Attributes:
@@ -130,14 +129,8 @@ class ObjectDataModule(lightning.LightningDataModule):
 
     def train_dataloader(self) -> DataLoader[ObjectBatch]:
         """Augmented tiles, a new set each epoch; a last smaller batch is dropped (batch statistics)."""
-        return DataLoader(
-            self.train,  # type: ignore[arg-type]
-            batch_size=self.batch_size,
-            sampler=EpochSampler(len(self.train)),
-            num_workers=self.num_workers,
-            persistent_workers=self.num_workers > 0,
-            collate_fn=collate_objects,
-            drop_last=True,
+        return self.train_loader(
+            self.train, batch_size=self.batch_size, num_workers=self.num_workers, collate_fn=collate_objects
         )
 
     def val_dataloader(self) -> DataLoader[ObjectBatch]:

@@ -6,13 +6,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import lightning
 import numpy as np
 from torch import Tensor
 from torch.utils.data import DataLoader
 
 from perf_vit.data.build import AugmentConfig
-from perf_vit.data.datamodule import EpochSampler, ShareSampler
+from perf_vit.data.epochs import EpochDataModule, ShareSampler
 from perf_vit.data.image_targets import ImageTargets, read_class_folders, read_class_table, read_number_table
 from perf_vit.data.scenes import SceneImages, SceneTiles, SceneViews
 from perf_vit.errors import ConfigError
@@ -110,7 +109,7 @@ class RegressionDataConfig(SceneDataConfig):
     targets: list[str]
 
 
-class SceneDataModule(lightning.LightningDataModule):
+class SceneDataModule(EpochDataModule):
     """Augmented tiles to train on, one tile an image to validate on.
 
     Attributes:
@@ -131,14 +130,7 @@ class SceneDataModule(lightning.LightningDataModule):
 
     def train_dataloader(self) -> DataLoader[tuple[Tensor, Tensor]]:
         """Augmented tiles, others each epoch; a last smaller batch is dropped (batch statistics)."""
-        return DataLoader(
-            self.train,
-            batch_size=self.batch_size,
-            sampler=EpochSampler(len(self.train)),
-            num_workers=self.num_workers,
-            persistent_workers=self.num_workers > 0,
-            drop_last=True,
-        )
+        return self.train_loader(self.train, batch_size=self.batch_size, num_workers=self.num_workers)
 
     def val_dataloader(self) -> DataLoader[tuple[Tensor, Tensor]]:
         """The validation images, in order."""

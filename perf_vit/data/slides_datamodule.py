@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import lightning
 import numpy as np
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from perf_vit.data.datamodule import EpochSampler, ShareSampler
 from perf_vit.data.embeddings import EmbeddingStore
+from perf_vit.data.epochs import EpochDataModule, ShareSampler
 from perf_vit.data.slide_bags import SlideBags, SlideTargets, collate_bags, read_slide_table
 from perf_vit.errors import ConfigError
 
@@ -65,7 +64,7 @@ class SlideDataConfig:
     num_workers: int = 0
 
 
-class SlideBagModule(lightning.LightningDataModule):
+class SlideBagModule(EpochDataModule):
     """Bags of the training slides in another order each epoch, bags of the validation slides in theirs."""
 
     def __init__(self, train: SlideBags, val: SlideBags, *, batch_size: int, num_workers: int) -> None:
@@ -89,13 +88,12 @@ class SlideBagModule(lightning.LightningDataModule):
 
     def train_dataloader(self) -> DataLoader[BagBatch]:
         """Bags in another order each epoch."""
-        return DataLoader(
-            self.train,  # type: ignore[arg-type]
+        return self.train_loader(
+            self.train,
             batch_size=self.batch_size,
-            sampler=EpochSampler(len(self.train)),
             num_workers=self.num_workers,
-            persistent_workers=self.num_workers > 0,
             collate_fn=collate_bags,
+            drop_last=False,
         )
 
     def val_dataloader(self) -> DataLoader[BagBatch]:

@@ -23,6 +23,7 @@ from perf_vit.models.classifier import (
 from perf_vit.models.convert import performerize
 from perf_vit.models.detector import Detector, DetectorSpec
 from perf_vit.models.fidelity import attention_errors, token_cosines
+from perf_vit.models.finetune import BackboneTuning, LoraConfig, backbone_body, backbone_layers
 from perf_vit.models.pooled import pretrained_statistics
 from perf_vit.models.saved_model import load_converted, load_softmax, save_converted
 from perf_vit.models.segmenter import Segmenter, SegmenterSpec, network_id, segmenter_id
@@ -30,6 +31,7 @@ from perf_vit.models.slide_classifier import SlideClassifier, SlideModelConfig, 
 
 __all__ = [
     "CHECKPOINT_KEY",
+    "BackboneTuning",
     "Classifier",
     "ClassifierConfig",
     "ClassifierSpec",
@@ -37,6 +39,7 @@ __all__ = [
     "DetectorConfig",
     "DetectorSpec",
     "ImageLabelKind",
+    "LoraConfig",
     "ModelConfig",
     "Segmenter",
     "SegmenterSpec",
@@ -44,6 +47,8 @@ __all__ = [
     "SlideModelConfig",
     "SlideSpec",
     "attention_errors",
+    "backbone_body",
+    "backbone_layers",
     "build_classifier",
     "build_detector",
     "build_segmenter",

@@ -13,6 +13,7 @@ from torch import nn
 
 import perf_vit.models.backbones  # noqa: F401  (registers the backbones)
 from perf_vit.errors import CheckpointError, ConfigError
+from perf_vit.models.finetune import BackboneTuning, tune_backbone
 from perf_vit.models.heads import DPTHead, FullResolutionHead, LinearHead, SegFormerHead, UPerNetHead
 from perf_vit.models.saved_model import build_converted, load_converted, read_saved_config
 from perf_vit.models.segmenter import Segmenter, SegmenterSpec
@@ -38,8 +39,8 @@ _HEADS: dict[str, Callable[..., nn.Module]] = {
 
 
 @dataclass(kw_only=True)
-class ModelConfig:
-    """A backbone and a head.
+class ModelConfig(BackboneTuning):
+    """A backbone and a head; `BackboneTuning` has further keys.
 
     Attributes:
         backbone: any timm model name that takes `features_only`, and `img_size` and `dynamic_img_size` if timm says
@@ -92,6 +93,7 @@ def build_segmenter(
         raise ConfigError(f"model.head {config.head}: {error}") from error
     if config.freeze_backbone:
         backbone.requires_grad_(False)
+    tune_backbone(backbone, config)
     return Segmenter(backbone, head, spec, size_multiple, saved_backbone)
 
 

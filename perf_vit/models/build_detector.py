@@ -11,6 +11,7 @@ from torch import nn
 from perf_vit.errors import ConfigError
 from perf_vit.models.build import build_backbone, feature_specs
 from perf_vit.models.detector import Detector, DetectorSpec
+from perf_vit.models.finetune import BackboneTuning, tune_backbone
 from perf_vit.models.heads.fcos import FCOSHead
 from perf_vit.models.heads.oriented_fcos import OrientedFCOSHead
 from perf_vit.models.heads.rcnn import FasterRCNNHead, MaskRCNNHead
@@ -31,8 +32,8 @@ _FREEZE = ("nothing", "norms", "backbone")
 
 
 @dataclass(kw_only=True)
-class DetectorConfig:
-    """A backbone, a neck and a head.
+class DetectorConfig(BackboneTuning):
+    """A backbone, a neck and a head; `BackboneTuning` has further keys.
 
     Attributes:
         backbone: any timm model name that takes `features_only`; or a folder with a converted model, whose weights are
@@ -91,4 +92,6 @@ def build_detector(
         head = _HEADS[config.head](config.channels, len(spec.classes), config.strides, **config.head_kwargs)
     except (TypeError, ValueError) as error:
         raise ConfigError(f"model.head {config.head}: {error}") from error
-    return Detector(backbone, neck, head, spec, saved_backbone, config.freeze)  # type: ignore[arg-type]
+    detector = Detector(backbone, neck, head, spec, saved_backbone, config.freeze)  # type: ignore[arg-type]
+    tune_backbone(backbone, config)
+    return detector

@@ -5,12 +5,12 @@ from __future__ import annotations
 import pickle
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from perf_vit._version import __version__
 from perf_vit.errors import CheckpointError
@@ -19,6 +19,7 @@ from perf_vit.models.build import ModelConfig, build_segmenter
 from perf_vit.models.build_detector import DetectorConfig, build_detector
 from perf_vit.models.classifier import Classifier, ClassifierConfig, ClassifierSpec, build_classifier
 from perf_vit.models.detector import Detector, DetectorSpec
+from perf_vit.models.finetune import merge_lora
 from perf_vit.models.segmenter import Segmenter, SegmenterSpec
 from perf_vit.models.slide_classifier import SlideClassifier, SlideModelConfig, SlideSpec, build_slide_classifier
 
@@ -125,9 +126,10 @@ def _load(path: str | Path, tasks: tuple[str, ...], config: Any, spec: Any, buil
     content = _read(Path(path), tasks)
     metadata = content[CHECKPOINT_KEY]
     with _other_versions(path, metadata):
-        made_with = config(**{**metadata["model"], "pretrained": False})
+        made_with, state = _plain(config(**{**metadata["model"], "pretrained": False}), content)
         model = build(made_with, spec.from_dict(metadata["spec"]), metadata.get("saved_backbone"))
-        _restore(model, content)
+        model.load_state_dict(state)
+        restore_draw(model, metadata)
     return model.eval()
 
 
@@ -144,12 +146,13 @@ def _other_versions(path: str | Path, metadata: dict[str, Any]) -> Iterator[None
         ) from error
 
 
-def _restore(model: nn.Module, content: dict[str, Any]) -> None:
+def _plain(config: Any, content: dict[str, Any]) -> tuple[Any, dict[str, Tensor]]:
+    """Config and weights of the network as it predicts: low-rank additions are part of the weights they belong to."""
     state = content["state_dict"]
-    model.load_state_dict(
-        {key.removeprefix(STATE_PREFIX): value for key, value in state.items() if key.startswith(STATE_PREFIX)}
-    )
-    restore_draw(model, content[CHECKPOINT_KEY])
+    state = {key.removeprefix(STATE_PREFIX): value for key, value in state.items() if key.startswith(STATE_PREFIX)}
+    if getattr(config, "lora", None) is None:
+        return config, state
+    return replace(config, lora=None), merge_lora(state, config.lora)
 
 
 def _task_of(metadata: dict[str, Any]) -> str:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from perf_vit.errors import InputError
+from perf_vit.models.finetune import evaluate_frozen
 from perf_vit.transforms import Normalizer
 from perf_vit.types import Detections, ObjectLabels
 
@@ -105,8 +106,7 @@ class Detector(nn.Module):
         self.head = head
         self.spec = replace(spec, kind=self.head.kind)
         self.saved_backbone = saved_backbone
-        self.frozen = _frozen_parts(backbone, freeze)
-        for part in self.frozen:
+        for part in _frozen_parts(backbone, freeze):
             part.requires_grad_(False)
 
     @property
@@ -117,8 +117,7 @@ class Detector(nn.Module):
     def train(self, mode: bool = True) -> Detector:
         """Set the mode; frozen parts stay in evaluation mode."""
         super().train(mode)
-        for part in self.frozen:
-            part.eval()
+        evaluate_frozen(self.backbone)
         return self
 
     def losses(self, images: Sequence[Tensor], labels: Sequence[ObjectLabels]) -> dict[str, Tensor]:

@@ -12,6 +12,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
+from perf_vit.models.finetune import evaluate_frozen
 from perf_vit.transforms import Normalizer
 
 __all__ = ["Segmenter", "SegmenterSpec", "network_id", "segmenter_id"]
@@ -118,9 +119,9 @@ class Segmenter(nn.Module):
         return not any(parameter.requires_grad for parameter in self.backbone.parameters())
 
     def train(self, mode: bool = True) -> Self:
-        """Training mode, in which a frozen backbone stays as it is evaluated."""
+        """Training mode, in which frozen parts of the backbone stay as they are evaluated."""
         super().train(mode)
-        self.backbone.train(mode and not self.is_backbone_frozen)
+        evaluate_frozen(self.backbone)
         return self
 
 

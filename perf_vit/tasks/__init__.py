@@ -6,6 +6,7 @@ from perf_vit.tasks.detection_metrics import OBJECT_SIZES, DetectionClassScores,
 from perf_vit.tasks.detection_plots import plot_precision_recall
 from perf_vit.tasks.distillation import DistillationConfig, DistillationTask
 from perf_vit.tasks.distillation_trainer import DistillationTrainerConfig, build_distillation_trainer
+from perf_vit.tasks.fit_tile import TileFit, fit_max_tile
 from perf_vit.tasks.image_metrics import (
     ClassificationScores,
     ImageClassScores,
@@ -16,7 +17,9 @@ from perf_vit.tasks.image_metrics import (
 from perf_vit.tasks.losses import LossConfig, SegmentationLoss, balanced_weights
 from perf_vit.tasks.metrics import ClassScores, class_scores, segmentation_metrics
 from perf_vit.tasks.multilabel_losses import MultilabelLoss
+from perf_vit.tasks.optimize import OptimizerConfig, TrainingTask
 from perf_vit.tasks.oriented_metrics import OrientedAveragePrecision
+from perf_vit.tasks.pictures import PredictionPictures, draw_objects, draw_segmentation
 from perf_vit.tasks.pooled_optim import PooledOptimConfig
 from perf_vit.tasks.redraw import RedrawProjections
 from perf_vit.tasks.scenes import (
@@ -29,6 +32,7 @@ from perf_vit.tasks.scenes import (
 from perf_vit.tasks.segmentation import OptimConfig, SegmentationTask
 from perf_vit.tasks.slides import SLIDE_CURVES, SLIDE_MONITOR, SlideTask
 from perf_vit.tasks.trainer import TrainerConfig, build_trainer
+from perf_vit.tasks.training_peak import TrainingSteps
 
 __all__ = [
     "CLASSIFICATION_CURVES",
@@ -56,19 +60,27 @@ __all__ = [
     "MultilabelLoss",
     "NumberScores",
     "OptimConfig",
+    "OptimizerConfig",
     "OrientedAveragePrecision",
     "PooledOptimConfig",
+    "PredictionPictures",
     "RedrawProjections",
     "RegressionScores",
     "SceneTask",
     "SegmentationLoss",
     "SegmentationTask",
     "SlideTask",
+    "TileFit",
     "TrainerConfig",
+    "TrainingSteps",
+    "TrainingTask",
     "balanced_weights",
     "build_distillation_trainer",
     "build_trainer",
     "class_scores",
+    "draw_objects",
+    "draw_segmentation",
+    "fit_max_tile",
     "plot_precision_recall",
     "save_confusion_matrix",
     "segmentation_metrics",

@@ -6,13 +6,9 @@ import math
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-import lightning
 import torch
 from torch import Tensor
-from torch.optim import AdamW
-from torch.optim.lr_scheduler import LambdaLR
 
-from perf_vit.errors import ConfigError
 from perf_vit.models import (
     CHECKPOINT_KEY,
     DetectorConfig,
@@ -23,7 +19,7 @@ from perf_vit.models import (
 )
 from perf_vit.tasks.detection_metrics import DetectionMetrics, DetectionScores
 from perf_vit.tasks.history import Curves
-from perf_vit.tasks.segmentation import warmup_cosine
+from perf_vit.tasks.optimize import OptimizerConfig, TrainingTask
 from perf_vit.types import Detections, ObjectLabels
 
 __all__ = ["DETECTION_CURVES", "DETECTION_MONITOR", "DetectionOptimConfig", "DetectionTask"]
@@ -35,27 +31,19 @@ DETECTION_CURVES = Curves(
     losses=("train/loss",), scores=("val/ap", "val/ap50"), title="validation, mean over classes and IoUs"
 )
 
-_NO_DECAY = ("pos_embed", "cls_token", "reg_token")
-
 
 @dataclass(kw_only=True)
-class DetectionOptimConfig:
-    """AdamW with a linear warm-up and a cosine decay to zero, over the steps of the whole run.
+class DetectionOptimConfig(OptimizerConfig):
+    """Optimizer and schedule.
 
     Attributes:
         lr: peak learning rate.
-        backbone_lr_scale: factor of the rate in the backbone; below 1 keeps more of pretrained weights.
-        weight_decay: of matrices and kernels; vectors (norms, biases) and position embeddings have none.
-        warmup_fraction: share of the steps over which the rate rises.
     """
 
     lr: float = 5e-4
-    backbone_lr_scale: float = 1.0
-    weight_decay: float = 0.05
-    warmup_fraction: float = 0.05
 
 
-class DetectionTask(lightning.LightningModule):
+class DetectionTask(TrainingTask):
     """Trains a detector; its checkpoints hold all that `perf_vit.models.load_detector` needs.
 
     Args:
@@ -73,11 +61,8 @@ class DetectionTask(lightning.LightningModule):
         spec: DetectorSpec,
         optim: DetectionOptimConfig,
     ) -> None:
-        super().__init__()
-        if optim.lr <= 0 or optim.backbone_lr_scale < 0:
-            raise ConfigError("optim.lr must be above 0 and optim.backbone_lr_scale at least 0")
+        super().__init__(optim)
         self.model_config = model_config
-        self.optim = optim
         self.model = build_detector(model_config, spec)
         self.val_metrics = DetectionMetrics(spec.classes, self.model.spec.kind)
         self.save_hyperparameters({"model": asdict(model_config), "optim": asdict(optim)})
@@ -124,29 +109,6 @@ class DetectionTask(lightning.LightningModule):
             self.log(name, value, prog_bar=name in ("val/ap", DETECTION_MONITOR))
         if not math.isnan(scores.threshold):
             self.model.spec = replace(self.model.spec, score_threshold=scores.threshold)
-
-    def configure_optimizers(self) -> Any:
-        """AdamW and the schedule, stepped every batch."""
-        optimizer = AdamW(self._parameter_groups())
-        total = max(1, int(self.trainer.estimated_stepping_batches))
-        schedule = LambdaLR(optimizer, lambda step: warmup_cosine(step, total, self.optim.warmup_fraction))
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
-
-    def _parameter_groups(self) -> list[dict[str, Any]]:
-        groups: dict[tuple[bool, bool], list[Tensor]] = {}
-        for name, parameter in self.model.named_parameters():
-            if parameter.requires_grad:
-                plain = parameter.ndim < 2 or name.endswith(_NO_DECAY)
-                groups.setdefault((name.startswith("backbone."), plain), []).append(parameter)
-        return [
-            {
-                "params": parameters,
-                "lr": self.optim.lr * (self.optim.backbone_lr_scale if in_backbone else 1.0),
-                "weight_decay": 0.0 if plain else self.optim.weight_decay,
-            }
-            # The history shows the first group's rate: that of neck and head.
-            for (in_backbone, plain), parameters in sorted(groups.items())
-        ]
 
 
 def _logged(scores: DetectionScores) -> dict[str, float]:

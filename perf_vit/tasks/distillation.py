@@ -16,7 +16,7 @@ from torch.optim import AdamW, Optimizer
 from perf_vit.errors import ConfigError
 from perf_vit.layers.converted_attention import ConvertedAttention
 from perf_vit.tasks.matching import match_blocks, token_loss
-from perf_vit.tasks.segmentation import warmup_cosine
+from perf_vit.tasks.optimize import warmup_cosine
 
 __all__ = ["DistillationConfig", "DistillationTask"]
 

@@ -11,7 +11,7 @@ from torch.optim import AdamW
 from torch.optim.lr_scheduler import LambdaLR
 
 from perf_vit.errors import ConfigError
-from perf_vit.tasks.segmentation import warmup_cosine
+from perf_vit.tasks.optimize import warmup_cosine
 
 __all__ = ["PooledOptimConfig", "check_class_weights", "pooled_optimizers"]
 

@@ -16,11 +16,14 @@ from lightning.pytorch.callbacks import (
     ModelCheckpoint,
     RichProgressBar,
 )
-from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.loggers import Logger, TensorBoardLogger, WandbLogger
 
 from perf_vit.errors import ConfigError
 from perf_vit.tasks.history import SEGMENTATION_CURVES, Curves, HistoryCallback
+from perf_vit.tasks.pictures import Draw, PredictionPictures
 from perf_vit.tasks.redraw import RedrawProjections
+from perf_vit.tasks.resume import StepCheckpoint, StepSeeds
+from perf_vit.tasks.sharding import FullyShardedStrategy
 
 __all__ = ["TrainerConfig", "best_and_last", "build_trainer", "lightning_trainer"]
 
@@ -45,7 +48,13 @@ class TrainerConfig:
         ema_decay: share of the old average at each step, such as 0.998, when weights are averaged while training; the
             average is validated and kept. 0 for no average.
         early_stop_epochs: validations without a better score after which training ends; 0 to go on to the end.
-        strategy: of several devices, as Lightning names it: auto, ddp, fsdp, ...
+        checkpoint_every_steps: optimizer steps between checkpoints inside an epoch, from which `resume=true` goes on
+            with the samples that were left, to the same weights; 0 for none but that of the last epoch.
+        num_pictures: validation tiles that are drawn with truth and prediction after each validation, into the folder
+            `pictures` and to the logger; 0 for none.
+        logger: tensorboard, or wandb, which takes the extra `wandb`; `metrics.csv` is written anyway.
+        strategy: of several devices: fsdp2, which shares weights, gradients and optimizer states out among them, or as
+            Lightning names it: auto, ddp, ...
     """
 
     max_epochs: int = 50
@@ -58,6 +67,9 @@ class TrainerConfig:
     accumulate_batches: int = 1
     ema_decay: float = 0.0
     early_stop_epochs: int = 0
+    checkpoint_every_steps: int = 0
+    num_pictures: int = 4
+    logger: str = "tensorboard"
     strategy: str = "auto"
 
 
@@ -68,9 +80,20 @@ def build_trainer(
     progress: bool = True,
     monitor: str = "val/iou",
     curves: Curves = SEGMENTATION_CURVES,
+    draw: Draw | None = None,
+    seed: int = 0,
 ) -> lightning.Trainer:
     """A trainer that keeps `checkpoints/best.ckpt` (by the highest `monitor`) and `last.ckpt`, `metrics.csv`,
     `loss_curve.png` and TensorBoard logs in the run folder.
+
+    Args:
+        config: how long and where to train.
+        folder: of the run.
+        progress: show a progress bar.
+        monitor: the score that `best.ckpt` is chosen by.
+        curves: what is drawn and named in the log.
+        draw: makes the pictures of a validation tile, `draw_segmentation` or `draw_objects`; None for no pictures.
+        seed: decides dropout and whatever else is random in a training step.
 
     Raises:
         ConfigError: values that Lightning doesn't know.
@@ -86,13 +109,25 @@ def build_trainer(
             "expected trainer.ema_decay from 0 to below 1, accumulate_batches from 1 on and early_stop_epochs from 0 "
             f"on, got {config.ema_decay:g}, {config.accumulate_batches} and {config.early_stop_epochs}"
         )
-    callbacks = [HistoryCallback(folder, curves), *best_and_last(folder, monitor=monitor)]
+    for key in ("checkpoint_every_steps", "num_pictures"):
+        if getattr(config, key) < 0:
+            raise ConfigError(f"trainer.{key} must be 0 or more, got {getattr(config, key)}")
+    if config.strategy == "fsdp2" and config.ema_decay:
+        raise ConfigError(
+            "trainer.ema_decay can't average weights that strategy=fsdp2 shares out; leave one of them out"
+        )
+    callbacks = [StepSeeds(seed), HistoryCallback(folder, curves), *best_and_last(folder, monitor=monitor)]
+    if config.num_pictures and draw is not None:
+        # Before the average of the weights, which takes itself out of the network when validation ends.
+        callbacks.append(PredictionPictures(folder, config.num_pictures, draw))
     if config.early_stop_epochs:
         callbacks.append(EarlyStopping(monitor, mode="max", patience=config.early_stop_epochs))
     if config.ema_decay:
         callbacks.append(EMAWeightAveraging(decay=config.ema_decay))
     if config.redraw_every_steps:
         callbacks.append(RedrawProjections(config.redraw_every_steps))
+    if config.checkpoint_every_steps:
+        callbacks.append(StepCheckpoint(folder / "checkpoints" / "last.ckpt", config.checkpoint_every_steps))
     return lightning_trainer(
         folder,
         callbacks,
@@ -100,8 +135,9 @@ def build_trainer(
         accelerator=config.accelerator,
         devices=config.devices,
         progress=progress,
+        logger=config.logger,
         max_epochs=config.max_epochs,
-        strategy=config.strategy,
+        strategy=FullyShardedStrategy() if config.strategy == "fsdp2" else config.strategy,
         accumulate_grad_batches=config.accumulate_batches,
         gradient_clip_val=config.gradient_clip or None,
         check_val_every_n_epoch=config.val_every_epochs,
@@ -117,6 +153,7 @@ def lightning_trainer(
     accelerator: str,
     devices: str | int,
     progress: bool,
+    logger: str = "tensorboard",
     **options: Any,
 ) -> lightning.Trainer:
     """A trainer as all tasks want it; `options` are Lightning's.
@@ -135,7 +172,7 @@ def lightning_trainer(
             # bilinear resizing has no deterministic backward on CUDA: a warning there, exact on the CPU.
             deterministic="warn",
             default_root_dir=folder,
-            logger=TensorBoardLogger(folder, name="tensorboard", version=""),
+            logger=_logger(logger, folder),
             callbacks=[*callbacks, *([RichProgressBar()] if progress else [])],
             enable_progress_bar=progress,
             # Ours share the samples of one process out; Lightning's would shuffle them.
@@ -165,6 +202,19 @@ def best_and_last(folder: Path, monitor: str) -> list[Callback]:
     ]
 
 
+def _logger(name: str, folder: Path) -> Logger:
+    if name == "tensorboard":
+        return TensorBoardLogger(folder, name="tensorboard", version="")
+    if name != "wandb":
+        raise ConfigError(f"trainer.logger must be tensorboard or wandb, got {name}")
+    try:
+        return WandbLogger(project="perf_vit", name=folder.name, save_dir=folder)
+    except ModuleNotFoundError as error:
+        raise ConfigError(
+            "trainer.logger=wandb needs wandb; pip install perf-vit[wandb], or use tensorboard"
+        ) from error
+
+
 def _quieten() -> None:
     for message in (
         ".*does not have many workers.*",
@@ -175,6 +225,10 @@ def _quieten() -> None:
         ".*smaller than the logging interval.*",
         ".*in eval mode at the start of training.*",
         ".*overridden `transfer_batch_to_device`.*",
+        # `configure_model` does something with sharded weights only, and those are not averaged.
+        ".*WeightAveraging callback with a model that overrides.*",
+        # Ours takes up the middle of an epoch through the data module's state.
+        ".*your dataloader is not resumable.*",
         # Epochs without validation have no score to choose the best by.
         ".*could not find the monitored key.*",
     ):

@@ -19,7 +19,7 @@ from perf_vit.data import (
     objects_in,
     read_object_labels,
 )
-from perf_vit.data.datamodule import EpochSampler
+from perf_vit.data.epochs import EpochSampler
 from perf_vit.errors import ConfigError, InputError
 from perf_vit.transforms import Normalizer
 from perf_vit.types import Window

@@ -6,8 +6,10 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import torch
 
 from perf_vit.data import make_ship_scene
+from perf_vit.models import load_segmenter
 
 SCRIPT = '''
 import json, sys
@@ -17,7 +19,7 @@ from perf_vit.data import AugmentConfig, DataConfig, RegionConfig, build_datamod
 from perf_vit.models import ModelConfig, SegmenterSpec
 from perf_vit.tasks import OptimConfig, SegmentationTask, TrainerConfig, build_trainer
 
-image, labels, folder, devices = sys.argv[1:]
+image, labels, folder, devices, strategy = sys.argv[1:]
 
 
 class Losses(lightning.Callback):
@@ -47,7 +49,7 @@ def main():
                         backbone_kwargs={"depth": 2, "attn_kwargs": {"num_features": 32}})
     task = SegmentationTask(model, spec, OptimConfig())
     trainer = build_trainer(TrainerConfig(accelerator="cpu", devices=devices, max_epochs=2,
-                                          strategy="ddp_spawn" if count > 1 else "auto"), Path(folder), progress=False)
+                                          strategy=strategy), Path(folder), progress=False)
     trainer.callbacks.append(Losses())
     trainer.fit(task, data)
 
@@ -57,11 +59,11 @@ if __name__ == "__main__":
 '''
 
 
-def _losses(scene, folder: Path, devices: int) -> np.ndarray:
+def _losses(scene, folder: Path, devices: int, strategy: str) -> np.ndarray:
     folder.mkdir()
     script = folder / "train.py"
     script.write_text(SCRIPT)
-    command = [sys.executable, script, scene.image, scene.labels, folder, str(devices)]
+    command = [sys.executable, script, scene.image, scene.labels, folder, devices, strategy]
     done = subprocess.run(list(map(str, command)), capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
     return np.array(json.loads((folder / "losses.json").read_text()))
@@ -69,7 +71,13 @@ def _losses(scene, folder: Path, devices: int) -> np.ndarray:
 
 def test_two_processes_have_the_losses_of_one(tmp_path) -> None:
     scene = make_ship_scene(tmp_path / "scene", seed=1, size_px=160, num_targets=12)
-    one, two = _losses(scene, tmp_path / "one", 1), _losses(scene, tmp_path / "two", 2)
-    assert len(one) == len(two) == 20
+    one = _losses(scene, tmp_path / "one", 1, "auto")
     assert np.ptp(one) > 0.1
-    np.testing.assert_allclose(two, one, rtol=0, atol=1e-5)
+    for strategy in ("ddp_spawn", "fsdp2"):
+        two = _losses(scene, tmp_path / strategy, 2, strategy)
+        assert len(one) == len(two) == 20
+        np.testing.assert_allclose(two, one, rtol=0, atol=1e-5)
+    # A checkpoint of shared out weights is one file that loads as any other.
+    shared, alone = (load_segmenter(tmp_path / name / "checkpoints" / "last.ckpt") for name in ("fsdp2", "one"))
+    for name, value in alone.state_dict().items():
+        torch.testing.assert_close(shared.state_dict()[name], value, rtol=0, atol=2e-3)

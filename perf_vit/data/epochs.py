@@ -1,0 +1,142 @@
+"""Which samples a process trains and validates on, epoch by epoch, also after a run was interrupted."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import lightning
+import torch.distributed as dist
+from torch.utils.data import DataLoader, Sampler
+
+__all__ = ["EpochDataModule", "EpochLoader", "EpochSampler", "ShareSampler"]
+
+
+class EpochSampler(Sampler[int]):
+    """Counts on from epoch to epoch, so that a dataset which is a function of the index never repeats itself.
+
+    Lightning calls `set_epoch`, also after a resume: the samples go on where they would have been. Of several
+    processes each takes every so many-th sample, so together they see what one would; a rest is left out.
+    """
+
+    def __init__(self, length: int) -> None:
+        self.length = length
+        self.epoch = 0
+        self._num_skipped = 0
+
+    def set_epoch(self, epoch: int) -> None:
+        """Start the next iteration at this epoch's first index."""
+        self.epoch = epoch
+
+    def skip(self, num_samples: int) -> None:
+        """Leave out so many of this process's samples at the start of the next iteration."""
+        self._num_skipped = num_samples
+
+    def __iter__(self) -> Iterator[int]:
+        rank, world_size = _place()
+        start = self.epoch * self.length
+        skipped, self._num_skipped = self._num_skipped, 0
+        return iter(range(start + rank, start + len(self) * world_size, world_size)[skipped:])
+
+    def __len__(self) -> int:
+        return self.length // _place()[1]
+
+
+class ShareSampler(Sampler[int]):
+    """The samples of a dataset in order, each in one of the processes that validate together."""
+
+    def __init__(self, length: int) -> None:
+        self.length = length
+
+    def __iter__(self) -> Iterator[int]:
+        rank, world_size = _place()
+        return iter(range(rank, self.length, world_size))
+
+    def __len__(self) -> int:
+        rank, world_size = _place()
+        return len(range(rank, self.length, world_size))
+
+
+class EpochLoader(DataLoader[Any]):
+    """Batches of the samples of one epoch after another.
+
+    Args:
+        dataset: of samples that are functions of the index, see `EpochSampler`; its length is that of an epoch.
+        batch_size: samples a batch.
+        num_workers: loader processes; 0 loads in the training process.
+        collate_fn: makes a batch of a list of samples; torch's by default.
+        drop_last: drop a last smaller batch, whose batch statistics are worse.
+
+    Attributes:
+        num_given: batches of the present epoch that were handed out; workers may have made more.
+        num_skipped: batches to leave out at the start of the next epoch.
+    """
+
+    def __init__(
+        self,
+        dataset: Any,
+        *,
+        batch_size: int,
+        num_workers: int,
+        collate_fn: Callable[[list[Any]], Any] | None = None,
+        drop_last: bool = True,
+    ) -> None:
+        self.epoch_sampler = EpochSampler(len(dataset))
+        super().__init__(
+            dataset,
+            batch_size=batch_size,
+            sampler=self.epoch_sampler,
+            num_workers=num_workers,
+            persistent_workers=num_workers > 0,
+            collate_fn=collate_fn,
+            drop_last=drop_last,
+        )
+        self.num_given = 0
+        self.num_skipped = 0
+
+    def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
+        # A generator starts with its first batch: Lightning asks for the iterator before it sets the sampler's epoch,
+        # and workers begin at once.
+        self.num_given, self.num_skipped = self.num_skipped, 0
+        self.epoch_sampler.skip(self.num_given * (self.batch_size or 1))
+        for batch in super().__iter__():
+            self.num_given += 1
+            yield batch
+
+
+class EpochDataModule(lightning.LightningDataModule):
+    """A data module whose place in an epoch is part of a checkpoint.
+
+    A run that is resumed in the middle of an epoch goes on with exactly the samples that were left. Subclasses make
+    their training loader with `train_loader`.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._loader: EpochLoader | None = None
+        self._num_skipped = 0
+
+    def train_loader(self, dataset: Any, **options: Any) -> EpochLoader:
+        """A loader that begins where the checkpoint was written, if there is one; `options` are `EpochLoader`'s."""
+        self._loader = EpochLoader(dataset, **options)
+        self._loader.num_skipped, self._num_skipped = self._num_skipped, 0
+        return self._loader
+
+    def state_dict(self) -> dict[str, int]:
+        """How many batches of the epoch were given; none of the next one after the last."""
+        return {"num_batches": 0 if self._loader is None else self._loader.num_given % max(1, len(self._loader))}
+
+    def load_state_dict(self, state_dict: dict[str, int]) -> None:
+        """Leave out the batches that were given before."""
+        # Sharded training reads the checkpoint when the loader is there already.
+        if self._loader is None:
+            self._num_skipped = state_dict["num_batches"]
+        else:
+            self._loader.num_skipped = state_dict["num_batches"]
+
+
+def _place() -> tuple[int, int]:
+    """(number of this process, how many there are)."""
+    if dist.is_available() and dist.is_initialized():
+        return dist.get_rank(), dist.get_world_size()
+    return 0, 1

@@ -1,0 +1,174 @@
+"""Optimizer and learning-rate schedule of every task that trains a backbone with something on top."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import Any
+
+import lightning
+import torch
+from timm.scheduler import create_scheduler_v2
+from timm.scheduler.scheduler import Scheduler
+from torch import Tensor, nn
+from torch.optim import AdamW, Optimizer
+
+from perf_vit.errors import ConfigError
+from perf_vit.models import backbone_body, backbone_layers
+from perf_vit.tasks.sharding import shard_network
+
+__all__ = ["OptimizerConfig", "TrainingTask", "build_schedule", "parameter_groups", "warmup_cosine"]
+
+_NO_DECAY = ("pos_embed", "cls_token", "reg_token")
+_SCHEDULES = ("cosine", "constant", "multistep", "poly", "rsqrt", "step", "tanh", "wsd")
+
+
+@dataclass(kw_only=True)
+class OptimizerConfig:
+    """AdamW with a linear warm-up and, by default, a cosine decay to zero, over the steps of the whole run.
+
+    Attributes:
+        lr: peak learning rate.
+        backbone_lr_scale: factor of the rate in the backbone; below 1 keeps more of pretrained weights.
+        layer_decay: factor of the rate from each of the backbone's layers to the one before it: 1 for the same rate
+            everywhere, .65 to .9 for pretrained ViTs, whose first blocks are general already.
+        weight_decay: of matrices and kernels; vectors (norms, biases) and position embeddings have none.
+        warmup_fraction: share of the steps over which the rate rises.
+        schedule: after the warm-up, by timm's name: cosine, constant, multistep, poly, rsqrt, step, tanh or wsd.
+        schedule_kwargs: passed to `timm.scheduler.create_scheduler_v2`, e.g. {decay_epochs: 10, decay_rate: 0.5};
+            epochs are counted from the end of the warm-up.
+    """
+
+    lr: float = 1e-3
+    backbone_lr_scale: float = 1.0
+    layer_decay: float = 1.0
+    weight_decay: float = 0.05
+    warmup_fraction: float = 0.05
+    schedule: str = "cosine"
+    schedule_kwargs: dict[str, Any] = field(default_factory=dict)
+
+
+class TrainingTask(lightning.LightningModule):
+    """A Lightning module whose network `model` has a `backbone`, trained as `optim` says.
+
+    Args:
+        optim: optimizer and schedule.
+
+    Raises:
+        ConfigError: values out of range, or a schedule that timm doesn't have.
+    """
+
+    model: Any
+
+    def __init__(self, optim: OptimizerConfig) -> None:
+        super().__init__()
+        _check(optim)
+        self.optim: Any = optim
+        self._is_sharded = False
+
+    def configure_model(self) -> None:
+        """Share out the weights where the strategy asks for it, once."""
+        if self.device_mesh is not None and not self._is_sharded:
+            shard_network(self.model, self.device_mesh["data_parallel"])
+            self._is_sharded = True
+
+    def on_fit_start(self) -> None:
+        """Put the network into training mode, but for its frozen parts; Lightning leaves the mode as it is."""
+        self.model.train()
+
+    def configure_optimizers(self) -> Any:
+        """AdamW and the schedule, stepped with the optimizer."""
+        optimizer = AdamW(parameter_groups(self.model, self.optim), lr=self.optim.lr)
+        total_steps = max(1, int(self.trainer.estimated_stepping_batches))
+        schedule = build_schedule(optimizer, self.optim, total_steps, num_epochs=self.trainer.max_epochs or 1)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    def lr_scheduler_step(self, scheduler: Any, metric: Any) -> None:
+        """Set the rates of the next step; timm's schedules are functions of its number."""
+        scheduler.step_update(self.trainer.global_step)
+
+
+def parameter_groups(model: nn.Module, config: OptimizerConfig) -> list[dict[str, Any]]:
+    """Groups of the trained parameters, for AdamW and timm's schedules, which heed `lr_scale`.
+
+    What lies on top of the backbone comes first, at the full rate; layer d of a backbone of D layers has
+    `backbone_lr_scale * layer_decay ** (D - d)` times the rate.
+
+    Args:
+        model: a network with a `features_only` backbone as its attribute `backbone`.
+        config: rates and decays.
+    """
+    backbone: Any = model.backbone
+    layers = {f"backbone.{name}": layer for name, layer in backbone_layers(backbone).items()}
+    num_layers = 1 + max(layers.values())
+    exempt = tuple({*_NO_DECAY, *getattr(backbone_body(backbone), "no_weight_decay", set)()})
+    members: dict[tuple[int, bool], list[Tensor]] = {}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            plain = parameter.ndim < 2 or name.endswith(exempt)
+            members.setdefault((num_layers - layers.get(name, num_layers), plain), []).append(parameter)
+    return [
+        {
+            "params": parameters,
+            "lr": config.lr,
+            "lr_scale": config.backbone_lr_scale * config.layer_decay**steps_down if steps_down else 1.0,
+            "weight_decay": 0.0 if plain else config.weight_decay,
+        }
+        for (steps_down, plain), parameters in sorted(members.items(), key=lambda item: item[0])
+    ]
+
+
+def build_schedule(optimizer: Optimizer, config: OptimizerConfig, total_steps: int, num_epochs: int) -> Scheduler:
+    """A schedule of timm's that is stepped with the optimizer and ends with the run.
+
+    Args:
+        optimizer: with groups of `parameter_groups`.
+        config: which schedule.
+        total_steps: of the whole run.
+        num_epochs: of the whole run.
+
+    Raises:
+        ConfigError: arguments that the schedule doesn't take.
+    """
+    warmup = round(total_steps * config.warmup_fraction)
+    steps_per_epoch = max(1, total_steps // num_epochs)
+    try:
+        schedule, _ = create_scheduler_v2(
+            optimizer,
+            config.schedule,
+            num_epochs=max(1, total_steps - warmup) / steps_per_epoch,
+            warmup_epochs=warmup / steps_per_epoch,
+            # The first step has a rate already, as every further one has one more share of the peak.
+            warmup_lr=config.lr / max(1, warmup),
+            warmup_prefix=True,
+            step_on_epochs=False,
+            updates_per_epoch=steps_per_epoch,
+            **config.schedule_kwargs,
+        )
+    except (TypeError, ValueError, AssertionError) as error:
+        raise ConfigError(f"optim.schedule {config.schedule}: {str(error).splitlines()[0]}") from error
+    if schedule is None:
+        raise ConfigError(f"optim.schedule {config.schedule} is newer than this timm; choose another, or update timm")
+    return schedule
+
+
+def warmup_cosine(step: int, total: int, warmup_fraction: float) -> float:
+    """Factor of the learning rate at a step: linear up to 1, then half a cosine down to 0 at `total`."""
+    warmup = max(1, round(total * warmup_fraction))
+    if step < warmup:
+        return (step + 1) / warmup
+    return 0.5 * (1 + math.cos(math.pi * min(1.0, (step - warmup) / max(1, total - warmup))))
+
+
+def _check(config: OptimizerConfig) -> None:
+    if config.lr <= 0 or config.backbone_lr_scale < 0:
+        raise ConfigError("optim.lr must be above 0 and optim.backbone_lr_scale at least 0")
+    if not 0 < config.layer_decay <= 1 or not 0 <= config.warmup_fraction < 1:
+        raise ConfigError(
+            "expected optim.layer_decay above 0 and at most 1 and optim.warmup_fraction from 0 to below 1, got "
+            f"{config.layer_decay:g} and {config.warmup_fraction:g}"
+        )
+    if config.schedule not in _SCHEDULES:
+        raise ConfigError(f"optim.schedule must be one of {', '.join(_SCHEDULES)}, got {config.schedule}")
+    # Arguments that no length of a run would make fit are refused before anything is read.
+    build_schedule(AdamW([torch.zeros(1, requires_grad=True)], lr=config.lr), config, 10_000, num_epochs=100)

@@ -1,0 +1,173 @@
+"""Pictures of what a network sees, what is true and what it predicts, after each validation."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import lightning
+import numpy as np
+import numpy.typing as npt
+import torch
+from lightning.pytorch.loggers import TensorBoardLogger, WandbLogger
+from PIL import Image, ImageDraw
+from torch import Tensor
+
+from perf_vit.io import colorize, default_colormap, rgb_from, save_png
+from perf_vit.ops.boxes import oriented_box_corners
+from perf_vit.types import IGNORE_INDEX, Detections, GeoImage, ObjectLabels
+
+__all__ = ["Draw", "PredictionPictures", "draw_objects", "draw_segmentation"]
+
+Picture: TypeAlias = npt.NDArray[np.uint8]
+
+Draw: TypeAlias = Callable[[Tensor, Any, Any, Any], Sequence[Picture]]
+"""Makes panels [h, w, 3] of a tile [C, H, W], its labels, the network and what that predicts for it."""
+
+_PANEL_PX = 384
+_MARGIN_PX = 6
+
+
+class PredictionPictures(lightning.Callback):
+    """Writes `pictures/epoch_0000.png` into the run folder and shows it to the loggers after each validation.
+
+    A row is a tile of the validation data, evenly spaced among all: image, truth and prediction.
+
+    Args:
+        folder: the run folder.
+        num_tiles: rows.
+        draw: makes the panels of a row.
+    """
+
+    def __init__(self, folder: Path, num_tiles: int, draw: Draw) -> None:
+        self.folder = folder / "pictures"
+        self.num_tiles = num_tiles
+        self.draw = draw
+
+    def on_validation_epoch_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
+        """Predict and draw; every process predicts, since sharded weights need them all."""
+        if trainer.sanity_checking or trainer.val_dataloaders is None:
+            return
+        network: Any = pl_module.model
+        dataset = trainer.val_dataloaders.dataset
+        rows = []
+        for index in np.unique(np.linspace(0, len(dataset) - 1, self.num_tiles).round().astype(int)):
+            image, labels = dataset[int(index)]
+            with torch.no_grad(), trainer.precision_plugin.val_step_context():
+                found = network(image[None].to(pl_module.device))[0]
+            rows.append(_row([_enlarged(panel) for panel in self.draw(image, labels, network, found)]))
+        if trainer.is_global_zero:
+            self._show(trainer, _column(rows))
+
+    def _show(self, trainer: lightning.Trainer, picture: Picture) -> None:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        save_png(self.folder / f"epoch_{trainer.current_epoch:04d}.png", picture)
+        for logger in trainer.loggers:
+            if isinstance(logger, TensorBoardLogger):
+                logger.experiment.add_image("val/pictures", picture, trainer.global_step, dataformats="HWC")
+            elif isinstance(logger, WandbLogger):
+                logger.log_image("val/pictures", [picture])
+
+
+def draw_segmentation(image: Tensor, labels: Tensor, network: Any, logits: Tensor) -> list[Picture]:
+    """Image, true classes and predicted classes; where there is no label, both are white.
+
+    Of several classes that are true at a pixel, the last is shown, and where none is, dark grey.
+    """
+    truth, predicted = _array(labels), _array(network.decide(logits[None])[0])
+    num_colors = len(network.spec.classes)
+    if network.spec.multilabel:
+        truth, predicted, num_colors = _last_true(truth), _last_true(predicted), num_colors + 1
+    colors = default_colormap(num_colors)
+    truth, predicted = truth.astype(np.uint8), predicted.astype(np.uint8)
+    predicted = np.where(truth == IGNORE_INDEX, np.uint8(IGNORE_INDEX), predicted)
+    return [_seen(image), *(_on_white(colorize(each, colors)) for each in (truth, predicted))]
+
+
+def draw_objects(image: Tensor, labels: ObjectLabels, network: Any, found: Detections) -> list[Picture]:
+    """Image, the labelled objects that count, and the detections above the network's score threshold."""
+    seen = _seen(image)
+    kind, classes = network.spec.kind, network.spec.classes
+    sure = _array(found.scores) >= network.spec.score_threshold
+    return [
+        seen,
+        _with_outlines(seen, labels, ~labels.ignored, kind, len(classes)),
+        _with_outlines(seen, found, sure, kind, len(classes)),
+    ]
+
+
+def _last_true(layers: npt.NDArray[Any]) -> npt.NDArray[np.int64]:
+    """1 + the last class that is true of layers [K, H, W] of 0 and 1, 0 where none is."""
+    numbers = np.arange(1, len(layers) + 1)[:, None, None]
+    return np.where((layers == IGNORE_INDEX).all(0), IGNORE_INDEX, ((layers == 1) * numbers).max(0))
+
+
+def _seen(image: Tensor) -> Picture:
+    pixels = image.cpu().numpy()
+    return rgb_from(GeoImage(pixels=pixels, valid=np.ones(pixels.shape[1:], bool)))
+
+
+def _with_outlines(
+    seen: Picture, objects: ObjectLabels | Detections, keep: npt.NDArray[np.bool_], kind: str, num_classes: int
+) -> Picture:
+    colors = default_colormap(1 + num_classes)
+    # Labels may have several geometries; those that the network finds are drawn where there are some.
+    masks = _array(objects.masks)[keep] if kind == "masks" and objects.masks is not None else None
+    picture = seen.copy()
+    for number, label in enumerate(_array(objects.labels)[keep]):
+        color = colors[1 + int(label)][:3]
+        if masks is not None:
+            picture[_edge(masks[number])] = color
+        else:
+            picture = _with_line(picture, _corners(objects, kind)[keep][number], color)
+    return picture
+
+
+def _corners(objects: ObjectLabels | Detections, kind: str) -> npt.NDArray[np.floating[Any]]:
+    """Corners of boxes, [n, 4, 2]."""
+    if kind == "oriented_boxes" and objects.oriented_boxes is not None:
+        return oriented_box_corners(_array(objects.oriented_boxes).astype(np.float64))
+    boxes = _array(objects.boxes_xyxy).astype(np.float64)
+    return np.stack([boxes[:, [0, 1]], boxes[:, [2, 1]], boxes[:, [2, 3]], boxes[:, [0, 3]]], axis=1)
+
+
+def _with_line(picture: Picture, corners: npt.NDArray[np.floating[Any]], color: tuple[int, ...]) -> Picture:
+    drawn = Image.fromarray(picture)
+    # Coordinates count pixel edges; a line is drawn along pixels.
+    points = [tuple(point) for point in (corners - 0.5).tolist()]
+    ImageDraw.Draw(drawn).line([*points, points[0]], fill=color)
+    return np.array(drawn)
+
+
+def _edge(mask: npt.NDArray[np.bool_]) -> npt.NDArray[np.bool_]:
+    """The pixels of a mask with a neighbour outside it."""
+    inner = np.pad(mask, 1)
+    return mask & ~(inner[:-2, 1:-1] & inner[2:, 1:-1] & inner[1:-1, :-2] & inner[1:-1, 2:])
+
+
+def _array(values: Any) -> npt.NDArray[Any]:
+    return values.detach().cpu().numpy() if isinstance(values, Tensor) else np.asarray(values)
+
+
+def _on_white(painted: Picture) -> Picture:
+    painted[painted[..., 3] == 0] = 255
+    return painted[..., :3]
+
+
+def _enlarged(panel: Picture) -> Picture:
+    factor = max(1, _PANEL_PX // max(panel.shape[:2]))
+    return panel.repeat(factor, axis=0).repeat(factor, axis=1)
+
+
+def _row(panels: Sequence[Picture]) -> Picture:
+    padded = [np.pad(panel, ((0, _MARGIN_PX), (0, _MARGIN_PX), (0, 0)), constant_values=255) for panel in panels]
+    return np.concatenate(padded, axis=1)
+
+
+def _column(rows: Sequence[Picture]) -> Picture:
+    """Rows below each other; tiles at the border of small images may be smaller than others."""
+    width = max(row.shape[1] for row in rows)
+    return np.concatenate(
+        [np.pad(row, ((0, 0), (0, width - row.shape[1]), (0, 0)), constant_values=255) for row in rows]
+    )

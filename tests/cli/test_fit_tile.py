@@ -1,0 +1,37 @@
+"""`perf-vit fit-tile`."""
+
+import pytest
+from command_line import SMALL, call
+
+from perf_vit.cli.fitting import parse_bytes
+from perf_vit.errors import ConfigError
+
+
+def _args(trained, *extra) -> list:
+    scene = trained.scene
+    files = [f"data.{part}.{key}={getattr(scene, key)}" for part in ("train", "val") for key in ("image", "labels")]
+    return ["fit-tile", "configs/segmentation/demo.yaml", *files, *SMALL, *extra]
+
+
+def test_the_largest_tile_is_printed_with_what_it_takes(trained, capsys) -> None:
+    assert call(_args(trained, "--memory", "900GB", "--max-tile", "64", "--batch-size", "1")) == 0
+    printed = capsys.readouterr().out
+    assert "64 px: " in printed
+    assert "largest tile: data.tile_px=64, " in printed
+    assert "of 900.00 GB" in printed
+
+
+def test_memory_without_a_unit_is_one_line(trained, capsys) -> None:
+    assert call(_args(trained, "--memory", "16")) == 2
+    assert "expected memory as 16GB" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("text", "number"), [("16GB", 16 * 10**9), ("1.5 GiB", 3 * 2**29), ("500mb", 5 * 10**8)])
+def test_sizes_have_units(text: str, number: int) -> None:
+    assert parse_bytes(text) == number
+
+
+@pytest.mark.parametrize("text", ["16", "GB", "-1GB", "0GB", "16 GBit"])
+def test_sizes_without_units_are_one_line(text: str) -> None:
+    with pytest.raises(ConfigError, match="expected memory as 16GB"):
+        parse_bytes(text)

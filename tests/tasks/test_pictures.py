@@ -1,0 +1,157 @@
+"""Pictures of validation tiles with truth and prediction."""
+
+from types import SimpleNamespace
+
+import lightning
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torch.utils.data import DataLoader
+
+from perf_vit.errors import ConfigError
+from perf_vit.io import default_colormap
+from perf_vit.tasks import TrainerConfig, build_trainer, draw_objects, draw_segmentation
+from perf_vit.types import Detections, ObjectLabels
+
+IMAGE = torch.linspace(0, 1, 5 * 16 * 24).reshape(5, 16, 24)
+
+
+def network(kind: str = "boxes", threshold: float = 0.5, multilabel: bool = False):
+    spec = SimpleNamespace(classes=("a", "b"), kind=kind, score_threshold=threshold, multilabel=multilabel)
+    return SimpleNamespace(spec=spec, decide=lambda logits: (logits > 0).long() if multilabel else logits.argmax(1))
+
+
+def color(index: int) -> np.ndarray:
+    return np.array(default_colormap(3)[index][:3], np.uint8)
+
+
+def test_classes_have_the_colours_of_the_map_and_what_is_ignored_is_white() -> None:
+    labels = torch.zeros(16, 24, dtype=torch.long)
+    labels[4:8], labels[12:] = 1, 255
+    logits = torch.zeros(2, 16, 24)
+    logits[1, :, :5] = 1.0
+    image, truth, predicted = draw_segmentation(IMAGE, labels, network(), logits)
+    assert image.shape == truth.shape == predicted.shape == (16, 24, 3)
+    assert (truth[5, 10] == color(1)).all()
+    assert (truth[0, 0] == color(0)).all()
+    assert (predicted[0, 4] == color(1)).all()
+    assert (predicted[0, 5] == color(0)).all()
+    assert (truth[12:] == 255).all()
+    assert (predicted[12:] == 255).all()
+
+
+def test_of_classes_that_do_not_exclude_each_other_the_last_is_shown() -> None:
+    labels = torch.zeros(2, 16, 24, dtype=torch.long)
+    labels[0, :8], labels[1, 4:12], labels[:, 14:] = 1, 1, 255
+    logits = torch.full((2, 16, 24), -1.0)
+    logits[0, :, :5] = 1.0
+    _, truth, predicted = draw_segmentation(IMAGE, labels, network(multilabel=True), logits)
+    assert [tuple(truth[row, 0]) for row in (0, 5, 9, 12)] == [tuple(color(index)) for index in (1, 2, 2, 0)]
+    assert (truth[14:] == 255).all()
+    assert (predicted[0, 4] == color(1)).all()
+    assert (predicted[0, 5] == color(0)).all()
+
+
+def test_boxes_that_count_and_sure_detections_are_outlined() -> None:
+    boxes = np.array([[2, 3, 10, 9], [12, 2, 20, 14]], np.float32)
+    labels = ObjectLabels(labels=np.array([0, 1]), boxes_xyxy=boxes, ignored=np.array([False, True]))
+    found = Detections(scores=torch.tensor([0.4, 0.6]), labels=torch.tensor([0, 1]), boxes_xyxy=torch.tensor(boxes))
+    image, truth, predicted = draw_objects(IMAGE, labels, network(), found)
+    changed = (truth != image).any(-1)
+    assert changed[3:10, 2:11].any()
+    assert not changed[4:8, 4:9].any()
+    assert not changed[:, 12:].any()
+    changed = (predicted != image).any(-1)
+    assert (predicted[changed] == color(2)).all()
+    assert changed[:, 11:].any()
+    assert not changed[:, :10].any()
+
+
+def test_masks_and_oriented_boxes_are_outlined_along_themselves() -> None:
+    masks = np.zeros((1, 16, 24), bool)
+    masks[0, 4:10, 5:15] = True
+    one = {"labels": np.array([0]), "boxes_xyxy": np.array([[5, 4, 15, 10]], np.float32), "ignored": np.zeros(1, bool)}
+    none = Detections(scores=torch.zeros(0), labels=torch.zeros(0), masks=torch.zeros(0, 16, 24, dtype=torch.bool))
+    image, truth, predicted = draw_objects(IMAGE, ObjectLabels(**one, masks=masks), network("masks"), none)
+    inner = np.zeros((16, 24), bool)
+    inner[5:9, 6:14] = True
+    assert ((truth != image).any(-1) == masks[0] & ~inner).all()
+    assert (predicted == image).all()
+    turned = np.array([[12, 8, 8, 8, np.pi / 4]], np.float32)
+    found = Detections(scores=np.array([0.9]), labels=np.array([1]), oriented_boxes=turned)
+    labels = ObjectLabels(**one, oriented_boxes=turned)
+    image, truth, predicted = draw_objects(IMAGE, labels, network("oriented_boxes"), found)
+    rows, cols = np.nonzero((predicted != image).any(-1))
+    # A square that stands on a corner.
+    assert abs(rows + 0.5 - 8).max() > 5
+    assert (abs(rows + 0.5 - 8) + abs(cols + 0.5 - 12) < 7.2).all()
+    assert ((truth != image).any(-1) == (predicted != image).any(-1)).all()
+
+
+class Halves(torch.nn.Module):
+    """Predicts class 1 where its weight says so."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.tensor(1.0))
+        self.spec = network().spec
+        self.decide = network().decide
+
+    def forward(self, image: torch.Tensor) -> torch.Tensor:
+        ones = torch.ones_like(image[:, :1])
+        return torch.cat([0 * ones, self.weight * ones], 1)
+
+
+class Task(lightning.LightningModule):
+    def __init__(self) -> None:
+        super().__init__()
+        self.model = Halves()
+
+    def training_step(self, batch, batch_idx):
+        # Each step takes .6 off the weight.
+        return 0.6 * self.model.weight
+
+    def validation_step(self, batch, batch_idx) -> None:
+        self.log("val/iou", 0.5)
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), lr=1.0)
+
+
+def test_each_validation_leaves_a_picture_of_the_averaged_weights(tmp_path) -> None:
+    data = [(IMAGE, torch.zeros(16, 24, dtype=torch.long))] * 7
+    config = TrainerConfig(
+        accelerator="cpu", devices="1", max_epochs=2, num_pictures=2, ema_decay=0.9, gradient_clip=0.0
+    )
+    trainer = build_trainer(config, tmp_path, progress=False, draw=draw_segmentation)
+    trainer.fit(Task(), DataLoader(data, batch_size=7), DataLoader(data, batch_size=7))
+    assert sorted(path.name for path in (tmp_path / "pictures").iterdir()) == ["epoch_0000.png", "epoch_0001.png"]
+    picture = np.asarray(Image.open(tmp_path / "pictures" / "epoch_0001.png"))
+    # Two rows of three panels, sixteen times as large, with margins.
+    assert picture.shape == (2 * (16 * 16 + 6), 3 * (16 * 24 + 6), 3)
+    # The weight is -.2 by now, its average .34.
+    assert (picture[10, -20] == color(1)).all()
+    assert (picture[10, picture.shape[1] // 2] == color(0)).all()
+    (folder,) = {path.parent for path in (tmp_path / "tensorboard").rglob("events*")}
+    events = EventAccumulator(str(folder)).Reload()
+    assert len(events.Images("val/pictures")) == 2
+
+
+def test_no_pictures_are_drawn_where_none_are_asked_for(tmp_path) -> None:
+    data = [(IMAGE, torch.zeros(16, 24, dtype=torch.long))]
+    config = TrainerConfig(accelerator="cpu", devices="1", max_epochs=1, num_pictures=0)
+    trainer = build_trainer(config, tmp_path, progress=False, draw=draw_segmentation)
+    trainer.fit(Task(), DataLoader(data), DataLoader(data))
+    assert not (tmp_path / "pictures").exists()
+
+
+def test_loggers_that_are_missing_or_unknown_are_one_line(tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr("lightning.pytorch.loggers.wandb._WANDB_AVAILABLE", False)
+    with pytest.raises(ConfigError, match=r"needs wandb; pip install perf-vit\[wandb\]"):
+        build_trainer(TrainerConfig(logger="wandb"), tmp_path)
+    with pytest.raises(ConfigError, match=r"trainer\.logger must be tensorboard or wandb, got csv"):
+        build_trainer(TrainerConfig(logger="csv"), tmp_path)
+    with pytest.raises(ConfigError, match=r"trainer\.num_pictures must be 0 or more"):
+        build_trainer(TrainerConfig(num_pictures=-1), tmp_path)
