@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
 
 from perf_vit.errors import ConfigError
-from perf_vit.models import backbone_body, backbone_layers
+from perf_vit.models import backbone_layers
 from perf_vit.tasks.sharding import shard_network
 
 __all__ = ["OptimizerConfig", "TrainingTask", "build_schedule", "parameter_groups", "warmup_cosine"]
@@ -49,7 +50,7 @@ class OptimizerConfig:
 
 
 class TrainingTask(lightning.LightningModule):
-    """A Lightning module whose network `model` has a `backbone`, trained as `optim` says.
+    """A Lightning module whose network `model` has a `backbone`, or says of its layers itself, trained as `optim` says.
 
     Args:
         optim: optimizer and schedule.
@@ -78,30 +79,34 @@ class TrainingTask(lightning.LightningModule):
 
     def configure_optimizers(self) -> Any:
         """AdamW and the schedule, stepped with the optimizer."""
-        optimizer = AdamW(parameter_groups(self.model, self.optim), lr=self.optim.lr)
+        groups = parameter_groups(self.model, self.optim, self.backbone_layers())
+        optimizer = AdamW(groups, lr=self.optim.lr)
         total_steps = max(1, int(self.trainer.estimated_stepping_batches))
         schedule = build_schedule(optimizer, self.optim, total_steps, num_epochs=self.trainer.max_epochs or 1)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    def backbone_layers(self) -> dict[str, int]:
+        """The layer that each parameter of the network's backbone belongs to, counted from the input."""
+        return {f"backbone.{name}": layer for name, layer in backbone_layers(self.model.backbone).items()}
 
     def lr_scheduler_step(self, scheduler: Any, metric: Any) -> None:
         """Set the rates of the next step; timm's schedules are functions of its number."""
         scheduler.step_update(self.trainer.global_step)
 
 
-def parameter_groups(model: nn.Module, config: OptimizerConfig) -> list[dict[str, Any]]:
+def parameter_groups(model: nn.Module, config: OptimizerConfig, layers: Mapping[str, int]) -> list[dict[str, Any]]:
     """Groups of the trained parameters, for AdamW and timm's schedules, which heed `lr_scale`.
 
     What lies on top of the backbone comes first, at the full rate; layer d of a backbone of D layers has
     `backbone_lr_scale * layer_decay ** (D - d)` times the rate.
 
     Args:
-        model: a network with a `features_only` backbone as its attribute `backbone`.
+        model: a network.
         config: rates and decays.
+        layers: of the parameters of its backbone, by name; those of all others are on top.
     """
-    backbone: Any = model.backbone
-    layers = {f"backbone.{name}": layer for name, layer in backbone_layers(backbone).items()}
-    num_layers = 1 + max(layers.values())
-    exempt = tuple({*_NO_DECAY, *getattr(backbone_body(backbone), "no_weight_decay", set)()})
+    num_layers = 1 + max(layers.values(), default=0)
+    exempt = tuple({*_NO_DECAY, *_own_exemptions(model)})
     members: dict[tuple[int, bool], list[Tensor]] = {}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
@@ -116,6 +121,11 @@ def parameter_groups(model: nn.Module, config: OptimizerConfig) -> list[dict[str
         }
         for (steps_down, plain), parameters in sorted(members.items(), key=lambda item: item[0])
     ]
+
+
+def _own_exemptions(model: nn.Module) -> set[str]:
+    """Names of parameters without decay, as timm's models give them."""
+    return {name for part in model.modules() for name in getattr(part, "no_weight_decay", set)()}
 
 
 def build_schedule(optimizer: Optimizer, config: OptimizerConfig, total_steps: int, num_epochs: int) -> Scheduler:

@@ -6,7 +6,6 @@ import math
 from dataclasses import asdict
 from typing import Any
 
-import lightning
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -15,6 +14,7 @@ from perf_vit.models import (
     CHECKPOINT_KEY,
     ClassifierConfig,
     ClassifierSpec,
+    backbone_layers,
     build_classifier,
     checkpoint_metadata,
     restore_draw,
@@ -22,7 +22,8 @@ from perf_vit.models import (
 from perf_vit.models.pooled import pooled_parts
 from perf_vit.tasks.history import Curves
 from perf_vit.tasks.image_metrics import ClassificationScores, ImageMetrics, RegressionScores
-from perf_vit.tasks.pooled_optim import PooledOptimConfig, check_class_weights, pooled_optimizers
+from perf_vit.tasks.optimize import TrainingTask
+from perf_vit.tasks.pooled_optim import PooledOptimConfig, check_pooled_loss
 
 __all__ = [
     "CLASSIFICATION_CURVES",
@@ -46,7 +47,7 @@ REGRESSION_CURVES = Curves(
 )
 
 
-class SceneTask(lightning.LightningModule):
+class SceneTask(TrainingTask):
     """Trains a classifier of images; its checkpoints hold all that `perf_vit.models.load_classifier` needs.
 
     The loss of classes is the cross-entropy, binary with several classes an image; that of numbers, of which each is
@@ -62,10 +63,9 @@ class SceneTask(lightning.LightningModule):
     """
 
     def __init__(self, model_config: ClassifierConfig, spec: ClassifierSpec, optim: PooledOptimConfig) -> None:
-        super().__init__()
-        check_class_weights(optim, len(spec.outputs))
+        super().__init__(optim)
+        check_pooled_loss(optim, len(spec.outputs))
         self.model_config = model_config
-        self.optim = optim
         self.model = build_classifier(model_config, spec)
         self.val_metrics = ImageMetrics(spec.outputs, spec.kind)
         weights = None if optim.class_weights is None else torch.tensor(optim.class_weights)
@@ -122,10 +122,12 @@ class SceneTask(lightning.LightningModule):
         self.log_dict(logged_scores(self.val_metrics.summary()))
         self.val_metrics.reset()
 
-    def configure_optimizers(self) -> Any:
-        """AdamW and the schedule, stepped every batch."""
+    def backbone_layers(self) -> dict[str, int]:
+        """The layer of each parameter that is part of neither pooling nor classifier."""
         head = {id(parameter) for part in pooled_parts(self.model.network) for parameter in part.parameters()}
-        return pooled_optimizers(self, self.optim, head, self.model)
+        layers = backbone_layers(self.model.network)
+        trunk = {name for name, parameter in self.model.network.named_parameters() if id(parameter) not in head}
+        return {f"network.{name}": layer for name, layer in layers.items() if name in trunk}
 
 
 def logged_scores(scores: ClassificationScores | RegressionScores) -> dict[str, float]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import asdict
 from typing import Any
 
-import lightning
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -20,7 +19,8 @@ from perf_vit.models import (
 )
 from perf_vit.tasks.history import Curves
 from perf_vit.tasks.image_metrics import ImageMetrics
-from perf_vit.tasks.pooled_optim import PooledOptimConfig, check_class_weights, pooled_optimizers
+from perf_vit.tasks.optimize import TrainingTask
+from perf_vit.tasks.pooled_optim import PooledOptimConfig, check_pooled_loss
 from perf_vit.tasks.scenes import logged_scores
 
 __all__ = ["SLIDE_CURVES", "SLIDE_MONITOR", "SlideTask"]
@@ -34,7 +34,7 @@ SLIDE_CURVES = Curves(
 )
 
 
-class SlideTask(lightning.LightningModule):
+class SlideTask(TrainingTask):
     """Trains a slide classifier with cross-entropy; its checkpoints hold encoder and all that prediction needs.
 
     Args:
@@ -47,10 +47,9 @@ class SlideTask(lightning.LightningModule):
     """
 
     def __init__(self, model_config: SlideModelConfig, spec: SlideSpec, optim: PooledOptimConfig) -> None:
-        super().__init__()
-        check_class_weights(optim, len(spec.classes))
+        super().__init__(optim)
+        check_pooled_loss(optim, len(spec.classes))
         self.model_config = model_config
-        self.optim = optim
         self.model = build_slide_classifier(model_config, spec)
         self.val_metrics = ImageMetrics(spec.classes, "single_label")
         weights = None if optim.class_weights is None else torch.tensor(optim.class_weights)
@@ -94,7 +93,6 @@ class SlideTask(lightning.LightningModule):
         self.log_dict(logged_scores(self.val_metrics.summary()))
         self.val_metrics.reset()
 
-    def configure_optimizers(self) -> Any:
-        """AdamW and the schedule, stepped every batch."""
-        head = {id(parameter) for parameter in self.model.parameters() if parameter.requires_grad}
-        return pooled_optimizers(self, self.optim, head, self.model)
+    def backbone_layers(self) -> dict[str, int]:
+        """None: the encoder isn't trained."""
+        return {}

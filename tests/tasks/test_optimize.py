@@ -2,13 +2,33 @@
 
 import itertools
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from perf_vit.errors import ConfigError
-from perf_vit.models import DetectorConfig, DetectorSpec, ModelConfig, SegmenterSpec, build_detector, build_segmenter
-from perf_vit.tasks import DetectionOptimConfig, DetectionTask, OptimConfig, OptimizerConfig, SegmentationTask
+from perf_vit.models import (
+    Classifier,
+    ClassifierConfig,
+    ClassifierSpec,
+    DetectorConfig,
+    DetectorSpec,
+    ModelConfig,
+    SegmenterSpec,
+    build_classifier,
+    build_detector,
+    build_segmenter,
+)
+from perf_vit.tasks import (
+    DetectionOptimConfig,
+    DetectionTask,
+    OptimConfig,
+    OptimizerConfig,
+    SceneTask,
+    SegmentationTask,
+    TrainingTask,
+)
 from perf_vit.tasks.optimize import build_schedule, parameter_groups
 from perf_vit.transforms import Normalizer
 
@@ -30,7 +50,9 @@ def detector(**changes):
 
 def rates(model, config) -> dict[str, tuple[float, float]]:
     """(rate, weight decay) of each parameter by name, as the optimizer has them after the warm-up."""
-    optimizer = torch.optim.AdamW(parameter_groups(model, config), lr=config.lr)
+    task = SceneTask if isinstance(model, Classifier) else TrainingTask
+    layers = task.backbone_layers(SimpleNamespace(model=model))
+    optimizer = torch.optim.AdamW(parameter_groups(model, config, layers), lr=config.lr)
     schedule = build_schedule(optimizer, config, 100, 10)
     schedule.step_update(round(100 * config.warmup_fraction))
     names = {id(parameter): name for name, parameter in model.named_parameters()}
@@ -54,6 +76,17 @@ def test_layer_d_of_depth_has_the_rate_times_decay_to_the_depth_minus_d(build) -
             assert rate == pytest.approx(0.01 * 0.5 * 0.7 ** (depth - layer)), name
         else:
             assert rate == 0.01, name
+
+
+def test_classifiers_have_rates_by_layer_too() -> None:
+    spec = ClassifierSpec(kind="single_label", outputs=("a", "b"), normalizer=STATISTICS, tile_px=32)
+    model = build_classifier(ClassifierConfig(**{**VIT, "pool": "map"}), spec)
+    found = rates(model, OptimizerConfig(lr=0.01, backbone_lr_scale=0.5, layer_decay=0.7))
+    assert set(found) == {name for name, _ in model.named_parameters()}
+    assert found["network.head.weight"][0] == 0.01
+    assert found["network.attn_pool.q.weight"][0] == 0.01
+    assert found["network.blocks.0.attn.qkv.weight"][0] < found["network.blocks.1.attn.qkv.weight"][0] < 0.01
+    assert found["network.patch_embed.proj.weight"][0] < found["network.blocks.0.attn.qkv.weight"][0]
 
 
 def test_norms_biases_and_embeddings_do_not_decay() -> None:

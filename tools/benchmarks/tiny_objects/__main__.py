@@ -44,7 +44,8 @@ def train(
     variant: Annotated[str, typer.Option(help=f"One of {', '.join(VARIANTS)}.")],
     out: Annotated[Path, typer.Option(help="Folder that gets VARIANT_SEED.json.")],
     seed: Annotated[int, typer.Option(help="Decides weights and tiles.")] = 0,
-    steps: Annotated[int, typer.Option(help="Of one tile each.")] = 120,
+    steps: Annotated[int, typer.Option(help="Of one tile each, at the end.")] = 30,
+    small_steps: Annotated[int, typer.Option(help="Before them, of tiles a quarter as wide and high.")] = 640,
     side: Annotated[int, typer.Option(help="Of the tiles, in pixels.")] = 1024,
     num_tests: Annotated[int, typer.Option(help="Tiles of the test photographs.")] = 8,
     lr: Annotated[float, typer.Option(help="Peak learning rate.")] = 2e-3,
@@ -56,13 +57,14 @@ def train(
     torch.manual_seed(seed)
     model = build_variant(row, MEAN, STD, side)
     before = _peak_mib()
-    seconds, losses = _fit(model, row, training[0], seed, steps, side, lr)
+    seconds, losses = _fit(model, row, training[0], seed, [side // 4] * small_steps + [side] * steps, lr)
     memory = _peak_mib() - before
     scores, test_seconds = _test(model, row, training[1], side, num_tests)
     result = {
         "variant": name or variant,
         "title": name or row.title,
         "seed": seed,
+        "small_steps": small_steps,
         "steps": steps,
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
         "train_cpu_s": seconds,
@@ -104,22 +106,32 @@ def show(
 
 
 def _fit(
-    model: Detector, variant: Variant, smears: list[Smear], seed: int, steps: int, side: int, lr: float
+    model: Detector, variant: Variant, smears: list[Smear], seed: int, sides: list[int], lr: float
 ) -> tuple[float, list[float]]:
-    """Train; CPU seconds of the steps alone, and the losses."""
+    """Train; CPU seconds of the steps alone, and the losses.
+
+    Args:
+        model: to train.
+        variant: how it sees tiles.
+        smears: to make tiles of.
+        seed: decides the tiles.
+        sides: of each step's tile, in pixels.
+        lr: peak learning rate; it follows the share of all pixels that were seen.
+    """
     optimizer = torch.optim.AdamW(model.train().parameters(), lr=lr, weight_decay=0.05)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: warmup_cosine(step, steps, 0.1))
+    pixels = np.cumsum(np.square(sides))
     seconds, losses = 0.0, []
-    for step in track(range(steps), f"{variant.name} {seed}", console=console):
-        image, labels = _input(variant, smears, side, seed * steps + step)
+    for step, side in enumerate(track(sides, f"{variant.name} {seed}", console=console)):
+        image, labels = _input(variant, smears, side, seed * len(sides) + step)
         start = time.process_time()
+        for group in optimizer.param_groups:
+            group["lr"] = lr * warmup_cosine(int(pixels[step] - side**2), int(pixels[-1]), 0.05)
         with torch.autocast("cpu", torch.bfloat16):
             loss = torch.stack(list(model.losses([image], [labels]).values())).sum()
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
-        schedule.step()
         seconds += time.process_time() - start
         losses.append(float(loss.detach()))
         if step % 20 == 19:

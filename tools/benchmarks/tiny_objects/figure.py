@@ -16,7 +16,6 @@ _COLUMNS = (
     ("AP50, 4 to 8 px", lambda run: _of_size(run, 4, 8)["ap"]),
     ("AP50, 8 to 16 px", lambda run: _of_size(run, 8, 16)["ap"]),
     ("AP50, 16 to 32 px", lambda run: _of_size(run, 16, 32)["ap"]),
-    ("AP50, 32 to 64 px", lambda run: _of_size(run, 32, 64)["ap"]),
     ("recall, 4 to 8 px", lambda run: _of_size(run, 4, 8)["recall"]),
     ("recall, 8 to 16 px", lambda run: _of_size(run, 8, 16)["recall"]),
     ("AP50, platelets", lambda run: run["ap50_by_class"]["Platelets"]),

@@ -16,9 +16,9 @@ from perf_vit.types import ObjectLabels
 
 CLASSES = ("RBC", "WBC", "Platelets")
 
-# Platelets of about 40 px become 5 to 13 px, red cells of about 100 px 12 to 33 px, white cells of about 200 px 25 to
-# 66 px.
-_SHRINK = (3, 4, 5, 6, 8)
+# Platelets of about 40 px become 4 to 8 px, red cells of about 100 px 10 to 20 px, white cells of about 200 px 20 to
+# 40 px.
+_SHRINK = (5, 6, 7, 8, 10)
 # Of an object that a tile's border cuts, so much of the area must be left for it to count.
 _LEAST_VISIBLE = 0.5
 

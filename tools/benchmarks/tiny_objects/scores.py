@@ -14,7 +14,7 @@ from torchvision.ops import box_iou
 
 from perf_vit.types import Detections, ObjectLabels
 
-SIZE_BOUNDS = (4.0, 6.0, 8.0, 11.0, 16.0, 23.0, 32.0, 64.0)
+SIZE_BOUNDS = (3.0, 4.0, 6.0, 8.0, 11.0, 16.0, 23.0, 32.0)
 """Of the square root of an object's area, in pixels of the full tile."""
 
 # For the table; after those of the picture.
