@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import sys
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import typer
 
 from perf_vit._version import __version__
 from perf_vit.cli.benchmark import benchmark_app
-from perf_vit.errors import ConfigError, PerfVitError
+from perf_vit.errors import ConfigError, DataWarning, PerfVitError
 
 __all__ = ["app", "run"]
 
@@ -424,11 +427,31 @@ def _options(
 def run(args: list[str] | None = None) -> None:
     """Run the command line and exit: 0 when all went well, 2 with one line on stderr for what a user can mend."""
     try:
-        app(args)
+        with _warnings_as_lines():
+            app(args)
     except PerfVitError as error:
         sys.exit(_fail(str(error)))
     except (OSError, MemoryError) as error:
         sys.exit(_fail(f"{type(error).__name__}: {error}"))
+
+
+@contextmanager
+def _warnings_as_lines() -> Iterator[None]:
+    """Print each warning about the data once a run, as one line without the code that found it."""
+    told: set[str] = set()
+    with warnings.catch_warnings():
+        warnings.simplefilter("always", DataWarning)
+        other = warnings.showwarning
+
+        def show(message: Warning | str, category: type[Warning], *place: Any, **options: Any) -> None:
+            if not issubclass(category, DataWarning):
+                other(message, category, *place, **options)
+            elif str(message) not in told:
+                told.add(str(message))
+                typer.echo(f"Warning: {' '.join(str(message).split())}", err=True)
+
+        warnings.showwarning = show
+        yield
 
 
 def _fail(message: str) -> int:
