@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -10,24 +9,22 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from perf_vit.cli.console import console, detection_table, windows_progress
+from perf_vit.cli.console import console, windows_progress
+from perf_vit.cli.detection_report import DetectionReport
 from perf_vit.cli.run_folder import RunFolder
 from perf_vit.cli.schemas import DetectionRun
 from perf_vit.cli.segmentation_maps import on_device, resolved_precision
 from perf_vit.data import ImageRecord, ObjectDataModule, build_object_datamodule, objects_in, read_object_labels
-from perf_vit.errors import ConfigError, OutputError
+from perf_vit.errors import ConfigError
 from perf_vit.inference import Objects, predict_objects
 from perf_vit.io import open_source, write_objects
 from perf_vit.models import Detector, DetectorSpec, load_detector
 from perf_vit.tasks import (
     DETECTION_CURVES,
     DETECTION_MONITOR,
-    DetectionMetrics,
-    DetectionScores,
     DetectionTask,
     build_trainer,
     draw_objects,
-    plot_precision_recall,
 )
 from perf_vit.types import Detections, Source
 
@@ -104,15 +101,9 @@ def find_objects(
 def report_objects(checkpoint: Path, images: Path, labels: Path, report: Path | None, **options: Any) -> None:
     """Print a detector's scores on labelled images, and write them with their curves where a file is named."""
     scores = evaluate_detector(checkpoint, images, labels, **options)
-    console.print(*detection_table(scores, title=f"{images.name} against {labels.name}"), sep="\n")
-    if report is None:
-        return
-    try:
-        report.parent.mkdir(parents=True, exist_ok=True)
-        report.write_text(json.dumps(scores.to_dict(), indent=2) + "\n")
-        plot_precision_recall(scores, report.with_suffix(".png"))
-    except OSError as error:
-        raise OutputError(f"can't write {report}: {error.strerror}") from error
+    console.print(*scores.tables(f"{images.name} against {labels.name}"), sep="\n")
+    if report is not None:
+        scores.write(report)
 
 
 def evaluate_detector(
@@ -122,7 +113,7 @@ def evaluate_detector(
     *,
     label_format: str | None = None,
     **engine: Any,
-) -> DetectionScores:
+) -> DetectionReport:
     """Score a detector on whole images, in overlapping windows as `perf-vit predict` finds objects.
 
     Raises:
@@ -133,15 +124,15 @@ def evaluate_detector(
     options = {**spec.label_options, **({} if label_format is None else {"label_format": label_format})}
     source_options = {} if spec.mpp is None else {"mpp": spec.mpp}
     index = read_object_labels(labels, images, classes=spec.classes, source_options=source_options, **options)
-    metrics = DetectionMetrics(spec.classes, spec.kind)
+    report = DetectionReport(spec.classes, spec.kind, score_threshold=spec.score_threshold)
     with windows_progress(f"evaluating {images.name}", "images") as on_image:
         for done, record in enumerate(index, 1):
             source = _open_for(model, record.path)
             found = _detect(model, source, 0.0, **engine)
             source.close()
-            metrics.update([_as_detections(found, record)], [objects_in(record, record.extent, min_visible=0.0)])
+            report.update(_as_detections(found, record), objects_in(record, record.extent, min_visible=0.0))
             on_image(done, len(index))
-    return metrics.compute()
+    return report
 
 
 def _spec(config: DetectionRun, data: ObjectDataModule) -> DetectorSpec:

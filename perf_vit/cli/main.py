@@ -257,10 +257,7 @@ def evaluate(
     ] = None,
     json: Annotated[
         Path | None,
-        typer.Option(
-            help="Write the scores here as well; a detector's curves or a classifier's confusion matrix go beside it, "
-            "as .png."
-        ),
+        typer.Option(help="Write the scores here too; curves and confusion matrix go beside it, as .png."),
     ] = None,
     label_format: Annotated[
         str | None, typer.Option(help="Of labels of objects: coco, voc, yolo, ...; as in training by default.")
@@ -310,11 +307,12 @@ def evaluate(
     from perf_vit.cli.console import console, score_table
     from perf_vit.cli.mapping import evaluate_raster, write_scores
 
-    scores = evaluate_raster(
+    scores, curves = evaluate_raster(
         checkpoint,
         image,
         labels,
         region=region,
+        with_curves=json is not None,
         window_size=window_size,
         overlap=overlap,
         batch_size=batch_size,
@@ -323,7 +321,7 @@ def evaluate(
     )
     console.print(score_table(scores, title=f"{image.name} against {labels.name}"))
     if json is not None:
-        write_scores(scores, json)
+        write_scores(scores, json, curves)
 
 
 @app.command()

@@ -34,8 +34,8 @@ GDAL_ERRORS = (RasterioError, CPLE_BaseError)
 
 # Two rows of windows of 1,024 px across a scene of 40,000 px and three bytes.
 _CACHE_BYTES = 256 * 2**20
-# Reading whole PNGs at once, GDAL passes over a cut end and gives whatever is in memory. It looks at this when a file is
-# opened and when it is read.
+# Reading whole PNGs at once, GDAL passes over a cut end and gives whatever is in memory. It looks at this option when a
+# file is opened and when it is read.
 _CAREFUL = {"GDAL_PNG_WHOLE_IMAGE_OPTIM": "NO"}
 # rasterio's wheels come without some of them.
 _OPTIONAL_DRIVERS = {

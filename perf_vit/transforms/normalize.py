@@ -82,8 +82,8 @@ def _warn_of_huge(values: npt.NDArray[np.float64]) -> None:
         band = int(np.argmax(sizes))
         number = int((np.abs(values[band]) > _HUGE).sum())
         warnings.warn(
-            f"{number} of {values.shape[1]} pixels looked at have values up to {sizes[band]:.3g} in band {band + 1}; if "
-            "that means missing, declare it as nodata",
+            f"{number} of {values.shape[1]} pixels looked at have values up to {sizes[band]:.3g} in band {band + 1}; "
+            "if that means missing, declare it as nodata",
             DataWarning,
             stacklevel=4,
         )

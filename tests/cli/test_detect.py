@@ -97,6 +97,11 @@ def test_evaluation_prints_classes_and_writes_scores_and_curves(run, tmp_path, c
     assert [each["num_objects"] for each in scores["classes"]] == [24, 24]
     assert scores["ap50"] > 0.3
     assert Image.open(report.with_suffix(".png")).size[0] > 300
+    assert scores["confusion"]["classes"] == ["car", "bus", "background"]
+    assert [sum(row) for row in scores["confusion"]["matrix"][:2]] == [24, 24]
+    assert scores["froc"]["classes"]["car"]["sensitivity"][-1] > 0.3
+    assert "sensitivity by false positives an image" in shown
+    assert Image.open(tmp_path / "scores_confusion.png").size[0] > 300
 
 
 @pytest.mark.parametrize("suffix", [".gpkg", ".geojson", ".json"])

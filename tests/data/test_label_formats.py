@@ -299,8 +299,8 @@ def test_bad_boxes_are_clipped_or_dropped_and_counted_in_one_warning(tmp_path, i
     table = tmp_path / "t.csv"
     assert str(warning.message) == (
         f"labels of 1 images, the first {table}: kept 2 objects; 2 dropped: no area (first: x at 5 5 5 9 in {table}), "
-        f"1 dropped: outside the image (first: x at 100 2 130 20 in {table}), 1 clipped at the image's edge (first: x at "
-        f"-10 2 30 40 in {table})"
+        f"1 dropped: outside the image (first: x at 100 2 130 20 in {table}), 1 clipped at the image's edge (first: "
+        f"x at -10 2 30 40 in {table})"
     )
     assert Path(warning.filename).name == Path(__file__).name
 
