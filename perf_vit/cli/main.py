@@ -95,7 +95,7 @@ def predict(
     output: Annotated[
         Path,
         typer.Option(
-            help="The map to write, .tif; a quicklook .png goes beside it. A folder for several maps. "
+            help="The map to write, .tif; a quicklook .png goes beside it. A folder for several outputs. "
             "Objects: .gpkg, .geojson, .parquet or COCO's .json."
         ),
     ],
@@ -118,13 +118,14 @@ def predict(
         typer.Option(help="Stop at an error, or leave pixels that can't be read as nodata and go on after bad files."),
     ] = "stop",
     overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Of several maps, make those anew that are there already.")
+        bool, typer.Option("--overwrite", help="Of several outputs, make those anew that are there already.")
     ] = False,
     path_column: Annotated[str, typer.Option(help="Column of a list that holds the paths.")] = "path",
     polygons: Annotated[
         Literal["gpkg", "geojson", "parquet", "json"] | None,
         typer.Option(
-            help="Write the areas of the classes, but the first, beside the map; geojson of slides is QuPath's."
+            help="Write the areas of the classes, but the first, beside the map; geojson of slides is QuPath's. "
+            "Of a detector: the format of several outputs, gpkg by default, geojson of images without CRS."
         ),
     ] = None,
     score_threshold: Annotated[
@@ -198,14 +199,27 @@ def predict(
         )  # fmt: skip
         return
     if task == "detection":
-        from perf_vit.cli.detecting import find_objects
+        from perf_vit.cli.finding import find_objects
 
         find_objects(
             checkpoint,
             [*inputs, *(more_inputs or ())],
             output,
             score_threshold=score_threshold,
-            for_maps={"--polygons": polygons, "--flips": flips, "--engine ray": engine == "ray"},
+            for_maps={
+                "--kind": kind != "classes",
+                "--blend": blend != "hann",
+                "--flips": flips,
+                "--no-resume": not resume,
+                "--engine ray": engine == "ray",
+                "--num-actors": num_actors,
+                "--ray-address": ray_address,
+            },
+            mosaic=mosaic,
+            path_column=path_column,
+            polygons=polygons,
+            on_error=on_error,
+            overwrite=overwrite,
             source=source,
             window_size=window_size,
             overlap=overlap,
@@ -215,6 +229,8 @@ def predict(
             precision=precision,
         )
         return
+    if score_threshold is not None:
+        raise ConfigError(f"--score-threshold is for objects, and {checkpoint} makes maps; leave it out")
     from perf_vit.cli.predicting import predict_inputs
 
     predict_inputs(
@@ -291,6 +307,8 @@ def evaluate(
     if task == "detection":
         from perf_vit.cli.detecting import report_objects
 
+        if region is not None:
+            raise ConfigError(f"--region is for maps, and {checkpoint} holds an object detector; leave it out")
         report_objects(
             checkpoint,
             image,
@@ -304,6 +322,8 @@ def evaluate(
             precision=precision,
         )
         return
+    if label_format is not None:
+        raise ConfigError(f"--label-format is for labels of objects, and {checkpoint} makes maps; leave it out")
     from perf_vit.cli.console import console, score_table
     from perf_vit.cli.mapping import evaluate_raster, write_scores
 

@@ -68,10 +68,9 @@ class SegmentationCurves:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, NaN as None, for JSON."""
-        known = [[None if value != value else value for value in each] for each in (self.auroc(), self.average_precision())]
         return {
-            "auroc": dict(zip(self.classes, known[0], strict=True)),
-            "average_precision": dict(zip(self.classes, known[1], strict=True)),
+            "auroc": self._named(self.auroc()),
+            "average_precision": self._named(self.average_precision()),
             "confusion": self.confusion.tolist(),
         }
 
@@ -90,6 +89,10 @@ class SegmentationCurves:
         if axes.lines:
             axes.legend()
         figure.savefig(path, dpi=110)
+
+    def _named(self, values: Sequence[float]) -> dict[str, float | None]:
+        known = (None if value != value else value for value in values)
+        return dict(zip(self.classes, known, strict=True))
 
     def _precision_recall(self) -> list[tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]]:
         """Precision and recall of each class from the highest threshold down."""

@@ -95,7 +95,10 @@ def test_panoptic_quality_is_that_of_sets_of_pixels(share_ignored) -> None:
 
 
 def test_panoptic_quality_is_that_of_torchmetrics_where_nothing_is_ignored() -> None:
-    ours, theirs = PanopticQuality(2, 0.0), TorchmetricsPanopticQuality(things={0, 1}, stuffs={2}, return_per_class=True)
+    ours, theirs = (
+        PanopticQuality(2, 0.0),
+        TorchmetricsPanopticQuality(things={0, 1}, stuffs={2}, return_per_class=True),
+    )
     for seed in range(4):
         found, truth = instances(seed)
         order = found.scores.argsort(descending=True)
@@ -194,7 +197,9 @@ def test_confusion_compares_any_geometry(kind) -> None:
     masks[0, 8:12, 6:14], masks[1, 28:32, 6:14] = True, True
     shapes = {"oriented_boxes": oriented} if kind == "oriented_boxes" else {"masks": masks}
     metric = DetectionConfusion(1, kind, score_threshold=0.5)
-    metric.update([Detections(scores=[0.9, 0.9], labels=[0, 0], **shapes)], [truth_of(np.zeros((2, 4)), [0, 0], **shapes)])
+    metric.update(
+        [Detections(scores=[0.9, 0.9], labels=[0, 0], **shapes)], [truth_of(np.zeros((2, 4)), [0, 0], **shapes)]
+    )
     assert metric.matrix.tolist() == [[2, 0], [0, 0]]
     with pytest.raises(InputError, match="another kind of geometry"):
         metric.update([Detections(scores=[], labels=[], boxes_xyxy=np.zeros((0, 4)))], [truth_of([], [])])
