@@ -84,7 +84,7 @@ class ObjectFiles:
             result = MapResult(made=True, num_windows=len(windows), num_pixels=scene.height * scene.width)
             if output.exists() and not self._overwrite:
                 return replace(result, made=False)
-            progress = {"on_window": self.on_window} if self.on_window else {}
+            progress: dict[str, Any] = {"on_window": self.on_window} if self.on_window else {}
             objects = detect_objects(self.model, scene, self.threshold, **progress, **self._engine)
             write_objects(
                 output, objects.geometry, objects.scores, objects.labels, self.model.spec.classes, source=scene
