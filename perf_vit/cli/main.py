@@ -229,8 +229,6 @@ def predict(
             precision=precision,
         )
         return
-    if score_threshold is not None:
-        raise ConfigError(f"--score-threshold is for objects, and {checkpoint} makes maps; leave it out")
     from perf_vit.cli.predicting import predict_inputs
 
     predict_inputs(
