@@ -128,9 +128,7 @@ def opens_as_vector(path: str) -> bool:
         return False
 
 
-def _read_polygons(
-    path: str, source: RasterSource | SlideSource, attribute: str | None, *, required: bool
-) -> Any:
+def _read_polygons(path: str, source: RasterSource | SlideSource, attribute: str | None, *, required: bool) -> Any:
     """Polygons of the file in the source's CRS, or in pixels of a slide's level 0, with the attribute's column."""
     frame = read_features(path, attribute)
     if not isinstance(source, SlideSource):

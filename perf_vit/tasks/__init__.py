@@ -8,6 +8,7 @@ from perf_vit.tasks.detection_plots import plot_precision_recall
 from perf_vit.tasks.distillation import DistillationConfig, DistillationTask
 from perf_vit.tasks.distillation_trainer import DistillationTrainerConfig, build_distillation_trainer
 from perf_vit.tasks.fit_tile import TileFit, fit_max_tile
+from perf_vit.tasks.froc import FROC_RATES, Froc
 from perf_vit.tasks.image_metrics import (
     ClassificationScores,
     ImageClassScores,
@@ -15,15 +16,14 @@ from perf_vit.tasks.image_metrics import (
     NumberScores,
     RegressionScores,
 )
-from perf_vit.tasks.froc import FROC_RATES, Froc
 from perf_vit.tasks.losses import LossConfig, SegmentationLoss, balanced_weights
 from perf_vit.tasks.metrics import ClassScores, class_scores, segmentation_metrics
 from perf_vit.tasks.multilabel_losses import MultilabelLoss
 from perf_vit.tasks.optimize import OptimizerConfig, TrainingTask
 from perf_vit.tasks.oriented_metrics import OrientedAveragePrecision
+from perf_vit.tasks.panoptic import PanopticQuality, PanopticScores
 from perf_vit.tasks.pictures import PredictionPictures, draw_objects, draw_segmentation
 from perf_vit.tasks.pooled_optim import PooledOptimConfig
-from perf_vit.tasks.panoptic import PanopticQuality, PanopticScores
 from perf_vit.tasks.redraw import RedrawProjections
 from perf_vit.tasks.scenes import (
     CLASSIFICATION_CURVES,
@@ -33,8 +33,8 @@ from perf_vit.tasks.scenes import (
     SceneTask,
 )
 from perf_vit.tasks.segmentation import OptimConfig, SegmentationTask
-from perf_vit.tasks.slides import SLIDE_CURVES, SLIDE_MONITOR, SlideTask
 from perf_vit.tasks.segmentation_curves import SegmentationCurves
+from perf_vit.tasks.slides import SLIDE_CURVES, SLIDE_MONITOR, SlideTask
 from perf_vit.tasks.trainer import TrainerConfig, build_trainer
 from perf_vit.tasks.training_peak import TrainingSteps
 
@@ -60,23 +60,22 @@ __all__ = [
     "DistillationConfig",
     "DistillationTask",
     "DistillationTrainerConfig",
+    "Froc",
     "ImageClassScores",
     "ImageMetrics",
-    "Froc",
     "LossConfig",
     "MultilabelLoss",
     "NumberScores",
     "OptimConfig",
     "OptimizerConfig",
     "OrientedAveragePrecision",
+    "PanopticQuality",
+    "PanopticScores",
     "PooledOptimConfig",
     "PredictionPictures",
     "RedrawProjections",
     "RegressionScores",
     "SceneTask",
-    "PanopticQuality",
-    "PanopticScores",
-    "RedrawProjections",
     "SegmentationCurves",
     "SegmentationLoss",
     "SegmentationTask",
