@@ -1,6 +1,6 @@
 """The errors a user can cause: each message says what was expected, what came and what to do next."""
 
-__all__ = ["BusyError", "CheckpointError", "ConfigError", "InputError", "OutputError", "PerfVitError"]
+__all__ = ["BusyError", "CheckpointError", "ConfigError", "DataWarning", "InputError", "OutputError", "PerfVitError"]
 
 
 class PerfVitError(ValueError):
@@ -9,6 +9,10 @@ class PerfVitError(ValueError):
 
 class ConfigError(PerfVitError):
     """A config file, key or value that does not fit its schema."""
+
+
+class DataWarning(UserWarning):
+    """Something of the data is left out, changed or doubtful: what, how much of it, and an example."""
 
 
 class InputError(PerfVitError):

@@ -19,6 +19,7 @@ from perf_vit.tasks import ClassScores, DetectionScores
 __all__ = [
     "console",
     "detection_table",
+    "digits",
     "errors",
     "inputs_progress",
     "print_damage",
@@ -113,10 +114,10 @@ def score_table(scores: Sequence[ClassScores], title: str) -> Table:
     for column in ("class", "IoU", "F1", "precision", "recall", "pixels"):
         table.add_column(column, justify="left" if column == "class" else "right")
     for s in scores:
-        table.add_row(s.name, *map(_digits, (s.iou, s.f1, s.precision, s.recall)), f"{s.num_pixels:,}")
+        table.add_row(s.name, *map(digits, (s.iou, s.f1, s.precision, s.recall)), f"{s.num_pixels:,}")
     table.add_section()
     means = [mean_over_present(scores, key) for key in ("iou", "f1", "precision", "recall")]
-    table.add_row("mean", *map(_digits, means), f"{sum(s.num_pixels for s in scores):,}")
+    table.add_row("mean", *map(digits, means), f"{sum(s.num_pixels for s in scores):,}")
     return table
 
 
@@ -126,16 +127,16 @@ def detection_table(scores: DetectionScores, title: str) -> tuple[Table, Table]:
     for column in ("class", "AP", "AP50", "F1", "precision", "recall", "from score", "objects"):
         classes.add_column(column, justify="left" if column == "class" else "right")
     for s in scores.classes:
-        values = map(_digits, (s.ap, s.ap50, s.f1, s.precision, s.recall, s.threshold))
+        values = map(digits, (s.ap, s.ap50, s.f1, s.precision, s.recall, s.threshold))
         classes.add_row(escape(s.name), *values, f"{s.num_objects:,}")
     classes.add_section()
     total = sum(s.num_objects for s in scores.classes)
     empty = "", "", ""
-    classes.add_row("mean", *map(_digits, (scores.ap, scores.ap50)), *empty, _digits(scores.threshold), f"{total:,}")
+    classes.add_row("mean", *map(digits, (scores.ap, scores.ap50)), *empty, digits(scores.threshold), f"{total:,}")
     sizes = Table(title="AP by size of objects")
     for name in scores.ap_by_size:
         sizes.add_column(name.replace("_", " "), justify="right")
-    sizes.add_row(*map(_digits, scores.ap_by_size.values()))
+    sizes.add_row(*map(digits, scores.ap_by_size.values()))
     return classes, sizes
 
 
@@ -145,5 +146,6 @@ def mean_over_present(scores: Sequence[ClassScores], key: str) -> float:
     return sum(present) / len(present) if present else math.nan
 
 
-def _digits(value: float) -> str:
+def digits(value: float) -> str:
+    """A score with three digits, - for NaN."""
     return "-" if math.isnan(value) else f"{value:.3f}"

@@ -44,7 +44,7 @@ def run_demo(out: Path, seed: int) -> None:
 
     output = out / "map.tif"
     predict_raster(checkpoint, scene.image, output)
-    scores = evaluate_raster(checkpoint, scene.image, scene.labels, region=lower)
+    scores, _ = evaluate_raster(checkpoint, scene.image, scene.labels, region=lower)
     write_scores(scores, out / "scores.json")
     console.print(score_table(scores, title="lower half of the scene: not trained on, but it chose the best epoch"))
     report = write_report(

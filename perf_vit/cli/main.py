@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import sys
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import typer
 
 from perf_vit._version import __version__
 from perf_vit.cli.benchmark import benchmark_app
-from perf_vit.errors import ConfigError, PerfVitError
+from perf_vit.errors import ConfigError, DataWarning, PerfVitError
 
 __all__ = ["app", "run"]
 
@@ -92,7 +95,7 @@ def predict(
     output: Annotated[
         Path,
         typer.Option(
-            help="The map to write, .tif; a quicklook .png goes beside it. A folder for several maps. "
+            help="The map to write, .tif; a quicklook .png goes beside it. A folder for several outputs. "
             "Objects: .gpkg, .geojson, .parquet or COCO's .json."
         ),
     ],
@@ -115,13 +118,14 @@ def predict(
         typer.Option(help="Stop at an error, or leave pixels that can't be read as nodata and go on after bad files."),
     ] = "stop",
     overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Of several maps, make those anew that are there already.")
+        bool, typer.Option("--overwrite", help="Of several outputs, make those anew that are there already.")
     ] = False,
     path_column: Annotated[str, typer.Option(help="Column of a list that holds the paths.")] = "path",
     polygons: Annotated[
         Literal["gpkg", "geojson", "parquet", "json"] | None,
         typer.Option(
-            help="Write the areas of the classes, but the first, beside the map; geojson of slides is QuPath's."
+            help="Write the areas of the classes, but the first, beside the map; geojson of slides is QuPath's. "
+            "Of a detector: the format of several outputs, gpkg by default, geojson of images without CRS."
         ),
     ] = None,
     score_threshold: Annotated[
@@ -195,14 +199,27 @@ def predict(
         )  # fmt: skip
         return
     if task == "detection":
-        from perf_vit.cli.detecting import find_objects
+        from perf_vit.cli.finding import find_objects
 
         find_objects(
             checkpoint,
             [*inputs, *(more_inputs or ())],
             output,
             score_threshold=score_threshold,
-            for_maps={"--polygons": polygons, "--flips": flips, "--engine ray": engine == "ray"},
+            for_maps={
+                "--kind": kind != "classes",
+                "--blend": blend != "hann",
+                "--flips": flips,
+                "--no-resume": not resume,
+                "--engine ray": engine == "ray",
+                "--num-actors": num_actors,
+                "--ray-address": ray_address,
+            },
+            mosaic=mosaic,
+            path_column=path_column,
+            polygons=polygons,
+            on_error=on_error,
+            overwrite=overwrite,
             source=source,
             window_size=window_size,
             overlap=overlap,
@@ -254,10 +271,7 @@ def evaluate(
     ] = None,
     json: Annotated[
         Path | None,
-        typer.Option(
-            help="Write the scores here as well; a detector's curves or a classifier's confusion matrix go beside it, "
-            "as .png."
-        ),
+        typer.Option(help="Write the scores here too; curves and confusion matrix go beside it, as .png."),
     ] = None,
     label_format: Annotated[
         str | None, typer.Option(help="Of labels of objects: coco, voc, yolo, ...; as in training by default.")
@@ -291,6 +305,8 @@ def evaluate(
     if task == "detection":
         from perf_vit.cli.detecting import report_objects
 
+        if region is not None:
+            raise ConfigError(f"--region is for maps, and {checkpoint} holds an object detector; leave it out")
         report_objects(
             checkpoint,
             image,
@@ -304,14 +320,17 @@ def evaluate(
             precision=precision,
         )
         return
+    if label_format is not None:
+        raise ConfigError(f"--label-format is for labels of objects, and {checkpoint} makes maps; leave it out")
     from perf_vit.cli.console import console, score_table
     from perf_vit.cli.mapping import evaluate_raster, write_scores
 
-    scores = evaluate_raster(
+    scores, curves = evaluate_raster(
         checkpoint,
         image,
         labels,
         region=region,
+        with_curves=json is not None,
         window_size=window_size,
         overlap=overlap,
         batch_size=batch_size,
@@ -320,7 +339,7 @@ def evaluate(
     )
     console.print(score_table(scores, title=f"{image.name} against {labels.name}"))
     if json is not None:
-        write_scores(scores, json)
+        write_scores(scores, json, curves)
 
 
 @app.command()
@@ -424,11 +443,31 @@ def _options(
 def run(args: list[str] | None = None) -> None:
     """Run the command line and exit: 0 when all went well, 2 with one line on stderr for what a user can mend."""
     try:
-        app(args)
+        with _warnings_as_lines():
+            app(args)
     except PerfVitError as error:
         sys.exit(_fail(str(error)))
     except (OSError, MemoryError) as error:
         sys.exit(_fail(f"{type(error).__name__}: {error}"))
+
+
+@contextmanager
+def _warnings_as_lines() -> Iterator[None]:
+    """Print each warning about the data once a run, as one line without the code that found it."""
+    told: set[str] = set()
+    with warnings.catch_warnings():
+        warnings.simplefilter("always", DataWarning)
+        other = warnings.showwarning
+
+        def show(message: Warning | str, category: type[Warning], *place: Any, **options: Any) -> None:
+            if not issubclass(category, DataWarning):
+                other(message, category, *place, **options)
+            elif str(message) not in told:
+                told.add(str(message))
+                typer.echo(f"Warning: {' '.join(str(message).split())}", err=True)
+
+        warnings.showwarning = show
+        yield
 
 
 def _fail(message: str) -> int:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from perf_vit.data.datamodule import WindowDataModule
 from perf_vit.data.windows import GridWindows, LabelledSource, RandomWindows
-from perf_vit.errors import ConfigError
+from perf_vit.errors import ConfigError, DataWarning, InputError
 from perf_vit.io import RasterSource, SlideSource, open_labels, open_raster, open_source
 from perf_vit.transforms import Augmentation, Normalizer
 from perf_vit.types import IGNORE_INDEX, Source, Window
@@ -112,6 +114,8 @@ def build_datamodule(config: DataConfig, seed: int) -> WindowDataModule:
                 "choose common ones with data.bands"
             )
     rasters = [train, *extra]
+    _check_labelled(rasters, config, "train")
+    _check_labelled([val], config, "val")
     normalizer = Normalizer.from_images([one.source.read_reduced(_STATISTICS_PX, one.region) for one in rasters])
     augmentation = Augmentation(
         flips=config.augment.flips,
@@ -185,6 +189,27 @@ def _open_slide(config: DataConfig, region: RegionConfig) -> SlideSource:
     # A raster refuses these options.
     assert isinstance(source, SlideSource)
     return source
+
+
+def _check_labelled(sources: Sequence[LabelledSource], config: DataConfig, part: str) -> None:
+    """Refuse rasters of which no pixel can be learnt from, and tell of some among others.
+
+    Raises:
+        InputError: no raster has a pixel that is valid and labelled.
+    """
+    bare = [one for one in sources if not one.has_labels(config.tile_px)]
+    if len(bare) == len(sources):
+        raise InputError(
+            f"data.{part} has no window with a pixel that is valid and labelled: {bare[0].source.path}"
+            f"{f' and {len(bare) - 1} more' if len(bare) > 1 else ''}; check nodata, region and labels"
+        )
+    if bare:
+        warnings.warn(
+            f"{len(bare)} of {len(sources)} rasters to {part} on have no pixel that is valid and labelled, the first "
+            f"{bare[0].source.path}",
+            DataWarning,
+            stacklevel=3,
+        )
 
 
 def _check(config: DataConfig) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,7 +17,7 @@ from perf_vit.data.epochs import EpochDataModule, ShareSampler
 from perf_vit.data.labels import ImageRecord, ObjectIndex, read_object_labels
 from perf_vit.data.object_places import SAMPLERS, make_places
 from perf_vit.data.objects import ObjectGrid, ObjectImages, ObjectWindows, collate_objects
-from perf_vit.errors import ConfigError
+from perf_vit.errors import ConfigError, DataWarning
 from perf_vit.transforms import Augmentation, Normalizer
 from perf_vit.types import ObjectLabels
 
@@ -244,7 +245,16 @@ def _names(path: str, key: str) -> Sequence[str]:
 def _measured(images: ObjectImages, seed: int) -> Normalizer:
     number = len(images.records)
     chosen = np.random.default_rng(seed).permutation(number)[:_STATISTICS_IMAGES]
-    return Normalizer.from_images([images.read_reduced(int(index), _STATISTICS_PX) for index in chosen])
+    seen = [images.read_reduced(int(index), _STATISTICS_PX) for index in chosen]
+    bare = [int(index) for index, image in zip(chosen, seen, strict=True) if not image.valid.any()]
+    if bare and len(bare) < len(seen):
+        warnings.warn(
+            f"{len(bare)} of {len(seen)} training images looked at have no valid pixel, the first "
+            f"{images.records[bare[0]].path}",
+            DataWarning,
+            stacklevel=3,
+        )
+    return Normalizer.from_images(seen)
 
 
 def _check(config: ObjectDataConfig) -> None:

@@ -27,6 +27,20 @@ class LabelledSource:
     labels: LabelSource
     region: Window
 
+    def has_labels(self, tile_px: int, seed: int = 0) -> bool:
+        """Whether any pixel is valid and labelled.
+
+        Looks at windows in random order until one has such a pixel, so only where there is none it looks at all.
+        """
+        windows = grid_windows(self.region, tile_px, overlap=0)
+        for index in np.random.default_rng(seed).permutation(len(windows)):
+            window = windows[index]
+            labelled = (self.labels.read(window) != IGNORE_INDEX) & _inside(self.region, window)
+            # Most windows without labels are known from the labels alone.
+            if labelled.any() and (self.source.read(window).valid & labelled).any():
+                return True
+        return False
+
     def read(self, window: Window, normalizer: Normalizer) -> tuple[npt.NDArray[np.float32], LabelArray]:
         """Pixels [C, H, W], standardised, and labels [H, W] or [K, H, W]; `IGNORE_INDEX` where invalid or outside."""
         image = self.source.read(window)

@@ -6,7 +6,7 @@ import functools
 import os
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import rasterio
@@ -34,6 +34,9 @@ GDAL_ERRORS = (RasterioError, CPLE_BaseError)
 
 # Two rows of windows of 1,024 px across a scene of 40,000 px and three bytes.
 _CACHE_BYTES = 256 * 2**20
+# Reading whole PNGs at once, GDAL passes over a cut end and gives whatever is in memory. It looks at this option when a
+# file is opened and when it is read.
+_CAREFUL = {"GDAL_PNG_WHOLE_IMAGE_OPTIM": "NO"}
 # rasterio's wheels come without some of them.
 _OPTIONAL_DRIVERS = {
     ".ecw": "ECW",
@@ -62,7 +65,7 @@ def open_dataset(path: str, *, name: str | None = None, **options: Any) -> Any:
         check_exists(path)
     open_file = functools.partial(rasterio.open, path, **options)
     try:
-        with plain_images_allowed():
+        with plain_images_allowed(), rasterio.Env(**_CAREFUL):
             return with_remote_settings(open_file) if is_remote(path) else open_file()
     except GDAL_ERRORS as error:
         hint = _driver_hint(name or path)
@@ -128,7 +131,8 @@ def read_window(dataset: Any, path: str, window: Window, **options: Any) -> Any:
     read = dataset.read_masks if options.pop("masks", False) else dataset.read
     place = rasterio.windows.Window(window.col, window.row, window.width, window.height)
     try:
-        return read(window=place, **options)
+        with rasterio.Env(**_CAREFUL) if dataset.driver == "PNG" else nullcontext():
+            return read(window=place, **options)
     except GDAL_ERRORS as error:
         raise InputError(
             f"can't read rows {window.row} to {window.row_stop}, columns {window.col} to {window.col_stop} of {path}: "

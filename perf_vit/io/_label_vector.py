@@ -17,7 +17,7 @@ from affine import Affine
 from pyogrio.errors import DataLayerError, DataSourceError
 from rasterio.features import rasterize
 
-from perf_vit.errors import InputError
+from perf_vit.errors import DataWarning, InputError
 from perf_vit.io._gdal import reason_of
 from perf_vit.io._label_classes import LabelClasses
 from perf_vit.io._placing import check_both_placed, check_on_slide, check_overlap
@@ -56,7 +56,7 @@ class VectorLabels:
         attribute: str | None,
         background: int | None,
     ) -> None:
-        frame = _read_polygons(path, source, attribute)
+        frame = _read_polygons(path, source, attribute, required=background is None)
         self._classes = classes
         self._num_classes = len(classes.values)
         if attribute is None:
@@ -128,17 +128,20 @@ def opens_as_vector(path: str) -> bool:
         return False
 
 
-def _read_polygons(path: str, source: RasterSource | SlideSource, attribute: str | None) -> Any:
+def _read_polygons(path: str, source: RasterSource | SlideSource, attribute: str | None, *, required: bool) -> Any:
     """Polygons of the file in the source's CRS, or in pixels of a slide's level 0, with the attribute's column."""
     frame = read_features(path, attribute)
     if not isinstance(source, SlideSource):
         check_both_placed(source, path, frame.crs)
-    frame = frame[~(frame.geometry.isna() | frame.geometry.is_empty)]
     other = sorted(set(frame.geom_type) - {"Polygon", "MultiPolygon"})
     if other:
         raise InputError(f"{path} holds {', '.join(other)}; labels must be polygons (buffer lines and points first)")
     if frame.empty:
-        raise InputError(f"{path} holds no polygons")
+        if required:
+            raise InputError(f"{path} holds no polygons; without a background class that leaves no label at all")
+        warnings.warn(f"{path} holds no polygons: all of {source.path} is background", DataWarning, stacklevel=5)
+        return frame
+    _warn_of_flat(frame, path)
     if isinstance(source, SlideSource):
         check_on_slide(source, path, tuple(frame.total_bounds))
         return frame
@@ -147,6 +150,18 @@ def _read_polygons(path: str, source: RasterSource | SlideSource, attribute: str
     frame = frame[np.isfinite(frame.bounds.to_numpy()).all(axis=1)]
     check_overlap(source, path, tuple(frame.total_bounds))
     return frame
+
+
+def _warn_of_flat(frame: Any, path: str) -> None:
+    """Tell of polygons that no pixel can lie in."""
+    flat = shapely.area(shapely.make_valid(frame.geometry.to_numpy())) == 0
+    if flat.any():
+        warnings.warn(
+            f"{flat.sum()} of {len(frame)} polygons of {path} have no area and label nothing, the first is number "
+            f"{int(np.argmax(flat)) + 1}",
+            DataWarning,
+            stacklevel=6,
+        )
 
 
 def read_features(path: str, attribute: str | None) -> Any:
@@ -159,9 +174,27 @@ def read_features(path: str, attribute: str | None) -> Any:
         with warnings.catch_warnings():
             # Of a damaged file the error below says the same, once.
             warnings.simplefilter("ignore", RuntimeWarning)
-            return _read_only_layer(path, attribute)
+            frame = _read_only_layer(path, attribute)
     except (DataSourceError, DataLayerError) as error:
-        raise InputError(f"can't open {path} as a vector file: {reason_of(error)}") from error
+        # What follows the reason in GDAL's own words is for programmers.
+        raise InputError(f"can't open {path} as a vector file: {reason_of(error).split('; It might')[0]}") from error
+    return _without_shapeless(frame, path)
+
+
+def _without_shapeless(frame: Any, path: str) -> Any:
+    """A frame without features that have no place, such as null geometries and outlines with too few points."""
+    shapeless = np.array(frame.geometry.isna() | frame.geometry.is_empty)
+    coordinates, owners = shapely.get_coordinates(frame.geometry.to_numpy(), return_index=True)
+    shapeless[owners[~np.isfinite(coordinates).all(axis=1)]] = True
+    if not shapeless.any():
+        return frame
+    warnings.warn(
+        f"{shapeless.sum()} of {len(frame)} features of {path} have no usable geometry and are left out, the first is "
+        f"number {int(np.argmax(shapeless)) + 1}",
+        DataWarning,
+        stacklevel=4,
+    )
+    return frame[~shapeless]
 
 
 def _read_only_layer(path: str, attribute: str | None) -> Any:
@@ -173,7 +206,14 @@ def _read_only_layer(path: str, attribute: str | None) -> Any:
         attribute = None
     if attribute is not None and attribute not in columns:
         raise InputError(f"attribute {attribute!r} is not a column of {path}; columns: {', '.join(columns) or '-'}")
-    frame = gpd.read_file(path, layer=layer, engine="pyogrio", columns=[] if attribute is None else [attribute])
+    frame = gpd.read_file(
+        path,
+        layer=layer,
+        engine="pyogrio",
+        columns=[] if attribute is None else [attribute],
+        # A ring of two points is no reason to give up the rest.
+        on_invalid="ignore",
+    )
     if attribute is not None:
         frame[attribute] = frame[attribute].map(_class_name)
     return frame
@@ -200,6 +240,8 @@ def _only_layer(path: str) -> str:
 
 def _codes(path: str, frame: Any, classes: LabelClasses, attribute: str) -> npt.NDArray[np.uint8]:
     """One class index a feature."""
+    if frame.empty:
+        return np.zeros(0, np.uint8)
     column = frame[attribute]
     codes = {value: classes.index_of(value) for value in column.dropna().unique().tolist()}
     unknown = [value for value, code in codes.items() if code is None] + ["null"] * int(column.isna().any())

@@ -37,7 +37,6 @@ class PolygonFile:
         self.path = os.fspath(path)
         check_exists(self.path)
         frame = read_features(self.path, attribute)
-        frame = frame[~(frame.geometry.isna() | frame.geometry.is_empty)]
         other = sorted(set(frame.geom_type) - {"Polygon", "MultiPolygon"})
         if other:
             raise InputError(

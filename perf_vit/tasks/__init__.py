@@ -2,11 +2,13 @@
 
 from perf_vit.tasks.confusion_plot import save_confusion_matrix
 from perf_vit.tasks.detection import DETECTION_CURVES, DETECTION_MONITOR, DetectionOptimConfig, DetectionTask
+from perf_vit.tasks.detection_confusion import DetectionConfusion
 from perf_vit.tasks.detection_metrics import OBJECT_SIZES, DetectionClassScores, DetectionMetrics, DetectionScores
 from perf_vit.tasks.detection_plots import plot_precision_recall
 from perf_vit.tasks.distillation import DistillationConfig, DistillationTask
 from perf_vit.tasks.distillation_trainer import DistillationTrainerConfig, build_distillation_trainer
 from perf_vit.tasks.fit_tile import TileFit, fit_max_tile
+from perf_vit.tasks.froc import FROC_RATES, Froc
 from perf_vit.tasks.image_metrics import (
     ClassificationScores,
     ImageClassScores,
@@ -19,6 +21,7 @@ from perf_vit.tasks.metrics import ClassScores, class_scores, segmentation_metri
 from perf_vit.tasks.multilabel_losses import MultilabelLoss
 from perf_vit.tasks.optimize import OptimizerConfig, TrainingTask
 from perf_vit.tasks.oriented_metrics import OrientedAveragePrecision
+from perf_vit.tasks.panoptic import PanopticQuality, PanopticScores
 from perf_vit.tasks.pictures import PredictionPictures, draw_objects, draw_segmentation
 from perf_vit.tasks.pooled_optim import PooledOptimConfig
 from perf_vit.tasks.redraw import RedrawProjections
@@ -30,6 +33,7 @@ from perf_vit.tasks.scenes import (
     SceneTask,
 )
 from perf_vit.tasks.segmentation import OptimConfig, SegmentationTask
+from perf_vit.tasks.segmentation_curves import SegmentationCurves
 from perf_vit.tasks.slides import SLIDE_CURVES, SLIDE_MONITOR, SlideTask
 from perf_vit.tasks.trainer import TrainerConfig, build_trainer
 from perf_vit.tasks.training_peak import TrainingSteps
@@ -39,6 +43,7 @@ __all__ = [
     "CLASSIFICATION_MONITOR",
     "DETECTION_CURVES",
     "DETECTION_MONITOR",
+    "FROC_RATES",
     "OBJECT_SIZES",
     "REGRESSION_CURVES",
     "REGRESSION_MONITOR",
@@ -47,6 +52,7 @@ __all__ = [
     "ClassScores",
     "ClassificationScores",
     "DetectionClassScores",
+    "DetectionConfusion",
     "DetectionMetrics",
     "DetectionOptimConfig",
     "DetectionScores",
@@ -54,6 +60,7 @@ __all__ = [
     "DistillationConfig",
     "DistillationTask",
     "DistillationTrainerConfig",
+    "Froc",
     "ImageClassScores",
     "ImageMetrics",
     "LossConfig",
@@ -62,11 +69,14 @@ __all__ = [
     "OptimConfig",
     "OptimizerConfig",
     "OrientedAveragePrecision",
+    "PanopticQuality",
+    "PanopticScores",
     "PooledOptimConfig",
     "PredictionPictures",
     "RedrawProjections",
     "RegressionScores",
     "SceneTask",
+    "SegmentationCurves",
     "SegmentationLoss",
     "SegmentationTask",
     "SlideTask",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -9,10 +10,12 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from perf_vit.errors import InputError
+from perf_vit.errors import DataWarning, InputError
 from perf_vit.types import GeoImage
 
 __all__ = ["Normalizer"]
+
+_HUGE = 1e30
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,6 +61,7 @@ class Normalizer:
         values = np.concatenate(samples, axis=1)
         if values.shape[1] == 0:
             raise InputError("expected valid pixels to measure mean and std on, got none; check the nodata value")
+        _warn_of_huge(values)
         std = values.std(axis=1)
         return cls(tuple(values.mean(axis=1).tolist()), tuple(np.where(std > 0, std, 1.0).tolist()))
 
@@ -69,3 +73,17 @@ class Normalizer:
     def from_dict(cls, values: dict[str, Any]) -> Normalizer:
         """The inverse of `to_dict`."""
         return cls(tuple(values["mean"]), tuple(values["std"]))
+
+
+def _warn_of_huge(values: npt.NDArray[np.float64]) -> None:
+    """Tell of values that nothing measures and that many files have for missing pixels, [C, n]."""
+    sizes = np.abs(values).max(axis=1)
+    if (sizes > _HUGE).any():
+        band = int(np.argmax(sizes))
+        number = int((np.abs(values[band]) > _HUGE).sum())
+        warnings.warn(
+            f"{number} of {values.shape[1]} pixels looked at have values up to {sizes[band]:.3g} in band {band + 1}; "
+            "if that means missing, declare it as nodata",
+            DataWarning,
+            stacklevel=4,
+        )

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import shutil
 from pathlib import Path
 
 import geopandas
@@ -97,6 +98,11 @@ def test_evaluation_prints_classes_and_writes_scores_and_curves(run, tmp_path, c
     assert [each["num_objects"] for each in scores["classes"]] == [24, 24]
     assert scores["ap50"] > 0.3
     assert Image.open(report.with_suffix(".png")).size[0] > 300
+    assert scores["confusion"]["classes"] == ["car", "bus", "background"]
+    assert [sum(row) for row in scores["confusion"]["matrix"][:2]] == [24, 24]
+    assert scores["froc"]["classes"]["car"]["sensitivity"][-1] > 0.3
+    assert "sensitivity by false positives an image" in shown
+    assert Image.open(tmp_path / "scores_confusion.png").size[0] > 300
 
 
 @pytest.mark.parametrize("suffix", [".gpkg", ".geojson", ".json"])
@@ -124,9 +130,15 @@ def test_prediction_writes_the_objects_where_they_lie(run, tmp_path, suffix) -> 
     ("args", "message"),
     [
         (["--score-threshold", "2"], "--score-threshold must lie between 0 and 1, got 2"),
-        (["--input", "again.tif"], "one input at a time, got 2"),
+        (["--input", "again.tif"], "several inputs need a folder as --output"),
         (["--overlap", "64"], "--overlap must be below the window size 64"),
-        (["--polygons", "gpkg"], "--polygons is for maps"),
+        (["--polygons", "gpkg"], "one file has it in its name"),
+        (["--kind", "probabilities"], "--kind is for maps"),
+        (["--blend", "gaussian"], "--blend is for maps"),
+        (["--flips"], "--flips is for maps"),
+        (["--no-resume"], "--no-resume is for maps"),
+        (["--num-actors", "2"], "--num-actors is for maps"),
+        (["--on-error", "skip"], "--on-error skip goes on after bad files among several"),
     ],
 )
 def test_arguments_that_fit_no_detector_are_one_clear_line(run, tmp_path, capsys, args, message) -> None:
@@ -135,6 +147,39 @@ def test_arguments_that_fit_no_detector_are_one_clear_line(run, tmp_path, capsys
     assert call(["predict", *base, "--output", tmp_path / "cars.gpkg", *args]) == 2
     assert message in capsys.readouterr().err
     assert not (tmp_path / "cars.gpkg").exists()
+
+
+def test_a_folder_of_images_becomes_a_folder_of_files_with_a_report(run, tmp_path, capsys) -> None:
+    images, _, folder = run
+    scenes = tmp_path / "scenes"
+    shutil.copytree(images, scenes / "north")
+    (scenes / "bad.tif").write_bytes(b"no raster")
+    args = ["predict", "--checkpoint", folder / "checkpoints" / "best.ckpt", "--input", scenes, "--output"]
+    out = tmp_path / "found"
+    assert call([*args, out, "--on-error", "skip", "--score-threshold", "0.1"]) == 2
+    assert "1 of 5 inputs failed" in capsys.readouterr().err
+    assert sorted(path.name for path in (out / "north").iterdir()) == ["0.gpkg", "1.gpkg", "2.gpkg", "3.gpkg"]
+    report = json.loads((out / "report.json").read_text())
+    assert report["totals"] | {"done": 4, "failed": 1} == report["totals"]
+    alone = tmp_path / "alone.gpkg"
+    single = ["--input", images / "2.tif", "--output", alone, "--score-threshold", "0.1"]
+    assert call([*args[:3], *single]) == 0
+    assert geopandas.read_file(alone).equals(geopandas.read_file(out / "north" / "2.gpkg"))
+
+    (scenes / "bad.tif").unlink()
+    before = (out / "north" / "0.gpkg").stat().st_mtime_ns
+    assert call([*args, out]) == 0
+    assert json.loads((out / "report.json").read_text())["totals"]["skipped-existing"] == 4
+    assert (out / "north" / "0.gpkg").stat().st_mtime_ns == before
+    assert call([*args, out, "--polygons", "geojson", "--overwrite"]) == 0
+    assert (out / "north" / "0.geojson").exists()
+
+
+def test_options_of_maps_are_refused_in_evaluation(run, tmp_path, capsys) -> None:
+    images, labels, folder = run
+    args = ["--checkpoint", folder / "checkpoints" / "best.ckpt", "--input", images, "--labels", labels]
+    assert call(["evaluate", *args, "--region", "0", "0", "9", "9"]) == 2
+    assert "--region is for maps" in capsys.readouterr().err
 
 
 def test_an_unknown_task_is_one_clear_line(tmp_path, capsys) -> None:

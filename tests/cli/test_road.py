@@ -144,6 +144,23 @@ def test_evaluate_prints_and_writes_what_the_map_scores(trained, tmp_path, capsy
         assert entry["num_pixels"] == expected.sum()
 
 
+def test_curves_and_confusion_lie_beside_the_scores(trained, tmp_path) -> None:
+    args = ["--checkpoint", trained.checkpoint, "--input", trained.scene.image, "--labels", trained.scene.labels]
+    assert call(["evaluate", *args, "--json", tmp_path / "s.json"]) == 0
+    scores = json.loads((tmp_path / "s.json").read_text())
+    assert [sum(row) for row in scores["confusion"]] == [row["num_pixels"] for row in scores["classes"]]
+    assert 0 < scores["auroc"]["ship"] <= 1
+    assert 0 < scores["average_precision"]["ship"] <= 1
+    for name in ("s.png", "s_confusion.png"):
+        assert (tmp_path / name).stat().st_size > 3000
+
+
+def test_options_of_detectors_are_refused_for_maps(trained, capsys) -> None:
+    args = ["--checkpoint", trained.checkpoint, "--input", trained.scene.image, "--labels", trained.scene.labels]
+    assert call(["evaluate", *args, "--label-format", "coco"]) == 2
+    assert "--label-format is for labels of objects" in capsys.readouterr().err
+
+
 def test_python_api_maps_with_the_contract_of_the_readme(trained, tmp_path) -> None:
     model = perf_vit.load_segmenter(trained.checkpoint)
     source = perf_vit.open_source(trained.scene.image)

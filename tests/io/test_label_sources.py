@@ -11,7 +11,7 @@ from rasterio.enums import Resampling
 from rasterio.warp import reproject
 from shapely import LineString, Polygon, affinity, box
 
-from perf_vit.errors import InputError
+from perf_vit.errors import DataWarning, InputError
 from perf_vit.io import open_labels, open_source
 from perf_vit.types import IGNORE_INDEX, Window
 
@@ -194,8 +194,23 @@ def test_lines_are_refused_and_empty_geometries_dropped(source, write_vector) ->
         "holds LineString; labels must be polygons", write_vector([LineString([(0, 0), (9, 9)])], "l.gpkg"), source
     )
     path = write_vector([box(1, 1, 9, 9), None], "some.gpkg")
-    assert open_labels(path, source, classes=CLASSES).read(source.extent).sum() == 64
-    _assert_refused("no polygons", write_vector([None], "none.gpkg"), source)
+    with pytest.warns(DataWarning, match=r"1 of 2 features of .*some.gpkg have no usable geometry .* is number 2"):
+        labels = open_labels(path, source, classes=CLASSES)
+    assert labels.read(source.extent).sum() == 64
+
+
+def test_a_file_without_polygons_is_background_alone_and_says_so(source, write_vector) -> None:
+    path = write_vector([], "none.gpkg")
+    with pytest.warns(DataWarning, match=r"none.gpkg holds no polygons: all of .* is background"):
+        labels = open_labels(path, source, classes=CLASSES, attribute="kind")
+    assert (labels.read(source.extent) == 0).all()
+    _assert_refused("no polygons; without a background class", path, source, background=None)
+
+
+def test_polygons_without_area_are_counted(source, write_vector) -> None:
+    path = write_vector([box(1, 1, 9, 9), Polygon([(0, 0), (5, 5), (5, 5)])])
+    with pytest.warns(DataWarning, match="1 of 2 polygons of .* have no area and label nothing, the first is number 2"):
+        open_labels(path, source, classes=CLASSES)
 
 
 def test_a_warped_mask_reads_the_same_through_any_window(source, make_scene) -> None:

@@ -54,7 +54,7 @@ def measure(images, **options):
     return metrics.compute()
 
 
-def in_coco_files(images, folder):
+def in_coco_files(images, folder, areas=None):
     """The same objects through files, as anyone would give them to pycocotools."""
     truth, found = [], []
     for index, (detections, labels) in enumerate(images):
@@ -76,9 +76,12 @@ def in_coco_files(images, folder):
     with contextlib.redirect_stdout(io.StringIO()):
         coco = COCO(folder / "truth.json")
         evaluation = COCOeval(coco, coco.loadRes(str(folder / "found.json")), "bbox")
+        if areas is not None:
+            evaluation.params.areaRng, evaluation.params.areaRngLbl = areas, list(map(str, range(len(areas))))
         evaluation.evaluate()
         evaluation.accumulate()
-        evaluation.summarize()
+        if areas is None:
+            evaluation.summarize()
     return evaluation
 
 
@@ -92,6 +95,17 @@ def test_average_precision_is_that_of_pycocotools(tmp_path, share_ignored) -> No
     for index in (0, 1):
         assert scores.classes[index].ap == pytest.approx(expected.eval["precision"][:, :, index, 0, 2].mean())
     assert math.isnan(scores.classes[2].ap)
+
+
+def test_average_precision_by_size_is_that_of_pycocotools_with_the_areas_of_ai_tod(tmp_path) -> None:
+    assert list(OBJECT_SIZES.values())[:4] == [(2, 8), (8, 16), (16, 32), (32, 64)]
+    images = random_images(40, seed=3, share_ignored=0.1)
+    areas = [[4, 64], [64, 256], [256, 1024], [1024, 4096], [4096, 1e10]]
+    precision = in_coco_files(images, tmp_path, areas).eval["precision"][..., -1]
+    expected = [precision[:, :, :2, index].mean() for index in range(5)]
+    assert list(measure(images).ap_by_size.values()) == pytest.approx(expected)
+    assert min(expected) >= 0
+    assert max(expected) > 0.2
 
 
 def test_average_precision_is_that_of_torchmetrics() -> None:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
-from collections import defaultdict
+from collections import Counter, defaultdict
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import shapely
 
 from perf_vit.data.labels.image_folder import ImageFolder
@@ -27,7 +28,7 @@ def read_coco(labels: Path, folder: ImageFolder) -> RawLabels:
     content = _load(labels)
     try:
         categories = {item["id"]: str(item["name"]) for item in content["categories"]}
-        return RawLabels(_images(content, categories, labels, folder), tuple(categories.values()))
+        return RawLabels(_images(content, categories, labels, folder), tuple(dict.fromkeys(categories.values())))
     except (KeyError, TypeError, ValueError, IndexError) as error:
         if isinstance(error, InputError):
             raise
@@ -48,6 +49,7 @@ def _images(content: Any, categories: dict[Any, str], labels: Path, folder: Imag
     by_image: dict[Any, list[Any]] = defaultdict(list)
     for annotation in content["annotations"]:
         by_image[annotation["image_id"]].append(annotation)
+    _check_unique(content["images"], labels)
     stray = set(by_image) - {image["id"] for image in content["images"]}
     if stray:
         raise InputError(f"{labels} has annotations of {len(stray)} images that it doesn't list, such as {stray.pop()}")
@@ -60,6 +62,14 @@ def _images(content: Any, categories: dict[Any, str], labels: Path, folder: Imag
         size = (int(image.get("height") or 0), int(image.get("width") or 0))
         found.append(RawImage(path=str(path), labels=str(labels), objects=objects, size=size))
     return found
+
+
+def _check_unique(images: Any, labels: Path) -> None:
+    """Refuse two images of one id or one name: nobody knows whose the annotations are."""
+    for key in ("id", "file_name"):
+        value, number = Counter(image[key] for image in images).most_common(1)[0] if images else (None, 0)
+        if number > 1:
+            raise InputError(f"{labels} lists {number} images of {key} {value}; give each image once, with its own id")
 
 
 def _object(annotation: Any, categories: dict[Any, str], labels: Path) -> RawObject:
@@ -79,13 +89,24 @@ def _object(annotation: Any, categories: dict[Any, str], labels: Path) -> RawObj
     return RawObject(name=name, box=box, ignored=bool(annotation.get("iscrowd", 0)), outline=outline)
 
 
+def _ring(numbers: Any, labels: Path) -> npt.NDArray[np.float64]:
+    if len(numbers) % 2:
+        raise InputError(
+            f"{labels} has an outline of {len(numbers)} numbers, {str(numbers)[:80]}; expected x and y in turn"
+        )
+    return np.asarray(numbers, np.float64).reshape(-1, 2)
+
+
 def _outline(segmentation: Any, labels: Path) -> Any:
     if isinstance(segmentation, dict):
         return Rle.make(segmentation, str(labels))
-    rings = [np.asarray(ring, np.float64).reshape(-1, 2) for ring in segmentation or ()]
-    polygons = [shapely.Polygon(ring) for ring in rings if len(ring) >= 3]
-    if not polygons:
+    rings = [_ring(ring, labels) for ring in segmentation or () if len(ring)]
+    if not rings:
         return None
+    if not all(np.isfinite(ring).all() for ring in rings):
+        return shapely.Point(np.inf, np.inf)
+    # Fewer than three points have no area, and are dropped as such.
+    polygons = [shapely.Polygon(ring) for ring in rings if len(ring) >= 3] or [shapely.LineString(rings[0][[0, -1]])]
     if len(polygons) == 1:
         return polygons[0]
     return shapely.union_all(shapely.make_valid(polygons, method="structure", keep_collapsed=False))

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
-from perf_vit.data.labels.image_folder import ImageFolder, label_files
+from perf_vit.data.labels.image_folder import ImageFolder, label_files, read_lines
 from perf_vit.data.labels.records import RawImage, RawLabels, RawObject
 from perf_vit.errors import InputError
 
@@ -26,10 +26,9 @@ def read_dota(labels: Path, folder: ImageFolder) -> RawLabels:
 
 
 def _image(path: Path, file: Path) -> RawImage:
-    lines = file.read_text(encoding="utf-8-sig").splitlines()
     objects = [
         _object(line.split(), f"line {number} of {file}")
-        for number, line in enumerate(lines, 1)
+        for number, line in enumerate(read_lines(file), 1)
         if line.strip() and not line.lower().startswith(("imagesource:", "gsd:"))
     ]
     return RawImage(path=str(path), labels=str(file), objects=objects)

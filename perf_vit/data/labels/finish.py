@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import math
-import warnings
-from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -15,6 +13,7 @@ import shapely
 
 from perf_vit.data.labels.masks import OutlineMasks, Rle
 from perf_vit.data.labels.records import ImageRecord, MaskReader, ObjectIndex, RawImage, RawObject
+from perf_vit.data.labels.tally import Tally
 from perf_vit.errors import InputError
 from perf_vit.io import SlideSource, open_source
 from perf_vit.ops.boxes import box_areas
@@ -36,8 +35,8 @@ def finish_index(
 ) -> ObjectIndex:
     """Check raw labels against their images and put them in arrays.
 
-    Boxes that reach past the image are clipped, boxes wholly outside or without area are dropped, and one warning at
-    the end counts both.
+    Boxes that reach past the image are clipped. Dropped are objects that lie wholly outside, have no area, have
+    coordinates that are no numbers or are there twice. One warning at the end counts all that, with an example of each.
 
     Args:
         images: as a format's reader gives them.
@@ -51,16 +50,17 @@ def finish_index(
     """
     if not images:
         raise InputError("expected labelled images, got none; check the paths and the list of names")
-    counts: Counter[str] = Counter()
+    tally = Tally()
+    counts = tally.counts
     indices = {name: index for index, name in enumerate(classes)}
     _check_names(images, indices, skip_classes)
-    kinds = _kinds(images, counts)
-    records = tuple(_record(image, indices, kinds, counts, source_options or {}) for image in images)
+    kinds = _kinds(images, tally)
+    records = tuple(_record(image, indices, kinds, tally, source_options or {}) for image in images)
     counts["images"] = len(records)
     counts["images without objects"] = sum(len(record) == 0 for record in records)
     counts["objects"] = sum(map(len, records))
     counts["ignored"] = sum(int(record.ignored.sum()) for record in records)
-    _warn(counts, images)
+    tally.warn(images, stacklevel=3)
     return ObjectIndex(records, tuple(classes), counts)
 
 
@@ -100,13 +100,19 @@ def _check_names(images: Sequence[RawImage], indices: dict[str, int], skip_class
             )
 
 
-def _kinds(images: Sequence[RawImage], counts: Counter[str]) -> tuple[bool, bool]:
+def _kinds(images: Sequence[RawImage], tally: Tally) -> tuple[bool, bool]:
     """Whether the records have oriented boxes, and whether they have masks: all of them or none."""
+    if not any(image.objects for image in images):
+        # No objects are no objects of any kind: whatever a head asks for is there.
+        return True, True
     oriented = any(item.corners is not None for image in images for item in image.objects)
-    missing = sum(item.outline is None for image in images if image.masks is None for item in image.objects)
+    bare = [image for image in images if image.masks is None]
+    missing = sum(item.outline is None for image in bare for item in image.objects)
     found = sum(item.outline is not None for image in images for item in image.objects)
     if missing and found:
-        counts["without outline, so no masks are given"] = missing
+        for image in bare:
+            without = np.array([item.outline is None for item in image.objects], bool)
+            tally.add("without outline, so no masks are given", image, without)
     return oriented, not missing and (found > 0 or any(image.masks is not None for image in images))
 
 
@@ -114,14 +120,16 @@ def _record(
     image: RawImage,
     indices: dict[str, int],
     kinds: tuple[bool, bool],
-    counts: Counter[str],
+    tally: Tally,
     source_options: Mapping[str, Any],
 ) -> ImageRecord:
     height, width = _measured(image, source_options)
+    _drop_unplaced(image, tally)
+    _drop_repeated(image, tally)
     boxes = np.array([_box(item) for item in image.objects], np.float64).reshape(-1, 4)
     oriented = _oriented(image.objects, boxes) if kinds[0] else None
     inside = _clipped(image.objects, boxes, height, width)
-    kept = _kept(boxes, inside, _areas(image.objects, boxes, oriented), counts)
+    kept = _kept(image, boxes, inside, _areas(image.objects, boxes, oriented), tally)
     objects = [image.objects[index] for index in np.flatnonzero(kept)]
     return ImageRecord(
         path=image.path,
@@ -199,25 +207,63 @@ def _areas(
     objects: Sequence[RawObject], boxes: npt.NDArray[np.float64], oriented: npt.NDArray[np.float64] | None
 ) -> npt.NDArray[np.float64]:
     """Areas of the objects, 0 where any of their geometries has none."""
-    areas = np.where(np.isfinite(boxes).all(axis=1), box_areas(boxes), 0)
+    areas = box_areas(boxes)
     if oriented is not None:
         areas = np.where(oriented[:, 2] * oriented[:, 3] > _FLAT_PX2, areas, 0)
     flat = [isinstance(i.outline, shapely.Geometry) and _mended(i.outline).area <= _FLAT_PX2 for i in objects]
     return np.where(np.array(flat, bool), 0, areas)
 
 
+def _drop_unplaced(image: RawImage, tally: Tally) -> None:
+    """Drop objects of which a coordinate is no finite number."""
+    unplaced = np.array([not np.isfinite(_coordinates(item)).all() for item in image.objects], bool)
+    tally.add("dropped: coordinates that are no numbers", image, unplaced)
+    _keep(image, ~unplaced)
+
+
+def _drop_repeated(image: RawImage, tally: Tally) -> None:
+    """Drop objects that are there already, with the same class and coordinates."""
+    if image.masks is not None:
+        # Two objects of an instance raster may have one box.
+        return
+    seen: set[tuple[str, bool, bytes]] = set()
+    repeated = np.zeros(len(image.objects), bool)
+    for index, item in enumerate(image.objects):
+        key = item.name, item.ignored, _coordinates(item).tobytes()
+        repeated[index] = key in seen
+        seen.add(key)
+    tally.add("dropped: there twice", image, repeated)
+    _keep(image, ~repeated)
+
+
+def _keep(image: RawImage, kept: npt.NDArray[np.bool_]) -> None:
+    if not kept.all():
+        image.objects = [image.objects[index] for index in np.flatnonzero(kept)]
+
+
+def _coordinates(item: RawObject) -> npt.NDArray[np.float64]:
+    """All numbers that say where an object is."""
+    parts = [np.ravel(place) for place in (item.box, item.corners) if place is not None]
+    if isinstance(item.outline, Rle):
+        parts.append(item.outline.counts)
+    elif item.outline is not None:
+        parts.append(shapely.get_coordinates(item.outline).ravel())
+    return np.concatenate([np.asarray(part, np.float64) for part in parts])
+
+
 def _kept(
+    image: RawImage,
     boxes: npt.NDArray[np.float64],
     inside: npt.NDArray[np.float64],
     areas: npt.NDArray[np.float64],
-    counts: Counter[str],
+    tally: Tally,
 ) -> npt.NDArray[np.bool_]:
     flat = areas <= 0
     outside = ~flat & (box_areas(inside) <= 0)
     clipped = ~flat & ~outside & (np.abs(boxes - inside).max(axis=1, initial=0) > _ROUNDING_PX)
-    counts["dropped: no area"] += int(flat.sum())
-    counts["dropped: outside the image"] += int(outside.sum())
-    counts["clipped at the image's edge"] += int(clipped.sum())
+    tally.add("dropped: no area", image, flat)
+    tally.add("dropped: outside the image", image, outside)
+    tally.add("clipped at the image's edge", image, clipped)
     return np.asarray(~(flat | outside))
 
 
@@ -234,14 +280,3 @@ def _mended(outline: Any) -> Any:
     if isinstance(outline, Rle) or shapely.is_valid(outline):
         return outline
     return shapely.make_valid(outline, method="structure", keep_collapsed=False)
-
-
-def _warn(counts: Counter[str], images: Sequence[RawImage]) -> None:
-    told = ("dropped", "clipped", "without outline")
-    notable = [f"{number} {what}" for what, number in counts.items() if number and what.startswith(told)]
-    if notable:
-        warnings.warn(
-            f"labels of {len(images)} images, the first {images[0].labels}: kept {counts['objects']} objects; "
-            + ", ".join(notable),
-            stacklevel=4,
-        )

@@ -8,7 +8,7 @@ from pathlib import Path
 from perf_vit.data.crops import find_images
 from perf_vit.errors import InputError
 
-__all__ = ["ImageFolder", "label_files"]
+__all__ = ["ImageFolder", "label_files", "read_lines"]
 
 
 class ImageFolder:
@@ -72,6 +72,18 @@ class ImageFolder:
         """Wanted images that are not among the labelled ones."""
         known = set(labelled)
         return [path for path in self.paths if self.wanted(path) and path not in known]
+
+
+def read_lines(file: Path) -> list[str]:
+    """The lines of a text file of labels.
+
+    Raises:
+        InputError: it can't be read as text.
+    """
+    try:
+        return file.read_text(encoding="utf-8-sig").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"can't read {file} as text: {error}; it may be damaged") from error
 
 
 def label_files(labels: Path, folder: ImageFolder, suffix: str) -> list[tuple[Path, Path]]:

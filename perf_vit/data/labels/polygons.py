@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ import shapely
 
 from perf_vit.data.labels.image_folder import ImageFolder
 from perf_vit.data.labels.records import RawImage, RawLabels, RawObject
-from perf_vit.errors import InputError
+from perf_vit.errors import DataWarning, InputError
 from perf_vit.io import PolygonFile, open_source
 
 __all__ = ["read_polygons"]
@@ -35,7 +36,10 @@ def read_polygons(labels: Path, folder: ImageFolder, attribute: str | None, name
     """
     if labels.is_file():
         shared = PolygonFile(labels, attribute=attribute)
-        return RawLabels([_image(image, shared, name) for image in folder.paths if folder.wanted(image)])
+        used: set[int] = set()
+        images = [_image(image, shared, name, used) for image in folder.paths if folder.wanted(image)]
+        _warn_of_unused(shared, used, len(images))
+        return RawLabels(images)
     pairs = _pairs(labels, folder)
     return RawLabels([_image(image, PolygonFile(file, attribute=attribute), name) for image, file in pairs])
 
@@ -48,14 +52,31 @@ def _pairs(labels: Path, folder: ImageFolder) -> list[tuple[Path, Path]]:
     return [(image, file) for image, file in pairs if folder.wanted(image)]
 
 
-def _image(path: Path, file: PolygonFile, name: str) -> RawImage:
+def _warn_of_unused(file: PolygonFile, used: set[int], num_images: int) -> None:
+    if len(used) < len(file):
+        first = next(index for index in range(len(file)) if index not in used)
+        warnings.warn(
+            f"{len(file) - len(used)} of {len(file)} polygons of {file.path} lie on none of the {num_images} images, "
+            f"the first is number {first + 1}",
+            DataWarning,
+            stacklevel=5,
+        )
+
+
+def _image(path: Path, file: PolygonFile, name: str, used: set[int] | None = None) -> RawImage:
     source = open_source(path)
     polygons = file.in_pixels_of(source)
     source.close()
-    near = _meeting(polygons, source.size)
-    names = [name if file.values is None else str(file.values[index]) for index in near]
+    near = range(len(polygons)) if used is None else _meeting(polygons, source.size)
+    if used is not None:
+        used.update(near)
+    names = [name if file.values is None else _name(file.values[index]) for index in near]
     objects = [RawObject(name=n, outline=polygons[index]) for n, index in zip(names, near, strict=True)]
     return RawImage(path=str(path), labels=file.path, objects=objects)
+
+
+def _name(value: Any) -> str:
+    return "null" if value is None or value != value else str(value)
 
 
 def _meeting(polygons: Any, size: tuple[int, int]) -> list[int]:

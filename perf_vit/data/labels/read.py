@@ -17,7 +17,7 @@ from perf_vit.data.labels.records import ObjectIndex, RawLabels
 from perf_vit.data.labels.table import read_table
 from perf_vit.data.labels.voc import read_voc
 from perf_vit.data.labels.yolo import read_yolo
-from perf_vit.errors import ConfigError, InputError
+from perf_vit.errors import ConfigError, DataWarning, InputError
 
 __all__ = ["LABEL_FORMATS", "read_object_labels"]
 
@@ -63,16 +63,17 @@ def read_object_labels(
     folder = ImageFolder(images, names)
     raw = _reader(label_format, classes, attribute)(place, folder)
     if label_format in _ONE_FILE:
-        # One file for many images is the list of them: others may be another split's.
         folder.check_named(Path(image.path) for image in raw.images)
-    else:
-        _warn_of_unlabelled(raw, folder, place)
-    return finish_index(
+    _warn_of_unlabelled(raw, folder, place)
+    index = finish_index(
         raw.images,
         classes=classes or _own_classes(raw, skip_classes),
         skip_classes=skip_classes,
         source_options=source_options,
     )
+    if classes:
+        _warn_of_absent(index, place)
+    return index
 
 
 def _reader(
@@ -96,11 +97,23 @@ def _own_classes(raw: RawLabels, skip_classes: Collection[str]) -> tuple[str, ..
     return tuple(name for name in found if name not in skip_classes)
 
 
+def _warn_of_absent(index: ObjectIndex, labels: Path) -> None:
+    counts = index.class_counts()
+    absent = [name for name, number in counts.items() if number == 0]
+    if absent and len(absent) < len(counts):
+        warnings.warn(
+            f"{len(absent)} of {len(counts)} classes have no objects in {labels}, the first {absent[0]}",
+            DataWarning,
+            stacklevel=3,
+        )
+
+
 def _warn_of_unlabelled(raw: RawLabels, folder: ImageFolder, labels: Path) -> None:
     missing = folder.unlabelled(Path(image.path) for image in raw.images)
     if missing:
         warnings.warn(
             f"{len(missing)} of {len(folder.paths)} images have no labels in {labels} and are left out, the first "
             f"{missing[0]}",
+            DataWarning,
             stacklevel=3,
         )

@@ -56,7 +56,9 @@ def _add(
     columns: tuple[str, str],
     line: int,
 ) -> None:
-    path = folder.find(row[columns[0]], f"line {line} of {labels}")
+    if None in row:
+        raise InputError(f"line {line} of {labels} has more cells than there are columns; quote cells with commas")
+    path = folder.find(row[columns[0]] or "", f"line {line} of {labels}")
     if not folder.wanted(path):
         return
     image = images.setdefault(str(path), RawImage(path=str(path), labels=str(labels), objects=[]))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -9,9 +10,9 @@ import numpy as np
 import shapely
 import yaml
 
-from perf_vit.data.labels.image_folder import ImageFolder
+from perf_vit.data.labels.image_folder import ImageFolder, read_lines
 from perf_vit.data.labels.records import RawImage, RawLabels, RawObject
-from perf_vit.errors import InputError
+from perf_vit.errors import DataWarning, InputError
 from perf_vit.io import open_source
 
 __all__ = ["read_yolo"]
@@ -35,6 +36,14 @@ def read_yolo(labels: Path, folder: ImageFolder, classes: tuple[str, ...] | None
         raise InputError(f"no label files in {labels}; expected a folder of .txt files, one an image")
     by_image = {folder.find(str(file.relative_to(labels).with_suffix("")), str(file)): file for file in files}
     images = [path for path in folder.paths if folder.wanted(path)]
+    bare = [path for path in images if path not in by_image]
+    if bare:
+        warnings.warn(
+            f"{len(bare)} of {len(images)} images have no file in {labels} and count as images without objects, the "
+            f"first {bare[0]}",
+            DataWarning,
+            stacklevel=4,
+        )
     return RawLabels([_image(path, by_image.get(path), labels, names) for path in images], tuple(names.values()))
 
 
@@ -48,10 +57,13 @@ def _class_names(labels: Path) -> tuple[dict[int, str], set[Path]]:
 
 
 def _names_in(file: Path) -> dict[int, str]:
-    text = file.read_text(encoding="utf-8")
+    lines = read_lines(file)
     if file.suffix not in (".yaml", ".yml"):
-        return dict(enumerate(line.strip() for line in text.splitlines() if line.strip()))
-    content: Any = yaml.safe_load(text)
+        return dict(enumerate(line.strip() for line in lines if line.strip()))
+    try:
+        content: Any = yaml.safe_load("\n".join(lines))
+    except yaml.YAMLError as error:
+        raise InputError(f"can't read {file} as YAML: {error}") from error
     names = content.get("names") if isinstance(content, dict) else None
     if isinstance(names, list):
         names = dict(enumerate(names))
@@ -69,10 +81,9 @@ def _image(path: Path, file: Path | None, labels: Path, names: dict[int, str]) -
         return RawImage(path=str(path), labels=str(labels), objects=[])
     source = open_source(path)
     source.close()
-    lines = file.read_text(encoding="utf-8").splitlines()
     objects = [
         _object(line.split(), source.size, names, f"line {number} of {file}")
-        for number, line in enumerate(lines, 1)
+        for number, line in enumerate(read_lines(file), 1)
         if line.strip()
     ]
     return RawImage(path=str(path), labels=str(file), objects=objects)
@@ -87,6 +98,8 @@ def _object(fields: list[str], size: tuple[int, int], names: dict[int, str], whe
         known = ", ".join(f"{key} ({name})" for key, name in names.items()) or "none"
         raise InputError(f"{where} has class {number}; the classes are {known}")
     height, width = size
+    if not np.isfinite(values).all():
+        return RawObject(name=names[number], box=(np.nan,) * 4)
     if len(values) == 4:
         x, y, w, h = values * [width, height, width, height]
         return RawObject(name=names[number], box=(x - w / 2, y - h / 2, x + w / 2, y + h / 2))

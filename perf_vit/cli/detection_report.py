@@ -1,0 +1,144 @@
+"""What `perf-vit evaluate` tells of a detector: scores, tables, files."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal
+
+from rich.markup import escape
+from rich.table import Table
+
+from perf_vit.cli.console import detection_table, digits
+from perf_vit.errors import OutputError
+from perf_vit.tasks import (
+    FROC_RATES,
+    DetectionConfusion,
+    DetectionMetrics,
+    DetectionScores,
+    Froc,
+    PanopticQuality,
+    plot_precision_recall,
+    save_confusion_matrix,
+)
+from perf_vit.types import Detections, ObjectLabels
+
+__all__ = ["DetectionReport"]
+
+_BACKGROUND = "background"
+
+
+class DetectionReport:
+    """The scores of a detector on images given one by one.
+
+    Args:
+        classes: names, in the order of the class indices.
+        kind: of geometry that is compared.
+        score_threshold: of the confusion matrix and of panoptic quality: what `perf-vit predict` would give.
+    """
+
+    def __init__(
+        self,
+        classes: Sequence[str],
+        kind: Literal["boxes", "oriented_boxes", "masks"],
+        *,
+        score_threshold: float,
+    ) -> None:
+        self.classes = tuple(classes)
+        self.score_threshold = score_threshold
+        self._precision = DetectionMetrics(classes, kind)
+        self._froc = Froc(len(classes))
+        self._confusion = DetectionConfusion(len(classes), kind, score_threshold=score_threshold)
+        self._panoptic = PanopticQuality(len(classes), score_threshold) if kind == "masks" else None
+
+    def update(self, found: Detections, truth: ObjectLabels) -> None:
+        """Take up an image.
+
+        Raises:
+            InputError: another kind of geometry.
+        """
+        for metric in (self._precision, self._froc, self._confusion, self._panoptic):
+            if metric is not None:
+                metric.update([found], [truth])
+
+    @cached_property
+    def scores(self) -> DetectionScores:
+        """Average precision and what goes with it; no image can be taken up any more."""
+        return self._precision.compute()
+
+    def tables(self, title: str) -> list[Table]:
+        """All scores for people."""
+        return [
+            *detection_table(self.scores, title),
+            self._froc_table(),
+            *([self._panoptic_table()] if self._panoptic is not None else []),
+            self._confusion_table(),
+        ]
+
+    def to_dict(self) -> dict[str, Any]:
+        """All scores as plain values of JSON, NaN as None."""
+        froc = dict(zip(self.classes, self._froc.compute(), strict=True))
+        content = {
+            **self.scores.to_dict(),
+            "froc": {"false_positives_per_image": list(FROC_RATES), "classes": froc},
+            "score_threshold": self.score_threshold,
+            "confusion": {"classes": [*self.classes, _BACKGROUND], "matrix": self._confusion.matrix.tolist()},
+        }
+        if self._panoptic is not None:
+            mean, each = self._panoptic.compute()
+            named = {name: asdict(scores) for name, scores in zip(self.classes, each, strict=True)}
+            content["panoptic"] = {**asdict(mean), "classes": named}
+        return _plain(content)
+
+    def write(self, path: Path) -> None:
+        """Write the scores as JSON, and beside them precision-recall curves and the confusion matrix as pictures.
+
+        Raises:
+            OutputError: nothing can be written there.
+        """
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(json.dumps(self.to_dict(), indent=2) + "\n")
+            plot_precision_recall(self.scores, path.with_suffix(".png"))
+            picture = path.with_name(f"{path.stem}_confusion.png")
+            save_confusion_matrix(self._confusion.matrix, [*self.classes, _BACKGROUND], picture)
+        except OSError as error:
+            raise OutputError(f"can't write {path}: {error.strerror}") from error
+
+    def _froc_table(self) -> Table:
+        table = Table(title="sensitivity by false positives an image")
+        for column in ("class", *(f"{rate:g}" for rate in FROC_RATES), "mean"):
+            table.add_column(column, justify="left" if column == "class" else "right")
+        for name, values in zip(self.classes, self._froc.compute(), strict=True):
+            table.add_row(escape(name), *map(digits, (*values["sensitivity"], values["mean"])))
+        return table
+
+    def _panoptic_table(self) -> Table:
+        assert self._panoptic is not None
+        mean, each = self._panoptic.compute()
+        table = Table(title=f"panoptic quality, scores from {self.score_threshold:.2f}")
+        for column in ("class", "PQ", "SQ", "RQ"):
+            table.add_column(column, justify="left" if column == "class" else "right")
+        for name, scores in zip((*self.classes, "mean"), (*each, mean), strict=True):
+            table.add_row(escape(name), *map(digits, (scores.pq, scores.sq, scores.rq)))
+        return table
+
+    def _confusion_table(self) -> Table:
+        table = Table(title=f"true class by predicted class, scores from {self.score_threshold:.2f}, IoU from .5")
+        names = [*self.classes, _BACKGROUND]
+        for column in ("true", *names):
+            table.add_column(escape(column), justify="left" if column == "true" else "right")
+        for name, counts in zip(names, self._confusion.matrix.tolist(), strict=True):
+            table.add_row(escape(name), *(f"{count:,}" for count in counts))
+        return table
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    return None if isinstance(value, float) and value != value else value

@@ -1,0 +1,133 @@
+"""Bad data through the real entry point: an error of one line, or a warning that is said once."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import rasterio
+from affine import Affine
+from command_line import call, train_args
+
+from perf_vit.data import make_ship_scene
+
+DETECTION = """
+out: ???
+task: detection
+data:
+  train: {images: "???", labels: "???", format: csv}
+  val: {images: "???", labels: "???", format: csv}
+  classes: [car]
+  tile_px: 32
+  tiles_per_epoch: 2
+  batch_size: 2
+model: {backbone: resnet18, strides: [8], channels: 64, head: fcos, head_kwargs: {num_convs: 1}}
+trainer: {max_epochs: 1, accelerator: cpu}
+"""
+ROWS = ["0.tif,8,8,20,18,car", "1.tif,5,5,12,12,car"]
+
+
+def write_raster(path: Path, pixels: np.ndarray, **profile) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    count, height, width = pixels.shape
+    options = {"driver": "GTiff", "crs": "EPSG:32637", "transform": Affine(3, 0, 401000, 0, -3, 4510000), **profile}
+    with rasterio.open(path, "w", count=count, height=height, width=width, dtype=pixels.dtype, **options) as dataset:
+        dataset.write(pixels)
+    return path
+
+
+def noise(num_bands: int = 3, size: int = 40) -> np.ndarray:
+    return np.random.default_rng(0).integers(1, 200, (num_bands, size, size)).astype(np.float32)
+
+
+@pytest.fixture
+def train_objects(tmp_path):
+    """Train a detector for a step on two images and the rows of a table; its exit code."""
+
+    def _train(rows: list[str], *extra: str, **images: np.ndarray) -> int:
+        for name in ("0", "1"):
+            write_raster(tmp_path / "images" / f"{name}.tif", images.get(f"image_{name}", noise()))
+        (tmp_path / "labels.csv").write_text("\n".join(["image,xmin,ymin,xmax,ymax,label", *rows]))
+        (tmp_path / "run.yaml").write_text(DETECTION)
+        folders = [f"data.{part}.images={tmp_path / 'images'}" for part in ("train", "val")]
+        labels = [f"data.{part}.labels={tmp_path / 'labels.csv'}" for part in ("train", "val")]
+        return call(["train", tmp_path / "run.yaml", f"out={tmp_path / 'out'}", *folders, *labels, *extra])
+
+    return _train
+
+
+def told(capsys) -> list[str]:
+    """What was warned of or refused."""
+    text = capsys.readouterr().err
+    assert "Traceback" not in text
+    assert "UserWarning" not in text
+    return [line for line in text.splitlines() if line.startswith(("Warning: ", "Error: "))]
+
+
+def test_a_warning_is_said_once_whatever_reads_the_labels(train_objects, capsys) -> None:
+    assert train_objects([*ROWS, "0.tif,90,90,95,95,car"], "data.num_workers=2") == 0
+    (line,) = told(capsys)
+    assert "kept 2 objects; 1 dropped: outside the image (first: car at 90 90 95 95 in " in line
+
+
+def test_an_image_without_a_valid_pixel_is_counted(train_objects, capsys) -> None:
+    assert train_objects(ROWS, image_1=noise() * np.nan) == 0
+    (line,) = told(capsys)
+    assert "1 of 2 training images looked at have no valid pixel, the first" in line
+    assert line.endswith("1.tif")
+
+
+def test_infinite_pixels_are_no_data_and_absurd_ones_are_told(train_objects, capsys) -> None:
+    pixels = noise()
+    pixels[:, 3, 3], pixels[1, 9, 9] = np.inf, -3.4e38
+    assert train_objects(ROWS, image_1=pixels) == 0
+    (line,) = told(capsys)
+    assert "values up to 3.4e+38 in band 2; if that means missing, declare it as nodata" in line
+
+
+@pytest.mark.parametrize(
+    ("rows", "images", "message"),
+    [
+        ([*ROWS, "2.tif,1,1,5,5,car"], {}, "line 4 of "),
+        ([*ROWS, "1.tif,1,1,5,5,Car"], {}, "holds objects of class Car; the classes are car"),
+        (ROWS, {"image_1": noise(5)}, "choose common ones with data.bands"),
+        (ROWS, {"image_0": noise() * np.nan, "image_1": noise() * np.nan}, "expected valid pixels"),
+        (["0.tif,,,,,", "1.tif,5,5,5,5,car"], {}, "expected objects to cut windows around, got none"),
+    ],
+)
+def test_what_can_not_be_learnt_from_is_one_line(train_objects, tmp_path, capsys, rows, images, message) -> None:
+    assert train_objects(rows, **images) == 2
+    assert message in told(capsys)[-1]
+    assert not (tmp_path / "out").exists()
+
+
+def _labelled(tmp_path, pixels: np.ndarray, mask: np.ndarray, **profile) -> list[str]:
+    scene = make_ship_scene(tmp_path / "scene", seed=0, size_px=96, num_targets=2)
+    write_raster(scene.image, pixels, **profile)
+    labels = write_raster(tmp_path / "mask.tif", mask[None].astype(np.uint8), nodata=255)
+    return train_args(scene, tmp_path / "out", f"data.train.labels={labels}", "data.val.labels=" + str(labels))
+
+
+@pytest.mark.parametrize("case", ["no label", "no data", "labels where there is no data"])
+def test_no_window_to_learn_from_is_one_line(tmp_path, capsys, case) -> None:
+    pixels, mask = noise(4, 96), np.zeros((96, 96))
+    if case == "no label":
+        mask[:] = 255
+    elif case == "no data":
+        pixels[:] = np.nan
+    else:
+        pixels[:, :, :50], mask[:, 40:] = np.nan, 255
+    assert call(_labelled(tmp_path, pixels, mask)) == 2
+    (line,) = told(capsys)
+    assert "data.train has no window with a pixel that is valid and labelled" in line
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_raster_without_labels_among_others_is_counted(tmp_path, capsys) -> None:
+    mask = np.zeros((96, 96))
+    mask[20:40, 20:40] = 1
+    args = _labelled(tmp_path, noise(4, 96), mask)
+    empty = write_raster(tmp_path / "empty.tif", mask[None].astype(np.uint8) * 0 + 255, nodata=255)
+    image = next(arg.split("=")[1] for arg in args if str(arg).startswith("data.train.image="))
+    assert call([*args, f"data.extra_train=[{{image: '{image}', labels: '{empty}'}}]"]) == 0
+    (line,) = told(capsys)
+    assert "1 of 2 rasters to train on have no pixel that is valid and labelled, the first" in line
