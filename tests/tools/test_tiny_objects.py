@@ -1,6 +1,8 @@
 """tools/benchmarks/tiny_objects: tiles hold what they say, windows see nothing else, recall counts an object once."""
 
 import importlib
+import json
+import runpy
 from pathlib import Path
 
 import cv2
@@ -135,3 +137,15 @@ def test_average_precision_is_that_of_pycocotools(tool, seed: int) -> None:
     assert result["ap50"] == pytest.approx(expected.ap50, abs=1e-6)
     assert list(result["ap50_by_class"].values()) == pytest.approx([each.ap50 for each in expected.classes], abs=1e-6)
     assert result["threshold"] == pytest.approx(expected.threshold)
+
+
+@pytest.mark.parametrize("variant", ["downsampled", "performer"])
+def test_a_run_leaves_a_row_of_the_report(tool, bccd: Path, tmp_path: Path, variant: str) -> None:
+    commands = runpy.run_path(str(FOLDER / "__main__.py"), run_name="tiny_objects")
+    commands["train"](bccd, variant, tmp_path / "runs", steps=1, small_steps=2, side=128, num_tests=1)
+    result = json.loads((tmp_path / "runs" / f"{variant}_0.json").read_text())
+    assert result["parameters"] == 972_232
+    assert result["loss"] > 0
+    commands["report"](tmp_path / "runs", tmp_path / "recall.png")
+    assert (tmp_path / "recall.png").read_bytes().startswith(b"\x89PNG")
+    assert result["title"] in tool("figure").table([result])

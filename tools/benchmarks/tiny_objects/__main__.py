@@ -28,7 +28,7 @@ from variants import VARIANTS, Variant, build_variant
 
 from perf_vit.cli.console import console
 from perf_vit.models import Detector
-from perf_vit.tasks.segmentation import warmup_cosine
+from perf_vit.tasks.optimize import warmup_cosine
 from perf_vit.types import Detections, ObjectLabels
 
 app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False)
@@ -50,6 +50,7 @@ def train(
     num_tests: Annotated[int, typer.Option(help="Tiles of the test photographs.")] = 8,
     lr: Annotated[float, typer.Option(help="Peak learning rate.")] = 2e-3,
     name: Annotated[str | None, typer.Option(help="Of the row in the report, if not the variant's.")] = None,
+    title: Annotated[str | None, typer.Option(help="The same for readers.")] = None,
 ) -> None:
     """Train one variant on mosaics of one part of the photographs and score it on mosaics of the other."""
     torch.set_num_threads(1)
@@ -62,7 +63,7 @@ def train(
     scores, test_seconds = _test(model, row, training[1], side, num_tests)
     result = {
         "variant": name or variant,
-        "title": name or row.title,
+        "title": title or row.title,
         "seed": seed,
         "small_steps": small_steps,
         "steps": steps,
