@@ -18,7 +18,7 @@ from perf_vit.models.heads.oriented_fcos import OrientedFCOSHead
 from perf_vit.models.heads.rcnn import FasterRCNNHead, MaskRCNNHead
 from perf_vit.models.heads.retinanet import RetinaNetHead
 from perf_vit.models.necks import build_neck
-from perf_vit.models.reduced import ReducedBackbone
+from perf_vit.types import FeatureSpec
 
 __all__ = ["DetectorConfig", "build_detector"]
 
@@ -88,9 +88,8 @@ def build_detector(
         raise ConfigError(f"model.reduce must be at least 1, got {config.reduce}")
     seen_px = -(-spec.tile_px // config.reduce)
     backbone, saved_backbone = build_backbone(config, len(spec.normalizer.mean), seen_px, saved_backbone)
-    if config.reduce > 1:
-        backbone = ReducedBackbone(backbone, config.reduce)
-    specs = feature_specs(backbone)
+    # Neck and head know the backbone by its strides in image pixels.
+    specs = [FeatureSpec(each.channels, each.stride * config.reduce) for each in feature_specs(backbone)]
     if config.out_indices is None and len({each.stride for each in specs}) == 1:
         # The last map of a plain ViT, as in the paper; the neck leaves the others where they are.
         specs = specs[-1:]
@@ -102,7 +101,15 @@ def build_detector(
         head = _HEADS[config.head](config.channels, len(spec.classes), config.strides, **config.head_kwargs)
     except (TypeError, ValueError) as error:
         raise ConfigError(f"model.head {config.head}: {error}") from error
-    detector = Detector(backbone, neck, head, spec, saved_backbone, config.freeze)  # type: ignore[arg-type]
+    detector = Detector(
+        backbone,
+        neck,
+        head,
+        spec,
+        saved_backbone,
+        config.freeze,  # type: ignore[arg-type]
+        reduce=config.reduce,
+    )
     tune_backbone(backbone, config)
     # Convolutions in this order take three quarters of the time on CPUs with bfloat16 units and on GPUs.
     return detector.to(memory_format=torch.channels_last)  # type: ignore[call-overload,no-any-return]

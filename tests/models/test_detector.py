@@ -297,7 +297,7 @@ def test_no_side_of_an_untrained_fcos_box_is_dead() -> None:
 def test_a_reduced_backbone_sees_means_and_the_head_image_pixels() -> None:
     model = detector(backbone="resnet18", backbone_kwargs={}, out_indices=None, strides=[8, 16], reduce=4).eval()
     seen = {}
-    model.backbone.backbone.register_forward_pre_hook(lambda module, args: seen.update(image=args[0]))
+    model.backbone.register_forward_pre_hook(lambda module, args: seen.update(image=args[0]))
     image = torch.arange(128.0 * 128).reshape(1, 1, 128, 128).expand(1, 3, 128, 128)
     features, size = model._levels(image)
     assert size == (128, 128)
