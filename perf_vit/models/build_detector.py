@@ -112,4 +112,4 @@ def build_detector(
     )
     tune_backbone(backbone, config)
     # Convolutions in this order take three quarters of the time on CPUs with bfloat16 units and on GPUs.
-    return detector.to(memory_format=torch.channels_last)  # type: ignore[call-overload,no-any-return]
+    return detector.to(memory_format=torch.channels_last)
