@@ -13,7 +13,14 @@ from perf_vit.cli.detection_report import DetectionReport
 from perf_vit.cli.run_folder import RunFolder
 from perf_vit.cli.schemas import DetectionRun
 from perf_vit.cli.segmentation_maps import on_device, resolved_precision
-from perf_vit.data import ImageRecord, ObjectDataModule, build_object_datamodule, objects_in, read_object_labels
+from perf_vit.data import (
+    ImageRecord,
+    ObjectDataModule,
+    build_object_datamodule,
+    objects_in,
+    read_names,
+    read_object_labels,
+)
 from perf_vit.errors import ConfigError
 from perf_vit.inference import Objects, predict_objects
 from perf_vit.io import open_source
@@ -71,9 +78,18 @@ def evaluate_detector(
     labels: Path,
     *,
     label_format: str | None = None,
+    names: Path | None = None,
     **engine: Any,
 ) -> DetectionReport:
     """Score a detector on whole images, in overlapping windows as `perf-vit predict` finds objects.
+
+    Args:
+        checkpoint: that `perf-vit train` wrote.
+        images: a folder, or one image.
+        labels: of the images.
+        label_format: as in training by default.
+        names: a text file with the names of the images to score, one a line; all labelled ones by default.
+        **engine: options of the search.
 
     Raises:
         PerfVitError: labels or images that can't be read or don't fit.
@@ -82,7 +98,10 @@ def evaluate_detector(
     spec = model.spec
     options = {**spec.label_options, **({} if label_format is None else {"label_format": label_format})}
     source_options = {} if spec.mpp is None else {"mpp": spec.mpp}
-    index = read_object_labels(labels, images, classes=spec.classes, source_options=source_options, **options)
+    chosen = None if names is None else read_names(names, "--list")
+    index = read_object_labels(
+        labels, images, classes=spec.classes, names=chosen, source_options=source_options, **options
+    )
     report = DetectionReport(spec.classes, spec.kind, score_threshold=spec.score_threshold)
     with windows_progress(f"evaluating {images.name}", "images") as on_image:
         for done, record in enumerate(index, 1):

@@ -276,6 +276,10 @@ def evaluate(
     label_format: Annotated[
         str | None, typer.Option(help="Of labels of objects: coco, voc, yolo, ...; as in training by default.")
     ] = None,
+    names: Annotated[
+        Path | None,
+        typer.Option("--list", help="Of labelled images, those to score: a text file with one name a line."),
+    ] = None,
     region: Annotated[
         tuple[int, int, int, int] | None,
         typer.Option(help="row col height width, in pixels, of the part to score."),
@@ -313,6 +317,7 @@ def evaluate(
             labels,
             json,
             label_format=label_format,
+            names=names,
             window_size=window_size,
             overlap=overlap,
             batch_size=batch_size,

@@ -22,6 +22,7 @@ from perf_vit.data.objects_datamodule import (
     ObjectDataModule,
     ObjectSplitConfig,
     build_object_datamodule,
+    read_names,
 )
 from perf_vit.data.scenes import SceneImages, SceneTiles, SceneViews, middle_window, scene_tile
 from perf_vit.data.scenes_datamodule import (
@@ -91,6 +92,7 @@ __all__ = [
     "middle_window",
     "objects_in",
     "read_image_targets",
+    "read_names",
     "read_object_labels",
     "read_slide_table",
     "read_slides",

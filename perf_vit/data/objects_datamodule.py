@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,7 +20,7 @@ from perf_vit.errors import ConfigError, DataWarning
 from perf_vit.transforms import Augmentation, Normalizer
 from perf_vit.types import ObjectLabels
 
-__all__ = ["ObjectDataConfig", "ObjectDataModule", "ObjectSplitConfig", "build_object_datamodule"]
+__all__ = ["ObjectDataConfig", "ObjectDataModule", "ObjectSplitConfig", "build_object_datamodule", "read_names"]
 
 ObjectBatch = tuple[list[Tensor], list[ObjectLabels]]
 
@@ -192,6 +191,26 @@ def build_object_datamodule(config: ObjectDataConfig, seed: int) -> ObjectDataMo
     )
 
 
+def read_names(path: str | Path, key: str) -> list[str]:
+    """The names of a list of images, one a line.
+
+    Args:
+        path: a text file.
+        key: what to call it in an error.
+
+    Raises:
+        ConfigError: a file that can't be read or names no image.
+    """
+    try:
+        lines = Path(path).read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"can't read {key} {path}: {error}") from error
+    names = [line.strip() for line in lines if line.strip()]
+    if not names:
+        raise ConfigError(f"{key} {path} names no image; expected one name a line")
+    return names
+
+
 def _indices(config: ObjectDataConfig, seed: int) -> tuple[ObjectIndex, ObjectIndex]:
     train = _read(config, config.train, "data.train")
     if config.val is not None:
@@ -221,7 +240,7 @@ def _read(config: ObjectDataConfig, split: ObjectSplitConfig, key: str) -> Objec
         classes=config.classes,
         skip_classes=config.skip_classes,
         attribute=config.attribute,
-        names=None if split.list is None else _names(split.list, f"{key}.list"),
+        names=None if split.list is None else read_names(split.list, f"{key}.list"),
         source_options=_source_options(config),
     )
 
@@ -229,17 +248,6 @@ def _read(config: ObjectDataConfig, split: ObjectSplitConfig, key: str) -> Objec
 def _source_options(config: ObjectDataConfig) -> dict[str, Any]:
     options = {"mpp": config.mpp, "slide_mpp": config.slide_mpp}
     return {name: value for name, value in options.items() if value is not None}
-
-
-def _names(path: str, key: str) -> Sequence[str]:
-    try:
-        lines = Path(path).read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"can't read {key} {path}: {error}") from error
-    names = [line.strip() for line in lines if line.strip()]
-    if not names:
-        raise ConfigError(f"{key} {path} names no image; expected one name a line")
-    return names
 
 
 def _measured(images: ObjectImages, seed: int) -> Normalizer:

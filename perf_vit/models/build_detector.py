@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import nn
 
 from perf_vit.errors import ConfigError
@@ -17,6 +18,7 @@ from perf_vit.models.heads.oriented_fcos import OrientedFCOSHead
 from perf_vit.models.heads.rcnn import FasterRCNNHead, MaskRCNNHead
 from perf_vit.models.heads.retinanet import RetinaNetHead
 from perf_vit.models.necks import build_neck
+from perf_vit.types import FeatureSpec
 
 __all__ = ["DetectorConfig", "build_detector"]
 
@@ -40,6 +42,8 @@ class DetectorConfig(BackboneTuning):
             loaded. A plain ViT gets the neck `SimpleFPN`, a pyramid `TopDownFPN`.
         backbone_kwargs: passed to `timm.create_model`, e.g. {attn_kwargs: {num_features: 128}}.
         pretrained: load timm's weights for the backbone.
+        reduce: the backbone sees the means of squares of this side: less work for objects much larger than a pixel.
+            Strides, labels and detections stay in image pixels.
         out_indices: the backbone's maps that the neck sees; the last one of a plain ViT, all of a pyramid if left out.
         strides: of the levels that the head looks at, in pixels, powers of two. Stride 4 finds objects of 4 px and up;
             2 finds smaller ones and takes four times the work.
@@ -53,6 +57,7 @@ class DetectorConfig(BackboneTuning):
     backbone: str = "performer_vit_small_patch16_224"
     backbone_kwargs: dict[str, Any] = field(default_factory=dict)
     pretrained: bool = False
+    reduce: int = 1
     out_indices: list[int] | None = None
     strides: list[int] = field(default_factory=lambda: [4, 8, 16, 32, 64])
     channels: int = 128
@@ -79,8 +84,12 @@ def build_detector(
         raise ConfigError(f"model.head must be one of {', '.join(_HEADS)}, got {config.head}")
     if config.freeze not in _FREEZE:
         raise ConfigError(f"model.freeze must be one of {', '.join(_FREEZE)}, got {config.freeze}")
-    backbone, saved_backbone = build_backbone(config, len(spec.normalizer.mean), spec.tile_px, saved_backbone)
-    specs = feature_specs(backbone)
+    if config.reduce < 1:
+        raise ConfigError(f"model.reduce must be at least 1, got {config.reduce}")
+    seen_px = -(-spec.tile_px // config.reduce)
+    backbone, saved_backbone = build_backbone(config, len(spec.normalizer.mean), seen_px, saved_backbone)
+    # Neck and head know the backbone by its strides in image pixels.
+    specs = [FeatureSpec(each.channels, each.stride * config.reduce) for each in feature_specs(backbone)]
     if config.out_indices is None and len({each.stride for each in specs}) == 1:
         # The last map of a plain ViT, as in the paper; the neck leaves the others where they are.
         specs = specs[-1:]
@@ -92,6 +101,15 @@ def build_detector(
         head = _HEADS[config.head](config.channels, len(spec.classes), config.strides, **config.head_kwargs)
     except (TypeError, ValueError) as error:
         raise ConfigError(f"model.head {config.head}: {error}") from error
-    detector = Detector(backbone, neck, head, spec, saved_backbone, config.freeze)  # type: ignore[arg-type]
+    detector = Detector(
+        backbone,
+        neck,
+        head,
+        spec,
+        saved_backbone,
+        config.freeze,  # type: ignore[arg-type]
+        reduce=config.reduce,
+    )
     tune_backbone(backbone, config)
-    return detector
+    # Convolutions in this order take three quarters of the time on CPUs with bfloat16 units and on GPUs.
+    return detector.to(memory_format=torch.channels_last)

@@ -83,6 +83,7 @@ class Detector(nn.Module):
         saved_backbone: config of the converted model that the backbone was made of, None for a timm model.
         freeze: what keeps its weights: nothing, the statistics and weights of the backbone's batch norms, or the whole
             backbone.
+        reduce: the backbone sees means of squares of this side, in pixels.
     """
 
     # Modules, seen by what else they have.
@@ -99,8 +100,11 @@ class Detector(nn.Module):
         spec: DetectorSpec,
         saved_backbone: Mapping[str, Any] | None = None,
         freeze: Literal["nothing", "norms", "backbone"] = "nothing",
+        *,
+        reduce: int = 1,
     ) -> None:
         super().__init__()
+        self.reduce = reduce
         self.backbone = backbone
         self.neck = neck
         self.head = head
@@ -149,7 +153,10 @@ class Detector(nn.Module):
         neck = self.neck
         height, width = (_next_multiple(side, neck.size_multiple) for side in batch.shape[-2:])
         seen = (_next_multiple(side, neck.backbone_multiple) for side in (height, width))
-        return neck(self.backbone(_padded(batch, *seen)), (height, width)), (height, width)
+        image = _padded(batch, *seen)
+        if self.reduce > 1:
+            image = F.avg_pool2d(image, self.reduce)
+        return neck(self.backbone(image), (height, width)), (height, width)
 
 
 def _frozen_parts(backbone: nn.Module, freeze: str) -> tuple[nn.Module, ...]:

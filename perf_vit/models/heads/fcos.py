@@ -30,6 +30,8 @@ __all__ = ["FCOSHead", "match_locations"]
 
 # A level takes objects whose farthest side is 4 to 8 strides from the location: up to 64 px at stride 8, as published.
 _REACH_STRIDES = (4, 8)
+# In strides: between those of the smallest and the largest objects of a level.
+_FIRST_DISTANCE = 2.0
 _BACKGROUND = -1
 
 
@@ -72,11 +74,14 @@ class FCOSHead(nn.Module):
         self.strides = tuple(strides)
         self.center_radius = center_radius
         self.coder = BoxLinearCoder(normalize_by_size=True)
+        convolutions = FCOSConvolutions(in_channels, 1, num_classes, num_convs)
+        # A rectifier gives the distances. From 0 on, whole sides can die in the first steps and never learn.
+        nn.init.constant_(convolutions.regression_head.bbox_reg.bias, _FIRST_DISTANCE)
         self.model = FCOS(
             levels_only(in_channels),
             num_classes,
             anchor_generator=CenteredAnchors(tuple((stride,) for stride in strides), ((1.0,),) * len(strides)),
-            head=FCOSConvolutions(in_channels, 1, num_classes, num_convs),
+            head=convolutions,
             score_thresh=score_threshold,
             nms_thresh=iou_threshold,
             detections_per_img=detections_per_tile,
