@@ -86,8 +86,7 @@ def find_objects(
         ConfigError: several inputs, a threshold that is no score, or options that are for maps.
         PerfVitError: an input or output that doesn't fit.
     """
-    for name in (name for name, value in (for_maps or {}).items() if value):
-        raise ConfigError(f"{name} is for maps, and {checkpoint} holds an object detector; leave it out")
+    _refuse_options_of_maps(for_maps or {}, checkpoint)
     if len(inputs) != 1:
         raise ConfigError(f"objects are found in one input at a time, got {len(inputs)}; call predict for each")
     if score_threshold is not None and not 0 <= score_threshold <= 1:
@@ -101,8 +100,22 @@ def find_objects(
     console.print(f"{len(objects):,} objects with scores from {threshold:.2f}: {written}", soft_wrap=True)
 
 
-def report_objects(checkpoint: Path, images: Path, labels: Path, report: Path | None, **options: Any) -> None:
+def _refuse_options_of_maps(for_maps: Mapping[str, object], checkpoint: Path) -> None:
+    for name in (name for name, value in for_maps.items() if value):
+        raise ConfigError(f"{name} is for maps, and {checkpoint} holds an object detector; leave it out")
+
+
+def report_objects(
+    checkpoint: Path,
+    images: Path,
+    labels: Path,
+    report: Path | None,
+    *,
+    for_maps: Mapping[str, object] | None = None,
+    **options: Any,
+) -> None:
     """Print a detector's scores on labelled images, and write them with their curves where a file is named."""
+    _refuse_options_of_maps(for_maps or {}, checkpoint)
     scores = evaluate_detector(checkpoint, images, labels, **options)
     console.print(*detection_table(scores, title=f"{images.name} against {labels.name}"), sep="\n")
     if report is None:

@@ -269,6 +269,7 @@ def evaluate(
     window_size: WindowSize = None,
     overlap: Overlap = None,
     batch_size: BatchSize = 1,
+    flips: Annotated[bool, typer.Option("--flips", help="Of maps: average over mirror images, as predict.")] = False,
     device: Device = "auto",
     precision: Precision = "32",
 ) -> None:
@@ -297,6 +298,7 @@ def evaluate(
             labels,
             json,
             label_format=label_format,
+            for_maps={"--flips": flips},
             window_size=window_size,
             overlap=overlap,
             batch_size=batch_size,
@@ -315,6 +317,7 @@ def evaluate(
         window_size=window_size,
         overlap=overlap,
         batch_size=batch_size,
+        flips=flips,
         device=device,
         precision=precision,
     )

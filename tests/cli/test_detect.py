@@ -97,6 +97,8 @@ def test_evaluation_prints_classes_and_writes_scores_and_curves(run, tmp_path, c
     assert [each["num_objects"] for each in scores["classes"]] == [24, 24]
     assert scores["ap50"] > 0.3
     assert Image.open(report.with_suffix(".png")).size[0] > 300
+    assert call(["evaluate", *args, "--flips"]) == 2
+    assert "--flips is for maps" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("suffix", [".gpkg", ".geojson", ".json"])
