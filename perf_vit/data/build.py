@@ -42,6 +42,7 @@ class AugmentConfig:
     scale: tuple[float, float] = (1.0, 1.0)
     gain: float = 0.0
     offset: float = 0.0
+    shuffle: float = 0.0
 
 
 @dataclass(kw_only=True)
@@ -123,6 +124,7 @@ def build_datamodule(config: DataConfig, seed: int) -> WindowDataModule:
         scale=config.augment.scale,
         gain=config.augment.gain,
         offset=config.augment.offset,
+        shuffle=config.augment.shuffle,
     )
     return WindowDataModule(
         RandomWindows(
