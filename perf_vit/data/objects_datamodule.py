@@ -179,7 +179,7 @@ def build_object_datamodule(config: ObjectDataConfig, seed: int) -> ObjectDataMo
         seed=seed,
         flips=augment.flips,
         scale=augment.scale,
-        colors=colors if augment.gain or augment.offset else None,
+        colors=colors if augment.gain or augment.offset or augment.shuffle else None,
     )
     return ObjectDataModule(
         windows,
