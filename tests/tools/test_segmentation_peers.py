@@ -34,7 +34,7 @@ def config(make_scene, tmp_path) -> tuple[Path, Path, Path]:
     part = {"image": str(image), "labels": str(labels)}
     data = {"train": part, "val": part, "classes": ["ground", "house"], "tile_px": 70, "tiles_per_epoch": 4}
     path = tmp_path / "config.yaml"
-    path.write_text(yaml.safe_dump({"out": "x", "data": {**data, "batch_size": 4}, "optim": {"dice_weight": 1.0}}))
+    path.write_text(yaml.safe_dump({"out": "x", "data": {**data, "batch_size": 4}, "optim": {"loss": {"dice": 1.0}}}))
     return path, image, labels
 
 

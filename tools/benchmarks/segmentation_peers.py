@@ -24,6 +24,7 @@ import torch
 import typer
 from torch import Tensor, nn
 
+from perf_vit.cli.class_weights import with_measured_weights
 from perf_vit.cli.console import console, score_table
 from perf_vit.cli.mapping import write_scores
 from perf_vit.cli.schemas import SegmentationRun
@@ -73,7 +74,8 @@ def main(
     torch.manual_seed(run.seed)
     data = build_datamodule(run.data, run.seed)
     model = build(network, data, run, backbone)
-    loss = SegmentationLoss(run.optim.dice_weight, run.optim.class_weights)
+    optim = with_measured_weights(run.optim, data, multilabel=False)
+    loss = SegmentationLoss(optim.loss, optim.class_weights)
     trained = list(filter(lambda each: each.requires_grad, model.parameters()))
     optimizer = torch.optim.AdamW(trained, lr=lr, weight_decay=run.optim.weight_decay)
     tiles, spent = train(model, data, loss, optimizer, cpu_seconds, lr)
