@@ -15,8 +15,9 @@ from perf_vit.cli.schemas import (
     SlideRun,
 )
 from perf_vit.config import config_value, find_config, load_config, shipped_configs
-from perf_vit.models import ClassifierSpec, DetectorSpec, SegmenterSpec, SlideSpec, build_detector, build_segmenter
-from perf_vit.tasks import DistillationTask, SceneTask, SegmentationLoss, SlideTask
+from perf_vit.models import ClassifierSpec, DetectorSpec, SegmenterSpec, SlideSpec, build_detector
+from perf_vit.tasks import DistillationTask, SceneTask, SegmentationTask, SlideTask
+from perf_vit.tasks.optimize import parameter_groups
 from perf_vit.transforms import Normalizer
 from perf_vit.types import ObjectLabels
 
@@ -60,15 +61,18 @@ def test_a_shipped_config_loads_builds_and_takes_a_step(name: str) -> None:
         normalizer=Normalizer((0.0,) * num_bands, (1.0,) * num_bands),
         tile_px=config.data.tile_px,
     )
-    model = build_segmenter(config.model, spec)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=config.optim.lr)
+    task = SegmentationTask(config.model, spec, config.optim)
+    model = task.model
+    groups = parameter_groups(model, config.optim, task.backbone_layers())
+    for group in groups:
+        group["lr"] *= group["lr_scale"]
+    optimizer = torch.optim.AdamW(groups)
     size = 2 * model.size_multiple
     labels = torch.randint(0, len(spec.classes), (2, size, size), generator=torch.Generator().manual_seed(0))
     images = torch.randn(2, num_bands, size, size, generator=torch.Generator().manual_seed(0))
-    criterion = SegmentationLoss(config.optim.loss)
     losses = []
     for _ in range(2):
-        loss = criterion(model(images), labels)
+        loss = task.loss(model(images), labels)
         losses.append(loss.item())
         optimizer.zero_grad()
         loss.backward()

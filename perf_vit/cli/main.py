@@ -287,6 +287,7 @@ def evaluate(
     window_size: WindowSize = None,
     overlap: Overlap = None,
     batch_size: BatchSize = 1,
+    flips: Annotated[bool, typer.Option("--flips", help="Of maps: average over mirror images, as predict.")] = False,
     device: Device = "auto",
     precision: Precision = "32",
 ) -> None:
@@ -294,6 +295,9 @@ def evaluate(
     from perf_vit.models import checkpoint_task
 
     task = checkpoint_task(checkpoint)
+    for name, is_given in (("--region", region is not None), ("--flips", flips)):
+        if is_given and task != "segmentation":
+            raise ConfigError(f"{name} is for maps, and the network of {checkpoint} makes none; leave it out")
     if task in {"classification", "regression"}:
         from perf_vit.cli.scenes import report_scenes
 
@@ -309,8 +313,6 @@ def evaluate(
     if task == "detection":
         from perf_vit.cli.detecting import report_objects
 
-        if region is not None:
-            raise ConfigError(f"--region is for maps, and {checkpoint} holds an object detector; leave it out")
         report_objects(
             checkpoint,
             image,
@@ -339,6 +341,7 @@ def evaluate(
         window_size=window_size,
         overlap=overlap,
         batch_size=batch_size,
+        flips=flips,
         device=device,
         precision=precision,
     )

@@ -44,6 +44,7 @@ class AugmentConfig:
     scale: tuple[float, float] = (1.0, 1.0)
     gain: float = 0.0
     offset: float = 0.0
+    shuffle: float = 0.0
 
 
 @dataclass(kw_only=True)
@@ -68,6 +69,9 @@ class DataConfig:
         mpp: micrometres per pixel to read slides at; left out, images are rasters. Prediction reads at the same.
         slide_mpp: micrometres per pixel of slides' level 0 where files don't say.
         tissue: "otsu" to train and validate on slides' tissue alone.
+        mean: of each band, in the rasters' units, for standardisation; measured on the training rasters if left out.
+            A pretrained backbone may want those of its own training.
+        std: standard deviation of each band; goes with `mean`.
         tile_px: side of a tile, in pixels; a multiple of the backbone's patch size.
         tiles_per_epoch: random training tiles an epoch.
         batch_size: tiles a step.
@@ -90,6 +94,8 @@ class DataConfig:
     mpp: float | None = None
     slide_mpp: float | None = None
     tissue: str | None = None
+    mean: list[float] | None = None
+    std: list[float] | None = None
     tile_px: int = 512
     tiles_per_epoch: int = 200
     batch_size: int = 4
@@ -98,7 +104,7 @@ class DataConfig:
 
 
 def build_datamodule(config: DataConfig, seed: int) -> WindowDataModule:
-    """Open both rasters and their labels and measure the bands' statistics on the training region.
+    """Open the rasters and their labels and measure the bands' statistics where they aren't given.
 
     Raises:
         ConfigError: values that don't fit each other.
@@ -116,12 +122,13 @@ def build_datamodule(config: DataConfig, seed: int) -> WindowDataModule:
     rasters = [train, *extra]
     _check_labelled(rasters, config, "train")
     _check_labelled([val], config, "val")
-    normalizer = Normalizer.from_images([one.source.read_reduced(_STATISTICS_PX, one.region) for one in rasters])
+    normalizer = _normalizer(config, rasters)
     augmentation = Augmentation(
         flips=config.augment.flips,
         scale=config.augment.scale,
         gain=config.augment.gain,
         offset=config.augment.offset,
+        shuffle=config.augment.shuffle,
     )
     return WindowDataModule(
         RandomWindows(
@@ -158,6 +165,18 @@ def region_window(region: list[int] | None, source: Source, key: str) -> Window:
             f"which is {source.height} rows x {source.width} columns"
         )
     return window
+
+
+def _normalizer(config: DataConfig, rasters: list[LabelledSource]) -> Normalizer:
+    if config.mean is None or config.std is None:
+        return Normalizer.from_images([one.source.read_reduced(_STATISTICS_PX, one.region) for one in rasters])
+    num_bands = rasters[0].source.num_bands
+    if not len(config.mean) == len(config.std) == num_bands or min(config.std) <= 0:
+        raise ConfigError(
+            f"data.mean and data.std must give one value for each of {num_bands} bands, std above 0, "
+            f"got {list(config.mean)} and {list(config.std)}"
+        )
+    return Normalizer(tuple(config.mean), tuple(config.std))
 
 
 def label_options(config: DataConfig) -> dict[str, Any]:
@@ -223,6 +242,8 @@ def _check(config: DataConfig) -> None:
         raise ConfigError(f"data.classes must name {least_classes} to {IGNORE_INDEX} classes, got {num_classes}")
     if config.values is not None and len(config.values) != num_classes:
         raise ConfigError(f"data.values must give one value a class, got {len(config.values)} for {num_classes}")
+    if (config.mean is None) != (config.std is None):
+        raise ConfigError("data.mean and data.std go together; give both, or neither to have them measured")
     if config.background is not None and not 0 <= config.background < num_classes:
         raise ConfigError(f"data.background must be a class index below {num_classes}, got {config.background}")
     for key, least in (("tile_px", 1), ("tiles_per_epoch", config.batch_size), ("batch_size", 1), ("num_workers", 0)):

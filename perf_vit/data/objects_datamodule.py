@@ -169,7 +169,7 @@ def build_object_datamodule(config: ObjectDataConfig, seed: int) -> ObjectDataMo
         )
     normalizer = _measured(train, seed)
     augment = config.augment
-    colors = Augmentation(flips=False, gain=augment.gain, offset=augment.offset)
+    colors = Augmentation(flips=False, gain=augment.gain, offset=augment.offset, shuffle=augment.shuffle)
     windows = ObjectWindows(
         train,
         make_places(config.sampler, train_index.records, config.tile_px, config.random_share),
@@ -179,7 +179,7 @@ def build_object_datamodule(config: ObjectDataConfig, seed: int) -> ObjectDataMo
         seed=seed,
         flips=augment.flips,
         scale=augment.scale,
-        colors=colors if augment.gain or augment.offset else None,
+        colors=colors if augment.gain or augment.offset or augment.shuffle else None,
     )
     return ObjectDataModule(
         windows,

@@ -55,6 +55,18 @@ class BandGainOffset(A.ImageOnlyTransform):
         return out
 
 
+class BandShuffle(A.ImageOnlyTransform):
+    """Put the bands of a standardised image into a random order: red roofs turn blue or green and keep their shape."""
+
+    def get_params_dependent_on_data(self, params: dict[str, Any], data: dict[str, Any]) -> dict[str, Any]:
+        """Draw an order."""
+        return {"order": self.random_generator.permutation(data["image"].shape[-1])}
+
+    def apply(self, img: FloatArray, order: npt.NDArray[np.int64], **params: Any) -> FloatArray:
+        """Apply the drawn order to [H, W, C]."""
+        return np.ascontiguousarray(img[..., order])
+
+
 class Augmentation:
     """Flips, quarter turns, scale and colour, each drawn from a seed given with the sample.
 
@@ -64,16 +76,25 @@ class Augmentation:
             0 in the image and ignored in the labels.
         gain: see `BandGainOffset`; 0 with offset 0 for none.
         offset: see `BandGainOffset`.
+        shuffle: probability of a random order of the bands, where shapes tell more than colours do.
     """
 
     def __init__(
-        self, *, flips: bool = True, scale: tuple[float, float] = (1.0, 1.0), gain: float = 0.0, offset: float = 0.0
+        self,
+        *,
+        flips: bool = True,
+        scale: tuple[float, float] = (1.0, 1.0),
+        gain: float = 0.0,
+        offset: float = 0.0,
+        shuffle: float = 0.0,
     ) -> None:
         steps: list[Any] = []
         if flips:
             steps.append(A.D4(p=1.0))
         if tuple(scale) != (1.0, 1.0):
             steps.append(A.Affine(scale=tuple(scale), fill=0, fill_mask=IGNORE_INDEX, p=0.8))
+        if shuffle:
+            steps.append(BandShuffle(p=shuffle))
         if gain or offset:
             steps.append(BandGainOffset(gain, offset))
         self._compose = A.Compose(steps)

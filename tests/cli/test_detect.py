@@ -114,6 +114,8 @@ def test_evaluation_of_a_list_scores_its_images_alone(run, tmp_path, capsys) -> 
     assert [each["num_objects"] for each in json.loads(report.read_text())["classes"]] == [12, 12]
     assert call(["evaluate", *args, "--list", tmp_path / "nothing.txt"]) == 2
     assert "can't read --list" in capsys.readouterr().err
+    assert call(["evaluate", *args, "--flips"]) == 2
+    assert "--flips is for maps" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("suffix", [".gpkg", ".geojson", ".json"])

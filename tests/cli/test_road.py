@@ -122,8 +122,9 @@ def test_probabilities_sum_to_1_and_agree_with_the_classes(trained, tmp_path) ->
     assert probs.band_names == ("water_or_land", "ship")
 
 
-def test_evaluate_prints_and_writes_what_the_map_scores(trained, tmp_path, capsys) -> None:
-    base = ["--checkpoint", trained.checkpoint, "--input", trained.scene.image]
+@pytest.mark.parametrize("flips", [[], ["--flips"]])
+def test_evaluate_prints_and_writes_what_the_map_scores(trained, tmp_path, capsys, flips) -> None:
+    base = ["--checkpoint", trained.checkpoint, "--input", trained.scene.image, *flips]
     json_path = tmp_path / "scores.json"
     assert call(["evaluate", *base, "--labels", trained.scene.labels, "--json", json_path]) == 0
     assert "ship" in capsys.readouterr().out

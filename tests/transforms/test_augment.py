@@ -67,3 +67,18 @@ def test_gain_and_offset_leave_labels_alone_and_stay_within_bounds() -> None:
     assert np.array_equal(augment(image, labels, 3)[1], labels)
     assert np.abs(out - 2).max() <= 2 * 0.1 + 0.3 + 1e-5
     assert out.std() > 0.05
+
+
+def test_shuffling_reorders_whole_bands_and_nothing_else() -> None:
+    image, labels = _sample(3)
+    image *= np.array([1, 2, 3], np.float32)[:, None, None]
+    augment = Augmentation(flips=False, shuffle=0.5)
+    orders = []
+    for seed in range(60):
+        out, out_labels = augment(image, labels, seed)
+        np.testing.assert_array_equal(out_labels, labels)
+        orders.append(tuple(int(band.max()) for band in out))
+        np.testing.assert_array_equal(out, image[[each - 1 for each in orders[-1]]])
+    assert len(set(orders)) == 6
+    # Half of the samples stay as they are, and a sixth of the others.
+    assert 0.4 < np.mean([order == (1, 2, 3) for order in orders]) < 0.8
