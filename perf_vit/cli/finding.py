@@ -104,7 +104,6 @@ def find_objects(
     inputs: Sequence[str],
     output: Path,
     *,
-    for_maps: Mapping[str, object] | None = None,
     mosaic: bool = False,
     path_column: str = "path",
     polygons: str | None = None,
@@ -119,7 +118,6 @@ def find_objects(
         checkpoint: that `perf-vit train` wrote.
         inputs: files, folders, globs and lists.
         output: a file, whose suffix chooses the format, or a folder.
-        for_maps: options of maps, which are refused where they are set.
         mosaic: the one input is many files that make one scene.
         path_column: of lists.
         polygons: format of files in a folder, by its suffix.
@@ -129,12 +127,10 @@ def find_objects(
         **options: of `ObjectFiles`.
 
     Raises:
-        ConfigError: a threshold that is no score, or options that are for maps.
+        ConfigError: a threshold that is no score.
         InputError: some inputs failed, after all others are done.
         PerfVitError: an input or output that doesn't fit.
     """
-    for name in (name for name, value in (for_maps or {}).items() if value):
-        raise ConfigError(f"{name} is for maps, and {checkpoint} holds an object detector; leave it out")
     if score_threshold is not None and not 0 <= score_threshold <= 1:
         raise ConfigError(f"--score-threshold must lie between 0 and 1, got {score_threshold:g}")
     if mosaic and len(inputs) != 1:

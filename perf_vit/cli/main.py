@@ -88,6 +88,7 @@ def distill(
 
 @app.command()
 def predict(
+    context: typer.Context,
     checkpoint: Checkpoint,
     inputs: Annotated[
         list[str], typer.Option("--input", help="A raster, a folder, a glob, or a list as CSV or Parquet; repeat it.")
@@ -156,21 +157,19 @@ def predict(
     ] = None,
 ) -> None:
     """Map rasters with a trained model, find objects in them, or tell what whole images or slides show."""
-    from perf_vit.models import checkpoint_task
+    from perf_vit.cli.task_options import PREDICT_OPTIONS, refuse_other_options
+    from perf_vit.models import NETWORKS, checkpoint_task
 
-    source = {"crs": crs, "resolution": resolution, "mpp": mpp, "slide_mpp": slide_mpp, "tissue": tissue}
     task = checkpoint_task(checkpoint)
+    refuse_other_options(context, PREDICT_OPTIONS, task, checkpoint, NETWORKS[task])
+    source = {"crs": crs, "resolution": resolution, "mpp": mpp, "slide_mpp": slide_mpp, "tissue": tissue}
     if task in {"classification", "regression"}:
         from perf_vit.cli.scenes import predict_scenes
 
-        for_maps = {"--polygons": polygons, "--flips": flips, "--mosaic": mosaic, "--engine ray": engine == "ray",
-                    "--window-size": window_size, "--overlap": overlap, "--score-threshold": score_threshold,
-                    **{f"--{name.replace('_', '-')}": value for name, value in source.items()}}  # fmt: skip
         predict_scenes(
             checkpoint,
             [*inputs, *(more_inputs or ())],
             output,
-            for_maps=for_maps,
             path_column=path_column,
             skip_errors=on_error == "skip",
             batch_size=batch_size,
@@ -185,9 +184,6 @@ def predict(
             checkpoint,
             [*inputs, *(more_inputs or ())],
             output,
-            for_maps={"--polygons": polygons, "--flips": flips, "--mosaic": mosaic, "--engine ray": engine == "ray",
-                      "--window-size": window_size, "--overlap": overlap, "--score-threshold": score_threshold,
-                      "--crs": crs, "--resolution": resolution, "--mpp": mpp},
             slide_mpp=slide_mpp,
             tissue=tissue,
             path_column=path_column,
@@ -206,15 +202,6 @@ def predict(
             [*inputs, *(more_inputs or ())],
             output,
             score_threshold=score_threshold,
-            for_maps={
-                "--kind": kind != "classes",
-                "--blend": blend != "hann",
-                "--flips": flips,
-                "--no-resume": not resume,
-                "--engine ray": engine == "ray",
-                "--num-actors": num_actors,
-                "--ray-address": ray_address,
-            },
             mosaic=mosaic,
             path_column=path_column,
             polygons=polygons,
@@ -260,6 +247,7 @@ def predict(
 
 @app.command()
 def evaluate(
+    context: typer.Context,
     checkpoint: Checkpoint,
     image: Input,
     labels: Annotated[
@@ -292,12 +280,11 @@ def evaluate(
     precision: Precision = "32",
 ) -> None:
     """Score a trained model on a labelled raster, or on labelled images or slides, class by class."""
-    from perf_vit.models import checkpoint_task
+    from perf_vit.cli.task_options import EVALUATE_OPTIONS, refuse_other_options
+    from perf_vit.models import NETWORKS, checkpoint_task
 
     task = checkpoint_task(checkpoint)
-    for name, is_given in (("--region", region is not None), ("--flips", flips)):
-        if is_given and task != "segmentation":
-            raise ConfigError(f"{name} is for maps, and the network of {checkpoint} makes none; leave it out")
+    refuse_other_options(context, EVALUATE_OPTIONS, task, checkpoint, NETWORKS[task])
     if task in {"classification", "regression"}:
         from perf_vit.cli.scenes import report_scenes
 
@@ -327,8 +314,6 @@ def evaluate(
             precision=precision,
         )
         return
-    if label_format is not None:
-        raise ConfigError(f"--label-format is for labels of objects, and {checkpoint} makes maps; leave it out")
     from perf_vit.cli.console import console, score_table
     from perf_vit.cli.mapping import evaluate_raster, write_scores
 

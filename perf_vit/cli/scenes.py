@@ -28,7 +28,7 @@ from perf_vit.data import (
     read_image_targets,
     scene_tile,
 )
-from perf_vit.errors import ConfigError, InputError, OutputError
+from perf_vit.errors import InputError, OutputError
 from perf_vit.inference import find_paths
 from perf_vit.io import open_source
 from perf_vit.models import Classifier, ClassifierSpec, load_classifier
@@ -79,7 +79,6 @@ def predict_scenes(
     inputs: Sequence[str],
     output: Path,
     *,
-    for_maps: Mapping[str, object] | None = None,
     path_column: str = "path",
     skip_errors: bool = False,
     batch_size: int = 1,
@@ -92,7 +91,6 @@ def predict_scenes(
         checkpoint: that `perf-vit train` wrote.
         inputs: images, folders, globs and lists.
         output: the CSV file.
-        for_maps: options of maps, which are refused where they are set.
         path_column: of lists.
         skip_errors: leave the row of an image that can't be read empty but for the column `error`.
         batch_size: images a forward pass.
@@ -100,12 +98,9 @@ def predict_scenes(
         precision: 32, bf16 or 16.
 
     Raises:
-        ConfigError: options that are for maps.
         InputError: an image can't be read, or with `skip_errors` none.
         PerfVitError: an input or output that doesn't fit.
     """
-    for name in (name for name, value in (for_maps or {}).items() if value not in (None, False)):
-        raise ConfigError(f"{name} is for maps, and {checkpoint} holds a network for whole images; leave it out")
     if output.suffix.lower() != ".csv":
         raise OutputError(f"what whole images show is written as CSV: --output must end in .csv, got {output}")
     model = load_classifier(checkpoint)

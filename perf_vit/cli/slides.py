@@ -82,7 +82,6 @@ def predict_slides(
     inputs: Sequence[str],
     output: Path,
     *,
-    for_maps: Mapping[str, object] | None = None,
     slide_mpp: float | None = None,
     tissue: str | None = None,
     path_column: str = "path",
@@ -98,7 +97,6 @@ def predict_slides(
         checkpoint: that `perf-vit train` wrote.
         inputs: slides, folders, globs and lists.
         output: the CSV file.
-        for_maps: options of maps, which are refused where they are set.
         slide_mpp: micrometres per pixel of level 0, where files don't say.
         tissue: "otsu" or a GeoJSON file of outlines, instead of what the classifier was trained with.
         path_column: of lists.
@@ -106,12 +104,9 @@ def predict_slides(
         **engine: batch_size, num_readers, device and precision.
 
     Raises:
-        ConfigError: options that are for maps.
         InputError: a slide can't be read, or with `skip_errors` none.
         PerfVitError: an input or output that doesn't fit.
     """
-    for name in (name for name, value in (for_maps or {}).items() if value not in (None, False)):
-        raise ConfigError(f"{name} is for maps, and {checkpoint} holds a slide classifier; leave it out")
     if output.suffix.lower() != ".csv":
         raise OutputError(f"what slides show is written as CSV: --output must end in .csv, got {output}")
     model = load_slide_classifier(checkpoint)

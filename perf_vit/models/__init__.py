@@ -5,6 +5,7 @@ from perf_vit.models.build_detector import DetectorConfig, build_detector
 from perf_vit.models.calibration import calibrate, choose_layer_options
 from perf_vit.models.checkpoint import (
     CHECKPOINT_KEY,
+    NETWORKS,
     checkpoint_metadata,
     checkpoint_task,
     load_classifier,
@@ -31,6 +32,7 @@ from perf_vit.models.slide_classifier import SlideClassifier, SlideModelConfig, 
 
 __all__ = [
     "CHECKPOINT_KEY",
+    "NETWORKS",
     "BackboneTuning",
     "Classifier",
     "ClassifierConfig",

@@ -25,6 +25,7 @@ from perf_vit.models.slide_classifier import SlideClassifier, SlideModelConfig, 
 
 __all__ = [
     "CHECKPOINT_KEY",
+    "NETWORKS",
     "checkpoint_metadata",
     "checkpoint_task",
     "load_classifier",
@@ -34,7 +35,7 @@ __all__ = [
     "restore_draw",
 ]
 
-_MODELS = {
+NETWORKS = {
     "segmentation": "a segmentation model",
     "detection": "an object detector",
     "classification": "an image classifier",
@@ -171,5 +172,5 @@ def _read(path: Path, tasks: tuple[str, ...] | None = None) -> dict[str, Any]:
         raise CheckpointError(f"{path} is not a perf_vit checkpoint; give a .ckpt file that `perf-vit train` wrote")
     found = _task_of(content[CHECKPOINT_KEY])
     if tasks is not None and found not in tasks:
-        raise CheckpointError(f"expected {_MODELS[tasks[0]]} in {path}, got {_MODELS.get(found, found)}")
+        raise CheckpointError(f"expected {NETWORKS[tasks[0]]} in {path}, got {NETWORKS.get(found, found)}")
     return content

@@ -115,7 +115,7 @@ def test_evaluation_of_a_list_scores_its_images_alone(run, tmp_path, capsys) -> 
     assert call(["evaluate", *args, "--list", tmp_path / "nothing.txt"]) == 2
     assert "can't read --list" in capsys.readouterr().err
     assert call(["evaluate", *args, "--flips"]) == 2
-    assert "--flips is for maps" in capsys.readouterr().err
+    assert "--flips is not for an object detector" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("suffix", [".gpkg", ".geojson", ".json"])
@@ -146,11 +146,11 @@ def test_prediction_writes_the_objects_where_they_lie(run, tmp_path, suffix) -> 
         (["--input", "again.tif"], "several inputs need a folder as --output"),
         (["--overlap", "64"], "--overlap must be below the window size 64"),
         (["--polygons", "gpkg"], "one file has it in its name"),
-        (["--kind", "probabilities"], "--kind is for maps"),
-        (["--blend", "gaussian"], "--blend is for maps"),
-        (["--flips"], "--flips is for maps"),
-        (["--no-resume"], "--no-resume is for maps"),
-        (["--num-actors", "2"], "--num-actors is for maps"),
+        (["--kind", "probabilities"], "--kind is not for an object detector"),
+        (["--blend", "gaussian"], "--blend is not for an object detector"),
+        (["--flips"], "--flips is not for an object detector"),
+        (["--no-resume"], "--no-resume is not for an object detector"),
+        (["--num-actors", "2"], "--num-actors is not for an object detector"),
         (["--on-error", "skip"], "--on-error skip goes on after bad files among several"),
     ],
 )
@@ -192,7 +192,7 @@ def test_options_of_maps_are_refused_in_evaluation(run, tmp_path, capsys) -> Non
     images, labels, folder = run
     args = ["--checkpoint", folder / "checkpoints" / "best.ckpt", "--input", images, "--labels", labels]
     assert call(["evaluate", *args, "--region", "0", "0", "9", "9"]) == 2
-    assert "--region is for maps" in capsys.readouterr().err
+    assert "--region is not for an object detector" in capsys.readouterr().err
 
 
 def test_an_unknown_task_is_one_clear_line(tmp_path, capsys) -> None:

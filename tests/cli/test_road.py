@@ -159,7 +159,7 @@ def test_curves_and_confusion_lie_beside_the_scores(trained, tmp_path) -> None:
 def test_options_of_detectors_are_refused_for_maps(trained, capsys) -> None:
     args = ["--checkpoint", trained.checkpoint, "--input", trained.scene.image, "--labels", trained.scene.labels]
     assert call(["evaluate", *args, "--label-format", "coco"]) == 2
-    assert "--label-format is for labels of objects" in capsys.readouterr().err
+    assert "--label-format is not for a segmentation model" in capsys.readouterr().err
 
 
 def test_python_api_maps_with_the_contract_of_the_readme(trained, tmp_path) -> None:

@@ -126,8 +126,8 @@ def test_an_image_that_cant_be_read_stops_or_is_a_row_with_its_error(run, folder
     ("extra", "message"),
     [
         (["--output", "found.tif"], "must end in .csv"),
-        (["--output", "found.csv", "--flips"], "--flips is for maps"),
-        (["--output", "found.csv", "--overlap", "3"], "--overlap is for maps"),
+        (["--output", "found.csv", "--flips"], "--flips is not for a"),
+        (["--output", "found.csv", "--overlap", "3"], "--overlap is not for a"),
     ],
 )
 def test_options_of_maps_are_refused(run, folders, extra, message, capsys) -> None:
