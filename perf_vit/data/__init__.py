@@ -1,6 +1,7 @@
 """Training data as standardised tiles: windows of labelled sources and of images with objects; unlabelled crops."""
 
-from perf_vit.data.build import AugmentConfig, DataConfig, RegionConfig, build_datamodule, label_options, region_window
+from perf_vit.data.augmenting import AugmentConfig
+from perf_vit.data.build import DataConfig, RegionConfig, build_datamodule, label_options, region_window
 from perf_vit.data.class_pixels import count_class_pixels
 from perf_vit.data.crops import UnlabelledCrops, find_images
 from perf_vit.data.crops_datamodule import CropsConfig, CropsDataModule, build_crops

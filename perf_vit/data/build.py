@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from perf_vit.data.augmenting import AugmentConfig, check_augment, make_stain_jitter, pixel_side, pixel_sides
 from perf_vit.data.datamodule import WindowDataModule
 from perf_vit.data.windows import GridWindows, LabelledSource, RandomWindows
 from perf_vit.errors import ConfigError, DataWarning, InputError
@@ -14,7 +16,7 @@ from perf_vit.io import RasterSource, SlideSource, open_labels, open_raster, ope
 from perf_vit.transforms import Augmentation, Normalizer
 from perf_vit.types import IGNORE_INDEX, Source, Window
 
-__all__ = ["AugmentConfig", "DataConfig", "RegionConfig", "build_datamodule", "region_window"]
+__all__ = ["DataConfig", "RegionConfig", "build_datamodule", "region_window"]
 
 # Enough pixels for a mean to three digits, few enough to read in a second.
 _STATISTICS_PX = 2048
@@ -34,17 +36,6 @@ class RegionConfig:
     image: str
     labels: str
     region: list[int] | None = None
-
-
-@dataclass(kw_only=True)
-class AugmentConfig:
-    """Arguments of `perf_vit.transforms.Augmentation`."""
-
-    flips: bool = True
-    scale: tuple[float, float] = (1.0, 1.0)
-    gain: float = 0.0
-    offset: float = 0.0
-    shuffle: float = 0.0
 
 
 @dataclass(kw_only=True)
@@ -111,8 +102,8 @@ def build_datamodule(config: DataConfig, seed: int) -> WindowDataModule:
         InputError: files that can't be read or don't fit each other.
     """
     _check(config)
-    train, val = _open(config, config.train, "data.train"), _open(config, config.val, "data.val")
-    extra = [_open(config, region, f"data.extra_train[{i}]") for i, region in enumerate(config.extra_train)]
+    train, val = _open_to_train(config, config.train, "data.train"), _open(config, config.val, "data.val")
+    extra = [_open_to_train(config, region, f"data.extra_train[{i}]") for i, region in enumerate(config.extra_train)]
     for source, key in ((val, "data.val"), *((more, f"data.extra_train[{i}]") for i, more in enumerate(extra))):
         if source.source.num_bands != train.source.num_bands:
             raise ConfigError(
@@ -120,6 +111,9 @@ def build_datamodule(config: DataConfig, seed: int) -> WindowDataModule:
                 "choose common ones with data.bands"
             )
     rasters = [train, *extra]
+    sources = [one.source for one in rasters]
+    stain = make_stain_jitter(config.augment, sources, train.source.num_bands)
+    sides = pixel_sides(config.augment, sources)
     _check_labelled(rasters, config, "train")
     _check_labelled([val], config, "val")
     normalizer = _normalizer(config, rasters)
@@ -132,7 +126,15 @@ def build_datamodule(config: DataConfig, seed: int) -> WindowDataModule:
     )
     return WindowDataModule(
         RandomWindows(
-            rasters, normalizer, augmentation, tile_px=config.tile_px, length=config.tiles_per_epoch, seed=seed
+            rasters,
+            normalizer,
+            augmentation,
+            tile_px=config.tile_px,
+            length=config.tiles_per_epoch,
+            seed=seed,
+            stain=stain,
+            resolution=config.augment.resolution,
+            pixel_sides=sides,
         ),
         GridWindows(val, normalizer, tile_px=config.tile_px),
         classes=tuple(config.classes),
@@ -190,24 +192,57 @@ def label_options(config: DataConfig) -> dict[str, Any]:
 
 
 def _open(config: DataConfig, region: RegionConfig, key: str) -> LabelledSource:
-    source: RasterSource | SlideSource
+    source = _open_image(config, region, config.mpp or config.resolution)
+    return _labelled(config, region, source, region_window(region.region, source, f"{key}.region"))
+
+
+def _open_to_train(config: DataConfig, region: RegionConfig, key: str) -> LabelledSource:
+    """As `_open`, with finer pixels where the file has them and augmentation wants them."""
+    labelled = _open(config, region, key)
+    read_at = config.mpp or config.resolution
+    if read_at is None or config.augment.resolution is None:
+        return labelled
+    finest = max(config.augment.resolution[0], _own_side(config, region, labelled.source) or 0)
+    if finest >= read_at:
+        return labelled
+    source = _open_image(config, region, finest)
+    return _labelled(config, region, source, _scaled(labelled.region, read_at / finest, source.extent))
+
+
+def _open_image(config: DataConfig, region: RegionConfig, side: float | None) -> RasterSource | SlideSource:
     if config.mpp is None:
-        source = open_raster(region.image, bands=config.bands, nodata=config.nodata, resolution=config.resolution)
-    else:
-        source = _open_slide(config, region)
-    labels = open_labels(
-        region.labels, source, classes=config.classes, multilabel=config.multilabel, **label_options(config)
-    )
-    return LabelledSource(source, labels, region_window(region.region, source, f"{key}.region"))
-
-
-def _open_slide(config: DataConfig, region: RegionConfig) -> SlideSource:
-    source = open_source(
-        region.image, bands=config.bands, mpp=config.mpp, slide_mpp=config.slide_mpp, tissue=config.tissue
-    )
+        return open_raster(region.image, bands=config.bands, nodata=config.nodata, resolution=side)
+    source = open_source(region.image, bands=config.bands, mpp=side, slide_mpp=config.slide_mpp, tissue=config.tissue)
     # A raster refuses these options.
     assert isinstance(source, SlideSource)
     return source
+
+
+def _own_side(config: DataConfig, region: RegionConfig, source: Source) -> float | None:
+    if isinstance(source, SlideSource):
+        assert source.slide_mpp is not None
+        return math.sqrt(math.prod(source.slide_mpp))
+    with open_raster(region.image, bands=config.bands) as own:
+        return pixel_side(own)
+
+
+def _scaled(window: Window, factor: float, extent: Window) -> Window:
+    """The same part of a source whose pixels are a factor smaller."""
+    row, col, row_stop, col_stop = (
+        round(pixel * factor) for pixel in (window.row, window.col, window.row_stop, window.col_stop)
+    )
+    scaled = Window(row, col, row_stop - row, col_stop - col).intersect(extent)
+    assert scaled is not None
+    return scaled
+
+
+def _labelled(
+    config: DataConfig, region: RegionConfig, source: RasterSource | SlideSource, window: Window
+) -> LabelledSource:
+    labels = open_labels(
+        region.labels, source, classes=config.classes, multilabel=config.multilabel, **label_options(config)
+    )
+    return LabelledSource(source, labels, window)
 
 
 def _check_labelled(sources: Sequence[LabelledSource], config: DataConfig, part: str) -> None:
@@ -232,6 +267,7 @@ def _check_labelled(sources: Sequence[LabelledSource], config: DataConfig, part:
 
 
 def _check(config: DataConfig) -> None:
+    check_augment(config.augment)
     if config.mpp is None and (config.slide_mpp is not None or config.tissue is not None):
         raise ConfigError("data.slide_mpp and data.tissue are for slides, which need data.mpp; give it, such as 0.5")
     if config.mpp is not None and (config.nodata is not None or config.resolution is not None):

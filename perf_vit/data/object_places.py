@@ -20,8 +20,13 @@ SAMPLERS = ("random", "objects", "balanced")
 class Places(Protocol):
     """Draws places for windows."""
 
-    def draw(self, rng: np.random.Generator, size_px: int) -> tuple[int, Window]:
-        """Index of an image and a square window of it, which reaches past the edge only of smaller images."""
+    def draw(self, rng: np.random.Generator, size_px: int | Sequence[int]) -> tuple[int, Window]:
+        """Index of an image and a square window of it, which reaches past the edge only of smaller images.
+
+        Args:
+            rng: decides.
+            size_px: side of the window, or one for each image.
+        """
 
 
 class RandomPlaces:
@@ -37,10 +42,10 @@ class RandomPlaces:
         tiles = np.array([max(1, -(-e.height // tile_px)) * max(1, -(-e.width // tile_px)) for e in self.extents])
         self.shares = tiles / tiles.sum()
 
-    def draw(self, rng: np.random.Generator, size_px: int) -> tuple[int, Window]:
+    def draw(self, rng: np.random.Generator, size_px: int | Sequence[int]) -> tuple[int, Window]:
         """Index of an image and a square window of it."""
         image = int(rng.choice(len(self.extents), p=self.shares))
-        return image, random_window(self.extents[image], size_px, rng)
+        return image, random_window(self.extents[image], _size_of(size_px, image), rng)
 
 
 class ObjectPlaces:
@@ -73,7 +78,7 @@ class ObjectPlaces:
         groups = [np.flatnonzero(labels == label) for label in np.unique(labels)]
         self.groups = groups if balanced else [np.arange(len(labels))]
 
-    def draw(self, rng: np.random.Generator, size_px: int) -> tuple[int, Window]:
+    def draw(self, rng: np.random.Generator, size_px: int | Sequence[int]) -> tuple[int, Window]:
         """Index of an image and a square window of it."""
         if rng.random() < self.random_share:
             return self.anywhere.draw(rng, size_px)
@@ -82,9 +87,10 @@ class ObjectPlaces:
         image = int(self.images[index])
         left, top, right, bottom = self.boxes[index].tolist()
         extent = self.anywhere.extents[image]
-        row = _start(top, bottom, extent.height, size_px, rng)
-        col = _start(left, right, extent.width, size_px, rng)
-        return image, Window(row, col, size_px, size_px)
+        side = _size_of(size_px, image)
+        row = _start(top, bottom, extent.height, side, rng)
+        col = _start(left, right, extent.width, side, rng)
+        return image, Window(row, col, side, side)
 
 
 def make_places(sampler: str, records: Sequence[ImageRecord], tile_px: int, random_share: float = 0.25) -> Places:
@@ -99,6 +105,10 @@ def make_places(sampler: str, records: Sequence[ImageRecord], tile_px: int, rand
     if sampler == "random":
         return RandomPlaces(records, tile_px)
     return ObjectPlaces(records, tile_px, balanced=sampler == "balanced", random_share=random_share)
+
+
+def _size_of(size_px: int | Sequence[int], image: int) -> int:
+    return size_px if isinstance(size_px, int) else size_px[image]
 
 
 def _start(low: float, high: float, length: int, size_px: int, rng: np.random.Generator) -> int:

@@ -12,13 +12,14 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from perf_vit.data.augmenting import draw_log_uniform
 from perf_vit.data.labels.crop import objects_in
 from perf_vit.data.labels.records import ImageRecord
 from perf_vit.data.object_places import Places
 from perf_vit.errors import InputError
 from perf_vit.io import open_source
 from perf_vit.tiling import grid_windows
-from perf_vit.transforms import Augmentation, Normalizer, resize_with_objects, turn_with_objects
+from perf_vit.transforms import Augmentation, Normalizer, StainJitter, resize_with_objects, turn_with_objects
 from perf_vit.types import BoolArray, GeoImage, ObjectLabels, Source, Window
 
 __all__ = ["ObjectGrid", "ObjectImages", "ObjectSample", "ObjectWindows", "collate_objects"]
@@ -98,6 +99,9 @@ class ObjectWindows(Dataset[ObjectSample]):
         flips: turn and mirror each tile into one of the eight symmetries of the square.
         scale: (smallest, largest) zoom.
         colors: gain and offset of the bands, see `Augmentation`; None for none.
+        stain: applied before the normalizer; None for none.
+        resolution: instead of `scale`, (smallest, largest) side of a tile's pixel, in the unit of `pixel_sides`.
+        pixel_sides: side of a pixel of each image; needed with `resolution`.
     """
 
     def __init__(
@@ -112,6 +116,9 @@ class ObjectWindows(Dataset[ObjectSample]):
         flips: bool = True,
         scale: tuple[float, float] = (1.0, 1.0),
         colors: Augmentation | None = None,
+        stain: StainJitter | None = None,
+        resolution: tuple[float, float] | None = None,
+        pixel_sides: Sequence[float] | None = None,
     ) -> None:
         self.images = images
         self.places = places
@@ -122,6 +129,9 @@ class ObjectWindows(Dataset[ObjectSample]):
         self.flips = flips
         self.scale = scale
         self.colors = colors
+        self.stain = stain
+        self.resolution = resolution
+        self.pixel_sides = None if pixel_sides is None else np.asarray(pixel_sides)
 
     def __len__(self) -> int:
         return self.length
@@ -129,18 +139,27 @@ class ObjectWindows(Dataset[ObjectSample]):
     def __getitem__(self, index: int) -> ObjectSample:
         """Tile [C, tile_px, tile_px] float32 and its objects; any index >= 0 is allowed."""
         rng = np.random.default_rng((self.seed, index))
-        zoom = float(np.exp(rng.uniform(*np.log(self.scale))))
-        size_px = max(1, round(self.tile_px / zoom))
+        size_px = self._draw_size(rng)
         for _ in range(10):
             image, objects = self.images.read(*self.places.draw(rng, size_px))
             if image.valid.any():
                 break
+        if self.stain is not None:
+            image = self.stain(image, int(rng.integers(2**31)))
         pixels, objects = resize_with_objects(self.normalizer(image), objects, self.tile_px, self.tile_px)
         if self.flips:
             pixels, objects = turn_with_objects(pixels, objects, int(rng.integers(8)))
         if self.colors is not None:
             pixels = _recolored(pixels, self.colors, int(rng.integers(2**31)))
         return torch.from_numpy(pixels), objects
+
+    def _draw_size(self, rng: np.random.Generator) -> int | Sequence[int]:
+        """Side of the window that becomes a tile, in pixels, or one of each image."""
+        if self.resolution is None:
+            return max(1, round(self.tile_px / draw_log_uniform(self.scale, rng)))
+        assert self.pixel_sides is not None
+        sizes = np.rint(self.tile_px * draw_log_uniform(self.resolution, rng) / self.pixel_sides)
+        return np.maximum(1, sizes).astype(int).tolist()
 
 
 class ObjectGrid(Dataset[ObjectSample]):

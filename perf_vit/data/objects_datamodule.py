@@ -11,7 +11,7 @@ import numpy as np
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from perf_vit.data.build import AugmentConfig
+from perf_vit.data.augmenting import AugmentConfig, check_augment, make_stain_jitter, pixel_sides
 from perf_vit.data.epochs import EpochDataModule, ShareSampler
 from perf_vit.data.labels import ImageRecord, ObjectIndex, read_object_labels
 from perf_vit.data.object_places import SAMPLERS, make_places
@@ -158,9 +158,9 @@ def build_object_datamodule(config: ObjectDataConfig, seed: int) -> ObjectDataMo
             index.records,
             bands=config.bands,
             min_visible=config.min_visible,
-            source_options=_source_options(config),
+            source_options=_source_options(mpp, config.slide_mpp),
         )
-        for index in (train_index, val_index)
+        for index, mpp in ((train_index, _training_mpp(config)), (val_index, config.mpp))
     )
     if train.num_bands != val.num_bands:
         raise ConfigError(
@@ -180,6 +180,9 @@ def build_object_datamodule(config: ObjectDataConfig, seed: int) -> ObjectDataMo
         flips=augment.flips,
         scale=augment.scale,
         colors=colors if augment.gain or augment.offset or augment.shuffle else None,
+        stain=make_stain_jitter(augment, train.sources, train.num_bands),
+        resolution=augment.resolution,
+        pixel_sides=pixel_sides(augment, train.sources),
     )
     return ObjectDataModule(
         windows,
@@ -212,9 +215,9 @@ def read_names(path: str | Path, key: str) -> list[str]:
 
 
 def _indices(config: ObjectDataConfig, seed: int) -> tuple[ObjectIndex, ObjectIndex]:
-    train = _read(config, config.train, "data.train")
+    train = _read(config, config.train, "data.train", _training_mpp(config))
     if config.val is not None:
-        return train, _read(config, config.val, "data.val")
+        return train, _read(config, config.val, "data.val", config.mpp)
     num_val = max(1, round(len(train) * config.val_share))
     if num_val >= len(train):
         raise ConfigError(
@@ -222,9 +225,10 @@ def _indices(config: ObjectDataConfig, seed: int) -> tuple[ObjectIndex, ObjectIn
         )
     order = np.random.default_rng(seed).permutation(len(train))
     chosen = set(order[:num_val].tolist())
+    val = train if _training_mpp(config) == config.mpp else _read(config, config.train, "data.train", config.mpp)
     return (
         ObjectIndex(_part(train, chosen, inside=False), train.classes, train.counts),
-        ObjectIndex(_part(train, chosen, inside=True), train.classes, train.counts),
+        ObjectIndex(_part(val, chosen, inside=True), val.classes, val.counts),
     )
 
 
@@ -232,7 +236,14 @@ def _part(index: ObjectIndex, chosen: set[int], *, inside: bool) -> tuple[ImageR
     return tuple(record for position, record in enumerate(index) if (position in chosen) is inside)
 
 
-def _read(config: ObjectDataConfig, split: ObjectSplitConfig, key: str) -> ObjectIndex:
+def _training_mpp(config: ObjectDataConfig) -> float | None:
+    """What slides are read at to train: the smallest that augmentation shows, so that none is enlarged needlessly."""
+    if config.mpp is None or config.augment.resolution is None:
+        return config.mpp
+    return min(config.mpp, config.augment.resolution[0])
+
+
+def _read(config: ObjectDataConfig, split: ObjectSplitConfig, key: str, mpp: float | None) -> ObjectIndex:
     return read_object_labels(
         split.labels,
         split.images,
@@ -241,12 +252,12 @@ def _read(config: ObjectDataConfig, split: ObjectSplitConfig, key: str) -> Objec
         skip_classes=config.skip_classes,
         attribute=config.attribute,
         names=None if split.list is None else read_names(split.list, f"{key}.list"),
-        source_options=_source_options(config),
+        source_options=_source_options(mpp, config.slide_mpp),
     )
 
 
-def _source_options(config: ObjectDataConfig) -> dict[str, Any]:
-    options = {"mpp": config.mpp, "slide_mpp": config.slide_mpp}
+def _source_options(mpp: float | None, slide_mpp: float | None) -> dict[str, Any]:
+    options = {"mpp": mpp, "slide_mpp": slide_mpp}
     return {name: value for name, value in options.items() if value is not None}
 
 
@@ -273,9 +284,7 @@ def _check(config: ObjectDataConfig) -> None:
     for key in ("val_share", "random_share", "min_visible"):
         if not 0 <= getattr(config, key) <= 1:
             raise ConfigError(f"data.{key} must lie between 0 and 1, got {getattr(config, key):g}")
-    low, high = config.augment.scale
-    if not 0 < low <= high:
-        raise ConfigError(f"data.augment.scale must be [smallest, largest] above 0, got [{low:g}, {high:g}]")
+    check_augment(config.augment)
     for key, least in (("tile_px", 1), ("tiles_per_epoch", config.batch_size), ("batch_size", 1), ("num_workers", 0)):
         if getattr(config, key) < least:
             raise ConfigError(f"data.{key} must be at least {least}, got {getattr(config, key)}")

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from functools import lru_cache
+from collections.abc import Callable, Sequence
+from functools import lru_cache, partial
 
 import numpy as np
 import numpy.typing as npt
@@ -16,7 +16,7 @@ from perf_vit.data.image_targets import ImageTargets
 from perf_vit.data.objects import common_bands, open_closed, with_bands
 from perf_vit.errors import InputError
 from perf_vit.tiling import random_window
-from perf_vit.transforms import Augmentation, Normalizer
+from perf_vit.transforms import Augmentation, Normalizer, StainJitter
 from perf_vit.types import GeoImage, Source, Window
 
 __all__ = ["SceneImages", "SceneTiles", "SceneViews", "middle_window", "scene_tile"]
@@ -76,6 +76,7 @@ class SceneTiles(Dataset[tuple[Tensor, Tensor]]):
         length: tiles an epoch.
         seed: decides order, places and augmentation.
         balanced: draw classes alike; only for one class an image.
+        stain: applied before the normalizer; None for none.
     """
 
     def __init__(
@@ -89,6 +90,7 @@ class SceneTiles(Dataset[tuple[Tensor, Tensor]]):
         length: int,
         seed: int,
         balanced: bool = False,
+        stain: StainJitter | None = None,
     ) -> None:
         self.images = images
         self.normalizer = normalizer
@@ -97,6 +99,7 @@ class SceneTiles(Dataset[tuple[Tensor, Tensor]]):
         self.resize = resize
         self.length = length
         self.seed = seed
+        self.stain = stain
         targets = images.labelled.targets
         self._by_class = [np.flatnonzero(targets == index) for index in np.unique(targets)] if balanced else None
 
@@ -109,7 +112,8 @@ class SceneTiles(Dataset[tuple[Tensor, Tensor]]):
         chosen = self._choose(index, rng)
         source = self.images.sources[chosen]
         place = None if self.resize else random_window(source.extent, self.tile_px, rng)
-        pixels = scene_tile(source, self.normalizer, self.tile_px, place)
+        stain = None if self.stain is None else partial(self.stain, seed=int(rng.integers(2**31)))
+        pixels = scene_tile(source, self.normalizer, self.tile_px, place, stain)
         source.close()
         pixels, _ = self.augmentation(pixels, np.zeros(pixels.shape[1:], np.uint8), seed=int(rng.integers(2**31)))
         return torch.from_numpy(pixels), self.images.target(chosen)
@@ -155,7 +159,13 @@ def middle_window(source: Source, tile_px: int) -> Window:
     return Window(row, col, tile_px, tile_px)
 
 
-def scene_tile(source: Source, normalizer: Normalizer, tile_px: int, window: Window | None) -> FloatArray:
+def scene_tile(
+    source: Source,
+    normalizer: Normalizer,
+    tile_px: int,
+    window: Window | None,
+    recolor: Callable[[GeoImage], GeoImage] | None = None,
+) -> FloatArray:
     """Standardised pixels of an image, [C, tile_px, tile_px].
 
     Args:
@@ -163,6 +173,7 @@ def scene_tile(source: Source, normalizer: Normalizer, tile_px: int, window: Win
         normalizer: applied to the pixels; invalid ones become 0.
         tile_px: side of the tile.
         window: the part that becomes the tile; None to resize all of the image, bilinear and without aliasing.
+        recolor: changes the colours before they are standardised.
 
     Raises:
         InputError: the image can't be read, has no valid pixel there, or another number of bands.
@@ -172,6 +183,8 @@ def scene_tile(source: Source, normalizer: Normalizer, tile_px: int, window: Win
     if not image.valid.any():
         raise InputError(f"{source.path} has no valid pixel in its tile of {tile_px} px; leave it out, or check nodata")
     image = with_bands(image, len(normalizer.mean))
+    if recolor is not None:
+        image = recolor(image)
     try:
         pixels = normalizer(image)
     except InputError as error:

@@ -10,7 +10,7 @@ import numpy as np
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from perf_vit.data.build import AugmentConfig
+from perf_vit.data.augmenting import AugmentConfig, check_augment, make_stain_jitter
 from perf_vit.data.epochs import EpochDataModule, ShareSampler
 from perf_vit.data.image_targets import ImageTargets, read_class_folders, read_class_table, read_number_table
 from perf_vit.data.scenes import SceneImages, SceneTiles, SceneViews
@@ -182,6 +182,7 @@ def build_scene_datamodule(config: SceneDataConfig, seed: int) -> SceneDataModul
             length=length,
             seed=seed,
             balanced=isinstance(config, ClassificationDataConfig) and config.sampler == "balanced",
+            stain=make_stain_jitter(augment, train.sources, train.num_bands),
         ),
         SceneViews(val, normalizer, tile_px=config.tile_px, resize=config.resize),
         batch_size=config.batch_size,
@@ -248,6 +249,11 @@ def measured_normalizer(read_reduced: Callable[[int, int], Any], length: int, se
 
 
 def _check(config: SceneDataConfig) -> None:
+    check_augment(config.augment)
+    if config.augment.resolution is not None:
+        raise ConfigError(
+            "data.augment.resolution is for segmentation and detection; give data.augment.scale, which are factors"
+        )
     if isinstance(config, ClassificationDataConfig):
         classes = config.classes
         if classes is not None and (len(classes) < 2 - config.multilabel or len(set(classes)) != len(classes)):

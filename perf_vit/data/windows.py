@@ -11,10 +11,11 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from perf_vit.data.augmenting import draw_log_uniform
 from perf_vit.io import LabelSource
 from perf_vit.tiling import grid_windows, random_window
-from perf_vit.transforms import Augmentation, Normalizer
-from perf_vit.types import IGNORE_INDEX, BoolArray, LabelArray, Source, Window
+from perf_vit.transforms import Augmentation, Normalizer, StainJitter, resize_with_labels
+from perf_vit.types import IGNORE_INDEX, BoolArray, GeoImage, LabelArray, Source, Window
 
 __all__ = ["GridWindows", "LabelledSource", "RandomWindows"]
 
@@ -43,8 +44,13 @@ class LabelledSource:
 
     def read(self, window: Window, normalizer: Normalizer) -> tuple[npt.NDArray[np.float32], LabelArray]:
         """Pixels [C, H, W], standardised, and labels [H, W] or [K, H, W]; `IGNORE_INDEX` where invalid or outside."""
+        image, labels = self.read_image(window)
+        return normalizer(image), labels
+
+    def read_image(self, window: Window) -> tuple[GeoImage, LabelArray]:
+        """As `read`, with the pixels as the source has them."""
         image = self.source.read(window)
-        return normalizer(image), self._labels_where(image.valid, window)
+        return image, self._labels_where(image.valid, window)
 
     def read_labels(self, window: Window) -> LabelArray:
         """The labels of `read`."""
@@ -75,6 +81,10 @@ class RandomWindows(Dataset[tuple[Tensor, Tensor]]):
         tile_px: side of a tile, in pixels.
         length: tiles an epoch.
         seed: decides places and augmentation, whatever the number of workers.
+        stain: applied before the normalizer; None for none.
+        resolution: (smallest, largest) side of a tile's pixel, in the unit of `pixel_sides`. A window of another size
+            than a tile is read then and resized, so it uncovers nothing.
+        pixel_sides: side of a pixel of each source; needed with `resolution`.
     """
 
     def __init__(
@@ -86,6 +96,9 @@ class RandomWindows(Dataset[tuple[Tensor, Tensor]]):
         tile_px: int,
         length: int,
         seed: int,
+        stain: StainJitter | None = None,
+        resolution: tuple[float, float] | None = None,
+        pixel_sides: Sequence[float] | None = None,
     ) -> None:
         self.sources = tuple(sources)
         areas = [float(source.region.height * source.region.width) for source in self.sources]
@@ -95,6 +108,9 @@ class RandomWindows(Dataset[tuple[Tensor, Tensor]]):
         self.tile_px = tile_px
         self.length = length
         self.seed = seed
+        self.stain = stain
+        self.resolution = resolution
+        self.pixel_sides = pixel_sides
 
     def __len__(self) -> int:
         return self.length
@@ -102,14 +118,26 @@ class RandomWindows(Dataset[tuple[Tensor, Tensor]]):
     def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
         """Tile [C, tile_px, tile_px] float32 and labels [(K,) tile_px, tile_px] int64; any index >= 0 is allowed."""
         rng = np.random.default_rng((self.seed, index))
+        side = None if self.resolution is None else draw_log_uniform(self.resolution, rng)
         for _ in range(10):
-            source = self.sources[self._choose(rng)]
-            window = random_window(source.region, self.tile_px, rng)
-            image, labels = source.read(window, self.normalizer)
+            chosen = self._choose(rng)
+            source = self.sources[chosen]
+            window = random_window(source.region, self._window_px(chosen, side), rng)
+            image, labels = source.read_image(window)
             if (labels != IGNORE_INDEX).any():
                 break
-        image, labels = self.augmentation(image, labels, seed=int(rng.integers(2**31)))
-        return torch.from_numpy(image), torch.from_numpy(labels).long()
+        if self.stain is not None:
+            image = self.stain(image, int(rng.integers(2**31)))
+        pixels, labels = resize_with_labels(self.normalizer(image), labels, self.tile_px, self.tile_px)
+        pixels, labels = self.augmentation(pixels, labels, seed=int(rng.integers(2**31)))
+        return torch.from_numpy(pixels), torch.from_numpy(labels).long()
+
+    def _window_px(self, source: int, side: float | None) -> int:
+        """How many pixels of a source a tile with pixels of this side takes."""
+        if side is None:
+            return self.tile_px
+        assert self.pixel_sides is not None
+        return max(1, round(self.tile_px * side / self.pixel_sides[source]))
 
     def _choose(self, rng: np.random.Generator) -> int:
         # One source takes no draw, so its windows are the same as ever.

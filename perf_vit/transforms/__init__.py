@@ -2,7 +2,14 @@
 
 from perf_vit.transforms.augment import Augmentation
 from perf_vit.transforms.normalize import Normalizer
-from perf_vit.transforms.objects import resize_with_objects, turn_with_objects
+from perf_vit.transforms.objects import resize_with_labels, resize_with_objects, turn_with_objects
 from perf_vit.transforms.stain import StainJitter
 
-__all__ = ["Augmentation", "Normalizer", "StainJitter", "resize_with_objects", "turn_with_objects"]
+__all__ = [
+    "Augmentation",
+    "Normalizer",
+    "StainJitter",
+    "resize_with_labels",
+    "resize_with_objects",
+    "turn_with_objects",
+]

@@ -1,19 +1,21 @@
-"""Symmetries and sizes of an image together with its objects, exact for boxes, oriented boxes and masks."""
+"""Symmetries and sizes of an image together with its labels, exact for boxes, oriented boxes and masks."""
 
 from __future__ import annotations
 
 import math
+from typing import TypeVar
 
 import numpy as np
 import numpy.typing as npt
 import torch
 import torch.nn.functional as F
 
-from perf_vit.types import BoolArray, ObjectLabels
+from perf_vit.types import BoolArray, LabelArray, ObjectLabels
 
-__all__ = ["resize_with_objects", "turn_with_objects"]
+__all__ = ["resize_with_labels", "resize_with_objects", "turn_with_objects"]
 
 FloatArray = npt.NDArray[np.float32]
+_Layer = TypeVar("_Layer", np.bool_, np.uint8)
 
 
 def turn_with_objects(image: FloatArray, objects: ObjectLabels, symmetry: int) -> tuple[FloatArray, ObjectLabels]:
@@ -50,16 +52,39 @@ def resize_with_objects(
     if (rows, cols) == (height, width):
         return image, objects
     y, x = height / rows, width / cols
-    resized = F.interpolate(torch.from_numpy(image)[None], (height, width), mode="bilinear", antialias=True)[0]
     oriented = objects.oriented_boxes
     if oriented is not None:
         both = math.sqrt(x * y)
         oriented = oriented * np.array([x, y, both, both, 1], np.float32)
-    masks = objects.masks
-    if masks is not None:
-        masks = masks[:, _nearest(rows, height)[:, None], _nearest(cols, width)]
+    masks = None if objects.masks is None else _resized_layers(objects.masks, height, width)
     boxes = objects.boxes_xyxy * np.array([x, y, x, y], np.float32)
-    return resized.numpy(), _with(objects, boxes, oriented, masks)
+    return _resized(image, height, width), _with(objects, boxes, oriented, masks)
+
+
+def resize_with_labels(image: FloatArray, labels: LabelArray, height: int, width: int) -> tuple[FloatArray, LabelArray]:
+    """Resize an image, bilinear and without aliasing; labels take their nearest pixel.
+
+    Args:
+        image: [C, H, W].
+        labels: class indices, [H, W], or layers, [K, H, W].
+        height: of the result.
+        width: of the result.
+    """
+    if image.shape[1:] == (height, width):
+        return image, labels
+    return _resized(image, height, width), _resized_layers(labels, height, width)
+
+
+def _resized(image: FloatArray, height: int, width: int) -> FloatArray:
+    batch = torch.from_numpy(image)[None]
+    resized = F.interpolate(batch, (height, width), mode="bilinear", antialias=True)[0]
+    return np.asarray(resized.numpy(), np.float32)
+
+
+def _resized_layers(layers: npt.NDArray[_Layer], height: int, width: int) -> npt.NDArray[_Layer]:
+    """[..., H, W] at other sizes, each pixel as its nearest one."""
+    rows, cols = layers.shape[-2:]
+    return layers[..., _nearest(rows, height)[:, None], _nearest(cols, width)]
 
 
 def _nearest(size: int, new_size: int) -> npt.NDArray[np.int64]:
