@@ -24,14 +24,13 @@ class AugmentConfig:
 
     Attributes:
         flips: the eight symmetries of the square: right for imagery seen from above.
-        scale: (smallest, largest) zoom; (1, 1) for none.
+        scale: (smallest, largest) zoom; (1, 1) for none. Of maps and classifiers, each axis has a zoom of its own.
         resolution: instead of `scale`, (smallest, largest) side of a pixel of a tile: micrometres of slides, units of
             the CRS of rasters. Windows are larger or smaller than a tile accordingly.
         gain: each band is multiplied by a factor from [1 - gain, 1 + gain].
         offset: each band is shifted by an amount from [-offset, offset], in standard deviations.
         shuffle: probability of a random order of the bands, where shapes tell more than colours do.
-        stain: jitter of the stains of haematoxylin and eosin, 0.2 is as large as between laboratories; for red, green
-            and blue of 8 bits.
+        stain: jitter of the stains of haematoxylin and eosin, 0.2 is a lot; for red, green and blue of 8 bits.
     """
 
     flips: bool = True

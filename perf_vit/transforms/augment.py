@@ -72,8 +72,8 @@ class Augmentation:
 
     Args:
         flips: the eight symmetries of the square: right for imagery seen from above.
-        scale: (smallest, largest) zoom about the tile's centre; (1, 1) for none. What a zoom below 1 uncovers is
-            0 in the image and ignored in the labels.
+        scale: (smallest, largest) zoom about the tile's centre, each axis by a factor of its own; (1, 1) for none. What
+            a zoom below 1 uncovers is 0 in the image and ignored in the labels.
         gain: see `BandGainOffset`; 0 with offset 0 for none.
         offset: see `BandGainOffset`.
         shuffle: probability of a random order of the bands, where shapes tell more than colours do.

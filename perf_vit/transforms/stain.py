@@ -24,7 +24,7 @@ ByteArray = npt.NDArray[np.uint8]
 _STAINS = np.array([[0.650, 0.704, 0.286], [0.072, 0.990, 0.105], [0.268, 0.570, 0.776]])
 _STAINS /= np.linalg.norm(_STAINS, axis=1, keepdims=True)
 
-# Glass has no stain to multiply; a shift of this share of the jitter tints it as little as scanners do.
+# Glass has no stain to multiply; a shift of this share of the jitter tints it only slightly.
 _SHIFT = 0.25
 
 # -log10 of each of the 256 values; black is taken as 1, since there is no light to take a logarithm of.
@@ -61,7 +61,7 @@ class StainJitter:
     which tints the glass, too. What stain is independent of, such as where nuclei lie, stays.
 
     Args:
-        amount: 0.05 is hardly seen, 0.2 is as large as between laboratories.
+        amount: 0.05 is hardly seen, 0.2 is a lot.
 
     Raises:
         ConfigError: `amount` is not between 0 and 1.
