@@ -255,6 +255,24 @@ def test_stains_change_the_colours_of_every_task_alone(tmp_path) -> None:
             assert torch.equal(target, same) if name != "objects" else (target.masks == same.masks).all()
 
 
+def test_a_classifier_takes_shuffled_bands(tmp_path) -> None:
+    for number in range(4):
+        write_image(tmp_path / "ab"[number % 2] / f"{number}.png", height=32, width=32, seed=number)
+    split = ImageSplitConfig(images=str(tmp_path))
+    given = {"train": split, "val": split, "tile_px": 32, "batch_size": 2}
+    plain, shuffled = (
+        build_scene_datamodule(
+            ClassificationDataConfig(augment=AugmentConfig(flips=False, shuffle=shuffle), **given), seed=0
+        ).train
+        for shuffle in (0.0, 1.0)
+    )
+    orders = [
+        [band for one in shuffled[i][0] for band in range(3) if torch.equal(one, plain[i][0][band])] for i in range(12)
+    ]
+    assert all(sorted(order) == [0, 1, 2] for order in orders)
+    assert len({tuple(order) for order in orders}) > 2
+
+
 def test_a_tile_of_a_classifier_has_gain_and_offset(tmp_path) -> None:
     for number in range(4):
         write_image(tmp_path / "ab"[number % 2] / f"{number}.png", height=32, width=32, seed=number)
