@@ -176,7 +176,13 @@ def build_scene_datamodule(config: SceneDataConfig, seed: int) -> SceneDataModul
         SceneTiles(
             train,
             normalizer,
-            Augmentation(flips=augment.flips, scale=augment.scale, gain=augment.gain, offset=augment.offset),
+            Augmentation(
+                flips=augment.flips,
+                scale=augment.scale,
+                gain=augment.gain,
+                offset=augment.offset,
+                shuffle=augment.shuffle,
+            ),
             tile_px=config.tile_px,
             resize=config.resize,
             length=length,
