@@ -119,22 +119,20 @@ def choose_sinks(q: Tensor, k: Tensor, num_sinks: int, num_prefix_tokens: int, k
 
 
 @dataclass(frozen=True, eq=False)
-class _Blank:
-    """What is the same for all groups of windows of one size, and room for the rest.
+class _Windows:
+    """What belongs to the windows of a group: views of it, [B, H, .., .., h, w, C].
 
     Attributes:
-        near_k: keys of the windows, [B, H, W, T, C].
-        near_v: values of the windows, [B, H, W, T, C].
-        q: queries, [B, H, W, T, C].
-        k: all keys that a query attends to: of its window, those that all see, and features, [B, H, W, n, C].
-        v: their values, [B, H, W, n, C].
+        q: queries.
+        k: keys.
+        v: values.
+        log_mask: of the keys.
     """
 
-    near_k: Tensor
-    near_v: Tensor
     q: Tensor
     k: Tensor
     v: Tensor
+    log_mask: Tensor
 
 
 @dataclass(frozen=True, eq=False)
@@ -143,10 +141,8 @@ class _Attention:
 
     An estimate is a softmax too: that of a query's logits with the rows of the projection, and its values are the means
     that the features of the keys weight. So a query attends, in one exact attention, to the keys of its window, to
-    those that all queries see, and to M features in place of all other keys. A few more columns carry what is no
-    product: queries are [q / sqrt(D), log h(q), 1, 0], keys [k, 0, log mask, log h(k)] and features
-    [row, 1, log z, 0], or as queries of the keys that they sum [row, 0, 1, 1]. Values have a column of ones, whose
-    sums are z.
+    those that all queries see, and to M features in place of all other keys. Two more columns carry what is no
+    product: queries are [q / sqrt(D), log h(q), 1], keys [k, 0, log mask] and features [row, 1, log z].
 
     Attributes:
         q: queries of the grid, [B, H, N, D].
@@ -185,21 +181,22 @@ class _Attention:
         (query_rows, query_offset), (key_rows, key_offset) = (
             rows(dtype) for rows in (self.feature_map.query_rows, self.feature_map.key_rows)
         )
-        key_rows = _with_columns(key_rows, self.num_columns, 0.0, 1.0, 1.0)
-        far_keys = _with_columns(query_rows * self.q.shape[-1] ** 0.5, self.num_columns, 1.0, 0.0, 0.0)
-        sizes = {group.size: group for group in groups}
-        blanks = {size: self._blank(group, far_keys) for size, group in sizes.items()}
-        sums = [self._call(self._sum_windows, group, key_rows, blanks[group.size]) for group in groups]
+        key_rows = _with_columns(key_rows, key_rows.shape[-1] + 1, 1.0)
+        far_rows = query_rows * self.q.shape[-1] ** 0.5
+        parts = (to_windows(x, self.grid, groups) for x in (self.q, self.k, self.v, self.log_mask))
+        windows = [_Windows(*each) for each in zip(*parts, strict=True)]
+        sums = [self._call(self._sum_windows, each, key_rows) for each in windows]
         total, log_scale = sums[0][0].sum(dim=2), sums[0][1]
         for s, c in sums[1:]:
             larger = torch.maximum(log_scale, c)
             mine_by, its_by = exp_(log_scale - larger).unsqueeze(-1), exp_(c - larger).unsqueeze(-1)
             total, log_scale = total * mine_by + s.sum(dim=2) * its_by, larger
         offset = (log_scale.unsqueeze(-2) + query_offset + key_offset).mT.unsqueeze(2)
-        for group, (s, c) in zip(groups, sums, strict=True):
+        blanks = {} if self.differentiable else {group.size: self._blank(group, far_rows) for group in groups}
+        for group, each, (s, c) in zip(groups, windows, sums, strict=True):
             own_by = exp_(c - log_scale)[:, :, None, :, None]
-            out = self._call(self._attend, group, total.unsqueeze(2), s, own_by, offset, blanks[group.size])
-            yield from_windows(out, group)
+            arguments = (each, total.unsqueeze(2), s, own_by, offset, far_rows, blanks.get(group.size))
+            yield from_windows(self._call(self._attend, *arguments), group)
 
     def _call(self, function: Callable[..., Any], *arguments: Any) -> Any:
         """Call it so that the backward pass computes it again: nothing of a group's size is kept."""
@@ -207,68 +204,74 @@ class _Attention:
             return checkpoint(function, *arguments, use_reentrant=False, preserve_rng_state=False)
         return function(*arguments)
 
-    def _sum_windows(self, group: WindowGroup, rows: Tensor, blank: _Blank) -> tuple[Tensor, Tensor]:
-        """[S, z] of each window, [B, H, W, M, C], and their common logarithmic scale, [B, H, M]."""
-        keys, values = self._mine(blank.near_k), self._mine(blank.near_v)
-        self._fill_in(group, keys, values)
-        head_dim, keys = self.k.shape[-1], keys.flatten(2, 3)
-        log_amplitude = self.feature_map.key_log_amplitude(self.feature_map.key_inputs(keys[..., :head_dim]))
+    def _sum_windows(self, own: _Windows, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """[S, z] of each window, [B, H, W, M, Dv + 1], and their common logarithmic scale, [B, H, M]."""
+        log_mask = self._tokens(own.log_mask)
+        keys = self._tokens(own.k).flatten(2, 3)
+        log_amplitude = self.feature_map.key_log_amplitude(self.feature_map.key_inputs(keys))
         assert log_amplitude is not None
-        keys[..., head_dim + 2 : head_dim + 3] = log_amplitude
-        logs = keys @ rows.mT
+        logs = torch.cat([keys, log_amplitude + log_mask.flatten(2, 3)], dim=-1) @ rows.mT
         log_scale = logs.detach().amax(dim=-2).clamp(min=LOWEST_SCALE)
         # The e^-40 that is left of a masked key, beside 1, is nothing.
-        features = exp_(logs.sub_(log_scale.unsqueeze(-2)))
-        return split_dim(features, 2, *values.shape[2:4]).mT @ values, log_scale
+        features = split_dim(exp_(logs.sub_(log_scale.unsqueeze(-2))), 2, *log_mask.shape[2:4])
+        return features.mT @ _with_columns(self._tokens(own.v), own.v.shape[-1] + 1, 1.0), log_scale
 
     def _attend(
-        self, group: WindowGroup, total: Tensor, own: Tensor, own_by: Tensor, offset: Tensor, blank: _Blank
+        self,
+        own: _Windows,
+        total: Tensor,
+        sums: Tensor,
+        own_by: Tensor,
+        offset: Tensor,
+        far_rows: Tensor,
+        blank: tuple[Tensor, Tensor] | None,
     ) -> Tensor:
         """Attention of the queries of some windows, [B, H, W x T, Dv]."""
-        q, k, v = self._mine(blank.q), self._mine(blank.k), self._mine(blank.v)
-        value_dim, head_dim = self.v.shape[-1], self.q.shape[-1]
+        head_dim, value_dim = own.q.shape[-1], own.v.shape[-1]
         # All windows but a query's own.
-        far = torch.addcmul(total, own, own_by, value=-1.0) if self.own else total
+        far = torch.addcmul(total, sums, own_by, value=-1.0) if self.own else total.expand_as(sums)
         limits, ones = torch.finfo(far.dtype), slice(value_dim, value_dim + 1)
         # Where a window holds all that a feature sees, rounding errors are left of the others.
         z = far[..., ones].clamp(min=0.0) + (total[..., ones] * limits.eps + limits.tiny)
-        features = slice(k.shape[3] - far.shape[3], None)
-        k[:, :, :, features, head_dim + 1 : head_dim + 2] = z.log() + offset
-        v[:, :, :, features] = far / z
-        if self.own:
-            near = slice(0, q.shape[3])
-            self._fill_in(group, k[:, :, :, near], v[:, :, :, near])
-        own_q = self._windows(self.q, group)
-        _as_windows(q, group)[..., :head_dim] = own_q * head_dim**-0.5
-        log_amplitude = self._log_amplitude(own_q.reshape(*q.shape[:2], -1, head_dim))
-        q[..., head_dim : head_dim + 1] = log_amplitude.view(*q.shape[:4], 1)
+        log_z, means = z.log() + offset, far[..., :value_dim] / z
+        k, v = self._join(own, far_rows, log_z, means) if blank is None else self._fill_in(own, log_z, means, *blank)
+        own_q = self._tokens(own.q)
+        log_amplitude = self._log_amplitude(own_q.flatten(2, 3)).view(*own_q.shape[:4], 1)
+        q = _with_columns(own_q * head_dim**-0.5, self.num_columns, log_amplitude, 1.0)
         q, k, v = (x.flatten(0, 2).unsqueeze(1) for x in (q, k, v))
         out = F.scaled_dot_product_attention(q, k, v, scale=1.0)
         return out.view(*self.q.shape[:2], -1, out.shape[-1])[..., :value_dim]
 
-    def _blank(self, group: WindowGroup, far_keys: Tensor) -> _Blank:
-        tokens = math.prod(group.window)
+    def _join(self, own: _Windows, far_rows: Tensor, log_z: Tensor, means: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys and values that a window's queries attend to, [B, H, W, n, C] each, for a backward pass to follow."""
+        each = log_z.shape[:3]
+        far_k = _with_columns(far_rows.unsqueeze(2).expand(*each, -1, -1), self.num_columns, 1.0, log_z)
+        k, v = ([x.unsqueeze(2).expand(*each, -1, -1)] for x in self.shared)
+        if self.own:
+            k.insert(0, _with_columns(self._tokens(own.k), self.num_columns, 0.0, self._tokens(own.log_mask)))
+            v.insert(0, _with_columns(self._tokens(own.v), self.num_columns))
+        return torch.cat([*k, far_k], dim=3), torch.cat([*v, _with_columns(means, self.num_columns)], dim=3)
+
+    def _fill_in(self, own: _Windows, log_z: Tensor, means: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """The same, written on what all groups of windows of one size share."""
+        head_dim, value_dim, far = self.q.shape[-1], self.v.shape[-1], slice(k.shape[3] - means.shape[3], None)
+        k[:, :, :, far, head_dim + 1 : head_dim + 2] = log_z
+        v[:, :, :, far, :value_dim] = means
+        if self.own:
+            shape, near = own.q.shape[2:6], slice(0, own.q.shape[4] * own.q.shape[5])
+            near_k, near_v = (split_dim(split_dim(x[:, :, :, near], 3, *shape[2:]), 2, *shape[:2]) for x in (k, v))
+            near_k[..., :head_dim] = own.k
+            near_k[..., head_dim + 1 : head_dim + 2] = own.log_mask
+            near_v[..., :value_dim] = own.v
+        return k, v
+
+    def _blank(self, group: WindowGroup, far_rows: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys and values as `_join` has them, but for the windows' own and what is known of the features."""
         each = (*self.q.shape[:2], math.prod(group.shape))
-        near_k = self.log_mask.new_zeros(*each, tokens, self.num_columns)
-        q, near_v = near_k.clone(), near_k.clone()
-        q[..., self.q.shape[-1] + 1] = 1.0
-        near_v[..., self.v.shape[-1]] = 1.0
-        near = near_k[:, :, :, : tokens if self.own else 0]
+        near = self.log_mask.new_zeros(*each, math.prod(group.window) if self.own else 0, self.num_columns)
         shared_k, shared_v = (x.unsqueeze(2).expand(*each, -1, -1) for x in self.shared)
-        far = far_keys.unsqueeze(2).expand(*each, -1, -1)
-        k = torch.cat([near, shared_k, far], dim=3)
-        return _Blank(near_k, near_v, q, k, torch.cat([near, shared_v, torch.zeros_like(far)], dim=3))
-
-    def _mine(self, blank: Tensor) -> Tensor:
-        """A blank to write on: itself, where no backward pass needs what was written before."""
-        return blank.clone() if self.differentiable else blank
-
-    def _fill_in(self, group: WindowGroup, keys: Tensor, values: Tensor) -> None:
-        """Write the keys, their masks and values into [B, H, W, T, C]."""
-        head_dim, keys, values = self.k.shape[-1], _as_windows(keys, group), _as_windows(values, group)
-        keys[..., :head_dim] = self._windows(self.k, group)
-        keys[..., head_dim + 1 : head_dim + 2] = self._windows(self.log_mask, group)
-        values[..., : self.v.shape[-1]] = self._windows(self.v, group)
+        far = _with_columns(far_rows, self.num_columns, 1.0).unsqueeze(2).expand(*each, -1, -1)
+        return torch.cat([near, shared_k, far], dim=3), torch.cat([near, shared_v, torch.zeros_like(far)], dim=3)
 
     def _log_amplitude(self, q: Tensor) -> Tensor:
         """Of queries, [B, H, W x T, 1], beside exact weights."""
@@ -279,8 +282,9 @@ class _Attention:
         center = self.feature_map.balancing.key_center.to(q.dtype) * q.shape[-1] ** -0.5
         return log_amplitude + q @ center.mT
 
-    def _windows(self, x: Tensor, group: WindowGroup) -> Tensor:
-        return to_windows(x, self.grid, group).to(self.log_mask.dtype)
+    def _tokens(self, windows: Tensor) -> Tensor:
+        """[B, H, .., .., h, w, C] -> [B, H, W, T, C] in the dtype of the sums."""
+        return windows.to(self.log_mask.dtype).flatten(4, 5).flatten(2, 3)
 
 
 def _attend(
@@ -320,8 +324,9 @@ def _shared_keys(
     places = torch.arange(num_prefix_tokens, device=k.device).expand(*sinks.shape[:2], -1)
     places = torch.cat([places, sinks], dim=-1).unsqueeze(-1)
     k, v, log_mask = (torch.take_along_dim(x, places, dim=2).to(log_mask.dtype) for x in (k, v, log_mask))
-    num_columns = max(k.shape[-1] + 4, v.shape[-1] + 1)
-    return _with_columns(k, num_columns, 0.0, log_mask, 0.0), _with_columns(v, num_columns, 1.0)
+    # Fused attention on GPUs needs rows of 16 bytes.
+    num_columns = -(-max(k.shape[-1] + 2, v.shape[-1]) // 4) * 4
+    return _with_columns(k, num_columns, 0.0, log_mask), _with_columns(v, num_columns)
 
 
 def _exact(q: Tensor, k: Tensor, v: Tensor, log_mask: Tensor) -> Tensor:
@@ -344,11 +349,6 @@ def _join(prefix: Tensor, parts: Iterator[Tensor], groups: list[WindowGroup], gr
     for group, part in zip(groups, parts, strict=True):
         patches[:, group.rows, group.columns] = part
     return out.transpose(1, 2)
-
-
-def _as_windows(x: Tensor, group: WindowGroup) -> Tensor:
-    """[B, H, W, T, C] -> a view of it, [B, H, .., .., h, w, C]."""
-    return split_dim(split_dim(x, 3, *group.window), 2, *group.shape)
 
 
 def _with_columns(x: Tensor, num_columns: int, *columns: Tensor | float) -> Tensor:

@@ -58,14 +58,22 @@ def group_windows(grid: tuple[int, int], window: tuple[int, int], max_windows: i
     ]
 
 
-def to_windows(x: Tensor, grid: tuple[int, int], group: WindowGroup) -> Tensor:
-    """Tokens of a grid, [B, H, rows x columns, C] -> a view of a group's windows, [B, H, .., .., h, w, C].
+def to_windows(x: Tensor, grid: tuple[int, int], groups: list[WindowGroup]) -> list[Tensor]:
+    """Tokens of a grid, [B, H, rows x columns, C] -> views of the windows of each group, [B, H, .., .., h, w, C].
 
-    The dots are the rows and columns of windows, h and w the rows and columns of a window.
+    The dots are the rows and columns of windows, h and w the rows and columns of a window. The groups must cover the
+    grid, as `group_windows` has them: their gradients are then joined once, where those of slices would be added up as
+    tensors of the whole grid, one for each group.
     """
-    x = split_dim(x, 2, *grid)[:, :, group.rows, group.columns]
-    x = split_dim(split_dim(x, 3, -1, group.window[1]), 2, -1, group.window[0])
-    return x.transpose(3, 4)
+    heights = {group.rows.start: group.rows.stop - group.rows.start for group in groups}
+    widths = {group.columns.start: group.columns.stop - group.columns.start for group in groups}
+    parts: list[Tensor] = []
+    for band in torch.split(split_dim(x, 2, *grid), list(heights.values()), dim=2):
+        parts.extend(torch.split(band, list(widths.values()), dim=3))
+    return [
+        split_dim(split_dim(part, 3, -1, group.window[1]), 2, -1, group.window[0]).transpose(3, 4)
+        for part, group in zip(parts, groups, strict=True)
+    ]
 
 
 def from_windows(x: Tensor, group: WindowGroup) -> Tensor:

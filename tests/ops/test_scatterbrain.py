@@ -5,6 +5,7 @@ import torch
 from attention_cases import FIXED_OPRF, assert_same, value_and_gradients
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from perf_vit.ops import draw_projection, favor_attention, fit_balancing, scatterbrain_attention
 from perf_vit.ops.kernels import get_kernel
@@ -13,6 +14,21 @@ from perf_vit.ops.scatterbrain import choose_sinks
 from perf_vit.ops.windows import even_window, from_windows, group_windows, to_windows, window_numbers
 
 KERNELS = [get_kernel("softmax+"), get_kernel("softmax-hyp+"), FIXED_OPRF]
+
+
+class CountElements(TorchDispatchMode):
+    """Counts the elements of all tensors that operations return, backward pass included."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.elements = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        # A view is not written.
+        if isinstance(out, torch.Tensor) and not func.is_view:
+            self.elements += out.numel()
+        return out
 
 
 def make(grid: tuple[int, int], num_prefix: int, kernel="softmax-hyp+", batch: int = 2, head_dim: int = 16):
@@ -50,6 +66,18 @@ def test_value_and_gradient_match_the_dense_definition(
     with torch.no_grad():
         untracked = scatterbrain_attention(q, k, v, w, grid, window_size, num_sinks, *options)
     torch.testing.assert_close(untracked, actual[0], rtol=1e-12, atol=1e-12)
+
+
+def test_work_grows_with_the_number_of_tokens_alone() -> None:
+    def elements(side: int) -> int:
+        q, k, v, w = (x.float() for x in make((side, side), 1, batch=1))
+        with CountElements() as counted:
+            out = scatterbrain_attention(q.requires_grad_(), k, v, w, (side, side), window_size=8, num_sinks=16)
+            out.sum().backward()
+        return counted.elements
+
+    # Four times the tokens; gradients of slices of the whole would make it 5.5 here.
+    assert elements(192) < 4.2 * elements(96)
 
 
 def test_groups_of_windows_join_seamlessly() -> None:
@@ -152,13 +180,15 @@ def test_groups_of_windows_hold_each_token_once(rows: int, columns: int, largest
     tokens = torch.arange(1, rows * columns + 1).reshape(1, 1, -1, 1)
     numbers = window_numbers(grid, window).reshape(1, 1, -1, 1)
     seen, seen_numbers = [], []
-    for group in group_windows(grid, window, max_windows):
+    groups = group_windows(grid, window, max_windows)
+    for group, windows, owners in zip(
+        groups, to_windows(tokens, grid, groups), to_windows(numbers, grid, groups), strict=True
+    ):
         assert math.prod(group.shape) <= max_windows
-        windows = to_windows(tokens, grid, group).reshape(1, 1, -1, 1)
         rectangle = tokens.reshape(grid)[group.rows, group.columns]
-        assert torch.equal(from_windows(windows, group)[0, :, :, 0, 0], rectangle)
+        assert torch.equal(from_windows(windows.reshape(1, 1, -1, 1), group)[0, :, :, 0, 0], rectangle)
         seen += rectangle.flatten().tolist()
-        for own in to_windows(numbers, grid, group).reshape(math.prod(group.shape), -1).tolist():
+        for own in owners.reshape(math.prod(group.shape), -1).tolist():
             (number,) = set(own)
             seen_numbers.append(number)
     assert sorted(seen) == list(range(1, rows * columns + 1))
