@@ -47,6 +47,13 @@ def test_averaged_weights_are_what_a_checkpoint_gives(data_config, tmp_path) -> 
     assert torch.equal(plain.model.state_dict()[name], last[name])
 
 
+def test_training_is_deterministic_without_writing_nan_to_new_tensors(data_config, tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", True)
+    _fit(data_config, tmp_path, max_epochs=1)
+    assert torch.are_deterministic_algorithms_enabled()
+    assert not torch.utils.deterministic.fill_uninitialized_memory
+
+
 def test_accumulated_batches_make_fewer_steps(data_config, tmp_path) -> None:
     _, trainer = _fit(data_config, tmp_path, accumulate_batches=2, max_epochs=1)
     assert trainer.global_step == 2
