@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from perf_vit.data.augmenting import AugmentConfig, check_augment, make_stain_jitter, pixel_side, pixel_sides
+from perf_vit.data.band_statistics import given_normalizer
 from perf_vit.data.datamodule import WindowDataModule
 from perf_vit.data.windows import GridWindows, LabelledSource, RandomWindows
 from perf_vit.errors import ConfigError, DataWarning, InputError
@@ -116,7 +117,7 @@ def build_datamodule(config: DataConfig, seed: int) -> WindowDataModule:
     sides = pixel_sides(config.augment, sources)
     _check_labelled(rasters, config, "train")
     _check_labelled([val], config, "val")
-    normalizer = _normalizer(config, rasters)
+    normalizer = given_normalizer(config.mean, config.std, rasters[0].source.num_bands) or _measured(rasters)
     augmentation = Augmentation(
         flips=config.augment.flips,
         scale=config.augment.scale,
@@ -169,16 +170,8 @@ def region_window(region: list[int] | None, source: Source, key: str) -> Window:
     return window
 
 
-def _normalizer(config: DataConfig, rasters: list[LabelledSource]) -> Normalizer:
-    if config.mean is None or config.std is None:
-        return Normalizer.from_images([one.source.read_reduced(_STATISTICS_PX, one.region) for one in rasters])
-    num_bands = rasters[0].source.num_bands
-    if not len(config.mean) == len(config.std) == num_bands or min(config.std) <= 0:
-        raise ConfigError(
-            f"data.mean and data.std must give one value for each of {num_bands} bands, std above 0, "
-            f"got {list(config.mean)} and {list(config.std)}"
-        )
-    return Normalizer(tuple(config.mean), tuple(config.std))
+def _measured(rasters: list[LabelledSource]) -> Normalizer:
+    return Normalizer.from_images([one.source.read_reduced(_STATISTICS_PX, one.region) for one in rasters])
 
 
 def label_options(config: DataConfig) -> dict[str, Any]:
@@ -278,8 +271,6 @@ def _check(config: DataConfig) -> None:
         raise ConfigError(f"data.classes must name {least_classes} to {IGNORE_INDEX} classes, got {num_classes}")
     if config.values is not None and len(config.values) != num_classes:
         raise ConfigError(f"data.values must give one value a class, got {len(config.values)} for {num_classes}")
-    if (config.mean is None) != (config.std is None):
-        raise ConfigError("data.mean and data.std go together; give both, or neither to have them measured")
     if config.background is not None and not 0 <= config.background < num_classes:
         raise ConfigError(f"data.background must be a class index below {num_classes}, got {config.background}")
     for key, least in (("tile_px", 1), ("tiles_per_epoch", config.batch_size), ("batch_size", 1), ("num_workers", 0)):

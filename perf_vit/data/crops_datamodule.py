@@ -9,6 +9,7 @@ import numpy as np
 from torch import Tensor
 from torch.utils.data import DataLoader
 
+from perf_vit.data.band_statistics import given_normalizer
 from perf_vit.data.crops import UnlabelledCrops, find_images
 from perf_vit.data.epochs import EpochDataModule, ShareSampler
 from perf_vit.errors import ConfigError, InputError
@@ -93,7 +94,9 @@ def build_crops(
             "data.batch_size and data.num_val_crops must be at least 1 and data.num_workers 0 or more, got "
             f"{config.batch_size}, {config.num_val_crops} and {config.num_workers}"
         )
-    normalizer = _normalizer(config, mean, std)
+    normalizer = given_normalizer(config.mean, config.std, len(mean)) or Normalizer(
+        tuple(255 * value for value in mean), tuple(255 * value for value in std)
+    )
     parts = []
     for images, length, symmetries in (
         (config.images, steps_per_epoch * config.batch_size, True),
@@ -112,19 +115,6 @@ def build_crops(
             _check_bytes(crops)
         parts.append(crops)
     return CropsDataModule(*parts, batch_size=config.batch_size, num_workers=config.num_workers)
-
-
-def _normalizer(config: CropsConfig, mean: Sequence[float], std: Sequence[float]) -> Normalizer:
-    if (config.mean is None) != (config.std is None):
-        raise ConfigError("data.mean and data.std go together; give both or none")
-    if config.mean is None or config.std is None:
-        return Normalizer(tuple(255 * value for value in mean), tuple(255 * value for value in std))
-    if not len(config.mean) == len(config.std) == len(mean) or min(config.std) <= 0:
-        raise ConfigError(
-            f"data.mean and data.std must give {len(mean)} values each, one a band that the model takes, std above 0, "
-            f"got {config.mean} and {config.std}"
-        )
-    return Normalizer(tuple(config.mean), tuple(config.std))
 
 
 def _check_bytes(crops: UnlabelledCrops) -> None:

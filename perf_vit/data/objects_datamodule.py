@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -12,21 +11,18 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from perf_vit.data.augmenting import AugmentConfig, check_augment, make_stain_jitter, pixel_sides
+from perf_vit.data.band_statistics import given_normalizer, measured_normalizer
 from perf_vit.data.epochs import EpochDataModule, ShareSampler
 from perf_vit.data.labels import ImageRecord, ObjectIndex, read_object_labels
 from perf_vit.data.object_places import SAMPLERS, make_places
 from perf_vit.data.objects import ObjectGrid, ObjectImages, ObjectWindows, collate_objects
-from perf_vit.errors import ConfigError, DataWarning
-from perf_vit.transforms import Augmentation, Normalizer
+from perf_vit.errors import ConfigError
+from perf_vit.transforms import Augmentation
 from perf_vit.types import ObjectLabels
 
 __all__ = ["ObjectDataConfig", "ObjectDataModule", "ObjectSplitConfig", "build_object_datamodule", "read_names"]
 
 ObjectBatch = tuple[list[Tensor], list[ObjectLabels]]
-
-# Images to measure the bands' statistics on, and their longest side: enough for two digits, read in a second.
-_STATISTICS_IMAGES = 64
-_STATISTICS_PX = 256
 
 
 @dataclass(kw_only=True)
@@ -59,6 +55,9 @@ class ObjectDataConfig:
         attribute: of the polygons or instances formats: the column that holds class names. Without it every object is
             of the first class.
         bands: 1-based bands to use; all but alpha if left out.
+        mean: of each band, in the images' units, for standardisation, such as what a backbone was pretrained with;
+            measured on training images if left out.
+        std: standard deviation of each band; goes with `mean`.
         mpp: micrometres per pixel to read slides at; their level 0, and rasters, if left out. Labels are in pixels of
             level 0. Prediction reads at the same.
         slide_mpp: micrometres per pixel of slides' level 0 where files don't say.
@@ -81,6 +80,8 @@ class ObjectDataConfig:
     skip_classes: list[str] = field(default_factory=list)
     attribute: str | None = None
     bands: list[int] | None = None
+    mean: list[float] | None = None
+    std: list[float] | None = None
     mpp: float | None = None
     slide_mpp: float | None = None
     tile_px: int = 512
@@ -100,7 +101,7 @@ class ObjectDataModule(EpochDataModule):
         train: windows of the training images.
         val: grid windows of the validation images.
         classes: names, in the order of the class indices.
-        normalizer: measured on training images.
+        normalizer: as given, or measured on training images.
         tile_px: side of a tile, in pixels.
         train_index: the training images' objects, with counts.
         val_index: the validation images' objects, with counts.
@@ -145,7 +146,7 @@ class ObjectDataModule(EpochDataModule):
 
 
 def build_object_datamodule(config: ObjectDataConfig, seed: int) -> ObjectDataModule:
-    """Read the labels, check them against their images and measure the bands' statistics on training images.
+    """Read the labels, check them against their images and measure what statistics of the bands the config leaves out.
 
     Raises:
         ConfigError: values that don't fit each other.
@@ -167,7 +168,9 @@ def build_object_datamodule(config: ObjectDataConfig, seed: int) -> ObjectDataMo
             f"the validation images have {val.num_bands} bands, the training images {train.num_bands}; choose common "
             "ones with data.bands"
         )
-    normalizer = _measured(train, seed)
+    normalizer = given_normalizer(config.mean, config.std, train.num_bands) or measured_normalizer(
+        train.read_reduced, [record.path for record in train.records], seed
+    )
     augment = config.augment
     colors = Augmentation(flips=False, gain=augment.gain, offset=augment.offset, shuffle=augment.shuffle)
     windows = ObjectWindows(
@@ -259,21 +262,6 @@ def _read(config: ObjectDataConfig, split: ObjectSplitConfig, key: str, mpp: flo
 def _source_options(mpp: float | None, slide_mpp: float | None) -> dict[str, Any]:
     options = {"mpp": mpp, "slide_mpp": slide_mpp}
     return {name: value for name, value in options.items() if value is not None}
-
-
-def _measured(images: ObjectImages, seed: int) -> Normalizer:
-    number = len(images.records)
-    chosen = np.random.default_rng(seed).permutation(number)[:_STATISTICS_IMAGES]
-    seen = [images.read_reduced(int(index), _STATISTICS_PX) for index in chosen]
-    bare = [int(index) for index, image in zip(chosen, seen, strict=True) if not image.valid.any()]
-    if bare and len(bare) < len(seen):
-        warnings.warn(
-            f"{len(bare)} of {len(seen)} training images looked at have no valid pixel, the first "
-            f"{images.records[bare[0]].path}",
-            DataWarning,
-            stacklevel=3,
-        )
-    return Normalizer.from_images(seen)
 
 
 def _check(config: ObjectDataConfig) -> None:

@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import numpy as np
 from torch import Tensor
 from torch.utils.data import DataLoader
 
 from perf_vit.data.augmenting import AugmentConfig, check_augment, make_stain_jitter
+from perf_vit.data.band_statistics import given_normalizer, measured_normalizer
 from perf_vit.data.epochs import EpochDataModule, ShareSampler
 from perf_vit.data.image_targets import ImageTargets, read_class_folders, read_class_table, read_number_table
 from perf_vit.data.scenes import SceneImages, SceneTiles, SceneViews
 from perf_vit.errors import ConfigError
-from perf_vit.transforms import Augmentation, Normalizer
+from perf_vit.transforms import Augmentation
 
 __all__ = [
     "ClassificationDataConfig",
@@ -27,10 +27,6 @@ __all__ = [
     "read_image_targets",
     "split_off",
 ]
-
-# Images to measure the bands' statistics on, and their longest side: enough for two digits, read in a second.
-_STATISTICS_IMAGES = 64
-_STATISTICS_PX = 256
 
 
 @dataclass(kw_only=True)
@@ -56,6 +52,9 @@ class SceneDataConfig:
         val_share: of the images of `train`, where `val` is left out.
         image_column: of CSV files, that names the image.
         bands: 1-based bands to use; all but alpha if left out.
+        mean: of each band, in the images' units, for standardisation, such as what a backbone was pretrained with;
+            measured on training images if left out.
+        std: standard deviation of each band; goes with `mean`.
         nodata: value of missing pixels where files declare none.
         tile_px: side of a tile, in pixels; a multiple of the backbone's patch size.
         resize: resize whole images to a tile; else a tile is a part at full resolution, at random while training, the
@@ -71,6 +70,8 @@ class SceneDataConfig:
     val_share: float = 0.2
     image_column: str = "image"
     bands: list[int] | None = None
+    mean: list[float] | None = None
+    std: list[float] | None = None
     nodata: float | None = None
     tile_px: int = 224
     resize: bool = False
@@ -116,7 +117,7 @@ class SceneDataModule(EpochDataModule):
         train: tiles of the training images.
         val: views of the validation images.
         names: of the classes or numbers.
-        normalizer: measured on training images.
+        normalizer: as given, or measured on training images.
     """
 
     def __init__(self, train: SceneTiles, val: SceneViews, *, batch_size: int, num_workers: int) -> None:
@@ -140,7 +141,7 @@ class SceneDataModule(EpochDataModule):
 
 
 def build_scene_datamodule(config: SceneDataConfig, seed: int) -> SceneDataModule:
-    """Read labels, open images and measure the bands' statistics on training images.
+    """Read labels, open images and measure what statistics of the bands the config leaves out.
 
     Raises:
         ConfigError: values that don't fit each other.
@@ -170,7 +171,9 @@ def build_scene_datamodule(config: SceneDataConfig, seed: int) -> SceneDataModul
             f"data.batch_size must be at most the {length} tiles of an epoch, got {config.batch_size}; take a smaller "
             "one, or give data.tiles_per_epoch"
         )
-    normalizer = measured_normalizer(train.read_reduced, len(train), seed)
+    normalizer = given_normalizer(config.mean, config.std, train.num_bands) or measured_normalizer(
+        train.read_reduced, train_part.paths, seed
+    )
     augment = config.augment
     return SceneDataModule(
         SceneTiles(
@@ -246,12 +249,6 @@ def split_off(length: int, val_share: float, seed: int, what: str) -> tuple[list
         raise ConfigError(f"data.val_share {val_share:g} of {length} {what} leaves none to train on; give data.val")
     order = np.random.default_rng(seed).permutation(length)
     return sorted(order[num_val:].tolist()), sorted(order[:num_val].tolist())
-
-
-def measured_normalizer(read_reduced: Callable[[int, int], Any], length: int, seed: int) -> Normalizer:
-    """Statistics of some images that the seed decides."""
-    chosen = np.random.default_rng(seed).permutation(length)[:_STATISTICS_IMAGES]
-    return Normalizer.from_images([read_reduced(int(index), _STATISTICS_PX) for index in chosen])
 
 
 def _check(config: SceneDataConfig) -> None:

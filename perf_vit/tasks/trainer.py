@@ -165,8 +165,8 @@ def lightning_trainer(
     if precision not in _PRECISIONS:
         raise ConfigError(f"trainer.precision must be one of {', '.join(_PRECISIONS)}, got {precision}")
     _quieten()
-    # Deterministic algorithms come with NaN written to every new tensor, a help in looking for bugs that costs a sixth of
-    # the time of a step.
+    # Deterministic algorithms come with NaN written to every new tensor, a help in looking for bugs that costs a
+    # sixth of the time of a step.
     torch.utils.deterministic.fill_uninitialized_memory = False
     try:
         return lightning.Trainer(

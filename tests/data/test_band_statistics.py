@@ -2,8 +2,19 @@
 
 import numpy as np
 import pytest
+from label_cases import write_image
 
-from perf_vit.data import DataConfig, RegionConfig, build_datamodule
+from perf_vit.data import (
+    ClassificationDataConfig,
+    DataConfig,
+    ImageSplitConfig,
+    ObjectDataConfig,
+    ObjectSplitConfig,
+    RegionConfig,
+    build_datamodule,
+    build_object_datamodule,
+    build_scene_datamodule,
+)
 from perf_vit.errors import ConfigError
 
 
@@ -39,3 +50,32 @@ def test_given_statistics_standardise_tiles_and_travel_with_the_model(region) ->
 def test_statistics_that_do_not_fit_the_bands_are_refused(region, options) -> None:
     with pytest.raises(ConfigError, match=r"data\.mean and data\.std"):
         build_datamodule(config(region, **options), seed=0)
+
+
+def folders(tmp_path, options) -> ClassificationDataConfig:
+    for number in range(6):
+        write_image(tmp_path / "scenes" / f"class_{number % 2}" / f"{number}.png", height=40, width=40, seed=number)
+    return ClassificationDataConfig(
+        train=ImageSplitConfig(images=str(tmp_path / "scenes")), tile_px=32, batch_size=2, **options
+    )
+
+
+def objects(tmp_path, options) -> ObjectDataConfig:
+    write_image(tmp_path / "objects" / "a.png", height=70, width=90)
+    (tmp_path / "objects.csv").write_text("image_path,xmin,ymin,xmax,ymax,label\na.png,3,4,20,30,ship\n")
+    split = ObjectSplitConfig(images=str(tmp_path / "objects"), labels=str(tmp_path / "objects.csv"), format="csv")
+    return ObjectDataConfig(train=split, val=split, classes=["ship"], tile_px=32, **options)
+
+
+@pytest.mark.parametrize(
+    ("make", "build"),
+    [(folders, build_scene_datamodule), (objects, build_object_datamodule)],
+    ids=["scenes", "objects"],
+)
+def test_scenes_and_objects_take_given_statistics_too(tmp_path, make, build) -> None:
+    statistics = {"mean": [10.0, 20.0, 30.0], "std": [2.0, 4.0, 8.0]}
+    given, measured = (build(make(tmp_path, options), seed=0) for options in (statistics, {}))
+    assert given.normalizer.to_dict() == statistics
+    assert measured.normalizer.to_dict() != statistics
+    with pytest.raises(ConfigError, match=r"data\.mean and data\.std"):
+        build(make(tmp_path, {"mean": [0.0] * 3}), seed=0)
