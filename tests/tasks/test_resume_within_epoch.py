@@ -11,29 +11,54 @@ from PIL import Image
 
 from perf_vit.data import (
     AugmentConfig,
+    ClassificationDataConfig,
     DataConfig,
+    EmbeddingStore,
+    ImageSplitConfig,
     ObjectDataConfig,
     ObjectSplitConfig,
     RegionConfig,
+    SlideBagModule,
+    SlideBags,
+    SlideTargets,
     build_datamodule,
     build_object_datamodule,
+    build_scene_datamodule,
     make_ship_scene,
 )
 from perf_vit.data.epochs import EpochDataModule
 from perf_vit.errors import ConfigError
-from perf_vit.models import DetectorConfig, DetectorSpec, ModelConfig, SegmenterSpec
+from perf_vit.models import (
+    ClassifierConfig,
+    ClassifierSpec,
+    DetectorConfig,
+    DetectorSpec,
+    ModelConfig,
+    SegmenterSpec,
+    SlideModelConfig,
+    SlideSpec,
+)
 from perf_vit.tasks import (
+    CLASSIFICATION_CURVES,
+    CLASSIFICATION_MONITOR,
     DETECTION_CURVES,
     DETECTION_MONITOR,
+    SLIDE_CURVES,
+    SLIDE_MONITOR,
     DetectionOptimConfig,
     DetectionTask,
     OptimConfig,
+    PooledOptimConfig,
+    SceneTask,
     SegmentationTask,
+    SlideTask,
     TrainerConfig,
     build_trainer,
     draw_objects,
     draw_segmentation,
 )
+from perf_vit.transforms import Normalizer
+from perf_vit.types import Window
 
 # Dropped paths and sampled anchors take random numbers in each step.
 SMALL = {"depth": 2, "embed_dim": 24, "drop_path_rate": 0.5, "attn_kwargs": {"num_features": 8}}
@@ -103,6 +128,52 @@ def detection(tmp_path_factory):
     return build
 
 
+@pytest.fixture(scope="module")
+def scenes(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("scenes")
+    rng = np.random.default_rng(0)
+    for name in ("field", "town"):
+        (folder / name).mkdir()
+        for number in range(3):
+            Image.fromarray(rng.integers(0, 255, (48, 48, 3), np.uint8)).save(folder / name / f"{number}.png")
+
+    def build(num_workers: int):
+        split = ImageSplitConfig(images=str(folder))
+        data = build_scene_datamodule(
+            ClassificationDataConfig(train=split, val=split, num_workers=num_workers, **TILES), seed=0
+        )
+        spec = ClassifierSpec(
+            kind="single_label", outputs=data.names, normalizer=data.normalizer, tile_px=32, resize=False
+        )
+        task = SceneTask(ClassifierConfig(**VIT, drop_rate=0.2), spec, PooledOptimConfig())
+        return data, task, {"monitor": CLASSIFICATION_MONITOR, "curves": CLASSIFICATION_CURVES}
+
+    return build
+
+
+@pytest.fixture(scope="module")
+def slides(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("slides")
+    paths = [folder / f"{number}.svs" for number in range(10)]
+    store = EmbeddingStore(folder / "features", "encoder", {})
+    rng = np.random.default_rng(0)
+    for number, path in enumerate(paths):
+        path.write_bytes(b"")
+        features = rng.normal(size=(3 + number, 24)).astype(np.float32)
+        store.write(str(path), features, [Window(row, 0, 8, 8) for row in range(3 + number)])
+    labelled = SlideTargets(tuple(map(str, paths)), np.arange(10) % 2, ("normal", "tumour"))
+
+    def build(num_workers: int):
+        train = SlideBags(labelled, store, max_windows=4, seed=0)
+        data = SlideBagModule(train, SlideBags(labelled, store), batch_size=2, num_workers=num_workers)
+        spec = SlideSpec(classes=labelled.classes, normalizer=Normalizer((0.0,) * 3, (1.0,) * 3), tile_px=32)
+        # Its dropout takes random numbers in each step.
+        task = SlideTask(SlideModelConfig(**VIT, hidden_dim=8, attention_dim=4), spec, PooledOptimConfig())
+        return data, task, {"monitor": SLIDE_MONITOR, "curves": SLIDE_CURVES}
+
+    return build
+
+
 def fit(build, folder, *, num_workers: int = 0, kill_at: int | None = None, resume: bool = False, **options):
     torch.manual_seed(1 if resume else 0)
     data, task, chosen = build(num_workers)
@@ -119,9 +190,9 @@ def fit(build, folder, *, num_workers: int = 0, kill_at: int | None = None, resu
 
 
 @pytest.fixture(scope="module")
-def uninterrupted(segmentation, detection, tmp_path_factory):
+def uninterrupted(segmentation, detection, scenes, slides, tmp_path_factory):
     """Batches and last checkpoint of whole runs; workers make no difference."""
-    builds = {"segmentation": segmentation, "detection": detection}
+    builds = {"segmentation": segmentation, "detection": detection, "scenes": scenes, "slides": slides}
     return {name: fit(build, tmp_path_factory.mktemp(name)) for name, build in builds.items()}
 
 
@@ -140,7 +211,7 @@ def assert_equal(first, second, place="") -> None:
         assert first == second, place
 
 
-@pytest.mark.parametrize("task", ["segmentation", "detection"])
+@pytest.mark.parametrize("task", ["segmentation", "detection", "scenes", "slides"])
 @pytest.mark.parametrize("num_workers", [0, 2])
 def test_a_run_killed_inside_an_epoch_ends_in_the_same_weights(
     task, num_workers, uninterrupted, tmp_path, request
