@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from perf_vit.layers.key_mask import key_mask_of
 from perf_vit.layers.performer_attention import PerformerOptions, RandomProjectionMixin, check_whole
 from perf_vit.layers.token_grid import TokenGrid
-from perf_vit.ops import favor_attention, fit_balancing, scatterbrain_attention
+from perf_vit.ops import clustered_attention, favor_attention, fit_balancing, scatterbrain_attention
 from perf_vit.ops.balancing import Balancing
 from perf_vit.ops.kernels import get_kernel
 
@@ -33,38 +33,47 @@ BALANCING_BUFFERS = ("balancing_query_center", "balancing_key_center", "balancin
 
 @dataclass(frozen=True, kw_only=True)
 class ScatterbrainOptions(PerformerOptions):
-    """Options of a converted attention; prefix tokens attend and are attended exactly if there are windows or sinks.
+    """Options of a converted attention; prefix tokens attend and are attended exactly but under plain FAVOR+.
 
     Attributes:
         window_size: rows and columns of a window in which attention is exact; 0 for none.
         num_sinks: keys of each head that every query sees exactly; 0 for none.
+        num_clusters: of each head, that stand for all other keys in place of random features; 0 for those.
 
     Raises:
         ValueError: as `PerformerOptions`; a number that is negative or not whole; windows or sinks with a kernel that
-            has no positive features for softmax.
+            has no positive features for softmax; clusters with centring or balancing, which is of features.
     """
 
     window_size: int = 0
     num_sinks: int = 0
+    num_clusters: int = 0
 
     def __post_init__(self) -> None:
-        check_whole(window_size=self.window_size, num_sinks=self.num_sinks, num_prefix_tokens=self.num_prefix_tokens)
+        numbers = {name: getattr(self, name) for name in ("window_size", "num_sinks", "num_clusters")}
+        check_whole(**numbers, num_prefix_tokens=self.num_prefix_tokens)
+        for name, number in numbers.items():
+            if number < 0:
+                raise ValueError(f"{name} must be 0 or more, got {number}")
         kernel = get_kernel(self.kernel)
         if (self.window_size or self.num_sinks) and not (kernel.estimates_softmax and kernel.log_domain):
             raise ValueError(
                 "windows and sinks need a kernel of positive features that estimates softmax: expected softmax+, "
                 f"softmax-hyp+ or oprf, got {kernel.name!r}; use attention='performer' for others"
             )
+        if self.num_clusters and (self.center or self.balance):
+            raise ValueError("center and balance are of random features: with num_clusters leave them False")
         super().__post_init__()
-        if min(self.window_size, self.num_sinks) < 0:
-            raise ValueError(
-                f"window_size and num_sinks must be 0 or more, got {self.window_size} and {self.num_sinks}"
-            )
 
     @property
     def needs_grid(self) -> bool:
         """Whether a layer must know the rows and columns of its tokens."""
-        return self.window_size > 0 or self.num_sinks > 0 or self.local_enhancement
+        return self.is_exact_nearby or self.local_enhancement
+
+    @property
+    def is_exact_nearby(self) -> bool:
+        """Whether some keys are seen exactly, so that it isn't plain FAVOR+."""
+        return max(self.window_size, self.num_sinks, self.num_clusters) > 0
 
 
 # Tracers take it as one node: the grid isn't a thing that a graph could carry.
@@ -191,20 +200,31 @@ class ConvertedAttention(RandomProjectionMixin, nn.Module):
     def _mix(self, q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None, is_causal: bool) -> Tensor:
         options = self.options
         assert isinstance(options, ScatterbrainOptions)
-        exact = options.window_size > 0 or options.num_sinks > 0
-        if is_causal and (exact or options.center or options.balance):
+        if is_causal and (options.is_exact_nearby or options.center or options.balance):
             raise ValueError(
-                "is_causal=True needs window_size=0, num_sinks=0, center=False and balance=False: windows, sinks and "
-                "the statistics of a call look into the future"
+                "is_causal=True needs window_size=0, num_sinks=0, num_clusters=0, center=False and balance=False: "
+                "windows, sinks, clusters and the statistics of a call look into the future"
             )
         key_mask, balancing = key_mask_of(attn_mask, k), None
         if options.center or options.balance:
             balancing = self.balancing
             if balancing is None:
                 balancing = _fit_sampled(q, k, key_mask, options)
-        if not exact:
+        if not options.is_exact_nearby:
             return favor_attention(q, k, v, self.projection, options.kernel, key_mask, is_causal, balancing)
         grid = self.grid.of(q.shape[2] - options.num_prefix_tokens)
+        if options.num_clusters:
+            return clustered_attention(
+                q,
+                k,
+                v,
+                grid,
+                options.window_size,
+                options.num_sinks,
+                options.num_clusters,
+                options.num_prefix_tokens,
+                key_mask,
+            )
         return scatterbrain_attention(
             q,
             k,

@@ -12,7 +12,13 @@ from perf_vit.ops.balancing import Balancing
 from perf_vit.ops.kernels import Kernel, get_kernel
 from perf_vit.ops.windows import even_window, window_numbers
 
-__all__ = ["kernel_matrix", "naive_favor_attention", "naive_scatterbrain_attention", "softmax_attention"]
+__all__ = [
+    "kernel_matrix",
+    "naive_clustered_attention",
+    "naive_favor_attention",
+    "naive_scatterbrain_attention",
+    "softmax_attention",
+]
 
 
 def naive_favor_attention(
@@ -93,16 +99,58 @@ def naive_scatterbrain_attention(
         moved_q, moved_k = (q - query_center) * scale, (k - key_center) / scale
         bias = (query_center @ (k - key_center).mT + q @ key_center.mT) * q.shape[-1] ** -0.5
         estimated = kernel_matrix(moved_q, moved_k, projection, kernel) * bias.exp()
-    is_exact = torch.zeros_like(exact, dtype=torch.bool)
-    is_exact[:, :, :num_prefix_tokens] = True
-    is_exact[..., :num_prefix_tokens] = True
-    if window_size:
-        window = window_numbers(grid, even_window(grid, window_size))
-        is_exact[:, :, num_prefix_tokens:, num_prefix_tokens:] |= window.unsqueeze(1) == window
-    if sinks is not None:
-        is_sink = torch.zeros_like(is_exact[:, :, 0]).scatter_(2, sinks, True)
-        is_exact |= is_sink.unsqueeze(2)
+    is_exact = _exact_pairs(exact, grid, window_size, sinks, num_prefix_tokens)
     weights = torch.where(is_exact, exact, estimated) * _visible(exact, key_mask, causal=False)
+    total = weights.sum(dim=-1, keepdim=True)
+    return weights / total.masked_fill(total == 0, 1.0) @ v
+
+
+def naive_clustered_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    grid: tuple[int, int],
+    window_size: int,
+    sinks: Tensor,
+    clusters: Tensor,
+    num_prefix_tokens: int = 1,
+    key_mask: Tensor | None = None,
+) -> Tensor:
+    """The definition of `clustered_attention`: exact weights in S(i), one weight a cluster elsewhere, one row sum.
+
+    Args:
+        q: queries, [B, H, N, D].
+        k: keys, [B, H, N, D].
+        v: values, [B, H, N, Dv].
+        grid: rows and columns of tokens after the prefix.
+        window_size: rows and columns of a window; 0 for none.
+        sinks: places of the keys that every query sees exactly, [B, H, s].
+        clusters: number of the cluster of each of the grid's keys, [B, H, rows x columns].
+        num_prefix_tokens: tokens before the grid's.
+        key_mask: [B, N] bool, False for keys that are left out.
+
+    Returns:
+        [B, H, N, Dv]; 0 for queries that see no key.
+    """
+    head_dim, first = q.shape[-1], num_prefix_tokens
+    visible = _visible(q @ k.mT, key_mask, causal=False)
+    takes_part = visible.expand(*q.shape[:2], -1, -1)[:, :, 0]
+    takes_part = takes_part.scatter(2, sinks, False)[:, :, first:].to(q.dtype).unsqueeze(-1)
+    same = (clusters.unsqueeze(-1) == clusters.unsqueeze(-2)).to(q.dtype) * takes_part.mT
+    number = same.sum(dim=-1, keepdim=True).clamp(min=1.0)
+    grid_k, grid_q = k[:, :, first:], q[:, :, first:] * takes_part
+    # Of each key, the mean and the variances of its cluster.
+    mean = same @ grid_k / number
+    variance = (same @ grid_k.square() / number - mean.square()).clamp(min=0.0)
+    mean_square = grid_q.square().sum(dim=2, keepdim=True) / takes_part.sum(dim=2, keepdim=True).clamp(min=1.0)
+    logits = q @ k.mT * head_dim**-0.5
+    far = q[:, :, first:] @ mean.mT * head_dim**-0.5 + (variance @ mean_square.mT / (2 * head_dim)).mT
+    is_exact = _exact_pairs(logits, grid, window_size, sinks, first)
+    weights = logits.exp()
+    near = is_exact[:, :, first:, first:]
+    patches = torch.where(near, weights[:, :, first:, first:], far.exp())
+    patches = torch.cat([weights[:, :, first:, :first], patches], dim=3)
+    weights = torch.cat([weights[:, :, :first], patches], dim=2) * visible
     total = weights.sum(dim=-1, keepdim=True)
     return weights / total.masked_fill(total == 0, 1.0) @ v
 
@@ -132,6 +180,22 @@ def softmax_attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = Non
     """
     logits = q @ k.mT * q.shape[-1] ** -0.5
     return (logits if bias is None else logits + bias).softmax(dim=-1) @ v
+
+
+def _exact_pairs(
+    weights: Tensor, grid: tuple[int, int], window_size: int, sinks: Tensor | None, num_prefix_tokens: int
+) -> Tensor:
+    """Which queries see which keys exactly, bool of the weights' shape."""
+    is_exact = torch.zeros_like(weights, dtype=torch.bool)
+    is_exact[:, :, :num_prefix_tokens] = True
+    is_exact[..., :num_prefix_tokens] = True
+    if window_size:
+        window = window_numbers(grid, even_window(grid, window_size))
+        is_exact[:, :, num_prefix_tokens:, num_prefix_tokens:] |= window.unsqueeze(1) == window
+    if sinks is not None:
+        is_sink = torch.zeros_like(is_exact[:, :, 0]).scatter_(2, sinks, True)
+        is_exact |= is_sink.unsqueeze(2)
+    return is_exact
 
 
 def _visible(weights: Tensor, key_mask: Tensor | None, causal: bool) -> Tensor:

@@ -11,7 +11,7 @@ from perf_vit.ops.balancing import Balancing
 from perf_vit.ops.features import FeatureMap, KeyFeatures, exp_, left_out, without_autocast
 from perf_vit.ops.kernels import Kernel, get_kernel
 
-__all__ = ["KVState", "check_keys", "make_feature_map", "masked_values", "sum_keys"]
+__all__ = ["KVState", "check_attention_keys", "check_keys", "make_feature_map", "masked_values", "sum_keys"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -214,15 +214,24 @@ def check_keys(k: Tensor, v: Tensor, projection: Tensor, key_mask: Tensor | None
     Raises:
         ValueError: says what doesn't.
     """
-    if k.ndim != 4 or v.ndim != 4 or k.shape[:3] != v.shape[:3] or k.shape[2] == 0:
-        raise ValueError(
-            "k and v must be [B, H, N, D] and [B, H, N, Dv] with the same B, H and N >= 1, "
-            f"got {list(k.shape)} and {list(v.shape)}"
-        )
+    check_attention_keys(k, v, key_mask)
     if projection.shape[1] != k.shape[3]:
         raise ValueError(
             f"projection must be [R, D] with the keys' D = {k.shape[3]}, got {list(projection.shape)}; "
             f"draw it with draw_projection(num_features, head_dim={k.shape[3]})"
+        )
+
+
+def check_attention_keys(k: Tensor, v: Tensor, key_mask: Tensor | None) -> None:
+    """Refuse keys, values and mask that don't fit together.
+
+    Raises:
+        ValueError: says what doesn't.
+    """
+    if k.ndim != 4 or v.ndim != 4 or k.shape[:3] != v.shape[:3] or k.shape[2] == 0:
+        raise ValueError(
+            "k and v must be [B, H, N, D] and [B, H, N, Dv] with the same B, H and N >= 1, "
+            f"got {list(k.shape)} and {list(v.shape)}"
         )
     if key_mask is None:
         return

@@ -1,6 +1,7 @@
 """What the tests of linear attention share: inputs, kernels and the paper's equations written anew."""
 
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from perf_vit.ops import Kernel, draw_projection, favor_attention, kernel_names, oprf_kernel
 from perf_vit.ops.kernels import get_kernel
@@ -95,3 +96,18 @@ def kept_by_training(q, k, v, *args, **kwargs) -> list[int]:
 def assert_same(actual: list[torch.Tensor], expected: list[torch.Tensor], tolerance: float = 1e-10) -> None:
     for a, e in zip(actual, expected, strict=True):
         torch.testing.assert_close(a, e, rtol=tolerance, atol=tolerance)
+
+
+class CountElements(TorchDispatchMode):
+    """Counts the elements of all tensors that operations return, backward pass included."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.elements = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        # A view is not written.
+        if isinstance(out, torch.Tensor) and not func.is_view:
+            self.elements += out.numel()
+        return out

@@ -2,33 +2,17 @@ import math
 
 import pytest
 import torch
-from attention_cases import FIXED_OPRF, assert_same, value_and_gradients
+from attention_cases import FIXED_OPRF, CountElements, assert_same, value_and_gradients
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from perf_vit.ops import draw_projection, favor_attention, fit_balancing, scatterbrain_attention
 from perf_vit.ops.kernels import get_kernel
 from perf_vit.ops.naive import naive_scatterbrain_attention, softmax_attention
-from perf_vit.ops.scatterbrain import choose_sinks
+from perf_vit.ops.sinks import choose_sinks
 from perf_vit.ops.windows import even_window, from_windows, group_windows, to_windows, window_numbers
 
 KERNELS = [get_kernel("softmax+"), get_kernel("softmax-hyp+"), FIXED_OPRF]
-
-
-class CountElements(TorchDispatchMode):
-    """Counts the elements of all tensors that operations return, backward pass included."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.elements = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        out = func(*args, **(kwargs or {}))
-        # A view is not written.
-        if isinstance(out, torch.Tensor) and not func.is_view:
-            self.elements += out.numel()
-        return out
 
 
 def make(grid: tuple[int, int], num_prefix: int, kernel="softmax-hyp+", batch: int = 2, head_dim: int = 16):

@@ -1,0 +1,51 @@
+"""The keys that most queries look at."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from perf_vit.ops.chunks import token_slices
+from perf_vit.ops.features import LOWEST_SCALE, exp_
+
+__all__ = ["choose_sinks"]
+
+_SINK_QUERIES = 128
+_SINK_KEYS = 1024
+
+
+@torch.no_grad()
+def choose_sinks(q: Tensor, k: Tensor, num_sinks: int, num_prefix_tokens: int, key_mask: Tensor | None) -> Tensor:
+    """The keys with the largest mean root of their weights in exact attention of 128 queries spread over the grid.
+
+    The root, because a key that many queries look at serves better than one that holds all of a few.
+
+    Args:
+        q: queries, [B, H, N, D].
+        k: keys, [B, H, N, D].
+        num_sinks: how many, at most as many as there are.
+        num_prefix_tokens: tokens at the start that are no candidates.
+        key_mask: [B, N] bool, False for keys that are no candidates either.
+
+    Returns:
+        Their places, [B, H, num_sinks].
+    """
+    length = q.shape[2] - num_prefix_tokens
+    places = torch.linspace(0, length - 1, min(_SINK_QUERIES, length), device=q.device).long() + num_prefix_tokens
+    asking = q[:, :, places].float() * q.shape[-1] ** -0.5
+
+    def logits() -> Iterator[Tensor]:
+        # Computed anew for each use: to write all of them down takes longer.
+        for keys in token_slices(k, _SINK_KEYS):
+            values = asking @ k[keys].float().mT
+            yield values if key_mask is None else values.masked_fill_(~key_mask[:, None, None, keys[2]], LOWEST_SCALE)
+
+    log_sums = torch.stack([values.logsumexp(dim=-1, keepdim=True) for values in logits()]).logsumexp(dim=0)
+    mass = torch.cat([exp_(values.sub_(log_sums).mul_(0.5)).sum(dim=2) for values in logits()], dim=-1)[
+        ..., num_prefix_tokens:
+    ]
+    if key_mask is not None:
+        mass = mass.masked_fill(~key_mask[:, None, num_prefix_tokens:], -1.0)
+    return mass.topk(min(num_sinks, length), dim=-1).indices + num_prefix_tokens
