@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from perf_vit.ops.chunks import token_slices
 from perf_vit.ops.features import without_autocast
@@ -13,6 +14,8 @@ from perf_vit.ops.window_attention import Call, StandIns, Windows, attend_joined
 __all__ = ["choose_clusters", "clustered_attention"]
 
 _CHUNK_KEYS = 1024
+# A mean of at least so many queries serves as well as that of all.
+_STATISTICS_TOKENS = 2048
 
 
 def clustered_attention(
@@ -34,10 +37,10 @@ def clustered_attention(
         w_i,c = exp(q_i.m_c / sqrt(D) + sum_d E[q_d^2] s_c,d / 2 D),
 
     which is the mean of exp(q_i.k_j / sqrt(D)) over the cluster up to second order, with the second term for the mean
-    of all queries of tokens in clusters (E). S(i) holds the tokens of i's 2-D window, the prefix tokens and the head's
-    sinks, the keys that most queries look at; prefix tokens attend exactly. Weights that count the keys behind one of
-    them are those of merged tokens (Bolya et al. 2022, "Token Merging", equation 1); near tokens one by one and far
-    ones together are those of focal attention (Yang et al. 2021). Nothing is random. Which keys share a
+    (E) of all queries, or of 2,048 and more of them spread evenly. S(i) holds the tokens of i's 2-D window, the prefix
+    tokens and the head's sinks, the keys that most queries look at; prefix tokens attend exactly. Weights that count the
+    keys behind one of them are those of merged tokens (Bolya et al. 2022, "Token Merging", equation 1); near tokens one
+    by one and far ones together are those of focal attention (Yang et al. 2021). Nothing is random. Which keys share a
     cluster is constant to the backward pass. Time and memory are linear in the number of tokens, forward and backward.
     `perf_vit.ops.naive.naive_clustered_attention` is the same as an N x N matrix.
 
@@ -66,7 +69,8 @@ def clustered_attention(
     with without_autocast(q):
 
         def make(queries: Tensor, keys: Tensor, log_mask: Tensor) -> _Clusters:
-            return _Clusters(queries, keys, log_mask, num_clusters)
+            seen = None if key_mask is None else key_mask[:, None, num_prefix_tokens:, None]
+            return _Clusters(_mean_square(queries, seen, log_mask.dtype), keys, log_mask, num_clusters)
 
         return attend_joined(q, k, v, grid, window_size, num_sinks, num_prefix_tokens, key_mask, make).to(q.dtype)
 
@@ -93,51 +97,81 @@ def choose_clusters(k: Tensor, num_clusters: int) -> Tensor:
 
 
 class _Clusters(StandIns):
-    """Means of clusters as stand-ins; each weighs as much as those of its keys that a window doesn't hold."""
+    """Means of clusters as stand-ins; each weighs as much as those of its keys that a window doesn't hold.
 
-    def __init__(self, q: Tensor, k: Tensor, log_mask: Tensor, num_clusters: int) -> None:
-        dtype, self.takes_part = log_mask.dtype, log_mask == 0
-        numbers = choose_clusters(k, num_clusters)
-        self.labels, self.num_clusters = numbers.unsqueeze(-1), min(num_clusters, k.shape[2])
-        seen = q.to(dtype).masked_fill(~self.takes_part, 0.0).square().sum(dim=2, keepdim=True)
-        factors = seen / self.takes_part.sum(dim=2, keepdim=True).clamp(min=1) / (2 * k.shape[-1])
-        k = k.to(dtype)
-        columns = torch.cat([k, k.square() @ factors.mT], dim=-1)
-        columns, numbers, takes_part = (x.unsqueeze(2) for x in (columns, numbers, self.takes_part))
-        sums = _sums(columns, numbers, takes_part, self.num_clusters).squeeze(2)
-        means = sums[..., :-1] / sums[..., -1:].clamp(min=1.0)
-        self.rows = means[..., :-1]
-        # Rounding must not make a variance of one key less than 0.
-        self.spread = (means[..., -1:] - self.rows.square() @ factors.mT).clamp(min=0.0).unsqueeze(2)
+    Args:
+        mean_square: of each channel of the queries, [B, H, 1, D].
+        k: keys of the grid, [B, H, N, D].
+        log_mask: 0 for keys that are in clusters, [B, H, N, 1].
+        num_clusters: of each head, at most.
+    """
+
+    def __init__(self, mean_square: Tensor, k: Tensor, log_mask: Tensor, num_clusters: int) -> None:
+        self.num_clusters = min(num_clusters, k.shape[2])
+        # Keys that aren't in clusters have one more number, whose sums nobody reads.
+        self.labels = torch.where(log_mask == 0, choose_clusters(k, num_clusters).unsqueeze(-1), self.num_clusters)
+        k, factors, labels = k.to(log_mask.dtype), mean_square.mT / (2 * k.shape[-1]), self.labels.mT
+        number = self._sums(None, labels, log_mask.dtype)
+        least_one = number.clamp(min=1.0)
+        self.rows = (self._sums(k.unsqueeze(2), labels, k.dtype) / least_one).squeeze(2)
+        squares = torch.cat([k[keys].square() @ factors for keys in token_slices(k, _CHUNK_KEYS)], dim=2).unsqueeze(2)
+        spread = self._sums(squares, labels, k.dtype) / least_one - (self.rows.square() @ factors).unsqueeze(2)
+        # Rounding must not make the variance of one key less than 0.
+        self.number, self.spread = number, spread.clamp(min=0.0)
 
     def collect(self, windows: list[Windows], call: Call) -> list[tuple[Tensor, ...]]:
-        """Sums of values and numbers of keys over all windows, and what is added to their logarithms."""
-        totals = [call(self._sum_windows, each, True) for each in windows]
-        total = torch.stack(totals).sum(dim=0)
-        return [(total, self.spread)] * len(windows)
+        """Sums of the values of all keys of each cluster, their number, and what is added to its logarithm."""
+        parts = [call(self._sum_values, each) for each in windows]
+        return [(torch.stack(parts).sum(dim=0), self.number, self.spread)] * len(windows)
 
     def weigh(self, own: Windows | None, *collected: Tensor) -> tuple[Tensor, Tensor]:
-        total, spread = collected
-        log_number, means = means_of_others(total if own is None else total - self._sum_windows(own), total)
+        total, number, spread = collected
+        sums, left = total, number
+        if own is not None:
+            labels, values = self._labels(own), own.tokens(own.v)
+            sums = self._sums(values, labels, values.dtype, less_than=total)
+            left = self._sums(None, labels, values.dtype, less_than=number)
+        log_number, means = means_of_others(sums, left, number)
         return log_number + spread, means
 
     def query_log_amplitude(self, q: Tensor) -> None:
         return None
 
-    def _sum_windows(self, own: Windows, together: bool = False) -> Tensor:
-        """Sums of values, and numbers, of the keys of each cluster, [B, H, W, M, Dv + 1]; W is 1 for all together."""
+    def _sum_values(self, own: Windows) -> Tensor:
+        """Sums of the values of each cluster over some windows, [B, H, 1, M, Dv]."""
+        values = own.tokens(own.v).flatten(2, 3).unsqueeze(2)
+        return self._sums(values, self._labels(own).flatten(2).unsqueeze(2), values.dtype)
+
+    def _labels(self, own: Windows) -> Tensor:
         assert own.labels is not None
-        labels, takes_part = own.labels.flatten(2), own.tokens(own.log_mask) == 0
-        values = own.tokens(own.v)
-        if together:
-            values, takes_part = (x.flatten(2, 3).unsqueeze(2) for x in (values, takes_part))
-        return _sums(values, labels.view(values.shape[:4]), takes_part, self.num_clusters)
+        return own.labels.flatten(4).flatten(2, 3)
+
+    def _sums(self, x: Tensor | None, labels: Tensor, dtype: torch.dtype, less_than: Tensor | None = None) -> Tensor:
+        """Sums over the tokens of each cluster of each window, [B, H, W, M, C].
+
+        Args:
+            x: what is summed, [B, H, W, T, C], or None for ones, to count.
+            labels: numbers of the clusters, [B, H, W, T].
+            dtype: of the sums.
+            less_than: [B, H, 1, M, C]; if given, these less the sums.
+        """
+        windows, rows = labels.shape[:3], self.num_clusters + 1
+        first = torch.arange(windows.numel(), device=labels.device).view(*windows, 1) * rows
+        places = (first + labels).flatten()
+        x = torch.ones(1, dtype=dtype, device=labels.device).expand(places.numel(), 1) if x is None else x.flatten(0, 3)
+        if less_than is None:
+            start = x.new_zeros(windows.numel() * rows, x.shape[-1])
+        else:
+            start = F.pad(less_than, (0, 0, 0, 1)).expand(*windows, -1, -1).reshape(-1, x.shape[-1]).contiguous()
+        sums = start.index_add_(0, places, x, alpha=1 if less_than is None else -1)
+        return sums.view(*windows, rows, -1)[..., :-1, :]
 
 
-def _sums(x: Tensor, numbers: Tensor, takes_part: Tensor, num_clusters: int) -> Tensor:
-    """Sums of [x, 1] over the tokens of each cluster of each window, [B, H, W, M, C + 1], of [B, H, W, T, C]."""
-    windows = numbers.shape[:3]
-    first = torch.arange(windows.numel(), device=x.device).view(*windows, 1) * num_clusters
-    columns = torch.cat([x, x.new_ones(1).expand(*x.shape[:-1], 1)], dim=-1) * takes_part
-    sums = columns.new_zeros(windows.numel() * num_clusters, columns.shape[-1])
-    return sums.index_add(0, (first + numbers).flatten(), columns.flatten(0, 3)).view(*windows, num_clusters, -1)
+def _mean_square(q: Tensor, seen: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """Of each channel over evenly spaced queries, those that are seen, [B, H, 1, D]."""
+    every = slice(None, None, max(1, q.shape[2] // _STATISTICS_TOKENS))
+    q = q[:, :, every].to(dtype)
+    if seen is None:
+        return q.square().mean(dim=2, keepdim=True)
+    seen = seen[:, :, every]
+    return q.masked_fill(~seen, 0.0).square().sum(dim=2, keepdim=True) / seen.sum(dim=2, keepdim=True).clamp(min=1)

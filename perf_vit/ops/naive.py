@@ -133,16 +133,17 @@ def naive_clustered_attention(
         [B, H, N, Dv]; 0 for queries that see no key.
     """
     head_dim, first = q.shape[-1], num_prefix_tokens
+    seen = torch.ones_like(q[:, :, first:, :1]) if key_mask is None else key_mask[:, None, first:, None].to(q.dtype)
     visible = _visible(q @ k.mT, key_mask, causal=False)
     takes_part = visible.expand(*q.shape[:2], -1, -1)[:, :, 0]
     takes_part = takes_part.scatter(2, sinks, False)[:, :, first:].to(q.dtype).unsqueeze(-1)
     same = (clusters.unsqueeze(-1) == clusters.unsqueeze(-2)).to(q.dtype) * takes_part.mT
     number = same.sum(dim=-1, keepdim=True).clamp(min=1.0)
-    grid_k, grid_q = k[:, :, first:], q[:, :, first:] * takes_part
+    grid_k, grid_q = k[:, :, first:], q[:, :, first:] * seen
     # Of each key, the mean and the variances of its cluster.
     mean = same @ grid_k / number
     variance = (same @ grid_k.square() / number - mean.square()).clamp(min=0.0)
-    mean_square = grid_q.square().sum(dim=2, keepdim=True) / takes_part.sum(dim=2, keepdim=True).clamp(min=1.0)
+    mean_square = grid_q.square().sum(dim=2, keepdim=True) / seen.sum(dim=2, keepdim=True).clamp(min=1.0)
     logits = q @ k.mT * head_dim**-0.5
     far = q[:, :, first:] @ mean.mT * head_dim**-0.5 + (variance @ mean_square.mT / (2 * head_dim)).mT
     is_exact = _exact_pairs(logits, grid, window_size, sinks, first)

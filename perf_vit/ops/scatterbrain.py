@@ -121,7 +121,7 @@ class _Features(StandIns):
     def weigh(self, own: Windows | None, *collected: Tensor) -> tuple[Tensor, Tensor]:
         total, sums, own_by, offset = collected
         others = total if own is None else torch.addcmul(total, sums, own_by, value=-1.0)
-        log_z, means = means_of_others(others, total)
+        log_z, means = means_of_others(others[..., :-1], others[..., -1:], total[..., -1:])
         return log_z + offset, means
 
     def query_log_amplitude(self, q: Tensor) -> Tensor:

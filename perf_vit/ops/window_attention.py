@@ -127,20 +127,21 @@ def attend_joined(
     return _join(prefix, attention.run(groups), groups, grid)
 
 
-def means_of_others(others: Tensor, total: Tensor) -> tuple[Tensor, Tensor]:
-    """Logarithms of sums of weights and means of values of what is left of a total.
+def means_of_others(sums: Tensor, weights: Tensor, total: Tensor) -> tuple[Tensor, Tensor]:
+    """Logarithms of weights and means of values of what is left without a window's own.
 
     Args:
-        others: [sum of values, sum of weights] without a window's own, [B, H, W, M, Dv + 1].
-        total: the same with them, [B, H, 1, M, Dv + 1].
+        sums: of values without the window's own, [B, H, W, M, Dv].
+        weights: sums of weights without the window's own, [B, H, W, M, 1].
+        total: the same with them, [B, H, 1, M, 1].
 
     Returns:
         [B, H, W, M, 1] and [B, H, W, M, Dv].
     """
-    limits = torch.finfo(others.dtype)
+    limits = torch.finfo(sums.dtype)
     # Where a window holds all that a stand-in is for, rounding errors are left of the others.
-    z = others[..., -1:].clamp(min=0.0) + (total[..., -1:] * limits.eps + limits.tiny)
-    return z.log(), others[..., :-1] / z
+    z = weights.clamp(min=0.0) + (total * limits.eps + limits.tiny)
+    return z.log(), sums / z
 
 
 def with_columns(x: Tensor, num_columns: int, *columns: Tensor | float) -> Tensor:
@@ -184,8 +185,8 @@ class _Attention:
     """One call: what all groups of windows need.
 
     A query attends, in one exact attention, to the keys of its window, to those that all queries see, and to the
-    stand-ins. Two more columns carry what is no product: queries are [q / sqrt(D), log amplitude, 1], keys
-    [k, 0, log mask] and stand-ins [row, 1, log weight].
+    stand-ins. Two more columns carry what is no product: queries are [q, sqrt(D) log amplitude, sqrt(D)], keys
+    [k, 0, log mask] and stand-ins [row, 1, log weight], and products are divided by sqrt(D).
 
     Attributes:
         q: queries of the grid, [B, H, N, D].
@@ -226,7 +227,8 @@ class _Attention:
         windows = [Windows(*each) for each in zip(*parts, strict=True)]
         collected = self.others.collect(windows, self._call)
         rows = self.others.rows
-        blanks = {} if self.differentiable else {group.size: self._blank(group, rows) for group in groups}
+        sizes = {} if self.differentiable else {group.size: group for group in groups}
+        blanks = {size: self._blank(group, rows) for size, group in sizes.items()}
         for group, own, of_group in zip(groups, windows, collected, strict=True):
             yield from_windows(self._call(self._attend, own, rows, blanks.get(group.size), *of_group), group)
 
@@ -248,9 +250,9 @@ class _Attention:
         q = own.tokens(own.q)
         log_amplitude = self.others.query_log_amplitude(q.flatten(2, 3))
         amplitude = 0.0 if log_amplitude is None else log_amplitude.view(*q.shape[:4], 1)
-        q = with_columns(q * head_dim**-0.5, self.num_columns, amplitude, 1.0)
+        q = with_columns(q, self.num_columns, amplitude * head_dim**0.5, head_dim**0.5)
         q, k, v = (x.flatten(0, 2).unsqueeze(1) for x in (q, k, v))
-        out = F.scaled_dot_product_attention(q, k, v, scale=1.0)
+        out = F.scaled_dot_product_attention(q, k, v, scale=head_dim**-0.5)
         return out.view(*self.q.shape[:2], -1, out.shape[-1])[..., :value_dim]
 
     def _put_together(self, own: Windows, rows: Tensor, log_weights: Tensor, means: Tensor) -> tuple[Tensor, Tensor]:
