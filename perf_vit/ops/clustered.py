@@ -13,6 +13,7 @@ from perf_vit.ops.window_attention import Call, StandIns, Windows, attend_joined
 
 __all__ = ["choose_clusters", "clustered_attention"]
 
+SINK_QUERIES = 64
 _CHUNK_KEYS = 1024
 # A mean of at least so many queries serves as well as that of all.
 _STATISTICS_TOKENS = 2048
@@ -38,8 +39,8 @@ def clustered_attention(
 
     which is the mean of exp(q_i.k_j / sqrt(D)) over the cluster up to second order, with the second term for the mean
     (E) of all queries, or of 2,048 and more of them spread evenly. S(i) holds the tokens of i's 2-D window, the prefix
-    tokens and the head's sinks, the keys that most queries look at; prefix tokens attend exactly. Weights that count the
-    keys behind one of them are those of merged tokens (Bolya et al. 2022, "Token Merging", equation 1); near tokens one
+    tokens and the head's sinks, the keys that most queries look at; prefix tokens attend exactly. Weights that count
+    the keys behind one of them are those of merged tokens (Bolya et al. 2022, "Token Merging", equation 1); near tokens one
     by one and far ones together are those of focal attention (Yang et al. 2021). Nothing is random. Which keys share a
     cluster is constant to the backward pass. Time and memory are linear in the number of tokens, forward and backward.
     `perf_vit.ops.naive.naive_clustered_attention` is the same as an N x N matrix.
@@ -72,7 +73,9 @@ def clustered_attention(
             seen = None if key_mask is None else key_mask[:, None, num_prefix_tokens:, None]
             return _Clusters(_mean_square(queries, seen, log_mask.dtype), keys, log_mask, num_clusters)
 
-        return attend_joined(q, k, v, grid, window_size, num_sinks, num_prefix_tokens, key_mask, make).to(q.dtype)
+        return attend_joined(q, k, v, grid, window_size, num_sinks, num_prefix_tokens, key_mask, make, SINK_QUERIES).to(
+            q.dtype
+        )
 
 
 @torch.no_grad()

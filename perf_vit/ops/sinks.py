@@ -12,13 +12,14 @@ from perf_vit.ops.features import LOWEST_SCALE, exp_
 
 __all__ = ["choose_sinks"]
 
-_SINK_QUERIES = 128
 _SINK_KEYS = 1024
 
 
 @torch.no_grad()
-def choose_sinks(q: Tensor, k: Tensor, num_sinks: int, num_prefix_tokens: int, key_mask: Tensor | None) -> Tensor:
-    """The keys with the largest mean root of their weights in exact attention of 128 queries spread over the grid.
+def choose_sinks(
+    q: Tensor, k: Tensor, num_sinks: int, num_prefix_tokens: int, key_mask: Tensor | None, num_queries: int = 128
+) -> Tensor:
+    """The keys with the largest mean root of their weights in exact attention of some queries spread over the grid.
 
     The root, because a key that many queries look at serves better than one that holds all of a few.
 
@@ -28,12 +29,13 @@ def choose_sinks(q: Tensor, k: Tensor, num_sinks: int, num_prefix_tokens: int, k
         num_sinks: how many, at most as many as there are.
         num_prefix_tokens: tokens at the start that are no candidates.
         key_mask: [B, N] bool, False for keys that are no candidates either.
+        num_queries: how many queries are asked.
 
     Returns:
         Their places, [B, H, num_sinks].
     """
     length = q.shape[2] - num_prefix_tokens
-    places = torch.linspace(0, length - 1, min(_SINK_QUERIES, length), device=q.device).long() + num_prefix_tokens
+    places = torch.linspace(0, length - 1, min(num_queries, length), device=q.device).long() + num_prefix_tokens
     asking = q[:, :, places].float() * q.shape[-1] ** -0.5
 
     def logits() -> Iterator[Tensor]:

@@ -91,6 +91,7 @@ def attend_joined(
     num_prefix_tokens: int,
     key_mask: Tensor | None,
     make: Callable[[Tensor, Tensor, Tensor], StandIns],
+    sink_queries: int = 128,
 ) -> Tensor:
     """Attention that is exact over windows, prefix tokens and sinks, and takes stand-ins for the rest.
 
@@ -104,6 +105,7 @@ def attend_joined(
         num_prefix_tokens: tokens that come first, attend exactly and are seen exactly.
         key_mask: [B, N] bool, False for keys that are left out.
         make: the stand-ins, from queries and keys of the grid and the logarithm of their mask, [B, H, n, 1].
+        sink_queries: how many queries are asked for the sinks.
 
     Returns:
         [B, H, N, Dv], in float32 at least.
@@ -117,7 +119,7 @@ def attend_joined(
         k, v = k.masked_fill(masked, 0.0), v.masked_fill(masked, 0.0)
         log_mask = log_mask.masked_fill(masked, LOWEST_SCALE)
     prefix = _exact(q[:, :, :num_prefix_tokens], k, v, log_mask)
-    sinks = choose_sinks(q, k, num_sinks, num_prefix_tokens, key_mask)
+    sinks = choose_sinks(q, k, num_sinks, num_prefix_tokens, key_mask, sink_queries)
     shared = _shared_keys(k, v, log_mask, sinks, num_prefix_tokens)
     log_mask = log_mask.scatter(2, sinks.unsqueeze(-1), LOWEST_SCALE)
     q, k, v, log_mask = (x[:, :, num_prefix_tokens:] for x in (q, k, v, log_mask))

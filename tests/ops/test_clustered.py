@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from perf_vit.ops import clustered_attention
-from perf_vit.ops.clustered import choose_clusters
+from perf_vit.ops.clustered import SINK_QUERIES, choose_clusters
 from perf_vit.ops.naive import naive_clustered_attention, softmax_attention
 from perf_vit.ops.sinks import choose_sinks
 
@@ -35,7 +35,7 @@ def test_value_and_gradient_match_the_dense_definition(
     q, k, v = make(grid, num_prefix)
     mask = torch.rand(q.shape[0], q.shape[2], generator=torch.Generator().manual_seed(rows)) > 0.3 if masked else None
     keys = k if mask is None else k.masked_fill(~mask[:, None, :, None], 0.0)
-    sinks = choose_sinks(q, keys, num_sinks, num_prefix, mask)
+    sinks = choose_sinks(q, keys, num_sinks, num_prefix, mask, SINK_QUERIES)
     clusters = choose_clusters(keys[:, :, num_prefix:], num_clusters)
     options = (num_prefix, mask)
     actual = value_and_gradients(clustered_attention, q, k, v, grid, window_size, num_sinks, num_clusters, *options)
