@@ -39,11 +39,12 @@ def clustered_attention(
 
     which is the mean of exp(q_i.k_j / sqrt(D)) over the cluster up to second order, with the second term for the mean
     (E) of all queries, or of 2,048 and more of them spread evenly. S(i) holds the tokens of i's 2-D window, the prefix
-    tokens and the head's sinks, the keys that most queries look at; prefix tokens attend exactly. Weights that count
-    the keys behind one of them are those of merged tokens (Bolya et al. 2022, "Token Merging", equation 1); near tokens one
-    by one and far ones together are those of focal attention (Yang et al. 2021). Nothing is random. Which keys share a
-    cluster is constant to the backward pass. Time and memory are linear in the number of tokens, forward and backward.
-    `perf_vit.ops.naive.naive_clustered_attention` is the same as an N x N matrix.
+    tokens and the head's sinks, the keys that most queries look at; prefix tokens attend exactly.
+
+    Weights that count the keys behind one of them are those of merged tokens (Bolya et al. 2022, "Token Merging",
+    equation 1); near tokens one by one and far ones together are those of focal attention (Yang et al. 2021). Nothing
+    is random. Which keys share a cluster is constant to the backward pass. Time and memory are linear in the number of
+    tokens, forward and backward. `perf_vit.ops.naive.naive_clustered_attention` is the same as an N x N matrix.
 
     Args:
         q: queries, [B, H, N, D]: first the prefix tokens, then the grid's, row by row.
