@@ -149,7 +149,7 @@ def means_of_others(sums: Tensor, weights: Tensor, total: Tensor) -> tuple[Tenso
 def with_columns(x: Tensor, num_columns: int, *columns: Tensor | float) -> Tensor:
     """[..., n] with more columns, numbers or [..., 1], and zeros after those, [..., C]."""
     numbers = (y if isinstance(y, Tensor) else x.new_full((1,), y) for y in columns)
-    missing = num_columns - x.shape[-1] - len(columns)
+    missing = num_columns - int(x.shape[-1]) - len(columns)
     parts = [x, *numbers, x.new_zeros(missing)]
     return torch.cat([part.expand(*x.shape[:-1], -1) for part in parts], dim=-1)
 
@@ -214,7 +214,7 @@ class _Attention:
     @property
     def num_columns(self) -> int:
         """C."""
-        return self.shared[0].shape[-1]
+        return int(self.shared[0].shape[-1])
 
     @property
     def differentiable(self) -> bool:
@@ -242,7 +242,7 @@ class _Attention:
 
     def _attend(self, own: Windows, rows: Tensor, blank: tuple[Tensor, Tensor] | None, *collected: Tensor) -> Tensor:
         """Attention of the queries of some windows, [B, H, W x T, Dv]."""
-        head_dim, value_dim = own.q.shape[-1], own.v.shape[-1]
+        head_dim, value_dim = int(own.q.shape[-1]), int(own.v.shape[-1])
         log_weights, means = self.others.weigh(own if self.own else None, *collected)
         k, v = (
             self._put_together(own, rows, log_weights, means)

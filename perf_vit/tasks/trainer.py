@@ -167,7 +167,7 @@ def lightning_trainer(
     _quieten()
     # Deterministic algorithms come with NaN written to every new tensor, a help in looking for bugs that costs a
     # sixth of the time of a step.
-    torch.utils.deterministic.fill_uninitialized_memory = False
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     try:
         return lightning.Trainer(
             precision=precision,

@@ -111,7 +111,7 @@ def test_softmax_is_left_out_where_it_would_take_long(weights, tmp_path, monkeyp
         ("vit_small_patch16_224", ["--weights", "WEIGHTS", "--num-classes", "0"], "mis-shaped cls_token (expected"),
         ("swin_tiny_patch4_window7_224", [], "give them by --weights FILE"),
         (MODEL, ["VIT", "--img-size", "100"], "multiple of the patch size 16, got 100; try 96"),
-        (MODEL, ["VIT", "--attention", "linformer"], "one of softmax, performer, scatterbrain, got 'linformer'"),
+        (MODEL, ["VIT", "--attention", "linformer"], "performer, clustered, scatterbrain, got 'linformer'"),
         (MODEL, ["VIT", "--layers", "3-12"], "from 0 to 11, got 12"),
         (MODEL, ["VIT", "--layers", "a"], "--layers must be places such as 0-5,8, got a"),
         (MODEL, ["VIT", "--num-features", "33"], "multiple of 2"),

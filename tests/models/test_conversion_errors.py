@@ -93,7 +93,7 @@ def test_linear_models_are_refused() -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"attention": "scaterbrain"}, r"one of softmax, performer, scatterbrain, .*; did you mean 'scatterbrain'\?"),
+        ({"attention": "scaterbrain"}, r"one of softmax, performer, .*; did you mean 'scatterbrain'\?"),
         ({"num_sink": 8}, r"attention options are .*, got 'num_sink'; did you mean 'num_sinks'\?"),
         ({"attention": "softmax", "windows": 8}, r"got 'windows'; did you mean 'window_size'\?"),
         ({"layer_index": 3}, "options must not hold layer_index"),
@@ -107,7 +107,7 @@ def test_linear_models_are_refused() -> None:
         ({"num_features": 2.5}, r"num_features must be a whole number, got 2\.5; pass an int"),
         ({"num_features": "64"}, "num_features must be a whole number, got '64'; pass an int"),
         ({"window_size": 7.5}, r"window_size must be a whole number, got 7\.5; pass an int"),
-        ({"num_sinks": -1}, "window_size and num_sinks must be 0 or more, got 12 and -1"),
+        ({"num_sinks": -1}, "num_sinks must be 0 or more, got -1"),
         ({"layers": [1, 2]}, "layers must be places from 0 to 1, got 2; leave layers out to convert all"),
         ({"layers": [-1]}, "layers must be places from 0 to 1, got -1"),
         ({"layers": 1}, "layers must be places of attention layers, got 1; pass a list of whole numbers"),

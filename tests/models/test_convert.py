@@ -164,7 +164,7 @@ def test_wrong_options_for_single_layers_are_named() -> None:
         perf_vit.performerize(model, layers=[5, 2], per_layer={3: {"window_size": 8}})
     with pytest.raises(ValueError, match=r"got 'sinks'; did you mean 'num_sinks'\?"):
         perf_vit.performerize(model, per_layer={3: {"sinks": 8}})
-    with pytest.raises(ValueError, match="one of softmax, performer, scatterbrain, got 'linear'"):
+    with pytest.raises(ValueError, match="one of softmax, performer, clustered, scatterbrain, got 'linear'"):
         perf_vit.performerize(model, per_layer={3: {"attention": "linear"}})
 
 
@@ -180,7 +180,7 @@ def test_a_features_only_model_converts_too() -> None:
 
 def test_what_cannot_be_converted_is_named() -> None:
     model = build("vit_tiny_patch16_224")
-    with pytest.raises(ValueError, match="one of softmax, performer, scatterbrain, got 'linformer'"):
+    with pytest.raises(ValueError, match="one of softmax, performer, clustered, scatterbrain, got 'linformer'"):
         perf_vit.performerize(model, "linformer")
     with pytest.raises(ValueError, match=r"ResNet with none of them"):
         perf_vit.performerize(timm.create_model("resnet18"))
