@@ -13,7 +13,7 @@ from perf_vit.ops.window_attention import Call, StandIns, Windows, attend_joined
 
 __all__ = ["choose_clusters", "clustered_attention"]
 
-SINK_QUERIES = 64
+SINK_QUERIES = 32
 _CHUNK_KEYS = 1024
 # A mean of at least so many queries serves as well as that of all.
 _STATISTICS_TOKENS = 2048
@@ -79,7 +79,6 @@ def clustered_attention(
         )
 
 
-@torch.no_grad()
 def choose_clusters(k: Tensor, num_clusters: int) -> Tensor:
     """The cluster of each key: the nearest, by Euclidean distance, of `num_clusters` keys spread evenly over all.
 
@@ -90,14 +89,25 @@ def choose_clusters(k: Tensor, num_clusters: int) -> Tensor:
     Returns:
         Their numbers, [B, H, N].
     """
-    length = k.shape[2]
-    places = torch.linspace(0, length - 1, min(num_clusters, length), device=k.device).long()
-    dtype = torch.promote_types(k.dtype, torch.float32)
-    seeds = k[:, :, places].to(dtype)
-    bias = seeds.square().sum(dim=-1).unsqueeze(-2) * -0.5
-    # `max` takes half the time of `argmax`.
-    nearest = [(k[keys].to(dtype) @ seeds.mT).add_(bias).max(dim=-1).indices for keys in token_slices(k, _CHUNK_KEYS)]
-    return torch.cat(nearest, dim=2)
+    nearest = _Nearest(k, num_clusters)
+    return torch.cat([nearest(k[keys].to(nearest.seeds.dtype)) for keys in token_slices(k, _CHUNK_KEYS)], dim=2)
+
+
+class _Nearest:
+    """Numbers of the nearest of some keys spread evenly."""
+
+    @torch.no_grad()
+    def __init__(self, k: Tensor, num_clusters: int) -> None:
+        length = k.shape[2]
+        places = torch.linspace(0, length - 1, min(num_clusters, length), device=k.device).long()
+        self.seeds = k[:, :, places].to(torch.promote_types(k.dtype, torch.float32))
+        self.bias = self.seeds.square().sum(dim=-1).unsqueeze(-2) * -0.5
+
+    @torch.no_grad()
+    def __call__(self, k: Tensor) -> Tensor:
+        """[B, H, n, D] -> [B, H, n]."""
+        # `max` takes half the time of `argmax`.
+        return (k @ self.seeds.mT).add_(self.bias).max(dim=-1).indices
 
 
 class _Clusters(StandIns):
@@ -112,14 +122,21 @@ class _Clusters(StandIns):
 
     def __init__(self, mean_square: Tensor, k: Tensor, log_mask: Tensor, num_clusters: int) -> None:
         self.num_clusters = min(num_clusters, k.shape[2])
-        # Keys that aren't in clusters have one more number, whose sums nobody reads.
-        self.labels = torch.where(log_mask == 0, choose_clusters(k, num_clusters).unsqueeze(-1), self.num_clusters)
-        k, factors, labels = k.to(log_mask.dtype), mean_square.mT / (2 * k.shape[-1]), self.labels.mT
-        number = self._sums(None, labels, log_mask.dtype)
+        nearest, factors = _Nearest(k, num_clusters), mean_square.mT / (2 * k.shape[-1])
+        labels, squares = [], []
+        sums, number = (log_mask.new_zeros(*k.shape[:2], 1, self.num_clusters, size) for size in (k.shape[-1], 1))
+        for chunk in token_slices(k, _CHUNK_KEYS):
+            keys = k[chunk].to(log_mask.dtype).contiguous()
+            # Keys that aren't in clusters have one more number, whose sums nobody reads.
+            labels.append(torch.where(log_mask[chunk] == 0, nearest(keys).unsqueeze(-1), self.num_clusters))
+            sums = self._sums(keys.unsqueeze(2), labels[-1].mT, sums)
+            number = self._sums(None, labels[-1].mT, number)
+            squares.append(keys.square() @ factors)
+        self.labels = torch.cat(labels, dim=2)
         least_one = number.clamp(min=1.0)
-        self.rows = (self._sums(k.unsqueeze(2), labels, k.dtype) / least_one).squeeze(2)
-        squares = torch.cat([k[keys].square() @ factors for keys in token_slices(k, _CHUNK_KEYS)], dim=2).unsqueeze(2)
-        spread = self._sums(squares, labels, k.dtype) / least_one - (self.rows.square() @ factors).unsqueeze(2)
+        self.rows = (sums / least_one).squeeze(2)
+        squared = self._sums(torch.cat(squares, dim=2).unsqueeze(2), self.labels.mT, torch.zeros_like(number))
+        spread = squared / least_one - (self.rows.square() @ factors).unsqueeze(2)
         # Rounding must not make the variance of one key less than 0.
         self.number, self.spread = number, spread.clamp(min=0.0)
 
@@ -133,8 +150,8 @@ class _Clusters(StandIns):
         sums, left = total, number
         if own is not None:
             labels, values = self._labels(own), own.tokens(own.v)
-            sums = self._sums(values, labels, values.dtype, less_than=total)
-            left = self._sums(None, labels, values.dtype, less_than=number)
+            sums = self._sums(values, labels, total, sign=-1)
+            left = self._sums(None, labels, number, sign=-1)
         log_number, means = means_of_others(sums, left, number)
         return log_number + spread, means
 
@@ -144,31 +161,36 @@ class _Clusters(StandIns):
     def _sum_values(self, own: Windows) -> Tensor:
         """Sums of the values of each cluster over some windows, [B, H, 1, M, Dv]."""
         values = own.tokens(own.v).flatten(2, 3).unsqueeze(2)
-        return self._sums(values, self._labels(own).flatten(2).unsqueeze(2), values.dtype)
+        nothing = values.new_zeros(*values.shape[:2], 1, self.num_clusters, values.shape[-1])
+        return self._sums(values, self._labels(own).flatten(2).unsqueeze(2), nothing)
 
     def _labels(self, own: Windows) -> Tensor:
         assert own.labels is not None
         return own.labels.flatten(4).flatten(2, 3)
 
-    def _sums(self, x: Tensor | None, labels: Tensor, dtype: torch.dtype, less_than: Tensor | None = None) -> Tensor:
-        """Sums over the tokens of each cluster of each window, [B, H, W, M, C].
+    def _sums(self, x: Tensor | None, labels: Tensor, start: Tensor, sign: int = 1) -> Tensor:
+        """Sums over the tokens of each cluster of each window, with others, [B, H, W, M, C].
 
         Args:
             x: what is summed, [B, H, W, T, C], or None for ones, to count.
             labels: numbers of the clusters, [B, H, W, T].
-            dtype: of the sums.
-            less_than: [B, H, 1, M, C]; if given, these less the sums.
+            start: what the sums are added to, [B, H, W or 1, M, C].
+            sign: -1 to subtract the sums from it.
         """
         windows, rows = labels.shape[:3], self.num_clusters + 1
         first = torch.arange(windows.numel(), device=labels.device).view(*windows, 1) * rows
         places = (first + labels).flatten()
-        x = torch.ones(1, dtype=dtype, device=labels.device).expand(places.numel(), 1) if x is None else x.flatten(0, 3)
-        if less_than is None:
-            start = x.new_zeros(windows.numel() * rows, x.shape[-1])
+        width = start.shape[-1]
+        sums = F.pad(start, (0, 0, 0, 1)).expand(*windows, -1, -1).reshape(-1, width)
+        if x is None:
+            x = start.new_ones(1).expand(places.numel())
+        elif width == 1:
+            x = x.flatten()
         else:
-            start = F.pad(less_than, (0, 0, 0, 1)).expand(*windows, -1, -1).reshape(-1, x.shape[-1]).contiguous()
-        sums = start.index_add_(0, places, x, alpha=1 if less_than is None else -1)
-        return sums.view(*windows, rows, -1)[..., :-1, :]
+            x = x.flatten(0, 3)
+        # Numbers are summed several times as fast as rows of one.
+        sums = (sums.flatten() if width == 1 else sums.contiguous()).index_add_(0, places, x, alpha=sign)
+        return sums.view(*windows, rows, width)[..., :-1, :]
 
 
 def _mean_square(q: Tensor, seen: Tensor | None, dtype: torch.dtype) -> Tensor:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from perf_vit.ops.balancing import Balancing
 from perf_vit.ops.kernels import Kernel, get_kernel
-from perf_vit.ops.windows import even_window, window_numbers
+from perf_vit.ops.windows import window_numbers
 
 __all__ = [
     "kernel_matrix",
@@ -191,7 +191,7 @@ def _exact_pairs(
     is_exact[:, :, :num_prefix_tokens] = True
     is_exact[..., :num_prefix_tokens] = True
     if window_size:
-        window = window_numbers(grid, even_window(grid, window_size))
+        window = window_numbers(grid, (window_size, window_size))
         is_exact[:, :, num_prefix_tokens:, num_prefix_tokens:] |= window.unsqueeze(1) == window
     if sinks is not None:
         is_sink = torch.zeros_like(is_exact[:, :, 0]).scatter_(2, sinks, True)

@@ -15,15 +15,16 @@ from torch.utils.checkpoint import checkpoint
 
 from perf_vit.ops.features import LOWEST_SCALE
 from perf_vit.ops.sinks import choose_sinks
-from perf_vit.ops.windows import WindowGroup, even_window, from_windows, group_windows, split_dim, to_windows
+from perf_vit.ops.windows import WindowGroup, from_windows, group_windows, split_dim, to_windows
 
 __all__ = ["StandIns", "Windows", "attend_joined", "check_grid", "means_of_others", "with_columns"]
 
 # A group of windows has about so many keys, counted for each window; without windows, so many tokens.
-_GROUP_KEYS = 8192
+_GROUP_KEYS = 4096
 _GROUP_TOKENS = 2048
 
 Call = Callable[..., Any]
+Blank = tuple[Tensor, Tensor, Tensor]
 
 
 @dataclass(frozen=True, eq=False)
@@ -240,25 +241,27 @@ class _Attention:
             return checkpoint(function, *arguments, use_reentrant=False, preserve_rng_state=False)
         return function(*arguments)
 
-    def _attend(self, own: Windows, rows: Tensor, blank: tuple[Tensor, Tensor] | None, *collected: Tensor) -> Tensor:
+    def _attend(self, own: Windows, rows: Tensor, blank: Blank | None, *collected: Tensor) -> Tensor:
         """Attention of the queries of some windows, [B, H, W x T, Dv]."""
         head_dim, value_dim = int(own.q.shape[-1]), int(own.v.shape[-1])
         log_weights, means = self.others.weigh(own if self.own else None, *collected)
-        k, v = (
+        parts = (
             self._put_together(own, rows, log_weights, means)
             if blank is None
             else self._fill_in(own, log_weights, means, *blank)
         )
-        q = own.tokens(own.q)
-        log_amplitude = self.others.query_log_amplitude(q.flatten(2, 3))
-        amplitude = 0.0 if log_amplitude is None else log_amplitude.view(*q.shape[:4], 1)
-        q = with_columns(q, self.num_columns, amplitude * head_dim**0.5, head_dim**0.5)
-        q, k, v = (x.flatten(0, 2).unsqueeze(1) for x in (q, k, v))
+        q, k, v = (x.flatten(0, 2).unsqueeze(1) for x in parts)
         out = F.scaled_dot_product_attention(q, k, v, scale=head_dim**-0.5)
         return out.view(*self.q.shape[:2], -1, out.shape[-1])[..., :value_dim]
 
-    def _put_together(self, own: Windows, rows: Tensor, log_weights: Tensor, means: Tensor) -> tuple[Tensor, Tensor]:
-        """Keys and values that a window's queries attend to, [B, H, W, n, C] each, for a backward pass to follow."""
+    def _put_together(
+        self, own: Windows, rows: Tensor, log_weights: Tensor, means: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, [B, H, W, T, C], keys and values, [B, H, W, n, C], for a backward pass to follow."""
+        q = own.tokens(own.q)
+        log_amplitude, root = self.others.query_log_amplitude(q.flatten(2, 3)), q.shape[-1] ** 0.5
+        amplitude = 0.0 if log_amplitude is None else log_amplitude.view(*q.shape[:4], 1) * root
+        q = with_columns(q, self.num_columns, amplitude, root)
         each = (*self.q.shape[:2], math.prod(own.q.shape[2:4]))
         far_k = with_columns(
             rows.unsqueeze(2).expand(*each, -1, -1), self.num_columns, 1.0, log_weights.expand(*each, -1, -1)
@@ -268,28 +271,36 @@ class _Attention:
         if self.own:
             k.insert(0, with_columns(own.tokens(own.k), self.num_columns, 0.0, own.tokens(own.log_mask)))
             v.insert(0, with_columns(own.tokens(own.v), self.num_columns))
-        return torch.cat([*k, far_k], dim=3), torch.cat([*v, far_v], dim=3)
+        return q, torch.cat([*k, far_k], dim=3), torch.cat([*v, far_v], dim=3)
 
-    def _fill_in(self, own: Windows, log_weights: Tensor, means: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    def _fill_in(
+        self, own: Windows, log_weights: Tensor, means: Tensor, q: Tensor, k: Tensor, v: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """The same, written on what all groups of windows of one size share."""
         head_dim, value_dim, far = self.q.shape[-1], self.v.shape[-1], slice(k.shape[3] - means.shape[3], None)
+        shape, near = own.q.shape[2:6], slice(0, own.q.shape[4] * own.q.shape[5])
+        split_dim(split_dim(q, 3, *shape[2:]), 2, *shape[:2])[..., :head_dim] = own.q
+        log_amplitude = self.others.query_log_amplitude(q[..., :head_dim].flatten(2, 3))
+        if log_amplitude is not None:
+            q[..., head_dim : head_dim + 1] = log_amplitude.view(*q.shape[:4], 1) * head_dim**0.5
         k[:, :, :, far, head_dim + 1 : head_dim + 2] = log_weights
         v[:, :, :, far, :value_dim] = means
         if self.own:
-            shape, near = own.q.shape[2:6], slice(0, own.q.shape[4] * own.q.shape[5])
             near_k, near_v = (split_dim(split_dim(x[:, :, :, near], 3, *shape[2:]), 2, *shape[:2]) for x in (k, v))
             near_k[..., :head_dim] = own.k
             near_k[..., head_dim + 1 : head_dim + 2] = own.log_mask
             near_v[..., :value_dim] = own.v
-        return k, v
+        return q, k, v
 
-    def _blank(self, group: WindowGroup, rows: Tensor) -> tuple[Tensor, Tensor]:
-        """Keys and values as `_put_together` has them, but for what differs from group to group."""
-        each = (*self.q.shape[:2], math.prod(group.shape))
+    def _blank(self, group: WindowGroup, rows: Tensor) -> Blank:
+        """Queries, keys and values as `_put_together` has them, but for what differs from group to group."""
+        each, head_dim = (*self.q.shape[:2], math.prod(group.shape)), int(self.q.shape[-1])
+        q = self.log_mask.new_zeros(*each, math.prod(group.window), head_dim)
+        q = with_columns(q, self.num_columns, 0.0, head_dim**0.5)
         near = self.log_mask.new_zeros(*each, math.prod(group.window) if self.own else 0, self.num_columns)
         shared_k, shared_v = (x.unsqueeze(2).expand(*each, -1, -1) for x in self.shared)
         far = with_columns(rows, self.num_columns, 1.0).unsqueeze(2).expand(*each, -1, -1)
-        return torch.cat([near, shared_k, far], dim=3), torch.cat([near, shared_v, torch.zeros_like(far)], dim=3)
+        return q, torch.cat([near, shared_k, far], dim=3), torch.cat([near, shared_v, torch.zeros_like(far)], dim=3)
 
 
 def _shared_keys(
@@ -330,6 +341,5 @@ def _groups(grid: tuple[int, int], window_size: int, num_shared: int) -> list[Wi
     if not window_size:
         # Without windows tokens still come in groups, of whole rows or of parts of one.
         rows = max(1, _GROUP_TOKENS // grid[1])
-        return group_windows(grid, (min(grid[0], rows), min(grid[1], _GROUP_TOKENS)), max_windows=1)
-    window = even_window(grid, window_size)
-    return group_windows(grid, window, max(1, _GROUP_KEYS // (window[0] * window[1] + num_shared)))
+        return group_windows(grid, (rows, _GROUP_TOKENS), max_windows=1)
+    return group_windows(grid, (window_size, window_size), max(1, _GROUP_KEYS // (window_size**2 + num_shared)))

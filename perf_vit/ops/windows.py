@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-__all__ = ["WindowGroup", "even_window", "from_windows", "group_windows", "split_dim", "to_windows", "window_numbers"]
+__all__ = ["WindowGroup", "from_windows", "group_windows", "split_dim", "to_windows", "window_numbers"]
 
 
 @dataclass(frozen=True)
@@ -36,24 +37,17 @@ class WindowGroup:
         return *self.shape, *self.window
 
 
-def even_window(grid: tuple[int, int], largest: int) -> tuple[int, int]:
-    """Rows and columns of the windows when each side has the fewest of `largest` or less, as equal as they can be.
-
-    37 tokens in windows of 16 at most are 13 + 13 + 11, not 16 + 16 + 5.
-    """
-    return _even(grid[0], largest), _even(grid[1], largest)
-
-
-def group_windows(grid: tuple[int, int], window: tuple[int, int], max_windows: int) -> list[WindowGroup]:
+def group_windows(grid: tuple[int, int], largest: tuple[int, int], max_windows: int) -> list[WindowGroup]:
     """Groups of at most `max_windows` windows each that cover the grid, in the order of its rows.
 
-    The last row and the last column of windows, which may be smaller, have groups of their own.
+    Each side is cut into the fewest windows of `largest` or less, whose sizes differ by one at most: 37 tokens in
+    windows of 16 at most are 13 + 12 + 12, not 16 + 16 + 5. A group has windows of one size.
     """
-    columns = _spans(grid[1], window[1], max_windows)
+    columns = _spans(grid[1], largest[1], max_windows)
     most = max(1, max_windows // max((span.stop - span.start) // width for span, width in columns))
     return [
         WindowGroup(rows, part, (height, width))
-        for rows, height in _spans(grid[0], window[0], most)
+        for rows, height in _spans(grid[0], largest[0], most)
         for part, width in columns
     ]
 
@@ -87,20 +81,26 @@ def split_dim(x: Tensor, dim: int, *sizes: int) -> Tensor:
     return x.view(*x.shape[:dim], *sizes, *x.shape[dim + 1 :])
 
 
-def window_numbers(grid: tuple[int, int], window: tuple[int, int]) -> Tensor:
-    """Number of the window that each token of the grid lies in, [rows x columns]."""
-    row, column = torch.meshgrid(torch.arange(grid[0]), torch.arange(grid[1]), indexing="ij")
-    return (row // window[0] * grid[1] + column // window[1]).flatten()
+def window_numbers(grid: tuple[int, int], largest: tuple[int, int]) -> Tensor:
+    """Number of the window of `group_windows` that each token of the grid lies in, [rows x columns]."""
+    row, column = (
+        torch.repeat_interleave(torch.arange(len(sizes)), torch.tensor(sizes))
+        for sizes in (_window_sizes(length, most) for length, most in zip(grid, largest, strict=True))
+    )
+    return (row[:, None] * grid[1] + column).flatten()
 
 
-def _spans(length: int, window: int, most: int) -> list[tuple[slice, int]]:
-    """Runs of at most `most` windows, each with the size of its windows, that cover a side of the grid."""
-    whole, rest = divmod(length, window)
-    run = _even(whole, most) * window if whole else 0
-    spans = [(slice(start, min(start + run, whole * window)), window) for start in range(0, whole * window, run or 1)]
-    return [*spans, (slice(length - rest, length), rest)] if rest else spans
+def _window_sizes(length: int, largest: int) -> list[int]:
+    number = -(-length // largest)
+    return [length // number + (place < length % number) for place in range(number)]
 
 
-def _even(number: int, most: int) -> int:
-    """The largest of the fewest parts of `most` or less, as equal as they can be."""
-    return -(-number // -(-number // most))
+def _spans(length: int, largest: int, most: int) -> list[tuple[slice, int]]:
+    """Runs of at most `most` windows of one size, with that size, that cover a side of the grid."""
+    spans, start = [], 0
+    for size, of_size in itertools.groupby(_window_sizes(length, largest)):
+        number = len(list(of_size))
+        for run in _window_sizes(number, most):
+            spans.append((slice(start, start + run * size), size))
+            start += run * size
+    return spans

@@ -10,7 +10,7 @@ from perf_vit.ops import draw_projection, favor_attention, fit_balancing, scatte
 from perf_vit.ops.kernels import get_kernel
 from perf_vit.ops.naive import naive_scatterbrain_attention, softmax_attention
 from perf_vit.ops.sinks import choose_sinks
-from perf_vit.ops.windows import even_window, from_windows, group_windows, to_windows, window_numbers
+from perf_vit.ops.windows import from_windows, group_windows, to_windows, window_numbers
 
 KERNELS = [get_kernel("softmax+"), get_kernel("softmax-hyp+"), FIXED_OPRF]
 
@@ -159,8 +159,7 @@ def test_a_sample_without_keys_gets_zeros_and_masked_keys_may_hold_anything() ->
 @given(st.integers(1, 20), st.integers(1, 20), st.integers(1, 9), st.integers(1, 9))
 def test_groups_of_windows_hold_each_token_once(rows: int, columns: int, largest: int, max_windows: int) -> None:
     grid = (rows, columns)
-    window = even_window(grid, largest)
-    assert max(window) <= largest
+    window = (largest, largest)
     tokens = torch.arange(1, rows * columns + 1).reshape(1, 1, -1, 1)
     numbers = window_numbers(grid, window).reshape(1, 1, -1, 1)
     seen, seen_numbers = [], []
@@ -169,6 +168,7 @@ def test_groups_of_windows_hold_each_token_once(rows: int, columns: int, largest
         groups, to_windows(tokens, grid, groups), to_windows(numbers, grid, groups), strict=True
     ):
         assert math.prod(group.shape) <= max_windows
+        assert max(group.window) <= largest
         rectangle = tokens.reshape(grid)[group.rows, group.columns]
         assert torch.equal(from_windows(windows.reshape(1, 1, -1, 1), group)[0, :, :, 0, 0], rectangle)
         seen += rectangle.flatten().tolist()
@@ -180,8 +180,10 @@ def test_groups_of_windows_hold_each_token_once(rows: int, columns: int, largest
 
 
 def test_windows_are_as_equal_as_they_can_be() -> None:
-    assert even_window((37, 146), 16) == (13, 15)
-    assert even_window((5, 16), 16) == (5, 16)
+    windows = [group.window for group in group_windows((37, 146), (16, 12), max_windows=4)]
+    assert [rows for rows, _ in dict.fromkeys((rows, 0) for rows, _ in windows)] == [13, 12]
+    assert {columns for _, columns in windows} == {12, 11}
+    assert {group.window for group in group_windows((5, 16), (16, 16), max_windows=9)} == {(5, 16)}
 
 
 @pytest.mark.parametrize(
