@@ -187,14 +187,23 @@ class ConvertedAttention(RandomProjectionMixin, nn.Module):
             ValueError: another mask, causal order with windows or local enhancement, or a grid that nobody told.
         """
         q, k, v = self.queries_keys_values(x, rope)
+        out = self.attend(q, k, v, attn_mask, is_causal)
+        gate = getattr(self, "gate", None)
+        return self.finish(out, None if gate is None else gate(x).sigmoid())
+
+    def attend(
+        self, q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False
+    ) -> Tensor:
+        """The attention itself: [B, H, N, D] each to heads side by side, [B, N, H x D]; masks as for `forward`."""
         out = self._mix(q, k, v, attn_mask, is_causal)
         if self.local_enhancement is not None:
             out = out + self.local_enhancement(v, self.options.num_prefix_tokens, attn_mask, is_causal)
-        out = self.norm(out.transpose(1, 2).flatten(2))
-        gate = getattr(self, "gate", None)
-        if gate is not None:
-            out = out * gate(x).sigmoid()
-        projected: Tensor = self.proj_drop(self.proj(out))
+        return out.transpose(1, 2).flatten(2)
+
+    def finish(self, out: Tensor, gate: Tensor | None = None) -> Tensor:
+        """Norm, gate and projection of what was attended, [B, N, H x D] -> [B, N, C]."""
+        out = self.norm(out)
+        projected: Tensor = self.proj_drop(self.proj(out if gate is None else out * gate))
         return projected
 
     def _mix(self, q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None, is_causal: bool) -> Tensor:
@@ -246,23 +255,38 @@ class ConvertedAttention(RandomProjectionMixin, nn.Module):
             x: tokens, [B, N, C].
             rope: rotary embedding of the grid's tokens.
         """
-        q, k, v = self._project(x)
+        if self.qkv is not None:
+            return self.unpack(self.pack(x), rope)
+        return self._normed_and_rotated(self.q_proj(x), self.k_proj(x), self.v_proj(x), rope)
+
+    @property
+    def is_packed(self) -> bool:
+        """Whether each token's queries, keys and values come by `pack`, and nothing else of it is asked for."""
+        return self.qkv is not None and getattr(self, "gate", None) is None
+
+    def pack(self, x: Tensor) -> Tensor:
+        """Queries, keys and values of all heads side by side, [B, N, C] -> [B, N, 3 x H x D]."""
+        bias = self._eva_bias()
+        packed: Tensor = self.qkv(x) if bias is None else F.linear(x, self.qkv.weight, bias)
+        return packed
+
+    def unpack(self, packed: Tensor, rope: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+        """What `queries_keys_values` gives, from what `pack` gave."""
+        q, k, v = packed.chunk(3, dim=-1)
+        return self._normed_and_rotated(q, k, v, rope)
+
+    def _normed_and_rotated(
+        self, q: Tensor, k: Tensor, v: Tensor, rope: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Heads side by side, [B, N, H x D], of which keys and values may have fewer, to [B, H, N, D] each."""
+        q, k, v = (self._heads(x) for x in (q, k, v))
+        q, k = self.q_norm(q), self.k_norm(k)
         if rope is not None:
             q, k = (self._rotate(y, rope).type_as(v) for y in (q, k))
         groups = self.num_heads // k.shape[1]
         if groups > 1:
             k, v = (y.repeat_interleave(groups, dim=1) for y in (k, v))
         return q, k, v
-
-    def _project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries, [B, H, N, D], keys and values, which may have fewer heads."""
-        if self.qkv is None:
-            q, k, v = (self._heads(project(x)) for project in (self.q_proj, self.k_proj, self.v_proj))
-        else:
-            bias = self._eva_bias()
-            packed = self.qkv(x) if bias is None else F.linear(x, self.qkv.weight, bias)
-            q, k, v = (self._heads(part) for part in packed.chunk(3, dim=-1))
-        return self.q_norm(q), self.k_norm(k), v
 
     def _eva_bias(self) -> Tensor | None:
         if getattr(self, "q_bias", None) is None:

@@ -12,7 +12,7 @@ __all__ = ["ATTENTIONS", "Conversion"]
 ATTENTIONS: dict[str, dict[str, Any] | None] = {
     "softmax": None,
     "performer": {},
-    "clustered": {"window_size": 12, "num_sinks": 64, "num_clusters": 256},
+    "clustered": {"window_size": 16, "num_sinks": 64, "num_clusters": 128},
     "scatterbrain": {
         "kernel": "softmax-hyp+",
         "norms": "sqrt",

@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import nn
 
+from perf_vit.layers.chunked_block import chunk_blocks
 from perf_vit.layers.chunked_mlp import chunk_mlps
 from perf_vit.layers.converted_attention import CONVERTIBLE, ConvertedAttention, ScatterbrainOptions
 from perf_vit.layers.performer_attention import RandomProjectionMixin, check_option_names
@@ -98,6 +99,7 @@ def convert_attention(model: nn.Module, conversion: Conversion) -> None:
         chosen_options = ScatterbrainOptions(**options)
         setattr(model.get_submodule(parent), child, ConvertedAttention(module, chosen_options, grid))
         needs_grid = needs_grid or chosen_options.needs_grid
+    chunk_blocks(model)
     if needs_grid:
         watch_patch_embed(model, grid)
 

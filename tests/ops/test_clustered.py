@@ -6,7 +6,7 @@ from attention_cases import CountElements, assert_same, value_and_gradients
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from perf_vit.ops import clustered_attention
+from perf_vit.ops import clustered, clustered_attention
 from perf_vit.ops.clustered import SINK_QUERIES, choose_clusters
 from perf_vit.ops.naive import naive_clustered_attention, softmax_attention
 from perf_vit.ops.sinks import choose_sinks
@@ -134,3 +134,16 @@ def test_wrong_arguments_are_named(change: dict, message: str) -> None:
     arguments = {"q": q, "k": k, "v": v, "grid": (4, 5), **change}
     with pytest.raises(ValueError, match=message):
         clustered_attention(**arguments)
+
+
+def test_clusters_are_nearer_to_their_keys_than_evenly_spaced_keys_are(monkeypatch) -> None:
+    keys = torch.randn(1, 2, 3000, 8, generator=torch.Generator().manual_seed(0))
+
+    def error() -> float:
+        members = torch.nn.functional.one_hot(choose_clusters(keys, 40), 40).float()
+        means = members.mT @ keys / members.sum(dim=2).clamp(min=1).unsqueeze(-1)
+        return float((members @ means - keys).square().mean())
+
+    iterated = error()
+    monkeypatch.setattr(clustered, "_ITERATIONS", 0)
+    assert iterated < 0.95 * error()

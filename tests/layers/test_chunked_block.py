@@ -1,0 +1,97 @@
+import pytest
+import timm
+import torch
+from timm.models.eva import EvaBlock
+from timm.models.vision_transformer import Block
+
+import perf_vit
+from perf_vit.layers import chunked_block
+from perf_vit.layers.converted_attention import ConvertedAttention
+
+MODELS = {
+    "vit_small_patch14_reg4_dinov2": Block,
+    "eva02_tiny_patch14_224": EvaBlock,
+    "vit_small_patch16_dinov3": EvaBlock,
+    "vit_small_patch16_rope_224": EvaBlock,
+}
+
+
+def build(name: str, attention: str = "clustered") -> torch.nn.Module:
+    torch.manual_seed(0)
+    kwargs = {"depth": 3, "embed_dim": 96, "num_heads": 3, "num_classes": 5, "dynamic_img_size": True, "patch_size": 16}
+    kwargs["img_size"] = 112
+    model = timm.create_model(name, **kwargs).eval()
+    with torch.no_grad():
+        for parameter_name, parameter in model.named_parameters():
+            if "gamma" in parameter_name:
+                parameter.fill_(0.5)
+    return perf_vit.performerize(model, attention)
+
+
+def images(height: int = 112, width: int = 112, batch: int = 2) -> torch.Tensor:
+    return torch.randn(batch, 3, height, width, generator=torch.Generator().manual_seed(0))
+
+
+@pytest.fixture
+def sizes(monkeypatch) -> list[int]:
+    """Chunks of 10 tokens; how many tokens each projection after an attention got."""
+    monkeypatch.setattr(chunked_block, "_CHUNK_TOKENS", 10)
+    seen: list[int] = []
+    finish = ConvertedAttention.finish
+    monkeypatch.setattr(
+        ConvertedAttention,
+        "finish",
+        lambda self, x, *gate: seen.append(x[..., 0].numel()) or finish(self, x, *gate),
+    )
+    return seen
+
+
+@pytest.mark.parametrize("attention", ["clustered", "scatterbrain", "performer"])
+@pytest.mark.parametrize("name", MODELS)
+@torch.no_grad()
+def test_chunks_change_rounding_alone(name: str, attention: str, sizes, monkeypatch) -> None:
+    model = build(name, attention)
+    assert all(isinstance(block, MODELS[name]) for block in model.blocks)
+    for batch, width in ((1, 112), (3, 128)):
+        x = images(width=width, batch=batch)
+        monkeypatch.setattr(chunked_block, "_CHUNK_TOKENS", 10)
+        sizes.clear()
+        chunked = model(x)
+        assert max(sizes) <= 10
+        monkeypatch.setattr(chunked_block, "_CHUNK_TOKENS", 10**6)
+        torch.testing.assert_close(chunked, model(x), rtol=1e-4, atol=1e-5)
+        assert max(sizes) > 10
+
+
+@torch.no_grad()
+def test_memory_goes_along_with_the_tokens_and_ends_with_the_blocks(sizes, monkeypatch) -> None:
+    model = build("vit_small_patch14_reg4_dinov2")
+    places = []
+    unpack = ConvertedAttention.unpack
+    monkeypatch.setattr(
+        ConvertedAttention, "unpack", lambda self, x, rope: places.append(x.data_ptr()) or unpack(self, x, rope)
+    )
+    expected = model(images())
+    assert len(places) == 3
+    assert len(set(places)) == 1
+    states = model.forward_intermediates(images(), output_fmt="NLC", intermediates_only=True)
+    copies = [state.clone() for state in states]
+    assert torch.equal(model(images()), expected)
+    assert all(torch.equal(state, copy) for state, copy in zip(states, copies, strict=True))
+    assert not vars(model.blocks(torch.randn(1, 54, 96)))
+
+
+def test_gradients_training_and_hooks_take_whole_blocks(sizes) -> None:
+    model, whole = build("vit_small_patch14_reg4_dinov2"), 2 * 54
+    model(images())
+    assert set(sizes) == {whole}
+    sizes.clear()
+    with torch.no_grad():
+        model.train()(images())
+        assert set(sizes) == {whole}
+        seen = []
+        model.eval().blocks[1].attn.register_forward_hook(lambda module, inputs, output: seen.append(output.shape))
+        sizes.clear()
+        model(images())
+    assert seen == [(2, 54, 96)]
+    assert sizes.count(whole) == 1
