@@ -208,14 +208,15 @@ def _tables(measured: MeasuredConversion) -> list[tuple[str, list[str], list[lis
         ("Seconds of one image, and the converted model's over the others'", head, speeds),
         (
             "Relative error of attention outputs, on the softmax model's inputs",
-            ["layer", "error", "window", "sinks", "features"],
+            ["layer", "error", "window", "sinks", "clusters", "features"],
             layers,
         ),
     ]
 
 
 def _options(options: ScatterbrainOptions) -> list[str]:
-    return [str(value) for value in (options.window_size, options.num_sinks, options.num_features)]
+    numbers = (options.window_size, options.num_sinks, options.num_clusters)
+    return [*(str(number) for number in numbers), "-" if options.num_clusters else str(options.num_features)]
 
 
 def _notes(measured: MeasuredConversion) -> list[str]:

@@ -18,6 +18,7 @@ from perf_vit.cli.conversion_report import measure_conversion, print_conversion,
 from perf_vit.data import UnlabelledCrops, find_images
 from perf_vit.errors import ConfigError, PerfVitError
 from perf_vit.models import calibrate, choose_layer_options, load_softmax, performerize, save_converted
+from perf_vit.models.conversion import default_attention
 from perf_vit.models.saved_model import check_output_folder
 from perf_vit.models.weights import create_with_weights, read_weights
 from perf_vit.transforms import Normalizer
@@ -37,7 +38,7 @@ class ConversionRequest:
         out: folder for the converted model.
         weights: file with the weights of a timm model; timm's own pretrained ones if None.
         num_classes: of the weights; the model's own number if None.
-        attention: as in `performerize`.
+        attention: as in `performerize`; constants of images are scatterbrain's.
         options: of all layers.
         layers: places of the layers to convert, None for all.
         img_size: side of the images in pixels; the model's own if None.
@@ -53,7 +54,7 @@ class ConversionRequest:
     out: Path
     weights: Path | None = None
     num_classes: int | None = None
-    attention: str = "scatterbrain"
+    attention: str | None = None
     options: dict[str, Any] = field(default_factory=dict)
     layers: tuple[int, ...] | None = None
     img_size: int | None = None
@@ -68,8 +69,14 @@ class ConversionRequest:
         asked = [name for name, on in (("--budget", self.budget is not None), ("--calibrate", self.calibrate)) if on]
         if asked and not self.images:
             raise ConfigError(f"{asked[0]} learns from images, got none; give --images FOLDER")
-        if asked and self.attention != "scatterbrain":
-            raise ConfigError(f"{asked[0]} is of --attention scatterbrain, got {self.attention}; leave it out")
+        kinds = ("scatterbrain",) if self.calibrate else ("clustered", "scatterbrain")
+        if asked and self.attention is not None and self.attention not in kinds:
+            raise ConfigError(f"{asked[-1]} is of --attention {' or '.join(kinds)}, got {self.attention}; leave it out")
+
+    @property
+    def chosen_attention(self) -> str:
+        """The attention, whether it was asked for or follows from the options."""
+        return self.attention or ("scatterbrain" if self.calibrate else default_attention(self.options))
 
 
 def convert_model(request: ConversionRequest) -> Path:
@@ -121,9 +128,15 @@ def _convert(request: ConversionRequest, softmax: nn.Module, crops: Sequence[Ten
     if request.budget is not None:
         with windows_progress("trying options", unit="measurements") as on_step:
             per_layer = choose_layer_options(
-                softmax, crops[:_OPTION_CROPS], request.budget, layers=request.layers, on_step=on_step, **options
+                softmax,
+                crops[:_OPTION_CROPS],
+                request.budget,
+                attention=request.chosen_attention,
+                layers=request.layers,
+                on_step=on_step,
+                **options,
             )
-    converted = performerize(softmax, request.attention, request.layers, per_layer, **options)
+    converted = performerize(softmax, request.chosen_attention, request.layers, per_layer, **options)
     if request.calibrate:
         with errors.status("calibrating"):
             calibrate(converted, crops[:_CALIBRATION_CROPS])

@@ -168,7 +168,7 @@ class PairConfig:
         weights: its weights, .safetensors or .pth, as timm or the model's authors name them; timm's own if left out.
         kwargs: passed to `timm.create_model`.
         attention: of the student, as `perf_vit.performerize` takes it.
-        options: of `perf_vit.performerize`, among them num_features, window_size, num_sinks and seed.
+        options: of `perf_vit.performerize`, among them window_size, num_sinks, num_clusters and seed.
         student: a folder of `perf-vit convert` or of an earlier distillation to start from, instead of `attention` and
             `options`.
     """
@@ -176,7 +176,7 @@ class PairConfig:
     name: str
     weights: str | None = None
     kwargs: dict[str, Any] = field(default_factory=dict)
-    attention: str = "scatterbrain"
+    attention: str | None = None
     options: dict[str, Any] = field(default_factory=dict)
     student: str | None = None
 

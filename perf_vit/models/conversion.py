@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Self
 
-__all__ = ["ATTENTIONS", "Conversion"]
+__all__ = ["ATTENTIONS", "Conversion", "default_attention"]
 
 # What each kind of attention changes of `ScatterbrainOptions`; further mixers go here.
 ATTENTIONS: dict[str, dict[str, Any] | None] = {
@@ -25,6 +25,13 @@ ATTENTIONS: dict[str, dict[str, Any] | None] = {
 }
 # Options that mean the same for every attention.
 _SHARED = ("num_features", "orthogonal", "seed")
+# Options of random features, of which clusters have none.
+_OF_FEATURES = ("num_features", "kernel", "norms", "orthogonal", "center", "balance")
+
+
+def default_attention(options: Iterable[str]) -> str:
+    """The attention for options of these names: "scatterbrain" for those of random features, else "clustered"."""
+    return "scatterbrain" if set(_OF_FEATURES).intersection(options) else "clustered"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,16 +39,16 @@ class Conversion:
     """The arguments of `performerize`.
 
     Attributes:
-        attention: "softmax", "performer" or "scatterbrain".
+        attention: "softmax", "performer", "clustered" or "scatterbrain".
         layers: places of the layers to convert, None for all.
         options: for all of these layers.
         per_layer: options by place, over those for all; among them an "attention" of the layer's own.
 
     Raises:
-        ValueError: an attention that there isn't.
+        ValueError: an attention that there isn't, or options of random features for clusters.
     """
 
-    attention: str = "scatterbrain"
+    attention: str = "clustered"
     layers: tuple[int, ...] | None = None
     options: Mapping[str, Any] = field(default_factory=dict)
     per_layer: Mapping[int, Mapping[str, Any]] = field(default_factory=dict)
@@ -51,6 +58,13 @@ class Conversion:
         for attention in (self.attention, *own):
             if attention not in ATTENTIONS:
                 raise ValueError(f"attention must be one of {', '.join(ATTENTIONS)}, got {attention!r}")
+        for options in (self.options if self.attention == "clustered" else {}, *self.per_layer.values()):
+            wrong = [name for name in _OF_FEATURES if name in options]
+            if wrong and options.get("attention", self.attention) == "clustered":
+                raise ValueError(
+                    f"{wrong[0]} is of random features, which attention='clustered' doesn't have; use num_clusters, or "
+                    "attention='scatterbrain'"
+                )
 
     def of_layer(self, index: int) -> tuple[str, dict[str, Any]]:
         """The attention of a layer and its options, defaults included."""

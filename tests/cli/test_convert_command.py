@@ -61,12 +61,12 @@ def test_a_model_is_converted_and_the_report_says_what_it_was_measured_on(weight
     assert "src=" not in page
     assert all(text in page for text in ("class token", "64", "128", "plain FAVOR+", "load_converted"))
     # Three bars: one a converted layer.
-    assert page.count("<td>2</td><td>4</td><td>32</td>") == 3
+    assert page.count("<td>2</td><td>4</td><td>0</td><td>32</td>") == 3
 
 
 def test_options_are_chosen_and_constants_fixed_on_images(weights, images, tmp_path, monkeypatch) -> None:
     candidates = ({"window_size": 2, "num_sinks": 2, "num_features": 16},) * 2
-    monkeypatch.setattr("perf_vit.models.calibration.CANDIDATES", candidates)
+    monkeypatch.setattr("perf_vit.models.calibration.CANDIDATES", {"scatterbrain": candidates})
     args = ["--img-size", "64", "--images", images, "--budget", "1000", "--calibrate"]
     assert convert(MODEL, tmp_path / "out", *given(weights), *args) == 0
     model = perf_vit.load_converted(tmp_path / "out")
@@ -74,6 +74,20 @@ def test_options_are_chosen_and_constants_fixed_on_images(weights, images, tmp_p
     assert all(layer.balancing is not None for layer in converted_layers(model).values())
     page = (tmp_path / "out" / "fidelity.html").read_text()
     assert "others than those the conversion learned from" in page
+
+
+def test_clusters_are_the_default_and_their_options_chosen(weights, images, tmp_path, monkeypatch) -> None:
+    assert convert(MODEL, tmp_path / "plain", *given(weights), "--img-size", "64", "--num-clusters", "7") == 0
+    options = perf_vit.load_converted(tmp_path / "plain").blocks[3].attn.options
+    assert (options.window_size, options.num_sinks, options.num_clusters) == (16, 64, 7)
+    assert "<td>16</td><td>64</td><td>7</td><td>-</td>" in (tmp_path / "plain" / "fidelity.html").read_text()
+    candidates = ({"window_size": 2, "num_sinks": 2, "num_clusters": 3},) * 2
+    monkeypatch.setattr("perf_vit.models.calibration.CANDIDATES", {"clustered": candidates})
+    args = ["--img-size", "64", "--images", images, "--budget", "1000"]
+    assert convert(MODEL, tmp_path / "chosen", *given(weights), *args) == 0
+    model = perf_vit.load_converted(tmp_path / "chosen")
+    assert {layer.options.num_clusters for layer in converted_layers(model).values()} == {3}
+    assert model.conversion.attention == "clustered"
 
 
 def test_a_saved_folder_is_converted_anew_and_overwritten_when_told(weights, tmp_path, capsys) -> None:
@@ -112,6 +126,12 @@ def test_softmax_is_left_out_where_it_would_take_long(weights, tmp_path, monkeyp
         ("swin_tiny_patch4_window7_224", [], "give them by --weights FILE"),
         (MODEL, ["VIT", "--img-size", "100"], "multiple of the patch size 16, got 100; try 96"),
         (MODEL, ["VIT", "--attention", "linformer"], "performer, clustered, scatterbrain, got 'linformer'"),
+        (MODEL, ["VIT", "--attention", "clustered", "--num-features", "32"], "num_features is of random features"),
+        (
+            MODEL,
+            ["VIT", "--attention", "clustered", "--calibrate", "--images", "SMALL"],
+            "--calibrate is of --attention scatterbrain, got clustered",
+        ),
         (MODEL, ["VIT", "--layers", "3-12"], "from 0 to 11, got 12"),
         (MODEL, ["VIT", "--layers", "a"], "--layers must be places such as 0-5,8, got a"),
         (MODEL, ["VIT", "--num-features", "33"], "multiple of 2"),

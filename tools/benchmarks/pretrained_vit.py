@@ -14,19 +14,26 @@ from timm.models.vision_transformer import checkpoint_filter_fn
 from torch import Tensor, nn
 
 MEAN, STD = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
-# Name -> options of `performerize`; M = 128 where not said, 256 for plain FAVOR+.
+# Name -> options of `performerize`. Where nothing else is said, clusters are 128 beside windows of 16 and 64 sinks,
+# features 128 beside windows of 12 and 512 sinks, and plain FAVOR+ has 256 features.
 CONVERSIONS: dict[str, dict[str, Any]] = {
     "plain FAVOR+": {"attention": "performer"},
-    "no windows, 512 sinks": {"window_size": 0},
-    "windows 12, no sinks": {"num_sinks": 0},
-    "windows 12, 128 sinks": {"num_sinks": 128},
-    "windows 12, 256 sinks": {"num_sinks": 256},
-    "windows 12, 512 sinks": {},
-    "windows 12, 512 sinks, not centred or balanced": {"center": False, "balance": False},
-    "windows 12, 512 sinks, M 64": {"num_features": 64},
-    "windows 12, 512 sinks, M 256": {"num_features": 256},
-    "windows 16, 512 sinks": {"window_size": 16},
-    "windows 12, 1024 sinks": {"num_sinks": 1024},
+    "clusters": {},
+    "clusters, windows 12": {"window_size": 12},
+    "clusters, windows 24": {"window_size": 24},
+    "clusters, no windows": {"window_size": 0},
+    "clusters, no sinks": {"num_sinks": 0},
+    "clusters, 256 sinks": {"num_sinks": 256},
+    "64 clusters": {"num_clusters": 64},
+    "256 clusters": {"num_clusters": 256},
+    "512 clusters": {"num_clusters": 512},
+    "features": {"attention": "scatterbrain"},
+    "features, no windows": {"attention": "scatterbrain", "window_size": 0},
+    "features, no sinks": {"attention": "scatterbrain", "num_sinks": 0},
+    "features, 128 sinks": {"attention": "scatterbrain", "num_sinks": 128},
+    "features, not centred or balanced": {"attention": "scatterbrain", "center": False, "balance": False},
+    "features, M 256": {"attention": "scatterbrain", "num_features": 256},
+    "features, 1024 sinks": {"attention": "scatterbrain", "num_sinks": 1024},
 }
 
 
