@@ -30,7 +30,7 @@ CANDIDATES: dict[str, tuple[dict[str, int], ...]] = {
         {"window_size": window_size, "num_sinks": num_sinks, "num_clusters": num_clusters}
         for window_size, num_sinks, num_clusters in (
             (8, 16, 32),
-            *product((12, 16, 24), (32, 128), (64, 128, 256)),
+            *product((12, 16, 24), (32, 128), (64, 96, 256)),
             (16, 256, 512),
         )
     ),

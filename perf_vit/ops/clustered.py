@@ -27,7 +27,7 @@ def clustered_attention(
     grid: tuple[int, int],
     window_size: int = 16,
     num_sinks: int = 64,
-    num_clusters: int = 128,
+    num_clusters: int = 96,
     num_prefix_tokens: int = 1,
     key_mask: Tensor | None = None,
 ) -> Tensor:
@@ -68,7 +68,7 @@ def clustered_attention(
     check_attention_keys(k, v, key_mask)
     check_grid(q, k, grid, window_size, num_sinks, num_prefix_tokens)
     if num_clusters < 1:
-        raise ValueError(f"num_clusters must be 1 or more, got {num_clusters}; 128 suits images of 500 px and up")
+        raise ValueError(f"num_clusters must be 1 or more, got {num_clusters}; 96 suits images of 500 px and up")
     with without_autocast(q):
 
         def make(queries: Tensor, keys: Tensor, log_mask: Tensor) -> _Clusters:

@@ -14,7 +14,7 @@ from timm.models.vision_transformer import checkpoint_filter_fn
 from torch import Tensor, nn
 
 MEAN, STD = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
-# Name -> options of `performerize`. Where nothing else is said, clusters are 128 beside windows of 16 and 64 sinks,
+# Name -> options of `performerize`. Where nothing else is said, clusters are 96 beside windows of 16 and 64 sinks,
 # features 128 beside windows of 12 and 512 sinks, and plain FAVOR+ has 256 features.
 CONVERSIONS: dict[str, dict[str, Any]] = {
     "plain FAVOR+": {"attention": "performer"},

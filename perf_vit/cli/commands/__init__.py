@@ -1,0 +1,1 @@
+"""Words and options of the command line; what they do stands beside this folder."""

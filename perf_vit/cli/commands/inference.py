@@ -1,0 +1,270 @@
+"""`perf-vit predict` and `evaluate`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+from perf_vit.cli.commands.arguments import (
+    BatchSize,
+    Checkpoint,
+    Device,
+    Input,
+    Mpp,
+    Overlap,
+    Precision,
+    SlideMpp,
+    WindowSize,
+)
+from perf_vit.errors import ConfigError
+
+__all__ = ["evaluate", "predict"]
+
+
+def predict(
+    context: typer.Context,
+    checkpoint: Checkpoint,
+    inputs: Annotated[
+        list[str], typer.Option("--input", help="A raster, a folder, a glob, or a list as CSV or Parquet; repeat it.")
+    ],
+    output: Annotated[
+        Path,
+        typer.Option(
+            help="The map to write, .tif; a quicklook .png goes beside it. A folder for several outputs. "
+            "Objects: .gpkg, .geojson, .parquet or COCO's .json."
+        ),
+    ],
+    more_inputs: Annotated[
+        list[str] | None, typer.Argument(help="Further inputs: what a shell makes of --input *.tif.")
+    ] = None,
+    kind: Annotated[
+        Literal["classes", "probabilities", "probabilities-uint8"],
+        typer.Option(help="Class indices, one float32 band a class, or the same in steps of 1/254."),
+    ] = "classes",
+    window_size: WindowSize = None,
+    overlap: Overlap = None,
+    batch_size: BatchSize = 1,
+    blend: Annotated[Literal["hann", "gaussian"], typer.Option(help="How overlapping windows are weighted.")] = "hann",
+    flips: Annotated[bool, typer.Option("--flips", help="Average over mirror images: four times the work.")] = False,
+    num_readers: Annotated[int, typer.Option(help="Threads that read ahead.", min=1)] = 2,
+    resume: Annotated[bool, typer.Option("--resume/--no-resume", help="Go on with an interrupted map.")] = True,
+    on_error: Annotated[
+        Literal["stop", "skip"],
+        typer.Option(help="Stop at an error, or leave pixels that can't be read as nodata and go on after bad files."),
+    ] = "stop",
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Of several outputs, make those anew that are there already.")
+    ] = False,
+    path_column: Annotated[str, typer.Option(help="Column of a list that holds the paths.")] = "path",
+    polygons: Annotated[
+        Literal["gpkg", "geojson", "parquet", "json"] | None,
+        typer.Option(
+            help="Write the areas of the classes, but the first, beside the map; geojson of slides is QuPath's. "
+            "Of a detector: the format of several outputs, gpkg by default, geojson of images without CRS."
+        ),
+    ] = None,
+    score_threshold: Annotated[
+        float | None,
+        typer.Option(
+            help="Lowest score of an object; where F1 was best in validation, by default. In maps of classes that "
+            "don't exclude each other, the probability above which one is true; 0.5 by default."
+        ),
+    ] = None,
+    mosaic: Annotated[bool, typer.Option("--mosaic", help="Read a folder, glob or STAC items as one scene.")] = False,
+    crs: Annotated[str | None, typer.Option(help="Read rasters in this CRS, as EPSG:32637.")] = None,
+    resolution: Annotated[
+        float | None, typer.Option(help="Read rasters with pixels of this size, in CRS units.")
+    ] = None,
+    mpp: Mpp = None,
+    slide_mpp: SlideMpp = None,
+    tissue: Annotated[
+        str | None, typer.Option(help="Only the tissue of slides: otsu, or a GeoJSON file of polygons.")
+    ] = None,
+    device: Device = "auto",
+    precision: Precision = "32",
+    engine: Annotated[Literal["local", "ray"], typer.Option(help="This process, or a Ray cluster.")] = "local",
+    num_actors: Annotated[
+        int | None, typer.Option(help="Ray processes; one a GPU, else one a CPU, by default.", min=1)
+    ] = None,
+    ray_address: Annotated[
+        str | None, typer.Option(help="Of a running cluster, as auto; a Ray of its own by default.")
+    ] = None,
+) -> None:
+    """Map rasters with a trained model, find objects in them, or tell what whole images or slides show."""
+    from perf_vit.cli.task_options import PREDICT_OPTIONS, refuse_other_options
+    from perf_vit.models import NETWORKS, checkpoint_task
+
+    task = checkpoint_task(checkpoint)
+    refuse_other_options(context, PREDICT_OPTIONS, task, checkpoint, NETWORKS[task])
+    source = {"crs": crs, "resolution": resolution, "mpp": mpp, "slide_mpp": slide_mpp, "tissue": tissue}
+    if task in {"classification", "regression"}:
+        from perf_vit.cli.scenes import predict_scenes
+
+        predict_scenes(
+            checkpoint,
+            [*inputs, *(more_inputs or ())],
+            output,
+            path_column=path_column,
+            skip_errors=on_error == "skip",
+            batch_size=batch_size,
+            device=device,
+            precision=precision,
+        )
+        return
+    if task == "slide":
+        from perf_vit.cli.slides import predict_slides
+
+        predict_slides(
+            checkpoint,
+            [*inputs, *(more_inputs or ())],
+            output,
+            slide_mpp=slide_mpp,
+            tissue=tissue,
+            path_column=path_column,
+            skip_errors=on_error == "skip",
+            batch_size=batch_size,
+            num_readers=num_readers,
+            device=device,
+            precision=precision,
+        )  # fmt: skip
+        return
+    if task == "detection":
+        from perf_vit.cli.finding import find_objects
+
+        find_objects(
+            checkpoint,
+            [*inputs, *(more_inputs or ())],
+            output,
+            score_threshold=score_threshold,
+            mosaic=mosaic,
+            path_column=path_column,
+            polygons=polygons,
+            on_error=on_error,
+            overwrite=overwrite,
+            source=source,
+            window_size=window_size,
+            overlap=overlap,
+            batch_size=batch_size,
+            num_readers=num_readers,
+            device=device,
+            precision=precision,
+        )
+        return
+    from perf_vit.cli.predicting import predict_inputs
+
+    predict_inputs(
+        checkpoint,
+        [*inputs, *(more_inputs or ())],
+        output,
+        path_column=path_column,
+        mosaic=mosaic,
+        polygons=polygons,
+        source=source,
+        threshold=score_threshold,
+        overwrite=overwrite,
+        engine=engine,
+        num_actors=num_actors,
+        ray_address=ray_address,
+        kind=kind,
+        window_size=window_size,
+        overlap=overlap,
+        batch_size=batch_size,
+        blend=blend,
+        flips=flips,
+        num_readers=num_readers,
+        resume=resume,
+        on_error=on_error,
+        device=device,
+        precision=precision,
+    )
+
+
+def evaluate(
+    context: typer.Context,
+    checkpoint: Checkpoint,
+    image: Input,
+    labels: Annotated[
+        Path | None,
+        typer.Option(
+            help="A mask raster or a vector file, as in training; labels of objects; a CSV of images or slides, which "
+            "folders by class do without."
+        ),
+    ] = None,
+    json: Annotated[
+        Path | None,
+        typer.Option(help="Write the scores here too; curves and confusion matrix go beside it, as .png."),
+    ] = None,
+    label_format: Annotated[
+        str | None, typer.Option(help="Of labels of objects: coco, voc, yolo, ...; as in training by default.")
+    ] = None,
+    names: Annotated[
+        Path | None,
+        typer.Option("--list", help="Of labelled images, those to score: a text file with one name a line."),
+    ] = None,
+    region: Annotated[
+        tuple[int, int, int, int] | None,
+        typer.Option(help="row col height width, in pixels, of the part to score."),
+    ] = None,
+    window_size: WindowSize = None,
+    overlap: Overlap = None,
+    batch_size: BatchSize = 1,
+    flips: Annotated[bool, typer.Option("--flips", help="Of maps: average over mirror images, as predict.")] = False,
+    device: Device = "auto",
+    precision: Precision = "32",
+) -> None:
+    """Score a trained model on a labelled raster, or on labelled images or slides, class by class."""
+    from perf_vit.cli.task_options import EVALUATE_OPTIONS, refuse_other_options
+    from perf_vit.models import NETWORKS, checkpoint_task
+
+    task = checkpoint_task(checkpoint)
+    refuse_other_options(context, EVALUATE_OPTIONS, task, checkpoint, NETWORKS[task])
+    if task in {"classification", "regression"}:
+        from perf_vit.cli.scenes import report_scenes
+
+        report_scenes(checkpoint, image, labels, json, batch_size=batch_size, device=device, precision=precision)
+        return
+    if labels is None:
+        raise ConfigError("evaluate needs --labels: a mask raster or a vector file, labels of objects, or a CSV file")
+    if task == "slide":
+        from perf_vit.cli.slides import report_slides
+
+        report_slides(checkpoint, image, labels, json, batch_size=batch_size, device=device, precision=precision)
+        return
+    if task == "detection":
+        from perf_vit.cli.detecting import report_objects
+
+        report_objects(
+            checkpoint,
+            image,
+            labels,
+            json,
+            label_format=label_format,
+            names=names,
+            window_size=window_size,
+            overlap=overlap,
+            batch_size=batch_size,
+            device=device,
+            precision=precision,
+        )
+        return
+    from perf_vit.cli.console import console, score_table
+    from perf_vit.cli.mapping import evaluate_raster, write_scores
+
+    scores, curves = evaluate_raster(
+        checkpoint,
+        image,
+        labels,
+        region=region,
+        with_curves=json is not None,
+        window_size=window_size,
+        overlap=overlap,
+        batch_size=batch_size,
+        flips=flips,
+        device=device,
+        precision=precision,
+    )
+    console.print(score_table(scores, title=f"{image.name} against {labels.name}"))
+    if json is not None:
+        write_scores(scores, json, curves)
