@@ -7,9 +7,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from perf_vit.ops.chunks import token_slices
-from perf_vit.ops.features import without_autocast
+from perf_vit.ops.features import LOWEST_SCALE, without_autocast
 from perf_vit.ops.state import check_attention_keys
-from perf_vit.ops.window_attention import Call, StandIns, Windows, attend_joined, check_grid, means_of_others
+from perf_vit.ops.window_attention import Call, StandIns, Windows, attend_joined, check_grid
 
 __all__ = ["choose_clusters", "clustered_attention"]
 
@@ -164,8 +164,9 @@ class _Clusters(StandIns):
             labels, values = self._labels(own), own.tokens(own.v)
             sums = self._sums(values, labels, total, sign=-1)
             left = self._sums(None, labels, number, sign=-1)
-        log_number, means = means_of_others(sums, left, number)
-        return log_number + spread, means
+        # Numbers are exact: a cluster that a window holds all of has no weight, however far its keys spread.
+        log_weights = (left.log() + spread).masked_fill(left == 0, LOWEST_SCALE)
+        return log_weights, sums / left.clamp(min=1.0)
 
     def query_log_amplitude(self, q: Tensor) -> None:
         return None

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import torch
 from torch import Tensor
 
-from perf_vit.ops.chunks import token_slices
-from perf_vit.ops.features import LOWEST_SCALE, exp_
+from perf_vit.ops.features import LOWEST_SCALE
 
 __all__ = ["choose_sinks"]
 
-_SINK_KEYS = 1024
+# So many queries at a time: their weights take less memory than queries, keys and values do.
+_QUERIES = 32
 
 
 @torch.no_grad()
@@ -37,17 +35,13 @@ def choose_sinks(
     length = q.shape[2] - num_prefix_tokens
     places = torch.linspace(0, length - 1, min(num_queries, length), device=q.device).long() + num_prefix_tokens
     asking = q[:, :, places].float() * q.shape[-1] ** -0.5
-
-    def logits() -> Iterator[Tensor]:
-        # Computed anew for each use: to write all of them down takes longer.
-        for keys in token_slices(k, _SINK_KEYS):
-            values = asking @ k[keys].float().mT
-            yield values if key_mask is None else values.masked_fill_(~key_mask[:, None, None, keys[2]], LOWEST_SCALE)
-
-    log_sums = torch.stack([values.logsumexp(dim=-1, keepdim=True) for values in logits()]).logsumexp(dim=0)
-    mass = torch.cat([exp_(values.sub_(log_sums).mul_(0.5)).sum(dim=2) for values in logits()], dim=-1)[
-        ..., num_prefix_tokens:
-    ]
+    keys, mass = k.float().mT, torch.zeros_like(k[..., 0], dtype=torch.float32)
+    for some in asking.split(_QUERIES, dim=2):
+        logits = some @ keys
+        if key_mask is not None:
+            logits.masked_fill_(~key_mask[:, None, None], LOWEST_SCALE)
+        mass += logits.softmax(dim=-1).sqrt_().sum(dim=2)
+    mass = mass[..., num_prefix_tokens:]
     if key_mask is not None:
         mass = mass.masked_fill(~key_mask[:, None, num_prefix_tokens:], -1.0)
     return mass.topk(min(num_sinks, length), dim=-1).indices + num_prefix_tokens

@@ -147,3 +147,11 @@ def test_clusters_are_nearer_to_their_keys_than_evenly_spaced_keys_are(monkeypat
     iterated = error()
     monkeypatch.setattr(clustered, "_ITERATIONS", 0)
     assert iterated < 0.95 * error()
+
+
+def test_clusters_that_a_window_holds_weigh_nothing_however_far_their_keys_spread() -> None:
+    q, k, v = (x.float() for x in make((6, 6), 0))
+    out = clustered_attention(
+        30 * q, 30 * k, v, (6, 6), window_size=6, num_sinks=0, num_clusters=2, num_prefix_tokens=0
+    )
+    torch.testing.assert_close(out, softmax_attention(30 * q, 30 * k, v), rtol=1e-4, atol=1e-4)

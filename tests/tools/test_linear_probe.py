@@ -130,7 +130,8 @@ def test_resampled_area_is_that_of_repeated_patches(tool) -> None:
 
 def test_exact_conversion_changes_no_score_and_plain_one_does(tool, model, make_city, monkeypatch) -> None:
     probe = tool("linear_probe")
-    monkeypatch.setattr(probe, "CONVERSIONS", {"exact": EXACT, "plain": {"attention": "performer", "num_features": 4}})
+    of_names = {"exact": EXACT, "plain": {"attention": "performer", "num_features": 4}}
+    monkeypatch.setattr("pretrained_vit.CONVERSIONS", of_names)
     train, test = (list(probe.read_tiles(*make_city(seed), SIZE, PATCH)) for seed in (0, 1))
     comparison = probe.Comparison(model, train, test, [0, 2], 0.01)
     softmax = comparison.softmax()
@@ -153,7 +154,8 @@ def test_exact_conversion_changes_no_score_and_plain_one_does(tool, model, make_
 def test_command_prints_and_writes_what_it_measured(tool, model, make_city, tmp_path, monkeypatch, capsys) -> None:
     probe = tool("linear_probe")
     monkeypatch.setattr(probe, "load_vit", lambda *_: model)
-    monkeypatch.setattr(probe, "CONVERSIONS", {"exact": EXACT})
+    for module in ("pretrained_vit", "linear_probe"):
+        monkeypatch.setattr(f"{module}.CONVERSIONS", {"exact": EXACT})
     (train, train_labels), (test, test_labels) = make_city(0), make_city(1)
     paths = ([train], [train_labels], [test], [test_labels])
     probe.main(Path(), *paths, size=SIZE, blocks="1", draws=1, out=tmp_path / "probe.csv")
@@ -177,5 +179,5 @@ def test_what_does_not_fit_is_refused(tool, model, make_city) -> None:
         probe.read_scenes([image], [], SIZE, model)
     with pytest.raises(typer.BadParameter, match="with less; try a smaller --size"):
         probe.read_scenes([image], [labels], 280, model)
-    with pytest.raises(typer.BadParameter, match="--only must be one of"):
+    with pytest.raises(typer.BadParameter, match="--only must be a folder of a converted model, or one of plain FAVOR"):
         probe.main(Path(), [image], [labels], [image], [labels], only=["nothing"])

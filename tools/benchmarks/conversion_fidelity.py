@@ -19,7 +19,7 @@ import numpy as np
 import rasterio
 import torch
 import typer
-from pretrained_vit import CONVERSIONS, load_vit, normalize
+from pretrained_vit import CONVERSIONS, check_names, converted, load_vit, normalize
 from rasterio.windows import Window
 from rich.table import Table
 from torch import Tensor, nn
@@ -28,6 +28,8 @@ from torch.nn import functional as F
 import perf_vit
 from perf_vit.cli.benchmarks.settings import machine_name
 from perf_vit.cli.console import console, errors
+
+POPULAR = "performer-pytorch"
 
 
 class PopularAttention(nn.Module):
@@ -53,7 +55,7 @@ def main(
     size: Annotated[int, typer.Option(help="Side of a crop in pixels.")] = 518,
     draws: Annotated[int, typer.Option(help="Draws of the projections.")] = 3,
     out: Annotated[Path | None, typer.Option(help="CSV file for the table.")] = None,
-    only: Annotated[list[str] | None, typer.Option(help="Names of conversions; repeat it; all.")] = None,
+    only: Annotated[list[str] | None, typer.Option(help="Conversions, or folders of such; repeat it.")] = None,
 ) -> None:
     """Print a table of fidelity."""
     model = load_vit(model_name, weights, size)
@@ -71,16 +73,18 @@ def main(
 
 def conversions(model: nn.Module, only: list[str] | None) -> dict[str, Callable[[int], nn.Module]]:
     """Name -> (seed -> converted model)."""
-    makers: dict[str, Callable[[int], nn.Module]] = {}
-    for name, options in CONVERSIONS.items():
-        makers[name] = lambda seed, options=options: perf_vit.performerize(model, **{"seed": seed, **options})
-    try:
-        import performer_pytorch  # noqa: F401
+    check_names([name for name in only or [] if name != POPULAR])
+    makers: dict[str, Callable[[int], nn.Module]] = {
+        name: lambda seed, name=name: converted(model, name, seed) for name in only or CONVERSIONS if name != POPULAR
+    }
+    if not only or POPULAR in only:
+        try:
+            import performer_pytorch  # noqa: F401
 
-        makers = {"performer-pytorch": lambda seed: popular(model, seed), **makers}
-    except ImportError:
-        errors.print("performer-pytorch is not installed, so it is left out")
-    return {name: maker for name, maker in makers.items() if not only or name in only}
+            makers[POPULAR] = lambda seed: popular(model, seed)
+        except ImportError:
+            errors.print(f"{POPULAR} is not installed, so it is left out")
+    return makers
 
 
 def popular(model: nn.Module, seed: int) -> nn.Module:

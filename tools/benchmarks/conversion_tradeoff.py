@@ -1,4 +1,4 @@
-"""What a converted model keeps against what it costs, over a grid of windows, sinks and features.
+"""What a converted model keeps against what it costs, over a grid of windows, sinks, and clusters or features.
 
     python tools/benchmarks/conversion_tradeoff.py --weights vit.safetensors --size 1022 a.tif b.tif slide.svs
 
@@ -34,16 +34,22 @@ from perf_vit.cli.benchmarks.settings import machine_name
 from perf_vit.cli.console import console, errors
 
 COLORS, MARKERS = (GREY, BLUE, GREEN, YELLOW, RED, PURPLE), "osD^vP"
+# Attention -> what stands in for far keys.
+FAR = {"clustered": "clusters", "scatterbrain": "features"}
 FOLDER = Path(__file__).parents[2] / "docs" / "images" / "conversion"
 
 
 @dataclass(frozen=True)
 class Row:
-    """One setting: cosines (means, worst image and draw) and costs, also of plain FAVOR+ in the same run."""
+    """One setting: cosines (means, worst image and draw) and costs, also of plain FAVOR+ in the same run.
 
+    What stands in for far keys is clusters, of "clustered", or features, of "scatterbrain".
+    """
+
+    attention: str
     window_size: int
     num_sinks: int
-    num_features: int
+    num_far: int
     patch: float
     worst_patch: float
     class_: float
@@ -67,24 +73,28 @@ def main(
     weights: Annotated[Path, typer.Option(help="State dict, .safetensors.")],
     model_name: Annotated[str, typer.Option(help="timm's name of the model.")] = "vit_small_patch14_dinov2",
     size: Annotated[int, typer.Option(help="Side of a crop in pixels.")] = 1022,
-    windows: Annotated[str, typer.Option(help="Sides of a window in patches, up to 6.")] = "0,8,16,24",
-    sinks: Annotated[str, typer.Option(help="Numbers of sinks, up to 6.")] = "0,128,256,512",
-    features: Annotated[str, typer.Option(help="Numbers of random features.")] = "128,256,512",
+    windows: Annotated[str, typer.Option(help="Sides of a window in patches, up to 6.")] = "0,12,16,24",
+    sinks: Annotated[str, typer.Option(help="Numbers of sinks, up to 6.")] = "0,64,512",
+    clusters: Annotated[str, typer.Option(help="Numbers of clusters; nothing for none of these.")] = "48,96,256",
+    features: Annotated[
+        str, typer.Option(help="Numbers of random features; nothing for none of these.")
+    ] = "64,128,256",
     draws: Annotated[int, typer.Option(help="Draws of the projections.")] = 1,
     runs: Annotated[int, typer.Option(help="Timed runs of each setting, of which the median counts.")] = 3,
     out: Annotated[Path, typer.Option(help="Folder for the CSV file and the figure.")] = FOLDER,
 ) -> None:
     """Print, write and draw the trade-off."""
-    grid = [numbers_of(text, name) for text, name in ((windows, "windows"), (sinks, "sinks"), (features, "features"))]
+    given = {"windows": windows, "sinks": sinks, "clusters": clusters, "features": features}
+    numbers = {name: numbers_of(text, name) for name, text in given.items()}
     model = load_vit(model_name, weights, size)
     crops = [crop for path in images for crop in read_crops(path, size)]
     exact, _ = tokens_of(model, crops)
     plain = Cost(perf_vit.performerize(model, "performer"), crops[0])
     rows = []
-    for window_size, num_sinks, num_features in itertools.product(*grid):
-        options = {"window_size": window_size, "num_sinks": num_sinks, "num_features": num_features}
-        with errors.status(", ".join(f"{name} {value}" for name, value in options.items())):
-            rows.append(measure(model, options, crops, exact, plain, draws, runs))
+    for attention, name in FAR.items():
+        for setting in itertools.product(numbers["windows"], numbers["sinks"], numbers[name]):
+            with errors.status(f"window {setting[0]}, {setting[1]} sinks, {setting[2]} {name}"):
+                rows.append(measure(model, attention, setting, crops, exact, plain, draws, runs))
     title = f"{model_name}, {size} px, {len(crops)} images, {draws} draws, {machine_name('cpu')}"
     show(rows, f"{title}, {torch.get_num_threads()} threads")
     out.mkdir(parents=True, exist_ok=True)
@@ -94,10 +104,10 @@ def main(
 
 def numbers_of(text: str, name: str) -> list[int]:
     try:
-        numbers = sorted({int(part) for part in text.split(",")})
+        numbers = sorted({int(part) for part in text.split(",") if text})
     except ValueError:
         raise typer.BadParameter(f"--{name} must be whole numbers with commas between, got {text!r}") from None
-    if name != "features" and len(numbers) > len(COLORS):
+    if name in ("windows", "sinks") and len(numbers) > len(COLORS):
         raise typer.BadParameter(f"--{name} must be {len(COLORS)} numbers at most, got {len(numbers)}")
     return numbers
 
@@ -122,17 +132,23 @@ class Cost:
 
 def measure(
     model: nn.Module,
-    options: dict[str, Any],
+    attention: str,
+    setting: tuple[int, int, int],
     crops: list[Tensor],
     exact: list[Tensor],
     plain: Cost,
     draws: int,
     runs: int,
 ) -> Row:
-    *cosines, _ = fidelity(lambda seed: perf_vit.performerize(model, seed=seed, **options), crops, exact, draws)
-    own = Cost(perf_vit.performerize(model, **options), crops[0])
+    options = dict(zip(("window_size", "num_sinks", f"num_{FAR[attention]}"), setting, strict=True))
+    # Clusters aren't drawn.
+    draws = draws if attention == "scatterbrain" else 1
+    *cosines, _ = fidelity(
+        lambda seed: perf_vit.performerize(model, attention, seed=seed, **options), crops, exact, draws
+    )
+    own = Cost(perf_vit.performerize(model, attention, **options), crops[0])
     seconds = alternating_medians({"own": own.call, "plain": plain.call}, runs, "cpu")
-    return Row(*options.values(), *cosines, seconds["own"], seconds["plain"], own.gflop, plain.gflop)
+    return Row(attention, *setting, *cosines, seconds["own"], seconds["plain"], own.gflop, plain.gflop)
 
 
 def front(rows: Sequence[Row], cost: str) -> list[Row]:
@@ -146,13 +162,15 @@ def front(rows: Sequence[Row], cost: str) -> list[Row]:
 
 def show(rows: Sequence[Row], title: str) -> None:
     table = Table(title=title)
-    for header in ("window", "sinks", "M", "patch tokens", "worst", "class token", "worst", "time", "arithmetic", ""):
+    for header in ("window", "sinks", "far", "patch tokens", "worst", "class token", "worst", "time", "arithmetic", ""):
         table.add_column(header, justify="right")
     unbeaten = set(front(rows, "relative_time"))
     for row in rows:
         cosines = (row.patch, row.worst_patch, row.class_, row.worst_class)
         table.add_row(
-            *(str(number) for number in (row.window_size, row.num_sinks, row.num_features)),
+            str(row.window_size),
+            str(row.num_sinks),
+            f"{row.num_far} {FAR[row.attention]}",
             *(f"{cosine:.4f}" for cosine in cosines),
             *(f"{ratio:.2f}" for ratio in (row.relative_time, row.relative_gflop)),
             "*" if row in unbeaten else "",
@@ -168,7 +186,7 @@ def write_rows(rows: Sequence[Row], path: Path) -> None:
         for row in rows:
             ratios = {"relative_time": row.relative_time, "relative_gflop": row.relative_gflop}
             numbers = {**asdict(row), **ratios}
-            writer.writerow({name: x if isinstance(x, int) else f"{x:.5g}" for name, x in numbers.items()})
+            writer.writerow({name: f"{x:.5g}" if isinstance(x, float) else x for name, x in numbers.items()})
 
 
 def draw(rows: Sequence[Row], title: str, path: Path) -> None:
@@ -192,7 +210,9 @@ def draw_panel(axes: Axes, rows: Sequence[Row], cost: str) -> None:
     axes.plot([getattr(row, cost) for row in unbeaten], [lost[row] for row in unbeaten], color="black", lw=0.8)
     for row in rows:
         color, marker, area = styles["sinks", row.num_sinks], styles["window", row.window_size], _area(row, rows)
-        axes.scatter(getattr(row, cost), lost[row], s=area, c=color, marker=marker, lw=0, alpha=0.85, zorder=3)
+        face = color if row.attention == "clustered" else "none"
+        place = getattr(row, cost), lost[row]
+        axes.scatter(*place, s=area, facecolors=face, edgecolors=color, marker=marker, lw=1, alpha=0.85, zorder=3)
     axes.set_yscale("log")
     label_logarithms(axes.yaxis)
     axes.grid(alpha=0.3)
@@ -211,16 +231,17 @@ def legend_of(rows: Sequence[Row]) -> list[Line2D]:
         look = {"color": style, "marker": "o"} if kind == "sinks" else {"color": GREY, "marker": style}
         label = f"{number} sinks" if kind == "sinks" else f"windows {number}" if number else "no windows"
         handles.append(Line2D([], [], ls="", label=label, **look))
-    for row in {row.num_features: row for row in sorted(rows, key=lambda row: row.num_features)}.values():
-        size = _area(row, rows) ** 0.5
-        handles.append(Line2D([], [], ls="", color=GREY, marker="o", ms=size, label=f"M {row.num_features}"))
+    for row in {(row.attention, row.num_far): row for row in sorted(rows, key=lambda row: row.num_far)}.values():
+        size, face = _area(row, rows) ** 0.5, GREY if row.attention == "clustered" else "none"
+        label = f"{row.num_far} {FAR[row.attention]}"
+        handles.append(Line2D([], [], ls="", color=GREY, marker="o", ms=size, mfc=face, label=label))
     return [*handles, Line2D([], [], color="black", lw=0.8, label="none beats these")]
 
 
 def _area(row: Row, rows: Sequence[Row]) -> float:
-    """Square points of a marker: the more features, the larger."""
-    numbers = sorted({other.num_features for other in rows})
-    return 22.0 + 26 * numbers.index(row.num_features)
+    """Square points of a marker: the more clusters or features, the larger."""
+    numbers = sorted({other.num_far for other in rows if other.attention == row.attention})
+    return 22.0 + 26 * numbers.index(row.num_far)
 
 
 if __name__ == "__main__":

@@ -24,11 +24,10 @@ import numpy.typing as npt
 import torch
 import typer
 from patch_probe import Probe, resampled_auc, scores_of
-from pretrained_vit import CONVERSIONS, load_vit, normalize
+from pretrained_vit import CONVERSIONS, check_names, converted, load_vit, normalize
 from rich.table import Table
 from torch import Tensor, nn
 
-import perf_vit
 from perf_vit.cli.console import console, errors
 from perf_vit.io import open_labels, open_source
 from perf_vit.tiling import grid_windows
@@ -99,12 +98,10 @@ def main(
     draws: Annotated[int, typer.Option(help="Draws of the projections.")] = 3,
     l2: Annotated[float, typer.Option(help="Weight of the probe's L2 penalty.")] = 0.01,
     out: Annotated[Path | None, typer.Option(help="CSV file for all numbers.")] = None,
-    only: Annotated[list[str] | None, typer.Option(help="Names of conversions; repeat it; all.")] = None,
+    only: Annotated[list[str] | None, typer.Option(help="Conversions, or folders of such; repeat it.")] = None,
 ) -> None:
     """Print a table of what probes see."""
-    unknown = set(only or []) - set(CONVERSIONS)
-    if unknown:
-        raise typer.BadParameter(f"--only must be one of {', '.join(CONVERSIONS)}, got {unknown.pop()}")
+    check_names(only or [])
     model = load_vit(model_name, weights, size)
     places = [int(block) for block in blocks.split(",")]
     train_tiles, test_tiles = (
@@ -216,7 +213,7 @@ class Comparison:
         rows: list[Row] = []
         resampled: dict[tuple[str, str], list[Tensor]] = {}
         for seed in range(draws):
-            model = perf_vit.performerize(self.model, **{"seed": seed, **CONVERSIONS[name]})
+            model = converted(self.model, name, seed)
             own = self._fit(features_of(model, self.train_tiles, self.blocks))
             for blocks, features in features_of(model, self.test_tiles, self.blocks).items():
                 exact, exact_resampled = self.exact[blocks]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -9,9 +10,12 @@ import numpy as np
 import numpy.typing as npt
 import timm
 import torch
+import typer
 from safetensors.torch import load_file
 from timm.models.vision_transformer import checkpoint_filter_fn
 from torch import Tensor, nn
+
+import perf_vit
 
 MEAN, STD = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
 # Name -> options of `performerize`. Where nothing else is said, clusters are 96 beside windows of 16 and 64 sinks,
@@ -35,6 +39,22 @@ CONVERSIONS: dict[str, dict[str, Any]] = {
     "features, M 256": {"attention": "scatterbrain", "num_features": 256},
     "features, 1024 sinks": {"attention": "scatterbrain", "num_sinks": 1024},
 }
+
+
+def check_names(names: Sequence[str]) -> None:
+    """Refuse what is neither a conversion nor a folder that holds one."""
+    for name in names:
+        if name not in CONVERSIONS and not Path(name).is_dir():
+            raise typer.BadParameter(
+                f"--only must be a folder of a converted model, or one of {', '.join(CONVERSIONS)}, got {name}"
+            )
+
+
+def converted(model: nn.Module, name: str, seed: int) -> nn.Module:
+    """The model by one of `CONVERSIONS`, or the one in a folder, for images of the model's size."""
+    if name in CONVERSIONS:
+        return perf_vit.performerize(model, **{"seed": seed, **CONVERSIONS[name]})
+    return perf_vit.load_converted(name, img_size=model.patch_embed.img_size).eval()
 
 
 def load_vit(model_name: str, weights: Path, size: int) -> nn.Module:
