@@ -44,7 +44,7 @@ class PerformerRopeVisionTransformer(_LinearEva):
 
 
 class ScatterbrainRopeVisionTransformer(_LinearEva):
-    """timm's `Eva` with the attention of `performerize`: windows, sinks, and FAVOR+ for the rest.
+    """timm's `Eva` with the "scatterbrain" of `performerize`: windows, sinks, and FAVOR+ for the rest.
 
     Args:
         *args: of `timm.models.Eva`.

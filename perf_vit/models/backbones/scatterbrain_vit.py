@@ -16,10 +16,10 @@ __all__ = ["ScatterbrainVisionTransformer"]
 
 
 class ScatterbrainVisionTransformer(VisionTransformer):
-    """timm's `VisionTransformer` with the attention of `performerize`: windows, sinks, and FAVOR+ for the rest.
+    """timm's `VisionTransformer` with the "scatterbrain" of `performerize`: windows, sinks, and FAVOR+ for the rest.
 
     Everything else is timm's, the names of the parameters too, so softmax checkpoints load with `strict=True`; the
-    model is then what `performerize` makes of the softmax one. Images are [B, C, H, W].
+    model is then what `performerize(softmax, "scatterbrain")` gives. Images are [B, C, H, W].
 
     Args:
         *args: of `timm.models.VisionTransformer`.
