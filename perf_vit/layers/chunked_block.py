@@ -124,12 +124,16 @@ def _joined(function: Callable[[slice], Tensor], x: Tensor, out: Tensor | None =
         part = function(tokens)
         if tokens.start == 0:
             shape = (*x.shape[:2], part.shape[-1])
-            if out is None or out.shape != shape or out.dtype != part.dtype or out.device != part.device:
+            if out is None or out.shape != shape or not _alike(out, part):
                 out = part.new_empty(shape)
         assert out is not None
         out[:, tokens] = part
     assert out is not None
     return out
+
+
+def _alike(x: Tensor, y: Tensor) -> bool:
+    return (x.dtype, x.device, x.is_inference()) == (y.dtype, y.device, y.is_inference())
 
 
 def _chunks(length: int, size: int) -> Iterator[slice]:
