@@ -2,7 +2,7 @@
 
 from perf_vit.models.build import ModelConfig, build_segmenter
 from perf_vit.models.build_detector import DetectorConfig, build_detector
-from perf_vit.models.calibration import calibrate, choose_layer_options
+from perf_vit.models.calibration import calibrate
 from perf_vit.models.checkpoint import (
     CHECKPOINT_KEY,
     NETWORKS,
@@ -25,6 +25,7 @@ from perf_vit.models.convert import performerize
 from perf_vit.models.detector import Detector, DetectorSpec
 from perf_vit.models.fidelity import attention_errors, token_cosines
 from perf_vit.models.finetune import BackboneTuning, LoraConfig, backbone_body, backbone_layers
+from perf_vit.models.layer_options import choose_layer_options
 from perf_vit.models.pooled import pretrained_statistics
 from perf_vit.models.saved_model import load_converted, load_softmax, save_converted
 from perf_vit.models.segmenter import Segmenter, SegmenterSpec, network_id, segmenter_id

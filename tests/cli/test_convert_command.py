@@ -66,7 +66,7 @@ def test_a_model_is_converted_and_the_report_says_what_it_was_measured_on(weight
 
 def test_options_are_chosen_and_constants_fixed_on_images(weights, images, tmp_path, monkeypatch) -> None:
     candidates = ({"window_size": 2, "num_sinks": 2, "num_features": 16},) * 2
-    monkeypatch.setattr("perf_vit.models.calibration.CANDIDATES", {"scatterbrain": candidates})
+    monkeypatch.setattr("perf_vit.models.layer_options.CANDIDATES", {"scatterbrain": candidates})
     args = ["--img-size", "64", "--images", images, "--budget", "1000", "--calibrate"]
     assert convert(MODEL, tmp_path / "out", *given(weights), *args) == 0
     model = perf_vit.load_converted(tmp_path / "out")
@@ -82,7 +82,7 @@ def test_clusters_are_the_default_and_their_options_chosen(weights, images, tmp_
     assert (options.window_size, options.num_sinks, options.num_clusters) == (16, 64, 7)
     assert "<td>16</td><td>64</td><td>7</td><td>-</td>" in (tmp_path / "plain" / "fidelity.html").read_text()
     candidates = ({"window_size": 2, "num_sinks": 2, "num_clusters": 3},) * 2
-    monkeypatch.setattr("perf_vit.models.calibration.CANDIDATES", {"clustered": candidates})
+    monkeypatch.setattr("perf_vit.models.layer_options.CANDIDATES", {"clustered": candidates})
     args = ["--img-size", "64", "--images", images, "--budget", "1000"]
     assert convert(MODEL, tmp_path / "chosen", *given(weights), *args) == 0
     model = perf_vit.load_converted(tmp_path / "chosen")

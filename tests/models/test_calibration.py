@@ -7,7 +7,7 @@ import torch
 
 import perf_vit
 from perf_vit.layers.converted_attention import BALANCING_BUFFERS
-from perf_vit.models import attention_errors, calibration, token_cosines
+from perf_vit.models import attention_errors, layer_options, token_cosines
 from perf_vit.models.convert import converted_layers
 from perf_vit.models.knapsack import choose_under_budget
 from perf_vit.ops import fit_balancing
@@ -154,8 +154,8 @@ def test_a_budget_that_nothing_fits_has_no_choice() -> None:
 def test_a_larger_budget_buys_smaller_errors(monkeypatch) -> None:
     model = build()
     # Times by the wall would make this test a matter of luck: candidates cost 1, 2 and 3, all else 10.
-    monkeypatch.setattr(calibration, "_seconds", lambda *_: ([1.0, 2.0, 3.0], 14.0, 10.0))
-    monkeypatch.setattr(calibration, "_relative_time", lambda *_: 0.0)
+    monkeypatch.setattr(layer_options, "_seconds", lambda *_: ([1.0, 2.0, 3.0], 14.0, 10.0))
+    monkeypatch.setattr(layer_options, "_relative_time", lambda *_: 0.0)
     steps = []
     choices = [
         perf_vit.choose_layer_options(
@@ -177,7 +177,7 @@ def test_a_larger_budget_buys_smaller_errors(monkeypatch) -> None:
 
 def test_a_choice_that_takes_longer_than_predicted_is_made_again(monkeypatch) -> None:
     model = build()
-    monkeypatch.setattr(calibration, "_seconds", lambda *_: ([1.0, 2.0, 3.0], 14.0, 10.0))
+    monkeypatch.setattr(layer_options, "_seconds", lambda *_: ([1.0, 2.0, 3.0], 14.0, 10.0))
     measured = []
 
     def relative_time(converted, *_) -> float:
@@ -187,7 +187,7 @@ def test_a_choice_that_takes_longer_than_predicted_is_made_again(monkeypatch) ->
         measured.append((10 + 1.5 * sum(own)) / 14)
         return measured[-1]
 
-    monkeypatch.setattr(calibration, "_relative_time", relative_time)
+    monkeypatch.setattr(layer_options, "_relative_time", relative_time)
     budget = 22.1 / 14
     chosen = perf_vit.choose_layer_options(model, images(1), budget, candidates=CANDIDATES)
     assert measured[0] == pytest.approx(28 / 14)
@@ -202,8 +202,8 @@ def test_a_choice_that_takes_longer_than_predicted_is_made_again(monkeypatch) ->
     ("options", "attention"), [({}, "clustered"), ({"kernel": "softmax+"}, "scatterbrain"), ({"seed": 3}, "clustered")]
 )
 def test_candidates_are_those_of_the_attention_that_the_options_are_of(options, attention, monkeypatch) -> None:
-    few = {name: candidates[:2] for name, candidates in calibration.CANDIDATES.items()}
-    monkeypatch.setattr(calibration, "CANDIDATES", few)
+    few = {name: candidates[:2] for name, candidates in layer_options.CANDIDATES.items()}
+    monkeypatch.setattr(layer_options, "CANDIDATES", few)
     chosen = perf_vit.choose_layer_options(build(depth=2), images(1), 1000.0, **options)
     assert all(each in few[attention] for each in chosen.values())
     converted = perf_vit.performerize(build(depth=2), per_layer=chosen, **options)

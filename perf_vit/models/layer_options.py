@@ -1,0 +1,252 @@
+"""Windows, sinks and clusters or features of each layer that are worth their time, chosen by a few images."""
+
+from __future__ import annotations
+
+import math
+import statistics
+import time
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from contextlib import ExitStack
+from functools import partial
+from itertools import product
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from perf_vit.layers.converted_attention import ConvertedAttention, ScatterbrainOptions
+from perf_vit.layers.performer_attention import check_option_names
+from perf_vit.layers.token_grid import TokenGrid, watch_patch_embed
+from perf_vit.models.conversion import ATTENTIONS, default_attention
+from perf_vit.models.convert import body_of, converted_layers, convertible_layers, performerize
+from perf_vit.models.fidelity import attention_errors, evaluating, final_errors, image_batches
+from perf_vit.models.knapsack import choose_under_budget
+
+__all__ = ["CANDIDATES", "choose_layer_options"]
+
+CANDIDATES: dict[str, tuple[dict[str, int], ...]] = {
+    "clustered": tuple(
+        {"window_size": window_size, "num_sinks": num_sinks, "num_clusters": num_clusters}
+        for window_size, num_sinks, num_clusters in (
+            (8, 16, 32),
+            *product((12, 16, 24), (32, 128), (64, 96, 256)),
+            (16, 256, 512),
+        )
+    ),
+    "scatterbrain": tuple(
+        {"window_size": window_size, "num_sinks": num_sinks, "num_features": num_features}
+        for window_size, num_sinks, num_features in (
+            (0, 0, 128),
+            *product((12, 16), (64, 128, 256, 512, 768), (64, 128)),
+        )
+    ),
+}
+"""What `choose_layer_options` chooses from for each layer, by attention."""
+
+_TIMED_RUNS = 3
+# A choice that takes longer than its layer's time made believe is made again, so often, with as much less to spend.
+_CHOICES = 4
+# What a measured time may be above the budget: noise.
+_TOLERANCE = 1.02
+
+
+def choose_layer_options(
+    model: nn.Module,
+    images: Sequence[Tensor],
+    budget: float = 1.5,
+    *,
+    attention: str | None = None,
+    layers: Collection[int] | None = None,
+    candidates: Sequence[Mapping[str, int]] | None = None,
+    on_step: Callable[[int, int], None] = lambda done, total: None,
+    **options: Any,
+) -> dict[int, dict[str, int]]:
+    """Windows, sinks and clusters or features for each layer that keep most of a model within a time.
+
+    Measures what each candidate does to the outputs of each layer, on the inputs that the layer has in the softmax
+    model, how far the final tokens move if the fastest one stands in one layer alone, and how long each takes on one
+    layer. From the first two it predicts what each choice costs in the cosine of the final tokens, which grows with the
+    square of a layer's error, and chooses so that the sum is smallest while the model's forward takes at most `budget`
+    times that of plain FAVOR+ (256 features). What it has chosen it times, and chooses again with less to spend where
+    that takes longer. Times are those of this machine, at the size of the images, while nothing else should run.
+
+    Args:
+        model: the softmax model.
+        images: a few standardised images, [B, C, H, W] or [C, H, W]; the first one is timed.
+        budget: times of plain FAVOR+, whole models, projections and feed-forward layers included.
+        attention: "clustered" or "scatterbrain"; None for the one that `performerize` takes for these options.
+        layers: places of the layers to convert, None for all.
+        candidates: options to choose from, those of `CANDIDATES` if None.
+        on_step: called with the number of measurements that are done and of all.
+        **options: fields of `ScatterbrainOptions` that all candidates share.
+
+    Returns:
+        Place -> options, for the `per_layer` of `performerize`.
+
+    Raises:
+        ValueError: no image, another attention, a model that can't be converted, or a budget below what the fastest
+            candidate takes.
+    """
+    if attention is None:
+        attention = default_attention([*options, *(name for candidate in candidates or () for name in candidate)])
+    if attention not in CANDIDATES:
+        raise ValueError(f"options are chosen for attention {' or '.join(CANDIDATES)}, got {attention!r}")
+    candidates = CANDIDATES[attention] if candidates is None else candidates
+    if not images or not candidates:
+        raise ValueError(f"expected images and candidates to choose by, got {len(images)} and {len(candidates)}")
+    check_option_names({*options, *(name for candidate in candidates for name in candidate)}, ScatterbrainOptions)
+    plain = performerize(model, "performer", layers)
+    alternatives = _alternatives(model, attention, sorted(converted_layers(plain)), candidates, options)
+    steps = _Steps(len(alternatives) * (len(candidates) + 1) * len(images) + _TIMED_RUNS + 2, on_step)
+    (batch,) = image_batches(model, images[:1])
+    seconds, whole, rest = _seconds(plain, alternatives, batch, steps)
+    errors = attention_errors(model, alternatives, images, steps)
+    fastest = seconds.index(min(seconds))
+    alone = {index: [layers[fastest]] for index, layers in alternatives.items()}
+    moved = final_errors(model, alone, images, steps)
+    losses = [
+        [moved[index] * (error / of_layer[fastest]) ** 2 if of_layer[fastest] else error for error in of_layer]
+        for index, of_layer in errors.items()
+    ]
+
+    def relative_time(places: Sequence[int]) -> float:
+        made = performerize(model, attention, layers, _by_layer(alternatives, candidates, places), **options)
+        return _relative_time(made, plain, batch)
+
+    chosen = _choose(losses, seconds, budget, whole, rest, relative_time)
+    if chosen is None:
+        least = (rest + len(alternatives) * min(seconds)) / whole
+        raise ValueError(
+            f"budget must be at least what the fastest candidates take, about {least:.2f} times plain FAVOR+ here, "
+            f"got {budget:g}; try {math.ceil(10 * max(least, budget) + 1) / 10:g}"
+        )
+    steps()
+    return _by_layer(alternatives, candidates, chosen)
+
+
+def _choose(
+    losses: Sequence[Sequence[float]],
+    seconds: Sequence[float],
+    budget: float,
+    whole: float,
+    rest: float,
+    relative_time: Callable[[Sequence[int]], float],
+) -> list[int] | None:
+    """Places of the candidates, one a layer, that lose least of those whose measured time is within the budget.
+
+    Args:
+        losses: of each candidate in each layer.
+        seconds: of each candidate, in any layer.
+        budget: times of plain FAVOR+.
+        whole: seconds of the model with plain FAVOR+.
+        rest: seconds of all but its converted layers.
+        relative_time: times of plain FAVOR+ that a choice takes, measured.
+    """
+    spend = budget
+    for _ in range(_CHOICES):
+        places = choose_under_budget(losses, seconds, spend * whole - rest)
+        if places is None:
+            return None
+        measured = relative_time(places)
+        if measured <= _TOLERANCE * budget:
+            return places
+        spend *= budget / measured
+    return None
+
+
+def _by_layer(
+    layers: Iterable[int], candidates: Sequence[Mapping[str, int]], places: Sequence[int]
+) -> dict[int, dict[str, int]]:
+    return {index: dict(candidates[place]) for index, place in zip(layers, places, strict=True)}
+
+
+class _Steps:
+    """Counts measurements."""
+
+    def __init__(self, total: int, on_step: Callable[[int, int], None]) -> None:
+        self.done, self.total, self.on_step = 0, total, on_step
+
+    def __call__(self) -> None:
+        self.done += 1
+        self.on_step(self.done, self.total)
+
+
+def _alternatives(
+    model: nn.Module,
+    attention: str,
+    layers: Sequence[int],
+    candidates: Sequence[Mapping[str, int]],
+    options: Mapping[str, Any],
+) -> dict[int, list[ConvertedAttention]]:
+    """The layers that each candidate would make, which share the model's modules."""
+    body, grid = body_of(model), TokenGrid()
+    found = convertible_layers(body)
+    prefix = getattr(body, "num_prefix_tokens", 0)
+    made: dict[int, list[ConvertedAttention]] = {}
+    for index in layers:
+        fixed = {"num_prefix_tokens": prefix, **(ATTENTIONS[attention] or {}), **options, "layer_index": index}
+        made[index] = [
+            ConvertedAttention(found[index][1], ScatterbrainOptions(**{**fixed, **candidate}), grid)
+            for candidate in candidates
+        ]
+    return made
+
+
+@torch.no_grad()
+def _seconds(
+    plain: nn.Module,
+    alternatives: Mapping[int, Sequence[ConvertedAttention]],
+    batch: Tensor,
+    on_step: Callable[[], None],
+) -> tuple[list[float], float, float]:
+    """Seconds of each candidate in one layer, of the model with plain FAVOR+, and of all but its converted layers."""
+    index = list(alternatives)[len(alternatives) // 2]
+    linear, candidates = converted_layers(plain)[index], alternatives[index]
+    with evaluating(plain):
+        arguments, options = _inputs_of(linear, plain, [layer.grid for layer in candidates[:1]], batch)
+        calls: list[Callable[[], Any]] = [lambda: plain(batch), lambda: linear(*arguments, **options)]
+        calls += [partial(layer, *arguments, **options) for layer in candidates]
+        runs = []
+        # One of all, again and again: whatever else the machine does hits all alike. The first round warms up.
+        for _ in range(_TIMED_RUNS + 1):
+            runs.append([_clock(call, batch.device) for call in calls])
+            on_step()
+    whole, of_layer, *of_candidates = (statistics.median(times) for times in zip(*runs[1:], strict=True))
+    return of_candidates, whole, max(0.0, whole - len(alternatives) * of_layer)
+
+
+@torch.no_grad()
+def _relative_time(model: nn.Module, plain: nn.Module, batch: Tensor) -> float:
+    """Time of a model's forward over that of another, in turns."""
+    with evaluating(model), evaluating(plain):
+        runs = [[_clock(partial(x, batch), batch.device) for x in (model, plain)] for _ in range(_TIMED_RUNS + 1)]
+    own, others = (statistics.median(times) for times in zip(*runs[1:], strict=True))
+    return own / others
+
+
+def _inputs_of(
+    layer: nn.Module, model: nn.Module, grids: Sequence[TokenGrid], batch: Tensor
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """What a layer is called with when the model sees a batch; grids are told theirs."""
+    given: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
+
+    def keep(_: nn.Module, arguments: tuple[Any, ...], options: dict[str, Any]) -> None:
+        given.append((arguments, options))
+
+    with ExitStack() as hooks:
+        hooks.callback(layer.register_forward_pre_hook(keep, with_kwargs=True).remove)
+        body = body_of(model)
+        for grid in grids if hasattr(body, "patch_embed") else ():
+            hooks.callback(watch_patch_embed(body, grid).remove)
+        model(batch)
+    return given[0]
+
+
+def _clock(call: Callable[[], Any], device: torch.device) -> float:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    start = time.perf_counter()
+    call()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter() - start
