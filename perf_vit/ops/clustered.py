@@ -8,6 +8,7 @@ from torch.nn import functional as F
 
 from perf_vit.ops.chunks import token_slices
 from perf_vit.ops.features import LOWEST_SCALE, without_autocast
+from perf_vit.ops.spread import spread_tokens
 from perf_vit.ops.state import check_attention_keys
 from perf_vit.ops.window_attention import Call, StandIns, Windows, attend_joined, check_grid
 
@@ -72,15 +73,16 @@ def clustered_attention(
     with without_autocast(q):
 
         def make(queries: Tensor, keys: Tensor, log_mask: Tensor) -> _Clusters:
-            seen = None if key_mask is None else key_mask[:, None, num_prefix_tokens:, None]
-            return _Clusters(_mean_square(queries, seen, log_mask.dtype), keys, log_mask, num_clusters)
+            seen = None if key_mask is None else key_mask[:, num_prefix_tokens:]
+            nearest = _Nearest(keys, num_clusters, seen)
+            return _Clusters(_mean_square(queries, seen, log_mask.dtype), keys, log_mask, nearest)
 
         return attend_joined(q, k, v, grid, window_size, num_sinks, num_prefix_tokens, key_mask, make, SINK_QUERIES).to(
             q.dtype
         )
 
 
-def choose_clusters(k: Tensor, num_clusters: int) -> Tensor:
+def choose_clusters(k: Tensor, num_clusters: int, key_mask: Tensor | None = None) -> Tensor:
     """The cluster of each key: the nearest of `num_clusters` centres by Euclidean distance.
 
     Centres are those of k-means on 2,048 keys or more, evenly spaced, after two of Lloyd's iterations from as many of
@@ -89,11 +91,12 @@ def choose_clusters(k: Tensor, num_clusters: int) -> Tensor:
     Args:
         k: keys, [B, H, N, D].
         num_clusters: at most N are made.
+        key_mask: [B, N] bool, False for keys that no centre is made of.
 
     Returns:
         Their numbers, [B, H, N].
     """
-    nearest = _Nearest(k, num_clusters)
+    nearest = _Nearest(k, num_clusters, key_mask)
     return torch.cat([nearest(k[keys].to(nearest.centers.dtype)) for keys in token_slices(k, _CHUNK_KEYS)], dim=2)
 
 
@@ -101,13 +104,17 @@ class _Nearest:
     """Numbers of the nearest of some centres of the keys."""
 
     @torch.no_grad()
-    def __init__(self, k: Tensor, num_clusters: int) -> None:
-        places = torch.linspace(0, k.shape[2] - 1, min(num_clusters, k.shape[2]), device=k.device).long()
+    def __init__(self, k: Tensor, num_clusters: int, key_mask: Tensor | None) -> None:
         dtype = torch.promote_types(k.dtype, torch.float32)
-        some = k[:, :, :: max(1, k.shape[2] // _STATISTICS_TOKENS)].to(dtype)
-        self._set(k[:, :, places].to(dtype))
+        every = slice(None, None, max(1, k.shape[2] // _STATISTICS_TOKENS))
+        some = k[:, :, every].to(dtype)
+        self._set(spread_tokens(k, num_clusters, key_mask).to(dtype))
+        numbers = torch.arange(self.centers.shape[2], device=k.device).unsqueeze(-1)
         for _ in range(_ITERATIONS):
-            members = F.one_hot(self(some), self.centers.shape[2]).to(dtype).mT
+            is_member = self(some).unsqueeze(-2) == numbers
+            if key_mask is not None:
+                is_member &= key_mask[:, None, None, every]
+            members = is_member.to(dtype)
             number = members.sum(dim=-1, keepdim=True)
             # A centre that no key is nearest to stays.
             self._set(torch.where(number > 0, members @ some / number.clamp(min=1.0), self.centers))
@@ -129,12 +136,12 @@ class _Clusters(StandIns):
         mean_square: of each channel of the queries, [B, H, 1, D].
         k: keys of the grid, [B, H, N, D].
         log_mask: 0 for keys that are in clusters, [B, H, N, 1].
-        num_clusters: of each head, at most.
+        nearest: tells the cluster of a key.
     """
 
-    def __init__(self, mean_square: Tensor, k: Tensor, log_mask: Tensor, num_clusters: int) -> None:
-        self.num_clusters = min(num_clusters, k.shape[2])
-        nearest, factors = _Nearest(k, num_clusters), mean_square.mT / (2 * k.shape[-1])
+    def __init__(self, mean_square: Tensor, k: Tensor, log_mask: Tensor, nearest: _Nearest) -> None:
+        self.num_clusters = nearest.centers.shape[2]
+        factors = mean_square.mT / (2 * k.shape[-1])
         labels, squares = [], []
         sums, number = (log_mask.new_zeros(*k.shape[:2], 1, self.num_clusters, size) for size in (k.shape[-1], 1))
         for chunk in token_slices(k, _CHUNK_KEYS):
@@ -212,5 +219,5 @@ def _mean_square(q: Tensor, seen: Tensor | None, dtype: torch.dtype) -> Tensor:
     q = q[:, :, every].to(dtype)
     if seen is None:
         return q.square().mean(dim=2, keepdim=True)
-    seen = seen[:, :, every]
+    seen = seen[:, None, every, None]
     return q.masked_fill(~seen, 0.0).square().sum(dim=2, keepdim=True) / seen.sum(dim=2, keepdim=True).clamp(min=1)

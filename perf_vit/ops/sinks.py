@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from perf_vit.ops.features import LOWEST_SCALE
+from perf_vit.ops.spread import spread_tokens
 
 __all__ = ["choose_sinks"]
 
@@ -26,15 +27,15 @@ def choose_sinks(
         k: keys, [B, H, N, D].
         num_sinks: how many, at most as many as there are.
         num_prefix_tokens: tokens at the start that are no candidates.
-        key_mask: [B, N] bool, False for keys that are no candidates either.
+        key_mask: [B, N] bool, False for keys that are no candidates either, and whose tokens aren't asked.
         num_queries: how many queries are asked.
 
     Returns:
         Their places, [B, H, num_sinks].
     """
     length = q.shape[2] - num_prefix_tokens
-    places = torch.linspace(0, length - 1, min(num_queries, length), device=q.device).long() + num_prefix_tokens
-    asking = q[:, :, places].float() * q.shape[-1] ** -0.5
+    seen = None if key_mask is None else key_mask[:, num_prefix_tokens:]
+    asking = spread_tokens(q[:, :, num_prefix_tokens:], num_queries, seen).float() * q.shape[-1] ** -0.5
     keys, mass = k.float().mT, torch.zeros_like(k[..., 0], dtype=torch.float32)
     for some in asking.split(_QUERIES, dim=2):
         logits = some @ keys
@@ -42,6 +43,6 @@ def choose_sinks(
             logits.masked_fill_(~key_mask[:, None, None], LOWEST_SCALE)
         mass += logits.softmax(dim=-1).sqrt_().sum(dim=2)
     mass = mass[..., num_prefix_tokens:]
-    if key_mask is not None:
-        mass = mass.masked_fill(~key_mask[:, None, num_prefix_tokens:], -1.0)
+    if seen is not None:
+        mass = mass.masked_fill(~seen[:, None], -1.0)
     return mass.topk(min(num_sinks, length), dim=-1).indices + num_prefix_tokens

@@ -36,7 +36,8 @@ def test_value_and_gradient_match_the_dense_definition(
     mask = torch.rand(q.shape[0], q.shape[2], generator=torch.Generator().manual_seed(rows)) > 0.3 if masked else None
     keys = k if mask is None else k.masked_fill(~mask[:, None, :, None], 0.0)
     sinks = choose_sinks(q, keys, num_sinks, num_prefix, mask, SINK_QUERIES)
-    clusters = choose_clusters(keys[:, :, num_prefix:], num_clusters)
+    seen = None if mask is None else mask[:, num_prefix:]
+    clusters = choose_clusters(keys[:, :, num_prefix:], num_clusters, seen)
     options = (num_prefix, mask)
     actual = value_and_gradients(clustered_attention, q, k, v, grid, window_size, num_sinks, num_clusters, *options)
     naive = value_and_gradients(naive_clustered_attention, q, k, v, grid, window_size, sinks, clusters, *options)
@@ -105,6 +106,18 @@ def test_a_sample_without_keys_gets_zeros_and_masked_keys_may_hold_anything() ->
     k[:, :, 40:60], v[:, :, 40:60] = torch.nan, torch.nan
     again = clustered_attention(q, k, v, (9, 11), 4, 6, 7, key_mask=mask)
     assert torch.equal(again, out)
+
+
+@pytest.mark.parametrize(("window_size", "num_sinks"), [(0, 0), (0, 5)], ids=["clusters", "sinks"])
+def test_padding_does_not_change_what_an_image_sees(window_size: int, num_sinks: int) -> None:
+    q, k, v = (x.float() for x in make((32, 12), 0))
+    mask = torch.zeros(q.shape[0], q.shape[2], dtype=torch.bool)
+    mask[:, : 9 * 12] = True
+    options = {"window_size": window_size, "num_sinks": num_sinks, "num_clusters": 20, "num_prefix_tokens": 0}
+    q[:, :, 9 * 12 :] = torch.nan
+    padded = clustered_attention(q, k, v, (32, 12), **options, key_mask=mask)[:, :, : 9 * 12]
+    cropped = clustered_attention(*(x[:, :, : 9 * 12] for x in (q, k, v)), (9, 12), **options)
+    torch.testing.assert_close(padded, cropped, rtol=1e-5, atol=1e-6)
 
 
 def test_work_grows_with_the_number_of_tokens_alone() -> None:

@@ -122,8 +122,13 @@ def test_sinks_have_the_largest_mean_root_of_a_softmax_weight(grid: tuple[int, i
     q, k, _, _ = make(grid, num_prefix)
     q = 3 * q
     mask = torch.rand(q.shape[0], q.shape[2], generator=torch.Generator().manual_seed(0)) > 0.3
-    length = q.shape[2] - num_prefix
-    asking = q[:, :, torch.linspace(0, length - 1, min(128, length)).long() + num_prefix]
+    asking = []
+    for sample, seen in zip(q, mask, strict=True):
+        places = num_prefix + seen[num_prefix:].nonzero().flatten()
+        number = min(128, q.shape[2] - num_prefix)
+        steps = [step * (len(places) - 1) // (number - 1) for step in range(number)]
+        asking.append(sample[:, places[steps]])
+    asking = torch.stack(asking)
     weights = (asking @ k.mT / 4).masked_fill(~mask[:, None, None], -torch.inf).softmax(-1)
     mass = weights.sqrt().mean(2)[..., num_prefix:]
     expected = mass.topk(7).indices + num_prefix
