@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import threading
+import weakref
+from abc import abstractmethod
 from collections.abc import Callable, Iterator
 from typing import Any, ClassVar
 
@@ -10,6 +13,7 @@ import torch.fx
 from timm.models.eva import EvaBlock
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
+from torch.nn.modules import module as _everywhere
 
 from perf_vit.layers.converted_attention import ConvertedAttention
 
@@ -17,8 +21,31 @@ __all__ = ["chunk_blocks"]
 
 # Queries, keys and values of so many tokens, or their MLP's hidden layer, stay in a processor's cache.
 _CHUNK_TOKENS = 1024
-# Where queries, keys and values go along with a block's tokens.
-_PACKED = "packed_of_last_block"
+
+
+class _HandedOn(threading.local):
+    """Memory that a block leaves for the one that takes its tokens next, as long as there are these tokens."""
+
+    def __init__(self) -> None:
+        self.tokens: Callable[[], Any] = lambda: None
+        self.memory: list[Tensor] = []
+
+    def put(self, tokens: Tensor, memory: Tensor) -> None:
+        self.memory = memory_of_these = [memory]
+
+        def let_go(_: object) -> None:
+            memory_of_these.clear()
+
+        self.tokens = weakref.ref(tokens, let_go)
+
+    def take(self, tokens: Tensor) -> Tensor | None:
+        """The memory, if the block before gave these tokens; whoever else gave them, it is let go."""
+        memory = self.memory.pop() if self.memory and self.tokens() is tokens else None
+        self.memory = []
+        return memory
+
+
+_handed_on = _HandedOn()
 
 
 class _InChunks(nn.Module):
@@ -46,20 +73,22 @@ class _InChunks(nn.Module):
             return whole
         options = dict(zip(self._options, arguments, strict=False)) | options
         rope = options.pop("rope", None)
-        packed = _joined(lambda tokens: self.attn.pack(self.norm1(x[:, tokens])), x, x.__dict__.pop(_PACKED, None))
+        packed = _joined(lambda tokens: self.attn.pack(self.norm1(x[:, tokens])), x, _handed_on.take(x))
         attended = self.attn.attend(*self.attn.unpack(packed, rope), **options)
         out = _joined(lambda tokens: self._after_attention(x[:, tokens], attended[:, tokens]), x)
         if self.hands_on:
             # The next block writes over it: new memory takes a third of the time of what is computed into it.
-            out.__dict__[_PACKED] = packed
+            _handed_on.put(out, packed)
         return out
 
+    @abstractmethod
     def _after_attention(self, x: Tensor, out: Tensor) -> Tensor:
-        raise NotImplementedError
+        """Projection, residual and MLP of some tokens, [B, n, C], and what was attended for them, [B, n, H x D]."""
 
     def _goes_in_chunks(self, x: Any) -> bool:
-        # Dropped paths are drawn once for all tokens of a sample, and a hook should see its module called once.
-        return not (
+        # Dropped paths are drawn once for all tokens of a sample, a hook should see its module called once, and who
+        # puts another attention in place, or another forward, wants that to be called.
+        return _is_ours(self.attn) and not (
             isinstance(x, torch.fx.Proxy)
             or torch.compiler.is_compiling()
             or torch.jit.is_tracing()  # type: ignore[attr-defined, no-untyped-call]
@@ -68,6 +97,8 @@ class _InChunks(nn.Module):
             or x.ndim != 3
             or x.shape[1] <= _CHUNK_TOKENS
             or not self.attn.is_packed
+            or _everywhere._global_forward_hooks
+            or _everywhere._global_forward_pre_hooks
             or any(module._forward_hooks or module._forward_pre_hooks for module in self.modules())
         )
 
@@ -97,8 +128,9 @@ def chunk_blocks(model: nn.Module) -> None:
     """Let pre-norm blocks of a converted model go through 1,024 tokens at a time wherever no gradient is asked for.
 
     Attention alone joins tokens, so results change by rounding at most. What is saved is memory for norms, projections,
-    scales and residuals, and the time to bring it in from there. Modules stay what they are: same parameters, same
-    names. Blocks in training mode, or with a forward hook on one of their modules, run as timm has them.
+    scales and residuals, and the time to bring it in from there. Blocks become instances of a subclass, with the same
+    parameters under the same names. Those in training mode, or with a forward hook on one of their modules, run as
+    timm has them.
     """
     last: _InChunks | None = None
     for module in model.modules():
@@ -130,6 +162,10 @@ def _joined(function: Callable[[slice], Tensor], x: Tensor, out: Tensor | None =
         out[:, tokens] = part
     assert out is not None
     return out
+
+
+def _is_ours(attention: Any) -> bool:
+    return isinstance(attention, ConvertedAttention) and "forward" not in vars(attention)
 
 
 def _alike(x: Tensor, y: Tensor) -> bool:

@@ -79,12 +79,12 @@ class ScatterbrainOptions(PerformerOptions):
 # Tracers take it as one node: the grid isn't a thing that a graph could carry.
 @register_notrace_module
 class ConvertedAttention(RandomProjectionMixin, nn.Module):
-    """A timm attention whose weights stay and whose N x N matrix goes: FAVOR+, with exact windows and sinks or without.
+    """A timm attention whose weights stay and whose N x N matrix goes, for FAVOR+ or clusters, windows and sinks.
 
     It takes over the modules of an `Attention`, `AttentionRope` or `EvaAttention`, under the same names, so the state
-    dict stays as it is. Rotary embeddings are applied before the features, as before the products they replace.
-    Queries and keys are centred and balanced by the statistics of each call, or by constants (`set_balancing`), which
-    then are part of the state dict; loading a state dict that has them sets them.
+    dict stays as it is. Rotary embeddings come before features and clusters, as before the products they replace.
+    With `center` or `balance`, queries and keys of random features are centred and balanced by the statistics of each
+    call, or by constants (`set_balancing`), which then are part of the state dict; loading one that has them sets them.
 
     Args:
         attention: the layer that it takes over; not changed, but its modules are shared.

@@ -43,7 +43,9 @@ def calibrate(model: nn.Module, images: Iterable[Tensor]) -> nn.Module:
     layers = [x for x in converted_layers(model).values() if x.options.center or x.options.balance]
     if not batches or not layers:
         lacking = "images" if layers else "a model whose converted layers centre or balance"
-        raise ValueError(f"calibration needs {lacking}, got none; use performerize(model) and a few images")
+        raise ValueError(
+            f"calibration needs {lacking}, got none; use performerize(model, 'scatterbrain') and a few images"
+        )
     tokens_per_image = math.ceil(_TOKENS_PER_LAYER / sum(len(batch) for batch in batches))
     seen: dict[ConvertedAttention, list[tuple[Tensor, Tensor]]] = {layer: [] for layer in layers}
 

@@ -11,7 +11,7 @@ __all__ = ["ATTENTIONS", "Conversion", "default_attention"]
 # What each kind of attention changes of `ScatterbrainOptions`; further mixers go here.
 ATTENTIONS: dict[str, dict[str, Any] | None] = {
     "softmax": None,
-    "performer": {},
+    "performer": {"num_features": 256},
     "clustered": {"window_size": 16, "num_sinks": 64, "num_clusters": 96},
     "scatterbrain": {
         "kernel": "softmax-hyp+",
@@ -45,7 +45,8 @@ class Conversion:
         per_layer: options by place, over those for all; among them an "attention" of the layer's own.
 
     Raises:
-        ValueError: an attention that there isn't, or options of random features for clusters.
+        ValueError: an attention that there isn't, options of random features for clusters, or clusters for another
+            attention.
     """
 
     attention: str = "clustered"
@@ -54,17 +55,15 @@ class Conversion:
     per_layer: Mapping[int, Mapping[str, Any]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        own = (options["attention"] for options in self.per_layer.values() if "attention" in options)
+        own = [options["attention"] for options in self.per_layer.values() if "attention" in options]
         for attention in (self.attention, *own):
             if attention not in ATTENTIONS:
                 raise ValueError(f"attention must be one of {', '.join(ATTENTIONS)}, got {attention!r}")
-        for options in (self.options if self.attention == "clustered" else {}, *self.per_layer.values()):
-            wrong = [name for name in _OF_FEATURES if name in options]
-            if wrong and options.get("attention", self.attention) == "clustered":
-                raise ValueError(
-                    f"{wrong[0]} is of random features, which attention='clustered' doesn't have; use num_clusters, or "
-                    "attention='scatterbrain'"
-                )
+        # What other layers' own attention takes of the options for all may stand among those.
+        elsewhere = _SHARED if {"performer", "scatterbrain"}.intersection(own) else ()
+        _check_options(self.attention, {name: x for name, x in self.options.items() if name not in elsewhere})
+        for options in self.per_layer.values():
+            _check_options(options.get("attention", self.attention), options)
 
     def of_layer(self, index: int) -> tuple[str, dict[str, Any]]:
         """The attention of a layer and its options, defaults included."""
@@ -82,13 +81,23 @@ class Conversion:
         return replace(self, layers=layers, per_layer=per_layer)
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values, for JSON, whose keys are strings."""
+        """Plain values, for JSON, whose keys are strings.
+
+        Defaults are spelled out: what was saved stays what it is when they change.
+        """
         return {
             "attention": self.attention,
             "layers": None if self.layers is None else list(self.layers),
-            "options": dict(self.options),
-            "per_layer": {str(index): dict(options) for index, options in self.per_layer.items()},
+            "options": {**(ATTENTIONS[self.attention] or {}), **self.options},
+            "per_layer": {str(index): self._spelled_out(index) for index in self.per_layer},
         }
+
+    def _spelled_out(self, index: int) -> dict[str, Any]:
+        attention, options = self.of_layer(index)
+        if attention in (self.attention, "softmax"):
+            return dict(self.per_layer[index])
+        foreign = _OF_FEATURES if attention == "clustered" else ()
+        return {"attention": attention, **{name: value for name, value in options.items() if name not in foreign}}
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Self:
@@ -98,4 +107,21 @@ class Conversion:
             layers=None if values["layers"] is None else tuple(values["layers"]),
             options=values["options"],
             per_layer={int(index): options for index, options in values["per_layer"].items()},
+        )
+
+
+def _check_options(attention: str, options: Mapping[str, Any]) -> None:
+    of_features = [name for name in _OF_FEATURES if name in options]
+    num_clusters = options.get("num_clusters")
+    if attention == "clustered" and of_features:
+        raise ValueError(
+            f"{of_features[0]} is of random features, which attention='clustered' doesn't have; use num_clusters, or "
+            "attention='scatterbrain'"
+        )
+    if attention == "clustered" and num_clusters == 0:
+        raise ValueError("num_clusters must be 1 or more, got 0; use attention='scatterbrain' for random features")
+    if attention != "clustered" and num_clusters:
+        why = f", which {of_features[0]} asks for" if of_features else ""
+        raise ValueError(
+            f"num_clusters is of attention='clustered', got attention={attention!r}{why}; leave one of the two out"
         )

@@ -87,7 +87,7 @@ def convert_in_place(model: nn.Module, conversion: Conversion) -> nn.Module:
 
 
 def convert_attention(model: nn.Module, conversion: Conversion) -> None:
-    """Replace the attention layers of a model itself, and let its MLPs go in chunks.
+    """Replace the attention layers of a model itself, and let its blocks and MLPs go in chunks.
 
     Raises:
         ValueError: as `performerize`.

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from perf_vit.layers.converted_attention import ConvertedAttention, ScatterbrainOptions
 from perf_vit.layers.performer_attention import check_option_names
 from perf_vit.layers.token_grid import TokenGrid, watch_patch_embed
-from perf_vit.models.conversion import ATTENTIONS, default_attention
+from perf_vit.models.conversion import ATTENTIONS, Conversion, default_attention
 from perf_vit.models.convert import body_of, converted_layers, convertible_layers, performerize
 from perf_vit.models.fidelity import attention_errors, evaluating, final_errors, image_batches
 from perf_vit.models.knapsack import choose_under_budget
@@ -78,24 +78,27 @@ def choose_layer_options(
         layers: places of the layers to convert, None for all.
         candidates: options to choose from, those of `CANDIDATES` if None.
         on_step: called with the number of measurements that are done and of all.
-        **options: fields of `ScatterbrainOptions` that all candidates share.
+        **options: fields of `ScatterbrainOptions` that all candidates share; what is given here isn't chosen.
 
     Returns:
-        Place -> options, for the `per_layer` of `performerize`.
+        Place -> options, for the `per_layer` of `performerize` with the same attention.
 
     Raises:
-        ValueError: no image, another attention, a model that can't be converted, or a budget below what the fastest
-            candidate takes.
+        ValueError: no image, another attention, a model that can't be converted, candidates that don't fit the other
+            options, or a budget below what the fastest candidate takes.
     """
     if attention is None:
         attention = default_attention([*options, *(name for candidate in candidates or () for name in candidate)])
     if attention not in CANDIDATES:
         raise ValueError(f"options are chosen for attention {' or '.join(CANDIDATES)}, got {attention!r}")
-    candidates = CANDIDATES[attention] if candidates is None else candidates
+    candidates = _fitting(CANDIDATES[attention], options) if candidates is None else candidates
     if not images or not candidates:
         raise ValueError(f"expected images and candidates to choose by, got {len(images)} and {len(candidates)}")
-    check_option_names({*options, *(name for candidate in candidates for name in candidate)}, ScatterbrainOptions)
+    _check_candidates(candidates, attention, options)
+    model = body_of(model)
     plain = performerize(model, "performer", layers)
+    if not converted_layers(plain):
+        raise ValueError("layers must name one layer or more to choose options for, got none; leave it out for all")
     alternatives = _alternatives(model, attention, sorted(converted_layers(plain)), candidates, options)
     steps = _Steps(len(alternatives) * (len(candidates) + 1) * len(images) + _TIMED_RUNS + 2, on_step)
     (batch,) = image_batches(model, images[:1])
@@ -115,11 +118,7 @@ def choose_layer_options(
 
     chosen = _choose(losses, seconds, budget, whole, rest, relative_time)
     if chosen is None:
-        least = (rest + len(alternatives) * min(seconds)) / whole
-        raise ValueError(
-            f"budget must be at least what the fastest candidates take, about {least:.2f} times plain FAVOR+ here, "
-            f"got {budget:g}; try {math.ceil(10 * max(least, budget) + 1) / 10:g}"
-        )
+        raise ValueError(_too_little(budget, (rest + len(alternatives) * min(seconds)) / whole))
     steps()
     return _by_layer(alternatives, candidates, chosen)
 
@@ -154,10 +153,53 @@ def _choose(
     return None
 
 
+def _too_little(budget: float, least: float) -> str:
+    """What to say of a budget that nothing was found for.
+
+    Args:
+        budget: times of plain FAVOR+.
+        least: the fastest candidates', by the times of single layers.
+    """
+    try_this = f"try {math.ceil(10 * max(least, budget) + 1) / 10:g}"
+    if least > budget:
+        return (
+            f"budget must be at least what the fastest candidates take, about {least:.2f} times plain FAVOR+ here, got "
+            f"{budget:g}; {try_this}"
+        )
+    return (
+        f"no options were found that take at most {budget:g} times plain FAVOR+ when measured, though the fastest "
+        f"alone should take {least:.2f}; {try_this}, and let nothing else run meanwhile"
+    )
+
+
 def _by_layer(
     layers: Iterable[int], candidates: Sequence[Mapping[str, int]], places: Sequence[int]
 ) -> dict[int, dict[str, int]]:
     return {index: dict(candidates[place]) for index, place in zip(layers, places, strict=True)}
+
+
+def _fitting(candidates: Sequence[Mapping[str, int]], fixed: Mapping[str, Any]) -> list[Mapping[str, int]]:
+    """Candidates with what is fixed in the place of their own, each once."""
+    fitting: list[Mapping[str, int]] = []
+    for candidate in candidates:
+        own = {name: fixed.get(name, value) for name, value in candidate.items()}
+        if own not in fitting:
+            fitting.append(own)
+    return fitting
+
+
+def _check_candidates(candidates: Sequence[Mapping[str, int]], attention: str, options: Mapping[str, Any]) -> None:
+    """Find out before anything is measured what no layer could have."""
+    check_option_names({*options, *(name for candidate in candidates for name in candidate)}, ScatterbrainOptions)
+    for candidate in candidates:
+        twice = [name for name, value in candidate.items() if options.get(name, value) != value]
+        if twice:
+            raise ValueError(
+                f"{twice[0]} must not be both an option of all layers ({options[twice[0]]!r}) and one to choose "
+                f"({candidate[twice[0]]!r}); leave it out of one of them"
+            )
+        conversion = Conversion(attention=attention, options={**options, **candidate})
+        ScatterbrainOptions(**conversion.of_layer(0)[1])
 
 
 class _Steps:

@@ -124,14 +124,20 @@ def build_converted(
         **timm_kwargs: of `timm.create_model`, over those of the config.
 
     Raises:
-        CheckpointError: weights or constants that don't fit the config.
+        CheckpointError: weights or constants that don't fit the config, or a conversion of another version.
     """
     model = _build(config, weights, origin, **timm_kwargs)
     body, ours = body_of(model), config[CONFIG_KEY]
     if weights is not None:
         _check_names(body, weights, origin)
-    conversion = Conversion.from_dict(ours["conversion"]).within(len(convertible_layers(body)))
-    convert_in_place(body, conversion)
+    try:
+        conversion = Conversion.from_dict(ours["conversion"]).within(len(convertible_layers(body)))
+        convert_in_place(body, conversion)
+    except (ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(
+            f"{origin or 'the checkpoint'} holds a conversion that can't be made: {error}; convert the model again "
+            "with `perf-vit convert`"
+        ) from error
     _load_constants(body, constants or {}, origin)
     redraw_projections(body, ours["draw"])
     return model.eval()

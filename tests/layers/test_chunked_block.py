@@ -78,7 +78,43 @@ def test_memory_goes_along_with_the_tokens_and_ends_with_the_blocks(sizes, monke
     copies = [state.clone() for state in states]
     assert torch.equal(model(images()), expected)
     assert all(torch.equal(state, copy) for state, copy in zip(states, copies, strict=True))
-    assert not vars(model.blocks(torch.randn(1, 54, 96)))
+    model.blocks(torch.randn(1, 54, 96))
+    assert not chunked_block._handed_on.memory
+
+
+@torch.no_grad()
+def test_memory_is_let_go_with_the_tokens_and_is_no_part_of_them(sizes) -> None:
+    first, second, _ = build("vit_small_patch14_reg4_dinov2").blocks
+    first.attn.grid.size = (7, 7)
+    tokens = torch.randn(1, 54, 96)
+    out = first(tokens)
+    assert len(chunked_block._handed_on.memory) == 1
+    assert not vars(out)
+    expected = second(out.clone())
+    assert not chunked_block._handed_on.memory or chunked_block._handed_on.tokens() is not out
+    assert torch.equal(second(first(tokens)), expected)
+    held = first(tokens)
+    del held, out
+    assert not chunked_block._handed_on.memory
+
+
+def test_another_attention_another_forward_and_hooks_on_all_modules_are_called(sizes) -> None:
+    model, calls = build("vit_small_patch14_reg4_dinov2"), []
+    softmax = timm.create_model(
+        "vit_small_patch14_reg4_dinov2", depth=1, embed_dim=96, num_heads=3, img_size=112, patch_size=16
+    )
+    model.blocks[0].attn = softmax.blocks[0].attn
+    forward = model.blocks[1].attn.forward
+    model.blocks[1].attn.forward = lambda *args, **kwargs: calls.append("forward") or forward(*args, **kwargs)
+    with torch.no_grad():
+        model(images())
+        assert calls == ["forward"]
+        handle = torch.nn.modules.module.register_module_forward_hook(
+            lambda module, *_: calls.append(type(module).__name__)
+        )
+        model(images())
+        handle.remove()
+    assert calls.count("ConvertedAttention") == 2
 
 
 def test_gradients_training_and_hooks_take_whole_blocks(sizes) -> None:

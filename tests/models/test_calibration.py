@@ -194,7 +194,7 @@ def test_a_choice_that_takes_longer_than_predicted_is_made_again(monkeypatch) ->
     assert len(measured) > 1
     assert measured[-1] <= budget * 1.02 < measured[-2]
     assert len(chosen) == 4
-    with pytest.raises(ValueError, match=r"budget must be at least what .* about 1\.00 times .*, got 1\.01; try 1\.2"):
+    with pytest.raises(ValueError, match=r"at most 1\.01 times .* when measured, .* should take 1\.00; try 1\.2"):
         perf_vit.choose_layer_options(model, images(1), 1.01, candidates=CANDIDATES)
 
 
@@ -232,3 +232,34 @@ def test_wrong_arguments_of_the_choice_are_named() -> None:
         perf_vit.choose_layer_options(build(), images(1), attention="performer")
     with pytest.raises(ValueError, match="did you mean 'num_sinks'"):
         perf_vit.choose_layer_options(build(), images(1), candidates=[{"num_sink": 3}])
+    with pytest.raises(ValueError, match="layers must name one layer or more"):
+        perf_vit.choose_layer_options(build(), images(1), layers=[])
+    with pytest.raises(ValueError, match=r"num_sinks must not be both an option of all layers \(7\) and one to choose"):
+        perf_vit.choose_layer_options(build(), images(1), candidates=CANDIDATES, num_sinks=7)
+
+
+def test_options_that_do_not_fit_are_refused_before_anything_is_measured() -> None:
+    steps = []
+    with pytest.raises(ValueError, match="num_features is of random features"):
+        perf_vit.choose_layer_options(
+            build(),
+            images(1),
+            attention="clustered",
+            num_features=32,
+            on_step=lambda *step: steps.append(step),
+        )
+    assert not steps
+
+
+def test_what_is_fixed_is_not_chosen(monkeypatch) -> None:
+    monkeypatch.setattr(layer_options, "_seconds", lambda *_: ([1.0] * 3, 14.0, 10.0))
+    monkeypatch.setattr(layer_options, "_relative_time", lambda *_: 0.0)
+    few = tuple(
+        {"window_size": w, "num_sinks": s, "num_clusters": 4} for w, s in ((2, 2), (2, 4), (3, 2), (3, 4), (4, 2))
+    )
+    monkeypatch.setattr(layer_options, "CANDIDATES", {"clustered": few})
+    wrapped = torch.nn.Sequential(build(depth=2))
+    chosen = perf_vit.choose_layer_options(wrapped, images(1), 2.0, num_sinks=7)
+    assert [each["num_sinks"] for each in chosen.values()] == [7, 7]
+    converted = perf_vit.performerize(wrapped, per_layer=chosen, num_sinks=7)
+    assert {layer.options.num_sinks for layer in converted_layers(converted).values()} == {7}

@@ -10,6 +10,7 @@ from torch import nn
 import perf_vit
 from perf_vit.layers.converted_attention import ConvertedAttention, ScatterbrainOptions
 from perf_vit.layers.token_grid import TokenGrid
+from perf_vit.models.convert import converted_layers
 from perf_vit.ops import draw_projection, scatterbrain_attention
 
 VIT = "vit_tiny_patch16_224"
@@ -52,6 +53,34 @@ def test_other_attention_and_none_are_refused(name: str) -> None:
     with pytest.raises(ValueError, match="expected a model with timm's Attention") as error:
         perf_vit.performerize(model)
     assert f"got {type(model).__name__} with none of them; windows, pooling" in message_of(error)
+
+
+@pytest.mark.parametrize(
+    ("attention", "options", "message"),
+    [
+        ("clustered", {"num_clusters": 0}, "num_clusters must be 1 or more, got 0; use attention='scatterbrain'"),
+        ("clustered", {"kernel": "softmax+"}, "kernel is of random features, which attention='clustered' doesn't have"),
+        (
+            "performer",
+            {"num_clusters": 8},
+            "num_clusters is of attention='clustered', got attention='performer'; leave",
+        ),
+        ("scatterbrain", {"num_clusters": 8}, "is of attention='clustered', got attention='scatterbrain'; leave one"),
+        (None, {"num_clusters": 8, "balance": True}, "got attention='scatterbrain', which balance asks for; leave one"),
+        ("softmax", {"per_layer": {0: {"attention": "clustered", "norms": "chi"}}}, "norms is of random features"),
+    ],
+)
+def test_clusters_and_features_of_one_layer_are_refused(attention, options, message) -> None:
+    with pytest.raises(ValueError, match=message) as error:
+        perf_vit.performerize(build(), attention, **options)
+    message_of(error)
+
+
+def test_features_of_a_layer_of_its_own_may_stand_among_the_options_of_all() -> None:
+    model = perf_vit.performerize(build(), "clustered", per_layer={1: {"attention": "performer"}}, num_features=32)
+    clusters, features = converted_layers(model).values()
+    assert clusters.options.num_clusters == 96
+    assert (features.options.num_clusters, features.options.num_features) == (0, 32)
 
 
 @pytest.mark.parametrize(

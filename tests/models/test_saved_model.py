@@ -10,7 +10,8 @@ from safetensors.torch import load_file, save_file
 import perf_vit
 from perf_vit.errors import CheckpointError, OutputError
 from perf_vit.layers import redraw_projections
-from perf_vit.models import ModelConfig, SegmenterSpec, build_segmenter, checkpoint_metadata, load_segmenter
+from perf_vit.models import ModelConfig, SegmenterSpec, build_segmenter, checkpoint_metadata, conversion, load_segmenter
+from perf_vit.models.convert import converted_layers
 from perf_vit.models.saved_model import load_softmax
 from perf_vit.models.weights import create_with_weights, read_weights
 from perf_vit.transforms import Normalizer
@@ -47,13 +48,53 @@ def test_a_saved_model_comes_back_as_it_was(name: str, tmp_path) -> None:
     assert sorted(path.name for path in folder.iterdir()) == ["config.json", "model.safetensors"]
     assert len({path.stat().st_mode for path in folder.iterdir()}) == 1
     loaded = perf_vit.load_converted(folder)
-    assert loaded.conversion == converted.conversion
+    assert loaded.conversion.per_layer == converted.conversion.per_layer
+    assert {i: x.options for i, x in converted_layers(loaded).items()} == {
+        i: x.options for i, x in converted_layers(converted).items()
+    }
     assert not loaded.training
     assert torch.equal(loaded(images()), converted(images()))
     # timm's own loader takes the folder for the softmax model.
     softmax = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
     assert torch.equal(softmax(images()), model(images()))
     assert torch.equal(load_softmax(folder).eval()(images()), model(images()))
+
+
+@pytest.mark.parametrize(
+    ("attention", "options", "per_layer"),
+    [
+        ("clustered", {}, {}),
+        ("clustered", {"num_features": 32}, {1: {"attention": "scatterbrain"}, 2: {"attention": "performer"}}),
+        ("scatterbrain", {}, {0: {"attention": "clustered"}, 1: {"attention": "performer"}, 2: {"num_sinks": 4}}),
+        (
+            "performer",
+            {"seed": 3},
+            {0: {"attention": "scatterbrain"}, 2: {"attention": "clustered", "num_clusters": 9}},
+        ),
+    ],
+)
+@torch.no_grad()
+def test_a_saved_model_stays_what_it_is_when_defaults_change(
+    attention, options, per_layer, tmp_path, monkeypatch
+) -> None:
+    model = perf_vit.performerize(build(), attention, per_layer=per_layer, **options)
+    folder = perf_vit.save_converted(model, tmp_path / "saved")
+    changed = {
+        name: None if each is None else {option: 2 for option in each if option.startswith(("num_", "window_"))}
+        for name, each in conversion.ATTENTIONS.items()
+    }
+    monkeypatch.setattr(conversion, "ATTENTIONS", changed)
+    assert torch.equal(perf_vit.load_converted(folder)(images()), model(images()))
+
+
+def test_a_conversion_that_this_version_cannot_make_is_one_line(saved) -> None:
+    config = json.loads((saved / "config.json").read_text())
+    config["perf_vit"]["conversion"]["attention"] = "clustered"
+    (saved / "config.json").write_text(json.dumps(config))
+    with pytest.raises(
+        CheckpointError, match="holds a conversion that can't be made: num_features is of random features"
+    ):
+        perf_vit.load_converted(saved)
 
 
 @torch.no_grad()
