@@ -21,7 +21,7 @@ from perf_vit.data import (
     read_names,
     read_object_labels,
 )
-from perf_vit.errors import ConfigError
+from perf_vit.errors import ConfigError, InputError
 from perf_vit.inference import Objects, predict_objects
 from perf_vit.io import open_source
 from perf_vit.models import Detector, DetectorSpec, load_detector
@@ -51,6 +51,7 @@ def train_detector(config: DetectionRun, *, progress: bool = True) -> Path:
     run = RunFolder(config)
     data = build_object_datamodule(config.data, config.seed)
     task = DetectionTask(config.model, _spec(config, data), config.optim)
+    _check_geometry(data, task.model.spec.kind, config.model.head)
     trainer = build_trainer(
         config.trainer,
         run.path,
@@ -62,6 +63,25 @@ def train_detector(config: DetectionRun, *, progress: bool = True) -> Path:
     )
     run.fit(trainer, task, data)
     return run.best
+
+
+def _check_geometry(data: ObjectDataModule, kind: str, head: str) -> None:
+    """Refuse labels without the geometry that a head learns.
+
+    Raises:
+        InputError: some have none.
+    """
+    for part, index in (("train", data.train_index), ("val", data.val_index)):
+        # Records have these two attributes of the kinds' names; boxes all have.
+        if kind != "boxes" and any(getattr(record, kind) is None for record in index):
+            hint = (
+                "give every object an outline or choose head faster_rcnn, fcos or retinanet"
+                if kind == "masks"
+                else "choose a head for upright boxes: fcos, retinanet or faster_rcnn"
+            )
+            raise InputError(
+                f"model.head {head} learns {kind.replace('_', ' ')}, got labels without them in data.{part}; {hint}"
+            )
 
 
 def report_objects(checkpoint: Path, images: Path, labels: Path, report: Path | None, **options: Any) -> None:

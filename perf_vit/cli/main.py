@@ -54,9 +54,18 @@ def run(args: list[str] | None = None) -> None:
         with _warnings_as_lines():
             app(args)
     except PerfVitError as error:
-        sys.exit(_fail(str(error)))
+        sys.exit(_fail(_own_words(error)))
     except (OSError, MemoryError) as error:
         sys.exit(_fail(f"{type(error).__name__}: {error}"))
+
+
+def _own_words(error: PerfVitError) -> str:
+    """What an error says; one of a data loader's worker comes with the traceback of that process before it."""
+    text = str(error)
+    if "Traceback (most recent call last)" not in text:
+        return text
+    name = f"{type(error).__name__}: "
+    return text[text.rindex(name) + len(name) :] if name in text else text.strip().splitlines()[-1]
 
 
 @contextmanager

@@ -11,7 +11,7 @@ import lightning
 
 from perf_vit.cli.console import console
 from perf_vit.config import dump_config
-from perf_vit.errors import ConfigError, OutputError
+from perf_vit.errors import ConfigError, OutputError, PerfVitError
 
 __all__ = ["RunFolder"]
 
@@ -54,11 +54,18 @@ class RunFolder:
 
         Raises:
             OutputError: the folder can't be made.
+            PerfVitError: of the data or the task; without a checkpoint, nothing of the run is left then.
             SystemExit: somebody stopped the run; the last checkpoint is there to resume from.
         """
+        before = _inside(self.path)
         _make_run_folder(self.path)
         dump_config(self._config, self.path / "config.yaml")
-        trainer.fit(task, data, ckpt_path=self._last if self._config.resume else None, weights_only=True)
+        try:
+            trainer.fit(task, data, ckpt_path=self._last if self._config.resume else None, weights_only=True)
+        except PerfVitError:
+            if not self._last.exists():
+                _remove_new(self.path, before)
+            raise
         # Lightning takes an interrupt for an end like any other.
         if trainer.interrupted:
             raise SystemExit(_INTERRUPTED)
@@ -92,6 +99,18 @@ def _make_run_folder(folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise OutputError(f"can't make the run folder {folder}: {error.strerror}; choose another out=") from error
+
+
+def _inside(folder: Path) -> set[Path]:
+    """The folder and all that is in it, if it is there."""
+    return {folder, *folder.rglob("*")} if folder.exists() else set()
+
+
+def _remove_new(folder: Path, before: set[Path]) -> None:
+    """Remove what a folder didn't hold before, and the folder itself if it is new."""
+    # The longest paths first: folders are empty when it is their turn.
+    for path in sorted(_inside(folder) - before, key=lambda path: len(path.parts), reverse=True):
+        path.rmdir() if path.is_dir() else path.unlink()
 
 
 def _set_up_logging() -> None:

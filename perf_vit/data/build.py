@@ -10,6 +10,7 @@ from typing import Any
 
 from perf_vit.data.augmenting import AugmentConfig, check_augment, make_stain_jitter, pixel_side, pixel_sides
 from perf_vit.data.band_statistics import given_normalizer
+from perf_vit.data.class_pixels import count_class_pixels
 from perf_vit.data.datamodule import WindowDataModule
 from perf_vit.data.windows import GridWindows, LabelledSource, RandomWindows
 from perf_vit.errors import ConfigError, DataWarning, InputError
@@ -21,6 +22,8 @@ __all__ = ["DataConfig", "RegionConfig", "build_datamodule", "region_window"]
 
 # Enough pixels for a mean to three digits, few enough to read in a second.
 _STATISTICS_PX = 2048
+# Of 512 x 512 pixels, to see which classes there are.
+_WINDOWS_LOOKED_AT = 64
 
 
 @dataclass(kw_only=True)
@@ -117,6 +120,8 @@ def build_datamodule(config: DataConfig, seed: int) -> WindowDataModule:
     sides = pixel_sides(config.augment, sources)
     _check_labelled(rasters, config, "train")
     _check_labelled([val], config, "val")
+    for some, part in ((rasters, "train"), ([val], "val")):
+        _warn_of_absent_classes(some, config, part)
     normalizer = given_normalizer(config.mean, config.std, rasters[0].source.num_bands) or _measured(rasters)
     augmentation = Augmentation(
         flips=config.augment.flips,
@@ -254,6 +259,22 @@ def _check_labelled(sources: Sequence[LabelledSource], config: DataConfig, part:
         warnings.warn(
             f"{len(bare)} of {len(sources)} rasters to {part} on have no pixel that is valid and labelled, the first "
             f"{bare[0].source.path}",
+            DataWarning,
+            stacklevel=3,
+        )
+
+
+def _warn_of_absent_classes(sources: Sequence[LabelledSource], config: DataConfig, part: str) -> None:
+    """Tell of classes that no pixel was found of; where there are many pixels, some windows stand for all."""
+    if config.multilabel:
+        # A pixel's label is a set of classes then.
+        return
+    pixels = count_class_pixels(sources, len(config.classes), max_windows=_WINDOWS_LOOKED_AT)
+    absent = [name for name, count in zip(config.classes, pixels, strict=True) if not count]
+    if absent:
+        warnings.warn(
+            f"{len(absent)} of {len(pixels)} classes have no pixel among {sum(pixels):,} labelled ones of data.{part} "
+            f"that were looked at: {', '.join(absent)}",
             DataWarning,
             stacklevel=3,
         )

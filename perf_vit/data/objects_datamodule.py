@@ -16,7 +16,8 @@ from perf_vit.data.epochs import EpochDataModule, ShareSampler
 from perf_vit.data.labels import ImageRecord, ObjectIndex, read_object_labels
 from perf_vit.data.object_places import SAMPLERS, make_places
 from perf_vit.data.objects import ObjectGrid, ObjectImages, ObjectWindows, collate_objects
-from perf_vit.errors import ConfigError
+from perf_vit.data.objects_seen import check_objects_seen
+from perf_vit.errors import ConfigError, InputError
 from perf_vit.transforms import Augmentation
 from perf_vit.types import ObjectLabels
 
@@ -163,11 +164,15 @@ def build_object_datamodule(config: ObjectDataConfig, seed: int) -> ObjectDataMo
         )
         for index, mpp in ((train_index, _training_mpp(config)), (val_index, config.mpp))
     )
+    for index, part in ((train_index, "train"), (val_index, "val")):
+        _check_objects(index, part)
     if train.num_bands != val.num_bands:
         raise ConfigError(
             f"the validation images have {val.num_bands} bands, the training images {train.num_bands}; choose common "
             "ones with data.bands"
         )
+    for images, part in ((train, "training"), (val, "validation")):
+        check_objects_seen(images, part, seed)
     normalizer = given_normalizer(config.mean, config.std, train.num_bands) or measured_normalizer(
         train.read_reduced, [record.path for record in train.records], seed
     )
@@ -233,6 +238,17 @@ def _indices(config: ObjectDataConfig, seed: int) -> tuple[ObjectIndex, ObjectIn
         ObjectIndex(_part(train, chosen, inside=False), train.classes, train.counts),
         ObjectIndex(_part(val, chosen, inside=True), val.classes, val.counts),
     )
+
+
+def _check_objects(index: ObjectIndex, part: str) -> None:
+    """Refuse images that nothing could be learnt from, or nothing be scored on."""
+    if not any(index.class_counts().values()):
+        what = "to learn from" if part == "train" else "to score with"
+        raise InputError(
+            f"expected objects {what} in the images of data.{part}, got none in {len(index)} images"
+            f"{' (all are ignored)' if index.counts['ignored'] else ''}; check the labels"
+            f"{', or name the images in data.val' if part == 'val' else ''}"
+        )
 
 
 def _part(index: ObjectIndex, chosen: set[int], *, inside: bool) -> tuple[ImageRecord, ...]:

@@ -20,7 +20,7 @@ from rasterio.features import rasterize
 from perf_vit.errors import DataWarning, InputError
 from perf_vit.io._gdal import reason_of
 from perf_vit.io._label_classes import LabelClasses
-from perf_vit.io._placing import check_both_placed, check_on_slide, check_overlap
+from perf_vit.io._placing import check_both_placed, check_on_slide, check_overlap, overlaps
 from perf_vit.io.raster import RasterSource
 from perf_vit.io.slide import SlideSource
 from perf_vit.types import IGNORE_INDEX, LabelArray, Window
@@ -146,21 +146,37 @@ def _read_polygons(path: str, source: RasterSource | SlideSource, attribute: str
         check_on_slide(source, path, tuple(frame.total_bounds))
         return frame
     frame = frame.to_crs(source.crs.to_wkt())
+    bounds = frame.bounds.to_numpy()
     # What has no place in the source's projection can't lie on the source.
-    frame = frame[np.isfinite(frame.bounds.to_numpy()).all(axis=1)]
-    check_overlap(source, path, tuple(frame.total_bounds))
-    return frame
+    placed = np.isfinite(bounds).all(axis=1)
+    on_source = placed & overlaps(source, bounds)
+    if not on_source.any():
+        check_overlap(source, path, tuple(frame[placed].total_bounds))
+        raise InputError(
+            f"none of the {len(frame)} polygons of {path} lies on {source.path}, though they lie on all sides of it; "
+            "choose other labels"
+        )
+    _warn_of("lie beside " + str(source.path), ~on_source, path)
+    return frame[placed]
 
 
 def _warn_of_flat(frame: Any, path: str) -> None:
     """Tell of polygons that no pixel can lie in."""
-    flat = shapely.area(shapely.make_valid(frame.geometry.to_numpy())) == 0
-    if flat.any():
+    shapes = frame.geometry.to_numpy()
+    flat = shapely.area(shapely.make_valid(shapes)) == 0
+    _warn_of("have no area and label nothing", flat, path)
+    _warn_of(
+        "have an outline that crosses itself; all that it encloses is labelled", ~shapely.is_valid(shapes) & ~flat, path
+    )
+
+
+def _warn_of(what: str, polygons: npt.NDArray[np.bool_], path: str) -> None:
+    if polygons.any():
         warnings.warn(
-            f"{flat.sum()} of {len(frame)} polygons of {path} have no area and label nothing, the first is number "
-            f"{int(np.argmax(flat)) + 1}",
+            f"{polygons.sum()} of {len(polygons)} polygons of {path} {what}; the first is number "
+            f"{int(np.argmax(polygons)) + 1}",
             DataWarning,
-            stacklevel=6,
+            stacklevel=7,
         )
 
 

@@ -15,6 +15,7 @@ import perf_vit.models.backbones  # noqa: F401  (registers the backbones)
 from perf_vit.errors import CheckpointError, ConfigError
 from perf_vit.models.finetune import BackboneTuning, tune_backbone
 from perf_vit.models.heads import DPTHead, FullResolutionHead, LinearHead, SegFormerHead, UPerNetHead
+from perf_vit.models.known_arguments import check_known
 from perf_vit.models.saved_model import build_converted, load_converted, read_saved_config
 from perf_vit.models.segmenter import Segmenter, SegmenterSpec
 from perf_vit.types import FeatureSpec
@@ -87,6 +88,7 @@ def build_segmenter(
         raise ConfigError(
             f"data.tile_px must be a multiple of the patch size {size_multiple}, got {spec.tile_px}; try {nearest}"
         )
+    check_known(_lookup_head(config.head), config.head_kwargs, f"model.head_kwargs of {config.head}", given=3)
     try:
         head = _lookup_head(config.head)(specs, in_chans, len(spec.classes), **config.head_kwargs)
     except (TypeError, ValueError) as error:

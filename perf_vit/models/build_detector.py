@@ -17,6 +17,7 @@ from perf_vit.models.heads.fcos import FCOSHead
 from perf_vit.models.heads.oriented_fcos import OrientedFCOSHead
 from perf_vit.models.heads.rcnn import FasterRCNNHead, MaskRCNNHead
 from perf_vit.models.heads.retinanet import RetinaNetHead
+from perf_vit.models.known_arguments import check_known
 from perf_vit.models.necks import build_neck
 from perf_vit.types import FeatureSpec
 
@@ -97,6 +98,7 @@ def build_detector(
         neck = build_neck(specs, config.strides, config.channels)
     except ValueError as error:
         raise ConfigError(f"model.strides: {error}") from error
+    check_known(_HEADS[config.head], config.head_kwargs, f"model.head_kwargs of {config.head}", given=3)
     try:
         head = _HEADS[config.head](config.channels, len(spec.classes), config.strides, **config.head_kwargs)
     except (TypeError, ValueError) as error:

@@ -8,7 +8,7 @@ import rasterio
 from affine import Affine
 from command_line import call, train_args
 
-from perf_vit.data import make_ship_scene
+from perf_vit.data import make_ship_scene, objects_datamodule, objects_seen
 
 DETECTION = """
 out: ???
@@ -43,11 +43,11 @@ def noise(num_bands: int = 3, size: int = 40) -> np.ndarray:
 def train_objects(tmp_path):
     """Train a detector for a step on two images and the rows of a table; its exit code."""
 
-    def _train(rows: list[str], *extra: str, **images: np.ndarray) -> int:
+    def _train(rows: list[str], *extra: str, config: str = DETECTION, **images: np.ndarray) -> int:
         for name in ("0", "1"):
             write_raster(tmp_path / "images" / f"{name}.tif", images.get(f"image_{name}", noise()))
         (tmp_path / "labels.csv").write_text("\n".join(["image,xmin,ymin,xmax,ymax,label", *rows]))
-        (tmp_path / "run.yaml").write_text(DETECTION)
+        (tmp_path / "run.yaml").write_text(config)
         folders = [f"data.{part}.images={tmp_path / 'images'}" for part in ("train", "val")]
         labels = [f"data.{part}.labels={tmp_path / 'labels.csv'}" for part in ("train", "val")]
         return call(["train", tmp_path / "run.yaml", f"out={tmp_path / 'out'}", *folders, *labels, *extra])
@@ -71,9 +71,10 @@ def test_a_warning_is_said_once_whatever_reads_the_labels(train_objects, capsys)
 
 def test_an_image_without_a_valid_pixel_is_counted(train_objects, capsys) -> None:
     assert train_objects(ROWS, image_1=noise() * np.nan) == 0
-    (line,) = told(capsys)
-    assert "1 of 2 training images looked at have no valid pixel, the first" in line
-    assert line.endswith("1.tif")
+    lines = told(capsys)
+    for line, what in zip(lines, ("objects of the 2 training", "objects of the 2 validation", "training"), strict=True):
+        assert f"1 of 2 {what} images looked at have no valid pixel" in line
+        assert line.endswith("1.tif")
 
 
 def test_infinite_pixels_are_no_data_and_absurd_ones_are_told(train_objects, capsys) -> None:
@@ -90,14 +91,71 @@ def test_infinite_pixels_are_no_data_and_absurd_ones_are_told(train_objects, cap
         ([*ROWS, "2.tif,1,1,5,5,car"], {}, "line 4 of "),
         ([*ROWS, "1.tif,1,1,5,5,Car"], {}, "holds objects of class Car; the classes are car"),
         (ROWS, {"image_1": noise(5)}, "choose common ones with data.bands"),
-        (ROWS, {"image_0": noise() * np.nan, "image_1": noise() * np.nan}, "expected valid pixels"),
-        (["0.tif,,,,,", "1.tif,5,5,5,5,car"], {}, "expected objects to cut windows around, got none"),
+        (ROWS, {"image_0": noise() * np.nan, "image_1": noise() * np.nan}, "2 of 2 objects of the 2 training images"),
+        (
+            ["0.tif,,,,,", "1.tif,5,5,5,5,car"],
+            {},
+            "expected objects to learn from in the images of data.train, got none",
+        ),
     ],
 )
 def test_what_can_not_be_learnt_from_is_one_line(train_objects, tmp_path, capsys, rows, images, message) -> None:
     assert train_objects(rows, **images) == 2
     assert message in told(capsys)[-1]
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("head", "message"),
+    [
+        ("mask_rcnn", "learns masks, got labels without them in data.train; give every object an outline or choose"),
+        ("oriented_fcos", "learns oriented boxes, got labels without them in data.train; choose a head for upright"),
+    ],
+)
+def test_labels_without_the_geometry_of_the_head_are_one_line(train_objects, tmp_path, capsys, head, message) -> None:
+    config = DETECTION.replace("head: fcos, head_kwargs: {num_convs: 1}", f"head: {head}")
+    assert train_objects(ROWS, config=config) == 2
+    assert message in told(capsys)[-1]
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_argument_that_the_head_does_not_have_is_named_with_those_it_has(train_objects, tmp_path, capsys) -> None:
+    assert train_objects(ROWS, "model.head_kwargs.num_conv=1") == 2
+    (line,) = told(capsys)
+    assert "model.head_kwargs of fcos are num_convs, " in line
+    assert line.endswith("got num_conv; did you mean num_convs?")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_an_image_that_breaks_while_training_is_one_line_and_leaves_nothing(
+    train_objects, tmp_path, capsys, workers, monkeypatch
+) -> None:
+    whole = objects_seen.check_objects_seen
+
+    def check_and_break(images, part, seed) -> None:
+        whole(images, part, seed)
+        if part == "validation":
+            path = tmp_path / "images" / "1.tif"
+            path.write_bytes(path.read_bytes()[:400])
+
+    monkeypatch.setattr(objects_datamodule, "check_objects_seen", check_and_break)
+    (tmp_path / "out").mkdir()
+    statistics = ("data.mean=[1,1,1]", "data.std=[1,1,1]")
+    assert train_objects(ROWS, f"data.num_workers={workers}", *statistics) == 2
+    (line,) = told(capsys)
+    assert line.startswith("Error: ")
+    assert "1.tif" in line
+    assert "worker" not in line
+    assert list((tmp_path / "out").iterdir()) == []
+
+
+def test_a_class_without_a_labelled_pixel_is_told(tmp_path, capsys) -> None:
+    mask = np.zeros((96, 96))
+    assert call(_labelled(tmp_path, noise(4, 96), mask)) == 0
+    assert [line.split(" have no pixel among ")[1] for line in told(capsys)] == [
+        f"9,216 labelled ones of data.{part} that were looked at: ship" for part in ("train", "val")
+    ]
 
 
 def _labelled(tmp_path, pixels: np.ndarray, mask: np.ndarray, **profile) -> list[str]:

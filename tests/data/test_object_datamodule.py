@@ -9,7 +9,7 @@ from label_cases import write_image
 
 from perf_vit.config import load_config
 from perf_vit.data import ObjectDataConfig, ObjectSplitConfig, build_object_datamodule
-from perf_vit.errors import ConfigError, InputError
+from perf_vit.errors import ConfigError, DataWarning, InputError
 
 
 @pytest.fixture
@@ -136,9 +136,55 @@ def test_unknown_classes_of_the_labels_are_an_error(ships) -> None:
         build_object_datamodule(_config(ships, classes=["ship"]), seed=0)
 
 
+@pytest.mark.parametrize("sampler", ["objects", "random"])
+@pytest.mark.parametrize("part", ["train", "val"])
+def test_parts_without_objects_are_an_error(ships, tmp_path, part, sampler) -> None:
+    content = json.loads(Path(ships.labels).read_text())
+    (tmp_path / "none.json").write_text(json.dumps({**content, "annotations": []}))
+    parts = {
+        "train": ships,
+        "val": ships,
+        part: ObjectSplitConfig(images=ships.images, labels=str(tmp_path / "none.json")),
+    }
+    with (
+        pytest.raises(
+            InputError, match=rf"expected objects to .* in the images of data\.{part}, got none in 10 images"
+        ),
+        pytest.warns(DataWarning, match="2 of 2 classes have no objects"),
+    ):
+        build_object_datamodule(_config(parts["train"], val=parts["val"], sampler=sampler), seed=0)
+
+
+@pytest.mark.parametrize("part", ["train", "val"])
+def test_objects_on_no_data_are_counted_and_refused_where_all_are(make_scene, tmp_path, part) -> None:
+    pixels = np.full((3, 64, 64), 200, np.float32)
+    good = make_scene(pixels=pixels, nodata=None).rename(tmp_path / "good.tif")
+    pixels[:, :, :20] = np.nan
+    half = make_scene(pixels=pixels, nodata=None).rename(tmp_path / "half.tif")
+
+    def split(name: str, image: Path, *rows: str) -> ObjectSplitConfig:
+        lines = ["image,xmin,ymin,xmax,ymax,label", *(f"{image.name},{row},ship" for row in rows)]
+        (tmp_path / f"{name}.csv").write_text("\n".join(lines))
+        return ObjectSplitConfig(images=str(image), labels=str(tmp_path / f"{name}.csv"), format="csv")
+
+    def build(**parts: ObjectSplitConfig) -> None:
+        whole = split("whole", good, "2,2,9,9")
+        splits = {"train": whole, "val": whole, **parts}
+        statistics = {"mean": [1.0] * 3, "std": [1.0] * 3}
+        build_object_datamodule(_config(splits["train"], classes=["ship"], val=splits["val"], **statistics), seed=0)
+
+    word = {"train": "training", "val": "validation"}[part]
+    with pytest.warns(DataWarning, match=f"1 of 3 objects of the 1 {word} images looked at have no valid pixel"):
+        build(**{part: split("some", half, "2,2,9,9", "18,2,22,9", "30,30,40,40")})
+    with pytest.raises(InputError, match=r"2 of 2 objects .* no valid pixel under them, .*half\.tif; check the nodata"):
+        build(**{part: split("none", half, "2,2,9,9", "1,20,18,29")})
+
+
 def test_images_without_a_valid_pixel_are_an_error(make_scene, tmp_path) -> None:
     scene = make_scene(pixels=np.zeros((3, 40, 40), np.uint8), nodata=0)
     (tmp_path / "t.csv").write_text(f"image,xmin,ymin,xmax,ymax,label\n{scene.name},1,1,9,9,ship\n")
     split = ObjectSplitConfig(images=str(scene), labels=str(tmp_path / "t.csv"), format="csv")
-    with pytest.raises(InputError, match="expected valid pixels to measure mean and std on, got none"):
+    with pytest.raises(
+        InputError, match="1 of 1 objects of the 1 training images looked at have no valid pixel under them"
+    ):
         build_object_datamodule(_config(split, classes=["ship"], val=split), seed=0)

@@ -209,7 +209,7 @@ def test_a_file_without_polygons_is_background_alone_and_says_so(source, write_v
 
 def test_polygons_without_area_are_counted(source, write_vector) -> None:
     path = write_vector([box(1, 1, 9, 9), Polygon([(0, 0), (5, 5), (5, 5)])])
-    with pytest.warns(DataWarning, match="1 of 2 polygons of .* have no area and label nothing, the first is number 2"):
+    with pytest.warns(DataWarning, match="1 of 2 polygons of .* have no area and label nothing; the first is number 2"):
         open_labels(path, source, classes=CLASSES)
 
 
@@ -280,7 +280,26 @@ def test_polygons_beyond_the_projection_are_left_out(source, write_vector, tmp_p
     near = gpd.read_file(write_vector([box(0, 0, 10, 10)])).geometry.tolist()
     frame = gpd.GeoDataFrame(geometry=[box(-179, -89, -170, 89), *near], crs="EPSG:4326")
     frame.to_file(tmp_path / "world.gpkg")
-    assert open_labels(tmp_path / "world.gpkg", source).read(source.extent).sum() == 100
+    with pytest.warns(DataWarning, match="1 of 2 polygons of .*world.gpkg lie beside .*; the first is number 1"):
+        labels = open_labels(tmp_path / "world.gpkg", source)
+    assert labels.read(source.extent).sum() == 100
+
+
+def test_polygons_beside_the_raster_are_counted(source, write_vector) -> None:
+    beside = [box(500, 5, 510, 15), box(-60, 5, -50, 15)]
+    with pytest.warns(DataWarning, match="2 of 3 polygons of .* lie beside .*; the first is number 1"):
+        labels = open_labels(write_vector([*beside, box(0, 0, 10, 10)]), source)
+    assert labels.read(source.extent).sum() == 100
+    _assert_refused(
+        "none of the 2 polygons of .* lies on .*, though they lie on all sides", write_vector(beside), source
+    )
+
+
+def test_outlines_that_cross_themselves_are_labelled_and_counted(source, write_vector) -> None:
+    path = write_vector([box(30, 30, 40, 40), Polygon([(0, 0), (20, 20), (20, 0), (0, 20)])])
+    with pytest.warns(DataWarning, match="1 of 2 polygons of .* crosses itself; .*; the first is number 2"):
+        labels = open_labels(path, source, classes=CLASSES).read(source.extent)
+    assert 150 < (labels[:20, :20] == 1).sum() < 250
 
 
 @pytest.mark.parametrize(

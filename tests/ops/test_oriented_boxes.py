@@ -178,6 +178,23 @@ def test_nms_keeps_what_a_greedy_walk_over_polygons_keeps(threshold, monkeypatch
     assert oriented_nms(boxes, scores, labels, threshold).tolist() == expected
 
 
+def test_nms_keeps_what_a_greedy_walk_keeps_in_a_thousand_small_crowds() -> None:
+    suppressed = 0
+    for case in range(1000):
+        generator = torch.Generator().manual_seed(case)
+        number = int(torch.randint(1, 25, (1,), generator=generator))
+        boxes, labels = (
+            random_boxes(number, 1000 + case, extent=25),
+            torch.randint(0, 2, (number,), generator=generator),
+        )
+        boxes[:, 2:4] = boxes[:, 2:4].clamp(min=4)
+        scores, threshold = torch.rand(number, generator=generator).mul(20).round(), (0.1, 0.3, 0.5, 0.7)[case % 4]
+        expected = reference_nms(boxes, scores, labels, threshold)
+        assert oriented_nms(boxes, scores, labels, threshold).tolist() == expected
+        suppressed += len(expected) < number
+    assert suppressed > 200
+
+
 def test_nms_of_no_boxes_keeps_none() -> None:
     assert oriented_nms(torch.zeros(0, 5), torch.zeros(0), torch.zeros(0)).shape == (0,)
 

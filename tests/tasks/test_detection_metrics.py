@@ -6,6 +6,7 @@ import math
 import numpy as np
 import pytest
 import torch
+from pycocotools import mask as mask_api
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 from torchmetrics.detection import MeanAveragePrecision
@@ -124,6 +125,60 @@ def test_average_precision_is_that_of_torchmetrics() -> None:
     assert scores.ap == pytest.approx(expected["map"].item(), abs=1e-6)
     assert scores.ap50 == pytest.approx(expected["map_50"].item(), abs=1e-6)
     assert [each.ap for each in scores.classes[:2]] == pytest.approx(expected["map_per_class"].tolist(), abs=1e-6)
+
+
+def test_average_precision_of_masks_is_that_of_pycocotools(tmp_path) -> None:
+    rng, images, truth, found = np.random.default_rng(5), [], [], []
+    rows, columns = np.mgrid[:48, :64]
+
+    def disc(x: float, y: float, radius: float) -> np.ndarray:
+        return (columns - x) ** 2 + (rows - y) ** 2 < radius**2
+
+    for index in range(20):
+        places = rng.uniform([8, 8, 3], [56, 40, 12], (int(rng.integers(0, 6)), 3))
+        masks = np.array([disc(*place) for place in places], bool).reshape(-1, 48, 64)
+        moved = np.concatenate([places + rng.normal(0, 1, places.shape), places[:2] + 4])
+        guesses = np.array([disc(*place) for place in moved], bool).reshape(-1, 48, 64)
+        classes, guessed = rng.integers(0, 2, len(masks)), rng.integers(0, 2, len(guesses))
+        guessed[: len(masks)], ignored, scores = (
+            classes,
+            rng.random(len(masks)) < 0.2,
+            rng.permutation(len(guesses)) / 50,
+        )
+        truth_of = labels_of(np.zeros((len(masks), 4)), classes, ignored, masks)
+        scores = scores + rng.random() / 100
+        images.append(
+            (
+                Detections(
+                    masks=torch.from_numpy(guesses), labels=torch.as_tensor(guessed), scores=torch.as_tensor(scores)
+                ),
+                truth_of,
+            )
+        )
+        for mask, label, skipped in zip(masks, classes, ignored, strict=True):
+            packed = mask_api.encode(np.asfortranarray(mask.astype(np.uint8)))
+            packed["counts"] = packed["counts"].decode()
+            each = {"segmentation": packed, "area": int(mask.sum()), "image_id": index, "category_id": int(label) + 1}
+            truth.append({**each, "id": len(truth) + 1, "iscrowd": int(skipped), "bbox": [0, 0, 1, 1]})
+        for mask, label, score in zip(guesses, guessed, scores, strict=True):
+            packed = mask_api.encode(np.asfortranarray(mask.astype(np.uint8)))
+            packed["counts"] = packed["counts"].decode()
+            found.append(
+                {"segmentation": packed, "image_id": index, "category_id": int(label) + 1, "score": float(score)}
+            )
+    categories = [{"id": index + 1, "name": name} for index, name in enumerate(CLASSES)]
+    listed = [{"id": index, "height": 48, "width": 64} for index in range(len(images))]
+    (tmp_path / "truth.json").write_text(json.dumps({"images": listed, "categories": categories, "annotations": truth}))
+    (tmp_path / "found.json").write_text(json.dumps(found))
+    with contextlib.redirect_stdout(io.StringIO()):
+        coco = COCO(tmp_path / "truth.json")
+        expected = COCOeval(coco, coco.loadRes(str(tmp_path / "found.json")), "segm")
+        expected.evaluate()
+        expected.accumulate()
+        expected.summarize()
+    scores = measure(images, kind="masks")
+    assert [scores.ap, scores.ap50, scores.ap75] == pytest.approx(expected.stats[:3])
+    assert 0.1 < scores.ap < 0.9
 
 
 @pytest.mark.parametrize("name", OBJECT_SIZES)

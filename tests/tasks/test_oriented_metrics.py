@@ -7,7 +7,7 @@ import torch
 
 from perf_vit.errors import InputError
 from perf_vit.ops.boxes import oriented_box_corners
-from perf_vit.tasks import DetectionMetrics, OrientedAveragePrecision
+from perf_vit.tasks import DetectionMetrics, OrientedAveragePrecision, detection_metrics
 from perf_vit.types import Detections, ObjectLabels
 
 NUM_CLASSES = 3
@@ -106,6 +106,29 @@ def test_precision_is_that_of_a_walk_over_polygons(num_images, num_cases) -> Non
         np.testing.assert_allclose(got["map_50_per_class"], areas[:, 0], atol=1e-6)
         np.testing.assert_allclose(got["map_per_class"], areas.mean(1), atol=1e-6)
         np.testing.assert_allclose(got["map_50_voc07_per_class"], points, atol=1e-6)
+
+
+def polygon_iou(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    one, other = (shapely.polygons(oriented_box_corners(boxes.double().numpy())) for boxes in (a, b))
+    shared = shapely.area(shapely.intersection(one[:, None], other))
+    return torch.from_numpy(shared / (shapely.area(one)[:, None] + shapely.area(other) - shared))
+
+
+def test_the_scores_of_training_are_those_of_polygons_in_pycocotools(monkeypatch) -> None:
+    classes = tuple("abc")
+    for seed in range(150):
+        rng = np.random.default_rng(seed)
+        images = [random_image(rng) for _ in range(3)]
+        scores = []
+        for iou in (detection_metrics.oriented_iou_matrix, polygon_iou):
+            with monkeypatch.context() as patch:
+                patch.setattr(detection_metrics, "oriented_iou_matrix", iou)
+                metrics = DetectionMetrics(classes, "oriented_boxes")
+                for found, truth in images:
+                    metrics.update([found], [truth])
+                each = metrics.compute()
+                scores.append([each.ap, each.ap50, each.ap75, *(one.ap for one in each.classes)])
+        np.testing.assert_allclose(*scores, atol=1e-6)
 
 
 SHIP = [20, 20, 16, 4, 0.5]

@@ -18,6 +18,9 @@ from perf_vit.errors import InputError
 
 __all__ = ["read_coco"]
 
+# Of a ring of three points.
+_LEAST_NUMBERS = 6
+
 
 def read_coco(labels: Path, folder: ImageFolder) -> RawLabels:
     """Read a COCO file; `iscrowd` objects are ignored ones, and images without annotations have no objects.
@@ -83,10 +86,12 @@ def _object(annotation: Any, categories: dict[Any, str], labels: Path) -> RawObj
     if box is not None:
         left, top, width, height = (float(value) for value in box)
         box = (left, top, left + width, top + height)
-    outline = _outline(annotation.get("segmentation"), labels)
+    segmentation = annotation.get("segmentation")
+    outline = _outline(segmentation, labels)
     if box is None and outline is None:
         raise InputError(f"{labels} has an annotation without bbox and segmentation: {str(annotation)[:200]}")
-    return RawObject(name=name, box=box, ignored=bool(annotation.get("iscrowd", 0)), outline=outline)
+    lost = 0 if isinstance(segmentation, dict) else sum(len(ring) < _LEAST_NUMBERS for ring in segmentation or ())
+    return RawObject(name=name, box=box, ignored=bool(annotation.get("iscrowd", 0)), outline=outline, lost_parts=lost)
 
 
 def _ring(numbers: Any, labels: Path) -> npt.NDArray[np.float64]:
@@ -105,8 +110,10 @@ def _outline(segmentation: Any, labels: Path) -> Any:
         return None
     if not all(np.isfinite(ring).all() for ring in rings):
         return shapely.Point(np.inf, np.inf)
-    # Fewer than three points have no area, and are dropped as such.
-    polygons = [shapely.Polygon(ring) for ring in rings if len(ring) >= 3] or [shapely.LineString(rings[0][[0, -1]])]
+    # Fewer than three points have no area: where there is nothing else, the object is dropped as such.
+    polygons = [shapely.Polygon(ring) for ring in rings if ring.size >= _LEAST_NUMBERS] or [
+        shapely.LineString(rings[0][[0, -1]])
+    ]
     if len(polygons) == 1:
         return polygons[0]
     return shapely.union_all(shapely.make_valid(polygons, method="structure", keep_collapsed=False))

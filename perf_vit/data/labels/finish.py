@@ -153,6 +153,13 @@ def _measured(image: RawImage, source_options: Mapping[str, Any]) -> tuple[int, 
             f"{image.labels} describes an image of {image.size[0]} x {image.size[1]} px, {image.path} has "
             f"{labelled[0]} x {labelled[1]}; use the image that was labelled"
         )
+    sizes = {(item.outline.height, item.outline.width) for item in image.objects if isinstance(item.outline, Rle)}
+    if sizes - {labelled}:
+        height, width = min(sizes - {labelled})
+        raise InputError(
+            f"{image.labels} holds a mask of {height} x {width} px for {image.path}, which has {labelled[0]} x "
+            f"{labelled[1]}; make masks of the size of the image"
+        )
     if isinstance(source, SlideSource) and source.downsample_xy != (1, 1):
         if image.masks is not None or any(isinstance(item.outline, Rle) for item in image.objects):
             raise InputError(
@@ -210,8 +217,14 @@ def _areas(
     areas = box_areas(boxes)
     if oriented is not None:
         areas = np.where(oriented[:, 2] * oriented[:, 3] > _FLAT_PX2, areas, 0)
-    flat = [isinstance(i.outline, shapely.Geometry) and _mended(i.outline).area <= _FLAT_PX2 for i in objects]
-    return np.where(np.array(flat, bool), 0, areas)
+    flat = np.array([_is_flat(item.outline) for item in objects], bool)
+    return np.where(flat, 0, areas)
+
+
+def _is_flat(outline: Any) -> bool:
+    if isinstance(outline, Rle):
+        return not outline.bounds[2]
+    return outline is not None and bool(_mended(outline).area <= _FLAT_PX2)
 
 
 def _drop_unplaced(image: RawImage, tally: Tally) -> None:
@@ -261,9 +274,13 @@ def _kept(
     flat = areas <= 0
     outside = ~flat & (box_areas(inside) <= 0)
     clipped = ~flat & ~outside & (np.abs(boxes - inside).max(axis=1, initial=0) > _ROUNDING_PX)
+    crossed = ~flat & ~outside & np.array([_crosses_itself(item.outline) for item in image.objects], bool)
     tally.add("dropped: no area", image, flat)
     tally.add("dropped: outside the image", image, outside)
     tally.add("clipped at the image's edge", image, clipped)
+    lost = np.array([item.lost_parts > 0 for item in image.objects], bool)
+    tally.add("without parts of their outline that have fewer than 3 points", image, lost & ~flat & ~outside)
+    tally.add("outlined by lines that cross, of which all that they enclose is kept", image, crossed)
     return np.asarray(~(flat | outside))
 
 
@@ -275,8 +292,12 @@ def _masks(image: RawImage, objects: Sequence[RawObject]) -> MaskReader:
     return image.masks
 
 
+def _crosses_itself(outline: Any) -> bool:
+    return isinstance(outline, shapely.Geometry) and not shapely.is_valid(outline)
+
+
 def _mended(outline: Any) -> Any:
     """A polygon that crosses itself, made valid, so that areas and parts are what they look like."""
-    if isinstance(outline, Rle) or shapely.is_valid(outline):
+    if isinstance(outline, Rle) or not _crosses_itself(outline):
         return outline
     return shapely.make_valid(outline, method="structure", keep_collapsed=False)

@@ -100,7 +100,7 @@ def _own_classes(raw: RawLabels, skip_classes: Collection[str]) -> tuple[str, ..
 def _warn_of_absent(index: ObjectIndex, labels: Path) -> None:
     counts = index.class_counts()
     absent = [name for name, number in counts.items() if number == 0]
-    if absent and len(absent) < len(counts):
+    if absent:
         warnings.warn(
             f"{len(absent)} of {len(counts)} classes have no objects in {labels}, the first {absent[0]}",
             DataWarning,

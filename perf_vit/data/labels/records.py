@@ -93,6 +93,7 @@ class RawObject:
         ignored: crowd, difficult and the like.
         corners: of an oriented object, [n, 2] x and y.
         outline: a shapely geometry in pixels, or an `Rle`.
+        lost_parts: parts of its outline that had fewer than three points.
     """
 
     name: str
@@ -100,6 +101,7 @@ class RawObject:
     ignored: bool = False
     corners: npt.NDArray[np.float64] | None = None
     outline: Any = None
+    lost_parts: int = 0
 
 
 @dataclass(slots=True, kw_only=True)
