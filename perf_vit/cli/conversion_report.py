@@ -253,6 +253,6 @@ def _chart(measured: MeasuredConversion) -> str:
 
 def _machine() -> str:
     return (
-        f"Times are medians of {_RUNS} forward passes in fp32 on {machine_name('cpu')}, {torch.get_num_threads()} "
-        f"threads, torch {torch.__version__}, perf_vit {__version__}."
+        f"Times are medians of {_RUNS} forward passes in fp32 on {machine_name('cpu')}, threads: "
+        f"{torch.get_num_threads()}, torch {torch.__version__}, perf_vit {__version__}."
     )

@@ -87,7 +87,7 @@ def _row(pictures: Mapping[str, np.ndarray[Any, Any]]) -> str:
 
 
 def _summary(height: int, width: int, num_bands: int, crs: str, seconds: float) -> str:
-    machine = f"{platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}"
+    machine = f"{platform.machine()}, threads: {torch.get_num_threads()}, torch {torch.__version__}"
     return (
         f"A generated scene of {height} x {width} pixels, {num_bands} bands, {crs}. Trained on the upper half, mapped "
         f"as a whole, in {seconds:.0f} s ({machine}, perf_vit {__version__})."
