@@ -5,27 +5,29 @@
     python tools/benchmarks/object_splits.py cars aerial-cars-dataset/minsk splits/cars
     python tools/benchmarks/object_splits.py trees deepforest/data splits/trees
 
-Writes train.txt, val.txt and test.txt, one image name a line; for trees tables of boxes (train.csv, val.csv,
-test_east.csv, test_osbs.csv).
+Writes train.txt, val.txt and test.txt, one image name a line; for trees parts of two images (train, val, test_east and
+test_osbs, each a PNG and a CSV of its boxes), since trees of another part would be background without a box.
 """
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 from xml.etree import ElementTree
 
 import numpy as np
+import numpy.typing as npt
 import typer
+from PIL import Image
 
 TEST, VALIDATION = 0.25, 0.15
 KINDS_OF_NUCLEI = ("fluo_", "he_")
 TRAINED_CROSSING, OTHER_CROSSING = "DJI-00760-*.jpg", "DJI_0762-*.jpg"
 NUM_VALIDATION_FRAMES = 3
 YELLOWSTONE, FLORIDA = "2019_YELL_2_541000_4977000_image_crop", "OSBS_029"
-LAST_COLUMNS = {"train.csv": 700, "val.csv": 900, "test_east.csv": 1249}
+LAST_COLUMNS = {"train": 700, "val": 900, "test_east": 1249}
 
 
 def main(
@@ -34,15 +36,18 @@ def main(
     out: Annotated[Path, typer.Argument(help="Folder for the lists.")],
 ) -> None:
     """Write the lists of one data set."""
-    if data not in SPLITTERS:
-        raise typer.BadParameter(f"expected one of {', '.join(SPLITTERS)}, got {data}")
-    files = SPLITTERS[data](folder)
+    if data not in ("cells", "nuclei", "cars", "trees"):
+        raise typer.BadParameter(f"expected cells, nuclei, cars or trees, got {data}")
+    if data == "trees":
+        split_trees(folder, out)
+        return
+    files = {"cells": split_cells, "nuclei": split_nuclei, "cars": split_cars}[data](folder)
     if not all(files.values()):
         raise typer.BadParameter(f"expected the images of {data} in {folder}, got none for some lists; see --help")
     out.mkdir(parents=True, exist_ok=True)
     for name, lines in files.items():
         (out / name).write_text("\n".join(lines) + "\n", encoding="utf-8")
-        print(f"{out / name}: {len(lines) - name.endswith('.csv')}")
+        print(f"{out / name}: {len(lines)}")
 
 
 def split_cells(folder: Path) -> dict[str, list[str]]:
@@ -60,15 +65,19 @@ def split_cars(folder: Path) -> dict[str, list[str]]:
     return {"train.txt": train[:-NUM_VALIDATION_FRAMES], "val.txt": train[-NUM_VALIDATION_FRAMES:], "test.txt": test}
 
 
-def split_trees(folder: Path) -> dict[str, list[str]]:
-    """Columns of one image, by the centres of boxes, and all of another."""
-    boxes = _voc_boxes(folder / f"{YELLOWSTONE}.xml")
-    edges = list(itertools.pairwise((0, *LAST_COLUMNS.values())))
-    files = {
-        name: _table(YELLOWSTONE, [box for box in boxes if left <= (box[0] + box[2]) / 2 < right])
-        for name, (left, right) in zip(LAST_COLUMNS, edges, strict=True)
-    }
-    return files | {"test_osbs.csv": _table(FLORIDA, _voc_boxes(folder / f"{FLORIDA}.xml"))}
+def split_trees(folder: Path, out: Path) -> None:
+    """Columns of one image, with the boxes whose centres they hold, and all of another."""
+    names = [f"{name}{ending}" for name in (YELLOWSTONE, FLORIDA) for ending in (".png", ".xml")]
+    missing = [name for name in names if not (folder / name).is_file()]
+    if missing:
+        raise typer.BadParameter(f"expected {missing[0]} in {folder}, got none; see --help")
+    out.mkdir(parents=True, exist_ok=True)
+    image, boxes = Image.open(folder / f"{YELLOWSTONE}.png"), _voc_boxes(folder / f"{YELLOWSTONE}.xml")
+    centers = boxes[:, [0, 2]].mean(axis=1)
+    for name, (left, right) in zip(LAST_COLUMNS, itertools.pairwise((0, *LAST_COLUMNS.values())), strict=True):
+        own = boxes[(centers >= left) & (centers < right)] - [left, 0, left, 0]
+        _write_boxes(out / name, image.crop((left, 0, right, image.height)), own)
+    _write_boxes(out / "test_osbs", Image.open(folder / f"{FLORIDA}.png"), _voc_boxes(folder / f"{FLORIDA}.xml"))
 
 
 def _permuted(groups: Sequence[Sequence[str]]) -> dict[str, list[str]]:
@@ -82,24 +91,21 @@ def _permuted(groups: Sequence[Sequence[str]]) -> dict[str, list[str]]:
     return files
 
 
-def _voc_boxes(path: Path) -> list[tuple[float, ...]]:
-    """xmin, ymin, xmax and ymax of all objects."""
-    root = ElementTree.parse(path).getroot()  # the user's own file
+def _voc_boxes(path: Path) -> npt.NDArray[np.float64]:
+    """xmin, ymin, xmax and ymax of all objects, [n, 4]."""
+    root = ElementTree.parse(path).getroot()
     sides = ("xmin", "ymin", "xmax", "ymax")
-    return [tuple(float(box.findtext(side, "nan")) for side in sides) for box in root.iter("bndbox")]
+    return np.array([[float(box.findtext(side, "nan")) for side in sides] for box in root.iter("bndbox")])
 
 
-def _table(image: str, boxes: Sequence[Sequence[float]]) -> list[str]:
-    header = "image_path,xmin,ymin,xmax,ymax,label"
-    return [header, *(",".join([f"{image}.png", *(f"{side:g}" for side in box), "Tree"]) for box in boxes)]
+def _write_boxes(path: Path, image: Image.Image, boxes: npt.NDArray[np.float64]) -> None:
+    """An image and the table of its boxes."""
+    image.convert("RGB").save(path.with_suffix(".png"))
+    rows = [",".join([f"{path.name}.png", *(f"{side:g}" for side in box), "Tree"]) for box in boxes]
+    table = "\n".join(["image_path,xmin,ymin,xmax,ymax,label", *rows])
+    path.with_suffix(".csv").write_text(table + "\n", encoding="utf-8")
+    print(f"{path.with_suffix('.csv')}: {len(boxes)}")
 
-
-SPLITTERS: dict[str, Callable[[Path], dict[str, list[str]]]] = {
-    "cells": split_cells,
-    "nuclei": split_nuclei,
-    "cars": split_cars,
-    "trees": split_trees,
-}
 
 if __name__ == "__main__":
     typer.run(main)
