@@ -223,7 +223,8 @@ def _areas(
 
 def _is_flat(outline: Any) -> bool:
     if isinstance(outline, Rle):
-        return not outline.bounds[2]
+        # Runs inside the object are every other one.
+        return not outline.counts[1::2].any()
     return outline is not None and bool(_mended(outline).area <= _FLAT_PX2)
 
 
