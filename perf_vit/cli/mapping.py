@@ -14,7 +14,7 @@ from perf_vit.cli.segmentation_maps import SegmentationMaps, on_device, open_for
 from perf_vit.data import region_window
 from perf_vit.errors import OutputError
 from perf_vit.inference import MapInput, OutputKind, class_probabilities, segment_strips
-from perf_vit.io import RasterSource, SlideSource, open_labels, open_raster
+from perf_vit.io import RasterSource, SlideSource, open_labels, open_raster, warn_of_polygons_beside
 from perf_vit.models import Segmenter, load_segmenter
 from perf_vit.tasks import (
     ClassScores,
@@ -68,6 +68,7 @@ def evaluate_raster(
     source = _open_labelled(model, image)
     spec = model.spec
     truth = open_labels(labels, source, classes=spec.classes, multilabel=spec.multilabel, **spec.label_options)
+    warn_of_polygons_beside([truth])
     extent = region_window(None if region is None else list(region), source, "--region")
     metrics = segmentation_metrics(len(spec.classes), multilabel=spec.multilabel)
     # A confusion matrix is of classes that exclude each other.

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
+import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -15,6 +18,8 @@ from perf_vit.errors import ConfigError, OutputError, PerfVitError
 
 __all__ = ["RunFolder"]
 
+# What a run writes into its folder.
+_WRITTEN = ("config.yaml", "checkpoints", "metrics.csv", "loss_curve.png", "pictures", "tensorboard")
 _INTERRUPTED = 130
 """Exit code of a run that somebody stopped, as shells have it."""
 
@@ -57,14 +62,15 @@ class RunFolder:
             PerfVitError: of the data or the task; without a checkpoint, nothing of the run is left then.
             SystemExit: somebody stopped the run; the last checkpoint is there to resume from.
         """
-        before = _inside(self.path)
+        new = [self.path / name for name in _WRITTEN if not (self.path / name).exists()]
+        was_there = self.path.exists()
         _make_run_folder(self.path)
         dump_config(self._config, self.path / "config.yaml")
         try:
             trainer.fit(task, data, ckpt_path=self._last if self._config.resume else None, weights_only=True)
         except PerfVitError:
             if not self._last.exists():
-                _remove_new(self.path, before)
+                _remove(new, None if was_there else self.path)
             raise
         # Lightning takes an interrupt for an end like any other.
         if trainer.interrupted:
@@ -101,16 +107,16 @@ def _make_run_folder(folder: Path) -> None:
         raise OutputError(f"can't make the run folder {folder}: {error.strerror}; choose another out=") from error
 
 
-def _inside(folder: Path) -> set[Path]:
-    """The folder and all that is in it, if it is there."""
-    return {folder, *folder.rglob("*")} if folder.exists() else set()
-
-
-def _remove_new(folder: Path, before: set[Path]) -> None:
-    """Remove what a folder didn't hold before, and the folder itself if it is new."""
-    # The longest paths first: folders are empty when it is their turn.
-    for path in sorted(_inside(folder) - before, key=lambda path: len(path.parts), reverse=True):
-        path.rmdir() if path.is_dir() else path.unlink()
+def _remove(paths: Sequence[Path], folder: Path | None) -> None:
+    """Remove files and folders of a run, and then a folder if nothing else is in it."""
+    for path in paths:
+        if path.is_dir():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink(missing_ok=True)
+    if folder is not None:
+        with contextlib.suppress(OSError):
+            folder.rmdir()
 
 
 def _set_up_logging() -> None:

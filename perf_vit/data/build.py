@@ -14,7 +14,7 @@ from perf_vit.data.class_pixels import count_class_pixels
 from perf_vit.data.datamodule import WindowDataModule
 from perf_vit.data.windows import GridWindows, LabelledSource, RandomWindows
 from perf_vit.errors import ConfigError, DataWarning, InputError
-from perf_vit.io import RasterSource, SlideSource, open_labels, open_raster, open_source
+from perf_vit.io import RasterSource, SlideSource, open_labels, open_raster, open_source, warn_of_polygons_beside
 from perf_vit.transforms import Augmentation, Normalizer
 from perf_vit.types import IGNORE_INDEX, Source, Window
 
@@ -120,6 +120,7 @@ def build_datamodule(config: DataConfig, seed: int) -> WindowDataModule:
     sides = pixel_sides(config.augment, sources)
     _check_labelled(rasters, config, "train")
     _check_labelled([val], config, "val")
+    warn_of_polygons_beside(one.labels for one in (*rasters, val))
     for some, part in ((rasters, "train"), ([val], "val")):
         _warn_of_absent_classes(some, config, part)
     normalizer = given_normalizer(config.mean, config.std, rasters[0].source.num_bands) or _measured(rasters)
@@ -271,7 +272,8 @@ def _warn_of_absent_classes(sources: Sequence[LabelledSource], config: DataConfi
         return
     pixels = count_class_pixels(sources, len(config.classes), max_windows=_WINDOWS_LOOKED_AT)
     absent = [name for name, count in zip(config.classes, pixels, strict=True) if not count]
-    if absent:
+    # Where labels are few and far between, none may have been looked at.
+    if absent and sum(pixels):
         warnings.warn(
             f"{len(absent)} of {len(pixels)} classes have no pixel among {sum(pixels):,} labelled ones of data.{part} "
             f"that were looked at: {', '.join(absent)}",

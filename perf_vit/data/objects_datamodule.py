@@ -246,8 +246,8 @@ def _check_objects(index: ObjectIndex, part: str) -> None:
         what = "to learn from" if part == "train" else "to score with"
         raise InputError(
             f"expected objects {what} in the images of data.{part}, got none in {len(index)} images"
-            f"{' (all are ignored)' if index.counts['ignored'] else ''}; check the labels"
-            f"{', or name the images in data.val' if part == 'val' else ''}"
+            f"{' (all are ignored)' if any(record.ignored.any() for record in index) else ''}; check the labels"
+            f"{', or the images: data.val names them, data.val_share and seed choose them' if part == 'val' else ''}"
         )
 
 

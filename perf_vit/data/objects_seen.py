@@ -14,14 +14,16 @@ from perf_vit.types import BoolArray, Window
 
 __all__ = ["check_objects_seen"]
 
-# Images to look at, and their longest side: read in a few seconds.
-_IMAGES = 64
+# Images to look at, and their longest side: a part of those that statistics are measured on.
+_IMAGES = 16
 _SIDE_PX = 256
-_LOOKED_AT_AGAIN = 16
+# Objects of an image that are looked at again at full resolution, and as much of each.
+_AGAIN = 16
+_AGAIN_PX = 512
 
 
 def check_objects_seen(images: ObjectImages, part: str, seed: int) -> None:
-    """Tell how many objects lie on no valid pixel, and refuse images of which all do; some images stand for all.
+    """Tell about how many objects lie on no valid pixel, and refuse images of which all do; 16 images stand for more.
 
     Args:
         images: with their objects.
@@ -29,7 +31,7 @@ def check_objects_seen(images: ObjectImages, part: str, seed: int) -> None:
         seed: decides which images are looked at.
 
     Raises:
-        InputError: no image has a valid pixel, or no object has one under it.
+        InputError: no object of any image has a valid pixel under it.
     """
     with_objects = [index for index, record in enumerate(images.records) if (~record.ignored).any()]
     order = np.random.default_rng(seed).permutation(len(with_objects))[:_IMAGES]
@@ -42,22 +44,27 @@ def check_objects_seen(images: ObjectImages, part: str, seed: int) -> None:
     if not unseen:
         return
     text = f"{unseen} of {number} objects of the {len(order)} {part} images looked at have no valid pixel under them"
-    if unseen == number:
+    if unseen == number and len(order) == len(with_objects):
         raise InputError(f"{text}, the first in {first}; check the nodata value, NaN and the labels' place")
     warnings.warn(f"{text} and are ignored, the first in {first}", DataWarning, stacklevel=3)
 
 
 def _number_hidden(images: ObjectImages, index: int, valid: BoolArray) -> int:
-    """Objects of an image without a valid pixel; what the image at lower resolution says of some is looked at again."""
+    """Objects of an image without a valid pixel.
+
+    What the image at lower resolution says of some is looked at again, and the others are taken to be like these.
+    """
     record = images.records[index]
     hidden = record.boxes_xyxy[~_touch_valid(record, valid) & ~record.ignored]
-    again = [_has_valid_pixel(images, index, box) for box in hidden[:_LOOKED_AT_AGAIN].tolist()]
-    return len(again) - sum(again) if any(again) else len(hidden)
+    some = np.random.default_rng(index).permutation(hidden)[:_AGAIN].tolist()
+    seen = [_has_valid_pixel(images, index, box) for box in some]
+    return round(len(hidden) * (1 - sum(seen) / len(seen))) if seen else 0
 
 
 def _has_valid_pixel(images: ObjectImages, index: int, box_xyxy: list[float]) -> bool:
     left, top, right, bottom = math.floor(box_xyxy[0]), math.floor(box_xyxy[1]), *map(math.ceil, box_xyxy[2:])
-    return bool(images.read(index, Window(top, left, bottom - top, right - left))[0].valid.any())
+    window = Window(top, left, min(bottom - top, _AGAIN_PX), min(right - left, _AGAIN_PX))
+    return bool(images.read(index, window)[0].valid.any())
 
 
 def _touch_valid(record: ImageRecord, valid: BoolArray) -> BoolArray:

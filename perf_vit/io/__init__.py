@@ -1,6 +1,7 @@
 """Sources, labels and outputs: rasters read and written window by window."""
 
 from perf_vit.io._gdal import bounded_cache
+from perf_vit.io._label_vector import warn_of_polygons_beside
 from perf_vit.io._staging import staged
 from perf_vit.io.cog import write_cog
 from perf_vit.io.describe import SourceInfo, describe_source
@@ -43,6 +44,7 @@ __all__ = [
     "rgb_from",
     "save_png",
     "staged",
+    "warn_of_polygons_beside",
     "write_cog",
     "write_map_quicklook",
     "write_objects",

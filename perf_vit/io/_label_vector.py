@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,12 +20,19 @@ from rasterio.features import rasterize
 from perf_vit.errors import DataWarning, InputError
 from perf_vit.io._gdal import reason_of
 from perf_vit.io._label_classes import LabelClasses
-from perf_vit.io._placing import check_both_placed, check_on_slide, check_overlap, overlaps
+from perf_vit.io._placing import check_both_placed, check_on_slide, check_overlap
 from perf_vit.io.raster import RasterSource
 from perf_vit.io.slide import SlideSource
 from perf_vit.types import IGNORE_INDEX, LabelArray, Window
 
-__all__ = ["VectorLabels", "is_vector_name", "opens_as_vector", "read_features", "to_pixels"]
+__all__ = [
+    "VectorLabels",
+    "is_vector_name",
+    "opens_as_vector",
+    "read_features",
+    "to_pixels",
+    "warn_of_polygons_beside",
+]
 
 _SUFFIXES = {".fgb", ".geojson", ".geojsonl", ".gml", ".gpkg", ".json", ".kml", ".shp"}
 _STEPS_PER_PX = 256
@@ -43,6 +50,11 @@ class VectorLabels:
         classes: attribute values to class indices.
         attribute: column of class names or values; None makes every polygon class 1.
         background: class index under no polygon, None for `IGNORE_INDEX`.
+
+    Attributes:
+        path: the vector file.
+        is_on_source: which of the file's features with a geometry reach into the source, [n].
+        numbers: those of these features in the file, from 1, [n].
 
     Raises:
         InputError: the file can't be read, or doesn't fit the source or the classes.
@@ -64,7 +76,7 @@ class VectorLabels:
         else:
             codes = _codes(path, frame, classes, attribute)
         # Parts of a multipolygon are found one by one, so far islands are not burnt.
-        parts, owners = shapely.get_parts(frame.geometry.to_numpy(), return_index=True)
+        parts, owners = shapely.get_parts(_mended(frame.geometry.to_numpy()), return_index=True)
         # Polygons of a slide are in pixels of its level 0, as QuPath has them.
         transform = Affine.scale(*source.downsample_xy) if isinstance(source, SlideSource) else source.transform
         self._polygons = to_pixels(parts, transform)
@@ -72,6 +84,10 @@ class VectorLabels:
         self._tree = shapely.STRtree(self._polygons)
         self._extent = source.extent
         self._fill = IGNORE_INDEX if background is None else background
+        self.path = path
+        self.is_on_source = np.zeros(len(frame), bool)
+        self.is_on_source[owners[_reach_into(self._polygons, self._extent)]] = True
+        self.numbers = _numbers(frame)
 
     def read(self, window: Window) -> LabelArray:
         """Class indices of a window of the source, [height, width]; `IGNORE_INDEX` where there is no label.
@@ -115,6 +131,17 @@ class VectorLabels:
         return np.ones(num_features, np.uint8)
 
 
+def warn_of_polygons_beside(labels: Iterable[object]) -> None:
+    """Tell of polygons that lie on none of the sources which their file labels, once a file."""
+    of_files: dict[str, list[VectorLabels]] = {}
+    for each in labels:
+        if isinstance(each, VectorLabels):
+            of_files.setdefault(each.path, []).append(each)
+    for path, of_file in of_files.items():
+        beside = ~np.any([each.is_on_source for each in of_file], axis=0)
+        _warn_of("lie beside what they label", beside, of_file[0].numbers, path)
+
+
 def is_vector_name(path: str) -> bool:
     """Whether the file's suffix is one of a vector format."""
     return Path(path).suffix.lower() in _SUFFIXES
@@ -146,38 +173,49 @@ def _read_polygons(path: str, source: RasterSource | SlideSource, attribute: str
         check_on_slide(source, path, tuple(frame.total_bounds))
         return frame
     frame = frame.to_crs(source.crs.to_wkt())
-    bounds = frame.bounds.to_numpy()
     # What has no place in the source's projection can't lie on the source.
-    placed = np.isfinite(bounds).all(axis=1)
-    on_source = placed & overlaps(source, bounds)
-    if not on_source.any():
-        check_overlap(source, path, tuple(frame[placed].total_bounds))
-        raise InputError(
-            f"none of the {len(frame)} polygons of {path} lies on {source.path}, though they lie on all sides of it; "
-            "choose other labels"
-        )
-    _warn_of("lie beside " + str(source.path), ~on_source, path)
-    return frame[placed]
+    placed = np.isfinite(frame.bounds.to_numpy()).all(axis=1)
+    check_overlap(source, path, tuple(frame[placed].total_bounds))
+    return frame.set_geometry(np.where(placed, frame.geometry.to_numpy(), shapely.Polygon()), crs=frame.crs)
 
 
 def _warn_of_flat(frame: Any, path: str) -> None:
     """Tell of polygons that no pixel can lie in."""
     shapes = frame.geometry.to_numpy()
     flat = shapely.area(shapely.make_valid(shapes)) == 0
-    _warn_of("have no area and label nothing", flat, path)
-    _warn_of(
-        "have an outline that crosses itself; all that it encloses is labelled", ~shapely.is_valid(shapes) & ~flat, path
-    )
+    crossed = ~shapely.is_valid(shapes) & ~flat
+    _warn_of("have no area and label nothing", flat, _numbers(frame), path)
+    _warn_of("have an outline that crosses itself; all that it encloses is labelled", crossed, _numbers(frame), path)
 
 
-def _warn_of(what: str, polygons: npt.NDArray[np.bool_], path: str) -> None:
+def _numbers(frame: Any) -> npt.NDArray[np.int64]:
+    """Numbers of features in their file, of which some may be left out of the frame."""
+    return np.asarray(frame.index.to_numpy() + 1, np.int64)
+
+
+def _warn_of(what: str, polygons: npt.NDArray[np.bool_], numbers: npt.NDArray[np.int64], path: str) -> None:
     if polygons.any():
         warnings.warn(
             f"{polygons.sum()} of {len(polygons)} polygons of {path} {what}; the first is number "
-            f"{int(np.argmax(polygons)) + 1}",
+            f"{numbers[int(np.argmax(polygons))]}",
             DataWarning,
             stacklevel=7,
         )
+
+
+def _mended(polygons: npt.NDArray[np.object_]) -> npt.NDArray[np.object_]:
+    """Polygons, of whose outlines that cross themselves all is kept that they enclose."""
+    crossed = ~shapely.is_valid(polygons)
+    mended = polygons.copy()
+    mended[crossed] = shapely.make_valid(polygons[crossed], method="structure", keep_collapsed=False)
+    return mended
+
+
+def _reach_into(polygons: npt.NDArray[np.object_], extent: Window) -> npt.NDArray[np.bool_]:
+    """Which polygons in pixels reach into a window, by their bounds, [n]."""
+    left, top, right, bottom = shapely.bounds(polygons).reshape(-1, 4).T
+    rows, columns = (top < extent.row_stop) & (bottom > extent.row), (left < extent.col_stop) & (right > extent.col)
+    return np.asarray(rows & columns)
 
 
 def read_features(path: str, attribute: str | None) -> Any:

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import numpy as np
-import numpy.typing as npt
 from rasterio.warp import transform_bounds
 
 from perf_vit.errors import InputError
@@ -13,7 +11,7 @@ from perf_vit.io._gdal import crs_name
 from perf_vit.io.raster import Bounds, RasterSource
 from perf_vit.io.slide import SlideSource
 
-__all__ = ["check_both_placed", "check_on_slide", "check_overlap", "overlaps", "reproject_bounds"]
+__all__ = ["check_both_placed", "check_on_slide", "check_overlap", "reproject_bounds"]
 
 
 def check_both_placed(source: RasterSource, path: str, crs: Any) -> None:
@@ -44,19 +42,13 @@ def check_overlap(source: RasterSource, path: str, bounds: Bounds) -> None:
     Raises:
         InputError: both don't meet.
     """
-    if overlaps(source, np.array([bounds])).all():
+    left, bottom, right, top = source.bounds
+    if bounds[0] < right and bounds[2] > left and bounds[1] < top and bounds[3] > bottom:
         return
     raise InputError(
         f"labels {path} don't overlap {source.path}: they cover {_span(bounds)}, the raster "
         f"{_span(source.bounds)} ({crs_name(source.crs)}); check their CRS or choose other labels"
     )
-
-
-def overlaps(source: RasterSource, bounds: npt.NDArray[np.float64]) -> npt.NDArray[np.bool_]:
-    """Which of some bounds in the raster's CRS, [n, 4] as left, bottom, right, top, meet it, [n]."""
-    left, bottom, right, top = source.bounds
-    met = (bounds[:, 0] < right) & (bounds[:, 2] > left) & (bounds[:, 1] < top) & (bounds[:, 3] > bottom)
-    return np.asarray(met)
 
 
 def check_on_slide(source: SlideSource, path: str, bounds: Bounds) -> None:

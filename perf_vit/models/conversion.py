@@ -78,12 +78,16 @@ class Conversion:
         """The same for a model that was cut after its first layers."""
         layers = None if self.layers is None else tuple(index for index in self.layers if index < num_layers)
         per_layer = {index: options for index, options in self.per_layer.items() if index < num_layers}
-        return replace(self, layers=layers, per_layer=per_layer)
+        if self.attention != "clustered" or any("attention" in options for options in per_layer.values()):
+            return replace(self, layers=layers, per_layer=per_layer)
+        # Clusters take none of the options that were there for features of layers which are cut off.
+        options = {name: value for name, value in self.options.items() if name not in _OF_FEATURES}
+        return replace(self, layers=layers, per_layer=per_layer, options=options)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, for JSON, whose keys are strings.
 
-        Defaults are spelled out: what was saved stays what it is when they change.
+        What `ATTENTIONS` gives by default is spelled out: what was saved stays what it is when that changes.
         """
         return {
             "attention": self.attention,

@@ -4,6 +4,7 @@ import geopandas as gpd
 import numpy as np
 import pytest
 import rasterio
+import shapely
 from affine import Affine
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -12,7 +13,7 @@ from rasterio.warp import reproject
 from shapely import LineString, Polygon, affinity, box
 
 from perf_vit.errors import DataWarning, InputError
-from perf_vit.io import open_labels, open_source
+from perf_vit.io import open_labels, open_source, warn_of_polygons_beside
 from perf_vit.types import IGNORE_INDEX, Window
 
 CLASSES = ["background", "building"]
@@ -280,26 +281,37 @@ def test_polygons_beyond_the_projection_are_left_out(source, write_vector, tmp_p
     near = gpd.read_file(write_vector([box(0, 0, 10, 10)])).geometry.tolist()
     frame = gpd.GeoDataFrame(geometry=[box(-179, -89, -170, 89), *near], crs="EPSG:4326")
     frame.to_file(tmp_path / "world.gpkg")
-    with pytest.warns(DataWarning, match="1 of 2 polygons of .*world.gpkg lie beside .*; the first is number 1"):
-        labels = open_labels(tmp_path / "world.gpkg", source)
+    labels = open_labels(tmp_path / "world.gpkg", source)
     assert labels.read(source.extent).sum() == 100
+    with pytest.warns(
+        DataWarning, match=r"1 of 2 polygons of .*world.gpkg lie beside what they label; the first is number 1"
+    ):
+        warn_of_polygons_beside([labels])
 
 
-def test_polygons_beside_the_raster_are_counted(source, write_vector) -> None:
-    beside = [box(500, 5, 510, 15), box(-60, 5, -50, 15)]
-    with pytest.warns(DataWarning, match="2 of 3 polygons of .* lie beside .*; the first is number 1"):
-        labels = open_labels(write_vector([*beside, box(0, 0, 10, 10)]), source)
-    assert labels.read(source.extent).sum() == 100
-    _assert_refused(
-        "none of the 2 polygons of .* lies on .*, though they lie on all sides", write_vector(beside), source
-    )
+def test_polygons_on_none_of_the_rasters_are_counted_once(source, write_vector, make_scene) -> None:
+    shapes = [box(0, 0, 10, 10), box(500, 5, 510, 15), box(-60, 5, -50, 15)]
+    other = open_source(make_scene(transform=source.transform @ Affine.translation(490, 0)))
+    path = write_vector(shapes)
+    one, second = open_labels(path, source, classes=CLASSES), open_labels(path, other, classes=CLASSES)
+    with pytest.warns(DataWarning, match="2 of 3 polygons of .* lie beside what they label; the first is number 2"):
+        warn_of_polygons_beside([one])
+    with pytest.warns(DataWarning, match="1 of 3 polygons of .* lie beside what they label; the first is number 3"):
+        warn_of_polygons_beside([one, second, object()])
+    # Nothing of a file may lie on a raster in the midst of what it labels: that is all background.
+    middle = open_labels(write_vector(shapes[1:], "around.gpkg"), source, classes=CLASSES)
+    assert (middle.read(source.extent) == 0).all()
 
 
 def test_outlines_that_cross_themselves_are_labelled_and_counted(source, write_vector) -> None:
-    path = write_vector([box(30, 30, 40, 40), Polygon([(0, 0), (20, 20), (20, 0), (0, 20)])])
+    turns = np.deg2rad(90 + 144 * np.arange(5))
+    pentagram = Polygon(np.column_stack([35 + 30 * np.cos(turns), 35 - 30 * np.sin(turns)]))
     with pytest.warns(DataWarning, match="1 of 2 polygons of .* crosses itself; .*; the first is number 2"):
-        labels = open_labels(path, source, classes=CLASSES).read(source.extent)
-    assert 150 < (labels[:20, :20] == 1).sum() < 250
+        labels = open_labels(write_vector([box(80, 1, 85, 6), pentagram]), source, classes=CLASSES).read(source.extent)
+    assert labels[35, 35] == 1
+    assert (labels[:, :75] == 1).sum() == pytest.approx(
+        shapely.make_valid(pentagram, method="structure").area, rel=0.02
+    )
 
 
 @pytest.mark.parametrize(

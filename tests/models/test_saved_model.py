@@ -87,6 +87,14 @@ def test_a_saved_model_stays_what_it_is_when_defaults_change(
     assert torch.equal(perf_vit.load_converted(folder)(images()), model(images()))
 
 
+def test_a_model_cut_before_its_layer_of_features_loads(tmp_path) -> None:
+    per_layer = {2: {"attention": "performer"}}
+    model = perf_vit.performerize(build(), "clustered", per_layer=per_layer, num_features=32)
+    folder = perf_vit.save_converted(model, tmp_path / "saved")
+    cut = perf_vit.load_converted(folder, features_only=True, out_indices=[0])
+    assert cut(images())[0].shape[0] == 2
+
+
 def test_a_conversion_that_this_version_cannot_make_is_one_line(saved) -> None:
     config = json.loads((saved / "config.json").read_text())
     config["perf_vit"]["conversion"]["attention"] = "clustered"
