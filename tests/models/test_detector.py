@@ -267,7 +267,7 @@ def test_a_checkpoint_gives_the_same_detections(head, tmp_path) -> None:
         ({"head": "yolo"}, "model.head must be one of fcos"),
         ({"freeze": "all"}, "model.freeze must be one of nothing"),
         ({"channels": 40}, "multiple of 32 above 32, got 40"),
-        ({"head_kwargs": {"convs": 2}}, "model.head fcos: .*convs"),
+        ({"head_kwargs": {"convs": 2}}, "model.head_kwargs of fcos are num_convs, .* got convs; did you mean"),
         ({"strides": [8, 4]}, "model.strides: expected growing strides"),
         ({"backbone": "performer_vit_tini"}, "timm has no model"),
     ],
