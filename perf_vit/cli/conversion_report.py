@@ -65,6 +65,7 @@ class MeasuredConversion:
     Attributes:
         errors: relative error of each converted layer's outputs on its inputs in the softmax model, by place.
         options: of these layers.
+        grid: rows and columns of the images' patches.
         patch_cosines: of the final patch tokens with those of the softmax model, one an image.
         class_cosines: of the class token, or empty.
         speeds: one a size.
@@ -72,6 +73,7 @@ class MeasuredConversion:
 
     errors: dict[int, float]
     options: dict[int, ScatterbrainOptions]
+    grid: tuple[int, int]
     patch_cosines: list[float]
     class_cosines: list[float]
     speeds: list[Speed]
@@ -102,6 +104,7 @@ def measure_conversion(
     return MeasuredConversion(
         errors={index: error for index, (error,) in layer_errors.items()},
         options={index: layer.options for index, layer in layers.items()},  # type: ignore[misc]
+        grid=softmax.patch_embed.grid_size,
         patch_cosines=patches,
         class_cosines=class_tokens,
         speeds=[_speed(softmax, converted, images[0], factor, time_softmax, on_step) for factor in (1, 2)],
@@ -188,7 +191,8 @@ def _tables(measured: MeasuredConversion) -> list[tuple[str, list[str], list[lis
     tokens = [("patch tokens", measured.patch_cosines), ("class token", measured.class_cosines)]
     cosines = [[name, f"{sum(x) / len(x):.4f}", f"{min(x):.4f}"] for name, x in tokens if x]
     layers = [
-        [str(index), f"{error:.4f}", *_options(measured.options[index])] for index, error in measured.errors.items()
+        [str(index), f"{error:.4f}", *_options(measured.options[index], measured.grid)]
+        for index, error in measured.errors.items()
     ]
     speeds = [
         [
@@ -214,8 +218,8 @@ def _tables(measured: MeasuredConversion) -> list[tuple[str, list[str], list[lis
     ]
 
 
-def _options(options: ScatterbrainOptions) -> list[str]:
-    numbers = (options.window_size, options.num_sinks, options.num_clusters)
+def _options(options: ScatterbrainOptions, grid: tuple[int, int]) -> list[str]:
+    numbers = (options.window_size, options.sinks_of(grid), options.num_clusters)
     return [*(str(number) for number in numbers), "-" if options.num_clusters else str(options.num_features)]
 
 

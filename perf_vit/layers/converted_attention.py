@@ -19,6 +19,7 @@ from perf_vit.layers.token_grid import TokenGrid
 from perf_vit.ops import clustered_attention, favor_attention, fit_balancing, scatterbrain_attention
 from perf_vit.ops.balancing import Balancing
 from perf_vit.ops.kernels import get_kernel
+from perf_vit.ops.sinks import sinks_for_size
 
 __all__ = ["BALANCING_BUFFERS", "CONVERTIBLE", "ConvertedAttention", "ScatterbrainOptions"]
 
@@ -37,7 +38,8 @@ class ScatterbrainOptions(PerformerOptions):
 
     Attributes:
         window_size: rows and columns of a window in which attention is exact; 0 for none.
-        num_sinks: keys of each head that every query sees exactly; 0 for none.
+        num_sinks: keys of each head that every query sees exactly; 0 for none, None for 256 in small images down to 64
+            in large ones.
         num_clusters: of each head, that stand for all other keys in place of random features; 0 for those.
 
     Raises:
@@ -46,17 +48,19 @@ class ScatterbrainOptions(PerformerOptions):
     """
 
     window_size: int = 0
-    num_sinks: int = 0
+    num_sinks: int | None = 0
     num_clusters: int = 0
 
     def __post_init__(self) -> None:
         numbers = {name: getattr(self, name) for name in ("window_size", "num_sinks", "num_clusters")}
+        if self.num_sinks is None:
+            del numbers["num_sinks"]
         check_whole(**numbers, num_prefix_tokens=self.num_prefix_tokens)
         for name, number in numbers.items():
             if number < 0:
                 raise ValueError(f"{name} must be 0 or more, got {number}")
         kernel = get_kernel(self.kernel)
-        if (self.window_size or self.num_sinks) and not (kernel.estimates_softmax and kernel.log_domain):
+        if (self.window_size or self.num_sinks != 0) and not (kernel.estimates_softmax and kernel.log_domain):
             raise ValueError(
                 "windows and sinks need a kernel of positive features that estimates softmax: expected softmax+, "
                 f"softmax-hyp+ or oprf, got {kernel.name!r}; use attention='performer' for others"
@@ -73,7 +77,11 @@ class ScatterbrainOptions(PerformerOptions):
     @property
     def is_exact_nearby(self) -> bool:
         """Whether some keys are seen exactly, so that it isn't plain FAVOR+."""
-        return max(self.window_size, self.num_sinks, self.num_clusters) > 0
+        return self.num_sinks is None or max(self.window_size, self.num_sinks, self.num_clusters) > 0
+
+    def sinks_of(self, grid: tuple[int, int]) -> int:
+        """Sinks in an image of these rows and columns of tokens."""
+        return sinks_for_size(grid[0] * grid[1]) if self.num_sinks is None else self.num_sinks
 
 
 # Tracers take it as one node: the grid isn't a thing that a graph could carry.
@@ -222,6 +230,7 @@ class ConvertedAttention(RandomProjectionMixin, nn.Module):
         if not options.is_exact_nearby:
             return favor_attention(q, k, v, self.projection, options.kernel, key_mask, is_causal, balancing)
         grid = self.grid.of(q.shape[2] - options.num_prefix_tokens)
+        num_sinks = options.sinks_of(grid)
         if options.num_clusters:
             return clustered_attention(
                 q,
@@ -229,7 +238,7 @@ class ConvertedAttention(RandomProjectionMixin, nn.Module):
                 v,
                 grid,
                 options.window_size,
-                options.num_sinks,
+                num_sinks,
                 options.num_clusters,
                 options.num_prefix_tokens,
                 key_mask,
@@ -241,7 +250,7 @@ class ConvertedAttention(RandomProjectionMixin, nn.Module):
             self.projection,
             grid,
             options.window_size,
-            options.num_sinks,
+            num_sinks,
             options.num_prefix_tokens,
             options.kernel,
             key_mask,

@@ -12,7 +12,7 @@ __all__ = ["ATTENTIONS", "Conversion", "default_attention"]
 ATTENTIONS: dict[str, dict[str, Any] | None] = {
     "softmax": None,
     "performer": {"num_features": 256},
-    "clustered": {"window_size": 16, "num_sinks": 64, "num_clusters": 96},
+    "clustered": {"window_size": 16, "num_sinks": None, "num_clusters": 96},
     "scatterbrain": {
         "kernel": "softmax-hyp+",
         "norms": "sqrt",

@@ -8,10 +8,20 @@ from torch import Tensor
 from perf_vit.ops.features import LOWEST_SCALE
 from perf_vit.ops.spread import spread_tokens
 
-__all__ = ["choose_sinks"]
+__all__ = ["choose_sinks", "sinks_for_size"]
 
 # So many queries at a time: their weights take less memory than queries, keys and values do.
 _QUERIES = 32
+# Of each head, at least and at most, and tokens x sinks in between.
+_FEWEST, _MOST, _TOKENS_TIMES_SINKS = 64, 256, 5 * 2**18
+
+
+def sinks_for_size(num_tokens: int) -> int:
+    """Sinks of an image of so many tokens: 256 up to 5,120 tokens, 64 from 20,480, and the same cost in between.
+
+    In small images attention is a small part of the work, so more of it costs little and keeps more of softmax.
+    """
+    return max(_FEWEST, min(_MOST, _TOKENS_TIMES_SINKS // max(num_tokens, 1)))
 
 
 @torch.no_grad()

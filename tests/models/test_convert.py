@@ -201,3 +201,18 @@ def test_what_cannot_be_converted_is_named() -> None:
         attention(torch.zeros(1, 50, 192), is_causal=True)
     with pytest.raises(ValueError, match="attn_mask must be bool"):
         attention(torch.zeros(1, 50, 192), attn_mask=torch.zeros(50, 50))
+
+
+@torch.no_grad()
+def test_sinks_are_as_many_as_the_size_of_an_image_affords() -> None:
+    model = build("vit_tiny_patch16_224", depth=2, dynamic_img_size=True)
+    for rows, columns, number in ((10, 40, 256), (80, 160, 102), (120, 180, 64)):
+        by_size = perf_vit.performerize(model, window_size=5, num_clusters=8)
+        given = perf_vit.performerize(model, window_size=5, num_clusters=8, num_sinks=number)
+        x = images(16 * rows, 16 * columns)[:1]
+        assert torch.equal(by_size(x), given(x))
+        other = perf_vit.performerize(model, window_size=5, num_clusters=8, num_sinks=number - 1)
+        assert not torch.equal(by_size(x), other(x))
+    assert by_size.conversion.to_dict()["options"]["num_sinks"] is None
+    with pytest.raises(ValueError, match="windows and sinks need a kernel of positive features"):
+        perf_vit.performerize(model, "scatterbrain", kernel="relu", window_size=0, num_sinks=None)

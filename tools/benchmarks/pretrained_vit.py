@@ -18,8 +18,8 @@ from torch import Tensor, nn
 import perf_vit
 
 MEAN, STD = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
-# Name -> options of `performerize`. Where nothing else is said, clusters are 96 beside windows of 16 and 64 sinks,
-# features 128 beside windows of 12 and 512 sinks, and plain FAVOR+ has 256 features.
+# Name -> options of `performerize`. Where nothing else is said, clusters are 96 beside windows of 16 and 256 sinks or
+# fewer by the image's size, features 128 beside windows of 12 and 512 sinks, and plain FAVOR+ has 256 features.
 CONVERSIONS: dict[str, dict[str, Any]] = {
     "plain FAVOR+": {"attention": "performer"},
     "clusters": {},
@@ -27,7 +27,7 @@ CONVERSIONS: dict[str, dict[str, Any]] = {
     "clusters, windows 24": {"window_size": 24},
     "clusters, no windows": {"window_size": 0},
     "clusters, no sinks": {"num_sinks": 0},
-    "clusters, 256 sinks": {"num_sinks": 256},
+    "clusters, 64 sinks": {"num_sinks": 64},
     "64 clusters": {"num_clusters": 64},
     "256 clusters": {"num_clusters": 256},
     "512 clusters": {"num_clusters": 512},

@@ -23,7 +23,7 @@ def convert(
         int | None, typer.Option(help="Side of a window in patches, at most; 16 by default, 12 for scatterbrain.")
     ] = None,
     num_sinks: Annotated[
-        int | None, typer.Option(help="Keys that all see exactly; 64 by default, 512 for scatterbrain.")
+        int | None, typer.Option(help="Keys that all see exactly; 64 to 256 by the image's size, 512 for scatterbrain.")
     ] = None,
     num_clusters: Annotated[int | None, typer.Option(help="Clusters of all other keys; 96 by default.")] = None,
     num_features: Annotated[
