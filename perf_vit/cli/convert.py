@@ -19,7 +19,7 @@ from perf_vit.data import UnlabelledCrops, find_images
 from perf_vit.errors import ConfigError, PerfVitError
 from perf_vit.models import calibrate, choose_layer_options, load_softmax, performerize, save_converted
 from perf_vit.models.conversion import default_attention
-from perf_vit.models.saved_model import check_output_folder
+from perf_vit.models.saved_model import check_output_folder, input_bands
 from perf_vit.models.weights import create_with_weights, read_weights
 from perf_vit.transforms import Normalizer
 
@@ -204,7 +204,7 @@ def _crops(request: ConversionRequest, model: Any) -> list[Tensor]:
     """Standardised crops, [C, S, S]: those for calibration, then those for the report."""
     size, cfg = model.patch_embed.img_size[0], model.pretrained_cfg
     if not request.images:
-        in_chans = model.patch_embed.proj.in_channels
+        in_chans = input_bands(model)
         return [_synthetic(in_chans, size, request.seed + place) for place in range(_REPORT_CROPS)]
     # timm's statistics are of values from 0 to 1, images have 0 to 255.
     normalizer = Normalizer(*(tuple(255 * value for value in cfg[name]) for name in ("mean", "std")))

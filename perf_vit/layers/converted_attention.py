@@ -80,8 +80,9 @@ class ScatterbrainOptions(PerformerOptions):
         return self.num_sinks is None or max(self.window_size, self.num_sinks, self.num_clusters) > 0
 
     def sinks_of(self, grid: tuple[int, int]) -> int:
-        """Sinks in an image of these rows and columns of tokens."""
-        return sinks_for_size(grid[0] * grid[1]) if self.num_sinks is None else self.num_sinks
+        """Sinks in an image of these rows and columns of tokens, padding included."""
+        num_tokens = grid[0] * grid[1]
+        return min(num_tokens, sinks_for_size(num_tokens) if self.num_sinks is None else self.num_sinks)
 
 
 # Tracers take it as one node: the grid isn't a thing that a graph could carry.

@@ -27,6 +27,8 @@ ATTENTIONS: dict[str, dict[str, Any] | None] = {
 _SHARED = ("num_features", "orthogonal", "seed")
 # Options of random features, of which clusters have none.
 _OF_FEATURES = ("num_features", "kernel", "norms", "orthogonal", "center", "balance")
+# What "clustered" gave by default when conversions were saved without what they had by default.
+_SAVED_WITHOUT = {"num_sinks": 64}
 
 
 def default_attention(options: Iterable[str]) -> str:
@@ -106,11 +108,18 @@ class Conversion:
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Self:
         """The inverse of `to_dict`."""
+        attention, options = values["attention"], values["options"]
+        if attention == "clustered":
+            options = {**_SAVED_WITHOUT, **options}
+        per_layer = {}
+        for index, own in values["per_layer"].items():
+            is_foreign = own.get("attention", attention) == "clustered" != attention
+            per_layer[int(index)] = {**_SAVED_WITHOUT, **own} if is_foreign else own
         return cls(
-            attention=values["attention"],
+            attention=attention,
             layers=None if values["layers"] is None else tuple(values["layers"]),
-            options=values["options"],
-            per_layer={int(index): options for index, options in values["per_layer"].items()},
+            options=options,
+            per_layer=per_layer,
         )
 
 

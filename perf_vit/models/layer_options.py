@@ -30,6 +30,8 @@ CANDIDATES: dict[str, tuple[dict[str, int], ...]] = {
         for window_size, num_sinks, num_clusters in (
             (8, 16, 32),
             *product((12, 16, 24), (32, 128), (64, 96, 256)),
+            (16, 256, 96),
+            (24, 256, 96),
             (16, 256, 512),
         )
     ),

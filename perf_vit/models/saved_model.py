@@ -27,6 +27,7 @@ from perf_vit.models.weights import create_with_weights, read_weights
 __all__ = [
     "build_converted",
     "check_output_folder",
+    "input_bands",
     "load_converted",
     "load_softmax",
     "read_saved_config",
@@ -34,20 +35,23 @@ __all__ = [
 ]
 
 WEIGHTS, CONFIG, BALANCING = "model.safetensors", "config.json", "balancing.safetensors"
+ENHANCEMENT = "local_enhancement.safetensors"
 CONFIG_KEY = "perf_vit"
 """Where the conversion lies in timm's config."""
 
 # All that a folder may hold to be replaced as a whole.
-_OURS = {WEIGHTS, CONFIG, BALANCING, "fidelity.html"}
+_OURS = {WEIGHTS, CONFIG, BALANCING, ENHANCEMENT, "fidelity.html"}
 # Where weights came from is no longer so; these are no part of a config.
 _NOT_SAVED = ("state_dict", "file", "url", "hf_hub_id", "hf_hub_filename", "source", "custom_load", "label_offset")
 
 
 def save_converted(model: nn.Module, folder: str | Path, *, overwrite: bool = False) -> Path:
-    """Save a converted model as `model.safetensors` and `config.json`, and constants as `balancing.safetensors`.
+    """Save a converted model as `model.safetensors` and `config.json`.
 
-    The first two are what timm writes for its hub, so `timm.create_model("local-dir:FOLDER", pretrained=True)` gives
-    the softmax model; `load_converted` gives the converted one. The folder appears when all of it is written.
+    What conversion adds to the weights lies in files of its own: constants in `balancing.safetensors`, convolutions of
+    the values in `local_enhancement.safetensors`. The first two are what timm writes for its hub, so
+    `timm.create_model("local-dir:FOLDER", pretrained=True)` gives the softmax model; `load_converted` gives the
+    converted one. The folder appears when all of it is written.
 
     Args:
         model: from `performerize`, of a model from `timm.create_model`.
@@ -65,13 +69,17 @@ def save_converted(model: nn.Module, folder: str | Path, *, overwrite: bool = Fa
     check_output_folder(folder, overwrite=overwrite)
     config = _config_of(model)
     state = {name: value.detach().cpu().contiguous() for name, value in model.state_dict().items()}
-    constants = {name: state.pop(name) for name in list(state) if _is_constant(name)}
+    prefix = _place_of_body(model)
+    constants = {name.removeprefix(prefix): state.pop(name) for name in list(state) if _is_constant(name)}
+    enhancement = {name.removeprefix(prefix): state.pop(name) for name in list(state) if _is_enhancement(name)}
     _check_that_timm_builds(config, state)
     with _staged_folder(folder) as staging:
         # `metadata` as timm writes it; other tools ask for it.
         save_file(state, staging / WEIGHTS, metadata={"format": "pt"})
         if constants:
             save_file(constants, staging / BALANCING)
+        if enhancement:
+            save_file(enhancement, staging / ENHANCEMENT)
         (staging / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
         # safetensors lets nobody else read what it writes; whoever may read the config may read the rest.
         for path in staging.iterdir():
@@ -92,8 +100,12 @@ def load_converted(folder: str | Path, **timm_kwargs: Any) -> nn.Module:
     """
     config = read_saved_config(folder)
     weights = read_weights(Path(folder, WEIGHTS))
-    constants = read_weights(Path(folder, BALANCING)) if config[CONFIG_KEY]["constants"] else {}
-    return build_converted(config, weights, constants, origin=folder, **timm_kwargs)
+    ours = config[CONFIG_KEY]
+    constants = read_weights(Path(folder, BALANCING)) if ours["constants"] else {}
+    enhancement = read_weights(Path(folder, ENHANCEMENT)) if ours.get("enhancement") else {}
+    model = build_converted(config, weights, constants, origin=folder, **timm_kwargs)
+    _load_enhancement(body_of(model), enhancement, folder)
+    return model
 
 
 def load_softmax(folder: str | Path, **timm_kwargs: Any) -> nn.Module:
@@ -129,7 +141,7 @@ def build_converted(
     model = _build(config, weights, origin, **timm_kwargs)
     body, ours = body_of(model), config[CONFIG_KEY]
     if weights is not None:
-        _check_names(body, weights, origin)
+        _check_names(model, weights, origin)
     try:
         conversion = Conversion.from_dict(ours["conversion"]).within(len(convertible_layers(body)))
         convert_in_place(body, conversion)
@@ -179,8 +191,15 @@ def check_output_folder(folder: Path, *, overwrite: bool) -> None:
         raise OutputError(f"can't save a model in {folder}: {nearest} is not a writable folder; choose another")
 
 
+def input_bands(model: Any) -> int:
+    """Bands of the images that a timm model takes."""
+    first = model.pretrained_cfg.get("first_conv")
+    layer = model.get_submodule(first) if isinstance(first, str) else None
+    return int(getattr(layer, "in_channels", model.pretrained_cfg["input_size"][0]))
+
+
 def _config_of(model: nn.Module) -> dict[str, Any]:
-    conversion = getattr(model, "conversion", None)
+    conversion = getattr(body_of(model), "conversion", None)
     cfg: Mapping[str, Any] = getattr(model, "pretrained_cfg", None) or {}
     if not isinstance(conversion, Conversion):
         raise ValueError(f"expected a model from perf_vit.performerize, got {type(model).__name__}; convert it first")
@@ -188,6 +207,11 @@ def _config_of(model: nn.Module) -> dict[str, Any]:
         raise ValueError(
             f"expected a model that timm.create_model made, got {type(model).__name__} without a timm name; make it "
             "with timm.create_model, then convert it"
+        )
+    if getattr(getattr(body_of(model), "patch_embed", None), "patch_size", None) is None:
+        raise ValueError(
+            f"expected a vision transformer with one grid of patches to save, got {cfg['architecture']}; keep its "
+            "state_dict, and convert it again after loading"
         )
     args = _model_args(model)
     pretrained = {key: value for key, value in cfg.items() if value is not None and key not in _NOT_SAVED}
@@ -205,6 +229,7 @@ def _config_of(model: nn.Module) -> dict[str, Any]:
             "conversion": conversion.to_dict(),
             "draw": current_draw(model),
             "constants": any(_is_constant(name) for name in state),
+            "enhancement": any(_is_enhancement(name) for name in state),
         },
     }
     try:
@@ -222,9 +247,10 @@ def _model_args(model: Any) -> dict[str, Any]:
     # timm keeps what `create_model` was called with; sizes and classifier may have changed since.
     made_with: Mapping[str, Any] = getattr(model, "_model_args", {})
     args = {name: value for name, value in made_with.items() if not name.endswith("drop_rate")}
-    img_size = model.patch_embed.img_size or model.pretrained_cfg["input_size"][1:]
+    patch_embed: Any = body_of(model).patch_embed
+    img_size = patch_embed.img_size or model.pretrained_cfg["input_size"][1:]
     args["img_size"] = [img_size] * 2 if isinstance(img_size, int) else list(img_size)
-    args["in_chans"] = model.patch_embed.proj.in_channels
+    args["in_chans"] = input_bands(model)
     args["num_classes"] = model.num_classes
     if isinstance(getattr(model, "global_pool", None), str):
         args["global_pool"] = model.global_pool
@@ -254,12 +280,27 @@ def _build(
     return create_with_weights(config["architecture"], weights, origin, **kwargs)
 
 
-def _check_names(body: Any, weights: Mapping[str, Tensor], origin: str | Path) -> None:
+def _place_of_body(model: nn.Module) -> str:
+    """What the names of the ViT's parameters begin with."""
+    body = body_of(model)
+    return next(f"{name}." if name else "" for name, module in model.named_modules() if module is body)
+
+
+def _check_names(model: nn.Module, weights: Mapping[str, Tensor], origin: str | Path) -> None:
+    body: Any = body_of(model)
+    # timm's wrapper for features holds a ViT whose weights are saved without it.
+    prefix = _place_of_body(model)
+    prefix = prefix if any(name.startswith(prefix) for name in weights) else ""
     # Where the classifier is another, timm doesn't ask for any of the names.
-    classifier = {id(parameter) for parameter in body.get_classifier().parameters()}
+    classifiers = body.get_classifier() if hasattr(body, "get_classifier") else ()
+    if isinstance(classifiers, nn.Module):
+        classifiers = (classifiers,)
+    classifier = {id(parameter) for each in classifiers for parameter in each.parameters()}
     for name, parameter in body.named_parameters():
-        if name not in weights and id(parameter) not in classifier:
-            raise CheckpointError(f"{origin}: {WEIGHTS} has no {name}, which {CONFIG} asks for; save the model again")
+        if prefix + name not in weights and id(parameter) not in classifier:
+            raise CheckpointError(
+                f"{origin}: {WEIGHTS} has no {prefix}{name}, which {CONFIG} asks for; save the model again"
+            )
 
 
 def _load_constants(body: nn.Module, constants: Mapping[str, Tensor], origin: str | Path) -> None:
@@ -277,8 +318,21 @@ def _load_constants(body: nn.Module, constants: Mapping[str, Tensor], origin: st
             layer.register_buffer(name.rpartition(".")[2], value)
 
 
+def _load_enhancement(body: nn.Module, enhancement: Mapping[str, Tensor], origin: str | Path) -> None:
+    expected = {name: value.shape for name, value in body.state_dict().items() if _is_enhancement(name)}
+    wrong = [name for name, shape in expected.items() if name not in enhancement or enhancement[name].shape != shape]
+    if enhancement and wrong:
+        raise CheckpointError(f"{origin}: {ENHANCEMENT} has another {wrong[0]} than the model; save the model again")
+    # Blocks past the last one that features are taken from are cut off.
+    body.load_state_dict({name: enhancement[name] for name in expected if enhancement}, strict=False)
+
+
 def _is_constant(name: str) -> bool:
     return name.rpartition(".")[2] in BALANCING_BUFFERS
+
+
+def _is_enhancement(name: str) -> bool:
+    return ".local_enhancement." in name
 
 
 def _read_json(path: Path) -> dict[str, Any]:

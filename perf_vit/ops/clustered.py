@@ -103,8 +103,8 @@ def choose_clusters(k: Tensor, num_clusters: int, key_mask: Tensor | None = None
 class _Nearest:
     """Numbers of the nearest of some centres of the keys."""
 
-    @torch.no_grad()
     def __init__(self, k: Tensor, num_clusters: int, key_mask: Tensor | None) -> None:
+        k = k.detach()
         dtype = torch.promote_types(k.dtype, torch.float32)
         every = slice(None, None, max(1, k.shape[2] // _STATISTICS_TOKENS))
         some = k[:, :, every].to(dtype)
@@ -122,11 +122,10 @@ class _Nearest:
     def _set(self, centers: Tensor) -> None:
         self.centers, self.bias = centers, centers.square().sum(dim=-1).unsqueeze(-2) * -0.5
 
-    @torch.no_grad()
     def __call__(self, k: Tensor) -> Tensor:
         """[B, H, n, D] -> [B, H, n]."""
-        # `max` takes half the time of `argmax`.
-        return (k @ self.centers.mT).add_(self.bias).max(dim=-1).indices
+        # `max` takes half the time of `argmax`. `no_grad` around a method is more than torch.compile can trace.
+        return (k.detach() @ self.centers.mT).add_(self.bias).max(dim=-1).indices
 
 
 class _Clusters(StandIns):

@@ -12,7 +12,7 @@ __all__ = ["choose_sinks", "sinks_for_size"]
 
 # So many queries at a time: their weights take less memory than queries, keys and values do.
 _QUERIES = 32
-# Of each head, at least and at most, and tokens x sinks in between.
+# Of each head, at least and at most, and tokens x sinks in between. Saved conversions rest on these numbers.
 _FEWEST, _MOST, _TOKENS_TIMES_SINKS = 64, 256, 5 * 2**18
 
 

@@ -80,7 +80,7 @@ def test_clusters_are_the_default_and_their_options_chosen(weights, images, tmp_
     assert convert(MODEL, tmp_path / "plain", *given(weights), "--img-size", "64", "--num-clusters", "7") == 0
     options = perf_vit.load_converted(tmp_path / "plain").blocks[3].attn.options
     assert (options.window_size, options.num_sinks, options.num_clusters) == (16, None, 7)
-    assert "<td>16</td><td>256</td><td>7</td><td>-</td>" in (tmp_path / "plain" / "fidelity.html").read_text()
+    assert "<td>16</td><td>16</td><td>7</td><td>-</td>" in (tmp_path / "plain" / "fidelity.html").read_text()
     candidates = ({"window_size": 2, "num_sinks": 2, "num_clusters": 3},) * 2
     monkeypatch.setattr("perf_vit.models.layer_options.CANDIDATES", {"clustered": candidates})
     args = ["--img-size", "64", "--images", images, "--budget", "1000"]

@@ -226,7 +226,7 @@ def test_times_are_measured_and_layers_can_be_chosen() -> None:
 
 
 def test_wrong_arguments_of_the_choice_are_named() -> None:
-    with pytest.raises(ValueError, match="expected images and candidates to choose by, got 0 and 20"):
+    with pytest.raises(ValueError, match="expected images and candidates to choose by, got 0 and 22"):
         perf_vit.choose_layer_options(build(), [])
     with pytest.raises(ValueError, match="options are chosen for attention clustered or scatterbrain, got 'performer'"):
         perf_vit.choose_layer_options(build(), images(1), attention="performer")

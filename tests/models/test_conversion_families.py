@@ -73,6 +73,34 @@ def test_exact_everywhere_a_converted_model_is_the_softmax_model(name: str) -> N
     assert not torch.allclose(performer.forward_features(x), expected, rtol=1e-3, atol=1e-3)
 
 
+@pytest.mark.parametrize("name", FAMILIES)
+@torch.no_grad()
+def test_a_converted_model_is_saved_and_loaded(name: str, tmp_path) -> None:
+    model, size = perf_vit.performerize(build(name), window_size=4, num_sinks=3, num_clusters=5), image_size(name)
+    x = torch.randn(1, 3, size, size, generator=torch.Generator().manual_seed(0))
+    loaded = perf_vit.load_converted(perf_vit.save_converted(model, tmp_path / "saved"))
+    assert torch.equal(loaded.forward_features(x), model.forward_features(x))
+
+
+def test_what_has_no_one_grid_is_converted_but_not_saved(tmp_path) -> None:
+    model = perf_vit.performerize(timm.create_model("mobilevit_xxs"), "performer", num_features=32)
+    with pytest.raises(ValueError, match="with one grid of patches to save, got mobilevit_xxs; keep its state_dict"):
+        perf_vit.save_converted(model, tmp_path / "saved")
+    assert not (tmp_path / "saved").exists()
+
+
+@pytest.mark.parametrize("name", ["vit_tiny_patch16_224", "vit_small_patch16_dinov3"])
+@torch.no_grad()
+def test_the_default_compiles_as_one_graph(name: str) -> None:
+    model, size = perf_vit.performerize(build(name)), image_size(name)
+    x = torch.randn(2, 3, size, size, generator=torch.Generator().manual_seed(0))
+    torch.compiler.reset()
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    torch.testing.assert_close(compiled(x), model(x), rtol=1e-4, atol=1e-5)
+    with torch.enable_grad():
+        compiled(x).square().sum().backward()
+
+
 def test_pooling_by_attention_stays_softmax() -> None:
     model = perf_vit.performerize(build("vit_base_patch16_siglip_224"))
     assert type(model.attn_pool).__name__ == "AttentionPoolLatent"

@@ -87,6 +87,34 @@ def test_a_saved_model_stays_what_it_is_when_defaults_change(
     assert torch.equal(perf_vit.load_converted(folder)(images()), model(images()))
 
 
+def test_what_was_saved_without_its_defaults_has_those_of_then(tmp_path) -> None:
+    model = perf_vit.performerize(build(), num_clusters=9)
+    folder = perf_vit.save_converted(model, tmp_path / "saved")
+    config = json.loads((folder / "config.json").read_text())
+    for options, per_layer in (({}, {}), ({"num_sinks": 7}, {"1": {"attention": "clustered"}})):
+        config["perf_vit"]["conversion"].update(
+            attention="scatterbrain" if per_layer else "clustered", options=options, per_layer=per_layer
+        )
+        (folder / "config.json").write_text(json.dumps(config))
+        sinks = [block.attn.options.num_sinks for block in perf_vit.load_converted(folder).blocks]
+        assert sinks == ([7, 64, 7] if per_layer else [64, 64, 64])
+
+
+@torch.no_grad()
+def test_convolutions_of_the_values_are_saved(tmp_path) -> None:
+    model = perf_vit.performerize(build(), local_enhancement=True, num_clusters=9)
+    for block in model.blocks:
+        block.attn.local_enhancement.weight.normal_(generator=torch.Generator().manual_seed(0))
+    folder = perf_vit.save_converted(model, tmp_path / "saved")
+    assert torch.equal(perf_vit.load_converted(folder)(images()), model(images()))
+    cut = perf_vit.load_converted(folder, features_only=True, out_indices=[0])
+    features = model.forward_intermediates(images(), indices=[0], intermediates_only=True)
+    torch.testing.assert_close(cut(images())[0], features[0])
+    (folder / "local_enhancement.safetensors").unlink()
+    with pytest.raises(CheckpointError, match=r"local_enhancement.safetensors"):
+        perf_vit.load_converted(folder)
+
+
 def test_a_model_cut_before_its_layer_of_features_loads(tmp_path) -> None:
     per_layer = {2: {"attention": "performer"}}
     model = perf_vit.performerize(build(), "clustered", per_layer=per_layer, num_features=32)
