@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from perf_vit.data import (
     objects_in,
     read_names,
     read_object_labels,
+    standardized,
 )
 from perf_vit.errors import ConfigError, InputError
 from perf_vit.inference import Objects, predict_objects
@@ -180,7 +182,7 @@ def detect_objects(
     return predict_objects(
         model,
         source,
-        model.spec.normalizer,
+        partial(standardized, normalizer=model.spec.normalizer),
         extent=source.extent,
         window_size=window_size,
         overlap=overlap,

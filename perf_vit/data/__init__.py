@@ -17,7 +17,7 @@ from perf_vit.data.labels import (
     write_coco_labels,
 )
 from perf_vit.data.object_places import ObjectPlaces, RandomPlaces, make_places
-from perf_vit.data.objects import ObjectGrid, ObjectImages, ObjectWindows, collate_objects
+from perf_vit.data.objects import ObjectGrid, ObjectImages, ObjectWindows, collate_objects, standardized
 from perf_vit.data.objects_datamodule import (
     ObjectDataConfig,
     ObjectDataModule,
@@ -99,6 +99,7 @@ __all__ = [
     "read_slides",
     "region_window",
     "scene_tile",
+    "standardized",
     "tissue_windows",
     "write_coco_labels",
 ]

@@ -15,7 +15,7 @@ from perf_vit.data.band_statistics import given_normalizer, measured_normalizer
 from perf_vit.data.epochs import EpochDataModule, ShareSampler
 from perf_vit.data.labels import ImageRecord, ObjectIndex, read_object_labels
 from perf_vit.data.object_places import SAMPLERS, make_places
-from perf_vit.data.objects import ObjectGrid, ObjectImages, ObjectWindows, collate_objects
+from perf_vit.data.objects import ObjectGrid, ObjectImages, ObjectWindows, bands_fit, collate_objects
 from perf_vit.data.objects_seen import check_objects_seen
 from perf_vit.errors import ConfigError, InputError
 from perf_vit.transforms import Augmentation
@@ -166,7 +166,7 @@ def build_object_datamodule(config: ObjectDataConfig, seed: int) -> ObjectDataMo
     )
     for index, part in ((train_index, "train"), (val_index, "val")):
         _check_objects(index, part)
-    if train.num_bands != val.num_bands:
+    if not bands_fit(val.num_bands, train.num_bands):
         raise ConfigError(
             f"the validation images have {val.num_bands} bands, the training images {train.num_bands}; choose common "
             "ones with data.bands"
