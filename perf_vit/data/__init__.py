@@ -25,6 +25,7 @@ from perf_vit.data.objects_datamodule import (
     build_object_datamodule,
     read_names,
 )
+from perf_vit.data.objects_seen import SeenObjects
 from perf_vit.data.scenes import SceneImages, SceneTiles, SceneViews, middle_window, scene_tile
 from perf_vit.data.scenes_datamodule import (
     ClassificationDataConfig,
@@ -71,6 +72,7 @@ __all__ = [
     "SceneImages",
     "SceneTiles",
     "SceneViews",
+    "SeenObjects",
     "ShipScene",
     "SlideBagModule",
     "SlideBags",

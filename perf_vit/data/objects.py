@@ -72,7 +72,7 @@ class ObjectImages:
         objects = objects_in(self.records[index], window, min_visible=self.min_visible, owned=owned)
         if image.valid.all():
             return image, objects
-        unseen = ~_touch_valid(objects.boxes_xyxy, image.valid)
+        unseen = ~touch_valid(objects.boxes_xyxy, image.valid)
         return image, dataclasses.replace(objects, ignored=objects.ignored | unseen)
 
     def read_reduced(self, index: int, max_size_px: int) -> GeoImage:
@@ -268,7 +268,7 @@ def standardized(image: GeoImage, normalizer: Normalizer) -> FloatArray:
     return normalizer(with_bands(image, len(normalizer.mean)))
 
 
-def _touch_valid(boxes_xyxy: FloatArray, valid: BoolArray) -> BoolArray:
+def touch_valid(boxes_xyxy: npt.NDArray[np.number], valid: BoolArray) -> BoolArray:
     """Whether there is a valid pixel under each box, [n]."""
     starts, stops = np.floor(boxes_xyxy[:, :2]).astype(int), np.ceil(boxes_xyxy[:, 2:]).astype(int)
     spans = zip(starts.tolist(), stops.tolist(), strict=True)
