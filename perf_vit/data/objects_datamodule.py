@@ -53,8 +53,8 @@ class ObjectDataConfig:
         val: images validated on; a part of `train` that the seed decides if left out.
         val_share: of the images of `train`, where `val` is left out.
         skip_classes: names of labelled objects to leave out, as if they were background.
-        attribute: of the polygons or instances formats: the column that holds class names. Without it every object is
-            of the first class.
+        attribute: of the polygons format: the column that holds class names. Without it every object is of the first
+            class.
         bands: 1-based bands to use; all but alpha if left out.
         mean: of each band, in the images' units, for standardisation, such as what a backbone was pretrained with;
             measured on training images if left out.
