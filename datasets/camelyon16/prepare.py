@@ -17,7 +17,7 @@ EXCLUDED = {"_2", "Exclusion"}
 def prepare(source: Path, out: Path) -> None:
     """Read SOURCE/{normal,tumor}/*.tif and SOURCE/lesion_annotations/*.xml, and write OUT/labels and OUT/slides.csv.
 
-    OUT/labels/SLIDE.geojson holds tumour areas in pixels of level 0. The table has one slide a row.
+    OUT/labels/SLIDE.geojson holds tumour areas in pixels of level 0. The table has one slide a row, named as in SOURCE.
     """
     (out / "labels").mkdir(parents=True, exist_ok=True)
     slides = sorted([*source.glob("normal/*.tif"), *source.glob("tumor/*.tif")])
@@ -29,7 +29,7 @@ def prepare(source: Path, out: Path) -> None:
         writer.writerow(["slide", "label", "path", "num_areas", "area_px"])
         for slide, areas in rows:
             area_px = round(sum(area.area for area in areas))
-            writer.writerow([slide.stem, slide.parent.name, slide, len(areas), area_px])
+            writer.writerow([slide.relative_to(source).as_posix(), slide.parent.name, slide, len(areas), area_px])
     print(f"{len(rows)} slides, {sum(bool(areas) for _, areas in rows)} with tumour areas")
 
 

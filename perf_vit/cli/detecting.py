@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +18,12 @@ from perf_vit.cli.segmentation_maps import on_device, resolved_precision
 from perf_vit.data import (
     ImageRecord,
     ObjectDataModule,
+    SeenObjects,
     build_object_datamodule,
     objects_in,
     read_names,
     read_object_labels,
+    standardized,
 )
 from perf_vit.errors import ConfigError, InputError
 from perf_vit.inference import Objects, predict_objects
@@ -103,6 +107,8 @@ def evaluate_detector(
 ) -> DetectionReport:
     """Score a detector on whole images, in overlapping windows as `perf-vit predict` finds objects.
 
+    Objects without a valid pixel under them are ignored, as in training.
+
     Args:
         checkpoint: that `perf-vit train` wrote.
         images: a folder, or one image.
@@ -126,9 +132,12 @@ def evaluate_detector(
     with windows_progress(f"evaluating {images.name}", "images") as on_image:
         for done, record in enumerate(index, 1):
             source = open_for_detector(model, record.path)
-            found = detect_objects(model, source, 0.0, **engine)
+            truth = objects_in(record, record.extent, min_visible=0.0)
+            reader = SeenObjects(source, truth.boxes_xyxy)
+            found = detect_objects(model, reader, 0.0, **engine)
             source.close()
-            report.update(_as_detections(found, record), objects_in(record, record.extent, min_visible=0.0))
+            truth = replace(truth, ignored=truth.ignored | ~reader.seen)
+            report.update(_as_detections(found, record), truth)
             on_image(done, len(index))
     return report
 
@@ -158,7 +167,7 @@ def open_for_detector(model: Detector, path: str, **options: Any) -> Source:
 
 def detect_objects(
     model: Detector,
-    source: Source,
+    source: Source | SeenObjects,
     score_threshold: float,
     *,
     window_size: int | None = None,
@@ -180,7 +189,7 @@ def detect_objects(
     return predict_objects(
         model,
         source,
-        model.spec.normalizer,
+        partial(standardized, normalizer=model.spec.normalizer),
         extent=source.extent,
         window_size=window_size,
         overlap=overlap,

@@ -20,6 +20,7 @@ from perf_vit.tasks import (
     DetectionMetrics,
     DetectionScores,
     Froc,
+    OrientedAveragePrecision,
     PanopticQuality,
     plot_precision_recall,
     save_confusion_matrix,
@@ -53,6 +54,7 @@ class DetectionReport:
         self._froc = Froc(len(classes))
         self._confusion = DetectionConfusion(len(classes), kind, score_threshold=score_threshold)
         self._panoptic = PanopticQuality(len(classes), score_threshold) if kind == "masks" else None
+        self._dota = OrientedAveragePrecision(len(classes), (0.5,)) if kind == "oriented_boxes" else None
 
     def update(self, found: Detections, truth: ObjectLabels) -> None:
         """Take up an image.
@@ -60,7 +62,7 @@ class DetectionReport:
         Raises:
             InputError: another kind of geometry.
         """
-        for metric in (self._precision, self._froc, self._confusion, self._panoptic):
+        for metric in (self._precision, self._froc, self._confusion, self._panoptic, self._dota):
             if metric is not None:
                 metric.update([found], [truth])
 
@@ -73,6 +75,7 @@ class DetectionReport:
         """All scores for people."""
         return [
             *detection_table(self.scores, title),
+            *([self._dota_table()] if self._dota is not None else []),
             self._froc_table(),
             *([self._panoptic_table()] if self._panoptic is not None else []),
             self._confusion_table(),
@@ -91,6 +94,8 @@ class DetectionReport:
             mean, each = self._panoptic.compute()
             named = {name: asdict(scores) for name, scores in zip(self.classes, each, strict=True)}
             content["panoptic"] = {**asdict(mean), "classes": named}
+        if self._dota is not None:
+            content["dota"] = self._dota_scores()
         return _plain(content)
 
     def write(self, path: Path) -> None:
@@ -114,6 +119,29 @@ class DetectionReport:
             table.add_column(column, justify="left" if column == "class" else "right")
         for name, values in zip(self.classes, self._froc.compute(), strict=True):
             table.add_row(escape(name), *map(digits, (*values["sensitivity"], values["mean"])))
+        return table
+
+    def _dota_scores(self) -> dict[str, Any]:
+        """AP at an IoU of .5, over 11 recalls and as an area: the means and, under "classes", each class's."""
+        assert self._dota is not None
+        found = self._dota.compute()
+        keys = {"ap50_voc07": "map_50_voc07", "ap50_area": "map_50"}
+        # torchmetrics makes a number of the values of a single class.
+        each = zip(*(found[f"{key}_per_class"].reshape(-1).tolist() for key in keys.values()), strict=True)
+        return {
+            **{name: found[key].item() for name, key in keys.items()},
+            "classes": {
+                name: dict(zip(keys, values, strict=True)) for name, values in zip(self.classes, each, strict=True)
+            },
+        }
+
+    def _dota_table(self) -> Table:
+        scores = self._dota_scores()
+        table = Table(title="AP50 by DOTA's rules")
+        for column in ("class", "VOC07, 11 recalls", "area"):
+            table.add_column(column, justify="left" if column == "class" else "right")
+        for name, values in (*scores["classes"].items(), ("mean", scores)):
+            table.add_row(escape(name), digits(values["ap50_voc07"]), digits(values["ap50_area"]))
         return table
 
     def _panoptic_table(self) -> Table:

@@ -17,7 +17,7 @@ from perf_vit.data.labels import (
     write_coco_labels,
 )
 from perf_vit.data.object_places import ObjectPlaces, RandomPlaces, make_places
-from perf_vit.data.objects import ObjectGrid, ObjectImages, ObjectWindows, collate_objects
+from perf_vit.data.objects import ObjectGrid, ObjectImages, ObjectWindows, collate_objects, standardized
 from perf_vit.data.objects_datamodule import (
     ObjectDataConfig,
     ObjectDataModule,
@@ -25,6 +25,7 @@ from perf_vit.data.objects_datamodule import (
     build_object_datamodule,
     read_names,
 )
+from perf_vit.data.objects_seen import SeenObjects
 from perf_vit.data.scenes import SceneImages, SceneTiles, SceneViews, middle_window, scene_tile
 from perf_vit.data.scenes_datamodule import (
     ClassificationDataConfig,
@@ -71,6 +72,7 @@ __all__ = [
     "SceneImages",
     "SceneTiles",
     "SceneViews",
+    "SeenObjects",
     "ShipScene",
     "SlideBagModule",
     "SlideBags",
@@ -99,6 +101,7 @@ __all__ = [
     "read_slides",
     "region_window",
     "scene_tile",
+    "standardized",
     "tissue_windows",
     "write_coco_labels",
 ]

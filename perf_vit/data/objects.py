@@ -22,9 +22,11 @@ from perf_vit.tiling import grid_windows
 from perf_vit.transforms import Augmentation, Normalizer, StainJitter, resize_with_objects, turn_with_objects
 from perf_vit.types import BoolArray, GeoImage, ObjectLabels, Source, Window
 
-__all__ = ["ObjectGrid", "ObjectImages", "ObjectSample", "ObjectWindows", "collate_objects"]
+__all__ = ["ObjectGrid", "ObjectImages", "ObjectSample", "ObjectWindows", "collate_objects", "standardized"]
 
 ObjectSample = tuple[Tensor, ObjectLabels]
+
+FloatArray = npt.NDArray[np.float32]
 
 
 class ObjectImages:
@@ -70,7 +72,7 @@ class ObjectImages:
         objects = objects_in(self.records[index], window, min_visible=self.min_visible, owned=owned)
         if image.valid.all():
             return image, objects
-        unseen = ~_touch_valid(objects.boxes_xyxy, image.valid)
+        unseen = ~touch_valid(objects.boxes_xyxy, image.valid)
         return image, dataclasses.replace(objects, ignored=objects.ignored | unseen)
 
     def read_reduced(self, index: int, max_size_px: int) -> GeoImage:
@@ -146,7 +148,7 @@ class ObjectWindows(Dataset[ObjectSample]):
                 break
         if self.stain is not None:
             image = self.stain(image, int(rng.integers(2**31)))
-        pixels, objects = resize_with_objects(self.normalizer(image), objects, self.tile_px, self.tile_px)
+        pixels, objects = resize_with_objects(standardized(image, self.normalizer), objects, self.tile_px, self.tile_px)
         if self.flips:
             pixels, objects = turn_with_objects(pixels, objects, int(rng.integers(8)))
         if self.colors is not None:
@@ -190,7 +192,7 @@ class ObjectGrid(Dataset[ObjectSample]):
     def __getitem__(self, index: int) -> ObjectSample:
         """Tile [C, tile_px, tile_px] float32 and its objects."""
         image, objects = self.images.read(*self.places[index])
-        return torch.from_numpy(self.normalizer(image)), objects
+        return torch.from_numpy(standardized(image, self.normalizer)), objects
 
 
 def collate_objects(samples: Sequence[ObjectSample]) -> tuple[list[Tensor], list[ObjectLabels]]:
@@ -233,12 +235,17 @@ def common_bands(sources: Sequence[Source]) -> int:
     """
     most = max(sources, key=lambda source: source.num_bands)
     for source in sources:
-        if source.num_bands != most.num_bands and not (source.num_bands == 1 and most.num_bands == 3):
+        if not bands_fit(source.num_bands, most.num_bands):
             raise InputError(
                 f"{source.path} has {source.num_bands} bands, {most.path} {most.num_bands}; choose common ones with "
                 "data.bands"
             )
     return most.num_bands
+
+
+def bands_fit(num_bands: int, expected: int) -> bool:
+    """Whether images of so many bands are taken where others are expected: grey ones are for three."""
+    return num_bands == expected or (num_bands, expected) == (1, 3)
 
 
 def with_bands(image: GeoImage, num_bands: int) -> GeoImage:
@@ -248,7 +255,20 @@ def with_bands(image: GeoImage, num_bands: int) -> GeoImage:
     return image
 
 
-def _touch_valid(boxes_xyxy: npt.NDArray[np.float32], valid: BoolArray) -> BoolArray:
+def standardized(image: GeoImage, normalizer: Normalizer) -> FloatArray:
+    """A detector's input, [C, H, W]: the same of an image in training, validation, evaluation and prediction.
+
+    Args:
+        image: with the normalizer's bands, or grey where these are three.
+        normalizer: applied to the pixels; invalid ones become 0.
+
+    Raises:
+        InputError: another number of bands.
+    """
+    return normalizer(with_bands(image, len(normalizer.mean)))
+
+
+def touch_valid(boxes_xyxy: npt.NDArray[np.number], valid: BoolArray) -> BoolArray:
     """Whether there is a valid pixel under each box, [n]."""
     starts, stops = np.floor(boxes_xyxy[:, :2]).astype(int), np.ceil(boxes_xyxy[:, 2:]).astype(int)
     spans = zip(starts.tolist(), stops.tolist(), strict=True)
@@ -256,5 +276,5 @@ def _touch_valid(boxes_xyxy: npt.NDArray[np.float32], valid: BoolArray) -> BoolA
     return np.array(touches, bool)
 
 
-def _recolored(pixels: npt.NDArray[np.float32], colors: Augmentation, seed: int) -> npt.NDArray[np.float32]:
+def _recolored(pixels: FloatArray, colors: Augmentation, seed: int) -> FloatArray:
     return colors(pixels, np.zeros(pixels.shape[1:], np.uint8), seed)[0]

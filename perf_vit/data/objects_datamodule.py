@@ -15,7 +15,7 @@ from perf_vit.data.band_statistics import given_normalizer, measured_normalizer
 from perf_vit.data.epochs import EpochDataModule, ShareSampler
 from perf_vit.data.labels import ImageRecord, ObjectIndex, read_object_labels
 from perf_vit.data.object_places import SAMPLERS, make_places
-from perf_vit.data.objects import ObjectGrid, ObjectImages, ObjectWindows, collate_objects
+from perf_vit.data.objects import ObjectGrid, ObjectImages, ObjectWindows, bands_fit, collate_objects
 from perf_vit.data.objects_seen import check_objects_seen
 from perf_vit.errors import ConfigError, InputError
 from perf_vit.transforms import Augmentation
@@ -53,8 +53,8 @@ class ObjectDataConfig:
         val: images validated on; a part of `train` that the seed decides if left out.
         val_share: of the images of `train`, where `val` is left out.
         skip_classes: names of labelled objects to leave out, as if they were background.
-        attribute: of the polygons or instances formats: the column that holds class names. Without it every object is
-            of the first class.
+        attribute: of the polygons format: the column that holds class names. Without it every object is of the first
+            class.
         bands: 1-based bands to use; all but alpha if left out.
         mean: of each band, in the images' units, for standardisation, such as what a backbone was pretrained with;
             measured on training images if left out.
@@ -166,7 +166,7 @@ def build_object_datamodule(config: ObjectDataConfig, seed: int) -> ObjectDataMo
     )
     for index, part in ((train_index, "train"), (val_index, "val")):
         _check_objects(index, part)
-    if train.num_bands != val.num_bands:
+    if not bands_fit(val.num_bands, train.num_bands):
         raise ConfigError(
             f"the validation images have {val.num_bands} bands, the training images {train.num_bands}; choose common "
             "ones with data.bands"

@@ -6,13 +6,14 @@ import math
 import warnings
 
 import numpy as np
+import numpy.typing as npt
 
 from perf_vit.data.labels import ImageRecord
-from perf_vit.data.objects import ObjectImages
+from perf_vit.data.objects import ObjectImages, touch_valid
 from perf_vit.errors import DataWarning, InputError
-from perf_vit.types import BoolArray, Window
+from perf_vit.types import BoolArray, GeoImage, Source, Window
 
-__all__ = ["check_objects_seen"]
+__all__ = ["SeenObjects", "check_objects_seen"]
 
 # Images to look at, and their longest side: a part of those that statistics are measured on.
 _IMAGES = 16
@@ -20,6 +21,39 @@ _SIDE_PX = 256
 # Objects of an image that are looked at again at full resolution, and as much of each.
 _AGAIN = 16
 _AGAIN_PX = 512
+
+
+class SeenObjects:
+    """A source that notes which objects have a valid pixel under them, as its windows are read.
+
+    Args:
+        source: to read from.
+        boxes_xyxy: of objects, in the source's pixels, [n, 4].
+
+    Attributes:
+        seen: [n] bool, of the windows read so far.
+    """
+
+    def __init__(self, source: Source, boxes_xyxy: npt.NDArray[np.floating]) -> None:
+        self._source = source
+        self._starts = np.floor(boxes_xyxy[:, :2]).astype(np.int64)
+        self._stops = np.ceil(boxes_xyxy[:, 2:]).astype(np.int64)
+        self.seen: BoolArray = np.zeros(len(boxes_xyxy), bool)
+
+    @property
+    def extent(self) -> Window:
+        """The window of all pixels."""
+        return self._source.extent
+
+    def read(self, window: Window) -> GeoImage:
+        """Pixels and valid mask of a window; any thread may call it."""
+        image = self._source.read(window)
+        corner, size = (window.col, window.row), (window.width, window.height)
+        inside = np.hstack([np.clip(xy - corner, 0, size) for xy in (self._starts, self._stops)])
+        near = np.flatnonzero((inside[:, 2:] > inside[:, :2]).all(axis=1) & ~self.seen)
+        # Threads only ever set what is true, so none undoes another's work.
+        self.seen[near[touch_valid(inside[near], image.valid)]] = True
+        return image
 
 
 def check_objects_seen(images: ObjectImages, part: str, seed: int) -> None:

@@ -44,21 +44,27 @@ class PredictionPictures(lightning.Callback):
         self.folder = folder / "pictures"
         self.num_tiles = num_tiles
         self.draw = draw
+        self._predicted: list[tuple[Tensor, Any, Any]] = []
 
     def on_validation_epoch_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
-        """Predict and draw; every process predicts, since sharded weights need them all."""
+        """Predict with the weights validated on; every process does, since sharded weights need them all."""
         if trainer.sanity_checking or trainer.val_dataloaders is None:
             return
         network: Any = pl_module.model
         dataset = trainer.val_dataloaders.dataset
-        rows = []
         for index in np.unique(np.linspace(0, len(dataset) - 1, self.num_tiles).round().astype(int)):
             image, labels = dataset[int(index)]
             with torch.no_grad(), trainer.precision_plugin.val_step_context():
                 found = network(image[None].to(pl_module.device))[0]
-            rows.append(_row([_enlarged(panel) for panel in self.draw(image, labels, network, found)]))
-        if trainer.is_global_zero:
-            self._show(trainer, _column(rows))
+            self._predicted.append((image, labels, found))
+
+    def on_validation_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
+        """Draw, as only now the network has the score threshold of this validation."""
+        predicted, self._predicted = self._predicted, []
+        if predicted and trainer.is_global_zero:
+            network: Any = pl_module.model
+            panels = [self.draw(image, labels, network, found) for image, labels, found in predicted]
+            self._show(trainer, _column([_row([_enlarged(panel) for panel in row]) for row in panels]))
 
     def _show(self, trainer: lightning.Trainer, picture: Picture) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)

@@ -3,9 +3,11 @@
 from pathlib import Path
 
 import pytest
+import torch
 
 from perf_vit.cli.main import run
 from perf_vit.data import ShipScene
+from perf_vit.models import CHECKPOINT_KEY, DetectorConfig, DetectorSpec, build_detector, checkpoint_metadata
 
 SMALL = [
     "data.tile_px=64",
@@ -22,6 +24,16 @@ def train_args(scene: ShipScene, out: Path, *extra: str) -> list[str]:
     """The command line that trains the smallest model on a scene."""
     files = [f"data.{part}.{key}={getattr(scene, key)}" for part in ("train", "val") for key in ("image", "labels")]
     return ["train", "configs/segmentation/demo.yaml", *files, f"out={out}", *SMALL, *extra]
+
+
+def save_detector(path: Path, spec: DetectorSpec, **changes) -> Path:
+    """The checkpoint of an untrained detector, which finds something everywhere."""
+    torch.manual_seed(0)
+    config = DetectorConfig(**{"backbone": "resnet18", "strides": [8, 16], "channels": 64, **changes})
+    model = build_detector(config, spec)
+    state = {f"model.{name}": value for name, value in model.state_dict().items()}
+    torch.save({"state_dict": state, CHECKPOINT_KEY: checkpoint_metadata(config, model)}, path)
+    return path
 
 
 def call(args: list[str]) -> int:

@@ -70,6 +70,9 @@ def test_oriented_ships_go_from_labels_to_outlines_on_the_map(tmp_path, capsys) 
     scores = json.loads((tmp_path / "s.json").read_text())
     assert scores["classes"][0]["num_objects"] == 4 * 11
     assert scores["ap50"] > 0.5
+    assert set(scores["dota"]["classes"]) == {"ship"}
+    assert scores["dota"]["ap50_area"] == pytest.approx(scores["ap50"], abs=0.05)
+    assert "AP50 by DOTA's rules" in capsys.readouterr().out
 
     assert call(["predict", *checkpoint, "--input", images / "0.tif", "--output", tmp_path / "ships.gpkg"]) == 0
     found = geopandas.read_file(tmp_path / "ships.gpkg")

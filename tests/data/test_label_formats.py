@@ -173,6 +173,18 @@ def test_yolo_boxes_outlines_empty_and_missing_files(tmp_path, images) -> None:
     assert record.masks.read(np.arange(1), record.extent).sum() == pytest.approx(24 * 16 / 2, rel=0.1)
 
 
+def test_yolo_files_named_like_lists_are_labels_of_the_images_of_that_name(tmp_path, images) -> None:
+    write_image(images / "train.png")
+    labels = tmp_path / "labels"
+    labels.mkdir()
+    for name in ("a", "b", "train"):
+        (labels / f"{name}.txt").write_text("0 0.5 0.5 0.5 0.25\n")
+    (labels / "test.txt").write_text("images/a.png\n")
+    (labels / "README.txt").write_text("made by hand\n")
+    index = read_object_labels(labels, images, label_format="yolo", classes=["ship"])
+    assert {Path(record.path).name: len(record) for record in index} == {"a.png": 1, "b.png": 1, "train.png": 1}
+
+
 @pytest.mark.parametrize(
     ("line", "message"),
     [

@@ -72,6 +72,20 @@ def test_lists_of_names_split_images(ships, tmp_path) -> None:
     assert _names(data.val_index) == {"7"}
 
 
+def test_grey_images_are_validated_on_as_they_are_trained_on(ships, tmp_path) -> None:
+    for number in range(10):
+        write_image(tmp_path / "grey" / f"{number}.png", height=70, width=90, num_bands=1, seed=number)
+    grey = ObjectSplitConfig(images=str(tmp_path / "grey"), labels=ships.labels)
+    data = build_object_datamodule(_config(ships, val=grey), seed=0)
+    image, _ = data.val[0]
+    assert image.shape == (3, 32, 32)
+    mean, std = (torch.tensor(values)[:, None, None] for values in (data.normalizer.mean, data.normalizer.std))
+    read = image * std + mean
+    torch.testing.assert_close(read[0], read[2])
+    with pytest.raises(ConfigError, match="the validation images have 3 bands, the training images 1"):
+        build_object_datamodule(_config(grey, val=ships), seed=0)
+
+
 def test_every_object_of_the_validation_images_is_counted_once(ships) -> None:
     data = build_object_datamodule(_config(ships), seed=0)
     counted = np.concatenate([o.labels[~o.ignored] for _, objects in data.val_dataloader() for o in objects])

@@ -14,7 +14,7 @@ import shapely
 from PIL import Image
 from preparing import ROOT, load_prepare
 
-from perf_vit.data import read_object_labels
+from perf_vit.data import read_object_labels, read_slide_table
 from perf_vit.errors import InputError
 
 NAMES = sorted(path.parent.name for path in ROOT.glob("*/prepare.py"))
@@ -181,9 +181,12 @@ def test_camelyon16_areas_lose_what_is_excluded_and_normal_slides_have_none(tmp_
     with (tmp_path / "out" / "slides.csv").open() as file:
         rows = list(csv.DictReader(file))
     assert [(r["slide"], r["label"], r["num_areas"], r["area_px"]) for r in rows] == [
-        ("normal_001", "normal", "0", "0"),
-        ("tumor_001", "tumor", "2", str(100 * 100 - 20 * 20 + 20 * 10)),
+        ("normal/normal_001.tif", "normal", "0", "0"),
+        ("tumor/tumor_001.tif", "tumor", "2", str(100 * 100 - 20 * 20 + 20 * 10)),
     ]
+    slides = read_slide_table(tmp_path / "out" / "slides.csv", source)
+    assert slides.paths == (str(source / "normal" / "normal_001.tif"), str(source / "tumor" / "tumor_001.tif"))
+    assert [slides.classes[label] for label in slides.labels] == ["normal", "tumor"]
     index = read_object_labels(
         tmp_path / "out" / "labels", source, label_format="polygons", attribute="class", classes=["tumor"]
     )

@@ -16,6 +16,7 @@ from perf_vit.models import (
     load_segmenter,
 )
 from perf_vit.models.heads.fcos import match_locations
+from perf_vit.models.heads.rcnn import region_pool
 from perf_vit.transforms import Normalizer
 from perf_vit.types import ObjectLabels
 
@@ -201,6 +202,31 @@ def test_an_object_of_two_pixels_is_learnt_somewhere(corner) -> None:
     x, y = corner
     matched = match_locations(torch.tensor([[x, y, x + 2, y + 2]]), [(16, 16), (8, 8)], [4, 8], 1.5)
     assert (matched == 0).any()
+
+
+@pytest.mark.parametrize("strides", [[4, 8, 16], [4, 16], [2, 16], [8, 16, 128]])
+def test_objects_of_any_size_are_learnt_at_any_strides(strides) -> None:
+    shapes = [(512 // stride, 512 // stride) for stride in strides]
+    for side in range(2, 500, 3):
+        box = torch.tensor([[250 - side / 2, 260 - side / 2, 250 + side / 2, 260 + side / 2]])
+        assert (match_locations(box, shapes, strides, 1.5) == 0).any(), side
+
+
+@pytest.mark.parametrize(
+    ("strides", "strides_of_sides"),
+    [
+        ([4, 8, 16, 32], {6: 4, 111: 4, 112: 8, 223: 8, 224: 16, 450: 32, 900: 32}),
+        ([4, 16], {6: 4, 112: 4, 223: 4, 224: 16, 900: 16}),
+        ([2, 16, 128], {6: 2, 112: 2, 223: 2, 224: 16, 1700: 16, 1800: 128}),
+    ],
+)
+def test_regions_are_pooled_from_the_level_of_their_size(strides, strides_of_sides) -> None:
+    pool = region_pool(strides, output_size=3)
+    # Each map holds its stride.
+    features = {str(stride): torch.full((1, 1, 2048 // stride, 2048 // stride), float(stride)) for stride in strides}
+    regions = torch.tensor([[100.0, 90.0, 100 + side, 90 + side] for side in strides_of_sides])
+    pooled = pool(features, [regions], [(2048, 2048)])
+    assert pooled.flatten(1).amin(1).tolist() == pooled.flatten(1).amax(1).tolist() == list(strides_of_sides.values())
 
 
 def test_a_detector_learns_objects_of_3_to_20_px() -> None:

@@ -139,6 +139,30 @@ def test_each_validation_leaves_a_picture_of_the_averaged_weights(tmp_path) -> N
     assert len(events.Images("val/pictures")) == 2
 
 
+class Detecting(Task):
+    """Finds one object with a score of .3, and a threshold of .2 when it validates."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        box = torch.tensor([[2.0, 3.0, 10.0, 9.0]])
+        found = Detections(scores=torch.tensor([0.3]), labels=torch.tensor([0]), boxes_xyxy=box)
+        self.model.forward = lambda images: [found]
+
+    def on_validation_epoch_end(self) -> None:
+        self.model.spec.score_threshold = 0.2
+
+
+def test_detections_are_drawn_from_the_threshold_of_the_same_validation(tmp_path) -> None:
+    none = {"labels": np.zeros(0, int), "boxes_xyxy": np.zeros((0, 4), np.float32), "ignored": np.zeros(0, bool)}
+    data = [(IMAGE, ObjectLabels(**none))]
+    config = TrainerConfig(accelerator="cpu", devices="1", max_epochs=1, num_pictures=1)
+    trainer = build_trainer(config, tmp_path, progress=False, draw=draw_objects)
+    loaders = [DataLoader(data, collate_fn=lambda samples: samples[0][0]) for _ in range(2)]
+    trainer.fit(Detecting(), *loaders)
+    picture = np.asarray(Image.open(tmp_path / "pictures" / "epoch_0000.png"))
+    assert (picture == color(1)).all(-1).any()
+
+
 def test_no_pictures_are_drawn_where_none_are_asked_for(tmp_path) -> None:
     data = [(IMAGE, torch.zeros(16, 24, dtype=torch.long))]
     config = TrainerConfig(accelerator="cpu", devices="1", max_epochs=1, num_pictures=0)

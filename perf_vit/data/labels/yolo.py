@@ -24,17 +24,19 @@ def read_yolo(labels: Path, folder: ImageFolder, classes: tuple[str, ...] | None
     """Read a folder of YOLO files: `class cx cy w h` a line, or `class x1 y1 x2 y2 x3 y3 ...` for outlines.
 
     Class names come from a data.yaml, classes.txt or .names file in the folder or up to two above it; without one,
-    class numbers count through `classes`. An image without a text file, or with an empty one, has no objects.
+    class numbers count through `classes`. An image without a text file, or with an empty one, has no objects. Files
+    with a note's or a list's name, such as readme.txt and train.txt, are left out where no image has that name.
 
     Raises:
         InputError: a line that is neither, a text file without image, a class without name, or no text file at all.
     """
     names, names_file = _class_names(labels)
     names = names or dict(enumerate(classes or ()))
-    files = sorted(file for file in labels.rglob("*.txt") if file not in names_file and not _is_note(file))
+    stems = {file: str(file.relative_to(labels).with_suffix("")) for file in sorted(labels.rglob("*.txt"))}
+    files = [file for file in stems if file not in names_file and (folder.knows(stems[file]) or not _is_note(file))]
     if not files:
         raise InputError(f"no label files in {labels}; expected a folder of .txt files, one an image")
-    by_image = {folder.find(str(file.relative_to(labels).with_suffix("")), str(file)): file for file in files}
+    by_image = {folder.find(stems[file], str(file)): file for file in files}
     images = [path for path in folder.paths if folder.wanted(path)]
     bare = [path for path in images if path not in by_image]
     if bare:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
@@ -28,8 +29,8 @@ from perf_vit.types import Detections, ObjectLabels
 
 __all__ = ["FCOSHead", "match_locations"]
 
-# A level takes objects whose farthest side is 4 to 8 strides from the location: up to 64 px at stride 8, as published.
-_REACH_STRIDES = (4, 8)
+# A level takes objects whose farthest side is up to 8 strides from the location: 64 px at stride 8, as published.
+_REACH_STRIDES = 8
 # In strides: between those of the smallest and the largest objects of a level.
 _FIRST_DISTANCE = 2.0
 _BACKGROUND = -1
@@ -151,7 +152,7 @@ def match_locations(
 
     A location learns the smallest object that it lies in, near whose centre it lies and whose size is its level's.
     Time and memory grow with the objects and with the locations, not with their product: only locations near an
-    object's centre are looked at.
+    object's centre are looked at. A level's sizes begin where those of the level before end, so none is left out.
 
     Args:
         boxes_xyxy: objects, [n, 4].
@@ -166,10 +167,9 @@ def match_locations(
     ranked = _grown(boxes_xyxy, strides[0])[order]
     index_of_rank = torch.cat([order, order.new_tensor([_BACKGROUND])])
     ranks = []
-    for level, (shape, stride) in enumerate(zip(shapes, strides, strict=True)):
-        lowest = _REACH_STRIDES[0] * stride if level else 0
-        highest = _REACH_STRIDES[1] * stride if level < len(strides) - 1 else torch.inf
-        rank, cell = _fitting_cells(ranked, shape, stride, center_radius * stride, (lowest, highest))
+    bounds = [0, *(_REACH_STRIDES * stride for stride in strides[:-1]), torch.inf]
+    for shape, stride, reach in zip(shapes, strides, pairwise(bounds), strict=True):
+        rank, cell = _fitting_cells(ranked, shape, stride, center_radius * stride, reach)
         best = torch.full((shape[0] * shape[1],), len(ranked), device=ranked.device)
         ranks.append(best.scatter_reduce(0, cell, rank, "amin"))
     return index_of_rank[torch.cat(ranks)]

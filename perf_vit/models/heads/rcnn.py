@@ -12,7 +12,7 @@ from torchvision.models.detection.mask_rcnn import MaskRCNNHeads, MaskRCNNPredic
 from torchvision.models.detection.roi_heads import RoIHeads, paste_masks_in_image
 from torchvision.models.detection.rpn import RegionProposalNetwork, RPNHead
 from torchvision.ops import MultiScaleRoIAlign
-from torchvision.ops.poolers import initLevelMapper
+from torchvision.ops.poolers import LevelMapper
 
 from perf_vit.errors import InputError
 from perf_vit.models.heads.detection import (
@@ -217,13 +217,29 @@ def _proposal_network(in_channels: int, anchors: CenteredAnchors, proposals_per_
 
 
 def region_pool(strides: Sequence[int], output_size: int) -> MultiScaleRoIAlign:
-    """Features of regions, from the level of their size: up to 112 px at the finest level if that has stride 4."""
+    """Features of regions, from the level of their size: up to 112 px at the finest level if that has stride 4.
+
+    A level takes the sizes of octaves without a level up to the next coarser one too.
+    """
     pool = MultiScaleRoIAlign([str(stride) for stride in strides], output_size, sampling_ratio=2)
     # Set here, as torchvision guesses both from the first images it sees.
     pool.scales = [1 / stride for stride in strides]
-    levels = [stride.bit_length() - 1 for stride in (strides[0], strides[-1])]
-    pool.map_levels = initLevelMapper(*levels, canonical_scale=224, canonical_level=4)
+    pool.map_levels = _LevelOfSize(strides)
     return pool
+
+
+class _LevelOfSize(LevelMapper):
+    """torchvision's level of each region, where strides may skip powers of two."""
+
+    def __init__(self, strides: Sequence[int]) -> None:
+        octaves = [stride.bit_length() - 1 for stride in strides]
+        super().__init__(octaves[0], octaves[-1], canonical_scale=224, canonical_level=4)
+        self.first_octaves = [octave - octaves[0] for octave in octaves]
+
+    def __call__(self, boxlists: list[Tensor]) -> Tensor:
+        """Index of the level of each region of all images."""
+        octave = super().__call__(boxlists)
+        return torch.bucketize(octave, octave.new_tensor(self.first_octaves), right=True) - 1
 
 
 def _pasted(masks: Tensor, boxes: Tensor, size: tuple[int, int]) -> Tensor:
