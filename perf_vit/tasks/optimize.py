@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
 
 from perf_vit.errors import ConfigError
-from perf_vit.models import backbone_layers
+from perf_vit.models import backbone_body, backbone_layers
 from perf_vit.tasks.sharding import shard_network
 
 __all__ = ["OptimizerConfig", "TrainingTask", "build_schedule", "parameter_groups", "warmup_cosine"]
@@ -67,10 +67,15 @@ class TrainingTask(lightning.LightningModule):
         self.optim: Any = optim
         self._is_sharded = False
 
+    @property
+    def body(self) -> nn.Module:
+        """The part of the network whose blocks are shared out one by one."""
+        return backbone_body(self.model.backbone)
+
     def configure_model(self) -> None:
         """Share out the weights where the strategy asks for it, once."""
         if self.device_mesh is not None and not self._is_sharded:
-            shard_network(self.model, self.device_mesh["data_parallel"])
+            shard_network(self.model, self.body, self.device_mesh["data_parallel"])
             self._is_sharded = True
 
     def on_fit_start(self) -> None:

@@ -7,7 +7,7 @@ from dataclasses import asdict
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from perf_vit.models import (
@@ -121,6 +121,12 @@ class SceneTask(TrainingTask):
         """Log the scores, overall and by class."""
         self.log_dict(logged_scores(self.val_metrics.summary()))
         self.val_metrics.reset()
+
+    @property
+    def body(self) -> nn.Module:
+        """The whole timm model."""
+        network: nn.Module = self.model.network
+        return network
 
     def backbone_layers(self) -> dict[str, int]:
         """The layer of each parameter that is part of neither pooling nor classifier."""

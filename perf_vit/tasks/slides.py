@@ -6,7 +6,7 @@ from dataclasses import asdict
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from perf_vit.models import (
@@ -92,6 +92,12 @@ class SlideTask(TrainingTask):
         """Log the scores, overall and by class."""
         self.log_dict(logged_scores(self.val_metrics.summary()))
         self.val_metrics.reset()
+
+    @property
+    def body(self) -> nn.Module:
+        """The encoder."""
+        encoder: nn.Module = self.model.encoder
+        return encoder
 
     def backbone_layers(self) -> dict[str, int]:
         """None: the encoder isn't trained."""
