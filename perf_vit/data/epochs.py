@@ -43,16 +43,25 @@ class EpochSampler(Sampler[int]):
 
 
 class ShareSampler(Sampler[int]):
-    """The samples of a dataset in order, each in one of the processes that validate together."""
+    """The samples of a dataset in order, each in one of the processes that validate together.
+
+    All processes have equally many, since networks whose weights are shared out predict together: those without a
+    sample of their own at the end take the dataset's last one, which doesn't count there.
+    """
 
     def __init__(self, length: int) -> None:
         self.length = length
 
     def __iter__(self) -> Iterator[int]:
         rank, world_size = _place()
-        return iter(range(rank, self.length, world_size))
+        return (min(rank + turn * world_size, self.length - 1) for turn in range(len(self)))
 
     def __len__(self) -> int:
+        return -(-self.length // _place()[1])
+
+    @property
+    def num_counted(self) -> int:
+        """How many of this process's samples are its own; they come first."""
         rank, world_size = _place()
         return len(range(rank, self.length, world_size))
 

@@ -98,8 +98,11 @@ class DetectionTask(TrainingTask):
 
     def validation_step(self, batch: tuple[list[Tensor], list[ObjectLabels]], batch_idx: int) -> None:
         """Detections of one batch."""
-        for image, label in zip(*batch, strict=True):
-            self.val_metrics.update(self(image[None]), [label])
+        num = self.num_counted(batch_idx, len(batch[0]))
+        for index, (image, label) in enumerate(zip(*batch, strict=True)):
+            found = self(image[None])
+            if index < num:
+                self.val_metrics.update(found, [label])
 
     def on_validation_epoch_end(self) -> None:
         """Log average precision, overall, by class and by size, and set the network's score threshold."""

@@ -113,8 +113,10 @@ class SceneTask(TrainingTask):
     def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
         """Loss and scores of one batch."""
         image, targets = batch
-        logits = self(image)
-        self.log("val/loss", self.loss(logits, targets), batch_size=len(image), prog_bar=True, sync_dist=True)
+        num = self.num_counted(batch_idx, len(image))
+        logits, targets = self(image)[:num], targets[:num]
+        loss = self.loss(logits, targets) if num else 0.0
+        self.log_counted("val/loss", loss, num, prog_bar=True)
         self.val_metrics.update(self.model.scores(logits), targets)
 
     def on_validation_epoch_end(self) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
+import torch
 from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import nn
 
@@ -34,6 +35,8 @@ def shard_network(model: nn.Module, body: nn.Module, mesh: Any) -> None:
     # Not part of every build of PyTorch.
     from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 
+    # Weights of any other order can't be shared out.
+    model.to(memory_format=torch.contiguous_format)
     for block in _blocks(body):
         if any(True for _ in block.parameters()):
             fully_shard(block, mesh=mesh)

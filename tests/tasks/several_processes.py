@@ -13,22 +13,32 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from perf_vit.data import collate_bags
+from perf_vit.data import collate_bags, collate_objects
 from perf_vit.data.epochs import EpochDataModule, ShareSampler
 from perf_vit.models import (
     ClassifierConfig,
     ClassifierSpec,
+    DetectorConfig,
+    DetectorSpec,
+    ModelConfig,
+    SegmenterSpec,
     SlideModelConfig,
     SlideSpec,
 )
 from perf_vit.tasks import (
+    DetectionOptimConfig,
+    DetectionTask,
+    LossConfig,
+    OptimConfig,
     PooledOptimConfig,
     SceneTask,
+    SegmentationTask,
     SlideTask,
     TrainerConfig,
     build_trainer,
 )
 from perf_vit.transforms import Normalizer
+from perf_vit.types import IGNORE_INDEX, ObjectLabels
 
 SIZE = 32
 STEPS, GLOBAL_BATCH = 20, 4
@@ -37,7 +47,13 @@ BACKBONE = {
     "backbone_kwargs": {"depth": 2, "embed_dim": 32, "num_heads": 2, "attn_kwargs": {"num_features": 16}},
 }
 SPEC = {"normalizer": Normalizer((0.0,) * 3, (1.0,) * 3), "tile_px": SIZE}
-MONITORS = {"slides": "val/log_likelihood", "classification": "val/f1", "regression": "val/r2"}
+MONITORS = {
+    "fcos": "val/ap50",
+    "oriented_fcos": "val/ap50",
+    "slides": "val/log_likelihood",
+    "classification": "val/f1",
+    "regression": "val/r2",
+}
 
 
 class Items(Dataset):
@@ -98,6 +114,34 @@ def bag(rng):
     )
 
 
+def labels(rng, num_classes: int) -> torch.Tensor:
+    """Of few pixels of a tile, of most of them, or of none."""
+    values = rng.integers(0, num_classes, (SIZE, SIZE))
+    values[rng.random((SIZE, SIZE)) < rng.choice([0.1, 0.9, 1.0])] = IGNORE_INDEX
+    return torch.from_numpy(values)
+
+
+def painted(rng):
+    return image(rng), labels(rng, 3)
+
+
+def painted_twice(rng):
+    return image(rng), torch.stack([labels(rng, 2), labels(rng, 2)])
+
+
+def with_objects(rng):
+    """Up to twelve objects, or none."""
+    number = int(rng.choice([0, 1, 12]))
+    corners, sides = rng.uniform(0, SIZE - 12, (number, 2)), rng.uniform(4, 12, (number, 2))
+    oriented = np.concatenate([corners + sides / 2, sides, rng.uniform(-1.5, 1.5, (number, 1))], 1)
+    return image(rng), ObjectLabels(
+        labels=rng.integers(0, 2, number),
+        boxes_xyxy=np.concatenate([corners, corners + sides], 1).astype(np.float32),
+        oriented_boxes=oriented.astype(np.float32),
+        ignored=rng.random(number) < 0.1,
+    )
+
+
 def classification() -> tuple:
     spec = ClassifierSpec(kind="single_label", outputs=("a", "b", "c"), **SPEC)
     return (
@@ -119,7 +163,37 @@ def slides() -> tuple:
     return SlideTask(config, spec, PooledOptimConfig()), bag, collate_bags
 
 
-CASES = {"classification": classification, "regression": regression, "slides": slides}
+def segmentation() -> tuple:
+    config = ModelConfig(**BACKBONE, out_indices=[0, 1], head_kwargs={"norm": "group"})
+    spec = SegmenterSpec(classes=("a", "b", "c"), **SPEC)
+    optim = OptimConfig(loss=LossConfig(ce=1.0, dice=1.0, focal=0.5), class_weights=[1.0, 2.0, 3.0])
+    return SegmentationTask(config, spec, optim), painted, None
+
+
+def multilabel() -> tuple:
+    config = ModelConfig(**BACKBONE, out_indices=[0, 1], head="linear")
+    spec = SegmenterSpec(classes=("a", "b"), multilabel=True, **SPEC)
+    return SegmentationTask(config, spec, OptimConfig(loss=LossConfig(dice=1.0))), painted_twice, None
+
+
+def fcos() -> tuple:
+    return _detector(head="fcos"), with_objects, collate_objects
+
+
+def oriented_fcos() -> tuple:
+    return _detector(head="oriented_fcos"), with_objects, collate_objects
+
+
+def _detector(head: str) -> DetectionTask:
+    config = DetectorConfig(
+        **BACKBONE, out_indices=[1], strides=[8], channels=64, head=head, head_kwargs={"num_convs": 1}
+    )
+    return DetectionTask(config, DetectorSpec(classes=("a", "b"), **SPEC), DetectionOptimConfig())
+
+
+POOLED = {"classification": classification, "regression": regression, "slides": slides}
+DENSE = {"segmentation": segmentation, "multilabel": multilabel, "fcos": fcos, "oriented_fcos": oriented_fcos}
+CASES = {**POOLED, **DENSE}
 
 
 def run(case: str, folder: Path, devices: int, strategy: str, num_val: int) -> None:

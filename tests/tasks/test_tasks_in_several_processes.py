@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from several_processes import MONITORS
 
 SCRIPT = Path(__file__).parent / "several_processes.py"
 POOLED = ("classification", "regression", "slides")
@@ -28,6 +29,15 @@ def assert_same(one: dict, two: dict) -> None:
         assert two[case]["scores"] == pytest.approx(expected["scores"], abs=1e-4)
 
 
-def test_weights_of_every_task_can_be_shared_out(tmp_path) -> None:
-    one = trained(tmp_path / "one", 1, "auto", 4, POOLED)
-    assert_same(one, trained(tmp_path / "two", 2, "fsdp2", 4, POOLED))
+def test_weights_of_every_task_can_be_shared_out_and_each_sample_counts_once(tmp_path) -> None:
+    one = trained(tmp_path / "one", 1, "auto", 7, POOLED)
+    assert_same(one, trained(tmp_path / "two", 2, "fsdp2", 7, POOLED))
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
+def test_processes_may_outnumber_what_is_validated_on(tmp_path, strategy) -> None:
+    cases = (*POOLED, "segmentation", "multilabel", "fcos")
+    found = trained(tmp_path / "two", 2, strategy, 1, cases)
+    alone = trained(tmp_path / "one", 1, "auto", 1, POOLED)
+    assert_same(alone, {case: found[case] for case in POOLED})
+    assert all(np.isfinite(each["scores"][MONITORS.get(case, "val/iou")]) for case, each in found.items())
