@@ -91,7 +91,7 @@ class DetectionTask(TrainingTask):
         images, labels = batch
         losses = self.model.losses(images, labels)
         loss = torch.stack(list(losses.values())).sum()
-        shared: dict[str, Any] = {"on_step": False, "on_epoch": True, "batch_size": len(images)}
+        shared: dict[str, Any] = {"on_step": False, "on_epoch": True, "batch_size": len(images), "sync_dist": True}
         self.log("train/loss", loss, prog_bar=True, **shared)
         self.log_dict({f"train/{name}": value for name, value in losses.items()}, **shared)
         return loss

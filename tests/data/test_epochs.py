@@ -11,7 +11,7 @@ from perf_vit.data.epochs import ShareSampler
 def test_processes_validate_on_equally_many_samples_and_each_counts_once(length, world_size, monkeypatch) -> None:
     counted, turns = [], set()
     for rank in range(world_size):
-        monkeypatch.setattr(epochs, "_place", lambda place=(rank, world_size): place)
+        monkeypatch.setattr(epochs, "process_place", lambda place=(rank, world_size): place)
         sampler = ShareSampler(length)
         indices = list(sampler)
         assert len(indices) == len(sampler)
