@@ -6,8 +6,9 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import lightning
-import torch.distributed as dist
 from torch.utils.data import DataLoader, Sampler
+
+from perf_vit.ops.processes import process_place
 
 __all__ = ["EpochDataModule", "EpochLoader", "EpochSampler", "ShareSampler"]
 
@@ -33,27 +34,36 @@ class EpochSampler(Sampler[int]):
         self._num_skipped = num_samples
 
     def __iter__(self) -> Iterator[int]:
-        rank, world_size = _place()
+        rank, world_size = process_place()
         start = self.epoch * self.length
         skipped, self._num_skipped = self._num_skipped, 0
         return iter(range(start + rank, start + len(self) * world_size, world_size)[skipped:])
 
     def __len__(self) -> int:
-        return self.length // _place()[1]
+        return self.length // process_place()[1]
 
 
 class ShareSampler(Sampler[int]):
-    """The samples of a dataset in order, each in one of the processes that validate together."""
+    """The samples of a dataset in order, each in one of the processes that validate together.
+
+    All processes have equally many, since networks whose weights are shared out predict together: those without a
+    sample of their own at the end take the dataset's last one, which doesn't count there.
+    """
 
     def __init__(self, length: int) -> None:
         self.length = length
 
     def __iter__(self) -> Iterator[int]:
-        rank, world_size = _place()
-        return iter(range(rank, self.length, world_size))
+        rank, world_size = process_place()
+        return (min(rank + turn * world_size, self.length - 1) for turn in range(len(self)))
 
     def __len__(self) -> int:
-        rank, world_size = _place()
+        return -(-self.length // process_place()[1])
+
+    @property
+    def num_counted(self) -> int:
+        """How many of this process's samples are its own; they come first."""
+        rank, world_size = process_place()
         return len(range(rank, self.length, world_size))
 
 
@@ -133,10 +143,3 @@ class EpochDataModule(lightning.LightningDataModule):
             self._num_skipped = state_dict["num_batches"]
         else:
             self._loader.num_skipped = state_dict["num_batches"]
-
-
-def _place() -> tuple[int, int]:
-    """(number of this process, how many there are)."""
-    if dist.is_available() and dist.is_initialized():
-        return dist.get_rank(), dist.get_world_size()
-    return 0, 1

@@ -91,15 +91,18 @@ class DetectionTask(TrainingTask):
         images, labels = batch
         losses = self.model.losses(images, labels)
         loss = torch.stack(list(losses.values())).sum()
-        shared: dict[str, Any] = {"on_step": False, "on_epoch": True, "sync_dist": True, "batch_size": len(images)}
+        shared: dict[str, Any] = {"on_step": False, "on_epoch": True, "batch_size": len(images), "sync_dist": True}
         self.log("train/loss", loss, prog_bar=True, **shared)
         self.log_dict({f"train/{name}": value for name, value in losses.items()}, **shared)
         return loss
 
     def validation_step(self, batch: tuple[list[Tensor], list[ObjectLabels]], batch_idx: int) -> None:
         """Detections of one batch."""
-        for image, label in zip(*batch, strict=True):
-            self.val_metrics.update(self(image[None]), [label])
+        num = self.num_counted(batch_idx, len(batch[0]))
+        for index, (image, label) in enumerate(zip(*batch, strict=True)):
+            found = self(image[None])
+            if index < num:
+                self.val_metrics.update(found, [label])
 
     def on_validation_epoch_end(self) -> None:
         """Log average precision, overall, by class and by size, and set the network's score threshold."""

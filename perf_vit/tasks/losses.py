@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from perf_vit.errors import ConfigError
+from perf_vit.ops.processes import mean_normalizer, sum_over_processes
 from perf_vit.types import IGNORE_INDEX
 
 __all__ = [
@@ -50,6 +51,9 @@ class LossConfig:
 class SegmentationLoss(nn.Module):
     """A weighted sum of losses over the pixels that carry a label.
 
+    In training mode the mean over processes is the loss of one process on all their samples, but for Lovasz, which
+    sorts pixels. Each of them must call it.
+
     Args:
         terms: their weights.
         class_weights: one factor a class in cross-entropy and focal loss, None for 1 each. The other terms weigh
@@ -84,7 +88,7 @@ class SegmentationLoss(nn.Module):
         if terms.ce or terms.focal:
             loss = loss + self._by_pixel(logits, labels)
         if terms.dice:
-            loss = loss + terms.dice * soft_dice(logits, labels)
+            loss = loss + terms.dice * soft_dice(logits, labels, over_processes=self.training)
         if terms.lovasz:
             # Without a labelled pixel it is an empty tensor.
             loss = loss + terms.lovasz * self.lovasz(logits, labels).sum()
@@ -97,10 +101,11 @@ class SegmentationLoss(nn.Module):
         keep = labels != IGNORE_INDEX
         if self.class_weights is not None:
             per_pixel = per_pixel * self.class_weights[labels.masked_fill(~keep, 0)]
-        return per_pixel.sum() / keep.sum().clamp(min=1)
+        num_labelled = keep.sum()
+        return per_pixel.sum() / (mean_normalizer(num_labelled) if self.training else num_labelled.clamp(min=1))
 
 
-def soft_dice(logits: Tensor, labels: Tensor) -> Tensor:
+def soft_dice(logits: Tensor, labels: Tensor, *, over_processes: bool = False) -> Tensor:
     """1 - the soft Dice coefficient over the batch, mean over the classes present in it (Milletari et al. 2016, eq. 5).
 
     Beside the probabilities it holds no one-hot labels, which for many classes are larger than all else.
@@ -108,6 +113,7 @@ def soft_dice(logits: Tensor, labels: Tensor) -> Tensor:
     Args:
         logits: [B, K, H, W] float.
         labels: [B, H, W] int64, `IGNORE_INDEX` where there is none.
+        over_processes: count the batches of all processes as one; each of them must call it.
 
     Returns:
         A scalar in [0, 1]; 0 where no pixel carries a label.
@@ -118,7 +124,10 @@ def soft_dice(logits: Tensor, labels: Tensor) -> Tensor:
     present_labels = labels[keep]
     overlap = probs.new_zeros(logits.shape[1]).index_add(0, present_labels, at_label[keep])
     size = present_labels.bincount(minlength=logits.shape[1])
-    dice = 2 * overlap / (probs.square().sum((0, 2, 3)) + size).clamp(min=1e-6)
+    squares = probs.square().sum((0, 2, 3))
+    if over_processes:
+        overlap, squares, size = (sum_over_processes(each) for each in (overlap, squares, size))
+    dice = 2 * overlap / (squares + size).clamp(min=1e-6)
     present = size > 0
     return ((1 - dice) * present).sum() / present.sum().clamp(min=1)
 

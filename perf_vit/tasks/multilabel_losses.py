@@ -9,6 +9,7 @@ from segmentation_models_pytorch.losses import LovaszLoss
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from perf_vit.ops.processes import mean_normalizer, sum_over_processes
 from perf_vit.tasks.losses import LossConfig, check_terms, focal_factor
 from perf_vit.types import IGNORE_INDEX
 
@@ -19,7 +20,7 @@ class MultilabelLoss(nn.Module):
     """A weighted sum of losses over sigmoids, one a class, and the pixels that carry a label for it.
 
     The terms are those of `LossConfig` for two outcomes: binary cross-entropy, soft Dice over the classes present in a
-    batch, focal loss, and the Lovasz hinge of each class.
+    batch, focal loss, and the Lovasz hinge of each class. Of several processes they are as `SegmentationLoss` says.
 
     Args:
         terms: their weights.
@@ -56,7 +57,7 @@ class MultilabelLoss(nn.Module):
         if terms.ce or terms.focal:
             loss = loss + self._by_label(logits, target, keep)
         if terms.dice:
-            loss = loss + terms.dice * _soft_dice(logits, target, keep)
+            loss = loss + terms.dice * _soft_dice(logits, target, keep, over_processes=self.training)
         if terms.lovasz:
             by_class = [self.lovasz(logits[:, k], labels[:, k]) for k in range(logits.shape[1])]
             loss = loss + terms.lovasz * torch.stack(by_class).mean()
@@ -68,12 +69,14 @@ class MultilabelLoss(nn.Module):
         values = (self.terms.ce + self.terms.focal * focal_factor(entropy)) * entropy * keep
         if self.class_weights is not None:
             values = values * self.class_weights
-        return values.sum() / keep.sum().clamp(min=1)
+        num_labelled = keep.sum()
+        return values.sum() / (mean_normalizer(num_labelled) if self.training else num_labelled.clamp(min=1))
 
 
-def _soft_dice(logits: Tensor, target: Tensor, keep: Tensor) -> Tensor:
+def _soft_dice(logits: Tensor, target: Tensor, keep: Tensor, *, over_processes: bool) -> Tensor:
     probs = logits.sigmoid() * keep
-    size = target.sum((0, 2, 3))
-    dice = 2 * (probs * target).sum((0, 2, 3)) / (probs.square().sum((0, 2, 3)) + size).clamp(min=1e-6)
+    sums = [values.sum((0, 2, 3)) for values in (probs * target, probs.square(), target)]
+    overlap, squares, size = (sum_over_processes(each) for each in sums) if over_processes else sums
+    dice = 2 * overlap / (squares + size).clamp(min=1e-6)
     present = size > 0
     return ((1 - dice) * present).sum() / present.sum().clamp(min=1)

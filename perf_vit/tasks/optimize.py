@@ -14,8 +14,9 @@ from timm.scheduler.scheduler import Scheduler
 from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
 
+from perf_vit.data.epochs import ShareSampler
 from perf_vit.errors import ConfigError
-from perf_vit.models import backbone_layers
+from perf_vit.models import backbone_body, backbone_layers
 from perf_vit.tasks.sharding import shard_network
 
 __all__ = ["OptimizerConfig", "TrainingTask", "build_schedule", "parameter_groups", "warmup_cosine"]
@@ -67,15 +68,45 @@ class TrainingTask(lightning.LightningModule):
         self.optim: Any = optim
         self._is_sharded = False
 
+    @property
+    def body(self) -> nn.Module:
+        """The part of the network whose blocks are shared out one by one."""
+        return backbone_body(self.model.backbone)
+
     def configure_model(self) -> None:
         """Share out the weights where the strategy asks for it, once."""
         if self.device_mesh is not None and not self._is_sharded:
-            shard_network(self.model, self.device_mesh["data_parallel"])
+            shard_network(self.model, self.body, self.device_mesh["data_parallel"])
             self._is_sharded = True
 
     def on_fit_start(self) -> None:
         """Put the network into training mode, but for its frozen parts; Lightning leaves the mode as it is."""
         self.model.train()
+
+    def num_counted(self, batch_idx: int, batch_size: int) -> int:
+        """How many samples of a validation batch count, the first ones; see `ShareSampler`.
+
+        Args:
+            batch_idx: number of the batch.
+            batch_size: samples in it.
+        """
+        loader: Any = self.trainer.val_dataloaders
+        sampler = getattr(loader, "sampler", None)
+        if not isinstance(sampler, ShareSampler):
+            return batch_size
+        return max(0, min(batch_size, sampler.num_counted - batch_idx * loader.batch_size))
+
+    def log_counted(self, name: str, mean: Tensor | float, num: int, **options: Any) -> None:
+        """Log a mean over the samples that count, in the end over those of all batches and processes.
+
+        Args:
+            name: of the value.
+            mean: over the batch.
+            num: samples of the batch that count.
+            **options: of Lightning's `log`.
+        """
+        # Over processes, Lightning rounds the mean of whole numbers down.
+        self.log(name, mean, batch_size=float(num), sync_dist=True, **options)
 
     def configure_optimizers(self) -> Any:
         """AdamW and the schedule, stepped with the optimizer."""

@@ -7,7 +7,7 @@ from dataclasses import asdict
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from perf_vit.models import (
@@ -113,14 +113,22 @@ class SceneTask(TrainingTask):
     def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
         """Loss and scores of one batch."""
         image, targets = batch
-        logits = self(image)
-        self.log("val/loss", self.loss(logits, targets), batch_size=len(image), prog_bar=True, sync_dist=True)
+        num = self.num_counted(batch_idx, len(image))
+        logits, targets = self(image)[:num], targets[:num]
+        loss = self.loss(logits, targets) if num else 0.0
+        self.log_counted("val/loss", loss, num, prog_bar=True)
         self.val_metrics.update(self.model.scores(logits), targets)
 
     def on_validation_epoch_end(self) -> None:
         """Log the scores, overall and by class."""
         self.log_dict(logged_scores(self.val_metrics.summary()))
         self.val_metrics.reset()
+
+    @property
+    def body(self) -> nn.Module:
+        """The whole timm model."""
+        network: nn.Module = self.model.network
+        return network
 
     def backbone_layers(self) -> dict[str, int]:
         """The layer of each parameter that is part of neither pooling nor classifier."""

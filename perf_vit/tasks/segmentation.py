@@ -20,6 +20,7 @@ from perf_vit.tasks.losses import LossConfig, SegmentationLoss, check_class_weig
 from perf_vit.tasks.metrics import class_scores, segmentation_metrics
 from perf_vit.tasks.multilabel_losses import MultilabelLoss
 from perf_vit.tasks.optimize import OptimizerConfig, TrainingTask
+from perf_vit.types import IGNORE_INDEX
 
 __all__ = ["OptimConfig", "SegmentationTask"]
 
@@ -79,8 +80,10 @@ class SegmentationTask(TrainingTask):
     def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
         """Loss and metrics of one batch."""
         image, labels = batch
+        num = self.num_counted(batch_idx, len(image))
+        labels[num:] = IGNORE_INDEX
         logits = self(image)
-        self.log("val/loss", self.loss(logits, labels), batch_size=len(image), prog_bar=True, sync_dist=True)
+        self.log_counted("val/loss", self.loss(logits, labels), num, prog_bar=True)
         self.val_metrics.update(self.model.decide(logits), labels)
 
     def on_validation_epoch_end(self) -> None:

@@ -6,7 +6,7 @@ from dataclasses import asdict
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from perf_vit.models import (
@@ -82,16 +82,23 @@ class SlideTask(TrainingTask):
     def validation_step(self, batch: tuple[Tensor, Tensor, Tensor], batch_idx: int) -> None:
         """Loss and scores of one batch."""
         bags, mask, labels = batch
-        logits = self.model(bags, mask)[0]
-        loss = self.loss(logits, labels)
-        self.log("val/loss", loss, batch_size=len(bags), prog_bar=True, sync_dist=True)
-        self.log(SLIDE_MONITOR, -loss, batch_size=len(bags), sync_dist=True)
+        num = self.num_counted(batch_idx, len(bags))
+        logits, labels = self.model(bags, mask)[0][:num], labels[:num]
+        loss = self.loss(logits, labels) if num else 0.0
+        self.log_counted("val/loss", loss, num, prog_bar=True)
+        self.log_counted(SLIDE_MONITOR, -loss, num)
         self.val_metrics.update(logits.float().softmax(dim=1), labels)
 
     def on_validation_epoch_end(self) -> None:
         """Log the scores, overall and by class."""
         self.log_dict(logged_scores(self.val_metrics.summary()))
         self.val_metrics.reset()
+
+    @property
+    def body(self) -> nn.Module:
+        """The encoder."""
+        encoder: nn.Module = self.model.encoder
+        return encoder
 
     def backbone_layers(self) -> dict[str, int]:
         """None: the encoder isn't trained."""

@@ -25,6 +25,7 @@ from perf_vit.models.heads.detection import (
     split_ignored,
     to_detections,
 )
+from perf_vit.ops.processes import mean_normalizer
 from perf_vit.types import Detections, ObjectLabels
 
 __all__ = ["FCOSHead", "match_locations"]
@@ -92,6 +93,8 @@ class FCOSHead(nn.Module):
     def losses(self, features: Sequence[Tensor], labels: Sequence[ObjectLabels]) -> dict[str, Tensor]:
         """Focal, GIoU and centre-ness losses, each divided by the number of locations with an object.
 
+        That number is a mean over processes, all of which must call it.
+
         Args:
             features: one map a stride, [B, in_channels, h, w].
             labels: one an image; locations in ignored objects count in no loss.
@@ -106,8 +109,8 @@ class FCOSHead(nn.Module):
             self._image_losses(objects, ignored, match, cells, {name: value[index] for name, value in outputs.items()})
             for index, ((objects, ignored), match) in enumerate(zip(targets, matched, strict=True))
         ]
-        num_owned = max(1, sum(int((match >= 0).sum()) for match in matched))
-        total = torch.stack([torch.stack(each) for each in parts]).sum(0) / num_owned
+        num_owned = mean_normalizer(torch.stack([(match >= 0).sum() for match in matched]).sum())
+        total = torch.stack([torch.stack(each) for each in parts]).sum(0) / num_owned.item()
         return dict(zip(("classification", "box", "centerness"), total, strict=True))
 
     def detect(self, features: Sequence[Tensor]) -> list[Detections]:

@@ -21,6 +21,7 @@ from perf_vit.models.heads._oriented_targets import (
 )
 from perf_vit.ops.gaussian_boxes import kfiou_loss, probiou_loss
 from perf_vit.ops.oriented_boxes import normalize_oriented, oriented_nms
+from perf_vit.ops.processes import mean_normalizer
 from perf_vit.types import Detections, ObjectLabels
 
 __all__ = ["OrientedFCOSHead"]
@@ -113,6 +114,8 @@ class OrientedFCOSHead(nn.Module):
     def losses(self, features: Sequence[Tensor], labels: Sequence[ObjectLabels]) -> dict[str, Tensor]:
         """Losses of a batch; their sum is what to minimise.
 
+        What they are divided by is a mean over processes, all of which must call it.
+
         Args:
             features: one map a stride, [B, in_channels, h, w].
             labels: with oriented boxes, one an image.
@@ -129,7 +132,7 @@ class OrientedFCOSHead(nn.Module):
         locations = self._locations(features)
         images = [_image_targets(image, locations, self.num_classes) for image in labels]
         owned, counted, classes, targets = (torch.stack(values) for values in zip(*images, strict=True))
-        num_owned = owned.sum().clamp(min=1)
+        num_owned = mean_normalizer(owned.sum())
         one_hot = F.one_hot(classes, self.num_classes + 1)[..., :-1].to(logits.dtype)
         focal = sigmoid_focal_loss(logits, one_hot, reduction="none")[counted].sum() / num_owned
         cells = owned.nonzero()[:, 1]
@@ -138,7 +141,7 @@ class OrientedFCOSHead(nn.Module):
         entropy = F.binary_cross_entropy_with_logits(centerness[owned], central, reduction="sum")
         return {
             "classification": focal,
-            "box": (distances * central).sum() / central.sum().clamp(min=1e-6),
+            "box": (distances * central).sum() / mean_normalizer(central.sum(), least=1e-6),
             "centerness": entropy / num_owned,
         }
 

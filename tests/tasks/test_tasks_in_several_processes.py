@@ -1,0 +1,54 @@
+"""Every task trains and validates in two processes as in one."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from several_processes import MONITORS
+
+SCRIPT = Path(__file__).parent / "several_processes.py"
+DENSE = ("segmentation", "multilabel", "fcos", "oriented_fcos")
+POOLED = ("classification", "regression", "slides")
+
+
+def trained(folder: Path, devices: int, strategy: str, num_val: int, cases: tuple[str, ...]) -> dict:
+    folder.mkdir()
+    command = [sys.executable, SCRIPT, folder, devices, strategy, num_val, *cases]
+    # What waits for another process waits for ever.
+    done = subprocess.run(list(map(str, command)), capture_output=True, text=True, check=False, timeout=150)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return {case: json.loads((folder / f"{case}.json").read_text()) for case in cases}
+
+
+def assert_same(one: dict, two: dict, scores: bool = True) -> None:
+    for case, expected in one.items():
+        assert np.ptp(expected["losses"]) > 0.01
+        np.testing.assert_allclose(two[case]["losses"], expected["losses"], rtol=0, atol=1e-5, err_msg=case)
+        if scores:
+            assert two[case]["scores"] == pytest.approx(expected["scores"], abs=1e-4)
+
+
+def test_weights_of_every_task_can_be_shared_out_and_each_sample_counts_once(tmp_path) -> None:
+    one = trained(tmp_path / "one", 1, "auto", 7, POOLED)
+    assert_same(one, trained(tmp_path / "two", 2, "fsdp2", 7, POOLED))
+
+
+@pytest.fixture(scope="module")
+def dense_in_one(tmp_path_factory) -> dict:
+    return trained(tmp_path_factory.mktemp("dense") / "one", 1, "auto", 7, DENSE)
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
+def test_unequal_shares_of_what_is_labelled_count_as_in_one_process(tmp_path, dense_in_one, strategy) -> None:
+    # Of losses in validation each process has the mean of its batches.
+    assert_same(dense_in_one, trained(tmp_path / "two", 2, strategy, 7, DENSE), scores=False)
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
+def test_processes_may_outnumber_what_is_validated_on(tmp_path, strategy) -> None:
+    cases = ("slides", "segmentation", "fcos")
+    found = trained(tmp_path / "two", 2, strategy, 1, cases)
+    assert all(np.isfinite(each["scores"][MONITORS.get(case, "val/iou")]) for case, each in found.items())
