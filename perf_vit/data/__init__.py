@@ -3,6 +3,7 @@
 from perf_vit.data.augmenting import AugmentConfig
 from perf_vit.data.build import DataConfig, RegionConfig, build_datamodule, label_options, region_window
 from perf_vit.data.class_pixels import count_class_pixels
+from perf_vit.data.class_places import find_class_pixels
 from perf_vit.data.crops import UnlabelledCrops, find_images
 from perf_vit.data.crops_datamodule import CropsConfig, CropsDataModule, build_crops
 from perf_vit.data.datamodule import WindowDataModule
@@ -39,16 +40,19 @@ from perf_vit.data.slide_bags import SlideBags, SlideTargets, collate_bags, read
 from perf_vit.data.slide_windows import tissue_windows
 from perf_vit.data.slides_datamodule import SlideBagModule, SlideDataConfig, read_slides
 from perf_vit.data.synthetic import ShipScene, make_ship_scene
+from perf_vit.data.window_places import ClassPlaces, GridPlaces
 from perf_vit.data.windows import GridWindows, LabelledSource, RandomWindows
 
 __all__ = [
     "LABEL_FORMATS",
     "AugmentConfig",
+    "ClassPlaces",
     "ClassificationDataConfig",
     "CropsConfig",
     "CropsDataModule",
     "DataConfig",
     "EmbeddingStore",
+    "GridPlaces",
     "GridWindows",
     "ImageRecord",
     "ImageSplitConfig",
@@ -86,6 +90,7 @@ __all__ = [
     "collate_bags",
     "collate_objects",
     "count_class_pixels",
+    "find_class_pixels",
     "find_images",
     "label_options",
     "make_places",

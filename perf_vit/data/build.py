@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from perf_vit.data.augmenting import AugmentConfig, check_augment, make_stain_jitter, pixel_side, pixel_sides
 from perf_vit.data.band_statistics import given_normalizer
-from perf_vit.data.class_pixels import count_class_pixels
+from perf_vit.data.class_pixels import count_labelled_pixels
+from perf_vit.data.class_places import find_class_pixels
 from perf_vit.data.datamodule import WindowDataModule
-from perf_vit.data.windows import GridWindows, LabelledSource, RandomWindows
+from perf_vit.data.window_places import SAMPLERS, ClassPlaces, GridPlaces, WindowPlaces
+from perf_vit.data.windows import GridWindows, LabelledSource, RandomWindows, window_px
 from perf_vit.errors import ConfigError, DataWarning, InputError
 from perf_vit.io import RasterSource, SlideSource, open_labels, open_raster, open_source, warn_of_polygons_beside
 from perf_vit.transforms import Augmentation, Normalizer
@@ -68,7 +70,9 @@ class DataConfig:
             A pretrained backbone may want those of its own training.
         std: standard deviation of each band; goes with `mean`.
         tile_px: side of a tile, in pixels; a multiple of the backbone's patch size.
-        tiles_per_epoch: random training tiles an epoch.
+        sampler: where training tiles lie: random (anywhere), balanced (a class is drawn, each as often as the others,
+            and then one of its pixels, which lies anywhere in the tile) or grid (every tile of a grid once an epoch).
+        tiles_per_epoch: training tiles an epoch; a grid has as many as cover the regions.
         batch_size: tiles a step.
         num_workers: loader processes; 0 loads in the training process.
         augment: applied to training tiles.
@@ -92,14 +96,23 @@ class DataConfig:
     mean: list[float] | None = None
     std: list[float] | None = None
     tile_px: int = 512
+    sampler: str = "random"
     tiles_per_epoch: int = 200
     batch_size: int = 4
     num_workers: int = 0
     augment: AugmentConfig = field(default_factory=AugmentConfig)
 
 
-def build_datamodule(config: DataConfig, seed: int) -> WindowDataModule:
+def build_datamodule(
+    config: DataConfig, seed: int, on_window: Callable[[int, int], None] | None = None
+) -> WindowDataModule:
     """Open the rasters and their labels and measure the bands' statistics where they aren't given.
+
+    Args:
+        config: what to open.
+        seed: decides tiles and augmentation.
+        on_window: called with windows done and all of them while pixels of the classes are looked for, for the
+            sampler balanced.
 
     Raises:
         ConfigError: values that don't fit each other.
@@ -121,8 +134,9 @@ def build_datamodule(config: DataConfig, seed: int) -> WindowDataModule:
     _check_labelled(rasters, config, "train")
     _check_labelled([val], config, "val")
     warn_of_polygons_beside(one.labels for one in (*rasters, val))
-    for some, part in ((rasters, "train"), ([val], "val")):
-        _warn_of_absent_classes(some, config, part)
+    places = _make_places(rasters, config, sides, seed, on_window)
+    _warn_of_absent_classes(rasters, config, "train", places)
+    _warn_of_absent_classes([val], config, "val")
     normalizer = given_normalizer(config.mean, config.std, rasters[0].source.num_bands) or _measured(rasters)
     augmentation = Augmentation(
         flips=config.augment.flips,
@@ -137,11 +151,12 @@ def build_datamodule(config: DataConfig, seed: int) -> WindowDataModule:
             normalizer,
             augmentation,
             tile_px=config.tile_px,
-            length=config.tiles_per_epoch,
+            length=len(places) if isinstance(places, GridPlaces) else config.tiles_per_epoch,
             seed=seed,
             stain=stain,
             resolution=config.augment.resolution,
             pixel_sides=sides,
+            places=places,
         ),
         GridWindows(val, normalizer, tile_px=config.tile_px),
         classes=tuple(config.classes),
@@ -178,6 +193,28 @@ def region_window(region: list[int] | None, source: Source, key: str) -> Window:
 
 def _measured(rasters: list[LabelledSource]) -> Normalizer:
     return Normalizer.from_images([one.source.read_reduced(_STATISTICS_PX, one.region) for one in rasters])
+
+
+def _make_places(
+    rasters: Sequence[LabelledSource],
+    config: DataConfig,
+    sides: Sequence[float] | None,
+    seed: int,
+    on_window: Callable[[int, int], None] | None,
+) -> WindowPlaces | None:
+    """Where the config's sampler lays windows; None for anywhere."""
+    regions = [one.region for one in rasters]
+    if config.sampler == "grid":
+        bounds = config.augment.resolution
+        # Of tiles with pixels of several sizes, those of the middle one cover the regions.
+        side = None if bounds is None else math.sqrt(math.prod(bounds))
+        each = [None] * len(regions) if sides is None else list(sides)
+        return GridPlaces(regions, [window_px(config.tile_px, side, own) for own in each], seed)
+    if config.sampler == "balanced":
+        num_classes = len(config.classes)
+        pixels = find_class_pixels(rasters, num_classes, multilabel=config.multilabel, seed=seed, on_window=on_window)
+        return ClassPlaces(regions, pixels)
+    return None
 
 
 def label_options(config: DataConfig) -> dict[str, Any]:
@@ -265,18 +302,22 @@ def _check_labelled(sources: Sequence[LabelledSource], config: DataConfig, part:
         )
 
 
-def _warn_of_absent_classes(sources: Sequence[LabelledSource], config: DataConfig, part: str) -> None:
+def _warn_of_absent_classes(
+    sources: Sequence[LabelledSource], config: DataConfig, part: str, places: WindowPlaces | None = None
+) -> None:
     """Tell of classes that no pixel was found of; where there are many pixels, some windows stand for all."""
-    if config.multilabel:
-        # A pixel's label is a set of classes then.
-        return
-    pixels = count_class_pixels(sources, len(config.classes), max_windows=_WINDOWS_LOOKED_AT)
+    if isinstance(places, ClassPlaces):
+        pixels, among = places.num_pixels[: len(config.classes)], f"all labelled ones of data.{part}"
+    else:
+        pixels, labelled = count_labelled_pixels(sources, len(config.classes), max_windows=_WINDOWS_LOOKED_AT)
+        # Where labels are few and far between, none may have been looked at.
+        if not labelled:
+            return
+        among = f"{labelled:,} labelled ones of data.{part} that were looked at"
     absent = [name for name, count in zip(config.classes, pixels, strict=True) if not count]
-    # Where labels are few and far between, none may have been looked at.
-    if absent and sum(pixels):
+    if absent:
         warnings.warn(
-            f"{len(absent)} of {len(pixels)} classes have no pixel among {sum(pixels):,} labelled ones of data.{part} "
-            f"that were looked at: {', '.join(absent)}",
+            f"{len(absent)} of {len(pixels)} classes have no pixel among {among}: {', '.join(absent)}",
             DataWarning,
             stacklevel=3,
         )
@@ -288,6 +329,8 @@ def _check(config: DataConfig) -> None:
         raise ConfigError("data.slide_mpp and data.tissue are for slides, which need data.mpp; give it, such as 0.5")
     if config.mpp is not None and (config.nodata is not None or config.resolution is not None):
         raise ConfigError("data.nodata and data.resolution are for rasters, data.mpp for slides; leave one out")
+    if config.sampler not in SAMPLERS:
+        raise ConfigError(f"data.sampler must be one of {', '.join(SAMPLERS)}, got {config.sampler}")
     num_classes = len(config.classes)
     least_classes = 1 if config.multilabel else 2
     if not least_classes <= num_classes <= IGNORE_INDEX:
@@ -296,6 +339,8 @@ def _check(config: DataConfig) -> None:
         raise ConfigError(f"data.values must give one value a class, got {len(config.values)} for {num_classes}")
     if config.background is not None and not 0 <= config.background < num_classes:
         raise ConfigError(f"data.background must be a class index below {num_classes}, got {config.background}")
-    for key, least in (("tile_px", 1), ("tiles_per_epoch", config.batch_size), ("batch_size", 1), ("num_workers", 0)):
+    # A grid doesn't look at the number of tiles.
+    least_tiles = 0 if config.sampler == "grid" else config.batch_size
+    for key, least in (("tile_px", 1), ("tiles_per_epoch", least_tiles), ("batch_size", 1), ("num_workers", 0)):
         if getattr(config, key) < least:
             raise ConfigError(f"data.{key} must be at least {least}, got {getattr(config, key)}")

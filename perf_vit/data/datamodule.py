@@ -6,6 +6,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from perf_vit.data.epochs import EpochDataModule, ShareSampler
+from perf_vit.data.window_places import GridPlaces
 from perf_vit.data.windows import GridWindows, RandomWindows
 from perf_vit.transforms import Normalizer
 
@@ -13,7 +14,7 @@ __all__ = ["WindowDataModule"]
 
 
 class WindowDataModule(EpochDataModule):
-    """Random windows to train on, grid windows to validate on.
+    """Augmented windows to train on, grid windows to validate on.
 
     Attributes:
         classes: names, in the order of the class indices.
@@ -42,8 +43,13 @@ class WindowDataModule(EpochDataModule):
         self.num_workers = num_workers
 
     def train_dataloader(self) -> DataLoader[tuple[Tensor, Tensor]]:
-        """Augmented tiles, a new set each epoch; a last smaller batch is dropped (batch statistics)."""
-        return self.train_loader(self.train, batch_size=self.batch_size, num_workers=self.num_workers)
+        """Augmented tiles, a new set each epoch; a last smaller batch is dropped (batch statistics), but of a grid."""
+        return self.train_loader(
+            self.train,
+            batch_size=self.batch_size,
+            num_workers=self.num_workers,
+            drop_last=not isinstance(self.train.places, GridPlaces),
+        )
 
     def val_dataloader(self) -> DataLoader[tuple[Tensor, Tensor]]:
         """The validation region's tiles, in order."""
