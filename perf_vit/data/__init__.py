@@ -1,7 +1,7 @@
 """Training data as standardised tiles: windows of labelled sources and of images with objects; unlabelled crops."""
 
 from perf_vit.data.augmenting import AugmentConfig
-from perf_vit.data.build import DataConfig, RegionConfig, build_datamodule, label_options, region_window
+from perf_vit.data.build import build_datamodule
 from perf_vit.data.class_pixels import count_class_pixels
 from perf_vit.data.class_places import find_class_pixels
 from perf_vit.data.crops import UnlabelledCrops, find_images
@@ -9,6 +9,7 @@ from perf_vit.data.crops_datamodule import CropsConfig, CropsDataModule, build_c
 from perf_vit.data.datamodule import WindowDataModule
 from perf_vit.data.embeddings import EmbeddingStore, SlideFeatures
 from perf_vit.data.image_targets import ImageTargets
+from perf_vit.data.label_folders import find_label_pairs, is_labelled_folder
 from perf_vit.data.labels import (
     LABEL_FORMATS,
     ImageRecord,
@@ -26,6 +27,7 @@ from perf_vit.data.objects_datamodule import (
     build_object_datamodule,
     read_names,
 )
+from perf_vit.data.open_labelled import region_window
 from perf_vit.data.scenes import SceneImages, SceneTiles, SceneViews, middle_window, scene_tile
 from perf_vit.data.scenes_datamodule import (
     ClassificationDataConfig,
@@ -40,6 +42,7 @@ from perf_vit.data.slide_bags import SlideBags, SlideTargets, collate_bags, read
 from perf_vit.data.slide_windows import tissue_windows
 from perf_vit.data.slides_datamodule import SlideBagModule, SlideDataConfig, read_slides
 from perf_vit.data.synthetic import ShipScene, make_ship_scene
+from perf_vit.data.window_config import DataConfig, RegionConfig, label_options
 from perf_vit.data.window_places import ClassPlaces, GridPlaces
 from perf_vit.data.windows import GridWindows, LabelledSource, RandomWindows
 
@@ -92,6 +95,8 @@ __all__ = [
     "count_class_pixels",
     "find_class_pixels",
     "find_images",
+    "find_label_pairs",
+    "is_labelled_folder",
     "label_options",
     "make_places",
     "make_ship_scene",

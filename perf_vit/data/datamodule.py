@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+from typing import TypeAlias
+
 from torch import Tensor
-from torch.utils.data import DataLoader
+from torch.utils.data import ConcatDataset, DataLoader
 
 from perf_vit.data.epochs import EpochDataModule, ShareSampler
 from perf_vit.data.window_places import GridPlaces
 from perf_vit.data.windows import GridWindows, RandomWindows
 from perf_vit.transforms import Normalizer
 
-__all__ = ["WindowDataModule"]
+__all__ = ["Grids", "WindowDataModule"]
+
+Grids: TypeAlias = GridWindows | ConcatDataset[tuple[Tensor, Tensor]]
+"""The tiles of one source, or of several."""
 
 
 class WindowDataModule(EpochDataModule):
@@ -25,7 +30,7 @@ class WindowDataModule(EpochDataModule):
     def __init__(
         self,
         train: RandomWindows,
-        val: GridWindows,
+        val: Grids,
         *,
         classes: tuple[str, ...],
         normalizer: Normalizer,
@@ -52,7 +57,7 @@ class WindowDataModule(EpochDataModule):
         )
 
     def val_dataloader(self) -> DataLoader[tuple[Tensor, Tensor]]:
-        """The validation region's tiles, in order."""
+        """The validation regions' tiles, in order."""
         return DataLoader(
             self.val, batch_size=self.batch_size, sampler=ShareSampler(len(self.val)), num_workers=self.num_workers
         )

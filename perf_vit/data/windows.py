@@ -23,11 +23,19 @@ __all__ = ["GridWindows", "LabelledSource", "RandomWindows"]
 
 @dataclass(frozen=True, slots=True)
 class LabelledSource:
-    """A source, its labels on the same pixel grid, and the part of both that may be used."""
+    """A source, its labels on the same pixel grid, and the part of both that may be used.
+
+    Attributes:
+        source: the pixels.
+        labels: on the same grid.
+        region: the part of both.
+        keep_open: leave the source's file open after a read; there may be more sources than a process may hold open.
+    """
 
     source: Source
     labels: LabelSource
     region: Window
+    keep_open: bool = True
 
     def has_labels(self, tile_px: int, seed: int = 0) -> bool:
         """Whether any pixel is valid and labelled.
@@ -39,7 +47,7 @@ class LabelledSource:
             window = windows[index]
             labelled = (self.labels.read(window) != IGNORE_INDEX) & _inside(self.region, window)
             # Most windows without labels are known from the labels alone.
-            if labelled.any() and (self.source.read(window).valid & labelled).any():
+            if labelled.any() and (self._pixels(window).valid & labelled).any():
                 return True
         return False
 
@@ -50,7 +58,7 @@ class LabelledSource:
 
     def read_image(self, window: Window) -> tuple[GeoImage, LabelArray]:
         """As `read`, with the pixels as the source has them."""
-        image = self.source.read(window)
+        image = self._pixels(window)
         return image, self._labels_where(image.valid, window, self.labels.read(window))
 
     def read_labels(self, window: Window) -> LabelArray:
@@ -58,7 +66,22 @@ class LabelledSource:
         labels = self.labels.read(window)
         if (labels == IGNORE_INDEX).all():
             return labels
-        return self._labels_where(self.source.read(window).valid, window, labels)
+        return self._labels_where(self._pixels(window).valid, window, labels)
+
+    def read_reduced(self, max_size_px: int) -> GeoImage:
+        """Pixels of the region at lower resolution, for statistics."""
+        image = self.source.read_reduced(max_size_px, self.region)
+        self._release()
+        return image
+
+    def _pixels(self, window: Window) -> GeoImage:
+        image = self.source.read(window)
+        self._release()
+        return image
+
+    def _release(self) -> None:
+        if not self.keep_open:
+            self.source.close()
 
     def _labels_where(self, valid: BoolArray, window: Window, labels: LabelArray) -> LabelArray:
         usable = valid & _inside(self.region, window)

@@ -10,7 +10,10 @@ import typer
 __all__ = ["BatchSize", "Checkpoint", "Device", "Input", "Mpp", "Overlap", "Precision", "SlideMpp", "WindowSize"]
 
 Checkpoint = Annotated[Path, typer.Option(help="A .ckpt file that `perf-vit train` wrote.")]
-Input = Annotated[Path, typer.Option("--input", help="The raster; for a detector, an image or a folder of them.")]
+Input = Annotated[
+    Path,
+    typer.Option("--input", help="The raster, or a folder of images; of a detector, an image or a folder of them."),
+]
 WindowSize = Annotated[int | None, typer.Option(help="Side of a window in pixels; the training tile's by default.")]
 Overlap = Annotated[int | None, typer.Option(help="Pixels that neighbours share; a quarter window by default.")]
 BatchSize = Annotated[int, typer.Option(help="Windows a forward pass.", min=1)]

@@ -188,8 +188,8 @@ def evaluate(
     labels: Annotated[
         Path | None,
         typer.Option(
-            help="A mask raster or a vector file, as in training; labels of objects; a CSV of images or slides, which "
-            "folders by class do without."
+            help="A mask raster or a vector file, as in training, or a folder of them for a folder of images; labels "
+            "of objects; a CSV of images or slides, which folders by class do without."
         ),
     ] = None,
     json: Annotated[
