@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -63,6 +63,8 @@ def evaluate_raster(
     *,
     region: Sequence[int] | None = None,
     with_curves: bool = False,
+    slide_mpp: float | None = None,
+    tissue: str | None = None,
     **engine: Any,
 ) -> tuple[list[ClassScores], SegmentationCurves | None]:
     """Score the blended prediction of a raster against labels, read as in training; each pixel counts once.
@@ -75,6 +77,8 @@ def evaluate_raster(
         labels: a mask or polygons, or a folder of them.
         region: row, column, height, width of the part to score.
         with_curves: also measure curves and the confusion matrix.
+        slide_mpp: micrometres per pixel of level 0 of slides, instead of what the model was trained with.
+        tissue: "otsu" or a GeoJSON file of outlines, likewise; pixels of glass are not scored then.
         **engine: options of the prediction.
 
     Raises:
@@ -86,7 +90,10 @@ def evaluate_raster(
     is_folder = is_labelled_folder(image, labels)
     if is_folder and region is not None:
         raise ConfigError(f"--region is a part of one raster, and {image} is a folder; leave it out")
-    labelled = _open_folder(model, image, labels) if is_folder else [_open_labelled(model, image, labels)]
+    given = {name: value for name, value in (("slide_mpp", slide_mpp), ("tissue", tissue)) if value is not None}
+    if given and spec.mpp is None:
+        raise ConfigError("--slide-mpp and --tissue are for slides, and this model is one of rasters; leave them out")
+    labelled = (_open_folder if is_folder else _open_one)(model, image, labels, given)
     engine = _engine(model, **engine)
     metrics = segmentation_metrics(len(spec.classes), multilabel=spec.multilabel)
     # A confusion matrix is of classes that exclude each other.
@@ -143,14 +150,14 @@ def write_scores(scores: Sequence[ClassScores], path: Path, curves: Segmentation
         raise OutputError(f"can't write {path}: {error.strerror}") from error
 
 
-def _open_labelled(model: Segmenter, image: Path, labels: Path) -> _Labelled:
-    source = _open_image(model, image)
+def _open_one(model: Segmenter, image: Path, labels: Path, given: Mapping[str, Any]) -> list[_Labelled]:
+    source = _open_image(model, image, given)
     truth = open_labels(labels, source, **_label_options(model))
     warn_of_polygons_beside([truth])
-    return source, truth
+    return [(source, truth)]
 
 
-def _open_folder(model: Segmenter, images: Path, labels: Path) -> list[_Labelled]:
+def _open_folder(model: Segmenter, images: Path, labels: Path, given: Mapping[str, Any]) -> list[_Labelled]:
     """All images of a folder, closed, and their labels.
 
     Raises:
@@ -159,7 +166,7 @@ def _open_folder(model: Segmenter, images: Path, labels: Path) -> list[_Labelled
     pairs = find_label_pairs(images, labels)
     sources = []
     for image, _ in pairs:
-        sources.append(_open_image(model, image))
+        sources.append(_open_image(model, image, given))
         sources[-1].close()
     num_bands = len(model.spec.normalizer.mean)
     others = [source for source in sources if source.num_bands != num_bands]
@@ -178,11 +185,12 @@ def _label_options(model: Segmenter) -> dict[str, Any]:
     return {"classes": spec.classes, "multilabel": spec.multilabel, **spec.label_options}
 
 
-def _open_image(model: Segmenter, image: Path) -> RasterSource | SlideSource:
+def _open_image(model: Segmenter, image: Path, given: Mapping[str, Any]) -> RasterSource | SlideSource:
+    """An image as the model was trained on; `given` options of slides go before those of training."""
     spec = model.spec
     if spec.mpp is None:
         return open_raster(image, bands=spec.bands, nodata=spec.nodata, resolution=spec.resolution)
-    source = open_for(model, image)
+    source = open_for(model, image, **{"slide_mpp": spec.slide_mpp, "tissue": spec.tissue, **given})
     # A raster refuses mpp.
     assert isinstance(source, SlideSource)
     return source

@@ -52,5 +52,8 @@ def _spec(config: SegmentationRun, data: WindowDataModule) -> SegmenterSpec:
         resolution=config.data.resolution,
         multilabel=config.data.multilabel,
         mpp=config.data.mpp,
+        slide_mpp=config.data.slide_mpp,
+        # Outlines are those of one slide.
+        tissue="otsu" if config.data.tissue == "otsu" else None,
         label_options=label_options(config.data),
     )

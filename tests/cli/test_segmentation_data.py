@@ -95,3 +95,9 @@ def test_training_takes_each_sampler(trained, tmp_path, capsys, sampler) -> None
     assert call(args) == 0
     assert ("looking for pixels of the classes" in capsys.readouterr().err) == (sampler == "balanced")
     assert f"sampler: {sampler}" in (tmp_path / "run" / "config.yaml").read_text()
+
+
+def test_options_of_slides_are_refused_for_a_model_of_rasters(photos, run, tmp_path, capsys) -> None:
+    for option in (["--slide-mpp", "0.5"], ["--tissue", "otsu"]):
+        assert evaluate(run, photos / "images", photos / "masks", tmp_path / "s.json", *option) == 2
+        assert "--slide-mpp and --tissue are for slides" in capsys.readouterr().err

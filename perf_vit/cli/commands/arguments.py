@@ -7,7 +7,18 @@ from typing import Annotated
 
 import typer
 
-__all__ = ["BatchSize", "Checkpoint", "Device", "Input", "Mpp", "Overlap", "Precision", "SlideMpp", "WindowSize"]
+__all__ = [
+    "BatchSize",
+    "Checkpoint",
+    "Device",
+    "Input",
+    "Mpp",
+    "Overlap",
+    "Precision",
+    "SlideMpp",
+    "Tissue",
+    "WindowSize",
+]
 
 Checkpoint = Annotated[Path, typer.Option(help="A .ckpt file that `perf-vit train` wrote.")]
 Input = Annotated[
@@ -20,4 +31,5 @@ BatchSize = Annotated[int, typer.Option(help="Windows a forward pass.", min=1)]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, mps.")]
 Mpp = Annotated[float | None, typer.Option(help="Micrometres per pixel to read slides at.")]
 SlideMpp = Annotated[float | None, typer.Option(help="Of a slide's level 0, where the file doesn't say.")]
+Tissue = Annotated[str | None, typer.Option(help="Only the tissue of slides: otsu, or a GeoJSON file of polygons.")]
 Precision = Annotated[str, typer.Option(help="32, bf16 or 16.")]
