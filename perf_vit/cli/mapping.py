@@ -3,18 +3,27 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
+from torchmetrics import MetricCollection
 
 from perf_vit.cli.console import mean_over_present, print_damage, windows_progress
 from perf_vit.cli.segmentation_maps import SegmentationMaps, on_device, open_for, resolved_precision
-from perf_vit.data import region_window
-from perf_vit.errors import OutputError
-from perf_vit.inference import MapInput, OutputKind, class_probabilities, segment_strips
-from perf_vit.io import RasterSource, SlideSource, open_labels, open_raster, warn_of_polygons_beside
+from perf_vit.data import find_label_pairs, is_labelled_folder, region_window
+from perf_vit.errors import ConfigError, InputError, OutputError
+from perf_vit.inference import MapInput, OutputKind, Strip, class_probabilities, segment_strips
+from perf_vit.io import (
+    LabelFiles,
+    LabelSource,
+    RasterSource,
+    SlideSource,
+    open_labels,
+    open_raster,
+    warn_of_polygons_beside,
+)
 from perf_vit.models import Segmenter, load_segmenter
 from perf_vit.tasks import (
     ClassScores,
@@ -26,6 +35,8 @@ from perf_vit.tasks import (
 from perf_vit.types import IGNORE_INDEX
 
 __all__ = ["evaluate_raster", "predict_raster", "write_scores"]
+
+_Labelled: TypeAlias = tuple[RasterSource | SlideSource, LabelSource]
 
 
 def predict_raster(
@@ -52,36 +63,69 @@ def evaluate_raster(
     *,
     region: Sequence[int] | None = None,
     with_curves: bool = False,
+    slide_mpp: float | None = None,
+    tissue: str | None = None,
     **engine: Any,
 ) -> tuple[list[ClassScores], SegmentationCurves | None]:
     """Score the blended prediction of a raster against labels, read as in training; each pixel counts once.
 
+    Of a folder of images with a folder of labels, all pixels of all images count together.
+
     Args:
         checkpoint: that `perf-vit train` wrote.
-        image: the raster.
-        labels: a mask or polygons.
+        image: the raster, or a folder of images.
+        labels: a mask or polygons, or a folder of them.
         region: row, column, height, width of the part to score.
         with_curves: also measure curves and the confusion matrix.
+        slide_mpp: micrometres per pixel of level 0 of slides, instead of what the model was trained with.
+        tissue: "otsu" or a GeoJSON file of outlines, likewise; pixels of glass are not scored then.
         **engine: options of the prediction.
+
+    Raises:
+        ConfigError: a region that doesn't fit.
+        InputError: files that can't be read or don't fit each other or the model.
     """
     model = load_segmenter(checkpoint)
-    source = _open_labelled(model, image)
     spec = model.spec
-    truth = open_labels(labels, source, classes=spec.classes, multilabel=spec.multilabel, **spec.label_options)
-    warn_of_polygons_beside([truth])
-    extent = region_window(None if region is None else list(region), source, "--region")
+    is_folder = is_labelled_folder(image, labels)
+    if is_folder and region is not None:
+        raise ConfigError(f"--region is a part of one raster, and {image} is a folder; leave it out")
+    given = {name: value for name, value in (("slide_mpp", slide_mpp), ("tissue", tissue)) if value is not None}
+    if given and spec.mpp is None:
+        raise ConfigError("--slide-mpp and --tissue are for slides, and this model is one of rasters; leave them out")
+    labelled = (_open_folder if is_folder else _open_one)(model, image, labels, given)
+    engine = _engine(model, **engine)
     metrics = segmentation_metrics(len(spec.classes), multilabel=spec.multilabel)
     # A confusion matrix is of classes that exclude each other.
     curves = SegmentationCurves(spec.classes) if with_curves and not spec.multilabel else None
-    with windows_progress(f"evaluating {image.name}") as on_window:
-        for strip in segment_strips(model, source, extent=extent, on_window=on_window, **_engine(model, **engine)):
-            expected = truth.read(strip.window)
-            expected[..., ~strip.valid] = IGNORE_INDEX
-            predicted = model.decide(torch.from_numpy(strip.scores)[None])
-            metrics.update(predicted, torch.from_numpy(expected).long()[None])
-            if curves is not None:
-                curves.update(class_probabilities(strip), expected)
+    with windows_progress(f"evaluating {image.name}", "images" if is_folder else "windows") as on_done:
+        if not is_folder:
+            engine["on_window"] = on_done
+        for number, (source, truth) in enumerate(labelled, 1):
+            extent = region_window(None if region is None else list(region), source, "--region")
+            strips = segment_strips(model, source, extent=extent, **engine)
+            _count(model, strips, truth, metrics, curves)
+            if is_folder:
+                source.close()
+                on_done(number, len(labelled))
     return class_scores(metrics, spec.classes), curves
+
+
+def _count(
+    model: Segmenter,
+    strips: Iterable[Strip],
+    truth: LabelSource,
+    metrics: MetricCollection,
+    curves: SegmentationCurves | None,
+) -> None:
+    """Add the pixels of an image to metrics and curves."""
+    for strip in strips:
+        expected = truth.read(strip.window)
+        expected[..., ~strip.valid] = IGNORE_INDEX
+        predicted = model.decide(torch.from_numpy(strip.scores)[None])
+        metrics.update(predicted, torch.from_numpy(expected).long()[None])
+        if curves is not None:
+            curves.update(class_probabilities(strip), expected)
 
 
 def write_scores(scores: Sequence[ClassScores], path: Path, curves: SegmentationCurves | None = None) -> None:
@@ -106,11 +150,47 @@ def write_scores(scores: Sequence[ClassScores], path: Path, curves: Segmentation
         raise OutputError(f"can't write {path}: {error.strerror}") from error
 
 
-def _open_labelled(model: Segmenter, image: Path) -> RasterSource | SlideSource:
+def _open_one(model: Segmenter, image: Path, labels: Path, given: Mapping[str, Any]) -> list[_Labelled]:
+    source = _open_image(model, image, given)
+    truth = open_labels(labels, source, **_label_options(model))
+    warn_of_polygons_beside([truth])
+    return [(source, truth)]
+
+
+def _open_folder(model: Segmenter, images: Path, labels: Path, given: Mapping[str, Any]) -> list[_Labelled]:
+    """All images of a folder, closed, and their labels.
+
+    Raises:
+        InputError: images with other bands than the model's.
+    """
+    pairs = find_label_pairs(images, labels)
+    sources = []
+    for image, _ in pairs:
+        sources.append(_open_image(model, image, given))
+        sources[-1].close()
+    num_bands = len(model.spec.normalizer.mean)
+    others = [source for source in sources if source.num_bands != num_bands]
+    if others:
+        raise InputError(
+            f"{len(others)} of {len(sources)} images in {images} have another number of bands than the model, "
+            f"{num_bands}: the first, {others[0].path}, has {others[0].num_bands}"
+        )
+    files = LabelFiles([file for _, file in pairs], sources, **_label_options(model))
+    files.look()
+    return [(source, files[index]) for index, source in enumerate(sources)]
+
+
+def _label_options(model: Segmenter) -> dict[str, Any]:
+    spec = model.spec
+    return {"classes": spec.classes, "multilabel": spec.multilabel, **spec.label_options}
+
+
+def _open_image(model: Segmenter, image: Path, given: Mapping[str, Any]) -> RasterSource | SlideSource:
+    """An image as the model was trained on; `given` options of slides go before those of training."""
     spec = model.spec
     if spec.mpp is None:
         return open_raster(image, bands=spec.bands, nodata=spec.nodata, resolution=spec.resolution)
-    source = open_for(model, image)
+    source = open_for(model, image, **{"slide_mpp": spec.slide_mpp, "tissue": spec.tissue, **given})
     # A raster refuses mpp.
     assert isinstance(source, SlideSource)
     return source

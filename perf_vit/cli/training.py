@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from perf_vit.cli.class_weights import with_measured_weights
+from perf_vit.cli.console import windows_progress
 from perf_vit.cli.run_folder import RunFolder
 from perf_vit.cli.schemas import SegmentationRun
 from perf_vit.data import WindowDataModule, build_datamodule, label_options
@@ -26,12 +27,19 @@ def train_segmentation(config: SegmentationRun, *, progress: bool = True) -> Pat
         PerfVitError: a config, input or output that doesn't fit.
     """
     run = RunFolder(config)
-    data = build_datamodule(config.data, config.seed)
+    data = _build_data(config)
     optim = with_measured_weights(config.optim, data, multilabel=config.data.multilabel)
     task = SegmentationTask(config.model, _spec(config, data), optim)
     trainer = build_trainer(config.trainer, run.path, progress=progress, draw=draw_segmentation, seed=config.seed)
     run.fit(trainer, task, data)
     return run.best
+
+
+def _build_data(config: SegmentationRun) -> WindowDataModule:
+    if config.data.sampler != "balanced":
+        return build_datamodule(config.data, config.seed)
+    with windows_progress("looking for pixels of the classes") as on_window:
+        return build_datamodule(config.data, config.seed, on_window)
 
 
 def _spec(config: SegmentationRun, data: WindowDataModule) -> SegmenterSpec:
@@ -44,5 +52,8 @@ def _spec(config: SegmentationRun, data: WindowDataModule) -> SegmenterSpec:
         resolution=config.data.resolution,
         multilabel=config.data.multilabel,
         mpp=config.data.mpp,
+        slide_mpp=config.data.slide_mpp,
+        # Outlines are those of one slide.
+        tissue="otsu" if config.data.tissue == "otsu" else None,
         label_options=label_options(config.data),
     )

@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+from typing import TypeAlias
+
 from torch import Tensor
-from torch.utils.data import DataLoader
+from torch.utils.data import ConcatDataset, DataLoader
 
 from perf_vit.data.epochs import EpochDataModule, ShareSampler
+from perf_vit.data.window_places import GridPlaces
 from perf_vit.data.windows import GridWindows, RandomWindows
 from perf_vit.transforms import Normalizer
 
-__all__ = ["WindowDataModule"]
+__all__ = ["Grids", "WindowDataModule"]
+
+Grids: TypeAlias = GridWindows | ConcatDataset[tuple[Tensor, Tensor]]
+"""The tiles of one source, or of several."""
 
 
 class WindowDataModule(EpochDataModule):
-    """Random windows to train on, grid windows to validate on.
+    """Augmented windows to train on, grid windows to validate on.
 
     Attributes:
         classes: names, in the order of the class indices.
@@ -24,7 +30,7 @@ class WindowDataModule(EpochDataModule):
     def __init__(
         self,
         train: RandomWindows,
-        val: GridWindows,
+        val: Grids,
         *,
         classes: tuple[str, ...],
         normalizer: Normalizer,
@@ -42,11 +48,16 @@ class WindowDataModule(EpochDataModule):
         self.num_workers = num_workers
 
     def train_dataloader(self) -> DataLoader[tuple[Tensor, Tensor]]:
-        """Augmented tiles, a new set each epoch; a last smaller batch is dropped (batch statistics)."""
-        return self.train_loader(self.train, batch_size=self.batch_size, num_workers=self.num_workers)
+        """Augmented tiles, a new set each epoch; a last smaller batch is dropped (batch statistics), but of a grid."""
+        return self.train_loader(
+            self.train,
+            batch_size=self.batch_size,
+            num_workers=self.num_workers,
+            drop_last=not isinstance(self.train.places, GridPlaces),
+        )
 
     def val_dataloader(self) -> DataLoader[tuple[Tensor, Tensor]]:
-        """The validation region's tiles, in order."""
+        """The validation regions' tiles, in order."""
         return DataLoader(
             self.val, batch_size=self.batch_size, sampler=ShareSampler(len(self.val)), num_workers=self.num_workers
         )

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from perf_vit.data.augmenting import draw_log_uniform
+from perf_vit.data.window_places import WindowPlaces
 from perf_vit.io import LabelSource
 from perf_vit.tiling import grid_windows, random_window
 from perf_vit.transforms import Augmentation, Normalizer, StainJitter, resize_with_labels
@@ -22,11 +23,19 @@ __all__ = ["GridWindows", "LabelledSource", "RandomWindows"]
 
 @dataclass(frozen=True, slots=True)
 class LabelledSource:
-    """A source, its labels on the same pixel grid, and the part of both that may be used."""
+    """A source, its labels on the same pixel grid, and the part of both that may be used.
+
+    Attributes:
+        source: the pixels.
+        labels: on the same grid.
+        region: the part of both.
+        keep_open: leave the source's file open after a read; there may be more sources than a process may hold open.
+    """
 
     source: Source
     labels: LabelSource
     region: Window
+    keep_open: bool = True
 
     def has_labels(self, tile_px: int, seed: int = 0) -> bool:
         """Whether any pixel is valid and labelled.
@@ -38,7 +47,7 @@ class LabelledSource:
             window = windows[index]
             labelled = (self.labels.read(window) != IGNORE_INDEX) & _inside(self.region, window)
             # Most windows without labels are known from the labels alone.
-            if labelled.any() and (self.source.read(window).valid & labelled).any():
+            if labelled.any() and (self._pixels(window).valid & labelled).any():
                 return True
         return False
 
@@ -49,16 +58,34 @@ class LabelledSource:
 
     def read_image(self, window: Window) -> tuple[GeoImage, LabelArray]:
         """As `read`, with the pixels as the source has them."""
-        image = self.source.read(window)
-        return image, self._labels_where(image.valid, window)
+        image = self._pixels(window)
+        return image, self._labels_where(image.valid, window, self.labels.read(window))
 
     def read_labels(self, window: Window) -> LabelArray:
-        """The labels of `read`."""
-        return self._labels_where(self.source.read(window).valid, window)
+        """The labels of `read`; where there are none, the pixels are not looked at."""
+        labels = self.labels.read(window)
+        if (labels == IGNORE_INDEX).all():
+            return labels
+        return self._labels_where(self._pixels(window).valid, window, labels)
 
-    def _labels_where(self, valid: BoolArray, window: Window) -> LabelArray:
+    def read_reduced(self, max_size_px: int) -> GeoImage:
+        """Pixels of the region at lower resolution, for statistics."""
+        image = self.source.read_reduced(max_size_px, self.region)
+        self._release()
+        return image
+
+    def _pixels(self, window: Window) -> GeoImage:
+        image = self.source.read(window)
+        self._release()
+        return image
+
+    def _release(self) -> None:
+        if not self.keep_open:
+            self.source.close()
+
+    def _labels_where(self, valid: BoolArray, window: Window, labels: LabelArray) -> LabelArray:
         usable = valid & _inside(self.region, window)
-        return np.where(usable, self.labels.read(window), np.uint8(IGNORE_INDEX))
+        return np.where(usable, labels, np.uint8(IGNORE_INDEX))
 
 
 def _inside(region: Window, window: Window) -> npt.NDArray[np.bool_]:
@@ -70,9 +97,9 @@ def _inside(region: Window, window: Window) -> npt.NDArray[np.bool_]:
 
 
 class RandomWindows(Dataset[tuple[Tensor, Tensor]]):
-    """Tiles at random places; item `i` of epoch `e` is a function of (seed, e * length + i) alone.
+    """Tiles at random places, or where `places` says; item `i` of epoch `e` is a function of (seed, e * length + i).
 
-    A window without a single labelled pixel is drawn anew, up to ten times.
+    A random window without a single labelled pixel is drawn anew, up to ten times.
 
     Args:
         sources: where tiles come from, each in proportion to its pixels.
@@ -85,6 +112,7 @@ class RandomWindows(Dataset[tuple[Tensor, Tensor]]):
         resolution: (smallest, largest) side of a tile's pixel, in the unit of `pixel_sides`. A window of another size
             than a tile is read then and resized, so it uncovers nothing.
         pixel_sides: side of a pixel of each source; needed with `resolution`.
+        places: of the windows; anywhere if None.
     """
 
     def __init__(
@@ -99,6 +127,7 @@ class RandomWindows(Dataset[tuple[Tensor, Tensor]]):
         stain: StainJitter | None = None,
         resolution: tuple[float, float] | None = None,
         pixel_sides: Sequence[float] | None = None,
+        places: WindowPlaces | None = None,
     ) -> None:
         self.sources = tuple(sources)
         areas = [float(source.region.height * source.region.width) for source in self.sources]
@@ -111,6 +140,7 @@ class RandomWindows(Dataset[tuple[Tensor, Tensor]]):
         self.stain = stain
         self.resolution = resolution
         self.pixel_sides = pixel_sides
+        self.places = places
 
     def __len__(self) -> int:
         return self.length
@@ -120,11 +150,9 @@ class RandomWindows(Dataset[tuple[Tensor, Tensor]]):
         rng = np.random.default_rng((self.seed, index))
         side = None if self.resolution is None else draw_log_uniform(self.resolution, rng)
         for _ in range(10):
-            chosen = self._choose(rng)
-            source = self.sources[chosen]
-            window = random_window(source.region, self._window_px(chosen, side), rng)
-            image, labels = source.read_image(window)
-            if (labels != IGNORE_INDEX).any():
+            chosen, window = self._draw(index, rng, side)
+            image, labels = self.sources[chosen].read_image(window)
+            if self.places is not None or (labels != IGNORE_INDEX).any():
                 break
         if self.stain is not None:
             image = self.stain(image, int(rng.integers(2**31)))
@@ -132,16 +160,27 @@ class RandomWindows(Dataset[tuple[Tensor, Tensor]]):
         pixels, labels = self.augmentation(pixels, labels, seed=int(rng.integers(2**31)))
         return torch.from_numpy(pixels), torch.from_numpy(labels).long()
 
+    def _draw(self, index: int, rng: np.random.Generator, side: float | None) -> tuple[int, Window]:
+        """Index of a source and a window of it."""
+        if self.places is not None:
+            return self.places.draw(index, rng, lambda source: self._window_px(source, side))
+        chosen = self._choose(rng)
+        return chosen, random_window(self.sources[chosen].region, self._window_px(chosen, side), rng)
+
     def _window_px(self, source: int, side: float | None) -> int:
-        """How many pixels of a source a tile with pixels of this side takes."""
-        if side is None:
-            return self.tile_px
-        assert self.pixel_sides is not None
-        return max(1, round(self.tile_px * side / self.pixel_sides[source]))
+        return window_px(self.tile_px, side, None if self.pixel_sides is None else self.pixel_sides[source])
 
     def _choose(self, rng: np.random.Generator) -> int:
         # One source takes no draw, so its windows are the same as ever.
         return 0 if len(self.sources) == 1 else int(np.searchsorted(self._shares, rng.random(), side="right"))
+
+
+def window_px(tile_px: int, side: float | None, pixel_side: float | None) -> int:
+    """How many pixels of a source a tile takes whose pixels have this side; None for the source's own."""
+    if side is None:
+        return tile_px
+    assert pixel_side is not None
+    return max(1, round(tile_px * side / pixel_side))
 
 
 class GridWindows(Dataset[tuple[Tensor, Tensor]]):

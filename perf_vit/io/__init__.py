@@ -1,11 +1,12 @@
 """Sources, labels and outputs: rasters read and written window by window."""
 
 from perf_vit.io._gdal import bounded_cache
-from perf_vit.io._label_vector import warn_of_polygons_beside
+from perf_vit.io._label_vector import is_vector_name, warn_of_polygons_beside
 from perf_vit.io._staging import staged
 from perf_vit.io.cog import write_cog
 from perf_vit.io.describe import SourceInfo, describe_source
 from perf_vit.io.existing import holds_layout
+from perf_vit.io.label_files import LabelFiles, PairedLabels
 from perf_vit.io.labels import LabelSource, open_labels
 from perf_vit.io.layout import RasterLayout
 from perf_vit.io.mosaic import MosaicSource
@@ -22,8 +23,10 @@ from perf_vit.io.writers import CogWriter
 
 __all__ = [
     "CogWriter",
+    "LabelFiles",
     "LabelSource",
     "MosaicSource",
+    "PairedLabels",
     "PolygonFile",
     "RasterLayout",
     "RasterSource",
@@ -36,6 +39,7 @@ __all__ = [
     "describe_source",
     "holds_layout",
     "is_ome_tiff_name",
+    "is_vector_name",
     "natural_bands",
     "open_labels",
     "open_raster",

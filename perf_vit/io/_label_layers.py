@@ -30,12 +30,23 @@ class RasterLayers:
         source: gives the grid.
         num_classes: bands expected.
         classes: the values to ignore.
+        paired: labels without CRS lie on the source's pixels, if there are as many.
+        spot_check: read some windows at once.
 
     Raises:
         InputError: another number of bands, another grid, or a value other than 0 and 1.
     """
 
-    def __init__(self, labels: RasterSource, source: RasterSource, num_classes: int, classes: LabelClasses) -> None:
+    def __init__(
+        self,
+        labels: RasterSource,
+        source: RasterSource,
+        num_classes: int,
+        classes: LabelClasses,
+        *,
+        paired: bool = False,
+        spot_check: bool = True,
+    ) -> None:
         self._path = labels.path
         self._extent = source.extent
         # Bands are read as they are: GDAL takes the fourth of four bytes for transparency.
@@ -43,14 +54,14 @@ class RasterLayers:
         dataset = self._dataset.get()
         if dataset.count != num_classes:
             raise InputError(f"expected one band a class in {self._path}, {num_classes}, got {dataset.count} bands")
-        if not same_grid(labels, source):
+        if not same_grid(labels, source, paired=paired):
             raise InputError(
                 f"label bands must lie on the pixel grid of {source.path}, {source.height} rows x {source.width} "
                 f"columns; warp {self._path} to it (gdalwarp -r near -te ... -ts ...)"
             )
         nodata = [] if dataset.nodata is None or dataset.nodata in (0, 1) else [dataset.nodata]
         self._values = LabelClasses(None, (0, 1), (*classes.ignore_values, *nodata), explicit=True)
-        for window in spots(self._extent):
+        for window in spots(self._extent) if spot_check else ():
             # A value that is no label should come to light before the training does.
             self.read(window)
 
@@ -69,6 +80,10 @@ class RasterLayers:
             for layer, band in zip(layers, pixels, strict=True):
                 layer[shared.slices_in(window)] = self._values.indices_of(band, everywhere, self._path)
         return layers
+
+    def close(self) -> None:
+        """Close this thread's file handle; a later read opens it again."""
+        self._dataset.close()
 
 
 class VectorLayers(VectorLabels):

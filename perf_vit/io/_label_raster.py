@@ -31,18 +31,28 @@ class RasterLabels:
         labels: the mask raster.
         source: gives the grid to read on.
         classes: label values to class indices.
+        paired: labels without CRS lie on the source's pixels, if there are as many.
+        spot_check: read some windows at once.
 
     Raises:
         InputError: labels and source don't fit each other, or the labels hold a value that is no class.
     """
 
-    def __init__(self, labels: RasterSource, source: RasterSource, classes: LabelClasses) -> None:
+    def __init__(
+        self,
+        labels: RasterSource,
+        source: RasterSource,
+        classes: LabelClasses,
+        *,
+        paired: bool = False,
+        spot_check: bool = True,
+    ) -> None:
         self._labels = labels
         self._extent = source.extent
         self._classes = classes
         _check_values(labels, classes)
-        self._warped = None if same_grid(labels, source) else _warped(labels, source)
-        for window in spots(self._extent):
+        self._warped = None if same_grid(labels, source, paired=paired) else _warped(labels, source)
+        for window in spots(self._extent) if spot_check else ():
             # A value that is no class should come to light before the training does.
             self.read(window)
 
@@ -58,6 +68,12 @@ class RasterLabels:
             pixels, valid = self._read_inside(shared)
             indices[shared.slices_in(window)] = self._classes.indices_of(pixels, valid, self._labels.path)
         return indices
+
+    def close(self) -> None:
+        """Close this thread's file handles; a later read opens them again."""
+        self._labels.close()
+        if self._warped is not None:
+            self._warped.close()
 
     def _read_inside(self, window: Window) -> tuple[npt.NDArray[Any], BoolArray]:
         if self._warped is None:
@@ -79,8 +95,10 @@ def _check_values(labels: RasterSource, classes: LabelClasses) -> None:
         )
 
 
-def same_grid(labels: RasterSource, source: RasterSource) -> bool:
-    """Whether two rasters have the same pixels."""
+def same_grid(labels: RasterSource, source: RasterSource, *, paired: bool = False) -> bool:
+    """Whether two rasters have the same pixels; of a pair, labels without CRS do if they have as many."""
+    if paired and labels.crs is None:
+        return labels.size == source.size
     if labels.size != source.size or labels.crs != source.crs:
         return False
     if source.crs is None:

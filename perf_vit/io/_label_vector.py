@@ -20,7 +20,7 @@ from rasterio.features import rasterize
 from perf_vit.errors import DataWarning, InputError
 from perf_vit.io._gdal import reason_of
 from perf_vit.io._label_classes import LabelClasses
-from perf_vit.io._placing import check_both_placed, check_on_slide, check_overlap
+from perf_vit.io._placing import check_both_placed, check_on_pixels, check_on_slide, check_overlap
 from perf_vit.io.raster import RasterSource
 from perf_vit.io.slide import SlideSource
 from perf_vit.types import IGNORE_INDEX, LabelArray, Window
@@ -50,6 +50,7 @@ class VectorLabels:
         classes: attribute values to class indices.
         attribute: column of class names or values; None makes every polygon class 1.
         background: class index under no polygon, None for `IGNORE_INDEX`.
+        paired: on a source without CRS, coordinates are its pixels.
 
     Attributes:
         path: the vector file.
@@ -67,8 +68,11 @@ class VectorLabels:
         classes: LabelClasses,
         attribute: str | None,
         background: int | None,
+        *,
+        paired: bool = False,
     ) -> None:
-        frame = _read_polygons(path, source, attribute, required=background is None)
+        in_pixels = paired and not isinstance(source, SlideSource) and source.crs is None
+        frame = _read_polygons(path, source, attribute, required=background is None, in_pixels=in_pixels)
         self._classes = classes
         self._num_classes = len(classes.values)
         if attribute is None:
@@ -77,9 +81,7 @@ class VectorLabels:
             codes = _codes(path, frame, classes, attribute)
         # Parts of a multipolygon are found one by one, so far islands are not burnt.
         parts, owners = shapely.get_parts(_mended(frame.geometry.to_numpy()), return_index=True)
-        # Polygons of a slide are in pixels of its level 0, as QuPath has them.
-        transform = Affine.scale(*source.downsample_xy) if isinstance(source, SlideSource) else source.transform
-        self._polygons = to_pixels(parts, transform)
+        self._polygons = to_pixels(parts, _to_coordinates(source, in_pixels=in_pixels))
         self._codes = codes[owners]
         self._tree = shapely.STRtree(self._polygons)
         self._extent = source.extent
@@ -99,6 +101,9 @@ class VectorLabels:
         if shared is not None:
             indices[shared.slices_in(window)] = self._burn(shared)
         return indices
+
+    def close(self) -> None:
+        """Nothing is open: the polygons are in memory."""
 
     def _burn(self, window: Window) -> LabelArray:
         hits = self._hits(window)
@@ -131,6 +136,14 @@ class VectorLabels:
         return np.ones(num_features, np.uint8)
 
 
+def _to_coordinates(source: RasterSource | SlideSource, *, in_pixels: bool) -> Affine:
+    """From a source's pixels to the coordinates of its polygons."""
+    if isinstance(source, SlideSource):
+        # As QuPath has them, in pixels of level 0.
+        return Affine.scale(*source.downsample_xy)
+    return Affine.identity() if in_pixels else source.transform
+
+
 def warn_of_polygons_beside(labels: Iterable[object]) -> None:
     """Tell of polygons that lie on none of the sources which their file labels, once a file."""
     of_files: dict[str, list[VectorLabels]] = {}
@@ -155,10 +168,12 @@ def opens_as_vector(path: str) -> bool:
         return False
 
 
-def _read_polygons(path: str, source: RasterSource | SlideSource, attribute: str | None, *, required: bool) -> Any:
+def _read_polygons(
+    path: str, source: RasterSource | SlideSource, attribute: str | None, *, required: bool, in_pixels: bool
+) -> Any:
     """Polygons of the file in the source's CRS, or in pixels of a slide's level 0, with the attribute's column."""
     frame = read_features(path, attribute)
-    if not isinstance(source, SlideSource):
+    if not isinstance(source, SlideSource) and not in_pixels:
         check_both_placed(source, path, frame.crs)
     other = sorted(set(frame.geom_type) - {"Polygon", "MultiPolygon"})
     if other:
@@ -171,6 +186,9 @@ def _read_polygons(path: str, source: RasterSource | SlideSource, attribute: str
     _warn_of_flat(frame, path)
     if isinstance(source, SlideSource):
         check_on_slide(source, path, tuple(frame.total_bounds))
+        return frame
+    if in_pixels:
+        check_on_pixels(source, path, tuple(frame.total_bounds))
         return frame
     frame = frame.to_crs(source.crs.to_wkt())
     # What has no place in the source's projection can't lie on the source.

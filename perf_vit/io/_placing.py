@@ -11,7 +11,7 @@ from perf_vit.io._gdal import crs_name
 from perf_vit.io.raster import Bounds, RasterSource
 from perf_vit.io.slide import SlideSource
 
-__all__ = ["check_both_placed", "check_on_slide", "check_overlap", "reproject_bounds"]
+__all__ = ["check_both_placed", "check_on_pixels", "check_on_slide", "check_overlap", "reproject_bounds"]
 
 
 def check_both_placed(source: RasterSource, path: str, crs: Any) -> None:
@@ -68,6 +68,25 @@ def check_on_slide(source: SlideSource, path: str, bounds: Bounds) -> None:
     raise InputError(
         f"labels {path} don't overlap {source.path}: they cover {_span(bounds)}, the slide {width} x {height} pixels "
         "of level 0; labels of slides are in these pixels, as QuPath exports them"
+    )
+
+
+def check_on_pixels(source: RasterSource, path: str, bounds: Bounds) -> None:
+    """Refuse labels in pixels that lie wholly beside an image.
+
+    Args:
+        source: the image, without CRS.
+        path: the labels' name in errors.
+        bounds: of the labels, in pixels.
+
+    Raises:
+        InputError: both don't meet.
+    """
+    if bounds[0] < source.width and bounds[2] > 0 and bounds[1] < source.height and bounds[3] > 0:
+        return
+    raise InputError(
+        f"labels {path} don't overlap {source.path}: they cover {_span(bounds)}, the image {source.width} x "
+        f"{source.height} pixels; it has no CRS, so labels must be in its pixels, or assign it one"
     )
 
 

@@ -34,6 +34,9 @@ class LabelSource(Protocol):
             InputError: the file is damaged there, or holds a value that is no class.
         """
 
+    def close(self) -> None:
+        """Close this thread's file handles; a later read opens them again."""
+
 
 def open_labels(
     path: str | Path,
@@ -45,6 +48,8 @@ def open_labels(
     ignore_values: Sequence[float] = (),
     background: int | None = 0,
     multilabel: bool = False,
+    paired: bool = False,
+    spot_check: bool = True,
 ) -> LabelSource:
     """Open the labels of a raster: a mask raster or polygons, in any CRS and on any grid; or polygons on a slide.
 
@@ -61,6 +66,9 @@ def open_labels(
         background: class index of the pixels under no polygon, None where polygons are only samples.
         multilabel: several classes may be true at a pixel: layers from overlapping polygons, or from the bands of a
             raster of 0 and 1 on the source's grid. Then `background` only tells whether no polygon means 0.
+        paired: the labels are those of this image alone: a mask without CRS lies on its pixels, and where the image has
+            none, coordinates of polygons are its pixels.
+        spot_check: read some windows of a mask at once, so that values that are no class come to light.
 
     Raises:
         InputError: the file can't be read, has no place on the source, or holds what is no class.
@@ -72,7 +80,7 @@ def open_labels(
         raise InputError(f"background must be a class index below {len(mapping.values)}, got {background}")
     from_vector = VectorLayers if multilabel else VectorLabels
     if is_vector_name(name):
-        return from_vector(name, source, mapping, attribute, background)
+        return from_vector(name, source, mapping, attribute, background, paired=paired)
     if isinstance(source, SlideSource):
         raise InputError(f"labels of the slide {source.path} must be polygons, such as QuPath's GeoJSON; got {name}")
     try:
@@ -80,7 +88,8 @@ def open_labels(
     except InputError:
         if not opens_as_vector(name):
             raise
-        return from_vector(name, source, mapping, attribute, background)
+        return from_vector(name, source, mapping, attribute, background, paired=paired)
+    options = {"paired": paired, "spot_check": spot_check}
     if multilabel:
-        return RasterLayers(mask, source, len(mapping.values), mapping)
-    return RasterLabels(mask, source, mapping)
+        return RasterLayers(mask, source, len(mapping.values), mapping, **options)
+    return RasterLabels(mask, source, mapping, **options)

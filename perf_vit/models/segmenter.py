@@ -31,6 +31,8 @@ class SegmenterSpec:
         resolution: side of a pixel that rasters are read at, in units of their CRS, None for their own.
         multilabel: each class is true or not by itself; its scores are logits of a sigmoid, not of a softmax.
         mpp: micrometres per pixel that slides are read at, None for a model of rasters.
+        slide_mpp: of level 0 of the slides that it was trained on, where their files don't say.
+        tissue: "otsu" for a model that was trained on tissue alone.
         label_options: how its label files are read, as keyword arguments of `perf_vit.io.open_labels`.
     """
 
@@ -42,13 +44,16 @@ class SegmenterSpec:
     resolution: float | None = None
     multilabel: bool = False
     mpp: float | None = None
+    slide_mpp: float | None = None
+    tissue: str | None = None
     label_options: dict[str, Any] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, for a checkpoint."""
         values = asdict(self)
         values["normalizer"] = self.normalizer.to_dict()
-        return values
+        # Models without them keep their id.
+        return {k: v for k, v in values.items() if v is not None or k not in ("slide_mpp", "tissue")}
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> SegmenterSpec:
@@ -63,6 +68,8 @@ class SegmenterSpec:
             # Checkpoints without it are older.
             multilabel=values.get("multilabel", False),
             mpp=values.get("mpp"),
+            slide_mpp=values.get("slide_mpp"),
+            tissue=values.get("tissue"),
             label_options=values["label_options"],
         )
 

@@ -1,4 +1,4 @@
-"""Windows of one size over a part of a source: a grid that covers it, or a random one inside it."""
+"""Windows of one size over a part of a source: a grid that covers it, or random ones inside it."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import numpy as np
 from perf_vit.errors import PerfVitError
 from perf_vit.types import Window
 
-__all__ = ["grid_windows", "random_window"]
+__all__ = ["grid_windows", "random_window", "random_window_holding"]
 
 
 def grid_windows(extent: Window, window_size: int, overlap: int) -> list[Window]:
@@ -52,6 +52,32 @@ def random_window(extent: Window, window_size: int, rng: np.random.Generator) ->
     row = extent.row + int(rng.integers(max(1, extent.height - window_size + 1)))
     col = extent.col + int(rng.integers(max(1, extent.width - window_size + 1)))
     return Window(row, col, window_size, window_size)
+
+
+def random_window_holding(extent: Window, row: int, col: int, window_size: int, rng: np.random.Generator) -> Window:
+    """Draw a square window that holds a pixel, every such place inside the extent with the same probability.
+
+    Along an axis shorter than a window there is one place: the extent's start.
+
+    Args:
+        extent: the pixels to stay inside.
+        row: of the pixel, inside the extent.
+        col: of the pixel, inside the extent.
+        window_size: side of the window, in pixels.
+        rng: decides the place.
+
+    Raises:
+        PerfVitError: a window size below 1.
+    """
+    _check_size(window_size)
+    first_row = _start_holding(row, extent.row, extent.height, window_size, rng)
+    first_col = _start_holding(col, extent.col, extent.width, window_size, rng)
+    return Window(first_row, first_col, window_size, window_size)
+
+
+def _start_holding(pixel: int, start: int, length: int, size: int, rng: np.random.Generator) -> int:
+    last = start + max(0, length - size)
+    return int(rng.integers(min(max(start, pixel - size + 1), last), min(pixel, last) + 1))
 
 
 def _starts(start: int, length: int, size: int, stride: int) -> list[int]:

@@ -9,7 +9,8 @@ from command_line import call
 
 from perf_vit.data.synthetic_slide import make_slide
 from perf_vit.io import open_source
-from perf_vit.models import load_detector, load_segmenter
+from perf_vit.models import SegmenterSpec, load_detector, load_segmenter
+from perf_vit.transforms import Normalizer
 
 MODEL = "backbone: performer_vit_tiny_patch16_224\n  backbone_kwargs: {depth: 1, embed_dim: 64, num_heads: 2}"
 SEGMENTATION = f"""
@@ -74,6 +75,35 @@ def test_a_map_is_trained_scored_and_predicted_at_the_mpp_of_the_config(slide, t
     assert pixels == [160 * 200 - 80 * 40, 80 * 40]
     assert call(["predict", *options, "--output", mapped]) == 0
     assert open_source(mapped).size == (160, 200)
+
+
+def test_a_segmenter_is_scored_on_slides_as_it_was_trained(slide, tmp_path, capsys) -> None:
+    # Half of it is glass, and the file doesn't say how large its pixels are.
+    bare = make_slide(tmp_path / "bare.tif", 320, 400, mpp=None, tile_px=64, tissue_share=0.4)
+    labels, out = slide.with_suffix(".geojson"), tmp_path / "run"
+    files = [f"data.{part}={{image: {bare}, labels: {labels}}}" for part in ("train", "val")]
+    options = ["data.slide_mpp=0.5", "data.tissue=otsu"]
+    assert call(["train", slide.with_name("segmentation.yaml"), *files, *options, f"out={out}"]) == 0
+    checkpoint, report = out / "checkpoints" / "best.ckpt", tmp_path / "scores.json"
+    spec = load_segmenter(checkpoint).spec
+    assert (spec.slide_mpp, spec.tissue) == (0.5, "otsu")
+
+    def num_pixels(*given: str) -> int:
+        files = ["--input", bare, "--labels", labels, "--json", report]
+        assert call(["evaluate", "--checkpoint", checkpoint, *files, *given]) == 0
+        return sum(each["num_pixels"] for each in json.loads(report.read_text())["classes"])
+
+    tissue = open_source(bare, mpp=1.0, slide_mpp=0.5, tissue="otsu")
+    assert num_pixels() == int(tissue.read(tissue.extent).valid.sum()) < 160 * 200
+    assert num_pixels("--tissue", str(labels)) == 80 * 40
+    coarse = open_source(bare, mpp=1.0, slide_mpp=0.25, tissue="otsu")
+    assert num_pixels("--slide-mpp", "0.25") == int(coarse.read(coarse.extent).valid.sum())
+
+
+def test_specs_without_the_reading_of_slides_are_read_as_before() -> None:
+    spec = SegmenterSpec(classes=("a", "b"), normalizer=Normalizer((0.0,), (1.0,)), tile_px=32)
+    assert not {"slide_mpp", "tissue"} & spec.to_dict().keys()
+    assert SegmenterSpec.from_dict(spec.to_dict()) == spec
 
 
 def test_objects_are_trained_and_found_at_the_mpp_of_the_config(slide, tmp_path) -> None:

@@ -192,6 +192,11 @@ def test_label_values_that_are_no_class(trained, tmp_path, refused) -> None:
     assert "255" in message
 
 
+def test_unknown_sampler(trained, tmp_path, refused) -> None:
+    message = refused(train_args(trained.scene, tmp_path / "out", "data.sampler=even"))
+    assert "data.sampler must be one of random, balanced, grid, got even" in message
+
+
 def test_unknown_option_and_command(capsys) -> None:
     assert call(["predict", "--checkpiont", "x"]) == 2
     assert call(["predcit"]) == 2

@@ -14,7 +14,7 @@ import shapely
 from PIL import Image
 from preparing import ROOT, load_prepare
 
-from perf_vit.data import read_object_labels, read_slide_table
+from perf_vit.data import find_label_pairs, read_object_labels, read_slide_table
 from perf_vit.errors import InputError
 
 NAMES = sorted(path.parent.name for path in ROOT.glob("*/prepare.py"))
@@ -162,6 +162,9 @@ def test_spacenet_labels_get_their_images_names(tmp_path, make_scene, capsys) ->
     prepare = load_prepare("spacenet").prepare
     prepare(source, tmp_path / "out")
     assert "2 images, 1 buildings, 1 without" in capsys.readouterr().out
+    pairs = find_label_pairs(source / "RGB-PanSharpen", tmp_path / "out" / "labels")
+    assert [image.stem for image, _ in pairs] == [labels.stem for _, labels in pairs]
+    assert len(pairs) == 2
     labels.unlink()
     with pytest.raises(InputError, match=r"has no labels .*img25"):
         prepare(source, tmp_path / "out")

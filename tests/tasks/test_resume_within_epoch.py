@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+from functools import partial
 
 import numpy as np
 import pytest
@@ -89,10 +90,9 @@ def segmentation(tmp_path_factory):
     scene = make_ship_scene(tmp_path_factory.mktemp("scene"), seed=0, size_px=128, num_targets=8)
     region = RegionConfig(image=str(scene.image), labels=str(scene.labels))
 
-    def build(num_workers: int):
-        data = build_datamodule(
-            DataConfig(train=region, val=region, classes=["sea", "ship"], num_workers=num_workers, **TILES), seed=0
-        )
+    def build(num_workers: int, **options):
+        given = {**TILES, "num_workers": num_workers, **options}
+        data = build_datamodule(DataConfig(train=region, val=region, classes=["sea", "ship"], **given), seed=0)
         spec = SegmenterSpec(classes=data.classes, normalizer=data.normalizer, tile_px=data.tile_px)
         model = ModelConfig(**VIT, out_indices=[0, 1], head="linear")
         return data, SegmentationTask(model, spec, OptimConfig(layer_decay=0.8)), {"draw": draw_segmentation}
@@ -227,6 +227,27 @@ def test_a_run_killed_inside_an_epoch_ends_in_the_same_weights(
     assert after == seen[8:]
     for part in ("state_dict", "current_model_state", "averaging_state", "optimizer_states", "lr_schedulers"):
         assert_equal(whole[part], resumed[part], part)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"sampler": "balanced"},
+        {"sampler": "grid", "tile_px": 64, "batch_size": 1},
+        {"sampler": "grid", "batch_size": 3},
+    ],
+)
+def test_every_sampler_of_maps_goes_on_where_it_was(segmentation, options, tmp_path) -> None:
+    build = partial(segmentation, **options)
+    seen, whole = fit(build, tmp_path / "whole")
+    # Killed inside the second epoch, which has tiles and an order of its own.
+    kill_at = len(seen) // 2 + 3
+    before, _ = fit(build, tmp_path / "killed", num_workers=2, kill_at=kill_at)
+    assert before == seen[:kill_at]
+    after, resumed = fit(build, tmp_path / "killed", num_workers=2, resume=True)
+    assert after == seen[-len(after) :]
+    assert len(after) < len(seen) // 2
+    assert_equal(whole["state_dict"], resumed["state_dict"])
 
 
 @pytest.mark.parametrize(("kill_at", "gone_on_from"), [(3, 2), (5, 5), (7, 6)])

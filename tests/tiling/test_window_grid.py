@@ -4,7 +4,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from perf_vit.errors import PerfVitError
-from perf_vit.tiling import grid_windows, hann_weights, random_window
+from perf_vit.tiling import grid_windows, hann_weights, random_window, random_window_holding
 from perf_vit.types import Window
 
 extents = st.builds(Window, st.integers(-5, 40), st.integers(-5, 40), st.integers(1, 90), st.integers(1, 90))
@@ -59,6 +59,23 @@ def test_random_windows_reach_every_place() -> None:
     rng = np.random.default_rng(0)
     places = {(w.row, w.col) for w in (random_window(Window(2, 3, 5, 6), 4, rng) for _ in range(500))}
     assert places == {(r, c) for r in (2, 3) for c in (3, 4, 5)}
+
+
+@given(extent=extents, size=st.integers(1, 40), row=st.floats(0, 1), col=st.floats(0, 1), seed=st.integers(0, 99))
+def test_windows_that_hold_a_pixel_stay_inside(extent: Window, size: int, row: float, col: float, seed: int) -> None:
+    pixel = extent.row + round(row * (extent.height - 1)), extent.col + round(col * (extent.width - 1))
+    window = random_window_holding(extent, *pixel, size, np.random.default_rng(seed))
+    assert window.shape == (size, size)
+    inside = window.intersect(extent)
+    assert inside is not None
+    assert inside.shape == (min(size, extent.height), min(size, extent.width))
+    assert inside.intersect(Window(*pixel, 1, 1)) is not None
+
+
+def test_windows_that_hold_a_pixel_have_it_at_every_place() -> None:
+    rng = np.random.default_rng(0)
+    windows = [random_window_holding(Window(2, 3, 9, 20), 4, 10, 5, rng) for _ in range(500)]
+    assert {(w.row, w.col) for w in windows} == {(r, c) for r in range(2, 5) for c in range(6, 11)}
 
 
 @pytest.mark.parametrize("size", [1, 2, 7, 2048])

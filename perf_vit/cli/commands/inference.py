@@ -16,6 +16,7 @@ from perf_vit.cli.commands.arguments import (
     Overlap,
     Precision,
     SlideMpp,
+    Tissue,
     WindowSize,
 )
 from perf_vit.errors import ConfigError
@@ -79,9 +80,7 @@ def predict(
     ] = None,
     mpp: Mpp = None,
     slide_mpp: SlideMpp = None,
-    tissue: Annotated[
-        str | None, typer.Option(help="Only the tissue of slides: otsu, or a GeoJSON file of polygons.")
-    ] = None,
+    tissue: Tissue = None,
     device: Device = "auto",
     precision: Precision = "32",
     engine: Annotated[Literal["local", "ray"], typer.Option(help="This process, or a Ray cluster.")] = "local",
@@ -188,8 +187,8 @@ def evaluate(
     labels: Annotated[
         Path | None,
         typer.Option(
-            help="A mask raster or a vector file, as in training; labels of objects; a CSV of images or slides, which "
-            "folders by class do without."
+            help="A mask raster or a vector file, as in training, or a folder of them for a folder of images; labels "
+            "of objects; a CSV of images or slides, which folders by class do without."
         ),
     ] = None,
     json: Annotated[
@@ -211,6 +210,8 @@ def evaluate(
     overlap: Overlap = None,
     batch_size: BatchSize = 1,
     flips: Annotated[bool, typer.Option("--flips", help="Of maps: average over mirror images, as predict.")] = False,
+    slide_mpp: SlideMpp = None,
+    tissue: Tissue = None,
     device: Device = "auto",
     precision: Precision = "32",
 ) -> None:
@@ -258,6 +259,8 @@ def evaluate(
         labels,
         region=region,
         with_curves=json is not None,
+        slide_mpp=slide_mpp,
+        tissue=tissue,
         window_size=window_size,
         overlap=overlap,
         batch_size=batch_size,

@@ -17,14 +17,16 @@ class ImageFolder:
     Args:
         images: a folder, searched with its subfolders, or one image.
         names: the images to use; all if None.
+        without: a folder that is not searched, if it lies inside.
 
     Raises:
         InputError: no image there, or a name that fits none or several.
     """
 
-    def __init__(self, images: str | Path, names: Sequence[str] | None = None) -> None:
+    def __init__(self, images: str | Path, names: Sequence[str] | None = None, *, without: Path | None = None) -> None:
         self.root = Path(images)
-        self.paths = find_images([images])
+        inner = without if without is not None and self.root in without.parents else None
+        self.paths = [path for path in find_images([images]) if inner is None or inner not in path.parents]
         self._known: dict[str, set[Path]] = {}
         root = self.root if self.root.is_dir() else self.root.parent
         for path in self.paths:
@@ -32,6 +34,10 @@ class ImageFolder:
             for name in (str(inside), str(inside.with_suffix("")), path.name, path.stem):
                 self._known.setdefault(name, set()).add(path)
         self._wanted = None if names is None else {self.find(name, "the list of names") for name in names}
+
+    def has(self, name: str) -> bool:
+        """Whether an image, or several, have the name that a label file gives."""
+        return str(Path(name)) in self._known
 
     def find(self, name: str, labels: str) -> Path:
         """The image of a name that a label file gives.

@@ -1,0 +1,88 @@
+"""Folders of images, each with a label file of its own."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+
+from perf_vit.data.labels.image_folder import ImageFolder
+from perf_vit.errors import DataWarning, InputError
+from perf_vit.io import is_vector_name
+
+__all__ = ["find_label_pairs", "is_labelled_folder"]
+
+_MASK_SUFFIXES = (".tif", ".tiff", ".png", ".bmp", ".img", ".vrt", ".jp2")
+
+
+def is_labelled_folder(images: str | Path, labels: str | Path) -> bool:
+    """Whether images and labels are folders both, so that each image has a label file of its own."""
+    return Path(images).is_dir() and Path(labels).is_dir()
+
+
+def find_label_pairs(images: str | Path, labels: str | Path) -> list[tuple[Path, Path]]:
+    """Images and their label files, masks or polygons, which have the images' names but for the ending.
+
+    Both folders are searched with their subfolders, and one may lie in the other: then what lies there is no image, or
+    no label. In one folder for both, masks can't be told from images, so labels are polygons there. Images without
+    label file are left out with a warning.
+
+    Args:
+        images: a folder.
+        labels: a folder.
+
+    Returns:
+        Sorted by the images' names.
+
+    Raises:
+        InputError: no images or label files, a label file without image, or two of one image.
+    """
+    at_images, at_labels = Path(images), Path(labels)
+    folder = ImageFolder(at_images, without=at_labels)
+    files = _label_files(at_labels, at_images)
+    orphans = [file for file in files if not folder.has(_name(file, at_labels))]
+    if orphans:
+        raise InputError(
+            f"{len(orphans)} of {len(files)} label files in {labels} have no image of their name among the "
+            f"{len(folder.paths)} in {images}, the first {orphans[0]}; a label file has its image's name but for the "
+            "ending"
+        )
+    pairs: dict[Path, Path] = {}
+    for file in files:
+        image = folder.find(_name(file, at_labels), str(file))
+        if image in pairs:
+            raise InputError(f"{image} has two label files, {pairs[image]} and {file}; keep one of them")
+        pairs[image] = file
+    _warn_of_unlabelled(folder.unlabelled(pairs), len(folder.paths), labels)
+    return sorted(pairs.items())
+
+
+def _name(file: Path, root: Path) -> str:
+    return str(file.relative_to(root).with_suffix(""))
+
+
+def _label_files(labels: Path, images: Path) -> list[Path]:
+    """Files of masks and polygons in a folder, but for those in the folder of images inside it."""
+    same = labels.resolve() == images.resolve()
+    suffixes = () if same else _MASK_SUFFIXES
+    inner = images if labels in images.parents else None
+    files = sorted(
+        file
+        for file in labels.rglob("*")
+        if (file.suffix.lower() in suffixes or is_vector_name(str(file)))
+        and inner not in file.parents
+        and file.is_file()
+    )
+    if not files:
+        raise InputError(f"no label files in {labels}; expected masks ({', '.join(_MASK_SUFFIXES)}) or polygons")
+    return files
+
+
+def _warn_of_unlabelled(missing: Sequence[Path], num_images: int, labels: str | Path) -> None:
+    if missing:
+        warnings.warn(
+            f"{len(missing)} of {num_images} images have no labels in {labels} and are left out, the first "
+            f"{missing[0]}",
+            DataWarning,
+            stacklevel=3,
+        )
