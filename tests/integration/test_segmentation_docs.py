@@ -1,4 +1,4 @@
-"""What docs/segmentation.md says: its Python block runs as a reader would run it, and its defaults are those of the code."""
+"""docs/segmentation.md: its Python block runs as a reader would run it, and its defaults are those of the code."""
 
 import re
 from pathlib import Path
