@@ -28,7 +28,7 @@ def with_measured_weights(optim: OptimConfig, data: WindowDataModule, *, multila
     if multilabel:
         raise ConfigError(
             "optim.class_weights: balanced is for classes that exclude each other; with data.multilabel, give numbers, "
-            "or a loss that looks for the rare, as optim.loss={dice: 1}"
+            "or a loss that looks for the rare, as 'optim.loss={dice: 1}'"
         )
     pixels = count_class_pixels(data.train.sources, len(data.classes))
     weights = balanced_weights(pixels)

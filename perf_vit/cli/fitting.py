@@ -69,7 +69,8 @@ def _training_steps(config: str, overrides: Sequence[str]) -> TrainingSteps:
             objects_per_mpx=1e6 * sum(len(record.labels) for record in records) / pixels,
         )
     maps = load_config(config, SegmentationRun, given)
-    data = build_datamodule(maps.data, maps.seed)
+    # No tile is read, so no places of them need be found.
+    data = build_datamodule(replace(maps.data, sampler="random"), maps.seed)
     return TrainingSteps(
         model=maps.model,
         # Weights that are to be measured take no more memory than any others.

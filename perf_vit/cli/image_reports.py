@@ -9,7 +9,7 @@ from pathlib import Path
 from rich.table import Table
 
 from perf_vit.errors import OutputError
-from perf_vit.tasks import ClassificationScores, RegressionScores, save_confusion_matrix
+from perf_vit.tasks import ClassificationScores, RegressionScores, save_confusion_matrix, save_precision_recall
 
 __all__ = ["image_tables", "write_image_report"]
 
@@ -20,7 +20,7 @@ def image_tables(scores: ClassificationScores | RegressionScores, title: str) ->
 
 
 def write_image_report(scores: ClassificationScores | RegressionScores, path: Path) -> None:
-    """Scores as JSON, and beside it the confusion matrix, where there is one, as .png.
+    """Scores as JSON, and beside it as .png the confusion matrix and precision-recall curves, where there are any.
 
     Raises:
         OutputError: they can't be written there.
@@ -28,23 +28,32 @@ def write_image_report(scores: ClassificationScores | RegressionScores, path: Pa
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(scores.to_dict(), indent=2) + "\n")
-        if isinstance(scores, ClassificationScores) and scores.confusion is not None:
-            names = [each.name for each in scores.classes]
-            save_confusion_matrix(scores.confusion, names, path.with_suffix(".png"))
+        if isinstance(scores, ClassificationScores):
+            _draw(scores, path)
     except OSError as error:
         raise OutputError(f"can't write {path}: {error.strerror}") from error
 
 
+def _draw(scores: ClassificationScores, path: Path) -> None:
+    names = [each.name for each in scores.classes]
+    if scores.confusion is not None:
+        save_confusion_matrix(scores.confusion, names, path.with_suffix(".png"))
+    if scores.precision_recall is not None:
+        areas = [each.average_precision for each in scores.classes]
+        picture = path.with_name(f"{path.stem}_precision_recall.png")
+        save_precision_recall(names, scores.precision_recall, areas, picture, "images, class against others")
+
+
 def _classes(scores: ClassificationScores, title: str) -> Table:
     table = Table(title=f"{title}: accuracy {_digits(scores.accuracy)}")
-    for column in ("class", "F1", "precision", "recall", "AUROC", "images"):
+    for column in ("class", "F1", "precision", "recall", "AUROC", "AP", "images"):
         table.add_column(column, justify="left" if column == "class" else "right")
     for each in scores.classes:
-        digits = map(_digits, (each.f1, each.precision, each.recall, each.auroc))
+        digits = map(_digits, (each.f1, each.precision, each.recall, each.auroc, each.average_precision))
         table.add_row(each.name, *digits, f"{each.num_images:,}")
     table.add_section()
     total = sum(each.num_images for each in scores.classes)
-    table.add_row("mean", _digits(scores.f1), "", "", _digits(scores.auroc), f"{total:,}")
+    table.add_row("mean", _digits(scores.f1), "", "", _digits(scores.auroc), "", f"{total:,}")
     return table
 
 

@@ -76,7 +76,7 @@ def evaluate_raster(
         image: the raster, or a folder of images.
         labels: a mask or polygons, or a folder of them.
         region: row, column, height, width of the part to score.
-        with_curves: also measure curves and the confusion matrix.
+        with_curves: also measure curves and, of classes that exclude each other, the confusion matrix.
         slide_mpp: micrometres per pixel of level 0 of slides, instead of what the model was trained with.
         tissue: "otsu" or a GeoJSON file of outlines, likewise; pixels of glass are not scored then.
         **engine: options of the prediction.
@@ -96,8 +96,7 @@ def evaluate_raster(
     labelled = (_open_folder if is_folder else _open_one)(model, image, labels, given)
     engine = _engine(model, **engine)
     metrics = segmentation_metrics(len(spec.classes), multilabel=spec.multilabel)
-    # A confusion matrix is of classes that exclude each other.
-    curves = SegmentationCurves(spec.classes) if with_curves and not spec.multilabel else None
+    curves = SegmentationCurves(spec.classes, multilabel=spec.multilabel) if with_curves else None
     with windows_progress(f"evaluating {image.name}", "images" if is_folder else "windows") as on_done:
         if not is_folder:
             engine["on_window"] = on_done
@@ -125,7 +124,7 @@ def _count(
         predicted = model.decide(torch.from_numpy(strip.scores)[None])
         metrics.update(predicted, torch.from_numpy(expected).long()[None])
         if curves is not None:
-            curves.update(class_probabilities(strip), expected)
+            curves.update(class_probabilities(strip, multilabel=model.spec.multilabel), expected)
 
 
 def write_scores(scores: Sequence[ClassScores], path: Path, curves: SegmentationCurves | None = None) -> None:
@@ -145,6 +144,7 @@ def write_scores(scores: Sequence[ClassScores], path: Path, curves: Segmentation
         path.write_text(json.dumps(content, indent=2) + "\n")
         if curves is not None:
             curves.plot(path.with_suffix(".png"))
+        if curves is not None and curves.confusion is not None:
             save_confusion_matrix(curves.confusion, curves.classes, path.with_name(f"{path.stem}_confusion.png"))
     except OSError as error:
         raise OutputError(f"can't write {path}: {error.strerror}") from error

@@ -121,7 +121,7 @@ def predict_scenes(
 
 
 def report_scenes(checkpoint: Path, images: Path, labels: Path | None, report: Path | None, **options: Any) -> None:
-    """Print a network's scores on labelled images, and write them, with a picture of the confusion matrix."""
+    """Print a network's scores on labelled images, and write them, with pictures of confusion and precision."""
     scores = evaluate_scenes(checkpoint, images, labels, **options)
     console.print(*image_tables(scores, title=f"{images.name} against {labels.name if labels else 'its folders'}"))
     if report is not None:
@@ -175,7 +175,7 @@ def evaluate_scenes(
             metrics.update(forward(tiles), torch.stack(targets))
             done += len(batch)
             on_image(done, len(views))
-    return metrics.summary()
+    return metrics.summary(with_curves=True)
 
 
 class _Forward:

@@ -139,7 +139,7 @@ def predict_slides(
 
 
 def report_slides(checkpoint: Path, slides: Path, labels: Path, report: Path | None, **options: Any) -> None:
-    """Print a classifier's scores on labelled slides, and write them, with a picture of the confusion matrix."""
+    """Print a classifier's scores on labelled slides, and write them, with pictures of confusion and precision."""
     scores = evaluate_slides(checkpoint, slides, labels, **options)
     console.print(*image_tables(scores, title=f"{slides.name} against {labels.name}"))
     if report is not None:
@@ -174,7 +174,7 @@ def evaluate_slides(
                 found = embedder(path, on_window)
         probabilities, _ = _classify(model, found)
         metrics.update(torch.from_numpy(probabilities)[None], torch.tensor([label]))
-    return metrics.summary()
+    return metrics.summary(with_curves=True)
 
 
 class _Embedder:

@@ -38,7 +38,7 @@ def find_label_pairs(images: str | Path, labels: str | Path) -> list[tuple[Path,
         InputError: no images or label files, a label file without image, or two of one image.
     """
     at_images, at_labels = Path(images), Path(labels)
-    folder = ImageFolder(at_images, without=at_labels)
+    folder = ImageFolder(at_images, without=_inside(at_images, at_labels))
     files = _label_files(at_labels, at_images)
     orphans = [file for file in files if not folder.has(_name(file, at_labels))]
     if orphans:
@@ -61,11 +61,17 @@ def _name(file: Path, root: Path) -> str:
     return str(file.relative_to(root).with_suffix(""))
 
 
+def _inside(outer: Path, inner: Path) -> Path | None:
+    """A folder's path as a search of another one finds it; None if it isn't inside."""
+    whole, part = outer.resolve(), inner.resolve()
+    return outer / part.relative_to(whole) if whole in part.parents else None
+
+
 def _label_files(labels: Path, images: Path) -> list[Path]:
     """Files of masks and polygons in a folder, but for those in the folder of images inside it."""
     same = labels.resolve() == images.resolve()
     suffixes = () if same else _MASK_SUFFIXES
-    inner = images if labels in images.parents else None
+    inner = _inside(labels, images)
     files = sorted(
         file
         for file in labels.rglob("*")

@@ -139,9 +139,9 @@ def sigmoid(scores: FloatArray, scale: float = 1.0) -> FloatArray:
     return np.float32(scale / 2) * (1 + np.tanh(scores / 2))
 
 
-def class_probabilities(strip: Strip) -> FloatArray:
-    """Softmax of the scores, NaN where there is no data: [K, h, w]."""
-    return _probabilities(softmax, strip)
+def class_probabilities(strip: Strip, *, multilabel: bool = False) -> FloatArray:
+    """Softmax of the scores, or sigmoids with `multilabel`, NaN where there is no data: [K, h, w]."""
+    return _probabilities(sigmoid if multilabel else softmax, strip)
 
 
 def _probabilities(to_probabilities: ToProbabilities, strip: Strip) -> FloatArray:

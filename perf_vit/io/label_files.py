@@ -20,13 +20,14 @@ from perf_vit.types import LabelArray, Window
 
 __all__ = ["LabelFiles", "PairedLabels"]
 
-_MAX_OPEN = 64
+# For each folder of a config.
+_MAX_OPEN = 16
 # Enough to see what is wrong with all, read in seconds.
 _LOOKED_AT = 64
 
 
 class LabelFiles:
-    """Label files of images, of which a thread holds at most 64 open; each is the `LabelSource` of its image.
+    """Label files of images, of which a thread holds at most 16 open; each is the `LabelSource` of its image.
 
     It may be pickled, forked and shared between threads: each opens the files for itself.
 

@@ -24,6 +24,7 @@ from perf_vit.tasks.oriented_metrics import OrientedAveragePrecision
 from perf_vit.tasks.panoptic import PanopticQuality, PanopticScores
 from perf_vit.tasks.pictures import PredictionPictures, draw_objects, draw_segmentation
 from perf_vit.tasks.pooled_optim import PooledOptimConfig
+from perf_vit.tasks.precision_recall_plot import save_precision_recall
 from perf_vit.tasks.redraw import RedrawProjections
 from perf_vit.tasks.scenes import (
     CLASSIFICATION_CURVES,
@@ -93,5 +94,6 @@ __all__ = [
     "fit_max_tile",
     "plot_precision_recall",
     "save_confusion_matrix",
+    "save_precision_recall",
     "segmentation_metrics",
 ]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
@@ -13,27 +13,34 @@ from torchmetrics import Metric
 from torchmetrics.functional import mean_absolute_error, mean_squared_error
 from torchmetrics.functional.classification import (
     binary_auroc,
+    binary_average_precision,
     binary_f1_score,
     binary_precision,
+    binary_precision_recall_curve,
     binary_recall,
     multiclass_confusion_matrix,
 )
 from torchmetrics.utilities import dim_zero_cat
 
 from perf_vit.models import ImageLabelKind
+from perf_vit.tasks.precision_recall_plot import PrecisionRecall
 
 __all__ = ["ClassificationScores", "ImageClassScores", "ImageMetrics", "NumberScores", "RegressionScores"]
 
 
 @dataclass(frozen=True, slots=True)
 class ImageClassScores:
-    """Scores of one class; 0 to 1, NaN where they have no meaning: of AUROC, where all or no images are of it."""
+    """Scores of one class; 0 to 1, NaN where they have no meaning: of AUROC, where all or no images are of it.
+
+    `auroc` and `average_precision` are areas under the ROC and the precision-recall curve, against all other classes.
+    """
 
     name: str
     f1: float
     precision: float
     recall: float
     auroc: float
+    average_precision: float
     num_images: int
 
 
@@ -47,6 +54,7 @@ class ClassificationScores:
         auroc: mean over the classes that have it.
         classes: one a class.
         confusion: images by true class and predicted one, [K][K]; None with several classes an image.
+        precision_recall: precision and recall of each class over its thresholds, where they were asked for.
     """
 
     accuracy: float
@@ -54,10 +62,13 @@ class ClassificationScores:
     auroc: float
     classes: tuple[ImageClassScores, ...]
     confusion: list[list[int]] | None
+    precision_recall: tuple[PrecisionRecall, ...] | None = None
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values, NaN as None, for JSON."""
-        return dict(_without_nan(asdict(self)))
+        """Plain values but for the curves, NaN as None, for JSON."""
+        values = asdict(replace(self, precision_recall=None))
+        del values["precision_recall"]
+        return dict(_without_nan(values))
 
     def overall(self) -> dict[str, float]:
         """Names and values for logs."""
@@ -134,19 +145,23 @@ class ImageMetrics(Metric):
         """All scores and targets so far, of all processes."""
         return dim_zero_cat(self.scores), dim_zero_cat(self.targets)
 
-    def summary(self) -> ClassificationScores | RegressionScores:
-        """What all images so far come to."""
+    def summary(self, *, with_curves: bool = False) -> ClassificationScores | RegressionScores:
+        """What all images so far come to; of classes, with precision and recall over all thresholds if asked for."""
         scores, targets = self.compute()
         # torchmetrics gives a single number without its axes.
         scores = scores.reshape(-1, len(self.names))
         if self.kind == "regression":
             return _number_scores(scores, targets.reshape(scores.shape), self.names)
         if self.kind == "multilabel":
-            return _class_scores(scores, targets.reshape(scores.shape), self.names, single=False)
-        return _class_scores(scores, targets.reshape(-1), self.names, single=True)
+            return _class_scores(
+                scores, targets.reshape(scores.shape), self.names, single=False, with_curves=with_curves
+            )
+        return _class_scores(scores, targets.reshape(-1), self.names, single=True, with_curves=with_curves)
 
 
-def _class_scores(scores: Tensor, targets: Tensor, names: Sequence[str], *, single: bool) -> ClassificationScores:
+def _class_scores(
+    scores: Tensor, targets: Tensor, names: Sequence[str], *, single: bool, with_curves: bool
+) -> ClassificationScores:
     count = len(names)
     if single:
         predicted = torch.nn.functional.one_hot(scores.argmax(1), count)
@@ -162,7 +177,13 @@ def _class_scores(scores: Tensor, targets: Tensor, names: Sequence[str], *, sing
         auroc=_mean_of_known([each.auroc for each in classes]),
         classes=tuple(classes),
         confusion=confusion,
+        precision_recall=tuple(map(_curve, scores.T, truth.T)) if with_curves else None,
     )
+
+
+def _curve(scores: Tensor, truth: Tensor) -> PrecisionRecall:
+    precision, recall, _ = binary_precision_recall_curve(scores, truth)
+    return precision.cpu().numpy(), recall.cpu().numpy()
 
 
 def _one_class(name: str, scores: Tensor, predicted: Tensor, truth: Tensor) -> ImageClassScores:
@@ -173,7 +194,8 @@ def _one_class(name: str, scores: Tensor, predicted: Tensor, truth: Tensor) -> I
         for score in (binary_f1_score, binary_precision, binary_recall)
     )
     auroc = binary_auroc(scores, truth).item() if 0 < positives < len(truth) else math.nan
-    return ImageClassScores(name, f1, precision, recall, auroc, positives)
+    area = binary_average_precision(scores, truth).item() if positives else math.nan
+    return ImageClassScores(name, f1, precision, recall, auroc, area, positives)
 
 
 def _number_scores(values: Tensor, targets: Tensor, names: Sequence[str]) -> RegressionScores:

@@ -9,10 +9,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
 from torch import Tensor
 
+from perf_vit.tasks.precision_recall_plot import save_precision_recall
 from perf_vit.types import IGNORE_INDEX, LabelArray
 
 __all__ = ["SegmentationCurves"]
@@ -27,15 +26,18 @@ class SegmentationCurves:
 
     Args:
         classes: names, in the order of the class indices.
+        multilabel: several classes may be true at a pixel; they are confused with none then.
 
     Attributes:
-        confusion: pixels, a row a true class and a column a predicted one, [K, K].
+        confusion: pixels, a row a true class and a column a predicted one, [K, K]; None with `multilabel`.
     """
 
-    def __init__(self, classes: Sequence[str]) -> None:
+    def __init__(self, classes: Sequence[str], *, multilabel: bool = False) -> None:
         self.classes = tuple(classes)
         num_classes = len(self.classes)
-        self.confusion: npt.NDArray[np.int64] = np.zeros((num_classes, num_classes), np.int64)
+        self.confusion: npt.NDArray[np.int64] | None = None
+        if not multilabel:
+            self.confusion = np.zeros((num_classes, num_classes), np.int64)
         # Pixels by class, whether they are of it, and bin of the class's probability.
         self._counts: npt.NDArray[np.int64] = np.zeros((num_classes, 2, _BINS), np.int64)
 
@@ -44,17 +46,27 @@ class SegmentationCurves:
 
         Args:
             probabilities: one a class, [K, H, W].
-            labels: class indices, `IGNORE_INDEX` where a pixel counts nowhere, [H, W].
+            labels: class indices, [H, W]; with `multilabel`, 0 and 1 for each class, [K, H, W]. `IGNORE_INDEX` where a
+                pixel counts nowhere.
         """
+        scores = torch.as_tensor(probabilities).float().cpu().numpy()
+        if self.confusion is None:
+            for index, (values, layer) in enumerate(zip(scores, labels, strict=True)):
+                counted = layer != IGNORE_INDEX
+                self._count(index, values[counted], layer[counted] == 1)
+            return
         counted = labels != IGNORE_INDEX
-        truth = labels[counted].astype(np.int64)
-        scores = torch.as_tensor(probabilities).float().cpu().numpy()[:, counted]
+        truth, scores = labels[counted].astype(np.int64), scores[:, counted]
         num_classes = len(self.classes)
         pairs = truth * num_classes + scores.argmax(0)
         self.confusion += np.bincount(pairs, minlength=num_classes**2).reshape(num_classes, num_classes)
         for index, values in enumerate(scores):
-            bins = (values * _BINS).astype(np.int64).clip(0, _BINS - 1) + _BINS * (truth == index)
-            self._counts[index] += np.bincount(bins, minlength=2 * _BINS).reshape(2, _BINS)
+            self._count(index, values, truth == index)
+
+    def _count(self, index: int, values: npt.NDArray[np.float32], is_true: npt.NDArray[np.bool_]) -> None:
+        """Add pixels to a class's bins."""
+        bins = (values * _BINS).astype(np.int64).clip(0, _BINS - 1) + _BINS * is_true
+        self._counts[index] += np.bincount(bins, minlength=2 * _BINS).reshape(2, _BINS)
 
     def auroc(self) -> list[float]:
         """Area under each class's ROC curve, against all other classes; NaN without pixels of it or of others."""
@@ -68,27 +80,13 @@ class SegmentationCurves:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, NaN as None, for JSON."""
-        return {
-            "auroc": self._named(self.auroc()),
-            "average_precision": self._named(self.average_precision()),
-            "confusion": self.confusion.tolist(),
-        }
+        areas = {"auroc": self._named(self.auroc()), "average_precision": self._named(self.average_precision())}
+        return areas if self.confusion is None else {**areas, "confusion": self.confusion.tolist()}
 
     def plot(self, path: Path) -> None:
         """Draw precision against recall, a curve a class."""
-        figure = Figure(figsize=(6, 5), layout="constrained")
-        FigureCanvasAgg(figure)
-        axes = figure.subplots()
-        for name, area, (precision, recall) in zip(
-            self.classes, self.average_precision(), self._precision_recall(), strict=True
-        ):
-            if area == area:
-                axes.plot(recall, precision, label=f"{name}, AP {area:.3f}")
-        axes.set(xlabel="recall", ylabel="precision", xlim=(0, 1), ylim=(0, 1.02), title="pixels, class against others")
-        axes.grid(alpha=0.3)
-        if axes.lines:
-            axes.legend()
-        figure.savefig(path, dpi=110)
+        title = "pixels, class against others"
+        save_precision_recall(self.classes, self._precision_recall(), self.average_precision(), path, title)
 
     def _named(self, values: Sequence[float]) -> dict[str, float | None]:
         known = (None if value != value else value for value in values)

@@ -79,6 +79,11 @@ def test_training_learns_them_and_evaluation_reads_both_kinds_of_labels_alike(sc
     # No polygon is of the class "bright".
     assert pixels["polygons.gpkg"] == [*pixels["layers.tif"][:3], 0]
     assert scores["layers.tif"]["mean"]["iou"] > 0.7
+    assert all(area > 0.8 for area in scores["layers.tif"]["average_precision"].values())
+    assert scores["polygons.gpkg"]["average_precision"]["bright"] is None
+    assert "confusion" not in scores["layers.tif"]
+    assert Image.open(tmp_path / "scores.png").size[0] > 200
+    assert not (tmp_path / "scores_confusion.png").exists()
 
 
 def test_maps_have_a_band_a_class_and_the_threshold_decides(scene, trained, tmp_path) -> None:

@@ -93,6 +93,8 @@ def test_evaluation_prints_classes_and_writes_scores_and_confusion_matrix(run, f
     assert np.sum(scores["confusion"]) == 24
     assert np.trace(scores["confusion"]) == round(scores["accuracy"] * 24)
     assert Image.open(report.with_suffix(".png")).size[0] > 200
+    assert Image.open(report.with_name("scores_precision_recall.png")).size[0] > 200
+    assert "precision_recall" not in scores
 
 
 def test_prediction_writes_a_row_an_image(run, folders, tmp_path) -> None:
@@ -147,6 +149,9 @@ def test_several_classes_an_image_train_evaluate_and_predict(folders, config, ta
     assert scores["confusion"] is None
     assert [each["num_images"] for each in scores["classes"]] == [16, 8]
     assert scores["auroc"] > 0.9
+    assert all(each["average_precision"] > 0.8 for each in scores["classes"])
+    assert Image.open(report.with_name("scores_precision_recall.png")).size[0] > 200
+    assert not report.with_suffix(".png").exists()
     found = tmp_path / "found.csv"
     assert call(["predict", "--checkpoint", checkpoint, "--input", folders, "--output", found]) == 0
     assert {row["predictions"] for row in csv.DictReader(found.open())} <= {"", "first", "second", "first second"}

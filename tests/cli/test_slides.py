@@ -116,6 +116,7 @@ def test_evaluation_prints_classes_and_writes_scores_and_confusion_matrix(run, s
     assert scores["auroc"] > 0.9
     assert np.sum(scores["confusion"]) == 2 * PER_CLASS
     assert Image.open(report.with_suffix(".png")).size[0] > 200
+    assert Image.open(report.with_name("scores_precision_recall.png")).size[0] > 200
     assert call(args) == 2
     assert "needs --labels" in capsys.readouterr().err
 

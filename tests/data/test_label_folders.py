@@ -20,6 +20,7 @@ from perf_vit.data import (
     count_class_pixels,
     find_label_pairs,
 )
+from perf_vit.data.synthetic_slide import make_slide
 from perf_vit.errors import ConfigError, DataWarning, InputError
 from perf_vit.io import open_labels, open_raster
 from perf_vit.types import IGNORE_INDEX
@@ -67,12 +68,14 @@ def test_pairs_are_found_by_name_in_folders_and_subfolders(photos) -> None:
     assert names == [("a.jpg", "a.png"), ("b.v1.jpg", "b.v1.png"), ("sub/c.jpg", "sub/c.png")]
 
 
-def test_one_folder_may_lie_in_the_other_or_be_the_same(tmp_path) -> None:
+def test_one_folder_may_lie_in_the_other_or_be_the_same(tmp_path, monkeypatch) -> None:
     for name in ("a", "b"):
         write_photo(tmp_path / "all" / f"{name}.png", np.zeros((4, 4, 3), np.uint8))
         write_photo(tmp_path / "all" / "masks" / f"{name}.png", np.zeros((4, 4), np.uint8))
         write_polygons(tmp_path / "all" / f"{name}.geojson", [])
     assert [b.suffix for _, b in find_label_pairs(tmp_path / "all", tmp_path / "all" / "masks")] == [".png"] * 2
+    monkeypatch.chdir(tmp_path)
+    assert [a.name for a, _ in find_label_pairs("all", tmp_path / "all" / "masks")] == ["a.png", "b.png"]
     (tmp_path / "all" / "masks").rename(tmp_path / "masks")
     pairs = find_label_pairs(tmp_path / "all", tmp_path / "all")
     assert [(a.name, b.name) for a, b in pairs] == [("a.png", "a.geojson"), ("b.png", "b.geojson")]
@@ -225,7 +228,7 @@ def test_many_images_are_not_held_open(tmp_path) -> None:
     before = len(os.listdir("/proc/self/fd"))
     data = build_datamodule(config(region, tile_px=16, sampler="grid"), seed=0)
     assert sum(len(images) for images, _ in DataLoader(data.train, batch_size=10)) == 150
-    assert len(os.listdir("/proc/self/fd")) - before <= 2 * 64
+    assert len(os.listdir("/proc/self/fd")) - before <= 3 * 16
 
 
 def test_of_many_images_some_are_looked_at_until_one_has_labels(tmp_path) -> None:
@@ -248,3 +251,31 @@ def test_paired_labels_of_one_raster_are_asked_for(make_scene, tmp_path) -> None
         open_labels(tmp_path / "mask.png", source)
     labels = open_labels(tmp_path / "mask.png", source, paired=True)
     assert LabelledSource(source, labels, source.extent).read_labels(source.extent).sum() == 70
+
+
+def test_slides_of_a_folder_go_with_their_annotations(tmp_path) -> None:
+    for name in ("a", "b"):
+        make_slide(tmp_path / f"{name}.svs", 200, 256, mpp=0.5, tile_px=64, tissue_share=1.0)
+        write_polygons(tmp_path / f"{name}.geojson", [(20, 40, 120, 100)])
+    region = RegionConfig(image=str(tmp_path), labels=str(tmp_path))
+    data = build_datamodule(config(region, mpp=1.0, sampler="balanced"), seed=0)
+    assert [one.source.mpp for one in data.train.sources] == [1.0, 1.0]
+    assert count_class_pixels(data.train.sources, 2) == [2 * (100 * 128 - 50 * 30), 2 * 50 * 30]
+
+
+@pytest.mark.parametrize("suffix", ["tif", "geojson"])
+def test_classes_that_do_not_exclude_each_other_are_read_from_folders(photos, tmp_path, suffix) -> None:
+    for name, (height, width) in SIZES.items():
+        path = tmp_path / "layers" / f"{name}.{suffix}"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if suffix == "geojson":
+            write_polygons(path, [(0, 0, 5, 4), (2, 2, 5, 4)])
+            continue
+        with rasterio.open(path, "w", driver="GTiff", count=1, height=height, width=width, dtype="uint8") as dataset:
+            layer = np.zeros((1, height, width), np.uint8)
+            layer[:, :4, :5] = 1
+            dataset.write(layer)
+    region = RegionConfig(image=photos.image, labels=str(tmp_path / "layers"))
+    data = build_datamodule(config(region, classes=["thing"], multilabel=True, sampler="balanced"), seed=0)
+    assert count_class_pixels(data.train.sources, 1) == [3 * 20]
+    assert [len(group) for group in data.train.places.groups] == [60, 4096]

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 from monai.metrics import compute_froc_curve_data, compute_froc_score
-from torchmetrics.classification import MulticlassAUROC, MulticlassAveragePrecision
+from torchmetrics.classification import BinaryAUROC, BinaryAveragePrecision, MulticlassAUROC, MulticlassAveragePrecision
 from torchmetrics.detection import PanopticQuality as TorchmetricsPanopticQuality
 
 from perf_vit.errors import InputError
@@ -226,5 +226,27 @@ def test_curves_of_pixels_are_those_of_torchmetrics(tmp_path) -> None:
     assert curves.confusion.sum() == 45 * 60
     assert np.trace(curves.confusion) == (probabilities.argmax(0).numpy() == labels).sum()
     assert curves.to_dict()["auroc"]["d"] is None
+    curves.plot(tmp_path / "curves.png")
+    assert (tmp_path / "curves.png").stat().st_size > 5000
+
+
+@pytest.mark.parametrize("num_classes", [1, 3])
+def test_curves_of_layers_are_those_of_torchmetrics_class_by_class(tmp_path, num_classes: int) -> None:
+    rng = np.random.default_rng(1)
+    labels = rng.integers(0, 2, (num_classes, 40, 50)).astype(np.uint8)
+    probabilities = torch.sigmoid(torch.from_numpy(rng.normal(2.0 * labels - 1, 1))).float()
+    # Each class has pixels without a label of its own.
+    for layer in range(num_classes):
+        labels[layer, 7 * layer : 7 * layer + 5] = IGNORE_INDEX
+    curves = SegmentationCurves([f"c{layer}" for layer in range(num_classes)], multilabel=True)
+    for rows in (slice(0, 13), slice(13, 40)):
+        curves.update(probabilities[:, rows].numpy(), labels[:, rows])
+    for layer in range(num_classes):
+        target = torch.from_numpy(labels[layer].astype(np.int64))
+        for metric, values in ((BinaryAUROC, curves.auroc()), (BinaryAveragePrecision, curves.average_precision())):
+            expected = metric(ignore_index=IGNORE_INDEX)(probabilities[layer], target)
+            assert values[layer] == pytest.approx(expected.item(), abs=2e-3)
+    assert curves.confusion is None
+    assert set(curves.to_dict()) == {"auroc", "average_precision"}
     curves.plot(tmp_path / "curves.png")
     assert (tmp_path / "curves.png").stat().st_size > 5000

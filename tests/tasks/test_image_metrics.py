@@ -73,3 +73,26 @@ def test_a_single_image_has_scores() -> None:
     number = collect("regression", ("x",), torch.tensor([[3.0]]), torch.tensor([[1.0]]))
     assert number.targets[0].rmse == 2
     assert math.isnan(number.r2)
+
+
+@pytest.mark.parametrize("kind", ["single_label", "multilabel"])
+def test_precision_and_recall_of_each_class_are_given_if_asked_for(kind: str) -> None:
+    rng = np.random.default_rng(2)
+    scores = torch.from_numpy(rng.dirichlet([1, 1, 1], 40)).float()
+    labels = rng.integers(0, 2, 40)
+    targets = labels if kind == "single_label" else np.stack([labels == 0, labels == 1, np.zeros(40)], 1).astype(int)
+    metrics = ImageMetrics(("a", "b", "c"), kind)
+    metrics.update(scores, torch.from_numpy(targets))
+    assert metrics.summary().precision_recall is None
+    found = metrics.summary(with_curves=True)
+    for index, (each, (precision, recall)) in enumerate(zip(found.classes, found.precision_recall, strict=True)):
+        if index == 2:
+            assert math.isnan(each.average_precision)
+            continue
+        order = np.argsort(-scores[:, index].numpy())
+        hits = (labels == index)[order]
+        at_hits = (np.cumsum(hits) / np.arange(1, 41))[hits]
+        assert each.average_precision == pytest.approx(at_hits.mean(), abs=1e-5)
+        assert -np.sum(np.diff(recall) * precision[:-1]) == pytest.approx(each.average_precision, abs=1e-5)
+    assert "precision_recall" not in found.to_dict()
+    assert found.to_dict()["classes"][2]["average_precision"] is None

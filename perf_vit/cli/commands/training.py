@@ -23,7 +23,7 @@ def train(
 
 def fit_tile(
     config: Annotated[str, typer.Argument(help="A YAML file, or a shipped one, whose data are there.")],
-    overrides: Annotated[list[str] | None, typer.Argument(help="key=value ..., as in model.lora={rank: 8}")] = None,
+    overrides: Annotated[list[str] | None, typer.Argument(help="key=value ..., as in 'model.lora={rank: 8}'")] = None,
     memory: Annotated[str | None, typer.Option(help="16GB, 500MB, ...; what is free now by default.")] = None,
     batch_size: Annotated[int | None, typer.Option(help="Tiles a step; the config's by default.", min=1)] = None,
     max_tile: Annotated[int, typer.Option(help="The largest side to try, in pixels.", min=1)] = 8192,

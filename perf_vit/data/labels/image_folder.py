@@ -17,7 +17,7 @@ class ImageFolder:
     Args:
         images: a folder, searched with its subfolders, or one image.
         names: the images to use; all if None.
-        without: a folder that is not searched, if it lies inside.
+        without: a folder inside that is not searched.
 
     Raises:
         InputError: no image there, or a name that fits none or several.
@@ -25,8 +25,7 @@ class ImageFolder:
 
     def __init__(self, images: str | Path, names: Sequence[str] | None = None, *, without: Path | None = None) -> None:
         self.root = Path(images)
-        inner = without if without is not None and self.root in without.parents else None
-        self.paths = [path for path in find_images([images]) if inner is None or inner not in path.parents]
+        self.paths = [path for path in find_images([images]) if without not in path.parents]
         self._known: dict[str, set[Path]] = {}
         root = self.root if self.root.is_dir() else self.root.parent
         for path in self.paths:

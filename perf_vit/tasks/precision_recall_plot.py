@@ -1,0 +1,42 @@
+"""Precision against recall, a curve a class, as a picture."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TypeAlias
+
+import numpy.typing as npt
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+__all__ = ["PrecisionRecall", "save_precision_recall"]
+
+PrecisionRecall: TypeAlias = tuple[npt.ArrayLike, npt.ArrayLike]
+"""Precision and recall over the thresholds, [n] each."""
+
+
+def save_precision_recall(
+    class_names: Sequence[str], curves: Sequence[PrecisionRecall], areas: Sequence[float], path: str | Path, title: str
+) -> None:
+    """Draw the curves of the classes that have one.
+
+    Args:
+        class_names: K names.
+        curves: one a class.
+        areas: average precision of each class; NaN where there is no curve.
+        path: the picture to write, .png.
+        title: what is counted.
+    """
+    figure = Figure(figsize=(6, 5), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots()
+    for name, (precision, recall), area in zip(class_names, curves, areas, strict=True):
+        if not math.isnan(area):
+            axes.plot(recall, precision, label=f"{name}, AP {area:.3f}")
+    axes.set(xlabel="recall", ylabel="precision", xlim=(0, 1), ylim=(0, 1.02), title=title)
+    axes.grid(alpha=0.3)
+    if axes.lines:
+        axes.legend()
+    figure.savefig(path, dpi=110)
