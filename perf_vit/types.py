@@ -19,6 +19,7 @@ __all__ = [
     "FeatureSpec",
     "GeoImage",
     "LabelArray",
+    "MaskCrops",
     "ObjectLabels",
     "Source",
     "Window",
@@ -143,6 +144,49 @@ class Source(Protocol):
         """Close this thread's file handle; a later read opens it again."""
 
 
+@dataclass(frozen=True, slots=True)
+class MaskCrops:
+    """Masks of one image, each only inside a rectangle that holds its object, so that many fit in memory.
+
+    Attributes:
+        crops: which pixels of its rectangle each object covers, n arrays bool [h, w].
+        corners: row and column of each rectangle's first pixel, [n, 2].
+        size: (height, width) of the image.
+    """
+
+    crops: list[BoolArray]
+    corners: npt.NDArray[np.int64]
+    size: tuple[int, int]
+
+    def __len__(self) -> int:
+        return len(self.crops)
+
+    @classmethod
+    def of(cls, masks: BoolArray) -> MaskCrops:
+        """From whole masks, [n, height, width]."""
+        crops, corners = [], np.zeros((len(masks), 2), np.int64)
+        for index, mask in enumerate(masks):
+            rows, cols = np.flatnonzero(mask.any(axis=1)), np.flatnonzero(mask.any(axis=0))
+            if len(rows):
+                corners[index] = rows[0], cols[0]
+            crops.append(mask[rows[0] : rows[-1] + 1, cols[0] : cols[-1] + 1] if len(rows) else mask[:1, :1])
+        return cls(crops, corners, (masks.shape[1], masks.shape[2]))
+
+    def take(self, indices: npt.NDArray[Any]) -> MaskCrops:
+        """Some of the masks, by their numbers or as bool [n]."""
+        chosen = np.arange(len(self))[indices]
+        return MaskCrops([self.crops[index] for index in chosen.tolist()], self.corners[chosen], self.size)
+
+    def areas(self) -> npt.NDArray[np.int64]:
+        """Pixels of each object, [n]."""
+        return np.array([np.count_nonzero(crop) for crop in self.crops], np.int64)
+
+    def rectangles(self) -> npt.NDArray[np.int64]:
+        """The rectangles as left, top, right, bottom, [n, 4]."""
+        shapes = np.array([crop.shape for crop in self.crops], np.int64).reshape(-1, 2)
+        return np.hstack([self.corners, self.corners + shapes])[:, [1, 0, 3, 2]]
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Detections:
     """The objects of one tile, tensors or arrays, with exactly one kind of geometry.
@@ -155,6 +199,7 @@ class Detections:
             at least height, and the angle lies in [-pi/2, pi/2).
         masks: which pixels of the tile each object covers, bool [n, h, w].
         polygons: n shapely polygons or multipolygons in the tile's pixels.
+        mask_crops: masks of an image too large for `masks`; only metrics take them.
     """
 
     scores: Any
@@ -163,6 +208,7 @@ class Detections:
     oriented_boxes: Any = None
     masks: Any = None
     polygons: Any = None
+    mask_crops: MaskCrops | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -176,6 +222,7 @@ class ObjectLabels:
             width is at least height, and the angle, from the x axis towards the y axis, lies in [-pi/2, pi/2).
         masks: which pixels each object covers, bool [n, h, w], where labels have them.
         ignored: [n] bool, objects that count neither as found nor as missed: crowds and difficult ones.
+        mask_crops: instead of `masks`, those of an image too large for them; only metrics take them.
     """
 
     labels: npt.NDArray[np.int64]
@@ -183,6 +230,7 @@ class ObjectLabels:
     ignored: BoolArray
     oriented_boxes: npt.NDArray[np.float32] | None = None
     masks: BoolArray | None = None
+    mask_crops: MaskCrops | None = None
 
     def __len__(self) -> int:
         return len(self.labels)

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
 from perf_vit.cli.console import console, windows_progress
 from perf_vit.cli.detection_report import DetectionReport
@@ -18,6 +17,7 @@ from perf_vit.cli.segmentation_maps import on_device, resolved_precision
 from perf_vit.data import (
     ImageRecord,
     ObjectDataModule,
+    OutlineMasks,
     SeenObjects,
     build_object_datamodule,
     objects_in,
@@ -132,7 +132,7 @@ def evaluate_detector(
     with windows_progress(f"evaluating {images.name}", "images") as on_image:
         for done, record in enumerate(index, 1):
             source = open_for_detector(model, record.path)
-            truth = objects_in(record, record.extent, min_visible=0.0)
+            truth = objects_in(record, record.extent, min_visible=0.0, crop_masks=True)
             reader = SeenObjects(source, truth.boxes_xyxy)
             found = detect_objects(model, reader, 0.0, **engine)
             source.close()
@@ -205,12 +205,5 @@ def _as_detections(objects: Objects, record: ImageRecord) -> Detections:
         return Detections(boxes_xyxy=objects.geometry, scores=objects.scores, labels=objects.labels)
     if objects.kind == "oriented_boxes":
         return Detections(oriented_boxes=objects.geometry, scores=objects.scores, labels=objects.labels)
-    masks = _burnt(objects.geometry, record.height, record.width)
-    return Detections(masks=masks, scores=objects.scores, labels=objects.labels)
-
-
-def _burnt(polygons: npt.NDArray[Any], height: int, width: int) -> npt.NDArray[np.bool_]:
-    from rasterio.features import rasterize
-
-    masks = [rasterize([polygon], (height, width), dtype="uint8").astype(bool) for polygon in polygons]
-    return np.stack(masks) if masks else np.zeros((0, height, width), bool)
+    masks = OutlineMasks(list(objects.geometry)).read_crops(np.arange(len(objects)), record.extent)
+    return Detections(mask_crops=masks, scores=objects.scores, labels=objects.labels)

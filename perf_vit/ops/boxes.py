@@ -2,10 +2,20 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import numpy.typing as npt
+import shapely
 
-__all__ = ["box_areas", "oriented_box_corners", "paired_intersections", "paired_iou"]
+__all__ = [
+    "box_areas",
+    "meeting_pairs",
+    "oriented_box_bounds",
+    "oriented_box_corners",
+    "paired_intersections",
+    "paired_iou",
+]
 
 FloatArray = npt.NDArray[np.floating]
 
@@ -47,6 +57,36 @@ def paired_iou(boxes_xyxy: FloatArray, others_xyxy: FloatArray) -> FloatArray:
     shared = paired_intersections(boxes_xyxy, others_xyxy)
     union = box_areas(boxes_xyxy) + box_areas(others_xyxy) - shared
     return np.asarray(shared / np.where(union > 0, union, 1))
+
+
+def meeting_pairs(
+    boxes_xyxy: npt.NDArray[Any], others_xyxy: npt.NDArray[Any]
+) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+    """Indices of all pairs of a box and another that meet or touch, [p] each, in the order of both.
+
+    Time and memory grow with the boxes and the pairs, not with the product of the boxes.
+
+    Args:
+        boxes_xyxy: [n, 4].
+        others_xyxy: [m, 4].
+    """
+    tree = shapely.STRtree(shapely.box(*np.asarray(others_xyxy, np.float64).T))
+    first, second = tree.query(shapely.box(*np.asarray(boxes_xyxy, np.float64).T))
+    order = np.lexsort((second, first))
+    return first[order], second[order]
+
+
+def oriented_box_bounds(oriented_boxes: FloatArray) -> FloatArray:
+    """Upright boxes around oriented ones.
+
+    Args:
+        oriented_boxes: as in `oriented_box_corners`, [..., 5].
+
+    Returns:
+        [..., 4].
+    """
+    corners = oriented_box_corners(oriented_boxes)
+    return np.concatenate([corners.min(axis=-2), corners.max(axis=-2)], axis=-1)
 
 
 def oriented_box_corners(oriented_boxes: FloatArray) -> FloatArray:

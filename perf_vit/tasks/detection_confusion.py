@@ -8,16 +8,11 @@ from typing import Literal
 import numpy as np
 import numpy.typing as npt
 import torch
-from torch import Tensor
-from torchvision.ops import box_iou
 
-from perf_vit.errors import InputError
-from perf_vit.ops.oriented_boxes import oriented_iou_matrix
+from perf_vit.tasks.meeting_objects import meeting_iou
 from perf_vit.types import Detections, ObjectLabels
 
 __all__ = ["DetectionConfusion"]
-
-_GEOMETRY = {"boxes": "boxes_xyxy", "oriented_boxes": "oriented_boxes", "masks": "masks"}
 
 
 class DetectionConfusion:
@@ -62,34 +57,20 @@ class DetectionConfusion:
     def _update_image(self, found: Detections, truth: ObjectLabels) -> None:
         background = len(self.matrix) - 1
         scores, classes = torch.as_tensor(found.scores).cpu(), torch.as_tensor(found.labels).cpu().tolist()
-        iou = _iou(found, truth, self.kind)
+        found_index, objects, iou = meeting_iou(found, truth, self.kind)
+        hits = iou >= self.iou_threshold
+        found_index, objects, iou = found_index[hits], objects[hits], iou[hits]
+        starts = np.searchsorted(found_index, np.arange(len(scores) + 1))
         free = ~truth.ignored
         for index in scores.argsort(descending=True, stable=True).tolist():
             if scores[index] < self.score_threshold:
                 break
-            hits = iou[index] >= self.iou_threshold
-            if (hits & free).any():
-                owner = int(np.where(hits & free, iou[index], -1).argmax())
+            own = slice(starts[index], starts[index + 1])
+            met = objects[own]
+            if free[met].any():
+                owner = int(met[np.where(free[met], iou[own], -1).argmax()])
                 free[owner] = False
                 self.matrix[truth.labels[owner], classes[index]] += 1
-            elif not (hits & truth.ignored).any():
+            elif not truth.ignored[met].any():
                 self.matrix[background, classes[index]] += 1
         np.add.at(self.matrix[:, background], truth.labels[free], 1)
-
-
-def _iou(found: Detections, truth: ObjectLabels, kind: str) -> npt.NDArray[np.float64]:
-    given = getattr(found, _GEOMETRY[kind]), getattr(truth, _GEOMETRY[kind])
-    if given[0] is None or given[1] is None:
-        raise InputError(f"expected {kind} to compare, got another kind of geometry; check the label format")
-    ours, theirs = (torch.as_tensor(values).cpu() for values in given)
-    if kind == "masks":
-        return _mask_iou(ours, theirs).numpy()
-    measure = box_iou if kind == "boxes" else oriented_iou_matrix
-    sides = 4 if kind == "boxes" else 5
-    return np.asarray(measure(ours.double().reshape(-1, sides), theirs.double().reshape(-1, sides)).numpy())
-
-
-def _mask_iou(ours: Tensor, theirs: Tensor) -> Tensor:
-    ours, theirs = (masks.flatten(1).double() for masks in (ours, theirs))
-    shared = ours @ theirs.T
-    return shared / (ours.sum(1)[:, None] + theirs.sum(1) - shared).clamp(min=1)

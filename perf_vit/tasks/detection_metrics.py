@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import math
+import zlib
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
@@ -12,14 +13,16 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 import torch
-from pycocotools import mask as coco_mask
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 from torch import distributed
 
-from perf_vit.errors import InputError
+from perf_vit.ops.boxes import oriented_box_bounds
+from perf_vit.ops.mask_crops import shared_pixels
 from perf_vit.ops.oriented_boxes import oriented_iou_matrix
-from perf_vit.types import Detections, ObjectLabels
+from perf_vit.tasks.independent_parts import independent_parts
+from perf_vit.tasks.meeting_objects import compared_geometry
+from perf_vit.types import Detections, MaskCrops, ObjectLabels
 
 __all__ = ["OBJECT_SIZES", "DetectionClassScores", "DetectionMetrics", "DetectionScores"]
 
@@ -33,10 +36,10 @@ OBJECT_SIZES = {
 """Bounds of the square root of an object's area in pixels: those of AI-TOD (Wang et al. 2021, "Tiny Object Detection in
 Aerial Images", ICPR 2020), and large for what that data set doesn't have."""
 
-# AI-TOD's; COCO's own 100 would cut dense tiles.
+# AI-TOD's; COCO's own 100 would cut dense tiles. Denser images count as many detections an object.
 _MAX_DETECTIONS = 1500
+_DETECTIONS_PER_OBJECT = 3
 _IOU_50, _IOU_75 = 0, 5
-_GEOMETRY = {"boxes": "boxes_xyxy", "oriented_boxes": "oriented_boxes", "masks": "masks"}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -96,19 +99,21 @@ class DetectionScores:
 class DetectionMetrics:
     """Average precision as COCO defines it, by pycocotools; ignored objects count as its crowds.
 
-    It keeps every image's objects until `compute`; in distributed training it joins those of all processes.
+    It keeps every image's objects until `compute`; in distributed training it joins those of all processes. Time and
+    memory grow with the objects of an image, not with their square.
 
     Args:
         classes: names, in the order of the class indices.
         kind: what is compared, boxes, oriented boxes (by their exact IoU) or masks.
-        max_detections: the surest of an image and class that count.
+        max_detections: the surest of an image and class that count; 1,500 or, where that is more, three an object of
+            the class if None.
     """
 
     def __init__(
         self,
         classes: Sequence[str],
         kind: Literal["boxes", "oriented_boxes", "masks"] = "boxes",
-        max_detections: int = _MAX_DETECTIONS,
+        max_detections: int | None = None,
     ) -> None:
         self.classes = tuple(classes)
         self.kind = kind
@@ -122,7 +127,8 @@ class DetectionMetrics:
             InputError: a kind of geometry that this metric doesn't compare.
         """
         for found, truth in zip(detections, labels, strict=True):
-            self.images.append((self._truth(truth), self._found(found)))
+            objects = self._truth(truth)
+            self.images += independent_parts(objects, self._surest(self._found(found), objects))
 
     def reset(self) -> None:
         """Forget all images."""
@@ -173,27 +179,40 @@ class DetectionMetrics:
             for shape, label, score in zip(shapes, _list(found.labels), _list(found.scores), strict=True)
         ]
 
+    def _surest(self, found: list[dict[str, Any]], truth: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        """The detections that count, class by class and surest first."""
+        kept = []
+        for index in range(len(self.classes)):
+            ranked = sorted((s for s in found if s["category_id"] == index), key=lambda shape: -shape["score"])
+            num_objects = sum(shape["category_id"] == index for shape in truth)
+            limit = max(_MAX_DETECTIONS, _DETECTIONS_PER_OBJECT * num_objects)
+            kept += ranked[: limit if self.max_detections is None else self.max_detections]
+        return kept
+
     def _shapes(self, objects: Detections | ObjectLabels) -> list[dict[str, Any]]:
-        values = getattr(objects, _GEOMETRY[self.kind])
-        if values is None:
-            raise InputError(f"expected {self.kind} to compare, got another kind of geometry; check the label format")
+        values = compared_geometry(objects, self.kind)
+        if self.kind == "masks":
+            return _mask_shapes(values)
+        bounds = values if self.kind == "boxes" else oriented_box_bounds(values)
+        sizes = (values[:, 2:] - values[:, :2] if self.kind == "boxes" else values[:, 2:4]).prod(axis=1)
+        shapes = [
+            {"bbox": [x0, y0, x1 - x0, y1 - y0], "area": area}
+            for (x0, y0, x1, y1), area in zip(bounds.tolist(), sizes.tolist(), strict=True)
+        ]
         if self.kind == "boxes":
-            return [
-                {"bbox": [x0, y0, x1 - x0, y1 - y0], "area": (x1 - x0) * (y1 - y0)} for x0, y0, x1, y1 in _list(values)
-            ]
-        if self.kind == "oriented_boxes":
-            return [{"oriented_box": box, "area": box[2] * box[3]} for box in _list(values)]
-        return [_mask_shape(mask) for mask in torch.as_tensor(values).cpu().numpy()]
+            return shapes
+        return [{**shape, "oriented_box": box} for shape, box in zip(shapes, values.tolist(), strict=True)]
 
     def _evaluate(self, images: list[tuple[list[dict[str, Any]], list[dict[str, Any]]]]) -> COCOeval:
         # pycocotools prints how far it is.
         with contextlib.redirect_stdout(io.StringIO()):
             truth, found = (_coco([image[side] for image in images], len(self.classes)) for side in (0, 1))
-            protocol = _OrientedEvaluation if self.kind == "oriented_boxes" else COCOeval
-            evaluation = protocol(truth, found, "segm" if self.kind == "masks" else "bbox")
+            protocol = {"oriented_boxes": _OrientedEvaluation, "masks": _MaskEvaluation}.get(self.kind, COCOeval)
+            evaluation = protocol(truth, found, "bbox")
             evaluation.params.areaRng = [[0, 1e10], *([low**2, high**2] for low, high in OBJECT_SIZES.values())]
             evaluation.params.areaRngLbl = ["all", *OBJECT_SIZES]
-            evaluation.params.maxDets = [self.max_detections]
+            # Those beyond the limit are gone already.
+            evaluation.params.maxDets = [max((len(shapes) for _, shapes in images), default=1)]
             evaluation.evaluate()
             evaluation.accumulate()
         return evaluation
@@ -217,12 +236,29 @@ class _OrientedEvaluation(COCOeval):
         return torch.where(torch.tensor([bool(shape["iscrowd"]) for shape in truth]), inside, iou).numpy()
 
 
+class _MaskEvaluation(COCOeval):
+    """COCO's evaluation of masks that are held inside their own rectangles only."""
+
+    def computeIoU(self, imgId: int, catId: int) -> Any:  # noqa: N802
+        """IoU of an image's detections of a class, surest first, and its objects; over a crowd, the share inside it."""
+        found = sorted(self._dts[imgId, catId], key=lambda shape: -shape["score"])[: self.params.maxDets[-1]]
+        truth = self._gts[imgId, catId]
+        if not found or not truth:
+            return []
+        ours, theirs = (_mask_crops(shapes) for shapes in (found, truth))
+        first, second, shared = shared_pixels(ours, theirs)
+        areas, crowds = ours.areas()[first], np.array([bool(shape["iscrowd"]) for shape in truth])[second]
+        iou = np.zeros((len(found), len(truth)))
+        iou[first, second] = shared / np.where(crowds, areas, areas + theirs.areas()[second] - shared)
+        return iou
+
+
 def _coco(images: Sequence[Sequence[dict[str, Any]]], num_classes: int) -> COCO:
     """Pycocotools' index of the objects of all images; ids start at 1, as 0 means unmatched there."""
     objects = [{**shape, "image_id": index} for index, image in enumerate(images) for shape in image]
     coco = COCO()
     coco.dataset = {
-        "images": [{"id": index, **_image_size(image)} for index, image in enumerate(images)],
+        "images": [{"id": index} for index in range(len(images))],
         "categories": [{"id": index} for index in range(num_classes)],
         "annotations": [{**shape, "id": index} for index, shape in enumerate(objects, 1)],
     }
@@ -230,19 +266,31 @@ def _coco(images: Sequence[Sequence[dict[str, Any]]], num_classes: int) -> COCO:
     return coco
 
 
-def _image_size(shapes: Sequence[dict[str, Any]]) -> dict[str, int]:
-    """Height and width where there are masks, which pycocotools looks up there."""
-    sizes = [shape["segmentation"]["size"] for shape in shapes if "segmentation" in shape]
-    return dict(zip(("height", "width"), sizes[0], strict=True)) if sizes else {}
+def _mask_shapes(masks: MaskCrops) -> list[dict[str, Any]]:
+    """Masks inside their rectangles, packed, and where these lie."""
+    return [
+        {
+            "crop": zlib.compress(np.packbits(crop).tobytes(), level=1),
+            "shape": crop.shape,
+            "corner": corner,
+            "area": float(np.count_nonzero(crop)),
+            "bbox": [x0, y0, x1 - x0, y1 - y0],
+        }
+        for crop, corner, (x0, y0, x1, y1) in zip(
+            masks.crops, masks.corners.tolist(), masks.rectangles().tolist(), strict=True
+        )
+    ]
 
 
-def _mask_shape(mask: npt.NDArray[np.bool_]) -> dict[str, Any]:
-    encoded = coco_mask.encode(np.asfortranarray(mask, np.uint8))
-    return {
-        "segmentation": encoded,
-        "area": float(coco_mask.area(encoded)),
-        "bbox": coco_mask.toBbox(encoded).tolist(),
-    }
+def _mask_crops(shapes: Sequence[dict[str, Any]]) -> MaskCrops:
+    crops = [
+        np.unpackbits(np.frombuffer(zlib.decompress(shape["crop"]), np.uint8), count=math.prod(shape["shape"]))
+        .reshape(shape["shape"])
+        .astype(bool)
+        for shape in shapes
+    ]
+    # Of the image's size nothing hangs here.
+    return MaskCrops(crops, np.array([shape["corner"] for shape in shapes], np.int64), (0, 0))
 
 
 def _outcomes(evaluation: COCOeval, index: int) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.bool_]]:

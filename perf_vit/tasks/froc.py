@@ -10,10 +10,13 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from perf_vit.ops.boxes import oriented_box_corners
-from perf_vit.types import BoolArray, Detections, ObjectLabels
+from perf_vit.ops.boxes import meeting_pairs, oriented_box_bounds, oriented_box_corners
+from perf_vit.ops.mask_crops import cropped_masks
+from perf_vit.types import BoolArray, Detections, MaskCrops, ObjectLabels
 
 __all__ = ["FROC_RATES", "Froc"]
+
+IndexArray = npt.NDArray[np.int64]
 
 FROC_RATES = (0.25, 0.5, 1.0, 2.0, 4.0, 8.0)
 """False positives an image at which CAMELYON16 asks for the sensitivity."""
@@ -41,13 +44,16 @@ class Froc:
         """Take up what was found in some images, and what is there."""
         for found, truth in zip(detections, labels, strict=True):
             self.num_images += 1
-            points, scores, classes = _points(found), _array(found.scores), _array(found.labels)
-            inside = _inside(points, truth) & (classes[:, None] == truth.labels)
+            scores, classes = _array(found.scores), _array(found.labels)
+            points, objects = _inside(_points(found), truth)
+            same = classes[points] == truth.labels[objects]
+            points, objects = points[same], objects[same]
+            best, vain = np.full(len(truth), -math.inf), np.ones(len(scores), bool)
+            np.maximum.at(best, objects, scores[points])
+            vain[points] = False
             for index in range(self.num_classes):
-                lesions = (truth.labels == index) & ~truth.ignored
-                best = np.where(inside[:, lesions], scores[:, None], -math.inf).max(axis=0, initial=-math.inf)
-                self._hits[index] += best.tolist()
-                self._vain[index] += scores[(classes == index) & ~inside.any(axis=1)].tolist()
+                self._hits[index] += best[(truth.labels == index) & ~truth.ignored].tolist()
+                self._vain[index] += scores[(classes == index) & vain].tolist()
 
     def compute(self) -> list[dict[str, Any]]:
         """For each class, "sensitivity" at each of `FROC_RATES` and their "mean"; NaN without objects."""
@@ -72,26 +78,52 @@ def _points(found: Detections) -> npt.NDArray[np.float64]:
     if found.boxes_xyxy is not None:
         boxes = _array(found.boxes_xyxy)
         return (boxes[:, :2] + boxes[:, 2:]) / 2
-    places = [np.argwhere(mask)[:, ::-1] + 0.5 for mask in _array(found.masks)]
+    masks = cropped_masks(found)
+    assert masks is not None
+    places = [
+        np.argwhere(crop)[:, ::-1] + 0.5 + corner[::-1] for crop, corner in zip(masks.crops, masks.corners, strict=True)
+    ]
     return np.array([xy.mean(axis=0) if len(xy) else (-1, -1) for xy in places], np.float64).reshape(-1, 2)
 
 
-def _inside(points: npt.NDArray[np.float64], truth: ObjectLabels) -> BoolArray:
-    """Whether each point lies in each object, [n, objects]."""
-    if truth.masks is not None:
-        height, width = truth.masks.shape[1:]
-        cols, rows = np.floor(points.T).astype(int)
-        within = (cols >= 0) & (rows >= 0) & (cols < width) & (rows < height)
-        hits = truth.masks[:, rows.clip(0, height - 1), cols.clip(0, width - 1)].T
-        return np.asarray(hits & within[:, None])
-    if truth.oriented_boxes is not None:
-        corners = oriented_box_corners(truth.oriented_boxes)
-        sides = np.roll(corners, -1, axis=1) - corners
-        ahead = points[:, None, None] - corners
-        cross = sides[..., 0] * ahead[..., 1] - sides[..., 1] * ahead[..., 0]
-        return np.asarray((cross >= 0).all(axis=2) | (cross <= 0).all(axis=2))
-    low, high = truth.boxes_xyxy[:, :2], truth.boxes_xyxy[:, 2:]
-    return np.asarray(((points[:, None] >= low) & (points[:, None] < high)).all(axis=2))
+def _inside(points: npt.NDArray[np.float64], truth: ObjectLabels) -> tuple[IndexArray, IndexArray]:
+    """Pairs of a point and an object that holds it, [p] each."""
+    masks = cropped_masks(truth)
+    if masks is not None:
+        bounds: npt.NDArray[Any] = masks.rectangles()
+    else:
+        bounds = truth.boxes_xyxy if truth.oriented_boxes is None else oriented_box_bounds(truth.oriented_boxes)
+    first, second = meeting_pairs(np.tile(points, 2), bounds)
+    if masks is not None:
+        holds = _in_masks(points[first], masks, second)
+    elif truth.oriented_boxes is not None:
+        holds = _in_oriented(points[first], truth.oriented_boxes[second])
+    else:
+        low, high = truth.boxes_xyxy[second, :2], truth.boxes_xyxy[second, 2:]
+        holds = np.asarray(((points[first] >= low) & (points[first] < high)).all(axis=1))
+    return first[holds], second[holds]
+
+
+def _in_masks(points: npt.NDArray[np.float64], masks: MaskCrops, indices: IndexArray) -> BoolArray:
+    """Whether each point lies in the mask of the same place, [p]."""
+    pixels = np.floor(points[:, ::-1]).astype(np.int64) - masks.corners[indices]
+    crops = [masks.crops[index] for index in indices.tolist()]
+    return np.array(
+        [
+            row < crop.shape[0] and col < crop.shape[1] and crop[row, col]
+            for (row, col), crop in zip(pixels.tolist(), crops, strict=True)
+        ],
+        bool,
+    )
+
+
+def _in_oriented(points: npt.NDArray[np.float64], oriented_boxes: npt.NDArray[np.floating]) -> BoolArray:
+    """Whether each point lies in the oriented box of the same place, [p]."""
+    corners = oriented_box_corners(oriented_boxes)
+    sides = np.roll(corners, -1, axis=1) - corners
+    ahead = points[:, None] - corners
+    cross = sides[..., 0] * ahead[..., 1] - sides[..., 1] * ahead[..., 0]
+    return np.asarray((cross >= 0).all(axis=1) | (cross <= 0).all(axis=1))
 
 
 def _array(values: Any) -> npt.NDArray[Any]:

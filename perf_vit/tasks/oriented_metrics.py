@@ -19,6 +19,7 @@ __all__ = ["OrientedAveragePrecision"]
 
 _COCO_THRESHOLDS = (0.5, 0.55, 0.6, 0.65, 0.7, 0.75, 0.8, 0.85, 0.9, 0.95)
 _FALSE, _TRUE, _IGNORED = 0, 1, 2
+_BOXES_AT_ONCE = 1024
 
 
 class OrientedAveragePrecision(Metric):
@@ -78,11 +79,10 @@ class OrientedAveragePrecision(Metric):
             torch.as_tensor(values, device=self.device)
             for values in (target.oriented_boxes, target.labels, target.ignored)
         )
-        iou = oriented_iou_matrix(boxes.double().reshape(-1, 5), objects.double().reshape(-1, 5))
-        iou = torch.where(labels[:, None] == object_labels, iou, 0)
+        best, owner = _nearest(boxes.double().reshape(-1, 5), labels, objects.double().reshape(-1, 5), object_labels)
         self.scores.append(scores.float())
         self.labels.append(labels.long())
-        self.outcomes.append(_outcomes(iou, scores, ignored, self.iou_thresholds))
+        self.outcomes.append(_outcomes(best, owner, scores, ignored, self.iou_thresholds))
         self.num_objects += torch.bincount(object_labels[~ignored], minlength=self.num_classes)
 
     def compute(self) -> dict[str, Tensor]:
@@ -120,14 +120,33 @@ def _index_of_half(iou_thresholds: Sequence[float]) -> int:
     raise ValueError(f"expected 0.5 among the IoU thresholds, got {list(iou_thresholds)}")
 
 
-def _outcomes(iou: Tensor, scores: Tensor, ignored: Tensor, iou_thresholds: Sequence[float]) -> Tensor:
-    """What becomes of each detection at each threshold, [n, thresholds] int8, from its IoU with m objects, [n, m]."""
-    outcomes = torch.full((len(scores), len(iou_thresholds)), _FALSE, dtype=torch.int8, device=iou.device)
-    if not iou.numel():
+def _nearest(boxes: Tensor, labels: Tensor, objects: Tensor, object_labels: Tensor) -> tuple[Tensor, Tensor]:
+    """The largest IoU of each box with an object of its class, and that object; 0 and 0 without objects, [n] each."""
+    if not len(objects):
+        return boxes.new_zeros(len(boxes)), labels.new_zeros(len(boxes), dtype=torch.long)
+    parts = []
+    # Some boxes at a time: a harbour's thousands, with all pairs at once, would take gigabytes.
+    for some, classes in zip(torch.split(boxes, _BOXES_AT_ONCE), torch.split(labels, _BOXES_AT_ONCE), strict=True):
+        iou = oriented_iou_matrix(some, objects)
+        parts.append(torch.where(classes[:, None] == object_labels, iou, 0).max(1))
+    return torch.cat([part.values for part in parts]), torch.cat([part.indices for part in parts])
+
+
+def _outcomes(best: Tensor, owner: Tensor, scores: Tensor, ignored: Tensor, iou_thresholds: Sequence[float]) -> Tensor:
+    """What becomes of each detection at each threshold, [n, thresholds] int8.
+
+    Args:
+        best: its IoU with the object it belongs to, [n].
+        owner: that object, [n].
+        scores: [n].
+        ignored: of the m objects.
+        iou_thresholds: an IoU above is a hit.
+    """
+    outcomes = torch.full((len(scores), len(iou_thresholds)), _FALSE, dtype=torch.int8, device=best.device)
+    if not len(ignored) or not len(scores):
         return outcomes
-    best, owner = iou.max(1)
     rank = torch.empty_like(owner)
-    rank[scores.argsort(descending=True, stable=True)] = torch.arange(len(scores), device=iou.device)
+    rank[scores.argsort(descending=True, stable=True)] = torch.arange(len(scores), device=best.device)
     for column, threshold in enumerate(iou_thresholds):
         hits = best > threshold
         first = torch.full_like(ignored, len(scores), dtype=torch.long)

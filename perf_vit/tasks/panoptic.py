@@ -12,9 +12,13 @@ import numpy.typing as npt
 import torch
 
 from perf_vit.errors import InputError
-from perf_vit.types import BoolArray, Detections, ObjectLabels
+from perf_vit.ops.mask_crops import cropped_masks, part_in
+from perf_vit.types import Detections, MaskCrops, ObjectLabels, Window
 
 __all__ = ["PanopticQuality", "PanopticScores"]
+
+# Painted at once.
+_PIXELS = 1 << 24
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -57,9 +61,15 @@ class PanopticQuality:
             InputError: there are no masks in one of them.
         """
         for found, truth in zip(detections, labels, strict=True):
-            if found.masks is None or truth.masks is None:
+            ours, theirs = cropped_masks(found), cropped_masks(truth)
+            if ours is None or theirs is None:
                 raise InputError("panoptic quality needs masks, found and labelled, got another kind of geometry")
-            self._update_image(found, truth)
+            scores, classes = _array(found.scores), _array(found.labels)
+            order = np.argsort(-scores, kind="stable")
+            order = order[scores[order] >= self.score_threshold]
+            counted = ~truth.ignored
+            overlaps = _overlaps(ours.take(order), theirs.take(counted), theirs.take(truth.ignored))
+            self._pair(overlaps, classes[order], truth.labels[counted])
 
     def compute(self) -> tuple[PanopticScores, list[PanopticScores]]:
         """The mean over the classes that occur, and the scores of each class."""
@@ -69,55 +79,73 @@ class PanopticQuality:
         mean = {name: float(np.mean([getattr(s, name) for s in known])) if known else math.nan for name in names}
         return PanopticScores(**mean), each
 
-    def _update_image(self, found: Detections, truth: ObjectLabels) -> None:
-        assert truth.masks is not None
-        scores, found_labels, masks = (_array(values) for values in (found.scores, found.labels, found.masks))
-        order = np.argsort(-scores, kind="stable")
-        order = order[scores[order] >= self.score_threshold]
-        counted = np.flatnonzero(~truth.ignored)
-        found_map, truth_map = _painted(masks[order].astype(bool)), _painted(truth.masks[counted])
-        void = truth.masks[truth.ignored].any(axis=0) & (truth_map == 0)
-        self._pair(_overlaps(found_map, truth_map, void, len(order), len(counted)), found_labels[order],
-                   truth.labels[counted])  # fmt: skip
-
-    def _pair(self, overlaps: npt.NDArray[np.int64], found: npt.NDArray[Any], truth: npt.NDArray[Any]) -> None:
-        """Count the pairs of one image.
-
-        Args:
-            overlaps: pixels that found and labelled objects share, [found + 1, labelled + 2]; row 0 is nothing found,
-                column 0 nothing labelled, the last column ignored.
-            found: classes.
-            truth: classes.
-        """
-        shared = overlaps[1:, 1:-1]
-        found_px = overlaps[1:].sum(1)
-        union = (found_px - overlaps[1:, -1])[:, None] + overlaps[:, 1:-1].sum(0) - shared
-        iou = shared / np.maximum(union, 1)
-        rows, cols = np.nonzero((iou > 0.5) & (found[:, None] == truth))
-        np.add.at(self._iou, truth[cols], iou[rows, cols])
+    def _pair(self, overlaps: _Overlaps, found: npt.NDArray[Any], truth: npt.NDArray[Any]) -> None:
+        """Count the pairs of one image, given the classes of its found and labelled objects."""
+        rows, cols, pixels = overlaps.found, overlaps.truth, overlaps.pixels
+        void = cols == len(truth)
+        found_px = _sums(rows, pixels, len(found))
+        void_px = _sums(rows[void], pixels[void], len(found))
+        truth_px = _sums(cols, pixels, len(truth))
+        both = (rows >= 0) & (cols >= 0) & ~void
+        rows, cols, shared = rows[both], cols[both], pixels[both]
+        iou = shared / np.maximum(found_px[rows] - void_px[rows] + truth_px[cols] - shared, 1)
+        paired = (iou > 0.5) & (found[rows] == truth[cols])
+        rows, cols = rows[paired], cols[paired]
+        np.add.at(self._iou, truth[cols], iou[paired])
         np.add.at(self._counts[:, 0], truth[cols], 1)
-        vain = (found_px > 0) & (2 * overlaps[1:, -1] <= found_px)
+        vain = (found_px > 0) & (2 * void_px <= found_px)
         vain[rows] = False
-        missed = overlaps[:, 1:-1].sum(0) > 0
+        missed = truth_px > 0
         missed[cols] = False
         np.add.at(self._counts[:, 1], found[vain], 1)
         np.add.at(self._counts[:, 2], truth[missed], 1)
 
 
-def _painted(masks: BoolArray) -> npt.NDArray[np.int64]:
-    """Number of the first mask that covers each pixel, counted from 1; 0 where there is none."""
-    painted = np.zeros(masks.shape[1:], np.int64)
-    for number in range(len(masks), 0, -1):
-        painted[masks[number - 1]] = number
+@dataclass(frozen=True, slots=True)
+class _Overlaps:
+    """Pixels that a found and a labelled object share; -1 is no object, a truth of their number ignored."""
+
+    found: npt.NDArray[np.int64]
+    truth: npt.NDArray[np.int64]
+    pixels: npt.NDArray[np.int64]
+
+
+def _overlaps(found: MaskCrops, truth: MaskCrops, ignored: MaskCrops) -> _Overlaps:
+    """Count pixels rows after rows, so that memory doesn't grow with the image's height."""
+    height, width = truth.size
+    num_rows = max(1, _PIXELS // max(width, 1))
+    columns = len(truth) + 2
+    codes, pixels = [np.zeros(0, np.int64)], [np.zeros(0, np.int64)]
+    for row in range(0, height, num_rows):
+        window = Window(row, 0, min(num_rows, height - row), width)
+        found_map, truth_map = _painted(found, window), _painted(truth, window)
+        void = (_painted(ignored, window) >= 0) & (truth_map < 0)
+        truth_map[void] = len(truth)
+        occupied = (found_map >= 0) | (truth_map >= 0)
+        code, count = np.unique((found_map[occupied] + 1) * columns + truth_map[occupied] + 1, return_counts=True)
+        codes.append(code)
+        pixels.append(count)
+    code, place = np.unique(np.concatenate(codes), return_inverse=True)
+    return _Overlaps(code // columns - 1, code % columns - 1, _sums(place, np.concatenate(pixels), len(code)))
+
+
+def _painted(masks: MaskCrops, window: Window) -> npt.NDArray[np.int64]:
+    """Number of the first mask that covers each pixel of a window, -1 where there is none."""
+    painted = np.full(window.shape, -1, np.int64)
+    top, bottom = masks.rectangles()[:, [1, 3]].T
+    for index in np.flatnonzero((top < window.row_stop) & (bottom > window.row))[::-1].tolist():
+        part = part_in(masks, index, window)
+        if part is not None:
+            painted[part[0]][part[1]] = index
     return painted
 
 
-def _overlaps(
-    found: npt.NDArray[np.int64], truth: npt.NDArray[np.int64], void: BoolArray, num_found: int, num_truth: int
-) -> npt.NDArray[np.int64]:
-    columns = np.where(void, num_truth + 1, truth)
-    shape = num_found + 1, num_truth + 2
-    return np.bincount((found * shape[1] + columns).ravel(), minlength=shape[0] * shape[1]).reshape(shape)
+def _sums(index: npt.NDArray[np.int64], values: npt.NDArray[np.int64], length: int) -> npt.NDArray[np.int64]:
+    """Sum of the values of each index from 0 to length - 1; others are left out."""
+    known = (index >= 0) & (index < length)
+    sums = np.zeros(length, np.int64)
+    np.add.at(sums, index[known], values[known])
+    return sums
 
 
 def _scores(iou: float, true: int, vain: int, missed: int) -> PanopticScores:

@@ -1,16 +1,22 @@
 """Scores of a detector on images as they come: with holes, and large."""
 
+from dataclasses import replace
+
 import numpy as np
 import rasterio
+import shapely
 from affine import Affine
 from command_line import save_detector
+from PIL import Image
 
 from perf_vit.cli.detecting import evaluate_detector
-from perf_vit.data import SeenObjects
+from perf_vit.cli.detection_report import DetectionReport
+from perf_vit.data import OutlineMasks, SeenObjects, objects_in, read_object_labels
+from perf_vit.inference import Objects
 from perf_vit.io import open_source
 from perf_vit.models import DetectorSpec
 from perf_vit.transforms import Normalizer
-from perf_vit.types import Window
+from perf_vit.types import Detections, Window
 
 SPEC = DetectorSpec(
     classes=("car",),
@@ -37,6 +43,38 @@ def test_objects_on_no_data_are_not_missed_in_evaluation(tmp_path) -> None:
     checkpoint = save_detector(tmp_path / "last.ckpt", SPEC, head_kwargs={"detections_per_tile": 20})
     report = evaluate_detector(checkpoint, tmp_path / "a.tif", tmp_path / "labels.csv", device="cpu")
     assert report.scores.classes[0].num_objects == 2
+
+
+def test_masks_are_scored_inside_their_rectangles_as_whole_ones_are(tmp_path, monkeypatch) -> None:
+    rng = np.random.default_rng(0)
+    numbers, outlines = np.zeros((90, 110), np.uint16), []
+    for number in range(1, 13):
+        row, col = rng.integers(0, 80), rng.integers(0, 100)
+        numbers[row : row + 10, col : col + 9] = 50 * number
+        left, top = np.array([col, row]) + rng.integers(0, 3, 2)
+        outlines.append(shapely.box(left, top, min(left + 9, 110), min(top + 10, 90)))
+    found = Objects("polygons", np.array(outlines), rng.random(12).astype(np.float32), np.zeros(12, np.int32))
+    for name, values in (("images", numbers.astype(np.uint8)), ("masks", numbers)):
+        (tmp_path / name).mkdir()
+        Image.fromarray(values).save(tmp_path / name / "a.png")
+    spec = replace(SPEC, label_options={"label_format": "instances"})
+    checkpoint = save_detector(tmp_path / "last.ckpt", spec, head="mask_rcnn", strides=[8])
+
+    def search(model, reader, *args, **options) -> Objects:
+        reader.read(reader.extent)
+        return found
+
+    monkeypatch.setattr("perf_vit.cli.detecting.detect_objects", search)
+    report = evaluate_detector(checkpoint, tmp_path / "images", tmp_path / "masks")
+    (record,) = read_object_labels(tmp_path / "masks", tmp_path / "images", label_format="instances", classes=["car"])
+    masks = OutlineMasks(outlines).read(np.arange(12), record.extent)
+    whole = DetectionReport(("car",), "masks", score_threshold=0.5)
+    whole.update(
+        Detections(masks=masks, scores=found.scores, labels=found.labels),
+        objects_in(record, record.extent, min_visible=0.0),
+    )
+    assert report.to_dict() == whole.to_dict()
+    assert 0.1 < report.scores.ap50 < 1
 
 
 def test_an_object_is_seen_once_a_window_shows_a_valid_pixel_of_it(tmp_path) -> None:

@@ -3,6 +3,7 @@ import math
 
 import numpy as np
 import pytest
+import shapely
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -20,7 +21,9 @@ from perf_vit.data import (
     read_object_labels,
 )
 from perf_vit.data.epochs import EpochSampler
+from perf_vit.data.labels.masks import OutlineMasks, Rle
 from perf_vit.errors import ConfigError, InputError
+from perf_vit.ops.mask_crops import part_in
 from perf_vit.transforms import Normalizer
 from perf_vit.types import Window
 
@@ -242,6 +245,35 @@ def test_invalid_pixels_become_zero_and_objects_on_them_are_ignored(make_scene) 
     assert (image[:, :, :20] == 0).all()
     assert (image[:, :64, 20:64] == 2).all()
     assert (image[:, 64:] == 0).all()
+
+
+@pytest.mark.parametrize("labels", ["instances", "polygons", "run lengths"])
+@pytest.mark.parametrize("window", [Window(0, 0, 150, 131), Window(20, 30, 48, 61), Window(100, 90, 60, 50)])
+def test_cropped_masks_are_whole_ones_inside_their_rectangles(nuclei, labels, window) -> None:
+    record = nuclei.records[0]
+    if labels != "instances":
+        masks = record.masks.read(np.arange(len(record)), record.extent)
+        runs = [
+            np.diff(np.flatnonzero(np.diff(mask.T.ravel(), prepend=~mask[0, 0], append=~mask[-1, -1])))
+            for mask in masks
+        ]
+        outlines = [
+            Rle(np.append(0, run) if mask[0, 0] else run, 150, 131) for run, mask in zip(runs, masks, strict=True)
+        ]
+        if labels == "polygons":
+            outlines = [shapely.Point(xy).buffer(6) for xy in record.boxes_xyxy[:, :2].tolist()]
+        record = dataclasses.replace(record, masks=OutlineMasks(outlines))
+    whole = objects_in(record, window, min_visible=0.0)
+    cropped = objects_in(record, window, min_visible=0.0, crop_masks=True)
+    assert (cropped.labels, cropped.ignored) == (pytest.approx(whole.labels), pytest.approx(whole.ignored))
+    assert cropped.boxes_xyxy.tolist() == whole.boxes_xyxy.tolist()
+    assert cropped.masks is None
+    assert len(cropped) == len(whole) > 0
+    for index, mask in enumerate(whole.masks):
+        pasted = np.zeros_like(mask)
+        place, crop = part_in(cropped.mask_crops, index, Window(0, 0, *window.shape))
+        pasted[place] = crop
+        assert (pasted == mask).all()
 
 
 def test_masks_are_there_for_images_without_objects_too(nuclei) -> None:

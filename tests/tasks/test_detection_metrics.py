@@ -224,6 +224,66 @@ def test_dense_images_count_beyond_a_hundred_detections() -> None:
     assert measure([image], max_detections=40).ap50 < 0.4
 
 
+def test_the_limit_grows_with_the_objects_of_an_image() -> None:
+    boxes = [[12 * (k % 50), 12 * (k // 50), 12 * (k % 50) + 9, 12 * (k // 50) + 9] for k in range(1700)]
+    found = detections_of(boxes, [0] * 1700, np.linspace(0.9, 0.1, 1700))
+    assert measure([(found, labels_of(boxes, [0] * 1700))]).recall == pytest.approx(1)
+    # Three an object; of five that hit none and are surer, the limit leaves all.
+    strays = detections_of(boxes[:5] * 1700, [1] * 8500, np.linspace(0.9, 0.1, 8500))
+    assert len(measure_shapes(strays, labels_of(boxes, [1] * 1700))) == 3 * 1700
+    assert len(measure_shapes(strays, labels_of(boxes[:3], [1] * 3))) == 1500
+
+
+def measure_shapes(found, truth) -> list:
+    """The detections that count."""
+    metrics = DetectionMetrics(CLASSES)
+    metrics.update([found], [truth])
+    return [shape for _, shapes in metrics.images for shape in shapes]
+
+
+def crowded(kind: str, seed: int) -> tuple[Detections, ObjectLabels]:
+    """Objects that overlap, some ignored, one of them large; detections are these moved a little, twice, or strays."""
+    rng = np.random.default_rng(seed)
+    centers, sides = rng.uniform(10, 190, (120, 2)), rng.uniform(4, 24, (120, 2))
+    centers[0], sides[0] = 60, 70
+    moved = np.vstack([centers + rng.normal(0, 1.5, centers.shape) for _ in range(2)] + [centers[:40] + 9])
+    moved_sides = np.vstack([sides, sides * rng.uniform(0.8, 1.2, sides.shape), sides[:40]])
+    labels = rng.integers(0, 2, 120)
+    ignored = (rng.random(120) < 0.1) | (np.arange(120) == 0)
+    found_labels = np.concatenate([labels, labels, labels[:40]])
+    scores = rng.permutation(280) / 300
+    shapes = []
+    for xy, size in ((centers, sides), (moved, moved_sides)):
+        if kind == "boxes":
+            shapes.append({"boxes_xyxy": np.hstack([xy - size / 2, xy + size / 2]).astype(np.float32)})
+        elif kind == "oriented_boxes":
+            turned = np.column_stack([xy, size.max(1), size.min(1), xy.sum(1) % 3 - 1.5])
+            shapes.append({"oriented_boxes": turned.astype(np.float32)})
+        else:
+            rows, cols = np.mgrid[:200, :200]
+            low, high = xy - size / 2, xy + size / 2
+            masks = [
+                (cols >= x0) & (cols < x1) & (rows >= y0) & (rows < y1)
+                for (x0, y0), (x1, y1) in zip(low, high, strict=True)
+            ]
+            shapes.append({"masks": np.stack(masks)})
+    truth = {"boxes_xyxy": np.zeros((120, 4), np.float32), **shapes[0], "labels": labels, "ignored": ignored}
+    return Detections(labels=found_labels, scores=scores, **shapes[1]), ObjectLabels(**truth)
+
+
+@pytest.mark.parametrize("kind", ["boxes", "oriented_boxes", "masks"])
+def test_an_image_in_parts_has_the_scores_of_the_whole(kind, monkeypatch) -> None:
+    images = [crowded(kind, seed) for seed in range(2)]
+    whole = measure(images, kind=kind)
+    monkeypatch.setattr("perf_vit.tasks.independent_parts._PAIRS", 0)
+    metrics = DetectionMetrics(CLASSES, kind)
+    for found, truth in images:
+        metrics.update([found], [truth])
+    assert len(metrics.images) > 6
+    assert metrics.compute().to_dict() == whole.to_dict()
+    assert 0.1 < whole.ap50 < 0.95
+
+
 @pytest.mark.parametrize("empty", ["detections", "labels", "both", "images"])
 def test_nothing_found_or_nothing_there_is_no_error(empty, tmp_path) -> None:
     box = [[1, 1, 9, 9]]

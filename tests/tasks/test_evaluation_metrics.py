@@ -1,6 +1,8 @@
 """Panoptic quality, FROC, confusion of objects and curves of pixels, each against a reference."""
 
+import dataclasses
 import math
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -10,8 +12,15 @@ from torchmetrics.classification import BinaryAUROC, BinaryAveragePrecision, Mul
 from torchmetrics.detection import PanopticQuality as TorchmetricsPanopticQuality
 
 from perf_vit.errors import InputError
-from perf_vit.tasks import FROC_RATES, DetectionConfusion, Froc, PanopticQuality, SegmentationCurves
-from perf_vit.types import IGNORE_INDEX, Detections, ObjectLabels
+from perf_vit.tasks import (
+    FROC_RATES,
+    DetectionConfusion,
+    DetectionMetrics,
+    Froc,
+    PanopticQuality,
+    SegmentationCurves,
+)
+from perf_vit.types import IGNORE_INDEX, Detections, MaskCrops, ObjectLabels
 
 
 def truth_of(boxes, labels, ignored=None, **geometry) -> ObjectLabels:
@@ -203,6 +212,60 @@ def test_confusion_compares_any_geometry(kind) -> None:
     assert metric.matrix.tolist() == [[2, 0], [0, 0]]
     with pytest.raises(InputError, match="another kind of geometry"):
         metric.update([Detections(scores=[], labels=[], boxes_xyxy=np.zeros((0, 4)))], [truth_of([], [])])
+
+
+@pytest.mark.parametrize("metric", ["average_precision", "froc", "confusion", "panoptic"])
+def test_masks_inside_their_rectangles_have_the_scores_of_whole_ones(metric) -> None:
+    make = {
+        "average_precision": lambda: DetectionMetrics(("a", "b"), "masks"),
+        "froc": lambda: Froc(2),
+        "confusion": lambda: DetectionConfusion(2, "masks", score_threshold=0.3),
+        "panoptic": lambda: PanopticQuality(2, 0.3),
+    }[metric]
+    whole, cropped = make(), make()
+    for seed in range(4):
+        found, truth = instances(seed, 0.3)
+        whole.update([found], [truth])
+        crops = [MaskCrops.of(np.asarray(each.masks)) for each in (found, truth)]
+        cropped.update(
+            [dataclasses.replace(found, masks=None, mask_crops=crops[0])],
+            [dataclasses.replace(truth, masks=None, mask_crops=crops[1])],
+        )
+    if metric == "confusion":
+        assert (whole.matrix == cropped.matrix).all()
+        assert np.trace(whole.matrix) > 3
+    else:
+        assert whole.compute() == cropped.compute()
+
+
+def test_panoptic_quality_of_an_image_row_by_row_is_that_of_the_whole(monkeypatch) -> None:
+    whole, rows = PanopticQuality(2, 0.3), PanopticQuality(2, 0.3)
+    image = instances(1, 0.3)
+    whole.update([image[0]], [image[1]])
+    monkeypatch.setattr("perf_vit.tasks.panoptic._PIXELS", 7 * 40)
+    rows.update([image[0]], [image[1]])
+    assert rows.compute() == whole.compute()
+
+
+def test_many_objects_of_a_large_image_fit_in_memory() -> None:
+    side, num = 20_000, 400
+    rng = np.random.default_rng(0)
+    corners = rng.integers(0, side - 40, (num, 2))
+    crops = MaskCrops([np.ones((30, 30), bool)] * num, corners, (side, side))
+    moved = MaskCrops([np.ones((30, 30), bool)] * num, corners + rng.integers(0, 4, (num, 2)), (side, side))
+    labels = np.zeros(num, np.int64)
+    truth = truth_of(np.zeros((num, 4)), labels, mask_crops=crops)
+    found = Detections(mask_crops=moved, labels=labels, scores=rng.permutation(num) / num)
+    average, confusion = DetectionMetrics(("a",), "masks"), DetectionConfusion(1, "masks", score_threshold=0.0)
+    metrics = (average, confusion, Froc(1))
+    # Whole masks would take 160 GB.
+    tracemalloc.start()
+    for metric in metrics:
+        metric.update([found], [truth])
+    assert average.compute().ap50 > 0.95
+    assert tracemalloc.get_traced_memory()[1] < 50e6
+    tracemalloc.stop()
+    assert confusion.matrix[0, 0] > 0.95 * num
 
 
 def test_curves_of_pixels_are_those_of_torchmetrics(tmp_path) -> None:

@@ -210,6 +210,15 @@ def with_bounds(objects):
     return replace(objects, boxes_xyxy=bounds, oriented_boxes=None)
 
 
+def test_boxes_some_at_a_time_have_the_scores_of_all_at_once(monkeypatch) -> None:
+    images = [random_image(np.random.default_rng(seed)) for seed in range(30)]
+    expected = measure(images)
+    monkeypatch.setattr("perf_vit.tasks.oriented_metrics._BOXES_AT_ONCE", 3)
+    found = measure(images)
+    for name, value in expected.items():
+        torch.testing.assert_close(found[name], value, rtol=0, atol=0, equal_nan=True)
+
+
 def test_missing_oriented_boxes_are_an_error() -> None:
     upright = Detections(boxes_xyxy=torch.zeros(0, 4), labels=torch.zeros(0), scores=torch.zeros(0))
     with pytest.raises(InputError, match="expected oriented boxes"):

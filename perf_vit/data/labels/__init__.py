@@ -2,6 +2,7 @@
 
 from perf_vit.data.labels.crop import objects_in
 from perf_vit.data.labels.finish import finish_index, oriented_box_around
+from perf_vit.data.labels.masks import OutlineMasks
 from perf_vit.data.labels.read import LABEL_FORMATS, read_object_labels
 from perf_vit.data.labels.records import ImageRecord, ObjectIndex
 from perf_vit.data.labels.write import write_coco_labels
@@ -10,6 +11,7 @@ __all__ = [
     "LABEL_FORMATS",
     "ImageRecord",
     "ObjectIndex",
+    "OutlineMasks",
     "finish_index",
     "objects_in",
     "oriented_box_around",

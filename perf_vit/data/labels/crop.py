@@ -10,12 +10,19 @@ import shapely
 
 from perf_vit.data.labels.records import ImageRecord
 from perf_vit.ops.boxes import box_areas, oriented_box_corners
-from perf_vit.types import BoolArray, ObjectLabels, Window
+from perf_vit.types import BoolArray, MaskCrops, ObjectLabels, Window
 
 __all__ = ["objects_in"]
 
 
-def objects_in(record: ImageRecord, window: Window, *, min_visible: float, owned: Window | None = None) -> ObjectLabels:
+def objects_in(
+    record: ImageRecord,
+    window: Window,
+    *,
+    min_visible: float,
+    owned: Window | None = None,
+    crop_masks: bool = False,
+) -> ObjectLabels:
     """The objects that lie in a window, whole or in part.
 
     Boxes are clipped to the window; where there are masks, a box that was cut is drawn tight around what is left of
@@ -28,6 +35,7 @@ def objects_in(record: ImageRecord, window: Window, *, min_visible: float, owned
             oriented box's area where there is one, and of the upright box's otherwise.
         owned: part of the image's pixels that decides instead of `min_visible`: objects whose centre lies elsewhere are
             ignored.
+        crop_masks: give masks as `mask_crops`, for large windows.
     """
     corner = np.array([window.col, window.row] * 2, np.float64)
     limits = np.array([window.width, window.height] * 2, np.float64)
@@ -41,7 +49,7 @@ def objects_in(record: ImageRecord, window: Window, *, min_visible: float, owned
         ignored=record.ignored[found] | ~counts,
         oriented_boxes=_moved(record, found, window),
     )
-    return objects if record.masks is None else _with_masks(objects, record, found, window)
+    return objects if record.masks is None else _with_masks(objects, record, found, window, crop_masks)
 
 
 def _centered_in(boxes: npt.NDArray[np.float64], area: Window) -> BoolArray:
@@ -68,19 +76,37 @@ def _moved(record: ImageRecord, found: npt.NDArray[np.int64], window: Window) ->
 
 
 def _with_masks(
-    objects: ObjectLabels, record: ImageRecord, found: npt.NDArray[np.int64], window: Window
+    objects: ObjectLabels, record: ImageRecord, found: npt.NDArray[np.int64], window: Window, crop_masks: bool
 ) -> ObjectLabels:
     """Add masks; an object without a pixel in the window is not in it."""
     assert record.masks is not None
+    if crop_masks:
+        return _with_crops(objects, record.masks.read_crops(found, window), record.boxes_xyxy[found], window)
     masks = record.masks.read(found, window)
     boxes = objects.boxes_xyxy.copy()
-    whole = record.boxes_xyxy[found]
-    cut = (whole[:, :2] < [window.col, window.row]).any(1) | (whole[:, 2:] > [window.col_stop, window.row_stop]).any(1)
+    cut = _cut(record.boxes_xyxy[found], window)
     kept = np.asarray(masks.any(axis=(1, 2)))
     for index in np.flatnonzero(cut & kept):
         boxes[index] = _bounds(masks[index])
     objects = dataclasses.replace(objects, boxes_xyxy=boxes, masks=masks)
     return objects if kept.all() else _chosen(objects, kept)
+
+
+def _with_crops(
+    objects: ObjectLabels, masks: MaskCrops, whole_xyxy: npt.NDArray[np.float64], window: Window
+) -> ObjectLabels:
+    kept = masks.areas() > 0
+    boxes = objects.boxes_xyxy.copy()
+    for index in np.flatnonzero(_cut(whole_xyxy, window) & kept):
+        boxes[index] = np.add(_bounds(masks.crops[index]), np.tile(masks.corners[index, ::-1], 2))
+    objects = dataclasses.replace(objects, boxes_xyxy=boxes, mask_crops=masks)
+    return objects if kept.all() else _chosen(objects, kept)
+
+
+def _cut(boxes_xyxy: npt.NDArray[np.float64], window: Window) -> BoolArray:
+    """Which boxes reach past the window, [n]."""
+    low, high = [window.col, window.row], [window.col_stop, window.row_stop]
+    return np.asarray((boxes_xyxy[:, :2] < low).any(1) | (boxes_xyxy[:, 2:] > high).any(1))
 
 
 def _bounds(mask: BoolArray) -> tuple[int, int, int, int]:
@@ -89,11 +115,11 @@ def _bounds(mask: BoolArray) -> tuple[int, int, int, int]:
 
 
 def _chosen(objects: ObjectLabels, kept: BoolArray) -> ObjectLabels:
-    assert objects.masks is not None
     return ObjectLabels(
         labels=objects.labels[kept],
         boxes_xyxy=objects.boxes_xyxy[kept],
         ignored=objects.ignored[kept],
         oriented_boxes=None if objects.oriented_boxes is None else objects.oriented_boxes[kept],
-        masks=objects.masks[kept],
+        masks=None if objects.masks is None else objects.masks[kept],
+        mask_crops=None if objects.mask_crops is None else objects.mask_crops.take(kept),
     )

@@ -11,10 +11,11 @@ import numpy.typing as npt
 import shapely
 from affine import Affine
 from rasterio.features import rasterize
+from scipy import ndimage
 
 from perf_vit.errors import InputError
 from perf_vit.io import open_raster
-from perf_vit.types import BoolArray, Window
+from perf_vit.types import BoolArray, MaskCrops, Window
 
 __all__ = ["InstanceMasks", "OutlineMasks", "Rle"]
 
@@ -49,19 +50,28 @@ class Rle:
             )
         return cls(runs, height, width)
 
-    def decode(self) -> BoolArray:
-        """The mask, [height, width]."""
-        inside = np.arange(len(self.counts)) % 2 == 1
-        mask: BoolArray = np.repeat(inside, self.counts).reshape(self.width, self.height).T
-        return mask
+    def crop(self) -> tuple[BoolArray, int, int]:
+        """The mask inside the smallest rectangle around the object, and that's first row and column.
+
+        Of an empty mask, [0, 0].
+        """
+        edges = np.concatenate([[0], np.cumsum(self.counts)])
+        runs = np.flatnonzero(self.counts[1::2]) * 2 + 1
+        if not len(runs):
+            return np.zeros((0, 0), bool), 0, 0
+        first, last = int(edges[runs[0]] // self.height), int((edges[runs[-1] + 1] - 1) // self.height)
+        counts = np.diff(np.clip(edges, first * self.height, (last + 1) * self.height))
+        inside = np.arange(len(counts)) % 2 == 1
+        columns = np.repeat(inside, counts).reshape(-1, self.height).T
+        rows = np.flatnonzero(columns.any(axis=1))
+        return columns[rows[0] : rows[-1] + 1], int(rows[0]), first
 
     @property
     def bounds(self) -> tuple[float, float, float, float]:
         """Left, top, right, bottom; all 0 where the mask is empty."""
-        rows, cols = np.nonzero(self.decode())
-        if len(rows) == 0:
-            return 0, 0, 0, 0
-        return float(cols.min()), float(rows.min()), float(cols.max() + 1), float(rows.max() + 1)
+        mask, row, col = self.crop()
+        height, width = mask.shape
+        return float(col), float(row), float(col + width), float(row + height)
 
 
 def _unpacked(text: str) -> list[int]:
@@ -101,33 +111,43 @@ class OutlineMasks:
         """Masks of some objects inside a window of the image, [len(indices), height, width]."""
         masks = np.zeros((len(indices), *window.shape), bool)
         for mask, index in zip(masks, indices.tolist(), strict=True):
-            outline = self.outlines[index]
-            if isinstance(outline, Rle):
-                _paste(mask, outline, window)
-            else:
-                _burn(mask, outline, window)
+            found = _burnt(self.outlines[index], window)
+            if found is not None:
+                mask[found[0].slices_in(window)] = found[1]
         return masks
 
+    def read_crops(self, indices: npt.NDArray[np.int64], window: Window) -> MaskCrops:
+        """The same masks, each inside its own rectangle only."""
+        corners, crops = np.zeros((len(indices), 2), np.int64), []
+        for corner, index in zip(corners, indices.tolist(), strict=True):
+            found = _burnt(self.outlines[index], window)
+            if found is not None:
+                corner[:] = found[0].row - window.row, found[0].col - window.col
+            crops.append(np.zeros((1, 1), bool) if found is None else found[1])
+        return MaskCrops(crops, corners, window.shape)
 
-def _paste(mask: BoolArray, rle: Rle, window: Window) -> None:
-    shared = Window(0, 0, rle.height, rle.width).intersect(window)
-    if shared is not None:
-        mask[shared.slices_in(window)] = rle.decode()[shared.row : shared.row_stop, shared.col : shared.col_stop]
 
+def _burnt(outline: Any, window: Window) -> tuple[Window, BoolArray] | None:
+    """A mask in the part of its rectangle inside the window, and that part; None where there is none.
 
-def _burn(mask: BoolArray, polygon: Any, window: Window) -> None:
-    """Burn a polygon into its own rectangle only: objects are far smaller than windows."""
-    left, top, right, bottom = shapely.bounds(polygon)
+    Objects are far smaller than windows.
+    """
+    if isinstance(outline, Rle):
+        mask, row, col = outline.crop()
+        around = Window(row, col, *mask.shape)
+        shared = around.intersect(window)
+        return None if shared is None else (shared, mask[shared.slices_in(around)])
+    left, top, right, bottom = shapely.bounds(outline)
     row, col = int(np.floor(top)), int(np.floor(left))
     around = Window(row, col, max(1, int(np.ceil(bottom)) - row), max(1, int(np.ceil(right)) - col))
     shared = around.intersect(window)
     if shared is None:
-        return
+        return None
     options = {"out_shape": shared.shape, "transform": Affine.translation(shared.col, shared.row), "dtype": "uint8"}
-    burnt = rasterize([polygon], **options) > 0
+    burnt = rasterize([outline], **options) > 0
     if shared == around and not burnt.any():
-        burnt = rasterize([polygon], all_touched=True, **options) > 0
-    mask[shared.slices_in(window)] = burnt
+        burnt = rasterize([outline], all_touched=True, **options) > 0
+    return shared, burnt
 
 
 class InstanceMasks:
@@ -148,3 +168,22 @@ class InstanceMasks:
             pixels = raster.read(window).pixels[0]
         masks: BoolArray = pixels == self.values[indices][:, None, None]
         return masks
+
+    def read_crops(self, indices: npt.NDArray[np.int64], window: Window) -> MaskCrops:
+        """The same masks, each inside its own rectangle only."""
+        with open_raster(self.path) as raster:
+            pixels = raster.read(window).pixels[0]
+        values = self.values[indices]
+        order = np.argsort(values)
+        # From 1 on, 0 where the pixel is of none of these objects; row by row, as ranks are 8 bytes each.
+        numbers = np.zeros(pixels.shape, np.int32)
+        for row, line in zip(numbers, pixels, strict=True):
+            ranks = np.searchsorted(values[order], line)
+            row[:] = np.where(np.append(values[order], 0)[ranks] == line, ranks + 1, 0)
+        corners, crops = np.zeros((len(values), 2), np.int64), [np.zeros((1, 1), bool)] * len(values)
+        places = ndimage.find_objects(numbers, max_label=len(values))
+        for number, (index, place) in enumerate(zip(order.tolist(), places, strict=True), 1):
+            if place is not None:
+                corners[index] = place[0].start, place[1].start
+                crops[index] = numbers[place] == number
+        return MaskCrops(crops, corners, window.shape)

@@ -10,7 +10,7 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from perf_vit.types import BoolArray, Window
+from perf_vit.types import BoolArray, MaskCrops, Window
 
 __all__ = ["ImageRecord", "MaskReader", "ObjectIndex", "RawImage", "RawLabels", "RawObject"]
 
@@ -20,6 +20,9 @@ class MaskReader(Protocol):
 
     def read(self, indices: npt.NDArray[np.int64], window: Window) -> BoolArray:
         """Masks of some objects inside a window of the image, [len(indices), height, width]."""
+
+    def read_crops(self, indices: npt.NDArray[np.int64], window: Window) -> MaskCrops:
+        """The same masks, each inside its own rectangle only."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
