@@ -22,7 +22,7 @@ from lightning.pytorch.loggers import Logger, TensorBoardLogger, WandbLogger
 from perf_vit.errors import ConfigError
 from perf_vit.tasks.history import SEGMENTATION_CURVES, Curves, HistoryCallback
 from perf_vit.tasks.pictures import Draw, PredictionPictures
-from perf_vit.tasks.redraw import RedrawProjections
+from perf_vit.tasks.redraw import RedrawnWeightAveraging, RedrawProjections
 from perf_vit.tasks.resume import StepCheckpoint, StepSeeds
 from perf_vit.tasks.sharding import FullyShardedStrategy
 
@@ -124,7 +124,8 @@ def build_trainer(
     if config.early_stop_epochs:
         callbacks.append(EarlyStopping(monitor, mode="max", patience=config.early_stop_epochs))
     if config.ema_decay:
-        callbacks.append(EMAWeightAveraging(decay=config.ema_decay))
+        average = RedrawnWeightAveraging if config.redraw_every_steps else EMAWeightAveraging
+        callbacks.append(average(decay=config.ema_decay))
     if config.redraw_every_steps:
         callbacks.append(RedrawProjections(config.redraw_every_steps))
     if config.checkpoint_every_steps:
