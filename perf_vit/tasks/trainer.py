@@ -93,7 +93,8 @@ def build_trainer(
         progress: show a progress bar.
         monitor: the score that `best.ckpt` is chosen by.
         curves: what is drawn and named in the log.
-        draw: makes the pictures of a validation tile, `draw_segmentation` or `draw_objects`; None for no pictures.
+        draw: makes the pictures of a validation tile, `draw_segmentation`, `draw_objects` or `draw_scene`; None for no
+            pictures.
         seed: decides dropout and whatever else is random in a training step.
 
     Raises:
