@@ -6,6 +6,7 @@ import lightning
 import numpy as np
 import pytest
 import torch
+from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from PIL import Image, ImageDraw
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch.utils.data import DataLoader
@@ -174,6 +175,21 @@ def test_no_pictures_are_drawn_where_none_are_asked_for(tmp_path) -> None:
     trainer = build_trainer(config, tmp_path, progress=False, draw=draw_segmentation)
     trainer.fit(Task(), DataLoader(data), DataLoader(data))
     assert not (tmp_path / "pictures").exists()
+
+
+def test_weights_and_biases_comes_beside_tensorboard(tmp_path, monkeypatch) -> None:
+    given = {}
+
+    class Recorder(CSVLogger):
+        def __init__(self, **options) -> None:
+            given.update(options)
+            super().__init__(options["save_dir"])
+
+    monkeypatch.setattr("perf_vit.tasks.trainer.WandbLogger", Recorder)
+    run = tmp_path / "run"
+    trainer = build_trainer(TrainerConfig(accelerator="cpu", logger="wandb"), run, progress=False)
+    assert [type(logger) for logger in trainer.loggers] == [TensorBoardLogger, Recorder]
+    assert given == {"project": "perf_vit", "name": "run", "save_dir": run}
 
 
 def test_loggers_that_are_missing_or_unknown_are_one_line(tmp_path, monkeypatch) -> None:
