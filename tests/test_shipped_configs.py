@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import timm
 import torch
+from PIL import Image
 
 import perf_vit
 from perf_vit.cli.schemas import (
@@ -15,8 +16,9 @@ from perf_vit.cli.schemas import (
     SlideRun,
 )
 from perf_vit.config import config_value, find_config, load_config, shipped_configs
+from perf_vit.data import build_crops
 from perf_vit.models import ClassifierSpec, DetectorSpec, SegmenterSpec, SlideSpec, build_detector
-from perf_vit.tasks import DistillationTask, SceneTask, SegmentationTask, SlideTask
+from perf_vit.tasks import DistillationTask, SceneTask, SegmentationTask, SlideTask, build_distillation_trainer
 from perf_vit.tasks.optimize import parameter_groups
 from perf_vit.transforms import Normalizer
 from perf_vit.types import ObjectLabels
@@ -37,14 +39,28 @@ def test_every_shipped_config_is_of_a_kind_tested_here() -> None:
 
 
 @pytest.mark.parametrize("name", DISTILLATION)
-def test_a_shipped_distillation_loads_and_its_student_builds(name: str) -> None:
-    config = load_config(name, DistillationRun, ["data.images=[x]", "data.val_images=[y]", "out=x"])
-    with torch.device("meta"):
-        teacher = timm.create_model(config.model.name, **config.model.kwargs)
+def test_a_shipped_distillation_loads_builds_and_takes_a_step_of_each_stage(name: str, tmp_path) -> None:
+    files = ["data.images=[x]", "data.val_images=[y]", "out=x"]
+    size = load_config(name, DistillationRun, files).data.size_px
+    image = tmp_path / "image.png"
+    Image.fromarray(np.random.default_rng(0).integers(0, 255, (70, 80, 3), dtype=np.uint8)).save(image)
+    files = [f"data.images=[{image}]", f"data.val_images=[{image}]", f"out={tmp_path}"]
+    fewer = ["data.size_px=56", "data.num_val_crops=1", "optim.block_steps=1", "optim.token_steps=1"]
+    config = load_config(name, DistillationRun, [*files, *fewer, "trainer.val_every_steps=1"])
+    torch.manual_seed(0)
+    teacher = timm.create_model(config.model.name, **{**config.model.kwargs, "depth": 2}, dynamic_img_size=True)
+    assert size % teacher.patch_embed.patch_size[0] == 0
     student = perf_vit.performerize(teacher, config.model.attention, **config.model.options)
+    before = student.blocks[1].attn.qkv.weight.detach().clone()
     task = DistillationTask(teacher, student, config.optim)
-    assert any(parameter.requires_grad for parameter in task.student.parameters())
-    assert config.data.size_px % teacher.patch_embed.patch_size[0] == 0
+    statistics = teacher.pretrained_cfg["mean"], teacher.pretrained_cfg["std"]
+    data = build_crops(config.data, *statistics, steps_per_epoch=1, seed=config.seed)
+    trainer = build_distillation_trainer(config.trainer, config.optim, tmp_path / "run", progress=False)
+    trainer.fit(task, data)
+    assert trainer.global_step == 2
+    assert torch.isfinite(trainer.callback_metrics["val/patch_cosine"])
+    assert not torch.equal(student.blocks[1].attn.qkv.weight, before)
+    assert torch.equal(teacher.blocks[1].attn.qkv.weight, before)
 
 
 @pytest.mark.parametrize("name", SEGMENTATION)

@@ -31,7 +31,7 @@ def fit_tile_from_config(
         max_tile_px: the largest side to try.
 
     Raises:
-        PerfVitError: a config or input that doesn't fit, or too little memory for any tile.
+        PerfVitError: a config or input that doesn't fit, one of another task, or too little memory for any tile.
     """
     limit = None if memory is None else parse_bytes(memory)
     steps = _training_steps(config, overrides)
@@ -54,7 +54,10 @@ def parse_bytes(text: str) -> int:
 def _training_steps(config: str, overrides: Sequence[str]) -> TrainingSteps:
     # Nothing is written, so a run folder is not asked for.
     given = ["out=.", *overrides]
-    if config_value(config, "task", overrides, "segmentation") == "detection":
+    task = config_value(config, "task", overrides, "segmentation")
+    if task not in ("segmentation", "detection"):
+        raise ConfigError(f"fit-tile takes configs of segmentation and detection, got one of {task}: {config}")
+    if task == "detection":
         run = load_config(config, DetectionRun, given)
         objects = build_object_datamodule(run.data, run.seed)
         records = list(objects.train_index)

@@ -19,7 +19,7 @@ from perf_vit.errors import ConfigError, OutputError, PerfVitError
 __all__ = ["RunFolder"]
 
 # What a run writes into its folder.
-_WRITTEN = ("config.yaml", "checkpoints", "metrics.csv", "loss_curve.png", "pictures", "tensorboard")
+_WRITTEN = ("config.yaml", "checkpoints", "metrics.csv", "loss_curve.png", "pictures", "tensorboard", "wandb")
 _INTERRUPTED = 130
 """Exit code of a run that somebody stopped, as shells have it."""
 

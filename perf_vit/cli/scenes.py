@@ -42,6 +42,7 @@ from perf_vit.tasks import (
     RegressionScores,
     SceneTask,
     build_trainer,
+    draw_scene,
 )
 
 __all__ = ["evaluate_scenes", "predict_scenes", "report_scenes", "train_scenes"]
@@ -68,6 +69,7 @@ def train_scenes(config: ClassificationRun | RegressionRun, *, progress: bool = 
         progress=progress,
         monitor=REGRESSION_MONITOR if is_regression else CLASSIFICATION_MONITOR,
         curves=REGRESSION_CURVES if is_regression else CLASSIFICATION_CURVES,
+        draw=draw_scene,
         seed=config.seed,
     )
     run.fit(trainer, task, data)

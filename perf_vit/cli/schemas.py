@@ -156,7 +156,8 @@ class SlideRun:
     resume: bool = False
     model: SlideModelConfig = field(default_factory=SlideModelConfig)
     optim: PooledOptimConfig = field(default_factory=PooledOptimConfig)
-    trainer: TrainerConfig = field(default_factory=TrainerConfig)
+    # A bag of features is nothing to draw.
+    trainer: TrainerConfig = field(default_factory=lambda: TrainerConfig(num_pictures=0))
 
 
 @dataclass(kw_only=True)

@@ -63,6 +63,8 @@ def train_slides(config: SlideRun, *, progress: bool = True) -> Path:
     """
     if config.trainer.redraw_every_steps:
         raise ConfigError("trainer.redraw_every_steps would change the encoder that features were made with; use 0")
+    if config.trainer.num_pictures:
+        raise ConfigError("trainer.num_pictures must be 0: a slide is a bag of features here, which nobody could draw")
     run = RunFolder(config)
     train, val = read_slides(config.data, config.seed)
     task = SlideTask(config.model, _spec(config, train), config.optim)

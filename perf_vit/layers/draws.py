@@ -8,7 +8,7 @@ from torch import nn
 
 from perf_vit.layers.performer_attention import RandomProjectionMixin
 
-__all__ = ["current_draw", "redraw_projections"]
+__all__ = ["copy_projections", "current_draw", "redraw_projections"]
 
 
 def current_draw(model: nn.Module) -> int:
@@ -34,6 +34,13 @@ def redraw_projections(model: nn.Module, draw: int) -> None:
     for layer in _performer_layers(model):
         if layer.draw != draw:
             layer.redraw(draw)
+
+
+def copy_projections(source: nn.Module, target: nn.Module) -> None:
+    """Give a copy of a model the projections that the model holds now, in place."""
+    for layer, copied in zip(_performer_layers(source), _performer_layers(target), strict=True):
+        copied.projection.copy_(layer.projection)
+        copied.draw = layer.draw
 
 
 def _performer_layers(model: nn.Module) -> Iterator[RandomProjectionMixin]:

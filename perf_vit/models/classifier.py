@@ -9,7 +9,8 @@ from typing import Any, Literal, Self
 import torch
 from torch import Tensor, nn
 
-from perf_vit.models.pooled import build_pooled, pooled_parts
+from perf_vit.models.finetune import BackboneTuning, evaluate_frozen, tune_backbone
+from perf_vit.models.pooled import build_pooled, pooled_parts, trunk_layers
 from perf_vit.transforms import Normalizer
 
 __all__ = ["Classifier", "ClassifierConfig", "ClassifierSpec", "ImageLabelKind", "build_classifier"]
@@ -19,8 +20,8 @@ ImageLabelKind = Literal["single_label", "multilabel", "regression"]
 
 
 @dataclass(kw_only=True)
-class ClassifierConfig:
-    """A backbone and what is put on it.
+class ClassifierConfig(BackboneTuning):
+    """A backbone and what is put on it; `BackboneTuning` has further keys.
 
     Attributes:
         backbone: any timm model name; or a folder with a converted model, whose weights are loaded.
@@ -93,30 +94,25 @@ class Classifier(nn.Module):
         network: a timm model whose classifier has as many outputs as the spec names.
         spec: what the network expects and means.
         saved_backbone: config of the converted model that the backbone was made of, None for a timm model.
-        freeze_backbone: train what comes after the backbone's features alone.
     """
 
     def __init__(
-        self,
-        network: nn.Module,
-        spec: ClassifierSpec,
-        saved_backbone: Mapping[str, Any] | None = None,
-        *,
-        freeze_backbone: bool = False,
+        self, network: nn.Module, spec: ClassifierSpec, saved_backbone: Mapping[str, Any] | None = None
     ) -> None:
         super().__init__()
         self.network = network
         self.spec = spec
         self.saved_backbone = saved_backbone
-        self.is_backbone_frozen = freeze_backbone
-        if freeze_backbone:
-            network.requires_grad_(False)
-            for part in pooled_parts(network):
-                part.requires_grad_(True)
         self._mean: Tensor
         self._std: Tensor
         self.register_buffer("_mean", torch.tensor(spec.target_mean or (0.0,)), persistent=False)
         self.register_buffer("_std", torch.tensor(spec.target_std or (1.0,)), persistent=False)
+
+    @property
+    def is_backbone_frozen(self) -> bool:
+        """Whether nothing is trained but what comes after the backbone's features."""
+        on_top = {id(parameter) for part in pooled_parts(self.network) for parameter in part.parameters()}
+        return not any(each.requires_grad and id(each) not in on_top for each in self.network.parameters())
 
     @property
     def task(self) -> str:
@@ -153,12 +149,14 @@ class Classifier(nn.Module):
         return (values - self._mean) / self._std
 
     def train(self, mode: bool = True) -> Self:
-        """Training mode, in which a frozen backbone stays as it is evaluated."""
+        """Training mode, in which frozen parts of the backbone stay as they are evaluated."""
         super().train(mode)
         if mode and self.is_backbone_frozen:
             self.network.eval()
             for part in (*pooled_parts(self.network), getattr(self.network, "head_drop", nn.Identity())):
                 part.train()
+        elif mode:
+            evaluate_frozen(self.network)
         return self
 
 
@@ -186,4 +184,9 @@ def build_classifier(
         drop_rate=config.drop_rate,
         saved_backbone=saved_backbone,
     )
-    return Classifier(network, spec, saved_backbone, freeze_backbone=config.freeze_backbone)
+    if config.freeze_backbone:
+        network.requires_grad_(False)
+        for part in pooled_parts(network):
+            part.requires_grad_(True)
+    tune_backbone(network, config, trunk_layers)
+    return Classifier(network, spec, saved_backbone)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -64,19 +64,31 @@ class BackboneTuning:
             self.lora = LoraConfig(**lora)
 
 
-def tune_backbone(backbone: nn.Module, tuning: BackboneTuning) -> None:
+def tune_backbone(
+    backbone: nn.Module, tuning: BackboneTuning, layers_of: Callable[[nn.Module], Mapping[str, int]] | None = None
+) -> None:
     """Freeze what is not to be trained, put low-rank additions in, and set up activation checkpointing.
+
+    Args:
+        backbone: of which all is trained, or nothing.
+        tuning: what of it is to be trained.
+        layers_of: gives the layers of its parameters, by name; what isn't named lies on top and is trained anyway.
+            `backbone_layers` if None.
 
     Raises:
         ConfigError: more blocks than there are, options that exclude each other, a backbone that doesn't take them, or
             a missing extra.
     """
+    layers_of = backbone_layers if layers_of is None else layers_of
     if tuning.trainable_blocks is not None:
-        _freeze_first_layers(backbone, tuning.trainable_blocks)
+        _freeze_first_layers(backbone, tuning.trainable_blocks, layers_of(backbone))
     if tuning.lora is not None:
-        if tuning.trainable_blocks is not None or not any(each.requires_grad for each in backbone.parameters()):
+        parameters, layers = dict(backbone.named_parameters()), layers_of(backbone)
+        if tuning.trainable_blocks is not None or not any(parameters[name].requires_grad for name in layers):
             raise ConfigError("model.lora freezes the backbone by itself; leave out what else freezes it")
         _inject_lora(backbone, tuning.lora)
+        for name in parameters.keys() - layers.keys():
+            parameters[name].requires_grad_(True)
     if tuning.grad_checkpointing:
         # A wrapper around a ViT, unlike those around convolutions, has no switch of its own.
         body: Any = backbone_body(backbone)
@@ -138,16 +150,15 @@ def _stages(body: nn.Module) -> dict[str, int]:
     return layers
 
 
-def _freeze_first_layers(backbone: nn.Module, num_trainable: int) -> None:
-    layers = backbone_layers(backbone)
+def _freeze_first_layers(backbone: nn.Module, num_trainable: int, layers: Mapping[str, int]) -> None:
     num_layers = 1 + max(layers.values())
     if not 0 <= num_trainable < num_layers:
         raise ConfigError(
-            f"model.trainable_blocks must be 0 to {num_layers - 1}, the blocks of the backbone up to its last map, got "
+            f"model.trainable_blocks must be 0 to {num_layers - 1}, the blocks of the backbone that are used, got "
             f"{num_trainable}; leave it out to train all of it"
         )
     for name, parameter in backbone.named_parameters():
-        if layers[name] < num_layers - num_trainable:
+        if layers.get(name, num_layers) < num_layers - num_trainable:
             parameter.requires_grad_(False)
 
 

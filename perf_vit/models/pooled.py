@@ -12,10 +12,11 @@ from torch import nn
 
 from perf_vit.errors import ConfigError
 from perf_vit.models.build import TimmConfig, create_backbone
+from perf_vit.models.finetune import backbone_layers
 from perf_vit.models.saved_model import read_saved_config
 from perf_vit.transforms import Normalizer
 
-__all__ = ["POOLS", "build_pooled", "pooled_parts", "pretrained_statistics"]
+__all__ = ["POOLS", "build_pooled", "pooled_parts", "pretrained_statistics", "trunk_layers"]
 
 POOLS = ("token", "avg", "max", "avgmax", "map")
 """Of patches: the class token, their mean, maximum or both, or attention with a learnt query (timm's map pooling)."""
@@ -88,6 +89,13 @@ def pooled_parts(model: Any) -> list[nn.Module]:
     # The norm after pooling belongs to the classifier, as timm has it.
     parts = [model.get_classifier(), getattr(model, "attn_pool", None), getattr(model, "fc_norm", None)]
     return [part for part in parts if isinstance(part, nn.Module) and any(True for _ in part.parameters())]
+
+
+def trunk_layers(model: nn.Module) -> dict[str, int]:
+    """The layer of each parameter that is part of neither pooling nor classifier, counted from the input."""
+    on_top = {id(parameter) for part in pooled_parts(model) for parameter in part.parameters()}
+    below = {name for name, parameter in model.named_parameters() if id(parameter) not in on_top}
+    return {name: layer for name, layer in backbone_layers(model).items() if name in below}
 
 
 def _set_pooling(model: Any, num_outputs: int, pool: str | None) -> None:

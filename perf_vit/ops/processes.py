@@ -45,7 +45,7 @@ def sum_over_processes(values: Tensor) -> Tensor:
     """
     if process_place()[1] == 1:
         return values
-    summed: Tensor = _SumOverProcesses.apply(values)  # type: ignore[no-untyped-call]
+    summed: Tensor = _SumOverProcesses.apply(values)
     return summed
 
 

@@ -22,7 +22,7 @@ from perf_vit.tasks.multilabel_losses import MultilabelLoss
 from perf_vit.tasks.optimize import OptimizerConfig, TrainingTask
 from perf_vit.tasks.oriented_metrics import OrientedAveragePrecision
 from perf_vit.tasks.panoptic import PanopticQuality, PanopticScores
-from perf_vit.tasks.pictures import PredictionPictures, draw_objects, draw_segmentation
+from perf_vit.tasks.pictures import PredictionPictures, draw_objects, draw_scene, draw_segmentation
 from perf_vit.tasks.pooled_optim import PooledOptimConfig
 from perf_vit.tasks.precision_recall_plot import save_precision_recall
 from perf_vit.tasks.redraw import RedrawProjections
@@ -90,6 +90,7 @@ __all__ = [
     "build_trainer",
     "class_scores",
     "draw_objects",
+    "draw_scene",
     "draw_segmentation",
     "fit_max_tile",
     "plot_precision_recall",

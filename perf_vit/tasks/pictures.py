@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -11,14 +12,14 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from lightning.pytorch.loggers import TensorBoardLogger, WandbLogger
-from PIL import Image, ImageDraw
+from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from perf_vit.io import colorize, default_colormap, rgb_from, save_png
 from perf_vit.ops.boxes import oriented_box_corners
 from perf_vit.types import IGNORE_INDEX, Detections, GeoImage, ObjectLabels
 
-__all__ = ["Draw", "PredictionPictures", "draw_objects", "draw_segmentation"]
+__all__ = ["Draw", "PredictionPictures", "draw_objects", "draw_scene", "draw_segmentation"]
 
 Picture: TypeAlias = npt.NDArray[np.uint8]
 
@@ -27,12 +28,14 @@ Draw: TypeAlias = Callable[[Tensor, Any, Any, Any], Sequence[Picture]]
 
 _PANEL_PX = 384
 _MARGIN_PX = 6
+_TEXT_PX = 18
 
 
 class PredictionPictures(lightning.Callback):
     """Writes `pictures/epoch_0000.png` into the run folder and shows it to the loggers after each validation.
 
-    A row is a tile of the validation data, evenly spaced among all: image, truth and prediction.
+    A row is a tile of the validation data, evenly spaced among all: image, truth and prediction, as a picture or in
+    words.
 
     Args:
         folder: the run folder.
@@ -101,6 +104,32 @@ def draw_objects(image: Tensor, labels: ObjectLabels, network: Any, found: Detec
         _with_outlines(seen, labels, ~labels.ignored, kind, len(classes)),
         _with_outlines(seen, found, sure, kind, len(classes)),
     ]
+
+
+def draw_scene(image: Tensor, target: Tensor, network: Any, logits: Tensor) -> list[Picture]:
+    """Image, and beside it the true classes or numbers and the predicted ones, classes with their probability."""
+    seen = _enlarged(_seen(image))
+    spec, scores = network.spec, network.scores(logits[None])[0].tolist()
+    if spec.kind == "regression":
+        truth, predicted = (_listed(spec.outputs, values) for values in (target.tolist(), scores))
+    elif spec.kind == "multilabel":
+        truth = [name for name, value in zip(spec.outputs, target.tolist(), strict=True) if value]
+        predicted = _listed(spec.outputs, scores, least=0.5)
+    else:
+        truth, predicted = [spec.outputs[int(target)]], _listed(spec.outputs, scores, least=max(scores))
+    return [seen, _written(["true:", *(truth or ["none"]), "", "predicted:", *(predicted or ["none"])], seen.shape)]
+
+
+def _listed(names: Sequence[str], values: Sequence[float], least: float = -math.inf) -> list[str]:
+    return [f"{name} {value:.3g}" for name, value in zip(names, values, strict=True) if value >= least]
+
+
+def _written(lines: Sequence[str], shape: tuple[int, ...]) -> Picture:
+    """A white panel with text, which is cut at its border."""
+    panel = Image.new("RGB", (max(shape[1], _PANEL_PX), shape[0]), "white")
+    font = ImageFont.load_default(_TEXT_PX)
+    ImageDraw.Draw(panel).multiline_text((_MARGIN_PX, _MARGIN_PX), "\n".join(lines), fill="black", font=font)
+    return np.array(panel)
 
 
 def _last_true(layers: npt.NDArray[Any]) -> npt.NDArray[np.int64]:

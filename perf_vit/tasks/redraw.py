@@ -1,14 +1,16 @@
-"""New random projections on a schedule, during training only."""
+"""New random projections on a schedule, during training only, and averages of weights that go with them."""
 
 from __future__ import annotations
 
 from typing import Any
 
 import lightning
+from lightning.pytorch.callbacks import EMAWeightAveraging
 
 from perf_vit.layers import redraw_projections
+from perf_vit.layers.draws import copy_projections
 
-__all__ = ["RedrawProjections"]
+__all__ = ["RedrawProjections", "RedrawnWeightAveraging"]
 
 
 class RedrawProjections(lightning.Callback):
@@ -41,3 +43,23 @@ class RedrawProjections(lightning.Callback):
     ) -> None:
         """Redraw if the batch's step is due another draw than the model holds."""
         redraw_projections(pl_module, trainer.global_step // self.every_n_steps)
+
+
+class RedrawnWeightAveraging(EMAWeightAveraging):
+    """Lightning's exponential average of the weights, for a model whose projections are redrawn.
+
+    Lightning averages buffers as it does weights, and the mean of several draws is none: here the average has the
+    projections of the last training batch, as the checkpoint says.
+    """
+
+    def on_train_batch_end(
+        self,
+        trainer: lightning.Trainer,
+        pl_module: lightning.LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+    ) -> None:
+        """Update the average."""
+        super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
+        copy_projections(pl_module, self._average_model.module)

@@ -14,12 +14,11 @@ from perf_vit.models import (
     CHECKPOINT_KEY,
     ClassifierConfig,
     ClassifierSpec,
-    backbone_layers,
     build_classifier,
     checkpoint_metadata,
     restore_draw,
 )
-from perf_vit.models.pooled import pooled_parts
+from perf_vit.models.pooled import trunk_layers
 from perf_vit.tasks.history import Curves
 from perf_vit.tasks.image_metrics import ClassificationScores, ImageMetrics, RegressionScores
 from perf_vit.tasks.optimize import TrainingTask
@@ -132,10 +131,7 @@ class SceneTask(TrainingTask):
 
     def backbone_layers(self) -> dict[str, int]:
         """The layer of each parameter that is part of neither pooling nor classifier."""
-        head = {id(parameter) for part in pooled_parts(self.model.network) for parameter in part.parameters()}
-        layers = backbone_layers(self.model.network)
-        trunk = {name for name, parameter in self.model.network.named_parameters() if id(parameter) not in head}
-        return {f"network.{name}": layer for name, layer in layers.items() if name in trunk}
+        return {f"network.{name}": layer for name, layer in trunk_layers(self.model.network).items()}
 
 
 def logged_scores(scores: ClassificationScores | RegressionScores) -> dict[str, float]:

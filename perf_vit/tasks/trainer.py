@@ -22,7 +22,7 @@ from lightning.pytorch.loggers import Logger, TensorBoardLogger, WandbLogger
 from perf_vit.errors import ConfigError
 from perf_vit.tasks.history import SEGMENTATION_CURVES, Curves, HistoryCallback
 from perf_vit.tasks.pictures import Draw, PredictionPictures
-from perf_vit.tasks.redraw import RedrawProjections
+from perf_vit.tasks.redraw import RedrawnWeightAveraging, RedrawProjections
 from perf_vit.tasks.resume import StepCheckpoint, StepSeeds
 from perf_vit.tasks.sharding import FullyShardedStrategy
 
@@ -53,7 +53,8 @@ class TrainerConfig:
             with the samples that were left, to the same weights; 0 for none but that of the last epoch.
         num_pictures: validation tiles that are drawn with truth and prediction after each validation, into the folder
             `pictures` and to the logger; 0 for none.
-        logger: tensorboard, or wandb, which takes the extra `wandb`; `metrics.csv` is written anyway.
+        logger: tensorboard, or wandb for Weights & Biases beside it, which takes the extra `wandb`; `metrics.csv` is
+            written anyway.
         strategy: of several devices: fsdp2, which shares weights, gradients and optimizer states out among them, or as
             Lightning names it: auto, ddp, ...
     """
@@ -93,7 +94,8 @@ def build_trainer(
         progress: show a progress bar.
         monitor: the score that `best.ckpt` is chosen by.
         curves: what is drawn and named in the log.
-        draw: makes the pictures of a validation tile, `draw_segmentation` or `draw_objects`; None for no pictures.
+        draw: makes the pictures of a validation tile, `draw_segmentation`, `draw_objects` or `draw_scene`; None for no
+            pictures.
         seed: decides dropout and whatever else is random in a training step.
 
     Raises:
@@ -124,7 +126,8 @@ def build_trainer(
     if config.early_stop_epochs:
         callbacks.append(EarlyStopping(monitor, mode="max", patience=config.early_stop_epochs))
     if config.ema_decay:
-        callbacks.append(EMAWeightAveraging(decay=config.ema_decay))
+        average = RedrawnWeightAveraging if config.redraw_every_steps else EMAWeightAveraging
+        callbacks.append(average(decay=config.ema_decay))
     if config.redraw_every_steps:
         callbacks.append(RedrawProjections(config.redraw_every_steps))
     if config.checkpoint_every_steps:
@@ -176,7 +179,7 @@ def lightning_trainer(
             # bilinear resizing has no deterministic backward on CUDA: a warning there, exact on the CPU.
             deterministic="warn",
             default_root_dir=folder,
-            logger=_logger(logger, folder),
+            logger=_loggers(logger, folder),
             callbacks=[*callbacks, *([RichProgressBar()] if progress else [])],
             enable_progress_bar=progress,
             # Ours share the samples of one process out; Lightning's would shuffle them.
@@ -206,13 +209,14 @@ def best_and_last(folder: Path, monitor: str) -> list[Callback]:
     ]
 
 
-def _logger(name: str, folder: Path) -> Logger:
+def _loggers(name: str, folder: Path) -> list[Logger]:
+    tensorboard = TensorBoardLogger(folder, name="tensorboard", version="")
     if name == "tensorboard":
-        return TensorBoardLogger(folder, name="tensorboard", version="")
+        return [tensorboard]
     if name != "wandb":
         raise ConfigError(f"trainer.logger must be tensorboard or wandb, got {name}")
     try:
-        return WandbLogger(project="perf_vit", name=folder.name, save_dir=folder)
+        return [tensorboard, WandbLogger(project="perf_vit", name=folder.name, save_dir=folder)]
     except ModuleNotFoundError as error:
         raise ConfigError(
             "trainer.logger=wandb needs wandb; pip install perf-vit[wandb], or use tensorboard"

@@ -35,3 +35,9 @@ def test_sizes_have_units(text: str, number: int) -> None:
 def test_sizes_without_units_are_one_line(text: str) -> None:
     with pytest.raises(ConfigError, match="expected memory as 16GB"):
         parse_bytes(text)
+
+
+@pytest.mark.parametrize("config", ["classification/scenes", "classification/numbers", "slides/tumour"])
+def test_a_config_of_another_task_is_one_line(config, capsys) -> None:
+    assert call(["fit-tile", f"configs/{config}.yaml"]) == 2
+    assert "fit-tile takes configs of segmentation and detection, got one of " in capsys.readouterr().err

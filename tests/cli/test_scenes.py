@@ -77,6 +77,7 @@ def table(folders) -> Path:
 def test_the_run_folder_holds_config_checkpoints_metrics_and_curve(run) -> None:
     assert load_config(run / "config.yaml", ClassificationRun).model.pool == "avg"
     assert {p.name for p in (run / "checkpoints").iterdir()} == {"best.ckpt", "last.ckpt"}
+    assert len(list((run / "pictures").iterdir())) == 4
     last = list(csv.DictReader((run / "metrics.csv").open()))[-1]
     assert {"train/loss", "val/loss", "val/accuracy", "val/auroc", "val/f1/sea"} <= set(last)
     assert Image.open(run / "loss_curve.png").size[0] > 500

@@ -188,3 +188,9 @@ def test_a_slide_without_tissue_is_named(run, tmp_path, capsys) -> None:
 def test_one_slide_on_both_sides_is_refused(slides, tmp_path, capsys) -> None:
     assert call(train_args(slides, tmp_path / "run", f"data.val={slides / 'labels.csv'}")) == 2
     assert "in both data.train and data.val" in capsys.readouterr().err
+
+
+def test_pictures_of_slides_are_one_line(slides, tmp_path, capsys) -> None:
+    assert call(train_args(slides, tmp_path / "out", "trainer.num_pictures=3")) == 2
+    assert "trainer.num_pictures must be 0: a slide is a bag of features" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()

@@ -11,13 +11,17 @@ from hypothesis import strategies as st
 import perf_vit
 from perf_vit.errors import ConfigError
 from perf_vit.models import (
+    CHECKPOINT_KEY,
     Classifier,
     ClassifierConfig,
     ClassifierSpec,
+    LoraConfig,
     SlideModelConfig,
     SlideSpec,
     build_classifier,
     build_slide_classifier,
+    checkpoint_metadata,
+    load_classifier,
     pretrained_statistics,
 )
 from perf_vit.models.slide_classifier import GatedAttentionPool
@@ -79,6 +83,69 @@ def test_a_frozen_backbone_stays_as_it_is_and_what_follows_is_trained(backbone) 
     assert all("head" in name or "attn_pool" in name or ".fc." in name for name in changed)
 
 
+def trained_names(model: Classifier) -> set[str]:
+    model.train()(torch.randn(4, 4, 48, 48)).square().sum().backward()
+    return {name for name, parameter in model.named_parameters() if parameter.grad is not None}
+
+
+@pytest.mark.parametrize("pool", ["token", "avg", "map"])
+def test_the_last_blocks_are_trained_with_what_is_on_top(pool, monkeypatch) -> None:
+    monkeypatch.setitem(BACKBONES, "vit_tiny_patch16_224", {**SMALL, "depth": 3})
+    model = make("vit_tiny_patch16_224", trainable_blocks=1, pool=pool)
+    names = trained_names(model)
+    on_top = ("network.head", "network.norm", "network.fc_norm", "network.attn_pool")
+    assert {name for name in names if not name.startswith(on_top)} == {
+        name for name, _ in model.named_parameters() if name.startswith("network.blocks.2")
+    }
+    assert "network.head.weight" in names
+    assert [block.training for block in model.network.blocks] == [False, False, True]
+    assert not model.is_backbone_frozen
+    assert make("vit_tiny_patch16_224", trainable_blocks=0, pool=pool).is_backbone_frozen
+
+
+def test_the_last_blocks_of_convolutions_are_trained_without_the_statistics_of_the_others() -> None:
+    model = make("resnet10t", trainable_blocks=1)
+    before = {name: value.clone() for name, value in model.network.named_buffers() if "running" in name}
+    assert {name.split(".")[1] for name in trained_names(model)} == {"layer4", "fc"}
+    changed = {
+        name for name, value in model.network.named_buffers() if "running" in name and (value != before[name]).any()
+    }
+    assert changed
+    assert all(name.startswith("layer4") for name in changed)
+
+
+def test_checkpointed_activations_change_nothing() -> None:
+    torch.manual_seed(0)
+    plain, again = make("vit_tiny_patch16_224"), make("vit_tiny_patch16_224", grad_checkpointing=True)
+    again.load_state_dict(plain.state_dict())
+    image = torch.randn(2, 4, 48, 48)
+    for model in (plain, again):
+        model.train()(image).square().sum().backward()
+    assert again.network.grad_checkpointing
+    for ours, theirs in zip(again.parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(ours.grad, theirs.grad)
+
+
+def test_low_rank_additions_are_trained_with_what_is_on_top_and_load_as_the_plain_network(tmp_path: Path) -> None:
+    pytest.importorskip("peft", exc_type=ImportError)
+    torch.manual_seed(0)
+    model = make("vit_tiny_patch16_224", lora=LoraConfig(rank=2), pool="map")
+    names = trained_names(model)
+    assert all(".lora_" in name or "head" in name or "attn_pool" in name for name in names)
+    assert {"network.head.weight", "network.attn_pool.q.weight"} <= names
+    torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1).step()
+    config = ClassifierConfig(
+        backbone="vit_tiny_patch16_224", backbone_kwargs=SMALL, lora=LoraConfig(rank=2), pool="map"
+    )
+    state = {f"model.{name}": value for name, value in model.state_dict().items()}
+    path = tmp_path / "best.ckpt"
+    torch.save({CHECKPOINT_KEY: checkpoint_metadata(config, model), "state_dict": state}, path)
+    loaded = load_classifier(path)
+    assert not any("lora" in name for name in loaded.state_dict())
+    image = torch.randn(2, 4, 48, 48)
+    torch.testing.assert_close(loaded(image), model.eval()(image), rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize("pool", ["token", "avg", "map"])
 def test_a_converted_folder_keeps_its_weights_under_any_pool(tmp_path: Path, pool: str) -> None:
     teacher = timm.create_model("vit_tiny_patch16_224", num_classes=0, img_size=48, **SMALL)
@@ -112,6 +179,8 @@ def test_scores_are_probabilities_or_numbers_in_their_unit() -> None:
     [
         ({"tile_px": 50}, "multiple of the patch size 16, got 50; try 48"),
         ({"pool": "mean"}, "model.pool must be one of token, avg"),
+        ({"trainable_blocks": 2}, "trainable_blocks must be 0 to 1"),
+        ({"freeze_backbone": True, "lora": LoraConfig()}, "lora freezes the backbone by itself"),
     ],
 )
 def test_what_doesnt_fit_is_a_config_error(options, message) -> None:

@@ -6,13 +6,14 @@ import lightning
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+from PIL import Image, ImageDraw
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch.utils.data import DataLoader
 
 from perf_vit.errors import ConfigError
 from perf_vit.io import default_colormap
-from perf_vit.tasks import TrainerConfig, build_trainer, draw_objects, draw_segmentation
+from perf_vit.tasks import TrainerConfig, build_trainer, draw_objects, draw_scene, draw_segmentation
 from perf_vit.types import Detections, ObjectLabels
 
 IMAGE = torch.linspace(0, 1, 5 * 16 * 24).reshape(5, 16, 24)
@@ -88,6 +89,35 @@ def test_masks_and_oriented_boxes_are_outlined_along_themselves() -> None:
     assert abs(rows + 0.5 - 8).max() > 5
     assert (abs(rows + 0.5 - 8) + abs(cols + 0.5 - 12) < 7.2).all()
     assert ((truth != image).any(-1) == (predicted != image).any(-1)).all()
+
+
+@pytest.mark.parametrize(
+    ("kind", "target", "logits", "texts"),
+    [
+        ("single_label", torch.tensor(1), [2.0, 0.0], (["b"], ["a 0.881"])),
+        ("multilabel", torch.tensor([1.0, 1.0]), [-1.0, 2.0], (["a", "b"], ["b 0.881"])),
+        ("multilabel", torch.tensor([0.0, 0.0]), [-1.0, -2.0], (["none"], ["none"])),
+        ("regression", torch.tensor([1234.5, 0.5]), [1200.0, 0.25], (["a 1.23e+03", "b 0.5"], ["a 1.2e+03", "b 0.25"])),
+    ],
+)
+def test_what_is_said_of_an_image_stands_beside_it(kind, target, logits, texts, monkeypatch) -> None:
+    spec = SimpleNamespace(kind=kind, outputs=("a", "b"))
+    scores = {"single_label": lambda x: x.softmax(1), "multilabel": torch.sigmoid, "regression": lambda x: x}[kind]
+    written = []
+    draw_text = ImageDraw.ImageDraw.multiline_text
+    monkeypatch.setattr(
+        ImageDraw.ImageDraw,
+        "multiline_text",
+        lambda draw, xy, text, **options: (written.append(text), draw_text(draw, xy, text, **options)),
+    )
+    panels = draw_scene(IMAGE, target, SimpleNamespace(spec=spec, scores=scores), torch.tensor(logits))
+    truth, predicted = texts
+    assert written[0].split("\n") == ["true:", *truth, "", "predicted:", *predicted]
+    seen, words = panels
+    assert seen.shape == (16 * 16, 16 * 24, 3)
+    assert words.shape == (16 * 16, 384, 3)
+    assert (words == 255).any()
+    assert (words < 128).any()
 
 
 class Halves(torch.nn.Module):
@@ -169,6 +199,21 @@ def test_no_pictures_are_drawn_where_none_are_asked_for(tmp_path) -> None:
     trainer = build_trainer(config, tmp_path, progress=False, draw=draw_segmentation)
     trainer.fit(Task(), DataLoader(data), DataLoader(data))
     assert not (tmp_path / "pictures").exists()
+
+
+def test_weights_and_biases_comes_beside_tensorboard(tmp_path, monkeypatch) -> None:
+    given = {}
+
+    class Recorder(CSVLogger):
+        def __init__(self, **options) -> None:
+            given.update(options)
+            super().__init__(options["save_dir"])
+
+    monkeypatch.setattr("perf_vit.tasks.trainer.WandbLogger", Recorder)
+    run = tmp_path / "run"
+    trainer = build_trainer(TrainerConfig(accelerator="cpu", logger="wandb"), run, progress=False)
+    assert [type(logger) for logger in trainer.loggers] == [TensorBoardLogger, Recorder]
+    assert given == {"project": "perf_vit", "name": "run", "save_dir": run}
 
 
 def test_loggers_that_are_missing_or_unknown_are_one_line(tmp_path, monkeypatch) -> None:

@@ -6,7 +6,7 @@ import lightning
 import pytest
 import timm
 import torch
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint
 from timm.models import VisionTransformer
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
@@ -15,6 +15,7 @@ from perf_vit.errors import ConfigError
 from perf_vit.layers import PerformerAttention, current_draw, redraw_projections
 from perf_vit.models import CHECKPOINT_KEY, ModelConfig, SegmenterSpec, load_segmenter
 from perf_vit.tasks import OptimConfig, RedrawProjections, SegmentationTask, TrainerConfig, build_trainer
+from perf_vit.tasks.redraw import RedrawnWeightAveraging
 from perf_vit.transforms import Normalizer
 
 TINY = ModelConfig(
@@ -257,3 +258,41 @@ def test_wrong_intervals_are_named(tmp_path) -> None:
         build_trainer(TrainerConfig(redraw_every_steps=-1), tmp_path)
     with pytest.raises(ValueError, match=r"every_n_steps must be at least 1, got 0; leave the callback out"):
         RedrawProjections(0)
+
+
+class Validated(lightning.Callback):
+    """Draw and projection of each validation batch."""
+
+    def __init__(self) -> None:
+        self.values: list[tuple[int, torch.Tensor]] = []
+
+    def on_validation_batch_start(self, trainer, pl_module, *_) -> None:
+        self.values.append((current_draw(pl_module), projections(pl_module)[0].clone()))
+
+
+def test_averaged_weights_are_validated_with_the_last_draw_and_keep_it() -> None:
+    seen = Validated()
+    task, _ = train(1, RedrawnWeightAveraging(decay=0.5), seen)
+    assert [draw for draw, _ in seen.values] == [1, 3, 5]
+    expected = new_task()
+    for draw, projection in seen.values:
+        redraw_projections(expected, draw)
+        assert torch.equal(projection, projections(expected)[0])
+    assert current_draw(task) == 5
+    assert torch.equal(projections(task)[0], projections(expected)[0])
+
+
+def test_only_projections_that_are_redrawn_are_copied_into_the_average(tmp_path) -> None:
+    kinds = [
+        [
+            type(each)
+            for each in build_trainer(TrainerConfig(ema_decay=0.5, redraw_every_steps=steps), tmp_path).callbacks
+        ]
+        for steps in (0, 7)
+    ]
+    assert [RedrawnWeightAveraging in each for each in kinds] == [False, True]
+    assert EMAWeightAveraging in kinds[0]
+    averaged, (plain, _) = train(0, EMAWeightAveraging(decay=0.5))[0], train(0)
+    assert not equal_states(averaged, plain)
+    copied = train(0, RedrawnWeightAveraging(decay=0.5))[0]
+    assert equal_states(averaged, copied)

@@ -1,0 +1,26 @@
+"""What a failed run leaves in its folder."""
+
+from types import SimpleNamespace
+
+import pytest
+
+from perf_vit.cli.run_folder import RunFolder
+from perf_vit.cli.schemas import ClassificationRun
+from perf_vit.data import ClassificationDataConfig, ImageSplitConfig
+from perf_vit.errors import InputError
+
+
+def test_a_run_that_fails_before_its_first_checkpoint_leaves_only_what_was_there(tmp_path) -> None:
+    out = tmp_path / "run"
+    out.mkdir()
+    (out / "notes.txt").touch()
+    data = ClassificationDataConfig(train=ImageSplitConfig(images="x"))
+
+    def fit(*_, **__) -> None:
+        for name in ("checkpoints", "pictures", "tensorboard", "wandb"):
+            (out / name).mkdir()
+        raise InputError("unreadable")
+
+    with pytest.raises(InputError):
+        RunFolder(ClassificationRun(out=str(out), data=data)).fit(SimpleNamespace(fit=fit), None, None)
+    assert [path.name for path in out.iterdir()] == ["notes.txt"]
