@@ -47,6 +47,7 @@ def test_unequal_shares_of_what_is_labelled_count_as_in_one_process(tmp_path, de
     assert_same(dense_in_one, trained(tmp_path / "two", 2, strategy, 7, DENSE), scores=False)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
 def test_processes_may_outnumber_what_is_validated_on(tmp_path, strategy) -> None:
     cases = ("slides", "segmentation", "fcos")
