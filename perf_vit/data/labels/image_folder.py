@@ -57,10 +57,6 @@ class ImageFolder:
             "check the images folder"
         )
 
-    def knows(self, name: str) -> bool:
-        """Whether an image has a name that a label file gives."""
-        return str(Path(name)) in self._known
-
     def wanted(self, path: Path) -> bool:
         """Whether an image is on the list of names."""
         return self._wanted is None or path in self._wanted

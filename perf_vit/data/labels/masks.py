@@ -51,7 +51,7 @@ class Rle:
         return cls(runs, height, width)
 
     def crop(self) -> tuple[BoolArray, int, int]:
-        """The mask inside the smallest rectangle around the object, and that's first row and column.
+        """The mask inside the smallest rectangle around the object, and its first row and column.
 
         Of an empty mask, [0, 0].
         """

@@ -33,7 +33,7 @@ def read_yolo(labels: Path, folder: ImageFolder, classes: tuple[str, ...] | None
     names, names_file = _class_names(labels)
     names = names or dict(enumerate(classes or ()))
     stems = {file: str(file.relative_to(labels).with_suffix("")) for file in sorted(labels.rglob("*.txt"))}
-    files = [file for file in stems if file not in names_file and (folder.knows(stems[file]) or not _is_note(file))]
+    files = [file for file in stems if file not in names_file and (folder.has(stems[file]) or not _is_note(file))]
     if not files:
         raise InputError(f"no label files in {labels}; expected a folder of .txt files, one an image")
     by_image = {folder.find(stems[file], str(file)): file for file in files}
