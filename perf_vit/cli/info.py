@@ -106,7 +106,9 @@ def _checkpoint(
     model = load_segmenter(path).to(device)
     expected = len(model.spec.normalizer.mean)
     if expected != num_bands:
-        raise ConfigError(f"{path} was trained on {expected} bands, the file has {num_bands}; choose others by --bands")
+        raise ConfigError(
+            f"{path} was trained on {expected} bands, the file has {num_bands}; give a file with as many bands"
+        )
     patch_px = model.size_multiple
     return model, patch_px, _whole_patches(window_size or model.spec.tile_px, patch_px)
 
@@ -115,7 +117,7 @@ def _backbone(
     name: str, num_bands: int, window_size: int | None, device: str
 ) -> tuple[Callable[[torch.Tensor], Any], int, int]:
     if not timm.is_model(name):
-        raise ConfigError(f"--model must be a .ckpt file or a model of timm, got {name}; see perf-vit models")
+        raise ConfigError(f"--model must be a .ckpt file or a model of timm, got {name}; see timm.list_models()")
     wanted = window_size or _DEFAULT_WINDOW_PX
     try:
         patch_px = timm.create_model(name, num_classes=0).patch_embed.patch_size[0]

@@ -15,7 +15,7 @@ __all__ = ["demo", "info"]
 def info(
     image: Annotated[str, typer.Argument(metavar="FILE", help="A raster or a slide; a path or a URL.")],
     model: Annotated[
-        str | None, typer.Option(help="A .ckpt file, or a model of timm: count its tokens and time it.")
+        str | None, typer.Option(help="A segmenter's .ckpt file, or a model of timm: count its tokens and time it.")
     ] = None,
     window_size: WindowSize = None,
     mpp: Mpp = None,
