@@ -37,7 +37,7 @@ install: $(STAMP)
 $(STAMP): pyproject.toml
 	test -x $(PY) || $(PYTHON) -m venv $(VENV)
 	$(PY) -m pip install --quiet --upgrade pip
-	$(PY) -m pip install --quiet --editable ".[dev,integrations,slides,ray]"
+	$(PY) -m pip install --quiet --editable ".[dev,integrations,slides,ray,peft]"
 	touch $(STAMP)
 
 clean:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -41,17 +42,17 @@ _Labelled: TypeAlias = tuple[RasterSource | SlideSource, LabelSource]
 
 def predict_raster(
     checkpoint: Path,
-    image: Path,
+    image: str | Path,
     output: Path,
     *,
     kind: OutputKind = "classes",
     quicklook: bool = True,
     **engine: Any,
 ) -> None:
-    """Write the map of a raster, and its quicklook beside it as `output` with the suffix .png."""
+    """Write the map of a raster, a path or a URL, and its quicklook beside it as `output` with the suffix .png."""
     maps = SegmentationMaps(checkpoint, kind=kind, quicklook=quicklook, **engine)
-    job = maps.job(MapInput(str(image), output))
-    with windows_progress(f"predicting {image.name}") as on_window:
+    job = maps.job(MapInput(os.fspath(image), output))
+    with windows_progress(f"predicting {Path(image).name}") as on_window:
         result = maps.make(job, on_window=on_window)
     print_damage(result.damaged)
 

@@ -65,7 +65,7 @@ def predict_inputs(
             _run_many(maps, apart, output, pool, options)
         return
     if engine == "local":
-        predict_raster(checkpoint, Path(inputs[0]), output, **options)
+        predict_raster(checkpoint, inputs[0], output, **options)
     else:
         with open_pool() as pool:
             _run_rows(checkpoint, MapInput(_absolute(inputs[0]), output.absolute()), pool, options)

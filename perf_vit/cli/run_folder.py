@@ -72,9 +72,11 @@ class RunFolder:
             if not self._last.exists():
                 _remove(new, None if was_there else self.path)
             raise
-        # Lightning takes an interrupt for an end like any other.
-        if trainer.interrupted:
-            raise SystemExit(_INTERRUPTED)
+        except SystemExit:
+            # Lightning ends an interrupted run as a failed one.
+            if trainer.interrupted:
+                raise SystemExit(_INTERRUPTED) from None
+            raise
 
 
 def _check_run_folder(folder: Path, last: Path, *, resume: bool) -> None:

@@ -65,6 +65,8 @@ def train_slides(config: SlideRun, *, progress: bool = True) -> Path:
         raise ConfigError("trainer.redraw_every_steps would change the encoder that features were made with; use 0")
     if config.trainer.num_pictures:
         raise ConfigError("trainer.num_pictures must be 0: a slide is a bag of features here, which nobody could draw")
+    if (config.optim.layer_decay, config.optim.backbone_lr_scale) != (1.0, 1.0):
+        raise ConfigError("optim.layer_decay and optim.backbone_lr_scale are of trained encoders; leave them out")
     run = RunFolder(config)
     train, val = read_slides(config.data, config.seed)
     task = SlideTask(config.model, _spec(config, train), config.optim)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from perf_vit.errors import InputError
 
-__all__ = ["CsvRow", "csv_columns", "read_csv_rows"]
+__all__ = ["CsvRow", "read_csv_rows"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,15 +23,6 @@ class CsvRow:
 
     place: str
     values: dict[str, str]
-
-
-def csv_columns(path: str | Path) -> list[str]:
-    """The names in a CSV file's first line.
-
-    Raises:
-        InputError: it can't be read.
-    """
-    return _read(Path(path))[0]
 
 
 def read_csv_rows(path: str | Path, columns: Sequence[str]) -> list[CsvRow]:

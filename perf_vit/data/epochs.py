@@ -8,6 +8,7 @@ from typing import Any
 import lightning
 from torch.utils.data import DataLoader, Sampler
 
+from perf_vit.errors import ConfigError
 from perf_vit.ops.processes import process_place
 
 __all__ = ["EpochDataModule", "EpochLoader", "EpochSampler", "ShareSampler"]
@@ -127,8 +128,17 @@ class EpochDataModule(lightning.LightningDataModule):
         self._num_skipped = 0
 
     def train_loader(self, dataset: Any, **options: Any) -> EpochLoader:
-        """A loader that begins where the checkpoint was written, if there is one; `options` are `EpochLoader`'s."""
+        """A loader that begins where the checkpoint was written, if there is one; `options` are `EpochLoader`'s.
+
+        Raises:
+            ConfigError: not a batch of samples for each of several processes.
+        """
         self._loader = EpochLoader(dataset, **options)
+        if not len(self._loader):
+            raise ConfigError(
+                f"data.batch_size: {process_place()[1]} processes share the {len(dataset)} samples of an epoch, too "
+                f"few for a batch of {self._loader.batch_size} each; take smaller batches or fewer trainer.devices"
+            )
         self._loader.num_skipped, self._num_skipped = self._num_skipped, 0
         return self._loader
 

@@ -23,6 +23,9 @@ __all__ = ["SceneImages", "SceneTiles", "SceneViews", "middle_window", "scene_ti
 
 FloatArray = npt.NDArray[np.float32]
 
+# Draws of a part before the image's middle is taken.
+_TURNS = 10
+
 
 class SceneImages:
     """Labelled images with one number of bands; a grey one among images of three bands is read as three equal ones.
@@ -64,8 +67,9 @@ class SceneImages:
 class SceneTiles(Dataset[tuple[Tensor, Tensor]]):
     """Augmented tiles to train on; item i is a function of (seed, i) alone, whatever the number of workers.
 
-    A tile is a random part of an image, or the whole image resized. Every image comes once in as many tiles as there
-    are images, in an order of that round's own; balanced, each class comes as often as the others.
+    A tile is a random part of an image, with a valid pixel in it if ten draws give one, or the whole image resized.
+    Every image comes once in as many tiles as there are images, in an order of that round's own; balanced, each class
+    comes as often as the others.
 
     Args:
         images: where tiles come from.
@@ -111,12 +115,22 @@ class SceneTiles(Dataset[tuple[Tensor, Tensor]]):
         rng = np.random.default_rng((self.seed, index))
         chosen = self._choose(index, rng)
         source = self.images.sources[chosen]
-        place = None if self.resize else random_window(source.extent, self.tile_px, rng)
-        stain = None if self.stain is None else partial(self.stain, seed=int(rng.integers(2**31)))
-        pixels = scene_tile(source, self.normalizer, self.tile_px, place, stain)
+        image = self._read(source, rng)
         source.close()
+        stain = None if self.stain is None else partial(self.stain, seed=int(rng.integers(2**31)))
+        pixels = _tile_of(image, source.path, self.normalizer, self.tile_px, resize=self.resize, recolor=stain)
         pixels, _ = self.augmentation(pixels, np.zeros(pixels.shape[1:], np.uint8), seed=int(rng.integers(2**31)))
         return torch.from_numpy(pixels), self.images.target(chosen)
+
+    def _read(self, source: Source, rng: np.random.Generator) -> GeoImage:
+        """The whole image, or a random part; one without a valid pixel is drawn anew, and is the middle in the end."""
+        if self.resize:
+            return _reduced(source, self.tile_px)
+        for _ in range(_TURNS):
+            image = source.read(random_window(source.extent, self.tile_px, rng))
+            if image.valid.any():
+                return image
+        return source.read(middle_window(source, self.tile_px))
 
     def _choose(self, index: int, rng: np.random.Generator) -> int:
         if self._by_class is not None:
@@ -164,7 +178,6 @@ def scene_tile(
     normalizer: Normalizer,
     tile_px: int,
     window: Window | None,
-    recolor: Callable[[GeoImage], GeoImage] | None = None,
 ) -> FloatArray:
     """Standardised pixels of an image, [C, tile_px, tile_px].
 
@@ -173,27 +186,47 @@ def scene_tile(
         normalizer: applied to the pixels; invalid ones become 0.
         tile_px: side of the tile.
         window: the part that becomes the tile; None to resize all of the image, bilinear and without aliasing.
-        recolor: changes the colours before they are standardised.
 
     Raises:
         InputError: the image can't be read, has no valid pixel there, or another number of bands.
     """
-    # Larger images are reduced as they are read, to at least twice the tile, which leaves the fine resizing sharp.
-    image = source.read(window) if window is not None else source.read_reduced(_reduced_size(source, tile_px))
+    image = _reduced(source, tile_px) if window is None else source.read(window)
+    return _tile_of(image, source.path, normalizer, tile_px, resize=window is None)
+
+
+def _tile_of(
+    image: GeoImage,
+    path: str,
+    normalizer: Normalizer,
+    tile_px: int,
+    *,
+    resize: bool,
+    recolor: Callable[[GeoImage], GeoImage] | None = None,
+) -> FloatArray:
+    """The tile of an image that was read; `recolor` changes its colours before they are standardised.
+
+    Raises:
+        InputError: no valid pixel, or another number of bands.
+    """
     if not image.valid.any():
-        raise InputError(f"{source.path} has no valid pixel in its tile of {tile_px} px; leave it out, or check nodata")
+        raise InputError(f"{path} has no valid pixel in its tile of {tile_px} px; leave it out, or check nodata")
     image = with_bands(image, len(normalizer.mean))
     if recolor is not None:
         image = recolor(image)
     try:
         pixels = normalizer(image)
     except InputError as error:
-        raise InputError(f"{source.path}: {error}") from error
-    if window is not None:
+        raise InputError(f"{path}: {error}") from error
+    if not resize:
         return pixels
     batch = torch.from_numpy(pixels)[None]
     resized = F.interpolate(batch, (tile_px, tile_px), mode="bilinear", antialias=True)[0]
     return np.asarray(resized.numpy(), np.float32)
+
+
+def _reduced(source: Source, tile_px: int) -> GeoImage:
+    # Larger images are reduced as they are read, to at least twice the tile, which leaves the fine resizing sharp.
+    return source.read_reduced(_reduced_size(source, tile_px))
 
 
 def _reduced_size(source: Source, tile_px: int) -> int:

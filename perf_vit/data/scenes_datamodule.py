@@ -13,6 +13,7 @@ from perf_vit.data.augmenting import AugmentConfig, check_augment, make_stain_ji
 from perf_vit.data.band_statistics import given_normalizer, measured_normalizer
 from perf_vit.data.epochs import EpochDataModule, ShareSampler
 from perf_vit.data.image_targets import ImageTargets, read_class_folders, read_class_table, read_number_table
+from perf_vit.data.objects import bands_fit
 from perf_vit.data.scenes import SceneImages, SceneTiles, SceneViews
 from perf_vit.errors import ConfigError
 from perf_vit.transforms import Augmentation
@@ -160,7 +161,7 @@ def build_scene_datamodule(config: SceneDataConfig, seed: int) -> SceneDataModul
             read_image_targets(config, config.val, names=labelled.names, allow_missing=True),
         )
     train, val = (SceneImages(part, bands=config.bands, nodata=config.nodata) for part in (train_part, val_part))
-    if train.num_bands != val.num_bands:
+    if not bands_fit(val.num_bands, train.num_bands):
         raise ConfigError(
             f"data.val has images of {val.num_bands} bands, data.train of {train.num_bands}; choose common ones with "
             "data.bands"

@@ -27,7 +27,7 @@ def configure_attention(model: nn.Module, options: Mapping[str, Any]) -> None:
     num_prefix_tokens, grid = getattr(model, "num_prefix_tokens", 0), TokenGrid()
     for index, layer in enumerate(layers):
         layer.on_grid(grid).configure(**options, num_prefix_tokens=num_prefix_tokens, layer_index=index)
-    if options.get("local_enhancement"):
+    if any(layer.local_enhancement is not None for layer in layers):
         watch_patch_embed(model, grid)
 
 

@@ -157,7 +157,7 @@ def create_backbone(
         CheckpointError: a folder without a converted model.
         ConfigError: an unknown model or arguments that it doesn't take.
     """
-    in_folder = saved_backbone is None and config.backbone not in timm.list_models() and Path(config.backbone).is_dir()
+    in_folder = saved_backbone is None and not timm.is_model(config.backbone) and Path(config.backbone).is_dir()
     if in_folder:
         saved_backbone = read_saved_config(config.backbone)
     made = _create(config, in_chans, tile_px, saved_backbone, options or {}, load_weights=in_folder)
@@ -179,17 +179,17 @@ def _create(
     *,
     load_weights: bool,
 ) -> nn.Module:
-    if saved is None and config.backbone not in timm.list_models():
+    if saved is None and not timm.is_model(config.backbone):
         near = difflib.get_close_matches(config.backbone, timm.list_models(), n=1, cutoff=0.5)
         hint = f"did you mean {near[0]}?" if near else "see `timm.list_models('performer_*')`"
         raise ConfigError(f"model.backbone: timm has no model {config.backbone}, nor is it a folder; {hint}")
-    options = {
-        **options,
-        "in_chans": in_chans,
-        **_size_options(config.backbone if saved is None else saved["architecture"], tile_px),
-        **config.backbone_kwargs,
-    }
     try:
+        options = {
+            **options,
+            "in_chans": in_chans,
+            **_size_options(config.backbone if saved is None else saved["architecture"], tile_px),
+            **config.backbone_kwargs,
+        }
         if load_weights:
             return load_converted(config.backbone, **options).train()
         if saved is not None:

@@ -115,7 +115,7 @@ class Detector(nn.Module):
 
     @property
     def size_multiple(self) -> int:
-        """Images whose sides are multiples of it need no padding."""
+        """What sides of images are padded to multiples of, for the levels or for the backbone, whichever is larger."""
         return max(self.neck.size_multiple, self.neck.backbone_multiple)
 
     def train(self, mode: bool = True) -> Detector:
@@ -156,7 +156,11 @@ class Detector(nn.Module):
         image = _padded(batch, *seen)
         if self.reduce > 1:
             image = F.avg_pool2d(image, self.reduce)
-        return neck(self.backbone(image), (height, width)), (height, width)
+        # Without gradients, converted models go through their MLPs in pieces.
+        is_frozen = not any(parameter.requires_grad for parameter in self.backbone.parameters())
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not is_frozen):
+            maps = self.backbone(image)
+        return neck(maps, (height, width)), (height, width)
 
 
 def _frozen_parts(backbone: nn.Module, freeze: str) -> tuple[nn.Module, ...]:

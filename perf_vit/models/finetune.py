@@ -80,11 +80,17 @@ def tune_backbone(
             a missing extra.
     """
     layers_of = backbone_layers if layers_of is None else layers_of
+    parameters = dict(backbone.named_parameters())
+    layers = {} if tuning.trainable_blocks is None and tuning.lora is None else layers_of(backbone)
+    is_frozen = not any(parameters[name].requires_grad for name in layers)
     if tuning.trainable_blocks is not None:
-        _freeze_first_layers(backbone, tuning.trainable_blocks, layers_of(backbone))
+        if tuning.trainable_blocks and is_frozen:
+            raise ConfigError(
+                "model.trainable_blocks: something else freezes the whole backbone; leave one of both out"
+            )
+        _freeze_first_layers(backbone, tuning.trainable_blocks, layers)
     if tuning.lora is not None:
-        parameters, layers = dict(backbone.named_parameters()), layers_of(backbone)
-        if tuning.trainable_blocks is not None or not any(parameters[name].requires_grad for name in layers):
+        if tuning.trainable_blocks is not None or is_frozen:
             raise ConfigError("model.lora freezes the backbone by itself; leave out what else freezes it")
         _inject_lora(backbone, tuning.lora)
         for name in parameters.keys() - layers.keys():

@@ -13,6 +13,7 @@ from typing import Any
 
 import timm
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -368,5 +369,6 @@ def _staged_folder(folder: Path) -> Iterator[Path]:
                     old.rename(folder)
                 raise
             shutil.rmtree(old, ignore_errors=True)
-    except OSError as error:
-        raise OutputError(f"can't save a model in {folder}: {error.strerror}; choose another folder") from error
+    except (OSError, SafetensorError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise OutputError(f"can't save a model in {folder}: {reason}; choose another folder") from error

@@ -199,6 +199,9 @@ def _key_gradients(
             grad_features = grad_features.masked_fill_(keys.mask, 0.0)
         gradients = keys.gradient(grad_features, state.log_scale, features)
         grad_k[tokens] = feature_map.key_gradient(k, x, keys.values, *gradients)
+        if keys.mask is not None:
+            # Of a masked key that isn't a number neither is 0 times it.
+            grad_k[tokens].masked_fill_(keys.mask, 0.0)
     return grad_k, grad_v
 
 

@@ -191,7 +191,7 @@ def _exact_pairs(
     is_exact[:, :, :num_prefix_tokens] = True
     is_exact[..., :num_prefix_tokens] = True
     if window_size:
-        window = window_numbers(grid, (window_size, window_size))
+        window = window_numbers(grid, (window_size, window_size)).to(weights.device)
         is_exact[:, :, num_prefix_tokens:, num_prefix_tokens:] |= window.unsqueeze(1) == window
     if sinks is not None:
         is_sink = torch.zeros_like(is_exact[:, :, 0]).scatter_(2, sinks, True)

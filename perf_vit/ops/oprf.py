@@ -26,13 +26,15 @@ def optimal_parameter(
         feature_map: scales the inputs; its kernel doesn't matter.
         q: queries, [B, H, N_q, D].
         k: keys, [B, H, N_k, D].
-        key_mask: [B, N_k] bool, False for keys that don't count.
+        key_mask: [B, N_k] bool, False for keys that don't count, and for queries if there are as many.
         chunk_size: tokens whose copies are in memory at once.
 
     Returns:
         A <= 0 of each sample and head, [B, H, 1, 1].
     """
-    mean_x, square_x = _means(feature_map.query_inputs, q, None, chunk_size)
+    # Of as many queries as keys, the mask is that of the tokens.
+    query_mask = key_mask if q.shape[2] == k.shape[2] else None
+    mean_x, square_x = _means(feature_map.query_inputs, q, query_mask, chunk_size)
     mean_y, square_y = _means(feature_map.key_inputs, k, key_mask, chunk_size)
     mean_square = square_x + square_y + 2 * (mean_x * mean_y).sum(dim=-1, keepdim=True)
     head_dim = q.shape[-1]

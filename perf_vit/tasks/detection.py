@@ -72,8 +72,10 @@ class DetectionTask(TrainingTask):
         checkpoint[CHECKPOINT_KEY] = checkpoint_metadata(self.model_config, self.model)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Take up the draw of the attention's projections, which are no part of the weights."""
-        restore_draw(self.model, checkpoint[CHECKPOINT_KEY])
+        """Take up what is no part of the weights: the score threshold, and the draw of the attention's projections."""
+        metadata = checkpoint[CHECKPOINT_KEY]
+        self.model.spec = replace(self.model.spec, score_threshold=metadata["spec"]["score_threshold"])
+        restore_draw(self.model, metadata)
 
     def forward(self, tiles: Tensor) -> list[Detections]:
         """Objects of standardised tiles [B, C, H, W]."""

@@ -139,8 +139,6 @@ class DistillationTask(lightning.LightningModule):
             tokens = self.student.forward_features(batch)  # type: ignore[operator]
             loss = token_loss(tokens, target, self.num_prefix_tokens)
             self.manual_backward(loss)
-        if self.config.gradient_clip:
-            clip_grad_norm_(_trained(self.student), self.config.gradient_clip)
         optimizer.step()
         self.seconds += time.perf_counter() - start
         stage = "block" if in_blocks else "token"
@@ -149,6 +147,11 @@ class DistillationTask(lightning.LightningModule):
             # Lightning then validates and saves once more.
             self.trainer.should_stop = True
         return loss.detach()
+
+    def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
+        """Clip gradients, which have their own scale by now, in half precision too."""
+        if self.config.gradient_clip:
+            clip_grad_norm_(_trained(self.student), self.config.gradient_clip)
 
     def validation_step(self, batch: Tensor, batch_idx: int) -> None:
         """Cosines of the final tokens."""

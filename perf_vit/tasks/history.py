@@ -53,6 +53,7 @@ class HistoryCallback(lightning.Callback):
         self.folder = folder
         self.curves = curves
         self.rows: list[dict[str, float]] = []
+        self._is_validated = False
 
     def state_dict(self) -> dict[str, Any]:
         """The rows so far."""
@@ -67,9 +68,19 @@ class HistoryCallback(lightning.Callback):
         if not self.rows:
             self.rows = [{"epoch": -1, **{key: float(value) for key, value in trainer.callback_metrics.items()}}]
 
+    def on_validation_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
+        """Note that the scores are of this epoch."""
+        self._is_validated = not trainer.sanity_checking
+
     def on_train_epoch_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
         """Add this epoch's row and write both files anew."""
-        values = {key: float(value) for key, value in trainer.callback_metrics.items()}
+        # Lightning keeps the scores of the last validation through epochs without one.
+        values = {
+            key: float(value)
+            for key, value in trainer.callback_metrics.items()
+            if self._is_validated or not key.startswith("val/")
+        }
+        self._is_validated = False
         rows = [row for row in self.rows if row["epoch"] < trainer.current_epoch]
         lr = trainer.optimizers[0].param_groups[0]["lr"]
         self.rows = [*rows, {"epoch": trainer.current_epoch, "lr": lr, **dict(sorted(values.items()))}]

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from perf_vit.errors import ConfigError
 from perf_vit.models import (
     CHECKPOINT_KEY,
     ClassifierConfig,
@@ -64,6 +65,10 @@ class SceneTask(TrainingTask):
     def __init__(self, model_config: ClassifierConfig, spec: ClassifierSpec, optim: PooledOptimConfig) -> None:
         super().__init__(optim)
         check_pooled_loss(optim, len(spec.outputs))
+        if spec.kind == "regression" and (optim.label_smoothing or optim.class_weights is not None):
+            raise ConfigError(
+                "optim.label_smoothing and optim.class_weights are of classes, not numbers; leave them out"
+            )
         self.model_config = model_config
         self.model = build_classifier(model_config, spec)
         self.val_metrics = ImageMetrics(spec.outputs, spec.kind)

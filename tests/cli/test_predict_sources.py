@@ -80,6 +80,13 @@ def test_a_map_of_a_slide_is_made_once(slide_model, tmp_path) -> None:
         assert [item["status"] for item in report["inputs"]] == [status]
 
 
+def test_a_url_reaches_the_reader_as_it_is(trained, tmp_path) -> None:
+    url = trained.scene.image.absolute().as_uri()
+    args = ["predict", "--checkpoint", trained.checkpoint, "--input", url, "--output", tmp_path / "map.tif"]
+    assert call(args) == 0
+    assert (tmp_path / "map.tif").exists()
+
+
 def test_pieces_of_a_scene_read_as_one_give_the_scenes_own_map(trained, tmp_path) -> None:
     pieces = tmp_path / "pieces"
     pieces.mkdir()

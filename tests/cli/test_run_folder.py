@@ -1,5 +1,6 @@
 """What a failed run leaves in its folder."""
 
+import sys
 from types import SimpleNamespace
 
 import pytest
@@ -24,3 +25,16 @@ def test_a_run_that_fails_before_its_first_checkpoint_leaves_only_what_was_there
     with pytest.raises(InputError):
         RunFolder(ClassificationRun(out=str(out), data=data)).fit(SimpleNamespace(fit=fit), None, None)
     assert [path.name for path in out.iterdir()] == ["notes.txt"]
+
+
+def test_an_interrupted_run_ends_as_shells_say(tmp_path) -> None:
+    data = ClassificationDataConfig(train=ImageSplitConfig(images="x"))
+
+    def trainer_that_ends(interrupted: bool) -> SimpleNamespace:
+        # As Lightning ends a run, after a Ctrl-C too.
+        return SimpleNamespace(interrupted=interrupted, fit=lambda *_, **__: sys.exit(1))
+
+    for interrupted, code in ((True, 130), (False, 1)):
+        with pytest.raises(SystemExit) as ended:
+            RunFolder(ClassificationRun(out=str(tmp_path), data=data)).fit(trainer_that_ends(interrupted), None, None)
+        assert ended.value.code == code

@@ -174,6 +174,13 @@ def test_numbers_are_estimated_in_their_unit(folders, config, table, tmp_path) -
     assert np.mean(heights) == pytest.approx(2005, abs=500)
 
 
+def test_options_of_classes_are_refused_for_numbers(folders, config, table, tmp_path, capsys) -> None:
+    labels = [f"data.train.images={folders}", f"data.train.labels={table}", f"out={tmp_path / 'run'}"]
+    numbers = ["task=regression", "data.targets=[height]"]
+    assert call(["train", config, *numbers, *labels, "optim.label_smoothing=0.1"]) == 2
+    assert "of classes, not numbers" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [

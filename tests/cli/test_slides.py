@@ -190,7 +190,14 @@ def test_one_slide_on_both_sides_is_refused(slides, tmp_path, capsys) -> None:
     assert "in both data.train and data.val" in capsys.readouterr().err
 
 
-def test_pictures_of_slides_are_one_line(slides, tmp_path, capsys) -> None:
-    assert call(train_args(slides, tmp_path / "out", "trainer.num_pictures=3")) == 2
-    assert "trainer.num_pictures must be 0: a slide is a bag of features" in capsys.readouterr().err
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("trainer.num_pictures=3", "trainer.num_pictures must be 0: a slide is a bag of features"),
+        ("optim.layer_decay=0.7", "are of trained encoders"),
+    ],
+)
+def test_options_that_bags_of_features_have_no_use_for_are_refused(slides, tmp_path, override, message, capsys) -> None:
+    assert call(train_args(slides, tmp_path / "out", override)) == 2
+    assert message in capsys.readouterr().err
     assert not (tmp_path / "out").exists()

@@ -4,11 +4,21 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import rasterio
 import torch
 from PIL import Image
 from torch.utils.data import DataLoader
 
-from perf_vit.data import ImageTargets, SceneImages, SceneTiles, SceneViews, read_slide_table
+from perf_vit.data import (
+    ClassificationDataConfig,
+    ImageSplitConfig,
+    ImageTargets,
+    SceneImages,
+    SceneTiles,
+    SceneViews,
+    build_scene_datamodule,
+    read_slide_table,
+)
 from perf_vit.data.image_targets import read_class_folders, read_class_table, read_number_table
 from perf_vit.data.scenes_datamodule import split_off
 from perf_vit.errors import ConfigError, InputError
@@ -164,9 +174,31 @@ def test_a_grey_image_among_coloured_ones_is_three_equal_bands(tmp_path) -> None
     assert torch.equal(views[0][0], torch.full((3, 4, 4), 7.0))
 
 
-def test_images_of_other_band_counts_and_without_valid_pixels_are_named(tmp_path) -> None:
-    import rasterio
+def test_grey_images_validate_a_network_of_coloured_ones(tmp_path) -> None:
+    for name in ("sea", "land"):
+        save_image(tmp_path / "train" / name / "0.png", 3)
+        save_image(tmp_path / "val" / name / "1.png", 7, channels=1)
+    splits = {part: ImageSplitConfig(images=str(tmp_path / part)) for part in ("train", "val")}
+    data = build_scene_datamodule(ClassificationDataConfig(**splits, tile_px=4, batch_size=2), 0)
+    (batch, _), *_ = data.val_dataloader()
+    assert batch.shape == (2, 3, 4, 4)
 
+
+def test_parts_without_a_valid_pixel_are_drawn_anew(tmp_path) -> None:
+    pixels = np.zeros((3, 48, 48), np.uint8)
+    pixels[:, 20:28, 20:28] = 9
+    (tmp_path / "a").mkdir()
+    with rasterio.open(
+        tmp_path / "a" / "0.tif", "w", driver="GTiff", height=48, width=48, count=3, dtype="uint8", nodata=0
+    ) as file:
+        file.write(pixels)
+    images = SceneImages(read_class_folders(tmp_path))
+    options = {"tile_px": 8, "resize": False, "length": 40, "seed": 0}
+    tiles = SceneTiles(images, PLAIN, Augmentation(flips=False), **options)
+    assert all(tiles[index][0].max() == 9 for index in range(40))
+
+
+def test_images_of_other_band_counts_and_without_valid_pixels_are_named(tmp_path) -> None:
     save_image(tmp_path / "a" / "0.png")
     transform = rasterio.Affine(2, 0, 5e5, 0, -1, 4e6)
     profile = {"driver": "GTiff", "height": 5, "width": 5, "dtype": "float32", "transform": transform}

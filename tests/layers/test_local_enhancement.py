@@ -7,7 +7,7 @@ from timm.layers import Attention
 from torch import nn
 
 import perf_vit
-from perf_vit.layers import PerformerAttention
+from perf_vit.layers import PerformerAttention, configure_attention
 from perf_vit.layers.local_enhancement import LocalEnhancement
 from perf_vit.layers.token_grid import TokenGrid
 
@@ -105,6 +105,12 @@ def build(name: str, model_seed: int = 0, **attn_kwargs) -> nn.Module:
 
 def images(height: int = 64, width: int = 64) -> torch.Tensor:
     return torch.randn(2, 3, height, width, generator=torch.Generator().manual_seed(1))
+
+
+def test_other_options_may_change_after_it() -> None:
+    model = build("performer_vit_tiny_patch16_224", local_enhancement=True)
+    configure_attention(model, {"num_features": 32})
+    assert model(images(48, 80)).shape == (2, 7)
 
 
 @pytest.mark.parametrize("name", NAMES)

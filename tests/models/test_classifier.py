@@ -39,6 +39,12 @@ BACKBONES = {
 TOKENS = [name for name in BACKBONES if "vit" in name]
 
 
+def test_a_backbone_may_be_named_with_the_tag_of_its_weights() -> None:
+    assert make("vit_tiny_patch16_224.augreg_in21k")(torch.zeros(1, 4, 48, 48)).shape == (1, 3)
+    with pytest.raises(ConfigError, match="nothing_of_the_kind"):
+        make("vit_tiny_patch16_224.nothing_of_the_kind")
+
+
 def make(backbone: str, *, kind: str = "single_label", tile_px: int = 48, **options) -> Classifier:
     spec = ClassifierSpec(
         kind=kind,
@@ -127,7 +133,7 @@ def test_checkpointed_activations_change_nothing() -> None:
 
 
 def test_low_rank_additions_are_trained_with_what_is_on_top_and_load_as_the_plain_network(tmp_path: Path) -> None:
-    pytest.importorskip("peft", exc_type=ImportError)
+    pytest.importorskip("peft", exc_type=ImportError, reason="pip install perf-vit[peft]")
     torch.manual_seed(0)
     model = make("vit_tiny_patch16_224", lora=LoraConfig(rank=2), pool="map")
     names = trained_names(model)

@@ -216,3 +216,27 @@ def test_sinks_are_as_many_as_the_size_of_an_image_affords() -> None:
     assert by_size.conversion.to_dict()["options"]["num_sinks"] is None
     with pytest.raises(ValueError, match="windows and sinks need a kernel of positive features"):
         perf_vit.performerize(model, "scatterbrain", kernel="relu", window_size=0, num_sinks=None)
+
+
+@pytest.mark.parametrize(
+    ("attention", "options"),
+    [
+        ("clustered", {"window_size": 3, "num_sinks": 4, "num_clusters": 6}),
+        ("scatterbrain", {"window_size": 3, "num_sinks": 4, "num_features": 32}),
+        ("performer", {"num_features": 32}),
+    ],
+)
+@pytest.mark.parametrize("ndim", [2, 4])
+@torch.no_grad()
+def test_masked_tokens_change_no_other(attention: str, options: dict, ndim: int) -> None:
+    model = perf_vit.performerize(build("vit_tiny_patch16_224", depth=1), attention, **options)
+    layer = model.blocks[0].attn
+    layer.grid.size = (7, 7)
+    x = torch.randn(2, 50, 192, generator=torch.Generator().manual_seed(0))
+    mask = torch.ones(2, 50, dtype=torch.bool)
+    mask[0, 20:31], mask[1, 40:] = False, False
+    shaped = mask if ndim == 2 else mask[:, None, None]
+    masked = layer(x, attn_mask=shaped)
+    other = layer(x.masked_fill(~mask[..., None], 9.0), attn_mask=shaped)
+    torch.testing.assert_close(other[mask], masked[mask], rtol=1e-4, atol=1e-5)
+    assert not torch.allclose(masked[mask], layer(x)[mask], rtol=1e-3, atol=1e-4)

@@ -65,6 +65,7 @@ def test_the_last_stages_of_a_convolutional_backbone_are_trained_without_the_sta
     [
         ({"trainable_blocks": 4}, "trainable_blocks must be 0 to 3"),
         ({"trainable_blocks": -1}, "trainable_blocks must be 0 to 3"),
+        ({"freeze_backbone": True, "trainable_blocks": 1}, "something else freezes the whole backbone"),
         ({"trainable_blocks": 1, "lora": LoraConfig()}, "lora freezes the backbone by itself"),
         ({"freeze_backbone": True, "lora": LoraConfig()}, "lora freezes the backbone by itself"),
     ],
@@ -104,7 +105,7 @@ def test_checkpointed_activations_give_the_same_gradients_from_fewer_stored_valu
 
 
 def lora_segmenter(**changes):
-    pytest.importorskip("peft", exc_type=ImportError)
+    pytest.importorskip("peft", exc_type=ImportError, reason="pip install perf-vit[peft]")
     torch.manual_seed(0)
     config = replace(TINY, lora=LoraConfig(rank=2, alpha=6.0), **changes)
     return config, build_segmenter(config, SPEC)
@@ -146,7 +147,7 @@ def test_a_checkpoint_with_low_rank_additions_loads_as_the_plain_network(tmp_pat
 
 
 def test_a_detector_with_low_rank_additions_loads_as_the_plain_network(tmp_path) -> None:
-    pytest.importorskip("peft", exc_type=ImportError)
+    pytest.importorskip("peft", exc_type=ImportError, reason="pip install perf-vit[peft]")
     config = DetectorConfig(
         backbone=TINY.backbone, backbone_kwargs=TINY.backbone_kwargs, out_indices=[2], strides=[8], channels=64,
         head_kwargs={"num_convs": 1}, lora=LoraConfig(targets=["qkv"]),
@@ -176,7 +177,7 @@ def test_a_backbone_without_the_layers_is_one_line() -> None:
 
 
 def test_eva_takes_no_additions_to_its_queries() -> None:
-    pytest.importorskip("peft", exc_type=ImportError)
+    pytest.importorskip("peft", exc_type=ImportError, reason="pip install perf-vit[peft]")
     eva = {"backbone": "eva02_tiny_patch14_224", "backbone_kwargs": {"depth": 1}}
     eva = replace(TINY, **eva, out_indices=[0], lora=LoraConfig())
     with pytest.raises(ConfigError, match="takes no additions to qkv"):

@@ -51,6 +51,16 @@ def test_resized_maps_are_sampled_where_the_pixels_are(patch, num) -> None:
     torch.testing.assert_close(level[0, 0, 0], expected.clamp(x[0], x[-1]))
 
 
+def test_places_are_not_rounded_with_the_maps() -> None:
+    neck = SimpleFPN([FeatureSpec(1, 14)], [8], 4)
+    neck.levels = nn.ModuleList([nn.Identity()])
+    side = 73 * 14
+    size = (neck.size_multiple, -(-side // neck.size_multiple) * neck.size_multiple)
+    ramp = (torch.arange(-(-size[1] // 14)) % 8.0).expand(1, 1, -(-size[0] // 14), -1)
+    ((exact,), (rounded,)) = (neck([x], size) for x in (ramp, ramp.bfloat16()))
+    torch.testing.assert_close(rounded.float(), exact, rtol=2**-8, atol=2**-8)
+
+
 def test_several_maps_of_a_plain_vit_are_fused() -> None:
     specs = [FeatureSpec(12, 16), FeatureSpec(24, 16)]
     neck = build_neck(specs, [8], 16)

@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 import timm
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 import perf_vit
@@ -184,9 +185,12 @@ def test_a_folder_is_overwritten_only_when_told_and_never_with_other_things_in_i
     assert [path.name for path in saved.parent.iterdir()] == ["saved"]
 
 
-def test_an_interrupted_save_leaves_the_old_model_and_nothing_else(saved, monkeypatch) -> None:
+@pytest.mark.parametrize(
+    "error", [OSError(28, "No space left on device"), SafetensorError("No space left on device")], ids=["os", "st"]
+)
+def test_an_interrupted_save_leaves_the_old_model_and_nothing_else(saved, monkeypatch, error) -> None:
     def fail(*_, **__) -> None:
-        raise OSError(28, "No space left on device")
+        raise error
 
     before = {path.name: path.read_bytes() for path in saved.iterdir()}
     monkeypatch.setattr("perf_vit.models.saved_model.save_file", fail)

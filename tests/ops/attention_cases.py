@@ -1,5 +1,9 @@
 """What the tests of linear attention share: inputs, kernels and the paper's equations written anew."""
 
+import contextlib
+from collections.abc import Iterator
+
+import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -65,6 +69,16 @@ def transcription(q, k, v, w, kernel, key_mask=None, causal: bool = False):
     log_a = torch.logsumexp(log_terms, dim=-1) - (x2 + y2) / 2
     weights = log_a.masked_fill(~visible, -torch.inf).softmax(-1)
     return torch.einsum("bhij,bhje->bhie", weights.where(visible, 0.0), v)
+
+
+@contextlib.contextmanager
+def few_tokens_at_a_time(tokens: int) -> Iterator[None]:
+    """Attention with windows and clusters goes through its keys and windows in this many tokens at a time."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("perf_vit.ops.clustered._CHUNK_KEYS", tokens)
+        patch.setattr("perf_vit.ops.window_attention._GROUP_TOKENS", tokens)
+        patch.setattr("perf_vit.ops.window_attention._GROUP_KEYS", 8 * tokens)
+        yield
 
 
 def value_and_gradients(attention, q, k, v, *args, **kwargs) -> list[torch.Tensor]:

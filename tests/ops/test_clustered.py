@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from attention_cases import CountElements, assert_same, value_and_gradients
+from attention_cases import CountElements, assert_same, few_tokens_at_a_time, value_and_gradients
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -10,6 +10,7 @@ from perf_vit.ops import clustered, clustered_attention
 from perf_vit.ops.clustered import SINK_QUERIES, choose_clusters
 from perf_vit.ops.naive import naive_clustered_attention, softmax_attention
 from perf_vit.ops.sinks import choose_sinks
+from perf_vit.ops.spread import spread_tokens
 
 
 def make(grid: tuple[int, int], num_prefix: int, batch: int = 2, head_dim: int = 16):
@@ -27,9 +28,10 @@ def make(grid: tuple[int, int], num_prefix: int, batch: int = 2, head_dim: int =
     num_clusters=st.sampled_from([1, 2, 7, 500]),
     num_prefix=st.sampled_from([0, 1, 5]),
     masked=st.booleans(),
+    at_a_time=st.sampled_from([5, 60, 4096]),
 )
 def test_value_and_gradient_match_the_dense_definition(
-    rows, columns, window_size, num_sinks, num_clusters, num_prefix, masked
+    rows, columns, window_size, num_sinks, num_clusters, num_prefix, masked, at_a_time
 ) -> None:
     grid = (rows, columns)
     q, k, v = make(grid, num_prefix)
@@ -39,11 +41,12 @@ def test_value_and_gradient_match_the_dense_definition(
     seen = None if mask is None else mask[:, num_prefix:]
     clusters = choose_clusters(keys[:, :, num_prefix:], num_clusters, seen)
     options = (num_prefix, mask)
-    actual = value_and_gradients(clustered_attention, q, k, v, grid, window_size, num_sinks, num_clusters, *options)
+    with few_tokens_at_a_time(at_a_time):
+        actual = value_and_gradients(clustered_attention, q, k, v, grid, window_size, num_sinks, num_clusters, *options)
+        with torch.no_grad():
+            untracked = clustered_attention(q, k, v, grid, window_size, num_sinks, num_clusters, *options)
     naive = value_and_gradients(naive_clustered_attention, q, k, v, grid, window_size, sinks, clusters, *options)
     assert_same(actual, naive, 1e-9)
-    with torch.no_grad():
-        untracked = clustered_attention(q, k, v, grid, window_size, num_sinks, num_clusters, *options)
     torch.testing.assert_close(untracked, actual[0], rtol=1e-12, atol=1e-12)
 
 
@@ -101,11 +104,12 @@ def test_a_sample_without_keys_gets_zeros_and_masked_keys_may_hold_anything() ->
     mask = torch.ones(q.shape[0], q.shape[2], dtype=torch.bool)
     mask[0] = False
     mask[1, 40:60] = False
-    out = clustered_attention(q, k, v, (9, 11), 4, 6, 7, key_mask=mask)
-    assert not out[0].any()
+    clean = value_and_gradients(clustered_attention, q, k, v, (9, 11), 4, 6, 7, key_mask=mask)
+    assert not clean[0][0].any()
     k[:, :, 40:60], v[:, :, 40:60] = torch.nan, torch.nan
-    again = clustered_attention(q, k, v, (9, 11), 4, 6, 7, key_mask=mask)
-    assert torch.equal(again, out)
+    poisoned = value_and_gradients(clustered_attention, q, k, v, (9, 11), 4, 6, 7, key_mask=mask)
+    assert all(torch.equal(found, expected) for found, expected in zip(poisoned, clean, strict=True))
+    assert not any(gradient[1, :, 40:60].any() for gradient in poisoned[2:])
 
 
 @pytest.mark.parametrize(("window_size", "num_sinks"), [(0, 0), (0, 5)], ids=["clusters", "sinks"])
@@ -147,6 +151,18 @@ def test_wrong_arguments_are_named(change: dict, message: str) -> None:
     arguments = {"q": q, "k": k, "v": v, "grid": (4, 5), **change}
     with pytest.raises(ValueError, match=message):
         clustered_attention(**arguments)
+
+
+def test_clusters_are_those_of_two_of_lloyds_iterations() -> None:
+    keys = torch.randn(2, 3, 300, 8, generator=torch.Generator().manual_seed(0), dtype=torch.float64) + 1
+    mask = torch.rand(2, 300, generator=torch.Generator().manual_seed(1)) > 0.3
+    centers = spread_tokens(keys, 20, mask)
+    for _ in range(2):
+        nearest = torch.cdist(keys, centers).argmin(-1)
+        members = torch.nn.functional.one_hot(nearest, 20).double() * mask[:, None, :, None]
+        number = members.sum(2).unsqueeze(-1)
+        centers = torch.where(number > 0, members.mT @ keys / number.clamp(min=1), centers)
+    assert torch.equal(choose_clusters(keys, 20, mask), torch.cdist(keys, centers).argmin(-1))
 
 
 def test_clusters_are_nearer_to_their_keys_than_evenly_spaced_keys_are(monkeypatch) -> None:

@@ -2,7 +2,7 @@ import math
 
 import pytest
 import torch
-from attention_cases import FIXED_OPRF, CountElements, assert_same, value_and_gradients
+from attention_cases import FIXED_OPRF, CountElements, assert_same, few_tokens_at_a_time, value_and_gradients
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -32,9 +32,10 @@ def make(grid: tuple[int, int], num_prefix: int, kernel="softmax-hyp+", batch: i
     kernel=st.sampled_from(KERNELS),
     masked=st.booleans(),
     balanced=st.booleans(),
+    at_a_time=st.sampled_from([5, 60, 4096]),
 )
 def test_value_and_gradient_match_the_dense_definition(
-    rows, columns, window_size, num_sinks, num_prefix, kernel, masked, balanced
+    rows, columns, window_size, num_sinks, num_prefix, kernel, masked, balanced, at_a_time
 ) -> None:
     if window_size == num_sinks == 0:
         num_sinks = 1
@@ -44,11 +45,12 @@ def test_value_and_gradient_match_the_dense_definition(
     balancing = fit_balancing(q, k, mask) if balanced else None
     sinks = choose_sinks(q, k, num_sinks, num_prefix, mask)
     options = (num_prefix, kernel, mask, balancing)
-    actual = value_and_gradients(scatterbrain_attention, q, k, v, w, grid, window_size, num_sinks, *options)
+    with few_tokens_at_a_time(at_a_time):
+        actual = value_and_gradients(scatterbrain_attention, q, k, v, w, grid, window_size, num_sinks, *options)
+        with torch.no_grad():
+            untracked = scatterbrain_attention(q, k, v, w, grid, window_size, num_sinks, *options)
     naive = value_and_gradients(naive_scatterbrain_attention, q, k, v, w, grid, window_size, sinks, *options)
     assert_same(actual, naive, 1e-9)
-    with torch.no_grad():
-        untracked = scatterbrain_attention(q, k, v, w, grid, window_size, num_sinks, *options)
     torch.testing.assert_close(untracked, actual[0], rtol=1e-12, atol=1e-12)
 
 
@@ -154,10 +156,12 @@ def test_a_sample_without_keys_gets_zeros_and_masked_keys_may_hold_anything() ->
     mask = torch.ones(2, 82, dtype=torch.bool)
     mask[1] = False
     mask[0, 30:50] = False
-    v[0, :, 30:50] = torch.nan
-    out = scatterbrain_attention(q, k, v, w, (9, 9), 4, 6, key_mask=mask)
-    assert (out[1] == 0).all()
-    assert out[0].isfinite().all()
+    clean = value_and_gradients(scatterbrain_attention, q, k, v, w, (9, 9), 4, 6, key_mask=mask)
+    assert (clean[0][1] == 0).all()
+    k[0, :, 30:50], v[0, :, 30:50] = torch.nan, torch.nan
+    poisoned = value_and_gradients(scatterbrain_attention, q, k, v, w, (9, 9), 4, 6, key_mask=mask)
+    assert_same(poisoned, clean, 1e-12)
+    assert not any(gradient[0, :, 30:50].any() for gradient in poisoned[2:])
 
 
 @settings(max_examples=60, deadline=None, derandomize=True)

@@ -1,7 +1,7 @@
 """Trains small networks of several tasks in one process or in two; run as a script, since processes start it again.
 
-`python several_processes.py FOLDER DEVICES STRATEGY NUM_VAL CASE...` leaves FOLDER/CASE.json: the losses of the steps
-and the scores of the validation.
+`python several_processes.py FOLDER DEVICES STRATEGY NUM_VAL CASE...` leaves FOLDER/CASE.json: the scores of a
+validation before training, the losses of the steps, and the scores of the validation after them.
 """
 
 import json
@@ -186,7 +186,12 @@ def oriented_fcos() -> tuple:
 
 def _detector(head: str) -> DetectionTask:
     config = DetectorConfig(
-        **BACKBONE, out_indices=[1], strides=[8], channels=64, head=head, head_kwargs={"num_convs": 1}
+        **BACKBONE,
+        out_indices=[1],
+        strides=[8],
+        channels=64,
+        head=head,
+        head_kwargs={"num_convs": 1, "score_threshold": 0.0},
     )
     return DetectionTask(config, DetectorSpec(classes=("a", "b"), **SPEC), DetectionOptimConfig())
 
@@ -197,16 +202,24 @@ CASES = {**POOLED, **DENSE}
 
 
 def run(case: str, folder: Path, devices: int, strategy: str, num_val: int) -> None:
-    torch.manual_seed(0)
-    task, make, collate = CASES[case]()
     config = TrainerConfig(accelerator="cpu", devices=str(devices), strategy=strategy, max_epochs=1)
+
+    def prepared(name: str) -> tuple:
+        torch.manual_seed(0)
+        task, make, collate = CASES[case]()
+        trainer = build_trainer(config, folder / name, progress=False, monitor=MONITORS.get(case, "val/iou"))
+        return trainer, task, Module(make, collate, GLOBAL_BATCH // devices, num_val)
+
+    # Metrics that counted under Lightning's inference mode can't count in a fit.
+    trainer, task, data = prepared(f"{case}_before")
+    (before,) = trainer.validate(task, data, verbose=False)
     losses = Losses()
-    trainer = build_trainer(config, folder / case, progress=False, monitor=MONITORS.get(case, "val/iou"))
+    trainer, task, data = prepared(case)
     trainer.callbacks.append(losses)
-    trainer.fit(task, Module(make, collate, GLOBAL_BATCH // devices, num_val))
+    trainer.fit(task, data)
     if trainer.is_global_zero:
         scores = {name: float(value) for name, value in trainer.callback_metrics.items() if name.startswith("val/")}
-        (folder / f"{case}.json").write_text(json.dumps({"losses": losses.values, "scores": scores}))
+        (folder / f"{case}.json").write_text(json.dumps({"before": before, "losses": losses.values, "scores": scores}))
 
 
 def main(folder: str, devices: str, strategy: str, num_val: str, *cases: str) -> None:

@@ -1,5 +1,7 @@
 """Training steps of a detector."""
 
+from dataclasses import replace
+
 import numpy as np
 import torch
 
@@ -23,3 +25,14 @@ def test_logged_training_losses_are_means_over_all_processes(monkeypatch) -> Non
     task.training_step(([torch.zeros(3, 64, 64)], [labels]), 0)
     names = ("loss", "classification", "box", "centerness")
     assert synced == {f"train/{name}": True for name in names}
+
+
+def test_a_resumed_run_keeps_its_score_threshold() -> None:
+    spec = DetectorSpec(classes=("a",), normalizer=Normalizer((0.0,) * 3, (1.0,) * 3), tile_px=32)
+    config = DetectorConfig(backbone="resnet18", strides=[8], channels=64, head_kwargs={"num_convs": 1})
+    first, second = (DetectionTask(config, spec, DetectionOptimConfig()) for _ in range(2))
+    first.model.spec = replace(first.model.spec, score_threshold=0.31)
+    checkpoint: dict = {}
+    first.on_save_checkpoint(checkpoint)
+    second.on_load_checkpoint(checkpoint)
+    assert second.model.spec.score_threshold == 0.31

@@ -1,5 +1,7 @@
 """Options of the trainer, on a small scene through the real task."""
 
+import csv
+
 import pytest
 import torch
 
@@ -79,3 +81,11 @@ def test_values_out_of_range_are_one_line(tmp_path, change) -> None:
 def test_an_unknown_strategy_is_one_line(tmp_path) -> None:
     with pytest.raises(ConfigError, match="trainer: "):
         build_trainer(TrainerConfig(strategy="no_such_strategy"), tmp_path)
+
+
+def test_epochs_without_a_validation_have_no_scores(data_config, tmp_path) -> None:
+    _fit(data_config, tmp_path, max_epochs=4, val_every_epochs=2)
+    with (tmp_path / "metrics.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert [bool(row["val/iou"]) for row in rows if int(row["epoch"]) >= 0] == [False, True, False, True]
+    assert all(row["train/loss"] for row in rows if int(row["epoch"]) >= 0)

@@ -171,6 +171,8 @@ class InstanceMasks:
 
     def read_crops(self, indices: npt.NDArray[np.int64], window: Window) -> MaskCrops:
         """The same masks, each inside its own rectangle only."""
+        if not len(indices):
+            return MaskCrops([], np.zeros((0, 2), np.int64), window.shape)
         with open_raster(self.path) as raster:
             pixels = raster.read(window).pixels[0]
         values = self.values[indices]

@@ -83,8 +83,11 @@ def _resampled(feature: Tensor, scale: float, shape: tuple[int, int]) -> Tensor:
         for num, side in zip(shape, feature.shape[-2:], strict=True)
     )
     y, x = torch.meshgrid(rows, columns, indexing="ij")
-    grid = torch.stack([x, y], -1).expand(len(feature), *shape, 2).to(feature.dtype)
-    return F.grid_sample(feature, grid, mode="bilinear", padding_mode="border", align_corners=False)
+    # In bfloat16, places near the edge would be rounded by pixels.
+    dtype = torch.promote_types(feature.dtype, torch.float32)
+    grid = torch.stack([x, y], -1).expand(len(feature), *shape, 2).to(dtype)
+    sampled = F.grid_sample(feature.to(dtype), grid, mode="bilinear", padding_mode="border", align_corners=False)
+    return sampled.to(feature.dtype)
 
 
 def _level(width: int, channels: int, base_stride: int, stride: int) -> nn.Sequential:
