@@ -19,6 +19,7 @@ from perf_vit.data import (
     ObjectDataModule,
     OutlineMasks,
     SeenObjects,
+    bands_fit,
     build_object_datamodule,
     objects_in,
     read_names,
@@ -159,10 +160,21 @@ def _spec(config: DetectionRun, data: ObjectDataModule) -> DetectorSpec:
 
 
 def open_for_detector(model: Detector, path: str, **options: Any) -> Source:
-    """Open a source with the bands and nodata that a model was trained with."""
+    """Open a source with the bands and nodata that a model was trained with.
+
+    Raises:
+        InputError: it can't be opened, or has another number of bands.
+    """
     own = {"nodata": model.spec.nodata, "mpp": model.spec.mpp}
     given = {**own, **{name: value for name, value in options.items() if value is not None}}
-    return open_source(path, bands=model.spec.bands, **{k: v for k, v in given.items() if v is not None})
+    source = open_source(path, bands=model.spec.bands, **{k: v for k, v in given.items() if v is not None})
+    expected = len(model.spec.normalizer.mean)
+    if not bands_fit(source.num_bands, expected):
+        source.close()
+        raise InputError(
+            f"the model was trained on {expected} bands, {path} has {source.num_bands}; give an image with those bands"
+        )
+    return source
 
 
 def detect_objects(

@@ -20,7 +20,14 @@ from perf_vit.data.labels import (
     write_coco_labels,
 )
 from perf_vit.data.object_places import ObjectPlaces, RandomPlaces, make_places
-from perf_vit.data.objects import ObjectGrid, ObjectImages, ObjectWindows, collate_objects, standardized
+from perf_vit.data.objects import (
+    ObjectGrid,
+    ObjectImages,
+    ObjectWindows,
+    bands_fit,
+    collate_objects,
+    standardized,
+)
 from perf_vit.data.objects_datamodule import (
     ObjectDataConfig,
     ObjectDataModule,
@@ -90,6 +97,7 @@ __all__ = [
     "SlideTargets",
     "UnlabelledCrops",
     "WindowDataModule",
+    "bands_fit",
     "build_crops",
     "build_datamodule",
     "build_object_datamodule",

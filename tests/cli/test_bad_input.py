@@ -1,5 +1,6 @@
 """What a user can do wrong gives one line, exit code 2, and leaves nothing half-written."""
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -8,9 +9,11 @@ import numpy as np
 import pytest
 import rasterio
 from affine import Affine
-from command_line import call, train_args
+from command_line import call, save_detector, train_args
 
 from perf_vit.data import make_ship_scene
+from perf_vit.models import DetectorSpec
+from perf_vit.transforms import Normalizer
 
 
 @pytest.fixture
@@ -84,13 +87,36 @@ def test_checkpoint_with_another_band_count(trained, tmp_path, refused) -> None:
     image = _write(tmp_path / "six.tif", _noise(6))
     message = refused(_predict(trained, image, tmp_path / "out" / "map.tif"))
     assert "4 bands" in message
-    assert "6" in message
+    assert "six.tif has 6" in message
 
 
 def test_evaluate_with_another_band_count(trained, tmp_path, refused) -> None:
     image = _write(tmp_path / "three.tif", _noise(3))
     args = ["--checkpoint", trained.checkpoint, "--input", image, "--labels", trained.scene.labels]
     assert "4 bands" in refused(["evaluate", *args, "--json", tmp_path / "out" / "scores.json"])
+
+
+@pytest.mark.parametrize("command", ["predict", "evaluate"])
+def test_a_detector_and_another_band_count(tmp_path, refused, command) -> None:
+    spec = DetectorSpec(classes=("cell",), normalizer=Normalizer((0.0,) * 3, (1.0,) * 3), tile_px=64,
+                        label_options={"label_format": "coco"})  # fmt: skip
+    checkpoint = save_detector(tmp_path / "last.ckpt", spec)
+    image = _write(tmp_path / "five.tif", _noise(5))
+    listed = [{"id": 0, "file_name": "five.tif", "height": 128, "width": 128}]
+    cell = {"id": 1, "image_id": 0, "category_id": 1, "bbox": [8, 8, 30, 30]}
+    content = {"images": listed, "annotations": [cell], "categories": [{"id": 1, "name": "cell"}]}
+    (tmp_path / "labels.json").write_text(json.dumps(content))
+    more = {"predict": ["--output", tmp_path / "out" / "a.geojson"], "evaluate": ["--labels", tmp_path / "labels.json"]}
+    message = refused([command, "--checkpoint", checkpoint, "--input", image, *more[command]])
+    assert "the model was trained on 3 bands" in message
+    assert "five.tif has 5" in message
+
+
+def test_a_raster_without_a_valid_pixel_is_a_map_without_one(trained, tmp_path) -> None:
+    image = _write(tmp_path / "empty.tif", np.full((4, 128, 128), np.nan, np.float32))
+    assert call(_predict(trained, image, tmp_path / "map.tif")) == 0
+    with rasterio.open(tmp_path / "map.tif") as mapped:
+        assert (mapped.read(1) == 255).all()
 
 
 def test_window_size_that_the_patch_size_does_not_divide(trained, tmp_path, refused) -> None:

@@ -178,8 +178,15 @@ def test_samples_depend_on_seed_and_index_whatever_the_workers(tmp_path, kind) -
         first, other = (build_object_datamodule(config, seed=seed).train for seed in (0, 1))
         options = {"collate_fn": collate_objects}
     alone, shared = (list(DataLoader(first, batch_size=2, num_workers=number, **options)) for number in (0, 2))
-    for (tiles, _), (other_tiles, _) in zip(alone, shared, strict=True):
+    for (tiles, labels), (other_tiles, other_labels) in zip(alone, shared, strict=True):
         assert all(torch.equal(a, b) for a, b in zip(tiles, other_tiles, strict=True))
+        if kind == "map":
+            assert torch.equal(labels, other_labels)
+            continue
+        for one, another in zip(labels, other_labels, strict=True):
+            assert all(
+                np.array_equal(getattr(one, x), getattr(another, x)) for x in ("boxes_xyxy", "labels", "ignored")
+            )
     assert not torch.equal(first[0][0], other[0][0])
     assert not torch.equal(first[0][0], first[1][0])
 
