@@ -11,15 +11,10 @@ from torchvision.models.detection.anchor_utils import AnchorGenerator
 import perf_vit
 from perf_vit.layers.converted_attention import ConvertedAttention
 
-# Names that are not registered are left out.
 VITS = [
-    name
-    for name in (
-        "performer_vit_tiny_patch16_224",
-        "performer_vit_rope_small_patch16_224",
-        "scatterbrain_vit_tiny_patch16_224",
-    )
-    if timm.is_model(name)
+    "performer_vit_tiny_patch16_224",
+    "performer_vit_rope_small_patch16_224",
+    "scatterbrain_vit_tiny_patch16_224",
 ]
 BLOCKS = examples("integrations.md", "torchvision's detectors")
 OPTIONS = {"features_only": True, "out_indices": 1, "dynamic_img_size": True, "depth": 2}

@@ -33,6 +33,7 @@ FAMILIES = [
     "qwen3_vit_88m_merge",
 ]
 # Not every timm that we take knows all of them.
+NUM_FAMILIES = len(FAMILIES)
 FAMILIES = [name for name in FAMILIES if timm.is_model(name)]
 # Their trunk of convolutions is no argument of theirs.
 FIXED_DEPTH = {"vitamin_small_224"}
@@ -54,6 +55,11 @@ def build(name: str) -> nn.Module:
             elif parameter.ndim == 1 and parameter.abs().max() < 1e-3:
                 parameter.normal_(std=0.5)
     return model
+
+
+@pytest.mark.skipif(timm.__version__ != "1.0.31", reason="names are those of timm 1.0.31")
+def test_no_name_is_misspelt() -> None:
+    assert len(FAMILIES) == NUM_FAMILIES
 
 
 @pytest.mark.parametrize("name", FAMILIES)
