@@ -24,6 +24,7 @@ from perf_vit.tasks import (
     PanopticQuality,
     plot_precision_recall,
     save_confusion_matrix,
+    without_nan,
 )
 from perf_vit.types import Detections, ObjectLabels
 
@@ -96,7 +97,7 @@ class DetectionReport:
             content["panoptic"] = {**asdict(mean), "classes": named}
         if self._dota is not None:
             content["dota"] = self._dota_scores()
-        return _plain(content)
+        return without_nan(content)
 
     def write(self, path: Path) -> None:
         """Write the scores as JSON, and beside them precision-recall curves and the confusion matrix as pictures.
@@ -162,11 +163,3 @@ class DetectionReport:
         for name, counts in zip(names, self._confusion.matrix.tolist(), strict=True):
             table.add_row(escape(name), *(f"{count:,}" for count in counts))
         return table
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _plain(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(item) for item in value]
-    return None if isinstance(value, float) and value != value else value

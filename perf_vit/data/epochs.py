@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from functools import lru_cache
 from typing import Any
 
 import lightning
+import numpy as np
+import numpy.typing as npt
 from torch.utils.data import DataLoader, Sampler
 
 from perf_vit.errors import ConfigError
 from perf_vit.ops.processes import process_place
 
-__all__ = ["EpochDataModule", "EpochLoader", "EpochSampler", "ShareSampler"]
+__all__ = ["EpochDataModule", "EpochLoader", "EpochSampler", "ShareSampler", "order_of_turn"]
 
 
 class EpochSampler(Sampler[int]):
@@ -113,6 +116,13 @@ class EpochLoader(DataLoader[Any]):
         for batch in super().__iter__():
             self.num_given += 1
             yield batch
+
+
+@lru_cache(maxsize=4)
+def order_of_turn(seed: int, turn: int, length: int) -> npt.NDArray[np.int64]:
+    """The order in which a dataset's items come in one turn through it, as a permutation of their numbers."""
+    # A seed of its own, so that no item draws from it.
+    return np.random.default_rng((seed, turn, length)).permutation(length)
 
 
 class EpochDataModule(lightning.LightningDataModule):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import lru_cache, partial
+from functools import partial
 
 import numpy as np
 import numpy.typing as npt
@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.data import Dataset
 
+from perf_vit.data.epochs import order_of_turn
 from perf_vit.data.image_targets import ImageTargets
 from perf_vit.data.objects import common_bands, open_closed, with_bands
 from perf_vit.errors import InputError
@@ -136,7 +137,7 @@ class SceneTiles(Dataset[tuple[Tensor, Tensor]]):
         if self._by_class is not None:
             return int(rng.choice(self._by_class[int(rng.integers(len(self._by_class)))]))
         turn, position = divmod(index, len(self.images))
-        return int(_order(self.seed, turn, len(self.images))[position])
+        return int(order_of_turn(self.seed, turn, len(self.images))[position])
 
 
 class SceneViews(Dataset[tuple[Tensor, Tensor]]):
@@ -232,9 +233,3 @@ def _reduced(source: Source, tile_px: int) -> GeoImage:
 def _reduced_size(source: Source, tile_px: int) -> int:
     shortest = min(source.size)
     return max(1, -(-max(source.size) * min(shortest, 2 * tile_px) // shortest))
-
-
-@lru_cache(maxsize=4)
-def _order(seed: int, turn: int, length: int) -> npt.NDArray[np.int64]:
-    # A seed of its own, so that no tile draws from it.
-    return np.random.default_rng((seed, turn, length)).permutation(length)

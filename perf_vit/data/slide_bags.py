@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +15,7 @@ from torch.utils.data import Dataset
 
 from perf_vit.data.csv_rows import CsvRow, read_csv_rows
 from perf_vit.data.embeddings import EmbeddingStore
+from perf_vit.data.epochs import order_of_turn
 from perf_vit.data.image_targets import class_index
 from perf_vit.errors import InputError
 
@@ -125,7 +125,7 @@ class SlideBags(Dataset[Bag]):
         chosen = index
         if self.seed is not None:
             turn, position = divmod(index, len(self.slides))
-            chosen = int(_order(self.seed, turn, len(self.slides))[position])
+            chosen = int(order_of_turn(self.seed, turn, len(self.slides))[position])
         features = self.store.read(self.slides.paths[chosen]).features
         if self.max_windows is not None and len(features) > self.max_windows:
             rng = np.random.default_rng((self.seed or 0, index))
@@ -139,9 +139,3 @@ def collate_bags(bags: Sequence[Bag]) -> tuple[Tensor, Tensor, Tensor]:
     sizes = torch.tensor([len(each) for each in features])
     mask = torch.arange(int(sizes.max())) < sizes[:, None]
     return pad_sequence(list(features), batch_first=True), mask, torch.stack(labels)
-
-
-@lru_cache(maxsize=4)
-def _order(seed: int, turn: int, length: int) -> npt.NDArray[np.int64]:
-    # A seed of its own, so that no bag draws from it.
-    return np.random.default_rng((seed, turn, length)).permutation(length)

@@ -22,6 +22,7 @@ from perf_vit.ops.mask_crops import shared_pixels
 from perf_vit.ops.oriented_boxes import oriented_iou_matrix
 from perf_vit.tasks.independent_parts import independent_parts
 from perf_vit.tasks.meeting_objects import compared_geometry
+from perf_vit.tasks.without_nan import without_nan
 from perf_vit.types import Detections, MaskCrops, ObjectLabels
 
 __all__ = ["OBJECT_SIZES", "DetectionClassScores", "DetectionMetrics", "DetectionScores"]
@@ -93,7 +94,7 @@ class DetectionScores:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, NaN as None, for JSON."""
-        return _plain(asdict(self))
+        return without_nan(asdict(self))
 
 
 class DetectionMetrics:
@@ -340,11 +341,3 @@ def _from_all_processes(images: list[Any]) -> list[Any]:
 
 def _list(values: Any) -> list[Any]:
     return torch.as_tensor(values).cpu().tolist()
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _plain(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(item) for item in value]
-    return None if isinstance(value, float) and math.isnan(value) else value

@@ -24,6 +24,7 @@ from torchmetrics.utilities import dim_zero_cat
 
 from perf_vit.models import ImageLabelKind
 from perf_vit.tasks.precision_recall_plot import PrecisionRecall
+from perf_vit.tasks.without_nan import without_nan
 
 __all__ = ["ClassificationScores", "ImageClassScores", "ImageMetrics", "NumberScores", "RegressionScores"]
 
@@ -68,7 +69,7 @@ class ClassificationScores:
         """Plain values but for the curves, NaN as None, for JSON."""
         values = asdict(replace(self, precision_recall=None))
         del values["precision_recall"]
-        return dict(_without_nan(values))
+        return dict(without_nan(values))
 
     def overall(self) -> dict[str, float]:
         """Names and values for logs."""
@@ -100,7 +101,7 @@ class RegressionScores:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, NaN as None, for JSON."""
-        return dict(_without_nan(asdict(self)))
+        return dict(without_nan(asdict(self)))
 
     def overall(self) -> dict[str, float]:
         """Names and values for logs."""
@@ -214,11 +215,3 @@ def _number_scores(values: Tensor, targets: Tensor, names: Sequence[str]) -> Reg
 def _mean_of_known(values: Sequence[float]) -> float:
     known = [value for value in values if not math.isnan(value)]
     return sum(known) / len(known) if known else math.nan
-
-
-def _without_nan(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _without_nan(each) for key, each in value.items()}
-    if isinstance(value, list | tuple):
-        return [_without_nan(each) for each in value]
-    return None if isinstance(value, float) and math.isnan(value) else value
