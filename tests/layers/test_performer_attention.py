@@ -110,8 +110,10 @@ def test_projection_is_in_no_checkpoint() -> None:
     assert set(layer(qkv_bias=True).state_dict()) == {"qkv.weight", "qkv.bias", "proj.weight", "proj.bias"}
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
-def test_projection_stays_the_same_float32_in_a_module_of_another_dtype(dtype: torch.dtype) -> None:
+@pytest.mark.parametrize(
+    ("dtype", "largest"), [(torch.float16, 2e-3), (torch.bfloat16, 2e-2), (torch.float64, 1e-5)], ids=str
+)
+def test_projection_stays_the_same_float32_in_a_module_of_another_dtype(dtype: torch.dtype, largest: float) -> None:
     attention = layer()
     drawn = attention.projection.clone()
     expected = attention(tokens())
@@ -120,7 +122,7 @@ def test_projection_stays_the_same_float32_in_a_module_of_another_dtype(dtype: t
     assert torch.equal(moved.projection, drawn)
     out = moved(tokens().to(dtype))
     assert out.dtype == dtype
-    torch.testing.assert_close(out.float(), expected, rtol=0, atol=2e-2)
+    torch.testing.assert_close(out.float(), expected, rtol=0, atol=largest)
 
 
 def test_other_dtypes_at_construction_keep_the_projection_float32() -> None:

@@ -28,16 +28,15 @@ def by_features(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, w: torch.Tens
 
 
 @pytest.mark.parametrize("norm", [8.0, 30.0])
-@pytest.mark.parametrize(
-    ("dtype", "largest"), [(torch.float32, 1e-5), (torch.bfloat16, 2e-2), (torch.float16, 5e-3)], ids=str
-)
-def test_long_keys_stay_exact_in_any_dtype(norm: float, dtype: torch.dtype, largest: float) -> None:
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_long_keys_stay_exact_in_any_dtype(norm: float, dtype: torch.dtype) -> None:
     q, k, v = (x.to(dtype) for x in make(norm))
     w = draw_projection(NUM_FEATURES, HEAD_DIM, generator=torch.Generator().manual_seed(1))
     out = favor_attention(q, k, v, w)
     assert out.isfinite().all()
     expected = by_features(q, k, v, w)
-    assert (out.double() - expected).norm() / expected.norm() < largest
+    # Nothing but the output is rounded to the dtype.
+    assert (out.double() - expected).norm() / expected.norm() < torch.finfo(dtype).eps / 2 + 1e-5
     state = KVState.from_keys(k, v, w)
     numerator, denominator = state.sums(q[:, :, :4096])
     assert numerator.isfinite().all()

@@ -103,11 +103,9 @@ def test_windows_and_sinks_each_bring_it_closer_to_softmax() -> None:
     assert error(8, 32) < error(0, 32) < error(0, 0)
 
 
-@pytest.mark.parametrize(
-    ("dtype", "largest"), [(torch.float32, 1e-5), (torch.bfloat16, 1e-2), (torch.float16, 2e-3)], ids=str
-)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("norm", [2.0, 30.0])
-def test_low_precision_and_long_keys_stay_exact(dtype: torch.dtype, largest: float, norm: float) -> None:
+def test_low_precision_and_long_keys_stay_exact(dtype: torch.dtype, norm: float) -> None:
     q, k, v, w = make((20, 30), 1, head_dim=64)
     k = norm * k / k.norm(dim=-1, keepdim=True)
     q, k, v = (x.to(dtype).requires_grad_() for x in (q, k, v))
@@ -115,7 +113,8 @@ def test_low_precision_and_long_keys_stay_exact(dtype: torch.dtype, largest: flo
     assert out.dtype == dtype
     with torch.no_grad():
         expected = scatterbrain_attention(q.double(), k.double(), v.double(), w, (20, 30), 8, 16)
-    assert (out.double() - expected).norm() / expected.norm() < largest
+    # Nothing but the output is rounded to the dtype.
+    assert (out.double() - expected).norm() / expected.norm() < torch.finfo(dtype).eps / 2 + 1e-5
     assert all(x.isfinite().all() for x in torch.autograd.grad(out.float().square().mean(), (q, k, v)))
 
 
