@@ -7,11 +7,13 @@ from typing import Any
 _DOCS = Path(__file__).parents[2] / "docs"
 
 
-def examples(page: str, heading: str) -> list[str]:
-    """The Python blocks under `## heading` of docs/`page`, in their order."""
-    sections = re.split(r"^## ", (_DOCS / page).read_text(encoding="utf-8"), flags=re.MULTILINE)
-    (section,) = [section for section in sections if section.startswith(f"{heading}\n")]
-    return re.findall(r"^```python\n(.*?)^```", section, flags=re.MULTILINE | re.DOTALL)
+def examples(page: str, heading: str | None = None) -> list[str]:
+    """The Python blocks under `## heading` of docs/`page`, or all of them, in their order."""
+    text = (_DOCS / page).read_text(encoding="utf-8")
+    if heading is not None:
+        sections = re.split(r"^## ", text, flags=re.MULTILINE)
+        (text,) = [section for section in sections if section.startswith(f"{heading}\n")]
+    return re.findall(r"^```python\n(.*?)^```", text, flags=re.MULTILINE | re.DOTALL)
 
 
 def run(blocks: list[str]) -> dict[str, Any]:
