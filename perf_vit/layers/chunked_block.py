@@ -13,9 +13,9 @@ import torch.fx
 from timm.models.eva import EvaBlock
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
-from torch.nn.modules import module as _everywhere
 
 from perf_vit.layers.converted_attention import ConvertedAttention
+from perf_vit.layers.hooked import is_hooked
 
 __all__ = ["chunk_blocks"]
 
@@ -97,9 +97,7 @@ class _InChunks(nn.Module):
             or x.ndim != 3
             or x.shape[1] <= _CHUNK_TOKENS
             or not self.attn.is_packed
-            or _everywhere._global_forward_hooks
-            or _everywhere._global_forward_pre_hooks
-            or any(module._forward_hooks or module._forward_pre_hooks for module in self.modules())
+            or is_hooked(self)
         )
 
 
@@ -129,8 +127,8 @@ def chunk_blocks(model: nn.Module) -> None:
 
     Attention alone joins tokens, so results change by rounding at most. What is saved is memory for norms, projections,
     scales and residuals, and the time to bring it in from there. Blocks become instances of a subclass, with the same
-    parameters under the same names. Those in training mode, or with a forward hook on one of their modules, run as
-    timm has them.
+    parameters under the same names. Those in training mode, or with a hook on one of their modules (`is_hooked`), run
+    as timm has them.
     """
     last: _InChunks | None = None
     for module in model.modules():

@@ -6,7 +6,7 @@ from typing import Any
 from torch import nn
 
 from perf_vit.layers.performer_attention import PerformerAttention
-from perf_vit.layers.token_grid import TokenGrid, watch_patch_embed
+from perf_vit.layers.token_grid import TokenGrid, follow_tokens, watch_patch_embed
 
 __all__ = ["check_model_options", "configure_attention"]
 
@@ -29,6 +29,7 @@ def configure_attention(model: nn.Module, options: Mapping[str, Any]) -> None:
         layer.on_grid(grid).configure(**options, num_prefix_tokens=num_prefix_tokens, layer_index=index)
     if any(layer.local_enhancement is not None for layer in layers):
         watch_patch_embed(model, grid)
+        follow_tokens(model, grid)
 
 
 def check_model_options(options: Mapping[str, Any]) -> None:

@@ -195,6 +195,8 @@ class ConvertedAttention(RandomProjectionMixin, nn.Module):
         Raises:
             ValueError: another mask, causal order with windows or local enhancement, or a grid that nobody told.
         """
+        # A checkpoint may hold the attention alone.
+        self.grid.follow(x)
         q, k, v = self.queries_keys_values(x, rope)
         out = self.attend(q, k, v, attn_mask, is_causal)
         gate = getattr(self, "gate", None)

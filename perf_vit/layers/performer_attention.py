@@ -243,6 +243,8 @@ class PerformerAttention(RandomProjectionMixin, Attention):
             ValueError: any other mask, which has no form here; causal order with centring or balancing, whose
                 statistics would tell of the future, or with local enhancement.
         """
+        # A checkpoint may hold the attention alone.
+        self.grid.follow(x)
         B, N, _ = x.shape
         qkv = self.qkv(x).reshape(B, N, 3, self.num_heads, self.head_dim).permute(2, 0, 3, 1, 4)
         q, k, v = qkv.unbind(0)

@@ -1,38 +1,112 @@
-"""How attention learns where its tokens lie: the patch embedding of the same forward pass tells it."""
+"""The rows and columns of the tokens that a layer sees, told by the patch embedding of the same forward pass."""
 
 from __future__ import annotations
 
+import threading
 from typing import Any
 
 import torch
 import torch.fx
-from torch import nn
+from torch import Tensor, nn
+from torch.multiprocessing.reductions import StorageWeakRef
 
-__all__ = ["TokenGrid", "watch_patch_embed"]
+__all__ = ["FollowTokens", "TokenGrid", "follow_tokens", "watch_patch_embed"]
+
+# `torch.utils.checkpoint` computes again in a backward pass, which has a number; no backward pass runs under this one.
+_NO_BACKWARD = -1
 
 
 class TokenGrid:
     """Rows and columns of the tokens that are on their way through a model.
 
-    Attributes:
-        size: (rows, columns), set by the patch embedding; None before the first image.
+    Each thread has its own. Gradient checkpointing computes blocks again in the backward pass, after other images have
+    gone through the model, maybe in another thread: there the grid comes with the tokens that enter a block (`follow`).
     """
 
     def __init__(self) -> None:
-        self.size: tuple[int, int] | None = None
+        # Dynamo knows plain thread-local objects, no subclasses.
+        self._here = threading.local()
+        self._lock = threading.Lock()
+        self._sizes: set[tuple[int, int]] = set()
+        self._of_tokens: dict[tuple[Any, ...], tuple[StorageWeakRef, tuple[int, int]]] = {}
+
+    def __reduce__(self) -> tuple[type[TokenGrid], tuple[()]]:
+        # A copied model has seen no image.
+        return TokenGrid, ()
+
+    @property
+    def size(self) -> tuple[int, int] | None:
+        """(rows, columns) of the last image in this thread; None before the first one."""
+        return getattr(self._here, "size", None)
+
+    @size.setter
+    def size(self, size: tuple[int, int]) -> None:
+        self._here.size = size
+        if not torch.compiler.is_compiling():
+            self._here.backward = _backward()
+            with self._lock:
+                self._sizes.add(size)
+                self._of_tokens = {key: value for key, value in self._of_tokens.items() if not value[0].expired()}
+
+    def follow(self, tokens: Any) -> None:
+        """Keep the grid for tokens that enter a block, or take it from them where the block is computed again.
+
+        Args:
+            tokens: [B, N, C]; they are known again by their memory, as long as anyone keeps it.
+        """
+        if torch.compiler.is_compiling() or torch.is_inference_mode_enabled():
+            return
+        if not self._sizes or not _has_memory(tokens):
+            return
+        storage, backward = tokens.untyped_storage(), _backward()
+        key = (storage._cdata, tokens.storage_offset(), tokens.shape)
+        with self._lock:
+            known = self._of_tokens.get(key)
+            if backward != _NO_BACKWARD and known is not None and not known[0].expired():
+                self._here.size, self._here.backward = known[1], backward
+            elif self.size is not None and self._here.backward == backward:
+                self._of_tokens[key] = (StorageWeakRef(storage), self.size)
 
     def of(self, num_tokens: int) -> tuple[int, int]:
         """The grid, if it has so many tokens.
 
         Raises:
-            ValueError: no patch embedding has told the grid, or it told another.
+            ValueError: no patch embedding has told the grid, it told another, or what a checkpoint computes again may
+                have either of two grids.
         """
-        if self.size is None or self.size[0] * self.size[1] != num_tokens:
+        size = self.size
+        if not torch.compiler.is_compiling() and _backward() not in (
+            _NO_BACKWARD,
+            getattr(self._here, "backward", None),
+        ):
+            size = self._only_size(num_tokens)
+        if size is None or size[0] * size[1] != num_tokens:
             raise ValueError(
-                f"expected the patch embedding to tell the grid of {num_tokens} patch tokens, got {self.size}; "
+                f"expected the patch embedding to tell the grid of {num_tokens} patch tokens, got {size}; "
                 "call the whole model, without patch dropout, or set the layer's grid.size = (rows, columns)"
             )
-        return self.size
+        return size
+
+    def _only_size(self, num_tokens: int) -> tuple[int, int] | None:
+        """The one grid of so many tokens that was ever told: for tokens that lie elsewhere in the backward pass."""
+        found = [size for size in self._sizes if size[0] * size[1] == num_tokens]
+        if len(found) > 1:
+            raise ValueError(
+                f"a checkpointed block is computed again for {num_tokens} patch tokens of a grid that is one of "
+                f"{sorted(found)}; don't move the saved tensors of checkpointed blocks (save_on_cpu)"
+            )
+        return found[0] if found else None
+
+
+class FollowTokens:
+    """A hook that runs before a block; an object, so that a copied model gets a copy of its own."""
+
+    def __init__(self, grid: TokenGrid) -> None:
+        self.grid = grid
+
+    def __call__(self, module: nn.Module, arguments: tuple[Any, ...]) -> None:
+        if arguments:
+            self.grid.follow(arguments[0])
 
 
 class _Watch:
@@ -74,3 +148,26 @@ def watch_patch_embed(model: nn.Module, grid: TokenGrid) -> torch.utils.hooks.Re
             f"or HybridEmbed as patch_embed, got {type(model).__name__} with {got}; use attention='performer'"
         )
     return patch_embed.register_forward_hook(_Watch(grid))
+
+
+def follow_tokens(model: nn.Module, grid: TokenGrid) -> None:
+    """Have the grid follow the tokens into whatever holds an attention layer with this grid, for checkpointing."""
+    layers = [name for name, module in model.named_modules() if getattr(module, "grid", None) is grid]
+    for name in sorted({parent for layer in layers for parent in _parents(layer)}):
+        model.get_submodule(name).register_forward_pre_hook(FollowTokens(grid))
+
+
+def _parents(name: str) -> list[str]:
+    """Names of the modules that hold a module, without the model itself: "a.b" and "a" of "a.b.c"."""
+    parts = name.split(".")
+    return [".".join(parts[:length]) for length in range(1, len(parts))]
+
+
+def _backward() -> int:
+    """The number of the backward pass that this thread is in, as `torch.utils.checkpoint` tells them apart."""
+    return torch._C._current_graph_task_id()
+
+
+def _has_memory(tokens: Any) -> bool:
+    # Neither do those that `torch.fx` traces with, nor those of `torch.func`.
+    return isinstance(tokens, Tensor) and not torch._C._functorch.is_functorch_wrapped_tensor(tokens)

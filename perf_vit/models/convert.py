@@ -13,7 +13,7 @@ from perf_vit.layers.chunked_block import chunk_blocks
 from perf_vit.layers.chunked_mlp import chunk_mlps
 from perf_vit.layers.converted_attention import CONVERTIBLE, ConvertedAttention, ScatterbrainOptions
 from perf_vit.layers.performer_attention import RandomProjectionMixin, check_option_names
-from perf_vit.layers.token_grid import TokenGrid, watch_patch_embed
+from perf_vit.layers.token_grid import TokenGrid, follow_tokens, watch_patch_embed
 from perf_vit.models.conversion import ATTENTIONS, Conversion, default_attention
 
 __all__ = [
@@ -109,6 +109,7 @@ def convert_attention(model: nn.Module, conversion: Conversion) -> None:
     chunk_blocks(model)
     if needs_grid:
         watch_patch_embed(model, grid)
+        follow_tokens(model, grid)
 
 
 def body_of(model: nn.Module) -> nn.Module:

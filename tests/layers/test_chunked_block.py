@@ -3,6 +3,7 @@ import timm
 import torch
 from timm.models.eva import EvaBlock
 from timm.models.vision_transformer import Block
+from torch.nn.utils import parametrize
 
 import perf_vit
 from perf_vit.layers import chunked_block
@@ -131,3 +132,24 @@ def test_gradients_training_and_hooks_take_whole_blocks(sizes) -> None:
         model(images())
     assert seen == [(2, 54, 96)]
     assert sizes.count(whole) == 1
+
+
+HOOKS = {
+    "forward": lambda part: part.register_forward_hook(lambda *_: None),
+    "forward pre": lambda part: part.register_forward_pre_hook(lambda *_: None),
+    "backward": lambda part: part.register_full_backward_hook(lambda *_: None),
+    "backward pre": lambda part: part.register_full_backward_pre_hook(lambda *_: None),
+    "parametrization": lambda part: parametrize.register_parametrization(part, "weight", torch.nn.Identity()),
+}
+
+
+@pytest.mark.parametrize("part", ["norm1", "attn.qkv", "attn.proj", "norm2", "mlp.fc1", "mlp.fc2"])
+@pytest.mark.parametrize("hook", HOOKS)
+@torch.no_grad()
+def test_a_hook_on_any_part_takes_whole_blocks(hook: str, part: str, sizes) -> None:
+    model, whole = build("vit_small_patch14_reg4_dinov2"), 2 * 54
+    HOOKS[hook](model.blocks[1].get_submodule(part))
+    model(images())
+    # The two other blocks go in chunks.
+    assert sizes.count(whole) == 1
+    assert max(size for size in sizes if size != whole) <= 10
