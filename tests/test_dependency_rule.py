@@ -11,6 +11,7 @@ LEVELS = {
     "_version": -1,
     "types": 0,
     "errors": 0,
+    "text": 0,
     # config raises errors, nothing else: it stands just above them.
     "config": 1,
     "ops": 1,

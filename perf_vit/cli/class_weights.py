@@ -4,10 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from rich.markup import escape
-from rich.table import Table
-
-from perf_vit.cli.console import console, errors
+from perf_vit.cli.console import new_table, say_line, show
 from perf_vit.data import WindowDataModule, count_class_pixels
 from perf_vit.errors import ConfigError
 from perf_vit.tasks import OptimConfig, balanced_weights
@@ -32,18 +29,15 @@ def with_measured_weights(optim: OptimConfig, data: WindowDataModule, *, multila
         )
     pixels = count_class_pixels(data.train.sources, len(data.classes))
     weights = balanced_weights(pixels)
-    table = Table(title="balanced class weights")
-    for column in ("class", "pixels", "share", "weight"):
-        table.add_column(column, justify="left" if column == "class" else "right")
+    table = new_table("balanced class weights", ("class", "pixels", "share", "weight"))
     for name, count, weight in zip(data.classes, pixels, weights, strict=True):
-        table.add_row(escape(name), f"{count:,}", f"{count / max(1, sum(pixels)):.3%}", f"{weight:.4g}")
-    console.print(table)
+        table.add_row(name, f"{count:,}", f"{count / max(1, sum(pixels)):.3%}", f"{weight:.4g}")
+    show(table)
     absent = [name for name, count in zip(data.classes, pixels, strict=True) if not count]
     if absent:
-        errors.print(
-            f"Warning: {len(absent)} of {len(pixels)} classes have no pixel in the training labels, so their weight is "
+        say_line(
+            "Warning",
+            f"{len(absent)} of {len(pixels)} classes have no pixel in the training labels, so their weight is "
             f"1: {', '.join(absent)}",
-            markup=False,
-            soft_wrap=True,
         )
     return replace(optim, class_weights=weights)

@@ -13,14 +13,13 @@ from typing import Any
 import torch
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from rich.table import Table
 from torch import Tensor
 
 from perf_vit._version import __version__
 from perf_vit.cli.benchmarks.measure import alternating_medians
 from perf_vit.cli.benchmarks.settings import machine_name
-from perf_vit.cli.console import console
-from perf_vit.errors import OutputError
+from perf_vit.cli.console import new_table, say, show
+from perf_vit.io import write_text
 from perf_vit.layers.converted_attention import ScatterbrainOptions
 from perf_vit.models import attention_errors, performerize, token_cosines
 from perf_vit.models.convert import converted_layers
@@ -142,14 +141,11 @@ def _speed(
 def print_conversion(measured: MeasuredConversion) -> None:
     """Print the report's figures."""
     for title, head, rows in _tables(measured):
-        table = Table(title=title)
-        for place, name in enumerate(head):
-            table.add_column(name, justify="right" if place else "left")
+        table = new_table(title, head)
         for row in rows:
             table.add_row(*row)
-        console.print(table)
-    for note in _notes(measured):
-        console.print(note, soft_wrap=True)
+        show(table)
+    say(*_notes(measured))
 
 
 def write_conversion(measured: MeasuredConversion, folder: Path, *, title: str, images: str) -> Path:
@@ -179,10 +175,7 @@ def write_conversion(measured: MeasuredConversion, folder: Path, *, title: str, 
 </body></html>
 """
     path = folder / REPORT
-    try:
-        path.write_text(page, encoding="utf-8")
-    except OSError as error:
-        raise OutputError(f"can't write {path}: {error.strerror}") from error
+    write_text(path, page)
     return path
 
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from perf_vit.cli.console import errors, windows_progress
+from perf_vit.cli.console import windows_progress, working
 from perf_vit.cli.conversion_report import measure_conversion, print_conversion, write_conversion
 from perf_vit.data import UnlabelledCrops, find_images
 from perf_vit.errors import ConfigError, PerfVitError
@@ -98,12 +98,13 @@ def convert_model(request: ConversionRequest) -> Path:
         raise
     except ValueError as error:
         raise ConfigError(str(error)) from error
-    with errors.status("measuring") as status:
+    with working("measuring") as on_step:
         measured = measure_conversion(
-            softmax, converted, crops[-_REPORT_CROPS:], time_softmax=request.time_softmax, on_step=status.update
+            softmax, converted, crops[-_REPORT_CROPS:], time_softmax=request.time_softmax, on_step=on_step
         )
+    report = write_conversion(measured, request.out, title=request.source, images=_describe_images(request))
     print_conversion(measured)
-    return write_conversion(measured, request.out, title=request.source, images=_describe_images(request))
+    return report
 
 
 def parse_layers(text: str | None) -> tuple[int, ...] | None:
@@ -138,7 +139,7 @@ def _convert(request: ConversionRequest, softmax: nn.Module, crops: Sequence[Ten
             )
     converted = performerize(softmax, request.chosen_attention, request.layers, per_layer, **options)
     if request.calibrate:
-        with errors.status("calibrating"):
+        with working("calibrating"):
             calibrate(converted, crops[:_CALIBRATION_CROPS])
     return converted
 
@@ -166,7 +167,7 @@ def _softmax_model(request: ConversionRequest) -> Any:
 
 def _pretrained(name: str, kwargs: dict[str, Any]) -> Any:
     try:
-        with errors.status(f"loading {name}"):
+        with working(f"loading {name}"):
             return timm.create_model(name, pretrained=True, **kwargs).eval()
     # Each way of downloading has errors of its own.
     except Exception as error:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from pathlib import Path
 
-from perf_vit.cli.console import console, score_table
+from perf_vit.cli.console import say, score_table, show
 from perf_vit.cli.mapping import evaluate_raster, predict_raster, write_scores
 from perf_vit.cli.report import write_report
 from perf_vit.cli.schemas import SegmentationRun
@@ -23,7 +23,7 @@ def run_demo(out: Path, seed: int) -> None:
     """
     start = time.perf_counter()
     scene = make_ship_scene(out / "scene", seed=seed)
-    console.print(f"scene: {scene.image} ({scene.num_targets} ships), labels: {scene.labels}", soft_wrap=True)
+    say(f"scene: {scene.image} ({scene.num_targets} ships), labels: {scene.labels}")
 
     half = scene.size_px // 2
     upper, lower = [0, 0, half, scene.size_px], [half, 0, scene.size_px - half, scene.size_px]
@@ -46,7 +46,7 @@ def run_demo(out: Path, seed: int) -> None:
     predict_raster(checkpoint, scene.image, output)
     scores, _ = evaluate_raster(checkpoint, scene.image, scene.labels, region=lower)
     write_scores(scores, out / "scores.json")
-    console.print(score_table(scores, title="lower half of the scene: not trained on, but it chose the best epoch"))
+    show(score_table(scores, title="lower half of the scene: not trained on, but it chose the best epoch"))
     report = write_report(
         out / "report.html",
         image=scene.image,
@@ -57,5 +57,5 @@ def run_demo(out: Path, seed: int) -> None:
         seconds=time.perf_counter() - start,
     )
     ship = next(score for score in scores if score.name == "ship")
-    console.print(f"IoU of ships: {ship.iou:.3f}  ({time.perf_counter() - start:.0f} s in all)")
-    console.print(f"map: {output}\nquicklook: {output.with_suffix('.png')}\nreport: {report}", soft_wrap=True)
+    say(f"IoU of ships: {ship.iou:.3f}  ({time.perf_counter() - start:.0f} s in all)")
+    say(f"map: {output}", f"quicklook: {output.with_suffix('.png')}", f"report: {report}")

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from perf_vit.cli.console import console, windows_progress
+from perf_vit.cli.console import show, windows_progress
 from perf_vit.cli.detection_report import DetectionReport
 from perf_vit.cli.run_folder import RunFolder
 from perf_vit.cli.schemas import DetectionRun
@@ -90,11 +90,11 @@ def _check_geometry(data: ObjectDataModule, kind: str, head: str) -> None:
 
 
 def report_objects(checkpoint: Path, images: Path, labels: Path, report: Path | None, **options: Any) -> None:
-    """Print a detector's scores on labelled images, and write them with their curves where a file is named."""
+    """Write a detector's scores on labelled images with their curves where a file is named, and print them."""
     scores = evaluate_detector(checkpoint, images, labels, **options)
-    console.print(*scores.tables(f"{images.name} against {labels.name}"), sep="\n")
     if report is not None:
         scores.write(report)
+    show(*scores.tables(f"{images.name} against {labels.name}"))
 
 
 def evaluate_detector(

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import asdict
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
-from rich.markup import escape
 from rich.table import Table
 
-from perf_vit.cli.console import detection_table, digits
+from perf_vit.cli.console import detection_table, digits, new_table
 from perf_vit.errors import OutputError
+from perf_vit.io import write_json
 from perf_vit.tasks import (
     FROC_RATES,
     DetectionConfusion,
@@ -24,8 +23,8 @@ from perf_vit.tasks import (
     PanopticQuality,
     plot_precision_recall,
     save_confusion_matrix,
-    without_nan,
 )
+from perf_vit.text import without_nan
 from perf_vit.types import Detections, ObjectLabels
 
 __all__ = ["DetectionReport"]
@@ -105,9 +104,8 @@ class DetectionReport:
         Raises:
             OutputError: nothing can be written there.
         """
+        write_json(path, self.to_dict())
         try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text(json.dumps(self.to_dict(), indent=2) + "\n")
             plot_precision_recall(self.scores, path.with_suffix(".png"))
             picture = path.with_name(f"{path.stem}_confusion.png")
             save_confusion_matrix(self._confusion.matrix, [*self.classes, _BACKGROUND], picture)
@@ -115,11 +113,10 @@ class DetectionReport:
             raise OutputError(f"can't write {path}: {error.strerror}") from error
 
     def _froc_table(self) -> Table:
-        table = Table(title="sensitivity by false positives an image")
-        for column in ("class", *(f"{rate:g}" for rate in FROC_RATES), "mean"):
-            table.add_column(column, justify="left" if column == "class" else "right")
+        columns = ("class", *(f"{rate:g}" for rate in FROC_RATES), "mean")
+        table = new_table("sensitivity by false positives an image", columns)
         for name, values in zip(self.classes, self._froc.compute(), strict=True):
-            table.add_row(escape(name), *map(digits, (*values["sensitivity"], values["mean"])))
+            table.add_row(name, *map(digits, (*values["sensitivity"], values["mean"])))
         return table
 
     def _dota_scores(self) -> dict[str, Any]:
@@ -138,28 +135,24 @@ class DetectionReport:
 
     def _dota_table(self) -> Table:
         scores = self._dota_scores()
-        table = Table(title="AP50 by DOTA's rules")
-        for column in ("class", "VOC07, 11 recalls", "area"):
-            table.add_column(column, justify="left" if column == "class" else "right")
+        table = new_table("AP50 by DOTA's rules", ("class", "VOC07, 11 recalls", "area"))
         for name, values in (*scores["classes"].items(), ("mean", scores)):
-            table.add_row(escape(name), digits(values["ap50_voc07"]), digits(values["ap50_area"]))
+            table.add_row(name, digits(values["ap50_voc07"]), digits(values["ap50_area"]))
         return table
 
     def _panoptic_table(self) -> Table:
         assert self._panoptic is not None
         mean, each = self._panoptic.compute()
-        table = Table(title=f"panoptic quality, scores from {self.score_threshold:.2f}")
-        for column in ("class", "PQ", "SQ", "RQ"):
-            table.add_column(column, justify="left" if column == "class" else "right")
+        title = f"panoptic quality, scores from {self.score_threshold:.2f}"
+        table = new_table(title, ("class", "PQ", "SQ", "RQ"))
         for name, scores in zip((*self.classes, "mean"), (*each, mean), strict=True):
-            table.add_row(escape(name), *map(digits, (scores.pq, scores.sq, scores.rq)))
+            table.add_row(name, *map(digits, (scores.pq, scores.sq, scores.rq)))
         return table
 
     def _confusion_table(self) -> Table:
-        table = Table(title=f"true class by predicted class, scores from {self.score_threshold:.2f}, IoU from .5")
+        title = f"true class by predicted class, scores from {self.score_threshold:.2f}, IoU from .5"
         names = [*self.classes, _BACKGROUND]
-        for column in ("true", *names):
-            table.add_column(escape(column), justify="left" if column == "true" else "right")
+        table = new_table(title, ("true", *names))
         for name, counts in zip(names, self._confusion.matrix.tolist(), strict=True):
-            table.add_row(escape(name), *(f"{count:,}" for count in counts))
+            table.add_row(name, *(f"{count:,}" for count in counts))
         return table

@@ -8,7 +8,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal
 
-from perf_vit.cli.console import console, inputs_progress, run_table, windows_progress
+from perf_vit.cli.console import inputs_progress, run_table, say, show, windows_progress
 from perf_vit.cli.detecting import detect_objects, open_for_detector
 from perf_vit.errors import ConfigError, InputError, OutputError
 from perf_vit.inference import (
@@ -151,7 +151,7 @@ def find_objects(
         files.on_window = on_window
         files(found[0])
     told = f"{files.num_objects:,} objects with scores from {files.threshold:.2f}"
-    console.print(f"{told}: {output}", soft_wrap=True)
+    say(f"{told}: {output}")
 
 
 def _check_one(polygons: str | None, on_error: Literal["stop", "skip"]) -> None:
@@ -182,8 +182,8 @@ def _find_in_many(
                 predict_many(files, inputs, on_error=on_error, report=report, report_path=path, on_input=on_input)
         finally:
             if report.inputs:
-                console.print(run_table(report))
+                show(run_table(report))
     told = f"{files.num_objects:,} objects with scores from {files.threshold:.2f}"
-    console.print(f"{told}: {folder}\nreport: {path}", soft_wrap=True)
+    say(f"{told}: {folder}", f"report: {path}")
     if num_failed := report.count("failed"):
         raise InputError(f"{num_failed} of {len(inputs)} inputs failed, all others were gone through; see {path}")

@@ -6,7 +6,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import replace
 
-from perf_vit.cli.console import console
+from perf_vit.cli.console import say
 from perf_vit.cli.schemas import DetectionRun, SegmentationRun
 from perf_vit.config import config_value, load_config
 from perf_vit.data import build_datamodule, build_object_datamodule
@@ -87,4 +87,4 @@ def _training_steps(config: str, overrides: Sequence[str]) -> TrainingSteps:
 
 
 def _print_peak(tile_px: int, peak_bytes: int | None) -> None:
-    console.print(f"{tile_px} px: " + ("out of memory" if peak_bytes is None else f"{peak_bytes / 1e9:.2f} GB"))
+    say(f"{tile_px} px: " + ("out of memory" if peak_bytes is None else f"{peak_bytes / 1e9:.2f} GB"))

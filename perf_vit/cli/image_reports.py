@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
-import math
 from pathlib import Path
 
 from rich.table import Table
 
+from perf_vit.cli.console import digits, new_table
 from perf_vit.errors import OutputError
+from perf_vit.io import write_json
 from perf_vit.tasks import ClassificationScores, RegressionScores, save_confusion_matrix, save_precision_recall
 
 __all__ = ["image_tables", "write_image_report"]
@@ -25,9 +25,8 @@ def write_image_report(scores: ClassificationScores | RegressionScores, path: Pa
     Raises:
         OutputError: they can't be written there.
     """
+    write_json(path, scores.to_dict())
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(scores.to_dict(), indent=2) + "\n")
         if isinstance(scores, ClassificationScores):
             _draw(scores, path)
     except OSError as error:
@@ -45,26 +44,19 @@ def _draw(scores: ClassificationScores, path: Path) -> None:
 
 
 def _classes(scores: ClassificationScores, title: str) -> Table:
-    table = Table(title=f"{title}: accuracy {_digits(scores.accuracy)}")
-    for column in ("class", "F1", "precision", "recall", "AUROC", "AP", "images"):
-        table.add_column(column, justify="left" if column == "class" else "right")
+    columns = ("class", "F1", "precision", "recall", "AUROC", "AP", "images")
+    table = new_table(f"{title}: accuracy {digits(scores.accuracy)}", columns)
     for each in scores.classes:
-        digits = map(_digits, (each.f1, each.precision, each.recall, each.auroc, each.average_precision))
-        table.add_row(each.name, *digits, f"{each.num_images:,}")
+        values = (each.f1, each.precision, each.recall, each.auroc, each.average_precision)
+        table.add_row(each.name, *map(digits, values), f"{each.num_images:,}")
     table.add_section()
     total = sum(each.num_images for each in scores.classes)
-    table.add_row("mean", _digits(scores.f1), "", "", _digits(scores.auroc), "", f"{total:,}")
+    table.add_row("mean", digits(scores.f1), "", "", digits(scores.auroc), "", f"{total:,}")
     return table
 
 
 def _numbers(scores: RegressionScores, title: str) -> Table:
-    table = Table(title=title)
-    for column in ("number", "MAE", "RMSE", "R2", "images"):
-        table.add_column(column, justify="left" if column == "number" else "right")
+    table = new_table(title, ("number", "MAE", "RMSE", "R2", "images"))
     for each in scores.targets:
-        table.add_row(each.name, f"{each.mae:.4g}", f"{each.rmse:.4g}", _digits(each.r2), f"{each.num_images:,}")
+        table.add_row(each.name, f"{each.mae:.4g}", f"{each.rmse:.4g}", digits(each.r2), f"{each.num_images:,}")
     return table
-
-
-def _digits(value: float) -> str:
-    return "-" if math.isnan(value) else f"{value:.3f}"

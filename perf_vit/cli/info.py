@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -12,7 +11,7 @@ import timm
 import torch
 from rich.table import Table
 
-from perf_vit.cli.console import console
+from perf_vit.cli.console import say_json, show
 from perf_vit.errors import ConfigError
 from perf_vit.io import SourceInfo, describe_source
 from perf_vit.models import load_segmenter
@@ -59,14 +58,14 @@ def describe_file(
     workload = None if model is None else estimate_workload(source, model, window_size)
     if as_json:
         content = {**asdict(info), "workload": None if workload is None else asdict(workload)}
-        console.print_json(json.dumps(content))
+        say_json(content)
         return
     table = Table(title=info.path, show_header=False)
     table.add_column(style="bold")
-    table.add_column()
+    table.add_column(overflow="fold")
     for name, value in _facts(info) + ([] if workload is None else _work(workload)):
         table.add_row(name, value)
-    console.print(table)
+    show(table)
 
 
 def estimate_workload(source: Source, model: str, window_size: int | None = None) -> Workload:

@@ -16,6 +16,7 @@ from perf_vit.cli.commands.conversion import convert
 from perf_vit.cli.commands.inference import evaluate, predict
 from perf_vit.cli.commands.looking import demo, info
 from perf_vit.cli.commands.training import distill, fit_tile, train
+from perf_vit.cli.console import say, say_line, show_any_text
 from perf_vit.errors import DataWarning, PerfVitError
 
 __all__ = ["app", "run"]
@@ -35,7 +36,7 @@ for _command in (train, fit_tile, distill, predict, evaluate, convert, info, dem
 
 def _print_version(value: bool) -> None:
     if value:
-        typer.echo(f"perf-vit {__version__}")
+        say(f"perf-vit {__version__}")
         raise typer.Exit
 
 
@@ -50,6 +51,7 @@ def _options(
 
 def run(args: list[str] | None = None) -> None:
     """Run the command line and exit: 0 when all went well, 2 with one line on stderr for what a user can mend."""
+    show_any_text()
     try:
         with _warnings_as_lines():
             app(args)
@@ -81,12 +83,12 @@ def _warnings_as_lines() -> Iterator[None]:
                 other(message, category, *place, **options)
             elif str(message) not in told:
                 told.add(str(message))
-                typer.echo(f"Warning: {' '.join(str(message).split())}", err=True)
+                say_line("Warning", str(message))
 
         warnings.showwarning = show
         yield
 
 
 def _fail(message: str) -> int:
-    typer.echo(f"Error: {' '.join(message.split())}", err=True)
+    say_line("Error", message)
     return 2

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -24,6 +23,7 @@ from perf_vit.io import (
     open_labels,
     open_raster,
     warn_of_polygons_beside,
+    write_json,
 )
 from perf_vit.models import Segmenter, load_segmenter
 from perf_vit.tasks import (
@@ -140,9 +140,8 @@ def write_scores(scores: Sequence[ClassScores], path: Path, curves: Segmentation
     }
     if curves is not None:
         content |= curves.to_dict()
+    write_json(path, content)
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(content, indent=2) + "\n")
         if curves is not None:
             curves.plot(path.with_suffix(".png"))
         if curves is not None and curves.confusion is not None:

@@ -8,7 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
-from perf_vit.cli.console import console, inputs_progress, print_damage, run_table, windows_progress
+from perf_vit.cli.console import inputs_progress, print_damage, run_table, say, show, windows_progress
 from perf_vit.cli.mapping import predict_raster
 from perf_vit.cli.segmentation_maps import SegmentationMaps
 from perf_vit.errors import ConfigError, InputError, OutputError
@@ -69,9 +69,9 @@ def predict_inputs(
     else:
         with open_pool() as pool:
             _run_rows(checkpoint, MapInput(_absolute(inputs[0]), output.absolute()), pool, options)
-    console.print(f"map: {output}", soft_wrap=True)
+    say(f"map: {output}")
     if (quicklook := output.with_suffix(".png")).exists():
-        console.print(f"quicklook: {quicklook}", soft_wrap=True)
+        say(f"quicklook: {quicklook}")
 
 
 def _find(inputs: Sequence[str], output: Path, path_column: str) -> list[MapInput]:
@@ -107,8 +107,8 @@ def _run_many(
                 )
         finally:
             if report.inputs:
-                console.print(run_table(report))
-    console.print(f"maps: {folder}\nreport: {path}", soft_wrap=True)
+                show(run_table(report))
+    say(f"maps: {folder}", f"report: {path}")
     if num_failed := report.count("failed"):
         raise InputError(f"{num_failed} of {len(inputs)} inputs failed, all others were gone through; see {path}")
 

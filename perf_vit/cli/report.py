@@ -15,7 +15,16 @@ import torch
 from PIL import Image
 
 from perf_vit._version import __version__
-from perf_vit.io import RasterSource, colorize, default_colormap, natural_bands, open_labels, open_raster, rgb_from
+from perf_vit.io import (
+    RasterSource,
+    colorize,
+    default_colormap,
+    natural_bands,
+    open_labels,
+    open_raster,
+    rgb_from,
+    write_text,
+)
 from perf_vit.tasks import ClassScores
 from perf_vit.types import IGNORE_INDEX
 
@@ -60,7 +69,7 @@ def write_report(
 <img style="max-width: 60rem; border: 0; image-rendering: auto" src="data:image/png;base64,{curve}" alt="loss curve">
 </body></html>
 """
-    path.write_text(page, encoding="utf-8")
+    write_text(path, page)
     return path
 
 

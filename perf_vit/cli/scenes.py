@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from perf_vit.cli.console import console, windows_progress
+from perf_vit.cli.console import say, show, windows_progress
 from perf_vit.cli.image_reports import image_tables, write_image_report
 from perf_vit.cli.run_folder import RunFolder
 from perf_vit.cli.schemas import ClassificationRun, RegressionRun
@@ -119,15 +119,15 @@ def predict_scenes(
         raise InputError(f"none of {len(paths)} images could be read, the first: {next(iter(errors.values()))}")
     write_rows(output, _header(model.spec, bool(errors)), _rows(model.spec, paths, found, errors))
     left_out = f", {len(errors)} could not be read" if errors else ""
-    console.print(f"{len(found):,} images{left_out}: {output}", soft_wrap=True)
+    say(f"{len(found):,} images{left_out}: {output}")
 
 
 def report_scenes(checkpoint: Path, images: Path, labels: Path | None, report: Path | None, **options: Any) -> None:
-    """Print a network's scores on labelled images, and write them, with pictures of confusion and precision."""
+    """Write a network's scores on labelled images, with pictures of confusion and precision, and print them."""
     scores = evaluate_scenes(checkpoint, images, labels, **options)
-    console.print(*image_tables(scores, title=f"{images.name} against {labels.name if labels else 'its folders'}"))
     if report is not None:
         write_image_report(scores, report)
+    show(*image_tables(scores, title=f"{images.name} against {labels.name if labels else 'its folders'}"))
 
 
 def evaluate_scenes(

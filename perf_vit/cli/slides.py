@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from perf_vit.cli.console import console, windows_progress
+from perf_vit.cli.console import say, show, windows_progress
 from perf_vit.cli.image_reports import image_tables, write_image_report
 from perf_vit.cli.run_folder import RunFolder
 from perf_vit.cli.schemas import SlideRun
@@ -139,15 +139,15 @@ def predict_slides(
     header = ["slide", "prediction", *model.spec.classes, "windows", *(["error"] if errors else [])]
     write_rows(output, header, _with_errors(paths, rows, errors, len(header)))
     left_out = f", {len(errors)} could not be read" if errors else ""
-    console.print(f"{len(rows):,} slides{left_out}: {output}\nattention: {folder}", soft_wrap=True)
+    say(f"{len(rows):,} slides{left_out}: {output}", f"attention: {folder}")
 
 
 def report_slides(checkpoint: Path, slides: Path, labels: Path, report: Path | None, **options: Any) -> None:
-    """Print a classifier's scores on labelled slides, and write them, with pictures of confusion and precision."""
+    """Write a classifier's scores on labelled slides, with pictures of confusion and precision, and print them."""
     scores = evaluate_slides(checkpoint, slides, labels, **options)
-    console.print(*image_tables(scores, title=f"{slides.name} against {labels.name}"))
     if report is not None:
         write_image_report(scores, report)
+    show(*image_tables(scores, title=f"{slides.name} against {labels.name}"))
 
 
 def evaluate_slides(

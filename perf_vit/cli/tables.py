@@ -25,7 +25,7 @@ def write_rows(path: Path, header: Sequence[str], rows: Iterable[Sequence[object
     """
     with staged(path) as folder:
         try:
-            with (folder / path.name).open("w", newline="", encoding="utf-8") as file:
+            with (folder / path.name).open("w", newline="", encoding="utf-8", errors="backslashreplace") as file:
                 writer = csv.writer(file)
                 writer.writerow(header)
                 writer.writerows(rows)

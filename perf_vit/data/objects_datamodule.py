@@ -213,7 +213,7 @@ def read_names(path: str | Path, key: str) -> list[str]:
         ConfigError: a file that can't be read or names no image.
     """
     try:
-        lines = Path(path).read_text(encoding="utf-8").splitlines()
+        lines = Path(path).read_text(encoding="utf-8-sig").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"can't read {key} {path}: {error}") from error
     names = [line.strip() for line in lines if line.strip()]

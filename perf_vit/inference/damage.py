@@ -9,6 +9,7 @@ from dataclasses import astuple, dataclass
 from pathlib import Path
 from threading import Lock
 
+from perf_vit.text import to_json
 from perf_vit.types import Window
 
 __all__ = ["DamageLog", "DamagedPiece"]
@@ -47,8 +48,8 @@ class DamageLog:
             if window in self._known:
                 return
             self._known.add(window)
-            with self._file.open("a") as file:
-                file.write(json.dumps({"window": astuple(window), "reason": reason}) + "\n")
+            with self._file.open("a", encoding="utf-8") as file:
+                file.write(to_json({"window": astuple(window), "reason": reason}) + "\n")
                 file.flush()
                 os.fsync(file.fileno())
 
@@ -56,10 +57,10 @@ class DamageLog:
         """All pieces in the folder, each once, from top to bottom."""
         found = {}
         for file in self._folder.glob("damage_*.jsonl"):
-            for line in file.read_text().splitlines():
+            for line in file.read_bytes().splitlines():
                 try:
                     entry = json.loads(line)
-                except json.JSONDecodeError:
+                except ValueError:
                     # A crash cut it before the piece counted: the rows that need it are read again.
                     continue
                 window = Window(*entry["window"])

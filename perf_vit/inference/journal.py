@@ -13,6 +13,7 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from perf_vit.errors import BusyError, OutputError, PerfVitError
+from perf_vit.text import to_json
 
 __all__ = ["Journal", "open_journal"]
 
@@ -37,8 +38,8 @@ class Journal:
     def settings(self) -> dict[str, Any] | None:
         """What the rows were made with, None where nothing has been begun."""
         try:
-            return json.loads((self.folder / _SETTINGS).read_text())
-        except (FileNotFoundError, json.JSONDecodeError):
+            return json.loads((self.folder / _SETTINGS).read_bytes())
+        except (FileNotFoundError, ValueError):
             return None
 
     def begin(self, settings: Mapping[str, Any], *, resume: bool) -> None:
@@ -51,7 +52,7 @@ class Journal:
         Raises:
             OutputError: what is there was made with other settings.
         """
-        wanted = json.loads(json.dumps(settings))
+        wanted = json.loads(to_json(settings))
         before = self.settings()
         if before is not None and resume:
             self._check(before, wanted)
@@ -75,8 +76,8 @@ class Journal:
 
     def _write_settings(self, settings: Mapping[str, Any]) -> None:
         unfinished = self.folder / f"{_SETTINGS}.tmp"
-        with unfinished.open("w") as file:
-            json.dump(settings, file, indent=2)
+        with unfinished.open("w", encoding="utf-8") as file:
+            file.write(to_json(settings, indent=2))
             file.flush()
             os.fsync(file.fileno())
         os.replace(unfinished, self.folder / _SETTINGS)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import socket
 from collections.abc import Iterator, Mapping
@@ -16,6 +15,7 @@ from filelock import FileLock, Timeout
 from perf_vit._version import __version__
 from perf_vit.errors import OutputError
 from perf_vit.inference.damage import DamagedPiece
+from perf_vit.io import write_json
 
 __all__ = ["InputReport", "InputStatus", "RunReport", "reserve_report"]
 
@@ -103,12 +103,7 @@ class RunReport:
         Raises:
             OutputError: nothing can be written there.
         """
-        unfinished = path.with_name(f".{path.name}.tmp")
-        try:
-            unfinished.write_text(json.dumps(self.to_dict(), indent=2) + "\n")
-            os.replace(unfinished, path)
-        except OSError as error:
-            raise OutputError(f"can't write {path}: {str(error.strerror).lower()}") from error
+        write_json(path, self.to_dict())
 
 
 @contextmanager

@@ -17,6 +17,7 @@ from perf_vit.io.raster import RasterSource
 from perf_vit.io.slide import SlideSource
 from perf_vit.io.sources import open_raster, open_source
 from perf_vit.io.strips import StripStore
+from perf_vit.io.text_files import write_json, write_text
 from perf_vit.io.vector_objects import PolygonFile
 from perf_vit.io.vector_writers import write_objects
 from perf_vit.io.writers import CogWriter
@@ -50,7 +51,9 @@ __all__ = [
     "staged",
     "warn_of_polygons_beside",
     "write_cog",
+    "write_json",
     "write_map_quicklook",
     "write_objects",
     "write_ome_tiff",
+    "write_text",
 ]

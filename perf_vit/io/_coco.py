@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ import numpy.typing as npt
 import shapely
 
 from perf_vit.io._object_table import BOX_FIELDS, ObjectTable
+from perf_vit.text import to_json
 
 __all__ = ["write_coco"]
 
@@ -33,10 +33,10 @@ def write_coco(path: Path, table: ObjectTable, *, name: str, height: int, width:
     image = {"id": 1, "file_name": name, "height": height, "width": width}
     categories = [{"id": index, "name": name} for index, name in enumerate(table.class_names)]
     with path.open("w", encoding="utf-8") as file:
-        file.write(f'{{"images": [{_json(image)}],\n"categories": {_json(categories)},\n"annotations": [')
+        file.write(f'{{"images": [{to_json(image)}],\n"categories": {to_json(categories)},\n"annotations": [')
         for index in range(len(table)):
             file.write(",\n" if index else "\n")
-            file.write(_json(_annotation(table, index)))
+            file.write(to_json(_annotation(table, index)))
         file.write("\n]}\n")
 
 
@@ -86,7 +86,3 @@ def _halves(polygon: Any) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float
 def _rounded(values: Any) -> list[float]:
     rounded: list[float] = np.round(values, _DECIMALS).tolist()
     return rounded
-
-
-def _json(value: Any) -> str:
-    return json.dumps(value, ensure_ascii=False, allow_nan=False)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import uuid
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ from affine import Affine
 
 from perf_vit.io._object_table import BOX_FIELDS, ObjectTable
 from perf_vit.io.quicklook import default_colormap
+from perf_vit.text import to_json
 
 __all__ = ["write_qupath"]
 
@@ -42,14 +42,14 @@ def write_qupath(path: Path, table: ObjectTable, *, object_type: str, scale: Aff
                 "measurements": _measurements(table, index),
             }
             file.write(",\n" if index else "\n")
-            file.write(json.dumps(_feature(index, polygon, properties), ensure_ascii=False, allow_nan=False))
+            file.write(to_json(_feature(index, polygon, properties)))
         file.write("\n]}\n")
 
 
 def _feature(index: int, polygon: Any, properties: dict[str, Any]) -> dict[str, Any]:
     geometry = shapely.geometry.mapping(shapely.transform(polygon, lambda xy: np.round(xy, _DECIMALS)))
     # QuPath wants a UUID; one of place and content is the same whenever the same objects are written.
-    content = json.dumps([index, geometry, properties])
+    content = to_json([index, geometry, properties])
     return {
         "type": "Feature",
         "id": str(uuid.uuid5(_NAMESPACE, content)),

@@ -37,7 +37,7 @@ def item_paths(path: str, asset: str | None) -> list[str]:
 
 def _items(path: str) -> list[Mapping[str, Any]]:
     try:
-        with open(path, encoding="utf-8") as file:
+        with open(path, "rb") as file:
             content = json.load(file)
     except (OSError, ValueError) as error:
         raise InputError(f"can't read {path} as JSON: {error}") from error

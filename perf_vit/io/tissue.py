@@ -186,7 +186,7 @@ def _without_small(mask: BoolArray) -> BoolArray:
 
 def _read_polygons(path: str) -> npt.NDArray[Any]:
     try:
-        content = json.loads(Path(path).read_text(encoding="utf-8"))
+        content = json.loads(Path(path).read_bytes())
         geometries = [shapely.geometry.shape(entry) for entry in _geometries(content)]
     except OSError as error:
         raise InputError(

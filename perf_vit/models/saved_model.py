@@ -24,6 +24,7 @@ from perf_vit.layers.converted_attention import BALANCING_BUFFERS
 from perf_vit.models.conversion import Conversion
 from perf_vit.models.convert import body_of, convert_in_place, convertible_layers
 from perf_vit.models.weights import create_with_weights, read_weights
+from perf_vit.text import to_json
 
 __all__ = [
     "build_converted",
@@ -81,7 +82,7 @@ def save_converted(model: nn.Module, folder: str | Path, *, overwrite: bool = Fa
             save_file(constants, staging / BALANCING)
         if enhancement:
             save_file(enhancement, staging / ENHANCEMENT)
-        (staging / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+        (staging / CONFIG).write_text(to_json(config, indent=2) + "\n", encoding="utf-8")
         # safetensors lets nobody else read what it writes; whoever may read the config may read the rest.
         for path in staging.iterdir():
             path.chmod((staging / CONFIG).stat().st_mode)
@@ -235,8 +236,8 @@ def _config_of(model: nn.Module) -> dict[str, Any]:
     }
     try:
         # What is read back is what was meant: tuples become lists here already.
-        return dict(json.loads(json.dumps(config)))
-    except TypeError as error:
+        return dict(json.loads(json.dumps(config, allow_nan=False)))
+    except (TypeError, ValueError) as error:
         raise ValueError(
             f"the arguments of timm.create_model must be plain values to be saved, got {error}; make the model with "
             "names instead of objects"
@@ -340,7 +341,7 @@ def _read_json(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise CheckpointError(f"no {path.name} in {path.parent}; expected a folder that a model was saved in")
     try:
-        config = json.loads(path.read_text(encoding="utf-8"))
+        config = json.loads(path.read_bytes())
     except (ValueError, OSError) as error:
         raise CheckpointError(f"{path} can't be read as JSON: {error}; save the model again") from error
     if not isinstance(config, dict) or "architecture" not in config:

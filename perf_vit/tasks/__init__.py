@@ -38,7 +38,6 @@ from perf_vit.tasks.segmentation_curves import SegmentationCurves
 from perf_vit.tasks.slides import SLIDE_CURVES, SLIDE_MONITOR, SlideTask
 from perf_vit.tasks.trainer import TrainerConfig, build_trainer
 from perf_vit.tasks.training_peak import TrainingSteps
-from perf_vit.tasks.without_nan import without_nan
 
 __all__ = [
     "CLASSIFICATION_CURVES",
@@ -98,5 +97,4 @@ __all__ = [
     "save_confusion_matrix",
     "save_precision_recall",
     "segmentation_metrics",
-    "without_nan",
 ]

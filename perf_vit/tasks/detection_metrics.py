@@ -22,7 +22,7 @@ from perf_vit.ops.mask_crops import shared_pixels
 from perf_vit.ops.oriented_boxes import oriented_iou_matrix
 from perf_vit.tasks.independent_parts import independent_parts
 from perf_vit.tasks.meeting_objects import compared_geometry
-from perf_vit.tasks.without_nan import without_nan
+from perf_vit.text import without_nan
 from perf_vit.types import Detections, MaskCrops, ObjectLabels
 
 __all__ = ["OBJECT_SIZES", "DetectionClassScores", "DetectionMetrics", "DetectionScores"]

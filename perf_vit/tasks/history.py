@@ -92,7 +92,7 @@ class HistoryCallback(lightning.Callback):
 
     def _write(self) -> None:
         columns = list(dict.fromkeys(key for row in self.rows for key in row))
-        with (self.folder / "metrics.csv").open("w", newline="") as file:
+        with (self.folder / "metrics.csv").open("w", newline="", encoding="utf-8", errors="backslashreplace") as file:
             writer = csv.DictWriter(file, columns)
             writer.writeheader()
             writer.writerows(self.rows)

@@ -24,7 +24,7 @@ from torchmetrics.utilities import dim_zero_cat
 
 from perf_vit.models import ImageLabelKind
 from perf_vit.tasks.precision_recall_plot import PrecisionRecall
-from perf_vit.tasks.without_nan import without_nan
+from perf_vit.text import without_nan
 
 __all__ = ["ClassificationScores", "ImageClassScores", "ImageMetrics", "NumberScores", "RegressionScores"]
 

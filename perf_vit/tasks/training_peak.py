@@ -150,7 +150,8 @@ def _resident_peak() -> int:
     status = Path("/proc/self/status")
     if status.is_file():
         # `ru_maxrss` begins with what the process that started this one held.
-        return next(int(line.split()[1]) for line in status.read_text().splitlines() if line.startswith("VmHWM")) * 1024
+        lines = status.read_text(encoding="utf-8").splitlines()
+        return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM")) * 1024
     # Not on every system.
     import resource
 

@@ -13,7 +13,7 @@ from perf_vit.cli.benchmarks.report import attention_summary, attention_table, w
 from perf_vit.cli.benchmarks.settings import PASSES, AttentionBenchmark
 from perf_vit.cli.benchmarks.sweep import Measurement, sweep_lengths
 from perf_vit.cli.benchmarks.verify import verify_linear_attention
-from perf_vit.cli.console import console, errors
+from perf_vit.cli.console import say, say_line, show, working
 from perf_vit.ops import draw_projection
 
 __all__ = ["run_attention_benchmark"]
@@ -37,18 +37,16 @@ def run_attention_benchmark(settings: AttentionBenchmark, folder: Path) -> list[
         verify_linear_attention(settings, projection)
         contenders = attention_contenders(settings, projection)
         if POPULAR not in {contender.name for contender in contenders}:
-            errors.print(INSTALL_HINT, soft_wrap=True)
-        with errors.status("measuring") as status:
+            say_line("Note", INSTALL_HINT)
+        with working("measuring") as on_step:
             rows = sweep_lengths(
-                settings, contenders, lambda direction, length: status.update(f"{direction}, L = {length:,}")
+                settings, contenders, lambda direction, length: on_step(f"{direction}, L = {length:,}")
             )
     table, picture = write_attention(rows, settings, folder)
-    console.print(settings.describe(), soft_wrap=True)
+    say(settings.describe())
     for direction in PASSES:
-        console.print(attention_table(rows, direction))
-    for line in attention_summary(rows):
-        console.print(line, soft_wrap=True)
-    console.print(f"table: {table}\npicture: {picture}", soft_wrap=True)
+        show(attention_table(rows, direction))
+    say(*attention_summary(rows), f"table: {table}", f"picture: {picture}")
     return rows
 
 

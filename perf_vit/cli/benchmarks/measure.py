@@ -108,7 +108,7 @@ def _silent_stderr() -> Iterator[None]:
     # The profiler's C++ side writes its start and stop there, below Python and whatever the log level.
     saved = os.dup(2)
     try:
-        with open(os.devnull, "w") as nowhere:
+        with open(os.devnull, "w", encoding="utf-8") as nowhere:
             os.dup2(nowhere.fileno(), 2)
         yield
     finally:

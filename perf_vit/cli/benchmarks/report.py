@@ -133,7 +133,7 @@ def _apart(lengths: Sequence[int]) -> list[int]:
 def _write_csv(rows: Sequence[Measurement], settings: AttentionBenchmark, path: Path) -> None:
     constants = [getattr(settings, name) for name in _SETTINGS]
     constants += [machine_name(settings.device), torch.__version__]
-    with path.open("w", newline="") as file:
+    with path.open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
         writer.writerow(COLUMNS)
         for row in rows:

@@ -43,7 +43,7 @@ def convert(
     time_softmax: Annotated[bool, typer.Option("--time-softmax", help="Time softmax at any size.")] = False,
 ) -> None:
     """Make the attention of a pretrained ViT linear, and report what it keeps."""
-    from perf_vit.cli.console import console
+    from perf_vit.cli.console import say
     from perf_vit.cli.convert import ConversionRequest, convert_model, parse_layers
 
     given = {
@@ -70,4 +70,4 @@ def convert(
             time_softmax=time_softmax,
         )
     )
-    console.print(f"model: {out}\nreport: {report}", soft_wrap=True)
+    say(f"model: {out}", f"report: {report}")

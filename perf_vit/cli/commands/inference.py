@@ -250,7 +250,7 @@ def evaluate(
             precision=precision,
         )
         return
-    from perf_vit.cli.console import console, score_table
+    from perf_vit.cli.console import score_table, show
     from perf_vit.cli.mapping import evaluate_raster, write_scores
 
     scores, curves = evaluate_raster(
@@ -268,6 +268,6 @@ def evaluate(
         device=device,
         precision=precision,
     )
-    console.print(score_table(scores, title=f"{image.name} against {labels.name}"))
     if json is not None:
         write_scores(scores, json, curves)
+    show(score_table(scores, title=f"{image.name} against {labels.name}"))

@@ -14,11 +14,11 @@ def train(
     overrides: Annotated[list[str] | None, typer.Argument(help="key=value ..., as in data.tile_px=512")] = None,
 ) -> None:
     """Train a model from a config file and key=value overrides."""
-    from perf_vit.cli.console import console
+    from perf_vit.cli.console import say
     from perf_vit.cli.training_tasks import train_from_config
 
     best = train_from_config(config, overrides or [])
-    console.print(f"best checkpoint: {best}", soft_wrap=True)
+    say(f"best checkpoint: {best}")
 
 
 def fit_tile(
@@ -29,11 +29,11 @@ def fit_tile(
     max_tile: Annotated[int, typer.Option(help="The largest side to try, in pixels.", min=1)] = 8192,
 ) -> None:
     """Find the largest tile that a config can be trained on, by training a little on growing ones."""
-    from perf_vit.cli.console import console
+    from perf_vit.cli.console import say
     from perf_vit.cli.fitting import fit_tile_from_config
 
     found = fit_tile_from_config(config, overrides or [], memory=memory, batch_size=batch_size, max_tile_px=max_tile)
-    console.print(
+    say(
         f"largest tile: data.tile_px={found.tile_px}, {found.peak_bytes / 1e9:.2f} of {found.memory_bytes / 1e9:.2f} GB"
     )
 
@@ -45,10 +45,10 @@ def distill(
     overrides: Annotated[list[str] | None, typer.Argument(help="key=value ..., as in optim.max_minutes=20")] = None,
 ) -> None:
     """Train the linear copy of a pretrained ViT to give its tokens, on images without labels."""
-    from perf_vit.cli.console import console
+    from perf_vit.cli.console import say
     from perf_vit.cli.distilling import distill_model
     from perf_vit.cli.schemas import DistillationRun
     from perf_vit.config import load_config
 
     student = distill_model(load_config(config, DistillationRun, overrides or []))
-    console.print(f"student: {student}", soft_wrap=True)
+    say(f"student: {student}")

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import os
 from pathlib import Path
 from typing import Any
 
 from perf_vit.data.labels.records import ImageRecord, ObjectIndex
+from perf_vit.io import write_text
+from perf_vit.text import to_json
 
 __all__ = ["write_coco_labels"]
 
@@ -29,10 +30,7 @@ def write_coco_labels(path: str | Path, index: ObjectIndex, images: str | Path) 
     }
     for number, annotation in enumerate(content["annotations"], 1):
         annotation["id"] = number
-    # Whole or not at all: a half-written file would be a valid name with damaged content.
-    part = Path(f"{os.fspath(path)}.part")
-    part.write_text(json.dumps(content), encoding="utf-8")
-    part.replace(path)
+    write_text(path, to_json(content))
 
 
 def _image(number: int, record: ImageRecord, images: str | Path) -> dict[str, Any]:

@@ -1,0 +1,36 @@
+import json
+
+import pytest
+from nasty_names import NASTY_NAMES, UNSEEN_NAMES
+
+from perf_vit.text import to_json, visible, without_nan
+
+
+@pytest.mark.parametrize("name", [*NASTY_NAMES, "👩‍🌾", "non\xa0breaking"])
+def test_visible_text_stays_as_it_is(name) -> None:
+    assert visible(name) == name
+
+
+@pytest.mark.parametrize(("name", "shown"), UNSEEN_NAMES.items())
+def test_unseen_characters_are_escaped(name, shown) -> None:
+    assert visible(name) == shown
+
+
+def test_bytes_of_a_file_name_that_is_not_utf8_are_escaped() -> None:
+    name = b"caf\xe9.tif".decode(errors="surrogateescape")
+    assert visible(name) == r"caf\udce9.tif"
+    assert visible(name).encode()
+
+
+@pytest.mark.parametrize("ascii_only", [False, True])
+@pytest.mark.parametrize("name", [*NASTY_NAMES, *UNSEEN_NAMES, "caf\udce9.tif", "\x7f"])
+def test_json_holds_names_exactly_as_keys_and_values(name, ascii_only) -> None:
+    text = to_json({name: [name]}, ascii_only=ascii_only)
+    assert json.loads(text.encode("ascii" if ascii_only else "utf-8")) == {name: [name]}
+
+
+def test_json_has_null_for_what_is_no_number() -> None:
+    value = {"a": float("nan"), "b": [(float("inf"), 1.5)], "c": {"d": -float("inf")}}
+    assert without_nan(value) == {"a": None, "b": [[None, 1.5]], "c": {"d": None}}
+    text = to_json(value)
+    assert json.loads(text, parse_constant=lambda name: pytest.fail(name)) == without_nan(value)
