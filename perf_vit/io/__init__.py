@@ -9,6 +9,7 @@ from perf_vit.io.existing import holds_layout
 from perf_vit.io.label_files import LabelFiles, PairedLabels
 from perf_vit.io.labels import LabelSource, open_labels
 from perf_vit.io.layout import RasterLayout
+from perf_vit.io.lettering import lettered, lettering_font
 from perf_vit.io.mosaic import MosaicSource
 from perf_vit.io.ome_tiff import is_ome_tiff_name, write_ome_tiff
 from perf_vit.io.polygons import polygonize_classes
@@ -41,6 +42,8 @@ __all__ = [
     "holds_layout",
     "is_ome_tiff_name",
     "is_vector_name",
+    "lettered",
+    "lettering_font",
     "natural_bands",
     "open_labels",
     "open_raster",
