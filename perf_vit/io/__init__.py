@@ -2,7 +2,7 @@
 
 from perf_vit.io._gdal import bounded_cache
 from perf_vit.io._label_vector import is_vector_name, warn_of_polygons_beside
-from perf_vit.io._staging import staged
+from perf_vit.io._staging import replaced, staged
 from perf_vit.io.cog import write_cog
 from perf_vit.io.describe import SourceInfo, describe_source
 from perf_vit.io.existing import holds_layout
@@ -49,6 +49,7 @@ __all__ = [
     "open_raster",
     "open_source",
     "polygonize_classes",
+    "replaced",
     "rgb_from",
     "save_png",
     "staged",

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from perf_vit.errors import OutputError
 
-__all__ = ["staged"]
+__all__ = ["replaced", "staged"]
 
 
 @contextmanager
@@ -38,6 +38,37 @@ def staged(path: Path) -> Iterator[Path]:
         for empty in made:
             with suppress(OSError):
                 empty.rmdir()
+        raise
+
+
+@contextmanager
+def replaced(path: Path) -> Iterator[Path]:
+    """Give the hidden file `.NAME.tmp` beside `path` to write, and move it to `path` at the end.
+
+    After an exception it is gone and an earlier `path` is untouched. What a killed process left of it is written over.
+    For files that one process writes.
+
+    Args:
+        path: where the file goes; its folder must exist.
+
+    Yields:
+        The file to write.
+
+    Raises:
+        OutputError: nothing can be written there.
+    """
+    unfinished = path.with_name(f".{path.name}.tmp")
+    try:
+        yield unfinished
+        with unfinished.open("rb") as file:
+            # Else a machine that stops may keep the name without the content.
+            os.fsync(file.fileno())
+        os.replace(unfinished, path)
+    except BaseException as error:
+        with suppress(OSError):
+            unfinished.unlink()
+        if isinstance(error, OSError):
+            raise _refusal(path, error) from error
         raise
 
 

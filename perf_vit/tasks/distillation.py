@@ -116,8 +116,13 @@ class DistillationTask(lightning.LightningModule):
         checkpoint[_STATE_KEY] = {"seconds": self.seconds}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Take up the time spent."""
+        """Take up the time spent, and the epoch where the run ended inside one."""
         self.seconds = checkpoint[_STATE_KEY]["seconds"]
+        _reopen_epoch(checkpoint["loops"]["fit_loop"])
+
+    def on_train_start(self) -> None:
+        """Stop at once if nothing is left to do."""
+        self.trainer.should_stop = self._position() >= self.config.total_steps
 
     def on_train_epoch_start(self) -> None:
         """Forget the last epoch's losses, which may be of the other stage."""
@@ -184,6 +189,19 @@ class DistillationTask(lightning.LightningModule):
         for group in optimizer.param_groups:
             group["lr"] = peak * warmup_cosine(step, total, config.warmup_fraction)
         return in_blocks
+
+
+def _reopen_epoch(loop: dict[str, Any]) -> None:
+    """Let a run that ended inside an epoch, and is to go on, complete that epoch.
+
+    Lightning's counters after an epoch that was cut short become those after its last batch.
+    """
+    epochs, batches = loop["epoch_progress"], loop["epoch_loop.batch_progress"]
+    if batches["is_last_batch"] or epochs["current"]["processed"] < epochs["current"]["started"]:
+        return
+    for part in ("current", "total"):
+        epochs[part]["processed"] -= 1
+        batches[part]["completed"] -= 1
 
 
 def _select_parameters(student: nn.Module, train: str) -> None:

@@ -12,6 +12,8 @@ import lightning
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
+from perf_vit.io import replaced
+
 __all__ = ["SEGMENTATION_CURVES", "Curves", "HistoryCallback", "plot_history"]
 
 _logger = logging.getLogger("perf_vit")
@@ -92,11 +94,13 @@ class HistoryCallback(lightning.Callback):
 
     def _write(self) -> None:
         columns = list(dict.fromkeys(key for row in self.rows for key in row))
-        with (self.folder / "metrics.csv").open("w", newline="", encoding="utf-8", errors="backslashreplace") as file:
+        path = self.folder / "metrics.csv"
+        with replaced(path) as new, new.open("w", newline="", encoding="utf-8", errors="backslashreplace") as file:
             writer = csv.DictWriter(file, columns)
             writer.writeheader()
             writer.writerows(self.rows)
-        plot_history(self.rows, self.folder / "loss_curve.png", self.curves)
+        with replaced(self.folder / "loss_curve.png") as new:
+            plot_history(self.rows, new, self.curves)
 
 
 def plot_history(rows: list[dict[str, float]], path: Path, curves: Curves = SEGMENTATION_CURVES) -> None:
@@ -119,4 +123,4 @@ def plot_history(rows: list[dict[str, float]], path: Path, curves: Curves = SEGM
     scores.set_title(curves.title)
     if curves.score_range is not None:
         scores.set_ylim(*curves.score_range)
-    figure.savefig(path, dpi=110)
+    figure.savefig(path, dpi=110, format="png")

@@ -114,15 +114,50 @@ class TrainingTask(lightning.LightningModule):
         optimizer = AdamW(groups, lr=self.optim.lr)
         total_steps = max(1, int(self.trainer.estimated_stepping_batches))
         schedule = build_schedule(optimizer, self.optim, total_steps, num_epochs=self.trainer.max_epochs or 1)
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": StepSchedule(schedule), "interval": "step"}}
 
     def backbone_layers(self) -> dict[str, int]:
         """The layer that each parameter of the network's backbone belongs to, counted from the input."""
         return {f"backbone.{name}": layer for name, layer in backbone_layers(self.model.backbone).items()}
 
     def lr_scheduler_step(self, scheduler: Any, metric: Any) -> None:
-        """Set the rates of the next step; timm's schedules are functions of its number."""
-        scheduler.step_update(self.trainer.global_step)
+        """Set the rates of the next step."""
+        scheduler.step(self.trainer.global_step)
+
+
+class StepSchedule:
+    """A schedule whose only state is the number of steps taken.
+
+    Loading a checkpoint keeps the optimizer's momenta and takes everything else (rates, decays, schedule) from the
+    config, so a run resumed with another config follows that one from the step it is at. Optimizer states must be
+    loaded before, as Lightning does.
+
+    Args:
+        schedule: from `build_schedule`.
+    """
+
+    def __init__(self, schedule: Scheduler) -> None:
+        self.optimizer = schedule.optimizer
+        self._schedule = schedule
+        self._settings = [
+            {key: value for key, value in group.items() if key != "params"} for group in self.optimizer.param_groups
+        ]
+        self._num_steps = 0
+
+    def step(self, num_steps: int) -> None:
+        """Set the rates of the step after `num_steps` steps."""
+        self._num_steps = num_steps
+        self._schedule.step_update(num_steps)
+
+    def state_dict(self) -> dict[str, int]:
+        """The number of steps taken."""
+        return {"num_steps": self._num_steps}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        """Replace what a checkpoint's optimizer states say of rates and decays by the config's values."""
+        for group, settings in zip(self.optimizer.param_groups, self._settings, strict=True):
+            group.update(settings)
+        self.step(state["num_steps"])
 
 
 def parameter_groups(model: nn.Module, config: OptimizerConfig, layers: Mapping[str, int]) -> list[dict[str, Any]]:

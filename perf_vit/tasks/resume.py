@@ -1,16 +1,71 @@
-"""What a run needs to be taken up in the middle of an epoch, bit for bit."""
+"""What a run needs to be resumed where it was, bit for bit, also after it was killed."""
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
 import lightning
 import numpy as np
 import torch
-from lightning.pytorch.callbacks import Checkpoint
+from lightning.fabric.plugins.io import TorchCheckpointIO
+from lightning.pytorch.callbacks import Checkpoint, EarlyStopping, ModelCheckpoint
 
-__all__ = ["StepCheckpoint", "StepSeeds"]
+from perf_vit.errors import OutputError
+from perf_vit.io import replaced
+
+__all__ = ["FolderCheckpoint", "Patience", "StepCheckpoint", "StepSeeds", "WholeCheckpoints"]
+
+
+class WholeCheckpoints(TorchCheckpointIO):
+    """Writes a checkpoint beside its name and moves it there, so a killed process leaves the one before.
+
+    Lightning moves it from the folder for temporary files, which copies where that is another file system.
+    """
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
+        """Write a checkpoint.
+
+        Raises:
+            OutputError: it can't be written, or the disk is full.
+        """
+        path = Path(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            with replaced(path) as unfinished, unfinished.open("wb") as file:
+                torch.save(checkpoint, file)
+        except RuntimeError as error:
+            # What torch raises where writing fails.
+            raise OutputError(f"can't write {path}: {str(error).splitlines()[0]}; is the disk full?") from error
+
+
+class FolderCheckpoint(ModelCheckpoint):
+    """Lightning's checkpoint by a score, which knows its best score also after the run folder was moved."""
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take up scores and files, in the folder where they are now."""
+        state = {**state_dict, "dirpath": self.dirpath}
+        for key in ("best_model_path", "kth_best_model_path", "last_model_path"):
+            state[key] = self._here(state[key])
+        state["best_k_models"] = {self._here(path): score for path, score in state["best_k_models"].items()}
+        super().load_state_dict(state)
+
+    def _here(self, path: str) -> str:
+        return os.path.join(str(self.dirpath), os.path.basename(path)) if path else path
+
+
+class Patience(EarlyStopping):
+    """Lightning's early stopping with the config's patience after a resume; a run that it ended stays ended."""
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take up the best score and the validations since."""
+        super().load_state_dict({**state_dict, "patience": self.patience})
+
+    def on_train_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
+        """Stop at once if patience had run out."""
+        if self.wait_count >= self.patience:
+            trainer.should_stop = True
 
 
 class StepSeeds(lightning.Callback):

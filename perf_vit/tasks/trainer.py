@@ -12,9 +12,7 @@ import lightning
 import torch
 from lightning.pytorch.callbacks import (
     Callback,
-    EarlyStopping,
     EMAWeightAveraging,
-    ModelCheckpoint,
     RichProgressBar,
 )
 from lightning.pytorch.loggers import Logger, TensorBoardLogger, WandbLogger
@@ -23,7 +21,7 @@ from perf_vit.errors import ConfigError
 from perf_vit.tasks.history import SEGMENTATION_CURVES, Curves, HistoryCallback
 from perf_vit.tasks.pictures import Draw, PredictionPictures
 from perf_vit.tasks.redraw import RedrawnWeightAveraging, RedrawProjections
-from perf_vit.tasks.resume import StepCheckpoint, StepSeeds
+from perf_vit.tasks.resume import FolderCheckpoint, Patience, StepCheckpoint, StepSeeds, WholeCheckpoints
 from perf_vit.tasks.sharding import FullyShardedStrategy
 
 __all__ = ["TrainerConfig", "best_and_last", "build_trainer", "lightning_trainer"]
@@ -124,7 +122,7 @@ def build_trainer(
         # Before the average of the weights, which takes itself out of the network when validation ends.
         callbacks.append(PredictionPictures(folder, config.num_pictures, draw))
     if config.early_stop_epochs:
-        callbacks.append(EarlyStopping(monitor, mode="max", patience=config.early_stop_epochs))
+        callbacks.append(Patience(monitor, mode="max", patience=config.early_stop_epochs))
     if config.ema_decay:
         average = RedrawnWeightAveraging if config.redraw_every_steps else EMAWeightAveraging
         callbacks.append(average(decay=config.ema_decay))
@@ -181,6 +179,7 @@ def lightning_trainer(
             default_root_dir=folder,
             logger=_loggers(logger, folder),
             callbacks=[*callbacks, *([RichProgressBar()] if progress else [])],
+            plugins=[WholeCheckpoints()],
             enable_progress_bar=progress,
             # Ours share the samples of one process out; Lightning's would shuffle them.
             use_distributed_sampler=False,
@@ -203,9 +202,9 @@ def best_and_last(folder: Path, monitor: str) -> list[Callback]:
         "save_on_train_epoch_end": True,
     }
     return [
-        ModelCheckpoint(filename="best", monitor=monitor, mode="max", **shared),
+        FolderCheckpoint(filename="best", monitor=monitor, mode="max", **shared),
         # Without a monitor the newest is kept; `save_last` would follow the best one.
-        ModelCheckpoint(filename="last", **shared),
+        FolderCheckpoint(filename="last", **shared),
     ]
 
 
