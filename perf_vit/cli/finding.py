@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from datetime import UTC, datetime
@@ -12,6 +13,7 @@ from perf_vit.cli.console import inputs_progress, run_table, say, show, windows_
 from perf_vit.cli.detecting import detect_objects, open_for_detector
 from perf_vit.errors import ConfigError, InputError, OutputError
 from perf_vit.inference import (
+    REPORT,
     MapInput,
     MapResult,
     RunReport,
@@ -20,7 +22,7 @@ from perf_vit.inference import (
     predict_many,
     reserve_report,
 )
-from perf_vit.io import write_objects
+from perf_vit.io import check_outputs, write_objects
 from perf_vit.models import Detector, load_detector
 from perf_vit.tiling import grid_windows
 
@@ -36,7 +38,7 @@ class ObjectFiles:
         source: options of `perf_vit.open_source`.
         suffix: of outputs that are named .tif, as `find_inputs` does; by default .gpkg where the input has a CRS and
             .geojson elsewhere.
-        overwrite: find objects anew where the output is there.
+        overwrite: find objects again where the output is there.
         **engine: options of the search.
 
     Attributes:
@@ -51,7 +53,7 @@ class ObjectFiles:
         score_threshold: float | None = None,
         source: Mapping[str, Any] | None = None,
         suffix: str | None = None,
-        overwrite: bool = True,
+        overwrite: bool = False,
         **engine: Any,
     ) -> None:
         self.model = model
@@ -65,10 +67,7 @@ class ObjectFiles:
 
     def output_of(self, item: MapInput, *, placed: bool) -> Path:
         """Where an input's objects go."""
-        if item.output.suffix.lower() not in {".tif", ".tiff"}:
-            return item.output
-        name = item.output.name.removesuffix(item.output.suffix).removesuffix(".ome")
-        return item.output.with_name(name + (self._suffix or (".gpkg" if placed else ".geojson")))
+        return output_names(item, self._suffix)[0 if placed else -1]
 
     def __call__(self, item: MapInput) -> MapResult:
         """Find the objects of an input and write them.
@@ -82,7 +81,7 @@ class ObjectFiles:
             size = self._engine.get("window_size") or self.model.spec.tile_px
             windows = grid_windows(scene.extent, size, self._overlap(size))
             result = MapResult(made=True, num_windows=len(windows), num_pixels=scene.height * scene.width)
-            if output.exists() and not self._overwrite:
+            if os.path.lexists(output) and not self._overwrite:
                 return replace(result, made=False)
             progress: dict[str, Any] = {"on_window": self.on_window} if self.on_window else {}
             objects = detect_objects(self.model, scene, self.threshold, **progress, **self._engine)
@@ -97,6 +96,14 @@ class ObjectFiles:
     def _overlap(self, window_size: int) -> int:
         overlap = self._engine.get("overlap")
         return min(window_size // 4 if overlap is None else int(overlap), window_size - 1)
+
+
+def output_names(item: MapInput, suffix: str | None) -> list[Path]:
+    """Where an input's objects may go: with a CRS the first, without one the last."""
+    if item.output.suffix.lower() not in {".tif", ".tiff"}:
+        return [item.output]
+    name = item.output.name.removesuffix(item.output.suffix).removesuffix(".ome")
+    return [item.output.with_name(name + each) for each in ([suffix] if suffix else [".gpkg", ".geojson"])]
 
 
 def find_objects(
@@ -122,7 +129,7 @@ def find_objects(
         path_column: of lists.
         polygons: format of files in a folder, by its suffix.
         on_error: of several inputs, "stop" at the first that fails or "skip" it.
-        overwrite: of several outputs, make those anew that are there.
+        overwrite: replace an output that is there; without it, one of several is left, a single one refused.
         score_threshold: lowest score of an object; the checkpoint's own by default.
         **options: of `ObjectFiles`.
 
@@ -142,6 +149,15 @@ def find_objects(
         raise OutputError(f"the objects of several inputs need a folder as --output, got {output}")
     suffix = None if polygons is None else f".{polygons}"
     found = find_inputs(inputs, output, path_column=path_column) if many else [MapInput(inputs[0], output)]
+    read = [checkpoint, (options.get("source") or {}).get("tissue")]
+    outputs = [name for item in found for name in output_names(item, suffix)]
+    if many:
+        read += [each for each in inputs if Path(each).is_file()]
+        read += [item.path for item in found]
+        # Files that are there are left as they are, unless `overwrite`.
+        check_outputs([*outputs, output / REPORT], read, overwrite=True)
+    else:
+        check_outputs(outputs, [inputs[0], *read], overwrite=overwrite)
     options |= {"score_threshold": score_threshold, "suffix": suffix, "overwrite": overwrite or not many}
     files = ObjectFiles(load_detector(checkpoint), **options)
     if many:
@@ -175,7 +191,7 @@ def _find_in_many(
         "settings": {**options, "score_threshold": files.threshold},
     }
     report = RunReport(header=header)
-    with reserve_report(folder) as path:
+    with reserve_report(folder, overwrite=options["overwrite"]) as path:
         try:
             with inputs_progress(len(inputs), windows=True) as (on_input, on_window):
                 files.on_window = on_window

@@ -14,7 +14,7 @@ from perf_vit.cli.console import mean_over_present, print_damage, windows_progre
 from perf_vit.cli.segmentation_maps import SegmentationMaps, on_device, open_for, resolved_precision
 from perf_vit.data import find_label_pairs, is_labelled_folder, region_window
 from perf_vit.errors import ConfigError, InputError, OutputError
-from perf_vit.inference import MapInput, OutputKind, Strip, class_probabilities, segment_strips
+from perf_vit.inference import MapInput, MapResult, OutputKind, Strip, class_probabilities, segment_strips
 from perf_vit.io import (
     LabelFiles,
     LabelSource,
@@ -48,13 +48,14 @@ def predict_raster(
     kind: OutputKind = "classes",
     quicklook: bool = True,
     **engine: Any,
-) -> None:
+) -> MapResult:
     """Write the map of a raster, a path or a URL, and its quicklook beside it as `output` with the suffix .png."""
     maps = SegmentationMaps(checkpoint, kind=kind, quicklook=quicklook, **engine)
     job = maps.job(MapInput(os.fspath(image), output))
     with windows_progress(f"predicting {Path(image).name}") as on_window:
         result = maps.make(job, on_window=on_window)
     print_damage(result.damaged)
+    return result
 
 
 def evaluate_raster(

@@ -13,9 +13,12 @@ from perf_vit.cli.mapping import predict_raster
 from perf_vit.cli.segmentation_maps import SegmentationMaps
 from perf_vit.errors import ConfigError, InputError, OutputError
 from perf_vit.inference import (
+    REPORT,
     MapInput,
+    MapResult,
     RayPool,
     RunReport,
+    check_map_name,
     find_inputs,
     in_turn,
     is_one_file,
@@ -23,10 +26,13 @@ from perf_vit.inference import (
     reserve_report,
     rows_in_pool,
 )
+from perf_vit.io import check_outputs
 
 __all__ = ["Engine", "predict_inputs"]
 
 Engine = Literal["local", "ray"]
+
+_THERE = ", there already with this input, model and settings; --overwrite makes it again"
 
 
 def predict_inputs(
@@ -44,6 +50,8 @@ def predict_inputs(
 ) -> None:
     """Map one file into one file, or several into a folder.
 
+    Nothing is computed before it is known that no output replaces an input or, without `overwrite`, another file.
+
     Raises:
         InputError: some inputs failed, after all others are done.
         PerfVitError: as `perf_vit.inference.predict_many` says.
@@ -54,23 +62,29 @@ def predict_inputs(
         raise ConfigError("--num-actors and --ray-address are for --engine ray")
     if mosaic and len(inputs) != 1:
         raise ConfigError(f"--mosaic reads one folder, glob or list of STAC items as one scene, got {len(inputs)}")
+    options["overwrite"] = overwrite
+    read = [checkpoint, (options.get("source") or {}).get("tissue")]
     if not mosaic and not is_one_file(inputs):
         found = _find(inputs, output, path_column)
+        read += [each for each in inputs if Path(each).is_file()]
         if engine == "local":
-            _run_many(SegmentationMaps(checkpoint, overwrite=overwrite, **options), found, output, None, options)
+            _run_many(SegmentationMaps(checkpoint, **options), found, output, None, options, read)
             return
         with open_pool() as pool:
             apart = [MapInput(_absolute(item.path), item.output.absolute()) for item in found]
-            maps = SegmentationMaps(checkpoint, overwrite=overwrite, **_for_pool(options, pool))
-            _run_many(maps, apart, output, pool, options)
+            maps = SegmentationMaps(checkpoint, **_for_pool(options, pool))
+            _run_many(maps, apart, output, pool, options, read)
         return
+    check_map_name(output)
+    beside = SegmentationMaps(checkpoint, **options).beside(output)
+    check_outputs([output, *beside], [inputs[0], *read], overwrite=True)
     if engine == "local":
-        predict_raster(checkpoint, inputs[0], output, **options)
+        result = predict_raster(checkpoint, inputs[0], output, **options)
     else:
         with open_pool() as pool:
-            _run_rows(checkpoint, MapInput(_absolute(inputs[0]), output.absolute()), pool, options)
-    say(f"map: {output}")
-    if (quicklook := output.with_suffix(".png")).exists():
+            result = _run_rows(checkpoint, MapInput(_absolute(inputs[0]), output.absolute()), pool, options)
+    say(f"map: {output}{'' if result.made else _THERE}")
+    if result.made and (quicklook := output.with_suffix(".png")).exists():
         say(f"quicklook: {quicklook}")
 
 
@@ -81,9 +95,17 @@ def _find(inputs: Sequence[str], output: Path, path_column: str) -> list[MapInpu
 
 
 def _run_many(
-    maps: SegmentationMaps, inputs: list[MapInput], folder: Path, pool: RayPool | None, options: dict[str, Any]
+    maps: SegmentationMaps,
+    inputs: list[MapInput],
+    folder: Path,
+    pool: RayPool | None,
+    options: dict[str, Any],
+    read: Sequence[str | Path | None],
 ) -> None:
-    """Map all inputs, in this process or in a pool, keep a report and show it."""
+    """Map all inputs, in this process or in a pool, keep a report and show it; `read` are files besides the inputs."""
+    outputs = [path for item in inputs for path in (item.output, *maps.beside(item.output))]
+    check_outputs([*outputs, folder / REPORT], [*read, *(item.path for item in inputs)], overwrite=True)
+    maps.check(inputs)
     # A checkpoint that can't be read is no input's fault.
     header = {
         "model": maps.model_id,
@@ -92,7 +114,7 @@ def _run_many(
         "settings": {**options, "num_actors": pool and pool.num_actors},
     }
     report = RunReport(header=header)
-    with reserve_report(folder) as path:
+    with reserve_report(folder, overwrite=options["overwrite"]) as path:
         try:
             with inputs_progress(len(inputs), windows=pool is None) as (on_input, on_window):
                 maps.on_window = on_window
@@ -113,7 +135,7 @@ def _run_many(
         raise InputError(f"{num_failed} of {len(inputs)} inputs failed, all others were gone through; see {path}")
 
 
-def _run_rows(checkpoint: Path, item: MapInput, pool: RayPool, options: dict[str, Any]) -> None:
+def _run_rows(checkpoint: Path, item: MapInput, pool: RayPool, options: dict[str, Any]) -> MapResult:
     """Map one input, its rows shared by a pool."""
     maps = SegmentationMaps(checkpoint, **_for_pool(options, pool))
     job = maps.job(item)
@@ -121,6 +143,7 @@ def _run_rows(checkpoint: Path, item: MapInput, pool: RayPool, options: dict[str
         write_rows: Callable[[Path], None] = rows_in_pool(pool, job, partial(maps.write_rows, item), on_rows=on_rows)
         result = maps.make(job, write_rows)
     print_damage(result.damaged)
+    return result
 
 
 def _for_pool(options: dict[str, Any], pool: RayPool) -> dict[str, Any]:

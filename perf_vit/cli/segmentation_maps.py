@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -11,8 +12,8 @@ import torch
 from torch import nn
 
 from perf_vit.errors import ConfigError, InputError
-from perf_vit.inference import MapInput, MapJob, MapResult, OutputKind, make_map, segment_job
-from perf_vit.io import open_source, polygonize_classes, write_map_quicklook, write_objects
+from perf_vit.inference import MapInput, MapJob, MapResult, OutputKind, make_map, map_exists, segment_job
+from perf_vit.io import existing_outputs, open_source, polygonize_classes, write_map_quicklook, write_objects
 from perf_vit.models import Segmenter, load_segmenter, segmenter_id
 from perf_vit.types import Source
 
@@ -83,7 +84,7 @@ class SegmentationMaps:
         batch_size: windows a forward pass.
         num_readers: threads that read.
         resume: go on with unfinished maps.
-        overwrite: make maps anew that are there, with the same model and settings.
+        overwrite: make maps that are there again, and replace what else is in their place.
         threshold: of a multi-label model's classes, the probability above which one is true; 0.5 by default.
         **settings: window_size, overlap, blend, flips and on_error of `perf_vit.inference.segment_job`.
     """
@@ -101,7 +102,7 @@ class SegmentationMaps:
         batch_size: int = 1,
         num_readers: int = 2,
         resume: bool = True,
-        overwrite: bool = True,
+        overwrite: bool = False,
         threshold: float | None = None,
         **settings: Any,
     ) -> None:
@@ -112,7 +113,8 @@ class SegmentationMaps:
         self._quicklook = quicklook
         self._polygons = polygons
         self._source = dict(source or {})
-        self._make = {"resume": resume, "overwrite": overwrite}
+        self._resume = resume
+        self._overwrite = overwrite
         self._rows = {"batch_size": batch_size, "num_readers": num_readers}
         self._threshold = threshold
         self._settings = {"kind": kind, "precision": resolved_precision(precision), **settings}
@@ -152,6 +154,27 @@ class SegmentationMaps:
             **self._settings,
         )
 
+    def beside(self, out: Path) -> list[Path]:
+        """Files that are written with a map."""
+        suffixes = [*(["png"] if self._quicklook else []), *([self._polygons] if self._polygons else [])]
+        return [out.with_suffix(f".{suffix}") for suffix in suffixes]
+
+    def check(self, inputs: Sequence[MapInput]) -> None:
+        """Refuse inputs whose outputs would replace files, before the first is mapped.
+
+        Raises:
+            OutputError: names the file.
+        """
+        for item in inputs:
+            beside = self.beside(item.output)
+            if not existing_outputs([item.output, *beside]):
+                continue
+            # An input that can't be opened is told of in its turn.
+            with suppress(InputError):
+                job = self.job(item)
+                map_exists(job, beside=beside, overwrite=self._overwrite)
+                job.source.close()
+
     @property
     def _label_threshold(self) -> float:
         """The probability above which a class of a multi-label model is true.
@@ -189,7 +212,8 @@ class SegmentationMaps:
             def write_rows(folder: Path) -> None:
                 self._write(job, folder, None, **forward)
 
-        result = make_map(job, write_rows, **self._make)
+        beside = self.beside(job.out)
+        result = make_map(job, write_rows, resume=self._resume, overwrite=self._overwrite, beside=beside)
         if self._quicklook and result.made:
             self._write_quicklook(job, damaged=bool(result.damaged))
         if self._polygons and result.made:

@@ -9,16 +9,17 @@ from perf_vit.inference.embed import embed_windows
 from perf_vit.inference.engine import Strip, TileModel, predict_strips
 from perf_vit.inference.inputs import MapInput, find_inputs, find_paths, is_one_file
 from perf_vit.inference.many import attempt, in_turn, predict_many
-from perf_vit.inference.map_job import MapJob, MapResult, make_map
+from perf_vit.inference.map_job import MapJob, MapResult, check_map_name, make_map, map_exists
 from perf_vit.inference.objects import ObjectModel, predict_objects
 from perf_vit.inference.ray_pool import RayPool
 from perf_vit.inference.ray_rows import rows_in_pool
-from perf_vit.inference.run_report import InputReport, RunReport, reserve_report
+from perf_vit.inference.run_report import REPORT, InputReport, RunReport, reserve_report
 from perf_vit.inference.segment import predict, segment_job, segment_strips
 from perf_vit.inference.stitch_objects import ObjectStitcher
 from perf_vit.types import Detections
 
 __all__ = [
+    "REPORT",
     "DamagedPiece",
     "DenseOutput",
     "Detections",
@@ -36,6 +37,7 @@ __all__ = [
     "TileModel",
     "attempt",
     "attention_picture",
+    "check_map_name",
     "class_map",
     "class_output",
     "class_probabilities",
@@ -45,6 +47,7 @@ __all__ = [
     "in_turn",
     "is_one_file",
     "make_map",
+    "map_exists",
     "predict",
     "predict_many",
     "predict_map",

@@ -38,6 +38,7 @@ def predict_map(
     batch_size: int = 1,
     num_readers: int = 2,
     resume: bool = True,
+    overwrite: bool = False,
     on_error: OnError = "stop",
     on_damage: Callable[[Window, str], None] = lambda window, reason: None,
     on_window: Callable[[int, int], None] = lambda done, total: None,
@@ -65,6 +66,8 @@ def predict_map(
         batch_size: windows a forward pass.
         num_readers: threads that read.
         resume: go on with an unfinished map; else begin anew.
+        overwrite: replace what is in the map's place. Without it, the map of the same input, model and settings is left
+            as it is, and any other file is refused.
         on_error: "stop" at a window that can't be read, or "skip" what is damaged of it, as nodata.
         on_damage: with "skip", called with each damaged piece and the reason once the map is finished, also with those
             that an interrupted run met.
@@ -75,8 +78,8 @@ def predict_map(
 
     Raises:
         InputError: a window can't be read, or the model's output has another shape.
-        OutputError: the map can't be written there, would replace its input, isn't named .tif, or was begun with other
-            settings; as BusyError, if another process is writing it.
+        OutputError: the map can't be written there, would replace its input or, without `overwrite`, another file,
+            isn't named .tif, or was begun with other settings; as BusyError, if another process is writing it.
     """
     job = MapJob(
         source=source,
@@ -96,6 +99,6 @@ def predict_map(
     def write_rows(folder: Path) -> None:
         job.write_rows(folder, model, normalize, batch_size=batch_size, num_readers=num_readers, on_window=on_window)
 
-    for piece in make_map(job, write_rows, resume=resume).damaged:
+    for piece in make_map(job, write_rows, resume=resume, overwrite=overwrite).damaged:
         on_damage(piece.window, piece.reason)
     return job.out

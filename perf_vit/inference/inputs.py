@@ -13,6 +13,7 @@ from pathlib import Path, PurePosixPath
 import pyarrow.parquet
 
 from perf_vit.errors import InputError, OutputError
+from perf_vit.io import check_outputs
 
 __all__ = ["MapInput", "find_inputs", "find_paths", "is_one_file"]
 
@@ -28,8 +29,11 @@ _PARQUET = frozenset({".parquet", ".geoparquet"})
 _LISTS = _PARQUET | {".csv"}
 
 _OUTPUT_COLUMN = "output"
-# The quicklook lies beside the map.
-_WRITTEN = (".tif", ".png")
+
+_NOWHERE = Path(os.devnull)
+"""In place of an output folder where there is none: no image lies below a file."""
+_QUICKLOOK = ".png"
+"""Suffix of the picture beside a map."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,7 +81,9 @@ def find_inputs(given: Sequence[str | Path], folder: str | Path, *, path_column:
     folder = Path(folder)
     found: dict[MapInput, None] = {}
     for item in given:
-        found.update(dict.fromkeys(_expand(os.fspath(item), folder, path_column)))
+        for each in _expand(os.fspath(item), folder, path_column):
+            _check_inside(each.output, folder, f"the map of {each.path}")
+            found[each] = None
     _check_names(list(found))
     return list(found)
 
@@ -92,9 +98,7 @@ def find_paths(given: Sequence[str | Path], *, path_column: str = "path") -> lis
     Raises:
         InputError: nothing is there, or a list has no such column.
     """
-    # No image lies below a file.
-    nowhere = Path(os.devnull)
-    found = [each.path for item in given for each in _expand(os.fspath(item), nowhere, path_column)]
+    found = [each.path for item in given for each in _expand(os.fspath(item), _NOWHERE, path_column)]
     return list(dict.fromkeys(found))
 
 
@@ -143,7 +147,10 @@ def _listed(path: Path, folder: Path, path_column: str) -> Iterator[MapInput]:
         if not _is_remote(image):
             image = str(path.parent / image)
         name = output or _map_name(PurePosixPath(image.split("?")[0]).name)
-        yield MapInput(image, folder / (name if Path(name).suffix else f"{name}.tif"))
+        place = folder / (name if Path(name).suffix else f"{name}.tif")
+        if folder != _NOWHERE:
+            _check_inside(place, folder, f"{path}: {_OUTPUT_COLUMN} of row {number}, {name},")
+        yield MapInput(image, place)
 
 
 def _read_list(path: Path, path_column: str) -> list[tuple[str, str]]:
@@ -169,9 +176,18 @@ def _read_list(path: Path, path_column: str) -> list[tuple[str, str]]:
     return [(str(row[path_column] or ""), str(row.get(_OUTPUT_COLUMN) or "")) for row in rows]
 
 
+def _check_inside(output: Path, folder: Path, what: str) -> None:
+    """Refuse an output outside its folder, by dots, links or an absolute path.
+
+    Raises:
+        OutputError: names it.
+    """
+    if not output.resolve().is_relative_to(folder.resolve()):
+        raise OutputError(f"{what} would lie outside the output folder {folder}, at {output}; give a name inside it")
+
+
 def _check_names(inputs: Sequence[MapInput]) -> None:
     taken: dict[Path, str] = {}
-    images = {Path(item.path).resolve(): item.path for item in inputs if not _is_remote(item.path)}
     for item in inputs:
         if item.output.suffix.lower() not in {".tif", ".tiff"}:
             raise OutputError(f"the map of {item.path} is a GeoTIFF: its name must end in .tif, got {item.output}")
@@ -180,9 +196,8 @@ def _check_names(inputs: Sequence[MapInput]) -> None:
                 f"{other} and {item.path} would both become {item.output}; name the maps in the column "
                 f"{_OUTPUT_COLUMN} of a list, or give a folder or a glob, whose sub-folders are kept"
             )
-        for suffix in _WRITTEN:
-            if image := images.get(item.output.with_suffix(suffix).resolve()):
-                raise OutputError(f"the map of {item.path} would replace the input {image}; choose another folder")
+    written = [path for item in inputs for path in (item.output, item.output.with_suffix(_QUICKLOOK))]
+    check_outputs(written, [item.path for item in inputs], overwrite=True)
 
 
 def _map_name(name: str) -> str:

@@ -15,9 +15,10 @@ from filelock import FileLock, Timeout
 from perf_vit.errors import BusyError, OutputError, PerfVitError
 from perf_vit.text import to_json
 
-__all__ = ["Journal", "open_journal"]
+__all__ = ["Journal", "check_partial_folder", "open_journal"]
 
 _SETTINGS = "journal.json"
+_UNFINISHED_SETTINGS = f"{_SETTINGS}.tmp"
 _LOCK = "lock"
 
 
@@ -37,10 +38,7 @@ class Journal:
 
     def settings(self) -> dict[str, Any] | None:
         """What the rows were made with, None where nothing has been begun."""
-        try:
-            return json.loads((self.folder / _SETTINGS).read_bytes())
-        except (FileNotFoundError, ValueError):
-            return None
+        return _read_settings(self.folder) or None
 
     def begin(self, settings: Mapping[str, Any], *, resume: bool) -> None:
         """Go on with an unfinished output of the same settings, or begin a new one.
@@ -61,26 +59,14 @@ class Journal:
             self.begun = True
             return
         with _refusing(self.path):
-            for file in self.folder.iterdir():
-                if file.is_dir():
-                    shutil.rmtree(file)
-                elif file.name != _LOCK:
-                    file.unlink()
-            self._write_settings(wanted)
+            _clear(self.folder)
+            _write_settings(self.folder, wanted)
         self.begun = True
 
     def complete(self, made: Path) -> None:
         """Move the finished file to the output's name; then the folder has done its work."""
         with _refusing(self.path):
             os.replace(made, self.path)
-
-    def _write_settings(self, settings: Mapping[str, Any]) -> None:
-        unfinished = self.folder / f"{_SETTINGS}.tmp"
-        with unfinished.open("w", encoding="utf-8") as file:
-            file.write(to_json(settings, indent=2))
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(unfinished, self.folder / _SETTINGS)
 
     def _check(self, before: dict[str, Any], wanted: dict[str, Any]) -> None:
         for name in [*wanted, *before]:
@@ -89,6 +75,26 @@ class Journal:
                     f"{self.folder} holds the unfinished {self.path.name}, made with {name} = {before.get(name)}, now "
                     f"{wanted.get(name)}; go on with the same, or begin anew with --no-resume (resume=False)"
                 )
+
+
+def check_partial_folder(path: Path) -> None:
+    """Refuse an output whose folder `OUTPUT.partial` is somebody else's.
+
+    Ours holds a journal, or nothing but what precedes one.
+
+    Raises:
+        OutputError: it is another folder, or a file.
+    """
+    folder = _partial_folder(path)
+    if not os.path.lexists(folder) or _read_settings(folder) is not None:
+        return
+    with suppress(OSError):
+        if set(os.listdir(folder)) <= {_LOCK, _UNFINISHED_SETTINGS}:
+            return
+    raise OutputError(
+        f"{folder}, where the unfinished {path.name} would be kept, exists and was not made by perf_vit; move it away "
+        "or choose another output"
+    )
 
 
 @contextmanager
@@ -102,11 +108,12 @@ def open_journal(path: Path) -> Iterator[Journal]:
 
     Raises:
         BusyError: another process works on it.
-        OutputError: nothing can be written there.
+        OutputError: nothing can be written there, or the folder is somebody else's.
     """
-    folder = path.with_name(f"{path.name}.partial")
+    folder = _partial_folder(path)
     if path.is_dir():
         raise OutputError(f"can't write {path}: it is a folder; choose a file in it")
+    check_partial_folder(path)
     made = [parent for parent in (folder, *folder.absolute().parents) if not parent.exists()]
     try:
         with _locked(folder, path):
@@ -168,8 +175,44 @@ def _refusing(path: Path) -> Iterator[None]:
         raise OutputError(f"can't write {path}: {reason}; choose another output or make room") from error
 
 
+def _partial_folder(path: Path) -> Path:
+    return path.with_name(f"{path.name}.partial")
+
+
+def _read_settings(folder: Path) -> dict[str, Any] | None:
+    """What the journal of a folder says, None where it has none."""
+    try:
+        settings = json.loads((folder / _SETTINGS).read_bytes())
+    except (OSError, ValueError):
+        return None
+    return settings if isinstance(settings, dict) else None
+
+
+def _write_settings(folder: Path, settings: Mapping[str, Any]) -> None:
+    unfinished = folder / _UNFINISHED_SETTINGS
+    with unfinished.open("w", encoding="utf-8") as file:
+        file.write(to_json(settings, indent=2))
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(unfinished, folder / _SETTINGS)
+
+
+def _clear(folder: Path) -> None:
+    """Remove all but lock and journal, without which the folder would be somebody else's after a crash."""
+    for file in folder.iterdir():
+        if file.is_dir() and not file.is_symlink():
+            shutil.rmtree(file)
+        elif file.name not in {_LOCK, _SETTINGS}:
+            file.unlink()
+
+
 def _remove(folder: Path) -> None:
-    # The settings go first: without them the rest counts as nothing.
-    with suppress(FileNotFoundError):
-        (folder / _SETTINGS).unlink()
-    shutil.rmtree(folder, ignore_errors=True)
+    with suppress(OSError):
+        # The settings are struck out first: without them the rest counts as nothing.
+        if (folder / _SETTINGS).exists():
+            _write_settings(folder, {})
+    with suppress(OSError):
+        _clear(folder)
+        for name in (_SETTINGS, _LOCK):
+            (folder / name).unlink(missing_ok=True)
+        folder.rmdir()

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -19,13 +19,17 @@ from perf_vit.errors import OutputError, PerfVitError
 from perf_vit.inference.damage import DamagedPiece, DamageLog
 from perf_vit.inference.dense_output import DenseOutput
 from perf_vit.inference.engine import Strip, TileModel, predict_strips
-from perf_vit.inference.journal import Journal, open_journal
+from perf_vit.inference.journal import Journal, check_partial_folder, open_journal
 from perf_vit.inference.reader import Reads, SalvagingReader
 from perf_vit.io import (
     RasterLayout,
     SlideSource,
     StripStore,
     bounded_cache,
+    check_outputs,
+    existing_error,
+    existing_outputs,
+    fingerprint,
     holds_layout,
     is_ome_tiff_name,
     write_cog,
@@ -34,7 +38,7 @@ from perf_vit.io import (
 from perf_vit.tiling import Blend, grid_windows
 from perf_vit.types import GeoImage, Source, Window
 
-__all__ = ["MapJob", "MapResult", "OnError", "make_map"]
+__all__ = ["MapJob", "MapResult", "OnError", "check_map_name", "make_map", "map_exists"]
 
 FloatArray = npt.NDArray[np.float32]
 
@@ -45,6 +49,11 @@ _WRITER_DEPTH = 2
 
 _VERSION_TAG = "PERF_VIT_VERSION"
 _DAMAGE_TAG = "PERF_VIT_DAMAGED_PIECES"
+_INPUT_TAG = "PERF_VIT_INPUT"
+
+_ANOTHER_MAP = (
+    ", but not as this model's map of this input with these settings, or is older than the input, or has damaged pixels"
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,7 +94,10 @@ class MapJob:
     on_error: OnError = "stop"
 
     def __post_init__(self) -> None:
-        _check_output(self.out, self.source)
+        check_map_name(self.out)
+        if is_ome_tiff_name(self.out):
+            _mpp_xy(self.source)
+        check_outputs([self.out], self.input_files, overwrite=True)
         if self.on_error not in ("stop", "skip"):
             raise PerfVitError(f"on_error must be stop or skip, got {self.on_error}")
 
@@ -102,10 +114,19 @@ class MapJob:
         }
 
     @property
+    def input_files(self) -> tuple[str, ...]:
+        """Paths of the source, several of a mosaic."""
+        return tuple(getattr(self.source, "paths", (self.source.path,)))
+
+    @cached_property
+    def _fingerprint(self) -> str:
+        return fingerprint(self.input_files)
+
+    @property
     def layout(self) -> RasterLayout:
         """The map's size, place, bands and tags."""
         tags = {f"PERF_VIT_{name.upper()}": str(value) for name, value in self.settings.items()}
-        return self.output.layout(self.source, {_VERSION_TAG: __version__, **tags})
+        return self.output.layout(self.source, {_VERSION_TAG: __version__, _INPUT_TAG: self._fingerprint, **tags})
 
     @property
     def window_rows(self) -> list[int]:
@@ -118,7 +139,7 @@ class MapJob:
         return len(self._windows())
 
     def is_done(self) -> bool:
-        """Whether the map is there, of the same model and settings, and not older than its input.
+        """Whether the map is there, of the same model, settings and input, and not older than that.
 
         A map with damaged pieces isn't what `on_error="stop"` asks for.
         """
@@ -249,7 +270,8 @@ def make_map(
     write_rows: Callable[[Path], None],
     *,
     resume: bool = True,
-    overwrite: bool = True,
+    overwrite: bool = False,
+    beside: Sequence[Path] = (),
 ) -> MapResult:
     """Begin a map, have its rows written and finish it.
 
@@ -257,23 +279,50 @@ def make_map(
         job: what to make.
         write_rows: called with a folder, writes all rows into it with `MapJob.write_rows`.
         resume: go on with an unfinished map; else begin anew.
-        overwrite: make the map even if it is there with the same model and settings.
+        overwrite: make the map even if it is there, and replace what else is in its place.
+        beside: further files that the caller writes for a new map, such as a quicklook.
 
     Raises:
         BusyError: another process makes it.
         InputError: a window can't be read, or the model's output has another shape.
-        OutputError: the map can't be written, or was begun with other settings.
+        OutputError: the map can't be written, was begun with other settings, or other files are in its place.
     """
     result = partial(MapResult, num_windows=job.num_windows, num_pixels=job.source.height * job.source.width)
-    if not overwrite and job.is_done():
+    if map_exists(job, beside=beside, overwrite=overwrite):
         return result(made=False)
     with open_journal(job.out) as journal:
         # Another process may have finished it between the look above and the lock.
-        if not overwrite and job.is_done():
+        if map_exists(job, beside=beside, overwrite=overwrite):
             return result(made=False)
         job.begin(journal, resume=resume)
         write_rows(journal.folder)
         return result(made=True, damaged=tuple(job.finish(journal)))
+
+
+def map_exists(job: MapJob, *, beside: Sequence[Path] = (), overwrite: bool = False) -> bool:
+    """Whether nothing is to be done for a map; refuses to write over other files.
+
+    Args:
+        job: what would be made.
+        beside: further files that would be written.
+        overwrite: allow files that are there, but for inputs.
+
+    Returns:
+        True if the map of the same model, settings and input is there, unless `overwrite`.
+
+    Raises:
+        OutputError: a file is an input, or exists without `overwrite` and without such a map.
+    """
+    outputs = [job.out, *beside]
+    check_outputs(outputs, job.input_files, overwrite=True)
+    check_partial_folder(job.out)
+    found = existing_outputs(outputs)
+    if overwrite or not found:
+        return False
+    # Another process may have made the map meanwhile: it appears before the files beside it.
+    if job.is_done():
+        return True
+    raise existing_error(found[0], _ANOTHER_MAP if found[0] == job.out else "")
 
 
 def _write_behind(strips: Iterable[Strip], write: Callable[[Strip], None]) -> None:
@@ -316,10 +365,11 @@ def _mpp_xy(source: Source) -> tuple[float, float]:
     return mpp_x * down_x, mpp_y * down_y
 
 
-def _check_output(out: Path, source: Source) -> None:
+def check_map_name(out: Path) -> None:
+    """Refuse a map whose name doesn't say that it is a GeoTIFF.
+
+    Raises:
+        OutputError: it doesn't end in .tif or .tiff.
+    """
     if out.suffix.lower() not in {".tif", ".tiff"}:
         raise OutputError(f"the map is a GeoTIFF: its name must end in .tif, got {out}; try {out.with_suffix('.tif')}")
-    if is_ome_tiff_name(out):
-        _mpp_xy(source)
-    if out.exists() and Path(source.path).exists() and out.samefile(source.path):
-        raise OutputError(f"the map would replace its own input {out}; choose another output")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import socket
 from collections.abc import Iterator, Mapping
@@ -15,9 +16,12 @@ from filelock import FileLock, Timeout
 from perf_vit._version import __version__
 from perf_vit.errors import OutputError
 from perf_vit.inference.damage import DamagedPiece
-from perf_vit.io import write_json
+from perf_vit.io import check_outputs, write_json
 
-__all__ = ["InputReport", "InputStatus", "RunReport", "reserve_report"]
+__all__ = ["REPORT", "InputReport", "InputStatus", "RunReport", "reserve_report"]
+
+REPORT = "report.json"
+"""Name of a run's report in its output folder."""
 
 InputStatus = Literal["done", "skipped-existing", "failed", "busy"]
 
@@ -107,15 +111,23 @@ class RunReport:
 
 
 @contextmanager
-def reserve_report(folder: Path) -> Iterator[Path]:
+def reserve_report(folder: Path, *, overwrite: bool = False) -> Iterator[Path]:
     """The path of a run's report in its output folder, which is made if need be.
 
-    `report.json`; while another run into the same folder has that, `report-HOST-PROCESS.json`.
+    `report.json`; while another run into the same folder has that, `report-HOST-PROCESS.json`. The report of an
+    earlier run is replaced.
+
+    Args:
+        folder: of the outputs.
+        overwrite: replace any other file of the report's name too.
 
     Raises:
-        OutputError: nothing can be written there.
+        OutputError: nothing can be written there, or another file has the report's name.
     """
-    lock = FileLock(folder / ".report.lock", timeout=0)
+    path = folder / REPORT
+    if not (overwrite or _is_report(path)):
+        check_outputs([path], [])
+    lock = FileLock(folder / ".perf_vit-report.lock", timeout=0)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         lock.acquire()
@@ -127,8 +139,17 @@ def reserve_report(folder: Path) -> Iterator[Path]:
         reason = "it is no folder" if not_folder else str(error.strerror or error).lower()
         raise OutputError(f"can't write into {folder}: {reason}; several maps need a folder") from error
     try:
-        yield folder / "report.json"
+        yield path
     finally:
         with suppress(OSError):
             Path(lock.lock_file).unlink()
         lock.release()
+
+
+def _is_report(path: Path) -> bool:
+    """Whether a file is the report of a run."""
+    try:
+        content = json.loads(path.read_bytes())
+    except (OSError, ValueError):
+        return False
+    return isinstance(content, dict) and content.keys() >= {"perf_vit_version", "totals", "inputs"}

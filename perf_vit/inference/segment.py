@@ -26,6 +26,7 @@ def predict(
     threshold: float = 0.5,
     window_size: int | None = None,
     overlap: int | None = None,
+    overwrite: bool = False,
     **engine: Any,
 ) -> Path:
     """Predict a whole source with a segmenter and write a georeferenced map.
@@ -43,6 +44,8 @@ def predict(
         threshold: with that, the probability above which a class is true.
         window_size: side of a window in pixels, a multiple of the patch size; the training tile's by default.
         overlap: pixels that neighbouring windows share; a quarter of the window by default.
+        overwrite: replace what is in the map's place. Without it, the map of the same input, model and settings is left
+            as it is, and any other file is refused.
         **engine: batch_size, device, precision, blend, flips, num_readers, resume, on_error, on_damage and on_window of
             `perf_vit.inference.predict_map`.
 
@@ -61,6 +64,7 @@ def predict(
         out,
         output=class_output(kind, model.spec.classes, multilabel=model.spec.multilabel, threshold=threshold),
         model_id=segmenter_id(model),
+        overwrite=overwrite,
         **_windows(model, source, window_size, overlap),
         **engine,
     )

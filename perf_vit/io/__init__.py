@@ -6,12 +6,13 @@ from perf_vit.io._staging import replaced, staged
 from perf_vit.io.cog import write_cog
 from perf_vit.io.describe import SourceInfo, describe_source
 from perf_vit.io.existing import holds_layout
+from perf_vit.io.fingerprint import fingerprint
 from perf_vit.io.label_files import LabelFiles, PairedLabels
 from perf_vit.io.labels import LabelSource, open_labels
 from perf_vit.io.layout import RasterLayout
-from perf_vit.io.lettering import lettered, lettering_font
 from perf_vit.io.mosaic import MosaicSource
 from perf_vit.io.ome_tiff import is_ome_tiff_name, write_ome_tiff
+from perf_vit.io.outputs import check_outputs, existing_error, existing_outputs
 from perf_vit.io.polygons import polygonize_classes
 from perf_vit.io.quicklook import colorize, default_colormap, natural_bands, rgb_from, save_png, write_map_quicklook
 from perf_vit.io.raster import RasterSource
@@ -36,14 +37,16 @@ __all__ = [
     "SourceInfo",
     "StripStore",
     "bounded_cache",
+    "check_outputs",
     "colorize",
     "default_colormap",
     "describe_source",
+    "existing_error",
+    "existing_outputs",
+    "fingerprint",
     "holds_layout",
     "is_ome_tiff_name",
     "is_vector_name",
-    "lettered",
-    "lettering_font",
     "natural_bands",
     "open_labels",
     "open_raster",

@@ -100,7 +100,7 @@ def test_several_maps_want_a_folder(trained, scenes, tmp_path, capsys) -> None:
     assert f"several maps need a folder as --output, got {tmp_path / 'maps.tif'}" in capsys.readouterr().err
     (tmp_path / "file").touch()
     assert call(_predict(trained, [scenes], tmp_path / "file")) == 2
-    assert "it is no folder" in capsys.readouterr().err
+    assert "a parent is not a folder" in capsys.readouterr().err
 
 
 def test_damaged_pieces_of_a_single_file_are_shown(trained, tmp_path, capsys) -> None:

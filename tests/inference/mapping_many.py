@@ -27,7 +27,7 @@ CLASSES = ("sea", "land", "cloud")
 class Maker:
     """Makes a map of one input; may be pickled."""
 
-    def __init__(self, *, overwrite: bool = True, delay: float = 0, fail_after: int | None = None, **settings) -> None:
+    def __init__(self, *, overwrite: bool = False, delay: float = 0, fail_after: int | None = None, **settings) -> None:
         self.overwrite = overwrite
         self.delay = delay
         self.fail_after = fail_after
@@ -73,4 +73,4 @@ if __name__ == "__main__":
     sys.stdout.flush()
     sys.stdin.readline()
     with reserve_report(inputs[0].output.parent) as path:
-        predict_many(Maker(overwrite=False, delay=float(delay)), inputs, report_path=path, num_rounds=20, wait_s=0.1)
+        predict_many(Maker(delay=float(delay)), inputs, report_path=path, num_rounds=20, wait_s=0.1)

@@ -9,7 +9,7 @@ import pytest
 from shapely import Point
 
 from perf_vit.errors import InputError, OutputError
-from perf_vit.inference import find_inputs, is_one_file
+from perf_vit.inference import find_inputs, find_paths, is_one_file
 
 
 @pytest.fixture
@@ -137,6 +137,41 @@ def test_a_map_or_its_quicklook_never_replaces_an_input(scenes) -> None:
     os.rename("scenes/b.tif", "scenes/b.png")
     with pytest.raises(OutputError, match=r"would replace the input scenes/b.png"):
         find_inputs(["scenes/b.png"], "scenes")
+
+
+@pytest.mark.parametrize("suffix", [".csv", ".parquet"])
+@pytest.mark.parametrize("output", ["../x.tif", "sub/../../../x", "/elsewhere/x.tif", "link/x.tif", "link/../x.tif"])
+def test_a_list_names_no_output_outside_the_folder(tmp_path, monkeypatch, suffix: str, output: str) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("maps").mkdir()
+    Path("maps/link").symlink_to(tmp_path)
+    table = pd.DataFrame({"path": ["a.tif", "b.tif"], "output": ["fine/a.tif", output]})
+    path = Path(f"list{suffix}")
+    table.to_csv(path, index=False) if suffix == ".csv" else table.to_parquet(path)
+    with pytest.raises(OutputError, match=f"{path}: output of row 2, {output}, would lie outside .* maps"):
+        find_inputs([path], "maps")
+    # Where no maps are made, the column means nothing.
+    assert find_paths([path]) == ["a.tif", "b.tif"]
+
+
+def test_a_list_may_name_outputs_by_ways_that_stay_inside(tmp_path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("list.csv").write_text(f"path,output\na.tif,sub/../a\nb.tif,{tmp_path}/maps/b.tif\n")
+    Path("real").mkdir()
+    Path("maps").symlink_to("real")
+    assert [output for _, output in _pairs(["list.csv"])] == ["maps/sub/../a.tif", f"{tmp_path}/maps/b.tif"]
+
+
+def test_a_glob_with_dots_makes_no_map_outside_the_folder(scenes) -> None:
+    Path("b.tif").touch()
+    with pytest.raises(OutputError, match="would lie outside the output folder maps"):
+        find_inputs(["scenes/*/../../b.tif"], "maps")
+
+
+def test_outputs_of_two_names_with_one_quicklook_are_refused(tmp_path) -> None:
+    (tmp_path / "list.csv").write_text("path,output\na.tif,x.tif\nb.tif,x.tiff\n")
+    with pytest.raises(OutputError, match=r"x\.png would be written twice"):
+        find_inputs([tmp_path / "list.csv"], "maps")
 
 
 def test_an_output_that_is_no_geotiff_is_refused(tmp_path) -> None:

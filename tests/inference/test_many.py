@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -90,34 +91,50 @@ def test_a_report_that_another_run_holds_is_not_overwritten(tmp_path) -> None:
         assert second.name.startswith("report-")
     assert list((tmp_path / "maps").iterdir()) == []
     (tmp_path / "file").touch()
-    with pytest.raises(OutputError, match="it is no folder"), reserve_report(tmp_path / "file"):
+    with pytest.raises(OutputError, match="a parent is not a folder"), reserve_report(tmp_path / "file"):
         pass
 
 
-def test_maps_that_are_there_are_kept_unless_something_changed(make_scene, tmp_path) -> None:
+def test_maps_that_are_there_are_kept_and_others_replaced_on_demand(make_scene, tmp_path) -> None:
     inputs = [MapInput(str(make_scene(seed=i)), tmp_path / "maps" / f"{i}.tif") for i in range(2)]
 
     def run(**options) -> list[str]:
-        predict_one = mapping_many.maker(**{"overwrite": False, **options})
-        return [item.status for item in predict_many(predict_one, inputs).inputs]
+        report = predict_many(mapping_many.maker(**options), inputs, on_error="skip")
+        assert all("--overwrite" in item.error for item in report.inputs if item.status == "failed")
+        return [item.status for item in report.inputs]
 
     assert run() == ["done", "done"]
     assert run() == ["skipped-existing"] * 2
     assert run(overwrite=True) == ["done", "done"]
-    assert run(model_id="another") == ["done", "done"]
-    assert run(window_size=32) == ["done", "done"]
-    assert run(window_size=32) == ["skipped-existing"] * 2
+    for other in ({"model_id": "another"}, {"window_size": 32}, {"window_size": 32, "kind": "classes"}):
+        assert run(**other) == ["failed"] * 2
+        assert run(**other, overwrite=True) == ["done"] * 2
+        assert run(**other) == ["skipped-existing"] * 2
+    last = {"window_size": 32, "kind": "classes"}
     later = time.time() + 5
     os.utime(inputs[0].path, (later, later))
-    assert run(window_size=32) == ["done", "skipped-existing"]
-    assert run(window_size=32, kind="classes")[1] == "done"
+    assert run(**last) == ["failed", "skipped-existing"]
 
 
-def test_a_map_with_damage_is_kept_by_skip_and_made_again_by_stop(make_scene, tmp_path) -> None:
+def test_a_map_of_another_input_with_the_same_grid_is_no_map_of_this_one(make_scene, tmp_path) -> None:
+    first, second = make_scene(seed=0), make_scene(seed=1)
+    item = MapInput(str(second), tmp_path / "map.tif")
+    mapping_many.maker()(MapInput(str(first), item.output))
+    before = item.output.read_bytes()
+    later = time.time() + 5
+    os.utime(item.output, (later, later))
+    with pytest.raises(OutputError, match="not as this model's map of this input"):
+        mapping_many.maker()(item)
+    assert item.output.read_bytes() == before
+    shutil.copy(first, tmp_path / "copy.tif")
+    assert not mapping_many.maker()(MapInput(str(tmp_path / "copy.tif"), item.output)).made
+
+
+def test_a_map_with_damage_is_kept_by_skip_and_not_taken_for_a_whole_one_by_stop(make_scene, tmp_path) -> None:
     path = make_scene(height=300, width=300, tiled=True, blockxsize=64, blockysize=64)
     _damage(path)
     inputs = [MapInput(str(path), tmp_path / "map.tif")]
-    report = predict_many(mapping_many.maker(on_error="skip", overwrite=False), inputs, on_error="skip")
+    report = predict_many(mapping_many.maker(on_error="skip"), inputs, on_error="skip")
     [made] = report.inputs
     assert made.status == "done"
     assert made.damaged
@@ -130,10 +147,12 @@ def test_a_map_with_damage_is_kept_by_skip_and_made_again_by_stop(make_scene, tm
     for piece in made.damaged:
         missing[piece.window.slices_in(_extent(320))] = False
     assert not missing.any()
-    [kept] = predict_many(mapping_many.maker(on_error="skip", overwrite=False), inputs).inputs
+    [kept] = predict_many(mapping_many.maker(on_error="skip"), inputs).inputs
     assert kept.status == "skipped-existing"
+    with pytest.raises(OutputError, match=r"has damaged pixels; .*--overwrite"):
+        predict_many(mapping_many.maker(), inputs)
     with pytest.raises(PerfVitError, match="can't read"):
-        predict_many(mapping_many.maker(overwrite=False), inputs)
+        predict_many(mapping_many.maker(overwrite=True), inputs)
 
 
 def test_damage_that_an_interrupted_run_met_is_in_the_report(make_scene, tmp_path) -> None:

@@ -67,7 +67,7 @@ def test_rows_made_by_a_pool_are_the_same_bytes(pool, make_scene, tmp_path) -> N
 def test_many_inputs_in_a_pool_give_the_same_maps_and_report(pool, make_scene, tmp_path) -> None:
     inputs = [MapInput(str(make_scene(seed=i)), tmp_path / "maps" / f"{i}.tif") for i in range(3)]
     inputs.insert(1, MapInput(str(tmp_path / "nowhere.tif"), tmp_path / "maps" / "nowhere.tif"))
-    maker = mapping_many.maker(overwrite=False)
+    maker = mapping_many.maker()
     report = predict_many(maker, inputs, each=pool.each, on_error="skip")
     assert {Path(item.input).name: item.status for item in report.inputs} == {
         "scene_0.tif": "done", "scene_1.tif": "done", "scene_2.tif": "done", "nowhere.tif": "failed"

@@ -12,6 +12,7 @@ from pathlib import Path
 import mapping_process
 import pytest
 
+import perf_vit.inference.journal as journals
 from perf_vit.errors import InputError, OutputError
 from perf_vit.inference import predict_map
 from perf_vit.inference.journal import open_journal
@@ -163,6 +164,48 @@ def test_an_error_before_the_first_rows_leaves_nothing_and_after_them_only_the_r
         journal.begin({"x": 2}, resume=False)
         assert not (journal.folder / "rows_1").exists()
     assert list(path.parent.iterdir()) == []
+
+
+@pytest.mark.parametrize("content", ["notes.txt", "rows_1.tif", "journal.json/x", "no folder"])
+def test_a_folder_of_somebody_else_is_never_touched(tmp_path, content: str) -> None:
+    folder = tmp_path / "map.tif.partial"
+    mine = folder if content == "no folder" else folder / content
+    mine.parent.mkdir(parents=True, exist_ok=True)
+    mine.write_text("mine")
+    refusal = pytest.raises(OutputError, match=r"map\.tif\.partial, where .* was not made by perf_vit")
+    with refusal, open_journal(tmp_path / "map.tif") as journal:
+        journal.begin({}, resume=False)
+    assert mine.read_text() == "mine"
+
+
+@pytest.mark.parametrize("names", [(), ("lock",), ("lock", "journal.json.tmp")])
+def test_a_folder_of_a_run_that_was_killed_before_its_journal_is_ours(tmp_path, names: tuple[str, ...]) -> None:
+    (tmp_path / "map.tif.partial").mkdir()
+    for name in names:
+        (tmp_path / "map.tif.partial" / name).touch()
+    with open_journal(tmp_path / "map.tif") as journal:
+        journal.begin({"x": 1}, resume=True)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("step", ["_clear", "rmdir"])
+def test_a_folder_whose_removal_was_cut_short_is_ours_and_counts_as_nothing(tmp_path, monkeypatch, step: str) -> None:
+    path = tmp_path / "map.tif"
+    with monkeypatch.context() as patched, open_journal(path) as journal:
+        journal.begin({"x": 1}, resume=True)
+        (journal.folder / "rows_1").touch()
+        if step == "_clear":
+            patched.setattr(journals, "_clear", lambda folder: None)
+            patched.setattr(Path, "unlink", lambda *_, **__: None)
+        else:
+            patched.setattr(Path, "rmdir", lambda _: None)
+    folder = tmp_path / "map.tif.partial"
+    assert folder.exists()
+    with open_journal(path) as journal:
+        # Other settings would be refused if something had been begun.
+        journal.begin({"x": 2}, resume=True)
+        assert not (folder / "rows_1").exists()
+    assert not folder.exists()
 
 
 def test_a_run_with_a_damaged_window_stops_and_keeps_its_rows(make_scene, tmp_path) -> None:
