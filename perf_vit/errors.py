@@ -1,6 +1,17 @@
 """The errors a user can cause: each message says what was expected, what came and what to do next."""
 
-__all__ = ["BusyError", "CheckpointError", "ConfigError", "DataWarning", "InputError", "OutputError", "PerfVitError"]
+import warnings
+
+__all__ = [
+    "BusyError",
+    "CheckpointError",
+    "ConfigError",
+    "DataWarning",
+    "InputError",
+    "OutputError",
+    "PerfVitError",
+    "warn_once",
+]
 
 
 class PerfVitError(ValueError):
@@ -29,3 +40,13 @@ class BusyError(OutputError):
 
 class CheckpointError(PerfVitError):
     """A checkpoint that can't be read, or that doesn't fit the data it is used on."""
+
+
+_warned: set[str] = set()
+
+
+def warn_once(kind: str, message: str) -> None:
+    """Give the first `DataWarning` of a kind in this process: one file stands for all others like it."""
+    if kind not in _warned:
+        _warned.add(kind)
+        warnings.warn(message, DataWarning, stacklevel=3)

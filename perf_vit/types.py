@@ -78,10 +78,12 @@ class GeoImage:
 
     Attributes:
         pixels: [C, H, W], the source's own dtype.
-        valid: [H, W], False where there is no data: nodata, transparent, NaN or past the edge.
+        valid: [H, W], True where at least one band holds data.
         crs: coordinate reference system, None where the source has none.
         transform: pixel (column, row) to CRS coordinates, None where the source has none.
         mpp: micrometres per pixel of a slide, None for a raster.
+        band_valid: [C, H, W], True where a band holds data: not nodata, not masked, not NaN, inside the source. None
+            where every band is like `valid`.
     """
 
     pixels: npt.NDArray[Any]
@@ -89,6 +91,34 @@ class GeoImage:
     crs: CRS | None = None
     transform: Affine | None = None
     mpp: float | None = None
+    band_valid: BoolArray | None = None
+
+    @classmethod
+    def of(
+        cls,
+        pixels: npt.NDArray[Any],
+        mask: BoolArray,
+        crs: CRS | None = None,
+        transform: Affine | None = None,
+        mpp: float | None = None,
+    ) -> GeoImage:
+        """Make an image from the values that hold data.
+
+        Args:
+            pixels: [C, H, W].
+            mask: True where a value holds data, [C, H, W], or [1, H, W] for all bands.
+            crs: see the attributes.
+            transform: see the attributes.
+            mpp: see the attributes.
+        """
+        valid = mask[0] if len(mask) == 1 else mask.any(0)
+        alike = len(mask) == 1 or bool((mask == valid).all())
+        return cls(pixels, valid, crs, transform, mpp, None if alike else mask)
+
+    @property
+    def mask(self) -> BoolArray:
+        """True where a value holds data, [C, H, W], or [1, H, W] for all bands."""
+        return self.valid[None] if self.band_valid is None else self.band_valid
 
 
 class Source(Protocol):

@@ -13,10 +13,18 @@ import rasterio
 import torch
 from affine import Affine
 
+from perf_vit import errors
+
 torch.set_num_threads(1)
 
 CRS = "EPSG:32637"
 TRANSFORM = Affine(2.5, 0, 401_000.125, 0, -3.25, 4_510_000.5)
+
+
+@pytest.fixture(autouse=True)
+def _warnings_of_this_test(monkeypatch):
+    """What is told once a process is told once a test."""
+    monkeypatch.setattr(errors, "_warned", set())
 
 
 @pytest.fixture

@@ -150,6 +150,7 @@ def _spec(config: DetectionRun, data: ObjectDataModule) -> DetectorSpec:
         normalizer=data.normalizer,
         tile_px=data.tile_px,
         bands=None if config.data.bands is None else tuple(config.data.bands),
+        nodata=config.data.nodata,
         mpp=config.data.mpp,
         label_options={
             "label_format": split.format,

@@ -153,6 +153,7 @@ def _facts(info: SourceInfo) -> list[tuple[str, str]]:
         ("bands", f"{len(info.band_names)} x {info.dtype}: {names}"),
         ("palette", f"{info.num_colors} colours" if info.num_colors else None),
         ("nodata", "none" if info.nodata is None else f"{info.nodata:g}"),
+        ("mask", info.mask),
         ("CRS", info.crs or ("none" if info.kind == "raster" else None)),
         ("resolution", resolution and f"{resolution} {info.units or ''}"),
         ("bounds", info.bounds_crs and "x {0:.8g} to {2:.8g}, y {1:.8g} to {3:.8g}".format(*info.bounds_crs)),

@@ -44,6 +44,7 @@ from perf_vit.tasks import (
     build_trainer,
     draw_scene,
 )
+from perf_vit.transforms import without_tiny
 
 __all__ = ["evaluate_scenes", "predict_scenes", "report_scenes", "train_scenes"]
 
@@ -254,10 +255,11 @@ def _spec(config: ClassificationRun | RegressionRun, data: SceneDataModule) -> C
     if isinstance(given, RegressionDataConfig):
         numbers = torch.as_tensor(data.train.images.labelled.targets)
         std = numbers.std(0, correction=0)
+        floor = numbers.abs().amax(0) * torch.finfo(torch.float32).eps
         return ClassifierSpec(
             kind="regression",
             target_mean=tuple(numbers.mean(0).tolist()),
-            target_std=tuple(torch.where(std > 0, std, 1.0).tolist()),
+            target_std=without_tiny(std.tolist(), floor.tolist(), [f"the number {name}" for name in data.names]),
             label_options={"image_column": given.image_column},
             **shared,
         )

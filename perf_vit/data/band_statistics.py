@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from perf_vit.errors import ConfigError, DataWarning
-from perf_vit.transforms import Normalizer
+from perf_vit.transforms import Normalizer, band_labels, without_tiny
 from perf_vit.types import GeoImage
 
 __all__ = ["given_normalizer", "measured_normalizer"]
@@ -34,7 +34,8 @@ def given_normalizer(mean: Sequence[float] | None, std: Sequence[float] | None, 
             f"data.mean and data.std must give one value for each of {num_bands} bands, std above 0, "
             f"got {list(mean)} and {list(std)}"
         )
-    return Normalizer(tuple(mean), tuple(std))
+    floor = [float(np.finfo(np.float32).eps) * abs(each) for each in mean]
+    return Normalizer(tuple(mean), without_tiny(std, floor, band_labels(None, num_bands)))
 
 
 def measured_normalizer(

@@ -38,7 +38,7 @@ class ObjectImages:
         records: the images.
         bands: 1-based bands to read; all but alpha if None.
         min_visible: objects of which a smaller share lies in a window are ignored there.
-        source_options: mpp and slide_mpp that the records' slides are read at.
+        source_options: of `perf_vit.open_source`: nodata of rasters, mpp and slide_mpp of slides.
 
     Raises:
         InputError: no image, one that can't be opened, or different numbers of bands.
@@ -148,11 +148,13 @@ class ObjectWindows(Dataset[ObjectSample]):
                 break
         if self.stain is not None:
             image = self.stain(image, int(rng.integers(2**31)))
-        pixels, objects = resize_with_objects(standardized(image, self.normalizer), objects, self.tile_px, self.tile_px)
-        if self.flips:
-            pixels, objects = turn_with_objects(pixels, objects, int(rng.integers(8)))
+        pixels, mask, objects = resize_with_objects(
+            standardized(image, self.normalizer), image.mask, objects, self.tile_px, self.tile_px
+        )
+        symmetry = int(rng.integers(8)) if self.flips else 0
         if self.colors is not None:
-            pixels = _recolored(pixels, self.colors, int(rng.integers(2**31)))
+            pixels = _recolored(pixels, mask, self.colors, int(rng.integers(2**31)))
+        pixels, objects = turn_with_objects(pixels, objects, symmetry)
         return torch.from_numpy(pixels), objects
 
     def _draw_size(self, rng: np.random.Generator) -> int | Sequence[int]:
@@ -251,6 +253,7 @@ def bands_fit(num_bands: int, expected: int) -> bool:
 def with_bands(image: GeoImage, num_bands: int) -> GeoImage:
     """A grey image among images of three bands, as three equal ones; others as they are."""
     if len(image.pixels) == 1 and num_bands == 3:
+        # Of a single band, `band_valid` is None.
         image.pixels = np.repeat(image.pixels, num_bands, axis=0)
     return image
 
@@ -276,5 +279,5 @@ def touch_valid(boxes_xyxy: npt.NDArray[np.number], valid: BoolArray) -> BoolArr
     return np.array(touches, bool)
 
 
-def _recolored(pixels: FloatArray, colors: Augmentation, seed: int) -> FloatArray:
-    return colors(pixels, np.zeros(pixels.shape[1:], np.uint8), seed)[0]
+def _recolored(pixels: FloatArray, mask: BoolArray, colors: Augmentation, seed: int) -> FloatArray:
+    return colors(pixels, np.zeros(pixels.shape[1:], np.uint8), seed, mask)[0]

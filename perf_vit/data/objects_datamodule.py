@@ -59,6 +59,7 @@ class ObjectDataConfig:
         mean: of each band, in the images' units, for standardisation, such as what a backbone was pretrained with;
             measured on training images if left out.
         std: standard deviation of each band; goes with `mean`.
+        nodata: value of missing pixels, instead of the one that files declare.
         mpp: micrometres per pixel to read slides at; their level 0, and rasters, if left out. Labels are in pixels of
             level 0. Prediction reads at the same.
         slide_mpp: micrometres per pixel of slides' level 0 where files don't say.
@@ -83,6 +84,7 @@ class ObjectDataConfig:
     bands: list[int] | None = None
     mean: list[float] | None = None
     std: list[float] | None = None
+    nodata: float | None = None
     mpp: float | None = None
     slide_mpp: float | None = None
     tile_px: int = 512
@@ -160,7 +162,7 @@ def build_object_datamodule(config: ObjectDataConfig, seed: int) -> ObjectDataMo
             index.records,
             bands=config.bands,
             min_visible=config.min_visible,
-            source_options=_source_options(mpp, config.slide_mpp),
+            source_options=_source_options(config, mpp),
         )
         for index, mpp in ((train_index, _training_mpp(config)), (val_index, config.mpp))
     )
@@ -271,12 +273,12 @@ def _read(config: ObjectDataConfig, split: ObjectSplitConfig, key: str, mpp: flo
         skip_classes=config.skip_classes,
         attribute=config.attribute,
         names=None if split.list is None else read_names(split.list, f"{key}.list"),
-        source_options=_source_options(mpp, config.slide_mpp),
+        source_options=_source_options(config, mpp),
     )
 
 
-def _source_options(mpp: float | None, slide_mpp: float | None) -> dict[str, Any]:
-    options = {"mpp": mpp, "slide_mpp": slide_mpp}
+def _source_options(config: ObjectDataConfig, mpp: float | None) -> dict[str, Any]:
+    options = {"nodata": config.nodata, "mpp": mpp, "slide_mpp": config.slide_mpp}
     return {name: value for name, value in options.items() if value is not None}
 
 
@@ -285,6 +287,8 @@ def _check(config: ObjectDataConfig) -> None:
         raise ConfigError(f"data.classes must name at least one class, each once, got {config.classes}")
     if config.sampler not in SAMPLERS:
         raise ConfigError(f"data.sampler must be one of {', '.join(SAMPLERS)}, got {config.sampler}")
+    if config.nodata is not None and (config.mpp is not None or config.slide_mpp is not None):
+        raise ConfigError("data.nodata is for rasters, data.mpp and data.slide_mpp for slides; leave one out")
     for key in ("val_share", "random_share", "min_visible"):
         if not 0 <= getattr(config, key) <= 1:
             raise ConfigError(f"data.{key} must lie between 0 and 1, got {getattr(config, key):g}")

@@ -9,7 +9,6 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 from torch.utils.data import Dataset
 
 from perf_vit.data.epochs import order_of_turn
@@ -17,8 +16,8 @@ from perf_vit.data.image_targets import ImageTargets
 from perf_vit.data.objects import common_bands, open_closed, with_bands
 from perf_vit.errors import InputError
 from perf_vit.tiling import random_window
-from perf_vit.transforms import Augmentation, Normalizer, StainJitter
-from perf_vit.types import GeoImage, Source, Window
+from perf_vit.transforms import Augmentation, Normalizer, StainJitter, resize_masked
+from perf_vit.types import BoolArray, GeoImage, Source, Window
 
 __all__ = ["SceneImages", "SceneTiles", "SceneViews", "middle_window", "scene_tile"]
 
@@ -34,7 +33,7 @@ class SceneImages:
     Args:
         labelled: the images.
         bands: 1-based bands to read; all but alpha if None.
-        nodata: value of missing pixels where a file declares none.
+        nodata: value of missing pixels, instead of the one that files declare.
 
     Raises:
         InputError: no image, one that can't be opened, or different numbers of bands.
@@ -119,8 +118,9 @@ class SceneTiles(Dataset[tuple[Tensor, Tensor]]):
         image = self._read(source, rng)
         source.close()
         stain = None if self.stain is None else partial(self.stain, seed=int(rng.integers(2**31)))
-        pixels = _tile_of(image, source.path, self.normalizer, self.tile_px, resize=self.resize, recolor=stain)
-        pixels, _ = self.augmentation(pixels, np.zeros(pixels.shape[1:], np.uint8), seed=int(rng.integers(2**31)))
+        pixels, mask = _tile_of(image, source.path, self.normalizer, self.tile_px, resize=self.resize, recolor=stain)
+        no_labels = np.zeros(pixels.shape[1:], np.uint8)
+        pixels, _ = self.augmentation(pixels, no_labels, seed=int(rng.integers(2**31)), mask=mask)
         return torch.from_numpy(pixels), self.images.target(chosen)
 
     def _read(self, source: Source, rng: np.random.Generator) -> GeoImage:
@@ -192,7 +192,7 @@ def scene_tile(
         InputError: the image can't be read, has no valid pixel there, or another number of bands.
     """
     image = _reduced(source, tile_px) if window is None else source.read(window)
-    return _tile_of(image, source.path, normalizer, tile_px, resize=window is None)
+    return _tile_of(image, source.path, normalizer, tile_px, resize=window is None)[0]
 
 
 def _tile_of(
@@ -203,8 +203,8 @@ def _tile_of(
     *,
     resize: bool,
     recolor: Callable[[GeoImage], GeoImage] | None = None,
-) -> FloatArray:
-    """The tile of an image that was read; `recolor` changes its colours before they are standardised.
+) -> tuple[FloatArray, BoolArray]:
+    """The tile of an image that was read, and its mask; `recolor` changes colours before they are standardised.
 
     Raises:
         InputError: no valid pixel, or another number of bands.
@@ -218,11 +218,7 @@ def _tile_of(
         pixels = normalizer(image)
     except InputError as error:
         raise InputError(f"{path}: {error}") from error
-    if not resize:
-        return pixels
-    batch = torch.from_numpy(pixels)[None]
-    resized = F.interpolate(batch, (tile_px, tile_px), mode="bilinear", antialias=True)[0]
-    return np.asarray(resized.numpy(), np.float32)
+    return resize_masked(pixels, image.mask, tile_px, tile_px) if resize else (pixels, image.mask)
 
 
 def _reduced(source: Source, tile_px: int) -> GeoImage:

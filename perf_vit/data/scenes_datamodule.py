@@ -56,7 +56,7 @@ class SceneDataConfig:
         mean: of each band, in the images' units, for standardisation, such as what a backbone was pretrained with;
             measured on training images if left out.
         std: standard deviation of each band; goes with `mean`.
-        nodata: value of missing pixels where files declare none.
+        nodata: value of missing pixels, instead of the one that files declare.
         tile_px: side of a tile, in pixels; a multiple of the backbone's patch size.
         resize: resize whole images to a tile; else a tile is a part at full resolution, at random while training, the
             middle otherwise, and images that are smaller are padded.

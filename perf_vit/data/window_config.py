@@ -48,7 +48,7 @@ class DataConfig:
         multilabel: several classes, or none, may be true at a pixel: labels are overlapping polygons, or a raster with
             a band of 0 and 1 a class. There is no class for the background then.
         bands: 1-based bands to use; all of them if left out.
-        nodata: value of missing pixels where the raster doesn't declare one.
+        nodata: value of missing pixels, instead of the one that rasters declare.
         resolution: side of a pixel to read rasters at, in units of their CRS; their own if left out. Prediction reads
             at the same.
         mpp: micrometres per pixel to read slides at; left out, images are rasters. Prediction reads at the same.

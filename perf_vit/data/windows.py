@@ -156,8 +156,10 @@ class RandomWindows(Dataset[tuple[Tensor, Tensor]]):
                 break
         if self.stain is not None:
             image = self.stain(image, int(rng.integers(2**31)))
-        pixels, labels = resize_with_labels(self.normalizer(image), labels, self.tile_px, self.tile_px)
-        pixels, labels = self.augmentation(pixels, labels, seed=int(rng.integers(2**31)))
+        pixels, mask, labels = resize_with_labels(
+            self.normalizer(image), image.mask, labels, self.tile_px, self.tile_px
+        )
+        pixels, labels = self.augmentation(pixels, labels, seed=int(rng.integers(2**31)), mask=mask)
         return torch.from_numpy(pixels), torch.from_numpy(labels).long()
 
     def _draw(self, index: int, rng: np.random.Generator, side: float | None) -> tuple[int, Window]:

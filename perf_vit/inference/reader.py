@@ -106,15 +106,15 @@ class SalvagingReader:
             return self._source.read(window)
         except InputError as error:
             pixels = np.zeros((self._source.num_bands, *window.shape), self._source.dtype)
-            valid = np.zeros(window.shape, bool)
+            mask = np.zeros(pixels.shape, bool)
             if max(window.shape) <= _SALVAGE_PX:
                 self._on_damage(window, str(error))
-                return GeoImage(pixels, valid)
+                return GeoImage.of(pixels, mask)
         for quarter in _quarters(window):
             part = self.read(quarter)
             rows, cols = quarter.slices_in(window)
-            pixels[:, rows, cols], valid[rows, cols] = part.pixels, part.valid
-        return GeoImage(pixels, valid)
+            pixels[:, rows, cols], mask[:, rows, cols] = part.pixels, part.mask
+        return GeoImage.of(pixels, mask)
 
 
 def _quarters(window: Window) -> list[Window]:

@@ -10,10 +10,10 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 
-from perf_vit.errors import InputError
+from perf_vit.errors import InputError, warn_once
 from perf_vit.io._bands import alpha_bands, choose_bands, colormap_of, common_dtype, names_of
 from perf_vit.io._gdal import read_window
-from perf_vit.io._nodata import has_mask, holds_data, nodata_values
+from perf_vit.io._nodata import holds_data, is_nodata_by_band, mask_bands, nodata_values
 from perf_vit.types import BoolArray, Window
 
 __all__ = ["BandLayout", "Palette", "PixelArray", "PixelOptions"]
@@ -21,6 +21,9 @@ __all__ = ["BandLayout", "Palette", "PixelArray", "PixelOptions"]
 PixelArray = npt.NDArray[Any]
 
 Palette = Literal["keep", "expand"]
+
+# Formats in which alpha can be nothing else.
+_TRUE_ALPHA = {"PNG", "WEBP", "GIF"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,8 +47,8 @@ class BandLayout:
     Attributes:
         path: of the file.
         bands: 1-based numbers of the bands in the file.
-        alpha_bands: numbers of the file's alpha bands.
-        has_mask: whether the file has a mask band.
+        alpha_bands: numbers of the file's alpha bands; those that are read as data are none.
+        mask_bands: bands whose mask band is read; one where the file has one for all.
         raw_dtype: of the bands in the file; the common one where they differ.
         raw_nodata: value of missing pixels of each band in the file, before scaling and colours.
         dtype: of the pixels that `read` gives.
@@ -59,7 +62,7 @@ class BandLayout:
     path: str
     bands: tuple[int, ...]
     alpha_bands: tuple[int, ...]
-    has_mask: bool
+    mask_bands: tuple[int, ...]
     raw_dtype: np.dtype[Any]
     raw_nodata: tuple[float | None, ...]
     dtype: np.dtype[Any]
@@ -91,42 +94,70 @@ class BandLayout:
             given |= _expanded(given["colormap"], path, bands)
         elif options.apply_scale:
             given |= _scaled(dataset, bands)
+        # A band that is read as data masks nothing.
+        alpha = tuple(band for band in alpha_bands(dataset) if band not in bands)
+        if alpha and dataset.driver not in _TRUE_ALPHA:
+            _warn_of_alpha(path, alpha, dataset.count)
         return cls(
             path=path,
             bands=bands,
-            alpha_bands=alpha_bands(dataset),
-            has_mask=has_mask(dataset, bands[0]),
+            alpha_bands=alpha,
+            mask_bands=mask_bands(dataset, bands),
             raw_dtype=raw_dtype,
             raw_nodata=raw_nodata,
             **given,
         )
 
     def read(self, dataset: Any, window: Window, out_shape: tuple[int, int]) -> tuple[PixelArray, BoolArray]:
-        """Pixels [C, *out_shape] and valid mask of a window inside the open file.
+        """Read a window inside the open file.
+
+        Returns:
+            Pixels [C, *out_shape] and which hold data, [C, *out_shape] or [1, *out_shape].
 
         Raises:
             InputError: the file is damaged there.
         """
         read = functools.partial(read_window, dataset, self.path, window)
         pixels = read(indexes=self.bands, out_shape=(len(self.bands), *out_shape), out_dtype=self.raw_dtype)
-        valid = holds_data(pixels, self.raw_nodata)
+        mask = holds_data(pixels, self.raw_nodata)
         if self.alpha_bands:
-            valid &= (read(indexes=self.alpha_bands, out_shape=(len(self.alpha_bands), *out_shape)) > 0).all(0)
-        if self.has_mask:
-            valid &= read(masks=True, indexes=self.bands[0], out_shape=out_shape) > 0
-        return self.finish(pixels, valid)
+            mask = mask & (read(indexes=self.alpha_bands, out_shape=(len(self.alpha_bands), *out_shape)) > 0).all(0)
+        if self.mask_bands:
+            shape = (len(self.mask_bands), *out_shape)
+            mask = mask & (read(masks=True, indexes=self.mask_bands, out_shape=shape) > 0)
+        return self.finish(pixels, mask)
 
-    def finish(self, raw: PixelArray, valid: BoolArray) -> tuple[PixelArray, BoolArray]:
-        """Colours instead of palette values, or scaled values, where they were asked for."""
+    @property
+    def mask_name(self) -> str | None:
+        """What masks pixels beside nodata values, in words."""
+        names = [f"band {band} (alpha)" for band in self.alpha_bands]
+        return ", ".join([*names, *(["mask band"] if self.mask_bands else [])]) or None
+
+    @property
+    def nodata_by_band(self) -> bool:
+        """See `is_nodata_by_band`."""
+        return is_nodata_by_band(self.raw_nodata, self.raw_dtype)
+
+    def finish(self, raw: PixelArray, mask: BoolArray) -> tuple[PixelArray, BoolArray]:
+        """Colours instead of palette values, or scaled values, where they were asked for, and which hold data."""
         if self.colors is not None:
             colored = self.colors[np.minimum(raw[0].astype(np.intp), len(self.colors) - 1)]
-            return np.ascontiguousarray(np.moveaxis(colored[..., :3], -1, 0)), valid & (colored[..., 3] > 0)
+            return np.ascontiguousarray(np.moveaxis(colored[..., :3], -1, 0)), mask & (colored[..., 3] > 0)
         if self.scaling is None:
-            return raw, valid
+            return raw, mask
         scale, offset = np.array(self.scaling).T[..., None, None]
         pixels = (raw * scale + offset).astype(np.float32)
-        pixels[:, ~valid] = np.nan
-        return pixels, valid
+        np.copyto(pixels, np.nan, where=~mask)
+        return pixels, mask
+
+
+def _warn_of_alpha(path: str, alpha: Sequence[int], count: int) -> None:
+    every = ", ".join(str(band) for band in range(1, count + 1))
+    warn_once(
+        "alpha",
+        f"band {alpha[0]} of {path} is tagged as alpha and taken as a mask: where it is 0, pixels are not valid; so "
+        f"are those of other files. If it is data, such as near infrared, read it with bands=[{every}] (data.bands)",
+    )
 
 
 def _expanded(colormap: Mapping[int, Sequence[int]], path: str, bands: Sequence[int]) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -12,6 +13,8 @@ from rasterio.enums import ColorInterp
 from perf_vit.errors import InputError
 
 __all__ = ["alpha_bands", "choose_bands", "colormap_of", "common_dtype", "names_of"]
+
+_OPACITY = ("alpha", "opacity", "transparen", "mask", "valid")
 
 
 def choose_bands(dataset: Any, path: str, bands: Sequence[int | str] | None) -> tuple[int, ...]:
@@ -47,8 +50,17 @@ def names_of(dataset: Any, bands: Sequence[int]) -> tuple[str, ...]:
 
 
 def alpha_bands(dataset: Any) -> tuple[int, ...]:
-    """Numbers of the bands that hold opacity."""
-    return tuple(i for i, kind in enumerate(dataset.colorinterp, 1) if kind == ColorInterp.alpha)
+    """Numbers of the bands that hold opacity: those tagged alpha, unless their description is another word.
+
+    GDAL tags the fourth band of every TIFF of 8 bits that it writes without being told what the band is.
+    """
+    bands = zip(dataset.colorinterp, dataset.descriptions, strict=True)
+    return tuple(i for i, (kind, text) in enumerate(bands, 1) if kind == ColorInterp.alpha and _is_opacity(text))
+
+
+def _is_opacity(description: str | None) -> bool:
+    text = (description or "").lower()
+    return not text or re.fullmatch(r"band[ _]?\d+", text) is not None or any(word in text for word in _OPACITY)
 
 
 def common_dtype(dataset: Any, path: str, bands: Sequence[int]) -> np.dtype[Any]:

@@ -13,27 +13,43 @@ from rasterio.enums import MaskFlags
 from perf_vit.errors import InputError
 from perf_vit.types import BoolArray
 
-__all__ = ["fits", "has_mask", "holds_data", "nodata_values"]
+__all__ = ["fits", "holds_data", "is_finite", "is_nodata_by_band", "mask_bands", "nodata_values"]
 
 
 def holds_data(pixels: npt.NDArray[Any], nodata: Sequence[float | None]) -> BoolArray:
-    """False where all bands hold their nodata value, and where a band is not finite.
+    """True where a value is finite and not nodata.
 
     Args:
         pixels: [C, H, W].
         nodata: one value a band, None where a band has none.
 
     Returns:
-        [H, W].
+        [C, H, W], or [1, H, W] where all bands are alike.
     """
-    valid = np.zeros(pixels.shape[1:], bool)
-    for band, value in zip(pixels, nodata, strict=True):
-        # NaN differs from itself, so it passes here and is caught below.
-        valid |= True if value is None else band != band.dtype.type(value)
-    if pixels.dtype.kind == "f":
-        for band in pixels:
-            valid &= np.isfinite(band)
-    return valid
+    mask = np.ones((1, *pixels.shape[1:]), bool)
+    if any(value is not None for value in nodata):
+        # NaN differs from itself, so it is no nodata here and not finite below.
+        missing = np.stack(
+            [
+                np.zeros(band.shape, bool) if value is None else band == band.dtype.type(value)
+                for band, value in zip(pixels, nodata, strict=True)
+            ]
+        )
+        mask = ~missing if is_nodata_by_band(nodata, pixels.dtype) else ~missing.all(0, keepdims=True)
+    return mask & is_finite(pixels) if pixels.dtype.kind == "f" else mask
+
+
+def is_finite(pixels: npt.NDArray[Any]) -> BoolArray:
+    """True where a value is a number that float32, the networks' dtype, can hold."""
+    return np.isfinite(pixels) if pixels.dtype.itemsize <= 4 else np.abs(pixels) <= np.finfo(np.float32).max
+
+
+def is_nodata_by_band(nodata: Sequence[float | None], dtype: np.dtype[Any]) -> bool:
+    """Whether a nodata value means a missing value in its band alone, or only where all bands hold theirs.
+
+    0, and any value of 8-bit pixels, may be data, too: the red of a dark green pixel, the blue of a yellow one.
+    """
+    return dtype.itemsize > 1 and any(value not in (None, 0) for value in nodata)
 
 
 def nodata_values(
@@ -62,7 +78,11 @@ def fits(value: float, dtype: np.dtype[Any]) -> bool:
     return math.isfinite(value) and value == int(value) and limits.min <= value <= limits.max
 
 
-def has_mask(dataset: Any, band: int) -> bool:
-    """Whether there is a mask band, inside the file or beside it."""
+def mask_bands(dataset: Any, bands: Sequence[int]) -> tuple[int, ...]:
+    """Bands whose mask band, inside the file or beside it, is to be read: none, one for all, or each."""
     derived = {MaskFlags.all_valid, MaskFlags.nodata, MaskFlags.alpha}
-    return not derived & set(dataset.mask_flag_enums[band - 1])
+    flags = [set(dataset.mask_flag_enums[band - 1]) for band in bands]
+    masked = [each for each in flags if not derived & each]
+    if not masked:
+        return ()
+    return (bands[0],) if all(MaskFlags.per_dataset in each for each in masked) else tuple(bands)

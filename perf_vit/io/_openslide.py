@@ -86,7 +86,7 @@ class OpenSlideReader:
         self.mpp_yx = _mpp_yx(slide.properties)
 
     def read(self, level: int, window: Window) -> tuple[npt.NDArray[Any], BoolArray]:
-        """Pixels [3, h, w], white where the scanner saw nothing, and where it saw something [h, w].
+        """Pixels [3, h, w], white where the scanner saw nothing, and where it saw something [1, h, w].
 
         Raises:
             InputError: the slide is damaged there.
@@ -96,16 +96,16 @@ class OpenSlideReader:
         # OpenSlide takes positions in whole pixels of level 0. Where those are no whole pixels of the level, it shifts
         # by the rest; blocks with fixed positions make the shift, too, independent of the window.
         pixels = np.empty((3, *window.shape), np.uint8)
-        valid = np.empty(window.shape, bool)
+        mask = np.empty((1, *window.shape), bool)
         for block in _blocks(window):
             part = block.intersect(window)
             assert part is not None
             rows, cols = part.slices_in(window)
             block_rows, block_cols = part.slices_in(block)
-            block_pixels, block_valid = self._read_at(level, block)
+            block_pixels, block_mask = self._read_at(level, block)
             pixels[:, rows, cols] = block_pixels[:, block_rows, block_cols]
-            valid[rows, cols] = block_valid[block_rows, block_cols]
-        return pixels, valid
+            mask[:, rows, cols] = block_mask[:, block_rows, block_cols]
+        return pixels, mask
 
     def close(self) -> None:
         """Close this thread's handle."""
@@ -128,7 +128,7 @@ class OpenSlideReader:
             picture = ImageCms.applyTransform(picture.convert("RGB"), handle.to_srgb)
         pixels = np.array(np.asarray(picture)[..., :3].transpose(2, 0, 1), order="C")
         pixels[:, ~alpha] = self.fill
-        return pixels, alpha
+        return pixels, alpha[None]
 
 
 def _blocks(window: Window) -> list[Window]:

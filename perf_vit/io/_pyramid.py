@@ -53,7 +53,7 @@ class PyramidReader(Protocol):
     format: str
 
     def read(self, level: int, window: Window) -> tuple[npt.NDArray[Any], BoolArray]:
-        """Pixels [C, h, w] and valid mask [h, w] of a window inside the level; any thread may call it."""
+        """Pixels [C, h, w] of a window inside the level, and which hold data, [C or 1, h, w]; from any thread."""
 
     def close(self) -> None:
         """Close this thread's handle."""

@@ -25,8 +25,8 @@ def read_grid(
 
     Reduction and enlargement use a triangle filter, as wide as two grid pixels or two level pixels, whichever are
     larger: anti-aliased in the first case, bilinear in the second. Weights come from a pixel's place in the whole grid
-    and are summed in a fixed order, so windows meet without a seam, bit for bit. Invalid pixels have no part in their
-    neighbours; a grid pixel is valid where at least half of the weight is.
+    and are summed in a fixed order, so windows meet without a seam, bit for bit. Invalid values have no part in their
+    neighbours; a band of a grid pixel is valid where at least half of the weight is.
 
     Args:
         reader: the pyramid.
@@ -35,18 +35,22 @@ def read_grid(
         bands: indices of the bands to read, from 0.
 
     Returns:
-        Pixels [C, h, w] in the reader's dtype, and which are valid [h, w].
+        Pixels [C, h, w] in the reader's dtype, and which hold data, [C, h, w] or [1, h, w].
     """
     if grid.is_level:
-        pixels, valid = reader.read(grid.level, window)
-        return pixels[list(bands)], valid
+        pixels, mask = reader.read(grid.level, window)
+        return pixels[list(bands)], _of_bands(mask, bands)
     level = reader.levels[grid.level]
     rows = _Taps(grid.start_yx[0], grid.step_yx[0], level.height, window.row, window.row_stop)
     cols = _Taps(grid.start_yx[1], grid.step_yx[1], level.width, window.col, window.col_stop)
     if rows.span * cols.span > _MAX_PIXELS and max(window.shape) > 1:
         return _read_halves(reader, grid, window, bands)
-    pixels, valid = reader.read(grid.level, Window(rows.first, cols.first, rows.span, cols.span))
-    return _filtered(pixels[list(bands)], valid, rows, cols, reader.fill)
+    pixels, mask = reader.read(grid.level, Window(rows.first, cols.first, rows.span, cols.span))
+    return _filtered(pixels[list(bands)], _of_bands(mask, bands), rows, cols, reader.fill)
+
+
+def _of_bands(mask: BoolArray, bands: Sequence[int]) -> BoolArray:
+    return mask if len(mask) == 1 else mask[list(bands)]
 
 
 def _read_halves(
@@ -65,11 +69,11 @@ def _read_halves(
             Window(window.row, window.col + half, window.height, window.width - half),
         ]
     pixels = np.empty((len(bands), *window.shape), reader.dtype)
-    valid = np.empty(window.shape, bool)
+    mask = np.empty((len(bands), *window.shape), bool)
     for part in parts:
         rows, cols = part.slices_in(window)
-        pixels[:, rows, cols], valid[rows, cols] = read_grid(reader, grid, part, bands)
-    return pixels, valid
+        pixels[:, rows, cols], mask[:, rows, cols] = read_grid(reader, grid, part, bands)
+    return pixels, mask
 
 
 class _Taps:
@@ -98,21 +102,22 @@ class _Taps:
 
 
 def _filtered(
-    pixels: npt.NDArray[Any], valid: BoolArray, rows: _Taps, cols: _Taps, fill: int
+    pixels: npt.NDArray[Any], mask: BoolArray, rows: _Taps, cols: _Taps, fill: int
 ) -> tuple[npt.NDArray[Any], BoolArray]:
     # 24 bits of mantissa hold 16-bit pixels.
     work = np.dtype(np.float32 if pixels.dtype.itemsize <= 2 or pixels.dtype == np.float32 else np.float64)
     num_bands, height, width = pixels.shape
-    stack = np.empty((height, width, num_bands + 1), work)
-    stack[..., :-1] = np.where(valid, pixels, 0).transpose(1, 2, 0)
-    stack[..., -1] = valid
+    num_layers = num_bands + len(mask)
+    stack = np.empty((height, width, num_layers), work)
+    stack[..., :num_bands] = np.where(mask, pixels, 0).transpose(1, 2, 0)
+    stack[..., num_bands:] = mask.transpose(1, 2, 0)
     down = rows.matrix(work) @ stack.reshape(height, -1)
-    turned = np.ascontiguousarray(down.reshape(-1, width, num_bands + 1).transpose(1, 0, 2))
-    out = (cols.matrix(work) @ turned.reshape(width, -1)).reshape(-1, len(down), num_bands + 1).transpose(2, 1, 0)
-    weight = out[-1]
+    turned = np.ascontiguousarray(down.reshape(-1, width, num_layers).transpose(1, 0, 2))
+    out = (cols.matrix(work) @ turned.reshape(width, -1)).reshape(-1, len(down), num_layers).transpose(2, 1, 0)
+    weight = out[num_bands:]
     held = weight >= 0.4999 * np.multiply.outer(rows.totals, cols.totals)
     with np.errstate(invalid="ignore", divide="ignore"):
-        values = np.where(held, out[:-1] / weight, fill)
+        values = np.where(held, out[:num_bands] / weight, fill)
     return _cast(values, pixels.dtype), held
 
 

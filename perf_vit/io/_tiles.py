@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import numpy.typing as npt
 from rasterio.crs import CRS
 from rasterio.enums import Resampling
@@ -14,7 +13,7 @@ from perf_vit.errors import InputError
 from perf_vit.io._band_layout import BandLayout, PixelOptions
 from perf_vit.io._gdal import crs_name, open_dataset, read_window
 from perf_vit.io._grid import Grid
-from perf_vit.io._nodata import holds_data
+from perf_vit.io._nodata import holds_data, is_finite
 from perf_vit.io._warp import open_warped, suggested_grid
 from perf_vit.types import BoolArray, Window
 
@@ -73,7 +72,7 @@ class OpenTile:
         self._warped = warped
 
     def read(self, window: Window) -> tuple[Window, npt.NDArray[Any], BoolArray] | None:
-        """The part of a window of the grid that the tile covers: which part, pixels [C, h, w], valid [h, w].
+        """The part of a window of the grid that the tile covers: which part, pixels [C, h, w], and which hold data.
 
         Raises:
             InputError: the file is damaged there.
@@ -86,13 +85,13 @@ class OpenTile:
             return shared, *self._layout.read(self._dataset, place, place.shape)
         layout = self._layout
         raw = read_window(self._dataset, layout.path, place)
-        pixels, valid = raw[:-1], raw[-1] > 0
+        pixels, mask = raw[:-1], raw[-1:] > 0
         if pixels.dtype.kind == "f":
-            valid &= np.isfinite(pixels).all(0)
-        if layout.has_mask:
-            # GDAL warps by the mask alone then.
-            valid &= holds_data(pixels, layout.raw_nodata)
-        return shared, *layout.finish(pixels, valid)
+            mask = mask & is_finite(pixels)
+        if layout.nodata_by_band or layout.mask_bands:
+            # Where there is a mask, GDAL warps by that alone.
+            mask = mask & holds_data(pixels, layout.raw_nodata)
+        return shared, *layout.finish(pixels, mask)
 
     def close(self) -> None:
         """Close the file."""

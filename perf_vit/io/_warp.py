@@ -58,7 +58,9 @@ def open_warped(layout: BandLayout, grid: Grid, resampling: Resampling, overview
         scale = _scale(dataset, grid)
     _move(root, grid)
     _set_bands(root, layout)
-    _set_options(root, {"INIT_DEST": "0", "UNIFIED_SRC_NODATA": "YES", **scale})
+    by_band = _masks_by_band(layout)
+    fill = {"INIT_DEST": "NO_DATA" if by_band else "0", "UNIFIED_SRC_NODATA": "NO" if by_band else "YES"}
+    _set_options(root, {**fill, **scale})
     return open_dataset(ElementTree.tostring(root, encoding="unicode"), name=layout.path)
 
 
@@ -89,15 +91,35 @@ def _set_bands(root: ElementTree.Element, layout: BandLayout) -> None:
         for element in options.findall(tag):
             options.remove(element)
     bands = ElementTree.SubElement(options, "BandList")
-    for number, (band_number, nodata) in enumerate(zip(layout.bands, layout.raw_nodata, strict=True), 1):
+    for number, (band_number, nodata) in enumerate(zip(layout.bands, _warped_nodata(layout), strict=True), 1):
         mapping = ElementTree.SubElement(bands, "BandMapping", src=str(band_number), dst=str(number))
-        # GDAL heeds a mask only where no band has a nodata value.
-        if nodata is not None and not layout.has_mask:
-            ElementTree.SubElement(mapping, "SrcNoDataReal").text = repr(float(nodata))
-            ElementTree.SubElement(mapping, "SrcNoDataImag").text = "0"
+        if nodata is not None:
+            for side in ("Src", "Dst") if _masks_by_band(layout) else ("Src",):
+                ElementTree.SubElement(mapping, f"{side}NoDataReal").text = repr(float(nodata))
+                ElementTree.SubElement(mapping, f"{side}NoDataImag").text = "0"
     if layout.alpha_bands:
         ElementTree.SubElement(options, "SrcAlphaBand").text = str(layout.alpha_bands[-1])
     ElementTree.SubElement(options, "DstAlphaBand").text = str(count)
+
+
+def _warped_nodata(layout: BandLayout) -> tuple[float | None, ...]:
+    """The value of each band that GDAL leaves out of what it averages."""
+    # GDAL heeds a mask only where no band has a nodata value.
+    if layout.mask_bands:
+        return (None,) * len(layout.bands)
+    if _masks_by_band(layout):
+        missing = float("nan") if layout.raw_dtype.kind == "f" else None
+        return tuple(missing if value is None else value for value in layout.raw_nodata)
+    # A pixel is missing where all bands are; a band without such a value never is.
+    return (None,) * len(layout.bands) if None in layout.raw_nodata else layout.raw_nodata
+
+
+def _masks_by_band(layout: BandLayout) -> bool:
+    """Whether GDAL leaves out values of single bands, or only pixels that are missing in all bands."""
+    if layout.mask_bands:
+        return False
+    has_nan = layout.raw_dtype.kind == "f" and set(layout.raw_nodata) == {None}
+    return layout.nodata_by_band or has_nan
 
 
 def _set_options(root: ElementTree.Element, values: dict[str, str]) -> None:

@@ -29,6 +29,7 @@ class SourceInfo:
         band_names: one a band.
         num_colors: of the palette, 0 without one.
         nodata: value of missing pixels, None for none.
+        mask: what hides pixels beside nodata, such as "band 4 (alpha)", None for nothing.
         crs: its short name, None where there is none.
         resolution_xy: width and height of a pixel in units of the CRS; None without CRS, and of a rotated raster the
             length of its pixels' sides.
@@ -50,6 +51,7 @@ class SourceInfo:
     band_names: tuple[str, ...]
     num_colors: int
     nodata: float | None
+    mask: str | None
     crs: str | None
     resolution_xy: tuple[float, float] | None
     units: str | None
@@ -82,6 +84,7 @@ def describe_source(source: Source) -> SourceInfo:
         band_names=tuple(source.band_names),
         num_colors=len(source.colormap or ()),
         nodata=source.nodata,
+        mask=getattr(source, "mask_name", None),
         mpp=source.mpp,
         file_bytes=file.stat().st_size if file.is_file() else None,
         **_place(source),

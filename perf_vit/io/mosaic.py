@@ -89,15 +89,16 @@ class MosaicSource(RasterSource):
         grid = _thinned(self._grid, window, out_shape) if reduced else self._grid
         place = grid.extent if reduced else window
         pixels = np.full((self.num_bands, *out_shape), self.nodata or 0, self.dtype)
-        valid = np.zeros(out_shape, bool)
+        mask = np.zeros((self.num_bands, *out_shape), bool)
+        missing = np.ones(out_shape, bool)
         for index in sorted(self._tree.query(_box(window)).tolist()):
             with _opened(self._tiles[index], grid) if reduced else nullcontext(self._handles.get().get(index)) as tile:
                 covered = tile.read(place)
             if covered is not None:
-                _lay_under(pixels, valid, place, *covered)
-            if valid.all():
+                _lay_under(pixels, mask, missing, place, *covered)
+            if not missing.any():
                 break
-        return pixels, valid
+        return pixels, mask
 
 
 def _thinned(grid: Grid, window: Window, shape: tuple[int, int]) -> Grid:
@@ -114,13 +115,20 @@ def _opened(tile: Tile, grid: Grid) -> AbstractContextManager[OpenTile]:
 
 
 def _lay_under(
-    pixels: PixelArray, valid: BoolArray, window: Window, place: Window, new_pixels: PixelArray, new_valid: BoolArray
+    pixels: PixelArray,
+    mask: BoolArray,
+    missing: BoolArray,
+    window: Window,
+    place: Window,
+    new_pixels: PixelArray,
+    new_mask: BoolArray,
 ) -> None:
-    """Fill what is missing so far of a window's pixels from those of a tile, which cover `place`."""
+    """Fill the pixels of a window that no band has so far from those of a tile, which cover `place`."""
     rows, cols = place.slices_in(window)
-    missing = new_valid & ~valid[rows, cols]
-    np.copyto(pixels[:, rows, cols], new_pixels, where=missing)
-    valid[rows, cols] |= missing
+    used = new_mask.any(0) & missing[rows, cols]
+    np.copyto(pixels[:, rows, cols], new_pixels, where=used)
+    np.copyto(mask[:, rows, cols], new_mask, where=used)
+    missing[rows, cols] &= ~used
 
 
 def _pool(tiles: Sequence[Tile], grid: Grid, resampling: Resampling) -> Pool[OpenTile]:

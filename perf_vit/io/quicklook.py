@@ -52,7 +52,8 @@ def rgb_from(image: GeoImage, bands: Sequence[int] | None = None) -> Picture:
     chosen = list(bands or ([1, 2, 3] if count >= 3 else [1]))
     if len(chosen) not in (1, 3) or not all(1 <= band <= count for band in chosen):
         raise InputError(f"expected one or three of the bands 1 to {count} for a picture, got {chosen}")
-    channels = [_stretch(image.pixels[band - 1], image.valid) for band in chosen]
+    mask = np.broadcast_to(image.mask, image.pixels.shape)
+    channels = [_stretch(image.pixels[band - 1], mask[band - 1]) for band in chosen]
     picture = np.stack(channels * (3 // len(channels)), axis=-1)
     picture[~image.valid] = 255
     return picture

@@ -41,6 +41,7 @@ class RasterSource:
         band_names: the bands' descriptions, "band_1" and so on where they have none.
         placed_by_gcps: whether only ground control points say where it lies; its pixels are read as they are.
         colormap: value to (red, green, blue, alpha), None where the first band has none.
+        mask_name: what hides pixels beside nodata values, such as "band 4 (alpha)", None where nothing does.
     """
 
     mpp: float | None = None
@@ -73,6 +74,7 @@ class RasterSource:
         self.nodata = layout.nodata
         self.band_names = layout.names
         self.colormap = layout.colormap
+        self.mask_name = layout.mask_name
 
     @property
     def num_bands(self) -> int:
@@ -97,8 +99,8 @@ class RasterSource:
     def read(self, window: Window) -> GeoImage:
         """Read a window, which may reach past the edge on any side.
 
-        A pixel is invalid past the edge, where all bands hold nodata, where alpha or mask is 0, and where a band is
-        not finite. Pixels past the edge are the nodata value, or 0.
+        A band is invalid past the edge, where it is nodata or not finite, and where alpha or mask is 0; a pixel is
+        valid where a band is. Pixels past the edge are the nodata value, or 0.
 
         Args:
             window: rows and columns, in pixels of the raster.
@@ -110,12 +112,14 @@ class RasterSource:
             InputError: the file is damaged there.
         """
         pixels = np.full((self.num_bands, *window.shape), self.nodata or 0, self.dtype)
-        valid = np.zeros(window.shape, bool)
+        mask = np.zeros((1, *window.shape), bool)
         shared = window.intersect(self.extent)
         if shared is not None:
             rows, cols = shared.slices_in(window)
-            pixels[:, rows, cols], valid[rows, cols] = self._read_inside(shared, shared.shape)
-        return GeoImage(pixels, valid, self.crs, self.transform @ Affine.translation(window.col, window.row))
+            pixels[:, rows, cols], inside = self._read_inside(shared, shared.shape)
+            mask = np.zeros((len(inside), *window.shape), bool)
+            mask[:, rows, cols] = inside
+        return GeoImage.of(pixels, mask, self.crs, self.transform @ Affine.translation(window.col, window.row))
 
     def read_reduced(self, max_size_px: int, window: Window | None = None) -> GeoImage:
         """Read a window thinned out, or from the file's overviews: for statistics and pictures.
@@ -135,9 +139,9 @@ class RasterSource:
             raise InputError(f"{window} must meet {self.path}, which is {self.height} rows x {self.width} columns")
         step = max(1.0, max(shared.shape) / max_size_px)
         height, width = (max(1, math.floor(side / step + 0.5)) for side in shared.shape)
-        pixels, valid = self._read_inside(shared, (height, width))
+        pixels, mask = self._read_inside(shared, (height, width))
         scale = Affine.scale(shared.width / width, shared.height / height)
-        return GeoImage(pixels, valid, self.crs, self.transform @ Affine.translation(shared.col, shared.row) @ scale)
+        return GeoImage.of(pixels, mask, self.crs, self.transform @ Affine.translation(shared.col, shared.row) @ scale)
 
     def close(self) -> None:
         """Close this thread's file handle; a later read opens it again."""
@@ -154,5 +158,5 @@ class RasterSource:
         return f"{type(self).__name__}({self.path!r}: {layout})"
 
     def _read_inside(self, window: Window, out_shape: tuple[int, int]) -> tuple[PixelArray, BoolArray]:
-        """Pixels [C, *out_shape] and valid mask of a window inside the raster."""
+        """Pixels [C, *out_shape] of a window inside the raster, and which hold data, [C or 1, *out_shape]."""
         return self._layout.read(self._handle.get(), window, out_shape)

@@ -105,7 +105,8 @@ class SlideSource:
 
         A level is read as it is; other sizes are resampled from the coarsest level that is fine enough, with a
         triangle filter that is laid on the slide, not on the window: windows meet without a seam, bit for bit.
-        A pixel is invalid past the edge, where the scanner saw nothing, where it is not finite and outside the tissue.
+        A channel is invalid past the edge, where the scanner saw nothing, where it is not finite and outside the
+        tissue; a pixel is valid where a channel is.
         Pixels past the edge and unseen ones are white in a slide of three colours of 8 bits, else 0.
 
         Args:
@@ -118,14 +119,16 @@ class SlideSource:
             InputError: the file is damaged there.
         """
         pixels = np.full((self.num_bands, *window.shape), self._reader.fill, self.dtype)
-        valid = np.zeros(window.shape, bool)
+        mask = np.zeros((1, *window.shape), bool)
         shared = window.intersect(self.extent)
         if shared is not None:
             rows, cols = shared.slices_in(window)
-            pixels[:, rows, cols], valid[rows, cols] = self._read_inside(self._grid, shared)
+            pixels[:, rows, cols], inside = self._read_inside(self._grid, shared)
             if self._tissue is not None:
-                valid[rows, cols] &= self._tissue.read(shared, self.downsample_xy)
-        return GeoImage(pixels, valid, None, Affine.translation(window.col, window.row), self.mpp)
+                inside = inside & self._tissue.read(shared, self.downsample_xy)
+            mask = np.zeros((len(inside), *window.shape), bool)
+            mask[:, rows, cols] = inside
+        return GeoImage.of(pixels, mask, None, Affine.translation(window.col, window.row), self.mpp)
 
     def read_reduced(self, max_size_px: int, window: Window | None = None) -> GeoImage:
         """Read a window at lower resolution, from the best level: for statistics and pictures.
@@ -148,15 +151,15 @@ class SlideSource:
             return self.read(shared)
         height, width = (max(1, math.floor(side / reduction + 0.5)) for side in shared.shape)
         scale_yx = shared.height / height, shared.width / width
-        pixels, valid = self._read_inside(self._coarser(shared, scale_yx), Window(0, 0, height, width))
+        pixels, mask = self._read_inside(self._coarser(shared, scale_yx), Window(0, 0, height, width))
         if self._tissue is not None:
             down_x, down_y = self.downsample_xy
             coarse_xy = (down_x * scale_yx[1], down_y * scale_yx[0])
             start_xy = (shared.col * down_x, shared.row * down_y)
-            valid &= self._tissue.read(Window(0, 0, height, width), coarse_xy, start_xy)
+            mask = mask & self._tissue.read(Window(0, 0, height, width), coarse_xy, start_xy)
         mpp = None if self.mpp is None else self.mpp * math.sqrt(math.prod(scale_yx))
         scale = Affine.scale(scale_yx[1], scale_yx[0])
-        return GeoImage(pixels, valid, None, Affine.translation(shared.col, shared.row) @ scale, mpp)
+        return GeoImage.of(pixels, mask, None, Affine.translation(shared.col, shared.row) @ scale, mpp)
 
     def close(self) -> None:
         """Close this thread's file handle; a later read opens it again."""

@@ -14,6 +14,7 @@ import numpy.typing as npt
 from perf_vit.errors import InputError
 from perf_vit.io._gdal import check_exists
 from perf_vit.io._handles import PerThread
+from perf_vit.io._nodata import is_finite
 from perf_vit.io._ome_xml import micrometres, parse_ome_xml
 from perf_vit.io._openslide import import_slide_library
 from perf_vit.io._pyramid import Level, true_downsample
@@ -64,7 +65,7 @@ class ArrayReader:
         self.fill = 255 if self._is_colour and self.dtype == np.uint8 else 0
 
     def read(self, level: int, window: Window) -> tuple[npt.NDArray[Any], BoolArray]:
-        """Pixels [C, h, w] and which are finite [h, w].
+        """Pixels [C, h, w] and which are finite, [C, h, w] or [1, h, w].
 
         Raises:
             InputError: the file is damaged there.
@@ -85,8 +86,8 @@ class ArrayReader:
             found, kept = found[None], ["C", *kept]
         order = [kept.index("S" if self._is_colour else "C"), kept.index("Y"), kept.index("X")]
         pixels = np.ascontiguousarray(found.transpose(order), dtype=self.dtype)
-        valid = np.isfinite(pixels).all(0) if self.dtype.kind == "f" else np.ones(window.shape, bool)
-        return pixels, valid
+        mask = is_finite(pixels) if self.dtype.kind == "f" else np.ones((1, *window.shape), bool)
+        return pixels, mask
 
     def close(self) -> None:
         """Close this thread's handle."""

@@ -132,10 +132,10 @@ def open_tissue(tissue: str, path: str, reader: PyramidReader, mpp_yx: tuple[flo
     by_side = max(1.0, max(full.height, full.width) / _MAX_SIDE_PX)
     factor_yx = (by_side, by_side) if mpp_yx is None else (max(1.0, _MPP / mpp_yx[0]), max(1.0, _MPP / mpp_yx[1]))
     grid = grid_at(reader.levels, factor_yx)
-    pixels, valid = read_grid(reader, grid, Window(0, 0, grid.height, grid.width), (0, 1, 2))
+    pixels, mask = read_grid(reader, grid, Window(0, 0, grid.height, grid.width), (0, 1, 2))
     level_yx = reader.levels[grid.level].downsample_yx
     downsample_yx = (grid.step_yx[0] * level_yx[0], grid.step_yx[1] * level_yx[1])
-    return RasterMask(find_tissue(pixels, valid), downsample_yx)
+    return RasterMask(find_tissue(pixels, mask.any(0)), downsample_yx)
 
 
 def find_tissue(pixels: npt.NDArray[np.uint8], valid: BoolArray) -> BoolArray:

@@ -51,7 +51,7 @@ class ClassifierSpec:
         tile_px: side of the square tiles that it sees, in pixels.
         resize: whole images are resized to a tile; else a tile is the middle of the image, at full resolution.
         bands: 1-based bands of the source that it reads, None for all of them.
-        nodata: value that marks missing pixels where the file declares none, None for nothing of the kind.
+        nodata: value of missing pixels, instead of the one that files declare; None for theirs.
         target_mean: of each number in the training data; empty for classes.
         target_std: likewise.
         label_options: columns of the CSV files it was trained with.

@@ -29,7 +29,7 @@ class DetectorSpec:
         normalizer: statistics of the bands it was trained on.
         tile_px: side of the square tiles it was trained on, in pixels.
         bands: 1-based bands of the source that it reads, None for all of them.
-        nodata: value that marks missing pixels where the file declares none, None for nothing of the kind.
+        nodata: value of missing pixels, instead of the one that files declare; None for theirs.
         score_threshold: lowest score of an object that is worth writing; training sets it to where F1 was highest on
             the validation images.
         kind: geometry of its detections; the head decides it.

@@ -27,7 +27,7 @@ class SegmenterSpec:
         normalizer: statistics of the bands it was trained on.
         tile_px: side of the square tiles it was trained on, in pixels.
         bands: 1-based bands of the source that it reads, None for all of them.
-        nodata: value that marks missing pixels where the file declares none, None for nothing of the kind.
+        nodata: value of missing pixels, instead of the one that files declare; None for theirs.
         resolution: side of a pixel that rasters are read at, in units of their CRS, None for their own.
         multilabel: each class is true or not by itself; its scores are logits of a sigmoid, not of a softmax.
         mpp: micrometres per pixel that slides are read at, None for a model of rasters.

@@ -1,7 +1,8 @@
 """What happens to pixels between a source and a model: the same at training and at prediction."""
 
 from perf_vit.transforms.augment import Augmentation
-from perf_vit.transforms.normalize import Normalizer
+from perf_vit.transforms.masked import resize_masked
+from perf_vit.transforms.normalize import Normalizer, band_labels, without_tiny
 from perf_vit.transforms.objects import resize_with_labels, resize_with_objects, turn_with_objects
 from perf_vit.transforms.stain import StainJitter
 
@@ -9,7 +10,10 @@ __all__ = [
     "Augmentation",
     "Normalizer",
     "StainJitter",
+    "band_labels",
+    "resize_masked",
     "resize_with_labels",
     "resize_with_objects",
     "turn_with_objects",
+    "without_tiny",
 ]

@@ -8,7 +8,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from perf_vit.types import IGNORE_INDEX, LabelArray
+from perf_vit.transforms.masked import divide_by_weight
+from perf_vit.types import IGNORE_INDEX, BoolArray, LabelArray
 
 # albumentations asks the network for its newest release on import unless told not to.
 os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")
@@ -18,6 +19,9 @@ import albumentations as A
 __all__ = ["Augmentation"]
 
 FloatArray = npt.NDArray[np.float32]
+
+# Colours are drawn apart from geometry.
+_COLORS_SEED = 2**31
 
 
 class BandGainOffset(A.ImageOnlyTransform):
@@ -88,31 +92,57 @@ class Augmentation:
         offset: float = 0.0,
         shuffle: float = 0.0,
     ) -> None:
-        steps: list[Any] = []
+        geometry: list[Any] = []
         if flips:
-            steps.append(A.D4(p=1.0))
+            geometry.append(A.D4(p=1.0))
         if tuple(scale) != (1.0, 1.0):
-            steps.append(A.Affine(scale=tuple(scale), fill=0, fill_mask=IGNORE_INDEX, p=0.8))
+            geometry.append(A.Affine(scale=tuple(scale), fill=0, fill_mask=IGNORE_INDEX, p=0.8))
+        colors: list[Any] = []
         if shuffle:
-            steps.append(BandShuffle(p=shuffle))
+            colors.append(BandShuffle(p=shuffle))
         if gain or offset:
-            steps.append(BandGainOffset(gain, offset))
-        self._compose = A.Compose(steps)
+            colors.append(BandGainOffset(gain, offset))
+        self._geometry = A.Compose(geometry)
+        self._colors = A.Compose(colors) if colors else None
 
-    def __call__(self, image: FloatArray, labels: LabelArray, seed: int) -> tuple[FloatArray, LabelArray]:
+    def __call__(
+        self, image: FloatArray, labels: LabelArray, seed: int, mask: BoolArray | None = None
+    ) -> tuple[FloatArray, LabelArray]:
         """Augment one sample.
 
         Args:
             image: [C, H, W] float32, standardised.
             labels: class indices, [H, W], or layers, [K, H, W].
             seed: decides every draw; the same seed gives the same sample in any process.
+            mask: True where a value holds data, [C, H, W], or [1, H, W] for all bands; None for everywhere. Invalid
+                values have no part in their neighbours and stay 0.
 
         Returns:
             The augmented pair, shapes and dtypes kept.
         """
-        self._compose.set_random_seed(seed)
-        layers = labels.reshape(-1, *labels.shape[-2:])
-        out = self._compose(image=np.ascontiguousarray(image.transpose(1, 2, 0)), masks=layers)
-        pixels = out["image"].reshape(*out["image"].shape[:2], len(image))
-        masks = np.stack(out["masks"]).reshape(*labels.shape[:-2], *pixels.shape[:2])
-        return np.ascontiguousarray(pixels.transpose(2, 0, 1), dtype=np.float32), np.ascontiguousarray(masks)
+        masked = mask is not None and not mask.all()
+        planes = np.concatenate([image, mask.astype(np.float32)]) if masked else image  # type: ignore[union-attr]
+        self._geometry.set_random_seed(seed)
+        out = self._geometry(image=_channels_last(planes), masks=labels.reshape(-1, *labels.shape[-2:]))
+        layers = np.stack(out["masks"])
+        pixels = _channels_first(out["image"], len(planes))
+        if masked:
+            pixels, held = divide_by_weight(pixels[: len(image)], pixels[len(image) :])
+            # NaN goes with its band, wherever colours put it.
+            pixels = np.where(held, pixels, np.float32(np.nan))
+        if self._colors is not None:
+            self._colors.set_random_seed(_COLORS_SEED + seed)
+            pixels = _channels_first(self._colors(image=_channels_last(pixels))["image"], len(image))
+        if masked:
+            pixels = np.where(np.isnan(pixels), np.float32(0), pixels)
+        return pixels, np.ascontiguousarray(layers.reshape(*labels.shape[:-2], *layers.shape[-2:]))
+
+
+def _channels_last(planes: FloatArray) -> FloatArray:
+    return np.ascontiguousarray(planes.transpose(1, 2, 0))
+
+
+def _channels_first(planes: FloatArray, num_planes: int) -> FloatArray:
+    """[C, H, W] of [H, W, C], or of [H, W], which albumentations may make of one channel."""
+    stacked = planes.reshape(*planes.shape[:2], num_planes)
+    return np.ascontiguousarray(stacked.transpose(2, 0, 1), dtype=np.float32)

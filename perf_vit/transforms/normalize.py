@@ -13,14 +13,14 @@ import numpy.typing as npt
 from perf_vit.errors import DataWarning, InputError
 from perf_vit.types import GeoImage
 
-__all__ = ["Normalizer"]
+__all__ = ["Normalizer", "band_labels", "band_values", "without_tiny"]
 
 _HUGE = 1e30
 
 
 @dataclass(frozen=True, slots=True)
 class Normalizer:
-    """(pixel - mean) / std per band, and 0, the mean, where a pixel is invalid.
+    """(pixel - mean) / std per band, and 0, the mean, where a band is invalid.
 
     Attributes:
         mean: one value a band, in the source's units.
@@ -43,27 +43,42 @@ class Normalizer:
             raise InputError(
                 f"expected {len(self.mean)} bands, got {len(image.pixels)}; give an image with those bands"
             )
-        mean = np.asarray(self.mean, np.float32)[:, None, None]
-        scale = 1 / np.asarray(self.std, np.float32)[:, None, None]
-        pixels = (image.pixels.astype(np.float32) - mean) * scale
-        return np.where(image.valid, pixels, np.float32(0))
+        # float32 holds neither seconds since 1970 nor large 32-bit numbers to a unit.
+        work = np.float64 if image.pixels.dtype.itemsize > 2 and image.pixels.dtype != np.float32 else np.float32
+        mean = np.asarray(self.mean, work)[:, None, None]
+        scale = 1 / np.asarray(self.std, work)[:, None, None]
+        mask = image.mask
+        with np.errstate(over="ignore", invalid="ignore"):
+            pixels = ((image.pixels.astype(work, copy=False) - mean) * scale).astype(np.float32, copy=False)
+        if image.pixels.dtype.kind == "f":
+            # Whatever a source calls valid, no NaN reaches a network.
+            mask = mask & np.isfinite(pixels)
+        return np.where(mask, pixels, np.float32(0))
 
     @classmethod
-    def from_images(cls, images: Sequence[GeoImage]) -> Normalizer:
-        """Measure mean and standard deviation over the valid pixels of some images.
+    def from_images(cls, images: Sequence[GeoImage], names: Sequence[str] | None = None) -> Normalizer:
+        """Measure mean and standard deviation of each band over its valid pixels of some images.
 
-        A constant band gets std 1, so that it maps to 0 instead of dividing by 0.
+        A constant band gets std 1, so that it maps to 0 instead of dividing by 0 or by its rounding errors.
+
+        Args:
+            images: with the same bands.
+            names: of the bands, for messages.
 
         Raises:
-            InputError: no image has a valid pixel.
+            InputError: a band has no valid pixel.
         """
-        samples = [image.pixels[:, image.valid].astype(np.float64) for image in images]
-        values = np.concatenate(samples, axis=1)
-        if values.shape[1] == 0:
-            raise InputError("expected valid pixels to measure mean and std on, got none; check the nodata value")
-        _warn_of_huge(values)
-        std = values.std(axis=1)
-        return cls(tuple(values.mean(axis=1).tolist()), tuple(np.where(std > 0, std, 1.0).tolist()))
+        labels = band_labels(names, len(images[0].pixels))
+        mean, std, floor = [], [], []
+        for index, label in enumerate(labels):
+            values = band_values(images, index)
+            if values.size == 0:
+                raise InputError(f"expected valid pixels to measure mean and std on, got none in {label}; check nodata")
+            _warn_of_huge(values, label)
+            mean.append(float(values.mean()))
+            std.append(float(values.std()))
+            floor.append(_resolution(images[0].pixels.dtype) * float(np.abs(values).max()))
+        return cls(tuple(mean), without_tiny(std, floor, labels))
 
     def to_dict(self) -> dict[str, list[float]]:
         """Plain lists, for a checkpoint."""
@@ -75,14 +90,57 @@ class Normalizer:
         return cls(tuple(values["mean"]), tuple(values["std"]))
 
 
-def _warn_of_huge(values: npt.NDArray[np.float64]) -> None:
-    """Tell of values that nothing measures and that many files have for missing pixels, [C, n]."""
-    sizes = np.abs(values).max(axis=1)
-    if (sizes > _HUGE).any():
-        band = int(np.argmax(sizes))
-        number = int((np.abs(values[band]) > _HUGE).sum())
+def band_labels(names: Sequence[str] | None, num_bands: int) -> list[str]:
+    """What messages call bands: "band 2 (red)"."""
+    given = names or [""] * num_bands
+    is_word = [bool(name) and name != f"band_{number}" for number, name in enumerate(given, 1)]
+    return [
+        f"band {number} ({name})" if word else f"band {number}"
+        for number, (name, word) in enumerate(zip(given, is_word, strict=True), 1)
+    ]
+
+
+def band_values(images: Sequence[GeoImage], band: int) -> npt.NDArray[np.float64]:
+    """The valid values of one band of some images, [n]."""
+    values = []
+    for image in images:
+        mask = image.valid if image.band_valid is None else image.band_valid[band]
+        values.append(image.pixels[band][mask].astype(np.float64))
+    found = np.concatenate(values)
+    return found[np.isfinite(found)] if images[0].pixels.dtype.kind == "f" else found
+
+
+def without_tiny(std: Sequence[float], floor: Sequence[float], labels: Sequence[str]) -> tuple[float, ...]:
+    """Standard deviations to divide by: 1 instead of those that are only rounding errors.
+
+    Args:
+        std: measured or given.
+        floor: the largest that rounding explains.
+        labels: what is measured, for the warning.
+    """
+    tiny = [index for index, (each, least) in enumerate(zip(std, floor, strict=True)) if each <= least]
+    if tiny:
+        said = ", ".join(f"{labels[index]} (std {std[index]:.3g})" for index in tiny)
         warnings.warn(
-            f"{number} of {values.shape[1]} pixels looked at have values up to {sizes[band]:.3g} in band {band + 1}; "
+            f"{said}: constant but for rounding, so the std is taken as 1; it tells a network nothing, leave it out",
+            DataWarning,
+            stacklevel=4,
+        )
+    return tuple(1.0 if index in tiny else float(each) for index, each in enumerate(std))
+
+
+def _resolution(dtype: np.dtype[Any]) -> float:
+    """Relative size of rounding errors in a std: of the pixels' dtype, and of the sums in float64."""
+    sums = 16 * np.finfo(np.float64).eps
+    return float(max(np.finfo(dtype).eps, sums) if dtype.kind == "f" else sums)
+
+
+def _warn_of_huge(values: npt.NDArray[np.float64], label: str) -> None:
+    """Tell of values that nothing measures and that many files have for missing pixels, [n]."""
+    number = int((np.abs(values) > _HUGE).sum())
+    if number:
+        warnings.warn(
+            f"{number} of {values.size} pixels looked at have values up to {np.abs(values).max():.3g} in {label}; "
             "if that means missing, declare it as nodata",
             DataWarning,
             stacklevel=4,

@@ -7,9 +7,8 @@ from typing import TypeVar
 
 import numpy as np
 import numpy.typing as npt
-import torch
-import torch.nn.functional as F
 
+from perf_vit.transforms.masked import resize_masked
 from perf_vit.types import BoolArray, LabelArray, ObjectLabels
 
 __all__ = ["resize_with_labels", "resize_with_objects", "turn_with_objects"]
@@ -37,12 +36,13 @@ def turn_with_objects(image: FloatArray, objects: ObjectLabels, symmetry: int) -
 
 
 def resize_with_objects(
-    image: FloatArray, objects: ObjectLabels, height: int, width: int
-) -> tuple[FloatArray, ObjectLabels]:
-    """Resize an image, bilinear and without aliasing; masks take their nearest pixel.
+    image: FloatArray, mask: BoolArray, objects: ObjectLabels, height: int, width: int
+) -> tuple[FloatArray, BoolArray, ObjectLabels]:
+    """Resize an image, bilinear, without aliasing and from valid values alone; objects' masks take the nearest pixel.
 
     Args:
-        image: [C, H, W].
+        image: standardised, [C, H, W].
+        mask: True where a value holds data, [C, H, W], or [1, H, W] for all bands.
         objects: in its pixels; of oriented boxes, the sides are scaled along their angle, which is exact where both
             axes are scaled alike.
         height: of the result.
@@ -50,7 +50,7 @@ def resize_with_objects(
     """
     _, rows, cols = image.shape
     if (rows, cols) == (height, width):
-        return image, objects
+        return image, mask, objects
     y, x = height / rows, width / cols
     oriented = objects.oriented_boxes
     if oriented is not None:
@@ -58,27 +58,24 @@ def resize_with_objects(
         oriented = oriented * np.array([x, y, both, both, 1], np.float32)
     masks = None if objects.masks is None else _resized_layers(objects.masks, height, width)
     boxes = objects.boxes_xyxy * np.array([x, y, x, y], np.float32)
-    return _resized(image, height, width), _with(objects, boxes, oriented, masks)
+    return *resize_masked(image, mask, height, width), _with(objects, boxes, oriented, masks)
 
 
-def resize_with_labels(image: FloatArray, labels: LabelArray, height: int, width: int) -> tuple[FloatArray, LabelArray]:
-    """Resize an image, bilinear and without aliasing; labels take their nearest pixel.
+def resize_with_labels(
+    image: FloatArray, mask: BoolArray, labels: LabelArray, height: int, width: int
+) -> tuple[FloatArray, BoolArray, LabelArray]:
+    """Resize an image, bilinear, without aliasing and from valid values alone; labels take their nearest pixel.
 
     Args:
-        image: [C, H, W].
+        image: standardised, [C, H, W].
+        mask: True where a value holds data, [C, H, W], or [1, H, W] for all bands.
         labels: class indices, [H, W], or layers, [K, H, W].
         height: of the result.
         width: of the result.
     """
     if image.shape[1:] == (height, width):
-        return image, labels
-    return _resized(image, height, width), _resized_layers(labels, height, width)
-
-
-def _resized(image: FloatArray, height: int, width: int) -> FloatArray:
-    batch = torch.from_numpy(image)[None]
-    resized = F.interpolate(batch, (height, width), mode="bilinear", antialias=True)[0]
-    return np.asarray(resized.numpy(), np.float32)
+        return image, mask, labels
+    return *resize_masked(image, mask, height, width), _resized_layers(labels, height, width)
 
 
 def _resized_layers(layers: npt.NDArray[_Layer], height: int, width: int) -> npt.NDArray[_Layer]:

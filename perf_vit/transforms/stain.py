@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -91,6 +92,4 @@ class StainJitter:
             )
         self._compose.set_random_seed(seed)
         out = self._compose(image=np.ascontiguousarray(pixels.transpose(1, 2, 0)))["image"]
-        return GeoImage(
-            np.ascontiguousarray(out.transpose(2, 0, 1)), image.valid, image.crs, image.transform, image.mpp
-        )
+        return replace(image, pixels=np.ascontiguousarray(out.transpose(2, 0, 1)))

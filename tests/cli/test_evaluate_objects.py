@@ -26,12 +26,14 @@ SPEC = DetectorSpec(
 )
 
 
-def write_half_empty(path) -> None:
+def write_half_empty(path, nodata: float | None = 0) -> None:
     """A raster of 96 x 160 px whose columns from 70 on are nodata."""
     pixels = np.random.default_rng(0).integers(1, 255, (3, 96, 160)).astype(np.uint8)
     pixels[:, :, 70:] = 0
     profile = {"driver": "GTiff", "height": 96, "width": 160, "count": 3, "dtype": "uint8", "crs": "EPSG:32636"}
-    with rasterio.open(path, "w", transform=Affine(0.5, 0, 500_000, 0, -0.5, 4_000_000), nodata=0, **profile) as file:
+    with rasterio.open(
+        path, "w", transform=Affine(0.5, 0, 500_000, 0, -0.5, 4_000_000), nodata=nodata, **profile
+    ) as file:
         file.write(pixels)
 
 

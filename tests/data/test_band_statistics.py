@@ -15,7 +15,7 @@ from perf_vit.data import (
     build_object_datamodule,
     build_scene_datamodule,
 )
-from perf_vit.errors import ConfigError
+from perf_vit.errors import ConfigError, DataWarning
 
 
 @pytest.fixture
@@ -50,6 +50,12 @@ def test_given_statistics_standardise_tiles_and_travel_with_the_model(region) ->
 def test_statistics_that_do_not_fit_the_bands_are_refused(region, options) -> None:
     with pytest.raises(ConfigError, match=r"data\.mean and data\.std"):
         build_datamodule(config(region, **options), seed=0)
+
+
+def test_a_given_std_of_rounding_errors_is_1(region) -> None:
+    with pytest.warns(DataWarning, match=r"^band 2 \(std 1e-17\).*taken as 1"):
+        data = build_datamodule(config(region, mean=[10.0, 0.3, 30.0], std=[2.0, 1e-17, 8.0]), seed=0)
+    assert data.normalizer.std == (2.0, 1.0, 8.0)
 
 
 def folders(tmp_path, options) -> ClassificationDataConfig:

@@ -1,4 +1,5 @@
 import pickle
+import warnings
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from multiprocessing import get_context
 
@@ -9,10 +10,11 @@ import rasterio.shutil
 from affine import Affine
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from PIL import Image
 from rasterio.enums import ColorInterp
 
-from perf_vit.errors import InputError
-from perf_vit.io import open_source
+from perf_vit.errors import DataWarning, InputError
+from perf_vit.io import describe_source, open_source
 from perf_vit.types import Window
 
 
@@ -70,13 +72,14 @@ def test_undeclared_nodata_can_be_given(make_scene) -> None:
     assert open_source(path, nodata=0).read(Window(0, 0, 4, 5)).valid.sum() == 19
 
 
-def test_nan_in_any_band_is_invalid(make_scene) -> None:
+def test_nan_is_invalid_in_its_band_alone(make_scene) -> None:
     pixels = np.ones((2, 4, 5), np.float32)
     pixels[1, 2, 3] = np.nan
+    pixels[:, 0, 0] = np.nan, np.inf
     for nodata in (None, float("nan"), -9999.0):
-        valid = open_source(make_scene(pixels=pixels, nodata=nodata)).read(Window(0, 0, 4, 5)).valid
-        assert not valid[2, 3]
-        assert valid.sum() == 19
+        image = open_source(make_scene(pixels=pixels, nodata=nodata)).read(Window(0, 0, 4, 5))
+        assert np.array_equal(image.band_valid, np.isfinite(pixels))
+        assert np.array_equal(image.valid, np.isfinite(pixels).any(0))
 
 
 def test_alpha_becomes_the_mask_and_is_no_band(make_scene) -> None:
@@ -93,6 +96,60 @@ def test_alpha_becomes_the_mask_and_is_no_band(make_scene) -> None:
     assert open_source(path, bands=[1, 4]).num_bands == 2
 
 
+@pytest.mark.parametrize("options", [{}, {"resolution": (2.0, 3.0)}, {"crs": "EPSG:32638"}])
+@pytest.mark.parametrize("mosaic", [False, True])
+def test_a_band_tagged_alpha_masks_nothing_once_it_is_read_as_data(make_scene, options, mosaic) -> None:
+    pixels = np.full((4, 60, 80), 200, np.uint8)
+    pixels[3] = np.random.default_rng(0).integers(0, 255, (60, 80))
+    pixels[3, :20] = 0
+    # Near infrared: GDAL tags the fourth band of whatever it writes.
+    path = make_scene(pixels=pixels, nodata=None)
+    with rasterio.open(path) as dataset:
+        assert dataset.colorinterp[3] == ColorInterp.alpha
+    given = [path] if mosaic else path
+    for bands in ([1, 2, 3, 4], [4, 1], [4]):
+        source = open_source(given, bands=bands, **options)
+        image = source.read(source.extent)
+        assert source.mask_name is None
+        plain = open_source(make_scene(pixels=pixels[[0, 1, 2]], nodata=None), **options)
+        assert np.array_equal(image.valid, plain.read(plain.extent).valid)
+        assert np.count_nonzero(image.pixels[bands.index(4)][image.valid] == 0) > 1000
+
+
+def test_what_is_taken_as_a_mask_is_told_once(make_scene, tmp_path) -> None:
+    pixels = np.full((4, 6, 5), 200, np.uint8)
+    paths = [make_scene(pixels=pixels, nodata=None) for _ in range(3)]
+    with pytest.warns(DataWarning, match=r"band 4 of .*scene_0\.tif is tagged as alpha.*bands=\[1, 2, 3, 4\]"):
+        open_source(paths[0], bands=[1, 2, 3])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", DataWarning)
+        open_source(paths[1])
+        open_source(paths)
+    assert describe_source(open_source(paths[0])).mask == "band 4 (alpha)"
+    assert describe_source(open_source(paths[0], bands=[1, 2, 3, 4])).mask is None
+
+
+@pytest.mark.parametrize(
+    ("description", "num_bands"), [("nir", 4), ("Near infrared", 4), ("alpha", 3), ("Alpha band", 3), ("Band 4", 3)]
+)
+def test_a_band_whose_description_is_no_opacity_is_data(make_scene, description, num_bands, recwarn) -> None:
+    path = make_scene(pixels=np.full((4, 6, 5), 200, np.uint8), nodata=None)
+    with rasterio.open(path, "r+") as dataset:
+        dataset.set_band_description(4, description)
+    assert open_source(path).num_bands == num_bands
+    assert len([each for each in recwarn if each.category is DataWarning]) == (num_bands == 3)
+
+
+def test_alpha_of_a_format_that_has_nothing_else_needs_no_warning(tmp_path, recwarn) -> None:
+    picture = np.full((6, 5, 4), 200, np.uint8)
+    picture[:2, :, 3] = 0
+    Image.fromarray(picture).save(tmp_path / "a.png")
+    source = open_source(tmp_path / "a.png")
+    assert not source.read(source.extent).valid[:2].any()
+    assert source.mask_name == "band 4 (alpha)"
+    assert not [each for each in recwarn if each.category is DataWarning]
+
+
 def test_an_internal_mask_is_honoured(make_scene) -> None:
     path = make_scene(dtype="uint8", nodata=None)
     mask = np.full((70, 90), 255, np.uint8)
@@ -101,6 +158,7 @@ def test_an_internal_mask_is_honoured(make_scene) -> None:
         dataset.write_mask(mask)
     source = open_source(path)
     assert np.array_equal(source.read(source.extent).valid, mask > 0)
+    assert source.mask_name == "mask band"
 
 
 def test_a_raster_one_pixel_high(make_scene) -> None:
@@ -183,11 +241,11 @@ def test_closing_is_not_final(make_scene) -> None:
     assert np.array_equal(source.read(source.extent).pixels, before)
 
 
-def test_nan_nodata_hides_a_pixel_of_any_band(make_scene) -> None:
+def test_nan_nodata_hides_its_band(make_scene) -> None:
     source = open_source(make_scene(dtype="float32", nodata=float("nan")))
     image = source.read(Window(-1, -1, 10, 10))
     assert np.isnan(source.nodata)
-    assert np.array_equal(image.valid, np.isfinite(image.pixels).all(0))
+    assert np.array_equal(image.valid, np.isfinite(image.pixels).any(0))
     assert image.valid.any()
 
 

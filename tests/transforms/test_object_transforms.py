@@ -86,11 +86,13 @@ def test_four_quarters_and_two_mirrorings_give_back_the_sample() -> None:
 
 def test_a_resize_by_two_scales_objects_exactly() -> None:
     image, objects = _sample(10, 14, 4, seed=3)
-    larger, scaled = resize_with_objects(image, objects, 20, 28)
+    everywhere = np.ones((1, *image.shape[1:]), bool)
+    larger, mask, scaled = resize_with_objects(image, everywhere, objects, 20, 28)
+    assert mask.all()
     assert larger.shape == (2, 20, 28)
     assert (scaled.boxes_xyxy == 2 * objects.boxes_xyxy).all()
     assert scaled.oriented_boxes[:, :4] == pytest.approx(2 * objects.oriented_boxes[:, :4], rel=1e-5)
     assert (scaled.oriented_boxes[:, 4] == objects.oriented_boxes[:, 4]).all()
     assert (scaled.masks == objects.masks.repeat(2, 1).repeat(2, 2)).all()
-    back, _ = resize_with_objects(np.full((13, 8, 8), 2, np.float32), objects, 5, 5)
+    back, _, _ = resize_with_objects(np.full((13, 8, 8), 2, np.float32), np.ones((1, 8, 8), bool), objects, 5, 5)
     assert np.allclose(back, 2)
