@@ -116,7 +116,7 @@ def _damage(kinds: Sequence[Kind], shop: Workshop, case: Path, rng: Rng) -> tupl
     kind = kinds[int(rng.choice(len(kinds), p=weights / weights.sum()))]
     seeds = kind.find_seeds(shop.seeds)
     origin = seeds[int(rng.integers(len(seeds)))]
-    others = sorted(path for path in shop.seeds.glob("*/*") if path.is_file() and path != origin)
+    others = sorted(path for path in shop.seeds.glob("*/*") if path.is_file())
     other = others[int(rng.integers(len(others)))] if rng.random() < 0.3 else seeds[int(rng.integers(len(seeds)))]
     mutations = kind.all_mutations()
     # Half of what a kind has of its own: such damage gets past the first check of a header.

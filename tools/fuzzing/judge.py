@@ -71,7 +71,7 @@ def run_in_fork(action: Callable[[], None], folder: Path, limits: Limits) -> Out
         limits: time and memory.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    baseline_kib = _resident_kib()
+    baseline_kib = _anonymous_kib()
     sys.stdout.flush()
     sys.stderr.flush()
     started = time.monotonic()
@@ -120,6 +120,8 @@ def _become(action: Callable[[], None], folder: Path, limits: Limits) -> None:
         os.setpgid(0, 0)
         for name, number in (("stdout", 1), ("stderr", 2)):
             os.dup2(os.open(folder / name, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644), number)
+        # The parent's streams may be a test's own.
+        sys.stdout, sys.stderr = os.fdopen(1, "w", buffering=1), os.fdopen(2, "w", buffering=1)
         address = _virtual_kib() * 1024 + _ADDRESS_FACTOR * limits.memory_mib * _MIB
         resource.setrlimit(resource.RLIMIT_AS, (address, address))
         resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
@@ -164,8 +166,10 @@ def _kill_group(pid: int) -> None:
         os.kill(pid, signal.SIGKILL)
 
 
-def _resident_kib() -> int:
-    return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize() // 1024
+def _anonymous_kib() -> int:
+    """Resident memory that a fork takes along; pages of files come back when they are used."""
+    status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+    return int(status["RssAnon"].split()[0])
 
 
 def _virtual_kib() -> int:
