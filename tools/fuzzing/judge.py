@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import faulthandler
 import os
 import resource
 import signal
@@ -120,7 +121,8 @@ def _become(action: Callable[[], None], folder: Path, limits: Limits) -> None:
         os.setpgid(0, 0)
         for name, number in (("stdout", 1), ("stderr", 2)):
             os.dup2(os.open(folder / name, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644), number)
-        # The parent's streams may be a test's own.
+        # The parent's streams may be a test's own, and its handler writes there.
+        faulthandler.disable()
         sys.stdout, sys.stderr = os.fdopen(1, "w", buffering=1), os.fdopen(2, "w", buffering=1)
         address = _virtual_kib() * 1024 + _ADDRESS_FACTOR * limits.memory_mib * _MIB
         resource.setrlimit(resource.RLIMIT_AS, (address, address))

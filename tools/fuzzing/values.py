@@ -62,6 +62,8 @@ def mutate_tree(tree: Any, rng: Rng) -> Any:
     holder = [copy.deepcopy(tree)]
     for _ in range(int(rng.integers(1, 4))):
         places = _places(holder)
+        if not places:
+            break
         parent, key = places[int(rng.integers(len(places)))]
         _change(parent, key, rng)
     return holder[0] if holder else None
