@@ -65,6 +65,7 @@ def evaluate_raster(
     *,
     region: Sequence[int] | None = None,
     with_curves: bool = False,
+    all_touched: bool | None = None,
     slide_mpp: float | None = None,
     tissue: str | None = None,
     **engine: Any,
@@ -78,6 +79,7 @@ def evaluate_raster(
         image: the raster, or a folder of images.
         labels: a mask or polygons, or a folder of them.
         region: row, column, height, width of the part to score.
+        all_touched: whether polygons label every pixel that they touch; as in training by default.
         with_curves: also measure curves and, of classes that exclude each other, the confusion matrix.
         slide_mpp: micrometres per pixel of level 0 of slides, instead of what the model was trained with.
         tissue: "otsu" or a GeoJSON file of outlines, likewise; pixels of glass are not scored then.
@@ -95,7 +97,10 @@ def evaluate_raster(
     given = {name: value for name, value in (("slide_mpp", slide_mpp), ("tissue", tissue)) if value is not None}
     if given and spec.mpp is None:
         raise ConfigError("--slide-mpp and --tissue are for slides, and this model is one of rasters; leave them out")
-    labelled = (_open_folder if is_folder else _open_one)(model, image, labels, given)
+    options = _label_options(model)
+    if all_touched is not None:
+        options["all_touched"] = all_touched
+    labelled = (_open_folder if is_folder else _open_one)(model, image, labels, given, options)
     engine = _engine(model, **engine)
     metrics = segmentation_metrics(len(spec.classes), multilabel=spec.multilabel)
     curves = SegmentationCurves(spec.classes, multilabel=spec.multilabel) if with_curves else None
@@ -151,14 +156,18 @@ def write_scores(scores: Sequence[ClassScores], path: Path, curves: Segmentation
         raise OutputError(f"can't write {path}: {error.strerror}") from error
 
 
-def _open_one(model: Segmenter, image: Path, labels: Path, given: Mapping[str, Any]) -> list[_Labelled]:
+def _open_one(
+    model: Segmenter, image: Path, labels: Path, given: Mapping[str, Any], options: Mapping[str, Any]
+) -> list[_Labelled]:
     source = _open_image(model, image, given)
-    truth = open_labels(labels, source, **_label_options(model))
+    truth = open_labels(labels, source, **options)
     warn_of_polygons_beside([truth])
     return [(source, truth)]
 
 
-def _open_folder(model: Segmenter, images: Path, labels: Path, given: Mapping[str, Any]) -> list[_Labelled]:
+def _open_folder(
+    model: Segmenter, images: Path, labels: Path, given: Mapping[str, Any], options: Mapping[str, Any]
+) -> list[_Labelled]:
     """All images of a folder, closed, and their labels.
 
     Raises:
@@ -176,7 +185,7 @@ def _open_folder(model: Segmenter, images: Path, labels: Path, given: Mapping[st
             f"{len(others)} of {len(sources)} images in {images} have another number of bands than the model, "
             f"{num_bands}: the first, {others[0].path}, has {others[0].num_bands}"
         )
-    files = LabelFiles([file for _, file in pairs], sources, **_label_options(model))
+    files = LabelFiles([file for _, file in pairs], sources, **options)
     files.look()
     return [(source, files[index]) for index, source in enumerate(sources)]
 

@@ -29,7 +29,7 @@ PREDICT_OPTIONS = {
 """Parameters of `perf-vit predict`, by the task of the checkpoint's network."""
 
 EVALUATE_OPTIONS = {
-    "segmentation": _EVALUATE | _WINDOWS | {"region", "flips", "slide_mpp", "tissue"},
+    "segmentation": _EVALUATE | _WINDOWS | {"region", "all_touched", "flips", "slide_mpp", "tissue"},
     "detection": _EVALUATE | _WINDOWS | {"label_format", "names"},
     "classification": _EVALUATE,
     "regression": _EVALUATE,

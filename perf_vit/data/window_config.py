@@ -42,9 +42,11 @@ class DataConfig:
             to its size.
         classes: class names; labels are indices into them.
         values: the label file's value of each class; 0, 1, 2, ... if left out.
-        ignore_values: label values that mean "no label here", beside the label file's own nodata.
+        ignore_values: label values that mean "no label here", beside the label file's own nodata; of polygons also
+            text, and null for features without a value.
         attribute: the vector column that holds class names or values; without it every polygon is class 1.
         background: class of the pixels under no polygon, or null where polygons are only samples.
+        all_touched: polygons label every pixel that they touch, not only those whose centre they hold.
         multilabel: several classes, or none, may be true at a pixel: labels are overlapping polygons, or a raster with
             a band of 0 and 1 a class. There is no class for the background then.
         bands: 1-based bands to use; all of them if left out.
@@ -71,9 +73,10 @@ class DataConfig:
     classes: list[str]
     extra_train: list[RegionConfig] = field(default_factory=list)
     values: list[int] | None = None
-    ignore_values: list[int] = field(default_factory=list)
+    ignore_values: list[Any] = field(default_factory=list)
     attribute: str | None = None
     background: int | None = 0
+    all_touched: bool = False
     multilabel: bool = False
     bands: list[int] | None = None
     nodata: float | None = None
@@ -98,6 +101,7 @@ def label_options(config: DataConfig) -> dict[str, Any]:
         "values": config.values,
         "ignore_values": list(config.ignore_values),
         "background": config.background,
+        "all_touched": config.all_touched,
     }
 
 
@@ -120,6 +124,8 @@ def check_data(config: DataConfig) -> None:
         raise ConfigError(f"data.classes must name {least_classes} to {IGNORE_INDEX} classes, got {num_classes}")
     if config.values is not None and len(config.values) != num_classes:
         raise ConfigError(f"data.values must give one value a class, got {len(config.values)} for {num_classes}")
+    if not all(isinstance(value, int | float | str | None) for value in config.ignore_values):
+        raise ConfigError(f"data.ignore_values must be numbers, text or null, got {list(config.ignore_values)}")
     if config.background is not None and not 0 <= config.background < num_classes:
         raise ConfigError(f"data.background must be a class index below {num_classes}, got {config.background}")
     # A grid doesn't look at the number of tiles.

@@ -1,8 +1,9 @@
 """Sources, labels and outputs: rasters read and written window by window."""
 
 from perf_vit.io._gdal import bounded_cache
-from perf_vit.io._label_vector import is_vector_name, warn_of_polygons_beside
+from perf_vit.io._label_vector import warn_of_polygons_beside
 from perf_vit.io._staging import replaced, staged
+from perf_vit.io._vector_file import is_vector_name, split_layer
 from perf_vit.io.cog import write_cog
 from perf_vit.io.describe import SourceInfo, describe_source
 from perf_vit.io.existing import holds_layout
@@ -55,6 +56,7 @@ __all__ = [
     "replaced",
     "rgb_from",
     "save_png",
+    "split_layer",
     "staged",
     "warn_of_polygons_beside",
     "write_cog",

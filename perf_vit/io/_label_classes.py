@@ -22,17 +22,22 @@ class LabelClasses:
     Attributes:
         names: class names, None where nobody gave any.
         values: value of class 0, 1, ...
-        ignore_values: read as `IGNORE_INDEX`.
+        ignore_values: read as `IGNORE_INDEX`; of polygons also text, and None for features without a value.
         explicit: whether names or values were given; without them any value up to 254 is its own class.
     """
 
     names: tuple[str, ...] | None
     values: tuple[float, ...]
-    ignore_values: tuple[float, ...]
+    ignore_values: tuple[float | str | None, ...]
     explicit: bool
 
     @classmethod
-    def make(cls, names: Sequence[str] | None, values: Sequence[float] | None, ignore_values: Sequence[float]) -> Self:
+    def make(
+        cls,
+        names: Sequence[str] | None,
+        values: Sequence[float] | None,
+        ignore_values: Sequence[float | str | None],
+    ) -> Self:
         """Fill in what was not given.
 
         Raises:
@@ -67,7 +72,7 @@ class LabelClasses:
             match = pixels == value
             labels[match & valid] = index
             unknown &= ~match
-        for value in self.ignore_values:
+        for value in (value for value in self.ignore_values if not isinstance(value, str | None)):
             match = pixels == value
             labels[match] = IGNORE_INDEX
             unknown &= ~match
@@ -80,11 +85,18 @@ class LabelClasses:
         return labels
 
     def index_of(self, value: Any) -> int | None:
-        """Class index of a class name or value, `IGNORE_INDEX` of an ignored one, None of any other."""
+        """Class index of a class name or value, `IGNORE_INDEX` of an ignored one, None of any other.
+
+        Text that is no name counts as the number that it spells, as GIS exports have ids.
+        """
         if value in self.ignore_values:
             return IGNORE_INDEX
-        known: Sequence[Any] = (self.names or ()) if isinstance(value, str) else self.values
-        return known.index(value) if value in known else None
+        if not isinstance(value, str):
+            return self.values.index(value) if value in self.values else None
+        if self.names is not None and value in self.names:
+            return self.names.index(value)
+        number = _number(value)
+        return None if number is None else self.index_of(number)
 
     def described_values(self) -> str:
         """The values of the classes, in words."""
@@ -96,3 +108,10 @@ class LabelClasses:
 def _listed(noun: str, values: Sequence[float]) -> str:
     shown = ", ".join(f"{value:g}" for value in values[:12])
     return f"{noun}{'s' if len(values) > 1 else ''} {shown}{', ...' if len(values) > 12 else ''}"
+
+
+def _number(text: str) -> float | None:
+    try:
+        return float(text)
+    except ValueError:
+        return None

@@ -97,6 +97,7 @@ class VectorLayers(VectorLabels):
         classes: attribute values to class indices.
         attribute: column of class names or values; it may be left out where there is one class.
         background: None where polygons are only samples: pixels under no polygon carry no label.
+        all_touched: burn every pixel that a polygon touches, not only those whose centre it holds.
 
     Raises:
         InputError: the file can't be read, or doesn't fit the source or the classes.

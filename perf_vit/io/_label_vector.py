@@ -2,40 +2,29 @@
 
 from __future__ import annotations
 
-import json
 import warnings
-from collections.abc import Iterable, Sequence
-from pathlib import Path
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
-import geopandas as gpd
 import numpy as np
 import numpy.typing as npt
-import pyogrio
 import shapely
 from affine import Affine
-from pyogrio.errors import DataLayerError, DataSourceError
 from rasterio.features import rasterize
 
 from perf_vit.errors import DataWarning, InputError
-from perf_vit.io._gdal import reason_of
 from perf_vit.io._label_classes import LabelClasses
-from perf_vit.io._placing import check_both_placed, check_on_pixels, check_on_slide, check_overlap
+from perf_vit.io._pixel_centres import hold_pixel_centre
+from perf_vit.io._placing import check_both_placed, check_on_pixels, check_on_slide, check_overlap, place_geometries
+from perf_vit.io._vector_file import read_features
 from perf_vit.io.raster import RasterSource
 from perf_vit.io.slide import SlideSource
 from perf_vit.types import IGNORE_INDEX, LabelArray, Window
 
-__all__ = [
-    "VectorLabels",
-    "is_vector_name",
-    "opens_as_vector",
-    "read_features",
-    "to_pixels",
-    "warn_of_polygons_beside",
-]
+__all__ = ["VectorLabels", "to_pixels", "warn_of_polygons_beside"]
 
-_SUFFIXES = {".fgb", ".geojson", ".geojsonl", ".gml", ".gpkg", ".json", ".kml", ".shp"}
 _STEPS_PER_PX = 256
+_BLOCK_PX = 512
 
 
 class VectorLabels:
@@ -50,6 +39,7 @@ class VectorLabels:
         classes: attribute values to class indices.
         attribute: column of class names or values; None makes every polygon class 1.
         background: class index under no polygon, None for `IGNORE_INDEX`.
+        all_touched: burn every pixel that a polygon touches, not only those whose centre it holds.
         paired: on a source without CRS, coordinates are its pixels.
 
     Attributes:
@@ -69,6 +59,7 @@ class VectorLabels:
         attribute: str | None,
         background: int | None,
         *,
+        all_touched: bool = False,
         paired: bool = False,
     ) -> None:
         in_pixels = paired and not isinstance(source, SlideSource) and source.crs is None
@@ -90,11 +81,14 @@ class VectorLabels:
         self.is_on_source = np.zeros(len(frame), bool)
         self.is_on_source[owners[_reach_into(self._polygons, self._extent)]] = True
         self.numbers = _numbers(frame)
+        self._all_touched = all_touched
+        if not all_touched:
+            self._warn_of_tiny(owners)
 
     def read(self, window: Window) -> LabelArray:
         """Class indices of a window of the source, [height, width]; `IGNORE_INDEX` where there is no label.
 
-        A pixel belongs to the polygon that holds its centre, and of several to the last in the file.
+        A pixel belongs to the polygon that holds its centre, or touches it, and of several to the last in the file.
         """
         indices = np.full(window.shape, IGNORE_INDEX, np.uint8)
         shared = window.intersect(self._extent)
@@ -120,12 +114,23 @@ class VectorLabels:
     ) -> LabelArray:
         if len(hits) == 0:
             return np.full(window.shape, fill, np.uint8)
-        shapes = zip(self._polygons[hits], np.broadcast_to(values, len(hits)).tolist(), strict=True)
-        shift = Affine.translation(window.col, window.row)
-        burnt: LabelArray = rasterize(
-            shapes, out_shape=window.shape, fill=fill, transform=shift, all_touched=False, dtype="uint8"
-        )
+        shapes = list(zip(self._polygons[hits], np.broadcast_to(values, len(hits)).tolist(), strict=True))
+        if not self._all_touched:
+            return _burn(shapes, window, fill)
+        burnt = np.empty(window.shape, np.uint8)
+        for block in _blocks_around(window):
+            shared = block.intersect(window)
+            assert shared is not None
+            touched = _burn(shapes, block, fill, all_touched=True)
+            burnt[shared.slices_in(window)] = touched[shared.slices_in(block)]
         return burnt
+
+    def _warn_of_tiny(self, owners: npt.NDArray[np.int64]) -> None:
+        """Warn about polygons on the source that are burnt to no pixel."""
+        labelled = np.zeros(len(self.numbers), bool)
+        labelled[owners[hold_pixel_centre(self._polygons)]] = True
+        what = "hold no pixel's centre and label nothing (all_touched labels the pixels that polygons touch)"
+        _warn_of(what, self.is_on_source & ~labelled, self.numbers, self.path)
 
     def _codes_without_attribute(self, path: str, num_features: int) -> npt.NDArray[np.uint8]:
         if self._classes.explicit and self._num_classes != 2:
@@ -134,6 +139,25 @@ class VectorLabels:
                 f"column of {path} that holds the class"
             )
         return np.ones(num_features, np.uint8)
+
+
+def _burn(shapes: Sequence[tuple[Any, int]], window: Window, fill: int, *, all_touched: bool = False) -> LabelArray:
+    place = Affine.translation(window.col, window.row)
+    burnt: LabelArray = rasterize(
+        shapes, out_shape=window.shape, fill=fill, transform=place, all_touched=all_touched, dtype="uint8"
+    )
+    return burnt
+
+
+def _blocks_around(window: Window) -> Iterator[Window]:
+    """Blocks of a fixed grid that cover a window.
+
+    Which pixels an edge through a pixel's corner touches, GDAL decides by rounding errors that depend on where its
+    canvas begins: on a fixed grid they are the same for all windows.
+    """
+    for row in range(window.row // _BLOCK_PX, -(-window.row_stop // _BLOCK_PX)):
+        for col in range(window.col // _BLOCK_PX, -(-window.col_stop // _BLOCK_PX)):
+            yield Window(row * _BLOCK_PX, col * _BLOCK_PX, _BLOCK_PX, _BLOCK_PX)
 
 
 def _to_coordinates(source: RasterSource | SlideSource, *, in_pixels: bool) -> Affine:
@@ -153,19 +177,6 @@ def warn_of_polygons_beside(labels: Iterable[object]) -> None:
     for path, of_file in of_files.items():
         beside = ~np.any([each.is_on_source for each in of_file], axis=0)
         _warn_of("lie beside what they label", beside, of_file[0].numbers, path)
-
-
-def is_vector_name(path: str) -> bool:
-    """Whether the file's suffix is one of a vector format."""
-    return Path(path).suffix.lower() in _SUFFIXES
-
-
-def opens_as_vector(path: str) -> bool:
-    """Whether a file of another suffix is a vector file after all."""
-    try:
-        return len(pyogrio.list_layers(path)) > 0
-    except DataSourceError:
-        return False
 
 
 def _read_polygons(
@@ -190,11 +201,9 @@ def _read_polygons(
     if in_pixels:
         check_on_pixels(source, path, tuple(frame.total_bounds))
         return frame
-    frame = frame.to_crs(source.crs.to_wkt())
-    # What has no place in the source's projection can't lie on the source.
-    placed = np.isfinite(frame.bounds.to_numpy()).all(axis=1)
-    check_overlap(source, path, tuple(frame[placed].total_bounds))
-    return frame.set_geometry(np.where(placed, frame.geometry.to_numpy(), shapely.Polygon()), crs=frame.crs)
+    placed = place_geometries(frame.geometry, path, source)
+    check_overlap(source, path, tuple(shapely.total_bounds(placed)), tuple(frame.total_bounds), frame.crs)
+    return frame.set_geometry(placed, crs=source.crs.to_wkt())
 
 
 def _warn_of_flat(frame: Any, path: str) -> None:
@@ -236,98 +245,29 @@ def _reach_into(polygons: npt.NDArray[np.object_], extent: Window) -> npt.NDArra
     return np.asarray(rows & columns)
 
 
-def read_features(path: str, attribute: str | None) -> Any:
-    """The geometries of a vector file's only layer, with the attribute's column if there are any, as geopandas frame.
-
-    Raises:
-        InputError: the file can't be read, or has several layers or no such column.
-    """
-    try:
-        with warnings.catch_warnings():
-            # Of a damaged file the error below says the same, once.
-            warnings.simplefilter("ignore", RuntimeWarning)
-            frame = _read_only_layer(path, attribute)
-    except (DataSourceError, DataLayerError) as error:
-        # What follows the reason in GDAL's own words is for programmers.
-        raise InputError(f"can't open {path} as a vector file: {reason_of(error).split('; It might')[0]}") from error
-    return _without_shapeless(frame, path)
-
-
-def _without_shapeless(frame: Any, path: str) -> Any:
-    """A frame without features that have no place, such as null geometries and outlines with too few points."""
-    shapeless = np.array(frame.geometry.isna() | frame.geometry.is_empty)
-    coordinates, owners = shapely.get_coordinates(frame.geometry.to_numpy(), return_index=True)
-    shapeless[owners[~np.isfinite(coordinates).all(axis=1)]] = True
-    if not shapeless.any():
-        return frame
-    warnings.warn(
-        f"{shapeless.sum()} of {len(frame)} features of {path} have no usable geometry and are left out, the first is "
-        f"number {int(np.argmax(shapeless)) + 1}",
-        DataWarning,
-        stacklevel=4,
-    )
-    return frame[~shapeless]
-
-
-def _read_only_layer(path: str, attribute: str | None) -> Any:
-    layer = _only_layer(path)
-    info = pyogrio.read_info(path, layer=layer, force_feature_count=True)
-    columns = info["fields"].tolist()
-    if info["features"] == 0:
-        # A GeoJSON without features has no columns either.
-        attribute = None
-    if attribute is not None and attribute not in columns:
-        raise InputError(f"attribute {attribute!r} is not a column of {path}; columns: {', '.join(columns) or '-'}")
-    frame = gpd.read_file(
-        path,
-        layer=layer,
-        engine="pyogrio",
-        columns=[] if attribute is None else [attribute],
-        # A ring of two points is no reason to give up the rest.
-        on_invalid="ignore",
-    )
-    if attribute is not None:
-        frame[attribute] = frame[attribute].map(_class_name)
-    return frame
-
-
-def _class_name(value: Any) -> Any:
-    """The name in a value like {"name": "Tumor", "color": [200, 0, 0]}, which is what QuPath calls a classification."""
-    found = value
-    # Whether a JSON object comes as text depends on the version of pyogrio.
-    if isinstance(value, str) and value.startswith("{"):
-        try:
-            found = json.loads(value)
-        except ValueError:
-            return value
-    return found.get("name", value) if isinstance(found, dict) else value
-
-
-def _only_layer(path: str) -> str:
-    layers = [str(name) for name, kind in pyogrio.list_layers(path) if kind is not None]
-    if len(layers) != 1:
-        raise InputError(f"expected one layer of polygons in {path}, got {', '.join(layers) or 'none'}")
-    return layers[0]
-
-
 def _codes(path: str, frame: Any, classes: LabelClasses, attribute: str) -> npt.NDArray[np.uint8]:
     """One class index a feature."""
     if frame.empty:
         return np.zeros(0, np.uint8)
     column = frame[attribute]
     codes = {value: classes.index_of(value) for value in column.dropna().unique().tolist()}
-    unknown = [value for value, code in codes.items() if code is None] + ["null"] * int(column.isna().any())
+    unknown = [value for value, code in codes.items() if code is None]
+    nulls = column.isna().to_numpy()
+    if nulls.any() and classes.index_of(None) is None:
+        unknown.append(None)
     if unknown:
         raise InputError(_unknown_message(path, attribute, unknown, classes))
-    return column.map(codes).to_numpy(np.uint8)
+    found = np.full(len(column), IGNORE_INDEX, np.uint8)
+    found[~nulls] = column[~nulls].map(codes).to_numpy(np.uint8)
+    return found
 
 
 def _unknown_message(path: str, attribute: str, unknown: Sequence[Any], classes: LabelClasses) -> str:
-    shown = ", ".join(str(value) for value in unknown[:8])
+    shown = ", ".join("null" if value is None else str(value) or '""' for value in unknown[:8])
     names = f"{', '.join(classes.names)}, " if classes.names else ""
     return (
         f"{attribute} of {path} holds {shown}; the classes are {names}{classes.described_values()}: "
-        "add it to classes, values or ignore_values"
+        f"add it to classes, values or ignore_values (ignore_values=[{shown}])"
     )
 
 

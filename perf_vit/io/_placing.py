@@ -4,14 +4,30 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
+import shapely
+from pyproj.exceptions import ProjError
 from rasterio.warp import transform_bounds
 
 from perf_vit.errors import InputError
 from perf_vit.io._gdal import crs_name
 from perf_vit.io.raster import Bounds, RasterSource
 from perf_vit.io.slide import SlideSource
+from perf_vit.types import Source
 
-__all__ = ["check_both_placed", "check_on_pixels", "check_on_slide", "check_overlap", "reproject_bounds"]
+__all__ = [
+    "check_both_placed",
+    "check_on_pixels",
+    "check_on_slide",
+    "check_overlap",
+    "place_geometries",
+    "reproject_bounds",
+    "span",
+]
+
+# Longitudes are also written from 0 to 360.
+_MOST_DEGREES = (360, 90)
 
 
 def check_both_placed(source: RasterSource, path: str, crs: Any) -> None:
@@ -31,13 +47,57 @@ def check_both_placed(source: RasterSource, path: str, crs: Any) -> None:
         )
 
 
-def check_overlap(source: RasterSource, path: str, bounds: Bounds) -> None:
+def place_geometries(geometries: Any, path: str, source: Source) -> npt.NDArray[Any]:
+    """Transform the geometries of a vector file to the CRS of a source.
+
+    Args:
+        geometries: a geopandas series with a CRS.
+        path: the file's name in errors.
+        source: with a CRS.
+
+    Returns:
+        Geometries, [n]; an empty polygon for each that has no place in the source's CRS.
+
+    Raises:
+        InputError: coordinates that are no longitudes and latitudes where the file says so, as a GeoJSON without CRS
+            does; or no transformation leads from one CRS to the other.
+    """
+    _check_degrees(geometries, path)
+    assert source.crs is not None
+    try:
+        placed: npt.NDArray[Any] = geometries.to_crs(source.crs.to_wkt()).to_numpy().copy()
+    except ProjError as error:
+        raise InputError(
+            f"no transformation is known from the CRS of {path} ({crs_name(geometries.crs)}) to that of {source.path} "
+            f"({crs_name(source.crs)}); save the labels in the CRS of the raster"
+        ) from error
+    placed[~np.isfinite(shapely.bounds(placed).reshape(-1, 4)).all(axis=1)] = shapely.Polygon()
+    return placed
+
+
+def _check_degrees(geometries: Any, path: str) -> None:
+    if not len(geometries) or not geometries.crs.is_geographic:
+        return
+    bounds = np.abs(geometries.bounds.to_numpy())
+    if (bounds > np.tile(_MOST_DEGREES, 2)).any(axis=1).all():
+        raise InputError(
+            f"labels {path} cover {span(tuple(geometries.total_bounds))}, which are no longitudes and latitudes, but "
+            f"were taken for such ({crs_name(geometries.crs)}), as GeoJSON without a crs member is (RFC 7946); "
+            "save them in longitude and latitude, or as GeoPackage with their own CRS"
+        )
+
+
+def check_overlap(
+    source: RasterSource, path: str, bounds: Bounds, own_bounds: Bounds | None = None, own_crs: Any = None
+) -> None:
     """Refuse labels that lie wholly elsewhere.
 
     Args:
         source: the raster.
         path: the labels' name in errors.
         bounds: of the labels, in the raster's CRS.
+        own_bounds: of the labels, in their own CRS, if it is another.
+        own_crs: the labels' CRS.
 
     Raises:
         InputError: both don't meet.
@@ -45,9 +105,10 @@ def check_overlap(source: RasterSource, path: str, bounds: Bounds) -> None:
     left, bottom, right, top = source.bounds
     if bounds[0] < right and bounds[2] > left and bounds[1] < top and bounds[3] > bottom:
         return
+    own = "" if own_bounds is None else f" (in the file {span(own_bounds)}, {crs_name(own_crs)})"
     raise InputError(
-        f"labels {path} don't overlap {source.path}: they cover {_span(bounds)}, the raster "
-        f"{_span(source.bounds)} ({crs_name(source.crs)}); check their CRS or choose other labels"
+        f"labels {path} don't overlap {source.path}: they cover {span(bounds)}{own}, the raster "
+        f"{span(source.bounds)} ({crs_name(source.crs)}); check their CRS or choose other labels"
     )
 
 
@@ -66,7 +127,7 @@ def check_on_slide(source: SlideSource, path: str, bounds: Bounds) -> None:
     if bounds[0] < width and bounds[2] > 0 and bounds[1] < height and bounds[3] > 0:
         return
     raise InputError(
-        f"labels {path} don't overlap {source.path}: they cover {_span(bounds)}, the slide {width} x {height} pixels "
+        f"labels {path} don't overlap {source.path}: they cover {span(bounds)}, the slide {width} x {height} pixels "
         "of level 0; labels of slides are in these pixels, as QuPath exports them"
     )
 
@@ -85,7 +146,7 @@ def check_on_pixels(source: RasterSource, path: str, bounds: Bounds) -> None:
     if bounds[0] < source.width and bounds[2] > 0 and bounds[1] < source.height and bounds[3] > 0:
         return
     raise InputError(
-        f"labels {path} don't overlap {source.path}: they cover {_span(bounds)}, the image {source.width} x "
+        f"labels {path} don't overlap {source.path}: they cover {span(bounds)}, the image {source.width} x "
         f"{source.height} pixels; it has no CRS, so labels must be in its pixels, or assign it one"
     )
 
@@ -96,5 +157,6 @@ def reproject_bounds(bounds: Bounds, crs: Any, to_crs: Any) -> Bounds:
     return left, bottom, right, top
 
 
-def _span(bounds: Bounds) -> str:
+def span(bounds: Bounds) -> str:
+    """Left to right and bottom to top, in words."""
     return f"x {bounds[0]:.8g} to {bounds[2]:.8g}, y {bounds[1]:.8g} to {bounds[3]:.8g}"

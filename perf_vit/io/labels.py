@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,7 +13,8 @@ from perf_vit.io._gdal import check_exists
 from perf_vit.io._label_classes import LabelClasses
 from perf_vit.io._label_layers import RasterLayers, VectorLayers
 from perf_vit.io._label_raster import RasterLabels
-from perf_vit.io._label_vector import VectorLabels, is_vector_name, opens_as_vector
+from perf_vit.io._label_vector import VectorLabels
+from perf_vit.io._vector_file import is_vector_name, opens_as_vector, split_layer
 from perf_vit.io.raster import RasterSource
 from perf_vit.io.slide import SlideSource
 from perf_vit.io.sources import open_raster
@@ -45,8 +47,9 @@ def open_labels(
     attribute: str | None = None,
     classes: Sequence[str] | None = None,
     values: Sequence[float] | None = None,
-    ignore_values: Sequence[float] = (),
+    ignore_values: Sequence[float | str | None] = (),
     background: int | None = 0,
+    all_touched: bool = False,
     multilabel: bool = False,
     paired: bool = False,
     spot_check: bool = True,
@@ -54,16 +57,19 @@ def open_labels(
     """Open the labels of a raster: a mask raster or polygons, in any CRS and on any grid; or polygons on a slide.
 
     Args:
-        path: a raster of label values, or a file of polygons (GeoJSON, GeoPackage, shapefile, ...). Polygons on a slide
-            are in pixels of its level 0, as QuPath exports them.
+        path: a raster of label values, or a file of polygons (GeoJSON, GeoPackage, shapefile, GeoParquet, ...), of
+            several layers as `FILE|layername=LAYER`. Polygons on a slide are in pixels of its level 0, as QuPath
+            exports them.
         source: the raster or slide that they describe.
         attribute: column of class names or values of the polygons, "classification" in QuPath's files; without it every
             polygon is class 1 of 2.
         classes: class names; a label is an index into them. Without names and values, label values up to 254 are
             indices themselves.
         values: the label file's value of each class; 0, 1, 2, ... by default.
-        ignore_values: label values that mean "no label", beside a mask's own nodata.
+        ignore_values: label values that mean "no label", beside a mask's own nodata; of polygons also text, and None
+            for features without a value.
         background: class index of the pixels under no polygon, None where polygons are only samples.
+        all_touched: polygons burn every pixel that they touch, not only those whose centre they hold.
         multilabel: several classes may be true at a pixel: layers from overlapping polygons, or from the bands of a
             raster of 0 and 1 on the source's grid. Then `background` only tells whether no polygon means 0.
         paired: the labels are those of this image alone: a mask without CRS lies on its pixels, and where the image has
@@ -74,13 +80,16 @@ def open_labels(
         InputError: the file can't be read, has no place on the source, or holds what is no class.
     """
     name = os.fspath(path)
-    check_exists(name)
+    check_exists(split_layer(name)[0])
     mapping = LabelClasses.make(classes, values, ignore_values)
     if background is not None and not 0 <= background < len(mapping.values):
         raise InputError(f"background must be a class index below {len(mapping.values)}, got {background}")
-    from_vector = VectorLayers if multilabel else VectorLabels
+    from_vector = functools.partial(
+        VectorLayers if multilabel else VectorLabels,
+        name, source, mapping, attribute, background, all_touched=all_touched, paired=paired,
+    )  # fmt: skip
     if is_vector_name(name):
-        return from_vector(name, source, mapping, attribute, background, paired=paired)
+        return from_vector()
     if isinstance(source, SlideSource):
         raise InputError(f"labels of the slide {source.path} must be polygons, such as QuPath's GeoJSON; got {name}")
     try:
@@ -88,7 +97,7 @@ def open_labels(
     except InputError:
         if not opens_as_vector(name):
             raise
-        return from_vector(name, source, mapping, attribute, background, paired=paired)
+        return from_vector()
     options = {"paired": paired, "spot_check": spot_check}
     if multilabel:
         return RasterLayers(mask, source, len(mapping.values), mapping, **options)

@@ -12,7 +12,9 @@ import shapely
 
 from perf_vit.errors import InputError
 from perf_vit.io._gdal import check_exists, crs_name
-from perf_vit.io._label_vector import read_features, to_pixels
+from perf_vit.io._label_vector import to_pixels
+from perf_vit.io._placing import place_geometries, span
+from perf_vit.io._vector_file import read_features, split_layer
 from perf_vit.types import Source
 
 __all__ = ["PolygonFile"]
@@ -22,11 +24,12 @@ class PolygonFile:
     """The polygons of a vector file, placed on one source after another.
 
     Args:
-        path: a GeoJSON, GeoPackage, shapefile, ... with one layer, in any CRS.
+        path: a GeoJSON, GeoPackage, shapefile, GeoParquet, ... in any CRS; of several layers `FILE|layername=LAYER`.
         attribute: column to read with them.
 
     Attributes:
         path: as it was given.
+        numbers: those of the polygons among the file's features, from 1, [n].
         values: the attribute's, one a polygon, [n]; None without attribute.
 
     Raises:
@@ -35,7 +38,7 @@ class PolygonFile:
 
     def __init__(self, path: str | Path, *, attribute: str | None = None) -> None:
         self.path = os.fspath(path)
-        check_exists(self.path)
+        check_exists(split_layer(self.path)[0])
         frame = read_features(self.path, attribute)
         other = sorted(set(frame.geom_type) - {"Polygon", "MultiPolygon"})
         if other:
@@ -43,6 +46,7 @@ class PolygonFile:
                 f"{self.path} holds {', '.join(other)}; objects must be polygons (buffer lines and points first)"
             )
         self._geometry = frame.geometry
+        self.numbers = np.asarray(frame.index.to_numpy() + 1, np.int64)
         self.values: npt.NDArray[Any] | None = None
         if attribute is not None:
             self.values = frame[attribute].to_numpy() if len(frame) else np.zeros(0, object)
@@ -51,6 +55,11 @@ class PolygonFile:
 
     def __len__(self) -> int:
         return len(self._geometry)
+
+    def described_place(self) -> str:
+        """Bounds of all polygons in the file's own coordinates, and its CRS, in words."""
+        crs = "without CRS" if self._geometry.crs is None else crs_name(self._geometry.crs)
+        return f"{span(tuple(self._geometry.total_bounds))} ({crs})"
 
     def in_pixels_of(self, source: Source) -> npt.NDArray[Any]:
         """Polygons and multipolygons in pixels of a source, [n], also those that lie outside it.
@@ -62,7 +71,7 @@ class PolygonFile:
             InputError: the source has a CRS and the file none.
         """
         if source.crs is None:
-            geometries: npt.NDArray[Any] = self._geometry.to_numpy()
+            geometries: npt.NDArray[Any] = shapely.force_2d(self._geometry.to_numpy())
             return geometries
         return to_pixels(self._in_crs(source), source.transform)
 
@@ -73,8 +82,7 @@ class PolygonFile:
             )
         key = str(source.crs.to_wkt())  # type: ignore[union-attr]
         if key not in self._placed:
-            placed = (self._geometry.to_crs(key) if len(self) else self._geometry).to_numpy()
-            unplaced = ~np.isfinite(shapely.bounds(placed).reshape(-1, 4)).all(axis=1)
-            placed[unplaced] = shapely.Polygon()
-            self._placed[key] = placed
+            self._placed[key] = (
+                place_geometries(self._geometry, self.path, source) if len(self) else np.zeros(0, object)
+            )
         return self._placed[key]

@@ -27,7 +27,9 @@ def seven_bands(tmp_path):
     cells = [(r, c) for r in range(4) for c in range(4)]
     frame = gpd.GeoDataFrame(
         {"kind": ["forest" if truth[32 * r, 32 * c] else "water" for r, c in cells]},
-        geometry=[box(*(PLACE @ (32 * c + 4, 32 * r + 28)), *(PLACE @ (32 * c + 28, 32 * r + 4))) for r, c in cells],
+        geometry=[
+            box(*(PLACE @ (32 * c + 3.7, 32 * r + 28.3)), *(PLACE @ (32 * c + 28.3, 32 * r + 3.7))) for r, c in cells
+        ],
         crs=CRS,
     )
     frame.to_file(tmp_path / "samples.geojson")
@@ -35,13 +37,20 @@ def seven_bands(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("labels", "options"),
+    ("labels", "options", "num_labelled"),
     [
-        ("classes.tif", ["data.values=[11,40]"]),
-        ("samples.geojson", ["data.attribute=kind", "data.background=null"]),
+        ("classes.tif", ["data.values=[11,40]"], 128 * 128),
+        ("samples.geojson", ["data.attribute=kind", "data.background=null"], 16 * 24 * 24),
+        (
+            "samples.geojson",
+            ["data.attribute=kind", "data.background=null", "data.all_touched=true"],
+            16 * 26 * 26,
+        ),
     ],
 )
-def test_training_and_evaluation_read_labels_alike(seven_bands, labels: str, options: list[str]) -> None:
+def test_training_and_evaluation_read_labels_alike(
+    seven_bands, labels: str, options: list[str], num_labelled: int
+) -> None:
     files = [f"data.{p}.image={seven_bands / 'seven.tif'}" for p in ("train", "val")]
     files += [f"data.{p}.labels={seven_bands / labels}" for p in ("train", "val")]
     run = seven_bands / "run"
@@ -49,7 +58,15 @@ def test_training_and_evaluation_read_labels_alike(seven_bands, labels: str, opt
     longer = ["trainer.max_epochs=4", "data.tiles_per_epoch=64", "optim.lr=0.005"]
     assert call(["train", *args, *longer]) == 0
     base = ["--checkpoint", run / "checkpoints" / "last.ckpt", "--input", seven_bands / "seven.tif"]
-    assert call(["evaluate", *base, "--labels", seven_bands / labels, "--json", seven_bands / "scores.json"]) == 0
-    scores = json.loads((seven_bands / "scores.json").read_text())
-    assert sum(entry["num_pixels"] for entry in scores["classes"]) == (128 * 128 if "tif" in labels else 16 * 24 * 24)
+
+    def evaluated(*options: str) -> dict:
+        files = ["--labels", seven_bands / labels, "--json", seven_bands / "scores.json"]
+        assert call(["evaluate", *base, *files, *options]) == 0
+        return json.loads((seven_bands / "scores.json").read_text())
+
+    scores = evaluated()
+    assert sum(entry["num_pixels"] for entry in scores["classes"]) == num_labelled
     assert scores["mean"]["iou"] > 0.7
+    if "tif" not in labels:
+        for option, side in (("--all-touched", 26), ("--no-all-touched", 24)):
+            assert sum(entry["num_pixels"] for entry in evaluated(option)["classes"]) == 16 * side**2

@@ -58,9 +58,11 @@ def test_polygons_in_any_crs_and_format_burn_the_pixels_whose_centre_they_hold(
 
 
 @settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(row=st.integers(-30, 80), col=st.integers(-30, 100), size=st.integers(1, 50))
-def test_a_window_burns_exactly_what_the_whole_does(source, write_vector, row: int, col: int, size: int) -> None:
-    labels = open_labels(write_vector(POLYGONS, "labels.gpkg"), source, classes=CLASSES)
+@given(row=st.integers(-30, 80), col=st.integers(-30, 100), size=st.integers(1, 50), all_touched=st.booleans())
+def test_a_window_burns_exactly_what_the_whole_does(
+    source, write_vector, row: int, col: int, size: int, all_touched: bool
+) -> None:
+    labels = open_labels(write_vector(POLYGONS, "labels.gpkg"), source, classes=CLASSES, all_touched=all_touched)
     padded = np.pad(labels.read(source.extent), 100, constant_values=IGNORE_INDEX)
     rows, cols = slice(row + 100, row + 100 + size), slice(col + 100, col + 100 + size)
     assert np.array_equal(labels.read(Window(row, col, size, size)), padded[rows, cols])

@@ -206,6 +206,13 @@ def evaluate(
         tuple[int, int, int, int] | None,
         typer.Option(help="row col height width, in pixels, of the part to score."),
     ] = None,
+    all_touched: Annotated[
+        bool | None,
+        typer.Option(
+            "--all-touched/--no-all-touched",
+            help="Polygons label every pixel that they touch (segmentation); as in training by default.",
+        ),
+    ] = None,
     window_size: WindowSize = None,
     overlap: Overlap = None,
     batch_size: BatchSize = 1,
@@ -258,6 +265,7 @@ def evaluate(
         image,
         labels,
         region=region,
+        all_touched=all_touched,
         with_curves=json is not None,
         slide_mpp=slide_mpp,
         tissue=tissue,

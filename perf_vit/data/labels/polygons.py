@@ -12,11 +12,9 @@ import shapely
 from perf_vit.data.labels.image_folder import ImageFolder
 from perf_vit.data.labels.records import RawImage, RawLabels, RawObject
 from perf_vit.errors import DataWarning, InputError
-from perf_vit.io import PolygonFile, open_source
+from perf_vit.io import PolygonFile, is_vector_name, open_source, split_layer
 
 __all__ = ["read_polygons"]
-
-_SUFFIXES = (".geojson", ".gpkg", ".fgb", ".shp", ".json")
 
 
 def read_polygons(labels: Path, folder: ImageFolder, attribute: str | None, name: str) -> RawLabels:
@@ -34,10 +32,15 @@ def read_polygons(labels: Path, folder: ImageFolder, attribute: str | None, name
     Raises:
         InputError: a file that can't be read, without CRS where the image has one, or without image.
     """
-    if labels.is_file():
+    if Path(split_layer(str(labels))[0]).is_file():
         shared = PolygonFile(labels, attribute=attribute)
         used: set[int] = set()
         images = [_image(image, shared, name, used) for image in folder.paths if folder.wanted(image)]
+        if images and len(shared) and not used:
+            raise InputError(
+                f"the polygons of {labels} lie on none of {len(images)} images, the first {images[0].path}: they cover "
+                f"{shared.described_place()}; check their CRS or choose other images"
+            )
         _warn_of_unused(shared, used, len(images))
         return RawLabels(images)
     pairs = _pairs(labels, folder)
@@ -45,9 +48,9 @@ def read_polygons(labels: Path, folder: ImageFolder, attribute: str | None, name
 
 
 def _pairs(labels: Path, folder: ImageFolder) -> list[tuple[Path, Path]]:
-    files = sorted(file for file in labels.rglob("*") if file.suffix.lower() in _SUFFIXES)
+    files = sorted(file for file in labels.rglob("*") if is_vector_name(str(file)) and file.is_file())
     if not files:
-        raise InputError(f"no label files in {labels}; expected files that end in {', '.join(_SUFFIXES)}")
+        raise InputError(f"no label files in {labels}; expected .geojson, .gpkg, .shp, .parquet or the like")
     pairs = [(folder.find(str(file.relative_to(labels).with_suffix("")), str(file)), file) for file in files]
     return [(image, file) for image, file in pairs if folder.wanted(image)]
 
@@ -57,7 +60,7 @@ def _warn_of_unused(file: PolygonFile, used: set[int], num_images: int) -> None:
         first = next(index for index in range(len(file)) if index not in used)
         warnings.warn(
             f"{len(file) - len(used)} of {len(file)} polygons of {file.path} lie on none of the {num_images} images, "
-            f"the first is number {first + 1}",
+            f"the first is number {file.numbers[first]}",
             DataWarning,
             stacklevel=5,
         )

@@ -18,6 +18,7 @@ from perf_vit.data.labels.table import read_table
 from perf_vit.data.labels.voc import read_voc
 from perf_vit.data.labels.yolo import read_yolo
 from perf_vit.errors import ConfigError, DataWarning, InputError
+from perf_vit.io import split_layer
 
 __all__ = ["LABEL_FORMATS", "read_object_labels"]
 
@@ -56,7 +57,7 @@ def read_object_labels(
     if label_format not in LABEL_FORMATS:
         raise ConfigError(f"format of labels must be one of {', '.join(LABEL_FORMATS)}, got {label_format}")
     place = Path(labels)
-    if not place.exists():
+    if not Path(split_layer(str(place))[0]).exists():
         raise InputError(f"no labels at {place}; check the path")
     if label_format in _ONE_FILE and place.is_dir():
         raise InputError(f"labels of the format {label_format} are one file, got the folder {place}")
