@@ -1,6 +1,11 @@
 """The errors a user can cause: each message says what was expected, what came and what to do next."""
 
+from __future__ import annotations
+
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
 
 __all__ = [
     "BusyError",
@@ -10,6 +15,7 @@ __all__ = [
     "InputError",
     "OutputError",
     "PerfVitError",
+    "parsing",
     "warn_once",
 ]
 
@@ -50,3 +56,36 @@ def warn_once(kind: str, message: str) -> None:
     if kind not in _warned:
         _warned.add(kind)
         warnings.warn(message, DataWarning, stacklevel=3)
+
+
+@contextmanager
+def parsing(path: str | Path, kind: str, error: type[PerfVitError] = InputError) -> Iterator[None]:
+    """Report what a library raises on a damaged file as one line that names the file.
+
+    Parsers of damaged bytes raise whatever their code comes upon, so every exception inside is one of the file.
+
+    Args:
+        path: of the file.
+        kind: what it is read as, "JSON".
+        error: what to raise.
+
+    Raises:
+        PerfVitError: of the class `error`; those raised inside pass as they are.
+    """
+    try:
+        yield
+    except PerfVitError:
+        raise
+    except OSError as cause:
+        raise error(f"can't read {path} as {kind}: {cause.strerror or _reason(cause)}") from cause
+    except Exception as cause:
+        raise error(f"can't read {path} as {kind}: {_reason(cause)}; it may be damaged") from cause
+
+
+def _reason(cause: Exception) -> str:
+    """The first line of a library's message, after the class of the error where that says more."""
+    lines = str(cause).strip().splitlines()
+    name = type(cause).__name__
+    if isinstance(cause, OSError | ValueError | RuntimeError) and lines:
+        return lines[0].rstrip(".")
+    return f"{name}: {lines[0]}" if lines else name

@@ -8,7 +8,7 @@ import os
 from collections.abc import Mapping
 from typing import Any
 
-from perf_vit.errors import InputError
+from perf_vit.errors import InputError, parsing
 
 __all__ = ["is_item_list", "item_paths"]
 
@@ -32,15 +32,13 @@ def item_paths(path: str, asset: str | None) -> list[str]:
         InputError: the file holds no items, or an item has no such asset, or several to choose from.
     """
     items = _items(path)
-    return [_locate(_choose(item, path, asset)["href"], path) for item in items]
+    with parsing(path, "STAC items"):
+        return [_locate(_choose(item, path, asset)["href"], path) for item in items]
 
 
 def _items(path: str) -> list[Mapping[str, Any]]:
-    try:
-        with open(path, "rb") as file:
-            content = json.load(file)
-    except (OSError, ValueError) as error:
-        raise InputError(f"can't read {path} as JSON: {error}") from error
+    with parsing(path, "JSON"), open(path, "rb") as file:
+        content = json.load(file)
     if isinstance(content, dict):
         content = content.get("features", [content])
     listed = content if isinstance(content, list) else []

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from perf_vit.errors import InputError
+from perf_vit.errors import InputError, parsing
 from perf_vit.io._gdal import check_exists
 from perf_vit.io._handles import PerThread
 from perf_vit.io._nodata import is_finite
@@ -153,20 +153,18 @@ def _open_tiff(path: str) -> _Arrays:
     tifffile = import_slide_library("tifffile", path)
     zarr = import_slide_library("zarr", path)
     check_exists(path)
-    try:
+    with parsing(path, "an OME-TIFF"):
         tiff = tifffile.TiffFile(path)
-    except (OSError, ValueError) as error:
-        raise InputError(f"can't open {path} as an OME-TIFF: {error}") from error
-    series = tiff.series[0]
-    arrays = [zarr.open(series.aszarr(level=level), mode="r") for level in range(len(series.levels))]
-    found = parse_ome_xml(tiff.ome_metadata or "")
-    return _Arrays(arrays, series.axes, found.mpp_yx, found.channel_names, tiff.close)
+        series = tiff.series[0]
+        arrays = [zarr.open(series.aszarr(level=level), mode="r") for level in range(len(series.levels))]
+        found = parse_ome_xml(tiff.ome_metadata or "")
+        return _Arrays(arrays, series.axes, found.mpp_yx, found.channel_names, tiff.close)
 
 
 def _open_zarr(path: str) -> _Arrays:
     zarr = import_slide_library("zarr", path)
     check_exists(path)
-    try:
+    with parsing(path, "an OME-Zarr image of version 0.4 or 0.5"):
         group = zarr.open_group(path, mode="r")
         # Converters of many-image files put each image into a folder of its number.
         image = group if _metadata(group).get("multiscales") else group["0"]
@@ -176,8 +174,6 @@ def _open_zarr(path: str) -> _Arrays:
         axes = "".join(str(axis["name"])[0].upper() for axis in scales["axes"])
         names = tuple(str(channel.get("label", "")) for channel in metadata.get("omero", {}).get("channels", []))
         return _Arrays(arrays, axes, _scale_yx(scales), names, lambda: None)
-    except (OSError, ValueError, KeyError, IndexError, TypeError) as error:
-        raise InputError(f"can't open {path} as an OME-Zarr image of version 0.4 or 0.5: {error!r}") from error
 
 
 def _metadata(group: Any) -> dict[str, Any]:

@@ -192,7 +192,8 @@ def _read_polygons(path: str) -> npt.NDArray[Any]:
         raise InputError(
             f"can't open {path}: {str(error.strerror).lower()}; tissue must be otsu or a GeoJSON file"
         ) from error
-    except (ValueError, KeyError, TypeError, AttributeError, shapely.errors.ShapelyError) as error:
+    # Shapely raises many kinds of errors on values that are no coordinates.
+    except Exception as error:
         raise InputError(f"{path} is not GeoJSON: {error}") from error
     parts = shapely.get_parts(np.array(geometries, dtype=object))
     polygons = parts[shapely.get_type_id(parts) == shapely.GeometryType.POLYGON] if len(parts) else parts

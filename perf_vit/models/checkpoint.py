@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import pickle
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, replace
@@ -13,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from perf_vit._version import __version__
-from perf_vit.errors import CheckpointError
+from perf_vit.errors import CheckpointError, parsing
 from perf_vit.layers import current_draw, redraw_projections
 from perf_vit.models.build import ModelConfig, build_segmenter
 from perf_vit.models.build_detector import DetectorConfig, build_detector
@@ -164,10 +163,8 @@ def _task_of(metadata: dict[str, Any]) -> str:
 def _read(path: Path, tasks: tuple[str, ...] | None = None) -> dict[str, Any]:
     if not path.is_file():
         raise CheckpointError(f"no checkpoint {path}")
-    try:
+    with parsing(path, "a checkpoint", CheckpointError):
         content = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError) as error:
-        raise CheckpointError(f"{path} can't be read as a checkpoint: {str(error).splitlines()[0]}") from error
     if not isinstance(content, dict) or CHECKPOINT_KEY not in content:
         raise CheckpointError(f"{path} is not a perf_vit checkpoint; give a .ckpt file that `perf-vit train` wrote")
     found = _task_of(content[CHECKPOINT_KEY])

@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from perf_vit._version import __version__
-from perf_vit.errors import CheckpointError, OutputError
+from perf_vit.errors import CheckpointError, OutputError, parsing
 from perf_vit.layers import current_draw, redraw_projections
 from perf_vit.layers.converted_attention import BALANCING_BUFFERS
 from perf_vit.models.conversion import Conversion
@@ -340,10 +340,8 @@ def _is_enhancement(name: str) -> bool:
 def _read_json(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise CheckpointError(f"no {path.name} in {path.parent}; expected a folder that a model was saved in")
-    try:
+    with parsing(path, "JSON", CheckpointError):
         config = json.loads(path.read_bytes())
-    except (ValueError, OSError) as error:
-        raise CheckpointError(f"{path} can't be read as JSON: {error}; save the model again") from error
     if not isinstance(config, dict) or "architecture" not in config:
         raise CheckpointError(f"{path} names no architecture; expected a config as timm saves it for its hub")
     if not timm.is_model(str(config["architecture"])):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import pickle
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -10,11 +9,10 @@ from typing import Any
 
 import timm
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from perf_vit.errors import CheckpointError
+from perf_vit.errors import CheckpointError, parsing
 
 __all__ = ["create_with_weights", "read_weights"]
 
@@ -38,14 +36,11 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
     if not path.is_file():
         raise CheckpointError(f"no weights file {path}")
     content: Any
-    try:
+    with parsing(path, "weights", CheckpointError):
         if path.suffix == ".safetensors":
             content = load_file(path)
         else:
             content = torch.load(path, map_location="cpu", weights_only=True)
-    except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError) as error:
-        reason = str(error).splitlines()[0]
-        raise CheckpointError(f"{path} can't be read as weights: {reason}; get the file again") from error
     for name in _WRAPPERS:
         if isinstance(content, Mapping) and isinstance(content.get(name), Mapping):
             content = content[name]

@@ -203,9 +203,9 @@ def _checksum(source) -> int:
 def test_what_is_no_image_is_one_clear_line(tmp_path: Path) -> None:
     (tmp_path / "a.ome.tif").write_bytes(b"nothing")
     (tmp_path / "b.ome.zarr").mkdir()
-    with pytest.raises(InputError, match=r"can't open .*a\.ome\.tif as an OME-TIFF"):
+    with pytest.raises(InputError, match=r"can't read .*a\.ome\.tif as an OME-TIFF"):
         open_source(tmp_path / "a.ome.tif")
-    with pytest.raises(InputError, match=r"can't open .*b\.ome\.zarr as an OME-Zarr"):
+    with pytest.raises(InputError, match=r"can't read .*b\.ome\.zarr as an OME-Zarr"):
         open_source(tmp_path / "b.ome.zarr")
     with pytest.raises(InputError, match="no such file"):
         open_source(tmp_path / "c.ome.tif")

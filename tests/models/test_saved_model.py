@@ -243,8 +243,8 @@ def _with_constants_of_another_width(folder: Path) -> None:
         (shutil.rmtree, "no config.json in"),
         (lambda folder: (folder / "model.safetensors").unlink(), "no weights file"),
         (lambda folder: (folder / "balancing.safetensors").unlink(), "no weights file"),
-        (lambda folder: (folder / "model.safetensors").write_bytes(b"\x00" * 99), "can't be read as weights"),
-        (lambda folder: (folder / "config.json").write_text("{"), "can't be read as JSON"),
+        (lambda folder: (folder / "model.safetensors").write_bytes(b"\x00" * 99), "as weights: "),
+        (lambda folder: (folder / "config.json").write_text("{"), "as JSON: "),
         (lambda folder: (folder / "config.json").write_text("[1]"), "names no architecture"),
         (
             lambda folder: (folder / "config.json").write_text('{"architecture": "nonet"}'),

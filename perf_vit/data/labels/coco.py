@@ -14,7 +14,7 @@ import shapely
 from perf_vit.data.labels.image_folder import ImageFolder
 from perf_vit.data.labels.masks import Rle
 from perf_vit.data.labels.records import RawImage, RawLabels, RawObject
-from perf_vit.errors import InputError
+from perf_vit.errors import InputError, parsing
 
 __all__ = ["read_coco"]
 
@@ -39,10 +39,8 @@ def read_coco(labels: Path, folder: ImageFolder) -> RawLabels:
 
 
 def _load(labels: Path) -> Any:
-    try:
+    with parsing(labels, "JSON"):
         content = json.loads(labels.read_bytes())
-    except (ValueError, OSError) as error:
-        raise InputError(f"can't read {labels} as JSON: {error}; it may be damaged") from error
     if not isinstance(content, dict) or not {"images", "annotations", "categories"} <= set(content):
         raise InputError(f"{labels} is not a COCO file: expected an object with images, annotations and categories")
     return content

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from perf_vit.data.labels.image_folder import ImageFolder, label_files
 from perf_vit.data.labels.records import RawImage, RawLabels, RawObject
-from perf_vit.errors import InputError
+from perf_vit.errors import InputError, parsing
 
 __all__ = ["read_voc"]
 
@@ -25,10 +25,8 @@ def read_voc(labels: Path, folder: ImageFolder) -> RawLabels:
 
 
 def _image(path: Path, file: Path) -> RawImage:
-    try:
+    with parsing(file, "XML"):
         root = ET.parse(file).getroot()
-    except ET.ParseError as error:
-        raise InputError(f"can't read {file} as XML: {error}; it may be damaged") from error
     if root.tag != "annotation":
         raise InputError(f"{file} is not a VOC file: expected <annotation>, got <{root.tag}>")
     size = (_number(root, "size/height", file, default=0), _number(root, "size/width", file, default=0))

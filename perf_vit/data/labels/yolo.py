@@ -12,7 +12,7 @@ import yaml
 
 from perf_vit.data.labels.image_folder import ImageFolder, read_lines
 from perf_vit.data.labels.records import RawImage, RawLabels, RawObject
-from perf_vit.errors import DataWarning, InputError
+from perf_vit.errors import DataWarning, InputError, parsing
 from perf_vit.io import open_source
 
 __all__ = ["read_yolo"]
@@ -62,16 +62,16 @@ def _names_in(file: Path) -> dict[int, str]:
     lines = read_lines(file)
     if file.suffix not in (".yaml", ".yml"):
         return dict(enumerate(line.strip() for line in lines if line.strip()))
-    try:
-        content: Any = yaml.safe_load("\n".join(lines))
-    except yaml.YAMLError as error:
-        raise InputError(f"can't read {file} as YAML: {error}") from error
+    content: Any
+    with parsing(file, "YAML"):
+        content = yaml.safe_load("\n".join(lines))
     names = content.get("names") if isinstance(content, dict) else None
     if isinstance(names, list):
         names = dict(enumerate(names))
     if not isinstance(names, dict):
         raise InputError(f"{file} must have class names under the key names")
-    return {int(number): str(name) for number, name in names.items()}
+    with parsing(file, "class names by number"):
+        return {int(number): str(name) for number, name in names.items()}
 
 
 def _is_note(file: Path) -> bool:
