@@ -11,10 +11,13 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import lightning
+from lightning.pytorch.utilities import rank_zero_only
 
 from perf_vit.cli.console import console
+from perf_vit.cli.resumed_run import KeepRun, ResumedRun
 from perf_vit.config import dump_config
 from perf_vit.errors import ConfigError, OutputError, PerfVitError
+from perf_vit.io import replaced
 
 __all__ = ["RunFolder"]
 
@@ -41,7 +44,9 @@ class RunFolder:
         best: the best checkpoint, once it is there.
 
     Raises:
-        ConfigError: a run to resume that there isn't, or one in the way.
+        CheckpointError: the checkpoint to resume from can't be read.
+        ConfigError: a run to resume that there isn't, one in the way, or a config that changes what a resumed run
+            can't change.
         OutputError: the folder can't be written.
     """
 
@@ -51,21 +56,42 @@ class RunFolder:
         self.best = self.path / "checkpoints" / "best.ckpt"
         self._last = self.path / "checkpoints" / "last.ckpt"
         _check_run_folder(self.path, self._last, resume=config.resume)
+        self._resumed = ResumedRun(self._last) if config.resume else None
+        if self._resumed is not None:
+            self._resumed.check_config(config)
         _set_up_logging()
         lightning.seed_everything(config.seed, workers=True, verbose=False)
+
+    def check_network(self, task: Any) -> None:
+        """Refuse to resume a run with a network that means something else; `fit` does so by itself.
+
+        Raises:
+            ConfigError: in what.
+        """
+        if self._resumed is not None:
+            self._resumed.check_network(task)
 
     def fit(self, trainer: lightning.Trainer, task: Any, data: Any) -> None:
         """Train, from the last checkpoint on if the run is resumed.
 
         Raises:
+            ConfigError: a resumed run with another network, or another number of steps an epoch.
             OutputError: the folder can't be made.
             PerfVitError: of the data or the task; without a checkpoint, nothing of the run is left then.
             SystemExit: somebody stopped the run; the last checkpoint is there to resume from.
         """
+        self.check_network(task)
+        num_samples = len(data.train)
+        if self._resumed is not None:
+            self._resumed.check_length(trainer, num_samples)
+        trainer.callbacks.append(KeepRun(self._config, num_samples))  # type: ignore[attr-defined]
         new = [self.path / name for name in _WRITTEN if not (self.path / name).exists()]
         was_there = self.path.exists()
         _make_run_folder(self.path)
-        dump_config(self._config, self.path / "config.yaml")
+        # Processes that train together share the file.
+        if rank_zero_only.rank == 0:
+            with replaced(self.path / "config.yaml") as unfinished:
+                dump_config(self._config, unfinished)
         try:
             trainer.fit(task, data, ckpt_path=self._last if self._config.resume else None, weights_only=True)
         except PerfVitError:

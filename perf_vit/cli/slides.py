@@ -70,6 +70,8 @@ def train_slides(config: SlideRun, *, progress: bool = True) -> Path:
     run = RunFolder(config)
     train, val = read_slides(config.data, config.seed)
     task = SlideTask(config.model, _spec(config, train), config.optim)
+    # Before features of other windows are added to the run folder.
+    run.check_network(task)
     trainer = build_trainer(
         config.trainer, run.path, progress=progress, monitor=SLIDE_MONITOR, curves=SLIDE_CURVES, seed=config.seed
     )

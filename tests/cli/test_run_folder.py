@@ -10,6 +10,8 @@ from perf_vit.cli.schemas import ClassificationRun
 from perf_vit.data import ClassificationDataConfig, ImageSplitConfig
 from perf_vit.errors import InputError
 
+DATA = SimpleNamespace(train=range(8))
+
 
 def test_a_run_that_fails_before_its_first_checkpoint_leaves_only_what_was_there(tmp_path) -> None:
     out = tmp_path / "run"
@@ -22,8 +24,9 @@ def test_a_run_that_fails_before_its_first_checkpoint_leaves_only_what_was_there
             (out / name).mkdir()
         raise InputError("unreadable")
 
+    trainer = SimpleNamespace(fit=fit, callbacks=[])
     with pytest.raises(InputError):
-        RunFolder(ClassificationRun(out=str(out), data=data)).fit(SimpleNamespace(fit=fit), None, None)
+        RunFolder(ClassificationRun(out=str(out), data=data)).fit(trainer, None, DATA)
     assert [path.name for path in out.iterdir()] == ["notes.txt"]
 
 
@@ -32,9 +35,9 @@ def test_an_interrupted_run_ends_as_shells_say(tmp_path) -> None:
 
     def trainer_that_ends(interrupted: bool) -> SimpleNamespace:
         # As Lightning ends a run, after a Ctrl-C too.
-        return SimpleNamespace(interrupted=interrupted, fit=lambda *_, **__: sys.exit(1))
+        return SimpleNamespace(interrupted=interrupted, callbacks=[], fit=lambda *_, **__: sys.exit(1))
 
     for interrupted, code in ((True, 130), (False, 1)):
         with pytest.raises(SystemExit) as ended:
-            RunFolder(ClassificationRun(out=str(tmp_path), data=data)).fit(trainer_that_ends(interrupted), None, None)
+            RunFolder(ClassificationRun(out=str(tmp_path), data=data)).fit(trainer_that_ends(interrupted), None, DATA)
         assert ended.value.code == code
