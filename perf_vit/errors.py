@@ -11,10 +11,12 @@ __all__ = [
     "BusyError",
     "CheckpointError",
     "ConfigError",
+    "DamagedDataError",
     "DataWarning",
     "InputError",
     "OutputError",
     "PerfVitError",
+    "UnreachableError",
     "parsing",
     "warn_once",
 ]
@@ -34,6 +36,14 @@ class DataWarning(UserWarning):
 
 class InputError(PerfVitError):
     """An image or label file that can't be read, or that doesn't fit the others."""
+
+
+class DamagedDataError(InputError):
+    """Pixels of an open file that can't be decoded; other windows of it may be whole."""
+
+
+class UnreachableError(InputError):
+    """Pixels that a server didn't deliver: the data may be whole, and a later try may get them."""
 
 
 class OutputError(PerfVitError):

@@ -12,7 +12,7 @@ from typing import Protocol
 import numpy as np
 import numpy.typing as npt
 
-from perf_vit.errors import InputError
+from perf_vit.errors import DamagedDataError
 from perf_vit.types import BoolArray, GeoImage, Source, Window
 
 __all__ = ["Reads", "SalvagingReader", "Tile", "read_ahead"]
@@ -89,7 +89,8 @@ def read_ahead(
 class SalvagingReader:
     """A source that gives what can be read of a damaged window: the rest is invalid.
 
-    A window that can't be read is read again in quarters, and these likewise, down to 64 px.
+    A window that is damaged is read again in quarters, and these likewise, down to 64 px. Any other error, such as that
+    of a server that doesn't deliver, ends the reading: a later try may get these pixels.
 
     Args:
         source: where pixels come from.
@@ -104,7 +105,7 @@ class SalvagingReader:
         """Pixels and valid mask of a window."""
         try:
             return self._source.read(window)
-        except InputError as error:
+        except DamagedDataError as error:
             pixels = np.zeros((self._source.num_bands, *window.shape), self._source.dtype)
             mask = np.zeros(pixels.shape, bool)
             if max(window.shape) <= _SALVAGE_PX:

@@ -6,7 +6,7 @@ import functools
 import os
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import rasterio
@@ -14,8 +14,9 @@ import rasterio.windows
 from rasterio._err import CPLE_BaseError
 from rasterio.errors import NotGeoreferencedWarning, RasterioError
 
-from perf_vit.errors import InputError
-from perf_vit.io._remote import is_remote, with_remote_settings
+from perf_vit.errors import DamagedDataError, InputError, UnreachableError
+from perf_vit.io._members import check_members, leads_to_server, opens_members
+from perf_vit.io._remote import is_remote, network_limits, was_decoded_in_vain, with_remote_settings
 from perf_vit.types import Window
 
 __all__ = [
@@ -60,16 +61,23 @@ def open_dataset(path: str, *, name: str | None = None, **options: Any) -> Any:
 
     Raises:
         InputError: no such file, or not a raster.
+        UnreachableError: a server doesn't deliver it.
     """
     if not path.startswith("<VRTDataset"):
         check_exists(path)
     open_file = functools.partial(rasterio.open, path, **options)
     try:
-        with plain_images_allowed(), rasterio.Env(**_CAREFUL):
-            return with_remote_settings(open_file) if is_remote(path) else open_file()
+        with plain_images_allowed():
+            if is_remote(path):
+                return with_remote_settings(open_file, _CAREFUL)
+            with rasterio.Env(**_CAREFUL, **network_limits()):
+                return open_file()
     except GDAL_ERRORS as error:
-        hint = _driver_hint(name or path)
-        raise InputError(f"can't open {name or path} as a raster: {reason_of(error)}{hint}") from error
+        hint, reason = _driver_hint(name or path), reason_of(error)
+        # Members of a local file may lie on a server, too.
+        unreachable = reason.startswith(("HTTP", "CURL")) or (is_remote(path) and "not recognized" not in reason)
+        failed = UnreachableError if unreachable else InputError
+        raise failed(f"can't open {name or path} as a raster: {reason}{hint}") from error
 
 
 def _driver_hint(path: str) -> str:
@@ -126,18 +134,28 @@ def read_window(dataset: Any, path: str, window: Window, **options: Any) -> Any:
         **options: `dataset.read`'s own, and `masks=True` for `dataset.read_masks`.
 
     Raises:
-        InputError: the file is damaged there.
+        DamagedDataError: the file is damaged there.
+        UnreachableError: a server doesn't deliver it.
     """
     read = dataset.read_masks if options.pop("masks", False) else dataset.read
+    check_members(dataset, path, window)
     place = rasterio.windows.Window(window.col, window.row, window.width, window.height)
     try:
-        with rasterio.Env(**_CAREFUL) if dataset.driver == "PNG" else nullcontext():
+        with _settings_for(dataset):
             return read(window=place, **options)
     except GDAL_ERRORS as error:
-        raise InputError(
-            f"can't read rows {window.row} to {window.row_stop}, columns {window.col} to {window.col_stop} of {path}: "
-            f"{reason_of(error)}; the file may be truncated or damaged"
-        ) from error
+        reason = reason_of(error)
+        what = f"rows {window.row} to {window.row_stop}, columns {window.col} to {window.col_stop} of {path}: {reason}"
+        if leads_to_server(dataset, path) and not was_decoded_in_vain(reason):
+            raise UnreachableError(f"can't read {what}; try again later, or download the file") from error
+        raise DamagedDataError(f"can't read {what}; the file may be truncated or damaged") from error
+
+
+def _settings_for(dataset: Any) -> AbstractContextManager[Any]:
+    """What GDAL has to be told for reading; what a file was opened with holds for most."""
+    if opens_members(dataset):
+        return rasterio.Env(**network_limits())
+    return rasterio.Env(**_CAREFUL) if dataset.driver == "PNG" else nullcontext()
 
 
 def reason_of(error: BaseException) -> str:

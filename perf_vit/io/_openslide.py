@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import ImageCms
 
-from perf_vit.errors import InputError
+from perf_vit.errors import DamagedDataError, InputError
 from perf_vit.io._gdal import check_exists
 from perf_vit.io._handles import PerThread
 from perf_vit.io._pyramid import Level, true_downsample
@@ -89,7 +89,7 @@ class OpenSlideReader:
         """Pixels [3, h, w], white where the scanner saw nothing, and where it saw something [1, h, w].
 
         Raises:
-            InputError: the slide is damaged there.
+            DamagedDataError: the slide is damaged there.
         """
         if self._downsamples[level].is_integer():
             return self._read_at(level, window)
@@ -119,7 +119,7 @@ class OpenSlideReader:
         except _openslide().OpenSlideError as error:
             # OpenSlide refuses everything after an error; a new handle may read another place.
             self.close()
-            raise InputError(
+            raise DamagedDataError(
                 f"can't read rows {window.row} to {window.row_stop}, columns {window.col} to {window.col_stop} of "
                 f"level {level} of {self._path}: {_reason(error)}; the file may be truncated or damaged"
             ) from error

@@ -17,6 +17,7 @@ from perf_vit.io._band_layout import BandLayout, Palette, PixelArray, PixelOptio
 from perf_vit.io._gdal import crs_name, open_dataset
 from perf_vit.io._grid import Bounds, Grid
 from perf_vit.io._handles import PerThread
+from perf_vit.io._remote import with_retries
 from perf_vit.types import BoolArray, GeoImage, Window
 
 __all__ = ["Bounds", "RasterSource"]
@@ -109,14 +110,15 @@ class RasterSource:
             Pixels [num_bands, height, width] in the raster's dtype.
 
         Raises:
-            InputError: the file is damaged there.
+            DamagedDataError: the file is damaged there.
+            UnreachableError: a server doesn't deliver it, also after some tries.
         """
         pixels = np.full((self.num_bands, *window.shape), self.nodata or 0, self.dtype)
         mask = np.zeros((1, *window.shape), bool)
         shared = window.intersect(self.extent)
         if shared is not None:
             rows, cols = shared.slices_in(window)
-            pixels[:, rows, cols], inside = self._read_inside(shared, shared.shape)
+            pixels[:, rows, cols], inside = self._read_again(shared, shared.shape)
             mask = np.zeros((len(inside), *window.shape), bool)
             mask[:, rows, cols] = inside
         return GeoImage.of(pixels, mask, self.crs, self.transform @ Affine.translation(window.col, window.row))
@@ -139,7 +141,7 @@ class RasterSource:
             raise InputError(f"{window} must meet {self.path}, which is {self.height} rows x {self.width} columns")
         step = max(1.0, max(shared.shape) / max_size_px)
         height, width = (max(1, math.floor(side / step + 0.5)) for side in shared.shape)
-        pixels, mask = self._read_inside(shared, (height, width))
+        pixels, mask = self._read_again(shared, (height, width))
         scale = Affine.scale(shared.width / width, shared.height / height)
         return GeoImage.of(pixels, mask, self.crs, self.transform @ Affine.translation(shared.col, shared.row) @ scale)
 
@@ -156,6 +158,10 @@ class RasterSource:
     def __repr__(self) -> str:
         layout = f"{self.height} x {self.width} px, {self.num_bands} x {self.dtype}, {crs_name(self.crs)}"
         return f"{type(self).__name__}({self.path!r}: {layout})"
+
+    def _read_again(self, window: Window, out_shape: tuple[int, int]) -> tuple[PixelArray, BoolArray]:
+        """`_read_inside`, with more than one try where a server doesn't deliver."""
+        return with_retries(functools.partial(self._read_inside, window, out_shape), self.close)
 
     def _read_inside(self, window: Window, out_shape: tuple[int, int]) -> tuple[PixelArray, BoolArray]:
         """Pixels [C, *out_shape] of a window inside the raster, and which hold data, [C or 1, *out_shape]."""

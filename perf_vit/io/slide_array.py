@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from perf_vit.errors import InputError, parsing
+from perf_vit.errors import DamagedDataError, InputError, parsing
 from perf_vit.io._gdal import check_exists
 from perf_vit.io._handles import PerThread
 from perf_vit.io._nodata import is_finite
@@ -68,7 +68,8 @@ class ArrayReader:
         """Pixels [C, h, w] and which are finite, [C, h, w] or [1, h, w].
 
         Raises:
-            InputError: the file is damaged there.
+            DamagedDataError: the file is damaged there.
+            InputError: the system can't read it.
         """
         places: dict[str, Any] = {"Y": slice(window.row, window.row_stop), "X": slice(window.col, window.col_stop)}
         # Of colours with alpha, the colours.
@@ -77,10 +78,14 @@ class ArrayReader:
             found = np.asarray(self._handle.get().arrays[level][tuple(places.get(axis, 0) for axis in self._axes)])
         # The codecs behind a file have no common base of their errors.
         except Exception as error:
-            raise InputError(
+            what = (
                 f"can't read rows {window.row} to {window.row_stop}, columns {window.col} to {window.col_stop} of "
-                f"level {level} of {self._path}: {' '.join(str(error).split())}; the file may be truncated or damaged"
-            ) from error
+                f"level {level} of {self._path}: {' '.join(str(error).split())}"
+            )
+            # The system gives numbers to its own errors, as of a disk that isn't there any more.
+            if isinstance(error, OSError) and error.errno is not None:
+                raise InputError(what) from error
+            raise DamagedDataError(f"{what}; the file may be truncated or damaged") from error
         kept = [axis for axis in self._axes if axis in places]
         if len(kept) == 2:
             found, kept = found[None], ["C", *kept]

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import perf_vit  # noqa: F401  (registers the backbones)
-from perf_vit.errors import InputError
+from perf_vit.errors import DamagedDataError, InputError, UnreachableError
 from perf_vit.inference import predict_strips
 from perf_vit.inference.reader import SalvagingReader
 from perf_vit.io import CogWriter, open_source
@@ -261,7 +261,7 @@ def test_an_error_of_reading_reaches_the_caller_and_stops_the_readers() -> None:
     class Broken(Plane):
         def read(self, window: Window) -> GeoImage:
             if window.row >= 32:
-                raise InputError("rows 32 to 48 can't be read")
+                raise DamagedDataError("rows 32 to 48 can't be read")
             return super().read(window)
 
     plane = Broken(np.ones((1, 64, 64), np.float32), np.ones((64, 64), bool))
@@ -280,7 +280,7 @@ def test_of_a_damaged_window_only_what_is_damaged_is_lost() -> None:
 
         def read(self, window: Window) -> GeoImage:
             if window.intersect(Window(128, 192, 64, 128)):
-                raise InputError(f"can't read {window}")
+                raise DamagedDataError(f"can't read {window}")
             return super().read(window)
 
     rng = np.random.default_rng(0)
@@ -299,3 +299,19 @@ def test_of_a_damaged_window_only_what_is_damaged_is_lost() -> None:
     assert np.array_equal(valid, expected)
     assert np.array_equal(scores[0][valid], plane.pixels[0][valid])
     assert all(reason.startswith("can't read Window") for _, reason in lost)
+
+
+@pytest.mark.parametrize("error", [UnreachableError("HTTP response code: 503"), InputError("can't open a.tif")])
+def test_salvaging_takes_nothing_but_damage_for_damage(error) -> None:
+    class Gone(Plane):
+        num_bands, dtype = 1, np.dtype(np.float32)
+
+        def read(self, window: Window) -> GeoImage:
+            raise error
+
+    lost: list[Window] = []
+    with pytest.raises(type(error)):
+        SalvagingReader(
+            Gone(np.ones((1, 200, 200), np.float32), np.ones((200, 200), bool)), lambda window, _: lost.append(window)
+        ).read(Window(0, 0, 200, 200))
+    assert lost == []

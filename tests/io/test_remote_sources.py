@@ -1,16 +1,23 @@
+import json
 import re
 import socket
+import struct
 import threading
 import time
+import uuid
 from collections import Counter
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
+import geopandas
 import numpy as np
 import pytest
 import rasterio
+import shapely
 
-from perf_vit.errors import InputError
+from perf_vit.errors import DamagedDataError, InputError, UnreachableError
+from perf_vit.inference.reader import SalvagingReader
 from perf_vit.io import _remote, open_source
 from perf_vit.types import Window
 
@@ -21,8 +28,15 @@ class _Files(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
     files: dict[str, bytes]
     counts: Counter
+    # What it does instead of answering, and how many times more.
+    failure: Callable[["_Files"], None]
+    num_failures = 0
 
     def do_GET(self) -> None:
+        if type(self).num_failures > 0:
+            type(self).num_failures -= 1
+            self.failure()
+            return
         content = self.files.get(self.path)
         if content is None:
             self.send_error(404)
@@ -46,6 +60,49 @@ class _Files(BaseHTTPRequestHandler):
         pass
 
 
+def _status(code: int) -> Callable[[_Files], None]:
+    return lambda handler: handler.send_error(code)
+
+
+def _hang_up(handler: _Files) -> None:
+    handler.connection.shutdown(socket.SHUT_RDWR)
+    handler.close_connection = True
+
+
+def _reset(handler: _Files) -> None:
+    # Closing without lingering sends a reset.
+    handler.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+    handler.close_connection = True
+    handler.connection.close()
+
+
+def _break_off(handler: _Files) -> None:
+    handler.send_response(206)
+    handler.send_header("Content-Range", "bytes 0-99999/999999")
+    handler.send_header("Content-Length", "100000")
+    handler.end_headers()
+    handler.wfile.write(b"half")
+    _hang_up(handler)
+
+
+def _fall_silent(handler: _Files) -> None:
+    time.sleep(0.6)
+    _hang_up(handler)
+
+
+_FAILURES = {
+    "500": _status(500),
+    "503": _status(503),
+    "403": _status(403),
+    "404": _status(404),
+    "429": _status(429),
+    "hang up": _hang_up,
+    "reset": _reset,
+    "break off": _break_off,
+    "silence": _fall_silent,
+}
+
+
 @pytest.fixture
 def serve():
     """Serve files by name: the base URL, and the requests so far by (path, whether it asked for the header)."""
@@ -54,9 +111,12 @@ def serve():
     def _serve(files: dict[str, bytes]):
         handler = type("Handler", (_Files,), {"files": files, "counts": Counter()})
         server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
+        server.handle_error = lambda *_: None
         threading.Thread(target=server.serve_forever, daemon=True).start()
         servers.append(server)
         return f"http://127.0.0.1:{server.server_port}", handler.counts
+
+    _serve.servers = servers
 
     yield _serve
     for server in servers:
@@ -107,7 +167,8 @@ def test_a_silent_server_is_given_up(monkeypatch) -> None:
 
 def test_a_server_that_falls_silent_while_reading_is_given_up(make_scene, serve, monkeypatch) -> None:
     for name, value in {"GDAL_HTTP_TIMEOUT": "1", "GDAL_HTTP_MAX_RETRY": "0"}.items():
-        monkeypatch.setitem(_remote._DEFAULTS, name, value)
+        monkeypatch.setitem(_remote._LIMITS, name, value)
+    monkeypatch.setattr(_remote, "_WAITS_S", (0.0,))
     url, _ = serve({"/d.tif": _noise(make_scene).read_bytes()})
     source = open_source(f"{url}/d.tif")
     asleep = threading.Event()
@@ -131,3 +192,122 @@ def test_settings_for_urls_hide_nothing_beside_local_files(make_scene, serve) ->
         for _ in range(20):
             assert not open_source(path).read(Window(10, 0, 10, 90)).valid.any()
         assert len(list(opened)) == 5
+
+
+_VRT = """<VRTDataset rasterXSize="600" rasterYSize="600"><SRS>EPSG:32637</SRS>
+<GeoTransform>401000.125,2.5,0,4510000.5,0,-3.25</GeoTransform><VRTRasterBand dataType="UInt16" band="1"><SimpleSource>
+<SourceFilename>{path}</SourceFilename><SourceBand>1</SourceBand>
+<SrcRect xOff="0" yOff="0" xSize="600" ySize="600"/><DstRect xOff="0" yOff="0" xSize="600" ySize="600"/>
+</SimpleSource></VRTRasterBand></VRTDataset>"""
+
+
+def _by_url(url, tmp_path):
+    return url
+
+
+def _by_vrt(url, tmp_path):
+    path = tmp_path / "a.vrt"
+    path.write_text(_VRT.format(path=f"/vsicurl/{url}"))
+    return path
+
+
+def _by_vrt_of_vrt(url, tmp_path):
+    outer = tmp_path / "outer.vrt"
+    outer.write_text(_VRT.format(path=_by_vrt(url, tmp_path)))
+    return outer
+
+
+def _by_tile_index(url, tmp_path):
+    path = tmp_path / "a.gti.gpkg"
+    box = shapely.box(401_000.125, 4_510_000.5 - 3.25 * 600, 401_000.125 + 2.5 * 600, 4_510_000.5)
+    index = geopandas.GeoDataFrame({"location": [f"/vsicurl/{url}"]}, geometry=[box], crs="EPSG:32637")
+    index.to_file(path, layer="tiles")
+    return path
+
+
+def _by_list(url, tmp_path):
+    return [url]
+
+
+def _by_stac(url, tmp_path):
+    path = tmp_path / "items.json"
+    path.write_text(json.dumps([{"id": "a", "assets": {"data": {"href": url, "roles": ["data"]}}}]))
+    return path
+
+
+_WAYS = [_by_url, _by_vrt, _by_vrt_of_vrt, _by_tile_index, _by_list, _by_stac]
+
+
+@pytest.fixture
+def impatient(monkeypatch):
+    """Short waits, so that failures take no time."""
+    limits = {"GDAL_HTTP_TIMEOUT": "0.3", "GDAL_HTTP_MAX_RETRY": "1", "GDAL_HTTP_RETRY_DELAY": "0.01"}
+    for name, value in limits.items():
+        monkeypatch.setitem(_remote._LIMITS, name, value)
+    monkeypatch.setattr(_remote, "_WAITS_S", (0.01, 0.01))
+
+
+def _put(serve, content: bytes) -> str:
+    """The URL of a file, none of whose bytes GDAL remembers from another server at the same port."""
+    name = f"/{uuid.uuid4().hex}.tif"
+    return serve({name: content})[0] + name
+
+
+def _fail(serve, failure: str, times: int) -> None:
+    handler = serve.servers[-1].RequestHandlerClass
+    handler.failure, handler.num_failures = _FAILURES[failure], times
+
+
+@pytest.mark.parametrize("way", _WAYS)
+@pytest.mark.parametrize("failure", ["503", "404", "hang up", "break off", "silence"])
+def test_an_outage_is_no_damage(make_scene, serve, impatient, tmp_path, way, failure) -> None:
+    url = _put(serve, _noise(make_scene, num_bands=1, nodata=None, compress="deflate").read_bytes())
+    source = open_source(way(url, tmp_path))
+    lost = []
+    _fail(serve, failure, 10_000)
+    start = time.monotonic()
+    with pytest.raises(UnreachableError, match=r"can't (read rows|open)"):
+        SalvagingReader(source, lambda window, _: lost.append(window)).read(Window(300, 0, 300, 600))
+    assert lost == []
+    assert time.monotonic() - start < 20
+
+
+@pytest.mark.parametrize("failure", _FAILURES)
+def test_a_server_that_comes_back_costs_no_pixel(make_scene, serve, impatient, failure) -> None:
+    path = _noise(make_scene, num_bands=1, nodata=None, compress="deflate")
+    source = open_source(_put(serve, path.read_bytes()))
+    _fail(serve, failure, 3)
+    window = Window(300, 0, 300, 600)
+    assert np.array_equal(source.read(window).pixels, open_source(path).read(window).pixels)
+
+
+def test_damage_behind_a_url_is_damage(make_scene, serve, impatient) -> None:
+    content = bytearray(_noise(make_scene, num_bands=1, nodata=None, compress="deflate").read_bytes())
+    content[len(content) // 2 : len(content) // 2 + 40_000] = b"\xff" * 40_000
+    url = _put(serve, bytes(content))
+    lost = []
+    image = SalvagingReader(open_source(url), lambda window, _: lost.append(window)).read(Window(0, 0, 600, 600))
+    assert lost
+    assert 0.8 < image.valid.mean() < 1
+    with pytest.raises(DamagedDataError, match="may be truncated or damaged"):
+        open_source(url).read(Window(0, 0, 600, 600))
+
+
+def test_members_behind_urls_are_given_up_in_threads_as_well(make_scene, serve, impatient, tmp_path) -> None:
+    content = _noise(make_scene, num_bands=1, nodata=None).read_bytes()
+    url = _put(serve, content)
+    path = tmp_path / "many.vrt"
+    member = re.search("<SimpleSource>.*</SimpleSource>", _VRT, re.DOTALL)[0]
+    # GDAL reads more than a million pixels of several members in threads of its own.
+    members = "".join(
+        member.format(path=f"/vsicurl/{url}").replace('DstRect xOff="0"', f'DstRect xOff="{x}"')
+        for x in range(0, 3000, 600)
+    )
+    path.write_text(f'<VRTDataset rasterXSize="3000" rasterYSize="600"><VRTRasterBand dataType="UInt16" band="1">'
+                    f"{members}</VRTRasterBand></VRTDataset>")  # fmt: skip
+    source = open_source(path)
+    _fail(serve, "silence", 10_000)
+    with ThreadPoolExecutor(1) as pool:
+        reading = pool.submit(source.read, source.extent)
+        with pytest.raises(UnreachableError):
+            reading.result(timeout=30)
