@@ -11,11 +11,15 @@ import numpy as np
 import torch
 from lightning.fabric.plugins.io import TorchCheckpointIO
 from lightning.pytorch.callbacks import Checkpoint, EarlyStopping, ModelCheckpoint
+from torch import Tensor
 
 from perf_vit.errors import OutputError
 from perf_vit.io import replaced
 
-__all__ = ["FolderCheckpoint", "Patience", "StepCheckpoint", "StepSeeds", "WholeCheckpoints"]
+__all__ = ["EpochMeans", "FolderCheckpoint", "Patience", "StepCheckpoint", "StepSeeds", "WholeCheckpoints"]
+
+_MEANS = "perf_vit_means"
+"""Where the sums of an epoch lie inside a Lightning checkpoint."""
 
 
 class WholeCheckpoints(TorchCheckpointIO):
@@ -86,6 +90,54 @@ class StepSeeds(lightning.Callback):
         """Seed torch's generators."""
         place = (self.seed, trainer.current_epoch, batch_idx, trainer.global_rank)
         torch.manual_seed(int(np.random.SeedSequence(place).generate_state(1, np.uint64)[0] >> 1))
+
+
+class EpochMeans(lightning.Callback):
+    """Carries the sums behind the epoch's training means through a checkpoint inside the epoch.
+
+    Lightning begins them anew. A checkpoint holds those of the process that writes it, so with several processes the
+    row of the interrupted epoch has the means of the batches after the resume.
+    """
+
+    def __init__(self) -> None:
+        self._before: dict[str, list[Tensor]] = {}
+
+    def on_save_checkpoint(
+        self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """Add the sums so far."""
+        if trainer.training and trainer.world_size == 1:
+            checkpoint[_MEANS] = {key: list(_sums(metric)) for key, metric in _means(trainer).items()}
+
+    def on_load_checkpoint(
+        self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """Take up the sums of an epoch that isn't over."""
+        epochs = checkpoint["loops"]["fit_loop"]["epoch_progress"]["current"]
+        if epochs["processed"] < epochs["started"] and trainer.world_size == 1:
+            self._before = checkpoint.get(_MEANS, {})
+
+    def on_train_batch_end(
+        self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Add them to those of the first batch."""
+        means = _means(trainer)
+        for key, before in self._before.items():
+            if key in means:
+                for now, earlier in zip(_sums(means[key]), before, strict=True):
+                    now += earlier.to(now.device)
+        self._before = {}
+
+
+def _means(trainer: lightning.Trainer) -> dict[str, Any]:
+    """Lightning's metrics of values that are logged as means over the epoch's batches."""
+    results = trainer._results
+    return {key: each for key, each in (results or {}).items() if each.meta.on_epoch and each.meta.is_mean_reduction}
+
+
+def _sums(metric: Any) -> tuple[Tensor, Tensor]:
+    """Sum of the values, each times its batch size, and of the batch sizes."""
+    return metric.value, metric.cumulated_batch_size
 
 
 class StepCheckpoint(Checkpoint):

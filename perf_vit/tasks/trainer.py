@@ -21,7 +21,7 @@ from perf_vit.errors import ConfigError
 from perf_vit.tasks.history import SEGMENTATION_CURVES, Curves, HistoryCallback
 from perf_vit.tasks.pictures import Draw, PredictionPictures
 from perf_vit.tasks.redraw import RedrawnWeightAveraging, RedrawProjections
-from perf_vit.tasks.resume import FolderCheckpoint, Patience, StepCheckpoint, StepSeeds, WholeCheckpoints
+from perf_vit.tasks.resume import EpochMeans, FolderCheckpoint, Patience, StepCheckpoint, StepSeeds, WholeCheckpoints
 from perf_vit.tasks.sharding import FullyShardedStrategy
 
 __all__ = ["TrainerConfig", "best_and_last", "build_trainer", "lightning_trainer"]
@@ -178,7 +178,7 @@ def lightning_trainer(
             deterministic="warn",
             default_root_dir=folder,
             logger=_loggers(logger, folder),
-            callbacks=[*callbacks, *([RichProgressBar()] if progress else [])],
+            callbacks=[EpochMeans(), *callbacks, *([RichProgressBar()] if progress else [])],
             plugins=[WholeCheckpoints()],
             enable_progress_bar=progress,
             # Ours share the samples of one process out; Lightning's would shuffle them.

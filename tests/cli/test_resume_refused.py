@@ -257,13 +257,13 @@ def run(trained, tmp_path) -> Path:
             "data.classes from ['water_or_land', 'ship'] to ['water_or_land',",
         ),
         ("model.head=linear", "model.head from full_resolution to linear"),
-        ("model.backbone_kwargs.depth=3", "model.backbone_kwargs was {'depth': 2"),
+        ("model.backbone_kwargs.depth=3", "model.backbone_kwargs from {'depth': 2"),
         ("data.bands=[3,2,1]", "data.bands from None to [3, 2, 1]"),
         ("data.tile_px=128", "data.tile_px from 64 to 128"),
         ("data.nodata=7", "data.nodata from None to 7.0"),
         ("trainer.devices=2", "the processes of trainer.devices from 1 to 2"),
         ("trainer.max_epochs=1", "was trained for 2 epochs (4 steps), and the config ends after 1"),
-        ("data.mean=[1,2,3,4] data.std=[1,1,1,1]", "normalizer of the training data was {'mean': ["),
+        ("data.mean=[1,2,3,4] data.std=[1,1,1,1]", "normalizer of the training data from {'mean': ["),
     ],
 )
 def test_a_refused_change_leaves_the_run_as_it_was(trained, run, capsys, override, message) -> None:

@@ -33,6 +33,8 @@ def test_a_run_killed_inside_an_epoch_ends_in_the_same_weights(
     assert after == seen[8:]
     for part in ("state_dict", "current_model_state", "averaging_state", "optimizer_states", "lr_schedulers"):
         assert_equal(whole[part], resumed[part], part)
+    rows, expected = (content["callbacks"]["HistoryCallback"]["rows"] for content in (resumed, whole))
+    assert_equal(rows, expected)
 
 
 @pytest.mark.parametrize(
