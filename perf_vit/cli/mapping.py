@@ -192,7 +192,12 @@ def _open_folder(
 
 def _label_options(model: Segmenter) -> dict[str, Any]:
     spec = model.spec
-    return {"classes": spec.classes, "multilabel": spec.multilabel, **spec.label_options}
+    return {
+        "classes": spec.classes,
+        "background": spec.background,
+        "multilabel": spec.multilabel,
+        **spec.label_options,
+    }
 
 
 def _open_image(model: Segmenter, image: Path, given: Mapping[str, Any]) -> RasterSource | SlideSource:

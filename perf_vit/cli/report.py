@@ -76,7 +76,7 @@ def write_report(
 def _pictures(
     source: RasterSource, labels: Path, prediction: Path, classes: Sequence[str]
 ) -> dict[str, np.ndarray[Any, Any]]:
-    colors = default_colormap(len(classes))
+    colors = default_colormap(len(classes), background=0)
     scene = source.read(source.extent)
     truth = open_labels(labels, source, classes=classes).read(source.extent)
     mapped = open_raster(prediction).read(source.extent).pixels[0]

@@ -217,18 +217,26 @@ class SegmentationMaps:
         if self._quicklook and result.made:
             self._write_quicklook(job, damaged=bool(result.damaged))
         if self._polygons and result.made:
-            polygons, labels = polygonize_classes(job.out)
-            path = job.out.with_suffix(f".{self._polygons}")
-            write_objects(path, polygons, None, labels, self.model.spec.classes, source=job.source,
-                          object_type="annotation")  # fmt: skip
+            self._write_polygons(job, job.out.with_suffix(f".{self._polygons}"))
         job.source.close()
         return result
+
+    def _write_polygons(self, job: MapJob, path: Path) -> None:
+        spec = self.model.spec
+        background = spec.background_index
+        polygons, labels = polygonize_classes(job.out, skip=() if background is None else (background,))
+        write_objects(
+            path, polygons, None, labels, spec.classes, source=job.source, object_type="annotation",
+            background=background,
+        )  # fmt: skip
 
     def _write_quicklook(self, job: MapJob, *, damaged: bool) -> None:
         path = job.out.with_suffix(".png")
         try:
             spec = self.model.spec
-            write_map_quicklook(job.source, job.out, path, spec.classes, multilabel=spec.multilabel)
+            write_map_quicklook(
+                job.source, job.out, path, spec.classes, background=spec.background_index, multilabel=spec.multilabel
+            )
         except InputError:
             if not damaged:
                 raise

@@ -50,6 +50,7 @@ def _spec(config: SegmentationRun, data: WindowDataModule) -> SegmenterSpec:
         bands=None if config.data.bands is None else tuple(config.data.bands),
         nodata=config.data.nodata,
         resolution=config.data.resolution,
+        background=config.data.background,
         multilabel=config.data.multilabel,
         mpp=config.data.mpp,
         slide_mpp=config.data.slide_mpp,

@@ -28,7 +28,12 @@ def open_labelled(config: DataConfig, region: RegionConfig, key: str, *, train: 
         ConfigError: a region that doesn't fit.
         InputError: files that can't be read or don't fit each other.
     """
-    options = {"classes": config.classes, "multilabel": config.multilabel, **label_options(config)}
+    options = {
+        "classes": config.classes,
+        "background": config.background,
+        "multilabel": config.multilabel,
+        **label_options(config),
+    }
     if not is_labelled_folder(region.image, region.labels):
         source, window = _placed(config, region, key, train=train)
         return [LabelledSource(source, open_labels(region.labels, source, **options), window)]

@@ -44,8 +44,11 @@ class DataConfig:
         values: the label file's value of each class; 0, 1, 2, ... if left out.
         ignore_values: label values that mean "no label here", beside the label file's own nodata; of polygons also
             text, and null for features without a value.
-        attribute: the vector column that holds class names or values; without it every polygon is class 1.
-        background: class of the pixels under no polygon, or null where polygons are only samples.
+        attribute: the vector column that holds class names or values; without it polygons are the one of
+            two classes that is not background.
+        background: name of the class that is background: that of pixels under no polygon, left out where the areas of
+            a map are written. `ignore` where pixels under no polygon carry no label, `none` with `multilabel` where no
+            class is true there. No class is background if left out; labels that are polygons need it.
         all_touched: polygons label every pixel that they touch, not only those whose centre they hold.
         multilabel: several classes, or none, may be true at a pixel: labels are overlapping polygons, or a raster with
             a band of 0 and 1 a class. There is no class for the background then.
@@ -75,7 +78,7 @@ class DataConfig:
     values: list[int] | None = None
     ignore_values: list[Any] = field(default_factory=list)
     attribute: str | None = None
-    background: int | None = 0
+    background: str | None = None
     all_touched: bool = False
     multilabel: bool = False
     bands: list[int] | None = None
@@ -100,7 +103,6 @@ def label_options(config: DataConfig) -> dict[str, Any]:
         "attribute": config.attribute,
         "values": config.values,
         "ignore_values": list(config.ignore_values),
-        "background": config.background,
         "all_touched": config.all_touched,
     }
 
@@ -126,8 +128,12 @@ def check_data(config: DataConfig) -> None:
         raise ConfigError(f"data.values must give one value a class, got {len(config.values)} for {num_classes}")
     if not all(isinstance(value, int | float | str | None) for value in config.ignore_values):
         raise ConfigError(f"data.ignore_values must be numbers, text or null, got {list(config.ignore_values)}")
-    if config.background is not None and not 0 <= config.background < num_classes:
-        raise ConfigError(f"data.background must be a class index below {num_classes}, got {config.background}")
+    known = [*(["none"] if config.multilabel else config.classes), "ignore"]
+    if config.background is not None and config.background not in known:
+        raise ConfigError(
+            f"data.background must be one of {', '.join(known)}, or left out where no class is background, got "
+            f"{config.background}"
+        )
     # A grid doesn't look at the number of tiles.
     least_tiles = 0 if config.sampler == "grid" else config.batch_size
     for key, least in (("tile_px", 1), ("tiles_per_epoch", least_tiles), ("batch_size", 1), ("num_workers", 0)):

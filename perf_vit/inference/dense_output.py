@@ -70,7 +70,12 @@ class DenseOutput:
 
 
 def class_output(
-    kind: OutputKind, classes: Sequence[str], *, multilabel: bool = False, threshold: float = 0.5
+    kind: OutputKind,
+    classes: Sequence[str],
+    *,
+    background: int | None = None,
+    multilabel: bool = False,
+    threshold: float = 0.5,
 ) -> DenseOutput:
     """The output of a semantic segmenter, whose scores are one logit a class.
 
@@ -80,6 +85,7 @@ def class_output(
     Args:
         kind: of these.
         classes: their names.
+        background: index of the class that is background, if one is; it is dark grey.
         multilabel: each class is true or not by itself. "classes" is then a uint8 band of 0 and 1 a class, and
             probabilities are sigmoids.
         threshold: with `multilabel`, the probability from which on a class is true.
@@ -97,7 +103,7 @@ def class_output(
             band_names=["class"],
             dtype="uint8",
             nodata=IGNORE_INDEX,
-            colormap=default_colormap(len(classes)),
+            colormap=default_colormap(len(classes), background),
             tags=tags,
         )
     if kind == "probabilities":

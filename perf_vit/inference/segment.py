@@ -8,7 +8,7 @@ from typing import Any
 
 from perf_vit.errors import InputError
 from perf_vit.inference.dense import predict_map
-from perf_vit.inference.dense_output import OutputKind, class_output
+from perf_vit.inference.dense_output import DenseOutput, OutputKind, class_output
 from perf_vit.inference.engine import Strip, predict_strips
 from perf_vit.inference.map_job import MapJob
 from perf_vit.models import Segmenter, segmenter_id
@@ -62,7 +62,7 @@ def predict(
         source,
         model.spec.normalizer,
         out,
-        output=class_output(kind, model.spec.classes, multilabel=model.spec.multilabel, threshold=threshold),
+        output=_output(model, kind, threshold),
         model_id=segmenter_id(model),
         overwrite=overwrite,
         **_windows(model, source, window_size, overlap),
@@ -102,7 +102,7 @@ def segment_job(
     return MapJob(
         source=source,
         out=Path(out),
-        output=class_output(kind, model.spec.classes, multilabel=model.spec.multilabel, threshold=threshold),
+        output=_output(model, kind, threshold),
         model_id=model_id or segmenter_id(model),
         **_windows(model, source, window_size, overlap),
         **settings,
@@ -127,6 +127,13 @@ def segment_strips(
     """
     windows = _windows(model, source, window_size, overlap)
     return predict_strips(model, source, model.spec.normalizer, extent=extent, **windows, **engine)
+
+
+def _output(model: Segmenter, kind: OutputKind, threshold: float) -> DenseOutput:
+    spec = model.spec
+    return class_output(
+        kind, spec.classes, background=spec.background_index, multilabel=spec.multilabel, threshold=threshold
+    )
 
 
 def _windows(model: Segmenter, source: Source, window_size: int | None, overlap: int | None) -> dict[str, Any]:

@@ -6,7 +6,6 @@ import functools
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
 from perf_vit.errors import InputError
 from perf_vit.io._gdal import open_dataset, read_window
@@ -122,10 +121,10 @@ class VectorLayers(VectorLabels):
         burnt[:, unlabelled] = IGNORE_INDEX
         return burnt
 
-    def _codes_without_attribute(self, path: str, num_features: int) -> npt.NDArray[np.uint8]:
+    def _code_without_attribute(self, path: str, background: int | None) -> int:
         if self._num_classes != 1:
             raise InputError(
                 f"polygons without attribute are of one class, got {self._num_classes} classes; set attribute to the "
                 f"column of {path} that holds the class"
             )
-        return np.zeros(num_features, np.uint8)
+        return 0

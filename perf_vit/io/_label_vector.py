@@ -37,7 +37,7 @@ class VectorLabels:
         path: the vector file.
         source: gives the grid to burn on.
         classes: attribute values to class indices.
-        attribute: column of class names or values; None makes every polygon class 1.
+        attribute: column of class names or values; None makes every polygon the class that is not background, of two.
         background: class index under no polygon, None for `IGNORE_INDEX`.
         all_touched: burn every pixel that a polygon touches, not only those whose centre it holds.
         paired: on a source without CRS, coordinates are its pixels.
@@ -67,7 +67,7 @@ class VectorLabels:
         self._classes = classes
         self._num_classes = len(classes.values)
         if attribute is None:
-            codes = self._codes_without_attribute(path, len(frame))
+            codes = np.full(len(frame), self._code_without_attribute(path, background), np.uint8)
         else:
             codes = _codes(path, frame, classes, attribute)
         # Parts of a multipolygon are found one by one, so far islands are not burnt.
@@ -132,13 +132,16 @@ class VectorLabels:
         what = "hold no pixel's centre and label nothing (all_touched labels the pixels that polygons touch)"
         _warn_of(what, self.is_on_source & ~labelled, self.numbers, self.path)
 
-    def _codes_without_attribute(self, path: str, num_features: int) -> npt.NDArray[np.uint8]:
-        if self._classes.explicit and self._num_classes != 2:
+    def _code_without_attribute(self, path: str, background: int | None) -> int:
+        if not self._classes.explicit:
+            return 1
+        if self._num_classes != 2 or background is None:
+            said = f"{self._num_classes} classes" if self._num_classes != 2 else "no background"
             raise InputError(
-                f"polygons without attribute are class 1 of 2, got {self._num_classes} classes; set attribute to the "
-                f"column of {path} that holds the class"
+                f"polygons without attribute are the one of two classes that is not background, got {said}; set "
+                f"attribute to the column of {path} that holds the class, or name the background"
             )
-        return np.ones(num_features, np.uint8)
+        return 1 - background
 
 
 def _burn(shapes: Sequence[tuple[Any, int]], window: Window, fill: int, *, all_touched: bool = False) -> LabelArray:

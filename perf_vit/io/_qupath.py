@@ -20,7 +20,9 @@ _NAMESPACE = uuid.UUID("6d0b8a0e-6d1c-5d0e-9f43-2c5f3ac0e9b1")
 _DECIMALS = 2
 
 
-def write_qupath(path: Path, table: ObjectTable, *, object_type: str, scale: Affine) -> None:
+def write_qupath(
+    path: Path, table: ObjectTable, *, object_type: str, scale: Affine, background: int | None = None
+) -> None:
     """Write a FeatureCollection, feature by feature.
 
     Args:
@@ -28,8 +30,9 @@ def write_qupath(path: Path, table: ObjectTable, *, object_type: str, scale: Aff
         table: the objects.
         object_type: "detection" or "annotation".
         scale: pixels of the source to those of level 0.
+        background: index of the class that is background, if one is.
     """
-    colors = default_colormap(len(table.class_names))
+    colors = default_colormap(len(table.class_names), background)
     classes = [
         {"name": name, "color": list(map(int, colors[index][:3]))} for index, name in enumerate(table.class_names)
     ]

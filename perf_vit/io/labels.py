@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -48,7 +47,7 @@ def open_labels(
     classes: Sequence[str] | None = None,
     values: Sequence[float] | None = None,
     ignore_values: Sequence[float | str | None] = (),
-    background: int | None = 0,
+    background: int | str | None = 0,
     all_touched: bool = False,
     multilabel: bool = False,
     paired: bool = False,
@@ -61,17 +60,19 @@ def open_labels(
             several layers as `FILE|layername=LAYER`. Polygons on a slide are in pixels of its level 0, as QuPath
             exports them.
         source: the raster or slide that they describe.
-        attribute: column of class names or values of the polygons, "classification" in QuPath's files; without it every
-            polygon is class 1 of 2.
+        attribute: column of class names or values of the polygons, "classification" in QuPath's files; without it
+            polygons are the one of two classes that is not background.
         classes: class names; a label is an index into them. Without names and values, label values up to 254 are
             indices themselves.
         values: the label file's value of each class; 0, 1, 2, ... by default.
         ignore_values: label values that mean "no label", beside a mask's own nodata; of polygons also text, and None
             for features without a value.
-        background: class index of the pixels under no polygon, None where polygons are only samples.
+        background: class of the pixels under no polygon, by name or index; "ignore" where they carry no label, as
+            polygons are only samples; "none" with `multilabel` where no class is true there. None says nothing, and
+            polygons are refused.
         all_touched: polygons burn every pixel that they touch, not only those whose centre they hold.
         multilabel: several classes may be true at a pixel: layers from overlapping polygons, or from the bands of a
-            raster of 0 and 1 on the source's grid. Then `background` only tells whether no polygon means 0.
+            raster of 0 and 1 on the source's grid.
         paired: the labels are those of this image alone: a mask without CRS lies on its pixels, and where the image has
             none, coordinates of polygons are its pixels.
         spot_check: read some windows of a mask at once, so that values that are no class come to light.
@@ -82,12 +83,12 @@ def open_labels(
     name = os.fspath(path)
     check_exists(split_layer(name)[0])
     mapping = LabelClasses.make(classes, values, ignore_values)
-    if background is not None and not 0 <= background < len(mapping.values):
-        raise InputError(f"background must be a class index below {len(mapping.values)}, got {background}")
-    from_vector = functools.partial(
-        VectorLayers if multilabel else VectorLabels,
-        name, source, mapping, attribute, background, all_touched=all_touched, paired=paired,
-    )  # fmt: skip
+
+    def from_vector() -> LabelSource:
+        burn = VectorLayers if multilabel else VectorLabels
+        index = _background_index(background, mapping, name, multilabel=multilabel)
+        return burn(name, source, mapping, attribute, index, all_touched=all_touched, paired=paired)
+
     if is_vector_name(name):
         return from_vector()
     if isinstance(source, SlideSource):
@@ -102,3 +103,27 @@ def open_labels(
     if multilabel:
         return RasterLayers(mask, source, len(mapping.values), mapping, **options)
     return RasterLabels(mask, source, mapping, **options)
+
+
+def _background_index(
+    background: int | str | None, classes: LabelClasses, path: str, *, multilabel: bool
+) -> int | None:
+    """Class index under no polygon, None for no label; with `multilabel`, 0 stands for no class.
+
+    Raises:
+        InputError: no such class, or nothing was said.
+    """
+    names = ["none"] if multilabel else list(classes.names or ())
+    if isinstance(background, str) and background in names:
+        return names.index(background)
+    if background == "ignore":
+        return None
+    if isinstance(background, int) and 0 <= background < len(classes.values):
+        return background
+    what = (
+        f"{path} holds polygons: background must say what pixels under no polygon are"
+        if background is None
+        else "background must be a class"
+    )
+    known = ", ".join([*names, "ignore"]) if names else f"an index below {len(classes.values)}, ignore"
+    raise InputError(f"{what}, one of {known}, got {'nothing' if background is None else background}")

@@ -27,7 +27,7 @@ IndexArray = npt.NDArray[np.int64]
 def polygonize_classes(
     path: str | Path,
     *,
-    skip: Collection[int] = (0,),
+    skip: Collection[int] = (),
     nodata: int = IGNORE_INDEX,
     simplify_px: float = 0,
     min_area_px: float = 0,

@@ -75,14 +75,20 @@ def colorize(labels: LabelArray, colormap: Mapping[int, tuple[int, ...]]) -> Pic
     return table[labels]
 
 
-def default_colormap(num_classes: int) -> dict[int, Color]:
-    """One opaque colour a class: dark grey for class 0, then colours that differ with any colour vision.
+def default_colormap(num_classes: int, background: int | None = None) -> dict[int, Color]:
+    """One opaque colour a class: colours that differ with any colour vision, and dark grey for the background.
 
     `IGNORE_INDEX` is transparent.
-    From the ninth class on colours differ in hue and lightness only as well as so many can.
+    From the eighth class on colours differ in hue and lightness only as well as so many can.
+
+    Args:
+        num_classes: classes, at most 255.
+        background: index of the class that is background, if one is.
     """
-    colors = [_BACKGROUND, *(_opaque(bytes.fromhex(code)) for code in _OKABE_ITO)]
+    colors = [_opaque(bytes.fromhex(code)) for code in _OKABE_ITO]
     colors += [_generated(index) for index in range(max(0, num_classes - len(colors)))]
+    if background is not None:
+        colors.insert(background, _BACKGROUND)
     return {**dict(enumerate(colors[:num_classes])), IGNORE_INDEX: (0, 0, 0, 0)}
 
 
@@ -101,7 +107,13 @@ def save_png(path: str | Path, picture: Picture) -> None:
 
 
 def write_map_quicklook(
-    source: Source, map_path: str | Path, path: str | Path, classes: Sequence[str], *, multilabel: bool = False
+    source: Source,
+    map_path: str | Path,
+    path: str | Path,
+    classes: Sequence[str],
+    *,
+    background: int | None = None,
+    multilabel: bool = False,
 ) -> None:
     """Write a scene and its map side by side, or one above the other, with a legend.
 
@@ -110,6 +122,7 @@ def write_map_quicklook(
         map_path: the scene's map, a band of class indices or a band of probabilities a class.
         path: the PNG to write.
         classes: names for the legend, in the order of the class indices.
+        background: index of the class that is background, if one is; it is dark grey.
         multilabel: the map has a band of 0 and 1, or of probabilities, a class, of which several may be true: where
             they are, the likeliest or last is shown.
 
@@ -118,7 +131,7 @@ def write_map_quicklook(
         OutputError: the picture can't be written.
     """
     names = ["none", *classes] if multilabel else list(classes)
-    colors = default_colormap(len(names))
+    colors = default_colormap(len(names), 0 if multilabel else background)
     result = open_source(map_path)
     image = result.read_reduced(_PANEL_PX)
     result.close()

@@ -39,6 +39,7 @@ def write_objects(
     source: Source,
     format: VectorFormat | None = None,  # noqa: A002
     object_type: Literal["detection", "annotation"] = "detection",
+    background: int | None = None,
 ) -> Path:
     """Write objects of a source, in the format that the name's suffix asks for.
 
@@ -61,6 +62,7 @@ def write_objects(
         source: the scene or slide of the objects: its CRS, transform, size and name.
         format: instead of the one that the suffix asks for.
         object_type: of QuPath's objects; it draws detections faster, and lets users edit annotations.
+        background: index of the class that is background, if one is, for the colours that QuPath's objects get.
 
     Returns:
         The path of the file.
@@ -85,7 +87,7 @@ def write_objects(
             if chosen == "coco":
                 write_coco(made, table, name=Path(source.path).name, height=source.height, width=source.width)
             elif chosen == "qupath":
-                write_qupath(made, table, object_type=object_type, scale=_to_level0(source))
+                write_qupath(made, table, object_type=object_type, scale=_to_level0(source), background=background)
             else:
                 write_gis(made, table, chosen, layer=target.stem, crs=source.crs, transform=source.transform)
         except OSError as error:

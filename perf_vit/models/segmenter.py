@@ -29,6 +29,8 @@ class SegmenterSpec:
         bands: 1-based bands of the source that it reads, None for all of them.
         nodata: value of missing pixels, instead of the one that files declare; None for theirs.
         resolution: side of a pixel that rasters are read at, in units of their CRS, None for their own.
+        background: name of the class that is background; otherwise "ignore" or, with `multilabel`, "none" for the
+            meaning of pixels under no polygon, or None where labels had no polygons.
         multilabel: each class is true or not by itself; its scores are logits of a sigmoid, not of a softmax.
         mpp: micrometres per pixel that slides are read at, None for a model of rasters.
         slide_mpp: of level 0 of the slides that it was trained on, where their files don't say.
@@ -42,11 +44,17 @@ class SegmenterSpec:
     bands: tuple[int, ...] | None = None
     nodata: float | None = None
     resolution: float | None = None
+    background: str | None = None
     multilabel: bool = False
     mpp: float | None = None
     slide_mpp: float | None = None
     tissue: str | None = None
     label_options: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def background_index(self) -> int | None:
+        """Class index of the background, None where no class is background."""
+        return self.classes.index(self.background) if self.background in self.classes else None
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, for a checkpoint."""
@@ -66,6 +74,7 @@ class SegmenterSpec:
             nodata=values["nodata"],
             resolution=values.get("resolution"),
             # Checkpoints without it are older.
+            background=values.get("background"),
             multilabel=values.get("multilabel", False),
             mpp=values.get("mpp"),
             slide_mpp=values.get("slide_mpp"),

@@ -85,10 +85,10 @@ def draw_segmentation(image: Tensor, labels: Tensor, network: Any, logits: Tenso
     Of several classes that are true at a pixel, the last is shown, and where none is, dark grey.
     """
     truth, predicted = _array(labels), _array(network.decide(logits[None])[0])
-    num_colors = len(network.spec.classes)
+    colors = default_colormap(len(network.spec.classes), network.spec.background_index)
     if network.spec.multilabel:
-        truth, predicted, num_colors = _last_true(truth), _last_true(predicted), num_colors + 1
-    colors = default_colormap(num_colors)
+        truth, predicted = _last_true(truth), _last_true(predicted)
+        colors = default_colormap(len(network.spec.classes) + 1, background=0)
     truth, predicted = truth.astype(np.uint8), predicted.astype(np.uint8)
     predicted = np.where(truth == IGNORE_INDEX, np.uint8(IGNORE_INDEX), predicted)
     return [_seen(image), *(_on_white(colorize(each, colors)) for each in (truth, predicted))]
@@ -146,12 +146,12 @@ def _seen(image: Tensor) -> Picture:
 def _with_outlines(
     seen: Picture, objects: ObjectLabels | Detections, keep: npt.NDArray[np.bool_], kind: str, num_classes: int
 ) -> Picture:
-    colors = default_colormap(1 + num_classes)
+    colors = default_colormap(num_classes)
     # Labels may have several geometries; those that the network finds are drawn where there are some.
     masks = _array(objects.masks)[keep] if kind == "masks" and objects.masks is not None else None
     picture = seen.copy()
     for number, label in enumerate(_array(objects.labels)[keep]):
-        color = colors[1 + int(label)][:3]
+        color = colors[int(label)][:3]
         if masks is not None:
             picture[_edge(masks[number])] = color
         else:

@@ -19,6 +19,7 @@ data:
   train: {{image: "???", labels: "???"}}
   val: {{image: "???", labels: "???"}}
   classes: [other, Tumor]
+  background: other
   attribute: classification
   mpp: 1.0
   tile_px: 64

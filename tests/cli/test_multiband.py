@@ -40,10 +40,10 @@ def seven_bands(tmp_path):
     ("labels", "options", "num_labelled"),
     [
         ("classes.tif", ["data.values=[11,40]"], 128 * 128),
-        ("samples.geojson", ["data.attribute=kind", "data.background=null"], 16 * 24 * 24),
+        ("samples.geojson", ["data.attribute=kind", "data.background=ignore"], 16 * 24 * 24),
         (
             "samples.geojson",
-            ["data.attribute=kind", "data.background=null", "data.all_touched=true"],
+            ["data.attribute=kind", "data.background=ignore", "data.all_touched=true"],
             16 * 26 * 26,
         ),
     ],
@@ -54,7 +54,15 @@ def test_training_and_evaluation_read_labels_alike(
     files = [f"data.{p}.image={seven_bands / 'seven.tif'}" for p in ("train", "val")]
     files += [f"data.{p}.labels={seven_bands / labels}" for p in ("train", "val")]
     run = seven_bands / "run"
-    args = ["configs/segmentation/demo.yaml", *files, f"out={run}", *SMALL, "data.classes=[water,forest]", *options]
+    args = [
+        "configs/segmentation/demo.yaml",
+        *files,
+        f"out={run}",
+        *SMALL,
+        "data.classes=[water,forest]",
+        "data.background=null",
+        *options,
+    ]
     longer = ["trainer.max_epochs=4", "data.tiles_per_epoch=64", "optim.lr=0.005"]
     assert call(["train", *args, *longer]) == 0
     base = ["--checkpoint", run / "checkpoints" / "last.ckpt", "--input", seven_bands / "seven.tif"]

@@ -43,7 +43,12 @@ def scene(tmp_path_factory):
 def train(scene, out, labels: str, *extra: str) -> int:
     files = [f"data.{part}.image={scene / 'scene.tif'}" for part in ("train", "val")]
     files += [f"data.{part}.labels={scene / labels}" for part in ("train", "val")]
-    options = ["data.multilabel=true", f"data.classes=[{','.join(CLASSES)}]", "optim.loss={ce: 1, dice: 1}"]
+    options = [
+        "data.multilabel=true",
+        "data.background=none",
+        f"data.classes=[{','.join(CLASSES)}]",
+        "optim.loss={ce: 1, dice: 1}",
+    ]
     return call(["train", "configs/segmentation/demo.yaml", *files, f"out={out}", *SMALL, *options, *extra])
 
 

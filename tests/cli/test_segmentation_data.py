@@ -28,7 +28,13 @@ def photos(tmp_path_factory):
 
 def train_on(folder, out, *extra: str) -> int:
     files = [f"data.{part}={{image: {folder / 'images'}, labels: {folder / 'masks'}}}" for part in ("train", "val")]
-    options = ["data.classes=[rest,thing]", "trainer.max_epochs=3", "data.tiles_per_epoch=32", "optim.lr=0.005"]
+    options = [
+        "data.classes=[rest,thing]",
+        "data.background=rest",
+        "trainer.max_epochs=3",
+        "data.tiles_per_epoch=32",
+        "optim.lr=0.005",
+    ]
     return call(["train", "configs/segmentation/demo.yaml", *files, f"out={out}", *SMALL, *options, *extra])
 
 

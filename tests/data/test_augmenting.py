@@ -66,7 +66,14 @@ def scene(folder: Path, name: str, pixel_m: float, num_bands: int = 3, crs: str 
 
 
 def maps(train: RegionConfig, *more: RegionConfig, augment: AugmentConfig, **changes) -> DataConfig:
-    given = {"classes": ["ground", "building"], "tile_px": 32, "batch_size": 2, "tiles_per_epoch": 6, **changes}
+    given = {
+        "classes": ["ground", "building"],
+        "background": "ground",
+        "tile_px": 32,
+        "batch_size": 2,
+        "tiles_per_epoch": 6,
+        **changes,
+    }
     return DataConfig(train=train, extra_train=list(more), val=train, augment=augment, **given)
 
 

@@ -54,7 +54,14 @@ def photos(tmp_path) -> RegionConfig:
 
 
 def config(train: RegionConfig, val: RegionConfig | None = None, **options) -> DataConfig:
-    given = {"classes": ["rest", "thing"], "tile_px": 32, "tiles_per_epoch": 12, "batch_size": 2, **options}
+    given = {
+        "classes": ["rest", "thing"],
+        "background": "rest",
+        "tile_px": 32,
+        "tiles_per_epoch": 12,
+        "batch_size": 2,
+        **options,
+    }
     return DataConfig(train=train, val=val or train, **given)
 
 
@@ -277,6 +284,8 @@ def test_classes_that_do_not_exclude_each_other_are_read_from_folders(photos, tm
             layer[:, :4, :5] = 1
             dataset.write(layer)
     region = RegionConfig(image=photos.image, labels=str(tmp_path / "layers"))
-    data = build_datamodule(config(region, classes=["thing"], multilabel=True, sampler="balanced"), seed=0)
+    data = build_datamodule(
+        config(region, classes=["thing"], background="none", multilabel=True, sampler="balanced"), seed=0
+    )
     assert count_class_pixels(data.train.sources, 1) == [3 * 20]
     assert [len(group) for group in data.train.places.groups] == [60, 4096]

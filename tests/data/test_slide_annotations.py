@@ -67,7 +67,7 @@ def test_labels_beside_a_slide_and_mask_rasters_of_slides_are_refused(slide, tmp
 
 def config(slide: Path, **options) -> DataConfig:
     region = RegionConfig(image=str(slide), labels=str(slide.with_suffix(".geojson")))
-    given = {"mpp": 1.0, "background": None, "attribute": "classification", **options}
+    given = {"mpp": 1.0, "background": "ignore", "attribute": "classification", **options}
     return DataConfig(
         train=region, val=region, classes=["Tumor", "Stroma"], tile_px=64, tiles_per_epoch=8, batch_size=2, **given
     )

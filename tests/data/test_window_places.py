@@ -163,7 +163,7 @@ def test_tiles_of_further_rasters_vector_labels_and_other_resolutions_hold_their
     path = tmp_path / "more.geojson"
     path.write_text(json.dumps({"type": "FeatureCollection", "crs": crs, "features": [feature]}))
     more = replace(write_scene(tmp_path, "more", np.zeros((90, 99), np.uint8)), labels=str(path))
-    options = {"extra_train": [ponds], "attribute": "kind", "sampler": "balanced"}
+    options = {"extra_train": [ponds], "attribute": "kind", "background": "land", "sampler": "balanced"}
     augment = AugmentConfig(flips=False, resolution=(1.0, 4.0))
     data = build_datamodule(config(more, augment=augment, **options), seed=0)
     ponds_of = {(source, row, col) for source, row, col in data.train.places.groups[2].tolist()}

@@ -53,7 +53,7 @@ def test_overlapping_polygons_are_all_true_in_any_window(source, polygons, row, 
         classes=CLASSES,
         attribute="kind",
         ignore_values=["unknown"],
-        background=None if only_samples else 0,
+        background="ignore" if only_samples else "none",
         multilabel=True,
     )
     padded = np.full((4, 270, 290), IGNORE_INDEX, np.uint8)

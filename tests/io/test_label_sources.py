@@ -78,9 +78,32 @@ def test_attribute_gives_the_class_by_name_or_value_and_later_polygons_win(sourc
     assert (by_name[10, 10], by_name[30, 30], by_name[65, 80]) == (2, 1, 0)
 
 
-def test_sparse_polygons_leave_the_rest_ignored(source, write_vector) -> None:
-    labels = open_labels(write_vector(POLYGONS), source, classes=CLASSES, background=None).read(source.extent)
-    assert set(np.unique(labels)) == {1, IGNORE_INDEX}
+def test_pixels_under_no_polygon_are_what_background_says(source, write_vector) -> None:
+    path = write_vector([box(0, 0, 10, 10), box(20, 20, 30, 30)], kind=["tumor", "stroma"])
+    options = {"classes": ["tumor", "stroma"], "attribute": "kind"}
+    for background, outside in (("ignore", IGNORE_INDEX), ("tumor", 0), ("stroma", 1), (1, 1)):
+        labels = open_labels(path, source, background=background, **options).read(source.extent)
+        assert (labels[5, 5], labels[25, 25], labels[60, 60]) == (0, 1, outside)
+    _assert_refused(
+        "holds polygons: background must say .* one of tumor, stroma, ignore, got nothing",
+        path, source, background=None, **options,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(("background", "inside"), [("background", 1), ("building", 0)])
+def test_polygons_without_attribute_are_the_class_that_is_not_background(
+    source, write_vector, background: str, inside: int
+) -> None:
+    path = write_vector([box(0, 0, 10, 10)])
+    labels = open_labels(path, source, classes=CLASSES, background=background).read(source.extent)
+    assert (labels[5, 5], labels[60, 60]) == (inside, 1 - inside)
+    _assert_refused("got no background; set attribute", path, source, background="ignore")
+
+
+def test_masks_need_no_background(source, make_scene) -> None:
+    values = np.random.default_rng(0).integers(0, 2, (70, 90))
+    labels = open_labels(_mask(make_scene, values), source, classes=CLASSES, background=None)
+    assert np.array_equal(labels.read(source.extent), values)
 
 
 def test_labels_travel_to_workers(source, write_vector, make_scene) -> None:
@@ -189,7 +212,7 @@ def test_attributes_and_classes_that_do_not_fit(source, write_vector) -> None:
     _assert_refused(
         "holds house, null; the classes are background, building, values 0, 1", path, source, attribute="kind"
     )
-    _assert_refused("class 1 of 2, got 3 classes", path, source, classes=["a", "b", "c"])
+    _assert_refused("one of two classes that is not background, got 3 classes", path, source, classes=["a", "b", "c"])
 
 
 def test_lines_are_refused_and_empty_geometries_dropped(source, write_vector) -> None:
@@ -207,7 +230,9 @@ def test_a_file_without_polygons_is_background_alone_and_says_so(source, write_v
     with pytest.warns(DataWarning, match=r"none.gpkg holds no polygons: all of .* is background"):
         labels = open_labels(path, source, classes=CLASSES, attribute="kind")
     assert (labels.read(source.extent) == 0).all()
-    _assert_refused("no polygons; without a background class", path, source, background=None)
+    _assert_refused(
+        "no polygons; without a background class", path, source, background="ignore", attribute="id", values=[0, 1]
+    )
 
 
 def test_polygons_without_area_are_counted(source, write_vector) -> None:
@@ -319,7 +344,7 @@ def test_outlines_that_cross_themselves_are_labelled_and_counted(source, write_v
 @pytest.mark.parametrize(
     ("match", "options"),
     [
-        ("background must be a class index below 2, got 2", {"background": 2}),
+        ("background must be a class, one of background, building, ignore, got 2", {"background": 2}),
         ("one value for each of 2 classes, got 3", {"values": [0, 1, 2]}),
         ("different numbers", {"values": [1, 1]}),
     ],

@@ -33,7 +33,7 @@ def whole(labels: np.ndarray) -> list[tuple[int, shapely.Polygon]]:
 def test_blocks_leave_no_trace_in_the_polygons(make_scene, seed, height, width, block, blob) -> None:
     labels = class_map(seed, height, width, blob)
     path = make_scene(pixels=labels[None], nodata=255)
-    polygons, classes = polygonize_classes(path, block_px=block)
+    polygons, classes = polygonize_classes(path, skip=[0], block_px=block)
     expected = whole(labels)
     assert len(polygons) == len(expected)
     assert all(shapely.is_valid(polygons))
@@ -50,7 +50,7 @@ def test_small_areas_can_be_left_out_after_joining(make_scene) -> None:
     labels = np.zeros((1, 20, 20), np.uint8)
     labels[0, 7:9, 3:15] = 1
     labels[0, 15, 15] = 1
-    polygons, classes = polygonize_classes(make_scene(pixels=labels, nodata=255), block_px=8, min_area_px=10)
+    polygons, classes = polygonize_classes(make_scene(pixels=labels, nodata=255), skip=[0], block_px=8, min_area_px=10)
     assert [p.bounds for p in polygons] == [(3, 7, 15, 9)]
     assert shapely.get_num_coordinates(polygons).tolist() == [5]
     assert classes.tolist() == [1]
@@ -60,7 +60,7 @@ def test_simplified_outlines_have_fewer_corners_and_stay_close(make_scene) -> No
     rows, cols = np.mgrid[:60, :60]
     disc = ((rows - 30) ** 2 + (cols - 30) ** 2 <= 25**2).astype(np.uint8)
     path = make_scene(pixels=disc[None], nodata=255)
-    (exact,), (simple,) = polygonize_classes(path)[0], polygonize_classes(path, simplify_px=1.5)[0]
+    (exact,), (simple,) = (polygonize_classes(path, skip=[0], simplify_px=px)[0] for px in (0, 1.5))
     assert shapely.get_num_coordinates(simple) < shapely.get_num_coordinates(exact) / 3
     assert 0 < shapely.hausdorff_distance(exact, simple) <= 1.5
 
@@ -68,7 +68,7 @@ def test_simplified_outlines_have_fewer_corners_and_stay_close(make_scene) -> No
 def test_classes_to_skip_can_be_chosen(make_scene) -> None:
     labels = np.array([[[0, 1], [2, 255]]], np.uint8)
     path = make_scene(pixels=labels, nodata=255)
-    assert polygonize_classes(path, skip=())[1].tolist() == [0, 1, 2]
+    assert polygonize_classes(path)[1].tolist() == [0, 1, 2]
     assert polygonize_classes(path, skip=(1, 2))[1].tolist() == [0]
     assert len(polygonize_classes(path, skip=(0, 1, 2))[0]) == 0
 

@@ -46,6 +46,23 @@ def test_a_quicklook_shows_scene_and_map(make_scene, tmp_path, height: int, widt
 
 def test_every_class_has_a_colour_of_its_own() -> None:
     assert len(set(default_colormap(255).values())) == 256
+    assert len(set(default_colormap(255, 254).values())) == 256
+
+
+@pytest.mark.parametrize("background", [None, 0, 2])
+def test_only_a_class_named_as_background_is_grey(make_scene, tmp_path, background) -> None:
+    colors, plain = default_colormap(4, background), default_colormap(4)
+    grey = [index for index in range(4) if len(set(colors[index][:3])) == 1]
+    assert grey == ([] if background is None else [background])
+    others = [index for index in range(4) if index != background]
+    assert [colors[index] for index in others] == [plain[index] for index in range(len(others))]
+    source = open_source(make_scene(height=40, width=40))
+    layout = {"height": 40, "width": 40, "num_bands": 1, "dtype": "uint8", "nodata": 255}
+    with CogWriter(tmp_path / "map.tif", crs=source.crs, transform=source.transform, **layout) as writer:
+        writer.write(0, np.zeros((1, 40, 40), np.uint8))
+    write_map_quicklook(source, tmp_path / "map.tif", tmp_path / "map.png", list("abcd"), background=background)
+    picture = np.asarray(Image.open(tmp_path / "map.png"))
+    assert (picture == colors[0][:3]).all(-1).mean() > 0.25
 
 
 def test_a_quicklook_of_probabilities_shows_the_likeliest_class(make_scene, tmp_path) -> None:
@@ -74,7 +91,7 @@ def test_a_quicklook_of_several_labels_shows_where_none_is_true(make_scene, tmp_
         writer.write(0, scores)
     write_map_quicklook(source, tmp_path / "p.tif", tmp_path / "p.png", ["wet", "built"], multilabel=True)
     picture = np.asarray(Image.open(tmp_path / "p.png"))
-    colors = default_colormap(3)
+    colors = default_colormap(3, background=0)
     none, wet, built = ((picture == colors[index][:3]).all(-1).mean() for index in range(3))
     assert built == pytest.approx(2 * none, rel=0.1)
     # A patch of the legend.

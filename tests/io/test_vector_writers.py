@@ -293,7 +293,7 @@ def test_a_class_map_becomes_areas_in_gpkg_and_for_a_slide_in_qupath(scene, slid
         layout = {"height": 70, "width": 90, "num_bands": 1, "dtype": "uint8", "nodata": 255}
         with CogWriter(tmp_path / "map.tif", crs=source.crs, transform=source.transform, **layout) as writer:
             writer.write(0, labels)
-        polygons, classes = polygonize_classes(tmp_path / "map.tif", block_px=16)
+        polygons, classes = polygonize_classes(tmp_path / "map.tif", skip=[0], block_px=16)
         path = write_objects(tmp_path / name, polygons, None, classes, CLASSES, source=source, object_type="annotation")
         if source is scene:
             frame = gpd.read_file(path)

@@ -20,12 +20,13 @@ IMAGE = torch.linspace(0, 1, 5 * 16 * 24).reshape(5, 16, 24)
 
 
 def network(kind: str = "boxes", threshold: float = 0.5, multilabel: bool = False):
-    spec = SimpleNamespace(classes=("a", "b"), kind=kind, score_threshold=threshold, multilabel=multilabel)
+    spec = SimpleNamespace(classes=("a", "b"), kind=kind, score_threshold=threshold, multilabel=multilabel,
+                           background_index=None if multilabel else 0)  # fmt: skip
     return SimpleNamespace(spec=spec, decide=lambda logits: (logits > 0).long() if multilabel else logits.argmax(1))
 
 
 def color(index: int) -> np.ndarray:
-    return np.array(default_colormap(3)[index][:3], np.uint8)
+    return np.array(default_colormap(3, 0)[index][:3], np.uint8)
 
 
 def test_classes_have_the_colours_of_the_map_and_what_is_ignored_is_white() -> None:

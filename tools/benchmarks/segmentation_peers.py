@@ -150,7 +150,7 @@ def score(
     """Blended windows against labels, each pixel once."""
     model.eval()
     source = open_raster(image, bands=config.bands, nodata=config.nodata, resolution=config.resolution)
-    truth = open_labels(labels, source, classes=config.classes, **label_options(config))
+    truth = open_labels(labels, source, classes=config.classes, background=config.background, **label_options(config))
     extent = region_window(None if region is None else list(region), source, "--region")
     metrics = segmentation_metrics(len(config.classes))
     for strip in segment_strips(model, source, extent=extent):

@@ -131,7 +131,7 @@ def _list_commands(victim: Path, shop: Workshop, out: Path, rng: Rng) -> list[li
 
 
 def _vector_commands(victim: Path, shop: Workshop, out: Path, rng: Rng) -> list[list[str]]:
-    by_class = ["data.attribute=class", "data.classes=[land,ship,car]"]
+    by_class = ["data.attribute=class", "data.classes=[land,ship,car]", "data.background=land"]
     uses = [
         _evaluate(shop, "segmentation", shop.image, victim),
         _train(shop, "segmentation", out, f"data.train.labels={victim}"),

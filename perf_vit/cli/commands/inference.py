@@ -62,7 +62,7 @@ def predict(
     polygons: Annotated[
         Literal["gpkg", "geojson", "parquet", "json"] | None,
         typer.Option(
-            help="Write the areas of the classes, but the first, beside the map; geojson of slides is QuPath's. "
+            help="Write the areas of the classes, but the background, beside the map; geojson of slides is QuPath's. "
             "Of a detector: the format of several outputs, gpkg by default, geojson of images without CRS."
         ),
     ] = None,
