@@ -150,6 +150,7 @@ def _facts(info: SourceInfo) -> list[tuple[str, str]]:
     facts: list[tuple[str, str | None]] = [
         ("format", " ".join(filter(None, (info.kind, info.format and f"({info.format})")))),
         ("size", f"{info.height:,} rows x {info.width:,} columns"),
+        ("EXIF", f"orientation {info.orientation}, applied" if info.orientation > 1 else None),
         ("bands", f"{len(info.band_names)} x {info.dtype}: {names}"),
         ("palette", f"{info.num_colors} colours" if info.num_colors else None),
         ("nodata", "none" if info.nodata is None else f"{info.nodata:g}"),

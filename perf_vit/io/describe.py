@@ -35,6 +35,7 @@ class SourceInfo:
             length of its pixels' sides.
         units: of the CRS, such as "metre".
         bounds_crs: (left, bottom, right, top) in the CRS.
+        orientation: EXIF orientation, 1 to 8, that pixels are turned by when they are read; 1 for none.
         mpp: micrometres per pixel of a slide.
         levels: (height, width) of each level that the file holds, finest first.
         block_px: (height, width) of the pieces that the file is stored in.
@@ -56,6 +57,7 @@ class SourceInfo:
     resolution_xy: tuple[float, float] | None
     units: str | None
     bounds_crs: tuple[float, float, float, float] | None
+    orientation: int
     mpp: float | None
     levels: tuple[tuple[int, int], ...]
     block_px: tuple[int, int] | None
@@ -85,6 +87,7 @@ def describe_source(source: Source) -> SourceInfo:
         num_colors=len(source.colormap or ()),
         nodata=source.nodata,
         mask=getattr(source, "mask_name", None),
+        orientation=getattr(source, "orientation", 1),
         mpp=source.mpp,
         file_bytes=file.stat().st_size if file.is_file() else None,
         **_place(source),
@@ -113,9 +116,11 @@ def _stored(source: Source) -> dict[str, Any]:
     with open_dataset(source.path) as dataset:
         reductions = dataset.overviews(1)
         compression = dataset.compression
+        turned = slice(None, None, -1 if (source.height, source.width) != dataset.shape else 1)
+        levels = ((-(-dataset.height // k), -(-dataset.width // k)) for k in (1, *reductions))
         return {
             "format": dataset.driver,
-            "levels": tuple((-(-dataset.height // k), -(-dataset.width // k)) for k in (1, *reductions)),
-            "block_px": dataset.block_shapes[0],
+            "levels": tuple(level[turned] for level in levels),
+            "block_px": dataset.block_shapes[0][turned],
             "compression": None if compression is None else rasterio.enums.Compression(compression).value,
         }

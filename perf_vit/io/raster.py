@@ -17,6 +17,7 @@ from perf_vit.io._band_layout import BandLayout, Palette, PixelArray, PixelOptio
 from perf_vit.io._gdal import crs_name, open_dataset
 from perf_vit.io._grid import Bounds, Grid
 from perf_vit.io._handles import PerThread
+from perf_vit.io._orientation import Orientation, orientation_of
 from perf_vit.io._remote import with_retries
 from perf_vit.types import BoolArray, GeoImage, Window
 
@@ -28,7 +29,8 @@ class RasterSource:
 
     It may be pickled, forked and shared between threads: each opens the file for itself.
 
-    A rotated raster keeps its pixels, its transform is the rotated one.
+    A rotated raster keeps its pixels, its transform is the rotated one. A photo without georeference is read as viewers
+    show it, turned as its EXIF tag says.
 
     Attributes:
         path: as it was given.
@@ -46,6 +48,7 @@ class RasterSource:
     """
 
     mpp: float | None = None
+    _orientation = Orientation()
 
     def __init__(
         self,
@@ -61,7 +64,9 @@ class RasterSource:
         dataset = self._handle.get()
         options = PixelOptions(bands=bands, nodata=nodata, palette=palette, apply_scale=apply_scale)
         self._layout = BandLayout.of(dataset, self.path, options)
-        self._describe(self._layout, Grid(dataset.crs, dataset.transform, dataset.height, dataset.width))
+        self._orientation = orientation_of(dataset, self.path)
+        size = self._orientation.size(dataset.height, dataset.width)
+        self._describe(self._layout, Grid(dataset.crs, dataset.transform, *size))
         gcps, _ = dataset.gcps
         self.placed_by_gcps = bool(gcps) and self.crs is None
 
@@ -81,6 +86,11 @@ class RasterSource:
     def num_bands(self) -> int:
         """Bands that `read` gives."""
         return len(self.band_names)
+
+    @property
+    def orientation(self) -> int:
+        """The EXIF orientation that pixels are turned by, 1 to 8; 1 where they are read as they are stored."""
+        return self._orientation.value
 
     @property
     def size(self) -> tuple[int, int]:
@@ -165,4 +175,8 @@ class RasterSource:
 
     def _read_inside(self, window: Window, out_shape: tuple[int, int]) -> tuple[PixelArray, BoolArray]:
         """Pixels [C, *out_shape] of a window inside the raster, and which hold data, [C or 1, *out_shape]."""
-        return self._layout.read(self._handle.get(), window, out_shape)
+        stored = self._orientation.stored_window(window, self.size)
+        read = self._layout.read(self._handle.get(), stored, self._orientation.size(*out_shape))
+        if self.orientation == 1:
+            return read
+        return self._orientation.show(read[0]), self._orientation.show(read[1])

@@ -17,6 +17,7 @@ from perf_vit.data.labels.tally import Tally
 from perf_vit.errors import InputError
 from perf_vit.io import SlideSource, open_source
 from perf_vit.ops.boxes import box_areas
+from perf_vit.types import Source
 
 __all__ = ["finish_index", "oriented_box_around"]
 
@@ -151,7 +152,7 @@ def _measured(image: RawImage, source_options: Mapping[str, Any]) -> tuple[int, 
     if image.size is not None and min(image.size) > 0 and image.size != labelled:
         raise InputError(
             f"{image.labels} describes an image of {image.size[0]} x {image.size[1]} px, {image.path} has "
-            f"{labelled[0]} x {labelled[1]}; use the image that was labelled"
+            f"{labelled[0]} x {labelled[1]}{_turned(source)}; use the image that was labelled"
         )
     sizes = {(item.outline.height, item.outline.width) for item in image.objects if isinstance(item.outline, Rle)}
     if sizes - {labelled}:
@@ -168,6 +169,11 @@ def _measured(image: RawImage, source_options: Mapping[str, Any]) -> tuple[int, 
             )
         image.objects = [_reduced(item, source.downsample_xy) for item in image.objects]
     return source.size
+
+
+def _turned(source: Source) -> str:
+    orientation = getattr(source, "orientation", 1)
+    return f" as viewers show it (EXIF orientation {orientation})" if orientation > 1 else ""
 
 
 def _reduced(item: RawObject, downsample_xy: tuple[float, float]) -> RawObject:
