@@ -7,10 +7,12 @@ import math
 import re
 from typing import Any
 
-__all__ = ["to_json", "visible", "without_nan"]
+__all__ = ["to_json", "visible", "without_nan", "xml_text"]
 
 # C0 and C1 controls, line and paragraph separators, and characters that turn the direction of what follows.
 _UNSEEN = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
+# XML 1.0, section 2.2; metadata of TIFF are XML.
+_NOT_XML = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\ud800-\udfff\ufffe\uffff]")
 _SURROGATES = re.compile("[\ud800-\udfff]")
 
 
@@ -20,6 +22,11 @@ def visible(text: str) -> str:
     Bytes of file names that aren't UTF-8 are escaped as Python has them, "\udce4".
     """
     return _UNSEEN.sub(_escaped, text)
+
+
+def xml_text(text: str) -> str:
+    r"""Escape the characters that XML can't hold, as "\x1b"; all others stay."""
+    return _NOT_XML.sub(_escaped, text)
 
 
 def without_nan(value: Any) -> Any:

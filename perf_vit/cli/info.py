@@ -11,7 +11,7 @@ import timm
 import torch
 from rich.table import Table
 
-from perf_vit.cli.console import say_json, show
+from perf_vit.cli.console import say, say_json, show
 from perf_vit.errors import ConfigError
 from perf_vit.io import SourceInfo, describe_source
 from perf_vit.models import load_segmenter
@@ -60,7 +60,8 @@ def describe_file(
         content = {**asdict(info), "workload": None if workload is None else asdict(workload)}
         say_json(content)
         return
-    table = Table(title=info.path, show_header=False)
+    say(info.path)
+    table = Table(show_header=False)
     table.add_column(style="bold")
     table.add_column(overflow="fold")
     for name, value in _facts(info) + ([] if workload is None else _work(workload)):

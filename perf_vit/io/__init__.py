@@ -11,6 +11,7 @@ from perf_vit.io.fingerprint import fingerprint
 from perf_vit.io.label_files import LabelFiles, PairedLabels
 from perf_vit.io.labels import LabelSource, open_labels
 from perf_vit.io.layout import RasterLayout
+from perf_vit.io.lettering import lettered, lettering_font
 from perf_vit.io.mosaic import MosaicSource
 from perf_vit.io.ome_tiff import is_ome_tiff_name, write_ome_tiff
 from perf_vit.io.outputs import check_outputs, existing_error, existing_outputs
@@ -48,6 +49,8 @@ __all__ = [
     "holds_layout",
     "is_ome_tiff_name",
     "is_vector_name",
+    "lettered",
+    "lettering_font",
     "natural_bands",
     "open_labels",
     "open_raster",

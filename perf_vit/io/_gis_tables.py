@@ -11,9 +11,10 @@ import geopandas as gpd
 import numpy as np
 import pyogrio
 from affine import Affine
-from pyogrio.errors import DataSourceError
+from pyogrio.errors import DataLayerError, DataSourceError
 
 from perf_vit.io._object_table import BOX_FIELDS, ObjectTable
+from perf_vit.io._vector_path import layer_name, writing_path
 
 __all__ = ["write_gis"]
 
@@ -45,16 +46,17 @@ def write_gis(
     """
     frame = gpd.GeoDataFrame(_columns(table), geometry=table.placed(transform), crs=crs.to_wkt())
     if kind == "geoparquet":
-        frame.to_parquet(path, index=False)
+        with writing_path(path) as made:
+            frame.to_parquet(made, index=False)
         return
-    options: dict[str, Any] = {"driver": "GPKG", "layer": layer}
+    options: dict[str, Any] = {"driver": "GPKG", "layer": layer_name(layer)}
     if kind == "geojson":
         # Turns to EPSG:4326 and to RFC 7946's order of corners, with 7 decimals: a centimetre.
-        options = {"driver": "GeoJSON", "RFC7946": "YES"}
+        options = {"driver": "GeoJSON", "RFC7946": "YES", "layer": layer_name(layer)}
     try:
-        with _fixed_date():
-            pyogrio.write_dataframe(frame, path, **options)
-    except DataSourceError as error:
+        with _fixed_date(), writing_path(path) as made:
+            pyogrio.write_dataframe(frame, made, **options)
+    except (DataSourceError, DataLayerError) as error:
         raise OSError(str(error)) from error
 
 

@@ -9,6 +9,8 @@ from typing import Any
 
 import numpy as np
 
+from perf_vit.text import xml_text
+
 __all__ = ["OmeImage", "make_ome_xml", "micrometres", "parse_ome_tags", "parse_ome_xml"]
 
 _NAMESPACE = "http://www.openmicroscopy.org/Schemas/OME/2016-06"
@@ -100,16 +102,16 @@ def make_ome_xml(
     ET.register_namespace("", _NAMESPACE)
     ET.register_namespace("xsi", "http://www.w3.org/2001/XMLSchema-instance")
     root = ET.Element(_tag("OME"), {"{http://www.w3.org/2001/XMLSchema-instance}schemaLocation": _SCHEMA})
-    image = ET.SubElement(root, _tag("Image"), ID="Image:0", Name=name)
+    image = ET.SubElement(root, _tag("Image"), ID="Image:0", Name=xml_text(name))
     if description is not None:
-        ET.SubElement(image, _tag("Description")).text = description
+        ET.SubElement(image, _tag("Description")).text = xml_text(description)
     _add_pixels(image, shape, dtype, mpp_xy, channel_names)
     if tags:
         ET.SubElement(image, _tag("AnnotationRef"), ID="Annotation:0")
         annotations = ET.SubElement(root, _tag("StructuredAnnotations"))
         value = ET.SubElement(ET.SubElement(annotations, _tag("MapAnnotation"), ID="Annotation:0"), _tag("Value"))
         for key, text in tags.items():
-            ET.SubElement(value, _tag("M"), K=key).text = text
+            ET.SubElement(value, _tag("M"), K=xml_text(key)).text = xml_text(text)
     body = ET.tostring(root, encoding="unicode")
     # TIFF descriptions are ASCII; character references stand for the rest.
     return '<?xml version="1.0" encoding="UTF-8"?>' + body.encode("ascii", "xmlcharrefreplace").decode("ascii")
@@ -138,7 +140,7 @@ def _add_pixels(
         },
     )
     for index, name in enumerate(channel_names):
-        ET.SubElement(pixels, _tag("Channel"), ID=f"Channel:0:{index}", Name=name, SamplesPerPixel="1")
+        ET.SubElement(pixels, _tag("Channel"), ID=f"Channel:0:{index}", Name=xml_text(name), SamplesPerPixel="1")
     for index in range(num_channels):
         ET.SubElement(pixels, _tag("TiffData"), IFD=str(index), FirstC=str(index), PlaneCount="1")
 

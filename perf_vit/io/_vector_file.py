@@ -17,6 +17,7 @@ from pyogrio.errors import DataLayerError, DataSourceError
 
 from perf_vit.errors import DataWarning, InputError
 from perf_vit.io._gdal import reason_of
+from perf_vit.io._vector_path import reading_path
 
 __all__ = ["is_vector_name", "opens_as_vector", "read_features", "split_layer"]
 
@@ -42,7 +43,8 @@ def is_vector_name(path: str) -> bool:
 def opens_as_vector(path: str) -> bool:
     """Whether a file of another suffix is a vector file after all."""
     try:
-        return len(pyogrio.list_layers(split_layer(path)[0])) > 0
+        with reading_path(split_layer(path)[0]) as file:
+            return len(pyogrio.list_layers(file)) > 0
     except DataSourceError:
         return False
 
@@ -76,23 +78,26 @@ def _read(path: str, attribute: str | None) -> Any:
     file, layer = split_layer(path)
     if Path(file).suffix.lower() in _PARQUET:
         return _read_parquet(path, attribute)
-    layer = _chosen_layer(file, layer)
-    info = pyogrio.read_info(file, layer=layer, force_feature_count=True)
-    wanted = _column(path, info["fields"].tolist(), info["features"], attribute)
-    # A ring of two points is no reason to give up the rest.
-    return gpd.read_file(file, layer=layer, engine="pyogrio", columns=wanted, on_invalid="ignore")
+    with reading_path(file) as found:
+        layers = [str(name) for name, kind in pyogrio.list_layers(found) if kind is not None]
+        layer = _chosen_layer(file, layers, layer)
+        info = pyogrio.read_info(found, layer=layer, force_feature_count=True)
+        wanted = _column(path, info["fields"].tolist(), info["features"], attribute)
+        # A ring of two points is no reason to give up the rest.
+        return gpd.read_file(found, layer=layer, engine="pyogrio", columns=wanted, on_invalid="ignore")
 
 
 def _read_parquet(path: str, attribute: str | None) -> Any:
     try:
-        file = pyarrow.parquet.read_metadata(path)
-        geo = (file.metadata or {}).get(b"geo")
-        if geo is None:
-            raise InputError(f"{path} is a Parquet file without geometries; write it as GeoParquet")
-        geometry = json.loads(geo)["primary_column"]
-        fields = [name for name in file.schema.to_arrow_schema().names if name != geometry]
-        wanted = _column(path, fields, file.num_rows, attribute)
-        return gpd.read_parquet(path, columns=[*wanted, geometry]).reset_index(drop=True)
+        with reading_path(path) as found:
+            file = pyarrow.parquet.read_metadata(found)
+            geo = (file.metadata or {}).get(b"geo")
+            if geo is None:
+                raise InputError(f"{path} is a Parquet file without geometries; write it as GeoParquet")
+            geometry = json.loads(geo)["primary_column"]
+            fields = [name for name in file.schema.to_arrow_schema().names if name != geometry]
+            wanted = _column(path, fields, file.num_rows, attribute)
+            return gpd.read_parquet(found, columns=[*wanted, geometry]).reset_index(drop=True)
     except (OSError, KeyError, ValueError) as error:
         if isinstance(error, InputError):
             raise
@@ -109,8 +114,7 @@ def _column(path: str, columns: list[str], num_features: int, attribute: str | N
     return [attribute]
 
 
-def _chosen_layer(file: str, layer: str | None) -> str:
-    layers = [str(name) for name, kind in pyogrio.list_layers(file) if kind is not None]
+def _chosen_layer(file: str, layers: list[str], layer: str | None) -> str:
     if layer in layers:
         return str(layer)
     if layer is not None:

@@ -11,6 +11,7 @@ import rasterio
 from affine import Affine
 
 from perf_vit.io._gdal import plain_images_allowed
+from perf_vit.text import xml_text
 
 __all__ = ["RasterLayout"]
 
@@ -47,6 +48,12 @@ class RasterLayout:
     tags: Mapping[str, str] = field(default_factory=dict)
     scale: float = 1.0
     overviews: Literal["nearest", "average"] | None = None
+
+    def __post_init__(self) -> None:
+        # Both go into metadata that are XML; what is written must be what is compared with later.
+        names = self.band_names and tuple(map(xml_text, self.band_names))
+        object.__setattr__(self, "band_names", names)
+        object.__setattr__(self, "tags", {xml_text(key): xml_text(value) for key, value in self.tags.items()})
 
     def profile(self, height: int | None = None) -> dict[str, Any]:
         """What rasterio needs to create a file, of all rows or of some."""

@@ -10,10 +10,11 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw
 
 from perf_vit.errors import InputError, OutputError
 from perf_vit.io._staging import staged
+from perf_vit.io.lettering import lettered, lettering_font
 from perf_vit.io.sources import open_source
 from perf_vit.types import IGNORE_INDEX, GeoImage, LabelArray, Source
 
@@ -202,7 +203,7 @@ def _beside(panels: Sequence[Picture]) -> Picture:
 
 def _with_legend(picture: Picture, classes: Sequence[str], colors: Mapping[int, Color]) -> Picture:
     """Add rows of colour patches and class names below."""
-    font = ImageFont.load_default(size=16)
+    font, classes = lettering_font(16), [lettered(name) for name in classes]
     widths = [_ENTRY_PX + int(font.getlength(name)) + 2 * _MARGIN_PX for name in classes]
     missing = max(0, max(widths) + _MARGIN_PX - picture.shape[1])
     places, num_lines = _legend_places(widths, picture.shape[1] + missing)

@@ -11,6 +11,8 @@ import numpy.typing as npt
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
+from perf_vit.tasks.figure_text import figure_name
+
 __all__ = ["save_confusion_matrix"]
 
 # Numbers in more cells than these overlap.
@@ -30,15 +32,18 @@ def save_confusion_matrix(matrix: npt.ArrayLike, class_names: Sequence[str], pat
     assert counts.shape == (num_classes, num_classes), (counts.shape, num_classes)
     totals = counts.sum(axis=1, keepdims=True)
     shares = np.divide(counts, totals, out=np.zeros(counts.shape, np.float64), where=totals > 0)
-    side = min(16.0, 3.0 + 0.5 * num_classes)
+    names = [figure_name(name) for name in class_names]
+    # Inches for the names, which stand beside and below the cells.
+    margin = 0.08 * max(map(len, names), default=0)
+    side = min(16.0, 2.2 + 0.5 * num_classes) + margin
     figure = Figure(figsize=(side + 0.8, side), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.subplots()
     picture = axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)
     figure.colorbar(picture, ax=axes, label="share of the true class", shrink=0.8)
     ticks = np.arange(num_classes)
-    axes.set_xticks(ticks, class_names, rotation=45, ha="right", rotation_mode="anchor")
-    axes.set_yticks(ticks, class_names)
+    axes.set_xticks(ticks, names, rotation=45, ha="right", rotation_mode="anchor")
+    axes.set_yticks(ticks, names)
     axes.set(xlabel="predicted", ylabel="true")
     if num_classes <= _MAX_NUMBERED:
         _number_cells(axes, counts, shares)

@@ -12,10 +12,10 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from lightning.pytorch.loggers import TensorBoardLogger, WandbLogger
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw
 from torch import Tensor
 
-from perf_vit.io import colorize, default_colormap, rgb_from, save_png
+from perf_vit.io import colorize, default_colormap, lettered, lettering_font, rgb_from, save_png
 from perf_vit.ops.boxes import oriented_box_corners
 from perf_vit.types import IGNORE_INDEX, Detections, GeoImage, ObjectLabels
 
@@ -127,8 +127,10 @@ def _listed(names: Sequence[str], values: Sequence[float], least: float = -math.
 def _written(lines: Sequence[str], shape: tuple[int, ...]) -> Picture:
     """A white panel with text, which is cut at its border."""
     panel = Image.new("RGB", (max(shape[1], _PANEL_PX), shape[0]), "white")
-    font = ImageFont.load_default(_TEXT_PX)
-    ImageDraw.Draw(panel).multiline_text((_MARGIN_PX, _MARGIN_PX), "\n".join(lines), fill="black", font=font)
+    font = lettering_font(_TEXT_PX)
+    ImageDraw.Draw(panel).multiline_text(
+        (_MARGIN_PX, _MARGIN_PX), "\n".join(map(lettered, lines)), fill="black", font=font
+    )
     return np.array(panel)
 
 

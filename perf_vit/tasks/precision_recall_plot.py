@@ -11,6 +11,8 @@ import numpy.typing as npt
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
+from perf_vit.tasks.figure_text import add_legend, figure_height, figure_name
+
 __all__ = ["PrecisionRecall", "save_precision_recall"]
 
 PrecisionRecall: TypeAlias = tuple[npt.ArrayLike, npt.ArrayLike]
@@ -29,14 +31,16 @@ def save_precision_recall(
         path: the picture to write, .png.
         title: what is counted.
     """
-    figure = Figure(figsize=(6, 5), layout="constrained")
+    figure = Figure(figsize=(6, figure_height(len(class_names))), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.subplots()
+    labels = []
     for name, (precision, recall), area in zip(class_names, curves, areas, strict=True):
         if not math.isnan(area):
-            axes.plot(recall, precision, label=f"{name}, AP {area:.3f}")
+            axes.plot(recall, precision)
+            labels.append(f"{figure_name(name)}, AP {area:.3f}")
     axes.set(xlabel="recall", ylabel="precision", xlim=(0, 1), ylim=(0, 1.02), title=title)
     axes.grid(alpha=0.3)
     if axes.lines:
-        axes.legend()
+        add_legend(axes, axes.lines, labels)
     figure.savefig(path, dpi=110)
