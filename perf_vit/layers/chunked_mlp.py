@@ -61,8 +61,8 @@ def chunk_mlps(model: nn.Module) -> None:
     """Let a model's MLPs go through 2,048 tokens at a time wherever no gradient is asked for.
 
     A token's MLP sees that token alone, so results change by rounding at most. What is saved is memory, 8 x C numbers a
-    token in a ViT, and the time to bring it in from there. Modules stay what they are: same parameters, same names. Those
-    in training mode, or with a hook on one of their modules (`is_hooked`), run as timm has them.
+    token in a ViT, and the time to bring it in from there. Modules stay what they are: same parameters, same names.
+    Those in training mode, or with a hook on one of their modules (`is_hooked`), run as timm has them.
     """
     for module in model.modules():
         chunked = _CHUNKED.get(type(module))

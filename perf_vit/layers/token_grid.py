@@ -74,18 +74,19 @@ class TokenGrid:
             ValueError: no patch embedding has told the grid, it told another, or what a checkpoint computes again may
                 have either of two grids.
         """
-        size = self.size
-        if not torch.compiler.is_compiling() and _backward() not in (
-            _NO_BACKWARD,
-            getattr(self._here, "backward", None),
-        ):
-            size = self._only_size(num_tokens)
+        size = self.size if self._is_of_this_pass() else self._only_size(num_tokens)
         if size is None or size[0] * size[1] != num_tokens:
             raise ValueError(
                 f"expected the patch embedding to tell the grid of {num_tokens} patch tokens, got {size}; "
                 "call the whole model, without patch dropout, or set the layer's grid.size = (rows, columns)"
             )
         return size
+
+    def _is_of_this_pass(self) -> bool:
+        """Whether the thread's grid is that of the tokens that are on their way now."""
+        if torch.compiler.is_compiling() or _backward() == _NO_BACKWARD:
+            return True
+        return getattr(self._here, "backward", None) == _backward()
 
     def _only_size(self, num_tokens: int) -> tuple[int, int] | None:
         """The one grid of so many tokens that was ever told: for tokens that lie elsewhere in the backward pass."""
@@ -105,6 +106,7 @@ class FollowTokens:
         self.grid = grid
 
     def __call__(self, module: nn.Module, arguments: tuple[Any, ...]) -> None:
+        """Have the grid follow the first argument."""
         if arguments:
             self.grid.follow(arguments[0])
 

@@ -174,7 +174,11 @@ def test_a_model_in_two_threads_sees_the_image_of_each(name: str, pair: str, mod
         expected = [model(image) for image in images]
     # Both grids are told before either image goes on.
     barrier = threading.Barrier(2, timeout=60)
-    model.patch_embed.register_forward_hook(lambda *_: None if barrier.wait() else None)
+
+    def wait(*_) -> None:
+        barrier.wait()
+
+    model.patch_embed.register_forward_hook(wait)
     got: dict[int, torch.Tensor] = {}
 
     def forward(index: int) -> None:
