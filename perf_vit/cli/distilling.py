@@ -15,6 +15,7 @@ from perf_vit.cli.schemas import DistillationRun, PairConfig
 from perf_vit.data import build_crops
 from perf_vit.errors import ConfigError, PerfVitError
 from perf_vit.models import load_converted, performerize, save_converted
+from perf_vit.models.timm_arguments import check_file_arguments
 from perf_vit.models.weights import create_with_weights, read_weights
 from perf_vit.tasks import DistillationTask, build_distillation_trainer
 
@@ -66,7 +67,7 @@ def _teacher(config: PairConfig) -> nn.Module:
 
 def _timm_kwargs(config: PairConfig) -> dict[str, Any]:
     # The grid of position embeddings stays as it was trained, whatever the size of the crops.
-    return {"dynamic_img_size": True, **config.kwargs}
+    return {"dynamic_img_size": True, **check_file_arguments(config.kwargs, "model.kwargs")}
 
 
 def _check_size(teacher: nn.Module, size_px: int) -> None:

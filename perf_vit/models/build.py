@@ -18,6 +18,7 @@ from perf_vit.models.heads import DPTHead, FullResolutionHead, LinearHead, SegFo
 from perf_vit.models.known_arguments import check_known
 from perf_vit.models.saved_model import build_converted, load_converted, read_saved_config
 from perf_vit.models.segmenter import Segmenter, SegmenterSpec
+from perf_vit.models.timm_arguments import check_file_arguments
 from perf_vit.types import FeatureSpec
 
 __all__ = [
@@ -46,7 +47,8 @@ class ModelConfig(BackboneTuning):
     Attributes:
         backbone: any timm model name that takes `features_only`, and `img_size` and `dynamic_img_size` if timm says
             that its input size is fixed; or a folder with a converted model, whose weights are loaded.
-        backbone_kwargs: passed to `timm.create_model`, e.g. {attn_kwargs: {num_features: 128}}.
+        backbone_kwargs: passed to `timm.create_model`, e.g. {attn_kwargs: {num_features: 128}}; those of
+            `perf_vit.models.timm_arguments`.
         pretrained: load timm's weights for the backbone.
         freeze_backbone: keep the backbone's weights and train the head alone: quicker, and pretrained features stay
             as general as they are.
@@ -157,6 +159,7 @@ def create_backbone(
         CheckpointError: a folder without a converted model.
         ConfigError: an unknown model or arguments that it doesn't take.
     """
+    check_file_arguments(config.backbone_kwargs, "model.backbone_kwargs")
     in_folder = saved_backbone is None and not timm.is_model(config.backbone) and Path(config.backbone).is_dir()
     if in_folder:
         saved_backbone = read_saved_config(config.backbone)

@@ -8,11 +8,12 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
+import timm
 import torch
 from torch import Tensor, nn
 
 from perf_vit._version import __version__
-from perf_vit.errors import CheckpointError, parsing
+from perf_vit.errors import CheckpointError, ConfigError, parsing
 from perf_vit.layers import current_draw, redraw_projections
 from perf_vit.models.build import ModelConfig, build_segmenter
 from perf_vit.models.build_detector import DetectorConfig, build_detector
@@ -127,10 +128,20 @@ def _load(path: str | Path, tasks: tuple[str, ...], config: Any, spec: Any, buil
     metadata = content[CHECKPOINT_KEY]
     with _other_versions(path, metadata):
         made_with, state = _plain(config(**{**metadata["model"], "pretrained": False}), content)
-        model = build(made_with, spec.from_dict(metadata["spec"]), metadata.get("saved_backbone"))
+        meaning, saved_backbone = spec.from_dict(metadata["spec"]), metadata.get("saved_backbone")
+        _check_names_no_files(path, made_with.backbone, saved_backbone, getattr(meaning, "tissue", None))
+        model = build(made_with, meaning, saved_backbone)
         model.load_state_dict(state)
         restore_draw(model, metadata)
     return model.eval()
+
+
+def _check_names_no_files(path: str | Path, backbone: Any, saved_backbone: Any, tissue: Any) -> None:
+    """Refuse a checkpoint that would have other files read, or URLs: training writes none."""
+    named = None if saved_backbone is not None or timm.is_model(str(backbone)) else backbone
+    named = tissue if named is None and tissue not in (None, "otsu") else named
+    if named is not None:
+        raise CheckpointError(f"{path} names {named!r:.80}, but a checkpoint must do without other files; train anew")
 
 
 @contextmanager
@@ -138,7 +149,9 @@ def _other_versions(path: str | Path, metadata: dict[str, Any]) -> Iterator[None
     """Say which version wrote a checkpoint that doesn't fit the networks of this one."""
     try:
         yield
-    except (KeyError, TypeError, RuntimeError) as error:
+    except ConfigError as error:
+        raise CheckpointError(f"{path}: {error}") from error
+    except (KeyError, TypeError, AttributeError, RuntimeError) as error:
         version = metadata.get("version", "of unknown number")
         raise CheckpointError(
             f"{path} was written by perf_vit {version}, whose networks differ from those of {__version__}; use that "
@@ -167,6 +180,8 @@ def _read(path: Path, tasks: tuple[str, ...] | None = None) -> dict[str, Any]:
         content = torch.load(path, map_location="cpu", weights_only=True)
     if not isinstance(content, dict) or CHECKPOINT_KEY not in content:
         raise CheckpointError(f"{path} is not a perf_vit checkpoint; give a .ckpt file that `perf-vit train` wrote")
+    if not isinstance(content[CHECKPOINT_KEY], dict) or not isinstance(content.get("state_dict"), dict):
+        raise CheckpointError(f"{path} is damaged: it holds no weights, or no description of them; get the file again")
     found = _task_of(content[CHECKPOINT_KEY])
     if tasks is not None and found not in tasks:
         raise CheckpointError(f"expected {NETWORKS[tasks[0]]} in {path}, got {NETWORKS.get(found, found)}")

@@ -23,6 +23,7 @@ from perf_vit.layers import current_draw, redraw_projections
 from perf_vit.layers.converted_attention import BALANCING_BUFFERS
 from perf_vit.models.conversion import Conversion
 from perf_vit.models.convert import body_of, convert_in_place, convertible_layers
+from perf_vit.models.timm_arguments import check_file_arguments, pretrained_cfg_of_file
 from perf_vit.models.weights import create_with_weights, read_weights
 from perf_vit.text import to_json
 
@@ -43,8 +44,6 @@ CONFIG_KEY = "perf_vit"
 
 # All that a folder may hold to be replaced as a whole.
 _OURS = {WEIGHTS, CONFIG, BALANCING, ENHANCEMENT, "fidelity.html"}
-# Where weights came from is no longer so; these are no part of a config.
-_NOT_SAVED = ("state_dict", "file", "url", "hf_hub_id", "hf_hub_filename", "source", "custom_load", "label_offset")
 
 
 def save_converted(model: nn.Module, folder: str | Path, *, overwrite: bool = False) -> Path:
@@ -215,13 +214,13 @@ def _config_of(model: nn.Module) -> dict[str, Any]:
             f"expected a vision transformer with one grid of patches to save, got {cfg['architecture']}; keep its "
             "state_dict, and convert it again after loading"
         )
-    args = _model_args(model)
-    pretrained = {key: value for key, value in cfg.items() if value is not None and key not in _NOT_SAVED}
+    args = check_file_arguments(_model_args(model), "a saved model", ValueError)
+    pretrained = {key: value for key, value in pretrained_cfg_of_file(cfg).items() if value is not None}
     pretrained["num_classes"] = args["num_classes"]
     pretrained["input_size"] = (args["in_chans"], *args["img_size"])
     state = model.state_dict()
     config = {
-        "architecture": pretrained.pop("architecture"),
+        "architecture": cfg["architecture"],
         "num_classes": args["num_classes"],
         "num_features": getattr(model, "num_features", None),
         "model_args": args,
@@ -276,10 +275,20 @@ def _check_that_timm_builds(config: Mapping[str, Any], state: Mapping[str, Tenso
 def _build(
     config: Mapping[str, Any], weights: Mapping[str, Tensor] | None, origin: str | Path, **timm_kwargs: Any
 ) -> nn.Module:
-    kwargs = {"pretrained_cfg": config.get("pretrained_cfg"), **config.get("model_args", {}), **timm_kwargs}
+    name = _architecture(config, origin)
+    args = check_file_arguments(config.get("model_args", {}), f"model_args of {origin or name}", CheckpointError)
+    kwargs = {"pretrained_cfg": pretrained_cfg_of_file(config.get("pretrained_cfg")), **args, **timm_kwargs}
     if weights is None:
-        return timm.create_model(config["architecture"], pretrained=False, **kwargs)
-    return create_with_weights(config["architecture"], weights, origin, **kwargs)
+        return timm.create_model(name, pretrained=False, **kwargs)
+    return create_with_weights(name, weights, origin, **kwargs)
+
+
+def _architecture(config: Mapping[str, Any], origin: str | Path) -> str:
+    """The timm name in a config; timm takes addresses of its hub, and folders, for names too."""
+    name = config.get("architecture")
+    if not isinstance(name, str) or not timm.is_model(name):
+        raise CheckpointError(f"{origin or 'the checkpoint'} is of {name}, which this timm doesn't have; update timm")
+    return name
 
 
 def _place_of_body(model: nn.Module) -> str:
@@ -344,8 +353,7 @@ def _read_json(path: Path) -> dict[str, Any]:
         config = json.loads(path.read_bytes())
     if not isinstance(config, dict) or "architecture" not in config:
         raise CheckpointError(f"{path} names no architecture; expected a config as timm saves it for its hub")
-    if not timm.is_model(str(config["architecture"])):
-        raise CheckpointError(f"{path} is of {config['architecture']}, which this timm doesn't have; update timm")
+    _architecture(config, path)
     return config
 
 

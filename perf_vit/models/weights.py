@@ -18,6 +18,8 @@ __all__ = ["create_with_weights", "read_weights"]
 
 # Where training scripts put the weights inside of what they save.
 _WRAPPERS = ("state_dict_ema", "model_ema", "state_dict", "model")
+# These weights and no others: what timm knows of a model names its hub, and what stands there may come first.
+_NO_OTHER_SOURCE = {"source": None, "file": None, "url": None, "hf_hub_id": None, "custom_load": False}
 _SIZE_MISMATCH = re.compile(r"size mismatch for ([^:]+): .*?Size\((\[[^]]*\])\).*?Size\((\[[^]]*\])\)")
 
 
@@ -76,7 +78,7 @@ def create_with_weights(
         CheckpointError: weights of another architecture.
     """
     # A copy: filters take names out of the dict that they are given.
-    cfg = {**(overlay or {}), "state_dict": dict(weights)}
+    cfg = {**(overlay or {}), **_NO_OTHER_SOURCE, "state_dict": dict(weights)}
     try:
         model: Any = timm.create_model(name, pretrained=True, pretrained_cfg_overlay=cfg, **kwargs)
     except (RuntimeError, KeyError, AttributeError, IndexError) as error:
