@@ -22,7 +22,7 @@ from perf_vit.inference import (
     predict_many,
     reserve_report,
 )
-from perf_vit.io import check_outputs, write_objects
+from perf_vit.io import check_outputs, check_vector_output, write_objects
 from perf_vit.models import Detector, load_detector
 from perf_vit.tiling import grid_windows
 
@@ -83,6 +83,7 @@ class ObjectFiles:
             result = MapResult(made=True, num_windows=len(windows), num_pixels=scene.height * scene.width)
             if os.path.lexists(output) and not self._overwrite:
                 return replace(result, made=False)
+            check_vector_output(output, scene)
             progress: dict[str, Any] = {"on_window": self.on_window} if self.on_window else {}
             objects = detect_objects(self.model, scene, self.threshold, **progress, **self._engine)
             write_objects(

@@ -13,7 +13,14 @@ from torch import nn
 
 from perf_vit.errors import ConfigError, InputError
 from perf_vit.inference import MapInput, MapJob, MapResult, OutputKind, make_map, map_exists, segment_job
-from perf_vit.io import existing_outputs, open_source, polygonize_classes, write_map_quicklook, write_objects
+from perf_vit.io import (
+    check_vector_output,
+    existing_outputs,
+    open_source,
+    polygonize_classes,
+    write_map_quicklook,
+    write_objects,
+)
 from perf_vit.models import Segmenter, load_segmenter, segmenter_id
 from perf_vit.types import Source
 
@@ -141,9 +148,11 @@ class SegmentationMaps:
         Raises:
             ConfigError: polygons or a threshold of a model that has none.
             InputError: it can't be opened, or doesn't fit the model.
-            OutputError: the map would replace it, or isn't named .tif.
+            OutputError: the map would replace it, or isn't named .tif, or its polygons have no place in their format.
         """
         source = open_for(self.model, item.path, **self._source)
+        if self._polygons:
+            check_vector_output(item.output.with_suffix(f".{self._polygons}"), source)
         return segment_job(
             self.model,
             source,

@@ -23,7 +23,7 @@ from perf_vit.io.sources import open_raster, open_source
 from perf_vit.io.strips import StripStore
 from perf_vit.io.text_files import write_json, write_text
 from perf_vit.io.vector_objects import PolygonFile
-from perf_vit.io.vector_writers import write_objects
+from perf_vit.io.vector_writers import check_vector_output, write_objects
 from perf_vit.io.writers import CogWriter
 
 __all__ = [
@@ -40,6 +40,7 @@ __all__ = [
     "StripStore",
     "bounded_cache",
     "check_outputs",
+    "check_vector_output",
     "colorize",
     "default_colormap",
     "describe_source",

@@ -6,10 +6,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal, get_args
 
+import numpy as np
 from affine import Affine
+from pyproj import Transformer
+from pyproj.exceptions import CRSError, ProjError
 
 from perf_vit.errors import OutputError
 from perf_vit.io._coco import write_coco
+from perf_vit.io._gdal import crs_name
 from perf_vit.io._gis_tables import write_gis
 from perf_vit.io._object_table import ObjectTable
 from perf_vit.io._qupath import write_qupath
@@ -17,7 +21,7 @@ from perf_vit.io._staging import staged
 from perf_vit.io.slide import SlideSource
 from perf_vit.types import Source
 
-__all__ = ["VectorFormat", "write_objects"]
+__all__ = ["VectorFormat", "check_vector_output", "write_objects"]
 
 VectorFormat = Literal["gpkg", "geoparquet", "geojson", "coco", "qupath"]
 
@@ -72,15 +76,8 @@ def write_objects(
             together, or a place where nothing can be written.
     """
     target = Path(path)
-    chosen = format or _format_of(target, source)
-    if chosen not in get_args(VectorFormat):
-        raise OutputError(f"format must be one of {', '.join(get_args(VectorFormat))}, got {chosen}")
+    chosen = check_vector_output(target, source, format=format)
     table = ObjectTable.make(geometries, scores, labels, class_names)
-    if chosen in {"gpkg", "geoparquet", "geojson"} and source.crs is None:
-        raise OutputError(
-            f"{source.path} has no CRS, so its objects can't be placed in {chosen}; write QuPath's .geojson or "
-            "COCO's .json"
-        )
     with staged(target) as folder:
         made = folder / target.name
         try:
@@ -93,6 +90,45 @@ def write_objects(
         except OSError as error:
             raise OutputError(f"can't write {path}: {error.strerror or error}") from error
     return target
+
+
+def check_vector_output(path: str | Path, source: Source, *, format: VectorFormat | None = None) -> VectorFormat:  # noqa: A002
+    """The format of a file of a source's objects; called before the objects are looked for.
+
+    Args:
+        path: the output.
+        source: of the objects.
+        format: instead of the one that the suffix asks for.
+
+    Raises:
+        OutputError: a suffix without format, or a format that needs a CRS that the source doesn't have.
+    """
+    chosen = format or _format_of(Path(path), source)
+    if chosen not in get_args(VectorFormat):
+        raise OutputError(f"format must be one of {', '.join(get_args(VectorFormat))}, got {chosen}")
+    if chosen in {"gpkg", "geoparquet", "geojson"} and source.crs is None:
+        raise OutputError(
+            f"{source.path} has no CRS, so its objects can't be placed in {chosen}; write QuPath's .geojson or "
+            "COCO's .json"
+        )
+    if chosen == "geojson" and not _has_longitudes(source):
+        raise OutputError(
+            f"can't write {path}: GeoJSON holds longitudes and latitudes, and those of {source.path} are not known "
+            f"from its CRS ({crs_name(source.crs)}); write .gpkg, .parquet or COCO's .json"
+        )
+    return chosen
+
+
+def _has_longitudes(source: Source) -> bool:
+    """Whether EPSG:4326 has a place for points of a source; corners of full-disc imagery lie beside the Earth."""
+    assert source.crs is not None
+    shares = np.linspace(0, 1, 11)
+    x, y = np.transpose([source.transform @ (source.width * a, source.height * b) for a in shares for b in shares])
+    try:
+        placed = Transformer.from_crs(source.crs.to_wkt(), "EPSG:4326", always_xy=True).transform(x, y)
+    except (CRSError, ProjError):
+        return False
+    return bool(np.isfinite(placed).all(axis=0).any())
 
 
 def _to_level0(source: Source) -> Affine:
