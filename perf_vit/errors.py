@@ -18,6 +18,7 @@ __all__ = [
     "PerfVitError",
     "UnreachableError",
     "parsing",
+    "reason_line",
     "warn_once",
 ]
 
@@ -87,15 +88,15 @@ def parsing(path: str | Path, kind: str, error: type[PerfVitError] = InputError)
     except PerfVitError:
         raise
     except OSError as cause:
-        raise error(f"can't read {path} as {kind}: {cause.strerror or _reason(cause)}") from cause
+        raise error(f"can't read {path} as {kind}: {cause.strerror or reason_line(cause)}") from cause
     except Exception as cause:
-        raise error(f"can't read {path} as {kind}: {_reason(cause)}; it may be damaged") from cause
+        raise error(f"can't read {path} as {kind}: {reason_line(cause)}; it may be damaged") from cause
 
 
-def _reason(cause: Exception) -> str:
+def reason_line(cause: Exception) -> str:
     """The first line of a library's message, after the class of the error where that says more."""
     lines = str(cause).strip().splitlines()
     name = type(cause).__name__
-    if isinstance(cause, OSError | ValueError | RuntimeError) and lines:
+    if isinstance(cause, OSError | ValueError | RuntimeError | TypeError) and lines:
         return lines[0].rstrip(".")
     return f"{name}: {lines[0]}" if lines else name

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from perf_vit.cli.console import windows_progress, working
 from perf_vit.cli.conversion_report import measure_conversion, print_conversion, write_conversion
 from perf_vit.data import UnlabelledCrops, find_images
-from perf_vit.errors import ConfigError, PerfVitError
+from perf_vit.errors import ConfigError, PerfVitError, reason_line
 from perf_vit.models import calibrate, choose_layer_options, load_softmax, performerize, save_converted
 from perf_vit.models.conversion import default_attention
 from perf_vit.models.saved_model import check_output_folder, input_bands
@@ -162,7 +162,7 @@ def _softmax_model(request: ConversionRequest) -> Any:
     try:
         return _checked(create_with_weights(request.source, weights, request.weights, overlay, **kwargs).eval())
     except (TypeError, RuntimeError, AssertionError) as error:
-        raise ConfigError(f"timm can't make {request.source} with {kwargs}: {_first_line(error)}") from error
+        raise ConfigError(f"timm can't make {request.source} with {kwargs}: {reason_line(error)}") from error
 
 
 def _pretrained(name: str, kwargs: dict[str, Any]) -> Any:
@@ -172,7 +172,7 @@ def _pretrained(name: str, kwargs: dict[str, Any]) -> Any:
     # Each way of downloading has errors of its own.
     except Exception as error:
         raise ConfigError(
-            f"timm can't load pretrained weights of {name}: {_first_line(error)}; give them by --weights FILE"
+            f"timm can't load pretrained weights of {name}: {reason_line(error)}; give them by --weights FILE"
         ) from error
 
 
@@ -237,7 +237,3 @@ def _describe_images(request: ConversionRequest) -> str:
     learned = request.budget is not None or request.calibrate
     apart = ", others than those the conversion learned from" if learned else ""
     return f"{_REPORT_CROPS} crops of {', '.join(path.name for path in request.images)}{apart}"
-
-
-def _first_line(error: Exception) -> str:
-    return next(iter(str(error).splitlines()), type(error).__name__)

@@ -13,7 +13,7 @@ from torch import nn
 from perf_vit.cli.run_folder import RunFolder
 from perf_vit.cli.schemas import DistillationRun, PairConfig
 from perf_vit.data import build_crops
-from perf_vit.errors import ConfigError, PerfVitError
+from perf_vit.errors import ConfigError, PerfVitError, reason_line
 from perf_vit.models import load_converted, performerize, save_converted
 from perf_vit.models.timm_arguments import check_file_arguments
 from perf_vit.models.weights import create_with_weights, read_weights
@@ -105,7 +105,7 @@ def _student(config: PairConfig, teacher: nn.Module) -> nn.Module:
 
 
 def _as_ours(error: Exception, where: str) -> PerfVitError:
-    return error if isinstance(error, PerfVitError) else ConfigError(f"{where}: {str(error).splitlines()[0]}")
+    return error if isinstance(error, PerfVitError) else ConfigError(f"{where}: {reason_line(error)}")
 
 
 def _save_student(task: DistillationTask, folder: Path) -> Path:

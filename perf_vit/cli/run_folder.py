@@ -23,6 +23,8 @@ __all__ = ["RunFolder"]
 
 # What a run writes into its folder.
 _WRITTEN = ("config.yaml", "checkpoints", "metrics.csv", "loss_curve.png", "pictures", "tensorboard", "wandb")
+# What NumPy takes.
+_NUM_SEEDS = 2**32
 _INTERRUPTED = 130
 """Exit code of a run that somebody stopped, as shells have it."""
 
@@ -59,6 +61,8 @@ class RunFolder:
         self._resumed = ResumedRun(self._last) if config.resume else None
         if self._resumed is not None:
             self._resumed.check_config(config)
+        if not 0 <= config.seed < _NUM_SEEDS:
+            raise ConfigError(f"seed must be from 0 to {_NUM_SEEDS - 1}, got {config.seed}")
         _set_up_logging()
         lightning.seed_everything(config.seed, workers=True, verbose=False)
 

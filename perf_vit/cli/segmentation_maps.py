@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from perf_vit.errors import ConfigError, InputError
+from perf_vit.errors import ConfigError, InputError, reason_line
 from perf_vit.inference import MapInput, MapJob, MapResult, OutputKind, make_map, map_exists, segment_job
 from perf_vit.io import (
     check_vector_output,
@@ -66,7 +66,7 @@ def on_device(model: nn.Module, device: str) -> str:
     try:
         model.to(device)
     except (RuntimeError, AssertionError) as error:
-        raise ConfigError(f"--device {device}: {str(error).splitlines()[0]}") from error
+        raise ConfigError(f"--device {device}: {reason_line(error)}") from error
     return device
 
 

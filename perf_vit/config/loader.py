@@ -5,6 +5,7 @@ import difflib
 import types
 import typing
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
@@ -13,7 +14,8 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from perf_vit.config.shipped import find_config
-from perf_vit.errors import ConfigError
+from perf_vit.config.values import check_values
+from perf_vit.errors import ConfigError, reason_line
 
 __all__ = ["config_value", "dump_config", "load_config"]
 
@@ -37,19 +39,17 @@ def load_config(path: str | Path, schema: type[T], overrides: Sequence[str] = ()
     Raises:
         ConfigError: one line that names the key or file.
     """
-    merged = OmegaConf.create(_read_with_bases(find_config(path), seen=()))
-    merged.merge_with(_parse_overrides(overrides))
+    merged = _merged(path, overrides)
     for prefix, keys, known in _unknown_keys(merged, schema):
         raise ConfigError(_unknown_key_message(prefix, keys, known))
-    try:
+    with _one_line(path):
         typed = OmegaConf.merge(OmegaConf.structured(schema), merged)
         missing = sorted(OmegaConf.missing_keys(typed))
         if missing:
             raise ConfigError(f"{path}: give {' '.join(f'{key}=...' for key in missing)}")
         loaded = cast(T, OmegaConf.to_object(typed))
-    except OmegaConfBaseException as error:
-        raise ConfigError(f"{error.full_key or path}: {str(error.msg or error).splitlines()[0]}") from error
     _make_tuples(loaded)
+    check_values(loaded)
     return loaded
 
 
@@ -59,14 +59,33 @@ def config_value(path: str | Path, key: str, overrides: Sequence[str] = (), defa
     Raises:
         ConfigError: one line that names the key or file.
     """
-    merged = OmegaConf.create(_read_with_bases(find_config(path), seen=()))
-    merged.merge_with(_parse_overrides(overrides))
-    return merged.get(key, default)
+    with _one_line(path):
+        return _merged(path, overrides).get(key, default)
 
 
 def dump_config(config: Any, path: Path) -> None:
     """Write a schema instance as YAML that `load_config` reads back."""
     OmegaConf.save(OmegaConf.structured(config), path)
+
+
+@contextmanager
+def _one_line(path: str | Path) -> Iterator[None]:
+    """What OmegaConf says of values that don't fit, with the key, as a `ConfigError`."""
+    try:
+        yield
+    except OmegaConfBaseException as error:
+        text = str(error.msg or error).strip().splitlines()
+        raise ConfigError(f"{error.full_key or path}: {text[0] if text else type(error).__name__}") from error
+    # Integers of more digits than a float holds, text without an encoding: OmegaConf passes these on.
+    except (ArithmeticError, UnicodeError) as error:
+        raise ConfigError(f"{path}: {reason_line(error)}") from error
+
+
+def _merged(path: str | Path, overrides: Sequence[str]) -> DictConfig:
+    with _one_line(path):
+        merged = OmegaConf.create(_read_with_bases(find_config(path), seen=()))
+        merged.merge_with(_parse_overrides(overrides))
+        return merged
 
 
 def _read_with_bases(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
@@ -84,7 +103,8 @@ def _read_with_bases(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
 def _read_yaml(path: Path) -> dict[str, Any]:
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    # The parser raises other errors than its own on odd numbers, dates and nesting.
+    except (yaml.YAMLError, ValueError, RecursionError, TypeError) as error:
         raise ConfigError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from error
     if not isinstance(content, dict):
         raise ConfigError(f"{path} must hold a mapping of keys to values, got {type(content).__name__}")
@@ -98,7 +118,7 @@ def _parse_overrides(overrides: Sequence[str]) -> DictConfig:
     try:
         return OmegaConf.from_dotlist(list(overrides))
     except (OmegaConfBaseException, yaml.YAMLError) as error:
-        raise ConfigError(f"can't read the overrides {list(overrides)}: {str(error).splitlines()[0]}") from error
+        raise ConfigError(f"can't read the overrides {list(overrides)}: {reason_line(error)}") from error
 
 
 def _unknown_keys(config: Mapping[Any, Any], schema: type, prefix: str = "") -> Iterator[tuple[str, str, list[str]]]:

@@ -12,7 +12,7 @@ from pathlib import Path, PurePosixPath
 
 import pyarrow.parquet
 
-from perf_vit.errors import InputError, OutputError
+from perf_vit.errors import InputError, OutputError, reason_line
 from perf_vit.io import check_outputs
 
 __all__ = ["MapInput", "find_inputs", "find_paths", "is_one_file"]
@@ -144,6 +144,8 @@ def _listed(path: Path, folder: Path, path_column: str) -> Iterator[MapInput]:
     for number, (image, output) in enumerate(rows, 1):
         if not image:
             raise InputError(f"{path}: row {number} has no {path_column}")
+        if "\0" in image + output:
+            raise InputError(f"{path}: row {number} has a null byte in {image + output!r}; no file has such a name")
         if not _is_remote(image):
             image = str(path.parent / image)
         name = output or _map_name(PurePosixPath(image.split("?")[0]).name)
@@ -168,7 +170,7 @@ def _read_list(path: Path, path_column: str) -> list[tuple[str, str]]:
     except FileNotFoundError as error:
         raise InputError(f"no such list: {path}") from error
     except (OSError, ValueError, csv.Error, pyarrow.ArrowException) as error:
-        raise InputError(f"can't read the list {path}: {str(error).splitlines()[0]}") from error
+        raise InputError(f"can't read the list {path}: {reason_line(error)}") from error
     if path_column not in names:
         raise InputError(
             f"{path} has no column {path_column}, but {', '.join(names)}; name the one with paths with --path-column"

@@ -10,7 +10,7 @@ from dataclasses import replace
 from types import TracebackType
 from typing import Any, TypeVar
 
-from perf_vit.errors import ConfigError, PerfVitError
+from perf_vit.errors import ConfigError, PerfVitError, reason_line
 from perf_vit.inference.inputs import MapInput
 from perf_vit.inference.many import PredictOne, attempt
 from perf_vit.inference.run_report import InputReport
@@ -178,4 +178,4 @@ def _connect(ray: Any, address: str, num_actors: int | None) -> None:
         ray.init(**options)
     except Exception as error:
         # Ray has no error of its own for this.
-        raise ConfigError(f"no Ray at {address}: {str(error).splitlines()[0]}; start one, or leave it out") from error
+        raise ConfigError(f"no Ray at {address}: {reason_line(error)}; start one, or leave it out") from error

@@ -14,7 +14,7 @@ import rasterio.windows
 from rasterio._err import CPLE_BaseError
 from rasterio.errors import NotGeoreferencedWarning, RasterioError
 
-from perf_vit.errors import DamagedDataError, InputError, UnreachableError
+from perf_vit.errors import DamagedDataError, InputError, UnreachableError, parsing
 from perf_vit.io._members import check_members, leads_to_server, opens_members
 from perf_vit.io._remote import is_remote, network_limits, was_decoded_in_vain, with_remote_settings
 from perf_vit.types import Window
@@ -30,8 +30,9 @@ __all__ = [
     "reason_of",
 ]
 
-# Some of GDAL's own errors come through rasterio as they are; it has no public name for them.
-GDAL_ERRORS = (RasterioError, CPLE_BaseError)
+# Some of GDAL's own errors come through rasterio as they are; it has no public name for them. GDAL's messages about
+# damaged VRTs hold their bytes, which need not be UTF-8.
+GDAL_ERRORS = (RasterioError, CPLE_BaseError, UnicodeDecodeError)
 
 # Two rows of windows of 1,024 px across a scene of 40,000 px and three bytes.
 _CACHE_BYTES = 256 * 2**20
@@ -65,6 +66,7 @@ def open_dataset(path: str, *, name: str | None = None, **options: Any) -> Any:
     """
     if not path.startswith("<VRTDataset"):
         check_exists(path)
+        _check_text(path)
     open_file = functools.partial(rasterio.open, path, **options)
     try:
         with plain_images_allowed():
@@ -78,6 +80,13 @@ def open_dataset(path: str, *, name: str | None = None, **options: Any) -> Any:
         unreachable = reason.startswith(("HTTP", "CURL")) or (is_remote(path) and "not recognized" not in reason)
         failed = UnreachableError if unreachable else InputError
         raise failed(f"can't open {name or path} as a raster: {reason}{hint}") from error
+
+
+def _check_text(path: str) -> None:
+    """Refuse a VRT that isn't UTF-8: rasterio prints a traceback where GDAL quotes its bytes."""
+    if path.lower().endswith(".vrt") and os.path.isfile(path):
+        with parsing(path, "a VRT"), open(path, encoding="utf-8") as file:
+            file.read()
 
 
 def _driver_hint(path: str) -> str:

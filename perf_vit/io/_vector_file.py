@@ -15,7 +15,7 @@ import pyogrio
 import shapely
 from pyogrio.errors import DataLayerError, DataSourceError
 
-from perf_vit.errors import DataWarning, InputError
+from perf_vit.errors import DataWarning, InputError, reason_line
 from perf_vit.io._gdal import reason_of
 from perf_vit.io._vector_path import reading_path
 
@@ -101,7 +101,7 @@ def _read_parquet(path: str, attribute: str | None) -> Any:
     except (OSError, KeyError, ValueError) as error:
         if isinstance(error, InputError):
             raise
-        raise InputError(f"can't open {path} as GeoParquet: {str(error).splitlines()[0]}") from error
+        raise InputError(f"can't open {path} as GeoParquet: {reason_line(error)}") from error
 
 
 def _column(path: str, columns: list[str], num_features: int, attribute: str | None) -> list[str]:

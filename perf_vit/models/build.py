@@ -12,7 +12,7 @@ import timm
 from torch import nn
 
 import perf_vit.models.backbones  # noqa: F401  (registers the backbones)
-from perf_vit.errors import CheckpointError, ConfigError
+from perf_vit.errors import CheckpointError, ConfigError, reason_line
 from perf_vit.models.finetune import BackboneTuning, tune_backbone
 from perf_vit.models.heads import DPTHead, FullResolutionHead, LinearHead, SegFormerHead, UPerNetHead
 from perf_vit.models.known_arguments import check_known
@@ -200,8 +200,9 @@ def _create(
         return timm.create_model(config.backbone, pretrained=config.pretrained, **options)
     except CheckpointError:
         raise
-    except (TypeError, ValueError, AssertionError, RuntimeError) as error:
-        raise ConfigError(f"model.backbone {config.backbone}: {str(error).splitlines()[0]}") from error
+    # Models check few of their arguments, and fail anywhere.
+    except Exception as error:
+        raise ConfigError(f"model.backbone {config.backbone}: {reason_line(error)}") from error
 
 
 def _size_options(name: str, tile_px: int) -> dict[str, Any]:

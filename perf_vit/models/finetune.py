@@ -10,7 +10,7 @@ from typing import Any
 from timm.models import group_parameters
 from torch import Tensor, nn
 
-from perf_vit.errors import ConfigError
+from perf_vit.errors import ConfigError, reason_line
 
 __all__ = [
     "BackboneTuning",
@@ -187,7 +187,7 @@ def _inject_lora(backbone: nn.Module, lora: LoraConfig) -> None:
         )
         peft.inject_adapter_in_model(options, backbone)
     except (TypeError, ValueError) as error:
-        raise ConfigError(f"model.lora: {str(error).splitlines()[0]}") from error
+        raise ConfigError(f"model.lora: {reason_line(error)}") from error
     for name, module in backbone.named_modules():
         # EVA adds its biases to the bare weights of the layer, past any addition.
         if isinstance(getattr(module, "q_bias", None), Tensor) and "qkv" in lora.targets:

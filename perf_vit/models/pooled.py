@@ -10,7 +10,7 @@ from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.layers import AttentionPoolLatent
 from torch import nn
 
-from perf_vit.errors import ConfigError
+from perf_vit.errors import ConfigError, reason_line
 from perf_vit.models.build import TimmConfig, create_backbone
 from perf_vit.models.finetune import backbone_layers
 from perf_vit.models.saved_model import read_saved_config
@@ -61,8 +61,7 @@ def build_pooled(
     try:
         _set_pooling(model, num_outputs, pool)
     except (AssertionError, AttributeError, TypeError, ValueError, RuntimeError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise ConfigError(f"model.pool {pool} doesn't go with {config.backbone}: {reason}") from error
+        raise ConfigError(f"model.pool {pool} doesn't go with {config.backbone}: {reason_line(error)}") from error
     return model, saved_backbone
 
 

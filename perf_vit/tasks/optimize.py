@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
 
 from perf_vit.data.epochs import ShareSampler
-from perf_vit.errors import ConfigError
+from perf_vit.errors import ConfigError, reason_line
 from perf_vit.models import backbone_body, backbone_layers
 from perf_vit.tasks.sharding import shard_network
 
@@ -222,7 +222,7 @@ def build_schedule(optimizer: Optimizer, config: OptimizerConfig, total_steps: i
             **config.schedule_kwargs,
         )
     except (TypeError, ValueError, AssertionError) as error:
-        raise ConfigError(f"optim.schedule {config.schedule}: {str(error).splitlines()[0]}") from error
+        raise ConfigError(f"optim.schedule {config.schedule}: {reason_line(error)}") from error
     if schedule is None:
         raise ConfigError(f"optim.schedule {config.schedule} is newer than this timm; choose another, or update timm")
     return schedule

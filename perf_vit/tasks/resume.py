@@ -13,7 +13,7 @@ from lightning.fabric.plugins.io import TorchCheckpointIO
 from lightning.pytorch.callbacks import Checkpoint, EarlyStopping, ModelCheckpoint
 from torch import Tensor
 
-from perf_vit.errors import OutputError
+from perf_vit.errors import OutputError, reason_line
 from perf_vit.io import replaced
 
 __all__ = ["EpochMeans", "FolderCheckpoint", "Patience", "StepCheckpoint", "StepSeeds", "WholeCheckpoints"]
@@ -41,7 +41,7 @@ class WholeCheckpoints(TorchCheckpointIO):
                 torch.save(checkpoint, file)
         except RuntimeError as error:
             # What torch raises where writing fails.
-            raise OutputError(f"can't write {path}: {str(error).splitlines()[0]}; is the disk full?") from error
+            raise OutputError(f"can't write {path}: {reason_line(error)}; is the disk full?") from error
 
 
 class FolderCheckpoint(ModelCheckpoint):

@@ -17,7 +17,7 @@ from lightning.pytorch.callbacks import (
 )
 from lightning.pytorch.loggers import Logger, TensorBoardLogger, WandbLogger
 
-from perf_vit.errors import ConfigError
+from perf_vit.errors import ConfigError, reason_line
 from perf_vit.tasks.history import SEGMENTATION_CURVES, Curves, HistoryCallback
 from perf_vit.tasks.pictures import Draw, PredictionPictures
 from perf_vit.tasks.redraw import RedrawnWeightAveraging, RedrawProjections
@@ -187,8 +187,13 @@ def lightning_trainer(
             log_every_n_steps=10,
             **options,
         )
-    except (ValueError, RuntimeError, lightning.fabric.utilities.exceptions.MisconfigurationException) as error:
-        raise ConfigError(f"trainer: {str(error).splitlines()[0]}") from error
+    except (
+        TypeError,
+        ValueError,
+        RuntimeError,
+        lightning.fabric.utilities.exceptions.MisconfigurationException,
+    ) as error:
+        raise ConfigError(f"trainer: {reason_line(error)}") from error
 
 
 def best_and_last(folder: Path, monitor: str) -> list[Callback]:

@@ -3,7 +3,7 @@ from pathlib import Path
 
 import pytest
 
-from perf_vit.config import dump_config, find_config, load_config, shipped_configs
+from perf_vit.config import config_value, dump_config, find_config, load_config, shipped_configs
 from perf_vit.errors import ConfigError
 
 
@@ -63,6 +63,8 @@ def test_a_config_that_extends_itself_is_an_error(write) -> None:
         ("out: x", ["tiler.size"], "overrides are key=value, got 'tiler.size'"),
         ("- a list", [], "must hold a mapping"),
         ("out: [", [], "is not valid YAML"),
+        ("out: 2024-13-45", [], "is not valid YAML"),
+        ("out: " + "[" * 3000 + "]" * 3000, [], "is not valid YAML"),
     ],
 )
 def test_errors_name_the_key_in_one_line(write, text: str, overrides: list[str], message: str) -> None:
@@ -70,6 +72,14 @@ def test_errors_name_the_key_in_one_line(write, text: str, overrides: list[str],
         load_config(write(text), Run, overrides)
     assert message in str(error.value)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "read", [lambda *args: load_config(*args), lambda path, _, keys: config_value(path, "out", keys)]
+)
+def test_a_list_where_an_override_sets_a_key_is_one_line(write, read) -> None:
+    with pytest.raises(ConfigError, match=r"run\.yaml: Cannot merge DictConfig with ListConfig"):
+        read(write("out: x\ntiler: [[]]"), Run, ["tiler.size=3"])
 
 
 def test_a_missing_file_names_the_nearest_shipped_config() -> None:

@@ -168,6 +168,13 @@ def test_a_glob_with_dots_makes_no_map_outside_the_folder(scenes) -> None:
         find_inputs(["scenes/*/../../b.tif"], "maps")
 
 
+@pytest.mark.parametrize("row", ["a\0b.tif,", "a.tif,a\0b.tif"])
+def test_null_bytes_in_a_list_are_refused(tmp_path, row: str) -> None:
+    (tmp_path / "list.csv").write_text(f"path,output\n{row}\n")
+    with pytest.raises(InputError, match="row 1 has a null byte"):
+        find_inputs([tmp_path / "list.csv"], tmp_path / "maps")
+
+
 def test_outputs_of_two_names_with_one_quicklook_are_refused(tmp_path) -> None:
     (tmp_path / "list.csv").write_text("path,output\na.tif,x.tif\nb.tif,x.tiff\n")
     with pytest.raises(OutputError, match=r"x\.png would be written twice"):

@@ -297,3 +297,11 @@ def test_failures_say_nothing_on_stderr(make_scene, tmp_path, capfd) -> None:
 def test_a_reduced_read_outside_the_raster_is_refused(make_scene) -> None:
     with pytest.raises(InputError, match="70 rows x 90 columns"):
         open_source(make_scene()).read_reduced(10, Window(70, 0, 5, 5))
+
+
+def test_bytes_that_are_no_text_in_a_vrt_are_one_line(tmp_path, capfd) -> None:
+    vrt = tmp_path / "broken.vrt"
+    vrt.write_bytes(b'<VRTDataset rasterXSize="9" rasterYSize="9"><VRTRasterBand band="1"><Sou\xd1\xff</VRTDataset>')
+    with pytest.raises(InputError, match=r"can't read .*broken\.vrt as a VRT: .*utf-8"):
+        open_source(vrt)
+    assert capfd.readouterr().err == ""

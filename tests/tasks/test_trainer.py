@@ -89,3 +89,10 @@ def test_epochs_without_a_validation_have_no_scores(data_config, tmp_path) -> No
         rows = list(csv.DictReader(file))
     assert [bool(row["val/iou"]) for row in rows if int(row["epoch"]) >= 0] == [False, True, False, True]
     assert all(row["train/loss"] for row in rows if int(row["epoch"]) >= 0)
+
+
+@pytest.mark.parametrize("options", [{"devices": "0"}, {"devices": "x"}, {"accelerator": "abacus"}])
+def test_values_that_lightning_refuses_are_one_line(tmp_path, options) -> None:
+    with pytest.raises(ConfigError, match=r"^trainer: ") as error:
+        build_trainer(TrainerConfig(**{"accelerator": "cpu", **options}), tmp_path, progress=False)
+    assert "\n" not in str(error.value)

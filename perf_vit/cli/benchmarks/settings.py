@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from perf_vit.errors import ConfigError
+from perf_vit.errors import ConfigError, reason_line
 
 __all__ = ["DTYPES", "FORWARD", "FORWARD_BACKWARD", "PASSES", "AttentionBenchmark", "machine_name"]
 
@@ -57,7 +57,7 @@ class AttentionBenchmark:
         try:
             torch.empty(0, device=self.device)
         except (RuntimeError, AssertionError) as error:
-            raise ConfigError(f"--device {self.device}: {str(error).splitlines()[0]}") from error
+            raise ConfigError(f"--device {self.device}: {reason_line(error)}") from error
 
     @property
     def torch_dtype(self) -> torch.dtype:

@@ -1,0 +1,71 @@
+"""Values from files are held against the types of dataclasses."""
+
+import math
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import pytest
+
+from perf_vit.config import check_values
+from perf_vit.errors import ConfigError
+
+
+@dataclass
+class Inner:
+    mean: tuple[float, ...] = (1.0, 2)
+
+
+@dataclass
+class Values:
+    classes: list[str] = field(default_factory=lambda: ["ship"])
+    tile_px: int = 32
+    mpp: float | None = None
+    pair: tuple[int, str] = (1, "a")
+    kind: Literal["box", "mask"] = "box"
+    flips: bool = False
+    counts: dict[str, int] = field(default_factory=dict)
+    anything: dict[str, Any] = field(default_factory=dict)
+    inner: Inner = field(default_factory=Inner)
+    maybe: Inner | None = None
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {},
+        {"mpp": 3},
+        {"mpp": math.nan},
+        {"classes": []},
+        {"anything": {"a": [None, {}]}},
+        {"maybe": Inner(())},
+        {"counts": {"a": 2**70}},
+    ],
+)
+def test_values_that_fit_pass(change: dict) -> None:
+    check_values(Values(**change))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"classes": ["ship", ["car"]]}, "data.classes must be list[str], got ['ship', ['car']]"),
+        ({"classes": "ship"}, "data.classes must be list[str], got 'ship'"),
+        ({"classes": None}, "data.classes must be list[str], got None"),
+        ({"tile_px": 32.5}, "data.tile_px must be int, got 32.5"),
+        ({"tile_px": True}, "data.tile_px must be int, got True"),
+        ({"mpp": "1"}, "data.mpp must be float | None, got '1'"),
+        ({"mpp": [1]}, "data.mpp must be float | None, got [1]"),
+        ({"pair": (1, "a", 2)}, "data.pair must be tuple[int, str], got (1, 'a', 2)"),
+        ({"pair": (1, 2)}, "data.pair must be tuple[int, str], got (1, 2)"),
+        ({"kind": "rbox"}, "data.kind must be typing.Literal['box', 'mask'], got 'rbox'"),
+        ({"flips": 1}, "data.flips must be bool, got 1"),
+        ({"counts": {"a": "b"}}, "data.counts must be dict[str, int], got {'a': 'b'}"),
+        ({"counts": [1]}, "data.counts must be dict[str, int], got [1]"),
+        ({"inner": Inner(((1.0,),))}, "data.inner.mean must be tuple[float, ...], got ((1.0,),)"),
+        ({"inner": None}, "data.inner must be Inner, got None"),
+    ],
+)
+def test_the_first_value_of_another_type_is_named(change: dict, message: str) -> None:
+    with pytest.raises(ConfigError) as error:
+        check_values(Values(**change), "data.")
+    assert str(error.value) == message
