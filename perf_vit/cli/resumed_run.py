@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import pickle
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,7 @@ import lightning
 import torch
 
 from perf_vit.cli.resume_rules import Change, changes, same
-from perf_vit.errors import CheckpointError, ConfigError
+from perf_vit.errors import CheckpointError, ConfigError, PerfVitError, parsing, reason_line
 from perf_vit.models import CHECKPOINT_KEY
 
 __all__ = ["KeepRun", "ResumedRun"]
@@ -42,6 +42,16 @@ class KeepRun(lightning.Callback):
         checkpoint[_KEY] = {**self._run, "num_processes": trainer.world_size}
 
 
+class _Batches(lightning.Callback):
+    """Whether a training batch is done."""
+
+    any_done = False
+
+    def on_train_batch_end(self, *arguments: Any) -> None:
+        """It is."""
+        self.any_done = True
+
+
 class ResumedRun:
     """The run that a checkpoint is of.
 
@@ -55,10 +65,12 @@ class ResumedRun:
     def __init__(self, path: Path) -> None:
         self.path = path
         content = _read(path)
-        self._run = content[_KEY]
-        self._spec = content.get(CHECKPOINT_KEY, {}).get("spec")
-        self._num_steps = int(content["global_step"])
-        self._num_epochs = int(content["loops"]["fit_loop"]["epoch_progress"]["current"]["processed"])
+        with parsing(path, "the checkpoint of a run", CheckpointError):
+            self._run = dict(content[_KEY])
+            self._config = dict(self._run["config"])
+            self._spec = content.get(CHECKPOINT_KEY, {}).get("spec")
+            self._num_steps = int(content["global_step"])
+            self._num_epochs = int(content["loops"]["fit_loop"]["epoch_progress"]["current"]["processed"])
 
     def check_config(self, config: Any) -> None:
         """Refuse a config that changes what can't be changed.
@@ -66,10 +78,12 @@ class ResumedRun:
         Raises:
             ConfigError: which keys, with both values.
         """
-        before = self._run["config"]
+        before = self._config
         tasks = [_task(each) for each in (before, asdict(config))]
         # Of another task, all keys differ.
-        self._refuse([("task", *tasks)] if tasks[0] != tasks[1] else list(changes(config, before)))
+        with parsing(self.path, "the checkpoint of a run", CheckpointError):
+            found = [("task", *tasks)] if tasks[0] != tasks[1] else list(changes(config, before))
+        self._refuse(found)
 
     def check_network(self, task: Any) -> None:
         """Refuse a network that means something else than the one trained, because the data tell other classes.
@@ -80,8 +94,10 @@ class ResumedRun:
         if self._spec is None:
             return
         spec = task.model.spec.to_dict()
-        names = [name for name in spec if name not in _LEARNT and not same(self._spec.get(name), spec[name])]
-        self._refuse([(f"{name} of the training data", self._spec.get(name), spec[name]) for name in names])
+        with parsing(self.path, "the checkpoint of a run", CheckpointError):
+            old = dict(self._spec)
+            names = [name for name in spec if name not in _LEARNT and not same(old.get(name), spec[name])]
+        self._refuse([(f"{name} of the training data", old.get(name), spec[name]) for name in names])
 
     def check_length(self, trainer: Any, num_samples: int) -> None:
         """Refuse another number of steps an epoch, and an end that the run has passed.
@@ -94,14 +110,36 @@ class ResumedRun:
             ConfigError: what is expected.
         """
         run = self._run
-        processes = ("the processes of trainer.devices", run["num_processes"], trainer.world_size)
-        samples = ("the training samples of an epoch", run["num_samples"], num_samples)
+        processes = ("the processes of trainer.devices", run.get("num_processes"), trainer.world_size)
+        samples = ("the training samples of an epoch", run.get("num_samples"), num_samples)
         self._refuse([each for each in (processes, samples) if each[1] != each[2]])
         if trainer.max_epochs < self._num_epochs:
             raise ConfigError(
                 f"{self.path} was trained for {self._num_epochs} epochs ({self._num_steps} steps), and the config ends "
                 f"after {trainer.max_epochs}; ask for at least as many, or use the checkpoint as it is"
             )
+
+    @contextmanager
+    def going_on(self, trainer: lightning.Trainer) -> Iterator[None]:
+        """Report what goes wrong before the first batch is done as a fault of the checkpoint.
+
+        Lightning and optimizers take up whatever the checkpoint holds, and fail on it anywhere.
+
+        Raises:
+            CheckpointError: the run can't go on from it.
+        """
+        batches = _Batches()
+        trainer.callbacks.append(batches)  # type: ignore[attr-defined]
+        try:
+            yield
+        except PerfVitError:
+            raise
+        except Exception as error:
+            if batches.any_done:
+                raise
+            raise CheckpointError(
+                f"can't go on from {self.path}: {reason_line(error)}; it may be damaged: train in another out="
+            ) from error
 
     def _refuse(self, found: Sequence[Change]) -> None:
         if found:
@@ -121,10 +159,8 @@ def _shown(value: Any) -> str:
 
 
 def _read(path: Path) -> dict[str, Any]:
-    try:
+    with parsing(path, "a checkpoint", CheckpointError):
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError) as error:
-        raise CheckpointError(f"{path} can't be read as a checkpoint: {str(error).splitlines()[0]}") from error
     if not isinstance(content, dict) or _KEY not in content:
         raise CheckpointError(
             f"{path} doesn't hold the config that it was trained with, so it can't be resumed; train in another out="

@@ -79,6 +79,7 @@ class RunFolder:
         """Train, from the last checkpoint on if the run is resumed.
 
         Raises:
+            CheckpointError: the run can't go on from its last checkpoint.
             ConfigError: a resumed run with another network, or another number of steps an epoch.
             OutputError: the folder can't be made.
             PerfVitError: of the data or the task; without a checkpoint, nothing of the run is left then.
@@ -96,8 +97,10 @@ class RunFolder:
         if rank_zero_only.rank == 0:
             with replaced(self.path / "config.yaml") as unfinished:
                 dump_config(self._config, unfinished)
+        going_on = contextlib.nullcontext() if self._resumed is None else self._resumed.going_on(trainer)
         try:
-            trainer.fit(task, data, ckpt_path=self._last if self._config.resume else None, weights_only=True)
+            with going_on:
+                trainer.fit(task, data, ckpt_path=self._last if self._config.resume else None, weights_only=True)
         except PerfVitError:
             if not self._last.exists():
                 _remove(new, None if was_there else self.path)

@@ -308,8 +308,45 @@ def test_a_checkpoint_that_cant_be_resumed_is_one_line(trained, run, capsys, con
     else:
         last.write_bytes(content)
     before = contents(run)
-    assert call(train_args(trained.scene, run, "resume=true")) != 0
+    assert call(train_args(trained.scene, run, "resume=true")) == 2
     message = one_line(capsys)
-    assert ("can't be read as a checkpoint" in message) == (content is not None)
+    assert ("as a checkpoint: " in message) == (content is not None)
     assert "Traceback" not in message
     assert contents(run) == before
+
+
+def _without_moments(content: dict) -> None:
+    for state in content["optimizer_states"][0]["state"].values():
+        del state["exp_avg_sq"]
+
+
+def _of_another_shape(content: dict) -> None:
+    content["state_dict"] = {name: value.reshape(-1)[:1] for name, value in content["state_dict"].items()}
+
+
+def _without_progress(content: dict) -> None:
+    content["loops"]["fit_loop"]["epoch_loop.batch_progress"] = 7
+
+
+def _without_config(content: dict) -> None:
+    content["perf_vit_run"] = ["config"]
+
+
+def _of_odd_paths(content: dict) -> None:
+    content["perf_vit_run"]["config"]["data"] = [3]
+
+
+DAMAGE = [_without_moments, _of_another_shape, _without_progress, _without_config, _of_odd_paths]
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_values_that_no_run_wrote_are_one_line_about_the_checkpoint(trained, run, capsys, damage) -> None:
+    last = run / "checkpoints" / "last.ckpt"
+    content = torch.load(last, weights_only=True)
+    damage(content)
+    torch.save(content, last)
+    assert call(train_args(trained.scene, run, "resume=true", "trainer.max_epochs=3")) == 2
+    message = one_line(capsys)
+    assert "Traceback" not in message
+    assert str(last) in message
+    assert message.startswith("Error: ")
