@@ -148,12 +148,13 @@ def print_conversion(measured: MeasuredConversion) -> None:
     say(*_notes(measured))
 
 
-def write_conversion(measured: MeasuredConversion, folder: Path, *, title: str, images: str) -> Path:
+def write_conversion(measured: MeasuredConversion, folder: Path, *, home: Path, title: str, images: str) -> Path:
     """Write `fidelity.html`, which needs no other file, into a model's folder.
 
     Args:
         measured: what to show.
-        folder: of the saved model.
+        folder: of the saved model, where the report goes.
+        home: where the model will be loaded from.
         title: the model that was converted.
         images: what was measured on.
 
@@ -171,7 +172,7 @@ def write_conversion(measured: MeasuredConversion, folder: Path, *, title: str, 
 {_chart(measured)}
 {sections}{notes}
 <h2>Load it</h2>
-<pre>model = perf_vit.load_converted("{html.escape(str(folder))}")</pre>
+<pre>model = perf_vit.load_converted("{html.escape(str(home))}")</pre>
 </body></html>
 """
     path = folder / REPORT

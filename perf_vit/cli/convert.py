@@ -14,12 +14,17 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from perf_vit.cli.console import windows_progress, working
-from perf_vit.cli.conversion_report import measure_conversion, print_conversion, write_conversion
+from perf_vit.cli.conversion_report import (
+    MeasuredConversion,
+    measure_conversion,
+    print_conversion,
+    write_conversion,
+)
 from perf_vit.data import UnlabelledCrops, find_images
 from perf_vit.errors import ConfigError, PerfVitError, reason_line
 from perf_vit.models import calibrate, choose_layer_options, load_softmax, performerize, save_converted
 from perf_vit.models.conversion import default_attention
-from perf_vit.models.saved_model import check_output_folder, input_bands
+from perf_vit.models.saved_model import check_output_folder, input_bands, staged_folder
 from perf_vit.models.weights import create_with_weights, read_weights
 from perf_vit.transforms import Normalizer
 
@@ -93,18 +98,28 @@ def convert_model(request: ConversionRequest) -> Path:
         softmax = _softmax_model(request)
         crops = _crops(request, softmax)
         converted = _convert(request, softmax, crops)
-        save_converted(converted, request.out, overwrite=request.overwrite)
+        # A process that is killed while it measures leaves no folder without a report.
+        with staged_folder(request.out) as staging:
+            save_converted(converted, staging, overwrite=True)
+            measured = _measure(request, softmax, converted, crops)
+            report = write_conversion(
+                measured, staging, home=request.out, title=request.source, images=_describe_images(request)
+            )
     except PerfVitError:
         raise
     except ValueError as error:
         raise ConfigError(str(error)) from error
+    print_conversion(measured)
+    return request.out / report.name
+
+
+def _measure(
+    request: ConversionRequest, softmax: nn.Module, converted: nn.Module, crops: Sequence[Tensor]
+) -> MeasuredConversion:
     with working("measuring") as on_step:
-        measured = measure_conversion(
+        return measure_conversion(
             softmax, converted, crops[-_REPORT_CROPS:], time_softmax=request.time_softmax, on_step=on_step
         )
-    report = write_conversion(measured, request.out, title=request.source, images=_describe_images(request))
-    print_conversion(measured)
-    return report
 
 
 def parse_layers(text: str | None) -> tuple[int, ...] | None:

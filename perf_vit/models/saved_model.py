@@ -35,6 +35,7 @@ __all__ = [
     "load_softmax",
     "read_saved_config",
     "save_converted",
+    "staged_folder",
 ]
 
 WEIGHTS, CONFIG, BALANCING = "model.safetensors", "config.json", "balancing.safetensors"
@@ -74,7 +75,7 @@ def save_converted(model: nn.Module, folder: str | Path, *, overwrite: bool = Fa
     constants = {name.removeprefix(prefix): state.pop(name) for name in list(state) if _is_constant(name)}
     enhancement = {name.removeprefix(prefix): state.pop(name) for name in list(state) if _is_enhancement(name)}
     _check_that_timm_builds(config, state)
-    with _staged_folder(folder) as staging:
+    with staged_folder(folder) as staging:
         # `metadata` as timm writes it; other tools ask for it.
         save_file(state, staging / WEIGHTS, metadata={"format": "pt"})
         if constants:
@@ -358,8 +359,18 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 
 @contextmanager
-def _staged_folder(folder: Path) -> Iterator[Path]:
-    """A hidden folder beside `folder`, which takes its place once all is written; nothing is left after an error."""
+def staged_folder(folder: Path) -> Iterator[Path]:
+    """A hidden folder beside `folder`, which takes its place once all is written; nothing is left after an error.
+
+    Args:
+        folder: the output; what is there is replaced.
+
+    Yields:
+        The folder to write into.
+
+    Raises:
+        OutputError: nothing can be written there.
+    """
     parent = folder.absolute().parent
     try:
         parent.mkdir(parents=True, exist_ok=True)

@@ -64,6 +64,26 @@ def test_a_model_is_converted_and_the_report_says_what_it_was_measured_on(weight
     assert page.count("<td>2</td><td>4</td><td>0</td><td>32</td>") == 3
 
 
+@pytest.mark.parametrize("before", [False, True], ids=["new", "in the place of another"])
+def test_a_conversion_that_is_stopped_while_it_measures_leaves_what_was_there(
+    weights, tmp_path, monkeypatch, before
+) -> None:
+    out = tmp_path / "folder" / "out"
+    options = [*given(weights), *FAST, "--layers", "0"]
+    if before:
+        assert convert(MODEL, out, *options) == 0
+    held = {path.name: path.read_bytes() for path in out.iterdir()} if before else None
+
+    def stop(*_, **__) -> None:
+        assert out.exists() == before
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("perf_vit.cli.convert.measure_conversion", stop)
+    convert(MODEL, out, *options, "--seed", "9", *(["--overwrite"] if before else []))
+    assert ({path.name: path.read_bytes() for path in out.iterdir()} if out.exists() else None) == held
+    assert not before or [path.name for path in out.parent.iterdir()] == ["out"]
+
+
 def test_options_are_chosen_and_constants_fixed_on_images(weights, images, tmp_path, monkeypatch) -> None:
     candidates = ({"window_size": 2, "num_sinks": 2, "num_features": 16},) * 2
     monkeypatch.setattr("perf_vit.models.layer_options.CANDIDATES", {"scatterbrain": candidates})
