@@ -205,7 +205,9 @@ class SegmentationMaps:
         *,
         on_window: Callable[[int, int], None] | None = None,
     ) -> MapResult:
-        """Make a map and its quicklook; a damaged input may have none.
+        """Make a map and the files beside it; where the map is there, those that are missing.
+
+        A damaged input may have no quicklook.
 
         Args:
             job: of `job`.
@@ -223,9 +225,12 @@ class SegmentationMaps:
 
         beside = self.beside(job.out)
         result = make_map(job, write_rows, resume=self._resume, overwrite=self._overwrite, beside=beside)
-        if self._quicklook and result.made:
-            self._write_quicklook(job, damaged=bool(result.damaged))
-        if self._polygons and result.made:
+        missing = [path.suffix.removeprefix(".") for path in beside if result.made or not path.exists()]
+        if "png" in missing:
+            # What an earlier run couldn't read is not known here.
+            may_be_damaged = not result.made and job.on_error == "skip"
+            self._write_quicklook(job, damaged=bool(result.damaged) or may_be_damaged)
+        if self._polygons in missing:
             self._write_polygons(job, job.out.with_suffix(f".{self._polygons}"))
         job.source.close()
         return result

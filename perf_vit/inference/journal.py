@@ -15,7 +15,7 @@ from filelock import FileLock, Timeout
 from perf_vit.errors import BusyError, OutputError, PerfVitError
 from perf_vit.text import to_json
 
-__all__ = ["Journal", "check_partial_folder", "open_journal"]
+__all__ = ["Journal", "check_partial_folder", "discard_journal", "open_journal"]
 
 _SETTINGS = "journal.json"
 _UNFINISHED_SETTINGS = f"{_SETTINGS}.tmp"
@@ -95,6 +95,13 @@ def check_partial_folder(path: Path) -> None:
         f"{folder}, where the unfinished {path.name} would be kept, exists and was not made by perf_vit; move it away "
         "or choose another output"
     )
+
+
+def discard_journal(path: Path) -> None:
+    """Remove the folder that a process left which was killed right after it had finished an output."""
+    if _partial_folder(path).is_dir():
+        with suppress(BusyError), open_journal(path):
+            pass
 
 
 @contextmanager

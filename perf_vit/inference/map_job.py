@@ -19,7 +19,7 @@ from perf_vit.errors import OutputError, PerfVitError
 from perf_vit.inference.damage import DamagedPiece, DamageLog
 from perf_vit.inference.dense_output import DenseOutput
 from perf_vit.inference.engine import Strip, TileModel, predict_strips
-from perf_vit.inference.journal import Journal, check_partial_folder, open_journal
+from perf_vit.inference.journal import Journal, check_partial_folder, discard_journal, open_journal
 from perf_vit.inference.reader import Reads, SalvagingReader
 from perf_vit.io import (
     RasterLayout,
@@ -289,6 +289,7 @@ def make_map(
     """
     result = partial(MapResult, num_windows=job.num_windows, num_pixels=job.source.height * job.source.width)
     if map_exists(job, beside=beside, overwrite=overwrite):
+        discard_journal(job.out)
         return result(made=False)
     with open_journal(job.out) as journal:
         # Another process may have finished it between the look above and the lock.

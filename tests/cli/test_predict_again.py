@@ -1,0 +1,71 @@
+"""The same command again: what is there stays, what is missing is made."""
+
+import shutil
+from pathlib import Path
+
+import pytest
+from command_line import call
+
+
+@pytest.fixture(params=["one", "many"])
+def predict(request, trained, tmp_path):
+    """Predict into `out/map.tif`, as one input or as one of a folder."""
+    image = tmp_path / "images" / "map.tif"
+    image.parent.mkdir()
+    shutil.copy(trained.scene.image, image)
+    out = tmp_path / "out"
+
+    def _predict(*extra: str) -> dict[str, bytes]:
+        ends = [image, out / "map.tif"] if request.param == "one" else [image.parent, out]
+        args = ["predict", "--checkpoint", trained.checkpoint, "--input", ends[0], "--output", ends[1], *extra]
+        assert call(args) == 0
+        return {path.name: path.read_bytes() for path in out.glob("map.*")}
+
+    _predict.out = out
+    return _predict
+
+
+def test_a_missing_quicklook_is_made(predict) -> None:
+    whole = predict()
+    (predict.out / "map.png").unlink()
+    made = (predict.out / "map.tif").stat().st_mtime_ns
+    assert predict() == whole
+    assert (predict.out / "map.tif").stat().st_mtime_ns == made
+
+
+def test_polygons_that_are_asked_for_later_are_made_of_the_map_that_is_there(predict) -> None:
+    options = ["--polygons", "geojson"]
+    predict()
+    made = (predict.out / "map.tif").stat().st_mtime_ns
+    later = predict(*options)
+    assert set(later) == {"map.tif", "map.png", "map.geojson"}
+    assert (predict.out / "map.tif").stat().st_mtime_ns == made
+    shutil.rmtree(predict.out)
+    assert predict(*options) == later
+
+
+@pytest.mark.parametrize(
+    "place",
+    [
+        "perf_vit.inference.journal._remove",
+        "perf_vit.cli.segmentation_maps.write_map_quicklook",
+        "perf_vit.cli.segmentation_maps.write_objects",
+    ],
+)
+def test_a_process_killed_after_the_map_leaves_the_rest_to_the_next(predict, monkeypatch, place) -> None:
+    options = ["--polygons", "geojson"]
+    whole = predict(*options)
+    shutil.rmtree(predict.out)
+
+    class KilledError(BaseException):
+        pass
+
+    def kill(*_, **__) -> None:
+        raise KilledError
+
+    with monkeypatch.context() as patch, pytest.raises(KilledError):
+        patch.setattr(place, kill)
+        predict(*options)
+    assert (predict.out / "map.tif").exists()
+    assert predict(*options) == whole
+    assert not list(Path(predict.out).glob("*.partial"))
