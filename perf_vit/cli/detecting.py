@@ -37,6 +37,7 @@ from perf_vit.tasks import (
     build_trainer,
     draw_objects,
 )
+from perf_vit.transforms import InputCheck
 from perf_vit.types import Detections, Source
 
 __all__ = ["detect_objects", "evaluate_detector", "open_for_detector", "report_objects", "train_detector"]
@@ -129,10 +130,12 @@ def evaluate_detector(
     index = read_object_labels(
         labels, images, classes=spec.classes, names=chosen, source_options=source_options, **options
     )
+    check_input = InputCheck(spec.trained_on)
     report = DetectionReport(spec.classes, spec.kind, score_threshold=spec.score_threshold)
     with windows_progress(f"evaluating {images.name}", "images") as on_image:
         for done, record in enumerate(index, 1):
             source = open_for_detector(model, record.path)
+            check_input(source)
             truth = objects_in(record, record.extent, min_visible=0.0, crop_masks=True)
             reader = SeenObjects(source, truth.boxes_xyxy)
             found = detect_objects(model, reader, 0.0, **engine)
@@ -148,6 +151,7 @@ def _spec(config: DetectionRun, data: ObjectDataModule) -> DetectorSpec:
     return DetectorSpec(
         classes=data.classes,
         normalizer=data.normalizer,
+        trained_on=data.trained_on,
         tile_px=data.tile_px,
         bands=None if config.data.bands is None else tuple(config.data.bands),
         nodata=config.data.nodata,

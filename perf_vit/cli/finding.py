@@ -25,6 +25,7 @@ from perf_vit.inference import (
 from perf_vit.io import check_outputs, check_vector_output, write_objects
 from perf_vit.models import Detector, load_detector
 from perf_vit.tiling import grid_windows
+from perf_vit.transforms import InputCheck
 
 __all__ = ["find_objects"]
 
@@ -60,6 +61,7 @@ class ObjectFiles:
         self.threshold = model.spec.score_threshold if score_threshold is None else score_threshold
         self.on_window: Callable[[int, int], None] | None = None
         self.num_objects = 0
+        self._check_input = InputCheck(model.spec.trained_on)
         self._source = dict(source or {})
         self._suffix = suffix
         self._overwrite = overwrite
@@ -84,6 +86,7 @@ class ObjectFiles:
             if os.path.lexists(output) and not self._overwrite:
                 return replace(result, made=False)
             check_vector_output(output, scene)
+            self._check_input(scene)
             progress: dict[str, Any] = {"on_window": self.on_window} if self.on_window else {}
             objects = detect_objects(self.model, scene, self.threshold, **progress, **self._engine)
             write_objects(

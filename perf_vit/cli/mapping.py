@@ -33,6 +33,7 @@ from perf_vit.tasks import (
     save_confusion_matrix,
     segmentation_metrics,
 )
+from perf_vit.transforms import InputCheck
 from perf_vit.types import IGNORE_INDEX
 
 __all__ = ["evaluate_raster", "predict_raster", "write_scores"]
@@ -101,6 +102,7 @@ def evaluate_raster(
     if all_touched is not None:
         options["all_touched"] = all_touched
     labelled = (_open_folder if is_folder else _open_one)(model, image, labels, given, options)
+    check_input = InputCheck(spec.trained_on)
     engine = _engine(model, **engine)
     metrics = segmentation_metrics(len(spec.classes), multilabel=spec.multilabel)
     curves = SegmentationCurves(spec.classes, multilabel=spec.multilabel) if with_curves else None
@@ -108,6 +110,7 @@ def evaluate_raster(
         if not is_folder:
             engine["on_window"] = on_done
         for number, (source, truth) in enumerate(labelled, 1):
+            check_input(source)
             extent = region_window(None if region is None else list(region), source, "--region")
             strips = segment_strips(model, source, extent=extent, **engine)
             _count(model, strips, truth, metrics, curves)

@@ -44,7 +44,7 @@ from perf_vit.tasks import (
     build_trainer,
     draw_scene,
 )
-from perf_vit.transforms import without_tiny
+from perf_vit.transforms import InputCheck, without_tiny
 
 __all__ = ["evaluate_scenes", "predict_scenes", "report_scenes", "train_scenes"]
 
@@ -169,6 +169,10 @@ def evaluate_scenes(
         tile_px=spec.tile_px,
         resize=spec.resize,
     )
+    check_input = InputCheck(spec.trained_on)
+    for source in views.images.sources:
+        check_input(source)
+        source.close()
     metrics = ImageMetrics(spec.outputs, spec.kind)
     forward = _Forward(model, device, precision)
     done = 0
@@ -200,9 +204,11 @@ class _Forward:
 def _tiles(spec: ClassifierSpec, paths: Sequence[str], errors: dict[str, str] | None) -> Iterator[tuple[str, Tensor]]:
     """Images as the network sees them; those that can't be read go to `errors`, if there are such."""
     options: dict[str, Any] = {} if spec.nodata is None else {"nodata": spec.nodata}
+    check_input = InputCheck(spec.trained_on)
     for path in paths:
         try:
             source = open_source(path, bands=spec.bands, **options)
+            check_input(source)
             window = None if spec.resize else middle_window(source, spec.tile_px)
             pixels = scene_tile(source, spec.normalizer, spec.tile_px, window)
             source.close()
@@ -247,6 +253,7 @@ def _spec(config: ClassificationRun | RegressionRun, data: SceneDataModule) -> C
     shared: dict[str, Any] = {
         "outputs": data.names,
         "normalizer": data.normalizer,
+        "trained_on": data.trained_on,
         "tile_px": given.tile_px,
         "resize": given.resize,
         "bands": None if given.bands is None else tuple(given.bands),

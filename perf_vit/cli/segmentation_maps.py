@@ -22,6 +22,7 @@ from perf_vit.io import (
     write_objects,
 )
 from perf_vit.models import Segmenter, load_segmenter, segmenter_id
+from perf_vit.transforms import InputCheck
 from perf_vit.types import Source
 
 __all__ = ["POLYGON_SUFFIXES", "SegmentationMaps", "on_device", "open_for", "resolved_precision"]
@@ -138,6 +139,10 @@ class SegmentationMaps:
         return load_segmenter(self.checkpoint)
 
     @cached_property
+    def _check_input(self) -> InputCheck:
+        return InputCheck(self.model.spec.trained_on)
+
+    @cached_property
     def model_id(self) -> str:
         """See `perf_vit.models.segmenter_id`."""
         return segmenter_id(self.model)
@@ -217,14 +222,18 @@ class SegmentationMaps:
         Raises:
             PerfVitError: as `perf_vit.inference.make_map` says.
         """
-        if write_rows is None:
-            forward = {**self._rows, **({"on_window": on_window} if on_window else {})}
+        forward = {**self._rows, **({"on_window": on_window} if on_window else {})}
 
-            def write_rows(folder: Path) -> None:
+        def write(folder: Path) -> None:
+            # Only of maps that are made.
+            self._check_input(job.source)
+            if write_rows is None:
                 self._write(job, folder, None, **forward)
+            else:
+                write_rows(folder)
 
         beside = self.beside(job.out)
-        result = make_map(job, write_rows, resume=self._resume, overwrite=self._overwrite, beside=beside)
+        result = make_map(job, write, resume=self._resume, overwrite=self._overwrite, beside=beside)
         missing = [path.suffix.removeprefix(".") for path in beside if result.made or not path.exists()]
         if "png" in missing:
             # What an earlier run couldn't read is not known here.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +39,7 @@ from perf_vit.tasks import (
     SlideTask,
     build_trainer,
 )
-from perf_vit.transforms import Normalizer
+from perf_vit.transforms import InputBands, InputCheck, Normalizer
 from perf_vit.types import GeoImage, Source
 
 __all__ = ["evaluate_slides", "predict_slides", "report_slides", "train_slides"]
@@ -47,6 +48,8 @@ _EMBEDDINGS = "embeddings"
 """Folder of a run's features."""
 
 _STATISTICS_PX = 1024
+# Slides that stand for all where only the range of colours is measured.
+_RANGE_SLIDES = 8
 
 
 def train_slides(config: SlideRun, *, progress: bool = True) -> Path:
@@ -204,6 +207,7 @@ class _Embedder:
             "precision": resolved_precision(precision),
             "device": on_device(model, device),
         }
+        self._check_input = InputCheck(model.spec.trained_on)
         self._options = model.spec.source_options(slide_mpp=slide_mpp, tissue=tissue)
 
     def open(self, path: str, *, tissue: bool = False) -> Source:
@@ -218,6 +222,7 @@ class _Embedder:
         """
         spec = self._model.spec
         with_tissue = self.open(path, tissue=True)
+        self._check_input(with_tissue)
         windows = tissue_windows(with_tissue, spec.tile_px, spec.min_tissue)
         with_tissue.close()
         # The glass in a window of tissue is part of what the encoder knows.
@@ -312,10 +317,12 @@ def _spec(config: SlideRun, train: SlideTargets) -> SlideSpec:
     if first.num_bands == 3 and first.dtype == np.uint8:
         # Those that the encoder knows: they don't depend on the slides, so features stay valid when there are more.
         normalizer = pretrained_statistics(config.model.backbone)
+        images = [_reduced(path, spec) for path in train.paths[:_RANGE_SLIDES]]
     else:
-        normalizer = Normalizer.from_images([_reduced(path, spec) for path in train.paths])
+        images = [_reduced(path, spec) for path in train.paths]
+        normalizer = Normalizer.from_images(images, first.band_names)
     first.close()
-    return SlideSpec.from_dict({**spec.to_dict(), "normalizer": normalizer.to_dict()})
+    return replace(spec, normalizer=normalizer, trained_on=InputBands.measured(images, first.band_names))
 
 
 def _reduced(path: str, spec: SlideSpec) -> GeoImage:

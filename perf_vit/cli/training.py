@@ -46,6 +46,7 @@ def _spec(config: SegmentationRun, data: WindowDataModule) -> SegmenterSpec:
     return SegmenterSpec(
         classes=data.classes,
         normalizer=data.normalizer,
+        trained_on=data.trained_on,
         tile_px=data.tile_px,
         bands=None if config.data.bands is None else tuple(config.data.bands),
         nodata=config.data.nodata,

@@ -9,10 +9,10 @@ from pathlib import Path
 import numpy as np
 
 from perf_vit.errors import ConfigError, DataWarning
-from perf_vit.transforms import Normalizer, band_labels, without_tiny
-from perf_vit.types import GeoImage
+from perf_vit.transforms import InputBands, Normalizer, band_labels, common_names, without_tiny
+from perf_vit.types import GeoImage, Source
 
-__all__ = ["given_normalizer", "measured_normalizer"]
+__all__ = ["given_normalizer", "measure_bands", "seen_images"]
 
 # Images to measure on, and their longest side: enough for two digits, read in a second.
 _IMAGES = 64
@@ -38,18 +38,30 @@ def given_normalizer(mean: Sequence[float] | None, std: Sequence[float] | None, 
     return Normalizer(tuple(mean), without_tiny(std, floor, band_labels(None, num_bands)))
 
 
-def measured_normalizer(
-    read_reduced: Callable[[int, int], GeoImage], paths: Sequence[str | Path], seed: int
-) -> Normalizer:
-    """Statistics of some images that the seed decides.
+def measure_bands(
+    images: Sequence[GeoImage], sources: Sequence[Source], given: Normalizer | None
+) -> tuple[Normalizer, InputBands]:
+    """The normalizer, measured where it isn't given, and the ranges of the bands.
+
+    Args:
+        images: some training images, of low resolution.
+        sources: all of them.
+        given: see `given_normalizer`.
+
+    Raises:
+        InputError: a band has no valid pixel.
+    """
+    names = common_names(sources, len(images[0].pixels))
+    return given or Normalizer.from_images(images, names or None), InputBands.measured(images, names)
+
+
+def seen_images(read_reduced: Callable[[int, int], GeoImage], paths: Sequence[str | Path], seed: int) -> list[GeoImage]:
+    """Some images that the seed decides, of low resolution, to measure statistics on.
 
     Args:
         read_reduced: an image by its place and its longest side in pixels.
         paths: of the images.
         seed: decides which are looked at.
-
-    Raises:
-        InputError: none of them has a valid pixel.
     """
     chosen = np.random.default_rng(seed).permutation(len(paths))[:_IMAGES]
     seen = [read_reduced(int(index), _SIDE_PX) for index in chosen]
@@ -60,4 +72,4 @@ def measured_normalizer(
             DataWarning,
             stacklevel=3,
         )
-    return Normalizer.from_images(seen)
+    return seen

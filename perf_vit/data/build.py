@@ -10,7 +10,7 @@ import numpy as np
 from torch.utils.data import ConcatDataset
 
 from perf_vit.data.augmenting import make_stain_jitter, pixel_sides
-from perf_vit.data.band_statistics import given_normalizer, measured_normalizer
+from perf_vit.data.band_statistics import given_normalizer, measure_bands, seen_images
 from perf_vit.data.class_pixels import count_labelled_pixels
 from perf_vit.data.class_places import find_class_pixels
 from perf_vit.data.datamodule import Grids, WindowDataModule
@@ -21,7 +21,7 @@ from perf_vit.data.windows import GridWindows, LabelledSource, RandomWindows, wi
 from perf_vit.errors import ConfigError, DataWarning, InputError
 from perf_vit.io import warn_of_polygons_beside
 from perf_vit.transforms import Augmentation, Normalizer
-from perf_vit.types import Source
+from perf_vit.types import GeoImage, Source
 
 __all__ = ["build_datamodule"]
 
@@ -59,7 +59,8 @@ def build_datamodule(
     places = _make_places(rasters, config, sides, seed, on_window)
     _warn_of_absent_classes(rasters, config, "train", places)
     _warn_of_absent_classes(val, config, "val")
-    normalizer = given_normalizer(config.mean, config.std, num_bands) or _measured(rasters, seed)
+    given = given_normalizer(config.mean, config.std, num_bands)
+    normalizer, trained_on = measure_bands(_seen(rasters, seed), sources, given)
     augmentation = Augmentation(
         flips=config.augment.flips,
         scale=config.augment.scale,
@@ -83,6 +84,7 @@ def build_datamodule(
         _grids(val, normalizer, config.tile_px),
         classes=tuple(config.classes),
         normalizer=normalizer,
+        trained_on=trained_on,
         tile_px=config.tile_px,
         batch_size=config.batch_size,
         num_workers=config.num_workers,
@@ -126,12 +128,12 @@ def _grids(sources: Sequence[LabelledSource], normalizer: Normalizer, tile_px: i
     return grids[0] if len(grids) == 1 else ConcatDataset(grids)
 
 
-def _measured(rasters: Sequence[LabelledSource], seed: int) -> Normalizer:
-    """Statistics of all rasters, or of some images of folders, that the seed decides."""
+def _seen(rasters: Sequence[LabelledSource], seed: int) -> list[GeoImage]:
+    """All rasters, or some images of folders that the seed decides, of low resolution."""
     if all(one.keep_open for one in rasters):
-        return Normalizer.from_images([one.read_reduced(_STATISTICS_PX) for one in rasters])
+        return [one.read_reduced(_STATISTICS_PX) for one in rasters]
     paths = [one.source.path for one in rasters]
-    return measured_normalizer(lambda index, size_px: rasters[index].read_reduced(size_px), paths, seed)
+    return seen_images(lambda index, size_px: rasters[index].read_reduced(size_px), paths, seed)
 
 
 def _make_places(

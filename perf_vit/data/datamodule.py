@@ -10,7 +10,7 @@ from torch.utils.data import ConcatDataset, DataLoader
 from perf_vit.data.epochs import EpochDataModule, ShareSampler
 from perf_vit.data.window_places import GridPlaces
 from perf_vit.data.windows import GridWindows, RandomWindows
-from perf_vit.transforms import Normalizer
+from perf_vit.transforms import InputBands, Normalizer
 
 __all__ = ["Grids", "WindowDataModule"]
 
@@ -23,7 +23,8 @@ class WindowDataModule(EpochDataModule):
 
     Attributes:
         classes: names, in the order of the class indices.
-        normalizer: measured on the training region.
+        normalizer: as given, or measured on the training region.
+        trained_on: bands of the training region.
         tile_px: side of a tile, in pixels.
     """
 
@@ -34,6 +35,7 @@ class WindowDataModule(EpochDataModule):
         *,
         classes: tuple[str, ...],
         normalizer: Normalizer,
+        trained_on: InputBands,
         tile_px: int,
         batch_size: int,
         num_workers: int,
@@ -43,6 +45,7 @@ class WindowDataModule(EpochDataModule):
         self.val = val
         self.classes = classes
         self.normalizer = normalizer
+        self.trained_on = trained_on
         self.tile_px = tile_px
         self.batch_size = batch_size
         self.num_workers = num_workers

@@ -11,14 +11,14 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from perf_vit.data.augmenting import AugmentConfig, check_augment, make_stain_jitter, pixel_sides
-from perf_vit.data.band_statistics import given_normalizer, measured_normalizer
+from perf_vit.data.band_statistics import given_normalizer, measure_bands, seen_images
 from perf_vit.data.epochs import EpochDataModule, ShareSampler
 from perf_vit.data.labels import ImageRecord, ObjectIndex, read_object_labels
 from perf_vit.data.object_places import SAMPLERS, make_places
 from perf_vit.data.objects import ObjectGrid, ObjectImages, ObjectWindows, bands_fit, collate_objects
 from perf_vit.data.objects_seen import check_objects_seen
 from perf_vit.errors import ConfigError, InputError
-from perf_vit.transforms import Augmentation
+from perf_vit.transforms import Augmentation, InputBands
 from perf_vit.types import ObjectLabels
 
 __all__ = ["ObjectDataConfig", "ObjectDataModule", "ObjectSplitConfig", "build_object_datamodule", "read_names"]
@@ -108,6 +108,7 @@ class ObjectDataModule(EpochDataModule):
         tile_px: side of a tile, in pixels.
         train_index: the training images' objects, with counts.
         val_index: the validation images' objects, with counts.
+        trained_on: bands of the training images.
     """
 
     def __init__(
@@ -117,6 +118,7 @@ class ObjectDataModule(EpochDataModule):
         *,
         train_index: ObjectIndex,
         val_index: ObjectIndex,
+        trained_on: InputBands,
         batch_size: int,
         num_workers: int,
     ) -> None:
@@ -125,6 +127,7 @@ class ObjectDataModule(EpochDataModule):
         self.val = val
         self.train_index = train_index
         self.val_index = val_index
+        self.trained_on = trained_on
         self.classes = train_index.classes
         self.normalizer = train.normalizer
         self.tile_px = train.tile_px
@@ -175,9 +178,9 @@ def build_object_datamodule(config: ObjectDataConfig, seed: int) -> ObjectDataMo
         )
     for images, part in ((train, "training"), (val, "validation")):
         check_objects_seen(images, part, seed)
-    normalizer = given_normalizer(config.mean, config.std, train.num_bands) or measured_normalizer(
-        train.read_reduced, [record.path for record in train.records], seed
-    )
+    seen = seen_images(train.read_reduced, [record.path for record in train.records], seed)
+    given = given_normalizer(config.mean, config.std, train.num_bands)
+    normalizer, trained_on = measure_bands(seen, train.sources, given)
     augment = config.augment
     colors = Augmentation(flips=False, gain=augment.gain, offset=augment.offset, shuffle=augment.shuffle)
     windows = ObjectWindows(
@@ -199,6 +202,7 @@ def build_object_datamodule(config: ObjectDataConfig, seed: int) -> ObjectDataMo
         ObjectGrid(val, normalizer, tile_px=config.tile_px),
         train_index=train_index,
         val_index=val_index,
+        trained_on=trained_on,
         batch_size=config.batch_size,
         num_workers=config.num_workers,
     )

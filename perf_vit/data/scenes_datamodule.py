@@ -10,13 +10,13 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from perf_vit.data.augmenting import AugmentConfig, check_augment, make_stain_jitter
-from perf_vit.data.band_statistics import given_normalizer, measured_normalizer
+from perf_vit.data.band_statistics import given_normalizer, measure_bands, seen_images
 from perf_vit.data.epochs import EpochDataModule, ShareSampler
 from perf_vit.data.image_targets import ImageTargets, read_class_folders, read_class_table, read_number_table
 from perf_vit.data.objects import bands_fit
 from perf_vit.data.scenes import SceneImages, SceneTiles, SceneViews
 from perf_vit.errors import ConfigError
-from perf_vit.transforms import Augmentation
+from perf_vit.transforms import Augmentation, InputBands
 
 __all__ = [
     "ClassificationDataConfig",
@@ -119,14 +119,18 @@ class SceneDataModule(EpochDataModule):
         val: views of the validation images.
         names: of the classes or numbers.
         normalizer: as given, or measured on training images.
+        trained_on: bands of the training images.
     """
 
-    def __init__(self, train: SceneTiles, val: SceneViews, *, batch_size: int, num_workers: int) -> None:
+    def __init__(
+        self, train: SceneTiles, val: SceneViews, *, trained_on: InputBands, batch_size: int, num_workers: int
+    ) -> None:
         super().__init__()
         self.train = train
         self.val = val
         self.names = train.images.labelled.names
         self.normalizer = train.normalizer
+        self.trained_on = trained_on
         self.batch_size = batch_size
         self.num_workers = num_workers
 
@@ -172,9 +176,9 @@ def build_scene_datamodule(config: SceneDataConfig, seed: int) -> SceneDataModul
             f"data.batch_size must be at most the {length} tiles of an epoch, got {config.batch_size}; take a smaller "
             "one, or give data.tiles_per_epoch"
         )
-    normalizer = given_normalizer(config.mean, config.std, train.num_bands) or measured_normalizer(
-        train.read_reduced, train_part.paths, seed
-    )
+    given = given_normalizer(config.mean, config.std, train.num_bands)
+    seen = seen_images(train.read_reduced, train_part.paths, seed)
+    normalizer, trained_on = measure_bands(seen, train.sources, given)
     augment = config.augment
     return SceneDataModule(
         SceneTiles(
@@ -195,6 +199,7 @@ def build_scene_datamodule(config: SceneDataConfig, seed: int) -> SceneDataModul
             stain=make_stain_jitter(augment, train.sources, train.num_bands),
         ),
         SceneViews(val, normalizer, tile_px=config.tile_px, resize=config.resize),
+        trained_on=trained_on,
         batch_size=config.batch_size,
         num_workers=config.num_workers,
     )

@@ -12,6 +12,7 @@ from perf_vit.inference.dense_output import DenseOutput, OutputKind, class_outpu
 from perf_vit.inference.engine import Strip, predict_strips
 from perf_vit.inference.map_job import MapJob
 from perf_vit.models import Segmenter, segmenter_id
+from perf_vit.transforms import InputCheck
 from perf_vit.types import Source, Window
 
 __all__ = ["predict", "segment_job", "segment_strips"]
@@ -57,6 +58,7 @@ def predict(
             can't be read.
         OutputError: as `predict_map` says.
     """
+    InputCheck(model.spec.trained_on)(source)
     return predict_map(
         model,
         source,

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from perf_vit.models.finetune import BackboneTuning, evaluate_frozen, tune_backbone
 from perf_vit.models.pooled import build_pooled, pooled_parts, trunk_layers
-from perf_vit.transforms import Normalizer
+from perf_vit.transforms import InputBands, Normalizer
 
 __all__ = ["Classifier", "ClassifierConfig", "ClassifierSpec", "ImageLabelKind", "build_classifier"]
 
@@ -54,6 +54,7 @@ class ClassifierSpec:
         nodata: value of missing pixels, instead of the one that files declare; None for theirs.
         target_mean: of each number in the training data; empty for classes.
         target_std: likewise.
+        trained_on: bands of the training images, to tell input that is not like them; None where nobody knows.
         label_options: columns of the CSV files it was trained with.
     """
 
@@ -66,11 +67,13 @@ class ClassifierSpec:
     nodata: float | None = None
     target_mean: tuple[float, ...] = ()
     target_std: tuple[float, ...] = ()
+    trained_on: InputBands | None = None
     label_options: dict[str, Any] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, for a checkpoint."""
-        return {**asdict(self), "normalizer": self.normalizer.to_dict()}
+        trained_on = self.trained_on and self.trained_on.to_dict()
+        return {**asdict(self), "normalizer": self.normalizer.to_dict(), "trained_on": trained_on}
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> ClassifierSpec:
@@ -79,6 +82,7 @@ class ClassifierSpec:
             **{
                 **values,
                 "normalizer": Normalizer.from_dict(values["normalizer"]),
+                "trained_on": values.get("trained_on") and InputBands.from_dict(values["trained_on"]),
                 "outputs": tuple(values["outputs"]),
                 "bands": None if values["bands"] is None else tuple(values["bands"]),
                 "target_mean": tuple(values["target_mean"]),

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from perf_vit.errors import InputError
 from perf_vit.models.finetune import evaluate_frozen
-from perf_vit.transforms import Normalizer
+from perf_vit.transforms import InputBands, Normalizer
 from perf_vit.types import Detections, ObjectLabels
 
 __all__ = ["Detector", "DetectorSpec", "ObjectKind"]
@@ -34,6 +34,7 @@ class DetectorSpec:
             the validation images.
         kind: geometry of its detections; the head decides it.
         mpp: micrometres per pixel that slides are read at, None for their level 0 and rasters.
+        trained_on: bands of the training images, to tell input that is not like them; None where nobody knows.
         label_options: how its label files are read, as keyword arguments of `perf_vit.data.read_object_labels`.
     """
 
@@ -45,12 +46,14 @@ class DetectorSpec:
     score_threshold: float = 0.5
     kind: ObjectKind = "boxes"
     mpp: float | None = None
+    trained_on: InputBands | None = None
     label_options: dict[str, Any] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, for a checkpoint."""
         values = asdict(self)
         values["normalizer"] = self.normalizer.to_dict()
+        values["trained_on"] = self.trained_on and self.trained_on.to_dict()
         return values
 
     @classmethod
@@ -65,6 +68,7 @@ class DetectorSpec:
             score_threshold=values["score_threshold"],
             kind=values["kind"],
             mpp=values.get("mpp"),
+            trained_on=values.get("trained_on") and InputBands.from_dict(values["trained_on"]),
             label_options=values["label_options"],
         )
 

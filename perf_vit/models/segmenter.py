@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from perf_vit.models.finetune import evaluate_frozen
-from perf_vit.transforms import Normalizer
+from perf_vit.transforms import InputBands, Normalizer
 
 __all__ = ["Segmenter", "SegmenterSpec", "network_id", "segmenter_id"]
 
@@ -35,6 +35,7 @@ class SegmenterSpec:
         mpp: micrometres per pixel that slides are read at, None for a model of rasters.
         slide_mpp: of level 0 of the slides that it was trained on, where their files don't say.
         tissue: "otsu" for a model that was trained on tissue alone.
+        trained_on: bands of the training images, to tell input that is not like them; None where nobody knows.
         label_options: how its label files are read, as keyword arguments of `perf_vit.io.open_labels`.
     """
 
@@ -49,6 +50,7 @@ class SegmenterSpec:
     mpp: float | None = None
     slide_mpp: float | None = None
     tissue: str | None = None
+    trained_on: InputBands | None = None
     label_options: dict[str, Any] = field(default_factory=dict)
 
     @property
@@ -60,8 +62,9 @@ class SegmenterSpec:
         """Plain values, for a checkpoint."""
         values = asdict(self)
         values["normalizer"] = self.normalizer.to_dict()
+        values["trained_on"] = self.trained_on and self.trained_on.to_dict()
         # Models without them keep their id.
-        return {k: v for k, v in values.items() if v is not None or k not in ("slide_mpp", "tissue")}
+        return {k: v for k, v in values.items() if v is not None or k not in ("slide_mpp", "tissue", "trained_on")}
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> SegmenterSpec:
@@ -79,6 +82,7 @@ class SegmenterSpec:
             mpp=values.get("mpp"),
             slide_mpp=values.get("slide_mpp"),
             tissue=values.get("tissue"),
+            trained_on=values.get("trained_on") and InputBands.from_dict(values["trained_on"]),
             label_options=values["label_options"],
         )
 

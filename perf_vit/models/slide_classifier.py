@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from perf_vit.errors import ConfigError
 from perf_vit.models.pooled import build_pooled
 from perf_vit.models.segmenter import network_id
-from perf_vit.transforms import Normalizer
+from perf_vit.transforms import InputBands, Normalizer
 
 __all__ = [
     "GatedAttentionPool",
@@ -59,6 +59,7 @@ class SlideSpec:
         tissue: "otsu", or None to take windows of glass, too.
         min_tissue: least share of tissue in a window.
         slide_mpp: micrometres per pixel of level 0 where files don't say.
+        trained_on: bands of the training images, to tell input that is not like them; None where nobody knows.
         label_options: columns of the CSV files it was trained with.
     """
 
@@ -70,11 +71,13 @@ class SlideSpec:
     tissue: str | None = "otsu"
     min_tissue: float = 0.25
     slide_mpp: float | None = None
+    trained_on: InputBands | None = None
     label_options: dict[str, Any] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, for a checkpoint."""
-        return {**asdict(self), "normalizer": self.normalizer.to_dict()}
+        trained_on = self.trained_on and self.trained_on.to_dict()
+        return {**asdict(self), "normalizer": self.normalizer.to_dict(), "trained_on": trained_on}
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> SlideSpec:
@@ -83,6 +86,7 @@ class SlideSpec:
             **{
                 **values,
                 "normalizer": Normalizer.from_dict(values["normalizer"]),
+                "trained_on": values.get("trained_on") and InputBands.from_dict(values["trained_on"]),
                 "classes": tuple(values["classes"]),
                 "bands": None if values["bands"] is None else tuple(values["bands"]),
             }

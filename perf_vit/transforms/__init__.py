@@ -1,6 +1,7 @@
 """What happens to pixels between a source and a model: the same at training and at prediction."""
 
 from perf_vit.transforms.augment import Augmentation
+from perf_vit.transforms.input_bands import InputBands, InputCheck, common_names
 from perf_vit.transforms.masked import resize_masked
 from perf_vit.transforms.normalize import Normalizer, band_labels, without_tiny
 from perf_vit.transforms.objects import resize_with_labels, resize_with_objects, turn_with_objects
@@ -8,9 +9,12 @@ from perf_vit.transforms.stain import StainJitter
 
 __all__ = [
     "Augmentation",
+    "InputBands",
+    "InputCheck",
     "Normalizer",
     "StainJitter",
     "band_labels",
+    "common_names",
     "resize_masked",
     "resize_with_labels",
     "resize_with_objects",
