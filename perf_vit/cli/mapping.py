@@ -11,7 +11,7 @@ import torch
 from torchmetrics import MetricCollection
 
 from perf_vit.cli.console import mean_over_present, print_damage, windows_progress
-from perf_vit.cli.segmentation_maps import SegmentationMaps, on_device, open_for, resolved_precision
+from perf_vit.cli.segmentation_maps import SegmentationMaps, model_resolution, on_device, open_for, resolved_precision
 from perf_vit.data import find_label_pairs, is_labelled_folder, region_window
 from perf_vit.errors import ConfigError, InputError, OutputError
 from perf_vit.inference import MapInput, MapResult, OutputKind, Strip, class_probabilities, segment_strips
@@ -207,7 +207,7 @@ def _open_image(model: Segmenter, image: Path, given: Mapping[str, Any]) -> Rast
     """An image as the model was trained on; `given` options of slides go before those of training."""
     spec = model.spec
     if spec.mpp is None:
-        return open_raster(image, bands=spec.bands, nodata=spec.nodata, resolution=spec.resolution)
+        return open_raster(image, bands=spec.bands, nodata=spec.nodata, resolution=model_resolution(model))
     source = open_for(model, image, **{"slide_mpp": spec.slide_mpp, "tissue": spec.tissue, **given})
     # A raster refuses mpp.
     assert isinstance(source, SlideSource)

@@ -14,6 +14,7 @@ from torch import nn
 from perf_vit.errors import ConfigError, InputError, reason_line
 from perf_vit.inference import MapInput, MapJob, MapResult, OutputKind, make_map, map_exists, segment_job
 from perf_vit.io import (
+    PixelSide,
     check_vector_output,
     existing_outputs,
     open_source,
@@ -25,7 +26,7 @@ from perf_vit.models import Segmenter, load_segmenter, segmenter_id
 from perf_vit.transforms import InputCheck
 from perf_vit.types import Source
 
-__all__ = ["POLYGON_SUFFIXES", "SegmentationMaps", "on_device", "open_for", "resolved_precision"]
+__all__ = ["POLYGON_SUFFIXES", "SegmentationMaps", "model_resolution", "on_device", "open_for", "resolved_precision"]
 
 POLYGON_SUFFIXES = ("gpkg", "geojson", "parquet", "json")
 """Of files of polygons beside a map."""
@@ -41,9 +42,15 @@ def open_for(model: Segmenter, image: str | Path, **options: Any) -> Source:
         image: what to open.
         **options: further ones of `perf_vit.open_source`; None counts as not given.
     """
-    own = {"nodata": model.spec.nodata, "resolution": model.spec.resolution, "mpp": model.spec.mpp}
+    own = {"nodata": model.spec.nodata, "resolution": model_resolution(model), "mpp": model.spec.mpp}
     given = {**own, **{name: value for name, value in options.items() if value is not None}}
     return open_source(image, bands=model.spec.bands, **{k: v for k, v in given.items() if v is not None})
+
+
+def model_resolution(model: Segmenter) -> float | PixelSide | None:
+    """Side of the pixels that a model reads rasters at, in the unit of its training; None for their own."""
+    size, unit = model.spec.resolution, model.spec.resolution_unit
+    return size if size is None or unit is None else PixelSide(size, unit)
 
 
 def resolved_precision(name: str) -> torch.dtype:

@@ -9,6 +9,7 @@ from perf_vit.cli.console import windows_progress
 from perf_vit.cli.run_folder import RunFolder
 from perf_vit.cli.schemas import SegmentationRun
 from perf_vit.data import WindowDataModule, build_datamodule, label_options
+from perf_vit.io import unit_of
 from perf_vit.models import SegmenterSpec
 from perf_vit.tasks import SegmentationTask, build_trainer, draw_segmentation
 
@@ -51,6 +52,7 @@ def _spec(config: SegmentationRun, data: WindowDataModule) -> SegmenterSpec:
         bands=None if config.data.bands is None else tuple(config.data.bands),
         nodata=config.data.nodata,
         resolution=config.data.resolution,
+        resolution_unit=None if config.data.resolution is None else unit_of(data.train.sources[0].source.crs),
         background=config.data.background,
         multilabel=config.data.multilabel,
         mpp=config.data.mpp,

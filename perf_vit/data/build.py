@@ -19,7 +19,7 @@ from perf_vit.data.window_config import DataConfig, check_data
 from perf_vit.data.window_places import ClassPlaces, GridPlaces, WindowPlaces
 from perf_vit.data.windows import GridWindows, LabelledSource, RandomWindows, window_px
 from perf_vit.errors import ConfigError, DataWarning, InputError
-from perf_vit.io import warn_of_polygons_beside
+from perf_vit.io import common_unit, warn_of_polygons_beside
 from perf_vit.transforms import Augmentation, Normalizer
 from perf_vit.types import GeoImage, Source
 
@@ -100,6 +100,8 @@ def _open_all(config: DataConfig) -> tuple[list[LabelledSource], list[LabelledSo
         train[key] = open_labelled(config, region, key, train=True)
     for key, group in (train | val).items():
         _check_bands(group, key, train["data.train"][0].source)
+    if config.resolution is not None:
+        common_unit([(one.source.path, one.source.crs) for group in (train | val).values() for one in group])
     return [one for group in train.values() for one in group], val["data.val"]
 
 

@@ -15,6 +15,7 @@ from perf_vit.io.lettering import lettered, lettering_font
 from perf_vit.io.mosaic import MosaicSource
 from perf_vit.io.ome_tiff import is_ome_tiff_name, write_ome_tiff
 from perf_vit.io.outputs import check_outputs, existing_error, existing_outputs
+from perf_vit.io.pixel_side import PixelSide, common_unit, unit_of
 from perf_vit.io.polygons import polygonize_classes
 from perf_vit.io.quicklook import colorize, default_colormap, natural_bands, rgb_from, save_png, write_map_quicklook
 from perf_vit.io.raster import RasterSource
@@ -32,6 +33,7 @@ __all__ = [
     "LabelSource",
     "MosaicSource",
     "PairedLabels",
+    "PixelSide",
     "PolygonFile",
     "RasterLayout",
     "RasterSource",
@@ -42,6 +44,7 @@ __all__ = [
     "check_outputs",
     "check_vector_output",
     "colorize",
+    "common_unit",
     "default_colormap",
     "describe_source",
     "existing_error",
@@ -62,6 +65,7 @@ __all__ = [
     "save_png",
     "split_layer",
     "staged",
+    "unit_of",
     "warn_of_polygons_beside",
     "write_cog",
     "write_json",

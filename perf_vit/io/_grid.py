@@ -10,9 +10,11 @@ from typing import Any
 from affine import Affine
 
 from perf_vit.errors import InputError
+from perf_vit.io._gdal import crs_name
+from perf_vit.io.pixel_side import PixelSide, unit_of
 from perf_vit.types import Window
 
-__all__ = ["Bounds", "Grid", "GridOptions", "bounds_of", "target_grid"]
+__all__ = ["Bounds", "Grid", "GridOptions", "bounds_of", "check_scale", "target_grid"]
 
 Bounds = tuple[float, float, float, float]
 """(left, bottom, right, top) in CRS units."""
@@ -21,6 +23,8 @@ Bounds = tuple[float, float, float, float]
 _SAME_PX = 0.01
 # A tile from the next UTM zone has pixels of 9.99 m where the first tile's are of 10 m: those are not finer.
 _FINER = 0.9
+# Nobody reads pixels so many times larger or smaller than a file's.
+_ABSURD = 1000
 
 
 @dataclass(frozen=True)
@@ -78,7 +82,7 @@ class GridOptions:
     """The grid the user asks for; `open_source` describes each."""
 
     crs: Any = None
-    resolution: float | tuple[float, float] | None = None
+    resolution: float | tuple[float, float] | PixelSide | None = None
     bounds: Bounds | None = None
 
     @property
@@ -89,14 +93,39 @@ class GridOptions:
     def __post_init__(self) -> None:
         if self.bounds is not None and not _ordered(self.bounds):
             raise InputError(f"bounds must be left < right and bottom < top in CRS units, got {self.bounds}")
-        if self.resolution is not None and not all(math.isfinite(r) and r > 0 for r in _pair(self.resolution)):
-            raise InputError(f"resolution must be positive CRS units, or a pair of them, got {self.resolution}")
+        given = self.resolution.size if isinstance(self.resolution, PixelSide) else self.resolution
+        if given is not None and not all(math.isfinite(r) and r > 0 for r in _pair(given)):
+            raise InputError(f"resolution must be positive CRS units, or a pair of them, got {given}")
 
 
 def bounds_of(transform: Affine, height: int, width: int) -> Bounds:
     """(left, bottom, right, top) of the box around all pixels, in CRS units."""
     xs, ys = zip(*(transform @ corner for corner in ((0, 0), (width, 0), (0, height), (width, height))), strict=True)
     return min(xs), min(ys), max(xs), max(ys)
+
+
+def check_scale(grids: Sequence[Grid], resolution: float | tuple[float, float], path: str) -> None:
+    """Refuse a size of pixels that must be meant in another unit.
+
+    Args:
+        grids: of the tiles, in one CRS.
+        resolution: that the user asks for.
+        path: for errors.
+
+    Raises:
+        InputError: pixels a thousand times larger or smaller than the finest of the tiles, or a scene in one pixel.
+    """
+    asked, own = _pair(resolution), _finest(grids)
+    factors = [one / side for one, side in zip(asked, own, strict=True)]
+    left, bottom, right, top = _union([grid.bounds for grid in grids])
+    width, height = (right - left) / asked[0], (top - bottom) / asked[1]
+    in_one_pixel = max(width, height) <= 1 < max(factors)
+    if in_one_pixel or max(factors) > _ABSURD or min(factors) < 1 / _ABSURD:
+        raise InputError(
+            f"resolution {asked[0]:g} x {asked[1]:g} makes {math.ceil(height):,} x {math.ceil(width):,} px of {path}, "
+            f"whose pixels are {own[0]:g} x {own[1]:g}; it is in units of the CRS, here {unit_of(grids[0].crs)[0]} "
+            f"({crs_name(grids[0].crs)}): give a size in these, or another crs as well"
+        )
 
 
 def target_grid(grids: Sequence[Grid], options: GridOptions, *, anchored: bool) -> Grid:
@@ -125,9 +154,11 @@ def target_grid(grids: Sequence[Grid], options: GridOptions, *, anchored: bool) 
     return endless.cut(window)
 
 
-def _pair(resolution: float | tuple[float, float]) -> tuple[float, float]:
+def _pair(resolution: float | tuple[float, float] | PixelSide) -> tuple[float, float]:
     if isinstance(resolution, (int, float)):
         return float(resolution), float(resolution)
+    # Turned into units of the CRS before.
+    assert not isinstance(resolution, PixelSide)
     x_res, y_res = resolution
     return float(x_res), float(y_res)
 

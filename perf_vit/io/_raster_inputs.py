@@ -13,6 +13,7 @@ from perf_vit.io._band_layout import Palette, PixelOptions
 from perf_vit.io._grid import Bounds, GridOptions
 from perf_vit.io._stac import is_item_list, item_paths
 from perf_vit.io.mosaic import MosaicSource
+from perf_vit.io.pixel_side import PixelSide
 from perf_vit.io.raster import RasterSource
 
 __all__ = ["open_raster"]
@@ -26,7 +27,7 @@ def open_raster(
     bands: Sequence[int | str] | None = None,
     nodata: float | None = None,
     crs: Any = None,
-    resolution: float | tuple[float, float] | None = None,
+    resolution: float | tuple[float, float] | PixelSide | None = None,
     bounds: Bounds | None = None,
     resampling: str | None = None,
     palette: Palette = "keep",

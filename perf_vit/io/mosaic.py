@@ -6,6 +6,7 @@ import functools
 import math
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, closing, nullcontext
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -18,9 +19,10 @@ from rasterio.errors import CRSError
 from perf_vit.errors import InputError
 from perf_vit.io._band_layout import PixelArray, PixelOptions
 from perf_vit.io._gdal import crs_name
-from perf_vit.io._grid import Grid, GridOptions, target_grid
+from perf_vit.io._grid import Grid, GridOptions, check_scale, target_grid
 from perf_vit.io._handles import PerThread, Pool
 from perf_vit.io._tiles import OpenTile, Tile, describe_tile, open_tile
+from perf_vit.io.pixel_side import PixelSide
 from perf_vit.io.raster import RasterSource
 from perf_vit.types import BoolArray, Window
 
@@ -143,8 +145,14 @@ def _place(paths: Sequence[str], pixels: PixelOptions, options: GridOptions) -> 
     for path in paths[1:]:
         tiles.append(describe_tile(path, pixels, crs))
         _check_alike(tiles[0], tiles[-1])
-    grid = target_grid([tile.placed for tile in tiles], options, anchored=tiles[0].native)
-    return tiles, grid
+    grids = [tile.placed for tile in tiles]
+    if isinstance(options.resolution, PixelSide):
+        left, bottom, right, top = grids[0].bounds
+        side = options.resolution.in_crs(crs, paths[0], ((left + right) / 2, (bottom + top) / 2))
+        options = replace(options, resolution=side)
+    if options.resolution is not None:
+        check_scale(grids, options.resolution, paths[0])
+    return tiles, target_grid(grids, options, anchored=tiles[0].native)
 
 
 def _check_alike(first: Tile, other: Tile) -> None:

@@ -28,7 +28,9 @@ class SegmenterSpec:
         tile_px: side of the square tiles it was trained on, in pixels.
         bands: 1-based bands of the source that it reads, None for all of them.
         nodata: value of missing pixels, instead of the one that files declare; None for theirs.
-        resolution: side of a pixel that rasters are read at, in units of their CRS, None for their own.
+        resolution: side of a pixel that rasters are read at, None for their own.
+        resolution_unit: name and metres of the unit of `resolution`, that of the CRS of the rasters it was trained on;
+            None instead of metres for degrees. None without `resolution`.
         background: name of the class that is background; otherwise "ignore" or, with `multilabel`, "none" for the
             meaning of pixels under no polygon, or None where labels had no polygons.
         multilabel: each class is true or not by itself; its scores are logits of a sigmoid, not of a softmax.
@@ -45,6 +47,7 @@ class SegmenterSpec:
     bands: tuple[int, ...] | None = None
     nodata: float | None = None
     resolution: float | None = None
+    resolution_unit: tuple[str, float | None] | None = None
     background: str | None = None
     multilabel: bool = False
     mpp: float | None = None
@@ -64,7 +67,8 @@ class SegmenterSpec:
         values["normalizer"] = self.normalizer.to_dict()
         values["trained_on"] = self.trained_on and self.trained_on.to_dict()
         # Models without them keep their id.
-        return {k: v for k, v in values.items() if v is not None or k not in ("slide_mpp", "tissue", "trained_on")}
+        later = ("slide_mpp", "tissue", "trained_on", "resolution_unit")
+        return {k: v for k, v in values.items() if v is not None or k not in later}
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> SegmenterSpec:
@@ -76,6 +80,7 @@ class SegmenterSpec:
             bands=None if values["bands"] is None else tuple(values["bands"]),
             nodata=values["nodata"],
             resolution=values.get("resolution"),
+            resolution_unit=tuple(values["resolution_unit"]) if values.get("resolution_unit") else None,
             # Checkpoints without it are older.
             background=values.get("background"),
             multilabel=values.get("multilabel", False),

@@ -5,10 +5,13 @@ import json
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
+import rasterio
 import torch
+from affine import Affine
 from command_line import call, train_args
 from PIL import Image
 from rio_cogeo.cogeo import cog_validate
@@ -107,6 +110,36 @@ def test_a_model_trained_on_coarser_pixels_maps_at_them(trained, tmp_path) -> No
     assert call(["evaluate", *base, "--labels", trained.scene.labels, "--json", scores]) == 0
     scored = sum(row["num_pixels"] for row in json.loads(scores.read_text())["classes"])
     assert 0 < scored <= result.width * result.height
+
+
+def _moved(image: Path, path: Path, crs: str, transform: Affine) -> Path:
+    """The same pixels in another CRS."""
+    with rasterio.open(image) as source:
+        profile = {**source.profile, "crs": crs, "transform": transform}
+        with rasterio.open(path, "w", **profile) as dataset:
+            dataset.write(source.read())
+    return path
+
+
+def test_a_model_of_metres_meets_its_scale_in_feet_and_refuses_degrees(trained, tmp_path, capsys) -> None:
+    out = tmp_path / "run"
+    assert call(train_args(trained.scene, out, "trainer.max_epochs=1", "data.resolution=8")) == 0
+    base = ["--checkpoint", out / "checkpoints" / "best.ckpt"]
+    with rasterio.open(trained.scene.image) as source:
+        side, size = abs(source.transform.a), source.shape
+    foot = 1200 / 3937
+    feet = _moved(trained.scene.image, tmp_path / "feet.tif", "EPSG:2263",
+                  Affine(side / foot, 0, 9e5, 0, -side / foot, 2e5))  # fmt: skip
+    assert call(["predict", *base, "--input", feet, "--output", tmp_path / "map.tif"]) == 0
+    result = open_source(tmp_path / "map.tif")
+    assert result.transform.a == pytest.approx(8 / foot, rel=1e-9)
+    assert result.size == tuple(pytest.approx(pixels * side / 8, abs=1) for pixels in size)
+    degrees = _moved(trained.scene.image, tmp_path / "degrees.tif", "EPSG:4326",
+                     Affine(1e-5, 0, 37.5, 0, -1e-5, 55))  # fmt: skip
+    capsys.readouterr()
+    assert call(["predict", *base, "--input", degrees, "--output", tmp_path / "no.tif"]) == 2
+    assert "the model reads pixels of 8 metre" in " ".join(capsys.readouterr().err.split())
+    assert not (tmp_path / "no.tif").exists()
 
 
 def test_probabilities_sum_to_1_and_agree_with_the_classes(trained, tmp_path) -> None:
