@@ -3,5 +3,14 @@
 from perf_vit.config.loader import config_value, dump_config, load_config
 from perf_vit.config.shipped import find_config, shipped_configs
 from perf_vit.config.values import check_values
+from perf_vit.config.yaml_text import load_yaml
 
-__all__ = ["check_values", "config_value", "dump_config", "find_config", "load_config", "shipped_configs"]
+__all__ = [
+    "check_values",
+    "config_value",
+    "dump_config",
+    "find_config",
+    "load_config",
+    "load_yaml",
+    "shipped_configs",
+]

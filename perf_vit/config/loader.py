@@ -13,8 +13,10 @@ import yaml
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from perf_vit.config.interpolations import check_interpolations
 from perf_vit.config.shipped import find_config
 from perf_vit.config.values import check_values
+from perf_vit.config.yaml_text import load_yaml
 from perf_vit.errors import ConfigError, reason_line
 
 __all__ = ["config_value", "dump_config", "load_config"]
@@ -26,7 +28,8 @@ def load_config(path: str | Path, schema: type[T], overrides: Sequence[str] = ()
     """Load a YAML file onto a schema.
 
     A top-level `extends: other.yaml` (relative to the file, or a shipped name) is loaded first and overridden key by
-    key. Keys that the schema doesn't have, values of another type and required values left out are errors.
+    key. Keys that the schema doesn't have, values of another type and required values left out are errors. `${key}` is
+    the value of another key; resolvers such as `${oc.env:NAME}` are for overrides alone.
 
     Args:
         path: a YAML file, or the name of a shipped config.
@@ -97,17 +100,21 @@ def _read_with_bases(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
         return content
     beside = path.parent / str(base)
     parent = _read_with_bases(beside if beside.is_file() else find_config(str(base)), (*seen, path.resolve()))
-    return cast(dict[str, Any], OmegaConf.to_container(OmegaConf.merge(parent, content)))
+    merged = cast(dict[str, Any], OmegaConf.to_container(OmegaConf.merge(parent, content)))
+    check_interpolations(merged, path)
+    return merged
 
 
 def _read_yaml(path: Path) -> dict[str, Any]:
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        content = load_yaml(path.read_text(encoding="utf-8"))
     # The parser raises other errors than its own on odd numbers, dates and nesting.
     except (yaml.YAMLError, ValueError, RecursionError, TypeError) as error:
         raise ConfigError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from error
     if not isinstance(content, dict):
         raise ConfigError(f"{path} must hold a mapping of keys to values, got {type(content).__name__}")
+    # Before any merge, which resolves some of them.
+    check_interpolations(content, path)
     return content
 
 

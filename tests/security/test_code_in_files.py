@@ -301,16 +301,16 @@ def test_weights_that_are_pickles_of_anything_else_are_refused(
     plain.write_bytes(pickle.dumps({"weight": Payload(mark)}))
     in_folder = converted / "model.safetensors"
     for path in (bomb, plain):
-        with pytest.raises(CheckpointError, match="can't read .* as weights"):
+        with pytest.raises(CheckpointError, match=r"can't read .* as weights"):
             read_weights(path)
-        with pytest.raises(PerfVitError, match="can't read .* as weights"):
+        with pytest.raises(PerfVitError, match=r"can't read .* as weights"):
             _teacher(PairConfig(name="vit_tiny_patch16_224", weights=str(path)))
         for load in (checkpoint_task, load_segmenter, load_detector, load_classifier, load_slide_classifier):
-            with pytest.raises(CheckpointError, match="can't read .* as a checkpoint"):
+            with pytest.raises(CheckpointError, match=r"can't read .* as a checkpoint"):
                 load(path)
         in_folder.write_bytes(path.read_bytes())
         for load in (perf_vit.load_converted, load_softmax):
-            with pytest.raises(CheckpointError, match="can't read .* as weights"):
+            with pytest.raises(CheckpointError, match=r"can't read .* as weights"):
                 load(converted)
     assert asked == []
     assert not mark.exists()
@@ -360,7 +360,7 @@ def test_chunks_of_a_zarr_are_no_pickles(tmp_path: Path, mark: Path) -> None:
         array = {"zarr_format": 2, "shape": [64, 64], "chunks": [64, 64], "dtype": "|u1", "fill_value": 0, "order": "C"}
         (folder / "0" / ".zarray").write_text(json.dumps({**array, **place}))
         (folder / "0" / "0.0").write_bytes(pickle.dumps(Payload(mark)))
-        with pytest.raises(InputError, match="can't read .* as an OME-Zarr"):
+        with pytest.raises(InputError, match=r"can't read .* as an OME-Zarr"):
             open_source(folder)
     assert not mark.exists()
 

@@ -8,8 +8,8 @@ from typing import Any
 
 import numpy as np
 import shapely
-import yaml
 
+from perf_vit.config import load_yaml
 from perf_vit.data.labels.image_folder import ImageFolder, read_lines
 from perf_vit.data.labels.records import RawImage, RawLabels, RawObject
 from perf_vit.errors import DataWarning, InputError, parsing
@@ -64,7 +64,7 @@ def _names_in(file: Path) -> dict[int, str]:
         return dict(enumerate(line.strip() for line in lines if line.strip()))
     content: Any
     with parsing(file, "YAML"):
-        content = yaml.safe_load("\n".join(lines))
+        content = load_yaml("\n".join(lines))
     names = content.get("names") if isinstance(content, dict) else None
     if isinstance(names, list):
         names = dict(enumerate(names))
