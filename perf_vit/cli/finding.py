@@ -21,6 +21,7 @@ from perf_vit.inference import (
     is_one_file,
     predict_many,
     reserve_report,
+    resolve_one,
 )
 from perf_vit.io import check_outputs, check_vector_output, write_objects
 from perf_vit.models import Detector, load_detector
@@ -146,6 +147,8 @@ def find_objects(
         raise ConfigError(f"--score-threshold must lie between 0 and 1, got {score_threshold:g}")
     if mosaic and len(inputs) != 1:
         raise ConfigError(f"--mosaic reads one folder, glob or list of STAC items as one scene, got {len(inputs)}")
+    if not mosaic:
+        inputs = resolve_one(inputs, output)
     many = not mosaic and not is_one_file(inputs)
     if not many:
         _check_one(polygons, on_error)

@@ -24,6 +24,7 @@ from perf_vit.inference import (
     is_one_file,
     predict_many,
     reserve_report,
+    resolve_one,
     rows_in_pool,
 )
 from perf_vit.io import check_outputs
@@ -64,6 +65,8 @@ def predict_inputs(
         raise ConfigError(f"--mosaic reads one folder, glob or list of STAC items as one scene, got {len(inputs)}")
     options["overwrite"] = overwrite
     read = [checkpoint, (options.get("source") or {}).get("tissue")]
+    if not mosaic:
+        inputs = resolve_one(inputs, output)
     if not mosaic and not is_one_file(inputs):
         found = _find(inputs, output, path_column)
         read += [each for each in inputs if Path(each).is_file()]

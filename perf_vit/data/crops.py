@@ -12,23 +12,19 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from perf_vit.errors import InputError
-from perf_vit.io import RasterSource, open_raster
+from perf_vit.io import FOLDER_SUFFIXES, IMAGE_SUFFIXES, RasterSource, files_below, is_image_name, open_raster
 from perf_vit.tiling import random_window
 from perf_vit.transforms import Normalizer
 
 __all__ = ["UnlabelledCrops", "find_images"]
-
-# What a folder is searched for; a file that is named itself may have any ending.
-_SUFFIXES = frozenset(
-    {".tif", ".tiff", ".svs", ".scn", ".png", ".jpg", ".jpeg", ".jp2", ".webp", ".bmp", ".vrt", ".img"}
-)
 
 
 def find_images(paths: Sequence[str | Path]) -> list[Path]:
     """The images that some files and folders hold.
 
     A file is taken as it is. A folder is searched, subfolders included, for rasters, slides and photos by their
-    endings: masks that lie among the images are found too, so keep them elsewhere or name the files.
+    endings; hidden files and what other programs leave behind are passed over. Masks that lie among the images are
+    found too, so keep them elsewhere or name the files.
 
     Args:
         paths: files and folders.
@@ -46,13 +42,13 @@ def find_images(paths: Sequence[str | Path]) -> list[Path]:
 
 
 def _images_at(path: Path) -> list[Path]:
-    if path.is_file():
+    if path.is_file() or (path.is_dir() and path.suffix.lower() in FOLDER_SUFFIXES):
         return [path]
     if not path.is_dir():
         raise InputError(f"no image file or folder {path}; check the path")
-    found = sorted(file for file in path.rglob("*") if file.suffix.lower() in _SUFFIXES and file.is_file())
+    found = files_below(path, is_image_name)
     if not found:
-        raise InputError(f"no images in {path}; expected files that end in {', '.join(sorted(_SUFFIXES))}")
+        raise InputError(f"no images in {path}; expected files that end in {', '.join(sorted(IMAGE_SUFFIXES))}")
     return found
 
 

@@ -8,11 +8,9 @@ from pathlib import Path
 
 from perf_vit.data.labels.image_folder import ImageFolder
 from perf_vit.errors import DataWarning, InputError
-from perf_vit.io import is_vector_name
+from perf_vit.io import MASK_SUFFIXES, files_below, is_vector_name
 
 __all__ = ["find_label_pairs", "is_labelled_folder"]
-
-_MASK_SUFFIXES = (".tif", ".tiff", ".png", ".bmp", ".img", ".vrt", ".jp2")
 
 
 def is_labelled_folder(images: str | Path, labels: str | Path) -> bool:
@@ -70,17 +68,12 @@ def _inside(outer: Path, inner: Path) -> Path | None:
 def _label_files(labels: Path, images: Path) -> list[Path]:
     """Files of masks and polygons in a folder, but for those in the folder of images inside it."""
     same = labels.resolve() == images.resolve()
-    suffixes = () if same else _MASK_SUFFIXES
+    suffixes = frozenset[str]() if same else MASK_SUFFIXES
     inner = _inside(labels, images)
-    files = sorted(
-        file
-        for file in labels.rglob("*")
-        if (file.suffix.lower() in suffixes or is_vector_name(str(file)))
-        and inner not in file.parents
-        and file.is_file()
-    )
+    found = files_below(labels, lambda name: Path(name).suffix.lower() in suffixes or is_vector_name(name))
+    files = [file for file in found if inner not in file.parents]
     if not files:
-        raise InputError(f"no label files in {labels}; expected masks ({', '.join(_MASK_SUFFIXES)}) or polygons")
+        raise InputError(f"no label files in {labels}; expected masks ({', '.join(sorted(MASK_SUFFIXES))}) or polygons")
     return files
 
 

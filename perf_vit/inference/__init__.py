@@ -7,7 +7,7 @@ from perf_vit.inference.dense_output import DenseOutput, OutputKind, class_map, 
 from perf_vit.inference.detections import Objects
 from perf_vit.inference.embed import embed_windows
 from perf_vit.inference.engine import Strip, TileModel, predict_strips
-from perf_vit.inference.inputs import MapInput, find_inputs, find_paths, is_one_file
+from perf_vit.inference.inputs import MapInput, find_inputs, find_paths, is_one_file, resolve_one
 from perf_vit.inference.many import attempt, in_turn, predict_many
 from perf_vit.inference.map_job import MapJob, MapResult, check_map_name, make_map, map_exists
 from perf_vit.inference.objects import ObjectModel, predict_objects
@@ -54,6 +54,7 @@ __all__ = [
     "predict_objects",
     "predict_strips",
     "reserve_report",
+    "resolve_one",
     "rows_in_pool",
     "segment_job",
     "segment_strips",

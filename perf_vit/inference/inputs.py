@@ -6,24 +6,27 @@ import csv
 import glob
 import os
 import re
+import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
 import pyarrow.parquet
 
-from perf_vit.errors import InputError, OutputError, reason_line
-from perf_vit.io import check_outputs
+from perf_vit.errors import DataWarning, InputError, OutputError, reason_line
+from perf_vit.io import (
+    FOLDER_SUFFIXES,
+    IMAGE_SUFFIXES,
+    PICTURE_SUFFIXES,
+    SLIDE_SUFFIXES,
+    check_outputs,
+    files_below,
+    is_by_product,
+    is_image_name,
+    without_repeats,
+)
 
-__all__ = ["MapInput", "find_inputs", "find_paths", "is_one_file"]
-
-_SLIDES = frozenset({".svs", ".ndpi", ".mrxs", ".scn", ".svslide", ".bif", ".vms", ".vmu", ".dcm"})
-
-_SUFFIXES = frozenset({".tif", ".tiff", ".vrt", ".jp2", ".img", ".png", ".jpg", ".jpeg", ".zarr"} | _SLIDES)
-"""Of the files that a folder is searched for."""
-
-_FOLDERS = frozenset({".zarr"})
-"""Of folders that are one image each."""
+__all__ = ["MapInput", "find_inputs", "find_paths", "is_one_file", "resolve_one"]
 
 _PARQUET = frozenset({".parquet", ".geoparquet"})
 _LISTS = _PARQUET | {".csv"}
@@ -49,12 +52,20 @@ class MapInput:
     output: Path
 
 
+def resolve_one(given: Sequence[str], output: Path) -> list[str]:
+    """Inputs, but for a glob that finds one file, that file, if the output is a file too."""
+    if len(given) != 1 or not _is_glob(given[0]) or not output.suffix or output.is_dir():
+        return list(given)
+    found = _matches(given[0])
+    return [str(found[0])] if len(found) == 1 else list(given)
+
+
 def is_one_file(given: Sequence[str | Path]) -> bool:
     """Whether inputs are a single image, not a folder, a glob or a list, however many images that may hold."""
     if len(given) != 1:
         return False
     path = Path(given[0])
-    is_folder = path.is_dir() and path.suffix.lower() not in _FOLDERS
+    is_folder = path.is_dir() and path.suffix.lower() not in FOLDER_SUFFIXES
     return not (is_folder or _is_glob(os.fspath(given[0])) or path.suffix.lower() in _LISTS)
 
 
@@ -108,11 +119,9 @@ def _expand(item: str, folder: Path, path_column: str) -> Iterator[MapInput]:
         yield from _listed(path, folder, path_column)
     elif _is_glob(item):
         root = _fixed_part(path)
-        matches = [Path(match) for match in glob.glob(item, recursive=True)]
-        images = [match for match in matches if match.is_file() or match.suffix.lower() in _FOLDERS]
-        yield from _below(root, images, folder, item)
-    elif path.is_dir() and path.suffix.lower() not in _FOLDERS:
-        yield from _below(path, _images_in(path), folder, item)
+        yield from _below(root, _matches(item), folder, item)
+    elif path.is_dir() and path.suffix.lower() not in FOLDER_SUFFIXES:
+        yield from _below(path, files_below(path, is_image_name), folder, item)
     else:
         yield MapInput(item, folder / _map_name(PurePosixPath(item.split("?")[0]).name))
 
@@ -123,18 +132,31 @@ def _below(root: Path, images: Sequence[Path], folder: Path, given: str) -> Iter
     inside = mine != root.resolve() and mine.is_relative_to(root.resolve())
     images = [image for image in images if not (inside and image.resolve().is_relative_to(mine))]
     if not images:
-        raise InputError(f"found no image in {given}; expected {' '.join(sorted(_SUFFIXES))}")
-    for image in sorted(images):
+        raise InputError(f"found no image in {given}; expected {' '.join(sorted(IMAGE_SUFFIXES))}")
+    for image in sorted(images) if folder == _NOWHERE else _without_previews(images):
         yield MapInput(str(image), folder / image.relative_to(root).with_name(_map_name(image.name)))
 
 
-def _images_in(root: Path) -> list[Path]:
-    images = []
-    for parent, folders, files in os.walk(root):
-        images += [Path(parent, name) for name in folders if Path(name).suffix.lower() in _FOLDERS]
-        images += [Path(parent, name) for name in files if Path(name).suffix.lower() in _SUFFIXES and name[0] != "."]
-        folders[:] = [name for name in folders if name[0] != "." and Path(name).suffix not in {".partial", *_FOLDERS}]
-    return images
+def _matches(pattern: str) -> list[Path]:
+    """The files and image folders that a glob finds, each by one of its names."""
+    found = without_repeats(Path(match) for match in glob.glob(pattern, recursive=True))
+    images = (path for path in found if path.is_file() or path.suffix.lower() in FOLDER_SUFFIXES)
+    return [path for path in images if not is_by_product(path.name)]
+
+
+def _without_previews(images: Sequence[Path]) -> list[Path]:
+    """Images but for pictures beside a raster or slide of the same name: both would become one map."""
+    pictures = {image for image in images if image.suffix.lower() in PICTURE_SUFFIXES}
+    maps = {image.with_name(_map_name(image.name)) for image in set(images) - pictures}
+    previews = {image for image in pictures if image.with_name(_map_name(image.name)) in maps}
+    if previews:
+        warnings.warn(
+            f"{len(previews)} of {len(images)} images are taken as previews of the rasters beside them and left out, "
+            f"the first {min(previews)}; name one itself to map it",
+            DataWarning,
+            stacklevel=4,
+        )
+    return sorted(set(images) - previews)
 
 
 def _listed(path: Path, folder: Path, path_column: str) -> Iterator[MapInput]:
@@ -146,13 +168,25 @@ def _listed(path: Path, folder: Path, path_column: str) -> Iterator[MapInput]:
             raise InputError(f"{path}: row {number} has no {path_column}")
         if "\0" in image + output:
             raise InputError(f"{path}: row {number} has a null byte in {image + output!r}; no file has such a name")
-        if not _is_remote(image):
-            image = str(path.parent / image)
+        image = _beside(path.parent, image)
         name = output or _map_name(PurePosixPath(image.split("?")[0]).name)
         place = folder / (name if Path(name).suffix else f"{name}.tif")
         if folder != _NOWHERE:
             _check_inside(place, folder, f"{path}: {_OUTPUT_COLUMN} of row {number}, {name},")
         yield MapInput(image, place)
+
+
+def _beside(folder: Path, name: str) -> str:
+    """What a list in a folder names: a path, a URL, or a dataset such as NETCDF:file.nc:variable."""
+    if _is_remote(name) or ":" not in name or Path(name).is_absolute() or (folder / name).exists():
+        return name if _is_remote(name) else str(folder / name)
+    parts = name.split(":")
+    for index, part in enumerate(parts):
+        bare = part.strip('"')
+        if index and bare and (folder / bare).exists():
+            parts[index] = part.replace(bare, str(folder / bare))
+            break
+    return ":".join(parts)
 
 
 def _read_list(path: Path, path_column: str) -> list[tuple[str, str]]:
@@ -203,12 +237,15 @@ def _check_names(inputs: Sequence[MapInput]) -> None:
 
 
 def _map_name(name: str) -> str:
+    # Of a dataset in a file, NETCDF:file.nc:variable, the name has both.
+    if dataset := re.fullmatch(r'(?:\w+:)?"?([^":]+)\.\w+"?:+([^:]+)', name):
+        return f"{dataset[1]}_{dataset[2]}.tif"
     stem, suffix = PurePosixPath(name).stem, PurePosixPath(name).suffix.lower()
-    return f"{stem}.ome.tif" if suffix in _SLIDES else f"{stem}.tif"
+    return f"{stem}.ome.tif" if suffix in SLIDE_SUFFIXES else f"{stem}.tif"
 
 
 def _is_remote(path: str) -> bool:
-    return "://" in path or path.startswith("/vsi")
+    return re.match(r"[A-Za-z][\w+.-]*://", path) is not None or path.startswith("/vsi")
 
 
 def _is_glob(path: str) -> bool:

@@ -8,6 +8,17 @@ from perf_vit.io.cog import write_cog
 from perf_vit.io.describe import SourceInfo, describe_source
 from perf_vit.io.existing import holds_layout
 from perf_vit.io.fingerprint import fingerprint
+from perf_vit.io.image_files import (
+    FOLDER_SUFFIXES,
+    IMAGE_SUFFIXES,
+    MASK_SUFFIXES,
+    PICTURE_SUFFIXES,
+    SLIDE_SUFFIXES,
+    files_below,
+    is_by_product,
+    is_image_name,
+    without_repeats,
+)
 from perf_vit.io.label_files import LabelFiles, PairedLabels
 from perf_vit.io.labels import LabelSource, open_labels
 from perf_vit.io.layout import RasterLayout
@@ -28,6 +39,11 @@ from perf_vit.io.vector_writers import check_vector_output, write_objects
 from perf_vit.io.writers import CogWriter
 
 __all__ = [
+    "FOLDER_SUFFIXES",
+    "IMAGE_SUFFIXES",
+    "MASK_SUFFIXES",
+    "PICTURE_SUFFIXES",
+    "SLIDE_SUFFIXES",
     "CogWriter",
     "LabelFiles",
     "LabelSource",
@@ -49,8 +65,11 @@ __all__ = [
     "describe_source",
     "existing_error",
     "existing_outputs",
+    "files_below",
     "fingerprint",
     "holds_layout",
+    "is_by_product",
+    "is_image_name",
     "is_ome_tiff_name",
     "is_vector_name",
     "lettered",
@@ -67,6 +86,7 @@ __all__ = [
     "staged",
     "unit_of",
     "warn_of_polygons_beside",
+    "without_repeats",
     "write_cog",
     "write_json",
     "write_map_quicklook",

@@ -12,13 +12,12 @@ from perf_vit.errors import InputError
 from perf_vit.io._band_layout import Palette, PixelOptions
 from perf_vit.io._grid import Bounds, GridOptions
 from perf_vit.io._stac import is_item_list, item_paths
+from perf_vit.io.image_files import RASTER_SUFFIXES, is_by_product, without_repeats
 from perf_vit.io.mosaic import MosaicSource
 from perf_vit.io.pixel_side import PixelSide
 from perf_vit.io.raster import RasterSource
 
 __all__ = ["open_raster"]
-
-_SUFFIXES = {".tif", ".tiff", ".jp2", ".j2k", ".vrt", ".img", ".png", ".jpg", ".jpeg", ".webp", ".bil", ".asc"}
 
 
 def open_raster(
@@ -70,11 +69,16 @@ def _paths_of(path: str | Path | Sequence[str | Path], asset: str | None) -> tup
 
 
 def _rasters_in(folder: str) -> list[str]:
-    return sorted(str(file) for file in Path(folder).iterdir() if file.suffix.lower() in _SUFFIXES and file.is_file())
+    return sorted(
+        str(file)
+        for file in Path(folder).iterdir()
+        if file.suffix.lower() in RASTER_SUFFIXES and file.is_file() and not is_by_product(file.name)
+    )
 
 
 def _matching(pattern: str) -> list[str]:
-    files = sorted(file for file in glob.glob(pattern, recursive=True) if os.path.isfile(file))
+    matches = (Path(match) for match in glob.glob(pattern, recursive=True))
+    files = [str(file) for file in without_repeats(matches) if file.is_file() and not is_by_product(file.name)]
     if not files:
         raise InputError(f"no file matches {pattern}")
     return files

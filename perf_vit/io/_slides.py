@@ -10,12 +10,12 @@ from perf_vit.errors import InputError, PerfVitError
 from perf_vit.io._gdal import open_dataset
 from perf_vit.io._openslide import OpenSlideReader, slide_format
 from perf_vit.io._pyramid import PyramidReader
+from perf_vit.io.image_files import SLIDE_SUFFIXES
 from perf_vit.io.slide import SlideSource
 from perf_vit.io.slide_array import is_multiscale, open_ome_tiff, open_ome_zarr
 
 __all__ = ["is_slide", "open_slide"]
 
-_SLIDE_SUFFIXES = {".bif", ".czi", ".dcm", ".mrxs", ".ndpi", ".scn", ".svs", ".svslide", ".vms", ".vmu"}
 _OME_TIFF_SUFFIXES = (".ome.tif", ".ome.tiff", ".ome.tf2", ".ome.tf8", ".ome.btf")
 
 
@@ -27,7 +27,7 @@ def is_slide(path: str, *, asked: bool) -> bool:
         asked: whether an option of slides was given, so a plain tiled TIFF counts as one.
     """
     name = path.lower()
-    if _is_ome_tiff(path) or _is_ome_zarr(path) or Path(name).suffix in _SLIDE_SUFFIXES:
+    if _is_ome_tiff(path) or _is_ome_zarr(path) or Path(name).suffix in SLIDE_SUFFIXES:
         return True
     if Path(name).suffix not in {".tif", ".tiff"} or not Path(path).is_file():
         return False

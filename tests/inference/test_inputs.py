@@ -1,5 +1,6 @@
 """Files, folders, globs and lists become inputs and the names of their maps."""
 
+import csv
 import os
 from pathlib import Path
 
@@ -8,8 +9,8 @@ import pandas as pd
 import pytest
 from shapely import Point
 
-from perf_vit.errors import InputError, OutputError
-from perf_vit.inference import find_inputs, find_paths, is_one_file
+from perf_vit.errors import DataWarning, InputError, OutputError
+from perf_vit.inference import find_inputs, find_paths, is_one_file, resolve_one
 
 
 @pytest.fixture
@@ -124,8 +125,8 @@ def test_nothing_found_is_an_error(tmp_path) -> None:
 
 
 def test_two_maps_of_one_name_are_refused(scenes) -> None:
-    Path("scenes/b.png").touch()
-    with pytest.raises(OutputError, match=r"scenes/b.png and scenes/b.tif would both become maps/b.tif"):
+    Path("scenes/b.vrt").touch()
+    with pytest.raises(OutputError, match=r"scenes/b.tif and scenes/b.vrt would both become maps/b.tif"):
         find_inputs(["scenes"], "maps")
     with pytest.raises(OutputError, match=r"would both become maps/1.tif"):
         find_inputs(["scenes/north/1.TIF", "scenes/south/1.tif"], "maps")
@@ -193,3 +194,61 @@ def test_an_output_that_is_no_geotiff_is_refused(tmp_path) -> None:
 )
 def test_one_file_is_told_from_many(given: list[str], expected: bool) -> None:
     assert is_one_file(given) == expected
+
+
+@pytest.mark.parametrize("preview", ["b.png", "B.JPG", "b.jpeg", "b.webp"])
+def test_a_preview_beside_its_raster_is_left_out_with_a_warning(scenes, preview) -> None:
+    name = preview.replace("B.", "b.")
+    Path("scenes", name).touch()
+    for given in ("scenes", "scenes/*.*"):
+        with pytest.warns(DataWarning, match=rf"1 of \d images are taken as previews .* the first scenes/{name}"):
+            found = find_inputs([given], "maps")
+        assert [item.path for item in found if Path(item.path).stem == "b"] == ["scenes/b.tif"]
+    assert find_inputs([f"scenes/{name}"], "maps")[0].path == f"scenes/{name}"
+    assert f"scenes/{name}" in find_paths(["scenes"])
+
+
+def test_a_link_to_a_folder_above_gives_no_file_a_second_name(scenes) -> None:
+    Path("scenes/north/up").symlink_to(Path("scenes").resolve(), target_is_directory=True)
+    Path("scenes/twice").symlink_to(Path("scenes/south").resolve(), target_is_directory=True)
+    assert len(_pairs(["scenes"])) == 6
+    assert _pairs(["scenes/**/1.tif"]) == [
+        ("scenes/north/deep/1.tif", "maps/north/deep/1.tif"), ("scenes/south/1.tif", "maps/south/1.tif")
+    ]  # fmt: skip
+
+
+def test_a_glob_passes_over_what_other_programs_leave(scenes) -> None:
+    for name in ("b.tif.aux.xml", "b.tif.ovr", "b.tif.msk", "Thumbs.db"):
+        Path("scenes", name).touch()
+    assert _pairs(["scenes/[bT]*"]) == [("scenes/b.tif", "maps/b.tif")]
+
+
+@pytest.mark.parametrize(("pattern", "output", "expected"), [
+    ("scenes/b.*", "map.tif", ["scenes/b.tif"]), ("scenes/b.*", "maps", ["scenes/b.*"]),
+    ("scenes/*.*", "map.tif", ["scenes/*.*"]), ("scenes/b.tif", "map.tif", ["scenes/b.tif"]),
+    ("scenes/none*", "map.tif", ["scenes/none*"]),
+])  # fmt: skip
+def test_a_glob_of_one_file_is_that_file(scenes, pattern, output, expected) -> None:
+    assert resolve_one([pattern], Path(output)) == expected
+    assert is_one_file(resolve_one([pattern], Path(output))) == (expected == ["scenes/b.tif"])
+
+
+@pytest.mark.parametrize(("name", "path", "output"), [
+    ("NETCDF:b.nc:temp", "NETCDF:lists/b.nc:temp", "maps/b_temp.tif"),
+    ('NETCDF:"b.nc":temp', 'NETCDF:"lists/b.nc":temp', "maps/b_temp.tif"),
+    ('HDF5:"b.nc"://temp', 'HDF5:"lists/b.nc"://temp', "maps/temp.tif"),
+    ("GTI:b.nc", "GTI:lists/b.nc", "maps/GTI:lists/b.tif"),
+    ("a:b.tif", "lists/a:b.tif", "maps/a:b.tif"),
+    ('NETCDF:"/data/b.nc":temp', 'NETCDF:"/data/b.nc":temp', "maps/b_temp.tif"),
+    ("s3://bucket/b.nc", "s3://bucket/b.nc", "maps/b.tif"),
+])  # fmt: skip
+def test_datasets_inside_files_are_relative_to_the_list(tmp_path, monkeypatch, name, path, output) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("lists").mkdir()
+    for file in ("b.nc", "a:b.tif"):
+        Path("lists", file).touch()
+    with open("lists/list.csv", "w", newline="") as file:
+        csv.writer(file).writerows([["path"], [name]])
+    found = find_inputs(["lists/list.csv"], "maps")
+    assert found[0].path == path
+    assert found[0].output.name == Path(output).name

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from perf_vit.data.crops import find_images
 from perf_vit.errors import InputError
+from perf_vit.io import files_below
 
 __all__ = ["ImageFolder", "label_files", "read_lines"]
 
@@ -102,7 +103,7 @@ def label_files(labels: Path, folder: ImageFolder, suffix: str) -> list[tuple[Pa
     Raises:
         InputError: no label files, or one without an image.
     """
-    files = [labels] if labels.is_file() else sorted(labels.rglob(f"*{suffix}"))
+    files = [labels] if labels.is_file() else files_below(labels, lambda name: name.lower().endswith(suffix))
     if not files:
         raise InputError(f"no label files in {labels}; expected files that end in {suffix}")
     root = labels if labels.is_dir() else labels.parent

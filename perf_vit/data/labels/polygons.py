@@ -12,7 +12,7 @@ import shapely
 from perf_vit.data.labels.image_folder import ImageFolder
 from perf_vit.data.labels.records import RawImage, RawLabels, RawObject
 from perf_vit.errors import DataWarning, InputError
-from perf_vit.io import PolygonFile, is_vector_name, open_source, split_layer
+from perf_vit.io import PolygonFile, files_below, is_vector_name, open_source, split_layer
 
 __all__ = ["read_polygons"]
 
@@ -48,7 +48,7 @@ def read_polygons(labels: Path, folder: ImageFolder, attribute: str | None, name
 
 
 def _pairs(labels: Path, folder: ImageFolder) -> list[tuple[Path, Path]]:
-    files = sorted(file for file in labels.rglob("*") if is_vector_name(str(file)) and file.is_file())
+    files = files_below(labels, is_vector_name)
     if not files:
         raise InputError(f"no label files in {labels}; expected .geojson, .gpkg, .shp, .parquet or the like")
     pairs = [(folder.find(str(file.relative_to(labels).with_suffix("")), str(file)), file) for file in files]

@@ -13,7 +13,7 @@ from perf_vit.config import load_yaml
 from perf_vit.data.labels.image_folder import ImageFolder, read_lines
 from perf_vit.data.labels.records import RawImage, RawLabels, RawObject
 from perf_vit.errors import DataWarning, InputError, parsing
-from perf_vit.io import open_source
+from perf_vit.io import files_below, open_source
 
 __all__ = ["read_yolo"]
 
@@ -32,7 +32,7 @@ def read_yolo(labels: Path, folder: ImageFolder, classes: tuple[str, ...] | None
     """
     names, names_file = _class_names(labels)
     names = names or dict(enumerate(classes or ()))
-    stems = {file: str(file.relative_to(labels).with_suffix("")) for file in sorted(labels.rglob("*.txt"))}
+    stems = {file: str(file.relative_to(labels).with_suffix("")) for file in _text_files(labels)}
     files = [file for file in stems if file not in names_file and (folder.has(stems[file]) or not _is_note(file))]
     if not files:
         raise InputError(f"no label files in {labels}; expected a folder of .txt files, one an image")
@@ -47,6 +47,10 @@ def read_yolo(labels: Path, folder: ImageFolder, classes: tuple[str, ...] | None
             stacklevel=4,
         )
     return RawLabels([_image(path, by_image.get(path), labels, names) for path in images], tuple(names.values()))
+
+
+def _text_files(labels: Path) -> list[Path]:
+    return files_below(labels, lambda name: name.lower().endswith(".txt"))
 
 
 def _class_names(labels: Path) -> tuple[dict[int, str], set[Path]]:
