@@ -39,6 +39,8 @@ _CACHE_BYTES = 256 * 2**20
 # Reading whole PNGs at once, GDAL passes over a cut end and gives whatever is in memory. It looks at this option when a
 # file is opened and when it is read.
 _CAREFUL = {"GDAL_PNG_WHOLE_IMAGE_OPTIM": "NO"}
+# Python in a VRT, as a pixel function, is code in a file. In the environment it holds for all threads of GDAL, too.
+os.environ["GDAL_VRT_ENABLE_PYTHON"] = "NO"
 # rasterio's wheels come without some of them.
 _OPTIONAL_DRIVERS = {
     ".ecw": "ECW",

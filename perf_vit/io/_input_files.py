@@ -74,7 +74,7 @@ def _stac_assets(path: str) -> list[str]:
     """Links of all assets of STAC items, whichever is read."""
     try:
         content = json.loads(Path(path).read_bytes())
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return []
     items = content.get("features", [content]) if isinstance(content, dict) else content
     found = []
