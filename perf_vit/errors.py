@@ -87,7 +87,7 @@ def parsing(path: str | Path, kind: str, error: type[PerfVitError] = InputError)
         yield
     except PerfVitError:
         raise
-    except OSError as cause:
+    except (FileNotFoundError, PermissionError, IsADirectoryError) as cause:
         raise error(f"can't read {path} as {kind}: {cause.strerror or reason_line(cause)}") from cause
     except Exception as cause:
         raise error(f"can't read {path} as {kind}: {reason_line(cause)}; it may be damaged") from cause

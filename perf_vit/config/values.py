@@ -32,8 +32,13 @@ def check_values(instance: Any, prefix: str = "") -> None:
         if dataclasses.is_dataclass(value) and not isinstance(value, type):
             check_values(value, f"{prefix}{field.name}.")
         elif not _fits(value, hint):
-            name = hint.__name__ if isinstance(hint, type) and not typing.get_args(hint) else hint
-            raise ConfigError(f"{prefix}{field.name} must be {name}, got {value!r:.100}")
+            raise ConfigError(f"{prefix}{field.name} must be {_name(hint)}, got {value!r:.100}")
+
+
+def _name(hint: Any) -> str:
+    if typing.get_origin(hint) is Literal:
+        return f"one of {', '.join(map(str, typing.get_args(hint)))}"
+    return hint.__name__ if isinstance(hint, type) and not typing.get_args(hint) else str(hint)
 
 
 def _fits(value: Any, hint: Any) -> bool:

@@ -12,10 +12,10 @@ import timm
 from torch import nn
 
 import perf_vit.models.backbones  # noqa: F401  (registers the backbones)
-from perf_vit.errors import CheckpointError, ConfigError, reason_line
+from perf_vit.errors import ConfigError
 from perf_vit.models.finetune import BackboneTuning, tune_backbone
 from perf_vit.models.heads import DPTHead, FullResolutionHead, LinearHead, SegFormerHead, UPerNetHead
-from perf_vit.models.known_arguments import check_known
+from perf_vit.models.known_arguments import built_from, check_known
 from perf_vit.models.saved_model import build_converted, load_converted, read_saved_config
 from perf_vit.models.segmenter import Segmenter, SegmenterSpec
 from perf_vit.models.timm_arguments import check_file_arguments
@@ -30,6 +30,9 @@ __all__ = [
     "create_backbone",
     "feature_specs",
 ]
+
+# A million patches; larger sides are a mistake that would ask for gigabytes a tile.
+_LARGEST_TILE_PX = 16_384
 
 _HEADS: dict[str, Callable[..., nn.Module]] = {
     "full_resolution": FullResolutionHead,
@@ -91,10 +94,8 @@ def build_segmenter(
             f"data.tile_px must be a multiple of the patch size {size_multiple}, got {spec.tile_px}; try {nearest}"
         )
     check_known(_lookup_head(config.head), config.head_kwargs, f"model.head_kwargs of {config.head}", given=3)
-    try:
+    with built_from(f"model.head {config.head}"):
         head = _lookup_head(config.head)(specs, in_chans, len(spec.classes), **config.head_kwargs)
-    except (TypeError, ValueError) as error:
-        raise ConfigError(f"model.head {config.head}: {error}") from error
     if config.freeze_backbone:
         backbone.requires_grad_(False)
     tune_backbone(backbone, config)
@@ -157,9 +158,11 @@ def create_backbone(
 
     Raises:
         CheckpointError: a folder without a converted model.
-        ConfigError: an unknown model or arguments that it doesn't take.
+        ConfigError: an unknown model, arguments that it doesn't take, or a tile of no size or of gigabytes.
     """
     check_file_arguments(config.backbone_kwargs, "model.backbone_kwargs")
+    if not 1 <= tile_px <= _LARGEST_TILE_PX:
+        raise ConfigError(f"data.tile_px must be from 1 to {_LARGEST_TILE_PX}, got {tile_px}")
     in_folder = saved_backbone is None and not timm.is_model(config.backbone) and Path(config.backbone).is_dir()
     if in_folder:
         saved_backbone = read_saved_config(config.backbone)
@@ -186,7 +189,7 @@ def _create(
         near = difflib.get_close_matches(config.backbone, timm.list_models(), n=1, cutoff=0.5)
         hint = f"did you mean {near[0]}?" if near else "see `timm.list_models('performer_*')`"
         raise ConfigError(f"model.backbone: timm has no model {config.backbone}, nor is it a folder; {hint}")
-    try:
+    with built_from(f"model.backbone {config.backbone}"):
         options = {
             **options,
             "in_chans": in_chans,
@@ -198,11 +201,6 @@ def _create(
         if saved is not None:
             return build_converted(saved, **options).train()
         return timm.create_model(config.backbone, pretrained=config.pretrained, **options)
-    except CheckpointError:
-        raise
-    # Models check few of their arguments, and fail anywhere.
-    except Exception as error:
-        raise ConfigError(f"model.backbone {config.backbone}: {reason_line(error)}") from error
 
 
 def _size_options(name: str, tile_px: int) -> dict[str, Any]:

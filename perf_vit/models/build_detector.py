@@ -17,7 +17,7 @@ from perf_vit.models.heads.fcos import FCOSHead
 from perf_vit.models.heads.oriented_fcos import OrientedFCOSHead
 from perf_vit.models.heads.rcnn import FasterRCNNHead, MaskRCNNHead
 from perf_vit.models.heads.retinanet import RetinaNetHead
-from perf_vit.models.known_arguments import check_known
+from perf_vit.models.known_arguments import built_from, check_known
 from perf_vit.models.necks import build_neck
 from perf_vit.types import FeatureSpec
 
@@ -94,15 +94,11 @@ def build_detector(
     if config.out_indices is None and len({each.stride for each in specs}) == 1:
         # The last map of a plain ViT, as in the paper; the neck leaves the others where they are.
         specs = specs[-1:]
-    try:
+    with built_from("model.strides"):
         neck = build_neck(specs, config.strides, config.channels)
-    except ValueError as error:
-        raise ConfigError(f"model.strides: {error}") from error
     check_known(_HEADS[config.head], config.head_kwargs, f"model.head_kwargs of {config.head}", given=3)
-    try:
+    with built_from(f"model.head {config.head}"):
         head = _HEADS[config.head](config.channels, len(spec.classes), config.strides, **config.head_kwargs)
-    except (TypeError, ValueError) as error:
-        raise ConfigError(f"model.head {config.head}: {error}") from error
     detector = Detector(
         backbone,
         neck,

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from perf_vit._version import __version__
+from perf_vit.config import check_values
 from perf_vit.errors import CheckpointError, ConfigError, parsing
 from perf_vit.layers import current_draw, redraw_projections
 from perf_vit.models.build import ModelConfig, build_segmenter
@@ -43,6 +44,9 @@ NETWORKS = {
     "slide": "a slide classifier",
 }
 """What each task's network is called in messages."""
+
+# Projections and positions that aren't saved with the weights take a few MiB.
+_LARGEST_CONSTANTS = 2**29
 
 Network = TypeVar("Network", bound=nn.Module)
 
@@ -130,6 +134,9 @@ def _load(path: str | Path, tasks: tuple[str, ...], config: Any, spec: Any, buil
         made_with, state = _plain(config(**{**metadata["model"], "pretrained": False}), content)
         meaning, saved_backbone = spec.from_dict(metadata["spec"]), metadata.get("saved_backbone")
         _check_names_no_files(path, made_with.backbone, saved_backbone, getattr(meaning, "tissue", None))
+        check_values(made_with, "model.")
+        check_values(meaning, "spec.")
+        _check_size(build, made_with, meaning, saved_backbone, state)
         model = build(made_with, meaning, saved_backbone)
         model.load_state_dict(state)
         restore_draw(model, metadata)
@@ -144,6 +151,25 @@ def _check_names_no_files(path: str | Path, backbone: Any, saved_backbone: Any, 
         raise CheckpointError(f"{path} names {named!r:.80}, but a checkpoint must do without other files; train anew")
 
 
+def _check_size(build: Callable[..., nn.Module], config: Any, spec: Any, saved_backbone: Any, state: Any) -> None:
+    """Refuse a network that isn't the one of the weights before it takes memory: a file may ask for any size."""
+    try:
+        with torch.device("meta"):
+            planned = build(config, spec, saved_backbone)
+    # Either building fails likewise without this, or it depends on values, which tensors without memory lack.
+    except Exception:
+        return
+    # Weights that a network takes beyond these are told it by the file.
+    misfits = (
+        name for name, value in planned.state_dict().items() if value.shape != getattr(state.get(name), "shape", None)
+    )
+    if (name := next(misfits, None)) is not None:
+        raise RuntimeError(f"{name} is of another size")
+    constants = sum(buffer.numel() * buffer.element_size() for buffer in planned.buffers())
+    if constants > _LARGEST_CONSTANTS + sum(value.nbytes for value in state.values()):
+        raise RuntimeError("constants of gigabytes")
+
+
 @contextmanager
 def _other_versions(path: str | Path, metadata: dict[str, Any]) -> Iterator[None]:
     """Say which version wrote a checkpoint that doesn't fit the networks of this one."""
@@ -151,7 +177,10 @@ def _other_versions(path: str | Path, metadata: dict[str, Any]) -> Iterator[None
         yield
     except ConfigError as error:
         raise CheckpointError(f"{path}: {error}") from error
-    except (KeyError, TypeError, AttributeError, RuntimeError) as error:
+    except CheckpointError:
+        raise
+    # The file's author decides what it holds.
+    except Exception as error:
         version = metadata.get("version", "of unknown number")
         raise CheckpointError(
             f"{path} was written by perf_vit {version}, whose networks differ from those of {__version__}; use that "
@@ -183,6 +212,8 @@ def _read(path: Path, tasks: tuple[str, ...] | None = None) -> dict[str, Any]:
     if not isinstance(content[CHECKPOINT_KEY], dict) or not isinstance(content.get("state_dict"), dict):
         raise CheckpointError(f"{path} is damaged: it holds no weights, or no description of them; get the file again")
     found = _task_of(content[CHECKPOINT_KEY])
+    if found not in NETWORKS:
+        raise CheckpointError(f"{path} holds a network for {found:.80}; expected one of {', '.join(NETWORKS)}")
     if tasks is not None and found not in tasks:
-        raise CheckpointError(f"expected {NETWORKS[tasks[0]]} in {path}, got {NETWORKS.get(found, found)}")
+        raise CheckpointError(f"expected {NETWORKS[tasks[0]]} in {path}, got {NETWORKS[found]}")
     return content

@@ -1,15 +1,36 @@
-"""Names of arguments that come from a config, checked against the function that takes them."""
+"""Arguments that come from a config: names that the function doesn't have, and values that it fails on."""
 
 from __future__ import annotations
 
 import difflib
 import inspect
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
-from perf_vit.errors import ConfigError
+from perf_vit.errors import ConfigError, PerfVitError, reason_line
 
-__all__ = ["check_known"]
+__all__ = ["built_from", "check_known"]
+
+
+@contextmanager
+def built_from(keys: str) -> Iterator[None]:
+    """Report what a network's constructor raises as one line about the config.
+
+    Constructors check few of their arguments, and fail anywhere.
+
+    Args:
+        keys: where the arguments come from, "model.head fcos".
+
+    Raises:
+        ConfigError: names the keys; errors of this package pass as they are.
+    """
+    try:
+        yield
+    except PerfVitError:
+        raise
+    except Exception as error:
+        raise ConfigError(f"{keys}: {reason_line(error)}") from error
 
 
 def check_known(function: Callable[..., Any], names: Iterable[str], key: str, *, given: int = 0) -> None:

@@ -10,9 +10,10 @@ from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.layers import AttentionPoolLatent
 from torch import nn
 
-from perf_vit.errors import ConfigError, reason_line
+from perf_vit.errors import ConfigError
 from perf_vit.models.build import TimmConfig, create_backbone
 from perf_vit.models.finetune import backbone_layers
+from perf_vit.models.known_arguments import built_from
 from perf_vit.models.saved_model import read_saved_config
 from perf_vit.transforms import Normalizer
 
@@ -58,10 +59,8 @@ def build_pooled(
     options = {"num_classes": 0, "drop_rate": drop_rate}
     model, saved_backbone = create_backbone(config, in_chans, tile_px, saved_backbone, options)
     _check_tile(model, tile_px)
-    try:
+    with built_from(f"model.pool {pool} doesn't go with {config.backbone}"):
         _set_pooling(model, num_outputs, pool)
-    except (AssertionError, AttributeError, TypeError, ValueError, RuntimeError) as error:
-        raise ConfigError(f"model.pool {pool} doesn't go with {config.backbone}: {reason_line(error)}") from error
     return model, saved_backbone
 
 

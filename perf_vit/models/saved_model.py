@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from perf_vit._version import __version__
-from perf_vit.errors import CheckpointError, OutputError, parsing
+from perf_vit.errors import CheckpointError, OutputError, parsing, reason_line
 from perf_vit.layers import current_draw, redraw_projections
 from perf_vit.layers.converted_attention import BALANCING_BUFFERS
 from perf_vit.models.conversion import Conversion
@@ -147,10 +147,11 @@ def build_converted(
     try:
         conversion = Conversion.from_dict(ours["conversion"]).within(len(convertible_layers(body)))
         convert_in_place(body, conversion)
-    except (ValueError, KeyError, TypeError) as error:
+    # The file's author decides what it holds.
+    except Exception as error:
         raise CheckpointError(
-            f"{origin or 'the checkpoint'} holds a conversion that can't be made: {error}; convert the model again "
-            "with `perf-vit convert`"
+            f"{origin or 'the checkpoint'} holds a conversion that can't be made: {reason_line(error)}; convert the "
+            "model again with `perf-vit convert`"
         ) from error
     _load_constants(body, constants or {}, origin)
     redraw_projections(body, ours["draw"])

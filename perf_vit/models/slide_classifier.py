@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from perf_vit.errors import ConfigError
+from perf_vit.models.known_arguments import built_from
 from perf_vit.models.pooled import build_pooled
 from perf_vit.models.segmenter import network_id
 from perf_vit.transforms import InputBands, Normalizer
@@ -223,7 +224,8 @@ def build_slide_classifier(
         config, num_bands, spec.tile_px, num_outputs=0, pool=config.pool, saved_backbone=saved_backbone
     )
     embed_dim = _features_of(encoder, num_bands, spec.tile_px)
-    return SlideClassifier(encoder, embed_dim, spec, config, saved_backbone)
+    with built_from("model.hidden_dim and model.attention_dim"):
+        return SlideClassifier(encoder, embed_dim, spec, config, saved_backbone)
 
 
 def _features_of(encoder: nn.Module, num_bands: int, tile_px: int) -> int:

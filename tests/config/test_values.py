@@ -57,7 +57,7 @@ def test_values_that_fit_pass(change: dict) -> None:
         ({"mpp": [1]}, "data.mpp must be float | None, got [1]"),
         ({"pair": (1, "a", 2)}, "data.pair must be tuple[int, str], got (1, 'a', 2)"),
         ({"pair": (1, 2)}, "data.pair must be tuple[int, str], got (1, 2)"),
-        ({"kind": "rbox"}, "data.kind must be typing.Literal['box', 'mask'], got 'rbox'"),
+        ({"kind": "rbox"}, "data.kind must be one of box, mask, got 'rbox'"),
         ({"flips": 1}, "data.flips must be bool, got 1"),
         ({"counts": {"a": "b"}}, "data.counts must be dict[str, int], got {'a': 'b'}"),
         ({"counts": [1]}, "data.counts must be dict[str, int], got [1]"),

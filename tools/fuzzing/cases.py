@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import sys
 from collections.abc import Callable, Sequence
@@ -89,16 +90,20 @@ def run_case(kinds: Sequence[Kind], shop: Workshop, out: Path, *, number: int, s
     shutil.rmtree(case, ignore_errors=True)
     kind, mutation, origin, victim = _damage(kinds, shop, case, rng)
     worst: Result | None = None
+    num_pixels = 0
     (case / "out").mkdir()
     for index, command in enumerate(kind.commands(victim, shop, case / "out", rng)):
         outcome = run_in_fork(lambda command=command: run(command), case / f"command_{index}", limits)
+        num_pixels = max(
+            num_pixels, _claimed_pixels((case / f"command_{index}" / "stdout").read_text(errors="replace"))
+        )
         lines = [line for line in outcome.errors.splitlines() if line.strip()] or [f"exit code {outcome.code}"]
         result = Result(
             number=number,
             kind=kind.name,
             mutation=mutation,
             seed_file=origin.name,
-            verdict=verdict(outcome, limits),
+            verdict=verdict(outcome, limits, num_pixels),
             command=command,
             detail=f"signal {outcome.signal}" if outcome.signal is not None else lines[-1][:300],
             seconds=round(outcome.seconds, 2),
@@ -124,6 +129,14 @@ def _damage(kinds: Sequence[Kind], shop: Workshop, case: Path, rng: Rng) -> tupl
     name = UNDAMAGED if rng.random() < _CONTROL_SHARE else names[int(rng.integers(len(names)))]
     data = mutations[name](origin.read_bytes(), other.read_bytes(), rng)
     return kind, name, origin, kind.place(origin, data, case)
+
+
+def _claimed_pixels(printed: str) -> int:
+    """Rows times columns by what `info` printed, 0 by any other text."""
+    found = re.search(r"([\d,]+) rows x ([\d,]+) columns", printed) or re.search(
+        r'"height": (\d+),\s+"width": (\d+)', printed
+    )
+    return 0 if found is None else int(found[1].replace(",", "")) * int(found[2].replace(",", ""))
 
 
 def _worse(first: Result | None, second: Result) -> Result:

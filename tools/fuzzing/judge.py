@@ -19,12 +19,14 @@ __all__ = ["FINDINGS", "VERDICTS", "Limits", "Outcome", "run_in_fork", "verdict"
 FINDINGS = ("traceback", "hang", "memory", "crash", "unclear")
 """Verdicts that a maintainer must look at."""
 
-VERDICTS = ("accepted", "warned", "refused", *FINDINGS)
+VERDICTS = ("accepted", "warned", "refused", "busy", *FINDINGS)
 
 _MIB = 2**20
 # What asks for much more than the limit is stopped before it takes the machine's memory.
 _ADDRESS_FACTOR = 4
 _TRACEBACK = "Traceback (most recent call last)"
+# More takes longer than the time limit honestly: a few bytes of a header may claim any number.
+_MANY_PIXELS = 2_000_000
 # Allocations that failed, however the library says it.
 _NO_MEMORY = ("MemoryError", "Unable to allocate", "can't allocate memory", "not enough memory", "Out of memory")
 
@@ -90,22 +92,31 @@ def run_in_fork(action: Callable[[], None], folder: Path, limits: Limits) -> Out
     )
 
 
-def verdict(outcome: Outcome, limits: Limits) -> str:
+def verdict(outcome: Outcome, limits: Limits, num_pixels: int = 0) -> str:
     """What to think of an outcome, one of `VERDICTS`.
 
-    Accepted is exit 0; warned, the same with lines "Warning: ..."; refused, exit 2 with exactly one line "Error: ...".
-    Everything else is a finding, "unclear" where the exit code and the lines don't go together.
+    Accepted is exit 0; warned, the same with lines "Warning: ..."; refused, exit 2 with exactly one line "Error: ...";
+    busy, at work on a raster that is as large as it says when time ran out. Everything else is a finding, "unclear"
+    where the exit code and the lines don't go together.
+
+    Args:
+        outcome: of a command.
+        limits: that it had.
+        num_pixels: that the file says it has, as far as is known.
     """
+    if outcome.grown_mib > limits.memory_mib:
+        return "memory"
     if outcome.hung:
-        return "hang"
+        return "busy" if num_pixels > _MANY_PIXELS else "hang"
     if outcome.signal is not None:
         return "crash"
     if _TRACEBACK in outcome.errors:
         return "traceback"
-    if outcome.grown_mib > limits.memory_mib or any(words in outcome.errors for words in _NO_MEMORY):
-        return "memory"
     lines = outcome.errors.splitlines()
-    num_errors = sum(line.startswith("Error: ") for line in lines)
+    errors = [line for line in lines if line.startswith("Error: ")]
+    if any(words in line for line in errors for words in _NO_MEMORY):
+        return "memory"
+    num_errors = len(errors)
     if outcome.code == 2 and num_errors == 1:
         return "refused"
     if outcome.code == 0 and num_errors == 0:

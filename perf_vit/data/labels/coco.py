@@ -29,13 +29,9 @@ def read_coco(labels: Path, folder: ImageFolder) -> RawLabels:
         InputError: not a COCO file, or an annotation of an unknown image or category.
     """
     content = _load(labels)
-    try:
+    with parsing(labels, "a COCO file"):
         categories = {item["id"]: str(item["name"]) for item in content["categories"]}
         return RawLabels(_images(content, categories, labels, folder), tuple(dict.fromkeys(categories.values())))
-    except (KeyError, TypeError, ValueError, IndexError) as error:
-        if isinstance(error, InputError):
-            raise
-        raise InputError(f"{labels} is not a COCO file: {type(error).__name__} {error}") from error
 
 
 def _load(labels: Path) -> Any:

@@ -19,6 +19,9 @@ from perf_vit.types import BoolArray, MaskCrops, Window
 
 __all__ = ["InstanceMasks", "OutlineMasks", "Rle"]
 
+# A mask is unpacked to a byte a pixel; a few numbers of a file may claim any size.
+_LARGEST_MASK = 2**30
+
 
 @dataclass(frozen=True, slots=True)
 class Rle:
@@ -39,9 +42,13 @@ class Rle:
         """From an annotation's `segmentation`, with its counts as numbers or packed into a string.
 
         Raises:
-            InputError: the runs don't cover the mask exactly.
+            InputError: the runs don't cover the mask exactly, or it has more than 2^30 pixels.
         """
         height, width = (int(side) for side in value["size"])
+        if height * width > _LARGEST_MASK:
+            raise InputError(
+                f"{path} holds a mask of {height} x {width} pixels; expected at most {_LARGEST_MASK}: cut the image"
+            )
         counts = value["counts"]
         runs = np.asarray(_unpacked(counts) if isinstance(counts, str) else counts, np.int64)
         if (runs < 0).any() or runs.sum() != height * width:
