@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import sqlite3
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
@@ -11,7 +13,7 @@ import geopandas as gpd
 import numpy as np
 import pyogrio
 from affine import Affine
-from pyogrio.errors import DataLayerError, DataSourceError
+from pyogrio.errors import DataLayerError, DataSourceError, FeatureError
 
 from perf_vit.io._object_table import BOX_FIELDS, ObjectTable
 from perf_vit.io._vector_path import layer_name, writing_path
@@ -56,8 +58,25 @@ def write_gis(
     try:
         with _fixed_date(), writing_path(path) as made:
             pyogrio.write_dataframe(frame, made, **options)
-    except (DataSourceError, DataLayerError) as error:
+            if not _is_complete(made, kind):
+                raise OSError(f"{path.name} was cut while it was written; the disk may be full")
+    except (DataSourceError, DataLayerError, FeatureError) as error:
         raise OSError(str(error)) from error
+
+
+def _is_complete(path: Path, kind: str) -> bool:
+    """Whether all of a file is there: on a full disk GDAL writes some of it and reports nothing."""
+    if kind == "geojson":
+        with path.open("rb") as file:
+            file.seek(-min(path.stat().st_size, 16), os.SEEK_END)
+            return file.read().rstrip().endswith(b"]\n}")
+    try:
+        with closing(sqlite3.connect(path)) as database:
+            # The spatial index comes last.
+            last = database.execute("SELECT 1 FROM sqlite_master WHERE name LIKE 'rtree_%'").fetchone()
+            return last is not None and database.execute("PRAGMA quick_check").fetchone() == ("ok",)
+    except sqlite3.Error:
+        return False
 
 
 def _columns(table: ObjectTable) -> dict[str, Any]:

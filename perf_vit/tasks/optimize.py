@@ -237,8 +237,12 @@ def warmup_cosine(step: int, total: int, warmup_fraction: float) -> float:
 
 
 def _check(config: OptimizerConfig) -> None:
-    if config.lr <= 0 or config.backbone_lr_scale < 0:
-        raise ConfigError("optim.lr must be above 0 and optim.backbone_lr_scale at least 0")
+    # NaN compares false.
+    if not (0 < config.lr < math.inf and 0 <= config.backbone_lr_scale < math.inf):
+        raise ConfigError(
+            "optim.lr must be a number above 0 and optim.backbone_lr_scale one of at least 0, got "
+            f"{config.lr:g} and {config.backbone_lr_scale:g}"
+        )
     if not 0 < config.layer_decay <= 1 or not 0 <= config.warmup_fraction < 1:
         raise ConfigError(
             "expected optim.layer_decay above 0 and at most 1 and optim.warmup_fraction from 0 to below 1, got "

@@ -1,5 +1,7 @@
 import errno
 import json
+import resource
+import signal
 import time
 import uuid
 
@@ -304,3 +306,26 @@ def test_a_class_map_becomes_areas_in_gpkg_and_for_a_slide_in_qupath(scene, slid
             jsonschema.validate(data, QUPATH)
             got = [shapely.geometry.shape(feature["geometry"]).bounds for feature in data["features"]]
             assert got == [(20, 10, 50, 40), (60, 30, 80, 60)]
+
+
+@pytest.mark.parametrize("suffix", [".gpkg", ".geojson", ".parquet", ".json"])
+def test_a_disk_that_fills_up_leaves_no_part_of_a_file(suffix, make_scene, tmp_path) -> None:
+    source = open_source(make_scene(height=40, width=60))
+    boxes = np.tile([[2.0, 3, 9, 12]], (40, 1))
+    path = tmp_path / "out" / f"o{suffix}"
+    write_objects(path, boxes, None, np.zeros(40, int), ["a"], source=source)
+    size = path.stat().st_size
+    path.unlink()
+    ignored = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    try:
+        for limit in (0, 100, size // 4, size // 2, size - 5000, size - 3):
+            if limit < 0:
+                continue
+            resource.setrlimit(resource.RLIMIT_FSIZE, (limit, before[1]))
+            with pytest.raises(OutputError, match="can't write"):
+                write_objects(path, boxes, None, np.zeros(40, int), ["a"], source=source)
+            assert list(path.parent.iterdir()) == []
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        signal.signal(signal.SIGXFSZ, ignored)

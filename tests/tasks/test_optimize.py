@@ -155,7 +155,10 @@ def test_schedules_of_timm_by_name_count_epochs(schedule, kwargs, factors) -> No
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"lr": 0.0}, "optim.lr must be above 0"),
+        ({"lr": 0.0}, "optim.lr must be a number above 0"),
+        ({"lr": math.nan}, "optim.lr must be a number above 0"),
+        ({"lr": math.inf}, "optim.lr must be a number above 0"),
+        ({"backbone_lr_scale": math.nan}, "and nan"),
         ({"layer_decay": 1.5}, "layer_decay above 0 and at most 1"),
         ({"warmup_fraction": 1.0}, "warmup_fraction from 0 to below 1"),
         ({"schedule": "cosin"}, "optim.schedule must be one of cosine, "),
