@@ -10,8 +10,8 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 
-from perf_vit.errors import InputError, warn_once
-from perf_vit.io._bands import alpha_bands, choose_bands, colormap_of, common_dtype, names_of
+from perf_vit.errors import InputError
+from perf_vit.io._bands import alpha_bands, choose_bands, colormap_of, common_dtype, names_of, warn_of_alpha
 from perf_vit.io._gdal import read_window
 from perf_vit.io._nodata import holds_data, is_nodata_by_band, mask_bands, nodata_values
 from perf_vit.types import BoolArray, Window
@@ -97,7 +97,7 @@ class BandLayout:
         # A band that is read as data masks nothing.
         alpha = tuple(band for band in alpha_bands(dataset) if band not in bands)
         if alpha and dataset.driver not in _TRUE_ALPHA:
-            _warn_of_alpha(path, alpha, dataset.count)
+            warn_of_alpha(path, alpha[0], dataset.count)
         return cls(
             path=path,
             bands=bands,
@@ -149,15 +149,6 @@ class BandLayout:
         pixels = (raw * scale + offset).astype(np.float32)
         np.copyto(pixels, np.nan, where=~mask)
         return pixels, mask
-
-
-def _warn_of_alpha(path: str, alpha: Sequence[int], count: int) -> None:
-    every = ", ".join(str(band) for band in range(1, count + 1))
-    warn_once(
-        "alpha",
-        f"band {alpha[0]} of {path} is tagged as alpha and taken as a mask: where it is 0, pixels are not valid; so "
-        f"are those of other files. If it is data, such as near infrared, read it with bands=[{every}] (data.bands)",
-    )
 
 
 def _expanded(colormap: Mapping[int, Sequence[int]], path: str, bands: Sequence[int]) -> dict[str, Any]:

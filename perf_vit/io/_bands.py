@@ -10,9 +10,9 @@ from typing import Any
 import numpy as np
 from rasterio.enums import ColorInterp
 
-from perf_vit.errors import InputError
+from perf_vit.errors import InputError, warn_once
 
-__all__ = ["alpha_bands", "choose_bands", "colormap_of", "common_dtype", "names_of"]
+__all__ = ["alpha_bands", "choose_bands", "colormap_of", "common_dtype", "names_of", "warn_of_alpha"]
 
 _OPACITY = ("alpha", "opacity", "transparen", "mask", "valid")
 
@@ -61,6 +61,16 @@ def alpha_bands(dataset: Any) -> tuple[int, ...]:
 def _is_opacity(description: str | None) -> bool:
     text = (description or "").lower()
     return not text or re.fullmatch(r"band[ _]?\d+", text) is not None or any(word in text for word in _OPACITY)
+
+
+def warn_of_alpha(path: str, band: int, num_bands: int) -> None:
+    """Tell, once a process, that a band is taken as a mask."""
+    every = ", ".join(str(number) for number in range(1, num_bands + 1))
+    warn_once(
+        "alpha",
+        f"band {band} of {path} is tagged as alpha and taken as a mask: where it is 0, pixels are not valid; so are "
+        f"those of other files. If it is data, such as near infrared, read it with bands=[{every}] (data.bands)",
+    )
 
 
 def common_dtype(dataset: Any, path: str, bands: Sequence[int]) -> np.dtype[Any]:

@@ -73,6 +73,8 @@ class OpenSlideReader:
 
     dtype = np.dtype(np.uint8)
     band_names: tuple[str, ...] = ("red", "green", "blue")
+    # Where the scanner saw nothing is in the masks of `read`.
+    alpha: int | None = None
     # Glass without tissue is white.
     fill = 255
 

@@ -41,6 +41,7 @@ class PyramidReader(Protocol):
         mpp_yx: micrometres per pixel of level 0, None where the file doesn't tell.
         dtype: of the pixels.
         band_names: one a band.
+        alpha: index of a band of opacity, None without; it is read only if it is asked for.
         fill: value of pixels that don't exist.
         format: its name, such as "aperio".
     """
@@ -49,6 +50,7 @@ class PyramidReader(Protocol):
     mpp_yx: tuple[float, float] | None
     dtype: np.dtype[Any]
     band_names: tuple[str, ...]
+    alpha: int | None
     fill: int
     format: str
 

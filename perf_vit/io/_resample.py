@@ -38,19 +38,25 @@ def read_grid(
         Pixels [C, h, w] in the reader's dtype, and which hold data, [C, h, w] or [1, h, w].
     """
     if grid.is_level:
-        pixels, mask = reader.read(grid.level, window)
-        return pixels[list(bands)], _of_bands(mask, bands)
+        return _read_bands(reader, grid.level, window, bands)
     level = reader.levels[grid.level]
     rows = _Taps(grid.start_yx[0], grid.step_yx[0], level.height, window.row, window.row_stop)
     cols = _Taps(grid.start_yx[1], grid.step_yx[1], level.width, window.col, window.col_stop)
     if rows.span * cols.span > _MAX_PIXELS and max(window.shape) > 1:
         return _read_halves(reader, grid, window, bands)
-    pixels, mask = reader.read(grid.level, Window(rows.first, cols.first, rows.span, cols.span))
-    return _filtered(pixels[list(bands)], _of_bands(mask, bands), rows, cols, reader.fill)
+    place = Window(rows.first, cols.first, rows.span, cols.span)
+    return _filtered(*_read_bands(reader, grid.level, place, bands), rows, cols, reader.fill)
 
 
-def _of_bands(mask: BoolArray, bands: Sequence[int]) -> BoolArray:
-    return mask if len(mask) == 1 else mask[list(bands)]
+def _read_bands(
+    reader: PyramidReader, level: int, window: Window, bands: Sequence[int]
+) -> tuple[npt.NDArray[Any], BoolArray]:
+    pixels, mask = reader.read(level, window)
+    mask = mask if len(mask) == 1 else mask[list(bands)]
+    # A band that is read as data masks nothing.
+    if reader.alpha is not None and reader.alpha not in bands:
+        mask = mask & (pixels[reader.alpha] > 0)
+    return pixels[list(bands)], mask
 
 
 def _read_halves(

@@ -11,6 +11,7 @@ import numpy.typing as npt
 from affine import Affine
 
 from perf_vit.errors import InputError
+from perf_vit.io._bands import warn_of_alpha
 from perf_vit.io._pyramid import LevelGrid, PyramidReader, finest_enough, grid_at, grid_of_level
 from perf_vit.io._resample import read_grid
 from perf_vit.io.tissue import TissueMask, open_tissue
@@ -30,7 +31,7 @@ class SlideSource:
         mpp: micrometres per pixel to read at.
         level: level to read, instead of `mpp`; by default 0.
         slide_mpp: micrometres per pixel of level 0, or (x, y), instead of what the file says.
-        bands: names or 1-based numbers of the channels to read, in this order; by default all.
+        bands: names or 1-based numbers of the channels to read, in this order; by default all but alpha.
         tissue: "otsu", or a GeoJSON file of polygons in pixels of level 0; pixels elsewhere are not valid.
 
     Attributes:
@@ -47,6 +48,7 @@ class SlideSource:
         transform: the identity.
         format: what the file is, such as "aperio".
         levels: (height, width) of each level that the file holds, finest first.
+        mask_name: what hides pixels in the file, such as "band 4 (alpha)", None where nothing does.
 
     Raises:
         InputError: no such level or channel, `mpp` without a known pixel size, or a bad tissue file.
@@ -79,7 +81,10 @@ class SlideSource:
         self.mpp = None if mpp_yx is None else math.sqrt(math.prod(mpp_yx) * math.prod(self.downsample_xy))
         self.height, self.width = self._grid.height, self._grid.width
         self.dtype = reader.dtype
-        self._indices = _choose_bands(path, reader.band_names, bands)
+        self._indices = _choose_bands(path, reader, bands)
+        self.mask_name = None if reader.alpha in (None, *self._indices) else f"band {reader.alpha + 1} (alpha)"
+        if self.mask_name:
+            warn_of_alpha(path, reader.alpha + 1, len(reader.band_names))
         self.bands = tuple(index + 1 for index in self._indices)
         self.band_names = tuple(reader.band_names[index] for index in self._indices)
         self.transform = Affine.identity()
@@ -218,9 +223,10 @@ def _choose_grid(
     return grid_at(reader.levels, (mpp / mpp_yx[0], mpp / mpp_yx[1]))
 
 
-def _choose_bands(path: str, names: tuple[str, ...], bands: Sequence[int | str] | None) -> tuple[int, ...]:
+def _choose_bands(path: str, reader: PyramidReader, bands: Sequence[int | str] | None) -> tuple[int, ...]:
+    names = reader.band_names
     if bands is None:
-        return tuple(range(len(names)))
+        return tuple(index for index in range(len(names)) if index != reader.alpha)
     known: dict[int | str, int] = {name: index for index, name in reversed(list(enumerate(names)))}
     known |= {index + 1: index for index in range(len(names))}
     wrong = [band for band in bands if band not in known]

@@ -23,6 +23,8 @@ from perf_vit.types import BoolArray, Window
 __all__ = ["ArrayReader", "is_multiscale", "open_ome_tiff", "open_ome_zarr"]
 
 _COLOURS = ("red", "green", "blue")
+# ExtraSamples of TIFF: colours multiplied with alpha, and others.
+_ALPHA_SAMPLES = {1, 2}
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,6 +36,7 @@ class _Arrays:
     mpp_yx: tuple[float, float] | None
     names: tuple[str, ...]
     close: Callable[[], None]
+    has_alpha: bool = False
 
 
 class ArrayReader:
@@ -61,7 +64,12 @@ class ArrayReader:
         self.levels = _levels([(size["Y"], size["X"]) for size in sizes])
         self.mpp_yx = opened.mpp_yx
         self._is_colour = "S" in sizes[0]
-        self.band_names = _COLOURS if self._is_colour else _channel_names(opened.names, sizes[0].get("C", 1))
+        self.band_names = (
+            (*_COLOURS, "alpha" if opened.has_alpha else "band_4")[: sizes[0]["S"]]
+            if self._is_colour
+            else _channel_names(opened.names, sizes[0].get("C", 1))
+        )
+        self.alpha = len(_COLOURS) if "alpha" in self.band_names[3:] and self._is_colour else None
         self.fill = 255 if self._is_colour and self.dtype == np.uint8 else 0
 
     def read(self, level: int, window: Window) -> tuple[npt.NDArray[Any], BoolArray]:
@@ -72,8 +80,7 @@ class ArrayReader:
             InputError: the system can't read it.
         """
         places: dict[str, Any] = {"Y": slice(window.row, window.row_stop), "X": slice(window.col, window.col_stop)}
-        # Of colours with alpha, the colours.
-        places |= {"C": slice(None), "S": slice(len(_COLOURS))}
+        places |= {"C": slice(None), "S": slice(None)}
         try:
             found = np.asarray(self._handle.get().arrays[level][tuple(places.get(axis, 0) for axis in self._axes)])
         # The codecs behind a file have no common base of their errors.
@@ -163,7 +170,9 @@ def _open_tiff(path: str) -> _Arrays:
         series = tiff.series[0]
         arrays = [zarr.open(series.aszarr(level=level), mode="r") for level in range(len(series.levels))]
         found = parse_ome_xml(tiff.ome_metadata or "")
-        return _Arrays(arrays, series.axes, found.mpp_yx, found.channel_names, tiff.close)
+        samples = {int(kind) for kind in series.keyframe.extrasamples}
+        has_alpha = bool(samples & _ALPHA_SAMPLES)
+        return _Arrays(arrays, series.axes, found.mpp_yx, found.channel_names, tiff.close, has_alpha)
 
 
 def _open_zarr(path: str) -> _Arrays:

@@ -123,7 +123,7 @@ def open_tissue(tissue: str, path: str, reader: PyramidReader, mpp_yx: tuple[flo
     """
     if tissue != "otsu":
         return PolygonMask(_read_polygons(tissue))
-    if reader.dtype != np.uint8 or len(reader.band_names) != 3:
+    if reader.dtype != np.uint8 or len(reader.band_names) - (reader.alpha is not None) != 3:
         raise InputError(
             f'tissue="otsu" needs red, green and blue of 8 bits, {path} has {len(reader.band_names)} channels of '
             f"{reader.dtype}; give a GeoJSON file of outlines"

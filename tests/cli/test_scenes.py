@@ -201,3 +201,17 @@ def test_a_config_that_doesnt_fit_is_one_line_and_leaves_nothing(
     assert call(["train", config, f"data.train.images={folders}", f"out={out}", *overrides]) == 2
     assert message in capsys.readouterr().err
     assert not out.exists()
+
+
+def test_a_constant_number_is_named_and_has_std_1(folders, config, tmp_path, capsys) -> None:
+    rows = [f"{path.relative_to(folders)},{0.1},{number}" for number, path in enumerate(sorted(folders.rglob("*.tif")))]
+    (tmp_path / "numbers.csv").write_text("image,depth,height\n" + "\n".join(rows))
+    files = [f"data.train.images={folders}", f"data.train.labels={tmp_path / 'numbers.csv'}", f"out={tmp_path / 'run'}"]
+    options = ["task=regression", "data.targets=[depth,height]", "trainer.max_epochs=1"]
+    assert call(["train", config, *options, *files]) == 0
+    spec = load_classifier(tmp_path / "run" / "checkpoints" / "last.ckpt").spec
+    assert spec.target_std[0] == 1
+    assert spec.target_std[1] > 3
+    printed = " ".join("".join(capsys.readouterr()).split())
+    assert "the number depth (std" in printed
+    assert "the number height (std" not in printed

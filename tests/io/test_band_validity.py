@@ -6,8 +6,10 @@ import numpy as np
 import pytest
 import rasterio
 import rasterio.shutil
+import tifffile
 import zarr
 
+from perf_vit.errors import DataWarning
 from perf_vit.io import open_source
 from perf_vit.types import GeoImage
 
@@ -174,3 +176,34 @@ def test_nan_in_a_channel_of_a_slide_stays_there_and_out_of_its_neighbours(tmp_p
     ]
     image, mask = read(open_source(tmp_path / "s.ome.zarr", mpp=mpp))
     check_holes(image, mask)
+
+
+def write_rgba(path, tag: str | None):
+    """An OME-TIFF of four samples a pixel, of which the last is 0 in its upper third."""
+    pixels = np.full((60, 80, 4), 90, np.uint8)
+    pixels[:20, :, 3] = 0
+    tifffile.imwrite(path, pixels, photometric="rgb", extrasamples=[tag], metadata={"axes": "YXS"})
+    return path
+
+
+@pytest.mark.parametrize("mpp", [0.5, 0.8])
+@pytest.mark.parametrize("tag", ["UNASSALPHA", "ASSOCALPHA"])
+def test_alpha_of_a_slide_is_a_mask_until_it_is_read_as_data(tmp_path, tag, mpp) -> None:
+    path = write_rgba(tmp_path / "a.ome.tif", tag)
+    with pytest.warns(DataWarning, match=r"band 4 of .*a\.ome\.tif is tagged as alpha"):
+        source = open_source(path, mpp=mpp, slide_mpp=0.5)
+    image, _ = read(source)
+    assert (source.num_bands, source.mask_name) == (3, "band 4 (alpha)")
+    assert image.valid.mean() == pytest.approx(2 / 3, abs=0.02)
+    source = open_source(path, bands=[1, 2, 3, 4], mpp=mpp, slide_mpp=0.5)
+    image, _ = read(source)
+    assert source.mask_name is None
+    assert image.valid.all()
+    assert np.count_nonzero(image.pixels[3] == 0) > 0.3 * image.valid.size
+
+
+def test_a_fourth_sample_of_unknown_meaning_is_data(tmp_path, recwarn) -> None:
+    source = open_source(write_rgba(tmp_path / "a.ome.tif", "UNSPECIFIED"), slide_mpp=0.5)
+    assert source.band_names == ("red", "green", "blue", "band_4")
+    assert read(source)[0].valid.all()
+    assert not [each for each in recwarn if each.category is DataWarning]
