@@ -156,6 +156,7 @@ def _spec(config: DetectionRun, data: ObjectDataModule) -> DetectorSpec:
         bands=None if config.data.bands is None else tuple(config.data.bands),
         nodata=config.data.nodata,
         mpp=config.data.mpp,
+        category_ids=data.train_index.category_ids,
         label_options={
             "label_format": split.format,
             "skip_classes": list(config.data.skip_classes),

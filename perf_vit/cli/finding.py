@@ -9,6 +9,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal
 
+from perf_vit.cli.coco_results import COCO_RESULTS, check_coco_results, join_coco_results
 from perf_vit.cli.console import inputs_progress, run_table, say, show, windows_progress
 from perf_vit.cli.detecting import detect_objects, open_for_detector
 from perf_vit.errors import ConfigError, InputError, OutputError
@@ -23,10 +24,11 @@ from perf_vit.inference import (
     reserve_report,
     resolve_one,
 )
-from perf_vit.io import check_outputs, check_vector_output, write_objects
+from perf_vit.io import CocoImages, check_outputs, check_vector_output, write_objects
 from perf_vit.models import Detector, load_detector
 from perf_vit.tiling import grid_windows
 from perf_vit.transforms import InputCheck
+from perf_vit.types import Source
 
 __all__ = ["find_objects"]
 
@@ -41,6 +43,7 @@ class ObjectFiles:
         suffix: of outputs that are named .tif, as `find_inputs` does; by default .gpkg where the input has a CRS and
             .geojson elsewhere.
         overwrite: find objects again where the output is there.
+        coco_images: write COCO results that go by these ids.
         **engine: options of the search.
 
     Attributes:
@@ -56,6 +59,7 @@ class ObjectFiles:
         source: Mapping[str, Any] | None = None,
         suffix: str | None = None,
         overwrite: bool = False,
+        coco_images: CocoImages | None = None,
         **engine: Any,
     ) -> None:
         self.model = model
@@ -66,6 +70,7 @@ class ObjectFiles:
         self._source = dict(source or {})
         self._suffix = suffix
         self._overwrite = overwrite
+        self._coco_images = coco_images
         self._engine = engine
 
     def output_of(self, item: MapInput, *, placed: bool) -> Path:
@@ -88,15 +93,26 @@ class ObjectFiles:
                 return replace(result, made=False)
             check_vector_output(output, scene)
             self._check_input(scene)
+            ids = self._coco_ids(item.path, scene)
             progress: dict[str, Any] = {"on_window": self.on_window} if self.on_window else {}
             objects = detect_objects(self.model, scene, self.threshold, **progress, **self._engine)
             write_objects(
-                output, objects.geometry, objects.scores, objects.labels, self.model.spec.classes, source=scene
+                output, objects.geometry, objects.scores, objects.labels, self.model.spec.classes, source=scene, **ids
             )
             self.num_objects += len(objects)
             return result
         finally:
             scene.close()
+
+    def _coco_ids(self, image: str, scene: Source) -> dict[str, Any]:
+        """Options of `write_objects`."""
+        spec = self.model.spec
+        if self._coco_images is None:
+            return {"category_ids": spec.category_ids}
+        return {
+            "category_ids": self._coco_images.category_ids(spec.classes),
+            "image_id": self._coco_images.image_id(image, scene.size),
+        }
 
     def _overlap(self, window_size: int) -> int:
         overlap = self._engine.get("overlap")
@@ -119,6 +135,7 @@ def find_objects(
     mosaic: bool = False,
     path_column: str = "path",
     polygons: str | None = None,
+    coco_images: Path | None = None,
     on_error: Literal["stop", "skip"] = "stop",
     overwrite: bool = False,
     score_threshold: float | None = None,
@@ -133,6 +150,7 @@ def find_objects(
         mosaic: the one input is many files that make one scene.
         path_column: of lists.
         polygons: format of files in a folder, by its suffix.
+        coco_images: COCO file of labels: write COCO results that go by its ids, of several inputs also all in one file.
         on_error: of several inputs, "stop" at the first that fails or "skip" it.
         overwrite: replace an output that is there; without it, one of several is left, a single one refused.
         score_threshold: lowest score of an object; the checkpoint's own by default.
@@ -154,21 +172,34 @@ def find_objects(
         _check_one(polygons, on_error)
     elif output.suffix and not output.is_dir():
         raise OutputError(f"the objects of several inputs need a folder as --output, got {output}")
-    suffix = None if polygons is None else f".{polygons}"
+    if coco_images is not None and (polygons or ("json" if many else output.suffix[1:])) != "json":
+        raise ConfigError("--coco-images is for COCO results: name --output .json, or give --polygons json")
+    suffix = ".json" if coco_images is not None else None if polygons is None else f".{polygons}"
     found = find_inputs(inputs, output, path_column=path_column) if many else [MapInput(inputs[0], output)]
-    read = [checkpoint, (options.get("source") or {}).get("tissue")]
+    coco = None if coco_images is None else CocoImages(coco_images)
+    read = [checkpoint, coco_images, (options.get("source") or {}).get("tissue")]
     outputs = [name for item in found for name in output_names(item, suffix)]
     if many:
         read += [each for each in inputs if Path(each).is_file()]
         read += [item.path for item in found]
         # Files that are there are left as they are, unless `overwrite`.
-        check_outputs([*outputs, output / REPORT], read, overwrite=True)
+        check_outputs([*outputs, output / REPORT, output / COCO_RESULTS], read, overwrite=True)
     else:
         check_outputs(outputs, [inputs[0], *read], overwrite=overwrite)
+    if coco is not None:
+        coco.check(item.path for item in found)
+    if coco is not None and many and not overwrite:
+        check_coco_results(outputs, output, coco)
     options |= {"score_threshold": score_threshold, "suffix": suffix, "overwrite": overwrite or not many}
-    files = ObjectFiles(load_detector(checkpoint), **options)
+    files = ObjectFiles(load_detector(checkpoint), coco_images=coco, **options)
     if many:
-        _find_in_many(files, found, output, checkpoint, on_error, options)
+        try:
+            _find_in_many(
+                files, found, output, checkpoint, on_error, {**options, "coco_images": coco_images and str(coco_images)}
+            )
+        finally:
+            if coco is not None:
+                join_coco_results(outputs, output)
         return
     with windows_progress(f"searching {Path(inputs[0]).name}") as on_window:
         files.on_window = on_window

@@ -21,7 +21,7 @@ _FILES = frozenset({"num_readers", "overwrite", "polygons", "score_threshold"})
 
 PREDICT_OPTIONS = {
     "segmentation": _PREDICT | _SOURCES | _WINDOWS | _MAPS | _FILES,
-    "detection": _PREDICT | _SOURCES | _WINDOWS | _FILES,
+    "detection": _PREDICT | _SOURCES | _WINDOWS | _FILES | {"coco_images"},
     "classification": _PREDICT,
     "regression": _PREDICT,
     "slide": _PREDICT | {"num_readers", "slide_mpp", "tissue"},

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -241,8 +241,8 @@ def _indices(config: ObjectDataConfig, seed: int) -> tuple[ObjectIndex, ObjectIn
     chosen = set(order[:num_val].tolist())
     val = train if _training_mpp(config) == config.mpp else _read(config, config.train, "data.train", config.mpp)
     return (
-        ObjectIndex(_part(train, chosen, inside=False), train.classes, train.counts),
-        ObjectIndex(_part(val, chosen, inside=True), val.classes, val.counts),
+        replace(train, records=_part(train, chosen, inside=False)),
+        replace(val, records=_part(val, chosen, inside=True)),
     )
 
 

@@ -4,6 +4,7 @@ from perf_vit.io._gdal import bounded_cache
 from perf_vit.io._label_vector import warn_of_polygons_beside
 from perf_vit.io._staging import replaced, staged
 from perf_vit.io._vector_file import is_vector_name, split_layer
+from perf_vit.io.coco_images import CocoImages, default_category_ids
 from perf_vit.io.cog import write_cog
 from perf_vit.io.describe import SourceInfo, describe_source
 from perf_vit.io.existing import holds_layout
@@ -44,6 +45,7 @@ __all__ = [
     "MASK_SUFFIXES",
     "PICTURE_SUFFIXES",
     "SLIDE_SUFFIXES",
+    "CocoImages",
     "CogWriter",
     "LabelFiles",
     "LabelSource",
@@ -61,6 +63,7 @@ __all__ = [
     "check_vector_output",
     "colorize",
     "common_unit",
+    "default_category_ids",
     "default_colormap",
     "describe_source",
     "existing_error",

@@ -1,8 +1,8 @@
-"""Objects as COCO's JSON, in pixels of one image."""
+"""Objects as COCO's JSON, in pixels of one image: a data set, or results that go by the ids of another."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +13,14 @@ import shapely
 from perf_vit.io._object_table import BOX_FIELDS, ObjectTable
 from perf_vit.text import to_json
 
-__all__ = ["write_coco"]
+__all__ = ["write_coco", "write_coco_results"]
 
 _DECIMALS = 3
 
 
-def write_coco(path: Path, table: ObjectTable, *, name: str, height: int, width: int) -> None:
+def write_coco(
+    path: Path, table: ObjectTable, category_ids: Sequence[int], *, name: str, height: int, width: int
+) -> None:
     """Write a COCO data set of one image, annotation by annotation.
 
     Segmentations are lists of polygons without holes, as COCO has no others; an object with holes is cut there.
@@ -26,31 +28,48 @@ def write_coco(path: Path, table: ObjectTable, *, name: str, height: int, width:
     Args:
         path: the file.
         table: the objects.
+        category_ids: one a class.
         name: of the image.
         height: of the image, in pixels.
         width: of the image, in pixels.
     """
     image = {"id": 1, "file_name": name, "height": height, "width": width}
-    categories = [{"id": index, "name": name} for index, name in enumerate(table.class_names)]
+    categories = [{"id": id_, "name": name} for id_, name in zip(category_ids, table.class_names, strict=True)]
     with path.open("w", encoding="utf-8") as file:
         file.write(f'{{"images": [{to_json(image)}],\n"categories": {to_json(categories)},\n"annotations": [')
         for index in range(len(table)):
             file.write(",\n" if index else "\n")
-            file.write(to_json(_annotation(table, index)))
+            # Ids from 1: pycocotools takes 0 for "no annotation".
+            annotation = {"id": index + 1, **_annotation(table, index, 1, category_ids), "iscrowd": 0}
+            file.write(to_json(annotation))
         file.write("\n]}\n")
 
 
-def _annotation(table: ObjectTable, index: int) -> dict[str, Any]:
+def write_coco_results(path: Path, table: ObjectTable, category_ids: Sequence[int], *, image_id: int) -> None:
+    """Write objects in COCO's format of results: a list of annotations with scores, which `COCO.loadRes` reads.
+
+    Args:
+        path: the file.
+        table: the objects.
+        category_ids: one a class.
+        image_id: of the image in the file of labels.
+    """
+    with path.open("w", encoding="utf-8") as file:
+        file.write("[")
+        for index in range(len(table)):
+            file.write(",\n" if index else "\n")
+            file.write(to_json(_annotation(table, index, image_id, category_ids)))
+        file.write("\n]\n")
+
+
+def _annotation(table: ObjectTable, index: int, image_id: int, category_ids: Sequence[int]) -> dict[str, Any]:
     polygon = table.polygons[index]
     left, top, right, bottom = polygon.bounds
     annotation: dict[str, Any] = {
-        # From 1: pycocotools takes 0 for "no annotation".
-        "id": index + 1,
-        "image_id": 1,
-        "category_id": int(table.labels[index]),
+        "image_id": image_id,
+        "category_id": int(category_ids[table.labels[index]]),
         "bbox": _rounded(np.array([left, top, right - left, bottom - top])),
         "area": round(polygon.area, _DECIMALS),
-        "iscrowd": 0,
         "segmentation": [_rounded(shapely.get_coordinates(part.exterior)[:-1].ravel()) for part in _solid(polygon)],
     }
     if table.scores is not None:

@@ -12,12 +12,13 @@ from pyproj import Transformer
 from pyproj.exceptions import CRSError, ProjError
 
 from perf_vit.errors import OutputError
-from perf_vit.io._coco import write_coco
+from perf_vit.io._coco import write_coco, write_coco_results
 from perf_vit.io._gdal import crs_name
 from perf_vit.io._gis_tables import write_gis
 from perf_vit.io._object_table import ObjectTable
 from perf_vit.io._qupath import write_qupath
 from perf_vit.io._staging import staged
+from perf_vit.io.coco_images import default_category_ids
 from perf_vit.io.slide import SlideSource
 from perf_vit.types import Source
 
@@ -44,13 +45,16 @@ def write_objects(
     format: VectorFormat | None = None,  # noqa: A002
     object_type: Literal["detection", "annotation"] = "detection",
     background: int | None = None,
+    category_ids: Sequence[int] | None = None,
+    image_id: int | None = None,
 ) -> Path:
     """Write objects of a source, in the format that the name's suffix asks for.
 
     - `.gpkg`, `.parquet`: a table in the source's CRS.
     - `.geojson`: longitude and latitude (EPSG:4326), which is all that RFC 7946 knows; QuPath's GeoJSON for a source
       without CRS.
-    - `.json`: COCO, in pixels of the source. Its category ids are the class indices.
+    - `.json`: COCO, in pixels of the source: a data set of one image; with `image_id`, a list of results for
+      `pycocotools.coco.COCO.loadRes`.
     - `format="qupath"`: QuPath's GeoJSON, in pixels of the slide's level 0.
 
     The file appears under its name when it is complete, and the same objects give the same bytes with the same
@@ -67,6 +71,8 @@ def write_objects(
         format: instead of the one that the suffix asks for.
         object_type: of QuPath's objects; it draws detections faster, and lets users edit annotations.
         background: index of the class that is background, if one is, for the colours that QuPath's objects get.
+        category_ids: COCO's id of each class, such as `DetectorSpec.category_ids`; 1, 2, 3, ... by default.
+        image_id: of the source in a COCO file of labels, see `CocoImages`.
 
     Returns:
         The path of the file.
@@ -82,7 +88,8 @@ def write_objects(
         made = folder / target.name
         try:
             if chosen == "coco":
-                write_coco(made, table, name=Path(source.path).name, height=source.height, width=source.width)
+                ids = category_ids or default_category_ids(len(table.class_names))
+                _write_coco(made, table, ids, source, image_id)
             elif chosen == "qupath":
                 write_qupath(made, table, object_type=object_type, scale=_to_level0(source), background=background)
             else:
@@ -90,6 +97,16 @@ def write_objects(
         except OSError as error:
             raise OutputError(f"can't write {path}: {error.strerror or error}") from error
     return target
+
+
+def _write_coco(
+    path: Path, table: ObjectTable, category_ids: Sequence[int], source: Source, image_id: int | None
+) -> None:
+    if image_id is None:
+        name = Path(source.path).name
+        write_coco(path, table, category_ids, name=name, height=source.height, width=source.width)
+    else:
+        write_coco_results(path, table, category_ids, image_id=image_id)
 
 
 def check_vector_output(path: str | Path, source: Source, *, format: VectorFormat | None = None) -> VectorFormat:  # noqa: A002

@@ -35,6 +35,7 @@ class DetectorSpec:
         kind: geometry of its detections; the head decides it.
         mpp: micrometres per pixel that slides are read at, None for their level 0 and rasters.
         trained_on: bands of the training images, to tell input that is not like them; None where nobody knows.
+        category_ids: COCO's id of each class in the labels that it was trained on, None where they had none.
         label_options: how its label files are read, as keyword arguments of `perf_vit.data.read_object_labels`.
     """
 
@@ -47,6 +48,7 @@ class DetectorSpec:
     kind: ObjectKind = "boxes"
     mpp: float | None = None
     trained_on: InputBands | None = None
+    category_ids: tuple[int, ...] | None = None
     label_options: dict[str, Any] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
@@ -69,6 +71,7 @@ class DetectorSpec:
             kind=values["kind"],
             mpp=values.get("mpp"),
             trained_on=values.get("trained_on") and InputBands.from_dict(values["trained_on"]),
+            category_ids=values.get("category_ids") and tuple(values["category_ids"]),
             label_options=values["label_options"],
         )
 

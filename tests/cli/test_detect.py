@@ -83,6 +83,7 @@ def test_the_run_folder_holds_config_checkpoints_metrics_and_curve(run) -> None:
     assert spec.classes == ("car", "bus")
     assert spec.score_threshold != 0.5
     assert spec.label_options["label_format"] == "coco"
+    assert spec.category_ids == (0, 1)
 
 
 def test_evaluation_prints_classes_and_writes_scores_and_curves(run, tmp_path, capsys) -> None:

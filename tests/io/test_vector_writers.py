@@ -93,7 +93,7 @@ def test_coco_is_read_by_pycocotools(scene, tmp_path, kind) -> None:
     path = write_objects(tmp_path / "out.json", GEOMETRIES[kind], SCORES, LABELS, CLASSES, source=scene)
     data = coco.COCO(str(path))
     assert data.imgs[1] == {"id": 1, "file_name": "scene_0.tif", "height": 70, "width": 90}
-    assert {index: category["name"] for index, category in data.cats.items()} == dict(enumerate(CLASSES))
+    assert {index: category["name"] for index, category in data.cats.items()} == dict(enumerate(CLASSES, 1))
     for annotation, polygon in zip(data.loadAnns([1, 2, 3]), outlines(kind), strict=True):
         left, top, right, bottom = polygon.bounds
         assert np.allclose(annotation["bbox"], [left, top, right - left, bottom - top], atol=2e-3)

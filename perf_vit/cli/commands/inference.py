@@ -66,6 +66,12 @@ def predict(
             "Of a detector: the format of several outputs, gpkg by default, geojson of images without CRS."
         ),
     ] = None,
+    coco_images: Annotated[
+        Path | None,
+        typer.Option(
+            help="COCO file of labels of the images: write COCO results, .json, that go by its ids (detection)."
+        ),
+    ] = None,
     score_threshold: Annotated[
         float | None,
         typer.Option(
@@ -140,6 +146,7 @@ def predict(
             mosaic=mosaic,
             path_column=path_column,
             polygons=polygons,
+            coco_images=coco_images,
             on_error=on_error,
             overwrite=overwrite,
             source=source,

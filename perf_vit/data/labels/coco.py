@@ -30,8 +30,12 @@ def read_coco(labels: Path, folder: ImageFolder) -> RawLabels:
     """
     content = _load(labels)
     with parsing(labels, "a COCO file"):
-        categories = {item["id"]: str(item["name"]) for item in content["categories"]}
-        return RawLabels(_images(content, categories, labels, folder), tuple(dict.fromkeys(categories.values())))
+        categories = _categories(content, labels)
+        return RawLabels(
+            _images(content, categories, labels, folder),
+            tuple(dict.fromkeys(categories.values())),
+            has_category_ids=True,
+        )
 
 
 def _load(labels: Path) -> Any:
@@ -40,6 +44,19 @@ def _load(labels: Path) -> Any:
     if not isinstance(content, dict) or not {"images", "annotations", "categories"} <= set(content):
         raise InputError(f"{labels} is not a COCO file: expected an object with images, annotations and categories")
     return content
+
+
+def _categories(content: Any, labels: Path) -> dict[Any, str]:
+    """Names by id; ids of one name are one class, as a supercategory may have its category's name.
+
+    Raises:
+        InputError: an id that is there twice: nobody knows which is meant.
+    """
+    counts = Counter(item["id"] for item in content["categories"])
+    twice = next((value for value, number in counts.items() if number > 1), None)
+    if twice is not None:
+        raise InputError(f"{labels} lists {counts[twice]} categories of id {twice}; give each its own id")
+    return {item["id"]: str(item["name"]) for item in content["categories"]}
 
 
 def _images(content: Any, categories: dict[Any, str], labels: Path, folder: ImageFolder) -> list[RawImage]:

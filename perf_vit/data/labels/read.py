@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from perf_vit.data.labels.table import read_table
 from perf_vit.data.labels.voc import read_voc
 from perf_vit.data.labels.yolo import read_yolo
 from perf_vit.errors import ConfigError, DataWarning, InputError
-from perf_vit.io import split_layer
+from perf_vit.io import CocoImages, split_layer
 
 __all__ = ["LABEL_FORMATS", "read_object_labels"]
 
@@ -72,6 +73,8 @@ def read_object_labels(
         skip_classes=skip_classes,
         source_options=source_options,
     )
+    if raw.has_category_ids:
+        index = replace(index, category_ids=tuple(CocoImages(place).category_ids(index.classes)))
     if classes:
         _warn_of_absent(index, place)
     return index

@@ -67,11 +67,13 @@ class ObjectIndex:
         records: one an image, in the order of their names or of the label file.
         classes: names, in the order of the class indices.
         counts: how many objects were kept, ignored, clipped and dropped, by what happened to them.
+        category_ids: COCO's id of each class, where the labels have ids.
     """
 
     records: tuple[ImageRecord, ...]
     classes: tuple[str, ...]
     counts: Counter[str] = field(default_factory=Counter)
+    category_ids: tuple[int, ...] | None = None
 
     def __len__(self) -> int:
         return len(self.records)
@@ -133,7 +135,9 @@ class RawLabels:
     Attributes:
         images: those with labels.
         classes: names in the label files' own order, empty where they have none.
+        has_category_ids: the label file is one of COCO, whose categories have ids.
     """
 
     images: list[RawImage]
     classes: tuple[str, ...] = ()
+    has_category_ids: bool = False

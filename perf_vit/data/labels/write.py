@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from perf_vit.data.labels.records import ImageRecord, ObjectIndex
-from perf_vit.io import write_text
+from perf_vit.io import default_category_ids, write_text
 from perf_vit.text import to_json
 
 __all__ = ["write_coco_labels"]
@@ -16,17 +17,18 @@ __all__ = ["write_coco_labels"]
 def write_coco_labels(path: str | Path, index: ObjectIndex, images: str | Path) -> None:
     """Write checked boxes as COCO's JSON, which `read_object_labels` reads back; ignored objects become crowds.
 
-    Oriented boxes and masks are left out.
+    Oriented boxes and masks are left out. Ids of categories are those of the labels, if they had any, or count from 1.
 
     Args:
         path: the file; replaced if it is there.
         index: images and their objects.
         images: folder that the images' names in the file are relative to.
     """
+    ids = index.category_ids or default_category_ids(len(index.classes))
     content: dict[str, Any] = {
         "images": [_image(number, record, images) for number, record in enumerate(index, 1)],
-        "categories": [{"id": number, "name": name} for number, name in enumerate(index.classes, 1)],
-        "annotations": [item for number, record in enumerate(index, 1) for item in _annotations(number, record)],
+        "categories": [{"id": id_, "name": name} for id_, name in zip(ids, index.classes, strict=True)],
+        "annotations": [item for number, record in enumerate(index, 1) for item in _annotations(number, record, ids)],
     }
     for number, annotation in enumerate(content["annotations"], 1):
         annotation["id"] = number
@@ -38,7 +40,7 @@ def _image(number: int, record: ImageRecord, images: str | Path) -> dict[str, An
     return {"id": number, "file_name": name, "height": record.height, "width": record.width}
 
 
-def _annotations(number: int, record: ImageRecord) -> list[dict[str, Any]]:
+def _annotations(number: int, record: ImageRecord, category_ids: Sequence[int]) -> list[dict[str, Any]]:
     found = []
     rows = zip(record.boxes_xyxy.tolist(), record.labels.tolist(), record.ignored.tolist(), strict=True)
     for (left, top, right, bottom), label, ignored in rows:
@@ -46,7 +48,7 @@ def _annotations(number: int, record: ImageRecord) -> list[dict[str, Any]]:
         found.append(
             {
                 "image_id": number,
-                "category_id": label + 1,
+                "category_id": category_ids[label],
                 "bbox": [left, top, width, height],
                 "area": width * height,
                 "iscrowd": int(ignored),

@@ -1,0 +1,56 @@
+"""COCO results of several images in one file."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from perf_vit.io import CocoImages, existing_error, write_text
+from perf_vit.text import to_json
+
+__all__ = ["COCO_RESULTS", "check_coco_results", "join_coco_results"]
+
+COCO_RESULTS = "coco_results.json"
+
+
+def check_coco_results(parts: Iterable[Path], folder: Path, images: CocoImages) -> None:
+    """Refuse files that exist and aren't the results of an earlier run on the same images.
+
+    Args:
+        parts: results of an image each.
+        folder: of the outputs.
+        images: those of the results.
+
+    Raises:
+        OutputError: names the file.
+    """
+    for path in (*parts, folder / COCO_RESULTS):
+        if path.exists() and not _is_results(path, images.ids):
+            raise existing_error(path, reason=", but holds no COCO results of these images")
+
+
+def join_coco_results(parts: Iterable[Path], folder: Path) -> None:
+    """Write the results of all images that have some as one list, line by line.
+
+    Args:
+        parts: results of an image each, of which some may be missing.
+        folder: of the outputs.
+
+    Raises:
+        OutputError: nothing can be written there.
+    """
+    found = [each for part in parts if part.exists() for each in json.loads(part.read_bytes())]
+    if found or folder.exists():
+        write_text(folder / COCO_RESULTS, "[" + ",\n".join(to_json(each) for each in found) + "]\n")
+
+
+def _is_results(path: Path, ids: frozenset[int]) -> bool:
+    try:
+        content: Any = json.loads(path.read_bytes())
+    except (OSError, ValueError):
+        return False
+    return isinstance(content, list) and all(
+        isinstance(each, dict) and each.get("image_id") in ids and "score" in each for each in content
+    )
