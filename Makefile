@@ -13,7 +13,7 @@ STAMP := $(VENV)/.perf_vit_installed
 .PHONY: demo test slow check format install clean
 
 demo: $(STAMP)
-	$(PY) -m perf_vit demo --out demo
+	$(PY) -m perf_vit demo --out demo --overwrite
 
 test: $(STAMP)
 	$(PY) -m pytest --numprocesses $(PROCESSES) --dist worksteal

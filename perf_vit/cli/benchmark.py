@@ -33,6 +33,7 @@ def attention(
     runs: Annotated[int, typer.Option(help="Timed calls, of which the median counts.")] = 5,
     threads: Annotated[int | None, typer.Option(help="CPU threads; torch's choice by default.")] = None,
     max_seconds: Annotated[float, typer.Option(help="Leave a contender out once a call would take longer.")] = 10.0,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the files of an earlier benchmark.")] = False,
 ) -> None:
     """Time and peak memory of linear attention against softmax, the popular Performer and the bare matrix products."""
     import torch
@@ -52,4 +53,4 @@ def attention(
         num_threads=threads if threads is not None else torch.get_num_threads(),
         max_seconds=max_seconds,
     )
-    run_attention_benchmark(settings, out)
+    run_attention_benchmark(settings, out, overwrite=overwrite)

@@ -22,9 +22,10 @@ from perf_vit.cli.conversion_report import (
 )
 from perf_vit.data import UnlabelledCrops, find_images
 from perf_vit.errors import ConfigError, PerfVitError, reason_line
+from perf_vit.io import check_outputs
 from perf_vit.models import calibrate, choose_layer_options, load_softmax, performerize, save_converted
 from perf_vit.models.conversion import default_attention
-from perf_vit.models.saved_model import check_output_folder, input_bands, staged_folder
+from perf_vit.models.saved_model import MODEL_FILES, check_output_folder, input_bands, staged_folder
 from perf_vit.models.weights import create_with_weights, read_weights
 from perf_vit.transforms import Normalizer
 
@@ -93,6 +94,7 @@ def convert_model(request: ConversionRequest) -> Path:
     Raises:
         PerfVitError: an argument, input or output that doesn't fit; nothing is written then.
     """
+    _check_files(request)
     check_output_folder(request.out, overwrite=request.overwrite)
     try:
         softmax = _softmax_model(request)
@@ -137,6 +139,18 @@ def parse_layers(text: str | None) -> tuple[int, ...] | None:
     except ValueError as error:
         raise ConfigError(f"--layers must be places such as 0-5,8, got {text}") from error
     return tuple(sorted({index for ends in ranges for index in range(ends[0], ends[-1] + 1)}))
+
+
+def _check_files(request: ConversionRequest) -> None:
+    """Refuse to replace what is read.
+
+    Raises:
+        OutputError: a file of the converted model is one that the conversion reads.
+    """
+    source = Path(request.source)
+    model = [path for path in source.iterdir() if path.is_file()] if source.is_dir() else []
+    outputs = [request.out / name for name in MODEL_FILES if (request.out / name).exists()]
+    check_outputs(outputs, [*model, request.weights, *request.images], overwrite=True)
 
 
 def _convert(request: ConversionRequest, softmax: nn.Module, crops: Sequence[Tensor]) -> nn.Module:

@@ -8,19 +8,32 @@ from pathlib import Path
 from perf_vit.cli.console import say, score_table, show
 from perf_vit.cli.mapping import evaluate_raster, predict_raster, write_scores
 from perf_vit.cli.report import write_report
+from perf_vit.cli.run_files import RUN_FILES, check_run_files
 from perf_vit.cli.schemas import SegmentationRun
 from perf_vit.cli.training import train_segmentation
 from perf_vit.config import load_config
 from perf_vit.data import make_ship_scene
+from perf_vit.io import check_outputs, existing_error, existing_outputs
 
 __all__ = ["run_demo"]
 
 
-def run_demo(out: Path, seed: int) -> None:
+def run_demo(out: Path, seed: int, *, overwrite: bool = False) -> None:
     """Make a scene, train on its upper half, score its lower half, map all of it, write `report.html`.
 
-    An earlier demo in the same folder is replaced.
+    Args:
+        out: folder for all of that.
+        seed: decides the scene and the training.
+        overwrite: replace an earlier demo in the folder.
+
+    Raises:
+        OutputError: a file exists without `overwrite`, or `run` is a folder of something else; nothing is written then.
     """
+    run = out / "run"
+    check_outputs(_files(out), [], overwrite=overwrite)
+    if not overwrite and (found := existing_outputs(run / name for name in RUN_FILES)):
+        raise existing_error(found[0])
+    check_run_files(run)
     start = time.perf_counter()
     scene = make_ship_scene(out / "scene", seed=seed)
     say(f"scene: {scene.image} ({scene.num_targets} ships), labels: {scene.labels}")
@@ -31,7 +44,7 @@ def run_demo(out: Path, seed: int) -> None:
         "configs/segmentation/demo.yaml",
         SegmentationRun,
         [
-            f"out={out / 'run'}",
+            f"out={run}",
             f"seed={seed}",
             *(f"data.{part}.image={scene.image}" for part in ("train", "val")),
             *(f"data.{part}.labels={scene.labels}" for part in ("train", "val")),
@@ -39,11 +52,11 @@ def run_demo(out: Path, seed: int) -> None:
             f"data.val.region={lower}",
         ],
     )
-    (out / "run" / "checkpoints" / "last.ckpt").unlink(missing_ok=True)
+    (run / "checkpoints" / "last.ckpt").unlink(missing_ok=True)
     checkpoint = train_segmentation(config)
 
     output = out / "map.tif"
-    predict_raster(checkpoint, scene.image, output)
+    predict_raster(checkpoint, scene.image, output, overwrite=overwrite)
     scores, _ = evaluate_raster(checkpoint, scene.image, scene.labels, region=lower)
     write_scores(scores, out / "scores.json")
     show(score_table(scores, title="lower half of the scene: not trained on, but it chose the best epoch"))
@@ -52,10 +65,16 @@ def run_demo(out: Path, seed: int) -> None:
         image=scene.image,
         labels=scene.labels,
         prediction=output,
-        loss_curve=out / "run" / "loss_curve.png",
+        loss_curve=run / "loss_curve.png",
         scores=scores,
         seconds=time.perf_counter() - start,
     )
     ship = next(score for score in scores if score.name == "ship")
     say(f"IoU of ships: {ship.iou:.3f}  ({time.perf_counter() - start:.0f} s in all)")
     say(f"map: {output}", f"quicklook: {output.with_suffix('.png')}", f"report: {report}")
+
+
+def _files(out: Path) -> list[Path]:
+    """All that a demo writes but its run."""
+    scene = [out / "scene" / name for name in ("scene.tif", "ships.geojson")]
+    return [*scene, *(out / name for name in ("map.tif", "map.png", "scores.json", "report.html"))]

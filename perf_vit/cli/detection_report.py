@@ -11,7 +11,7 @@ from typing import Any, Literal
 from rich.table import Table
 
 from perf_vit.cli.console import detection_table, digits, new_table
-from perf_vit.errors import OutputError
+from perf_vit.cli.score_files import score_files
 from perf_vit.io import write_json
 from perf_vit.tasks import (
     FROC_RATES,
@@ -104,13 +104,10 @@ class DetectionReport:
         Raises:
             OutputError: nothing can be written there.
         """
+        _, curve, matrix = score_files(path, "detection")
         write_json(path, self.to_dict())
-        try:
-            plot_precision_recall(self.scores, path.with_suffix(".png"))
-            picture = path.with_name(f"{path.stem}_confusion.png")
-            save_confusion_matrix(self._confusion.matrix, [*self.classes, _BACKGROUND], picture)
-        except OSError as error:
-            raise OutputError(f"can't write {path}: {error.strerror}") from error
+        plot_precision_recall(self.scores, curve)
+        save_confusion_matrix(self._confusion.matrix, [*self.classes, _BACKGROUND], matrix)
 
     def _froc_table(self) -> Table:
         columns = ("class", *(f"{rate:g}" for rate in FROC_RATES), "mean")

@@ -15,6 +15,7 @@ from perf_vit.cli.schemas import DistillationRun, PairConfig
 from perf_vit.data import build_crops
 from perf_vit.errors import ConfigError, PerfVitError, reason_line
 from perf_vit.models import load_converted, performerize, save_converted
+from perf_vit.models.saved_model import check_output_folder
 from perf_vit.models.timm_arguments import check_file_arguments
 from perf_vit.models.weights import create_with_weights, read_weights
 from perf_vit.tasks import DistillationTask, build_distillation_trainer
@@ -36,7 +37,8 @@ def distill_model(config: DistillationRun, *, progress: bool = True) -> Path:
     Raises:
         PerfVitError: a config, input or output that doesn't fit.
     """
-    run = RunFolder(config)
+    run = RunFolder(config, more=[STUDENT])
+    check_output_folder(run.path / STUDENT, overwrite=True)
     teacher = _teacher(config.model)
     _check_size(teacher, config.data.size_px)
     task = _task(config, teacher)

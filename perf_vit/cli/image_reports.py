@@ -7,7 +7,7 @@ from pathlib import Path
 from rich.table import Table
 
 from perf_vit.cli.console import digits, new_table
-from perf_vit.errors import OutputError
+from perf_vit.cli.score_files import score_files
 from perf_vit.io import write_json
 from perf_vit.tasks import ClassificationScores, RegressionScores, save_confusion_matrix, save_precision_recall
 
@@ -26,21 +26,18 @@ def write_image_report(scores: ClassificationScores | RegressionScores, path: Pa
         OutputError: they can't be written there.
     """
     write_json(path, scores.to_dict())
-    try:
-        if isinstance(scores, ClassificationScores):
-            _draw(scores, path)
-    except OSError as error:
-        raise OutputError(f"can't write {path}: {error.strerror}") from error
+    if isinstance(scores, ClassificationScores):
+        _draw(scores, path)
 
 
 def _draw(scores: ClassificationScores, path: Path) -> None:
     names = [each.name for each in scores.classes]
+    _, matrix, curves = score_files(path, "classification")
     if scores.confusion is not None:
-        save_confusion_matrix(scores.confusion, names, path.with_suffix(".png"))
+        save_confusion_matrix(scores.confusion, names, matrix)
     if scores.precision_recall is not None:
         areas = [each.average_precision for each in scores.classes]
-        picture = path.with_name(f"{path.stem}_precision_recall.png")
-        save_precision_recall(names, scores.precision_recall, areas, picture, "images, class against others")
+        save_precision_recall(names, scores.precision_recall, areas, curves, "images, class against others")
 
 
 def _classes(scores: ClassificationScores, title: str) -> Table:

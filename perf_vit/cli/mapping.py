@@ -11,9 +11,10 @@ import torch
 from torchmetrics import MetricCollection
 
 from perf_vit.cli.console import mean_over_present, print_damage, windows_progress
+from perf_vit.cli.score_files import score_files
 from perf_vit.cli.segmentation_maps import SegmentationMaps, model_resolution, on_device, open_for, resolved_precision
 from perf_vit.data import find_label_pairs, is_labelled_folder, region_window
-from perf_vit.errors import ConfigError, InputError, OutputError
+from perf_vit.errors import ConfigError, InputError
 from perf_vit.inference import MapInput, MapResult, OutputKind, Strip, class_probabilities, segment_strips
 from perf_vit.io import (
     LabelFiles,
@@ -52,7 +53,9 @@ def predict_raster(
 ) -> MapResult:
     """Write the map of a raster, a path or a URL, and its quicklook beside it as `output` with the suffix .png."""
     maps = SegmentationMaps(checkpoint, kind=kind, quicklook=quicklook, **engine)
-    job = maps.job(MapInput(os.fspath(image), output))
+    item = MapInput(os.fspath(image), output)
+    job = maps.job(item)
+    maps.check([item])
     with windows_progress(f"predicting {Path(image).name}") as on_window:
         result = maps.make(job, on_window=on_window)
     print_damage(result.damaged)
@@ -149,14 +152,12 @@ def write_scores(scores: Sequence[ClassScores], path: Path, curves: Segmentation
     }
     if curves is not None:
         content |= curves.to_dict()
+    _, curve, matrix = score_files(path, "segmentation")
     write_json(path, content)
-    try:
-        if curves is not None:
-            curves.plot(path.with_suffix(".png"))
-        if curves is not None and curves.confusion is not None:
-            save_confusion_matrix(curves.confusion, curves.classes, path.with_name(f"{path.stem}_confusion.png"))
-    except OSError as error:
-        raise OutputError(f"can't write {path}: {error.strerror}") from error
+    if curves is not None:
+        curves.plot(curve)
+    if curves is not None and curves.confusion is not None:
+        save_confusion_matrix(curves.confusion, curves.classes, matrix)
 
 
 def _open_one(

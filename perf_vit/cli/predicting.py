@@ -142,6 +142,7 @@ def _run_rows(checkpoint: Path, item: MapInput, pool: RayPool, options: dict[str
     """Map one input, its rows shared by a pool."""
     maps = SegmentationMaps(checkpoint, **_for_pool(options, pool))
     job = maps.job(item)
+    maps.check([item])
     with windows_progress(f"predicting {Path(item.path).name}", "rows") as on_rows:
         write_rows: Callable[[Path], None] = rows_in_pool(pool, job, partial(maps.write_rows, item), on_rows=on_rows)
         result = maps.make(job, write_rows)

@@ -15,14 +15,13 @@ from lightning.pytorch.utilities import rank_zero_only
 
 from perf_vit.cli.console import console
 from perf_vit.cli.resumed_run import KeepRun, ResumedRun
+from perf_vit.cli.run_files import CONFIG, RUN_FILES, check_run_files
 from perf_vit.config import dump_config
 from perf_vit.errors import ConfigError, OutputError, PerfVitError
 from perf_vit.io import replaced
 
 __all__ = ["RunFolder"]
 
-# What a run writes into its folder.
-_WRITTEN = ("config.yaml", "checkpoints", "metrics.csv", "loss_curve.png", "pictures", "tensorboard", "wandb")
 # What NumPy takes.
 _NUM_SEEDS = 2**32
 _INTERRUPTED = 130
@@ -40,6 +39,7 @@ class RunFolder:
 
     Args:
         config: of the run, with its folder, seed and whether to resume.
+        more: names of what is written into the folder besides `RUN_FILES`.
 
     Attributes:
         path: the folder.
@@ -49,15 +49,17 @@ class RunFolder:
         CheckpointError: the checkpoint to resume from can't be read.
         ConfigError: a run to resume that there isn't, one in the way, or a config that changes what a resumed run
             can't change.
-        OutputError: the folder can't be written.
+        OutputError: the folder can't be written, or holds files of these names that are not of a run.
     """
 
-    def __init__(self, config: _Run) -> None:
+    def __init__(self, config: _Run, more: Sequence[str] = ()) -> None:
         self._config = config
         self.path = Path(config.out)
         self.best = self.path / "checkpoints" / "best.ckpt"
         self._last = self.path / "checkpoints" / "last.ckpt"
         _check_run_folder(self.path, self._last, resume=config.resume)
+        if not config.resume:
+            check_run_files(self.path, more)
         self._resumed = ResumedRun(self._last) if config.resume else None
         if self._resumed is not None:
             self._resumed.check_config(config)
@@ -90,12 +92,12 @@ class RunFolder:
         if self._resumed is not None:
             self._resumed.check_length(trainer, num_samples)
         trainer.callbacks.append(KeepRun(self._config, num_samples))  # type: ignore[attr-defined]
-        new = [self.path / name for name in _WRITTEN if not (self.path / name).exists()]
+        new = [self.path / name for name in RUN_FILES if not (self.path / name).exists()]
         was_there = self.path.exists()
         _make_run_folder(self.path)
         # Processes that train together share the file.
         if rank_zero_only.rank == 0:
-            with replaced(self.path / "config.yaml") as unfinished:
+            with replaced(self.path / CONFIG) as unfinished:
                 dump_config(self._config, unfinished)
         going_on = contextlib.nullcontext() if self._resumed is None else self._resumed.going_on(trainer)
         try:

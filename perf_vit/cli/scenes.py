@@ -30,7 +30,7 @@ from perf_vit.data import (
 )
 from perf_vit.errors import InputError, OutputError
 from perf_vit.inference import find_paths
-from perf_vit.io import open_source
+from perf_vit.io import check_outputs, open_source
 from perf_vit.models import Classifier, ClassifierSpec, load_classifier
 from perf_vit.tasks import (
     CLASSIFICATION_CURVES,
@@ -84,6 +84,7 @@ def predict_scenes(
     *,
     path_column: str = "path",
     skip_errors: bool = False,
+    overwrite: bool = False,
     batch_size: int = 1,
     device: str = "auto",
     precision: str = "32",
@@ -96,6 +97,7 @@ def predict_scenes(
         output: the CSV file.
         path_column: of lists.
         skip_errors: leave the row of an image that can't be read empty but for the column `error`.
+        overwrite: replace a CSV file that exists.
         batch_size: images a forward pass.
         device: auto, cpu, cuda, cuda:1, mps.
         precision: 32, bf16 or 16.
@@ -106,8 +108,10 @@ def predict_scenes(
     """
     if output.suffix.lower() != ".csv":
         raise OutputError(f"what whole images show is written as CSV: --output must end in .csv, got {output}")
-    model = load_classifier(checkpoint)
     paths = find_paths(inputs, path_column=path_column)
+    lists = [each for each in inputs if Path(each).is_file()]
+    check_outputs([output], [checkpoint, *lists, *paths], overwrite=overwrite)
+    model = load_classifier(checkpoint)
     forward = _Forward(model, device, precision)
     errors: dict[str, str] = {}
     found: dict[str, list[float]] = {}

@@ -12,7 +12,16 @@ import torch
 from torch import nn
 
 from perf_vit.errors import ConfigError, InputError, reason_line
-from perf_vit.inference import MapInput, MapJob, MapResult, OutputKind, make_map, map_exists, segment_job
+from perf_vit.inference import (
+    MapInput,
+    MapJob,
+    MapResult,
+    OutputKind,
+    check_partial_folder,
+    make_map,
+    map_exists,
+    segment_job,
+)
 from perf_vit.io import (
     PixelSide,
     check_vector_output,
@@ -181,12 +190,13 @@ class SegmentationMaps:
         return [out.with_suffix(f".{suffix}") for suffix in suffixes]
 
     def check(self, inputs: Sequence[MapInput]) -> None:
-        """Refuse inputs whose outputs would replace files, before the first is mapped.
+        """Refuse inputs whose outputs would replace files, before anything is computed.
 
         Raises:
             OutputError: names the file.
         """
         for item in inputs:
+            check_partial_folder(item.output)
             beside = self.beside(item.output)
             if not existing_outputs([item.output, *beside]):
                 continue

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -28,7 +30,7 @@ from perf_vit.data import (
 )
 from perf_vit.errors import ConfigError, InputError, OutputError
 from perf_vit.inference import attention_picture, embed_windows, find_paths
-from perf_vit.io import open_source, save_png, write_objects
+from perf_vit.io import check_outputs, open_source, save_png, write_objects
 from perf_vit.models import SlideClassifier, SlideSpec, load_slide_classifier, pretrained_statistics
 from perf_vit.tasks import (
     SLIDE_CURVES,
@@ -95,6 +97,7 @@ def predict_slides(
     tissue: str | None = None,
     path_column: str = "path",
     skip_errors: bool = False,
+    overwrite: bool = False,
     **engine: Any,
 ) -> None:
     """Write a CSV file with a row a slide, and where the classifier looked.
@@ -110,6 +113,7 @@ def predict_slides(
         tissue: "otsu" or a GeoJSON file of outlines, instead of what the classifier was trained with.
         path_column: of lists.
         skip_errors: leave the row of a slide that can't be read empty but for the column `error`.
+        overwrite: replace files that exist.
         **engine: batch_size, num_readers, device and precision.
 
     Raises:
@@ -118,11 +122,14 @@ def predict_slides(
     """
     if output.suffix.lower() != ".csv":
         raise OutputError(f"what slides show is written as CSV: --output must end in .csv, got {output}")
-    model = load_slide_classifier(checkpoint)
     paths = find_paths(inputs, path_column=path_column)
-    embedder = _Embedder(model, slide_mpp=slide_mpp, tissue=tissue, **engine)
     folder = output.with_name(f"{output.stem}_attention")
     names = _names(paths)
+    lists = [each for each in inputs if Path(each).is_file()]
+    attention_files = [path for name in names.values() for path in _attention_files(folder / name)]
+    check_outputs([output, *attention_files], [checkpoint, tissue, *lists, *paths], overwrite=overwrite)
+    model = load_slide_classifier(checkpoint)
+    embedder = _Embedder(model, slide_mpp=slide_mpp, tissue=tissue, **engine)
     rows: dict[str, list[str]] = {}
     errors: dict[str, str] = {}
     for path in paths:
@@ -273,20 +280,30 @@ def _write_attention(
     weights = attention / attention.max()
     boxes = np.array([[w.col, w.row, w.col_stop, w.row_stop] for w in found.windows], np.float32)
     labels = np.full(len(boxes), predicted)
-    # Slides' names may hold dots, so no suffix is replaced.
-    write_objects(f"{stem}.geojson", boxes, weights, labels, spec.classes, source=source)
-    save_png(Path(f"{stem}.png"), attention_picture(source, found.windows, weights))
+    objects, picture = _attention_files(stem)
+    write_objects(objects, boxes, weights, labels, spec.classes, source=source)
+    save_png(picture, attention_picture(source, found.windows, weights))
     source.close()
+
+
+def _attention_files(stem: Path) -> tuple[Path, Path]:
+    """Windows with their attention, and the picture of it."""
+    # Slides' names may hold dots, so no suffix is replaced.
+    return Path(f"{stem}.geojson"), Path(f"{stem}.png")
 
 
 def _names(paths: Sequence[str]) -> dict[str, str]:
     """A file name for each slide; those of one name in several folders get a number."""
-    taken: dict[str, int] = {}
+    stems = Counter(Path(path).stem for path in paths)
+    taken: set[str] = set()
     names = {}
     for path in paths:
         stem = Path(path).stem
-        taken[stem] = taken.get(stem, 0) + 1
-        names[path] = stem if taken[stem] == 1 else f"{stem}-{taken[stem]}"
+        # A number that makes it the name of another slide is passed over.
+        numbered = (f"{stem}-{number}" for number in itertools.count(2))
+        name = stem if stem not in taken else next(each for each in numbered if each not in taken and each not in stems)
+        taken.add(name)
+        names[path] = name
     return names
 
 

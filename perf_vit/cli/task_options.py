@@ -12,12 +12,12 @@ from perf_vit.errors import ConfigError
 __all__ = ["EVALUATE_OPTIONS", "PREDICT_OPTIONS", "refuse_other_options"]
 
 _COMMON = frozenset({"checkpoint", "batch_size", "device", "precision"})
-_PREDICT = _COMMON | {"inputs", "more_inputs", "output", "path_column", "on_error"}
-_EVALUATE = _COMMON | {"image", "labels", "json"}
+_PREDICT = _COMMON | {"inputs", "more_inputs", "output", "path_column", "on_error", "overwrite"}
+_EVALUATE = _COMMON | {"image", "labels", "json", "overwrite"}
 _SOURCES = frozenset({"crs", "resolution", "mpp", "slide_mpp", "tissue", "mosaic"})
 _WINDOWS = frozenset({"window_size", "overlap"})
 _MAPS = frozenset({"kind", "blend", "flips", "resume", "engine", "num_actors", "ray_address"})
-_FILES = frozenset({"num_readers", "overwrite", "polygons", "score_threshold"})
+_FILES = frozenset({"num_readers", "polygons", "score_threshold"})
 
 PREDICT_OPTIONS = {
     "segmentation": _PREDICT | _SOURCES | _WINDOWS | _MAPS | _FILES,

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from perf_vit.cli.detecting import train_detector
+from perf_vit.cli.run_files import check_config_kept
 from perf_vit.cli.scenes import train_scenes
 from perf_vit.cli.schemas import ClassificationRun, DetectionRun, RegressionRun, SegmentationRun, SlideRun
 from perf_vit.cli.slides import train_slides
@@ -39,4 +40,6 @@ def train_from_config(config: str, overrides: Sequence[str]) -> Path:
     if task not in TRAINING_TASKS:
         raise ConfigError(f"task must be one of {', '.join(TRAINING_TASKS)}, got {task}")
     schema, train = TRAINING_TASKS[task]
-    return train(load_config(config, schema, overrides))
+    run = load_config(config, schema, overrides)
+    check_config_kept(config, run)
+    return train(run)

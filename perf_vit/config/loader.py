@@ -19,9 +19,11 @@ from perf_vit.config.values import check_values
 from perf_vit.config.yaml_text import load_yaml
 from perf_vit.errors import ConfigError, reason_line
 
-__all__ = ["config_value", "dump_config", "load_config"]
+__all__ = ["config_value", "dump_config", "is_dumped", "load_config"]
 
 T = TypeVar("T")
+
+_DUMPED = "# Resolved config of a run of perf-vit.\n"
 
 
 def load_config(path: str | Path, schema: type[T], overrides: Sequence[str] = ()) -> T:
@@ -67,8 +69,17 @@ def config_value(path: str | Path, key: str, overrides: Sequence[str] = (), defa
 
 
 def dump_config(config: Any, path: Path) -> None:
-    """Write a schema instance as YAML that `load_config` reads back."""
-    OmegaConf.save(OmegaConf.structured(config), path)
+    """Write a schema instance as YAML that `load_config` reads back and `is_dumped` recognises."""
+    path.write_text(_DUMPED + OmegaConf.to_yaml(OmegaConf.structured(config)), encoding="utf-8")
+
+
+def is_dumped(path: Path) -> bool:
+    """Whether a file was written by `dump_config`, as its first line says."""
+    try:
+        with path.open("rb") as file:
+            return file.read(len(_DUMPED)) == _DUMPED.encode()
+    except OSError:
+        return False
 
 
 @contextmanager

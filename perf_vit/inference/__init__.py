@@ -8,6 +8,7 @@ from perf_vit.inference.detections import Objects
 from perf_vit.inference.embed import embed_windows
 from perf_vit.inference.engine import Strip, TileModel, predict_strips
 from perf_vit.inference.inputs import MapInput, find_inputs, find_paths, is_one_file, resolve_one
+from perf_vit.inference.journal import check_partial_folder
 from perf_vit.inference.many import attempt, in_turn, predict_many
 from perf_vit.inference.map_job import MapJob, MapResult, check_map_name, make_map, map_exists
 from perf_vit.inference.objects import ObjectModel, predict_objects
@@ -38,6 +39,7 @@ __all__ = [
     "attempt",
     "attention_picture",
     "check_map_name",
+    "check_partial_folder",
     "class_map",
     "class_output",
     "class_probabilities",

@@ -218,7 +218,8 @@ def _check_inside(output: Path, folder: Path, what: str) -> None:
     Raises:
         OutputError: names it.
     """
-    if not output.resolve().is_relative_to(folder.resolve()):
+    # A link in the output's place would be replaced, not followed.
+    if not output.parent.resolve().is_relative_to(folder.resolve()):
         raise OutputError(f"{what} would lie outside the output folder {folder}, at {output}; give a name inside it")
 
 

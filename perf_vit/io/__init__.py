@@ -29,7 +29,15 @@ from perf_vit.io.ome_tiff import is_ome_tiff_name, write_ome_tiff
 from perf_vit.io.outputs import check_outputs, existing_error, existing_outputs
 from perf_vit.io.pixel_side import PixelSide, common_unit, unit_of
 from perf_vit.io.polygons import polygonize_classes
-from perf_vit.io.quicklook import colorize, default_colormap, natural_bands, rgb_from, save_png, write_map_quicklook
+from perf_vit.io.quicklook import (
+    colorize,
+    default_colormap,
+    natural_bands,
+    rgb_from,
+    save_figure,
+    save_png,
+    write_map_quicklook,
+)
 from perf_vit.io.raster import RasterSource
 from perf_vit.io.slide import SlideSource
 from perf_vit.io.sources import open_raster, open_source
@@ -84,6 +92,7 @@ __all__ = [
     "polygonize_classes",
     "replaced",
     "rgb_from",
+    "save_figure",
     "save_png",
     "split_layer",
     "staged",

@@ -20,13 +20,14 @@ from perf_vit.io._remote import is_remote
 __all__ = ["input_files"]
 
 _TILE_INDEXES = (".gti", ".gti.gpkg", ".gti.fgb", ".gti.parquet")
+_VIRTUAL = (".vrt", *_TILE_INDEXES)
 
 
 def input_files(given: Iterable[str | Path]) -> Iterator[tuple[str, Path]]:
     """All local files and folders that are read when inputs are.
 
-    Matches of patterns, members of virtual rasters, tile indexes and STAC items, members of these, and the files that
-    GDAL reads beside a raster. Folders are given as they are, without what they hold; URLs are left out.
+    What folders hold, matches of patterns, members of virtual rasters, tile indexes and STAC items, members of these,
+    and the files that GDAL reads beside a raster. URLs are left out.
 
     Args:
         given: files, folders, patterns, GDAL paths, URLs.
@@ -43,7 +44,17 @@ def input_files(given: Iterable[str | Path]) -> Iterator[tuple[str, Path]]:
             seen.add(path)
             if os.path.exists(path):
                 yield origin, Path(path)
+            if os.path.isdir(path):
+                for file in _files_in(path):
+                    yield origin, file
+                    # To open all files of a folder of images would take long.
+                    waiting += [str(file)] if file.name.lower().endswith(_VIRTUAL) else []
             waiting += _named_by(path)
+
+
+def _files_in(folder: str) -> Iterator[Path]:
+    for parent, _, names in os.walk(folder):
+        yield from (file for name in names if (file := Path(parent, name)).exists())
 
 
 def _named_by(path: str) -> list[str]:

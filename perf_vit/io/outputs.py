@@ -39,7 +39,7 @@ def check_outputs(
 
 def existing_outputs(outputs: Iterable[Path]) -> list[Path]:
     """Those of some paths where a file, a folder or a link is."""
-    return [path for path in outputs if os.path.lexists(path)]
+    return [path for path in outputs if os.path.lexists(_plain(path))]
 
 
 def existing_error(path: Path, reason: str = "") -> OutputError:
@@ -56,7 +56,7 @@ def existing_error(path: Path, reason: str = "") -> OutputError:
 
 def _refuse_inputs(existing: Sequence[Path], inputs: Sequence[str | Path]) -> None:
     # A file that doesn't exist is no input, so members need not be looked for in most cases.
-    by_identity = {_identity(path): path for path in existing if path.exists()}
+    by_identity = {_identity(_plain(path)): path for path in existing if _plain(path).exists()}
     if not by_identity:
         return
     for origin, file in input_files(inputs):
@@ -66,11 +66,11 @@ def _refuse_inputs(existing: Sequence[Path], inputs: Sequence[str | Path]) -> No
             raise OutputError(
                 f"{path} would replace {'' if whole else 'a part of '}the input {origin}; choose another output"
             )
-        if file.is_dir():
-            folder = file.resolve()
-            for path in existing:
-                if path.resolve().is_relative_to(folder):
-                    raise OutputError(f"{path} would replace a part of the input {origin}; choose another output")
+
+
+def _plain(path: Path) -> Path:
+    """A path whose folders are made as it is written, without dots: `new/../a.tif` becomes `a.tif`."""
+    return path if path.parent.exists() else Path(os.path.normpath(path))
 
 
 def _identity(path: Path) -> tuple[int, int]:

@@ -18,7 +18,15 @@ from perf_vit.io.lettering import lettered, lettering_font
 from perf_vit.io.sources import open_source
 from perf_vit.types import IGNORE_INDEX, GeoImage, LabelArray, Source
 
-__all__ = ["colorize", "default_colormap", "natural_bands", "rgb_from", "save_png", "write_map_quicklook"]
+__all__ = [
+    "colorize",
+    "default_colormap",
+    "natural_bands",
+    "rgb_from",
+    "save_figure",
+    "save_png",
+    "write_map_quicklook",
+]
 
 Picture = npt.NDArray[np.uint8]
 Color = tuple[int, int, int, int]
@@ -32,6 +40,7 @@ _MARGIN_PX = 12
 _LEGEND_PX = 28
 # A colour patch and the gap before its name.
 _ENTRY_PX = 26
+_FIGURE_DPI = 110
 _STRETCH_SAMPLES = 1_000_000
 
 
@@ -105,6 +114,20 @@ def save_png(path: str | Path, picture: Picture) -> None:
             Image.fromarray(picture).save(folder / target.name, format="PNG")
         except OSError as error:
             raise OutputError(f"can't write {path}: {error.strerror or error}") from error
+
+
+def save_figure(path: str | Path, figure: Any) -> None:
+    """Write a figure of matplotlib; it appears when it is complete.
+
+    Raises:
+        OutputError: nothing can be written there.
+    """
+    target = Path(path)
+    with staged(target) as folder:
+        try:
+            figure.savefig(folder / target.name, dpi=_FIGURE_DPI)
+        except OSError as error:
+            raise OutputError(f"can't write {path}: {error.strerror}; choose another output") from error
 
 
 def write_map_quicklook(

@@ -28,6 +28,7 @@ from perf_vit.models.weights import create_with_weights, read_weights
 from perf_vit.text import to_json
 
 __all__ = [
+    "MODEL_FILES",
     "build_converted",
     "check_output_folder",
     "input_bands",
@@ -44,7 +45,7 @@ CONFIG_KEY = "perf_vit"
 """Where the conversion lies in timm's config."""
 
 # All that a folder may hold to be replaced as a whole.
-_OURS = {WEIGHTS, CONFIG, BALANCING, ENHANCEMENT, "fidelity.html"}
+MODEL_FILES = (WEIGHTS, CONFIG, BALANCING, ENHANCEMENT, "fidelity.html")
 
 
 def save_converted(model: nn.Module, folder: str | Path, *, overwrite: bool = False) -> Path:
@@ -184,7 +185,7 @@ def check_output_folder(folder: Path, *, overwrite: bool) -> None:
     if folder.exists() and not folder.is_dir():
         raise OutputError(f"can't save a model in {folder}: it is a file; choose a folder")
     held = sorted(path.name for path in folder.iterdir()) if folder.exists() else []
-    foreign = [name for name in held if name not in _OURS]
+    foreign = [name for name in held if name not in MODEL_FILES]
     if foreign:
         raise OutputError(f"{folder} holds {foreign[0]}, which is no part of a saved model; choose a folder of its own")
     if held and not overwrite:
@@ -372,6 +373,8 @@ def staged_folder(folder: Path) -> Iterator[Path]:
     Raises:
         OutputError: nothing can be written there.
     """
+    # A link stays one.
+    folder = folder.resolve()
     parent = folder.absolute().parent
     try:
         parent.mkdir(parents=True, exist_ok=True)

@@ -11,6 +11,7 @@ import numpy.typing as npt
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
+from perf_vit.io import save_figure
 from perf_vit.tasks.figure_text import figure_name
 
 __all__ = ["save_confusion_matrix"]
@@ -47,7 +48,7 @@ def save_confusion_matrix(matrix: npt.ArrayLike, class_names: Sequence[str], pat
     axes.set(xlabel="predicted", ylabel="true")
     if num_classes <= _MAX_NUMBERED:
         _number_cells(axes, counts, shares)
-    figure.savefig(path, dpi=110)
+    save_figure(path, figure)
 
 
 def _number_cells(axes: Any, counts: npt.NDArray[Any], shares: npt.NDArray[np.float64]) -> None:

@@ -9,6 +9,7 @@ import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
+from perf_vit.io import save_figure
 from perf_vit.tasks.detection_metrics import DetectionScores
 from perf_vit.tasks.figure_text import add_legend, figure_height, figure_name
 
@@ -33,4 +34,4 @@ def plot_precision_recall(scores: DetectionScores, path: Path) -> None:
     axes.grid(alpha=0.3)
     if lines:
         add_legend(axes, lines, labels)
-    figure.savefig(path, dpi=110)
+    save_figure(path, figure)

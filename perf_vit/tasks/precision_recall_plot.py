@@ -11,6 +11,7 @@ import numpy.typing as npt
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
+from perf_vit.io import save_figure
 from perf_vit.tasks.figure_text import add_legend, figure_height, figure_name
 
 __all__ = ["PrecisionRecall", "save_precision_recall"]
@@ -43,4 +44,4 @@ def save_precision_recall(
     axes.grid(alpha=0.3)
     if axes.lines:
         add_legend(axes, axes.lines, labels)
-    figure.savefig(path, dpi=110)
+    save_figure(path, figure)

@@ -90,7 +90,7 @@ def test_a_segmenter_is_scored_on_slides_as_it_was_trained(slide, tmp_path, caps
     assert (spec.slide_mpp, spec.tissue) == (0.5, "otsu")
 
     def num_pixels(*given: str) -> int:
-        files = ["--input", bare, "--labels", labels, "--json", report]
+        files = ["--input", bare, "--labels", labels, "--json", report, "--overwrite"]
         assert call(["evaluate", "--checkpoint", checkpoint, *files, *given]) == 0
         return sum(each["num_pixels"] for each in json.loads(report.read_text())["classes"])
 

@@ -68,7 +68,7 @@ def test_training_and_evaluation_read_labels_alike(
     base = ["--checkpoint", run / "checkpoints" / "last.ckpt", "--input", seven_bands / "seven.tif"]
 
     def evaluated(*options: str) -> dict:
-        files = ["--labels", seven_bands / labels, "--json", seven_bands / "scores.json"]
+        files = ["--labels", seven_bands / labels, "--json", seven_bands / "scores.json", "--overwrite"]
         assert call(["evaluate", *base, *files, *options]) == 0
         return json.loads((seven_bands / "scores.json").read_text())
 

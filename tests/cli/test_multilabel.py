@@ -78,7 +78,7 @@ def test_training_learns_them_and_evaluation_reads_both_kinds_of_labels_alike(sc
             # The way of reading polygons is part of a checkpoint.
             assert train(scene, tmp_path / "run", labels, "data.attribute=kind", "trainer.max_epochs=1") == 0
             args[1] = tmp_path / "run" / "checkpoints" / "last.ckpt"
-        assert call(["evaluate", *args, "--json", tmp_path / "scores.json"]) == 0
+        assert call(["evaluate", *args, "--json", tmp_path / "scores.json", "--overwrite"]) == 0
         scores[labels] = json.loads((tmp_path / "scores.json").read_text())
     pixels = {name: [entry["num_pixels"] for entry in each["classes"]] for name, each in scores.items()}
     # No polygon is of the class "bright".

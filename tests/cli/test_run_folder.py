@@ -5,10 +5,12 @@ from types import SimpleNamespace
 
 import pytest
 
+from perf_vit.cli.run_files import RUN_FILES, check_config_kept
 from perf_vit.cli.run_folder import RunFolder
 from perf_vit.cli.schemas import ClassificationRun
+from perf_vit.config import dump_config
 from perf_vit.data import ClassificationDataConfig, ImageSplitConfig
-from perf_vit.errors import InputError
+from perf_vit.errors import InputError, OutputError
 
 DATA = SimpleNamespace(train=range(8))
 
@@ -41,3 +43,34 @@ def test_an_interrupted_run_ends_as_shells_say(tmp_path) -> None:
         with pytest.raises(SystemExit) as ended:
             RunFolder(ClassificationRun(out=str(tmp_path), data=data)).fit(trainer_that_ends(interrupted), None, DATA)
         assert ended.value.code == code
+
+
+def _config(out, **options) -> ClassificationRun:
+    return ClassificationRun(out=str(out), data=ClassificationDataConfig(train=ImageSplitConfig(images="x")), **options)
+
+
+@pytest.mark.parametrize("name", [*RUN_FILES, "student"])
+def test_files_of_a_run_that_no_run_has_made_are_kept(tmp_path, name: str) -> None:
+    (tmp_path / name).write_text("mine")
+    with pytest.raises(OutputError, match=f"{name} exists already and is not of a run"):
+        RunFolder(_config(tmp_path), more=["student"])
+    assert (tmp_path / name).read_text() == "mine"
+
+
+def test_a_run_that_was_killed_before_its_first_checkpoint_is_begun_again(tmp_path) -> None:
+    dump_config(_config(tmp_path), tmp_path / "config.yaml")
+    for name in ("metrics.csv", "loss_curve.png"):
+        (tmp_path / name).touch()
+    assert RunFolder(_config(tmp_path)).path == tmp_path
+
+
+def test_a_new_run_does_not_write_over_the_config_that_it_was_made_from(tmp_path) -> None:
+    config = tmp_path / "config.yaml"
+    dump_config(_config(tmp_path), config)
+    (tmp_path / "linked.yaml").symlink_to(config)
+    for given in (config, tmp_path / "linked.yaml"):
+        with pytest.raises(OutputError, match=r"config\.yaml would replace the input"):
+            check_config_kept(given, _config(tmp_path))
+    # A run that is resumed wrote it.
+    check_config_kept(config, _config(tmp_path, resume=True))
+    check_config_kept(config, _config(tmp_path / "other"))

@@ -57,7 +57,9 @@ def test_one_table_over_all_images_of_a_folder(photos, run, tmp_path, capsys) ->
     confusion = np.zeros((2, 2), int)
     for number in range(len(SIZES)):
         name = f"p{number}.png"
-        assert evaluate(run, photos / "images" / name, photos / "masks" / name, tmp_path / "one.json") == 0
+        assert (
+            evaluate(run, photos / "images" / name, photos / "masks" / name, tmp_path / "one.json", "--overwrite") == 0
+        )
         confusion += np.array(json.loads((tmp_path / "one.json").read_text())["confusion"])
     assert scores["confusion"] == confusion.tolist()
     assert scores["classes"][1]["iou"] > 0.6

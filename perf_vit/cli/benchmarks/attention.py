@@ -9,27 +9,32 @@ from pathlib import Path
 import torch
 
 from perf_vit.cli.benchmarks.contenders import INSTALL_HINT, POPULAR, attention_contenders
-from perf_vit.cli.benchmarks.report import attention_summary, attention_table, write_attention
+from perf_vit.cli.benchmarks.report import attention_files, attention_summary, attention_table, write_attention
 from perf_vit.cli.benchmarks.settings import PASSES, AttentionBenchmark
 from perf_vit.cli.benchmarks.sweep import Measurement, sweep_lengths
 from perf_vit.cli.benchmarks.verify import verify_linear_attention
 from perf_vit.cli.console import say, say_line, show, working
+from perf_vit.io import check_outputs
 from perf_vit.ops import draw_projection
 
 __all__ = ["run_attention_benchmark"]
 
 
-def run_attention_benchmark(settings: AttentionBenchmark, folder: Path) -> list[Measurement]:
+def run_attention_benchmark(
+    settings: AttentionBenchmark, folder: Path, *, overwrite: bool = False
+) -> list[Measurement]:
     """Verify linear attention, measure all contenders, print the table and write CSV and picture.
 
     Args:
         settings: what to measure.
         folder: where `attention.csv` and `attention.png` go.
+        overwrite: replace such files that exist.
 
     Raises:
-        PerfVitError: an output disagrees with its reference (nothing is measured or written), or the folder can't be
-            written to.
+        PerfVitError: the files exist or can't be written, or an output disagrees with its reference; nothing is
+            measured or written then.
     """
+    check_outputs(attention_files(folder), [], overwrite=overwrite)
     generator = torch.Generator().manual_seed(0)
     projection = draw_projection(settings.num_features, settings.head_dim, generator=generator)
     projection = projection.to(settings.device, settings.torch_dtype)

@@ -18,8 +18,17 @@ from perf_vit.cli.benchmarks.contenders import CHUNKED_FLOOR, FLOOR, OURS, POPUL
 from perf_vit.cli.benchmarks.settings import PASSES, AttentionBenchmark, machine_name
 from perf_vit.cli.benchmarks.sweep import Measurement
 from perf_vit.errors import OutputError
+from perf_vit.io import save_figure, staged
 
-__all__ = ["BASELINES", "COLUMNS", "attention_summary", "attention_table", "plot_attention", "write_attention"]
+__all__ = [
+    "BASELINES",
+    "COLUMNS",
+    "attention_files",
+    "attention_summary",
+    "attention_table",
+    "plot_attention",
+    "write_attention",
+]
 
 BASELINES = {"x_floor": FLOOR, "x_sdpa": SDPA, "x_performer_pytorch": POPULAR}
 _MEASURES = ("contender", "pass", "length", "milliseconds", "peak_mib", *BASELINES)
@@ -67,6 +76,11 @@ def attention_summary(rows: Sequence[Measurement]) -> list[str]:
     return lines
 
 
+def attention_files(folder: Path) -> tuple[Path, Path]:
+    """Paths of the table and the picture in a folder."""
+    return folder / "attention.csv", folder / "attention.png"
+
+
 def write_attention(rows: Sequence[Measurement], settings: AttentionBenchmark, folder: Path) -> tuple[Path, Path]:
     """Write `attention.csv`, a row a measurement with all settings, and `attention.png` into a folder.
 
@@ -76,7 +90,7 @@ def write_attention(rows: Sequence[Measurement], settings: AttentionBenchmark, f
     Raises:
         OutputError: the folder can't be written to.
     """
-    table, picture = folder / "attention.csv", folder / "attention.png"
+    table, picture = attention_files(folder)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         _write_csv(rows, settings, table)
@@ -103,7 +117,7 @@ def plot_attention(rows: Sequence[Measurement], title: str, path: Path) -> None:
         axes[1, column].set_xlabel("tokens, L")
     axes[0, 0].legend(frameon=False)
     figure.suptitle(title, fontsize=9)
-    figure.savefig(path, dpi=110)
+    save_figure(path, figure)
 
 
 def _draw(axes: Axes, rows: Sequence[Measurement], values: dict[Measurement, float], label: str) -> None:
@@ -133,7 +147,7 @@ def _apart(lengths: Sequence[int]) -> list[int]:
 def _write_csv(rows: Sequence[Measurement], settings: AttentionBenchmark, path: Path) -> None:
     constants = [getattr(settings, name) for name in _SETTINGS]
     constants += [machine_name(settings.device), torch.__version__]
-    with path.open("w", newline="", encoding="utf-8") as file:
+    with staged(path) as folder, (folder / path.name).open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
         writer.writerow(COLUMNS)
         for row in rows:

@@ -56,7 +56,7 @@ def predict(
         typer.Option(help="Stop at an error, or leave pixels that can't be read as nodata and go on after bad files."),
     ] = "stop",
     overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Of several outputs, make those anew that are there already.")
+        bool, typer.Option("--overwrite", help="Replace outputs that exist; an input never is.")
     ] = False,
     path_column: Annotated[str, typer.Option(help="Column of a list that holds the paths.")] = "path",
     polygons: Annotated[
@@ -113,6 +113,7 @@ def predict(
             output,
             path_column=path_column,
             skip_errors=on_error == "skip",
+            overwrite=overwrite,
             batch_size=batch_size,
             device=device,
             precision=precision,
@@ -129,6 +130,7 @@ def predict(
             tissue=tissue,
             path_column=path_column,
             skip_errors=on_error == "skip",
+            overwrite=overwrite,
             batch_size=batch_size,
             num_readers=num_readers,
             device=device,
@@ -226,6 +228,7 @@ def evaluate(
     flips: Annotated[bool, typer.Option("--flips", help="Of maps: average over mirror images, as predict.")] = False,
     slide_mpp: SlideMpp = None,
     tissue: Tissue = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace scores and pictures that exist.")] = False,
     device: Device = "auto",
     precision: Precision = "32",
 ) -> None:
@@ -235,6 +238,12 @@ def evaluate(
 
     task = checkpoint_task(checkpoint)
     refuse_other_options(context, EVALUATE_OPTIONS, task, checkpoint, NETWORKS[task])
+    if json is not None:
+        from perf_vit.cli.score_files import score_files
+        from perf_vit.io import check_outputs
+
+        read = [checkpoint, image, labels, names, tissue]
+        check_outputs(score_files(json, task), read, overwrite=overwrite)
     if task in {"classification", "regression"}:
         from perf_vit.cli.scenes import report_scenes
 

@@ -33,8 +33,9 @@ def info(
 def demo(
     out: Annotated[Path, typer.Option(help="Folder for scene, run, map and report.")] = Path("demo"),
     seed: Annotated[int, typer.Option(help="Decides the scene and the training.")] = 0,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an earlier demo in the folder.")] = False,
 ) -> None:
     """Make a scene, train a small model on half of it, map all of it and write a report: a few minutes on a CPU."""
     from perf_vit.cli.demo import run_demo
 
-    run_demo(out, seed)
+    run_demo(out, seed, overwrite=overwrite)

@@ -47,8 +47,11 @@ def distill(
     """Train the linear copy of a pretrained ViT to give its tokens, on images without labels."""
     from perf_vit.cli.console import say
     from perf_vit.cli.distilling import distill_model
+    from perf_vit.cli.run_files import check_config_kept
     from perf_vit.cli.schemas import DistillationRun
     from perf_vit.config import load_config
 
-    student = distill_model(load_config(config, DistillationRun, overrides or []))
+    run = load_config(config, DistillationRun, overrides or [])
+    check_config_kept(config, run)
+    student = distill_model(run)
     say(f"student: {student}")

@@ -1,0 +1,71 @@
+"""Checkpoints of untrained networks for rasters of three bands, one a task."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from command_line import save_detector
+
+from perf_vit.models import (
+    CHECKPOINT_KEY,
+    ClassifierConfig,
+    ClassifierSpec,
+    DetectorSpec,
+    ModelConfig,
+    SegmenterSpec,
+    SlideModelConfig,
+    SlideSpec,
+    build_classifier,
+    build_segmenter,
+    build_slide_classifier,
+    checkpoint_metadata,
+)
+from perf_vit.transforms import Normalizer
+
+BACKBONE = {
+    "backbone": "performer_vit_tiny_patch16_224",
+    "backbone_kwargs": {"depth": 1, "embed_dim": 64, "num_heads": 2, "attn_kwargs": {"num_features": 16}},
+}
+NORMALIZER = Normalizer((100.0,) * 3, (50.0,) * 3)
+
+
+def _save(path: Path, config: Any, model: torch.nn.Module) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    state = {f"model.{name}": value for name, value in model.state_dict().items()}
+    torch.save({"state_dict": state, CHECKPOINT_KEY: checkpoint_metadata(config, model)}, path)
+    return path
+
+
+def save_segmenter(path: Path) -> Path:
+    """Of two classes, untrained."""
+    config = ModelConfig(**BACKBONE, out_indices=[0], head="linear")
+    spec = SegmenterSpec(classes=("rest", "thing"), normalizer=NORMALIZER, tile_px=32)
+    return _save(path, config, build_segmenter(config, spec))
+
+
+def save_classifier(path: Path, kind: str) -> Path:
+    """Of two classes, or of one number."""
+    config = ClassifierConfig(**BACKBONE, pool="avg")
+    named: dict[str, Any] = {"outputs": ("a", "b")}
+    if kind == "regression":
+        named = {"outputs": ("height",), "target_mean": (0.0,), "target_std": (1.0,)}
+    columns = {"image_column": "image", **({} if kind == "regression" else {"label_column": "label"})}
+    spec = ClassifierSpec(kind=kind, normalizer=NORMALIZER, tile_px=32, label_options=columns, **named)
+    return _save(path, config, build_classifier(config, spec))
+
+
+def save_slide_classifier(path: Path) -> Path:
+    """Of two classes."""
+    config = SlideModelConfig(**BACKBONE, pool="avg", hidden_dim=16, attention_dim=8)
+    columns = {"slide_column": "slide", "label_column": "label"}
+    spec = SlideSpec(
+        classes=("large", "small"), normalizer=NORMALIZER, tile_px=32, mpp=1.0, tissue="otsu", min_tissue=0.2,
+        slide_mpp=0.5, label_options=columns,
+    )  # fmt: skip
+    return _save(path, config, build_slide_classifier(config, spec))
+
+
+def save_small_detector(path: Path) -> Path:
+    """Of one class."""
+    spec = DetectorSpec(classes=("car",), normalizer=NORMALIZER, tile_px=64, label_options={"label_format": "csv"})
+    return save_detector(path, spec, backbone="resnet10t", head="fcos", head_kwargs={"num_convs": 1})

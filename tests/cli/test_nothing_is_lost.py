@@ -1,0 +1,130 @@
+"""No command replaces a file of the user: an input never, any other file only with `--overwrite`."""
+
+import os
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+from command_line import call
+from jobs_that_write import JOBS, Job
+from kept_files import MINE, put, refused, tree
+
+
+def names(output: Path) -> set[str]:
+    """What a refusal may call an output: of a run, the file or folder in the run folder, or that itself."""
+    return {str(each) for each in (output, *output.parents[: 2 if "run" in output.parts else 1])}
+
+
+@pytest.fixture(scope="module", params=JOBS, ids=lambda make: make.__name__)
+def job(request, tmp_path_factory) -> Job:
+    """A command whose folder `out` is made anew for each test."""
+    root = tmp_path_factory.mktemp("job")
+    return request.param(root)
+
+
+@pytest.fixture
+def out(job) -> Path:
+    """The folder of all outputs, empty."""
+    folder = next(path for path in job.outputs[0].parents if path.name == "out")
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir()
+    return folder
+
+
+def test_the_outputs_of_this_list_are_all_that_a_command_writes(job, out) -> None:
+    if job.is_slow:
+        pytest.skip("run to its end by tests of its own")
+    before = tree(out.parent)
+    assert call(job.args) == 0
+    written = {
+        str(out.parent / name) for name, kind in tree(out.parent).items() if name not in before and kind != "folder"
+    }
+    assert written == set(map(str, job.outputs))
+
+
+def test_a_file_that_exists_is_not_replaced(job, out, capsys) -> None:
+    for output in job.outputs:
+        for kind in ("file", "link", "link to nothing"):
+            if kind == "file":
+                put(output)
+            else:
+                put(out / "elsewhere") if kind == "link" else None
+                output.parent.mkdir(parents=True, exist_ok=True)
+                output.symlink_to(out / "elsewhere")
+            if output in job.keeps:
+                before = tree(out.parent)
+                assert call(job.args) == 0
+                assert before.items() <= tree(out.parent).items()
+            else:
+                assert names(output) & set(re.findall(r"[^ ,;]+", refused(job.args, out.parent, capsys)))
+            shutil.rmtree(out)
+            out.mkdir()
+
+
+def test_an_input_is_not_replaced_even_on_demand(job, out, capsys) -> None:
+    extra = ["--overwrite"] if job.overwrite else []
+    for output in job.outputs:
+        for number, given in enumerate(job.inputs):
+            output.parent.mkdir(parents=True, exist_ok=True)
+            # Each output meets each input, by links of both kinds in turn.
+            if number % 2:
+                output.symlink_to(given)
+            else:
+                os.link(given, output)
+            line = refused([*job.args, *extra], out.parent, capsys)
+            assert names(output) & set(re.findall(r"[^ ,;]+", line))
+            assert not job.overwrite or "would replace " in line
+            shutil.rmtree(out)
+            out.mkdir()
+
+
+def test_files_that_exist_are_replaced_on_demand_and_nothing_else_changes(job, out) -> None:
+    if job.is_slow or not job.overwrite:
+        pytest.skip("has no such option, or is run to its end by tests of its own")
+    for output in job.outputs:
+        put(output)
+    put(out / "notes.txt")
+    before = tree(out.parent)
+    assert call([*job.args, "--overwrite"]) == 0
+    assert all(output.read_bytes() != MINE for output in job.outputs)
+    after = tree(out.parent)
+    outputs = {str(output.relative_to(out.parent)) for output in job.outputs}
+    assert set(after) == set(before)
+    assert {name for name in before if after[name] != before[name]} == outputs
+
+
+def test_an_unfinished_map_of_somebody_else_is_never_touched(job, out, capsys) -> None:
+    maps = [output for output in job.outputs if output.suffix == ".tif" and job.args[0] == "predict"]
+    for output in maps:
+        for content in ("notes.txt", "rows_1.tif", ""):
+            put(
+                output.with_name(f"{output.name}.partial") / content
+                if content
+                else output.with_name(f"{output.name}.partial")
+            )
+            for extra in ([], ["--overwrite"]):
+                assert "was not made by perf_vit" in refused([*job.args, *extra], out.parent, capsys)
+            shutil.rmtree(out)
+            out.mkdir()
+
+
+def test_the_same_command_again_changes_no_file(job, out, capsys) -> None:
+    if job.is_slow:
+        pytest.skip("run to its end by tests of its own")
+    assert call(job.args) == 0
+    before = tree(out.parent)
+    capsys.readouterr()
+    code = call(job.args)
+    captured = capsys.readouterr()
+    after = tree(out.parent)
+    # The report of many inputs is written again.
+    reports = {str(output.relative_to(out.parent)) for output in job.outputs if output.name == "report.json"}
+    assert {name for name in after if after[name] != before.get(name)} <= reports
+    assert set(after) == set(before)
+    if job.outputs[0].suffix == ".tif" or job.keeps:
+        assert code == 0
+        assert "there already" in captured.out or reports
+    else:
+        assert code == 2
+        assert "--overwrite" in captured.err
