@@ -21,6 +21,7 @@ from perf_vit.inference.dense_output import DenseOutput
 from perf_vit.inference.engine import Strip, TileModel, predict_strips
 from perf_vit.inference.journal import Journal, check_partial_folder, discard_journal, open_journal
 from perf_vit.inference.reader import Reads, SalvagingReader
+from perf_vit.inference.source_identity import SourceIdentity
 from perf_vit.io import (
     RasterLayout,
     SlideSource,
@@ -29,7 +30,6 @@ from perf_vit.io import (
     check_outputs,
     existing_error,
     existing_outputs,
-    fingerprint,
     holds_layout,
     is_ome_tiff_name,
     write_cog,
@@ -49,7 +49,6 @@ _WRITER_DEPTH = 2
 
 _VERSION_TAG = "PERF_VIT_VERSION"
 _DAMAGE_TAG = "PERF_VIT_DAMAGED_PIECES"
-_INPUT_TAG = "PERF_VIT_INPUT"
 
 _ANOTHER_MAP = (
     ", but not as this model's map of this input with these settings, or is older than the input, or has damaged pixels"
@@ -119,14 +118,14 @@ class MapJob:
         return tuple(getattr(self.source, "paths", (self.source.path,)))
 
     @cached_property
-    def _fingerprint(self) -> str:
-        return fingerprint(self.input_files)
+    def _identity(self) -> SourceIdentity:
+        return SourceIdentity(self.source)
 
     @property
     def layout(self) -> RasterLayout:
         """The map's size, place, bands and tags."""
         tags = {f"PERF_VIT_{name.upper()}": str(value) for name, value in self.settings.items()}
-        return self.output.layout(self.source, {_VERSION_TAG: __version__, _INPUT_TAG: self._fingerprint, **tags})
+        return self.output.layout(self.source, {_VERSION_TAG: __version__, **self._identity.tags, **tags})
 
     @property
     def window_rows(self) -> list[int]:
@@ -145,8 +144,7 @@ class MapJob:
         """
         if not self.out.exists():
             return False
-        path = Path(self.source.path)
-        if path.exists() and path.stat().st_mtime_ns > self.out.stat().st_mtime_ns:
+        if self._identity.changed_since(self.out):
             return False
         layout = self.layout
         if self.on_error == "stop":
@@ -166,7 +164,7 @@ class MapJob:
             "dtype": str(np.dtype(self.output.dtype)),
             "output": dict(self.output.tags),
         }
-        settings = {**self.settings, **identity, **_input_identity(self.source), "version": __version__}
+        settings = {**self.settings, **identity, **self._identity.settings, "version": __version__}
         journal.begin(settings, resume=resume)
 
     def write_rows(
@@ -336,21 +334,6 @@ def _write_behind(strips: Iterable[Strip], write: Callable[[Strip], None]) -> No
                 writing.popleft().result()
         for written in writing:
             written.result()
-
-
-def _input_identity(source: Source) -> dict[str, Any]:
-    """What tells an input from a changed one, without reading all of it."""
-    files = [Path(path) for path in getattr(source, "paths", (source.path,))]
-    stats = [file.stat() if file.exists() else None for file in files]
-    return {
-        # A cluster's workers stand in other folders.
-        "input": [str(file.absolute()) if stat else str(file) for file, stat in zip(files, stats, strict=True)],
-        "input_bytes": [stat and stat.st_size for stat in stats],
-        "input_modified_ns": [stat and stat.st_mtime_ns for stat in stats],
-        "input_layout": [source.num_bands, source.height, source.width, str(source.dtype)],
-        # The same file may be read on another grid.
-        "input_place": [list(source.transform)[:6], source.crs and source.crs.to_wkt(), source.mpp],
-    }
 
 
 def _mpp_xy(source: Source) -> tuple[float, float]:

@@ -1,6 +1,7 @@
 """Sources, labels and outputs: rasters read and written window by window."""
 
 from perf_vit.io._gdal import bounded_cache
+from perf_vit.io._input_files import input_files
 from perf_vit.io._label_vector import warn_of_polygons_beside
 from perf_vit.io._staging import replaced, staged
 from perf_vit.io._vector_file import is_vector_name, split_layer
@@ -79,6 +80,7 @@ __all__ = [
     "files_below",
     "fingerprint",
     "holds_layout",
+    "input_files",
     "is_by_product",
     "is_image_name",
     "is_ome_tiff_name",

@@ -5,9 +5,10 @@ from __future__ import annotations
 import functools
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Self
+from types import MappingProxyType
+from typing import Any, Self
 
 import numpy as np
 from affine import Affine
@@ -45,9 +46,11 @@ class RasterSource:
         placed_by_gcps: whether only ground control points say where it lies; its pixels are read as they are.
         colormap: value to (red, green, blue, alpha), None where the first band has none.
         mask_name: what hides pixels beside nodata values, such as "band 4 (alpha)", None where nothing does.
+        options: of `open_source` that it was opened with.
     """
 
     mpp: float | None = None
+    options: Mapping[str, Any] = MappingProxyType({})
     _orientation = Orientation()
 
     def __init__(

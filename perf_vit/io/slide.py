@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import Any, Self
 
 import numpy as np
@@ -49,6 +50,7 @@ class SlideSource:
         format: what the file is, such as "aperio".
         levels: (height, width) of each level that the file holds, finest first.
         mask_name: what hides pixels in the file, such as "band 4 (alpha)", None where nothing does.
+        options: of `open_source` that it was opened with.
 
     Raises:
         InputError: no such level or channel, `mpp` without a known pixel size, or a bad tissue file.
@@ -56,6 +58,7 @@ class SlideSource:
 
     crs = None
     nodata: float | None = None
+    options: Mapping[str, Any] = MappingProxyType({})
     colormap: dict[int, tuple[int, int, int, int]] | None = None
 
     def __init__(

@@ -13,6 +13,8 @@ from perf_vit.io._grid import Bounds
 from perf_vit.io._raster_inputs import open_raster
 from perf_vit.io._slides import is_slide, open_slide
 from perf_vit.io.pixel_side import PixelSide
+from perf_vit.io.raster import RasterSource
+from perf_vit.io.slide import SlideSource
 from perf_vit.types import Source
 
 __all__ = ["open_raster", "open_source"]
@@ -82,14 +84,18 @@ def open_source(
         apply_scale=apply_scale,
         asset=asset,
     )
+    source: RasterSource | SlideSource
     if isinstance(path, (str, Path)) and is_slide(os.fspath(path), asked=bool(of_slides)):
         if of_rasters:
             raise InputError(f"{' and '.join(of_rasters)} is for rasters, and {path} is a slide; leave it out")
-        return open_slide(os.fspath(path), bands=bands, **of_slides)
-    if of_slides:
+        source = open_slide(os.fspath(path), bands=bands, **of_slides)
+    elif of_slides:
         names = " and ".join(of_slides)
         raise InputError(f"{names} can't be used with {path}, which is a raster, not a slide; leave it out")
-    return open_raster(path, bands=bands, **of_rasters)
+    else:
+        source = open_raster(path, bands=bands, **of_rasters)
+    source.options = _given(bands=bands, **of_slides, **of_rasters)
+    return source
 
 
 def _given(**options: Any) -> dict[str, Any]:
