@@ -1,5 +1,6 @@
 """Train, evaluate and predict classes of whole slides through the real entry point."""
 
+import contextlib
 import csv
 import json
 import os
@@ -11,8 +12,10 @@ from command_line import call
 from PIL import Image
 
 from perf_vit.cli.schemas import SlideRun
+from perf_vit.cli.slides import _Embedder
 from perf_vit.config import load_config
 from perf_vit.data.synthetic_slide import make_slide
+from perf_vit.errors import InputError
 from perf_vit.models import load_slide_classifier
 
 CONFIG = """
@@ -201,3 +204,34 @@ def test_options_that_bags_of_features_have_no_use_for_are_refused(slides, tmp_p
     assert call(train_args(slides, tmp_path / "out", override)) == 2
     assert message in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+class KilledError(BaseException):
+    pass
+
+
+@pytest.mark.xfail(strict=True, reason="rows are kept in memory until the last slide")
+@pytest.mark.parametrize("end", [KilledError(), InputError("damaged")], ids=["killed", "damaged"])
+def test_a_prediction_that_ends_early_goes_on_with_the_slides_that_were_left(
+    run, slides, tmp_path, monkeypatch, end
+) -> None:
+    inputs = [part for number in range(5) for part in ("--input", slides / f"s{number}.svs")]
+    args = ["predict", "--checkpoint", run / "checkpoints" / "best.ckpt", *inputs, "--output"]
+    assert call([*args, tmp_path / "whole.csv"]) == 0
+    embed, embedded = _Embedder.__call__, []
+
+    def embed_some(self, path, on_window):
+        if len(embedded) == 3:
+            raise end
+        embedded.append(path)
+        return embed(self, path, on_window)
+
+    with monkeypatch.context() as patch, contextlib.suppress(KilledError):
+        patch.setattr(_Embedder, "__call__", embed_some)
+        call([*args, tmp_path / "found.csv"])
+    assert len(embedded) == 3
+    again = []
+    monkeypatch.setattr(_Embedder, "__call__", lambda self, path, on: again.append(path) or embed(self, path, on))
+    assert call([*args, tmp_path / "found.csv"]) == 0
+    assert (tmp_path / "found.csv").read_text() == (tmp_path / "whole.csv").read_text()
+    assert len(again) == 2
