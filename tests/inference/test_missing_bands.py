@@ -1,0 +1,97 @@
+"""What a network sees in prediction of values that are missing in some bands: the mean, whatever is read and by whom."""
+
+from collections.abc import Callable
+from functools import partial
+
+import numpy as np
+import pytest
+import rasterio.shutil
+import torch
+from torch import Tensor
+
+from perf_vit import open_source
+from perf_vit.data import scene_tile, standardized
+from perf_vit.inference import embed_windows, predict_objects, predict_strips
+from perf_vit.tiling import grid_windows
+from perf_vit.transforms import Normalizer
+from perf_vit.types import Detections, Source
+
+# Valid values become 1 in both bands.
+NORMALIZER = Normalizer((500.0, 1000.0), (500.0, 1000.0))
+
+
+def pixels_with_holes(value: float, dtype: str) -> np.ndarray:
+    rng = np.random.default_rng(0)
+    pixels = np.empty((2, 100, 120), dtype)
+    pixels[0], pixels[1] = 1000, 2000
+    for band in (0, 1, slice(None)):
+        for _ in range(15):
+            row, col = rng.integers(0, 90, 2)
+            pixels[band, row : row + 9, col : col + 9] = value
+    return pixels
+
+
+def raster(path) -> Source:
+    return open_source(path)
+
+
+def vrt(path) -> Source:
+    rasterio.shutil.copy(path, path.with_suffix(".vrt"), driver="VRT")
+    return open_source(path.with_suffix(".vrt"))
+
+
+def mosaic(path) -> Source:
+    return open_source([path, path])
+
+
+def warped(path) -> Source:
+    return open_source(path, crs="EPSG:32638")
+
+
+def resampled(path) -> Source:
+    return open_source(path, resolution=(3.1, 2.9), resampling="cubic")
+
+
+def maps(source: Source, see: Callable[[Tensor], None]) -> None:
+    def model(tiles: Tensor) -> Tensor:
+        see(tiles)
+        return tiles[:, :1]
+
+    options = {"extent": source.extent, "num_channels": 1, "window_size": 64, "overlap": 8}
+    list(predict_strips(model, source, NORMALIZER, **options))
+
+
+def objects(source: Source, see: Callable[[Tensor], None]) -> None:
+    def model(tiles: Tensor) -> list[Detections]:
+        see(tiles)
+        nothing = torch.zeros(0)
+        return [Detections(scores=nothing, labels=nothing.long(), boxes_xyxy=torch.zeros(0, 4)) for _ in tiles]
+
+    normalize = partial(standardized, normalizer=NORMALIZER)
+    predict_objects(model, source, normalize, extent=source.extent, window_size=64, overlap=8)
+
+
+def embeddings(source: Source, see: Callable[[Tensor], None]) -> None:
+    def encode(tiles: Tensor) -> Tensor:
+        see(tiles)
+        return tiles.mean((2, 3))
+
+    embed_windows(encode, source, NORMALIZER, grid_windows(source.extent, 64, 0))
+
+
+def whole_images(source: Source, see: Callable[[Tensor], None]) -> None:
+    see(torch.from_numpy(scene_tile(source, NORMALIZER, 32, None)))
+
+
+@pytest.mark.parametrize(("value", "dtype"), [(-9999, "int16"), (-9999, "float32"), (np.nan, "float32")])
+@pytest.mark.parametrize("task", [maps, objects, embeddings, whole_images])
+@pytest.mark.parametrize("read", [raster, vrt, mosaic, warped, resampled])
+def test_a_missing_value_is_the_mean_and_no_nan_reaches_a_network(make_scene, read, task, value, dtype) -> None:
+    seen: list[np.ndarray] = []
+    source = read(make_scene(pixels=pixels_with_holes(value, dtype), nodata=value))
+    task(source, lambda tiles: seen.append(tiles.numpy().copy()))
+    values = np.concatenate([tiles.ravel() for tiles in seen])
+    assert np.isfinite(values).all()
+    # One for data and nothing between it and the mean.
+    np.testing.assert_allclose(values[values != 0], 1, rtol=1e-5)
+    assert 0 < (values == 0).mean() < 0.8
