@@ -106,6 +106,7 @@ def evaluate_raster(
         options["all_touched"] = all_touched
     labelled = (_open_folder if is_folder else _open_one)(model, image, labels, given, options)
     check_input = InputCheck(spec.trained_on)
+    part = None if region is None else region_window(list(region), labelled[0][0], "--region")
     engine = _engine(model, **engine)
     metrics = segmentation_metrics(len(spec.classes), multilabel=spec.multilabel)
     curves = SegmentationCurves(spec.classes, multilabel=spec.multilabel) if with_curves else None
@@ -114,8 +115,7 @@ def evaluate_raster(
             engine["on_window"] = on_done
         for number, (source, truth) in enumerate(labelled, 1):
             check_input(source)
-            extent = region_window(None if region is None else list(region), source, "--region")
-            strips = segment_strips(model, source, extent=extent, **engine)
+            strips = segment_strips(model, source, extent=part or source.extent, **engine)
             _count(model, strips, truth, metrics, curves)
             if is_folder:
                 source.close()
