@@ -85,8 +85,9 @@ class SlideSource:
         self.height, self.width = self._grid.height, self._grid.width
         self.dtype = reader.dtype
         self._indices = _choose_bands(path, reader, bands)
-        self.mask_name = None if reader.alpha in (None, *self._indices) else f"band {reader.alpha + 1} (alpha)"
-        if self.mask_name:
+        self.mask_name: str | None = None
+        if reader.alpha is not None and reader.alpha not in self._indices:
+            self.mask_name = f"band {reader.alpha + 1} (alpha)"
             warn_of_alpha(path, reader.alpha + 1, len(reader.band_names))
         self.bands = tuple(index + 1 for index in self._indices)
         self.band_names = tuple(reader.band_names[index] for index in self._indices)

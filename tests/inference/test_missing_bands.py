@@ -1,4 +1,4 @@
-"""What a network sees in prediction of values that are missing in some bands: the mean, whatever is read and by whom."""
+"""In prediction, a network sees the mean in place of values that are missing in some bands, whatever is read."""
 
 from collections.abc import Callable
 from functools import partial
