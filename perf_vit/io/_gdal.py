@@ -149,7 +149,8 @@ def read_window(dataset: Any, path: str, window: Window, **options: Any) -> Any:
         UnreachableError: a server doesn't deliver it.
     """
     read = dataset.read_masks if options.pop("masks", False) else dataset.read
-    check_members(dataset, path, window)
+    shape = options.get("out_shape")
+    check_members(dataset, path, window, reduced=shape is not None and tuple(shape[-2:]) != window.shape)
     place = rasterio.windows.Window(window.col, window.row, window.width, window.height)
     try:
         with _settings_for(dataset):

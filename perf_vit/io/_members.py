@@ -9,6 +9,7 @@ from typing import Any
 from xml.etree import ElementTree
 
 import rasterio
+import shapely
 from affine import Affine
 
 from perf_vit.errors import DamagedDataError, InputError
@@ -18,17 +19,18 @@ from perf_vit.types import Window
 __all__ = ["check_members", "leads_to_server", "members_of", "opens_members"]
 
 _SERVICES = frozenset({"WMS", "WMTS", "WCS", "STACIT", "STACTA", "EEDAI", "DAAS", "PLMOSAIC", "HTTP"})
+_INDEX_ENDINGS = (".gti", ".gti.gpkg", ".gti.fgb", ".gti.parquet")
 _INDEXES = frozenset({"VRT", "GTI"})
 # Where GDAL looks for the files' names in a tile index that doesn't say.
 _LOCATION_FIELDS = ("location", "assets.data.href", "assets.image.href")
 
 
 @dataclass(frozen=True)
-class _Indexed:
-    """A file of a tile index, and the box around it in the index's CRS."""
+class _Index:
+    """The files of a tile index, and where each lies in the index's CRS."""
 
-    path: str
-    bounds: tuple[float, float, float, float]
+    files: list[str]
+    tree: shapely.STRtree
 
 
 def opens_members(dataset: Any) -> bool:
@@ -57,26 +59,47 @@ def members_of(dataset: Any, path: str) -> list[str]:
         InputError: the tile index can't be read.
     """
     if dataset.driver == "GTI":
-        files = [file.path for file in _indexed(path, _modified_ns(path))]
+        files = list(_indexed(path, _modified_ns(path)).files)
     else:
         files = [file for file in dataset.files if file != path] if dataset.driver == "VRT" else []
     return [*files, *(inner for file in files if file.lower().endswith(".vrt") for inner in _members_at(file))]
 
 
-def check_members(dataset: Any, path: str, window: Window) -> None:
-    """Refuse a window of a tile index that a missing file should fill: GDAL gives 0 there, as if it were data.
+def check_members(dataset: Any, path: str, window: Window, *, reduced: bool) -> None:
+    """Refuse a window that a missing file should fill, where GDAL gives 0, as if it were data.
+
+    Args:
+        dataset: an open tile index or VRT, or what warps it; others pass.
+        path: of the tile index or VRT.
+        window: of the dataset.
+        reduced: whether it is read at lower resolution: only then GDAL passes over missing files of a VRT.
 
     Raises:
-        DamagedDataError: a file of the index isn't there.
+        DamagedDataError: a file isn't there.
     """
-    missing = _missing(path, _modified_ns(path)) if dataset.driver == "GTI" else ()
-    for file in missing:
-        if _window_of(file, dataset.transform).intersect(window):
-            raise DamagedDataError(
-                f"can't read rows {window.row} to {window.row_stop}, columns {window.col} to {window.col_stop} of "
-                f"{path}: {file.path} isn't there ({len(missing)} of its files are missing); bring it back, or make "
-                "the index anew"
-            )
+    if reduced and dataset.driver == "VRT":
+        for file in filter(_is_gone, dataset.files):
+            raise _missing(file, path, window)
+    if not _is_index(path):
+        return
+    index = _indexed(path, _modified_ns(path))
+    if dataset.driver == "GTI":
+        around = shapely.box(*_bounds(dataset.transform, window))
+    else:
+        # GDAL warps in large pieces, and keeps one that failed: none of them is to be trusted.
+        around = shapely.box(*shapely.total_bounds(index.tree.geometries))
+    for number in index.tree.query(around).tolist():
+        file = index.files[number]
+        # Tiles that only touch the window give it no pixel.
+        if index.tree.geometries[number].intersection(around).area > 0 and _is_gone(file):
+            raise _missing(file, path, window)
+
+
+def _missing(file: str, path: str, window: Window) -> DamagedDataError:
+    return DamagedDataError(
+        f"can't read rows {window.row} to {window.row_stop}, columns {window.col} to {window.col_stop} of {path}: its "
+        f"file {file} isn't there; bring it back, or make {path} anew"
+    )
 
 
 def _members_at(path: str) -> list[str]:
@@ -87,21 +110,19 @@ def _members_at(path: str) -> list[str]:
         return []
 
 
-def _window_of(file: _Indexed, transform: Affine) -> Window:
-    left, bottom, right, top = file.bounds
-    cols, rows = zip(*(~transform @ corner for corner in ((left, top), (right, bottom))), strict=True)
-    row, col = round(min(rows)), round(min(cols))
-    return Window(row, col, round(max(rows)) - row, round(max(cols)) - col)
+def _bounds(transform: Affine, window: Window) -> tuple[float, float, float, float]:
+    """The box around a window's pixels, in CRS units."""
+    corners = ((col, row) for col in (window.col, window.col_stop) for row in (window.row, window.row_stop))
+    xs, ys = zip(*(transform @ corner for corner in corners), strict=True)
+    return min(xs), min(ys), max(xs), max(ys)
+
+
+def _is_gone(file: str) -> bool:
+    return _is_local(file) and not os.path.exists(file)
 
 
 @functools.lru_cache(maxsize=8)
-def _missing(path: str, modified_ns: int) -> tuple[_Indexed, ...]:
-    files = _indexed(path, modified_ns)
-    return tuple(file for file in files if _is_local(file.path) and not os.path.exists(file.path))
-
-
-@functools.lru_cache(maxsize=8)
-def _indexed(path: str, modified_ns: int) -> tuple[_Indexed, ...]:
+def _indexed(path: str, modified_ns: int) -> _Index:
     """The files of a tile index."""
     # Only a tile index needs it.
     import pyogrio
@@ -114,11 +135,8 @@ def _indexed(path: str, modified_ns: int) -> tuple[_Indexed, ...]:
     except (StopIteration, OSError, ValueError, pyogrio.errors.DataSourceError) as error:
         raise InputError(f"can't list the files of the tile index {path}: {error or 'no field location'}") from error
     folder = os.path.dirname(index)
-    bounds = table.geometry.bounds.to_numpy().tolist()
-    return tuple(
-        _Indexed(os.path.join(folder, file) if _is_local(file) else file, tuple(box))
-        for file, box in zip(table[field].tolist(), bounds, strict=True)
-    )
+    files = [os.path.join(folder, file) if _is_local(file) else file for file in table[field].tolist()]
+    return _Index(files, shapely.STRtree(table.geometry.tolist()))
 
 
 def _describe(path: str) -> tuple[str, str | None, str | None]:
@@ -128,7 +146,11 @@ def _describe(path: str) -> tuple[str, str | None, str | None]:
         return path, None, None
     root = ElementTree.parse(path).getroot()
     index = root.findtext("IndexDataset", "")
-    return os.path.join(os.path.dirname(path), index), root.findtext("IndexLayer"), root.findtext("LocationField")
+    return index, root.findtext("IndexLayer"), root.findtext("LocationField")
+
+
+def _is_index(path: str) -> bool:
+    return path.startswith("GTI:") or path.lower().endswith(_INDEX_ENDINGS)
 
 
 def _is_local(path: str) -> bool:

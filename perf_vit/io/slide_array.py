@@ -18,6 +18,7 @@ from perf_vit.io._nodata import is_finite
 from perf_vit.io._ome_xml import micrometres, parse_ome_xml
 from perf_vit.io._openslide import import_slide_library
 from perf_vit.io._pyramid import Level, true_downsample
+from perf_vit.io._zarr_chunks import stored_mask
 from perf_vit.types import BoolArray, Window
 
 __all__ = ["ArrayReader", "is_multiscale", "open_ome_tiff", "open_ome_zarr"]
@@ -73,7 +74,7 @@ class ArrayReader:
         self.fill = 255 if self._is_colour and self.dtype == np.uint8 else 0
 
     def read(self, level: int, window: Window) -> tuple[npt.NDArray[Any], BoolArray]:
-        """Pixels [C, h, w] and which are finite, [C, h, w] or [1, h, w].
+        """Pixels [C, h, w] and which are finite and stored, [C, h, w] or [1, h, w].
 
         Raises:
             DamagedDataError: the file is damaged there.
@@ -82,7 +83,8 @@ class ArrayReader:
         places: dict[str, Any] = {"Y": slice(window.row, window.row_stop), "X": slice(window.col, window.col_stop)}
         places |= {"C": slice(None), "S": slice(None)}
         try:
-            found = np.asarray(self._handle.get().arrays[level][tuple(places.get(axis, 0) for axis in self._axes)])
+            array, chosen = self._handle.get().arrays[level], tuple(places.get(axis, 0) for axis in self._axes)
+            found, stored = np.asarray(array[chosen]), stored_mask(array, chosen)
         # The codecs behind a file have no common base of their errors.
         except Exception as error:
             what = (
@@ -99,7 +101,9 @@ class ArrayReader:
         order = [kept.index("S" if self._is_colour else "C"), kept.index("Y"), kept.index("X")]
         pixels = np.ascontiguousarray(found.transpose(order), dtype=self.dtype)
         mask = is_finite(pixels) if self.dtype.kind == "f" else np.ones((1, *window.shape), bool)
-        return pixels, mask
+        if stored is None or stored.all():
+            return pixels, mask
+        return pixels, mask & stored.reshape(found.shape).transpose(order)
 
     def close(self) -> None:
         """Close this thread's handle."""

@@ -1,3 +1,4 @@
+import json
 import pickle
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from multiprocessing import get_context
@@ -11,7 +12,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from slides import noise
 
-from perf_vit.errors import InputError
+from perf_vit.errors import DamagedDataError, InputError
 from perf_vit.io import open_source
 from perf_vit.types import Window
 
@@ -216,3 +217,48 @@ def test_otsu_and_profiles_are_refused_without_colours(files) -> None:
         open_source(files["tiff"], tissue="otsu")
     with pytest.raises(InputError, match="icc is for slides"):
         open_source(files["tiff"], icc="srgb")
+
+
+def _chunk(path: Path, level: int, version: str, channel: int) -> Path:
+    """The chunk of rows and columns 64 to 128."""
+    return path / str(level) / (f"{channel}.1.1" if version == "0.4" else f"c/{channel}/1/1")
+
+
+@pytest.mark.parametrize("version", ["0.4", "0.5"])
+def test_a_chunk_that_is_not_stored_is_not_valid(tmp_path, version) -> None:
+    levels = planes()
+    path = write_zarr(tmp_path / "a.ome.zarr", levels, version)
+    _chunk(path, 0, version, channel=1).unlink()
+    image = open_source(path).read(Window(50, 60, 100, 90))
+    expected = np.ones((3, 100, 90), bool)
+    expected[1, 14:78, 4:68] = False
+    assert np.array_equal(np.broadcast_to(image.mask, expected.shape), expected)
+    assert np.array_equal(image.pixels[expected], levels[0][:, 50:150, 60:150][expected])
+    for channel in (0, 2):
+        _chunk(path, 0, version, channel).unlink()
+    assert np.array_equal(open_source(path).read(Window(50, 60, 100, 90)).valid, expected[1])
+
+
+def test_a_shard_that_is_not_stored_is_not_valid(tmp_path) -> None:
+    path = write_zarr(tmp_path / "a.ome.zarr", planes(), "0.5")
+    group = zarr.open_group(path, mode="a")
+    pixels = group["0"][...]
+    array = group.create_array("0", shape=pixels.shape, chunks=(1, 32, 32), shards=(3, 128, 128), dtype=pixels.dtype,
+                               overwrite=True)  # fmt: skip
+    array[...] = pixels
+    (path / "0" / "c" / "0" / "1" / "0").unlink()
+    valid = open_source(path).read(Window(100, 100, 100, 100)).valid
+    expected = np.ones((100, 100), bool)
+    expected[28:, :28] = False
+    assert np.array_equal(valid, expected)
+
+
+def test_a_lost_chunk_of_an_array_without_fill_value_is_damage(tmp_path) -> None:
+    path = write_zarr(tmp_path / "a.ome.zarr", planes(), "0.4")
+    header = path / "0" / ".zarray"
+    header.write_text(json.dumps({**json.loads(header.read_text()), "fill_value": None}))
+    _chunk(path, 0, "0.4", channel=1).unlink()
+    source = open_source(path)
+    with pytest.raises(DamagedDataError, match=r"can't read rows 50 to 150.*the chunk .*1\.1\.1 is missing"):
+        source.read(Window(50, 60, 100, 90))
+    assert source.read(Window(0, 0, 60, 60)).valid.all()
