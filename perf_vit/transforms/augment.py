@@ -20,9 +20,6 @@ __all__ = ["Augmentation"]
 
 FloatArray = npt.NDArray[np.float32]
 
-# Colours are drawn apart from geometry.
-_COLORS_SEED = 2**31
-
 
 class BandGainOffset(A.ImageOnlyTransform):
     """Multiply and shift each band of a standardised image by random amounts.
@@ -71,6 +68,19 @@ class BandShuffle(A.ImageOnlyTransform):
         return np.ascontiguousarray(img[..., order])
 
 
+class ValidMeans(A.ImageOnlyTransform):
+    """Divide interpolated bands by their interpolated masks, which follow them as channels, and drop the masks.
+
+    Invalid values are NaN afterwards, so they go with their band, wherever colours put it.
+    """
+
+    def apply(self, img: FloatArray, **params: Any) -> FloatArray:
+        """Apply to [H, W, 2 C]; gives [H, W, C]."""
+        planes = img.transpose(2, 0, 1)
+        pixels, held = divide_by_weight(*np.split(planes, 2))
+        return _channels_last(np.where(held, pixels, np.float32(np.nan)))
+
+
 class Augmentation:
     """Flips, quarter turns, scale and colour, each drawn from a seed given with the sample.
 
@@ -102,8 +112,9 @@ class Augmentation:
             colors.append(BandShuffle(p=shuffle))
         if gain or offset:
             colors.append(BandGainOffset(gain, offset))
-        self._geometry = A.Compose(geometry)
-        self._colors = A.Compose(colors) if colors else None
+        self._whole = A.Compose([*geometry, *colors])
+        # Nothing is drawn between the two, so a mask doesn't change what a seed decides.
+        self._masked = A.Compose([*geometry, ValidMeans(p=1.0), *colors])
 
     def __call__(
         self, image: FloatArray, labels: LabelArray, seed: int, mask: BoolArray | None = None
@@ -120,21 +131,18 @@ class Augmentation:
         Returns:
             The augmented pair, shapes and dtypes kept.
         """
-        masked = mask is not None and not mask.all()
-        planes = np.concatenate([image, mask.astype(np.float32)]) if masked else image  # type: ignore[union-attr]
-        self._geometry.set_random_seed(seed)
-        out = self._geometry(image=_channels_last(planes), masks=labels.reshape(-1, *labels.shape[-2:]))
-        layers = np.stack(out["masks"])
-        pixels = _channels_first(out["image"], len(planes))
-        if masked:
-            pixels, held = divide_by_weight(pixels[: len(image)], pixels[len(image) :])
-            # NaN goes with its band, wherever colours put it.
-            pixels = np.where(held, pixels, np.float32(np.nan))
-        if self._colors is not None:
-            self._colors.set_random_seed(_COLORS_SEED + seed)
-            pixels = _channels_first(self._colors(image=_channels_last(pixels))["image"], len(image))
-        if masked:
+        masks = labels.reshape(-1, *labels.shape[-2:])
+        if mask is None or mask.all():
+            self._whole.set_random_seed(seed)
+            out = self._whole(image=_channels_last(image), masks=masks)
+            pixels = _channels_first(out["image"], len(image))
+        else:
+            weights = np.broadcast_to(mask, image.shape).astype(np.float32)
+            self._masked.set_random_seed(seed)
+            out = self._masked(image=_channels_last(np.concatenate([image, weights])), masks=masks)
+            pixels = _channels_first(out["image"], len(image))
             pixels = np.where(np.isnan(pixels), np.float32(0), pixels)
+        layers = np.stack(out["masks"])
         return pixels, np.ascontiguousarray(layers.reshape(*labels.shape[:-2], *layers.shape[-2:]))
 
 

@@ -82,3 +82,19 @@ def test_shuffling_reorders_whole_bands_and_nothing_else() -> None:
     assert len(set(orders)) == 6
     # Half of the samples stay as they are, and a sixth of the others.
     assert 0.4 < np.mean([order == (1, 2, 3) for order in orders]) < 0.8
+
+
+@pytest.mark.parametrize("num_bands", [1, 2, 3])
+def test_a_mask_does_not_change_what_a_seed_decides(num_bands: int) -> None:
+    augmentation = Augmentation(gain=0.2, offset=0.2, shuffle=0.5)
+    rng = np.random.default_rng(0)
+    image = rng.normal(size=(num_bands, 16, 16)).astype(np.float32) + 5
+    labels = rng.integers(0, 3, (16, 16)).astype(np.uint8)
+    mask = rng.random((num_bands, 16, 16)) < 0.7
+    for seed in range(10):
+        whole, moved = augmentation(image, labels, seed)
+        masked, moved_too = augmentation(np.where(mask, image, np.float32(0)), labels, seed, mask)
+        assert np.array_equal(moved, moved_too)
+        held = masked != 0
+        assert held.sum() == mask.sum()
+        assert np.array_equal(masked[held], whole[held])
