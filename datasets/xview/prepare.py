@@ -87,8 +87,8 @@ def prepare(source: Path, out: Path) -> None:
 
 
 def read_features(labels: Path, images: Path) -> tuple[list[RawImage], Counter[str]]:
-    """The objects of each image of the folder, and what was left out, by reason."""
-    raw = {p.name: RawImage(path=str(p), labels=str(labels), objects=[]) for p in sorted(images.glob("*.tif"))}
+    """The objects of each image of the folder (but `._*.tif`, which a Mac leaves), and what was left out, by reason."""
+    raw = {p.name: RawImage(path=str(p), labels=str(labels), objects=[]) for p in sorted(images.glob("[!.]*.tif"))}
     left_out: Counter[str] = Counter()
     try:
         for feature in json.loads(labels.read_bytes())["features"]:

@@ -29,7 +29,7 @@ from perf_vit.data import (
 from perf_vit.errors import ConfigError, InputError
 from perf_vit.inference import Objects, predict_objects
 from perf_vit.io import open_source
-from perf_vit.models import Detector, DetectorSpec, load_detector
+from perf_vit.models import Detector, DetectorSpec, detector_kind, load_detector
 from perf_vit.tasks import (
     DETECTION_CURVES,
     DETECTION_MONITOR,
@@ -55,7 +55,8 @@ def train_detector(config: DetectionRun, *, progress: bool = True) -> Path:
         PerfVitError: a config, input or output that doesn't fit.
     """
     run = RunFolder(config)
-    data = build_object_datamodule(config.data, config.seed)
+    oriented = detector_kind(config.model.head) == "oriented_boxes"
+    data = build_object_datamodule(config.data, config.seed, oriented=oriented)
     task = DetectionTask(config.model, _spec(config, data), config.optim)
     _check_geometry(data, task.model.spec.kind, config.model.head)
     trainer = build_trainer(
@@ -83,7 +84,7 @@ def _check_geometry(data: ObjectDataModule, kind: str, head: str) -> None:
             hint = (
                 "give every object an outline or choose head faster_rcnn, fcos or retinanet"
                 if kind == "masks"
-                else "choose a head for upright boxes: fcos, retinanet or faster_rcnn"
+                else "give outlines or four corners, or choose a head for upright boxes: fcos, retinanet or faster_rcnn"
             )
             raise InputError(
                 f"model.head {head} learns {kind.replace('_', ' ')}, got labels without them in data.{part}; {hint}"
@@ -128,7 +129,13 @@ def evaluate_detector(
     source_options = {} if spec.mpp is None else {"mpp": spec.mpp}
     chosen = None if names is None else read_names(names, "--list")
     index = read_object_labels(
-        labels, images, classes=spec.classes, names=chosen, source_options=source_options, **options
+        labels,
+        images,
+        classes=spec.classes,
+        names=chosen,
+        source_options=source_options,
+        oriented=spec.kind == "oriented_boxes",
+        **options,
     )
     check_input = InputCheck(spec.trained_on)
     report = DetectionReport(spec.classes, spec.kind, score_threshold=spec.score_threshold)

@@ -11,6 +11,7 @@ from perf_vit.cli.schemas import DetectionRun, SegmentationRun
 from perf_vit.config import config_value, load_config
 from perf_vit.data import build_datamodule, build_object_datamodule
 from perf_vit.errors import ConfigError
+from perf_vit.models import detector_kind
 from perf_vit.tasks import TileFit, TrainingSteps, fit_max_tile
 
 __all__ = ["fit_tile_from_config", "parse_bytes"]
@@ -59,7 +60,9 @@ def _training_steps(config: str, overrides: Sequence[str]) -> TrainingSteps:
         raise ConfigError(f"fit-tile takes configs of segmentation and detection, got one of {task}: {config}")
     if task == "detection":
         run = load_config(config, DetectionRun, given)
-        objects = build_object_datamodule(run.data, run.seed)
+        objects = build_object_datamodule(
+            run.data, run.seed, oriented=detector_kind(run.model.head) == "oriented_boxes"
+        )
         records = list(objects.train_index)
         pixels = sum(record.extent.height * record.extent.width for record in records)
         return TrainingSteps(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -53,8 +54,7 @@ class ObjectDataConfig:
         val: images validated on; a part of `train` that the seed decides if left out.
         val_share: of the images of `train`, where `val` is left out.
         skip_classes: names of labelled objects to leave out, as if they were background.
-        attribute: of the polygons format: the column that holds class names. Without it every object is of the first
-            class.
+        attribute: of the polygons format: the column that holds class names. Without it there is one class.
         bands: 1-based bands to use; all but alpha if left out.
         mean: of each band, in the images' units, for standardisation, such as what a backbone was pretrained with;
             measured on training images if left out.
@@ -151,15 +151,20 @@ class ObjectDataModule(EpochDataModule):
         )
 
 
-def build_object_datamodule(config: ObjectDataConfig, seed: int) -> ObjectDataModule:
+def build_object_datamodule(config: ObjectDataConfig, seed: int, *, oriented: bool = False) -> ObjectDataModule:
     """Read the labels, check them against their images and measure what statistics of the bands the config leaves out.
+
+    Args:
+        config: what to read.
+        seed: decides tiles, augmentation and, without `data.val`, the images validated on.
+        oriented: a head for oriented boxes is trained: outlines are made to such.
 
     Raises:
         ConfigError: values that don't fit each other.
         InputError: files that can't be read or don't fit each other.
     """
     _check(config)
-    train_index, val_index = _indices(config, seed)
+    train_index, val_index = _indices(config, seed, oriented=oriented)
     train, val = (
         ObjectImages(
             index.records,
@@ -228,10 +233,11 @@ def read_names(path: str | Path, key: str) -> list[str]:
     return names
 
 
-def _indices(config: ObjectDataConfig, seed: int) -> tuple[ObjectIndex, ObjectIndex]:
-    train = _read(config, config.train, "data.train", _training_mpp(config))
+def _indices(config: ObjectDataConfig, seed: int, *, oriented: bool) -> tuple[ObjectIndex, ObjectIndex]:
+    read = functools.partial(_read, config, oriented=oriented)
+    train = read(config.train, "data.train", _training_mpp(config))
     if config.val is not None:
-        return train, _read(config, config.val, "data.val", config.mpp)
+        return train, read(config.val, "data.val", config.mpp)
     num_val = max(1, round(len(train) * config.val_share))
     if num_val >= len(train):
         raise ConfigError(
@@ -239,7 +245,7 @@ def _indices(config: ObjectDataConfig, seed: int) -> tuple[ObjectIndex, ObjectIn
         )
     order = np.random.default_rng(seed).permutation(len(train))
     chosen = set(order[:num_val].tolist())
-    val = train if _training_mpp(config) == config.mpp else _read(config, config.train, "data.train", config.mpp)
+    val = train if _training_mpp(config) == config.mpp else read(config.train, "data.train", config.mpp)
     return (
         replace(train, records=_part(train, chosen, inside=False)),
         replace(val, records=_part(val, chosen, inside=True)),
@@ -268,7 +274,9 @@ def _training_mpp(config: ObjectDataConfig) -> float | None:
     return min(config.mpp, config.augment.resolution[0])
 
 
-def _read(config: ObjectDataConfig, split: ObjectSplitConfig, key: str, mpp: float | None) -> ObjectIndex:
+def _read(
+    config: ObjectDataConfig, split: ObjectSplitConfig, key: str, mpp: float | None, *, oriented: bool
+) -> ObjectIndex:
     return read_object_labels(
         split.labels,
         split.images,
@@ -278,6 +286,7 @@ def _read(config: ObjectDataConfig, split: ObjectSplitConfig, key: str, mpp: flo
         attribute=config.attribute,
         names=None if split.list is None else read_names(split.list, f"{key}.list"),
         source_options=_source_options(config, mpp),
+        oriented=oriented,
     )
 
 

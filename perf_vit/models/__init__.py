@@ -1,7 +1,7 @@
 """Networks: backbones registered with timm, heads, and both together with what prediction needs to know."""
 
 from perf_vit.models.build import ModelConfig, build_segmenter
-from perf_vit.models.build_detector import DetectorConfig, build_detector
+from perf_vit.models.build_detector import DetectorConfig, build_detector, detector_kind
 from perf_vit.models.calibration import calibrate
 from perf_vit.models.checkpoint import (
     CHECKPOINT_KEY,
@@ -60,6 +60,7 @@ __all__ = [
     "checkpoint_metadata",
     "checkpoint_task",
     "choose_layer_options",
+    "detector_kind",
     "load_classifier",
     "load_converted",
     "load_detector",

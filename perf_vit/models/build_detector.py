@@ -11,7 +11,7 @@ from torch import nn
 
 from perf_vit.errors import ConfigError
 from perf_vit.models.build import build_backbone, feature_specs
-from perf_vit.models.detector import Detector, DetectorSpec
+from perf_vit.models.detector import Detector, DetectorSpec, ObjectKind
 from perf_vit.models.finetune import BackboneTuning, tune_backbone
 from perf_vit.models.heads.fcos import FCOSHead
 from perf_vit.models.heads.oriented_fcos import OrientedFCOSHead
@@ -21,7 +21,7 @@ from perf_vit.models.known_arguments import built_from, check_known
 from perf_vit.models.necks import build_neck
 from perf_vit.types import FeatureSpec
 
-__all__ = ["DetectorConfig", "build_detector"]
+__all__ = ["DetectorConfig", "build_detector", "detector_kind"]
 
 _HEADS: dict[str, Callable[..., nn.Module]] = {
     "fcos": FCOSHead,
@@ -67,6 +67,18 @@ class DetectorConfig(BackboneTuning):
     freeze: str = "nothing"
 
 
+def detector_kind(head: str) -> ObjectKind:
+    """What a head finds.
+
+    Raises:
+        ConfigError: no such head.
+    """
+    if head not in _HEADS:
+        raise ConfigError(f"model.head must be one of {', '.join(_HEADS)}, got {head}")
+    kind: ObjectKind = getattr(_HEADS[head], "kind")  # noqa: B009
+    return kind
+
+
 def build_detector(
     config: DetectorConfig, spec: DetectorSpec, saved_backbone: Mapping[str, Any] | None = None
 ) -> Detector:
@@ -81,8 +93,7 @@ def build_detector(
         CheckpointError: a folder without a converted model.
         ConfigError: an unknown backbone or head, or arguments they don't take.
     """
-    if config.head not in _HEADS:
-        raise ConfigError(f"model.head must be one of {', '.join(_HEADS)}, got {config.head}")
+    detector_kind(config.head)
     if config.freeze not in _FREEZE:
         raise ConfigError(f"model.freeze must be one of {', '.join(_FREEZE)}, got {config.freeze}")
     if config.reduce < 1:

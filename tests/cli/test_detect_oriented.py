@@ -37,7 +37,7 @@ trainer: {max_epochs: 6, accelerator: cpu, val_every_epochs: 6}
 def make_harbours(folder: Path) -> list[np.ndarray]:
     """Four rasters with bright ships of 18 x 6 px at any angle, one of them difficult, and DOTA's labels."""
     rng, outlines = np.random.default_rng(0), []
-    for name in ("images", "labelTxt"):
+    for name in ("images", "labelTxt", "yolo"):
         (folder / name).mkdir(parents=True)
     for number in range(4):
         x, y = (grid.ravel() for grid in np.meshgrid(np.arange(16, 140, 32), np.arange(16, 100, 32)))
@@ -54,21 +54,28 @@ def make_harbours(folder: Path) -> list[np.ndarray]:
             for index, outline in enumerate(corners)
         ]
         (folder / "labelTxt" / f"{number}.txt").write_text("\n".join(["gsd:0.5", *lines]))
+        shares = corners / [128, 96]
+        lines = ["0 " + " ".join(f"{value:.6f}" for value in outline.ravel()) for outline in shares]
+        (folder / "yolo" / f"{number}.txt").write_text("\n".join(lines))
         outlines.append(corners)
     return outlines
 
 
-def test_oriented_ships_go_from_labels_to_outlines_on_the_map(tmp_path, capsys) -> None:
+@pytest.mark.parametrize(("folder", "label_format", "num_ships"), [("labelTxt", "dota", 11), ("yolo", "yolo", 12)])
+def test_oriented_ships_go_from_labels_to_outlines_on_the_map(
+    tmp_path, capsys, folder, label_format, num_ships
+) -> None:
     outlines = make_harbours(tmp_path)
-    images, labels = tmp_path / "images", tmp_path / "labelTxt"
+    images, labels = tmp_path / "images", tmp_path / folder
     (tmp_path / "ships.yaml").write_text(CONFIG)
     files = [f"data.train.images={images}", f"data.train.labels={labels}", f"out={tmp_path / 'run'}"]
+    files += [f"data.train.format={label_format}"]
     assert call(["train", str(tmp_path / "ships.yaml"), *files]) == 0
     checkpoint = ["--checkpoint", tmp_path / "run" / "checkpoints" / "best.ckpt"]
 
     assert call(["evaluate", *checkpoint, "--input", images, "--labels", labels, "--json", tmp_path / "s.json"]) == 0
     scores = json.loads((tmp_path / "s.json").read_text())
-    assert scores["classes"][0]["num_objects"] == 4 * 11
+    assert scores["classes"][0]["num_objects"] == 4 * num_ships
     assert scores["ap50"] > 0.5
     assert set(scores["dota"]["classes"]) == {"ship"}
     assert scores["dota"]["ap50_area"] == pytest.approx(scores["ap50"], abs=0.05)

@@ -33,6 +33,7 @@ def finish_index(
     classes: Sequence[str],
     skip_classes: Collection[str] = (),
     source_options: Mapping[str, Any] | None = None,
+    oriented: bool = False,
 ) -> ObjectIndex:
     """Check raw labels against their images and put them in arrays.
 
@@ -45,6 +46,7 @@ def finish_index(
         skip_classes: names of objects to leave out, as if they were background.
         source_options: mpp and slide_mpp that slides are read at. Raw labels are in pixels of level 0, records in those
             of the size that slides are read at.
+        oriented: make outlines to the smallest oriented boxes around them.
 
     Raises:
         InputError: no image, an unknown class name, an image that can't be opened or has another size than its labels.
@@ -55,6 +57,8 @@ def finish_index(
     counts = tally.counts
     indices = {name: index for index, name in enumerate(classes)}
     _check_names(images, indices, skip_classes)
+    if oriented:
+        _orient(images, tally)
     kinds = _kinds(images, tally)
     records = tuple(_record(image, indices, kinds, tally, source_options or {}) for image in images)
     counts["images"] = len(records)
@@ -99,6 +103,24 @@ def _check_names(images: Sequence[RawImage], indices: dict[str, int], skip_class
                 f"{image.labels} holds objects of class {', '.join(unknown[:8])}; the classes are "
                 f"{', '.join(indices)}: add it to classes or skip_classes"
             )
+
+
+def _orient(images: Sequence[RawImage], tally: Tally) -> None:
+    """Make outlines to corners of oriented boxes; boxes among them stay upright and are counted."""
+    if not any(isinstance(item.outline, shapely.Geometry) for image in images for item in image.objects):
+        return
+    for image in images:
+        upright = [item.corners is None and not isinstance(item.outline, shapely.Geometry) for item in image.objects]
+        tally.add("upright boxes without outline, taken as they are", image, np.array(upright, bool))
+        image.objects = [_with_corners(item) for item in image.objects]
+
+
+def _with_corners(item: RawObject) -> RawObject:
+    points = shapely.get_coordinates(item.outline) if isinstance(item.outline, shapely.Geometry) else np.zeros((0, 2))
+    # Outlines without area are dropped as such.
+    if len(points) < 3:
+        return item
+    return replace(item, corners=points, box=None, outline=None)
 
 
 def _kinds(images: Sequence[RawImage], tally: Tally) -> tuple[bool, bool]:

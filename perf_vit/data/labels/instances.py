@@ -40,7 +40,9 @@ def _image(path: Path, mask: Path, name: str) -> RawImage:
                 f"{mask} must have one band of whole numbers, a value an object, got {raster.num_bands} bands of "
                 f"{raster.dtype}"
             )
-        pixels = raster.read(raster.extent).pixels[0].astype(np.int64)
+        image = raster.read(raster.extent)
+        # Nodata of a mask is no object.
+        pixels = np.where(image.valid, image.pixels[0], 0).astype(np.int64)
     values, ranks = np.unique(pixels, return_inverse=True)
     places = ndimage.find_objects(np.where(pixels > 0, ranks.reshape(pixels.shape) + 1, 0))
     found = [(int(value), place) for value, place in zip(values, places, strict=False) if value > 0 and place]

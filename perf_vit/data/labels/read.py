@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -37,6 +38,7 @@ def read_object_labels(
     attribute: str | None = None,
     names: Sequence[str] | None = None,
     source_options: Mapping[str, Any] | None = None,
+    oriented: bool = False,
 ) -> ObjectIndex:
     """Read the labels of a set of images and check them against the images.
 
@@ -47,12 +49,14 @@ def read_object_labels(
         label_format: coco, voc, yolo, dota, instances, polygons (GeoJSON, GeoPackage, shapefile) or csv.
         classes: class names, in the order of their indices; by default those of the label files.
         skip_classes: names of objects to leave out, as if they were background.
-        attribute: of polygons, the column that holds class names; without it every object is of the first class.
+        attribute: of polygons, the column that holds class names; without it all objects are of the one class.
         names: the images to use, with or without ending; all labelled ones by default.
         source_options: mpp and slide_mpp to read slides at; their labels are in pixels of level 0.
 
+        oriented: objects are oriented boxes: an outline, as YOLO's four corners are, gives the smallest around it.
+
     Raises:
-        ConfigError: no such format.
+        ConfigError: no such format, or several classes and no attribute for polygons.
         InputError: files that can't be read or don't fit each other; see `finish_index` for bad objects.
     """
     if label_format not in LABEL_FORMATS:
@@ -66,12 +70,14 @@ def read_object_labels(
     raw = _reader(label_format, classes, attribute)(place, folder)
     if label_format in _ONE_FILE:
         folder.check_named(Path(image.path) for image in raw.images)
+    _check_unique(raw)
     _warn_of_unlabelled(raw, folder, place)
     index = finish_index(
         raw.images,
         classes=classes or _own_classes(raw, skip_classes),
         skip_classes=skip_classes,
         source_options=source_options,
+        oriented=oriented,
     )
     if raw.has_category_ids:
         index = replace(index, category_ids=tuple(CocoImages(place).category_ids(index.classes)))
@@ -83,6 +89,12 @@ def read_object_labels(
 def _reader(
     label_format: str, classes: Sequence[str] | None, attribute: str | None
 ) -> Callable[[Path, ImageFolder], RawLabels]:
+    if label_format in ("instances", "polygons") and attribute is None and classes and len(classes) > 1:
+        hint = "; set attribute to the column of class names" if label_format == "polygons" else ""
+        raise ConfigError(
+            f"labels of the format {label_format} {'without attribute ' if hint else ''}are of one class, got "
+            f"{len(classes)} classes{hint}"
+        )
     name = classes[0] if classes else "object"
     readers: dict[str, Callable[[Path, ImageFolder], RawLabels]] = {
         "coco": read_coco,
@@ -94,6 +106,14 @@ def _reader(
         "csv": read_table,
     }
     return readers[label_format]
+
+
+def _check_unique(raw: RawLabels) -> None:
+    """Refuse an image that is labelled twice: nobody knows whose objects count."""
+    path, number = Counter(image.path for image in raw.images).most_common(1)[0] if raw.images else ("", 0)
+    if number > 1:
+        files = [image.labels for image in raw.images if image.path == path]
+        raise InputError(f"{path} is labelled {number} times, by {' and '.join(files[:2])}; keep the labels once")
 
 
 def _own_classes(raw: RawLabels, skip_classes: Collection[str]) -> tuple[str, ...]:

@@ -23,6 +23,7 @@ _NAME_FILES = ("data.yaml", "data.yml", "dataset.yaml", "classes.txt", "obj.name
 def read_yolo(labels: Path, folder: ImageFolder, classes: tuple[str, ...] | None) -> RawLabels:
     """Read a folder of YOLO files: `class cx cy w h` a line, or `class x1 y1 x2 y2 x3 y3 ...` for outlines.
 
+    Outlines of four points are the format of oriented boxes too; `finish_index` makes these where they are asked for.
     Class names come from a data.yaml, classes.txt or .names file in the folder or up to two above it; without one,
     class numbers count through `classes`. An image without a text file, or with an empty one, has no objects. Files
     with a note's or a list's name, such as readme.txt and train.txt, are left out where no image has that name.
@@ -36,7 +37,12 @@ def read_yolo(labels: Path, folder: ImageFolder, classes: tuple[str, ...] | None
     files = [file for file in stems if file not in names_file and (folder.has(stems[file]) or not _is_note(file))]
     if not files:
         raise InputError(f"no label files in {labels}; expected a folder of .txt files, one an image")
-    by_image = {folder.find(stems[file], str(file)): file for file in files}
+    by_image: dict[Path, Path] = {}
+    for file in files:
+        image = folder.find(stems[file], str(file))
+        if image in by_image:
+            raise InputError(f"{image} is labelled twice, by {by_image[image]} and {file}; keep the labels once")
+        by_image[image] = file
     images = [path for path in folder.paths if folder.wanted(path)]
     bare = [path for path in images if path not in by_image]
     if bare:
