@@ -31,8 +31,8 @@ __all__ = [
 ]
 
 # Some of GDAL's own errors come through rasterio as they are; it has no public name for them. GDAL's messages about
-# damaged VRTs hold their bytes, which need not be UTF-8.
-GDAL_ERRORS = (RasterioError, CPLE_BaseError, UnicodeDecodeError)
+# damaged VRTs hold their bytes, which need not be UTF-8, and neither need a file's name.
+GDAL_ERRORS = (RasterioError, CPLE_BaseError, UnicodeError)
 
 # Two rows of windows of 1,024 px across a scene of 40,000 px and three bytes.
 _CACHE_BYTES = 256 * 2**20
@@ -174,6 +174,8 @@ def reason_of(error: BaseException) -> str:
     """The innermost cause of a rasterio error, in one line."""
     while error.__cause__ is not None:
         error = error.__cause__
+    if isinstance(error, UnicodeEncodeError):
+        return "its name is not UTF-8, which GDAL needs; rename it"
     message = getattr(error, "errmsg", None) or getattr(error, "strerror", None) or str(error)
     return " ".join(message.split()).rstrip(".")
 

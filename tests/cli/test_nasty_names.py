@@ -3,6 +3,8 @@
 import csv
 import io
 import json
+import os
+import shutil
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -357,3 +359,34 @@ def test_a_model_is_converted_into_a_folder_of_any_name(encoding, tmp_path, monk
     assert "Traceback" not in err
     assert str(out / "fidelity.html").encode(encoding, errors="backslashreplace").decode(encoding) in printed
     assert json.loads((out / "config.json").read_bytes(), parse_constant=pytest.fail)
+
+
+def test_a_name_that_is_not_utf8_is_one_failed_input_of_a_batch(case, tmp_path, monkeypatch) -> None:
+    if "slide" in str(case.run):
+        pytest.skip("its inputs are slides, which GDAL does not open")
+    images = tmp_path / "images"
+    write_raster(images / "a.tif", bands(0))
+    odd = images / os.fsdecode(b"caf\xe9.tif")
+    shutil.copyfile(images / "a.tif", odd)
+    is_table = any(word in str(case.run) for word in ("classification", "regression"))
+    output = tmp_path / ("out.csv" if is_table else "out")
+    args = ["predict", "--checkpoint", checkpoint(case.run), "--input", images, "--output", output, "--device", "cpu"]
+    code, out, err = run_in("utf-8", [*args, "--on-error", "skip"], monkeypatch)
+    assert "Traceback" not in err
+    assert (output if is_table else output / "report.json").exists()
+    if is_table:
+        assert code == 0
+        with output.open(newline="", encoding="utf-8") as file:
+            rows = {Path(row["image"]).name: row["error"] for row in csv.DictReader(file)}
+        assert rows["a.tif"] == ""
+        assert "its name is not UTF-8" in rows[r"caf\udce9.tif"]
+    else:
+        assert code == 2
+        report = json.loads((output / "report.json").read_bytes())
+        found = {Path(item["input"]).name: (item["status"], item["error"]) for item in report["inputs"]}
+        assert found["a.tif"] == ("done", None)
+        assert found[odd.name][0] == "failed"
+        assert "its name is not UTF-8" in found[odd.name][1]
+    code, out, err = run_in("utf-8", ["info", odd], monkeypatch)
+    assert (code, out, err.count("\n")) == (2, "", 1)
+    assert r"caf\udce9.tif" in err
