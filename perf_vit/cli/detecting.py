@@ -126,14 +126,13 @@ def evaluate_detector(
     model = load_detector(checkpoint)
     spec = model.spec
     options = {**spec.label_options, **({} if label_format is None else {"label_format": label_format})}
-    source_options = {} if spec.mpp is None else {"mpp": spec.mpp}
     chosen = None if names is None else read_names(names, "--list")
     index = read_object_labels(
         labels,
         images,
         classes=spec.classes,
         names=chosen,
-        source_options=source_options,
+        source_options=spec.source_options(),
         oriented=spec.kind == "oriented_boxes",
         **options,
     )
@@ -163,6 +162,7 @@ def _spec(config: DetectionRun, data: ObjectDataModule) -> DetectorSpec:
         bands=None if config.data.bands is None else tuple(config.data.bands),
         nodata=config.data.nodata,
         mpp=config.data.mpp,
+        slide_mpp=config.data.slide_mpp,
         category_ids=data.train_index.category_ids,
         label_options={
             "label_format": split.format,
@@ -178,9 +178,8 @@ def open_for_detector(model: Detector, path: str, **options: Any) -> Source:
     Raises:
         InputError: it can't be opened, or has another number of bands.
     """
-    own = {"nodata": model.spec.nodata, "mpp": model.spec.mpp}
-    given = {**own, **{name: value for name, value in options.items() if value is not None}}
-    source = open_source(path, bands=model.spec.bands, **{k: v for k, v in given.items() if v is not None})
+    given = {name: value for name, value in options.items() if value is not None}
+    source = open_source(path, bands=model.spec.bands, **{**model.spec.source_options(), **given})
     expected = len(model.spec.normalizer.mean)
     if not bands_fit(source.num_bands, expected):
         source.close()

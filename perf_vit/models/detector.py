@@ -34,6 +34,7 @@ class DetectorSpec:
             the validation images.
         kind: geometry of its detections; the head decides it.
         mpp: micrometres per pixel that slides are read at, None for their level 0 and rasters.
+        slide_mpp: of level 0 of the slides that it was trained on, where their files don't say.
         trained_on: bands of the training images, to tell input that is not like them; None where nobody knows.
         category_ids: COCO's id of each class in the labels that it was trained on, None where they had none.
         label_options: how its label files are read, as keyword arguments of `perf_vit.data.read_object_labels`.
@@ -47,6 +48,7 @@ class DetectorSpec:
     score_threshold: float = 0.5
     kind: ObjectKind = "boxes"
     mpp: float | None = None
+    slide_mpp: float | None = None
     trained_on: InputBands | None = None
     category_ids: tuple[int, ...] | None = None
     label_options: dict[str, Any] = field(default_factory=dict)
@@ -70,10 +72,16 @@ class DetectorSpec:
             score_threshold=values["score_threshold"],
             kind=values["kind"],
             mpp=values.get("mpp"),
+            slide_mpp=values.get("slide_mpp"),
             trained_on=values.get("trained_on") and InputBands.from_dict(values["trained_on"]),
             category_ids=values.get("category_ids") and tuple(values["category_ids"]),
             label_options=values["label_options"],
         )
+
+    def source_options(self) -> dict[str, Any]:
+        """How images are opened, as keyword arguments of `perf_vit.open_source`, all bands of them."""
+        options = {"nodata": self.nodata, "mpp": self.mpp, "slide_mpp": self.slide_mpp}
+        return {name: value for name, value in options.items() if value is not None}
 
 
 class Detector(nn.Module):

@@ -121,3 +121,20 @@ def test_objects_are_trained_and_found_at_the_mpp_of_the_config(slide, tmp_path)
     corners = [each["geometry"]["coordinates"][0] for each in json.loads(found.read_text())["features"]]
     # In pixels of level 0 again: beyond the 200 columns that were searched.
     assert np.concatenate(corners)[:, 0].max() > 210
+
+
+def test_a_detector_is_scored_on_slides_as_it_was_trained(slide, tmp_path) -> None:
+    bare = make_slide(tmp_path / "bare.tif", 320, 400, mpp=None, tile_px=64, tissue_share=1.0)
+    labels, out = slide.with_suffix(".geojson"), tmp_path / "run"
+    files = [f"data.{part}.{key}={path}" for part in ("train", "val") for key, path in
+             (("images", bare), ("labels", labels))]  # fmt: skip
+    assert call(["train", slide.with_name("detection.yaml"), *files, "data.slide_mpp=0.5", f"out={out}"]) == 0
+    checkpoint, report, found = out / "checkpoints" / "best.ckpt", tmp_path / "scores.json", tmp_path / "found.geojson"
+    spec = load_detector(checkpoint).spec
+    assert (spec.mpp, spec.slide_mpp) == (1.0, 0.5)
+    options = ["--checkpoint", checkpoint, "--input", bare]
+    assert call(["evaluate", *options, "--labels", labels, "--json", report]) == 0
+    assert [each["num_objects"] for each in json.loads(report.read_text())["classes"]] == [1]
+    assert call(["predict", *options, "--output", found, "--score-threshold", "0"]) == 0
+    corners = [each["geometry"]["coordinates"][0] for each in json.loads(found.read_text())["features"]]
+    assert np.concatenate(corners)[:, 0].max() > 210
