@@ -138,6 +138,20 @@ def test_python_in_a_vrt_does_not_run_even_if_the_environment_allows_it(tmp_path
     assert mark.exists()
 
 
+def test_drivers_are_left_out_by_the_environment(tmp_path: Path, make_scene) -> None:
+    scene = make_scene(height=16, width=16, num_bands=1)
+    path = tmp_path / "x.vrt"
+    path.write_text(
+        '<VRTDataset rasterXSize="16" rasterYSize="16"><VRTRasterBand dataType="UInt16" band="1"><SimpleSource>'
+        f"<SourceFilename>{scene}</SourceFilename></SimpleSource></VRTRasterBand></VRTDataset>"
+    )
+    script = f"from perf_vit import open_source\nopen_source({str(path)!r})\n"
+    for skipped, code in (("", 0), ("VRT", 1)):
+        environment = {**os.environ, "GDAL_SKIP": skipped}
+        done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, check=False)
+        assert done.returncode == code
+
+
 NESTED = {
     "lists": "[" * 200_000 + "]" * 200_000,
     "mappings": '{"a":' * 100_000 + "1" + "}" * 100_000,
