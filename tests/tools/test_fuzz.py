@@ -70,6 +70,27 @@ def test_each_ending_gets_its_verdict(part, tmp_path, name) -> None:
     assert found == ("traceback" if name == "memory, refused" else expected), outcome
 
 
+def test_work_on_a_raster_that_says_it_is_large_is_no_hang(part, tmp_path) -> None:
+    judge = part("judge")
+    limits = judge.Limits(seconds=1.5, memory_mib=100)
+    outcome = judge.run_in_fork(lambda: time.sleep(60), tmp_path / "logs", limits)
+    assert judge.verdict(outcome, limits, num_pixels=100_000**2) == "busy"
+    assert judge.verdict(outcome, limits, num_pixels=48 * 64) == "hang"
+
+
+@pytest.mark.parametrize(
+    ("printed", "expected"),
+    [
+        ("size    100,000 rows x 64 columns", 6_400_000),
+        ('{"path": "a", "height": 48, "width": 64, "bands": 3}', 3072),
+        ('{\n  "height": 48,\n  "width": 64\n}', 3072),
+        ("Error: can't open it", 0),
+    ],
+)
+def test_a_file_says_how_large_it_is_by_what_info_printed(part, printed: str, expected: int) -> None:
+    assert part("cases")._claimed_pixels(printed) == expected
+
+
 def test_a_stopped_command_takes_its_children_with_it(part, tmp_path) -> None:
     judge = part("judge")
 
