@@ -52,6 +52,7 @@ def _options(
 def run(args: list[str] | None = None) -> None:
     """Run the command line and exit: 0 when all went well, 2 with one line on stderr for what a user can mend."""
     show_any_text()
+    sys.unraisablehook = _unraisable
     try:
         with _warnings_as_lines():
             app(args)
@@ -59,6 +60,12 @@ def run(args: list[str] | None = None) -> None:
         sys.exit(_fail(_own_words(error)))
     except (OSError, MemoryError) as error:
         sys.exit(_fail(f"{type(error).__name__}: {error}"))
+
+
+def _unraisable(found: sys.UnraisableHookArgs) -> None:
+    """Say nothing of GDAL's messages that aren't text, which rasterio can't log; the error that follows says enough."""
+    if not (isinstance(found.exc_value, UnicodeDecodeError) and "rasterio" in str(found.object)):
+        sys.__unraisablehook__(found)
 
 
 def _own_words(error: PerfVitError) -> str:

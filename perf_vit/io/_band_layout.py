@@ -168,5 +168,6 @@ def _expanded(colormap: Mapping[int, Sequence[int]], path: str, bands: Sequence[
 
 
 def _scaled(dataset: Any, bands: Sequence[int]) -> dict[str, Any]:
-    scaling = tuple((dataset.scales[band - 1], dataset.offsets[band - 1]) for band in bands)
+    scales, offsets = dataset.scales, dataset.offsets
+    scaling = tuple((scales[band - 1], offsets[band - 1]) for band in bands)
     return {"dtype": np.dtype(np.float32), "nodata": float("nan"), "colormap": None, "scaling": scaling}

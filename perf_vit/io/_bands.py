@@ -46,7 +46,9 @@ def choose_bands(dataset: Any, path: str, bands: Sequence[int | str] | None) -> 
 
 def names_of(dataset: Any, bands: Sequence[int]) -> tuple[str, ...]:
     """Descriptions of bands, "band_1" and so on where they have none."""
-    return tuple(dataset.descriptions[band - 1] or f"band_{band}" for band in bands)
+    # Of all bands at each access, which takes minutes for thousands.
+    names = dataset.descriptions
+    return tuple(names[band - 1] or f"band_{band}" for band in bands)
 
 
 def alpha_bands(dataset: Any) -> tuple[int, ...]:
@@ -79,7 +81,8 @@ def common_dtype(dataset: Any, path: str, bands: Sequence[int]) -> np.dtype[Any]
     Raises:
         InputError: the pixels are complex.
     """
-    names = {dataset.dtypes[band - 1] for band in bands}
+    dtypes = dataset.dtypes
+    names = {dtypes[band - 1] for band in bands}
     if any(name.startswith("complex") for name in names):
         raise InputError(f"{path} holds complex pixels; write their magnitude to a file and open that")
     return np.result_type(*names)

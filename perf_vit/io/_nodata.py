@@ -64,7 +64,9 @@ def nodata_values(
         if not fits(given, dtype):
             raise InputError(f"nodata of {path} must be a value of its {dtype} pixels, got {given}")
         return (given,) * len(bands)
-    declared = [dataset.nodatavals[band - 1] for band in bands]
+    # Of all bands at each access, which takes minutes for thousands.
+    nodata = dataset.nodatavals
+    declared = [nodata[band - 1] for band in bands]
     # Files often declare what their pixels can't hold, -9999 in bytes: then no pixel is missing.
     return tuple(value if value is not None and fits(value, dtype) else None for value in declared)
 
@@ -81,7 +83,9 @@ def fits(value: float, dtype: np.dtype[Any]) -> bool:
 def mask_bands(dataset: Any, bands: Sequence[int]) -> tuple[int, ...]:
     """Bands whose mask band, inside the file or beside it, is to be read: none, one for all, or each."""
     derived = {MaskFlags.all_valid, MaskFlags.nodata, MaskFlags.alpha}
-    flags = [set(dataset.mask_flag_enums[band - 1]) for band in bands]
+    # As above.
+    of_all = dataset.mask_flag_enums
+    flags = [set(of_all[band - 1]) for band in bands]
     masked = [each for each in flags if not derived & each]
     if not masked:
         return ()

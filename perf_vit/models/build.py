@@ -130,9 +130,12 @@ def build_backbone(
         CheckpointError: a folder without a converted model.
         ConfigError: an unknown backbone or arguments that it doesn't take.
     """
+    indices = config.out_indices
+    if indices is not None and len(set(indices)) != len(indices):
+        raise ConfigError(f"model.out_indices must name each of the backbone's maps once, got {indices}")
     options = {
         "features_only": True,
-        **({} if config.out_indices is None else {"out_indices": tuple(config.out_indices)}),
+        **({} if indices is None else {"out_indices": tuple(indices)}),
     }
     return create_backbone(config, in_chans, tile_px, saved_backbone, options)
 

@@ -246,3 +246,14 @@ def test_a_damaged_scene_leaves_no_temporary_files(trained, tmp_path) -> None:
     scene.image.write_bytes(content)
     assert call(_predict(trained, scene.image, tmp_path / "maps" / "map.tif")) == 2
     assert not (tmp_path / "maps").exists() or list((tmp_path / "maps").iterdir()) == []
+
+
+def test_messages_of_gdal_that_are_no_text_print_no_traceback(tmp_path, capfd) -> None:
+    # GDAL cuts what it quotes to a number of bytes, here inside a letter.
+    for length in range(8):
+        vrt = tmp_path / f"{length}.vrt"
+        vrt.write_text(f'<VRTDataset rasterXSize="9" rasterYSize="9">{"x" * length}' + "é" * 40 + "</a></VRTDataset>")
+        assert call(["info", vrt]) == 2
+    printed = capfd.readouterr().err
+    assert "Traceback" not in printed
+    assert printed.count("Error: ") == 8

@@ -58,7 +58,7 @@ def _write_tiffs(folder: Path, rgb: np.ndarray) -> None:
     write_raster(folder / "mask.tif", (rgb[:1] > 128).astype(np.uint8), NBITS=1)
     write_raster(folder / "cog.tif", np.repeat(np.repeat(rgb, 12, 1), 12, 2), driver="COG", blocksize=128)
     write_raster(folder / "plain.tif", rgb, crs=None, transform=None)
-    with rasterio.open(write_raster(folder / "palette.tif", rgb[:1] % 4), "r+") as dataset:
+    with rasterio.open(write_raster(folder / "palette.tif", rgb[:1] % 2), "r+") as dataset:
         dataset.write_colormap(1, {value: (60 * value, 0, 0, 255) for value in range(4)})
     masked = write_raster(folder / "internal_mask.tif", rgb)
     with rasterio.Env(GDAL_TIFF_INTERNAL_MASK=True), rasterio.open(masked, "r+") as dataset:
@@ -74,9 +74,9 @@ def _write_pngs(folder: Path, rgb: np.ndarray) -> None:
     image.save(folder / "rgb.png")
     image.quantize(16).save(folder / "palette.png", transparency=0)
     image.convert("RGBA").save(folder / "alpha.png")
-    image.convert("L").save(folder / "grey.png")
+    Image.fromarray(rgb[0] % 2).save(folder / "grey.png")
     image.convert("1").save(folder / "bilevel.png")
-    Image.fromarray(rgb[0].astype(np.uint16) * 200).save(folder / "grey16.png")
+    Image.fromarray(rgb[0].astype(np.uint16) % 2).save(folder / "grey16.png")
 
 
 def _write_jpegs(folder: Path, rgb: np.ndarray) -> None:
@@ -84,7 +84,7 @@ def _write_jpegs(folder: Path, rgb: np.ndarray) -> None:
     image = Image.fromarray(np.ascontiguousarray(rgb.transpose(1, 2, 0)))
     image.save(folder / "baseline.jpg")
     image.save(folder / "progressive.jpg", progressive=True)
-    image.convert("L").save(folder / "grey.jpg")
+    Image.fromarray(np.repeat([[0], [1]], 24, 0).repeat(64, 1).astype(np.uint8)).save(folder / "grey.jpg", quality=100)
     image.convert("CMYK").save(folder / "cmyk.jpg")
     turned = Image.Exif()
     turned[0x0112] = 6

@@ -131,7 +131,8 @@ def _list_commands(victim: Path, shop: Workshop, out: Path, rng: Rng) -> list[li
 
 
 def _vector_commands(victim: Path, shop: Workshop, out: Path, rng: Rng) -> list[list[str]]:
-    by_class = ["data.attribute=class", "data.classes=[land,ship,car]", "data.background=land"]
+    attribute = "classification" if victim.stem == "qupath" else "class"
+    by_class = [f"data.attribute={attribute}", "data.classes=[land,ship,car]", "data.background=land"]
     uses = [
         _evaluate(shop, "segmentation", shop.image, victim),
         _train(shop, "segmentation", out, f"data.train.labels={victim}"),

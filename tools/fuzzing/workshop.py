@@ -132,7 +132,13 @@ def _config(task: str, shop: Workshop) -> dict[str, Any]:
     objects = {"images": str(shop.images), "labels": str(shop.seeds / "coco" / "boxes.json"), "format": "coco"}
     small = {"tile_px": 32, "batch_size": 1}
     data: dict[str, dict[str, object]] = {
-        "segmentation": {"train": labelled, "val": labelled, "classes": ["land", "ship"], "tiles_per_epoch": 2},
+        "segmentation": {
+            "train": labelled,
+            "val": labelled,
+            "classes": ["land", "ship"],
+            "background": 0,
+            "tiles_per_epoch": 2,
+        },
         "detection": {"train": objects, "classes": ["ship", "car"], "tiles_per_epoch": 2, "val_share": 0.5},
         "classification": {"train": {"images": str(shop.folder / "classes")}, "val_share": 0.5},
         "slide": {
