@@ -13,6 +13,7 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from perf_vit.errors import BusyError, OutputError, PerfVitError
+from perf_vit.io import beside
 from perf_vit.text import to_json
 
 __all__ = ["Journal", "check_partial_folder", "discard_journal", "open_journal"]
@@ -183,7 +184,7 @@ def _refusing(path: Path) -> Iterator[None]:
 
 
 def _partial_folder(path: Path) -> Path:
-    return path.with_name(f"{path.name}.partial")
+    return beside(path, "", ".partial")
 
 
 def _read_settings(folder: Path) -> dict[str, Any] | None:

@@ -3,7 +3,7 @@
 from perf_vit.io._gdal import bounded_cache
 from perf_vit.io._input_files import input_files
 from perf_vit.io._label_vector import warn_of_polygons_beside
-from perf_vit.io._staging import replaced, staged
+from perf_vit.io._staging import beside, replaced, staged
 from perf_vit.io._vector_file import is_vector_name, split_layer
 from perf_vit.io.coco_images import CocoImages, default_category_ids
 from perf_vit.io.cog import write_cog
@@ -67,6 +67,7 @@ __all__ = [
     "SlideSource",
     "SourceInfo",
     "StripStore",
+    "beside",
     "bounded_cache",
     "check_outputs",
     "check_vector_output",

@@ -5,10 +5,11 @@ from __future__ import annotations
 import functools
 import os
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
+import numpy as np
 import rasterio
 import rasterio.windows
 from rasterio._err import CPLE_BaseError
@@ -130,6 +131,11 @@ def check_exists(path: str) -> None:
     Raises:
         InputError: there is no such file.
     """
+    try:
+        path.encode()
+    except UnicodeEncodeError as error:
+        shown = os.fsencode(path).decode("utf-8", "backslashreplace")
+        raise InputError(f"can't open {shown}: its name is not UTF-8; rename it") from error
     # URLs, /vsi paths and "DRIVER:file:variable" are GDAL's to judge.
     if not os.path.exists(path) and ":" not in path and not path.startswith("/vsi"):
         raise InputError(f"can't open {path}: no such file")
@@ -154,13 +160,22 @@ def read_window(dataset: Any, path: str, window: Window, **options: Any) -> Any:
     place = rasterio.windows.Window(window.col, window.row, window.width, window.height)
     try:
         with _settings_for(dataset):
-            return read(window=place, **options)
+            return _read_bands(read, dataset, window=place, **options)
     except GDAL_ERRORS as error:
         reason = reason_of(error)
         what = f"rows {window.row} to {window.row_stop}, columns {window.col} to {window.col_stop} of {path}: {reason}"
         if leads_to_server(dataset, path) and not was_decoded_in_vain(reason):
             raise UnreachableError(f"can't read {what}; try again later, or download the file") from error
         raise DamagedDataError(f"can't read {what}; the file may be truncated or damaged") from error
+
+
+def _read_bands(read: Callable[..., Any], dataset: Any, **options: Any) -> Any:
+    """`read` of some bands; one by one where their dtypes differ, which rasterio refuses to read at once."""
+    bands, shape = options.get("indexes"), options.get("out_shape")
+    if isinstance(bands, int) or len({dataset.dtypes[band - 1] for band in bands or dataset.indexes}) == 1:
+        return read(**options)
+    place = {} if shape is None else {"out_shape": tuple(shape[-2:])}
+    return np.stack([read(**{**options, "indexes": band, **place}) for band in bands or dataset.indexes])
 
 
 def _settings_for(dataset: Any) -> AbstractContextManager[Any]:

@@ -7,6 +7,7 @@ import json
 import os
 from collections.abc import Mapping
 from typing import Any
+from urllib.parse import unquote
 
 from perf_vit.errors import InputError, parsing
 
@@ -72,5 +73,9 @@ def _is_data(asset: Mapping[str, Any]) -> bool:
 
 def _locate(href: str, path: str) -> str:
     """A link as a path: relative ones are relative to the JSON file."""
-    href = href.removeprefix("file://")
-    return href if ":" in href or href.startswith("/vsi") else os.path.join(os.path.dirname(path), href)
+    local = href.removeprefix("file://")
+    if ":" in local or local.startswith("/vsi"):
+        return local
+    here = os.path.join(os.path.dirname(path), local)
+    # Links are URLs, in which "%20" is a space; many writers put plain paths there.
+    return here if os.path.exists(here) else os.path.join(os.path.dirname(path), unquote(local))

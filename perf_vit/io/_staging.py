@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import tempfile
 from collections.abc import Iterator
@@ -10,7 +11,20 @@ from pathlib import Path
 
 from perf_vit.errors import OutputError
 
-__all__ = ["replaced", "staged"]
+__all__ = ["beside", "replaced", "staged"]
+
+# Of most file systems, in bytes; what is made beside an output may have eight letters more than this one.
+_MAX_NAME = 255
+_SPARE = 10
+
+
+def beside(path: Path, beginning: str, ending: str) -> Path:
+    """Path of a working file or folder beside an output: its name between both, shortened if that were too long."""
+    name = f"{beginning}{path.name}{ending}"
+    if len(os.fsencode(name)) + _SPARE <= _MAX_NAME:
+        return path.with_name(name)
+    digest = hashlib.sha256(os.fsencode(path.name)).hexdigest()[:16]
+    return path.with_name(f"{beginning}{digest}{ending}")
 
 
 @contextmanager
@@ -57,7 +71,7 @@ def replaced(path: Path) -> Iterator[Path]:
     Raises:
         OutputError: nothing can be written there.
     """
-    unfinished = path.with_name(f".{path.name}.tmp")
+    unfinished = beside(path, ".", ".tmp")
     try:
         yield unfinished
         with unfinished.open("rb") as file:
@@ -77,7 +91,7 @@ def _make_staging(path: Path, parent: Path) -> tempfile.TemporaryDirectory[str]:
         raise OutputError(f"can't write {path}: it is a folder; choose a file in it")
     try:
         parent.mkdir(parents=True, exist_ok=True)
-        return tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=parent)
+        return tempfile.TemporaryDirectory(prefix=beside(path, ".", ".").name, dir=parent)
     except OSError as error:
         raise _refusal(path, error) from error
 
