@@ -59,11 +59,14 @@ def _resume(out: Path) -> list[str]:
 
 
 def _run_digest(out: Path) -> dict[str, str]:
-    """Weights, optimizer states, metrics and pictures; TensorBoard's files hold times."""
+    """Weights, optimizer states, metrics and pictures; TensorBoard's files hold times.
+
+    Without hidden files and folders, which a killed process leaves beside an output that it was writing.
+    """
     found = {}
     for path in sorted(path for path in out.rglob("*") if path.is_file()):
         name = str(path.relative_to(out))
-        if name.startswith("tensorboard"):
+        if name.startswith("tensorboard") or any(part.startswith(".") for part in path.relative_to(out).parts):
             continue
         if path.suffix == ".ckpt":
             content = torch.load(path, weights_only=True)
