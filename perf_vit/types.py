@@ -111,7 +111,7 @@ class GeoImage:
             transform: see the attributes.
             mpp: see the attributes.
         """
-        valid = mask[0] if len(mask) == 1 else mask.any(0)
+        valid: BoolArray = np.asarray(mask[0] if len(mask) == 1 else mask.any(0))
         alike = len(mask) == 1 or bool((mask == valid).all())
         return cls(pixels, valid, crs, transform, mpp, None if alike else mask)
 

@@ -35,7 +35,7 @@ def holds_data(pixels: npt.NDArray[Any], nodata: Sequence[float | None]) -> Bool
                 for band, value in zip(pixels, nodata, strict=True)
             ]
         )
-        mask = ~missing if is_nodata_by_band(nodata, pixels.dtype) else ~missing.all(0, keepdims=True)
+        mask = ~(missing if is_nodata_by_band(nodata, pixels.dtype) else np.asarray(missing.all(0, keepdims=True)))
     return mask & is_finite(pixels) if pixels.dtype.kind == "f" else mask
 
 

@@ -135,7 +135,7 @@ def open_tissue(tissue: str, path: str, reader: PyramidReader, mpp_yx: tuple[flo
     pixels, mask = read_grid(reader, grid, Window(0, 0, grid.height, grid.width), (0, 1, 2))
     level_yx = reader.levels[grid.level].downsample_yx
     downsample_yx = (grid.step_yx[0] * level_yx[0], grid.step_yx[1] * level_yx[1])
-    return RasterMask(find_tissue(pixels, mask.any(0)), downsample_yx)
+    return RasterMask(find_tissue(pixels, np.asarray(mask.any(0))), downsample_yx)
 
 
 def find_tissue(pixels: npt.NDArray[np.uint8], valid: BoolArray) -> BoolArray:

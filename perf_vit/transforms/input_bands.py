@@ -75,7 +75,8 @@ class InputBands:
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> InputBands:
         """The inverse of `to_dict`."""
-        return cls(**{name: tuple(value) if isinstance(value, list) else value for name, value in values.items()})
+        names, low, high = (tuple(values[key]) for key in ("names", "low", "high"))
+        return cls(names=names, dtype=values["dtype"], low=low, high=high)
 
 
 def common_names(sources: Sequence[Source], num_bands: int) -> tuple[str, ...]:

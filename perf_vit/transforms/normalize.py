@@ -44,7 +44,8 @@ class Normalizer:
                 f"expected {len(self.mean)} bands, got {len(image.pixels)}; give an image with those bands"
             )
         # float32 holds neither seconds since 1970 nor large 32-bit numbers to a unit.
-        work = np.float64 if image.pixels.dtype.itemsize > 2 and image.pixels.dtype != np.float32 else np.float32
+        dtype = image.pixels.dtype
+        work: Any = np.float64 if dtype.itemsize > 2 and dtype != np.float32 else np.float32
         mean = np.asarray(self.mean, work)[:, None, None]
         scale = 1 / np.asarray(self.std, work)[:, None, None]
         mask = image.mask
