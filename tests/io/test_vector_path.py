@@ -10,7 +10,17 @@ from nasty_names import NASTY_NAMES, UNSEEN_NAMES
 
 from perf_vit.io import PolygonFile, open_labels, open_source, write_objects
 
-STEMS = [*(name for name in NASTY_NAMES if "/" not in name), *UNSEEN_NAMES, "a;b", "a!b", "a?", "x.zip!y", "caf\udce9"]
+LONG = ["n" * 241, "漢" * 80]
+STEMS = [
+    *(name for name in NASTY_NAMES if "/" not in name),
+    *UNSEEN_NAMES,
+    "a;b",
+    "a!b",
+    "a?",
+    "x.zip!y",
+    "caf\udce9",
+    *LONG,
+]
 CLASSES = (*NASTY_NAMES, *UNSEEN_NAMES)
 
 
