@@ -15,7 +15,14 @@ from rasterio.features import rasterize
 from perf_vit.errors import DataWarning, InputError
 from perf_vit.io._label_classes import LabelClasses
 from perf_vit.io._pixel_centres import hold_pixel_centre
-from perf_vit.io._placing import check_both_placed, check_on_pixels, check_on_slide, check_overlap, place_geometries
+from perf_vit.io._placing import (
+    check_both_placed,
+    check_on_pixels,
+    check_on_slide,
+    check_overlap,
+    local_transform,
+    place_geometries,
+)
 from perf_vit.io._vector_file import read_features
 from perf_vit.io.raster import RasterSource
 from perf_vit.io.slide import SlideSource
@@ -72,7 +79,9 @@ class VectorLabels:
             codes = _codes(path, frame, classes, attribute)
         # Parts of a multipolygon are found one by one, so far islands are not burnt.
         parts, owners = shapely.get_parts(_mended(frame.geometry.to_numpy()), return_index=True)
-        self._polygons = to_pixels(parts, _to_coordinates(source, in_pixels=in_pixels))
+        bounds = tuple(frame.total_bounds)
+        place = local_transform(source, path, bounds) if in_pixels else _to_coordinates(source)
+        self._polygons = to_pixels(parts, place)
         self._codes = codes[owners]
         self._tree = shapely.STRtree(self._polygons)
         self._extent = source.extent
@@ -163,12 +172,12 @@ def _blocks_around(window: Window) -> Iterator[Window]:
             yield Window(row * _BLOCK_PX, col * _BLOCK_PX, _BLOCK_PX, _BLOCK_PX)
 
 
-def _to_coordinates(source: RasterSource | SlideSource, *, in_pixels: bool) -> Affine:
+def _to_coordinates(source: RasterSource | SlideSource) -> Affine:
     """From a source's pixels to the coordinates of its polygons."""
     if isinstance(source, SlideSource):
         # As QuPath has them, in pixels of level 0.
         return Affine.scale(*source.downsample_xy)
-    return Affine.identity() if in_pixels else source.transform
+    return source.transform
 
 
 def warn_of_polygons_beside(labels: Iterable[object]) -> None:

@@ -7,10 +7,11 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import shapely
+from affine import Affine
 from pyproj.exceptions import ProjError
 from rasterio.warp import transform_bounds
 
-from perf_vit.errors import InputError
+from perf_vit.errors import InputError, warn_once
 from perf_vit.io._gdal import crs_name
 from perf_vit.io.raster import Bounds, RasterSource
 from perf_vit.io.slide import SlideSource
@@ -21,6 +22,7 @@ __all__ = [
     "check_on_pixels",
     "check_on_slide",
     "check_overlap",
+    "local_transform",
     "place_geometries",
     "reproject_bounds",
     "span",
@@ -132,6 +134,33 @@ def check_on_slide(source: SlideSource, path: str, bounds: Bounds) -> None:
     )
 
 
+def local_transform(source: Source, path: str, bounds: Bounds) -> Affine:
+    """From pixels of a raster without CRS to the coordinates of its labels.
+
+    A transform without CRS, as of a world file, is a local grid. Labels that lie on the raster there are in coordinates
+    of that grid, others in pixels.
+
+    Args:
+        source: without CRS.
+        path: the labels' name in messages.
+        bounds: of the labels.
+    """
+    if source.transform.is_identity or not isinstance(source, RasterSource):
+        return Affine.identity()
+    on_grid, on_pixels = (_meet(bounds, place) for place in (source.bounds, (0, 0, source.width, source.height)))
+    if on_grid and on_pixels:
+        warn_once(
+            "local grid",
+            f"labels {path} cover {span(bounds)}, which lies on {source.path} both in pixels and on the grid of its "
+            "transform without CRS; they are taken to be on that grid, so remove the world file if they are in pixels",
+        )
+    return source.transform if on_grid else Affine.identity()
+
+
+def _meet(bounds: Bounds, other: Bounds) -> bool:
+    return bounds[0] < other[2] and bounds[2] > other[0] and bounds[1] < other[3] and bounds[3] > other[1]
+
+
 def check_on_pixels(source: RasterSource, path: str, bounds: Bounds) -> None:
     """Refuse labels in pixels that lie wholly beside an image.
 
@@ -143,7 +172,7 @@ def check_on_pixels(source: RasterSource, path: str, bounds: Bounds) -> None:
     Raises:
         InputError: both don't meet.
     """
-    if bounds[0] < source.width and bounds[2] > 0 and bounds[1] < source.height and bounds[3] > 0:
+    if _meet(bounds, (0, 0, source.width, source.height)) or _meet(bounds, source.bounds):
         return
     raise InputError(
         f"labels {path} don't overlap {source.path}: they cover {span(bounds)}, the image {source.width} x "

@@ -13,7 +13,7 @@ import shapely
 from perf_vit.errors import InputError
 from perf_vit.io._gdal import check_exists, crs_name
 from perf_vit.io._label_vector import to_pixels
-from perf_vit.io._placing import place_geometries, span
+from perf_vit.io._placing import local_transform, place_geometries, span
 from perf_vit.io._vector_file import read_features, split_layer
 from perf_vit.types import Source
 
@@ -64,7 +64,8 @@ class PolygonFile:
     def in_pixels_of(self, source: Source) -> npt.NDArray[Any]:
         """Polygons and multipolygons in pixels of a source, [n], also those that lie outside it.
 
-        Where the source has no CRS, coordinates are its pixels, whatever the file says. A polygon that has no place in
+        Where the source has no CRS, coordinates are its pixels, or those of its world file where the polygons lie on it
+        there, whatever the file says. A polygon that has no place in
         the source's CRS becomes an empty one.
 
         Raises:
@@ -72,7 +73,8 @@ class PolygonFile:
         """
         if source.crs is None:
             geometries: npt.NDArray[Any] = shapely.force_2d(self._geometry.to_numpy())
-            return geometries
+            place = local_transform(source, self.path, tuple(self._geometry.total_bounds))
+            return geometries if place.is_identity else to_pixels(geometries, place)
         return to_pixels(self._in_crs(source), source.transform)
 
     def _in_crs(self, source: Source) -> npt.NDArray[Any]:
