@@ -10,6 +10,7 @@ from rasterio.errors import NotGeoreferencedWarning
 
 from perf_vit.data import find_images, read_object_labels
 from perf_vit.errors import PerfVitError
+from perf_vit.io import check_outputs
 
 
 def prepare(source: Path, out: Path, labels: str = "labelTxt") -> None:
@@ -17,9 +18,12 @@ def prepare(source: Path, out: Path, labels: str = "labelTxt") -> None:
 
     A PNG must be decoded from its top for each window; a tiled TIFF of the same pixels need not.
     """
+    images = find_images([source / "images"])
+    tiled = [out / "images" / f"{image.stem}.tif" for image in images]
+    check_outputs(tiled, images, overwrite=True)
     (out / "images").mkdir(parents=True, exist_ok=True)
-    for image in find_images([source / "images"]):
-        write_tiled(image, out / "images" / f"{image.stem}.tif")
+    for image, path in zip(images, tiled, strict=True):
+        write_tiled(image, path)
     shutil.copytree(source / labels, out / "labelTxt", dirs_exist_ok=True)
     index = read_object_labels(out / "labelTxt", out / "images", label_format="dota")
     print(f"{len(index)} images, {index.counts['ignored']} difficult objects, others: {index.class_counts()}")

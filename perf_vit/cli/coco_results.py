@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from perf_vit.io import CocoImages, existing_error, write_text
+from perf_vit.io import CocoImages, existing_error, existing_outputs, write_text
 from perf_vit.text import to_json
 
 __all__ = ["COCO_RESULTS", "check_coco_results", "join_coco_results"]
@@ -26,8 +26,8 @@ def check_coco_results(parts: Iterable[Path], folder: Path, images: CocoImages) 
     Raises:
         OutputError: names the file.
     """
-    for path in (*parts, folder / COCO_RESULTS):
-        if path.exists() and not _is_results(path, images.ids):
+    for path in existing_outputs((*parts, folder / COCO_RESULTS)):
+        if not _is_results(path, images.ids):
             raise existing_error(path, reason=", but holds no COCO results of these images")
 
 

@@ -18,6 +18,7 @@ from perf_vit.inference import (
     MapInput,
     MapResult,
     RunReport,
+    check_report,
     find_inputs,
     is_one_file,
     predict_many,
@@ -184,6 +185,7 @@ def find_objects(
         read += [item.path for item in found]
         # Files that are there are left as they are, unless `overwrite`.
         check_outputs([*outputs, output / REPORT, output / COCO_RESULTS], read, overwrite=True)
+        check_report(output, overwrite=overwrite)
     else:
         check_outputs(outputs, [inputs[0], *read], overwrite=overwrite)
     if coco is not None:

@@ -14,7 +14,7 @@ from perf_vit.inference.map_job import MapJob, MapResult, check_map_name, make_m
 from perf_vit.inference.objects import ObjectModel, predict_objects
 from perf_vit.inference.ray_pool import RayPool
 from perf_vit.inference.ray_rows import rows_in_pool
-from perf_vit.inference.run_report import REPORT, InputReport, RunReport, reserve_report
+from perf_vit.inference.run_report import REPORT, InputReport, RunReport, check_report, reserve_report
 from perf_vit.inference.segment import predict, segment_job, segment_strips
 from perf_vit.inference.stitch_objects import ObjectStitcher
 from perf_vit.types import Detections
@@ -40,6 +40,7 @@ __all__ = [
     "attention_picture",
     "check_map_name",
     "check_partial_folder",
+    "check_report",
     "class_map",
     "class_output",
     "class_probabilities",

@@ -18,7 +18,7 @@ from perf_vit.errors import OutputError
 from perf_vit.inference.damage import DamagedPiece
 from perf_vit.io import check_outputs, write_json
 
-__all__ = ["REPORT", "InputReport", "InputStatus", "RunReport", "reserve_report"]
+__all__ = ["REPORT", "InputReport", "InputStatus", "RunReport", "check_report", "reserve_report"]
 
 REPORT = "report.json"
 """Name of a run's report in its output folder."""
@@ -110,6 +110,20 @@ class RunReport:
         write_json(path, self.to_dict())
 
 
+def check_report(folder: Path, *, overwrite: bool = False) -> None:
+    """Refuse a folder where the report would replace a file that is no report of an earlier run.
+
+    Args:
+        folder: of the outputs.
+        overwrite: allow it.
+
+    Raises:
+        OutputError: it would.
+    """
+    if not (overwrite or _is_report(folder / REPORT)):
+        check_outputs([folder / REPORT], [])
+
+
 @contextmanager
 def reserve_report(folder: Path, *, overwrite: bool = False) -> Iterator[Path]:
     """The path of a run's report in its output folder, which is made if need be.
@@ -125,8 +139,7 @@ def reserve_report(folder: Path, *, overwrite: bool = False) -> Iterator[Path]:
         OutputError: nothing can be written there, or another file has the report's name.
     """
     path = folder / REPORT
-    if not (overwrite or _is_report(path)):
-        check_outputs([path], [])
+    check_report(folder, overwrite=overwrite)
     lock = FileLock(folder / ".perf_vit-report.lock", timeout=0)
     try:
         folder.mkdir(parents=True, exist_ok=True)

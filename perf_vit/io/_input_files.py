@@ -35,7 +35,7 @@ def input_files(given: Iterable[str | Path]) -> Iterator[tuple[str, Path]]:
     Yields:
         (input as given, file or folder that exists).
     """
-    for origin in map(os.fspath, given):
+    for origin in [os.fspath(each) for each in given]:
         waiting, seen = [origin], set()
         while waiting:
             path = waiting.pop()

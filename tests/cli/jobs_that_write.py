@@ -142,6 +142,19 @@ def predict_objects_of_many(root: Path) -> Job:
     return Job(args, [checkpoint, *scenes], [*outputs, folder / "report.json"], keeps=outputs)
 
 
+def predict_results_of_many(root: Path) -> Job:
+    """COCO results of the images of a COCO file, each in a file and all in one."""
+    checkpoint = save_small_detector(root / "model.ckpt")
+    scenes = [write_scene(root / "in" / "images" / f"{number}.tif", number) for number in range(2)]
+    listed = [{"id": 7 + number, "file_name": f"{number}.tif", "height": 64, "width": 64} for number in range(2)]
+    labels = root / "in" / "labels.json"
+    labels.write_text(json.dumps({"images": listed, "annotations": [], "categories": [{"id": 3, "name": "car"}]}))
+    folder = root / "out" / "found"
+    names = ("0.json", "1.json", "coco_results.json", "report.json")
+    args = _predict(checkpoint, scenes[0].parent, folder, "--coco-images", labels)
+    return Job(args, [checkpoint, labels, *scenes], [folder / name for name in names])
+
+
 def _predict_images(root: Path, kind: str) -> Job:
     checkpoint, scene = save_classifier(root / "model.ckpt", kind), write_scene(root / "in" / "scene.tif")
     listed, output = root / "in" / "list.csv", root / "out" / "found.csv"
@@ -339,6 +352,7 @@ JOBS: list[Callable[[Path], Job]] = [
     predict_maps,
     predict_objects,
     predict_objects_of_many,
+    predict_results_of_many,
     predict_classes,
     predict_numbers,
     predict_slides,

@@ -36,10 +36,12 @@ def _save(path: Path, config: Any, model: torch.nn.Module) -> Path:
     return path
 
 
-def save_segmenter(path: Path) -> Path:
-    """Of two classes, untrained."""
+def save_segmenter(path: Path, target: str = "thing", num_bands: int = 3, tile_px: int = 32) -> Path:
+    """Of two classes."""
+    normalizer = Normalizer((100.0,) * num_bands, (50.0,) * num_bands)
     config = ModelConfig(**BACKBONE, out_indices=[0], head="linear")
-    spec = SegmenterSpec(classes=("rest", "thing"), normalizer=NORMALIZER, tile_px=32)
+    labels = {"background": "rest"}
+    spec = SegmenterSpec(classes=("rest", target), normalizer=normalizer, tile_px=tile_px, label_options=labels)
     return _save(path, config, build_segmenter(config, spec))
 
 

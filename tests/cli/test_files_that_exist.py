@@ -1,5 +1,6 @@
 """Files that a user has in the place of outputs, one example of each kind."""
 
+from functools import partial
 from pathlib import Path
 
 import jobs_that_write as jobs
@@ -11,7 +12,10 @@ from kept_files import MINE, put, refused
 
 import perf_vit
 from perf_vit.cli.slides import _names
+from perf_vit.config import dump_config
+from perf_vit.data import make_ship_scene
 from perf_vit.errors import OutputError
+from perf_vit.tasks.history import plot_history
 
 EXAMPLES = [
     (
@@ -210,3 +214,25 @@ def test_a_link_to_a_folder_of_a_model_stays_one(place) -> None:
     assert call([*args, "--overwrite"]) == 0
     assert (place / "link").is_symlink()
     assert all(output.exists() for output in job.outputs)
+
+
+def test_a_demo_is_made_anew_on_demand_and_no_other_run_is_touched(tmp_path, monkeypatch, capsys) -> None:
+    def train(config) -> Path:
+        run = Path(config.out)
+        assert not (run / "checkpoints" / "last.ckpt").exists()
+        dump_config(config, run / "config.yaml")
+        plot_history([], run / "loss_curve.png")
+        put(run / "checkpoints" / "last.ckpt")
+        return small_models.save_segmenter(run / "checkpoints" / "best.ckpt", "ship", num_bands=4, tile_px=256)
+
+    monkeypatch.setattr("perf_vit.cli.demo.train_segmentation", train)
+    monkeypatch.setattr("perf_vit.cli.demo.make_ship_scene", partial(make_ship_scene, size_px=512, num_targets=9))
+    (tmp_path / "out" / "run").mkdir(parents=True)
+    args = ["demo", "--out", tmp_path / "out"]
+    assert call(args) == 0
+    assert "scene.tif exists already" in refused(args, tmp_path, capsys)
+    before = (tmp_path / "out" / "map.tif").stat().st_mtime_ns
+    assert call([*args, "--overwrite"]) == 0
+    assert (tmp_path / "out" / "map.tif").stat().st_mtime_ns > before
+    put(tmp_path / "out" / "run" / "config.yaml", b"task: of somebody else")
+    assert "run/config.yaml exists already and is not of a run" in refused([*args, "--overwrite"], tmp_path, capsys)

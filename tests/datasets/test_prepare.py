@@ -15,7 +15,7 @@ from PIL import Image
 from preparing import ROOT, load_prepare
 
 from perf_vit.data import find_label_pairs, read_object_labels, read_slide_table
-from perf_vit.errors import InputError
+from perf_vit.errors import InputError, OutputError
 
 NAMES = sorted(path.parent.name for path in ROOT.glob("*/prepare.py"))
 
@@ -105,6 +105,14 @@ def test_xview_boxes_become_coco_and_what_has_no_image_or_name_is_counted(tmp_pa
 def _xview_feature(image: str, box: str, type_id: int) -> dict:
     values = {"image_id": image, "bounds_imcoords": box, "type_id": type_id, "cat_id": "1040010028371A00"}
     return {"type": "Feature", "geometry": {"type": "Point", "coordinates": [0, 0]}, "properties": values}
+
+
+def test_dota_images_that_are_tiffs_are_not_replaced(tmp_path) -> None:
+    (tmp_path / "images").mkdir()
+    (tmp_path / "images" / "P0.tif").write_bytes(b"mine")
+    with pytest.raises(OutputError, match=r"P0\.tif would replace the input"):
+        load_prepare("dota").prepare(tmp_path, tmp_path)
+    assert (tmp_path / "images" / "P0.tif").read_bytes() == b"mine"
 
 
 def test_dota_images_become_tiled_and_keep_their_pixels_and_labels(tmp_path) -> None:
