@@ -6,9 +6,9 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from antlr4 import ParserRuleContext
 from omegaconf.errors import GrammarParseError
-from omegaconf.grammar_parser import OmegaConfGrammarParser, parse
+from omegaconf.grammar.gen.OmegaConfGrammarParser import OmegaConfGrammarParser
+from omegaconf.grammar_parser import parse
 
 from perf_vit.config.yaml_text import MOST_CHARACTERS, NODE_CHARACTERS
 from perf_vit.errors import ConfigError
@@ -54,7 +54,7 @@ def _leaves(value: Any, key: str = "") -> Iterator[tuple[str, str]]:
         yield key, str(value)
 
 
-def _interpolations(key: str, text: str, path: Path) -> Iterator[ParserRuleContext]:
+def _interpolations(key: str, text: str, path: Path) -> Iterator[Any]:
     if "${" not in text:
         return
     if len(text) > _LONGEST:

@@ -39,7 +39,7 @@ def _check_growth(text: str) -> None:
         if isinstance(event, yaml.AliasEvent):
             if event.anchor in anchors:
                 raise ValueError(f"the alias *{event.anchor} stands within what it names")
-            sizes[-1] += of_anchors.get(event.anchor, 0)
+            sizes[-1] += of_anchors.get(event.anchor or "", 0)
         elif isinstance(event, yaml.ScalarEvent):
             size = NODE_CHARACTERS + len(event.value)
             of_anchors[event.anchor or ""] = size

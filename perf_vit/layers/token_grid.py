@@ -8,9 +8,12 @@ from typing import Any
 import torch
 import torch.fx
 from torch import Tensor, nn
-from torch.multiprocessing.reductions import StorageWeakRef
+from torch.multiprocessing import reductions
 
 __all__ = ["FollowTokens", "TokenGrid", "follow_tokens", "watch_patch_embed"]
+
+# Untyped in torch.
+_WeakRef: Any = reductions.StorageWeakRef
 
 # `torch.utils.checkpoint` computes again in a backward pass, which has a number; no backward pass runs under this one.
 _NO_BACKWARD = -1
@@ -28,7 +31,7 @@ class TokenGrid:
         self._here = threading.local()
         self._lock = threading.Lock()
         self._sizes: set[tuple[int, int]] = set()
-        self._of_tokens: dict[tuple[Any, ...], tuple[StorageWeakRef, tuple[int, int]]] = {}
+        self._of_tokens: dict[tuple[Any, ...], tuple[Any, tuple[int, int]]] = {}
 
     def __reduce__(self) -> tuple[type[TokenGrid], tuple[()]]:
         # A copied model has seen no image.
@@ -65,7 +68,7 @@ class TokenGrid:
             if backward != _NO_BACKWARD and known is not None and not known[0].expired():
                 self._here.size, self._here.backward = known[1], backward
             elif self.size is not None and self._here.backward == backward:
-                self._of_tokens[key] = (StorageWeakRef(storage), self.size)
+                self._of_tokens[key] = (_WeakRef(storage), self.size)
 
     def of(self, num_tokens: int) -> tuple[int, int]:
         """The grid, if it has so many tokens.
