@@ -16,6 +16,7 @@ from rasterio.errors import NotGeoreferencedWarning
 
 from perf_vit.io._gdal import GDAL_ERRORS
 from perf_vit.io._remote import is_remote
+from perf_vit.io._vector_file import split_layer
 
 __all__ = ["input_files"]
 
@@ -63,6 +64,9 @@ def _named_by(path: str) -> list[str]:
         return []
     if not os.path.exists(path) and glob.has_magic(path):
         return [file for file in glob.glob(path, recursive=True) if os.path.isfile(file)]
+    file, layer = split_layer(path)
+    if layer is not None:
+        return [file]
     if path.lower().endswith(".json"):
         return _stac_assets(path)
     index = path.removeprefix("GTI:")

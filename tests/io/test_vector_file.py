@@ -13,8 +13,8 @@ from affine import Affine
 from rasterio.crs import CRS
 from shapely import LineString, MultiPolygon, Point, Polygon, affinity, box
 
-from perf_vit.errors import DataWarning, InputError
-from perf_vit.io import PolygonFile, open_labels, open_source, write_objects
+from perf_vit.errors import DataWarning, InputError, OutputError
+from perf_vit.io import PolygonFile, check_outputs, open_labels, open_source, write_objects
 from perf_vit.types import IGNORE_INDEX
 
 NAMES = ["l.gpkg", "l.geojson", "l.parquet", "l.shp", "l.fgb"]
@@ -93,6 +93,8 @@ def test_a_layer_is_chosen_by_name(source, tmp_path) -> None:
     named = f"{tmp_path / 'site.gpkg'}|layername=roofs"
     assert np.array_equal(open_labels(named, source).read(source.extent), burnt(BOXES))
     assert len(PolygonFile(named)) == 2
+    with pytest.raises(OutputError, match="would replace"):
+        check_outputs([tmp_path / "site.gpkg"], [named], overwrite=True)
     with pytest.raises(InputError, match=r"got roads, roofs; choose one as '.*site.gpkg\|layername=roads'"):
         open_labels(tmp_path / "site.gpkg", source)
     with pytest.raises(InputError, match=r"site.gpkg has no layer walls; its layers are roads, roofs"):
