@@ -104,7 +104,7 @@ def bounds_of(transform: Affine, height: int, width: int) -> Bounds:
     return min(xs), min(ys), max(xs), max(ys)
 
 
-def check_scale(grids: Sequence[Grid], resolution: float | tuple[float, float], path: str) -> None:
+def check_scale(grids: Sequence[Grid], resolution: float | tuple[float, float] | PixelSide, path: str) -> None:
     """Refuse a size of pixels that must be meant in another unit.
 
     Args:
