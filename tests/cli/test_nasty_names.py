@@ -389,4 +389,4 @@ def test_a_name_that_is_not_utf8_is_one_failed_input_of_a_batch(case, tmp_path, 
         assert "its name is not UTF-8" in found[odd.name][1]
     code, out, err = run_in("utf-8", ["info", odd], monkeypatch)
     assert (code, out, err.count("\n")) == (2, "", 1)
-    assert r"caf\udce9.tif" in err
+    assert "its name is not UTF-8" in err
