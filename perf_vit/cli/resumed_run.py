@@ -82,7 +82,9 @@ class ResumedRun:
         tasks = [_task(each) for each in (before, asdict(config))]
         # Of another task, all keys differ.
         with parsing(self.path, "the checkpoint of a run", CheckpointError):
-            found = [("task", *tasks)] if tasks[0] != tasks[1] else list(changes(config, before))
+            found: list[Change] = (
+                [("task", tasks[0], tasks[1])] if tasks[0] != tasks[1] else list(changes(config, before))
+            )
         self._refuse(found)
 
     def check_network(self, task: Any) -> None:
@@ -129,7 +131,7 @@ class ResumedRun:
             CheckpointError: the run can't go on from it.
         """
         batches = _Batches()
-        trainer.callbacks.append(batches)  # type: ignore[attr-defined]
+        trainer.callbacks.append(batches)
         try:
             yield
         except PerfVitError:

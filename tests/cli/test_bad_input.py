@@ -248,12 +248,11 @@ def test_a_damaged_scene_leaves_no_temporary_files(trained, tmp_path) -> None:
     assert not (tmp_path / "maps").exists() or list((tmp_path / "maps").iterdir()) == []
 
 
-def test_messages_of_gdal_that_are_no_text_print_no_traceback(tmp_path, capfd) -> None:
-    # GDAL cuts what it quotes to a number of bytes, here inside a letter.
-    for length in range(8):
-        vrt = tmp_path / f"{length}.vrt"
-        vrt.write_text(f'<VRTDataset rasterXSize="9" rasterYSize="9">{"x" * length}' + "é" * 40 + "</a></VRTDataset>")
-        assert call(["info", vrt]) == 2
-    printed = capfd.readouterr().err
-    assert "Traceback" not in printed
-    assert printed.count("Error: ") == 8
+def test_messages_of_gdal_that_are_no_text_print_no_traceback(tmp_path) -> None:
+    # GDAL quotes the first byte of the letter alone, which rasterio can't log. Under pytest its hook would catch that.
+    vrt = tmp_path / "broken.vrt"
+    vrt.write_text('<VRTDataset rasterXSize="9" rasterYSize="9"><é></é></VRTDataset>', encoding="utf-8")
+    done = subprocess.run([sys.executable, "-m", "perf_vit", "info", vrt], capture_output=True, text=True)
+    assert done.returncode == 2
+    assert "Traceback" not in done.stderr
+    assert done.stderr.splitlines()[-1].startswith(f"Error: can't open {vrt} as a raster: ")

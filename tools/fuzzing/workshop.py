@@ -136,7 +136,7 @@ def _config(task: str, shop: Workshop) -> dict[str, Any]:
             "train": labelled,
             "val": labelled,
             "classes": ["land", "ship"],
-            "background": 0,
+            "background": "land",
             "tiles_per_epoch": 2,
         },
         "detection": {"train": objects, "classes": ["ship", "car"], "tiles_per_epoch": 2, "val_share": 0.5},
