@@ -60,7 +60,7 @@ class PlainConsole(Console):
     def __init__(self, **options: Any) -> None:
         super().__init__(markup=False, emoji=False, highlight=False, **options)
 
-    @property
+    @property  # type: ignore[misc]
     def size(self) -> ConsoleDimensions:
         """Width and height: those of the terminal, as COLUMNS says, or wide enough for any table."""
         size = super().size

@@ -91,7 +91,7 @@ class RunFolder:
         num_samples = len(data.train)
         if self._resumed is not None:
             self._resumed.check_length(trainer, num_samples)
-        trainer.callbacks.append(KeepRun(self._config, num_samples))  # type: ignore[attr-defined]
+        trainer.callbacks.append(KeepRun(self._config, num_samples))
         new = [self.path / name for name in RUN_FILES if not (self.path / name).exists()]
         was_there = self.path.exists()
         _make_run_folder(self.path)

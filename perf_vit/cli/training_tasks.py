@@ -40,6 +40,6 @@ def train_from_config(config: str, overrides: Sequence[str]) -> Path:
     if task not in TRAINING_TASKS:
         raise ConfigError(f"task must be one of {', '.join(TRAINING_TASKS)}, got {task}")
     schema, train = TRAINING_TASKS[task]
-    run = load_config(config, schema, overrides)
+    run: Any = load_config(config, schema, overrides)
     check_config_kept(config, run)
     return train(run)
