@@ -136,8 +136,9 @@ class VectorLabels:
 
     def _warn_of_tiny(self, owners: npt.NDArray[np.int64]) -> None:
         """Warn about polygons on the source that are burnt to no pixel."""
+        near = np.flatnonzero(_reach_into(self._polygons, self._extent))
         labelled = np.zeros(len(self.numbers), bool)
-        labelled[owners[hold_pixel_centre(self._polygons)]] = True
+        labelled[owners[near[hold_pixel_centre(self._polygons[near])]]] = True
         what = "hold no pixel's centre and label nothing (all_touched labels the pixels that polygons touch)"
         _warn_of(what, self.is_on_source & ~labelled, self.numbers, self.path)
 
