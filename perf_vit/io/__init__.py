@@ -5,7 +5,7 @@ from perf_vit.io._input_files import input_files
 from perf_vit.io._label_vector import warn_of_polygons_beside
 from perf_vit.io._staging import beside, replaced, staged
 from perf_vit.io._vector_file import is_vector_name, split_layer
-from perf_vit.io.coco_images import CocoImages, default_category_ids
+from perf_vit.io.coco_images import CocoImages, category_ids_by_name, default_category_ids, ids_of_classes
 from perf_vit.io.cog import write_cog
 from perf_vit.io.describe import SourceInfo, describe_source
 from perf_vit.io.existing import holds_layout
@@ -69,6 +69,7 @@ __all__ = [
     "StripStore",
     "beside",
     "bounded_cache",
+    "category_ids_by_name",
     "check_outputs",
     "check_vector_output",
     "colorize",
@@ -81,6 +82,7 @@ __all__ = [
     "files_below",
     "fingerprint",
     "holds_layout",
+    "ids_of_classes",
     "input_files",
     "is_by_product",
     "is_image_name",

@@ -145,3 +145,23 @@ def test_category_ids_are_those_of_the_labels_and_survive_writing(images, tmp_pa
     (tmp_path / "l.json").write_text(json.dumps(content))
     with pytest.raises(InputError, match="lists 2 categories of id 6; give each its own id"):
         read_object_labels(tmp_path / "l.json", images, label_format="coco")
+
+
+@pytest.mark.parametrize(
+    ("image_id", "category_id", "expected"), [("a-1", 4, (4,)), (9, "ship", None), (9.0, 4.0, (4,))]
+)
+def test_ids_of_coco_files_may_be_text(images, tmp_path, image_id, category_id, expected) -> None:
+    content = {
+        "images": [{"id": image_id, "file_name": "a.png"}],
+        "categories": [{"id": category_id, "name": "ship"}],
+        "annotations": [{"id": 1, "image_id": image_id, "category_id": category_id, "bbox": [2, 2, 8, 8]}],
+    }
+    (tmp_path / "l.json").write_text(json.dumps(content))
+    index = read_object_labels(tmp_path / "l.json", images, label_format="coco")
+    assert index.category_ids == expected
+    assert index.records[0].boxes_xyxy.tolist() == [[2, 2, 10, 10]]
+    # Names of classes stand for ids in text where labels are written: these count from 1.
+    write_coco_labels(tmp_path / "again.json", index, images)
+    assert json.loads((tmp_path / "again.json").read_text())["categories"] == [
+        {"id": (expected or (1,))[0], "name": "ship"}
+    ]

@@ -15,6 +15,7 @@ from perf_vit.data.labels.image_folder import ImageFolder
 from perf_vit.data.labels.masks import Rle
 from perf_vit.data.labels.records import RawImage, RawLabels, RawObject
 from perf_vit.errors import InputError, parsing
+from perf_vit.io import category_ids_by_name
 
 __all__ = ["read_coco"]
 
@@ -34,7 +35,7 @@ def read_coco(labels: Path, folder: ImageFolder) -> RawLabels:
         return RawLabels(
             _images(content, categories, labels, folder),
             tuple(dict.fromkeys(categories.values())),
-            has_category_ids=True,
+            _numbered(content),
         )
 
 
@@ -57,6 +58,14 @@ def _categories(content: Any, labels: Path) -> dict[Any, str]:
     if twice is not None:
         raise InputError(f"{labels} lists {counts[twice]} categories of id {twice}; give each its own id")
     return {item["id"]: str(item["name"]) for item in content["categories"]}
+
+
+def _numbered(content: Any) -> dict[str, int] | None:
+    try:
+        return category_ids_by_name(content)
+    # Text identifies categories in the file as well as numbers do.
+    except ValueError:
+        return None
 
 
 def _images(content: Any, categories: dict[Any, str], labels: Path, folder: ImageFolder) -> list[RawImage]:

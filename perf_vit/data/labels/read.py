@@ -20,7 +20,7 @@ from perf_vit.data.labels.table import read_table
 from perf_vit.data.labels.voc import read_voc
 from perf_vit.data.labels.yolo import read_yolo
 from perf_vit.errors import ConfigError, DataWarning, InputError
-from perf_vit.io import CocoImages, split_layer
+from perf_vit.io import ids_of_classes, split_layer
 
 __all__ = ["LABEL_FORMATS", "read_object_labels"]
 
@@ -79,8 +79,8 @@ def read_object_labels(
         source_options=source_options,
         oriented=oriented,
     )
-    if raw.has_category_ids:
-        index = replace(index, category_ids=tuple(CocoImages(place).category_ids(index.classes)))
+    if raw.category_ids is not None:
+        index = replace(index, category_ids=tuple(ids_of_classes(raw.category_ids, index.classes)))
     if classes:
         _warn_of_absent(index, place)
     return index

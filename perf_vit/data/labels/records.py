@@ -135,9 +135,9 @@ class RawLabels:
     Attributes:
         images: those with labels.
         classes: names in the label files' own order, empty where they have none.
-        has_category_ids: the label file is one of COCO, whose categories have ids.
+        category_ids: COCO's ids of categories by name; None where the labels have none that are numbers.
     """
 
     images: list[RawImage]
     classes: tuple[str, ...] = ()
-    has_category_ids: bool = False
+    category_ids: dict[str, int] | None = None
