@@ -193,7 +193,8 @@ class MapJob:
             InputError: a window can't be read, or the model's output has another shape.
             OutputError: the disk is full.
         """
-        store = StripStore(folder, self.layout, self.out)
+        # Tags, which take a look at all files of the source, are of the finished map.
+        store = StripStore(folder, self.output.layout(self.source, {}), self.out)
         reader: Reads = self.source
         if self.on_error == "skip":
             reader = SalvagingReader(self.source, DamageLog(folder).add)

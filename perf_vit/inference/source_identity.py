@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+import os
+from collections.abc import Iterable, Iterator, Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from perf_vit.io import fingerprint, input_files
+from perf_vit.io import file_stats, fingerprint, input_files
 from perf_vit.types import Source
 
 __all__ = ["SourceIdentity"]
@@ -32,11 +33,12 @@ class SourceIdentity:
     """
 
     def __init__(self, source: Source) -> None:
-        self.options: dict[str, Any] = json.loads(json.dumps(_options(source), default=str))
-        named = [*getattr(source, "paths", (source.path,)), str(self.options.get("tissue", ""))]
-        behind = [str(file) for _, file in input_files(named) if not str(file).endswith(_SIDECARS)]
-        self.files = tuple(dict.fromkeys([*named[:-1], *behind]))
-        self.place = [list(source.transform)[:6], source.crs and source.crs.to_wkt(), source.mpp, str(source.nodata)]
+        self.options = _options(source)
+        named = [*getattr(source, "paths", (source.path,)), str(getattr(source, "options", {}).get("tissue", ""))]
+        behind = [str(file) for file in _outermost(file for _, file in input_files(named))]
+        self.files = tuple(dict.fromkeys([*named[:-1], *(file for file in behind if not file.endswith(_SIDECARS))]))
+        nodata = None if source.nodata is None else str(float(source.nodata))
+        self.place = [list(source.transform)[:6], source.crs and source.crs.to_wkt(), source.mpp, nodata]
         self.layout = [source.num_bands, source.height, source.width, str(source.dtype)]
 
     @cached_property
@@ -51,13 +53,12 @@ class SourceIdentity:
     @property
     def settings(self) -> Mapping[str, Any]:
         """Plain values for the journal of an unfinished output, with the files' times of change."""
-        files = [Path(path) for path in self.files]
-        stats = [file.stat() if file.exists() else None for file in files]
+        stats = [file_stats(path) for path in self.files]
         return {
             # A cluster's workers stand in other folders.
-            "input": [str(file.absolute()) if stat else str(file) for file, stat in zip(files, stats, strict=True)],
-            "input_bytes": [stat and stat.st_size for stat in stats],
-            "input_modified_ns": [stat and stat.st_mtime_ns for stat in stats],
+            "input": [os.path.abspath(path) if stat else path for path, stat in zip(self.files, stats, strict=True)],
+            "input_bytes": [stat and stat[0] for stat in stats],
+            "input_modified_ns": [stat and stat[1] for stat in stats],
             "input_options": self.options,
             "input_layout": self.layout,
             # The same file may be read on another grid.
@@ -67,8 +68,20 @@ class SourceIdentity:
     def changed_since(self, out: Path) -> bool:
         """Whether one of the files is newer than an output."""
         made = out.stat().st_mtime_ns
-        return any(Path(path).exists() and Path(path).stat().st_mtime_ns > made for path in self.files)
+        return any(stat[1] > made for stat in map(file_stats, self.files) if stat is not None)
 
 
 def _options(source: Source) -> dict[str, Any]:
-    return dict(getattr(source, "options", {}))
+    """How a source was opened, as plain values; outlines of tissue are a file, which counts by its content."""
+    options: dict[str, Any] = json.loads(json.dumps(dict(getattr(source, "options", {})), default=str), parse_int=float)
+    return {name: "file" if name == "tissue" and value != "otsu" else value for name, value in options.items()}
+
+
+def _outermost(files: Iterable[Path]) -> Iterator[Path]:
+    """Files and folders, without those inside a folder before them: a chunked array is one thing, not a million."""
+    folders: set[Path] = set()
+    for file in files:
+        if folders.isdisjoint(file.parents):
+            yield file
+            if file.is_dir():
+                folders.add(file)

@@ -9,7 +9,7 @@ from perf_vit.io.coco_images import CocoImages, category_ids_by_name, default_ca
 from perf_vit.io.cog import write_cog
 from perf_vit.io.describe import SourceInfo, describe_source
 from perf_vit.io.existing import holds_layout
-from perf_vit.io.fingerprint import fingerprint
+from perf_vit.io.fingerprint import file_stats, fingerprint
 from perf_vit.io.image_files import (
     FOLDER_SUFFIXES,
     IMAGE_SUFFIXES,
@@ -79,6 +79,7 @@ __all__ = [
     "describe_source",
     "existing_error",
     "existing_outputs",
+    "file_stats",
     "files_below",
     "fingerprint",
     "holds_layout",

@@ -1,6 +1,8 @@
 """A map is resumed or skipped only where everything that changes a pixel of it is as it was."""
 
+import json
 import os
+import shutil
 import sys
 import time
 from collections.abc import Callable
@@ -14,11 +16,13 @@ from rasterio.shutil import copy as copy_raster
 
 from perf_vit.errors import OutputError
 from perf_vit.inference import class_output, predict_map
+from perf_vit.inference.source_identity import SourceIdentity
 from perf_vit.io import open_source
 from perf_vit.types import Source
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "io"))
 from slides import levels_of, write_pyramid
+from test_slide_arrays import planes, write_zarr
 
 
 class KilledError(BaseException):
@@ -189,3 +193,76 @@ def test_rows_of_other_pixels_are_not_gone_on_with(case, tmp_path) -> None:
     with pytest.raises(OutputError, match=r"holds the unfinished map.tif, made with input_"):
         make(case.second(tmp_path), out)
     assert not out.exists()
+
+
+def copied(path: Path) -> Path:
+    """A copy with the times of the original, as `cp -p` makes it."""
+    return Path(shutil.copytree(path, path.with_name("copy.ome.zarr")))
+
+
+def test_a_chunked_array_is_one_input_whatever_is_in_it(tmp_path, monkeypatch) -> None:
+    path = write_zarr(tmp_path / "a.ome.zarr", planes(), "0.4")
+    num_files = sum(file.is_file() for file in path.rglob("*"))
+    assert num_files > 100
+    opened = []
+    add_file = sys.modules["perf_vit.io.fingerprint"]
+    monkeypatch.setattr(add_file, "_add_file", lambda digest, file: opened.append(file))
+    identity = SourceIdentity(open_source(path))
+    assert identity.files == (str(path),)
+    assert identity.tags
+    assert 0 < len(opened) <= 64
+    assert len(json.dumps(identity.settings)) < 1000
+
+
+def test_a_chunk_that_is_lost_or_written_again_makes_another_input(tmp_path) -> None:
+    path = write_zarr(tmp_path / "a.ome.zarr", planes(), "0.4")
+    before, out = SourceIdentity(open_source(path)), tmp_path / "map.tif"
+    same = SourceIdentity(open_source(copied(path)))
+    assert same.tags == before.tags
+    settings = before.settings
+    out.touch()
+    assert not before.changed_since(out)
+    chunk = path / "0" / "1.2.3"
+    chunk.write_bytes(chunk.read_bytes()[::-1])
+    os.utime(chunk, (time.time() + 60,) * 2)
+    after = SourceIdentity(open_source(path))
+    assert after.changed_since(out)
+    assert after.settings != settings
+    chunk.unlink()
+    assert SourceIdentity(open_source(path)).tags != before.tags
+
+
+@pytest.mark.parametrize(
+    ("first", "second"),
+    [
+        ({"nodata": 77, "resolution": 3}, {"nodata": 77.0, "resolution": 3.0}),
+        ({"bands": [1, 2, 3]}, {"bands": (1, 2, 3)}),
+        ({"crs": "EPSG:32636"}, {"crs": rasterio.CRS.from_epsg(32636)}),
+    ],
+    ids=["number", "bands", "CRS"],
+)
+def test_options_that_mean_the_same_are_the_same(first, second, tmp_path) -> None:
+    case = options(first, second)
+    one, other = SourceIdentity(case.first(tmp_path)), SourceIdentity(case.second(tmp_path))
+    assert one.tags == other.tags
+    assert one.settings == other.settings
+
+
+def test_outlines_of_tissue_count_by_what_they_hold_not_by_their_name(tmp_path, monkeypatch) -> None:
+    write_pyramid(tmp_path / "slide.svs", levels_of(64, 48, 1), aperio_mpp=0.5)
+    monkeypatch.chdir(tmp_path)
+
+    def identity(name: str | Path) -> SourceIdentity:
+        return SourceIdentity(open_source(tmp_path / "slide.svs", tissue=name))
+
+    def outlines(side: int) -> str:
+        ring = [[0, 0], [side, 0], [side, side], [0, side], [0, 0]]
+        return json.dumps({"type": "Polygon", "coordinates": [ring]})
+
+    Path("tissue.geojson").write_text(outlines(20))
+    relative, absolute = identity("tissue.geojson"), identity(tmp_path / "tissue.geojson")
+    assert relative.tags == absolute.tags
+    assert relative.settings == absolute.settings
+    Path("other.geojson").write_text(outlines(30))
+    assert identity("other.geojson").tags != relative.tags
+    assert identity("otsu").tags != relative.tags
