@@ -24,6 +24,7 @@ from perf_vit.inference import (
     predict_many,
     reserve_report,
     resolve_one,
+    scene_files,
 )
 from perf_vit.io import CocoImages, check_outputs, check_vector_output, write_objects
 from perf_vit.models import Detector, load_detector
@@ -187,7 +188,7 @@ def find_objects(
         check_outputs([*outputs, output / REPORT, output / COCO_RESULTS], read, overwrite=True)
         check_report(output, overwrite=overwrite)
     else:
-        check_outputs(outputs, [inputs[0], *read], overwrite=overwrite)
+        check_outputs(outputs, [scene_files(inputs[0]) if mosaic else inputs[0], *read], overwrite=overwrite)
     if coco is not None:
         coco.check(item.path for item in found)
     if coco is not None and many and not overwrite:

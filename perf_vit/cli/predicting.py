@@ -26,6 +26,7 @@ from perf_vit.inference import (
     reserve_report,
     resolve_one,
     rows_in_pool,
+    scene_files,
 )
 from perf_vit.io import check_outputs
 
@@ -80,7 +81,7 @@ def predict_inputs(
         return
     check_map_name(output)
     beside = SegmentationMaps(checkpoint, **options).beside(output)
-    check_outputs([output, *beside], [inputs[0], *read], overwrite=True)
+    check_outputs([output, *beside], [scene_files(inputs[0]) if mosaic else inputs[0], *read], overwrite=True)
     if engine == "local":
         result = predict_raster(checkpoint, inputs[0], output, **options)
     else:

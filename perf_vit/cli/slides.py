@@ -122,8 +122,8 @@ def predict_slides(
     """
     if output.suffix.lower() != ".csv":
         raise OutputError(f"what slides show is written as CSV: --output must end in .csv, got {output}")
-    paths = find_paths(inputs, path_column=path_column)
     folder = output.with_name(f"{output.stem}_attention")
+    paths = find_paths(inputs, path_column=path_column, outputs=folder)
     names = _names(paths)
     lists = [each for each in inputs if Path(each).is_file()]
     attention_files = [path for name in names.values() for path in _attention_files(folder / name)]

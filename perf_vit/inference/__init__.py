@@ -7,7 +7,7 @@ from perf_vit.inference.dense_output import DenseOutput, OutputKind, class_map, 
 from perf_vit.inference.detections import Objects
 from perf_vit.inference.embed import embed_windows
 from perf_vit.inference.engine import Strip, TileModel, predict_strips
-from perf_vit.inference.inputs import MapInput, find_inputs, find_paths, is_one_file, resolve_one
+from perf_vit.inference.inputs import MapInput, find_inputs, find_paths, is_one_file, resolve_one, scene_files
 from perf_vit.inference.journal import check_partial_folder
 from perf_vit.inference.many import attempt, in_turn, predict_many
 from perf_vit.inference.map_job import MapJob, MapResult, check_map_name, make_map, map_exists
@@ -59,6 +59,7 @@ __all__ = [
     "reserve_report",
     "resolve_one",
     "rows_in_pool",
+    "scene_files",
     "segment_job",
     "segment_strips",
 ]

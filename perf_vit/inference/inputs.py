@@ -26,7 +26,7 @@ from perf_vit.io import (
     without_repeats,
 )
 
-__all__ = ["MapInput", "find_inputs", "find_paths", "is_one_file", "resolve_one"]
+__all__ = ["MapInput", "find_inputs", "find_paths", "is_one_file", "resolve_one", "scene_files"]
 
 _PARQUET = frozenset({".parquet", ".geoparquet"})
 _LISTS = _PARQUET | {".csv"}
@@ -99,18 +99,38 @@ def find_inputs(given: Sequence[str | Path], folder: str | Path, *, path_column:
     return list(found)
 
 
-def find_paths(given: Sequence[str | Path], *, path_column: str = "path") -> list[str]:
+def scene_files(given: str) -> str:
+    """What of an input that is read as one scene may not be replaced: of a folder, the files in it, as a pattern.
+
+    Sub-folders are not read, so outputs may lie there.
+    """
+    is_folder = os.path.isdir(given) and Path(given).suffix.lower() not in FOLDER_SUFFIXES
+    return os.path.join(glob.escape(given), "*") if is_folder else given
+
+
+def find_paths(
+    given: Sequence[str | Path], *, path_column: str = "path", outputs: str | Path | None = None
+) -> list[str]:
     """All inputs of what makes no maps, each once; see `find_inputs`.
 
     Args:
         given: files, URLs, folders, globs and lists.
         path_column: of lists.
+        outputs: a folder whose files are left out of folders and globs that hold it.
 
     Raises:
         InputError: nothing is there, or a list has no such column.
     """
-    found = [each.path for item in given for each in _expand(os.fspath(item), _NOWHERE, path_column)]
-    return list(dict.fromkeys(found))
+    found: dict[str, None] = {}
+    for item in map(os.fspath, given):
+        paths = [each.path for each in _expand(item, _NOWHERE, path_column)]
+        if outputs is not None and (os.path.isdir(item) or _is_glob(item)):
+            mine = Path(outputs).resolve()
+            paths = [path for path in paths if not Path(path).resolve().is_relative_to(mine)]
+            if not paths:
+                raise InputError(f"found no image in {item} but those in {outputs}, where outputs go")
+        found.update(dict.fromkeys(paths))
+    return list(found)
 
 
 def _expand(item: str, folder: Path, path_column: str) -> Iterator[MapInput]:

@@ -5,6 +5,8 @@ from pathlib import Path
 
 import pytest
 from command_line import call
+from jobs_that_write import write_scene
+from small_models import save_segmenter, save_small_detector
 
 
 @pytest.fixture(params=["one", "many"])
@@ -69,3 +71,25 @@ def test_a_process_killed_after_the_map_leaves_the_rest_to_the_next(predict, mon
     assert (predict.out / "map.tif").exists()
     assert predict(*options) == whole
     assert not list(Path(predict.out).glob("*.partial"))
+
+
+@pytest.mark.parametrize("task", ["segmentation", "detection"])
+def test_a_scene_of_a_folder_may_be_written_into_a_sub_folder_of_it(task, tmp_path, capsys) -> None:
+    tiles = tmp_path / "tiles"
+    for number in range(2):
+        write_scene(tiles / f"{number}.tif", number, 64 * number)
+    checkpoint = (save_segmenter if task == "segmentation" else save_small_detector)(tmp_path / "model.ckpt")
+    output = tiles / "out" / f"map.{'tif' if task == 'segmentation' else 'gpkg'}"
+    args = ["predict", "--checkpoint", checkpoint, "--input", tiles, "--mosaic", "--output", output, "--device", "cpu"]
+    assert call(args) == 0
+    before = output.read_bytes()
+    if task == "segmentation":
+        assert call(args) == 0
+        assert output.read_bytes() == before
+    assert call([*args, "--overwrite"]) == 0
+    member = (tiles / "0.tif").read_bytes()
+    output.unlink()
+    output.hardlink_to(tiles / "0.tif")
+    assert call([*args, "--overwrite"]) == 2
+    assert "would replace " in capsys.readouterr().err
+    assert (tiles / "0.tif").read_bytes() == member

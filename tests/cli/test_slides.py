@@ -4,6 +4,7 @@ import contextlib
 import csv
 import json
 import os
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -235,3 +236,14 @@ def test_a_prediction_that_ends_early_goes_on_with_the_slides_that_were_left(
     assert call([*args, tmp_path / "found.csv"]) == 0
     assert (tmp_path / "found.csv").read_text() == (tmp_path / "whole.csv").read_text()
     assert len(again) == 2
+
+
+def test_pictures_of_an_earlier_prediction_in_the_folder_of_slides_are_no_slides(run, slides, tmp_path) -> None:
+    for number in range(2):
+        shutil.copy(slides / f"s{number}.svs", tmp_path)
+    checkpoint, output = run / "checkpoints" / "best.ckpt", tmp_path / "found.csv"
+    args = ["predict", "--checkpoint", checkpoint, "--input", tmp_path, "--output", output]
+    assert call(args) == 0
+    before = output.read_text()
+    assert call([*args, "--overwrite"]) == 0
+    assert output.read_text() == before
