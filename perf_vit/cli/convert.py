@@ -101,7 +101,7 @@ def convert_model(request: ConversionRequest) -> Path:
         crops = _crops(request, softmax)
         converted = _convert(request, softmax, crops)
         # A process that is killed while it measures leaves no folder without a report.
-        with staged_folder(request.out) as staging:
+        with staged_folder(request.out, overwrite=request.overwrite) as staging:
             save_converted(converted, staging, overwrite=True)
             measured = _measure(request, softmax, converted, crops)
             report = write_conversion(

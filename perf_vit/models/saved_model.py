@@ -76,7 +76,7 @@ def save_converted(model: nn.Module, folder: str | Path, *, overwrite: bool = Fa
     constants = {name.removeprefix(prefix): state.pop(name) for name in list(state) if _is_constant(name)}
     enhancement = {name.removeprefix(prefix): state.pop(name) for name in list(state) if _is_enhancement(name)}
     _check_that_timm_builds(config, state)
-    with staged_folder(folder) as staging:
+    with staged_folder(folder, overwrite=overwrite) as staging:
         # `metadata` as timm writes it; other tools ask for it.
         save_file(state, staging / WEIGHTS, metadata={"format": "pt"})
         if constants:
@@ -361,17 +361,18 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 
 @contextmanager
-def staged_folder(folder: Path) -> Iterator[Path]:
+def staged_folder(folder: Path, *, overwrite: bool) -> Iterator[Path]:
     """A hidden folder beside `folder`, which takes its place once all is written; nothing is left after an error.
 
     Args:
-        folder: the output; what is there is replaced.
+        folder: the output.
+        overwrite: replace a model that is there at the end.
 
     Yields:
         The folder to write into.
 
     Raises:
-        OutputError: nothing can be written there.
+        OutputError: nothing can be written there, or what is there must stay.
     """
     # A link stays one.
     folder = folder.resolve()
@@ -382,6 +383,8 @@ def staged_folder(folder: Path) -> Iterator[Path]:
             made, old = Path(scratch, "new"), Path(scratch, "old")
             made.mkdir()
             yield made
+            # Making it took time, in which somebody may have put something there.
+            check_output_folder(folder, overwrite=overwrite)
             if folder.exists():
                 folder.rename(old)
             try:

@@ -11,6 +11,7 @@ from command_line import call
 from safetensors.torch import save_file
 
 import perf_vit
+from perf_vit.cli import convert as convert_command
 from perf_vit.models.convert import converted_layers
 
 MODEL = "vit_tiny_patch16_224"
@@ -184,3 +185,35 @@ def test_what_a_user_gets_wrong_is_one_line_and_nothing_is_left(
     assert "Traceback" not in captured
     assert message in lines[0]
     assert not (tmp_path / "out").exists()
+
+
+def test_what_is_put_into_the_folder_while_a_model_is_converted_is_kept(weights, tmp_path, monkeypatch, capsys) -> None:
+    out = tmp_path / "out"
+    assert convert(MODEL, out, *given(weights), *FAST) == 0
+    capsys.readouterr()
+    measure = convert_command.measure_conversion
+
+    def measure_slowly(*arguments, **options):
+        (out / "notes.txt").write_text("mine")
+        return measure(*arguments, **options)
+
+    monkeypatch.setattr(convert_command, "measure_conversion", measure_slowly)
+    assert convert(MODEL, out, *given(weights), *FAST, "--overwrite") == 2
+    assert "holds notes.txt, which is no part of a saved model" in capsys.readouterr().err
+    assert (out / "notes.txt").read_text() == "mine"
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_of_two_conversions_into_one_folder_the_later_is_refused(weights, tmp_path, monkeypatch, capsys) -> None:
+    out = tmp_path / "out"
+    measure = convert_command.measure_conversion
+
+    def measure_slowly(*arguments, **options):
+        out.mkdir()
+        (out / "config.json").write_text("{}")
+        return measure(*arguments, **options)
+
+    monkeypatch.setattr(convert_command, "measure_conversion", measure_slowly)
+    assert convert(MODEL, out, *given(weights), *FAST) == 2
+    assert "already holds a model" in capsys.readouterr().err
+    assert (out / "config.json").read_text() == "{}"
