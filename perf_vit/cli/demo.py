@@ -56,7 +56,8 @@ def run_demo(out: Path, seed: int, *, overwrite: bool = False) -> None:
     checkpoint = train_segmentation(config)
 
     output = out / "map.tif"
-    predict_raster(checkpoint, scene.image, output, overwrite=overwrite)
+    # What a killed demo left is of another scene file.
+    predict_raster(checkpoint, scene.image, output, overwrite=overwrite, resume=False)
     scores, _ = evaluate_raster(checkpoint, scene.image, scene.labels, region=lower)
     write_scores(scores, out / "scores.json")
     show(score_table(scores, title="lower half of the scene: not trained on, but it chose the best epoch"))

@@ -216,7 +216,10 @@ def test_a_link_to_a_folder_of_a_model_stays_one(place) -> None:
     assert all(output.exists() for output in job.outputs)
 
 
-def test_a_demo_is_made_anew_on_demand_and_no_other_run_is_touched(tmp_path, monkeypatch, capsys) -> None:
+@pytest.fixture
+def demo(tmp_path, monkeypatch) -> list[str | Path]:
+    """The command line of a demo that doesn't train."""
+
     def train(config) -> Path:
         run = Path(config.out)
         assert not (run / "checkpoints" / "last.ckpt").exists()
@@ -228,11 +231,30 @@ def test_a_demo_is_made_anew_on_demand_and_no_other_run_is_touched(tmp_path, mon
     monkeypatch.setattr("perf_vit.cli.demo.train_segmentation", train)
     monkeypatch.setattr("perf_vit.cli.demo.make_ship_scene", partial(make_ship_scene, size_px=512, num_targets=9))
     (tmp_path / "out" / "run").mkdir(parents=True)
-    args = ["demo", "--out", tmp_path / "out"]
-    assert call(args) == 0
-    assert "scene.tif exists already" in refused(args, tmp_path, capsys)
+    return ["demo", "--out", tmp_path / "out"]
+
+
+def test_a_demo_is_made_anew_on_demand_and_no_other_run_is_touched(demo, tmp_path, capsys) -> None:
+    assert call(demo) == 0
+    assert "scene.tif exists already" in refused(demo, tmp_path, capsys)
     before = (tmp_path / "out" / "map.tif").stat().st_mtime_ns
-    assert call([*args, "--overwrite"]) == 0
+    assert call([*demo, "--overwrite"]) == 0
     assert (tmp_path / "out" / "map.tif").stat().st_mtime_ns > before
     put(tmp_path / "out" / "run" / "config.yaml", b"task: of somebody else")
-    assert "run/config.yaml exists already and is not of a run" in refused([*args, "--overwrite"], tmp_path, capsys)
+    assert "run/config.yaml exists already and is not of a run" in refused([*demo, "--overwrite"], tmp_path, capsys)
+
+
+def test_a_demo_that_was_killed_while_mapping_is_made_anew_on_demand(demo, tmp_path, monkeypatch) -> None:
+    class KilledError(BaseException):
+        pass
+
+    def kill(*_) -> None:
+        raise KilledError
+
+    with monkeypatch.context() as patch, pytest.raises(KilledError):
+        patch.setattr("perf_vit.inference.map_job.write_cog", kill)
+        call(demo)
+    assert list((tmp_path / "out").glob("map.tif.partial/rows_*"))
+    assert call([*demo, "--overwrite"]) == 0
+    assert (tmp_path / "out" / "report.html").exists()
+    assert not list((tmp_path / "out").glob("*.partial"))
