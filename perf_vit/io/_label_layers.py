@@ -2,21 +2,28 @@
 
 from __future__ import annotations
 
-import functools
-from typing import Any
-
 import numpy as np
 
 from perf_vit.errors import InputError
-from perf_vit.io._gdal import open_dataset, read_window
-from perf_vit.io._handles import PerThread
+from perf_vit.io._gdal import open_dataset
 from perf_vit.io._label_classes import LabelClasses
 from perf_vit.io._label_raster import same_grid, spots
 from perf_vit.io._label_vector import VectorLabels
 from perf_vit.io.raster import RasterSource
 from perf_vit.types import IGNORE_INDEX, LabelArray, Window
 
-__all__ = ["RasterLayers", "VectorLayers"]
+__all__ = ["RasterLayers", "VectorLayers", "open_all_bands"]
+
+
+def open_all_bands(path: str) -> RasterSource:
+    """Open a raster with all its bands as data: GDAL takes the fourth of four bytes for transparency.
+
+    Raises:
+        InputError: it can't be opened as a raster.
+    """
+    with open_dataset(path) as dataset:
+        num_bands = dataset.count
+    return RasterSource(path, bands=range(1, num_bands + 1))
 
 
 class RasterLayers:
@@ -25,7 +32,7 @@ class RasterLayers:
     A band's nodata and the ignored values are "no label" for its class alone.
 
     Args:
-        labels: the raster, on the source's grid.
+        labels: all bands of the raster, on the source's grid.
         source: gives the grid.
         num_classes: bands expected.
         classes: the values to ignore.
@@ -48,17 +55,15 @@ class RasterLayers:
     ) -> None:
         self._path = labels.path
         self._extent = source.extent
-        # Bands are read as they are: GDAL takes the fourth of four bytes for transparency.
-        self._dataset: PerThread[Any] = PerThread(functools.partial(open_dataset, labels.path))
-        dataset = self._dataset.get()
-        if dataset.count != num_classes:
-            raise InputError(f"expected one band a class in {self._path}, {num_classes}, got {dataset.count} bands")
+        self._bands = labels
+        if labels.num_bands != num_classes:
+            raise InputError(f"expected one band a class in {self._path}, {num_classes}, got {labels.num_bands} bands")
         if not same_grid(labels, source, paired=paired):
             raise InputError(
                 f"label bands must lie on the pixel grid of {source.path}, {source.height} rows x {source.width} "
                 f"columns; warp {self._path} to it (gdalwarp -r near -te ... -ts ...)"
             )
-        nodata = [] if dataset.nodata is None or dataset.nodata in (0, 1) else [dataset.nodata]
+        nodata = [] if self._bands.nodata in (None, 0, 1) else [self._bands.nodata]
         self._values = LabelClasses(None, (0, 1), (*classes.ignore_values, *nodata), explicit=True)
         for window in spots(self._extent) if spot_check else ():
             # A value that is no label should come to light before the training does.
@@ -70,11 +75,10 @@ class RasterLayers:
         Raises:
             InputError: the file is damaged there, or holds a value other than 0 and 1.
         """
-        dataset = self._dataset.get()
-        layers = np.full((dataset.count, *window.shape), IGNORE_INDEX, np.uint8)
+        layers = np.full((self._bands.num_bands, *window.shape), IGNORE_INDEX, np.uint8)
         shared = window.intersect(self._extent)
         if shared is not None:
-            pixels = read_window(dataset, self._path, shared)
+            pixels = self._bands.read(shared).pixels
             everywhere = np.ones(shared.shape, bool)
             for layer, band in zip(layers, pixels, strict=True):
                 layer[shared.slices_in(window)] = self._values.indices_of(band, everywhere, self._path)
@@ -82,7 +86,7 @@ class RasterLayers:
 
     def close(self) -> None:
         """Close this thread's file handle; a later read opens it again."""
-        self._dataset.close()
+        self._bands.close()
 
 
 class VectorLayers(VectorLabels):

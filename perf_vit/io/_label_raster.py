@@ -11,10 +11,11 @@ from rasterio.enums import ColorInterp
 from rasterio.vrt import WarpedVRT
 
 from perf_vit.errors import InputError
-from perf_vit.io._gdal import open_dataset, read_window
+from perf_vit.io._gdal import GDAL_ERRORS, crs_name, open_dataset, read_window, reason_of
 from perf_vit.io._handles import PerThread
 from perf_vit.io._label_classes import LabelClasses
 from perf_vit.io._placing import check_both_placed, check_overlap, reproject_bounds
+from perf_vit.io._remote import with_retries
 from perf_vit.io.raster import RasterSource
 from perf_vit.types import IGNORE_INDEX, BoolArray, LabelArray, Window
 
@@ -79,7 +80,10 @@ class RasterLabels:
         if self._warped is None:
             image = self._labels.read(window)
             return image.pixels[0], image.valid
-        dataset = self._warped.get()
+        return with_retries(functools.partial(self._read_warped, self._warped, window), self._warped.close)
+
+    def _read_warped(self, warped: PerThread[Any], window: Window) -> tuple[npt.NDArray[Any], BoolArray]:
+        dataset = warped.get()
         pixels, alpha = read_window(dataset, self._labels.path, window, indexes=[self._labels.bands[0], dataset.count])
         return pixels, alpha > 0
 
@@ -122,9 +126,12 @@ def _warped(labels: RasterSource, source: RasterSource) -> PerThread[Any]:
 
 def _open_warped(path: str, grid: dict[str, Any]) -> Any:
     dataset = open_dataset(path)
-    # Alpha tells what lies outside the labels, whatever nodata they have.
-    has_alpha = ColorInterp.alpha in dataset.colorinterp
-    return WarpedVRT(dataset, add_alpha=not has_alpha, **grid)
+    try:
+        # Alpha tells what lies outside the labels, whatever nodata they have.
+        has_alpha = ColorInterp.alpha in dataset.colorinterp
+        return WarpedVRT(dataset, add_alpha=not has_alpha, **grid)
+    except GDAL_ERRORS as error:
+        raise InputError(f"can't warp {path} to {crs_name(grid['crs'])}: {reason_of(error)}") from error
 
 
 def spots(extent: Window) -> list[Window]:

@@ -85,12 +85,21 @@ def with_retries(read: Callable[[], T], close: Callable[[], None]) -> T:
 
     Args:
         read: opens what it reads if that isn't open.
-        close: closes what `read` opened.
+        close: closes what `read` opened; called after every failure.
 
     Raises:
         DamagedDataError: the pixels came, and are damaged.
         UnreachableError: no try succeeded; the first one's.
     """
+    try:
+        return _try_again(read, close)
+    except InputError:
+        # GDAL keeps blocks that it failed to fill, and would give their zeros as data the next time.
+        close()
+        raise
+
+
+def _try_again(read: Callable[[], T], close: Callable[[], None]) -> T:
     try:
         return read()
     except UnreachableError as error:

@@ -10,7 +10,7 @@ from typing import Protocol
 from perf_vit.errors import InputError
 from perf_vit.io._gdal import check_exists
 from perf_vit.io._label_classes import LabelClasses
-from perf_vit.io._label_layers import RasterLayers, VectorLayers
+from perf_vit.io._label_layers import RasterLayers, VectorLayers, open_all_bands
 from perf_vit.io._label_raster import RasterLabels
 from perf_vit.io._label_vector import VectorLabels
 from perf_vit.io._vector_file import is_vector_name, opens_as_vector, split_layer
@@ -94,7 +94,7 @@ def open_labels(
     if isinstance(source, SlideSource):
         raise InputError(f"labels of the slide {source.path} must be polygons, such as QuPath's GeoJSON; got {name}")
     try:
-        mask = open_raster(name)
+        mask = open_all_bands(name) if multilabel else open_raster(name)
     except InputError:
         if not opens_as_vector(name):
             raise

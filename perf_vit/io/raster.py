@@ -174,12 +174,7 @@ class RasterSource:
 
     def _read_again(self, window: Window, out_shape: tuple[int, int]) -> tuple[PixelArray, BoolArray]:
         """`_read_inside`, with more than one try where a server doesn't deliver."""
-        try:
-            return with_retries(functools.partial(self._read_inside, window, out_shape), self.close)
-        except InputError:
-            # GDAL keeps blocks that it failed to fill, and would give their zeros as data the next time.
-            self.close()
-            raise
+        return with_retries(functools.partial(self._read_inside, window, out_shape), self.close)
 
     def _read_inside(self, window: Window, out_shape: tuple[int, int]) -> tuple[PixelArray, BoolArray]:
         """Pixels [C, *out_shape] of a window inside the raster, and which hold data, [C or 1, *out_shape]."""

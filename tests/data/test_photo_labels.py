@@ -9,7 +9,8 @@ from PIL import Image
 
 from perf_vit.data import DataConfig, RegionConfig, build_datamodule, read_object_labels
 from perf_vit.errors import InputError
-from perf_vit.io import open_source
+from perf_vit.io import open_labels, open_source
+from perf_vit.types import Window
 
 HEIGHT, WIDTH = 40, 60
 # Rows and columns of the object, as viewers show it.
@@ -111,6 +112,17 @@ def test_masks_are_turned_by_their_own_tags(tmp_path, of_image, of_mask) -> None
     pixels, labels = data.val[0]
     assert ((pixels[0] > pixels[0].min()).numpy()[:HEIGHT, :WIDTH] == (labels == 1).numpy()[:HEIGHT, :WIDTH]).all()
     assert (labels == 1).sum() == 8 * 25
+
+
+@pytest.mark.parametrize("name", ["a.png", "a.tif"])
+@pytest.mark.parametrize("orientation", [1, 2, 3, 6, 7])
+def test_bands_of_a_raster_of_several_classes_are_turned_by_its_tag(tmp_path, name, orientation) -> None:
+    shown = np.zeros((HEIGHT, WIDTH, 3), np.uint8)
+    shown[ROWS, COLS, 0] = shown[:9, :, 1] = shown[30:, 50:, 2] = 1
+    path = _store(tmp_path / "labels" / name, shown, orientation)
+    source = open_source(_photo(tmp_path / "images", 6) / "a.png")
+    labels = open_labels(path, source, classes=["a", "b", "c"], multilabel=True, background="none", paired=True)
+    assert np.array_equal(labels.read(Window(2, 3, 30, 50)), shown.transpose(2, 0, 1)[:, 2:32, 3:53])
 
 
 def test_labels_of_the_stored_pixels_are_refused_with_the_reason(tmp_path) -> None:

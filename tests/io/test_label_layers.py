@@ -69,6 +69,7 @@ def test_polygons_of_one_class_need_no_attribute(source, polygons):
         open_labels(polygons, source, classes=CLASSES, multilabel=True)
 
 
+@pytest.mark.filterwarnings("error::perf_vit.errors.DataWarning")
 @pytest.mark.parametrize("num_classes", [1, 3, 4, 5])
 @pytest.mark.parametrize("nodata", [None, 9, IGNORE_INDEX])
 def test_each_band_of_a_raster_is_a_class(source, make_scene, num_classes: int, nodata):

@@ -18,7 +18,7 @@ import shapely
 
 from perf_vit.errors import DamagedDataError, InputError, UnreachableError
 from perf_vit.inference.reader import SalvagingReader
-from perf_vit.io import _remote, open_source
+from perf_vit.io import _remote, open_labels, open_source
 from perf_vit.types import Window
 
 
@@ -279,6 +279,23 @@ def test_a_server_that_comes_back_costs_no_pixel(make_scene, serve, impatient, f
     _fail(serve, failure, 3)
     window = Window(300, 0, 300, 600)
     assert np.array_equal(source.read(window).pixels, open_source(path).read(window).pixels)
+
+
+@pytest.mark.parametrize("kind", ["mask", "mask on another grid", "bands"])
+def test_a_server_that_comes_back_costs_no_label(make_scene, serve, impatient, kind) -> None:
+    path = _noise(make_scene, num_bands=1, nodata=None, compress="deflate")
+    source = open_source(path, resolution=5.0) if kind == "mask on another grid" else open_source(path)
+    with rasterio.open(path) as dataset:
+        values = dataset.read() % 2
+        profile = dataset.profile | {"dtype": "uint8", "compress": None}
+    with rasterio.open(path.with_name("labels.tif"), "w", **profile) as dataset:
+        dataset.write(values.astype(np.uint8))
+    names = {"classes": ["a"], "multilabel": True} if kind == "bands" else {"classes": ["a", "b"]}
+    url = _put(serve, path.with_name("labels.tif").read_bytes())
+    labels, known = (open_labels(each, source, spot_check=False, **names) for each in (url, dataset.name))
+    _fail(serve, "404", 3)
+    window = Window(150, 0, 100, 100)
+    assert np.array_equal(labels.read(window), known.read(window))
 
 
 def test_damage_behind_a_url_is_damage(make_scene, serve, impatient) -> None:
