@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import logging
 import os
+import warnings
 from collections.abc import Callable, Generator, Iterable, Sequence
 from contextlib import closing
 from dataclasses import replace
 from types import TracebackType
 from typing import Any, TypeVar
 
-from perf_vit.errors import ConfigError, PerfVitError, reason_line
+from perf_vit.errors import ConfigError, DataWarning, PerfVitError, reason_line
 from perf_vit.inference.inputs import MapInput
 from perf_vit.inference.many import PredictOne, attempt
 from perf_vit.inference.run_report import InputReport
@@ -51,6 +52,7 @@ class RayPool:
         resources = self._ray.cluster_resources()
         self.use_gpus = bool(resources.get("GPU")) if use_gpus is None else use_gpus
         self._actors: list[Any] = []
+        self._told: set[tuple[str, int]] = set()
         self.num_actors = num_actors or max(1, int(resources.get("GPU" if self.use_gpus else "CPU", 1)))
 
     def __enter__(self) -> RayPool:
@@ -66,13 +68,18 @@ class RayPool:
             self._ray.kill(actor)
 
     def each(self, predict_one: PredictOne, inputs: Sequence[MapInput]) -> Generator[InputReport, None, None]:
-        """`attempt` each input in the pool, for `predict_many`; reports in the order they are finished."""
+        """`attempt` each input in the pool, for `predict_many`; reports in the order they are finished.
+
+        Warnings about data are given here, of each kind the first that an actor had.
+        """
         with closing(self._outcomes(_Attempt(predict_one), inputs)) as outcomes:
             for item, outcome in outcomes:
                 if isinstance(outcome, Exception):
                     yield InputReport(input=item.path, output=str(item.output), status="failed", error=str(outcome))
                 else:
-                    yield outcome
+                    report, warned = outcome
+                    self._tell(warned)
+                    yield report
 
     def map(self, work: Callable[[Item], Result], items: Iterable[Item]) -> Generator[tuple[Item, Result], None, None]:
         """Items and what became of them, in the order they are finished.
@@ -85,6 +92,12 @@ class RayPool:
                 if isinstance(outcome, Exception):
                     raise outcome
                 yield item, outcome
+
+    def _tell(self, warned: Iterable[tuple[tuple[str, int], str]]) -> None:
+        for place, text in warned:
+            if place not in self._told:
+                self._told.add(place)
+                warnings.warn(text, DataWarning, stacklevel=3)
 
     def _outcomes(
         self, work: Callable[[Item], Result], items: Iterable[Item]
@@ -148,14 +161,19 @@ class _Worker:
 
 
 class _Attempt:
-    """`attempt`, with a report that can travel."""
+    """`attempt`, with a report that can travel, and each `DataWarning`: the place in the code and the text."""
 
     def __init__(self, predict_one: PredictOne) -> None:
         self._predict_one = predict_one
 
-    def __call__(self, item: MapInput) -> InputReport:
-        report = attempt(self._predict_one, item)
-        return report if isinstance(report.cause, PerfVitError) else replace(report, cause=None)
+    def __call__(self, item: MapInput) -> tuple[InputReport, list[tuple[tuple[str, int], str]]]:
+        # Nobody sees what an actor prints.
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always", DataWarning)
+            report = attempt(self._predict_one, item)
+        of_data = [each for each in caught if issubclass(each.category, DataWarning)]
+        warned = [((each.filename, each.lineno), str(each.message)) for each in of_data]
+        return report if isinstance(report.cause, PerfVitError) else replace(report, cause=None), warned
 
 
 def _import_ray() -> Any:

@@ -2,6 +2,7 @@
 
 import os
 import sys
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -12,8 +13,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from perf_vit.errors import ConfigError, InputError, PerfVitError
-from perf_vit.inference import MapInput, MapJob, RayPool, make_map, predict_many, rows_in_pool
+from perf_vit.errors import ConfigError, DataWarning, InputError, PerfVitError
+from perf_vit.inference import MapInput, MapJob, MapResult, RayPool, make_map, predict_many, rows_in_pool
 from perf_vit.inference.journal import open_journal
 from perf_vit.inference.ray_rows import row_ranges
 
@@ -80,6 +81,19 @@ def test_many_inputs_in_a_pool_give_the_same_maps_and_report(pool, make_scene, t
 
 
 @pytest.mark.slow
+def test_a_warning_about_data_reaches_the_user_once_a_kind(pool, tmp_path) -> None:
+    inputs = [MapInput(f"{i}.tif", tmp_path / f"{i}.tif") for i in range(6)]
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        reports = list(pool.each(_warn, inputs))
+    assert [report.status for report in reports] == ["done"] * 6
+    told = [str(each.message) for each in caught if each.category is DataWarning]
+    assert len(told) == 2
+    assert sum(text.endswith(".tif is unlike the others") for text in told) == 1
+    assert told.count("some have no CRS") == 1
+
+
+@pytest.mark.slow
 def test_an_error_in_a_pool_is_the_error_itself(pool) -> None:
     with pytest.raises(InputError, match=r"^no 3$"):
         list(pool.map(_refuse_three, range(5)))
@@ -103,6 +117,12 @@ def _begun(job: MapJob) -> Iterator[Path]:
     with open_journal(job.out) as journal:
         job.begin(journal, resume=True)
         yield journal.folder
+
+
+def _warn(item: MapInput) -> MapResult:
+    warnings.warn(f"{item.path} is unlike the others", DataWarning, stacklevel=1)
+    warnings.warn("some have no CRS", DataWarning, stacklevel=1)
+    return MapResult(made=True, num_windows=1, num_pixels=1)
 
 
 def _refuse_three(number: int) -> int:
