@@ -83,6 +83,8 @@ def _warnings_as_lines() -> Iterator[None]:
     told: set[str] = set()
     with warnings.catch_warnings():
         warnings.simplefilter("always", DataWarning)
+        # Of rasterio, where polygons are burnt in pixels; whatever needs a place says so itself.
+        warnings.filterwarnings("ignore", "Dataset has no geotransform")
         other = warnings.showwarning
 
         def show(message: Warning | str, category: type[Warning], *place: Any, **options: Any) -> None:

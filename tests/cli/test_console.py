@@ -4,10 +4,14 @@ import ast
 import io
 import json
 import sys
+import warnings
 from pathlib import Path
 
 import pytest
+import shapely
+from affine import Affine
 from nasty_names import NASTY_NAMES, UNSEEN_NAMES
+from rasterio.features import rasterize
 
 from perf_vit.cli import console as module
 from perf_vit.cli.console import (
@@ -23,11 +27,23 @@ from perf_vit.cli.console import (
     windows_progress,
     working,
 )
+from perf_vit.cli.main import _warnings_as_lines
+from perf_vit.errors import DataWarning
 from perf_vit.inference import InputReport, RunReport
 from perf_vit.tasks import ClassScores
 
 PACKAGE = Path(module.__file__).parents[1]
 SHOWN = {**{name: name for name in NASTY_NAMES}, **UNSEEN_NAMES, "caf\udce9": r"caf\udce9"}
+
+
+def test_warnings_are_those_about_the_data_once_each(capsys) -> None:
+    with warnings.catch_warnings(record=True) as others, _warnings_as_lines():
+        for _ in range(2):
+            warnings.warn("of 3 images, 1 is [b]odd[/b]", DataWarning, stacklevel=1)
+        # As where outlines of tissue are burnt.
+        rasterize([shapely.box(1, 1, 3, 3)], out_shape=(4, 4), transform=Affine.identity())
+    assert capsys.readouterr().err == "Warning: of 3 images, 1 is [b]odd[/b]\n"
+    assert not others
 
 
 def failed(name: str) -> InputReport:
