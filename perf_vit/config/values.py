@@ -17,7 +17,7 @@ def check_values(instance: Any, prefix: str = "") -> None:
     """Refuse a dataclass with a value that isn't of its field's type.
 
     Dataclasses themselves check nothing, and OmegaConf lets nested lists pass for lists of text. An integer is a
-    floating-point number, too; `Any`, and types other than those of configs, fit everything.
+    floating-point number, too, and a tuple a list; `Any`, and types other than those of configs, fit everything.
 
     Args:
         instance: of a dataclass, with dataclasses inside.
@@ -50,7 +50,8 @@ def _fits(value: Any, hint: Any) -> bool:
     if origin is tuple and inner[-1] is not Ellipsis:
         return isinstance(value, tuple) and len(value) == len(inner) and all(map(_fits, value, inner))
     if origin in (tuple, list):
-        return isinstance(value, origin) and all(_fits(each, inner[0]) for each in value)
+        # In Python, whoever makes a config by hand gives either.
+        return isinstance(value, tuple | list) and all(_fits(each, inner[0]) for each in value)
     if origin in (dict, Mapping):
         pairs = value.items() if isinstance(value, Mapping) else [(None, None)]
         return isinstance(value, Mapping) and all(_fits(k, inner[0]) and _fits(v, inner[1]) for k, v in pairs)

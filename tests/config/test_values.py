@@ -36,6 +36,8 @@ class Values:
         {"mpp": 3},
         {"mpp": math.nan},
         {"classes": []},
+        {"classes": ("ship", "car")},
+        {"inner": Inner([1.0])},
         {"anything": {"a": [None, {}]}},
         {"maybe": Inner(())},
         {"counts": {"a": 2**70}},

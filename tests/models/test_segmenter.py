@@ -4,7 +4,14 @@ import pytest
 import torch
 
 from perf_vit.errors import ConfigError
-from perf_vit.models import ModelConfig, SegmenterSpec, build_segmenter
+from perf_vit.models import (
+    CHECKPOINT_KEY,
+    ModelConfig,
+    SegmenterSpec,
+    build_segmenter,
+    checkpoint_metadata,
+    load_segmenter,
+)
 from perf_vit.models.heads import FullResolutionHead, LinearHead
 from perf_vit.transforms import Normalizer
 from perf_vit.types import FeatureSpec
@@ -146,6 +153,18 @@ def test_spec_round_trip() -> None:
     assert SegmenterSpec.from_dict(several.to_dict()) == several
     older = {key: value for key, value in full.to_dict().items() if key != "multilabel"}
     assert SegmenterSpec.from_dict(older) == full
+
+
+def test_a_network_whose_config_holds_tuples_is_loaded_again(tmp_path) -> None:
+    kwargs = {"depth": 1, "embed_dim": 64, "num_heads": 2, "attn_kwargs": {"num_features": 16}}
+    config = ModelConfig(
+        backbone="performer_vit_tiny_patch16_224", backbone_kwargs=kwargs, out_indices=(0,), head="linear"
+    )
+    network = build_segmenter(config, spec())
+    state = {f"model.{name}": value for name, value in network.state_dict().items()}
+    torch.save({CHECKPOINT_KEY: checkpoint_metadata(config, network), "state_dict": state}, tmp_path / "a.ckpt")
+    image = torch.randn(1, 3, 64, 64)
+    assert torch.equal(load_segmenter(tmp_path / "a.ckpt")(image), network.eval()(image))
 
 
 def test_classes_that_exclude_each_other_or_not_are_decided_from_logits() -> None:
