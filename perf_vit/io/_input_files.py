@@ -15,6 +15,7 @@ import rasterio
 from rasterio.errors import NotGeoreferencedWarning
 
 from perf_vit.io._gdal import GDAL_ERRORS
+from perf_vit.io._members import beside_index, describe_index
 from perf_vit.io._remote import is_remote
 from perf_vit.io._vector_file import split_layer
 
@@ -71,7 +72,7 @@ def _named_by(path: str) -> list[str]:
         return _stac_assets(path)
     index = path.removeprefix("GTI:")
     if path != index or index.lower().endswith(_TILE_INDEXES):
-        return [index, *_indexed(index)]
+        return [index, *_indexed(path)]
     return _gdal_files(path)
 
 
@@ -104,11 +105,12 @@ def _stac_assets(path: str) -> list[str]:
 def _indexed(path: str) -> list[str]:
     """Whatever may be a path in a GDAL tile index: texts of all its columns."""
     try:
-        table: Any = pyogrio.read_dataframe(path, read_geometry=False)
-    except (ValueError, RuntimeError, OSError):
+        index, layer, _ = describe_index(path)
+        table: Any = pyogrio.read_dataframe(index, layer=layer, read_geometry=False)
+    except (ValueError, RuntimeError, OSError, SyntaxError):
         return []
     texts = table.select_dtypes(["object", "string"])
-    return _beside(path, [text for name in texts for text in texts[name] if isinstance(text, str)])
+    return [index, *(beside_index(path, text) for name in texts for text in texts[name] if isinstance(text, str))]
 
 
 def _beside(path: str, names: Iterable[str]) -> list[str]:

@@ -16,7 +16,7 @@ from perf_vit.errors import DamagedDataError, InputError
 from perf_vit.io._remote import is_remote
 from perf_vit.types import Window
 
-__all__ = ["check_members", "leads_to_server", "members_of", "opens_members"]
+__all__ = ["beside_index", "check_members", "describe_index", "leads_to_server", "members_of", "opens_members"]
 
 _SERVICES = frozenset({"WMS", "WMTS", "WCS", "STACIT", "STACTA", "EEDAI", "DAAS", "PLMOSAIC", "HTTP"})
 _INDEX_ENDINGS = (".gti", ".gti.gpkg", ".gti.fgb", ".gti.parquet")
@@ -48,21 +48,24 @@ def leads_to_server(dataset: Any, path: str) -> bool:
     return dataset.driver in _SERVICES or is_remote(path) or any(map(is_remote, members_of(dataset, path)))
 
 
-def members_of(dataset: Any, path: str) -> list[str]:
+def members_of(dataset: Any, path: str, known: frozenset[str] = frozenset()) -> list[str]:
     """The files that an open VRT or tile index reads, those of VRTs in it as well; none for other formats.
 
     Args:
         dataset: an open rasterio dataset.
         path: where it was opened from.
+        known: VRTs that are not looked into, as they lead here.
 
     Raises:
         InputError: the tile index can't be read.
     """
+    known |= {path}
     if dataset.driver == "GTI":
         files = list(_indexed(path, _modified_ns(path)).files)
     else:
         files = [file for file in dataset.files if file != path] if dataset.driver == "VRT" else []
-    return [*files, *(inner for file in files if file.lower().endswith(".vrt") for inner in _members_at(file))]
+    inner = [file for file in files if file.lower().endswith(".vrt") and file not in known]
+    return [*files, *(member for file in inner for member in _members_at(file, known))]
 
 
 def check_members(dataset: Any, path: str, window: Window, *, reduced: bool) -> None:
@@ -78,7 +81,7 @@ def check_members(dataset: Any, path: str, window: Window, *, reduced: bool) -> 
         DamagedDataError: a file isn't there.
     """
     if reduced and dataset.driver == "VRT":
-        for file in filter(_is_gone, dataset.files):
+        for file in filter(_is_gone, members_of(dataset, path)):
             raise _missing(file, path, window)
     if not _is_index(path):
         return
@@ -102,10 +105,10 @@ def _missing(file: str, path: str, window: Window) -> DamagedDataError:
     )
 
 
-def _members_at(path: str) -> list[str]:
+def _members_at(path: str, known: frozenset[str]) -> list[str]:
     try:
         with rasterio.open(path) as dataset:
-            return members_of(dataset, path)
+            return members_of(dataset, path, known)
     except rasterio.errors.RasterioIOError:
         return []
 
@@ -127,19 +130,23 @@ def _indexed(path: str, modified_ns: int) -> _Index:
     # Only a tile index needs it.
     import pyogrio
 
-    index, layer, field = _describe(path)
+    index, layer, field = describe_index(path)
     try:
         fields = pyogrio.read_info(index, layer=layer)["fields"].tolist()
         field = field or next(name for name in _LOCATION_FIELDS if name in fields)
         table = pyogrio.read_dataframe(index, layer=layer, columns=[field])
     except (StopIteration, OSError, ValueError, pyogrio.errors.DataSourceError) as error:
         raise InputError(f"can't list the files of the tile index {path}: {error or 'no field location'}") from error
-    folder = os.path.dirname(index)
-    files = [os.path.join(folder, file) if _is_local(file) else file for file in table[field].tolist()]
+    files = [beside_index(path, file) if _is_local(file) else file for file in table[field].tolist()]
     return _Index(files, shapely.STRtree(table.geometry.tolist()))
 
 
-def _describe(path: str) -> tuple[str, str | None, str | None]:
+def beside_index(path: str, file: str) -> str:
+    """Where GDAL looks for a file of a tile index: beside what was named; with `GTI:`, in the working directory."""
+    return file if path.startswith("GTI:") else os.path.join(os.path.dirname(path), file)
+
+
+def describe_index(path: str) -> tuple[str, str | None, str | None]:
     """The table of a tile index, its layer and the field with the files' names."""
     path = path.removeprefix("GTI:")
     if not path.lower().endswith(".gti"):

@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import pyproj
+from rasterio.errors import CRSError
 from rasterio.warp import transform
 
 from perf_vit.errors import InputError
@@ -58,8 +60,24 @@ def unit_of(crs: Any) -> Unit:
     """The unit of a CRS's coordinates."""
     if crs.is_geographic:
         return "degree", None
-    name, metres = crs.linear_units_factor
+    try:
+        name, metres = crs.linear_units_factor
+    except CRSError:
+        # Of local grids rasterio knows none.
+        return _unit_in(crs)
     return str(name), float(metres)
+
+
+def _unit_in(crs: Any) -> Unit:
+    axis = pyproj.CRS.from_wkt(crs.to_wkt()).axis_info[0]
+    return axis.unit_name, float(axis.unit_conversion_factor)
+
+
+def _same(unit: Unit, other: Unit) -> bool:
+    """Whether two units are one; the same one has other names and last digits in other files."""
+    if unit[1] is None or other[1] is None:
+        return unit[1] is other[1]
+    return math.isclose(unit[1], other[1], rel_tol=1e-9)
 
 
 def common_unit(crs_of: Sequence[tuple[str, Any]]) -> Unit:
@@ -73,7 +91,7 @@ def common_unit(crs_of: Sequence[tuple[str, Any]]) -> Unit:
     """
     first_path, first = crs_of[0]
     for path, crs in crs_of[1:]:
-        if unit_of(crs) != unit_of(first):
+        if not _same(unit_of(crs), unit_of(first)):
             raise InputError(
                 f"data.resolution is in units of the CRS, which is {unit_of(first)[0]} in {first_path} and "
                 f"{unit_of(crs)[0]} in {path}; train on rasters of one unit"

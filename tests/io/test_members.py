@@ -9,7 +9,7 @@ from affine import Affine
 
 from perf_vit.errors import DamagedDataError
 from perf_vit.inference.reader import SalvagingReader
-from perf_vit.io import open_source
+from perf_vit.io import input_files, open_source
 from perf_vit.io._members import members_of
 from perf_vit.types import Window
 
@@ -97,3 +97,52 @@ def test_a_window_beside_a_missing_member_is_read(tiles, tmp_path) -> None:
     assert source.read(Window(0, 0, SIDE, SIDE)).pixels.any()
     with pytest.raises(DamagedDataError, match=r"its file .*t1\.tif isn't there"):
         source.read(Window(0, SIDE - 1, 1, 2))
+
+
+def test_a_missing_member_of_a_vrt_in_a_vrt_is_damage_at_lower_resolution_too(tiles, tmp_path) -> None:
+    inner = _vrt(tiles, tmp_path, relative=True).rename(tmp_path / "inner.vrt")
+    outer = tmp_path / "outer.vrt"
+    whole = f'xSize="{3 * SIDE}" ySize="{SIDE}"'
+    source = f"<SourceFilename>{inner}</SourceFilename><SourceBand>1</SourceBand>"
+    place = f'<SrcRect xOff="0" yOff="0" {whole}/><DstRect xOff="0" yOff="0" {whole}/>'
+    head, _, rest = inner.read_text().partition("<SimpleSource>")
+    tail = rest[rest.rindex("</SimpleSource>") :]
+    outer.write_text(f"{head}<SimpleSource>{source}{place}{tail}")
+    assert open_source(outer).read_reduced(20).pixels.any()
+    tiles[0][1].unlink()
+    with pytest.raises(DamagedDataError, match=r"its file .*t1\.tif isn't there"):
+        open_source(outer).read_reduced(20)
+
+
+def test_files_of_a_tile_index_lie_where_gdal_looks_for_them(tiles, tmp_path, monkeypatch) -> None:
+    (tmp_path / "tables").mkdir()
+    _gti(tiles, tmp_path, relative=True).rename(tmp_path / "tables" / "a.gti.gpkg")
+    path = tmp_path / "a.gti"
+    path.write_text(
+        f"<GDALTileIndexDataset><IndexDataset>{tmp_path}/tables/a.gti.gpkg</IndexDataset><IndexLayer>tiles</IndexLayer>"
+        "<LocationField>location</LocationField></GDALTileIndexDataset>"
+    )
+    monkeypatch.chdir(tmp_path)
+    for name in (str(path), f"GTI:{tmp_path}/tables/a.gti.gpkg"):
+        with rasterio.open(name) as dataset:
+            pixels = dataset.read()
+            assert [file.rsplit("/", 1)[-1] for file in members_of(dataset, name)] == ["t0.tif", "t1.tif", "t2.tif"]
+        table = tmp_path / "tables" / "a.gti.gpkg"
+        assert {file.resolve() for _, file in input_files([name])} >= {table, *tiles[0]}
+        source = open_source(name)
+        assert np.array_equal(source.read(source.extent).pixels, pixels)
+    tiles[0][1].unlink()
+    for name in (str(path), f"GTI:{tmp_path}/tables/a.gti.gpkg"):
+        with pytest.raises(DamagedDataError, match=r"its file .*t1\.tif isn't there"):
+            open_source(name).read(Window(0, 0, SIDE, 2 * SIDE))
+
+
+def test_vrts_that_name_each_other_are_one_line(tiles, tmp_path) -> None:
+    text = _vrt(tiles, tmp_path, relative=False).read_text()
+    for name, other in (("b.vrt", "c.vrt"), ("c.vrt", "b.vrt")):
+        (tmp_path / name).write_text(text.replace(str(tiles[0][0]), str(tmp_path / other)))
+    source = open_source(tmp_path / "b.vrt")
+    with pytest.raises(DamagedDataError, match=r"b\.vrt"):
+        source.read(source.extent)
+    with rasterio.open(tmp_path / "b.vrt") as dataset:
+        assert len(members_of(dataset, str(tmp_path / "b.vrt"))) == 6

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 from affine import Affine
+from rasterio.crs import CRS
 
 from perf_vit.errors import InputError
 from perf_vit.io import PixelSide, common_unit, open_source, unit_of
@@ -69,3 +70,23 @@ def test_rasters_of_two_units_have_no_common_one(make_scene) -> None:
     assert common_unit([("a", metres.crs), ("b", metres.crs)]) == METRE
     with pytest.raises(InputError, match="which is metre in a and degree in b"):
         common_unit([("a", metres.crs), ("b", degrees.crs)])
+
+
+def test_a_unit_is_common_whatever_its_name_and_last_digits(make_scene) -> None:
+    feet = [
+        CRS.from_user_input(text) for text in ("EPSG:2263", "+proj=lcc +lat_1=33 +lat_2=45 +lon_0=-96 +units=us-ft")
+    ]
+    assert unit_of(feet[0]) != unit_of(feet[1])
+    assert common_unit([("a", feet[0]), ("b", feet[1])]) == unit_of(feet[0])
+    with pytest.raises(InputError, match="which is US survey foot in a and foot in b"):
+        common_unit([("a", feet[0]), ("b", CRS.from_epsg(2222))])
+
+
+@pytest.mark.parametrize(("unit", "metres"), [('"metre",1', 1.0), ('"US survey foot",0.304800609601219', 1200 / 3937)])
+def test_local_grids_have_a_unit(make_scene, unit, metres) -> None:
+    path = _scene(make_scene, f'LOCAL_CS["grid",UNIT[{unit}]]', 2.5 / metres)
+    source = open_source(path, resolution=PixelSide(5, METRE))
+    assert source.size == (30, 45)
+    assert common_unit([("a", source.crs)])[1] == pytest.approx(metres, rel=1e-12)
+    with pytest.raises(InputError, match="whose pixels are"):
+        open_source(path, resolution=1e5)
