@@ -19,6 +19,7 @@ from perf_vit.io.image_files import (
     files_below,
     is_by_product,
     is_image_name,
+    previews_among,
     without_repeats,
 )
 from perf_vit.io.label_files import LabelFiles, PairedLabels
@@ -96,6 +97,7 @@ __all__ = [
     "open_raster",
     "open_source",
     "polygonize_classes",
+    "previews_among",
     "replaced",
     "rgb_from",
     "save_figure",

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import glob
 import os
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from perf_vit.errors import InputError
+from perf_vit.errors import DataWarning, InputError
 from perf_vit.io._band_layout import Palette, PixelOptions
 from perf_vit.io._grid import Bounds, GridOptions
 from perf_vit.io._stac import is_item_list, item_paths
-from perf_vit.io.image_files import RASTER_SUFFIXES, is_by_product, without_repeats
+from perf_vit.io.image_files import RASTER_SUFFIXES, is_by_product, previews_among, without_repeats
 from perf_vit.io.mosaic import MosaicSource
 from perf_vit.io.pixel_side import PixelSide
 from perf_vit.io.raster import RasterSource
@@ -69,11 +70,20 @@ def _paths_of(path: str | Path | Sequence[str | Path], asset: str | None) -> tup
 
 
 def _rasters_in(folder: str) -> list[str]:
-    return sorted(
-        str(file)
+    files = {
+        file
         for file in Path(folder).iterdir()
         if file.suffix.lower() in RASTER_SUFFIXES and file.is_file() and not is_by_product(file.name)
-    )
+    }
+    previews = previews_among(files)
+    if previews:
+        warnings.warn(
+            f"{len(previews)} of {len(files)} files of the mosaic {folder} are taken as previews of the rasters beside "
+            f"them and left out, the first {min(previews)}",
+            DataWarning,
+            stacklevel=4,
+        )
+    return sorted(map(str, files - previews))
 
 
 def _matching(pattern: str) -> list[str]:

@@ -16,6 +16,7 @@ __all__ = [
     "files_below",
     "is_by_product",
     "is_image_name",
+    "previews_among",
     "without_repeats",
 ]
 
@@ -70,6 +71,14 @@ def without_repeats(paths: Iterable[Path]) -> list[Path]:
     for path in sorted(paths, key=lambda path: (len(path.parts), path)):
         found.setdefault((os.path.realpath(path.parent), path.name), path)
     return sorted(found.values())
+
+
+def previews_among(paths: Iterable[Path]) -> set[Path]:
+    """Pictures that lie beside a raster or slide of their name: `a.png` beside `a.tif`."""
+    found = list(paths)
+    images = {path.with_suffix("") for path in found if path.suffix.lower() not in PICTURE_SUFFIXES}
+    pictures = (path for path in found if path.suffix.lower() in PICTURE_SUFFIXES)
+    return {path for path in pictures if path.with_suffix("") in images}
 
 
 def _walk(root: Path) -> Iterator[Path]:

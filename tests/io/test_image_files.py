@@ -16,6 +16,7 @@ from perf_vit.data import (
     read_object_labels,
 )
 from perf_vit.data.image_targets import read_class_folders
+from perf_vit.errors import DataWarning
 from perf_vit.inference import find_inputs, find_paths
 from perf_vit.io import IMAGE_SUFFIXES, files_below, is_image_name, open_source
 
@@ -133,3 +134,26 @@ def test_linked_folders_are_searched_once(tmp_path) -> None:
     (tmp_path / "set" / "again").symlink_to(tmp_path / "store" / "x", target_is_directory=True)
     (tmp_path / "set" / "gone.png").symlink_to(tmp_path / "nowhere.png")
     assert len(files_below(tmp_path / "set", is_image_name)) == 2
+
+
+def test_previews_beside_rasters_are_no_members_of_a_mosaic(make_scene, tmp_path) -> None:
+    (tmp_path / "m").mkdir()
+    make_scene(num_bands=3).rename(tmp_path / "m" / "0.tif")
+    _images(tmp_path / "m", names=["0.png"])
+    with pytest.warns(DataWarning, match=r"1 of 2 files of the mosaic .* previews .*, the first .*0\.png"):
+        mosaic = open_source(tmp_path / "m")
+    assert mosaic.paths == (str(tmp_path / "m" / "0.tif"),)
+
+
+@pytest.mark.parametrize("write", [_voc, _yolo, _dota, _instances, _polygons])
+def test_labels_go_with_the_raster_not_its_preview(tmp_path, write) -> None:
+    images = _images(tmp_path / "images", names=["0.tif", "0.png"])
+    (tmp_path / "labels").mkdir()
+    write(tmp_path / "labels", "0")
+    with pytest.warns(DataWarning, match=r"1 of 2 images are taken as previews .*, unless .*, the first .*0\.png"):
+        index = read_object_labels(tmp_path / "labels", images, label_format=write.__name__[1:], classes=["t"])
+    assert [record.path for record in index] == [str(images / "0.tif")]
+    table = tmp_path / "l.csv"
+    table.write_text("image,xmin,ymin,xmax,ymax,label\n0.png,1,1,9,9,t\n")
+    named = read_object_labels(table, images, label_format="csv", classes=["t"])
+    assert [record.path for record in named] == [str(images / "0.png")]

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import warnings
+from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
 
 from perf_vit.data.crops import find_images
-from perf_vit.errors import InputError
-from perf_vit.io import files_below
+from perf_vit.errors import DataWarning, InputError
+from perf_vit.io import files_below, previews_among
 
 __all__ = ["ImageFolder", "label_files", "read_lines"]
 
 
 class ImageFolder:
     """Finds images by path inside the folder, file name, or either without ending.
+
+    A picture beside a raster of its name is a preview, unless it is asked for by its name with ending.
 
     Args:
         images: a folder, searched with its subfolders, or one image.
@@ -26,13 +29,17 @@ class ImageFolder:
 
     def __init__(self, images: str | Path, names: Sequence[str] | None = None, *, without: Path | None = None) -> None:
         self.root = Path(images)
-        self.paths = [path for path in find_images([images]) if without not in path.parents]
+        found = [path for path in find_images([images]) if without not in path.parents]
+        previews = previews_among(found)
+        self.paths = [path for path in found if path not in previews]
         self._known: dict[str, set[Path]] = {}
         root = self.root if self.root.is_dir() else self.root.parent
-        for path in self.paths:
+        for path in found:
             inside = path.relative_to(root)
-            for name in (str(inside), str(inside.with_suffix("")), path.name, path.stem):
+            bare = () if path in previews else (str(inside.with_suffix("")), path.stem)
+            for name in (str(inside), path.name, *bare):
                 self._known.setdefault(name, set()).add(path)
+        _warn_of_previews(previews, len(found))
         self._wanted = None if names is None else {self.find(name, "the list of names") for name in names}
 
     def has(self, name: str) -> bool:
@@ -78,6 +85,16 @@ class ImageFolder:
         """Wanted images that are not among the labelled ones."""
         known = set(labelled)
         return [path for path in self.paths if self.wanted(path) and path not in known]
+
+
+def _warn_of_previews(previews: Collection[Path], num_images: int) -> None:
+    if previews:
+        warnings.warn(
+            f"{len(previews)} of {num_images} images are taken as previews of the rasters beside them and left out, "
+            f"unless labels name them with their ending, the first {min(previews)}",
+            DataWarning,
+            stacklevel=4,
+        )
 
 
 def read_lines(file: Path) -> list[str]:
