@@ -92,6 +92,9 @@ def check_partial_folder(path: Path) -> None:
     with suppress(OSError):
         if set(os.listdir(folder)) <= {_LOCK, _UNFINISHED_SETTINGS}:
             return
+    # Another process may have finished the output since.
+    if not os.path.lexists(folder):
+        return
     raise OutputError(
         f"{folder}, where the unfinished {path.name} would be kept, exists and was not made by perf_vit; move it away "
         "or choose another output"

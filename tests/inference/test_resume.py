@@ -229,3 +229,16 @@ def test_predict_map_refuses_an_unknown_way_of_handling_errors(tmp_path) -> None
 
 class _Nowhere:
     path = "nowhere.tif"
+
+
+def test_a_folder_that_another_process_removes_while_it_is_looked_at_is_nobodys(tmp_path, monkeypatch) -> None:
+    folder = tmp_path / "map.tif.partial"
+    folder.mkdir()
+
+    def listdir_too_late(path) -> list[str]:
+        shutil.rmtree(path)
+        raise FileNotFoundError(path)
+
+    monkeypatch.setattr(journals.os, "listdir", listdir_too_late)
+    journals.check_partial_folder(tmp_path / "map.tif")
+    assert not folder.exists()
