@@ -52,7 +52,8 @@ def run_demo(out: Path, seed: int, *, overwrite: bool = False) -> None:
             f"data.val.region={lower}",
         ],
     )
-    (run / "checkpoints" / "last.ckpt").unlink(missing_ok=True)
+    for name in ("last.ckpt", "best.ckpt"):
+        (run / "checkpoints" / name).unlink(missing_ok=True)
     checkpoint = train_segmentation(config)
 
     output = out / "map.tif"

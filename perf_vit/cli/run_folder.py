@@ -11,13 +11,14 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import lightning
+import torch
 from lightning.pytorch.utilities import rank_zero_only
 
 from perf_vit.cli.console import console
 from perf_vit.cli.resumed_run import KeepRun, ResumedRun
 from perf_vit.cli.run_files import CONFIG, RUN_FILES, check_run_files
 from perf_vit.config import dump_config
-from perf_vit.errors import ConfigError, OutputError, PerfVitError
+from perf_vit.errors import CheckpointError, ConfigError, OutputError, PerfVitError, parsing
 from perf_vit.io import replaced
 
 __all__ = ["RunFolder"]
@@ -46,7 +47,7 @@ class RunFolder:
         best: the best checkpoint, once it is there.
 
     Raises:
-        CheckpointError: the checkpoint to resume from can't be read.
+        CheckpointError: the checkpoint to resume from can't be read, or the best one that is there.
         ConfigError: a run to resume that there isn't, one in the way, or a config that changes what a resumed run
             can't change.
         OutputError: the folder can't be written, or holds files of these names that are not of a run.
@@ -60,6 +61,7 @@ class RunFolder:
         _check_run_folder(self.path, self._last, resume=config.resume)
         if not config.resume:
             check_run_files(self.path, more)
+            _check_best(self.best)
         self._resumed = ResumedRun(self._last) if config.resume else None
         if self._resumed is not None:
             self._resumed.check_config(config)
@@ -129,6 +131,26 @@ def _check_run_folder(folder: Path, last: Path, *, resume: bool) -> None:
     if not nearest.is_dir() or not os.access(nearest, os.W_OK):
         raise OutputError(
             f"can't write the run folder {folder}: {nearest} is not a writable folder; choose another out="
+        )
+
+
+def _check_best(best: Path) -> None:
+    """Refuse to train over the best weights of a run whose last checkpoint was removed.
+
+    The last one is written right after the best one, so after a kill in between that is of the first epoch.
+
+    Raises:
+        CheckpointError: the checkpoint can't be read.
+        ConfigError: it is of a later epoch.
+    """
+    if not best.is_file():
+        return
+    with parsing(best, "a checkpoint", CheckpointError):
+        epoch = int(torch.load(best, map_location="cpu", weights_only=True, mmap=True)["epoch"])
+    if epoch > 0:
+        raise ConfigError(
+            f"{best} is of a run that reached epoch {epoch + 1}, and its last.ckpt is gone; move it away to train here "
+            "anew, or choose another out="
         )
 
 

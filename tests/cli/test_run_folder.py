@@ -1,16 +1,18 @@
 """What a failed run leaves in its folder."""
 
+import contextlib
 import sys
 from types import SimpleNamespace
 
 import pytest
+import torch
 
 from perf_vit.cli.run_files import RUN_FILES, check_config_kept
 from perf_vit.cli.run_folder import RunFolder
 from perf_vit.cli.schemas import ClassificationRun
 from perf_vit.config import dump_config
 from perf_vit.data import ClassificationDataConfig, ImageSplitConfig
-from perf_vit.errors import InputError, OutputError
+from perf_vit.errors import CheckpointError, ConfigError, InputError, OutputError
 
 DATA = SimpleNamespace(train=range(8))
 
@@ -74,3 +76,19 @@ def test_a_new_run_does_not_write_over_the_config_that_it_was_made_from(tmp_path
     # A run that is resumed wrote it.
     check_config_kept(config, _config(tmp_path, resume=True))
     check_config_kept(config, _config(tmp_path / "other"))
+
+
+@pytest.mark.parametrize("epoch", [0, 1])
+def test_best_weights_of_a_run_whose_last_checkpoint_is_gone_are_not_trained_over(tmp_path, epoch) -> None:
+    dump_config(_config(tmp_path), tmp_path / "config.yaml")
+    best = tmp_path / "checkpoints" / "best.ckpt"
+    best.parent.mkdir()
+    torch.save({"epoch": epoch, "state_dict": {}}, best)
+    before = best.read_bytes()
+    # A process may be killed between both checkpoints of the first epoch: that run is begun again.
+    with pytest.raises(ConfigError, match="reached epoch 2") if epoch else contextlib.nullcontext():
+        RunFolder(_config(tmp_path))
+    assert best.read_bytes() == before
+    best.write_bytes(before[:100])
+    with pytest.raises(CheckpointError, match=r"best\.ckpt"):
+        RunFolder(_config(tmp_path))
