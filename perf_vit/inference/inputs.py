@@ -122,7 +122,7 @@ def find_paths(
         InputError: nothing is there, or a list has no such column.
     """
     found: dict[str, None] = {}
-    for item in map(os.fspath, given):
+    for item in [os.fspath(each) for each in given]:
         paths = [each.path for each in _expand(item, _NOWHERE, path_column)]
         if outputs is not None and (os.path.isdir(item) or _is_glob(item)):
             mine = Path(outputs).resolve()
