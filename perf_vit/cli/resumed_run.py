@@ -134,7 +134,8 @@ class ResumedRun:
         trainer.callbacks.append(batches)
         try:
             yield
-        except PerfVitError:
+        # Too little memory is no fault of the checkpoint.
+        except (PerfVitError, MemoryError, torch.OutOfMemoryError):
             raise
         except Exception as error:
             if batches.any_done:

@@ -18,7 +18,7 @@ from perf_vit.cli.console import console
 from perf_vit.cli.resumed_run import KeepRun, ResumedRun
 from perf_vit.cli.run_files import CONFIG, RUN_FILES, check_run_files
 from perf_vit.config import dump_config
-from perf_vit.errors import CheckpointError, ConfigError, OutputError, PerfVitError, parsing
+from perf_vit.errors import CheckpointError, ConfigError, OutputError, PerfVitError, parsing, reason_line
 from perf_vit.io import replaced
 
 __all__ = ["RunFolder"]
@@ -86,6 +86,7 @@ class RunFolder:
             CheckpointError: the run can't go on from its last checkpoint.
             ConfigError: a resumed run with another network, or another number of steps an epoch.
             OutputError: the folder can't be made.
+            MemoryError: the network or its batches need more, also of a GPU.
             PerfVitError: of the data or the task; without a checkpoint, nothing of the run is left then.
             SystemExit: somebody stopped the run; the last checkpoint is there to resume from.
         """
@@ -109,6 +110,8 @@ class RunFolder:
             if not self._last.exists():
                 _remove(new, None if was_there else self.path)
             raise
+        except torch.OutOfMemoryError as error:
+            raise MemoryError(reason_line(error)) from error
         except SystemExit:
             # Lightning ends an interrupted run as a failed one.
             if trainer.interrupted:

@@ -350,3 +350,15 @@ def test_values_that_no_run_wrote_are_one_line_about_the_checkpoint(trained, run
     assert "Traceback" not in message
     assert str(last) in message
     assert message.startswith("Error: ")
+
+
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory"), MemoryError("no memory")])
+def test_a_resume_that_lacks_memory_is_no_fault_of_the_checkpoint(trained, run, capsys, monkeypatch, error) -> None:
+    def forward(*_, **__) -> None:
+        raise error
+
+    monkeypatch.setattr("perf_vit.tasks.SegmentationTask.training_step", forward)
+    before = (run / "checkpoints" / "last.ckpt").read_bytes()
+    assert call(train_args(trained.scene, run, "resume=true", "trainer.max_epochs=3")) == 2
+    assert f"Error: MemoryError: {error}" in capsys.readouterr().err
+    assert (run / "checkpoints" / "last.ckpt").read_bytes() == before
