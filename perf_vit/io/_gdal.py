@@ -24,6 +24,7 @@ __all__ = [
     "GDAL_ERRORS",
     "bounded_cache",
     "check_exists",
+    "check_name",
     "crs_name",
     "open_dataset",
     "plain_images_allowed",
@@ -68,6 +69,7 @@ def open_dataset(path: str, *, name: str | None = None, **options: Any) -> Any:
         UnreachableError: a server doesn't deliver it.
     """
     if not path.startswith("<VRTDataset"):
+        check_name(path)
         check_exists(path)
         _check_text(path)
     open_file = functools.partial(rasterio.open, path, **options)
@@ -131,14 +133,22 @@ def check_exists(path: str) -> None:
     Raises:
         InputError: there is no such file.
     """
+    # URLs, /vsi paths and "DRIVER:file:variable" are GDAL's to judge.
+    if not os.path.exists(path) and ":" not in path and not path.startswith("/vsi"):
+        raise InputError(f"can't open {path}: no such file")
+
+
+def check_name(path: str) -> None:
+    """Refuse a path that isn't UTF-8, which GDAL can't be told.
+
+    Raises:
+        InputError: what is wrong with it.
+    """
     try:
         path.encode()
     except UnicodeEncodeError as error:
         shown = os.fsencode(path).decode("utf-8", "backslashreplace")
         raise InputError(f"can't open {shown}: its name is not UTF-8; rename it") from error
-    # URLs, /vsi paths and "DRIVER:file:variable" are GDAL's to judge.
-    if not os.path.exists(path) and ":" not in path and not path.startswith("/vsi"):
-        raise InputError(f"can't open {path}: no such file")
 
 
 def read_window(dataset: Any, path: str, window: Window, **options: Any) -> Any:

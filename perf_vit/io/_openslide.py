@@ -12,7 +12,7 @@ import numpy.typing as npt
 from PIL import ImageCms
 
 from perf_vit.errors import DamagedDataError, InputError
-from perf_vit.io._gdal import check_exists
+from perf_vit.io._gdal import check_exists, check_name
 from perf_vit.io._handles import PerThread
 from perf_vit.io._pyramid import Level, true_downsample
 from perf_vit.types import BoolArray, Window
@@ -145,6 +145,7 @@ def _openslide() -> Any:
 
 def _open(path: str, to_srgb: bool) -> _Handle:
     openslide = import_slide_library("openslide", path)
+    check_name(path)
     check_exists(path)
     try:
         slide = openslide.OpenSlide(path)

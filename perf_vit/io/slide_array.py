@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from perf_vit.errors import DamagedDataError, InputError, parsing
-from perf_vit.io._gdal import check_exists
+from perf_vit.io._gdal import check_exists, check_name
 from perf_vit.io._handles import PerThread
 from perf_vit.io._nodata import is_finite
 from perf_vit.io._ome_xml import micrometres, parse_ome_xml
@@ -168,6 +168,7 @@ def _channel_names(names: Sequence[str], count: int) -> tuple[str, ...]:
 def _open_tiff(path: str) -> _Arrays:
     tifffile = import_slide_library("tifffile", path)
     zarr = import_slide_library("zarr", path)
+    check_name(path)
     check_exists(path)
     with parsing(path, "an OME-TIFF"):
         tiff = tifffile.TiffFile(path)
@@ -181,6 +182,7 @@ def _open_tiff(path: str) -> _Arrays:
 
 def _open_zarr(path: str) -> _Arrays:
     zarr = import_slide_library("zarr", path)
+    check_name(path)
     check_exists(path)
     with parsing(path, "an OME-Zarr image of version 0.4 or 0.5"):
         group = zarr.open_group(path, mode="r")

@@ -109,7 +109,10 @@ def test_what_can_not_be_learnt_from_is_one_line(train_objects, tmp_path, capsys
     ("head", "message"),
     [
         ("mask_rcnn", "learns masks, got labels without them in data.train; give every object an outline or choose"),
-        ("oriented_fcos", "learns oriented boxes, got labels without them in data.train; choose a head for upright"),
+        (
+            "oriented_fcos",
+            "learns oriented boxes, got labels without them in data.train; give outlines or four",
+        ),
     ],
 )
 def test_labels_without_the_geometry_of_the_head_are_one_line(train_objects, tmp_path, capsys, head, message) -> None:

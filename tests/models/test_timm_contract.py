@@ -336,7 +336,8 @@ def test_traced_graph_equals_eager_bit_for_bit(name: str) -> None:
 @pytest.mark.parametrize("name", SMALL)
 def test_torchscript_records_a_model_but_does_not_compile_it(name: str) -> None:
     model = build(name)
-    with torch.no_grad():
+    # On some processors oneDNN takes another kernel for a recorded convolution, which rounds otherwise.
+    with torch.no_grad(), torch.backends.mkldnn.flags(enabled=False):
         traced = torch.jit.trace(model, images(), check_trace=False)
         assert torch.equal(traced(images()[:1]), model(images()[:1]))
     with pytest.raises((RuntimeError, ValueError)):

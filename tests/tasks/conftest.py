@@ -67,7 +67,9 @@ def segmentation(tmp_path_factory):
 
     def build(num_workers: int, **options):
         given = {**TILES, "num_workers": num_workers, **options}
-        data = build_datamodule(DataConfig(train=region, val=region, classes=["sea", "ship"], **given), seed=0)
+        data = build_datamodule(
+            DataConfig(train=region, val=region, classes=["sea", "ship"], background="sea", **given), seed=0
+        )
         spec = SegmenterSpec(classes=data.classes, normalizer=data.normalizer, tile_px=data.tile_px)
         model = ModelConfig(**VIT, out_indices=[0, 1], head="linear")
         return data, SegmentationTask(model, spec, OptimConfig(layer_decay=0.8)), {"draw": draw_segmentation}

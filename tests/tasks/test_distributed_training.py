@@ -43,7 +43,7 @@ def main():
     torch.manual_seed(0)
     region = RegionConfig(image=image, labels=labels, region=[8, 24, 100, 100])
     count = int(devices)
-    config = DataConfig(train=region, val=region, classes=["sea", "ship"], tile_px=64, tiles_per_epoch=40,
+    config = DataConfig(train=region, val=region, classes=["sea", "ship"], background="sea", tile_px=64, tiles_per_epoch=40,
                         batch_size=4 // count, augment=AugmentConfig(flips=True))
     data = build_datamodule(config, seed=0)
     spec = SegmenterSpec(classes=data.classes, normalizer=data.normalizer, tile_px=data.tile_px)

@@ -69,7 +69,7 @@ def test_real_steps_are_measured_and_more_memory_takes_a_larger_tile() -> None:
 
 
 def test_what_fails_for_another_reason_says_so() -> None:
-    with pytest.raises(ConfigError, match=r"optim\.lr must be above 0"):
+    with pytest.raises(ConfigError, match=r"optim\.lr must be a number above 0"):
         fit_max_tile(replace(STEPS, optim=OptimConfig(lr=0.0)), 10**9)
 
 

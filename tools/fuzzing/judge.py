@@ -70,11 +70,10 @@ def run_in_fork(action: Callable[[], None], folder: Path, limits: Limits) -> Out
 
     Args:
         action: what to run; it ends by returning, raising or exiting.
-        folder: for `stdout` and `stderr`, made if need be.
+        folder: for `stdout`, `stderr` and the memory at the start, made if need be.
         limits: time and memory.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    baseline_kib = _anonymous_kib()
     sys.stdout.flush()
     sys.stderr.flush()
     started = time.monotonic()
@@ -82,6 +81,7 @@ def run_in_fork(action: Callable[[], None], folder: Path, limits: Limits) -> Out
     if pid == 0:
         _become(action, folder, limits)
     status, usage, hung = _wait(pid, started + limits.seconds)
+    baseline_kib = int((folder / "baseline").read_text() or 0)
     return Outcome(
         code=os.WEXITSTATUS(status) if os.WIFEXITED(status) else None,
         signal=os.WTERMSIG(status) if os.WIFSIGNALED(status) else None,
@@ -130,6 +130,8 @@ def _become(action: Callable[[], None], folder: Path, limits: Limits) -> None:
     try:
         # A group of its own, to be ended with its children.
         os.setpgid(0, 0)
+        # Not all memory of a parent comes along.
+        (folder / "baseline").write_text(str(_anonymous_kib()))
         for name, number in (("stdout", 1), ("stderr", 2)):
             os.dup2(os.open(folder / name, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644), number)
         # The parent's streams may be a test's own, and its handler writes there.
@@ -180,7 +182,7 @@ def _kill_group(pid: int) -> None:
 
 
 def _anonymous_kib() -> int:
-    """Resident memory that a fork takes along; pages of files come back when they are used."""
+    """Resident memory without pages of files, which come back after a fork when they are used."""
     status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
     return int(status["RssAnon"].split()[0])
 
