@@ -43,8 +43,8 @@ def main():
     torch.manual_seed(0)
     region = RegionConfig(image=image, labels=labels, region=[8, 24, 100, 100])
     count = int(devices)
-    config = DataConfig(train=region, val=region, classes=["sea", "ship"], background="sea", tile_px=64, tiles_per_epoch=40,
-                        batch_size=4 // count, augment=AugmentConfig(flips=True))
+    config = DataConfig(train=region, val=region, classes=["sea", "ship"], background="sea", tile_px=64,
+                        tiles_per_epoch=40, batch_size=4 // count, augment=AugmentConfig(flips=True))
     data = build_datamodule(config, seed=0)
     spec = SegmenterSpec(classes=data.classes, normalizer=data.normalizer, tile_px=data.tile_px)
     model = ModelConfig(backbone="performer_vit_tiny_patch16_224", out_indices=[0, 1], head_kwargs={"norm": "group"},

@@ -22,8 +22,8 @@ def data_config(tmp_path_factory) -> DataConfig:
     scene = make_ship_scene(tmp_path_factory.mktemp("scene"), seed=0, size_px=128, num_targets=8)
     region = RegionConfig(image=str(scene.image), labels=str(scene.labels))
     plain = AugmentConfig(flips=False)
-    return DataConfig(train=region, val=region, classes=["sea", "ship"], background="sea", tile_px=64, tiles_per_epoch=8, batch_size=2,
-                      augment=plain)  # fmt: skip
+    return DataConfig(train=region, val=region, classes=["sea", "ship"], background="sea", tile_px=64,
+                      tiles_per_epoch=8, batch_size=2, augment=plain)  # fmt: skip
 
 
 def _fit(data_config: DataConfig, folder, **options) -> tuple[SegmentationTask, object]:

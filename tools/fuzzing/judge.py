@@ -76,12 +76,13 @@ def run_in_fork(action: Callable[[], None], folder: Path, limits: Limits) -> Out
     folder.mkdir(parents=True, exist_ok=True)
     sys.stdout.flush()
     sys.stderr.flush()
+    (folder / "baseline").write_text("0", encoding="ascii")
     started = time.monotonic()
     pid = os.fork()
     if pid == 0:
         _become(action, folder, limits)
     status, usage, hung = _wait(pid, started + limits.seconds)
-    baseline_kib = int((folder / "baseline").read_text() or 0)
+    baseline_kib = int((folder / "baseline").read_text(encoding="ascii"))
     return Outcome(
         code=os.WEXITSTATUS(status) if os.WIFEXITED(status) else None,
         signal=os.WTERMSIG(status) if os.WIFSIGNALED(status) else None,
@@ -131,7 +132,7 @@ def _become(action: Callable[[], None], folder: Path, limits: Limits) -> None:
         # A group of its own, to be ended with its children.
         os.setpgid(0, 0)
         # Not all memory of a parent comes along.
-        (folder / "baseline").write_text(str(_anonymous_kib()))
+        (folder / "baseline").write_text(str(_anonymous_kib()), encoding="ascii")
         for name, number in (("stdout", 1), ("stderr", 2)):
             os.dup2(os.open(folder / name, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644), number)
         # The parent's streams may be a test's own, and its handler writes there.
