@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import os
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
@@ -18,6 +18,7 @@ from rasterio.errors import NotGeoreferencedWarning, RasterioError
 from perf_vit.errors import DamagedDataError, InputError, UnreachableError, parsing
 from perf_vit.io._members import check_members, leads_to_server, opens_members
 from perf_vit.io._remote import is_remote, network_limits, was_decoded_in_vain, with_remote_settings
+from perf_vit.io._vrt_sources import check_sources
 from perf_vit.types import Window
 
 __all__ = [
@@ -166,11 +167,14 @@ def read_window(dataset: Any, path: str, window: Window, **options: Any) -> Any:
     """
     read = dataset.read_masks if options.pop("masks", False) else dataset.read
     shape = options.get("out_shape")
-    check_members(dataset, path, window, reduced=shape is not None and tuple(shape[-2:]) != window.shape)
+    reduced = shape is not None and tuple(shape[-2:]) != window.shape
+    check_members(dataset, path, window, reduced=reduced)
     place = rasterio.windows.Window(window.col, window.row, window.width, window.height)
     try:
         with _settings_for(dataset):
-            return _read_bands(read, dataset, window=place, **options)
+            pixels = _read_bands(read, dataset, window=place, **options)
+            check_sources(dataset, window, _bands_of(dataset, options), reduced=reduced)
+            return pixels
     except GDAL_ERRORS as error:
         reason = reason_of(error)
         what = f"rows {window.row} to {window.row_stop}, columns {window.col} to {window.col_stop} of {path}: {reason}"
@@ -181,11 +185,17 @@ def read_window(dataset: Any, path: str, window: Window, **options: Any) -> Any:
 
 def _read_bands(read: Callable[..., Any], dataset: Any, **options: Any) -> Any:
     """`read` of some bands; one by one where their dtypes differ, which rasterio refuses to read at once."""
-    bands, shape = options.get("indexes"), options.get("out_shape")
-    if isinstance(bands, int) or len({dataset.dtypes[band - 1] for band in bands or dataset.indexes}) == 1:
+    bands, shape = _bands_of(dataset, options), options.get("out_shape")
+    if len({dataset.dtypes[band - 1] for band in bands}) == 1:
         return read(**options)
     place = {} if shape is None else {"out_shape": tuple(shape[-2:])}
-    return np.stack([read(**{**options, "indexes": band, **place}) for band in bands or dataset.indexes])
+    return np.stack([read(**{**options, "indexes": band, **place}) for band in bands])
+
+
+def _bands_of(dataset: Any, options: dict[str, Any]) -> Sequence[int]:
+    """The bands that `dataset.read` would give."""
+    bands = options.get("indexes")
+    return [bands] if isinstance(bands, int) else bands or dataset.indexes
 
 
 def _settings_for(dataset: Any) -> AbstractContextManager[Any]:

@@ -1,9 +1,13 @@
 """A file that others name and that isn't there is an error, never zeros that look like data."""
 
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
 import geopandas
 import numpy as np
 import pytest
 import rasterio
+import rasterio.shutil
 import shapely
 from affine import Affine
 
@@ -57,6 +61,7 @@ def _vrt(tiles, folder, *, relative, xml=False):
     return folder / "a.vrt"
 
 
+@pytest.mark.usefixtures("process")
 @pytest.mark.parametrize("relative", [True, False])
 @pytest.mark.parametrize(("make", "xml"), [(_gti, False), (_gti, True), (_vrt, False)])
 @pytest.mark.parametrize("options", [{}, {"resolution": 4}, {"crs": "EPSG:32636"}])
@@ -146,3 +151,64 @@ def test_vrts_that_name_each_other_are_one_line(tiles, tmp_path) -> None:
         source.read(source.extent)
     with rasterio.open(tmp_path / "b.vrt") as dataset:
         assert len(members_of(dataset, str(tmp_path / "b.vrt"))) == 6
+
+
+def _damage(path):
+    path.write_bytes(b"no raster" * 1000)
+
+
+@pytest.mark.usefixtures("process")
+@pytest.mark.parametrize("lose", [Path.unlink, _damage])
+def test_a_lost_member_is_damage_however_often_it_is_read(tiles, tmp_path, lose) -> None:
+    inner = _vrt(tiles, tmp_path, relative=True)
+    outer = tmp_path / "outer.vrt"
+    rasterio.shutil.copy(inner, outer, driver="VRT")
+    lose(tiles[0][1])
+    for path in (inner, outer):
+        source = open_source(path)
+        for _ in range(3):
+            with pytest.raises(DamagedDataError):
+                source.read(source.extent)
+            with pytest.raises(DamagedDataError):
+                open_source(path).read(Window(0, SIDE, 8, 8))
+            assert source.read(Window(0, 0, SIDE, SIDE)).pixels.all()
+
+
+@pytest.mark.usefixtures("process")
+def test_a_damaged_member_is_damage_at_lower_resolution(tiles, tmp_path) -> None:
+    source = open_source(_vrt(tiles, tmp_path, relative=True))
+    assert source.read_reduced(24).pixels.all()
+    source.close()
+    _damage(tiles[0][1])
+    for _ in range(2):
+        with pytest.raises(DamagedDataError, match=r"t1\.tif"):
+            source.read_reduced(24)
+
+
+@pytest.mark.usefixtures("process")
+def test_members_of_bands_that_are_not_read_may_be_missing(tiles, tmp_path) -> None:
+    source = "<SimpleSource><SourceFilename>{}</SourceFilename><SourceBand>1</SourceBand></SimpleSource>"
+    bands = "".join(
+        f'<VRTRasterBand dataType="UInt16" band="{band}">{source.format(path)}</VRTRasterBand>'
+        for band, path in enumerate(tiles[0][:2], 1)
+    )
+    path = tmp_path / "bands.vrt"
+    path.write_text(f'<VRTDataset rasterXSize="{SIDE}" rasterYSize="{SIDE}">{bands}</VRTDataset>')
+    tiles[0][1].unlink()
+    first, second = open_source(path, bands=[1]), open_source(path, bands=[2])
+    for _ in range(2):
+        with pytest.raises(DamagedDataError, match=r"t1\.tif"):
+            second.read(second.extent)
+        assert first.read(first.extent).pixels.all()
+
+
+@pytest.mark.usefixtures("process")
+def test_each_thread_finds_a_missing_member(tiles, tmp_path) -> None:
+    source = open_source(_vrt(tiles, tmp_path, relative=True))
+    tiles[0][1].unlink()
+    lost = []
+    reader = SalvagingReader(source, lambda window, _: lost.append(window))
+    with ThreadPoolExecutor(4) as pool:
+        images = list(pool.map(reader.read, [source.extent] * 40))
+    assert sum(window.height * window.width for window in lost) == len(images) * SIDE**2
+    assert all(np.array_equal(image.valid[0], np.repeat([True, False, True], SIDE)) for image in images)

@@ -258,6 +258,7 @@ def _fail(serve, failure: str, times: int) -> None:
     handler.failure, handler.num_failures = _FAILURES[failure], times
 
 
+@pytest.mark.usefixtures("process")
 @pytest.mark.parametrize("way", _WAYS)
 @pytest.mark.parametrize("failure", ["503", "404", "hang up", "break off", "silence"])
 def test_an_outage_is_no_damage(make_scene, serve, impatient, tmp_path, way, failure) -> None:
@@ -310,6 +311,7 @@ def test_damage_behind_a_url_is_damage(make_scene, serve, impatient) -> None:
         open_source(url).read(Window(0, 0, 600, 600))
 
 
+@pytest.mark.usefixtures("process")
 def test_members_behind_urls_are_given_up_in_threads_as_well(make_scene, serve, impatient, tmp_path) -> None:
     content = _noise(make_scene, num_bands=1, nodata=None).read_bytes()
     url = _put(serve, content)
