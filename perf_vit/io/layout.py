@@ -68,9 +68,14 @@ class RasterLayout:
     def create(self, path: str, **options: Any) -> Any:
         """A new GeoTIFF with everything but pixels, open for writing."""
         # An identity transform is what a file without georeference reads as.
-        place = {} if self.transform is None or self.transform.is_identity else {"transform": self.transform}
+        given: dict[str, Any] = (
+            {} if self.transform is None or self.transform.is_identity else {"transform": self.transform}
+        )
+        if self.num_bands >= 4:
+            # GDAL takes four bands of bytes for a photo with alpha, unless it is told.
+            given["alpha"] = "NO"
         with plain_images_allowed():
-            dataset = rasterio.open(path, "w", driver="GTiff", crs=self.crs, **self.profile(), **place, **options)
+            dataset = rasterio.open(path, "w", driver="GTiff", crs=self.crs, **self.profile(), **given, **options)
         for band, name in enumerate(self.band_names or (), 1):
             dataset.set_band_description(band, name)
         if self.colormap:

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import rasterio
 from nasty_names import NASTY_NAMES
+from rasterio.enums import ColorInterp
 
 from perf_vit.io import CogWriter, RasterLayout, holds_layout, open_source, write_ome_tiff
 
@@ -34,6 +35,16 @@ def test_what_xml_cannot_hold_is_escaped_and_the_file_is_recognised(name, shown,
     layout = write(tmp_path / "map.tif", (name, "x"))
     assert open_source(tmp_path / "map.tif").band_names == (shown, "x")
     assert holds_layout(tmp_path / "map.tif", layout)
+
+
+@pytest.mark.parametrize("num_bands", [2, 4, 5])
+def test_no_band_of_ours_is_taken_for_a_mask(num_bands, tmp_path) -> None:
+    write(tmp_path / "map.tif", ("a", "alpha", "cloud mask", "masked", "valid")[:num_bands])
+    with open_source(tmp_path / "map.tif") as source:
+        assert source.num_bands == num_bands
+        assert source.read(source.extent).valid.all()
+    with rasterio.open(tmp_path / "map.tif") as file:
+        assert ColorInterp.alpha not in file.colorinterp
 
 
 def test_an_ome_tiff_holds_names_exactly_in_xml(tmp_path) -> None:
