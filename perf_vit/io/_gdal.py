@@ -16,7 +16,7 @@ from rasterio._err import CPLE_BaseError
 from rasterio.errors import NotGeoreferencedWarning, RasterioError
 
 from perf_vit.errors import DamagedDataError, InputError, UnreachableError, parsing
-from perf_vit.io._members import check_members, leads_to_server, opens_members
+from perf_vit.io._members import check_members, leads_to_server, open_tiles, opens_members
 from perf_vit.io._remote import is_remote, network_limits, was_decoded_in_vain, with_remote_settings
 from perf_vit.io._vrt_sources import check_sources
 from perf_vit.types import Window
@@ -171,7 +171,8 @@ def read_window(dataset: Any, path: str, window: Window, **options: Any) -> Any:
     check_members(dataset, path, window, reduced=reduced)
     place = rasterio.windows.Window(window.col, window.row, window.width, window.height)
     try:
-        with _settings_for(dataset):
+        with _settings_for(dataset), plain_images_allowed():
+            open_tiles(dataset, path, window)
             pixels = _read_bands(read, dataset, window=place, **options)
             check_sources(dataset, window, _bands_of(dataset, options), reduced=reduced)
             return pixels

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import os
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 from xml.etree import ElementTree
@@ -16,7 +17,15 @@ from perf_vit.errors import DamagedDataError, InputError
 from perf_vit.io._remote import is_remote
 from perf_vit.types import Window
 
-__all__ = ["beside_index", "check_members", "describe_index", "leads_to_server", "members_of", "opens_members"]
+__all__ = [
+    "beside_index",
+    "check_members",
+    "describe_index",
+    "leads_to_server",
+    "members_of",
+    "open_tiles",
+    "opens_members",
+]
 
 _SERVICES = frozenset({"WMS", "WMTS", "WCS", "STACIT", "STACTA", "EEDAI", "DAAS", "PLMOSAIC", "HTTP"})
 _INDEX_ENDINGS = (".gti", ".gti.gpkg", ".gti.fgb", ".gti.parquet")
@@ -85,6 +94,28 @@ def check_members(dataset: Any, path: str, window: Window, *, reduced: bool) -> 
             raise _missing(file, path, window)
     if not _is_index(path):
         return
+    for file in filter(_is_gone, _files_around(dataset, path, window)):
+        raise _missing(file, path, window)
+
+
+def open_tiles(dataset: Any, path: str, window: Window) -> None:
+    """Open the files of a tile index that a window meets: GDAL passes over those that it can't open.
+
+    Args:
+        dataset: an open tile index; others pass.
+        path: of the tile index.
+        window: of the dataset.
+
+    Raises:
+        RasterioIOError: one can't be opened.
+    """
+    if dataset.driver == "GTI":
+        for file in _files_around(dataset, path, window):
+            rasterio.open(file).close()
+
+
+def _files_around(dataset: Any, path: str, window: Window) -> Iterator[str]:
+    """The files of a tile index from which a window of it, or of what warps it, is read."""
     index = _indexed(path, _modified_ns(path))
     if dataset.driver == "GTI":
         around = shapely.box(*_bounds(dataset.transform, window))
@@ -92,10 +123,9 @@ def check_members(dataset: Any, path: str, window: Window, *, reduced: bool) -> 
         # GDAL warps in large pieces, and keeps one that failed: none of them is to be trusted.
         around = shapely.box(*shapely.total_bounds(index.tree.geometries))
     for number in index.tree.query(around).tolist():
-        file = index.files[number]
         # Tiles that only touch the window give it no pixel.
-        if index.tree.geometries[number].intersection(around).area > 0 and _is_gone(file):
-            raise _missing(file, path, window)
+        if index.tree.geometries[number].intersection(around).area > 0:
+            yield index.files[number]
 
 
 def _missing(file: str, path: str, window: Window) -> DamagedDataError:

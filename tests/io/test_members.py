@@ -175,8 +175,23 @@ def test_a_lost_member_is_damage_however_often_it_is_read(tiles, tmp_path, lose)
 
 
 @pytest.mark.usefixtures("process")
-def test_a_damaged_member_is_damage_at_lower_resolution(tiles, tmp_path) -> None:
-    source = open_source(_vrt(tiles, tmp_path, relative=True))
+@pytest.mark.parametrize("lose", [Path.unlink, _damage])
+def test_a_lost_file_of_a_tile_index_is_damage_however_often_it_is_read(tiles, tmp_path, lose) -> None:
+    path = _gti(tiles, tmp_path, relative=True)
+    lose(tiles[0][1])
+    source = open_source(path)
+    for _ in range(3):
+        with pytest.raises(DamagedDataError, match=r"t1\.tif"):
+            source.read(source.extent)
+        with pytest.raises(DamagedDataError, match=r"t1\.tif"):
+            open_source(path).read(Window(0, SIDE, 8, 8))
+        assert source.read(Window(0, 0, SIDE, SIDE)).pixels.all()
+
+
+@pytest.mark.usefixtures("process")
+@pytest.mark.parametrize("make", [_gti, _vrt])
+def test_a_damaged_member_is_damage_at_lower_resolution(tiles, tmp_path, make) -> None:
+    source = open_source(make(tiles, tmp_path, relative=True))
     assert source.read_reduced(24).pixels.all()
     source.close()
     _damage(tiles[0][1])

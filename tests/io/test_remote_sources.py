@@ -330,3 +330,26 @@ def test_members_behind_urls_are_given_up_in_threads_as_well(make_scene, serve, 
         reading = pool.submit(source.read, source.extent)
         with pytest.raises(UnreachableError):
             reading.result(timeout=30)
+
+
+@pytest.mark.usefixtures("process")
+@pytest.mark.parametrize("failure", ["503", "404", "hang up"])
+def test_a_file_of_a_tile_index_that_was_never_opened_is_unreachable(make_scene, serve, impatient, tmp_path, failure):
+    paths = [_noise(make_scene, num_bands=1, nodata=None, seed=seed) for seed in range(2)]
+    # The second lies beside the first.
+    with rasterio.open(paths[1], "r+") as dataset:
+        dataset.transform @= rasterio.Affine.translation(600, 0)
+    urls = [_put(serve, path.read_bytes()) for path in paths]
+    boxes = [shapely.box(*open_source(path).bounds) for path in paths]
+    index = geopandas.GeoDataFrame({"location": [f"/vsicurl/{url}" for url in urls]}, geometry=boxes, crs="EPSG:32637")
+    index.to_file(tmp_path / "a.gti.gpkg", layer="tiles")
+    source = open_source(tmp_path / "a.gti.gpkg")
+    assert source.size == (600, 1200)
+    _fail(serve, failure, 10_000)
+    for _ in range(2):
+        with pytest.raises(UnreachableError):
+            source.read(Window(0, 700, 100, 100))
+    _fail(serve, failure, 3)
+    assert np.array_equal(
+        source.read(Window(0, 600, 600, 600)).pixels, open_source(paths[1]).read(Window(0, 0, 600, 600)).pixels
+    )
