@@ -18,7 +18,7 @@ from rasterio.errors import NotGeoreferencedWarning, RasterioError
 from perf_vit.errors import DamagedDataError, InputError, UnreachableError, parsing
 from perf_vit.io._members import check_members, leads_to_server, open_tiles, opens_members
 from perf_vit.io._remote import is_remote, network_limits, was_decoded_in_vain, with_remote_settings
-from perf_vit.io._vrt_sources import check_sources
+from perf_vit.io._vrt_sources import MASK, check_sources
 from perf_vit.types import Window
 
 __all__ = [
@@ -165,16 +165,18 @@ def read_window(dataset: Any, path: str, window: Window, **options: Any) -> Any:
         DamagedDataError: the file is damaged there.
         UnreachableError: a server doesn't deliver it.
     """
-    read = dataset.read_masks if options.pop("masks", False) else dataset.read
+    masks = options.pop("masks", False)
+    read = dataset.read_masks if masks else dataset.read
     shape = options.get("out_shape")
     reduced = shape is not None and tuple(shape[-2:]) != window.shape
     check_members(dataset, path, window, reduced=reduced)
     place = rasterio.windows.Window(window.col, window.row, window.width, window.height)
     try:
-        with _settings_for(dataset), plain_images_allowed():
+        with _settings_for(dataset):
             open_tiles(dataset, path, window)
             pixels = _read_bands(read, dataset, window=place, **options)
-            check_sources(dataset, window, _bands_of(dataset, options), reduced=reduced)
+            bands = [*_bands_of(dataset, options), *([MASK] if masks else [])]
+            check_sources(dataset, window, bands, reduced=reduced)
             return pixels
     except GDAL_ERRORS as error:
         reason = reason_of(error)

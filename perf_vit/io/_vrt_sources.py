@@ -7,19 +7,24 @@ failure only: later reads, also of a VRT opened anew, give zeros as if they were
 from __future__ import annotations
 
 import itertools
+import os
+import warnings
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 from weakref import WeakKeyDictionary
 from xml.etree import ElementTree
 
+import rasterio
 import rasterio.windows
 import shapely
-from rasterio.errors import RasterioIOError
+from rasterio.errors import NotGeoreferencedWarning, RasterioIOError
 
 from perf_vit.types import Window
 
-__all__ = ["check_sources"]
+__all__ = ["MASK", "check_sources"]
+
+MASK = 0
 
 
 @dataclass(frozen=True)
@@ -40,7 +45,7 @@ def check_sources(dataset: Any, window: Window, bands: Iterable[int], *, reduced
     Args:
         dataset: open, of any format; of those other than VRT nothing is checked.
         window: what was read.
-        bands: which were read.
+        bands: which were read, `MASK` among them if masks were.
         reduced: whether it was read at lower resolution, where GDAL doesn't report any failure.
 
     Raises:
@@ -59,7 +64,17 @@ def check_sources(dataset: Any, window: Window, bands: Iterable[int], *, reduced
         # A file that can't be opened gives no pixel at all; a VRT in a VRT may give some.
         if part.area > 0 and band in wanted and (whole or file not in checked):
             checked.add(file)
-            _sum(dataset, band, file, part.bounds, window, whole=whole)
+            if band == MASK:
+                _open_mask(file)
+            else:
+                _sum(dataset, band, file, part.bounds, window, whole=whole)
+
+
+def _open_mask(file: str) -> None:
+    """What stands for a checksum, which rasterio doesn't give of masks."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", NotGeoreferencedWarning)
+        rasterio.open(file).close()
 
 
 def _sum(dataset: Any, band: int, file: str, bounds: tuple[float, ...], window: Window, *, whole: bool) -> None:
@@ -78,6 +93,10 @@ def _sources_of(dataset: Any) -> _Sources:
     """Those of a VRT's bands; none of one that warps, of which GDAL reports each failure."""
     root = ElementTree.fromstring(dataset.tags(ns="xml:VRT")["xml:VRT"])
     found = list(itertools.chain.from_iterable(map(_sources_in, root.findall("VRTRasterBand"))))
+    for band in root.findall(".//MaskBand/VRTRasterBand"):
+        for source in band.findall("*/SourceFilename[@relativeToVRT='1']"):
+            source.text = os.path.join(os.path.dirname(dataset.name), source.text or "")
+        found.extend((MASK, file, rect) for _, file, rect in _sources_in(band))
     boxes = [_box(rect, dataset) for _, _, rect in found]
     return _Sources([band for band, _, _ in found], [file for _, file, _ in found], shapely.STRtree(boxes))
 

@@ -218,6 +218,25 @@ def test_members_of_bands_that_are_not_read_may_be_missing(tiles, tmp_path) -> N
 
 
 @pytest.mark.usefixtures("process")
+@pytest.mark.parametrize("relative", [True, False])
+@pytest.mark.parametrize("lose", [Path.unlink, _damage])
+def test_a_lost_mask_is_damage_however_often_it_is_read(tiles, tmp_path, relative, lose) -> None:
+    path = _vrt(tiles, tmp_path, relative=True)
+    file = tiles[0][1].name if relative else tiles[0][1]
+    source = f'<SimpleSource><SourceFilename relativeToVRT="{int(relative)}">{file}</SourceFilename></SimpleSource>'
+    mask = f'<MaskBand><VRTRasterBand dataType="Byte">{source}</VRTRasterBand></MaskBand></VRTDataset>'
+    text = path.read_text().replace(str(tiles[0][1].name), str(tiles[0][2].name))
+    path.write_text(text.replace("</VRTDataset>", mask))
+    source = open_source(path)
+    assert source.read(source.extent).valid.any()
+    source.close()
+    lose(tiles[0][1])
+    for _ in range(3):
+        with pytest.raises(DamagedDataError, match=r"t1\.tif"):
+            source.read(source.extent)
+
+
+@pytest.mark.usefixtures("process")
 def test_each_thread_finds_a_missing_member(tiles, tmp_path) -> None:
     source = open_source(_vrt(tiles, tmp_path, relative=True))
     tiles[0][1].unlink()
