@@ -36,6 +36,12 @@ PACKAGE = Path(module.__file__).parents[1]
 SHOWN = {**{name: name for name in NASTY_NAMES}, **UNSEEN_NAMES, "caf\udce9": r"caf\udce9"}
 
 
+@pytest.fixture(autouse=True)
+def _no_given_width(monkeypatch) -> None:
+    # Test runners of several processes set it.
+    monkeypatch.delenv("COLUMNS", raising=False)
+
+
 def test_warnings_are_those_about_the_data_once_each(capsys) -> None:
     with warnings.catch_warnings(record=True) as others, _warnings_as_lines():
         for _ in range(2):
