@@ -11,6 +11,7 @@ import numpy as np
 from rasterio.enums import ColorInterp
 
 from perf_vit.errors import InputError, warn_once
+from perf_vit.io._gdal import color_kinds
 
 __all__ = ["alpha_bands", "choose_bands", "colormap_of", "common_dtype", "names_of", "warn_of_alpha"]
 
@@ -56,7 +57,7 @@ def alpha_bands(dataset: Any) -> tuple[int, ...]:
 
     GDAL tags the fourth band of every TIFF of 8 bits that it writes without being told what the band is.
     """
-    bands = zip(dataset.colorinterp, dataset.descriptions, strict=True)
+    bands = zip(color_kinds(dataset), dataset.descriptions, strict=True)
     return tuple(i for i, (kind, text) in enumerate(bands, 1) if kind == ColorInterp.alpha and _is_opacity(text))
 
 
@@ -90,7 +91,7 @@ def common_dtype(dataset: Any, path: str, bands: Sequence[int]) -> np.dtype[Any]
 
 def colormap_of(dataset: Any, band: int) -> dict[int, tuple[int, int, int, int]] | None:
     """Value to (red, green, blue, alpha), None where the band has no palette."""
-    if dataset.colorinterp[band - 1] != ColorInterp.palette:
+    if color_kinds(dataset)[band - 1] != ColorInterp.palette:
         return None
     return dict(dataset.colormap(band))
 

@@ -13,6 +13,7 @@ import numpy as np
 import rasterio
 import rasterio.windows
 from rasterio._err import CPLE_BaseError
+from rasterio.enums import ColorInterp
 from rasterio.errors import NotGeoreferencedWarning, RasterioError
 
 from perf_vit.errors import DamagedDataError, InputError, UnreachableError, parsing
@@ -26,6 +27,7 @@ __all__ = [
     "bounded_cache",
     "check_exists",
     "check_name",
+    "color_kinds",
     "crs_name",
     "open_dataset",
     "plain_images_allowed",
@@ -150,6 +152,15 @@ def check_name(path: str) -> None:
     except UnicodeEncodeError as error:
         shown = os.fsencode(path).decode("utf-8", "backslashreplace")
         raise InputError(f"can't open {shown}: its name is not UTF-8; rename it") from error
+
+
+def color_kinds(dataset: Any) -> list[ColorInterp]:
+    """What the bands of an open raster are to GDAL: red, alpha, palette, ..."""
+    try:
+        return list(dataset.colorinterp)
+    except GDAL_ERRORS:
+        # rasterio takes the error of an earlier read, of whatever file, for one of this call, and forgets it then.
+        return list(dataset.colorinterp)
 
 
 def read_window(dataset: Any, path: str, window: Window, **options: Any) -> Any:

@@ -11,7 +11,7 @@ from rasterio.enums import ColorInterp
 from rasterio.vrt import WarpedVRT
 
 from perf_vit.errors import InputError
-from perf_vit.io._gdal import GDAL_ERRORS, crs_name, open_dataset, read_window, reason_of
+from perf_vit.io._gdal import GDAL_ERRORS, color_kinds, crs_name, open_dataset, read_window, reason_of
 from perf_vit.io._handles import PerThread
 from perf_vit.io._label_classes import LabelClasses
 from perf_vit.io._placing import check_both_placed, check_overlap, reproject_bounds
@@ -128,7 +128,7 @@ def _open_warped(path: str, grid: dict[str, Any]) -> Any:
     dataset = open_dataset(path)
     try:
         # Alpha tells what lies outside the labels, whatever nodata they have.
-        has_alpha = ColorInterp.alpha in dataset.colorinterp
+        has_alpha = ColorInterp.alpha in color_kinds(dataset)
         return WarpedVRT(dataset, add_alpha=not has_alpha, **grid)
     except GDAL_ERRORS as error:
         raise InputError(f"can't warp {path} to {crs_name(grid['crs'])}: {reason_of(error)}") from error

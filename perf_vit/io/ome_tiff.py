@@ -13,7 +13,7 @@ import rasterio
 import rasterio.windows
 
 from perf_vit.errors import InputError, OutputError
-from perf_vit.io._gdal import GDAL_ERRORS, check_exists, plain_images_allowed, reason_of
+from perf_vit.io._gdal import GDAL_ERRORS, check_exists, color_kinds, plain_images_allowed, reason_of
 from perf_vit.io._ome_xml import make_ome_xml
 from perf_vit.io._staging import staged
 
@@ -140,7 +140,7 @@ def _color_table(
     """TIFF's table of 16 bits, [3, 256]."""
     is_class_map = cog.count == 1 and cog.dtypes[0] == "uint8"
     if colormap is None:
-        if not is_class_map or cog.colorinterp[0] != rasterio.enums.ColorInterp.palette:
+        if not is_class_map or color_kinds(cog)[0] != rasterio.enums.ColorInterp.palette:
             return None
         colormap = cog.colormap(1)
     if not is_class_map:
