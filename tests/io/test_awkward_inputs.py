@@ -92,3 +92,42 @@ def test_a_name_that_is_not_utf8_is_one_line(tmp_path, make_scene) -> None:
     make_scene().rename(path)
     with pytest.raises(InputError, match=r"can't open .*caf.*\.tif: its name is not UTF-8; rename it"):
         open_source(path)
+
+
+_ASSET = {"data": {"href": "a.tif"}}
+
+
+@pytest.mark.parametrize(
+    "item",
+    [
+        [],
+        {},
+        None,
+        7,
+        "text",
+        {"type": "Feature"},
+        {"type": "Feature", "assets": None},
+        {"type": "Feature", "assets": []},
+        {"type": "Feature", "assets": {}},
+        {"type": "Feature", "assets": {"data": None}},
+        {"type": "Feature", "assets": {"data": "a.tif"}},
+        {"type": "Feature", "assets": {"data": {}}},
+        {"type": "Feature", "assets": {"data": {"href": None}}},
+        {"type": "Feature", "assets": {"data": {"href": 7}}},
+        {"type": "Feature", "assets": {"data": {"href": ""}}},
+        {"type": "Feature", "assets": {"data": {"href": "missing.tif"}}},
+        {"type": "FeatureCollection"},
+        {"type": "FeatureCollection", "features": None},
+        {"type": "FeatureCollection", "features": []},
+        {"type": "FeatureCollection", "features": [None]},
+        {"type": "FeatureCollection", "features": [{"type": "Feature", "assets": _ASSET}, 7]},
+    ],
+    ids=repr,
+)
+def test_broken_stac_items_are_one_line(item, make_scene, tmp_path) -> None:
+    make_scene().rename(tmp_path / "a.tif")
+    path = tmp_path / "items.json"
+    path.write_text(json.dumps(item), encoding="utf-8")
+    with pytest.raises(InputError) as caught:
+        open_source(path)
+    assert "\n" not in str(caught.value)
