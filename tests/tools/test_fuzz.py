@@ -3,6 +3,7 @@
 import importlib
 import io
 import json
+import mmap
 import os
 import signal
 import subprocess
@@ -36,6 +37,13 @@ def _leave_a_thread() -> None:
     threading.Thread(target=time.sleep, args=(60,)).start()
 
 
+def _take_memory() -> None:
+    # Mapped, as a process that has run long has freed memory at hand, and written to, as untouched memory isn't resident.
+    taken = mmap.mmap(-1, 200 * 2**20)
+    for start in range(0, len(taken), mmap.PAGESIZE):
+        taken[start] = 1
+
+
 ENDINGS = {
     "accepted": lambda: None,
     "accepted, exit 0": lambda: _end(0, "epoch 1 of 1"),
@@ -45,8 +53,7 @@ ENDINGS = {
     "traceback, printed": lambda: _end(2, "Traceback (most recent call last):", "Error: a.tif"),
     "hang": lambda: time.sleep(60),
     "hang, a thread": _leave_a_thread,
-    # Written to, as untouched memory is not resident.
-    "memory": lambda: len(b"x" * (200 * 2**20)),
+    "memory": _take_memory,
     "memory, refused": lambda: np.ones(2**40),
     "memory, one line": lambda: _end(2, "Error: MemoryError: Unable to allocate 1. TiB for an array"),
     "crash": lambda: os.kill(os.getpid(), signal.SIGSEGV),
