@@ -38,7 +38,7 @@ def _leave_a_thread() -> None:
 
 
 def _take_memory() -> None:
-    # Mapped, as a process that has run long has freed memory at hand, and written to, as untouched memory isn't resident.
+    # Mapped, as a process that has run long has freed memory at hand; written to, as untouched memory isn't resident.
     taken = mmap.mmap(-1, 200 * 2**20)
     for start in range(0, len(taken), mmap.PAGESIZE):
         taken[start] = 1
