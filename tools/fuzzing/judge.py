@@ -141,7 +141,7 @@ def _become(action: Callable[[], None], folder: Path, limits: Limits) -> None:
         address = _virtual_kib() * 1024 + _ADDRESS_FACTOR * limits.memory_mib * _MIB
         resource.setrlimit(resource.RLIMIT_AS, (address, address))
         resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-        code = _exit_code(action)
+        code = exit_code(action)
         for thread in threading.enumerate():
             if thread is not threading.current_thread() and not thread.daemon:
                 thread.join()
@@ -151,7 +151,8 @@ def _become(action: Callable[[], None], folder: Path, limits: Limits) -> None:
         os._exit(code)
 
 
-def _exit_code(action: Callable[[], None]) -> int:
+def exit_code(action: Callable[[], None]) -> int:
+    """The exit code that a process which does this alone would have; a traceback is printed."""
     try:
         action()
     except SystemExit as end:

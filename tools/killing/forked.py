@@ -6,9 +6,10 @@ import os
 import signal
 import sys
 import time
-import traceback
 from contextlib import suppress
 from pathlib import Path
+
+from fuzzing.judge import exit_code
 
 __all__ = ["finish", "run_until_killed"]
 
@@ -75,11 +76,4 @@ def _print_into(log: Path) -> None:
 def _run(args: list[str]) -> int:
     from perf_vit.cli.main import run
 
-    try:
-        run(args)
-    except SystemExit as end:
-        return end.code if isinstance(end.code, int) else int(end.code is not None)
-    except BaseException:
-        traceback.print_exc()
-        return 1
-    return 0
+    return exit_code(lambda: run(args))
