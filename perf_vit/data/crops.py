@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import closing
 from pathlib import Path
 
 import numpy as np
@@ -12,9 +13,10 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from perf_vit.errors import InputError
-from perf_vit.io import FOLDER_SUFFIXES, IMAGE_SUFFIXES, RasterSource, files_below, is_image_name, open_raster
+from perf_vit.io import FOLDER_SUFFIXES, IMAGE_SUFFIXES, files_below, is_image_name, open_source
 from perf_vit.tiling import random_window
 from perf_vit.transforms import Normalizer
+from perf_vit.types import Source
 
 __all__ = ["UnlabelledCrops", "find_images"]
 
@@ -59,7 +61,7 @@ class UnlabelledCrops(Dataset[Tensor]):
     drawn anew, up to ten times.
 
     Args:
-        images: files that rasterio reads, as `find_images` lists them.
+        images: rasters, photos and slides, as `find_images` lists them; slides are read at level 0.
         normalizer: one mean and standard deviation a band, in the images' units.
         size_px: side of a crop, in pixels.
         length: number of crops.
@@ -102,7 +104,7 @@ class UnlabelledCrops(Dataset[Tensor]):
         for _ in range(10):
             source = self.sources[int(rng.integers(len(self.sources)))]
             # Closed after each crop: there may be more images than a process may hold open.
-            with source:
+            with closing(source):
                 image = source.read(random_window(source.extent, self.size_px, rng))
             if image.valid.mean() >= 0.5:
                 break
@@ -110,12 +112,12 @@ class UnlabelledCrops(Dataset[Tensor]):
         return torch.from_numpy(_turned(pixels, int(rng.integers(8))) if self.symmetries else pixels)
 
 
-def _open(path: Path, bands: tuple[int, ...]) -> RasterSource:
-    with open_raster(path, bands=bands) as source:
+def _open(path: Path, bands: tuple[int, ...]) -> Source:
+    with closing(open_source(path, bands=bands)) as source:
         return source
 
 
-def _check_sizes(sources: Sequence[RasterSource], size_px: int) -> None:
+def _check_sizes(sources: Sequence[Source], size_px: int) -> None:
     small = [source for source in sources if min(source.size) < size_px]
     if small:
         height, width = small[0].size

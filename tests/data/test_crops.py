@@ -1,7 +1,11 @@
+from pathlib import Path
+
 import numpy as np
 import pytest
 import rasterio
+import tifffile
 import torch
+import zarr
 from torch.utils.data import DataLoader
 
 from perf_vit.data import UnlabelledCrops, find_images
@@ -90,3 +94,32 @@ def test_images_smaller_than_a_crop_are_named(images, make_scene) -> None:
     small = make_scene(dtype="uint8", height=30, width=200)
     with pytest.raises(InputError, match=r"40 px.*1 of 4.*30 x 200.*smaller crops"):
         _crops([*images, small])
+
+
+def _write_slide(path: Path, pixels: np.ndarray) -> Path:
+    """A slide of one level, [3, H, W]."""
+    if path.suffix == ".svs":
+        aperio = "Aperio Image Library\r\n|AppMag = 20|MPP = 0.5"
+        options = {"photometric": "rgb", "description": aperio, "metadata": None}
+        tifffile.imwrite(path, pixels.transpose(1, 2, 0), tile=(64, 64), **options)
+        return path
+    if path.suffix == ".tif":
+        tifffile.imwrite(path, pixels, ome=True, tile=(64, 64), photometric="minisblack", metadata={"axes": "CYX"})
+        return path
+    group = zarr.open_group(path, mode="w", zarr_format=2)
+    group.create_array("0", data=pixels, chunks=(1, 64, 64))
+    axes = [{"name": name, "type": "channel" if name == "c" else "space"} for name in "cyx"]
+    scale = {"type": "scale", "scale": [1.0, 0.5, 0.5]}
+    datasets = [{"path": "0", "coordinateTransformations": [scale]}]
+    group.attrs["multiscales"] = [{"version": "0.4", "axes": axes, "datasets": datasets}]
+    return path
+
+
+@pytest.mark.parametrize("name", ["a.svs", "a.ome.tif", "a.ome.zarr"])
+def test_crops_of_a_slide_are_those_of_a_raster_of_its_level_0(make_scene, tmp_path, name) -> None:
+    pixels = np.random.default_rng(0).integers(0, 256, (3, 150, 130), dtype=np.uint8)
+    _write_slide(tmp_path / name, pixels)
+    crops, expected = _crops(find_images([tmp_path])), _crops([make_scene(pixels=pixels, nodata=None)])
+    assert all(torch.equal(crops[index], expected[index]) for index in range(6))
+    loaded = list(DataLoader(crops, batch_size=None, num_workers=1))
+    assert torch.equal(loaded[0], expected[0])
