@@ -16,9 +16,8 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from perf_vit._version import __version__
-from perf_vit.cli.benchmarks.measure import alternating_medians
-from perf_vit.cli.benchmarks.settings import machine_name
 from perf_vit.cli.console import new_table, say, show
+from perf_vit.cli.timing import alternating_medians, machine_name
 from perf_vit.io import write_text
 from perf_vit.layers.converted_attention import ScatterbrainOptions
 from perf_vit.models import attention_errors, performerize, token_cosines

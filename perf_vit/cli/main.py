@@ -11,7 +11,6 @@ from typing import Annotated, Any
 import typer
 
 from perf_vit._version import __version__
-from perf_vit.cli.benchmark import benchmark_app
 from perf_vit.cli.commands.conversion import convert
 from perf_vit.cli.commands.inference import evaluate, predict
 from perf_vit.cli.commands.looking import demo, info
@@ -29,7 +28,6 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-app.add_typer(benchmark_app, name="benchmark")
 for _command in (train, fit_tile, distill, predict, evaluate, convert, info, demo):
     app.command()(_command)
 

@@ -327,14 +327,6 @@ def convert(root: Path) -> Job:
     return Job(args, [weights, scene], outputs)
 
 
-def benchmark(root: Path) -> Job:
-    """Attention of few tokens."""
-    folder = root / "out"
-    sizes = ["--length", "64", "--num-heads", "1", "--head-dim", "8", "--num-features", "8", "--runs", "1"]
-    args = ["benchmark", "attention", "--out", folder, *sizes, "--threads", "1"]
-    return Job(args, [], [folder / "attention.csv", folder / "attention.png"])
-
-
 def demo(root: Path) -> Job:
     """The demo."""
     folder = root / "out"
@@ -368,6 +360,5 @@ JOBS: list[Callable[[Path], Job]] = [
     train_slides,
     distill,
     convert,
-    benchmark,
     demo,
 ]

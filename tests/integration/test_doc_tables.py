@@ -148,8 +148,7 @@ def test_defaults_are_those_of_the_tables(page: str, name: str, cell: str) -> No
 
 
 def commands() -> list:
-    group = typer.main.get_command(app)
-    return [*group.commands.values(), *group.commands["benchmark"].commands.values()]
+    return list(typer.main.get_command(app).commands.values())
 
 
 def has_option(command: Any, name: str) -> bool:

@@ -4,7 +4,7 @@
 
 Draws one picture each, writes every number behind them to `figures.csv` and prints the tables of docs/performers.md.
 Two of the figures want performer-pytorch (the `peers` extra). The speed curve is a picture of
-`perf-vit benchmark attention`.
+`tools/benchmarks/attention_sweep`.
 """
 
 import platform
@@ -19,8 +19,8 @@ import torch
 import typer
 from figure_style import read_rows, write_rows
 
-from perf_vit.cli.benchmarks.settings import machine_name
 from perf_vit.cli.console import console
+from perf_vit.cli.timing import machine_name
 
 FIGURES = {
     "kernel_mse": kernel_mse.make,

@@ -9,11 +9,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
+from settings import FORWARD, PASSES, AttentionBenchmark
 from torch import Tensor
 from torch.nn import functional as F
 
 import perf_vit.ops
-from perf_vit.cli.benchmarks.settings import FORWARD, PASSES, AttentionBenchmark
 
 __all__ = ["CHUNKED_FLOOR", "FLOOR", "INSTALL_HINT", "OURS", "POPULAR", "SDPA", "Contender", "attention_contenders"]
 

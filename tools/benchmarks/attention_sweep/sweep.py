@@ -7,12 +7,13 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
+from contenders import Contender
+from memory import peak_extra_bytes
+from settings import FORWARD, PASSES, AttentionBenchmark
 from torch import Tensor
+from verify import draw_inputs
 
-from perf_vit.cli.benchmarks.contenders import Contender
-from perf_vit.cli.benchmarks.measure import Call, alternating_medians, peak_extra_bytes
-from perf_vit.cli.benchmarks.settings import FORWARD, PASSES, AttentionBenchmark
-from perf_vit.cli.benchmarks.verify import draw_inputs
+from perf_vit.cli.timing import Call, alternating_medians
 
 __all__ = ["Measurement", "sweep_lengths"]
 

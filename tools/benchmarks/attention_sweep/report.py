@@ -9,14 +9,15 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
+from contenders import CHUNKED_FLOOR, FLOOR, OURS, POPULAR, SDPA
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from rich.table import Table
+from settings import PASSES, AttentionBenchmark
+from sweep import Measurement
 
-from perf_vit.cli.benchmarks.contenders import CHUNKED_FLOOR, FLOOR, OURS, POPULAR, SDPA
-from perf_vit.cli.benchmarks.settings import PASSES, AttentionBenchmark, machine_name
-from perf_vit.cli.benchmarks.sweep import Measurement
+from perf_vit.cli.timing import machine_name
 from perf_vit.errors import OutputError
 from perf_vit.io import save_figure, staged
 

@@ -1,37 +1,38 @@
-"""`perf-vit benchmark attention`: it measures what it has verified, and nothing else."""
+"""tools/benchmarks/attention_sweep: it measures what it has verified, and nothing else."""
 
 import csv
 import dataclasses
 import importlib
 import math
+import runpy
 import time
+from pathlib import Path
 
 import pytest
 import torch
-from command_line import call
+import typer
+from contenders import CHUNKED_FLOOR, FLOOR, OURS, POPULAR, SDPA, Contender, attention_contenders
+from memory import peak_extra_bytes
 from PIL import Image
+from report import COLUMNS, attention_summary
+from settings import FORWARD, FORWARD_BACKWARD, PASSES, AttentionBenchmark
+from sweep import Measurement, sweep_lengths
 
 import perf_vit.ops
-from perf_vit.cli.benchmarks.contenders import (
-    CHUNKED_FLOOR,
-    FLOOR,
-    OURS,
-    POPULAR,
-    SDPA,
-    Contender,
-    attention_contenders,
-)
-from perf_vit.cli.benchmarks.measure import alternating_medians, peak_extra_bytes
-from perf_vit.cli.benchmarks.report import COLUMNS, attention_summary
-from perf_vit.cli.benchmarks.settings import FORWARD, FORWARD_BACKWARD, PASSES, AttentionBenchmark
-from perf_vit.cli.benchmarks.sweep import Measurement, sweep_lengths
+from perf_vit.cli.timing import alternating_medians
 from perf_vit.ops import draw_projection
+
+FOLDER = Path(__file__).parents[2] / "tools" / "benchmarks" / "attention_sweep"
 
 SMALL = ["--length", "64", "--length", "100", "--num-heads", "2", "--head-dim", "16", "--num-features", "32"]
 
 
 def _benchmark(out, *extra: str) -> int:
-    return call(["benchmark", "attention", "--out", out, *SMALL, "--runs", "2", "--threads", "1", *extra])
+    app = typer.Typer()
+    app.command()(runpy.run_path(str(FOLDER / "__main__.py"), run_name="attention_sweep")["main"])
+    with pytest.raises(SystemExit) as exit_:
+        app(["--out", str(out), *SMALL, "--runs", "2", "--threads", "1", *extra])
+    return exit_.value.code
 
 
 def _rows(out) -> list[dict[str, str]]:
@@ -149,6 +150,15 @@ def test_contenders_take_turns() -> None:
     calls = {name: lambda name=name: (turns.append(name), ())[1] for name in "ab"}
     alternating_medians(calls, num_runs=2, device="cpu")
     assert "".join(turns) == "ababab"
+
+
+def test_existing_files_are_kept_without_overwrite(tmp_path, capsys, without_popular) -> None:
+    (tmp_path / "attention.csv").write_text("mine")
+    assert _benchmark(tmp_path) == 2
+    assert "attention.csv" in capsys.readouterr().err
+    assert (tmp_path / "attention.csv").read_text() == "mine"
+    assert _benchmark(tmp_path, "--overwrite") == 0
+    assert _rows(tmp_path)
 
 
 @pytest.mark.parametrize(("direction", "mebibytes"), [(FORWARD, 40), (FORWARD_BACKWARD, 80)])

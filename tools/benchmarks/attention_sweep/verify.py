@@ -5,10 +5,10 @@ from __future__ import annotations
 import itertools
 
 import torch
+from settings import AttentionBenchmark
 from torch import Tensor
 
 import perf_vit.ops
-from perf_vit.cli.benchmarks.settings import AttentionBenchmark
 from perf_vit.errors import PerfVitError
 from perf_vit.ops.naive import naive_favor_attention
 

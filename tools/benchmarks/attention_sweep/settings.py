@@ -1,16 +1,15 @@
-"""What one run of the attention benchmark is asked for, and the words of the command line turned into it."""
+"""Settings of the attention benchmark."""
 
 from __future__ import annotations
 
-import platform
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 
+from perf_vit.cli.timing import machine_name
 from perf_vit.errors import ConfigError, reason_line
 
-__all__ = ["DTYPES", "FORWARD", "FORWARD_BACKWARD", "PASSES", "AttentionBenchmark", "machine_name"]
+__all__ = ["DTYPES", "FORWARD", "FORWARD_BACKWARD", "PASSES", "AttentionBenchmark"]
 
 FORWARD, FORWARD_BACKWARD = "forward", "forward+backward"
 PASSES = (FORWARD, FORWARD_BACKWARD)
@@ -19,7 +18,7 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, 
 
 @dataclass(frozen=True, kw_only=True)
 class AttentionBenchmark:
-    """One run of `perf-vit benchmark attention`.
+    """Settings of one run.
 
     Attributes:
         lengths: numbers of tokens, L, ascending.
@@ -71,16 +70,3 @@ class AttentionBenchmark:
             f"{machine_name(self.device)}, {self.num_threads} threads, torch {torch.__version__}, "
             f"median of {self.num_runs}"
         )
-
-
-def machine_name(device: str) -> str:
-    """The processor's name: the GPU's, or the CPU's as the kernel gives it."""
-    if device.startswith("cuda"):
-        return torch.cuda.get_device_name(device)
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.exists():
-        lines = cpuinfo.read_text(encoding="utf-8", errors="replace").splitlines()
-        names = [line.partition(":")[2].strip() for line in lines if "model name" in line]
-        if names:
-            return names[0]
-    return platform.processor() or platform.machine()

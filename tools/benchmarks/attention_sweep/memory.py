@@ -1,13 +1,11 @@
-"""Clocks and memory meters for calls that run tensor operations."""
+"""Peak memory of calls that run tensor operations."""
 
 from __future__ import annotations
 
 import json
 import os
-import statistics
 import tempfile
-import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -15,66 +13,31 @@ import torch
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
-__all__ = ["Call", "alternating_medians", "peak_extra_bytes"]
+from perf_vit.cli.timing import Call
 
-Call = Callable[[], tuple[Tensor, ...]]
-
-
-def alternating_medians(calls: Mapping[str, Call], num_runs: int, device: str) -> dict[str, float]:
-    """Median seconds of each call after one warm-up.
-
-    The calls take turns, one run each, so that whatever else the machine does hits all of them alike.
-
-    Args:
-        calls: what to time, by name.
-        num_runs: timed runs of each.
-        device: the device they run on.
-    """
-    for call in calls.values():
-        _seconds(call, device)
-    seconds: dict[str, list[float]] = {name: [] for name in calls}
-    for _ in range(num_runs):
-        for name, call in calls.items():
-            seconds[name].append(_seconds(call, device))
-    return {name: statistics.median(values) for name, values in seconds.items()}
+__all__ = ["peak_extra_bytes"]
 
 
 def peak_extra_bytes(call: Call, device: str) -> int:
-    """Most bytes that a call had allocated at once, less those of the tensors it returned.
+    """Measure the most bytes that a call allocates at once, less those of the tensors that it returns.
 
-    Tensors that existed before the call don't count: what remains is what the call needs above inputs and outputs.
+    Tensors that exist before the call don't count: the result is the memory needed above inputs and outputs.
     On CUDA, the caching allocator keeps the peak. On the CPU, every allocation and release of torch's allocator is
     recorded by its profiler and summed: exact and repeatable, where the resident set of a process hides whatever a
     call takes from memory that an earlier call has freed. Work space inside BLAS is in neither.
 
     Args:
-        call: what to measure; its results are the outputs.
-        device: the device it runs on.
+        call: Function to measure; its results are the outputs.
+        device: Device it runs on.
     """
     return _cuda_peak(call, device) if device.startswith("cuda") else _cpu_peak(call)
-
-
-def _seconds(call: Call, device: str) -> float:
-    _synchronize(device)
-    start = time.perf_counter()
-    # Kept until the clock has stopped: releasing the results is the caller's time.
-    outputs = call()
-    _synchronize(device)
-    seconds = time.perf_counter() - start
-    del outputs
-    return seconds
-
-
-def _synchronize(device: str) -> None:
-    if device.startswith("cuda"):
-        torch.cuda.synchronize(device)
 
 
 def _cuda_peak(call: Call, device: str) -> int:
     torch.cuda.reset_peak_memory_stats(device)
     before = torch.cuda.memory_allocated(device)
     outputs = call()
-    _synchronize(device)
+    torch.cuda.synchronize(device)
     return max(0, torch.cuda.max_memory_allocated(device) - before - _num_bytes(outputs))
 
 

@@ -1,8 +1,0 @@
-"""`perf-vit benchmark attention` from a checkout: python tools/benchmarks/attention.py --help."""
-
-import sys
-
-from perf_vit.cli.main import run
-
-if __name__ == "__main__":
-    run(["benchmark", "attention", *sys.argv[1:]])
