@@ -1,11 +1,14 @@
 """Scenes that every test may make."""
 
 import os
+import sys
 from pathlib import Path
 
 # One thread a process: the suite runs in as many processes as there are cores, and small operations on two threads of
 # a busy machine take many times longer than on one.
 os.environ["OMP_NUM_THREADS"] = "1"
+# What several test files share is imported by its name: `from command_line import call`.
+sys.path.insert(0, str(Path(__file__).parent / "support"))
 
 import numpy as np
 import pytest

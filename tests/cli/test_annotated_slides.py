@@ -6,8 +6,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 from command_line import call
+from synthetic_slide import make_slide
 
-from perf_vit.data.synthetic_slide import make_slide
 from perf_vit.io import open_source
 from perf_vit.models import SegmenterSpec, load_detector, load_segmenter
 from perf_vit.transforms import Normalizer

@@ -3,9 +3,9 @@ import json
 import numpy as np
 import pytest
 from command_line import call
+from synthetic_slide import make_slide
 
 from perf_vit.cli.info import estimate_workload
-from perf_vit.data.synthetic_slide import make_slide
 from perf_vit.io import CogWriter, describe_source, open_source
 
 

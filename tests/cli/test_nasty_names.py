@@ -19,8 +19,7 @@ import yaml
 from command_line import call
 from nasty_names import NASTY_NAMES, UNSEEN_NAMES
 from safetensors.torch import save_file
-
-from perf_vit.data.synthetic_slide import make_slide
+from synthetic_slide import make_slide
 
 CLASSES = [*NASTY_NAMES, *UNSEEN_NAMES]
 FILES = [name for name in NASTY_NAMES if "/" not in name]

@@ -13,8 +13,8 @@ import tifffile
 import torch
 from command_line import call
 from rasterio.windows import Window
+from synthetic_slide import make_slide
 
-from perf_vit.data.synthetic_slide import make_slide
 from perf_vit.io import open_source
 from perf_vit.models import CHECKPOINT_KEY, ModelConfig, SegmenterSpec, build_segmenter, checkpoint_metadata
 from perf_vit.transforms import Normalizer

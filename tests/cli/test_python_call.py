@@ -7,9 +7,9 @@ import pytest
 import rasterio
 import torch
 from command_line import call
+from synthetic_slide import make_slide
 
 import perf_vit
-from perf_vit.data.synthetic_slide import make_slide
 from perf_vit.models import CHECKPOINT_KEY, ModelConfig, SegmenterSpec, build_segmenter, checkpoint_metadata
 from perf_vit.transforms import Normalizer
 

@@ -11,11 +11,11 @@ import numpy as np
 import pytest
 from command_line import call
 from PIL import Image
+from synthetic_slide import make_slide
 
 from perf_vit.cli.schemas import SlideRun
 from perf_vit.cli.slides import _Embedder
 from perf_vit.config import load_config
-from perf_vit.data.synthetic_slide import make_slide
 from perf_vit.errors import InputError
 from perf_vit.models import load_slide_classifier
 

@@ -10,6 +10,7 @@ import rasterio
 import torch
 from affine import Affine
 from label_cases import write_image
+from synthetic_slide import make_slide
 from torch.utils.data import DataLoader
 
 from perf_vit.config import load_config
@@ -26,7 +27,6 @@ from perf_vit.data import (
     build_scene_datamodule,
     collate_objects,
 )
-from perf_vit.data.synthetic_slide import make_slide
 from perf_vit.errors import ConfigError
 from perf_vit.types import IGNORE_INDEX
 

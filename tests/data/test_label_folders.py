@@ -10,6 +10,7 @@ import rasterio
 import torch
 from affine import Affine
 from PIL import Image
+from synthetic_slide import make_slide
 from torch.utils.data import DataLoader
 
 from perf_vit.data import (
@@ -20,7 +21,6 @@ from perf_vit.data import (
     count_class_pixels,
     find_label_pairs,
 )
-from perf_vit.data.synthetic_slide import make_slide
 from perf_vit.errors import ConfigError, DataWarning, InputError
 from perf_vit.io import open_labels, open_raster
 from perf_vit.types import IGNORE_INDEX

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from synthetic_slide import make_slide
 
 from perf_vit.data import (
     DataConfig,
@@ -15,7 +16,6 @@ from perf_vit.data import (
     build_object_datamodule,
     read_object_labels,
 )
-from perf_vit.data.synthetic_slide import make_slide
 from perf_vit.errors import ConfigError, InputError
 from perf_vit.io import open_labels, open_source
 from perf_vit.types import IGNORE_INDEX, Window

@@ -13,16 +13,13 @@ import numpy as np
 import pytest
 import rasterio
 from rasterio.shutil import copy as copy_raster
+from slides import levels_of, planes, write_pyramid, write_zarr
 
 from perf_vit.errors import OutputError
 from perf_vit.inference import class_output, predict_map
 from perf_vit.inference.source_identity import SourceIdentity
 from perf_vit.io import open_source
 from perf_vit.types import Source
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "io"))
-from slides import levels_of, write_pyramid
-from test_slide_arrays import planes, write_zarr
 
 
 class KilledError(BaseException):

@@ -10,54 +10,11 @@ import tifffile
 import zarr
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from slides import noise
+from slides import NAMES, noise, planes, write_tiff, write_zarr
 
 from perf_vit.errors import DamagedDataError, InputError
 from perf_vit.io import open_source
 from perf_vit.types import Window
-
-NAMES = ("DAPI", "CD3 µ", "panCK")
-
-
-def write_tiff(path: Path, levels: list[np.ndarray], axes: str = "CYX", *, unit: str = "µm", size=(0.65, 0.65)) -> Path:
-    metadata = {"axes": axes, "PhysicalSizeX": size[0], "PhysicalSizeXUnit": unit}
-    metadata |= {"PhysicalSizeY": size[1], "PhysicalSizeYUnit": unit}
-    if "C" in axes:
-        metadata["Channel"] = {"Name": list(NAMES)}
-    photometric = "rgb" if axes.endswith("S") else "minisblack"
-    with tifffile.TiffWriter(path, ome=True) as writer:
-        options = {"tile": (64, 64), "photometric": photometric, "compression": "zlib"}
-        writer.write(levels[0], subifds=len(levels) - 1, metadata=metadata, **options)
-        for level in levels[1:]:
-            writer.write(level, subfiletype=1, **options)
-    return path
-
-
-def write_zarr(
-    path: Path, levels: list[np.ndarray], version: str, *, axes: str = "cyx", unit: str | None = "micrometer"
-):
-    group = zarr.open_group(path, mode="w", zarr_format=2 if version == "0.4" else 3)
-    datasets = []
-    for k, level in enumerate(levels):
-        array = group.create_array(
-            str(k), shape=level.shape, chunks=(1,) * (level.ndim - 2) + (64, 64), dtype=level.dtype
-        )
-        array[...] = level
-        scale = [1.0] * (level.ndim - 2) + [0.5 * 2**k] * 2
-        datasets.append({"path": str(k), "coordinateTransformations": [{"type": "scale", "scale": scale}]})
-    place = {} if unit is None else {"unit": unit}
-    listed = [{"name": a, "type": "space", **place} if a in "yx" else {"name": a, "type": "channel"} for a in axes]
-    content = {
-        "multiscales": [{"version": version, "axes": listed, "datasets": datasets}],
-        "omero": {"channels": [{"label": name} for name in NAMES]},
-    }
-    group.attrs.update(content if version == "0.4" else {"ome": {"version": "0.5", **content}})
-    return path
-
-
-def planes(dtype: str = "uint16") -> list[np.ndarray]:
-    pixels = noise(413, 307, 3, dtype).transpose(2, 0, 1)
-    return [np.ascontiguousarray(pixels[:, : 413 >> k << k : 1 << k, : 307 >> k << k : 1 << k]) for k in range(3)]
 
 
 @pytest.fixture(scope="module")

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from several_processes import MONITORS
 
-SCRIPT = Path(__file__).parent / "several_processes.py"
+SCRIPT = Path(__file__).parents[1] / "support" / "several_processes.py"
 DENSE = ("segmentation", "multilabel", "fcos", "oriented_fcos")
 POOLED = ("classification", "regression", "slides")
 

@@ -1,4 +1,7 @@
-"""A generated whole slide of any size, for benchmarks and tests."""
+"""A generated whole slide of any size.
+
+python tests/support/synthetic_slide.py slide.svs 60000 60000 --mpp 0.5
+"""
 
 from __future__ import annotations
 
@@ -10,6 +13,8 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import tifffile
+import typer
 from scipy.ndimage import gaussian_filter, zoom
 
 __all__ = ["make_slide"]
@@ -21,7 +26,7 @@ _NUCLEUS = (96, 62, 142)
 
 
 def make_slide(
-    path: str | Path,
+    path: Path,
     height: int,
     width: int,
     *,
@@ -47,11 +52,7 @@ def make_slide(
     Returns:
         The path.
     """
-    # Only this function needs the extra `slides`.
-    import tifffile
-
     rng = np.random.default_rng(seed)
-    path = Path(path)
     kinds = _kinds(rng, -(-height // tile_px), -(-width // tile_px), tissue_share)
     bank = np.stack([np.full((tile_px, tile_px, 3), _GLASS, np.uint8), *_textures(rng, tile_px, mpp or 0.5)])
     num_levels = 1
@@ -143,3 +144,7 @@ def _reduced(bank: npt.NDArray[np.uint8], level: int) -> npt.NDArray[np.uint8]:
     count, side = bank.shape[0], bank.shape[1] >> level
     blocks = bank.reshape(count, side, 1 << level, side, 1 << level, 3)
     return np.asarray(np.rint(blocks.mean((2, 4))), np.uint8)
+
+
+if __name__ == "__main__":
+    typer.run(make_slide)

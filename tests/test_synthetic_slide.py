@@ -5,8 +5,8 @@ from pathlib import Path
 import numpy as np
 import openslide
 import pytest
+from synthetic_slide import make_slide
 
-from perf_vit.data.synthetic_slide import make_slide
 from perf_vit.io import open_source
 from perf_vit.types import Window
 

@@ -13,8 +13,7 @@ import timm
 from affine import Affine
 from safetensors.torch import save_file
 from small_models import save_classifier, save_segmenter, save_slide_classifier, save_small_detector
-
-from perf_vit.data.synthetic_slide import make_slide
+from synthetic_slide import make_slide
 
 CPU = ["--device", "cpu"]
 VRT = """<VRTDataset rasterXSize="64" rasterYSize="64"><SRS>EPSG:32636</SRS>
