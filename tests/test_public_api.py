@@ -22,7 +22,7 @@ CONTRACT = {
         "save_converted",
     ],
     "perf_vit.ops": ["KVState", "draw_projection", "favor_attention", "scatterbrain_attention"],
-    "perf_vit.tiling": ["grid_windows", "hann_weights", "random_window"],
+    "perf_vit.tiling": ["blend_weights", "grid_windows", "random_window"],
     "perf_vit.layers": ["PerformerAttention"],
     "perf_vit.transforms": ["Augmentation", "Normalizer"],
     "perf_vit.data": ["ObjectDataConfig", "build_object_datamodule", "collate_objects", "read_object_labels"],

@@ -22,7 +22,7 @@ from perf_vit.io.image_files import (
     previews_among,
     without_repeats,
 )
-from perf_vit.io.label_files import LabelFiles, PairedLabels
+from perf_vit.io.label_files import LabelFiles
 from perf_vit.io.labels import LabelSource, open_labels
 from perf_vit.io.layout import RasterLayout
 from perf_vit.io.lettering import lettered, lettering_font
@@ -60,7 +60,6 @@ __all__ = [
     "LabelFiles",
     "LabelSource",
     "MosaicSource",
-    "PairedLabels",
     "PixelSide",
     "PolygonFile",
     "RasterLayout",

@@ -24,17 +24,16 @@ from perf_vit.models.classifier import (
 from perf_vit.models.convert import performerize
 from perf_vit.models.detector import Detector, DetectorSpec
 from perf_vit.models.fidelity import attention_errors, token_cosines
-from perf_vit.models.finetune import BackboneTuning, LoraConfig, backbone_body, backbone_layers
+from perf_vit.models.finetune import LoraConfig, backbone_body, backbone_layers
 from perf_vit.models.layer_options import choose_layer_options
 from perf_vit.models.pooled import pretrained_statistics
 from perf_vit.models.saved_model import load_converted, load_softmax, save_converted
-from perf_vit.models.segmenter import Segmenter, SegmenterSpec, network_id, segmenter_id
+from perf_vit.models.segmenter import Segmenter, SegmenterSpec, segmenter_id
 from perf_vit.models.slide_classifier import SlideClassifier, SlideModelConfig, SlideSpec, build_slide_classifier
 
 __all__ = [
     "CHECKPOINT_KEY",
     "NETWORKS",
-    "BackboneTuning",
     "Classifier",
     "ClassifierConfig",
     "ClassifierSpec",
@@ -67,7 +66,6 @@ __all__ = [
     "load_segmenter",
     "load_slide_classifier",
     "load_softmax",
-    "network_id",
     "performerize",
     "pretrained_statistics",
     "restore_draw",

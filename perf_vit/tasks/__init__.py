@@ -3,29 +3,21 @@
 from perf_vit.tasks.confusion_plot import save_confusion_matrix
 from perf_vit.tasks.detection import DETECTION_CURVES, DETECTION_MONITOR, DetectionOptimConfig, DetectionTask
 from perf_vit.tasks.detection_confusion import DetectionConfusion
-from perf_vit.tasks.detection_metrics import OBJECT_SIZES, DetectionClassScores, DetectionMetrics, DetectionScores
+from perf_vit.tasks.detection_metrics import DetectionMetrics, DetectionScores
 from perf_vit.tasks.detection_plots import plot_precision_recall
 from perf_vit.tasks.distillation import DistillationConfig, DistillationTask
 from perf_vit.tasks.distillation_trainer import DistillationTrainerConfig, build_distillation_trainer
 from perf_vit.tasks.fit_tile import TileFit, fit_max_tile
 from perf_vit.tasks.froc import FROC_RATES, Froc
-from perf_vit.tasks.image_metrics import (
-    ClassificationScores,
-    ImageClassScores,
-    ImageMetrics,
-    NumberScores,
-    RegressionScores,
-)
+from perf_vit.tasks.image_metrics import ClassificationScores, ImageMetrics, RegressionScores
 from perf_vit.tasks.losses import LossConfig, SegmentationLoss, balanced_weights
 from perf_vit.tasks.metrics import ClassScores, class_scores, segmentation_metrics
-from perf_vit.tasks.multilabel_losses import MultilabelLoss
 from perf_vit.tasks.optimize import OptimizerConfig, TrainingTask
 from perf_vit.tasks.oriented_metrics import OrientedAveragePrecision
-from perf_vit.tasks.panoptic import PanopticQuality, PanopticScores
-from perf_vit.tasks.pictures import PredictionPictures, draw_objects, draw_scene, draw_segmentation
+from perf_vit.tasks.panoptic import PanopticQuality
+from perf_vit.tasks.pictures import draw_objects, draw_scene, draw_segmentation
 from perf_vit.tasks.pooled_optim import PooledOptimConfig
 from perf_vit.tasks.precision_recall_plot import save_precision_recall
-from perf_vit.tasks.redraw import RedrawProjections
 from perf_vit.tasks.scenes import (
     CLASSIFICATION_CURVES,
     CLASSIFICATION_MONITOR,
@@ -45,14 +37,12 @@ __all__ = [
     "DETECTION_CURVES",
     "DETECTION_MONITOR",
     "FROC_RATES",
-    "OBJECT_SIZES",
     "REGRESSION_CURVES",
     "REGRESSION_MONITOR",
     "SLIDE_CURVES",
     "SLIDE_MONITOR",
     "ClassScores",
     "ClassificationScores",
-    "DetectionClassScores",
     "DetectionConfusion",
     "DetectionMetrics",
     "DetectionOptimConfig",
@@ -62,19 +52,13 @@ __all__ = [
     "DistillationTask",
     "DistillationTrainerConfig",
     "Froc",
-    "ImageClassScores",
     "ImageMetrics",
     "LossConfig",
-    "MultilabelLoss",
-    "NumberScores",
     "OptimConfig",
     "OptimizerConfig",
     "OrientedAveragePrecision",
     "PanopticQuality",
-    "PanopticScores",
     "PooledOptimConfig",
-    "PredictionPictures",
-    "RedrawProjections",
     "RegressionScores",
     "SceneTask",
     "SegmentationCurves",

@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 from command_line import call, train_args
 
-from perf_vit.data import ShipScene, make_ship_scene
+from perf_vit.data import make_ship_scene
+from perf_vit.data.synthetic import ShipScene
 
 
 @dataclass(frozen=True)

@@ -12,14 +12,13 @@ from torch.utils.data import DataLoader
 from perf_vit.data import (
     ClassificationDataConfig,
     ImageSplitConfig,
-    ImageTargets,
     SceneImages,
-    SceneTiles,
     SceneViews,
     build_scene_datamodule,
     read_slide_table,
 )
-from perf_vit.data.image_targets import read_class_folders, read_class_table, read_number_table
+from perf_vit.data.image_targets import ImageTargets, read_class_folders, read_class_table, read_number_table
+from perf_vit.data.scenes import SceneTiles
 from perf_vit.data.scenes_datamodule import split_off
 from perf_vit.errors import ConfigError, InputError
 from perf_vit.transforms import Augmentation, Normalizer

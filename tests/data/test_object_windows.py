@@ -10,18 +10,11 @@ from hypothesis import strategies as st
 from label_cases import write_image, write_mask
 from torch.utils.data import DataLoader
 
-from perf_vit.data import (
-    ImageRecord,
-    ObjectGrid,
-    ObjectImages,
-    ObjectWindows,
-    collate_objects,
-    make_places,
-    objects_in,
-    read_object_labels,
-)
+from perf_vit.data import ImageRecord, collate_objects, objects_in, read_object_labels
 from perf_vit.data.epochs import EpochSampler
 from perf_vit.data.labels.masks import OutlineMasks, Rle
+from perf_vit.data.object_places import make_places
+from perf_vit.data.objects import ObjectGrid, ObjectImages, ObjectWindows
 from perf_vit.errors import ConfigError, InputError
 from perf_vit.ops.mask_crops import part_in
 from perf_vit.transforms import Normalizer

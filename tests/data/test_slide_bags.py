@@ -9,7 +9,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from perf_vit.data import EmbeddingStore, SlideBags, SlideTargets, collate_bags, tissue_windows
+from perf_vit.data import EmbeddingStore, SlideTargets, tissue_windows
+from perf_vit.data.slide_bags import SlideBags, collate_bags
 from perf_vit.data.slide_windows import _shares
 from perf_vit.data.slides_datamodule import _stratified
 from perf_vit.errors import InputError

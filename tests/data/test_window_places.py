@@ -11,17 +11,11 @@ import torch
 from affine import Affine
 from torch.utils.data import DataLoader
 
-from perf_vit.data import (
-    AugmentConfig,
-    ClassPlaces,
-    DataConfig,
-    GridPlaces,
-    LabelledSource,
-    RegionConfig,
-    build_datamodule,
-    find_class_pixels,
-)
+from perf_vit.data import AugmentConfig, DataConfig, RegionConfig, build_datamodule
+from perf_vit.data.class_places import find_class_pixels
 from perf_vit.data.epochs import EpochSampler
+from perf_vit.data.window_places import ClassPlaces, GridPlaces
+from perf_vit.data.windows import LabelledSource
 from perf_vit.errors import ConfigError, DataWarning
 from perf_vit.io import open_labels, open_raster
 from perf_vit.types import IGNORE_INDEX, Window

@@ -3,8 +3,9 @@ import pytest
 import torch
 from torch.utils.data import DataLoader
 
-from perf_vit.data import GridWindows, LabelledSource, RandomWindows, make_ship_scene
+from perf_vit.data import make_ship_scene
 from perf_vit.data.epochs import EpochSampler
+from perf_vit.data.windows import GridWindows, LabelledSource, RandomWindows
 from perf_vit.io import open_labels, open_source
 from perf_vit.transforms import Augmentation, Normalizer
 from perf_vit.types import IGNORE_INDEX, Window

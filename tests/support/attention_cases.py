@@ -7,8 +7,8 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from perf_vit.ops import Kernel, draw_projection, favor_attention, kernel_names, oprf_kernel
-from perf_vit.ops.kernels import get_kernel
+from perf_vit.ops import Kernel, draw_projection, favor_attention, oprf_kernel
+from perf_vit.ops.kernels import get_kernel, kernel_names
 
 A = -0.05
 FIXED_OPRF = oprf_kernel(A)

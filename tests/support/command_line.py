@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from perf_vit.cli.main import run
-from perf_vit.data import ShipScene
+from perf_vit.data.synthetic import ShipScene
 from perf_vit.models import CHECKPOINT_KEY, DetectorConfig, DetectorSpec, build_detector, checkpoint_metadata
 
 SMALL = [

@@ -16,13 +16,13 @@ from perf_vit.data import (
     ObjectSplitConfig,
     RegionConfig,
     SlideBagModule,
-    SlideBags,
     SlideTargets,
     build_datamodule,
     build_object_datamodule,
     build_scene_datamodule,
     make_ship_scene,
 )
+from perf_vit.data.slide_bags import SlideBags
 from perf_vit.models import (
     ClassifierConfig,
     ClassifierSpec,

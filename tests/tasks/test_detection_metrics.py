@@ -12,7 +12,8 @@ from pycocotools.cocoeval import COCOeval
 from torchmetrics.detection import MeanAveragePrecision
 
 from perf_vit.errors import InputError
-from perf_vit.tasks import OBJECT_SIZES, DetectionMetrics, plot_precision_recall
+from perf_vit.tasks import DetectionMetrics, plot_precision_recall
+from perf_vit.tasks.detection_metrics import OBJECT_SIZES
 from perf_vit.types import Detections, ObjectLabels
 
 CLASSES = ("boat", "ship", "dock")

@@ -9,7 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from perf_vit.tasks import LossConfig, MultilabelLoss, class_scores, segmentation_metrics
+from perf_vit.tasks import LossConfig, class_scores, segmentation_metrics
+from perf_vit.tasks.multilabel_losses import MultilabelLoss
 from perf_vit.types import IGNORE_INDEX
 
 TERMS = [field.name for field in fields(LossConfig)]

@@ -14,8 +14,8 @@ from torch.utils.data import DataLoader, TensorDataset
 from perf_vit.errors import ConfigError
 from perf_vit.layers import PerformerAttention, current_draw, redraw_projections
 from perf_vit.models import CHECKPOINT_KEY, ModelConfig, SegmenterSpec, load_segmenter
-from perf_vit.tasks import OptimConfig, RedrawProjections, SegmentationTask, TrainerConfig, build_trainer
-from perf_vit.tasks.redraw import RedrawnWeightAveraging
+from perf_vit.tasks import OptimConfig, SegmentationTask, TrainerConfig, build_trainer
+from perf_vit.tasks.redraw import RedrawnWeightAveraging, RedrawProjections
 from perf_vit.transforms import Normalizer
 
 TINY = ModelConfig(

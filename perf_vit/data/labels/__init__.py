@@ -1,7 +1,7 @@
 """Labels of objects in the formats that data sets come in, read into one kind of record."""
 
 from perf_vit.data.labels.crop import objects_in
-from perf_vit.data.labels.finish import finish_index, oriented_box_around
+from perf_vit.data.labels.finish import finish_index
 from perf_vit.data.labels.masks import OutlineMasks
 from perf_vit.data.labels.read import LABEL_FORMATS, read_object_labels
 from perf_vit.data.labels.records import ImageRecord, ObjectIndex
@@ -14,7 +14,6 @@ __all__ = [
     "OutlineMasks",
     "finish_index",
     "objects_in",
-    "oriented_box_around",
     "read_object_labels",
     "write_coco_labels",
 ]
