@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -18,9 +20,12 @@ __all__ = [
     "Detections",
     "FeatureSpec",
     "GeoImage",
+    "InputOptions",
+    "InputPath",
     "LabelArray",
     "MaskCrops",
     "ObjectLabels",
+    "OpenInput",
     "Source",
     "Window",
 ]
@@ -121,6 +126,41 @@ class GeoImage:
         return self.valid[None] if self.band_valid is None else self.band_valid
 
 
+InputPath: TypeAlias = str | Path | Sequence[str | Path]
+"""What `perf_vit.open_source` opens: a file, folder, pattern or URL, or a list of such."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class InputOptions:
+    """Options that training, evaluation and prediction open the inputs of one model with.
+
+    Attributes:
+        bands: 1-based bands to read; None for all but an alpha band.
+        nodata: value of missing pixels, instead of the one that files declare; None for theirs.
+        resolution: pixel size that rasters are read at, None for their own.
+        resolution_unit: name and metres of the unit of `resolution`; None instead of metres for degrees. None as a
+            whole for the unit of each raster's CRS.
+        mpp: micrometres per pixel that slides are read at; None for their level 0, and for rasters.
+        slide_mpp: micrometres per pixel of slides' level 0, where their files don't say.
+        tissue: "otsu", or a GeoJSON file of outlines: pixels elsewhere are not valid.
+    """
+
+    bands: tuple[int, ...] | None = None
+    nodata: float | None = None
+    resolution: float | None = None
+    resolution_unit: tuple[str, float | None] | None = None
+    mpp: float | None = None
+    slide_mpp: float | None = None
+    tissue: str | None = None
+
+    @classmethod
+    def from_config(cls, config: Any) -> InputOptions:
+        """Take the options from the keys of a data config that have their names."""
+        names = (each.name for each in fields(InputOptions))
+        values = {name: getattr(config, name) for name in names if hasattr(config, name)}
+        return cls(**{name: tuple(value) if isinstance(value, list) else value for name, value in values.items()})
+
+
 class Source(Protocol):
     """What a raster, a mosaic and a slide have in common; `perf_vit.open_source` opens them.
 
@@ -172,6 +212,10 @@ class Source(Protocol):
 
     def close(self) -> None:
         """Close this thread's file handle; a later read opens it again."""
+
+
+OpenInput: TypeAlias = Callable[[str], Source]
+"""Opens an image by its path, with the options of a model or a data config."""
 
 
 @dataclass(frozen=True, slots=True)

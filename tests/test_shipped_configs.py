@@ -137,7 +137,7 @@ def test_a_shipped_classifier_loads_builds_and_learns_one_batch(name: str) -> No
     multilabel = not is_regression and config.data.multilabel
     spec = ClassifierSpec(
         kind="regression" if is_regression else "multilabel" if multilabel else "single_label",
-        outputs=("a",) if is_regression else ("a", "b", "c"),
+        classes=("a",) if is_regression else ("a", "b", "c"),
         normalizer=Normalizer((0.0,) * 3, (1.0,) * 3),
         tile_px=64,
         target_mean=(5.0,) if is_regression else (),

@@ -19,7 +19,6 @@ from perf_vit.data import (
     ObjectDataModule,
     OutlineMasks,
     SeenObjects,
-    bands_fit,
     build_object_datamodule,
     objects_in,
     read_names,
@@ -28,7 +27,6 @@ from perf_vit.data import (
 )
 from perf_vit.errors import ConfigError, InputError
 from perf_vit.inference import Objects, predict_objects
-from perf_vit.io import open_source
 from perf_vit.models import Detector, DetectorSpec, detector_kind, load_detector
 from perf_vit.tasks import (
     DETECTION_CURVES,
@@ -40,7 +38,7 @@ from perf_vit.tasks import (
 from perf_vit.transforms import InputCheck
 from perf_vit.types import Detections, Source
 
-__all__ = ["detect_objects", "evaluate_detector", "open_for_detector", "report_objects", "train_detector"]
+__all__ = ["detect_objects", "evaluate_detector", "report_objects", "train_detector"]
 
 
 def train_detector(config: DetectionRun, *, progress: bool = True) -> Path:
@@ -132,16 +130,15 @@ def evaluate_detector(
         images,
         classes=spec.classes,
         names=chosen,
-        source_options=spec.source_options(),
+        open_input=partial(spec.open, check=InputCheck(None)),
         oriented=spec.kind == "oriented_boxes",
         **options,
     )
-    check_input = InputCheck(spec.trained_on)
+    check = InputCheck(spec.trained_on)
     report = DetectionReport(spec.classes, spec.kind, score_threshold=spec.score_threshold)
     with windows_progress(f"evaluating {images.name}", "images") as on_image:
         for done, record in enumerate(index, 1):
-            source = open_for_detector(model, record.path)
-            check_input(source)
+            source = spec.open(record.path, check=check)
             truth = objects_in(record, record.extent, min_visible=0.0, crop_masks=True)
             reader = SeenObjects(source, truth.boxes_xyxy)
             found = detect_objects(model, reader, 0.0, **engine)
@@ -154,15 +151,9 @@ def evaluate_detector(
 
 def _spec(config: DetectionRun, data: ObjectDataModule) -> DetectorSpec:
     split = config.data.val or config.data.train
-    return DetectorSpec(
-        classes=data.classes,
-        normalizer=data.normalizer,
-        trained_on=data.trained_on,
-        tile_px=data.tile_px,
-        bands=None if config.data.bands is None else tuple(config.data.bands),
-        nodata=config.data.nodata,
-        mpp=config.data.mpp,
-        slide_mpp=config.data.slide_mpp,
+    return DetectorSpec.from_data_config(
+        config.data,
+        data,
         category_ids=data.train_index.category_ids,
         label_options={
             "label_format": split.format,
@@ -170,23 +161,6 @@ def _spec(config: DetectionRun, data: ObjectDataModule) -> DetectorSpec:
             "attribute": config.data.attribute,
         },
     )
-
-
-def open_for_detector(model: Detector, path: str, **options: Any) -> Source:
-    """Open a source with the bands and nodata that a model was trained with.
-
-    Raises:
-        InputError: it can't be opened, or has another number of bands.
-    """
-    given = {name: value for name, value in options.items() if value is not None}
-    source = open_source(path, bands=model.spec.bands, **{**model.spec.source_options(), **given})
-    expected = len(model.spec.normalizer.mean)
-    if not bands_fit(source.num_bands, expected):
-        source.close()
-        raise InputError(
-            f"the model was trained on {expected} bands, {path} has {source.num_bands}; give an image with those bands"
-        )
-    return source
 
 
 def detect_objects(

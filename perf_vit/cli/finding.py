@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 from perf_vit.cli.coco_results import COCO_RESULTS, check_coco_results, join_coco_results
 from perf_vit.cli.console import inputs_progress, run_table, say, show, windows_progress
-from perf_vit.cli.detecting import detect_objects, open_for_detector
+from perf_vit.cli.detecting import detect_objects
 from perf_vit.errors import ConfigError, InputError, OutputError
 from perf_vit.inference import (
     REPORT,
@@ -85,7 +85,8 @@ class ObjectFiles:
         Raises:
             PerfVitError: an input or output that doesn't fit.
         """
-        scene = open_for_detector(self.model, item.path, **self._source)
+        # Compared with the training images where objects are looked for.
+        scene = self.model.spec.open(item.path, check=InputCheck(None), **self._source)
         try:
             output = self.output_of(item, placed=scene.crs is not None)
             size = self._engine.get("window_size") or self.model.spec.tile_px

@@ -3,26 +3,22 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
+from functools import partial
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any
 
 import torch
 from torchmetrics import MetricCollection
 
 from perf_vit.cli.console import mean_over_present, print_damage, windows_progress
 from perf_vit.cli.score_files import score_files
-from perf_vit.cli.segmentation_maps import SegmentationMaps, model_resolution, on_device, open_for, resolved_precision
-from perf_vit.data import find_label_pairs, is_labelled_folder, region_window
-from perf_vit.errors import ConfigError, InputError
+from perf_vit.cli.segmentation_maps import SegmentationMaps, on_device, resolved_precision
+from perf_vit.data import is_labelled_folder, open_pairs, region_window
+from perf_vit.errors import ConfigError
 from perf_vit.inference import MapInput, MapResult, OutputKind, Strip, class_probabilities, segment_strips
 from perf_vit.io import (
-    LabelFiles,
     LabelSource,
-    RasterSource,
-    SlideSource,
-    open_labels,
-    open_raster,
     warn_of_polygons_beside,
     write_json,
 )
@@ -38,8 +34,6 @@ from perf_vit.transforms import InputCheck
 from perf_vit.types import IGNORE_INDEX
 
 __all__ = ["evaluate_raster", "predict_raster", "write_scores"]
-
-_Labelled: TypeAlias = tuple[RasterSource | SlideSource, LabelSource]
 
 
 def predict_raster(
@@ -98,14 +92,13 @@ def evaluate_raster(
     is_folder = is_labelled_folder(image, labels)
     if is_folder and region is not None:
         raise ConfigError(f"--region is a part of one raster, and {image} is a folder; leave it out")
-    given = {name: value for name, value in (("slide_mpp", slide_mpp), ("tissue", tissue)) if value is not None}
-    if given and spec.mpp is None:
+    if (slide_mpp, tissue) != (None, None) and spec.mpp is None:
         raise ConfigError("--slide-mpp and --tissue are for slides, and this model is one of rasters; leave them out")
-    options = _label_options(model)
-    if all_touched is not None:
-        options["all_touched"] = all_touched
-    labelled = (_open_folder if is_folder else _open_one)(model, image, labels, given, options)
-    check_input = InputCheck(spec.trained_on)
+    open_image = partial(spec.open, check=InputCheck(spec.trained_on), slide_mpp=slide_mpp, tissue=tissue)
+    options = {**spec.label_options, **({} if all_touched is None else {"all_touched": all_touched})}
+    labelled = open_pairs(image, labels, open_image, spec, options)
+    if not is_folder:
+        warn_of_polygons_beside([labelled[0][1]])
     part = None if region is None else region_window(list(region), labelled[0][0], "--region")
     engine = _engine(model, **engine)
     metrics = segmentation_metrics(len(spec.classes), multilabel=spec.multilabel)
@@ -114,7 +107,6 @@ def evaluate_raster(
         if not is_folder:
             engine["on_window"] = on_done
         for number, (source, truth) in enumerate(labelled, 1):
-            check_input(source)
             strips = segment_strips(model, source, extent=part or source.extent, **engine)
             _count(model, strips, truth, metrics, curves)
             if is_folder:
@@ -158,61 +150,6 @@ def write_scores(scores: Sequence[ClassScores], path: Path, curves: Segmentation
         curves.plot(curve)
     if curves is not None and curves.confusion is not None:
         save_confusion_matrix(curves.confusion, curves.classes, matrix)
-
-
-def _open_one(
-    model: Segmenter, image: Path, labels: Path, given: Mapping[str, Any], options: Mapping[str, Any]
-) -> list[_Labelled]:
-    source = _open_image(model, image, given)
-    truth = open_labels(labels, source, **options)
-    warn_of_polygons_beside([truth])
-    return [(source, truth)]
-
-
-def _open_folder(
-    model: Segmenter, images: Path, labels: Path, given: Mapping[str, Any], options: Mapping[str, Any]
-) -> list[_Labelled]:
-    """All images of a folder, closed, and their labels.
-
-    Raises:
-        InputError: images with other bands than the model's.
-    """
-    pairs = find_label_pairs(images, labels)
-    sources = []
-    for image, _ in pairs:
-        sources.append(_open_image(model, image, given))
-        sources[-1].close()
-    num_bands = len(model.spec.normalizer.mean)
-    others = [source for source in sources if source.num_bands != num_bands]
-    if others:
-        raise InputError(
-            f"{len(others)} of {len(sources)} images in {images} have another number of bands than the model, "
-            f"{num_bands}: the first, {others[0].path}, has {others[0].num_bands}"
-        )
-    files = LabelFiles([file for _, file in pairs], sources, **options)
-    files.look()
-    return [(source, files[index]) for index, source in enumerate(sources)]
-
-
-def _label_options(model: Segmenter) -> dict[str, Any]:
-    spec = model.spec
-    return {
-        "classes": spec.classes,
-        "background": spec.background,
-        "multilabel": spec.multilabel,
-        **spec.label_options,
-    }
-
-
-def _open_image(model: Segmenter, image: Path, given: Mapping[str, Any]) -> RasterSource | SlideSource:
-    """An image as the model was trained on; `given` options of slides go before those of training."""
-    spec = model.spec
-    if spec.mpp is None:
-        return open_raster(image, bands=spec.bands, nodata=spec.nodata, resolution=model_resolution(model))
-    source = open_for(model, image, **{"slide_mpp": spec.slide_mpp, "tissue": spec.tissue, **given})
-    # A raster refuses mpp.
-    assert isinstance(source, SlideSource)
-    return source
 
 
 def _engine(model: Segmenter, *, device: str = "auto", precision: str = "32", **options: Any) -> dict[str, Any]:

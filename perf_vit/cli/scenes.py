@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -30,7 +31,7 @@ from perf_vit.data import (
 )
 from perf_vit.errors import InputError, OutputError
 from perf_vit.inference import find_paths
-from perf_vit.io import check_outputs, open_source
+from perf_vit.io import check_outputs
 from perf_vit.models import Classifier, ClassifierSpec, load_classifier
 from perf_vit.tasks import (
     CLASSIFICATION_CURVES,
@@ -162,22 +163,14 @@ def evaluate_scenes(
     split = ImageSplitConfig(images=str(images), labels=None if labels is None else str(labels))
     columns = dict(spec.label_options)
     if spec.kind == "regression":
-        config: Any = RegressionDataConfig(train=split, targets=list(spec.outputs), **columns)
+        config: Any = RegressionDataConfig(train=split, targets=list(spec.classes), **columns)
         labelled = read_image_targets(config, split)
     else:
         config = ClassificationDataConfig(train=split, multilabel=spec.kind == "multilabel", **columns)
-        labelled = read_image_targets(config, split, names=spec.outputs, allow_missing=True)
-    views = SceneViews(
-        SceneImages(labelled, bands=spec.bands, nodata=spec.nodata),
-        spec.normalizer,
-        tile_px=spec.tile_px,
-        resize=spec.resize,
-    )
-    check_input = InputCheck(spec.trained_on)
-    for source in views.images.sources:
-        check_input(source)
-        source.close()
-    metrics = ImageMetrics(spec.outputs, spec.kind)
+        labelled = read_image_targets(config, split, names=spec.classes, allow_missing=True)
+    images_seen = SceneImages(labelled, partial(spec.open, check=InputCheck(spec.trained_on)))
+    views = SceneViews(images_seen, spec.normalizer, tile_px=spec.tile_px, resize=spec.resize)
+    metrics = ImageMetrics(spec.classes, spec.kind)
     forward = _Forward(model, device, precision)
     done = 0
     with windows_progress(f"evaluating {images.name}", "images") as on_image:
@@ -207,12 +200,10 @@ class _Forward:
 
 def _tiles(spec: ClassifierSpec, paths: Sequence[str], errors: dict[str, str] | None) -> Iterator[tuple[str, Tensor]]:
     """Images as the network sees them; those that can't be read go to `errors`, if there are such."""
-    options: dict[str, Any] = {} if spec.nodata is None else {"nodata": spec.nodata}
-    check_input = InputCheck(spec.trained_on)
+    check = InputCheck(spec.trained_on)
     for path in paths:
         try:
-            source = open_source(path, bands=spec.bands, **options)
-            check_input(source)
+            source = spec.open(path, check=check)
             window = None if spec.resize else middle_window(source, spec.tile_px)
             pixels = scene_tile(source, spec.normalizer, spec.tile_px, window)
             source.close()
@@ -232,7 +223,7 @@ def _batches(items: Iterable[Any], batch_size: int) -> Iterator[list[Any]]:
 
 def _header(spec: ClassifierSpec, with_errors: bool) -> list[str]:
     leading = {"single_label": ["prediction"], "multilabel": ["predictions"], "regression": []}[spec.kind]
-    return ["image", *leading, *spec.outputs, *(["error"] if with_errors else [])]
+    return ["image", *leading, *spec.classes, *(["error"] if with_errors else [])]
 
 
 def _rows(
@@ -246,36 +237,31 @@ def _rows(
         scores = found[path]
         leading = []
         if spec.kind == "single_label":
-            leading = [spec.outputs[max(range(len(scores)), key=scores.__getitem__)]]
+            leading = [spec.classes[max(range(len(scores)), key=scores.__getitem__)]]
         elif spec.kind == "multilabel":
-            leading = [" ".join(name for name, score in zip(spec.outputs, scores, strict=True) if score > 0.5)]
+            leading = [" ".join(name for name, score in zip(spec.classes, scores, strict=True) if score > 0.5)]
         yield [path, *leading, *(f"{score:.6g}" for score in scores), *([""] if errors else [])]
 
 
 def _spec(config: ClassificationRun | RegressionRun, data: SceneDataModule) -> ClassifierSpec:
     given = config.data
-    shared: dict[str, Any] = {
-        "outputs": data.names,
-        "normalizer": data.normalizer,
-        "trained_on": data.trained_on,
-        "tile_px": given.tile_px,
-        "resize": given.resize,
-        "bands": None if given.bands is None else tuple(given.bands),
-        "nodata": given.nodata,
-    }
     if isinstance(given, RegressionDataConfig):
         numbers = torch.as_tensor(data.train.images.labelled.targets)
         std = numbers.std(0, correction=0)
         floor = numbers.abs().amax(0) * torch.finfo(torch.float32).eps
-        return ClassifierSpec(
+        return ClassifierSpec.from_data_config(
+            given,
+            data,
+            classes=data.names,
             kind="regression",
             target_mean=tuple(numbers.mean(0).tolist()),
             target_std=without_tiny(std.tolist(), floor.tolist(), [f"the number {name}" for name in data.names]),
             label_options={"image_column": given.image_column},
-            **shared,
         )
-    return ClassifierSpec(
+    return ClassifierSpec.from_data_config(
+        given,
+        data,
+        classes=data.names,
         kind="multilabel" if given.multilabel else "single_label",
         label_options={"image_column": given.image_column, "label_column": given.label_column},
-        **shared,
     )

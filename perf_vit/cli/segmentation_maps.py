@@ -23,43 +23,21 @@ from perf_vit.inference import (
     segment_job,
 )
 from perf_vit.io import (
-    PixelSide,
     check_vector_output,
     existing_outputs,
-    open_source,
     polygonize_classes,
     write_map_quicklook,
     write_objects,
 )
 from perf_vit.models import Segmenter, load_segmenter, segmenter_id
 from perf_vit.transforms import InputCheck
-from perf_vit.types import Source
 
-__all__ = ["POLYGON_SUFFIXES", "SegmentationMaps", "model_resolution", "on_device", "open_for", "resolved_precision"]
+__all__ = ["POLYGON_SUFFIXES", "SegmentationMaps", "on_device", "resolved_precision"]
 
 POLYGON_SUFFIXES = ("gpkg", "geojson", "parquet", "json")
 """Of files of polygons beside a map."""
 
 _PRECISIONS = {"32": torch.float32, "bf16": torch.bfloat16, "16": torch.float16}
-
-
-def open_for(model: Segmenter, image: str | Path, **options: Any) -> Source:
-    """Open a raster or slide with the bands and nodata that a model was trained with.
-
-    Args:
-        model: knows its input.
-        image: what to open.
-        **options: further ones of `perf_vit.open_source`; None counts as not given.
-    """
-    own = {"nodata": model.spec.nodata, "resolution": model_resolution(model), "mpp": model.spec.mpp}
-    given = {**own, **{name: value for name, value in options.items() if value is not None}}
-    return open_source(image, bands=model.spec.bands, **{k: v for k, v in given.items() if v is not None})
-
-
-def model_resolution(model: Segmenter) -> float | PixelSide | None:
-    """Side of the pixels that a model reads rasters at, in the unit of its training; None for their own."""
-    size, unit = model.spec.resolution, model.spec.resolution_unit
-    return size if size is None or unit is None else PixelSide(size, unit)
 
 
 def resolved_precision(name: str) -> torch.dtype:
@@ -171,7 +149,8 @@ class SegmentationMaps:
             InputError: it can't be opened, or doesn't fit the model.
             OutputError: the map would replace it, or isn't named .tif, or its polygons have no place in their format.
         """
-        source = open_for(self.model, item.path, **self._source)
+        # Compared with the training images where a map of it is made.
+        source = self.model.spec.open(item.path, check=InputCheck(None), **self._source)
         if self._polygons:
             check_vector_output(item.output.with_suffix(f".{self._polygons}"), source)
         return segment_job(

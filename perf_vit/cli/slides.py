@@ -30,7 +30,7 @@ from perf_vit.data import (
 )
 from perf_vit.errors import ConfigError, InputError, OutputError
 from perf_vit.inference import attention_picture, embed_windows, find_paths
-from perf_vit.io import check_outputs, open_source, save_png, write_objects
+from perf_vit.io import check_outputs, open_input, save_png, write_objects
 from perf_vit.models import SlideClassifier, SlideSpec, load_slide_classifier, pretrained_statistics
 from perf_vit.tasks import (
     SLIDE_CURVES,
@@ -42,7 +42,7 @@ from perf_vit.tasks import (
     build_trainer,
 )
 from perf_vit.transforms import InputBands, InputCheck, Normalizer
-from perf_vit.types import GeoImage, Source
+from perf_vit.types import GeoImage, InputOptions, Source
 
 __all__ = ["evaluate_slides", "predict_slides", "report_slides", "train_slides"]
 
@@ -214,12 +214,13 @@ class _Embedder:
             "precision": resolved_precision(precision),
             "device": on_device(model, device),
         }
-        self._check_input = InputCheck(model.spec.trained_on)
-        self._options = model.spec.source_options(slide_mpp=slide_mpp, tissue=tissue)
+        self._check = InputCheck(model.spec.trained_on)
+        self._slide_mpp, self._tissue = slide_mpp, tissue
 
-    def open(self, path: str, *, tissue: bool = False) -> Source:
-        """A slide as the encoder sees it; with its tissue alone, if asked for."""
-        return open_source(path, **{k: v for k, v in self._options.items() if tissue or k != "tissue"})
+    def open(self, path: str) -> Source:
+        """A slide as the encoder sees it: the glass in a window of tissue is part of what it knows."""
+        spec = replace(self._model.spec, tissue=None)
+        return spec.open(path, check=InputCheck(None), slide_mpp=self._slide_mpp)
 
     def __call__(self, path: str, on_window: Any) -> SlideFeatures:
         """Windows of tissue and their features.
@@ -228,17 +229,10 @@ class _Embedder:
             InputError: the slide can't be read, has no tissue, or other channels than those of training.
         """
         spec = self._model.spec
-        with_tissue = self.open(path, tissue=True)
-        self._check_input(with_tissue)
+        with_tissue = spec.open(path, check=self._check, slide_mpp=self._slide_mpp, tissue=self._tissue)
         windows = tissue_windows(with_tissue, spec.tile_px, spec.min_tissue)
         with_tissue.close()
-        # The glass in a window of tissue is part of what the encoder knows.
         source = self.open(path)
-        if source.num_bands != len(spec.normalizer.mean):
-            raise InputError(
-                f"{path} has {source.num_bands} channels, the network takes {len(spec.normalizer.mean)}; choose them "
-                "with data.bands"
-            )
         features = embed_windows(
             self._model.embed, source, spec.normalizer, windows, on_window=on_window, **self._engine
         )
@@ -318,32 +312,27 @@ def _with_errors(
 
 
 def _spec(config: SlideRun, train: SlideTargets) -> SlideSpec:
-    data = config.data
-    spec = SlideSpec(
-        classes=train.classes,
-        normalizer=Normalizer((0.0,), (1.0,)),
-        tile_px=data.tile_px,
-        mpp=data.mpp,
-        bands=None if data.bands is None else tuple(data.bands),
-        tissue=data.tissue,
-        min_tissue=data.min_tissue,
-        slide_mpp=data.slide_mpp,
-        label_options={"slide_column": data.slide_column, "label_column": data.label_column},
-    )
-    first = open_source(train.paths[0], **spec.source_options())
+    data, options = config.data, InputOptions.from_config(config.data)
+    first = open_input(train.paths[0], options)
     if first.num_bands == 3 and first.dtype == np.uint8:
         # Those that the encoder knows: they don't depend on the slides, so features stay valid when there are more.
         normalizer = pretrained_statistics(config.model.backbone)
-        images = [_reduced(path, spec) for path in train.paths[:_RANGE_SLIDES]]
+        images = [_reduced(path, options) for path in train.paths[:_RANGE_SLIDES]]
     else:
-        images = [_reduced(path, spec) for path in train.paths]
+        images = [_reduced(path, options) for path in train.paths]
         normalizer = Normalizer.from_images(images, first.band_names)
     first.close()
-    return replace(spec, normalizer=normalizer, trained_on=InputBands.measured(images, first.band_names))
+    return SlideSpec.from_data_config(
+        data,
+        train,
+        normalizer=normalizer,
+        trained_on=InputBands.measured(images, first.band_names),
+        label_options={"slide_column": data.slide_column, "label_column": data.label_column},
+    )
 
 
-def _reduced(path: str, spec: SlideSpec) -> GeoImage:
-    source = open_source(path, **spec.source_options())
+def _reduced(path: str, options: InputOptions) -> GeoImage:
+    source = open_input(path, options)
     image = source.read_reduced(_STATISTICS_PX)
     source.close()
     return image

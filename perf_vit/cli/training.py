@@ -44,19 +44,10 @@ def _build_data(config: SegmentationRun) -> WindowDataModule:
 
 
 def _spec(config: SegmentationRun, data: WindowDataModule) -> SegmenterSpec:
-    return SegmenterSpec(
-        classes=data.classes,
-        normalizer=data.normalizer,
-        trained_on=data.trained_on,
-        tile_px=data.tile_px,
-        bands=None if config.data.bands is None else tuple(config.data.bands),
-        nodata=config.data.nodata,
-        resolution=config.data.resolution,
+    return SegmenterSpec.from_data_config(
+        config.data,
+        data,
         resolution_unit=None if config.data.resolution is None else unit_of(data.train.sources[0].source.crs),
-        background=config.data.background,
-        multilabel=config.data.multilabel,
-        mpp=config.data.mpp,
-        slide_mpp=config.data.slide_mpp,
         # Outlines are those of one slide.
         tissue="otsu" if config.data.tissue == "otsu" else None,
         label_options=label_options(config.data),

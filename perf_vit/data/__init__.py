@@ -9,7 +9,7 @@ from perf_vit.data.datamodule import WindowDataModule
 from perf_vit.data.embeddings import EmbeddingStore, SlideFeatures
 from perf_vit.data.label_folders import find_label_pairs, is_labelled_folder
 from perf_vit.data.labels import ImageRecord, OutlineMasks, objects_in, read_object_labels, write_coco_labels
-from perf_vit.data.objects import bands_fit, collate_objects, standardized
+from perf_vit.data.objects import collate_objects, standardized
 from perf_vit.data.objects_datamodule import (
     ObjectDataConfig,
     ObjectDataModule,
@@ -18,7 +18,7 @@ from perf_vit.data.objects_datamodule import (
     read_names,
 )
 from perf_vit.data.objects_seen import SeenObjects
-from perf_vit.data.open_labelled import region_window
+from perf_vit.data.open_labelled import open_pairs, region_window
 from perf_vit.data.scenes import SceneImages, SceneViews, middle_window, scene_tile
 from perf_vit.data.scenes_datamodule import (
     ClassificationDataConfig,
@@ -60,7 +60,6 @@ __all__ = [
     "SlideTargets",
     "UnlabelledCrops",
     "WindowDataModule",
-    "bands_fit",
     "build_crops",
     "build_datamodule",
     "build_object_datamodule",
@@ -74,6 +73,7 @@ __all__ = [
     "make_ship_scene",
     "middle_window",
     "objects_in",
+    "open_pairs",
     "read_image_targets",
     "read_names",
     "read_object_labels",

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import numpy as np
 import numpy.typing as npt
@@ -19,8 +18,16 @@ from perf_vit.data.object_places import Places
 from perf_vit.errors import InputError
 from perf_vit.io import open_source
 from perf_vit.tiling import grid_windows
-from perf_vit.transforms import Augmentation, Normalizer, StainJitter, resize_with_objects, turn_with_objects
-from perf_vit.types import BoolArray, GeoImage, ObjectLabels, Source, Window
+from perf_vit.transforms import (
+    Augmentation,
+    Normalizer,
+    StainJitter,
+    bands_fit,
+    resize_with_objects,
+    turn_with_objects,
+    with_bands,
+)
+from perf_vit.types import BoolArray, GeoImage, ObjectLabels, OpenInput, Source, Window
 
 __all__ = ["ObjectGrid", "ObjectImages", "ObjectSample", "ObjectWindows", "collate_objects", "standardized"]
 
@@ -36,9 +43,8 @@ class ObjectImages:
 
     Args:
         records: the images.
-        bands: 1-based bands to read; all but alpha if None.
+        open_input: opens an image by its path, with the options of a model or a config.
         min_visible: objects of which a smaller share lies in a window are ignored there.
-        source_options: of `perf_vit.open_source`: nodata of rasters, mpp and slide_mpp of slides.
 
     Raises:
         InputError: no image, one that can't be opened, or different numbers of bands.
@@ -48,15 +54,14 @@ class ObjectImages:
         self,
         records: Sequence[ImageRecord],
         *,
-        bands: Sequence[int] | None = None,
+        open_input: OpenInput = open_source,
         min_visible: float = 0.3,
-        source_options: Mapping[str, Any] | None = None,
     ) -> None:
         if not records:
             raise InputError("expected labelled images to cut tiles from, got none")
         self.records = list(records)
         self.min_visible = min_visible
-        self.sources = [open_closed(record.path, bands, **(source_options or {})) for record in self.records]
+        self.sources = [open_closed(record.path, open_input) for record in self.records]
         self.num_bands = common_bands(self.sources)
 
     def read(self, index: int, window: Window, owned: Window | None = None) -> tuple[GeoImage, ObjectLabels]:
@@ -222,9 +227,9 @@ def _owned_starts(starts: list[int], size: int) -> dict[int, int]:
     }
 
 
-def open_closed(path: str, bands: Sequence[int] | None, **options: Any) -> Source:
+def open_closed(path: str, open_input: OpenInput) -> Source:
     """A source without an open file, as there may be more images than a process may hold open."""
-    source = open_source(path, bands=bands, **options)
+    source = open_input(path)
     source.close()
     return source
 
@@ -243,19 +248,6 @@ def common_bands(sources: Sequence[Source]) -> int:
                 "data.bands"
             )
     return most.num_bands
-
-
-def bands_fit(num_bands: int, expected: int) -> bool:
-    """Whether images of so many bands are taken where others are expected: grey ones are for three."""
-    return num_bands == expected or (num_bands, expected) == (1, 3)
-
-
-def with_bands(image: GeoImage, num_bands: int) -> GeoImage:
-    """A grey image among images of three bands, as three equal ones; others as they are."""
-    if len(image.pixels) == 1 and num_bands == 3:
-        # Of a single band, `band_valid` is None.
-        image.pixels = np.repeat(image.pixels, num_bands, axis=0)
-    return image
 
 
 def standardized(image: GeoImage, normalizer: Normalizer) -> FloatArray:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from torch import Tensor
@@ -16,11 +15,12 @@ from perf_vit.data.band_statistics import given_normalizer, measure_bands, seen_
 from perf_vit.data.epochs import EpochDataModule, ShareSampler
 from perf_vit.data.labels import ImageRecord, ObjectIndex, read_object_labels
 from perf_vit.data.object_places import SAMPLERS, make_places
-from perf_vit.data.objects import ObjectGrid, ObjectImages, ObjectWindows, bands_fit, collate_objects
+from perf_vit.data.objects import ObjectGrid, ObjectImages, ObjectWindows, collate_objects
 from perf_vit.data.objects_seen import check_objects_seen
 from perf_vit.errors import ConfigError, InputError
-from perf_vit.transforms import Augmentation, InputBands
-from perf_vit.types import ObjectLabels
+from perf_vit.io import open_input
+from perf_vit.transforms import Augmentation, InputBands, bands_fit
+from perf_vit.types import InputOptions, ObjectLabels, OpenInput
 
 __all__ = ["ObjectDataConfig", "ObjectDataModule", "ObjectSplitConfig", "build_object_datamodule", "read_names"]
 
@@ -168,9 +168,8 @@ def build_object_datamodule(config: ObjectDataConfig, seed: int, *, oriented: bo
     train, val = (
         ObjectImages(
             index.records,
-            bands=config.bands,
+            open_input=_opener(config, mpp),
             min_visible=config.min_visible,
-            source_options=_source_options(config, mpp),
         )
         for index, mpp in ((train_index, _training_mpp(config)), (val_index, config.mpp))
     )
@@ -285,14 +284,14 @@ def _read(
         skip_classes=config.skip_classes,
         attribute=config.attribute,
         names=None if split.list is None else read_names(split.list, f"{key}.list"),
-        source_options=_source_options(config, mpp),
+        open_input=_opener(config, mpp),
         oriented=oriented,
     )
 
 
-def _source_options(config: ObjectDataConfig, mpp: float | None) -> dict[str, Any]:
-    options = {"nodata": config.nodata, "mpp": mpp, "slide_mpp": config.slide_mpp}
-    return {name: value for name, value in options.items() if value is not None}
+def _opener(config: ObjectDataConfig, mpp: float | None) -> OpenInput:
+    """What opens images as the config says, slides at so many micrometres per pixel."""
+    return functools.partial(open_input, options=replace(InputOptions.from_config(config), mpp=mpp))
 
 
 def _check(config: ObjectDataConfig) -> None:

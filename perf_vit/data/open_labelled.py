@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import math
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
 
 from perf_vit.data.augmenting import pixel_side
 from perf_vit.data.label_folders import find_label_pairs, is_labelled_folder
 from perf_vit.data.window_config import DataConfig, RegionConfig, label_options
 from perf_vit.data.windows import LabelledSource
 from perf_vit.errors import ConfigError
-from perf_vit.io import LabelFiles, RasterSource, SlideSource, open_labels, open_raster, open_source
-from perf_vit.types import Source, Window
+from perf_vit.io import LabelFiles, LabelSource, RasterSource, SlideSource, open_input, open_labels
+from perf_vit.types import InputOptions, Source, Window
 
-__all__ = ["open_labelled", "region_window"]
+__all__ = ["open_labelled", "open_pairs", "region_window"]
 
 
 def open_labelled(config: DataConfig, region: RegionConfig, key: str, *, train: bool) -> list[LabelledSource]:
@@ -28,26 +33,56 @@ def open_labelled(config: DataConfig, region: RegionConfig, key: str, *, train: 
         ConfigError: a region that doesn't fit.
         InputError: files that can't be read or don't fit each other.
     """
-    options = {
-        "classes": config.classes,
-        "background": config.background,
-        "multilabel": config.multilabel,
-        **label_options(config),
-    }
-    if not is_labelled_folder(region.image, region.labels):
-        source, window = _placed(config, region, key, train=train)
-        return [LabelledSource(source, open_labels(region.labels, source, **options), window)]
-    if region.region is not None:
+    windows: list[Window] = []
+
+    def open_image(image: str) -> RasterSource | SlideSource:
+        source, window = _placed(config, image, region.region, key, train=train)
+        windows.append(window)
+        return source
+
+    is_folder = is_labelled_folder(region.image, region.labels)
+    if is_folder and region.region is not None:
         raise ConfigError(f"{key}.region is a part of one raster, and {region.image} is a folder; leave it out")
-    pairs = find_label_pairs(region.image, region.labels)
-    placed = [
-        _placed(config, RegionConfig(image=str(image), labels=str(labels)), key, train=train) for image, labels in pairs
-    ]
-    files = LabelFiles([labels for _, labels in pairs], [source for source, _ in placed], **options)
-    files.look()
+    pairs = open_pairs(region.image, region.labels, open_image, config, label_options(config))
     return [
-        LabelledSource(source, files[index], window, keep_open=False) for index, (source, window) in enumerate(placed)
+        LabelledSource(source, labels, window, keep_open=not is_folder)
+        for (source, labels), window in zip(pairs, windows, strict=True)
     ]
+
+
+def open_pairs(
+    image: str | Path,
+    labels: str | Path,
+    open_image: Callable[[str], RasterSource | SlideSource],
+    meaning: Any,
+    options: Mapping[str, Any],
+) -> list[tuple[RasterSource | SlideSource, LabelSource]]:
+    """Open an image and its labels; or all images of a folder, closed, each with those of its name.
+
+    Args:
+        image: a raster or slide, or a folder of them.
+        labels: a mask or polygons, or a folder of them.
+        open_image: opens an image by its path.
+        meaning: a data config or spec: the attributes classes, background and multilabel say what labels mean.
+        options: further keyword arguments of `perf_vit.io.open_labels`.
+
+    Raises:
+        InputError: files that can't be read or don't fit each other.
+    """
+    named = ("classes", "background", "multilabel")
+    options = {**{name: getattr(meaning, name) for name in named}, **options}
+    if not is_labelled_folder(image, labels):
+        source = open_image(os.fspath(image))
+        return [(source, open_labels(labels, source, **options))]
+    pairs = find_label_pairs(image, labels)
+    sources = []
+    for path, _ in pairs:
+        sources.append(open_image(str(path)))
+        # There may be more images than a process may hold open.
+        sources[-1].close()
+    files = LabelFiles([file for _, file in pairs], sources, **options)
+    files.look()
+    return [(source, files[index]) for index, source in enumerate(sources)]
 
 
 def region_window(region: list[int] | None, source: Source, key: str) -> Window:
@@ -75,37 +110,30 @@ def region_window(region: list[int] | None, source: Source, key: str) -> Window:
 
 
 def _placed(
-    config: DataConfig, region: RegionConfig, key: str, *, train: bool
+    config: DataConfig, image: str, region: list[int] | None, key: str, *, train: bool
 ) -> tuple[RasterSource | SlideSource, Window]:
     """An image and the part of it that may be used; closed, as there may be more than a process may hold open."""
+    options = InputOptions.from_config(config)
+    source = open_input(image, options)
+    window = region_window(region, source, f"{key}.region")
     read_at = config.mpp or config.resolution
-    source = _open_image(config, region, read_at)
-    window = region_window(region.region, source, f"{key}.region")
     if train and read_at is not None and config.augment.resolution is not None:
-        finest = max(config.augment.resolution[0], _own_side(config, region, source) or 0)
+        finest = max(config.augment.resolution[0], _own_side(image, options, source) or 0)
         if finest < read_at:
             source.close()
-            source = _open_image(config, region, finest)
+            source = open_input(image, replace(options, **{"resolution" if config.mpp is None else "mpp": finest}))
             window = _scaled(window, read_at / finest, source.extent)
     source.close()
     return source, window
 
 
-def _open_image(config: DataConfig, region: RegionConfig, side: float | None) -> RasterSource | SlideSource:
-    if config.mpp is None:
-        return open_raster(region.image, bands=config.bands, nodata=config.nodata, resolution=side)
-    source = open_source(region.image, bands=config.bands, mpp=side, slide_mpp=config.slide_mpp, tissue=config.tissue)
-    # A raster refuses these options.
-    assert isinstance(source, SlideSource)
-    return source
-
-
-def _own_side(config: DataConfig, region: RegionConfig, source: Source) -> float | None:
+def _own_side(image: str, options: InputOptions, source: Source) -> float | None:
     if isinstance(source, SlideSource):
         assert source.slide_mpp is not None
         return math.sqrt(math.prod(source.slide_mpp))
-    with open_raster(region.image, bands=config.bands) as own:
-        return pixel_side(own)
+    own = open_input(image, replace(options, resolution=None))
+    own.close()
+    return pixel_side(own)
 
 
 def _scaled(window: Window, factor: float, extent: Window) -> Window:

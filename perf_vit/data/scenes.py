@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import partial
 
 import numpy as np
@@ -13,11 +13,12 @@ from torch.utils.data import Dataset
 
 from perf_vit.data.epochs import order_of_turn
 from perf_vit.data.image_targets import ImageTargets
-from perf_vit.data.objects import common_bands, open_closed, with_bands
+from perf_vit.data.objects import common_bands, open_closed
 from perf_vit.errors import InputError
+from perf_vit.io import open_source
 from perf_vit.tiling import random_window
-from perf_vit.transforms import Augmentation, Normalizer, StainJitter, resize_masked
-from perf_vit.types import BoolArray, GeoImage, Source, Window
+from perf_vit.transforms import Augmentation, Normalizer, StainJitter, resize_masked, with_bands
+from perf_vit.types import BoolArray, GeoImage, OpenInput, Source, Window
 
 __all__ = ["SceneImages", "SceneTiles", "SceneViews", "middle_window", "scene_tile"]
 
@@ -32,21 +33,17 @@ class SceneImages:
 
     Args:
         labelled: the images.
-        bands: 1-based bands to read; all but alpha if None.
-        nodata: value of missing pixels, instead of the one that files declare.
+        open_input: opens an image by its path, with the options of a model or a config.
 
     Raises:
         InputError: no image, one that can't be opened, or different numbers of bands.
     """
 
-    def __init__(
-        self, labelled: ImageTargets, *, bands: Sequence[int] | None = None, nodata: float | None = None
-    ) -> None:
+    def __init__(self, labelled: ImageTargets, open_input: OpenInput = open_source) -> None:
         if not len(labelled):
             raise InputError("expected labelled images, got none")
         self.labelled = labelled
-        options = {} if nodata is None else {"nodata": nodata}
-        self.sources = [open_closed(path, bands, **options) for path in labelled.paths]
+        self.sources = [open_closed(path, open_input) for path in labelled.paths]
         self.num_bands = common_bands(self.sources)
 
     def __len__(self) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import partial
 
 import numpy as np
 from torch import Tensor
@@ -13,10 +14,11 @@ from perf_vit.data.augmenting import AugmentConfig, check_augment, make_stain_ji
 from perf_vit.data.band_statistics import given_normalizer, measure_bands, seen_images
 from perf_vit.data.epochs import EpochDataModule, ShareSampler
 from perf_vit.data.image_targets import ImageTargets, read_class_folders, read_class_table, read_number_table
-from perf_vit.data.objects import bands_fit
 from perf_vit.data.scenes import SceneImages, SceneTiles, SceneViews
 from perf_vit.errors import ConfigError
-from perf_vit.transforms import Augmentation, InputBands
+from perf_vit.io import open_input
+from perf_vit.transforms import Augmentation, InputBands, bands_fit
+from perf_vit.types import InputOptions
 
 __all__ = [
     "ClassificationDataConfig",
@@ -164,7 +166,8 @@ def build_scene_datamodule(config: SceneDataConfig, seed: int) -> SceneDataModul
             labelled,
             read_image_targets(config, config.val, names=labelled.names, allow_missing=True),
         )
-    train, val = (SceneImages(part, bands=config.bands, nodata=config.nodata) for part in (train_part, val_part))
+    opener = partial(open_input, options=InputOptions.from_config(config))
+    train, val = (SceneImages(part, opener) for part in (train_part, val_part))
     if not bands_fit(val.num_bands, train.num_bands):
         raise ConfigError(
             f"data.val has images of {val.num_bands} bands, data.train of {train.num_bands}; choose common ones with "

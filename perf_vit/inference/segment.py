@@ -12,15 +12,14 @@ from perf_vit.inference.dense_output import DenseOutput, OutputKind, class_outpu
 from perf_vit.inference.engine import Strip, predict_strips
 from perf_vit.inference.map_job import MapJob
 from perf_vit.models import Segmenter, segmenter_id
-from perf_vit.transforms import InputCheck
-from perf_vit.types import Source, Window
+from perf_vit.types import InputPath, Source, Window
 
 __all__ = ["predict", "segment_job", "segment_strips"]
 
 
 def predict(
     model: Segmenter,
-    source: Source,
+    source: InputPath | Source,
     out: str | Path,
     *,
     kind: OutputKind = "classes",
@@ -37,7 +36,8 @@ def predict(
 
     Args:
         model: from `perf_vit.load_segmenter`.
-        source: from `perf_vit.open_source`, with the bands that the model was trained on.
+        source: Raster, slide or mosaic: what `perf_vit.open_source` opens, or what it returned. It is read as the model
+            was trained: bands, nodata, pixel size and tissue. Options that it was opened with come before the model's.
         out: path of the map; its folder is made if need be.
         kind: "classes", one uint8 band of class indices with a colour table and nodata 255; "probabilities", one
             float32 band a class with nodata NaN; or "probabilities-uint8", in steps of 1/254 with nodata 255. Of a
@@ -58,18 +58,22 @@ def predict(
             can't be read.
         OutputError: as `predict_map` says.
     """
-    InputCheck(model.spec.trained_on)(source)
-    return predict_map(
-        model,
-        source,
-        model.spec.normalizer,
-        out,
-        output=_output(model, kind, threshold),
-        model_id=segmenter_id(model),
-        overwrite=overwrite,
-        **_windows(model, source, window_size, overlap),
-        **engine,
-    )
+    opened = model.spec.open(source)
+    try:
+        return predict_map(
+            model,
+            opened,
+            model.spec.normalizer,
+            out,
+            output=_output(model, kind, threshold),
+            model_id=segmenter_id(model),
+            overwrite=overwrite,
+            **_windows(model, opened, window_size, overlap),
+            **engine,
+        )
+    finally:
+        if opened is not source:
+            opened.close()
 
 
 def segment_job(
@@ -140,11 +144,7 @@ def _output(model: Segmenter, kind: OutputKind, threshold: float) -> DenseOutput
 
 def _windows(model: Segmenter, source: Source, window_size: int | None, overlap: int | None) -> dict[str, Any]:
     """The engine's windows that a model can take, after a look at the source's bands."""
-    num_bands, expected = source.num_bands, len(model.spec.normalizer.mean)
-    if num_bands != expected:
-        raise InputError(
-            f"the model was trained on {expected} bands, {source.path} has {num_bands}; give a raster with those bands"
-        )
+    model.spec.check_bands(source)
     size = model.spec.tile_px if window_size is None else window_size
     multiple = model.size_multiple
     if size < 1 or size % multiple:

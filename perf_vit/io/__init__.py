@@ -22,6 +22,7 @@ from perf_vit.io.image_files import (
     previews_among,
     without_repeats,
 )
+from perf_vit.io.input_options import merged_options, open_input
 from perf_vit.io.label_files import LabelFiles
 from perf_vit.io.labels import LabelSource, open_labels
 from perf_vit.io.layout import RasterLayout
@@ -91,7 +92,9 @@ __all__ = [
     "is_vector_name",
     "lettered",
     "lettering_font",
+    "merged_options",
     "natural_bands",
+    "open_input",
     "open_labels",
     "open_raster",
     "open_source",

@@ -91,8 +91,11 @@ def open_labels(
 
     if is_vector_name(name):
         return from_vector()
-    if isinstance(source, SlideSource):
-        raise InputError(f"labels of the slide {source.path} must be polygons, such as QuPath's GeoJSON; got {name}")
+    if isinstance(source, SlideSource) and source.downsample_xy != (1, 1):
+        raise InputError(
+            f"labels of the slide {source.path} must be polygons, such as QuPath's GeoJSON, as it isn't read at its "
+            f"level 0; got {name}"
+        )
     try:
         mask = open_all_bands(name) if multilabel else open_raster(name)
     except InputError:

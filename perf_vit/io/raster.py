@@ -20,7 +20,7 @@ from perf_vit.io._grid import Bounds, Grid
 from perf_vit.io._handles import PerThread
 from perf_vit.io._orientation import Orientation, orientation_of
 from perf_vit.io._remote import with_retries
-from perf_vit.types import BoolArray, GeoImage, Window
+from perf_vit.types import BoolArray, GeoImage, InputPath, Window
 
 __all__ = ["Bounds", "RasterSource"]
 
@@ -47,10 +47,12 @@ class RasterSource:
         colormap: value to (red, green, blue, alpha), None where the first band has none.
         mask_name: what hides pixels beside nodata values, such as "band 4 (alpha)", None where nothing does.
         options: of `open_source` that it was opened with.
+        opened_from: what `open_source` was given, None for a source that it didn't open.
     """
 
     mpp: float | None = None
     options: Mapping[str, Any] = MappingProxyType({})
+    opened_from: InputPath | None = None
     _orientation = Orientation()
 
     def __init__(

@@ -16,7 +16,7 @@ from perf_vit.io._bands import warn_of_alpha
 from perf_vit.io._pyramid import LevelGrid, PyramidReader, finest_enough, grid_at, grid_of_level
 from perf_vit.io._resample import read_grid
 from perf_vit.io.tissue import TissueMask, open_tissue
-from perf_vit.types import BoolArray, GeoImage, Window
+from perf_vit.types import BoolArray, GeoImage, InputPath, Window
 
 __all__ = ["SlideSource"]
 
@@ -51,6 +51,7 @@ class SlideSource:
         levels: (height, width) of each level that the file holds, finest first.
         mask_name: what hides pixels in the file, such as "band 4 (alpha)", None where nothing does.
         options: of `open_source` that it was opened with.
+        opened_from: what `open_source` was given, None for a source that it didn't open.
 
     Raises:
         InputError: no such level or channel, `mpp` without a known pixel size, or a bad tissue file.
@@ -59,6 +60,7 @@ class SlideSource:
     crs = None
     nodata: float | None = None
     options: Mapping[str, Any] = MappingProxyType({})
+    opened_from: InputPath | None = None
     colormap: dict[int, tuple[int, int, int, int]] | None = None
 
     def __init__(

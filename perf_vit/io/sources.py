@@ -15,13 +15,13 @@ from perf_vit.io._slides import is_slide, open_slide
 from perf_vit.io.pixel_side import PixelSide
 from perf_vit.io.raster import RasterSource
 from perf_vit.io.slide import SlideSource
-from perf_vit.types import Source
+from perf_vit.types import InputPath
 
 __all__ = ["open_raster", "open_source"]
 
 
 def open_source(
-    path: str | Path | Sequence[str | Path],
+    path: InputPath,
     *,
     bands: Sequence[int | str] | None = None,
     nodata: float | None = None,
@@ -37,7 +37,7 @@ def open_source(
     slide_mpp: float | tuple[float, float] | None = None,
     tissue: str | Path | None = None,
     icc: Literal["srgb"] | None = None,
-) -> Source:
+) -> RasterSource | SlideSource:
     """Open a raster that GDAL reads (GeoTIFF, COG, VRT, JPEG 2000, ...; also by URL), many as one, or a whole slide.
 
     Slides are all formats of OpenSlide (SVS, NDPI, MRXS, DICOM, ...), OME-TIFF and OME-Zarr; they need the extra
@@ -95,6 +95,7 @@ def open_source(
     else:
         source = open_raster(path, bands=bands, **of_rasters)
     source.options = _given(bands=bands, **of_slides, **of_rasters)
+    source.opened_from = path
     return source
 
 

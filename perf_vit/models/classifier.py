@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
-from typing import Any, Literal, Self
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Literal, Self
 
 import torch
 from torch import Tensor, nn
 
 from perf_vit.models.finetune import BackboneTuning, evaluate_frozen, tune_backbone
+from perf_vit.models.input_spec import TaskSpec
 from perf_vit.models.pooled import build_pooled, pooled_parts, trunk_layers
-from perf_vit.transforms import InputBands, Normalizer
 
 __all__ = ["Classifier", "ClassifierConfig", "ClassifierSpec", "ImageLabelKind", "build_classifier"]
 
@@ -41,54 +41,25 @@ class ClassifierConfig(BackboneTuning):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class ClassifierSpec:
+class ClassifierSpec(TaskSpec):
     """What a trained network expects and means; saved with its weights.
 
     Attributes:
         kind: what its outputs are.
-        outputs: names of the classes, or of the numbers, in the order of the output.
-        normalizer: statistics of the bands it was trained on.
-        tile_px: side of the square tiles that it sees, in pixels.
         resize: whole images are resized to a tile; else a tile is the middle of the image, at full resolution.
-        bands: 1-based bands of the source that it reads, None for all of them.
-        nodata: value of missing pixels, instead of the one that files declare; None for theirs.
-        target_mean: of each number in the training data; empty for classes.
-        target_std: likewise.
-        trained_on: bands of the training images, to tell input that is not like them; None where nobody knows.
-        label_options: columns of the CSV files it was trained with.
+        target_mean: of each target in the training data; empty for classes.
+        target_std: standard deviation, likewise.
+
+    The others are those of `InputSpec`; `classes` are names of targets in regression, and `label_options` the columns
+    of the CSV files that it was trained with.
     """
 
+    takes_grey: ClassVar[bool] = True
+
     kind: ImageLabelKind
-    outputs: tuple[str, ...]
-    normalizer: Normalizer
-    tile_px: int
     resize: bool = False
-    bands: tuple[int, ...] | None = None
-    nodata: float | None = None
     target_mean: tuple[float, ...] = ()
     target_std: tuple[float, ...] = ()
-    trained_on: InputBands | None = None
-    label_options: dict[str, Any] = field(default_factory=dict)
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain values, for a checkpoint."""
-        trained_on = self.trained_on and self.trained_on.to_dict()
-        return {**asdict(self), "normalizer": self.normalizer.to_dict(), "trained_on": trained_on}
-
-    @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> ClassifierSpec:
-        """The inverse of `to_dict`."""
-        return cls(
-            **{
-                **values,
-                "normalizer": Normalizer.from_dict(values["normalizer"]),
-                "trained_on": values.get("trained_on") and InputBands.from_dict(values["trained_on"]),
-                "outputs": tuple(values["outputs"]),
-                "bands": None if values["bands"] is None else tuple(values["bands"]),
-                "target_mean": tuple(values["target_mean"]),
-                "target_std": tuple(values["target_std"]),
-            }
-        )
 
 
 class Classifier(nn.Module):
@@ -183,7 +154,7 @@ def build_classifier(
         config,
         len(spec.normalizer.mean),
         spec.tile_px,
-        num_outputs=len(spec.outputs),
+        num_outputs=len(spec.classes),
         pool=config.pool,
         drop_rate=config.drop_rate,
         saved_backbone=saved_backbone,

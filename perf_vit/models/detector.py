@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
-from typing import Any, Literal
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from perf_vit.errors import InputError
 from perf_vit.models.finetune import evaluate_frozen
-from perf_vit.transforms import InputBands, Normalizer
+from perf_vit.models.input_spec import TaskSpec
 from perf_vit.types import Detections, ObjectLabels
 
 __all__ = ["Detector", "DetectorSpec", "ObjectKind"]
@@ -21,67 +21,23 @@ ObjectKind = Literal["boxes", "oriented_boxes", "masks"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class DetectorSpec:
+class DetectorSpec(TaskSpec):
     """What a trained detector expects and means; saved with its weights.
 
     Attributes:
-        classes: names, in the order of the class indices.
-        normalizer: statistics of the bands it was trained on.
-        tile_px: side of the square tiles it was trained on, in pixels.
-        bands: 1-based bands of the source that it reads, None for all of them.
-        nodata: value of missing pixels, instead of the one that files declare; None for theirs.
         score_threshold: lowest score of an object that is worth writing; training sets it to where F1 was highest on
             the validation images.
         kind: geometry of its detections; the head decides it.
-        mpp: micrometres per pixel that slides are read at, None for their level 0 and rasters.
-        slide_mpp: of level 0 of the slides that it was trained on, where their files don't say.
-        trained_on: bands of the training images, to tell input that is not like them; None where nobody knows.
         category_ids: COCO's id of each class in the labels that it was trained on, None where they had none.
-        label_options: how its label files are read, as keyword arguments of `perf_vit.data.read_object_labels`.
+
+    The others are those of `InputSpec`; `label_options` are keyword arguments of `perf_vit.data.read_object_labels`.
     """
 
-    classes: tuple[str, ...]
-    normalizer: Normalizer
-    tile_px: int
-    bands: tuple[int, ...] | None = None
-    nodata: float | None = None
+    takes_grey: ClassVar[bool] = True
+
     score_threshold: float = 0.5
     kind: ObjectKind = "boxes"
-    mpp: float | None = None
-    slide_mpp: float | None = None
-    trained_on: InputBands | None = None
     category_ids: tuple[int, ...] | None = None
-    label_options: dict[str, Any] = field(default_factory=dict)
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain values, for a checkpoint."""
-        values = asdict(self)
-        values["normalizer"] = self.normalizer.to_dict()
-        values["trained_on"] = self.trained_on and self.trained_on.to_dict()
-        return values
-
-    @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> DetectorSpec:
-        """The inverse of `to_dict`."""
-        return cls(
-            classes=tuple(values["classes"]),
-            normalizer=Normalizer.from_dict(values["normalizer"]),
-            tile_px=values["tile_px"],
-            bands=None if values["bands"] is None else tuple(values["bands"]),
-            nodata=values["nodata"],
-            score_threshold=values["score_threshold"],
-            kind=values["kind"],
-            mpp=values.get("mpp"),
-            slide_mpp=values.get("slide_mpp"),
-            trained_on=values.get("trained_on") and InputBands.from_dict(values["trained_on"]),
-            category_ids=values.get("category_ids") and tuple(values["category_ids"]),
-            label_options=values["label_options"],
-        )
-
-    def source_options(self) -> dict[str, Any]:
-        """How images are opened, as keyword arguments of `perf_vit.open_source`, all bands of them."""
-        options = {"nodata": self.nodata, "mpp": self.mpp, "slide_mpp": self.slide_mpp}
-        return {name: value for name, value in options.items() if value is not None}
 
 
 class Detector(nn.Module):

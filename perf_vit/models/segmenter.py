@@ -6,90 +6,37 @@ import hashlib
 import itertools
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass
 from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
 
 from perf_vit.models.finetune import evaluate_frozen
-from perf_vit.transforms import InputBands, Normalizer
+from perf_vit.models.input_spec import TaskSpec
 
 __all__ = ["Segmenter", "SegmenterSpec", "network_id", "segmenter_id"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class SegmenterSpec:
+class SegmenterSpec(TaskSpec):
     """What a trained segmenter expects and means; saved with its weights.
 
     Attributes:
-        classes: names, in the order of the output channels.
-        normalizer: statistics of the bands it was trained on.
-        tile_px: side of the square tiles it was trained on, in pixels.
-        bands: 1-based bands of the source that it reads, None for all of them.
-        nodata: value of missing pixels, instead of the one that files declare; None for theirs.
-        resolution: side of a pixel that rasters are read at, None for their own.
-        resolution_unit: name and metres of the unit of `resolution`, that of the CRS of the rasters it was trained on;
-            None instead of metres for degrees. None without `resolution`.
         background: name of the class that is background; otherwise "ignore" or, with `multilabel`, "none" for the
             meaning of pixels under no polygon, or None where labels had no polygons.
         multilabel: each class is true or not by itself; its scores are logits of a sigmoid, not of a softmax.
-        mpp: micrometres per pixel that slides are read at, None for a model of rasters.
-        slide_mpp: of level 0 of the slides that it was trained on, where their files don't say.
-        tissue: "otsu" for a model that was trained on tissue alone.
-        trained_on: bands of the training images, to tell input that is not like them; None where nobody knows.
-        label_options: how its label files are read, as keyword arguments of `perf_vit.io.open_labels`.
+
+    The others are those of `InputSpec`; `label_options` are keyword arguments of `perf_vit.io.open_labels`.
     """
 
-    classes: tuple[str, ...]
-    normalizer: Normalizer
-    tile_px: int
-    bands: tuple[int, ...] | None = None
-    nodata: float | None = None
-    resolution: float | None = None
-    resolution_unit: tuple[str, float | None] | None = None
     background: str | None = None
     multilabel: bool = False
-    mpp: float | None = None
-    slide_mpp: float | None = None
-    tissue: str | None = None
-    trained_on: InputBands | None = None
-    label_options: dict[str, Any] = field(default_factory=dict)
 
     @property
     def background_index(self) -> int | None:
         """Class index of the background, None where no class is background."""
         return self.classes.index(self.background) if self.background in self.classes else None
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain values, for a checkpoint."""
-        values = asdict(self)
-        values["normalizer"] = self.normalizer.to_dict()
-        values["trained_on"] = self.trained_on and self.trained_on.to_dict()
-        # Models without them keep their id.
-        later = ("slide_mpp", "tissue", "trained_on", "resolution_unit")
-        return {k: v for k, v in values.items() if v is not None or k not in later}
-
-    @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> SegmenterSpec:
-        """The inverse of `to_dict`."""
-        return cls(
-            classes=tuple(values["classes"]),
-            normalizer=Normalizer.from_dict(values["normalizer"]),
-            tile_px=values["tile_px"],
-            bands=None if values["bands"] is None else tuple(values["bands"]),
-            nodata=values["nodata"],
-            resolution=values.get("resolution"),
-            resolution_unit=tuple(values["resolution_unit"]) if values.get("resolution_unit") else None,
-            # Checkpoints without it are older.
-            background=values.get("background"),
-            multilabel=values.get("multilabel", False),
-            mpp=values.get("mpp"),
-            slide_mpp=values.get("slide_mpp"),
-            tissue=values.get("tissue"),
-            trained_on=values.get("trained_on") and InputBands.from_dict(values["trained_on"]),
-            label_options=values["label_options"],
-        )
 
 
 class Segmenter(nn.Module):

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
 
 from perf_vit.errors import ConfigError
+from perf_vit.models.input_spec import TaskSpec
 from perf_vit.models.known_arguments import built_from
 from perf_vit.models.pooled import build_pooled
 from perf_vit.models.segmenter import network_id
-from perf_vit.transforms import InputBands, Normalizer
 
 __all__ = [
     "GatedAttentionPool",
@@ -48,60 +48,17 @@ class SlideModelConfig:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class SlideSpec:
+class SlideSpec(TaskSpec):
     """What a trained slide classifier expects and means; saved with its weights.
 
     Attributes:
-        classes: names, in the order of the output.
-        normalizer: statistics that windows are standardised with.
-        tile_px: side of a window, in pixels of `mpp`.
-        mpp: micrometres per pixel that slides are read at, None for their level 0.
-        bands: 1-based channels of the slide that it reads, None for all of them.
-        tissue: "otsu", or None to take windows of glass, too.
         min_tissue: least share of tissue in a window.
-        slide_mpp: micrometres per pixel of level 0 where files don't say.
-        trained_on: bands of the training images, to tell input that is not like them; None where nobody knows.
-        label_options: columns of the CSV files it was trained with.
+
+    The others are those of `InputSpec`; without `tissue`, windows of glass are taken, too, and `label_options` are the
+    columns of the CSV files that it was trained with.
     """
 
-    classes: tuple[str, ...]
-    normalizer: Normalizer
-    tile_px: int
-    mpp: float | None = None
-    bands: tuple[int, ...] | None = None
-    tissue: str | None = "otsu"
     min_tissue: float = 0.25
-    slide_mpp: float | None = None
-    trained_on: InputBands | None = None
-    label_options: dict[str, Any] = field(default_factory=dict)
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain values, for a checkpoint."""
-        trained_on = self.trained_on and self.trained_on.to_dict()
-        return {**asdict(self), "normalizer": self.normalizer.to_dict(), "trained_on": trained_on}
-
-    @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> SlideSpec:
-        """The inverse of `to_dict`."""
-        return cls(
-            **{
-                **values,
-                "normalizer": Normalizer.from_dict(values["normalizer"]),
-                "trained_on": values.get("trained_on") and InputBands.from_dict(values["trained_on"]),
-                "classes": tuple(values["classes"]),
-                "bands": None if values["bands"] is None else tuple(values["bands"]),
-            }
-        )
-
-    def source_options(self, **given: Any) -> dict[str, Any]:
-        """How slides are opened, as keyword arguments of `perf_vit.open_source`.
-
-        Args:
-            **given: tissue and slide_mpp of one slide; None counts as not given.
-        """
-        own = {"bands": self.bands, "mpp": self.mpp, "tissue": self.tissue, "slide_mpp": self.slide_mpp}
-        options = {**own, **{name: value for name, value in given.items() if value is not None}}
-        return {name: value for name, value in options.items() if value is not None}
 
 
 class GatedAttentionPool(nn.Module):

@@ -111,12 +111,12 @@ def draw_scene(image: Tensor, target: Tensor, network: Any, logits: Tensor) -> l
     seen = _enlarged(_seen(image))
     spec, scores = network.spec, network.scores(logits[None])[0].tolist()
     if spec.kind == "regression":
-        truth, predicted = (_listed(spec.outputs, values) for values in (target.tolist(), scores))
+        truth, predicted = (_listed(spec.classes, values) for values in (target.tolist(), scores))
     elif spec.kind == "multilabel":
-        truth = [name for name, value in zip(spec.outputs, target.tolist(), strict=True) if value]
-        predicted = _listed(spec.outputs, scores, least=0.5)
+        truth = [name for name, value in zip(spec.classes, target.tolist(), strict=True) if value]
+        predicted = _listed(spec.classes, scores, least=0.5)
     else:
-        truth, predicted = [spec.outputs[int(target)]], _listed(spec.outputs, scores, least=max(scores))
+        truth, predicted = [spec.classes[int(target)]], _listed(spec.classes, scores, least=max(scores))
     return [seen, _written(["true:", *(truth or ["none"]), "", "predicted:", *(predicted or ["none"])], seen.shape)]
 
 

@@ -64,14 +64,14 @@ class SceneTask(TrainingTask):
 
     def __init__(self, model_config: ClassifierConfig, spec: ClassifierSpec, optim: PooledOptimConfig) -> None:
         super().__init__(optim)
-        check_pooled_loss(optim, len(spec.outputs))
+        check_pooled_loss(optim, len(spec.classes))
         if spec.kind == "regression" and (optim.label_smoothing or optim.class_weights is not None):
             raise ConfigError(
                 "optim.label_smoothing and optim.class_weights are of classes, not numbers; leave them out"
             )
         self.model_config = model_config
         self.model = build_classifier(model_config, spec)
-        self.val_metrics = ImageMetrics(spec.outputs, spec.kind)
+        self.val_metrics = ImageMetrics(spec.classes, spec.kind)
         weights = None if optim.class_weights is None else torch.tensor(optim.class_weights)
         self.class_weights: Tensor | None
         self.register_buffer("class_weights", weights, persistent=False)

@@ -1,6 +1,7 @@
 """What happens to pixels between a source and a model: the same at training and at prediction."""
 
 from perf_vit.transforms.augment import Augmentation
+from perf_vit.transforms.grey import bands_fit, with_bands
 from perf_vit.transforms.input_bands import InputBands, InputCheck, common_names
 from perf_vit.transforms.masked import resize_masked
 from perf_vit.transforms.normalize import Normalizer, band_labels, without_tiny
@@ -14,10 +15,12 @@ __all__ = [
     "Normalizer",
     "StainJitter",
     "band_labels",
+    "bands_fit",
     "common_names",
     "resize_masked",
     "resize_with_labels",
     "resize_with_objects",
     "turn_with_objects",
+    "with_bands",
     "without_tiny",
 ]

@@ -9,8 +9,7 @@ from command_line import call
 from synthetic_slide import make_slide
 
 from perf_vit.io import open_source
-from perf_vit.models import SegmenterSpec, load_detector, load_segmenter
-from perf_vit.transforms import Normalizer
+from perf_vit.models import load_detector, load_segmenter
 
 MODEL = "backbone: performer_vit_tiny_patch16_224\n  backbone_kwargs: {depth: 1, embed_dim: 64, num_heads: 2}"
 SEGMENTATION = f"""
@@ -99,12 +98,6 @@ def test_a_segmenter_is_scored_on_slides_as_it_was_trained(slide, tmp_path, caps
     assert num_pixels("--tissue", str(labels)) == 80 * 40
     coarse = open_source(bare, mpp=1.0, slide_mpp=0.25, tissue="otsu")
     assert num_pixels("--slide-mpp", "0.25") == int(coarse.read(coarse.extent).valid.sum())
-
-
-def test_specs_without_the_reading_of_slides_are_read_as_before() -> None:
-    spec = SegmenterSpec(classes=("a", "b"), normalizer=Normalizer((0.0,), (1.0,)), tile_px=32)
-    assert not {"slide_mpp", "tissue"} & spec.to_dict().keys()
-    assert SegmenterSpec.from_dict(spec.to_dict()) == spec
 
 
 def test_objects_are_trained_and_found_at_the_mpp_of_the_config(slide, tmp_path) -> None:

@@ -3,7 +3,6 @@
 from pathlib import Path
 
 import numpy as np
-import pytest
 import rasterio
 import torch
 from command_line import call
@@ -51,15 +50,10 @@ def test_maps_of_a_model_without_wishes_are_equal(tmp_path: Path, make_scene) ->
     assert_equal_maps(maps(trained(tmp_path / "x.ckpt"), make_scene(), tmp_path))
 
 
-IGNORED = "a source is opened before the model is known, and the call doesn't open it again as the model was trained"
-
-
-@pytest.mark.xfail(strict=True, reason=IGNORED)
 def test_the_call_reads_rasters_at_the_resolution_of_the_model(tmp_path: Path, make_scene) -> None:
     assert_equal_maps(maps(trained(tmp_path / "x.ckpt", resolution=5.0), make_scene(), tmp_path))
 
 
-@pytest.mark.xfail(strict=True, reason=IGNORED)
 def test_the_call_leaves_the_nodata_of_the_model_out(tmp_path: Path, make_scene) -> None:
     pixels = np.full((3, 70, 90), 9_000, np.uint16)
     pixels[:, :20] = 7
@@ -69,12 +63,10 @@ def test_the_call_leaves_the_nodata_of_the_model_out(tmp_path: Path, make_scene)
     assert_equal_maps(found)
 
 
-@pytest.mark.xfail(strict=True, reason=IGNORED)
 def test_the_call_reads_the_bands_of_the_model(tmp_path: Path, make_scene) -> None:
     assert_equal_maps(maps(trained(tmp_path / "x.ckpt", bands=(3, 1, 2)), make_scene(), tmp_path))
 
 
-@pytest.mark.xfail(strict=True, reason=IGNORED)
 def test_the_call_reads_slides_at_the_pixel_size_of_the_model(tmp_path: Path) -> None:
     slide = make_slide(tmp_path / "slide.tif", 320, 400, mpp=0.5, tile_px=64, tissue_share=1.0)
     assert_equal_maps(maps(trained(tmp_path / "x.ckpt", mpp=1.0), slide, tmp_path))

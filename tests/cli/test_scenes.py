@@ -83,7 +83,7 @@ def test_the_run_folder_holds_config_checkpoints_metrics_and_curve(run) -> None:
     last = list(csv.DictReader((run / "metrics.csv").open()))[-1]
     assert {"train/loss", "val/loss", "val/accuracy", "val/auroc", "val/f1/sea"} <= set(last)
     assert Image.open(run / "loss_curve.png").size[0] > 500
-    assert load_classifier(run / "checkpoints" / "best.ckpt").spec.outputs == KINDS
+    assert load_classifier(run / "checkpoints" / "best.ckpt").spec.classes == KINDS
 
 
 def test_evaluation_prints_classes_and_writes_scores_and_confusion_matrix(run, folders, tmp_path, capsys) -> None:

@@ -1,5 +1,6 @@
 import dataclasses
 import math
+from functools import partial
 
 import numpy as np
 import pytest
@@ -16,6 +17,7 @@ from perf_vit.data.labels.masks import OutlineMasks, Rle
 from perf_vit.data.object_places import make_places
 from perf_vit.data.objects import ObjectGrid, ObjectImages, ObjectWindows
 from perf_vit.errors import ConfigError, InputError
+from perf_vit.io import open_source
 from perf_vit.ops.mask_crops import part_in
 from perf_vit.transforms import Normalizer
 from perf_vit.types import Window
@@ -224,7 +226,7 @@ def test_scenes_of_other_band_counts_are_an_error(make_scene) -> None:
     records = [_record([], str(make_scene(num_bands=count)), 70, 90) for count in (3, 4)]
     with pytest.raises(InputError, match=r"has 3 bands, .* 4; choose common ones with data\.bands"):
         ObjectImages(records)
-    assert ObjectImages(records, bands=[3, 1]).num_bands == 2
+    assert ObjectImages(records, open_input=partial(open_source, bands=[3, 1])).num_bands == 2
 
 
 def test_invalid_pixels_become_zero_and_objects_on_them_are_ignored(make_scene) -> None:

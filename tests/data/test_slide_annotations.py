@@ -1,6 +1,7 @@
 """QuPath's annotations of slides, in pixels of level 0, at the size that slides are read at."""
 
 import json
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -112,7 +113,7 @@ def test_objects_of_slides_are_in_pixels_of_the_size_that_is_read(slide, mpp, sc
         label_format="polygons",
         classes=["Tumor", "Stroma"],
         attribute="classification",
-        source_options=options,
+        open_input=partial(open_source, **options),
     )
     assert (record.height, record.width) == (400 // scale, 480 // scale)
     assert record.boxes_xyxy.tolist() == [[side / scale for side in TUMOUR], [side / scale for side in STROMA]]

@@ -48,7 +48,7 @@ def test_a_backbone_may_be_named_with_the_tag_of_its_weights() -> None:
 def make(backbone: str, *, kind: str = "single_label", tile_px: int = 48, **options) -> Classifier:
     spec = ClassifierSpec(
         kind=kind,
-        outputs=("a", "b", "c"),
+        classes=("a", "b", "c"),
         normalizer=Normalizer((0.0,) * 4, (1.0,) * 4),
         tile_px=tile_px,
         target_mean=(1.0, 2.0, 3.0) if kind == "regression" else (),
@@ -158,7 +158,7 @@ def test_a_converted_folder_keeps_its_weights_under_any_pool(tmp_path: Path, poo
     folder = tmp_path / "converted"
     perf_vit.save_converted(perf_vit.performerize(teacher), folder)
     spec = ClassifierSpec(
-        kind="multilabel", outputs=("a", "b"), normalizer=Normalizer((0.0,) * 3, (1.0,) * 3), tile_px=32
+        kind="multilabel", classes=("a", "b"), normalizer=Normalizer((0.0,) * 3, (1.0,) * 3), tile_px=32
     )
     config = ClassifierConfig(backbone=str(folder), pool=pool)
     model = build_classifier(config, spec)

@@ -54,7 +54,7 @@ TASKS = {
         load_classifier,
         build_classifier,
         ClassifierConfig(**BACKBONE, pool="avg"),
-        ClassifierSpec(outputs=("a", "b"), kind="single_label", **SHARED),
+        ClassifierSpec(classes=("a", "b"), kind="single_label", **SHARED),
     ),
     "slide": (
         load_slide_classifier,

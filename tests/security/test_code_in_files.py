@@ -103,7 +103,7 @@ def networks() -> dict:
     heads = {"out_indices": [0], "strides": [8], "channels": 64, "head_kwargs": {"num_convs": 1}}
     segmenter, detector = ModelConfig(**VIT, out_indices=[0], head="linear"), DetectorConfig(**VIT, **heads)
     classifier, slide = ClassifierConfig(**VIT), SlideModelConfig(**VIT)
-    outputs = {"kind": "single_label", "normalizer": NORMALIZER, "tile_px": 32, "outputs": ("a", "b")}
+    outputs = {"kind": "single_label", "normalizer": NORMALIZER, "tile_px": 32, "classes": ("a", "b")}
     return {
         "segmentation": (segmenter, lambda: build_segmenter(segmenter, SegmenterSpec(**spec)), load_segmenter),
         "detection": (detector, lambda: build_detector(detector, DetectorSpec(**spec)), load_detector),

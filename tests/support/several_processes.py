@@ -144,7 +144,7 @@ def with_objects(rng):
 
 
 def classification() -> tuple:
-    spec = ClassifierSpec(kind="single_label", outputs=("a", "b", "c"), **SPEC)
+    spec = ClassifierSpec(kind="single_label", classes=("a", "b", "c"), **SPEC)
     return (
         SceneTask(ClassifierConfig(**BACKBONE), spec, PooledOptimConfig(class_weights=[1.0, 2.0, 3.0])),
         classified,
@@ -153,7 +153,7 @@ def classification() -> tuple:
 
 
 def regression() -> tuple:
-    spec = ClassifierSpec(kind="regression", outputs=("a",), target_mean=(2.0,), target_std=(3.0,), **SPEC)
+    spec = ClassifierSpec(kind="regression", classes=("a",), target_mean=(2.0,), target_std=(3.0,), **SPEC)
     config = ClassifierConfig(backbone="resnet10t", freeze_backbone=True)
     return SceneTask(config, spec, PooledOptimConfig()), numbered, None
 

@@ -48,9 +48,9 @@ def save_segmenter(path: Path, target: str = "thing", num_bands: int = 3, tile_p
 def save_classifier(path: Path, kind: str) -> Path:
     """Of two classes, or of one number."""
     config = ClassifierConfig(**BACKBONE, pool="avg")
-    named: dict[str, Any] = {"outputs": ("a", "b")}
+    named: dict[str, Any] = {"classes": ("a", "b")}
     if kind == "regression":
-        named = {"outputs": ("height",), "target_mean": (0.0,), "target_std": (1.0,)}
+        named = {"classes": ("height",), "target_mean": (0.0,), "target_std": (1.0,)}
     columns = {"image_column": "image", **({} if kind == "regression" else {"label_column": "label"})}
     spec = ClassifierSpec(kind=kind, normalizer=NORMALIZER, tile_px=32, label_options=columns, **named)
     return _save(path, config, build_classifier(config, spec))

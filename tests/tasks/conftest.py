@@ -120,7 +120,7 @@ def scenes(tmp_path_factory):
             ClassificationDataConfig(train=split, val=split, num_workers=num_workers, **TILES), seed=0
         )
         spec = ClassifierSpec(
-            kind="single_label", outputs=data.names, normalizer=data.normalizer, tile_px=32, resize=False
+            kind="single_label", classes=data.names, normalizer=data.normalizer, tile_px=32, resize=False
         )
         task = SceneTask(ClassifierConfig(**VIT, drop_rate=0.2), spec, PooledOptimConfig())
         return data, task, {"monitor": CLASSIFICATION_MONITOR, "curves": CLASSIFICATION_CURVES}

@@ -79,7 +79,7 @@ def test_layer_d_of_depth_has_the_rate_times_decay_to_the_depth_minus_d(build) -
 
 
 def test_classifiers_have_rates_by_layer_too() -> None:
-    spec = ClassifierSpec(kind="single_label", outputs=("a", "b"), normalizer=STATISTICS, tile_px=32)
+    spec = ClassifierSpec(kind="single_label", classes=("a", "b"), normalizer=STATISTICS, tile_px=32)
     model = build_classifier(ClassifierConfig(**{**VIT, "pool": "map"}), spec)
     found = rates(model, OptimizerConfig(lr=0.01, backbone_lr_scale=0.5, layer_decay=0.7))
     assert set(found) == {name for name, _ in model.named_parameters()}

@@ -102,7 +102,7 @@ def test_masks_and_oriented_boxes_are_outlined_along_themselves() -> None:
     ],
 )
 def test_what_is_said_of_an_image_stands_beside_it(kind, target, logits, texts, monkeypatch) -> None:
-    spec = SimpleNamespace(kind=kind, outputs=("a", "b"))
+    spec = SimpleNamespace(kind=kind, classes=("a", "b"))
     scores = {"single_label": lambda x: x.softmax(1), "multilabel": torch.sigmoid, "regression": lambda x: x}[kind]
     written = []
     draw_text = ImageDraw.ImageDraw.multiline_text

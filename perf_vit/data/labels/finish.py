@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -17,7 +17,7 @@ from perf_vit.data.labels.tally import Tally
 from perf_vit.errors import InputError
 from perf_vit.io import SlideSource, open_source
 from perf_vit.ops.boxes import box_areas
-from perf_vit.types import Source
+from perf_vit.types import OpenInput, Source
 
 __all__ = ["finish_index", "oriented_box_around"]
 
@@ -32,7 +32,7 @@ def finish_index(
     *,
     classes: Sequence[str],
     skip_classes: Collection[str] = (),
-    source_options: Mapping[str, Any] | None = None,
+    open_input: OpenInput = open_source,
     oriented: bool = False,
 ) -> ObjectIndex:
     """Check raw labels against their images and put them in arrays.
@@ -44,8 +44,8 @@ def finish_index(
         images: as a format's reader gives them.
         classes: names; an object's label is its name's index.
         skip_classes: names of objects to leave out, as if they were background.
-        source_options: mpp and slide_mpp that slides are read at. Raw labels are in pixels of level 0, records in those
-            of the size that slides are read at.
+        open_input: opens an image by its path. Raw labels are in pixels of a slide's level 0, records in those of the
+            size that it is read at.
         oriented: make outlines to the smallest oriented boxes around them.
 
     Raises:
@@ -60,7 +60,7 @@ def finish_index(
     if oriented:
         _orient(images, tally)
     kinds = _kinds(images, tally)
-    records = tuple(_record(image, indices, kinds, tally, source_options or {}) for image in images)
+    records = tuple(_record(image, indices, kinds, tally, open_input) for image in images)
     counts["images"] = len(records)
     counts["images without objects"] = sum(len(record) == 0 for record in records)
     counts["objects"] = sum(map(len, records))
@@ -144,9 +144,9 @@ def _record(
     indices: dict[str, int],
     kinds: tuple[bool, bool],
     tally: Tally,
-    source_options: Mapping[str, Any],
+    open_input: OpenInput,
 ) -> ImageRecord:
-    height, width = _measured(image, source_options)
+    height, width = _measured(image, open_input)
     _drop_unplaced(image, tally)
     _drop_repeated(image, tally)
     boxes = np.array([_box(item) for item in image.objects], np.float64).reshape(-1, 4)
@@ -166,9 +166,9 @@ def _record(
     )
 
 
-def _measured(image: RawImage, source_options: Mapping[str, Any]) -> tuple[int, int]:
+def _measured(image: RawImage, open_input: OpenInput) -> tuple[int, int]:
     """The size of an image as it is read; its objects are brought to that."""
-    source = open_source(image.path, **source_options)
+    source = open_input(image.path)
     source.close()
     labelled = source.levels[0] if isinstance(source, SlideSource) else source.size
     if image.size is not None and min(image.size) > 0 and image.size != labelled:

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import warnings
 from collections import Counter
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 from perf_vit.data.labels.coco import read_coco
 from perf_vit.data.labels.dota import read_dota
@@ -20,7 +19,8 @@ from perf_vit.data.labels.table import read_table
 from perf_vit.data.labels.voc import read_voc
 from perf_vit.data.labels.yolo import read_yolo
 from perf_vit.errors import ConfigError, DataWarning, InputError
-from perf_vit.io import ids_of_classes, split_layer
+from perf_vit.io import ids_of_classes, open_source, split_layer
+from perf_vit.types import OpenInput
 
 __all__ = ["LABEL_FORMATS", "read_object_labels"]
 
@@ -37,7 +37,7 @@ def read_object_labels(
     skip_classes: Collection[str] = (),
     attribute: str | None = None,
     names: Sequence[str] | None = None,
-    source_options: Mapping[str, Any] | None = None,
+    open_input: OpenInput = open_source,
     oriented: bool = False,
 ) -> ObjectIndex:
     """Read the labels of a set of images and check them against the images.
@@ -51,8 +51,8 @@ def read_object_labels(
         skip_classes: names of objects to leave out, as if they were background.
         attribute: of polygons, the column that holds class names; without it all objects are of the one class.
         names: the images to use, with or without ending; all labelled ones by default.
-        source_options: mpp and slide_mpp to read slides at; their labels are in pixels of level 0.
-
+        open_input: opens an image by its path, with the options of a model or a config. Labels of slides are in pixels
+            of level 0, whatever size they are read at.
         oriented: objects are oriented boxes: an outline, as YOLO's four corners are, gives the smallest around it.
 
     Raises:
@@ -76,7 +76,7 @@ def read_object_labels(
         raw.images,
         classes=classes or _own_classes(raw, skip_classes),
         skip_classes=skip_classes,
-        source_options=source_options,
+        open_input=open_input,
         oriented=oriented,
     )
     if raw.category_ids is not None:
