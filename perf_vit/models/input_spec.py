@@ -92,10 +92,8 @@ class InputSpec(InputOptions):
         expected, got = len(self.normalizer.mean), source.num_bands
         if got == expected or (self.takes_grey and bands_fit(got, expected)):
             return
-        names = "" if self.trained_on is None else ", ".join(self.trained_on.names)
         raise InputError(
-            f"the model was trained on {expected} bands{f' ({names})' if names else ''}, {source.path} has {got}; "
-            "give an input with those bands"
+            f"the model was trained on {expected} bands, {source.path} has {got}; give an input with those bands"
         )
 
     def to_dict(self) -> dict[str, Any]:
