@@ -25,7 +25,7 @@ from perf_vit.models.convert import performerize
 from perf_vit.models.detector import Detector, DetectorSpec
 from perf_vit.models.fidelity import attention_errors, token_cosines
 from perf_vit.models.finetune import LoraConfig, backbone_body, backbone_layers
-from perf_vit.models.input_spec import InputSpec, TaskSpec
+from perf_vit.models.input_spec import InputSpec
 from perf_vit.models.layer_options import choose_layer_options
 from perf_vit.models.pooled import pretrained_statistics
 from perf_vit.models.saved_model import load_converted, load_softmax, save_converted
@@ -50,7 +50,6 @@ __all__ = [
     "SlideClassifier",
     "SlideModelConfig",
     "SlideSpec",
-    "TaskSpec",
     "attention_errors",
     "backbone_body",
     "backbone_layers",

@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 from command_line import call
+from synthetic_slide import make_slide
 
 import perf_vit.io.input_options
-from perf_vit.data.synthetic_slide import make_slide
 from perf_vit.io import open_source
 from perf_vit.models import load_classifier, load_detector, load_segmenter, load_slide_classifier
 
