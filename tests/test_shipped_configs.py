@@ -40,15 +40,17 @@ def test_every_shipped_config_is_of_a_kind_tested_here() -> None:
 
 @pytest.mark.parametrize("name", DISTILLATION)
 def test_a_shipped_distillation_loads_builds_and_takes_a_step_of_each_stage(name: str, tmp_path) -> None:
-    files = ["data.images=[x]", "data.val_images=[y]", "out=x"]
-    size = load_config(name, DistillationRun, files).data.size_px
+    files = ["data.train.image=[x]", "data.val.image=[y]", "out=x"]
+    size = load_config(name, DistillationRun, files).data.tile_px
     image = tmp_path / "image.png"
     Image.fromarray(np.random.default_rng(0).integers(0, 255, (70, 80, 3), dtype=np.uint8)).save(image)
-    files = [f"data.images=[{image}]", f"data.val_images=[{image}]", f"out={tmp_path}"]
-    fewer = ["data.size_px=56", "data.num_val_crops=1", "optim.block_steps=1", "optim.token_steps=1"]
+    files = [f"data.train.image=[{image}]", f"data.val.image=[{image}]", f"out={tmp_path}"]
+    fewer = ["data.tile_px=56", "data.num_val_tiles=1", "optim.block_steps=1", "optim.token_steps=1"]
     config = load_config(name, DistillationRun, [*files, *fewer, "trainer.val_every_steps=1"])
     torch.manual_seed(0)
-    teacher = timm.create_model(config.model.name, **{**config.model.kwargs, "depth": 2}, dynamic_img_size=True)
+    teacher = timm.create_model(
+        config.model.backbone, **{**config.model.backbone_kwargs, "depth": 2}, dynamic_img_size=True
+    )
     assert size % teacher.patch_embed.patch_size[0] == 0
     student = perf_vit.performerize(teacher, config.model.attention, **config.model.options)
     before = student.blocks[1].attn.qkv.weight.detach().clone()
@@ -98,7 +100,7 @@ def test_a_shipped_config_loads_builds_and_takes_a_step(name: str) -> None:
 
 @pytest.mark.parametrize("name", DETECTION)
 def test_a_shipped_detector_loads_builds_takes_a_step_and_detects(name: str) -> None:
-    files = [f"data.{part}.{key}=x" for part in ("train", "val") for key in ("images", "labels")]
+    files = [f"data.{part}.{key}=x" for part in ("train", "val") for key in ("image", "labels")]
     config = load_config(name, DetectionRun, [*files, "out=x"])
     assert config_value(name, "task") == "detection"
     num_bands = len(config.data.bands or [1, 2, 3])
@@ -130,7 +132,7 @@ def test_a_shipped_classifier_loads_builds_and_learns_one_batch(name: str) -> No
     is_regression = config_value(name, "task") == "regression"
     # A backbone that the user must give may be any of the same blocks.
     given = [] if "backbone: performer" in find_config(name).read_text() else ["model.backbone=vit_tiny_patch16_224"]
-    files = ["data.train.images=x", "out=x"]
+    files = ["data.train.image=x", "out=x"]
     if " labels: " in find_config(name).read_text():
         files += ["data.train.labels=x", "data.targets=[a]" if is_regression else "data.classes=[a,b,c]"]
     config = load_config(name, RegressionRun if is_regression else ClassificationRun, [*files, *given])
@@ -163,7 +165,7 @@ def test_a_shipped_classifier_loads_builds_and_learns_one_batch(name: str) -> No
 
 @pytest.mark.parametrize("name", SLIDES)
 def test_a_shipped_slide_classifier_loads_builds_and_learns_one_batch(name: str) -> None:
-    given = ["data.train=x", "data.slides=x", "model.backbone=vit_tiny_patch16_224", "out=x"]
+    given = ["data.train.labels=x", "data.train.image=x", "model.backbone=vit_tiny_patch16_224", "out=x"]
     config = load_config(name, SlideRun, given)
     spec = SlideSpec(classes=("a", "b"), normalizer=Normalizer((0.0,) * 3, (1.0,) * 3), tile_px=config.data.tile_px)
     torch.manual_seed(0)

@@ -241,7 +241,7 @@ def _crops(request: ConversionRequest, model: Any) -> list[Tensor]:
     crops = UnlabelledCrops(
         find_images(request.images),
         normalizer,
-        size_px=size,
+        tile_px=size,
         length=_CALIBRATION_CROPS + _REPORT_CROPS,
         seed=request.seed,
         symmetries=False,

@@ -40,7 +40,7 @@ def distill_model(config: DistillationRun, *, progress: bool = True) -> Path:
     run = RunFolder(config, more=[STUDENT])
     check_output_folder(run.path / STUDENT, overwrite=True)
     teacher = _teacher(config.model)
-    _check_size(teacher, config.data.size_px)
+    _check_size(teacher, config.data.tile_px)
     task = _task(config, teacher)
     pretrained: Any = teacher.pretrained_cfg
     data = build_crops(
@@ -56,29 +56,29 @@ def distill_model(config: DistillationRun, *, progress: bool = True) -> Path:
 
 
 def _teacher(config: PairConfig) -> nn.Module:
-    if not timm.is_model(config.name):
-        raise ConfigError(f"model.name: timm has no model {config.name}; see timm.list_models()")
+    if not timm.is_model(config.backbone):
+        raise ConfigError(f"model.backbone: timm has no model {config.backbone}; see timm.list_models()")
     try:
         if config.weights is None:
-            return timm.create_model(config.name, pretrained=True, **_timm_kwargs(config))
+            return timm.create_model(config.backbone, pretrained=True, **_timm_kwargs(config))
         weights = read_weights(config.weights)
-        return create_with_weights(config.name, weights, config.weights, **_timm_kwargs(config))
+        return create_with_weights(config.backbone, weights, config.weights, **_timm_kwargs(config))
     except (RuntimeError, TypeError, ValueError, AssertionError) as error:
-        raise _as_ours(error, f"model {config.name}") from error
+        raise _as_ours(error, f"model {config.backbone}") from error
 
 
 def _timm_kwargs(config: PairConfig) -> dict[str, Any]:
     # The grid of position embeddings stays as it was trained, whatever the size of the crops.
-    return {"dynamic_img_size": True, **check_file_arguments(config.kwargs, "model.kwargs")}
+    return {"dynamic_img_size": True, **check_file_arguments(config.backbone_kwargs, "model.backbone_kwargs")}
 
 
-def _check_size(teacher: nn.Module, size_px: int) -> None:
+def _check_size(teacher: nn.Module, tile_px: int) -> None:
     patch_embed: Any = getattr(teacher, "patch_embed", None)
     patch_size = getattr(patch_embed, "patch_size", (1, 1))
     patch_px = max(patch_size) if isinstance(patch_size, tuple) else int(patch_size)
-    if size_px < 1 or size_px % patch_px:
-        nearest = max(1, round(size_px / patch_px)) * patch_px
-        raise ConfigError(f"data.size_px must be a multiple of the patch size {patch_px}, got {size_px}; try {nearest}")
+    if tile_px < 1 or tile_px % patch_px:
+        nearest = max(1, round(tile_px / patch_px)) * patch_px
+        raise ConfigError(f"data.tile_px must be a multiple of the patch size {patch_px}, got {tile_px}; try {nearest}")
 
 
 def _task(config: DistillationRun, teacher: nn.Module) -> DistillationTask:
@@ -100,7 +100,7 @@ def _student(config: PairConfig, teacher: nn.Module) -> nn.Module:
     expected = {name: parameter.shape for name, parameter in teacher.named_parameters()}
     if {name: parameter.shape for name, parameter in student.named_parameters()} != expected:
         raise ConfigError(
-            f"model.student {config.student} is not a conversion of {config.name}; give the model.name and "
+            f"model.student {config.student} is not a conversion of {config.backbone}; give the model.backbone and "
             "model.weights that it was converted from"
         )
     return student

@@ -8,25 +8,22 @@ from dataclasses import asdict, dataclass, fields, is_dataclass
 from typing import Any
 
 from perf_vit.cli.schemas import (
-    ClassificationRun,
-    DetectionRun,
-    DistillationRun,
-    RegressionRun,
-    SegmentationRun,
-    SlideRun,
+    RunConfig,
 )
 from perf_vit.data import (
+    BaseDataConfig,
     ClassificationDataConfig,
-    CropsConfig,
     DataConfig,
     ImageSplitConfig,
     ObjectDataConfig,
     ObjectSplitConfig,
     RegionConfig,
-    SceneDataConfig,
     SlideDataConfig,
+    SlideSplitConfig,
+    SplitConfig,
+    TileDataConfig,
 )
-from perf_vit.models import ClassifierConfig, DetectorConfig, ModelConfig, SlideModelConfig
+from perf_vit.models.backbone_config import BackboneConfig
 from perf_vit.models.finetune import BackboneTuning
 from perf_vit.tasks import (
     DistillationConfig,
@@ -62,12 +59,9 @@ def _rules(*, free: str = "", moved: str = "", measured: str = "") -> Rules:
     return Rules(*(frozenset(names.split()) for names in (free, moved, measured)))
 
 
-_RUN = _rules(free="out resume")
-_NETWORK = _rules(free="pretrained")
-
 RULES: dict[type, Rules] = {
-    **dict.fromkeys((SegmentationRun, DetectionRun, ClassificationRun, RegressionRun, SlideRun, DistillationRun), _RUN),
-    **dict.fromkeys((ModelConfig, DetectorConfig, ClassifierConfig, SlideModelConfig), _NETWORK),
+    RunConfig: _rules(free="out resume"),
+    BackboneConfig: _rules(free="pretrained"),
     BackboneTuning: _rules(free="grad_checkpointing"),
     OptimizerConfig: _rules(
         free="lr backbone_lr_scale layer_decay weight_decay warmup_fraction schedule schedule_kwargs"
@@ -84,17 +78,17 @@ RULES: dict[type, Rules] = {
         "checkpoint_every_steps num_pictures logger"
     ),
     DistillationTrainerConfig: _rules(free="precision accelerator"),
-    RegionConfig: _rules(moved="image labels"),
-    DataConfig: _rules(free="sampler num_workers augment", measured="mean std"),
-    ObjectSplitConfig: _rules(moved="images labels list"),
-    ObjectDataConfig: _rules(free="sampler random_share min_visible num_workers augment", measured="mean std"),
-    ImageSplitConfig: _rules(moved="images labels"),
-    SceneDataConfig: _rules(free="num_workers augment", measured="mean std"),
+    SplitConfig: _rules(moved="image"),
+    BaseDataConfig: _rules(free="num_workers"),
+    TileDataConfig: _rules(free="augment", measured="mean std"),
+    RegionConfig: _rules(moved="labels"),
+    DataConfig: _rules(free="sampler"),
+    ObjectSplitConfig: _rules(moved="labels list"),
+    ObjectDataConfig: _rules(free="sampler random_share min_visible"),
+    ImageSplitConfig: _rules(moved="labels"),
     ClassificationDataConfig: _rules(free="sampler", measured="classes"),
-    SlideDataConfig: _rules(
-        free="max_windows embeddings embed_batch_size num_workers", moved="train slides val", measured="classes"
-    ),
-    CropsConfig: _rules(free="num_workers", moved="images val_images"),
+    SlideSplitConfig: _rules(moved="labels"),
+    SlideDataConfig: _rules(free="max_windows embeddings embed_batch_size", measured="classes mean std"),
 }
 """Rules by the class that declares the fields; those of base classes hold for their subclasses, too."""
 

@@ -160,7 +160,7 @@ def evaluate_scenes(
     """
     model = load_classifier(checkpoint)
     spec = model.spec
-    split = ImageSplitConfig(images=str(images), labels=None if labels is None else str(labels))
+    split = ImageSplitConfig(image=str(images), labels=None if labels is None else str(labels))
     columns = dict(spec.label_options)
     if spec.kind == "regression":
         config: Any = RegressionDataConfig(train=split, targets=list(spec.classes), **columns)
@@ -246,7 +246,7 @@ def _rows(
 def _spec(config: ClassificationRun | RegressionRun, data: SceneDataModule) -> ClassifierSpec:
     given = config.data
     if isinstance(given, RegressionDataConfig):
-        numbers = torch.as_tensor(data.train.images.labelled.targets)
+        numbers = torch.as_tensor(data.train.image.labelled.targets)
         std = numbers.std(0, correction=0)
         floor = numbers.abs().amax(0) * torch.finfo(torch.float32).eps
         return ClassifierSpec.from_data_config(

@@ -29,131 +29,118 @@ __all__ = [
     "DistillationRun",
     "PairConfig",
     "RegressionRun",
+    "RunConfig",
     "SegmentationRun",
     "SlideRun",
+    "TaskRunConfig",
 ]
 
 
 @dataclass(kw_only=True)
-class SegmentationRun:
+class RunConfig:
+    """What every run has.
+
+    Attributes:
+        out: run folder.
+        task: name of the task.
+        seed: seed of everything random: weights, tiles, augmentation, and what is validated on where `data.val` is left
+            out.
+        resume: continue from the run folder's last checkpoint.
+    """
+
+    out: str
+    task: str
+    seed: int = 0
+    resume: bool = False
+
+
+@dataclass(kw_only=True)
+class TaskRunConfig(RunConfig):
+    """What every run of `perf-vit train` has.
+
+    Attributes:
+        trainer: how long and where.
+    """
+
+    trainer: TrainerConfig = field(default_factory=TrainerConfig)
+
+
+@dataclass(kw_only=True)
+class SegmentationRun(TaskRunConfig):
     """Everything that decides a segmentation run; dumped into its folder.
 
     Attributes:
-        out: the run folder.
-        task: segmentation, which is also what a config without it means.
-        seed: decides weights, windows and augmentation.
-        resume: continue from the run folder's last checkpoint.
         data: rasters, labels and tiles.
         model: backbone and head.
         optim: loss, optimizer and schedule.
-        trainer: how long and where.
     """
 
-    out: str
     data: DataConfig
     task: str = "segmentation"
-    seed: int = 0
-    resume: bool = False
     model: ModelConfig = field(default_factory=ModelConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
-    trainer: TrainerConfig = field(default_factory=TrainerConfig)
 
 
 @dataclass(kw_only=True)
-class DetectionRun:
+class DetectionRun(TaskRunConfig):
     """Everything that decides a run of object detection; dumped into its folder.
 
     Attributes:
-        out: the run folder.
-        task: detection.
-        seed: decides weights, windows and augmentation.
-        resume: continue from the run folder's last checkpoint.
         data: images, labels of objects and tiles.
         model: backbone, neck and head.
         optim: optimizer and schedule.
-        trainer: how long and where.
     """
 
-    out: str
     data: ObjectDataConfig
     task: str = "detection"
-    seed: int = 0
-    resume: bool = False
     model: DetectorConfig = field(default_factory=DetectorConfig)
     optim: DetectionOptimConfig = field(default_factory=DetectionOptimConfig)
-    trainer: TrainerConfig = field(default_factory=TrainerConfig)
 
 
 @dataclass(kw_only=True)
-class ClassificationRun:
+class ClassificationRun(TaskRunConfig):
     """Everything that decides a run of image classification; dumped into its folder.
 
     Attributes:
-        out: the run folder.
-        task: classification.
-        seed: decides weights, tiles and augmentation.
-        resume: continue from the run folder's last checkpoint.
         data: images, their classes and tiles.
         model: backbone and pooling.
         optim: loss, optimizer and schedule.
-        trainer: how long and where.
     """
 
-    out: str
     data: ClassificationDataConfig
     task: str = "classification"
-    seed: int = 0
-    resume: bool = False
     model: ClassifierConfig = field(default_factory=ClassifierConfig)
     optim: PooledOptimConfig = field(default_factory=PooledOptimConfig)
-    trainer: TrainerConfig = field(default_factory=TrainerConfig)
 
 
 @dataclass(kw_only=True)
-class RegressionRun:
+class RegressionRun(TaskRunConfig):
     """Everything that decides a run that learns to estimate numbers from images; dumped into its folder.
 
     Attributes:
-        out: the run folder.
-        task: regression.
-        seed: decides weights, tiles and augmentation.
-        resume: continue from the run folder's last checkpoint.
         data: images, their numbers and tiles.
         model: backbone and pooling.
         optim: optimizer and schedule.
-        trainer: how long and where.
     """
 
-    out: str
     data: RegressionDataConfig
     task: str = "regression"
-    seed: int = 0
-    resume: bool = False
     model: ClassifierConfig = field(default_factory=ClassifierConfig)
     optim: PooledOptimConfig = field(default_factory=PooledOptimConfig)
-    trainer: TrainerConfig = field(default_factory=TrainerConfig)
 
 
 @dataclass(kw_only=True)
-class SlideRun:
+class SlideRun(TaskRunConfig):
     """Everything that decides a run of slide classification; dumped into its folder.
 
     Attributes:
-        out: the run folder.
-        task: slide.
-        seed: decides weights, the order of slides and the windows drawn.
-        resume: continue from the run folder's last checkpoint.
         data: slides, their classes and windows.
         model: encoder and attention.
         optim: loss, optimizer and schedule.
-        trainer: how long and where.
     """
 
-    out: str
     data: SlideDataConfig
     task: str = "slide"
-    seed: int = 0
-    resume: bool = False
     model: SlideModelConfig = field(default_factory=SlideModelConfig)
     optim: PooledOptimConfig = field(default_factory=PooledOptimConfig)
     # A bag of features is nothing to draw.
@@ -165,41 +152,36 @@ class PairConfig:
     """A softmax model and how its copy is made linear.
 
     Attributes:
-        name: timm's name of the model.
+        backbone: timm's name of the model.
         weights: its weights, .safetensors or .pth, as timm or the model's authors name them; timm's own if left out.
-        kwargs: passed to `timm.create_model`.
+        backbone_kwargs: passed to `timm.create_model`.
         attention: of the student, as `perf_vit.performerize` takes it.
         options: of `perf_vit.performerize`, among them window_size, num_sinks, num_clusters and seed.
         student: a folder of `perf-vit convert` or of an earlier distillation to start from, instead of `attention` and
             `options`.
     """
 
-    name: str
+    backbone: str
     weights: str | None = None
-    kwargs: dict[str, Any] = field(default_factory=dict)
+    backbone_kwargs: dict[str, Any] = field(default_factory=dict)
     attention: str | None = None
     options: dict[str, Any] = field(default_factory=dict)
     student: str | None = None
 
 
 @dataclass(kw_only=True)
-class DistillationRun:
+class DistillationRun(RunConfig):
     """Everything that decides a distillation; dumped into its folder.
 
     Attributes:
-        out: the run folder.
         model: teacher and student.
-        data: images to take crops of.
-        seed: decides the crops.
-        resume: continue from the run folder's last checkpoint.
+        data: images to take tiles of.
         optim: stages and schedule.
         trainer: where to train and how often to validate.
     """
 
-    out: str
     model: PairConfig
     data: CropsConfig
-    seed: int = 0
-    resume: bool = False
+    task: str = "distillation"
     optim: DistillationConfig = field(default_factory=DistillationConfig)
     trainer: DistillationTrainerConfig = field(default_factory=DistillationTrainerConfig)

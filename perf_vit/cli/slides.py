@@ -24,6 +24,7 @@ from perf_vit.data import (
     SlideBagModule,
     SlideFeatures,
     SlideTargets,
+    given_normalizer,
     read_slide_table,
     read_slides,
     tissue_windows,
@@ -314,6 +315,7 @@ def _with_errors(
 def _spec(config: SlideRun, train: SlideTargets) -> SlideSpec:
     data, options = config.data, InputOptions.from_config(config.data)
     first = open_input(train.paths[0], options)
+    given = given_normalizer(data.mean, data.std, first.num_bands)
     if first.num_bands == 3 and first.dtype == np.uint8:
         # Those that the encoder knows: they don't depend on the slides, so features stay valid when there are more.
         normalizer = pretrained_statistics(config.model.backbone)
@@ -325,9 +327,9 @@ def _spec(config: SlideRun, train: SlideTargets) -> SlideSpec:
     return SlideSpec.from_data_config(
         data,
         train,
-        normalizer=normalizer,
+        normalizer=given or normalizer,
         trained_on=InputBands.measured(images, first.band_names),
-        label_options={"slide_column": data.slide_column, "label_column": data.label_column},
+        label_options={"image_column": data.image_column, "label_column": data.label_column},
     )
 
 

@@ -1,8 +1,10 @@
 """Training data as standardised tiles: windows of labelled sources and of images with objects; unlabelled crops."""
 
 from perf_vit.data.augmenting import AugmentConfig
+from perf_vit.data.band_statistics import given_normalizer
 from perf_vit.data.build import build_datamodule
 from perf_vit.data.class_pixels import count_class_pixels
+from perf_vit.data.config import BaseDataConfig, SplitConfig, TileDataConfig
 from perf_vit.data.crops import UnlabelledCrops, find_images
 from perf_vit.data.crops_datamodule import CropsConfig, build_crops
 from perf_vit.data.datamodule import WindowDataModule
@@ -31,12 +33,13 @@ from perf_vit.data.scenes_datamodule import (
 )
 from perf_vit.data.slide_bags import SlideTargets, read_slide_table
 from perf_vit.data.slide_windows import tissue_windows
-from perf_vit.data.slides_datamodule import SlideBagModule, SlideDataConfig, read_slides
+from perf_vit.data.slides_datamodule import SlideBagModule, SlideDataConfig, SlideSplitConfig, read_slides
 from perf_vit.data.synthetic import make_ship_scene
 from perf_vit.data.window_config import DataConfig, RegionConfig, label_options
 
 __all__ = [
     "AugmentConfig",
+    "BaseDataConfig",
     "ClassificationDataConfig",
     "CropsConfig",
     "DataConfig",
@@ -57,7 +60,10 @@ __all__ = [
     "SlideBagModule",
     "SlideDataConfig",
     "SlideFeatures",
+    "SlideSplitConfig",
     "SlideTargets",
+    "SplitConfig",
+    "TileDataConfig",
     "UnlabelledCrops",
     "WindowDataModule",
     "build_crops",
@@ -68,6 +74,7 @@ __all__ = [
     "count_class_pixels",
     "find_images",
     "find_label_pairs",
+    "given_normalizer",
     "is_labelled_folder",
     "label_options",
     "make_ship_scene",

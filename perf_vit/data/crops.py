@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 from collections.abc import Sequence
 from contextlib import closing
 from pathlib import Path
@@ -13,37 +14,64 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from perf_vit.errors import InputError
-from perf_vit.io import FOLDER_SUFFIXES, IMAGE_SUFFIXES, files_below, is_image_name, open_source
+from perf_vit.io import (
+    FOLDER_SUFFIXES,
+    IMAGE_SUFFIXES,
+    files_below,
+    is_by_product,
+    is_image_name,
+    open_source,
+    without_repeats,
+)
 from perf_vit.tiling import random_window
 from perf_vit.transforms import Normalizer
 from perf_vit.types import Source
 
-__all__ = ["UnlabelledCrops", "find_images"]
+__all__ = ["UnlabelledCrops", "find_images", "image_root", "is_glob"]
 
 
 def find_images(paths: Sequence[str | Path]) -> list[Path]:
-    """The images that some files and folders hold.
+    """The images that some files, folders and globs name.
 
     A file is taken as it is. A folder is searched, subfolders included, for rasters, slides and photos by their
-    endings; hidden files and what other programs leave behind are passed over. Masks that lie among the images are
-    found too, so keep them elsewhere or name the files.
+    endings; hidden files and what other programs leave behind are passed over, as in globs, where `**` stands for any
+    folders. Masks that lie among the images are found too, so keep them elsewhere or name the files.
 
     Args:
-        paths: files and folders.
+        paths: files, folders and globs.
 
     Returns:
-        Each image once, in the order of the paths and sorted by name within a folder.
+        Each image once, in the order of the paths and sorted by name within a folder or glob.
 
     Raises:
-        InputError: no path, a path that doesn't exist, or a folder without images.
+        InputError: no path, a path that doesn't exist, or a folder or glob without images.
     """
     if not paths:
-        raise InputError("expected files or folders with images, got none")
+        raise InputError("expected files, folders or globs of images, got none")
     found = [image for path in map(Path, paths) for image in _images_at(path)]
     return list(dict.fromkeys(found))
 
 
+def is_glob(path: str | Path) -> bool:
+    """Whether a path has wildcards, and is no file or folder of such a name."""
+    return glob.has_magic(str(path)) and not Path(path).exists()
+
+
+def image_root(path: str | Path) -> Path:
+    """The folder that names of images are relative to: a folder itself, a file's, or a glob's part before wildcards."""
+    path = Path(path)
+    if path.is_dir():
+        return path
+    return next(parent for parent in path.parents if not is_glob(parent))
+
+
 def _images_at(path: Path) -> list[Path]:
+    if is_glob(path):
+        matches = without_repeats(map(Path, glob.glob(str(path), recursive=True)))
+        found = [each for each in matches if is_image_name(each.name) and not is_by_product(each.name)]
+        if not found:
+            raise InputError(f"no image matches {path}; expected files that end in {', '.join(sorted(IMAGE_SUFFIXES))}")
+        return found
     if path.is_file() or (path.is_dir() and path.suffix.lower() in FOLDER_SUFFIXES):
         return [path]
     if not path.is_dir():
@@ -63,7 +91,7 @@ class UnlabelledCrops(Dataset[Tensor]):
     Args:
         images: rasters, photos and slides, as `find_images` lists them; slides are read at level 0.
         normalizer: one mean and standard deviation a band, in the images' units.
-        size_px: side of a crop, in pixels.
+        tile_px: side of a crop, in pixels.
         length: number of crops.
         seed: decides images, places and symmetries, whatever the number of workers.
         bands: 1-based bands to read; the first ones, as many as the normalizer has, if None.
@@ -78,7 +106,7 @@ class UnlabelledCrops(Dataset[Tensor]):
         images: Sequence[Path],
         normalizer: Normalizer,
         *,
-        size_px: int,
+        tile_px: int,
         length: int,
         seed: int,
         bands: Sequence[int] | None = None,
@@ -88,9 +116,9 @@ class UnlabelledCrops(Dataset[Tensor]):
             raise InputError("expected images to take crops of, got none")
         chosen = tuple(bands) if bands is not None else tuple(range(1, len(normalizer.mean) + 1))
         self.sources = [_open(path, chosen) for path in images]
-        _check_sizes(self.sources, size_px)
+        _check_sizes(self.sources, tile_px)
         self.normalizer = normalizer
-        self.size_px = size_px
+        self.tile_px = tile_px
         self.length = length
         self.seed = seed
         self.symmetries = symmetries
@@ -99,13 +127,13 @@ class UnlabelledCrops(Dataset[Tensor]):
         return self.length
 
     def __getitem__(self, index: int) -> Tensor:
-        """Crop [C, size_px, size_px] float32, standardised; any index >= 0 is allowed."""
+        """Crop [C, tile_px, tile_px] float32, standardised; any index >= 0 is allowed."""
         rng = np.random.default_rng((self.seed, index))
         for _ in range(10):
             source = self.sources[int(rng.integers(len(self.sources)))]
             # Closed after each crop: there may be more images than a process may hold open.
             with closing(source):
-                image = source.read(random_window(source.extent, self.size_px, rng))
+                image = source.read(random_window(source.extent, self.tile_px, rng))
             if image.valid.mean() >= 0.5:
                 break
         pixels = self.normalizer(image)
@@ -117,12 +145,12 @@ def _open(path: Path, bands: tuple[int, ...]) -> Source:
         return source
 
 
-def _check_sizes(sources: Sequence[Source], size_px: int) -> None:
-    small = [source for source in sources if min(source.size) < size_px]
+def _check_sizes(sources: Sequence[Source], tile_px: int) -> None:
+    small = [source for source in sources if min(source.size) < tile_px]
     if small:
         height, width = small[0].size
         raise InputError(
-            f"crops of {size_px} px need images as large, got {len(small)} of {len(sources)} that are smaller, the "
+            f"crops of {tile_px} px need images as large, got {len(small)} of {len(sources)} that are smaller, the "
             f"first {small[0].path} with {height} x {width} px; leave them out or take smaller crops"
         )
 

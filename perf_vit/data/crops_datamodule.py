@@ -10,39 +10,33 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from perf_vit.data.band_statistics import given_normalizer
+from perf_vit.data.config import BaseDataConfig, SplitConfig, check_base, image_paths
 from perf_vit.data.crops import UnlabelledCrops, find_images
 from perf_vit.data.epochs import EpochDataModule, ShareSampler
-from perf_vit.errors import ConfigError, InputError
+from perf_vit.errors import InputError
 from perf_vit.transforms import Normalizer
 
 __all__ = ["CropsConfig", "CropsDataModule", "build_crops"]
 
 
 @dataclass(kw_only=True)
-class CropsConfig:
-    """Images to take crops of.
+class CropsConfig(BaseDataConfig):
+    """Images without labels to take random tiles of; `BaseDataConfig` has further keys.
+
+    By default, `bands` are the first ones, as many as the model takes, and `mean` and `std` the model's own, times 255,
+    for images of 8 bits.
 
     Attributes:
-        images: files and folders to train on.
-        val_images: files and folders to validate on, best of another place than `images`.
-        size_px: side of a crop, in pixels; a multiple of the model's patch size.
-        bands: 1-based bands; the first ones, as many as the model takes, if left out.
-        mean: one value a band, in the images' units; the model's own, times 255, if left out, for images of 8 bits.
-        std: as `mean`.
-        batch_size: crops a step.
-        num_val_crops: crops to validate on, the same ones each time.
-        num_workers: loader processes; 0 loads in the training process.
+        train: images trained on.
+        val: images validated on, best of another place.
+        num_val_tiles: tiles to validate on, the same ones each time.
     """
 
-    images: list[str]
-    val_images: list[str]
-    size_px: int = 518
-    bands: list[int] | None = None
-    mean: list[float] | None = None
-    std: list[float] | None = None
+    train: SplitConfig
+    val: SplitConfig
+    tile_px: int = 518
     batch_size: int = 1
-    num_val_crops: int = 16
-    num_workers: int = 0
+    num_val_tiles: int = 16
 
 
 class CropsDataModule(EpochDataModule):
@@ -89,23 +83,19 @@ def build_crops(
         ConfigError: numbers that don't fit.
         InputError: images that are missing, too small, or not of 8 bits where the config gives no mean and std.
     """
-    if min(config.batch_size, config.num_val_crops) < 1 or config.num_workers < 0:
-        raise ConfigError(
-            "data.batch_size and data.num_val_crops must be at least 1 and data.num_workers 0 or more, got "
-            f"{config.batch_size}, {config.num_val_crops} and {config.num_workers}"
-        )
+    check_base(config, {"num_val_tiles": 1})
     normalizer = given_normalizer(config.mean, config.std, len(mean)) or Normalizer(
         tuple(255 * value for value in mean), tuple(255 * value for value in std)
     )
     parts = []
-    for images, length, symmetries in (
-        (config.images, steps_per_epoch * config.batch_size, True),
-        (config.val_images, config.num_val_crops, False),
+    for split, length, symmetries in (
+        (config.train, steps_per_epoch * config.batch_size, True),
+        (config.val, config.num_val_tiles, False),
     ):
         crops = UnlabelledCrops(
-            find_images(images),
+            find_images(image_paths(split.image)),
             normalizer,
-            size_px=config.size_px,
+            tile_px=config.tile_px,
             length=length,
             seed=seed,
             bands=config.bands,

@@ -11,9 +11,9 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from perf_vit.data.crops import find_images
+from perf_vit.data.crops import find_images, image_root
 from perf_vit.data.csv_rows import CsvRow, read_csv_rows
-from perf_vit.data.labels.image_folder import ImageFolder
+from perf_vit.data.labels.image_folder import ImageFolder, Images
 from perf_vit.errors import InputError
 
 __all__ = ["ImageTargets", "class_index", "read_class_folders", "read_class_table", "read_number_table"]
@@ -43,39 +43,44 @@ class ImageTargets:
 
 
 def read_class_folders(
-    root: str | Path, classes: Sequence[str] | None = None, *, allow_missing: bool = False
+    images: Images, classes: Sequence[str] | None = None, *, allow_missing: bool = False
 ) -> ImageTargets:
-    """Images in folders that are named after their class: `root/class/.../image.tif`.
+    """Images in folders that are named after their class: `folder/class/.../image.tif`.
 
     Args:
-        root: the folder of the folders.
+        images: the folder of the folders, a glob, or several of these.
         classes: names in the order of the indices; the folders by name if None.
         allow_missing: classes may be without images, as in a small set to validate on.
 
     Raises:
         InputError: no such folder, images beside the folders, a folder that is no class, or a class without images.
     """
-    root = Path(root)
-    images = find_images([root])
-    if root.is_file():
-        raise InputError(f"expected a folder of folders by class, got the file {root}; or give labels as CSV")
-    names = [path.relative_to(root).parts[0] for path in images]
-    loose = [path for path in images if path.parent == root]
+    given = [images] if isinstance(images, str | Path) else list(images)
+    file = next((each for each in given if Path(each).is_file()), None)
+    if file is not None:
+        raise InputError(f"expected a folder of folders by class, got the file {file}; or give labels as CSV")
+    # Of an image that two of them hold, the first one counts.
+    roots = {path: image_root(each) for each in reversed(given) for path in find_images([each])}
+    paths = find_images(given)
+    names = [path.relative_to(roots[path]).parts[0] for path in paths]
+    loose = [path for path in paths if path.parent == roots[path]]
     if loose:
         raise InputError(
-            f"{loose[0]} lies in no folder of a class; move it to {root}/CLASS/{loose[0].name}, or give labels as CSV"
+            f"{loose[0]} lies in no folder of a class; move it to {loose[0].parent}/CLASS/{loose[0].name}, or give "
+            "labels as CSV"
         )
     classes = tuple(sorted(set(names)) if classes is None else classes)
-    indices = [class_index(name, classes, f"the folder {root / name}") for name in names]
+    indices = [class_index(n, classes, f"the folder {roots[path] / n}") for n, path in zip(names, paths, strict=True)]
     empty = set(range(len(classes))) - set(indices)
     if empty and not allow_missing:
-        raise InputError(f"class {classes[min(empty)]} has no images in {root}; check the folders' names")
-    return ImageTargets(tuple(map(str, images)), np.array(indices, np.int64), classes)
+        shown = " and ".join(map(str, given))
+        raise InputError(f"class {classes[min(empty)]} has no images in {shown}; check the folders' names")
+    return ImageTargets(tuple(map(str, paths)), np.array(indices, np.int64), classes)
 
 
 def read_class_table(
     table: str | Path,
-    images: str | Path,
+    images: Images,
     classes: Sequence[str] | None = None,
     *,
     multilabel: bool = False,
@@ -86,7 +91,7 @@ def read_class_table(
 
     Args:
         table: the CSV file.
-        images: folder that its names of images are searched in.
+        images: folder, glob or list that its names of images are searched in.
         classes: names in the order of the indices; those that occur, by name, if None. Columns of the file if
             `multilabel`.
         multilabel: images of any number of classes.
@@ -114,13 +119,13 @@ def read_class_table(
 
 
 def read_number_table(
-    table: str | Path, images: str | Path, columns: Sequence[str], *, image_column: str = "image"
+    table: str | Path, images: Images, columns: Sequence[str], *, image_column: str = "image"
 ) -> ImageTargets:
     """A CSV file with a column of numbers, or several, for each image.
 
     Args:
         table: the CSV file.
-        images: folder that its names of images are searched in.
+        images: folder, glob or list that its names of images are searched in.
         columns: of the numbers.
         image_column: that names the image.
 
@@ -145,7 +150,7 @@ def class_index(name: str, classes: Sequence[str], place: str) -> int:
     raise InputError(f"{place} is of the class {name!r}, which there isn't; {hint}")
 
 
-def _paths(rows: Iterable[CsvRow], images: str | Path, column: str) -> tuple[str, ...]:
+def _paths(rows: Iterable[CsvRow], images: Images, column: str) -> tuple[str, ...]:
     return tuple(_unique(rows, ImageFolder(images), column))
 
 

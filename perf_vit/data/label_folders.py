@@ -6,19 +6,22 @@ import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
-from perf_vit.data.labels.image_folder import ImageFolder
+from perf_vit.data.crops import image_root, is_glob
+from perf_vit.data.labels.image_folder import ImageFolder, Images
 from perf_vit.errors import DataWarning, InputError
 from perf_vit.io import MASK_SUFFIXES, files_below, is_vector_name
 
 __all__ = ["find_label_pairs", "is_labelled_folder"]
 
 
-def is_labelled_folder(images: str | Path, labels: str | Path) -> bool:
-    """Whether images and labels are folders both, so that each image has a label file of its own."""
-    return Path(images).is_dir() and Path(labels).is_dir()
+def is_labelled_folder(images: Images, labels: str | Path) -> bool:
+    """Whether labels are a folder, and images a folder, a glob or a list: each image has a label file of its own."""
+    if not Path(labels).is_dir():
+        return False
+    return not isinstance(images, str | Path) or Path(images).is_dir() or is_glob(images)
 
 
-def find_label_pairs(images: str | Path, labels: str | Path) -> list[tuple[Path, Path]]:
+def find_label_pairs(images: Images, labels: str | Path) -> list[tuple[Path, Path]]:
     """Images and their label files, masks or polygons, which have the images' names but for the ending.
 
     Both folders are searched with their subfolders, and one may lie in the other: then what lies there is no image, or
@@ -26,7 +29,7 @@ def find_label_pairs(images: str | Path, labels: str | Path) -> list[tuple[Path,
     label file are left out with a warning.
 
     Args:
-        images: a folder.
+        images: a folder, a glob, or a list of these and of files.
         labels: a folder.
 
     Returns:
@@ -35,15 +38,17 @@ def find_label_pairs(images: str | Path, labels: str | Path) -> list[tuple[Path,
     Raises:
         InputError: no images or label files, a label file without image, or two of one image.
     """
-    at_images, at_labels = Path(images), Path(labels)
-    folder = ImageFolder(at_images, without=_inside(at_images, at_labels))
-    files = _label_files(at_labels, at_images)
+    at_labels = Path(labels)
+    given = [images] if isinstance(images, str | Path) else list(images)
+    roots = [image_root(each) for each in given]
+    folder = ImageFolder(given, without=[inner for root in roots if (inner := _inside(root, at_labels)) is not None])
+    files = _label_files(at_labels, roots)
     orphans = [file for file in files if not folder.has(_name(file, at_labels))]
     if orphans:
         raise InputError(
             f"{len(orphans)} of {len(files)} label files in {labels} have no image of their name among the "
-            f"{len(folder.paths)} in {images}, the first {orphans[0]}; a label file has its image's name but for the "
-            "ending"
+            f"{len(folder.paths)} in {folder.root}, the first {orphans[0]}; a label file has its image's name but for "
+            "the ending"
         )
     pairs: dict[Path, Path] = {}
     for file in files:
@@ -65,13 +70,13 @@ def _inside(outer: Path, inner: Path) -> Path | None:
     return outer / part.relative_to(whole) if whole in part.parents else None
 
 
-def _label_files(labels: Path, images: Path) -> list[Path]:
-    """Files of masks and polygons in a folder, but for those in the folder of images inside it."""
-    same = labels.resolve() == images.resolve()
+def _label_files(labels: Path, images: Sequence[Path]) -> list[Path]:
+    """Files of masks and polygons in a folder, but for those in the folders of images inside it."""
+    same = any(labels.resolve() == root.resolve() for root in images)
     suffixes = frozenset[str]() if same else MASK_SUFFIXES
-    inner = _inside(labels, images)
+    inner = {_inside(labels, root) for root in images}
     found = files_below(labels, lambda name: Path(name).suffix.lower() in suffixes or is_vector_name(name))
-    files = [file for file in found if inner not in file.parents]
+    files = [file for file in found if not inner.intersection(file.parents)]
     if not files:
         raise InputError(f"no label files in {labels}; expected masks ({', '.join(sorted(MASK_SUFFIXES))}) or polygons")
     return files

@@ -10,8 +10,9 @@ import numpy as np
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from perf_vit.data.augmenting import AugmentConfig, check_augment, make_stain_jitter, pixel_sides
+from perf_vit.data.augmenting import make_stain_jitter, pixel_sides
 from perf_vit.data.band_statistics import given_normalizer, measure_bands, seen_images
+from perf_vit.data.config import SplitConfig, TileDataConfig, check_base
 from perf_vit.data.epochs import EpochDataModule, ShareSampler
 from perf_vit.data.labels import ImageRecord, ObjectIndex, read_object_labels
 from perf_vit.data.object_places import SAMPLERS, make_places
@@ -28,25 +29,24 @@ ObjectBatch = tuple[list[Tensor], list[ObjectLabels]]
 
 
 @dataclass(kw_only=True)
-class ObjectSplitConfig:
+class ObjectSplitConfig(SplitConfig):
     """Images and the labels of their objects.
 
     Attributes:
-        images: a folder of images, or one image.
+        image: a folder of images, one image, a glob, or a list of these.
         labels: a label file, or a folder with one an image, whichever the format has.
         format: coco, voc, yolo, dota, instances, polygons or csv; see `perf_vit.data.read_object_labels`.
         list: a text file with one image name a line, with or without ending; all labelled images if left out.
     """
 
-    images: str
     labels: str
     format: str = "coco"
     list: str | None = None
 
 
 @dataclass(kw_only=True)
-class ObjectDataConfig:
-    """Where tiles with objects come from.
+class ObjectDataConfig(TileDataConfig):
+    """Where tiles with objects come from; `TileDataConfig` has further keys.
 
     Attributes:
         train: images trained on.
@@ -55,24 +55,15 @@ class ObjectDataConfig:
         val_share: of the images of `train`, where `val` is left out.
         skip_classes: names of labelled objects to leave out, as if they were background.
         attribute: of the polygons format: the column that holds class names. Without it there is one class.
-        bands: 1-based bands to use; all but alpha if left out.
-        mean: of each band, in the images' units, for standardisation, such as what a backbone was pretrained with;
-            measured on training images if left out.
-        std: standard deviation of each band; goes with `mean`.
-        nodata: value of missing pixels, instead of the one that files declare.
         mpp: micrometres per pixel to read slides at; their level 0, and rasters, if left out. Labels are in pixels of
             level 0. Prediction reads at the same.
         slide_mpp: micrometres per pixel of slides' level 0 where files don't say.
-        tile_px: side of a tile, in pixels; a multiple of the backbone's patch size.
         sampler: where training tiles lie: random (anywhere), objects (around objects, each drawn alike) or balanced
             (around objects, each class drawn alike).
         random_share: share of tiles drawn anywhere by the samplers objects and balanced.
         min_visible: objects of which a smaller share lies in a training tile are ignored there; of validation tiles,
             the one that holds an object's centre counts it.
         tiles_per_epoch: training tiles an epoch.
-        batch_size: tiles a step.
-        num_workers: loader processes; 0 loads in the training process.
-        augment: applied to training tiles.
     """
 
     train: ObjectSplitConfig
@@ -81,10 +72,6 @@ class ObjectDataConfig:
     val_share: float = 0.2
     skip_classes: list[str] = field(default_factory=list)
     attribute: str | None = None
-    bands: list[int] | None = None
-    mean: list[float] | None = None
-    std: list[float] | None = None
-    nodata: float | None = None
     mpp: float | None = None
     slide_mpp: float | None = None
     tile_px: int = 512
@@ -92,9 +79,6 @@ class ObjectDataConfig:
     random_share: float = 0.25
     min_visible: float = 0.3
     tiles_per_epoch: int = 200
-    batch_size: int = 4
-    num_workers: int = 0
-    augment: AugmentConfig = field(default_factory=AugmentConfig)
 
 
 class ObjectDataModule(EpochDataModule):
@@ -278,7 +262,7 @@ def _read(
 ) -> ObjectIndex:
     return read_object_labels(
         split.labels,
-        split.images,
+        split.image,
         label_format=split.format,
         classes=config.classes,
         skip_classes=config.skip_classes,
@@ -304,7 +288,4 @@ def _check(config: ObjectDataConfig) -> None:
     for key in ("val_share", "random_share", "min_visible"):
         if not 0 <= getattr(config, key) <= 1:
             raise ConfigError(f"data.{key} must lie between 0 and 1, got {getattr(config, key):g}")
-    check_augment(config.augment)
-    for key, least in (("tile_px", 1), ("tiles_per_epoch", config.batch_size), ("batch_size", 1), ("num_workers", 0)):
-        if getattr(config, key) < least:
-            raise ConfigError(f"data.{key} must be at least {least}, got {getattr(config, key)}")
+    check_base(config, {"tiles_per_epoch": config.batch_size})

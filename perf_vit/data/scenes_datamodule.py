@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 
 import numpy as np
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from perf_vit.data.augmenting import AugmentConfig, check_augment, make_stain_jitter
+from perf_vit.data.augmenting import make_stain_jitter
 from perf_vit.data.band_statistics import given_normalizer, measure_bands, seen_images
+from perf_vit.data.config import SplitConfig, TileDataConfig, check_base
 from perf_vit.data.epochs import EpochDataModule, ShareSampler
 from perf_vit.data.image_targets import ImageTargets, read_class_folders, read_class_table, read_number_table
 from perf_vit.data.scenes import SceneImages, SceneTiles, SceneViews
@@ -33,55 +34,38 @@ __all__ = [
 
 
 @dataclass(kw_only=True)
-class ImageSplitConfig:
+class ImageSplitConfig(SplitConfig):
     """Labelled images.
 
     Attributes:
-        images: a folder.
+        image: a folder, one image, a glob, or a list of these.
         labels: a CSV file; left out, the folder holds folders that are named after the class of their images.
     """
 
-    images: str
     labels: str | None = None
 
 
 @dataclass(kw_only=True)
-class SceneDataConfig:
-    """Where whole images come from, and how they become tiles.
+class SceneDataConfig(TileDataConfig):
+    """Where whole images come from, and how they become tiles; `TileDataConfig` has further keys.
 
     Attributes:
         train: images trained on.
         val: images validated on; a part of `train` that the seed decides if left out.
         val_share: of the images of `train`, where `val` is left out.
         image_column: of CSV files, that names the image.
-        bands: 1-based bands to use; all but alpha if left out.
-        mean: of each band, in the images' units, for standardisation, such as what a backbone was pretrained with;
-            measured on training images if left out.
-        std: standard deviation of each band; goes with `mean`.
-        nodata: value of missing pixels, instead of the one that files declare.
-        tile_px: side of a tile, in pixels; a multiple of the backbone's patch size.
         resize: resize whole images to a tile; else a tile is a part at full resolution, at random while training, the
             middle otherwise, and images that are smaller are padded.
         tiles_per_epoch: training tiles an epoch; one an image if left out.
-        batch_size: tiles a step.
-        num_workers: loader processes; 0 loads in the training process.
-        augment: applied to training tiles.
     """
 
     train: ImageSplitConfig
     val: ImageSplitConfig | None = None
     val_share: float = 0.2
     image_column: str = "image"
-    bands: list[int] | None = None
-    mean: list[float] | None = None
-    std: list[float] | None = None
-    nodata: float | None = None
-    tile_px: int = 224
     resize: bool = False
     tiles_per_epoch: int | None = None
     batch_size: int = 16
-    num_workers: int = 0
-    augment: AugmentConfig = field(default_factory=AugmentConfig)
 
 
 @dataclass(kw_only=True)
@@ -93,13 +77,13 @@ class ClassificationDataConfig(SceneDataConfig):
             columns of 0 and 1.
         multilabel: images of any number of classes.
         label_column: of CSV files, that names the class.
-        sampler: all, each image once an epoch, or balanced, each class as often as the others.
+        sampler: random, each image once an epoch in random order, or balanced, each class as often as the others.
     """
 
     classes: list[str] | None = None
     multilabel: bool = False
     label_column: str = "label"
-    sampler: str = "all"
+    sampler: str = "random"
 
 
 @dataclass(kw_only=True)
@@ -230,16 +214,16 @@ def read_image_targets(
     if isinstance(config, RegressionDataConfig):
         if split.labels is None:
             raise ConfigError("numbers come from a CSV file; give data.train.labels, and data.val.labels with data.val")
-        return read_number_table(split.labels, split.images, config.targets, image_column=config.image_column)
+        return read_number_table(split.labels, split.image, config.targets, image_column=config.image_column)
     assert isinstance(config, ClassificationDataConfig)
     classes = names or config.classes
     if split.labels is None:
         if config.multilabel:
             raise ConfigError("several classes an image come from a CSV file; give data.train.labels")
-        return read_class_folders(split.images, classes, allow_missing=allow_missing)
+        return read_class_folders(split.image, classes, allow_missing=allow_missing)
     return read_class_table(
         split.labels,
-        split.images,
+        split.image,
         classes,
         multilabel=config.multilabel,
         image_column=config.image_column,
@@ -261,7 +245,7 @@ def split_off(length: int, val_share: float, seed: int, what: str) -> tuple[list
 
 
 def _check(config: SceneDataConfig) -> None:
-    check_augment(config.augment)
+    check_base(config)
     if config.augment.resolution is not None:
         raise ConfigError(
             "data.augment.resolution is for segmentation and detection; give data.augment.scale, which are factors"
@@ -272,14 +256,11 @@ def _check(config: SceneDataConfig) -> None:
             raise ConfigError(f"data.classes must name at least two classes, each once, got {classes}")
         if config.multilabel and classes is None:
             raise ConfigError("data.multilabel needs data.classes, the columns of 0 and 1")
-        if config.sampler not in ("all", "balanced") or (config.sampler == "balanced" and config.multilabel):
-            raise ConfigError(f"data.sampler must be all, or balanced for one class an image, got {config.sampler}")
+        if config.sampler not in ("random", "balanced") or (config.sampler == "balanced" and config.multilabel):
+            raise ConfigError(f"data.sampler must be random, or balanced for one class an image, got {config.sampler}")
     if isinstance(config, RegressionDataConfig) and not config.targets:
         raise ConfigError("data.targets must name at least one column of numbers")
     if not 0 <= config.val_share <= 1:
         raise ConfigError(f"data.val_share must lie between 0 and 1, got {config.val_share:g}")
-    for key, least in (("tile_px", 1), ("batch_size", 1), ("num_workers", 0)):
-        if getattr(config, key) < least:
-            raise ConfigError(f"data.{key} must be at least {least}, got {getattr(config, key)}")
     if config.tiles_per_epoch is not None and config.tiles_per_epoch < 1:
         raise ConfigError(f"data.tiles_per_epoch must be at least 1, got {config.tiles_per_epoch}")

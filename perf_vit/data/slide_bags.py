@@ -53,7 +53,7 @@ def read_slide_table(
     slides: str | Path,
     classes: Sequence[str] | None = None,
     *,
-    slide_column: str = "slide",
+    image_column: str = "slide",
     label_column: str = "label",
 ) -> SlideTargets:
     """A CSV file with the class of each slide.
@@ -62,19 +62,19 @@ def read_slide_table(
         table: the CSV file.
         slides: folder that its names of slides are relative to; they may lack their ending.
         classes: names in the order of the indices; those that occur, by name, if None.
-        slide_column: that names the slide.
+        image_column: that names the slide.
         label_column: that names the class.
 
     Raises:
         InputError: a file, column, slide or class that isn't there, or a slide named twice.
     """
-    rows = read_csv_rows(table, [slide_column, label_column])
+    rows = read_csv_rows(table, [image_column, label_column])
     names = [row.values[label_column] for row in rows]
     classes = tuple(sorted(set(names)) if classes is None else classes)
     labels = [class_index(name, classes, row.place) for name, row in zip(names, rows, strict=True)]
     paths: dict[str, str] = {}
     for row in rows:
-        path = _find(row, Path(slides), slide_column)
+        path = _find(row, Path(slides), image_column)
         if path in paths:
             raise InputError(f"{row.place} names {path}, as does {paths[path]}; give each slide once")
         paths[path] = row.place
@@ -90,7 +90,9 @@ def _find(row: CsvRow, folder: Path, column: str) -> str:
     if len(near) == 1:
         return str(near[0])
     several = f", but {' and '.join(path.name for path in near[:2])}; give the ending" if near else ""
-    raise InputError(f"{row.place} names the slide {name}, which is not in {folder}{several or '; check data.slides'}")
+    raise InputError(
+        f"{row.place} names the slide {name}, which is not in {folder}{several or '; check data.train.image'}"
+    )
 
 
 class SlideBags(Dataset[Bag]):

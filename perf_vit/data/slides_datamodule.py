@@ -8,60 +8,69 @@ import numpy as np
 from torch import Tensor
 from torch.utils.data import DataLoader
 
+from perf_vit.data.config import BaseDataConfig, SplitConfig, check_base
 from perf_vit.data.embeddings import EmbeddingStore
 from perf_vit.data.epochs import EpochDataModule, ShareSampler
 from perf_vit.data.slide_bags import SlideBags, SlideTargets, collate_bags, read_slide_table
 from perf_vit.errors import ConfigError
 
-__all__ = ["SlideBagModule", "SlideDataConfig", "read_slides"]
+__all__ = ["SlideBagModule", "SlideDataConfig", "SlideSplitConfig", "read_slides"]
 
 BagBatch = tuple[Tensor, Tensor, Tensor]
 
 
 @dataclass(kw_only=True)
-class SlideDataConfig:
-    """Where slides and their classes come from, and how slides become bags of windows.
+class SlideSplitConfig(SplitConfig):
+    """Labelled slides.
 
     Attributes:
-        train: a CSV file with the columns slide and label.
-        slides: folder that the CSV's names of slides are relative to.
-        val: a CSV file of slides validated on; of each class a part of `train` that the seed decides if left out.
-            Slides of one patient belong on one side.
+        image: folder that the names of slides in `labels` are relative to.
+        labels: a CSV file with the columns slide and label.
+    """
+
+    image: str = "."
+    labels: str
+
+
+@dataclass(kw_only=True)
+class SlideDataConfig(BaseDataConfig):
+    """Labelled slides, and how they become bags of windows; `BaseDataConfig` has further keys.
+
+    Windows are what other tasks call tiles. `mean` and `std` are by default those that the encoder was pretrained with
+    for slides of red, green and blue of 8 bits.
+
+    Attributes:
+        train: slides trained on.
+        val: slides validated on; of each class a part of `train` that the seed decides if left out. Slides of one
+            patient belong on one side.
         val_share: of the slides of `train`, where `val` is left out.
         classes: names; those that occur in `train`, by name, if left out.
-        slide_column: of CSV files, that names the slide.
+        image_column: of CSV files, that names the slide.
         label_column: of CSV files, that names the class.
         mpp: micrometres per pixel to read slides at; their level 0, or a raster's pixels, with null.
         slide_mpp: micrometres per pixel of level 0 where files don't say.
-        bands: 1-based channels to use; all if left out.
-        tile_px: side of a window, in pixels; a multiple of the encoder's patch size.
         tissue: otsu, or null to take windows of glass and of rasters.
         min_tissue: least share of tissue in a window.
         max_windows: of a slide in a training step, drawn anew each time; all if left out.
         embeddings: folder for the windows' features, so that several runs share them; in the run folder if left out.
         embed_batch_size: windows in the encoder at once.
         batch_size: slides a step.
-        num_workers: loader processes; 0 loads in the training process.
     """
 
-    train: str
-    slides: str = "."
-    val: str | None = None
+    train: SlideSplitConfig
+    val: SlideSplitConfig | None = None
     val_share: float = 0.2
     classes: list[str] | None = None
-    slide_column: str = "slide"
+    image_column: str = "slide"
     label_column: str = "label"
     mpp: float | None = 0.5
     slide_mpp: float | None = None
-    bands: list[int] | None = None
-    tile_px: int = 224
     tissue: str | None = "otsu"
     min_tissue: float = 0.25
     max_windows: int | None = None
     embeddings: str | None = None
     embed_batch_size: int = 16
     batch_size: int = 1
-    num_workers: int = 0
 
 
 class SlideBagModule(EpochDataModule):
@@ -115,12 +124,14 @@ def read_slides(config: SlideDataConfig, seed: int) -> tuple[SlideTargets, Slide
         InputError: files that can't be read or don't fit each other.
     """
     _check(config)
-    columns = {"slide_column": config.slide_column, "label_column": config.label_column}
-    train = read_slide_table(config.train, config.slides, config.classes, **columns)
+    columns = {"image_column": config.image_column, "label_column": config.label_column}
+    train = read_slide_table(config.train.labels, config.train.image, config.classes, **columns)
     if len(train.classes) < 2:
-        raise ConfigError(f"all slides of {config.train} are of the class {train.classes[0]}; expected at least two")
+        raise ConfigError(
+            f"all slides of {config.train.labels} are of the class {train.classes[0]}; expected at least two"
+        )
     if config.val is not None:
-        val = read_slide_table(config.val, config.slides, train.classes, **columns)
+        val = read_slide_table(config.val.labels, config.val.image, train.classes, **columns)
         common = sorted(set(train.paths) & set(val.paths))
         if common:
             raise ConfigError(f"{common[0]} is in both data.train and data.val; a slide belongs in one")
@@ -153,8 +164,6 @@ def _check(config: SlideDataConfig) -> None:
     for key in ("val_share", "min_tissue"):
         if not 0 <= getattr(config, key) <= 1:
             raise ConfigError(f"data.{key} must lie between 0 and 1, got {getattr(config, key):g}")
-    for key, least in (("tile_px", 1), ("batch_size", 1), ("embed_batch_size", 1), ("num_workers", 0)):
-        if getattr(config, key) < least:
-            raise ConfigError(f"data.{key} must be at least {least}, got {getattr(config, key)}")
+    check_base(config, {"embed_batch_size": 1})
     if config.max_windows is not None and config.max_windows < 1:
         raise ConfigError(f"data.max_windows must be at least 1, or left out, got {config.max_windows}")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-from perf_vit.data.augmenting import AugmentConfig, check_augment
+from perf_vit.data.config import SplitConfig, TileDataConfig, check_base
 from perf_vit.data.window_places import SAMPLERS
 from perf_vit.errors import ConfigError
 from perf_vit.types import IGNORE_INDEX
@@ -14,26 +14,25 @@ __all__ = ["DataConfig", "RegionConfig", "check_data", "label_options"]
 
 
 @dataclass(kw_only=True)
-class RegionConfig:
+class RegionConfig(SplitConfig):
     """One labelled raster, or a part of it; or a folder of images, each with labels of its own.
 
     Attributes:
-        image: a raster that rasterio opens; or a slide, with `data.mpp`; or a folder. With one label file, the rasters
-            of a folder are one mosaic.
+        image: a raster that rasterio opens; or a slide, with `data.mpp`; or a folder, a glob or a list of rasters. With
+            one label file, several rasters are one mosaic.
         labels: a mask raster, or a vector file in any CRS; of a slide, polygons in pixels of level 0. Or a folder of
             label files, which have their images' names but for the ending.
         region: [row, col, height, width] in pixels; the whole raster if left out. Training on one side of a line
             and validating on the other is two regions of one raster.
     """
 
-    image: str
     labels: str
     region: list[int] | None = None
 
 
 @dataclass(kw_only=True)
-class DataConfig:
-    """Where tiles and labels come from.
+class DataConfig(TileDataConfig):
+    """Where tiles and labels come from; `TileDataConfig` has further keys.
 
     Attributes:
         train: the raster or folder trained on.
@@ -52,23 +51,14 @@ class DataConfig:
         all_touched: polygons label every pixel that they touch, not only those whose centre they hold.
         multilabel: several classes, or none, may be true at a pixel: labels are overlapping polygons, or a raster with
             a band of 0 and 1 a class. There is no class for the background then.
-        bands: 1-based bands to use; all of them if left out.
-        nodata: value of missing pixels, instead of the one that rasters declare.
         resolution: side of a pixel to read rasters at, in units of their CRS; their own if left out. Prediction reads
             at the same.
         mpp: micrometres per pixel to read slides at; left out, images are rasters. Prediction reads at the same.
         slide_mpp: micrometres per pixel of slides' level 0 where files don't say.
         tissue: "otsu" to train and validate on slides' tissue alone.
-        mean: of each band, in the rasters' units, for standardisation; measured on the training rasters if left out.
-            A pretrained backbone may want those of its own training.
-        std: standard deviation of each band; goes with `mean`.
-        tile_px: side of a tile, in pixels; a multiple of the backbone's patch size.
         sampler: where training tiles lie: random (anywhere), balanced (a class is drawn, each as often as the others,
             and then one of its pixels, which lies anywhere in the tile) or grid (every tile of a grid once an epoch).
         tiles_per_epoch: training tiles an epoch; a grid has as many as cover the regions.
-        batch_size: tiles a step.
-        num_workers: loader processes; 0 loads in the training process.
-        augment: applied to training tiles.
     """
 
     train: RegionConfig
@@ -81,20 +71,13 @@ class DataConfig:
     background: str | None = None
     all_touched: bool = False
     multilabel: bool = False
-    bands: list[int] | None = None
-    nodata: float | None = None
     resolution: float | None = None
     mpp: float | None = None
     slide_mpp: float | None = None
     tissue: str | None = None
-    mean: list[float] | None = None
-    std: list[float] | None = None
     tile_px: int = 512
     sampler: str = "random"
     tiles_per_epoch: int = 200
-    batch_size: int = 4
-    num_workers: int = 0
-    augment: AugmentConfig = field(default_factory=AugmentConfig)
 
 
 def label_options(config: DataConfig) -> dict[str, Any]:
@@ -113,7 +96,6 @@ def check_data(config: DataConfig) -> None:
     Raises:
         ConfigError: which, and what is expected.
     """
-    check_augment(config.augment)
     if config.mpp is None and (config.slide_mpp is not None or config.tissue is not None):
         raise ConfigError("data.slide_mpp and data.tissue are for slides, which need data.mpp; give it, such as 0.5")
     if config.mpp is not None and (config.nodata is not None or config.resolution is not None):
@@ -135,7 +117,4 @@ def check_data(config: DataConfig) -> None:
             f"{config.background}"
         )
     # A grid doesn't look at the number of tiles.
-    least_tiles = 0 if config.sampler == "grid" else config.batch_size
-    for key, least in (("tile_px", 1), ("tiles_per_epoch", least_tiles), ("batch_size", 1), ("num_workers", 0)):
-        if getattr(config, key) < least:
-            raise ConfigError(f"data.{key} must be at least {least}, got {getattr(config, key)}")
+    check_base(config, {"tiles_per_epoch": 0 if config.sampler == "grid" else config.batch_size})

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import timm
 from torch import nn
 
 import perf_vit.models.backbones  # noqa: F401  (registers the backbones)
 from perf_vit.errors import ConfigError
+from perf_vit.models.backbone_config import BackboneConfig
 from perf_vit.models.finetune import BackboneTuning, tune_backbone
 from perf_vit.models.heads import DPTHead, FullResolutionHead, LinearHead, SegFormerHead, UPerNetHead
 from perf_vit.models.known_arguments import built_from, check_known
@@ -22,9 +23,7 @@ from perf_vit.models.timm_arguments import check_file_arguments
 from perf_vit.types import FeatureSpec
 
 __all__ = [
-    "BackboneConfig",
     "ModelConfig",
-    "TimmConfig",
     "build_backbone",
     "build_segmenter",
     "create_backbone",
@@ -50,20 +49,11 @@ class ModelConfig(BackboneTuning):
     Attributes:
         backbone: any timm model name that takes `features_only`, and `img_size` and `dynamic_img_size` if timm says
             that its input size is fixed; or a folder with a converted model, whose weights are loaded.
-        backbone_kwargs: passed to `timm.create_model`, e.g. {attn_kwargs: {num_features: 128}}; those of
-            `perf_vit.models.timm_arguments`.
-        pretrained: load timm's weights for the backbone.
-        freeze_backbone: keep the backbone's weights and train the head alone: quicker, and pretrained features stay
-            as general as they are.
         out_indices: the blocks whose outputs the head sees.
         head: full_resolution, linear, upernet, dpt or segformer.
         head_kwargs: passed to the head.
     """
 
-    backbone: str = "performer_vit_small_patch16_224"
-    backbone_kwargs: dict[str, Any] = field(default_factory=dict)
-    pretrained: bool = False
-    freeze_backbone: bool = False
     out_indices: list[int] = field(default_factory=lambda: [2, 5, 8, 11])
     head: str = "full_resolution"
     head_kwargs: dict[str, Any] = field(default_factory=dict)
@@ -85,7 +75,7 @@ def build_segmenter(
             doesn't divide.
     """
     in_chans = len(spec.normalizer.mean)
-    backbone, saved_backbone = build_backbone(config, in_chans, spec.tile_px, saved_backbone)
+    backbone, saved_backbone = build_backbone(config, config.out_indices, in_chans, spec.tile_px, saved_backbone)
     specs = feature_specs(backbone)
     size_multiple = max(s.stride for s in specs)
     if spec.tile_px % size_multiple:
@@ -96,32 +86,25 @@ def build_segmenter(
     check_known(_lookup_head(config.head), config.head_kwargs, f"model.head_kwargs of {config.head}", given=3)
     with built_from(f"model.head {config.head}"):
         head = _lookup_head(config.head)(specs, in_chans, len(spec.classes), **config.head_kwargs)
-    if config.freeze_backbone:
-        backbone.requires_grad_(False)
     tune_backbone(backbone, config)
     return Segmenter(backbone, head, spec, size_multiple, saved_backbone)
 
 
-class TimmConfig(Protocol):
-    """What the configs of all networks say of their backbone; see `ModelConfig`."""
-
-    backbone: str
-    backbone_kwargs: dict[str, Any]
-    pretrained: bool
-
-
-class BackboneConfig(TimmConfig, Protocol):
-    """What the configs of networks say that look at a backbone's maps; see `ModelConfig`."""
-
-    @property
-    def out_indices(self) -> list[int] | None:
-        """The maps it gives, None for timm's choice."""
-
-
 def build_backbone(
-    config: BackboneConfig, in_chans: int, tile_px: int, saved_backbone: Mapping[str, Any] | None = None
+    config: BackboneConfig,
+    out_indices: Sequence[int] | None,
+    in_chans: int,
+    tile_px: int,
+    saved_backbone: Mapping[str, Any] | None = None,
 ) -> tuple[nn.Module, Mapping[str, Any] | None]:
     """Build a `features_only` backbone.
+
+    Args:
+        config: which model.
+        out_indices: the maps that it gives, None for timm's choice.
+        in_chans: bands of the images.
+        tile_px: tile size in pixels.
+        saved_backbone: config of the converted model that the backbone was made of, to do without its folder.
 
     Returns:
         The backbone, and the config of the converted model that it was made of, None for a timm model.
@@ -130,18 +113,17 @@ def build_backbone(
         CheckpointError: a folder without a converted model.
         ConfigError: an unknown backbone or arguments that it doesn't take.
     """
-    indices = config.out_indices
-    if indices is not None and len(set(indices)) != len(indices):
-        raise ConfigError(f"model.out_indices must name each of the backbone's maps once, got {indices}")
+    if out_indices is not None and len(set(out_indices)) != len(out_indices):
+        raise ConfigError(f"model.out_indices must name each of the backbone's maps once, got {list(out_indices)}")
     options = {
         "features_only": True,
-        **({} if indices is None else {"out_indices": tuple(indices)}),
+        **({} if out_indices is None else {"out_indices": tuple(out_indices)}),
     }
     return create_backbone(config, in_chans, tile_px, saved_backbone, options)
 
 
 def create_backbone(
-    config: TimmConfig,
+    config: BackboneConfig,
     in_chans: int,
     tile_px: int,
     saved_backbone: Mapping[str, Any] | None = None,
@@ -180,7 +162,7 @@ def feature_specs(backbone: nn.Module) -> list[FeatureSpec]:
 
 
 def _create(
-    config: TimmConfig,
+    config: BackboneConfig,
     in_chans: int,
     tile_px: int,
     saved: Mapping[str, Any] | None,

@@ -31,8 +31,6 @@ _HEADS: dict[str, Callable[..., nn.Module]] = {
     "oriented_fcos": OrientedFCOSHead,
 }
 
-_FREEZE = ("nothing", "norms", "backbone")
-
 
 @dataclass(kw_only=True)
 class DetectorConfig(BackboneTuning):
@@ -41,8 +39,6 @@ class DetectorConfig(BackboneTuning):
     Attributes:
         backbone: any timm model name that takes `features_only`; or a folder with a converted model, whose weights are
             loaded. A plain ViT gets the neck `SimpleFPN`, a pyramid `TopDownFPN`.
-        backbone_kwargs: passed to `timm.create_model`, e.g. {attn_kwargs: {num_features: 128}}.
-        pretrained: load timm's weights for the backbone.
         reduce: the backbone sees the means of squares of this side: less work for objects much larger than a pixel.
             Strides, labels and detections stay in image pixels.
         out_indices: the backbone's maps that the neck sees; the last one of a plain ViT, all of a pyramid if left out.
@@ -51,20 +47,14 @@ class DetectorConfig(BackboneTuning):
         channels: of each level.
         head: fcos, retinanet, faster_rcnn, mask_rcnn or oriented_fcos.
         head_kwargs: passed to the head.
-        freeze: "norms" keeps the batch norms of a pretrained backbone, whose statistics small batches spoil; "backbone"
-            keeps all of it; "nothing" trains all.
     """
 
-    backbone: str = "performer_vit_small_patch16_224"
-    backbone_kwargs: dict[str, Any] = field(default_factory=dict)
-    pretrained: bool = False
     reduce: int = 1
     out_indices: list[int] | None = None
     strides: list[int] = field(default_factory=lambda: [4, 8, 16, 32, 64])
     channels: int = 128
     head: str = "fcos"
     head_kwargs: dict[str, Any] = field(default_factory=dict)
-    freeze: str = "nothing"
 
 
 def detector_kind(head: str) -> ObjectKind:
@@ -94,12 +84,12 @@ def build_detector(
         ConfigError: an unknown backbone or head, or arguments they don't take.
     """
     detector_kind(config.head)
-    if config.freeze not in _FREEZE:
-        raise ConfigError(f"model.freeze must be one of {', '.join(_FREEZE)}, got {config.freeze}")
     if config.reduce < 1:
         raise ConfigError(f"model.reduce must be at least 1, got {config.reduce}")
     seen_px = -(-spec.tile_px // config.reduce)
-    backbone, saved_backbone = build_backbone(config, len(spec.normalizer.mean), seen_px, saved_backbone)
+    backbone, saved_backbone = build_backbone(
+        config, config.out_indices, len(spec.normalizer.mean), seen_px, saved_backbone
+    )
     # Neck and head know the backbone by its strides in image pixels.
     specs = [FeatureSpec(each.channels, each.stride * config.reduce) for each in feature_specs(backbone)]
     if config.out_indices is None and len({each.stride for each in specs}) == 1:
@@ -110,15 +100,7 @@ def build_detector(
     check_known(_HEADS[config.head], config.head_kwargs, f"model.head_kwargs of {config.head}", given=3)
     with built_from(f"model.head {config.head}"):
         head = _HEADS[config.head](config.channels, len(spec.classes), config.strides, **config.head_kwargs)
-    detector = Detector(
-        backbone,
-        neck,
-        head,
-        spec,
-        saved_backbone,
-        config.freeze,  # type: ignore[arg-type]
-        reduce=config.reduce,
-    )
+    detector = Detector(backbone, neck, head, spec, saved_backbone, reduce=config.reduce)
     tune_backbone(backbone, config)
     # Convolutions in this order take three quarters of the time on CPUs with bfloat16 units and on GPUs.
     return detector.to(memory_format=torch.channels_last)

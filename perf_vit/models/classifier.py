@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, Self
 
 import torch
@@ -24,18 +24,10 @@ class ClassifierConfig(BackboneTuning):
     """A backbone and what is put on it; `BackboneTuning` has further keys.
 
     Attributes:
-        backbone: any timm model name; or a folder with a converted model, whose weights are loaded.
-        backbone_kwargs: passed to `timm.create_model`, e.g. {attn_kwargs: {num_features: 128}}.
-        pretrained: load timm's weights for the backbone.
-        freeze_backbone: keep the backbone's weights and train pooling and classifier alone.
         pool: token, avg, max, avgmax or map (attention with a learnt query); the backbone's own if left out.
         drop_rate: of the pooled features while training.
     """
 
-    backbone: str = "performer_vit_small_patch16_224"
-    backbone_kwargs: dict[str, Any] = field(default_factory=dict)
-    pretrained: bool = False
-    freeze_backbone: bool = False
     pool: str | None = None
     drop_rate: float = 0.0
 
@@ -159,9 +151,5 @@ def build_classifier(
         drop_rate=config.drop_rate,
         saved_backbone=saved_backbone,
     )
-    if config.freeze_backbone:
-        network.requires_grad_(False)
-        for part in pooled_parts(network):
-            part.requires_grad_(True)
     tune_backbone(network, config, trunk_layers)
     return Classifier(network, spec, saved_backbone)

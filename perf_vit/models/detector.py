@@ -52,8 +52,6 @@ class Detector(nn.Module):
         head: see `perf_vit.models.heads.DetectionHead`.
         spec: what the network expects and means.
         saved_backbone: config of the converted model that the backbone was made of, None for a timm model.
-        freeze: what keeps its weights: nothing, the statistics and weights of the backbone's batch norms, or the whole
-            backbone.
         reduce: the backbone sees means of squares of this side, in pixels.
     """
 
@@ -70,7 +68,6 @@ class Detector(nn.Module):
         head: nn.Module,
         spec: DetectorSpec,
         saved_backbone: Mapping[str, Any] | None = None,
-        freeze: Literal["nothing", "norms", "backbone"] = "nothing",
         *,
         reduce: int = 1,
     ) -> None:
@@ -81,8 +78,6 @@ class Detector(nn.Module):
         self.head = head
         self.spec = replace(spec, kind=self.head.kind)
         self.saved_backbone = saved_backbone
-        for part in _frozen_parts(backbone, freeze):
-            part.requires_grad_(False)
 
     @property
     def size_multiple(self) -> int:
@@ -132,15 +127,6 @@ class Detector(nn.Module):
         with torch.set_grad_enabled(torch.is_grad_enabled() and not is_frozen):
             maps = self.backbone(image)
         return neck(maps, (height, width)), (height, width)
-
-
-def _frozen_parts(backbone: nn.Module, freeze: str) -> tuple[nn.Module, ...]:
-    if freeze == "backbone":
-        return (backbone,)
-    if freeze == "norms":
-        # timm's norm with an activation is one of torch's batch norms, too.
-        return tuple(part for part in backbone.modules() if isinstance(part, nn.modules.batchnorm._BatchNorm))
-    return ()
 
 
 def _next_multiple(side: int, multiple: int) -> int:

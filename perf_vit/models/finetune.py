@@ -11,6 +11,7 @@ from timm.models import group_parameters
 from torch import Tensor, nn
 
 from perf_vit.errors import ConfigError, reason_line
+from perf_vit.models.backbone_config import BackboneConfig
 
 __all__ = [
     "BackboneTuning",
@@ -43,16 +44,21 @@ class LoraConfig:
 
 
 @dataclass(kw_only=True)
-class BackboneTuning:
-    """How a network's backbone is trained.
+class BackboneTuning(BackboneConfig):
+    """A backbone and how it is trained; `BackboneConfig` has further keys.
 
     Attributes:
-        trainable_blocks: how many of the backbone's last blocks (stages of a convolutional one) are trained; all of it
-            if left out, and nothing of it at 0.
+        freeze_backbone: keep all weights of the backbone, and train what lies on top: quicker, and pretrained features
+            stay as general as they are.
+        freeze_norms: keep the weights and statistics of the backbone's batch norms, which small batches spoil.
+        trainable_blocks: how many of the backbone's last blocks (stages of a convolutional one) are trained, 1 or more;
+            all of it if left out.
         lora: train low-rank additions to the backbone's attention instead of its weights; takes the extra `peft`.
         grad_checkpointing: compute the activations of each block again in the backward pass rather than store them.
     """
 
+    freeze_backbone: bool = False
+    freeze_norms: bool = False
     trainable_blocks: int | None = None
     lora: LoraConfig | None = None
     grad_checkpointing: bool = False
@@ -70,7 +76,7 @@ def tune_backbone(
     """Freeze what is not to be trained, put low-rank additions in, and set up activation checkpointing.
 
     Args:
-        backbone: of which all is trained, or nothing.
+        backbone: a network of which everything is trainable.
         tuning: what of it is to be trained.
         layers_of: gives the layers of its parameters, by name; what isn't named lies on top and is trained anyway.
             `backbone_layers` if None.
@@ -81,17 +87,26 @@ def tune_backbone(
     """
     layers_of = backbone_layers if layers_of is None else layers_of
     parameters = dict(backbone.named_parameters())
-    layers = {} if tuning.trainable_blocks is None and tuning.lora is None else layers_of(backbone)
-    is_frozen = not any(parameters[name].requires_grad for name in layers)
+    exclusive = {
+        "freeze_backbone": tuning.freeze_backbone,
+        "trainable_blocks": tuning.trainable_blocks is not None,
+        "lora": tuning.lora is not None,
+    }
+    given = [name for name, is_given in exclusive.items() if is_given]
+    if len(given) > 1:
+        raise ConfigError(f"model.{given[0]} and model.{given[1]} both say what of the backbone is trained; give one")
+    layers = layers_of(backbone) if given else {}
+    if tuning.freeze_backbone:
+        for name in layers:
+            parameters[name].requires_grad_(False)
     if tuning.trainable_blocks is not None:
-        if tuning.trainable_blocks and is_frozen:
-            raise ConfigError(
-                "model.trainable_blocks: something else freezes the whole backbone; leave one of both out"
-            )
         _freeze_first_layers(backbone, tuning.trainable_blocks, layers)
+    if tuning.freeze_norms:
+        for module in backbone.modules():
+            # timm's norm with an activation is one of torch's batch norms, too.
+            if isinstance(module, nn.modules.batchnorm._BatchNorm):
+                module.requires_grad_(False)
     if tuning.lora is not None:
-        if tuning.trainable_blocks is not None or is_frozen:
-            raise ConfigError("model.lora freezes the backbone by itself; leave out what else freezes it")
         _inject_lora(backbone, tuning.lora)
         for name in parameters.keys() - layers.keys():
             parameters[name].requires_grad_(True)
@@ -158,10 +173,10 @@ def _stages(body: nn.Module) -> dict[str, int]:
 
 def _freeze_first_layers(backbone: nn.Module, num_trainable: int, layers: Mapping[str, int]) -> None:
     num_layers = 1 + max(layers.values())
-    if not 0 <= num_trainable < num_layers:
+    if not 1 <= num_trainable < num_layers:
         raise ConfigError(
-            f"model.trainable_blocks must be 0 to {num_layers - 1}, the blocks of the backbone that are used, got "
-            f"{num_trainable}; leave it out to train all of it"
+            f"model.trainable_blocks must be 1 to {num_layers - 1}, the blocks of the backbone that are used, got "
+            f"{num_trainable}; leave it out to train all of it, or give model.freeze_backbone=true to train none"
         )
     for name, parameter in backbone.named_parameters():
         if layers.get(name, num_layers) < num_layers - num_trainable:

@@ -11,7 +11,8 @@ from timm.layers import AttentionPoolLatent
 from torch import nn
 
 from perf_vit.errors import ConfigError
-from perf_vit.models.build import TimmConfig, create_backbone
+from perf_vit.models.backbone_config import BackboneConfig
+from perf_vit.models.build import create_backbone
 from perf_vit.models.finetune import backbone_layers
 from perf_vit.models.known_arguments import built_from
 from perf_vit.models.saved_model import read_saved_config
@@ -24,7 +25,7 @@ POOLS = ("token", "avg", "max", "avgmax", "map")
 
 
 def build_pooled(
-    config: TimmConfig,
+    config: BackboneConfig,
     in_chans: int,
     tile_px: int,
     *,

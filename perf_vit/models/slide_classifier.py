@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
 
 from perf_vit.errors import ConfigError
+from perf_vit.models.backbone_config import BackboneConfig
 from perf_vit.models.input_spec import TaskSpec
 from perf_vit.models.known_arguments import built_from
 from perf_vit.models.pooled import build_pooled
@@ -25,13 +26,10 @@ __all__ = [
 
 
 @dataclass(kw_only=True)
-class SlideModelConfig:
-    """An encoder of windows, which is not trained, and what pools its features.
+class SlideModelConfig(BackboneConfig):
+    """An encoder of windows, which is not trained, and what pools its features; `BackboneConfig` has further keys.
 
     Attributes:
-        backbone: any timm model name; or a folder with a converted model, whose weights are loaded.
-        backbone_kwargs: passed to `timm.create_model`.
-        pretrained: load timm's weights for the backbone.
         pool: token, avg, max or avgmax; the backbone's own if left out.
         hidden_dim: of the features that attention sees.
         attention_dim: of the attention's hidden layer.
@@ -39,8 +37,6 @@ class SlideModelConfig:
     """
 
     backbone: str = "vit_small_patch14_dinov2"
-    backbone_kwargs: dict[str, Any] = field(default_factory=dict)
-    pretrained: bool = False
     pool: str | None = None
     hidden_dim: int = 256
     attention_dim: int = 128

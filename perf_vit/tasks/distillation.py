@@ -20,7 +20,7 @@ from perf_vit.tasks.optimize import warmup_cosine
 
 __all__ = ["DistillationConfig", "DistillationTask"]
 
-_TRAINED = ("attention", "all")
+_TRAINABLE = ("attention", "all")
 # Of a block, what attention's share of it goes through: its norm before and its scale after (ViT's and EVA's names).
 _AROUND_ATTENTION = ("norm1.", "ls1.", "gamma_1")
 _STATE_KEY = "distillation"
@@ -38,7 +38,7 @@ class DistillationConfig:
         block_lr: its peak learning rate.
         token_steps: steps of the second stage, 0 to leave it out.
         token_lr: its peak learning rate.
-        train: "attention" for the attention layers with the norm before and the scale after them, or "all" weights.
+        trainable: "attention" for the attention layers with the norm before and the scale after them, or "all" weights.
         warmup_fraction: share of a stage's steps over which the rate rises.
         gradient_clip: largest norm of the gradient, 0 for no clipping.
         max_minutes: training time of both stages; where it is too short for the steps, the schedule goes on by the
@@ -49,7 +49,7 @@ class DistillationConfig:
     block_lr: float = 3e-5
     token_steps: int = 0
     token_lr: float = 1e-5
-    train: str = "attention"
+    trainable: str = "attention"
     warmup_fraction: float = 0.1
     gradient_clip: float = 1.0
     max_minutes: float | None = None
@@ -61,8 +61,8 @@ class DistillationConfig:
 
     def check(self) -> None:
         """Raise a ConfigError for values that don't make a run."""
-        if self.train not in _TRAINED:
-            raise ConfigError(f"optim.train must be one of {', '.join(_TRAINED)}, got {self.train}")
+        if self.trainable not in _TRAINABLE:
+            raise ConfigError(f"optim.trainable must be one of {', '.join(_TRAINABLE)}, got {self.trainable}")
         if min(self.block_steps, self.token_steps) < 0 or self.total_steps < 1:
             raise ConfigError(
                 "optim.block_steps and optim.token_steps must be 0 or more and one of them above 0, got "
@@ -96,7 +96,7 @@ class DistillationTask(lightning.LightningModule):
         self.student = student
         self.num_prefix_tokens = int(getattr(teacher, "num_prefix_tokens", 0))
         self.seconds = 0.0
-        _select_parameters(student, config.train)
+        _select_parameters(student, config.trainable)
         # Each block's loss goes backward by itself.
         self.automatic_optimization = False
         # The teacher is no part of a checkpoint.

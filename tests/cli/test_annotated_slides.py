@@ -34,8 +34,8 @@ DETECTION = """
 out: ???
 task: detection
 data:
-  train: {images: "???", labels: "???", format: polygons}
-  val: {images: "???", labels: "???", format: polygons}
+  train: {image: "???", labels: "???", format: polygons}
+  val: {image: "???", labels: "???", format: polygons}
   classes: [Tumor]
   attribute: classification
   mpp: 1.0
@@ -103,7 +103,7 @@ def test_a_segmenter_is_scored_on_slides_as_it_was_trained(slide, tmp_path, caps
 def test_objects_are_trained_and_found_at_the_mpp_of_the_config(slide, tmp_path) -> None:
     labels, out = slide.with_suffix(".geojson"), tmp_path / "run"
     files = [f"data.{part}.{key}={path}" for part in ("train", "val") for key, path in
-             (("images", slide), ("labels", labels))]  # fmt: skip
+             (("image", slide), ("labels", labels))]  # fmt: skip
     assert call(["train", slide.with_name("detection.yaml"), *files, f"out={out}"]) == 0
     checkpoint, report, found = out / "checkpoints" / "best.ckpt", tmp_path / "scores.json", tmp_path / "found.geojson"
     assert load_detector(checkpoint).spec.mpp == 1.0
@@ -120,7 +120,7 @@ def test_a_detector_is_scored_on_slides_as_it_was_trained(slide, tmp_path) -> No
     bare = make_slide(tmp_path / "bare.tif", 320, 400, mpp=None, tile_px=64, tissue_share=1.0)
     labels, out = slide.with_suffix(".geojson"), tmp_path / "run"
     files = [f"data.{part}.{key}={path}" for part in ("train", "val") for key, path in
-             (("images", bare), ("labels", labels))]  # fmt: skip
+             (("image", bare), ("labels", labels))]  # fmt: skip
     assert call(["train", slide.with_name("detection.yaml"), *files, "data.slide_mpp=0.5", f"out={out}"]) == 0
     checkpoint, report, found = out / "checkpoints" / "best.ckpt", tmp_path / "scores.json", tmp_path / "found.geojson"
     spec = load_detector(checkpoint).spec

@@ -14,8 +14,8 @@ DETECTION = """
 out: ???
 task: detection
 data:
-  train: {images: "???", labels: "???", format: csv}
-  val: {images: "???", labels: "???", format: csv}
+  train: {image: "???", labels: "???", format: csv}
+  val: {image: "???", labels: "???", format: csv}
   classes: [car]
   tile_px: 32
   tiles_per_epoch: 2
@@ -48,7 +48,7 @@ def train_objects(tmp_path):
             write_raster(tmp_path / "images" / f"{name}.tif", images.get(f"image_{name}", noise()))
         (tmp_path / "labels.csv").write_text("\n".join(["image,xmin,ymin,xmax,ymax,label", *rows]))
         (tmp_path / "run.yaml").write_text(config)
-        folders = [f"data.{part}.images={tmp_path / 'images'}" for part in ("train", "val")]
+        folders = [f"data.{part}.image={tmp_path / 'images'}" for part in ("train", "val")]
         labels = [f"data.{part}.labels={tmp_path / 'labels.csv'}" for part in ("train", "val")]
         return call(["train", tmp_path / "run.yaml", f"out={tmp_path / 'out'}", *folders, *labels, *extra])
 

@@ -23,7 +23,7 @@ CONFIG = """
 out: ???
 task: detection
 data:
-  train: {images: "???", labels: "???"}
+  train: {image: "???", labels: "???"}
   classes: [car, bus]
   tile_px: 64
   tiles_per_epoch: 24
@@ -68,7 +68,7 @@ def run(tmp_path_factory) -> tuple[Path, Path, Path]:
     root = tmp_path_factory.mktemp("detection")
     images, labels = make_streets(root)
     (root / "cars.yaml").write_text(CONFIG)
-    files = [f"data.train.images={images}", f"data.train.labels={labels}", f"out={root / 'run'}"]
+    files = [f"data.train.image={images}", f"data.train.labels={labels}", f"out={root / 'run'}"]
     assert call(["train", str(root / "cars.yaml"), *files]) == 0
     return images, labels, root / "run"
 

@@ -52,15 +52,15 @@ def args(weights, scenes):
             "distill",
             "configs/distillation/vit_small_dinov2.yaml",
             f"out={out}",
-            "model.name=vit_tiny_patch16_224",
+            "model.backbone=vit_tiny_patch16_224",
             f"model.weights={weights}",
-            f"model.kwargs={_yaml(KWARGS)}",
+            f"model.backbone_kwargs={_yaml(KWARGS)}",
             f"model.options={_yaml(OPTIONS)}",
-            f"data.images=[{scenes[0]}]",
-            f"data.val_images=[{scenes[1]}]",
-            "data.size_px=64",
+            f"data.train.image=[{scenes[0]}]",
+            f"data.val.image=[{scenes[1]}]",
+            "data.tile_px=64",
             "data.batch_size=2",
-            "data.num_val_crops=4",
+            "data.num_val_tiles=4",
             "optim.block_steps=20",
             "optim.block_lr=0.001",
             "optim.token_steps=6",
@@ -165,17 +165,17 @@ def test_a_run_that_is_short_of_time_still_ends_its_schedule(args, tmp_path) -> 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ("data.images=[]", "got none"),
-        ("data.images=[nowhere]", "no image file or folder nowhere"),
-        ("data.size_px=60", "multiple of the patch size 8, got 60; try 64"),
-        ("data.size_px=192", "160 x 200"),
+        ("data.train.image=[]", "got none"),
+        ("data.train.image=[nowhere]", "no image file or folder nowhere"),
+        ("data.tile_px=60", "multiple of the patch size 8, got 60; try 64"),
+        ("data.tile_px=192", "160 x 200"),
         ("data.mean=[0,0,0]", "go together"),
-        ("model.name=vit_tinny", "timm has no model vit_tinny"),
+        ("model.backbone=vit_tinny", "timm has no model vit_tinny"),
         ("model.weights=nowhere.pth", "no weights file nowhere.pth"),
-        ("model.kwargs.embed_dim=32", "doesn't fit vit_tiny_patch16_224"),
+        ("model.backbone_kwargs.embed_dim=32", "doesn't fit vit_tiny_patch16_224"),
         ("model.options.windows=3", "window"),
         ("model.attention=softmax", "converted attention"),
-        ("optim.train=mlp", "attention, all"),
+        ("optim.trainable=mlp", "attention, all"),
         ("optim.lr=1", "Key 'lr' not in 'optim'"),
         ("trainer.precision=8", "32-true"),
         ("resume=true", "doesn't exist"),
@@ -191,7 +191,7 @@ def test_what_a_user_can_do_wrong_is_one_line(args, tmp_path, capsys, change: st
 
 def test_images_of_sixteen_bits_need_their_own_statistics(args, make_scene, tmp_path, capsys) -> None:
     image = make_scene(dtype="uint16", height=100, width=100)
-    files = [f"data.images=[{image}]", f"data.val_images=[{image}]", "optim.block_steps=2", "optim.token_steps=0"]
+    files = [f"data.train.image=[{image}]", f"data.val.image=[{image}]", "optim.block_steps=2", "optim.token_steps=0"]
     assert call(args(tmp_path / "out", *files)) == 2
     assert "8 bits" in capsys.readouterr().err
     statistics = ["data.mean=[15000,15000,15000]", "data.std=[8000,8000,8000]"]

@@ -16,11 +16,11 @@ from perf_vit.config import load_config
 
 FILES = {
     "segmentation": ["data.train={image: a.tif, labels: a.geojson}", "data.val={image: b.tif, labels: b.geojson}"],
-    "detection": ["data.train={images: a, labels: a.json}", "data.val={images: b, labels: b.json}"],
-    "classification": ["data.train={images: a, labels: a.csv}", "data.val={images: b, labels: b.csv}"],
-    "regression": ["data.train={images: a, labels: a.csv}", "data.val={images: b, labels: b.csv}"],
-    "slide": ["data.train=a.csv", "data.val=b.csv"],
-    "distillation": ["data.images=[a]", "data.val_images=[b]"],
+    "detection": ["data.train={image: a, labels: a.json}", "data.val={image: b, labels: b.json}"],
+    "classification": ["data.train={image: a, labels: a.csv}", "data.val={image: b, labels: b.csv}"],
+    "regression": ["data.train={image: a, labels: a.csv}", "data.val={image: b, labels: b.csv}"],
+    "slide": ["data.train.labels=a.csv", "data.val.labels=b.csv"],
+    "distillation": ["data.train.image=[a]", "data.val.image=[b]"],
 }
 SHIPPED = {
     "segmentation": "configs/segmentation/demo.yaml",
@@ -87,7 +87,7 @@ REFUSED = {
         "model.strides=[8]",
         "model.channels=48",
         "model.reduce=3",
-        "model.freeze=norms",
+        "model.freeze_norms=true",
     ],
     "classification": [
         *TRAINING,
@@ -118,25 +118,25 @@ REFUSED = {
         "data.min_tissue=0.45",
         "data.val=null",
         "data.val_share=0.35",
-        "data.slide_column=file",
+        "data.image_column=file",
         "model.hidden_dim=8",
         "model.attention_dim=8",
         "model.pool=map",
     ],
     "distillation": [
         "seed=7",
-        "model.name=vit_base_patch14_dinov2",
+        "model.backbone=vit_base_patch14_dinov2",
         "model.weights=other.pth",
-        "model.kwargs={depth: 3}",
+        "model.backbone_kwargs={depth: 3}",
         "model.attention=scatterbrain",
         "model.options={window_size: 3}",
         "model.student=folder",
-        "data.size_px=70",
+        "data.tile_px=70",
         "data.bands=[2,1,3]",
         "data.mean=[1,2,4]",
         "data.batch_size=3",
-        "data.num_val_crops=3",
-        "optim.train=all",
+        "data.num_val_tiles=3",
+        "optim.trainable=all",
         "trainer.val_every_steps=7",
     ],
 }
@@ -146,7 +146,7 @@ WHERE = ["trainer.max_epochs=777", "trainer.precision=64-true", "trainer.acceler
          "trainer.gradient_clip=0.55", "trainer.val_every_epochs=7", "trainer.early_stop_epochs=7",
          "trainer.checkpoint_every_steps=7", "trainer.num_pictures=7", "trainer.logger=wandb", "data.num_workers=7",
          "model.pretrained=true", "out=elsewhere", "resume=true"]  # fmt: skip
-PATHS = ["data.train.images=moved", "data.train.labels=moved", "data.val.images=moved", "data.val.labels=moved"]
+PATHS = ["data.train.image=moved", "data.train.labels=moved", "data.val.image=moved", "data.val.labels=moved"]
 ALLOWED = {
     "segmentation": [
         *OPTIM,
@@ -163,9 +163,16 @@ ALLOWED = {
     "detection": [*OPTIM, *WHERE, *PATHS, "data.sampler=random", "data.min_visible=0.45", "data.random_share=0.45"],
     "classification": [*OPTIM, *WHERE, *PATHS, "data.sampler=balanced", "optim.label_smoothing=0.35"],
     "regression": [*OPTIM, *WHERE, *PATHS, "data.augment={flips: false}"],
-    "slide": [*OPTIM, *WHERE, "data.train=moved.csv", "data.slides=moved", "data.max_windows=7", "data.classes=null"],
+    "slide": [
+        *OPTIM,
+        *WHERE,
+        "data.train.labels=moved.csv",
+        "data.train.image=moved",
+        "data.max_windows=7",
+        "data.classes=null",
+    ],
     "distillation": [
-        "data.images=[moved]",
+        "data.train.image=[moved]",
         "optim.block_steps=777",
         "optim.token_steps=777",
         "optim.block_lr=0.5",

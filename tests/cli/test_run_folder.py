@@ -21,7 +21,7 @@ def test_a_run_that_fails_before_its_first_checkpoint_leaves_only_what_was_there
     out = tmp_path / "run"
     out.mkdir()
     (out / "notes.txt").touch()
-    data = ClassificationDataConfig(train=ImageSplitConfig(images="x"))
+    data = ClassificationDataConfig(train=ImageSplitConfig(image="x"))
 
     def fit(*_, **__) -> None:
         for name in ("checkpoints", "pictures", "tensorboard", "wandb"):
@@ -35,7 +35,7 @@ def test_a_run_that_fails_before_its_first_checkpoint_leaves_only_what_was_there
 
 
 def test_an_interrupted_run_ends_as_shells_say(tmp_path) -> None:
-    data = ClassificationDataConfig(train=ImageSplitConfig(images="x"))
+    data = ClassificationDataConfig(train=ImageSplitConfig(image="x"))
 
     def trainer_that_ends(interrupted: bool) -> SimpleNamespace:
         # As Lightning ends a run, after a Ctrl-C too.
@@ -48,7 +48,7 @@ def test_an_interrupted_run_ends_as_shells_say(tmp_path) -> None:
 
 
 def _config(out, **options) -> ClassificationRun:
-    return ClassificationRun(out=str(out), data=ClassificationDataConfig(train=ImageSplitConfig(images="x")), **options)
+    return ClassificationRun(out=str(out), data=ClassificationDataConfig(train=ImageSplitConfig(image="x")), **options)
 
 
 @pytest.mark.parametrize("name", [*RUN_FILES, "student"])

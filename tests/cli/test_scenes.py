@@ -19,7 +19,7 @@ from perf_vit.models import load_classifier
 BASE = """
 out: ???
 data:
-  train: {images: "???"}
+  train: {image: "???"}
   tile_px: 32
   batch_size: 4
   val_share: 0.25
@@ -62,7 +62,7 @@ def config(folders) -> Path:
 @pytest.fixture(scope="module")
 def run(folders, config) -> Path:
     out = folders.parent / "run"
-    args = ["train", config, "task=classification", f"data.train.images={folders}", f"out={out}"]
+    args = ["train", config, "task=classification", f"data.train.image={folders}", f"out={out}"]
     assert call(args) == 0
     return out
 
@@ -143,7 +143,7 @@ def test_options_of_maps_are_refused(run, folders, extra, message, capsys) -> No
 
 def test_several_classes_an_image_train_evaluate_and_predict(folders, config, table, tmp_path, capsys) -> None:
     out = tmp_path / "run"
-    labels = [f"data.train.images={folders}", f"data.train.labels={table}", f"out={out}"]
+    labels = [f"data.train.image={folders}", f"data.train.labels={table}", f"out={out}"]
     more = ["data.multilabel=true", "data.classes=[first,second]", "trainer.max_epochs=6", "optim.lr=0.01"]
     assert call(["train", config, "task=classification", *labels, *more]) == 0
     checkpoint, report = out / "checkpoints" / "best.ckpt", tmp_path / "scores.json"
@@ -162,7 +162,7 @@ def test_several_classes_an_image_train_evaluate_and_predict(folders, config, ta
 
 def test_numbers_are_estimated_in_their_unit(folders, config, table, tmp_path) -> None:
     out = tmp_path / "run"
-    labels = [f"data.train.images={folders}", f"data.train.labels={table}", f"out={out}"]
+    labels = [f"data.train.image={folders}", f"data.train.labels={table}", f"out={out}"]
     more = ["data.targets=[height]", "data.resize=true", "trainer.max_epochs=6", "optim.lr=0.01"]
     assert call(["train", config, "task=regression", *labels, *more]) == 0
     checkpoint, report = out / "checkpoints" / "best.ckpt", tmp_path / "scores.json"
@@ -177,7 +177,7 @@ def test_numbers_are_estimated_in_their_unit(folders, config, table, tmp_path) -
 
 
 def test_options_of_classes_are_refused_for_numbers(folders, config, table, tmp_path, capsys) -> None:
-    labels = [f"data.train.images={folders}", f"data.train.labels={table}", f"out={tmp_path / 'run'}"]
+    labels = [f"data.train.image={folders}", f"data.train.labels={table}", f"out={tmp_path / 'run'}"]
     numbers = ["task=regression", "data.targets=[height]"]
     assert call(["train", config, *numbers, *labels, "optim.label_smoothing=0.1"]) == 2
     assert "of classes, not numbers" in capsys.readouterr().err
@@ -200,7 +200,7 @@ def test_a_config_that_doesnt_fit_is_one_line_and_leaves_nothing(
     folders, config, tmp_path, overrides, message, capsys
 ) -> None:
     out = tmp_path / "run"
-    assert call(["train", config, f"data.train.images={folders}", f"out={out}", *overrides]) == 2
+    assert call(["train", config, f"data.train.image={folders}", f"out={out}", *overrides]) == 2
     assert message in capsys.readouterr().err
     assert not out.exists()
 
@@ -208,7 +208,7 @@ def test_a_config_that_doesnt_fit_is_one_line_and_leaves_nothing(
 def test_a_constant_number_is_named_and_has_std_1(folders, config, tmp_path, capsys) -> None:
     rows = [f"{path.relative_to(folders)},{0.1},{number}" for number, path in enumerate(sorted(folders.rglob("*.tif")))]
     (tmp_path / "numbers.csv").write_text("image,depth,height\n" + "\n".join(rows))
-    files = [f"data.train.images={folders}", f"data.train.labels={tmp_path / 'numbers.csv'}", f"out={tmp_path / 'run'}"]
+    files = [f"data.train.image={folders}", f"data.train.labels={tmp_path / 'numbers.csv'}", f"out={tmp_path / 'run'}"]
     options = ["task=regression", "data.targets=[depth,height]", "trainer.max_epochs=1"]
     assert call(["train", config, *options, *files]) == 0
     spec = load_classifier(tmp_path / "run" / "checkpoints" / "last.ckpt").spec

@@ -60,7 +60,7 @@ def slides(tmp_path_factory) -> Path:
 
 
 def train_args(slides: Path, out: Path, *extra: str) -> list:
-    files = [f"data.train={slides / 'labels.csv'}", f"data.slides={slides}", f"out={out}"]
+    files = [f"data.train.labels={slides / 'labels.csv'}", f"data.train.image={slides}", f"out={out}"]
     return ["train", slides / "slides.yaml", *files, *extra]
 
 
@@ -162,10 +162,10 @@ def test_a_slide_that_cant_be_read_is_a_row_with_its_error_if_asked_for(run, sli
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        (["data.train=none.csv"], "no such file: none.csv"),
+        (["data.train.labels=none.csv"], "no such file: none.csv"),
         (["data.label_column=kind"], "has no column kind"),
         (["data.classes=[large,tiny]"], "'small', which there isn't"),
-        (["data.slides=."], "check data.slides"),
+        (["data.train.image=."], "check data.train.image"),
         (["data.tile_px=33"], "multiple of the patch size 16"),
         (["data.tissue=hand"], "otsu or null"),
         (["data.val_share=2"], "between 0 and 1"),
@@ -190,7 +190,12 @@ def test_a_slide_without_tissue_is_named(run, tmp_path, capsys) -> None:
 
 
 def test_one_slide_on_both_sides_is_refused(slides, tmp_path, capsys) -> None:
-    assert call(train_args(slides, tmp_path / "run", f"data.val={slides / 'labels.csv'}")) == 2
+    assert (
+        call(
+            train_args(slides, tmp_path / "run", f"data.val.labels={slides / 'labels.csv'}", f"data.val.image={slides}")
+        )
+        == 2
+    )
     assert "in both data.train and data.val" in capsys.readouterr().err
 
 

@@ -72,14 +72,14 @@ def train_args(task: str, root: Path) -> list[str]:
     for number, name in enumerate(names):
         write(root / "images" / name, number)
     if task == "classification":
-        return [f"data.train.images={root / 'images'}"]
+        return [f"data.train.image={root / 'images'}"]
     rows = [f"{name},4,4,30,30,a" if task == "detection" else f"{name},{name[0]}" for name in names]
     header = "image_path,xmin,ymin,xmax,ymax,label" if task == "detection" else "slide,label"
     (root / "labels.csv").write_text("\n".join([header, *rows]))
     if task == "slide":
-        return [f"data.train={root / 'labels.csv'}", f"data.slides={root / 'images'}"]
+        return [f"data.train.labels={root / 'labels.csv'}", f"data.train.image={root / 'images'}"]
     return [f"data.{part}.{key}={root / name}" for part in ("train", "val")
-            for key, name in (("images", "images"), ("labels", "labels.csv"))]  # fmt: skip
+            for key, name in (("image", "images"), ("labels", "labels.csv"))]  # fmt: skip
 
 
 @pytest.fixture(scope="module", params=CONFIGS)

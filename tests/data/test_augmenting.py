@@ -78,7 +78,7 @@ def maps(train: RegionConfig, *more: RegionConfig, augment: AugmentConfig, **cha
 
 
 def objects_of(folder: Path, augment: AugmentConfig, **changes) -> ObjectDataConfig:
-    split = ObjectSplitConfig(images=str(folder / "images"), labels=str(folder / "masks"), format="instances")
+    split = ObjectSplitConfig(image=str(folder / "images"), labels=str(folder / "masks"), format="instances")
     given = {"classes": ["building"], "tile_px": 32, "batch_size": 2, "tiles_per_epoch": 6, "random_share": 0.0}
     return ObjectDataConfig(train=split, val=split, augment=augment, **{**given, **changes})
 
@@ -130,7 +130,7 @@ def test_oriented_boxes_follow_pixels_through_flips_and_sizes(tmp_path) -> None:
     (tmp_path / "labels").mkdir()
     line = " ".join(f"{value:g}" for value in corners.ravel())
     (tmp_path / "labels" / "a.txt").write_text(f"{line} ship 0\n")
-    split = ObjectSplitConfig(images=str(tmp_path / "images"), labels=str(tmp_path / "labels"), format="dota")
+    split = ObjectSplitConfig(image=str(tmp_path / "images"), labels=str(tmp_path / "labels"), format="dota")
     given = {"classes": ["ship"], "tile_px": 64, "batch_size": 2, "tiles_per_epoch": 6, "random_share": 0.0}
     augment = AugmentConfig(resolution=(0.4, 0.6))
     data = build_object_datamodule(ObjectDataConfig(train=split, val=split, augment=augment, **given), seed=0)
@@ -236,7 +236,7 @@ def test_tiles_of_a_slide_at_its_own_size_are_its_pixels(slide) -> None:
 
 @pytest.mark.parametrize(("sizes", "side"), [((0.5, 0.5), 0.5), ((2.0, 2.0), 2.0), ((0.25, 0.25), 0.25)])
 def test_objects_of_slides_have_their_size_in_micrometres(slide, sizes, side) -> None:
-    split = ObjectSplitConfig(images=slide.image, labels=slide.labels, format="polygons")
+    split = ObjectSplitConfig(image=slide.image, labels=slide.labels, format="polygons")
     given = {"classes": ["building"], "attribute": "classification", "batch_size": 2, "tiles_per_epoch": 4}
     augment = AugmentConfig(flips=False, resolution=sizes)
     config = ObjectDataConfig(train=split, mpp=1.0, tile_px=352, random_share=0.0, augment=augment, val=split, **given)
@@ -252,7 +252,7 @@ def test_stains_change_the_colours_of_every_task_alone(tmp_path) -> None:
     still, stained = (AugmentConfig(flips=False, stain=stain) for stain in (0.0, 0.3))
     for number in range(4):
         write_image(tmp_path / "classes" / "ab"[number % 2] / f"{number}.png", height=32, width=32, seed=number)
-    split = ImageSplitConfig(images=str(tmp_path / "classes"))
+    split = ImageSplitConfig(image=str(tmp_path / "classes"))
     changed = {}
     for augment in (still, stained):
         scenes = ClassificationDataConfig(train=split, val=split, tile_px=32, batch_size=2, augment=augment)
@@ -272,7 +272,7 @@ def test_stains_change_the_colours_of_every_task_alone(tmp_path) -> None:
 def test_a_classifier_takes_shuffled_bands(tmp_path) -> None:
     for number in range(4):
         write_image(tmp_path / "ab"[number % 2] / f"{number}.png", height=32, width=32, seed=number)
-    split = ImageSplitConfig(images=str(tmp_path))
+    split = ImageSplitConfig(image=str(tmp_path))
     given = {"train": split, "val": split, "tile_px": 32, "batch_size": 2}
     plain, shuffled = (
         build_scene_datamodule(
@@ -290,7 +290,7 @@ def test_a_classifier_takes_shuffled_bands(tmp_path) -> None:
 def test_a_tile_of_a_classifier_has_gain_and_offset(tmp_path) -> None:
     for number in range(4):
         write_image(tmp_path / "ab"[number % 2] / f"{number}.png", height=32, width=32, seed=number)
-    split = ImageSplitConfig(images=str(tmp_path))
+    split = ImageSplitConfig(image=str(tmp_path))
     plain, jittered = (
         build_scene_datamodule(
             ClassificationDataConfig(
@@ -328,11 +328,11 @@ def test_values_that_do_not_fit_are_errors(tmp_path, options, message) -> None:
 def test_images_without_a_pixel_size_and_classifiers_refuse_sizes_of_pixels(tmp_path) -> None:
     for name in ("images/a.png", "images/b.png"):
         write_image(tmp_path / name)
-    split = ImageSplitConfig(images=str(tmp_path))
+    split = ImageSplitConfig(image=str(tmp_path))
     augment = AugmentConfig(resolution=(0.5, 1.0))
     boxes = tmp_path / "boxes.csv"
     boxes.write_text("image,xmin,ymin,xmax,ymax,label\na.png,1,1,20,20,car\nb.png,1,1,20,20,car\n")
-    cars = ObjectSplitConfig(images=str(tmp_path / "images"), labels=str(boxes), format="csv")
+    cars = ObjectSplitConfig(image=str(tmp_path / "images"), labels=str(boxes), format="csv")
     config = ObjectDataConfig(train=cars, classes=["car"], tile_px=32, augment=augment)
     with pytest.raises(
         ConfigError, match=r"needs the size of pixels, which .*png doesn't tell; .* data\.augment\.scale"
@@ -353,6 +353,6 @@ def test_stains_of_other_bands_are_an_error_before_training(tmp_path, num_bands)
 
 
 def test_sizes_of_pixels_load_from_yaml(tmp_path) -> None:
-    (tmp_path / "a.yaml").write_text("{train: {images: a, labels: b}, classes: [x], augment: {resolution: [0.25, 1]}}")
+    (tmp_path / "a.yaml").write_text("{train: {image: a, labels: b}, classes: [x], augment: {resolution: [0.25, 1]}}")
     config = load_config(tmp_path / "a.yaml", ObjectDataConfig, ["augment.stain=0.2"])
     assert config.augment == AugmentConfig(resolution=(0.25, 1.0), stain=0.2)

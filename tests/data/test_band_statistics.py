@@ -62,14 +62,14 @@ def folders(tmp_path, options) -> ClassificationDataConfig:
     for number in range(6):
         write_image(tmp_path / "scenes" / f"class_{number % 2}" / f"{number}.png", height=40, width=40, seed=number)
     return ClassificationDataConfig(
-        train=ImageSplitConfig(images=str(tmp_path / "scenes")), tile_px=32, batch_size=2, **options
+        train=ImageSplitConfig(image=str(tmp_path / "scenes")), tile_px=32, batch_size=2, **options
     )
 
 
 def objects(tmp_path, options) -> ObjectDataConfig:
     write_image(tmp_path / "objects" / "a.png", height=70, width=90)
     (tmp_path / "objects.csv").write_text("image_path,xmin,ymin,xmax,ymax,label\na.png,3,4,20,30,ship\n")
-    split = ObjectSplitConfig(images=str(tmp_path / "objects"), labels=str(tmp_path / "objects.csv"), format="csv")
+    split = ObjectSplitConfig(image=str(tmp_path / "objects"), labels=str(tmp_path / "objects.csv"), format="csv")
     return ObjectDataConfig(train=split, val=split, classes=["ship"], tile_px=32, **options)
 
 

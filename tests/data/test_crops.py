@@ -21,7 +21,7 @@ def images(make_scene):
 
 
 def _crops(images, **changes) -> UnlabelledCrops:
-    options = {"size_px": 40, "length": 6, "seed": 0, **changes}
+    options = {"tile_px": 40, "length": 6, "seed": 0, **changes}
     return UnlabelledCrops(images, NORMALIZER, **options)
 
 
@@ -54,7 +54,7 @@ def test_a_crop_depends_on_seed_and_index_whatever_the_workers(images) -> None:
 def test_crops_are_standardised_pixels_of_the_images(images) -> None:
     with rasterio.open(images[0]) as dataset:
         whole = dataset.read()
-    crop = _crops(images[:1], symmetries=False, size_px=64)[0].numpy()
+    crop = _crops(images[:1], symmetries=False, tile_px=64)[0].numpy()
     assert crop.shape == (3, 64, 64)
     assert crop.dtype == np.float32
     pixels = crop * np.array(NORMALIZER.std)[:, None, None] + np.array(NORMALIZER.mean)[:, None, None]
@@ -65,10 +65,10 @@ def test_crops_are_standardised_pixels_of_the_images(images) -> None:
 
 def test_symmetries_turn_the_same_crop(make_scene) -> None:
     image = make_scene(dtype="uint8", height=48, width=48, nodata=None)
-    plain = _crops([image], size_px=48, symmetries=False)[0].numpy()
+    plain = _crops([image], tile_px=48, symmetries=False)[0].numpy()
     eight = [np.rot90(p, turns, axes=(1, 2)) for p in (plain, plain[:, :, ::-1]) for turns in range(4)]
     seen = set()
-    turned = _crops([image], size_px=48)
+    turned = _crops([image], tile_px=48)
     for i in range(60):
         seen.add(next(n for n, other in enumerate(eight) if np.array_equal(turned[i].numpy(), other)))
     assert seen == set(range(8))

@@ -177,7 +177,7 @@ def test_grey_images_validate_a_network_of_coloured_ones(tmp_path) -> None:
     for name in ("sea", "land"):
         save_image(tmp_path / "train" / name / "0.png", 3)
         save_image(tmp_path / "val" / name / "1.png", 7, channels=1)
-    splits = {part: ImageSplitConfig(images=str(tmp_path / part)) for part in ("train", "val")}
+    splits = {part: ImageSplitConfig(image=str(tmp_path / part)) for part in ("train", "val")}
     data = build_scene_datamodule(ClassificationDataConfig(**splits, tile_px=4, batch_size=2), 0)
     (batch, _), *_ = data.val_dataloader()
     assert batch.shape == (2, 3, 4, 4)

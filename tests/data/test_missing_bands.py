@@ -52,7 +52,7 @@ def maps(image, make_scene, augment):
 def objects(image, make_scene, augment):
     table = image.with_suffix(".csv")
     table.write_text(f"image_path,xmin,ymin,xmax,ymax,label\n{image.name},30,40,90,70,ship\n")
-    split = ObjectSplitConfig(images=str(image), labels=str(table), format="csv")
+    split = ObjectSplitConfig(image=str(image), labels=str(table), format="csv")
     config = ObjectDataConfig(train=split, val=split, classes=["ship"], tile_px=48, augment=augment, **STATISTICS)
     data = build_object_datamodule(config, seed=0)
     return [data.train[index][0].numpy() for index in range(20)]
@@ -64,7 +64,7 @@ def scenes(image, make_scene, augment, *, resize):
         (folder / name).mkdir(parents=True, exist_ok=True)
         (folder / name / f"{number}.tif").write_bytes(image.read_bytes())
     config = ClassificationDataConfig(
-        train=ImageSplitConfig(images=str(folder)),
+        train=ImageSplitConfig(image=str(folder)),
         tile_px=48,
         batch_size=1,
         resize=resize,

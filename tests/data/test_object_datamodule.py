@@ -25,7 +25,7 @@ def ships(tmp_path: Path) -> ObjectSplitConfig:
     categories = [{"id": 1, "name": "ship"}, {"id": 2, "name": "dock"}]
     labels = tmp_path / "labels.json"
     labels.write_text(json.dumps({"images": images, "annotations": annotations, "categories": categories}))
-    return ObjectSplitConfig(images=str(tmp_path / "images"), labels=str(labels))
+    return ObjectSplitConfig(image=str(tmp_path / "images"), labels=str(labels))
 
 
 def _config(split: ObjectSplitConfig, **changes) -> ObjectDataConfig:
@@ -64,7 +64,7 @@ def test_lists_of_names_split_images(ships, tmp_path) -> None:
     (tmp_path / "train.txt").write_text("0\n1.png\n\n2\n")
     (tmp_path / "val.txt").write_text("7\n")
     train, val = (
-        ObjectSplitConfig(images=ships.images, labels=ships.labels, list=str(tmp_path / f"{name}.txt"))
+        ObjectSplitConfig(image=ships.image, labels=ships.labels, list=str(tmp_path / f"{name}.txt"))
         for name in ("train", "val")
     )
     data = build_object_datamodule(_config(train, val=val), seed=0)
@@ -75,7 +75,7 @@ def test_lists_of_names_split_images(ships, tmp_path) -> None:
 def test_grey_images_are_validated_on_as_they_are_trained_on(ships, tmp_path) -> None:
     for number in range(10):
         write_image(tmp_path / "grey" / f"{number}.png", height=70, width=90, num_bands=1, seed=number)
-    grey = ObjectSplitConfig(images=str(tmp_path / "grey"), labels=ships.labels)
+    grey = ObjectSplitConfig(image=str(tmp_path / "grey"), labels=ships.labels)
     data = build_object_datamodule(_config(ships, val=grey), seed=0)
     image, _ = data.val[0]
     assert image.shape == (3, 32, 32)
@@ -106,7 +106,7 @@ def test_augmentation_of_every_kind_keeps_shapes_and_boxes_inside(ships) -> None
 
 
 def test_the_config_loads_from_yaml(ships, tmp_path) -> None:
-    text = f"classes: [ship, dock]\ntrain:\n  images: {ships.images}\n  labels: {ships.labels}\n  format: coco\n"
+    text = f"classes: [ship, dock]\ntrain:\n  image: {ships.image}\n  labels: {ships.labels}\n  format: coco\n"
     (tmp_path / "data.yaml").write_text(text + "augment:\n  scale: [0.8, 1.25]\n")
     config = load_config(tmp_path / "data.yaml", ObjectDataConfig, ["sampler=random", "tile_px=32"])
     assert len(build_object_datamodule(config, seed=0).train) == 200
@@ -158,7 +158,7 @@ def test_parts_without_objects_are_an_error(ships, tmp_path, part, sampler) -> N
     parts = {
         "train": ships,
         "val": ships,
-        part: ObjectSplitConfig(images=ships.images, labels=str(tmp_path / "none.json")),
+        part: ObjectSplitConfig(image=ships.image, labels=str(tmp_path / "none.json")),
     }
     with (
         pytest.raises(
@@ -179,7 +179,7 @@ def test_objects_on_no_data_are_counted_and_refused_where_all_are(make_scene, tm
     def split(name: str, image: Path, *rows: str) -> ObjectSplitConfig:
         lines = ["image,xmin,ymin,xmax,ymax,label", *(f"{image.name},{row},ship" for row in rows)]
         (tmp_path / f"{name}.csv").write_text("\n".join(lines))
-        return ObjectSplitConfig(images=str(image), labels=str(tmp_path / f"{name}.csv"), format="csv")
+        return ObjectSplitConfig(image=str(image), labels=str(tmp_path / f"{name}.csv"), format="csv")
 
     def build(**parts: ObjectSplitConfig) -> None:
         whole = split("whole", good, "2,2,9,9")
@@ -197,7 +197,7 @@ def test_objects_on_no_data_are_counted_and_refused_where_all_are(make_scene, tm
 def test_images_without_a_valid_pixel_are_an_error(make_scene, tmp_path) -> None:
     scene = make_scene(pixels=np.zeros((3, 40, 40), np.uint8), nodata=0)
     (tmp_path / "t.csv").write_text(f"image,xmin,ymin,xmax,ymax,label\n{scene.name},1,1,9,9,ship\n")
-    split = ObjectSplitConfig(images=str(scene), labels=str(tmp_path / "t.csv"), format="csv")
+    split = ObjectSplitConfig(image=str(scene), labels=str(tmp_path / "t.csv"), format="csv")
     with pytest.raises(
         InputError, match="1 of 1 objects of the 1 training images looked at have no valid pixel under them"
     ):

@@ -106,7 +106,7 @@ def test_the_last_blocks_are_trained_with_what_is_on_top(pool, monkeypatch) -> N
     assert "network.head.weight" in names
     assert [block.training for block in model.network.blocks] == [False, False, True]
     assert not model.is_backbone_frozen
-    assert make("vit_tiny_patch16_224", trainable_blocks=0, pool=pool).is_backbone_frozen
+    assert make("vit_tiny_patch16_224", freeze_backbone=True, pool=pool).is_backbone_frozen
 
 
 def test_the_last_blocks_of_convolutions_are_trained_without_the_statistics_of_the_others() -> None:
@@ -185,8 +185,8 @@ def test_scores_are_probabilities_or_numbers_in_their_unit() -> None:
     [
         ({"tile_px": 50}, "multiple of the patch size 16, got 50; try 48"),
         ({"pool": "mean"}, "model.pool must be one of token, avg"),
-        ({"trainable_blocks": 2}, "trainable_blocks must be 0 to 1"),
-        ({"freeze_backbone": True, "lora": LoraConfig()}, "lora freezes the backbone by itself"),
+        ({"trainable_blocks": 2}, "trainable_blocks must be 1 to 1"),
+        ({"freeze_backbone": True, "lora": LoraConfig()}, "model.freeze_backbone and model.lora both say"),
     ],
 )
 def test_what_doesnt_fit_is_a_config_error(options, message) -> None:

@@ -239,7 +239,7 @@ def test_regions_are_pooled_from_the_level_of_their_size(strides, strides_of_sid
 
 def test_a_detector_learns_objects_of_3_to_20_px() -> None:
     model = detector(
-        "fcos", 1, backbone="resnet18", backbone_kwargs={}, out_indices=None, strides=[4, 8], freeze="norms"
+        "fcos", 1, backbone="resnet18", backbone_kwargs={}, out_indices=None, strides=[4, 8], freeze_norms=True
     )
     boxes = [[5, 5, 8, 8], [20, 10, 40, 24], [12, 34, 20, 41], [41, 41, 44, 45]]
     image = 0.1 * torch.randn(1, 48, 48, generator=torch.Generator().manual_seed(0))
@@ -263,13 +263,13 @@ def test_a_detector_learns_objects_of_3_to_20_px() -> None:
 
 def test_frozen_norms_keep_statistics_and_weights_and_a_frozen_backbone_all() -> None:
     changes = {"backbone": "resnet18", "backbone_kwargs": {}, "out_indices": None, "strides": [8]}
-    model = detector(freeze="norms", **changes).train()
+    model = detector(freeze_norms=True, **changes).train()
     before = model.backbone.bn1.running_mean.clone()
     model.losses(images_of((3, 64, 64)), [labels_of([], [], 64, 64)])
     assert torch.equal(model.backbone.bn1.running_mean, before)
     assert not model.backbone.bn1.weight.requires_grad
     assert model.backbone.conv1.weight.requires_grad
-    model = detector(freeze="backbone", **changes).train()
+    model = detector(freeze_backbone=True, **changes).train()
     assert not any(p.requires_grad for p in model.backbone.parameters())
     assert not model.backbone.training
     assert all(p.requires_grad for p in model.head.parameters())
@@ -301,7 +301,6 @@ def test_a_checkpoint_gives_the_same_detections(head, tmp_path) -> None:
     ("changes", "message"),
     [
         ({"head": "yolo"}, "model.head must be one of fcos"),
-        ({"freeze": "all"}, "model.freeze must be one of nothing"),
         ({"channels": 40}, "multiple of 32 above 32, got 40"),
         ({"head_kwargs": {"convs": 2}}, "model.head_kwargs of fcos are num_convs, .* got convs; did you mean"),
         ({"strides": [8, 4]}, "model.strides: expected growing strides"),

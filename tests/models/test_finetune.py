@@ -45,7 +45,7 @@ def test_the_last_blocks_are_trained_and_the_others_evaluated() -> None:
     assert [block.training for block in blocks] == [False, False, True]
     assert all(p.grad is None for p in model.backbone.model.patch_embed.parameters())
     assert not model.is_backbone_frozen
-    assert build_segmenter(replace(TINY, trainable_blocks=0), SPEC).is_backbone_frozen
+    assert build_segmenter(replace(TINY, freeze_backbone=True), SPEC).is_backbone_frozen
 
 
 def test_the_last_stages_of_a_convolutional_backbone_are_trained_without_the_statistics_of_the_others() -> None:
@@ -63,11 +63,11 @@ def test_the_last_stages_of_a_convolutional_backbone_are_trained_without_the_sta
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"trainable_blocks": 4}, "trainable_blocks must be 0 to 3"),
-        ({"trainable_blocks": -1}, "trainable_blocks must be 0 to 3"),
-        ({"freeze_backbone": True, "trainable_blocks": 1}, "something else freezes the whole backbone"),
-        ({"trainable_blocks": 1, "lora": LoraConfig()}, "lora freezes the backbone by itself"),
-        ({"freeze_backbone": True, "lora": LoraConfig()}, "lora freezes the backbone by itself"),
+        ({"trainable_blocks": 4}, "trainable_blocks must be 1 to 3"),
+        ({"trainable_blocks": 0}, "trainable_blocks must be 1 to 3"),
+        ({"freeze_backbone": True, "trainable_blocks": 1}, "model.freeze_backbone and model.trainable_blocks both say"),
+        ({"trainable_blocks": 1, "lora": LoraConfig()}, "model.trainable_blocks and model.lora both say"),
+        ({"freeze_backbone": True, "lora": LoraConfig()}, "model.freeze_backbone and model.lora both say"),
     ],
 )
 def test_options_that_do_not_fit_are_one_line(change, message) -> None:

@@ -19,7 +19,7 @@ import perf_vit
 from perf_vit.cli.distilling import _student, _teacher
 from perf_vit.cli.run_folder import RunFolder
 from perf_vit.cli.schemas import DistillationRun, PairConfig
-from perf_vit.data import CropsConfig
+from perf_vit.data import CropsConfig, SplitConfig
 from perf_vit.data.embeddings import EmbeddingStore
 from perf_vit.errors import CheckpointError, ConfigError, InputError, PerfVitError
 from perf_vit.io import open_source
@@ -185,8 +185,8 @@ def test_neither_does_a_config(name: str, tmp_path: Path, bomb: Path, mark: Path
             ModelConfig(backbone="vit_tiny_patch16_224", backbone_kwargs={name: value}),
             SegmenterSpec(classes=("a", "b"), normalizer=NORMALIZER, tile_px=32),
         )
-    with pytest.raises(ConfigError, match=f"model.kwargs may hold .*, got {name}"):
-        _teacher(PairConfig(name="vit_tiny_patch16_224", weights=None, kwargs={name: value}))
+    with pytest.raises(ConfigError, match=f"model.backbone_kwargs may hold .*, got {name}"):
+        _teacher(PairConfig(backbone="vit_tiny_patch16_224", weights=None, kwargs={name: value}))
     assert asked == []
     assert not mark.exists()
 
@@ -215,7 +215,7 @@ def test_a_model_folder_hands_no_loading_argument_to_timm(
     for load in (
         perf_vit.load_converted,
         load_softmax,
-        lambda folder: _student(PairConfig(name="vit_tiny_patch16_224", student=str(folder)), teacher),
+        lambda folder: _student(PairConfig(backbone="vit_tiny_patch16_224", student=str(folder)), teacher),
         lambda folder: build_segmenter(
             ModelConfig(backbone=str(folder), out_indices=[0]),
             SegmenterSpec(classes=("a", "b"), normalizer=NORMALIZER, tile_px=32),
@@ -304,7 +304,7 @@ def test_weights_that_are_pickles_of_anything_else_are_refused(
         with pytest.raises(CheckpointError, match=r"can't read .* as weights"):
             read_weights(path)
         with pytest.raises(PerfVitError, match=r"can't read .* as weights"):
-            _teacher(PairConfig(name="vit_tiny_patch16_224", weights=str(path)))
+            _teacher(PairConfig(backbone="vit_tiny_patch16_224", weights=str(path)))
         for load in (checkpoint_task, load_segmenter, load_detector, load_classifier, load_slide_classifier):
             with pytest.raises(CheckpointError, match=r"can't read .* as a checkpoint"):
                 load(path)
@@ -322,8 +322,8 @@ def test_a_run_is_not_resumed_from_a_pickle_of_anything_else(tmp_path: Path, mar
     torch.save({"state_dict": {}, "callbacks": Payload(mark)}, run / "checkpoints" / "last.ckpt")
     config = DistillationRun(
         out=str(run),
-        model=PairConfig(name="vit_tiny_patch16_224"),
-        data=CropsConfig(images=["x"], val_images=["x"]),
+        model=PairConfig(backbone="vit_tiny_patch16_224"),
+        data=CropsConfig(train=SplitConfig(image="x"), val=SplitConfig(image="x")),
         resume=True,
     )
     trainer = lightning.Trainer(max_epochs=1, accelerator="cpu", logger=False, enable_progress_bar=False)

@@ -279,9 +279,7 @@ def train_objects(root: Path) -> Job:
     """Detection."""
     job = evaluate_objects(root)
     scene, labels = job.inputs[1:]
-    files = [
-        f"data.{part}.{key}" for part in ("train", "val") for key in (f"images={scene.parent}", f"labels={labels}")
-    ]
+    files = [f"data.{part}.{key}" for part in ("train", "val") for key in (f"image={scene.parent}", f"labels={labels}")]
     return _train(
         root, "task: detection\nextends: configs/detection/cars_aerial.yaml\n", files, [scene, labels], "pictures/x.png"
     )
@@ -291,7 +289,7 @@ def train_classes(root: Path) -> Job:
     """Classification."""
     images, table = _labelled(root, "label", ["a", "b"])
     config = "task: classification\nextends: configs/classification/scenes.yaml\n"
-    files = [f"data.train.images={images[0].parent}", f"data.train.labels={table}"]
+    files = [f"data.train.image={images[0].parent}", f"data.train.labels={table}"]
     return _train(root, config, files, [*images, table], "wandb/x")
 
 
@@ -301,7 +299,7 @@ def train_slides(root: Path) -> Job:
     table = root / "in" / "labels.csv"
     table.write_text("slide,label\na.svs,small\n")
     config = "task: slide\nextends: configs/slides/tumour.yaml\n"
-    files = [f"data.train={table}", f"data.slides={slide.parent}"]
+    files = [f"data.train.labels={table}", f"data.train.image={slide.parent}"]
     return _train(root, config, files, [slide, table])
 
 
@@ -309,7 +307,7 @@ def distill(root: Path) -> Job:
     """A student."""
     scene = write_scene(root / "in" / "scene.tif")
     config = "model: {name: vit_tiny_patch16_224}\n"
-    files = [f"data.images=[{scene}]", f"data.val_images=[{scene}]"]
+    files = [f"data.train.image=[{scene}]", f"data.val.image=[{scene}]"]
     return _train(root, config, files, [scene], "student/config.json", "student/model.safetensors")
 
 

@@ -59,7 +59,7 @@ def save_classifier(path: Path, kind: str) -> Path:
 def save_slide_classifier(path: Path) -> Path:
     """Of two classes."""
     config = SlideModelConfig(**BACKBONE, pool="avg", hidden_dim=16, attention_dim=8)
-    columns = {"slide_column": "slide", "label_column": "label"}
+    columns = {"image_column": "slide", "label_column": "label"}
     spec = SlideSpec(
         classes=("large", "small"), normalizer=NORMALIZER, tile_px=32, mpp=1.0, tissue="otsu", min_tissue=0.2,
         slide_mpp=0.5, label_options=columns,

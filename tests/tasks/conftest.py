@@ -90,7 +90,7 @@ def detection(tmp_path_factory):
             annotations.append({"id": 3 * number + each, "image_id": number, "category_id": 1, "bbox": box})
     labels = {"images": images, "annotations": annotations, "categories": [{"id": 1, "name": "ship"}]}
     (folder / "labels.json").write_text(json.dumps(labels))
-    split = ObjectSplitConfig(images=str(folder), labels=str(folder / "labels.json"))
+    split = ObjectSplitConfig(image=str(folder), labels=str(folder / "labels.json"))
 
     def build(num_workers: int):
         data = build_object_datamodule(
@@ -115,7 +115,7 @@ def scenes(tmp_path_factory):
             Image.fromarray(rng.integers(0, 255, (48, 48, 3), np.uint8)).save(folder / name / f"{number}.png")
 
     def build(num_workers: int):
-        split = ImageSplitConfig(images=str(folder))
+        split = ImageSplitConfig(image=str(folder))
         data = build_scene_datamodule(
             ClassificationDataConfig(train=split, val=split, num_workers=num_workers, **TILES), seed=0
         )

@@ -154,7 +154,7 @@ def test_training_on_some_images_lowers_loss_and_raises_cosine_on_others(kind: s
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"train": "mlp"}, "optim.train must be one of attention, all"),
+        ({"trainable": "mlp"}, "optim.trainable must be one of attention, all"),
         ({"block_steps": 0}, "one of them above 0"),
         ({"token_steps": -1}, "0 or more"),
         ({"max_minutes": 0.0}, "above 0"),

@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 
 import perf_vit
-from perf_vit.data import CropsConfig, build_crops
+from perf_vit.data import CropsConfig, SplitConfig, build_crops
 from perf_vit.tasks import (
     DistillationConfig,
     DistillationTask,
@@ -45,12 +45,16 @@ def distil(tmp_path):
     for number in range(2):
         pixels = np.random.default_rng(number).integers(0, 255, (48, 48, 3), np.uint8)
         Image.fromarray(pixels).save(tmp_path / f"{number}.png")
-    images = {"images": [str(tmp_path / "0.png")], "val_images": [str(tmp_path / "1.png")]}
+    train, val = (SplitConfig(image=str(tmp_path / name)) for name in ("0.png", "1.png"))
 
     def _distil(folder, *, resume=False, **stages):
         task = make_task(**stages)
         data = build_crops(
-            CropsConfig(**images, size_px=32, num_val_crops=2), (0.5,) * 3, (0.5,) * 3, steps_per_epoch=6, seed=0
+            CropsConfig(train=train, val=val, tile_px=32, num_val_tiles=2),
+            (0.5,) * 3,
+            (0.5,) * 3,
+            steps_per_epoch=6,
+            seed=0,
         )
         where = DistillationTrainerConfig(val_every_steps=6, accelerator="cpu")
         trainer = build_distillation_trainer(where, task.config, folder, progress=False)

@@ -2,7 +2,7 @@
 
     python tools/benchmarks/detection_peers.py configs/detection/cells_bccd.yaml --minutes 8 --model fcos \
         --test-images BCCD/JPEGImages --test-labels BCCD/Annotations --test-list test.txt \
-        data.train.images=BCCD/JPEGImages data.train.labels=BCCD/Annotations data.train.list=train.txt ...
+        data.train.image=BCCD/JPEGImages data.train.labels=BCCD/Annotations data.train.list=train.txt ...
 
 The data part of the config and its overrides decide images, split, tiles, augmentation and batches; the network is
 torchvision's with its defaults: a ResNet with FPN, 256 channels, weights from scratch. The learning rate follows a

@@ -148,8 +148,8 @@ def _object_commands(label_format: str) -> Commands:
     def commands(victim: Path, shop: Workshop, out: Path, rng: Rng) -> list[list[str]]:
         images = shop.images if label_format in {"coco", "csv"} else shop.image
         labels = victim if label_format in {"coco", "csv"} else victim.parent
-        files = [f"data.train.labels={labels}", f"data.train.images={images}"]
-        as_train = ["data.val.labels", "data.val.images"]
+        files = [f"data.train.labels={labels}", f"data.train.image={images}"]
+        as_train = ["data.val.labels", "data.val.image"]
         validated = [f"{key}={item.split('=', 1)[1]}" for key, item in zip(as_train, files, strict=True)]
         named = [f"data.train.format={label_format}", f"data.val.format={label_format}"]
         uses = [
@@ -162,7 +162,7 @@ def _object_commands(label_format: str) -> Commands:
 
 
 def _class_commands(victim: Path, shop: Workshop, out: Path, rng: Rng) -> list[list[str]]:
-    images = f"data.train.images={shop.folder / 'classes'}"
+    images = f"data.train.image={shop.folder / 'classes'}"
     uses = [
         _evaluate(shop, "classification", shop.folder / "classes", victim, "--json", str(out / "scores.json")),
         _train(shop, "classification", out, images, f"data.train.labels={victim}"),

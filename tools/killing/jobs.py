@@ -196,13 +196,13 @@ def _prepare_distillation(folder: Path) -> None:
 def _distillation_args(inputs: Path, out: Path) -> list[str]:
     kwargs = ", ".join(f"{key}: {value}" for key, value in {**_VIT, "img_size": 64}.items())
     model = [
-        "model.name=vit_tiny_patch16_224",
+        "model.backbone=vit_tiny_patch16_224",
         f"model.weights={inputs / 'vit.safetensors'}",
-        f"model.kwargs={{{kwargs}}}",
+        f"model.backbone_kwargs={{{kwargs}}}",
     ]
     model += ["model.options={window_size: 2, num_sinks: 2, num_features: 8}"]
-    data = [f"data.images=[{inputs / '0.png'}]", f"data.val_images=[{inputs / '1.png'}]", "data.size_px=64"]
-    data += ["data.batch_size=1", "data.num_val_crops=2"]
+    data = [f"data.train.image=[{inputs / '0.png'}]", f"data.val.image=[{inputs / '1.png'}]", "data.tile_px=64"]
+    data += ["data.batch_size=1", "data.num_val_tiles=2"]
     stages = ["optim.block_steps=20", "optim.token_steps=14", "optim.max_minutes=null", "trainer.val_every_steps=5"]
     config = "configs/distillation/vit_small_dinov2.yaml"
     return ["distill", config, *model, *data, *stages, "trainer.accelerator=cpu", f"out={out}", *_resume(out)]

@@ -6,11 +6,14 @@ import warnings
 from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
 
-from perf_vit.data.crops import find_images
+from perf_vit.data.crops import find_images, image_root
 from perf_vit.errors import DataWarning, InputError
 from perf_vit.io import files_below, previews_among
 
-__all__ = ["ImageFolder", "label_files", "read_lines"]
+__all__ = ["ImageFolder", "Images", "label_files", "read_lines"]
+
+Images = str | Path | Sequence[str | Path]
+"""A folder, a file, a glob, or several of these."""
 
 
 class ImageFolder:
@@ -19,22 +22,30 @@ class ImageFolder:
     A picture beside a raster of its name is a preview, unless it is asked for by its name with ending.
 
     Args:
-        images: a folder, searched with its subfolders, or one image.
+        images: a folder, searched with its subfolders, one image, a glob, or several of these.
         names: the images to use; all if None.
-        without: a folder inside that is not searched.
+        without: folders inside that are not searched.
 
     Raises:
         InputError: no image there, or a name that fits none or several.
     """
 
-    def __init__(self, images: str | Path, names: Sequence[str] | None = None, *, without: Path | None = None) -> None:
-        self.root = Path(images)
-        found = [path for path in find_images([images]) if without not in path.parents]
+    def __init__(
+        self,
+        images: Images,
+        names: Sequence[str] | None = None,
+        *,
+        without: Collection[Path] = (),
+    ) -> None:
+        given = [images] if isinstance(images, str | Path) else list(images)
+        self.root = " and ".join(map(str, given))
+        roots = [(path, image_root(each)) for each in given for path in find_images([each])]
+        roots = [(path, root) for path, root in roots if not set(without).intersection(path.parents)]
+        found = list(dict(roots))
         previews = previews_among(found)
         self.paths = [path for path in found if path not in previews]
         self._known: dict[str, set[Path]] = {}
-        root = self.root if self.root.is_dir() else self.root.parent
-        for path in found:
+        for path, root in roots:
             inside = path.relative_to(root)
             bare = () if path in previews else (str(inside.with_suffix("")), path.stem)
             for name in (str(inside), path.name, *bare):

@@ -11,7 +11,7 @@ from pathlib import Path
 from perf_vit.data.labels.coco import read_coco
 from perf_vit.data.labels.dota import read_dota
 from perf_vit.data.labels.finish import finish_index
-from perf_vit.data.labels.image_folder import ImageFolder
+from perf_vit.data.labels.image_folder import ImageFolder, Images
 from perf_vit.data.labels.instances import read_instances
 from perf_vit.data.labels.polygons import read_polygons
 from perf_vit.data.labels.records import ObjectIndex, RawLabels
@@ -30,7 +30,7 @@ _ONE_FILE = ("coco", "csv")
 
 def read_object_labels(
     labels: str | Path,
-    images: str | Path,
+    images: Images,
     *,
     label_format: str,
     classes: Sequence[str] | None = None,
@@ -45,7 +45,7 @@ def read_object_labels(
     Args:
         labels: a file for coco and csv; a folder for voc, yolo, dota and instances, with one file an image; either for
             polygons.
-        images: a folder, searched with its subfolders, or one image.
+        images: a folder, searched with its subfolders, one image, a glob, or several of these.
         label_format: coco, voc, yolo, dota, instances, polygons (GeoJSON, GeoPackage, shapefile) or csv.
         classes: class names, in the order of their indices; by default those of the label files.
         skip_classes: names of objects to leave out, as if they were background.
