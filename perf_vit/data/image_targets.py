@@ -13,8 +13,9 @@ import numpy.typing as npt
 
 from perf_vit.data.crops import find_images, image_root
 from perf_vit.data.csv_rows import CsvRow, read_csv_rows
-from perf_vit.data.labels.image_folder import ImageFolder, Images
+from perf_vit.data.labels.image_folder import ImageFolder
 from perf_vit.errors import InputError
+from perf_vit.types import InputPath
 
 __all__ = ["ImageTargets", "class_index", "read_class_folders", "read_class_table", "read_number_table"]
 
@@ -43,7 +44,7 @@ class ImageTargets:
 
 
 def read_class_folders(
-    images: Images, classes: Sequence[str] | None = None, *, allow_missing: bool = False
+    images: InputPath, classes: Sequence[str] | None = None, *, allow_missing: bool = False
 ) -> ImageTargets:
     """Images in folders that are named after their class: `folder/class/.../image.tif`.
 
@@ -80,7 +81,7 @@ def read_class_folders(
 
 def read_class_table(
     table: str | Path,
-    images: Images,
+    images: InputPath,
     classes: Sequence[str] | None = None,
     *,
     multilabel: bool = False,
@@ -119,7 +120,7 @@ def read_class_table(
 
 
 def read_number_table(
-    table: str | Path, images: Images, columns: Sequence[str], *, image_column: str = "image"
+    table: str | Path, images: InputPath, columns: Sequence[str], *, image_column: str = "image"
 ) -> ImageTargets:
     """A CSV file with a column of numbers, or several, for each image.
 
@@ -150,7 +151,7 @@ def class_index(name: str, classes: Sequence[str], place: str) -> int:
     raise InputError(f"{place} is of the class {name!r}, which there isn't; {hint}")
 
 
-def _paths(rows: Iterable[CsvRow], images: Images, column: str) -> tuple[str, ...]:
+def _paths(rows: Iterable[CsvRow], images: InputPath, column: str) -> tuple[str, ...]:
     return tuple(_unique(rows, ImageFolder(images), column))
 
 

@@ -7,21 +7,22 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from perf_vit.data.crops import image_root, is_glob
-from perf_vit.data.labels.image_folder import ImageFolder, Images
+from perf_vit.data.labels.image_folder import ImageFolder
 from perf_vit.errors import DataWarning, InputError
 from perf_vit.io import MASK_SUFFIXES, files_below, is_vector_name
+from perf_vit.types import InputPath
 
 __all__ = ["find_label_pairs", "is_labelled_folder"]
 
 
-def is_labelled_folder(images: Images, labels: str | Path) -> bool:
+def is_labelled_folder(images: InputPath, labels: str | Path) -> bool:
     """Whether labels are a folder, and images a folder, a glob or a list: each image has a label file of its own."""
     if not Path(labels).is_dir():
         return False
     return not isinstance(images, str | Path) or Path(images).is_dir() or is_glob(images)
 
 
-def find_label_pairs(images: Images, labels: str | Path) -> list[tuple[Path, Path]]:
+def find_label_pairs(images: InputPath, labels: str | Path) -> list[tuple[Path, Path]]:
     """Images and their label files, masks or polygons, which have the images' names but for the ending.
 
     Both folders are searched with their subfolders, and one may lie in the other: then what lies there is no image, or

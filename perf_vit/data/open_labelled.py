@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -15,7 +14,7 @@ from perf_vit.data.window_config import DataConfig, RegionConfig, label_options
 from perf_vit.data.windows import LabelledSource
 from perf_vit.errors import ConfigError
 from perf_vit.io import LabelFiles, LabelSource, RasterSource, SlideSource, open_input, open_labels
-from perf_vit.types import InputOptions, Source, Window
+from perf_vit.types import InputOptions, InputPath, Source, Window
 
 __all__ = ["open_labelled", "open_pairs", "region_window"]
 
@@ -35,7 +34,7 @@ def open_labelled(config: DataConfig, region: RegionConfig, key: str, *, train: 
     """
     windows: list[Window] = []
 
-    def open_image(image: str) -> RasterSource | SlideSource:
+    def open_image(image: InputPath) -> RasterSource | SlideSource:
         source, window = _placed(config, image, region.region, key, train=train)
         windows.append(window)
         return source
@@ -51,16 +50,16 @@ def open_labelled(config: DataConfig, region: RegionConfig, key: str, *, train: 
 
 
 def open_pairs(
-    image: str | Path,
+    image: InputPath,
     labels: str | Path,
-    open_image: Callable[[str], RasterSource | SlideSource],
+    open_image: Callable[[InputPath], RasterSource | SlideSource],
     meaning: Any,
     options: Mapping[str, Any],
 ) -> list[tuple[RasterSource | SlideSource, LabelSource]]:
     """Open an image and its labels; or all images of a folder, closed, each with those of its name.
 
     Args:
-        image: a raster or slide, or a folder of them.
+        image: a raster or slide, or a folder, glob or list of them.
         labels: a mask or polygons, or a folder of them.
         open_image: opens an image by its path.
         meaning: a data config or spec: the attributes classes, background and multilabel say what labels mean.
@@ -72,7 +71,7 @@ def open_pairs(
     named = ("classes", "background", "multilabel")
     options = {**{name: getattr(meaning, name) for name in named}, **options}
     if not is_labelled_folder(image, labels):
-        source = open_image(os.fspath(image))
+        source = open_image(image)
         return [(source, open_labels(labels, source, **options))]
     pairs = find_label_pairs(image, labels)
     sources = []
@@ -110,7 +109,7 @@ def region_window(region: list[int] | None, source: Source, key: str) -> Window:
 
 
 def _placed(
-    config: DataConfig, image: str, region: list[int] | None, key: str, *, train: bool
+    config: DataConfig, image: InputPath, region: list[int] | None, key: str, *, train: bool
 ) -> tuple[RasterSource | SlideSource, Window]:
     """An image and the part of it that may be used; closed, as there may be more than a process may hold open."""
     options = InputOptions.from_config(config)
@@ -127,7 +126,7 @@ def _placed(
     return source, window
 
 
-def _own_side(image: str, options: InputOptions, source: Source) -> float | None:
+def _own_side(image: InputPath, options: InputOptions, source: Source) -> float | None:
     if isinstance(source, SlideSource):
         assert source.slide_mpp is not None
         return math.sqrt(math.prod(source.slide_mpp))

@@ -50,7 +50,7 @@ def test_a_trained_detector_keeps_the_nodata_value(split, tmp_path) -> None:
     assert call(["train", tmp_path / "config.yaml", f"out={tmp_path / 'run'}", *args]) == 0
     model = load_detector(tmp_path / "run" / "checkpoints" / "last.ckpt")
     assert model.spec.nodata == 0
-    source = model.spec.open(split.images)
+    source = model.spec.open(split.image)
     assert np.array_equal(source.read(source.extent).valid.any(0), np.arange(160) < 70)
 
 
@@ -62,7 +62,7 @@ def test_evaluation_and_prediction_pass_over_missing_pixels(split, tmp_path, nod
     report = evaluate_detector(checkpoint, tmp_path / "a.tif", tmp_path / "labels.csv", device="cpu")
     assert report.scores.classes[0].num_objects == num_seen
     model = load_detector(checkpoint)
-    objects = detect_objects(model, model.spec.open(split.images), 0.0, device="cpu", overlap=0)
+    objects = detect_objects(model, model.spec.open(split.image), 0.0, device="cpu", overlap=0)
     # The windows of columns 64 to 128 and 96 to 160 overlap the hole; an object there touches no valid pixel.
     assert (objects.geometry[:, 0] < 70).all() == (nodata == 0)
 

@@ -165,7 +165,7 @@ def test_a_run_that_is_short_of_time_still_ends_its_schedule(args, tmp_path) -> 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ("data.train.image=[]", "got none"),
+        ("data.train.image=[]", "image must be a file"),
         ("data.train.image=[nowhere]", "no image file or folder nowhere"),
         ("data.tile_px=60", "multiple of the patch size 8, got 60; try 64"),
         ("data.tile_px=192", "160 x 200"),

@@ -131,7 +131,7 @@ def detection(root: Path) -> Case:
     ]
     with (root / "labels.csv").open("w", newline="", encoding="utf-8") as file:
         csv.writer(file).writerows([["image", "xmin", "ymin", "xmax", "ymax", "label"], *rows])
-    split = {"images": str(root / "images"), "labels": str(root / "labels.csv"), "format": "csv"}
+    split = {"image": str(root / "images"), "labels": str(root / "labels.csv"), "format": "csv"}
     head = {"head": "fcos", "head_kwargs": {"num_convs": 1, "detections_per_tile": 20}}
     run = train(
         root,
@@ -168,7 +168,7 @@ def classification(root: Path) -> Case:
         {
             "out": str(root / "run[/b]".replace("/", "")),
             "task": "classification",
-            "data": {"train": {"images": str(root / "images")}, "tile_px": 32, "batch_size": 2, "val_share": 0.3},
+            "data": {"train": {"image": str(root / "images")}, "tile_px": 32, "batch_size": 2, "val_share": 0.3},
             "model": {**BACKBONE, "pool": "avg"},
             "trainer": TRAINER,
         },
@@ -190,7 +190,7 @@ def regression(root: Path) -> Case:
             "out": str(root / "run[/b]".replace("/", "")),
             "task": "regression",
             "data": {
-                "train": {"images": str(root / "images"), "labels": str(root / "labels.csv")},
+                "train": {"image": str(root / "images"), "labels": str(root / "labels.csv")},
                 "tile_px": 32,
                 "batch_size": 2,
                 "val_share": 0.3,
@@ -224,8 +224,7 @@ def slide(root: Path) -> Case:
             "out": str(root / "run[/b]".replace("/", "")),
             "task": "slide",
             "data": {
-                "train": str(root / "labels.csv"),
-                "slides": str(slides),
+                "train": {"image": str(slides), "labels": str(root / "labels.csv")},
                 "mpp": 1.0,
                 "tile_px": 32,
                 "max_windows": 4,

@@ -23,8 +23,7 @@ CONFIG = """
 out: ???
 task: slide
 data:
-  train: "???"
-  slides: "???"
+  train: {image: "???", labels: "???"}
   mpp: 1.0
   slide_mpp: 0.5
   tile_px: 32

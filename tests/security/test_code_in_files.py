@@ -186,7 +186,7 @@ def test_neither_does_a_config(name: str, tmp_path: Path, bomb: Path, mark: Path
             SegmenterSpec(classes=("a", "b"), normalizer=NORMALIZER, tile_px=32),
         )
     with pytest.raises(ConfigError, match=f"model.backbone_kwargs may hold .*, got {name}"):
-        _teacher(PairConfig(backbone="vit_tiny_patch16_224", weights=None, kwargs={name: value}))
+        _teacher(PairConfig(backbone="vit_tiny_patch16_224", weights=None, backbone_kwargs={name: value}))
     assert asked == []
     assert not mark.exists()
 

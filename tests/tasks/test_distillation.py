@@ -96,10 +96,10 @@ def test_token_loss_is_nothing_at_the_target_and_counts_prefix_and_patches_alike
     assert float(token_loss(-target, target, 0)) == pytest.approx(2, abs=1e-6)
 
 
-@pytest.mark.parametrize(("train", "expected"), [("attention", {"attn", "norm1", "ls1"}), ("all", None)])
-def test_only_what_is_asked_for_trains(train: str, expected: set[str] | None) -> None:
+@pytest.mark.parametrize(("trainable", "expected"), [("attention", {"attn", "norm1", "ls1"}), ("all", None)])
+def test_only_what_is_asked_for_trains(trainable: str, expected: set[str] | None) -> None:
     teacher = _teacher("registers")
-    task = DistillationTask(teacher, perf_vit.performerize(teacher, **OPTIONS), DistillationConfig(train=train))
+    task = DistillationTask(teacher, perf_vit.performerize(teacher, **OPTIONS), DistillationConfig(trainable=trainable))
     trained = {name for name, p in task.student.named_parameters() if p.requires_grad}
     if expected is None:
         assert trained == {name for name, _ in task.student.named_parameters()}

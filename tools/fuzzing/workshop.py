@@ -129,7 +129,7 @@ def _write_classes(shop: Workshop, rng: np.random.Generator) -> None:
 def _config(task: str, shop: Workshop) -> dict[str, Any]:
     backbone = {"backbone": _BACKBONE, "backbone_kwargs": _BACKBONE_KWARGS}
     labelled = {"image": str(shop.image), "labels": str(shop.folder / "mask.tif")}
-    objects = {"images": str(shop.images), "labels": str(shop.seeds / "coco" / "boxes.json"), "format": "coco"}
+    objects = {"image": str(shop.images), "labels": str(shop.seeds / "coco" / "boxes.json"), "format": "coco"}
     small = {"tile_px": 32, "batch_size": 1}
     data: dict[str, dict[str, object]] = {
         "segmentation": {
@@ -140,10 +140,9 @@ def _config(task: str, shop: Workshop) -> dict[str, Any]:
             "tiles_per_epoch": 2,
         },
         "detection": {"train": objects, "classes": ["ship", "car"], "tiles_per_epoch": 2, "val_share": 0.5},
-        "classification": {"train": {"images": str(shop.folder / "classes")}, "val_share": 0.5},
+        "classification": {"train": {"image": str(shop.folder / "classes")}, "val_share": 0.5},
         "slide": {
-            "train": str(shop.folder / "slides" / "slides.csv"),
-            "slides": str(shop.folder / "slides"),
+            "train": {"image": str(shop.folder / "slides"), "labels": str(shop.folder / "slides" / "slides.csv")},
             "mpp": 0.5,
             "min_tissue": 0.0,
             "max_windows": 4,

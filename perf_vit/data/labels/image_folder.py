@@ -9,11 +9,9 @@ from pathlib import Path
 from perf_vit.data.crops import find_images, image_root
 from perf_vit.errors import DataWarning, InputError
 from perf_vit.io import files_below, previews_among
+from perf_vit.types import InputPath
 
-__all__ = ["ImageFolder", "Images", "label_files", "read_lines"]
-
-Images = str | Path | Sequence[str | Path]
-"""A folder, a file, a glob, or several of these."""
+__all__ = ["ImageFolder", "label_files", "read_lines"]
 
 
 class ImageFolder:
@@ -32,7 +30,7 @@ class ImageFolder:
 
     def __init__(
         self,
-        images: Images,
+        images: InputPath,
         names: Sequence[str] | None = None,
         *,
         without: Collection[Path] = (),

@@ -11,7 +11,7 @@ from pathlib import Path
 from perf_vit.data.labels.coco import read_coco
 from perf_vit.data.labels.dota import read_dota
 from perf_vit.data.labels.finish import finish_index
-from perf_vit.data.labels.image_folder import ImageFolder, Images
+from perf_vit.data.labels.image_folder import ImageFolder
 from perf_vit.data.labels.instances import read_instances
 from perf_vit.data.labels.polygons import read_polygons
 from perf_vit.data.labels.records import ObjectIndex, RawLabels
@@ -20,7 +20,7 @@ from perf_vit.data.labels.voc import read_voc
 from perf_vit.data.labels.yolo import read_yolo
 from perf_vit.errors import ConfigError, DataWarning, InputError
 from perf_vit.io import ids_of_classes, open_source, split_layer
-from perf_vit.types import OpenInput
+from perf_vit.types import InputPath, OpenInput
 
 __all__ = ["LABEL_FORMATS", "read_object_labels"]
 
@@ -30,7 +30,7 @@ _ONE_FILE = ("coco", "csv")
 
 def read_object_labels(
     labels: str | Path,
-    images: Images,
+    images: InputPath,
     *,
     label_format: str,
     classes: Sequence[str] | None = None,
