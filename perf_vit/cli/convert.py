@@ -246,7 +246,7 @@ def _crops(request: ConversionRequest, model: Any) -> list[Tensor]:
         seed=request.seed,
         symmetries=False,
     )
-    return [crops[index] for index in range(len(crops))]
+    return [crops[index][0] for index in range(len(crops))]
 
 
 def _synthetic(in_chans: int, size: int, seed: int) -> Tensor:

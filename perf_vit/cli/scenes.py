@@ -25,6 +25,7 @@ from perf_vit.data import (
     SceneImages,
     SceneViews,
     build_scene_datamodule,
+    collate_tiles,
     middle_window,
     read_image_targets,
     scene_tile,
@@ -118,8 +119,8 @@ def predict_scenes(
     found: dict[str, list[float]] = {}
     with windows_progress("predicting", "images") as on_image:
         for batch in _batches(_tiles(model.spec, paths, errors if skip_errors else None), batch_size):
-            for (path, _), row in zip(batch, forward([tile for _, tile in batch]).tolist(), strict=True):
-                found[path] = row
+            names, tiles = zip(*batch, strict=True)
+            found.update(zip(names, forward(*collate_tiles(tiles)).tolist(), strict=True))
             on_image(len(found) + len(errors), len(paths))
     if not found:
         raise InputError(f"none of {len(paths)} images could be read, the first: {next(iter(errors.values()))}")
@@ -175,8 +176,8 @@ def evaluate_scenes(
     done = 0
     with windows_progress(f"evaluating {images.name}", "images") as on_image:
         for batch in _batches((views[index] for index in range(len(views))), batch_size):
-            tiles, targets = zip(*batch, strict=True)
-            metrics.update(forward(tiles), torch.stack(targets))
+            tiles, targets, valid = collate_tiles(batch)
+            metrics.update(forward(tiles, valid), targets)
             done += len(batch)
             on_image(done, len(views))
     return metrics.summary(with_curves=True)
@@ -190,29 +191,31 @@ class _Forward:
         self._dtype = resolved_precision(precision)
         self._device = torch.device(on_device(model, device))
 
-    def __call__(self, tiles: Sequence[Tensor]) -> Tensor:
-        """Scores [B, K] of tiles [C, tile_px, tile_px]."""
+    def __call__(self, tiles: Tensor, valid: Tensor | None) -> Tensor:
+        """Scores [B, K] of tiles [B, C, tile_px, tile_px] and their valid pixels [B, tile_px, tile_px]."""
         autocast = torch.autocast(self._device.type, dtype=self._dtype, enabled=self._dtype != torch.float32)
         with torch.inference_mode(), autocast:
-            logits = self._model(torch.stack(list(tiles)).to(self._device))
+            logits = self._model(tiles.to(self._device), None if valid is None else valid.to(self._device))
         return self._model.scores(logits).cpu()
 
 
-def _tiles(spec: ClassifierSpec, paths: Sequence[str], errors: dict[str, str] | None) -> Iterator[tuple[str, Tensor]]:
-    """Images as the network sees them; those that can't be read go to `errors`, if there are such."""
+def _tiles(
+    spec: ClassifierSpec, paths: Sequence[str], errors: dict[str, str] | None
+) -> Iterator[tuple[str, tuple[Tensor, Tensor]]]:
+    """Images as the network sees them, with their valid pixels; those that can't be read go to `errors`, if given."""
     check = InputCheck(spec.trained_on)
     for path in paths:
         try:
             source = spec.open(path, check=check)
             window = None if spec.resize else middle_window(source, spec.tile_px)
-            pixels = scene_tile(source, spec.normalizer, spec.tile_px, window)
+            tile = scene_tile(source, spec.normalizer, spec.tile_px, window)
             source.close()
         except InputError as error:
             if errors is None:
                 raise
             errors[path] = str(error)
             continue
-        yield path, torch.from_numpy(pixels)
+        yield path, (torch.from_numpy(tile[0]), torch.from_numpy(tile[1]))
 
 
 def _batches(items: Iterable[Any], batch_size: int) -> Iterator[list[Any]]:

@@ -9,6 +9,7 @@ from perf_vit.data.crops import UnlabelledCrops, find_images
 from perf_vit.data.crops_datamodule import CropsConfig, build_crops
 from perf_vit.data.datamodule import WindowDataModule
 from perf_vit.data.embeddings import EmbeddingStore, SlideFeatures
+from perf_vit.data.epochs import collate_tiles
 from perf_vit.data.label_folders import find_label_pairs, is_labelled_folder
 from perf_vit.data.labels import ImageRecord, OutlineMasks, objects_in, read_object_labels, write_coco_labels
 from perf_vit.data.objects import collate_objects, standardized
@@ -71,6 +72,7 @@ __all__ = [
     "build_object_datamodule",
     "build_scene_datamodule",
     "collate_objects",
+    "collate_tiles",
     "count_class_pixels",
     "find_images",
     "find_label_pairs",

@@ -8,7 +8,6 @@ from contextlib import closing
 from pathlib import Path
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
@@ -24,7 +23,7 @@ from perf_vit.io import (
     without_repeats,
 )
 from perf_vit.tiling import random_window
-from perf_vit.transforms import Normalizer
+from perf_vit.transforms import Normalizer, turn
 from perf_vit.types import Source
 
 __all__ = ["UnlabelledCrops", "find_images", "image_root", "is_glob"]
@@ -82,7 +81,7 @@ def _images_at(path: Path) -> list[Path]:
     return found
 
 
-class UnlabelledCrops(Dataset[Tensor]):
+class UnlabelledCrops(Dataset[tuple[Tensor, Tensor]]):
     """Crops at random places of random images; item i is a function of (seed, i) alone.
 
     Every image is drawn with the same probability, whatever its size. A crop of which less than half holds data is
@@ -126,8 +125,8 @@ class UnlabelledCrops(Dataset[Tensor]):
     def __len__(self) -> int:
         return self.length
 
-    def __getitem__(self, index: int) -> Tensor:
-        """Crop [C, tile_px, tile_px] float32, standardised; any index >= 0 is allowed."""
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
+        """Crop [C, tile_px, tile_px] float32, standardised, and valid pixels [tile_px, tile_px]; any index >= 0."""
         rng = np.random.default_rng((self.seed, index))
         for _ in range(10):
             source = self.sources[int(rng.integers(len(self.sources)))]
@@ -136,8 +135,9 @@ class UnlabelledCrops(Dataset[Tensor]):
                 image = source.read(random_window(source.extent, self.tile_px, rng))
             if image.valid.mean() >= 0.5:
                 break
-        pixels = self.normalizer(image)
-        return torch.from_numpy(_turned(pixels, int(rng.integers(8))) if self.symmetries else pixels)
+        symmetry = int(rng.integers(8)) if self.symmetries else 0
+        pixels, valid = turn(self.normalizer(image), symmetry), turn(image.valid, symmetry)
+        return torch.from_numpy(pixels), torch.from_numpy(valid)
 
 
 def _open(path: Path, bands: tuple[int, ...]) -> Source:
@@ -153,9 +153,3 @@ def _check_sizes(sources: Sequence[Source], tile_px: int) -> None:
             f"crops of {tile_px} px need images as large, got {len(small)} of {len(sources)} that are smaller, the "
             f"first {small[0].path} with {height} x {width} px; leave them out or take smaller crops"
         )
-
-
-def _turned(pixels: npt.NDArray[np.float32], symmetry: int) -> npt.NDArray[np.float32]:
-    """One of the eight symmetries of a square [C, H, H]."""
-    mirrored = pixels[:, :, ::-1] if symmetry >= 4 else pixels
-    return np.ascontiguousarray(np.rot90(mirrored, symmetry % 4, axes=(1, 2)))

@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader
 from perf_vit.data.band_statistics import given_normalizer
 from perf_vit.data.config import BaseDataConfig, SplitConfig, check_base, image_paths
 from perf_vit.data.crops import UnlabelledCrops, find_images
-from perf_vit.data.epochs import EpochDataModule, ShareSampler
+from perf_vit.data.epochs import EpochDataModule, ShareSampler, collate_tiles
 from perf_vit.errors import InputError
 from perf_vit.transforms import Normalizer
 
@@ -56,14 +56,20 @@ class CropsDataModule(EpochDataModule):
         self.batch_size = batch_size
         self.num_workers = num_workers
 
-    def train_dataloader(self) -> DataLoader[Tensor]:
+    def train_dataloader(self) -> DataLoader[tuple[Tensor, Tensor]]:
         """Crops that were never seen before, each epoch."""
-        return self.train_loader(self.train, batch_size=self.batch_size, num_workers=self.num_workers)
+        return self.train_loader(
+            self.train, batch_size=self.batch_size, num_workers=self.num_workers, collate_fn=collate_tiles
+        )
 
-    def val_dataloader(self) -> DataLoader[Tensor]:
+    def val_dataloader(self) -> DataLoader[tuple[Tensor, Tensor]]:
         """The crops to validate on, in order."""
         return DataLoader(
-            self.val, batch_size=self.batch_size, sampler=ShareSampler(len(self.val)), num_workers=self.num_workers
+            self.val,
+            batch_size=self.batch_size,
+            sampler=ShareSampler(len(self.val)),
+            num_workers=self.num_workers,
+            collate_fn=collate_tiles,
         )
 
 

@@ -4,17 +4,16 @@ from __future__ import annotations
 
 from typing import TypeAlias
 
-from torch import Tensor
 from torch.utils.data import ConcatDataset, DataLoader
 
-from perf_vit.data.epochs import EpochDataModule, ShareSampler
+from perf_vit.data.epochs import EpochDataModule, ShareSampler, collate_tiles
 from perf_vit.data.window_places import GridPlaces
-from perf_vit.data.windows import GridWindows, RandomWindows
+from perf_vit.data.windows import GridWindows, LabelledTile, RandomWindows
 from perf_vit.transforms import InputBands, Normalizer
 
 __all__ = ["Grids", "WindowDataModule"]
 
-Grids: TypeAlias = GridWindows | ConcatDataset[tuple[Tensor, Tensor]]
+Grids: TypeAlias = GridWindows | ConcatDataset[LabelledTile]
 """The tiles of one source, or of several."""
 
 
@@ -50,17 +49,22 @@ class WindowDataModule(EpochDataModule):
         self.batch_size = batch_size
         self.num_workers = num_workers
 
-    def train_dataloader(self) -> DataLoader[tuple[Tensor, Tensor]]:
+    def train_dataloader(self) -> DataLoader[LabelledTile]:
         """Augmented tiles, a new set each epoch; a last smaller batch is dropped (batch statistics), but of a grid."""
         return self.train_loader(
             self.train,
             batch_size=self.batch_size,
             num_workers=self.num_workers,
+            collate_fn=collate_tiles,
             drop_last=not isinstance(self.train.places, GridPlaces),
         )
 
-    def val_dataloader(self) -> DataLoader[tuple[Tensor, Tensor]]:
+    def val_dataloader(self) -> DataLoader[LabelledTile]:
         """The validation regions' tiles, in order."""
         return DataLoader(
-            self.val, batch_size=self.batch_size, sampler=ShareSampler(len(self.val)), num_workers=self.num_workers
+            self.val,
+            batch_size=self.batch_size,
+            sampler=ShareSampler(len(self.val)),
+            num_workers=self.num_workers,
+            collate_fn=collate_tiles,
         )

@@ -2,19 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import lru_cache
 from typing import Any
 
 import lightning
 import numpy as np
 import numpy.typing as npt
-from torch.utils.data import DataLoader, Sampler
+from torch import Tensor
+from torch.utils.data import DataLoader, Sampler, default_collate
 
 from perf_vit.errors import ConfigError
 from perf_vit.ops.processes import process_place
 
-__all__ = ["EpochDataModule", "EpochLoader", "EpochSampler", "ShareSampler", "order_of_turn"]
+__all__ = [
+    "EpochDataModule",
+    "EpochLoader",
+    "EpochSampler",
+    "ShareSampler",
+    "TileBatch",
+    "collate_tiles",
+    "order_of_turn",
+]
+
+TileBatch = tuple[Tensor, Tensor, Tensor | None]
+"""Tiles [B, C, H, W], their labels or targets, and valid pixels, bool [B, H, W], None where all are."""
 
 
 class EpochSampler(Sampler[int]):
@@ -69,6 +81,13 @@ class ShareSampler(Sampler[int]):
         """How many of this process's samples are its own; they come first."""
         rank, world_size = process_place()
         return len(range(rank, self.length, world_size))
+
+
+def collate_tiles(samples: Sequence[tuple[Tensor, ...]]) -> Any:
+    """A batch of samples that end with the valid pixels of a tile, bool [H, W]; None where all pixels are valid."""
+    *parts, valid = zip(*samples, strict=True)
+    all_valid = all(each.all() for each in valid)
+    return *(default_collate(part) for part in parts), None if all_valid else default_collate(valid)
 
 
 class EpochLoader(DataLoader[Any]):

@@ -24,6 +24,7 @@ from perf_vit.transforms import (
     StainJitter,
     bands_fit,
     resize_with_objects,
+    turn,
     turn_with_objects,
     with_bands,
 )
@@ -31,7 +32,11 @@ from perf_vit.types import BoolArray, GeoImage, ObjectLabels, OpenInput, Source,
 
 __all__ = ["ObjectGrid", "ObjectImages", "ObjectSample", "ObjectWindows", "collate_objects", "standardized"]
 
-ObjectSample = tuple[Tensor, ObjectLabels]
+ObjectSample = tuple[Tensor, ObjectLabels, Tensor]
+"""Tile [C, h, w] float32, its objects, and valid pixels [h, w] bool."""
+
+ObjectBatch = tuple[list[Tensor], list[ObjectLabels], list[Tensor] | None]
+"""Tiles, their objects, and their valid pixels, None where all pixels are."""
 
 FloatArray = npt.NDArray[np.float32]
 
@@ -144,7 +149,7 @@ class ObjectWindows(Dataset[ObjectSample]):
         return self.length
 
     def __getitem__(self, index: int) -> ObjectSample:
-        """Tile [C, tile_px, tile_px] float32 and its objects; any index >= 0 is allowed."""
+        """Tile, its objects and valid pixels; any index >= 0 is allowed."""
         rng = np.random.default_rng((self.seed, index))
         size_px = self._draw_size(rng)
         for _ in range(10):
@@ -160,7 +165,7 @@ class ObjectWindows(Dataset[ObjectSample]):
         if self.colors is not None:
             pixels = _recolored(pixels, mask, self.colors, int(rng.integers(2**31)))
         pixels, objects = turn_with_objects(pixels, objects, symmetry)
-        return torch.from_numpy(pixels), objects
+        return torch.from_numpy(pixels), objects, torch.from_numpy(turn(mask.any(0), symmetry))
 
     def _draw_size(self, rng: np.random.Generator) -> int | Sequence[int]:
         """Side of the window that becomes a tile, in pixels, or one of each image."""
@@ -197,15 +202,15 @@ class ObjectGrid(Dataset[ObjectSample]):
         return len(self.places)
 
     def __getitem__(self, index: int) -> ObjectSample:
-        """Tile [C, tile_px, tile_px] float32 and its objects."""
+        """Tile, its objects and valid pixels."""
         image, objects = self.images.read(*self.places[index])
-        return torch.from_numpy(standardized(image, self.normalizer)), objects
+        return torch.from_numpy(standardized(image, self.normalizer)), objects, torch.from_numpy(image.valid)
 
 
-def collate_objects(samples: Sequence[ObjectSample]) -> tuple[list[Tensor], list[ObjectLabels]]:
-    """A batch: images and objects as two lists, since every tile has another number of objects."""
-    images, objects = zip(*samples, strict=True)
-    return list(images), list(objects)
+def collate_objects(samples: Sequence[ObjectSample]) -> ObjectBatch:
+    """A batch of lists, since every tile has another number of objects."""
+    images, objects, valid = zip(*samples, strict=True)
+    return list(images), list(objects), None if all(each.all() for each in valid) else list(valid)
 
 
 def _grid_with_owners(extent: Window, tile_px: int) -> list[tuple[Window, Window]]:

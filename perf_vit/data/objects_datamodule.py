@@ -7,7 +7,6 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
-from torch import Tensor
 from torch.utils.data import DataLoader
 
 from perf_vit.data.augmenting import make_stain_jitter, pixel_sides
@@ -16,16 +15,14 @@ from perf_vit.data.config import SplitConfig, TileDataConfig, check_base
 from perf_vit.data.epochs import EpochDataModule, ShareSampler
 from perf_vit.data.labels import ImageRecord, ObjectIndex, read_object_labels
 from perf_vit.data.object_places import SAMPLERS, make_places
-from perf_vit.data.objects import ObjectGrid, ObjectImages, ObjectWindows, collate_objects
+from perf_vit.data.objects import ObjectBatch, ObjectGrid, ObjectImages, ObjectWindows, collate_objects
 from perf_vit.data.objects_seen import check_objects_seen
 from perf_vit.errors import ConfigError, InputError
 from perf_vit.io import open_input
 from perf_vit.transforms import Augmentation, InputBands, bands_fit
-from perf_vit.types import InputOptions, ObjectLabels, OpenInput
+from perf_vit.types import InputOptions, OpenInput
 
 __all__ = ["ObjectDataConfig", "ObjectDataModule", "ObjectSplitConfig", "build_object_datamodule", "read_names"]
-
-ObjectBatch = tuple[list[Tensor], list[ObjectLabels]]
 
 
 @dataclass(kw_only=True)

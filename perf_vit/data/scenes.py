@@ -20,9 +20,12 @@ from perf_vit.tiling import random_window
 from perf_vit.transforms import Augmentation, Normalizer, StainJitter, resize_masked, with_bands
 from perf_vit.types import BoolArray, GeoImage, OpenInput, Source, Window
 
-__all__ = ["SceneImages", "SceneTiles", "SceneViews", "middle_window", "scene_tile"]
+__all__ = ["SceneImages", "SceneSample", "SceneTiles", "SceneViews", "middle_window", "scene_tile"]
 
 FloatArray = npt.NDArray[np.float32]
+
+SceneSample = tuple[Tensor, Tensor, Tensor]
+"""Tile [C, tile_px, tile_px] float32, its target, and valid pixels [tile_px, tile_px] bool."""
 
 # Draws of a part before the image's middle is taken.
 _TURNS = 10
@@ -61,7 +64,7 @@ class SceneImages:
         return torch.as_tensor(self.labelled.targets[index])
 
 
-class SceneTiles(Dataset[tuple[Tensor, Tensor]]):
+class SceneTiles(Dataset[SceneSample]):
     """Augmented tiles to train on; item i is a function of (seed, i) alone, whatever the number of workers.
 
     A tile is a random part of an image, with a valid pixel in it if ten draws give one, or the whole image resized.
@@ -107,8 +110,8 @@ class SceneTiles(Dataset[tuple[Tensor, Tensor]]):
     def __len__(self) -> int:
         return self.length
 
-    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
-        """Tile [C, tile_px, tile_px] float32 and its target; any index >= 0 is allowed."""
+    def __getitem__(self, index: int) -> SceneSample:
+        """Tile, target and valid pixels; any index >= 0 is allowed."""
         rng = np.random.default_rng((self.seed, index))
         chosen = self._choose(index, rng)
         source = self.images.sources[chosen]
@@ -117,8 +120,8 @@ class SceneTiles(Dataset[tuple[Tensor, Tensor]]):
         stain = None if self.stain is None else partial(self.stain, seed=int(rng.integers(2**31)))
         pixels, mask = _tile_of(image, source.path, self.normalizer, self.tile_px, resize=self.resize, recolor=stain)
         no_labels = np.zeros(pixels.shape[1:], np.uint8)
-        pixels, _ = self.augmentation(pixels, no_labels, seed=int(rng.integers(2**31)), mask=mask)
-        return torch.from_numpy(pixels), self.images.target(chosen)
+        pixels, _, valid = self.augmentation(pixels, no_labels, seed=int(rng.integers(2**31)), mask=mask)
+        return torch.from_numpy(pixels), self.images.target(chosen), torch.from_numpy(valid)
 
     def _read(self, source: Source, rng: np.random.Generator) -> GeoImage:
         """The whole image, or a random part; one without a valid pixel is drawn anew, and is the middle in the end."""
@@ -137,7 +140,7 @@ class SceneTiles(Dataset[tuple[Tensor, Tensor]]):
         return int(order_of_turn(self.seed, turn, len(self.images))[position])
 
 
-class SceneViews(Dataset[tuple[Tensor, Tensor]]):
+class SceneViews(Dataset[SceneSample]):
     """One tile an image, as prediction sees it: the middle of the image, or all of it, resized.
 
     Args:
@@ -156,13 +159,13 @@ class SceneViews(Dataset[tuple[Tensor, Tensor]]):
     def __len__(self) -> int:
         return len(self.images)
 
-    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
-        """Tile [C, tile_px, tile_px] float32 and its target."""
+    def __getitem__(self, index: int) -> SceneSample:
+        """Tile, target and valid pixels."""
         source = self.images.sources[index]
         place = None if self.resize else middle_window(source, self.tile_px)
-        pixels = scene_tile(source, self.normalizer, self.tile_px, place)
+        pixels, valid = scene_tile(source, self.normalizer, self.tile_px, place)
         source.close()
-        return torch.from_numpy(pixels), self.images.target(index)
+        return torch.from_numpy(pixels), self.images.target(index), torch.from_numpy(valid)
 
 
 def middle_window(source: Source, tile_px: int) -> Window:
@@ -176,8 +179,8 @@ def scene_tile(
     normalizer: Normalizer,
     tile_px: int,
     window: Window | None,
-) -> FloatArray:
-    """Standardised pixels of an image, [C, tile_px, tile_px].
+) -> tuple[FloatArray, BoolArray]:
+    """Standardised pixels of an image, [C, tile_px, tile_px], and which are valid, [tile_px, tile_px].
 
     Args:
         source: the image.
@@ -189,7 +192,8 @@ def scene_tile(
         InputError: the image can't be read, has no valid pixel there, or another number of bands.
     """
     image = _reduced(source, tile_px) if window is None else source.read(window)
-    return _tile_of(image, source.path, normalizer, tile_px, resize=window is None)[0]
+    pixels, mask = _tile_of(image, source.path, normalizer, tile_px, resize=window is None)
+    return pixels, mask.any(0)
 
 
 def _tile_of(

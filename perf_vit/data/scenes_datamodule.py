@@ -7,15 +7,14 @@ from dataclasses import dataclass
 from functools import partial
 
 import numpy as np
-from torch import Tensor
 from torch.utils.data import DataLoader
 
 from perf_vit.data.augmenting import make_stain_jitter
 from perf_vit.data.band_statistics import given_normalizer, measure_bands, seen_images
 from perf_vit.data.config import SplitConfig, TileDataConfig, check_base
-from perf_vit.data.epochs import EpochDataModule, ShareSampler
+from perf_vit.data.epochs import EpochDataModule, ShareSampler, collate_tiles
 from perf_vit.data.image_targets import ImageTargets, read_class_folders, read_class_table, read_number_table
-from perf_vit.data.scenes import SceneImages, SceneTiles, SceneViews
+from perf_vit.data.scenes import SceneImages, SceneSample, SceneTiles, SceneViews
 from perf_vit.errors import ConfigError
 from perf_vit.io import open_input
 from perf_vit.transforms import Augmentation, InputBands, bands_fit
@@ -120,14 +119,20 @@ class SceneDataModule(EpochDataModule):
         self.batch_size = batch_size
         self.num_workers = num_workers
 
-    def train_dataloader(self) -> DataLoader[tuple[Tensor, Tensor]]:
+    def train_dataloader(self) -> DataLoader[SceneSample]:
         """Augmented tiles, others each epoch; a last smaller batch is dropped (batch statistics)."""
-        return self.train_loader(self.train, batch_size=self.batch_size, num_workers=self.num_workers)
+        return self.train_loader(
+            self.train, batch_size=self.batch_size, num_workers=self.num_workers, collate_fn=collate_tiles
+        )
 
-    def val_dataloader(self) -> DataLoader[tuple[Tensor, Tensor]]:
+    def val_dataloader(self) -> DataLoader[SceneSample]:
         """The validation images, in order."""
         return DataLoader(
-            self.val, batch_size=self.batch_size, sampler=ShareSampler(len(self.val)), num_workers=self.num_workers
+            self.val,
+            batch_size=self.batch_size,
+            sampler=ShareSampler(len(self.val)),
+            num_workers=self.num_workers,
+            collate_fn=collate_tiles,
         )
 
 

@@ -18,7 +18,10 @@ from perf_vit.tiling import grid_windows, random_window
 from perf_vit.transforms import Augmentation, Normalizer, StainJitter, resize_with_labels
 from perf_vit.types import IGNORE_INDEX, BoolArray, GeoImage, LabelArray, Source, Window
 
-__all__ = ["GridWindows", "LabelledSource", "RandomWindows"]
+__all__ = ["GridWindows", "LabelledSource", "LabelledTile", "RandomWindows"]
+
+LabelledTile = tuple[Tensor, Tensor, Tensor]
+"""Tile [C, h, w] float32, labels [(K,) h, w] int64, and valid pixels [h, w] bool."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,7 +99,7 @@ def _inside(region: Window, window: Window) -> npt.NDArray[np.bool_]:
     return inside
 
 
-class RandomWindows(Dataset[tuple[Tensor, Tensor]]):
+class RandomWindows(Dataset[LabelledTile]):
     """Tiles at random places, or where `places` says; item `i` of epoch `e` is a function of (seed, e * length + i).
 
     A random window without a single labelled pixel is drawn anew, up to ten times.
@@ -145,8 +148,8 @@ class RandomWindows(Dataset[tuple[Tensor, Tensor]]):
     def __len__(self) -> int:
         return self.length
 
-    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
-        """Tile [C, tile_px, tile_px] float32 and labels [(K,) tile_px, tile_px] int64; any index >= 0 is allowed."""
+    def __getitem__(self, index: int) -> LabelledTile:
+        """Tile, labels and valid pixels; any index >= 0 is allowed."""
         rng = np.random.default_rng((self.seed, index))
         side = None if self.resolution is None else draw_log_uniform(self.resolution, rng)
         for _ in range(10):
@@ -159,8 +162,8 @@ class RandomWindows(Dataset[tuple[Tensor, Tensor]]):
         pixels, mask, labels = resize_with_labels(
             self.normalizer(image), image.mask, labels, self.tile_px, self.tile_px
         )
-        pixels, labels = self.augmentation(pixels, labels, seed=int(rng.integers(2**31)), mask=mask)
-        return torch.from_numpy(pixels), torch.from_numpy(labels).long()
+        pixels, labels, valid = self.augmentation(pixels, labels, seed=int(rng.integers(2**31)), mask=mask)
+        return torch.from_numpy(pixels), torch.from_numpy(labels).long(), torch.from_numpy(valid)
 
     def _draw(self, index: int, rng: np.random.Generator, side: float | None) -> tuple[int, Window]:
         """Index of a source and a window of it."""
@@ -185,7 +188,7 @@ def window_px(tile_px: int, side: float | None, pixel_side: float | None) -> int
     return max(1, round(tile_px * side / pixel_side))
 
 
-class GridWindows(Dataset[tuple[Tensor, Tensor]]):
+class GridWindows(Dataset[LabelledTile]):
     """Every tile of a grid over the region, each pixel once as nearly as the grid allows; nothing is augmented.
 
     Where the last row or column of windows is shifted back to end at the edge, the pixels that an earlier window
@@ -202,13 +205,14 @@ class GridWindows(Dataset[tuple[Tensor, Tensor]]):
     def __len__(self) -> int:
         return len(self.windows)
 
-    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
-        """Tile [C, tile_px, tile_px] float32 and labels [(K,) tile_px, tile_px] int64."""
+    def __getitem__(self, index: int) -> LabelledTile:
+        """Tile, labels and valid pixels."""
         window = self.windows[index]
-        image, labels = self.source.read(window, self.normalizer)
+        image, labels = self.source.read_image(window)
         labels[..., : max(0, self._row_stops[window.row] - window.row), :] = IGNORE_INDEX
         labels[..., : max(0, self._col_stops[window.col] - window.col)] = IGNORE_INDEX
-        return torch.from_numpy(image), torch.from_numpy(labels).long()
+        pixels = torch.from_numpy(self.normalizer(image))
+        return pixels, torch.from_numpy(labels).long(), torch.from_numpy(image.valid)
 
 
 def _previous_stops(starts: list[int], size: int) -> dict[int, int]:

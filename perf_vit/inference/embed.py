@@ -11,7 +11,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from perf_vit.inference.reader import Reads, Tile, read_ahead
+from perf_vit.inference.reader import Reads, Tile, read_ahead, takes_valid, valid_pixels
 from perf_vit.types import GeoImage, Window
 
 __all__ = ["embed_windows"]
@@ -20,7 +20,7 @@ FloatArray = npt.NDArray[np.float32]
 
 
 def embed_windows(
-    encode: Callable[[Tensor], Tensor],
+    encode: Callable[..., Tensor],
     source: Reads,
     normalize: Callable[[GeoImage], FloatArray],
     windows: Sequence[Window],
@@ -35,7 +35,7 @@ def embed_windows(
 
     Args:
         encode: windows [B, C, h, w] to features [B, D]; put an `nn.Module` into evaluation mode and onto the device
-            yourself.
+            yourself. One that has an argument `valid` is given the valid pixels, bool [B, h, w], or None where all are.
         source: where pixels come from; several threads read it.
         normalize: a window's pixels to the encoder's input, [C, h, w].
         windows: at least one, all of one size, each with a valid pixel.
@@ -59,16 +59,23 @@ def embed_windows(
     with closing(tiles):
         for batch in _batches(tiles, batch_size):
             with torch.inference_mode(), autocast:
-                features = encode(torch.from_numpy(batch).to(device))
+                features = _encoded(encode, batch, device)
             found.append(features.float().cpu().numpy())
             done += len(batch)
             on_window(done, len(windows))
     return np.concatenate(found)
 
 
-def _batches(tiles: Iterator[Tile], batch_size: int) -> Iterator[FloatArray]:
+def _batches(tiles: Iterator[Tile], batch_size: int) -> Iterator[list[Tile]]:
     while batch := list(itertools.islice(tiles, batch_size)):
-        known = next((tile.pixels for tile in batch if tile.pixels is not None), None)
-        assert known is not None, "windows without valid pixels have no features"
-        # What isn't valid is 0, the mean.
-        yield np.stack([np.zeros_like(known) if tile.pixels is None else tile.pixels for tile in batch])
+        yield batch
+
+
+def _encoded(encode: Callable[..., Tensor], tiles: Sequence[Tile], device: torch.device) -> Tensor:
+    known = next((tile.pixels for tile in tiles if tile.pixels is not None), None)
+    assert known is not None, "windows without valid pixels have no features"
+    # What isn't valid is 0, the mean.
+    pixels = np.stack([np.zeros_like(known) if tile.pixels is None else tile.pixels for tile in tiles])
+    batch = torch.from_numpy(pixels).to(device)
+    valid = valid_pixels(tiles) if takes_valid(encode) else None
+    return encode(batch) if valid is None else encode(batch, valid=valid.to(device))

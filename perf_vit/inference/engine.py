@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from perf_vit.errors import InputError
-from perf_vit.inference.reader import Reads, Tile, read_ahead
+from perf_vit.inference.reader import Reads, Tile, read_ahead, takes_valid, valid_pixels
 from perf_vit.inference.stitch_dense import RowStitcher
 from perf_vit.tiling import Blend, blend_weights, grid_windows
 from perf_vit.types import BoolArray, GeoImage, Window
@@ -23,8 +23,11 @@ __all__ = ["Strip", "TileModel", "predict_strips"]
 
 FloatArray = npt.NDArray[np.float32]
 
-TileModel = Callable[[Tensor], Tensor]
-"""Tiles [B, C, h, w] float32 to scores [B, K, h, w], at the same resolution."""
+TileModel = Callable[..., Tensor]
+"""Tiles [B, C, h, w] float32 to scores [B, K, h, w], at the same resolution.
+
+One that has an argument `valid` is given the valid pixels, bool [B, h, w], or None where all are.
+"""
 
 _STRIP_ROWS = 128
 """Rows of a strip at most: a whole row of windows at once would double what the engine holds."""
@@ -189,19 +192,22 @@ class _Forward:
             # Only from pinned memory does the copy run beside the computation.
             pixels = pixels.pin_memory()
         batch = pixels.to(device, non_blocking=True)
+        valid = valid_pixels(tiles) if takes_valid(self.model) else None
+        valid = None if valid is None else valid.to(device)
         autocast = torch.autocast(device.type, dtype=self.precision, enabled=self.precision != torch.float32)
         with torch.inference_mode(), autocast:
-            return self._mean_over_flips(batch) if self.flips else self._scores(batch)
+            return self._mean_over_flips(batch, valid) if self.flips else self._scores(batch, valid)
 
-    def _scores(self, batch: Tensor) -> Tensor:
-        scores = self.model(batch)
+    def _scores(self, batch: Tensor, valid: Tensor | None) -> Tensor:
+        scores = self.model(batch) if valid is None else self.model(batch, valid=valid)
         expected = (len(batch), self.num_channels, *batch.shape[-2:])
         if tuple(scores.shape) != expected:
             raise InputError(f"expected scores of shape {expected} from the model, got {tuple(scores.shape)}")
         return scores
 
-    def _mean_over_flips(self, batch: Tensor) -> Tensor:
-        total = self._scores(batch).float()
+    def _mean_over_flips(self, batch: Tensor, valid: Tensor | None) -> Tensor:
+        total = self._scores(batch, valid).float()
         for dims in ((-1,), (-2,), (-2, -1)):
-            total += self._scores(batch.flip(dims)).float().flip(dims)
+            flipped = None if valid is None else valid.flip(dims)
+            total += self._scores(batch.flip(dims), flipped).float().flip(dims)
         return total / 4

@@ -8,12 +8,11 @@ from contextlib import closing
 import numpy as np
 import numpy.typing as npt
 import torch
-from torch import Tensor
 
 from perf_vit.errors import InputError
 from perf_vit.inference._read_detections import scene_objects
 from perf_vit.inference.detections import Objects
-from perf_vit.inference.reader import Reads, Tile, read_ahead
+from perf_vit.inference.reader import Reads, Tile, read_ahead, takes_valid, valid_pixels
 from perf_vit.inference.stitch_objects import ObjectStitcher
 from perf_vit.tiling import grid_windows
 from perf_vit.types import Detections, GeoImage, Window
@@ -22,8 +21,11 @@ __all__ = ["ObjectModel", "predict_objects"]
 
 FloatArray = npt.NDArray[np.float32]
 
-ObjectModel = Callable[[Tensor], Sequence[Detections]]
-"""Tiles [B, C, h, w] float32 to the detections of each, in its pixels."""
+ObjectModel = Callable[..., Sequence[Detections]]
+"""Tiles [B, C, h, w] float32 to the detections of each, in its pixels.
+
+One that has an argument `valid` is given the valid pixels, bool [B, h, w], or None where all are.
+"""
 
 
 def predict_objects(
@@ -71,8 +73,7 @@ def predict_objects(
     tiles = read_ahead(windows, source, normalize, num_threads=num_readers, depth=2 * batch_size + num_readers)
     with closing(tiles):
         for batch in _batches(tiles, batch_size, lambda done: on_window(done, len(windows))):
-            pixels = np.stack([tile.pixels for tile in batch if tile.pixels is not None])
-            for tile, detections in zip(batch, _forward(model, pixels, device, precision), strict=True):
+            for tile, detections in zip(batch, _forward(model, batch, device, precision), strict=True):
                 stitcher.add(tile.window, scene_objects(detections, tile.window, score_threshold), tile.valid)
     return stitcher.finish()
 
@@ -95,12 +96,14 @@ def _batches(tiles: Iterator[Tile], batch_size: int, on_done: Callable[[int], No
 
 
 def _forward(
-    model: ObjectModel, tiles: FloatArray, device: str | torch.device, precision: torch.dtype
+    model: ObjectModel, tiles: Sequence[Tile], device: str | torch.device, precision: torch.dtype
 ) -> Sequence[Detections]:
-    batch = torch.from_numpy(tiles).to(device, non_blocking=True)
+    pixels = np.stack([tile.pixels for tile in tiles if tile.pixels is not None])
+    batch = torch.from_numpy(pixels).to(device, non_blocking=True)
+    valid = valid_pixels(tiles) if takes_valid(model) else None
     autocast = torch.autocast(batch.device.type, dtype=precision, enabled=precision != torch.float32)
     with torch.inference_mode(), autocast:
-        found = model(batch)
+        found = model(batch) if valid is None else model(batch, valid=valid.to(device))
     if len(found) != len(tiles) or not all(isinstance(detections, Detections) for detections in found):
         raise InputError(f"expected {len(tiles)} Detections from the model, one a tile, got {type(found).__name__}")
     return found

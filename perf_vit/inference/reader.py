@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+import inspect
 from collections import deque
-from collections.abc import Callable, Generator, Iterable
+from collections.abc import Callable, Generator, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import islice
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
+import torch
+from torch import Tensor, nn
 
 from perf_vit.errors import DamagedDataError
 from perf_vit.types import BoolArray, GeoImage, Source, Window
 
-__all__ = ["Reads", "SalvagingReader", "Tile", "read_ahead"]
+__all__ = ["Reads", "SalvagingReader", "Tile", "read_ahead", "takes_valid", "valid_pixels"]
 
 FloatArray = npt.NDArray[np.float32]
 
@@ -84,6 +87,23 @@ def read_ahead(
             yield tile
     finally:
         pool.shutdown(cancel_futures=True)
+
+
+def takes_valid(model: Callable[..., Any]) -> bool:
+    """Whether a model, or a function of tiles, has an argument `valid`: the valid pixels, bool [B, h, w], or None."""
+    function = model.forward if isinstance(model, nn.Module) else model
+    try:
+        return "valid" in inspect.signature(function).parameters
+    except ValueError:
+        # Functions written in C have no signature.
+        return False
+
+
+def valid_pixels(tiles: Sequence[Tile]) -> Tensor | None:
+    """Valid pixels of some tiles, bool [B, h, w], None where all are."""
+    if all(tile.valid.all() for tile in tiles):
+        return None
+    return torch.from_numpy(np.stack([tile.valid for tile in tiles]))
 
 
 class SalvagingReader:

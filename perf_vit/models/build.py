@@ -20,6 +20,7 @@ from perf_vit.models.known_arguments import built_from, check_known
 from perf_vit.models.saved_model import build_converted, load_converted, read_saved_config
 from perf_vit.models.segmenter import Segmenter, SegmenterSpec
 from perf_vit.models.timm_arguments import check_file_arguments
+from perf_vit.models.valid_tokens import with_key_mask
 from perf_vit.types import FeatureSpec
 
 __all__ = [
@@ -119,7 +120,8 @@ def build_backbone(
         "features_only": True,
         **({} if out_indices is None else {"out_indices": tuple(out_indices)}),
     }
-    return create_backbone(config, in_chans, tile_px, saved_backbone, options)
+    backbone, saved_backbone = create_backbone(config, in_chans, tile_px, saved_backbone, options)
+    return with_key_mask(backbone), saved_backbone
 
 
 def create_backbone(

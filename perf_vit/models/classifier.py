@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from perf_vit.models.finetune import BackboneTuning, evaluate_frozen, tune_backbone
 from perf_vit.models.input_spec import TaskSpec
 from perf_vit.models.pooled import build_pooled, pooled_parts, trunk_layers
+from perf_vit.models.valid_tokens import forward_head, forward_tokens, key_mask
 
 __all__ = ["Classifier", "ClassifierConfig", "ClassifierSpec", "ImageLabelKind", "build_classifier"]
 
@@ -86,21 +87,22 @@ class Classifier(nn.Module):
         """The task that trains it."""
         return "regression" if self.spec.kind == "regression" else "classification"
 
-    def forward(self, image: Tensor) -> Tensor:
+    def forward(self, image: Tensor, valid: Tensor | None = None) -> Tensor:
         """Logits, or standardised numbers, of standardised tiles.
 
         Args:
             image: [B, C, H, W].
+            valid: valid pixels, bool [B, H, W], None where all are; a ViT's patches without one are left out of
+                attention and pooling.
 
         Returns:
             [B, K].
         """
-        network: Any = self.network
+        mask = key_mask(self.network, valid)
         # Without gradients, converted models go through their MLPs in pieces.
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.is_backbone_frozen):
-            features: Tensor = network.forward_features(image)
-        logits: Tensor = network.forward_head(features)
-        return logits
+            features = forward_tokens(self.network, image, mask)
+        return forward_head(self.network, features, mask)
 
     def scores(self, logits: Tensor) -> Tensor:
         """Probabilities of the classes, or numbers in the labels' units, [B, K]."""

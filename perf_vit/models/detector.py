@@ -13,6 +13,7 @@ from torch.nn import functional as F
 from perf_vit.errors import InputError
 from perf_vit.models.finetune import evaluate_frozen
 from perf_vit.models.input_spec import TaskSpec
+from perf_vit.models.valid_tokens import forward_maps
 from perf_vit.types import Detections, ObjectLabels
 
 __all__ = ["Detector", "DetectorSpec", "ObjectKind"]
@@ -90,29 +91,35 @@ class Detector(nn.Module):
         evaluate_frozen(self.backbone)
         return self
 
-    def losses(self, images: Sequence[Tensor], labels: Sequence[ObjectLabels]) -> dict[str, Tensor]:
+    def losses(
+        self, images: Sequence[Tensor], labels: Sequence[ObjectLabels], valid: Sequence[Tensor] | None = None
+    ) -> dict[str, Tensor]:
         """Losses of a batch, whose sum is to be minimised.
 
         Args:
             images: standardised, [C, H, W] each, of any sizes.
             labels: one an image, in its pixels.
+            valid: valid pixels of each image, bool [H, W], None where all are; padding is valid in none.
         """
         height, width = (max(image.shape[side] for image in images) for side in (-2, -1))
         batch = torch.stack([_padded(image, height, width) for image in images])
-        features, size = self._levels(batch)
+        seen = None if valid is None else torch.stack([_padded(each, height, width) for each in valid])
+        features, size = self._levels(batch, seen)
         return self.head.losses(features, [_with_padded_masks(each, size) for each in labels])
 
-    def forward(self, tiles: Tensor) -> list[Detections]:
+    def forward(self, tiles: Tensor, valid: Tensor | None = None) -> list[Detections]:
         """The objects of each tile, in its pixels; put the network into evaluation mode first.
 
         Args:
             tiles: standardised, [B, C, h, w], of any size.
+            valid: valid pixels, bool [B, h, w], None where all are; a ViT's patches without one are left out of
+                attention.
         """
         height, width = tiles.shape[-2:]
-        features, _ = self._levels(tiles)
+        features, _ = self._levels(tiles, valid)
         return [_clipped(found, height, width) for found in self.head.detect(features)]
 
-    def _levels(self, batch: Tensor) -> tuple[list[Tensor], tuple[int, int]]:
+    def _levels(self, batch: Tensor, valid: Tensor | None = None) -> tuple[list[Tensor], tuple[int, int]]:
         """The neck's levels and the size of the image that they cover."""
         if batch.shape[1] != len(self.spec.normalizer.mean):
             raise InputError(f"expected {len(self.spec.normalizer.mean)} bands, got {batch.shape[1]}")
@@ -125,7 +132,7 @@ class Detector(nn.Module):
         # Without gradients, converted models go through their MLPs in pieces.
         is_frozen = not any(parameter.requires_grad for parameter in self.backbone.parameters())
         with torch.set_grad_enabled(torch.is_grad_enabled() and not is_frozen):
-            maps = self.backbone(image)
+            maps = forward_maps(self.backbone, image, None if valid is None else _padded(valid, *seen), self.reduce)
         return neck(maps, (height, width)), (height, width)
 
 

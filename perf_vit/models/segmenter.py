@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Self
 
@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from perf_vit.models.finetune import evaluate_frozen
 from perf_vit.models.input_spec import TaskSpec
+from perf_vit.models.valid_tokens import forward_maps
 
 __all__ = ["Segmenter", "SegmenterSpec", "network_id", "segmenter_id"]
 
@@ -67,18 +68,20 @@ class Segmenter(nn.Module):
         self.size_multiple = size_multiple
         self.saved_backbone = saved_backbone
 
-    def forward(self, image: Tensor) -> Tensor:
+    def forward(self, image: Tensor, valid: Tensor | None = None) -> Tensor:
         """Logits for every pixel.
 
         Args:
             image: standardised tile, [B, C, H, W]; H and W multiples of `size_multiple`.
+            valid: valid pixels, bool [B, H, W], None where all are; a ViT's patches without one are left out of
+                attention.
 
         Returns:
             [B, num_classes, H, W].
         """
         # Without gradients, converted models go through their MLPs in pieces.
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.is_backbone_frozen):
-            features: Sequence[Tensor] = self.backbone(image)
+            features = forward_maps(self.backbone, image, valid)
         return self.head(features, image)
 
     def decide(self, logits: Tensor) -> Tensor:

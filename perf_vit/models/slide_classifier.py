@@ -15,6 +15,7 @@ from perf_vit.models.input_spec import TaskSpec
 from perf_vit.models.known_arguments import built_from
 from perf_vit.models.pooled import build_pooled
 from perf_vit.models.segmenter import network_id
+from perf_vit.models.valid_tokens import forward_head, forward_tokens, key_mask
 
 __all__ = [
     "GatedAttentionPool",
@@ -133,10 +134,21 @@ class SlideClassifier(nn.Module):
         pooled, attention = self.pool(self.project(bags), mask)
         return self.classifier(pooled), attention
 
-    def embed(self, windows: Tensor) -> Tensor:
-        """Features [B, D] of standardised windows [B, C, H, W], without gradient."""
+    def embed(self, windows: Tensor, valid: Tensor | None = None) -> Tensor:
+        """Features [B, D] of standardised windows [B, C, H, W], without gradient.
+
+        Args:
+            windows: tiles of a slide.
+            valid: valid pixels, bool [B, H, W], None where all are; a ViT's patches without one are left out of
+                attention and pooling.
+        """
+        mask = key_mask(self.encoder, valid)
+        features: Tensor
         with torch.no_grad():
-            features: Tensor = self.encoder(windows)
+            if mask is None:
+                features = self.encoder(windows)
+            else:
+                features = forward_head(self.encoder, forward_tokens(self.encoder, windows, mask), mask)
         return features
 
     def encoder_id(self) -> str:

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from perf_vit.data.objects import ObjectBatch
 from perf_vit.models import (
     CHECKPOINT_KEY,
     DetectorConfig,
@@ -19,8 +20,8 @@ from perf_vit.models import (
 )
 from perf_vit.tasks.detection_metrics import DetectionMetrics, DetectionScores
 from perf_vit.tasks.history import Curves
-from perf_vit.tasks.optimize import OptimizerConfig, TrainingTask
-from perf_vit.types import Detections, ObjectLabels
+from perf_vit.tasks.optimize import OptimizerConfig, TrainingTask, with_valid
+from perf_vit.types import Detections
 
 __all__ = ["DETECTION_CURVES", "DETECTION_MONITOR", "DetectionOptimConfig", "DetectionTask"]
 
@@ -77,34 +78,34 @@ class DetectionTask(TrainingTask):
         self.model.spec = replace(self.model.spec, score_threshold=metadata["spec"]["score_threshold"])
         restore_draw(self.model, metadata)
 
-    def forward(self, tiles: Tensor) -> list[Detections]:
-        """Objects of standardised tiles [B, C, H, W]."""
-        return self.model(tiles)
+    def forward(self, tiles: Tensor, valid: Tensor | None = None) -> list[Detections]:
+        """Objects of standardised tiles [B, C, H, W]; valid pixels as for `Detector`."""
+        return self.model(tiles, valid)
 
-    def transfer_batch_to_device(
-        self, batch: tuple[list[Tensor], list[ObjectLabels]], device: torch.device, dataloader_idx: int
-    ) -> tuple[list[Tensor], list[ObjectLabels]]:
+    def transfer_batch_to_device(self, batch: ObjectBatch, device: torch.device, dataloader_idx: int) -> ObjectBatch:
         """Move the images; the labels stay arrays, which the heads and metrics want."""
-        images, labels = batch
-        return [image.to(device, non_blocking=True) for image in images], labels
+        images, labels, valid = with_valid(batch)
+        moved = [[each.to(device, non_blocking=True) for each in planes] for planes in (images, valid or [])]
+        return moved[0], labels, moved[1] or None
 
-    def training_step(self, batch: tuple[list[Tensor], list[ObjectLabels]], batch_idx: int) -> Tensor:
+    def training_step(self, batch: ObjectBatch, batch_idx: int) -> Tensor:
         """Sum of the head's losses of one batch."""
-        images, labels = batch
-        losses = self.model.losses(images, labels)
+        images, labels, valid = with_valid(batch)
+        losses = self.model.losses(images, labels, valid)
         loss = torch.stack(list(losses.values())).sum()
         shared: dict[str, Any] = {"on_step": False, "on_epoch": True, "batch_size": len(images), "sync_dist": True}
         self.log("train/loss", loss, prog_bar=True, **shared)
         self.log_dict({f"train/{name}": value for name, value in losses.items()}, **shared)
         return loss
 
-    def validation_step(self, batch: tuple[list[Tensor], list[ObjectLabels]], batch_idx: int) -> None:
+    def validation_step(self, batch: ObjectBatch, batch_idx: int) -> None:
         """Detections of one batch."""
-        num = self.num_counted(batch_idx, len(batch[0]))
-        for index, (image, label) in enumerate(zip(*batch, strict=True)):
-            found = self(image[None])
+        images, labels, valid = with_valid(batch)
+        num = self.num_counted(batch_idx, len(images))
+        for index, image in enumerate(images):
+            found = self(image[None], None if valid is None else valid[index][None])
             if index < num:
-                self.val_metrics.update(found, [label])
+                self.val_metrics.update(found, [labels[index]])
 
     def on_validation_epoch_end(self) -> None:
         """Log average precision, overall, by class and by size, and set the network's score threshold."""

@@ -15,7 +15,8 @@ from torch.optim import AdamW, Optimizer
 
 from perf_vit.errors import ConfigError
 from perf_vit.layers.converted_attention import ConvertedAttention
-from perf_vit.tasks.matching import match_blocks, token_loss
+from perf_vit.models.valid_tokens import forward_tokens, key_mask
+from perf_vit.tasks.matching import kept_tokens, match_blocks, token_loss
 from perf_vit.tasks.optimize import warmup_cosine
 
 __all__ = ["DistillationConfig", "DistillationTask"]
@@ -75,7 +76,8 @@ class DistillationConfig:
 class DistillationTask(lightning.LightningModule):
     """Trains a converted copy to give the tokens of the model that it came from.
 
-    Batches are standardised tiles [B, C, H, W] without labels. Both models stay in evaluation mode: the student is to
+    Batches are standardised tiles [B, C, H, W] without labels, and their valid pixels: patches without one take part
+    neither in attention nor in the loss. Both models stay in evaluation mode: the student is to
     give what the teacher gives, without dropped paths. Checkpoints hold the student alone.
 
     Args:
@@ -130,24 +132,27 @@ class DistillationTask(lightning.LightningModule):
         for name in [name for name in metrics if name.startswith("train/")]:
             del metrics[name]
 
-    def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
+    def training_step(self, batch: tuple[Tensor, Tensor | None], batch_idx: int) -> Tensor:
         """One optimizer step on the loss of the stage that the run is in."""
         start = time.perf_counter()
+        image, valid = batch
         optimizer: Any = self.optimizers()
         in_blocks = self._follow_schedule(optimizer)
         optimizer.zero_grad()
         if in_blocks:
-            loss = match_blocks(self.teacher, self.student, batch, self.manual_backward)
+            loss = match_blocks(self.teacher, self.student, image, self.manual_backward, valid)
         else:
+            mask = key_mask(self.teacher, valid)
             with torch.no_grad():
-                target = self.teacher.forward_features(batch)  # type: ignore[operator]
-            tokens = self.student.forward_features(batch)  # type: ignore[operator]
-            loss = token_loss(tokens, target, self.num_prefix_tokens)
+                target = forward_tokens(self.teacher, image, mask)
+            tokens = forward_tokens(self.student, image, mask)
+            loss = token_loss(tokens, target, self.num_prefix_tokens, mask)
             self.manual_backward(loss)
         optimizer.step()
         self.seconds += time.perf_counter() - start
         stage = "block" if in_blocks else "token"
-        self.log(f"train/{stage}_loss", loss.detach(), on_step=False, on_epoch=True, prog_bar=True)
+        options: Any = {"on_step": False, "on_epoch": True, "prog_bar": True, "batch_size": len(image)}
+        self.log(f"train/{stage}_loss", loss.detach(), **options)
         if self._position() >= self.config.total_steps:
             # Lightning then validates and saves once more.
             self.trainer.should_stop = True
@@ -158,12 +163,15 @@ class DistillationTask(lightning.LightningModule):
         if self.config.gradient_clip:
             clip_grad_norm_(_trained(self.student), self.config.gradient_clip)
 
-    def validation_step(self, batch: Tensor, batch_idx: int) -> None:
+    def validation_step(self, batch: tuple[Tensor, Tensor | None], batch_idx: int) -> None:
         """Cosines of the final tokens."""
-        target, tokens = (m.forward_features(batch) for m in (self.teacher, self.student))  # type: ignore[operator]
+        image, valid = batch
+        mask = key_mask(self.teacher, valid)
+        target, tokens = (forward_tokens(model, image, mask) for model in (self.teacher, self.student))
         cosine = F.cosine_similarity(tokens, target, dim=-1)
-        options: Any = {"batch_size": len(batch), "prog_bar": True}
-        self.log("val/patch_cosine", cosine[:, self.num_prefix_tokens :].mean(), **options)
+        options: Any = {"batch_size": len(image), "prog_bar": True}
+        patch_mask = None if mask is None else mask[..., self.num_prefix_tokens :]
+        self.log("val/patch_cosine", kept_tokens(cosine[:, self.num_prefix_tokens :], patch_mask).mean(), **options)
         if getattr(self.teacher, "cls_token", None) is not None:
             self.log("val/class_cosine", cosine[:, 0].mean(), **options)
 

@@ -12,8 +12,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from perf_vit.layers.performer_attention import RandomProjectionMixin
+from perf_vit.models.valid_tokens import forward_tokens, key_mask
 
-__all__ = ["BlockCall", "match_blocks", "recorded_blocks", "token_loss"]
+__all__ = ["BlockCall", "kept_tokens", "match_blocks", "recorded_blocks", "token_loss"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,7 +44,11 @@ def recorded_blocks(model: nn.Module) -> Iterator[list[BlockCall]]:
 
 
 def match_blocks(
-    teacher: nn.Module, student: nn.Module, image: Tensor, backward: Callable[[Tensor], Any] | None = None
+    teacher: nn.Module,
+    student: nn.Module,
+    image: Tensor,
+    backward: Callable[[Tensor], Any] | None = None,
+    valid: Tensor | None = None,
 ) -> Tensor:
     """How far the student's blocks are from the teacher's, each given the teacher's tokens.
 
@@ -59,12 +64,14 @@ def match_blocks(
         student: its converted copy.
         image: standardised tiles, [B, C, H, W].
         backward: called with each block's loss, in order; None to measure only.
+        valid: valid pixels, bool [B, H, W], None where all are; patches without one are left out of attention and loss.
 
     Returns:
         The mean loss of the blocks whose attention is linear, without a graph; the others are the teacher's still.
     """
+    mask = key_mask(teacher, valid)
     with torch.no_grad(), recorded_blocks(teacher) as calls:
-        teacher.forward_features(image)  # type: ignore[operator]
+        forward_tokens(teacher, image, mask)
         # The student's layers learn rows and columns from its patch embedding.
         student.patch_embed(image)  # type: ignore[operator]
     blocks: Any = student.blocks
@@ -74,22 +81,35 @@ def match_blocks(
             continue
         tokens = call.arguments[0]
         with torch.set_grad_enabled(backward is not None):
-            change = (call.output - tokens).square().mean()
-            loss = (block(*call.arguments, **call.options) - call.output).square().mean() / change.clamp_min(1e-12)
+            change = kept_tokens(call.output - tokens, mask).square().mean()
+            error = kept_tokens(block(*call.arguments, **call.options) - call.output, mask)
+            loss = error.square().mean() / change.clamp_min(1e-12)
         if backward is not None:
             backward(loss)
         losses.append(loss.detach())
     return torch.stack(losses).mean()
 
 
-def token_loss(tokens: Tensor, target: Tensor, num_prefix_tokens: int) -> Tensor:
+def kept_tokens(values: Tensor, mask: Tensor | None) -> Tensor:
+    """Values of the tokens that take part in attention, [n, ...] of [B, P + N, ...]; of no mask, all as they are.
+
+    Args:
+        values: of all tokens.
+        mask: of `key_mask`.
+    """
+    return values if mask is None else values[mask[:, 0, 0]]
+
+
+def token_loss(tokens: Tensor, target: Tensor, num_prefix_tokens: int, mask: Tensor | None = None) -> Tensor:
     """1 - cosine, averaged over patch tokens, plus the same over class and register tokens.
 
     Args:
         tokens: final tokens, [B, N, C].
         target: the teacher's, of the same shape.
         num_prefix_tokens: class and register tokens, which come first.
+        mask: of `key_mask`; patch tokens that take no part in attention take none in the mean.
     """
     cosine = F.cosine_similarity(tokens, target, dim=-1)
-    loss = 1 - cosine[:, num_prefix_tokens:].mean()
+    patch_mask = None if mask is None else mask[..., num_prefix_tokens:]
+    loss = 1 - kept_tokens(cosine[:, num_prefix_tokens:], patch_mask).mean()
     return loss + 1 - cosine[:, :num_prefix_tokens].mean() if num_prefix_tokens else loss

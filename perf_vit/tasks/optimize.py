@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,7 +19,7 @@ from perf_vit.errors import ConfigError, reason_line
 from perf_vit.models import backbone_body, backbone_layers
 from perf_vit.tasks.sharding import shard_network
 
-__all__ = ["OptimizerConfig", "TrainingTask", "build_schedule", "parameter_groups", "warmup_cosine"]
+__all__ = ["OptimizerConfig", "TrainingTask", "build_schedule", "parameter_groups", "warmup_cosine", "with_valid"]
 
 _NO_DECAY = ("pos_embed", "cls_token", "reg_token")
 _SCHEDULES = ("cosine", "constant", "multistep", "poly", "rsqrt", "step", "tanh", "wsd")
@@ -48,6 +48,12 @@ class OptimizerConfig:
     warmup_fraction: float = 0.05
     schedule: str = "cosine"
     schedule_kwargs: dict[str, Any] = field(default_factory=dict)
+
+
+def with_valid(sample: Sequence[Any]) -> tuple[Any, Any, Any]:
+    """Return (image, labels, valid pixels) of a sample or a batch; valid is None for a data set that gives pairs."""
+    image, labels, *valid = sample
+    return image, labels, valid[0] if valid else None
 
 
 class TrainingTask(lightning.LightningModule):

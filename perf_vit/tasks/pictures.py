@@ -17,6 +17,7 @@ from torch import Tensor
 
 from perf_vit.io import colorize, default_colormap, lettered, lettering_font, rgb_from, save_png
 from perf_vit.ops.boxes import oriented_box_corners
+from perf_vit.tasks.optimize import with_valid
 from perf_vit.types import IGNORE_INDEX, Detections, GeoImage, ObjectLabels
 
 __all__ = ["Draw", "PredictionPictures", "draw_objects", "draw_scene", "draw_segmentation"]
@@ -56,9 +57,10 @@ class PredictionPictures(lightning.Callback):
         network: Any = pl_module.model
         dataset = trainer.val_dataloaders.dataset
         for index in np.unique(np.linspace(0, len(dataset) - 1, self.num_tiles).round().astype(int)):
-            image, labels = dataset[int(index)]
+            image, labels, valid = with_valid(dataset[int(index)])
+            tile = [each[None].to(pl_module.device) for each in (image, valid) if each is not None]
             with torch.no_grad(), trainer.precision_plugin.val_step_context():
-                found = network(image[None].to(pl_module.device))[0]
+                found = network(*tile)[0]
             self._predicted.append((image, labels, found))
 
     def on_validation_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:

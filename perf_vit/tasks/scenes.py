@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from perf_vit.data.epochs import TileBatch
 from perf_vit.errors import ConfigError
 from perf_vit.models import (
     CHECKPOINT_KEY,
@@ -22,7 +23,7 @@ from perf_vit.models import (
 from perf_vit.models.pooled import trunk_layers
 from perf_vit.tasks.history import Curves
 from perf_vit.tasks.image_metrics import ClassificationScores, ImageMetrics, RegressionScores
-from perf_vit.tasks.optimize import TrainingTask
+from perf_vit.tasks.optimize import TrainingTask, with_valid
 from perf_vit.tasks.pooled_optim import PooledOptimConfig, check_pooled_loss
 
 __all__ = [
@@ -85,9 +86,9 @@ class SceneTask(TrainingTask):
         """Take up the draw of the attention's projections, which are no part of the weights."""
         restore_draw(self.model, checkpoint[CHECKPOINT_KEY])
 
-    def forward(self, image: Tensor) -> Tensor:
-        """Logits, or standardised numbers, [B, K], of standardised tiles [B, C, H, W]."""
-        return self.model(image)
+    def forward(self, image: Tensor, valid: Tensor | None = None) -> Tensor:
+        """Logits, or standardised numbers, [B, K], of standardised tiles [B, C, H, W]; valid as for `Classifier`."""
+        return self.model(image, valid)
 
     def loss(self, logits: Tensor, targets: Tensor) -> Tensor:
         """Mean loss of a batch.
@@ -107,18 +108,19 @@ class SceneTask(TrainingTask):
             return F.binary_cross_entropy_with_logits(logits, smooth, self.class_weights)
         return F.smooth_l1_loss(logits, self.model.standardised(targets))
 
-    def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
+    def training_step(self, batch: TileBatch, batch_idx: int) -> Tensor:
         """Loss of one batch."""
-        image, targets = batch
-        loss = self.loss(self(image), targets)
-        self.log("train/loss", loss, on_step=False, on_epoch=True, prog_bar=True, sync_dist=True)
+        image, targets, valid = with_valid(batch)
+        loss = self.loss(self(image, valid), targets)
+        size = len(image)
+        self.log("train/loss", loss, on_step=False, on_epoch=True, prog_bar=True, sync_dist=True, batch_size=size)
         return loss
 
-    def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
+    def validation_step(self, batch: TileBatch, batch_idx: int) -> None:
         """Loss and scores of one batch."""
-        image, targets = batch
+        image, targets, valid = with_valid(batch)
         num = self.num_counted(batch_idx, len(image))
-        logits, targets = self(image)[:num], targets[:num]
+        logits, targets = self(image, valid)[:num], targets[:num]
         loss = self.loss(logits, targets) if num else 0.0
         self.log_counted("val/loss", loss, num, prog_bar=True)
         self.val_metrics.update(self.model.scores(logits), targets)

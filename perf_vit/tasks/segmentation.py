@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
+from perf_vit.data.epochs import TileBatch
 from perf_vit.models import (
     CHECKPOINT_KEY,
     ModelConfig,
@@ -19,7 +20,7 @@ from perf_vit.models import (
 from perf_vit.tasks.losses import LossConfig, SegmentationLoss, check_class_weights
 from perf_vit.tasks.metrics import class_scores, segmentation_metrics
 from perf_vit.tasks.multilabel_losses import MultilabelLoss
-from perf_vit.tasks.optimize import OptimizerConfig, TrainingTask
+from perf_vit.tasks.optimize import OptimizerConfig, TrainingTask, with_valid
 from perf_vit.types import IGNORE_INDEX
 
 __all__ = ["OptimConfig", "SegmentationTask"]
@@ -66,23 +67,24 @@ class SegmentationTask(TrainingTask):
         """Take up the draw of the attention's projections, which are no part of the weights."""
         restore_draw(self.model, checkpoint[CHECKPOINT_KEY])
 
-    def forward(self, image: Tensor) -> Tensor:
-        """Logits [B, K, H, W] of standardised tiles [B, C, H, W]."""
-        return self.model(image)
+    def forward(self, image: Tensor, valid: Tensor | None = None) -> Tensor:
+        """Logits [B, K, H, W] of standardised tiles [B, C, H, W]; valid pixels as for `Segmenter`."""
+        return self.model(image, valid)
 
-    def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
+    def training_step(self, batch: TileBatch, batch_idx: int) -> Tensor:
         """Loss of one batch."""
-        image, labels = batch
-        loss = self.loss(self(image), labels)
-        self.log("train/loss", loss, on_step=False, on_epoch=True, prog_bar=True, sync_dist=True)
+        image, labels, valid = with_valid(batch)
+        loss = self.loss(self(image, valid), labels)
+        size = len(image)
+        self.log("train/loss", loss, on_step=False, on_epoch=True, prog_bar=True, sync_dist=True, batch_size=size)
         return loss
 
-    def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
+    def validation_step(self, batch: TileBatch, batch_idx: int) -> None:
         """Loss and metrics of one batch."""
-        image, labels = batch
+        image, labels, valid = with_valid(batch)
         num = self.num_counted(batch_idx, len(image))
         labels[num:] = IGNORE_INDEX
-        logits = self(image)
+        logits = self(image, valid)
         self.log_counted("val/loss", self.loss(logits, labels), num, prog_bar=True)
         self.val_metrics.update(self.model.decide(logits), labels)
 

@@ -112,17 +112,20 @@ class _Batches:
     def __iter__(self) -> Any:
         yield from (self._batch() for _ in range(_NUM_STEPS))
 
-    def _batch(self) -> tuple[Tensor | list[Tensor], Any]:
+    def _batch(self) -> tuple[Tensor | list[Tensor], Any, Tensor | list[Tensor]]:
         steps, size = self.steps, self.steps.tile_px
         images = torch.randn(steps.batch_size, steps.num_bands, size, size)
+        # Attention with a mask takes no less memory than without.
+        valid = torch.ones(steps.batch_size, size, size, dtype=torch.bool)
+        valid[:, :, size // 2 :] = False
         if isinstance(steps.model, DetectorConfig):
             with_masks = steps.model.head == "mask_rcnn"
             labels = [_objects(size, steps.objects_per_mpx, with_masks=with_masks) for _ in range(steps.batch_size)]
-            return list(images), labels
+            return list(images), labels, list(valid)
         num_classes = len(steps.classes)
         if steps.multilabel:
-            return images, torch.randint(0, 2, (steps.batch_size, num_classes, size, size))
-        return images, torch.randint(0, num_classes, (steps.batch_size, size, size))
+            return images, torch.randint(0, 2, (steps.batch_size, num_classes, size, size)), valid
+        return images, torch.randint(0, num_classes, (steps.batch_size, size, size)), valid
 
 
 def _objects(size: int, per_mpx: float, *, with_masks: bool) -> ObjectLabels:

@@ -118,7 +118,7 @@ class Augmentation:
 
     def __call__(
         self, image: FloatArray, labels: LabelArray, seed: int, mask: BoolArray | None = None
-    ) -> tuple[FloatArray, LabelArray]:
+    ) -> tuple[FloatArray, LabelArray, BoolArray]:
         """Augment one sample.
 
         Args:
@@ -129,21 +129,24 @@ class Augmentation:
                 values have no part in their neighbours and stay 0.
 
         Returns:
-            The augmented pair, shapes and dtypes kept.
+            The augmented image and labels, shapes and dtypes kept, and where the image has a valid value, [H, W].
+            Without invalid values in `mask`, that is everywhere: also what a zoom uncovers.
         """
         masks = labels.reshape(-1, *labels.shape[-2:])
         if mask is None or mask.all():
             self._whole.set_random_seed(seed)
             out = self._whole(image=_channels_last(image), masks=masks)
             pixels = _channels_first(out["image"], len(image))
+            valid = np.ones(pixels.shape[1:], bool)
         else:
             weights = np.broadcast_to(mask, image.shape).astype(np.float32)
             self._masked.set_random_seed(seed)
             out = self._masked(image=_channels_last(np.concatenate([image, weights])), masks=masks)
             pixels = _channels_first(out["image"], len(image))
-            pixels = np.where(np.isnan(pixels), np.float32(0), pixels)
+            held = ~np.isnan(pixels)
+            pixels, valid = np.where(held, pixels, np.float32(0)), held.any(0)
         layers = np.stack(out["masks"])
-        return pixels, np.ascontiguousarray(layers.reshape(*labels.shape[:-2], *layers.shape[-2:]))
+        return pixels, np.ascontiguousarray(layers.reshape(*labels.shape[:-2], *layers.shape[-2:])), valid
 
 
 def _channels_last(planes: FloatArray) -> FloatArray:

@@ -11,10 +11,17 @@ import numpy.typing as npt
 from perf_vit.transforms.masked import resize_masked
 from perf_vit.types import BoolArray, LabelArray, ObjectLabels
 
-__all__ = ["resize_with_labels", "resize_with_objects", "turn_with_objects"]
+__all__ = ["resize_with_labels", "resize_with_objects", "turn", "turn_with_objects"]
 
 FloatArray = npt.NDArray[np.float32]
 _Layer = TypeVar("_Layer", np.bool_, np.uint8)
+_Plane = TypeVar("_Plane", np.bool_, np.float32)
+
+
+def turn(planes: npt.NDArray[_Plane], symmetry: int) -> npt.NDArray[_Plane]:
+    """Apply one of the eight symmetries of the square, as `turn_with_objects` does, to [..., H, W]."""
+    mirrored = planes[..., ::-1] if symmetry >= 4 else planes
+    return np.ascontiguousarray(np.rot90(mirrored, symmetry % 4, axes=(-2, -1)))
 
 
 def turn_with_objects(image: FloatArray, objects: ObjectLabels, symmetry: int) -> tuple[FloatArray, ObjectLabels]:
@@ -28,11 +35,13 @@ def turn_with_objects(image: FloatArray, objects: ObjectLabels, symmetry: int) -
     Returns:
         Image [C, H, W] or, after an odd number of quarters, [C, W, H], and its objects.
     """
+    height, width = image.shape[1:]
     if symmetry >= 4:
-        image, objects = image[:, :, ::-1], _mirrored(objects, image.shape[2])
+        objects = _mirrored(objects, width)
     for _ in range(symmetry % 4):
-        image, objects = np.rot90(image, axes=(1, 2)), _quarter_turned(objects, image.shape[2])
-    return np.ascontiguousarray(image), objects
+        objects = _quarter_turned(objects, width)
+        height, width = width, height
+    return turn(image, symmetry), objects
 
 
 def resize_with_objects(

@@ -95,7 +95,7 @@ def test_labels_of_maps_follow_pixels(tmp_path, num_bands, zoom) -> None:
     data = build_datamodule(maps(scene(tmp_path, "a", 1.0, num_bands), augment=AugmentConfig(**zoom)), seed=0)
     areas = []
     for index in range(40):
-        tile, labels = data.train[index]
+        tile, labels, _ = data.train[index]
         assert tile.shape == (num_bands, 32, 32)
         seen = labels.numpy() != IGNORE_INDEX
         # A pixel of blur on either side of an outline that crosses the tile.
@@ -110,7 +110,7 @@ def test_boxes_and_masks_of_objects_follow_pixels(tmp_path, num_bands, zoom) -> 
     scene(tmp_path, "a", 1.0, num_bands)
     data = build_object_datamodule(objects_of(tmp_path, AugmentConfig(**zoom)), seed=0)
     for index in range(40):
-        tile, objects = data.train[index]
+        tile, objects, _ = data.train[index]
         assert tile.shape == (num_bands, 32, 32)
         rows, cols = np.nonzero(bright(tile, data))
         box = (cols.min(), rows.min(), cols.max() + 1, rows.max() + 1)
@@ -136,7 +136,7 @@ def test_oriented_boxes_follow_pixels_through_flips_and_sizes(tmp_path) -> None:
     data = build_object_datamodule(ObjectDataConfig(train=split, val=split, augment=augment, **given), seed=0)
     angles = []
     for index in range(40):
-        tile, objects = data.train[index]
+        tile, objects, _ = data.train[index]
         rows, cols = np.nonzero(bright(tile, data))
         x, y, _, _, angle = objects.oriented_boxes[0]
         assert (x, y) == pytest.approx((cols.mean() + 0.5, rows.mean() + 0.5), abs=1.5)
@@ -151,7 +151,7 @@ def test_a_tile_shows_the_same_size_of_pixel_whatever_the_image_has(tmp_path) ->
         scene(tmp_path, name, pixel_m)
     data = build_object_datamodule(objects_of(tmp_path, AugmentConfig(flips=False, resolution=(1.0, 1.0))), seed=0)
     for index in range(20):
-        _, objects = data.train[index]
+        _, objects, _ = data.train[index]
         left, top, right, bottom = objects.boxes_xyxy[0]
         assert (right - left, bottom - top) == BUILDING[2:]
 
@@ -162,7 +162,7 @@ def test_pixel_sizes_are_drawn_between_both_bounds_and_maps_show_more_of_the_sce
     data = build_datamodule(config, seed=0)
     areas = []
     for index in range(60):
-        _, labels = data.train[index]
+        _, labels, _ = data.train[index]
         # Windows of up to 59 pixels lie inside the scene of 60: nothing is uncovered.
         assert (labels != IGNORE_INDEX).all()
         inner = labels[1:-1, 1:-1] == 1
@@ -185,7 +185,7 @@ def test_samples_depend_on_seed_and_index_whatever_the_workers(tmp_path, kind) -
         first, other = (build_object_datamodule(config, seed=seed).train for seed in (0, 1))
         options = {"collate_fn": collate_objects}
     alone, shared = (list(DataLoader(first, batch_size=2, num_workers=number, **options)) for number in (0, 2))
-    for (tiles, labels), (other_tiles, other_labels) in zip(alone, shared, strict=True):
+    for (tiles, labels, _), (other_tiles, other_labels, _) in zip(alone, shared, strict=True):
         assert all(torch.equal(a, b) for a, b in zip(tiles, other_tiles, strict=True))
         if kind == "map":
             assert torch.equal(labels, other_labels)
@@ -265,7 +265,7 @@ def test_stains_change_the_colours_of_every_task_alone(tmp_path) -> None:
     for name, (plain, jittered) in changed.items():
         differences = [float((a[0] - b[0]).abs().max()) for a, b in zip(plain, jittered, strict=True)]
         assert min(differences) > 0.05, name
-        for (_, target), (_, same) in zip(plain, jittered, strict=True):
+        for (_, target, _), (_, same, _) in zip(plain, jittered, strict=True):
             assert torch.equal(target, same) if name != "objects" else (target.masks == same.masks).all()
 
 

@@ -46,15 +46,17 @@ def test_no_images_are_an_error(tmp_path) -> None:
 def test_a_crop_depends_on_seed_and_index_whatever_the_workers(images) -> None:
     crops = [_crops(images)[i] for i in range(6)]
     workers = list(DataLoader(_crops(images), batch_size=None, num_workers=2))
-    assert all(torch.equal(a, b) for a, b in zip(crops, workers, strict=True))
-    assert not torch.equal(crops[0], crops[1])
-    assert not torch.equal(crops[0], _crops(images, seed=1)[0])
+    assert all(
+        torch.equal(a, b) for one, other in zip(crops, workers, strict=True) for a, b in zip(one, other, strict=True)
+    )
+    assert not torch.equal(crops[0][0], crops[1][0])
+    assert not torch.equal(crops[0][0], _crops(images, seed=1)[0][0])
 
 
 def test_crops_are_standardised_pixels_of_the_images(images) -> None:
     with rasterio.open(images[0]) as dataset:
         whole = dataset.read()
-    crop = _crops(images[:1], symmetries=False, tile_px=64)[0].numpy()
+    crop = _crops(images[:1], symmetries=False, tile_px=64)[0][0].numpy()
     assert crop.shape == (3, 64, 64)
     assert crop.dtype == np.float32
     pixels = crop * np.array(NORMALIZER.std)[:, None, None] + np.array(NORMALIZER.mean)[:, None, None]
@@ -65,19 +67,19 @@ def test_crops_are_standardised_pixels_of_the_images(images) -> None:
 
 def test_symmetries_turn_the_same_crop(make_scene) -> None:
     image = make_scene(dtype="uint8", height=48, width=48, nodata=None)
-    plain = _crops([image], tile_px=48, symmetries=False)[0].numpy()
+    plain = _crops([image], tile_px=48, symmetries=False)[0][0].numpy()
     eight = [np.rot90(p, turns, axes=(1, 2)) for p in (plain, plain[:, :, ::-1]) for turns in range(4)]
     seen = set()
     turned = _crops([image], tile_px=48)
     for i in range(60):
-        seen.add(next(n for n, other in enumerate(eight) if np.array_equal(turned[i].numpy(), other)))
+        seen.add(next(n for n, other in enumerate(eight) if np.array_equal(turned[i][0].numpy(), other)))
     assert seen == set(range(8))
 
 
 def test_bands_are_chosen_and_missing_ones_named(make_scene) -> None:
     image = make_scene(dtype="uint8", num_bands=4)
-    first, turned = (_crops([image], bands=bands, symmetries=False)[0] for bands in (None, [3, 2, 1]))
-    assert torch.equal(first, _crops([image], bands=[1, 2, 3], symmetries=False)[0])
+    first, turned = (_crops([image], bands=bands, symmetries=False)[0][0] for bands in (None, [3, 2, 1]))
+    assert torch.equal(first, _crops([image], bands=[1, 2, 3], symmetries=False)[0][0])
     assert not torch.equal(first, turned)
     with pytest.raises(InputError, match="numbers from 1 to 1"):
         _crops([make_scene(dtype="uint8", num_bands=1)])
@@ -87,7 +89,10 @@ def test_crops_of_nodata_are_drawn_anew(make_scene) -> None:
     pixels = np.zeros((3, 64, 300), np.uint8)
     pixels[:, :, 120:] = 90
     crops = _crops([make_scene(pixels=pixels)], length=20)
-    assert min((crops[i] != 0).float().mean().item() for i in range(20)) >= 0.5
+    assert min((crops[i][0] != 0).float().mean().item() for i in range(20)) >= 0.5
+    # The valid pixels are turned with the pixels.
+    assert all(torch.equal(crop[0] != 0, valid) for crop, valid in (crops[i] for i in range(20)))
+    assert not all(crops[i][1].all() for i in range(20))
 
 
 def test_images_smaller_than_a_crop_are_named(images, make_scene) -> None:
@@ -120,6 +125,6 @@ def test_crops_of_a_slide_are_those_of_a_raster_of_its_level_0(make_scene, tmp_p
     pixels = np.random.default_rng(0).integers(0, 256, (3, 150, 130), dtype=np.uint8)
     _write_slide(tmp_path / name, pixels)
     crops, expected = _crops(find_images([tmp_path])), _crops([make_scene(pixels=pixels, nodata=None)])
-    assert all(torch.equal(crops[index], expected[index]) for index in range(6))
+    assert all(torch.equal(crops[index][0], expected[index][0]) for index in range(6))
     loaded = list(DataLoader(crops, batch_size=None, num_workers=1))
-    assert torch.equal(loaded[0], expected[0])
+    assert torch.equal(loaded[0][0], expected[0][0])

@@ -139,7 +139,7 @@ def test_every_image_comes_once_a_round_in_another_order_each(root) -> None:
 def test_tiles_are_the_same_whatever_the_number_of_workers(root) -> None:
     tiles = tiles_of(read_class_folders(root))
     alone, shared = (list(DataLoader(tiles, batch_size=2, num_workers=number)) for number in (0, 2))
-    for (pixels, target), (other_pixels, other_target) in zip(alone, shared, strict=True):
+    for (pixels, target, _), (other_pixels, other_target, _) in zip(alone, shared, strict=True):
         assert torch.equal(pixels, other_pixels)
         assert torch.equal(target, other_target)
 
@@ -179,7 +179,7 @@ def test_grey_images_validate_a_network_of_coloured_ones(tmp_path) -> None:
         save_image(tmp_path / "val" / name / "1.png", 7, channels=1)
     splits = {part: ImageSplitConfig(image=str(tmp_path / part)) for part in ("train", "val")}
     data = build_scene_datamodule(ClassificationDataConfig(**splits, tile_px=4, batch_size=2), 0)
-    (batch, _), *_ = data.val_dataloader()
+    (batch, *_), *_ = data.val_dataloader()
     assert batch.shape == (2, 3, 4, 4)
 
 

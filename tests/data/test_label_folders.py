@@ -113,15 +113,17 @@ def test_other_bands_and_regions_of_folders_are_refused(photos) -> None:
 def test_validation_sees_each_pixel_of_each_image_once(photos) -> None:
     data = build_datamodule(config(photos), seed=0)
     truth = masks_of(photos)
-    seen = torch.cat([labels.flatten() for _, labels in data.val])
+    seen = torch.cat([labels.flatten() for _, labels, _ in data.val])
     assert int((seen == 1).sum()) == sum(int((mask == 1).sum()) for mask in truth.values())
     assert int((seen != IGNORE_INDEX).sum()) == sum(mask.size for mask in truth.values())
     # The last image is smaller than a tile: the rest is padded and ignored.
-    image, labels = data.val[len(data.val) - 1]
+    image, labels, valid = data.val[len(data.val) - 1]
     assert image.shape == (3, 32, 32)
     assert np.array_equal(labels[:20, :15], truth["sub/c"])
     assert (labels[20:] == IGNORE_INDEX).all()
     assert (image[:, 20:] == 0).all()
+    assert valid[:20, :15].all()
+    assert int(valid.sum()) == 20 * 15
     assert count_class_pixels(data.train.sources, 2)[1] == int((seen == 1).sum())
     assert len(data.normalizer.mean) == 3
 
@@ -134,10 +136,13 @@ def test_training_tiles_come_from_all_images_whatever_the_workers(photos, sample
 
     alone, shared = tiles(0), tiles(2)
     assert all(
-        torch.equal(a, b) for one, other in zip(alone, shared, strict=True) for a, b in zip(one, other, strict=True)
+        torch.equal(a, b)
+        for one, other in zip(alone, shared, strict=True)
+        for a, b in zip(one, other, strict=True)
+        if a is not None
     )
     # The grid comes to the image that is smaller than a tile.
-    padded = any(bool((labels == IGNORE_INDEX).any()) for _, batch in alone for labels in batch)
+    padded = any(bool((labels == IGNORE_INDEX).any()) for _, batch, _ in alone for labels in batch)
     assert padded or sampler != "grid"
 
 
@@ -229,7 +234,7 @@ def test_many_images_are_not_held_open(tmp_path) -> None:
     region = RegionConfig(image=str(tmp_path / "images"), labels=str(tmp_path / "masks"))
     before = len(os.listdir("/proc/self/fd"))
     data = build_datamodule(config(region, tile_px=16, sampler="grid"), seed=0)
-    assert sum(len(images) for images, _ in DataLoader(data.train, batch_size=10)) == 150
+    assert sum(len(images) for images, *_ in DataLoader(data.train, batch_size=10)) == 150
     assert len(os.listdir("/proc/self/fd")) - before <= 3 * 16
 
 

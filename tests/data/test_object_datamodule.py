@@ -41,11 +41,11 @@ def test_batches_are_lists_of_standardised_tiles_and_objects(ships) -> None:
     data = build_object_datamodule(_config(ships, num_workers=2), seed=0)
     batches = list(data.train_dataloader())
     assert len(batches) == 3
-    images, objects = batches[0]
+    images, objects, _ = batches[0]
     assert isinstance(images, list)
     assert isinstance(objects, list)
     assert [image.shape for image in images] == [(3, 32, 32)] * 2
-    assert abs(float(torch.stack([image for images, _ in batches for image in images]).mean())) < 0.3
+    assert abs(float(torch.stack([image for images, *_ in batches for image in images]).mean())) < 0.3
     assert data.classes == ("ship", "dock")
     first = next(iter(data.val_dataloader()))
     assert len(first[0]) == len(first[1]) == 2
@@ -77,7 +77,7 @@ def test_grey_images_are_validated_on_as_they_are_trained_on(ships, tmp_path) ->
         write_image(tmp_path / "grey" / f"{number}.png", height=70, width=90, num_bands=1, seed=number)
     grey = ObjectSplitConfig(image=str(tmp_path / "grey"), labels=ships.labels)
     data = build_object_datamodule(_config(ships, val=grey), seed=0)
-    image, _ = data.val[0]
+    image, *_ = data.val[0]
     assert image.shape == (3, 32, 32)
     mean, std = (torch.tensor(values)[:, None, None] for values in (data.normalizer.mean, data.normalizer.std))
     read = image * std + mean
@@ -88,7 +88,7 @@ def test_grey_images_are_validated_on_as_they_are_trained_on(ships, tmp_path) ->
 
 def test_every_object_of_the_validation_images_is_counted_once(ships) -> None:
     data = build_object_datamodule(_config(ships), seed=0)
-    counted = np.concatenate([o.labels[~o.ignored] for _, objects in data.val_dataloader() for o in objects])
+    counted = np.concatenate([o.labels[~o.ignored] for _, objects, _ in data.val_dataloader() for o in objects])
     assert np.bincount(counted).tolist() == [2, 2]
 
 
@@ -98,7 +98,7 @@ def test_augmentation_of_every_kind_keeps_shapes_and_boxes_inside(ships) -> None
     config.augment.gain = config.augment.offset = 0.2
     data = build_object_datamodule(config, seed=0)
     for index in range(30):
-        image, objects = data.train[index]
+        image, objects, _ = data.train[index]
         assert image.shape == (3, 32, 32)
         assert (objects.boxes_xyxy >= 0).all()
         assert (objects.boxes_xyxy <= 32).all()

@@ -105,7 +105,7 @@ def test_samples_depend_on_seed_and_index_whatever_the_workers(nuclei, sampler) 
     alone = list(DataLoader(_windows(nuclei, sampler=sampler), **options))
     workers = list(DataLoader(_windows(nuclei, sampler=sampler), num_workers=2, **options))
     assert len(alone) == 4
-    for (images, objects), (other_images, other_objects) in zip(alone, workers, strict=True):
+    for (images, objects, _), (other_images, other_objects, _) in zip(alone, workers, strict=True):
         assert all(torch.equal(a, b) for a, b in zip(images, other_images, strict=True))
         assert [o.boxes_xyxy.tolist() for o in objects] == [o.boxes_xyxy.tolist() for o in other_objects]
     assert not torch.equal(alone[0][0][0], _windows(nuclei, seed=1, sampler=sampler)[0][0])
@@ -114,7 +114,7 @@ def test_samples_depend_on_seed_and_index_whatever_the_workers(nuclei, sampler) 
 def test_tiles_have_one_size_and_their_boxes_follow_their_masks(nuclei) -> None:
     dataset = _windows(nuclei, scale=(1.0, 1.0))
     for index in range(30):
-        image, objects = dataset[index]
+        image, objects, _ = dataset[index]
         assert image.shape == (3, 48, 48)
         assert image.dtype == torch.float32
         assert objects.masks.shape[1:] == (48, 48)
@@ -137,7 +137,7 @@ def test_pixels_under_a_mask_move_with_it(tmp_path) -> None:
     plain = Normalizer((0.0,), (1.0,))
     dataset = ObjectWindows(ObjectImages(index.records), places, plain, tile_px=40, length=1, seed=0)
     for i in range(20):
-        image, objects = dataset[i]
+        image, objects, _ = dataset[i]
         assert len(objects) > 0
         assert all(len(np.unique(image[0].numpy()[mask])) == 1 for mask in objects.masks)
         assert (objects.masks.any(0) == (image[0].numpy() > 0)).all()
@@ -235,7 +235,7 @@ def test_invalid_pixels_become_zero_and_objects_on_them_are_ignored(make_scene) 
     path = make_scene(pixels=pixels, nodata=None)
     record = _record([[2, 2, 12, 12], [18, 30, 30, 40]], str(path), 64, 64)
     grid = ObjectGrid(ObjectImages([record]), NORMALIZER, tile_px=80)
-    image, objects = grid[0]
+    image, objects, _ = grid[0]
     assert objects.ignored.tolist() == [True, False]
     assert (image[:, :, :20] == 0).all()
     assert (image[:, :64, 20:64] == 2).all()

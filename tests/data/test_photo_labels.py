@@ -109,7 +109,7 @@ def test_masks_are_turned_by_their_own_tags(tmp_path, of_image, of_mask) -> None
     _store(tmp_path / "masks" / "a.png", mask, of_mask)
     region = RegionConfig(image=str(tmp_path / "images"), labels=str(tmp_path / "masks"))
     data = build_datamodule(DataConfig(train=region, val=region, classes=["sea", "ship"], tile_px=64), seed=0)
-    pixels, labels = data.val[0]
+    pixels, labels, _ = data.val[0]
     assert ((pixels[0] > pixels[0].min()).numpy()[:HEIGHT, :WIDTH] == (labels == 1).numpy()[:HEIGHT, :WIDTH]).all()
     assert (labels == 1).sum() == 8 * 25
 

@@ -78,7 +78,7 @@ def test_segmentation_trains_on_windows_of_a_slide(slide) -> None:
     data = build_datamodule(config(slide), seed=0)
     tiles = [data.val[index] for index in range(len(data.val))]
     assert tiles[0][0].shape == (3, 64, 64)
-    counts = np.sum([np.bincount(labels.flatten(), minlength=256) for _, labels in tiles], axis=0)
+    counts = np.sum([np.bincount(labels.flatten(), minlength=256) for _, labels, _ in tiles], axis=0)
     assert counts[0] == 80 * 40
     assert counts[1] == 40 * 80
     assert counts[:2].sum() + counts[IGNORE_INDEX] == counts.sum()
@@ -126,7 +126,7 @@ def test_detectors_train_on_tiles_at_the_mpp_of_the_config(slide) -> None:
     split = ObjectSplitConfig(image=str(slide), labels=str(slide.with_suffix(".geojson")), format="polygons")
     given = {"classes": ["Tumor", "Stroma"], "attribute": "classification", "tile_px": 128, "tiles_per_epoch": 4}
     data = build_object_datamodule(ObjectDataConfig(train=split, val=split, mpp=2.0, **given), seed=0)
-    tile, objects = data.val[0]
+    tile, objects, _ = data.val[0]
     assert tile.shape == (3, 128, 128)
     assert objects.boxes_xyxy.tolist() == [[20, 10, 60, 30], [75, 40, 95, 80]]
     # The pixels are those of the slide at this size.

@@ -208,7 +208,7 @@ def test_a_grid_gives_every_tile_once_an_epoch_in_another_order_each(ponds, tmp_
 
 def test_the_rest_of_a_grid_is_a_smaller_batch(ponds) -> None:
     data = build_datamodule(config(ponds, sampler="grid", batch_size=8), seed=0)
-    batches = [len(images) for images, _ in data.train_dataloader()]
+    batches = [len(images) for images, *_ in data.train_dataloader()]
     assert sum(batches) == len(data.train) == 49
     assert batches[-1] == 1
 

@@ -43,7 +43,7 @@ def test_polygons_are_placed_by_the_world_file_or_in_pixels(tmp_path, case) -> N
     assert index.records[0].boxes_xyxy.tolist() == [[10, 20, 30, 40]]
     region = RegionConfig(image=str(images), labels=str(labels))
     config = DataConfig(train=region, val=region, classes=["sea", "t"], background="sea", tile_px=SIZE)
-    _, mask = build_datamodule(config, seed=0).val[0]
+    _, mask, _ = build_datamodule(config, seed=0).val[0]
     expected = np.zeros((SIZE, SIZE), np.int64)
     expected[20:40, 10:30] = 1
     assert np.array_equal(mask.numpy(), expected)

@@ -85,9 +85,6 @@ def check(model: Segmenter, tile: Tensor, features: Tensor) -> None:
 
 
 @pytest.mark.parametrize("backbone", BACKBONES)
-@pytest.mark.xfail(
-    strict=True, raises=AssertionError, reason="the mask of a tile doesn't reach the attention layers in prediction"
-)
 def test_prediction_masks_tokens_without_a_valid_pixel(half_empty, backbone) -> None:
     torch.manual_seed(0)
     model = build_segmenter(config_of(backbone), SPEC).eval()
@@ -97,9 +94,6 @@ def test_prediction_masks_tokens_without_a_valid_pixel(half_empty, backbone) -> 
 
 
 @pytest.mark.parametrize("backbone", BACKBONES)
-@pytest.mark.xfail(
-    strict=True, raises=AssertionError, reason="the mask of a tile doesn't reach the attention layers in training"
-)
 def test_training_masks_tokens_without_a_valid_pixel(half_empty, make_scene, backbone) -> None:
     torch.manual_seed(0)
     classes = np.random.default_rng(1).integers(0, 2, (1, TILE_PX, TILE_PX)).astype(np.uint8)

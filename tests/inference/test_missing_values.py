@@ -80,7 +80,7 @@ def embeddings(source: Source, see: Callable[[Tensor], None]) -> None:
 
 
 def whole_images(source: Source, see: Callable[[Tensor], None]) -> None:
-    see(torch.from_numpy(scene_tile(source, NORMALIZER, 32, None)))
+    see(torch.from_numpy(scene_tile(source, NORMALIZER, 32, None)[0]))
 
 
 @pytest.mark.parametrize(("value", "dtype"), [(-9999, "int16"), (-9999, "float32"), (np.nan, "float32")])

@@ -135,12 +135,14 @@ def with_objects(rng):
     number = int(rng.choice([0, 1, 12]))
     corners, sides = rng.uniform(0, SIZE - 12, (number, 2)), rng.uniform(4, 12, (number, 2))
     oriented = np.concatenate([corners + sides / 2, sides, rng.uniform(-1.5, 1.5, (number, 1))], 1)
-    return image(rng), ObjectLabels(
+    tile, valid = image(rng), torch.ones(SIZE, SIZE, dtype=torch.bool)
+    objects = ObjectLabels(
         labels=rng.integers(0, 2, number),
         boxes_xyxy=np.concatenate([corners, corners + sides], 1).astype(np.float32),
         oriented_boxes=oriented.astype(np.float32),
         ignored=rng.random(number) < 0.1,
     )
+    return tile, objects, valid
 
 
 def classification() -> tuple:

@@ -26,7 +26,7 @@ class Rates(lightning.Callback):
         self.seen: dict[int, tuple[float, float]] = {}
 
     def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx) -> None:
-        self.seen[trainer.global_step - 1] = (trainer.optimizers[0].param_groups[0]["lr"], float(batch.sum()))
+        self.seen[trainer.global_step - 1] = (trainer.optimizers[0].param_groups[0]["lr"], float(batch[0].sum()))
 
 
 def make_task(**stages) -> DistillationTask:

@@ -20,7 +20,7 @@ def test_image_and_labels_move_together_for_any_band_count(num_bands: int) -> No
     augment = Augmentation(flips=True, scale=(0.6, 1.5))
     moved = 0
     for seed in range(20):
-        out, out_labels = augment(image, labels, seed)
+        out, out_labels, _ = augment(image, labels, seed)
         assert out.shape == image.shape
         assert out.dtype == np.float32
         inside = out_labels != IGNORE_INDEX
@@ -35,10 +35,10 @@ def test_layers_of_labels_move_together(num_layers: int) -> None:
     layers = np.stack([(labels == 1) & (np.arange(64) < 64 - 5 * k) for k in range(num_layers)]).astype(np.uint8)
     augment = Augmentation(flips=True, scale=(0.6, 1.5))
     for seed in range(5):
-        out, out_layers = augment(image, layers, seed)
+        out, out_layers, _ = augment(image, layers, seed)
         assert out_layers.shape == layers.shape
         for layer, moved in zip(layers, out_layers, strict=True):
-            expected, alone = augment(image, layer, seed)
+            expected, alone, _ = augment(image, layer, seed)
             np.testing.assert_array_equal(moved, alone)
             np.testing.assert_array_equal(out, expected)
 
@@ -55,7 +55,7 @@ def test_the_seed_alone_decides_the_sample() -> None:
 
 def test_what_a_zoom_out_uncovers_is_ignored() -> None:
     image, labels = _sample(3)
-    _, out = Augmentation(flips=False, scale=(0.5, 0.5))(image, labels, seed=1)
+    _, out, _ = Augmentation(flips=False, scale=(0.5, 0.5))(image, labels, seed=1)
     assert {0, 1, IGNORE_INDEX} == set(np.unique(out))
 
 
@@ -75,7 +75,7 @@ def test_shuffling_reorders_whole_bands_and_nothing_else() -> None:
     augment = Augmentation(flips=False, shuffle=0.5)
     orders = []
     for seed in range(60):
-        out, out_labels = augment(image, labels, seed)
+        out, out_labels, _ = augment(image, labels, seed)
         np.testing.assert_array_equal(out_labels, labels)
         orders.append(tuple(int(band.max()) for band in out))
         np.testing.assert_array_equal(out, image[[each - 1 for each in orders[-1]]])
@@ -92,8 +92,8 @@ def test_a_mask_does_not_change_what_a_seed_decides(num_bands: int) -> None:
     labels = rng.integers(0, 3, (16, 16)).astype(np.uint8)
     mask = rng.random((num_bands, 16, 16)) < 0.7
     for seed in range(10):
-        whole, moved = augmentation(image, labels, seed)
-        masked, moved_too = augmentation(np.where(mask, image, np.float32(0)), labels, seed, mask)
+        whole, moved, _ = augmentation(image, labels, seed)
+        masked, moved_too, _ = augmentation(np.where(mask, image, np.float32(0)), labels, seed, mask)
         assert np.array_equal(moved, moved_too)
         held = masked != 0
         assert held.sum() == mask.sum()

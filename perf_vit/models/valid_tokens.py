@@ -1,0 +1,165 @@
+"""The mask of valid pixels on its way to the attention layers of timm's ViTs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from timm.models import checkpoint
+from timm.models._features import FeatureGetterNet
+from timm.models.eva import Eva
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+__all__ = ["MaskedFeatures", "forward_head", "forward_maps", "forward_tokens", "key_mask", "with_key_mask"]
+
+
+class MaskedFeatures(FeatureGetterNet):
+    """timm's `features_only` wrapper of a ViT, with a mask for the attention layers."""
+
+    def forward(self, x: Tensor, attn_mask: Tensor | None = None) -> list[Tensor]:
+        """Feature maps of images [B, C, H, W].
+
+        Args:
+            x: images.
+            attn_mask: keys that take part in attention, bool [B, 1, 1, P + N], None for all.
+        """
+        maps: list[Tensor]
+        if attn_mask is None:
+            maps = super().forward(x)
+            return maps
+        model: Any = self.model
+        with _checkpointed_blocks(model):
+            maps = model.forward_intermediates(
+                x,
+                indices=self.out_indices,
+                norm=self.norm,
+                output_fmt=self.output_fmt,
+                intermediates_only=True,
+                attn_mask=attn_mask,
+            )
+        return maps
+
+
+def with_key_mask(backbone: nn.Module) -> nn.Module:
+    """Wrap a `features_only` ViT so that it takes a mask; other backbones are returned as they are."""
+    if type(backbone) is not FeatureGetterNet or not _takes_mask(backbone.model):
+        return backbone
+    options = {"output_fmt": backbone.output_fmt, "norm": backbone.norm, "prune": False}
+    wrapped = MaskedFeatures(backbone.model, backbone.out_indices, **options)
+    wrapped.feature_info = backbone.feature_info
+    return wrapped.train(backbone.training)
+
+
+def key_mask(model: nn.Module, valid: Tensor | None, pixel_px: int = 1) -> Tensor | None:
+    """The keys of a ViT's attention that take part: prefix tokens, and patches with at least one valid pixel.
+
+    Args:
+        model: a timm model, or its `features_only` wrapper.
+        valid: valid pixels of the images, bool [B, H, W], None where all are.
+        pixel_px: side of one pixel of the model's input, in pixels of `valid`.
+
+    Returns:
+        bool [B, 1, 1, P + N]; None if all keys take part, or if the model takes no mask: one that isn't a ViT, or that
+        drops patches while it is trained. All keys of an image without a valid pixel take part.
+    """
+    body: Any = model.model if isinstance(model, MaskedFeatures) else model
+    if valid is None or not _takes_mask(body) or _drops_patches(body):
+        return None
+    height, width = (side * pixel_px for side in body.patch_embed.feat_ratio(as_scalar=False))
+    rows, cols = -(-valid.shape[1] // height), -(-valid.shape[2] // width)
+    padded = F.pad(valid, (0, cols * width - valid.shape[2], 0, rows * height - valid.shape[1]))
+    kept = padded.unflatten(2, (cols, width)).unflatten(1, (rows, height)).any(4).any(2).flatten(1)
+    kept = kept | ~kept.any(1, keepdim=True)
+    if not torch.compiler.is_compiling() and bool(kept.all()):
+        return None
+    prefix = kept.new_ones(len(kept), body.num_prefix_tokens)
+    return torch.cat([prefix, kept], dim=1)[:, None, None]
+
+
+def forward_maps(backbone: nn.Module, image: Tensor, valid: Tensor | None, pixel_px: int = 1) -> list[Tensor]:
+    """Feature maps of images [B, C, H, W] by a `features_only` backbone.
+
+    Args:
+        backbone: of `with_key_mask`.
+        image: its input.
+        valid: as for `key_mask`.
+        pixel_px: as for `key_mask`.
+    """
+    mask = key_mask(backbone, valid, pixel_px)
+    maps: list[Tensor] = backbone(image) if mask is None else backbone(image, attn_mask=mask)
+    return maps
+
+
+def forward_tokens(model: Any, image: Tensor, attn_mask: Tensor | None) -> Tensor:
+    """`model.forward_features`, with a mask for the attention layers.
+
+    Args:
+        model: a timm model.
+        image: [B, C, H, W].
+        attn_mask: of `key_mask`.
+    """
+    tokens: Tensor
+    if attn_mask is None:
+        tokens = model.forward_features(image)
+        return tokens
+    with _checkpointed_blocks(model):
+        tokens = model.forward_features(image, attn_mask=attn_mask)
+    return tokens
+
+
+def forward_head(model: Any, tokens: Tensor, attn_mask: Tensor | None) -> Tensor:
+    """`model.forward_head`, which pools the tokens that take part alone.
+
+    Args:
+        model: a timm model.
+        tokens: of `forward_tokens`, [B, P + N, C]; of a model that isn't a ViT any features.
+        attn_mask: of `key_mask`.
+
+    Returns:
+        [B, K].
+    """
+    out: Tensor
+    if attn_mask is None:
+        out = model.forward_head(tokens)
+        return out
+    # Each image has another number of tokens.
+    images = zip(tokens, attn_mask[:, 0, 0], strict=True)
+    return torch.cat([model.forward_head(each[keys][None]) for each, keys in images])
+
+
+def _takes_mask(model: Any) -> bool:
+    return isinstance(model, VisionTransformer | Eva)
+
+
+def _drops_patches(model: Any) -> bool:
+    return bool(model.training and getattr(model.patch_drop, "prob", 0) > 0)
+
+
+class _Checkpointed(nn.Module):
+    """A block whose activations are computed again in the backward pass, with the same mask."""
+
+    def __init__(self, block: nn.Module) -> None:
+        super().__init__()
+        self.block = block
+
+    def forward(self, x: Tensor, **options: Any) -> Tensor:
+        out: Tensor = checkpoint(self.block, x, **options)
+        return out
+
+
+@contextmanager
+def _checkpointed_blocks(model: Any) -> Iterator[None]:
+    """Have a `VisionTransformer` checkpoint its blocks if it is set to: timm doesn't where there is a mask."""
+    if not (isinstance(model, VisionTransformer) and model.grad_checkpointing and torch.is_grad_enabled()):
+        yield
+        return
+    blocks = model.blocks
+    model.blocks = nn.Sequential(*(_Checkpointed(block) for block in blocks))
+    try:
+        yield
+    finally:
+        model.blocks = blocks
