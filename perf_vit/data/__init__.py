@@ -10,7 +10,7 @@ from perf_vit.data.crops_datamodule import CropsConfig, build_crops
 from perf_vit.data.datamodule import WindowDataModule
 from perf_vit.data.embeddings import EmbeddingStore, SlideFeatures
 from perf_vit.data.epochs import collate_tiles
-from perf_vit.data.label_folders import find_label_pairs, is_labelled_folder
+from perf_vit.data.label_folders import is_labelled_folder
 from perf_vit.data.labels import ImageRecord, OutlineMasks, objects_in, read_object_labels, write_coco_labels
 from perf_vit.data.objects import collate_objects, standardized
 from perf_vit.data.objects_datamodule import (
@@ -27,7 +27,6 @@ from perf_vit.data.scenes_datamodule import (
     ClassificationDataConfig,
     ImageSplitConfig,
     RegressionDataConfig,
-    SceneDataConfig,
     SceneDataModule,
     build_scene_datamodule,
     read_image_targets,
@@ -53,7 +52,6 @@ __all__ = [
     "OutlineMasks",
     "RegionConfig",
     "RegressionDataConfig",
-    "SceneDataConfig",
     "SceneDataModule",
     "SceneImages",
     "SceneViews",
@@ -75,7 +73,6 @@ __all__ = [
     "collate_tiles",
     "count_class_pixels",
     "find_images",
-    "find_label_pairs",
     "given_normalizer",
     "is_labelled_folder",
     "label_options",

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 from command_line import call, save_detector
-from test_evaluate_objects import SPEC, write_half_empty
+from small_models import DETECTOR_SPEC, write_half_empty
 
 from perf_vit.cli.detecting import detect_objects, evaluate_detector
 from perf_vit.data import ObjectDataConfig, ObjectSplitConfig, build_object_datamodule
@@ -57,7 +57,7 @@ def test_a_trained_detector_keeps_the_nodata_value(split, tmp_path) -> None:
 @pytest.mark.parametrize(("nodata", "num_seen"), [(None, 4), (0, 2)])
 def test_evaluation_and_prediction_pass_over_missing_pixels(split, tmp_path, nodata, num_seen) -> None:
     checkpoint = save_detector(
-        tmp_path / "last.ckpt", replace(SPEC, nodata=nodata), head_kwargs={"detections_per_tile": 20}
+        tmp_path / "last.ckpt", replace(DETECTOR_SPEC, nodata=nodata), head_kwargs={"detections_per_tile": 20}
     )
     report = evaluate_detector(checkpoint, tmp_path / "a.tif", tmp_path / "labels.csv", device="cpu")
     assert report.scores.classes[0].num_objects == num_seen

@@ -3,38 +3,17 @@
 from dataclasses import replace
 
 import numpy as np
-import rasterio
 import shapely
-from affine import Affine
 from command_line import save_detector
 from PIL import Image
+from small_models import DETECTOR_SPEC, write_half_empty
 
 from perf_vit.cli.detecting import evaluate_detector
 from perf_vit.cli.detection_report import DetectionReport
 from perf_vit.data import OutlineMasks, SeenObjects, objects_in, read_object_labels
 from perf_vit.inference import Objects
 from perf_vit.io import open_source
-from perf_vit.models import DetectorSpec
-from perf_vit.transforms import Normalizer
 from perf_vit.types import Detections, Window
-
-SPEC = DetectorSpec(
-    classes=("car",),
-    normalizer=Normalizer((100.0,) * 3, (50.0,) * 3),
-    tile_px=64,
-    label_options={"label_format": "csv"},
-)
-
-
-def write_half_empty(path, nodata: float | None = 0) -> None:
-    """A raster of 96 x 160 px whose columns from 70 on are nodata."""
-    pixels = np.random.default_rng(0).integers(1, 255, (3, 96, 160)).astype(np.uint8)
-    pixels[:, :, 70:] = 0
-    profile = {"driver": "GTiff", "height": 96, "width": 160, "count": 3, "dtype": "uint8", "crs": "EPSG:32636"}
-    with rasterio.open(
-        path, "w", transform=Affine(0.5, 0, 500_000, 0, -0.5, 4_000_000), nodata=nodata, **profile
-    ) as file:
-        file.write(pixels)
 
 
 def test_objects_on_no_data_are_not_missed_in_evaluation(tmp_path) -> None:
@@ -42,7 +21,7 @@ def test_objects_on_no_data_are_not_missed_in_evaluation(tmp_path) -> None:
     rows = ["5,5,20,20", "60,40,80,60", "75,5,90,20", "120,70,140,90"]
     lines = ["image,xmin,ymin,xmax,ymax,label", *(f"a.tif,{row},car" for row in rows)]
     (tmp_path / "labels.csv").write_text("\n".join(lines))
-    checkpoint = save_detector(tmp_path / "last.ckpt", SPEC, head_kwargs={"detections_per_tile": 20})
+    checkpoint = save_detector(tmp_path / "last.ckpt", DETECTOR_SPEC, head_kwargs={"detections_per_tile": 20})
     report = evaluate_detector(checkpoint, tmp_path / "a.tif", tmp_path / "labels.csv", device="cpu")
     assert report.scores.classes[0].num_objects == 2
 
@@ -59,7 +38,7 @@ def test_masks_are_scored_inside_their_rectangles_as_whole_ones_are(tmp_path, mo
     for name, values in (("images", numbers.astype(np.uint8)), ("masks", numbers)):
         (tmp_path / name).mkdir()
         Image.fromarray(values).save(tmp_path / name / "a.png")
-    spec = replace(SPEC, label_options={"label_format": "instances"})
+    spec = replace(DETECTOR_SPEC, label_options={"label_format": "instances"})
     checkpoint = save_detector(tmp_path / "last.ckpt", spec, head="mask_rcnn", strides=[8])
 
     def search(model, reader, *args, **options) -> Objects:

@@ -8,15 +8,9 @@ import pytest
 from PIL import Image
 
 from perf_vit.config import load_config
-from perf_vit.data import (
-    DataConfig,
-    RegionConfig,
-    SplitConfig,
-    find_images,
-    find_label_pairs,
-    read_object_labels,
-)
+from perf_vit.data import DataConfig, RegionConfig, SplitConfig, find_images, read_object_labels
 from perf_vit.data.image_targets import read_class_folders, read_class_table
+from perf_vit.data.label_folders import find_label_pairs
 from perf_vit.data.open_labelled import open_labelled
 from perf_vit.errors import ConfigError, InputError
 

@@ -13,7 +13,8 @@ from PIL import Image
 from synthetic_slide import make_slide
 from torch.utils.data import DataLoader
 
-from perf_vit.data import DataConfig, RegionConfig, build_datamodule, count_class_pixels, find_label_pairs
+from perf_vit.data import DataConfig, RegionConfig, build_datamodule, count_class_pixels
+from perf_vit.data.label_folders import find_label_pairs
 from perf_vit.data.windows import LabelledSource
 from perf_vit.errors import ConfigError, DataWarning, InputError
 from perf_vit.io import open_labels, open_raster

@@ -14,7 +14,8 @@ import shapely
 from PIL import Image
 from preparing import ROOT, load_prepare
 
-from perf_vit.data import find_label_pairs, read_object_labels, read_slide_table
+from perf_vit.data import read_object_labels, read_slide_table
+from perf_vit.data.label_folders import find_label_pairs
 from perf_vit.errors import InputError, OutputError
 
 NAMES = sorted(path.parent.name for path in ROOT.glob("*/prepare.py"))

@@ -7,15 +7,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from perf_vit.data import (
-    DataConfig,
-    RegionConfig,
-    build_datamodule,
-    find_images,
-    find_label_pairs,
-    read_object_labels,
-)
+from perf_vit.data import DataConfig, RegionConfig, build_datamodule, find_images, read_object_labels
 from perf_vit.data.image_targets import read_class_folders
+from perf_vit.data.label_folders import find_label_pairs
 from perf_vit.errors import DataWarning
 from perf_vit.inference import find_inputs, find_paths
 from perf_vit.io import IMAGE_SUFFIXES, files_below, is_image_name, open_source

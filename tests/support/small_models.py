@@ -1,9 +1,12 @@
-"""Checkpoints of untrained networks for rasters of three bands, one a task."""
+"""Checkpoints of untrained networks for rasters of three bands, one a task, and a raster with missing pixels."""
 
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import rasterio
 import torch
+from affine import Affine
 from command_line import save_detector
 
 from perf_vit.models import (
@@ -27,6 +30,7 @@ BACKBONE = {
     "backbone_kwargs": {"depth": 1, "embed_dim": 64, "num_heads": 2, "attn_kwargs": {"num_features": 16}},
 }
 NORMALIZER = Normalizer((100.0,) * 3, (50.0,) * 3)
+DETECTOR_SPEC = DetectorSpec(classes=("car",), normalizer=NORMALIZER, tile_px=64, label_options={"label_format": "csv"})
 
 
 def _save(path: Path, config: Any, model: torch.nn.Module) -> Path:
@@ -69,5 +73,15 @@ def save_slide_classifier(path: Path) -> Path:
 
 def save_small_detector(path: Path) -> Path:
     """Of one class."""
-    spec = DetectorSpec(classes=("car",), normalizer=NORMALIZER, tile_px=64, label_options={"label_format": "csv"})
-    return save_detector(path, spec, backbone="resnet10t", head="fcos", head_kwargs={"num_convs": 1})
+    return save_detector(path, DETECTOR_SPEC, backbone="resnet10t", head="fcos", head_kwargs={"num_convs": 1})
+
+
+def write_half_empty(path, nodata: float | None = 0) -> None:
+    """A raster of 96 x 160 px whose columns from 70 on are nodata."""
+    pixels = np.random.default_rng(0).integers(1, 255, (3, 96, 160)).astype(np.uint8)
+    pixels[:, :, 70:] = 0
+    profile = {"driver": "GTiff", "height": 96, "width": 160, "count": 3, "dtype": "uint8", "crs": "EPSG:32636"}
+    with rasterio.open(
+        path, "w", transform=Affine(0.5, 0, 500_000, 0, -0.5, 4_000_000), nodata=nodata, **profile
+    ) as file:
+        file.write(pixels)

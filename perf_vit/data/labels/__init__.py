@@ -3,12 +3,11 @@
 from perf_vit.data.labels.crop import objects_in
 from perf_vit.data.labels.finish import finish_index
 from perf_vit.data.labels.masks import OutlineMasks
-from perf_vit.data.labels.read import LABEL_FORMATS, read_object_labels
+from perf_vit.data.labels.read import read_object_labels
 from perf_vit.data.labels.records import ImageRecord, ObjectIndex
 from perf_vit.data.labels.write import write_coco_labels
 
 __all__ = [
-    "LABEL_FORMATS",
     "ImageRecord",
     "ObjectIndex",
     "OutlineMasks",
