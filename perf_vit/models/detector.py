@@ -125,7 +125,7 @@ class Detector(nn.Module):
             raise InputError(f"expected {len(self.spec.normalizer.mean)} bands, got {batch.shape[1]}")
         neck = self.neck
         height, width = (_next_multiple(side, neck.size_multiple) for side in batch.shape[-2:])
-        seen = (_next_multiple(side, neck.backbone_multiple) for side in (height, width))
+        seen = tuple(_next_multiple(side, neck.backbone_multiple) for side in (height, width))
         image = _padded(batch, *seen)
         if self.reduce > 1:
             image = F.avg_pool2d(image, self.reduce)
