@@ -249,7 +249,7 @@ def _rows(
 def _spec(config: ClassificationRun | RegressionRun, data: SceneDataModule) -> ClassifierSpec:
     given = config.data
     if isinstance(given, RegressionDataConfig):
-        numbers = torch.as_tensor(data.train.image.labelled.targets)
+        numbers = torch.as_tensor(data.train.images.labelled.targets)
         std = numbers.std(0, correction=0)
         floor = numbers.abs().amax(0) * torch.finfo(torch.float32).eps
         return ClassifierSpec.from_data_config(
