@@ -34,8 +34,8 @@ model: {VIT}
     "detection": f"""
 task: detection
 data:
-  train: {{images: IMAGE, labels: LABELS, format: polygons}}
-  val: {{images: IMAGE, labels: LABELS, format: polygons}}
+  train: {{image: IMAGE, labels: LABELS, format: polygons}}
+  val: {{image: IMAGE, labels: LABELS, format: polygons}}
   classes: [thing]
   tile_px: 64
   tiles_per_epoch: 2
@@ -45,8 +45,8 @@ model: {CNN}
     "classification": f"""
 task: classification
 data:
-  train: {{images: FOLDER, labels: TABLE}}
-  val: {{images: FOLDER, labels: TABLE}}
+  train: {{image: FOLDER, labels: TABLE}}
+  val: {{image: FOLDER, labels: TABLE}}
   tile_px: 32
   batch_size: 2
 model: {VIT}
@@ -54,8 +54,7 @@ model: {VIT}
     "slide": f"""
 task: slide
 data:
-  train: TABLE
-  slides: FOLDER
+  train: {{image: FOLDER, labels: TABLE}}
   val_share: 0.5
   tile_px: 32
   min_tissue: 0.1
