@@ -156,9 +156,11 @@ class InputOptions:
     @classmethod
     def from_config(cls, config: Any) -> InputOptions:
         """Take the options from the keys of a data config that have their names."""
-        names = (each.name for each in fields(InputOptions))
-        values = {name: getattr(config, name) for name in names if hasattr(config, name)}
-        return cls(**{name: tuple(value) if isinstance(value, list) else value for name, value in values.items()})
+        names = (each.name for each in fields(InputOptions) if hasattr(config, each.name))
+        values: dict[str, Any] = {name: getattr(config, name) for name in names}
+        if isinstance(values.get("bands"), list):
+            values["bands"] = tuple(values["bands"])
+        return cls(**values)
 
 
 class Source(Protocol):
@@ -214,7 +216,7 @@ class Source(Protocol):
         """Close this thread's file handle; a later read opens it again."""
 
 
-OpenInput: TypeAlias = Callable[[str], Source]
+OpenInput: TypeAlias = Callable[[InputPath], Source]
 """Opens an image by its path, with the options of a model or a data config."""
 
 

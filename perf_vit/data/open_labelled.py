@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ from perf_vit.data.window_config import DataConfig, RegionConfig, label_options
 from perf_vit.data.windows import LabelledSource
 from perf_vit.errors import ConfigError
 from perf_vit.io import LabelFiles, LabelSource, RasterSource, SlideSource, open_input, open_labels
-from perf_vit.types import InputOptions, InputPath, Source, Window
+from perf_vit.types import InputOptions, InputPath, OpenInput, Source, Window
 
 __all__ = ["open_labelled", "open_pairs", "region_window"]
 
@@ -52,7 +52,7 @@ def open_labelled(config: DataConfig, region: RegionConfig, key: str, *, train: 
 def open_pairs(
     image: InputPath,
     labels: str | Path,
-    open_image: Callable[[InputPath], RasterSource | SlideSource],
+    open_image: OpenInput,
     meaning: Any,
     options: Mapping[str, Any],
 ) -> list[tuple[RasterSource | SlideSource, LabelSource]]:
@@ -71,17 +71,24 @@ def open_pairs(
     named = ("classes", "background", "multilabel")
     options = {**{name: getattr(meaning, name) for name in named}, **options}
     if not is_labelled_folder(image, labels):
-        source = open_image(image)
+        source = _opened(image, open_image)
         return [(source, open_labels(labels, source, **options))]
     pairs = find_label_pairs(image, labels)
     sources = []
     for path, _ in pairs:
-        sources.append(open_image(str(path)))
+        sources.append(_opened(path, open_image))
         # There may be more images than a process may hold open.
         sources[-1].close()
     files = LabelFiles([file for _, file in pairs], sources, **options)
     files.look()
     return [(source, files[index]) for index, source in enumerate(sources)]
+
+
+def _opened(image: InputPath, open_image: OpenInput) -> RasterSource | SlideSource:
+    source = open_image(image)
+    # Labels need to know where a file's pixels lie.
+    assert isinstance(source, RasterSource | SlideSource)
+    return source
 
 
 def region_window(region: list[int] | None, source: Source, key: str) -> Window:
@@ -120,7 +127,8 @@ def _placed(
         finest = max(config.augment.resolution[0], _own_side(image, options, source) or 0)
         if finest < read_at:
             source.close()
-            source = open_input(image, replace(options, **{"resolution" if config.mpp is None else "mpp": finest}))
+            finer = replace(options, resolution=finest) if config.mpp is None else replace(options, mpp=finest)
+            source = open_input(image, finer)
             window = _scaled(window, read_at / finest, source.extent)
     source.close()
     return source, window

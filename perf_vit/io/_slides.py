@@ -19,12 +19,13 @@ __all__ = ["is_slide", "open_slide"]
 _OME_TIFF_SUFFIXES = (".ome.tif", ".ome.tiff", ".ome.tf2", ".ome.tf8", ".ome.btf")
 
 
-def is_slide(path: str, *, asked: bool) -> bool:
+def is_slide(path: str, *, asked: bool | None) -> bool:
     """Whether a path is read as a slide.
 
     Args:
         path: what to open.
-        asked: whether an option of slides was given, so a plain tiled TIFF counts as one.
+        asked: whether options of slides were given, so that a plain tiled TIFF counts as one, or options of rasters,
+            so that it doesn't; None for neither.
     """
     name = path.lower()
     if _is_ome_tiff(path) or _is_ome_zarr(path) or Path(name).suffix in SLIDE_SUFFIXES:
@@ -73,7 +74,7 @@ def _is_ome_zarr(path: str) -> bool:
     )
 
 
-def _is_slide_tiff(path: str, asked: bool) -> bool:
+def _is_slide_tiff(path: str, asked: bool | None) -> bool:
     """Scanners' TIFFs are slides; of other tiled ones those without a place on Earth that look like one."""
     found = slide_format(path)
     if found is None or found != "generic-tiff":
@@ -86,4 +87,4 @@ def _is_slide_tiff(path: str, asked: bool) -> bool:
         if dataset.crs is not None or not dataset.transform.is_identity or dataset.gcps[0] or dataset.rpcs:
             return False
         is_pyramid_of_colours = dataset.count in (3, 4) and set(dataset.dtypes) == {"uint8"} and dataset.overviews(1)
-        return asked or bool(is_pyramid_of_colours)
+        return bool(is_pyramid_of_colours) if asked is None else asked

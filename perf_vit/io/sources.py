@@ -41,7 +41,7 @@ def open_source(
     """Open a raster that GDAL reads (GeoTIFF, COG, VRT, JPEG 2000, ...; also by URL), many as one, or a whole slide.
 
     Slides are all formats of OpenSlide (SVS, NDPI, MRXS, DICOM, ...), OME-TIFF and OME-Zarr; they need the extra
-    `slides`. A TIFF with a georeference is a raster.
+    `slides`. A TIFF with a georeference is a raster, and so is a plain TIFF that is opened with options of rasters.
 
     A folder, a pattern such as "tiles/*.tif", a list of paths and a JSON file of STAC items open as a
     `MosaicSource`: of the files that hold a pixel, the first in order gives it. Files on another grid than the
@@ -85,7 +85,8 @@ def open_source(
         asset=asset,
     )
     source: RasterSource | SlideSource
-    if isinstance(path, (str, Path)) and is_slide(os.fspath(path), asked=bool(of_slides)):
+    asked = True if of_slides else False if of_rasters else None
+    if isinstance(path, (str, Path)) and is_slide(os.fspath(path), asked=asked):
         if of_rasters:
             raise InputError(f"{' and '.join(of_rasters)} is for rasters, and {path} is a slide; leave it out")
         source = open_slide(os.fspath(path), bands=bands, **of_slides)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
 from typing import Any, ClassVar, Self
@@ -46,16 +47,9 @@ class InputSpec(InputOptions):
             data: Data module; its attributes of the fields' names, such as `normalizer`, come before the keys.
             **more: Fields that are neither.
         """
-        names = [each.name for each in fields(cls)]
-        found = {name: getattr(data, name, getattr(config, name, MISSING)) for name in names}
+        found = {each.name: getattr(data, each.name, getattr(config, each.name, MISSING)) for each in fields(cls)}
         found |= more
-        return cls(
-            **{
-                name: tuple(value) if isinstance(value, list) else value
-                for name, value in found.items()
-                if value is not MISSING
-            }
-        )
+        return cls(**{name: _without_lists(value) for name, value in found.items() if value is not MISSING})
 
     def open(self, path: InputPath | Source, *, check: InputCheck | None = None, **overrides: Any) -> Source:
         """Open an input as the model was trained: bands, nodata, pixel size, tissue.
@@ -104,19 +98,18 @@ class InputSpec(InputOptions):
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Self:
         """The inverse of `to_dict`."""
-        read = {"normalizer": Normalizer.from_dict, "trained_on": InputBands.from_dict}
-        return cls(
-            **{
-                name: value if value is None else read.get(name, _plain)(value)  # type: ignore[operator]
-                for name, value in values.items()
-            }
-        )
+        read: dict[str, Callable[[Any], Any]] = {
+            "normalizer": Normalizer.from_dict,
+            "trained_on": InputBands.from_dict,
+        }
+        given = {name: value for name, value in values.items() if value is not None}
+        return cls(**{name: read.get(name, _without_lists)(value) for name, value in given.items()})
 
     def _opened(self, path: InputPath | Source, overrides: dict[str, Any]) -> Source:
         # Rasters load when one is opened, not when networks do.
         from perf_vit.io import merged_options, open_input
 
-        if isinstance(path, (str, Path)) or not hasattr(path, "read_reduced"):
+        if isinstance(path, str | Path | Sequence):
             return open_input(path, self, **overrides)
         opened_from = getattr(path, "opened_from", None)
         given = getattr(path, "options", {})
@@ -126,8 +119,8 @@ class InputSpec(InputOptions):
         return open_input(opened_from, self, **wanted)
 
 
-def _plain(value: Any) -> Any:
-    # JSON has no tuples.
+def _without_lists(value: Any) -> Any:
+    # Configs and JSON have no tuples.
     return tuple(value) if isinstance(value, list) else value
 
 

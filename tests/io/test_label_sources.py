@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from rasterio.enums import Resampling
 from rasterio.warp import reproject
 from shapely import LineString, Polygon, affinity, box
+from slides import levels_of, write_pyramid
 
 from perf_vit.errors import DataWarning, InputError
 from perf_vit.io import open_labels, open_source, warn_of_polygons_beside
@@ -351,3 +352,13 @@ def test_outlines_that_cross_themselves_are_labelled_and_counted(source, write_v
 )
 def test_arguments_that_contradict_each_other(source, write_vector, match: str, options: dict) -> None:
     _assert_refused(match, write_vector(POLYGONS), source, **options)
+
+
+def test_a_mask_of_a_pyramid_lies_on_its_level_0(make_scene, tmp_path) -> None:
+    path = write_pyramid(tmp_path / "pyramid.tif", levels_of(200, 160, 2), mpp_xy=(0.5, 0.5))
+    values = np.random.default_rng(0).integers(0, 2, (200, 160))
+    mask = _mask(make_scene, values, crs=None, transform=None)
+    slide = open_source(path)
+    assert np.array_equal(open_labels(mask, slide, classes=CLASSES).read(slide.extent), values)
+    with pytest.raises(InputError, match=r"must be polygons, .* as it isn't read at its level 0"):
+        open_labels(mask, open_source(path, mpp=1.0), classes=CLASSES)

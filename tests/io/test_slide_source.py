@@ -304,6 +304,7 @@ def test_a_plain_tiff_is_a_slide_if_it_is_a_pyramid_of_colours_or_read_as_one(ma
     with warnings.catch_warnings(action="ignore"):
         single, strips = make_scene(**nowhere, **tiles), make_scene(**nowhere)
     assert isinstance(open_source(pyramid), SlideSource)
+    assert isinstance(open_source(pyramid, nodata=0), RasterSource)
     assert isinstance(open_source(single), RasterSource)
     assert isinstance(open_source(single, mpp=1.0, slide_mpp=0.5), SlideSource)
     assert isinstance(open_source(strips), RasterSource)

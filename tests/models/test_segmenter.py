@@ -146,15 +146,6 @@ def test_a_frozen_backbone_keeps_weights_and_statistics_and_stays_in_evaluation_
     assert not build_segmenter(TINY, spec()).is_backbone_frozen
 
 
-def test_spec_round_trip() -> None:
-    full = replace(spec(), bands=(3, 1), nodata=0.0, label_options={"values": [4, 5, 6], "attribute": None})
-    assert SegmenterSpec.from_dict(full.to_dict()) == full
-    several = replace(full, multilabel=True)
-    assert SegmenterSpec.from_dict(several.to_dict()) == several
-    older = {key: value for key, value in full.to_dict().items() if key != "multilabel"}
-    assert SegmenterSpec.from_dict(older) == full
-
-
 def test_a_network_whose_config_holds_tuples_is_loaded_again(tmp_path) -> None:
     kwargs = {"depth": 1, "embed_dim": 64, "num_heads": 2, "attn_kwargs": {"num_features": 16}}
     config = ModelConfig(
