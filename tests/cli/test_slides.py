@@ -168,6 +168,8 @@ def test_a_slide_that_cant_be_read_is_a_row_with_its_error_if_asked_for(run, sli
         (["data.tile_px=33"], "multiple of the patch size 16"),
         (["data.tissue=hand"], "otsu or null"),
         (["data.val_share=2"], "between 0 and 1"),
+        (["data.mean=[1,2,3]"], "data.mean and data.std go together"),
+        (["data.mean=[1,2]", "data.std=[1,2]"], "one value for each of 3 bands"),
         (["model.pool=map"], "weights to train"),
         (["trainer.redraw_every_steps=3"], "would change the encoder"),
     ],
@@ -188,13 +190,20 @@ def test_a_slide_without_tissue_is_named(run, tmp_path, capsys) -> None:
     assert "tissue" in message
 
 
-def test_one_slide_on_both_sides_is_refused(slides, tmp_path, capsys) -> None:
-    assert (
-        call(
-            train_args(slides, tmp_path / "run", f"data.val.labels={slides / 'labels.csv'}", f"data.val.image={slides}")
-        )
-        == 2
+def test_statistics_that_the_config_gives_are_those_of_the_classifier(slides, run, tmp_path) -> None:
+    statistics = ["data.mean=[200,150,180]", "data.std=[40,50,60]", "trainer.max_epochs=1"]
+    assert call(train_args(slides, tmp_path / "run", *statistics)) == 0
+    given, default = (
+        load_slide_classifier(path / "checkpoints" / "last.ckpt").spec for path in (tmp_path / "run", run)
     )
+    assert (given.normalizer.mean, given.normalizer.std) == ((200, 150, 180), (40, 50, 60))
+    assert default.normalizer != given.normalizer
+    assert default.trained_on == given.trained_on
+
+
+def test_one_slide_on_both_sides_is_refused(slides, tmp_path, capsys) -> None:
+    val = [f"data.val.labels={slides / 'labels.csv'}", f"data.val.image={slides}"]
+    assert call(train_args(slides, tmp_path / "run", *val)) == 2
     assert "in both data.train and data.val" in capsys.readouterr().err
 
 

@@ -8,11 +8,14 @@ import torch
 from perf_vit.errors import ConfigError
 from perf_vit.models import (
     CHECKPOINT_KEY,
+    ClassifierConfig,
+    ClassifierSpec,
     DetectorConfig,
     DetectorSpec,
     LoraConfig,
     ModelConfig,
     SegmenterSpec,
+    build_classifier,
     build_detector,
     build_segmenter,
     checkpoint_metadata,
@@ -46,6 +49,21 @@ def test_the_last_blocks_are_trained_and_the_others_evaluated() -> None:
     assert all(p.grad is None for p in model.backbone.model.patch_embed.parameters())
     assert not model.is_backbone_frozen
     assert build_segmenter(replace(TINY, freeze_backbone=True), SPEC).is_backbone_frozen
+
+
+def test_frozen_norms_keep_weights_and_statistics_of_a_segmenter_and_a_classifier() -> None:
+    config = replace(TINY, backbone="resnet18", backbone_kwargs={}, out_indices=[1, 2], freeze_norms=True)
+    segmenter = build_segmenter(config, SPEC)
+    spec = ClassifierSpec(kind="single_label", classes=("a", "b"), normalizer=STATISTICS, tile_px=32)
+    classifier = build_classifier(ClassifierConfig(backbone="resnet18", freeze_norms=True), spec)
+    for model, backbone in ((segmenter, segmenter.backbone), (classifier, classifier.network)):
+        model.train()
+        before = {name: value.clone() for name, value in backbone.named_buffers()}
+        model(images()).sum().backward()
+        assert before
+        assert all(torch.equal(value, before[name]) for name, value in backbone.named_buffers())
+        assert {name for name, p in backbone.named_parameters() if p.requires_grad and ".bn" in f".{name}"} == set()
+        assert backbone.conv1.weight.grad is not None
 
 
 def test_the_last_stages_of_a_convolutional_backbone_are_trained_without_the_statistics_of_the_others() -> None:
