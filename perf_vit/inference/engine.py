@@ -209,5 +209,6 @@ class _Forward:
         total = self._scores(batch, valid).float()
         for dims in ((-1,), (-2,), (-2, -1)):
             flipped = None if valid is None else valid.flip(dims)
-            total += self._scores(batch.flip(dims), flipped).float().flip(dims)
+            # Not in place: a model may return its input.
+            total = total + self._scores(batch.flip(dims), flipped).float().flip(dims)
         return total / 4

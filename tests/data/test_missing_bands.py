@@ -46,7 +46,7 @@ def maps(image, make_scene, augment):
     region = RegionConfig(image=str(image), labels=str(labels))
     config = DataConfig(train=region, val=region, classes=["a", "b"], tile_px=48, augment=augment, **STATISTICS)
     data = build_datamodule(config, seed=0)
-    return [data.train[index][0].numpy() for index in range(20)]
+    return [data.train[index] for index in range(20)]
 
 
 def objects(image, make_scene, augment):
@@ -55,7 +55,7 @@ def objects(image, make_scene, augment):
     split = ObjectSplitConfig(image=str(image), labels=str(table), format="csv")
     config = ObjectDataConfig(train=split, val=split, classes=["ship"], tile_px=48, augment=augment, **STATISTICS)
     data = build_object_datamodule(config, seed=0)
-    return [data.train[index][0].numpy() for index in range(20)]
+    return [data.train[index] for index in range(20)]
 
 
 def scenes(image, make_scene, augment, *, resize):
@@ -72,7 +72,7 @@ def scenes(image, make_scene, augment, *, resize):
         **STATISTICS,
     )
     data = build_scene_datamodule(config, seed=0)
-    return [data.train[index][0].numpy() for index in range(20)] + [data.val[0][0].numpy()]
+    return [data.train[index] for index in range(20)] + [data.val[0]]
 
 
 def whole_scenes(*args):
@@ -88,8 +88,13 @@ def parts_of_scenes(*args):
 def test_missing_values_are_the_mean_and_have_no_part_in_their_neighbours(image, make_scene, make, augment) -> None:
     if "resolution" in AUGMENTS[augment] and "scenes" in make.__name__:
         pytest.skip("classifiers take scale, not resolution")
-    for tile in make(image, make_scene, AugmentConfig(**AUGMENTS[augment])):
+    num_masked = 0
+    for pixels, _, valid in make(image, make_scene, AugmentConfig(**AUGMENTS[augment])):
+        tile = pixels.numpy()
         assert np.isfinite(tile).all()
+        # The mask goes where the pixels go.
+        assert np.array_equal(valid.numpy(), (tile != 0).any(0))
+        num_masked += not valid.all()
         for band in tile:
             held = band[band != 0]
             # One value for what is valid, whatever colours made of it: nothing lies between it and the mean.
@@ -97,3 +102,4 @@ def test_missing_values_are_the_mean_and_have_no_part_in_their_neighbours(image,
             if "gain" not in AUGMENTS[augment]:
                 np.testing.assert_allclose(held, 1, rtol=1e-4)
             assert held.size < band.size
+    assert num_masked

@@ -52,18 +52,21 @@ def resampled(path) -> Source:
     return open_source(path, resolution=(3.1, 2.9), resampling="cubic")
 
 
-def maps(source: Source, see: Callable[[Tensor], None]) -> None:
-    def model(tiles: Tensor) -> Tensor:
-        see(tiles)
+See = Callable[[Tensor, Tensor | None], None]
+
+
+def maps(source: Source, see: See) -> None:
+    def model(tiles: Tensor, valid: Tensor | None = None) -> Tensor:
+        see(tiles, valid)
         return tiles[:, :1]
 
-    options = {"extent": source.extent, "num_channels": 1, "window_size": 64, "overlap": 8}
+    options = {"extent": source.extent, "num_channels": 1, "window_size": 64, "overlap": 8, "flips": True}
     list(predict_strips(model, source, NORMALIZER, **options))
 
 
-def objects(source: Source, see: Callable[[Tensor], None]) -> None:
-    def model(tiles: Tensor) -> list[Detections]:
-        see(tiles)
+def objects(source: Source, see: See) -> None:
+    def model(tiles: Tensor, valid: Tensor | None = None) -> list[Detections]:
+        see(tiles, valid)
         nothing = torch.zeros(0)
         return [Detections(scores=nothing, labels=nothing.long(), boxes_xyxy=torch.zeros(0, 4)) for _ in tiles]
 
@@ -71,16 +74,17 @@ def objects(source: Source, see: Callable[[Tensor], None]) -> None:
     predict_objects(model, source, normalize, extent=source.extent, window_size=64, overlap=8)
 
 
-def embeddings(source: Source, see: Callable[[Tensor], None]) -> None:
-    def encode(tiles: Tensor) -> Tensor:
-        see(tiles)
+def embeddings(source: Source, see: See) -> None:
+    def encode(tiles: Tensor, valid: Tensor | None = None) -> Tensor:
+        see(tiles, valid)
         return tiles.mean((2, 3))
 
     embed_windows(encode, source, NORMALIZER, grid_windows(source.extent, 64, 0))
 
 
-def whole_images(source: Source, see: Callable[[Tensor], None]) -> None:
-    see(torch.from_numpy(scene_tile(source, NORMALIZER, 32, None)[0]))
+def whole_images(source: Source, see: See) -> None:
+    pixels, valid = scene_tile(source, NORMALIZER, 32, None)
+    see(torch.from_numpy(pixels)[None], torch.from_numpy(valid)[None])
 
 
 @pytest.mark.parametrize(("value", "dtype"), [(-9999, "int16"), (-9999, "float32"), (np.nan, "float32")])
@@ -89,9 +93,33 @@ def whole_images(source: Source, see: Callable[[Tensor], None]) -> None:
 def test_a_missing_value_is_the_mean_and_no_nan_reaches_a_network(make_scene, read, task, value, dtype) -> None:
     seen: list[np.ndarray] = []
     source = read(make_scene(pixels=pixels_with_holes(value, dtype), nodata=value))
-    task(source, lambda tiles: seen.append(tiles.numpy().copy()))
+
+    def see(tiles: Tensor, valid: Tensor | None) -> None:
+        assert valid is not None
+        assert torch.equal(valid, (tiles != 0).any(1))
+        seen.append(tiles.numpy().copy())
+
+    task(source, see)
     values = np.concatenate([tiles.ravel() for tiles in seen])
     assert np.isfinite(values).all()
     # One for data and nothing between it and the mean.
     np.testing.assert_allclose(values[values != 0], 1, rtol=1e-5)
     assert 0 < (values == 0).mean() < 0.8
+
+
+@pytest.mark.parametrize("task", [maps, objects, embeddings])
+def test_windows_of_valid_pixels_are_given_without_a_mask(make_scene, task) -> None:
+    seen: list[Tensor | None] = []
+    pixels = np.ones((2, 64, 128), np.uint16)
+    task(open_source(make_scene(pixels=pixels, nodata=None)), lambda tiles, valid: seen.append(valid))
+    assert seen
+    assert all(valid is None for valid in seen)
+
+
+def test_a_model_without_an_argument_for_valid_pixels_gets_tiles_alone(make_scene) -> None:
+    source = open_source(make_scene(pixels=pixels_with_holes(0, "uint16"), nodata=0))
+    options = {"extent": source.extent, "num_channels": 2, "window_size": 64, "overlap": 8, "flips": True}
+    scores = np.concatenate(
+        [strip.scores for strip in predict_strips(torch.nn.Identity(), source, NORMALIZER, **options)], 1
+    )
+    np.testing.assert_array_equal(scores, NORMALIZER(source.read(source.extent)))
