@@ -14,34 +14,31 @@ if TYPE_CHECKING:
     from perf_vit.inference import predict
     from perf_vit.io import open_source
     from perf_vit.models import (
-        calibrate,
         choose_layer_options,
+        linearize,
         load_converted,
         load_segmenter,
-        performerize,
         save_converted,
     )
 
 __all__ = [
     "__version__",
-    "calibrate",
     "choose_layer_options",
+    "linearize",
     "load_converted",
     "load_segmenter",
     "open_source",
     "ops",
-    "performerize",
     "predict",
     "save_converted",
 ]
 
 _LAZY = {
-    "calibrate": "perf_vit.models",
     "choose_layer_options": "perf_vit.models",
+    "linearize": "perf_vit.models",
     "load_converted": "perf_vit.models",
     "load_segmenter": "perf_vit.models",
     "open_source": "perf_vit.io",
-    "performerize": "perf_vit.models",
     "predict": "perf_vit.inference",
     "save_converted": "perf_vit.models",
 }

@@ -5,7 +5,7 @@ from pathlib import Path
 import timm
 from torch import nn
 
-from perf_vit.layers.performer_attention import RandomProjectionMixin
+from perf_vit.layers import LinearizedAttention
 from perf_vit.models import backbones
 
 PAGE = Path(__file__).parents[1] / "docs" / "models.md"
@@ -35,7 +35,7 @@ def updated(page: str) -> str:
 
 
 def _row(name: str, model: nn.Module) -> str:
-    heads = {module.num_heads for module in model.modules() if isinstance(module, RandomProjectionMixin)}
+    heads = {module.num_heads for module in model.modules() if isinstance(module, LinearizedAttention)}
     is_vit = hasattr(model, "patch_embed")
     cells = [
         f"`{name}`",

@@ -20,7 +20,7 @@ import timm
 
 import perf_vit  # noqa: F401  registers the models
 
-MODULES = ("performer_vit", "scatterbrain_vit", "rope_vit", "hct")
+MODULES = ("linear_vit", "rope_vit", "hct")
 NAMES = [name for module in MODULES for name in timm.list_models(module=module)]
 VITS = "*_vit_*"
 _list_models = timm.list_models

@@ -19,8 +19,8 @@ from perf_vit._version import __version__
 from perf_vit.cli.console import new_table, say, show
 from perf_vit.cli.timing import alternating_medians, machine_name
 from perf_vit.io import write_text
-from perf_vit.layers.converted_attention import ScatterbrainOptions
-from perf_vit.models import attention_errors, performerize, token_cosines
+from perf_vit.layers import MixerOptions
+from perf_vit.models import attention_errors, linearize, token_cosines
 from perf_vit.models.convert import converted_layers
 
 __all__ = ["MeasuredConversion", "Speed", "measure_conversion", "print_conversion", "write_conversion"]
@@ -29,6 +29,8 @@ REPORT = "fidelity.html"
 # Softmax on a CPU takes minutes beyond.
 _SOFTMAX_TOKENS = 8192
 _RUNS = 3
+# Columns of the table of layers, as mixers name their sizes.
+_SIZES = ("window", "sinks", "clusters", "features")
 _STYLE = """
 body { font: 16px/1.5 system-ui, sans-serif; margin: 2rem auto; max-width: 60rem; padding: 0 1rem; color: #222 }
 table { border-collapse: collapse } td, th { padding: .3rem .9rem; text-align: right; border-bottom: 1px solid #ddd }
@@ -70,7 +72,7 @@ class MeasuredConversion:
     """
 
     errors: dict[int, float]
-    options: dict[int, ScatterbrainOptions]
+    options: dict[int, MixerOptions]
     grid: tuple[int, int]
     patch_cosines: list[float]
     class_cosines: list[float]
@@ -101,7 +103,7 @@ def measure_conversion(
     patches, class_tokens = token_cosines(softmax, converted, images)
     return MeasuredConversion(
         errors={index: error for index, (error,) in layer_errors.items()},
-        options={index: layer.options for index, layer in layers.items()},  # type: ignore[misc]
+        options={index: layer.options for index, layer in layers.items()},
         grid=softmax.patch_embed.grid_size,
         patch_cosines=patches,
         class_cosines=class_tokens,
@@ -120,7 +122,7 @@ def _speed(
         models = {name: copy.deepcopy(model) for name, model in models.items()}
         for model in models.values():
             model.set_input_size(img_size=(size, size))
-    models["plain"] = performerize(models["softmax"], "performer", sorted(converted_layers(converted)))
+    models["plain"] = linearize(models["softmax"], "performer", sorted(converted_layers(converted)))
     rows, columns = models["softmax"].patch_embed.grid_size
     num_tokens = rows * columns + models["softmax"].num_prefix_tokens
     if num_tokens > _SOFTMAX_TOKENS and not time_softmax:
@@ -184,7 +186,7 @@ def _tables(measured: MeasuredConversion) -> list[tuple[str, list[str], list[lis
     tokens = [("patch tokens", measured.patch_cosines), ("class token", measured.class_cosines)]
     cosines = [[name, f"{sum(x) / len(x):.4f}", f"{min(x):.4f}"] for name, x in tokens if x]
     layers = [
-        [str(index), f"{error:.4f}", *_options(measured.options[index], measured.grid)]
+        [str(index), f"{error:.4f}", *_sizes(measured.options[index], measured.grid)]
         for index, error in measured.errors.items()
     ]
     speeds = [
@@ -205,15 +207,15 @@ def _tables(measured: MeasuredConversion) -> list[tuple[str, list[str], list[lis
         ("Seconds of one image, and the converted model's over the others'", head, speeds),
         (
             "Relative error of attention outputs, on the softmax model's inputs",
-            ["layer", "error", "window", "sinks", "clusters", "features"],
+            ["layer", "error", *_SIZES],
             layers,
         ),
     ]
 
 
-def _options(options: ScatterbrainOptions, grid: tuple[int, int]) -> list[str]:
-    numbers = (options.window_size, options.sinks_of(grid), options.num_clusters)
-    return [*(str(number) for number in numbers), "-" if options.num_clusters else str(options.num_features)]
+def _sizes(options: MixerOptions, grid: tuple[int, int]) -> list[str]:
+    summary = options.summary(grid)
+    return [str(summary.get(name, "-")) for name in _SIZES]
 
 
 def _notes(measured: MeasuredConversion) -> list[str]:

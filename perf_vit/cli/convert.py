@@ -23,16 +23,15 @@ from perf_vit.cli.conversion_report import (
 from perf_vit.data import UnlabelledCrops, find_images
 from perf_vit.errors import ConfigError, PerfVitError, reason_line
 from perf_vit.io import check_outputs
-from perf_vit.models import calibrate, choose_layer_options, load_softmax, performerize, save_converted
-from perf_vit.models.conversion import default_attention
+from perf_vit.models import choose_layer_options, linearize, load_softmax, save_converted
 from perf_vit.models.saved_model import MODEL_FILES, check_output_folder, input_bands, staged_folder
 from perf_vit.models.weights import create_with_weights, read_weights
 from perf_vit.transforms import Normalizer
 
 __all__ = ["ConversionRequest", "convert_model", "parse_layers"]
 
-# Crops that options and constants are chosen by, and others that the report measures on.
-_CALIBRATION_CROPS, _OPTION_CROPS, _REPORT_CROPS = 8, 2, 4
+# Of all crops the first choose options and the last are for the report.
+_NUM_CROPS, _OPTION_CROPS, _REPORT_CROPS = 12, 2, 4
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,13 +43,12 @@ class ConversionRequest:
         out: folder for the converted model.
         weights: file with the weights of a timm model; timm's own pretrained ones if None.
         num_classes: of the weights; the model's own number if None.
-        attention: as in `performerize`; constants of images are scatterbrain's.
-        options: of all layers.
+        mixer: mixer, as in `linearize`.
+        options: options of the mixer for all layers.
         layers: places of the layers to convert, None for all.
         img_size: side of the images in pixels; the model's own if None.
-        images: files and folders with images to calibrate and measure on.
+        images: files and folders with images to choose options by and to measure on.
         budget: times of plain FAVOR+ that the model may take; None leaves options as they are.
-        calibrate: keep constants of the images in the place of each call's statistics.
         seed: of projections and crops.
         overwrite: replace a model in `out`.
         time_softmax: time softmax however many tokens there are.
@@ -60,29 +58,21 @@ class ConversionRequest:
     out: Path
     weights: Path | None = None
     num_classes: int | None = None
-    attention: str | None = None
+    mixer: str = "clustered"
     options: dict[str, Any] = field(default_factory=dict)
     layers: tuple[int, ...] | None = None
     img_size: int | None = None
     images: tuple[Path, ...] = ()
     budget: float | None = None
-    calibrate: bool = False
     seed: int = 0
     overwrite: bool = False
     time_softmax: bool = False
 
     def __post_init__(self) -> None:
-        asked = [name for name, on in (("--budget", self.budget is not None), ("--calibrate", self.calibrate)) if on]
-        if asked and not self.images:
-            raise ConfigError(f"{asked[0]} learns from images, got none; give --images FOLDER")
-        kinds = ("scatterbrain",) if self.calibrate else ("clustered", "scatterbrain")
-        if asked and self.attention is not None and self.attention not in kinds:
-            raise ConfigError(f"{asked[-1]} is of --attention {' or '.join(kinds)}, got {self.attention}; leave it out")
-
-    @property
-    def chosen_attention(self) -> str:
-        """The attention, whether it was asked for or follows from the options."""
-        return self.attention or ("scatterbrain" if self.calibrate else default_attention(self.options))
+        if self.budget is not None and not self.images:
+            raise ConfigError("--budget learns from images, got none; give --images FOLDER")
+        if self.budget is not None and self.mixer != "clustered":
+            raise ConfigError(f"--budget chooses options of --mixer clustered, got {self.mixer}; leave it out")
 
 
 def convert_model(request: ConversionRequest) -> Path:
@@ -154,23 +144,15 @@ def _check_files(request: ConversionRequest) -> None:
 
 
 def _convert(request: ConversionRequest, softmax: nn.Module, crops: Sequence[Tensor]) -> nn.Module:
-    options, per_layer = {"seed": request.seed, **request.options}, None
+    options, per_layer = dict(request.options), None
+    if request.mixer == "performer":
+        options = {"seed": request.seed, **options}
     if request.budget is not None:
         with windows_progress("trying options", unit="measurements") as on_step:
             per_layer = choose_layer_options(
-                softmax,
-                crops[:_OPTION_CROPS],
-                request.budget,
-                attention=request.chosen_attention,
-                layers=request.layers,
-                on_step=on_step,
-                **options,
+                softmax, crops[:_OPTION_CROPS], request.budget, layers=request.layers, on_step=on_step, **options
             )
-    converted = performerize(softmax, request.chosen_attention, request.layers, per_layer, **options)
-    if request.calibrate:
-        with working("calibrating"):
-            calibrate(converted, crops[:_CALIBRATION_CROPS])
-    return converted
+    return linearize(softmax, request.mixer, request.layers, per_layer, **options)
 
 
 def _softmax_model(request: ConversionRequest) -> Any:
@@ -231,7 +213,7 @@ def _checked(model: Any) -> Any:
 
 
 def _crops(request: ConversionRequest, model: Any) -> list[Tensor]:
-    """Standardised crops, [C, S, S]: those for calibration, then those for the report."""
+    """Standardised crops, [C, S, S]: those to choose options by first, those for the report last."""
     size, cfg = model.patch_embed.img_size[0], model.pretrained_cfg
     if not request.images:
         in_chans = input_bands(model)
@@ -242,7 +224,7 @@ def _crops(request: ConversionRequest, model: Any) -> list[Tensor]:
         find_images(request.images),
         normalizer,
         tile_px=size,
-        length=_CALIBRATION_CROPS + _REPORT_CROPS,
+        length=_NUM_CROPS,
         seed=request.seed,
         symmetries=False,
     )
@@ -263,6 +245,5 @@ def _synthetic(in_chans: int, size: int, seed: int) -> Tensor:
 def _describe_images(request: ConversionRequest) -> str:
     if not request.images:
         return f"{_REPORT_CROPS} generated pictures, noise of all scales: give --images for figures that mean something"
-    learned = request.budget is not None or request.calibrate
-    apart = ", others than those the conversion learned from" if learned else ""
+    apart = "" if request.budget is None else ", others than those the conversion learned from"
     return f"{_REPORT_CROPS} crops of {', '.join(path.name for path in request.images)}{apart}"

@@ -14,7 +14,7 @@ from perf_vit.cli.run_folder import RunFolder
 from perf_vit.cli.schemas import DistillationRun, PairConfig
 from perf_vit.data import build_crops
 from perf_vit.errors import ConfigError, PerfVitError, reason_line
-from perf_vit.models import load_converted, performerize, save_converted
+from perf_vit.models import linearize, load_converted, save_converted
 from perf_vit.models.saved_model import check_output_folder
 from perf_vit.models.timm_arguments import check_file_arguments
 from perf_vit.models.weights import create_with_weights, read_weights
@@ -95,7 +95,7 @@ def _task(config: DistillationRun, teacher: nn.Module) -> DistillationTask:
 
 def _student(config: PairConfig, teacher: nn.Module) -> nn.Module:
     if config.student is None:
-        return performerize(teacher, config.attention, **config.options)
+        return linearize(teacher, config.mixer, **config.options)
     student = load_converted(config.student, **_timm_kwargs(config))
     expected = {name: parameter.shape for name, parameter in teacher.named_parameters()}
     if {name: parameter.shape for name, parameter in student.named_parameters()} != expected:

@@ -155,16 +155,16 @@ class PairConfig:
         backbone: timm's name of the model.
         weights: its weights, .safetensors or .pth, as timm or the model's authors name them; timm's own if left out.
         backbone_kwargs: passed to `timm.create_model`.
-        attention: of the student, as `perf_vit.performerize` takes it.
-        options: of `perf_vit.performerize`, among them window_size, num_sinks, num_clusters and seed.
-        student: a folder of `perf-vit convert` or of an earlier distillation to start from, instead of `attention` and
+        mixer: mixer of the student, as `perf_vit.linearize` takes it.
+        options: options of the mixer; of "clustered": window_size, num_sinks, num_clusters.
+        student: a folder of `perf-vit convert` or of an earlier distillation to start from, instead of `mixer` and
             `options`.
     """
 
     backbone: str
     weights: str | None = None
     backbone_kwargs: dict[str, Any] = field(default_factory=dict)
-    attention: str | None = None
+    mixer: str = "clustered"
     options: dict[str, Any] = field(default_factory=dict)
     student: str | None = None
 

@@ -1,13 +1,23 @@
-"""Layers that timm models are built from."""
+"""Layers that timm models are built from; importing this package registers the mixers."""
 
-from perf_vit.layers.configure import configure_attention
-from perf_vit.layers.draws import current_draw, redraw_projections
-from perf_vit.layers.performer_attention import PerformerAttention, PerformerOptions
+from perf_vit.layers.clustered_mixer import ClusteredMixer, ClusteredOptions
+from perf_vit.layers.linearized_attention import LinearizedAttention
+from perf_vit.layers.mixer import Mixer, MixerOptions, mixer_names, register_mixer
+from perf_vit.layers.performer_mixer import PerformerMixer, PerformerOptions, current_draw, redraw_projections
+from perf_vit.layers.softmax_mixer import SoftmaxMixer, SoftmaxOptions
 
 __all__ = [
-    "PerformerAttention",
+    "ClusteredMixer",
+    "ClusteredOptions",
+    "LinearizedAttention",
+    "Mixer",
+    "MixerOptions",
+    "PerformerMixer",
     "PerformerOptions",
-    "configure_attention",
+    "SoftmaxMixer",
+    "SoftmaxOptions",
     "current_draw",
+    "mixer_names",
     "redraw_projections",
+    "register_mixer",
 ]

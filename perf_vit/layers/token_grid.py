@@ -150,15 +150,16 @@ def watch_patch_embed(model: nn.Module, grid: TokenGrid) -> torch.utils.hooks.Re
         got = "none" if patch_embed is None else type(patch_embed).__name__
         raise ValueError(
             "windows, sinks and local enhancement need the grid: expected a model with timm's PatchEmbed "
-            f"or HybridEmbed as patch_embed, got {type(model).__name__} with {got}; use attention='performer'"
+            f"or HybridEmbed as patch_embed, got {type(model).__name__} with {got}; use mixer='performer'"
         )
     return patch_embed.register_forward_hook(_Watch(grid))
 
 
 def follow_tokens(model: nn.Module, grid: TokenGrid) -> None:
     """Have the grid follow the tokens into whatever holds an attention layer with this grid, for checkpointing."""
-    layers = [name for name, module in model.named_modules() if getattr(module, "grid", None) is grid]
-    for name in sorted({parent for layer in layers for parent in _parents(layer)}):
+    layers = {name for name, module in model.named_modules() if getattr(module, "grid", None) is grid}
+    # A layer follows its tokens itself.
+    for name in sorted({parent for layer in layers for parent in _parents(layer)} - layers):
         model.get_submodule(name).register_forward_pre_hook(FollowTokens(grid))
 
 

@@ -2,7 +2,6 @@
 
 from perf_vit.models.build import ModelConfig, build_segmenter
 from perf_vit.models.build_detector import DetectorConfig, build_detector, detector_kind
-from perf_vit.models.calibration import calibrate
 from perf_vit.models.checkpoint import (
     CHECKPOINT_KEY,
     NETWORKS,
@@ -21,7 +20,7 @@ from perf_vit.models.classifier import (
     ImageLabelKind,
     build_classifier,
 )
-from perf_vit.models.convert import performerize
+from perf_vit.models.convert import linearize
 from perf_vit.models.detector import Detector, DetectorSpec
 from perf_vit.models.fidelity import attention_errors, token_cosines
 from perf_vit.models.finetune import LoraConfig, backbone_body, backbone_layers
@@ -57,18 +56,17 @@ __all__ = [
     "build_detector",
     "build_segmenter",
     "build_slide_classifier",
-    "calibrate",
     "checkpoint_metadata",
     "checkpoint_task",
     "choose_layer_options",
     "detector_kind",
+    "linearize",
     "load_classifier",
     "load_converted",
     "load_detector",
     "load_segmenter",
     "load_slide_classifier",
     "load_softmax",
-    "performerize",
     "pretrained_statistics",
     "restore_draw",
     "save_converted",

@@ -2,139 +2,88 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Self
 
-__all__ = ["ATTENTIONS", "Conversion", "default_attention"]
+from perf_vit.layers.mixer import MixerOptions, check_option_names, get_mixer
 
-# What each kind of attention changes of `ScatterbrainOptions`; further mixers go here.
-ATTENTIONS: dict[str, dict[str, Any] | None] = {
-    "softmax": None,
-    "performer": {"num_features": 256},
-    "clustered": {"window_size": 16, "num_sinks": None, "num_clusters": 96},
-    "scatterbrain": {
-        "kernel": "softmax-hyp+",
-        "norms": "sqrt",
-        "center": True,
-        "balance": True,
-        "num_features": 128,
-        "window_size": 12,
-        "num_sinks": 512,
-    },
-}
-# Options that mean the same for every attention.
-_SHARED = ("num_features", "orthogonal", "seed")
-# Options of random features, of which clusters have none.
-_OF_FEATURES = ("num_features", "kernel", "norms", "orthogonal", "center", "balance")
-# What "clustered" gave by default when conversions were saved without what they had by default.
-_SAVED_WITHOUT = {"num_sinks": 64}
-
-
-def default_attention(options: Iterable[str]) -> str:
-    """The attention for options of these names: "scatterbrain" for those of random features, else "clustered"."""
-    return "scatterbrain" if set(_OF_FEATURES).intersection(options) else "clustered"
+__all__ = ["Conversion"]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Conversion:
-    """The arguments of `performerize`.
+    """The arguments of `linearize`.
 
     Attributes:
-        attention: "softmax", "performer", "clustered" or "scatterbrain".
-        layers: places of the layers to convert, None for all.
-        options: for all of these layers.
-        per_layer: options by place, over those for all; among them an "attention" of the layer's own.
+        mixer: name of a mixer.
+        layers: indices of the layers to convert, None for all.
+        options: options of the mixer, for all of these layers.
+        per_layer: options by index, over those for all; among them a "mixer" of the layer's own, which takes none of
+            `options`.
 
     Raises:
-        ValueError: an attention that there isn't, options of random features for clusters, or clusters for another
-            attention.
+        ValueError: an unknown mixer, an option that the mixer doesn't have, or a value that it can't take.
     """
 
-    attention: str = "clustered"
+    mixer: str = "clustered"
     layers: tuple[int, ...] | None = None
     options: Mapping[str, Any] = field(default_factory=dict)
     per_layer: Mapping[int, Mapping[str, Any]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        own = [options["attention"] for options in self.per_layer.values() if "attention" in options]
-        for attention in (self.attention, *own):
-            if attention not in ATTENTIONS:
-                raise ValueError(f"attention must be one of {', '.join(ATTENTIONS)}, got {attention!r}")
-        # What other layers' own attention takes of the options for all may stand among those.
-        elsewhere = _SHARED if {"performer", "scatterbrain"}.intersection(own) else ()
-        _check_options(self.attention, {name: x for name, x in self.options.items() if name not in elsewhere})
-        for options in self.per_layer.values():
-            _check_options(options.get("attention", self.attention), options)
+        check_option_names(self.mixer, self.options)
+        get_mixer(self.mixer).options_type(**self.options)
+        for index, own in self.per_layer.items():
+            mixer = own.get("mixer", self.mixer)
+            check_option_names(mixer, (name for name in own if name != "mixer"))
+            self.of_layer(index, 0)
 
-    def of_layer(self, index: int) -> tuple[str, dict[str, Any]]:
-        """The attention of a layer and its options, defaults included."""
-        own = dict(self.per_layer.get(index, {}))
-        attention = own.pop("attention", self.attention)
-        common = self.options
-        if attention != self.attention:
-            common = {name: value for name, value in common.items() if name in _SHARED}
-        return attention, {**(ATTENTIONS[attention] or {}), **common, **own}
+    def mixer_of(self, index: int) -> str:
+        """The name of a layer's mixer."""
+        return str(self.per_layer.get(index, {}).get("mixer", self.mixer))
+
+    def of_layer(self, index: int, num_prefix_tokens: int) -> MixerOptions:
+        """The options of a layer, in a model with so many prefix tokens."""
+        mixer = self.mixer_of(index)
+        own = {name: value for name, value in self.per_layer.get(index, {}).items() if name != "mixer"}
+        common = self.options if mixer == self.mixer else {}
+        of_model = {"num_prefix_tokens": num_prefix_tokens, "layer_index": index}
+        return get_mixer(mixer).options_type(**{**common, **own, **of_model})
 
     def within(self, num_layers: int) -> Self:
         """The same for a model that was cut after its first layers."""
         layers = None if self.layers is None else tuple(index for index in self.layers if index < num_layers)
         per_layer = {index: options for index, options in self.per_layer.items() if index < num_layers}
-        if self.attention != "clustered" or any("attention" in options for options in per_layer.values()):
-            return replace(self, layers=layers, per_layer=per_layer)
-        # Clusters take none of the options that were there for features of layers which are cut off.
-        options = {name: value for name, value in self.options.items() if name not in _OF_FEATURES}
-        return replace(self, layers=layers, per_layer=per_layer, options=options)
+        return replace(self, layers=layers, per_layer=per_layer)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, for JSON, whose keys are strings.
 
-        What `ATTENTIONS` gives by default is spelled out: what was saved stays what it is when that changes.
+        Defaults are spelled out: what was saved stays what it is when they change.
         """
         return {
-            "attention": self.attention,
+            "mixer": self.mixer,
             "layers": None if self.layers is None else list(self.layers),
-            "options": {**(ATTENTIONS[self.attention] or {}), **self.options},
-            "per_layer": {str(index): self._spelled_out(index) for index in self.per_layer},
+            "options": get_mixer(self.mixer).options_type(**self.options).given(),
+            "per_layer": {
+                str(index): {"mixer": self.mixer_of(index), **self.of_layer(index, 0).given()}
+                for index in self.per_layer
+            },
         }
-
-    def _spelled_out(self, index: int) -> dict[str, Any]:
-        attention, options = self.of_layer(index)
-        if attention in (self.attention, "softmax"):
-            return dict(self.per_layer[index])
-        foreign = _OF_FEATURES if attention == "clustered" else ()
-        return {"attention": attention, **{name: value for name, value in options.items() if name not in foreign}}
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Self:
-        """The inverse of `to_dict`."""
-        attention, options = values["attention"], values["options"]
-        if attention == "clustered":
-            options = {**_SAVED_WITHOUT, **options}
-        per_layer = {}
-        for index, own in values["per_layer"].items():
-            is_foreign = own.get("attention", attention) == "clustered" != attention
-            per_layer[int(index)] = {**_SAVED_WITHOUT, **own} if is_foreign else own
+        """The inverse of `to_dict`.
+
+        Raises:
+            ValueError: values of an earlier version, or of a later one.
+        """
+        if "mixer" not in values:
+            raise ValueError("it names no mixer, as conversions of other versions do")
         return cls(
-            attention=attention,
+            mixer=values["mixer"],
             layers=None if values["layers"] is None else tuple(values["layers"]),
-            options=options,
-            per_layer=per_layer,
-        )
-
-
-def _check_options(attention: str, options: Mapping[str, Any]) -> None:
-    of_features = [name for name in _OF_FEATURES if name in options]
-    num_clusters = options.get("num_clusters")
-    if attention == "clustered" and of_features:
-        raise ValueError(
-            f"{of_features[0]} is of random features, which attention='clustered' doesn't have; use num_clusters, or "
-            "attention='scatterbrain'"
-        )
-    if attention == "clustered" and num_clusters == 0:
-        raise ValueError("num_clusters must be 1 or more, got 0; use attention='scatterbrain' for random features")
-    if attention != "clustered" and num_clusters:
-        why = f", which {of_features[0]} asks for" if of_features else ""
-        raise ValueError(
-            f"num_clusters is of attention='clustered', got attention={attention!r}{why}; leave one of the two out"
+            options=values["options"],
+            per_layer={int(index): own for index, own in values["per_layer"].items()},
         )

@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import copy
-import difflib
 from collections.abc import Collection, Mapping
 from typing import Any
 
 from torch import nn
 
-from perf_vit.layers.chunked_block import chunk_blocks
-from perf_vit.layers.chunked_mlp import chunk_mlps
-from perf_vit.layers.converted_attention import CONVERTIBLE, ConvertedAttention, ScatterbrainOptions
-from perf_vit.layers.performer_attention import RandomProjectionMixin, check_option_names
+from perf_vit.layers.chunked import chunk_modules
+from perf_vit.layers.linearized_attention import CONVERTIBLE, LinearizedAttention
+from perf_vit.layers.mixer import get_mixer
 from perf_vit.layers.token_grid import TokenGrid, follow_tokens, watch_patch_embed
-from perf_vit.models.conversion import ATTENTIONS, Conversion, default_attention
+from perf_vit.models.conversion import Conversion
 
 __all__ = [
     "body_of",
@@ -22,13 +20,13 @@ __all__ = [
     "convert_in_place",
     "converted_layers",
     "convertible_layers",
-    "performerize",
+    "linearize",
 ]
 
 
-def performerize(
+def linearize(
     model: nn.Module,
-    attention: str | None = None,
+    mixer: str = "clustered",
     layers: Collection[int] | None = None,
     per_layer: Mapping[int, Mapping[str, Any]] | None = None,
     **options: Any,
@@ -37,35 +35,28 @@ def performerize(
 
     timm's `Attention` (ViT, DeiT, MAE, DINOv2, CLIP, SigLIP), `AttentionRope` and `EvaAttention` (EVA02, DINOv3) are
     taken over, also in a ViT that something wraps; the model is still what it was for timm's utilities.
-    "clustered" keeps most of what a pretrained model knows, untrained, and is the fastest; "scatterbrain" has random
-    features in the place of clusters; "performer" is plain FAVOR+ (Choromanski et al. 2020), after which a model must
-    be trained.
+    "clustered" keeps most of what a pretrained model knows, untrained; "performer" is FAVOR+ (Choromanski et al.
+    2020), after which a model must be trained.
 
     Args:
         model: a ViT with such layers, or a model that holds one; it is not changed.
-        attention: "clustered", "scatterbrain", "performer", or "softmax" to leave layers as they are. None for
-            "clustered", or for "scatterbrain" where options of random features are given (num_features, kernel, norms,
-            orthogonal, center, balance).
-        layers: places, from 0, of the attention layers to convert; None for all.
-        per_layer: options for single layers, by place, over those for all: {11: {"window_size": 8}}. Among them may
-            be another "attention", for which of `options` only num_features, orthogonal and seed count.
-        **options: fields of `ScatterbrainOptions`, among them window_size, num_sinks, num_clusters, num_features and
-            seed.
+        mixer: "clustered", "performer", "softmax" to leave layers as they are, or a registered one.
+        layers: indices, from 0, of the attention layers to convert; None for all.
+        per_layer: options for single layers, by index, over those for all: {11: {"window_size": 8}}. Among them may
+            be another "mixer", which takes none of `options`.
+        **options: options of the mixer: fields of `ClusteredOptions` (window_size, num_sinks, num_clusters) or of
+            `PerformerOptions` (num_features, kernel, seed and others).
 
     Returns:
-        The converted copy, in the mode (training or evaluation) of the model. It keeps what was asked for as
-        `conversion`.
+        The converted copy, in the mode (training or evaluation) of the model. It keeps the arguments as `conversion`.
 
     Raises:
-        ValueError: an unknown attention or option, a model without such layers, or with windows one without a patch
+        ValueError: an unknown mixer or option, a model without such layers, or with windows one without a patch
             embedding that tells the grid, or a layer that has no linear form.
     """
-    if attention is None:
-        own = (name for each in (per_layer or {}).values() if "attention" not in each for name in each)
-        attention = default_attention((*options, *own))
-    _check_arguments(model, attention, layers, options)
+    _check_arguments(model, mixer, layers)
     conversion = Conversion(
-        attention=attention,
+        mixer=mixer,
         layers=None if layers is None else tuple(sorted(set(layers))),
         options=options,
         per_layer=per_layer or {},
@@ -74,10 +65,10 @@ def performerize(
 
 
 def convert_in_place(model: nn.Module, conversion: Conversion) -> nn.Module:
-    """What `performerize` does to its copy.
+    """Do what `linearize` does to its copy.
 
     Raises:
-        ValueError: as `performerize`.
+        ValueError: as `linearize`.
     """
     body = body_of(model)
     convert_attention(body, conversion)
@@ -86,28 +77,29 @@ def convert_in_place(model: nn.Module, conversion: Conversion) -> nn.Module:
     return model
 
 
-def convert_attention(model: nn.Module, conversion: Conversion) -> None:
-    """Replace the attention layers of a model itself, and let its blocks and MLPs go in chunks.
+def convert_attention(model: nn.Module, conversion: Conversion, *, in_chunks: bool = True) -> None:
+    """Replace the attention layers of a model itself.
+
+    Args:
+        model: a ViT.
+        conversion: mixer and options.
+        in_chunks: whether blocks and MLPs go in chunks from then on (`chunk_modules`).
 
     Raises:
-        ValueError: as `performerize`.
+        ValueError: as `linearize`.
     """
     found = convertible_layers(model)
-    chosen = _choose(model, found, conversion)
-    grid, needs_grid = TokenGrid(), False
+    chosen = [index for index in _choose(model, found, conversion) if conversion.mixer_of(index) != "softmax"]
+    grid, num_prefix_tokens = TokenGrid(), getattr(model, "num_prefix_tokens", 0)
+    layers = []
     for index in chosen:
-        attention, options = conversion.of_layer(index)
-        if attention == "softmax":
-            continue
-        chunk_mlps(model)
-        options = {"num_prefix_tokens": getattr(model, "num_prefix_tokens", 0), **options, "layer_index": index}
         name, module = found[index]
         parent, _, child = name.rpartition(".")
-        chosen_options = ScatterbrainOptions(**options)
-        setattr(model.get_submodule(parent), child, ConvertedAttention(module, chosen_options, grid))
-        needs_grid = needs_grid or chosen_options.needs_grid
-    chunk_blocks(model)
-    if needs_grid:
+        layers.append(LinearizedAttention(module, conversion.of_layer(index, num_prefix_tokens), grid))
+        setattr(model.get_submodule(parent), child, layers[-1])
+    if layers and in_chunks:
+        chunk_modules(model)
+    if any(layer.needs_grid for layer in layers):
         watch_patch_embed(model, grid)
         follow_tokens(model, grid)
 
@@ -133,23 +125,18 @@ def convertible_layers(model: nn.Module) -> list[tuple[str, nn.Module]]:
     return [(name, module) for name, module in model.named_modules() if isinstance(module, CONVERTIBLE)]
 
 
-def converted_layers(model: nn.Module) -> dict[int, ConvertedAttention]:
-    """Place -> layer of those that are linear."""
-    layers = [module for module in model.modules() if isinstance(module, ConvertedAttention)]
+def converted_layers(model: nn.Module) -> dict[int, LinearizedAttention]:
+    """Index -> layer of those that are linear."""
+    layers = [module for module in model.modules() if isinstance(module, LinearizedAttention)]
     return {layer.options.layer_index: layer for layer in layers}
 
 
-def _check_arguments(model: nn.Module, attention: str, layers: object, options: Mapping[str, Any]) -> None:
+def _check_arguments(model: nn.Module, mixer: str, layers: object) -> None:
     if not isinstance(model, nn.Module):
         raise ValueError(f"expected a model, got {model!r}; timm.create_model makes one")
-    if attention not in ATTENTIONS:
-        near = difflib.get_close_matches(str(attention), ATTENTIONS, n=1)
-        hint = f"; did you mean {near[0]!r}?" if near else ""
-        raise ValueError(f"attention must be one of {', '.join(ATTENTIONS)}, got {attention!r}{hint}")
+    get_mixer(mixer)
     if layers is not None and not (isinstance(layers, Collection) and all(isinstance(x, int) for x in layers)):
-        raise ValueError(f"layers must be places of attention layers, got {layers!r}; pass a list of whole numbers")
-    if "layer_index" in options:
-        raise ValueError("options must not hold layer_index, which each layer gets by its place; use seed")
+        raise ValueError(f"layers must be indices of attention layers, got {layers!r}; pass a list of whole numbers")
 
 
 def _has_patch_embed(module: nn.Module) -> bool:
@@ -157,11 +144,11 @@ def _has_patch_embed(module: nn.Module) -> bool:
 
 
 def _has_attention(module: nn.Module) -> bool:
-    return any(isinstance(layer, (*CONVERTIBLE, ConvertedAttention)) for layer in module.modules())
+    return any(isinstance(layer, (*CONVERTIBLE, LinearizedAttention)) for layer in module.modules())
 
 
 def _choose(model: nn.Module, found: list[tuple[str, nn.Module]], conversion: Conversion) -> list[int]:
-    linear = [name for name, module in model.named_modules() if isinstance(module, RandomProjectionMixin)]
+    linear = [name for name, module in model.named_modules() if isinstance(module, LinearizedAttention)]
     if linear:
         raise ValueError(
             f"{type(model).__name__} is linear already ({linear[0]}); convert the softmax model it came from"
@@ -176,12 +163,10 @@ def _choose(model: nn.Module, found: list[tuple[str, nn.Module]], conversion: Co
     outside = [index for index in chosen if not 0 <= index < len(found)]
     if outside:
         raise ValueError(
-            f"layers must be places from 0 to {len(found) - 1}, got {outside[0]}; leave layers out to convert all"
+            f"layers must be indices from 0 to {len(found) - 1}, got {outside[0]}; leave layers out to convert all"
         )
-    check_option_names(conversion.options, ScatterbrainOptions)
-    for index, options in conversion.per_layer.items():
+    for index in conversion.per_layer:
         if index not in chosen:
             among = f"0 to {len(found) - 1}" if conversion.layers is None else ", ".join(map(str, chosen))
             raise ValueError(f"per_layer must name layers that are converted, {among}; got {index!r}")
-        check_option_names((name for name in options if name != "attention"), ScatterbrainOptions)
     return list(chosen)

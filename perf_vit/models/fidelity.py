@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from perf_vit.layers.converted_attention import ConvertedAttention
+from perf_vit.layers.linearized_attention import LinearizedAttention
 from perf_vit.layers.token_grid import watch_patch_embed
 from perf_vit.models.convert import convertible_layers
 
@@ -20,7 +20,7 @@ __all__ = ["attention_errors", "evaluating", "final_errors", "image_batches", "t
 @torch.no_grad()
 def attention_errors(
     softmax: Any,
-    alternatives: Mapping[int, Sequence[ConvertedAttention]],
+    alternatives: Mapping[int, Sequence[LinearizedAttention]],
     images: Iterable[Tensor],
     on_step: Callable[[], None] = lambda: None,
 ) -> dict[int, list[float]]:
@@ -63,7 +63,7 @@ def attention_errors(
 @torch.no_grad()
 def final_errors(
     softmax: Any,
-    alone: Mapping[int, Sequence[ConvertedAttention]],
+    alone: Mapping[int, Sequence[LinearizedAttention]],
     images: Sequence[Tensor],
     on_step: Callable[[], None] = lambda: None,
 ) -> dict[int, float]:

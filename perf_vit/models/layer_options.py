@@ -1,4 +1,4 @@
-"""Windows, sinks and clusters or features of each layer that are worth their time, chosen by a few images."""
+"""Windows, sinks and clusters of each layer that are worth their time, chosen by a few images."""
 
 from __future__ import annotations
 
@@ -14,36 +14,26 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from perf_vit.layers.converted_attention import ConvertedAttention, ScatterbrainOptions
-from perf_vit.layers.performer_attention import check_option_names
+from perf_vit.layers.linearized_attention import LinearizedAttention
 from perf_vit.layers.token_grid import TokenGrid, watch_patch_embed
-from perf_vit.models.conversion import ATTENTIONS, Conversion, default_attention
-from perf_vit.models.convert import body_of, converted_layers, convertible_layers, performerize
+from perf_vit.models.conversion import Conversion
+from perf_vit.models.convert import body_of, converted_layers, convertible_layers, linearize
 from perf_vit.models.fidelity import attention_errors, evaluating, final_errors, image_batches
 from perf_vit.models.knapsack import choose_under_budget
 
 __all__ = ["CANDIDATES", "choose_layer_options"]
 
-CANDIDATES: dict[str, tuple[dict[str, int], ...]] = {
-    "clustered": tuple(
-        {"window_size": window_size, "num_sinks": num_sinks, "num_clusters": num_clusters}
-        for window_size, num_sinks, num_clusters in (
-            (8, 16, 32),
-            *product((12, 16, 24), (32, 128), (64, 96, 256)),
-            (16, 256, 96),
-            (24, 256, 96),
-            (16, 256, 512),
-        )
-    ),
-    "scatterbrain": tuple(
-        {"window_size": window_size, "num_sinks": num_sinks, "num_features": num_features}
-        for window_size, num_sinks, num_features in (
-            (0, 0, 128),
-            *product((12, 16), (64, 128, 256, 512, 768), (64, 128)),
-        )
-    ),
-}
-"""What `choose_layer_options` chooses from for each layer, by attention."""
+CANDIDATES: tuple[dict[str, int], ...] = tuple(
+    {"window_size": window_size, "num_sinks": num_sinks, "num_clusters": num_clusters}
+    for window_size, num_sinks, num_clusters in (
+        (8, 16, 32),
+        *product((12, 16, 24), (32, 128), (64, 96, 256)),
+        (16, 256, 96),
+        (24, 256, 96),
+        (16, 256, 512),
+    )
+)
+"""What `choose_layer_options` chooses from for each layer."""
 
 _TIMED_RUNS = 3
 # A choice that takes longer than its layer's time made believe is made again, so often, with as much less to spend.
@@ -57,13 +47,12 @@ def choose_layer_options(
     images: Sequence[Tensor],
     budget: float = 1.5,
     *,
-    attention: str | None = None,
     layers: Collection[int] | None = None,
     candidates: Sequence[Mapping[str, int]] | None = None,
     on_step: Callable[[int, int], None] = lambda done, total: None,
     **options: Any,
 ) -> dict[int, dict[str, int]]:
-    """Windows, sinks and clusters or features for each layer that keep most of a model within a time.
+    """Windows, sinks and clusters for each layer that keep most of a model within a time.
 
     Measures what each candidate does to the outputs of each layer, on the inputs that the layer has in the softmax
     model, how far the final tokens move if the fastest one stands in one layer alone, and how long each takes on one
@@ -76,32 +65,27 @@ def choose_layer_options(
         model: the softmax model.
         images: a few standardised images, [B, C, H, W] or [C, H, W]; the first one is timed.
         budget: times of plain FAVOR+, whole models, projections and feed-forward layers included.
-        attention: "clustered" or "scatterbrain"; None for the one that `performerize` takes for these options.
-        layers: places of the layers to convert, None for all.
+        layers: indices of the layers to convert, None for all.
         candidates: options to choose from, those of `CANDIDATES` if None.
         on_step: called with the number of measurements that are done and of all.
-        **options: fields of `ScatterbrainOptions` that all candidates share; what is given here isn't chosen.
+        **options: fields of `ClusteredOptions` that all candidates share; what is given here isn't chosen.
 
     Returns:
-        Place -> options, for the `per_layer` of `performerize` with the same attention.
+        Index -> options, for the `per_layer` of `linearize`.
 
     Raises:
-        ValueError: no image, another attention, a model that can't be converted, candidates that don't fit the other
+        ValueError: no image, a model that can't be converted, candidates that don't fit the other
             options, or a budget below what the fastest candidate takes.
     """
-    if attention is None:
-        attention = default_attention([*options, *(name for candidate in candidates or () for name in candidate)])
-    if attention not in CANDIDATES:
-        raise ValueError(f"options are chosen for attention {' or '.join(CANDIDATES)}, got {attention!r}")
-    candidates = _fitting(CANDIDATES[attention], options) if candidates is None else candidates
+    candidates = _fitting(CANDIDATES, options) if candidates is None else candidates
     if not images or not candidates:
         raise ValueError(f"expected images and candidates to choose by, got {len(images)} and {len(candidates)}")
-    _check_candidates(candidates, attention, options)
+    _check_candidates(candidates, options)
     model = body_of(model)
-    plain = performerize(model, "performer", layers)
+    plain = linearize(model, "performer", layers)
     if not converted_layers(plain):
         raise ValueError("layers must name one layer or more to choose options for, got none; leave it out for all")
-    alternatives = _alternatives(model, attention, sorted(converted_layers(plain)), candidates, options)
+    alternatives = _alternatives(model, sorted(converted_layers(plain)), candidates, options)
     steps = _Steps(len(alternatives) * (len(candidates) + 1) * len(images) + _TIMED_RUNS + 2, on_step)
     (batch,) = image_batches(model, images[:1])
     seconds, whole, rest = _seconds(plain, alternatives, batch, steps)
@@ -115,7 +99,7 @@ def choose_layer_options(
     ]
 
     def relative_time(places: Sequence[int]) -> float:
-        made = performerize(model, attention, layers, _by_layer(alternatives, candidates, places), **options)
+        made = linearize(model, "clustered", layers, _by_layer(alternatives, candidates, places), **options)
         return _relative_time(made, plain, batch)
 
     chosen = _choose(losses, seconds, budget, whole, rest, relative_time)
@@ -190,9 +174,8 @@ def _fitting(candidates: Sequence[Mapping[str, int]], fixed: Mapping[str, Any]) 
     return fitting
 
 
-def _check_candidates(candidates: Sequence[Mapping[str, int]], attention: str, options: Mapping[str, Any]) -> None:
+def _check_candidates(candidates: Sequence[Mapping[str, int]], options: Mapping[str, Any]) -> None:
     """Find out before anything is measured what no layer could have."""
-    check_option_names({*options, *(name for candidate in candidates for name in candidate)}, ScatterbrainOptions)
     for candidate in candidates:
         twice = [name for name, value in candidate.items() if options.get(name, value) != value]
         if twice:
@@ -200,8 +183,7 @@ def _check_candidates(candidates: Sequence[Mapping[str, int]], attention: str, o
                 f"{twice[0]} must not be both an option of all layers ({options[twice[0]]!r}) and one to choose "
                 f"({candidate[twice[0]]!r}); leave it out of one of them"
             )
-        conversion = Conversion(attention=attention, options={**options, **candidate})
-        ScatterbrainOptions(**conversion.of_layer(0)[1])
+        Conversion(options={**options, **candidate})
 
 
 class _Steps:
@@ -216,30 +198,22 @@ class _Steps:
 
 
 def _alternatives(
-    model: nn.Module,
-    attention: str,
-    layers: Sequence[int],
-    candidates: Sequence[Mapping[str, int]],
-    options: Mapping[str, Any],
-) -> dict[int, list[ConvertedAttention]]:
+    model: nn.Module, layers: Sequence[int], candidates: Sequence[Mapping[str, int]], options: Mapping[str, Any]
+) -> dict[int, list[LinearizedAttention]]:
     """The layers that each candidate would make, which share the model's modules."""
     body, grid = body_of(model), TokenGrid()
-    found = convertible_layers(body)
-    prefix = getattr(body, "num_prefix_tokens", 0)
-    made: dict[int, list[ConvertedAttention]] = {}
-    for index in layers:
-        fixed = {"num_prefix_tokens": prefix, **(ATTENTIONS[attention] or {}), **options, "layer_index": index}
-        made[index] = [
-            ConvertedAttention(found[index][1], ScatterbrainOptions(**{**fixed, **candidate}), grid)
-            for candidate in candidates
-        ]
-    return made
+    found, prefix = convertible_layers(body), getattr(body, "num_prefix_tokens", 0)
+    conversions = [Conversion(options={**options, **candidate}) for candidate in candidates]
+    return {
+        index: [LinearizedAttention(found[index][1], each.of_layer(index, prefix), grid) for each in conversions]
+        for index in layers
+    }
 
 
 @torch.no_grad()
 def _seconds(
     plain: nn.Module,
-    alternatives: Mapping[int, Sequence[ConvertedAttention]],
+    alternatives: Mapping[int, Sequence[LinearizedAttention]],
     batch: Tensor,
     on_step: Callable[[], None],
 ) -> tuple[list[float], float, float]:

@@ -20,7 +20,6 @@ from torch import Tensor, nn
 from perf_vit._version import __version__
 from perf_vit.errors import CheckpointError, OutputError, parsing, reason_line
 from perf_vit.layers import current_draw, redraw_projections
-from perf_vit.layers.converted_attention import BALANCING_BUFFERS
 from perf_vit.models.conversion import Conversion
 from perf_vit.models.convert import body_of, convert_in_place, convertible_layers
 from perf_vit.models.timm_arguments import check_file_arguments, pretrained_cfg_of_file
@@ -39,25 +38,25 @@ __all__ = [
     "staged_folder",
 ]
 
-WEIGHTS, CONFIG, BALANCING = "model.safetensors", "config.json", "balancing.safetensors"
+WEIGHTS, CONFIG = "model.safetensors", "config.json"
 ENHANCEMENT = "local_enhancement.safetensors"
 CONFIG_KEY = "perf_vit"
 """Where the conversion lies in timm's config."""
 
 # All that a folder may hold to be replaced as a whole.
-MODEL_FILES = (WEIGHTS, CONFIG, BALANCING, ENHANCEMENT, "fidelity.html")
+MODEL_FILES = (WEIGHTS, CONFIG, ENHANCEMENT, "fidelity.html")
 
 
 def save_converted(model: nn.Module, folder: str | Path, *, overwrite: bool = False) -> Path:
     """Save a converted model as `model.safetensors` and `config.json`.
 
-    What conversion adds to the weights lies in files of its own: constants in `balancing.safetensors`, convolutions of
-    the values in `local_enhancement.safetensors`. The first two are what timm writes for its hub, so
+    What `local_enhancement` adds to the weights goes to `local_enhancement.safetensors`. The first two are what timm
+    writes for its hub, so
     `timm.create_model("local-dir:FOLDER", pretrained=True)` gives the softmax model; `load_converted` gives the
     converted one. The folder appears when all of it is written.
 
     Args:
-        model: from `performerize`, of a model from `timm.create_model`.
+        model: from `linearize`, of a model from `timm.create_model`.
         folder: where it goes.
         overwrite: replace an earlier model in that folder.
 
@@ -73,14 +72,11 @@ def save_converted(model: nn.Module, folder: str | Path, *, overwrite: bool = Fa
     config = _config_of(model)
     state = {name: value.detach().cpu().contiguous() for name, value in model.state_dict().items()}
     prefix = _place_of_body(model)
-    constants = {name.removeprefix(prefix): state.pop(name) for name in list(state) if _is_constant(name)}
     enhancement = {name.removeprefix(prefix): state.pop(name) for name in list(state) if _is_enhancement(name)}
     _check_that_timm_builds(config, state)
     with staged_folder(folder, overwrite=overwrite) as staging:
         # `metadata` as timm writes it; other tools ask for it.
         save_file(state, staging / WEIGHTS, metadata={"format": "pt"})
-        if constants:
-            save_file(constants, staging / BALANCING)
         if enhancement:
             save_file(enhancement, staging / ENHANCEMENT)
         (staging / CONFIG).write_text(to_json(config, indent=2) + "\n", encoding="utf-8")
@@ -104,9 +100,8 @@ def load_converted(folder: str | Path, **timm_kwargs: Any) -> nn.Module:
     config = read_saved_config(folder)
     weights = read_weights(Path(folder, WEIGHTS))
     ours = config[CONFIG_KEY]
-    constants = read_weights(Path(folder, BALANCING)) if ours["constants"] else {}
     enhancement = read_weights(Path(folder, ENHANCEMENT)) if ours.get("enhancement") else {}
-    model = build_converted(config, weights, constants, origin=folder, **timm_kwargs)
+    model = build_converted(config, weights, origin=folder, **timm_kwargs)
     _load_enhancement(body_of(model), enhancement, folder)
     return model
 
@@ -124,7 +119,6 @@ def load_softmax(folder: str | Path, **timm_kwargs: Any) -> nn.Module:
 def build_converted(
     config: Mapping[str, Any],
     weights: Mapping[str, Tensor] | None = None,
-    constants: Mapping[str, Tensor] | None = None,
     *,
     origin: str | Path = "",
     **timm_kwargs: Any,
@@ -134,12 +128,11 @@ def build_converted(
     Args:
         config: from `read_saved_config`.
         weights: of the softmax model; None for random ones.
-        constants: of the calibration.
         origin: where these came from, for messages.
         **timm_kwargs: of `timm.create_model`, over those of the config.
 
     Raises:
-        CheckpointError: weights or constants that don't fit the config, or a conversion of another version.
+        CheckpointError: weights that don't fit the config, or a conversion of another version.
     """
     model = _build(config, weights, origin, **timm_kwargs)
     body, ours = body_of(model), config[CONFIG_KEY]
@@ -154,7 +147,6 @@ def build_converted(
             f"{origin or 'the checkpoint'} holds a conversion that can't be made: {reason_line(error)}; convert the "
             "model again with `perf-vit convert`"
         ) from error
-    _load_constants(body, constants or {}, origin)
     redraw_projections(body, ours["draw"])
     return model.eval()
 
@@ -168,7 +160,7 @@ def read_saved_config(folder: str | Path) -> dict[str, Any]:
     path = Path(folder, CONFIG)
     config = _read_json(path)
     ours = config.get(CONFIG_KEY)
-    if not isinstance(ours, dict) or not {"conversion", "constants", "draw"} <= set(ours):
+    if not isinstance(ours, dict) or not {"conversion", "draw"} <= set(ours):
         raise CheckpointError(
             f"{path} says nothing of a conversion; expected a folder from perf_vit.save_converted; convert the model "
             "with `perf-vit convert`"
@@ -208,7 +200,7 @@ def _config_of(model: nn.Module) -> dict[str, Any]:
     conversion = getattr(body_of(model), "conversion", None)
     cfg: Mapping[str, Any] = getattr(model, "pretrained_cfg", None) or {}
     if not isinstance(conversion, Conversion):
-        raise ValueError(f"expected a model from perf_vit.performerize, got {type(model).__name__}; convert it first")
+        raise ValueError(f"expected a model from perf_vit.linearize, got {type(model).__name__}; convert it first")
     if "architecture" not in cfg:
         raise ValueError(
             f"expected a model that timm.create_model made, got {type(model).__name__} without a timm name; make it "
@@ -234,7 +226,6 @@ def _config_of(model: nn.Module) -> dict[str, Any]:
             "version": __version__,
             "conversion": conversion.to_dict(),
             "draw": current_draw(model),
-            "constants": any(_is_constant(name) for name in state),
             "enhancement": any(_is_enhancement(name) for name in state),
         },
     }
@@ -319,21 +310,6 @@ def _check_names(model: nn.Module, weights: Mapping[str, Tensor], origin: str | 
             )
 
 
-def _load_constants(body: nn.Module, constants: Mapping[str, Tensor], origin: str | Path) -> None:
-    layers = dict(body.named_modules())
-    for name, value in constants.items():
-        place = name.rpartition(".")[0]
-        # Blocks past the last one that features are taken from are cut off.
-        if place in layers:
-            layer: Any = layers[place]
-            if not _is_constant(name) or value.shape != (1, layer.num_heads, 1, layer.head_dim):
-                raise CheckpointError(
-                    f"{origin}: {BALANCING} holds {name} of shape {list(value.shape)}, expected "
-                    f"[1, {layer.num_heads}, 1, {layer.head_dim}]; the files are not of one model"
-                )
-            layer.register_buffer(name.rpartition(".")[2], value)
-
-
 def _load_enhancement(body: nn.Module, enhancement: Mapping[str, Tensor], origin: str | Path) -> None:
     expected = {name: value.shape for name, value in body.state_dict().items() if _is_enhancement(name)}
     wrong = [name for name, shape in expected.items() if name not in enhancement or enhancement[name].shape != shape]
@@ -341,10 +317,6 @@ def _load_enhancement(body: nn.Module, enhancement: Mapping[str, Tensor], origin
         raise CheckpointError(f"{origin}: {ENHANCEMENT} has another {wrong[0]} than the model; save the model again")
     # Blocks past the last one that features are taken from are cut off.
     body.load_state_dict({name: enhancement[name] for name in expected if enhancement}, strict=False)
-
-
-def _is_constant(name: str) -> bool:
-    return name.rpartition(".")[2] in BALANCING_BUFFERS
 
 
 def _is_enhancement(name: str) -> bool:

@@ -38,7 +38,7 @@ _PYRAMIDS = """
     stem_kernel_size stem_stride replace_stem_pool cardinality base_width groups avg_down zero_init_last
     block_reduce_first expand_ratio width_factor width_mult depth_mult se_ratio pad_type aa_layer token_mixers
 """
-_OURS = "attn_kwargs num_attn_stages"
+_OURS = "mixer attn_kwargs num_attn_stages"
 
 FILE_ARGUMENTS = frozenset(" ".join((_COMMON, _PLAIN_VITS, _PYRAMIDS, _OURS)).split())
 """Names of the arguments."""

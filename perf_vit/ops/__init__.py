@@ -8,7 +8,6 @@ from perf_vit.ops.clustered import clustered_attention
 from perf_vit.ops.kernels import Kernel, make_kernel, oprf_kernel, register_kernel
 from perf_vit.ops.linear_attention import favor_attention
 from perf_vit.ops.projection import draw_projection
-from perf_vit.ops.scatterbrain import scatterbrain_attention
 from perf_vit.ops.state import KVState
 
 __all__ = [
@@ -22,5 +21,4 @@ __all__ = [
     "make_kernel",
     "oprf_kernel",
     "register_kernel",
-    "scatterbrain_attention",
 ]

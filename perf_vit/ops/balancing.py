@@ -20,7 +20,7 @@ class Balancing:
     exp(|q' + k'|^2 / sqrt(D)). The bias enters a key's amplitude; nothing is estimated in its place.
 
     Attributes:
-        query_center: c_q, [B, H, 1, D] or, for constants, [1, H, 1, D].
+        query_center: c_q, [B, H, 1, D].
         key_center: c_k, of the same shape.
         scale: g > 0, of the same shape.
     """
@@ -48,7 +48,6 @@ def fit_balancing(
     *,
     center: bool = True,
     balance: bool = True,
-    per_sample: bool = True,
     chunk_size: int = 2048,
 ) -> Balancing:
     """The balancing that suits some queries and keys.
@@ -63,8 +62,6 @@ def fit_balancing(
         key_mask: [B, N_k] bool, False for keys that don't count; where N_q = N_k, for the queries in their place too.
         center: find centres; False leaves them 0.
         balance: find factors; False leaves them 1.
-        per_sample: statistics of each sample, [B, H, 1, D]; False pools the batch, [1, H, 1, D]: constants that a
-            calibration keeps.
         chunk_size: tokens whose copies are in memory at once.
 
     Returns:
@@ -78,8 +75,8 @@ def fit_balancing(
             f"q and k must be [B, H, N, D] with the same B, H and D, got {list(q.shape)} and {list(k.shape)}"
         )
     query_mask = key_mask if q.shape[2] == k.shape[2] else None
-    query_center, query_square = _moments(q, query_mask, center, per_sample, chunk_size)
-    key_center, key_square = _moments(k, key_mask, center, per_sample, chunk_size)
+    query_center, query_square = _moments(q, query_mask, center, chunk_size)
+    key_center, key_square = _moments(k, key_mask, center, chunk_size)
     scale = torch.ones_like(query_center)
     if balance:
         smallest = torch.finfo(scale.dtype).tiny
@@ -89,29 +86,21 @@ def fit_balancing(
     return Balancing(query_center, key_center, scale)
 
 
-def _moments(x: Tensor, mask: Tensor | None, center: bool, per_sample: bool, chunk_size: int) -> tuple[Tensor, Tensor]:
+def _moments(x: Tensor, mask: Tensor | None, center: bool, chunk_size: int) -> tuple[Tensor, Tensor]:
     """Mean (0 unless `center`) and mean square about it, [B, H, 1, D]."""
-    tokens = (2,) if per_sample else (0, 2)
     dtype = torch.promote_types(x.dtype, torch.float32)
-    count = _count(x, mask, per_sample)
-    mean = torch.zeros_like(x[:, :, :1] if per_sample else x[:1, :, :1], dtype=dtype)
+    count = x.shape[2] if mask is None else mask.sum(dim=1).reshape(-1, 1, 1, 1).clamp(min=1)
+    mean = torch.zeros_like(x[:, :, :1], dtype=dtype)
     if center:
-        mean = _sum(x, mask, torch.zeros_like(mean), 1, tokens, chunk_size) / count
-    return mean, _sum(x, mask, mean, 2, tokens, chunk_size) / count
+        mean = _sum(x, mask, torch.zeros_like(mean), 1, chunk_size) / count
+    return mean, _sum(x, mask, mean, 2, chunk_size) / count
 
 
-def _sum(x: Tensor, mask: Tensor | None, center: Tensor, power: int, dims: tuple[int, ...], chunk_size: int) -> Tensor:
+def _sum(x: Tensor, mask: Tensor | None, center: Tensor, power: int, chunk_size: int) -> Tensor:
     total = torch.zeros_like(center)
     for start in range(0, x.shape[2], chunk_size):
         part = (x[:, :, start : start + chunk_size].to(center.dtype) - center).pow_(power)
         if mask is not None:
             part = part.masked_fill_(~mask[:, None, start : start + chunk_size, None], 0.0)
-        total += part.sum(dim=dims, keepdim=True)
+        total += part.sum(dim=2, keepdim=True)
     return total
-
-
-def _count(x: Tensor, mask: Tensor | None, per_sample: bool) -> Tensor | int:
-    if mask is None:
-        return x.shape[2] if per_sample else x.shape[0] * x.shape[2]
-    count = mask.sum(dim=1).reshape(-1, 1, 1, 1)
-    return (count if per_sample else count.sum()).clamp(min=1)

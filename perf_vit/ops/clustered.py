@@ -174,9 +174,6 @@ class _Clusters(StandIns):
         log_weights = (left.log() + spread).masked_fill(left == 0, LOWEST_SCALE)
         return log_weights, sums / left.clamp(min=1.0)
 
-    def query_log_amplitude(self, q: Tensor) -> None:
-        return None
-
     def _sum_values(self, own: Windows) -> Tensor:
         """Sums of the values of each cluster over some windows, [B, H, 1, M, Dv]."""
         values = own.tokens(own.v).flatten(2, 3).unsqueeze(2)

@@ -16,7 +16,6 @@ __all__ = [
     "kernel_matrix",
     "naive_clustered_attention",
     "naive_favor_attention",
-    "naive_scatterbrain_attention",
     "softmax_attention",
 ]
 
@@ -58,49 +57,6 @@ def naive_favor_attention(
         q, k = (q - query_center) * scale, (k - key_center) / scale
     weights = kernel_matrix(q, k, projection, kernel) * bias.exp().mT
     weights = weights * _visible(weights, key_mask, causal)
-    total = weights.sum(dim=-1, keepdim=True)
-    return weights / total.masked_fill(total == 0, 1.0) @ v
-
-
-def naive_scatterbrain_attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    projection: Tensor,
-    grid: tuple[int, int],
-    window_size: int = 8,
-    sinks: Tensor | None = None,
-    num_prefix_tokens: int = 1,
-    kernel: str | Kernel = "softmax-hyp+",
-    key_mask: Tensor | None = None,
-    balancing: Balancing | None = None,
-) -> Tensor:
-    """The definition of `scatterbrain_attention`: exact weights in S(i), estimated ones elsewhere, one row sum.
-
-    Args:
-        q: queries, [B, H, N, D].
-        k: keys, [B, H, N, D].
-        v: values, [B, H, N, Dv].
-        projection: rows of the feature map, [R, D].
-        grid: rows and columns of tokens after the prefix.
-        window_size: rows and columns of a window; 0 for none.
-        sinks: places of the keys that every query sees exactly, [B, H, s].
-        num_prefix_tokens: tokens before the grid's.
-        kernel: the feature map or its name; "oprf" with its parameter fixed.
-        key_mask: [B, N] bool, False for keys that are left out.
-        balancing: centres and factors of the inputs of the estimated part.
-
-    Returns:
-        [B, H, N, Dv]; 0 for queries that see no key.
-    """
-    exact, estimated = (q @ k.mT * q.shape[-1] ** -0.5).exp(), kernel_matrix(q, k, projection, kernel)
-    if balancing is not None:
-        query_center, key_center, scale = balancing.tensors()
-        moved_q, moved_k = (q - query_center) * scale, (k - key_center) / scale
-        bias = (query_center @ (k - key_center).mT + q @ key_center.mT) * q.shape[-1] ** -0.5
-        estimated = kernel_matrix(moved_q, moved_k, projection, kernel) * bias.exp()
-    is_exact = _exact_pairs(exact, grid, window_size, sinks, num_prefix_tokens)
-    weights = torch.where(is_exact, exact, estimated) * _visible(exact, key_mask, causal=False)
     total = weights.sum(dim=-1, keepdim=True)
     return weights / total.masked_fill(total == 0, 1.0) @ v
 
@@ -184,7 +140,7 @@ def softmax_attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = Non
 
 
 def _exact_pairs(
-    weights: Tensor, grid: tuple[int, int], window_size: int, sinks: Tensor | None, num_prefix_tokens: int
+    weights: Tensor, grid: tuple[int, int], window_size: int, sinks: Tensor, num_prefix_tokens: int
 ) -> Tensor:
     """Which queries see which keys exactly, bool of the weights' shape."""
     is_exact = torch.zeros_like(weights, dtype=torch.bool)
@@ -193,10 +149,8 @@ def _exact_pairs(
     if window_size:
         window = window_numbers(grid, (window_size, window_size)).to(weights.device)
         is_exact[:, :, num_prefix_tokens:, num_prefix_tokens:] |= window.unsqueeze(1) == window
-    if sinks is not None:
-        is_sink = torch.zeros_like(is_exact[:, :, 0]).scatter_(2, sinks, True)
-        is_exact |= is_sink.unsqueeze(2)
-    return is_exact
+    is_sink = torch.zeros_like(is_exact[:, :, 0]).scatter_(2, sinks, True)
+    return is_exact | is_sink.unsqueeze(2)
 
 
 def _visible(weights: Tensor, key_mask: Tensor | None, causal: bool) -> Tensor:

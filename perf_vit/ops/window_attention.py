@@ -17,7 +17,7 @@ from perf_vit.ops.features import LOWEST_SCALE
 from perf_vit.ops.sinks import choose_sinks
 from perf_vit.ops.windows import WindowGroup, from_windows, group_windows, split_dim, to_windows
 
-__all__ = ["StandIns", "Windows", "attend_joined", "check_grid", "means_of_others", "with_columns"]
+__all__ = ["StandIns", "Windows", "attend_joined", "check_grid"]
 
 # A group of windows has about so many keys, counted for each window; without windows, so many tokens.
 _GROUP_KEYS = 4096
@@ -77,10 +77,6 @@ class StandIns(ABC):
             *collected: what `collect` gave for their group.
         """
 
-    @abstractmethod
-    def query_log_amplitude(self, q: Tensor) -> Tensor | None:
-        """What a query adds to its logits with the rows, [B, H, n, 1] of [B, H, n, D]; None for nothing."""
-
 
 def attend_joined(
     q: Tensor,
@@ -130,24 +126,7 @@ def attend_joined(
     return _join(prefix, attention.run(groups), groups, grid)
 
 
-def means_of_others(sums: Tensor, weights: Tensor, total: Tensor) -> tuple[Tensor, Tensor]:
-    """Logarithms of weights and means of values of what is left without a window's own.
-
-    Args:
-        sums: of values without the window's own, [B, H, W, M, Dv].
-        weights: sums of weights without the window's own, [B, H, W, M, 1].
-        total: the same with them, [B, H, 1, M, 1].
-
-    Returns:
-        [B, H, W, M, 1] and [B, H, W, M, Dv].
-    """
-    limits = torch.finfo(sums.dtype)
-    # Where a window holds all that a stand-in is for, rounding errors are left of the others.
-    z = weights.clamp(min=0.0) + (total * limits.eps + limits.tiny)
-    return z.log(), sums / z
-
-
-def with_columns(x: Tensor, num_columns: int, *columns: Tensor | float) -> Tensor:
+def _with_columns(x: Tensor, num_columns: int, *columns: Tensor | float) -> Tensor:
     """[..., n] with more columns, numbers or [..., 1], and zeros after those, [..., C]."""
     numbers = (y if isinstance(y, Tensor) else x.new_full((1,), y) for y in columns)
     missing = num_columns - int(x.shape[-1]) - len(columns)
@@ -188,8 +167,8 @@ class _Attention:
     """One call: what all groups of windows need.
 
     A query attends, in one exact attention, to the keys of its window, to those that all queries see, and to the
-    stand-ins. Two more columns carry what is no product: queries are [q, sqrt(D) log amplitude, sqrt(D)], keys
-    [k, 0, log mask] and stand-ins [row, 1, log weight], and products are divided by sqrt(D).
+    stand-ins. One more column carries what is no product: queries are [q, sqrt(D)], keys [k, log mask] and stand-ins
+    [row, log weight], and products are divided by sqrt(D).
 
     Attributes:
         q: queries of the grid, [B, H, N, D].
@@ -258,19 +237,16 @@ class _Attention:
         self, own: Windows, rows: Tensor, log_weights: Tensor, means: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Queries, [B, H, W, T, C], keys and values, [B, H, W, n, C], for a backward pass to follow."""
-        q = own.tokens(own.q)
-        log_amplitude, root = self.others.query_log_amplitude(q.flatten(2, 3)), q.shape[-1] ** 0.5
-        amplitude = 0.0 if log_amplitude is None else log_amplitude.view(*q.shape[:4], 1) * root
-        q = with_columns(q, self.num_columns, amplitude, root)
+        q = _with_columns(own.tokens(own.q), self.num_columns, own.q.shape[-1] ** 0.5)
         each = (*self.q.shape[:2], math.prod(own.q.shape[2:4]))
-        far_k = with_columns(
-            rows.unsqueeze(2).expand(*each, -1, -1), self.num_columns, 1.0, log_weights.expand(*each, -1, -1)
+        far_k = _with_columns(
+            rows.unsqueeze(2).expand(*each, -1, -1), self.num_columns, log_weights.expand(*each, -1, -1)
         )
-        far_v = with_columns(means.expand(*each, -1, -1), self.num_columns)
+        far_v = _with_columns(means.expand(*each, -1, -1), self.num_columns)
         k, v = ([x.unsqueeze(2).expand(*each, -1, -1)] for x in self.shared)
         if self.own:
-            k.insert(0, with_columns(own.tokens(own.k), self.num_columns, 0.0, own.tokens(own.log_mask)))
-            v.insert(0, with_columns(own.tokens(own.v), self.num_columns))
+            k.insert(0, _with_columns(own.tokens(own.k), self.num_columns, own.tokens(own.log_mask)))
+            v.insert(0, _with_columns(own.tokens(own.v), self.num_columns))
         return q, torch.cat([*k, far_k], dim=3), torch.cat([*v, far_v], dim=3)
 
     def _fill_in(
@@ -280,15 +256,12 @@ class _Attention:
         head_dim, value_dim, far = self.q.shape[-1], self.v.shape[-1], slice(k.shape[3] - means.shape[3], None)
         shape, near = own.q.shape[2:6], slice(0, own.q.shape[4] * own.q.shape[5])
         split_dim(split_dim(q, 3, *shape[2:]), 2, *shape[:2])[..., :head_dim] = own.q
-        log_amplitude = self.others.query_log_amplitude(q[..., :head_dim].flatten(2, 3))
-        if log_amplitude is not None:
-            q[..., head_dim : head_dim + 1] = log_amplitude.view(*q.shape[:4], 1) * head_dim**0.5
-        k[:, :, :, far, head_dim + 1 : head_dim + 2] = log_weights
+        k[:, :, :, far, head_dim : head_dim + 1] = log_weights
         v[:, :, :, far, :value_dim] = means
         if self.own:
             near_k, near_v = (split_dim(split_dim(x[:, :, :, near], 3, *shape[2:]), 2, *shape[:2]) for x in (k, v))
             near_k[..., :head_dim] = own.k
-            near_k[..., head_dim + 1 : head_dim + 2] = own.log_mask
+            near_k[..., head_dim : head_dim + 1] = own.log_mask
             near_v[..., :value_dim] = own.v
         return q, k, v
 
@@ -296,10 +269,10 @@ class _Attention:
         """Queries, keys and values as `_put_together` has them, but for what differs from group to group."""
         each, head_dim = (*self.q.shape[:2], math.prod(group.shape)), int(self.q.shape[-1])
         q = self.log_mask.new_zeros(*each, math.prod(group.window), head_dim)
-        q = with_columns(q, self.num_columns, 0.0, head_dim**0.5)
+        q = _with_columns(q, self.num_columns, head_dim**0.5)
         near = self.log_mask.new_zeros(*each, math.prod(group.window) if self.own else 0, self.num_columns)
         shared_k, shared_v = (x.unsqueeze(2).expand(*each, -1, -1) for x in self.shared)
-        far = with_columns(rows, self.num_columns, 1.0).unsqueeze(2).expand(*each, -1, -1)
+        far = _with_columns(rows, self.num_columns).unsqueeze(2).expand(*each, -1, -1)
         return q, torch.cat([near, shared_k, far], dim=3), torch.cat([near, shared_v, torch.zeros_like(far)], dim=3)
 
 
@@ -311,8 +284,8 @@ def _shared_keys(
     places = torch.cat([places, sinks], dim=-1).unsqueeze(-1)
     k, v, log_mask = (torch.take_along_dim(x, places, dim=2).to(log_mask.dtype) for x in (k, v, log_mask))
     # Fused attention on GPUs needs rows of 16 bytes.
-    num_columns = -(-max(k.shape[-1] + 2, v.shape[-1]) // 4) * 4
-    return with_columns(k, num_columns, 0.0, log_mask), with_columns(v, num_columns)
+    num_columns = -(-max(k.shape[-1] + 1, v.shape[-1]) // 4) * 4
+    return _with_columns(k, num_columns, log_mask), _with_columns(v, num_columns)
 
 
 def _exact(q: Tensor, k: Tensor, v: Tensor, log_mask: Tensor) -> Tensor:

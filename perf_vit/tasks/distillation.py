@@ -14,7 +14,7 @@ from torch.nn.utils import clip_grad_norm_
 from torch.optim import AdamW, Optimizer
 
 from perf_vit.errors import ConfigError
-from perf_vit.layers.converted_attention import ConvertedAttention
+from perf_vit.layers.linearized_attention import LinearizedAttention
 from perf_vit.models.valid_tokens import forward_tokens, key_mask
 from perf_vit.tasks.matching import kept_tokens, match_blocks, token_loss
 from perf_vit.tasks.optimize import warmup_cosine
@@ -82,7 +82,7 @@ class DistillationTask(lightning.LightningModule):
 
     Args:
         teacher: the softmax model, which is frozen.
-        student: its copy by `performerize`.
+        student: its copy by `linearize`.
         config: stages and schedule.
 
     Raises:
@@ -216,7 +216,7 @@ def _select_parameters(student: nn.Module, train: str) -> None:
     """Freeze what isn't trained."""
     if not hasattr(student, "blocks"):
         raise ValueError(f"expected a timm ViT or EVA with blocks, got {type(student).__name__}")
-    attentions = [name for name, module in student.named_modules() if isinstance(module, ConvertedAttention)]
+    attentions = [name for name, module in student.named_modules() if isinstance(module, LinearizedAttention)]
     if not attentions:
         raise ValueError(f"expected a student with converted attention, got {type(student).__name__} with none")
     prefixes = [f"{name}." for name in attentions]

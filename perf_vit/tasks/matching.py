@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from perf_vit.layers.performer_attention import RandomProjectionMixin
+from perf_vit.layers.linearized_attention import LinearizedAttention
 from perf_vit.models.valid_tokens import forward_tokens, key_mask
 
 __all__ = ["BlockCall", "kept_tokens", "match_blocks", "recorded_blocks", "token_loss"]
@@ -77,7 +77,7 @@ def match_blocks(
     blocks: Any = student.blocks
     losses = []
     for block, call in zip(blocks, calls, strict=True):
-        if not any(isinstance(module, RandomProjectionMixin) for module in block.modules()):
+        if not any(isinstance(module, LinearizedAttention) for module in block.modules()):
             continue
         tokens = call.arguments[0]
         with torch.set_grad_enabled(backward is not None):

@@ -8,7 +8,7 @@ import lightning
 from lightning.pytorch.callbacks import EMAWeightAveraging
 
 from perf_vit.layers import redraw_projections
-from perf_vit.layers.draws import copy_projections
+from perf_vit.layers.performer_mixer import copy_projections
 
 __all__ = ["RedrawProjections", "RedrawnWeightAveraging"]
 

@@ -15,7 +15,7 @@ from perf_vit.cli import convert as convert_command
 from perf_vit.models.convert import converted_layers
 
 MODEL = "vit_tiny_patch16_224"
-FAST = ["--img-size", "64", "--window-size", "2", "--num-sinks", "4", "--num-features", "32"]
+FAST = ["--img-size", "64", "--window-size", "2", "--num-sinks", "4", "--num-clusters", "5"]
 
 
 @pytest.fixture(scope="module")
@@ -46,13 +46,13 @@ def given(weights: Path) -> list[str | Path]:
 
 def test_a_model_is_converted_and_the_report_says_what_it_was_measured_on(weights, tmp_path, capsys) -> None:
     out = tmp_path / "out"
-    assert convert(MODEL, out, *given(weights), *FAST, "--layers", "0-1,11", "--seed", "3") == 0
+    assert convert(MODEL, out, *given(weights), *FAST, "--layers", "0-1,11") == 0
     printed = capsys.readouterr().out
     assert f"report: {out / 'fidelity.html'}" in printed
     model = perf_vit.load_converted(out)
     assert sorted(converted_layers(model)) == [0, 1, 11]
     options = model.blocks[11].attn.options
-    assert (options.window_size, options.num_sinks, options.num_features, options.seed) == (2, 4, 32, 3)
+    assert (options.window_size, options.num_sinks, options.num_clusters) == (2, 4, 5)
     assert model.num_classes == 0
     # Weights from a file are not the ones that timm's config tells of.
     assert "tag" not in model.pretrained_cfg or not model.pretrained_cfg["tag"]
@@ -62,7 +62,7 @@ def test_a_model_is_converted_and_the_report_says_what_it_was_measured_on(weight
     assert "src=" not in page
     assert all(text in page for text in ("class token", "64", "128", "plain FAVOR+", "load_converted"))
     # Three bars: one a converted layer.
-    assert page.count("<td>2</td><td>4</td><td>0</td><td>32</td>") == 3
+    assert page.count("<td>2</td><td>4</td><td>5</td><td>-</td>") == 3
 
 
 @pytest.mark.parametrize("before", [False, True], ids=["new", "in the place of another"])
@@ -85,44 +85,35 @@ def test_a_conversion_that_is_stopped_while_it_measures_leaves_what_was_there(
     assert not before or [path.name for path in out.parent.iterdir()] == ["out"]
 
 
-def test_options_are_chosen_and_constants_fixed_on_images(weights, images, tmp_path, monkeypatch) -> None:
-    candidates = ({"window_size": 2, "num_sinks": 2, "num_features": 16},) * 2
-    monkeypatch.setattr("perf_vit.models.layer_options.CANDIDATES", {"scatterbrain": candidates})
-    args = ["--img-size", "64", "--images", images, "--budget", "1000", "--calibrate"]
-    assert convert(MODEL, tmp_path / "out", *given(weights), *args) == 0
-    model = perf_vit.load_converted(tmp_path / "out")
-    assert {layer.options.num_sinks for layer in converted_layers(model).values()} == {2}
-    assert all(layer.balancing is not None for layer in converted_layers(model).values())
-    page = (tmp_path / "out" / "fidelity.html").read_text()
-    assert "others than those the conversion learned from" in page
-
-
 def test_clusters_are_the_default_and_their_options_chosen(weights, images, tmp_path, monkeypatch) -> None:
     assert convert(MODEL, tmp_path / "plain", *given(weights), "--img-size", "64", "--num-clusters", "7") == 0
     options = perf_vit.load_converted(tmp_path / "plain").blocks[3].attn.options
     assert (options.window_size, options.num_sinks, options.num_clusters) == (16, None, 7)
     assert "<td>16</td><td>16</td><td>7</td><td>-</td>" in (tmp_path / "plain" / "fidelity.html").read_text()
     candidates = ({"window_size": 2, "num_sinks": 2, "num_clusters": 3},) * 2
-    monkeypatch.setattr("perf_vit.models.layer_options.CANDIDATES", {"clustered": candidates})
+    monkeypatch.setattr("perf_vit.models.layer_options.CANDIDATES", candidates)
     args = ["--img-size", "64", "--images", images, "--budget", "1000"]
     assert convert(MODEL, tmp_path / "chosen", *given(weights), *args) == 0
+    assert "others than those the conversion learned from" in (tmp_path / "chosen" / "fidelity.html").read_text()
     model = perf_vit.load_converted(tmp_path / "chosen")
     assert {layer.options.num_clusters for layer in converted_layers(model).values()} == {3}
-    assert model.conversion.attention == "clustered"
+    assert model.conversion.mixer == "clustered"
 
 
 def test_a_saved_folder_is_converted_anew_and_overwritten_when_told(weights, tmp_path, capsys) -> None:
     first, second = tmp_path / "first", tmp_path / "second"
     assert convert(MODEL, first, *given(weights), *FAST) == 0
-    assert convert(first, second, "--attention", "performer", "--num-features", "16") == 0
+    assert convert(first, second, "--mixer", "performer", "--num-features", "16", "--seed", "3") == 0
     one, two = perf_vit.load_converted(first), perf_vit.load_converted(second)
     assert torch.equal(one.blocks[3].attn.qkv.weight, two.blocks[3].attn.qkv.weight)
-    assert two.conversion.attention == "performer"
+    assert two.conversion.mixer == "performer"
+    assert (two.blocks[3].attn.options.num_features, two.blocks[3].attn.options.seed) == (16, 3)
+    assert "<td>-</td><td>-</td><td>-</td><td>16</td>" in (second / "fidelity.html").read_text()
     capsys.readouterr()
     assert convert(first, second) == 2
     assert "already holds a model" in capsys.readouterr().err
     assert convert(first, second, *FAST[2:], "--overwrite") == 0
-    assert perf_vit.load_converted(second).conversion.attention == "scatterbrain"
+    assert perf_vit.load_converted(second).conversion.mixer == "clustered"
 
 
 def test_softmax_is_left_out_where_it_would_take_long(weights, tmp_path, monkeypatch) -> None:
@@ -146,18 +137,18 @@ def test_softmax_is_left_out_where_it_would_take_long(weights, tmp_path, monkeyp
         ("vit_small_patch16_224", ["--weights", "WEIGHTS", "--num-classes", "0"], "mis-shaped cls_token (expected"),
         ("swin_tiny_patch4_window7_224", [], "give them by --weights FILE"),
         (MODEL, ["VIT", "--img-size", "100"], "multiple of the patch size 16, got 100; try 96"),
-        (MODEL, ["VIT", "--attention", "linformer"], "performer, clustered, scatterbrain, got 'linformer'"),
-        (MODEL, ["VIT", "--attention", "clustered", "--num-features", "32"], "num_features is of random features"),
+        (MODEL, ["VIT", "--mixer", "linformer"], "clustered, performer, softmax, got 'linformer'"),
+        (MODEL, ["VIT", "--num-features", "32"], "num_features is an option of mixer='performer', got mixer='clust"),
         (
             MODEL,
-            ["VIT", "--attention", "clustered", "--calibrate", "--images", "SMALL"],
-            "--calibrate is of --attention scatterbrain, got clustered",
+            ["VIT", "--mixer", "performer", "--budget", "2", "--images", "SMALL"],
+            "--budget chooses options of --mixer clustered, got performer",
         ),
         (MODEL, ["VIT", "--layers", "3-12"], "from 0 to 11, got 12"),
         (MODEL, ["VIT", "--layers", "a"], "--layers must be places such as 0-5,8, got a"),
-        (MODEL, ["VIT", "--num-features", "33"], "multiple of 2"),
+        (MODEL, ["VIT", "--mixer", "performer", "--num-features", "0"], "at least 1, got 0"),
         (MODEL, ["VIT", "--budget", "1.5"], "--budget learns from images, got none; give --images FOLDER"),
-        (MODEL, ["VIT", "--calibrate", "--images", "NONE"], "no image file or folder"),
+        (MODEL, ["VIT", "--images", "NONE"], "no image file or folder"),
         (MODEL, ["VIT", "--images", "SMALL", "--img-size", "96"], "crops of 96 px need images as large"),
         ("w.safetensors", [], "is a weights file: name its model first"),
     ],

@@ -17,7 +17,7 @@ from perf_vit.cli.schemas import DistillationRun
 from perf_vit.config import load_config
 
 KWARGS = {"patch_size": 8, "embed_dim": 64, "depth": 2, "num_heads": 2, "img_size": 64, "num_classes": 0}
-OPTIONS = {"window_size": 2, "num_sinks": 2, "num_features": 16}
+OPTIONS = {"window_size": 2, "num_sinks": 2, "num_clusters": 16}
 
 
 def _yaml(values: dict) -> str:
@@ -102,7 +102,7 @@ def test_a_run_leaves_a_student_that_is_nearer_to_its_teacher(args, weights, tmp
     assert float(rows[-1]["train/token_loss"]) > 0
     assert all("val/class_cosine" in row for row in rows)
     student = perf_vit.load_converted(out / "student")
-    assert student.blocks[0].attn.options.num_features == 16
+    assert student.blocks[0].attn.options.num_clusters == 16
     state = student.state_dict()
     assert all(torch.equal(state[name], value) for name, value in _best(out).items())
     teacher = timm.create_model("vit_tiny_patch16_224", **KWARGS)
@@ -140,7 +140,7 @@ def test_a_resumed_run_ends_where_an_uninterrupted_one_does(args, tmp_path) -> N
 def test_a_saved_student_can_be_trained_on(args, weights, tmp_path, capsys) -> None:
     teacher = timm.create_model("vit_tiny_patch16_224", **KWARGS)
     teacher.load_state_dict(load_file(weights))
-    perf_vit.save_converted(perf_vit.performerize(teacher, **{**OPTIONS, "num_sinks": 3}), tmp_path / "converted")
+    perf_vit.save_converted(perf_vit.linearize(teacher, **{**OPTIONS, "num_sinks": 3}), tmp_path / "converted")
     start = f"model.student={tmp_path / 'converted'}"
     assert call(args(tmp_path / "run", start, "optim.block_steps=6", "optim.token_steps=0")) == 0
     student = perf_vit.load_converted(tmp_path / "run" / "student")

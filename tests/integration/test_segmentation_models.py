@@ -5,8 +5,7 @@ import torch
 from doc_examples import examples, run
 
 import perf_vit
-from perf_vit.layers import PerformerAttention
-from perf_vit.layers.converted_attention import ConvertedAttention
+from perf_vit.layers.linearized_attention import LinearizedAttention
 
 smp = pytest.importorskip("segmentation_models_pytorch")
 
@@ -15,7 +14,7 @@ VITS = [
     "performer_vit_tiny_patch8_224",
     "performer_vit_tiny_patch16_224",
     "performer_vit_rope_small_patch16_224",
-    "scatterbrain_vit_tiny_patch16_224",
+    "clustered_vit_tiny_patch16_224",
 ]
 # Those whose decoder takes a pyramid and no other output stride than 32.
 PYRAMID_DECODERS = ["Unet", "UnetPlusPlus", "MAnet", "Linknet", "FPN", "PSPNet", "UPerNet", "Segformer"]
@@ -66,8 +65,8 @@ def test_dpt_takes_every_readout_of_the_class_token(readout: str) -> None:
 @torch.no_grad()
 def test_a_whole_dpt_can_be_made_linear() -> None:
     model = dpt("vit_tiny_patch16_224").eval()
-    linear = perf_vit.performerize(model, window_size=10, num_sinks=0)
-    assert sum(isinstance(module, ConvertedAttention) for module in linear.modules()) == 12
+    linear = perf_vit.linearize(model, window_size=10, num_sinks=0)
+    assert sum(isinstance(module, LinearizedAttention) for module in linear.modules()) == 12
     for size in [(64, 64), (64, 160)]:
         torch.testing.assert_close(linear(images(*size)), model(images(*size)), rtol=1e-4, atol=1e-4)
 
@@ -80,7 +79,7 @@ def test_hct_is_a_pyramid_for_the_other_decoders(decoder: str) -> None:
     logits = model(images(128, 192))
     assert logits.shape == (2, 3, 128, 192)
     logits.square().mean().backward()
-    attentions = [module for module in model.modules() if isinstance(module, PerformerAttention)]
+    attentions = [module for module in model.modules() if isinstance(module, LinearizedAttention)]
     assert len(attentions) == 2 or decoder == "PSPNet"
     assert all(attention.qkv.weight.grad.any() for attention in attentions)
     assert model.encoder.model.model.stem.conv.weight.grad.any()
@@ -89,7 +88,7 @@ def test_hct_is_a_pyramid_for_the_other_decoders(decoder: str) -> None:
 def test_the_published_hct_attends_beyond_what_a_unet_looks_at() -> None:
     unet = smp.Unet(encoder_name="tu-hct_base", encoder_weights=None)
     assert unet.encoder.out_channels == [3, 0, 16, 16, 32, 64]
-    assert not any(isinstance(module, PerformerAttention) for module in unet.modules())
+    assert not any(isinstance(module, LinearizedAttention) for module in unet.modules())
 
 
 def test_dpt_takes_hct() -> None:
@@ -99,7 +98,7 @@ def test_dpt_takes_hct() -> None:
     logits = model(images(128, 256))
     assert logits.shape == (2, 1, 128, 256)
     logits.square().mean().backward()
-    assert any(m.qkv.weight.grad.any() for m in model.modules() if isinstance(m, PerformerAttention))
+    assert any(m.qkv.weight.grad.any() for m in model.modules() if isinstance(m, LinearizedAttention))
 
 
 @pytest.mark.parametrize("decoder", ["PAN", "DeepLabV3", "DeepLabV3Plus"])
@@ -116,6 +115,6 @@ def test_a_plain_vit_is_no_pyramid() -> None:
 def test_the_documented_examples_run() -> None:
     names = run(examples("integrations.md", "segmentation_models_pytorch"))
     assert names["logits"].shape == (1, 5, 256, 384)
-    assert any(isinstance(module, ConvertedAttention) for module in names["linear"].modules())
+    assert any(isinstance(module, LinearizedAttention) for module in names["linear"].modules())
     with torch.no_grad():
         assert names["unet"].eval()(torch.zeros(1, 3, 64, 96)).shape == (1, 5, 64, 96)

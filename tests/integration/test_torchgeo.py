@@ -7,15 +7,14 @@ from doc_examples import examples, run
 from torch.utils.data import DataLoader
 
 import perf_vit
-from perf_vit.layers import PerformerAttention
-from perf_vit.layers.converted_attention import ConvertedAttention
+from perf_vit.layers.linearized_attention import LinearizedAttention
 
 trainers = pytest.importorskip("torchgeo.trainers")
 
 VITS = [
     "performer_vit_tiny_patch16_224",
     "performer_vit_rope_small_patch16_224",
-    "scatterbrain_vit_tiny_patch16_224",
+    "clustered_vit_tiny_patch16_224",
 ]
 NUM_CLASSES = 3
 
@@ -38,7 +37,7 @@ def fit(task: lightning.LightningModule, height: int, width: int, dense: bool) -
 
 
 def first_weight(model: torch.nn.Module) -> torch.Tensor:
-    kinds = PerformerAttention | ConvertedAttention
+    kinds = LinearizedAttention
     return next(module for module in model.modules() if isinstance(module, kinds)).qkv.weight
 
 
@@ -68,7 +67,7 @@ def test_segmentation_task_trains_a_vit_under_dpt(name: str) -> None:
 
 def test_segmentation_task_trains_a_converted_vit() -> None:
     task = trainers.SemanticSegmentationTask(model="dpt", backbone="tu-vit_tiny_patch16_224", num_classes=NUM_CLASSES)
-    task.model = perf_vit.performerize(task.model, window_size=2, num_sinks=2, num_features=32)
+    task.model = perf_vit.linearize(task.model, window_size=2, num_sinks=2, num_clusters=4)
     task.model.encoder.model.set_input_size(img_size=(32, 64))
     assert_learns(task, 32, 64, dense=True)
 
@@ -87,4 +86,4 @@ def test_the_documented_examples_run() -> None:
         assert names["scenes"](torch.zeros(1, 6, 224, 224)).shape == (1, 3)
         assert names["crops"](torch.zeros(1, 6, 96, 160)).shape == (1, 3, 96, 160)
         assert names["roads"](torch.zeros(1, 6, 64, 128)).shape == (1, 3, 64, 128)
-    assert any(isinstance(module, ConvertedAttention) for module in names["softmax"].model.modules())
+    assert any(isinstance(module, LinearizedAttention) for module in names["softmax"].model.modules())

@@ -9,12 +9,12 @@ from torchvision.models.detection import FCOS, FasterRCNN, RetinaNet
 from torchvision.models.detection.anchor_utils import AnchorGenerator
 
 import perf_vit
-from perf_vit.layers.converted_attention import ConvertedAttention
+from perf_vit.layers.linearized_attention import LinearizedAttention
 
 VITS = [
     "performer_vit_tiny_patch16_224",
     "performer_vit_rope_small_patch16_224",
-    "scatterbrain_vit_tiny_patch16_224",
+    "clustered_vit_tiny_patch16_224",
 ]
 BLOCKS = examples("integrations.md", "torchvision's detectors")
 OPTIONS = {"features_only": True, "out_indices": 1, "dynamic_img_size": True, "depth": 2}
@@ -74,13 +74,13 @@ def test_detectors_train_on_a_vit(documented: dict, name: str, kind: str) -> Non
     assert_trains_and_detects(model, vit.model.blocks[0].attn.qkv.weight)
 
 
-@pytest.mark.parametrize("attention", ["scatterbrain", "performer"])
-def test_detectors_train_on_a_converted_vit(documented: dict, attention: str) -> None:
+@pytest.mark.parametrize("mixer", ["clustered", "performer"])
+def test_detectors_train_on_a_converted_vit(documented: dict, mixer: str) -> None:
     torch.manual_seed(0)
     vit = timm.create_model("vit_tiny_patch16_224", **OPTIONS)
-    options = {"window_size": 4, "num_sinks": 8} if attention == "scatterbrain" else {}
-    vit = perf_vit.performerize(vit, attention, num_features=32, **options)
-    assert all(isinstance(block.attn, ConvertedAttention) for block in vit.model.blocks)
+    options = {"window_size": 4, "num_sinks": 8} if mixer == "clustered" else {"num_features": 32}
+    vit = perf_vit.linearize(vit, mixer, **options)
+    assert all(isinstance(block.attn, LinearizedAttention) for block in vit.model.blocks)
     model = detector("faster_rcnn", documented["SimpleFeaturePyramid"](vit, 32))
     assert_trains_and_detects(model, vit.model.blocks[0].attn.qkv.weight)
 

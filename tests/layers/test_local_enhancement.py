@@ -7,12 +7,12 @@ from timm.layers import Attention
 from torch import nn
 
 import perf_vit
-from perf_vit.layers import PerformerAttention, configure_attention
+from perf_vit.layers import LinearizedAttention, PerformerOptions
 from perf_vit.layers.local_enhancement import LocalEnhancement
 from perf_vit.layers.token_grid import TokenGrid
 
 GRID = (3, 5)
-NAMES = ["performer_vit_tiny_patch16_224", "scatterbrain_vit_tiny_patch16_224", "performer_vit_rope_small_patch16_224"]
+NAMES = ["performer_vit_tiny_patch16_224", "clustered_vit_tiny_patch16_224", "performer_vit_rope_small_patch16_224"]
 
 
 def normal(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -76,14 +76,15 @@ def test_what_it_cannot_do_is_named() -> None:
         module(v, 1, torch.zeros(16, 16))
     with pytest.raises(ValueError, match=r"grid of 14 patch tokens, got \(3, 5\)"):
         module(v, 2)
-    with pytest.raises(ValueError, match=r"HighResolutionConvTransformer with none; use attention='performer'"):
-        timm.create_model("hct_base", attn_kwargs={"local_enhancement": True})
 
 
 def test_it_is_added_to_what_a_layer_puts_out_before_the_projection() -> None:
     torch.manual_seed(0)
-    plain = PerformerAttention(32, num_heads=4).double()
-    enhanced = PerformerAttention(32, num_heads=4).double().configure(local_enhancement=True, num_prefix_tokens=1)
+    attention = Attention(32, num_heads=4).double()
+    plain, enhanced = (
+        LinearizedAttention(attention, PerformerOptions(local_enhancement=local, num_prefix_tokens=1), TokenGrid())
+        for local in (False, True)
+    )
     enhanced.load_state_dict(plain.state_dict(), strict=False)
     enhanced.grid.size = GRID
     x = normal(2, 16, 32)
@@ -93,8 +94,7 @@ def test_it_is_added_to_what_a_layer_puts_out_before_the_projection() -> None:
     v = enhanced.qkv(x).reshape(2, 16, 3, 4, 8).permute(2, 0, 3, 1, 4)[2]
     added = naive(v, local, 1).transpose(1, 2).flatten(2) @ enhanced.proj.weight.mT
     torch.testing.assert_close(enhanced(x), plain(x) + added)
-    assert enhanced.configure(seed=3).local_enhancement is not None
-    assert enhanced.configure(local_enhancement=False).local_enhancement is None
+    assert plain.local_enhancement is None
 
 
 def build(name: str, model_seed: int = 0, **attn_kwargs) -> nn.Module:
@@ -105,12 +105,6 @@ def build(name: str, model_seed: int = 0, **attn_kwargs) -> nn.Module:
 
 def images(height: int = 64, width: int = 64) -> torch.Tensor:
     return torch.randn(2, 3, height, width, generator=torch.Generator().manual_seed(1))
-
-
-def test_other_options_may_change_after_it() -> None:
-    model = build("performer_vit_tiny_patch16_224", local_enhancement=True)
-    configure_attention(model, {"num_features": 32})
-    assert model(images(48, 80)).shape == (2, 7)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -156,7 +150,7 @@ def test_the_grid_of_each_image_is_taken_and_every_parameter_learns(name: str) -
 @torch.no_grad()
 def test_a_converted_layer_adds_it_too() -> None:
     model = timm.create_model("vit_tiny_patch16_224", depth=2, img_size=64, num_classes=5).eval()
-    converted = perf_vit.performerize(model, window_size=8, num_sinks=0, local_enhancement=True)
+    converted = perf_vit.linearize(model, window_size=8, num_sinks=0, local_enhancement=True)
     assert isinstance(model.blocks[0].attn, Attention)
     torch.testing.assert_close(converted(images()), model(images()), rtol=1e-4, atol=1e-4)
     local = converted.blocks[0].attn.local_enhancement
@@ -165,3 +159,18 @@ def test_a_converted_layer_adds_it_too() -> None:
     v = before.qkv(x).reshape(2, 17, 3, 3, 64).permute(2, 0, 3, 1, 4)[2]
     added = local(v, 1).transpose(1, 2).flatten(2) @ before.proj.weight.mT
     torch.testing.assert_close(converted.blocks[0].attn(x), before(x) + added, rtol=1e-4, atol=1e-4)
+
+
+@torch.no_grad()
+def test_maps_of_hct_take_it() -> None:
+    torch.manual_seed(0)
+    model = timm.create_model("hct_base", attn_kwargs={"local_enhancement": True}, depths=(1, 1, 1, 1, 1)).eval()
+    torch.manual_seed(0)
+    plain = timm.create_model("hct_base", depths=(1, 1, 1, 1, 1)).eval()
+    plain.load_state_dict(model.state_dict(), strict=False)
+    x = images(256, 384)
+    assert torch.equal(model(x), plain(x))
+    for module in model.modules():
+        if isinstance(module, LocalEnhancement):
+            nn.init.normal_(module.weight)
+    assert not torch.allclose(model(x), plain(x))

@@ -30,7 +30,7 @@ from perf_vit.transforms import Normalizer
 SMALL = {"depth": 1, "embed_dim": 64, "num_heads": 2}
 BACKBONES = {
     "performer_vit_tiny_patch16_224": SMALL,
-    "scatterbrain_vit_tiny_patch16_224": SMALL,
+    "clustered_vit_tiny_patch16_224": SMALL,
     "vit_tiny_patch16_224": SMALL,
     "performer_vit_rope_small_patch16_224": SMALL,
     "hct_base": {},
@@ -156,7 +156,7 @@ def test_low_rank_additions_are_trained_with_what_is_on_top_and_load_as_the_plai
 def test_a_converted_folder_keeps_its_weights_under_any_pool(tmp_path: Path, pool: str) -> None:
     teacher = timm.create_model("vit_tiny_patch16_224", num_classes=0, img_size=48, **SMALL)
     folder = tmp_path / "converted"
-    perf_vit.save_converted(perf_vit.performerize(teacher), folder)
+    perf_vit.save_converted(perf_vit.linearize(teacher), folder)
     spec = ClassifierSpec(
         kind="multilabel", classes=("a", "b"), normalizer=Normalizer((0.0,) * 3, (1.0,) * 3), tile_px=32
     )

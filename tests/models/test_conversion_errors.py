@@ -8,10 +8,9 @@ import torch
 from torch import nn
 
 import perf_vit
-from perf_vit.layers.converted_attention import ConvertedAttention, ScatterbrainOptions
+from perf_vit.layers import ClusteredOptions, LinearizedAttention
 from perf_vit.layers.token_grid import TokenGrid
-from perf_vit.models.convert import converted_layers
-from perf_vit.ops import draw_projection, scatterbrain_attention
+from perf_vit.ops import clustered_attention
 
 VIT = "vit_tiny_patch16_224"
 PERFORMER = "performer_vit_tiny_patch16_224"
@@ -51,36 +50,25 @@ def test_other_attention_and_none_are_refused(name: str) -> None:
     with torch.device("meta"):
         model = timm.create_model(name)
     with pytest.raises(ValueError, match="expected a model with timm's Attention") as error:
-        perf_vit.performerize(model)
+        perf_vit.linearize(model)
     assert f"got {type(model).__name__} with none of them; windows, pooling" in message_of(error)
 
 
 @pytest.mark.parametrize(
-    ("attention", "options", "message"),
+    ("mixer", "options", "message"),
     [
-        ("clustered", {"num_clusters": 0}, "num_clusters must be 1 or more, got 0; use attention='scatterbrain'"),
-        ("clustered", {"kernel": "softmax+"}, "kernel is of random features, which attention='clustered' doesn't have"),
-        (
-            "performer",
-            {"num_clusters": 8},
-            "num_clusters is of attention='clustered', got attention='performer'; leave",
-        ),
-        ("scatterbrain", {"num_clusters": 8}, "is of attention='clustered', got attention='scatterbrain'; leave one"),
-        (None, {"num_clusters": 8, "balance": True}, "got attention='scatterbrain', which balance asks for; leave one"),
-        ("softmax", {"per_layer": {0: {"attention": "clustered", "norms": "chi"}}}, "norms is of random features"),
+        ("clustered", {"num_clusters": 0}, "num_clusters must be at least 1, got 0"),
+        ("clustered", {"kernel": "softmax+"}, "kernel is an option of mixer='performer', got mixer='clustered'; use"),
+        ("performer", {"num_clusters": 8}, "num_clusters is an option of mixer='clustered', got mixer='performer'"),
+        ("softmax", {"num_sinks": 8}, "num_sinks is an option of mixer='clustered', got mixer='softmax'"),
+        ("softmax", {"per_layer": {0: {"mixer": "clustered", "norms": "chi"}}}, "norms is an option of mixer='perf"),
+        ("clustered", {"num_features": 8, "per_layer": {0: {"mixer": "performer"}}}, "num_features is an option of"),
     ],
 )
-def test_clusters_and_features_of_one_layer_are_refused(attention, options, message) -> None:
+def test_options_of_another_mixer_are_refused(mixer, options, message) -> None:
     with pytest.raises(ValueError, match=message) as error:
-        perf_vit.performerize(build(), attention, **options)
+        perf_vit.linearize(build(), mixer, **options)
     message_of(error)
-
-
-def test_features_of_a_layer_of_its_own_may_stand_among_the_options_of_all() -> None:
-    model = perf_vit.performerize(build(), "clustered", per_layer={1: {"attention": "performer"}}, num_features=32)
-    clusters, features = converted_layers(model).values()
-    assert clusters.options.num_clusters == 96
-    assert (features.options.num_clusters, features.options.num_features) == (0, 32)
 
 
 @pytest.mark.parametrize(
@@ -96,9 +84,9 @@ def test_features_of_a_layer_of_its_own_may_stand_among_the_options_of_all() -> 
 def test_models_that_tell_no_grid_are_refused_windows_and_become_performers(name: str, got: str) -> None:
     model = timm.create_model(name).eval()
     with pytest.raises(ValueError, match="windows, sinks and local enhancement need the grid: expected ") as error:
-        perf_vit.performerize(model)
-    assert f"{got}; use attention='performer'" in message_of(error)
-    linear = perf_vit.performerize(model, "performer", num_features=32)
+        perf_vit.linearize(model)
+    assert f"{got}; use mixer='performer'" in message_of(error)
+    linear = perf_vit.linearize(model, "performer", num_features=32)
     with torch.no_grad():
         assert linear(torch.zeros(1, *model.pretrained_cfg["input_size"])).isfinite().all()
 
@@ -106,58 +94,62 @@ def test_models_that_tell_no_grid_are_refused_windows_and_become_performers(name
 def test_two_vits_in_one_model_are_refused() -> None:
     pair = nn.ModuleList([build(), build()])
     with pytest.raises(ValueError, match="expected one ViT in ModuleList, got 2: convert each of them"):
-        perf_vit.performerize(pair)
+        perf_vit.linearize(pair)
 
 
 def test_linear_models_are_refused() -> None:
     for model, layer in [
         (build(PERFORMER), r"blocks\.0\.attn"),
-        (perf_vit.performerize(build(features_only=True, out_indices=1)), r"blocks\.0\.attn"),
+        (perf_vit.linearize(build(features_only=True, out_indices=1)), r"blocks\.0\.attn"),
         (timm.create_model("hct_base"), r"stages\.3\.0\.attn"),
     ]:
         with pytest.raises(ValueError, match=rf"linear already \({layer}\); convert the softmax model"):
-            perf_vit.performerize(model)
+            perf_vit.linearize(model)
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"attention": "scaterbrain"}, r"one of softmax, performer, .*; did you mean 'scatterbrain'\?"),
-        ({"num_sink": 8}, r"attention options are .*, got 'num_sink'; did you mean 'num_sinks'\?"),
-        ({"attention": "softmax", "windows": 8}, r"got 'windows'; did you mean 'window_size'\?"),
+        ({"mixer": "clusterd"}, r"one of clustered, .*; did you mean 'clustered'\?"),
+        ({"num_sink": 8}, r"options of mixer='clustered' are .*, got 'num_sink'; did you mean 'num_sinks'\?"),
+        ({"windows": 8}, r"got 'windows'; did you mean 'window_size'\?"),
+        ({"num_prefix_tokens": 3}, "options must not hold num_prefix_tokens"),
         ({"layer_index": 3}, "options must not hold layer_index"),
-        ({"kernel": "softmax"}, r"kernel must be one of .*, got 'softmax'; did you mean 'softmax\+'\?"),
-        ({"kernel": "relu"}, r"windows and sinks need .*: expected softmax\+, .*, got 'relu'; use attention="),
-        ({"kernel": "relu", "center": False, "balance": False}, r"expected softmax\+, .*, got 'relu'; use attention="),
-        ({"kernel": "softmax-trig"}, r"expected softmax\+, softmax-hyp\+ or oprf, got 'softmax-trig'"),
-        ({"num_features": 33}, r"multiple of 2 for kernel 'softmax-hyp\+', .*, got 33; try 34"),
-        ({"num_features": 0}, "must be at least 1, got 0"),
-        ({"num_features": -2}, "must be at least 1, got -2"),
-        ({"num_features": 2.5}, r"num_features must be a whole number, got 2\.5; pass an int"),
-        ({"num_features": "64"}, "num_features must be a whole number, got '64'; pass an int"),
+        (
+            {"mixer": "performer", "kernel": "softmax"},
+            r"kernel must be one of .*, got 'softmax'; did you mean 'softmax\+'\?",
+        ),
+        (
+            {"mixer": "performer", "kernel": "softmax-hyp+", "num_features": 33},
+            r"multiple of 2 for kernel 'softmax-hyp\+', .*, got 33; try 34",
+        ),
+        ({"mixer": "performer", "num_features": 0}, "must be at least 1, got 0"),
+        ({"mixer": "performer", "num_features": -2}, "must be at least 1, got -2"),
+        ({"mixer": "performer", "num_features": 2.5}, r"num_features must be a whole number, got 2\.5; pass an int"),
+        ({"mixer": "performer", "num_features": "64"}, "num_features must be a whole number, got '64'; pass an int"),
         ({"window_size": 7.5}, r"window_size must be a whole number, got 7\.5; pass an int"),
-        ({"num_sinks": -1}, "num_sinks must be 0 or more, got -1"),
-        ({"layers": [1, 2]}, "layers must be places from 0 to 1, got 2; leave layers out to convert all"),
-        ({"layers": [-1]}, "layers must be places from 0 to 1, got -1"),
-        ({"layers": 1}, "layers must be places of attention layers, got 1; pass a list of whole numbers"),
-        ({"layers": "01"}, "layers must be places of attention layers, got '01'; pass a list"),
-        ({"layers": [0.5]}, r"layers must be places of attention layers, got \[0\.5\]; pass a list"),
+        ({"num_sinks": -1}, "num_sinks must be at least 0, got -1"),
+        ({"layers": [1, 2]}, "layers must be indices from 0 to 1, got 2; leave layers out to convert all"),
+        ({"layers": [-1]}, "layers must be indices from 0 to 1, got -1"),
+        ({"layers": 1}, "layers must be indices of attention layers, got 1; pass a list of whole numbers"),
+        ({"layers": "01"}, "layers must be indices of attention layers, got '01'; pass a list"),
+        ({"layers": [0.5]}, r"layers must be indices of attention layers, got \[0\.5\]; pass a list"),
     ],
 )
 def test_wrong_arguments_are_named(arguments: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message) as error:
-        perf_vit.performerize(build(), **arguments)
+        perf_vit.linearize(build(), **arguments)
     message_of(error)
 
 
 def test_attention_dropout_is_refused() -> None:
     with pytest.raises(ValueError, match=r"attn_drop must be 0, got 0\.1: .*; create the model with attn_drop_rate=0"):
-        perf_vit.performerize(build(attn_drop_rate=0.1))
+        perf_vit.linearize(build(attn_drop_rate=0.1))
 
 
 def test_a_name_is_no_model() -> None:
     with pytest.raises(ValueError, match=r"expected a model, got 'vit_tiny_patch16_224'; timm\.create_model makes one"):
-        perf_vit.performerize(VIT)
+        perf_vit.linearize(VIT)
 
 
 @pytest.mark.parametrize(
@@ -182,18 +174,12 @@ def test_wrong_options_of_our_models_are_named(name: str, attn_kwargs: dict, mes
 def test_a_grid_that_does_not_fit_is_named(grid: object) -> None:
     q = torch.zeros(1, 1, 16, 8)
     with pytest.raises(ValueError, match=r"grid=? ?(must be )?\(rows, columns\) of the patches") as error:
-        scatterbrain_attention(q, q, q, draw_projection(16, 8, kernel="softmax-hyp+"), grid=grid)
+        clustered_attention(q, q, q, grid=grid)
     assert "1 prefix tokens" in message_of(error)
 
 
-def test_the_operation_takes_no_kernel_but_softmax() -> None:
-    q = torch.zeros(1, 1, 16, 8)
-    with pytest.raises(ValueError, match="got 'relu'"):
-        scatterbrain_attention(q, q, q, draw_projection(16, 8, kernel="relu"), grid=(3, 5), kernel="relu")
-
-
 def test_a_layer_alone_asks_for_its_grid() -> None:
-    layer = ConvertedAttention(build().blocks[0].attn, ScatterbrainOptions(window_size=2), TokenGrid())
+    layer = LinearizedAttention(build().blocks[0].attn, ClusteredOptions(window_size=2), TokenGrid())
     x = torch.zeros(1, 15, 192)
     with pytest.raises(ValueError, match=r"the grid of 15 patch tokens, got None; .* grid\.size = \(rows, columns\)"):
         layer(x)
@@ -227,5 +213,5 @@ def test_weights_of_another_architecture_are_never_loaded(
         else {"pretrained": True, "pretrained_cfg_overlay": {"file": path}}
     )
     # torch's own error, as for every timm model: it lists each name that is missing, too many or of another shape.
-    with pytest.raises(RuntimeError, match=r"Error\(s\) in loading state_dict for (Performer|HighResolution)"):
+    with pytest.raises(RuntimeError, match=r"Error\(s\) in loading state_dict for (LinearVision|HighResolution)"):
         timm.create_model(ours, **size, **given)

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 import perf_vit
-from perf_vit.layers.converted_attention import CONVERTIBLE, ConvertedAttention
+from perf_vit.layers.linearized_attention import CONVERTIBLE, LinearizedAttention
 
 # Whatever a family does its own way: prefix tokens, norms, rotary embeddings, blocks, patches, pooling.
 FAMILIES = [
@@ -71,25 +71,25 @@ def test_exact_everywhere_a_converted_model_is_the_softmax_model(name: str) -> N
     attentions = sum(isinstance(module, CONVERTIBLE) for module in model.modules())
     # Windows of the whole grid; then sinks alone, as many as there are patches.
     for options in ({"window_size": 16, "num_sinks": 0}, {"window_size": 0, "num_sinks": 256}):
-        converted = perf_vit.performerize(model, num_features=32, **options)
-        assert sum(isinstance(module, ConvertedAttention) for module in converted.modules()) == attentions > 0
+        converted = perf_vit.linearize(model, **options)
+        assert sum(isinstance(module, LinearizedAttention) for module in converted.modules()) == attentions > 0
         torch.testing.assert_close(converted.forward_features(x), expected, rtol=1e-4, atol=1e-4)
     # What is compared depends on attention at all.
-    performer = perf_vit.performerize(model, "performer", num_features=32)
+    performer = perf_vit.linearize(model, "performer", num_features=32)
     assert not torch.allclose(performer.forward_features(x), expected, rtol=1e-3, atol=1e-3)
 
 
 @pytest.mark.parametrize("name", FAMILIES)
 @torch.no_grad()
 def test_a_converted_model_is_saved_and_loaded(name: str, tmp_path) -> None:
-    model, size = perf_vit.performerize(build(name), window_size=4, num_sinks=3, num_clusters=5), image_size(name)
+    model, size = perf_vit.linearize(build(name), window_size=4, num_sinks=3, num_clusters=5), image_size(name)
     x = torch.randn(1, 3, size, size, generator=torch.Generator().manual_seed(0))
     loaded = perf_vit.load_converted(perf_vit.save_converted(model, tmp_path / "saved"))
     assert torch.equal(loaded.forward_features(x), model.forward_features(x))
 
 
 def test_what_has_no_one_grid_is_converted_but_not_saved(tmp_path) -> None:
-    model = perf_vit.performerize(timm.create_model("mobilevit_xxs"), "performer", num_features=32)
+    model = perf_vit.linearize(timm.create_model("mobilevit_xxs"), "performer", num_features=32)
     with pytest.raises(ValueError, match="with one grid of patches to save, got mobilevit_xxs; keep its state_dict"):
         perf_vit.save_converted(model, tmp_path / "saved")
     assert not (tmp_path / "saved").exists()
@@ -98,7 +98,7 @@ def test_what_has_no_one_grid_is_converted_but_not_saved(tmp_path) -> None:
 @pytest.mark.parametrize("name", ["vit_tiny_patch16_224", "vit_small_patch16_dinov3"])
 @torch.no_grad()
 def test_the_default_compiles_as_one_graph(name: str) -> None:
-    model, size = perf_vit.performerize(build(name)), image_size(name)
+    model, size = perf_vit.linearize(build(name)), image_size(name)
     x = torch.randn(2, 3, size, size, generator=torch.Generator().manual_seed(0))
     torch.compiler.reset()
     compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
@@ -108,6 +108,6 @@ def test_the_default_compiles_as_one_graph(name: str) -> None:
 
 
 def test_pooling_by_attention_stays_softmax() -> None:
-    model = perf_vit.performerize(build("vit_base_patch16_siglip_224"))
+    model = perf_vit.linearize(build("vit_base_patch16_siglip_224"))
     assert type(model.attn_pool).__name__ == "AttentionPoolLatent"
-    assert all(isinstance(block.attn, ConvertedAttention) for block in model.blocks)
+    assert all(isinstance(block.attn, LinearizedAttention) for block in model.blocks)

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 import perf_vit  # noqa: F401  (registers the models)
-from perf_vit.layers import PerformerAttention
+from perf_vit.layers import LinearizedAttention
 from perf_vit.models.backbones.hct import AttentionConvBlock, ResidualBlock
 from perf_vit.ops.naive import naive_favor_attention
 
@@ -21,8 +21,8 @@ def images(height: int, width: int, in_chans: int = 3) -> torch.Tensor:
     return torch.randn(2, in_chans, height, width, generator=torch.Generator().manual_seed(1))
 
 
-def attentions(model: nn.Module) -> list[PerformerAttention]:
-    return [module for module in model.modules() if isinstance(module, PerformerAttention)]
+def attentions(model: nn.Module) -> list[LinearizedAttention]:
+    return [module for module in model.modules() if isinstance(module, LinearizedAttention)]
 
 
 def count(module: nn.Module) -> int:
@@ -51,7 +51,7 @@ def test_attention_is_the_relu_performer_of_the_paper() -> None:
     assert [a.options.layer_index for a in attentions(model)] == [0, 1, 2, 3]
     for attention in attentions(model):
         assert (attention.options.kernel, attention.num_heads) == ("relu", 8)
-        norms = attention.projection.norm(dim=1)
+        norms = attention.mixer.projection.norm(dim=1)
         torch.testing.assert_close(norms, torch.full_like(norms, math.sqrt(attention.head_dim)))
 
 
@@ -73,7 +73,7 @@ def test_attention_block_equals_its_description(in_chans: int, out_chans: int, s
     y = norm_act(x)
     residual = x if stride == 1 else block.shortcut(y)
     qkv = block.attn.qkv(y.flatten(2).mT).reshape(2, 35, 3, 2, in_chans // 2).permute(2, 0, 3, 1, 4)
-    attended = naive_favor_attention(*qkv, block.attn.projection, kernel="relu")
+    attended = naive_favor_attention(*qkv, block.attn.mixer.projection, kernel="relu")
     attended = block.attn.proj(attended.transpose(1, 2).flatten(2)).mT.reshape(x.shape)
     expected = block.conv(norm_act(attended + x)) + residual
     torch.testing.assert_close(block(x), expected, rtol=1e-4, atol=1e-5)
@@ -91,7 +91,7 @@ def test_any_size_gives_maps_of_the_promised_strides(size: tuple[int, int]) -> N
 
 def test_attn_kwargs_reach_every_layer() -> None:
     model = build(attn_kwargs={"kernel": "softmax+", "num_features": 32, "seed": 5})
-    assert [(a.options.kernel, a.options.seed, len(a.projection)) for a in attentions(model)] == [
+    assert [(a.options.kernel, a.options.seed, len(a.mixer.projection)) for a in attentions(model)] == [
         ("softmax+", 5, 32)
     ] * 4
     with pytest.raises(ValueError, match="must not hold layer_index"):

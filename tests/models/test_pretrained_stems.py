@@ -12,7 +12,7 @@ import perf_vit  # noqa: F401  (registers the models)
 
 STEMS = {
     "performer_vit_tiny_patch16_224": {"depth": 2},
-    "scatterbrain_vit_tiny_patch8_224": {"depth": 2},
+    "clustered_vit_tiny_patch8_224": {"depth": 2},
     "performer_vit_rope_small_patch16_224": {"depth": 2},
     "hct_base": {},
 }

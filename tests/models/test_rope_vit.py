@@ -8,7 +8,8 @@ from timm.models.eva import Eva
 from torch import nn
 
 import perf_vit
-from perf_vit.layers.converted_attention import ConvertedAttention
+from perf_vit.layers import LinearizedAttention
+from perf_vit.layers.mixer import get_mixer
 from perf_vit.ops.naive import naive_favor_attention
 
 SMALL = "performer_vit_rope_small_patch16_224"
@@ -57,9 +58,7 @@ def softmax_twin(**kwargs) -> Eva:
 
 def test_the_models_are_listed() -> None:
     assert [
-        f"{attention}_vit_rope_{size}_patch16_224"
-        for attention in ("performer", "scatterbrain")
-        for size in ("base", "small")
+        f"{mixer}_vit_rope_{size}_patch16_224" for mixer in ("clustered", "performer") for size in ("base", "small")
     ] == NAMES
 
 
@@ -70,16 +69,13 @@ def test_a_model_has_registers_and_no_table_of_positions(name: str) -> None:
     assert model.dynamic_img_size
     assert model.reg_token.shape[1] == 4
     assert model.num_prefix_tokens == 5
-    kinds = [isinstance(block.attn, ConvertedAttention) for block in model.blocks]
+    kinds = [isinstance(block.attn, LinearizedAttention) for block in model.blocks]
     assert kinds == [True] * 12
-    options = model.blocks[3].attn.options
-    assert options.layer_index == 3
-    assert options.num_prefix_tokens == 5
-    expected = (12, 512, True) if name.startswith("scatterbrain") else (0, 0, False)
-    assert (options.window_size, options.num_sinks, options.center) == expected
+    mixer = get_mixer(name.partition("_")[0])
+    assert model.blocks[3].attn.options == mixer.options_type(layer_index=3, num_prefix_tokens=5)
 
 
-@pytest.mark.parametrize("name", ["performer_vit_rope_small_patch16_224", "scatterbrain_vit_rope_small_patch16_224"])
+@pytest.mark.parametrize("name", ["performer_vit_rope_small_patch16_224", "clustered_vit_rope_small_patch16_224"])
 def test_a_softmax_checkpoint_loads_strictly(name: str) -> None:
     twin, model = softmax_twin(), build(name)
     model.load_state_dict(twin.state_dict(), strict=True)
@@ -90,7 +86,7 @@ def test_a_softmax_checkpoint_loads_strictly(name: str) -> None:
 @torch.no_grad()
 def test_windows_as_large_as_the_image_give_the_softmax_model() -> None:
     twin = softmax_twin()
-    model = build("scatterbrain_vit_rope_small_patch16_224", attn_kwargs={"num_sinks": 0})
+    model = build("clustered_vit_rope_small_patch16_224", attn_kwargs={"num_sinks": 0})
     model.load_state_dict(twin.state_dict(), strict=True)
     for size in ((64, 64), (32, 160), (160, 32)):
         torch.testing.assert_close(model(images(*size)), twin(images(*size)), rtol=1e-4, atol=1e-4)
@@ -112,7 +108,7 @@ def test_patches_are_turned_before_the_features_and_prefix_tokens_are_not() -> N
     rope = model.rope.get_embed(shape=(3, 4))
     q, k, v = attention.qkv(x).reshape(2, 17, 3, 6, 64).permute(2, 0, 3, 1, 4)
     turned = [torch.cat([y[:, :, :5], apply_rot_embed_cat(y[:, :, 5:], rope)], dim=2).double() for y in (q, k)]
-    expected = naive_favor_attention(*turned, v.double(), attention.projection).float()
+    expected = naive_favor_attention(*turned, v.double(), attention.mixer.projection).float()
     torch.testing.assert_close(
         attention(x, rope), attention.proj(expected.transpose(1, 2).flatten(2)), rtol=1e-4, atol=1e-5
     )
@@ -143,12 +139,12 @@ def test_attn_kwargs_reach_every_block_and_wrong_ones_are_named() -> None:
     with pytest.raises(ValueError, match="attn_drop must be 0"):
         build(attn_drop_rate=0.1)
     with pytest.raises(ValueError, match="linear already"):
-        perf_vit.performerize(model)
+        perf_vit.linearize(model)
 
 
 @torch.no_grad()
 def test_a_model_that_leaves_the_meta_device_has_zeros_where_eva_has_no_key_bias() -> None:
-    model = perf_vit.performerize(
+    model = perf_vit.linearize(
         timm.create_model("eva02_tiny_patch14_224", depth=2, img_size=56, device="meta"), "performer"
     )
     for block in model.to_empty(device="cpu").blocks:

@@ -11,7 +11,8 @@ from safetensors.torch import load_file, save_file
 import perf_vit
 from perf_vit.errors import CheckpointError, OutputError
 from perf_vit.layers import redraw_projections
-from perf_vit.models import ModelConfig, SegmenterSpec, build_segmenter, checkpoint_metadata, conversion, load_segmenter
+from perf_vit.layers.mixer import get_mixer
+from perf_vit.models import ModelConfig, SegmenterSpec, build_segmenter, checkpoint_metadata, load_segmenter
 from perf_vit.models.convert import converted_layers
 from perf_vit.models.saved_model import load_softmax
 from perf_vit.models.weights import create_with_weights, read_weights
@@ -19,7 +20,7 @@ from perf_vit.transforms import Normalizer
 
 NAMES = ("vit_tiny_patch16_224", "eva02_tiny_patch14_224", "vit_small_patch16_dinov3")
 SIZE = 112
-OPTIONS = {"window_size": 3, "num_sinks": 4, "num_features": 32}
+OPTIONS = {"window_size": 3, "num_sinks": 4, "num_clusters": 8}
 
 
 def build(name: str = NAMES[0], **kwargs) -> torch.nn.Module:
@@ -34,22 +35,21 @@ def images(channels: int = 3, size: int = SIZE) -> torch.Tensor:
 
 @pytest.fixture
 def saved(tmp_path) -> Path:
-    model = perf_vit.performerize(build(), **OPTIONS)
-    return perf_vit.save_converted(perf_vit.calibrate(model, [images()]), tmp_path / "saved")
+    model = perf_vit.linearize(build(), **OPTIONS)
+    return perf_vit.save_converted(model, tmp_path / "saved")
 
 
 @pytest.mark.parametrize("name", NAMES)
 @torch.no_grad()
 def test_a_saved_model_comes_back_as_it_was(name: str, tmp_path) -> None:
     model = build(name)
-    per_layer = {0: {"attention": "softmax"}, 2: {"window_size": 2, "seed": 7}}
-    converted = perf_vit.performerize(model, layers=[0, 2], per_layer=per_layer, **OPTIONS)
+    per_layer = {0: {"mixer": "softmax"}, 1: {"mixer": "performer", "seed": 7}, 2: {"window_size": 2}}
+    converted = perf_vit.linearize(model, per_layer=per_layer, **OPTIONS)
     redraw_projections(converted, 3)
     folder = perf_vit.save_converted(converted, tmp_path / "deep" / "saved")
     assert sorted(path.name for path in folder.iterdir()) == ["config.json", "model.safetensors"]
     assert len({path.stat().st_mode for path in folder.iterdir()}) == 1
     loaded = perf_vit.load_converted(folder)
-    assert loaded.conversion.per_layer == converted.conversion.per_layer
     assert {i: x.options for i, x in converted_layers(loaded).items()} == {
         i: x.options for i, x in converted_layers(converted).items()
     }
@@ -62,48 +62,27 @@ def test_a_saved_model_comes_back_as_it_was(name: str, tmp_path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("attention", "options", "per_layer"),
+    ("mixer", "options", "per_layer"),
     [
         ("clustered", {}, {}),
-        ("clustered", {"num_features": 32}, {1: {"attention": "scatterbrain"}, 2: {"attention": "performer"}}),
-        ("scatterbrain", {}, {0: {"attention": "clustered"}, 1: {"attention": "performer"}, 2: {"num_sinks": 4}}),
-        (
-            "performer",
-            {"seed": 3},
-            {0: {"attention": "scatterbrain"}, 2: {"attention": "clustered", "num_clusters": 9}},
-        ),
+        ("clustered", {"num_clusters": 7}, {1: {"mixer": "performer"}, 2: {"num_sinks": 4}}),
+        ("performer", {"seed": 3}, {0: {"mixer": "softmax"}, 2: {"mixer": "clustered", "num_clusters": 9}}),
     ],
 )
-@torch.no_grad()
-def test_a_saved_model_stays_what_it_is_when_defaults_change(
-    attention, options, per_layer, tmp_path, monkeypatch
-) -> None:
-    model = perf_vit.performerize(build(), attention, per_layer=per_layer, **options)
+def test_every_option_is_saved_so_that_defaults_may_change(mixer, options, per_layer, tmp_path) -> None:
+    model = perf_vit.linearize(build(), mixer, per_layer=per_layer, **options)
     folder = perf_vit.save_converted(model, tmp_path / "saved")
-    changed = {
-        name: None if each is None else {option: 2 for option in each if option.startswith(("num_", "window_"))}
-        for name, each in conversion.ATTENTIONS.items()
-    }
-    monkeypatch.setattr(conversion, "ATTENTIONS", changed)
+    saved = json.loads((folder / "config.json").read_text())["perf_vit"]["conversion"]
+    assert set(saved["options"]) == set(get_mixer(mixer).options_type.names())
+    for index, own in saved["per_layer"].items():
+        assert set(own) == {"mixer", *get_mixer(own["mixer"]).options_type.names()}, index
+    assert set(saved["per_layer"]) == {str(index) for index in per_layer}
     assert torch.equal(perf_vit.load_converted(folder)(images()), model(images()))
-
-
-def test_what_was_saved_without_its_defaults_has_those_of_then(tmp_path) -> None:
-    model = perf_vit.performerize(build(), num_clusters=9)
-    folder = perf_vit.save_converted(model, tmp_path / "saved")
-    config = json.loads((folder / "config.json").read_text())
-    for options, per_layer in (({}, {}), ({"num_sinks": 7}, {"1": {"attention": "clustered"}})):
-        config["perf_vit"]["conversion"].update(
-            attention="scatterbrain" if per_layer else "clustered", options=options, per_layer=per_layer
-        )
-        (folder / "config.json").write_text(json.dumps(config))
-        sinks = [block.attn.options.num_sinks for block in perf_vit.load_converted(folder).blocks]
-        assert sinks == ([7, 64, 7] if per_layer else [64, 64, 64])
 
 
 @torch.no_grad()
 def test_convolutions_of_the_values_are_saved(tmp_path) -> None:
-    model = perf_vit.performerize(build(), local_enhancement=True, num_clusters=9)
+    model = perf_vit.linearize(build(), local_enhancement=True, num_clusters=9)
     for block in model.blocks:
         block.attn.local_enhancement.weight.normal_(generator=torch.Generator().manual_seed(0))
     folder = perf_vit.save_converted(model, tmp_path / "saved")
@@ -117,35 +96,35 @@ def test_convolutions_of_the_values_are_saved(tmp_path) -> None:
 
 
 def test_a_model_cut_before_its_layer_of_features_loads(tmp_path) -> None:
-    per_layer = {2: {"attention": "performer"}}
-    model = perf_vit.performerize(build(), "clustered", per_layer=per_layer, num_features=32)
+    model = perf_vit.linearize(build(), per_layer={2: {"mixer": "performer", "num_features": 32}})
     folder = perf_vit.save_converted(model, tmp_path / "saved")
     cut = perf_vit.load_converted(folder, features_only=True, out_indices=[0])
     assert cut(images())[0].shape[0] == 2
 
 
-def test_a_conversion_that_this_version_cannot_make_is_one_line(saved) -> None:
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"mixer": "performer"}, "window_size is an option of mixer='clustered', got mixer='performer'"),
+        ({"mixer": "linformer"}, "mixer must be one of clustered, performer, softmax, got 'linformer'"),
+        (None, "it names no mixer, as conversions of other versions do"),
+    ],
+)
+def test_a_conversion_that_this_version_cannot_make_is_one_line(saved, change, message) -> None:
     config = json.loads((saved / "config.json").read_text())
-    config["perf_vit"]["conversion"]["attention"] = "clustered"
+    conversion = config["perf_vit"]["conversion"]
+    if change is None:
+        conversion["attention"] = conversion.pop("mixer")
+    else:
+        conversion.update(change)
     (saved / "config.json").write_text(json.dumps(config))
-    with pytest.raises(
-        CheckpointError, match="holds a conversion that can't be made: num_features is of random features"
-    ):
+    with pytest.raises(CheckpointError, match=f"conversion that can't be made: {message}.*convert the model again"):
         perf_vit.load_converted(saved)
 
 
 @torch.no_grad()
-def test_constants_are_saved_and_timm_does_not_stumble_over_them(saved) -> None:
-    loaded = perf_vit.load_converted(saved)
-    fixed = perf_vit.calibrate(perf_vit.performerize(build(), **OPTIONS), [images()])
-    assert torch.equal(loaded(images()), fixed(images()))
-    assert "blocks.0.attn.balancing_scale" in loaded.state_dict()
-    assert torch.equal(timm.create_model(f"local-dir:{saved}", pretrained=True).eval()(images()), build()(images()))
-
-
-@torch.no_grad()
 def test_a_model_whose_size_and_classifier_changed_is_saved_as_it_is(tmp_path) -> None:
-    model = perf_vit.performerize(build(), **OPTIONS)
+    model = perf_vit.linearize(build(), **OPTIONS)
     model.reset_classifier(0)
     model.set_input_size(img_size=(64, 160))
     loaded = perf_vit.load_converted(perf_vit.save_converted(model, tmp_path / "saved"))
@@ -159,7 +138,7 @@ def test_a_saved_model_is_loaded_for_other_sizes_bands_and_as_features(saved) ->
     assert larger(images(size=160)).shape == (2, 2)
     features = perf_vit.load_converted(saved, features_only=True, out_indices=(0, 1), in_chans=5, dynamic_img_size=True)
     assert [x.shape for x in features(images(5, 64))] == [(2, 192, 4, 4)] * 2
-    # Blocks past the last one that is asked for are gone, their options and constants with them.
+    # Blocks past the last one that is asked for are gone, their options with them.
     assert len(features.model.blocks) == 2
     whole = perf_vit.load_converted(saved)
     expected = whole.forward_intermediates(images(), indices=[0, 1], intermediates_only=True)
@@ -169,14 +148,14 @@ def test_a_saved_model_is_loaded_for_other_sizes_bands_and_as_features(saved) ->
 
 
 def test_a_folder_is_overwritten_only_when_told_and_never_with_other_things_in_it(saved) -> None:
-    model = perf_vit.performerize(build(), "performer", num_features=32)
+    model = perf_vit.linearize(build(), "performer", num_features=32)
     before = (saved / "config.json").read_bytes()
     with pytest.raises(OutputError, match=r"already holds a model; .* replace it with --overwrite"):
         perf_vit.save_converted(model, saved)
     assert (saved / "config.json").read_bytes() == before
     perf_vit.save_converted(model, saved, overwrite=True)
     assert sorted(path.name for path in saved.iterdir()) == ["config.json", "model.safetensors"]
-    assert perf_vit.load_converted(saved).conversion.attention == "performer"
+    assert perf_vit.load_converted(saved).conversion.mixer == "performer"
     (saved / "diary.txt").write_text("mine")
     with pytest.raises(OutputError, match=r"holds diary\.txt, which is no part of a saved model"):
         perf_vit.save_converted(model, saved, overwrite=True)
@@ -195,24 +174,24 @@ def test_an_interrupted_save_leaves_the_old_model_and_nothing_else(saved, monkey
     before = {path.name: path.read_bytes() for path in saved.iterdir()}
     monkeypatch.setattr("perf_vit.models.saved_model.save_file", fail)
     with pytest.raises(OutputError, match=r"can't save a model in .*: No space left on device"):
-        perf_vit.save_converted(perf_vit.performerize(build(), **OPTIONS), saved, overwrite=True)
+        perf_vit.save_converted(perf_vit.linearize(build(), **OPTIONS), saved, overwrite=True)
     assert {path.name: path.read_bytes() for path in saved.iterdir()} == before
     assert [path.name for path in saved.parent.iterdir()] == ["saved"]
 
 
 def test_what_cannot_be_saved_is_named(tmp_path) -> None:
-    with pytest.raises(ValueError, match=r"expected a model from perf_vit\.performerize, got VisionTransformer"):
+    with pytest.raises(ValueError, match=r"expected a model from perf_vit\.linearize, got VisionTransformer"):
         perf_vit.save_converted(build(), tmp_path / "a")
     own = timm.models.VisionTransformer(img_size=32, embed_dim=32, depth=1, num_heads=2)
     with pytest.raises(ValueError, match=r"that timm\.create_model made, got VisionTransformer without a timm name"):
-        perf_vit.save_converted(perf_vit.performerize(own), tmp_path / "a")
+        perf_vit.save_converted(perf_vit.linearize(own), tmp_path / "a")
     changed = build()
     changed.norm = torch.nn.Identity()
     with pytest.raises(ValueError, match=r"has another norm\.bias than this model"):
-        perf_vit.save_converted(perf_vit.performerize(changed), tmp_path / "a")
+        perf_vit.save_converted(perf_vit.linearize(changed), tmp_path / "a")
     with_object = build(norm_layer=torch.nn.LayerNorm)
     with pytest.raises(ValueError, match="a saved model: norm_layer must be a number, a word"):
-        perf_vit.save_converted(perf_vit.performerize(with_object), tmp_path / "a")
+        perf_vit.save_converted(perf_vit.linearize(with_object), tmp_path / "a")
     assert list(tmp_path.iterdir()) == []
 
 
@@ -232,17 +211,11 @@ def _without_one_tensor(folder: Path) -> None:
     save_file(state, folder / "model.safetensors")
 
 
-def _with_constants_of_another_width(folder: Path) -> None:
-    state = {name: value[:, :1] for name, value in load_file(folder / "balancing.safetensors").items()}
-    save_file(state, folder / "balancing.safetensors")
-
-
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
         (shutil.rmtree, "no config.json in"),
         (lambda folder: (folder / "model.safetensors").unlink(), "no weights file"),
-        (lambda folder: (folder / "balancing.safetensors").unlink(), "no weights file"),
         (lambda folder: (folder / "model.safetensors").write_bytes(b"\x00" * 99), "as weights: "),
         (lambda folder: (folder / "config.json").write_text("{"), "as JSON: "),
         (lambda folder: (folder / "config.json").write_text("[1]"), "names no architecture"),
@@ -253,7 +226,6 @@ def _with_constants_of_another_width(folder: Path) -> None:
         (_without_conversion, "says nothing of a conversion"),
         (_of_another_architecture, "doesn't fit vit_tiny_patch16_224: missing blocks.2."),
         (_without_one_tensor, "blocks.0.attn.proj.bias"),
-        (_with_constants_of_another_width, "of shape [1, 1, 1, 64], expected [1, 3, 1, 64]"),
     ],
 )
 @pytest.mark.parametrize("kwargs", [{}, {"features_only": True, "out_indices": (0, 1)}])
@@ -329,7 +301,7 @@ def test_a_folder_without_a_converted_model_is_no_backbone(tmp_path) -> None:
 @torch.no_grad()
 def test_patches_that_no_head_can_double_are_resampled(tmp_path) -> None:
     model = build("vit_small_patch14_dinov2", embed_dim=96, num_heads=3, num_classes=0)
-    folder = perf_vit.save_converted(perf_vit.performerize(model, **OPTIONS), tmp_path / "saved")
+    folder = perf_vit.save_converted(perf_vit.linearize(model, **OPTIONS), tmp_path / "saved")
     options = {"out_indices": [0, 2], "head_kwargs": {"channels": [8, 8, 8, 8]}}
     config = ModelConfig(backbone=str(folder), backbone_kwargs={"patch_size": 16}, **options)
     spec = SegmenterSpec(classes=("a", "b"), normalizer=Normalizer((0.0,) * 3, (1.0,) * 3), tile_px=64)

@@ -15,22 +15,22 @@ from timm.optim import create_optimizer_v2, param_groups_layer_decay
 from torch import nn
 
 import perf_vit
-from perf_vit.layers.performer_attention import RandomProjectionMixin
+from perf_vit.layers import LinearizedAttention
 
 ROPE_VITS = timm.list_models(module="rope_vit")
-VITS = [*timm.list_models(module="performer_vit"), *timm.list_models(module="scatterbrain_vit"), *ROPE_VITS]
+VITS = [*timm.list_models(module="linear_vit"), *ROPE_VITS]
 NAMES = [*VITS, *timm.list_models(module="hct")]
 SMALL_VITS = [
     "performer_vit_tiny_patch8_224",
     "performer_vit_tiny_patch16_224",
     "performer_vit_small_patch14_224",
-    "scatterbrain_vit_tiny_patch16_224",
+    "clustered_vit_tiny_patch16_224",
     "performer_vit_rope_small_patch16_224",
-    "scatterbrain_vit_rope_small_patch16_224",
+    "clustered_vit_rope_small_patch16_224",
 ]
 SMALL = [*SMALL_VITS, "hct_base"]
-# Windows and sinks that leave something to the linear part of few tokens.
-SMALL_ATTENTION = {"window_size": 3, "num_sinks": 4}
+# Windows and sinks that leave something to the clusters of few tokens.
+SMALL_ATTENTION = {"window_size": 3, "num_sinks": 4, "num_clusters": 8}
 # A multiple of each patch size, non-square.
 SIZE = (112, 224)
 META = {"device": "meta", "dtype": torch.float32}
@@ -38,7 +38,7 @@ META = {"device": "meta", "dtype": torch.float32}
 
 def build(name: str, size: tuple[int, int] = SIZE, model_seed: int = 0, **kwargs) -> nn.Module:
     vit_kwargs = {"img_size": size, "depth": 2} if name in VITS else {}
-    if name.startswith("scatterbrain"):
+    if name.startswith("clustered"):
         vit_kwargs["attn_kwargs"] = SMALL_ATTENTION
     torch.manual_seed(model_seed)
     model = timm.create_model(name, **{"num_classes": 7, **vit_kwargs, **kwargs}).eval()
@@ -132,7 +132,7 @@ def test_an_unknown_argument_is_refused(name: str) -> None:
 
 
 def test_optimizers_scale_the_rate_of_a_converted_model_by_depth() -> None:
-    model = perf_vit.performerize(
+    model = perf_vit.linearize(
         timm.create_model("vit_tiny_patch16_224", depth=2, num_classes=7, **META), local_enhancement=True
     )
     optimizer = create_optimizer_v2(model, opt="adamw", lr=1.0, weight_decay=0.05, layer_decay=0.5)
@@ -350,4 +350,4 @@ def test_a_model_saves_its_parameters_and_no_projection(name: str) -> None:
     assert not any("projection" in key for key in model.state_dict())
     twin.load_state_dict(model.state_dict(), strict=True)
     assert torch.equal(twin(images()), model(images()))
-    assert any(isinstance(module, RandomProjectionMixin) for module in model.modules())
+    assert any(isinstance(module, LinearizedAttention) for module in model.modules())

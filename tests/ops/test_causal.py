@@ -72,9 +72,9 @@ def test_tokens_without_a_visible_key_get_zeros() -> None:
     assert_same([out, *gradients], value_and_gradients(transcription, q, k, v, w, "softmax+", mask, True), 1e-9)
 
 
-def test_constants_of_a_calibration_go_with_causal_order() -> None:
+def test_constants_of_other_tokens_go_with_causal_order() -> None:
     q, k, v, w = make(40, 40)
-    constants = fit_balancing(*make(90, 90, seed=1)[:2], per_sample=False)
+    constants = fit_balancing(*make(90, 90, seed=1)[:2])
     out = favor_attention(q, k, v, w, causal=True, balancing=constants, chunk_size=8)
     for i in (0, 17, 39):
         seen = favor_attention(q[:, :, i : i + 1], k[:, :, : i + 1], v[:, :, : i + 1], w, balancing=constants)

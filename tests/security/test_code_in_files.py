@@ -195,7 +195,7 @@ def test_neither_does_a_config(name: str, tmp_path: Path, bomb: Path, mark: Path
 def converted(tmp_path: Path) -> Path:
     torch.manual_seed(0)
     model = timm.create_model("vit_tiny_patch16_224", img_size=32, **SMALL)
-    return perf_vit.save_converted(perf_vit.performerize(model, num_clusters=2), tmp_path / "converted")
+    return perf_vit.save_converted(perf_vit.linearize(model, num_clusters=2), tmp_path / "converted")
 
 
 def spoil(folder: Path, **changes) -> None:

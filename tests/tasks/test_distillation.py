@@ -7,12 +7,12 @@ from torch.nn import functional as F
 
 import perf_vit
 from perf_vit.errors import ConfigError
-from perf_vit.layers.converted_attention import ConvertedAttention
+from perf_vit.layers.linearized_attention import LinearizedAttention
 from perf_vit.tasks import DistillationConfig, DistillationTask
 from perf_vit.tasks.matching import match_blocks, recorded_blocks, token_loss
 
 # 8 x 8 patches, of which few are exact: the rest is what a student has to learn.
-OPTIONS = {"window_size": 2, "num_sinks": 2, "num_features": 16}
+OPTIONS = {"window_size": 2, "num_sinks": 2, "num_clusters": 16}
 MODELS = {
     "vit": ("vit_tiny_patch16_224", {"patch_size": 8, "embed_dim": 64, "depth": 2, "num_heads": 2}),
     "registers": ("vit_small_patch14_reg4_dinov2", {"patch_size": 8, "embed_dim": 64, "depth": 2, "num_heads": 2}),
@@ -56,7 +56,7 @@ def test_a_block_called_again_gives_what_was_recorded(kind: str) -> None:
 @pytest.mark.parametrize("kind", MODELS)
 def test_gradients_block_by_block_are_those_of_the_sum(kind: str) -> None:
     teacher, image = _teacher(kind).requires_grad_(False), _images(0)
-    student = perf_vit.performerize(teacher, **OPTIONS).requires_grad_(True)
+    student = perf_vit.linearize(teacher, **OPTIONS).requires_grad_(True)
     loss = match_blocks(teacher, student, image, lambda part: part.backward())
     got = {name: p.grad.clone() for name, p in student.named_parameters() if p.grad is not None}
     student.zero_grad()
@@ -80,7 +80,7 @@ def test_gradients_block_by_block_are_those_of_the_sum(kind: str) -> None:
 
 def test_a_softmax_block_is_not_matched() -> None:
     teacher, image = _teacher("vit"), _images(0)
-    student = perf_vit.performerize(teacher, layers=[1], **OPTIONS)
+    student = perf_vit.linearize(teacher, layers=[1], **OPTIONS)
     parts: list[torch.Tensor] = []
     total = match_blocks(teacher, student, image, parts.append)
     assert len(parts) == 1
@@ -99,7 +99,7 @@ def test_token_loss_is_nothing_at_the_target_and_counts_prefix_and_patches_alike
 @pytest.mark.parametrize(("trainable", "expected"), [("attention", {"attn", "norm1", "ls1"}), ("all", None)])
 def test_only_what_is_asked_for_trains(trainable: str, expected: set[str] | None) -> None:
     teacher = _teacher("registers")
-    task = DistillationTask(teacher, perf_vit.performerize(teacher, **OPTIONS), DistillationConfig(trainable=trainable))
+    task = DistillationTask(teacher, perf_vit.linearize(teacher, **OPTIONS), DistillationConfig(trainable=trainable))
     trained = {name for name, p in task.student.named_parameters() if p.requires_grad}
     if expected is None:
         assert trained == {name for name, _ in task.student.named_parameters()}
@@ -110,7 +110,7 @@ def test_only_what_is_asked_for_trains(trainable: str, expected: set[str] | None
 
 def test_eva_trains_its_scale_and_both_models_stay_in_evaluation_mode() -> None:
     teacher = _teacher("rope")
-    task = DistillationTask(teacher, perf_vit.performerize(teacher, **OPTIONS), DistillationConfig())
+    task = DistillationTask(teacher, perf_vit.linearize(teacher, **OPTIONS), DistillationConfig())
     task.train()
     assert task.training
     assert not any(module.training for model in (task.teacher, task.student) for module in model.modules())
@@ -122,7 +122,7 @@ def test_eva_trains_its_scale_and_both_models_stay_in_evaluation_mode() -> None:
 @pytest.mark.parametrize("kind", MODELS)
 def test_training_on_some_images_lowers_loss_and_raises_cosine_on_others(kind: str, stage: str, lr: float) -> None:
     teacher = _teacher(kind).requires_grad_(False)
-    student = perf_vit.performerize(teacher, **OPTIONS)
+    student = perf_vit.linearize(teacher, **OPTIONS)
     prefix = teacher.num_prefix_tokens
     DistillationTask(teacher, student, DistillationConfig())
 
@@ -170,4 +170,4 @@ def test_a_student_without_linear_attention_is_refused() -> None:
     teacher = _teacher("vit")
     with pytest.raises(ValueError, match="converted attention"):
         DistillationTask(teacher, copy.deepcopy(teacher), DistillationConfig())
-    assert not any(isinstance(module, ConvertedAttention) for module in teacher.modules())
+    assert not any(isinstance(module, LinearizedAttention) for module in teacher.modules())

@@ -12,7 +12,7 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from perf_vit.errors import ConfigError
-from perf_vit.layers import PerformerAttention, current_draw, redraw_projections
+from perf_vit.layers import PerformerMixer, current_draw, redraw_projections
 from perf_vit.models import CHECKPOINT_KEY, ModelConfig, SegmenterSpec, load_segmenter
 from perf_vit.tasks import OptimConfig, SegmentationTask, TrainerConfig, build_trainer
 from perf_vit.tasks.redraw import RedrawnWeightAveraging, RedrawProjections
@@ -48,7 +48,7 @@ class Recorder(lightning.Callback):
 
 
 def projections(model: nn.Module) -> list[torch.Tensor]:
-    return [module.projection for module in model.modules() if isinstance(module, PerformerAttention)]
+    return [module.projection for module in model.modules() if isinstance(module, PerformerMixer)]
 
 
 def batches(num_batches: int) -> DataLoader:

@@ -9,7 +9,7 @@ from torch.multiprocessing.spawn import spawn
 from torch.nn.parallel import DistributedDataParallel
 
 import perf_vit  # noqa: F401  (registers the backbones)
-from perf_vit.layers.draws import current_draw, redraw_projections
+from perf_vit.layers import current_draw, redraw_projections
 
 STEPS = 4
 

@@ -32,7 +32,7 @@ def model() -> VisionTransformer:
 
 
 def _row(tradeoff, patch: float, seconds: float, gflop: float, num_sinks: int = 0):
-    return tradeoff.Row("clustered", 0, num_sinks, 16, patch, patch, patch, patch, seconds, 1.0, gflop, 2.0)
+    return tradeoff.Row(0, num_sinks, 16, patch, patch, patch, patch, seconds, 1.0, gflop, 2.0)
 
 
 def test_front_holds_what_nothing_beats(tradeoff) -> None:
@@ -48,24 +48,23 @@ def test_measured_grid_is_printed_written_and_drawn(tradeoff, model, make_scene,
     monkeypatch.setattr(tradeoff, "load_vit", lambda *_: model)
     image = make_scene(height=100, width=120, dtype="uint8")
     out = tmp_path / "figures"
-    numbers = {"windows": "0,8", "sinks": "0,16", "clusters": "16,32", "features": "16,32"}
+    numbers = {"windows": "0,8", "sinks": "0,16", "clusters": "16,32"}
     tradeoff.main([image], Path(), size=SIZE, **numbers, runs=1, out=out)
     assert "plain FAVOR+" in capsys.readouterr().out
     with (out / f"tradeoff_{SIZE}.csv").open(newline="") as file:
         rows = {
-            (row["attention"], int(row["window_size"]), int(row["num_sinks"]), int(row["num_far"])): row
+            (int(row["window_size"]), int(row["num_sinks"]), int(row["num_clusters"])): row
             for row in csv.DictReader(file)
         }
-    assert len(rows) == 2 * 2 * 2 * 2
-    for (attention, window_size, num_sinks, num_far), row in rows.items():
+    assert len(rows) == 2 * 2 * 2
+    for (window_size, num_sinks, num_clusters), row in rows.items():
         # A window as large as the grid leaves nothing to estimate.
         assert (float(row["patch"]) > 0.9999) == (window_size == 8)
         assert float(row["worst_patch"]) <= float(row["patch"])
         assert float(row["relative_time"]) > 0
-        assert float(row["gflop"]) >= float(rows[attention, window_size, 0, num_far]["gflop"])
-        assert float(row["gflop"]) >= float(rows[attention, window_size, num_sinks, 16]["gflop"])
-    for attention in ("clustered", "scatterbrain"):
-        assert float(rows[attention, 8, 16, 32]["gflop"]) > float(rows[attention, 0, 0, 16]["gflop"])
+        assert float(row["gflop"]) >= float(rows[window_size, 0, num_clusters]["gflop"])
+        assert float(row["gflop"]) >= float(rows[window_size, num_sinks, 16]["gflop"])
+    assert float(rows[8, 16, 32]["gflop"]) > float(rows[0, 0, 16]["gflop"])
     with Image.open(out / f"tradeoff_{SIZE}.png") as picture:
         assert min(picture.size) > 300
         assert len(picture.convert("RGB").getcolors(maxcolors=2**24)) > 5

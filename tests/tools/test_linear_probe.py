@@ -130,7 +130,7 @@ def test_resampled_area_is_that_of_repeated_patches(tool) -> None:
 
 def test_exact_conversion_changes_no_score_and_plain_one_does(tool, model, make_city, monkeypatch) -> None:
     probe = tool("linear_probe")
-    of_names = {"exact": EXACT, "plain": {"attention": "performer", "num_features": 4}}
+    of_names = {"exact": EXACT, "plain": {"mixer": "performer", "num_features": 4}}
     monkeypatch.setattr("pretrained_vit.CONVERSIONS", of_names)
     train, test = (list(probe.read_tiles(*make_city(seed), SIZE, PATCH)) for seed in (0, 1))
     comparison = probe.Comparison(model, train, test, [0, 2], 0.01)

@@ -51,7 +51,7 @@ def test_a_linear_layer_learns_on_a_frozen_softmax_model(tool, config, tmp_path)
     path, image, labels = config
     folder, out = tmp_path / "vit", tmp_path / "scores.json"
     vit = timm.create_model("vit_tiny_patch16_224", num_classes=0, embed_dim=48, depth=2, num_heads=2)
-    save_converted(perf_vit.performerize(vit), folder)
+    save_converted(perf_vit.linearize(vit), folder)
     overrides = ["data.tile_px=64", "model.out_indices=[1]"]
     tool.main(str(path), "linear", image, labels, overrides, cpu_seconds=2, out=out, region=None, backbone=folder)
     assert json.loads(out.read_text())["classes"][1]["iou"] > 0.4
@@ -60,7 +60,7 @@ def test_a_linear_layer_learns_on_a_frozen_softmax_model(tool, config, tmp_path)
 def test_only_the_linear_layer_is_trained(tool, tmp_path) -> None:
     folder = tmp_path / "vit"
     vit = timm.create_model("vit_tiny_patch16_224", num_classes=0, embed_dim=48, depth=2, num_heads=2)
-    save_converted(perf_vit.performerize(vit), folder)
+    save_converted(perf_vit.linearize(vit), folder)
     data = SimpleNamespace(classes=("a", "b"), normalizer=Normalizer((0.0,) * 3, (1.0,) * 3), tile_px=64)
     run = SimpleNamespace(model=SimpleNamespace(out_indices=[0, 1]))
     model = tool.build("linear", data, run, folder)

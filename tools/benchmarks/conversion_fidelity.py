@@ -89,7 +89,7 @@ def conversions(model: nn.Module, only: list[str] | None) -> dict[str, Callable[
 
 def popular(model: nn.Module, seed: int) -> nn.Module:
     torch.manual_seed(seed)
-    copied = perf_vit.performerize(model, "softmax")
+    copied = perf_vit.linearize(model, "softmax")
     for block in copied.blocks:
         block.attn = PopularAttention(block.attn)
     return copied.eval()

@@ -28,7 +28,7 @@ import perf_vit
 from perf_vit.cli.console import console, errors
 from perf_vit.cli.timing import machine_name
 
-ATTENTIONS = ("softmax", "performer", "clustered", "scatterbrain")
+MIXERS = ("softmax", "performer", "clustered")
 
 
 def main(
@@ -57,7 +57,7 @@ def main(
 
 def model_of(model_name: str, weights: Path, size: int, attention: str) -> nn.Module:
     model = load_vit(model_name, weights, size)
-    return model if attention == "softmax" else perf_vit.performerize(model, attention)
+    return model if attention == "softmax" else perf_vit.linearize(model, attention)
 
 
 def picture(size: int) -> Tensor:
@@ -75,7 +75,7 @@ def times(
 ) -> dict[str, float]:
     """Median seconds by attention."""
     image = picture(size)
-    attentions = [name for name in ATTENTIONS if name != "softmax" or size <= softmax_up_to]
+    attentions = [name for name in MIXERS if name != "softmax" or size <= softmax_up_to]
     models = {name: model_of(model_name, weights, size, name) for name in attentions}
     measured: dict[str, list[float]] = {name: [] for name in attentions}
     for run in range(runs + 1):
@@ -104,11 +104,11 @@ def extrapolated(tokens: dict[int, int], softmax: dict[int, float], size: int) -
 
 def show(seconds: dict[int, dict[str, float]], softmax_up_to: int, title: str) -> None:
     table = Table(title=f"Seconds of a forward pass; {title}")
-    for header in ("px", *(word for name in ATTENTIONS for word in ([name] if name == "softmax" else [name, "x"]))):
+    for header in ("px", *(word for name in MIXERS for word in ([name] if name == "softmax" else [name, "x"]))):
         table.add_column(header, justify="right")
     for size, each in seconds.items():
         row = [str(size), f"{each['softmax']:.2f}" + ("" if size <= softmax_up_to else " extrapolated")]
-        for name in ATTENTIONS[1:]:
+        for name in MIXERS[1:]:
             row += [f"{each[name]:.2f}", f"{each['softmax'] / each[name]:.1f}"]
         table.add_row(*row)
     console.print(table)
@@ -117,12 +117,12 @@ def show(seconds: dict[int, dict[str, float]], softmax_up_to: int, title: str) -
 
 def show_memory(model_name: str, weights: Path, sizes: list[int]) -> None:
     table = Table(title="MiB that a forward pass adds at its peak")
-    for header in ("px", *ATTENTIONS):
+    for header in ("px", *MIXERS):
         table.add_column(header, justify="right")
     fresh = multiprocessing.get_context("spawn")
     for size in sizes:
         row = [str(size)]
-        for name in ATTENTIONS:
+        for name in MIXERS:
             with errors.status(f"memory, {size} px, {name}"), fresh.Pool(1) as pool:
                 row.append(f"{pool.apply(peak_mib, (model_name, weights, size, name)):.0f}")
         table.add_row(*row)

@@ -1,4 +1,4 @@
-"""What a converted model keeps against what it costs, over a grid of windows, sinks, and clusters or features.
+"""What a converted model keeps against what it costs, over a grid of windows, sinks and clusters.
 
     python tools/benchmarks/conversion_tradeoff.py --weights vit.safetensors --size 1022 a.tif b.tif slide.svs
 
@@ -33,22 +33,16 @@ from perf_vit.cli.console import console, errors
 from perf_vit.cli.timing import Call, alternating_medians, machine_name
 
 COLORS, MARKERS = (GREY, BLUE, GREEN, YELLOW, RED, PURPLE), "osD^vP"
-# Attention -> what stands in for far keys.
-FAR = {"clustered": "clusters", "scatterbrain": "features"}
 FOLDER = Path(__file__).parents[2] / "docs" / "images" / "conversion"
 
 
 @dataclass(frozen=True)
 class Row:
-    """One setting: cosines (means, worst image and draw) and costs, also of plain FAVOR+ in the same run.
+    """One setting: cosines (means, worst image) and costs, also of plain FAVOR+ in the same run."""
 
-    What stands in for far keys is clusters, of "clustered", or features, of "scatterbrain".
-    """
-
-    attention: str
     window_size: int
     num_sinks: int
-    num_far: int
+    num_clusters: int
     patch: float
     worst_patch: float
     class_: float
@@ -74,27 +68,22 @@ def main(
     size: Annotated[int, typer.Option(help="Side of a crop in pixels.")] = 1022,
     windows: Annotated[str, typer.Option(help="Sides of a window in patches, up to 6.")] = "0,12,16,24",
     sinks: Annotated[str, typer.Option(help="Numbers of sinks, up to 6.")] = "0,64,512",
-    clusters: Annotated[str, typer.Option(help="Numbers of clusters; nothing for none of these.")] = "48,96,256",
-    features: Annotated[
-        str, typer.Option(help="Numbers of random features; nothing for none of these.")
-    ] = "64,128,256",
-    draws: Annotated[int, typer.Option(help="Draws of the projections.")] = 1,
+    clusters: Annotated[str, typer.Option(help="Numbers of clusters.")] = "48,96,256",
     runs: Annotated[int, typer.Option(help="Timed runs of each setting, of which the median counts.")] = 3,
     out: Annotated[Path, typer.Option(help="Folder for the CSV file and the figure.")] = FOLDER,
 ) -> None:
     """Print, write and draw the trade-off."""
-    given = {"windows": windows, "sinks": sinks, "clusters": clusters, "features": features}
+    given = {"windows": windows, "sinks": sinks, "clusters": clusters}
     numbers = {name: numbers_of(text, name) for name, text in given.items()}
     model = load_vit(model_name, weights, size)
     crops = [crop for path in images for crop in read_crops(path, size)]
     exact, _ = tokens_of(model, crops)
-    plain = Cost(perf_vit.performerize(model, "performer"), crops[0])
+    plain = Cost(perf_vit.linearize(model, "performer"), crops[0])
     rows = []
-    for attention, name in FAR.items():
-        for setting in itertools.product(numbers["windows"], numbers["sinks"], numbers[name]):
-            with errors.status(f"window {setting[0]}, {setting[1]} sinks, {setting[2]} {name}"):
-                rows.append(measure(model, attention, setting, crops, exact, plain, draws, runs))
-    title = f"{model_name}, {size} px, {len(crops)} images, {draws} draws, {machine_name('cpu')}"
+    for setting in itertools.product(*numbers.values()):
+        with errors.status(f"window {setting[0]}, {setting[1]} sinks, {setting[2]} clusters"):
+            rows.append(measure(model, setting, crops, exact, plain, runs))
+    title = f"{model_name}, {size} px, {len(crops)} images, {machine_name('cpu')}"
     show(rows, f"{title}, {torch.get_num_threads()} threads")
     out.mkdir(parents=True, exist_ok=True)
     write_rows(rows, out / f"tradeoff_{size}.csv")
@@ -130,24 +119,14 @@ class Cost:
 
 
 def measure(
-    model: nn.Module,
-    attention: str,
-    setting: tuple[int, int, int],
-    crops: list[Tensor],
-    exact: list[Tensor],
-    plain: Cost,
-    draws: int,
-    runs: int,
+    model: nn.Module, setting: tuple[int, ...], crops: list[Tensor], exact: list[Tensor], plain: Cost, runs: int
 ) -> Row:
-    options = dict(zip(("window_size", "num_sinks", f"num_{FAR[attention]}"), setting, strict=True))
+    options = dict(zip(("window_size", "num_sinks", "num_clusters"), setting, strict=True))
     # Clusters aren't drawn.
-    draws = draws if attention == "scatterbrain" else 1
-    *cosines, _ = fidelity(
-        lambda seed: perf_vit.performerize(model, attention, seed=seed, **options), crops, exact, draws
-    )
-    own = Cost(perf_vit.performerize(model, attention, **options), crops[0])
+    *cosines, _ = fidelity(lambda _: perf_vit.linearize(model, **options), crops, exact, 1)
+    own = Cost(perf_vit.linearize(model, **options), crops[0])
     seconds = alternating_medians({"own": own.call, "plain": plain.call}, runs, "cpu")
-    return Row(attention, *setting, *cosines, seconds["own"], seconds["plain"], own.gflop, plain.gflop)
+    return Row(*setting, *cosines, seconds["own"], seconds["plain"], own.gflop, plain.gflop)
 
 
 def front(rows: Sequence[Row], cost: str) -> list[Row]:
@@ -161,16 +140,26 @@ def front(rows: Sequence[Row], cost: str) -> list[Row]:
 
 def show(rows: Sequence[Row], title: str) -> None:
     table = Table(title=title)
-    for header in ("window", "sinks", "far", "patch tokens", "worst", "class token", "worst", "time", "arithmetic", ""):
+    for header in (
+        "window",
+        "sinks",
+        "clusters",
+        "patch tokens",
+        "worst",
+        "class token",
+        "worst",
+        "time",
+        "arithmetic",
+        "",
+    ):
         table.add_column(header, justify="right")
     unbeaten = set(front(rows, "relative_time"))
     for row in rows:
-        cosines = (row.patch, row.worst_patch, row.class_, row.worst_class)
         table.add_row(
             str(row.window_size),
             str(row.num_sinks),
-            f"{row.num_far} {FAR[row.attention]}",
-            *(f"{cosine:.4f}" for cosine in cosines),
+            str(row.num_clusters),
+            *(f"{cosine:.4f}" for cosine in (row.patch, row.worst_patch, row.class_, row.worst_class)),
             *(f"{ratio:.2f}" for ratio in (row.relative_time, row.relative_gflop)),
             "*" if row in unbeaten else "",
         )
@@ -209,9 +198,8 @@ def draw_panel(axes: Axes, rows: Sequence[Row], cost: str) -> None:
     axes.plot([getattr(row, cost) for row in unbeaten], [lost[row] for row in unbeaten], color="black", lw=0.8)
     for row in rows:
         color, marker, area = styles["sinks", row.num_sinks], styles["window", row.window_size], _area(row, rows)
-        face = color if row.attention == "clustered" else "none"
         place = getattr(row, cost), lost[row]
-        axes.scatter(*place, s=area, facecolors=face, edgecolors=color, marker=marker, lw=1, alpha=0.85, zorder=3)
+        axes.scatter(*place, s=area, facecolors=color, edgecolors=color, marker=marker, lw=1, alpha=0.85, zorder=3)
     axes.set_yscale("log")
     label_logarithms(axes.yaxis)
     axes.grid(alpha=0.3)
@@ -230,17 +218,16 @@ def legend_of(rows: Sequence[Row]) -> list[Line2D]:
         look = {"color": style, "marker": "o"} if kind == "sinks" else {"color": GREY, "marker": style}
         label = f"{number} sinks" if kind == "sinks" else f"windows {number}" if number else "no windows"
         handles.append(Line2D([], [], ls="", label=label, **look))
-    for row in {(row.attention, row.num_far): row for row in sorted(rows, key=lambda row: row.num_far)}.values():
-        size, face = _area(row, rows) ** 0.5, GREY if row.attention == "clustered" else "none"
-        label = f"{row.num_far} {FAR[row.attention]}"
-        handles.append(Line2D([], [], ls="", color=GREY, marker="o", ms=size, mfc=face, label=label))
+    for row in {row.num_clusters: row for row in sorted(rows, key=lambda row: row.num_clusters)}.values():
+        size, label = _area(row, rows) ** 0.5, f"{row.num_clusters} clusters"
+        handles.append(Line2D([], [], ls="", color=GREY, marker="o", ms=size, label=label))
     return [*handles, Line2D([], [], color="black", lw=0.8, label="none beats these")]
 
 
 def _area(row: Row, rows: Sequence[Row]) -> float:
-    """Square points of a marker: the more clusters or features, the larger."""
-    numbers = sorted({other.num_far for other in rows if other.attention == row.attention})
-    return 22.0 + 26 * numbers.index(row.num_far)
+    """Square points of a marker: the more clusters, the larger."""
+    numbers = sorted({other.num_clusters for other in rows})
+    return 22.0 + 26 * numbers.index(row.num_clusters)
 
 
 if __name__ == "__main__":

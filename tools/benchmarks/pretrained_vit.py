@@ -18,10 +18,10 @@ from torch import Tensor, nn
 import perf_vit
 
 MEAN, STD = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
-# Name -> options of `performerize`. Where nothing else is said, clusters are 96 beside windows of 16 and 256 sinks or
-# fewer by the image's size, features 128 beside windows of 12 and 512 sinks, and plain FAVOR+ has 256 features.
+# Name -> options of `linearize`. Where nothing else is said, clusters are 96 beside windows of 16 and 256 sinks or
+# fewer by the image's size, and plain FAVOR+ has 256 features.
 CONVERSIONS: dict[str, dict[str, Any]] = {
-    "plain FAVOR+": {"attention": "performer"},
+    "plain FAVOR+": {"mixer": "performer"},
     "clusters": {},
     "clusters, windows 12": {"window_size": 12},
     "clusters, windows 24": {"window_size": 24},
@@ -31,13 +31,6 @@ CONVERSIONS: dict[str, dict[str, Any]] = {
     "64 clusters": {"num_clusters": 64},
     "256 clusters": {"num_clusters": 256},
     "512 clusters": {"num_clusters": 512},
-    "features": {"attention": "scatterbrain"},
-    "features, no windows": {"attention": "scatterbrain", "window_size": 0},
-    "features, no sinks": {"attention": "scatterbrain", "num_sinks": 0},
-    "features, 128 sinks": {"attention": "scatterbrain", "num_sinks": 128},
-    "features, not centred or balanced": {"attention": "scatterbrain", "center": False, "balance": False},
-    "features, M 256": {"attention": "scatterbrain", "num_features": 256},
-    "features, 1024 sinks": {"attention": "scatterbrain", "num_sinks": 1024},
 }
 
 
@@ -53,7 +46,8 @@ def check_names(names: Sequence[str]) -> None:
 def converted(model: nn.Module, name: str, seed: int) -> nn.Module:
     """The model by one of `CONVERSIONS`, or the one in a folder, for images of the model's size."""
     if name in CONVERSIONS:
-        return perf_vit.performerize(model, **{"seed": seed, **CONVERSIONS[name]})
+        drawn = {"seed": seed} if CONVERSIONS[name].get("mixer") == "performer" else {}
+        return perf_vit.linearize(model, **{**drawn, **CONVERSIONS[name]})
     return perf_vit.load_converted(name, img_size=model.patch_embed.img_size).eval()
 
 

@@ -7,12 +7,14 @@ from typing import Any
 
 import torch
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
-from timm.layers import BatchNormAct2d, ClassifierHead
+from timm.layers import Attention, BatchNormAct2d, ClassifierHead, register_notrace_module
 from timm.models import build_model_with_cfg, checkpoint_seq, generate_default_cfgs, register_model
 from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 
-from perf_vit.layers import PerformerAttention, configure_attention
+from perf_vit.layers import LinearizedAttention, MixerOptions
+from perf_vit.layers.mixer import check_option_names, get_mixer
+from perf_vit.layers.token_grid import TokenGrid
 
 # `register_model` adds the name of every model.
 __all__ = ["HighResolutionConvTransformer"]
@@ -25,7 +27,8 @@ class HighResolutionConvTransformer(nn.Module):
     blocks of the last `num_attn_stages` stages attend to all positions, at their input's resolution, before they
     convolve. Nothing encodes positions, so images may have any size, [B, C, H, W].
 
-    The attention is the ReLU Performer with M = int(D ln D) features of rows of norm sqrt(D), D channels a head.
+    The attention is the ReLU Performer with M = int(D ln D) features of rows of norm sqrt(D), D channels a head,
+    unless another mixer is named.
 
     Args:
         in_chans: number of input channels.
@@ -36,12 +39,14 @@ class HighResolutionConvTransformer(nn.Module):
         num_heads: heads of every attention.
         num_attn_stages: how many stages, counted from the last, attend.
         drop_rate: dropout before the classifier.
-        attn_kwargs: options of the attention other than the above: kernel, num_features, seed (`PerformerOptions`).
+        mixer: name of the mixer, "performer", "clustered", "softmax" or a registered one.
+        attn_kwargs: options of the mixer; of "performer" other than the above: kernel, num_features, seed.
         device: of the parameters.
         dtype: of the parameters.
 
     Raises:
-        ValueError: an unknown option or value in `attn_kwargs`, or `channels` and `depths` of different lengths.
+        ValueError: an unknown mixer, an option or value that it doesn't take, or `channels` and `depths` of different
+            lengths.
     """
 
     def __init__(
@@ -54,11 +59,13 @@ class HighResolutionConvTransformer(nn.Module):
         num_heads: int = 8,
         num_attn_stages: int = 2,
         drop_rate: float = 0.0,
+        mixer: str = "performer",
         attn_kwargs: Mapping[str, Any] | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
+        check_option_names(mixer, attn_kwargs or {})
         if len(channels) != len(depths):
             raise ValueError(f"channels and depths must have one entry per stage, got {channels} and {depths}")
         self.in_chans = in_chans
@@ -78,15 +85,23 @@ class HighResolutionConvTransformer(nn.Module):
         )
         self.feature_info = [{"num_chs": channels[0], "reduction": 4, "module": "stem"}]
         self.stages = nn.Sequential()
-        stage_in_chans = channels[0]
+        stage_in_chans, num_layers, attention = channels[0], 0, {"mixer": mixer, "options": attn_kwargs or {}}
         for index, (stage_chans, depth) in enumerate(zip(channels, depths, strict=True)):
-            stage_heads = num_heads if index >= len(channels) - num_attn_stages else 0
-            self.stages.append(_stage(stage_in_chans, stage_chans, depth, stage_heads, dd))
+            chans = stage_in_chans, stage_chans
+            if index < len(channels) - num_attn_stages:
+                blocks = [ResidualBlock(*each, **dd) for each in _shapes(*chans, depth)]
+            else:
+                layers = range(num_layers, num_layers + depth)
+                blocks = [
+                    AttentionConvBlock(*each, num_heads, layer_index=layer, **attention, **dd)
+                    for each, layer in zip(_shapes(*chans, depth), layers, strict=True)
+                ]
+                num_layers += depth
+            self.stages.append(nn.Sequential(*blocks))
             self.feature_info.append({"num_chs": stage_chans, "reduction": 8 << index, "module": f"stages.{index}"})
             stage_in_chans = stage_chans
         self.norm: nn.Module = BatchNormAct2d(stage_in_chans, **dd)
         self.head = ClassifierHead(stage_in_chans, num_classes, pool_type=global_pool, drop_rate=drop_rate, **dd)
-        configure_attention(self, attn_kwargs or {})
         self.apply(_init_weights)
 
     def no_weight_decay(self) -> set[str]:
@@ -209,6 +224,20 @@ class ResidualBlock(nn.Module):
         return self.conv2(self.norm2(self.conv1(y))) + residual
 
 
+# Tracers take it as one node: the grid isn't a thing that a graph could carry.
+@register_notrace_module
+class _MapAttention(LinearizedAttention):
+    """Attention over the positions of a map, [B, C, H, W]."""
+
+    def __init__(self, attention: nn.Module, options: MixerOptions) -> None:
+        super().__init__(attention, options, TokenGrid())
+
+    def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
+        rows, columns = x.shape[-2:]
+        self.grid.size = (rows, columns)
+        return super().forward(x.flatten(2).transpose(1, 2)).transpose(1, 2).reshape(x.shape)
+
+
 class AttentionConvBlock(nn.Module):
     """Pre-activation block of linear attention over all positions, then a 3 x 3 convolution, which has the stride.
 
@@ -217,17 +246,31 @@ class AttentionConvBlock(nn.Module):
         out_chans: channels of the output.
         stride: 2 halves the map, after the attention.
         num_heads: heads of the attention.
+        mixer: name of the mixer.
+        options: options of the mixer, over the published ones.
+        layer_index: index of the attention in the network.
         device: of the parameters.
         dtype: of the parameters.
     """
 
-    def __init__(self, in_chans: int, out_chans: int, stride: int = 1, num_heads: int = 8, **dd: Any) -> None:
+    def __init__(
+        self,
+        in_chans: int,
+        out_chans: int,
+        stride: int = 1,
+        num_heads: int = 8,
+        *,
+        mixer: str = "performer",
+        options: Mapping[str, Any] | None = None,
+        layer_index: int = 0,
+        **dd: Any,
+    ) -> None:
         super().__init__()
-        head_dim = in_chans // num_heads
         self.norm1 = BatchNormAct2d(in_chans, **dd)
         self.shortcut = _shortcut(in_chans, out_chans, stride, dd)
-        self.attn = PerformerAttention(in_chans, num_heads=num_heads, qkv_bias=True, **dd)
-        self.attn.configure(kernel="relu", num_features=int(head_dim * math.log(head_dim)), norms="sqrt")
+        published = _published_options(in_chans // num_heads) if mixer == "performer" else {}
+        mixing = get_mixer(mixer).options_type(**{**published, **(options or {}), "layer_index": layer_index})
+        self.attn = _MapAttention(Attention(in_chans, num_heads=num_heads, qkv_bias=True, **dd), mixing)
         self.norm2 = BatchNormAct2d(in_chans, **dd)
         self.conv = nn.Conv2d(in_chans, out_chans, 3, stride=stride, padding=1, bias=False, **dd)
 
@@ -235,9 +278,12 @@ class AttentionConvBlock(nn.Module):
         """Maps, [B, in_chans, H, W], to [B, out_chans, ceil(H / stride), ceil(W / stride)]."""
         y = self.norm1(x)
         residual = x if self.shortcut is None else self.shortcut(y)
-        tokens = self.attn(y.flatten(2).transpose(1, 2))
-        x = x + tokens.transpose(1, 2).reshape(x.shape)
+        x = x + self.attn(y)
         return self.conv(self.norm2(x)) + residual
+
+
+def _published_options(head_dim: int) -> dict[str, Any]:
+    return {"kernel": "relu", "num_features": int(head_dim * math.log(head_dim)), "norms": "sqrt"}
 
 
 def _shortcut(in_chans: int, out_chans: int, stride: int, dd: Mapping[str, Any]) -> nn.Module | None:
@@ -246,20 +292,14 @@ def _shortcut(in_chans: int, out_chans: int, stride: int, dd: Mapping[str, Any])
     return nn.Conv2d(in_chans, out_chans, 1, stride=stride, bias=False, **dd)
 
 
-def _stage(in_chans: int, out_chans: int, depth: int, num_heads: int, dd: Mapping[str, Any]) -> nn.Sequential:
-    """Blocks of which the first has the stride; they attend if there are heads."""
-    stage = nn.Sequential()
-    for index in range(depth):
-        chans = (out_chans if index else in_chans, out_chans)
-        stride = 1 if index else 2
-        stage.append(
-            AttentionConvBlock(*chans, stride, num_heads, **dd) if num_heads else ResidualBlock(*chans, stride, **dd)
-        )
-    return stage
+def _shapes(in_chans: int, out_chans: int, depth: int) -> list[tuple[int, int, int]]:
+    """Input channels, output channels and stride of the blocks of a stage, of which the first has the stride."""
+    return [(in_chans, out_chans, 2), *[(out_chans, out_chans, 1)] * (depth - 1)]
 
 
 def _init_weights(module: nn.Module) -> None:
-    if isinstance(module, nn.Conv2d):
+    # Local enhancement, a subclass, starts at 0.
+    if type(module) is nn.Conv2d:
         nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
 
 

@@ -6,56 +6,35 @@ from typing import Any
 from timm.models import generate_default_cfgs, register_model
 from timm.models.eva import Eva, checkpoint_filter_fn
 
-from perf_vit.layers.configure import check_model_options
 from perf_vit.models.backbones._family import SIZES, entrypoint, vit_cfg, with_own_enhancement
 from perf_vit.models.conversion import Conversion
 from perf_vit.models.convert import convert_attention
 
 # `register_model` adds the name of every model.
-__all__ = ["PerformerRopeVisionTransformer", "ScatterbrainRopeVisionTransformer"]
+__all__ = ["LinearRopeVisionTransformer"]
 
 
-class _LinearEva(Eva):
-    _attention: str
+class LinearRopeVisionTransformer(Eva):
+    """timm's `Eva` with a mixer of linear cost in every block.
 
-    def __init__(self, *args: Any, attn_kwargs: Mapping[str, Any] | None = None, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        check_model_options(attn_kwargs or {})
-        convert_attention(self, Conversion(attention=self._attention, options=attn_kwargs or {}))
-
-
-class PerformerRopeVisionTransformer(_LinearEva):
-    """timm's `Eva` with Performer attention (Choromanski et al. 2020) in every block.
-
-    Rotary embeddings turn queries and keys before the features. Everything else is timm's, the names of the parameters
+    Rotary embeddings turn queries and keys before the mixer. Everything else is timm's, the names of the parameters
     too, so checkpoints of an `Eva` with the same arguments load with `strict=True`. Images are [B, C, H, W].
 
     Args:
         *args: of `timm.models.Eva`.
-        attn_kwargs: options of the attention: kernel, num_features, orthogonal, norms, local_enhancement, seed, and the
-            others of `ScatterbrainOptions`.
+        mixer: name of the mixer, "performer", "clustered", "softmax" or a registered one.
+        attn_kwargs: options of the mixer (`PerformerOptions`, `ClusteredOptions`).
         **kwargs: of `timm.models.Eva`.
 
     Raises:
-        ValueError: an unknown option or value in `attn_kwargs`, or `attn_drop_rate` above 0.
+        ValueError: an unknown mixer, an option or value that it doesn't take, or `attn_drop_rate` above 0.
     """
 
-    _attention = "performer"
-
-
-class ScatterbrainRopeVisionTransformer(_LinearEva):
-    """timm's `Eva` with the "scatterbrain" of `performerize`: windows, sinks, and FAVOR+ for the rest.
-
-    Args:
-        *args: of `timm.models.Eva`.
-        attn_kwargs: options of the attention (`ScatterbrainOptions`).
-        **kwargs: of `timm.models.Eva`.
-
-    Raises:
-        ValueError: an unknown option or value in `attn_kwargs`, or `attn_drop_rate` above 0.
-    """
-
-    _attention = "scatterbrain"
+    def __init__(
+        self, *args: Any, mixer: str = "performer", attn_kwargs: Mapping[str, Any] | None = None, **kwargs: Any
+    ) -> None:
+        super().__init__(*args, **kwargs)
+        convert_attention(self, Conversion(mixer=mixer, options=attn_kwargs or {}))
 
 
 # timm's `vit_*_patch16_rope_224` (axial frequencies, Heo et al. 2024), with registers (Darcet et al. 2024). Positions
@@ -71,13 +50,12 @@ _ROPE_ARGS = {
     "rope_temperature": 100.0,
     "dynamic_img_size": True,
 }
-_CLASSES = {"performer": PerformerRopeVisionTransformer, "scatterbrain": ScatterbrainRopeVisionTransformer}
 _VARIANTS = {
-    f"{attention}_vit_rope_{size}_patch16_224": (model_cls, {"patch_size": 16, **SIZES[size], **_ROPE_ARGS})
-    for attention, model_cls in _CLASSES.items()
+    f"{mixer}_vit_rope_{size}_patch16_224": {"patch_size": 16, "mixer": mixer, **SIZES[size], **_ROPE_ARGS}
+    for mixer in ("performer", "clustered")
     for size in ("small", "base")
 }
 default_cfgs = generate_default_cfgs({name: vit_cfg(fixed_input_size=False) for name in _VARIANTS})
 _filter_fn = with_own_enhancement(checkpoint_filter_fn)
-for _name, (_model_cls, _args) in _VARIANTS.items():
-    globals()[_name] = register_model(entrypoint(__name__, _name, _model_cls, _args, _filter_fn))
+for _name, _args in _VARIANTS.items():
+    globals()[_name] = register_model(entrypoint(__name__, _name, LinearRopeVisionTransformer, _args, _filter_fn))

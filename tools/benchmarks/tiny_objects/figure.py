@@ -26,7 +26,7 @@ _COSTS = (
     ("training, MiB", lambda run: run["train_peak_mib"]),
 )
 _COLORS = ("#777777", "#d55e00", "#0072b2", "#009e73", "#cc79a7", "#e69f00")
-_ORDER = ("downsampled", "performer", "scatterbrain", "windows")
+_ORDER = ("downsampled", "performer", "clustered", "windows")
 
 
 def table(results: Sequence[dict[str, Any]]) -> str:

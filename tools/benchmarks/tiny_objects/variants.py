@@ -11,7 +11,7 @@ from timm.models.eva import Eva
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from perf_vit.layers.converted_attention import ConvertedAttention, ScatterbrainOptions
+from perf_vit.layers import LinearizedAttention, Mixer, MixerOptions, register_mixer
 from perf_vit.layers.token_grid import TokenGrid, watch_patch_embed
 from perf_vit.models import Detector, DetectorConfig, DetectorSpec, build_detector
 from perf_vit.transforms import Normalizer
@@ -57,23 +57,39 @@ VARIANTS = {
             {"attn_kwargs": {"num_features": 64, "kernel": "softmax-hyp+"}},
         ),
         Variant(
-            "scatterbrain",
-            "full resolution, scatterbrain",
+            "clustered",
+            "full resolution, clustered",
             1,
-            "scatterbrain_vit_rope_small_patch16_224",
-            {"attn_kwargs": {"num_features": 64, "window_size": WINDOW_TOKENS, "num_sinks": 16}},
+            "clustered_vit_rope_small_patch16_224",
+            {"attn_kwargs": {"num_clusters": 64, "window_size": WINDOW_TOKENS, "num_sinks": 16}},
         ),
         Variant("windows", "full resolution, softmax in windows", 1, _SOFTMAX_NAME, _LIKE_FAMILY, windows_only=True),
     )
 }
 
 
-class WindowAttention(ConvertedAttention):
+@dataclass(frozen=True, kw_only=True)
+class WindowOptions(MixerOptions):
+    """Options of attention within windows: those that all mixers have."""
+
+
+@register_mixer("windows")
+class WindowMixer(Mixer):
     """Softmax attention within windows of the grid, and among the prefix tokens; nothing passes between windows."""
 
-    def _mix(self, q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None, is_causal: bool) -> Tensor:
-        num_prefix = self.options.num_prefix_tokens
-        rows, columns = self.grid.of(q.shape[2] - num_prefix)
+    options_type = WindowOptions
+    needs_grid = True
+
+    def forward(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        grid: tuple[int, int] | None = None,
+        key_mask: Tensor | None = None,
+        is_causal: bool = False,
+    ) -> Tensor:
+        num_prefix, (rows, columns) = self.options.num_prefix_tokens, grid
         if rows % WINDOW_TOKENS or columns % WINDOW_TOKENS:
             raise ValueError(f"expected a grid that windows of {WINDOW_TOKENS} tokens divide, got {rows} x {columns}")
         prefix = F.scaled_dot_product_attention(*(x[:, :, :num_prefix] for x in (q, k, v)))
@@ -107,6 +123,6 @@ def _cut_into_windows(backbone: nn.Module) -> None:
     eva = next(module for module in backbone.modules() if isinstance(module, Eva))
     grid = TokenGrid()
     watch_patch_embed(eva, grid)
-    options = ScatterbrainOptions(num_prefix_tokens=eva.num_prefix_tokens)
+    options = WindowOptions(num_prefix_tokens=eva.num_prefix_tokens)
     for block in eva.blocks:
-        block.attn = WindowAttention(block.attn, options, grid)
+        block.attn = LinearizedAttention(block.attn, options, grid)

@@ -8,7 +8,8 @@ from timm.models._manipulate import reinit_non_persistent_buffers
 from torch import nn
 from torch.nn import functional as F
 
-from perf_vit.layers import PerformerAttention, performer_attention
+from perf_vit.layers import LinearizedAttention, PerformerMixer, PerformerOptions
+from perf_vit.layers.token_grid import TokenGrid
 from perf_vit.ops.naive import naive_favor_attention
 
 VARIANTS = [{}, {"qkv_bias": True}, {"qk_norm": True, "scale_norm": True}, {"attn_head_dim": 24, "dim_out": 40}]
@@ -18,9 +19,11 @@ if "gated" in inspect.signature(Attention).parameters:
 LAYER_ARGS = {"dim": 32, "num_heads": 2, "norm_layer": LayerNorm}
 
 
-def layer(**kwargs) -> PerformerAttention:
+def layer(options: dict | None = None, **kwargs) -> LinearizedAttention:
     torch.manual_seed(0)
-    return PerformerAttention(**LAYER_ARGS, **kwargs).eval()
+    return LinearizedAttention(
+        Attention(**LAYER_ARGS, **kwargs), PerformerOptions(**(options or {})), TokenGrid()
+    ).eval()
 
 
 def tokens(num_tokens: int = 21) -> torch.Tensor:
@@ -34,53 +37,48 @@ def test_all_but_the_attention_itself_is_timms(variant: dict, monkeypatch: pytes
     approximate = ours(tokens())
     assert approximate.shape == theirs(tokens()).shape
     assert not torch.allclose(approximate, theirs(tokens()))
-    monkeypatch.setattr(
-        performer_attention,
-        "timm_favor_attention",
-        lambda q, k, v, *_: F.scaled_dot_product_attention(q, k, v),
-    )
+    monkeypatch.setattr(PerformerMixer, "forward", lambda _, q, k, v, *__: F.scaled_dot_product_attention(q, k, v))
     torch.testing.assert_close(ours(tokens()), theirs(tokens()))
 
 
 @pytest.mark.parametrize("kernel", ["softmax+", "softmax-hyp+", "relu"])
 def test_heads_attend_by_the_configured_kernel_and_projection(kernel: str) -> None:
-    attention = layer().configure(kernel=kernel, num_features=20).double()
+    attention = layer({"kernel": kernel, "num_features": 20}).double()
     x = tokens().double()
     q, k, v = attention.qkv(x).reshape(2, 21, 3, 2, 16).permute(2, 0, 3, 1, 4).unbind(0)
-    heads = naive_favor_attention(q, k, v, attention.projection, kernel)
+    heads = naive_favor_attention(q, k, v, attention.mixer.projection, kernel)
     torch.testing.assert_close(attention(x), attention.proj(heads.transpose(1, 2).reshape(2, 21, 32)))
 
 
 def test_many_features_approach_the_softmax_layer() -> None:
-    ours, theirs = layer(), Attention(**LAYER_ARGS).eval()
-    theirs.load_state_dict(ours.state_dict())
+    theirs = Attention(**LAYER_ARGS).eval()
+    theirs.load_state_dict(layer().state_dict())
     with torch.no_grad():
         exact = theirs(tokens())
-        errors = [float((ours.configure(num_features=m)(tokens()) - exact).norm()) for m in (4, 128, 4096)]
+        errors = [float((layer({"num_features": m})(tokens()) - exact).norm()) for m in (4, 128, 4096)]
     assert errors[0] > errors[1] > errors[2]
 
 
-def test_default_options_hold_before_any_configure() -> None:
+def test_defaults_are_those_of_the_options() -> None:
     attention = layer()
-    assert attention.projection.shape == (256, 16)
-    assert torch.equal(attention.projection, layer().configure(kernel="softmax+", seed=0, layer_index=0).projection)
+    assert attention.mixer.projection.shape == (256, 16)
+    assert torch.equal(attention.mixer.projection, layer({"kernel": "softmax+", "seed": 0}).mixer.projection)
     assert "kernel='softmax+', num_features=256" in repr(attention)
 
 
-def test_configure_changes_what_it_names_and_keeps_the_rest() -> None:
-    attention = layer().configure(kernel="relu", num_features=20)
-    attention.configure(norms="sqrt", orthogonal=False)
+def test_options_decide_the_projection() -> None:
+    attention = layer({"kernel": "relu", "num_features": 20, "norms": "sqrt", "orthogonal": False})
     assert attention.options.kernel == "relu"
-    torch.testing.assert_close(attention.projection.norm(dim=1), torch.full((20,), 4.0))
+    torch.testing.assert_close(attention.mixer.projection.norm(dim=1), torch.full((20,), 4.0))
 
 
 def test_seed_layer_and_draw_each_give_another_projection_and_repeat() -> None:
     entropies = [(0, 0, 0), (1, 0, 0), (0, 1, 0), (0, 0, 1), (1, 1, 0), (2, 0, 0)]
 
     def projection(seed: int, layer_index: int, draw: int) -> torch.Tensor:
-        attention = layer().configure(seed=seed, layer_index=layer_index)
-        attention.redraw(draw)
-        return attention.projection
+        attention = layer({"seed": seed, "layer_index": layer_index})
+        attention.mixer.redraw(draw)
+        return attention.mixer.projection
 
     drawn = [projection(*entropy) for entropy in entropies]
     for i, first in enumerate(drawn):
@@ -88,22 +86,22 @@ def test_seed_layer_and_draw_each_give_another_projection_and_repeat() -> None:
         assert not any(torch.equal(first, other) for other in drawn[i + 1 :])
 
 
-def test_building_and_configuring_leave_global_randomness_to_the_weights() -> None:
+def test_building_leaves_global_randomness_to_the_weights() -> None:
     torch.manual_seed(0)
     Attention(**LAYER_ARGS)
     expected = torch.random.get_rng_state()
-    layer().configure(num_features=20)
+    layer({"num_features": 20})
     assert torch.equal(torch.random.get_rng_state(), expected)
 
 
 def test_redraw_writes_into_the_same_buffer() -> None:
     attention = layer()
-    address, before = attention.projection.data_ptr(), attention.projection.clone()
-    attention.redraw(1)
-    assert attention.projection.data_ptr() == address
-    assert not torch.equal(attention.projection, before)
-    attention.redraw(0)
-    assert torch.equal(attention.projection, before)
+    address, before = attention.mixer.projection.data_ptr(), attention.mixer.projection.clone()
+    attention.mixer.redraw(1)
+    assert attention.mixer.projection.data_ptr() == address
+    assert not torch.equal(attention.mixer.projection, before)
+    attention.mixer.redraw(0)
+    assert torch.equal(attention.mixer.projection, before)
 
 
 def test_projection_is_in_no_checkpoint() -> None:
@@ -115,11 +113,11 @@ def test_projection_is_in_no_checkpoint() -> None:
 )
 def test_projection_stays_the_same_float32_in_a_module_of_another_dtype(dtype: torch.dtype, largest: float) -> None:
     attention = layer()
-    drawn = attention.projection.clone()
+    drawn = attention.mixer.projection.clone()
     expected = attention(tokens())
     moved = attention.to(dtype)
-    assert moved.projection.dtype == torch.float32
-    assert torch.equal(moved.projection, drawn)
+    assert moved.mixer.projection.dtype == torch.float32
+    assert torch.equal(moved.mixer.projection, drawn)
     out = moved(tokens().to(dtype))
     assert out.dtype == dtype
     torch.testing.assert_close(out.float(), expected, rtol=0, atol=largest)
@@ -128,31 +126,31 @@ def test_projection_stays_the_same_float32_in_a_module_of_another_dtype(dtype: t
 def test_other_dtypes_at_construction_keep_the_projection_float32() -> None:
     attention = layer(dtype=torch.bfloat16)
     assert attention.qkv.weight.dtype == torch.bfloat16
-    assert torch.equal(attention.projection, layer().projection)
+    assert torch.equal(attention.mixer.projection, layer().mixer.projection)
 
 
 @pytest.mark.parametrize("build", [lambda: layer(device="meta"), lambda: layer().to("meta")])
 def test_a_module_that_leaves_the_meta_device_has_its_projection(build) -> None:
     attention = build()
-    assert attention.projection.is_meta
+    assert attention.mixer.projection.is_meta
     attention.to_empty(device="cpu")
-    assert torch.equal(attention.projection, layer().projection)
+    assert torch.equal(attention.mixer.projection, layer().mixer.projection)
 
 
 def test_timm_restores_the_projection() -> None:
-    model = nn.Sequential(layer().configure(layer_index=3))
-    expected = model[0].projection.clone()
-    model[0].projection.zero_()
-    assert reinit_non_persistent_buffers(model) == ["0"]
-    assert torch.equal(model[0].projection, expected)
+    model = nn.Sequential(layer({"layer_index": 3}))
+    expected = model[0].mixer.projection.clone()
+    model[0].mixer.projection.zero_()
+    assert "0.mixer" in reinit_non_persistent_buffers(model)
+    assert torch.equal(model[0].mixer.projection, expected)
 
 
 def test_copies_are_independent() -> None:
     attention = layer()
     twin = copy.deepcopy(attention)
     assert torch.equal(twin(tokens()), attention(tokens()))
-    twin.redraw(1)
-    assert not torch.equal(twin.projection, attention.projection)
+    twin.mixer.redraw(1)
+    assert not torch.equal(twin.mixer.projection, attention.mixer.projection)
 
 
 @pytest.mark.parametrize("timm_form", [False, True])
@@ -174,26 +172,26 @@ def test_causal_tokens_see_nothing_of_later_ones() -> None:
         torch.testing.assert_close(whole[:, -1], attention(x)[:, -1])
         assert not torch.allclose(whole[:, 0], attention(x)[:, 0])
     with pytest.raises(ValueError, match="needs center=False and balance=False"):
-        layer().configure(center=True)(x, is_causal=True)
+        layer({"center": True})(x, is_causal=True)
 
 
 @pytest.mark.parametrize("options", [{"center": True}, {"balance": True}, {"center": True, "balance": True}], ids=str)
 def test_centring_and_balancing_bring_the_layer_closer_to_softmax(options: dict) -> None:
-    ours, theirs = layer(), Attention(**LAYER_ARGS).eval()
+    theirs, x = Attention(**LAYER_ARGS).eval(), tokens(197) + 0.5
     with torch.no_grad():
         # Keys and queries of a pretrained ViT: mostly a mean, in channels of very unequal size.
-        ours.qkv.weight[:32] *= torch.linspace(0.5, 8, 32).unsqueeze(-1)
-        ours.qkv.weight[32:64] *= torch.linspace(8, 0.5, 32).unsqueeze(-1)
-        x = tokens(197) + 0.5
-        theirs.load_state_dict(ours.state_dict())
+        theirs.qkv.weight[:32] *= torch.linspace(0.5, 8, 32).unsqueeze(-1)
+        theirs.qkv.weight[32:64] *= torch.linspace(8, 0.5, 32).unsqueeze(-1)
         exact = theirs(x)
-        plain, better = (
-            sum(float((ours.configure(seed=seed, **kwargs)(x) - exact).norm()) for seed in range(5))
-            for kwargs in ({}, options)
-        )
-    assert better < plain
+        errors = []
+        for kwargs in ({}, options):
+            ours = [layer({"seed": seed, **kwargs}) for seed in range(5)]
+            for each in ours:
+                each.load_state_dict(theirs.state_dict())
+            errors.append(sum(float((each(x) - exact).norm()) for each in ours))
+    assert errors[1] < errors[0]
     with pytest.raises(ValueError, match="kernel 'relu' estimates another; use center=False"):
-        layer().configure(kernel="relu", **options)
+        PerformerOptions(kernel="relu", **options)
 
 
 def test_other_masks_are_refused() -> None:
@@ -210,17 +208,12 @@ def test_attention_dropout_is_refused() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"num_feature": 3}, "got 'num_feature'; did you mean 'num_features'"),
         ({"kernel": "rely"}, "did you mean 'relu'"),
         ({"norms": "unit"}, "one of chi, sqrt"),
         ({"num_features": 0}, "at least 1"),
-        ({"seed": -1}, "0 or more, got -1"),
+        ({"seed": -1}, "at least 0, got -1"),
     ],
 )
-def test_wrong_options_are_named_and_change_nothing(options: dict, message: str) -> None:
-    attention = layer()
-    before, expected = attention.options, attention(tokens())
+def test_wrong_options_are_named(options: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        attention.configure(**options)
-    assert attention.options == before
-    assert torch.equal(attention(tokens()), expected)
+        layer(options)

@@ -6,15 +6,13 @@ import timm
 import torch
 
 import perf_vit
-from perf_vit.layers.converted_attention import BALANCING_BUFFERS
 from perf_vit.models import attention_errors, layer_options, token_cosines
 from perf_vit.models.convert import converted_layers
 from perf_vit.models.knapsack import choose_under_budget
-from perf_vit.ops import fit_balancing
 
 SIZE = 112
 CANDIDATES = tuple(
-    {"window_size": w, "num_sinks": s, "num_features": m} for w, s, m in ((2, 2, 16), (2, 8, 32), (4, 16, 64))
+    {"window_size": w, "num_sinks": s, "num_clusters": m} for w, s, m in ((2, 2, 2), (2, 8, 8), (4, 16, 24))
 )
 
 
@@ -35,78 +33,9 @@ def images(count: int = 3, size: int = SIZE) -> list[torch.Tensor]:
 
 
 @torch.no_grad()
-def test_constants_are_pooled_statistics_of_the_layers_own_queries_and_keys() -> None:
-    model = perf_vit.performerize(build(), window_size=3, num_sinks=4, num_features=32)
-    assert perf_vit.calibrate(model, images()) is model
-    tokens = []
-    attention = model.blocks[0].attn
-    hook = attention.register_forward_pre_hook(lambda _, inputs: tokens.append(inputs[0]))
-    for image in images():
-        model(image.unsqueeze(0))
-    hook.remove()
-    q, k = (torch.cat([attention.queries_keys_values(x)[part] for x in tokens]) for part in (0, 1))
-    expected = fit_balancing(q, k, per_sample=False)
-    for mine, theirs in zip(attention.balancing.tensors(), expected.tensors(), strict=True):
-        assert mine.shape == (1, 3, 1, 64)
-        torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-5)
-
-
-@torch.no_grad()
-def test_constants_leave_exact_attention_as_it_is_and_change_the_linear_part() -> None:
-    model = build()
-    exact = perf_vit.calibrate(perf_vit.performerize(model, "scatterbrain", window_size=20, num_sinks=0), images())
-    x = torch.stack(images(2))
-    torch.testing.assert_close(exact(x), model(x), rtol=1e-4, atol=1e-4)
-    linear = perf_vit.performerize(model, window_size=2, num_sinks=2, num_features=32)
-    before = linear(x)
-    perf_vit.calibrate(linear, images())
-    assert not torch.equal(linear(x), before)
-    linear.blocks[0].attn.set_balancing(None)
-    assert "blocks.0.attn.balancing_scale" not in linear.state_dict()
-
-
-@torch.no_grad()
-def test_constants_travel_with_the_state_dict_and_do_not_depend_on_earlier_ones() -> None:
-    options = {"window_size": 3, "num_sinks": 4, "num_features": 32}
-    model = perf_vit.calibrate(perf_vit.performerize(build(), **options), images())
-    other = perf_vit.performerize(build(), **options)
-    other.load_state_dict(model.state_dict())
-    assert torch.equal(other(images()[0][None]), model(images()[0][None]))
-    before = {name: value.clone() for name, value in model.state_dict().items() if name.endswith(BALANCING_BUFFERS)}
-    perf_vit.calibrate(model, images())
-    assert len(before) == 4 * len(BALANCING_BUFFERS)
-    assert all(torch.equal(model.state_dict()[name], value) for name, value in before.items())
-
-
-def test_calibration_of_rotary_layers_keeps_the_mode_of_the_model() -> None:
-    model = perf_vit.performerize(
-        build("eva02_tiny_patch14_224", depth=2), window_size=3, num_sinks=4, num_features=32
-    ).train()
-    perf_vit.calibrate(model, images(1))
-    assert model.training
-    assert all(layer.balancing is not None for layer in converted_layers(model).values())
-
-
-def test_calibration_needs_images_and_layers_that_centre_or_balance() -> None:
-    with pytest.raises(ValueError, match="calibration needs images, got none"):
-        perf_vit.calibrate(perf_vit.performerize(build(), "scatterbrain"), [])
-    with pytest.raises(
-        ValueError, match="calibration needs a model whose converted layers centre or balance, got none"
-    ):
-        perf_vit.calibrate(perf_vit.performerize(build()), images())
-    plain = perf_vit.performerize(build(), "performer")
-    with pytest.raises(ValueError, match="calibration needs a model whose converted layers centre or balance"):
-        perf_vit.calibrate(plain, images())
-    with pytest.raises(ValueError, match="expected a layer with center=True or balance=True"):
-        plain.blocks[0].attn.set_balancing(fit_balancing(torch.randn(1, 3, 9, 64), torch.randn(1, 3, 9, 64)))
-
-
-@torch.no_grad()
 def test_errors_are_those_of_each_layer_on_the_softmax_models_inputs() -> None:
     model = build()
-    converted = perf_vit.performerize(
-        model, window_size=2, num_sinks=2, num_features=16, per_layer={2: {"window_size": 9}}
-    )
+    converted = perf_vit.linearize(model, window_size=2, num_sinks=2, num_clusters=4, per_layer={2: {"window_size": 9}})
     layers = converted_layers(converted)
     errors = attention_errors(model, {index: [layer] for index, layer in layers.items()}, images())
     inputs, outputs = [], []
@@ -125,11 +54,11 @@ def test_errors_are_those_of_each_layer_on_the_softmax_models_inputs() -> None:
 @torch.no_grad()
 def test_cosines_of_final_tokens() -> None:
     model = build()
-    patches, class_tokens = token_cosines(model, perf_vit.performerize(model, window_size=20), images())
+    patches, class_tokens = token_cosines(model, perf_vit.linearize(model, window_size=20), images())
     assert patches == pytest.approx([1.0] * 3, abs=1e-4)
     assert class_tokens == pytest.approx([1.0] * 3, abs=1e-4)
     without = build("vit_base_patch16_siglip_224", depth=2, embed_dim=96, num_heads=3)
-    assert token_cosines(without, perf_vit.performerize(without, window_size=20), images())[1] == []
+    assert token_cosines(without, perf_vit.linearize(without, window_size=20), images())[1] == []
 
 
 @pytest.mark.parametrize("seed", range(5))
@@ -167,7 +96,7 @@ def test_a_larger_budget_buys_smaller_errors(monkeypatch) -> None:
     assert list(choices[2].values()) == [CANDIDATES[2]] * 4
     total = []
     for per_layer in choices:
-        converted = perf_vit.performerize(model, per_layer=per_layer)
+        converted = perf_vit.linearize(model, per_layer=per_layer)
         errors = attention_errors(model, {i: [x] for i, x in converted_layers(converted).items()}, images(2))
         total.append(sum(error for (error,) in errors.values()))
     assert total[0] > total[1] > total[2]
@@ -182,8 +111,8 @@ def test_a_choice_that_takes_longer_than_predicted_is_made_again(monkeypatch) ->
 
     def relative_time(converted, *_) -> float:
         # Each candidate takes half as much again as alone.
-        seconds = {CANDIDATES[place]["num_features"]: place + 1.0 for place in range(3)}
-        own = [seconds[layer.options.num_features] for layer in converted_layers(converted).values()]
+        seconds = {CANDIDATES[place]["num_clusters"]: place + 1.0 for place in range(3)}
+        own = [seconds[layer.options.num_clusters] for layer in converted_layers(converted).values()]
         measured.append((10 + 1.5 * sum(own)) / 14)
         return measured[-1]
 
@@ -196,18 +125,6 @@ def test_a_choice_that_takes_longer_than_predicted_is_made_again(monkeypatch) ->
     assert len(chosen) == 4
     with pytest.raises(ValueError, match=r"at most 1\.01 times .* when measured, .* should take 1\.00; try 1\.2"):
         perf_vit.choose_layer_options(model, images(1), 1.01, candidates=CANDIDATES)
-
-
-@pytest.mark.parametrize(
-    ("options", "attention"), [({}, "clustered"), ({"kernel": "softmax+"}, "scatterbrain"), ({"seed": 3}, "clustered")]
-)
-def test_candidates_are_those_of_the_attention_that_the_options_are_of(options, attention, monkeypatch) -> None:
-    few = {name: candidates[:2] for name, candidates in layer_options.CANDIDATES.items()}
-    monkeypatch.setattr(layer_options, "CANDIDATES", few)
-    chosen = perf_vit.choose_layer_options(build(depth=2), images(1), 1000.0, **options)
-    assert all(each in few[attention] for each in chosen.values())
-    converted = perf_vit.performerize(build(depth=2), per_layer=chosen, **options)
-    assert converted.conversion.attention == attention
 
 
 def test_times_are_measured_and_layers_can_be_chosen() -> None:
@@ -228,8 +145,6 @@ def test_times_are_measured_and_layers_can_be_chosen() -> None:
 def test_wrong_arguments_of_the_choice_are_named() -> None:
     with pytest.raises(ValueError, match="expected images and candidates to choose by, got 0 and 22"):
         perf_vit.choose_layer_options(build(), [])
-    with pytest.raises(ValueError, match="options are chosen for attention clustered or scatterbrain, got 'performer'"):
-        perf_vit.choose_layer_options(build(), images(1), attention="performer")
     with pytest.raises(ValueError, match="did you mean 'num_sinks'"):
         perf_vit.choose_layer_options(build(), images(1), candidates=[{"num_sink": 3}])
     with pytest.raises(ValueError, match="layers must name one layer or more"):
@@ -240,11 +155,10 @@ def test_wrong_arguments_of_the_choice_are_named() -> None:
 
 def test_options_that_do_not_fit_are_refused_before_anything_is_measured() -> None:
     steps = []
-    with pytest.raises(ValueError, match="num_features is of random features"):
+    with pytest.raises(ValueError, match="num_features is an option of mixer='performer'"):
         perf_vit.choose_layer_options(
             build(),
             images(1),
-            attention="clustered",
             num_features=32,
             on_step=lambda *step: steps.append(step),
         )
@@ -257,9 +171,9 @@ def test_what_is_fixed_is_not_chosen(monkeypatch) -> None:
     few = tuple(
         {"window_size": w, "num_sinks": s, "num_clusters": 4} for w, s in ((2, 2), (2, 4), (3, 2), (3, 4), (4, 2))
     )
-    monkeypatch.setattr(layer_options, "CANDIDATES", {"clustered": few})
+    monkeypatch.setattr(layer_options, "CANDIDATES", few)
     wrapped = torch.nn.Sequential(build(depth=2))
     chosen = perf_vit.choose_layer_options(wrapped, images(1), 2.0, num_sinks=7)
     assert [each["num_sinks"] for each in chosen.values()] == [7, 7]
-    converted = perf_vit.performerize(wrapped, per_layer=chosen, num_sinks=7)
+    converted = perf_vit.linearize(wrapped, per_layer=chosen, num_sinks=7)
     assert {layer.options.num_sinks for layer in converted_layers(converted).values()} == {7}

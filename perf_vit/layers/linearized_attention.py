@@ -1,0 +1,222 @@
+"""The body of a timm attention layer around a mixer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Self
+
+import torch
+from timm.layers import Attention, apply_rot_embed_cat, register_notrace_module
+from timm.layers.attention import AttentionRope
+from timm.models.eva import EvaAttention
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from perf_vit.layers.key_mask import key_mask_of
+from perf_vit.layers.local_enhancement import LocalEnhancement
+from perf_vit.layers.mixer import MixerOptions, make_mixer
+from perf_vit.layers.token_grid import TokenGrid
+
+__all__ = ["CONVERTIBLE", "LinearizedAttention"]
+
+CONVERTIBLE = (Attention, AttentionRope, EvaAttention)
+
+
+# Tracers take it as one node: the grid isn't a thing that a graph could carry.
+@register_notrace_module
+class LinearizedAttention(nn.Module):
+    """A timm attention whose weights stay and whose N x N matrix goes, for a mixer of linear cost.
+
+    It takes over the modules of an `Attention`, `AttentionRope` or `EvaAttention`, under the same names, so the state
+    dict stays as it is. Rotary embeddings come before the mixer, as before the products that it replaces.
+
+    Args:
+        attention: layer to take over; it isn't changed, but its modules are shared.
+        options: options of the mixer; their type decides which one.
+        grid: rows and columns of the tokens.
+
+    Attributes:
+        mixer: attention between queries, keys and values.
+        local_enhancement: convolution of the values that is added, or None.
+
+    Raises:
+        ValueError: another type of layer, or attention dropout, which has nothing to drop.
+    """
+
+    # What it takes over is untyped in timm.
+    qkv: Any
+    q_proj: Any
+    k_proj: Any
+    v_proj: Any
+    q_bias: Tensor
+    k_bias: Tensor
+    v_bias: Tensor
+    q_norm: Any
+    k_norm: Any
+    norm: Any
+    proj: Any
+    proj_drop: Any
+    num_heads: int
+    num_prefix_tokens: int
+    local_enhancement: LocalEnhancement | None
+
+    def __init__(self, attention: nn.Module, options: MixerOptions, grid: TokenGrid) -> None:
+        super().__init__()
+        _check_attention(attention)
+        own = set(self.__dict__)
+        for name, value in attention.__dict__.items():
+            if name in ("_modules", "_parameters", "_buffers", "_non_persistent_buffers_set"):
+                getattr(self, name).update(value)
+            elif name not in own:
+                self.__dict__[name] = value
+        self.training = attention.training
+        self.head_dim = self._head_dim()
+        self.grid = grid
+        self.mixer = make_mixer(options, self.head_dim, next(self.parameters()).device)
+        self.local_enhancement = _enhancement(self) if options.local_enhancement else None
+
+    @property
+    def options(self) -> MixerOptions:
+        """The options of the mixer."""
+        return self.mixer.options
+
+    @property
+    def needs_grid(self) -> bool:
+        """Whether the layer must know the rows and columns of its tokens."""
+        return self.mixer.needs_grid or self.local_enhancement is not None
+
+    def init_non_persistent_buffers(self) -> None:
+        """Zero the bias that EVA's keys don't have; timm calls it once a model leaves the meta device."""
+        if getattr(self, "k_bias", None) is not None:
+            self.k_bias.zero_()
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        was_meta = next(self.parameters()).is_meta
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        if was_meta and not next(self.parameters()).is_meta:
+            self.init_non_persistent_buffers()
+        return self
+
+    def forward(
+        self,
+        x: Tensor,
+        rope: Tensor | None = None,
+        attn_mask: Tensor | None = None,
+        is_causal: bool = False,
+    ) -> Tensor:
+        """Attend.
+
+        Args:
+            x: tokens, [B, N, C].
+            rope: rotary embedding of the grid's tokens, as timm's layers take it.
+            attn_mask: which keys take part, bool, [B, N] or [B, 1, 1, N], or None for all of them.
+            is_causal: token i sees tokens 0 .. i only, with a mixer that has this.
+
+        Returns:
+            [B, N, C].
+
+        Raises:
+            ValueError: another mask, causal order with a mixer that has none or with local enhancement, or an unknown
+                grid.
+        """
+        # A checkpoint may hold the attention alone.
+        self.grid.follow(x)
+        q, k, v = self.queries_keys_values(x, rope)
+        out = self.attend(q, k, v, attn_mask, is_causal)
+        gate = getattr(self, "gate", None)
+        return self.finish(out, None if gate is None else gate(x).sigmoid())
+
+    def attend(
+        self, q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False
+    ) -> Tensor:
+        """Mix tokens: [B, H, N, D] each to heads side by side, [B, N, H x D]; masks as for `forward`."""
+        num_prefix_tokens, key_mask = self.options.num_prefix_tokens, key_mask_of(attn_mask, k)
+        grid = self.grid.of(q.shape[2] - num_prefix_tokens) if self.mixer.needs_grid and not is_causal else None
+        out = self.mixer(q, k, v, grid, key_mask, is_causal)
+        if self.local_enhancement is not None:
+            out = out + self.local_enhancement(v, num_prefix_tokens, key_mask, is_causal)
+        return out.transpose(1, 2).flatten(2)
+
+    def finish(self, out: Tensor, gate: Tensor | None = None) -> Tensor:
+        """Norm, gate and projection of what was attended, [B, N, H x D] -> [B, N, C]."""
+        out = self.norm(out)
+        projected: Tensor = self.proj_drop(self.proj(out if gate is None else out * gate))
+        return projected
+
+    def queries_keys_values(self, x: Tensor, rope: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, keys and values as the attention sees them, [B, H, N, D]: normed, rotated, one of each a head.
+
+        Args:
+            x: tokens, [B, N, C].
+            rope: rotary embedding of the grid's tokens.
+        """
+        if self.qkv is not None:
+            return self.unpack(self.pack(x), rope)
+        return self._normed_and_rotated(self.q_proj(x), self.k_proj(x), self.v_proj(x), rope)
+
+    @property
+    def is_packed(self) -> bool:
+        """Whether each token's queries, keys and values come by `pack`, and nothing else of it is asked for."""
+        return self.qkv is not None and getattr(self, "gate", None) is None
+
+    def pack(self, x: Tensor) -> Tensor:
+        """Queries, keys and values of all heads side by side, [B, N, C] -> [B, N, 3 x H x D]."""
+        bias = self._eva_bias()
+        packed: Tensor = self.qkv(x) if bias is None else F.linear(x, self.qkv.weight, bias)
+        return packed
+
+    def unpack(self, packed: Tensor, rope: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+        """What `queries_keys_values` gives, from what `pack` gave."""
+        q, k, v = packed.chunk(3, dim=-1)
+        return self._normed_and_rotated(q, k, v, rope)
+
+    def _normed_and_rotated(
+        self, q: Tensor, k: Tensor, v: Tensor, rope: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Heads side by side, [B, N, H x D], of which keys and values may have fewer, to [B, H, N, D] each."""
+        q, k, v = (self._heads(x) for x in (q, k, v))
+        q, k = self.q_norm(q), self.k_norm(k)
+        if rope is not None:
+            q, k = (self._rotate(y, rope).type_as(v) for y in (q, k))
+        groups = 1 if self.qkv is not None else self.num_heads * self.head_dim // self.k_proj.out_features
+        if groups > 1:
+            k, v = (y.repeat_interleave(groups, dim=1) for y in (k, v))
+        return q, k, v
+
+    def _eva_bias(self) -> Tensor | None:
+        if getattr(self, "q_bias", None) is None:
+            return None
+        bias = torch.cat([self.q_bias, self.k_bias, self.v_bias])
+        # EVA's layers may have a bias in the projection too, to which this one is added.
+        return bias if self.qkv.bias is None else bias + self.qkv.bias
+
+    def _heads(self, x: Tensor) -> Tensor:
+        batch, length = x.shape[:2]
+        return x.reshape(batch, length, -1, self.head_dim).transpose(1, 2)
+
+    def _rotate(self, x: Tensor, rope: Tensor) -> Tensor:
+        prefix, half = self.num_prefix_tokens, getattr(self, "rotate_half", False)
+        return torch.cat([x[:, :, :prefix], apply_rot_embed_cat(x[:, :, prefix:], rope, half=half)], dim=2)
+
+    def _head_dim(self) -> int:
+        width = self.qkv.out_features // 3 if self.qkv is not None else self.q_proj.out_features
+        return int(width // self.num_heads)
+
+
+def _enhancement(layer: LinearizedAttention) -> LocalEnhancement:
+    like = next(layer.parameters())
+    return LocalEnhancement(layer.num_heads * layer.head_dim, layer.grid, device=like.device, dtype=like.dtype)
+
+
+def _check_attention(attention: nn.Module) -> None:
+    if not isinstance(attention, CONVERTIBLE):
+        raise ValueError(
+            f"expected one of {', '.join(kind.__name__ for kind in CONVERTIBLE)}, got {type(attention).__name__}"
+        )
+    # Untyped in timm.
+    dropout: Any = attention.attn_drop
+    if dropout.p > 0:
+        raise ValueError(
+            f"attn_drop must be 0, got {dropout.p}: linear attention never forms the weights it drops; "
+            "create the model with attn_drop_rate=0"
+        )

@@ -1,0 +1,40 @@
+"""Exact softmax attention under the interface of the mixers."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+from torch.nn import functional as F
+
+from perf_vit.layers.mixer import Mixer, MixerOptions, register_mixer
+
+__all__ = ["SoftmaxMixer", "SoftmaxOptions"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class SoftmaxOptions(MixerOptions):
+    """Options of exact attention: those that all mixers have."""
+
+
+@register_mixer("softmax")
+class SoftmaxMixer(Mixer):
+    """softmax(q k^T / sqrt(D)) v, whose cost grows with the square of the number of tokens.
+
+    Conversion leaves timm's layers as they are instead, which compute the same.
+    """
+
+    options_type = SoftmaxOptions
+
+    def forward(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        grid: tuple[int, int] | None = None,
+        key_mask: Tensor | None = None,
+        is_causal: bool = False,
+    ) -> Tensor:
+        """Attend, as `Mixer.forward` says."""
+        mask = None if key_mask is None else key_mask[:, None, None]
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=is_causal)
