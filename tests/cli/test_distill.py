@@ -174,7 +174,7 @@ def test_a_run_that_is_short_of_time_still_ends_its_schedule(args, tmp_path) -> 
         ("model.weights=nowhere.pth", "no weights file nowhere.pth"),
         ("model.backbone_kwargs.embed_dim=32", "doesn't fit vit_tiny_patch16_224"),
         ("model.options.windows=3", "window"),
-        ("model.attention=softmax", "converted attention"),
+        ("model.mixer=softmax", "converted attention"),
         ("optim.trainable=mlp", "attention, all"),
         ("optim.lr=1", "Key 'lr' not in 'optim'"),
         ("trainer.precision=8", "32-true"),

@@ -85,18 +85,16 @@ class HighResolutionConvTransformer(nn.Module):
         )
         self.feature_info = [{"num_chs": channels[0], "reduction": 4, "module": "stem"}]
         self.stages = nn.Sequential()
-        stage_in_chans, num_layers, attention = channels[0], 0, {"mixer": mixer, "options": attn_kwargs or {}}
+        stage_in_chans, num_layers = channels[0], 0
         for index, (stage_chans, depth) in enumerate(zip(channels, depths, strict=True)):
-            chans = stage_in_chans, stage_chans
-            if index < len(channels) - num_attn_stages:
-                blocks = [ResidualBlock(*each, **dd) for each in _shapes(*chans, depth)]
-            else:
-                layers = range(num_layers, num_layers + depth)
-                blocks = [
-                    AttentionConvBlock(*each, num_heads, layer_index=layer, **attention, **dd)
-                    for each, layer in zip(_shapes(*chans, depth), layers, strict=True)
-                ]
-                num_layers += depth
+            blocks: list[nn.Module] = []
+            for each in _shapes(stage_in_chans, stage_chans, depth):
+                if index < len(channels) - num_attn_stages:
+                    blocks.append(ResidualBlock(*each, **dd))
+                    continue
+                mixing: dict[str, Any] = {"mixer": mixer, "options": attn_kwargs, "layer_index": num_layers}
+                blocks.append(AttentionConvBlock(*each, num_heads, **mixing, **dd))
+                num_layers += 1
             self.stages.append(nn.Sequential(*blocks))
             self.feature_info.append({"num_chs": stage_chans, "reduction": 8 << index, "module": f"stages.{index}"})
             stage_in_chans = stage_chans
