@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -194,7 +196,7 @@ class _Clusters(StandIns):
             sign: -1 to subtract the sums from it.
         """
         windows, rows = labels.shape[:3], self.num_clusters + 1
-        first = torch.arange(windows.numel(), device=labels.device).view(*windows, 1) * rows
+        first = torch.arange(math.prod(windows), device=labels.device).view(*windows, 1) * rows
         places = (first + labels).flatten()
         width = start.shape[-1]
         sums = F.pad(start, (0, 0, 0, 1)).expand(*windows, -1, -1).reshape(-1, width)

@@ -9,7 +9,7 @@ import timm
 import torch
 from torch import Tensor, nn
 
-from perf_vit import performerize
+from perf_vit import linearize
 from perf_vit.inference.reader import takes_valid
 from perf_vit.models import (
     Classifier,
@@ -198,7 +198,7 @@ def test_a_student_learns_from_the_valid_tokens_alone() -> None:
     teacher = timm.create_model("vit_tiny_patch16_224", depth=2, **SIZES).eval()
     for parameter in teacher.blocks.parameters():
         nn.init.normal_(parameter, std=0.1)
-    student = performerize(teacher, "performer", num_features=32).eval()
+    student = linearize(teacher, "performer", num_features=32).eval()
     image, valid = batch()
     other = noisy(image, valid)
     losses = [float(match_blocks(teacher, student, each, valid=valid)) for each in (image, other)]
@@ -211,7 +211,7 @@ def test_a_student_learns_from_the_valid_tokens_alone() -> None:
     assert float(token_loss(tokens, target, 1)) > 0.1
 
 
-@pytest.mark.parametrize("backbone", [*BACKBONES, "scatterbrain_vit_tiny_patch8_224"])
+@pytest.mark.parametrize("backbone", [*BACKBONES, "clustered_vit_tiny_patch8_224"])
 @pytest.mark.parametrize("norm", ["class_token", "no prefix"])
 def test_a_tile_without_a_valid_pixel_is_finite_and_attends_to_itself(backbone, norm, monkeypatch) -> None:
     options = {"depth": 2, "attn_kwargs": {"window_size": 3, "num_sinks": 4}}
