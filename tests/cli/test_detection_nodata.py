@@ -37,9 +37,9 @@ def test_training_and_validation_leave_missing_pixels_out(split, nodata, num_see
     data = build_object_datamodule(config, seed=0)
     assert (data.normalizer.mean[0] > 100) == (nodata == 0)
     tiles = [data.val[index] for index in range(len(data.val))]
-    assert sum(int((~objects.ignored).sum()) for _, objects in tiles) == num_seen
+    assert sum(int((~objects.ignored).sum()) for _, objects, _ in tiles) == num_seen
     # Where pixels are missing, the network sees the mean.
-    assert (torch.stack([tile for tile, _ in tiles])[-1] == 0).all() == (nodata == 0)
+    assert (torch.stack([tile for tile, _, _ in tiles])[-1] == 0).all() == (nodata == 0)
 
 
 def test_a_trained_detector_keeps_the_nodata_value(split, tmp_path) -> None:
