@@ -14,6 +14,7 @@ __all__ = [
     "DamagedDataError",
     "DataWarning",
     "InputError",
+    "OptionError",
     "OutputError",
     "PerfVitError",
     "UnreachableError",
@@ -29,6 +30,10 @@ class PerfVitError(ValueError):
 
 class ConfigError(PerfVitError):
     """A config file, key or value that does not fit its schema."""
+
+
+class OptionError(ConfigError):
+    """An option of a call that doesn't fit; its message begins with the option's name, which is a flag's, too."""
 
 
 class DataWarning(UserWarning):

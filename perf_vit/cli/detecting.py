@@ -13,7 +13,6 @@ from perf_vit.cli.console import show, windows_progress
 from perf_vit.cli.detection_report import DetectionReport
 from perf_vit.cli.run_folder import RunFolder
 from perf_vit.cli.schemas import DetectionRun
-from perf_vit.cli.segmentation_maps import on_device, resolved_precision
 from perf_vit.data import (
     ImageRecord,
     ObjectDataModule,
@@ -23,11 +22,10 @@ from perf_vit.data import (
     objects_in,
     read_names,
     read_object_labels,
-    standardized,
 )
-from perf_vit.errors import ConfigError, InputError
-from perf_vit.inference import Objects, predict_objects
-from perf_vit.models import Detector, DetectorSpec, detector_kind, load_detector
+from perf_vit.errors import InputError
+from perf_vit.inference import DetectionPredictOptions, DetectionPredictor, Objects
+from perf_vit.models import DetectorSpec, detector_kind
 from perf_vit.tasks import (
     DETECTION_CURVES,
     DETECTION_MONITOR,
@@ -36,9 +34,9 @@ from perf_vit.tasks import (
     draw_objects,
 )
 from perf_vit.transforms import InputCheck
-from perf_vit.types import Detections, Source
+from perf_vit.types import Detections
 
-__all__ = ["detect_objects", "evaluate_detector", "report_objects", "train_detector"]
+__all__ = ["evaluate_detector", "report_objects", "train_detector"]
 
 
 def train_detector(config: DetectionRun, *, progress: bool = True) -> Path:
@@ -102,9 +100,9 @@ def evaluate_detector(
     images: Path,
     labels: Path,
     *,
+    options: DetectionPredictOptions | None = None,
     label_format: str | None = None,
     names: Path | None = None,
-    **engine: Any,
 ) -> DetectionReport:
     """Score a detector on whole images, in overlapping windows as `perf-vit predict` finds objects.
 
@@ -114,16 +112,16 @@ def evaluate_detector(
         checkpoint: that `perf-vit train` wrote.
         images: a folder, or one image.
         labels: of the images.
+        options: of the search; all scores count, whatever its threshold.
         label_format: as in training by default.
         names: a text file with the names of the images to score, one a line; all labelled ones by default.
-        **engine: options of the search.
 
     Raises:
         PerfVitError: labels or images that can't be read or don't fit.
     """
-    model = load_detector(checkpoint)
-    spec = model.spec
-    options = {**spec.label_options, **({} if label_format is None else {"label_format": label_format})}
+    predictor = DetectionPredictor(checkpoint, replace(options or DetectionPredictOptions(), score_threshold=0.0))
+    spec = predictor.model.spec
+    label_options = {**spec.label_options, **({} if label_format is None else {"label_format": label_format})}
     chosen = None if names is None else read_names(names, "--list")
     index = read_object_labels(
         labels,
@@ -132,7 +130,7 @@ def evaluate_detector(
         names=chosen,
         open_input=partial(spec.open, check=InputCheck(None)),
         oriented=spec.kind == "oriented_boxes",
-        **options,
+        **label_options,
     )
     check = InputCheck(spec.trained_on)
     report = DetectionReport(spec.classes, spec.kind, score_threshold=spec.score_threshold)
@@ -141,7 +139,7 @@ def evaluate_detector(
             source = spec.open(record.path, check=check)
             truth = objects_in(record, record.extent, min_visible=0.0, crop_masks=True)
             reader = SeenObjects(source, truth.boxes_xyxy)
-            found = detect_objects(model, reader, 0.0, **engine)
+            found = predictor.find(reader, source.extent)
             source.close()
             truth = replace(truth, ignored=truth.ignored | ~reader.seen)
             report.update(_as_detections(found, record), truth)
@@ -160,41 +158,6 @@ def _spec(config: DetectionRun, data: ObjectDataModule) -> DetectorSpec:
             "skip_classes": list(config.data.skip_classes),
             "attribute": config.data.attribute,
         },
-    )
-
-
-def detect_objects(
-    model: Detector,
-    source: Source | SeenObjects,
-    score_threshold: float,
-    *,
-    window_size: int | None = None,
-    overlap: int | None = None,
-    device: str = "auto",
-    precision: str = "32",
-    **options: Any,
-) -> Objects:
-    """The objects of a source, in windows of the training tile's size by default.
-
-    Raises:
-        ConfigError: an overlap that isn't below the window's size.
-        InputError: a window can't be read.
-    """
-    window_size = window_size or model.spec.tile_px
-    overlap = window_size // 4 if overlap is None else overlap
-    if not 0 <= overlap < window_size:
-        raise ConfigError(f"--overlap must be below the window size {window_size}, got {overlap}")
-    return predict_objects(
-        model,
-        source,
-        partial(standardized, normalizer=model.spec.normalizer),
-        extent=source.extent,
-        window_size=window_size,
-        overlap=overlap,
-        device=on_device(model, device),
-        precision=resolved_precision(precision),
-        score_threshold=score_threshold,
-        **options,
     )
 
 

@@ -16,7 +16,7 @@ from perf_vit.cli.commands.inference import evaluate, predict
 from perf_vit.cli.commands.looking import demo, info
 from perf_vit.cli.commands.training import distill, fit_tile, train
 from perf_vit.cli.console import say, say_line, show_any_text
-from perf_vit.errors import DataWarning, PerfVitError
+from perf_vit.errors import DataWarning, OptionError, PerfVitError
 
 __all__ = ["app", "run"]
 
@@ -69,6 +69,10 @@ def _unraisable(found: sys.UnraisableHookArgs) -> None:
 def _own_words(error: PerfVitError) -> str:
     """What an error says; one of a data loader's worker comes with the traceback of that process before it."""
     text = str(error)
+    if isinstance(error, OptionError):
+        # The one place where an option's name becomes that of a flag.
+        name, rest = text.split(" ", 1)
+        return f"--{name.replace('_', '-')} {rest}"
     if "Traceback (most recent call last)" not in text:
         return text
     name = f"{type(error).__name__}: "

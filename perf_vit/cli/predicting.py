@@ -1,132 +1,197 @@
-"""`perf-vit predict` with many inputs, or on many machines."""
+"""`perf-vit predict`: one input, or many, in this process or on a Ray cluster."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
 from perf_vit.cli.console import inputs_progress, print_damage, run_table, say, show, windows_progress
-from perf_vit.cli.mapping import predict_raster
-from perf_vit.cli.segmentation_maps import SegmentationMaps
 from perf_vit.errors import ConfigError, InputError, OutputError
 from perf_vit.inference import (
     REPORT,
+    InputPredictor,
+    JobResult,
     MapInput,
-    MapResult,
     RayPool,
     RunReport,
-    check_map_name,
+    SegmentationPredictor,
+    SlideClassificationPredictor,
+    TablePredictor,
+    attention_folder,
+    check_report,
     find_inputs,
+    find_paths,
     in_turn,
     is_one_file,
     predict_many,
     reserve_report,
     resolve_one,
-    rows_in_pool,
     scene_files,
 )
 from perf_vit.io import check_outputs
 
-__all__ = ["Engine", "predict_inputs"]
+__all__ = ["Engine", "InputsOptions", "predict_inputs", "predict_table"]
 
 Engine = Literal["local", "ray"]
 
 _THERE = ", there already with this input, model and settings; --overwrite makes it again"
+_FILE_SUFFIXES = frozenset({".tif", ".tiff", ".gpkg", ".geojson", ".parquet", ".json", ".csv"})
+
+
+@dataclass(frozen=True, kw_only=True)
+class InputsOptions:
+    """How inputs are found and shared.
+
+    Attributes:
+        path_column: Column of a list that holds the paths.
+        mosaic: Read the one input, a folder, glob or list of STAC items, as one scene.
+        engine: This process, or a Ray cluster.
+        num_actors: Ray processes; one a GPU, else one a CPU, by default.
+        ray_address: Address of a running cluster; a Ray of its own by default.
+    """
+
+    path_column: str = "path"
+    mosaic: bool = False
+    engine: Engine = "local"
+    num_actors: int | None = None
+    ray_address: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.engine == "local" and (self.num_actors or self.ray_address):
+            raise ConfigError("--num-actors and --ray-address are for --engine ray")
+
+    @contextmanager
+    def pool(self, device: str) -> Iterator[RayPool | None]:
+        """A pool of Ray processes, None for this process.
+
+        Args:
+            device: Device of the prediction.
+        """
+        if self.engine == "local":
+            yield None
+            return
+        use_gpus = None if device == "auto" else device.startswith("cuda")
+        with RayPool(num_actors=self.num_actors, address=self.ray_address, use_gpus=use_gpus) as pool:
+            yield pool
 
 
 def predict_inputs(
-    checkpoint: Path,
-    inputs: Sequence[str],
-    output: Path,
-    *,
-    path_column: str = "path",
-    mosaic: bool = False,
-    overwrite: bool = False,
-    engine: Engine = "local",
-    num_actors: int | None = None,
-    ray_address: str | None = None,
-    **options: Any,
+    predictor: InputPredictor[Any, Any], inputs: Sequence[str], output: Path, given: InputsOptions
 ) -> None:
-    """Map one file into one file, or several into a folder.
+    """Predict one file into one file, or several into a folder.
 
     Nothing is computed before it is known that no output replaces an input or, without `overwrite`, another file.
 
     Raises:
-        InputError: some inputs failed, after all others are done.
-        PerfVitError: as `perf_vit.inference.predict_many` says.
+        InputError: Some inputs failed, after all others are done.
+        PerfVitError: As `perf_vit.inference.predict_many` says.
     """
-    use_gpus = None if (device := options.get("device", "auto")) == "auto" else device.startswith("cuda")
-    open_pool = partial(RayPool, num_actors=num_actors, address=ray_address, use_gpus=use_gpus)
-    if engine == "local" and (num_actors or ray_address):
-        raise ConfigError("--num-actors and --ray-address are for --engine ray")
-    if mosaic and len(inputs) != 1:
+    if given.mosaic and len(inputs) != 1:
         raise ConfigError(f"--mosaic reads one folder, glob or list of STAC items as one scene, got {len(inputs)}")
-    options["overwrite"] = overwrite
-    read = [checkpoint, (options.get("source") or {}).get("tissue")]
-    if not mosaic:
+    if not given.mosaic:
         inputs = resolve_one(inputs, output)
-    if not mosaic and not is_one_file(inputs):
-        found = _find(inputs, output, path_column)
-        read += [each for each in inputs if Path(each).is_file()]
-        if engine == "local":
-            _run_many(SegmentationMaps(checkpoint, **options), found, output, None, options, read)
-            return
-        with open_pool() as pool:
-            apart = [MapInput(_absolute(item.path), item.output.absolute()) for item in found]
-            maps = SegmentationMaps(checkpoint, **_for_pool(options, pool))
-            _run_many(maps, apart, output, pool, options, read)
+    if given.mosaic or is_one_file(inputs):
+        _predict_one(predictor, inputs[0], output, given)
         return
-    check_map_name(output)
-    beside = SegmentationMaps(checkpoint, **options).beside(output)
-    check_outputs([output, *beside], [scene_files(inputs[0]) if mosaic else inputs[0], *read], overwrite=True)
-    if engine == "local":
-        result = predict_raster(checkpoint, inputs[0], output, **options)
-    else:
-        with open_pool() as pool:
-            result = _run_rows(checkpoint, MapInput(_absolute(inputs[0]), output.absolute()), pool, options)
-    say(f"map: {output}{'' if result.made else _THERE}")
-    if result.made and (quicklook := output.with_suffix(".png")).exists():
-        say(f"quicklook: {quicklook}")
+    if output.suffix.lower() in _FILE_SUFFIXES and not output.is_dir():
+        raise OutputError(f"several inputs need a folder as --output, got {output}; try {output.with_suffix('')}")
+    found = find_inputs(inputs, output, path_column=given.path_column)
+    outputs = [path for item in found for path in predictor.outputs(item.output)]
+    outputs += [*predictor.folder_files(output), output / REPORT]
+    read = [*predictor.read_files, *(each for each in inputs if Path(each).is_file()), *(item.path for item in found)]
+    check_outputs(outputs, read, overwrite=True)
+    check_report(output, overwrite=predictor.options.overwrite)
+    predictor.check_folder(output)
+    with given.pool(predictor.options.device) as pool:
+        if pool is not None:
+            predictor = predictor.on(_device_of(pool, predictor))
+            found = [MapInput(_absolute(item.path), item.output.absolute()) for item in found]
+        predictor.check(found)
+        try:
+            _predict_many(predictor, found, output, pool)
+        finally:
+            predictor.finish_folder(found, output)
 
 
-def _find(inputs: Sequence[str], output: Path, path_column: str) -> list[MapInput]:
-    if output.suffix.lower() in {".tif", ".tiff"} and not output.is_dir():
-        raise OutputError(f"several maps need a folder as --output, got {output}; try {output.with_suffix('')}")
-    return find_inputs(inputs, output, path_column=path_column)
-
-
-def _run_many(
-    maps: SegmentationMaps,
-    inputs: list[MapInput],
-    folder: Path,
-    pool: RayPool | None,
-    options: dict[str, Any],
-    read: Sequence[str | Path | None],
+def predict_table(
+    predictor: TablePredictor[Any, Any], inputs: Sequence[str], output: Path, given: InputsOptions
 ) -> None:
-    """Map all inputs, in this process or in a pool, keep a report and show it; `read` are files besides the inputs."""
-    outputs = [path for item in inputs for path in (item.output, *maps.beside(item.output))]
-    check_outputs([*outputs, folder / REPORT], [*read, *(item.path for item in inputs)], overwrite=True)
-    maps.check(inputs)
+    """Write a table with a row an input.
+
+    Raises:
+        InputError: An input can't be read, or with `on_error="skip"` none.
+        PerfVitError: An input or output that doesn't fit.
+    """
+    paths = find_paths(inputs, path_column=given.path_column, outputs=attention_folder(output))
+    lists = [each for each in inputs if Path(each).is_file()]
+    job = predictor.job(paths, output)
+    check_outputs([output, *job.beside], [*predictor.read_files, *lists, *paths], overwrite=True)
+    with given.pool(predictor.options.device) as pool, windows_progress("predicting", predictor.noun) as on_progress:
+        if pool is not None:
+            predictor = predictor.on(_device_of(pool, predictor))
+            paths = [_absolute(path) for path in paths]
+        result = predictor.run(paths, output, on_progress=on_progress, pool=pool)
+    if not result.made:
+        say(f"{output}{_THERE}")
+        return
+    left_out = f", {len(result.failed)} could not be read" if result.failed else ""
+    say(f"{result.num_rows:,} {predictor.noun}{left_out}: {output}")
+    if isinstance(predictor, SlideClassificationPredictor):
+        say(f"attention: {attention_folder(output)}")
+
+
+def _predict_one(predictor: InputPredictor[Any, Any], source: str, output: Path, given: InputsOptions) -> None:
+    files = [scene_files(source) if given.mosaic else source, *predictor.read_files]
+    check_outputs(predictor.outputs(output), files, overwrite=True)
+    with given.pool(predictor.options.device) as pool:
+        run = predictor.run
+        if pool is not None:
+            if not isinstance(predictor, SegmentationPredictor):
+                raise ConfigError("--engine ray shares several inputs, or the rows of one map; leave it out")
+            source, output = _absolute(source), output.absolute()
+            run = partial(predictor.on(_device_of(pool, predictor)).run, pool=pool)
+        with windows_progress(f"predicting {Path(source).name}", "rows" if pool else "windows") as on_progress:
+            result = run(source, output, on_progress=on_progress)
+    print_damage(result.damaged)
+    _tell_of_one(predictor, result, output)
+
+
+def _tell_of_one(predictor: InputPredictor[Any, Any], result: JobResult, output: Path) -> None:
+    if isinstance(predictor, SegmentationPredictor):
+        say(f"map: {output}{'' if result.made else _THERE}")
+        if result.made and (quicklook := output.with_suffix(".png")).exists():
+            say(f"quicklook: {quicklook}")
+    else:
+        told = _objects(predictor, result.num_objects or 0) if result.made else "objects"
+        say(f"{told}: {result.out}{'' if result.made else _THERE}")
+
+
+def _objects(predictor: Any, number: int) -> str:
+    return f"{number:,} objects with scores from {predictor.score_threshold:.2f}"
+
+
+def _predict_many(
+    predictor: InputPredictor[Any, Any], inputs: list[MapInput], folder: Path, pool: RayPool | None
+) -> None:
+    """Predict all inputs, in this process or in a pool, keep a report and show it."""
+    options = predictor.options
     # A checkpoint that can't be read is no input's fault.
-    header = {
-        "model": maps.model_id,
-        "checkpoint": str(maps.checkpoint),
-        "started": datetime.now(UTC).isoformat(timespec="seconds"),
-        "settings": {**options, "num_actors": pool and pool.num_actors},
-    }
+    header = predictor.described() | {"started": datetime.now(UTC).isoformat(timespec="seconds")}
+    header["settings"] |= {"num_actors": pool and pool.num_actors}
     report = RunReport(header=header)
-    with reserve_report(folder, overwrite=options["overwrite"]) as path:
+    with reserve_report(folder, overwrite=options.overwrite) as path:
         try:
             with inputs_progress(len(inputs), windows=pool is None) as (on_input, on_window):
-                maps.on_window = on_window
                 predict_many(
-                    maps,
+                    partial(predictor, on_progress=on_window) if on_window else predictor,
                     inputs,
                     each=pool.each if pool else in_turn,
-                    on_error=options.get("on_error", "stop"),
+                    on_error=options.on_error,
                     report=report,
                     report_path=path,
                     on_input=on_input,
@@ -134,27 +199,16 @@ def _run_many(
         finally:
             if report.inputs:
                 show(run_table(report))
-    say(f"maps: {folder}", f"report: {path}")
+    counts = [each.num_objects for each in report.inputs if each.num_objects is not None]
+    say(f"{_objects(predictor, sum(counts))}: {folder}" if counts else f"outputs: {folder}", f"report: {path}")
     if num_failed := report.count("failed"):
         raise InputError(f"{num_failed} of {len(inputs)} inputs failed, all others were gone through; see {path}")
 
 
-def _run_rows(checkpoint: Path, item: MapInput, pool: RayPool, options: dict[str, Any]) -> MapResult:
-    """Map one input, its rows shared by a pool."""
-    maps = SegmentationMaps(checkpoint, **_for_pool(options, pool))
-    job = maps.job(item)
-    maps.check([item])
-    with windows_progress(f"predicting {Path(item.path).name}", "rows") as on_rows:
-        write_rows: Callable[[Path], None] = rows_in_pool(pool, job, partial(maps.write_rows, item), on_rows=on_rows)
-        result = maps.make(job, write_rows)
-    print_damage(result.damaged)
-    return result
-
-
-def _for_pool(options: dict[str, Any], pool: RayPool) -> dict[str, Any]:
-    """Options whose device is that of the pool's actors, whatever this process has."""
-    device = options.get("device", "auto")
-    return {**options, "device": ("cuda" if pool.use_gpus else "cpu") if device == "auto" else device}
+def _device_of(pool: RayPool, predictor: Any) -> str:
+    """The device of the pool's actors, whatever this process has."""
+    device = str(predictor.options.device)
+    return ("cuda" if pool.use_gpus else "cpu") if device == "auto" else device
 
 
 def _absolute(path: str) -> str:

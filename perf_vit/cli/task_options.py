@@ -2,31 +2,34 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from dataclasses import fields
 from pathlib import Path
+from typing import Any
 
 import typer
 
 from perf_vit.errors import ConfigError
 
-__all__ = ["EVALUATE_OPTIONS", "PREDICT_OPTIONS", "refuse_other_options"]
+__all__ = ["EVALUATE_OPTIONS", "predict_options", "refuse_other_options"]
 
 _COMMON = frozenset({"checkpoint", "batch_size", "device", "precision"})
-_PREDICT = _COMMON | {"inputs", "more_inputs", "output", "path_column", "on_error", "overwrite"}
+_RUN = frozenset(
+    {"checkpoint", "inputs", "more_inputs", "output", "path_column", "engine", "num_actors", "ray_address"}
+)
 _EVALUATE = _COMMON | {"image", "labels", "json", "overwrite"}
-_SOURCES = frozenset({"crs", "resolution", "mpp", "slide_mpp", "tissue", "mosaic"})
 _WINDOWS = frozenset({"window_size", "overlap"})
-_MAPS = frozenset({"kind", "blend", "flips", "resume", "engine", "num_actors", "ray_address"})
-_FILES = frozenset({"num_readers", "polygons", "score_threshold"})
 
-PREDICT_OPTIONS = {
-    "segmentation": _PREDICT | _SOURCES | _WINDOWS | _MAPS | _FILES,
-    "detection": _PREDICT | _SOURCES | _WINDOWS | _FILES | {"coco_images"},
-    "classification": _PREDICT,
-    "regression": _PREDICT,
-    "slide": _PREDICT | {"num_readers", "slide_mpp", "tissue"},
-}
-"""Parameters of `perf-vit predict`, by the task of the checkpoint's network."""
+
+def predict_options(task: str, options: type[Any]) -> frozenset[str]:
+    """Parameters of `perf-vit predict` for a task: those of all tasks, and the fields of its own options.
+
+    Args:
+        task: Name of the task.
+        options: Dataclass of its options.
+    """
+    scene = {"mosaic"} if task in {"segmentation", "detection"} else set()
+    return _RUN | scene | {each.name for each in fields(options)}
+
 
 EVALUATE_OPTIONS = {
     "segmentation": _EVALUATE | _WINDOWS | {"region", "all_touched", "flips", "slide_mpp", "tissue"},
@@ -35,18 +38,15 @@ EVALUATE_OPTIONS = {
     "regression": _EVALUATE,
     "slide": _EVALUATE,
 }
-"""Parameters of `perf-vit evaluate`, likewise."""
+"""Parameters of `perf-vit evaluate`, by the task of the checkpoint's network."""
 
 
-def refuse_other_options(
-    context: typer.Context, options: Mapping[str, frozenset[str]], task: str, checkpoint: Path, network: str
-) -> None:
+def refuse_other_options(context: typer.Context, known: frozenset[str], checkpoint: Path, network: str) -> None:
     """Refuse what was given on the command line and means nothing to the task.
 
     Args:
         context: of the call.
-        options: parameters by task.
-        task: of the checkpoint's network.
+        known: parameters of the task.
         checkpoint: that was given.
         network: what to call the network.
 
@@ -56,7 +56,7 @@ def refuse_other_options(
     for parameter in context.command.params:
         name = str(parameter.name)
         source = context.get_parameter_source(name)
-        if source is not None and source.name == "COMMANDLINE" and name not in options[task]:
+        if source is not None and source.name == "COMMANDLINE" and name not in known:
             # The name of a flag that was turned off is its second one.
             off = getattr(parameter, "secondary_opts", None) if context.params[name] is False else None
             flag = (off or parameter.opts)[0]

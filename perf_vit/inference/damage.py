@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import json
-import os
-import uuid
 from dataclasses import astuple, dataclass
 from pathlib import Path
 from threading import Lock
 
-from perf_vit.text import to_json
+from perf_vit.inference.line_log import LineLog
 from perf_vit.types import Window
 
 __all__ = ["DamageLog", "DamagedPiece"]
@@ -29,16 +26,14 @@ class DamagedPiece:
 
 
 class DamageLog:
-    """Damaged pieces in a folder; a run that goes on with the rows in it knows of those met before.
+    """Damaged pieces in a folder; a resumed run knows those that earlier runs met.
 
     Args:
-        folder: exists already.
+        folder: Existing folder.
     """
 
     def __init__(self, folder: Path) -> None:
-        self._folder = folder
-        # A name of its own: several processes may write, and none after a line that a crash cut.
-        self._file = folder / f"damage_{uuid.uuid4().hex}.jsonl"
+        self._log = LineLog(folder, "damage")
         self._known: set[Window] = set()
         self._lock = Lock()
 
@@ -48,21 +43,10 @@ class DamageLog:
             if window in self._known:
                 return
             self._known.add(window)
-            with self._file.open("a", encoding="utf-8") as file:
-                file.write(to_json({"window": astuple(window), "reason": reason}) + "\n")
-                file.flush()
-                os.fsync(file.fileno())
+            self._log.add({"window": astuple(window), "reason": reason})
 
     def pieces(self) -> list[DamagedPiece]:
         """All pieces in the folder, each once, from top to bottom."""
-        found = {}
-        for file in self._folder.glob("damage_*.jsonl"):
-            for line in file.read_bytes().splitlines():
-                try:
-                    entry = json.loads(line)
-                except ValueError:
-                    # A crash cut it before the piece counted: the rows that need it are read again.
-                    continue
-                window = Window(*entry["window"])
-                found[window] = DamagedPiece(window, entry["reason"])
+        entries = ((Window(*entry["window"]), entry["reason"]) for entry in self._log.entries())
+        found = {window: DamagedPiece(window, reason) for window, reason in entries}
         return sorted(found.values(), key=lambda piece: astuple(piece.window))

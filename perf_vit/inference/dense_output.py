@@ -13,12 +13,11 @@ import numpy.typing as npt
 
 from perf_vit.errors import PerfVitError
 from perf_vit.inference.engine import Strip
+from perf_vit.inference.options import OutputKind
 from perf_vit.io import RasterLayout, default_colormap
 from perf_vit.types import IGNORE_INDEX, Source
 
-__all__ = ["DenseOutput", "OutputKind", "class_map", "class_output", "class_probabilities"]
-
-OutputKind = Literal["classes", "probabilities", "probabilities-uint8"]
+__all__ = ["DenseOutput", "class_map", "class_output", "class_probabilities"]
 
 FloatArray = npt.NDArray[np.float32]
 ToProbabilities = Callable[[FloatArray, float], FloatArray]

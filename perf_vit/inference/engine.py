@@ -107,11 +107,14 @@ def predict_strips(
     tiles = read_ahead(plan.windows(), source, normalize, num_threads=num_readers, depth=2 * batch_size + num_readers)
     with closing(tiles):
         for row in plan.rows:
-            for done, (tile, scores) in enumerate(
-                _scores_of(itertools.islice(tiles, len(row.windows)), forward, batch_size), 1
-            ):
-                stitcher.add(tile.window, scores, tile.valid, weights)
-                on_window(row.num_before + done, plan.num_windows)
+            # One batch stays on the device while the next is read.
+            running: deque[tuple[list[Tile], Tensor]] = deque()
+            done = row.num_before
+            for batch in _batches(itertools.islice(tiles, len(row.windows)), batch_size):
+                running.append((batch, forward(batch)))
+                done += _stitch(running, stitcher, weights, keep=1)
+                on_window(done, plan.num_windows)
+            _stitch(running, stitcher, weights)
             on_window(row.num_before + len(row.windows), plan.num_windows)
             for window, blended, valid in stitcher.advance(row.stop, _STRIP_ROWS):
                 if window.row_stop > start_row and window.row < stop_row:
@@ -158,20 +161,24 @@ class _Plan:
         return itertools.chain.from_iterable(row.windows for row in self.rows)
 
 
-def _scores_of(tiles: Iterator[Tile], forward: _Forward, batch_size: int) -> Iterator[tuple[Tile, FloatArray]]:
-    """Tiles with a valid pixel and their scores, in order; one batch stays on the device while the next is read."""
-    running: deque[tuple[list[Tile], Tensor]] = deque()
+def _batches(tiles: Iterator[Tile], batch_size: int) -> Iterator[list[Tile]]:
+    """Tiles with a valid pixel, in order."""
     used = (tile for tile in tiles if tile.pixels is not None)
     while batch := list(itertools.islice(used, batch_size)):
-        running.append((batch, forward(batch)))
-        if len(running) > 1:
-            yield from _collect(*running.popleft())
-    while running:
-        yield from _collect(*running.popleft())
+        yield batch
 
 
-def _collect(batch: list[Tile], scores: Tensor) -> Iterator[tuple[Tile, FloatArray]]:
-    yield from zip(batch, scores.float().cpu().numpy(), strict=True)
+def _stitch(
+    running: deque[tuple[list[Tile], Tensor]], stitcher: RowStitcher, weights: FloatArray, keep: int = 0
+) -> int:
+    """Blend in the batches of a queue but the last ones; how many tiles these were."""
+    count = 0
+    while len(running) > keep:
+        batch, scores = running.popleft()
+        for tile, found in zip(batch, scores.float().cpu().numpy(), strict=True):
+            stitcher.add(tile.window, found, tile.valid, weights)
+        count += len(batch)
+    return count
 
 
 @dataclass(frozen=True, slots=True)
@@ -196,19 +203,18 @@ class _Forward:
         valid = None if valid is None else valid.to(device)
         autocast = torch.autocast(device.type, dtype=self.precision, enabled=self.precision != torch.float32)
         with torch.inference_mode(), autocast:
-            return self._mean_over_flips(batch, valid) if self.flips else self._scores(batch, valid)
+            scores = self._checked(self.model(batch) if valid is None else self.model(batch, valid=valid), batch)
+            if not self.flips:
+                return scores
+            total = scores.float()
+            for dims in ((-1,), (-2,), (-2, -1)):
+                turned = {} if valid is None else {"valid": valid.flip(dims)}
+                # Not in place: a model may return its input.
+                total = total + self._checked(self.model(batch.flip(dims), **turned), batch).float().flip(dims)
+            return total / 4
 
-    def _scores(self, batch: Tensor, valid: Tensor | None) -> Tensor:
-        scores = self.model(batch) if valid is None else self.model(batch, valid=valid)
+    def _checked(self, scores: Tensor, batch: Tensor) -> Tensor:
         expected = (len(batch), self.num_channels, *batch.shape[-2:])
         if tuple(scores.shape) != expected:
             raise InputError(f"expected scores of shape {expected} from the model, got {tuple(scores.shape)}")
         return scores
-
-    def _mean_over_flips(self, batch: Tensor, valid: Tensor | None) -> Tensor:
-        total = self._scores(batch, valid).float()
-        for dims in ((-1,), (-2,), (-2, -1)):
-            flipped = None if valid is None else valid.flip(dims)
-            # Not in place: a model may return its input.
-            total = total + self._scores(batch.flip(dims), flipped).float().flip(dims)
-        return total / 4

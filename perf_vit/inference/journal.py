@@ -21,6 +21,8 @@ __all__ = ["Journal", "check_partial_folder", "discard_journal", "open_journal"]
 _SETTINGS = "journal.json"
 _UNFINISHED_SETTINGS = f"{_SETTINGS}.tmp"
 _LOCK = "lock"
+_PIECES = ("rows_*", "windows_*", "items_*")
+"""Names of finished pieces of work: rows of a map, windows of a detector, rows of a table."""
 
 
 class Journal:
@@ -64,10 +66,16 @@ class Journal:
             _write_settings(self.folder, wanted)
         self.begun = True
 
-    def complete(self, made: Path) -> None:
-        """Move the finished file to the output's name; then the folder has done its work."""
-        with _refusing(self.path):
-            os.replace(made, self.path)
+    def move(self, made: Path, out: Path | None = None) -> None:
+        """Move a finished file to an output's name, by default that of the main one.
+
+        Raises:
+            OutputError: it can't be written there.
+        """
+        out = out or self.path
+        with _refusing(out):
+            out.parent.mkdir(parents=True, exist_ok=True)
+            os.replace(made, out)
 
     def _check(self, before: dict[str, Any], wanted: dict[str, Any]) -> None:
         for name in [*wanted, *before]:
@@ -132,10 +140,10 @@ def open_journal(path: Path) -> Iterator[Journal]:
             try:
                 yield journal
             except BaseException as error:
-                if not any(folder.glob("rows_*")):
+                if not any(file for pattern in _PIECES for file in folder.glob(pattern)):
                     _remove(folder)
                 elif journal.begun and isinstance(error, PerfVitError):
-                    kept = f"{folder.name} keeps the finished rows, and the same command goes on there"
+                    kept = f"{folder.name} keeps what is finished, and the same command goes on there"
                     raise type(error)(f"{error}; {kept}") from error
                 raise
             _remove(folder)

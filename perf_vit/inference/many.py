@@ -10,13 +10,14 @@ from pathlib import Path
 
 from perf_vit.errors import BusyError, PerfVitError
 from perf_vit.inference.inputs import MapInput
-from perf_vit.inference.map_job import MapResult, OnError
+from perf_vit.inference.job import JobResult
+from perf_vit.inference.options import OnError
 from perf_vit.inference.run_report import InputReport, InputStatus, RunReport
 
 __all__ = ["Each", "PredictOne", "attempt", "in_turn", "predict_many"]
 
-PredictOne = Callable[[MapInput], MapResult]
-"""Makes the map of one input."""
+PredictOne = Callable[[MapInput], JobResult]
+"""Makes the outputs of one input."""
 
 Each = Callable[[PredictOne, Sequence[MapInput]], Generator[InputReport, None, None]]
 """Calls `attempt` for each input, here or elsewhere, and gives the reports in any order."""
@@ -26,7 +27,7 @@ _REPORT_EVERY_S = 10.0
 
 
 def attempt(predict_one: PredictOne, item: MapInput) -> InputReport:
-    """Make one map and say what became of it; whatever goes wrong is part of the report."""
+    """Make the outputs of one input and say what became of it; whatever goes wrong is part of the report."""
     start = time.monotonic()
     report = InputReport(input=item.path, output=str(item.output), status="failed")
     try:
@@ -39,8 +40,10 @@ def attempt(predict_one: PredictOne, item: MapInput) -> InputReport:
         report = replace(
             report,
             status="done" if result.made else "skipped-existing",
+            output=str(result.out or item.output),
             num_windows=result.num_windows,
             num_pixels=result.num_pixels,
+            num_objects=result.num_objects,
             damaged=result.damaged,
         )
     return replace(report, seconds=time.monotonic() - start)
@@ -64,12 +67,12 @@ def predict_many(
     wait_s: float = 1.0,
     on_input: Callable[[InputReport], None] = lambda report: None,
 ) -> RunReport:
-    """Make a map of each input.
+    """Make the outputs of each input.
 
     Several processes may be given the same inputs: what another is working on is left for the end.
 
     Args:
-        predict_one: makes one map; raises BusyError where another process makes it.
+        predict_one: makes those of one; raises BusyError where another process makes it.
         inputs: from `find_inputs`.
         each: `in_turn`, or the method of a pool.
         on_error: "stop" at the first input that fails, or "skip" it.

@@ -14,6 +14,7 @@ from perf_vit.inference._read_detections import scene_objects
 from perf_vit.inference.detections import Objects
 from perf_vit.inference.reader import Reads, Tile, read_ahead, takes_valid, valid_pixels
 from perf_vit.inference.stitch_objects import ObjectStitcher
+from perf_vit.inference.window_log import WindowLog
 from perf_vit.tiling import grid_windows
 from perf_vit.types import Detections, GeoImage, Window
 
@@ -42,6 +43,7 @@ def predict_objects(
     precision: torch.dtype = torch.float32,
     score_threshold: float = 0.5,
     iou_threshold: float = 0.5,
+    log: WindowLog | None = None,
     on_window: Callable[[int, int], None] = lambda done, total: None,
 ) -> Objects:
     """Run a detector over a scene in overlapping windows and give each object once.
@@ -63,6 +65,7 @@ def predict_objects(
         precision: torch.float32, or torch.bfloat16 / torch.float16 for autocast.
         score_threshold: lowest score of an object.
         iou_threshold: of two objects of a class with a larger IoU, the one with the higher score stays.
+        log: Objects of windows that are finished already, which skip the model; those of further ones are added.
         on_window: called with (windows done, windows in all), for a progress bar.
 
     Raises:
@@ -70,34 +73,47 @@ def predict_objects(
     """
     stitcher = ObjectStitcher(extent, window_size, overlap, iou_threshold)
     windows = grid_windows(extent, window_size, overlap)
-    tiles = read_ahead(windows, source, normalize, num_threads=num_readers, depth=2 * batch_size + num_readers)
+    known = {} if log is None else log.windows()
+    for window, objects in known.items():
+        if objects is not None:
+            stitcher.add(window, objects)
+    todo = [window for window in windows if window not in known]
+    tiles = read_ahead(todo, source, normalize, num_threads=num_readers, depth=2 * batch_size + num_readers)
+    done = len(known)
     with closing(tiles):
-        for batch in _batches(tiles, batch_size, lambda done: on_window(done, len(windows))):
+        for batch, empty in _batches(tiles, batch_size):
+            found = []
             for tile, detections in zip(batch, _forward(model, batch, device, precision), strict=True):
-                stitcher.add(tile.window, scene_objects(detections, tile.window, score_threshold), tile.valid)
+                objects = scene_objects(detections, tile.window, score_threshold)
+                found.append((tile.window, stitcher.add(tile.window, objects, tile.valid)))
+            if log is not None:
+                log.add(empty, found)
+            done += len(batch) + len(empty)
+            on_window(done, len(windows))
     return stitcher.finish()
 
 
-def _batches(tiles: Iterator[Tile], batch_size: int, on_done: Callable[[int], None]) -> Iterator[list[Tile]]:
-    """Tiles with a valid pixel; those before the next batch count as done when it is asked for."""
+def _batches(tiles: Iterator[Tile], batch_size: int) -> Iterator[tuple[list[Tile], list[Window]]]:
+    """Tiles with a valid pixel, and the windows without one that come before the last of them."""
     batch: list[Tile] = []
-    done = 0
-    for done, tile in enumerate(tiles, 1):
-        if tile.pixels is not None:
+    empty: list[Window] = []
+    for tile in tiles:
+        if tile.pixels is None:
+            empty.append(tile.window)
+        else:
             batch.append(tile)
         if len(batch) == batch_size:
-            yield batch
-            batch = []
-        if not batch:
-            on_done(done)
-    if batch:
-        yield batch
-        on_done(done)
+            yield batch, empty
+            batch, empty = [], []
+    if batch or empty:
+        yield batch, empty
 
 
 def _forward(
     model: ObjectModel, tiles: Sequence[Tile], device: str | torch.device, precision: torch.dtype
 ) -> Sequence[Detections]:
+    if not tiles:
+        return []
     pixels = np.stack([tile.pixels for tile in tiles if tile.pixels is not None])
     batch = torch.from_numpy(pixels).to(device, non_blocking=True)
     valid = valid_pixels(tiles) if takes_valid(model) else None

@@ -32,12 +32,13 @@ class InputReport:
 
     Attributes:
         input: its path.
-        output: its map's path.
-        status: "skipped-existing" where the map was there already, "busy" where another process makes it.
+        output: path of its main output.
+        status: "skipped-existing" where its outputs were there already, "busy" where another process makes it.
         seconds: spent on it.
         num_windows: of the source.
         num_pixels: of the source.
-        damaged: what couldn't be read and is nodata.
+        num_objects: that were found in this run, None where none are looked for.
+        damaged: what couldn't be read and is left out.
         error: one line, None where there is none.
         cause: the error itself, where it isn't lost between processes.
     """
@@ -48,6 +49,7 @@ class InputReport:
     seconds: float = 0.0
     num_windows: int = 0
     num_pixels: int = 0
+    num_objects: int | None = None
     damaged: tuple[DamagedPiece, ...] = ()
     error: str | None = None
     cause: Exception | None = field(default=None, repr=False, compare=False)
@@ -61,6 +63,7 @@ class InputReport:
             "seconds": round(self.seconds, 3),
             "num_windows": self.num_windows,
             "num_pixels": self.num_pixels,
+            **({} if self.num_objects is None else {"num_objects": self.num_objects}),
             "damaged": [{"window": list(astuple(piece.window)), "reason": piece.reason} for piece in self.damaged],
             "error": self.error,
         }
@@ -150,7 +153,7 @@ def reserve_report(folder: Path, *, overwrite: bool = False) -> Iterator[Path]:
     except OSError as error:
         not_folder = isinstance(error, FileExistsError | NotADirectoryError)
         reason = "it is no folder" if not_folder else str(error.strerror or error).lower()
-        raise OutputError(f"can't write into {folder}: {reason}; several maps need a folder") from error
+        raise OutputError(f"can't write into {folder}: {reason}; several outputs need a folder") from error
     try:
         yield path
     finally:

@@ -13,7 +13,7 @@ from typing import Any
 from perf_vit.io import file_stats, fingerprint, input_files
 from perf_vit.types import Source
 
-__all__ = ["SourceIdentity"]
+__all__ = ["SourceIdentity", "content_of", "newer_than", "stats_of"]
 
 _DIGITS = 16
 # Viewers write them beside a raster; what they say of its place is part of the source.
@@ -35,8 +35,7 @@ class SourceIdentity:
     def __init__(self, source: Source) -> None:
         self.options = _options(source)
         named = [*getattr(source, "paths", (source.path,)), str(getattr(source, "options", {}).get("tissue", ""))]
-        behind = [str(file) for file in _outermost(file for _, file in input_files(named))]
-        self.files = tuple(dict.fromkeys([*named[:-1], *(file for file in behind if not file.endswith(_SIDECARS))]))
+        self.files = tuple(dict.fromkeys([*named[:-1], *_files_behind(named)]))
         nodata = None if source.nodata is None else str(float(source.nodata))
         self.place = [list(source.transform)[:6], source.crs and source.crs.to_wkt(), source.mpp, nodata]
         self.layout = [source.num_bands, source.height, source.width, str(source.dtype)]
@@ -67,8 +66,37 @@ class SourceIdentity:
 
     def changed_since(self, out: Path) -> bool:
         """Whether one of the files is newer than an output."""
-        made = out.stat().st_mtime_ns
-        return any(stat[1] > made for stat in map(file_stats, self.files) if stat is not None)
+        return _any_newer(self.files, out)
+
+
+def content_of(paths: Iterable[str]) -> str:
+    """A hash of the content of some inputs, with members of virtual rasters and the like; the same for copies."""
+    return fingerprint(file for path in paths for file in _files_of(path))
+
+
+def stats_of(paths: Iterable[str]) -> list[int]:
+    """Bytes and times of change of some inputs that are files, with members of virtual rasters and the like."""
+    stats = (file_stats(file) for path in paths for file in _files_of(path))
+    return [number for stat in stats if stat is not None for number in stat]
+
+
+def newer_than(paths: Iterable[str], out: Path) -> bool:
+    """Whether an input was changed after an output was."""
+    return _any_newer((file for path in paths for file in _files_of(path)), out)
+
+
+def _any_newer(files: Iterable[str], out: Path) -> bool:
+    made = out.stat().st_mtime_ns
+    return any(stat[1] > made for stat in map(file_stats, files) if stat is not None)
+
+
+def _files_of(path: str) -> list[str]:
+    return list(dict.fromkeys([path, *_files_behind([path])]))
+
+
+def _files_behind(paths: Iterable[str]) -> list[str]:
+    behind = map(str, _outermost(file for _, file in input_files(paths)))
+    return [file for file in behind if not file.endswith(_SIDECARS)]
 
 
 def _options(source: Source) -> dict[str, Any]:

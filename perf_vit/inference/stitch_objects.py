@@ -55,13 +55,17 @@ class ObjectStitcher:
         self._parts: dict[int, _Candidates] = {}
         self._kind: ObjectKind | None = None
 
-    def add(self, window: Window, objects: Objects, valid: BoolArray) -> None:
+    def add(self, window: Window, objects: Objects, valid: BoolArray | None = None) -> Objects:
         """Take in a window's objects.
 
         Args:
             window: one of `grid_windows`, once.
             objects: in the scene's pixels.
-            valid: where the source has data, [h, w]; objects with their centre elsewhere are left out.
+            valid: where the source has data, [h, w]; objects with their centre elsewhere are left out. None for objects
+                that an earlier call returned.
+
+        Returns:
+            The objects that may be among those of the scene.
 
         Raises:
             InputError: another kind of geometry than in an earlier window.
@@ -86,7 +90,10 @@ class ObjectStitcher:
             self._rows.past_core(centers[:, 1], row) <= sizes[:, 1] / 2
         )
         wanted = part.owned | (near & ~part.cut)
-        self._parts[row * len(self._cols) + col] = part.take(wanted & _holds(self._extent, window, centers, valid))
+        if valid is not None:
+            wanted &= _holds(self._extent, window, centers, valid)
+        part = self._parts[row * len(self._cols) + col] = part.take(wanted)
+        return Objects(objects.kind, part.geometry, part.scores, part.labels)
 
     def finish(self) -> Objects:
         """The scene's objects, by falling score."""

@@ -56,10 +56,13 @@ class StripStore:
         folder: exists already.
         layout: of the raster that the strips add up to.
         path: the output's name in errors.
+
+    Attributes:
+        folder: as it was given.
     """
 
     def __init__(self, folder: Path, layout: RasterLayout, path: Path) -> None:
-        self._folder = folder
+        self.folder = folder
         self._layout = layout
         self._path = path
 
@@ -85,7 +88,7 @@ class StripStore:
 
     def strips(self) -> list[StoredStrip]:
         """What is there, from top to bottom."""
-        found = ((_NAME.fullmatch(file), file) for file in os.listdir(self._folder))
+        found = ((_NAME.fullmatch(file), file) for file in os.listdir(self.folder))
         return sorted(
             StoredStrip(int(match[1]), int(match[2]), int(match[3], 16), file) for match, file in found if match
         )
@@ -111,7 +114,7 @@ class StripStore:
         if gaps := self.gaps(0, height):
             missing = sum(stop - start for start, stop in gaps)
             raise OutputError(f"expected {height} rows for {self._path}, got {height - missing}")
-        template, mosaic = self._folder / "template.tif", self._folder / "mosaic.vrt"
+        template, mosaic = self.folder / "template.tif", self.folder / "mosaic.vrt"
         try:
             self._layout.create(str(template), sparse_ok=True, tiled=True, blockxsize=512, blockysize=512).close()
             with plain_images_allowed():
@@ -163,12 +166,12 @@ class StripStore:
             file.write(block)
 
     def _write_file(self, name: str, content: Any) -> None:
-        unfinished = self._folder / f"{uuid.uuid4().hex}.tmp"
+        unfinished = self.folder / f"{uuid.uuid4().hex}.tmp"
         with unfinished.open("wb") as file:
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
-        os.replace(unfinished, self._folder / name)
+        os.replace(unfinished, self.folder / name)
 
 
 def _compression(dtype: np.dtype[Any]) -> dict[str, Any]:

@@ -14,9 +14,10 @@ import pytest
 import rasterio
 from rasterio.shutil import copy as copy_raster
 from slides import levels_of, planes, write_pyramid, write_zarr
+from stub_segmenter import StubSegmenter
 
 from perf_vit.errors import OutputError
-from perf_vit.inference import class_output, predict_map
+from perf_vit.inference import SegmentationPredictOptions, SegmentationPredictor
 from perf_vit.inference.source_identity import SourceIdentity
 from perf_vit.io import open_source
 from perf_vit.types import Source
@@ -33,18 +34,8 @@ def make(source: Source, out: Path, *, stop: bool = False) -> None:
         if stop and done > total // 2:
             raise KilledError
 
-    predict_map(
-        lambda tiles: tiles,
-        source,
-        lambda image: image.pixels.astype(np.float32) / 1000,
-        out,
-        output=class_output("probabilities", ("a", "b", "c")),
-        model_id="stub",
-        num_channels=3,
-        window_size=16,
-        overlap=0,
-        on_window=on_window,
-    )
+    options = SegmentationPredictOptions(kind="probabilities", window_size=16, overlap=0, device="cpu")
+    SegmentationPredictor(StubSegmenter(), options).run(source, out, on_progress=on_window)
 
 
 @dataclass(frozen=True)

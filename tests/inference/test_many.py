@@ -14,12 +14,12 @@ import pytest
 import rasterio
 
 from perf_vit.errors import BusyError, InputError, OutputError, PerfVitError
-from perf_vit.inference import MapInput, MapResult, RunReport, predict_many, reserve_report
+from perf_vit.inference import JobResult, MapInput, RunReport, predict_many, reserve_report
 from perf_vit.inference import journal as journals
 from perf_vit.inference.journal import open_journal
 from perf_vit.types import Window
 
-RESULT = MapResult(made=True, num_windows=4, num_pixels=100)
+RESULT = JobResult(made=True, num_windows=4, num_pixels=100)
 
 
 def _inputs(*names: str) -> list[MapInput]:
@@ -31,7 +31,7 @@ def _statuses(report: RunReport) -> dict[str, str]:
 
 
 def _one_that_fails(error: Exception):
-    def predict_one(item: MapInput) -> MapResult:
+    def predict_one(item: MapInput) -> JobResult:
         if item.path == "bad":
             raise error
         return RESULT
@@ -66,7 +66,7 @@ def test_a_bad_input_stops_the_run_and_the_report_stays(tmp_path) -> None:
 def test_a_busy_input_is_left_for_the_end_and_tried_again() -> None:
     calls = []
 
-    def predict_one(item: MapInput) -> MapResult:
+    def predict_one(item: MapInput) -> JobResult:
         calls.append(item.path)
         if item.path == "busy" and calls.count("busy") < 3:
             raise BusyError("elsewhere")
@@ -78,7 +78,7 @@ def test_a_busy_input_is_left_for_the_end_and_tried_again() -> None:
 
 
 def test_an_input_that_stays_busy_is_reported_as_such() -> None:
-    def predict_one(item: MapInput) -> MapResult:
+    def predict_one(item: MapInput) -> JobResult:
         raise BusyError("elsewhere")
 
     report = predict_many(predict_one, _inputs("x"), wait_s=0, num_rounds=2)
@@ -106,7 +106,7 @@ def test_maps_that_are_there_are_kept_and_others_replaced_on_demand(make_scene, 
     assert run() == ["done", "done"]
     assert run() == ["skipped-existing"] * 2
     assert run(overwrite=True) == ["done", "done"]
-    for other in ({"model_id": "another"}, {"window_size": 32}, {"window_size": 32, "kind": "classes"}):
+    for other in ({"name": "another"}, {"window_size": 32}, {"window_size": 32, "kind": "classes"}):
         assert run(**other) == ["failed"] * 2
         assert run(**other, overwrite=True) == ["done"] * 2
         assert run(**other) == ["skipped-existing"] * 2

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from perf_vit import open_source
 from perf_vit.data import DataConfig, RegionConfig, build_datamodule
 from perf_vit.data.augmenting import AugmentConfig
-from perf_vit.inference import segment_strips
+from perf_vit.inference import SegmentationPredictOptions, SegmentationPredictor
 from perf_vit.models import ModelConfig, Segmenter, SegmenterSpec, build_segmenter
 from perf_vit.tasks import OptimConfig, SegmentationTask
 from perf_vit.transforms import Normalizer
@@ -89,7 +89,9 @@ def test_prediction_masks_tokens_without_a_valid_pixel(half_empty, backbone) -> 
     torch.manual_seed(0)
     model = build_segmenter(config_of(backbone), SPEC).eval()
     source = open_source(half_empty)
-    tile, features = features_of(model, lambda: list(segment_strips(model, source, extent=source.extent)))
+    tile, features = features_of(
+        model, lambda: list(SegmentationPredictor(model, SegmentationPredictOptions()).strips(source, source.extent))
+    )
     check(model, tile, features)
 
 
@@ -119,7 +121,9 @@ def test_a_tile_of_valid_pixels_needs_no_mask(make_scene, backbone) -> None:
     torch.manual_seed(0)
     model = build_segmenter(config_of(backbone), SPEC).eval()
     source = open_source(make_scene(height=TILE_PX, width=TILE_PX, nodata=None))
-    tile, features = features_of(model, lambda: list(segment_strips(model, source, extent=source.extent)))
+    tile, features = features_of(
+        model, lambda: list(SegmentationPredictor(model, SegmentationPredictOptions()).strips(source, source.extent))
+    )
     mask = token_mask(tile, model.size_multiple)
     assert mask.all()
     torch.testing.assert_close(masked_features(model, tile, mask), features, rtol=1e-4, atol=1e-4)

@@ -3,8 +3,6 @@
 import os
 import sys
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 
@@ -14,8 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from perf_vit.errors import ConfigError, DataWarning, InputError, PerfVitError
-from perf_vit.inference import MapInput, MapJob, MapResult, RayPool, make_map, predict_many, rows_in_pool
-from perf_vit.inference.journal import open_journal
+from perf_vit.inference import JobResult, MapInput, RayPool, predict_many
 from perf_vit.inference.ray_rows import row_ranges
 
 ray = pytest.importorskip("ray")
@@ -49,15 +46,14 @@ def test_rows_made_by_a_pool_are_the_same_bytes(pool, make_scene, tmp_path) -> N
     maker = mapping_many.maker()
     maker(MapInput(item.path, tmp_path / "local.tif"))
     seen = []
-    job = maker.job(item)
+    job = maker.job(item.path, item.output)
     # What a killed run left: some rows in the middle, and a file that was being written.
-    with pytest.raises(InputError), _begun(job) as folder:
-        maker.write(job, folder, (300, 500))
-        (folder / "half.tmp").write_text("half")
+    with pytest.raises(InputError), job.work() as journal:
+        maker.run_rows(item.path, job.store(journal.folder), (300, 500))
+        (journal.folder / "half.tmp").write_text("half")
         raise InputError("killed")
     assert len(list((tmp_path / "map.tif.partial").glob("rows_*"))) < 8
-    write_rows = rows_in_pool(pool, job, partial(maker.write_rows, item), on_rows=lambda *rows: seen.append(rows))
-    make_map(job, write_rows)
+    maker.run(item.path, item.output, pool=pool, on_progress=lambda *rows: seen.append(rows))
     assert (tmp_path / "map.tif").read_bytes() == (tmp_path / "local.tif").read_bytes()
     assert len(seen) > 2
     assert seen[-1] == (900, 900)
@@ -112,17 +108,10 @@ def test_without_ray_the_error_says_how_to_install_it(monkeypatch) -> None:
         RayPool()
 
 
-@contextmanager
-def _begun(job: MapJob) -> Iterator[Path]:
-    with open_journal(job.out) as journal:
-        job.begin(journal, resume=True)
-        yield journal.folder
-
-
-def _warn(item: MapInput) -> MapResult:
+def _warn(item: MapInput) -> JobResult:
     warnings.warn(f"{item.path} is unlike the others", DataWarning, stacklevel=1)
     warnings.warn("some have no CRS", DataWarning, stacklevel=1)
-    return MapResult(made=True, num_windows=1, num_pixels=1)
+    return JobResult(made=True, num_windows=1, num_pixels=1)
 
 
 def _refuse_three(number: int) -> int:

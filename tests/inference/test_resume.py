@@ -13,8 +13,8 @@ import mapping_process
 import pytest
 
 import perf_vit.inference.journal as journals
-from perf_vit.errors import InputError, OutputError
-from perf_vit.inference import predict_map
+from perf_vit.errors import InputError, OptionError, OutputError
+from perf_vit.inference import SegmentationPredictOptions
 from perf_vit.inference.journal import open_journal
 
 SCRIPT = Path(mapping_process.__file__)
@@ -219,16 +219,9 @@ def test_a_run_with_a_damaged_window_stops_and_keeps_its_rows(make_scene, tmp_pa
     assert list((tmp_path / "map.tif.partial").glob("rows_*"))
 
 
-def test_predict_map_refuses_an_unknown_way_of_handling_errors(tmp_path) -> None:
-    with pytest.raises(ValueError, match="on_error must be stop or skip, got ignore"):
-        predict_map(
-            None, _Nowhere(), None, tmp_path / "m.tif", output=None, model_id="", num_channels=1, window_size=8,
-            overlap=0, on_error="ignore",
-        )  # fmt: skip
-
-
-class _Nowhere:
-    path = "nowhere.tif"
+def test_an_unknown_value_of_an_option_names_the_option_and_the_choices() -> None:
+    with pytest.raises(OptionError, match=r"^on_error must be one of stop, skip, got ignore"):
+        SegmentationPredictOptions(on_error="ignore")
 
 
 def test_a_folder_that_another_process_removes_while_it_is_looked_at_is_nobodys(tmp_path, monkeypatch) -> None:

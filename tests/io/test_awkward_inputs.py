@@ -9,7 +9,7 @@ import pytest
 import rasterio
 
 from perf_vit.errors import InputError
-from perf_vit.inference import MapResult, find_inputs, predict_many
+from perf_vit.inference import JobResult, find_inputs, predict_many
 from perf_vit.inference.journal import open_journal
 from perf_vit.io import open_source, staged
 from perf_vit.io._staging import replaced
@@ -79,7 +79,7 @@ def test_a_name_that_is_not_utf8_does_not_end_a_batch(tmp_path, make_scene) -> N
 
     def predict_one(item):
         open_source(item.path).close()
-        return MapResult(made=True, num_windows=1, num_pixels=1)
+        return JobResult(made=True, num_windows=1, num_pixels=1)
 
     inputs = find_inputs([tmp_path / "scenes"], tmp_path / "maps")
     report = predict_many(predict_one, inputs, on_error="skip", report_path=tmp_path / "report.json")

@@ -1,34 +1,17 @@
 """A map made in a process of its own, which a test may kill: SOURCE OUT [DELAY [WINDOW_SIZE]]."""
 
 import sys
-import time
 
-import numpy as np
-import torch
+from stub_segmenter import StubSegmenter
 
 from perf_vit.errors import PerfVitError
-from perf_vit.inference import class_output, predict_map
-from perf_vit.io import open_source
-
-CLASSES = ("sea", "land", "cloud")
+from perf_vit.inference import SegmentationPredictOptions, SegmentationPredictor
 
 
 def main(source: str, out: str, delay: str = "0", window_size: str = "64") -> None:
-    def model(tiles: torch.Tensor) -> torch.Tensor:
-        time.sleep(float(delay))
-        return tiles * torch.linspace(0.5, 1.5, tiles.shape[-1])
-
-    predict_map(
-        model,
-        open_source(source),
-        lambda image: image.pixels.astype(np.float32) / 1000,
-        out,
-        output=class_output("probabilities", CLASSES),
-        model_id="stub",
-        num_channels=3,
-        window_size=int(window_size),
-        overlap=int(window_size) // 4,
-        on_window=lambda done, total: sys.stdout.write(f"{done}/{total}\n") and sys.stdout.flush(),
+    options = SegmentationPredictOptions(kind="probabilities", window_size=int(window_size), device="cpu")
+    SegmentationPredictor(StubSegmenter(delay=float(delay)), options).run(
+        source, out, on_progress=lambda done, total: sys.stdout.write(f"{done}/{total}\n") and sys.stdout.flush()
     )
 
 

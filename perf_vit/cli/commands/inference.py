@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import fields
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import typer
 
@@ -98,95 +99,25 @@ def predict(
     ] = None,
 ) -> None:
     """Map rasters with a trained model, find objects in them, or tell what whole images or slides show."""
-    from perf_vit.cli.task_options import PREDICT_OPTIONS, refuse_other_options
+    from perf_vit.cli.predicting import InputsOptions, predict_inputs, predict_table
+    from perf_vit.cli.task_options import predict_options, refuse_other_options
+    from perf_vit.inference import PREDICTORS, TablePredictor
     from perf_vit.models import NETWORKS, checkpoint_task
 
     task = checkpoint_task(checkpoint)
-    refuse_other_options(context, PREDICT_OPTIONS, task, checkpoint, NETWORKS[task])
-    source = {"crs": crs, "resolution": resolution, "mpp": mpp, "slide_mpp": slide_mpp, "tissue": tissue}
-    if task in {"classification", "regression"}:
-        from perf_vit.cli.scenes import predict_scenes
+    kind_of_options = PREDICTORS[task].options
+    refuse_other_options(context, predict_options(task, kind_of_options), checkpoint, NETWORKS[task])
+    predictor = PREDICTORS[task].make(checkpoint, **_given(context, kind_of_options))
+    given = InputsOptions(**_given(context, InputsOptions))
+    run = predict_table if isinstance(predictor, TablePredictor) else predict_inputs
+    run(predictor, [*inputs, *(more_inputs or ())], output, given)
 
-        predict_scenes(
-            checkpoint,
-            [*inputs, *(more_inputs or ())],
-            output,
-            path_column=path_column,
-            skip_errors=on_error == "skip",
-            overwrite=overwrite,
-            batch_size=batch_size,
-            device=device,
-            precision=precision,
-        )
-        return
-    if task == "slide":
-        from perf_vit.cli.slides import predict_slides
 
-        predict_slides(
-            checkpoint,
-            [*inputs, *(more_inputs or ())],
-            output,
-            slide_mpp=slide_mpp,
-            tissue=tissue,
-            path_column=path_column,
-            skip_errors=on_error == "skip",
-            overwrite=overwrite,
-            batch_size=batch_size,
-            num_readers=num_readers,
-            device=device,
-            precision=precision,
-        )  # fmt: skip
-        return
-    if task == "detection":
-        from perf_vit.cli.finding import find_objects
-
-        find_objects(
-            checkpoint,
-            [*inputs, *(more_inputs or ())],
-            output,
-            score_threshold=score_threshold,
-            mosaic=mosaic,
-            path_column=path_column,
-            polygons=polygons,
-            coco_images=coco_images,
-            on_error=on_error,
-            overwrite=overwrite,
-            source=source,
-            window_size=window_size,
-            overlap=overlap,
-            batch_size=batch_size,
-            num_readers=num_readers,
-            device=device,
-            precision=precision,
-        )
-        return
-    from perf_vit.cli.predicting import predict_inputs
-
-    predict_inputs(
-        checkpoint,
-        [*inputs, *(more_inputs or ())],
-        output,
-        path_column=path_column,
-        mosaic=mosaic,
-        polygons=polygons,
-        source=source,
-        threshold=score_threshold,
-        overwrite=overwrite,
-        engine=engine,
-        num_actors=num_actors,
-        ray_address=ray_address,
-        kind=kind,
-        window_size=window_size,
-        overlap=overlap,
-        batch_size=batch_size,
-        blend=blend,
-        flips=flips,
-        num_readers=num_readers,
-        resume=resume,
-        on_error=on_error,
-        device=device,
-        precision=precision,
-    )
+def _given(context: typer.Context, options: type[Any]) -> dict[str, Any]:
+    """The command's parameters that are fields of a dataclass."""
+    # Maps always come with their picture here.
+    found = {**context.params, "quicklook": True}
+    return {each.name: found[each.name] for each in fields(options) if each.name in found}
 
 
 def evaluate(
@@ -234,44 +165,34 @@ def evaluate(
 ) -> None:
     """Score a trained model on a labelled raster, or on labelled images or slides, class by class."""
     from perf_vit.cli.task_options import EVALUATE_OPTIONS, refuse_other_options
+    from perf_vit.inference import PREDICTORS
     from perf_vit.models import NETWORKS, checkpoint_task
 
     task = checkpoint_task(checkpoint)
-    refuse_other_options(context, EVALUATE_OPTIONS, task, checkpoint, NETWORKS[task])
+    refuse_other_options(context, EVALUATE_OPTIONS[task], checkpoint, NETWORKS[task])
     if json is not None:
         from perf_vit.cli.score_files import score_files
         from perf_vit.io import check_outputs
 
         read = [checkpoint, image, labels, names, tissue]
         check_outputs(score_files(json, task), read, overwrite=overwrite)
+    options: Any = PREDICTORS[task].options(**_given(context, PREDICTORS[task].options))
     if task in {"classification", "regression"}:
         from perf_vit.cli.scenes import report_scenes
 
-        report_scenes(checkpoint, image, labels, json, batch_size=batch_size, device=device, precision=precision)
+        report_scenes(checkpoint, image, labels, json, options)
         return
     if labels is None:
         raise ConfigError("evaluate needs --labels: a mask raster or a vector file, labels of objects, or a CSV file")
     if task == "slide":
         from perf_vit.cli.slides import report_slides
 
-        report_slides(checkpoint, image, labels, json, batch_size=batch_size, device=device, precision=precision)
+        report_slides(checkpoint, image, labels, json, options)
         return
     if task == "detection":
         from perf_vit.cli.detecting import report_objects
 
-        report_objects(
-            checkpoint,
-            image,
-            labels,
-            json,
-            label_format=label_format,
-            names=names,
-            window_size=window_size,
-            overlap=overlap,
-            batch_size=batch_size,
-            device=device,
-            precision=precision,
-        )
+        report_objects(checkpoint, image, labels, json, options=options, label_format=label_format, names=names)
         return
     from perf_vit.cli.console import score_table, show
     from perf_vit.cli.mapping import evaluate_raster, write_scores
@@ -280,17 +201,10 @@ def evaluate(
         checkpoint,
         image,
         labels,
+        options=options,
         region=region,
         all_touched=all_touched,
         with_curves=json is not None,
-        slide_mpp=slide_mpp,
-        tissue=tissue,
-        window_size=window_size,
-        overlap=overlap,
-        batch_size=batch_size,
-        flips=flips,
-        device=device,
-        precision=precision,
     )
     if json is not None:
         write_scores(scores, json, curves)

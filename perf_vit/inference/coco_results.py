@@ -15,18 +15,17 @@ __all__ = ["COCO_RESULTS", "check_coco_results", "join_coco_results"]
 COCO_RESULTS = "coco_results.json"
 
 
-def check_coco_results(parts: Iterable[Path], folder: Path, images: CocoImages) -> None:
-    """Refuse files that exist and aren't the results of an earlier run on the same images.
+def check_coco_results(folder: Path, images: CocoImages) -> None:
+    """Refuse a file that isn't the results of an earlier run on the same images.
 
     Args:
-        parts: results of an image each.
         folder: of the outputs.
         images: those of the results.
 
     Raises:
         OutputError: names the file.
     """
-    for path in existing_outputs((*parts, folder / COCO_RESULTS)):
+    for path in existing_outputs([folder / COCO_RESULTS]):
         if not _is_results(path, images.ids):
             raise existing_error(path, reason=", but holds no COCO results of these images")
 

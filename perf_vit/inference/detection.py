@@ -1,0 +1,216 @@
+"""Object files of whole inputs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import cached_property, partial
+from pathlib import Path
+from typing import Any
+
+from perf_vit.data import standardized
+from perf_vit.errors import OptionError
+from perf_vit.inference.coco_results import COCO_RESULTS, check_coco_results, join_coco_results
+from perf_vit.inference.damage import DamageLog
+from perf_vit.inference.detections import Objects
+from perf_vit.inference.device import move_to_device
+from perf_vit.inference.inputs import MapInput
+from perf_vit.inference.job import JobResult
+from perf_vit.inference.object_job import ObjectJob
+from perf_vit.inference.objects import predict_objects
+from perf_vit.inference.options import DetectionPredictOptions
+from perf_vit.inference.predictor import InputPredictor, OnProgress, ignore_progress
+from perf_vit.inference.reader import Reads, SalvagingReader
+from perf_vit.inference.window_log import WindowLog
+from perf_vit.io import CocoImages, check_vector_output, write_objects
+from perf_vit.models import Detector, load_detector
+from perf_vit.tiling import grid_windows
+from perf_vit.transforms import InputCheck
+from perf_vit.types import Source, Window
+
+__all__ = ["DetectionPredictor"]
+
+
+class DetectionPredictor(InputPredictor[Detector, DetectionPredictOptions]):
+    """Finds the objects of rasters, mosaics and slides and writes them into files that GIS and QuPath open.
+
+    Objects of finished windows go into the folder `OUT.partial`, where an interrupted call goes on.
+    """
+
+    load = staticmethod(load_detector)
+
+    def run(self, source: Any, out: str | Path, *, on_progress: OnProgress = ignore_progress) -> JobResult:
+        """Write the objects of an input, unless they are there.
+
+        Args:
+            source: What `perf_vit.open_source` opens, or a source.
+            out: Path of the file, whose suffix chooses the format; with .tif, `polygons` and the CRS choose it.
+            on_progress: Called with (windows done, windows in all).
+
+        Raises:
+            BusyError: Another process writes it.
+            InputError: The input can't be read, or doesn't fit the model.
+            OutputError: The file can't be written, or is another one without `overwrite`.
+        """
+        job = self.job(source, out)
+        scene = job.source
+        window_size, overlap = self.options.windows(self.model.spec.tile_px)
+        num_windows = len(grid_windows(scene.extent, window_size, overlap))
+        result = partial(JobResult, out=job.out, num_windows=num_windows, num_pixels=scene.height * scene.width)
+        try:
+            with job.work() as journal:
+                if journal is None:
+                    return result(made=False)
+                self.check_input(scene)
+                damage = DamageLog(journal.folder)
+                reader = SalvagingReader(scene, damage.add) if self.options.on_error == "skip" else scene
+                objects = self.find(reader, scene.extent, log=WindowLog(journal.folder), on_progress=on_progress)
+                damaged = tuple(damage.pieces())
+                made = self._write(journal.folder / job.out.name, objects, scene)
+                job.finish(journal, {job.out: made}, num_damaged=len(damaged))
+                return result(made=True, num_objects=len(objects), damaged=damaged)
+        finally:
+            scene.close()
+
+    def find(
+        self, source: Reads, extent: Window, *, log: WindowLog | None = None, on_progress: OnProgress = ignore_progress
+    ) -> Objects:
+        """The objects of a part of a source; see `predict_objects`.
+
+        Args:
+            source: Where pixels come from.
+            extent: Part to search.
+            log: Objects of windows that are finished already; those of further ones are added.
+            on_progress: Called with (windows done, windows in all).
+
+        Raises:
+            InputError: A window can't be read.
+            OptionError: An overlap that isn't below the window size.
+        """
+        window_size, overlap = self.options.windows(self.model.spec.tile_px)
+        return predict_objects(
+            self.model,
+            source,
+            partial(standardized, normalizer=self.model.spec.normalizer),
+            extent=extent,
+            window_size=window_size,
+            overlap=overlap,
+            batch_size=self.options.batch_size,
+            num_readers=self.options.num_readers,
+            device=move_to_device(self.model, self.options.device),
+            precision=self.options.dtype,
+            score_threshold=self.score_threshold,
+            log=log,
+            on_window=on_progress,
+        )
+
+    @property
+    def score_threshold(self) -> float:
+        """Lowest score of an object."""
+        given = self.options.score_threshold
+        return self.model.spec.score_threshold if given is None else given
+
+    def job(self, source: Any, out: str | Path) -> ObjectJob:
+        """What is to be made of an input; see `InputPredictor.job`."""
+        scene = self.open(source)
+        outputs = self.outputs(Path(out))
+        target = outputs[0 if scene.crs is not None else -1]
+        check_vector_output(target, scene)
+        window_size, overlap = self.options.windows(self.model.spec.tile_px)
+        return ObjectJob(
+            source=scene,
+            out=target,
+            settings={
+                **self.model_settings,
+                "window_size": window_size,
+                "overlap": overlap,
+                "score_threshold": self.score_threshold,
+            },
+            meaning=self._coco_options(scene),
+            options=self.options,
+            device=self.device,
+        )
+
+    def described(self) -> dict[str, Any]:
+        """The model and the options, for the report of many inputs."""
+        found = super().described()
+        return {**found, "settings": {**found["settings"], "score_threshold": self.score_threshold}}
+
+    def open(self, source: Any) -> Source:
+        """An input as the model was trained, with the options that come before.
+
+        Raises:
+            InputError: It can't be opened, or has other bands.
+        """
+        return self.model.spec.open(source, check=InputCheck(None), **self.options.input_options)
+
+    def outputs(self, out: Path) -> list[Path]:
+        """Names that an input's file may have: with a CRS the first, without one the last.
+
+        Raises:
+            OptionError: Options that choose another format than the name.
+        """
+        if out.suffix.lower() not in {".tif", ".tiff"}:
+            self._check_format(out)
+            return [out]
+        name = out.name.removesuffix(out.suffix).removesuffix(".ome")
+        suffix = self.options.suffix
+        return [out.with_name(name + each) for each in ([suffix] if suffix else [".gpkg", ".geojson"])]
+
+    def check(self, inputs: Sequence[MapInput]) -> None:
+        """Refuse inputs whose outputs would replace other files, or that the COCO file doesn't list."""
+        if self.coco_images is not None:
+            self.coco_images.check(item.path for item in inputs)
+        super().check(inputs)
+
+    def folder_files(self, folder: Path) -> list[Path]:
+        """The COCO results of all inputs, if they are asked for."""
+        return [] if self.options.coco_images is None else [folder / COCO_RESULTS]
+
+    def check_folder(self, folder: Path) -> None:
+        """Refuse a file in the place of the COCO results of all inputs."""
+        if self.coco_images is not None and not self.options.overwrite:
+            check_coco_results(folder, self.coco_images)
+
+    def finish_folder(self, inputs: Sequence[MapInput], folder: Path) -> None:
+        """Write the COCO results of all inputs, if they are asked for."""
+        if self.options.coco_images is not None:
+            join_coco_results([path for item in inputs for path in self.outputs(item.output)], folder)
+
+    def _check_format(self, out: Path) -> None:
+        if self.options.polygons is not None:
+            raise OptionError(f"polygons chooses the format of several outputs; one file has it in its name, got {out}")
+        if self.options.coco_images is not None and out.suffix.lower() != ".json":
+            raise OptionError(f"coco_images is for COCO results, whose name ends in .json, got {out}")
+
+    @property
+    def read_files(self) -> list[str | Path]:
+        """Files that are read besides inputs."""
+        given = self.options.coco_images
+        return [*super().read_files, *([] if given is None else [given])]
+
+    @cached_property
+    def coco_images(self) -> CocoImages | None:
+        """Image ids and category ids of results, None without `coco_images`."""
+        return None if self.options.coco_images is None else CocoImages(self.options.coco_images)
+
+    def _coco_options(self, scene: Source) -> dict[str, Any]:
+        """COCO ids, as options of `write_objects`."""
+        spec = self.model.spec
+        if self.coco_images is None:
+            return {"category_ids": spec.category_ids}
+        return {
+            "category_ids": self.coco_images.category_ids(spec.classes),
+            "image_id": self.coco_images.image_id(scene.path, scene.size),
+        }
+
+    def _write(self, path: Path, objects: Objects, scene: Source) -> Path:
+        spec = self.model.spec
+        return write_objects(
+            path,
+            objects.geometry,
+            objects.scores,
+            objects.labels,
+            spec.classes,
+            source=scene,
+            **self._coco_options(scene),
+        )

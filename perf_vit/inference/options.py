@@ -1,0 +1,220 @@
+"""Options of prediction: one dataclass a task, under the names of the command line, which travels whole."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import torch
+
+from perf_vit.errors import OptionError
+from perf_vit.tiling import Blend
+
+__all__ = [
+    "ClassificationPredictOptions",
+    "DetectionPredictOptions",
+    "OnError",
+    "OutputKind",
+    "PolygonSuffix",
+    "Precision",
+    "PredictOptions",
+    "SegmentationPredictOptions",
+    "SlideClassificationPredictOptions",
+    "WindowedPredictOptions",
+]
+
+OnError = Literal["stop", "skip"]
+OutputKind = Literal["classes", "probabilities", "probabilities-uint8"]
+PolygonSuffix = Literal["gpkg", "geojson", "parquet", "json"]
+Precision = Literal["32", "bf16", "16"]
+
+_DTYPES = {"32": torch.float32, "bf16": torch.bfloat16, "16": torch.float16}
+_INPUT_OPTIONS = ("crs", "resolution", "mpp", "slide_mpp", "tissue")
+
+
+@dataclass(frozen=True, kw_only=True)
+class PredictOptions:
+    """Options of every prediction.
+
+    Attributes:
+        batch_size: Windows or images in a forward pass.
+        device: "auto" for a GPU if there is one, "cpu", "cuda", "cuda:1", "mps".
+        precision: "32", or "bf16" or "16" for autocast.
+        on_error: "stop" at pixels or inputs that can't be read, or "skip" them.
+        resume: Go on with unfinished outputs; else begin again.
+        overwrite: Replace outputs that exist. Without it, outputs of the same model, inputs and settings are left as
+            they are, and other files are refused.
+
+    Raises:
+        OptionError: An unknown value.
+    """
+
+    batch_size: int = 1
+    device: str = "auto"
+    precision: Precision = "32"
+    on_error: OnError = "stop"
+    resume: bool = True
+    overwrite: bool = False
+
+    def __post_init__(self) -> None:
+        _check_choice(self, "precision", get_args(Precision))
+        _check_choice(self, "on_error", get_args(OnError))
+        _check_positive(self, "batch_size")
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values of JSON."""
+        return {name: str(value) if isinstance(value, Path) else value for name, value in asdict(self).items()}
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of `precision`."""
+        return _DTYPES[self.precision]
+
+    @property
+    def input_options(self) -> dict[str, Any]:
+        """Options of `perf_vit.open_source` that come before those of the model."""
+        names = {each.name for each in fields(self)}.intersection(_INPUT_OPTIONS)
+        return {name: value for name in sorted(names) if (value := getattr(self, name)) is not None}
+
+
+@dataclass(frozen=True, kw_only=True)
+class _ReadAheadOptions(PredictOptions):
+    num_readers: int = 2
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _check_positive(self, "num_readers")
+
+
+@dataclass(frozen=True, kw_only=True)
+class WindowedPredictOptions(_ReadAheadOptions):
+    """Options of predictions in overlapping windows.
+
+    Attributes:
+        num_readers: Threads that read ahead.
+        window_size: Side of a window in pixels; the training tile's by default.
+        overlap: Pixels that neighbouring windows share; a quarter of the window by default.
+        crs: CRS to read rasters in; their own by default.
+        resolution: Pixel size to read rasters at, in CRS units; that of the training by default.
+        mpp: Micrometres per pixel to read slides at; those of the training by default.
+        slide_mpp: Micrometres per pixel of a slide's level 0, where the file doesn't say.
+        tissue: "otsu" or a GeoJSON file of polygons: the part of a slide that is read.
+    """
+
+    window_size: int | None = None
+    overlap: int | None = None
+    crs: str | None = None
+    resolution: float | None = None
+    mpp: float | None = None
+    slide_mpp: float | None = None
+    tissue: str | None = None
+
+    def windows(self, tile_px: int) -> tuple[int, int]:
+        """The window size and the overlap for a model of a tile size.
+
+        Raises:
+            OptionError: A window without pixels, or an overlap that isn't below the window size.
+        """
+        size = tile_px if self.window_size is None else self.window_size
+        if size < 1:
+            raise OptionError(f"window_size must be at least 1, got {size}")
+        overlap = size // 4 if self.overlap is None else self.overlap
+        if not 0 <= overlap < size:
+            raise OptionError(f"overlap must be below the window size {size}, got {overlap}")
+        return size, overlap
+
+
+@dataclass(frozen=True, kw_only=True)
+class SegmentationPredictOptions(WindowedPredictOptions):
+    """Options of segmentation maps.
+
+    Attributes:
+        kind: "classes", one uint8 band of class indices with a colour table and nodata 255; "probabilities", one
+            float32 band a class with nodata NaN; or "probabilities-uint8", in steps of 1/254 with nodata 255. Of a
+            multi-label model, "classes" is a uint8 band of 0 and 1 a class.
+        score_threshold: Probability from which a class of a multi-label model is true; 0.5 by default.
+        blend: Weights of overlapping windows, "hann" or "gaussian".
+        flips: Average the scores of a window and its three mirror images.
+        quicklook: Write a picture of the map next to it, .png.
+        polygons: Write the areas of the classes next to the map, in the format of this suffix.
+    """
+
+    kind: OutputKind = "classes"
+    score_threshold: float | None = None
+    blend: Blend = "hann"
+    flips: bool = False
+    quicklook: bool = False
+    polygons: PolygonSuffix | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _check_choice(self, "kind", get_args(OutputKind))
+        _check_choice(self, "blend", get_args(Blend))
+        if self.polygons is not None:
+            _check_choice(self, "polygons", get_args(PolygonSuffix))
+            if self.kind != "classes":
+                raise OptionError(f"polygons are of kind classes, got kind {self.kind}; leave one of them out")
+        if self.score_threshold is not None and not 0 < self.score_threshold < 1:
+            raise OptionError(f"score_threshold must lie between 0 and 1, got {self.score_threshold:g}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class DetectionPredictOptions(WindowedPredictOptions):
+    """Options of detection.
+
+    Attributes:
+        score_threshold: Lowest score of an object; the model's own by default.
+        polygons: Format of the files of several inputs, as their suffix; by default "gpkg", or "geojson" for an input
+            without CRS.
+        coco_images: COCO file of labels; results go by its image ids and category ids.
+    """
+
+    score_threshold: float | None = None
+    polygons: PolygonSuffix | None = None
+    coco_images: str | Path | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.polygons is not None:
+            _check_choice(self, "polygons", get_args(PolygonSuffix))
+        if self.score_threshold is not None and not 0 <= self.score_threshold <= 1:
+            raise OptionError(f"score_threshold must lie between 0 and 1, got {self.score_threshold:g}")
+        if self.coco_images is not None and self.polygons not in (None, "json"):
+            raise OptionError(f"coco_images is for COCO results, polygons json, got polygons {self.polygons}")
+
+    @property
+    def suffix(self) -> str | None:
+        """Suffix of the files of several inputs, None where the CRS of an input decides."""
+        if self.coco_images is not None:
+            return ".json"
+        return None if self.polygons is None else f".{self.polygons}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClassificationPredictOptions(PredictOptions):
+    """Options of image classification and regression."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SlideClassificationPredictOptions(_ReadAheadOptions):
+    """Options of slide classification.
+
+    Attributes:
+        num_readers: Threads that read ahead.
+        slide_mpp: Micrometres per pixel of a slide's level 0, where the file doesn't say.
+        tissue: "otsu" or a GeoJSON file of polygons: the part of a slide that is read.
+    """
+
+    slide_mpp: float | None = None
+    tissue: str | None = None
+
+
+def _check_choice(options: PredictOptions, name: str, choices: tuple[str, ...]) -> None:
+    if (given := getattr(options, name)) not in choices:
+        raise OptionError(f"{name} must be one of {', '.join(choices)}, got {given}")
+
+
+def _check_positive(options: PredictOptions, name: str) -> None:
+    if (given := getattr(options, name)) < 1:
+        raise OptionError(f"{name} must be at least 1, got {given}")

@@ -1,0 +1,171 @@
+"""A model with its options: what the predictors of all tasks share."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any, ClassVar, Generic, Self, TypeVar
+
+from torch import nn
+
+from perf_vit.errors import InputError
+from perf_vit.inference.device import resolve_device
+from perf_vit.inference.inputs import MapInput
+from perf_vit.inference.job import Job, JobResult
+from perf_vit.inference.journal import check_partial_folder
+from perf_vit.inference.options import PredictOptions
+from perf_vit.io import existing_outputs
+from perf_vit.models import network_id
+from perf_vit.transforms import InputCheck
+
+__all__ = ["InputPredictor", "OnProgress", "Predictor", "ignore_progress"]
+
+Model = TypeVar("Model", bound=nn.Module)
+Options = TypeVar("Options", bound=PredictOptions)
+
+OnProgress = Callable[[int, int], None]
+"""Called with what is done and how much there is, for a progress bar."""
+
+
+def ignore_progress(done: int, total: int) -> None:
+    """Show no progress."""
+
+
+class Predictor(ABC, Generic[Model, Options]):
+    """A model and the options of its predictions.
+
+    Pickled, a checkpoint travels as its path and is loaded at the first use.
+
+    Args:
+        model: A model with its input spec, or the path of a checkpoint.
+        options: Options of the prediction.
+    """
+
+    load: ClassVar[Callable[[Path], Any]]
+
+    def __init__(self, model: Model | str | Path, options: Options) -> None:
+        self.options = options
+        self._given = Path(model).absolute() if isinstance(model, str | Path) else model
+
+    @cached_property
+    def model(self) -> Model:
+        """The model, on whatever device it is.
+
+        Raises:
+            CheckpointError: It can't be read.
+        """
+        model: Model = type(self).load(self._given) if isinstance(self._given, Path) else self._given
+        return model
+
+    @property
+    def checkpoint(self) -> Path | None:
+        """Path of the checkpoint, None for a model that was given itself."""
+        return self._given if isinstance(self._given, Path) else None
+
+    @cached_property
+    def model_id(self) -> str:
+        """Twelve hex digits that another network, other weights or another spec would not have."""
+        return network_id(self.model, self.model.spec.to_dict())  # type: ignore[union-attr, operator]
+
+    @property
+    def read_files(self) -> list[str | Path]:
+        """Files that are read besides inputs: the checkpoint, outlines of tissue."""
+        tissue = self.options.input_options.get("tissue")
+        return [each for each in (self.checkpoint, tissue) if each is not None and each != "otsu"]
+
+    def on(self, device: str) -> Self:
+        """The same predictor on another device."""
+        return type(self)(self._given, replace(self.options, device=device))  # type: ignore[arg-type]
+
+    @property
+    def device(self) -> str:
+        """Name of the device that the model runs on."""
+        return resolve_device(self.options.device)
+
+    @cached_property
+    def check_input(self) -> InputCheck:
+        """Comparison of inputs with the training images, which warns once."""
+        spec: Any = self.model.spec
+        return InputCheck(spec.trained_on)
+
+    @property
+    def model_settings(self) -> dict[str, Any]:
+        """Plain values that decide what the model says."""
+        return {"model": self.model_id, "precision": str(self.options.dtype).removeprefix("torch.")}
+
+    def __getstate__(self) -> dict[str, Any]:
+        here = {"check_input", "on_window", *({"model", "model_id"} if self.checkpoint else ())}
+        return {name: value for name, value in vars(self).items() if name not in here}
+
+
+class InputPredictor(Predictor[Model, Options]):
+    """A predictor that makes the outputs of one input at a time."""
+
+    @abstractmethod
+    def run(self, source: Any, out: str | Path, *, on_progress: OnProgress = ignore_progress) -> JobResult:
+        """Make the outputs of an input, as far as they aren't there.
+
+        Args:
+            source: What `perf_vit.open_source` opens, or a source.
+            out: Path of the main output.
+            on_progress: Called with (windows done, windows in all).
+
+        Raises:
+            BusyError: Another process makes them.
+            InputError: The input can't be read, or doesn't fit the model.
+            OutputError: An output can't be written, would replace an input or, without `overwrite`, another file.
+        """
+
+    @abstractmethod
+    def outputs(self, out: Path) -> list[Path]:
+        """All files that may be written for an output."""
+
+    @abstractmethod
+    def job(self, source: Any, out: str | Path) -> Job:
+        """What is to be made of an input.
+
+        Raises:
+            InputError: The input can't be opened, or doesn't fit the model.
+            OutputError: The output can't be made of this input.
+        """
+
+    def check(self, inputs: Sequence[MapInput]) -> None:
+        """Refuse inputs whose outputs would replace other files, before anything is computed.
+
+        Raises:
+            OutputError: Names the first file.
+        """
+        for item in inputs:
+            outputs = self.outputs(item.output)
+            for out in outputs:
+                check_partial_folder(out)
+            if not existing_outputs(outputs):
+                continue
+            # An input that can't be opened is reported in its turn.
+            with suppress(InputError):
+                job: Any = self.job(item.path, item.output)
+                job.check()
+                job.source.close()
+
+    def folder_files(self, folder: Path) -> list[Path]:
+        """Files in the folder of many inputs that are of all of them."""
+        return []
+
+    def check_folder(self, folder: Path) -> None:
+        """Refuse other files in the places of `folder_files`, before anything is computed."""
+
+    def finish_folder(self, inputs: Sequence[MapInput], folder: Path) -> None:
+        """Write the files of many inputs that are of all of them."""
+
+    def __call__(self, item: MapInput, on_progress: OnProgress = ignore_progress) -> JobResult:
+        """Make the outputs of one input of many."""
+        return self.run(item.path, item.output, on_progress=on_progress)
+
+    def described(self) -> dict[str, Any]:
+        """The model and the options, for the report of many inputs."""
+        checkpoint = self.checkpoint and str(self.checkpoint)
+        return {"model": self.model_id, "checkpoint": checkpoint, "settings": self.options.to_dict()}

@@ -1,0 +1,191 @@
+"""Classes of whole slides, and where the classifier looked."""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import os
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from perf_vit.data import SlideFeatures, tissue_windows
+from perf_vit.errors import InputError
+from perf_vit.inference.attention_picture import attention_picture
+from perf_vit.inference.device import move_to_device
+from perf_vit.inference.embed import embed_windows
+from perf_vit.inference.options import SlideClassificationPredictOptions
+from perf_vit.inference.predictor import OnProgress, ignore_progress
+from perf_vit.inference.table_job import TableJob
+from perf_vit.inference.table_predictor import Rows, TablePredictor
+from perf_vit.io import save_png, write_objects
+from perf_vit.models import SlideClassifier, load_slide_classifier
+from perf_vit.transforms import InputCheck
+from perf_vit.types import Source
+
+__all__ = ["SlideClassificationPredictor", "attention_folder", "slide_names"]
+
+FloatArray = npt.NDArray[np.float32]
+
+_ATTENTION = "items_attention"
+"""Folder of attention files until the table is finished."""
+
+
+class SlideClassificationPredictor(TablePredictor[SlideClassifier, SlideClassificationPredictOptions]):
+    """Writes a CSV file with a row a slide, and the attention of each slide.
+
+    Attention goes into the folder `OUT_attention`: for each slide a picture, .png, and its windows as QuPath's GeoJSON,
+    with the attention as the measurement "score", 1 where it is highest.
+
+    Attributes:
+        on_window: Called with (windows done, windows in all) of the current slide; not pickled.
+    """
+
+    load = staticmethod(load_slide_classifier)
+    noun = "slides"
+    on_window: OnProgress = staticmethod(ignore_progress)
+
+    def job(self, paths: Sequence[str], out: str | Path) -> TableJob:
+        """What is to be made of some slides; see `TablePredictor.job`."""
+        out, tissue = Path(out), self.options.tissue
+        names = slide_names(paths)
+        return TableJob(
+            paths=paths,
+            out=out,
+            # Outlines count by their content.
+            settings={
+                **self.model_settings,
+                "slide_mpp": self.options.slide_mpp,
+                "tissue": tissue if tissue in (None, "otsu") else "file",
+            },
+            options=self.options,
+            device=self.device,
+            beside=[file for name in names.values() for file in _attention_files(attention_folder(out), name)],
+            further_inputs=[] if tissue in (None, "otsu") else [str(tissue)],
+        )
+
+    def rows(self, folder: Path, paths: Sequence[str]) -> Rows:
+        """The rows of some slides; their attention goes into the folder. See `TablePredictor.rows`."""
+        rows: dict[str, list[str] | InputError] = {}
+        for path in paths:
+            try:
+                rows[path] = self._row(path, folder / _ATTENTION)
+            except InputError as error:
+                rows[path] = error
+        return rows
+
+    def embed(self, path: str, on_window: OnProgress = ignore_progress) -> SlideFeatures:
+        """Windows of tissue and their features.
+
+        Args:
+            path: Slide.
+            on_window: Called with (windows done, windows in all).
+
+        Raises:
+            InputError: The slide can't be read, has no tissue, or other channels than those of training.
+        """
+        spec = self.model.spec
+        with_tissue = spec.open(path, check=self.check_input, **self.options.input_options)
+        windows = tissue_windows(with_tissue, spec.tile_px, spec.min_tissue)
+        with_tissue.close()
+        source = self.open_with_glass(path)
+        device = move_to_device(self.model, self.options.device)
+        features = embed_windows(
+            self.model.embed,
+            source,
+            spec.normalizer,
+            windows,
+            batch_size=self.options.batch_size,
+            num_readers=self.options.num_readers,
+            device=device,
+            precision=self.options.dtype,
+            on_window=on_window,
+        )
+        source.close()
+        return SlideFeatures(features, tuple(windows))
+
+    def classify(self, found: SlideFeatures) -> tuple[FloatArray, FloatArray]:
+        """Probabilities [K] of a slide and the attention [N] of its windows."""
+        device = torch.device(move_to_device(self.model, self.options.device))
+        bag = torch.from_numpy(found.features)[None].to(device)
+        with torch.inference_mode():
+            logits, attention = self.model(bag, torch.ones(bag.shape[:2], dtype=torch.bool, device=device))
+        return logits[0].float().softmax(0).cpu().numpy(), attention[0].cpu().numpy()
+
+    @property
+    def columns(self) -> list[str]:
+        """Names of the columns."""
+        return ["slide", "prediction", *self.model.spec.classes, "windows"]
+
+    @property
+    def rows_at_once(self) -> int:
+        """Slides of a batch."""
+        return 1
+
+    def files_of(self, out: Path, done: Sequence[str], paths: Sequence[str], folder: Path) -> dict[Path, Path]:
+        """Attention files of the slides that are done: under their final names, those in the folder."""
+        names = slide_names(paths)
+        final = (file for path in done for file in _attention_files(attention_folder(out), names[path]))
+        made = (file for path in done for file in _unfinished(folder / _ATTENTION, path))
+        return dict(zip(final, made, strict=True))
+
+    def open_with_glass(self, path: str) -> Source:
+        """A slide with all of its pixels: the glass in a window of tissue is part of what the encoder knows."""
+        options = {name: value for name, value in self.options.input_options.items() if name != "tissue"}
+        return replace(self.model.spec, tissue=None).open(path, check=InputCheck(None), **options)
+
+    def _row(self, path: str, folder: Path) -> list[str]:
+        found = self.embed(path, self.on_window)
+        probabilities, attention = self.classify(found)
+        predicted = int(probabilities.argmax())
+        self._write_attention(path, found, attention, predicted, folder)
+        scores = [f"{value:.6g}" for value in probabilities]
+        return [self.model.spec.classes[predicted], *scores, str(len(attention))]
+
+    def _write_attention(
+        self, path: str, found: SlideFeatures, attention: FloatArray, predicted: int, folder: Path
+    ) -> None:
+        weights = attention / attention.max()
+        boxes = np.array([[w.col, w.row, w.col_stop, w.row_stop] for w in found.windows], np.float32)
+        labels = np.full(len(boxes), predicted)
+        objects, picture = _unfinished(folder, path)
+        source = self.open_with_glass(path)
+        write_objects(objects, boxes, weights, labels, self.model.spec.classes, source=source)
+        save_png(picture, attention_picture(source, found.windows, weights))
+        source.close()
+
+
+def attention_folder(out: Path) -> Path:
+    """Folder of the attention files of a table."""
+    return out.with_name(f"{out.stem}_attention")
+
+
+def slide_names(paths: Sequence[str]) -> dict[str, str]:
+    """A file name for each slide; those of one name in several folders get a number."""
+    stems = Counter(Path(path).stem for path in paths)
+    taken: set[str] = set()
+    names = {}
+    for path in paths:
+        stem = Path(path).stem
+        # A number that makes it the name of another slide is passed over.
+        numbered = (f"{stem}-{number}" for number in itertools.count(2))
+        name = stem if stem not in taken else next(each for each in numbered if each not in taken and each not in stems)
+        taken.add(name)
+        names[path] = name
+    return names
+
+
+def _attention_files(folder: Path, name: str) -> tuple[Path, Path]:
+    """Windows with their attention, and the picture of it."""
+    # Slides' names may hold dots, so no suffix is replaced.
+    return folder / f"{name}.geojson", folder / f"{name}.png"
+
+
+def _unfinished(folder: Path, path: str) -> tuple[Path, Path]:
+    """Attention files of a slide until the table is finished."""
+    return _attention_files(folder / hashlib.sha256(os.fsencode(path)).hexdigest()[:16], Path(path).stem)

@@ -1,0 +1,141 @@
+"""What the predictors of whole images and slides share: a row an input, each on disk when it is known."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Generator, Iterator, Mapping, Sequence
+from contextlib import closing
+from functools import partial
+from pathlib import Path
+from typing import Any, ClassVar, TypeVar
+
+from torch import nn
+
+from perf_vit.errors import InputError
+from perf_vit.inference.job import JobResult
+from perf_vit.inference.options import PredictOptions
+from perf_vit.inference.predictor import OnProgress, Predictor, ignore_progress
+from perf_vit.inference.ray_pool import RayPool
+from perf_vit.inference.table_job import RowLog, TableJob, write_table
+
+__all__ = ["TablePredictor"]
+
+Model = TypeVar("Model", bound=nn.Module)
+Options = TypeVar("Options", bound=PredictOptions)
+
+Rows = Mapping[str, list[str] | InputError]
+"""The row of each input, or why it can't be read."""
+
+
+class TablePredictor(Predictor[Model, Options]):
+    """Writes a CSV file with a row an input.
+
+    Rows go into the folder `OUT.partial` as they come, where an interrupted call goes on.
+    """
+
+    noun: ClassVar[str] = "images"
+
+    def run(
+        self,
+        source: str | Path | Sequence[str],
+        out: str | Path,
+        *,
+        on_progress: OnProgress = ignore_progress,
+        pool: RayPool | None = None,
+    ) -> JobResult:
+        """Write the table of some inputs, unless it is there.
+
+        Args:
+            source: Paths of the inputs, or of one.
+            out: Path of the table, .csv.
+            on_progress: Called with (inputs done, inputs in all).
+            pool: Ray processes that share the inputs.
+
+        Raises:
+            BusyError: Another process writes it.
+            InputError: An input can't be read, or with `on_error="skip"` none.
+            OutputError: The table can't be written, or is another file without `overwrite`.
+        """
+        paths = [str(source)] if isinstance(source, str | Path) else list(source)
+        job = self.job(paths, out)
+        with job.work() as journal:
+            if journal is None:
+                return JobResult(made=False, out=job.out)
+            log, failed = RowLog(job, journal.folder), dict[str, str]()
+            todo = [path for path in paths if path not in log.rows]
+            for rows in self._computed(todo, journal.folder.absolute(), pool):
+                failed |= self._noted(rows, log)
+                on_progress(len(log.rows) + len(failed), len(paths))
+            if not log.rows:
+                raise InputError(
+                    f"none of {len(paths)} {self.noun} could be read, the first: {next(iter(failed.values()))}"
+                )
+            table = write_table(journal.folder / job.out.name, *self._table(paths, log.rows, failed))
+            made = {job.out: table, **self.files_of(job.out, list(log.rows), paths, journal.folder)}
+            job.finish(journal, made, num_damaged=len(failed))
+        return JobResult(made=True, out=job.out, num_rows=len(log.rows), failed=failed)
+
+    @abstractmethod
+    def rows(self, folder: Path, paths: Sequence[str]) -> Rows:
+        """The rows of a batch of inputs, without the columns of path and error.
+
+        Args:
+            folder: Where files of single rows go until the table is finished.
+            paths: Inputs.
+        """
+
+    @property
+    @abstractmethod
+    def columns(self) -> list[str]:
+        """Names of the columns, the first that of the path."""
+
+    @abstractmethod
+    def job(self, paths: Sequence[str], out: str | Path) -> TableJob:
+        """What is to be made of some inputs.
+
+        Raises:
+            OutputError: Its name doesn't end in .csv.
+        """
+
+    def files_of(
+        self,
+        out: Path,
+        done: Sequence[str],
+        paths: Sequence[str],
+        folder: Path,
+    ) -> dict[Path, Path]:
+        """Files of single rows: under their final names, those in the folder."""
+        return {}
+
+    def _computed(self, paths: Sequence[str], folder: Path, pool: RayPool | None) -> Iterator[Rows]:
+        size = self.rows_at_once
+        batches = (paths[start : start + size] for start in range(0, len(paths), size))
+        work = partial(self.rows, folder)
+        if pool is None:
+            yield from map(work, batches)
+            return
+        results: Generator[Any, None, None] = pool.map(work, batches)
+        with closing(results):
+            yield from (rows for _, rows in results)
+
+    @property
+    def rows_at_once(self) -> int:
+        """Inputs of a batch."""
+        return self.options.batch_size
+
+    def _noted(self, rows: Rows, log: RowLog) -> dict[str, str]:
+        """Keep the rows of a batch; give the errors."""
+        if found := {path: row for path, row in rows.items() if not isinstance(row, InputError)}:
+            log.add(found)
+        errors = {path: row for path, row in rows.items() if isinstance(row, InputError)}
+        if errors and self.options.on_error == "stop":
+            raise next(iter(errors.values()))
+        return {path: str(error) for path, error in errors.items()}
+
+    def _table(
+        self, paths: Sequence[str], rows: Mapping[str, list[str]], failed: Mapping[str, str]
+    ) -> tuple[list[str], Iterator[list[str]]]:
+        header = [*self.columns, *(["error"] if failed else [])]
+        empty = [""] * (len(self.columns) - 1)
+        last = ([failed.get(path, "")] if failed else [] for path in paths)
+        return header, ([path, *rows.get(path, empty), *end] for path, end in zip(paths, last, strict=True))
