@@ -18,6 +18,7 @@ from perf_vit.inference.job import JobResult
 from perf_vit.inference.object_job import ObjectJob
 from perf_vit.inference.objects import predict_objects
 from perf_vit.inference.options import DetectionPredictOptions
+from perf_vit.inference.output_record import OutputRecord
 from perf_vit.inference.predictor import InputPredictor, OnProgress, ignore_progress
 from perf_vit.inference.reader import Reads, SalvagingReader
 from perf_vit.inference.window_log import WindowLog
@@ -112,8 +113,7 @@ class DetectionPredictor(InputPredictor[Detector, DetectionPredictOptions]):
     def job(self, source: Any, out: str | Path) -> ObjectJob:
         """What is to be made of an input; see `InputPredictor.job`."""
         scene = self.open(source)
-        outputs = self.outputs(Path(out))
-        target = outputs[0 if scene.crs is not None else -1]
+        target = self._names(Path(out))[0 if scene.crs is not None else -1]
         check_vector_output(target, scene)
         window_size, overlap = self.options.windows(self.model.spec.tile_px)
         return ObjectJob(
@@ -144,6 +144,15 @@ class DetectionPredictor(InputPredictor[Detector, DetectionPredictOptions]):
         return self.model.spec.open(source, check=InputCheck(None), **self.options.input_options)
 
     def outputs(self, out: Path) -> list[Path]:
+        """All files that may be written for an output.
+
+        Raises:
+            OptionError: Options that choose another format than the name.
+        """
+        names = self._names(out)
+        return [*names, *(OutputRecord(name).path for name in names)]
+
+    def _names(self, out: Path) -> list[Path]:
         """Names that an input's file may have: with a CRS the first, without one the last.
 
         Raises:
@@ -174,7 +183,7 @@ class DetectionPredictor(InputPredictor[Detector, DetectionPredictOptions]):
     def finish_folder(self, inputs: Sequence[MapInput], folder: Path) -> None:
         """Write the COCO results of all inputs, if they are asked for."""
         if self.options.coco_images is not None:
-            join_coco_results([path for item in inputs for path in self.outputs(item.output)], folder)
+            join_coco_results([path for item in inputs for path in self._names(item.output)], folder)
 
     def _check_format(self, out: Path) -> None:
         if self.options.polygons is not None:

@@ -28,7 +28,7 @@ from perf_vit.models.input_spec import InputSpec
 from perf_vit.models.layer_options import choose_layer_options
 from perf_vit.models.pooled import pretrained_statistics
 from perf_vit.models.saved_model import load_converted, load_softmax, save_converted
-from perf_vit.models.segmenter import Segmenter, SegmenterSpec, segmenter_id
+from perf_vit.models.segmenter import Segmenter, SegmenterSpec, network_id
 from perf_vit.models.slide_classifier import SlideClassifier, SlideModelConfig, SlideSpec, build_slide_classifier
 
 __all__ = [
@@ -67,9 +67,9 @@ __all__ = [
     "load_segmenter",
     "load_slide_classifier",
     "load_softmax",
+    "network_id",
     "pretrained_statistics",
     "restore_draw",
     "save_converted",
-    "segmenter_id",
     "token_cosines",
 ]

@@ -16,7 +16,7 @@ from perf_vit.models.finetune import evaluate_frozen
 from perf_vit.models.input_spec import TaskSpec
 from perf_vit.models.valid_tokens import forward_maps
 
-__all__ = ["Segmenter", "SegmenterSpec", "network_id", "segmenter_id"]
+__all__ = ["Segmenter", "SegmenterSpec", "network_id"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -98,11 +98,6 @@ class Segmenter(nn.Module):
         super().train(mode)
         evaluate_frozen(self.backbone)
         return self
-
-
-def segmenter_id(model: Segmenter) -> str:
-    """Twelve hex digits that another network, other weights or another meaning of them would not have."""
-    return network_id(model, model.spec.to_dict())
 
 
 def network_id(model: nn.Module, meaning: Mapping[str, Any]) -> str:

@@ -87,7 +87,7 @@ def test_results_of_many_images_score_in_pycocotools_what_evaluate_says(shop, tm
         run.accumulate()
     precision = run.eval["precision"][:, :, :, 0, -1]
     assert set(found.getImgIds()) == set(IMAGES.values())
-    scores = evaluate_detector(shop / "d.ckpt", shop / "images", shop / "labels.json", device="cpu").scores
+    scores = evaluate_detector(shop / "d.ckpt", shop / "images", shop / "labels.json").scores
     assert 0.02 < scores.ap50 < 0.98
     assert scores.ap == pytest.approx(precision[precision > -1].mean(), abs=2e-3)
     assert scores.ap50 == pytest.approx(precision[0][precision[0] > -1].mean(), abs=2e-3)
@@ -147,7 +147,7 @@ def test_images_that_the_file_does_not_describe_are_refused_at_once(
     content = json.loads((shop / "labels.json").read_text())
     content["images"] = change(content["images"])
     (tmp_path / "other.json").write_text(json.dumps(content))
-    monkeypatch.setattr("perf_vit.cli.finding.detect_objects", None)
+    monkeypatch.setattr("perf_vit.inference.detection.predict_objects", None)
     args = ["--checkpoint", shop / "d.ckpt", "--input", shop / "images", "--output", tmp_path / "out"]
     assert call(["predict", *args, "--coco-images", tmp_path / "other.json"]) == 2
     assert re.search(message, " ".join(capsys.readouterr().err.split()))

@@ -8,9 +8,10 @@ import torch
 from command_line import call, save_detector
 from small_models import DETECTOR_SPEC, write_half_empty
 
-from perf_vit.cli.detecting import detect_objects, evaluate_detector
+from perf_vit.cli.detecting import evaluate_detector
 from perf_vit.data import ObjectDataConfig, ObjectSplitConfig, build_object_datamodule
 from perf_vit.errors import ConfigError
+from perf_vit.inference import DetectionPredictOptions, DetectionPredictor
 from perf_vit.models import load_detector
 
 ROWS = ["5,5,20,20", "30,40,50,60", "75,5,90,20", "120,70,140,90"]
@@ -59,10 +60,12 @@ def test_evaluation_and_prediction_pass_over_missing_pixels(split, tmp_path, nod
     checkpoint = save_detector(
         tmp_path / "last.ckpt", replace(DETECTOR_SPEC, nodata=nodata), head_kwargs={"detections_per_tile": 20}
     )
-    report = evaluate_detector(checkpoint, tmp_path / "a.tif", tmp_path / "labels.csv", device="cpu")
+    report = evaluate_detector(checkpoint, tmp_path / "a.tif", tmp_path / "labels.csv")
     assert report.scores.classes[0].num_objects == num_seen
-    model = load_detector(checkpoint)
-    objects = detect_objects(model, model.spec.open(split.image), 0.0, device="cpu", overlap=0)
+    options = DetectionPredictOptions(device="cpu", overlap=0, score_threshold=0.0)
+    predictor = DetectionPredictor(checkpoint, options)
+    source = predictor.open(split.image)
+    objects = predictor.find(source, source.extent)
     # The windows of columns 64 to 128 and 96 to 160 overlap the hole; an object there touches no valid pixel.
     assert (objects.geometry[:, 0] < 70).all() == (nodata == 0)
 

@@ -22,7 +22,7 @@ def test_objects_on_no_data_are_not_missed_in_evaluation(tmp_path) -> None:
     lines = ["image,xmin,ymin,xmax,ymax,label", *(f"a.tif,{row},car" for row in rows)]
     (tmp_path / "labels.csv").write_text("\n".join(lines))
     checkpoint = save_detector(tmp_path / "last.ckpt", DETECTOR_SPEC, head_kwargs={"detections_per_tile": 20})
-    report = evaluate_detector(checkpoint, tmp_path / "a.tif", tmp_path / "labels.csv", device="cpu")
+    report = evaluate_detector(checkpoint, tmp_path / "a.tif", tmp_path / "labels.csv")
     assert report.scores.classes[0].num_objects == 2
 
 
@@ -41,11 +41,11 @@ def test_masks_are_scored_inside_their_rectangles_as_whole_ones_are(tmp_path, mo
     spec = replace(DETECTOR_SPEC, label_options={"label_format": "instances"})
     checkpoint = save_detector(tmp_path / "last.ckpt", spec, head="mask_rcnn", strides=[8])
 
-    def search(model, reader, *args, **options) -> Objects:
-        reader.read(reader.extent)
+    def search(model, reader, normalize, *, extent, **options) -> Objects:
+        reader.read(extent)
         return found
 
-    monkeypatch.setattr("perf_vit.cli.detecting.detect_objects", search)
+    monkeypatch.setattr("perf_vit.inference.detection.predict_objects", search)
     report = evaluate_detector(checkpoint, tmp_path / "images", tmp_path / "masks")
     (record,) = read_object_labels(tmp_path / "masks", tmp_path / "images", label_format="instances", classes=["car"])
     masks = OutlineMasks(outlines).read(np.arange(12), record.extent)

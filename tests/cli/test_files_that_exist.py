@@ -11,10 +11,10 @@ from command_line import call
 from kept_files import MINE, put, refused
 
 import perf_vit
-from perf_vit.cli.slides import _names
 from perf_vit.config import dump_config
 from perf_vit.data import make_ship_scene
 from perf_vit.errors import OutputError
+from perf_vit.inference import slide_names
 from perf_vit.tasks.history import plot_history
 
 EXAMPLES = [
@@ -183,7 +183,7 @@ def test_python_keeps_files_too(place) -> None:
     assert Path("map.tif").read_bytes() == MINE
     perf_vit.predict(model, source, "map.tif", overwrite=True)
     made = Path("map.tif").stat().st_mtime_ns
-    assert perf_vit.predict(model, source, "map.tif") == Path("map.tif")
+    assert not perf_vit.predict(model, source, "map.tif").made
     assert Path("map.tif").stat().st_mtime_ns == made
     with pytest.raises(OutputError, match=r"tiles/b\.tif would replace the input tiles/b\.tif"):
         perf_vit.predict(model, perf_vit.open_source(["tiles/a.tif", "tiles/b.tif"]), "tiles/b.tif", overwrite=True)
@@ -191,7 +191,7 @@ def test_python_keeps_files_too(place) -> None:
 
 def test_slides_of_one_name_have_attention_files_of_their_own() -> None:
     paths = ["x/a.svs", "y/a.svs", "a-2.svs", "z/a.svs", "b.svs"]
-    assert list(_names(paths).values()) == ["a", "a-3", "a-2", "a-4", "b"]
+    assert list(slide_names(paths).values()) == ["a", "a-3", "a-2", "a-4", "b"]
 
 
 def test_a_saved_model_is_not_converted_onto_itself(place, capsys) -> None:

@@ -7,7 +7,7 @@ from affine import Affine
 from command_line import call, save_detector
 from rasterio.crs import CRS
 
-from perf_vit.cli import finding
+from perf_vit.inference import detection
 from perf_vit.models import DetectorSpec
 from perf_vit.transforms import Normalizer
 
@@ -32,7 +32,7 @@ def no_work(monkeypatch):
     def refuse(*_: object, **__: object):
         raise AssertionError("the scene was searched")
 
-    monkeypatch.setattr(finding, "detect_objects", refuse)
+    monkeypatch.setattr(detection, "predict_objects", refuse)
 
 
 @pytest.mark.parametrize(

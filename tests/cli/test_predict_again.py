@@ -50,8 +50,8 @@ def test_polygons_that_are_asked_for_later_are_made_of_the_map_that_is_there(pre
     "place",
     [
         "perf_vit.inference.journal._remove",
-        "perf_vit.cli.segmentation_maps.write_map_quicklook",
-        "perf_vit.cli.segmentation_maps.write_objects",
+        "perf_vit.inference.segmentation.write_map_quicklook",
+        "perf_vit.inference.segmentation.write_objects",
     ],
 )
 def test_a_process_killed_after_the_map_leaves_the_rest_to_the_next(predict, monkeypatch, place) -> None:

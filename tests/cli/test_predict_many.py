@@ -97,7 +97,7 @@ def test_what_a_shell_makes_of_a_glob_works_too(trained, scenes, tmp_path) -> No
 
 def test_several_maps_want_a_folder(trained, scenes, tmp_path, capsys) -> None:
     assert call(_predict(trained, [scenes], tmp_path / "maps.tif")) == 2
-    assert f"several maps need a folder as --output, got {tmp_path / 'maps.tif'}" in capsys.readouterr().err
+    assert f"several inputs need a folder as --output, got {tmp_path / 'maps.tif'}" in capsys.readouterr().err
     (tmp_path / "file").touch()
     assert call(_predict(trained, [scenes], tmp_path / "file")) == 2
     assert "a parent is not a folder" in capsys.readouterr().err

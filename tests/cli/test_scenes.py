@@ -13,7 +13,7 @@ from PIL import Image
 
 from perf_vit.cli.schemas import ClassificationRun
 from perf_vit.config import load_config
-from perf_vit.io import open_source
+from perf_vit.inference import ClassificationPredictor
 from perf_vit.models import load_classifier
 
 BASE = """
@@ -227,13 +227,15 @@ def interrupt_reading(patch, after: int) -> list[str]:
     """Names of images in the order that prediction opens them; the one after so many kills the process."""
     opened: list[str] = []
 
-    def open_counted(path, **options):
+    open_tile = ClassificationPredictor._tile
+
+    def open_counted(self, path):
         if len(opened) == after:
             raise KilledError
         opened.append(Path(path).name)
-        return open_source(path, **options)
+        return open_tile(self, path)
 
-    patch.setattr("perf_vit.cli.scenes.open_source", open_counted)
+    patch.setattr(ClassificationPredictor, "_tile", open_counted)
     return opened
 
 
@@ -241,7 +243,6 @@ def predict_args(run: Path, images: Path, out: Path, *extra: str) -> list:
     return ["predict", "--checkpoint", run / "checkpoints" / "best.ckpt", "--input", images, "--output", out, *extra]
 
 
-@pytest.mark.xfail(strict=True, reason="rows are kept in memory until the last image")
 def test_a_killed_prediction_goes_on_with_the_images_that_were_left(run, folders, tmp_path, monkeypatch) -> None:
     assert call(predict_args(run, folders, tmp_path / "whole.csv")) == 0
     out = tmp_path / "found.csv"
@@ -256,7 +257,6 @@ def test_a_killed_prediction_goes_on_with_the_images_that_were_left(run, folders
     assert out.read_text() == (tmp_path / "whole.csv").read_text()
 
 
-@pytest.mark.xfail(strict=True, reason="rows are kept in memory until the last image")
 def test_an_image_that_cant_be_read_costs_no_row_before_it(run, folders, tmp_path, monkeypatch) -> None:
     images = shutil.copytree(folders, tmp_path / "images")
     bad = images / "town" / "8.tif"

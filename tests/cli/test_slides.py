@@ -14,9 +14,9 @@ from PIL import Image
 from synthetic_slide import make_slide
 
 from perf_vit.cli.schemas import SlideRun
-from perf_vit.cli.slides import _Embedder
 from perf_vit.config import load_config
 from perf_vit.errors import InputError
+from perf_vit.inference import SlideClassificationPredictor
 from perf_vit.models import load_slide_classifier
 
 CONFIG = """
@@ -224,7 +224,6 @@ class KilledError(BaseException):
     pass
 
 
-@pytest.mark.xfail(strict=True, reason="rows are kept in memory until the last slide")
 @pytest.mark.parametrize("end", [KilledError(), InputError("damaged")], ids=["killed", "damaged"])
 def test_a_prediction_that_ends_early_goes_on_with_the_slides_that_were_left(
     run, slides, tmp_path, monkeypatch, end
@@ -232,7 +231,7 @@ def test_a_prediction_that_ends_early_goes_on_with_the_slides_that_were_left(
     inputs = [part for number in range(5) for part in ("--input", slides / f"s{number}.svs")]
     args = ["predict", "--checkpoint", run / "checkpoints" / "best.ckpt", *inputs, "--output"]
     assert call([*args, tmp_path / "whole.csv"]) == 0
-    embed, embedded = _Embedder.__call__, []
+    embed, embedded = SlideClassificationPredictor.embed, []
 
     def embed_some(self, path, on_window):
         if len(embedded) == 3:
@@ -241,11 +240,13 @@ def test_a_prediction_that_ends_early_goes_on_with_the_slides_that_were_left(
         return embed(self, path, on_window)
 
     with monkeypatch.context() as patch, contextlib.suppress(KilledError):
-        patch.setattr(_Embedder, "__call__", embed_some)
+        patch.setattr(SlideClassificationPredictor, "embed", embed_some)
         call([*args, tmp_path / "found.csv"])
     assert len(embedded) == 3
     again = []
-    monkeypatch.setattr(_Embedder, "__call__", lambda self, path, on: again.append(path) or embed(self, path, on))
+    monkeypatch.setattr(
+        SlideClassificationPredictor, "embed", lambda self, path, on: again.append(path) or embed(self, path, on)
+    )
     assert call([*args, tmp_path / "found.csv"]) == 0
     assert (tmp_path / "found.csv").read_text() == (tmp_path / "whole.csv").read_text()
     assert len(again) == 2

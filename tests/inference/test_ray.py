@@ -22,7 +22,9 @@ ray = pytest.importorskip("ray")
 def pool():
     # The workers import the stub model from here.
     path = os.environ.get("PYTHONPATH", "")
-    os.environ["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parent), path])
+    os.environ["PYTHONPATH"] = os.pathsep.join(
+        [str(Path(__file__).parent), str(Path(__file__).parents[1] / "support"), path]
+    )
     with RayPool(num_actors=2) as pool:
         yield pool
     os.environ["PYTHONPATH"] = path

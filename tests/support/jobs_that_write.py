@@ -3,7 +3,7 @@
 import csv
 import json
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +31,6 @@ class Job:
         inputs: files that it reads.
         outputs: files that it writes.
         overwrite: whether it has the option.
-        keeps: outputs that are left as they are where they exist, with exit code 0.
         is_slow: too slow to be run to the end here.
     """
 
@@ -39,7 +38,6 @@ class Job:
     inputs: list[Path]
     outputs: list[Path]
     overwrite: bool = True
-    keeps: list[Path] = field(default_factory=list)
     is_slow: bool = False
 
 
@@ -61,6 +59,11 @@ def _write(path: Path, pixels: np.ndarray, col: int) -> Path:
     with rasterio.open(path, "w", count=len(pixels), transform=transform, **profile) as file:
         file.write(pixels)
     return path
+
+
+def record_of(output: Path) -> Path:
+    """The hidden file that keeps what an output was made of."""
+    return output.with_name(f".{output.name}.perf_vit.json")
 
 
 def _predict(checkpoint: Path, given: Path | str, output: Path, *extra: str) -> list[Any]:
@@ -128,7 +131,7 @@ def predict_objects(root: Path, suffix: str = "gpkg") -> Job:
     """The objects of one raster."""
     checkpoint, scene = save_small_detector(root / "model.ckpt"), write_scene(root / "in" / "scene.tif")
     output = root / "out" / f"found.{suffix}"
-    return Job(_predict(checkpoint, scene, output), [checkpoint, scene], [output])
+    return Job(_predict(checkpoint, scene, output), [checkpoint, scene], [output, record_of(output)])
 
 
 def predict_objects_of_many(root: Path) -> Job:
@@ -138,7 +141,8 @@ def predict_objects_of_many(root: Path) -> Job:
     folder = root / "out" / "found"
     outputs = [folder / "0.json", folder / "1.json"]
     args = _predict(checkpoint, root / "in", folder, "--polygons", "json")
-    return Job(args, [checkpoint, *scenes], [*outputs, folder / "report.json"], keeps=outputs)
+    records = [record_of(output) for output in outputs]
+    return Job(args, [checkpoint, *scenes], [*outputs, *records, folder / "report.json"])
 
 
 def predict_results_of_many(root: Path) -> Job:
@@ -151,14 +155,15 @@ def predict_results_of_many(root: Path) -> Job:
     folder = root / "out" / "found"
     names = ("0.json", "1.json", "coco_results.json", "report.json")
     args = _predict(checkpoint, scenes[0].parent, folder, "--coco-images", labels)
-    return Job(args, [checkpoint, labels, *scenes], [folder / name for name in names])
+    outputs = [*(folder / name for name in names), *(record_of(folder / name) for name in names[:2])]
+    return Job(args, [checkpoint, labels, *scenes], outputs)
 
 
 def _predict_images(root: Path, kind: str) -> Job:
     checkpoint, scene = save_classifier(root / "model.ckpt", kind), write_scene(root / "in" / "scene.tif")
     listed, output = root / "in" / "list.csv", root / "out" / "found.csv"
     listed.write_text("path,label\nscene.tif,a\n")
-    return Job(_predict(checkpoint, listed, output), [checkpoint, scene, listed], [output])
+    return Job(_predict(checkpoint, listed, output), [checkpoint, scene, listed], [output, record_of(output)])
 
 
 def predict_classes(root: Path) -> Job:
@@ -183,7 +188,7 @@ def predict_slides(root: Path) -> Job:
     checkpoint, slide = _slide(root)
     output = root / "out" / "found.csv"
     attention = [root / "out" / "found_attention" / f"a.{suffix}" for suffix in ("png", "geojson")]
-    return Job(_predict(checkpoint, slide, output), [checkpoint, slide], [output, *attention])
+    return Job(_predict(checkpoint, slide, output), [checkpoint, slide], [output, record_of(output), *attention])
 
 
 def _evaluate(root: Path, checkpoint: Path, given: Path, labels: Path, inputs: list[Path], *endings: str) -> Job:
