@@ -27,10 +27,15 @@ CONTRACT = {
     "perf_vit.data": ["ObjectDataConfig", "build_object_datamodule", "collate_objects", "read_object_labels"],
     "perf_vit.io": ["polygonize_classes", "write_objects"],
     "perf_vit.inference": [
+        "ClassificationPredictor",
+        "DetectionPredictor",
         "Detections",
         "ObjectModel",
         "ObjectStitcher",
         "Objects",
+        "SegmentationPredictOptions",
+        "SegmentationPredictor",
+        "SlideClassificationPredictor",
         "Strip",
         "TileModel",
         "class_map",
@@ -38,7 +43,6 @@ CONTRACT = {
         "predict",
         "predict_objects",
         "predict_strips",
-        "segment_strips",
     ],
 }
 

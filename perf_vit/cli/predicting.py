@@ -131,6 +131,7 @@ def predict_table(
     lists = [each for each in inputs if Path(each).is_file()]
     job = predictor.job(paths, output)
     check_outputs([output, *job.beside], [*predictor.read_files, *lists, *paths], overwrite=True)
+    job.check()
     with given.pool(predictor.options.device) as pool, windows_progress("predicting", predictor.noun) as on_progress:
         if pool is not None:
             predictor = predictor.on(_device_of(pool, predictor))
@@ -148,6 +149,9 @@ def predict_table(
 def _predict_one(predictor: InputPredictor[Any, Any], source: str, output: Path, given: InputsOptions) -> None:
     files = [scene_files(source) if given.mosaic else source, *predictor.read_files]
     check_outputs(predictor.outputs(output), files, overwrite=True)
+    job: Any = predictor.job(source, output)
+    job.check()
+    job.source.close()
     with given.pool(predictor.options.device) as pool:
         run = predictor.run
         if pool is not None:

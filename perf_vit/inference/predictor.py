@@ -49,7 +49,7 @@ class Predictor(ABC, Generic[Model, Options]):
 
     def __init__(self, model: Model | str | Path, options: Options) -> None:
         self.options = options
-        self._given = Path(model).absolute() if isinstance(model, str | Path) else model
+        self._given = Path(model) if isinstance(model, str | Path) else model
 
     @cached_property
     def model(self) -> Model:
@@ -99,7 +99,9 @@ class Predictor(ABC, Generic[Model, Options]):
 
     def __getstate__(self) -> dict[str, Any]:
         here = {"check_input", "on_window", *({"model", "model_id"} if self.checkpoint else ())}
-        return {name: value for name, value in vars(self).items() if name not in here}
+        found = {name: value for name, value in vars(self).items() if name not in here}
+        # Workers stand in other folders.
+        return {**found, "_given": self.checkpoint.absolute()} if self.checkpoint else found
 
 
 class InputPredictor(Predictor[Model, Options]):
@@ -167,5 +169,5 @@ class InputPredictor(Predictor[Model, Options]):
 
     def described(self) -> dict[str, Any]:
         """The model and the options, for the report of many inputs."""
-        checkpoint = self.checkpoint and str(self.checkpoint)
+        checkpoint = self.checkpoint and str(self.checkpoint.absolute())
         return {"model": self.model_id, "checkpoint": checkpoint, "settings": self.options.to_dict()}

@@ -112,7 +112,7 @@ class SegmentationPredictor(InputPredictor[Segmenter, SegmentationPredictOptions
             OutputError: The disk is full.
         """
         opened = self.open(source)
-        encode = self._output().encode
+        encode = self.output().encode
         reader = SalvagingReader(opened, DamageLog(store.folder).add) if self.options.on_error == "skip" else opened
         writing: deque[Future[None]] = deque()
         with bounded_cache(), ThreadPoolExecutor(1, thread_name_prefix="perf_vit-writer") as writer:
@@ -174,7 +174,7 @@ class SegmentationPredictor(InputPredictor[Segmenter, SegmentationPredictOptions
         return MapJob(
             source=opened,
             out=out,
-            output=self._output(),
+            output=self.output(),
             model_id=self.model_id,
             window_size=window_size,
             overlap=overlap,
@@ -207,7 +207,12 @@ class SegmentationPredictor(InputPredictor[Segmenter, SegmentationPredictOptions
             done += stop - start
             on_progress(done, total)
 
-    def _output(self) -> DenseOutput:
+    def output(self) -> DenseOutput:
+        """How scores become pixels.
+
+        Raises:
+            OptionError: Options of another kind of model.
+        """
         spec, threshold = self.model.spec, self.options.score_threshold
         if spec.multilabel and self.options.polygons:
             raise OptionError("polygons are of classes that exclude each other; this model's classes don't")

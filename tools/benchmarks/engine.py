@@ -22,12 +22,15 @@ import timm
 import torch
 import typer
 from rasterio.windows import Window as RasterioWindow
+from torch import nn
 
 import perf_vit  # noqa: F401  (registers the backbones)
-from perf_vit.inference import DenseOutput, Strip, predict_map
+from perf_vit.inference import DenseOutput, SegmentationPredictOptions, SegmentationPredictor, Strip
 from perf_vit.io import CogWriter, open_source
+from perf_vit.models import SegmenterSpec
 from perf_vit.tiling import grid_windows
-from perf_vit.types import GeoImage
+from perf_vit.transforms import Normalizer
+from perf_vit.types import GeoImage, Source
 
 app = typer.Typer(add_completion=False, help=__doc__)
 
@@ -102,8 +105,11 @@ def model(
     source = open_source(path)
     windows = grid_windows(source.extent, window_size, 0)
     network = timm.create_model(name, img_size=window_size, in_chans=source.num_bands, num_classes=0).eval()
-    output = DenseOutput(encode=_as_bytes, band_names=["a", "b", "c"], dtype="uint8", nodata=None)
     tiles = [torch.from_numpy(_as_float(source.read(window)))[None] for window in windows]
+
+    class Scores(_Stub):
+        def forward(self, tiles: torch.Tensor) -> torch.Tensor:
+            return scores(tiles)
 
     def scores(tiles: torch.Tensor) -> torch.Tensor:
         tokens = network.forward_features(tiles)[:, 1:, :3].transpose(1, 2)
@@ -117,8 +123,7 @@ def model(
 
     def engine() -> None:
         with tempfile.TemporaryDirectory(dir=path.parent) as folder:
-            options = {"num_channels": 3, "window_size": window_size, "overlap": 0, "model_id": name}
-            predict_map(scores, source, _as_float, Path(folder, "map.tif"), output=output, **options)
+            _map(Scores(source, 3), source, Path(folder, "map.tif"), window_size, 0)
 
     alone()
     _print(_alternate({"model alone": alone, "engine": engine}, runs), source.height * source.width, "model alone")
@@ -126,20 +131,37 @@ def model(
 
 def _map_with_stub(path: Path, out: Path, window_size: int, overlap: int) -> None:
     source = open_source(path)
-    output = DenseOutput(
-        encode=_as_bytes, band_names=source.band_names, dtype="uint8", nodata=None, overviews="average"
-    )
-    predict_map(
-        lambda tiles: tiles,
-        source,
-        _as_float,
-        out,
-        output=output,
-        model_id="stub",
-        num_channels=source.num_bands,
-        window_size=window_size,
-        overlap=overlap,
-    )
+    _map(_Stub(source, source.num_bands), source, out, window_size, overlap)
+
+
+class _Stub(nn.Module):
+    """A model that gives its input as scores."""
+
+    size_multiple = 1
+
+    def __init__(self, source: Source, num_channels: int) -> None:
+        super().__init__()
+        same = Normalizer((0.0,) * source.num_bands, (1.0,) * source.num_bands)
+        classes = tuple(f"band {index}" for index in range(num_channels))
+        self.spec = SegmenterSpec(classes=classes, normalizer=same, tile_px=512)
+
+    def forward(self, tiles: torch.Tensor) -> torch.Tensor:
+        """Scores that are the pixels."""
+        return tiles
+
+
+class _Bytes(SegmentationPredictor):
+    """Writes scores as bytes."""
+
+    def output(self) -> DenseOutput:
+        """One band a channel."""
+        names = self.model.spec.classes
+        return DenseOutput(encode=_as_bytes, band_names=names, dtype="uint8", nodata=None, overviews="average")
+
+
+def _map(model: Any, source: Source, out: Path, window_size: int, overlap: int) -> None:
+    options = SegmentationPredictOptions(window_size=window_size, overlap=overlap, device="cpu")
+    _Bytes(model, options).run(source, out)
 
 
 def _copy_bare(path: Path, out: Path, window_size: int) -> None:

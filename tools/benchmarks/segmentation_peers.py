@@ -30,7 +30,7 @@ from perf_vit.cli.mapping import write_scores
 from perf_vit.cli.schemas import SegmentationRun
 from perf_vit.config import load_config
 from perf_vit.data import DataConfig, WindowDataModule, build_datamodule, label_options, region_window
-from perf_vit.inference import segment_strips
+from perf_vit.inference import SegmentationPredictOptions, SegmentationPredictor
 from perf_vit.io import open_labels, open_raster
 from perf_vit.models import Segmenter, SegmenterSpec
 from perf_vit.models.build import feature_specs
@@ -153,7 +153,7 @@ def score(
     truth = open_labels(labels, source, classes=config.classes, background=config.background, **label_options(config))
     extent = region_window(None if region is None else list(region), source, "--region")
     metrics = segmentation_metrics(len(config.classes))
-    for strip in segment_strips(model, source, extent=extent):
+    for strip in SegmentationPredictor(model, SegmentationPredictOptions(device="cpu")).strips(source, extent):
         expected = truth.read(strip.window)
         expected[~strip.valid] = IGNORE_INDEX
         metrics.update(torch.from_numpy(strip.scores.argmax(0))[None], torch.from_numpy(expected).long()[None])
