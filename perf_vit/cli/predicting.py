@@ -130,7 +130,7 @@ def predict_table(
     paths = find_paths(inputs, path_column=given.path_column, outputs=attention_folder(output))
     lists = [each for each in inputs if Path(each).is_file()]
     job = predictor.job(paths, output)
-    check_outputs([output, *job.beside], [*predictor.read_files, *lists, *paths], overwrite=True)
+    check_outputs(job.files, [*predictor.read_files, *lists, *paths], overwrite=True)
     job.check()
     with given.pool(predictor.options.device) as pool, windows_progress("predicting", predictor.noun) as on_progress:
         if pool is not None:

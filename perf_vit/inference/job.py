@@ -68,6 +68,11 @@ class Job(ABC):
         return ()
 
     @property
+    def files(self) -> list[Path]:
+        """All files that may be written."""
+        return [self.out, *self.beside]
+
+    @property
     @abstractmethod
     def input_files(self) -> Sequence[str]:
         """Files that are read."""
@@ -94,10 +99,9 @@ class Job(ABC):
         Raises:
             OutputError: An output is an input, or exists without `overwrite` and is not of this job.
         """
-        outputs = [self.out, *self.beside]
-        check_outputs(outputs, self.input_files, overwrite=True)
+        check_outputs(self.files, self.input_files, overwrite=True)
         check_partial_folder(self.out)
-        found = existing_outputs(outputs)
+        found = existing_outputs([self.out, *self.beside])
         return bool(found) and not self.options.overwrite and self.is_done(found)
 
     @contextmanager
@@ -149,9 +153,14 @@ class RecordedJob(Job):
     def _record(self) -> OutputRecord:
         return OutputRecord(self.out)
 
+    @property
+    def files(self) -> list[Path]:
+        """All files that may be written, with the record."""
+        return [*super().files, self._record.path]
+
     def check(self) -> bool:
         """Whether nothing is to be done; see `Job.check`."""
-        check_outputs([self._record.path], self.input_files, overwrite=True)
+        check_outputs(self.files, self.input_files, overwrite=True)
         if not self.options.overwrite and self._record.is_foreign():
             raise self._other(self._record.path, "was not made by perf_vit")
         return super().check()
