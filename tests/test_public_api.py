@@ -24,7 +24,7 @@ CONTRACT = {
     "perf_vit.tiling": ["blend_weights", "grid_windows", "random_window"],
     "perf_vit.layers": ["LinearizedAttention", "mixer_names", "register_mixer"],
     "perf_vit.transforms": ["Augmentation", "Normalizer"],
-    "perf_vit.data": ["ObjectDataConfig", "build_object_datamodule", "collate_objects", "read_object_labels"],
+    "perf_vit.data": ["DetectionDataConfig", "build_detection_datamodule", "collate_objects", "read_object_labels"],
     "perf_vit.io": ["polygonize_classes", "write_objects"],
     "perf_vit.inference": [
         "ClassificationPredictor",

@@ -13,20 +13,28 @@ from perf_vit.cli.schemas import (
     DistillationRun,
     RegressionRun,
     SegmentationRun,
-    SlideRun,
+    SlideClassificationRun,
 )
 from perf_vit.config import config_value, find_config, load_config, shipped_configs
-from perf_vit.data import build_crops
-from perf_vit.models import ClassifierSpec, DetectorSpec, SegmenterSpec, SlideSpec, build_detector
-from perf_vit.tasks import DistillationTask, SceneTask, SegmentationTask, SlideTask, build_distillation_trainer
+from perf_vit.data import build_distillation_datamodule
+from perf_vit.models import ClassificationSpec, DetectionSpec, SegmentationSpec, SlideClassificationSpec, build_detector
+from perf_vit.tasks import (
+    ClassificationTask,
+    DistillationTask,
+    SegmentationTask,
+    SlideClassificationTask,
+    build_distillation_trainer,
+)
 from perf_vit.tasks.optimize import parameter_groups
 from perf_vit.transforms import Normalizer
 from perf_vit.types import ObjectLabels
 
 SEGMENTATION = [name for name in shipped_configs() if name.startswith("configs/segmentation/")]
 DETECTION = [name for name in shipped_configs() if name.startswith("configs/detection/")]
-CLASSIFICATION = [name for name in shipped_configs() if name.startswith("configs/classification/")]
-SLIDES = [name for name in shipped_configs() if name.startswith("configs/slides/")]
+CLASSIFICATION = [
+    name for name in shipped_configs() if name.startswith(("configs/classification/", "configs/regression/"))
+]
+SLIDES = [name for name in shipped_configs() if name.startswith("configs/slide_classification/")]
 DISTILLATION = [name for name in shipped_configs() if name.startswith("configs/distillation/")]
 
 
@@ -56,7 +64,7 @@ def test_a_shipped_distillation_loads_builds_and_takes_a_step_of_each_stage(name
     before = student.blocks[1].attn.qkv.weight.detach().clone()
     task = DistillationTask(teacher, student, config.optim)
     statistics = teacher.pretrained_cfg["mean"], teacher.pretrained_cfg["std"]
-    data = build_crops(config.data, *statistics, steps_per_epoch=1, seed=config.seed)
+    data = build_distillation_datamodule(config.data, *statistics, steps_per_epoch=1, seed=config.seed)
     trainer = build_distillation_trainer(config.trainer, config.optim, tmp_path / "run", progress=False)
     trainer.fit(task, data)
     assert trainer.global_step == 2
@@ -74,7 +82,7 @@ def test_a_shipped_config_loads_builds_and_takes_a_step(name: str) -> None:
     if given:
         config.data.tile_px = 64
     num_bands = len(config.data.bands or [1, 2, 3])
-    spec = SegmenterSpec(
+    spec = SegmentationSpec(
         classes=tuple(config.data.classes),
         normalizer=Normalizer((0.0,) * num_bands, (1.0,) * num_bands),
         tile_px=config.data.tile_px,
@@ -107,7 +115,7 @@ def test_a_shipped_detector_loads_builds_takes_a_step_and_detects(name: str) -> 
     normalizer = Normalizer((0.0,) * num_bands, (1.0,) * num_bands)
     torch.manual_seed(0)
     model = build_detector(
-        config.model, DetectorSpec(classes=tuple(config.data.classes), normalizer=normalizer, tile_px=64)
+        config.model, DetectionSpec(classes=tuple(config.data.classes), normalizer=normalizer, tile_px=64)
     )
     masks = np.zeros((2, 64, 64), bool)
     masks[0, 8:24, 8:20], masks[1, 30:58, 26:60] = True, True
@@ -137,7 +145,7 @@ def test_a_shipped_classifier_loads_builds_and_learns_one_batch(name: str) -> No
         files += ["data.train.labels=x", "data.targets=[a]" if is_regression else "data.classes=[a,b,c]"]
     config = load_config(name, RegressionRun if is_regression else ClassificationRun, [*files, *given])
     multilabel = not is_regression and config.data.multilabel
-    spec = ClassifierSpec(
+    spec = ClassificationSpec(
         kind="regression" if is_regression else "multilabel" if multilabel else "single_label",
         classes=("a",) if is_regression else ("a", "b", "c"),
         normalizer=Normalizer((0.0,) * 3, (1.0,) * 3),
@@ -146,7 +154,7 @@ def test_a_shipped_classifier_loads_builds_and_learns_one_batch(name: str) -> No
         target_std=(2.0,) if is_regression else (),
     )
     torch.manual_seed(0)
-    task = SceneTask(config.model, spec, config.optim)
+    task = ClassificationTask(config.model, spec, config.optim)
     images = torch.randn(2, 3, 64, 64)
     targets = torch.tensor([0, 2])
     if is_regression or multilabel:
@@ -166,10 +174,12 @@ def test_a_shipped_classifier_loads_builds_and_learns_one_batch(name: str) -> No
 @pytest.mark.parametrize("name", SLIDES)
 def test_a_shipped_slide_classifier_loads_builds_and_learns_one_batch(name: str) -> None:
     given = ["data.train.labels=x", "data.train.image=x", "model.backbone=vit_tiny_patch16_224", "out=x"]
-    config = load_config(name, SlideRun, given)
-    spec = SlideSpec(classes=("a", "b"), normalizer=Normalizer((0.0,) * 3, (1.0,) * 3), tile_px=config.data.tile_px)
+    config = load_config(name, SlideClassificationRun, given)
+    spec = SlideClassificationSpec(
+        classes=("a", "b"), normalizer=Normalizer((0.0,) * 3, (1.0,) * 3), tile_px=config.data.tile_px
+    )
     torch.manual_seed(0)
-    task = SlideTask(config.model, spec, config.optim).eval()
+    task = SlideClassificationTask(config.model, spec, config.optim).eval()
     bags = torch.randn(2, 7, task.model.embed_dim)
     mask = torch.arange(7) < torch.tensor([[7], [4]])
     labels = torch.tensor([0, 1])

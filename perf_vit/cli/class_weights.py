@@ -5,14 +5,16 @@ from __future__ import annotations
 from dataclasses import replace
 
 from perf_vit.cli.console import new_table, say_line, show
-from perf_vit.data import WindowDataModule, count_class_pixels
+from perf_vit.data import SegmentationDataModule, count_class_pixels
 from perf_vit.errors import ConfigError
-from perf_vit.tasks import OptimConfig, balanced_weights
+from perf_vit.tasks import SegmentationOptimConfig, balanced_weights
 
 __all__ = ["with_measured_weights"]
 
 
-def with_measured_weights(optim: OptimConfig, data: WindowDataModule, *, multilabel: bool) -> OptimConfig:
+def with_measured_weights(
+    optim: SegmentationOptimConfig, data: SegmentationDataModule, *, multilabel: bool
+) -> SegmentationOptimConfig:
     """The same with numbers in place of `class_weights: balanced`; prints them, with the pixels of each class.
 
     Classes without a pixel in the training labels are a warning.

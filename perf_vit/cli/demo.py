@@ -6,11 +6,11 @@ import time
 from pathlib import Path
 
 from perf_vit.cli.console import say, score_table, show, windows_progress
-from perf_vit.cli.mapping import evaluate_raster, write_scores
+from perf_vit.cli.mapping import evaluate_segmenter, write_scores
 from perf_vit.cli.report import write_report
 from perf_vit.cli.run_files import RUN_FILES, check_run_files
 from perf_vit.cli.schemas import SegmentationRun
-from perf_vit.cli.training import train_segmentation
+from perf_vit.cli.training import train_segmenter
 from perf_vit.config import load_config
 from perf_vit.data import make_ship_scene
 from perf_vit.inference import SegmentationPredictOptions, SegmentationPredictor
@@ -55,14 +55,14 @@ def run_demo(out: Path, seed: int, *, overwrite: bool = False) -> None:
     )
     for name in ("last.ckpt", "best.ckpt"):
         (run / "checkpoints" / name).unlink(missing_ok=True)
-    checkpoint = train_segmentation(config)
+    checkpoint = train_segmenter(config)
 
     output = out / "map.tif"
     # What a killed demo left is of another scene file.
     options = SegmentationPredictOptions(quicklook=True, overwrite=overwrite, resume=False)
     with windows_progress(f"predicting {scene.image.name}") as on_progress:
         SegmentationPredictor(checkpoint, options).run(scene.image, output, on_progress=on_progress)
-    scores, _ = evaluate_raster(checkpoint, scene.image, scene.labels, region=lower)
+    scores, _ = evaluate_segmenter(checkpoint, scene.image, scene.labels, region=lower)
     write_scores(scores, out / "scores.json")
     show(score_table(scores, title="lower half of the scene: not trained on, but it chose the best epoch"))
     report = write_report(

@@ -14,18 +14,18 @@ from perf_vit.cli.detection_report import DetectionReport
 from perf_vit.cli.run_folder import RunFolder
 from perf_vit.cli.schemas import DetectionRun
 from perf_vit.data import (
+    DetectionDataModule,
     ImageRecord,
-    ObjectDataModule,
     OutlineMasks,
     SeenObjects,
-    build_object_datamodule,
+    build_detection_datamodule,
     objects_in,
     read_names,
     read_object_labels,
 )
 from perf_vit.errors import InputError
 from perf_vit.inference import DetectionPredictOptions, DetectionPredictor, Objects
-from perf_vit.models import DetectorSpec, detector_kind
+from perf_vit.models import DetectionSpec, detector_kind
 from perf_vit.tasks import (
     DETECTION_CURVES,
     DETECTION_MONITOR,
@@ -36,7 +36,7 @@ from perf_vit.tasks import (
 from perf_vit.transforms import InputCheck
 from perf_vit.types import Detections
 
-__all__ = ["evaluate_detector", "report_objects", "train_detector"]
+__all__ = ["evaluate_detector", "report_detector", "train_detector"]
 
 
 def train_detector(config: DetectionRun, *, progress: bool = True) -> Path:
@@ -52,7 +52,7 @@ def train_detector(config: DetectionRun, *, progress: bool = True) -> Path:
     """
     run = RunFolder(config)
     oriented = detector_kind(config.model.head) == "oriented_boxes"
-    data = build_object_datamodule(config.data, config.seed, oriented=oriented)
+    data = build_detection_datamodule(config.data, config.seed, oriented=oriented)
     task = DetectionTask(config.model, _spec(config, data), config.optim)
     _check_geometry(data, task.model.spec.kind, config.model.head)
     trainer = build_trainer(
@@ -68,7 +68,7 @@ def train_detector(config: DetectionRun, *, progress: bool = True) -> Path:
     return run.best
 
 
-def _check_geometry(data: ObjectDataModule, kind: str, head: str) -> None:
+def _check_geometry(data: DetectionDataModule, kind: str, head: str) -> None:
     """Refuse labels without the geometry that a head learns.
 
     Raises:
@@ -87,7 +87,7 @@ def _check_geometry(data: ObjectDataModule, kind: str, head: str) -> None:
             )
 
 
-def report_objects(checkpoint: Path, images: Path, labels: Path, report: Path | None, **options: Any) -> None:
+def report_detector(checkpoint: Path, images: Path, labels: Path, report: Path | None, **options: Any) -> None:
     """Write a detector's scores on labelled images with their curves where a file is named, and print them."""
     scores = evaluate_detector(checkpoint, images, labels, **options)
     if report is not None:
@@ -147,9 +147,9 @@ def evaluate_detector(
     return report
 
 
-def _spec(config: DetectionRun, data: ObjectDataModule) -> DetectorSpec:
+def _spec(config: DetectionRun, data: DetectionDataModule) -> DetectionSpec:
     split = config.data.val or config.data.train
-    return DetectorSpec.from_data_config(
+    return DetectionSpec.from_data_config(
         config.data,
         data,
         category_ids=data.train_index.category_ids,

@@ -11,8 +11,8 @@ import torch
 from torch import nn
 
 from perf_vit.cli.run_folder import RunFolder
-from perf_vit.cli.schemas import DistillationRun, PairConfig
-from perf_vit.data import build_crops
+from perf_vit.cli.schemas import DistillationModelConfig, DistillationRun
+from perf_vit.data import build_distillation_datamodule
 from perf_vit.errors import ConfigError, PerfVitError, reason_line
 from perf_vit.models import linearize, load_converted, save_converted
 from perf_vit.models.saved_model import check_output_folder
@@ -43,7 +43,7 @@ def distill_model(config: DistillationRun, *, progress: bool = True) -> Path:
     _check_size(teacher, config.data.tile_px)
     task = _task(config, teacher)
     pretrained: Any = teacher.pretrained_cfg
-    data = build_crops(
+    data = build_distillation_datamodule(
         config.data,
         pretrained["mean"],
         pretrained["std"],
@@ -55,7 +55,7 @@ def distill_model(config: DistillationRun, *, progress: bool = True) -> Path:
     return _save_student(task, run.path)
 
 
-def _teacher(config: PairConfig) -> nn.Module:
+def _teacher(config: DistillationModelConfig) -> nn.Module:
     if not timm.is_model(config.backbone):
         raise ConfigError(f"model.backbone: timm has no model {config.backbone}; see timm.list_models()")
     try:
@@ -67,7 +67,7 @@ def _teacher(config: PairConfig) -> nn.Module:
         raise _as_ours(error, f"model {config.backbone}") from error
 
 
-def _timm_kwargs(config: PairConfig) -> dict[str, Any]:
+def _timm_kwargs(config: DistillationModelConfig) -> dict[str, Any]:
     # The grid of position embeddings stays as it was trained, whatever the size of the crops.
     return {"dynamic_img_size": True, **check_file_arguments(config.backbone_kwargs, "model.backbone_kwargs")}
 
@@ -93,7 +93,7 @@ def _task(config: DistillationRun, teacher: nn.Module) -> DistillationTask:
     return task
 
 
-def _student(config: PairConfig, teacher: nn.Module) -> nn.Module:
+def _student(config: DistillationModelConfig, teacher: nn.Module) -> nn.Module:
     if config.student is None:
         return linearize(teacher, config.mixer, **config.options)
     student = load_converted(config.student, **_timm_kwargs(config))

@@ -9,7 +9,7 @@ from dataclasses import replace
 from perf_vit.cli.console import say
 from perf_vit.cli.schemas import DetectionRun, SegmentationRun
 from perf_vit.config import config_value, load_config
-from perf_vit.data import build_datamodule, build_object_datamodule
+from perf_vit.data import build_detection_datamodule, build_segmentation_datamodule
 from perf_vit.errors import ConfigError
 from perf_vit.models import detector_kind
 from perf_vit.tasks import TileFit, TrainingSteps, fit_max_tile
@@ -60,7 +60,7 @@ def _training_steps(config: str, overrides: Sequence[str]) -> TrainingSteps:
         raise ConfigError(f"fit-tile takes configs of segmentation and detection, got one of {task}: {config}")
     if task == "detection":
         run = load_config(config, DetectionRun, given)
-        objects = build_object_datamodule(
+        objects = build_detection_datamodule(
             run.data, run.seed, oriented=detector_kind(run.model.head) == "oriented_boxes"
         )
         records = list(objects.train_index)
@@ -76,7 +76,7 @@ def _training_steps(config: str, overrides: Sequence[str]) -> TrainingSteps:
         )
     maps = load_config(config, SegmentationRun, given)
     # No tile is read, so no places of them need be found.
-    data = build_datamodule(replace(maps.data, sampler="random"), maps.seed)
+    data = build_segmentation_datamodule(replace(maps.data, sampler="random"), maps.seed)
     return TrainingSteps(
         model=maps.model,
         # Weights that are to be measured take no more memory than any others.

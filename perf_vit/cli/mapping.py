@@ -37,10 +37,10 @@ from perf_vit.tasks import (
 from perf_vit.transforms import InputCheck
 from perf_vit.types import IGNORE_INDEX
 
-__all__ = ["evaluate_raster", "write_scores"]
+__all__ = ["evaluate_segmenter", "write_scores"]
 
 
-def evaluate_raster(
+def evaluate_segmenter(
     checkpoint: Path,
     image: Path,
     labels: Path,

@@ -13,24 +13,24 @@ from perf_vit.cli.schemas import (
 from perf_vit.data import (
     BaseDataConfig,
     ClassificationDataConfig,
-    DataConfig,
-    ImageSplitConfig,
-    ObjectDataConfig,
-    ObjectSplitConfig,
-    RegionConfig,
-    SlideDataConfig,
-    SlideSplitConfig,
+    ClassificationSplitConfig,
+    DetectionDataConfig,
+    DetectionSplitConfig,
+    SegmentationDataConfig,
+    SegmentationSplitConfig,
+    SlideClassificationDataConfig,
+    SlideClassificationSplitConfig,
     SplitConfig,
     TileDataConfig,
 )
 from perf_vit.models.backbone_config import BackboneConfig
 from perf_vit.models.finetune import BackboneTuning
 from perf_vit.tasks import (
-    DistillationConfig,
+    ClassificationOptimConfig,
+    DistillationOptimConfig,
     DistillationTrainerConfig,
-    OptimConfig,
     OptimizerConfig,
-    PooledOptimConfig,
+    SegmentationOptimConfig,
     TrainerConfig,
 )
 
@@ -66,9 +66,9 @@ RULES: dict[type, Rules] = {
     OptimizerConfig: _rules(
         free="lr backbone_lr_scale layer_decay weight_decay warmup_fraction schedule schedule_kwargs"
     ),
-    OptimConfig: _rules(free="loss class_weights"),
-    PooledOptimConfig: _rules(free="label_smoothing class_weights"),
-    DistillationConfig: _rules(
+    SegmentationOptimConfig: _rules(free="loss class_weights"),
+    ClassificationOptimConfig: _rules(free="label_smoothing class_weights"),
+    DistillationOptimConfig: _rules(
         free="block_steps block_lr token_steps token_lr warmup_fraction gradient_clip max_minutes"
     ),
     # The number of processes is checked when it is known; `redraw_every_steps` and `ema_decay` decide what a
@@ -81,14 +81,14 @@ RULES: dict[type, Rules] = {
     SplitConfig: _rules(moved="image"),
     BaseDataConfig: _rules(free="num_workers"),
     TileDataConfig: _rules(free="augment", measured="mean std"),
-    RegionConfig: _rules(moved="labels"),
-    DataConfig: _rules(free="sampler"),
-    ObjectSplitConfig: _rules(moved="labels list"),
-    ObjectDataConfig: _rules(free="sampler random_share min_visible"),
-    ImageSplitConfig: _rules(moved="labels"),
+    SegmentationSplitConfig: _rules(moved="labels"),
+    SegmentationDataConfig: _rules(free="sampler"),
+    DetectionSplitConfig: _rules(moved="labels names"),
+    DetectionDataConfig: _rules(free="sampler random_share min_visible"),
+    ClassificationSplitConfig: _rules(moved="labels"),
     ClassificationDataConfig: _rules(free="sampler", measured="classes"),
-    SlideSplitConfig: _rules(moved="labels"),
-    SlideDataConfig: _rules(free="max_windows embeddings embed_batch_size", measured="classes mean std"),
+    SlideClassificationSplitConfig: _rules(moved="labels"),
+    SlideClassificationDataConfig: _rules(free="max_windows embeddings embed_batch_size", measured="classes mean std"),
 }
 """Rules by the class that declares the fields; those of base classes hold for their subclasses, too."""
 

@@ -7,31 +7,36 @@ from typing import Any
 
 from perf_vit.data import (
     ClassificationDataConfig,
-    CropsConfig,
-    DataConfig,
-    ObjectDataConfig,
+    DetectionDataConfig,
+    DistillationDataConfig,
     RegressionDataConfig,
-    SlideDataConfig,
+    SegmentationDataConfig,
+    SlideClassificationDataConfig,
 )
-from perf_vit.models import ClassifierConfig, DetectorConfig, ModelConfig, SlideModelConfig
+from perf_vit.models import (
+    ClassificationModelConfig,
+    DetectionModelConfig,
+    SegmentationModelConfig,
+    SlideClassificationModelConfig,
+)
 from perf_vit.tasks import (
+    ClassificationOptimConfig,
     DetectionOptimConfig,
-    DistillationConfig,
+    DistillationOptimConfig,
     DistillationTrainerConfig,
-    OptimConfig,
-    PooledOptimConfig,
+    SegmentationOptimConfig,
     TrainerConfig,
 )
 
 __all__ = [
     "ClassificationRun",
     "DetectionRun",
+    "DistillationModelConfig",
     "DistillationRun",
-    "PairConfig",
     "RegressionRun",
     "RunConfig",
     "SegmentationRun",
-    "SlideRun",
+    "SlideClassificationRun",
     "TaskRunConfig",
 ]
 
@@ -75,10 +80,10 @@ class SegmentationRun(TaskRunConfig):
         optim: loss, optimizer and schedule.
     """
 
-    data: DataConfig
+    data: SegmentationDataConfig
     task: str = "segmentation"
-    model: ModelConfig = field(default_factory=ModelConfig)
-    optim: OptimConfig = field(default_factory=OptimConfig)
+    model: SegmentationModelConfig = field(default_factory=SegmentationModelConfig)
+    optim: SegmentationOptimConfig = field(default_factory=SegmentationOptimConfig)
 
 
 @dataclass(kw_only=True)
@@ -91,9 +96,9 @@ class DetectionRun(TaskRunConfig):
         optim: optimizer and schedule.
     """
 
-    data: ObjectDataConfig
+    data: DetectionDataConfig
     task: str = "detection"
-    model: DetectorConfig = field(default_factory=DetectorConfig)
+    model: DetectionModelConfig = field(default_factory=DetectionModelConfig)
     optim: DetectionOptimConfig = field(default_factory=DetectionOptimConfig)
 
 
@@ -109,28 +114,28 @@ class ClassificationRun(TaskRunConfig):
 
     data: ClassificationDataConfig
     task: str = "classification"
-    model: ClassifierConfig = field(default_factory=ClassifierConfig)
-    optim: PooledOptimConfig = field(default_factory=PooledOptimConfig)
+    model: ClassificationModelConfig = field(default_factory=ClassificationModelConfig)
+    optim: ClassificationOptimConfig = field(default_factory=ClassificationOptimConfig)
 
 
 @dataclass(kw_only=True)
 class RegressionRun(TaskRunConfig):
-    """Everything that decides a run that learns to estimate numbers from images; dumped into its folder.
+    """Everything that decides a run that learns to predict targets from images; dumped into its folder.
 
     Attributes:
-        data: images, their numbers and tiles.
+        data: images, their targets and tiles.
         model: backbone and pooling.
         optim: optimizer and schedule.
     """
 
     data: RegressionDataConfig
     task: str = "regression"
-    model: ClassifierConfig = field(default_factory=ClassifierConfig)
-    optim: PooledOptimConfig = field(default_factory=PooledOptimConfig)
+    model: ClassificationModelConfig = field(default_factory=ClassificationModelConfig)
+    optim: ClassificationOptimConfig = field(default_factory=ClassificationOptimConfig)
 
 
 @dataclass(kw_only=True)
-class SlideRun(TaskRunConfig):
+class SlideClassificationRun(TaskRunConfig):
     """Everything that decides a run of slide classification; dumped into its folder.
 
     Attributes:
@@ -139,16 +144,16 @@ class SlideRun(TaskRunConfig):
         optim: loss, optimizer and schedule.
     """
 
-    data: SlideDataConfig
-    task: str = "slide"
-    model: SlideModelConfig = field(default_factory=SlideModelConfig)
-    optim: PooledOptimConfig = field(default_factory=PooledOptimConfig)
+    data: SlideClassificationDataConfig
+    task: str = "slide_classification"
+    model: SlideClassificationModelConfig = field(default_factory=SlideClassificationModelConfig)
+    optim: ClassificationOptimConfig = field(default_factory=ClassificationOptimConfig)
     # A bag of features is nothing to draw.
     trainer: TrainerConfig = field(default_factory=lambda: TrainerConfig(num_pictures=0))
 
 
 @dataclass(kw_only=True)
-class PairConfig:
+class DistillationModelConfig:
     """A softmax model and how its copy is made linear.
 
     Attributes:
@@ -180,8 +185,8 @@ class DistillationRun(RunConfig):
         trainer: where to train and how often to validate.
     """
 
-    model: PairConfig
-    data: CropsConfig
+    model: DistillationModelConfig
+    data: DistillationDataConfig
     task: str = "distillation"
-    optim: DistillationConfig = field(default_factory=DistillationConfig)
+    optim: DistillationOptimConfig = field(default_factory=DistillationOptimConfig)
     trainer: DistillationTrainerConfig = field(default_factory=DistillationTrainerConfig)

@@ -10,7 +10,7 @@ _PICTURES = {
     "segmentation": ("", "_confusion"),
     "detection": ("", "_confusion"),
     "classification": ("", "_precision_recall"),
-    "slide": ("", "_precision_recall"),
+    "slide_classification": ("", "_precision_recall"),
     "regression": (),
 }
 """What the names of pictures end in, by the task of the checkpoint's network."""

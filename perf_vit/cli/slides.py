@@ -11,10 +11,10 @@ import torch
 from perf_vit.cli.console import show, windows_progress
 from perf_vit.cli.image_reports import image_tables, write_image_report
 from perf_vit.cli.run_folder import RunFolder
-from perf_vit.cli.schemas import SlideRun
+from perf_vit.cli.schemas import SlideClassificationRun
 from perf_vit.data import (
     EmbeddingStore,
-    SlideBagModule,
+    SlideClassificationDataModule,
     SlideTargets,
     given_normalizer,
     read_slide_table,
@@ -23,20 +23,20 @@ from perf_vit.data import (
 from perf_vit.errors import ConfigError
 from perf_vit.inference import SlideClassificationPredictOptions, SlideClassificationPredictor
 from perf_vit.io import open_input
-from perf_vit.models import SlideClassifier, SlideSpec, pretrained_statistics
+from perf_vit.models import SlideClassificationSpec, SlideClassifier, pretrained_statistics
 from perf_vit.tasks import (
     SLIDE_CURVES,
     SLIDE_MONITOR,
+    ClassificationMetrics,
     ClassificationScores,
-    ImageMetrics,
     RegressionScores,
-    SlideTask,
+    SlideClassificationTask,
     build_trainer,
 )
 from perf_vit.transforms import InputBands, Normalizer
 from perf_vit.types import GeoImage, InputOptions
 
-__all__ = ["evaluate_slides", "report_slides", "train_slides"]
+__all__ = ["evaluate_slide_classifier", "report_slide_classifier", "train_slide_classifier"]
 
 _EMBEDDINGS = "embeddings"
 """Folder of a run's features."""
@@ -46,7 +46,7 @@ _STATISTICS_PX = 1024
 _RANGE_SLIDES = 8
 
 
-def train_slides(config: SlideRun, *, progress: bool = True) -> Path:
+def train_slide_classifier(config: SlideClassificationRun, *, progress: bool = True) -> Path:
     """Embed all slides, train a classifier of bags, and leave both in the run folder.
 
     Tables, slides' names and network are checked before the folder is touched. Features that are there already, of an
@@ -66,7 +66,7 @@ def train_slides(config: SlideRun, *, progress: bool = True) -> Path:
         raise ConfigError("optim.layer_decay and optim.backbone_lr_scale are of trained encoders; leave them out")
     run = RunFolder(config)
     train, val = read_slides(config.data, config.seed)
-    task = SlideTask(config.model, _spec(config, train), config.optim)
+    task = SlideClassificationTask(config.model, _spec(config, train), config.optim)
     # Before features of other windows are added to the run folder.
     run.check_network(task)
     trainer = build_trainer(
@@ -76,21 +76,21 @@ def train_slides(config: SlideRun, *, progress: bool = True) -> Path:
     device = "cpu" if config.trainer.accelerator == "cpu" else "auto"
     options = SlideClassificationPredictOptions(batch_size=config.data.embed_batch_size, device=device)
     _embed_all(SlideClassificationPredictor(task.model, options), store, [*train.paths, *val.paths])
-    run.fit(trainer, task, SlideBagModule.of(config.data, train, val, store, config.seed))
+    run.fit(trainer, task, SlideClassificationDataModule.of(config.data, train, val, store, config.seed))
     return run.best
 
 
-def report_slides(
+def report_slide_classifier(
     checkpoint: Path, slides: Path, labels: Path, report: Path | None, options: SlideClassificationPredictOptions
 ) -> None:
     """Write a classifier's scores on labelled slides, with pictures of confusion and precision, and print them."""
-    scores = evaluate_slides(checkpoint, slides, labels, options)
+    scores = evaluate_slide_classifier(checkpoint, slides, labels, options)
     if report is not None:
         write_image_report(scores, report)
     show(*image_tables(scores, title=f"{slides.name} against {labels.name}"))
 
 
-def evaluate_slides(
+def evaluate_slide_classifier(
     checkpoint: Path, slides: Path, labels: Path, options: SlideClassificationPredictOptions | None = None
 ) -> ClassificationScores | RegressionScores:
     """Score a classifier on labelled slides; features that its run made are used again.
@@ -109,7 +109,7 @@ def evaluate_slides(
     columns = model.spec.label_options
     targets = read_slide_table(labels, slides, model.spec.classes, **columns)
     store = _store(model, checkpoint.absolute().parents[1] / _EMBEDDINGS)
-    metrics = ImageMetrics(model.spec.classes, "single_label")
+    metrics = ClassificationMetrics(model.spec.classes, "single_label")
     for number, (path, label) in enumerate(zip(targets.paths, targets.labels.tolist(), strict=True), 1):
         if store.has(path):
             found = store.read(path)
@@ -135,7 +135,7 @@ def _embed_all(predictor: SlideClassificationPredictor, store: EmbeddingStore, p
         store.write(path, found.features, found.windows)
 
 
-def _spec(config: SlideRun, train: SlideTargets) -> SlideSpec:
+def _spec(config: SlideClassificationRun, train: SlideTargets) -> SlideClassificationSpec:
     data, options = config.data, InputOptions.from_config(config.data)
     first = open_input(train.paths[0], options)
     given = given_normalizer(data.mean, data.std, first.num_bands)
@@ -147,7 +147,7 @@ def _spec(config: SlideRun, train: SlideTargets) -> SlideSpec:
         images = [_reduced(path, options) for path in train.paths]
         normalizer = Normalizer.from_images(images, first.band_names)
     first.close()
-    return SlideSpec.from_data_config(
+    return SlideClassificationSpec.from_data_config(
         data,
         train,
         normalizer=given or normalizer,

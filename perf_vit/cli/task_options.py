@@ -36,7 +36,7 @@ EVALUATE_OPTIONS = {
     "detection": _EVALUATE | _WINDOWS | {"label_format", "names"},
     "classification": _EVALUATE,
     "regression": _EVALUATE,
-    "slide": _EVALUATE,
+    "slide_classification": _EVALUATE,
 }
 """Parameters of `perf-vit evaluate`, by the task of the checkpoint's network."""
 

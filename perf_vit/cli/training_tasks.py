@@ -8,21 +8,21 @@ from typing import Any
 
 from perf_vit.cli.detecting import train_detector
 from perf_vit.cli.run_files import check_config_kept
-from perf_vit.cli.scenes import train_scenes
-from perf_vit.cli.schemas import ClassificationRun, DetectionRun, RegressionRun, SegmentationRun, SlideRun
-from perf_vit.cli.slides import train_slides
-from perf_vit.cli.training import train_segmentation
+from perf_vit.cli.scenes import train_classifier
+from perf_vit.cli.schemas import ClassificationRun, DetectionRun, RegressionRun, SegmentationRun, SlideClassificationRun
+from perf_vit.cli.slides import train_slide_classifier
+from perf_vit.cli.training import train_segmenter
 from perf_vit.config import config_value, load_config
 from perf_vit.errors import ConfigError
 
 __all__ = ["TRAINING_TASKS", "train_from_config"]
 
 TRAINING_TASKS: dict[str, tuple[type, Callable[[Any], Path]]] = {
-    "segmentation": (SegmentationRun, train_segmentation),
+    "segmentation": (SegmentationRun, train_segmenter),
     "detection": (DetectionRun, train_detector),
-    "classification": (ClassificationRun, train_scenes),
-    "regression": (RegressionRun, train_scenes),
-    "slide": (SlideRun, train_slides),
+    "classification": (ClassificationRun, train_classifier),
+    "regression": (RegressionRun, train_classifier),
+    "slide_classification": (SlideClassificationRun, train_slide_classifier),
 }
 """Of each task, the schema of its configs and what trains it."""
 

@@ -2,78 +2,84 @@
 
 from perf_vit.data.augmenting import AugmentConfig
 from perf_vit.data.band_statistics import given_normalizer
-from perf_vit.data.build import build_datamodule
+from perf_vit.data.build import build_segmentation_datamodule
 from perf_vit.data.class_pixels import count_class_pixels
 from perf_vit.data.config import BaseDataConfig, SplitConfig, TileDataConfig
 from perf_vit.data.crops import UnlabelledCrops, find_images
-from perf_vit.data.crops_datamodule import CropsConfig, build_crops
-from perf_vit.data.datamodule import WindowDataModule
+from perf_vit.data.crops_datamodule import DistillationDataConfig, build_distillation_datamodule
+from perf_vit.data.datamodule import SegmentationDataModule
 from perf_vit.data.embeddings import EmbeddingStore, SlideFeatures
 from perf_vit.data.epochs import collate_tiles
 from perf_vit.data.label_folders import is_labelled_folder
 from perf_vit.data.labels import ImageRecord, OutlineMasks, objects_in, read_object_labels, write_coco_labels
 from perf_vit.data.objects import collate_objects, standardized
 from perf_vit.data.objects_datamodule import (
-    ObjectDataConfig,
-    ObjectDataModule,
-    ObjectSplitConfig,
-    build_object_datamodule,
+    DetectionDataConfig,
+    DetectionDataModule,
+    DetectionSplitConfig,
+    build_detection_datamodule,
     read_names,
 )
 from perf_vit.data.objects_seen import SeenObjects
 from perf_vit.data.open_labelled import open_pairs, region_window
-from perf_vit.data.scenes import SceneImages, SceneViews, middle_window, scene_tile
+from perf_vit.data.scenes import ClassificationImages, ClassificationViews, image_tile, middle_window
 from perf_vit.data.scenes_datamodule import (
     ClassificationDataConfig,
-    ImageSplitConfig,
+    ClassificationDataModule,
+    ClassificationSplitConfig,
     RegressionDataConfig,
-    SceneDataModule,
-    build_scene_datamodule,
+    build_classification_datamodule,
     read_image_targets,
 )
 from perf_vit.data.slide_bags import SlideTargets, read_slide_table
 from perf_vit.data.slide_windows import tissue_windows
-from perf_vit.data.slides_datamodule import SlideBagModule, SlideDataConfig, SlideSplitConfig, read_slides
+from perf_vit.data.slides_datamodule import (
+    SlideClassificationDataConfig,
+    SlideClassificationDataModule,
+    SlideClassificationSplitConfig,
+    read_slides,
+)
 from perf_vit.data.synthetic import make_ship_scene
-from perf_vit.data.window_config import DataConfig, RegionConfig, label_options
+from perf_vit.data.window_config import SegmentationDataConfig, SegmentationSplitConfig, label_options
 
 __all__ = [
     "AugmentConfig",
     "BaseDataConfig",
     "ClassificationDataConfig",
-    "CropsConfig",
-    "DataConfig",
+    "ClassificationDataModule",
+    "ClassificationImages",
+    "ClassificationSplitConfig",
+    "ClassificationViews",
+    "DetectionDataConfig",
+    "DetectionDataModule",
+    "DetectionSplitConfig",
+    "DistillationDataConfig",
     "EmbeddingStore",
     "ImageRecord",
-    "ImageSplitConfig",
-    "ObjectDataConfig",
-    "ObjectDataModule",
-    "ObjectSplitConfig",
     "OutlineMasks",
-    "RegionConfig",
     "RegressionDataConfig",
-    "SceneDataModule",
-    "SceneImages",
-    "SceneViews",
     "SeenObjects",
-    "SlideBagModule",
-    "SlideDataConfig",
+    "SegmentationDataConfig",
+    "SegmentationDataModule",
+    "SegmentationSplitConfig",
+    "SlideClassificationDataConfig",
+    "SlideClassificationDataModule",
+    "SlideClassificationSplitConfig",
     "SlideFeatures",
-    "SlideSplitConfig",
     "SlideTargets",
     "SplitConfig",
     "TileDataConfig",
     "UnlabelledCrops",
-    "WindowDataModule",
-    "build_crops",
-    "build_datamodule",
-    "build_object_datamodule",
-    "build_scene_datamodule",
+    "build_classification_datamodule",
+    "build_detection_datamodule",
+    "build_distillation_datamodule",
+    "build_segmentation_datamodule",
     "collate_objects",
     "collate_tiles",
     "count_class_pixels",
     "find_images",
     "given_normalizer",
+    "image_tile",
     "is_labelled_folder",
     "label_options",
     "make_ship_scene",
@@ -86,7 +92,6 @@ __all__ = [
     "read_slide_table",
     "read_slides",
     "region_window",
-    "scene_tile",
     "standardized",
     "tissue_windows",
     "write_coco_labels",

@@ -12,7 +12,7 @@ from perf_vit.errors import ConfigError
 from perf_vit.transforms import StainJitter
 from perf_vit.types import Source
 
-__all__ = ["AugmentConfig", "check_augment", "draw_log_uniform", "make_stain_jitter", "pixel_side", "pixel_sides"]
+__all__ = ["AugmentConfig", "check_augment", "draw_log_uniform", "make_stain_jitter", "pixel_size", "pixel_sizes"]
 
 # A window of more pixels a side than this many tiles is a mistake, such as metres for a raster in degrees.
 _LARGEST_FACTOR = 16
@@ -25,7 +25,7 @@ class AugmentConfig:
     Attributes:
         flips: the eight symmetries of the square: right for imagery seen from above.
         scale: (smallest, largest) zoom; (1, 1) for none. Of maps and classifiers, each axis has a zoom of its own.
-        resolution: instead of `scale`, (smallest, largest) side of a pixel of a tile: micrometres of slides, units of
+        resolution: instead of `scale`, (smallest, largest) pixel size of a tile: micrometres of slides, units of
             the CRS of rasters. Windows are larger or smaller than a tile accordingly.
         gain: each band is multiplied by a factor from [1 - gain, 1 + gain].
         offset: each band is shifted by an amount from [-offset, offset], in standard deviations.
@@ -85,8 +85,8 @@ def make_stain_jitter(config: AugmentConfig, sources: Sequence[Source], num_band
     return StainJitter(config.stain)
 
 
-def pixel_side(source: Source) -> float | None:
-    """Side of a pixel in micrometres of a slide, in units of its CRS of a raster; None where the source has none.
+def pixel_size(source: Source) -> float | None:
+    """Pixel size in micrometres of a slide, in units of its CRS of a raster; None where the source has none.
 
     Of pixels that are not square, the side of a square as large.
     """
@@ -98,8 +98,8 @@ def pixel_side(source: Source) -> float | None:
     return math.sqrt(abs(transform.determinant))
 
 
-def pixel_sides(config: AugmentConfig, sources: Sequence[Source]) -> list[float] | None:
-    """`pixel_side` of each source where a config asks for pixels of other sizes, None where it doesn't.
+def pixel_sizes(config: AugmentConfig, sources: Sequence[Source]) -> list[float] | None:
+    """`pixel_size` of each source where a config asks for pixels of other sizes, None where it doesn't.
 
     Raises:
         ConfigError: a source without, or one so far from what is asked for that the unit must be wrong.
@@ -115,7 +115,7 @@ def draw_log_uniform(bounds: tuple[float, float], rng: np.random.Generator) -> f
 
 
 def _checked_side(source: Source, resolution: tuple[float, float]) -> float:
-    side = pixel_side(source)
+    side = pixel_size(source)
     low, high = resolution
     if side is None:
         raise ConfigError(

@@ -9,13 +9,13 @@ from collections.abc import Callable, Sequence
 import numpy as np
 from torch.utils.data import ConcatDataset
 
-from perf_vit.data.augmenting import make_stain_jitter, pixel_sides
+from perf_vit.data.augmenting import make_stain_jitter, pixel_sizes
 from perf_vit.data.band_statistics import given_normalizer, measure_bands, seen_images
 from perf_vit.data.class_pixels import count_labelled_pixels
 from perf_vit.data.class_places import find_class_pixels
-from perf_vit.data.datamodule import Grids, WindowDataModule
+from perf_vit.data.datamodule import Grids, SegmentationDataModule
 from perf_vit.data.open_labelled import open_labelled
-from perf_vit.data.window_config import DataConfig, check_data
+from perf_vit.data.window_config import SegmentationDataConfig, check_data
 from perf_vit.data.window_places import ClassPlaces, GridPlaces, WindowPlaces
 from perf_vit.data.windows import GridWindows, LabelledSource, RandomWindows, window_px
 from perf_vit.errors import ConfigError, DataWarning, InputError
@@ -23,7 +23,7 @@ from perf_vit.io import common_unit, warn_of_polygons_beside
 from perf_vit.transforms import Augmentation, Normalizer
 from perf_vit.types import GeoImage, Source
 
-__all__ = ["build_datamodule"]
+__all__ = ["build_segmentation_datamodule"]
 
 # Enough pixels for a mean to three digits, few enough to read in a second.
 _STATISTICS_PX = 2048
@@ -32,9 +32,9 @@ _WINDOWS_LOOKED_AT = 64
 _IMAGES_LOOKED_AT = 64
 
 
-def build_datamodule(
-    config: DataConfig, seed: int, on_window: Callable[[int, int], None] | None = None
-) -> WindowDataModule:
+def build_segmentation_datamodule(
+    config: SegmentationDataConfig, seed: int, on_window: Callable[[int, int], None] | None = None
+) -> SegmentationDataModule:
     """Open the rasters and their labels and measure the bands' statistics where they aren't given.
 
     Args:
@@ -52,7 +52,7 @@ def build_datamodule(
     sources = [one.source for one in rasters]
     num_bands = sources[0].num_bands
     stain = make_stain_jitter(config.augment, sources, num_bands)
-    sides = pixel_sides(config.augment, sources)
+    sides = pixel_sizes(config.augment, sources)
     _check_labelled(rasters, config, "train")
     _check_labelled(val, config, "val")
     warn_of_polygons_beside(one.labels for one in (*rasters, *val))
@@ -68,7 +68,7 @@ def build_datamodule(
         offset=config.augment.offset,
         shuffle=config.augment.shuffle,
     )
-    return WindowDataModule(
+    return SegmentationDataModule(
         RandomWindows(
             rasters,
             normalizer,
@@ -78,7 +78,7 @@ def build_datamodule(
             seed=seed,
             stain=stain,
             resolution=config.augment.resolution,
-            pixel_sides=sides,
+            pixel_sizes=sides,
             places=places,
         ),
         _grids(val, normalizer, config.tile_px),
@@ -91,7 +91,7 @@ def build_datamodule(
     )
 
 
-def _open_all(config: DataConfig) -> tuple[list[LabelledSource], list[LabelledSource]]:
+def _open_all(config: SegmentationDataConfig) -> tuple[list[LabelledSource], list[LabelledSource]]:
     """What is trained and validated on, all with one number of bands."""
     train = {"data.train": open_labelled(config, config.train, "data.train", train=True)}
     val = {"data.val": open_labelled(config, config.val, "data.val", train=False)}
@@ -140,7 +140,7 @@ def _seen(rasters: Sequence[LabelledSource], seed: int) -> list[GeoImage]:
 
 def _make_places(
     rasters: Sequence[LabelledSource],
-    config: DataConfig,
+    config: SegmentationDataConfig,
     sides: Sequence[float] | None,
     seed: int,
     on_window: Callable[[int, int], None] | None,
@@ -160,7 +160,7 @@ def _make_places(
     return None
 
 
-def _check_labelled(sources: Sequence[LabelledSource], config: DataConfig, part: str) -> None:
+def _check_labelled(sources: Sequence[LabelledSource], config: SegmentationDataConfig, part: str) -> None:
     """Refuse rasters of which no pixel can be learnt from, and tell of some among others; 64 stand for more.
 
     Raises:
@@ -186,7 +186,7 @@ def _check_labelled(sources: Sequence[LabelledSource], config: DataConfig, part:
 
 
 def _warn_of_absent_classes(
-    sources: Sequence[LabelledSource], config: DataConfig, part: str, places: WindowPlaces | None = None
+    sources: Sequence[LabelledSource], config: SegmentationDataConfig, part: str, places: WindowPlaces | None = None
 ) -> None:
     """Tell of classes that no pixel was found of; where there are many pixels, some windows stand for all."""
     if isinstance(places, ClassPlaces):

@@ -16,11 +16,11 @@ from perf_vit.data.epochs import EpochDataModule, ShareSampler, collate_tiles
 from perf_vit.errors import InputError
 from perf_vit.transforms import Normalizer
 
-__all__ = ["CropsConfig", "CropsDataModule", "build_crops"]
+__all__ = ["DistillationDataConfig", "DistillationDataModule", "build_distillation_datamodule"]
 
 
 @dataclass(kw_only=True)
-class CropsConfig(BaseDataConfig):
+class DistillationDataConfig(BaseDataConfig):
     """Images without labels to take random tiles of; `BaseDataConfig` has further keys.
 
     By default, `bands` are the first ones, as many as the model takes, and `mean` and `std` the model's own, times 255,
@@ -39,7 +39,7 @@ class CropsConfig(BaseDataConfig):
     num_val_tiles: int = 16
 
 
-class CropsDataModule(EpochDataModule):
+class DistillationDataModule(EpochDataModule):
     """Random crops to train on, a fixed set of them to validate on.
 
     Args:
@@ -73,9 +73,9 @@ class CropsDataModule(EpochDataModule):
         )
 
 
-def build_crops(
-    config: CropsConfig, mean: Sequence[float], std: Sequence[float], *, steps_per_epoch: int, seed: int
-) -> CropsDataModule:
+def build_distillation_datamodule(
+    config: DistillationDataConfig, mean: Sequence[float], std: Sequence[float], *, steps_per_epoch: int, seed: int
+) -> DistillationDataModule:
     """Open all images.
 
     Args:
@@ -110,7 +110,7 @@ def build_crops(
         if config.mean is None:
             _check_bytes(crops)
         parts.append(crops)
-    return CropsDataModule(*parts, batch_size=config.batch_size, num_workers=config.num_workers)
+    return DistillationDataModule(*parts, batch_size=config.batch_size, num_workers=config.num_workers)
 
 
 def _check_bytes(crops: UnlabelledCrops) -> None:

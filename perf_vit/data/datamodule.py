@@ -11,13 +11,13 @@ from perf_vit.data.window_places import GridPlaces
 from perf_vit.data.windows import GridWindows, LabelledTile, RandomWindows
 from perf_vit.transforms import InputBands, Normalizer
 
-__all__ = ["Grids", "WindowDataModule"]
+__all__ = ["Grids", "SegmentationDataModule"]
 
 Grids: TypeAlias = GridWindows | ConcatDataset[LabelledTile]
 """The tiles of one source, or of several."""
 
 
-class WindowDataModule(EpochDataModule):
+class SegmentationDataModule(EpochDataModule):
     """Augmented windows to train on, grid windows to validate on.
 
     Attributes:

@@ -1,4 +1,4 @@
-"""What whole images show: a class, several classes or numbers, from folders by class or from CSV files."""
+"""What whole images show: a class, several classes or targets, from folders by class or from CSV files."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from perf_vit.data.labels.image_folder import ImageFolder
 from perf_vit.errors import InputError
 from perf_vit.types import InputPath
 
-__all__ = ["ImageTargets", "class_index", "read_class_folders", "read_class_table", "read_number_table"]
+__all__ = ["ImageTargets", "class_index", "read_class_folders", "read_class_table", "read_target_table"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,8 +26,8 @@ class ImageTargets:
 
     Attributes:
         paths: of the images.
-        targets: class indices, [n] int64; or for several classes 0 and 1, or numbers, [n, K] float32.
-        names: of the K classes or numbers.
+        targets: class indices, [n] int64; or for several classes 0 and 1, or regression targets, [n, K] float32.
+        names: of the K classes or targets.
     """
 
     paths: tuple[str, ...]
@@ -119,15 +119,15 @@ def read_class_table(
     return ImageTargets(_paths(rows, images, image_column), np.array(indices, np.int64), classes)
 
 
-def read_number_table(
+def read_target_table(
     table: str | Path, images: InputPath, columns: Sequence[str], *, image_column: str = "image"
 ) -> ImageTargets:
-    """A CSV file with a column of numbers, or several, for each image.
+    """A CSV file with one or several regression targets of each image.
 
     Args:
         table: the CSV file.
         images: folder, glob or list that its names of images are searched in.
-        columns: of the numbers.
+        columns: of the targets.
         image_column: that names the image.
 
     Raises:

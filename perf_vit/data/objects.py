@@ -112,8 +112,8 @@ class ObjectWindows(Dataset[ObjectSample]):
         scale: (smallest, largest) zoom.
         colors: gain and offset of the bands, see `Augmentation`; None for none.
         stain: applied before the normalizer; None for none.
-        resolution: instead of `scale`, (smallest, largest) side of a tile's pixel, in the unit of `pixel_sides`.
-        pixel_sides: side of a pixel of each image; needed with `resolution`.
+        resolution: instead of `scale`, (smallest, largest) pixel size of a tile, in the unit of `pixel_sizes`.
+        pixel_sizes: pixel size of each image; needed with `resolution`.
     """
 
     def __init__(
@@ -130,7 +130,7 @@ class ObjectWindows(Dataset[ObjectSample]):
         colors: Augmentation | None = None,
         stain: StainJitter | None = None,
         resolution: tuple[float, float] | None = None,
-        pixel_sides: Sequence[float] | None = None,
+        pixel_sizes: Sequence[float] | None = None,
     ) -> None:
         self.images = images
         self.places = places
@@ -143,7 +143,7 @@ class ObjectWindows(Dataset[ObjectSample]):
         self.colors = colors
         self.stain = stain
         self.resolution = resolution
-        self.pixel_sides = None if pixel_sides is None else np.asarray(pixel_sides)
+        self.pixel_sizes = None if pixel_sizes is None else np.asarray(pixel_sizes)
 
     def __len__(self) -> int:
         return self.length
@@ -171,8 +171,8 @@ class ObjectWindows(Dataset[ObjectSample]):
         """Side of the window that becomes a tile, in pixels, or one of each image."""
         if self.resolution is None:
             return max(1, round(self.tile_px / draw_log_uniform(self.scale, rng)))
-        assert self.pixel_sides is not None
-        sizes = np.rint(self.tile_px * draw_log_uniform(self.resolution, rng) / self.pixel_sides)
+        assert self.pixel_sizes is not None
+        sizes = np.rint(self.tile_px * draw_log_uniform(self.resolution, rng) / self.pixel_sizes)
         return np.maximum(1, sizes).astype(int).tolist()
 
 

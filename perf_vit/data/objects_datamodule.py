@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 from torch.utils.data import DataLoader
 
-from perf_vit.data.augmenting import make_stain_jitter, pixel_sides
+from perf_vit.data.augmenting import make_stain_jitter, pixel_sizes
 from perf_vit.data.band_statistics import given_normalizer, measure_bands, seen_images
 from perf_vit.data.config import SplitConfig, TileDataConfig, check_base
 from perf_vit.data.epochs import EpochDataModule, ShareSampler
@@ -22,27 +22,33 @@ from perf_vit.io import open_input
 from perf_vit.transforms import Augmentation, InputBands, bands_fit
 from perf_vit.types import InputOptions, OpenInput
 
-__all__ = ["ObjectDataConfig", "ObjectDataModule", "ObjectSplitConfig", "build_object_datamodule", "read_names"]
+__all__ = [
+    "DetectionDataConfig",
+    "DetectionDataModule",
+    "DetectionSplitConfig",
+    "build_detection_datamodule",
+    "read_names",
+]
 
 
 @dataclass(kw_only=True)
-class ObjectSplitConfig(SplitConfig):
+class DetectionSplitConfig(SplitConfig):
     """Images and the labels of their objects.
 
     Attributes:
         image: a folder of images, one image, a glob, or a list of these.
         labels: a label file, or a folder with one an image, whichever the format has.
         format: coco, voc, yolo, dota, instances, polygons or csv; see `perf_vit.data.read_object_labels`.
-        list: a text file with one image name a line, with or without ending; all labelled images if left out.
+        names: a text file with one image name a line, with or without ending; all labelled images if left out.
     """
 
     labels: str
     format: str = "coco"
-    list: str | None = None
+    names: str | None = None
 
 
 @dataclass(kw_only=True)
-class ObjectDataConfig(TileDataConfig):
+class DetectionDataConfig(TileDataConfig):
     """Where tiles with objects come from; `TileDataConfig` has further keys.
 
     Attributes:
@@ -63,9 +69,9 @@ class ObjectDataConfig(TileDataConfig):
         tiles_per_epoch: training tiles an epoch.
     """
 
-    train: ObjectSplitConfig
+    train: DetectionSplitConfig
     classes: list[str]
-    val: ObjectSplitConfig | None = None
+    val: DetectionSplitConfig | None = None
     val_share: float = 0.2
     skip_classes: list[str] = field(default_factory=list)
     attribute: str | None = None
@@ -78,7 +84,7 @@ class ObjectDataConfig(TileDataConfig):
     tiles_per_epoch: int = 200
 
 
-class ObjectDataModule(EpochDataModule):
+class DetectionDataModule(EpochDataModule):
     """Augmented windows to train on, grids of windows to validate on.
 
     Attributes:
@@ -132,7 +138,9 @@ class ObjectDataModule(EpochDataModule):
         )
 
 
-def build_object_datamodule(config: ObjectDataConfig, seed: int, *, oriented: bool = False) -> ObjectDataModule:
+def build_detection_datamodule(
+    config: DetectionDataConfig, seed: int, *, oriented: bool = False
+) -> DetectionDataModule:
     """Read the labels, check them against their images and measure what statistics of the bands the config leaves out.
 
     Args:
@@ -180,9 +188,9 @@ def build_object_datamodule(config: ObjectDataConfig, seed: int, *, oriented: bo
         colors=colors if augment.gain or augment.offset or augment.shuffle else None,
         stain=make_stain_jitter(augment, train.sources, train.num_bands),
         resolution=augment.resolution,
-        pixel_sides=pixel_sides(augment, train.sources),
+        pixel_sizes=pixel_sizes(augment, train.sources),
     )
-    return ObjectDataModule(
+    return DetectionDataModule(
         windows,
         ObjectGrid(val, normalizer, tile_px=config.tile_px),
         train_index=train_index,
@@ -213,7 +221,7 @@ def read_names(path: str | Path, key: str) -> list[str]:
     return names
 
 
-def _indices(config: ObjectDataConfig, seed: int, *, oriented: bool) -> tuple[ObjectIndex, ObjectIndex]:
+def _indices(config: DetectionDataConfig, seed: int, *, oriented: bool) -> tuple[ObjectIndex, ObjectIndex]:
     read = functools.partial(_read, config, oriented=oriented)
     train = read(config.train, "data.train", _training_mpp(config))
     if config.val is not None:
@@ -247,7 +255,7 @@ def _part(index: ObjectIndex, chosen: set[int], *, inside: bool) -> tuple[ImageR
     return tuple(record for position, record in enumerate(index) if (position in chosen) is inside)
 
 
-def _training_mpp(config: ObjectDataConfig) -> float | None:
+def _training_mpp(config: DetectionDataConfig) -> float | None:
     """What slides are read at to train: the smallest that augmentation shows, so that none is enlarged needlessly."""
     if config.mpp is None or config.augment.resolution is None:
         return config.mpp
@@ -255,7 +263,7 @@ def _training_mpp(config: ObjectDataConfig) -> float | None:
 
 
 def _read(
-    config: ObjectDataConfig, split: ObjectSplitConfig, key: str, mpp: float | None, *, oriented: bool
+    config: DetectionDataConfig, split: DetectionSplitConfig, key: str, mpp: float | None, *, oriented: bool
 ) -> ObjectIndex:
     return read_object_labels(
         split.labels,
@@ -264,18 +272,18 @@ def _read(
         classes=config.classes,
         skip_classes=config.skip_classes,
         attribute=config.attribute,
-        names=None if split.list is None else read_names(split.list, f"{key}.list"),
+        names=None if split.names is None else read_names(split.names, f"{key}.names"),
         open_input=_opener(config, mpp),
         oriented=oriented,
     )
 
 
-def _opener(config: ObjectDataConfig, mpp: float | None) -> OpenInput:
+def _opener(config: DetectionDataConfig, mpp: float | None) -> OpenInput:
     """What opens images as the config says, slides at so many micrometres per pixel."""
     return functools.partial(open_input, options=replace(InputOptions.from_config(config), mpp=mpp))
 
 
-def _check(config: ObjectDataConfig) -> None:
+def _check(config: DetectionDataConfig) -> None:
     if not config.classes or len(set(config.classes)) != len(config.classes):
         raise ConfigError(f"data.classes must name at least one class, each once, got {config.classes}")
     if config.sampler not in SAMPLERS:

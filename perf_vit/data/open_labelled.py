@@ -8,9 +8,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from perf_vit.data.augmenting import pixel_side
+from perf_vit.data.augmenting import pixel_size
 from perf_vit.data.label_folders import find_label_pairs, is_labelled_folder
-from perf_vit.data.window_config import DataConfig, RegionConfig, label_options
+from perf_vit.data.window_config import SegmentationDataConfig, SegmentationSplitConfig, label_options
 from perf_vit.data.windows import LabelledSource
 from perf_vit.errors import ConfigError
 from perf_vit.io import LabelFiles, LabelSource, RasterSource, SlideSource, open_input, open_labels
@@ -19,7 +19,9 @@ from perf_vit.types import InputOptions, InputPath, OpenInput, Source, Window
 __all__ = ["open_labelled", "open_pairs", "region_window"]
 
 
-def open_labelled(config: DataConfig, region: RegionConfig, key: str, *, train: bool) -> list[LabelledSource]:
+def open_labelled(
+    config: SegmentationDataConfig, region: SegmentationSplitConfig, key: str, *, train: bool
+) -> list[LabelledSource]:
     """Open a raster or slide with its labels, or all images of a folder.
 
     Args:
@@ -116,7 +118,7 @@ def region_window(region: list[int] | None, source: Source, key: str) -> Window:
 
 
 def _placed(
-    config: DataConfig, image: InputPath, region: list[int] | None, key: str, *, train: bool
+    config: SegmentationDataConfig, image: InputPath, region: list[int] | None, key: str, *, train: bool
 ) -> tuple[RasterSource | SlideSource, Window]:
     """An image and the part of it that may be used; closed, as there may be more than a process may hold open."""
     options = InputOptions.from_config(config)
@@ -140,7 +142,7 @@ def _own_side(image: InputPath, options: InputOptions, source: Source) -> float 
         return math.sqrt(math.prod(source.slide_mpp))
     own = open_input(image, replace(options, resolution=None))
     own.close()
-    return pixel_side(own)
+    return pixel_size(own)
 
 
 def _scaled(window: Window, factor: float, extent: Window) -> Window:

@@ -20,7 +20,14 @@ from perf_vit.tiling import random_window
 from perf_vit.transforms import Augmentation, Normalizer, StainJitter, resize_masked, with_bands
 from perf_vit.types import BoolArray, GeoImage, OpenInput, Source, Window
 
-__all__ = ["SceneImages", "SceneSample", "SceneTiles", "SceneViews", "middle_window", "scene_tile"]
+__all__ = [
+    "ClassificationImages",
+    "ClassificationTiles",
+    "ClassificationViews",
+    "SceneSample",
+    "image_tile",
+    "middle_window",
+]
 
 FloatArray = npt.NDArray[np.float32]
 
@@ -31,7 +38,7 @@ SceneSample = tuple[Tensor, Tensor, Tensor]
 _TURNS = 10
 
 
-class SceneImages:
+class ClassificationImages:
     """Labelled images with one number of bands; a grey one among images of three bands is read as three equal ones.
 
     Args:
@@ -60,11 +67,11 @@ class SceneImages:
         return image
 
     def target(self, index: int) -> Tensor:
-        """Class index, or [K] numbers."""
+        """Class index, or [K] targets."""
         return torch.as_tensor(self.labelled.targets[index])
 
 
-class SceneTiles(Dataset[SceneSample]):
+class ClassificationTiles(Dataset[SceneSample]):
     """Augmented tiles to train on; item i is a function of (seed, i) alone, whatever the number of workers.
 
     A tile is a random part of an image, with a valid pixel in it if ten draws give one, or the whole image resized.
@@ -85,7 +92,7 @@ class SceneTiles(Dataset[SceneSample]):
 
     def __init__(
         self,
-        images: SceneImages,
+        images: ClassificationImages,
         normalizer: Normalizer,
         augmentation: Augmentation,
         *,
@@ -140,7 +147,7 @@ class SceneTiles(Dataset[SceneSample]):
         return int(order_of_turn(self.seed, turn, len(self.images))[position])
 
 
-class SceneViews(Dataset[SceneSample]):
+class ClassificationViews(Dataset[SceneSample]):
     """One tile an image, as prediction sees it: the middle of the image, or all of it, resized.
 
     Args:
@@ -150,7 +157,7 @@ class SceneViews(Dataset[SceneSample]):
         resize: resize whole images; else tiles are parts at full resolution.
     """
 
-    def __init__(self, images: SceneImages, normalizer: Normalizer, *, tile_px: int, resize: bool) -> None:
+    def __init__(self, images: ClassificationImages, normalizer: Normalizer, *, tile_px: int, resize: bool) -> None:
         self.images = images
         self.normalizer = normalizer
         self.tile_px = tile_px
@@ -163,7 +170,7 @@ class SceneViews(Dataset[SceneSample]):
         """Tile, target and valid pixels."""
         source = self.images.sources[index]
         place = None if self.resize else middle_window(source, self.tile_px)
-        pixels, valid = scene_tile(source, self.normalizer, self.tile_px, place)
+        pixels, valid = image_tile(source, self.normalizer, self.tile_px, place)
         source.close()
         return torch.from_numpy(pixels), self.images.target(index), torch.from_numpy(valid)
 
@@ -174,7 +181,7 @@ def middle_window(source: Source, tile_px: int) -> Window:
     return Window(row, col, tile_px, tile_px)
 
 
-def scene_tile(
+def image_tile(
     source: Source,
     normalizer: Normalizer,
     tile_px: int,

@@ -13,8 +13,8 @@ from perf_vit.data.augmenting import make_stain_jitter
 from perf_vit.data.band_statistics import given_normalizer, measure_bands, seen_images
 from perf_vit.data.config import SplitConfig, TileDataConfig, check_base
 from perf_vit.data.epochs import EpochDataModule, ShareSampler, collate_tiles
-from perf_vit.data.image_targets import ImageTargets, read_class_folders, read_class_table, read_number_table
-from perf_vit.data.scenes import SceneImages, SceneSample, SceneTiles, SceneViews
+from perf_vit.data.image_targets import ImageTargets, read_class_folders, read_class_table, read_target_table
+from perf_vit.data.scenes import ClassificationImages, ClassificationTiles, ClassificationViews, SceneSample
 from perf_vit.errors import ConfigError
 from perf_vit.io import open_input
 from perf_vit.transforms import Augmentation, InputBands, bands_fit
@@ -22,18 +22,18 @@ from perf_vit.types import InputOptions
 
 __all__ = [
     "ClassificationDataConfig",
-    "ImageSplitConfig",
+    "ClassificationDataModule",
+    "ClassificationSplitConfig",
+    "ImageDataConfig",
     "RegressionDataConfig",
-    "SceneDataConfig",
-    "SceneDataModule",
-    "build_scene_datamodule",
+    "build_classification_datamodule",
     "read_image_targets",
     "split_off",
 ]
 
 
 @dataclass(kw_only=True)
-class ImageSplitConfig(SplitConfig):
+class ClassificationSplitConfig(SplitConfig):
     """Labelled images.
 
     Attributes:
@@ -45,7 +45,7 @@ class ImageSplitConfig(SplitConfig):
 
 
 @dataclass(kw_only=True)
-class SceneDataConfig(TileDataConfig):
+class ImageDataConfig(TileDataConfig):
     """Where whole images come from, and how they become tiles; `TileDataConfig` has further keys.
 
     Attributes:
@@ -58,8 +58,8 @@ class SceneDataConfig(TileDataConfig):
         tiles_per_epoch: training tiles an epoch; one an image if left out.
     """
 
-    train: ImageSplitConfig
-    val: ImageSplitConfig | None = None
+    train: ClassificationSplitConfig
+    val: ClassificationSplitConfig | None = None
     val_share: float = 0.2
     image_column: str = "image"
     resize: bool = False
@@ -68,7 +68,7 @@ class SceneDataConfig(TileDataConfig):
 
 
 @dataclass(kw_only=True)
-class ClassificationDataConfig(SceneDataConfig):
+class ClassificationDataConfig(ImageDataConfig):
     """Where images and their classes come from.
 
     Attributes:
@@ -86,29 +86,35 @@ class ClassificationDataConfig(SceneDataConfig):
 
 
 @dataclass(kw_only=True)
-class RegressionDataConfig(SceneDataConfig):
-    """Where images and their numbers come from.
+class RegressionDataConfig(ImageDataConfig):
+    """Where images and their regression targets come from.
 
     Attributes:
-        targets: columns of numbers of the CSV files.
+        targets: columns of the CSV files, one a target.
     """
 
     targets: list[str]
 
 
-class SceneDataModule(EpochDataModule):
+class ClassificationDataModule(EpochDataModule):
     """Augmented tiles to train on, one tile an image to validate on.
 
     Attributes:
         train: tiles of the training images.
         val: views of the validation images.
-        names: of the classes or numbers.
+        names: of the classes or targets.
         normalizer: as given, or measured on training images.
         trained_on: bands of the training images.
     """
 
     def __init__(
-        self, train: SceneTiles, val: SceneViews, *, trained_on: InputBands, batch_size: int, num_workers: int
+        self,
+        train: ClassificationTiles,
+        val: ClassificationViews,
+        *,
+        trained_on: InputBands,
+        batch_size: int,
+        num_workers: int,
     ) -> None:
         super().__init__()
         self.train = train
@@ -136,7 +142,7 @@ class SceneDataModule(EpochDataModule):
         )
 
 
-def build_scene_datamodule(config: SceneDataConfig, seed: int) -> SceneDataModule:
+def build_classification_datamodule(config: ImageDataConfig, seed: int) -> ClassificationDataModule:
     """Read labels, open images and measure what statistics of the bands the config leaves out.
 
     Raises:
@@ -156,7 +162,7 @@ def build_scene_datamodule(config: SceneDataConfig, seed: int) -> SceneDataModul
             read_image_targets(config, config.val, names=labelled.names, allow_missing=True),
         )
     opener = partial(open_input, options=InputOptions.from_config(config))
-    train, val = (SceneImages(part, opener) for part in (train_part, val_part))
+    train, val = (ClassificationImages(part, opener) for part in (train_part, val_part))
     if not bands_fit(val.num_bands, train.num_bands):
         raise ConfigError(
             f"data.val has images of {val.num_bands} bands, data.train of {train.num_bands}; choose common ones with "
@@ -172,8 +178,8 @@ def build_scene_datamodule(config: SceneDataConfig, seed: int) -> SceneDataModul
     seen = seen_images(train.read_reduced, train_part.paths, seed)
     normalizer, trained_on = measure_bands(seen, train.sources, given)
     augment = config.augment
-    return SceneDataModule(
-        SceneTiles(
+    return ClassificationDataModule(
+        ClassificationTiles(
             train,
             normalizer,
             Augmentation(
@@ -190,7 +196,7 @@ def build_scene_datamodule(config: SceneDataConfig, seed: int) -> SceneDataModul
             balanced=isinstance(config, ClassificationDataConfig) and config.sampler == "balanced",
             stain=make_stain_jitter(augment, train.sources, train.num_bands),
         ),
-        SceneViews(val, normalizer, tile_px=config.tile_px, resize=config.resize),
+        ClassificationViews(val, normalizer, tile_px=config.tile_px, resize=config.resize),
         trained_on=trained_on,
         batch_size=config.batch_size,
         num_workers=config.num_workers,
@@ -198,8 +204,8 @@ def build_scene_datamodule(config: SceneDataConfig, seed: int) -> SceneDataModul
 
 
 def read_image_targets(
-    config: SceneDataConfig,
-    split: ImageSplitConfig,
+    config: ImageDataConfig,
+    split: ClassificationSplitConfig,
     names: Sequence[str] | None = None,
     *,
     allow_missing: bool = False,
@@ -213,13 +219,13 @@ def read_image_targets(
         allow_missing: folders by class needn't have images of all classes.
 
     Raises:
-        ConfigError: numbers without a CSV file.
+        ConfigError: targets without a CSV file.
         InputError: files that can't be read or don't fit each other.
     """
     if isinstance(config, RegressionDataConfig):
         if split.labels is None:
-            raise ConfigError("numbers come from a CSV file; give data.train.labels, and data.val.labels with data.val")
-        return read_number_table(split.labels, split.image, config.targets, image_column=config.image_column)
+            raise ConfigError("targets come from a CSV file; give data.train.labels, and data.val.labels with data.val")
+        return read_target_table(split.labels, split.image, config.targets, image_column=config.image_column)
     assert isinstance(config, ClassificationDataConfig)
     classes = names or config.classes
     if split.labels is None:
@@ -249,7 +255,7 @@ def split_off(length: int, val_share: float, seed: int, what: str) -> tuple[list
     return sorted(order[num_val:].tolist()), sorted(order[:num_val].tolist())
 
 
-def _check(config: SceneDataConfig) -> None:
+def _check(config: ImageDataConfig) -> None:
     check_base(config)
     if config.augment.resolution is not None:
         raise ConfigError(
@@ -264,7 +270,7 @@ def _check(config: SceneDataConfig) -> None:
         if config.sampler not in ("random", "balanced") or (config.sampler == "balanced" and config.multilabel):
             raise ConfigError(f"data.sampler must be random, or balanced for one class an image, got {config.sampler}")
     if isinstance(config, RegressionDataConfig) and not config.targets:
-        raise ConfigError("data.targets must name at least one column of numbers")
+        raise ConfigError("data.targets must name at least one column of the CSV file")
     if not 0 <= config.val_share <= 1:
         raise ConfigError(f"data.val_share must lie between 0 and 1, got {config.val_share:g}")
     if config.tiles_per_epoch is not None and config.tiles_per_epoch < 1:

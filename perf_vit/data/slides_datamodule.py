@@ -14,13 +14,18 @@ from perf_vit.data.epochs import EpochDataModule, ShareSampler
 from perf_vit.data.slide_bags import SlideBags, SlideTargets, collate_bags, read_slide_table
 from perf_vit.errors import ConfigError
 
-__all__ = ["SlideBagModule", "SlideDataConfig", "SlideSplitConfig", "read_slides"]
+__all__ = [
+    "SlideClassificationDataConfig",
+    "SlideClassificationDataModule",
+    "SlideClassificationSplitConfig",
+    "read_slides",
+]
 
 BagBatch = tuple[Tensor, Tensor, Tensor]
 
 
 @dataclass(kw_only=True)
-class SlideSplitConfig(SplitConfig):
+class SlideClassificationSplitConfig(SplitConfig):
     """Labelled slides.
 
     Attributes:
@@ -33,7 +38,7 @@ class SlideSplitConfig(SplitConfig):
 
 
 @dataclass(kw_only=True)
-class SlideDataConfig(BaseDataConfig):
+class SlideClassificationDataConfig(BaseDataConfig):
     """Labelled slides, and how they become bags of windows; `BaseDataConfig` has further keys.
 
     Windows are what other tasks call tiles. `mean` and `std` are by default those that the encoder was pretrained with
@@ -57,8 +62,8 @@ class SlideDataConfig(BaseDataConfig):
         batch_size: slides a step.
     """
 
-    train: SlideSplitConfig
-    val: SlideSplitConfig | None = None
+    train: SlideClassificationSplitConfig
+    val: SlideClassificationSplitConfig | None = None
     val_share: float = 0.2
     classes: list[str] | None = None
     image_column: str = "slide"
@@ -73,7 +78,7 @@ class SlideDataConfig(BaseDataConfig):
     batch_size: int = 1
 
 
-class SlideBagModule(EpochDataModule):
+class SlideClassificationDataModule(EpochDataModule):
     """Bags of the training slides in another order each epoch, bags of the validation slides in theirs."""
 
     def __init__(self, train: SlideBags, val: SlideBags, *, batch_size: int, num_workers: int) -> None:
@@ -85,8 +90,13 @@ class SlideBagModule(EpochDataModule):
 
     @classmethod
     def of(
-        cls, config: SlideDataConfig, train: SlideTargets, val: SlideTargets, store: EmbeddingStore, seed: int
-    ) -> SlideBagModule:
+        cls,
+        config: SlideClassificationDataConfig,
+        train: SlideTargets,
+        val: SlideTargets,
+        store: EmbeddingStore,
+        seed: int,
+    ) -> SlideClassificationDataModule:
         """Both sides of a config, whose features are in the store."""
         return cls(
             SlideBags(train, store, max_windows=config.max_windows, seed=seed),
@@ -116,7 +126,7 @@ class SlideBagModule(EpochDataModule):
         )
 
 
-def read_slides(config: SlideDataConfig, seed: int) -> tuple[SlideTargets, SlideTargets]:
+def read_slides(config: SlideClassificationDataConfig, seed: int) -> tuple[SlideTargets, SlideTargets]:
     """The slides to train and to validate on.
 
     Raises:
@@ -156,7 +166,7 @@ def _stratified(labels: np.ndarray, share: float, seed: int) -> set[int]:
     return chosen
 
 
-def _check(config: SlideDataConfig) -> None:
+def _check(config: SlideClassificationDataConfig) -> None:
     if config.classes is not None and (len(config.classes) < 2 or len(set(config.classes)) != len(config.classes)):
         raise ConfigError(f"data.classes must name at least two classes, each once, got {config.classes}")
     if config.tissue not in ("otsu", None):

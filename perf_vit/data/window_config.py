@@ -10,11 +10,11 @@ from perf_vit.data.window_places import SAMPLERS
 from perf_vit.errors import ConfigError
 from perf_vit.types import IGNORE_INDEX
 
-__all__ = ["DataConfig", "RegionConfig", "check_data", "label_options"]
+__all__ = ["SegmentationDataConfig", "SegmentationSplitConfig", "check_data", "label_options"]
 
 
 @dataclass(kw_only=True)
-class RegionConfig(SplitConfig):
+class SegmentationSplitConfig(SplitConfig):
     """One labelled raster, or a part of it; or a folder of images, each with labels of its own.
 
     Attributes:
@@ -31,7 +31,7 @@ class RegionConfig(SplitConfig):
 
 
 @dataclass(kw_only=True)
-class DataConfig(TileDataConfig):
+class SegmentationDataConfig(TileDataConfig):
     """Where tiles and labels come from; `TileDataConfig` has further keys.
 
     Attributes:
@@ -51,7 +51,7 @@ class DataConfig(TileDataConfig):
         all_touched: polygons label every pixel that they touch, not only those whose centre they hold.
         multilabel: several classes, or none, may be true at a pixel: labels are overlapping polygons, or a raster with
             a band of 0 and 1 a class. There is no class for the background then.
-        resolution: side of a pixel to read rasters at, in units of their CRS; their own if left out. Prediction reads
+        resolution: pixel size to read rasters at, in units of their CRS; their own if left out. Prediction reads
             at the same.
         mpp: micrometres per pixel to read slides at; left out, images are rasters. Prediction reads at the same.
         slide_mpp: micrometres per pixel of slides' level 0 where files don't say.
@@ -61,10 +61,10 @@ class DataConfig(TileDataConfig):
         tiles_per_epoch: training tiles an epoch; a grid has as many as cover the regions.
     """
 
-    train: RegionConfig
-    val: RegionConfig
+    train: SegmentationSplitConfig
+    val: SegmentationSplitConfig
     classes: list[str]
-    extra_train: list[RegionConfig] = field(default_factory=list)
+    extra_train: list[SegmentationSplitConfig] = field(default_factory=list)
     values: list[int] | None = None
     ignore_values: list[Any] = field(default_factory=list)
     attribute: str | None = None
@@ -80,7 +80,7 @@ class DataConfig(TileDataConfig):
     tiles_per_epoch: int = 200
 
 
-def label_options(config: DataConfig) -> dict[str, Any]:
+def label_options(config: SegmentationDataConfig) -> dict[str, Any]:
     """How label files are read, as plain keyword arguments of `perf_vit.io.open_labels`."""
     return {
         "attribute": config.attribute,
@@ -90,7 +90,7 @@ def label_options(config: DataConfig) -> dict[str, Any]:
     }
 
 
-def check_data(config: DataConfig) -> None:
+def check_data(config: SegmentationDataConfig) -> None:
     """Refuse values that don't fit each other.
 
     Raises:

@@ -112,9 +112,9 @@ class RandomWindows(Dataset[LabelledTile]):
         length: tiles an epoch.
         seed: decides places and augmentation, whatever the number of workers.
         stain: applied before the normalizer; None for none.
-        resolution: (smallest, largest) side of a tile's pixel, in the unit of `pixel_sides`. A window of another size
+        resolution: (smallest, largest) pixel size of a tile, in the unit of `pixel_sizes`. A window of another size
             than a tile is read then and resized, so it uncovers nothing.
-        pixel_sides: side of a pixel of each source; needed with `resolution`.
+        pixel_sizes: pixel size of each source; needed with `resolution`.
         places: of the windows; anywhere if None.
     """
 
@@ -129,7 +129,7 @@ class RandomWindows(Dataset[LabelledTile]):
         seed: int,
         stain: StainJitter | None = None,
         resolution: tuple[float, float] | None = None,
-        pixel_sides: Sequence[float] | None = None,
+        pixel_sizes: Sequence[float] | None = None,
         places: WindowPlaces | None = None,
     ) -> None:
         self.sources = tuple(sources)
@@ -142,7 +142,7 @@ class RandomWindows(Dataset[LabelledTile]):
         self.seed = seed
         self.stain = stain
         self.resolution = resolution
-        self.pixel_sides = pixel_sides
+        self.pixel_sizes = pixel_sizes
         self.places = places
 
     def __len__(self) -> int:
@@ -173,19 +173,19 @@ class RandomWindows(Dataset[LabelledTile]):
         return chosen, random_window(self.sources[chosen].region, self._window_px(chosen, side), rng)
 
     def _window_px(self, source: int, side: float | None) -> int:
-        return window_px(self.tile_px, side, None if self.pixel_sides is None else self.pixel_sides[source])
+        return window_px(self.tile_px, side, None if self.pixel_sizes is None else self.pixel_sizes[source])
 
     def _choose(self, rng: np.random.Generator) -> int:
         # One source takes no draw, so its windows are the same as ever.
         return 0 if len(self.sources) == 1 else int(np.searchsorted(self._shares, rng.random(), side="right"))
 
 
-def window_px(tile_px: int, side: float | None, pixel_side: float | None) -> int:
+def window_px(tile_px: int, side: float | None, pixel_size: float | None) -> int:
     """How many pixels of a source a tile takes whose pixels have this side; None for the source's own."""
     if side is None:
         return tile_px
-    assert pixel_side is not None
-    return max(1, round(tile_px * side / pixel_side))
+    assert pixel_size is not None
+    return max(1, round(tile_px * side / pixel_size))
 
 
 class GridWindows(Dataset[LabelledTile]):

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from perf_vit.data import collate_tiles, middle_window, scene_tile
+from perf_vit.data import collate_tiles, image_tile, middle_window
 from perf_vit.errors import InputError
 from perf_vit.inference.device import move_to_device
 from perf_vit.inference.options import ClassificationPredictOptions
@@ -72,7 +72,7 @@ class ClassificationPredictor(TablePredictor[Classifier, ClassificationPredictOp
         source = spec.open(path, check=self.check_input)
         try:
             window = None if spec.resize else middle_window(source, spec.tile_px)
-            pixels, valid = scene_tile(source, spec.normalizer, spec.tile_px, window)
+            pixels, valid = image_tile(source, spec.normalizer, spec.tile_px, window)
             return torch.from_numpy(pixels), torch.from_numpy(valid)
         finally:
             source.close()

@@ -59,7 +59,7 @@ PREDICTORS = {
     "detection": TaskPredictor(DetectionPredictor, DetectionPredictOptions),
     "classification": TaskPredictor(ClassificationPredictor, ClassificationPredictOptions),
     "regression": TaskPredictor(ClassificationPredictor, ClassificationPredictOptions),
-    "slide": TaskPredictor(SlideClassificationPredictor, SlideClassificationPredictOptions),
+    "slide_classification": TaskPredictor(SlideClassificationPredictor, SlideClassificationPredictOptions),
 }
 """How each task predicts, by the name of the task."""
 

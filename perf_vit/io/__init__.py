@@ -30,7 +30,7 @@ from perf_vit.io.lettering import lettered, lettering_font
 from perf_vit.io.mosaic import MosaicSource
 from perf_vit.io.ome_tiff import is_ome_tiff_name, write_ome_tiff
 from perf_vit.io.outputs import check_outputs, existing_error, existing_outputs
-from perf_vit.io.pixel_side import PixelSide, common_unit, unit_of
+from perf_vit.io.pixel_size import PixelSize, common_unit, unit_of
 from perf_vit.io.polygons import polygonize_classes
 from perf_vit.io.quicklook import (
     colorize,
@@ -61,7 +61,7 @@ __all__ = [
     "LabelFiles",
     "LabelSource",
     "MosaicSource",
-    "PixelSide",
+    "PixelSize",
     "PolygonFile",
     "RasterLayout",
     "RasterSource",

@@ -11,7 +11,7 @@ from affine import Affine
 
 from perf_vit.errors import InputError
 from perf_vit.io._gdal import crs_name
-from perf_vit.io.pixel_side import PixelSide, unit_of
+from perf_vit.io.pixel_size import PixelSize, unit_of
 from perf_vit.types import Window
 
 __all__ = ["Bounds", "Grid", "GridOptions", "bounds_of", "check_scale", "target_grid"]
@@ -82,7 +82,7 @@ class GridOptions:
     """The grid the user asks for; `open_source` describes each."""
 
     crs: Any = None
-    resolution: float | tuple[float, float] | PixelSide | None = None
+    resolution: float | tuple[float, float] | PixelSize | None = None
     bounds: Bounds | None = None
 
     @property
@@ -93,7 +93,7 @@ class GridOptions:
     def __post_init__(self) -> None:
         if self.bounds is not None and not _ordered(self.bounds):
             raise InputError(f"bounds must be left < right and bottom < top in CRS units, got {self.bounds}")
-        given = self.resolution.size if isinstance(self.resolution, PixelSide) else self.resolution
+        given = self.resolution.size if isinstance(self.resolution, PixelSize) else self.resolution
         if given is not None and not all(math.isfinite(r) and r > 0 for r in _pair(given)):
             raise InputError(f"resolution must be positive CRS units, or a pair of them, got {given}")
 
@@ -104,7 +104,7 @@ def bounds_of(transform: Affine, height: int, width: int) -> Bounds:
     return min(xs), min(ys), max(xs), max(ys)
 
 
-def check_scale(grids: Sequence[Grid], resolution: float | tuple[float, float] | PixelSide, path: str) -> None:
+def check_scale(grids: Sequence[Grid], resolution: float | tuple[float, float] | PixelSize, path: str) -> None:
     """Refuse a size of pixels that must be meant in another unit.
 
     Args:
@@ -154,11 +154,11 @@ def target_grid(grids: Sequence[Grid], options: GridOptions, *, anchored: bool) 
     return endless.cut(window)
 
 
-def _pair(resolution: float | tuple[float, float] | PixelSide) -> tuple[float, float]:
+def _pair(resolution: float | tuple[float, float] | PixelSize) -> tuple[float, float]:
     if isinstance(resolution, (int, float)):
         return float(resolution), float(resolution)
     # Turned into units of the CRS before.
-    assert not isinstance(resolution, PixelSide)
+    assert not isinstance(resolution, PixelSize)
     x_res, y_res = resolution
     return float(x_res), float(y_res)
 

@@ -15,7 +15,7 @@ from perf_vit.io._grid import Bounds, GridOptions
 from perf_vit.io._stac import is_item_list, item_paths
 from perf_vit.io.image_files import RASTER_SUFFIXES, is_by_product, previews_among, without_repeats
 from perf_vit.io.mosaic import MosaicSource
-from perf_vit.io.pixel_side import PixelSide
+from perf_vit.io.pixel_size import PixelSize
 from perf_vit.io.raster import RasterSource
 
 __all__ = ["open_raster"]
@@ -27,7 +27,7 @@ def open_raster(
     bands: Sequence[int | str] | None = None,
     nodata: float | None = None,
     crs: Any = None,
-    resolution: float | tuple[float, float] | PixelSide | None = None,
+    resolution: float | tuple[float, float] | PixelSize | None = None,
     bounds: Bounds | None = None,
     resampling: str | None = None,
     palette: Palette = "keep",

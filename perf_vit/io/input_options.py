@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from perf_vit.io.pixel_side import PixelSide
+from perf_vit.io.pixel_size import PixelSize
 from perf_vit.io.raster import RasterSource
 from perf_vit.io.slide import SlideSource
 from perf_vit.io.sources import open_source
@@ -34,9 +34,9 @@ def merged_options(options: InputOptions, **overrides: Any) -> dict[str, Any]:
         options: Those of a model.
         **overrides: Options of `open_source` that come before the model's; None counts as not given.
     """
-    resolution: float | PixelSide | None = options.resolution
+    resolution: float | PixelSize | None = options.resolution
     if options.resolution is not None and options.resolution_unit is not None:
-        resolution = PixelSide(options.resolution, options.resolution_unit)
+        resolution = PixelSize(options.resolution, options.resolution_unit)
     given = {name: value for name, value in overrides.items() if value is not None}
     own = {
         "bands": options.bands,

@@ -22,7 +22,7 @@ from perf_vit.io._gdal import crs_name
 from perf_vit.io._grid import Grid, GridOptions, check_scale, target_grid
 from perf_vit.io._handles import PerThread, Pool
 from perf_vit.io._tiles import OpenTile, Tile, describe_tile, open_tile
-from perf_vit.io.pixel_side import PixelSide
+from perf_vit.io.pixel_size import PixelSize
 from perf_vit.io.raster import RasterSource
 from perf_vit.types import BoolArray, Window
 
@@ -146,7 +146,7 @@ def _place(paths: Sequence[str], pixels: PixelOptions, options: GridOptions) -> 
         tiles.append(describe_tile(path, pixels, crs))
         _check_alike(tiles[0], tiles[-1])
     grids = [tile.placed for tile in tiles]
-    if isinstance(options.resolution, PixelSide):
+    if isinstance(options.resolution, PixelSize):
         left, bottom, right, top = grids[0].bounds
         side = options.resolution.in_crs(crs, paths[0], ((left + right) / 2, (bottom + top) / 2))
         options = replace(options, resolution=side)

@@ -12,7 +12,7 @@ from perf_vit.io._band_layout import Palette
 from perf_vit.io._grid import Bounds
 from perf_vit.io._raster_inputs import open_raster
 from perf_vit.io._slides import is_slide, open_slide
-from perf_vit.io.pixel_side import PixelSide
+from perf_vit.io.pixel_size import PixelSize
 from perf_vit.io.raster import RasterSource
 from perf_vit.io.slide import SlideSource
 from perf_vit.types import InputPath
@@ -26,7 +26,7 @@ def open_source(
     bands: Sequence[int | str] | None = None,
     nodata: float | None = None,
     crs: Any = None,
-    resolution: float | tuple[float, float] | PixelSide | None = None,
+    resolution: float | tuple[float, float] | PixelSize | None = None,
     bounds: Bounds | None = None,
     resampling: str | None = None,
     palette: Palette | None = None,
@@ -53,7 +53,7 @@ def open_source(
             band.
         nodata: value of a raster's missing pixels, instead of the one the file declares.
         crs: to read rasters in, as "EPSG:32637" or whatever rasterio takes; by default the first file's.
-        resolution: side of a pixel in units of the CRS, or (x, y), or a `PixelSide` in any unit; by default the files'
+        resolution: pixel size in units of the CRS, or (x, y), or a `PixelSize` in any unit; by default the files'
             finest.
         bounds: (left, bottom, right, top) to read, in the CRS, grown to whole pixels; by default around all files.
             Pixels begin at the first file's corner; with `resolution` or another `crs`, at the bounds' left top.

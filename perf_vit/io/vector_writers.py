@@ -71,7 +71,7 @@ def write_objects(
         format: instead of the one that the suffix asks for.
         object_type: of QuPath's objects; it draws detections faster, and lets users edit annotations.
         background: index of the class that is background, if one is, for the colours that QuPath's objects get.
-        category_ids: COCO's id of each class, such as `DetectorSpec.category_ids`; 1, 2, 3, ... by default.
+        category_ids: COCO's id of each class, such as `DetectionSpec.category_ids`; 1, 2, 3, ... by default.
         image_id: of the source in a COCO file of labels, see `CocoImages`.
 
     Returns:

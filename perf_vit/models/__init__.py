@@ -1,7 +1,7 @@
 """Networks: backbones registered with timm, heads, and both together with what prediction needs to know."""
 
-from perf_vit.models.build import ModelConfig, build_segmenter
-from perf_vit.models.build_detector import DetectorConfig, build_detector, detector_kind
+from perf_vit.models.build import SegmentationModelConfig, build_segmenter
+from perf_vit.models.build_detector import DetectionModelConfig, build_detector, detector_kind
 from perf_vit.models.checkpoint import (
     CHECKPOINT_KEY,
     NETWORKS,
@@ -14,41 +14,46 @@ from perf_vit.models.checkpoint import (
     restore_draw,
 )
 from perf_vit.models.classifier import (
+    ClassificationModelConfig,
+    ClassificationSpec,
     Classifier,
-    ClassifierConfig,
-    ClassifierSpec,
     ImageLabelKind,
     build_classifier,
 )
 from perf_vit.models.convert import linearize
-from perf_vit.models.detector import Detector, DetectorSpec
+from perf_vit.models.detector import DetectionSpec, Detector
 from perf_vit.models.fidelity import attention_errors, token_cosines
 from perf_vit.models.finetune import LoraConfig, backbone_body, backbone_layers
 from perf_vit.models.input_spec import InputSpec
 from perf_vit.models.layer_options import choose_layer_options
 from perf_vit.models.pooled import pretrained_statistics
 from perf_vit.models.saved_model import load_converted, load_softmax, save_converted
-from perf_vit.models.segmenter import Segmenter, SegmenterSpec, network_id
-from perf_vit.models.slide_classifier import SlideClassifier, SlideModelConfig, SlideSpec, build_slide_classifier
+from perf_vit.models.segmenter import SegmentationSpec, Segmenter, network_id
+from perf_vit.models.slide_classifier import (
+    SlideClassificationModelConfig,
+    SlideClassificationSpec,
+    SlideClassifier,
+    build_slide_classifier,
+)
 
 __all__ = [
     "CHECKPOINT_KEY",
     "NETWORKS",
+    "ClassificationModelConfig",
+    "ClassificationSpec",
     "Classifier",
-    "ClassifierConfig",
-    "ClassifierSpec",
+    "DetectionModelConfig",
+    "DetectionSpec",
     "Detector",
-    "DetectorConfig",
-    "DetectorSpec",
     "ImageLabelKind",
     "InputSpec",
     "LoraConfig",
-    "ModelConfig",
+    "SegmentationModelConfig",
+    "SegmentationSpec",
     "Segmenter",
-    "SegmenterSpec",
+    "SlideClassificationModelConfig",
+    "SlideClassificationSpec",
     "SlideClassifier",
-    "SlideModelConfig",
-    "SlideSpec",
     "attention_errors",
     "backbone_body",
     "backbone_layers",

@@ -18,13 +18,13 @@ from perf_vit.models.finetune import BackboneTuning, tune_backbone
 from perf_vit.models.heads import DPTHead, FullResolutionHead, LinearHead, SegFormerHead, UPerNetHead
 from perf_vit.models.known_arguments import built_from, check_known
 from perf_vit.models.saved_model import build_converted, load_converted, read_saved_config
-from perf_vit.models.segmenter import Segmenter, SegmenterSpec
+from perf_vit.models.segmenter import SegmentationSpec, Segmenter
 from perf_vit.models.timm_arguments import check_file_arguments
 from perf_vit.models.valid_tokens import with_key_mask
 from perf_vit.types import FeatureSpec
 
 __all__ = [
-    "ModelConfig",
+    "SegmentationModelConfig",
     "build_backbone",
     "build_segmenter",
     "create_backbone",
@@ -44,7 +44,7 @@ _HEADS: dict[str, Callable[..., nn.Module]] = {
 
 
 @dataclass(kw_only=True)
-class ModelConfig(BackboneTuning):
+class SegmentationModelConfig(BackboneTuning):
     """A backbone and a head; `BackboneTuning` has further keys.
 
     Attributes:
@@ -61,7 +61,7 @@ class ModelConfig(BackboneTuning):
 
 
 def build_segmenter(
-    config: ModelConfig, spec: SegmenterSpec, saved_backbone: Mapping[str, Any] | None = None
+    config: SegmentationModelConfig, spec: SegmentationSpec, saved_backbone: Mapping[str, Any] | None = None
 ) -> Segmenter:
     """Build a segmentation network; its weights are random unless `pretrained` is set or the backbone is a folder.
 

@@ -11,7 +11,7 @@ from torch import nn
 
 from perf_vit.errors import ConfigError
 from perf_vit.models.build import build_backbone, feature_specs
-from perf_vit.models.detector import Detector, DetectorSpec, ObjectKind
+from perf_vit.models.detector import DetectionSpec, Detector, ObjectKind
 from perf_vit.models.finetune import BackboneTuning, tune_backbone
 from perf_vit.models.heads.fcos import FCOSHead
 from perf_vit.models.heads.oriented_fcos import OrientedFCOSHead
@@ -21,7 +21,7 @@ from perf_vit.models.known_arguments import built_from, check_known
 from perf_vit.models.necks import build_neck
 from perf_vit.types import FeatureSpec
 
-__all__ = ["DetectorConfig", "build_detector", "detector_kind"]
+__all__ = ["DetectionModelConfig", "build_detector", "detector_kind"]
 
 _HEADS: dict[str, Callable[..., nn.Module]] = {
     "fcos": FCOSHead,
@@ -33,7 +33,7 @@ _HEADS: dict[str, Callable[..., nn.Module]] = {
 
 
 @dataclass(kw_only=True)
-class DetectorConfig(BackboneTuning):
+class DetectionModelConfig(BackboneTuning):
     """A backbone, a neck and a head; `BackboneTuning` has further keys.
 
     Attributes:
@@ -70,7 +70,7 @@ def detector_kind(head: str) -> ObjectKind:
 
 
 def build_detector(
-    config: DetectorConfig, spec: DetectorSpec, saved_backbone: Mapping[str, Any] | None = None
+    config: DetectionModelConfig, spec: DetectionSpec, saved_backbone: Mapping[str, Any] | None = None
 ) -> Detector:
     """Build a detector; its weights are random unless `pretrained` is set or the backbone is a folder.
 

@@ -16,13 +16,18 @@ from perf_vit._version import __version__
 from perf_vit.config import check_values
 from perf_vit.errors import CheckpointError, ConfigError, parsing
 from perf_vit.layers import current_draw, redraw_projections
-from perf_vit.models.build import ModelConfig, build_segmenter
-from perf_vit.models.build_detector import DetectorConfig, build_detector
-from perf_vit.models.classifier import Classifier, ClassifierConfig, ClassifierSpec, build_classifier
-from perf_vit.models.detector import Detector, DetectorSpec
+from perf_vit.models.build import SegmentationModelConfig, build_segmenter
+from perf_vit.models.build_detector import DetectionModelConfig, build_detector
+from perf_vit.models.classifier import ClassificationModelConfig, ClassificationSpec, Classifier, build_classifier
+from perf_vit.models.detector import DetectionSpec, Detector
 from perf_vit.models.finetune import merge_lora
-from perf_vit.models.segmenter import Segmenter, SegmenterSpec
-from perf_vit.models.slide_classifier import SlideClassifier, SlideModelConfig, SlideSpec, build_slide_classifier
+from perf_vit.models.segmenter import SegmentationSpec, Segmenter
+from perf_vit.models.slide_classifier import (
+    SlideClassificationModelConfig,
+    SlideClassificationSpec,
+    SlideClassifier,
+    build_slide_classifier,
+)
 
 __all__ = [
     "CHECKPOINT_KEY",
@@ -40,8 +45,8 @@ NETWORKS = {
     "segmentation": "a segmentation model",
     "detection": "an object detector",
     "classification": "an image classifier",
-    "regression": "a network that estimates numbers",
-    "slide": "a slide classifier",
+    "regression": "a regression network",
+    "slide_classification": "a slide classifier",
 }
 """What each task's network is called in messages."""
 
@@ -97,7 +102,7 @@ def load_segmenter(path: str | Path) -> Segmenter:
         CheckpointError: the file is missing, is not a checkpoint, holds another task's network, wasn't written by
             perf_vit, or was written by a version whose networks differ.
     """
-    return _load(path, ("segmentation",), ModelConfig, SegmenterSpec, build_segmenter)
+    return _load(path, ("segmentation",), SegmentationModelConfig, SegmentationSpec, build_segmenter)
 
 
 def load_detector(path: str | Path) -> Detector:
@@ -106,16 +111,18 @@ def load_detector(path: str | Path) -> Detector:
     Raises:
         CheckpointError: as `load_segmenter`.
     """
-    return _load(path, ("detection",), DetectorConfig, DetectorSpec, build_detector)
+    return _load(path, ("detection",), DetectionModelConfig, DetectionSpec, build_detector)
 
 
 def load_classifier(path: str | Path) -> Classifier:
-    """Load an image classifier, or a network that estimates numbers, in evaluation mode, on the CPU.
+    """Load an image classifier, or a regression network, in evaluation mode, on the CPU.
 
     Raises:
         CheckpointError: as `load_segmenter`.
     """
-    return _load(path, ("classification", "regression"), ClassifierConfig, ClassifierSpec, build_classifier)
+    return _load(
+        path, ("classification", "regression"), ClassificationModelConfig, ClassificationSpec, build_classifier
+    )
 
 
 def load_slide_classifier(path: str | Path) -> SlideClassifier:
@@ -124,7 +131,9 @@ def load_slide_classifier(path: str | Path) -> SlideClassifier:
     Raises:
         CheckpointError: as `load_segmenter`.
     """
-    return _load(path, ("slide",), SlideModelConfig, SlideSpec, build_slide_classifier)
+    return _load(
+        path, ("slide_classification",), SlideClassificationModelConfig, SlideClassificationSpec, build_slide_classifier
+    )
 
 
 def _load(path: str | Path, tasks: tuple[str, ...], config: Any, spec: Any, build: Callable[..., Network]) -> Network:

@@ -14,14 +14,14 @@ from perf_vit.models.input_spec import TaskSpec
 from perf_vit.models.pooled import build_pooled, pooled_parts, trunk_layers
 from perf_vit.models.valid_tokens import forward_head, forward_tokens, key_mask
 
-__all__ = ["Classifier", "ClassifierConfig", "ClassifierSpec", "ImageLabelKind", "build_classifier"]
+__all__ = ["ClassificationModelConfig", "ClassificationSpec", "Classifier", "ImageLabelKind", "build_classifier"]
 
 ImageLabelKind = Literal["single_label", "multilabel", "regression"]
-"""One class an image, any number of classes, or one number or several."""
+"""One class an image, any number of classes, or regression targets."""
 
 
 @dataclass(kw_only=True)
-class ClassifierConfig(BackboneTuning):
+class ClassificationModelConfig(BackboneTuning):
     """A backbone and what is put on it; `BackboneTuning` has further keys.
 
     Attributes:
@@ -34,7 +34,7 @@ class ClassifierConfig(BackboneTuning):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class ClassifierSpec(TaskSpec):
+class ClassificationSpec(TaskSpec):
     """What a trained network expects and means; saved with its weights.
 
     Attributes:
@@ -56,7 +56,7 @@ class ClassifierSpec(TaskSpec):
 
 
 class Classifier(nn.Module):
-    """A network that classifies images, or estimates numbers from them.
+    """A network that classifies images, or predicts targets from them.
 
     Args:
         network: a timm model whose classifier has as many outputs as the spec names.
@@ -65,7 +65,7 @@ class Classifier(nn.Module):
     """
 
     def __init__(
-        self, network: nn.Module, spec: ClassifierSpec, saved_backbone: Mapping[str, Any] | None = None
+        self, network: nn.Module, spec: ClassificationSpec, saved_backbone: Mapping[str, Any] | None = None
     ) -> None:
         super().__init__()
         self.network = network
@@ -88,7 +88,7 @@ class Classifier(nn.Module):
         return "regression" if self.spec.kind == "regression" else "classification"
 
     def forward(self, image: Tensor, valid: Tensor | None = None) -> Tensor:
-        """Logits, or standardised numbers, of standardised tiles.
+        """Logits, or standardised targets, of standardised tiles.
 
         Args:
             image: [B, C, H, W].
@@ -105,7 +105,7 @@ class Classifier(nn.Module):
         return forward_head(self.network, features, mask)
 
     def scores(self, logits: Tensor) -> Tensor:
-        """Probabilities of the classes, or numbers in the labels' units, [B, K]."""
+        """Probabilities of the classes, or targets in the labels' units, [B, K]."""
         logits = logits.float()
         if self.spec.kind == "single_label":
             return logits.softmax(dim=1)
@@ -114,7 +114,7 @@ class Classifier(nn.Module):
         return logits * self._std + self._mean
 
     def standardised(self, values: Tensor) -> Tensor:
-        """Numbers in the labels' units as the network gives them, [B, K]."""
+        """Targets in the labels' units as the network gives them, [B, K]."""
         return (values - self._mean) / self._std
 
     def train(self, mode: bool = True) -> Self:
@@ -130,7 +130,7 @@ class Classifier(nn.Module):
 
 
 def build_classifier(
-    config: ClassifierConfig, spec: ClassifierSpec, saved_backbone: Mapping[str, Any] | None = None
+    config: ClassificationModelConfig, spec: ClassificationSpec, saved_backbone: Mapping[str, Any] | None = None
 ) -> Classifier:
     """Build a network; its weights are random unless `pretrained` is set or the backbone is a folder.
 

@@ -16,13 +16,13 @@ from perf_vit.models.input_spec import TaskSpec
 from perf_vit.models.valid_tokens import forward_maps
 from perf_vit.types import Detections, ObjectLabels
 
-__all__ = ["Detector", "DetectorSpec", "ObjectKind"]
+__all__ = ["DetectionSpec", "Detector", "ObjectKind"]
 
 ObjectKind = Literal["boxes", "oriented_boxes", "masks"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class DetectorSpec(TaskSpec):
+class DetectionSpec(TaskSpec):
     """What a trained detector expects and means; saved with its weights.
 
     Attributes:
@@ -67,7 +67,7 @@ class Detector(nn.Module):
         backbone: nn.Module,
         neck: nn.Module,
         head: nn.Module,
-        spec: DetectorSpec,
+        spec: DetectionSpec,
         saved_backbone: Mapping[str, Any] | None = None,
         *,
         reduce: int = 1,

@@ -16,11 +16,11 @@ from perf_vit.models.finetune import evaluate_frozen
 from perf_vit.models.input_spec import TaskSpec
 from perf_vit.models.valid_tokens import forward_maps
 
-__all__ = ["Segmenter", "SegmenterSpec", "network_id"]
+__all__ = ["SegmentationSpec", "Segmenter", "network_id"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class SegmenterSpec(TaskSpec):
+class SegmentationSpec(TaskSpec):
     """What a trained segmenter expects and means; saved with its weights.
 
     Attributes:
@@ -57,7 +57,7 @@ class Segmenter(nn.Module):
         self,
         backbone: nn.Module,
         head: nn.Module,
-        spec: SegmenterSpec,
+        spec: SegmentationSpec,
         size_multiple: int,
         saved_backbone: Mapping[str, Any] | None = None,
     ) -> None:

@@ -19,15 +19,15 @@ from perf_vit.models.valid_tokens import forward_head, forward_tokens, key_mask
 
 __all__ = [
     "GatedAttentionPool",
+    "SlideClassificationModelConfig",
+    "SlideClassificationSpec",
     "SlideClassifier",
-    "SlideModelConfig",
-    "SlideSpec",
     "build_slide_classifier",
 ]
 
 
 @dataclass(kw_only=True)
-class SlideModelConfig(BackboneConfig):
+class SlideClassificationModelConfig(BackboneConfig):
     """An encoder of windows, which is not trained, and what pools its features; `BackboneConfig` has further keys.
 
     Attributes:
@@ -45,7 +45,7 @@ class SlideModelConfig(BackboneConfig):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class SlideSpec(TaskSpec):
+class SlideClassificationSpec(TaskSpec):
     """What a trained slide classifier expects and means; saved with its weights.
 
     Attributes:
@@ -100,14 +100,14 @@ class SlideClassifier(nn.Module):
         saved_backbone: config of the converted model that the encoder was made of, None for a timm model.
     """
 
-    task = "slide"
+    task = "slide_classification"
 
     def __init__(
         self,
         encoder: nn.Module,
         embed_dim: int,
-        spec: SlideSpec,
-        config: SlideModelConfig,
+        spec: SlideClassificationSpec,
+        config: SlideClassificationModelConfig,
         saved_backbone: Mapping[str, Any] | None = None,
     ) -> None:
         super().__init__()
@@ -163,7 +163,9 @@ class SlideClassifier(nn.Module):
 
 
 def build_slide_classifier(
-    config: SlideModelConfig, spec: SlideSpec, saved_backbone: Mapping[str, Any] | None = None
+    config: SlideClassificationModelConfig,
+    spec: SlideClassificationSpec,
+    saved_backbone: Mapping[str, Any] | None = None,
 ) -> SlideClassifier:
     """Build a slide classifier; the encoder's weights are random unless `pretrained` is set or it is a folder.
 

@@ -12,8 +12,8 @@ from torch import Tensor
 from perf_vit.data.objects import ObjectBatch
 from perf_vit.models import (
     CHECKPOINT_KEY,
-    DetectorConfig,
-    DetectorSpec,
+    DetectionModelConfig,
+    DetectionSpec,
     build_detector,
     checkpoint_metadata,
     restore_draw,
@@ -58,8 +58,8 @@ class DetectionTask(TrainingTask):
 
     def __init__(
         self,
-        model_config: DetectorConfig,
-        spec: DetectorSpec,
+        model_config: DetectionModelConfig,
+        spec: DetectionSpec,
         optim: DetectionOptimConfig,
     ) -> None:
         super().__init__(optim)

@@ -19,7 +19,7 @@ from perf_vit.models.valid_tokens import forward_tokens, key_mask
 from perf_vit.tasks.matching import kept_tokens, match_blocks, token_loss
 from perf_vit.tasks.optimize import warmup_cosine
 
-__all__ = ["DistillationConfig", "DistillationTask"]
+__all__ = ["DistillationOptimConfig", "DistillationTask"]
 
 _TRAINABLE = ("attention", "all")
 # Of a block, what attention's share of it goes through: its norm before and its scale after (ViT's and EVA's names).
@@ -28,7 +28,7 @@ _STATE_KEY = "distillation"
 
 
 @dataclass(kw_only=True)
-class DistillationConfig:
+class DistillationOptimConfig:
     """Two stages, each with a linear warm-up and a cosine decay to zero.
 
     First each block is given the teacher's tokens and asked for the teacher's output (`match_blocks`), then the whole
@@ -90,7 +90,7 @@ class DistillationTask(lightning.LightningModule):
         ValueError: a model without blocks, or a student without converted attention.
     """
 
-    def __init__(self, teacher: nn.Module, student: nn.Module, config: DistillationConfig) -> None:
+    def __init__(self, teacher: nn.Module, student: nn.Module, config: DistillationOptimConfig) -> None:
         super().__init__()
         config.check()
         self.config = config

@@ -8,7 +8,7 @@ from pathlib import Path
 import lightning
 
 from perf_vit.errors import ConfigError
-from perf_vit.tasks.distillation import DistillationConfig
+from perf_vit.tasks.distillation import DistillationOptimConfig
 from perf_vit.tasks.history import Curves, HistoryCallback
 from perf_vit.tasks.trainer import best_and_last, lightning_trainer
 
@@ -39,7 +39,7 @@ class DistillationTrainerConfig:
 
 
 def build_distillation_trainer(
-    config: DistillationTrainerConfig, stages: DistillationConfig, folder: Path, *, progress: bool = True
+    config: DistillationTrainerConfig, stages: DistillationOptimConfig, folder: Path, *, progress: bool = True
 ) -> lightning.Trainer:
     """A trainer that keeps `checkpoints/best.ckpt` (by patch cosine) and `last.ckpt`, `metrics.csv`, `loss_curve.png`
     and TensorBoard logs in the run folder. An epoch is `val_every_steps` steps.

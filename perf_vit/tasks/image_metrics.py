@@ -26,7 +26,7 @@ from perf_vit.models import ImageLabelKind
 from perf_vit.tasks.precision_recall_plot import PrecisionRecall
 from perf_vit.text import without_nan
 
-__all__ = ["ClassificationScores", "ImageClassScores", "ImageMetrics", "NumberScores", "RegressionScores"]
+__all__ = ["ClassificationMetrics", "ClassificationScores", "ImageClassScores", "RegressionScores", "TargetScores"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,7 +77,7 @@ class ClassificationScores:
 
 
 @dataclass(frozen=True, slots=True)
-class NumberScores:
+class TargetScores:
     """Errors of one number, in its unit, and the share of its variance that is explained, NaN if it has none."""
 
     name: str
@@ -89,15 +89,15 @@ class NumberScores:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RegressionScores:
-    """Scores of a network that estimates numbers.
+    """Scores of a regression network.
 
     Attributes:
-        r2: mean over the numbers that have it.
-        targets: one a number.
+        r2: mean over the targets that have it.
+        targets: one entry a target.
     """
 
     r2: float
-    targets: tuple[NumberScores, ...]
+    targets: tuple[TargetScores, ...]
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, NaN as None, for JSON."""
@@ -113,11 +113,11 @@ class RegressionScores:
         }
 
 
-class ImageMetrics(Metric):
+class ClassificationMetrics(Metric):
     """Collects scores and targets over batches and processes.
 
     Args:
-        names: of the classes or numbers.
+        names: of the classes or targets.
         kind: what the targets are.
     """
 
@@ -136,8 +136,8 @@ class ImageMetrics(Metric):
         """Add a batch.
 
         Args:
-            scores: probabilities or numbers, [B, K].
-            targets: class indices, [B]; or 0 and 1, or numbers, [B, K].
+            scores: probabilities or targets, [B, K].
+            targets: class indices, [B]; or 0 and 1, or regression targets, [B, K].
         """
         self.scores.append(scores.detach().float())
         self.targets.append(targets.detach())
@@ -208,7 +208,7 @@ def _number_scores(values: Tensor, targets: Tensor, names: Sequence[str]) -> Reg
         variance = target.var(correction=0).item()
         r2 = 1 - mse / variance if variance > 0 else math.nan
         mae = mean_absolute_error(value, target).item()
-        found.append(NumberScores(name, mae, math.sqrt(mse), r2, len(target)))
+        found.append(TargetScores(name, mae, math.sqrt(mse), r2, len(target)))
     return RegressionScores(r2=_mean_of_known([each.r2 for each in found]), targets=tuple(found))
 
 

@@ -20,7 +20,7 @@ from perf_vit.ops.boxes import oriented_box_corners
 from perf_vit.tasks.optimize import with_valid
 from perf_vit.types import IGNORE_INDEX, Detections, GeoImage, ObjectLabels
 
-__all__ = ["Draw", "PredictionPictures", "draw_objects", "draw_scene", "draw_segmentation"]
+__all__ = ["Draw", "PredictionPictures", "draw_classification", "draw_objects", "draw_segmentation"]
 
 Picture: TypeAlias = npt.NDArray[np.uint8]
 
@@ -108,8 +108,8 @@ def draw_objects(image: Tensor, labels: ObjectLabels, network: Any, found: Detec
     ]
 
 
-def draw_scene(image: Tensor, target: Tensor, network: Any, logits: Tensor) -> list[Picture]:
-    """Image, and beside it the true classes or numbers and the predicted ones, classes with their probability."""
+def draw_classification(image: Tensor, target: Tensor, network: Any, logits: Tensor) -> list[Picture]:
+    """Image, and beside it the true classes or targets and the predicted ones, classes with their probability."""
     seen = _enlarged(_seen(image))
     spec, scores = network.spec, network.scores(logits[None])[0].tolist()
     if spec.kind == "regression":

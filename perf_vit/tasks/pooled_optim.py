@@ -7,11 +7,11 @@ from dataclasses import dataclass
 from perf_vit.errors import ConfigError
 from perf_vit.tasks.optimize import OptimizerConfig
 
-__all__ = ["PooledOptimConfig", "check_pooled_loss"]
+__all__ = ["ClassificationOptimConfig", "check_classification_loss"]
 
 
 @dataclass(kw_only=True)
-class PooledOptimConfig(OptimizerConfig):
+class ClassificationOptimConfig(OptimizerConfig):
     """Optimizer, schedule and loss.
 
     Attributes:
@@ -24,7 +24,7 @@ class PooledOptimConfig(OptimizerConfig):
     class_weights: list[float] | None = None
 
 
-def check_pooled_loss(config: PooledOptimConfig, num_classes: int) -> None:
+def check_classification_loss(config: ClassificationOptimConfig, num_classes: int) -> None:
     """Refuse values that no training can go with.
 
     Raises:

@@ -1,4 +1,4 @@
-"""Training of networks that classify whole images, or estimate numbers from them."""
+"""Training of networks that classify whole images, or predict targets from them."""
 
 from __future__ import annotations
 
@@ -14,24 +14,24 @@ from perf_vit.data.epochs import TileBatch
 from perf_vit.errors import ConfigError
 from perf_vit.models import (
     CHECKPOINT_KEY,
-    ClassifierConfig,
-    ClassifierSpec,
+    ClassificationModelConfig,
+    ClassificationSpec,
     build_classifier,
     checkpoint_metadata,
     restore_draw,
 )
 from perf_vit.models.pooled import trunk_layers
 from perf_vit.tasks.history import Curves
-from perf_vit.tasks.image_metrics import ClassificationScores, ImageMetrics, RegressionScores
+from perf_vit.tasks.image_metrics import ClassificationMetrics, ClassificationScores, RegressionScores
 from perf_vit.tasks.optimize import TrainingTask, with_valid
-from perf_vit.tasks.pooled_optim import PooledOptimConfig, check_pooled_loss
+from perf_vit.tasks.pooled_optim import ClassificationOptimConfig, check_classification_loss
 
 __all__ = [
     "CLASSIFICATION_CURVES",
     "CLASSIFICATION_MONITOR",
     "REGRESSION_CURVES",
     "REGRESSION_MONITOR",
-    "SceneTask",
+    "ClassificationTask",
     "logged_scores",
 ]
 
@@ -44,35 +44,37 @@ CLASSIFICATION_CURVES = Curves(
     losses=("train/loss", "val/loss"), scores=("val/accuracy", "val/f1", "val/auroc"), title="validation"
 )
 REGRESSION_CURVES = Curves(
-    losses=("train/loss", "val/loss"), scores=("val/r2",), title="validation, mean over numbers", score_range=None
+    losses=("train/loss", "val/loss"), scores=("val/r2",), title="validation, mean over targets", score_range=None
 )
 
 
-class SceneTask(TrainingTask):
+class ClassificationTask(TrainingTask):
     """Trains a classifier of images; its checkpoints hold all that `perf_vit.models.load_classifier` needs.
 
-    The loss of classes is the cross-entropy, binary with several classes an image; that of numbers, of which each is
+    The loss of classes is the cross-entropy, binary with several classes an image; that of targets, of which each is
     standardised, Huber's, which is quadratic up to one standard deviation.
 
     Args:
         model_config: the network.
-        spec: classes or numbers, and statistics of the training data.
+        spec: classes or targets, and statistics of the training data.
         optim: loss and schedule.
 
     Raises:
         ConfigError: a network that can't be built, or values that don't fit it.
     """
 
-    def __init__(self, model_config: ClassifierConfig, spec: ClassifierSpec, optim: PooledOptimConfig) -> None:
+    def __init__(
+        self, model_config: ClassificationModelConfig, spec: ClassificationSpec, optim: ClassificationOptimConfig
+    ) -> None:
         super().__init__(optim)
-        check_pooled_loss(optim, len(spec.classes))
+        check_classification_loss(optim, len(spec.classes))
         if spec.kind == "regression" and (optim.label_smoothing or optim.class_weights is not None):
             raise ConfigError(
-                "optim.label_smoothing and optim.class_weights are of classes, not numbers; leave them out"
+                "optim.label_smoothing and optim.class_weights are for classes, not for targets; leave them out"
             )
         self.model_config = model_config
         self.model = build_classifier(model_config, spec)
-        self.val_metrics = ImageMetrics(spec.classes, spec.kind)
+        self.val_metrics = ClassificationMetrics(spec.classes, spec.kind)
         weights = None if optim.class_weights is None else torch.tensor(optim.class_weights)
         self.class_weights: Tensor | None
         self.register_buffer("class_weights", weights, persistent=False)
@@ -87,7 +89,7 @@ class SceneTask(TrainingTask):
         restore_draw(self.model, checkpoint[CHECKPOINT_KEY])
 
     def forward(self, image: Tensor, valid: Tensor | None = None) -> Tensor:
-        """Logits, or standardised numbers, [B, K], of standardised tiles [B, C, H, W]; valid as for `Classifier`."""
+        """Logits, or standardised targets, [B, K], of standardised tiles [B, C, H, W]; valid as for `Classifier`."""
         return self.model(image, valid)
 
     def loss(self, logits: Tensor, targets: Tensor) -> Tensor:
@@ -95,7 +97,7 @@ class SceneTask(TrainingTask):
 
         Args:
             logits: [B, K].
-            targets: class indices, [B]; or 0 and 1, or numbers in their units, [B, K].
+            targets: class indices, [B]; or 0 and 1, or targets in their units, [B, K].
         """
         logits = logits.float()
         kind, smoothing = self.model.spec.kind, self.optim.label_smoothing

@@ -11,8 +11,8 @@ from torch import Tensor
 from perf_vit.data.epochs import TileBatch
 from perf_vit.models import (
     CHECKPOINT_KEY,
-    ModelConfig,
-    SegmenterSpec,
+    SegmentationModelConfig,
+    SegmentationSpec,
     build_segmenter,
     checkpoint_metadata,
     restore_draw,
@@ -23,11 +23,11 @@ from perf_vit.tasks.multilabel_losses import MultilabelLoss
 from perf_vit.tasks.optimize import OptimizerConfig, TrainingTask, with_valid
 from perf_vit.types import IGNORE_INDEX
 
-__all__ = ["OptimConfig", "SegmentationTask"]
+__all__ = ["SegmentationOptimConfig", "SegmentationTask"]
 
 
 @dataclass(kw_only=True)
-class OptimConfig(OptimizerConfig):
+class SegmentationOptimConfig(OptimizerConfig):
     """Optimizer, schedule and loss.
 
     Attributes:
@@ -49,7 +49,9 @@ class SegmentationTask(TrainingTask):
         optim: loss and schedule.
     """
 
-    def __init__(self, model_config: ModelConfig, spec: SegmenterSpec, optim: OptimConfig) -> None:
+    def __init__(
+        self, model_config: SegmentationModelConfig, spec: SegmentationSpec, optim: SegmentationOptimConfig
+    ) -> None:
         super().__init__(optim)
         num_classes = len(spec.classes)
         check_class_weights(optim.class_weights, num_classes)

@@ -11,19 +11,19 @@ from torch.nn import functional as F
 
 from perf_vit.models import (
     CHECKPOINT_KEY,
-    SlideModelConfig,
-    SlideSpec,
+    SlideClassificationModelConfig,
+    SlideClassificationSpec,
     build_slide_classifier,
     checkpoint_metadata,
     restore_draw,
 )
 from perf_vit.tasks.history import Curves
-from perf_vit.tasks.image_metrics import ImageMetrics
+from perf_vit.tasks.image_metrics import ClassificationMetrics
 from perf_vit.tasks.optimize import TrainingTask
-from perf_vit.tasks.pooled_optim import PooledOptimConfig, check_pooled_loss
+from perf_vit.tasks.pooled_optim import ClassificationOptimConfig, check_classification_loss
 from perf_vit.tasks.scenes import logged_scores
 
-__all__ = ["SLIDE_CURVES", "SLIDE_MONITOR", "SlideTask"]
+__all__ = ["SLIDE_CURVES", "SLIDE_MONITOR", "SlideClassificationTask"]
 
 SLIDE_MONITOR = "val/log_likelihood"
 """What the best checkpoint is chosen by, the loss with another sign: with few slides, many epochs have the same F1 and
@@ -34,7 +34,7 @@ SLIDE_CURVES = Curves(
 )
 
 
-class SlideTask(TrainingTask):
+class SlideClassificationTask(TrainingTask):
     """Trains a slide classifier with cross-entropy; its checkpoints hold encoder and all that prediction needs.
 
     Args:
@@ -46,12 +46,17 @@ class SlideTask(TrainingTask):
         ConfigError: a network that can't be built, or values that don't fit it.
     """
 
-    def __init__(self, model_config: SlideModelConfig, spec: SlideSpec, optim: PooledOptimConfig) -> None:
+    def __init__(
+        self,
+        model_config: SlideClassificationModelConfig,
+        spec: SlideClassificationSpec,
+        optim: ClassificationOptimConfig,
+    ) -> None:
         super().__init__(optim)
-        check_pooled_loss(optim, len(spec.classes))
+        check_classification_loss(optim, len(spec.classes))
         self.model_config = model_config
         self.model = build_slide_classifier(model_config, spec)
-        self.val_metrics = ImageMetrics(spec.classes, "single_label")
+        self.val_metrics = ClassificationMetrics(spec.classes, "single_label")
         weights = None if optim.class_weights is None else torch.tensor(optim.class_weights)
         self.class_weights: Tensor | None
         self.register_buffer("class_weights", weights, persistent=False)

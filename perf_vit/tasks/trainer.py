@@ -92,8 +92,8 @@ def build_trainer(
         progress: show a progress bar.
         monitor: the score that `best.ckpt` is chosen by.
         curves: what is drawn and named in the log.
-        draw: makes the pictures of a validation tile, `draw_segmentation`, `draw_objects` or `draw_scene`; None for no
-            pictures.
+        draw: makes the pictures of a validation tile, `draw_segmentation`, `draw_objects` or `draw_classification`;
+            None for no pictures.
         seed: decides dropout and whatever else is random in a training step.
 
     Raises:

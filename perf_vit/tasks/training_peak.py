@@ -15,10 +15,10 @@ import torch
 from lightning.pytorch.callbacks import EMAWeightAveraging
 from torch import Tensor
 
-from perf_vit.models import DetectorConfig, DetectorSpec, ModelConfig, SegmenterSpec
+from perf_vit.models import DetectionModelConfig, DetectionSpec, SegmentationModelConfig, SegmentationSpec
 from perf_vit.tasks.detection import DetectionOptimConfig, DetectionTask
 from perf_vit.tasks.optimize import TrainingTask
-from perf_vit.tasks.segmentation import OptimConfig, SegmentationTask
+from perf_vit.tasks.segmentation import SegmentationOptimConfig, SegmentationTask
 from perf_vit.tasks.trainer import TrainerConfig
 from perf_vit.transforms import Normalizer
 from perf_vit.types import ObjectLabels
@@ -45,11 +45,11 @@ class TrainingSteps:
         objects_per_mpx: labelled objects in a million pixels, for detectors.
     """
 
-    model: ModelConfig | DetectorConfig
+    model: SegmentationModelConfig | DetectionModelConfig
     trainer: TrainerConfig
     num_bands: int
     classes: tuple[str, ...]
-    optim: OptimConfig | DetectionOptimConfig | None = None
+    optim: SegmentationOptimConfig | DetectionOptimConfig | None = None
     tile_px: int = 224
     batch_size: int = 1
     multilabel: bool = False
@@ -62,9 +62,11 @@ def make_task(steps: TrainingSteps) -> TrainingTask:
     spec: dict[str, Any] = {"classes": steps.classes, "normalizer": statistics, "tile_px": steps.tile_px}
     model: Any = replace(steps.model, pretrained=False)
     optim: Any = steps.optim
-    if isinstance(model, DetectorConfig):
-        return DetectionTask(model, DetectorSpec(**spec), optim or DetectionOptimConfig())
-    return SegmentationTask(model, SegmenterSpec(**spec, multilabel=steps.multilabel), optim or OptimConfig())
+    if isinstance(model, DetectionModelConfig):
+        return DetectionTask(model, DetectionSpec(**spec), optim or DetectionOptimConfig())
+    return SegmentationTask(
+        model, SegmentationSpec(**spec, multilabel=steps.multilabel), optim or SegmentationOptimConfig()
+    )
 
 
 def training_peak(steps: TrainingSteps) -> int | None:
@@ -118,7 +120,7 @@ class _Batches:
         # Attention with a mask takes no less memory than without.
         valid = torch.ones(steps.batch_size, size, size, dtype=torch.bool)
         valid[:, :, size // 2 :] = False
-        if isinstance(steps.model, DetectorConfig):
+        if isinstance(steps.model, DetectionModelConfig):
             with_masks = steps.model.head == "mask_rcnn"
             labels = [_objects(size, steps.objects_per_mpx, with_masks=with_masks) for _ in range(steps.batch_size)]
             return list(images), labels, list(valid)

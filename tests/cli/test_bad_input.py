@@ -12,7 +12,7 @@ from affine import Affine
 from command_line import call, save_detector, train_args
 
 from perf_vit.data import make_ship_scene
-from perf_vit.models import DetectorSpec
+from perf_vit.models import DetectionSpec
 from perf_vit.transforms import Normalizer
 
 
@@ -98,7 +98,7 @@ def test_evaluate_with_another_band_count(trained, tmp_path, refused) -> None:
 
 @pytest.mark.parametrize("command", ["predict", "evaluate"])
 def test_a_detector_and_another_band_count(tmp_path, refused, command) -> None:
-    spec = DetectorSpec(classes=("cell",), normalizer=Normalizer((0.0,) * 3, (1.0,) * 3), tile_px=64,
+    spec = DetectionSpec(classes=("cell",), normalizer=Normalizer((0.0,) * 3, (1.0,) * 3), tile_px=64,
                         label_options={"label_format": "coco"})  # fmt: skip
     checkpoint = save_detector(tmp_path / "last.ckpt", spec)
     image = _write(tmp_path / "five.tif", _noise(5))

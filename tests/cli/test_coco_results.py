@@ -14,10 +14,10 @@ from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
 from perf_vit.cli.detecting import evaluate_detector
-from perf_vit.models import DetectorSpec
+from perf_vit.models import DetectionSpec
 from perf_vit.transforms import Normalizer
 
-SPEC = DetectorSpec(
+SPEC = DetectionSpec(
     classes=("car", "bus", "tram"),
     normalizer=Normalizer((100.0,) * 3, (50.0,) * 3),
     tile_px=64,

@@ -9,7 +9,7 @@ from command_line import call, save_detector
 from small_models import DETECTOR_SPEC, write_half_empty
 
 from perf_vit.cli.detecting import evaluate_detector
-from perf_vit.data import ObjectDataConfig, ObjectSplitConfig, build_object_datamodule
+from perf_vit.data import DetectionDataConfig, DetectionSplitConfig, build_detection_datamodule
 from perf_vit.errors import ConfigError
 from perf_vit.inference import DetectionPredictOptions, DetectionPredictor
 from perf_vit.models import load_detector
@@ -24,18 +24,18 @@ trainer: {max_epochs: 1, accelerator: cpu}
 
 
 @pytest.fixture
-def split(tmp_path) -> ObjectSplitConfig:
+def split(tmp_path) -> DetectionSplitConfig:
     """An image whose columns from 70 on are 0, which it doesn't declare, and four cars, two of them there."""
     write_half_empty(tmp_path / "a.tif", nodata=None)
     lines = ["image,xmin,ymin,xmax,ymax,label", *(f"a.tif,{row},car" for row in ROWS)]
     (tmp_path / "labels.csv").write_text("\n".join(lines))
-    return ObjectSplitConfig(image=str(tmp_path / "a.tif"), labels=str(tmp_path / "labels.csv"), format="csv")
+    return DetectionSplitConfig(image=str(tmp_path / "a.tif"), labels=str(tmp_path / "labels.csv"), format="csv")
 
 
 @pytest.mark.parametrize(("nodata", "num_seen"), [(None, 4), (0, 2)])
 def test_training_and_validation_leave_missing_pixels_out(split, nodata, num_seen) -> None:
-    config = ObjectDataConfig(train=split, val=split, classes=["car"], tile_px=64, batch_size=1, nodata=nodata)
-    data = build_object_datamodule(config, seed=0)
+    config = DetectionDataConfig(train=split, val=split, classes=["car"], tile_px=64, batch_size=1, nodata=nodata)
+    data = build_detection_datamodule(config, seed=0)
     assert (data.normalizer.mean[0] > 100) == (nodata == 0)
     tiles = [data.val[index] for index in range(len(data.val))]
     assert sum(int((~objects.ignored).sum()) for _, objects, _ in tiles) == num_seen
@@ -71,6 +71,6 @@ def test_evaluation_and_prediction_pass_over_missing_pixels(split, tmp_path, nod
 
 
 def test_nodata_is_for_rasters(split) -> None:
-    config = ObjectDataConfig(train=split, val=split, classes=["car"], tile_px=64, nodata=0, mpp=0.5)
+    config = DetectionDataConfig(train=split, val=split, classes=["car"], tile_px=64, nodata=0, mpp=0.5)
     with pytest.raises(ConfigError, match=r"data\.nodata is for rasters"):
-        build_object_datamodule(config, seed=0)
+        build_detection_datamodule(config, seed=0)

@@ -228,7 +228,7 @@ def demo(tmp_path, monkeypatch) -> list[str | Path]:
         put(run / "checkpoints" / "last.ckpt")
         return small_models.save_segmenter(run / "checkpoints" / "best.ckpt", "ship", num_bands=4, tile_px=256)
 
-    monkeypatch.setattr("perf_vit.cli.demo.train_segmentation", train)
+    monkeypatch.setattr("perf_vit.cli.demo.train_segmenter", train)
     monkeypatch.setattr("perf_vit.cli.demo.make_ship_scene", partial(make_ship_scene, size_px=512, num_targets=9))
     (tmp_path / "out" / "run").mkdir(parents=True)
     return ["demo", "--out", tmp_path / "out"]

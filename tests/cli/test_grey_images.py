@@ -7,10 +7,10 @@ import numpy as np
 from command_line import call, save_detector
 from PIL import Image
 
-from perf_vit.models import DetectorSpec
+from perf_vit.models import DetectionSpec
 from perf_vit.transforms import Normalizer
 
-SPEC = DetectorSpec(
+SPEC = DetectionSpec(
     classes=("cell",),
     normalizer=Normalizer((100.0, 90.0, 80.0), (50.0, 40.0, 60.0)),
     tile_px=64,

@@ -222,7 +222,7 @@ def slide(root: Path) -> Case:
         root,
         {
             "out": str(root / "run[/b]".replace("/", "")),
-            "task": "slide",
+            "task": "slide_classification",
             "data": {
                 "train": {"image": str(slides), "labels": str(root / "labels.csv")},
                 "mpp": 1.0,

@@ -51,8 +51,8 @@ data:
   batch_size: 2
 model: {VIT}
 """,
-    "slide": f"""
-task: slide
+    "slide_classification": f"""
+task: slide_classification
 data:
   train: {{image: FOLDER, labels: TABLE}}
   val_share: 0.5
@@ -68,16 +68,16 @@ LOAD = {
     "segmentation": load_segmenter,
     "detection": load_detector,
     "classification": load_classifier,
-    "slide": load_slide_classifier,
+    "slide_classification": load_slide_classifier,
 }
-SUFFIX = {"segmentation": ".tif", "detection": ".geojson", "classification": ".csv", "slide": ".csv"}
+SUFFIX = {"segmentation": ".tif", "detection": ".geojson", "classification": ".csv", "slide_classification": ".csv"}
 CASES = [
     ("segmentation", "raster", {"bands": [3, 1], "nodata": 7.0, "resolution": 5.0}),
     ("segmentation", "slide", {"bands": [3, 1], "mpp": 1.0, "slide_mpp": 0.5, "tissue": "otsu"}),
     ("detection", "raster", {"bands": [3, 1, 2], "nodata": 7.0}),
     ("detection", "slide", {"bands": [3, 1, 2], "mpp": 1.0, "slide_mpp": 0.5}),
     ("classification", "raster", {"bands": [3, 1, 2], "nodata": 7.0}),
-    ("slide", "slide", {"bands": [3, 1, 2], "mpp": 1.0, "slide_mpp": 0.5, "tissue": "otsu"}),
+    ("slide_classification", "slide", {"bands": [3, 1, 2], "mpp": 1.0, "slide_mpp": 0.5, "tissue": "otsu"}),
 ]
 
 
@@ -139,14 +139,14 @@ def options_of(seen: list[dict[str, Any]]) -> set[str]:
     ("task", "files", "options"), CASES, ids=[f"{task}-{kind}" for task, kind, _ in CASES], indirect=["files"]
 )
 def test_inputs_are_opened_with_the_options_of_the_config(task, files, options, opened, tmp_path) -> None:
-    folder, table = files["folder"], files["folder"] / ("slides.csv" if task == "slide" else "table.csv")
+    folder, table = files["folder"], files["folder"] / ("slides.csv" if task == "slide_classification" else "table.csv")
     text = CONFIGS[task].replace("IMAGE", str(files["image"])).replace("LABELS", str(files["labels"]))
     text = text.replace("FOLDER", str(folder)).replace("TABLE", str(table))
     (tmp_path / "config.yaml").write_text(f"{text}\nout: ???\ntrainer: {{max_epochs: 1, accelerator: cpu}}\n")
     given = [f"data.{name}={json.dumps(value)}" for name, value in options.items()]
     assert call(["train", tmp_path / "config.yaml", f"out={tmp_path / 'run'}", *given]) == 0
     expected = {json.dumps(options, sort_keys=True)}
-    if task == "slide":
+    if task == "slide_classification":
         # Windows are found on tissue and embedded with the glass in them.
         expected.add(json.dumps(_without_tissue(options), sort_keys=True))
     assert options_of(opened) == expected
@@ -155,7 +155,7 @@ def test_inputs_are_opened_with_the_options_of_the_config(task, files, options, 
     model = ["--checkpoint", checkpoint, "--device", "cpu"]
     labels = files["labels"] if task in ("segmentation", "detection") else table
     where = files["image"] if task in ("segmentation", "detection") else folder
-    if task == "slide":
+    if task == "slide_classification":
         # Features of the run are used again.
         for file in (tmp_path / "run" / "embeddings").iterdir():
             file.unlink()

@@ -8,7 +8,7 @@ from command_line import call, save_detector
 from rasterio.crs import CRS
 
 from perf_vit.inference import detection
-from perf_vit.models import DetectorSpec
+from perf_vit.models import DetectionSpec
 from perf_vit.transforms import Normalizer
 
 LOCAL = CRS.from_wkt('LOCAL_CS["Local Coordinates (m)",UNIT["metre",1]]')
@@ -17,7 +17,7 @@ PLACES = {
     "beyond": {"crs": "EPSG:3035", "transform": Affine(10, 0, 9e18, 0, -10, 9e18)},
     "none": {"crs": None, "transform": Affine.identity()},
 }
-SPEC = DetectorSpec(
+SPEC = DetectionSpec(
     classes=("a",), normalizer=Normalizer((100.0,) * 3, (50.0,) * 3), tile_px=64, label_options={"label_format": "coco"}
 )
 

@@ -16,7 +16,13 @@ from rasterio.windows import Window
 from synthetic_slide import make_slide
 
 from perf_vit.io import open_source
-from perf_vit.models import CHECKPOINT_KEY, ModelConfig, SegmenterSpec, build_segmenter, checkpoint_metadata
+from perf_vit.models import (
+    CHECKPOINT_KEY,
+    SegmentationModelConfig,
+    SegmentationSpec,
+    build_segmenter,
+    checkpoint_metadata,
+)
 from perf_vit.transforms import Normalizer
 
 
@@ -24,8 +30,10 @@ from perf_vit.transforms import Normalizer
 def slide_model(tmp_path_factory) -> SimpleNamespace:
     """A model of three bands with random weights."""
     torch.manual_seed(0)
-    spec = SegmenterSpec(classes=("other", "gland", "stroma"), normalizer=Normalizer((200,) * 3, (40,) * 3), tile_px=64)
-    config = ModelConfig(backbone="performer_vit_tiny_patch16_224")
+    spec = SegmentationSpec(
+        classes=("other", "gland", "stroma"), normalizer=Normalizer((200,) * 3, (40,) * 3), tile_px=64
+    )
+    config = SegmentationModelConfig(backbone="performer_vit_tiny_patch16_224")
     model = build_segmenter(config, spec)
     state = {f"model.{name}": value for name, value in model.state_dict().items()}
     path = tmp_path_factory.mktemp("model") / "slides.ckpt"

@@ -9,18 +9,26 @@ from command_line import call
 from synthetic_slide import make_slide
 
 import perf_vit
-from perf_vit.models import CHECKPOINT_KEY, ModelConfig, SegmenterSpec, build_segmenter, checkpoint_metadata
+from perf_vit.models import (
+    CHECKPOINT_KEY,
+    SegmentationModelConfig,
+    SegmentationSpec,
+    build_segmenter,
+    checkpoint_metadata,
+)
 from perf_vit.transforms import Normalizer
 
 
 def trained(path: Path, **spec) -> Path:
     """A checkpoint with random weights."""
     torch.manual_seed(0)
-    made_for = SegmenterSpec(
+    made_for = SegmentationSpec(
         classes=("a", "b"), normalizer=Normalizer((15_000.0,) * 3, (8_000.0,) * 3), tile_px=64, **spec
     )
     small = {"depth": 1, "embed_dim": 24, "num_heads": 1}
-    config = ModelConfig(backbone="vit_tiny_patch16_224", backbone_kwargs=small, out_indices=[0], head="linear")
+    config = SegmentationModelConfig(
+        backbone="vit_tiny_patch16_224", backbone_kwargs=small, out_indices=[0], head="linear"
+    )
     model = build_segmenter(config, made_for)
     state = {f"model.{name}": value for name, value in model.state_dict().items()}
     torch.save({CHECKPOINT_KEY: checkpoint_metadata(config, model), "state_dict": state}, path)

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from command_line import call, train_args
 
-from perf_vit.cli.mapping import evaluate_raster
+from perf_vit.cli.mapping import evaluate_segmenter
 from perf_vit.io import open_labels, open_raster
 from perf_vit.types import Window
 
@@ -32,8 +32,8 @@ def test_scores_of_a_region_count_its_pixels_alone(trained, tmp_path) -> None:
 
 def test_regions_that_share_a_raster_out_count_all_of_it(trained) -> None:
     files = (trained.checkpoint, trained.scene.image, trained.scene.labels)
-    whole, _ = evaluate_raster(*files)
-    parts = [counted(evaluate_raster(*files, region=region)[0]) for region in HALVES]
+    whole, _ = evaluate_segmenter(*files)
+    parts = [counted(evaluate_segmenter(*files, region=region)[0]) for region in HALVES]
     assert np.sum(parts, axis=0).tolist() == counted(whole)
 
 

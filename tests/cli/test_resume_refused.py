@@ -19,15 +19,15 @@ FILES = {
     "detection": ["data.train={image: a, labels: a.json}", "data.val={image: b, labels: b.json}"],
     "classification": ["data.train={image: a, labels: a.csv}", "data.val={image: b, labels: b.csv}"],
     "regression": ["data.train={image: a, labels: a.csv}", "data.val={image: b, labels: b.csv}"],
-    "slide": ["data.train.labels=a.csv", "data.val.labels=b.csv"],
+    "slide_classification": ["data.train.labels=a.csv", "data.val.labels=b.csv"],
     "distillation": ["data.train.image=[a]", "data.val.image=[b]"],
 }
 SHIPPED = {
     "segmentation": "configs/segmentation/demo.yaml",
     "detection": "configs/detection/cells_bccd.yaml",
     "classification": "configs/classification/scenes.yaml",
-    "regression": "configs/classification/numbers.yaml",
-    "slide": "configs/slides/tumour.yaml",
+    "regression": "configs/regression/biomass.yaml",
+    "slide_classification": "configs/slide_classification/tumour.yaml",
     "distillation": "configs/distillation/vit_small_dinov2.yaml",
 }
 GIVEN = {
@@ -35,7 +35,7 @@ GIVEN = {
     "detection": ["data.classes=[a,b]"],
     "classification": ["data.classes=[a,b]"],
     "regression": ["data.targets=[a,b]"],
-    "slide": ["data.classes=[a,b]"],
+    "slide_classification": ["data.classes=[a,b]"],
     "distillation": [],
 }
 NETWORK = ["model.backbone=resnet34", "model.backbone_kwargs={depth: 3}"]
@@ -106,7 +106,7 @@ REFUSED = {
         "model.freeze_backbone=true",
     ],
     "regression": [*TRAINING, *TUNING, "data.targets=[b,a]", "data.image_column=file", "data.val=null"],
-    "slide": [
+    "slide_classification": [
         "seed=7",
         *NETWORK,
         *TILES,
@@ -163,7 +163,7 @@ ALLOWED = {
     "detection": [*OPTIM, *WHERE, *PATHS, "data.sampler=random", "data.min_visible=0.45", "data.random_share=0.45"],
     "classification": [*OPTIM, *WHERE, *PATHS, "data.sampler=balanced", "optim.label_smoothing=0.35"],
     "regression": [*OPTIM, *WHERE, *PATHS, "data.augment={flips: false}"],
-    "slide": [
+    "slide_classification": [
         *OPTIM,
         *WHERE,
         "data.train.labels=moved.csv",

@@ -11,7 +11,7 @@ from perf_vit.cli.run_files import RUN_FILES, check_config_kept
 from perf_vit.cli.run_folder import RunFolder
 from perf_vit.cli.schemas import ClassificationRun
 from perf_vit.config import dump_config
-from perf_vit.data import ClassificationDataConfig, ImageSplitConfig
+from perf_vit.data import ClassificationDataConfig, ClassificationSplitConfig
 from perf_vit.errors import CheckpointError, ConfigError, InputError, OutputError
 
 DATA = SimpleNamespace(train=range(8))
@@ -21,7 +21,7 @@ def test_a_run_that_fails_before_its_first_checkpoint_leaves_only_what_was_there
     out = tmp_path / "run"
     out.mkdir()
     (out / "notes.txt").touch()
-    data = ClassificationDataConfig(train=ImageSplitConfig(image="x"))
+    data = ClassificationDataConfig(train=ClassificationSplitConfig(image="x"))
 
     def fit(*_, **__) -> None:
         for name in ("checkpoints", "pictures", "tensorboard", "wandb"):
@@ -35,7 +35,7 @@ def test_a_run_that_fails_before_its_first_checkpoint_leaves_only_what_was_there
 
 
 def test_an_interrupted_run_ends_as_shells_say(tmp_path) -> None:
-    data = ClassificationDataConfig(train=ImageSplitConfig(image="x"))
+    data = ClassificationDataConfig(train=ClassificationSplitConfig(image="x"))
 
     def trainer_that_ends(interrupted: bool) -> SimpleNamespace:
         # As Lightning ends a run, after a Ctrl-C too.
@@ -48,7 +48,9 @@ def test_an_interrupted_run_ends_as_shells_say(tmp_path) -> None:
 
 
 def _config(out, **options) -> ClassificationRun:
-    return ClassificationRun(out=str(out), data=ClassificationDataConfig(train=ImageSplitConfig(image="x")), **options)
+    return ClassificationRun(
+        out=str(out), data=ClassificationDataConfig(train=ClassificationSplitConfig(image="x")), **options
+    )
 
 
 @pytest.mark.parametrize("name", [*RUN_FILES, "student"])

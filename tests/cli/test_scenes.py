@@ -1,4 +1,4 @@
-"""Train, evaluate and predict classes and numbers of whole images through the real entry point."""
+"""Train, evaluate and predict classes and regression targets of whole images through the real entry point."""
 
 import csv
 import json
@@ -180,7 +180,7 @@ def test_options_of_classes_are_refused_for_numbers(folders, config, table, tmp_
     labels = [f"data.train.image={folders}", f"data.train.labels={table}", f"out={tmp_path / 'run'}"]
     numbers = ["task=regression", "data.targets=[height]"]
     assert call(["train", config, *numbers, *labels, "optim.label_smoothing=0.1"]) == 2
-    assert "of classes, not numbers" in capsys.readouterr().err
+    assert "for classes, not for targets" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -192,7 +192,7 @@ def test_options_of_classes_are_refused_for_numbers(folders, config, table, tmp_
         (["task=classification", "model.pool=mean"], "model.pool must be one of token"),
         (["task=classification", "data.batch_size=100"], "data.batch_size must be at most the 18 tiles"),
         (["task=classification", "data.multilabel=true", "data.classes=[a]"], "come from a CSV file"),
-        (["task=regression", "data.targets=[height]"], "numbers come from a CSV file"),
+        (["task=regression", "data.targets=[height]"], "targets come from a CSV file"),
         (["task=classification", "optim.class_weights=[1,2]"], "one weight a class"),
     ],
 )
@@ -215,8 +215,8 @@ def test_a_constant_number_is_named_and_has_std_1(folders, config, tmp_path, cap
     assert spec.target_std[0] == 1
     assert spec.target_std[1] > 3
     printed = " ".join("".join(capsys.readouterr()).split())
-    assert "the number depth (std" in printed
-    assert "the number height (std" not in printed
+    assert "the target depth (std" in printed
+    assert "the target height (std" not in printed
 
 
 class KilledError(BaseException):

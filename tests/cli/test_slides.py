@@ -13,7 +13,7 @@ from command_line import call
 from PIL import Image
 from synthetic_slide import make_slide
 
-from perf_vit.cli.schemas import SlideRun
+from perf_vit.cli.schemas import SlideClassificationRun
 from perf_vit.config import load_config
 from perf_vit.errors import InputError
 from perf_vit.inference import SlideClassificationPredictor
@@ -21,7 +21,7 @@ from perf_vit.models import load_slide_classifier
 
 CONFIG = """
 out: ???
-task: slide
+task: slide_classification
 data:
   train: {image: "???", labels: "???"}
   mpp: 1.0
@@ -71,7 +71,7 @@ def run(slides) -> Path:
 
 
 def test_the_run_folder_holds_config_checkpoints_metrics_and_a_file_of_features_a_slide(run) -> None:
-    assert load_config(run / "config.yaml", SlideRun).model.hidden_dim == 32
+    assert load_config(run / "config.yaml", SlideClassificationRun).model.hidden_dim == 32
     assert {p.name for p in (run / "checkpoints").iterdir()} == {"best.ckpt", "last.ckpt"}
     assert {"train/loss", "val/auroc", "val/f1/large"} <= set(next(csv.DictReader((run / "metrics.csv").open())))
     features = sorted((run / "embeddings").iterdir())

@@ -27,7 +27,7 @@ CONFIGS = {
         TRAINER % "",
     ],
     "classification": ["data: {tile_px: 32, batch_size: 2}", NETWORK % "pool: avg", TRAINER % ""],
-    "slide": [
+    "slide_classification": [
         "data: {mpp: null, tissue: null, tile_px: 32, batch_size: 2}",
         NETWORK % "pool: avg, hidden_dim: 16, attention_dim: 8",
         TRAINER % "",
@@ -37,7 +37,7 @@ LOAD = {
     "segmentation": load_segmenter,
     "detection": load_detector,
     "classification": load_classifier,
-    "slide": load_slide_classifier,
+    "slide_classification": load_slide_classifier,
 }
 
 
@@ -76,7 +76,7 @@ def train_args(task: str, root: Path) -> list[str]:
     rows = [f"{name},4,4,30,30,a" if task == "detection" else f"{name},{name[0]}" for name in names]
     header = "image_path,xmin,ymin,xmax,ymax,label" if task == "detection" else "slide,label"
     (root / "labels.csv").write_text("\n".join([header, *rows]))
-    if task == "slide":
+    if task == "slide_classification":
         return [f"data.train.labels={root / 'labels.csv'}", f"data.train.image={root / 'images'}"]
     return [f"data.{part}.{key}={root / name}" for part in ("train", "val")
             for key, name in (("image", "images"), ("labels", "labels.csv"))]  # fmt: skip

@@ -17,14 +17,14 @@ from perf_vit.config import load_config
 from perf_vit.data import (
     AugmentConfig,
     ClassificationDataConfig,
-    DataConfig,
-    ImageSplitConfig,
-    ObjectDataConfig,
-    ObjectSplitConfig,
-    RegionConfig,
-    build_datamodule,
-    build_object_datamodule,
-    build_scene_datamodule,
+    ClassificationSplitConfig,
+    DetectionDataConfig,
+    DetectionSplitConfig,
+    SegmentationDataConfig,
+    SegmentationSplitConfig,
+    build_classification_datamodule,
+    build_detection_datamodule,
+    build_segmentation_datamodule,
     collate_objects,
 )
 from perf_vit.errors import ConfigError
@@ -55,17 +55,21 @@ def building_mask(pixel_m: float) -> np.ndarray:
     return mask
 
 
-def scene(folder: Path, name: str, pixel_m: float, num_bands: int = 3, crs: str | None = "EPSG:32637") -> RegionConfig:
+def scene(
+    folder: Path, name: str, pixel_m: float, num_bands: int = 3, crs: str | None = "EPSG:32637"
+) -> SegmentationSplitConfig:
     """A raster that is bright where its building is, and the mask of it."""
     mask = building_mask(pixel_m)
     noise = np.random.default_rng(num_bands).integers(0, 20, (num_bands, *mask.shape)).astype(np.uint8)
     image = raster(folder / "images" / f"{name}.tif", noise + 200 * mask, pixel_m, crs)
-    return RegionConfig(
+    return SegmentationSplitConfig(
         image=str(image), labels=str(raster(folder / "masks" / f"{name}.tif", mask[None], pixel_m, crs))
     )
 
 
-def maps(train: RegionConfig, *more: RegionConfig, augment: AugmentConfig, **changes) -> DataConfig:
+def maps(
+    train: SegmentationSplitConfig, *more: SegmentationSplitConfig, augment: AugmentConfig, **changes
+) -> SegmentationDataConfig:
     given = {
         "classes": ["ground", "building"],
         "background": "ground",
@@ -74,13 +78,13 @@ def maps(train: RegionConfig, *more: RegionConfig, augment: AugmentConfig, **cha
         "tiles_per_epoch": 6,
         **changes,
     }
-    return DataConfig(train=train, extra_train=list(more), val=train, augment=augment, **given)
+    return SegmentationDataConfig(train=train, extra_train=list(more), val=train, augment=augment, **given)
 
 
-def objects_of(folder: Path, augment: AugmentConfig, **changes) -> ObjectDataConfig:
-    split = ObjectSplitConfig(image=str(folder / "images"), labels=str(folder / "masks"), format="instances")
+def objects_of(folder: Path, augment: AugmentConfig, **changes) -> DetectionDataConfig:
+    split = DetectionSplitConfig(image=str(folder / "images"), labels=str(folder / "masks"), format="instances")
     given = {"classes": ["building"], "tile_px": 32, "batch_size": 2, "tiles_per_epoch": 6, "random_share": 0.0}
-    return ObjectDataConfig(train=split, val=split, augment=augment, **{**given, **changes})
+    return DetectionDataConfig(train=split, val=split, augment=augment, **{**given, **changes})
 
 
 def bright(tile: torch.Tensor, data) -> np.ndarray:
@@ -92,7 +96,9 @@ def bright(tile: torch.Tensor, data) -> np.ndarray:
 @pytest.mark.parametrize("num_bands", [1, 4, 13])
 @pytest.mark.parametrize("zoom", [{}, {"scale": (0.5, 1.5)}, {"resolution": (0.5, 1.6)}])
 def test_labels_of_maps_follow_pixels(tmp_path, num_bands, zoom) -> None:
-    data = build_datamodule(maps(scene(tmp_path, "a", 1.0, num_bands), augment=AugmentConfig(**zoom)), seed=0)
+    data = build_segmentation_datamodule(
+        maps(scene(tmp_path, "a", 1.0, num_bands), augment=AugmentConfig(**zoom)), seed=0
+    )
     areas = []
     for index in range(40):
         tile, labels, _ = data.train[index]
@@ -108,7 +114,7 @@ def test_labels_of_maps_follow_pixels(tmp_path, num_bands, zoom) -> None:
 @pytest.mark.parametrize("zoom", [{}, {"scale": (0.5, 1.5)}, {"resolution": (0.5, 1.6)}])
 def test_boxes_and_masks_of_objects_follow_pixels(tmp_path, num_bands, zoom) -> None:
     scene(tmp_path, "a", 1.0, num_bands)
-    data = build_object_datamodule(objects_of(tmp_path, AugmentConfig(**zoom)), seed=0)
+    data = build_detection_datamodule(objects_of(tmp_path, AugmentConfig(**zoom)), seed=0)
     for index in range(40):
         tile, objects, _ = data.train[index]
         assert tile.shape == (num_bands, 32, 32)
@@ -130,10 +136,10 @@ def test_oriented_boxes_follow_pixels_through_flips_and_sizes(tmp_path) -> None:
     (tmp_path / "labels").mkdir()
     line = " ".join(f"{value:g}" for value in corners.ravel())
     (tmp_path / "labels" / "a.txt").write_text(f"{line} ship 0\n")
-    split = ObjectSplitConfig(image=str(tmp_path / "images"), labels=str(tmp_path / "labels"), format="dota")
+    split = DetectionSplitConfig(image=str(tmp_path / "images"), labels=str(tmp_path / "labels"), format="dota")
     given = {"classes": ["ship"], "tile_px": 64, "batch_size": 2, "tiles_per_epoch": 6, "random_share": 0.0}
     augment = AugmentConfig(resolution=(0.4, 0.6))
-    data = build_object_datamodule(ObjectDataConfig(train=split, val=split, augment=augment, **given), seed=0)
+    data = build_detection_datamodule(DetectionDataConfig(train=split, val=split, augment=augment, **given), seed=0)
     angles = []
     for index in range(40):
         tile, objects, _ = data.train[index]
@@ -149,7 +155,7 @@ def test_oriented_boxes_follow_pixels_through_flips_and_sizes(tmp_path) -> None:
 def test_a_tile_shows_the_same_size_of_pixel_whatever_the_image_has(tmp_path) -> None:
     for name, pixel_m in (("a", 0.5), ("b", 1.0), ("c", 2.0)):
         scene(tmp_path, name, pixel_m)
-    data = build_object_datamodule(objects_of(tmp_path, AugmentConfig(flips=False, resolution=(1.0, 1.0))), seed=0)
+    data = build_detection_datamodule(objects_of(tmp_path, AugmentConfig(flips=False, resolution=(1.0, 1.0))), seed=0)
     for index in range(20):
         _, objects, _ = data.train[index]
         left, top, right, bottom = objects.boxes_xyxy[0]
@@ -159,7 +165,7 @@ def test_a_tile_shows_the_same_size_of_pixel_whatever_the_image_has(tmp_path) ->
 def test_pixel_sizes_are_drawn_between_both_bounds_and_maps_show_more_of_the_scene(tmp_path) -> None:
     train = scene(tmp_path, "a", 1.0)
     config = maps(train, augment=AugmentConfig(flips=False, resolution=(0.5, 1.8)), tile_px=33)
-    data = build_datamodule(config, seed=0)
+    data = build_segmentation_datamodule(config, seed=0)
     areas = []
     for index in range(60):
         _, labels, _ = data.train[index]
@@ -178,11 +184,11 @@ def test_samples_depend_on_seed_and_index_whatever_the_workers(tmp_path, kind) -
     train = scene(tmp_path, "a", 1.0)
     augment = AugmentConfig(resolution=(0.5, 1.5), gain=0.2, offset=0.2, stain=0.2)
     if kind == "map":
-        first, other = (build_datamodule(maps(train, augment=augment), seed=seed).train for seed in (0, 1))
+        first, other = (build_segmentation_datamodule(maps(train, augment=augment), seed=seed).train for seed in (0, 1))
         options = {}
     else:
         config = objects_of(tmp_path, augment)
-        first, other = (build_object_datamodule(config, seed=seed).train for seed in (0, 1))
+        first, other = (build_detection_datamodule(config, seed=seed).train for seed in (0, 1))
         options = {"collate_fn": collate_objects}
     alone, shared = (list(DataLoader(first, batch_size=2, num_workers=number, **options)) for number in (0, 2))
     for (tiles, labels, _), (other_tiles, other_labels, _) in zip(alone, shared, strict=True):
@@ -199,7 +205,7 @@ def test_samples_depend_on_seed_and_index_whatever_the_workers(tmp_path, kind) -
 
 
 @pytest.fixture(scope="module")
-def slide(tmp_path_factory) -> RegionConfig:
+def slide(tmp_path_factory) -> SegmentationSplitConfig:
     """A slide of 0.5 micrometres per pixel with one annotation of 80 x 60 micrometres."""
     path = make_slide(tmp_path_factory.mktemp("slide") / "a.svs", 512, 512, mpp=0.5, tile_px=64, tissue_share=1.0)
     ring = [[128, 192], [288, 192], [288, 312], [128, 312], [128, 192]]
@@ -207,26 +213,26 @@ def slide(tmp_path_factory) -> RegionConfig:
     properties = {"objectType": "annotation", "classification": {"name": "building"}}
     feature = {"type": "Feature", "geometry": geometry, "properties": properties}
     path.with_suffix(".geojson").write_text(json.dumps({"type": "FeatureCollection", "features": [feature]}))
-    return RegionConfig(image=str(path), labels=str(path.with_suffix(".geojson")), region=[16, 24, 230, 220])
+    return SegmentationSplitConfig(image=str(path), labels=str(path.with_suffix(".geojson")), region=[16, 24, 230, 220])
 
 
-def slide_maps(slide: RegionConfig, resolution: tuple[float, float]) -> DataConfig:
+def slide_maps(slide: SegmentationSplitConfig, resolution: tuple[float, float]) -> SegmentationDataConfig:
     given = {"attribute": "classification", "mpp": 1.0}
     return maps(slide, augment=AugmentConfig(flips=False, resolution=resolution), **given)
 
 
 def test_slides_are_read_at_the_finest_size_that_is_shown_and_has_pixels(slide) -> None:
-    data = build_datamodule(slide_maps(slide, (0.25, 2.0)), seed=0)
+    data = build_segmentation_datamodule(slide_maps(slide, (0.25, 2.0)), seed=0)
     (train,) = data.train.sources
     assert train.source.mpp == pytest.approx(0.5)
     assert (train.region.row, train.region.col, train.region.height, train.region.width) == (32, 48, 460, 440)
     assert data.val.source.source.mpp == pytest.approx(1.0)
-    plain = build_datamodule(slide_maps(slide, (1.0, 2.0)), seed=0)
+    plain = build_segmentation_datamodule(slide_maps(slide, (1.0, 2.0)), seed=0)
     assert plain.train.sources[0].source.mpp == pytest.approx(1.0)
 
 
 def test_tiles_of_a_slide_at_its_own_size_are_its_pixels(slide) -> None:
-    data = build_datamodule(slide_maps(slide, (0.5, 0.5)), seed=0)
+    data = build_segmentation_datamodule(slide_maps(slide, (0.5, 0.5)), seed=0)
     (train,) = data.train.sources
     whole = data.normalizer(train.source.read(train.source.extent))
     tile = data.train[3][0].numpy()
@@ -236,11 +242,13 @@ def test_tiles_of_a_slide_at_its_own_size_are_its_pixels(slide) -> None:
 
 @pytest.mark.parametrize(("sizes", "side"), [((0.5, 0.5), 0.5), ((2.0, 2.0), 2.0), ((0.25, 0.25), 0.25)])
 def test_objects_of_slides_have_their_size_in_micrometres(slide, sizes, side) -> None:
-    split = ObjectSplitConfig(image=slide.image, labels=slide.labels, format="polygons")
+    split = DetectionSplitConfig(image=slide.image, labels=slide.labels, format="polygons")
     given = {"classes": ["building"], "attribute": "classification", "batch_size": 2, "tiles_per_epoch": 4}
     augment = AugmentConfig(flips=False, resolution=sizes)
-    config = ObjectDataConfig(train=split, mpp=1.0, tile_px=352, random_share=0.0, augment=augment, val=split, **given)
-    data = build_object_datamodule(config, seed=0)
+    config = DetectionDataConfig(
+        train=split, mpp=1.0, tile_px=352, random_share=0.0, augment=augment, val=split, **given
+    )
+    data = build_detection_datamodule(config, seed=0)
     left, top, right, bottom = data.train[0][1].boxes_xyxy[0]
     assert (right - left, bottom - top) == pytest.approx((80 / side, 60 / side), abs=0.6)
     box = data.val[0][1].boxes_xyxy[0]
@@ -252,14 +260,14 @@ def test_stains_change_the_colours_of_every_task_alone(tmp_path) -> None:
     still, stained = (AugmentConfig(flips=False, stain=stain) for stain in (0.0, 0.3))
     for number in range(4):
         write_image(tmp_path / "classes" / "ab"[number % 2] / f"{number}.png", height=32, width=32, seed=number)
-    split = ImageSplitConfig(image=str(tmp_path / "classes"))
+    split = ClassificationSplitConfig(image=str(tmp_path / "classes"))
     changed = {}
     for augment in (still, stained):
         scenes = ClassificationDataConfig(train=split, val=split, tile_px=32, batch_size=2, augment=augment)
         for name, data in (
-            ("map", build_datamodule(maps(train, augment=augment, tile_px=60), seed=0)),
-            ("objects", build_object_datamodule(objects_of(tmp_path, augment, tile_px=60), seed=0)),
-            ("scenes", build_scene_datamodule(scenes, seed=0)),
+            ("map", build_segmentation_datamodule(maps(train, augment=augment, tile_px=60), seed=0)),
+            ("objects", build_detection_datamodule(objects_of(tmp_path, augment, tile_px=60), seed=0)),
+            ("scenes", build_classification_datamodule(scenes, seed=0)),
         ):
             changed.setdefault(name, []).append([data.train[index] for index in range(4)])
     for name, (plain, jittered) in changed.items():
@@ -272,10 +280,10 @@ def test_stains_change_the_colours_of_every_task_alone(tmp_path) -> None:
 def test_a_classifier_takes_shuffled_bands(tmp_path) -> None:
     for number in range(4):
         write_image(tmp_path / "ab"[number % 2] / f"{number}.png", height=32, width=32, seed=number)
-    split = ImageSplitConfig(image=str(tmp_path))
+    split = ClassificationSplitConfig(image=str(tmp_path))
     given = {"train": split, "val": split, "tile_px": 32, "batch_size": 2}
     plain, shuffled = (
-        build_scene_datamodule(
+        build_classification_datamodule(
             ClassificationDataConfig(augment=AugmentConfig(flips=False, shuffle=shuffle), **given), seed=0
         ).train
         for shuffle in (0.0, 1.0)
@@ -290,9 +298,9 @@ def test_a_classifier_takes_shuffled_bands(tmp_path) -> None:
 def test_a_tile_of_a_classifier_has_gain_and_offset(tmp_path) -> None:
     for number in range(4):
         write_image(tmp_path / "ab"[number % 2] / f"{number}.png", height=32, width=32, seed=number)
-    split = ImageSplitConfig(image=str(tmp_path))
+    split = ClassificationSplitConfig(image=str(tmp_path))
     plain, jittered = (
-        build_scene_datamodule(
+        build_classification_datamodule(
             ClassificationDataConfig(
                 train=split, val=split, tile_px=32, batch_size=2, augment=AugmentConfig(flips=False, offset=offset)
             ),
@@ -320,26 +328,26 @@ def test_values_that_do_not_fit_are_errors(tmp_path, options, message) -> None:
     train = scene(tmp_path, "a", 1.0)
     augment = AugmentConfig(**options)
     with pytest.raises(ConfigError, match=message):
-        build_datamodule(maps(train, augment=augment), seed=0)
+        build_segmentation_datamodule(maps(train, augment=augment), seed=0)
     with pytest.raises(ConfigError, match=message):
-        build_object_datamodule(objects_of(tmp_path, augment), seed=0)
+        build_detection_datamodule(objects_of(tmp_path, augment), seed=0)
 
 
 def test_images_without_a_pixel_size_and_classifiers_refuse_sizes_of_pixels(tmp_path) -> None:
     for name in ("images/a.png", "images/b.png"):
         write_image(tmp_path / name)
-    split = ImageSplitConfig(image=str(tmp_path))
+    split = ClassificationSplitConfig(image=str(tmp_path))
     augment = AugmentConfig(resolution=(0.5, 1.0))
     boxes = tmp_path / "boxes.csv"
     boxes.write_text("image,xmin,ymin,xmax,ymax,label\na.png,1,1,20,20,car\nb.png,1,1,20,20,car\n")
-    cars = ObjectSplitConfig(image=str(tmp_path / "images"), labels=str(boxes), format="csv")
-    config = ObjectDataConfig(train=cars, classes=["car"], tile_px=32, augment=augment)
+    cars = DetectionSplitConfig(image=str(tmp_path / "images"), labels=str(boxes), format="csv")
+    config = DetectionDataConfig(train=cars, classes=["car"], tile_px=32, augment=augment)
     with pytest.raises(
         ConfigError, match=r"needs the size of pixels, which .*png doesn't tell; .* data\.augment\.scale"
     ):
-        build_object_datamodule(config, seed=0)
+        build_detection_datamodule(config, seed=0)
     with pytest.raises(ConfigError, match=r"is for segmentation and detection; give data\.augment\.scale"):
-        build_scene_datamodule(ClassificationDataConfig(train=split, augment=augment), seed=0)
+        build_classification_datamodule(ClassificationDataConfig(train=split, augment=augment), seed=0)
 
 
 @pytest.mark.parametrize("num_bands", [1, 4, 13])
@@ -347,12 +355,12 @@ def test_stains_of_other_bands_are_an_error_before_training(tmp_path, num_bands)
     augment = AugmentConfig(stain=0.2)
     train = scene(tmp_path, "a", 1.0, num_bands)
     with pytest.raises(ConfigError, match=rf"3 bands of uint8 .*a\.tif has {num_bands} of uint8; .*data\.bands"):
-        build_datamodule(maps(train, augment=augment), seed=0)
+        build_segmentation_datamodule(maps(train, augment=augment), seed=0)
     with pytest.raises(ConfigError, match=rf"a\.tif has {num_bands} of uint8"):
-        build_object_datamodule(objects_of(tmp_path, augment), seed=0)
+        build_detection_datamodule(objects_of(tmp_path, augment), seed=0)
 
 
 def test_sizes_of_pixels_load_from_yaml(tmp_path) -> None:
     (tmp_path / "a.yaml").write_text("{train: {image: a, labels: b}, classes: [x], augment: {resolution: [0.25, 1]}}")
-    config = load_config(tmp_path / "a.yaml", ObjectDataConfig, ["augment.stain=0.2"])
+    config = load_config(tmp_path / "a.yaml", DetectionDataConfig, ["augment.stain=0.2"])
     assert config.augment == AugmentConfig(resolution=(0.25, 1.0), stain=0.2)

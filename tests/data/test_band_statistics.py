@@ -6,31 +6,31 @@ from label_cases import write_image
 
 from perf_vit.data import (
     ClassificationDataConfig,
-    DataConfig,
-    ImageSplitConfig,
-    ObjectDataConfig,
-    ObjectSplitConfig,
-    RegionConfig,
-    build_datamodule,
-    build_object_datamodule,
-    build_scene_datamodule,
+    ClassificationSplitConfig,
+    DetectionDataConfig,
+    DetectionSplitConfig,
+    SegmentationDataConfig,
+    SegmentationSplitConfig,
+    build_classification_datamodule,
+    build_detection_datamodule,
+    build_segmentation_datamodule,
 )
 from perf_vit.errors import ConfigError, DataWarning
 
 
 @pytest.fixture
-def region(make_scene) -> RegionConfig:
+def region(make_scene) -> SegmentationSplitConfig:
     labels = make_scene(pixels=np.zeros((1, 70, 90), np.uint8), nodata=None)
-    return RegionConfig(image=str(make_scene()), labels=str(labels))
+    return SegmentationSplitConfig(image=str(make_scene()), labels=str(labels))
 
 
-def config(region: RegionConfig, **options) -> DataConfig:
-    return DataConfig(train=region, val=region, classes=["a", "b"], tile_px=32, **options)
+def config(region: SegmentationSplitConfig, **options) -> SegmentationDataConfig:
+    return SegmentationDataConfig(train=region, val=region, classes=["a", "b"], tile_px=32, **options)
 
 
 def test_given_statistics_standardise_tiles_and_travel_with_the_model(region) -> None:
-    measured = build_datamodule(config(region), seed=0)
-    given = build_datamodule(config(region, mean=[10.0, 20.0, 30.0], std=[2.0, 4.0, 8.0]), seed=0)
+    measured = build_segmentation_datamodule(config(region), seed=0)
+    given = build_segmentation_datamodule(config(region, mean=[10.0, 20.0, 30.0], std=[2.0, 4.0, 8.0]), seed=0)
     assert given.normalizer.to_dict() == {"mean": [10.0, 20.0, 30.0], "std": [2.0, 4.0, 8.0]}
     ours, theirs = (data.val[-1 % len(data.val)][0].numpy() for data in (given, measured))
     mean, std = (np.array(each)[:, None, None] for each in (measured.normalizer.mean, measured.normalizer.std))
@@ -49,12 +49,12 @@ def test_given_statistics_standardise_tiles_and_travel_with_the_model(region) ->
 )
 def test_statistics_that_do_not_fit_the_bands_are_refused(region, options) -> None:
     with pytest.raises(ConfigError, match=r"data\.mean and data\.std"):
-        build_datamodule(config(region, **options), seed=0)
+        build_segmentation_datamodule(config(region, **options), seed=0)
 
 
 def test_a_given_std_of_rounding_errors_is_1(region) -> None:
     with pytest.warns(DataWarning, match=r"^band 2 \(std 1e-17\).*taken as 1"):
-        data = build_datamodule(config(region, mean=[10.0, 0.3, 30.0], std=[2.0, 1e-17, 8.0]), seed=0)
+        data = build_segmentation_datamodule(config(region, mean=[10.0, 0.3, 30.0], std=[2.0, 1e-17, 8.0]), seed=0)
     assert data.normalizer.std == (2.0, 1.0, 8.0)
 
 
@@ -62,20 +62,20 @@ def folders(tmp_path, options) -> ClassificationDataConfig:
     for number in range(6):
         write_image(tmp_path / "scenes" / f"class_{number % 2}" / f"{number}.png", height=40, width=40, seed=number)
     return ClassificationDataConfig(
-        train=ImageSplitConfig(image=str(tmp_path / "scenes")), tile_px=32, batch_size=2, **options
+        train=ClassificationSplitConfig(image=str(tmp_path / "scenes")), tile_px=32, batch_size=2, **options
     )
 
 
-def objects(tmp_path, options) -> ObjectDataConfig:
+def objects(tmp_path, options) -> DetectionDataConfig:
     write_image(tmp_path / "objects" / "a.png", height=70, width=90)
     (tmp_path / "objects.csv").write_text("image_path,xmin,ymin,xmax,ymax,label\na.png,3,4,20,30,ship\n")
-    split = ObjectSplitConfig(image=str(tmp_path / "objects"), labels=str(tmp_path / "objects.csv"), format="csv")
-    return ObjectDataConfig(train=split, val=split, classes=["ship"], tile_px=32, **options)
+    split = DetectionSplitConfig(image=str(tmp_path / "objects"), labels=str(tmp_path / "objects.csv"), format="csv")
+    return DetectionDataConfig(train=split, val=split, classes=["ship"], tile_px=32, **options)
 
 
 @pytest.mark.parametrize(
     ("make", "build"),
-    [(folders, build_scene_datamodule), (objects, build_object_datamodule)],
+    [(folders, build_classification_datamodule), (objects, build_detection_datamodule)],
     ids=["scenes", "objects"],
 )
 def test_scenes_and_objects_take_given_statistics_too(tmp_path, make, build) -> None:

@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 from perf_vit.config import load_config
-from perf_vit.data import DataConfig, RegionConfig, SplitConfig, find_images, read_object_labels
+from perf_vit.data import SegmentationDataConfig, SegmentationSplitConfig, SplitConfig, find_images, read_object_labels
 from perf_vit.data.image_targets import read_class_folders, read_class_table
 from perf_vit.data.label_folders import find_label_pairs
 from perf_vit.data.open_labelled import open_labelled
@@ -36,8 +36,8 @@ def root(tmp_path) -> Path:
 
 
 def segmentation(image, root: Path) -> list[str]:
-    region = RegionConfig(image=image, labels=str(root / "masks"))
-    config = DataConfig(train=region, val=region, classes=["rest", "thing"])
+    region = SegmentationSplitConfig(image=image, labels=str(root / "masks"))
+    config = SegmentationDataConfig(train=region, val=region, classes=["rest", "thing"])
     return [labelled.source.path for labelled in open_labelled(config, region, "data.train", train=True)]
 
 

@@ -11,14 +11,14 @@ from torch.utils.data import DataLoader
 
 from perf_vit.data import (
     ClassificationDataConfig,
-    ImageSplitConfig,
-    SceneImages,
-    SceneViews,
-    build_scene_datamodule,
+    ClassificationImages,
+    ClassificationSplitConfig,
+    ClassificationViews,
+    build_classification_datamodule,
     read_slide_table,
 )
-from perf_vit.data.image_targets import ImageTargets, read_class_folders, read_class_table, read_number_table
-from perf_vit.data.scenes import SceneTiles
+from perf_vit.data.image_targets import ImageTargets, read_class_folders, read_class_table, read_target_table
+from perf_vit.data.scenes import ClassificationTiles
 from perf_vit.data.scenes_datamodule import split_off
 from perf_vit.errors import ConfigError, InputError
 from perf_vit.transforms import Augmentation, Normalizer
@@ -109,7 +109,7 @@ def test_several_classes_are_columns_of_0_and_1(root) -> None:
 def test_numbers_must_be_finite(root, value) -> None:
     table = write_table(root, "image,height", "a,3.5", f'b,"{value}"')
     with pytest.raises(InputError, match=f"line 3 .* must have a number as height, got {value}"):
-        read_number_table(table, root, ["height"])
+        read_target_table(table, root, ["height"])
 
 
 def test_slides_may_lack_their_ending_and_are_named_once(root) -> None:
@@ -124,9 +124,9 @@ def test_slides_may_lack_their_ending_and_are_named_once(root) -> None:
         read_slide_table(write_table(root, "slide,label", "sea/d,wet", "sea/d.png,dry"), root)
 
 
-def tiles_of(labelled: ImageTargets, **options) -> SceneTiles:
+def tiles_of(labelled: ImageTargets, **options) -> ClassificationTiles:
     given = {"tile_px": 4, "resize": False, "length": len(labelled), "seed": 3, **options}
-    return SceneTiles(SceneImages(labelled), PLAIN, Augmentation(), **given)
+    return ClassificationTiles(ClassificationImages(labelled), PLAIN, Augmentation(), **given)
 
 
 def test_every_image_comes_once_a_round_in_another_order_each(root) -> None:
@@ -155,13 +155,13 @@ def test_a_view_is_the_middle_at_full_resolution_or_all_of_the_image(tmp_path) -
     pixels = np.arange(9 * 7 * 3, dtype=np.uint8).reshape(9, 7, 3)
     (tmp_path / "kind").mkdir()
     Image.fromarray(pixels).save(tmp_path / "kind" / "a.png")
-    images = SceneImages(read_class_folders(tmp_path))
-    middle = SceneViews(images, PLAIN, tile_px=3, resize=False)[0][0]
+    images = ClassificationImages(read_class_folders(tmp_path))
+    middle = ClassificationViews(images, PLAIN, tile_px=3, resize=False)[0][0]
     assert torch.equal(middle, torch.from_numpy(pixels[3:6, 2:5].transpose(2, 0, 1)).float())
-    small = SceneViews(images, PLAIN, tile_px=16, resize=False)[0][0]
+    small = ClassificationViews(images, PLAIN, tile_px=16, resize=False)[0][0]
     assert torch.equal(small[:, :9, :7], torch.from_numpy(pixels.transpose(2, 0, 1)).float())
     assert not small[:, 9:].any()
-    whole = SceneViews(images, PLAIN, tile_px=4, resize=True)[0][0]
+    whole = ClassificationViews(images, PLAIN, tile_px=4, resize=True)[0][0]
     assert whole.shape == (3, 4, 4)
     assert whole.mean().item() == pytest.approx(pixels.mean(), abs=2)
 
@@ -169,7 +169,7 @@ def test_a_view_is_the_middle_at_full_resolution_or_all_of_the_image(tmp_path) -
 def test_a_grey_image_among_coloured_ones_is_three_equal_bands(tmp_path) -> None:
     save_image(tmp_path / "a" / "0.png", 7, channels=1)
     save_image(tmp_path / "a" / "1.png", 9)
-    views = SceneViews(SceneImages(read_class_folders(tmp_path)), PLAIN, tile_px=4, resize=False)
+    views = ClassificationViews(ClassificationImages(read_class_folders(tmp_path)), PLAIN, tile_px=4, resize=False)
     assert torch.equal(views[0][0], torch.full((3, 4, 4), 7.0))
 
 
@@ -177,8 +177,8 @@ def test_grey_images_validate_a_network_of_coloured_ones(tmp_path) -> None:
     for name in ("sea", "land"):
         save_image(tmp_path / "train" / name / "0.png", 3)
         save_image(tmp_path / "val" / name / "1.png", 7, channels=1)
-    splits = {part: ImageSplitConfig(image=str(tmp_path / part)) for part in ("train", "val")}
-    data = build_scene_datamodule(ClassificationDataConfig(**splits, tile_px=4, batch_size=2), 0)
+    splits = {part: ClassificationSplitConfig(image=str(tmp_path / part)) for part in ("train", "val")}
+    data = build_classification_datamodule(ClassificationDataConfig(**splits, tile_px=4, batch_size=2), 0)
     (batch, *_), *_ = data.val_dataloader()
     assert batch.shape == (2, 3, 4, 4)
 
@@ -191,9 +191,9 @@ def test_parts_without_a_valid_pixel_are_drawn_anew(tmp_path) -> None:
         tmp_path / "a" / "0.tif", "w", driver="GTiff", height=48, width=48, count=3, dtype="uint8", nodata=0
     ) as file:
         file.write(pixels)
-    images = SceneImages(read_class_folders(tmp_path))
+    images = ClassificationImages(read_class_folders(tmp_path))
     options = {"tile_px": 8, "resize": False, "length": 40, "seed": 0}
-    tiles = SceneTiles(images, PLAIN, Augmentation(flips=False), **options)
+    tiles = ClassificationTiles(images, PLAIN, Augmentation(flips=False), **options)
     assert all(tiles[index][0].max() == 9 for index in range(40))
 
 
@@ -204,11 +204,11 @@ def test_images_of_other_band_counts_and_without_valid_pixels_are_named(tmp_path
     with rasterio.open(tmp_path / "a" / "two.tif", "w", count=2, **profile) as file:
         file.write(np.zeros((2, 5, 5), np.float32))
     with pytest.raises(InputError, match=r"two.tif has 2 bands"):
-        SceneImages(read_class_folders(tmp_path))
+        ClassificationImages(read_class_folders(tmp_path))
     (tmp_path / "a" / "two.tif").unlink()
     with rasterio.open(tmp_path / "a" / "nan.tif", "w", count=3, **profile) as file:
         file.write(np.full((3, 5, 5), np.nan, np.float32))
-    views = SceneViews(SceneImages(read_class_folders(tmp_path)), PLAIN, tile_px=4, resize=False)
+    views = ClassificationViews(ClassificationImages(read_class_folders(tmp_path)), PLAIN, tile_px=4, resize=False)
     with pytest.raises(InputError, match=r"nan.tif has no valid pixel"):
         views[1]
 

@@ -13,7 +13,12 @@ from PIL import Image
 from synthetic_slide import make_slide
 from torch.utils.data import DataLoader
 
-from perf_vit.data import DataConfig, RegionConfig, build_datamodule, count_class_pixels
+from perf_vit.data import (
+    SegmentationDataConfig,
+    SegmentationSplitConfig,
+    build_segmentation_datamodule,
+    count_class_pixels,
+)
 from perf_vit.data.label_folders import find_label_pairs
 from perf_vit.data.windows import LabelledSource
 from perf_vit.errors import ConfigError, DataWarning, InputError
@@ -39,16 +44,18 @@ def write_polygons(path: Path, boxes: list[tuple[float, float, float, float]], c
 
 
 @pytest.fixture
-def photos(tmp_path) -> RegionConfig:
+def photos(tmp_path) -> SegmentationSplitConfig:
     """Photos without georeference of three sizes, and masks as PNG."""
     rng = np.random.default_rng(0)
     for name, size in SIZES.items():
         write_photo(tmp_path / "images" / f"{name}.jpg", rng.integers(0, 255, (*size, 3), np.uint8))
         write_photo(tmp_path / "masks" / f"{name}.png", (rng.random(size) < 0.3).astype(np.uint8))
-    return RegionConfig(image=str(tmp_path / "images"), labels=str(tmp_path / "masks"))
+    return SegmentationSplitConfig(image=str(tmp_path / "images"), labels=str(tmp_path / "masks"))
 
 
-def config(train: RegionConfig, val: RegionConfig | None = None, **options) -> DataConfig:
+def config(
+    train: SegmentationSplitConfig, val: SegmentationSplitConfig | None = None, **options
+) -> SegmentationDataConfig:
     given = {
         "classes": ["rest", "thing"],
         "background": "rest",
@@ -57,10 +64,10 @@ def config(train: RegionConfig, val: RegionConfig | None = None, **options) -> D
         "batch_size": 2,
         **options,
     }
-    return DataConfig(train=train, val=val or train, **given)
+    return SegmentationDataConfig(train=train, val=val or train, **given)
 
 
-def masks_of(region: RegionConfig) -> dict[str, np.ndarray]:
+def masks_of(region: SegmentationSplitConfig) -> dict[str, np.ndarray]:
     return {name: np.asarray(Image.open(Path(region.labels) / f"{name}.png")) for name in SIZES}
 
 
@@ -87,7 +94,7 @@ def test_what_has_no_partner_is_told_with_names_and_counts(photos, tmp_path) -> 
     masks = Path(photos.labels)
     (masks / "a.png").rename(masks / "mask_a.png")
     with pytest.raises(InputError, match=r"1 of 3 label files .* no image of their name among the 3 .*mask_a\.png"):
-        build_datamodule(config(photos), seed=0)
+        build_segmentation_datamodule(config(photos), seed=0)
     (masks / "mask_a.png").unlink()
     with pytest.warns(DataWarning, match=r"1 of 3 images have no labels .* are left out, the first .*a\.jpg"):
         assert len(find_label_pairs(photos.image, masks)) == 2
@@ -105,14 +112,14 @@ def test_other_bands_and_regions_of_folders_are_refused(photos) -> None:
     write_photo(Path(photos.image) / "sub" / "c.jpg", np.zeros(SIZES["sub/c"], np.uint8))
     message = r"1 of 3 images of data.train have another number of bands than .*a\.jpg, 3: the first, .*c\.jpg, has 1"
     with pytest.raises(ConfigError, match=message):
-        build_datamodule(config(photos), seed=0)
+        build_segmentation_datamodule(config(photos), seed=0)
     photos.region = [0, 0, 5, 5]
     with pytest.raises(ConfigError, match=r"data\.train\.region is a part of one raster, and .*images is a folder"):
-        build_datamodule(config(photos), seed=0)
+        build_segmentation_datamodule(config(photos), seed=0)
 
 
 def test_validation_sees_each_pixel_of_each_image_once(photos) -> None:
-    data = build_datamodule(config(photos), seed=0)
+    data = build_segmentation_datamodule(config(photos), seed=0)
     truth = masks_of(photos)
     seen = torch.cat([labels.flatten() for _, labels, _ in data.val])
     assert int((seen == 1).sum()) == sum(int((mask == 1).sum()) for mask in truth.values())
@@ -132,7 +139,7 @@ def test_validation_sees_each_pixel_of_each_image_once(photos) -> None:
 @pytest.mark.parametrize("sampler", ["random", "balanced", "grid"])
 def test_training_tiles_come_from_all_images_whatever_the_workers(photos, sampler) -> None:
     def tiles(num_workers: int):
-        data = build_datamodule(config(photos, sampler=sampler, num_workers=num_workers), seed=0)
+        data = build_segmentation_datamodule(config(photos, sampler=sampler, num_workers=num_workers), seed=0)
         return list(data.train_dataloader())
 
     alone, shared = tiles(0), tiles(2)
@@ -150,10 +157,10 @@ def test_training_tiles_come_from_all_images_whatever_the_workers(photos, sample
 def test_extra_folders_and_single_rasters_go_together(photos, make_scene, tmp_path) -> None:
     scene = make_scene(dtype="uint8", nodata=None)
     write_polygons(tmp_path / "scene.geojson", [(401_000, 4_510_000, 401_100, 4_509_900)], _crs_of(scene))
-    single = RegionConfig(image=str(scene), labels=str(tmp_path / "scene.geojson"))
-    mixed = build_datamodule(config(single, val=photos, extra_train=[photos]), seed=0)
+    single = SegmentationSplitConfig(image=str(scene), labels=str(tmp_path / "scene.geojson"))
+    mixed = build_segmentation_datamodule(config(single, val=photos, extra_train=[photos]), seed=0)
     assert [one.keep_open for one in mixed.train.sources] == [True, False, False, False]
-    assert len(build_datamodule(config(photos, val=single), seed=0).val.windows) == 9
+    assert len(build_segmentation_datamodule(config(photos, val=single), seed=0).val.windows) == 9
 
 
 def _crs_of(scene: Path) -> dict:
@@ -166,16 +173,16 @@ def test_polygons_of_photos_are_in_their_pixels_and_empty_files_are_background(p
     write_polygons(labels / "a.geojson", [(10, 5, 30, 25)])
     write_polygons(labels / "b.v1.geojson", [])
     write_polygons(labels / "sub" / "c.geojson", [])
-    region = RegionConfig(image=photos.image, labels=str(labels))
+    region = SegmentationSplitConfig(image=photos.image, labels=str(labels))
     with pytest.warns(
         DataWarning, match=r"2 of 3 label files looked at are odd, the first: .* holds no polygons"
     ) as told:
-        data = build_datamodule(config(region), seed=0)
+        data = build_segmentation_datamodule(config(region), seed=0)
     assert len([each for each in told if "odd" in str(each.message)]) == 2
     assert count_class_pixels(data.train.sources, 2) == [40 * 70 + 64 * 64 + 20 * 15 - 400, 400]
     write_polygons(labels / "a.geojson", [(401_000, 4_510_000, 401_100, 4_509_900)])
     with pytest.raises(InputError, match=r"a\.geojson don't overlap .*a\.jpg: .* it has no CRS"):
-        build_datamodule(config(region), seed=0)
+        build_segmentation_datamodule(config(region), seed=0)
 
 
 def test_chips_with_a_crs_take_polygons_in_any_and_masks_without(tmp_path) -> None:
@@ -194,11 +201,11 @@ def test_chips_with_a_crs_take_polygons_in_any_and_masks_without(tmp_path) -> No
         mask[8:16, 8:24] = 1
         write_photo(tmp_path / "masks" / f"chip{number}.png", mask)
     for labels in ("outlines", "masks"):
-        region = RegionConfig(image=str(tmp_path / "chips"), labels=str(tmp_path / labels))
-        data = build_datamodule(config(region), seed=0)
+        region = SegmentationSplitConfig(image=str(tmp_path / "chips"), labels=str(tmp_path / labels))
+        data = build_segmentation_datamodule(config(region), seed=0)
         assert count_class_pixels(data.train.sources, 2)[1] == 3 * 8 * 16
         if labels == "outlines":
-            sources = build_datamodule(config(region, resolution=1.0), seed=0).train.sources
+            sources = build_segmentation_datamodule(config(region, resolution=1.0), seed=0).train.sources
             assert [one.region.shape for one in sources] == 3 * [(24, 32)]
 
 
@@ -213,8 +220,8 @@ def test_a_folder_with_one_label_file_is_still_one_mosaic(tmp_path) -> None:
         ) as dataset:  # fmt: skip
             dataset.write(rng.integers(1, 255, (1, 64, 64), np.uint8))
     write_polygons(tmp_path / "all.geojson", [(650_028, 9_479_980, 650_036, 9_479_972)], CRS)
-    data = build_datamodule(
-        config(RegionConfig(image=str(tmp_path / "chips"), labels=str(tmp_path / "all.geojson"))), seed=0
+    data = build_segmentation_datamodule(
+        config(SegmentationSplitConfig(image=str(tmp_path / "chips"), labels=str(tmp_path / "all.geojson"))), seed=0
     )
     (source,) = data.train.sources
     assert source.source.size == (64, 128)
@@ -224,7 +231,7 @@ def test_a_folder_with_one_label_file_is_still_one_mosaic(tmp_path) -> None:
 def test_values_that_are_no_class_come_to_light_before_training(photos) -> None:
     write_photo(Path(photos.labels) / "sub" / "c.png", np.full(SIZES["sub/c"], 255, np.uint8))
     with pytest.raises(InputError, match=r"c\.png .*255"):
-        build_datamodule(config(photos), seed=0)
+        build_segmentation_datamodule(config(photos), seed=0)
 
 
 @pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="counts open files where the system tells them")
@@ -232,9 +239,9 @@ def test_many_images_are_not_held_open(tmp_path) -> None:
     for number in range(150):
         write_photo(tmp_path / "images" / f"{number}.png", np.full((16, 16, 3), number, np.uint8))
         write_photo(tmp_path / "masks" / f"{number}.png", np.eye(16, dtype=np.uint8))
-    region = RegionConfig(image=str(tmp_path / "images"), labels=str(tmp_path / "masks"))
+    region = SegmentationSplitConfig(image=str(tmp_path / "images"), labels=str(tmp_path / "masks"))
     before = len(os.listdir("/proc/self/fd"))
-    data = build_datamodule(config(region, tile_px=16, sampler="grid"), seed=0)
+    data = build_segmentation_datamodule(config(region, tile_px=16, sampler="grid"), seed=0)
     assert sum(len(images) for images, *_ in DataLoader(data.train, batch_size=10)) == 150
     assert len(os.listdir("/proc/self/fd")) - before <= 3 * 16
 
@@ -243,13 +250,13 @@ def test_of_many_images_some_are_looked_at_until_one_has_labels(tmp_path) -> Non
     for number in range(70):
         write_photo(tmp_path / "images" / f"{number:02}.png", np.full((8, 8, 3), number, np.uint8))
         write_photo(tmp_path / "masks" / f"{number:02}.png", np.full((8, 8), 9, np.uint8))
-    region = RegionConfig(image=str(tmp_path / "images"), labels=str(tmp_path / "masks"))
+    region = SegmentationSplitConfig(image=str(tmp_path / "images"), labels=str(tmp_path / "masks"))
     with pytest.raises(InputError, match=r"data\.train has no window .*png and 69 more"):
-        build_datamodule(config(region, tile_px=8, ignore_values=[9]), seed=0)
+        build_segmentation_datamodule(config(region, tile_px=8, ignore_values=[9]), seed=0)
     last = np.random.default_rng(0).permutation(70)[-1]
     write_photo(tmp_path / "masks" / f"{last:02}.png", np.eye(8, dtype=np.uint8))
     with pytest.warns(DataWarning, match="64 of 64 rasters to train on that were looked at have no pixel"):
-        build_datamodule(config(region, tile_px=8, ignore_values=[9]), seed=0)
+        build_segmentation_datamodule(config(region, tile_px=8, ignore_values=[9]), seed=0)
 
 
 def test_paired_labels_of_one_raster_are_asked_for(make_scene, tmp_path) -> None:
@@ -265,8 +272,8 @@ def test_slides_of_a_folder_go_with_their_annotations(tmp_path) -> None:
     for name in ("a", "b"):
         make_slide(tmp_path / f"{name}.svs", 200, 256, mpp=0.5, tile_px=64, tissue_share=1.0)
         write_polygons(tmp_path / f"{name}.geojson", [(20, 40, 120, 100)])
-    region = RegionConfig(image=str(tmp_path), labels=str(tmp_path))
-    data = build_datamodule(config(region, mpp=1.0, sampler="balanced"), seed=0)
+    region = SegmentationSplitConfig(image=str(tmp_path), labels=str(tmp_path))
+    data = build_segmentation_datamodule(config(region, mpp=1.0, sampler="balanced"), seed=0)
     assert [one.source.mpp for one in data.train.sources] == [1.0, 1.0]
     assert count_class_pixels(data.train.sources, 2) == [2 * (100 * 128 - 50 * 30), 2 * 50 * 30]
 
@@ -283,8 +290,8 @@ def test_classes_that_do_not_exclude_each_other_are_read_from_folders(photos, tm
             layer = np.zeros((1, height, width), np.uint8)
             layer[:, :4, :5] = 1
             dataset.write(layer)
-    region = RegionConfig(image=photos.image, labels=str(tmp_path / "layers"))
-    data = build_datamodule(
+    region = SegmentationSplitConfig(image=photos.image, labels=str(tmp_path / "layers"))
+    data = build_segmentation_datamodule(
         config(region, classes=["thing"], background="none", multilabel=True, sampler="balanced"), seed=0
     )
     assert count_class_pixels(data.train.sources, 1) == [3 * 20]

@@ -5,14 +5,14 @@ import pytest
 
 from perf_vit.data import (
     ClassificationDataConfig,
-    DataConfig,
-    ImageSplitConfig,
-    ObjectDataConfig,
-    ObjectSplitConfig,
-    RegionConfig,
-    build_datamodule,
-    build_object_datamodule,
-    build_scene_datamodule,
+    ClassificationSplitConfig,
+    DetectionDataConfig,
+    DetectionSplitConfig,
+    SegmentationDataConfig,
+    SegmentationSplitConfig,
+    build_classification_datamodule,
+    build_detection_datamodule,
+    build_segmentation_datamodule,
 )
 from perf_vit.data.augmenting import AugmentConfig
 
@@ -43,18 +43,20 @@ def image(make_scene):
 
 def maps(image, make_scene, augment):
     labels = make_scene(pixels=np.random.default_rng(1).integers(0, 2, (1, 120, 120)).astype(np.uint8), nodata=None)
-    region = RegionConfig(image=str(image), labels=str(labels))
-    config = DataConfig(train=region, val=region, classes=["a", "b"], tile_px=48, augment=augment, **STATISTICS)
-    data = build_datamodule(config, seed=0)
+    region = SegmentationSplitConfig(image=str(image), labels=str(labels))
+    config = SegmentationDataConfig(
+        train=region, val=region, classes=["a", "b"], tile_px=48, augment=augment, **STATISTICS
+    )
+    data = build_segmentation_datamodule(config, seed=0)
     return [data.train[index] for index in range(20)]
 
 
 def objects(image, make_scene, augment):
     table = image.with_suffix(".csv")
     table.write_text(f"image_path,xmin,ymin,xmax,ymax,label\n{image.name},30,40,90,70,ship\n")
-    split = ObjectSplitConfig(image=str(image), labels=str(table), format="csv")
-    config = ObjectDataConfig(train=split, val=split, classes=["ship"], tile_px=48, augment=augment, **STATISTICS)
-    data = build_object_datamodule(config, seed=0)
+    split = DetectionSplitConfig(image=str(image), labels=str(table), format="csv")
+    config = DetectionDataConfig(train=split, val=split, classes=["ship"], tile_px=48, augment=augment, **STATISTICS)
+    data = build_detection_datamodule(config, seed=0)
     return [data.train[index] for index in range(20)]
 
 
@@ -64,14 +66,14 @@ def scenes(image, make_scene, augment, *, resize):
         (folder / name).mkdir(parents=True, exist_ok=True)
         (folder / name / f"{number}.tif").write_bytes(image.read_bytes())
     config = ClassificationDataConfig(
-        train=ImageSplitConfig(image=str(folder)),
+        train=ClassificationSplitConfig(image=str(folder)),
         tile_px=48,
         batch_size=1,
         resize=resize,
         augment=augment,
         **STATISTICS,
     )
-    data = build_scene_datamodule(config, seed=0)
+    data = build_classification_datamodule(config, seed=0)
     return [data.train[index] for index in range(20)] + [data.val[0]]
 
 

@@ -8,12 +8,12 @@ import torch
 from label_cases import write_image
 
 from perf_vit.config import load_config
-from perf_vit.data import ObjectDataConfig, ObjectSplitConfig, build_object_datamodule
+from perf_vit.data import DetectionDataConfig, DetectionSplitConfig, build_detection_datamodule
 from perf_vit.errors import ConfigError, DataWarning, InputError
 
 
 @pytest.fixture
-def ships(tmp_path: Path) -> ObjectSplitConfig:
+def ships(tmp_path: Path) -> DetectionSplitConfig:
     """Ten images in COCO's format, each with one ship and one dock."""
     images, annotations = [], []
     for number in range(10):
@@ -25,12 +25,12 @@ def ships(tmp_path: Path) -> ObjectSplitConfig:
     categories = [{"id": 1, "name": "ship"}, {"id": 2, "name": "dock"}]
     labels = tmp_path / "labels.json"
     labels.write_text(json.dumps({"images": images, "annotations": annotations, "categories": categories}))
-    return ObjectSplitConfig(image=str(tmp_path / "images"), labels=str(labels))
+    return DetectionSplitConfig(image=str(tmp_path / "images"), labels=str(labels))
 
 
-def _config(split: ObjectSplitConfig, **changes) -> ObjectDataConfig:
+def _config(split: DetectionSplitConfig, **changes) -> DetectionDataConfig:
     options = {"tile_px": 32, "batch_size": 2, "tiles_per_epoch": 6, "classes": ["ship", "dock"], **changes}
-    return ObjectDataConfig(train=split, **options)
+    return DetectionDataConfig(train=split, **options)
 
 
 def _names(index) -> set[str]:
@@ -38,7 +38,7 @@ def _names(index) -> set[str]:
 
 
 def test_batches_are_lists_of_standardised_tiles_and_objects(ships) -> None:
-    data = build_object_datamodule(_config(ships, num_workers=2), seed=0)
+    data = build_detection_datamodule(_config(ships, num_workers=2), seed=0)
     batches = list(data.train_dataloader())
     assert len(batches) == 3
     images, objects, _ = batches[0]
@@ -52,7 +52,7 @@ def test_batches_are_lists_of_standardised_tiles_and_objects(ships) -> None:
 
 
 def test_a_seed_splits_images_the_same_way_each_time(ships) -> None:
-    splits = [build_object_datamodule(_config(ships, val_share=0.3), seed=seed) for seed in (0, 0, 1)]
+    splits = [build_detection_datamodule(_config(ships, val_share=0.3), seed=seed) for seed in (0, 0, 1)]
     names = [(_names(data.train_index), _names(data.val_index)) for data in splits]
     assert names[0] == names[1] != names[2]
     assert len(names[0][1]) == 3
@@ -64,10 +64,10 @@ def test_lists_of_names_split_images(ships, tmp_path) -> None:
     (tmp_path / "train.txt").write_text("0\n1.png\n\n2\n")
     (tmp_path / "val.txt").write_text("7\n")
     train, val = (
-        ObjectSplitConfig(image=ships.image, labels=ships.labels, list=str(tmp_path / f"{name}.txt"))
+        DetectionSplitConfig(image=ships.image, labels=ships.labels, names=str(tmp_path / f"{name}.txt"))
         for name in ("train", "val")
     )
-    data = build_object_datamodule(_config(train, val=val), seed=0)
+    data = build_detection_datamodule(_config(train, val=val), seed=0)
     assert _names(data.train_index) == {"0", "1", "2"}
     assert _names(data.val_index) == {"7"}
 
@@ -75,19 +75,19 @@ def test_lists_of_names_split_images(ships, tmp_path) -> None:
 def test_grey_images_are_validated_on_as_they_are_trained_on(ships, tmp_path) -> None:
     for number in range(10):
         write_image(tmp_path / "grey" / f"{number}.png", height=70, width=90, num_bands=1, seed=number)
-    grey = ObjectSplitConfig(image=str(tmp_path / "grey"), labels=ships.labels)
-    data = build_object_datamodule(_config(ships, val=grey), seed=0)
+    grey = DetectionSplitConfig(image=str(tmp_path / "grey"), labels=ships.labels)
+    data = build_detection_datamodule(_config(ships, val=grey), seed=0)
     image, *_ = data.val[0]
     assert image.shape == (3, 32, 32)
     mean, std = (torch.tensor(values)[:, None, None] for values in (data.normalizer.mean, data.normalizer.std))
     read = image * std + mean
     torch.testing.assert_close(read[0], read[2])
     with pytest.raises(ConfigError, match="the validation images have 3 bands, the training images 1"):
-        build_object_datamodule(_config(grey, val=ships), seed=0)
+        build_detection_datamodule(_config(grey, val=ships), seed=0)
 
 
 def test_every_object_of_the_validation_images_is_counted_once(ships) -> None:
-    data = build_object_datamodule(_config(ships), seed=0)
+    data = build_detection_datamodule(_config(ships), seed=0)
     counted = np.concatenate([o.labels[~o.ignored] for _, objects, _ in data.val_dataloader() for o in objects])
     assert np.bincount(counted).tolist() == [2, 2]
 
@@ -96,7 +96,7 @@ def test_augmentation_of_every_kind_keeps_shapes_and_boxes_inside(ships) -> None
     config = _config(ships, sampler="balanced")
     config.augment.scale = (0.5, 2.0)
     config.augment.gain = config.augment.offset = 0.2
-    data = build_object_datamodule(config, seed=0)
+    data = build_detection_datamodule(config, seed=0)
     for index in range(30):
         image, objects, _ = data.train[index]
         assert image.shape == (3, 32, 32)
@@ -108,15 +108,15 @@ def test_augmentation_of_every_kind_keeps_shapes_and_boxes_inside(ships) -> None
 def test_the_config_loads_from_yaml(ships, tmp_path) -> None:
     text = f"classes: [ship, dock]\ntrain:\n  image: {ships.image}\n  labels: {ships.labels}\n  format: coco\n"
     (tmp_path / "data.yaml").write_text(text + "augment:\n  scale: [0.8, 1.25]\n")
-    config = load_config(tmp_path / "data.yaml", ObjectDataConfig, ["sampler=random", "tile_px=32"])
-    assert len(build_object_datamodule(config, seed=0).train) == 200
+    config = load_config(tmp_path / "data.yaml", DetectionDataConfig, ["sampler=random", "tile_px=32"])
+    assert len(build_detection_datamodule(config, seed=0).train) == 200
 
 
 def test_the_documented_config_fits_the_schema(tmp_path) -> None:
     page = (Path(__file__).parents[2] / "docs" / "datasets.md").read_text()
     block = page.split("```yaml\n")[1].split("```")[0]
     (tmp_path / "data.yaml").write_text(textwrap.dedent(block.removeprefix("data:\n")))
-    config = load_config(tmp_path / "data.yaml", ObjectDataConfig)
+    config = load_config(tmp_path / "data.yaml", DetectionDataConfig)
     assert config.sampler == "balanced"
     assert config.augment.scale == (0.8, 1.25)
 
@@ -133,21 +133,21 @@ def test_the_documented_config_fits_the_schema(tmp_path) -> None:
 )
 def test_values_that_do_not_fit_are_errors(ships, changes, message) -> None:
     with pytest.raises(ConfigError, match=message):
-        build_object_datamodule(_config(ships, **changes), seed=0)
+        build_detection_datamodule(_config(ships, **changes), seed=0)
 
 
 def test_an_empty_or_missing_list_is_an_error(ships, tmp_path) -> None:
-    ships.list = str(tmp_path / "list.txt")
-    with pytest.raises(ConfigError, match=r"can't read data\.train\.list"):
-        build_object_datamodule(_config(ships), seed=0)
-    Path(ships.list).write_text("\n")
+    ships.names = str(tmp_path / "list.txt")
+    with pytest.raises(ConfigError, match=r"can't read data\.train\.names"):
+        build_detection_datamodule(_config(ships), seed=0)
+    Path(ships.names).write_text("\n")
     with pytest.raises(ConfigError, match="names no image"):
-        build_object_datamodule(_config(ships), seed=0)
+        build_detection_datamodule(_config(ships), seed=0)
 
 
 def test_unknown_classes_of_the_labels_are_an_error(ships) -> None:
     with pytest.raises(InputError, match="objects of class dock; the classes are ship"):
-        build_object_datamodule(_config(ships, classes=["ship"]), seed=0)
+        build_detection_datamodule(_config(ships, classes=["ship"]), seed=0)
 
 
 @pytest.mark.parametrize("sampler", ["objects", "random"])
@@ -158,7 +158,7 @@ def test_parts_without_objects_are_an_error(ships, tmp_path, part, sampler) -> N
     parts = {
         "train": ships,
         "val": ships,
-        part: ObjectSplitConfig(image=ships.image, labels=str(tmp_path / "none.json")),
+        part: DetectionSplitConfig(image=ships.image, labels=str(tmp_path / "none.json")),
     }
     with (
         pytest.raises(
@@ -166,7 +166,7 @@ def test_parts_without_objects_are_an_error(ships, tmp_path, part, sampler) -> N
         ),
         pytest.warns(DataWarning, match="2 of 2 classes have no objects"),
     ):
-        build_object_datamodule(_config(parts["train"], val=parts["val"], sampler=sampler), seed=0)
+        build_detection_datamodule(_config(parts["train"], val=parts["val"], sampler=sampler), seed=0)
 
 
 @pytest.mark.parametrize("part", ["train", "val"])
@@ -176,16 +176,16 @@ def test_objects_on_no_data_are_counted_and_refused_where_all_are(make_scene, tm
     pixels[:, :, :20] = np.nan
     half = make_scene(pixels=pixels, nodata=None).rename(tmp_path / "half.tif")
 
-    def split(name: str, image: Path, *rows: str) -> ObjectSplitConfig:
+    def split(name: str, image: Path, *rows: str) -> DetectionSplitConfig:
         lines = ["image,xmin,ymin,xmax,ymax,label", *(f"{image.name},{row},ship" for row in rows)]
         (tmp_path / f"{name}.csv").write_text("\n".join(lines))
-        return ObjectSplitConfig(image=str(image), labels=str(tmp_path / f"{name}.csv"), format="csv")
+        return DetectionSplitConfig(image=str(image), labels=str(tmp_path / f"{name}.csv"), format="csv")
 
-    def build(**parts: ObjectSplitConfig) -> None:
+    def build(**parts: DetectionSplitConfig) -> None:
         whole = split("whole", good, "2,2,9,9")
         splits = {"train": whole, "val": whole, **parts}
         statistics = {"mean": [1.0] * 3, "std": [1.0] * 3}
-        build_object_datamodule(_config(splits["train"], classes=["ship"], val=splits["val"], **statistics), seed=0)
+        build_detection_datamodule(_config(splits["train"], classes=["ship"], val=splits["val"], **statistics), seed=0)
 
     word = {"train": "training", "val": "validation"}[part]
     with pytest.warns(DataWarning, match=f"1 of 3 objects of the 1 {word} images looked at have no valid pixel"):
@@ -197,8 +197,8 @@ def test_objects_on_no_data_are_counted_and_refused_where_all_are(make_scene, tm
 def test_images_without_a_valid_pixel_are_an_error(make_scene, tmp_path) -> None:
     scene = make_scene(pixels=np.zeros((3, 40, 40), np.uint8), nodata=0)
     (tmp_path / "t.csv").write_text(f"image,xmin,ymin,xmax,ymax,label\n{scene.name},1,1,9,9,ship\n")
-    split = ObjectSplitConfig(image=str(scene), labels=str(tmp_path / "t.csv"), format="csv")
+    split = DetectionSplitConfig(image=str(scene), labels=str(tmp_path / "t.csv"), format="csv")
     with pytest.raises(
         InputError, match="1 of 1 objects of the 1 training images looked at have no valid pixel under them"
     ):
-        build_object_datamodule(_config(split, classes=["ship"], val=split), seed=0)
+        build_detection_datamodule(_config(split, classes=["ship"], val=split), seed=0)

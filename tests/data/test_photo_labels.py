@@ -7,7 +7,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from perf_vit.data import DataConfig, RegionConfig, build_datamodule, read_object_labels
+from perf_vit.data import (
+    SegmentationDataConfig,
+    SegmentationSplitConfig,
+    build_segmentation_datamodule,
+    read_object_labels,
+)
 from perf_vit.errors import InputError
 from perf_vit.io import open_labels, open_source
 from perf_vit.types import Window
@@ -107,8 +112,10 @@ def test_masks_are_turned_by_their_own_tags(tmp_path, of_image, of_mask) -> None
     mask = np.zeros((HEIGHT, WIDTH), np.uint8)
     mask[ROWS, COLS] = 1
     _store(tmp_path / "masks" / "a.png", mask, of_mask)
-    region = RegionConfig(image=str(tmp_path / "images"), labels=str(tmp_path / "masks"))
-    data = build_datamodule(DataConfig(train=region, val=region, classes=["sea", "ship"], tile_px=64), seed=0)
+    region = SegmentationSplitConfig(image=str(tmp_path / "images"), labels=str(tmp_path / "masks"))
+    data = build_segmentation_datamodule(
+        SegmentationDataConfig(train=region, val=region, classes=["sea", "ship"], tile_px=64), seed=0
+    )
     pixels, labels, _ = data.val[0]
     assert ((pixels[0] > pixels[0].min()).numpy()[:HEIGHT, :WIDTH] == (labels == 1).numpy()[:HEIGHT, :WIDTH]).all()
     assert (labels == 1).sum() == 8 * 25

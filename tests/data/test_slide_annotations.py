@@ -9,12 +9,12 @@ import pytest
 from synthetic_slide import make_slide
 
 from perf_vit.data import (
-    DataConfig,
-    ObjectDataConfig,
-    ObjectSplitConfig,
-    RegionConfig,
-    build_datamodule,
-    build_object_datamodule,
+    DetectionDataConfig,
+    DetectionSplitConfig,
+    SegmentationDataConfig,
+    SegmentationSplitConfig,
+    build_detection_datamodule,
+    build_segmentation_datamodule,
     read_object_labels,
 )
 from perf_vit.errors import ConfigError, InputError
@@ -66,16 +66,16 @@ def test_labels_beside_a_slide_and_mask_rasters_of_slides_are_refused(slide, tmp
         open_labels(slide, source, classes=["none", "Tumor"])
 
 
-def config(slide: Path, **options) -> DataConfig:
-    region = RegionConfig(image=str(slide), labels=str(slide.with_suffix(".geojson")))
+def config(slide: Path, **options) -> SegmentationDataConfig:
+    region = SegmentationSplitConfig(image=str(slide), labels=str(slide.with_suffix(".geojson")))
     given = {"mpp": 1.0, "background": "ignore", "attribute": "classification", **options}
-    return DataConfig(
+    return SegmentationDataConfig(
         train=region, val=region, classes=["Tumor", "Stroma"], tile_px=64, tiles_per_epoch=8, batch_size=2, **given
     )
 
 
 def test_segmentation_trains_on_windows_of_a_slide(slide) -> None:
-    data = build_datamodule(config(slide), seed=0)
+    data = build_segmentation_datamodule(config(slide), seed=0)
     tiles = [data.val[index] for index in range(len(data.val))]
     assert tiles[0][0].shape == (3, 64, 64)
     counts = np.sum([np.bincount(labels.flatten(), minlength=256) for _, labels, _ in tiles], axis=0)
@@ -85,7 +85,7 @@ def test_segmentation_trains_on_windows_of_a_slide(slide) -> None:
 
 
 def test_balanced_tiles_of_a_slide_hold_its_annotations(slide) -> None:
-    data = build_datamodule(config(slide, sampler="balanced"), seed=0)
+    data = build_segmentation_datamodule(config(slide, sampler="balanced"), seed=0)
     assert all(bool((data.train[index][1] != IGNORE_INDEX).any()) for index in range(20))
     tumour, stroma = data.train.places.groups
     assert (len(tumour), len(stroma)) == (80 * 40, 40 * 80)
@@ -101,7 +101,7 @@ def test_balanced_tiles_of_a_slide_hold_its_annotations(slide) -> None:
 )
 def test_options_of_slides_and_rasters_dont_mix(slide, options, message) -> None:
     with pytest.raises(ConfigError, match=message):
-        build_datamodule(config(slide, **options), seed=0)
+        build_segmentation_datamodule(config(slide, **options), seed=0)
 
 
 @pytest.mark.parametrize(("mpp", "scale"), [(None, 1), (0.5, 1), (1.0, 2), (2.0, 4)])
@@ -123,9 +123,9 @@ def test_objects_of_slides_are_in_pixels_of_the_size_that_is_read(slide, mpp, sc
 
 
 def test_detectors_train_on_tiles_at_the_mpp_of_the_config(slide) -> None:
-    split = ObjectSplitConfig(image=str(slide), labels=str(slide.with_suffix(".geojson")), format="polygons")
+    split = DetectionSplitConfig(image=str(slide), labels=str(slide.with_suffix(".geojson")), format="polygons")
     given = {"classes": ["Tumor", "Stroma"], "attribute": "classification", "tile_px": 128, "tiles_per_epoch": 4}
-    data = build_object_datamodule(ObjectDataConfig(train=split, val=split, mpp=2.0, **given), seed=0)
+    data = build_detection_datamodule(DetectionDataConfig(train=split, val=split, mpp=2.0, **given), seed=0)
     tile, objects, _ = data.val[0]
     assert tile.shape == (3, 128, 128)
     assert objects.boxes_xyxy.tolist() == [[20, 10, 60, 30], [75, 40, 95, 80]]

@@ -11,7 +11,7 @@ import torch
 from affine import Affine
 from torch.utils.data import DataLoader
 
-from perf_vit.data import AugmentConfig, DataConfig, RegionConfig, build_datamodule
+from perf_vit.data import AugmentConfig, SegmentationDataConfig, SegmentationSplitConfig, build_segmentation_datamodule
 from perf_vit.data.class_places import find_class_pixels
 from perf_vit.data.epochs import EpochSampler
 from perf_vit.data.window_places import ClassPlaces, GridPlaces
@@ -33,17 +33,19 @@ def write_raster(path, bands: np.ndarray, nodata: float | None = None) -> str:
     return str(path)
 
 
-def write_scene(folder, name: str, labels: np.ndarray, *, seed: int = 0) -> RegionConfig:
+def write_scene(folder, name: str, labels: np.ndarray, *, seed: int = 0) -> SegmentationSplitConfig:
     """Labels [(K,) h, w] over an image of noise whose last five columns are nodata."""
     height, width = labels.shape[-2:]
     pixels = np.random.default_rng(seed).integers(1, 200, (3, height, width)).astype(np.uint8)
     pixels[..., -5:] = 0
     image = write_raster(folder / f"{name}.tif", pixels, nodata=0)
-    return RegionConfig(image=image, labels=write_raster(folder / f"{name}_labels.tif", np.atleast_3d(labels.T).T))
+    return SegmentationSplitConfig(
+        image=image, labels=write_raster(folder / f"{name}_labels.tif", np.atleast_3d(labels.T).T)
+    )
 
 
 @pytest.fixture
-def ponds(tmp_path) -> RegionConfig:
+def ponds(tmp_path) -> SegmentationSplitConfig:
     """Land and water, a pond of 2 x 2 px, and another where the image holds nothing."""
     labels = np.zeros((203, 197), np.uint8)
     labels[:, 150:] = 1
@@ -53,9 +55,9 @@ def ponds(tmp_path) -> RegionConfig:
     return write_scene(tmp_path, "ponds", labels)
 
 
-def config(train: RegionConfig, **options) -> DataConfig:
+def config(train: SegmentationSplitConfig, **options) -> SegmentationDataConfig:
     given = {"classes": CLASSES, "ignore_values": [9], "tile_px": 32, "tiles_per_epoch": 60}
-    return DataConfig(train=train, val=train, **{**given, **options})
+    return SegmentationDataConfig(train=train, val=train, **{**given, **options})
 
 
 def windows_of(dataset, indices) -> list[tuple[int, Window]]:
@@ -74,20 +76,20 @@ def windows_of(dataset, indices) -> list[tuple[int, Window]]:
     return drawn
 
 
-def labelled(region: RegionConfig, window: Window | None = None) -> LabelledSource:
+def labelled(region: SegmentationSplitConfig, window: Window | None = None) -> LabelledSource:
     source = open_raster(region.image)
     labels = open_labels(region.labels, source, classes=CLASSES, ignore_values=[9])
     return LabelledSource(source, labels, window or source.extent)
 
 
 def test_a_class_of_four_pixels_is_in_as_many_tiles_as_any(ponds) -> None:
-    data = build_datamodule(config(ponds, sampler="balanced", augment=AugmentConfig(flips=False)), seed=0)
+    data = build_segmentation_datamodule(config(ponds, sampler="balanced", augment=AugmentConfig(flips=False)), seed=0)
     tiles = [data.train[index][1] for index in range(300)]
     assert all((labels != IGNORE_INDEX).any() for labels in tiles)
     with_pond = np.mean([bool((labels == 2).any()) for labels in tiles])
     # A third of the tiles is drawn for the pond; others hold it by chance.
     assert abs(with_pond - 1 / 3) < 4 * math.sqrt(2 / 9 / 300) + 0.05
-    random = build_datamodule(config(ponds), seed=0)
+    random = build_segmentation_datamodule(config(ponds), seed=0)
     assert np.mean([bool((random.train[index][1] == 2).any()) for index in range(300)]) < 0.1
 
 
@@ -136,7 +138,7 @@ def test_classes_that_do_not_exclude_each_other_come_alike_with_none_of_them(tmp
     layers[:, 120:] = 7
     region = write_scene(tmp_path, "layers", layers)
     options = {"classes": ["a", "b"], "multilabel": True, "ignore_values": [7], "sampler": "balanced"}
-    data = build_datamodule(config(region, **options), seed=0)
+    data = build_segmentation_datamodule(config(region, **options), seed=0)
     a, b, none = data.train.places.groups
     assert len(a) == 9
     assert len(b) == 150
@@ -159,7 +161,7 @@ def test_tiles_of_further_rasters_vector_labels_and_other_resolutions_hold_their
     more = replace(write_scene(tmp_path, "more", np.zeros((90, 99), np.uint8)), labels=str(path))
     options = {"extra_train": [ponds], "attribute": "kind", "background": "land", "sampler": "balanced"}
     augment = AugmentConfig(flips=False, resolution=(1.0, 4.0))
-    data = build_datamodule(config(more, augment=augment, **options), seed=0)
+    data = build_segmentation_datamodule(config(more, augment=augment, **options), seed=0)
     ponds_of = {(source, row, col) for source, row, col in data.train.places.groups[2].tolist()}
     assert ponds_of == {(1, r, c) for r in (40, 41) for c in (30, 31)} | {
         (0, r, c) for r in (70, 71, 72) for c in (60, 61, 62)
@@ -176,7 +178,7 @@ def test_tiles_of_further_rasters_vector_labels_and_other_resolutions_hold_their
 def test_tiles_are_functions_of_seed_and_index_whatever_the_workers(ponds, sampler) -> None:
     def train(seed: int):
         augment = AugmentConfig(flips=True, gain=0.1, scale=(0.8, 1.2))
-        return build_datamodule(config(ponds, sampler=sampler, augment=augment), seed=seed).train
+        return build_segmentation_datamodule(config(ponds, sampler=sampler, augment=augment), seed=seed).train
 
     alone = list(DataLoader(train(0), batch_size=None, sampler=EpochSampler(60)))
     with_workers = DataLoader(train(0), batch_size=None, sampler=EpochSampler(60), num_workers=2)
@@ -190,7 +192,9 @@ def test_tiles_are_functions_of_seed_and_index_whatever_the_workers(ponds, sampl
 def test_a_grid_gives_every_tile_once_an_epoch_in_another_order_each(ponds, tmp_path) -> None:
     more = write_scene(tmp_path, "small", np.zeros((20, 70), np.uint8))
     region = replace(ponds, region=[10, 20, 100, 65])
-    data = build_datamodule(config(region, extra_train=[more], sampler="grid", tiles_per_epoch=0, batch_size=5), seed=0)
+    data = build_segmentation_datamodule(
+        config(region, extra_train=[more], sampler="grid", tiles_per_epoch=0, batch_size=5), seed=0
+    )
     assert len(data.train) == 4 * 3 + 3
     loader = data.train_dataloader()
     assert sum(len(batch[0]) for batch in loader) == 15
@@ -201,13 +205,15 @@ def test_a_grid_gives_every_tile_once_an_epoch_in_another_order_each(ponds, tmp_
         assert sorted(epoch, key=repr) == sorted(expected, key=repr)
     assert epochs[0] != epochs[1]
     assert (
-        windows_of(build_datamodule(config(region, extra_train=[more], sampler="grid"), seed=1).train, range(15))
+        windows_of(
+            build_segmentation_datamodule(config(region, extra_train=[more], sampler="grid"), seed=1).train, range(15)
+        )
         != (epochs[0])
     )
 
 
 def test_the_rest_of_a_grid_is_a_smaller_batch(ponds) -> None:
-    data = build_datamodule(config(ponds, sampler="grid", batch_size=8), seed=0)
+    data = build_segmentation_datamodule(config(ponds, sampler="grid", batch_size=8), seed=0)
     batches = [len(images) for images, *_ in data.train_dataloader()]
     assert sum(batches) == len(data.train) == 49
     assert batches[-1] == 1
@@ -215,7 +221,7 @@ def test_the_rest_of_a_grid_is_a_smaller_batch(ponds) -> None:
 
 def test_tiles_of_a_grid_lie_around_its_middle_at_other_resolutions(ponds) -> None:
     augment = AugmentConfig(flips=False, resolution=(2.0, 8.0))
-    data = build_datamodule(config(ponds, sampler="grid", augment=augment), seed=0)
+    data = build_segmentation_datamodule(config(ponds, sampler="grid", augment=augment), seed=0)
     # Tiles of 4 m, the middle between 2 and 8, are 64 px of 2 m.
     assert len(data.train) == 4 * 4
     assert all(tile.height == 64 for _, tile in data.train.places.tiles)
@@ -229,10 +235,10 @@ def test_tiles_of_a_grid_lie_around_its_middle_at_other_resolutions(ponds) -> No
 
 def test_unknown_samplers_are_refused_and_absent_classes_told(ponds, tmp_path) -> None:
     with pytest.raises(ConfigError, match=r"data\.sampler must be one of random, balanced, grid, got even"):
-        build_datamodule(config(ponds, sampler="even"), seed=0)
+        build_segmentation_datamodule(config(ponds, sampler="even"), seed=0)
     bare = write_scene(tmp_path, "bare", np.zeros((64, 64), np.uint8))
     with pytest.warns(DataWarning, match=r"2 of 3 classes have no pixel among all labelled ones of data.train: water"):
-        data = build_datamodule(config(bare, sampler="balanced"), seed=0)
+        data = build_segmentation_datamodule(config(bare, sampler="balanced"), seed=0)
     assert data.train[0][1].unique().tolist() in ([0], [0, IGNORE_INDEX])
 
 
@@ -241,7 +247,7 @@ def test_absent_classes_that_do_not_exclude_each_other_are_told(tmp_path) -> Non
     layers[0, :9] = 1
     region = write_scene(tmp_path, "layers", layers)
     with pytest.warns(DataWarning, match=r"1 of 2 classes have no pixel among 3,776 labelled ones of data.val .*: b$"):
-        build_datamodule(config(region, classes=["a", "b"], multilabel=True), seed=0)
+        build_segmentation_datamodule(config(region, classes=["a", "b"], multilabel=True), seed=0)
     none = write_scene(tmp_path, "none", np.zeros((1, 64, 64), np.uint8))
     with pytest.warns(DataWarning, match="1 of 1 classes have no pixel"):
-        build_datamodule(config(none, classes=["a"], multilabel=True), seed=0)
+        build_segmentation_datamodule(config(none, classes=["a"], multilabel=True), seed=0)

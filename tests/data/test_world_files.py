@@ -6,7 +6,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from perf_vit.data import DataConfig, RegionConfig, build_datamodule, read_object_labels
+from perf_vit.data import (
+    SegmentationDataConfig,
+    SegmentationSplitConfig,
+    build_segmentation_datamodule,
+    read_object_labels,
+)
 from perf_vit.errors import DataWarning, InputError
 
 SIZE = 64
@@ -41,9 +46,9 @@ def test_polygons_are_placed_by_the_world_file_or_in_pixels(tmp_path, case) -> N
     images, labels = _folders(tmp_path, *CASES[case])
     index = read_object_labels(labels, images, label_format="polygons", classes=["t"])
     assert index.records[0].boxes_xyxy.tolist() == [[10, 20, 30, 40]]
-    region = RegionConfig(image=str(images), labels=str(labels))
-    config = DataConfig(train=region, val=region, classes=["sea", "t"], background="sea", tile_px=SIZE)
-    _, mask, _ = build_datamodule(config, seed=0).val[0]
+    region = SegmentationSplitConfig(image=str(images), labels=str(labels))
+    config = SegmentationDataConfig(train=region, val=region, classes=["sea", "t"], background="sea", tile_px=SIZE)
+    _, mask, _ = build_segmentation_datamodule(config, seed=0).val[0]
     expected = np.zeros((SIZE, SIZE), np.int64)
     expected[20:40, 10:30] = 1
     assert np.array_equal(mask.numpy(), expected)
@@ -57,7 +62,7 @@ def test_labels_that_fit_both_are_told_once(tmp_path) -> None:
 
 def test_labels_of_a_mask_that_lie_on_neither_are_refused(tmp_path) -> None:
     images, labels = _folders(tmp_path, (1000, 2000), (5000, 5000, 5010, 5010))
-    region = RegionConfig(image=str(images), labels=str(labels))
-    config = DataConfig(train=region, val=region, classes=["sea", "t"], background="sea", tile_px=SIZE)
+    region = SegmentationSplitConfig(image=str(images), labels=str(labels))
+    config = SegmentationDataConfig(train=region, val=region, classes=["sea", "t"], background="sea", tile_px=SIZE)
     with pytest.raises(InputError, match="don't overlap"):
-        build_datamodule(config, seed=0)
+        build_segmentation_datamodule(config, seed=0)

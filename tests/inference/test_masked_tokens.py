@@ -8,16 +8,16 @@ import torch
 from torch import Tensor, nn
 
 from perf_vit import open_source
-from perf_vit.data import DataConfig, RegionConfig, build_datamodule
+from perf_vit.data import SegmentationDataConfig, SegmentationSplitConfig, build_segmentation_datamodule
 from perf_vit.data.augmenting import AugmentConfig
 from perf_vit.inference import SegmentationPredictOptions, SegmentationPredictor
-from perf_vit.models import ModelConfig, Segmenter, SegmenterSpec, build_segmenter
-from perf_vit.tasks import OptimConfig, SegmentationTask
+from perf_vit.models import SegmentationModelConfig, SegmentationSpec, Segmenter, build_segmenter
+from perf_vit.tasks import SegmentationOptimConfig, SegmentationTask
 from perf_vit.transforms import Normalizer
 
 TILE_PX = 64
 STATISTICS = {"mean": [15_000.0] * 3, "std": [8_000.0] * 3}
-SPEC = SegmenterSpec(
+SPEC = SegmentationSpec(
     classes=("a", "b"), normalizer=Normalizer(*(tuple(each) for each in STATISTICS.values())), tile_px=TILE_PX
 )
 # Small features of attention, that differ from token to token.
@@ -38,8 +38,10 @@ def half_empty(make_scene):
     return make_scene(pixels=pixels, nodata=0)
 
 
-def config_of(backbone: str) -> ModelConfig:
-    return ModelConfig(backbone=backbone, backbone_kwargs=BACKBONES[backbone], out_indices=[1], head="linear")
+def config_of(backbone: str) -> SegmentationModelConfig:
+    return SegmentationModelConfig(
+        backbone=backbone, backbone_kwargs=BACKBONES[backbone], out_indices=[1], head="linear"
+    )
 
 
 def token_mask(tile: Tensor, patch_px: int) -> Tensor:
@@ -100,15 +102,15 @@ def test_training_masks_tokens_without_a_valid_pixel(half_empty, make_scene, bac
     torch.manual_seed(0)
     classes = np.random.default_rng(1).integers(0, 2, (1, TILE_PX, TILE_PX)).astype(np.uint8)
     labels = make_scene(pixels=classes, nodata=None)
-    region = RegionConfig(image=str(half_empty), labels=str(labels))
-    data = build_datamodule(
-        DataConfig(
+    region = SegmentationSplitConfig(image=str(half_empty), labels=str(labels))
+    data = build_segmentation_datamodule(
+        SegmentationDataConfig(
             train=region, val=region, classes=["a", "b"], tile_px=TILE_PX, tiles_per_epoch=2, batch_size=2,
             augment=AugmentConfig(), **STATISTICS,
         ),
         seed=0,
     )  # fmt: skip
-    task = SegmentationTask(config_of(backbone), SPEC, OptimConfig())
+    task = SegmentationTask(config_of(backbone), SPEC, SegmentationOptimConfig())
     task.model.train()
     batch = next(iter(data.train_dataloader()))
     tile, features = features_of(task.model, lambda: task.training_step(batch, 0))

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from perf_vit import open_source
-from perf_vit.data import scene_tile, standardized
+from perf_vit.data import image_tile, standardized
 from perf_vit.inference import embed_windows, predict_objects, predict_strips
 from perf_vit.tiling import grid_windows
 from perf_vit.transforms import Normalizer
@@ -83,7 +83,7 @@ def embeddings(source: Source, see: See) -> None:
 
 
 def whole_images(source: Source, see: See) -> None:
-    pixels, valid = scene_tile(source, NORMALIZER, 32, None)
+    pixels, valid = image_tile(source, NORMALIZER, 32, None)
     see(torch.from_numpy(pixels)[None], torch.from_numpy(valid)[None])
 
 

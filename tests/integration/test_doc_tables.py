@@ -17,18 +17,18 @@ from perf_vit.cli.schemas import (
     DistillationRun,
     RegressionRun,
     SegmentationRun,
-    SlideRun,
+    SlideClassificationRun,
 )
 
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-TASKS = (SegmentationRun, DetectionRun, ClassificationRun, RegressionRun, SlideRun)
+TASKS = (SegmentationRun, DetectionRun, ClassificationRun, RegressionRun, SlideClassificationRun)
 OF_PAGE = {
     "segmentation.md": (SegmentationRun,),
     "detection.md": (DetectionRun,),
     "oriented.md": (DetectionRun,),
     "classification.md": (ClassificationRun, RegressionRun),
-    "slide_classification.md": (SlideRun,),
+    "slide_classification.md": (SlideClassificationRun,),
     "distillation.md": (DistillationRun,),
 }
 SECTIONS = {"data", "model", "optim", "trainer", "teacher", "student", "pair"}

@@ -6,7 +6,7 @@ import torch
 from oriented_scenes import Picture, as_labels, draw_rectangles
 
 from perf_vit.inference import predict_objects
-from perf_vit.models import Detector, DetectorConfig, DetectorSpec, build_detector
+from perf_vit.models import DetectionModelConfig, DetectionSpec, Detector, build_detector
 from perf_vit.ops.oriented_boxes import oriented_iou_matrix
 from perf_vit.tasks.oriented_metrics import OrientedAveragePrecision
 from perf_vit.transforms import Normalizer
@@ -15,7 +15,7 @@ from perf_vit.types import ObjectLabels
 
 def small_detector() -> Detector:
     torch.manual_seed(0)
-    config = DetectorConfig(
+    config = DetectionModelConfig(
         backbone="test_resnet",
         strides=[4, 8],
         channels=32,
@@ -23,7 +23,7 @@ def small_detector() -> Detector:
         head_kwargs={"num_convs": 1},
     )
     normalizer = Normalizer((0.0,) * 3, (1.0,) * 3)
-    return build_detector(config, DetectorSpec(classes=("red", "green"), normalizer=normalizer, tile_px=96))
+    return build_detector(config, DetectionSpec(classes=("red", "green"), normalizer=normalizer, tile_px=96))
 
 
 def fit(model: Detector, batches: list[list[tuple[np.ndarray, ObjectLabels]]]) -> Detector:

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from doc_examples import examples, run
 
-from perf_vit.models import ModelConfig
+from perf_vit.models import SegmentationModelConfig
 
 
 def test_the_example_of_folders_gives_batches(tmp_path, monkeypatch) -> None:
@@ -19,7 +19,7 @@ def test_the_example_of_folders_gives_batches(tmp_path, monkeypatch) -> None:
 
 def test_the_default_backbone_is_the_one_that_the_page_names() -> None:
     page = (Path(__file__).parents[2] / "docs" / "segmentation.md").read_text(encoding="utf-8")
-    assert f"| `model.backbone` | `{ModelConfig().backbone}` |" in page
+    assert f"| `model.backbone` | `{SegmentationModelConfig().backbone}` |" in page
 
 
 def test_what_a_shell_would_take_apart_is_quoted() -> None:

@@ -7,7 +7,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from perf_vit.data import DataConfig, RegionConfig, build_datamodule, find_images, read_object_labels
+from perf_vit.data import (
+    SegmentationDataConfig,
+    SegmentationSplitConfig,
+    build_segmentation_datamodule,
+    find_images,
+    read_object_labels,
+)
 from perf_vit.data.image_targets import read_class_folders
 from perf_vit.data.label_folders import find_label_pairs
 from perf_vit.errors import DataWarning
@@ -67,8 +73,15 @@ def test_masks_and_images_of_folders_are_paired(tmp_path) -> None:
         Image.fromarray(np.arange(4096).reshape(64, 64).astype(np.uint8) % 2).save(masks / name)
     _litter(masks)
     assert [pair[0].name for pair in find_label_pairs(images, masks)] == ["0.png", "1.png"]
-    region = RegionConfig(image=str(images), labels=str(masks))
-    assert len(build_datamodule(DataConfig(train=region, val=region, classes=["a", "b"], tile_px=64), seed=0).val) == 2
+    region = SegmentationSplitConfig(image=str(images), labels=str(masks))
+    assert (
+        len(
+            build_segmentation_datamodule(
+                SegmentationDataConfig(train=region, val=region, classes=["a", "b"], tile_px=64), seed=0
+            ).val
+        )
+        == 2
+    )
 
 
 def _voc(folder: Path, name: str) -> None:

@@ -12,12 +12,12 @@ import perf_vit
 from perf_vit.errors import ConfigError
 from perf_vit.models import (
     CHECKPOINT_KEY,
+    ClassificationModelConfig,
+    ClassificationSpec,
     Classifier,
-    ClassifierConfig,
-    ClassifierSpec,
     LoraConfig,
-    SlideModelConfig,
-    SlideSpec,
+    SlideClassificationModelConfig,
+    SlideClassificationSpec,
     build_classifier,
     build_slide_classifier,
     checkpoint_metadata,
@@ -46,7 +46,7 @@ def test_a_backbone_may_be_named_with_the_tag_of_its_weights() -> None:
 
 
 def make(backbone: str, *, kind: str = "single_label", tile_px: int = 48, **options) -> Classifier:
-    spec = ClassifierSpec(
+    spec = ClassificationSpec(
         kind=kind,
         classes=("a", "b", "c"),
         normalizer=Normalizer((0.0,) * 4, (1.0,) * 4),
@@ -54,7 +54,7 @@ def make(backbone: str, *, kind: str = "single_label", tile_px: int = 48, **opti
         target_mean=(1.0, 2.0, 3.0) if kind == "regression" else (),
         target_std=(1.0, 10.0, 100.0) if kind == "regression" else (),
     )
-    config = ClassifierConfig(backbone=backbone, backbone_kwargs=BACKBONES.get(backbone, {}), **options)
+    config = ClassificationModelConfig(backbone=backbone, backbone_kwargs=BACKBONES.get(backbone, {}), **options)
     return build_classifier(config, spec)
 
 
@@ -140,7 +140,7 @@ def test_low_rank_additions_are_trained_with_what_is_on_top_and_load_as_the_plai
     assert all(".lora_" in name or "head" in name or "attn_pool" in name for name in names)
     assert {"network.head.weight", "network.attn_pool.q.weight"} <= names
     torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1).step()
-    config = ClassifierConfig(
+    config = ClassificationModelConfig(
         backbone="vit_tiny_patch16_224", backbone_kwargs=SMALL, lora=LoraConfig(rank=2), pool="map"
     )
     state = {f"model.{name}": value for name, value in model.state_dict().items()}
@@ -157,15 +157,15 @@ def test_a_converted_folder_keeps_its_weights_under_any_pool(tmp_path: Path, poo
     teacher = timm.create_model("vit_tiny_patch16_224", num_classes=0, img_size=48, **SMALL)
     folder = tmp_path / "converted"
     perf_vit.save_converted(perf_vit.linearize(teacher), folder)
-    spec = ClassifierSpec(
+    spec = ClassificationSpec(
         kind="multilabel", classes=("a", "b"), normalizer=Normalizer((0.0,) * 3, (1.0,) * 3), tile_px=32
     )
-    config = ClassifierConfig(backbone=str(folder), pool=pool)
+    config = ClassificationModelConfig(backbone=str(folder), pool=pool)
     model = build_classifier(config, spec)
     assert torch.equal(model.network.blocks[0].attn.qkv.weight, teacher.blocks[0].attn.qkv.weight)
     assert torch.equal(model.network.norm.weight, teacher.norm.weight)
     # Of a checkpoint, the folder may be gone.
-    again = build_classifier(ClassifierConfig(backbone="gone", pool=pool), spec, model.saved_backbone)
+    again = build_classifier(ClassificationModelConfig(backbone="gone", pool=pool), spec, model.saved_backbone)
     again.load_state_dict(model.state_dict())
     image = torch.randn(1, 3, 32, 32)
     assert torch.allclose(again.eval()(image), model.eval()(image), atol=1e-5)
@@ -215,8 +215,8 @@ def test_gated_attention_is_that_of_the_paper() -> None:
 
 
 def make_slide_classifier(**options) -> torch.nn.Module:
-    spec = SlideSpec(classes=("a", "b"), normalizer=Normalizer((0.0,) * 3, (1.0,) * 3), tile_px=32)
-    config = SlideModelConfig(
+    spec = SlideClassificationSpec(classes=("a", "b"), normalizer=Normalizer((0.0,) * 3, (1.0,) * 3), tile_px=32)
+    config = SlideClassificationModelConfig(
         **{
             "backbone": "performer_vit_tiny_patch16_224",
             "backbone_kwargs": SMALL,

@@ -10,14 +10,14 @@ import torch
 from perf_vit.errors import CheckpointError
 from perf_vit.models import (
     CHECKPOINT_KEY,
-    ClassifierConfig,
-    ClassifierSpec,
-    DetectorConfig,
-    DetectorSpec,
-    ModelConfig,
-    SegmenterSpec,
-    SlideModelConfig,
-    SlideSpec,
+    ClassificationModelConfig,
+    ClassificationSpec,
+    DetectionModelConfig,
+    DetectionSpec,
+    SegmentationModelConfig,
+    SegmentationSpec,
+    SlideClassificationModelConfig,
+    SlideClassificationSpec,
     build_classifier,
     build_detector,
     build_segmenter,
@@ -41,26 +41,26 @@ TASKS = {
     "segmentation": (
         load_segmenter,
         build_segmenter,
-        ModelConfig(**BACKBONE, out_indices=[0], head="linear"),
-        SegmenterSpec(classes=("a", "b"), **SHARED),
+        SegmentationModelConfig(**BACKBONE, out_indices=[0], head="linear"),
+        SegmentationSpec(classes=("a", "b"), **SHARED),
     ),
     "detection": (
         load_detector,
         build_detector,
-        DetectorConfig(**BACKBONE, out_indices=[0], strides=[8, 16], channels=64),
-        DetectorSpec(classes=("a", "b"), **SHARED),
+        DetectionModelConfig(**BACKBONE, out_indices=[0], strides=[8, 16], channels=64),
+        DetectionSpec(classes=("a", "b"), **SHARED),
     ),
     "classification": (
         load_classifier,
         build_classifier,
-        ClassifierConfig(**BACKBONE, pool="avg"),
-        ClassifierSpec(classes=("a", "b"), kind="single_label", **SHARED),
+        ClassificationModelConfig(**BACKBONE, pool="avg"),
+        ClassificationSpec(classes=("a", "b"), kind="single_label", **SHARED),
     ),
-    "slide": (
+    "slide_classification": (
         load_slide_classifier,
         build_slide_classifier,
-        SlideModelConfig(**BACKBONE, pool="avg", hidden_dim=8, attention_dim=8),
-        SlideSpec(classes=("a", "b"), mpp=0.5, **SHARED),
+        SlideClassificationModelConfig(**BACKBONE, pool="avg", hidden_dim=8, attention_dim=8),
+        SlideClassificationSpec(classes=("a", "b"), mpp=0.5, **SHARED),
     ),
 }
 

@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 from perf_vit.errors import CheckpointError, ConfigError, InputError
 from perf_vit.models import (
     CHECKPOINT_KEY,
-    DetectorConfig,
-    DetectorSpec,
+    DetectionModelConfig,
+    DetectionSpec,
     build_detector,
     checkpoint_metadata,
     checkpoint_task,
@@ -35,8 +35,8 @@ OPTIONS = {
 VIT = {"backbone": "performer_vit_tiny_patch16_224", "backbone_kwargs": {"depth": 1}, "out_indices": [0]}
 
 
-def spec_of(num_bands: int = 3, num_classes: int = 3) -> DetectorSpec:
-    return DetectorSpec(
+def spec_of(num_bands: int = 3, num_classes: int = 3) -> DetectionSpec:
+    return DetectionSpec(
         classes=tuple("abcdef"[:num_classes]),
         normalizer=Normalizer((0.0,) * num_bands, (1.0,) * num_bands),
         tile_px=96,
@@ -46,7 +46,7 @@ def spec_of(num_bands: int = 3, num_classes: int = 3) -> DetectorSpec:
 def detector(head: str = "fcos", num_bands: int = 3, **changes):
     torch.manual_seed(0)
     options = {"head_kwargs": {**LIMITS, **OPTIONS[head]}, "channels": 64, **VIT, **changes}
-    return build_detector(DetectorConfig(head=head, **options), spec_of(num_bands))
+    return build_detector(DetectionModelConfig(head=head, **options), spec_of(num_bands))
 
 
 def labels_of(boxes, labels, height: int, width: int, ignored=None) -> ObjectLabels:
@@ -277,7 +277,7 @@ def test_frozen_norms_keep_statistics_and_weights_and_a_frozen_backbone_all() ->
 
 @pytest.mark.parametrize("head", HEADS)
 def test_a_checkpoint_gives_the_same_detections(head, tmp_path) -> None:
-    config = DetectorConfig(head=head, head_kwargs=LIMITS, channels=64, **VIT)
+    config = DetectionModelConfig(head=head, head_kwargs=LIMITS, channels=64, **VIT)
     torch.manual_seed(0)
     model = build_detector(config, spec_of(4)).eval()
     state = {f"model.{name}": value for name, value in model.state_dict().items()}
@@ -309,7 +309,7 @@ def test_a_checkpoint_gives_the_same_detections(head, tmp_path) -> None:
 )
 def test_configs_that_fit_nothing_are_one_clear_line(changes, message) -> None:
     with pytest.raises(ConfigError, match=message):
-        build_detector(DetectorConfig(**{"channels": 64, **VIT, **changes}), spec_of())
+        build_detector(DetectionModelConfig(**{"channels": 64, **VIT, **changes}), spec_of())
 
 
 def test_tiles_with_other_bands_and_labels_without_masks_are_refused() -> None:

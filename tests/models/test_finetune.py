@@ -8,13 +8,13 @@ import torch
 from perf_vit.errors import ConfigError
 from perf_vit.models import (
     CHECKPOINT_KEY,
-    ClassifierConfig,
-    ClassifierSpec,
-    DetectorConfig,
-    DetectorSpec,
+    ClassificationModelConfig,
+    ClassificationSpec,
+    DetectionModelConfig,
+    DetectionSpec,
     LoraConfig,
-    ModelConfig,
-    SegmenterSpec,
+    SegmentationModelConfig,
+    SegmentationSpec,
     build_classifier,
     build_detector,
     build_segmenter,
@@ -26,13 +26,13 @@ from perf_vit.models.finetune import merge_lora
 from perf_vit.transforms import Normalizer
 
 STATISTICS = Normalizer((0.0,) * 3, (1.0,) * 3)
-TINY = ModelConfig(
+TINY = SegmentationModelConfig(
     backbone="performer_vit_tiny_patch16_224",
     backbone_kwargs={"depth": 3, "embed_dim": 24, "attn_kwargs": {"num_features": 8}},
     out_indices=[0, 2],
     head="linear",
 )
-SPEC = SegmenterSpec(classes=("a", "b"), normalizer=STATISTICS, tile_px=32)
+SPEC = SegmentationSpec(classes=("a", "b"), normalizer=STATISTICS, tile_px=32)
 
 
 def images(size: int = 32) -> torch.Tensor:
@@ -54,8 +54,8 @@ def test_the_last_blocks_are_trained_and_the_others_evaluated() -> None:
 def test_frozen_norms_keep_weights_and_statistics_of_a_segmenter_and_a_classifier() -> None:
     config = replace(TINY, backbone="resnet18", backbone_kwargs={}, out_indices=[1, 2], freeze_norms=True)
     segmenter = build_segmenter(config, SPEC)
-    spec = ClassifierSpec(kind="single_label", classes=("a", "b"), normalizer=STATISTICS, tile_px=32)
-    classifier = build_classifier(ClassifierConfig(backbone="resnet18", freeze_norms=True), spec)
+    spec = ClassificationSpec(kind="single_label", classes=("a", "b"), normalizer=STATISTICS, tile_px=32)
+    classifier = build_classifier(ClassificationModelConfig(backbone="resnet18", freeze_norms=True), spec)
     for model, backbone in ((segmenter, segmenter.backbone), (classifier, classifier.network)):
         model.train()
         before = {name: value.clone() for name, value in backbone.named_buffers()}
@@ -166,11 +166,11 @@ def test_a_checkpoint_with_low_rank_additions_loads_as_the_plain_network(tmp_pat
 
 def test_a_detector_with_low_rank_additions_loads_as_the_plain_network(tmp_path) -> None:
     pytest.importorskip("peft", exc_type=ImportError, reason="pip install perf-vit[peft]")
-    config = DetectorConfig(
+    config = DetectionModelConfig(
         backbone=TINY.backbone, backbone_kwargs=TINY.backbone_kwargs, out_indices=[2], strides=[8], channels=64,
         head_kwargs={"num_convs": 1}, lora=LoraConfig(targets=["qkv"]),
     )  # fmt: skip
-    model = build_detector(config, DetectorSpec(classes=("a",), normalizer=STATISTICS, tile_px=32))
+    model = build_detector(config, DetectionSpec(classes=("a",), normalizer=STATISTICS, tile_px=32))
     trained(model, lambda: sum(level.square().mean() for level in model._levels(images())[0]))
     path = tmp_path / "best.ckpt"
     state = {f"model.{name}": value for name, value in model.state_dict().items()}

@@ -11,7 +11,7 @@ from synthetic_slide import make_slide
 
 from perf_vit.errors import DataWarning, InputError
 from perf_vit.io import RasterSource, open_source
-from perf_vit.models import ClassifierSpec, DetectorSpec, InputSpec, SegmenterSpec, SlideSpec
+from perf_vit.models import ClassificationSpec, DetectionSpec, InputSpec, SegmentationSpec, SlideClassificationSpec
 from perf_vit.transforms import InputBands, InputCheck, Normalizer
 from perf_vit.types import GeoImage, Window
 
@@ -31,11 +31,11 @@ SHARED = {
 SPECS = [
     InputSpec(),
     InputSpec(**SHARED),
-    SegmenterSpec(**SHARED, background="x", multilabel=True),
-    DetectorSpec(**SHARED, score_threshold=0.3, kind="masks", category_ids=(7, 9)),
-    ClassifierSpec(**SHARED, kind="regression", resize=True, target_mean=(1.0, 2.0), target_std=(3.0, 4.0)),
-    ClassifierSpec(classes=("x",), normalizer=THREE, tile_px=32, kind="single_label"),
-    SlideSpec(**SHARED, min_tissue=0.1),
+    SegmentationSpec(**SHARED, background="x", multilabel=True),
+    DetectionSpec(**SHARED, score_threshold=0.3, kind="masks", category_ids=(7, 9)),
+    ClassificationSpec(**SHARED, kind="regression", resize=True, target_mean=(1.0, 2.0), target_std=(3.0, 4.0)),
+    ClassificationSpec(classes=("x",), normalizer=THREE, tile_px=32, kind="single_label"),
+    SlideClassificationSpec(**SHARED, min_tissue=0.1),
 ]
 
 
@@ -107,11 +107,11 @@ def test_a_level_that_is_given_replaces_the_mpp_of_the_model(tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize("num_bands", [1, 2, 4])
-@pytest.mark.parametrize("kind", [SegmenterSpec, DetectorSpec, ClassifierSpec, SlideSpec])
+@pytest.mark.parametrize("kind", [SegmentationSpec, DetectionSpec, ClassificationSpec, SlideClassificationSpec])
 def test_another_number_of_bands_is_refused_with_one_message(make_scene, kind, num_bands: int) -> None:
-    more = {"kind": "single_label"} if kind is ClassifierSpec else {}
+    more = {"kind": "single_label"} if kind is ClassificationSpec else {}
     spec, path = kind(classes=("a", "b"), normalizer=THREE, tile_px=32, **more), make_scene(num_bands=num_bands)
-    if num_bands == 1 and kind in (DetectorSpec, ClassifierSpec):
+    if num_bands == 1 and kind in (DetectionSpec, ClassificationSpec):
         # Grey images are read as three equal bands.
         assert spec.open(path).num_bands == 1
         return

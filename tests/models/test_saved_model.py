@@ -12,7 +12,13 @@ import perf_vit
 from perf_vit.errors import CheckpointError, OutputError
 from perf_vit.layers import redraw_projections
 from perf_vit.layers.mixer import get_mixer
-from perf_vit.models import ModelConfig, SegmenterSpec, build_segmenter, checkpoint_metadata, load_segmenter
+from perf_vit.models import (
+    SegmentationModelConfig,
+    SegmentationSpec,
+    build_segmenter,
+    checkpoint_metadata,
+    load_segmenter,
+)
 from perf_vit.models.convert import converted_layers
 from perf_vit.models.saved_model import load_softmax
 from perf_vit.models.weights import create_with_weights, read_weights
@@ -275,8 +281,8 @@ def test_a_file_without_weights_is_refused(content, message, tmp_path) -> None:
 
 @torch.no_grad()
 def test_a_folder_is_a_backbone_and_the_checkpoint_does_without_it(saved, tmp_path) -> None:
-    config = ModelConfig(backbone=str(saved), out_indices=[0, 2], head_kwargs={"channels": [8, 8, 8, 8]})
-    spec = SegmenterSpec(classes=("a", "b"), normalizer=Normalizer((0.0,) * 5, (1.0,) * 5), tile_px=64)
+    config = SegmentationModelConfig(backbone=str(saved), out_indices=[0, 2], head_kwargs={"channels": [8, 8, 8, 8]})
+    spec = SegmentationSpec(classes=("a", "b"), normalizer=Normalizer((0.0,) * 5, (1.0,) * 5), tile_px=64)
     model = build_segmenter(config, spec).eval()
     weight = build().blocks[1].attn.qkv.weight
     assert torch.equal(model.backbone.model.blocks[1].attn.qkv.weight, weight)
@@ -293,9 +299,9 @@ def test_a_folder_is_a_backbone_and_the_checkpoint_does_without_it(saved, tmp_pa
 
 
 def test_a_folder_without_a_converted_model_is_no_backbone(tmp_path) -> None:
-    spec = SegmenterSpec(classes=("a", "b"), normalizer=Normalizer((0.0,) * 3, (1.0,) * 3), tile_px=64)
+    spec = SegmentationSpec(classes=("a", "b"), normalizer=Normalizer((0.0,) * 3, (1.0,) * 3), tile_px=64)
     with pytest.raises(CheckpointError, match=r"no config\.json in"):
-        build_segmenter(ModelConfig(backbone=str(tmp_path)), spec)
+        build_segmenter(SegmentationModelConfig(backbone=str(tmp_path)), spec)
 
 
 @torch.no_grad()
@@ -303,8 +309,8 @@ def test_patches_that_no_head_can_double_are_resampled(tmp_path) -> None:
     model = build("vit_small_patch14_dinov2", embed_dim=96, num_heads=3, num_classes=0)
     folder = perf_vit.save_converted(perf_vit.linearize(model, **OPTIONS), tmp_path / "saved")
     options = {"out_indices": [0, 2], "head_kwargs": {"channels": [8, 8, 8, 8]}}
-    config = ModelConfig(backbone=str(folder), backbone_kwargs={"patch_size": 16}, **options)
-    spec = SegmenterSpec(classes=("a", "b"), normalizer=Normalizer((0.0,) * 3, (1.0,) * 3), tile_px=64)
+    config = SegmentationModelConfig(backbone=str(folder), backbone_kwargs={"patch_size": 16}, **options)
+    spec = SegmentationSpec(classes=("a", "b"), normalizer=Normalizer((0.0,) * 3, (1.0,) * 3), tile_px=64)
     segmenter = build_segmenter(config, spec).eval()
     assert segmenter(images(size=96)).shape == (2, 2, 96, 96)
     assert segmenter.backbone.model.patch_embed.proj.weight.shape[-2:] == (16, 16)

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from perf_vit.errors import ConfigError
-from perf_vit.models import ModelConfig, SegmenterSpec, build_segmenter
+from perf_vit.models import SegmentationModelConfig, SegmentationSpec, build_segmenter
 from perf_vit.models.heads import DPTHead, FullResolutionHead, LinearHead, SegFormerHead, UPerNetHead
 from perf_vit.transforms import Normalizer
 from perf_vit.types import FeatureSpec
@@ -114,8 +114,8 @@ def test_many_classes_at_full_resolution_are_held_once_in_training_too(name, pat
     assert len(large.storages) == 1
 
 
-def _spec(tile_px: int) -> SegmenterSpec:
-    return SegmenterSpec(classes=("a", "b", "c"), normalizer=Normalizer((0.0,) * 4, (1.0,) * 4), tile_px=tile_px)
+def _spec(tile_px: int) -> SegmentationSpec:
+    return SegmentationSpec(classes=("a", "b", "c"), normalizer=Normalizer((0.0,) * 4, (1.0,) * 4), tile_px=tile_px)
 
 
 @pytest.mark.parametrize("head", DECODERS)
@@ -127,7 +127,7 @@ def _spec(tile_px: int) -> SegmenterSpec:
     ],
 )
 def test_configs_choose_decoders_for_plain_vits_and_pyramids(head, backbone, out_indices, kwargs):
-    config = ModelConfig(backbone=backbone, out_indices=out_indices, backbone_kwargs=kwargs, head=head)
+    config = SegmentationModelConfig(backbone=backbone, out_indices=out_indices, backbone_kwargs=kwargs, head=head)
     config.head_kwargs = {"channels": 16}
     model = build_segmenter(config, _spec(64))
     assert model(torch.randn(2, 4, 64, 96)).shape == (2, 3, 64, 96)
@@ -142,7 +142,9 @@ def test_configs_choose_decoders_for_plain_vits_and_pyramids(head, backbone, out
     ],
 )
 def test_wrong_options_of_a_head_are_one_line(change, message):
-    config = ModelConfig(backbone="performer_vit_tiny_patch16_224", backbone_kwargs={"depth": 5}, out_indices=[4])
+    config = SegmentationModelConfig(
+        backbone="performer_vit_tiny_patch16_224", backbone_kwargs={"depth": 5}, out_indices=[4]
+    )
     with pytest.raises(ConfigError, match=message) as error:
         build_segmenter(replace(config, **change), _spec(64))
     assert "\n" not in str(error.value)

@@ -6,8 +6,8 @@ import torch
 from perf_vit.errors import ConfigError
 from perf_vit.models import (
     CHECKPOINT_KEY,
-    ModelConfig,
-    SegmenterSpec,
+    SegmentationModelConfig,
+    SegmentationSpec,
     build_segmenter,
     checkpoint_metadata,
     load_segmenter,
@@ -16,16 +16,16 @@ from perf_vit.models.heads import FullResolutionHead, LinearHead
 from perf_vit.transforms import Normalizer
 from perf_vit.types import FeatureSpec
 
-TINY = ModelConfig(
+TINY = SegmentationModelConfig(
     backbone="performer_vit_tiny_patch16_224",
     backbone_kwargs={"depth": 2, "attn_kwargs": {"num_features": 32}},
     out_indices=[0, 1],
 )
 
 
-def spec(num_bands: int = 3, tile_px: int = 64) -> SegmenterSpec:
+def spec(num_bands: int = 3, tile_px: int = 64) -> SegmentationSpec:
     statistics = Normalizer((0.0,) * num_bands, (1.0,) * num_bands)
-    return SegmenterSpec(classes=("a", "b", "c"), normalizer=statistics, tile_px=tile_px)
+    return SegmentationSpec(classes=("a", "b", "c"), normalizer=statistics, tile_px=tile_px)
 
 
 @pytest.mark.parametrize("num_bands", [1, 3, 7])
@@ -48,7 +48,7 @@ def test_logits_have_the_resolution_of_the_image(num_bands: int, size: tuple[int
 def test_backbones_of_every_kind_segment_images_of_any_size(
     backbone: str, backbone_kwargs: dict, out_indices: list[int], stride: int
 ) -> None:
-    config = ModelConfig(backbone=backbone, backbone_kwargs=backbone_kwargs, out_indices=out_indices)
+    config = SegmentationModelConfig(backbone=backbone, backbone_kwargs=backbone_kwargs, out_indices=out_indices)
     model = build_segmenter(config, spec(num_bands=4)).eval()
     assert model.size_multiple == stride
     for size in ((64, 64), (96, 160)):
@@ -148,7 +148,7 @@ def test_a_frozen_backbone_keeps_weights_and_statistics_and_stays_in_evaluation_
 
 def test_a_network_whose_config_holds_tuples_is_loaded_again(tmp_path) -> None:
     kwargs = {"depth": 1, "embed_dim": 64, "num_heads": 2, "attn_kwargs": {"num_features": 16}}
-    config = ModelConfig(
+    config = SegmentationModelConfig(
         backbone="performer_vit_tiny_patch16_224", backbone_kwargs=kwargs, out_indices=(0,), head="linear"
     )
     network = build_segmenter(config, spec())

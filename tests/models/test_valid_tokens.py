@@ -12,16 +12,16 @@ from torch import Tensor, nn
 from perf_vit import linearize
 from perf_vit.inference.reader import takes_valid
 from perf_vit.models import (
+    ClassificationModelConfig,
+    ClassificationSpec,
     Classifier,
-    ClassifierConfig,
-    ClassifierSpec,
-    DetectorConfig,
-    DetectorSpec,
-    ModelConfig,
+    DetectionModelConfig,
+    DetectionSpec,
+    SegmentationModelConfig,
+    SegmentationSpec,
     Segmenter,
-    SegmenterSpec,
-    SlideModelConfig,
-    SlideSpec,
+    SlideClassificationModelConfig,
+    SlideClassificationSpec,
     build_classifier,
     build_detector,
     build_segmenter,
@@ -78,10 +78,10 @@ def tokens_without(model: Any, image: Tensor, kept: Tensor, *, norm: bool) -> Te
 
 def segmenter(backbone: str, **config: Any) -> Segmenter:
     torch.manual_seed(0)
-    model_config = ModelConfig(
+    model_config = SegmentationModelConfig(
         backbone=backbone, backbone_kwargs=BACKBONES[backbone], out_indices=[1], head="linear", **config
     )
-    return build_segmenter(model_config, SegmenterSpec(classes=("a", "b"), **SPEC)).eval()
+    return build_segmenter(model_config, SegmentationSpec(classes=("a", "b"), **SPEC)).eval()
 
 
 def gradients_of(model: nn.Module, loss: Tensor) -> list[Tensor]:
@@ -122,17 +122,17 @@ def test_maps_and_gradients_are_those_of_the_valid_tokens_alone(backbone, checkp
 
 
 def classifier(backbone: str, pool: str | None) -> tuple[Any, Callable[..., Tensor]]:
-    config = ClassifierConfig(backbone=backbone, backbone_kwargs=BACKBONES[backbone], pool=pool)
+    config = ClassificationModelConfig(backbone=backbone, backbone_kwargs=BACKBONES[backbone], pool=pool)
     model: Classifier = build_classifier(
-        config, ClassifierSpec(kind="single_label", classes=("a", "b", "c"), **SPEC)
+        config, ClassificationSpec(kind="single_label", classes=("a", "b", "c"), **SPEC)
     ).eval()
     nn.init.normal_(model.network.get_classifier().weight)
     return model.network, model
 
 
 def slide_encoder(backbone: str, pool: str | None) -> tuple[Any, Callable[..., Tensor]]:
-    config = SlideModelConfig(backbone=backbone, backbone_kwargs=BACKBONES[backbone], pool=pool)
-    model = build_slide_classifier(config, SlideSpec(classes=("a", "b"), **SPEC))
+    config = SlideClassificationModelConfig(backbone=backbone, backbone_kwargs=BACKBONES[backbone], pool=pool)
+    model = build_slide_classifier(config, SlideClassificationSpec(classes=("a", "b"), **SPEC))
     return model.encoder, model.embed
 
 
@@ -164,7 +164,7 @@ def test_whole_images_are_pooled_from_their_valid_tokens(make, backbone, pool) -
 @pytest.mark.parametrize("reduce", [1, 2])
 def test_a_detector_finds_and_learns_without_what_is_not_valid(reduce) -> None:
     torch.manual_seed(0)
-    config = DetectorConfig(
+    config = DetectionModelConfig(
         backbone="vit_tiny_patch16_224",
         backbone_kwargs={"depth": 2, "patch_size": PATCH_PX // reduce, "dynamic_img_size": True},
         out_indices=[1],
@@ -173,7 +173,7 @@ def test_a_detector_finds_and_learns_without_what_is_not_valid(reduce) -> None:
         head_kwargs={"num_convs": 1, "score_threshold": 0.0},
         reduce=reduce,
     )
-    model = build_detector(config, DetectorSpec(classes=("a",), **SPEC)).eval()
+    model = build_detector(config, DetectionSpec(classes=("a",), **SPEC)).eval()
     image, valid = batch()
     # Of another size than the backbone's, so that it is padded.
     image, valid = image[..., :60], valid[..., :60]
@@ -250,8 +250,8 @@ def test_valid_tiles_and_patches_valid_in_part_change_no_bit(backbone) -> None:
 @pytest.mark.parametrize("backbone", ["resnet18", "hct_base", "pvt_v2_b0"])
 @torch.no_grad()
 def test_other_backbones_take_no_mask(backbone) -> None:
-    config = ModelConfig(backbone=backbone, out_indices=[1, 2], head="linear")
-    model = build_segmenter(config, SegmenterSpec(classes=("a", "b"), **SPEC)).eval()
+    config = SegmentationModelConfig(backbone=backbone, out_indices=[1, 2], head="linear")
+    model = build_segmenter(config, SegmentationSpec(classes=("a", "b"), **SPEC)).eval()
     image, valid = batch()
     assert torch.equal(model(image, valid), model(image))
 

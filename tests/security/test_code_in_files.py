@@ -18,20 +18,20 @@ from safetensors.torch import save_file
 import perf_vit
 from perf_vit.cli.distilling import _student, _teacher
 from perf_vit.cli.run_folder import RunFolder
-from perf_vit.cli.schemas import DistillationRun, PairConfig
-from perf_vit.data import CropsConfig, SplitConfig
+from perf_vit.cli.schemas import DistillationModelConfig, DistillationRun
+from perf_vit.data import DistillationDataConfig, SplitConfig
 from perf_vit.data.embeddings import EmbeddingStore
 from perf_vit.errors import CheckpointError, ConfigError, InputError, PerfVitError
 from perf_vit.io import open_source
 from perf_vit.models import (
-    ClassifierConfig,
-    ClassifierSpec,
-    DetectorConfig,
-    DetectorSpec,
-    ModelConfig,
-    SegmenterSpec,
-    SlideModelConfig,
-    SlideSpec,
+    ClassificationModelConfig,
+    ClassificationSpec,
+    DetectionModelConfig,
+    DetectionSpec,
+    SegmentationModelConfig,
+    SegmentationSpec,
+    SlideClassificationModelConfig,
+    SlideClassificationSpec,
     build_classifier,
     build_detector,
     build_segmenter,
@@ -101,22 +101,29 @@ def asked(monkeypatch) -> list[str]:
 def networks() -> dict:
     spec = {"normalizer": NORMALIZER, "tile_px": 32, "classes": ("a", "b")}
     heads = {"out_indices": [0], "strides": [8], "channels": 64, "head_kwargs": {"num_convs": 1}}
-    segmenter, detector = ModelConfig(**VIT, out_indices=[0], head="linear"), DetectorConfig(**VIT, **heads)
-    classifier, slide = ClassifierConfig(**VIT), SlideModelConfig(**VIT)
+    segmenter, detector = (
+        SegmentationModelConfig(**VIT, out_indices=[0], head="linear"),
+        DetectionModelConfig(**VIT, **heads),
+    )
+    classifier, slide = ClassificationModelConfig(**VIT), SlideClassificationModelConfig(**VIT)
     outputs = {"kind": "single_label", "normalizer": NORMALIZER, "tile_px": 32, "classes": ("a", "b")}
     return {
-        "segmentation": (segmenter, lambda: build_segmenter(segmenter, SegmenterSpec(**spec)), load_segmenter),
-        "detection": (detector, lambda: build_detector(detector, DetectorSpec(**spec)), load_detector),
+        "segmentation": (segmenter, lambda: build_segmenter(segmenter, SegmentationSpec(**spec)), load_segmenter),
+        "detection": (detector, lambda: build_detector(detector, DetectionSpec(**spec)), load_detector),
         "classification": (
             classifier,
-            lambda: build_classifier(classifier, ClassifierSpec(**outputs)),
+            lambda: build_classifier(classifier, ClassificationSpec(**outputs)),
             load_classifier,
         ),
-        "slide": (slide, lambda: build_slide_classifier(slide, SlideSpec(**spec)), load_slide_classifier),
+        "slide_classification": (
+            slide,
+            lambda: build_slide_classifier(slide, SlideClassificationSpec(**spec)),
+            load_slide_classifier,
+        ),
     }
 
 
-TASKS = ("segmentation", "detection", "classification", "slide")
+TASKS = ("segmentation", "detection", "classification", "slide_classification")
 
 
 def checkpoint(task: str, path: Path, change=lambda metadata: None):
@@ -182,11 +189,11 @@ def test_neither_does_a_config(name: str, tmp_path: Path, bomb: Path, mark: Path
     value = filled(ARGUMENTS[name], bomb=bomb, folder=tmp_path / "cache")
     with pytest.raises(ConfigError, match=f"model.backbone_kwargs may hold .*, got {name}"):
         build_segmenter(
-            ModelConfig(backbone="vit_tiny_patch16_224", backbone_kwargs={name: value}),
-            SegmenterSpec(classes=("a", "b"), normalizer=NORMALIZER, tile_px=32),
+            SegmentationModelConfig(backbone="vit_tiny_patch16_224", backbone_kwargs={name: value}),
+            SegmentationSpec(classes=("a", "b"), normalizer=NORMALIZER, tile_px=32),
         )
     with pytest.raises(ConfigError, match=f"model.backbone_kwargs may hold .*, got {name}"):
-        _teacher(PairConfig(backbone="vit_tiny_patch16_224", weights=None, backbone_kwargs={name: value}))
+        _teacher(DistillationModelConfig(backbone="vit_tiny_patch16_224", weights=None, backbone_kwargs={name: value}))
     assert asked == []
     assert not mark.exists()
 
@@ -215,10 +222,10 @@ def test_a_model_folder_hands_no_loading_argument_to_timm(
     for load in (
         perf_vit.load_converted,
         load_softmax,
-        lambda folder: _student(PairConfig(backbone="vit_tiny_patch16_224", student=str(folder)), teacher),
+        lambda folder: _student(DistillationModelConfig(backbone="vit_tiny_patch16_224", student=str(folder)), teacher),
         lambda folder: build_segmenter(
-            ModelConfig(backbone=str(folder), out_indices=[0]),
-            SegmenterSpec(classes=("a", "b"), normalizer=NORMALIZER, tile_px=32),
+            SegmentationModelConfig(backbone=str(folder), out_indices=[0]),
+            SegmentationSpec(classes=("a", "b"), normalizer=NORMALIZER, tile_px=32),
         ),
     ):
         with pytest.raises(CheckpointError, match=f"model_args of .*converted may hold .*, got {name}"):
@@ -286,7 +293,7 @@ def test_a_checkpoint_names_no_folder_and_no_address(
     assert asked == []
 
 
-@pytest.mark.parametrize("task", ["segmentation", "slide"])
+@pytest.mark.parametrize("task", ["segmentation", "slide_classification"])
 def test_a_checkpoint_names_no_mask_of_tissue(task: str, tmp_path: Path) -> None:
     url = "/vsicurl/https://example.invalid/mask.tif"
     load = checkpoint(task, tmp_path / "x.ckpt", lambda metadata: metadata["spec"].update(tissue=url))
@@ -304,7 +311,7 @@ def test_weights_that_are_pickles_of_anything_else_are_refused(
         with pytest.raises(CheckpointError, match=r"can't read .* as weights"):
             read_weights(path)
         with pytest.raises(PerfVitError, match=r"can't read .* as weights"):
-            _teacher(PairConfig(backbone="vit_tiny_patch16_224", weights=str(path)))
+            _teacher(DistillationModelConfig(backbone="vit_tiny_patch16_224", weights=str(path)))
         for load in (checkpoint_task, load_segmenter, load_detector, load_classifier, load_slide_classifier):
             with pytest.raises(CheckpointError, match=r"can't read .* as a checkpoint"):
                 load(path)
@@ -322,8 +329,8 @@ def test_a_run_is_not_resumed_from_a_pickle_of_anything_else(tmp_path: Path, mar
     torch.save({"state_dict": {}, "callbacks": Payload(mark)}, run / "checkpoints" / "last.ckpt")
     config = DistillationRun(
         out=str(run),
-        model=PairConfig(backbone="vit_tiny_patch16_224"),
-        data=CropsConfig(train=SplitConfig(image="x"), val=SplitConfig(image="x")),
+        model=DistillationModelConfig(backbone="vit_tiny_patch16_224"),
+        data=DistillationDataConfig(train=SplitConfig(image="x"), val=SplitConfig(image="x")),
         resume=True,
     )
     trainer = lightning.Trainer(max_epochs=1, accelerator="cpu", logger=False, enable_progress_bar=False)

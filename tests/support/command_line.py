@@ -7,7 +7,7 @@ import torch
 
 from perf_vit.cli.main import run
 from perf_vit.data.synthetic import ShipScene
-from perf_vit.models import CHECKPOINT_KEY, DetectorConfig, DetectorSpec, build_detector, checkpoint_metadata
+from perf_vit.models import CHECKPOINT_KEY, DetectionModelConfig, DetectionSpec, build_detector, checkpoint_metadata
 
 SMALL = [
     "data.tile_px=64",
@@ -26,10 +26,10 @@ def train_args(scene: ShipScene, out: Path, *extra: str) -> list[str]:
     return ["train", "configs/segmentation/demo.yaml", *files, f"out={out}", *SMALL, *extra]
 
 
-def save_detector(path: Path, spec: DetectorSpec, **changes) -> Path:
+def save_detector(path: Path, spec: DetectionSpec, **changes) -> Path:
     """The checkpoint of an untrained detector, which finds something everywhere."""
     torch.manual_seed(0)
-    config = DetectorConfig(**{"backbone": "resnet18", "strides": [8, 16], "channels": 64, **changes})
+    config = DetectionModelConfig(**{"backbone": "resnet18", "strides": [8, 16], "channels": 64, **changes})
     model = build_detector(config, spec)
     state = {f"model.{name}": value for name, value in model.state_dict().items()}
     torch.save({"state_dict": state, CHECKPOINT_KEY: checkpoint_metadata(config, model)}, path)

@@ -183,7 +183,7 @@ def _slide(root: Path) -> tuple[Path, Path]:
     return save_slide_classifier(root / "run" / "checkpoints" / "model.ckpt"), slide
 
 
-def predict_slides(root: Path) -> Job:
+def predict_slide_classes(root: Path) -> Job:
     """A slide's class, and where the classifier looked."""
     checkpoint, slide = _slide(root)
     output = root / "out" / "found.csv"
@@ -243,7 +243,7 @@ def evaluate_numbers(root: Path) -> Job:
     return _evaluate(root, checkpoint, images[0].parent, table, [*images, table])
 
 
-def evaluate_slides(root: Path) -> Job:
+def evaluate_slide_classifier(root: Path) -> Job:
     """A slide and a table of classes."""
     checkpoint, slide = _slide(root)
     table = root / "labels.csv"
@@ -298,12 +298,12 @@ def train_classes(root: Path) -> Job:
     return _train(root, config, files, [*images, table], "wandb/x")
 
 
-def train_slides(root: Path) -> Job:
+def train_slide_classifier(root: Path) -> Job:
     """Slides; features that exist are used, so no name of theirs is among the outputs."""
     _, slide = _slide(root)
     table = root / "in" / "labels.csv"
     table.write_text("slide,label\na.svs,small\n")
-    config = "task: slide\nextends: configs/slides/tumour.yaml\n"
+    config = "task: slide_classification\nextends: configs/slide_classification/tumour.yaml\n"
     files = [f"data.train.labels={table}", f"data.train.image={slide.parent}"]
     return _train(root, config, files, [slide, table])
 
@@ -349,17 +349,17 @@ JOBS: list[Callable[[Path], Job]] = [
     predict_results_of_many,
     predict_classes,
     predict_numbers,
-    predict_slides,
+    predict_slide_classes,
     evaluate_maps,
     evaluate_maps_of_folder,
     evaluate_objects,
     evaluate_classes,
     evaluate_numbers,
-    evaluate_slides,
+    evaluate_slide_classifier,
     train_maps,
     train_objects,
     train_classes,
-    train_slides,
+    train_slide_classifier,
     distill,
     convert,
     demo,

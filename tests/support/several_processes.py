@@ -17,24 +17,24 @@ from perf_vit.data import collate_objects
 from perf_vit.data.epochs import EpochDataModule, ShareSampler
 from perf_vit.data.slide_bags import collate_bags
 from perf_vit.models import (
-    ClassifierConfig,
-    ClassifierSpec,
-    DetectorConfig,
-    DetectorSpec,
-    ModelConfig,
-    SegmenterSpec,
-    SlideModelConfig,
-    SlideSpec,
+    ClassificationModelConfig,
+    ClassificationSpec,
+    DetectionModelConfig,
+    DetectionSpec,
+    SegmentationModelConfig,
+    SegmentationSpec,
+    SlideClassificationModelConfig,
+    SlideClassificationSpec,
 )
 from perf_vit.tasks import (
+    ClassificationOptimConfig,
+    ClassificationTask,
     DetectionOptimConfig,
     DetectionTask,
     LossConfig,
-    OptimConfig,
-    PooledOptimConfig,
-    SceneTask,
+    SegmentationOptimConfig,
     SegmentationTask,
-    SlideTask,
+    SlideClassificationTask,
     TrainerConfig,
     build_trainer,
 )
@@ -146,37 +146,39 @@ def with_objects(rng):
 
 
 def classification() -> tuple:
-    spec = ClassifierSpec(kind="single_label", classes=("a", "b", "c"), **SPEC)
+    spec = ClassificationSpec(kind="single_label", classes=("a", "b", "c"), **SPEC)
     return (
-        SceneTask(ClassifierConfig(**BACKBONE), spec, PooledOptimConfig(class_weights=[1.0, 2.0, 3.0])),
+        ClassificationTask(
+            ClassificationModelConfig(**BACKBONE), spec, ClassificationOptimConfig(class_weights=[1.0, 2.0, 3.0])
+        ),
         classified,
         None,
     )
 
 
 def regression() -> tuple:
-    spec = ClassifierSpec(kind="regression", classes=("a",), target_mean=(2.0,), target_std=(3.0,), **SPEC)
-    config = ClassifierConfig(backbone="resnet10t", freeze_backbone=True)
-    return SceneTask(config, spec, PooledOptimConfig()), numbered, None
+    spec = ClassificationSpec(kind="regression", classes=("a",), target_mean=(2.0,), target_std=(3.0,), **SPEC)
+    config = ClassificationModelConfig(backbone="resnet10t", freeze_backbone=True)
+    return ClassificationTask(config, spec, ClassificationOptimConfig()), numbered, None
 
 
 def slides() -> tuple:
-    spec = SlideSpec(classes=("a", "b"), **SPEC)
-    config = SlideModelConfig(**BACKBONE, hidden_dim=16, attention_dim=8, drop_rate=0.0)
-    return SlideTask(config, spec, PooledOptimConfig()), bag, collate_bags
+    spec = SlideClassificationSpec(classes=("a", "b"), **SPEC)
+    config = SlideClassificationModelConfig(**BACKBONE, hidden_dim=16, attention_dim=8, drop_rate=0.0)
+    return SlideClassificationTask(config, spec, ClassificationOptimConfig()), bag, collate_bags
 
 
 def segmentation() -> tuple:
-    config = ModelConfig(**BACKBONE, out_indices=[0, 1], head_kwargs={"norm": "group"})
-    spec = SegmenterSpec(classes=("a", "b", "c"), **SPEC)
-    optim = OptimConfig(loss=LossConfig(ce=1.0, dice=1.0, focal=0.5), class_weights=[1.0, 2.0, 3.0])
+    config = SegmentationModelConfig(**BACKBONE, out_indices=[0, 1], head_kwargs={"norm": "group"})
+    spec = SegmentationSpec(classes=("a", "b", "c"), **SPEC)
+    optim = SegmentationOptimConfig(loss=LossConfig(ce=1.0, dice=1.0, focal=0.5), class_weights=[1.0, 2.0, 3.0])
     return SegmentationTask(config, spec, optim), painted, None
 
 
 def multilabel() -> tuple:
-    config = ModelConfig(**BACKBONE, out_indices=[0, 1], head="linear")
-    spec = SegmenterSpec(classes=("a", "b"), multilabel=True, **SPEC)
-    return SegmentationTask(config, spec, OptimConfig(loss=LossConfig(dice=1.0))), painted_twice, None
+    config = SegmentationModelConfig(**BACKBONE, out_indices=[0, 1], head="linear")
+    spec = SegmentationSpec(classes=("a", "b"), multilabel=True, **SPEC)
+    return SegmentationTask(config, spec, SegmentationOptimConfig(loss=LossConfig(dice=1.0))), painted_twice, None
 
 
 def fcos() -> tuple:
@@ -188,7 +190,7 @@ def oriented_fcos() -> tuple:
 
 
 def _detector(head: str) -> DetectionTask:
-    config = DetectorConfig(
+    config = DetectionModelConfig(
         **BACKBONE,
         out_indices=[1],
         strides=[8],
@@ -196,7 +198,7 @@ def _detector(head: str) -> DetectionTask:
         head=head,
         head_kwargs={"num_convs": 1, "score_threshold": 0.0},
     )
-    return DetectionTask(config, DetectorSpec(classes=("a", "b"), **SPEC), DetectionOptimConfig())
+    return DetectionTask(config, DetectionSpec(classes=("a", "b"), **SPEC), DetectionOptimConfig())
 
 
 POOLED = {"classification": classification, "regression": regression, "slides": slides}

@@ -11,13 +11,13 @@ from command_line import save_detector
 
 from perf_vit.models import (
     CHECKPOINT_KEY,
-    ClassifierConfig,
-    ClassifierSpec,
-    DetectorSpec,
-    ModelConfig,
-    SegmenterSpec,
-    SlideModelConfig,
-    SlideSpec,
+    ClassificationModelConfig,
+    ClassificationSpec,
+    DetectionSpec,
+    SegmentationModelConfig,
+    SegmentationSpec,
+    SlideClassificationModelConfig,
+    SlideClassificationSpec,
     build_classifier,
     build_segmenter,
     build_slide_classifier,
@@ -30,7 +30,9 @@ BACKBONE = {
     "backbone_kwargs": {"depth": 1, "embed_dim": 64, "num_heads": 2, "attn_kwargs": {"num_features": 16}},
 }
 NORMALIZER = Normalizer((100.0,) * 3, (50.0,) * 3)
-DETECTOR_SPEC = DetectorSpec(classes=("car",), normalizer=NORMALIZER, tile_px=64, label_options={"label_format": "csv"})
+DETECTOR_SPEC = DetectionSpec(
+    classes=("car",), normalizer=NORMALIZER, tile_px=64, label_options={"label_format": "csv"}
+)
 
 
 def _save(path: Path, config: Any, model: torch.nn.Module) -> Path:
@@ -43,28 +45,28 @@ def _save(path: Path, config: Any, model: torch.nn.Module) -> Path:
 def save_segmenter(path: Path, target: str = "thing", num_bands: int = 3, tile_px: int = 32) -> Path:
     """Of two classes."""
     normalizer = Normalizer((100.0,) * num_bands, (50.0,) * num_bands)
-    config = ModelConfig(**BACKBONE, out_indices=[0], head="linear")
+    config = SegmentationModelConfig(**BACKBONE, out_indices=[0], head="linear")
     labels = {"background": "rest"}
-    spec = SegmenterSpec(classes=("rest", target), normalizer=normalizer, tile_px=tile_px, label_options=labels)
+    spec = SegmentationSpec(classes=("rest", target), normalizer=normalizer, tile_px=tile_px, label_options=labels)
     return _save(path, config, build_segmenter(config, spec))
 
 
 def save_classifier(path: Path, kind: str) -> Path:
     """Of two classes, or of one number."""
-    config = ClassifierConfig(**BACKBONE, pool="avg")
+    config = ClassificationModelConfig(**BACKBONE, pool="avg")
     named: dict[str, Any] = {"classes": ("a", "b")}
     if kind == "regression":
         named = {"classes": ("height",), "target_mean": (0.0,), "target_std": (1.0,)}
     columns = {"image_column": "image", **({} if kind == "regression" else {"label_column": "label"})}
-    spec = ClassifierSpec(kind=kind, normalizer=NORMALIZER, tile_px=32, label_options=columns, **named)
+    spec = ClassificationSpec(kind=kind, normalizer=NORMALIZER, tile_px=32, label_options=columns, **named)
     return _save(path, config, build_classifier(config, spec))
 
 
 def save_slide_classifier(path: Path) -> Path:
     """Of two classes."""
-    config = SlideModelConfig(**BACKBONE, pool="avg", hidden_dim=16, attention_dim=8)
+    config = SlideClassificationModelConfig(**BACKBONE, pool="avg", hidden_dim=16, attention_dim=8)
     columns = {"image_column": "slide", "label_column": "label"}
-    spec = SlideSpec(
+    spec = SlideClassificationSpec(
         classes=("large", "small"), normalizer=NORMALIZER, tile_px=32, mpp=1.0, tissue="otsu", min_tissue=0.2,
         slide_mpp=0.5, label_options=columns,
     )  # fmt: skip

@@ -5,7 +5,7 @@ import time
 import torch
 from torch import nn
 
-from perf_vit.models import SegmenterSpec
+from perf_vit.models import SegmentationSpec
 from perf_vit.transforms import Normalizer
 
 CLASSES = ("sea", "land", "cloud")
@@ -22,7 +22,7 @@ class StubSegmenter(nn.Module):
         self.name = name
         self.delay = delay
         self.fail_after = fail_after
-        self.spec = SegmenterSpec(classes=CLASSES, normalizer=Normalizer((0.0,) * 3, (1000.0,) * 3), tile_px=64)
+        self.spec = SegmentationSpec(classes=CLASSES, normalizer=Normalizer((0.0,) * 3, (1000.0,) * 3), tile_px=64)
 
     def extra_repr(self) -> str:
         """Part of the model's id."""

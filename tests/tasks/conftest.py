@@ -9,29 +9,29 @@ from PIL import Image
 from perf_vit.data import (
     AugmentConfig,
     ClassificationDataConfig,
-    DataConfig,
+    ClassificationSplitConfig,
+    DetectionDataConfig,
+    DetectionSplitConfig,
     EmbeddingStore,
-    ImageSplitConfig,
-    ObjectDataConfig,
-    ObjectSplitConfig,
-    RegionConfig,
-    SlideBagModule,
+    SegmentationDataConfig,
+    SegmentationSplitConfig,
+    SlideClassificationDataModule,
     SlideTargets,
-    build_datamodule,
-    build_object_datamodule,
-    build_scene_datamodule,
+    build_classification_datamodule,
+    build_detection_datamodule,
+    build_segmentation_datamodule,
     make_ship_scene,
 )
 from perf_vit.data.slide_bags import SlideBags
 from perf_vit.models import (
-    ClassifierConfig,
-    ClassifierSpec,
-    DetectorConfig,
-    DetectorSpec,
-    ModelConfig,
-    SegmenterSpec,
-    SlideModelConfig,
-    SlideSpec,
+    ClassificationModelConfig,
+    ClassificationSpec,
+    DetectionModelConfig,
+    DetectionSpec,
+    SegmentationModelConfig,
+    SegmentationSpec,
+    SlideClassificationModelConfig,
+    SlideClassificationSpec,
 )
 from perf_vit.tasks import (
     CLASSIFICATION_CURVES,
@@ -40,13 +40,13 @@ from perf_vit.tasks import (
     DETECTION_MONITOR,
     SLIDE_CURVES,
     SLIDE_MONITOR,
+    ClassificationOptimConfig,
+    ClassificationTask,
     DetectionOptimConfig,
     DetectionTask,
-    OptimConfig,
-    PooledOptimConfig,
-    SceneTask,
+    SegmentationOptimConfig,
     SegmentationTask,
-    SlideTask,
+    SlideClassificationTask,
     draw_objects,
     draw_segmentation,
 )
@@ -63,16 +63,20 @@ TILES = {"tile_px": 32, "tiles_per_epoch": 10, "batch_size": 2, "augment": AUGME
 @pytest.fixture(scope="module")
 def segmentation(tmp_path_factory):
     scene = make_ship_scene(tmp_path_factory.mktemp("scene"), seed=0, size_px=128, num_targets=8)
-    region = RegionConfig(image=str(scene.image), labels=str(scene.labels))
+    region = SegmentationSplitConfig(image=str(scene.image), labels=str(scene.labels))
 
     def build(num_workers: int, **options):
         given = {**TILES, "num_workers": num_workers, **options}
-        data = build_datamodule(
-            DataConfig(train=region, val=region, classes=["sea", "ship"], background="sea", **given), seed=0
+        data = build_segmentation_datamodule(
+            SegmentationDataConfig(train=region, val=region, classes=["sea", "ship"], background="sea", **given), seed=0
         )
-        spec = SegmenterSpec(classes=data.classes, normalizer=data.normalizer, tile_px=data.tile_px)
-        model = ModelConfig(**VIT, out_indices=[0, 1], head="linear")
-        return data, SegmentationTask(model, spec, OptimConfig(layer_decay=0.8)), {"draw": draw_segmentation}
+        spec = SegmentationSpec(classes=data.classes, normalizer=data.normalizer, tile_px=data.tile_px)
+        model = SegmentationModelConfig(**VIT, out_indices=[0, 1], head="linear")
+        return (
+            data,
+            SegmentationTask(model, spec, SegmentationOptimConfig(layer_decay=0.8)),
+            {"draw": draw_segmentation},
+        )
 
     return build
 
@@ -90,15 +94,17 @@ def detection(tmp_path_factory):
             annotations.append({"id": 3 * number + each, "image_id": number, "category_id": 1, "bbox": box})
     labels = {"images": images, "annotations": annotations, "categories": [{"id": 1, "name": "ship"}]}
     (folder / "labels.json").write_text(json.dumps(labels))
-    split = ObjectSplitConfig(image=str(folder), labels=str(folder / "labels.json"))
+    split = DetectionSplitConfig(image=str(folder), labels=str(folder / "labels.json"))
 
     def build(num_workers: int):
-        data = build_object_datamodule(
-            ObjectDataConfig(train=split, val=split, classes=["ship"], num_workers=num_workers, **TILES), seed=0
+        data = build_detection_datamodule(
+            DetectionDataConfig(train=split, val=split, classes=["ship"], num_workers=num_workers, **TILES), seed=0
         )
-        spec = DetectorSpec(classes=data.classes, normalizer=data.normalizer, tile_px=data.tile_px)
+        spec = DetectionSpec(classes=data.classes, normalizer=data.normalizer, tile_px=data.tile_px)
         head = {"hidden": 16, "proposals_per_tile": 20, "detections_per_tile": 5}
-        model = DetectorConfig(**VIT, out_indices=[1], strides=[8], channels=64, head="faster_rcnn", head_kwargs=head)
+        model = DetectionModelConfig(
+            **VIT, out_indices=[1], strides=[8], channels=64, head="faster_rcnn", head_kwargs=head
+        )
         task = DetectionTask(model, spec, DetectionOptimConfig())
         return data, task, {"monitor": DETECTION_MONITOR, "curves": DETECTION_CURVES, "draw": draw_objects}
 
@@ -115,14 +121,14 @@ def scenes(tmp_path_factory):
             Image.fromarray(rng.integers(0, 255, (48, 48, 3), np.uint8)).save(folder / name / f"{number}.png")
 
     def build(num_workers: int):
-        split = ImageSplitConfig(image=str(folder))
-        data = build_scene_datamodule(
+        split = ClassificationSplitConfig(image=str(folder))
+        data = build_classification_datamodule(
             ClassificationDataConfig(train=split, val=split, num_workers=num_workers, **TILES), seed=0
         )
-        spec = ClassifierSpec(
+        spec = ClassificationSpec(
             kind="single_label", classes=data.names, normalizer=data.normalizer, tile_px=32, resize=False
         )
-        task = SceneTask(ClassifierConfig(**VIT, drop_rate=0.2), spec, PooledOptimConfig())
+        task = ClassificationTask(ClassificationModelConfig(**VIT, drop_rate=0.2), spec, ClassificationOptimConfig())
         return data, task, {"monitor": CLASSIFICATION_MONITOR, "curves": CLASSIFICATION_CURVES}
 
     return build
@@ -142,10 +148,14 @@ def slides(tmp_path_factory):
 
     def build(num_workers: int):
         train = SlideBags(labelled, store, max_windows=4, seed=0)
-        data = SlideBagModule(train, SlideBags(labelled, store), batch_size=2, num_workers=num_workers)
-        spec = SlideSpec(classes=labelled.classes, normalizer=Normalizer((0.0,) * 3, (1.0,) * 3), tile_px=32)
+        data = SlideClassificationDataModule(train, SlideBags(labelled, store), batch_size=2, num_workers=num_workers)
+        spec = SlideClassificationSpec(
+            classes=labelled.classes, normalizer=Normalizer((0.0,) * 3, (1.0,) * 3), tile_px=32
+        )
         # Its dropout takes random numbers in each step.
-        task = SlideTask(SlideModelConfig(**VIT, hidden_dim=8, attention_dim=4), spec, PooledOptimConfig())
+        task = SlideClassificationTask(
+            SlideClassificationModelConfig(**VIT, hidden_dim=8, attention_dim=4), spec, ClassificationOptimConfig()
+        )
         return data, task, {"monitor": SLIDE_MONITOR, "curves": SLIDE_CURVES}
 
     return build

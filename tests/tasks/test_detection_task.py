@@ -5,15 +5,15 @@ from dataclasses import replace
 import numpy as np
 import torch
 
-from perf_vit.models import DetectorConfig, DetectorSpec
+from perf_vit.models import DetectionModelConfig, DetectionSpec
 from perf_vit.tasks import DetectionOptimConfig, DetectionTask
 from perf_vit.transforms import Normalizer
 from perf_vit.types import ObjectLabels
 
 
 def test_logged_training_losses_are_means_over_all_processes(monkeypatch) -> None:
-    spec = DetectorSpec(classes=("a",), normalizer=Normalizer((0.0,) * 3, (1.0,) * 3), tile_px=32)
-    config = DetectorConfig(backbone="resnet18", strides=[8], channels=64, head_kwargs={"num_convs": 1})
+    spec = DetectionSpec(classes=("a",), normalizer=Normalizer((0.0,) * 3, (1.0,) * 3), tile_px=32)
+    config = DetectionModelConfig(backbone="resnet18", strides=[8], channels=64, head_kwargs={"num_convs": 1})
     task = DetectionTask(config, spec, DetectionOptimConfig())
     synced = {}
     monkeypatch.setattr(task, "log", lambda name, value, **options: synced.update({name: options["sync_dist"]}))
@@ -28,8 +28,8 @@ def test_logged_training_losses_are_means_over_all_processes(monkeypatch) -> Non
 
 
 def test_a_resumed_run_keeps_its_score_threshold() -> None:
-    spec = DetectorSpec(classes=("a",), normalizer=Normalizer((0.0,) * 3, (1.0,) * 3), tile_px=32)
-    config = DetectorConfig(backbone="resnet18", strides=[8], channels=64, head_kwargs={"num_convs": 1})
+    spec = DetectionSpec(classes=("a",), normalizer=Normalizer((0.0,) * 3, (1.0,) * 3), tile_px=32)
+    config = DetectionModelConfig(backbone="resnet18", strides=[8], channels=64, head_kwargs={"num_convs": 1})
     first, second = (DetectionTask(config, spec, DetectionOptimConfig()) for _ in range(2))
     first.model.spec = replace(first.model.spec, score_threshold=0.31)
     checkpoint: dict = {}

@@ -8,7 +8,7 @@ from torch.nn import functional as F
 import perf_vit
 from perf_vit.errors import ConfigError
 from perf_vit.layers.linearized_attention import LinearizedAttention
-from perf_vit.tasks import DistillationConfig, DistillationTask
+from perf_vit.tasks import DistillationOptimConfig, DistillationTask
 from perf_vit.tasks.matching import match_blocks, recorded_blocks, token_loss
 
 # 8 x 8 patches, of which few are exact: the rest is what a student has to learn.
@@ -99,7 +99,9 @@ def test_token_loss_is_nothing_at_the_target_and_counts_prefix_and_patches_alike
 @pytest.mark.parametrize(("trainable", "expected"), [("attention", {"attn", "norm1", "ls1"}), ("all", None)])
 def test_only_what_is_asked_for_trains(trainable: str, expected: set[str] | None) -> None:
     teacher = _teacher("registers")
-    task = DistillationTask(teacher, perf_vit.linearize(teacher, **OPTIONS), DistillationConfig(trainable=trainable))
+    task = DistillationTask(
+        teacher, perf_vit.linearize(teacher, **OPTIONS), DistillationOptimConfig(trainable=trainable)
+    )
     trained = {name for name, p in task.student.named_parameters() if p.requires_grad}
     if expected is None:
         assert trained == {name for name, _ in task.student.named_parameters()}
@@ -110,7 +112,7 @@ def test_only_what_is_asked_for_trains(trainable: str, expected: set[str] | None
 
 def test_eva_trains_its_scale_and_both_models_stay_in_evaluation_mode() -> None:
     teacher = _teacher("rope")
-    task = DistillationTask(teacher, perf_vit.linearize(teacher, **OPTIONS), DistillationConfig())
+    task = DistillationTask(teacher, perf_vit.linearize(teacher, **OPTIONS), DistillationOptimConfig())
     task.train()
     assert task.training
     assert not any(module.training for model in (task.teacher, task.student) for module in model.modules())
@@ -124,7 +126,7 @@ def test_training_on_some_images_lowers_loss_and_raises_cosine_on_others(kind: s
     teacher = _teacher(kind).requires_grad_(False)
     student = perf_vit.linearize(teacher, **OPTIONS)
     prefix = teacher.num_prefix_tokens
-    DistillationTask(teacher, student, DistillationConfig())
+    DistillationTask(teacher, student, DistillationOptimConfig())
 
     def loss_of(image: torch.Tensor, backward=None) -> float:
         if stage == "block":
@@ -163,11 +165,11 @@ def test_training_on_some_images_lowers_loss_and_raises_cosine_on_others(kind: s
 def test_a_config_that_makes_no_run_is_refused(changes: dict, message: str) -> None:
     teacher = _teacher("vit")
     with pytest.raises(ConfigError, match=message):
-        DistillationTask(teacher, copy.deepcopy(teacher), DistillationConfig(**changes))
+        DistillationTask(teacher, copy.deepcopy(teacher), DistillationOptimConfig(**changes))
 
 
 def test_a_student_without_linear_attention_is_refused() -> None:
     teacher = _teacher("vit")
     with pytest.raises(ValueError, match="converted attention"):
-        DistillationTask(teacher, copy.deepcopy(teacher), DistillationConfig())
+        DistillationTask(teacher, copy.deepcopy(teacher), DistillationOptimConfig())
     assert not any(isinstance(module, LinearizedAttention) for module in teacher.modules())

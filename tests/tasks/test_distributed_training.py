@@ -15,9 +15,9 @@ SCRIPT = '''
 import json, os, sys
 from pathlib import Path
 import lightning, torch
-from perf_vit.data import AugmentConfig, DataConfig, RegionConfig, build_datamodule
-from perf_vit.models import ModelConfig, SegmenterSpec
-from perf_vit.tasks import OptimConfig, SegmentationTask, TrainerConfig, build_trainer
+from perf_vit.data import AugmentConfig, SegmentationDataConfig, SegmentationSplitConfig, build_segmentation_datamodule
+from perf_vit.models import SegmentationModelConfig, SegmentationSpec
+from perf_vit.tasks import SegmentationOptimConfig, SegmentationTask, TrainerConfig, build_trainer
 
 image, labels, folder, devices, strategy, kill_at = sys.argv[1:]
 
@@ -41,15 +41,16 @@ class Losses(lightning.Callback):
 def main():
     torch.set_num_threads(1)
     torch.manual_seed(0)
-    region = RegionConfig(image=image, labels=labels, region=[8, 24, 100, 100])
+    region = SegmentationSplitConfig(image=image, labels=labels, region=[8, 24, 100, 100])
     count = int(devices)
-    config = DataConfig(train=region, val=region, classes=["sea", "ship"], background="sea", tile_px=64,
+    config = SegmentationDataConfig(train=region, val=region, classes=["sea", "ship"], background="sea", tile_px=64,
                         tiles_per_epoch=40, batch_size=4 // count, augment=AugmentConfig(flips=True))
-    data = build_datamodule(config, seed=0)
-    spec = SegmenterSpec(classes=data.classes, normalizer=data.normalizer, tile_px=data.tile_px)
-    model = ModelConfig(backbone="performer_vit_tiny_patch16_224", out_indices=[0, 1], head_kwargs={"norm": "group"},
+    data = build_segmentation_datamodule(config, seed=0)
+    spec = SegmentationSpec(classes=data.classes, normalizer=data.normalizer, tile_px=data.tile_px)
+    model = SegmentationModelConfig(backbone="performer_vit_tiny_patch16_224", out_indices=[0, 1],
+                        head_kwargs={"norm": "group"},
                         backbone_kwargs={"depth": 2, "attn_kwargs": {"num_features": 32}})
-    task = SegmentationTask(model, spec, OptimConfig())
+    task = SegmentationTask(model, spec, SegmentationOptimConfig())
     trainer = build_trainer(TrainerConfig(accelerator="cpu", devices=devices, max_epochs=2,
                                           strategy=strategy), Path(folder), progress=False)
     trainer.callbacks.append(Losses())

@@ -7,11 +7,11 @@ import numpy as np
 import pytest
 import torch
 
-from perf_vit.tasks import ClassificationScores, ImageMetrics, RegressionScores
+from perf_vit.tasks import ClassificationMetrics, ClassificationScores, RegressionScores
 
 
 def collect(kind: str, names: tuple, scores: torch.Tensor, targets: torch.Tensor):
-    metrics = ImageMetrics(names, kind)
+    metrics = ClassificationMetrics(names, kind)
     for start in range(0, len(scores), 3):
         metrics.update(scores[start : start + 3], targets[start : start + 3])
     return metrics.summary()
@@ -81,7 +81,7 @@ def test_precision_and_recall_of_each_class_are_given_if_asked_for(kind: str) ->
     scores = torch.from_numpy(rng.dirichlet([1, 1, 1], 40)).float()
     labels = rng.integers(0, 2, 40)
     targets = labels if kind == "single_label" else np.stack([labels == 0, labels == 1, np.zeros(40)], 1).astype(int)
-    metrics = ImageMetrics(("a", "b", "c"), kind)
+    metrics = ClassificationMetrics(("a", "b", "c"), kind)
     metrics.update(scores, torch.from_numpy(targets))
     assert metrics.summary().precision_recall is None
     found = metrics.summary(with_curves=True)

@@ -7,8 +7,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from perf_vit.errors import ConfigError
-from perf_vit.models import DetectorConfig, ModelConfig
-from perf_vit.tasks import OptimConfig, TrainerConfig, fit_max_tile
+from perf_vit.models import DetectionModelConfig, SegmentationModelConfig
+from perf_vit.tasks import SegmentationOptimConfig, TrainerConfig, fit_max_tile
 from perf_vit.tasks.fit_tile import largest_fitting
 from perf_vit.tasks.training_peak import TrainingSteps, training_peak
 
@@ -16,7 +16,7 @@ MB = 10**6
 VIT = {"backbone": "performer_vit_tiny_patch16_224",
        "backbone_kwargs": {"depth": 2, "embed_dim": 24, "attn_kwargs": {"num_features": 8}}}  # fmt: skip
 STEPS = TrainingSteps(
-    model=ModelConfig(**VIT, out_indices=[0, 1], head="linear"),
+    model=SegmentationModelConfig(**VIT, out_indices=[0, 1], head="linear"),
     trainer=TrainerConfig(accelerator="cpu", ema_decay=0.9),
     num_bands=2,
     classes=("a", "b"),
@@ -70,7 +70,7 @@ def test_real_steps_are_measured_and_more_memory_takes_a_larger_tile() -> None:
 
 def test_what_fails_for_another_reason_says_so() -> None:
     with pytest.raises(ConfigError, match=r"optim\.lr must be a number above 0"):
-        fit_max_tile(replace(STEPS, optim=OptimConfig(lr=0.0)), 10**9)
+        fit_max_tile(replace(STEPS, optim=SegmentationOptimConfig(lr=0.0)), 10**9)
 
 
 def test_classes_that_do_not_exclude_each_other_train_a_step() -> None:
@@ -80,6 +80,6 @@ def test_classes_that_do_not_exclude_each_other_train_a_step() -> None:
 @pytest.mark.parametrize("head", ["mask_rcnn", "oriented_fcos"])
 def test_detectors_train_a_step_on_made_up_objects(head: str) -> None:
     options = {"hidden": 16, "proposals_per_tile": 20} if head == "mask_rcnn" else {"num_convs": 1}
-    model = DetectorConfig(**VIT, out_indices=[1], strides=[8], channels=64, head=head, head_kwargs=options)
+    model = DetectionModelConfig(**VIT, out_indices=[1], strides=[8], channels=64, head=head, head_kwargs=options)
     steps = replace(STEPS, model=model, batch_size=2, tile_px=64)
     assert training_peak(steps) > 100 * MB

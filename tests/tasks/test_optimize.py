@@ -9,23 +9,23 @@ import torch
 
 from perf_vit.errors import ConfigError
 from perf_vit.models import (
+    ClassificationModelConfig,
+    ClassificationSpec,
     Classifier,
-    ClassifierConfig,
-    ClassifierSpec,
-    DetectorConfig,
-    DetectorSpec,
-    ModelConfig,
-    SegmenterSpec,
+    DetectionModelConfig,
+    DetectionSpec,
+    SegmentationModelConfig,
+    SegmentationSpec,
     build_classifier,
     build_detector,
     build_segmenter,
 )
 from perf_vit.tasks import (
+    ClassificationTask,
     DetectionOptimConfig,
     DetectionTask,
-    OptimConfig,
     OptimizerConfig,
-    SceneTask,
+    SegmentationOptimConfig,
     SegmentationTask,
     TrainingTask,
 )
@@ -38,19 +38,19 @@ VIT = {"backbone": "performer_vit_tiny_patch16_224",
 
 
 def segmenter(**changes):
-    spec = SegmenterSpec(classes=("a", "b"), normalizer=STATISTICS, tile_px=32)
-    return build_segmenter(ModelConfig(**{**VIT, "out_indices": [0, 2], "head": "linear", **changes}), spec)
+    spec = SegmentationSpec(classes=("a", "b"), normalizer=STATISTICS, tile_px=32)
+    return build_segmenter(SegmentationModelConfig(**{**VIT, "out_indices": [0, 2], "head": "linear", **changes}), spec)
 
 
 def detector(**changes):
     options = {"out_indices": [2], "strides": [8], "channels": 64, "head_kwargs": {"num_convs": 1}}
-    spec = DetectorSpec(classes=("a",), normalizer=STATISTICS, tile_px=32)
-    return build_detector(DetectorConfig(**{**VIT, **options, **changes}), spec)
+    spec = DetectionSpec(classes=("a",), normalizer=STATISTICS, tile_px=32)
+    return build_detector(DetectionModelConfig(**{**VIT, **options, **changes}), spec)
 
 
 def rates(model, config) -> dict[str, tuple[float, float]]:
     """(rate, weight decay) of each parameter by name, as the optimizer has them after the warm-up."""
-    task = SceneTask if isinstance(model, Classifier) else TrainingTask
+    task = ClassificationTask if isinstance(model, Classifier) else TrainingTask
     layers = task.backbone_layers(SimpleNamespace(model=model))
     optimizer = torch.optim.AdamW(parameter_groups(model, config, layers), lr=config.lr)
     schedule = build_schedule(optimizer, config, 100, 10)
@@ -79,8 +79,8 @@ def test_layer_d_of_depth_has_the_rate_times_decay_to_the_depth_minus_d(build) -
 
 
 def test_classifiers_have_rates_by_layer_too() -> None:
-    spec = ClassifierSpec(kind="single_label", classes=("a", "b"), normalizer=STATISTICS, tile_px=32)
-    model = build_classifier(ClassifierConfig(**{**VIT, "pool": "map"}), spec)
+    spec = ClassificationSpec(kind="single_label", classes=("a", "b"), normalizer=STATISTICS, tile_px=32)
+    model = build_classifier(ClassificationModelConfig(**{**VIT, "pool": "map"}), spec)
     found = rates(model, OptimizerConfig(lr=0.01, backbone_lr_scale=0.5, layer_decay=0.7))
     assert set(found) == {name for name, _ in model.named_parameters()}
     assert found["network.head.weight"][0] == 0.01
@@ -166,10 +166,10 @@ def test_schedules_of_timm_by_name_count_epochs(schedule, kwargs, factors) -> No
     ],
 )
 def test_values_that_do_not_fit_are_one_line(change, message) -> None:
-    spec = SegmenterSpec(classes=("a", "b"), normalizer=STATISTICS, tile_px=32)
-    model = ModelConfig(**VIT, out_indices=[0])
+    spec = SegmentationSpec(classes=("a", "b"), normalizer=STATISTICS, tile_px=32)
+    model = SegmentationModelConfig(**VIT, out_indices=[0])
     with pytest.raises(ConfigError, match=message):
-        SegmentationTask(model, spec, OptimConfig(**change))
-    spec = DetectorSpec(classes=("a",), normalizer=STATISTICS, tile_px=32)
+        SegmentationTask(model, spec, SegmentationOptimConfig(**change))
+    spec = DetectionSpec(classes=("a",), normalizer=STATISTICS, tile_px=32)
     with pytest.raises(ConfigError, match=message):
-        DetectionTask(DetectorConfig(**VIT), spec, DetectionOptimConfig(**change))
+        DetectionTask(DetectionModelConfig(**VIT), spec, DetectionOptimConfig(**change))

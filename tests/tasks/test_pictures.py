@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader
 
 from perf_vit.errors import ConfigError
 from perf_vit.io import default_colormap
-from perf_vit.tasks import TrainerConfig, build_trainer, draw_objects, draw_scene, draw_segmentation
+from perf_vit.tasks import TrainerConfig, build_trainer, draw_classification, draw_objects, draw_segmentation
 from perf_vit.types import Detections, ObjectLabels
 
 IMAGE = torch.linspace(0, 1, 5 * 16 * 24).reshape(5, 16, 24)
@@ -111,7 +111,7 @@ def test_what_is_said_of_an_image_stands_beside_it(kind, target, logits, texts, 
         "multiline_text",
         lambda draw, xy, text, **options: (written.append(text), draw_text(draw, xy, text, **options)),
     )
-    panels = draw_scene(IMAGE, target, SimpleNamespace(spec=spec, scores=scores), torch.tensor(logits))
+    panels = draw_classification(IMAGE, target, SimpleNamespace(spec=spec, scores=scores), torch.tensor(logits))
     truth, predicted = texts
     assert written[0].split("\n") == ["true:", *truth, "", "predicted:", *predicted]
     seen, words = panels

@@ -13,18 +13,18 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from perf_vit.errors import ConfigError
 from perf_vit.layers import PerformerMixer, current_draw, redraw_projections
-from perf_vit.models import CHECKPOINT_KEY, ModelConfig, SegmenterSpec, load_segmenter
-from perf_vit.tasks import OptimConfig, SegmentationTask, TrainerConfig, build_trainer
+from perf_vit.models import CHECKPOINT_KEY, SegmentationModelConfig, SegmentationSpec, load_segmenter
+from perf_vit.tasks import SegmentationOptimConfig, SegmentationTask, TrainerConfig, build_trainer
 from perf_vit.tasks.redraw import RedrawnWeightAveraging, RedrawProjections
 from perf_vit.transforms import Normalizer
 
-TINY = ModelConfig(
+TINY = SegmentationModelConfig(
     backbone="performer_vit_tiny_patch16_224",
     backbone_kwargs={"depth": 2, "embed_dim": 32, "num_heads": 2, "attn_kwargs": {"num_features": 8}},
     out_indices=[0, 1],
     head_kwargs={"channels": [8, 8, 8, 8]},
 )
-SPEC = SegmenterSpec(classes=("land", "water"), normalizer=Normalizer((0.0,) * 3, (1.0,) * 3), tile_px=32)
+SPEC = SegmentationSpec(classes=("land", "water"), normalizer=Normalizer((0.0,) * 3, (1.0,) * 3), tile_px=32)
 
 
 class Recorder(lightning.Callback):
@@ -59,7 +59,7 @@ def batches(num_batches: int) -> DataLoader:
 
 def new_task() -> SegmentationTask:
     torch.manual_seed(0)
-    return SegmentationTask(TINY, SPEC, OptimConfig(lr=1e-2))
+    return SegmentationTask(TINY, SPEC, SegmentationOptimConfig(lr=1e-2))
 
 
 def new_trainer(*callbacks: lightning.Callback, **kwargs) -> lightning.Trainer:

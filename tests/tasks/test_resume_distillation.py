@@ -10,9 +10,9 @@ import torch
 from PIL import Image
 
 import perf_vit
-from perf_vit.data import CropsConfig, SplitConfig, build_crops
+from perf_vit.data import DistillationDataConfig, SplitConfig, build_distillation_datamodule
 from perf_vit.tasks import (
-    DistillationConfig,
+    DistillationOptimConfig,
     DistillationTask,
     DistillationTrainerConfig,
     build_distillation_trainer,
@@ -36,7 +36,7 @@ def make_task(**stages) -> DistillationTask:
     with torch.no_grad():
         teacher.blocks[0].attn.qkv.weight.mul_(8)
     student = perf_vit.linearize(teacher, window_size=2, num_sinks=2, num_clusters=8)
-    return DistillationTask(teacher, student, DistillationConfig(**stages))
+    return DistillationTask(teacher, student, DistillationOptimConfig(**stages))
 
 
 @pytest.fixture
@@ -49,8 +49,8 @@ def distil(tmp_path):
 
     def _distil(folder, *, resume=False, **stages):
         task = make_task(**stages)
-        data = build_crops(
-            CropsConfig(train=train, val=val, tile_px=32, num_val_tiles=2),
+        data = build_distillation_datamodule(
+            DistillationDataConfig(train=train, val=val, tile_px=32, num_val_tiles=2),
             (0.5,) * 3,
             (0.5,) * 3,
             steps_per_epoch=6,

@@ -5,12 +5,18 @@ import csv
 import pytest
 import torch
 
-from perf_vit.data import AugmentConfig, DataConfig, RegionConfig, build_datamodule, make_ship_scene
+from perf_vit.data import (
+    AugmentConfig,
+    SegmentationDataConfig,
+    SegmentationSplitConfig,
+    build_segmentation_datamodule,
+    make_ship_scene,
+)
 from perf_vit.errors import ConfigError
-from perf_vit.models import ModelConfig, SegmenterSpec, load_segmenter
-from perf_vit.tasks import OptimConfig, SegmentationTask, TrainerConfig, build_trainer
+from perf_vit.models import SegmentationModelConfig, SegmentationSpec, load_segmenter
+from perf_vit.tasks import SegmentationOptimConfig, SegmentationTask, TrainerConfig, build_trainer
 
-MODEL = ModelConfig(
+MODEL = SegmentationModelConfig(
     backbone="performer_vit_tiny_patch16_224",
     backbone_kwargs={"depth": 2, "attn_kwargs": {"num_features": 32}},
     out_indices=[0, 1],
@@ -18,19 +24,19 @@ MODEL = ModelConfig(
 
 
 @pytest.fixture(scope="module")
-def data_config(tmp_path_factory) -> DataConfig:
+def data_config(tmp_path_factory) -> SegmentationDataConfig:
     scene = make_ship_scene(tmp_path_factory.mktemp("scene"), seed=0, size_px=128, num_targets=8)
-    region = RegionConfig(image=str(scene.image), labels=str(scene.labels))
+    region = SegmentationSplitConfig(image=str(scene.image), labels=str(scene.labels))
     plain = AugmentConfig(flips=False)
-    return DataConfig(train=region, val=region, classes=["sea", "ship"], background="sea", tile_px=64,
+    return SegmentationDataConfig(train=region, val=region, classes=["sea", "ship"], background="sea", tile_px=64,
                       tiles_per_epoch=8, batch_size=2, augment=plain)  # fmt: skip
 
 
-def _fit(data_config: DataConfig, folder, **options) -> tuple[SegmentationTask, object]:
+def _fit(data_config: SegmentationDataConfig, folder, **options) -> tuple[SegmentationTask, object]:
     torch.manual_seed(0)
-    data = build_datamodule(data_config, seed=0)
-    spec = SegmenterSpec(classes=data.classes, normalizer=data.normalizer, tile_px=data.tile_px)
-    task = SegmentationTask(MODEL, spec, OptimConfig())
+    data = build_segmentation_datamodule(data_config, seed=0)
+    spec = SegmentationSpec(classes=data.classes, normalizer=data.normalizer, tile_px=data.tile_px)
+    task = SegmentationTask(MODEL, spec, SegmentationOptimConfig())
     trainer = build_trainer(TrainerConfig(**{"accelerator": "cpu", "devices": "1", "max_epochs": 2, **options}), folder,
                             progress=False)  # fmt: skip
     trainer.fit(task, data)
@@ -62,9 +68,9 @@ def test_accumulated_batches_make_fewer_steps(data_config, tmp_path) -> None:
 
 
 def test_training_stops_early_without_progress(data_config, tmp_path) -> None:
-    data = build_datamodule(data_config, seed=0)
-    spec = SegmenterSpec(classes=data.classes, normalizer=data.normalizer, tile_px=data.tile_px)
-    task = SegmentationTask(MODEL, spec, OptimConfig())
+    data = build_segmentation_datamodule(data_config, seed=0)
+    spec = SegmentationSpec(classes=data.classes, normalizer=data.normalizer, tile_px=data.tile_px)
+    task = SegmentationTask(MODEL, spec, SegmentationOptimConfig())
     task.on_validation_epoch_end = lambda: task.log("val/iou", 0.5)
     config = TrainerConfig(accelerator="cpu", devices="1", max_epochs=9, early_stop_epochs=2)
     trainer = build_trainer(config, tmp_path, progress=False)

@@ -2,7 +2,7 @@
 
     python tools/benchmarks/detection_peers.py configs/detection/cells_bccd.yaml --minutes 8 --model fcos \
         --test-images BCCD/JPEGImages --test-labels BCCD/Annotations --test-list test.txt \
-        data.train.image=BCCD/JPEGImages data.train.labels=BCCD/Annotations data.train.list=train.txt ...
+        data.train.image=BCCD/JPEGImages data.train.labels=BCCD/Annotations data.train.names=train.txt ...
 
 The data part of the config and its overrides decide images, split, tiles, augmentation and batches; the network is
 torchvision's with its defaults: a ResNet with FPN, 256 channels, weights from scratch. The learning rate follows a
@@ -33,7 +33,7 @@ from torchvision.ops.feature_pyramid_network import LastLevelP6P7
 from perf_vit.cli.console import console, detection_table, errors
 from perf_vit.cli.schemas import DetectionRun
 from perf_vit.config import load_config
-from perf_vit.data import ObjectDataConfig, build_object_datamodule, objects_in, read_names, read_object_labels
+from perf_vit.data import DetectionDataConfig, build_detection_datamodule, objects_in, read_names, read_object_labels
 from perf_vit.io import open_source
 from perf_vit.tasks import DetectionMetrics, DetectionScores
 from perf_vit.types import Detections, ObjectLabels
@@ -172,10 +172,10 @@ class Training:
         seed: of the data.
     """
 
-    def __init__(self, peer: Peer, data: ObjectDataConfig, lr: float, budget: float, seed: int) -> None:
+    def __init__(self, peer: Peer, data: DetectionDataConfig, lr: float, budget: float, seed: int) -> None:
         self.peer = peer
         self.classes = data.classes
-        self.data = build_object_datamodule(data, seed)
+        self.data = build_detection_datamodule(data, seed)
         self.optimizer = torch.optim.AdamW(peer.parameters(), lr=lr, weight_decay=0.05)
         self.lr = lr
         self.budget = budget
@@ -233,7 +233,7 @@ class Training:
 
 
 def score_images(
-    peer: Peer, training: Training, images: Path, labels: Path, data: ObjectDataConfig, names: Iterable[str] | None
+    peer: Peer, training: Training, images: Path, labels: Path, data: DetectionDataConfig, names: Iterable[str] | None
 ) -> DetectionScores:
     """Scores on whole images, as `perf-vit evaluate` gives them for our checkpoints."""
     index = read_object_labels(

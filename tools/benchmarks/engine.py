@@ -27,7 +27,7 @@ from torch import nn
 import perf_vit  # noqa: F401  (registers the backbones)
 from perf_vit.inference import DenseOutput, SegmentationPredictOptions, SegmentationPredictor, Strip
 from perf_vit.io import CogWriter, open_source
-from perf_vit.models import SegmenterSpec
+from perf_vit.models import SegmentationSpec
 from perf_vit.tiling import grid_windows
 from perf_vit.transforms import Normalizer
 from perf_vit.types import GeoImage, Source
@@ -143,7 +143,7 @@ class _Stub(nn.Module):
         super().__init__()
         same = Normalizer((0.0,) * source.num_bands, (1.0,) * source.num_bands)
         classes = tuple(f"band {index}" for index in range(num_channels))
-        self.spec = SegmenterSpec(classes=classes, normalizer=same, tile_px=512)
+        self.spec = SegmentationSpec(classes=classes, normalizer=same, tile_px=512)
 
     def forward(self, tiles: torch.Tensor) -> torch.Tensor:
         """Scores that are the pixels."""

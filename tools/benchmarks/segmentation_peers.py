@@ -29,10 +29,16 @@ from perf_vit.cli.console import console, score_table
 from perf_vit.cli.mapping import write_scores
 from perf_vit.cli.schemas import SegmentationRun
 from perf_vit.config import load_config
-from perf_vit.data import DataConfig, WindowDataModule, build_datamodule, label_options, region_window
+from perf_vit.data import (
+    SegmentationDataConfig,
+    SegmentationDataModule,
+    build_segmentation_datamodule,
+    label_options,
+    region_window,
+)
 from perf_vit.inference import SegmentationPredictOptions, SegmentationPredictor
 from perf_vit.io import open_labels, open_raster
-from perf_vit.models import Segmenter, SegmenterSpec
+from perf_vit.models import SegmentationSpec, Segmenter
 from perf_vit.models.build import feature_specs
 from perf_vit.models.heads import LinearHead
 from perf_vit.models.saved_model import load_softmax
@@ -72,7 +78,7 @@ def main(
     if network in UNETS:
         run.data.tile_px = max(1, run.data.tile_px // UNET_MULTIPLE) * UNET_MULTIPLE
     torch.manual_seed(run.seed)
-    data = build_datamodule(run.data, run.seed)
+    data = build_segmentation_datamodule(run.data, run.seed)
     model = build(network, data, run, backbone)
     optim = with_measured_weights(run.optim, data, multilabel=False)
     loss = SegmentationLoss(optim.loss, optim.class_weights)
@@ -91,8 +97,8 @@ def main(
         write_scores(scores, out)
 
 
-def build(network: str, data: WindowDataModule, run: SegmentationRun, folder: Path | None) -> Segmenter:
-    spec = SegmenterSpec(classes=data.classes, normalizer=data.normalizer, tile_px=data.tile_px)
+def build(network: str, data: SegmentationDataModule, run: SegmentationRun, folder: Path | None) -> Segmenter:
+    spec = SegmentationSpec(classes=data.classes, normalizer=data.normalizer, tile_px=data.tile_px)
     in_chans, num_classes = len(data.normalizer.mean), len(data.classes)
     if network in UNETS:
         encoder = network.removeprefix("unet-")
@@ -112,7 +118,7 @@ def build(network: str, data: WindowDataModule, run: SegmentationRun, folder: Pa
 
 def train(
     model: Segmenter,
-    data: WindowDataModule,
+    data: SegmentationDataModule,
     loss: Callable[[Tensor, Tensor], Tensor],
     optimizer: torch.optim.Optimizer,
     cpu_seconds: float,
@@ -135,7 +141,7 @@ def train(
     return tiles, time.process_time() - start
 
 
-def endless(data: WindowDataModule) -> Iterator[tuple[Tensor, Tensor]]:
+def endless(data: SegmentationDataModule) -> Iterator[tuple[Tensor, Tensor]]:
     loader = data.train_dataloader()
     epoch = 0
     while True:
@@ -145,7 +151,11 @@ def endless(data: WindowDataModule) -> Iterator[tuple[Tensor, Tensor]]:
 
 
 def score(
-    model: Segmenter, config: DataConfig, image: Path, labels: Path, region: tuple[int, int, int, int] | None
+    model: Segmenter,
+    config: SegmentationDataConfig,
+    image: Path,
+    labels: Path,
+    region: tuple[int, int, int, int] | None,
 ) -> list[ClassScores]:
     """Blended windows against labels, each pixel once."""
     model.eval()

@@ -116,7 +116,7 @@ def _slide_commands(victim: Path, shop: Workshop, out: Path, rng: Rng) -> list[l
     uses = [
         _predict(shop, "segmentation", victim, out / "map.tif"),
         _predict(shop, "segmentation", victim, out / "map.tif", "--tissue", "otsu", "--mpp", "1"),
-        _predict(shop, "slide", victim, out / "slides.csv"),
+        _predict(shop, "slide_classification", victim, out / "slides.csv"),
     ]
     return [["info", str(victim), "--json"], _one_of(rng, uses)]
 
@@ -176,7 +176,7 @@ def _config_commands(victim: Path, shop: Workshop, out: Path, rng: Rng) -> list[
 
 def _checkpoint_commands(victim: Path, shop: Workshop, out: Path, rng: Rng) -> list[list[str]]:
     task = victim.stem
-    image, output = (shop.slide, "slides.csv") if task == "slide" else (shop.image, "out.csv")
+    image, output = (shop.slide, "slides.csv") if task == "slide_classification" else (shop.image, "out.csv")
     output = {"segmentation": "map.tif", "detection": "found.json"}.get(task, output)
     predict = ["predict", "--checkpoint", str(victim), "--input", str(image), "--output", str(out / output)]
     uses = [predict]

@@ -19,7 +19,7 @@ from perf_vit.cli.main import run
 
 __all__ = ["SHORT", "TASKS", "Workshop", "build_workshop", "save_checkpoint_seeds", "train_checkpoint"]
 
-TASKS = ("segmentation", "detection", "classification", "slide")
+TASKS = ("segmentation", "detection", "classification", "slide_classification")
 
 SHORT = ["trainer.max_epochs=1", "trainer.accelerator=cpu", "trainer.num_pictures=0", "data.num_workers=0"]
 """Overrides that keep an accepted config from training for hours."""
@@ -141,7 +141,7 @@ def _config(task: str, shop: Workshop) -> dict[str, Any]:
         },
         "detection": {"train": objects, "classes": ["ship", "car"], "tiles_per_epoch": 2, "val_share": 0.5},
         "classification": {"train": {"image": str(shop.folder / "classes")}, "val_share": 0.5},
-        "slide": {
+        "slide_classification": {
             "train": {"image": str(shop.folder / "slides"), "labels": str(shop.folder / "slides" / "slides.csv")},
             "mpp": 0.5,
             "min_tissue": 0.0,
@@ -159,7 +159,7 @@ def _config(task: str, shop: Workshop) -> dict[str, Any]:
             "head_kwargs": {"num_convs": 1},
         },
         "classification": {**backbone, "pool": "avg"},
-        "slide": {**backbone, "pool": "avg", "hidden_dim": 8, "attention_dim": 8},
+        "slide_classification": {**backbone, "pool": "avg", "hidden_dim": 8, "attention_dim": 8},
     }
     return {
         "task": task,

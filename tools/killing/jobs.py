@@ -97,17 +97,23 @@ def _run_stage(out: Path) -> str:
 
 
 def _prepare_prediction(folder: Path) -> None:
-    from perf_vit.models import CHECKPOINT_KEY, ModelConfig, SegmenterSpec, build_segmenter, checkpoint_metadata
+    from perf_vit.models import (
+        CHECKPOINT_KEY,
+        SegmentationModelConfig,
+        SegmentationSpec,
+        build_segmenter,
+        checkpoint_metadata,
+    )
     from perf_vit.transforms import Normalizer
 
     _prepare_scene(folder, 500)
     torch.manual_seed(0)
     kwargs = {"depth": 1, "embed_dim": 24, "num_heads": 2, "attn_kwargs": {"num_features": 8}}
-    config = ModelConfig(
+    config = SegmentationModelConfig(
         backbone="performer_vit_tiny_patch16_224", backbone_kwargs=kwargs, out_indices=[0], head="linear"
     )
     statistics = Normalizer((600.0,) * 4, (300.0,) * 4)
-    model = build_segmenter(config, SegmenterSpec(classes=("sea", "ship"), normalizer=statistics, tile_px=64))
+    model = build_segmenter(config, SegmentationSpec(classes=("sea", "ship"), normalizer=statistics, tile_px=64))
     state = {f"model.{name}": value for name, value in model.state_dict().items()}
     torch.save({"state_dict": state, CHECKPOINT_KEY: checkpoint_metadata(config, model)}, folder / "model.ckpt")
 

@@ -178,26 +178,26 @@ def evaluate(
         check_outputs(score_files(json, task), read, overwrite=overwrite)
     options: Any = PREDICTORS[task].options(**_given(context, PREDICTORS[task].options))
     if task in {"classification", "regression"}:
-        from perf_vit.cli.scenes import report_scenes
+        from perf_vit.cli.scenes import report_classifier
 
-        report_scenes(checkpoint, image, labels, json, options)
+        report_classifier(checkpoint, image, labels, json, options)
         return
     if labels is None:
         raise ConfigError("evaluate needs --labels: a mask raster or a vector file, labels of objects, or a CSV file")
-    if task == "slide":
-        from perf_vit.cli.slides import report_slides
+    if task == "slide_classification":
+        from perf_vit.cli.slides import report_slide_classifier
 
-        report_slides(checkpoint, image, labels, json, options)
+        report_slide_classifier(checkpoint, image, labels, json, options)
         return
     if task == "detection":
-        from perf_vit.cli.detecting import report_objects
+        from perf_vit.cli.detecting import report_detector
 
-        report_objects(checkpoint, image, labels, json, options=options, label_format=label_format, names=names)
+        report_detector(checkpoint, image, labels, json, options=options, label_format=label_format, names=names)
         return
     from perf_vit.cli.console import score_table, show
-    from perf_vit.cli.mapping import evaluate_raster, write_scores
+    from perf_vit.cli.mapping import evaluate_segmenter, write_scores
 
-    scores, curves = evaluate_raster(
+    scores, curves = evaluate_segmenter(
         checkpoint,
         image,
         labels,

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from perf_vit.layers import LinearizedAttention, Mixer, MixerOptions, register_mixer
 from perf_vit.layers.token_grid import TokenGrid, watch_patch_embed
-from perf_vit.models import Detector, DetectorConfig, DetectorSpec, build_detector
+from perf_vit.models import DetectionModelConfig, DetectionSpec, Detector, build_detector
 from perf_vit.transforms import Normalizer
 
 WINDOW_TOKENS = 16
@@ -104,7 +104,7 @@ class WindowMixer(Mixer):
 
 def build_variant(variant: Variant, mean: tuple[float, ...], std: tuple[float, ...], side_px: int) -> Detector:
     """A detector with one level of stride 4; of one seed, all variants have the same weights."""
-    config = DetectorConfig(
+    config = DetectionModelConfig(
         backbone=variant.backbone,
         backbone_kwargs={**_VIT, **variant.kwargs},
         strides=[4],
@@ -112,7 +112,7 @@ def build_variant(variant: Variant, mean: tuple[float, ...], std: tuple[float, .
         head="fcos",
         head_kwargs={"num_convs": 1, "detections_per_tile": 6000, "score_threshold": 0.05},
     )
-    spec = DetectorSpec(classes=CLASSES, normalizer=Normalizer(mean, std), tile_px=side_px // variant.shrink)
+    spec = DetectionSpec(classes=CLASSES, normalizer=Normalizer(mean, std), tile_px=side_px // variant.shrink)
     model = build_detector(config, spec)
     if variant.windows_only:
         _cut_into_windows(model.backbone)

@@ -6,7 +6,7 @@ from affine import Affine
 from rasterio.crs import CRS
 
 from perf_vit.errors import InputError
-from perf_vit.io import PixelSide, common_unit, open_source, unit_of
+from perf_vit.io import PixelSize, common_unit, open_source, unit_of
 
 METRE = ("metre", 1.0)
 FEET = {"EPSG:2263": 1200 / 3937, "EPSG:2222": 0.3048}
@@ -20,7 +20,7 @@ def _scene(make_scene, crs: str, side: float, corner=(300_000.0, 200_000.0)):
 @pytest.mark.parametrize("crs", FEET)
 def test_metres_become_feet(make_scene, crs) -> None:
     path = _scene(make_scene, crs, 2.5 / FEET[crs])
-    source = open_source(path, resolution=PixelSide(5, METRE))
+    source = open_source(path, resolution=PixelSize(5, METRE))
     assert source.transform.a == pytest.approx(5 / FEET[crs], rel=1e-9)
     assert source.size == (30, 45)
 
@@ -28,13 +28,13 @@ def test_metres_become_feet(make_scene, crs) -> None:
 def test_feet_become_metres(make_scene) -> None:
     foot = unit_of(open_source(_scene(make_scene, "EPSG:2263", 1)).crs)
     assert foot == ("US survey foot", pytest.approx(1200 / 3937, rel=1e-12))
-    source = open_source(_scene(make_scene, "EPSG:32637", 2.5), resolution=PixelSide(10, foot))
+    source = open_source(_scene(make_scene, "EPSG:32637", 2.5), resolution=PixelSize(10, foot))
     assert source.transform.a == pytest.approx(12_000 / 3937, rel=1e-9)
 
 
 def test_the_same_unit_changes_nothing(make_scene) -> None:
     path = _scene(make_scene, "EPSG:32637", 2.5)
-    named, plain = open_source(path, resolution=PixelSide(5, METRE)), open_source(path, resolution=5)
+    named, plain = open_source(path, resolution=PixelSize(5, METRE)), open_source(path, resolution=5)
     assert named.transform == plain.transform
     assert np.array_equal(named.read(named.extent).pixels, plain.read(plain.extent).pixels)
 
@@ -43,8 +43,8 @@ def test_the_same_unit_changes_nothing(make_scene) -> None:
 def test_degrees_against_metres_are_refused_with_the_zone_to_give(make_scene, corner, zone) -> None:
     path = _scene(make_scene, "EPSG:4326", 0.0001, corner)
     with pytest.raises(InputError, match=f"10 metre, but .* is in degree \\(EPSG:4326\\); .*--crs EPSG:{zone}, or"):
-        open_source(path, resolution=PixelSide(10, METRE))
-    placed = open_source(path, resolution=PixelSide(10, METRE), crs=f"EPSG:{zone}")
+        open_source(path, resolution=PixelSize(10, METRE))
+    placed = open_source(path, resolution=PixelSize(10, METRE), crs=f"EPSG:{zone}")
     assert placed.transform.a == 10
     assert min(placed.size) > 20
 
@@ -52,7 +52,7 @@ def test_degrees_against_metres_are_refused_with_the_zone_to_give(make_scene, co
 def test_metres_against_degrees_are_refused(make_scene) -> None:
     path = _scene(make_scene, "EPSG:32637", 2.5)
     with pytest.raises(InputError, match=r"0\.001 degree, but .* is in metre .*--crs EPSG:4326, or"):
-        open_source(path, resolution=PixelSide(0.001, ("degree", None)))
+        open_source(path, resolution=PixelSize(0.001, ("degree", None)))
 
 
 @pytest.mark.parametrize(("crs", "side", "asked"), [("EPSG:4326", 0.0001, 10), ("EPSG:32637", 10, 0.0001),
@@ -85,7 +85,7 @@ def test_a_unit_is_common_whatever_its_name_and_last_digits(make_scene) -> None:
 @pytest.mark.parametrize(("unit", "metres"), [('"metre",1', 1.0), ('"US survey foot",0.304800609601219', 1200 / 3937)])
 def test_local_grids_have_a_unit(make_scene, unit, metres) -> None:
     path = _scene(make_scene, f'LOCAL_CS["grid",UNIT[{unit}]]', 2.5 / metres)
-    source = open_source(path, resolution=PixelSide(5, METRE))
+    source = open_source(path, resolution=PixelSize(5, METRE))
     assert source.size == (30, 45)
     assert common_unit([("a", source.crs)])[1] == pytest.approx(metres, rel=1e-12)
     with pytest.raises(InputError, match="whose pixels are"):

@@ -14,15 +14,15 @@ from rasterio.warp import transform
 from perf_vit.errors import InputError
 from perf_vit.io._gdal import crs_name
 
-__all__ = ["PixelSide", "Unit", "common_unit", "unit_of"]
+__all__ = ["PixelSize", "Unit", "common_unit", "unit_of"]
 
 Unit = tuple[str, float | None]
 """Name of a unit of length and its metres; None for degrees, whose length depends on the place."""
 
 
 @dataclass(frozen=True)
-class PixelSide:
-    """The side of a pixel in a unit; `open_source` takes it as `resolution` and converts it to the CRS's unit.
+class PixelSize:
+    """The pixel size in a unit; `open_source` takes it as `resolution` and converts it to the CRS's unit.
 
     Attributes:
         size: in `unit`.
