@@ -87,7 +87,7 @@ def collate_tiles(samples: Sequence[tuple[Tensor, ...]]) -> Any:
     """A batch of samples that end with the valid pixels of a tile, bool [H, W]; None where all pixels are valid."""
     *parts, valid = zip(*samples, strict=True)
     all_valid = all(each.all() for each in valid)
-    return *(default_collate(part) for part in parts), None if all_valid else default_collate(valid)
+    return *(default_collate(list(part)) for part in parts), None if all_valid else default_collate(list(valid))
 
 
 class EpochLoader(DataLoader[Any]):

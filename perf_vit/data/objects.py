@@ -165,7 +165,7 @@ class ObjectWindows(Dataset[ObjectSample]):
         if self.colors is not None:
             pixels = _recolored(pixels, mask, self.colors, int(rng.integers(2**31)))
         pixels, objects = turn_with_objects(pixels, objects, symmetry)
-        return torch.from_numpy(pixels), objects, torch.from_numpy(turn(mask.any(0), symmetry))
+        return torch.from_numpy(pixels), objects, torch.from_numpy(turn(np.asarray(mask.any(0)), symmetry))
 
     def _draw_size(self, rng: np.random.Generator) -> int | Sequence[int]:
         """Side of the window that becomes a tile, in pixels, or one of each image."""

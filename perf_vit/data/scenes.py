@@ -200,7 +200,7 @@ def image_tile(
     """
     image = _reduced(source, tile_px) if window is None else source.read(window)
     pixels, mask = _tile_of(image, source.path, normalizer, tile_px, resize=window is None)
-    return pixels, mask.any(0)
+    return pixels, np.asarray(mask.any(0))
 
 
 def _tile_of(

@@ -72,7 +72,7 @@ def key_mask(model: nn.Module, valid: Tensor | None, pixel_px: int = 1) -> Tenso
     height, width = (side * pixel_px for side in body.patch_embed.feat_ratio(as_scalar=False))
     rows, cols = -(-valid.shape[1] // height), -(-valid.shape[2] // width)
     padded = F.pad(valid, (0, cols * width - valid.shape[2], 0, rows * height - valid.shape[1]))
-    kept = padded.unflatten(2, (cols, width)).unflatten(1, (rows, height)).any(4).any(2).flatten(1)
+    kept = padded.reshape(len(valid), rows, height, cols, width).any(4).any(2).flatten(1)
     kept = kept | ~kept.any(1, keepdim=True)
     if not torch.compiler.is_compiling() and bool(kept.all()):
         return None

@@ -137,14 +137,14 @@ class Augmentation:
             self._whole.set_random_seed(seed)
             out = self._whole(image=_channels_last(image), masks=masks)
             pixels = _channels_first(out["image"], len(image))
-            valid = np.ones(pixels.shape[1:], bool)
+            valid: BoolArray = np.ones(pixels.shape[1:], bool)
         else:
             weights = np.broadcast_to(mask, image.shape).astype(np.float32)
             self._masked.set_random_seed(seed)
             out = self._masked(image=_channels_last(np.concatenate([image, weights])), masks=masks)
             pixels = _channels_first(out["image"], len(image))
             held = ~np.isnan(pixels)
-            pixels, valid = np.where(held, pixels, np.float32(0)), held.any(0)
+            pixels, valid = np.where(held, pixels, np.float32(0)), np.asarray(held.any(0))
         layers = np.stack(out["masks"])
         return pixels, np.ascontiguousarray(layers.reshape(*labels.shape[:-2], *layers.shape[-2:])), valid
 
