@@ -96,7 +96,7 @@ def test_a_run_leaves_a_student_that_is_nearer_to_its_teacher(args, weights, tmp
     assert [row["epoch"] for row in rows] == ["-1", "0", "1", "2", "3", "4"]
     wrong = [1 - float(row["val/patch_cosine"]) for row in rows]
     assert wrong[-1] < 0.9 * wrong[0]
-    assert float(rows[2]["train/block_loss"]) < float(rows[1]["train/block_loss"])
+    assert float(rows[3]["train/block_loss"]) < float(rows[1]["train/block_loss"])
     assert rows[1]["train/token_loss"] == ""
     assert rows[-1]["train/block_loss"] == ""
     assert float(rows[-1]["train/token_loss"]) > 0
@@ -174,7 +174,7 @@ def test_a_run_that_is_short_of_time_still_ends_its_schedule(args, tmp_path) -> 
         ("model.weights=nowhere.pth", "no weights file nowhere.pth"),
         ("model.backbone_kwargs.embed_dim=32", "doesn't fit vit_tiny_patch16_224"),
         ("model.options.windows=3", "window"),
-        ("model.mixer=softmax", "converted attention"),
+        ("model.mixer=softmax", "is an option of mixer='clustered', got mixer='softmax'"),
         ("optim.trainable=mlp", "attention, all"),
         ("optim.lr=1", "Key 'lr' not in 'optim'"),
         ("trainer.precision=8", "32-true"),

@@ -92,8 +92,8 @@ class HighResolutionConvTransformer(nn.Module):
                 if index < len(channels) - num_attn_stages:
                     blocks.append(ResidualBlock(*each, **dd))
                     continue
-                mixing: dict[str, Any] = {"mixer": mixer, "options": attn_kwargs, "layer_index": num_layers}
-                blocks.append(AttentionConvBlock(*each, num_heads, **mixing, **dd))
+                attention = num_heads, mixer, attn_kwargs, num_layers
+                blocks.append(AttentionConvBlock(*each, *attention, **dd))
                 num_layers += 1
             self.stages.append(nn.Sequential(*blocks))
             self.feature_info.append({"num_chs": stage_chans, "reduction": 8 << index, "module": f"stages.{index}"})
@@ -257,7 +257,6 @@ class AttentionConvBlock(nn.Module):
         out_chans: int,
         stride: int = 1,
         num_heads: int = 8,
-        *,
         mixer: str = "performer",
         options: Mapping[str, Any] | None = None,
         layer_index: int = 0,
