@@ -11,15 +11,10 @@ from perf_vit._version import __version__
 
 if TYPE_CHECKING:
     from perf_vit import ops
+    from perf_vit.conversion import choose_layer_options, linearize, load_converted, save_converted
     from perf_vit.inference import predict
-    from perf_vit.io import open_source
-    from perf_vit.models import (
-        choose_layer_options,
-        linearize,
-        load_converted,
-        load_segmenter,
-        save_converted,
-    )
+    from perf_vit.models import load_segmenter
+    from perf_vit.sources import open_source
 
 __all__ = [
     "__version__",
@@ -34,13 +29,13 @@ __all__ = [
 ]
 
 _LAZY = {
-    "choose_layer_options": "perf_vit.models",
-    "linearize": "perf_vit.models",
-    "load_converted": "perf_vit.models",
+    "choose_layer_options": "perf_vit.conversion",
+    "linearize": "perf_vit.conversion",
+    "load_converted": "perf_vit.conversion",
     "load_segmenter": "perf_vit.models",
-    "open_source": "perf_vit.io",
+    "open_source": "perf_vit.sources",
     "predict": "perf_vit.inference",
-    "save_converted": "perf_vit.models",
+    "save_converted": "perf_vit.conversion",
 }
 
 

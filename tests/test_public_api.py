@@ -25,7 +25,7 @@ CONTRACT = {
     "perf_vit.layers": ["LinearizedAttention", "mixer_names", "register_mixer"],
     "perf_vit.transforms": ["Augmentation", "Normalizer"],
     "perf_vit.data": ["DetectionDataConfig", "build_detection_datamodule", "collate_objects", "read_object_labels"],
-    "perf_vit.io": ["polygonize_classes", "write_objects"],
+    "perf_vit.writers": ["polygonize_classes", "write_objects"],
     "perf_vit.inference": [
         "ClassificationPredictor",
         "DetectionPredictor",

@@ -7,14 +7,6 @@ import torch
 from PIL import Image
 
 import perf_vit
-from perf_vit.cli.schemas import (
-    ClassificationRun,
-    DetectionRun,
-    DistillationRun,
-    RegressionRun,
-    SegmentationRun,
-    SlideClassificationRun,
-)
 from perf_vit.config import config_value, find_config, load_config, shipped_configs
 from perf_vit.data import build_distillation_datamodule
 from perf_vit.models import ClassificationSpec, DetectionSpec, SegmentationSpec, SlideClassificationSpec, build_detector
@@ -25,9 +17,17 @@ from perf_vit.tasks import (
     SlideClassificationTask,
     build_distillation_trainer,
 )
-from perf_vit.tasks.optimize import parameter_groups
+from perf_vit.tasks.optim import parameter_groups
 from perf_vit.transforms import Normalizer
 from perf_vit.types import ObjectLabels
+from perf_vit.workflows.run_config import (
+    ClassificationRun,
+    DetectionRun,
+    DistillationRun,
+    RegressionRun,
+    SegmentationRun,
+    SlideClassificationRun,
+)
 
 SEGMENTATION = [name for name in shipped_configs() if name.startswith("configs/segmentation/")]
 DETECTION = [name for name in shipped_configs() if name.startswith("configs/detection/")]

@@ -7,7 +7,7 @@ import openslide
 import pytest
 from synthetic_slide import make_slide
 
-from perf_vit.io import open_source
+from perf_vit.sources import open_source
 from perf_vit.types import Window
 
 

@@ -4,8 +4,9 @@ from pathlib import Path
 
 import typer
 
-from perf_vit.data import read_object_labels, write_coco_labels
 from perf_vit.errors import PerfVitError
+from perf_vit.labels.objects import read_object_labels
+from perf_vit.writers import write_coco_labels
 
 CLASSES = ("RBC", "WBC", "Platelets")
 

@@ -8,9 +8,10 @@ import rasterio.shutil
 import typer
 from rasterio.errors import NotGeoreferencedWarning
 
-from perf_vit.data import find_images, read_object_labels
 from perf_vit.errors import PerfVitError
-from perf_vit.io import check_outputs
+from perf_vit.labels.objects import read_object_labels
+from perf_vit.sources import find_images
+from perf_vit.writers import check_outputs
 
 
 def prepare(source: Path, out: Path, labels: str = "labelTxt") -> None:

@@ -7,8 +7,8 @@ import numpy as np
 import typer
 from PIL import Image
 
-from perf_vit.data import read_object_labels
 from perf_vit.errors import InputError, PerfVitError
+from perf_vit.labels.objects import read_object_labels
 
 
 def prepare(source: Path, out: Path) -> None:

@@ -11,8 +11,8 @@ from affine import Affine
 from PIL import Image
 from rasterio.windows import Window
 
-from perf_vit.data import read_object_labels
 from perf_vit.errors import InputError, PerfVitError
+from perf_vit.labels.objects import read_object_labels
 
 # Half the equator of Web Mercator's sphere, in metres: tile 0/0/0 reaches from -EDGE to EDGE on both axes.
 EDGE = np.pi * 6_378_137

@@ -6,8 +6,9 @@ from pathlib import Path
 
 import typer
 
-from perf_vit.data import read_object_labels, write_coco_labels
 from perf_vit.errors import PerfVitError
+from perf_vit.labels.objects import read_object_labels
+from perf_vit.writers import write_coco_labels
 
 
 def prepare(source: Path, out: Path, level: int = 0) -> None:

@@ -5,8 +5,9 @@ from pathlib import Path
 
 import typer
 
-from perf_vit.data import find_images, read_object_labels
 from perf_vit.errors import InputError, PerfVitError
+from perf_vit.labels.objects import read_object_labels
+from perf_vit.sources import find_images
 
 
 def prepare(source: Path, out: Path, product: str = "RGB-PanSharpen") -> None:

@@ -6,10 +6,10 @@ from pathlib import Path
 
 import typer
 
-from perf_vit.data.labels.finish import finish_index
-from perf_vit.data.labels.records import RawImage, RawObject
-from perf_vit.data.labels.write import write_coco_labels
 from perf_vit.errors import InputError, PerfVitError
+from perf_vit.labels.objects import finish_index
+from perf_vit.labels.objects.records import RawImage, RawObject
+from perf_vit.writers import write_coco_labels
 
 # From xview_class_labels.txt of the publisher's repository DIUx-xView/xView1_baseline.
 CLASSES = {

@@ -1,1 +1,1 @@
-"""The command line: the only place that joins every package."""
+"""Command line."""

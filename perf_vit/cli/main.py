@@ -11,12 +11,11 @@ from typing import Annotated, Any
 import typer
 
 from perf_vit._version import __version__
-from perf_vit.cli.commands.conversion import convert
-from perf_vit.cli.commands.inference import evaluate, predict
-from perf_vit.cli.commands.looking import demo, info
-from perf_vit.cli.commands.training import distill, fit_tile, train
-from perf_vit.cli.console import say, say_line, show_any_text
+from perf_vit.cli.convert_and_info import convert, demo, info
+from perf_vit.cli.predict import evaluate, predict
+from perf_vit.cli.train import distill, fit_tile, train
 from perf_vit.errors import DataWarning, OptionError, PerfVitError
+from perf_vit.workflows.progress import say, say_line, show_any_text
 
 __all__ = ["app", "run"]
 

@@ -13,10 +13,9 @@ import yaml
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from perf_vit.config.interpolations import check_interpolations
 from perf_vit.config.shipped import find_config
 from perf_vit.config.values import check_values
-from perf_vit.config.yaml_text import load_yaml
+from perf_vit.config.yaml_text import check_interpolations, load_yaml
 from perf_vit.errors import ConfigError, reason_line
 
 __all__ = ["config_value", "dump_config", "is_dumped", "load_config"]

@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 import yaml
+from omegaconf.errors import GrammarParseError
+from omegaconf.grammar.gen.OmegaConfGrammarParser import OmegaConfGrammarParser
+from omegaconf.grammar_parser import parse
 
-__all__ = ["MOST_CHARACTERS", "NODE_CHARACTERS", "load_yaml"]
+from perf_vit.errors import ConfigError
+
+__all__ = ["MOST_CHARACTERS", "NODE_CHARACTERS", "check_interpolations", "load_yaml"]
 
 MOST_CHARACTERS = 20_000_000
 """What a file may come to once its aliases, or a config's interpolations, are written out."""
@@ -15,6 +22,7 @@ NODE_CHARACTERS = 100
 """What a key, a value, a list or a mapping counts at least: what takes time and memory are objects."""
 
 _LONGEST_TEXT = 1_000_000
+
 _DEEPEST = 50
 
 
@@ -55,3 +63,63 @@ def _check_growth(text: str) -> None:
             raise ValueError(f"at most {_DEEPEST} levels are read")
         if sizes[-1] > MOST_CHARACTERS:
             raise ValueError(f"its aliases make more than {MOST_CHARACTERS:,} characters of it; write values out")
+
+
+# n interpolations, each of values that hold others, write one value out at most 3^(n / 3) times.
+_GROWTH = 3 ** (1 / 3)
+
+_LONGEST = 1000
+
+
+def check_interpolations(content: Mapping[Any, Any], path: Path) -> None:
+    """Refuse resolvers, such as `${oc.env:NAME}`, and interpolations that could make too much of a config file.
+
+    Resolvers read the environment, which is no business of a file from elsewhere; overrides may use them.
+
+    Raises:
+        ConfigError: names the key.
+    """
+    size, count = 0, 0
+    for key, value in _leaves(content):
+        size += NODE_CHARACTERS + len(value)
+        for node in _interpolations(key, value, path):
+            if isinstance(node, OmegaConfGrammarParser.InterpolationResolverContext):
+                raise ConfigError(
+                    f"{path}: {key} uses the resolver {node.getText()}, which a file must not; give the value on the "
+                    f"command line, {key}='{node.getText()}'"
+                )
+            count += 1
+    if count and size * _GROWTH**count > MOST_CHARACTERS:
+        raise ConfigError(f"{path} has {count} interpolations, too many for its size; write some of their values out")
+
+
+def _leaves(value: Any, key: str = "") -> Iterator[tuple[str, str]]:
+    """(dotted key, text) of all values that aren't mappings or lists."""
+    if isinstance(value, Mapping):
+        for name, each in value.items():
+            yield from _leaves(each, f"{key}.{name}" if key else str(name))
+    elif isinstance(value, list):
+        for place, each in enumerate(value):
+            yield from _leaves(each, f"{key}.{place}")
+    else:
+        yield key, str(value)
+
+
+def _interpolations(key: str, text: str, path: Path) -> Iterator[Any]:
+    if "${" not in text:
+        return
+    if len(text) > _LONGEST:
+        raise ConfigError(f"{path}: {key} is an interpolation of {len(text)} characters; at most {_LONGEST} are read")
+    try:
+        nodes: list[Any] = [parse(text)]
+    except (GrammarParseError, RecursionError) as error:
+        raise ConfigError(f"{path}: {key} is no interpolation that OmegaConf reads: {text:.80}") from error
+    while nodes:
+        node = nodes.pop()
+        nodes.extend(getattr(node, "children", None) or ())
+        kinds = (
+            OmegaConfGrammarParser.InterpolationNodeContext,
+            OmegaConfGrammarParser.InterpolationResolverContext,
+        )
+        if isinstance(node, kinds):
+            yield node

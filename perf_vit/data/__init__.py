@@ -1,29 +1,10 @@
 """Training data as standardised tiles: windows of labelled sources and of images with objects; unlabelled crops."""
 
-from perf_vit.data.augmenting import AugmentConfig
-from perf_vit.data.band_statistics import given_normalizer
-from perf_vit.data.build import build_segmentation_datamodule
+from perf_vit.data.augmentation import AugmentConfig
+from perf_vit.data.bags import SlideTargets, read_slide_table, tissue_windows
+from perf_vit.data.base import collate_tiles, given_normalizer
 from perf_vit.data.class_pixels import count_class_pixels
-from perf_vit.data.config import BaseDataConfig, SplitConfig, TileDataConfig
-from perf_vit.data.crops import UnlabelledCrops, find_images
-from perf_vit.data.crops_datamodule import DistillationDataConfig, build_distillation_datamodule
-from perf_vit.data.datamodule import SegmentationDataModule
-from perf_vit.data.embeddings import EmbeddingStore, SlideFeatures
-from perf_vit.data.epochs import collate_tiles
-from perf_vit.data.label_folders import is_labelled_folder
-from perf_vit.data.labels import ImageRecord, OutlineMasks, objects_in, read_object_labels, write_coco_labels
-from perf_vit.data.objects import collate_objects, standardized
-from perf_vit.data.objects_datamodule import (
-    DetectionDataConfig,
-    DetectionDataModule,
-    DetectionSplitConfig,
-    build_detection_datamodule,
-    read_names,
-)
-from perf_vit.data.objects_seen import SeenObjects
-from perf_vit.data.open_labelled import open_pairs, region_window
-from perf_vit.data.scenes import ClassificationImages, ClassificationViews, image_tile, middle_window
-from perf_vit.data.scenes_datamodule import (
+from perf_vit.data.classification import (
     ClassificationDataConfig,
     ClassificationDataModule,
     ClassificationSplitConfig,
@@ -31,16 +12,27 @@ from perf_vit.data.scenes_datamodule import (
     build_classification_datamodule,
     read_image_targets,
 )
-from perf_vit.data.slide_bags import SlideTargets, read_slide_table
-from perf_vit.data.slide_windows import tissue_windows
-from perf_vit.data.slides_datamodule import (
+from perf_vit.data.classification_tiles import ClassificationImages, ClassificationViews, image_tile, middle_window
+from perf_vit.data.config import BaseDataConfig, SplitConfig, TileDataConfig
+from perf_vit.data.detection import (
+    DetectionDataConfig,
+    DetectionDataModule,
+    DetectionSplitConfig,
+    build_detection_datamodule,
+    read_names,
+)
+from perf_vit.data.detection_tiles import SeenObjects, collate_objects, standardized
+from perf_vit.data.embedding_store import EmbeddingStore, SlideFeatures
+from perf_vit.data.segmentation import SegmentationDataModule, build_segmentation_datamodule, open_pairs, region_window
+from perf_vit.data.segmentation_config import SegmentationDataConfig, SegmentationSplitConfig, label_options
+from perf_vit.data.slide_classification import (
     SlideClassificationDataConfig,
     SlideClassificationDataModule,
     SlideClassificationSplitConfig,
     read_slides,
 )
 from perf_vit.data.synthetic import make_ship_scene
-from perf_vit.data.window_config import SegmentationDataConfig, SegmentationSplitConfig, label_options
+from perf_vit.data.unlabelled import DistillationDataConfig, UnlabelledCrops, build_distillation_datamodule
 
 __all__ = [
     "AugmentConfig",
@@ -55,8 +47,6 @@ __all__ = [
     "DetectionSplitConfig",
     "DistillationDataConfig",
     "EmbeddingStore",
-    "ImageRecord",
-    "OutlineMasks",
     "RegressionDataConfig",
     "SeenObjects",
     "SegmentationDataConfig",
@@ -77,22 +67,17 @@ __all__ = [
     "collate_objects",
     "collate_tiles",
     "count_class_pixels",
-    "find_images",
     "given_normalizer",
     "image_tile",
-    "is_labelled_folder",
     "label_options",
     "make_ship_scene",
     "middle_window",
-    "objects_in",
     "open_pairs",
     "read_image_targets",
     "read_names",
-    "read_object_labels",
     "read_slide_table",
     "read_slides",
     "region_window",
     "standardized",
     "tissue_windows",
-    "write_coco_labels",
 ]

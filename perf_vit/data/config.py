@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from perf_vit.data.augmenting import AugmentConfig, check_augment
+from perf_vit.data.augmentation import AugmentConfig, check_augment
 from perf_vit.errors import ConfigError
 
 __all__ = ["BaseDataConfig", "SplitConfig", "TileDataConfig", "check_base", "image_paths"]

@@ -1,19 +1,23 @@
 """Whole scenes through a model, window by window, in memory that doesn't know how tall the scene is."""
 
-from perf_vit.inference.attention_picture import attention_picture
+from perf_vit.inference.batch import (
+    REPORT,
+    InputReport,
+    RunReport,
+    attempt,
+    check_report,
+    in_turn,
+    predict_many,
+    reserve_report,
+)
 from perf_vit.inference.classification import ClassificationPredictor
-from perf_vit.inference.damage import DamagedPiece
+from perf_vit.inference.dense import Strip, TileModel, predict_strips
 from perf_vit.inference.dense_output import DenseOutput, class_map, class_output, class_probabilities
+from perf_vit.inference.detect import ObjectModel, predict_objects
 from perf_vit.inference.detection import DetectionPredictor
-from perf_vit.inference.detections import Objects
-from perf_vit.inference.device import move_to_device, resolve_device
-from perf_vit.inference.embed import embed_windows
-from perf_vit.inference.engine import Strip, TileModel, predict_strips
+from perf_vit.inference.embed import attention_picture, embed_windows
 from perf_vit.inference.inputs import MapInput, find_inputs, find_paths, is_one_file, resolve_one, scene_files
-from perf_vit.inference.job import JobResult
-from perf_vit.inference.many import attempt, in_turn, predict_many
-from perf_vit.inference.map_job import MapJob, check_map_name
-from perf_vit.inference.objects import ObjectModel, predict_objects
+from perf_vit.inference.merge_objects import ObjectStitcher
 from perf_vit.inference.options import (
     ClassificationPredictOptions,
     DetectionPredictOptions,
@@ -21,35 +25,29 @@ from perf_vit.inference.options import (
     PredictOptions,
     SegmentationPredictOptions,
     SlideClassificationPredictOptions,
+    move_to_device,
+    resolve_device,
 )
 from perf_vit.inference.predict import PREDICTORS, predict
 from perf_vit.inference.predictor import InputPredictor, OnProgress, Predictor, ignore_progress
-from perf_vit.inference.ray_pool import RayPool
-from perf_vit.inference.run_report import REPORT, InputReport, RunReport, check_report, reserve_report
+from perf_vit.inference.ray import RayPool
 from perf_vit.inference.segmentation import SegmentationPredictor
 from perf_vit.inference.slide_classification import SlideClassificationPredictor, attention_folder, slide_names
-from perf_vit.inference.stitch_objects import ObjectStitcher
 from perf_vit.inference.table_predictor import TablePredictor
-from perf_vit.types import Detections
 
 __all__ = [
     "PREDICTORS",
     "REPORT",
     "ClassificationPredictOptions",
     "ClassificationPredictor",
-    "DamagedPiece",
     "DenseOutput",
     "DetectionPredictOptions",
     "DetectionPredictor",
-    "Detections",
     "InputPredictor",
     "InputReport",
-    "JobResult",
     "MapInput",
-    "MapJob",
     "ObjectModel",
     "ObjectStitcher",
-    "Objects",
     "OnProgress",
     "OutputKind",
     "PredictOptions",
@@ -66,7 +64,6 @@ __all__ = [
     "attempt",
     "attention_folder",
     "attention_picture",
-    "check_map_name",
     "check_report",
     "class_map",
     "class_output",

@@ -10,9 +10,8 @@ from torch import Tensor
 
 from perf_vit.data import collate_tiles, image_tile, middle_window
 from perf_vit.errors import InputError
-from perf_vit.inference.device import move_to_device
-from perf_vit.inference.options import ClassificationPredictOptions
-from perf_vit.inference.table_job import TableJob
+from perf_vit.inference.jobs.table_job import TableJob
+from perf_vit.inference.options import ClassificationPredictOptions, move_to_device
 from perf_vit.inference.table_predictor import Rows, TablePredictor
 from perf_vit.models import Classifier, load_classifier
 

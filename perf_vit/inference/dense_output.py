@@ -12,10 +12,11 @@ import numpy as np
 import numpy.typing as npt
 
 from perf_vit.errors import PerfVitError
-from perf_vit.inference.engine import Strip
+from perf_vit.inference.dense import Strip
 from perf_vit.inference.options import OutputKind
-from perf_vit.io import RasterLayout, default_colormap
+from perf_vit.plotting import default_colormap
 from perf_vit.types import IGNORE_INDEX, Source
+from perf_vit.writers import RasterLayout
 
 __all__ = ["DenseOutput", "class_map", "class_output", "class_probabilities"]
 

@@ -1,34 +1,77 @@
-"""Object files of whole inputs."""
+"""COCO results of several images in one file."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import json
+from collections.abc import Iterable, Sequence
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
 from perf_vit.data import standardized
 from perf_vit.errors import OptionError
-from perf_vit.inference.coco_results import COCO_RESULTS, check_coco_results, join_coco_results
-from perf_vit.inference.damage import DamageLog
-from perf_vit.inference.detections import Objects
-from perf_vit.inference.device import move_to_device
+from perf_vit.files import write_text
+from perf_vit.geometry import Objects
+from perf_vit.inference.detect import predict_objects
 from perf_vit.inference.inputs import MapInput
-from perf_vit.inference.job import JobResult
-from perf_vit.inference.object_job import ObjectJob
-from perf_vit.inference.objects import predict_objects
-from perf_vit.inference.options import DetectionPredictOptions
-from perf_vit.inference.output_record import OutputRecord
+from perf_vit.inference.jobs import JobResult
+from perf_vit.inference.jobs.identity import OutputRecord
+from perf_vit.inference.jobs.logs import DamageLog, WindowLog
+from perf_vit.inference.jobs.object_job import ObjectJob
+from perf_vit.inference.options import DetectionPredictOptions, move_to_device
 from perf_vit.inference.predictor import InputPredictor, OnProgress, ignore_progress
-from perf_vit.inference.reader import Reads, SalvagingReader
-from perf_vit.inference.window_log import WindowLog
-from perf_vit.io import CocoImages, check_vector_output, write_objects
+from perf_vit.inference.prefetch import Reads, SalvagingReader
+from perf_vit.labels.objects import CocoImages
 from perf_vit.models import Detector, load_detector
+from perf_vit.text import to_json
 from perf_vit.tiling import grid_windows
 from perf_vit.transforms import InputCheck
 from perf_vit.types import Source, Window
+from perf_vit.writers import check_vector_output, existing_error, existing_outputs, write_objects
 
-__all__ = ["DetectionPredictor"]
+__all__ = ["COCO_RESULTS", "DetectionPredictor", "check_coco_results", "join_coco_results"]
+
+COCO_RESULTS = "coco_results.json"
+
+
+def check_coco_results(folder: Path, images: CocoImages) -> None:
+    """Refuse a file that isn't the results of an earlier run on the same images.
+
+    Args:
+        folder: of the outputs.
+        images: those of the results.
+
+    Raises:
+        OutputError: names the file.
+    """
+    for path in existing_outputs([folder / COCO_RESULTS]):
+        if not _is_results(path, images.ids):
+            raise existing_error(path, reason=", but holds no COCO results of these images")
+
+
+def join_coco_results(parts: Iterable[Path], folder: Path) -> None:
+    """Write the results of all images that have some as one list, line by line.
+
+    Args:
+        parts: results of an image each, of which some may be missing.
+        folder: of the outputs.
+
+    Raises:
+        OutputError: nothing can be written there.
+    """
+    found = [each for part in parts if part.exists() for each in json.loads(part.read_bytes())]
+    if found or folder.exists():
+        write_text(folder / COCO_RESULTS, "[" + ",\n".join(to_json(each) for each in found) + "]\n")
+
+
+def _is_results(path: Path, ids: frozenset[int]) -> bool:
+    try:
+        content: Any = json.loads(path.read_bytes())
+    except (OSError, ValueError):
+        return False
+    return isinstance(content, list) and all(
+        isinstance(each, dict) and each.get("image_id") in ids and "score" in each for each in content
+    )
 
 
 class DetectionPredictor(InputPredictor[Detector, DetectionPredictOptions]):

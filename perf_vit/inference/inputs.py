@@ -14,17 +14,17 @@ from pathlib import Path, PurePosixPath
 import pyarrow.parquet
 
 from perf_vit.errors import DataWarning, InputError, OutputError, reason_line
-from perf_vit.io import (
+from perf_vit.sources import (
     FOLDER_SUFFIXES,
     IMAGE_SUFFIXES,
     PICTURE_SUFFIXES,
     SLIDE_SUFFIXES,
-    check_outputs,
     files_below,
     is_by_product,
     is_image_name,
     without_repeats,
 )
+from perf_vit.writers import check_outputs
 
 __all__ = ["MapInput", "find_inputs", "find_paths", "is_one_file", "resolve_one", "scene_files"]
 

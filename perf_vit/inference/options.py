@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 import torch
+from torch import nn
 
-from perf_vit.errors import OptionError
+from perf_vit.errors import OptionError, reason_line
 from perf_vit.tiling import Blend
 
 __all__ = [
@@ -22,14 +23,20 @@ __all__ = [
     "SegmentationPredictOptions",
     "SlideClassificationPredictOptions",
     "WindowedPredictOptions",
+    "move_to_device",
+    "resolve_device",
 ]
 
 OnError = Literal["stop", "skip"]
+
 OutputKind = Literal["classes", "probabilities", "probabilities-uint8"]
+
 PolygonSuffix = Literal["gpkg", "geojson", "parquet", "json"]
+
 Precision = Literal["32", "bf16", "16"]
 
 _DTYPES = {"32": torch.float32, "bf16": torch.bfloat16, "16": torch.float16}
+
 _INPUT_OPTIONS = ("crs", "resolution", "mpp", "slide_mpp", "tissue")
 
 
@@ -218,3 +225,28 @@ def _check_choice(options: PredictOptions, name: str, choices: tuple[str, ...]) 
 def _check_positive(options: PredictOptions, name: str) -> None:
     if (given := getattr(options, name)) < 1:
         raise OptionError(f"{name} must be at least 1, got {given}")
+
+
+def resolve_device(device: str) -> str:
+    """A GPU if there is one instead of "auto"; others as they are."""
+    if device != "auto":
+        return device
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def move_to_device(model: nn.Module, device: str) -> str:
+    """Move a model to a device; return the device's name.
+
+    Args:
+        model: Model to move.
+        device: Name, or "auto" for a GPU if there is one.
+
+    Raises:
+        OptionError: There is no such device.
+    """
+    device = resolve_device(device)
+    try:
+        model.to(device)
+    except (RuntimeError, AssertionError) as error:
+        raise OptionError(f"device {device}: {reason_line(error)}") from error
+    return device

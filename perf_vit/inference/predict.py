@@ -10,7 +10,7 @@ from typing import Any
 from perf_vit.errors import OptionError
 from perf_vit.inference.classification import ClassificationPredictor
 from perf_vit.inference.detection import DetectionPredictor
-from perf_vit.inference.job import JobResult
+from perf_vit.inference.jobs import JobResult
 from perf_vit.inference.options import (
     ClassificationPredictOptions,
     DetectionPredictOptions,

@@ -13,14 +13,14 @@ from typing import Any, ClassVar, Generic, Self, TypeVar
 from torch import nn
 
 from perf_vit.errors import InputError
-from perf_vit.inference.device import resolve_device
 from perf_vit.inference.inputs import MapInput
-from perf_vit.inference.job import Job, JobResult
-from perf_vit.inference.journal import check_partial_folder
-from perf_vit.inference.options import PredictOptions
-from perf_vit.io import existing_outputs
+from perf_vit.inference.jobs import JobResult
+from perf_vit.inference.jobs.job import Job
+from perf_vit.inference.jobs.journal import check_partial_folder
+from perf_vit.inference.options import PredictOptions, resolve_device
 from perf_vit.models import network_id
 from perf_vit.transforms import InputCheck
+from perf_vit.writers import existing_outputs
 
 __all__ = ["InputPredictor", "OnProgress", "Predictor", "ignore_progress"]
 

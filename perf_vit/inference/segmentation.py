@@ -10,28 +10,19 @@ from pathlib import Path
 from typing import Any
 
 from perf_vit.errors import InputError, OptionError
-from perf_vit.inference.damage import DamageLog
+from perf_vit.inference.dense import Strip, predict_strips
 from perf_vit.inference.dense_output import DenseOutput, class_output
-from perf_vit.inference.device import move_to_device
-from perf_vit.inference.engine import Strip, predict_strips
-from perf_vit.inference.job import JobResult
-from perf_vit.inference.map_job import MapJob, check_map_name
-from perf_vit.inference.options import SegmentationPredictOptions
+from perf_vit.inference.jobs import JobResult, MapJob, check_map_name
+from perf_vit.inference.jobs.logs import DamageLog
+from perf_vit.inference.options import SegmentationPredictOptions, move_to_device
 from perf_vit.inference.predictor import InputPredictor, OnProgress, ignore_progress
-from perf_vit.inference.ray_pool import RayPool
-from perf_vit.inference.ray_rows import row_ranges
-from perf_vit.inference.reader import Reads, SalvagingReader
-from perf_vit.io import (
-    StripStore,
-    bounded_cache,
-    check_vector_output,
-    polygonize_classes,
-    write_map_quicklook,
-    write_objects,
-)
+from perf_vit.inference.prefetch import Reads, SalvagingReader
+from perf_vit.inference.ray import RayPool, row_ranges
 from perf_vit.models import Segmenter, load_segmenter
+from perf_vit.sources import bounded_cache
 from perf_vit.transforms import InputCheck
 from perf_vit.types import Source, Window
+from perf_vit.writers import StripStore, check_vector_output, polygonize_classes, write_map_quicklook, write_objects
 
 __all__ = ["SegmentationPredictor"]
 

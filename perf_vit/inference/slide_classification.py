@@ -16,17 +16,16 @@ import torch
 
 from perf_vit.data import SlideFeatures, tissue_windows
 from perf_vit.errors import InputError
-from perf_vit.inference.attention_picture import attention_picture
-from perf_vit.inference.device import move_to_device
-from perf_vit.inference.embed import embed_windows
-from perf_vit.inference.options import SlideClassificationPredictOptions
+from perf_vit.inference.embed import attention_picture, embed_windows
+from perf_vit.inference.jobs.table_job import TableJob
+from perf_vit.inference.options import SlideClassificationPredictOptions, move_to_device
 from perf_vit.inference.predictor import OnProgress, ignore_progress
-from perf_vit.inference.table_job import TableJob
 from perf_vit.inference.table_predictor import Rows, TablePredictor
-from perf_vit.io import save_png, write_objects
 from perf_vit.models import SlideClassifier, load_slide_classifier
+from perf_vit.plotting import save_png
 from perf_vit.transforms import InputCheck
 from perf_vit.types import Source
+from perf_vit.writers import write_objects
 
 __all__ = ["SlideClassificationPredictor", "attention_folder", "slide_names"]
 

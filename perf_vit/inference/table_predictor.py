@@ -12,11 +12,11 @@ from typing import Any, ClassVar, TypeVar
 from torch import nn
 
 from perf_vit.errors import InputError
-from perf_vit.inference.job import JobResult
+from perf_vit.inference.jobs import JobResult
+from perf_vit.inference.jobs.table_job import RowLog, TableJob, write_table
 from perf_vit.inference.options import PredictOptions
 from perf_vit.inference.predictor import OnProgress, Predictor, ignore_progress
-from perf_vit.inference.ray_pool import RayPool
-from perf_vit.inference.table_job import RowLog, TableJob, write_table
+from perf_vit.inference.ray import RayPool
 
 __all__ = ["TablePredictor"]
 

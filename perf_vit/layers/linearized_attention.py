@@ -12,10 +12,9 @@ from timm.models.eva import EvaAttention
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from perf_vit.layers.key_mask import key_mask_of
 from perf_vit.layers.local_enhancement import LocalEnhancement
 from perf_vit.layers.mixer import MixerOptions, make_mixer
-from perf_vit.layers.token_grid import TokenGrid
+from perf_vit.layers.token_grid import TokenGrid, key_mask_of
 
 __all__ = ["CONVERTIBLE", "LinearizedAttention"]
 

@@ -7,8 +7,7 @@ from timm.layers import register_notrace_module
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from perf_vit.layers.key_mask import key_mask_of
-from perf_vit.layers.token_grid import TokenGrid
+from perf_vit.layers.token_grid import TokenGrid, key_mask_of
 
 __all__ = ["LocalEnhancement"]
 

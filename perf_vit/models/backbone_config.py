@@ -15,7 +15,7 @@ class BackboneConfig:
     Attributes:
         backbone: any timm model name; or a folder with a converted model, whose weights are loaded.
         backbone_kwargs: passed to `timm.create_model`, e.g. {attn_kwargs: {num_features: 128}}; those of
-            `perf_vit.models.timm_arguments`.
+            `perf_vit.conversion.timm_arguments`.
         pretrained: load timm's weights for the backbone.
     """
 

@@ -16,13 +16,11 @@ from perf_vit._version import __version__
 from perf_vit.config import check_values
 from perf_vit.errors import CheckpointError, ConfigError, parsing
 from perf_vit.layers import current_draw, redraw_projections
-from perf_vit.models.build import SegmentationModelConfig, build_segmenter
-from perf_vit.models.build_detector import DetectionModelConfig, build_detector
-from perf_vit.models.classifier import ClassificationModelConfig, ClassificationSpec, Classifier, build_classifier
-from perf_vit.models.detector import DetectionSpec, Detector
+from perf_vit.models.classification import ClassificationModelConfig, ClassificationSpec, Classifier, build_classifier
+from perf_vit.models.detection import DetectionModelConfig, DetectionSpec, Detector, build_detector
 from perf_vit.models.finetune import merge_lora
-from perf_vit.models.segmenter import SegmentationSpec, Segmenter
-from perf_vit.models.slide_classifier import (
+from perf_vit.models.segmentation import SegmentationModelConfig, SegmentationSpec, Segmenter, build_segmenter
+from perf_vit.models.slide_classification import (
     SlideClassificationModelConfig,
     SlideClassificationSpec,
     SlideClassifier,

@@ -107,7 +107,7 @@ class InputSpec(InputOptions):
 
     def _opened(self, path: InputPath | Source, overrides: dict[str, Any]) -> Source:
         # Rasters load when one is opened, not when networks do.
-        from perf_vit.io import merged_options, open_input
+        from perf_vit.sources import merged_options, open_input
 
         if isinstance(path, str | Path | Sequence):
             return open_input(path, self, **overrides)

@@ -5,8 +5,8 @@ Every fast operation has an N x N reference in `perf_vit.ops.naive`, which is im
 
 from perf_vit.ops.balancing import Balancing, fit_balancing
 from perf_vit.ops.clustered import clustered_attention
+from perf_vit.ops.favor import favor_attention
 from perf_vit.ops.kernels import Kernel, make_kernel, oprf_kernel, register_kernel
-from perf_vit.ops.linear_attention import favor_attention
 from perf_vit.ops.projection import draw_projection
 from perf_vit.ops.state import KVState
 

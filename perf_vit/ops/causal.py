@@ -9,8 +9,17 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from perf_vit.ops.chunks import halves, join_chunks, token_slices
-from perf_vit.ops.features import LOWEST_SCALE, FeatureMap, KeyFeatures, exp_, left_out, without_autocast
+from perf_vit.ops.features import (
+    LOWEST_SCALE,
+    FeatureMap,
+    KeyFeatures,
+    exp_,
+    halves,
+    join_chunks,
+    left_out,
+    token_slices,
+    without_autocast,
+)
 from perf_vit.ops.state import KVState, masked_values, sum_keys
 
 __all__ = ["causal_favor"]

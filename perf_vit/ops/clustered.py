@@ -8,9 +8,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from perf_vit.ops.chunks import token_slices
-from perf_vit.ops.features import LOWEST_SCALE, without_autocast
-from perf_vit.ops.spread import spread_tokens
+from perf_vit.ops.features import LOWEST_SCALE, token_slices, without_autocast
+from perf_vit.ops.sinks import spread_tokens
 from perf_vit.ops.state import check_attention_keys
 from perf_vit.ops.window_attention import Call, StandIns, Windows, attend_joined, check_grid
 

@@ -168,7 +168,7 @@ def oprf_kernel(parameter: float | Tensor, name: str = "oprf") -> Kernel:
 
     Args:
         parameter: A, below 1/8, lest the variance be infinite; a float or [B, H, 1, 1]. `optimal_parameter` in
-            `perf_vit.ops.oprf` finds the best one for queries and keys.
+            `perf_vit.ops.favor` finds the best one for queries and keys.
         name: what to call it.
 
     Raises:

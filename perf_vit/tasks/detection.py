@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from perf_vit.data.objects import ObjectBatch
+from perf_vit.data.detection_tiles import ObjectBatch
+from perf_vit.metrics import DetectionMetrics, DetectionScores
 from perf_vit.models import (
     CHECKPOINT_KEY,
     DetectionModelConfig,
@@ -18,9 +19,8 @@ from perf_vit.models import (
     checkpoint_metadata,
     restore_draw,
 )
-from perf_vit.tasks.detection_metrics import DetectionMetrics, DetectionScores
 from perf_vit.tasks.history import Curves
-from perf_vit.tasks.optimize import OptimizerConfig, TrainingTask, with_valid
+from perf_vit.tasks.optim import OptimizerConfig, TrainingTask, with_valid
 from perf_vit.types import Detections
 
 __all__ = ["DETECTION_CURVES", "DETECTION_MONITOR", "DetectionOptimConfig", "DetectionTask"]

@@ -12,7 +12,7 @@ import lightning
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from perf_vit.io import replaced
+from perf_vit.files import replaced
 
 __all__ = ["SEGMENTATION_CURVES", "Curves", "HistoryCallback", "plot_history"]
 

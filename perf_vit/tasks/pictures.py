@@ -15,9 +15,9 @@ from lightning.pytorch.loggers import TensorBoardLogger, WandbLogger
 from PIL import Image, ImageDraw
 from torch import Tensor
 
-from perf_vit.io import colorize, default_colormap, lettered, lettering_font, rgb_from, save_png
-from perf_vit.ops.boxes import oriented_box_corners
-from perf_vit.tasks.optimize import with_valid
+from perf_vit.geometry.boxes import oriented_box_corners
+from perf_vit.plotting import colorize, default_colormap, lettered, lettering_font, rgb_from, save_png
+from perf_vit.tasks.optim import with_valid
 from perf_vit.types import IGNORE_INDEX, Detections, GeoImage, ObjectLabels
 
 __all__ = ["Draw", "PredictionPictures", "draw_classification", "draw_objects", "draw_segmentation"]

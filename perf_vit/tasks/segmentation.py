@@ -8,7 +8,8 @@ from typing import Any
 
 from torch import Tensor
 
-from perf_vit.data.epochs import TileBatch
+from perf_vit.data.base import TileBatch
+from perf_vit.metrics import class_scores, segmentation_metrics
 from perf_vit.models import (
     CHECKPOINT_KEY,
     SegmentationModelConfig,
@@ -17,10 +18,8 @@ from perf_vit.models import (
     checkpoint_metadata,
     restore_draw,
 )
-from perf_vit.tasks.losses import LossConfig, SegmentationLoss, check_class_weights
-from perf_vit.tasks.metrics import class_scores, segmentation_metrics
-from perf_vit.tasks.multilabel_losses import MultilabelLoss
-from perf_vit.tasks.optimize import OptimizerConfig, TrainingTask, with_valid
+from perf_vit.tasks.losses import LossConfig, MultilabelLoss, SegmentationLoss, check_class_weights
+from perf_vit.tasks.optim import OptimizerConfig, TrainingTask, with_valid
 from perf_vit.types import IGNORE_INDEX
 
 __all__ = ["SegmentationOptimConfig", "SegmentationTask"]

@@ -18,11 +18,19 @@ from lightning.pytorch.callbacks import (
 from lightning.pytorch.loggers import Logger, TensorBoardLogger, WandbLogger
 
 from perf_vit.errors import ConfigError, reason_line
+from perf_vit.tasks.callbacks import (
+    EpochMeans,
+    FolderCheckpoint,
+    Patience,
+    RedrawnWeightAveraging,
+    RedrawProjections,
+    StepCheckpoint,
+    StepSeeds,
+    WholeCheckpoints,
+)
 from perf_vit.tasks.history import SEGMENTATION_CURVES, Curves, HistoryCallback
+from perf_vit.tasks.optim import FullyShardedStrategy
 from perf_vit.tasks.pictures import Draw, PredictionPictures
-from perf_vit.tasks.redraw import RedrawnWeightAveraging, RedrawProjections
-from perf_vit.tasks.resume import EpochMeans, FolderCheckpoint, Patience, StepCheckpoint, StepSeeds, WholeCheckpoints
-from perf_vit.tasks.sharding import FullyShardedStrategy
 
 __all__ = ["TrainerConfig", "best_and_last", "build_trainer", "lightning_trainer"]
 

@@ -3,10 +3,4 @@
 from perf_vit.tiling.blend import Blend, blend_weights
 from perf_vit.tiling.grid import grid_windows, random_window, random_window_holding
 
-__all__ = [
-    "Blend",
-    "blend_weights",
-    "grid_windows",
-    "random_window",
-    "random_window_holding",
-]
+__all__ = ["Blend", "blend_weights", "grid_windows", "random_window", "random_window_holding"]

@@ -3,9 +3,8 @@
 from perf_vit.transforms.augment import Augmentation
 from perf_vit.transforms.grey import bands_fit, with_bands
 from perf_vit.transforms.input_bands import InputBands, InputCheck, common_names
-from perf_vit.transforms.masked import resize_masked
 from perf_vit.transforms.normalize import Normalizer, band_labels, without_tiny
-from perf_vit.transforms.objects import resize_with_labels, resize_with_objects, turn, turn_with_objects
+from perf_vit.transforms.resize import resize_masked, resize_with_labels, resize_with_objects, turn, turn_with_objects
 from perf_vit.transforms.stain import StainJitter
 
 __all__ = [

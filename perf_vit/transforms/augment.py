@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from perf_vit.transforms.masked import divide_by_weight
+from perf_vit.transforms.resize import divide_by_weight
 from perf_vit.types import IGNORE_INDEX, BoolArray, LabelArray
 
 # albumentations asks the network for its newest release on import unless told not to.

@@ -8,8 +8,8 @@ import pytest
 from command_line import call
 from synthetic_slide import make_slide
 
-from perf_vit.io import open_source
 from perf_vit.models import load_detector, load_segmenter
+from perf_vit.sources import open_source
 
 MODEL = "backbone: performer_vit_tiny_patch16_224\n  backbone_kwargs: {depth: 1, embed_dim: 64, num_heads: 2}"
 SEGMENTATION = f"""

@@ -10,8 +10,9 @@ from command_line import SMALL, call
 from PIL import Image
 from shapely import box
 
-from perf_vit.io import default_colormap, open_source
 from perf_vit.models import load_segmenter
+from perf_vit.plotting import default_colormap
+from perf_vit.sources import open_source
 
 
 @pytest.fixture(scope="module")

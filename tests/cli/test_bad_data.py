@@ -8,7 +8,9 @@ import rasterio
 from affine import Affine
 from command_line import call, train_args
 
-from perf_vit.data import make_ship_scene, objects_datamodule, objects_seen
+from perf_vit.data import detection as objects_datamodule
+from perf_vit.data import detection_tiles as objects_seen
+from perf_vit.data import make_ship_scene
 
 DETECTION = """
 out: ???

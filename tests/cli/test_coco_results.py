@@ -13,9 +13,9 @@ from PIL import Image
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
-from perf_vit.cli.detecting import evaluate_detector
 from perf_vit.models import DetectionSpec
 from perf_vit.transforms import Normalizer
+from perf_vit.workflows.detection import evaluate_detector
 
 SPEC = DetectionSpec(
     classes=("car", "bus", "tram"),

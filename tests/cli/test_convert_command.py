@@ -11,8 +11,8 @@ from command_line import call
 from safetensors.torch import save_file
 
 import perf_vit
-from perf_vit.cli import convert as convert_command
-from perf_vit.models.convert import converted_layers
+from perf_vit.conversion.linearize import converted_layers
+from perf_vit.workflows import convert as convert_command
 
 MODEL = "vit_tiny_patch16_224"
 FAST = ["--img-size", "64", "--window-size", "2", "--num-sinks", "4", "--num-clusters", "5"]
@@ -79,7 +79,7 @@ def test_a_conversion_that_is_stopped_while_it_measures_leaves_what_was_there(
         assert out.exists() == before
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("perf_vit.cli.convert.measure_conversion", stop)
+    monkeypatch.setattr("perf_vit.workflows.convert.measure_conversion", stop)
     convert(MODEL, out, *options, "--seed", "9", *(["--overwrite"] if before else []))
     assert ({path.name: path.read_bytes() for path in out.iterdir()} if out.exists() else None) == held
     assert not before or [path.name for path in out.parent.iterdir()] == ["out"]
@@ -91,7 +91,7 @@ def test_clusters_are_the_default_and_their_options_chosen(weights, images, tmp_
     assert (options.window_size, options.num_sinks, options.num_clusters) == (16, None, 7)
     assert "<td>16</td><td>16</td><td>7</td><td>-</td>" in (tmp_path / "plain" / "fidelity.html").read_text()
     candidates = ({"window_size": 2, "num_sinks": 2, "num_clusters": 3},) * 2
-    monkeypatch.setattr("perf_vit.models.layer_options.CANDIDATES", candidates)
+    monkeypatch.setattr("perf_vit.conversion.budget.CANDIDATES", candidates)
     args = ["--img-size", "64", "--images", images, "--budget", "1000"]
     assert convert(MODEL, tmp_path / "chosen", *given(weights), *args) == 0
     assert "others than those the conversion learned from" in (tmp_path / "chosen" / "fidelity.html").read_text()
@@ -117,7 +117,7 @@ def test_a_saved_folder_is_converted_anew_and_overwritten_when_told(weights, tmp
 
 
 def test_softmax_is_left_out_where_it_would_take_long(weights, tmp_path, monkeypatch) -> None:
-    monkeypatch.setattr("perf_vit.cli.conversion_report._SOFTMAX_TOKENS", 20)
+    monkeypatch.setattr("perf_vit.workflows.conversion_report._SOFTMAX_TOKENS", 20)
     assert convert(MODEL, tmp_path / "out", *given(weights), *FAST) == 0
     page = (tmp_path / "out" / "fidelity.html").read_text()
     assert "<td>128</td><td>65</td><td>not run</td>" in page

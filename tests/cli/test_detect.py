@@ -13,10 +13,9 @@ from affine import Affine
 from command_line import call
 from PIL import Image
 
-from perf_vit.cli.schemas import DetectionRun
 from perf_vit.config import load_config
-from perf_vit.models import load_detector
-from perf_vit.models.detector import Detector
+from perf_vit.models import Detector, load_detector
+from perf_vit.workflows.run_config import DetectionRun
 
 TRANSFORM = Affine(0.2, 0, 500_000, 0, -0.3, 4_000_000)
 CONFIG = """

@@ -11,7 +11,7 @@ import shapely
 from affine import Affine
 from command_line import call
 
-from perf_vit.ops.boxes import oriented_box_corners
+from perf_vit.geometry.boxes import oriented_box_corners
 
 CONFIG = """
 out: ???

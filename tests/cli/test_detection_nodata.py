@@ -8,11 +8,11 @@ import torch
 from command_line import call, save_detector
 from small_models import DETECTOR_SPEC, write_half_empty
 
-from perf_vit.cli.detecting import evaluate_detector
 from perf_vit.data import DetectionDataConfig, DetectionSplitConfig, build_detection_datamodule
 from perf_vit.errors import ConfigError
 from perf_vit.inference import DetectionPredictOptions, DetectionPredictor
 from perf_vit.models import load_detector
+from perf_vit.workflows.detection import evaluate_detector
 
 ROWS = ["5,5,20,20", "30,40,50,60", "75,5,90,20", "120,70,140,90"]
 TRAIN = """

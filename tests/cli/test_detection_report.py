@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from perf_vit.cli.detection_report import DetectionReport
-from perf_vit.tasks import OrientedAveragePrecision
+from perf_vit.metrics import OrientedAveragePrecision
 from perf_vit.types import Detections, ObjectLabels
+from perf_vit.workflows.reports import DetectionReport
 
 CLASSES = ("ship", "plane", "harbour")
 

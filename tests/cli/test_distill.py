@@ -13,8 +13,8 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 import perf_vit
-from perf_vit.cli.schemas import DistillationRun
 from perf_vit.config import load_config
+from perf_vit.workflows.run_config import DistillationRun
 
 KWARGS = {"patch_size": 8, "embed_dim": 64, "depth": 2, "num_heads": 2, "img_size": 64, "num_classes": 0}
 OPTIONS = {"window_size": 2, "num_sinks": 2, "num_clusters": 16}

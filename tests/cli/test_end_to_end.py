@@ -17,9 +17,9 @@ from PIL import Image
 from rio_cogeo.cogeo import cog_validate
 
 import perf_vit
-from perf_vit.cli.schemas import SegmentationRun
 from perf_vit.config import load_config
-from perf_vit.io import open_source
+from perf_vit.sources import open_source
+from perf_vit.workflows.run_config import SegmentationRun
 
 
 def test_run_folder_holds_config_checkpoints_metrics_and_curve(trained) -> None:
@@ -164,7 +164,7 @@ def test_evaluate_prints_and_writes_what_the_map_scores(trained, tmp_path, capsy
     scores = json.loads(json_path.read_text())
     assert [c["name"] for c in scores["classes"]] == ["water_or_land", "ship"]
 
-    from perf_vit.io import open_labels
+    from perf_vit.labels import open_labels
 
     assert call(["predict", *base, "--output", tmp_path / "map.tif"]) == 0
     source, result = open_source(trained.scene.image), open_source(tmp_path / "map.tif")

@@ -8,12 +8,13 @@ from command_line import save_detector
 from PIL import Image
 from small_models import DETECTOR_SPEC, write_half_empty
 
-from perf_vit.cli.detecting import evaluate_detector
-from perf_vit.cli.detection_report import DetectionReport
-from perf_vit.data import OutlineMasks, SeenObjects, objects_in, read_object_labels
-from perf_vit.inference import Objects
-from perf_vit.io import open_source
+from perf_vit.data import SeenObjects
+from perf_vit.geometry import Objects
+from perf_vit.labels.objects import OutlineMasks, objects_in, read_object_labels
+from perf_vit.sources import open_source
 from perf_vit.types import Detections, Window
+from perf_vit.workflows.detection import evaluate_detector
+from perf_vit.workflows.reports import DetectionReport
 
 
 def test_objects_on_no_data_are_not_missed_in_evaluation(tmp_path) -> None:

@@ -228,8 +228,8 @@ def demo(tmp_path, monkeypatch) -> list[str | Path]:
         put(run / "checkpoints" / "last.ckpt")
         return small_models.save_segmenter(run / "checkpoints" / "best.ckpt", "ship", num_bands=4, tile_px=256)
 
-    monkeypatch.setattr("perf_vit.cli.demo.train_segmenter", train)
-    monkeypatch.setattr("perf_vit.cli.demo.make_ship_scene", partial(make_ship_scene, size_px=512, num_targets=9))
+    monkeypatch.setattr("perf_vit.workflows.demo.train_segmenter", train)
+    monkeypatch.setattr("perf_vit.workflows.demo.make_ship_scene", partial(make_ship_scene, size_px=512, num_targets=9))
     (tmp_path / "out" / "run").mkdir(parents=True)
     return ["demo", "--out", tmp_path / "out"]
 
@@ -252,7 +252,7 @@ def test_a_demo_that_was_killed_while_mapping_is_made_anew_on_demand(demo, tmp_p
         raise KilledError
 
     with monkeypatch.context() as patch, pytest.raises(KilledError):
-        patch.setattr("perf_vit.inference.map_job.write_cog", kill)
+        patch.setattr("perf_vit.inference.jobs.map_job.write_cog", kill)
         call(demo)
     assert list((tmp_path / "out").glob("map.tif.partial/rows_*"))
     assert call([*demo, "--overwrite"]) == 0

@@ -3,8 +3,8 @@
 import pytest
 from command_line import SMALL, call
 
-from perf_vit.cli.fitting import parse_bytes
 from perf_vit.errors import ConfigError
+from perf_vit.workflows.fit_tile import parse_bytes
 
 
 def _args(trained, *extra) -> list:

@@ -5,8 +5,9 @@ import pytest
 from command_line import call
 from synthetic_slide import make_slide
 
-from perf_vit.cli.info import estimate_workload
-from perf_vit.io import CogWriter, describe_source, open_source
+from perf_vit.sources import describe_source, open_source
+from perf_vit.workflows.info import estimate_workload
+from perf_vit.writers import CogWriter
 
 
 def test_a_raster_is_described_from_its_header(make_scene, capsys) -> None:

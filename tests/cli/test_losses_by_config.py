@@ -4,11 +4,11 @@ import pytest
 import torch
 from command_line import call, train_args
 
-from perf_vit.cli.schemas import SegmentationRun
 from perf_vit.config import load_config
 from perf_vit.data import make_ship_scene
 from perf_vit.models import load_segmenter
 from perf_vit.models.heads import UPerNetHead
+from perf_vit.workflows.run_config import SegmentationRun
 
 
 @pytest.fixture(scope="module")

@@ -8,9 +8,9 @@ import pytest
 from command_line import call
 from synthetic_slide import make_slide
 
-import perf_vit.io.input_options
-from perf_vit.io import open_source
+import perf_vit.sources.input_options
 from perf_vit.models import load_classifier, load_detector, load_segmenter, load_slide_classifier
+from perf_vit.sources import open_source
 
 VIT = """
   backbone: performer_vit_tiny_patch16_224
@@ -119,7 +119,7 @@ def opened(monkeypatch) -> list[dict[str, Any]]:
         seen.append(options)
         return open_source(path, **options)
 
-    monkeypatch.setattr(perf_vit.io.input_options, "open_source", spy)
+    monkeypatch.setattr(perf_vit.sources.input_options, "open_source", spy)
     return seen
 
 

@@ -8,7 +8,7 @@ import pytest
 import rasterio
 from command_line import call
 
-from perf_vit.io import _remote
+from perf_vit.sources import _remote
 
 
 class _Raster(BaseHTTPRequestHandler):

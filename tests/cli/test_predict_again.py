@@ -49,7 +49,7 @@ def test_polygons_that_are_asked_for_later_are_made_of_the_map_that_is_there(pre
 @pytest.mark.parametrize(
     "place",
     [
-        "perf_vit.inference.journal._remove",
+        "perf_vit.inference.jobs.journal._remove",
         "perf_vit.inference.segmentation.write_map_quicklook",
         "perf_vit.inference.segmentation.write_objects",
     ],

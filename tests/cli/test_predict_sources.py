@@ -15,7 +15,6 @@ from command_line import call
 from rasterio.windows import Window
 from synthetic_slide import make_slide
 
-from perf_vit.io import open_source
 from perf_vit.models import (
     CHECKPOINT_KEY,
     SegmentationModelConfig,
@@ -23,6 +22,7 @@ from perf_vit.models import (
     build_segmenter,
     checkpoint_metadata,
 )
+from perf_vit.sources import open_source
 from perf_vit.transforms import Normalizer
 
 

@@ -6,9 +6,10 @@ import numpy as np
 import pytest
 from command_line import call, train_args
 
-from perf_vit.cli.mapping import evaluate_segmenter
-from perf_vit.io import open_labels, open_raster
+from perf_vit.labels import open_labels
+from perf_vit.sources import open_raster
 from perf_vit.types import Window
+from perf_vit.workflows.segmentation import evaluate_segmenter
 
 HALVES = ([0, 0, 100, 192], [100, 0, 92, 192])
 

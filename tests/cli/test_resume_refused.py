@@ -9,10 +9,10 @@ import pytest
 import torch
 from command_line import call, train_args
 
-from perf_vit.cli.resume_rules import RULES, changes
-from perf_vit.cli.schemas import DistillationRun, SegmentationRun
-from perf_vit.cli.training_tasks import TRAINING_TASKS
 from perf_vit.config import load_config
+from perf_vit.workflows.registry import TRAINING_TASKS
+from perf_vit.workflows.resume import RULES, changes
+from perf_vit.workflows.run_config import DistillationRun, SegmentationRun
 
 FILES = {
     "segmentation": ["data.train={image: a.tif, labels: a.geojson}", "data.val={image: b.tif, labels: b.geojson}"],

@@ -7,12 +7,11 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from perf_vit.cli.run_files import RUN_FILES, check_config_kept
-from perf_vit.cli.run_folder import RunFolder
-from perf_vit.cli.schemas import ClassificationRun
 from perf_vit.config import dump_config
 from perf_vit.data import ClassificationDataConfig, ClassificationSplitConfig
 from perf_vit.errors import CheckpointError, ConfigError, InputError, OutputError
+from perf_vit.workflows.run_config import ClassificationRun
+from perf_vit.workflows.run_folder import RUN_FILES, RunFolder, check_config_kept
 
 DATA = SimpleNamespace(train=range(8))
 

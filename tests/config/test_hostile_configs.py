@@ -10,8 +10,8 @@ import pytest
 from PIL import Image
 
 from perf_vit.config import config_value, load_config
-from perf_vit.data.labels import read_object_labels
 from perf_vit.errors import ConfigError, InputError
+from perf_vit.labels.objects import read_object_labels
 
 
 @dataclass(kw_only=True)

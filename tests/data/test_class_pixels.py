@@ -4,8 +4,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from perf_vit.data import count_class_pixels, make_ship_scene
-from perf_vit.data.windows import LabelledSource
-from perf_vit.io import open_labels, open_raster
+from perf_vit.data.segmentation_tiles import LabelledSource
+from perf_vit.labels import open_labels
+from perf_vit.sources import open_raster
 from perf_vit.transforms import Normalizer
 from perf_vit.types import Window
 

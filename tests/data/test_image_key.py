@@ -8,11 +8,13 @@ import pytest
 from PIL import Image
 
 from perf_vit.config import load_config
-from perf_vit.data import SegmentationDataConfig, SegmentationSplitConfig, SplitConfig, find_images, read_object_labels
-from perf_vit.data.image_targets import read_class_folders, read_class_table
-from perf_vit.data.label_folders import find_label_pairs
-from perf_vit.data.open_labelled import open_labelled
+from perf_vit.data import SegmentationDataConfig, SegmentationSplitConfig, SplitConfig
+from perf_vit.data.segmentation import open_labelled
 from perf_vit.errors import ConfigError, InputError
+from perf_vit.labels.image_folder import find_label_pairs
+from perf_vit.labels.objects import read_object_labels
+from perf_vit.labels.tables import read_class_folders, read_class_table
+from perf_vit.sources import find_images
 
 NAMES = ("cat/a", "cat/b", "dog/c", "dog/sub/d")
 

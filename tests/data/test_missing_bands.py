@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from perf_vit.data import (
+    AugmentConfig,
     ClassificationDataConfig,
     ClassificationSplitConfig,
     DetectionDataConfig,
@@ -14,7 +15,6 @@ from perf_vit.data import (
     build_detection_datamodule,
     build_segmentation_datamodule,
 )
-from perf_vit.data.augmenting import AugmentConfig
 
 # Valid values become 1 in both bands.
 STATISTICS = {"mean": [500.0, 1000.0], "std": [500.0, 1000.0]}

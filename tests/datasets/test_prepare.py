@@ -14,9 +14,10 @@ import shapely
 from PIL import Image
 from preparing import ROOT, load_prepare
 
-from perf_vit.data import read_object_labels, read_slide_table
-from perf_vit.data.label_folders import find_label_pairs
+from perf_vit.data import read_slide_table
 from perf_vit.errors import InputError, OutputError
+from perf_vit.labels.image_folder import find_label_pairs
+from perf_vit.labels.objects import read_object_labels
 
 NAMES = sorted(path.parent.name for path in ROOT.glob("*/prepare.py"))
 

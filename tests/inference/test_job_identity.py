@@ -18,8 +18,8 @@ from stub_segmenter import StubSegmenter
 
 from perf_vit.errors import OutputError
 from perf_vit.inference import SegmentationPredictOptions, SegmentationPredictor
-from perf_vit.inference.source_identity import SourceIdentity
-from perf_vit.io import open_source
+from perf_vit.inference.jobs.identity import SourceIdentity
+from perf_vit.sources import open_source
 from perf_vit.types import Source
 
 
@@ -193,7 +193,7 @@ def test_a_chunked_array_is_one_input_whatever_is_in_it(tmp_path, monkeypatch) -
     num_files = sum(file.is_file() for file in path.rglob("*"))
     assert num_files > 100
     opened = []
-    add_file = sys.modules["perf_vit.io.fingerprint"]
+    add_file = sys.modules["perf_vit.sources.fingerprint"]
     monkeypatch.setattr(add_file, "_add_file", lambda digest, file: opened.append(file))
     identity = SourceIdentity(open_source(path))
     assert identity.files == (str(path),)

@@ -7,11 +7,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from perf_vit import open_source
-from perf_vit.data import SegmentationDataConfig, SegmentationSplitConfig, build_segmentation_datamodule
-from perf_vit.data.augmenting import AugmentConfig
+from perf_vit.data import AugmentConfig, SegmentationDataConfig, SegmentationSplitConfig, build_segmentation_datamodule
 from perf_vit.inference import SegmentationPredictOptions, SegmentationPredictor
 from perf_vit.models import SegmentationModelConfig, SegmentationSpec, Segmenter, build_segmenter
+from perf_vit.sources import open_source
 from perf_vit.tasks import SegmentationOptimConfig, SegmentationTask
 from perf_vit.transforms import Normalizer
 

@@ -9,9 +9,9 @@ import rasterio.shutil
 import torch
 from torch import Tensor
 
-from perf_vit import open_source
 from perf_vit.data import image_tile, standardized
 from perf_vit.inference import embed_windows, predict_objects, predict_strips
+from perf_vit.sources import open_source
 from perf_vit.tiling import grid_windows
 from perf_vit.transforms import Normalizer
 from perf_vit.types import Detections, Source

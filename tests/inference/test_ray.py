@@ -12,8 +12,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from perf_vit.errors import ConfigError, DataWarning, InputError, PerfVitError
-from perf_vit.inference import JobResult, MapInput, RayPool, predict_many
-from perf_vit.inference.ray_rows import row_ranges
+from perf_vit.inference import MapInput, RayPool, predict_many
+from perf_vit.inference.jobs import JobResult
+from perf_vit.inference.ray import row_ranges
 
 ray = pytest.importorskip("ray")
 

@@ -12,10 +12,10 @@ from pathlib import Path
 import mapping_process
 import pytest
 
-import perf_vit.inference.journal as journals
+import perf_vit.inference.jobs.journal as journals
 from perf_vit.errors import InputError, OptionError, OutputError
 from perf_vit.inference import SegmentationPredictOptions
-from perf_vit.inference.journal import open_journal
+from perf_vit.inference.jobs.journal import open_journal
 
 SCRIPT = Path(mapping_process.__file__)
 

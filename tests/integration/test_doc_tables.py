@@ -11,7 +11,7 @@ import typer
 import yaml
 
 from perf_vit.cli.main import app
-from perf_vit.cli.schemas import (
+from perf_vit.workflows.run_config import (
     ClassificationRun,
     DetectionRun,
     DistillationRun,

@@ -5,10 +5,10 @@ import pytest
 import torch
 from oriented_scenes import Picture, as_labels, draw_rectangles
 
+from perf_vit.geometry.oriented_boxes import oriented_iou_matrix
 from perf_vit.inference import predict_objects
+from perf_vit.metrics import OrientedAveragePrecision
 from perf_vit.models import DetectionModelConfig, DetectionSpec, Detector, build_detector
-from perf_vit.ops.oriented_boxes import oriented_iou_matrix
-from perf_vit.tasks.oriented_metrics import OrientedAveragePrecision
 from perf_vit.transforms import Normalizer
 from perf_vit.types import ObjectLabels
 

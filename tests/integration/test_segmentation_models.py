@@ -5,7 +5,7 @@ import torch
 from doc_examples import examples, run
 
 import perf_vit
-from perf_vit.layers.linearized_attention import LinearizedAttention
+from perf_vit.layers import LinearizedAttention
 
 smp = pytest.importorskip("segmentation_models_pytorch")
 

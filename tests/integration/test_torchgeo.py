@@ -7,7 +7,7 @@ from doc_examples import examples, run
 from torch.utils.data import DataLoader
 
 import perf_vit
-from perf_vit.layers.linearized_attention import LinearizedAttention
+from perf_vit.layers import LinearizedAttention
 
 trainers = pytest.importorskip("torchgeo.trainers")
 

@@ -9,7 +9,7 @@ from torchvision.models.detection import FCOS, FasterRCNN, RetinaNet
 from torchvision.models.detection.anchor_utils import AnchorGenerator
 
 import perf_vit
-from perf_vit.layers.linearized_attention import LinearizedAttention
+from perf_vit.layers import LinearizedAttention
 
 VITS = [
     "performer_vit_tiny_patch16_224",

@@ -10,9 +10,8 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import perf_vit
-from perf_vit.layers import chunked
+from perf_vit.layers import LinearizedAttention, chunked
 from perf_vit.layers.chunked import chunk_modules, in_chunks
-from perf_vit.layers.linearized_attention import LinearizedAttention
 
 MODELS = {
     "vit_small_patch14_reg4_dinov2": Block,

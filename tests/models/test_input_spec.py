@@ -10,8 +10,8 @@ import pytest
 from synthetic_slide import make_slide
 
 from perf_vit.errors import DataWarning, InputError
-from perf_vit.io import RasterSource, open_source
 from perf_vit.models import ClassificationSpec, DetectionSpec, InputSpec, SegmentationSpec, SlideClassificationSpec
+from perf_vit.sources import RasterSource, open_source
 from perf_vit.transforms import InputBands, InputCheck, Normalizer
 from perf_vit.types import GeoImage, Window
 

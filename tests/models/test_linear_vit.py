@@ -8,8 +8,8 @@ import torch
 from torch import nn
 
 import perf_vit
-from perf_vit.layers import LinearizedAttention
-from perf_vit.layers.mixer import get_mixer, mixer_names
+from perf_vit.layers import LinearizedAttention, mixer_names
+from perf_vit.layers.mixer import get_mixer
 from perf_vit.models import backbones
 
 NAMES = [

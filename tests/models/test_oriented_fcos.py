@@ -9,15 +9,10 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from perf_vit.errors import InputError
-from perf_vit.models.heads._oriented_targets import (
-    assign_objects,
-    centerness_targets,
-    ignored_locations,
-    make_locations,
-)
-from perf_vit.models.heads.oriented_fcos import OrientedFCOSHead
-from perf_vit.ops.boxes import oriented_box_corners
-from perf_vit.ops.oriented_boxes import normalize_oriented, oriented_iou
+from perf_vit.geometry.boxes import oriented_box_corners
+from perf_vit.geometry.oriented_boxes import normalize_oriented, oriented_iou
+from perf_vit.models.heads import OrientedFCOSHead
+from perf_vit.models.heads.oriented_fcos import assign_objects, centerness_targets, ignored_locations, make_locations
 from perf_vit.types import ObjectLabels
 
 SIZES, STRIDES = [(23, 31), (12, 16), (6, 8)], [4, 8, 16]

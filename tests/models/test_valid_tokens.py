@@ -9,8 +9,8 @@ import timm
 import torch
 from torch import Tensor, nn
 
-from perf_vit import linearize
-from perf_vit.inference.reader import takes_valid
+from perf_vit.conversion import linearize
+from perf_vit.inference.prefetch import takes_valid
 from perf_vit.models import (
     ClassificationModelConfig,
     ClassificationSpec,
@@ -27,7 +27,7 @@ from perf_vit.models import (
     build_segmenter,
     build_slide_classifier,
 )
-from perf_vit.tasks.matching import match_blocks, token_loss
+from perf_vit.tasks.distillation import match_blocks, token_loss
 from perf_vit.transforms import Normalizer
 from perf_vit.types import ObjectLabels
 

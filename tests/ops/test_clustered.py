@@ -9,8 +9,7 @@ from hypothesis import strategies as st
 from perf_vit.ops import clustered, clustered_attention
 from perf_vit.ops.clustered import SINK_QUERIES, choose_clusters
 from perf_vit.ops.naive import naive_clustered_attention, softmax_attention
-from perf_vit.ops.sinks import choose_sinks
-from perf_vit.ops.spread import spread_tokens
+from perf_vit.ops.sinks import choose_sinks, spread_tokens
 
 
 def make(grid: tuple[int, int], num_prefix: int, batch: int = 2, head_dim: int = 16):

@@ -17,10 +17,10 @@ from attention_cases import make as make_attention
 
 from perf_vit.ops import draw_projection, favor_attention, make_kernel, oprf_kernel, register_kernel
 from perf_vit.ops import kernels as kernels_module
+from perf_vit.ops.favor import optimal_parameter
 from perf_vit.ops.features import FeatureMap
 from perf_vit.ops.kernels import get_kernel, kernel_names
 from perf_vit.ops.naive import kernel_matrix, naive_favor_attention
-from perf_vit.ops.oprf import optimal_parameter
 
 HEAD_DIM = 8
 

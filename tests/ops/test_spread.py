@@ -2,7 +2,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from perf_vit.ops.spread import spread_tokens
+from perf_vit.ops.sinks import spread_tokens
 
 
 @settings(max_examples=80, deadline=None, derandomize=True)

@@ -16,13 +16,10 @@ from lightning.pytorch.demos.boring_classes import BoringModel
 from safetensors.torch import save_file
 
 import perf_vit
-from perf_vit.cli.distilling import _student, _teacher
-from perf_vit.cli.run_folder import RunFolder
-from perf_vit.cli.schemas import DistillationModelConfig, DistillationRun
-from perf_vit.data import DistillationDataConfig, SplitConfig
-from perf_vit.data.embeddings import EmbeddingStore
+from perf_vit.conversion import load_softmax
+from perf_vit.conversion.weights import read_weights
+from perf_vit.data import DistillationDataConfig, EmbeddingStore, SplitConfig
 from perf_vit.errors import CheckpointError, ConfigError, InputError, PerfVitError
-from perf_vit.io import open_source
 from perf_vit.models import (
     ClassificationModelConfig,
     ClassificationSpec,
@@ -36,15 +33,18 @@ from perf_vit.models import (
     build_detector,
     build_segmenter,
     build_slide_classifier,
+    checkpoint_metadata,
+    checkpoint_task,
     load_classifier,
     load_detector,
     load_segmenter,
     load_slide_classifier,
-    load_softmax,
 )
-from perf_vit.models.checkpoint import checkpoint_metadata, checkpoint_task
-from perf_vit.models.weights import read_weights
+from perf_vit.sources import open_source
 from perf_vit.transforms import Normalizer
+from perf_vit.workflows.distill import _student, _teacher
+from perf_vit.workflows.run_config import DistillationModelConfig, DistillationRun
+from perf_vit.workflows.run_folder import RunFolder
 
 SMALL = {"depth": 1, "embed_dim": 24, "num_heads": 1}
 VIT = {"backbone": "vit_tiny_patch16_224", "backbone_kwargs": SMALL}
@@ -269,7 +269,7 @@ def test_an_architecture_is_a_name_and_no_address(
     (other / "config.json").write_text(
         json.dumps({"architecture": "resnet18", "model_args": {"checkpoint_path": str(bomb)}})
     )
-    config = perf_vit.models.saved_model.read_saved_config(converted)
+    config = perf_vit.conversion.save.read_saved_config(converted)
     config["architecture"] = filled(architecture, folder=str(other))
     load = checkpoint("segmentation", tmp_path / "x.ckpt", lambda metadata: metadata.update(saved_backbone=config))
     with pytest.raises(CheckpointError):

@@ -12,11 +12,12 @@ import tifffile
 from PIL import Image
 
 import perf_vit
-from perf_vit.data.labels import read_object_labels
 from perf_vit.errors import InputError, PerfVitError
-from perf_vit.io import open_labels, open_source
-from perf_vit.io._input_files import input_files
-from perf_vit.io._stac import item_paths
+from perf_vit.labels import open_labels
+from perf_vit.labels.objects import read_object_labels
+from perf_vit.sources import open_source
+from perf_vit.sources._stac import item_paths
+from perf_vit.writers import input_files
 
 SECRET = "hunter2"
 

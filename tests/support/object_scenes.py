@@ -4,8 +4,8 @@ import numpy as np
 import shapely
 import torch
 
+from perf_vit.geometry.boxes import oriented_box_corners, paired_intersections
 from perf_vit.inference import predict_objects
-from perf_vit.ops.boxes import oriented_box_corners, paired_intersections
 from perf_vit.types import Detections, GeoImage, Window
 
 

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from perf_vit.ops.boxes import oriented_box_corners
+from perf_vit.geometry.boxes import oriented_box_corners
 from perf_vit.types import GeoImage, ObjectLabels, Window
 
 

@@ -14,8 +14,8 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from perf_vit.data import collate_objects
-from perf_vit.data.epochs import EpochDataModule, ShareSampler
-from perf_vit.data.slide_bags import collate_bags
+from perf_vit.data.bags import collate_bags
+from perf_vit.data.base import EpochDataModule, ShareSampler
 from perf_vit.models import (
     ClassificationModelConfig,
     ClassificationSpec,

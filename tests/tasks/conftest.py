@@ -22,7 +22,7 @@ from perf_vit.data import (
     build_segmentation_datamodule,
     make_ship_scene,
 )
-from perf_vit.data.slide_bags import SlideBags
+from perf_vit.data.bags import SlideBags
 from perf_vit.models import (
     ClassificationModelConfig,
     ClassificationSpec,

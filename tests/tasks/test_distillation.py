@@ -7,9 +7,9 @@ from torch.nn import functional as F
 
 import perf_vit
 from perf_vit.errors import ConfigError
-from perf_vit.layers.linearized_attention import LinearizedAttention
+from perf_vit.layers import LinearizedAttention
 from perf_vit.tasks import DistillationOptimConfig, DistillationTask
-from perf_vit.tasks.matching import match_blocks, recorded_blocks, token_loss
+from perf_vit.tasks.distillation import match_blocks, recorded_blocks, token_loss
 
 # 8 x 8 patches, of which few are exact: the rest is what a student has to learn.
 OPTIONS = {"window_size": 2, "num_sinks": 2, "num_clusters": 16}

@@ -9,8 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from perf_vit.tasks import LossConfig, class_scores, segmentation_metrics
-from perf_vit.tasks.multilabel_losses import MultilabelLoss
+from perf_vit.metrics import class_scores, segmentation_metrics
+from perf_vit.tasks import LossConfig
+from perf_vit.tasks.losses import MultilabelLoss
 from perf_vit.types import IGNORE_INDEX
 
 TERMS = [field.name for field in fields(LossConfig)]

@@ -12,7 +12,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from torch.utils.data import DataLoader
 
 from perf_vit.errors import ConfigError
-from perf_vit.io import default_colormap
+from perf_vit.plotting import default_colormap
 from perf_vit.tasks import TrainerConfig, build_trainer, draw_classification, draw_objects, draw_segmentation
 from perf_vit.types import Detections, ObjectLabels
 

@@ -5,7 +5,7 @@ from functools import partial
 import pytest
 from small_runs import assert_equal, fit
 
-from perf_vit.data.epochs import EpochDataModule
+from perf_vit.data.base import EpochDataModule
 from perf_vit.errors import ConfigError
 from perf_vit.tasks import TrainerConfig, build_trainer
 

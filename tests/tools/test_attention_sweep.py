@@ -19,8 +19,8 @@ from settings import FORWARD, FORWARD_BACKWARD, PASSES, AttentionBenchmark
 from sweep import Measurement, sweep_lengths
 
 import perf_vit.ops
-from perf_vit.cli.timing import alternating_medians
 from perf_vit.ops import draw_projection
+from perf_vit.workflows.timing import alternating_medians
 
 FOLDER = Path(__file__).parents[2] / "tools" / "benchmarks" / "attention_sweep"
 

@@ -12,7 +12,7 @@ import typer
 import yaml
 
 import perf_vit
-from perf_vit.models import save_converted
+from perf_vit.conversion import save_converted
 from perf_vit.transforms import Normalizer
 
 FOLDER = Path(__file__).parents[2] / "tools" / "benchmarks"

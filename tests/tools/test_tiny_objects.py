@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from perf_vit.tasks.detection_metrics import DetectionMetrics
+from perf_vit.metrics import DetectionMetrics
 from perf_vit.types import Detections, ObjectLabels
 
 FOLDER = Path(__file__).parents[2] / "tools" / "benchmarks" / "tiny_objects"

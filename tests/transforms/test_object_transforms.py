@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from perf_vit.ops.boxes import oriented_box_corners
+from perf_vit.geometry.boxes import oriented_box_corners
 from perf_vit.transforms import resize_with_objects, turn_with_objects
 from perf_vit.types import ObjectLabels
 

@@ -30,13 +30,14 @@ from torchvision.models.detection.backbone_utils import _resnet_fpn_extractor
 from torchvision.models.resnet import resnet18, resnet50
 from torchvision.ops.feature_pyramid_network import LastLevelP6P7
 
-from perf_vit.cli.console import console, detection_table, errors
-from perf_vit.cli.schemas import DetectionRun
 from perf_vit.config import load_config
-from perf_vit.data import DetectionDataConfig, build_detection_datamodule, objects_in, read_names, read_object_labels
-from perf_vit.io import open_source
-from perf_vit.tasks import DetectionMetrics, DetectionScores
+from perf_vit.data import DetectionDataConfig, build_detection_datamodule, read_names
+from perf_vit.labels.objects import objects_in, read_object_labels
+from perf_vit.metrics import DetectionMetrics, DetectionScores
+from perf_vit.sources import open_source
 from perf_vit.types import Detections, ObjectLabels
+from perf_vit.workflows.progress import console, detection_table, errors
+from perf_vit.workflows.run_config import DetectionRun
 
 NUM_VALIDATIONS = 4
 WARM_UP = 0.05

@@ -26,11 +26,12 @@ from torch import nn
 
 import perf_vit  # noqa: F401  (registers the backbones)
 from perf_vit.inference import DenseOutput, SegmentationPredictOptions, SegmentationPredictor, Strip
-from perf_vit.io import CogWriter, open_source
 from perf_vit.models import SegmentationSpec
+from perf_vit.sources import open_source
 from perf_vit.tiling import grid_windows
 from perf_vit.transforms import Normalizer
 from perf_vit.types import GeoImage, Source
+from perf_vit.writers import CogWriter
 
 app = typer.Typer(add_completion=False, help=__doc__)
 

@@ -7,7 +7,7 @@ A logistic regression from single patch tokens of frozen blocks to the patch's s
 and scored on others. Converted models are scored by the probe of the softmax model ("drop-in"), and by a probe trained
 on their own features ("own"), over several draws of the projections. Prints a table of ROC AUC and average precision;
 differences from softmax come with their 95 % interval when the windows of the test scenes are drawn anew. Labels are
-whatever `perf_vit.io.open_labels` reads, label 1 is building. Images have three bands of 8 bits.
+whatever `perf_vit.labels.open_labels` reads, label 1 is building. Images have three bands of 8 bits.
 """
 
 from __future__ import annotations
@@ -28,10 +28,11 @@ from pretrained_vit import CONVERSIONS, check_names, converted, load_vit, normal
 from rich.table import Table
 from torch import Tensor, nn
 
-from perf_vit.cli.console import console, errors
-from perf_vit.io import open_labels, open_source
+from perf_vit.labels import open_labels
+from perf_vit.sources import open_source
 from perf_vit.tiling import grid_windows
 from perf_vit.types import IGNORE_INDEX, Window
+from perf_vit.workflows.progress import console, errors
 
 ALL = "all"
 NUM_RESAMPLES = 500

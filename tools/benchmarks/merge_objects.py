@@ -19,8 +19,9 @@ import time
 import numpy as np
 import shapely
 
-from perf_vit.inference import Objects, ObjectStitcher
-from perf_vit.ops.boxes import oriented_box_corners
+from perf_vit.geometry import Objects
+from perf_vit.geometry.boxes import oriented_box_corners
+from perf_vit.inference import ObjectStitcher
 from perf_vit.tiling import grid_windows
 from perf_vit.types import Window
 

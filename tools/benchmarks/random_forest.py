@@ -15,11 +15,12 @@ import torch
 from scipy.ndimage import gaussian_filter, uniform_filter
 from sklearn.ensemble import RandomForestClassifier
 
-from perf_vit.cli.console import console, score_table
 from perf_vit.data import region_window
-from perf_vit.io import open_labels, open_source
-from perf_vit.tasks import class_scores, segmentation_metrics
+from perf_vit.labels import open_labels
+from perf_vit.metrics import class_scores, segmentation_metrics
+from perf_vit.sources import open_source
 from perf_vit.types import IGNORE_INDEX, Window
+from perf_vit.workflows.progress import console, score_table
 
 # Pixels around a strip that its filters look at: the largest filter's reach.
 HALO_PX = 64

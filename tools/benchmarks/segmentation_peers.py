@@ -24,11 +24,8 @@ import torch
 import typer
 from torch import Tensor, nn
 
-from perf_vit.cli.class_weights import with_measured_weights
-from perf_vit.cli.console import console, score_table
-from perf_vit.cli.mapping import write_scores
-from perf_vit.cli.schemas import SegmentationRun
 from perf_vit.config import load_config
+from perf_vit.conversion import load_softmax
 from perf_vit.data import (
     SegmentationDataConfig,
     SegmentationDataModule,
@@ -37,13 +34,17 @@ from perf_vit.data import (
     region_window,
 )
 from perf_vit.inference import SegmentationPredictOptions, SegmentationPredictor
-from perf_vit.io import open_labels, open_raster
+from perf_vit.labels import open_labels
+from perf_vit.metrics import ClassScores, class_scores, segmentation_metrics
 from perf_vit.models import SegmentationSpec, Segmenter
-from perf_vit.models.build import feature_specs
+from perf_vit.models.backbone import feature_specs
 from perf_vit.models.heads import LinearHead
-from perf_vit.models.saved_model import load_softmax
-from perf_vit.tasks import ClassScores, SegmentationLoss, class_scores, segmentation_metrics
+from perf_vit.sources import open_raster
+from perf_vit.tasks import SegmentationLoss
 from perf_vit.types import IGNORE_INDEX
+from perf_vit.workflows.progress import console, score_table
+from perf_vit.workflows.run_config import SegmentationRun
+from perf_vit.workflows.segmentation import with_measured_weights, write_scores
 
 UNETS = ("unet-resnet18", "unet-resnet34")
 UNET_MULTIPLE = 32

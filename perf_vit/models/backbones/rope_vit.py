@@ -6,9 +6,9 @@ from typing import Any
 from timm.models import generate_default_cfgs, register_model
 from timm.models.eva import Eva, checkpoint_filter_fn
 
+from perf_vit.conversion.config import Conversion
+from perf_vit.conversion.linearize import convert_attention
 from perf_vit.models.backbones._family import SIZES, entrypoint, vit_cfg, with_own_enhancement
-from perf_vit.models.conversion import Conversion
-from perf_vit.models.convert import convert_attention
 
 # `register_model` adds the name of every model.
 __all__ = ["LinearRopeVisionTransformer"]

@@ -8,9 +8,14 @@ from segmentation_models_pytorch.decoders.dpt.decoder import DPTDecoder
 from timm.layers import LayerNorm2d
 from torch import Tensor, nn
 
-from perf_vit.models.heads.level_maps import check_growing_strides, has_one_stride, padded_to
-from perf_vit.models.heads.norms import Norm, apply_norm
-from perf_vit.models.heads.pixel_scores import PixelScores
+from perf_vit.models.heads.level_maps import (
+    Norm,
+    PixelScores,
+    apply_norm,
+    check_growing_strides,
+    has_one_stride,
+    padded_to,
+)
 from perf_vit.models.necks.simple_fpn import nearest_power_of_two
 from perf_vit.types import FeatureSpec
 

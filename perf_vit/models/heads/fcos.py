@@ -14,6 +14,7 @@ from torchvision.models.detection._utils import BoxLinearCoder
 from torchvision.models.detection.fcos import FCOSHead as FCOSConvolutions
 from torchvision.ops import generalized_box_iou_loss, sigmoid_focal_loss
 
+from perf_vit.distributed import mean_normalizer
 from perf_vit.models.heads.detection import (
     CenteredAnchors,
     Targets,
@@ -25,7 +26,6 @@ from perf_vit.models.heads.detection import (
     split_ignored,
     to_detections,
 )
-from perf_vit.ops.processes import mean_normalizer
 from perf_vit.types import Detections, ObjectLabels
 
 __all__ = ["FCOSHead", "match_locations"]

@@ -1,18 +1,78 @@
-"""The maps that decoders of pyramids look at, from a plain ViT or a backbone with a pyramid of its own."""
+"""Norms of decoders whose own are batch norms."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from typing import Literal
 
 from timm.layers import LayerNorm2d
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from perf_vit.models.necks.simple_fpn import SimpleFPN, nearest_power_of_two
+from perf_vit.models.necks import SimpleFPN
+from perf_vit.models.necks.simple_fpn import nearest_power_of_two
 from perf_vit.types import FeatureSpec
 
-__all__ = ["LevelMaps", "check_growing_strides", "has_one_stride", "padded_to"]
+__all__ = [
+    "LevelMaps",
+    "Norm",
+    "PixelScores",
+    "apply_norm",
+    "check_growing_strides",
+    "has_one_stride",
+    "padded_to",
+    "with_group_norm",
+]
+
+Norm = Literal["batch", "group"]
+
+
+def apply_norm(module: nn.Module, norm: Norm) -> None:
+    """Leave a module its batch norms, or put group norms in their places.
+
+    Raises:
+        ValueError: neither batch nor group.
+    """
+    if norm not in ("batch", "group"):
+        raise ValueError(f"norm must be batch or group, got {norm}")
+    if norm == "group":
+        with_group_norm(module)
+
+
+def with_group_norm(module: nn.Module) -> None:
+    """Put group norms of up to 8 groups in the places of batch norms."""
+    for name, child in module.named_children():
+        if isinstance(child, nn.BatchNorm2d):
+            # Two channels a group at least: of one, a map of one cell has no spread.
+            setattr(module, name, nn.GroupNorm(math.gcd(8, child.num_features // 2), child.num_features))
+        else:
+            with_group_norm(child)
+
+
+class PixelScores(nn.Module):
+    """Class scores at the map's own stride, enlarged bilinearly to the image.
+
+    The enlarged logits are the only tensor that has both all classes and all pixels.
+
+    Args:
+        channels: of the map.
+        num_classes: channels of the output.
+        drop_rate: dropout of whole channels before the classifier.
+    """
+
+    def __init__(self, channels: int, num_classes: int, drop_rate: float) -> None:
+        super().__init__()
+        self.drop = nn.Dropout2d(drop_rate)
+        self.classifier = nn.Conv2d(channels, num_classes, 1)
+
+    def forward(self, decoded: Tensor, image: Tensor) -> Tensor:
+        """Logits [B, num_classes, H, W] of a map [B, channels, h, w] that covers the image [B, C, H, W]."""
+        scores = self.classifier(self.drop(decoded))
+        if scores.shape[-2:] == image.shape[-2:]:
+            return scores
+        return F.interpolate(scores, image.shape[-2:], mode="bilinear", align_corners=False)
+
 
 _STRIDES = (4, 8, 16, 32)
 

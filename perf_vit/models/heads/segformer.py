@@ -7,9 +7,7 @@ from collections.abc import Sequence
 from segmentation_models_pytorch.decoders.segformer.decoder import SegformerDecoder
 from torch import Tensor, nn
 
-from perf_vit.models.heads.level_maps import LevelMaps
-from perf_vit.models.heads.norms import Norm, apply_norm
-from perf_vit.models.heads.pixel_scores import PixelScores
+from perf_vit.models.heads.level_maps import LevelMaps, Norm, PixelScores, apply_norm
 from perf_vit.types import FeatureSpec
 
 __all__ = ["SegFormerHead"]

@@ -22,10 +22,10 @@ from settings import PASSES, AttentionBenchmark
 from sweep import sweep_lengths
 from verify import verify_linear_attention
 
-from perf_vit.cli.console import say, say_line, show, working
 from perf_vit.errors import PerfVitError
-from perf_vit.io import check_outputs
 from perf_vit.ops import draw_projection
+from perf_vit.workflows.progress import say, say_line, show, working
+from perf_vit.writers import check_outputs
 
 _LENGTHS = [256, 1024, 4096, 16384, 65536]
 

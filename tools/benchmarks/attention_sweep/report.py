@@ -17,9 +17,10 @@ from rich.table import Table
 from settings import PASSES, AttentionBenchmark
 from sweep import Measurement
 
-from perf_vit.cli.timing import machine_name
 from perf_vit.errors import OutputError
-from perf_vit.io import save_figure, staged
+from perf_vit.files import staged
+from perf_vit.plotting import save_figure
+from perf_vit.workflows.timing import machine_name
 
 __all__ = [
     "BASELINES",

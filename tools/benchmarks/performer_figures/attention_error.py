@@ -24,10 +24,10 @@ from matplotlib.ticker import NullLocator
 from rich.progress import track
 from torch import Generator, Tensor
 
-from perf_vit.cli.console import console
 from perf_vit.ops import draw_projection, favor_attention
 from perf_vit.ops.naive import softmax_attention
 from perf_vit.ops.projection import ProjectionNorms
+from perf_vit.workflows.progress import console
 
 
 @dataclass(frozen=True)

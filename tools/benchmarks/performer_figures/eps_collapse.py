@@ -13,8 +13,8 @@ from rich.progress import track
 from torch import Generator, Tensor
 from torch.nn import functional as F
 
-from perf_vit.cli.console import console
 from perf_vit.ops import draw_projection, favor_attention
+from perf_vit.workflows.progress import console
 
 NUM_FEATURES, NUM_DRAWS = 256, 8
 LENGTHS = (256, 512, 1024, 2048, 4096, 8192, 16384)

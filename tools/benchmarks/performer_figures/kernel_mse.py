@@ -11,9 +11,9 @@ from matplotlib.colors import TwoSlopeNorm
 from rich.progress import track
 from torch import Generator, Tensor
 
-from perf_vit.cli.console import console
 from perf_vit.ops import draw_projection
 from perf_vit.ops.naive import kernel_matrix
+from perf_vit.workflows.progress import console
 
 TRIG, PLUS, HYP = "softmax-trig", "softmax+", "softmax-hyp+"
 COLORS = {TRIG: RED, PLUS: BLUE, HYP: GREEN}

@@ -10,8 +10,8 @@ from figure_style import BLUE, GREY, RED, Row, new_figure, print_markdown, save
 from rich.progress import track
 from torch import Generator, Tensor
 
-from perf_vit.cli.console import console
 from perf_vit.ops import draw_projection
+from perf_vit.workflows.progress import console
 
 HEAD_DIM, NUM_DRAWS = 64, 20_000
 # z = t (1, .., 1) / sqrt(D).

@@ -26,10 +26,10 @@ from scores import SizeScores
 from torch import Tensor
 from variants import VARIANTS, Variant, build_variant
 
-from perf_vit.cli.console import console
 from perf_vit.models import Detector
-from perf_vit.tasks.optimize import warmup_cosine
+from perf_vit.tasks.optim import warmup_cosine
 from perf_vit.types import Detections, ObjectLabels
+from perf_vit.workflows.progress import console
 
 app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False)
 

@@ -10,8 +10,7 @@ import cv2
 import numpy as np
 import numpy.typing as npt
 
-from perf_vit.data import read_object_labels
-from perf_vit.data.labels.records import ImageRecord
+from perf_vit.labels.objects import ImageRecord, read_object_labels
 from perf_vit.types import ObjectLabels
 
 CLASSES = ("RBC", "WBC", "Platelets")

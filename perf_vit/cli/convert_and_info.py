@@ -1,0 +1,99 @@
+"""`perf-vit convert`, `info` and `demo`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from perf_vit.cli.arguments import Mpp, SlideMpp, WindowSize
+
+__all__ = ["convert", "demo", "info"]
+
+
+def convert(
+    source: Annotated[str, typer.Argument(help="A timm model, or a folder with a saved one.")],
+    out: Annotated[Path, typer.Option(help="Folder for model.safetensors, config.json and fidelity.html.")],
+    weights: Annotated[Path | None, typer.Option(help="Weights of the model; timm's own if left out.")] = None,
+    num_classes: Annotated[int | None, typer.Option(help="Classes of the weights; 0 for none.", min=0)] = None,
+    mixer: Annotated[
+        str, typer.Option(help="clustered: windows, sinks and clusters; performer: FAVOR+.")
+    ] = "clustered",
+    window_size: Annotated[
+        int | None, typer.Option(help="Largest side of a window in patches; 16 by default (clustered).")
+    ] = None,
+    num_sinks: Annotated[
+        int | None, typer.Option(help="Keys that all see exactly; 64 to 256 by image size by default (clustered).")
+    ] = None,
+    num_clusters: Annotated[
+        int | None, typer.Option(help="Clusters of all other keys; 96 by default (clustered).")
+    ] = None,
+    num_features: Annotated[int | None, typer.Option(help="Random features; 256 by default (performer).")] = None,
+    layers: Annotated[str | None, typer.Option(help="Layers to convert, as 0-5,8; all by default.")] = None,
+    img_size: Annotated[int | None, typer.Option(help="Side of the images; the model's own by default.")] = None,
+    images: Annotated[list[Path] | None, typer.Option(help="Image or folder to measure on; repeat it.")] = None,
+    budget: Annotated[
+        float | None, typer.Option(help="Choose windows, sinks and clusters of each layer: 1.5 x plain FAVOR+'s time.")
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Decides projections and crops.", min=0)] = 0,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a model in the folder.")] = False,
+    time_softmax: Annotated[bool, typer.Option("--time-softmax", help="Time softmax at any size.")] = False,
+) -> None:
+    """Make the attention of a pretrained ViT linear, and report what it keeps."""
+    from perf_vit.workflows.convert import ConversionRequest, convert_model, parse_layers
+    from perf_vit.workflows.progress import say
+
+    given = {
+        "window_size": window_size,
+        "num_sinks": num_sinks,
+        "num_clusters": num_clusters,
+        "num_features": num_features,
+    }
+    report = convert_model(
+        ConversionRequest(
+            source=source,
+            out=out,
+            weights=weights,
+            num_classes=num_classes,
+            mixer=mixer,
+            options={name: value for name, value in given.items() if value is not None},
+            layers=parse_layers(layers),
+            img_size=img_size,
+            images=tuple(images or ()),
+            budget=budget,
+            seed=seed,
+            overwrite=overwrite,
+            time_softmax=time_softmax,
+        )
+    )
+    say(f"model: {out}", f"report: {report}")
+
+
+def info(
+    image: Annotated[str, typer.Argument(metavar="FILE", help="A raster or a slide; a path or a URL.")],
+    model: Annotated[
+        str | None, typer.Option(help="A segmenter's .ckpt file, or a model of timm: count its tokens and time it.")
+    ] = None,
+    window_size: WindowSize = None,
+    mpp: Mpp = None,
+    slide_mpp: SlideMpp = None,
+    json: Annotated[bool, typer.Option("--json", help="For programs.")] = False,
+) -> None:
+    """Tell what a raster or slide is, and how long a model would take for it."""
+    from perf_vit.sources import open_source
+    from perf_vit.workflows.info import describe_file
+
+    source = open_source(image, mpp=mpp, slide_mpp=slide_mpp)
+    describe_file(source, model=model, window_size=window_size, as_json=json)
+
+
+def demo(
+    out: Annotated[Path, typer.Option(help="Folder for scene, run, map and report.")] = Path("demo"),
+    seed: Annotated[int, typer.Option(help="Decides the scene and the training.")] = 0,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an earlier demo in the folder.")] = False,
+) -> None:
+    """Make a scene, train a small model on half of it, map all of it and write a report: a few minutes on a CPU."""
+    from perf_vit.workflows.demo import run_demo
+
+    run_demo(out, seed, overwrite=overwrite)

@@ -1,0 +1,211 @@
+"""`perf-vit predict` and `evaluate`."""
+
+from __future__ import annotations
+
+from dataclasses import fields
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import typer
+
+from perf_vit.cli.arguments import (
+    BatchSize,
+    Checkpoint,
+    Device,
+    Input,
+    Mpp,
+    Overlap,
+    Precision,
+    SlideMpp,
+    Tissue,
+    WindowSize,
+)
+from perf_vit.errors import ConfigError
+
+__all__ = ["evaluate", "predict"]
+
+
+def predict(
+    context: typer.Context,
+    checkpoint: Checkpoint,
+    inputs: Annotated[
+        list[str], typer.Option("--input", help="A raster, a folder, a glob, or a list as CSV or Parquet; repeat it.")
+    ],
+    output: Annotated[
+        Path,
+        typer.Option(
+            help="The map to write, .tif; a quicklook .png goes beside it. A folder for several outputs. "
+            "Objects: .gpkg, .geojson, .parquet or COCO's .json."
+        ),
+    ],
+    more_inputs: Annotated[
+        list[str] | None, typer.Argument(help="Further inputs: what a shell makes of --input *.tif.")
+    ] = None,
+    kind: Annotated[
+        Literal["classes", "probabilities", "probabilities-uint8"],
+        typer.Option(help="Class indices, one float32 band a class, or the same in steps of 1/254."),
+    ] = "classes",
+    window_size: WindowSize = None,
+    overlap: Overlap = None,
+    batch_size: BatchSize = 1,
+    blend: Annotated[Literal["hann", "gaussian"], typer.Option(help="How overlapping windows are weighted.")] = "hann",
+    flips: Annotated[bool, typer.Option("--flips", help="Average over mirror images: four times the work.")] = False,
+    num_readers: Annotated[int, typer.Option(help="Threads that read ahead.", min=1)] = 2,
+    resume: Annotated[bool, typer.Option("--resume/--no-resume", help="Go on with an interrupted map.")] = True,
+    on_error: Annotated[
+        Literal["stop", "skip"],
+        typer.Option(help="Stop at an error, or leave pixels that can't be read as nodata and go on after bad files."),
+    ] = "stop",
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace outputs that exist; an input never is.")
+    ] = False,
+    path_column: Annotated[str, typer.Option(help="Column of a list that holds the paths.")] = "path",
+    polygons: Annotated[
+        Literal["gpkg", "geojson", "parquet", "json"] | None,
+        typer.Option(
+            help="Write the areas of the classes, but the background, beside the map; geojson of slides is QuPath's. "
+            "Of a detector: the format of several outputs, gpkg by default, geojson of images without CRS."
+        ),
+    ] = None,
+    coco_images: Annotated[
+        Path | None,
+        typer.Option(
+            help="COCO file of labels of the images: write COCO results, .json, that go by its ids (detection)."
+        ),
+    ] = None,
+    score_threshold: Annotated[
+        float | None,
+        typer.Option(
+            help="Lowest score of an object; where F1 was best in validation, by default. In maps of classes that "
+            "don't exclude each other, the probability above which one is true; 0.5 by default."
+        ),
+    ] = None,
+    mosaic: Annotated[bool, typer.Option("--mosaic", help="Read a folder, glob or STAC items as one scene.")] = False,
+    crs: Annotated[str | None, typer.Option(help="Read rasters in this CRS, as EPSG:32637.")] = None,
+    resolution: Annotated[
+        float | None, typer.Option(help="Read rasters with pixels of this size, in CRS units.")
+    ] = None,
+    mpp: Mpp = None,
+    slide_mpp: SlideMpp = None,
+    tissue: Tissue = None,
+    device: Device = "auto",
+    precision: Precision = "32",
+    engine: Annotated[Literal["local", "ray"], typer.Option(help="This process, or a Ray cluster.")] = "local",
+    num_actors: Annotated[
+        int | None, typer.Option(help="Ray processes; one a GPU, else one a CPU, by default.", min=1)
+    ] = None,
+    ray_address: Annotated[
+        str | None, typer.Option(help="Of a running cluster, as auto; a Ray of its own by default.")
+    ] = None,
+) -> None:
+    """Map rasters with a trained model, find objects in them, or tell what whole images or slides show."""
+    from perf_vit.cli.task_options import predict_options, refuse_other_options
+    from perf_vit.inference import PREDICTORS, TablePredictor
+    from perf_vit.models import NETWORKS, checkpoint_task
+    from perf_vit.workflows.prediction import InputsOptions, predict_inputs, predict_table
+
+    task = checkpoint_task(checkpoint)
+    kind_of_options = PREDICTORS[task].options
+    refuse_other_options(context, predict_options(task, kind_of_options), checkpoint, NETWORKS[task])
+    predictor = PREDICTORS[task].make(checkpoint, **_given(context, kind_of_options))
+    given = InputsOptions(**_given(context, InputsOptions))
+    run = predict_table if isinstance(predictor, TablePredictor) else predict_inputs
+    run(predictor, [*inputs, *(more_inputs or ())], output, given)
+
+
+def _given(context: typer.Context, options: type[Any]) -> dict[str, Any]:
+    """The command's parameters that are fields of a dataclass."""
+    # Maps always come with their picture here.
+    found = {**context.params, "quicklook": True}
+    return {each.name: found[each.name] for each in fields(options) if each.name in found}
+
+
+def evaluate(
+    context: typer.Context,
+    checkpoint: Checkpoint,
+    image: Input,
+    labels: Annotated[
+        Path | None,
+        typer.Option(
+            help="A mask raster or a vector file, as in training, or a folder of them for a folder of images; labels "
+            "of objects; a CSV of images or slides, which folders by class do without."
+        ),
+    ] = None,
+    json: Annotated[
+        Path | None,
+        typer.Option(help="Write the scores here too; curves and confusion matrix go beside it, as .png."),
+    ] = None,
+    label_format: Annotated[
+        str | None, typer.Option(help="Of labels of objects: coco, voc, yolo, ...; as in training by default.")
+    ] = None,
+    names: Annotated[
+        Path | None,
+        typer.Option("--list", help="Of labelled images, those to score: a text file with one name a line."),
+    ] = None,
+    region: Annotated[
+        tuple[int, int, int, int] | None,
+        typer.Option(help="row col height width, in pixels, of the part to score."),
+    ] = None,
+    all_touched: Annotated[
+        bool | None,
+        typer.Option(
+            "--all-touched/--no-all-touched",
+            help="Polygons label every pixel that they touch (segmentation); as in training by default.",
+        ),
+    ] = None,
+    window_size: WindowSize = None,
+    overlap: Overlap = None,
+    batch_size: BatchSize = 1,
+    flips: Annotated[bool, typer.Option("--flips", help="Of maps: average over mirror images, as predict.")] = False,
+    slide_mpp: SlideMpp = None,
+    tissue: Tissue = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace scores and pictures that exist.")] = False,
+    device: Device = "auto",
+    precision: Precision = "32",
+) -> None:
+    """Score a trained model on a labelled raster, or on labelled images or slides, class by class."""
+    from perf_vit.cli.task_options import EVALUATE_OPTIONS, refuse_other_options
+    from perf_vit.inference import PREDICTORS
+    from perf_vit.models import NETWORKS, checkpoint_task
+
+    task = checkpoint_task(checkpoint)
+    refuse_other_options(context, EVALUATE_OPTIONS[task], checkpoint, NETWORKS[task])
+    if json is not None:
+        from perf_vit.workflows.reports import score_files
+        from perf_vit.writers import check_outputs
+
+        read = [checkpoint, image, labels, names, tissue]
+        check_outputs(score_files(json, task), read, overwrite=overwrite)
+    options: Any = PREDICTORS[task].options(**_given(context, PREDICTORS[task].options))
+    if task in {"classification", "regression"}:
+        from perf_vit.workflows.classification import report_classifier
+
+        report_classifier(checkpoint, image, labels, json, options)
+        return
+    if labels is None:
+        raise ConfigError("evaluate needs --labels: a mask raster or a vector file, labels of objects, or a CSV file")
+    if task == "slide_classification":
+        from perf_vit.workflows.slide_classification import report_slide_classifier
+
+        report_slide_classifier(checkpoint, image, labels, json, options)
+        return
+    if task == "detection":
+        from perf_vit.workflows.detection import report_detector
+
+        report_detector(checkpoint, image, labels, json, options=options, label_format=label_format, names=names)
+        return
+    from perf_vit.workflows.progress import score_table, show
+    from perf_vit.workflows.segmentation import evaluate_segmenter, write_scores
+
+    scores, curves = evaluate_segmenter(
+        checkpoint,
+        image,
+        labels,
+        options=options,
+        region=region,
+        all_touched=all_touched,
+        with_curves=json is not None,
+    )
+    if json is not None:
+        write_scores(scores, json, curves)
+    show(score_table(scores, title=f"{image.name} against {labels.name}"))

@@ -1,0 +1,57 @@
+"""`perf-vit train`, `fit-tile` and `distill`."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+__all__ = ["distill", "fit_tile", "train"]
+
+
+def train(
+    config: Annotated[str, typer.Argument(help="A YAML file, or a shipped one: configs/segmentation/buildings.yaml")],
+    overrides: Annotated[list[str] | None, typer.Argument(help="key=value ..., as in data.tile_px=512")] = None,
+) -> None:
+    """Train a model from a config file and key=value overrides."""
+    from perf_vit.workflows.progress import say
+    from perf_vit.workflows.registry import train_from_config
+
+    best = train_from_config(config, overrides or [])
+    say(f"best checkpoint: {best}")
+
+
+def fit_tile(
+    config: Annotated[str, typer.Argument(help="A YAML file, or a shipped one, whose data are there.")],
+    overrides: Annotated[list[str] | None, typer.Argument(help="key=value ..., as in 'model.lora={rank: 8}'")] = None,
+    memory: Annotated[str | None, typer.Option(help="16GB, 500MB, ...; what is free now by default.")] = None,
+    batch_size: Annotated[int | None, typer.Option(help="Tiles a step; the config's by default.", min=1)] = None,
+    max_tile: Annotated[int, typer.Option(help="The largest side to try, in pixels.", min=1)] = 8192,
+) -> None:
+    """Find the largest tile that a config can be trained on, by training a little on growing ones."""
+    from perf_vit.workflows.fit_tile import fit_tile_from_config
+    from perf_vit.workflows.progress import say
+
+    found = fit_tile_from_config(config, overrides or [], memory=memory, batch_size=batch_size, max_tile_px=max_tile)
+    say(
+        f"largest tile: data.tile_px={found.tile_px}, {found.peak_bytes / 1e9:.2f} of {found.memory_bytes / 1e9:.2f} GB"
+    )
+
+
+def distill(
+    config: Annotated[
+        str, typer.Argument(help="A YAML file, or a shipped one: configs/distillation/vit_small_dinov2.yaml")
+    ],
+    overrides: Annotated[list[str] | None, typer.Argument(help="key=value ..., as in optim.max_minutes=20")] = None,
+) -> None:
+    """Train the linear copy of a pretrained ViT to give its tokens, on images without labels."""
+    from perf_vit.config import load_config
+    from perf_vit.workflows.distill import distill_model
+    from perf_vit.workflows.progress import say
+    from perf_vit.workflows.run_config import DistillationRun
+    from perf_vit.workflows.run_folder import check_config_kept
+
+    run = load_config(config, DistillationRun, overrides or [])
+    check_config_kept(config, run)
+    student = distill_model(run)
+    say(f"student: {student}")

@@ -1,0 +1,194 @@
+"""The windows of a slide that show tissue."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+from torch.utils.data import Dataset
+
+from perf_vit.data.base import order_of_turn
+from perf_vit.data.embedding_store import EmbeddingStore
+from perf_vit.errors import InputError
+from perf_vit.labels.tables import CsvRow, class_index, read_csv_rows
+from perf_vit.tiling import grid_windows
+from perf_vit.types import BoolArray, Source, Window
+
+__all__ = ["Bag", "SlideBags", "SlideTargets", "collate_bags", "read_slide_table", "tissue_windows"]
+
+# Pixels of the reduced mask along a window's side: shares to about a percent.
+_MASK_PX = 8
+
+_MAX_MASK_PX = 8192
+
+
+def tissue_windows(source: Source, tile_px: int, min_tissue: float) -> list[Window]:
+    """The windows of a grid without overlap of which at least some share is valid, row by row.
+
+    The shares are those of the valid mask at low resolution: about 8 pixels along a window.
+
+    Args:
+        source: a slide opened with `tissue`, so that only tissue is valid; or any other source.
+        tile_px: side of a window, in pixels.
+        min_tissue: least share of valid pixels, 0 to 1; a window without any is never taken.
+
+    Raises:
+        InputError: no window is valid enough, or the slide can't be read.
+    """
+    windows = grid_windows(source.extent, tile_px, overlap=0)
+    size_px = min(_MAX_MASK_PX, -(-max(source.size) * _MASK_PX // tile_px))
+    mask = source.read_reduced(size_px).valid
+    shares = _shares(mask, windows, source.height, source.width)
+    chosen = [window for window, share in zip(windows, shares, strict=True) if share > 0 and share >= min_tissue]
+    if not chosen:
+        raise InputError(
+            f"no window of {tile_px} px in {source.path} has {min_tissue:.0%} of tissue, the most is "
+            f"{max(shares):.0%}; lower data.min_tissue, or leave the slide out"
+        )
+    return chosen
+
+
+def _shares(mask: BoolArray, windows: Sequence[Window], height: int, width: int) -> npt.NDArray[np.float64]:
+    """Share of valid pixels in each window; what lies outside the source is not valid."""
+    rows, cols = mask.shape
+    summed = np.zeros((rows + 1, cols + 1))
+    summed[1:, 1:] = mask.cumsum(0).cumsum(1)
+    edges = np.array([[w.row, w.row_stop, w.col, w.col_stop] for w in windows], np.float64)
+    scale = np.array([rows / height, rows / height, cols / width, cols / width])
+    limits = np.array([rows, rows, cols, cols])
+    top, bottom, left, right = np.clip(np.rint(edges * scale), 0, limits).astype(np.int64).T
+    # A window smaller than a pixel of the mask still sees one.
+    top, left = np.minimum(top, rows - 1), np.minimum(left, cols - 1)
+    bottom, right = np.maximum(bottom, top + 1), np.maximum(right, left + 1)
+    valid = summed[bottom, right] - summed[top, right] - summed[bottom, left] + summed[top, left]
+    inside = np.minimum(edges[:, 1], height) - edges[:, 0], np.minimum(edges[:, 3], width) - edges[:, 2]
+    covered = inside[0] * inside[1] / ((edges[:, 1] - edges[:, 0]) * (edges[:, 3] - edges[:, 2]))
+    return np.asarray(valid / ((bottom - top) * (right - left)) * covered)
+
+
+Bag = tuple[Tensor, Tensor]
+"""Features [N, D] and class index."""
+
+
+@dataclass(frozen=True, slots=True)
+class SlideTargets:
+    """Labelled slides.
+
+    Attributes:
+        paths: of the slides.
+        labels: class indices, [n].
+        classes: names.
+    """
+
+    paths: tuple[str, ...]
+    labels: npt.NDArray[np.int64]
+    classes: tuple[str, ...]
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def part(self, indices: Sequence[int]) -> SlideTargets:
+        """Some of the slides."""
+        chosen = list(indices)
+        return SlideTargets(tuple(self.paths[index] for index in chosen), self.labels[chosen], self.classes)
+
+
+def read_slide_table(
+    table: str | Path,
+    slides: str | Path,
+    classes: Sequence[str] | None = None,
+    *,
+    image_column: str = "slide",
+    label_column: str = "label",
+) -> SlideTargets:
+    """A CSV file with the class of each slide.
+
+    Args:
+        table: the CSV file.
+        slides: folder that its names of slides are relative to; they may lack their ending.
+        classes: names in the order of the indices; those that occur, by name, if None.
+        image_column: that names the slide.
+        label_column: that names the class.
+
+    Raises:
+        InputError: a file, column, slide or class that isn't there, or a slide named twice.
+    """
+    rows = read_csv_rows(table, [image_column, label_column])
+    names = [row.values[label_column] for row in rows]
+    classes = tuple(sorted(set(names)) if classes is None else classes)
+    labels = [class_index(name, classes, row.place) for name, row in zip(names, rows, strict=True)]
+    paths: dict[str, str] = {}
+    for row in rows:
+        path = _find(row, Path(slides), image_column)
+        if path in paths:
+            raise InputError(f"{row.place} names {path}, as does {paths[path]}; give each slide once")
+        paths[path] = row.place
+    return SlideTargets(tuple(paths), np.array(labels, np.int64), classes)
+
+
+def _find(row: CsvRow, folder: Path, column: str) -> str:
+    name = row.values[column]
+    if "://" in name or (folder / name).exists():
+        return name if "://" in name else str(folder / name)
+    parent = (folder / name).parent
+    near = sorted(path for path in parent.glob("*") if path.stem == Path(name).name) if parent.is_dir() else []
+    if len(near) == 1:
+        return str(near[0])
+    several = f", but {' and '.join(path.name for path in near[:2])}; give the ending" if near else ""
+    raise InputError(
+        f"{row.place} names the slide {name}, which is not in {folder}{several or '; check data.train.image'}"
+    )
+
+
+class SlideBags(Dataset[Bag]):
+    """Bags of features, a slide each.
+
+    To train on, slides come in another order each round, and a large bag is a random part of its slide: item i is a
+    function of (seed, i) alone.
+
+    Args:
+        slides: with their labels.
+        store: that holds their features.
+        max_windows: of a bag, drawn anew each time; None for all.
+        seed: decides order and windows; None for the order given.
+
+    Raises:
+        InputError: features are missing or damaged, when they are read.
+    """
+
+    def __init__(
+        self, slides: SlideTargets, store: EmbeddingStore, *, max_windows: int | None = None, seed: int | None = None
+    ) -> None:
+        self.slides = slides
+        self.store = store
+        self.max_windows = max_windows
+        self.seed = seed
+
+    def __len__(self) -> int:
+        return len(self.slides)
+
+    def __getitem__(self, index: int) -> Bag:
+        """Features [N, D] float32 and the class index; with a seed, any index >= 0 is allowed."""
+        chosen = index
+        if self.seed is not None:
+            turn, position = divmod(index, len(self.slides))
+            chosen = int(order_of_turn(self.seed, turn, len(self.slides))[position])
+        features = self.store.read(self.slides.paths[chosen]).features
+        if self.max_windows is not None and len(features) > self.max_windows:
+            rng = np.random.default_rng((self.seed or 0, index))
+            features = features[np.sort(rng.choice(len(features), self.max_windows, replace=False))]
+        return torch.from_numpy(features), torch.tensor(self.slides.labels[chosen])
+
+
+def collate_bags(bags: Sequence[Bag]) -> tuple[Tensor, Tensor, Tensor]:
+    """A batch: features [B, N, D] of the largest bag's size, which of them are there [B, N], and labels [B]."""
+    features, labels = zip(*bags, strict=True)
+    sizes = torch.tensor([len(each) for each in features])
+    mask = torch.arange(int(sizes.max())) < sizes[:, None]
+    return pad_sequence(list(features), batch_first=True), mask, torch.stack(labels)

@@ -1,0 +1,301 @@
+"""The Lightning data module of objects, and its config."""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import numpy as np
+from torch.utils.data import DataLoader
+
+from perf_vit.data.augmentation import make_stain_jitter, pixel_sizes
+from perf_vit.data.base import EpochDataModule, ShareSampler, given_normalizer, measure_bands, seen_images
+from perf_vit.data.config import SplitConfig, TileDataConfig, check_base
+from perf_vit.data.detection_tiles import (
+    ObjectBatch,
+    ObjectGrid,
+    ObjectImages,
+    ObjectWindows,
+    check_objects_seen,
+    collate_objects,
+)
+from perf_vit.data.samplers import OBJECT_SAMPLERS, make_places
+from perf_vit.errors import ConfigError, InputError
+from perf_vit.labels.objects import ImageRecord, ObjectIndex, read_object_labels
+from perf_vit.sources import open_input
+from perf_vit.transforms import Augmentation, InputBands, bands_fit
+from perf_vit.types import InputOptions, OpenInput
+
+__all__ = [
+    "DetectionDataConfig",
+    "DetectionDataModule",
+    "DetectionSplitConfig",
+    "build_detection_datamodule",
+    "read_names",
+]
+
+
+@dataclass(kw_only=True)
+class DetectionSplitConfig(SplitConfig):
+    """Images and the labels of their objects.
+
+    Attributes:
+        image: a folder of images, one image, a glob, or a list of these.
+        labels: a label file, or a folder with one an image, whichever the format has.
+        format: coco, voc, yolo, dota, instances, polygons or csv; see `perf_vit.labels.objects.read_object_labels`.
+        names: a text file with one image name a line, with or without ending; all labelled images if left out.
+    """
+
+    labels: str
+    format: str = "coco"
+    names: str | None = None
+
+
+@dataclass(kw_only=True)
+class DetectionDataConfig(TileDataConfig):
+    """Where tiles with objects come from; `TileDataConfig` has further keys.
+
+    Attributes:
+        train: images trained on.
+        classes: class names; labels are indices into them.
+        val: images validated on; a part of `train` that the seed decides if left out.
+        val_share: of the images of `train`, where `val` is left out.
+        skip_classes: names of labelled objects to leave out, as if they were background.
+        attribute: of the polygons format: the column that holds class names. Without it there is one class.
+        mpp: micrometres per pixel to read slides at; their level 0, and rasters, if left out. Labels are in pixels of
+            level 0. Prediction reads at the same.
+        slide_mpp: micrometres per pixel of slides' level 0 where files don't say.
+        sampler: where training tiles lie: random (anywhere), objects (around objects, each drawn alike) or balanced
+            (around objects, each class drawn alike).
+        random_share: share of tiles drawn anywhere by the samplers objects and balanced.
+        min_visible: objects of which a smaller share lies in a training tile are ignored there; of validation tiles,
+            the one that holds an object's centre counts it.
+        tiles_per_epoch: training tiles an epoch.
+    """
+
+    train: DetectionSplitConfig
+    classes: list[str]
+    val: DetectionSplitConfig | None = None
+    val_share: float = 0.2
+    skip_classes: list[str] = field(default_factory=list)
+    attribute: str | None = None
+    mpp: float | None = None
+    slide_mpp: float | None = None
+    tile_px: int = 512
+    sampler: str = "objects"
+    random_share: float = 0.25
+    min_visible: float = 0.3
+    tiles_per_epoch: int = 200
+
+
+class DetectionDataModule(EpochDataModule):
+    """Augmented windows to train on, grids of windows to validate on.
+
+    Attributes:
+        train: windows of the training images.
+        val: grid windows of the validation images.
+        classes: names, in the order of the class indices.
+        normalizer: as given, or measured on training images.
+        tile_px: side of a tile, in pixels.
+        train_index: the training images' objects, with counts.
+        val_index: the validation images' objects, with counts.
+        trained_on: bands of the training images.
+    """
+
+    def __init__(
+        self,
+        train: ObjectWindows,
+        val: ObjectGrid,
+        *,
+        train_index: ObjectIndex,
+        val_index: ObjectIndex,
+        trained_on: InputBands,
+        batch_size: int,
+        num_workers: int,
+    ) -> None:
+        super().__init__()
+        self.train = train
+        self.val = val
+        self.train_index = train_index
+        self.val_index = val_index
+        self.trained_on = trained_on
+        self.classes = train_index.classes
+        self.normalizer = train.normalizer
+        self.tile_px = train.tile_px
+        self.batch_size = batch_size
+        self.num_workers = num_workers
+
+    def train_dataloader(self) -> DataLoader[ObjectBatch]:
+        """Augmented tiles, a new set each epoch; a last smaller batch is dropped (batch statistics)."""
+        return self.train_loader(
+            self.train, batch_size=self.batch_size, num_workers=self.num_workers, collate_fn=collate_objects
+        )
+
+    def val_dataloader(self) -> DataLoader[ObjectBatch]:
+        """The validation images' tiles, in order."""
+        return DataLoader(
+            self.val,  # type: ignore[arg-type]
+            batch_size=self.batch_size,
+            sampler=ShareSampler(len(self.val)),
+            num_workers=self.num_workers,
+            collate_fn=collate_objects,
+        )
+
+
+def build_detection_datamodule(
+    config: DetectionDataConfig, seed: int, *, oriented: bool = False
+) -> DetectionDataModule:
+    """Read the labels, check them against their images and measure what statistics of the bands the config leaves out.
+
+    Args:
+        config: what to read.
+        seed: decides tiles, augmentation and, without `data.val`, the images validated on.
+        oriented: a head for oriented boxes is trained: outlines are made to such.
+
+    Raises:
+        ConfigError: values that don't fit each other.
+        InputError: files that can't be read or don't fit each other.
+    """
+    _check(config)
+    train_index, val_index = _indices(config, seed, oriented=oriented)
+    train, val = (
+        ObjectImages(
+            index.records,
+            open_input=_opener(config, mpp),
+            min_visible=config.min_visible,
+        )
+        for index, mpp in ((train_index, _training_mpp(config)), (val_index, config.mpp))
+    )
+    for index, part in ((train_index, "train"), (val_index, "val")):
+        _check_objects(index, part)
+    if not bands_fit(val.num_bands, train.num_bands):
+        raise ConfigError(
+            f"the validation images have {val.num_bands} bands, the training images {train.num_bands}; choose common "
+            "ones with data.bands"
+        )
+    for images, part in ((train, "training"), (val, "validation")):
+        check_objects_seen(images, part, seed)
+    seen = seen_images(train.read_reduced, [record.path for record in train.records], seed)
+    given = given_normalizer(config.mean, config.std, train.num_bands)
+    normalizer, trained_on = measure_bands(seen, train.sources, given)
+    augment = config.augment
+    colors = Augmentation(flips=False, gain=augment.gain, offset=augment.offset, shuffle=augment.shuffle)
+    windows = ObjectWindows(
+        train,
+        make_places(config.sampler, train_index.records, config.tile_px, config.random_share),
+        normalizer,
+        tile_px=config.tile_px,
+        length=config.tiles_per_epoch,
+        seed=seed,
+        flips=augment.flips,
+        scale=augment.scale,
+        colors=colors if augment.gain or augment.offset or augment.shuffle else None,
+        stain=make_stain_jitter(augment, train.sources, train.num_bands),
+        resolution=augment.resolution,
+        pixel_sizes=pixel_sizes(augment, train.sources),
+    )
+    return DetectionDataModule(
+        windows,
+        ObjectGrid(val, normalizer, tile_px=config.tile_px),
+        train_index=train_index,
+        val_index=val_index,
+        trained_on=trained_on,
+        batch_size=config.batch_size,
+        num_workers=config.num_workers,
+    )
+
+
+def read_names(path: str | Path, key: str) -> list[str]:
+    """The names of a list of images, one a line.
+
+    Args:
+        path: a text file.
+        key: what to call it in an error.
+
+    Raises:
+        ConfigError: a file that can't be read or names no image.
+    """
+    try:
+        lines = Path(path).read_text(encoding="utf-8-sig").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"can't read {key} {path}: {error}") from error
+    names = [line.strip() for line in lines if line.strip()]
+    if not names:
+        raise ConfigError(f"{key} {path} names no image; expected one name a line")
+    return names
+
+
+def _indices(config: DetectionDataConfig, seed: int, *, oriented: bool) -> tuple[ObjectIndex, ObjectIndex]:
+    read = functools.partial(_read, config, oriented=oriented)
+    train = read(config.train, "data.train", _training_mpp(config))
+    if config.val is not None:
+        return train, read(config.val, "data.val", config.mpp)
+    num_val = max(1, round(len(train) * config.val_share))
+    if num_val >= len(train):
+        raise ConfigError(
+            f"data.val_share {config.val_share:g} of {len(train)} images leaves none to train on; give data.val"
+        )
+    order = np.random.default_rng(seed).permutation(len(train))
+    chosen = set(order[:num_val].tolist())
+    val = train if _training_mpp(config) == config.mpp else read(config.train, "data.train", config.mpp)
+    return (
+        replace(train, records=_part(train, chosen, inside=False)),
+        replace(val, records=_part(val, chosen, inside=True)),
+    )
+
+
+def _check_objects(index: ObjectIndex, part: str) -> None:
+    """Refuse images that nothing could be learnt from, or nothing be scored on."""
+    if not any(index.class_counts().values()):
+        what = "to learn from" if part == "train" else "to score with"
+        raise InputError(
+            f"expected objects {what} in the images of data.{part}, got none in {len(index)} images"
+            f"{' (all are ignored)' if any(record.ignored.any() for record in index) else ''}; check the labels"
+            f"{', or the images: data.val names them, data.val_share and seed choose them' if part == 'val' else ''}"
+        )
+
+
+def _part(index: ObjectIndex, chosen: set[int], *, inside: bool) -> tuple[ImageRecord, ...]:
+    return tuple(record for position, record in enumerate(index) if (position in chosen) is inside)
+
+
+def _training_mpp(config: DetectionDataConfig) -> float | None:
+    """What slides are read at to train: the smallest that augmentation shows, so that none is enlarged needlessly."""
+    if config.mpp is None or config.augment.resolution is None:
+        return config.mpp
+    return min(config.mpp, config.augment.resolution[0])
+
+
+def _read(
+    config: DetectionDataConfig, split: DetectionSplitConfig, key: str, mpp: float | None, *, oriented: bool
+) -> ObjectIndex:
+    return read_object_labels(
+        split.labels,
+        split.image,
+        label_format=split.format,
+        classes=config.classes,
+        skip_classes=config.skip_classes,
+        attribute=config.attribute,
+        names=None if split.names is None else read_names(split.names, f"{key}.names"),
+        open_input=_opener(config, mpp),
+        oriented=oriented,
+    )
+
+
+def _opener(config: DetectionDataConfig, mpp: float | None) -> OpenInput:
+    """What opens images as the config says, slides at so many micrometres per pixel."""
+    return functools.partial(open_input, options=replace(InputOptions.from_config(config), mpp=mpp))
+
+
+def _check(config: DetectionDataConfig) -> None:
+    if not config.classes or len(set(config.classes)) != len(config.classes):
+        raise ConfigError(f"data.classes must name at least one class, each once, got {config.classes}")
+    if config.sampler not in OBJECT_SAMPLERS:
+        raise ConfigError(f"data.sampler must be one of {', '.join(OBJECT_SAMPLERS)}, got {config.sampler}")
+    if config.nodata is not None and (config.mpp is not None or config.slide_mpp is not None):
+        raise ConfigError("data.nodata is for rasters, data.mpp and data.slide_mpp for slides; leave one out")
+    for key in ("val_share", "random_share", "min_visible"):
+        if not 0 <= getattr(config, key) <= 1:
+            raise ConfigError(f"data.{key} must lie between 0 and 1, got {getattr(config, key):g}")
+    check_base(config, {"tiles_per_epoch": config.batch_size})

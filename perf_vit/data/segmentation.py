@@ -1,0 +1,418 @@
+"""Segmentation data module: labelled regions of rasters and slides as tiles."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import numpy as np
+from torch.utils.data import ConcatDataset, DataLoader
+
+from perf_vit.data.augmentation import make_stain_jitter, pixel_size, pixel_sizes
+from perf_vit.data.base import (
+    EpochDataModule,
+    ShareSampler,
+    collate_tiles,
+    given_normalizer,
+    measure_bands,
+    seen_images,
+)
+from perf_vit.data.class_pixels import count_labelled_pixels, find_class_pixels
+from perf_vit.data.samplers import ClassPlaces, GridPlaces, WindowPlaces
+from perf_vit.data.segmentation_config import SegmentationDataConfig, SegmentationSplitConfig, check_data, label_options
+from perf_vit.data.segmentation_tiles import GridWindows, LabelledSource, LabelledTile, RandomWindows, window_px
+from perf_vit.errors import ConfigError, DataWarning, InputError
+from perf_vit.labels import LabelFiles, LabelSource, is_labelled_folder, open_labels, warn_of_polygons_beside
+from perf_vit.labels.image_folder import find_label_pairs
+from perf_vit.sources import RasterSource, common_unit, open_input
+from perf_vit.sources.slides import SlideSource
+from perf_vit.transforms import Augmentation, InputBands, Normalizer
+from perf_vit.types import GeoImage, InputOptions, InputPath, OpenInput, Source, Window
+
+__all__ = [
+    "Grids",
+    "SegmentationDataModule",
+    "build_segmentation_datamodule",
+    "open_labelled",
+    "open_pairs",
+    "region_window",
+]
+
+Grids: TypeAlias = GridWindows | ConcatDataset[LabelledTile]
+"""The tiles of one source, or of several."""
+
+
+class SegmentationDataModule(EpochDataModule):
+    """Augmented windows to train on, grid windows to validate on.
+
+    Attributes:
+        classes: names, in the order of the class indices.
+        normalizer: as given, or measured on the training region.
+        trained_on: bands of the training region.
+        tile_px: side of a tile, in pixels.
+    """
+
+    def __init__(
+        self,
+        train: RandomWindows,
+        val: Grids,
+        *,
+        classes: tuple[str, ...],
+        normalizer: Normalizer,
+        trained_on: InputBands,
+        tile_px: int,
+        batch_size: int,
+        num_workers: int,
+    ) -> None:
+        super().__init__()
+        self.train = train
+        self.val = val
+        self.classes = classes
+        self.normalizer = normalizer
+        self.trained_on = trained_on
+        self.tile_px = tile_px
+        self.batch_size = batch_size
+        self.num_workers = num_workers
+
+    def train_dataloader(self) -> DataLoader[LabelledTile]:
+        """Augmented tiles, a new set each epoch; a last smaller batch is dropped (batch statistics), but of a grid."""
+        return self.train_loader(
+            self.train,
+            batch_size=self.batch_size,
+            num_workers=self.num_workers,
+            collate_fn=collate_tiles,
+            drop_last=not isinstance(self.train.places, GridPlaces),
+        )
+
+    def val_dataloader(self) -> DataLoader[LabelledTile]:
+        """The validation regions' tiles, in order."""
+        return DataLoader(
+            self.val,
+            batch_size=self.batch_size,
+            sampler=ShareSampler(len(self.val)),
+            num_workers=self.num_workers,
+            collate_fn=collate_tiles,
+        )
+
+
+def open_labelled(
+    config: SegmentationDataConfig, region: SegmentationSplitConfig, key: str, *, train: bool
+) -> list[LabelledSource]:
+    """Open a raster or slide with its labels, or all images of a folder.
+
+    Args:
+        config: how to read them.
+        region: what to open.
+        key: what to call it in an error.
+        train: with finer pixels where the file has them and augmentation wants them.
+
+    Raises:
+        ConfigError: a region that doesn't fit.
+        InputError: files that can't be read or don't fit each other.
+    """
+    windows: list[Window] = []
+
+    def open_image(image: InputPath) -> RasterSource | SlideSource:
+        source, window = _placed(config, image, region.region, key, train=train)
+        windows.append(window)
+        return source
+
+    is_folder = is_labelled_folder(region.image, region.labels)
+    if is_folder and region.region is not None:
+        raise ConfigError(f"{key}.region is a part of one raster, and {region.image} is a folder; leave it out")
+    pairs = open_pairs(region.image, region.labels, open_image, config, label_options(config))
+    return [
+        LabelledSource(source, labels, window, keep_open=not is_folder)
+        for (source, labels), window in zip(pairs, windows, strict=True)
+    ]
+
+
+def open_pairs(
+    image: InputPath,
+    labels: str | Path,
+    open_image: OpenInput,
+    meaning: Any,
+    options: Mapping[str, Any],
+) -> list[tuple[RasterSource | SlideSource, LabelSource]]:
+    """Open an image and its labels; or all images of a folder, closed, each with those of its name.
+
+    Args:
+        image: a raster or slide, or a folder, glob or list of them.
+        labels: a mask or polygons, or a folder of them.
+        open_image: opens an image by its path.
+        meaning: a data config or spec: the attributes classes, background and multilabel say what labels mean.
+        options: further keyword arguments of `perf_vit.labels.open_labels`.
+
+    Raises:
+        InputError: files that can't be read or don't fit each other.
+    """
+    named = ("classes", "background", "multilabel")
+    options = {**{name: getattr(meaning, name) for name in named}, **options}
+    if not is_labelled_folder(image, labels):
+        source = _opened(image, open_image)
+        return [(source, open_labels(labels, source, **options))]
+    pairs = find_label_pairs(image, labels)
+    sources = []
+    for path, _ in pairs:
+        sources.append(_opened(path, open_image))
+        # There may be more images than a process may hold open.
+        sources[-1].close()
+    files = LabelFiles([file for _, file in pairs], sources, **options)
+    files.look()
+    return [(source, files[index]) for index, source in enumerate(sources)]
+
+
+def _opened(image: InputPath, open_image: OpenInput) -> RasterSource | SlideSource:
+    source = open_image(image)
+    # Labels need to know where a file's pixels lie.
+    assert isinstance(source, RasterSource | SlideSource)
+    return source
+
+
+def region_window(region: list[int] | None, source: Source, key: str) -> Window:
+    """The window that a config or command line asks for, checked against the source.
+
+    Args:
+        region: [row, col, height, width] in pixels, or None for the whole source.
+        source: the raster that it lies in.
+        key: what to call it in an error.
+
+    Raises:
+        ConfigError: not four numbers, or not inside the source.
+    """
+    if region is None:
+        return source.extent
+    if len(region) != 4:
+        raise ConfigError(f"{key} must be [row, col, height, width], got {list(region)}")
+    window = Window(*region)
+    if window.intersect(source.extent) != window:
+        raise ConfigError(
+            f"{key} [row, col, height, width] = {list(region)} must lie inside {source.path}, "
+            f"which is {source.height} rows x {source.width} columns"
+        )
+    return window
+
+
+def _placed(
+    config: SegmentationDataConfig, image: InputPath, region: list[int] | None, key: str, *, train: bool
+) -> tuple[RasterSource | SlideSource, Window]:
+    """An image and the part of it that may be used; closed, as there may be more than a process may hold open."""
+    options = InputOptions.from_config(config)
+    source = open_input(image, options)
+    window = region_window(region, source, f"{key}.region")
+    read_at = config.mpp or config.resolution
+    if train and read_at is not None and config.augment.resolution is not None:
+        finest = max(config.augment.resolution[0], _own_side(image, options, source) or 0)
+        if finest < read_at:
+            source.close()
+            finer = replace(options, resolution=finest) if config.mpp is None else replace(options, mpp=finest)
+            source = open_input(image, finer)
+            window = _scaled(window, read_at / finest, source.extent)
+    source.close()
+    return source, window
+
+
+def _own_side(image: InputPath, options: InputOptions, source: Source) -> float | None:
+    if isinstance(source, SlideSource):
+        assert source.slide_mpp is not None
+        return math.sqrt(math.prod(source.slide_mpp))
+    own = open_input(image, replace(options, resolution=None))
+    own.close()
+    return pixel_size(own)
+
+
+def _scaled(window: Window, factor: float, extent: Window) -> Window:
+    """The same part of a source whose pixels are a factor smaller."""
+    row, col, row_stop, col_stop = (
+        round(pixel * factor) for pixel in (window.row, window.col, window.row_stop, window.col_stop)
+    )
+    scaled = Window(row, col, row_stop - row, col_stop - col).intersect(extent)
+    assert scaled is not None
+    return scaled
+
+
+# Enough pixels for a mean to three digits, few enough to read in a second.
+_STATISTICS_PX = 2048
+
+# Of 512 x 512 pixels, to see which classes there are.
+_WINDOWS_LOOKED_AT = 64
+
+_IMAGES_LOOKED_AT = 64
+
+
+def build_segmentation_datamodule(
+    config: SegmentationDataConfig, seed: int, on_window: Callable[[int, int], None] | None = None
+) -> SegmentationDataModule:
+    """Open the rasters and their labels and measure the bands' statistics where they aren't given.
+
+    Args:
+        config: what to open.
+        seed: decides tiles and augmentation.
+        on_window: called with windows done and all of them while pixels of the classes are looked for, for the
+            sampler balanced.
+
+    Raises:
+        ConfigError: values that don't fit each other.
+        InputError: files that can't be read or don't fit each other.
+    """
+    check_data(config)
+    rasters, val = _open_all(config)
+    sources = [one.source for one in rasters]
+    num_bands = sources[0].num_bands
+    stain = make_stain_jitter(config.augment, sources, num_bands)
+    sides = pixel_sizes(config.augment, sources)
+    _check_labelled(rasters, config, "train")
+    _check_labelled(val, config, "val")
+    warn_of_polygons_beside(one.labels for one in (*rasters, *val))
+    places = _make_places(rasters, config, sides, seed, on_window)
+    _warn_of_absent_classes(rasters, config, "train", places)
+    _warn_of_absent_classes(val, config, "val")
+    given = given_normalizer(config.mean, config.std, num_bands)
+    normalizer, trained_on = measure_bands(_seen(rasters, seed), sources, given)
+    augmentation = Augmentation(
+        flips=config.augment.flips,
+        scale=config.augment.scale,
+        gain=config.augment.gain,
+        offset=config.augment.offset,
+        shuffle=config.augment.shuffle,
+    )
+    return SegmentationDataModule(
+        RandomWindows(
+            rasters,
+            normalizer,
+            augmentation,
+            tile_px=config.tile_px,
+            length=len(places) if isinstance(places, GridPlaces) else config.tiles_per_epoch,
+            seed=seed,
+            stain=stain,
+            resolution=config.augment.resolution,
+            pixel_sizes=sides,
+            places=places,
+        ),
+        _grids(val, normalizer, config.tile_px),
+        classes=tuple(config.classes),
+        normalizer=normalizer,
+        trained_on=trained_on,
+        tile_px=config.tile_px,
+        batch_size=config.batch_size,
+        num_workers=config.num_workers,
+    )
+
+
+def _open_all(config: SegmentationDataConfig) -> tuple[list[LabelledSource], list[LabelledSource]]:
+    """What is trained and validated on, all with one number of bands."""
+    train = {"data.train": open_labelled(config, config.train, "data.train", train=True)}
+    val = {"data.val": open_labelled(config, config.val, "data.val", train=False)}
+    for index, region in enumerate(config.extra_train):
+        key = f"data.extra_train[{index}]"
+        train[key] = open_labelled(config, region, key, train=True)
+    for key, group in (train | val).items():
+        _check_bands(group, key, train["data.train"][0].source)
+    if config.resolution is not None:
+        common_unit([(one.source.path, one.source.crs) for group in (train | val).values() for one in group])
+    return [one for group in train.values() for one in group], val["data.val"]
+
+
+def _check_bands(group: Sequence[LabelledSource], key: str, first: Source) -> None:
+    """Refuse images with another number of bands than the first.
+
+    Raises:
+        ConfigError: how many there are, and which.
+    """
+    others = [one.source for one in group if one.source.num_bands != first.num_bands]
+    if not others:
+        return
+    if len(group) == 1:
+        text = f"{key}.image has {others[0].num_bands} bands, data.train.image {first.num_bands}"
+    else:
+        text = (
+            f"{len(others)} of {len(group)} images of {key} have another number of bands than {first.path}, "
+            f"{first.num_bands}: the first, {others[0].path}, has {others[0].num_bands}"
+        )
+    raise ConfigError(f"{text}; choose common ones with data.bands")
+
+
+def _grids(sources: Sequence[LabelledSource], normalizer: Normalizer, tile_px: int) -> Grids:
+    """The tiles of all sources, one source after the other."""
+    grids = [GridWindows(one, normalizer, tile_px=tile_px) for one in sources]
+    return grids[0] if len(grids) == 1 else ConcatDataset(grids)
+
+
+def _seen(rasters: Sequence[LabelledSource], seed: int) -> list[GeoImage]:
+    """All rasters, or some images of folders that the seed decides, of low resolution."""
+    if all(one.keep_open for one in rasters):
+        return [one.read_reduced(_STATISTICS_PX) for one in rasters]
+    paths = [one.source.path for one in rasters]
+    return seen_images(lambda index, size_px: rasters[index].read_reduced(size_px), paths, seed)
+
+
+def _make_places(
+    rasters: Sequence[LabelledSource],
+    config: SegmentationDataConfig,
+    sides: Sequence[float] | None,
+    seed: int,
+    on_window: Callable[[int, int], None] | None,
+) -> WindowPlaces | None:
+    """Where the config's sampler lays windows; None for anywhere."""
+    regions = [one.region for one in rasters]
+    if config.sampler == "grid":
+        bounds = config.augment.resolution
+        # Of tiles with pixels of several sizes, those of the middle one cover the regions.
+        side = None if bounds is None else math.sqrt(math.prod(bounds))
+        each = [None] * len(regions) if sides is None else list(sides)
+        return GridPlaces(regions, [window_px(config.tile_px, side, own) for own in each], seed)
+    if config.sampler == "balanced":
+        num_classes = len(config.classes)
+        pixels = find_class_pixels(rasters, num_classes, multilabel=config.multilabel, seed=seed, on_window=on_window)
+        return ClassPlaces(regions, pixels)
+    return None
+
+
+def _check_labelled(sources: Sequence[LabelledSource], config: SegmentationDataConfig, part: str) -> None:
+    """Refuse rasters of which no pixel can be learnt from, and tell of some among others; 64 stand for more.
+
+    Raises:
+        InputError: no raster has a pixel that is valid and labelled.
+    """
+    order = np.random.default_rng(0).permutation(len(sources)).tolist()
+    chosen = [sources[index] for index in sorted(order[:_IMAGES_LOOKED_AT])]
+    bare = [one for one in chosen if not one.has_labels(config.tile_px)]
+    rest = (sources[index] for index in order[_IMAGES_LOOKED_AT:])
+    if len(bare) == len(chosen) and not any(one.has_labels(config.tile_px) for one in rest):
+        raise InputError(
+            f"data.{part} has no window with a pixel that is valid and labelled: {bare[0].source.path}"
+            f"{f' and {len(sources) - 1} more' if len(sources) > 1 else ''}; check nodata, region and labels"
+        )
+    if bare:
+        looked_at = " that were looked at" if len(chosen) < len(sources) else ""
+        warnings.warn(
+            f"{len(bare)} of {len(chosen)} rasters to {part} on{looked_at} have no pixel that is valid and labelled, "
+            f"the first {bare[0].source.path}",
+            DataWarning,
+            stacklevel=3,
+        )
+
+
+def _warn_of_absent_classes(
+    sources: Sequence[LabelledSource], config: SegmentationDataConfig, part: str, places: WindowPlaces | None = None
+) -> None:
+    """Tell of classes that no pixel was found of; where there are many pixels, some windows stand for all."""
+    if isinstance(places, ClassPlaces):
+        pixels, among = places.num_pixels[: len(config.classes)], f"all labelled ones of data.{part}"
+    else:
+        pixels, labelled = count_labelled_pixels(sources, len(config.classes), max_windows=_WINDOWS_LOOKED_AT)
+        # Where labels are few and far between, none may have been looked at.
+        if not labelled:
+            return
+        among = f"{labelled:,} labelled ones of data.{part} that were looked at"
+    absent = [name for name, count in zip(config.classes, pixels, strict=True) if not count]
+    if absent:
+        warnings.warn(
+            f"{len(absent)} of {len(pixels)} classes have no pixel among {among}: {', '.join(absent)}",
+            DataWarning,
+            stacklevel=3,
+        )

@@ -1,0 +1,5 @@
+"""Geometry of objects: boxes, oriented boxes, masks, overlaps and non-maximum suppression."""
+
+from perf_vit.geometry.objects import Objects
+
+__all__ = ["Objects"]

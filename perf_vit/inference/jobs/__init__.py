@@ -1,0 +1,7 @@
+"""Jobs: resumable work on one output, with journal, identity and skipping of what is done."""
+
+from perf_vit.inference.jobs.job import JobResult
+from perf_vit.inference.jobs.logs import DamagedPiece
+from perf_vit.inference.jobs.map_job import MapJob, check_map_name
+
+__all__ = ["DamagedPiece", "JobResult", "MapJob", "check_map_name"]

@@ -1,0 +1,237 @@
+"""An unfinished output: its rows so far, what they were made with, and who works on it."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+
+from perf_vit.errors import BusyError, OutputError, PerfVitError
+from perf_vit.files import beside
+from perf_vit.text import to_json
+
+__all__ = ["Journal", "check_partial_folder", "discard_journal", "open_journal"]
+
+_SETTINGS = "journal.json"
+_UNFINISHED_SETTINGS = f"{_SETTINGS}.tmp"
+_LOCK = "lock"
+_PIECES = ("rows_*", "windows_*", "items_*")
+"""Names of finished pieces of work: rows of a map, windows of a detector, rows of a table."""
+
+
+class Journal:
+    """The folder `OUTPUT.partial` beside an output; `open_journal` makes one.
+
+    Attributes:
+        folder: where rows and temporary files go.
+        path: the output.
+        begun: whether what is in the folder is of this run.
+    """
+
+    def __init__(self, folder: Path, path: Path) -> None:
+        self.folder = folder
+        self.path = path
+        self.begun = False
+
+    def settings(self) -> dict[str, Any] | None:
+        """What the rows were made with, None where nothing has been begun."""
+        return _read_settings(self.folder) or None
+
+    def begin(self, settings: Mapping[str, Any], *, resume: bool) -> None:
+        """Go on with an unfinished output of the same settings, or begin a new one.
+
+        Args:
+            settings: everything that decides the output, as plain values of JSON.
+            resume: go on where there is something; else remove it.
+
+        Raises:
+            OutputError: what is there was made with other settings.
+        """
+        wanted = json.loads(to_json(settings))
+        before = self.settings()
+        if before is not None and resume:
+            self._check(before, wanted)
+            for unfinished in self.folder.glob("*.tmp"):
+                unfinished.unlink(missing_ok=True)
+            self.begun = True
+            return
+        with _refusing(self.path):
+            _clear(self.folder)
+            _write_settings(self.folder, wanted)
+        self.begun = True
+
+    def move(self, made: Path, out: Path | None = None) -> None:
+        """Move a finished file to an output's name, by default that of the main one.
+
+        Raises:
+            OutputError: it can't be written there.
+        """
+        out = out or self.path
+        with _refusing(out):
+            out.parent.mkdir(parents=True, exist_ok=True)
+            os.replace(made, out)
+
+    def _check(self, before: dict[str, Any], wanted: dict[str, Any]) -> None:
+        for name in [*wanted, *before]:
+            if before.get(name) != wanted.get(name):
+                raise OutputError(
+                    f"{self.folder} holds the unfinished {self.path.name}, made with {name} = {before.get(name)}, now "
+                    f"{wanted.get(name)}; go on with the same, or begin anew with --no-resume (resume=False)"
+                )
+
+
+def check_partial_folder(path: Path) -> None:
+    """Refuse an output whose folder `OUTPUT.partial` is somebody else's.
+
+    Ours holds a journal, or nothing but what precedes one.
+
+    Raises:
+        OutputError: it is another folder, or a file.
+    """
+    folder = _partial_folder(path)
+    if not os.path.lexists(folder) or _read_settings(folder) is not None:
+        return
+    with suppress(OSError):
+        if set(os.listdir(folder)) <= {_LOCK, _UNFINISHED_SETTINGS}:
+            return
+    # Another process may have finished the output since.
+    if not os.path.lexists(folder):
+        return
+    raise OutputError(
+        f"{folder}, where the unfinished {path.name} would be kept, exists and was not made by perf_vit; move it away "
+        "or choose another output"
+    )
+
+
+def discard_journal(path: Path) -> None:
+    """Remove the folder that a process left which was killed right after it had finished an output."""
+    if _partial_folder(path).is_dir():
+        with suppress(BusyError), open_journal(path):
+            pass
+
+
+@contextmanager
+def open_journal(path: Path) -> Iterator[Journal]:
+    """Work on an output alone, in a folder beside it that a crash leaves behind.
+
+    The folder is removed when the `with` block ends well, or ends before there is anything to keep.
+
+    Args:
+        path: the output; missing parent folders are made.
+
+    Raises:
+        BusyError: another process works on it.
+        OutputError: nothing can be written there, or the folder is somebody else's.
+    """
+    folder = _partial_folder(path)
+    if path.is_dir():
+        raise OutputError(f"can't write {path}: it is a folder; choose a file in it")
+    check_partial_folder(path)
+    made = [parent for parent in (folder, *folder.absolute().parents) if not parent.exists()]
+    try:
+        with _locked(folder, path):
+            journal = Journal(folder, path)
+            try:
+                yield journal
+            except BaseException as error:
+                if not any(file for pattern in _PIECES for file in folder.glob(pattern)):
+                    _remove(folder)
+                elif journal.begun and isinstance(error, PerfVitError):
+                    kept = f"{folder.name} keeps what is finished, and the same command goes on there"
+                    raise type(error)(f"{error}; {kept}") from error
+                raise
+            _remove(folder)
+    finally:
+        for empty in made:
+            with suppress(OSError):
+                empty.rmdir()
+
+
+@contextmanager
+def _locked(folder: Path, path: Path) -> Iterator[None]:
+    busy = BusyError(f"{path} is being written by another process; wait for it, or choose another output")
+    # The system drops the lock with the process that holds it, however that ends.
+    lock = FileLock(folder / _LOCK, timeout=0)
+    try:
+        with _refusing(path):
+            folder.mkdir(parents=True, exist_ok=True)
+            _acquire(lock)
+    except Timeout as error:
+        raise busy from error
+    # The other process may have finished and removed the folder in between: this lock is of a file that is gone.
+    if not (folder / _LOCK).exists():
+        lock.release()
+        raise busy
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def _acquire(lock: FileLock) -> None:
+    try:
+        lock.acquire()
+    except FileNotFoundError as error:
+        # The folder was there a moment ago.
+        raise Timeout(lock.lock_file) from error
+
+
+@contextmanager
+def _refusing(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except Timeout:
+        raise
+    except OSError as error:
+        not_folder = isinstance(error, FileExistsError | NotADirectoryError)
+        reason = "a parent is not a folder" if not_folder else str(error.strerror or error).lower()
+        raise OutputError(f"can't write {path}: {reason}; choose another output or make room") from error
+
+
+def _partial_folder(path: Path) -> Path:
+    return beside(path, "", ".partial")
+
+
+def _read_settings(folder: Path) -> dict[str, Any] | None:
+    """What the journal of a folder says, None where it has none."""
+    try:
+        settings = json.loads((folder / _SETTINGS).read_bytes())
+    except (OSError, ValueError):
+        return None
+    return settings if isinstance(settings, dict) else None
+
+
+def _write_settings(folder: Path, settings: Mapping[str, Any]) -> None:
+    unfinished = folder / _UNFINISHED_SETTINGS
+    with unfinished.open("w", encoding="utf-8") as file:
+        file.write(to_json(settings, indent=2))
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(unfinished, folder / _SETTINGS)
+
+
+def _clear(folder: Path) -> None:
+    """Remove all but lock and journal, without which the folder would be somebody else's after a crash."""
+    for file in folder.iterdir():
+        if file.is_dir() and not file.is_symlink():
+            shutil.rmtree(file)
+        elif file.name not in {_LOCK, _SETTINGS}:
+            file.unlink()
+
+
+def _remove(folder: Path) -> None:
+    with suppress(OSError):
+        # The settings are struck out first: without them the rest counts as nothing.
+        if (folder / _SETTINGS).exists():
+            _write_settings(folder, {})
+    with suppress(OSError):
+        _clear(folder)
+        for name in (_SETTINGS, _LOCK):
+            (folder / name).unlink(missing_ok=True)
+        folder.rmdir()

@@ -1,0 +1,22 @@
+"""Object labels: COCO, Pascal VOC, YOLO, DOTA, CSV, polygons and instance masks."""
+
+from perf_vit.labels.objects.coco_images import CocoImages, category_ids_by_name, default_category_ids, ids_of_classes
+from perf_vit.labels.objects.masks import OutlineMasks, objects_in
+from perf_vit.labels.objects.read import read_object_labels
+from perf_vit.labels.objects.records import ImageRecord, ObjectIndex
+from perf_vit.labels.objects.validate import finish_index
+from perf_vit.labels.objects.vector import PolygonFile
+
+__all__ = [
+    "CocoImages",
+    "ImageRecord",
+    "ObjectIndex",
+    "OutlineMasks",
+    "PolygonFile",
+    "category_ids_by_name",
+    "default_category_ids",
+    "finish_index",
+    "ids_of_classes",
+    "objects_in",
+    "read_object_labels",
+]

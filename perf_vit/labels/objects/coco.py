@@ -1,0 +1,139 @@
+"""COCO's JSON: boxes, polygons and run lengths of many images in one file."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter, defaultdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import shapely
+
+from perf_vit.errors import InputError, parsing
+from perf_vit.labels.image_folder import ImageFolder
+from perf_vit.labels.objects.coco_images import category_ids_by_name
+from perf_vit.labels.objects.masks import Rle
+from perf_vit.labels.objects.records import RawImage, RawLabels, RawObject
+
+__all__ = ["read_coco"]
+
+# Of a ring of three points.
+_LEAST_NUMBERS = 6
+
+
+def read_coco(labels: Path, folder: ImageFolder) -> RawLabels:
+    """Read a COCO file; `iscrowd` objects are ignored ones, and images without annotations have no objects.
+
+    Raises:
+        InputError: not a COCO file, or an annotation of an unknown image or category.
+    """
+    content = _load(labels)
+    with parsing(labels, "a COCO file"):
+        categories = _categories(content, labels)
+        return RawLabels(
+            _images(content, categories, labels, folder),
+            tuple(dict.fromkeys(categories.values())),
+            _numbered(content),
+        )
+
+
+def _load(labels: Path) -> Any:
+    with parsing(labels, "JSON"):
+        content = json.loads(labels.read_bytes())
+    if not isinstance(content, dict) or not {"images", "annotations", "categories"} <= set(content):
+        raise InputError(f"{labels} is not a COCO file: expected an object with images, annotations and categories")
+    return content
+
+
+def _categories(content: Any, labels: Path) -> dict[Any, str]:
+    """Names by id; ids of one name are one class, as a supercategory may have its category's name.
+
+    Raises:
+        InputError: an id that is there twice: nobody knows which is meant.
+    """
+    counts = Counter(item["id"] for item in content["categories"])
+    twice = next((value for value, number in counts.items() if number > 1), None)
+    if twice is not None:
+        raise InputError(f"{labels} lists {counts[twice]} categories of id {twice}; give each its own id")
+    return {item["id"]: str(item["name"]) for item in content["categories"]}
+
+
+def _numbered(content: Any) -> dict[str, int] | None:
+    try:
+        return category_ids_by_name(content)
+    # Text identifies categories in the file as well as numbers do.
+    except ValueError:
+        return None
+
+
+def _images(content: Any, categories: dict[Any, str], labels: Path, folder: ImageFolder) -> list[RawImage]:
+    by_image: dict[Any, list[Any]] = defaultdict(list)
+    for annotation in content["annotations"]:
+        by_image[annotation["image_id"]].append(annotation)
+    _check_unique(content["images"], labels)
+    stray = set(by_image) - {image["id"] for image in content["images"]}
+    if stray:
+        raise InputError(f"{labels} has annotations of {len(stray)} images that it doesn't list, such as {stray.pop()}")
+    found = []
+    for image in content["images"]:
+        path = folder.find(image["file_name"], str(labels))
+        if not folder.wanted(path):
+            continue
+        objects = [_object(annotation, categories, labels) for annotation in by_image[image["id"]]]
+        size = (int(image.get("height") or 0), int(image.get("width") or 0))
+        found.append(RawImage(path=str(path), labels=str(labels), objects=objects, size=size))
+    return found
+
+
+def _check_unique(images: Any, labels: Path) -> None:
+    """Refuse two images of one id or one name: nobody knows whose the annotations are."""
+    for key in ("id", "file_name"):
+        value, number = Counter(image[key] for image in images).most_common(1)[0] if images else (None, 0)
+        if number > 1:
+            raise InputError(f"{labels} lists {number} images of {key} {value}; give each image once, with its own id")
+
+
+def _object(annotation: Any, categories: dict[Any, str], labels: Path) -> RawObject:
+    name = categories.get(annotation["category_id"])
+    if name is None:
+        known = ", ".join(f"{key} ({value})" for key, value in categories.items())
+        raise InputError(
+            f"{labels} has an annotation of category {annotation['category_id']}; the categories are {known}"
+        )
+    box = annotation.get("bbox")
+    if box is not None:
+        left, top, width, height = (float(value) for value in box)
+        box = (left, top, left + width, top + height)
+    segmentation = annotation.get("segmentation")
+    outline = _outline(segmentation, labels)
+    if box is None and outline is None:
+        raise InputError(f"{labels} has an annotation without bbox and segmentation: {str(annotation)[:200]}")
+    lost = 0 if isinstance(segmentation, dict) else sum(len(ring) < _LEAST_NUMBERS for ring in segmentation or ())
+    return RawObject(name=name, box=box, ignored=bool(annotation.get("iscrowd", 0)), outline=outline, lost_parts=lost)
+
+
+def _ring(numbers: Any, labels: Path) -> npt.NDArray[np.float64]:
+    if len(numbers) % 2:
+        raise InputError(
+            f"{labels} has an outline of {len(numbers)} numbers, {str(numbers)[:80]}; expected x and y in turn"
+        )
+    return np.asarray(numbers, np.float64).reshape(-1, 2)
+
+
+def _outline(segmentation: Any, labels: Path) -> Any:
+    if isinstance(segmentation, dict):
+        return Rle.make(segmentation, str(labels))
+    rings = [_ring(ring, labels) for ring in segmentation or () if len(ring)]
+    if not rings:
+        return None
+    if not all(np.isfinite(ring).all() for ring in rings):
+        return shapely.Point(np.inf, np.inf)
+    # Fewer than three points have no area: where there is nothing else, the object is dropped as such.
+    polygons = [shapely.Polygon(ring) for ring in rings if ring.size >= _LEAST_NUMBERS] or [
+        shapely.LineString(rings[0][[0, -1]])
+    ]
+    if len(polygons) == 1:
+        return polygons[0]
+    return shapely.union_all(shapely.make_valid(polygons, method="structure", keep_collapsed=False))

@@ -1,0 +1,51 @@
+"""Instance masks: a raster an image, in which each object is a value of its own and 0 is background."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+from scipy import ndimage
+
+from perf_vit.errors import InputError
+from perf_vit.labels.image_folder import ImageFolder
+from perf_vit.labels.objects.masks import InstanceMasks
+from perf_vit.labels.objects.records import RawImage, RawLabels, RawObject
+from perf_vit.sources import open_raster
+
+__all__ = ["read_instances"]
+
+
+def read_instances(labels: Path, folder: ImageFolder, name: str) -> RawLabels:
+    """Read a folder of instance masks, each with its image's name but for the ending.
+
+    Args:
+        labels: the folder, or one mask.
+        folder: the images.
+        name: class of every object.
+
+    Raises:
+        InputError: a mask without image, with several bands, or with values that are no whole numbers.
+    """
+    masks = ImageFolder(labels)
+    root = labels if labels.is_dir() else labels.parent
+    pairs = [(folder.find(str(mask.relative_to(root).with_suffix("")), str(mask)), mask) for mask in masks.paths]
+    return RawLabels([_image(image, mask, name) for image, mask in pairs if folder.wanted(image)], (name,))
+
+
+def _image(path: Path, mask: Path, name: str) -> RawImage:
+    with open_raster(mask) as raster:
+        if raster.num_bands != 1 or raster.dtype.kind not in "ui":
+            raise InputError(
+                f"{mask} must have one band of whole numbers, a value an object, got {raster.num_bands} bands of "
+                f"{raster.dtype}"
+            )
+        image = raster.read(raster.extent)
+        # Nodata of a mask is no object.
+        pixels = np.where(image.valid, image.pixels[0], 0).astype(np.int64)
+    values, ranks = np.unique(pixels, return_inverse=True)
+    places = ndimage.find_objects(np.where(pixels > 0, ranks.reshape(pixels.shape) + 1, 0))
+    found = [(int(value), place) for value, place in zip(values, places, strict=False) if value > 0 and place]
+    objects = [RawObject(name=name, box=(cols.start, rows.start, cols.stop, rows.stop)) for _, (rows, cols) in found]
+    reader = InstanceMasks(str(mask), np.array([value for value, _ in found], np.int64))
+    return RawImage(path=str(path), labels=str(mask), objects=objects, size=pixels.shape, masks=reader)

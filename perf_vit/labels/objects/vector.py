@@ -1,0 +1,167 @@
+"""Polygons of a vector file as objects, in pixels of a source."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import shapely
+
+from perf_vit.errors import DataWarning, InputError
+from perf_vit.labels._placement import local_transform, place_geometries, span
+from perf_vit.labels.image_folder import ImageFolder
+from perf_vit.labels.objects.records import RawImage, RawLabels, RawObject
+from perf_vit.labels.vector import to_pixels
+from perf_vit.sources import files_below, is_vector_name, open_source, split_layer
+from perf_vit.sources._gdal import check_exists, crs_name
+from perf_vit.sources.vector_file import read_features
+from perf_vit.types import Source
+
+__all__ = ["PolygonFile", "read_polygons"]
+
+
+class PolygonFile:
+    """The polygons of a vector file, placed on one source after another.
+
+    Args:
+        path: a GeoJSON, GeoPackage, shapefile, GeoParquet, ... in any CRS; of several layers `FILE|layername=LAYER`.
+        attribute: column to read with them.
+
+    Attributes:
+        path: as it was given.
+        numbers: those of the polygons among the file's features, from 1, [n].
+        values: the attribute's, one a polygon, [n]; None without attribute.
+
+    Raises:
+        InputError: the file can't be read, or holds lines or points.
+    """
+
+    def __init__(self, path: str | Path, *, attribute: str | None = None) -> None:
+        self.path = os.fspath(path)
+        check_exists(split_layer(self.path)[0])
+        frame = read_features(self.path, attribute)
+        other = sorted(set(frame.geom_type) - {"Polygon", "MultiPolygon"})
+        if other:
+            raise InputError(
+                f"{self.path} holds {', '.join(other)}; objects must be polygons (buffer lines and points first)"
+            )
+        self._geometry = frame.geometry
+        self.numbers = np.asarray(frame.index.to_numpy() + 1, np.int64)
+        self.values: npt.NDArray[Any] | None = None
+        if attribute is not None:
+            self.values = frame[attribute].to_numpy() if len(frame) else np.zeros(0, object)
+        # Images of a set share their CRS, mostly: each is transformed to once.
+        self._placed: dict[str, npt.NDArray[Any]] = {}
+
+    def __len__(self) -> int:
+        return len(self._geometry)
+
+    def described_place(self) -> str:
+        """Bounds of all polygons in the file's own coordinates, and its CRS, in words."""
+        crs = "without CRS" if self._geometry.crs is None else crs_name(self._geometry.crs)
+        return f"{span(tuple(self._geometry.total_bounds))} ({crs})"
+
+    def in_pixels_of(self, source: Source) -> npt.NDArray[Any]:
+        """Polygons and multipolygons in pixels of a source, [n], also those that lie outside it.
+
+        Where the source has no CRS, coordinates are its pixels, or those of its world file where the polygons lie on it
+        there, whatever the file says. A polygon that has no place in
+        the source's CRS becomes an empty one.
+
+        Raises:
+            InputError: the source has a CRS and the file none.
+        """
+        if source.crs is None:
+            geometries: npt.NDArray[Any] = shapely.force_2d(self._geometry.to_numpy())
+            place = local_transform(source, self.path, tuple(self._geometry.total_bounds))
+            return geometries if place.is_identity else to_pixels(geometries, place)
+        return to_pixels(self._in_crs(source), source.transform)
+
+    def _in_crs(self, source: Source) -> npt.NDArray[Any]:
+        if self._geometry.crs is None and len(self):
+            raise InputError(
+                f"{self.path} has no CRS and {source.path} has {crs_name(source.crs)}; assign one to {self.path}"
+            )
+        key = str(source.crs.to_wkt())  # type: ignore[union-attr]
+        if key not in self._placed:
+            self._placed[key] = (
+                place_geometries(self._geometry, self.path, source) if len(self) else np.zeros(0, object)
+            )
+        return self._placed[key]
+
+
+def read_polygons(labels: Path, folder: ImageFolder, attribute: str | None, name: str) -> RawLabels:
+    """Read polygons as objects with outlines.
+
+    One file labels every image that it overlaps; images that it doesn't reach have no objects. In a folder, each file
+    has its image's name but for the ending. On an image without CRS, coordinates are its pixels.
+
+    Args:
+        labels: a vector file, or a folder of them.
+        folder: the images.
+        attribute: column that holds class names; None gives every object the class `name`.
+        name: class of objects without attribute.
+
+    Raises:
+        InputError: a file that can't be read, without CRS where the image has one, or without image.
+    """
+    if Path(split_layer(str(labels))[0]).is_file():
+        shared = PolygonFile(labels, attribute=attribute)
+        used: set[int] = set()
+        images = [_image(image, shared, name, used) for image in folder.paths if folder.wanted(image)]
+        if images and len(shared) and not used:
+            raise InputError(
+                f"the polygons of {labels} lie on none of {len(images)} images, the first {images[0].path}: they cover "
+                f"{shared.described_place()}; check their CRS or choose other images"
+            )
+        _warn_of_unused(shared, used, len(images))
+        return RawLabels(images)
+    pairs = _pairs(labels, folder)
+    return RawLabels([_image(image, PolygonFile(file, attribute=attribute), name) for image, file in pairs])
+
+
+def _pairs(labels: Path, folder: ImageFolder) -> list[tuple[Path, Path]]:
+    files = files_below(labels, is_vector_name)
+    if not files:
+        raise InputError(f"no label files in {labels}; expected .geojson, .gpkg, .shp, .parquet or the like")
+    pairs = [(folder.find(str(file.relative_to(labels).with_suffix("")), str(file)), file) for file in files]
+    return [(image, file) for image, file in pairs if folder.wanted(image)]
+
+
+def _warn_of_unused(file: PolygonFile, used: set[int], num_images: int) -> None:
+    if len(used) < len(file):
+        first = next(index for index in range(len(file)) if index not in used)
+        warnings.warn(
+            f"{len(file) - len(used)} of {len(file)} polygons of {file.path} lie on none of the {num_images} images, "
+            f"the first is number {file.numbers[first]}",
+            DataWarning,
+            stacklevel=5,
+        )
+
+
+def _image(path: Path, file: PolygonFile, name: str, used: set[int] | None = None) -> RawImage:
+    source = open_source(path)
+    polygons = file.in_pixels_of(source)
+    source.close()
+    near = range(len(polygons)) if used is None else _meeting(polygons, source.size)
+    if used is not None:
+        used.update(near)
+    names = [name if file.values is None else _name(file.values[index]) for index in near]
+    objects = [RawObject(name=n, outline=polygons[index]) for n, index in zip(names, near, strict=True)]
+    return RawImage(path=str(path), labels=file.path, objects=objects)
+
+
+def _name(value: Any) -> str:
+    return "null" if value is None or value != value else str(value)
+
+
+def _meeting(polygons: Any, size: tuple[int, int]) -> list[int]:
+    """Polygons that belong to this image; one file may hold those of many."""
+    left, top, right, bottom = shapely.bounds(polygons).reshape(-1, 4).T
+    meets = (left < size[1]) & (right > 0) & (top < size[0]) & (bottom > 0)
+    found: list[int] = np.flatnonzero(meets).tolist()
+    return found

@@ -1,0 +1,266 @@
+"""Labels from a mask raster, on the source's grid or warped onto it."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from rasterio.enums import ColorInterp
+from rasterio.vrt import WarpedVRT
+
+from perf_vit.errors import InputError
+from perf_vit.labels._placement import check_both_placed, check_overlap, reproject_bounds
+from perf_vit.labels.classes import LabelClasses
+from perf_vit.labels.vector import VectorLabels
+from perf_vit.sources import RasterSource
+from perf_vit.sources._gdal import GDAL_ERRORS, color_kinds, crs_name, open_dataset, read_window, reason_of
+from perf_vit.sources._handles import PerThread
+from perf_vit.sources._remote import with_retries
+from perf_vit.types import IGNORE_INDEX, BoolArray, LabelArray, Window
+
+__all__ = ["RasterLabels", "RasterLayers", "VectorLayers", "open_all_bands", "same_grid", "spots"]
+
+_SPOT_PX = 256
+
+_MAX_SPOTS = 8
+
+
+class RasterLabels:
+    """Class indices from a raster of label values; `open_labels` makes one.
+
+    Args:
+        labels: the mask raster.
+        source: gives the grid to read on.
+        classes: label values to class indices.
+        paired: labels without CRS lie on the source's pixels, if there are as many.
+        spot_check: read some windows at once.
+
+    Raises:
+        InputError: labels and source don't fit each other, or the labels hold a value that is no class.
+    """
+
+    def __init__(
+        self,
+        labels: RasterSource,
+        source: RasterSource,
+        classes: LabelClasses,
+        *,
+        paired: bool = False,
+        spot_check: bool = True,
+    ) -> None:
+        self._labels = labels
+        self._extent = source.extent
+        self._classes = classes
+        _check_values(labels, classes)
+        self._warped = None if same_grid(labels, source, paired=paired) else _warped(labels, source)
+        for window in spots(self._extent) if spot_check else ():
+            # A value that is no class should come to light before the training does.
+            self.read(window)
+
+    def read(self, window: Window) -> LabelArray:
+        """Class indices of a window of the source, [height, width]; `IGNORE_INDEX` where there is no label.
+
+        Raises:
+            InputError: the file is damaged there, or holds a value that is no class.
+        """
+        indices = np.full(window.shape, IGNORE_INDEX, np.uint8)
+        shared = window.intersect(self._extent)
+        if shared is not None:
+            pixels, valid = self._read_inside(shared)
+            indices[shared.slices_in(window)] = self._classes.indices_of(pixels, valid, self._labels.path)
+        return indices
+
+    def close(self) -> None:
+        """Close this thread's file handles; a later read opens them again."""
+        self._labels.close()
+        if self._warped is not None:
+            self._warped.close()
+
+    def _read_inside(self, window: Window) -> tuple[npt.NDArray[Any], BoolArray]:
+        if self._warped is None:
+            image = self._labels.read(window)
+            return image.pixels[0], image.valid
+        return with_retries(functools.partial(self._read_warped, self._warped, window), self._warped.close)
+
+    def _read_warped(self, warped: PerThread[Any], window: Window) -> tuple[npt.NDArray[Any], BoolArray]:
+        dataset = warped.get()
+        pixels, alpha = read_window(dataset, self._labels.path, window, indexes=[self._labels.bands[0], dataset.count])
+        return pixels, alpha > 0
+
+
+def _check_values(labels: RasterSource, classes: LabelClasses) -> None:
+    if labels.num_bands != 1:
+        raise InputError(f"expected one band of label values in {labels.path}, got {labels.num_bands} bands")
+    if classes.explicit and labels.nodata in classes.values and labels.nodata not in classes.ignore_values:
+        raise InputError(
+            f"{labels.path} declares {labels.nodata:g} as nodata, and {labels.nodata:g} is the value of class "
+            f"{classes.values.index(labels.nodata)}: if it is a class, remove the declaration "
+            f"(rio edit-info --unset-nodata {labels.path}); if it means no label, add it to ignore_values"
+        )
+
+
+def same_grid(labels: RasterSource, source: RasterSource, *, paired: bool = False) -> bool:
+    """Whether two rasters have the same pixels; of a pair, labels without CRS do if they have as many."""
+    if paired and labels.crs is None:
+        return labels.size == source.size
+    if labels.size != source.size or labels.crs != source.crs:
+        return False
+    if source.crs is None:
+        return True
+    to_labels = ~labels.transform @ source.transform
+    corners = [(0, 0), (source.width, source.height)]
+    return all(abs(a - b) < 0.01 for corner in corners for a, b in zip(to_labels @ corner, corner, strict=True))
+
+
+def _warped(labels: RasterSource, source: RasterSource) -> PerThread[Any]:
+    if labels.crs is None and source.crs is None:
+        raise InputError(
+            f"labels without a CRS must have the raster's size, {source.height} rows x {source.width} columns "
+            f"({source.path}), got {labels.height} x {labels.width} ({labels.path})"
+        )
+    check_both_placed(source, labels.path, labels.crs)
+    check_overlap(source, labels.path, reproject_bounds(labels.bounds, labels.crs, source.crs))
+    grid = {"crs": source.crs, "transform": source.transform, "height": source.height, "width": source.width}
+    return PerThread(functools.partial(_open_warped, labels.path, grid))
+
+
+def _open_warped(path: str, grid: dict[str, Any]) -> Any:
+    dataset = open_dataset(path)
+    try:
+        # Alpha tells what lies outside the labels, whatever nodata they have.
+        has_alpha = ColorInterp.alpha in color_kinds(dataset)
+        return WarpedVRT(dataset, add_alpha=not has_alpha, **grid)
+    except GDAL_ERRORS as error:
+        raise InputError(f"can't warp {path} to {crs_name(grid['crs'])}: {reason_of(error)}") from error
+
+
+def spots(extent: Window) -> list[Window]:
+    """Windows spread evenly: all of a small raster, a sample of a large one."""
+    rows, cols = _spread(extent.height), _spread(extent.width)
+    return [Window(row, col, _SPOT_PX, _SPOT_PX) for row in rows for col in cols]
+
+
+def _spread(length: int) -> list[int]:
+    count = min(_MAX_SPOTS, -(-length // _SPOT_PX))
+    return [int(start) for start in np.linspace(0, max(0, length - _SPOT_PX), count)]
+
+
+def open_all_bands(path: str) -> RasterSource:
+    """Open a raster with all its bands as data: GDAL takes the fourth of four bytes for transparency.
+
+    Raises:
+        InputError: it can't be opened as a raster.
+    """
+    with open_dataset(path) as dataset:
+        num_bands = dataset.count
+    return RasterSource(path, bands=range(1, num_bands + 1))
+
+
+class RasterLayers:
+    """One layer a class from the bands of a raster of 0 and 1; `open_labels` makes one.
+
+    A band's nodata and the ignored values are "no label" for its class alone.
+
+    Args:
+        labels: all bands of the raster, on the source's grid.
+        source: gives the grid.
+        num_classes: bands expected.
+        classes: the values to ignore.
+        paired: labels without CRS lie on the source's pixels, if there are as many.
+        spot_check: read some windows at once.
+
+    Raises:
+        InputError: another number of bands, another grid, or a value other than 0 and 1.
+    """
+
+    def __init__(
+        self,
+        labels: RasterSource,
+        source: RasterSource,
+        num_classes: int,
+        classes: LabelClasses,
+        *,
+        paired: bool = False,
+        spot_check: bool = True,
+    ) -> None:
+        self._path = labels.path
+        self._extent = source.extent
+        self._bands = labels
+        if labels.num_bands != num_classes:
+            raise InputError(f"expected one band a class in {self._path}, {num_classes}, got {labels.num_bands} bands")
+        if not same_grid(labels, source, paired=paired):
+            raise InputError(
+                f"label bands must lie on the pixel grid of {source.path}, {source.height} rows x {source.width} "
+                f"columns; warp {self._path} to it (gdalwarp -r near -te ... -ts ...)"
+            )
+        nodata = [] if self._bands.nodata in (None, 0, 1) else [self._bands.nodata]
+        self._values = LabelClasses(None, (0, 1), (*classes.ignore_values, *nodata), explicit=True)
+        for window in spots(self._extent) if spot_check else ():
+            # A value that is no label should come to light before the training does.
+            self.read(window)
+
+    def read(self, window: Window) -> LabelArray:
+        """1 where a class is true, 0 where not, `IGNORE_INDEX` where there is no label: [K, height, width].
+
+        Raises:
+            InputError: the file is damaged there, or holds a value other than 0 and 1.
+        """
+        layers = np.full((self._bands.num_bands, *window.shape), IGNORE_INDEX, np.uint8)
+        shared = window.intersect(self._extent)
+        if shared is not None:
+            pixels = self._bands.read(shared).pixels
+            everywhere = np.ones(shared.shape, bool)
+            for layer, band in zip(layers, pixels, strict=True):
+                layer[shared.slices_in(window)] = self._values.indices_of(band, everywhere, self._path)
+        return layers
+
+    def close(self) -> None:
+        """Close this thread's file handle; a later read opens it again."""
+        self._bands.close()
+
+
+class VectorLayers(VectorLabels):
+    """One layer a class from polygons that may overlap; `open_labels` makes one.
+
+    Polygons of an ignored value are "no label" for all classes.
+
+    Args:
+        path: the vector file.
+        source: gives the grid to burn on.
+        classes: attribute values to class indices.
+        attribute: column of class names or values; it may be left out where there is one class.
+        background: None where polygons are only samples: pixels under no polygon carry no label.
+        all_touched: burn every pixel that a polygon touches, not only those whose centre it holds.
+
+    Raises:
+        InputError: the file can't be read, or doesn't fit the source or the classes.
+    """
+
+    def read(self, window: Window) -> LabelArray:
+        """1 where a class is true, 0 where not, `IGNORE_INDEX` where there is no label: [K, height, width]."""
+        layers = np.full((self._num_classes, *window.shape), IGNORE_INDEX, np.uint8)
+        shared = window.intersect(self._extent)
+        if shared is not None:
+            layers[:, *shared.slices_in(window)] = self._burn_layers(shared)
+        return layers
+
+    def _burn_layers(self, window: Window) -> LabelArray:
+        hits = self._hits(window)
+        codes = self._codes[hits]
+        layers = [self._burnt(window, hits[codes == k], 1, fill=0) for k in range(self._num_classes)]
+        unlabelled = self._burnt(window, hits[codes == IGNORE_INDEX], 1, fill=0) > 0
+        burnt = np.stack(layers)
+        if self._fill == IGNORE_INDEX:
+            unlabelled |= ~burnt.any(0)
+        burnt[:, unlabelled] = IGNORE_INDEX
+        return burnt
+
+    def _code_without_attribute(self, path: str, background: int | None) -> int:
+        if self._num_classes != 1:
+            raise InputError(
+                f"polygons without attribute are of one class, got {self._num_classes} classes; set attribute to the "
+                f"column of {path} that holds the class"
+            )
+        return 0

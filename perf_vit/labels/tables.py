@@ -1,0 +1,235 @@
+"""Rows of CSV files with the columns that somebody asked for."""
+
+from __future__ import annotations
+
+import csv
+import difflib
+import math
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+from perf_vit.errors import InputError
+from perf_vit.labels.image_folder import ImageFolder
+from perf_vit.sources import find_images
+from perf_vit.sources.files import image_root
+from perf_vit.types import InputPath
+
+__all__ = [
+    "CsvRow",
+    "ImageTargets",
+    "class_index",
+    "read_class_folders",
+    "read_class_table",
+    "read_csv_rows",
+    "read_target_table",
+]
+
+
+@dataclass(frozen=True, slots=True)
+class CsvRow:
+    """One row.
+
+    Attributes:
+        place: file and line, for messages.
+        values: by column, without blanks around them.
+    """
+
+    place: str
+    values: dict[str, str]
+
+
+def read_csv_rows(path: str | Path, columns: Sequence[str]) -> list[CsvRow]:
+    """The rows of a CSV file; every one has all the columns.
+
+    Raises:
+        InputError: it can't be read, lacks a column, has no row, or a row without a value.
+    """
+    names, rows = _read(Path(path))
+    missing = [column for column in columns if column not in names]
+    if missing:
+        raise InputError(f"{path} has no column {missing[0]}; its columns are {', '.join(names) or 'none'}")
+    if not rows:
+        raise InputError(f"{path} has no rows; expected one an image below the names of the columns")
+    found = []
+    for line, row in rows:
+        values = {column: (row[column] or "").strip() for column in columns}
+        empty = [column for column, value in values.items() if not value]
+        if empty:
+            raise InputError(f"line {line} of {path} has no {empty[0]}; fill it in, or leave the row out")
+        found.append(CsvRow(f"line {line} of {path}", values))
+    return found
+
+
+def _read(path: Path) -> tuple[list[str], list[tuple[int, dict[str, str | None]]]]:
+    try:
+        # Spreadsheets write a byte-order mark.
+        with path.open(newline="", encoding="utf-8-sig") as file:
+            reader = csv.DictReader(file)
+            names = list(reader.fieldnames or ())
+            return names, [(reader.line_num, row) for row in reader]
+    except FileNotFoundError as error:
+        raise InputError(f"no such file: {path}") from error
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise InputError(f"can't read {path} as CSV: {error}") from error
+
+
+@dataclass(frozen=True, slots=True)
+class ImageTargets:
+    """Labelled images.
+
+    Attributes:
+        paths: of the images.
+        targets: class indices, [n] int64; or for several classes 0 and 1, or regression targets, [n, K] float32.
+        names: of the K classes or targets.
+    """
+
+    paths: tuple[str, ...]
+    targets: npt.NDArray[np.int64] | npt.NDArray[np.float32]
+    names: tuple[str, ...]
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def part(self, indices: Sequence[int]) -> ImageTargets:
+        """Some of the images."""
+        chosen = list(indices)
+        return ImageTargets(tuple(self.paths[index] for index in chosen), self.targets[chosen], self.names)
+
+
+def read_class_folders(
+    images: InputPath, classes: Sequence[str] | None = None, *, allow_missing: bool = False
+) -> ImageTargets:
+    """Images in folders that are named after their class: `folder/class/.../image.tif`.
+
+    Args:
+        images: the folder of the folders, a glob, or several of these.
+        classes: names in the order of the indices; the folders by name if None.
+        allow_missing: classes may be without images, as in a small set to validate on.
+
+    Raises:
+        InputError: no such folder, images beside the folders, a folder that is no class, or a class without images.
+    """
+    given = [images] if isinstance(images, str | Path) else list(images)
+    file = next((each for each in given if Path(each).is_file()), None)
+    if file is not None:
+        raise InputError(f"expected a folder of folders by class, got the file {file}; or give labels as CSV")
+    # Of an image that two of them hold, the first one counts.
+    roots = {path: image_root(each) for each in reversed(given) for path in find_images([each])}
+    paths = find_images(given)
+    names = [path.relative_to(roots[path]).parts[0] for path in paths]
+    loose = [path for path in paths if path.parent == roots[path]]
+    if loose:
+        raise InputError(
+            f"{loose[0]} lies in no folder of a class; move it to {loose[0].parent}/CLASS/{loose[0].name}, or give "
+            "labels as CSV"
+        )
+    classes = tuple(sorted(set(names)) if classes is None else classes)
+    indices = [class_index(n, classes, f"the folder {roots[path] / n}") for n, path in zip(names, paths, strict=True)]
+    empty = set(range(len(classes))) - set(indices)
+    if empty and not allow_missing:
+        shown = " and ".join(map(str, given))
+        raise InputError(f"class {classes[min(empty)]} has no images in {shown}; check the folders' names")
+    return ImageTargets(tuple(map(str, paths)), np.array(indices, np.int64), classes)
+
+
+def read_class_table(
+    table: str | Path,
+    images: InputPath,
+    classes: Sequence[str] | None = None,
+    *,
+    multilabel: bool = False,
+    image_column: str = "image",
+    label_column: str = "label",
+) -> ImageTargets:
+    """A CSV file with the class of each image, or for several classes an image with a column of 0 and 1 a class.
+
+    Args:
+        table: the CSV file.
+        images: folder, glob or list that its names of images are searched in.
+        classes: names in the order of the indices; those that occur, by name, if None. Columns of the file if
+            `multilabel`.
+        multilabel: images of any number of classes.
+        image_column: that names the image.
+        label_column: that names the class.
+
+    Raises:
+        InputError: a file, column, image or class that isn't there, or a value that is none of 0 and 1.
+    """
+    if multilabel:
+        if not classes:
+            raise InputError(f"data.classes must name the columns of {table} that hold 0 and 1")
+        rows = read_csv_rows(table, [image_column, *classes])
+        marks = np.array([_numbers(row, classes) for row in rows], np.float32)
+        wrong = np.argwhere((marks != 0) & (marks != 1))
+        if len(wrong):
+            row, column = wrong[0]
+            raise InputError(f"{rows[row].place} must have 0 or 1 as {classes[column]}, got {marks[row, column]:g}")
+        return ImageTargets(_paths(rows, images, image_column), marks, tuple(classes))
+    rows = read_csv_rows(table, [image_column, label_column])
+    names = [row.values[label_column] for row in rows]
+    classes = tuple(sorted(set(names)) if classes is None else classes)
+    indices = [class_index(name, classes, row.place) for name, row in zip(names, rows, strict=True)]
+    return ImageTargets(_paths(rows, images, image_column), np.array(indices, np.int64), classes)
+
+
+def read_target_table(
+    table: str | Path, images: InputPath, columns: Sequence[str], *, image_column: str = "image"
+) -> ImageTargets:
+    """A CSV file with one or several regression targets of each image.
+
+    Args:
+        table: the CSV file.
+        images: folder, glob or list that its names of images are searched in.
+        columns: of the targets.
+        image_column: that names the image.
+
+    Raises:
+        InputError: a file, column or image that isn't there, or a value that is no finite number.
+    """
+    rows = read_csv_rows(table, [image_column, *columns])
+    values = np.array([_numbers(row, columns) for row in rows], np.float32)
+    return ImageTargets(_paths(rows, images, image_column), values, tuple(columns))
+
+
+def class_index(name: str, classes: Sequence[str], place: str) -> int:
+    """The index of a class by its name.
+
+    Raises:
+        InputError: there is no such class; the message says where the name was found.
+    """
+    if name in classes:
+        return list(classes).index(name)
+    near = difflib.get_close_matches(name, classes, n=1, cutoff=0.5)
+    hint = f"did you mean {near[0]}?" if near else f"the classes are {', '.join(classes)}"
+    raise InputError(f"{place} is of the class {name!r}, which there isn't; {hint}")
+
+
+def _paths(rows: Iterable[CsvRow], images: InputPath, column: str) -> tuple[str, ...]:
+    return tuple(_unique(rows, ImageFolder(images), column))
+
+
+def _unique(rows: Iterable[CsvRow], folder: ImageFolder, column: str) -> Iterator[str]:
+    seen: dict[Path, str] = {}
+    for row in rows:
+        path = folder.find(row.values[column], row.place)
+        if path in seen:
+            raise InputError(f"{row.place} names {path}, as does {seen[path]}; give each image once")
+        seen[path] = row.place
+        yield str(path)
+
+
+def _numbers(row: CsvRow, columns: Sequence[str]) -> list[float]:
+    found = []
+    for column in columns:
+        try:
+            value = float(row.values[column])
+        except ValueError:
+            value = math.nan
+        if not math.isfinite(value):
+            raise InputError(f"{row.place} must have a number as {column}, got {row.values[column]}")
+        found.append(value)
+    return found

@@ -1,0 +1,194 @@
+"""Matching of predicted objects to ground truth by overlap."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from scipy.sparse import coo_array
+from scipy.sparse.csgraph import connected_components
+
+from perf_vit.errors import InputError
+from perf_vit.geometry.boxes import meeting_pairs, oriented_box_bounds, paired_intersections, paired_iou
+from perf_vit.geometry.mask_crops import cropped_masks, shared_pixels
+from perf_vit.geometry.oriented_boxes import oriented_iou
+from perf_vit.types import Detections, MaskCrops, ObjectLabels
+
+__all__ = ["DetectionConfusion", "compared_geometry", "independent_parts", "meeting_iou"]
+
+IndexArray = npt.NDArray[np.int64]
+
+_BOXES = {"boxes": "boxes_xyxy", "oriented_boxes": "oriented_boxes"}
+
+
+def compared_geometry(objects: Detections | ObjectLabels, kind: str) -> Any:
+    """Boxes [n, 4] or oriented boxes [n, 5], float64, or masks, whichever a metric compares.
+
+    Raises:
+        InputError: the objects have another kind of geometry.
+    """
+    values: Any = cropped_masks(objects) if kind == "masks" else getattr(objects, _BOXES[kind])
+    if values is None:
+        raise InputError(f"expected {kind} to compare, got another kind of geometry; check the label format")
+    if isinstance(values, MaskCrops):
+        return values
+    return torch.as_tensor(values).cpu().double().reshape(-1, 4 if kind == "boxes" else 5).numpy()
+
+
+def meeting_iou(
+    found: Detections, truth: ObjectLabels, kind: str
+) -> tuple[IndexArray, IndexArray, npt.NDArray[np.float64]]:
+    """Indices of pairs of a found and a labelled object, in the order of both, and their IoU, [p] each.
+
+    Args:
+        found: in an image.
+        truth: of the same image.
+        kind: of geometry: boxes, oriented_boxes or masks.
+
+    Raises:
+        InputError: another kind of geometry.
+    """
+    ours, theirs = (compared_geometry(objects, kind) for objects in (found, truth))
+    if kind == "masks":
+        first, second, shared = shared_pixels(ours, theirs)
+        return first, second, shared / (ours.areas()[first] + theirs.areas()[second] - shared)
+    if kind == "boxes":
+        first, second = meeting_pairs(ours, theirs)
+        return first, second, np.asarray(paired_iou(ours[first], theirs[second]), np.float64)
+    first, second = meeting_pairs(oriented_box_bounds(ours), oriented_box_bounds(theirs))
+    iou = oriented_iou(torch.from_numpy(ours[first]), torch.from_numpy(theirs[second]))
+    return first, second, iou.numpy()
+
+
+Shape = dict[str, Any]
+
+# Images with fewer pairs of objects stay whole, so that detections of equal scores stay in their order, too.
+_PAIRS = 1 << 16
+
+# Objects of a part, found and labelled.
+_OBJECTS = 32
+
+# Just below the lowest threshold: bounds of overlaps are rounded.
+_LEAST_IOU = 0.499
+
+
+def independent_parts(truth: Sequence[Shape], found: Sequence[Shape]) -> list[tuple[list[Shape], list[Shape]]]:
+    """Split an image so that no detection can belong to an object of another part, at IoUs from .5 up.
+
+    Args:
+        truth: labelled objects, each with its "bbox" (left, top, width, height), "area", "category_id" and "iscrowd".
+        found: detections, likewise.
+
+    Returns:
+        Labelled objects and detections of each part, in their order.
+    """
+    if len(truth) * len(found) <= _PAIRS:
+        return [(list(truth), list(found))]
+    part = _part_numbers(*_possible_matches(truth, found), len(truth), len(found))
+    split: list[tuple[list[Shape], list[Shape]]] = [([], []) for _ in range(int(part.max()) + 1)]
+    for side, shapes, numbers in ((0, truth, part[: len(truth)]), (1, found, part[len(truth) :])):
+        for shape, number in zip(shapes, numbers.tolist(), strict=True):
+            split[number][side].append(shape)
+    return split
+
+
+def _possible_matches(
+    truth: Sequence[Shape], found: Sequence[Shape]
+) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+    """Pairs of a labelled object and a detection of its class that may overlap enough, [p] each.
+
+    Two objects share at most what their bounds share, and no more than the smaller of them.
+    """
+    bounds, found_bounds = _bounds(truth), _bounds(found)
+    first, second = meeting_pairs(bounds, found_bounds)
+    same = _values(truth, "category_id")[first] == _values(found, "category_id")[second]
+    first, second = first[same], second[same]
+    area, found_area = _values(truth, "area")[first], _values(found, "area")[second]
+    shared = np.minimum(paired_intersections(bounds[first], found_bounds[second]), np.minimum(area, found_area))
+    union = np.where(_values(truth, "iscrowd")[first] > 0, found_area, area + found_area - shared)
+    near = shared >= _LEAST_IOU * union
+    return first[near], second[near]
+
+
+def _part_numbers(
+    first: npt.NDArray[np.int64], second: npt.NDArray[np.int64], num_truth: int, num_found: int
+) -> npt.NDArray[np.int64]:
+    """The part of each object, labelled ones first; groups that may match share a part, small ones several."""
+    number = num_truth + num_found
+    graph = coo_array((np.ones(len(first), bool), (first, second + num_truth)), (number, number))
+    num_groups, group = connected_components(graph, directed=False)
+    ends = np.cumsum(np.bincount(group, minlength=num_groups))
+    return np.asarray(np.unique((ends - 1) // _OBJECTS, return_inverse=True)[1][group], np.int64)
+
+
+def _bounds(shapes: Sequence[Shape]) -> npt.NDArray[np.float64]:
+    boxes = np.array([shape["bbox"] for shape in shapes], np.float64).reshape(-1, 4)
+    return np.hstack([boxes[:, :2], boxes[:, :2] + boxes[:, 2:]])
+
+
+def _values(shapes: Sequence[Shape], key: str) -> npt.NDArray[np.float64]:
+    return np.array([shape[key] for shape in shapes], np.float64)
+
+
+class DetectionConfusion:
+    """Counts of true and predicted classes of objects, with one more class for background.
+
+    From the surest on, a detection belongs to the free object with which its IoU is largest, whatever its class, if
+    that is at least the threshold. What belongs to none was background, and an object without detection is taken for
+    it. What belongs to no counted object but to an ignored one counts nowhere.
+
+    Args:
+        num_classes: classes are 0 to num_classes - 1; background is num_classes.
+        kind: of geometry that is compared.
+        score_threshold: objects found with a lower score count nowhere.
+        iou_threshold: least IoU of a detection and its object.
+
+    Attributes:
+        matrix: a row a true class and a column a predicted one, [num_classes + 1, num_classes + 1].
+    """
+
+    def __init__(
+        self,
+        num_classes: int,
+        kind: Literal["boxes", "oriented_boxes", "masks"] = "boxes",
+        *,
+        score_threshold: float,
+        iou_threshold: float = 0.5,
+    ) -> None:
+        self.kind = kind
+        self.score_threshold = score_threshold
+        self.iou_threshold = iou_threshold
+        self.matrix: npt.NDArray[np.int64] = np.zeros((num_classes + 1, num_classes + 1), np.int64)
+
+    def update(self, detections: Sequence[Detections], labels: Sequence[ObjectLabels]) -> None:
+        """Take up what was found in some images, and what is there.
+
+        Raises:
+            InputError: another kind of geometry.
+        """
+        for found, truth in zip(detections, labels, strict=True):
+            self._update_image(found, truth)
+
+    def _update_image(self, found: Detections, truth: ObjectLabels) -> None:
+        background = len(self.matrix) - 1
+        scores, classes = torch.as_tensor(found.scores).cpu(), torch.as_tensor(found.labels).cpu().tolist()
+        found_index, objects, iou = meeting_iou(found, truth, self.kind)
+        hits = iou >= self.iou_threshold
+        found_index, objects, iou = found_index[hits], objects[hits], iou[hits]
+        starts = np.searchsorted(found_index, np.arange(len(scores) + 1))
+        free = ~truth.ignored
+        for index in scores.argsort(descending=True, stable=True).tolist():
+            if scores[index] < self.score_threshold:
+                break
+            own = slice(starts[index], starts[index + 1])
+            met = objects[own]
+            if free[met].any():
+                owner = int(met[np.where(free[met], iou[own], -1).argmax()])
+                free[owner] = False
+                self.matrix[truth.labels[owner], classes[index]] += 1
+            elif not truth.ignored[met].any():
+                self.matrix[background, classes[index]] += 1
+        np.add.at(self.matrix[:, background], truth.labels[free], 1)

@@ -1,0 +1,278 @@
+"""Whole images to one vector: timm models with the pooling and classifier that a config asks for."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal, Self
+
+import timm
+import torch
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from timm.layers import AttentionPoolLatent
+from torch import Tensor, nn
+
+from perf_vit.conversion.save import read_saved_config
+from perf_vit.errors import ConfigError
+from perf_vit.models.backbone import built_from, create_backbone
+from perf_vit.models.backbone_config import BackboneConfig
+from perf_vit.models.finetune import BackboneTuning, backbone_layers, evaluate_frozen, tune_backbone
+from perf_vit.models.input_spec import TaskSpec
+from perf_vit.models.valid_tokens import forward_head, forward_tokens, key_mask
+from perf_vit.transforms import Normalizer
+
+__all__ = [
+    "POOLS",
+    "ClassificationModelConfig",
+    "ClassificationSpec",
+    "Classifier",
+    "ImageLabelKind",
+    "build_classifier",
+    "build_pooled",
+    "pooled_parts",
+    "pretrained_statistics",
+    "trunk_layers",
+]
+
+POOLS = ("token", "avg", "max", "avgmax", "map")
+"""Of patches: the class token, their mean, maximum or both, or attention with a learnt query (timm's map pooling)."""
+
+
+def build_pooled(
+    config: BackboneConfig,
+    in_chans: int,
+    tile_px: int,
+    *,
+    num_outputs: int,
+    pool: str | None = None,
+    drop_rate: float = 0.0,
+    saved_backbone: Mapping[str, Any] | None = None,
+) -> tuple[nn.Module, Mapping[str, Any] | None]:
+    """A timm model that gives one vector an image, [B, num_outputs].
+
+    Pooling and classifier are put on a model that is built, and loaded, as it was pretrained, so both may be others.
+
+    Args:
+        config: which model.
+        in_chans: bands of the images.
+        tile_px: side of the square images.
+        num_outputs: length of the vector; 0 for the pooled features themselves.
+        pool: one of `POOLS`, None for the model's own.
+        drop_rate: of the pooled features, before the classifier.
+        saved_backbone: config of the converted model that the backbone was made of, to do without its folder.
+
+    Returns:
+        The model, and the config of the converted model that it was made of, None for a timm model.
+
+    Raises:
+        CheckpointError: a folder without a converted model.
+        ConfigError: an unknown model, arguments it doesn't take, a pooling it doesn't have, or a tile size that its
+            patch size doesn't divide.
+    """
+    if pool is not None and pool not in POOLS:
+        raise ConfigError(f"model.pool must be one of {', '.join(POOLS)}, or left out, got {pool}")
+    options = {"num_classes": 0, "drop_rate": drop_rate}
+    model, saved_backbone = create_backbone(config, in_chans, tile_px, saved_backbone, options)
+    _check_tile(model, tile_px)
+    with built_from(f"model.pool {pool} doesn't go with {config.backbone}"):
+        _set_pooling(model, num_outputs, pool)
+    return model, saved_backbone
+
+
+def pretrained_statistics(backbone: str) -> Normalizer:
+    """Mean and standard deviation of red, green and blue that a backbone was pretrained with, for pixels of 8 bits.
+
+    Args:
+        backbone: a timm model name, or a folder with a converted model.
+
+    Raises:
+        CheckpointError: a folder without a converted model.
+    """
+    if timm.is_model(backbone):
+        config = timm.get_pretrained_cfg(backbone)
+        found = {} if config is None else {"mean": config.mean, "std": config.std}
+    else:
+        found = read_saved_config(backbone).get("pretrained_cfg") or {}
+    mean, std = found.get("mean", IMAGENET_DEFAULT_MEAN), found.get("std", IMAGENET_DEFAULT_STD)
+    return Normalizer(tuple(255.0 * value for value in mean), tuple(255.0 * value for value in std))
+
+
+def pooled_parts(model: Any) -> list[nn.Module]:
+    """What comes after the backbone's features: classifier and learnt pooling, those of them that there are."""
+    # The norm after pooling belongs to the classifier, as timm has it.
+    parts = [model.get_classifier(), getattr(model, "attn_pool", None), getattr(model, "fc_norm", None)]
+    return [part for part in parts if isinstance(part, nn.Module) and any(True for _ in part.parameters())]
+
+
+def trunk_layers(model: nn.Module) -> dict[str, int]:
+    """The layer of each parameter that is part of neither pooling nor classifier, counted from the input."""
+    on_top = {id(parameter) for part in pooled_parts(model) for parameter in part.parameters()}
+    below = {name for name, parameter in model.named_parameters() if id(parameter) not in on_top}
+    return {name: layer for name, layer in backbone_layers(model).items() if name in below}
+
+
+def _set_pooling(model: Any, num_outputs: int, pool: str | None) -> None:
+    if pool != "map":
+        model.reset_classifier(num_outputs, *(() if pool is None else (pool,)))
+        return
+    if not hasattr(model, "attn_pool"):
+        raise ValueError("it has no tokens to attend to")
+    if model.attn_pool is None:
+        width = model.embed_dim
+        model.attn_pool = AttentionPoolLatent(width, num_heads=width // 64 or 1)
+        model.global_pool = "map"
+    # timm refuses to name the pooling here, and drops it where another one is named.
+    model.head = nn.Linear(model.embed_dim, num_outputs) if num_outputs else nn.Identity()
+    model.num_classes = num_outputs
+
+
+def _check_tile(model: Any, tile_px: int) -> None:
+    embed = getattr(model, "patch_embed", None)
+    patch = getattr(embed, "patch_size", None)
+    size_multiple = max(patch) if isinstance(patch, tuple) else int(patch or 1)
+    if tile_px % size_multiple:
+        nearest = max(1, round(tile_px / size_multiple)) * size_multiple
+        raise ConfigError(
+            f"data.tile_px must be a multiple of the patch size {size_multiple}, got {tile_px}; try {nearest}"
+        )
+
+
+ImageLabelKind = Literal["single_label", "multilabel", "regression"]
+"""One class an image, any number of classes, or regression targets."""
+
+
+@dataclass(kw_only=True)
+class ClassificationModelConfig(BackboneTuning):
+    """A backbone and what is put on it; `BackboneTuning` has further keys.
+
+    Attributes:
+        pool: token, avg, max, avgmax or map (attention with a learnt query); the backbone's own if left out.
+        drop_rate: of the pooled features while training.
+    """
+
+    pool: str | None = None
+    drop_rate: float = 0.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ClassificationSpec(TaskSpec):
+    """What a trained network expects and means; saved with its weights.
+
+    Attributes:
+        kind: what its outputs are.
+        resize: whole images are resized to a tile; else a tile is the middle of the image, at full resolution.
+        target_mean: of each target in the training data; empty for classes.
+        target_std: standard deviation, likewise.
+
+    The others are those of `InputSpec`; `classes` are names of targets in regression, and `label_options` the columns
+    of the CSV files that it was trained with.
+    """
+
+    takes_grey: ClassVar[bool] = True
+
+    kind: ImageLabelKind
+    resize: bool = False
+    target_mean: tuple[float, ...] = ()
+    target_std: tuple[float, ...] = ()
+
+
+class Classifier(nn.Module):
+    """A network that classifies images, or predicts targets from them.
+
+    Args:
+        network: a timm model whose classifier has as many outputs as the spec names.
+        spec: what the network expects and means.
+        saved_backbone: config of the converted model that the backbone was made of, None for a timm model.
+    """
+
+    def __init__(
+        self, network: nn.Module, spec: ClassificationSpec, saved_backbone: Mapping[str, Any] | None = None
+    ) -> None:
+        super().__init__()
+        self.network = network
+        self.spec = spec
+        self.saved_backbone = saved_backbone
+        self._mean: Tensor
+        self._std: Tensor
+        self.register_buffer("_mean", torch.tensor(spec.target_mean or (0.0,)), persistent=False)
+        self.register_buffer("_std", torch.tensor(spec.target_std or (1.0,)), persistent=False)
+
+    @property
+    def is_backbone_frozen(self) -> bool:
+        """Whether nothing is trained but what comes after the backbone's features."""
+        on_top = {id(parameter) for part in pooled_parts(self.network) for parameter in part.parameters()}
+        return not any(each.requires_grad and id(each) not in on_top for each in self.network.parameters())
+
+    @property
+    def task(self) -> str:
+        """The task that trains it."""
+        return "regression" if self.spec.kind == "regression" else "classification"
+
+    def forward(self, image: Tensor, valid: Tensor | None = None) -> Tensor:
+        """Logits, or standardised targets, of standardised tiles.
+
+        Args:
+            image: [B, C, H, W].
+            valid: valid pixels, bool [B, H, W], None where all are; a ViT's patches without one are left out of
+                attention and pooling.
+
+        Returns:
+            [B, K].
+        """
+        mask = key_mask(self.network, valid)
+        # Without gradients, converted models go through their MLPs in pieces.
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not self.is_backbone_frozen):
+            features = forward_tokens(self.network, image, mask)
+        return forward_head(self.network, features, mask)
+
+    def scores(self, logits: Tensor) -> Tensor:
+        """Probabilities of the classes, or targets in the labels' units, [B, K]."""
+        logits = logits.float()
+        if self.spec.kind == "single_label":
+            return logits.softmax(dim=1)
+        if self.spec.kind == "multilabel":
+            return logits.sigmoid()
+        return logits * self._std + self._mean
+
+    def standardised(self, values: Tensor) -> Tensor:
+        """Targets in the labels' units as the network gives them, [B, K]."""
+        return (values - self._mean) / self._std
+
+    def train(self, mode: bool = True) -> Self:
+        """Training mode, in which frozen parts of the backbone stay as they are evaluated."""
+        super().train(mode)
+        if mode and self.is_backbone_frozen:
+            self.network.eval()
+            for part in (*pooled_parts(self.network), getattr(self.network, "head_drop", nn.Identity())):
+                part.train()
+        elif mode:
+            evaluate_frozen(self.network)
+        return self
+
+
+def build_classifier(
+    config: ClassificationModelConfig, spec: ClassificationSpec, saved_backbone: Mapping[str, Any] | None = None
+) -> Classifier:
+    """Build a network; its weights are random unless `pretrained` is set or the backbone is a folder.
+
+    Args:
+        config: the network.
+        spec: what it expects and means.
+        saved_backbone: config of the converted model that the backbone was made of, to do without its folder.
+
+    Raises:
+        CheckpointError: a folder without a converted model.
+        ConfigError: an unknown backbone or pooling, arguments they don't take, or a tile size that the patch size
+            doesn't divide.
+    """
+    network, saved_backbone = build_pooled(
+        config,
+        len(spec.normalizer.mean),
+        spec.tile_px,
+        num_outputs=len(spec.classes),
+        pool=config.pool,
+        drop_rate=config.drop_rate,
+        saved_backbone=saved_backbone,
+    )
+    tune_backbone(network, config, trunk_layers)
+    return Classifier(network, spec, saved_backbone)

@@ -1,0 +1,54 @@
+"""Pixel sources: rasters, mosaics and whole slides, read window by window."""
+
+from perf_vit.sources._gdal import bounded_cache
+from perf_vit.sources.describe import SourceInfo, describe_source
+from perf_vit.sources.files import (
+    FOLDER_SUFFIXES,
+    IMAGE_SUFFIXES,
+    MASK_SUFFIXES,
+    PICTURE_SUFFIXES,
+    SLIDE_SUFFIXES,
+    files_below,
+    find_images,
+    is_by_product,
+    is_image_name,
+    previews_among,
+    without_repeats,
+)
+from perf_vit.sources.fingerprint import file_stats, fingerprint
+from perf_vit.sources.input_options import merged_options, open_input
+from perf_vit.sources.mosaic import MosaicSource
+from perf_vit.sources.open import open_raster, open_source
+from perf_vit.sources.pixel_size import PixelSize, common_unit, unit_of
+from perf_vit.sources.raster import RasterSource
+from perf_vit.sources.vector_file import is_vector_name, split_layer
+
+__all__ = [
+    "FOLDER_SUFFIXES",
+    "IMAGE_SUFFIXES",
+    "MASK_SUFFIXES",
+    "PICTURE_SUFFIXES",
+    "SLIDE_SUFFIXES",
+    "MosaicSource",
+    "PixelSize",
+    "RasterSource",
+    "SourceInfo",
+    "bounded_cache",
+    "common_unit",
+    "describe_source",
+    "file_stats",
+    "files_below",
+    "find_images",
+    "fingerprint",
+    "is_by_product",
+    "is_image_name",
+    "is_vector_name",
+    "merged_options",
+    "open_input",
+    "open_raster",
+    "open_source",
+    "previews_among",
+    "split_layer",
+    "unit_of",
+    "without_repeats",
+]

@@ -1,0 +1,306 @@
+"""Member files of datasets: archives, VRTs and their checks."""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import os
+import warnings
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any
+from weakref import WeakKeyDictionary
+from xml.etree import ElementTree
+
+import rasterio
+import rasterio.windows
+import shapely
+from affine import Affine
+from rasterio.errors import NotGeoreferencedWarning, RasterioIOError
+
+from perf_vit.errors import DamagedDataError, InputError
+from perf_vit.sources._remote import is_remote
+from perf_vit.types import Window
+
+__all__ = [
+    "MASK",
+    "beside_index",
+    "check_members",
+    "check_sources",
+    "describe_index",
+    "leads_to_server",
+    "members_of",
+    "open_tiles",
+    "opens_members",
+]
+
+_SERVICES = frozenset({"WMS", "WMTS", "WCS", "STACIT", "STACTA", "EEDAI", "DAAS", "PLMOSAIC", "HTTP"})
+
+_INDEX_ENDINGS = (".gti", ".gti.gpkg", ".gti.fgb", ".gti.parquet")
+
+_INDEXES = frozenset({"VRT", "GTI"})
+
+# Where GDAL looks for the files' names in a tile index that doesn't say.
+_LOCATION_FIELDS = ("location", "assets.data.href", "assets.image.href")
+
+
+@dataclass(frozen=True)
+class _Index:
+    """The files of a tile index, and where each lies in the index's CRS."""
+
+    files: list[str]
+    tree: shapely.STRtree
+
+
+def opens_members(dataset: Any) -> bool:
+    """Whether reading an open dataset opens further files."""
+    return dataset.driver in _INDEXES | _SERVICES
+
+
+def leads_to_server(dataset: Any, path: str) -> bool:
+    """Whether some pixels of an open dataset come from a server.
+
+    Args:
+        dataset: an open rasterio dataset.
+        path: where it was opened from.
+    """
+    return dataset.driver in _SERVICES or is_remote(path) or any(map(is_remote, members_of(dataset, path)))
+
+
+def members_of(dataset: Any, path: str, known: frozenset[str] = frozenset()) -> list[str]:
+    """The files that an open VRT or tile index reads, those of VRTs in it as well; none for other formats.
+
+    Args:
+        dataset: an open rasterio dataset.
+        path: where it was opened from.
+        known: VRTs that are not looked into, as they lead here.
+
+    Raises:
+        InputError: the tile index can't be read.
+    """
+    known |= {path}
+    if dataset.driver == "GTI":
+        files = list(_indexed(path, _modified_ns(path)).files)
+    else:
+        files = [file for file in dataset.files if file != path] if dataset.driver == "VRT" else []
+    inner = [file for file in files if file.lower().endswith(".vrt") and file not in known]
+    return [*files, *(member for file in inner for member in _members_at(file, known))]
+
+
+def check_members(dataset: Any, path: str, window: Window, *, reduced: bool) -> None:
+    """Refuse a window that a missing file should fill, where GDAL gives 0, as if it were data.
+
+    Args:
+        dataset: an open tile index or VRT, or what warps it; others pass.
+        path: of the tile index or VRT.
+        window: of the dataset.
+        reduced: whether it is read at lower resolution: only then GDAL passes over missing files of a VRT.
+
+    Raises:
+        DamagedDataError: a file isn't there.
+    """
+    if reduced and dataset.driver == "VRT":
+        for file in filter(_is_gone, members_of(dataset, path)):
+            raise _missing(file, path, window)
+    if not _is_index(path):
+        return
+    for file in filter(_is_gone, _files_around(dataset, path, window)):
+        raise _missing(file, path, window)
+
+
+def open_tiles(dataset: Any, path: str, window: Window) -> None:
+    """Open the files of a tile index that a window meets: GDAL passes over those that it can't open.
+
+    Args:
+        dataset: an open tile index; others pass.
+        path: of the tile index.
+        window: of the dataset.
+
+    Raises:
+        RasterioIOError: one can't be opened.
+    """
+    if dataset.driver == "GTI":
+        for file in _files_around(dataset, path, window):
+            rasterio.open(file).close()
+
+
+def _files_around(dataset: Any, path: str, window: Window) -> Iterator[str]:
+    """The files of a tile index from which a window of it, or of what warps it, is read."""
+    index = _indexed(path, _modified_ns(path))
+    if dataset.driver == "GTI":
+        around = shapely.box(*_bounds(dataset.transform, window))
+    else:
+        # GDAL warps in large pieces, and keeps one that failed: none of them is to be trusted.
+        around = shapely.box(*shapely.total_bounds(index.tree.geometries))
+    for number in index.tree.query(around).tolist():
+        # Tiles that only touch the window give it no pixel.
+        if index.tree.geometries[number].intersection(around).area > 0:
+            yield index.files[number]
+
+
+def _missing(file: str, path: str, window: Window) -> DamagedDataError:
+    return DamagedDataError(
+        f"can't read rows {window.row} to {window.row_stop}, columns {window.col} to {window.col_stop} of {path}: its "
+        f"file {file} isn't there; bring it back, or make {path} anew"
+    )
+
+
+def _members_at(path: str, known: frozenset[str]) -> list[str]:
+    try:
+        with rasterio.open(path) as dataset:
+            return members_of(dataset, path, known)
+    except rasterio.errors.RasterioIOError:
+        return []
+
+
+def _bounds(transform: Affine, window: Window) -> tuple[float, float, float, float]:
+    """The box around a window's pixels, in CRS units."""
+    corners = ((col, row) for col in (window.col, window.col_stop) for row in (window.row, window.row_stop))
+    xs, ys = zip(*(transform @ corner for corner in corners), strict=True)
+    return min(xs), min(ys), max(xs), max(ys)
+
+
+def _is_gone(file: str) -> bool:
+    return _is_local(file) and not os.path.exists(file)
+
+
+@functools.lru_cache(maxsize=8)
+def _indexed(path: str, modified_ns: int) -> _Index:
+    """The files of a tile index."""
+    # Only a tile index needs it.
+    import pyogrio
+
+    index, layer, field = describe_index(path)
+    try:
+        fields = pyogrio.read_info(index, layer=layer)["fields"].tolist()
+        field = field or next(name for name in _LOCATION_FIELDS if name in fields)
+        table = pyogrio.read_dataframe(index, layer=layer, columns=[field])
+    except (StopIteration, OSError, ValueError, pyogrio.errors.DataSourceError) as error:
+        raise InputError(f"can't list the files of the tile index {path}: {error or 'no field location'}") from error
+    files = [beside_index(path, file) if _is_local(file) else file for file in table[field].tolist()]
+    return _Index(files, shapely.STRtree(table.geometry.tolist()))
+
+
+def beside_index(path: str, file: str) -> str:
+    """Where GDAL looks for a file of a tile index: beside what was named; with `GTI:`, in the working directory."""
+    return file if path.startswith("GTI:") else os.path.join(os.path.dirname(path), file)
+
+
+def describe_index(path: str) -> tuple[str, str | None, str | None]:
+    """The table of a tile index, its layer and the field with the files' names."""
+    path = path.removeprefix("GTI:")
+    if not path.lower().endswith(".gti"):
+        return path, None, None
+    root = ElementTree.parse(path).getroot()
+    index = root.findtext("IndexDataset", "")
+    return index, root.findtext("IndexLayer"), root.findtext("LocationField")
+
+
+def _is_index(path: str) -> bool:
+    return path.startswith("GTI:") or path.lower().endswith(_INDEX_ENDINGS)
+
+
+def _is_local(path: str) -> bool:
+    return ":" not in path and not path.startswith("/vsi")
+
+
+def _modified_ns(path: str) -> int:
+    path = path.removeprefix("GTI:")
+    return os.stat(path).st_mtime_ns if os.path.exists(path) else 0
+
+
+MASK = 0
+
+
+@dataclass(frozen=True)
+class _Sources:
+    """The files of each band of a VRT, and where each lies in its pixels."""
+
+    bands: list[int]
+    files: list[str]
+    tree: shapely.STRtree
+
+
+_known: WeakKeyDictionary[Any, _Sources] = WeakKeyDictionary()
+
+
+def check_sources(dataset: Any, window: Window, bands: Iterable[int], *, reduced: bool) -> None:
+    """Refuse a window for which a file of a VRT gave no pixels.
+
+    Args:
+        dataset: open, of any format; of those other than VRT nothing is checked.
+        window: what was read.
+        bands: which were read, `MASK` among them if masks were.
+        reduced: whether it was read at lower resolution, where GDAL doesn't report any failure.
+
+    Raises:
+        RasterioIOError: a file can't be read.
+    """
+    if dataset.driver != "VRT" or (reduced and dataset.overviews(1)):
+        return
+    if dataset not in _known:
+        _known[dataset] = _sources_of(dataset)
+    sources, checked, wanted = _known[dataset], set(), set(bands)
+    area = shapely.box(window.col, window.row, window.col_stop, window.row_stop)
+    for number in sorted(sources.tree.query(area).tolist()):
+        file, band = sources.files[number], sources.bands[number]
+        part = sources.tree.geometries[number].intersection(area)
+        whole = _has_files(file) and not reduced
+        # A file that can't be opened gives no pixel at all; a VRT in a VRT may give some.
+        if part.area > 0 and band in wanted and (whole or file not in checked):
+            checked.add(file)
+            if band == MASK:
+                _open_mask(file)
+            else:
+                _sum(dataset, band, file, part.bounds, window, whole=whole)
+
+
+def _open_mask(file: str) -> None:
+    """What stands for a checksum, which rasterio doesn't give of masks."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", NotGeoreferencedWarning)
+        rasterio.open(file).close()
+
+
+def _sum(dataset: Any, band: int, file: str, bounds: tuple[float, ...], window: Window, *, whole: bool) -> None:
+    left, top, right, bottom = bounds
+    if not whole:
+        left, top = (left + right) / 2, (top + bottom) / 2
+    col, row = min(int(left), window.col_stop - 1), min(int(top), window.row_stop - 1)
+    width, height = (max(1, int(right) - col), max(1, int(bottom) - row)) if whole else (1, 1)
+    try:
+        dataset.checksum(band, rasterio.windows.Window(col, row, width, height))
+    except RasterioIOError as error:
+        raise RasterioIOError(f"its file {file} can't be read") from error.__cause__
+
+
+def _sources_of(dataset: Any) -> _Sources:
+    """Those of a VRT's bands; none of one that warps, of which GDAL reports each failure."""
+    root = ElementTree.fromstring(dataset.tags(ns="xml:VRT")["xml:VRT"])
+    found = list(itertools.chain.from_iterable(map(_sources_in, root.findall("VRTRasterBand"))))
+    for band in root.findall(".//MaskBand/VRTRasterBand"):
+        for source in band.findall("*/SourceFilename[@relativeToVRT='1']"):
+            source.text = os.path.join(os.path.dirname(dataset.name), source.text or "")
+        found.extend((MASK, file, rect) for _, file, rect in _sources_in(band))
+    boxes = [_box(rect, dataset) for _, _, rect in found]
+    return _Sources([band for band, _, _ in found], [file for _, file, _ in found], shapely.STRtree(boxes))
+
+
+def _sources_in(band: ElementTree.Element) -> Iterator[tuple[int, str, ElementTree.Element | None]]:
+    """(band, file, where it lies) of each file of a band."""
+    for source in band:
+        file = source.findtext("SourceFilename")
+        if file is not None:
+            yield int(band.get("band", "1")), file, source.find("DstRect")
+
+
+def _box(rect: ElementTree.Element | None, dataset: Any) -> Any:
+    """A rectangle of a VRT's pixels; all of them without one."""
+    if rect is None:
+        return shapely.box(0, 0, dataset.width, dataset.height)
+    left, top, width, height = (float(rect.get(name, "0")) for name in ("xOff", "yOff", "xSize", "ySize"))
+    return shapely.box(left, top, left + width, top + height)
+
+
+def _has_files(file: str) -> bool:
+    return file.lower().endswith(".vrt") or file.startswith(("<VRT", "vrt://"))

@@ -1,0 +1,155 @@
+"""Which files of a folder are images: one table for training, prediction, mosaics and labels."""
+
+from __future__ import annotations
+
+import glob
+import os
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
+
+from perf_vit.errors import InputError
+
+__all__ = [
+    "FOLDER_SUFFIXES",
+    "IMAGE_SUFFIXES",
+    "MASK_SUFFIXES",
+    "PICTURE_SUFFIXES",
+    "RASTER_SUFFIXES",
+    "SLIDE_SUFFIXES",
+    "files_below",
+    "find_images",
+    "image_root",
+    "is_by_product",
+    "is_glob",
+    "is_image_name",
+    "previews_among",
+    "without_repeats",
+]
+
+PICTURE_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp"})
+"""Of photos, and of previews that lie beside rasters."""
+
+RASTER_SUFFIXES = PICTURE_SUFFIXES | {".tif", ".tiff", ".vrt", ".img", ".jp2", ".j2k", ".bil", ".asc"}
+"""Of files that GDAL reads. A file that is named itself may have any ending."""
+
+SLIDE_SUFFIXES = frozenset({".bif", ".czi", ".dcm", ".mrxs", ".ndpi", ".scn", ".svs", ".svslide", ".vms", ".vmu"})
+"""Of files that OpenSlide alone reads."""
+
+FOLDER_SUFFIXES = frozenset({".zarr"})
+"""Of folders that are one image each."""
+
+IMAGE_SUFFIXES = RASTER_SUFFIXES | SLIDE_SUFFIXES | FOLDER_SUFFIXES
+"""Of what a folder is searched for."""
+
+MASK_SUFFIXES = RASTER_SUFFIXES - {".jpg", ".jpeg"}
+"""Of masks: JPEG changes values."""
+
+_BY_PRODUCTS = frozenset({"thumbs.db", "desktop.ini", "ehthumbs.db", "__macosx", "@eadir", "$recycle.bin"})
+
+_BY_PRODUCT_ENDINGS = (".aux.xml", ".ovr", ".msk", ".partial", ".part", ".crdownload", "~")
+
+
+def is_by_product(name: str) -> bool:
+    """Whether the name of a file or folder is hidden, or that of what other programs leave behind."""
+    name = name.lower()
+    return name.startswith(".") or name in _BY_PRODUCTS or name.endswith(_BY_PRODUCT_ENDINGS)
+
+
+def is_image_name(name: str) -> bool:
+    """Whether a folder is searched for files of such a name."""
+    return os.path.splitext(name)[1].lower() in IMAGE_SUFFIXES
+
+
+def files_below(root: Path, wanted: Callable[[str], bool]) -> list[Path]:
+    """Files and image folders below a folder, sorted, without hidden ones and what other programs leave behind.
+
+    Links to folders are followed, each folder once, so that a link to a folder above ends nowhere.
+
+    Args:
+        root: the folder.
+        wanted: whether a file's name is looked for.
+    """
+    return sorted(path for path in _walk(root) if wanted(path.name))
+
+
+def without_repeats(paths: Iterable[Path]) -> list[Path]:
+    """Paths but for those that name a file of an earlier one through a link to its folder; short ones first."""
+    found: dict[tuple[str, str], Path] = {}
+    for path in sorted(paths, key=lambda path: (len(path.parts), path)):
+        found.setdefault((os.path.realpath(path.parent), path.name), path)
+    return sorted(found.values())
+
+
+def previews_among(paths: Iterable[Path]) -> set[Path]:
+    """Pictures that lie beside a raster or slide of their name: `a.png` beside `a.tif`."""
+    found = list(paths)
+    images = {path.with_suffix("") for path in found if path.suffix.lower() not in PICTURE_SUFFIXES}
+    pictures = (path for path in found if path.suffix.lower() in PICTURE_SUFFIXES)
+    return {path for path in pictures if path.with_suffix("") in images}
+
+
+def _walk(root: Path) -> Iterator[Path]:
+    seen = set()
+    for parent, folders, files in os.walk(root, followlinks=True):
+        real = os.path.realpath(parent)
+        if real in seen:
+            folders.clear()
+            continue
+        seen.add(real)
+        folders[:] = sorted(name for name in folders if not is_by_product(name))
+        images = [name for name in folders if os.path.splitext(name)[1].lower() in FOLDER_SUFFIXES]
+        folders[:] = [name for name in folders if name not in images]
+        regular = [name for name in files if not is_by_product(name) and os.path.isfile(os.path.join(parent, name))]
+        yield from (Path(parent, name) for name in [*images, *regular])
+
+
+def find_images(paths: Sequence[str | Path]) -> list[Path]:
+    """The images that some files, folders and globs name.
+
+    A file is taken as it is. A folder is searched, subfolders included, for rasters, slides and photos by their
+    endings; hidden files and what other programs leave behind are passed over, as in globs, where `**` stands for any
+    folders. Masks that lie among the images are found too, so keep them elsewhere or name the files.
+
+    Args:
+        paths: files, folders and globs.
+
+    Returns:
+        Each image once, in the order of the paths and sorted by name within a folder or glob.
+
+    Raises:
+        InputError: no path, a path that doesn't exist, or a folder or glob without images.
+    """
+    if not paths:
+        raise InputError("expected files, folders or globs of images, got none")
+    found = [image for path in map(Path, paths) for image in _images_at(path)]
+    return list(dict.fromkeys(found))
+
+
+def is_glob(path: str | Path) -> bool:
+    """Whether a path has wildcards, and is no file or folder of such a name."""
+    return glob.has_magic(str(path)) and not Path(path).exists()
+
+
+def image_root(path: str | Path) -> Path:
+    """The folder that names of images are relative to: a folder itself, a file's, or a glob's part before wildcards."""
+    path = Path(path)
+    if path.is_dir():
+        return path
+    return next(parent for parent in path.parents if not is_glob(parent))
+
+
+def _images_at(path: Path) -> list[Path]:
+    if is_glob(path):
+        matches = without_repeats(map(Path, glob.glob(str(path), recursive=True)))
+        found = [each for each in matches if is_image_name(each.name) and not is_by_product(each.name)]
+        if not found:
+            raise InputError(f"no image matches {path}; expected files that end in {', '.join(sorted(IMAGE_SUFFIXES))}")
+        return found
+    if path.is_file() or (path.is_dir() and path.suffix.lower() in FOLDER_SUFFIXES):
+        return [path]
+    if not path.is_dir():
+        raise InputError(f"no image file or folder {path}; check the path")
+    found = files_below(path, is_image_name)
+    if not found:
+        raise InputError(f"no images in {path}; expected files that end in {', '.join(sorted(IMAGE_SUFFIXES))}")
+    return found

@@ -1,0 +1,198 @@
+"""Many rasters, of any CRS and resolution, read as one."""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, closing, nullcontext
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import shapely
+from affine import Affine
+from rasterio.crs import CRS
+from rasterio.enums import Resampling
+from rasterio.errors import CRSError
+
+from perf_vit.errors import InputError
+from perf_vit.sources._bands import PixelArray, PixelOptions
+from perf_vit.sources._gdal import crs_name
+from perf_vit.sources._grid import Grid, GridOptions, check_scale, target_grid
+from perf_vit.sources._handles import PerThread, Pool
+from perf_vit.sources._mosaic_tiles import OpenTile, Tile, describe_tile, open_tile
+from perf_vit.sources.pixel_size import PixelSize
+from perf_vit.sources.raster import RasterSource
+from perf_vit.types import BoolArray, Window
+
+__all__ = ["MosaicSource"]
+
+_MAX_OPEN = 32
+
+
+class MosaicSource(RasterSource):
+    """Rasters on one grid, warped where they lie on another; `open_source` makes one.
+
+    Of tiles that overlap, a pixel comes from the first, in the order of `paths`, that is valid there. A tile whose
+    pixels fall on the grid's is read as it is. A window opens only the tiles that it meets, and a thread holds at most
+    32 files open.
+
+    It may be pickled, forked and shared between threads: each opens the files for itself.
+
+    Args:
+        path: what was given, for messages.
+        paths: of the files.
+        pixels: what the user says about the files' pixels.
+        grid: the grid that the user asks for.
+        resampling: of pixels that are not the grid's; "nearest" with a palette and "bilinear" without by default.
+
+    Attributes:
+        paths: of the files.
+
+    The others are those of `RasterSource`, for the grid and, where files may differ, for the first file.
+
+    Raises:
+        InputError: a file can't be read or placed, or the files don't fit each other.
+    """
+
+    def __init__(
+        self,
+        path: str,
+        paths: Sequence[str],
+        *,
+        pixels: PixelOptions | None = None,
+        grid: GridOptions | None = None,
+        resampling: str | None = None,
+    ) -> None:
+        self.path = path
+        self.paths = tuple(paths)
+        tiles, target = _place(self.paths, pixels or PixelOptions(), grid or GridOptions())
+        self._describe(tiles[0].layout, target)
+        self.nodata = next((tile.layout.nodata for tile in tiles if tile.layout.nodata is not None), None)
+        self.placed_by_gcps = False
+        self._tiles = tiles
+        has_palette = any(tile.layout.colormap or tile.layout.colors is not None for tile in tiles)
+        kind = _resampling(resampling or ("nearest" if has_palette else "bilinear"))
+        self._tree = shapely.STRtree([_box(tile.footprint_in(target)) for tile in tiles])
+        if self._tree.query(_box(self.extent)).size == 0:
+            raise InputError(f"bounds {self.bounds} ({crs_name(self.crs)}) meet no file of {path}")
+        self._handles = PerThread(functools.partial(_pool, tiles, target, kind))
+
+    def close(self) -> None:
+        """Close this thread's file handles; a later read opens them again."""
+        self._handles.close()
+
+    def __repr__(self) -> str:
+        return f"{super().__repr__()[:-1]}, {len(self.paths)} files)"
+
+    def _read_inside(self, window: Window, out_shape: tuple[int, int]) -> tuple[PixelArray, BoolArray]:
+        reduced = out_shape != window.shape
+        grid = _thinned(self._grid, window, out_shape) if reduced else self._grid
+        place = grid.extent if reduced else window
+        pixels = np.full((self.num_bands, *out_shape), self.nodata or 0, self.dtype)
+        mask = np.zeros((self.num_bands, *out_shape), bool)
+        missing = np.ones(out_shape, bool)
+        for index in sorted(self._tree.query(_box(window)).tolist()):
+            with _opened(self._tiles[index], grid) if reduced else nullcontext(self._handles.get().get(index)) as tile:
+                covered = tile.read(place)
+            if covered is not None:
+                _lay_under(pixels, mask, missing, place, *covered)
+            if not missing.any():
+                break
+        return pixels, mask
+
+
+def _thinned(grid: Grid, window: Window, shape: tuple[int, int]) -> Grid:
+    """The grid of fewer, larger pixels over a window."""
+    height, width = shape
+    larger = Affine.translation(window.col, window.row) @ Affine.scale(window.width / width, window.height / height)
+    return Grid(grid.crs, grid.transform @ larger, height, width)
+
+
+def _opened(tile: Tile, grid: Grid) -> AbstractContextManager[OpenTile]:
+    """A tile for one read on a grid of large pixels."""
+    reduction = math.sqrt(math.prod(grid.resolution) / math.prod(tile.placed.resolution))
+    return closing(open_tile(tile, grid, Resampling.nearest, reduction))
+
+
+def _lay_under(
+    pixels: PixelArray,
+    mask: BoolArray,
+    missing: BoolArray,
+    window: Window,
+    place: Window,
+    new_pixels: PixelArray,
+    new_mask: BoolArray,
+) -> None:
+    """Fill the pixels of a window that no band has so far from those of a tile, which cover `place`."""
+    rows, cols = place.slices_in(window)
+    used = new_mask.any(0) & missing[rows, cols]
+    np.copyto(pixels[:, rows, cols], new_pixels, where=used)
+    np.copyto(mask[:, rows, cols], new_mask, where=used)
+    missing[rows, cols] &= ~used
+
+
+def _pool(tiles: Sequence[Tile], grid: Grid, resampling: Resampling) -> Pool[OpenTile]:
+    return Pool(lambda index: open_tile(tiles[index], grid, resampling), _MAX_OPEN)
+
+
+def _place(paths: Sequence[str], pixels: PixelOptions, options: GridOptions) -> tuple[list[Tile], Grid]:
+    """The tiles, and the grid to read them on."""
+    crs = None if options.crs is None else _parse_crs(options.crs)
+    tiles = [describe_tile(paths[0], pixels, crs)]
+    crs = tiles[0].placed.crs
+    for path in paths[1:]:
+        tiles.append(describe_tile(path, pixels, crs))
+        _check_alike(tiles[0], tiles[-1])
+    grids = [tile.placed for tile in tiles]
+    if isinstance(options.resolution, PixelSize):
+        left, bottom, right, top = grids[0].bounds
+        side = options.resolution.in_crs(crs, paths[0], ((left + right) / 2, (bottom + top) / 2))
+        options = replace(options, resolution=side)
+    if options.resolution is not None:
+        check_scale(grids, options.resolution, paths[0])
+    return tiles, target_grid(grids, options, anchored=tiles[0].native)
+
+
+def _check_alike(first: Tile, other: Tile) -> None:
+    """Refuse files whose pixels can't stand beside each other.
+
+    Raises:
+        InputError: another number of bands, dtype or palette.
+    """
+    a, b = first.layout, other.layout
+    if len(a.names) != len(b.names):
+        raise InputError(
+            f"files of a mosaic need the same bands, but {a.path} has {len(a.names)} and {b.path} has {len(b.names)}; "
+            "choose bands that all have with bands="
+        )
+    if a.dtype != b.dtype:
+        raise InputError(
+            f"files of a mosaic need the same dtype, but {a.path} holds {a.dtype} and {b.path} holds {b.dtype}; "
+            "convert one of them (rio convert --dtype)"
+        )
+    if a.colormap != b.colormap:
+        raise InputError(
+            f'files of a mosaic need the same palette, but {a.path} and {b.path} differ; palette="expand" reads colours'
+        )
+
+
+def _parse_crs(crs: Any) -> CRS:
+    try:
+        return CRS.from_user_input(crs)
+    except (CRSError, ValueError) as error:
+        raise InputError(f"crs must be a code such as EPSG:32637, or WKT or PROJ text, got {crs!r}") from error
+
+
+def _resampling(name: str) -> Resampling:
+    # The rest of rasterio's list is not for warping.
+    names = [kind.name for kind in Resampling if kind.name != "gauss"]
+    if name not in names:
+        raise InputError(f"resampling must be one of {', '.join(names)}, got {name!r}")
+    return Resampling[name]
+
+
+def _box(window: Window) -> Any:
+    # Windows that only share an edge don't meet.
+    return shapely.box(window.col + 0.25, window.row + 0.25, window.col_stop - 0.25, window.row_stop - 0.25)

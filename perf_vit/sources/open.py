@@ -1,0 +1,258 @@
+"""One way to open whatever holds pixels."""
+
+from __future__ import annotations
+
+import glob
+import os
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+from perf_vit.errors import DataWarning, InputError, PerfVitError
+from perf_vit.sources._bands import Palette, PixelOptions
+from perf_vit.sources._gdal import open_dataset
+from perf_vit.sources._grid import Bounds, GridOptions
+from perf_vit.sources._stac import is_item_list, item_paths
+from perf_vit.sources.files import RASTER_SUFFIXES, SLIDE_SUFFIXES, is_by_product, previews_among, without_repeats
+from perf_vit.sources.mosaic import MosaicSource
+from perf_vit.sources.pixel_size import PixelSize
+from perf_vit.sources.raster import RasterSource
+from perf_vit.sources.slides import SlideSource
+from perf_vit.sources.slides.ome import is_multiscale, open_ome_tiff, open_ome_zarr
+from perf_vit.sources.slides.openslide import OpenSlideReader, slide_format
+from perf_vit.sources.slides.pyramid import PyramidReader
+from perf_vit.types import InputPath
+
+__all__ = ["is_slide", "open_raster", "open_slide", "open_source"]
+
+
+def open_source(
+    path: InputPath,
+    *,
+    bands: Sequence[int | str] | None = None,
+    nodata: float | None = None,
+    crs: Any = None,
+    resolution: float | tuple[float, float] | PixelSize | None = None,
+    bounds: Bounds | None = None,
+    resampling: str | None = None,
+    palette: Palette | None = None,
+    apply_scale: bool | None = None,
+    asset: str | None = None,
+    mpp: float | None = None,
+    level: int | None = None,
+    slide_mpp: float | tuple[float, float] | None = None,
+    tissue: str | Path | None = None,
+    icc: Literal["srgb"] | None = None,
+) -> RasterSource | SlideSource:
+    """Open a raster that GDAL reads (GeoTIFF, COG, VRT, JPEG 2000, ...; also by URL), many as one, or a whole slide.
+
+    Slides are all formats of OpenSlide (SVS, NDPI, MRXS, DICOM, ...), OME-TIFF and OME-Zarr; they need the extra
+    `slides`. A TIFF with a georeference is a raster, and so is a plain TIFF that is opened with options of rasters.
+
+    A folder, a pattern such as "tiles/*.tif", a list of paths and a JSON file of STAC items open as a
+    `MosaicSource`: of the files that hold a pixel, the first in order gives it. Files on another grid than the
+    mosaic's are warped as they are read, and so is a single raster if `crs`, `resolution` or `bounds` is given.
+
+    Args:
+        path: a file, a folder, a pattern, a URL, a GDAL path, or a list of such paths.
+        bands: 1-based numbers or names of the bands or channels to read, in this order; by default all but an alpha
+            band.
+        nodata: value of a raster's missing pixels, instead of the one the file declares.
+        crs: to read rasters in, as "EPSG:32637" or whatever rasterio takes; by default the first file's.
+        resolution: pixel size in units of the CRS, or (x, y), or a `PixelSize` in any unit; by default the files'
+            finest.
+        bounds: (left, bottom, right, top) to read, in the CRS, grown to whole pixels; by default around all files.
+            Pixels begin at the first file's corner; with `resolution` or another `crs`, at the bounds' left top.
+        resampling: of rasters on another grid, as rasterio calls it; by default "nearest" with a palette and
+            "bilinear" without.
+        palette: "keep", the default, gives the values of a band with a palette, "expand" its colours: red, green and
+            blue. Pixels of a transparent colour are not valid then.
+        apply_scale: give values times the scale plus the offset that the file declares, as float32, NaN where missing.
+        asset: of each STAC item the one to read; by default its only data asset.
+        mpp: micrometres per pixel to read a slide at. A level within 1 % of it is read as it is.
+        level: level of a slide to read, instead of `mpp`; by default 0, the finest.
+        slide_mpp: micrometres per pixel of a slide's level 0, or (x, y), where the file doesn't say or is wrong.
+        tissue: "otsu" to find a slide's tissue by its colour, or a GeoJSON file of polygons in pixels of level 0, as
+            QuPath exports them; pixels elsewhere are not valid.
+        icc: "srgb" to convert colours with the profile that a slide of OpenSlide brings.
+
+    Raises:
+        InputError: a file can't be opened or placed, holds no such band or level, or the options don't fit it.
+    """
+    of_slides = _given(mpp=mpp, level=level, slide_mpp=slide_mpp, tissue=tissue, icc=icc)
+    of_rasters = _given(
+        nodata=nodata,
+        crs=crs,
+        resolution=resolution,
+        bounds=bounds,
+        resampling=resampling,
+        palette=palette,
+        apply_scale=apply_scale,
+        asset=asset,
+    )
+    source: RasterSource | SlideSource
+    asked = True if of_slides else False if of_rasters else None
+    if isinstance(path, (str, Path)) and is_slide(os.fspath(path), asked=asked):
+        if of_rasters:
+            raise InputError(f"{' and '.join(of_rasters)} is for rasters, and {path} is a slide; leave it out")
+        source = open_slide(os.fspath(path), bands=bands, **of_slides)
+    elif of_slides:
+        names = " and ".join(of_slides)
+        raise InputError(f"{names} can't be used with {path}, which is a raster, not a slide; leave it out")
+    else:
+        source = open_raster(path, bands=bands, **of_rasters)
+    source.options = _given(bands=bands, **of_slides, **of_rasters)
+    source.opened_from = path
+    return source
+
+
+def _given(**options: Any) -> dict[str, Any]:
+    return {name: value for name, value in options.items() if value is not None}
+
+
+def open_raster(
+    path: str | Path | Sequence[str | Path],
+    *,
+    bands: Sequence[int | str] | None = None,
+    nodata: float | None = None,
+    crs: Any = None,
+    resolution: float | tuple[float, float] | PixelSize | None = None,
+    bounds: Bounds | None = None,
+    resampling: str | None = None,
+    palette: Palette = "keep",
+    apply_scale: bool = False,
+    asset: str | None = None,
+) -> RasterSource:
+    """Open what GDAL reads as a raster, or several as one; `open_source` describes the arguments.
+
+    Raises:
+        InputError: a file can't be read or placed, or the options or other files don't fit it.
+    """
+    pixels = PixelOptions(bands=bands, nodata=nodata, palette=palette, apply_scale=apply_scale)
+    grid = GridOptions(crs=crs, resolution=resolution, bounds=bounds)
+    name, paths = _paths_of(path, asset)
+    if paths is None and grid.empty:
+        source = RasterSource(name, bands=bands, nodata=nodata, palette=palette, apply_scale=apply_scale)
+        if not source.placed_by_gcps:
+            return source
+    return MosaicSource(name, paths or [name], pixels=pixels, grid=grid, resampling=resampling)
+
+
+def _paths_of(path: str | Path | Sequence[str | Path], asset: str | None) -> tuple[str, list[str] | None]:
+    """A name for messages, and the files of a mosaic; None for one raster."""
+    if not isinstance(path, (str, Path)):
+        paths = [os.fspath(part) for part in path]
+        if not paths:
+            raise InputError("expected paths of rasters, got an empty list")
+        return (paths[0] if len(paths) == 1 else f"{paths[0]} and {len(paths) - 1} more"), paths
+    name = os.fspath(path)
+    if is_item_list(name):
+        return name, item_paths(name, asset)
+    if asset is not None:
+        raise InputError(f"asset is for a JSON file of STAC items, got {name}; leave it out")
+    if os.path.isdir(name):
+        # Some formats are folders themselves: those hold no rasters of their own and are GDAL's to open.
+        return name, _rasters_in(name) or None
+    if glob.has_magic(name) and not os.path.exists(name) and "://" not in name and not name.startswith("/vsi"):
+        return name, _matching(name)
+    return name, None
+
+
+def _rasters_in(folder: str) -> list[str]:
+    files = {
+        file
+        for file in Path(folder).iterdir()
+        if file.suffix.lower() in RASTER_SUFFIXES and file.is_file() and not is_by_product(file.name)
+    }
+    previews = previews_among(files)
+    if previews:
+        warnings.warn(
+            f"{len(previews)} of {len(files)} files of the mosaic {folder} are taken as previews of the rasters beside "
+            f"them and left out, the first {min(previews)}",
+            DataWarning,
+            stacklevel=4,
+        )
+    return sorted(map(str, files - previews))
+
+
+def _matching(pattern: str) -> list[str]:
+    matches = (Path(match) for match in glob.glob(pattern, recursive=True))
+    files = [str(file) for file in without_repeats(matches) if file.is_file() and not is_by_product(file.name)]
+    if not files:
+        raise InputError(f"no file matches {pattern}")
+    return files
+
+
+_OME_TIFF_SUFFIXES = (".ome.tif", ".ome.tiff", ".ome.tf2", ".ome.tf8", ".ome.btf")
+
+
+def is_slide(path: str, *, asked: bool | None) -> bool:
+    """Whether a path is read as a slide.
+
+    Args:
+        path: what to open.
+        asked: whether options of slides were given, so that a plain tiled TIFF counts as one, or options of rasters,
+            so that it doesn't; None for neither.
+    """
+    name = path.lower()
+    if _is_ome_tiff(path) or _is_ome_zarr(path) or Path(name).suffix in SLIDE_SUFFIXES:
+        return True
+    if Path(name).suffix not in {".tif", ".tiff"} or not Path(path).is_file():
+        return False
+    return _is_slide_tiff(path, asked)
+
+
+def open_slide(
+    path: str, *, bands: Sequence[int | str] | None = None, icc: str | None = None, **options: Any
+) -> SlideSource:
+    """Open a slide with what reads its format.
+
+    Args:
+        path: the slide.
+        bands: names or 1-based numbers of channels.
+        icc: "srgb" or None.
+        **options: of `SlideSource`.
+
+    Raises:
+        InputError: it can't be opened, or an option doesn't fit it.
+    """
+    if icc not in (None, "srgb"):
+        raise InputError(f'icc must be "srgb" or None, got {icc!r}')
+    if "tissue" in options:
+        options["tissue"] = str(options["tissue"])
+    return SlideSource(path, _reader(path, icc), bands=bands, **options)
+
+
+def _reader(path: str, icc: str | None) -> PyramidReader:
+    if not (_is_ome_tiff(path) or _is_ome_zarr(path)):
+        return OpenSlideReader(path, to_srgb=icc is not None)
+    if icc is not None:
+        raise InputError(f"icc is for slides that OpenSlide reads, and {path} is not one; leave it out")
+    return open_ome_tiff(path) if _is_ome_tiff(path) else open_ome_zarr(path)
+
+
+def _is_ome_tiff(path: str) -> bool:
+    return path.lower().endswith(_OME_TIFF_SUFFIXES)
+
+
+def _is_ome_zarr(path: str) -> bool:
+    return path.lower().rstrip("/").endswith(".ome.zarr") or (
+        path.rstrip("/").endswith(".zarr") and is_multiscale(path)
+    )
+
+
+def _is_slide_tiff(path: str, asked: bool | None) -> bool:
+    """Scanners' TIFFs are slides; of other tiled ones those without a place on Earth that look like one."""
+    found = slide_format(path)
+    if found is None or found != "generic-tiff":
+        return found is not None
+    try:
+        dataset = open_dataset(path)
+    except PerfVitError:
+        return True
+    with dataset:
+        if dataset.crs is not None or not dataset.transform.is_identity or dataset.gcps[0] or dataset.rpcs:
+            return False
+        is_pyramid_of_colours = dataset.count in (3, 4) and set(dataset.dtypes) == {"uint8"} and dataset.overviews(1)
+        return bool(is_pyramid_of_colours) if asked is None else asked

@@ -1,0 +1,107 @@
+"""Sizes of pixels with their unit, so that a model meets the scale it was trained at in any CRS."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import pyproj
+from rasterio.errors import CRSError
+from rasterio.warp import transform
+
+from perf_vit.errors import InputError
+from perf_vit.sources._gdal import crs_name
+
+__all__ = ["PixelSize", "Unit", "common_unit", "unit_of"]
+
+Unit = tuple[str, float | None]
+"""Name of a unit of length and its metres; None for degrees, whose length depends on the place."""
+
+
+@dataclass(frozen=True)
+class PixelSize:
+    """The pixel size in a unit; `open_source` takes it as `resolution` and converts it to the CRS's unit.
+
+    Attributes:
+        size: in `unit`.
+        unit: from `unit_of`.
+    """
+
+    size: float
+    unit: Unit
+
+    def in_crs(self, crs: Any, path: str, place_xy: tuple[float, float]) -> float:
+        """The size in units of a CRS.
+
+        Args:
+            crs: of the pixels.
+            path: of the raster, for errors.
+            place_xy: the raster's middle in the CRS, for advice.
+
+        Raises:
+            InputError: one unit is degrees, the other isn't.
+        """
+        name, metres = unit_of(crs)
+        own_name, own_metres = self.unit
+        if own_metres is not None and metres is not None:
+            return self.size * own_metres / metres
+        if own_metres is metres:
+            return self.size
+        other = _utm_zone(crs, place_xy) if metres is None else "EPSG:4326"
+        raise InputError(
+            f"the model reads pixels of {self.size:g} {own_name}, but {path} is in {name} ({crs_name(crs)}); "
+            f"give a CRS in {own_name}, such as --crs {other}, or a size in {name} with --resolution"
+        )
+
+
+def unit_of(crs: Any) -> Unit:
+    """The unit of a CRS's coordinates."""
+    if crs.is_geographic:
+        return "degree", None
+    try:
+        name, metres = crs.linear_units_factor
+    except CRSError:
+        # Of local grids rasterio knows none.
+        return _unit_in(crs)
+    return str(name), float(metres)
+
+
+def _unit_in(crs: Any) -> Unit:
+    axis = pyproj.CRS.from_wkt(crs.to_wkt()).axis_info[0]
+    return axis.unit_name, float(axis.unit_conversion_factor)
+
+
+def _same(unit: Unit, other: Unit) -> bool:
+    """Whether two units are one; the same one has other names and last digits in other files."""
+    if unit[1] is None or other[1] is None:
+        return unit[1] is other[1]
+    return math.isclose(unit[1], other[1], rel_tol=1e-9)
+
+
+def common_unit(crs_of: Sequence[tuple[str, Any]]) -> Unit:
+    """The unit of several rasters' coordinates.
+
+    Args:
+        crs_of: path and CRS of each.
+
+    Raises:
+        InputError: they differ.
+    """
+    first_path, first = crs_of[0]
+    for path, crs in crs_of[1:]:
+        if not _same(unit_of(crs), unit_of(first)):
+            raise InputError(
+                f"data.resolution is in units of the CRS, which is {unit_of(first)[0]} in {first_path} and "
+                f"{unit_of(crs)[0]} in {path}; train on rasters of one unit"
+            )
+    return unit_of(first)
+
+
+def _utm_zone(crs: Any, place_xy: tuple[float, float]) -> str:
+    (longitude,), (latitude,) = transform(crs, "EPSG:4326", [place_xy[0]], [place_xy[1]])[:2]
+    if not (math.isfinite(longitude) and math.isfinite(latitude)):
+        return "EPSG:CODE"
+    zone = math.floor((longitude + 180) / 6) % 60 + 1
+    return f"EPSG:{(32600 if latitude >= 0 else 32700) + zone}"

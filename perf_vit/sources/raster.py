@@ -1,0 +1,187 @@
+"""Rasters of any size, read window by window, with a mask of the pixels that hold data."""
+
+from __future__ import annotations
+
+import functools
+import math
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any, Self
+
+import numpy as np
+from affine import Affine
+
+from perf_vit.errors import InputError
+from perf_vit.sources._bands import BandLayout, Palette, PixelArray, PixelOptions
+from perf_vit.sources._gdal import crs_name, open_dataset
+from perf_vit.sources._grid import Bounds, Grid
+from perf_vit.sources._handles import PerThread
+from perf_vit.sources._orientation import Orientation, orientation_of
+from perf_vit.sources._remote import with_retries
+from perf_vit.types import BoolArray, GeoImage, InputPath, Window
+
+__all__ = ["Bounds", "RasterSource"]
+
+
+class RasterSource:
+    """A raster on disk or behind a URL; `open_source` makes one.
+
+    It may be pickled, forked and shared between threads: each opens the file for itself.
+
+    A rotated raster keeps its pixels, its transform is the rotated one. A photo without georeference is read as viewers
+    show it, turned as its EXIF tag says.
+
+    Attributes:
+        path: as it was given.
+        height: rows.
+        width: columns.
+        bands: 1-based numbers of the file's bands that `read` gives.
+        dtype: of the pixels; the common one where bands differ.
+        crs: None where the file has none.
+        transform: pixel (column, row) to CRS coordinates; the identity where the file has none.
+        nodata: value of missing pixels, None if there is none that the dtype can hold.
+        band_names: the bands' descriptions, "band_1" and so on where they have none.
+        placed_by_gcps: whether only ground control points say where it lies; its pixels are read as they are.
+        colormap: value to (red, green, blue, alpha), None where the first band has none.
+        mask_name: what hides pixels beside nodata values, such as "band 4 (alpha)", None where nothing does.
+        options: of `open_source` that it was opened with.
+        opened_from: what `open_source` was given, None for a source that it didn't open.
+    """
+
+    mpp: float | None = None
+    options: Mapping[str, Any] = MappingProxyType({})
+    opened_from: InputPath | None = None
+    _orientation = Orientation()
+
+    def __init__(
+        self,
+        path: str | Path,
+        *,
+        bands: Sequence[int | str] | None = None,
+        nodata: float | None = None,
+        palette: Palette = "keep",
+        apply_scale: bool = False,
+    ) -> None:
+        self.path = os.fspath(path)
+        self._handle = PerThread(functools.partial(open_dataset, self.path))
+        dataset = self._handle.get()
+        options = PixelOptions(bands=bands, nodata=nodata, palette=palette, apply_scale=apply_scale)
+        self._layout = BandLayout.of(dataset, self.path, options)
+        self._orientation = orientation_of(dataset, self.path)
+        size = self._orientation.size(dataset.height, dataset.width)
+        self._describe(self._layout, Grid(dataset.crs, dataset.transform, *size))
+        gcps, _ = dataset.gcps
+        self.placed_by_gcps = bool(gcps) and self.crs is None
+
+    def _describe(self, layout: BandLayout, grid: Grid) -> None:
+        self._grid = grid
+        self.height, self.width = grid.height, grid.width
+        self.crs = grid.crs
+        self.transform: Affine = grid.transform
+        self.bands = layout.bands
+        self.dtype = layout.dtype
+        self.nodata = layout.nodata
+        self.band_names = layout.names
+        self.colormap = layout.colormap
+        self.mask_name = layout.mask_name
+
+    @property
+    def num_bands(self) -> int:
+        """Bands that `read` gives."""
+        return len(self.band_names)
+
+    @property
+    def orientation(self) -> int:
+        """The EXIF orientation that pixels are turned by, 1 to 8; 1 where they are read as they are stored."""
+        return self._orientation.value
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """(height, width)."""
+        return self.height, self.width
+
+    @property
+    def extent(self) -> Window:
+        """The window of all pixels."""
+        return self._grid.extent
+
+    @property
+    def bounds(self) -> Bounds:
+        """(left, bottom, right, top) in CRS units; of a rotated raster, the box around it."""
+        return self._grid.bounds
+
+    def read(self, window: Window) -> GeoImage:
+        """Read a window, which may reach past the edge on any side.
+
+        A band is invalid past the edge, where it is nodata or not finite, and where alpha or mask is 0; a pixel is
+        valid where a band is. Pixels past the edge are the nodata value, or 0.
+
+        Args:
+            window: rows and columns, in pixels of the raster.
+
+        Returns:
+            Pixels [num_bands, height, width] in the raster's dtype.
+
+        Raises:
+            DamagedDataError: the file is damaged there.
+            UnreachableError: a server doesn't deliver it, also after some tries.
+        """
+        pixels = np.full((self.num_bands, *window.shape), self.nodata or 0, self.dtype)
+        mask = np.zeros((1, *window.shape), bool)
+        shared = window.intersect(self.extent)
+        if shared is not None:
+            rows, cols = shared.slices_in(window)
+            pixels[:, rows, cols], inside = self._read_again(shared, shared.shape)
+            mask = np.zeros((len(inside), *window.shape), bool)
+            mask[:, rows, cols] = inside
+        return GeoImage.of(pixels, mask, self.crs, self.transform @ Affine.translation(window.col, window.row))
+
+    def read_reduced(self, max_size_px: int, window: Window | None = None) -> GeoImage:
+        """Read a window thinned out, or from the file's overviews: for statistics and pictures.
+
+        Args:
+            max_size_px: longest side of the result, in pixels; smaller windows are not enlarged.
+            window: inside the raster, all of it by default.
+
+        Returns:
+            Pixels [num_bands, h, w] by nearest neighbour, with the transform of the larger pixels.
+
+        Raises:
+            InputError: the window is outside the raster, or the file is damaged there.
+        """
+        shared = (window or self.extent).intersect(self.extent)
+        if shared is None:
+            raise InputError(f"{window} must meet {self.path}, which is {self.height} rows x {self.width} columns")
+        step = max(1.0, max(shared.shape) / max_size_px)
+        height, width = (max(1, math.floor(side / step + 0.5)) for side in shared.shape)
+        pixels, mask = self._read_again(shared, (height, width))
+        scale = Affine.scale(shared.width / width, shared.height / height)
+        return GeoImage.of(pixels, mask, self.crs, self.transform @ Affine.translation(shared.col, shared.row) @ scale)
+
+    def close(self) -> None:
+        """Close this thread's file handle; a later read opens it again."""
+        self._handle.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+    def __repr__(self) -> str:
+        layout = f"{self.height} x {self.width} px, {self.num_bands} x {self.dtype}, {crs_name(self.crs)}"
+        return f"{type(self).__name__}({self.path!r}: {layout})"
+
+    def _read_again(self, window: Window, out_shape: tuple[int, int]) -> tuple[PixelArray, BoolArray]:
+        """`_read_inside`, with more than one try where a server doesn't deliver."""
+        return with_retries(functools.partial(self._read_inside, window, out_shape), self.close)
+
+    def _read_inside(self, window: Window, out_shape: tuple[int, int]) -> tuple[PixelArray, BoolArray]:
+        """Pixels [C, *out_shape] of a window inside the raster, and which hold data, [C or 1, *out_shape]."""
+        stored = self._orientation.stored_window(window, self.size)
+        read = self._layout.read(self._handle.get(), stored, self._orientation.size(*out_shape))
+        if self.orientation == 1:
+            return read
+        return self._orientation.show(read[0]), self._orientation.show(read[1])

@@ -1,0 +1,5 @@
+"""Whole-slide images: pyramids read at any magnification, and their tissue."""
+
+from perf_vit.sources.slides.slide import SlideSource
+
+__all__ = ["SlideSource"]

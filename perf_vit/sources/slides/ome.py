@@ -1,0 +1,265 @@
+"""OME-TIFF and OME-Zarr: slides of any number of channels, their tiles or chunks read one by one."""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from perf_vit.errors import DamagedDataError, InputError, parsing
+from perf_vit.sources._bands import is_finite
+from perf_vit.sources._gdal import check_exists, check_name
+from perf_vit.sources._handles import PerThread
+from perf_vit.sources.slides.ome_xml import micrometres, parse_ome_xml
+from perf_vit.sources.slides.openslide import import_slide_library
+from perf_vit.sources.slides.pyramid import Level, true_downsample
+from perf_vit.types import BoolArray, Window
+
+__all__ = ["ArrayReader", "is_multiscale", "open_ome_tiff", "open_ome_zarr", "stored_mask"]
+
+_COLOURS = ("red", "green", "blue")
+
+# ExtraSamples of TIFF: colours multiplied with alpha, and others.
+_ALPHA_SAMPLES = {1, 2}
+
+
+@dataclass(frozen=True, slots=True)
+class _Arrays:
+    """An open file: one array a level, with the axes they have in common, and what the metadata say."""
+
+    arrays: Sequence[Any]
+    axes: str
+    mpp_yx: tuple[float, float] | None
+    names: tuple[str, ...]
+    close: Callable[[], None]
+    has_alpha: bool = False
+
+
+class ArrayReader:
+    """Levels of arrays with axes Y and X, at most one of C (channels) and S (colours), and others of length 1.
+
+    Args:
+        path: name of the file.
+        open_arrays: opens it.
+
+        format_name: what people call it.
+
+    Raises:
+        InputError: it can't be opened, or has other axes or pixels.
+    """
+
+    def __init__(self, path: str, open_arrays: Callable[[str], _Arrays], format_name: str) -> None:
+        self._path = path
+        self.format = format_name
+        self._handle = PerThread(functools.partial(open_arrays, path))
+        opened = self._handle.get()
+        sizes = [dict(zip(opened.axes, array.shape, strict=True)) for array in opened.arrays]
+        self._axes = opened.axes
+        self._check(sizes[0], np.dtype(opened.arrays[0].dtype))
+        self.dtype = np.dtype(opened.arrays[0].dtype).newbyteorder("=")
+        self.levels = _levels([(size["Y"], size["X"]) for size in sizes])
+        self.mpp_yx = opened.mpp_yx
+        self._is_colour = "S" in sizes[0]
+        self.band_names = (
+            (*_COLOURS, "alpha" if opened.has_alpha else "band_4")[: sizes[0]["S"]]
+            if self._is_colour
+            else _channel_names(opened.names, sizes[0].get("C", 1))
+        )
+        self.alpha = len(_COLOURS) if "alpha" in self.band_names[3:] and self._is_colour else None
+        self.fill = 255 if self._is_colour and self.dtype == np.uint8 else 0
+
+    def read(self, level: int, window: Window) -> tuple[npt.NDArray[Any], BoolArray]:
+        """Pixels [C, h, w] and which are finite and stored, [C, h, w] or [1, h, w].
+
+        Raises:
+            DamagedDataError: the file is damaged there.
+            InputError: the system can't read it.
+        """
+        places: dict[str, Any] = {"Y": slice(window.row, window.row_stop), "X": slice(window.col, window.col_stop)}
+        places |= {"C": slice(None), "S": slice(None)}
+        try:
+            array, chosen = self._handle.get().arrays[level], tuple(places.get(axis, 0) for axis in self._axes)
+            found, stored = np.asarray(array[chosen]), stored_mask(array, chosen)
+        # The codecs behind a file have no common base of their errors.
+        except Exception as error:
+            what = (
+                f"can't read rows {window.row} to {window.row_stop}, columns {window.col} to {window.col_stop} of "
+                f"level {level} of {self._path}: {' '.join(str(error).split())}"
+            )
+            # The system gives numbers to its own errors, as of a disk that isn't there any more.
+            if isinstance(error, OSError) and error.errno is not None:
+                raise InputError(what) from error
+            raise DamagedDataError(f"{what}; the file may be truncated or damaged") from error
+        kept = [axis for axis in self._axes if axis in places]
+        if len(kept) == 2:
+            found, kept = found[None], ["C", *kept]
+        order = [kept.index("S" if self._is_colour else "C"), kept.index("Y"), kept.index("X")]
+        pixels = np.ascontiguousarray(found.transpose(order), dtype=self.dtype)
+        mask = is_finite(pixels) if self.dtype.kind == "f" else np.ones((1, *window.shape), bool)
+        if stored is None or stored.all():
+            return pixels, mask
+        return pixels, mask & stored.reshape(found.shape).transpose(order)
+
+    def close(self) -> None:
+        """Close this thread's handle."""
+        self._handle.close()
+
+    def _check(self, size: Mapping[str, int], dtype: np.dtype[Any]) -> None:
+        shape = ", ".join(f"{axis} {length}" for axis, length in size.items())
+        others = [axis for axis, length in size.items() if axis not in "YXCS" and length > 1]
+        if others or not {"Y", "X"} <= set(size) or ({"C", "S"} <= set(size) and size["C"] > 1 and size["S"] > 1):
+            raise InputError(
+                f"{self._path} must be one image of rows Y, columns X and channels C or colours S, got axes {shape}; "
+                "write one plane of it to a file and open that"
+            )
+        if size.get("S", 3) not in (3, 4):
+            raise InputError(f"{self._path} must have 3 or 4 colours S a pixel, got axes {shape}")
+        if dtype.kind not in "uif":
+            raise InputError(f"{self._path} must hold integers or floating-point numbers, got {dtype}")
+
+
+def open_ome_tiff(path: str) -> ArrayReader:
+    """Read the first image of an OME-TIFF; others, such as labels, are never read.
+
+    Raises:
+        InputError: it can't be opened, or is no single image.
+    """
+    return ArrayReader(path, _open_tiff, "ome-tiff")
+
+
+def open_ome_zarr(path: str) -> ArrayReader:
+    """Read the first image of an OME-Zarr folder of version 0.4 or 0.5.
+
+    Raises:
+        InputError: it can't be opened, or is no single image.
+    """
+    return ArrayReader(path, _open_zarr, "ome-zarr")
+
+
+def is_multiscale(path: str) -> bool:
+    """Whether a folder is an OME-Zarr image."""
+    folder = Path(path)
+    return any(
+        b'"multiscales"' in (place / name).read_bytes()
+        for place in (folder, folder / "0")
+        for name in (".zattrs", "zarr.json")
+        if (place / name).is_file()
+    )
+
+
+def _levels(sizes: Sequence[tuple[int, int]]) -> tuple[Level, ...]:
+    full = sizes[0]
+    return tuple(
+        Level(height, width, (true_downsample(full[0], height), true_downsample(full[1], width)))
+        for height, width in sizes
+    )
+
+
+def _channel_names(names: Sequence[str], count: int) -> tuple[str, ...]:
+    given = tuple(names) + ("",) * count
+    return tuple(given[index] or f"band_{index + 1}" for index in range(count))
+
+
+def _open_tiff(path: str) -> _Arrays:
+    tifffile = import_slide_library("tifffile", path)
+    zarr = import_slide_library("zarr", path)
+    check_name(path)
+    check_exists(path)
+    with parsing(path, "an OME-TIFF"):
+        tiff = tifffile.TiffFile(path)
+        series = tiff.series[0]
+        arrays = [zarr.open(series.aszarr(level=level), mode="r") for level in range(len(series.levels))]
+        found = parse_ome_xml(tiff.ome_metadata or "")
+        samples = {int(kind) for kind in series.keyframe.extrasamples}
+        has_alpha = bool(samples & _ALPHA_SAMPLES)
+        return _Arrays(arrays, series.axes, found.mpp_yx, found.channel_names, tiff.close, has_alpha)
+
+
+def _open_zarr(path: str) -> _Arrays:
+    zarr = import_slide_library("zarr", path)
+    check_name(path)
+    check_exists(path)
+    with parsing(path, "an OME-Zarr image of version 0.4 or 0.5"):
+        group = zarr.open_group(path, mode="r")
+        # Converters of many-image files put each image into a folder of its number.
+        image = group if _metadata(group).get("multiscales") else group["0"]
+        metadata = _metadata(image)
+        scales = metadata["multiscales"][0]
+        arrays = [image[entry["path"]] for entry in scales["datasets"]]
+        axes = "".join(str(axis["name"])[0].upper() for axis in scales["axes"])
+        names = tuple(str(channel.get("label", "")) for channel in metadata.get("omero", {}).get("channels", []))
+        return _Arrays(arrays, axes, _scale_yx(scales), names, lambda: None)
+
+
+def _metadata(group: Any) -> dict[str, Any]:
+    attributes = dict(group.attrs)
+    found: dict[str, Any] = attributes.get("ome", attributes)
+    return found
+
+
+def _scale_yx(scales: Mapping[str, Any]) -> tuple[float, float] | None:
+    """Micrometres per pixel of the first level, by its scale and that of all levels."""
+    factors = np.ones(len(scales["axes"]))
+    for entry in (
+        *scales["datasets"][0].get("coordinateTransformations", ()),
+        *scales.get("coordinateTransformations", ()),
+    ):
+        if entry["type"] == "scale":
+            factors = factors * np.asarray(entry["scale"], float)
+    sizes = {
+        axis["name"]: micrometres(float(factor), axis.get("unit"))
+        for axis, factor in zip(scales["axes"], factors, strict=True)
+    }
+    y, x = sizes["y"], sizes["x"]
+    return None if y is None or x is None else (y, x)
+
+
+def stored_mask(array: Any, selection: Sequence[int | slice]) -> BoolArray | None:
+    """Which of some pixels lie in chunks, or shards, that are stored.
+
+    Zarr reads a chunk that isn't there as the array's fill value. Writers leave out chunks that hold nothing else, and
+    files get lost; nothing tells one from the other. An array without fill value may leave out none.
+
+    Args:
+        array: a Zarr array.
+        selection: a number or a slice an axis, inside the array.
+
+    Returns:
+        As `array[selection]` is shaped; None for an array that isn't in a folder.
+
+    Raises:
+        DamagedDataError: a chunk of an array without fill value isn't there.
+    """
+    root = getattr(array.store, "root", None)
+    if root is None:
+        return None
+    folder = os.path.join(os.fspath(root), array.path)
+    starts, stops = zip(
+        *(_bounds(part, length) for part, length in zip(selection, array.shape, strict=True)), strict=True
+    )
+    sizes = array.shards or array.chunks
+    mask = np.ones([stop - start for start, stop in zip(starts, stops, strict=True)], bool)
+    cells = (range(start // n, -(-stop // n)) for start, stop, n in zip(starts, stops, sizes, strict=True))
+    for cell in itertools.product(*cells):
+        file = os.path.join(folder, array.metadata.encode_chunk_key(cell))
+        if os.path.exists(file):
+            continue
+        if array.metadata.fill_value is None:
+            raise DamagedDataError(f"the chunk {file} is missing")
+        spans = zip(cell, sizes, starts, strict=True)
+        mask[tuple(slice(max(0, i * n - start), (i + 1) * n - start) for i, n, start in spans)] = False
+    return mask[tuple(0 if isinstance(part, int) else slice(None) for part in selection)]
+
+
+def _bounds(part: int | slice, length: int) -> tuple[int, int]:
+    if isinstance(part, int):
+        return part, part + 1
+    start, stop, _ = part.indices(length)
+    return start, stop

@@ -1,0 +1,181 @@
+"""Whole slides of every format that OpenSlide 4 reads."""
+
+from __future__ import annotations
+
+import functools
+import importlib
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from PIL import ImageCms
+
+from perf_vit.errors import DamagedDataError, InputError
+from perf_vit.sources._gdal import check_exists, check_name
+from perf_vit.sources._handles import PerThread
+from perf_vit.sources.slides.pyramid import Level, true_downsample
+from perf_vit.types import BoolArray, Window
+
+__all__ = ["OpenSlideReader", "import_slide_library", "slide_format"]
+
+_BLOCK_PX = 512
+
+
+def import_slide_library(name: str, path: str) -> Any:
+    """Import a package of the extra `slides`.
+
+    Raises:
+        InputError: it isn't installed, or doesn't find its binary.
+    """
+    try:
+        return importlib.import_module(name)
+    except (ImportError, OSError) as error:
+        raise InputError(
+            f'{path} needs the package {name}, which can\'t be imported: pip install "perf-vit[slides]"'
+        ) from error
+
+
+def slide_format(path: str) -> str | None:
+    """OpenSlide's name of the file's format, None where it isn't a slide or OpenSlide isn't installed."""
+    try:
+        import openslide
+    except (ImportError, OSError):
+        return None
+    try:
+        name: str | None = openslide.OpenSlide.detect_format(path)
+    except openslide.OpenSlideError:
+        return None
+    return name
+
+
+@dataclass(frozen=True, slots=True)
+class _Handle:
+    """An open slide, and its colour transform where one was asked for."""
+
+    slide: Any
+    to_srgb: Any
+
+    def close(self) -> None:
+        self.slide.close()
+
+
+class OpenSlideReader:
+    """A slide's levels through OpenSlide; labels and macro pictures, which may name the patient, are never read.
+
+    Args:
+        path: the slide.
+        to_srgb: convert with the slide's colour profile, where it has one.
+
+    Raises:
+        InputError: the slide can't be opened, or OpenSlide isn't installed.
+    """
+
+    dtype = np.dtype(np.uint8)
+    band_names: tuple[str, ...] = ("red", "green", "blue")
+    # Where the scanner saw nothing is in the masks of `read`.
+    alpha: int | None = None
+    # Glass without tissue is white.
+    fill = 255
+
+    def __init__(self, path: str, *, to_srgb: bool = False) -> None:
+        self._path = path
+        self._handle = PerThread(functools.partial(_open, path, to_srgb))
+        slide = self._handle.get().slide
+        self.format = slide.properties.get("openslide.vendor", "unknown")
+        self._downsamples = tuple(float(value) for value in slide.level_downsamples)
+        self.levels = _levels(slide.level_dimensions)
+        self.mpp_yx = _mpp_yx(slide.properties)
+
+    def read(self, level: int, window: Window) -> tuple[npt.NDArray[Any], BoolArray]:
+        """Pixels [3, h, w], white where the scanner saw nothing, and where it saw something [1, h, w].
+
+        Raises:
+            DamagedDataError: the slide is damaged there.
+        """
+        if self._downsamples[level].is_integer():
+            return self._read_at(level, window)
+        # OpenSlide takes positions in whole pixels of level 0. Where those are no whole pixels of the level, it shifts
+        # by the rest; blocks with fixed positions make the shift, too, independent of the window.
+        pixels = np.empty((3, *window.shape), np.uint8)
+        mask = np.empty((1, *window.shape), bool)
+        for block in _blocks(window):
+            part = block.intersect(window)
+            assert part is not None
+            rows, cols = part.slices_in(window)
+            block_rows, block_cols = part.slices_in(block)
+            block_pixels, block_mask = self._read_at(level, block)
+            pixels[:, rows, cols] = block_pixels[:, block_rows, block_cols]
+            mask[:, rows, cols] = block_mask[:, block_rows, block_cols]
+        return pixels, mask
+
+    def close(self) -> None:
+        """Close this thread's handle."""
+        self._handle.close()
+
+    def _read_at(self, level: int, window: Window) -> tuple[npt.NDArray[Any], BoolArray]:
+        handle = self._handle.get()
+        place = tuple(round(at * self._downsamples[level]) for at in (window.col, window.row))
+        try:
+            picture = handle.slide.read_region(place, level, (window.width, window.height))
+        except _openslide().OpenSlideError as error:
+            # OpenSlide refuses everything after an error; a new handle may read another place.
+            self.close()
+            raise DamagedDataError(
+                f"can't read rows {window.row} to {window.row_stop}, columns {window.col} to {window.col_stop} of "
+                f"level {level} of {self._path}: {_reason(error)}; the file may be truncated or damaged"
+            ) from error
+        alpha = np.asarray(picture)[..., 3] > 0
+        if handle.to_srgb is not None:
+            picture = ImageCms.applyTransform(picture.convert("RGB"), handle.to_srgb)
+        pixels = np.array(np.asarray(picture)[..., :3].transpose(2, 0, 1), order="C")
+        pixels[:, ~alpha] = self.fill
+        return pixels, alpha[None]
+
+
+def _blocks(window: Window) -> list[Window]:
+    rows = range(window.row // _BLOCK_PX * _BLOCK_PX, window.row_stop, _BLOCK_PX)
+    cols = range(window.col // _BLOCK_PX * _BLOCK_PX, window.col_stop, _BLOCK_PX)
+    return [Window(row, col, _BLOCK_PX, _BLOCK_PX) for row in rows for col in cols]
+
+
+def _openslide() -> Any:
+    return importlib.import_module("openslide")
+
+
+def _open(path: str, to_srgb: bool) -> _Handle:
+    openslide = import_slide_library("openslide", path)
+    check_name(path)
+    check_exists(path)
+    try:
+        slide = openslide.OpenSlide(path)
+    except openslide.OpenSlideError as error:
+        raise InputError(f"can't open {path} as a slide: {_reason(error)}") from error
+    return _Handle(slide, _srgb_transform(slide.color_profile) if to_srgb else None)
+
+
+def _srgb_transform(profile: Any) -> Any:
+    if profile is None:
+        return None
+    srgb = ImageCms.createProfile("sRGB")
+    return ImageCms.buildTransform(profile, srgb, "RGB", "RGB", ImageCms.Intent.RELATIVE_COLORIMETRIC)
+
+
+def _levels(sizes: Any) -> tuple[Level, ...]:
+    full_width, full_height = sizes[0]
+    return tuple(
+        Level(height, width, (true_downsample(full_height, height), true_downsample(full_width, width)))
+        for width, height in sizes
+    )
+
+
+def _mpp_yx(properties: Any) -> tuple[float, float] | None:
+    try:
+        mpp_yx = float(properties["openslide.mpp-y"]), float(properties["openslide.mpp-x"])
+    except (KeyError, ValueError):
+        return None
+    return mpp_yx if min(mpp_yx) > 0 else None
+
+
+def _reason(error: Exception) -> str:
+    return " ".join(str(error).split()).rstrip(".") or "unsupported or missing file"

@@ -1,0 +1,259 @@
+"""Pyramids of any file format: their levels, and which one to read for a pixel size."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+from scipy.sparse import csr_array
+
+from perf_vit.types import BoolArray, Window
+
+__all__ = [
+    "Level",
+    "LevelGrid",
+    "PyramidReader",
+    "finest_enough",
+    "grid_at",
+    "grid_of_level",
+    "read_grid",
+    "true_downsample",
+]
+
+# Scanners give 0.4990 or 0.2527 where people say 0.5 and 0.25: within this share a level is read as it is.
+_SAME_SIZE = 0.01
+
+
+@dataclass(frozen=True, slots=True)
+class Level:
+    """One resolution of a pyramid.
+
+    Attributes:
+        height: rows.
+        width: columns.
+        downsample_yx: height and width of its pixels, in pixels of level 0.
+    """
+
+    height: int
+    width: int
+    downsample_yx: tuple[float, float]
+
+
+class PyramidReader(Protocol):
+    """What a file format must give, so that a `SlideSource` can be made of it.
+
+    Attributes:
+        levels: finest first; level 0 has downsample (1, 1).
+        mpp_yx: micrometres per pixel of level 0, None where the file doesn't tell.
+        dtype: of the pixels.
+        band_names: one a band.
+        alpha: index of a band of opacity, None without; it is read only if it is asked for.
+        fill: value of pixels that don't exist.
+        format: its name, such as "aperio".
+    """
+
+    levels: tuple[Level, ...]
+    mpp_yx: tuple[float, float] | None
+    dtype: np.dtype[Any]
+    band_names: tuple[str, ...]
+    alpha: int | None
+    fill: int
+    format: str
+
+    def read(self, level: int, window: Window) -> tuple[npt.NDArray[Any], BoolArray]:
+        """Pixels [C, h, w] of a window inside the level, and which hold data, [C or 1, h, w]; from any thread."""
+
+    def close(self) -> None:
+        """Close this thread's handle."""
+
+
+@dataclass(frozen=True, slots=True)
+class LevelGrid:
+    """A grid of pixels laid over a level.
+
+    Attributes:
+        level: index of the level that is read.
+        height: rows of the grid.
+        width: columns of the grid.
+        step_yx: height and width of a grid pixel, in pixels of the level.
+        start_yx: the grid's upper left corner, in pixels of the level.
+    """
+
+    level: int
+    height: int
+    width: int
+    step_yx: tuple[float, float] = (1.0, 1.0)
+    start_yx: tuple[float, float] = (0.0, 0.0)
+
+    @property
+    def is_level(self) -> bool:
+        """Whether the grid's pixels are the level's own."""
+        return self.step_yx == (1.0, 1.0) and self.start_yx == (0.0, 0.0)
+
+
+def true_downsample(full: int, reduced: int) -> float:
+    """Pixels of level 0 to a pixel of a level, from their lengths.
+
+    Writers drop or add a part of a pixel at the end, so 1001 to 250 is 4, not 4.004; and 60,000 to 235 is 256, not 255,
+    as most pyramids halve.
+    """
+    ratio = full / reduced
+    for whole in (2 ** round(math.log2(ratio)), round(ratio)) if not ratio.is_integer() else ():
+        if whole >= 1 and abs(reduced - full / whole) < 1:
+            return float(whole)
+    return ratio
+
+
+def grid_of_level(levels: Sequence[Level], level: int) -> LevelGrid:
+    """The level's own pixels."""
+    return LevelGrid(level, levels[level].height, levels[level].width)
+
+
+def grid_at(levels: Sequence[Level], factor_yx: tuple[float, float]) -> LevelGrid:
+    """A grid of pixels `factor_yx` times as large as those of level 0, over the best level.
+
+    That is a level whose pixels have this size within 1 %, which is then taken as it is, or the coarsest one that is
+    at least as fine, or else level 0, enlarged.
+    """
+    for index, level in enumerate(levels):
+        if all(abs(f / d - 1) <= _SAME_SIZE for f, d in zip(factor_yx, level.downsample_yx, strict=True)):
+            return grid_of_level(levels, index)
+    index = finest_enough(levels, factor_yx)
+    step_y, step_x = (f / d for f, d in zip(factor_yx, levels[index].downsample_yx, strict=True))
+    height = max(1, math.floor(levels[0].height / factor_yx[0] + 0.5))
+    width = max(1, math.floor(levels[0].width / factor_yx[1] + 0.5))
+    return LevelGrid(index, height, width, (step_y, step_x))
+
+
+def finest_enough(levels: Sequence[Level], factor_yx: tuple[float, float]) -> int:
+    """Index of the coarsest level with pixels no larger than `factor_yx` pixels of level 0; 0 where there is none."""
+    fitting = [
+        index
+        for index, level in enumerate(levels)
+        if all(d <= f for d, f in zip(level.downsample_yx, factor_yx, strict=True))
+    ]
+    return max(fitting, key=lambda index: levels[index].downsample_yx, default=0)
+
+
+# Pixels of a level held at once, before a window is cut in two.
+_MAX_PIXELS = 1 << 24
+
+
+def read_grid(
+    reader: PyramidReader, grid: LevelGrid, window: Window, bands: Sequence[int]
+) -> tuple[npt.NDArray[Any], BoolArray]:
+    """Read a window of a grid over a pyramid's level.
+
+    Reduction and enlargement use a triangle filter, as wide as two grid pixels or two level pixels, whichever are
+    larger: anti-aliased in the first case, bilinear in the second. Weights come from a pixel's place in the whole grid
+    and are summed in a fixed order, so windows meet without a seam, bit for bit. Invalid values have no part in their
+    neighbours; a band of a grid pixel is valid where at least half of the weight is.
+
+    Args:
+        reader: the pyramid.
+        grid: what to read.
+        window: inside the grid.
+        bands: indices of the bands to read, from 0.
+
+    Returns:
+        Pixels [C, h, w] in the reader's dtype, and which hold data, [C, h, w] or [1, h, w].
+    """
+    if grid.is_level:
+        return _read_bands(reader, grid.level, window, bands)
+    level = reader.levels[grid.level]
+    rows = _Taps(grid.start_yx[0], grid.step_yx[0], level.height, window.row, window.row_stop)
+    cols = _Taps(grid.start_yx[1], grid.step_yx[1], level.width, window.col, window.col_stop)
+    if rows.span * cols.span > _MAX_PIXELS and max(window.shape) > 1:
+        return _read_halves(reader, grid, window, bands)
+    place = Window(rows.first, cols.first, rows.span, cols.span)
+    return _filtered(*_read_bands(reader, grid.level, place, bands), rows, cols, reader.fill)
+
+
+def _read_bands(
+    reader: PyramidReader, level: int, window: Window, bands: Sequence[int]
+) -> tuple[npt.NDArray[Any], BoolArray]:
+    pixels, mask = reader.read(level, window)
+    mask = mask if len(mask) == 1 else mask[list(bands)]
+    # A band that is read as data masks nothing.
+    if reader.alpha is not None and reader.alpha not in bands:
+        mask = mask & (pixels[reader.alpha] > 0)
+    return pixels[list(bands)], mask
+
+
+def _read_halves(
+    reader: PyramidReader, grid: LevelGrid, window: Window, bands: Sequence[int]
+) -> tuple[npt.NDArray[Any], BoolArray]:
+    if window.height >= window.width:
+        half = window.height // 2
+        parts = [
+            Window(window.row, window.col, half, window.width),
+            Window(window.row + half, window.col, window.height - half, window.width),
+        ]
+    else:
+        half = window.width // 2
+        parts = [
+            Window(window.row, window.col, window.height, half),
+            Window(window.row, window.col + half, window.height, window.width - half),
+        ]
+    pixels = np.empty((len(bands), *window.shape), reader.dtype)
+    mask = np.empty((len(bands), *window.shape), bool)
+    for part in parts:
+        rows, cols = part.slices_in(window)
+        pixels[:, rows, cols], mask[:, rows, cols] = read_grid(reader, grid, part, bands)
+    return pixels, mask
+
+
+class _Taps:
+    """Weights of a level's rows (or columns) in the grid's rows `first_out` to `stop_out`."""
+
+    def __init__(self, start: float, step: float, length: int, first_out: int, stop_out: int) -> None:
+        support = max(step, 1.0)
+        centers = start + (np.arange(first_out, stop_out) + 0.5) * step
+        # At the far edge, a centre may lie a part of a pixel outside a level whose length was rounded down.
+        centers = np.clip(centers, 0.5, length - 0.5)
+        lowest = np.ceil(centers - support - 0.5).astype(np.int64)
+        index = lowest[:, None] + np.arange(int(np.floor(2 * support)) + 1)
+        weight = 1 - np.abs(index + 0.5 - centers[:, None]) / support
+        used = (weight > 0) & (index >= 0) & (index < length)
+        self.first = int(index[used].min())
+        self.span = int(index[used].max()) + 1 - self.first
+        self._columns = index[used] - self.first
+        self._weights = weight[used]
+        self._ends = np.concatenate([[0], np.cumsum(used.sum(1))])
+        self.totals: npt.NDArray[np.float64] = (weight * used).sum(1)
+
+    def matrix(self, dtype: npt.DTypeLike) -> Any:
+        """[out, span]; scipy multiplies it row by row, each row's entries in order."""
+        shape = (len(self._ends) - 1, self.span)
+        return csr_array((self._weights.astype(dtype), self._columns, self._ends), shape=shape)
+
+
+def _filtered(
+    pixels: npt.NDArray[Any], mask: BoolArray, rows: _Taps, cols: _Taps, fill: int
+) -> tuple[npt.NDArray[Any], BoolArray]:
+    # 24 bits of mantissa hold 16-bit pixels.
+    work = np.dtype(np.float32 if pixels.dtype.itemsize <= 2 or pixels.dtype == np.float32 else np.float64)
+    num_bands, height, width = pixels.shape
+    num_layers = num_bands + len(mask)
+    stack = np.empty((height, width, num_layers), work)
+    stack[..., :num_bands] = np.where(mask, pixels, 0).transpose(1, 2, 0)
+    stack[..., num_bands:] = mask.transpose(1, 2, 0)
+    down = rows.matrix(work) @ stack.reshape(height, -1)
+    turned = np.ascontiguousarray(down.reshape(-1, width, num_layers).transpose(1, 0, 2))
+    out = (cols.matrix(work) @ turned.reshape(width, -1)).reshape(-1, len(down), num_layers).transpose(2, 1, 0)
+    weight = out[num_bands:]
+    held = weight >= 0.4999 * np.multiply.outer(rows.totals, cols.totals)
+    with np.errstate(invalid="ignore", divide="ignore"):
+        values = np.where(held, out[:num_bands] / weight, fill)
+    return _cast(values, pixels.dtype), held
+
+
+def _cast(values: npt.NDArray[Any], dtype: np.dtype[Any]) -> npt.NDArray[Any]:
+    if dtype.kind == "f":
+        return values.astype(dtype)
+    limits = np.iinfo(dtype)
+    return np.clip(np.rint(values), limits.min, limits.max).astype(dtype)

@@ -1,0 +1,241 @@
+"""Whole slides of any size, read window by window at the pixel size that was asked for."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
+from typing import Any, Self
+
+import numpy as np
+import numpy.typing as npt
+from affine import Affine
+
+from perf_vit.errors import InputError
+from perf_vit.sources._bands import warn_of_alpha
+from perf_vit.sources.slides.pyramid import LevelGrid, PyramidReader, finest_enough, grid_at, grid_of_level, read_grid
+from perf_vit.sources.slides.tissue import TissueMask, open_tissue
+from perf_vit.types import BoolArray, GeoImage, InputPath, Window
+
+__all__ = ["SlideSource"]
+
+
+class SlideSource:
+    """A whole slide; `open_source` makes one.
+
+    It may be pickled, forked and shared between threads: each opens the file for itself.
+
+    Args:
+        path: name of the slide.
+        reader: its levels.
+        mpp: micrometres per pixel to read at.
+        level: level to read, instead of `mpp`; by default 0.
+        slide_mpp: micrometres per pixel of level 0, or (x, y), instead of what the file says.
+        bands: names or 1-based numbers of the channels to read, in this order; by default all but alpha.
+        tissue: "otsu", or a GeoJSON file of polygons in pixels of level 0; pixels elsewhere are not valid.
+
+    Attributes:
+        path: as it was given.
+        height: rows at the size it is read at.
+        width: columns at the size it is read at.
+        bands: 1-based numbers of the channels that `read` gives.
+        dtype: of the pixels.
+        band_names: names of the channels.
+        mpp: micrometres per pixel at the size it is read at, None where nobody knows; of pixels that are not square,
+            the geometric mean of both sides.
+        slide_mpp: (x, y) of level 0, None where nobody knows.
+        downsample_xy: width and height of a pixel of this source, in pixels of level 0.
+        transform: the identity.
+        format: what the file is, such as "aperio".
+        levels: (height, width) of each level that the file holds, finest first.
+        mask_name: what hides pixels in the file, such as "band 4 (alpha)", None where nothing does.
+        options: of `open_source` that it was opened with.
+        opened_from: what `open_source` was given, None for a source that it didn't open.
+
+    Raises:
+        InputError: no such level or channel, `mpp` without a known pixel size, or a bad tissue file.
+    """
+
+    crs = None
+    nodata: float | None = None
+    options: Mapping[str, Any] = MappingProxyType({})
+    opened_from: InputPath | None = None
+    colormap: dict[int, tuple[int, int, int, int]] | None = None
+
+    def __init__(
+        self,
+        path: str,
+        reader: PyramidReader,
+        *,
+        mpp: float | None = None,
+        level: int | None = None,
+        slide_mpp: float | tuple[float, float] | None = None,
+        bands: Sequence[int | str] | None = None,
+        tissue: str | None = None,
+    ) -> None:
+        self.path = path
+        self._reader = reader
+        self.format = reader.format
+        self.levels = tuple((level.height, level.width) for level in reader.levels)
+        mpp_yx = _checked_mpp(path, slide_mpp) or reader.mpp_yx
+        self.slide_mpp = None if mpp_yx is None else (mpp_yx[1], mpp_yx[0])
+        self._grid = _choose_grid(path, reader, mpp, level, mpp_yx)
+        down_y, down_x = reader.levels[self._grid.level].downsample_yx
+        self.downsample_xy = (self._grid.step_yx[1] * down_x, self._grid.step_yx[0] * down_y)
+        self.mpp = None if mpp_yx is None else math.sqrt(math.prod(mpp_yx) * math.prod(self.downsample_xy))
+        self.height, self.width = self._grid.height, self._grid.width
+        self.dtype = reader.dtype
+        self._indices = _choose_bands(path, reader, bands)
+        self.mask_name: str | None = None
+        if reader.alpha is not None and reader.alpha not in self._indices:
+            self.mask_name = f"band {reader.alpha + 1} (alpha)"
+            warn_of_alpha(path, reader.alpha + 1, len(reader.band_names))
+        self.bands = tuple(index + 1 for index in self._indices)
+        self.band_names = tuple(reader.band_names[index] for index in self._indices)
+        self.transform = Affine.identity()
+        self._tissue: TissueMask | None = None if tissue is None else open_tissue(tissue, path, reader, mpp_yx)
+
+    @property
+    def num_bands(self) -> int:
+        """Channels that `read` gives."""
+        return len(self.bands)
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """(height, width)."""
+        return self.height, self.width
+
+    @property
+    def extent(self) -> Window:
+        """The window of all pixels."""
+        return Window(0, 0, self.height, self.width)
+
+    def read(self, window: Window) -> GeoImage:
+        """Read a window, which may reach past the edge on any side.
+
+        A level is read as it is; other sizes are resampled from the coarsest level that is fine enough, with a
+        triangle filter that is laid on the slide, not on the window: windows meet without a seam, bit for bit.
+        A channel is invalid past the edge, where the scanner saw nothing, where it is not finite and outside the
+        tissue; a pixel is valid where a channel is.
+        Pixels past the edge and unseen ones are white in a slide of three colours of 8 bits, else 0.
+
+        Args:
+            window: rows and columns, in pixels of the size that the slide is read at.
+
+        Returns:
+            Pixels [num_bands, height, width].
+
+        Raises:
+            InputError: the file is damaged there.
+        """
+        pixels = np.full((self.num_bands, *window.shape), self._reader.fill, self.dtype)
+        mask = np.zeros((1, *window.shape), bool)
+        shared = window.intersect(self.extent)
+        if shared is not None:
+            rows, cols = shared.slices_in(window)
+            pixels[:, rows, cols], inside = self._read_inside(self._grid, shared)
+            if self._tissue is not None:
+                inside = inside & self._tissue.read(shared, self.downsample_xy)
+            mask = np.zeros((len(inside), *window.shape), bool)
+            mask[:, rows, cols] = inside
+        return GeoImage.of(pixels, mask, None, Affine.translation(window.col, window.row), self.mpp)
+
+    def read_reduced(self, max_size_px: int, window: Window | None = None) -> GeoImage:
+        """Read a window at lower resolution, from the best level: for statistics and pictures.
+
+        Args:
+            max_size_px: longest side of the result, in pixels; smaller windows are not enlarged.
+            window: all of the slide by default; the part of it inside the slide is read.
+
+        Returns:
+            Pixels [num_bands, h, w], their `mpp`, and the transform to pixels of this source.
+
+        Raises:
+            InputError: the window is outside the slide, or the file is damaged there.
+        """
+        shared = (window or self.extent).intersect(self.extent)
+        if shared is None:
+            raise InputError(f"{window} must meet {self.path}, which is {self.height} rows x {self.width} columns")
+        reduction = max(shared.shape) / max_size_px
+        if reduction <= 1:
+            return self.read(shared)
+        height, width = (max(1, math.floor(side / reduction + 0.5)) for side in shared.shape)
+        scale_yx = shared.height / height, shared.width / width
+        pixels, mask = self._read_inside(self._coarser(shared, scale_yx), Window(0, 0, height, width))
+        if self._tissue is not None:
+            down_x, down_y = self.downsample_xy
+            coarse_xy = (down_x * scale_yx[1], down_y * scale_yx[0])
+            start_xy = (shared.col * down_x, shared.row * down_y)
+            mask = mask & self._tissue.read(Window(0, 0, height, width), coarse_xy, start_xy)
+        mpp = None if self.mpp is None else self.mpp * math.sqrt(math.prod(scale_yx))
+        scale = Affine.scale(scale_yx[1], scale_yx[0])
+        return GeoImage.of(pixels, mask, None, Affine.translation(shared.col, shared.row) @ scale, mpp)
+
+    def close(self) -> None:
+        """Close this thread's file handle; a later read opens it again."""
+        self._reader.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+    def __repr__(self) -> str:
+        mpp = "unknown mpp" if self.mpp is None else f"{self.mpp:.4g} mpp"
+        return f"SlideSource({self.path!r}: {self.height} x {self.width} px, {self.num_bands} x {self.dtype}, {mpp})"
+
+    def _read_inside(self, grid: LevelGrid, window: Window) -> tuple[npt.NDArray[Any], BoolArray]:
+        return read_grid(self._reader, grid, window, self._indices)
+
+    def _coarser(self, window: Window, scale_yx: tuple[float, float]) -> LevelGrid:
+        """A grid over `window` alone, of pixels larger by `scale_yx`."""
+        down_yx = self.downsample_xy[::-1]
+        factor_yx = (down_yx[0] * scale_yx[0], down_yx[1] * scale_yx[1])
+        index = finest_enough(self._reader.levels, factor_yx)
+        level_yx = self._reader.levels[index].downsample_yx
+        step_yx = (factor_yx[0] / level_yx[0], factor_yx[1] / level_yx[1])
+        start_yx = (window.row * down_yx[0] / level_yx[0], window.col * down_yx[1] / level_yx[1])
+        return LevelGrid(index, window.height, window.width, step_yx, start_yx)
+
+
+def _checked_mpp(path: str, slide_mpp: float | tuple[float, float] | None) -> tuple[float, float] | None:
+    if slide_mpp is None:
+        return None
+    x, y = slide_mpp if isinstance(slide_mpp, tuple) else (slide_mpp, slide_mpp)
+    if not (0 < x < math.inf and 0 < y < math.inf):
+        raise InputError(f"slide_mpp of {path} must be above 0, in micrometres per pixel of level 0; got {slide_mpp}")
+    return float(y), float(x)
+
+
+def _choose_grid(
+    path: str, reader: PyramidReader, mpp: float | None, level: int | None, mpp_yx: tuple[float, float] | None
+) -> LevelGrid:
+    if mpp is None:
+        num_levels = len(reader.levels)
+        if not 0 <= (level or 0) < num_levels:
+            raise InputError(f"level of {path} must be 0 to {num_levels - 1}, which it has; got {level}")
+        return grid_of_level(reader.levels, level or 0)
+    if level is not None:
+        raise InputError(f"give mpp or level of {path}, not both; got mpp={mpp:g} and level={level}")
+    if not 0 < mpp < math.inf:
+        raise InputError(f"mpp must be above 0, in micrometres per pixel; got {mpp:g}")
+    if mpp_yx is None:
+        raise InputError(
+            f"{path} doesn't say how large its pixels are, so it can't be read at mpp={mpp:g}; give the micrometres "
+            "per pixel of level 0, such as slide_mpp=0.25, or read a level"
+        )
+    return grid_at(reader.levels, (mpp / mpp_yx[0], mpp / mpp_yx[1]))
+
+
+def _choose_bands(path: str, reader: PyramidReader, bands: Sequence[int | str] | None) -> tuple[int, ...]:
+    names = reader.band_names
+    if bands is None:
+        return tuple(index for index in range(len(names)) if index != reader.alpha)
+    known: dict[int | str, int] = {name: index for index, name in reversed(list(enumerate(names)))}
+    known |= {index + 1: index for index in range(len(names))}
+    wrong = [band for band in bands if band not in known]
+    if wrong or not bands:
+        got = f"got {wrong[0]!r}" if wrong else "got none"
+        raise InputError(f"bands of {path} must be numbers from 1 to {len(names)} or of {', '.join(names)}; {got}")
+    return tuple(known[band] for band in bands)

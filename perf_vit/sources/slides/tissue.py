@@ -1,0 +1,215 @@
+"""Where the tissue is: found by its colour, or drawn by the user."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+import shapely
+import shapely.geometry
+from affine import Affine
+from rasterio.features import rasterize
+from scipy import ndimage
+
+from perf_vit.errors import InputError
+from perf_vit.sources.slides.pyramid import PyramidReader, grid_at, read_grid
+from perf_vit.types import BoolArray, Window
+
+__all__ = ["PolygonMask", "RasterMask", "TissueMask", "find_tissue", "open_tissue", "otsu_threshold"]
+
+_MPP = 8.0
+# Longest side of the picture that tissue is looked for in, where nobody knows the pixel size.
+_MAX_SIDE_PX = 2048
+_STEPS_PER_PX = 256
+
+_CLOSING_RADIUS_PX = 3
+# At 8 um/px 0.01 mm2: dust and pen dots are smaller, the smallest biopsies larger.
+_MIN_AREA_PX = 156
+# Less colour than this is glass, however the histogram looks; less light is a pen, a fold or the slide's rim, whose
+# saturation is noise.
+_MIN_SATURATION, _MIN_VALUE = 0.05, 0.1
+
+
+class TissueMask(Protocol):
+    """Tells for the pixels of a window whether they show tissue."""
+
+    def read(
+        self, window: Window, downsample_xy: tuple[float, float], start_xy: tuple[float, float] = (0.0, 0.0)
+    ) -> BoolArray:
+        """Which pixel centres lie on tissue.
+
+        Args:
+            window: rows and columns of a grid over the slide.
+            downsample_xy: width and height of the grid's pixels, in pixels of level 0.
+            start_xy: the grid's upper left corner, in pixels of level 0.
+
+        Returns:
+            [window.height, window.width].
+        """
+
+
+class RasterMask:
+    """A mask of the whole slide at low resolution.
+
+    Args:
+        mask: [h, w].
+        downsample_yx: height and width of its pixels, in pixels of level 0.
+    """
+
+    def __init__(self, mask: BoolArray, downsample_yx: tuple[float, float]) -> None:
+        self.mask = mask
+        self._downsample_yx = downsample_yx
+
+    def read(
+        self, window: Window, downsample_xy: tuple[float, float], start_xy: tuple[float, float] = (0.0, 0.0)
+    ) -> BoolArray:
+        """Which pixel centres lie on tissue, [height, width]; see `TissueMask`."""
+        num_rows, num_cols = self.mask.shape
+        y = start_xy[1] + (np.arange(window.row, window.row_stop) + 0.5) * downsample_xy[1]
+        x = start_xy[0] + (np.arange(window.col, window.col_stop) + 0.5) * downsample_xy[0]
+        rows = np.clip(np.floor(y / self._downsample_yx[0]).astype(np.int64), 0, num_rows - 1)
+        cols = np.clip(np.floor(x / self._downsample_yx[1]).astype(np.int64), 0, num_cols - 1)
+        return self.mask[np.ix_(rows, cols)]
+
+
+class PolygonMask:
+    """Polygons in pixels of level 0, burnt window by window.
+
+    Args:
+        polygons: of shapely.
+    """
+
+    def __init__(self, polygons: npt.NDArray[Any]) -> None:
+        self._polygons = polygons
+        self._tree = shapely.STRtree(polygons)
+
+    def read(
+        self, window: Window, downsample_xy: tuple[float, float], start_xy: tuple[float, float] = (0.0, 0.0)
+    ) -> BoolArray:
+        """Which pixel centres lie in a polygon, [height, width]; see `TissueMask`."""
+        scale, start = np.array(downsample_xy), np.array(start_xy)
+        low = start + scale * (window.col, window.row)
+        high = start + scale * (window.col_stop, window.row_stop)
+        hits = np.sort(self._tree.query(shapely.box(*low, *high)))
+        if len(hits) == 0:
+            return np.zeros(window.shape, bool)
+
+        # A shift by whole pixels is exact for coordinates of 1/256 pixel, so the window doesn't matter.
+        def place(xy: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+            return np.asarray(np.round((xy - start) / scale * _STEPS_PER_PX) / _STEPS_PER_PX)
+
+        shapes = shapely.transform(self._polygons[hits], place)
+        shift = Affine.translation(window.col, window.row)
+        burnt = rasterize(shapes, out_shape=window.shape, transform=shift, fill=0, default_value=1, dtype="uint8")
+        return np.asarray(burnt, bool)
+
+
+def open_tissue(tissue: str, path: str, reader: PyramidReader, mpp_yx: tuple[float, float] | None) -> TissueMask:
+    """Find the tissue of a slide, or read its outlines.
+
+    Args:
+        tissue: "otsu", or a GeoJSON file of polygons in pixels of level 0, as QuPath exports them.
+        path: the slide's name in errors.
+        reader: the slide.
+        mpp_yx: micrometres per pixel of level 0, None where nobody knows.
+
+    Raises:
+        InputError: the slide has no colours to tell tissue by, or the file holds no polygons.
+    """
+    if tissue != "otsu":
+        return PolygonMask(_read_polygons(tissue))
+    if reader.dtype != np.uint8 or len(reader.band_names) - (reader.alpha is not None) != 3:
+        raise InputError(
+            f'tissue="otsu" needs red, green and blue of 8 bits, {path} has {len(reader.band_names)} channels of '
+            f"{reader.dtype}; give a GeoJSON file of outlines"
+        )
+    full = reader.levels[0]
+    by_side = max(1.0, max(full.height, full.width) / _MAX_SIDE_PX)
+    factor_yx = (by_side, by_side) if mpp_yx is None else (max(1.0, _MPP / mpp_yx[0]), max(1.0, _MPP / mpp_yx[1]))
+    grid = grid_at(reader.levels, factor_yx)
+    pixels, mask = read_grid(reader, grid, Window(0, 0, grid.height, grid.width), (0, 1, 2))
+    level_yx = reader.levels[grid.level].downsample_yx
+    downsample_yx = (grid.step_yx[0] * level_yx[0], grid.step_yx[1] * level_yx[1])
+    return RasterMask(find_tissue(pixels, np.asarray(mask.any(0))), downsample_yx)
+
+
+def find_tissue(pixels: npt.NDArray[np.uint8], valid: BoolArray) -> BoolArray:
+    """Tissue by its saturation (of HSV), above Otsu's threshold; gaps closed, small spots and holes removed.
+
+    Args:
+        pixels: red, green and blue, [3, H, W], at about 8 micrometres per pixel.
+        valid: pixels that the scanner saw, [H, W].
+
+    Returns:
+        [H, W].
+    """
+    high, low = pixels.max(0).astype(np.float32), pixels.min(0)
+    saturation = (high - low) / np.maximum(high, 1)
+    lit = valid & (high >= _MIN_VALUE * 255)
+    counts = np.bincount((saturation[lit] * 255).astype(np.int64), minlength=256)
+    threshold = max(_MIN_SATURATION, (otsu_threshold(counts) + 1) / 255)
+    mask = lit & (saturation >= threshold)
+    y, x = np.ogrid[-_CLOSING_RADIUS_PX : _CLOSING_RADIUS_PX + 1, -_CLOSING_RADIUS_PX : _CLOSING_RADIUS_PX + 1]
+    disk = x * x + y * y <= _CLOSING_RADIUS_PX**2
+    # The padding keeps closing from eating tissue that touches the edge.
+    padded = np.pad(mask, _CLOSING_RADIUS_PX, mode="edge")
+    inner = slice(_CLOSING_RADIUS_PX, -_CLOSING_RADIUS_PX)
+    closed = ndimage.binary_closing(padded, disk)[inner, inner]
+    return ~_without_small(~_without_small(closed)) & valid
+
+
+def otsu_threshold(counts: npt.NDArray[np.int64]) -> int:
+    """The last bin of the lower class, by the largest variance between two classes (Otsu 1979, eq. 18).
+
+    Args:
+        counts: of each bin, [num_bins].
+    """
+    bins = np.arange(len(counts))
+    weight = np.cumsum(counts)
+    moment = np.cumsum(counts * bins, dtype=np.float64)
+    rest = weight[-1] - weight
+    between = (moment * weight[-1] - moment[-1] * weight) ** 2 / np.maximum(weight * rest.astype(np.float64), 1)
+    return int(np.argmax(between))
+
+
+def _without_small(mask: BoolArray) -> BoolArray:
+    labels, _ = ndimage.label(mask)
+    large = np.bincount(labels.ravel()) >= _MIN_AREA_PX
+    large[0] = False
+    return np.asarray(large[labels])
+
+
+def _read_polygons(path: str) -> npt.NDArray[Any]:
+    try:
+        content = json.loads(Path(path).read_bytes())
+        geometries = [shapely.geometry.shape(entry) for entry in _geometries(content)]
+    except OSError as error:
+        raise InputError(
+            f"can't open {path}: {str(error.strerror).lower()}; tissue must be otsu or a GeoJSON file"
+        ) from error
+    # Shapely raises many kinds of errors on values that are no coordinates.
+    except Exception as error:
+        raise InputError(f"{path} is not GeoJSON: {error}") from error
+    parts = shapely.get_parts(np.array(geometries, dtype=object))
+    polygons = parts[shapely.get_type_id(parts) == shapely.GeometryType.POLYGON] if len(parts) else parts
+    if len(polygons) == 0:
+        raise InputError(f"{path} holds no polygons; draw the tissue's outlines, in pixels of level 0")
+    low_x, low_y, high_x, high_y = shapely.total_bounds(polygons)
+    if not math.isfinite(low_x + low_y + high_x + high_y):
+        raise InputError(f"{path} holds coordinates that are not numbers")
+    return np.asarray(polygons)
+
+
+def _geometries(content: Any) -> list[Any]:
+    """GeoJSON geometries of a collection, a feature, a list of features (as older QuPath writes) or a geometry."""
+    if isinstance(content, list):
+        return [geometry for entry in content for geometry in _geometries(entry)]
+    if content["type"] == "FeatureCollection":
+        return _geometries(content["features"])
+    if content["type"] == "Feature":
+        return [] if content["geometry"] is None else [content["geometry"]]
+    return [content]

@@ -1,0 +1,213 @@
+"""Names of vector files that pyogrio takes for paths, whatever characters are in them."""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import geopandas as gpd
+import numpy as np
+import pyarrow.parquet
+import pyogrio
+import shapely
+from pyogrio.errors import DataLayerError, DataSourceError
+
+from perf_vit.errors import DataWarning, InputError, reason_line
+from perf_vit.sources._gdal import reason_of
+
+__all__ = [
+    "is_vector_name",
+    "layer_name",
+    "opens_as_vector",
+    "read_features",
+    "reading_path",
+    "split_layer",
+    "writing_path",
+]
+
+# pyogrio parses names as URLs: it drops what follows ";" and control characters, and takes "!" for the border of an
+# archive.
+_URL_MARKS = frozenset(";!?\t\r\n")
+
+# GDAL refuses a GeoPackage's layer whose name begins with one of these.
+_NOT_FIRST = "`~!@#$%^&*()+-={}|[]\\:\";'<>?,./"
+
+
+def layer_name(stem: str) -> str:
+    """A layer's name for a file's: without the marks at its beginning that GeoPackages can't have."""
+    return _unicode(stem).lstrip(_NOT_FIRST) or "objects"
+
+
+@contextmanager
+def writing_path(path: Path) -> Iterator[Path]:
+    """The path to write a file of one piece at, which is moved to `path` when the block ends well."""
+    if _is_plain(str(path)):
+        yield path
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        # The file itself is made beside `path`, where its disk is.
+        made = Path(folder, "target", f"made{path.suffix}")
+        made.parent.symlink_to(path.absolute().parent, target_is_directory=True)
+        yield made
+        os.replace(path.absolute().parent / made.name, path)
+
+
+@contextmanager
+def reading_path(path: str) -> Iterator[str]:
+    """The path to read a file and those of its name beside it at; what isn't there stays as it is."""
+    if _is_plain(path) or not Path(path).is_file():
+        yield path
+        return
+    source = Path(path).absolute()
+    with tempfile.TemporaryDirectory() as folder:
+        for each in source.parent.iterdir():
+            if each.name.startswith(f"{source.stem}."):
+                Path(folder, f"file{each.name[len(source.stem) :]}").symlink_to(each)
+        yield str(Path(folder, f"file{source.suffix}"))
+
+
+def _is_plain(path: str) -> bool:
+    return not _URL_MARKS & set(path) and _unicode(path) == path == path.strip()
+
+
+def _unicode(text: str) -> str:
+    return text.encode("utf-8", errors="backslashreplace").decode("utf-8")
+
+
+_PARQUET = {".geoparquet", ".parquet"}
+
+_SUFFIXES = {".fgb", ".geojson", ".geojsonl", ".gml", ".gpkg", ".json", ".kml", ".shp"} | _PARQUET
+
+
+def split_layer(name: str) -> tuple[str, str | None]:
+    """Split a name such as `site.gpkg|layername=roofs`, QGIS's way to name a layer, into the file's path and the layer.
+
+    Returns:
+        The path, and the layer's name or None.
+    """
+    path, mark, layer = name.partition("|layername=")
+    return (path, layer) if mark and not os.path.exists(name) else (name, None)
+
+
+def is_vector_name(path: str) -> bool:
+    """Whether the file's suffix is one of a vector format."""
+    return Path(split_layer(path)[0]).suffix.lower() in _SUFFIXES
+
+
+def opens_as_vector(path: str) -> bool:
+    """Whether a file of another suffix is a vector file after all."""
+    try:
+        with reading_path(split_layer(path)[0]) as file:
+            return len(pyogrio.list_layers(file)) > 0
+    except DataSourceError:
+        return False
+
+
+def read_features(path: str, attribute: str | None) -> Any:
+    """Read the geometries of one layer of a vector file and one of its columns, as geopandas frame.
+
+    Args:
+        path: a vector file, of several layers as `FILE|layername=LAYER`.
+        attribute: column to read; a file without features needs none.
+
+    Raises:
+        InputError: the file can't be read, has several layers and none is named, or no such layer or column.
+    """
+    try:
+        with warnings.catch_warnings():
+            # Of a damaged file the error below says the same, once.
+            warnings.simplefilter("ignore", RuntimeWarning)
+            frame = _read(path, attribute)
+    except (DataSourceError, DataLayerError) as error:
+        # What follows the reason in GDAL's own words is for programmers.
+        reason = reason_of(error).split("; It might")[0]
+        hint = "; COCO files label objects, for detectors" if path.lower().endswith(".json") else ""
+        raise InputError(f"can't open {path} as a vector file: {reason}{hint}") from error
+    if attribute is not None and attribute in frame:
+        frame[attribute] = frame[attribute].map(_class_name)
+    return _without_shapeless(frame, path)
+
+
+def _read(path: str, attribute: str | None) -> Any:
+    file, layer = split_layer(path)
+    if Path(file).suffix.lower() in _PARQUET:
+        return _read_parquet(path, attribute)
+    with reading_path(file) as found:
+        layers = [str(name) for name, kind in pyogrio.list_layers(found) if kind is not None]
+        layer = _chosen_layer(file, layers, layer)
+        info = pyogrio.read_info(found, layer=layer, force_feature_count=True)
+        wanted = _column(path, info["fields"].tolist(), info["features"], attribute)
+        # A ring of two points is no reason to give up the rest.
+        return gpd.read_file(found, layer=layer, engine="pyogrio", columns=wanted, on_invalid="ignore")
+
+
+def _read_parquet(path: str, attribute: str | None) -> Any:
+    try:
+        with reading_path(path) as found:
+            file = pyarrow.parquet.read_metadata(found)
+            geo = (file.metadata or {}).get(b"geo")
+            if geo is None:
+                raise InputError(f"{path} is a Parquet file without geometries; write it as GeoParquet")
+            geometry = json.loads(geo)["primary_column"]
+            fields = [name for name in file.schema.to_arrow_schema().names if name != geometry]
+            wanted = _column(path, fields, file.num_rows, attribute)
+            return gpd.read_parquet(found, columns=[*wanted, geometry]).reset_index(drop=True)
+    except (OSError, KeyError, ValueError) as error:
+        if isinstance(error, InputError):
+            raise
+        raise InputError(f"can't open {path} as GeoParquet: {reason_line(error)}") from error
+
+
+def _column(path: str, columns: list[str], num_features: int, attribute: str | None) -> list[str]:
+    """The columns to read: the attribute's, if any."""
+    if attribute is None or num_features == 0:
+        # A GeoJSON without features has no columns either.
+        return []
+    if attribute not in columns:
+        raise InputError(f"attribute {attribute!r} is not a column of {path}; columns: {', '.join(columns) or '-'}")
+    return [attribute]
+
+
+def _chosen_layer(file: str, layers: list[str], layer: str | None) -> str:
+    if layer in layers:
+        return str(layer)
+    if layer is not None:
+        raise InputError(f"{file} has no layer {layer}; its layers are {', '.join(layers) or 'none'}")
+    if len(layers) != 1:
+        hint = f"; choose one as '{file}|layername={layers[0]}'" if layers else ""
+        raise InputError(f"expected one layer of polygons in {file}, got {', '.join(layers) or 'none'}{hint}")
+    return layers[0]
+
+
+def _without_shapeless(frame: Any, path: str) -> Any:
+    """A frame without features that have no place, such as null geometries and outlines with too few points."""
+    shapeless = np.array(frame.geometry.isna() | frame.geometry.is_empty)
+    coordinates, owners = shapely.get_coordinates(frame.geometry.to_numpy(), return_index=True)
+    shapeless[owners[~np.isfinite(coordinates).all(axis=1)]] = True
+    if not shapeless.any():
+        return frame
+    warnings.warn(
+        f"{shapeless.sum()} of {len(frame)} features of {path} have no usable geometry and are left out, the first is "
+        f"number {int(np.argmax(shapeless)) + 1}",
+        DataWarning,
+        stacklevel=4,
+    )
+    return frame[~shapeless]
+
+
+def _class_name(value: Any) -> Any:
+    """The name in a value like {"name": "Tumor", "color": [200, 0, 0]}, which is what QuPath calls a classification."""
+    found = value
+    # Whether a JSON object comes as text depends on the version of pyogrio.
+    if isinstance(value, str) and value.startswith("{"):
+        try:
+            found = json.loads(value)
+        except ValueError:
+            return value
+    return found.get("name", value) if isinstance(found, dict) else value

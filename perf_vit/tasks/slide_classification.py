@@ -1,0 +1,109 @@
+"""Training of slide classifiers on bags of features."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from perf_vit.metrics import ClassificationMetrics
+from perf_vit.models import (
+    CHECKPOINT_KEY,
+    SlideClassificationModelConfig,
+    SlideClassificationSpec,
+    build_slide_classifier,
+    checkpoint_metadata,
+    restore_draw,
+)
+from perf_vit.tasks.classification import logged_scores
+from perf_vit.tasks.history import Curves
+from perf_vit.tasks.optim import ClassificationOptimConfig, TrainingTask, check_classification_loss
+
+__all__ = ["SLIDE_CURVES", "SLIDE_MONITOR", "SlideClassificationTask"]
+
+SLIDE_MONITOR = "val/log_likelihood"
+"""What the best checkpoint is chosen by, the loss with another sign: with few slides, many epochs have the same F1 and
+AUROC, and the first of them is hardly trained."""
+
+SLIDE_CURVES = Curves(
+    losses=("train/loss", "val/loss"), scores=("val/accuracy", "val/f1", "val/auroc"), title="validation"
+)
+
+
+class SlideClassificationTask(TrainingTask):
+    """Trains a slide classifier with cross-entropy; its checkpoints hold encoder and all that prediction needs.
+
+    Args:
+        model_config: the network.
+        spec: classes, and how slides are read.
+        optim: loss and schedule.
+
+    Raises:
+        ConfigError: a network that can't be built, or values that don't fit it.
+    """
+
+    def __init__(
+        self,
+        model_config: SlideClassificationModelConfig,
+        spec: SlideClassificationSpec,
+        optim: ClassificationOptimConfig,
+    ) -> None:
+        super().__init__(optim)
+        check_classification_loss(optim, len(spec.classes))
+        self.model_config = model_config
+        self.model = build_slide_classifier(model_config, spec)
+        self.val_metrics = ClassificationMetrics(spec.classes, "single_label")
+        weights = None if optim.class_weights is None else torch.tensor(optim.class_weights)
+        self.class_weights: Tensor | None
+        self.register_buffer("class_weights", weights, persistent=False)
+        self.save_hyperparameters({"model": asdict(model_config), "optim": asdict(optim)})
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Add the metadata."""
+        checkpoint[CHECKPOINT_KEY] = checkpoint_metadata(self.model_config, self.model)
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Take up the draw of the encoder's projections, which are no part of the weights."""
+        restore_draw(self.model, checkpoint[CHECKPOINT_KEY])
+
+    def loss(self, logits: Tensor, labels: Tensor) -> Tensor:
+        """Mean cross-entropy of logits [B, K] and class indices [B]."""
+        # torch's weighted mean divides by the weights: of a single slide it would leave nothing of them.
+        smoothing = self.optim.label_smoothing
+        each = F.cross_entropy(logits.float(), labels, self.class_weights, reduction="none", label_smoothing=smoothing)
+        return each.mean()
+
+    def training_step(self, batch: tuple[Tensor, Tensor, Tensor], batch_idx: int) -> Tensor:
+        """Loss of one batch."""
+        bags, mask, labels = batch
+        loss = self.loss(self.model(bags, mask)[0], labels)
+        self.log("train/loss", loss, on_step=False, on_epoch=True, prog_bar=True, sync_dist=True, batch_size=len(bags))
+        return loss
+
+    def validation_step(self, batch: tuple[Tensor, Tensor, Tensor], batch_idx: int) -> None:
+        """Loss and scores of one batch."""
+        bags, mask, labels = batch
+        num = self.num_counted(batch_idx, len(bags))
+        logits, labels = self.model(bags, mask)[0][:num], labels[:num]
+        loss = self.loss(logits, labels) if num else 0.0
+        self.log_counted("val/loss", loss, num, prog_bar=True)
+        self.log_counted(SLIDE_MONITOR, -loss, num)
+        self.val_metrics.update(logits.float().softmax(dim=1), labels)
+
+    def on_validation_epoch_end(self) -> None:
+        """Log the scores, overall and by class."""
+        self.log_dict(logged_scores(self.val_metrics.summary()))
+        self.val_metrics.reset()
+
+    @property
+    def body(self) -> nn.Module:
+        """The encoder."""
+        encoder: nn.Module = self.model.encoder
+        return encoder
+
+    def backbone_layers(self) -> dict[str, int]:
+        """None: the encoder isn't trained."""
+        return {}

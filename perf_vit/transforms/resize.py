@@ -1,0 +1,188 @@
+"""Resizing and turning of pixels together with masks, labels and objects."""
+
+from __future__ import annotations
+
+import math
+from typing import TypeVar
+
+import numpy as np
+import numpy.typing as npt
+import torch
+import torch.nn.functional as F
+
+from perf_vit.types import BoolArray, LabelArray, ObjectLabels
+
+__all__ = [
+    "divide_by_weight",
+    "resize_masked",
+    "resize_with_labels",
+    "resize_with_objects",
+    "turn",
+    "turn_with_objects",
+]
+
+FloatArray = npt.NDArray[np.float32]
+
+# A hair below one half, for sums of weights in float32.
+_LEAST_WEIGHT = 0.4999
+
+
+def resize_masked(pixels: FloatArray, mask: BoolArray, height: int, width: int) -> tuple[FloatArray, BoolArray]:
+    """Resize standardised pixels, bilinear and without aliasing.
+
+    Args:
+        pixels: [C, H, W].
+        mask: True where a value holds data, [C, H, W], or [1, H, W] for all bands.
+        height: of the result.
+        width: of the result.
+
+    Returns:
+        Pixels and mask of the new size; invalid values are 0, the mean, and have no part in their neighbours.
+    """
+    if pixels.shape[1:] == (height, width):
+        return pixels, mask
+    if mask.all():
+        return _resized(pixels, height, width), np.ones((1, height, width), bool)
+    weight = _resized(mask.astype(np.float32), height, width)
+    return divide_by_weight(_resized(np.where(mask, pixels, np.float32(0)), height, width), weight)
+
+
+def divide_by_weight(sums: FloatArray, weight: FloatArray) -> tuple[FloatArray, BoolArray]:
+    """Weighted means of valid values, 0 where less than half of the weight is valid, and where it is more.
+
+    Args:
+        sums: interpolated values, in which invalid ones are 0, [C, H, W].
+        weight: interpolated mask, [C or 1, H, W].
+    """
+    held = weight >= _LEAST_WEIGHT
+    return np.where(held, sums / np.maximum(weight, _LEAST_WEIGHT), np.float32(0)), held
+
+
+def _resized(image: FloatArray, height: int, width: int) -> FloatArray:
+    batch = torch.from_numpy(np.ascontiguousarray(image))[None]
+    resized = F.interpolate(batch, (height, width), mode="bilinear", antialias=True)[0]
+    return np.asarray(resized.numpy(), np.float32)
+
+
+_Layer = TypeVar("_Layer", np.bool_, np.uint8)
+
+_Plane = TypeVar("_Plane", np.bool_, np.float32)
+
+
+def turn(planes: npt.NDArray[_Plane], symmetry: int) -> npt.NDArray[_Plane]:
+    """Apply one of the eight symmetries of the square, as `turn_with_objects` does, to [..., H, W]."""
+    mirrored = planes[..., ::-1] if symmetry >= 4 else planes
+    return np.ascontiguousarray(np.rot90(mirrored, symmetry % 4, axes=(-2, -1)))
+
+
+def turn_with_objects(image: FloatArray, objects: ObjectLabels, symmetry: int) -> tuple[FloatArray, ObjectLabels]:
+    """One of the eight symmetries of the square: mirrored left to right from 4 on, then turned by quarters.
+
+    Args:
+        image: [C, H, W].
+        objects: in its pixels.
+        symmetry: 0 to 7; a quarter turn takes the x axis to where -y was, as `numpy.rot90` does. 0 changes nothing.
+
+    Returns:
+        Image [C, H, W] or, after an odd number of quarters, [C, W, H], and its objects.
+    """
+    height, width = image.shape[1:]
+    if symmetry >= 4:
+        objects = _mirrored(objects, width)
+    for _ in range(symmetry % 4):
+        objects = _quarter_turned(objects, width)
+        height, width = width, height
+    return turn(image, symmetry), objects
+
+
+def resize_with_objects(
+    image: FloatArray, mask: BoolArray, objects: ObjectLabels, height: int, width: int
+) -> tuple[FloatArray, BoolArray, ObjectLabels]:
+    """Resize an image, bilinear, without aliasing and from valid values alone; objects' masks take the nearest pixel.
+
+    Args:
+        image: standardised, [C, H, W].
+        mask: True where a value holds data, [C, H, W], or [1, H, W] for all bands.
+        objects: in its pixels; of oriented boxes, the sides are scaled along their angle, which is exact where both
+            axes are scaled alike.
+        height: of the result.
+        width: of the result.
+    """
+    _, rows, cols = image.shape
+    if (rows, cols) == (height, width):
+        return image, mask, objects
+    y, x = height / rows, width / cols
+    oriented = objects.oriented_boxes
+    if oriented is not None:
+        both = math.sqrt(x * y)
+        oriented = oriented * np.array([x, y, both, both, 1], np.float32)
+    masks = None if objects.masks is None else _resized_layers(objects.masks, height, width)
+    boxes = objects.boxes_xyxy * np.array([x, y, x, y], np.float32)
+    return *resize_masked(image, mask, height, width), _with(objects, boxes, oriented, masks)
+
+
+def resize_with_labels(
+    image: FloatArray, mask: BoolArray, labels: LabelArray, height: int, width: int
+) -> tuple[FloatArray, BoolArray, LabelArray]:
+    """Resize an image, bilinear, without aliasing and from valid values alone; labels take their nearest pixel.
+
+    Args:
+        image: standardised, [C, H, W].
+        mask: True where a value holds data, [C, H, W], or [1, H, W] for all bands.
+        labels: class indices, [H, W], or layers, [K, H, W].
+        height: of the result.
+        width: of the result.
+    """
+    if image.shape[1:] == (height, width):
+        return image, mask, labels
+    return *resize_masked(image, mask, height, width), _resized_layers(labels, height, width)
+
+
+def _resized_layers(layers: npt.NDArray[_Layer], height: int, width: int) -> npt.NDArray[_Layer]:
+    """[..., H, W] at other sizes, each pixel as its nearest one."""
+    rows, cols = layers.shape[-2:]
+    return layers[..., _nearest(rows, height)[:, None], _nearest(cols, width)]
+
+
+def _nearest(size: int, new_size: int) -> npt.NDArray[np.int64]:
+    return ((np.arange(new_size) + 0.5) * size / new_size).astype(np.int64)
+
+
+def _mirrored(objects: ObjectLabels, width: int) -> ObjectLabels:
+    left, top, right, bottom = objects.boxes_xyxy.T
+    oriented = objects.oriented_boxes
+    if oriented is not None:
+        x, y, w, h, angle = oriented.T
+        oriented = np.stack([width - x, y, w, h, _le90(-angle)], axis=1)
+    masks = None if objects.masks is None else objects.masks[:, :, ::-1]
+    return _with(objects, np.stack([width - right, top, width - left, bottom], axis=1), oriented, masks)
+
+
+def _quarter_turned(objects: ObjectLabels, width: int) -> ObjectLabels:
+    """(x, y) becomes (y, width - x)."""
+    left, top, right, bottom = objects.boxes_xyxy.T
+    oriented = objects.oriented_boxes
+    if oriented is not None:
+        x, y, w, h, angle = oriented.T
+        oriented = np.stack([y, width - x, w, h, _le90(angle - np.float32(math.pi / 2))], axis=1)
+    masks = None if objects.masks is None else np.rot90(objects.masks, axes=(1, 2))
+    return _with(objects, np.stack([top, width - right, bottom, width - left], axis=1), oriented, masks)
+
+
+def _le90(angle: FloatArray) -> FloatArray:
+    """The same line's angle in [-pi/2, pi/2)."""
+    half = np.float32(math.pi / 2)
+    turned = np.where(angle >= half, angle - 2 * half, angle)
+    return np.where(turned < -half, turned + 2 * half, turned).astype(np.float32)
+
+
+def _with(
+    objects: ObjectLabels, boxes_xyxy: FloatArray, oriented_boxes: FloatArray | None, masks: BoolArray | None
+) -> ObjectLabels:
+    return ObjectLabels(
+        labels=objects.labels,
+        boxes_xyxy=np.ascontiguousarray(boxes_xyxy, dtype=np.float32),
+        ignored=objects.ignored,
+        oriented_boxes=None if oriented_boxes is None else np.ascontiguousarray(oriented_boxes, dtype=np.float32),
+        masks=None if masks is None else np.ascontiguousarray(masks),
+    )

@@ -1,0 +1,1 @@
+"""Workflows: training, evaluation, prediction, conversion and distillation as functions."""

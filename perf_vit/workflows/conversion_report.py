@@ -1,0 +1,257 @@
+"""What a conversion keeps and costs: measured, printed and written as one HTML page."""
+
+from __future__ import annotations
+
+import copy
+import html
+import io
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from torch import Tensor
+
+from perf_vit._version import __version__
+from perf_vit.conversion import attention_errors, linearize, token_cosines
+from perf_vit.conversion.linearize import converted_layers
+from perf_vit.files import write_text
+from perf_vit.layers import MixerOptions
+from perf_vit.workflows.progress import new_table, say, show
+from perf_vit.workflows.timing import alternating_medians, machine_name
+
+__all__ = ["MeasuredConversion", "Speed", "measure_conversion", "print_conversion", "write_conversion"]
+
+REPORT = "fidelity.html"
+# Softmax on a CPU takes minutes beyond.
+_SOFTMAX_TOKENS = 8192
+_RUNS = 3
+# Columns of the table of layers, as mixers name their sizes.
+_SIZES = ("window", "sinks", "clusters", "features")
+_STYLE = """
+body { font: 16px/1.5 system-ui, sans-serif; margin: 2rem auto; max-width: 60rem; padding: 0 1rem; color: #222 }
+table { border-collapse: collapse } td, th { padding: .3rem .9rem; text-align: right; border-bottom: 1px solid #ddd }
+td:first-child, th:first-child { text-align: left } svg { max-width: 100%; height: auto } pre { background: #f4f4f4;
+padding: .8rem; overflow-x: auto }
+"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Speed:
+    """Seconds of one image at one size.
+
+    Attributes:
+        size_px: side of the image.
+        num_tokens: of the model at that size.
+        softmax: of the model before, None where it was left out.
+        plain: of the model with plain FAVOR+ in the same layers.
+        converted: of the model after.
+    """
+
+    size_px: int
+    num_tokens: int
+    softmax: float | None
+    plain: float
+    converted: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class MeasuredConversion:
+    """What a report shows.
+
+    Attributes:
+        errors: relative error of each converted layer's outputs on its inputs in the softmax model, by place.
+        options: of these layers.
+        grid: rows and columns of the images' patches.
+        patch_cosines: of the final patch tokens with those of the softmax model, one an image.
+        class_cosines: of the class token, or empty.
+        speeds: one a size.
+    """
+
+    errors: dict[int, float]
+    options: dict[int, MixerOptions]
+    grid: tuple[int, int]
+    patch_cosines: list[float]
+    class_cosines: list[float]
+    speeds: list[Speed]
+
+
+def measure_conversion(
+    softmax: Any,
+    converted: Any,
+    images: Sequence[Tensor],
+    *,
+    time_softmax: bool = False,
+    on_step: Callable[[str], None] = lambda _: None,
+) -> MeasuredConversion:
+    """Compare a converted model with the softmax model that it came from.
+
+    Args:
+        softmax: the model before.
+        converted: the model after.
+        images: standardised, [C, S, S] of the models' size.
+        time_softmax: time softmax at twice the size too, however long that takes.
+        on_step: told what is being measured.
+    """
+    layers = converted_layers(converted)
+    on_step("errors of the layers")
+    layer_errors = attention_errors(softmax, {index: [layer] for index, layer in layers.items()}, images)
+    on_step("final tokens")
+    patches, class_tokens = token_cosines(softmax, converted, images)
+    return MeasuredConversion(
+        errors={index: error for index, (error,) in layer_errors.items()},
+        options={index: layer.options for index, layer in layers.items()},
+        grid=softmax.patch_embed.grid_size,
+        patch_cosines=patches,
+        class_cosines=class_tokens,
+        speeds=[_speed(softmax, converted, images[0], factor, time_softmax, on_step) for factor in (1, 2)],
+    )
+
+
+@torch.no_grad()
+def _speed(
+    softmax: Any, converted: Any, image: Tensor, factor: int, time_softmax: bool, on_step: Callable[[str], None]
+) -> Speed:
+    size = factor * image.shape[-1]
+    on_step(f"time at {size} px")
+    models = {"softmax": softmax, "converted": converted}
+    if factor > 1:
+        models = {name: copy.deepcopy(model) for name, model in models.items()}
+        for model in models.values():
+            model.set_input_size(img_size=(size, size))
+    models["plain"] = linearize(models["softmax"], "performer", sorted(converted_layers(converted)))
+    rows, columns = models["softmax"].patch_embed.grid_size
+    num_tokens = rows * columns + models["softmax"].num_prefix_tokens
+    if num_tokens > _SOFTMAX_TOKENS and not time_softmax:
+        del models["softmax"]
+    batch = image.repeat(1, factor, factor).unsqueeze(0)
+    calls = {name: lambda model=model: (model.eval()(batch),) for name, model in models.items()}
+    seconds = alternating_medians(calls, _RUNS, str(batch.device))
+    return Speed(
+        size_px=size,
+        num_tokens=num_tokens,
+        softmax=seconds.get("softmax"),
+        plain=seconds["plain"],
+        converted=seconds["converted"],
+    )
+
+
+def print_conversion(measured: MeasuredConversion) -> None:
+    """Print the report's figures."""
+    for title, head, rows in _tables(measured):
+        table = new_table(title, head)
+        for row in rows:
+            table.add_row(*row)
+        show(table)
+    say(*_notes(measured))
+
+
+def write_conversion(measured: MeasuredConversion, folder: Path, *, home: Path, title: str, images: str) -> Path:
+    """Write `fidelity.html`, which needs no other file, into a model's folder.
+
+    Args:
+        measured: what to show.
+        folder: of the saved model, where the report goes.
+        home: where the model will be loaded from.
+        title: the model that was converted.
+        images: what was measured on.
+
+    Raises:
+        OutputError: the folder can't be written to.
+    """
+    tables = [(heading, _html_table(head, rows)) for heading, head, rows in _tables(measured)]
+    sections = "".join(f"<h2>{html.escape(heading)}</h2>\n{table}\n" for heading, table in tables)
+    notes = "".join(f"<p>{html.escape(note)}</p>\n" for note in _notes(measured))
+    page = f"""<!doctype html>
+<html lang="en"><head><meta charset="utf-8"><title>{html.escape(title)}, linear</title><style>{_STYLE}</style></head>
+<body>
+<h1>{html.escape(title)}, linear</h1>
+<p>Measured on {html.escape(images)}. {html.escape(_machine())}</p>
+{_chart(measured)}
+{sections}{notes}
+<h2>Load it</h2>
+<pre>model = perf_vit.load_converted("{html.escape(str(home))}")</pre>
+</body></html>
+"""
+    path = folder / REPORT
+    write_text(path, page)
+    return path
+
+
+def _tables(measured: MeasuredConversion) -> list[tuple[str, list[str], list[list[str]]]]:
+    """(title, header, rows) of each table."""
+    tokens = [("patch tokens", measured.patch_cosines), ("class token", measured.class_cosines)]
+    cosines = [[name, f"{sum(x) / len(x):.4f}", f"{min(x):.4f}"] for name, x in tokens if x]
+    layers = [
+        [str(index), f"{error:.4f}", *_sizes(measured.options[index], measured.grid)]
+        for index, error in measured.errors.items()
+    ]
+    speeds = [
+        [
+            f"{speed.size_px:,}",
+            f"{speed.num_tokens:,}",
+            "not run" if speed.softmax is None else f"{speed.softmax:.3f}",
+            f"{speed.plain:.3f}",
+            f"{speed.converted:.3f}",
+            "-" if speed.softmax is None else f"{speed.converted / speed.softmax:.2f}",
+            f"{speed.converted / speed.plain:.2f}",
+        ]
+        for speed in measured.speeds
+    ]
+    head = ["px", "tokens", "softmax", "plain FAVOR+", "converted", "/ softmax", "/ plain"]
+    return [
+        ("Cosine of final tokens with those of the softmax model", ["", "mean", "worst image"], cosines),
+        ("Seconds of one image, and the converted model's over the others'", head, speeds),
+        (
+            "Relative error of attention outputs, on the softmax model's inputs",
+            ["layer", "error", *_SIZES],
+            layers,
+        ),
+    ]
+
+
+def _sizes(options: MixerOptions, grid: tuple[int, int]) -> list[str]:
+    summary = options.summary(grid)
+    return [str(summary.get(name, "-")) for name in _SIZES]
+
+
+def _notes(measured: MeasuredConversion) -> list[str]:
+    left_out = [speed for speed in measured.speeds if speed.softmax is None]
+    return [
+        f"Softmax was not run at {speed.size_px} px: {speed.num_tokens:,} tokens are more than {_SOFTMAX_TOKENS:,}; "
+        "--time-softmax runs it."
+        for speed in left_out
+    ]
+
+
+def _html_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    header = "".join(f"<th>{html.escape(name)}</th>" for name in head)
+    body = "".join("<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in row) + "</tr>\n" for row in rows)
+    return f"<table><tr>{header}</tr>\n{body}</table>"
+
+
+def _chart(measured: MeasuredConversion) -> str:
+    """Bars of the layers' errors, as SVG."""
+    figure = Figure(figsize=(8, 2.6), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots()
+    axes.bar(range(len(measured.errors)), list(measured.errors.values()), color="#0072b2")
+    axes.set_xticks(range(len(measured.errors)), [str(index) for index in measured.errors])
+    axes.set(xlabel="layer", ylabel="relative error", ylim=(0, None))
+    axes.grid(axis="y", alpha=0.3)
+    for side in ("top", "right"):
+        axes.spines[side].set_visible(False)
+    buffer = io.StringIO()
+    figure.savefig(buffer, format="svg", metadata={"Date": None})
+    svg = buffer.getvalue()
+    return svg[svg.index("<svg") :]
+
+
+def _machine() -> str:
+    return (
+        f"Times are medians of {_RUNS} forward passes in fp32 on {machine_name('cpu')}, threads: "
+        f"{torch.get_num_threads()}, torch {torch.__version__}, perf_vit {__version__}."
+    )

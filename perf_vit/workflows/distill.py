@@ -1,0 +1,117 @@
+"""`perf-vit distill`: from a config to a run folder with a trained student."""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+from torch import nn
+
+from perf_vit.conversion import linearize, load_converted, save_converted
+from perf_vit.conversion.save import check_output_folder
+from perf_vit.conversion.timm_arguments import check_file_arguments
+from perf_vit.conversion.weights import create_with_weights, read_weights
+from perf_vit.data import build_distillation_datamodule
+from perf_vit.errors import ConfigError, PerfVitError, reason_line
+from perf_vit.tasks import DistillationTask, build_distillation_trainer
+from perf_vit.workflows.run_config import DistillationModelConfig, DistillationRun
+from perf_vit.workflows.run_folder import RunFolder
+
+__all__ = ["distill_model"]
+
+STUDENT = "student"
+"""The saved student's folder inside the run folder."""
+
+
+def distill_model(config: DistillationRun, *, progress: bool = True) -> Path:
+    """Train a student and leave it with checkpoints, metrics, curves and the resolved config in the run folder.
+
+    Everything is opened and built before the folder is touched, so a wrong argument leaves nothing behind.
+
+    Returns:
+        The folder of the saved student, the best checkpoint's by the patch tokens' cosine; `load_converted` reads it.
+
+    Raises:
+        PerfVitError: a config, input or output that doesn't fit.
+    """
+    run = RunFolder(config, more=[STUDENT])
+    check_output_folder(run.path / STUDENT, overwrite=True)
+    teacher = _teacher(config.model)
+    _check_size(teacher, config.data.tile_px)
+    task = _task(config, teacher)
+    pretrained: Any = teacher.pretrained_cfg
+    data = build_distillation_datamodule(
+        config.data,
+        pretrained["mean"],
+        pretrained["std"],
+        steps_per_epoch=config.trainer.val_every_steps,
+        seed=config.seed,
+    )
+    trainer = build_distillation_trainer(config.trainer, config.optim, run.path, progress=progress)
+    run.fit(trainer, task, data)
+    return _save_student(task, run.path)
+
+
+def _teacher(config: DistillationModelConfig) -> nn.Module:
+    if not timm.is_model(config.backbone):
+        raise ConfigError(f"model.backbone: timm has no model {config.backbone}; see timm.list_models()")
+    try:
+        if config.weights is None:
+            return timm.create_model(config.backbone, pretrained=True, **_timm_kwargs(config))
+        weights = read_weights(config.weights)
+        return create_with_weights(config.backbone, weights, config.weights, **_timm_kwargs(config))
+    except (RuntimeError, TypeError, ValueError, AssertionError) as error:
+        raise _as_ours(error, f"model {config.backbone}") from error
+
+
+def _timm_kwargs(config: DistillationModelConfig) -> dict[str, Any]:
+    # The grid of position embeddings stays as it was trained, whatever the size of the crops.
+    return {"dynamic_img_size": True, **check_file_arguments(config.backbone_kwargs, "model.backbone_kwargs")}
+
+
+def _check_size(teacher: nn.Module, tile_px: int) -> None:
+    patch_embed: Any = getattr(teacher, "patch_embed", None)
+    patch_size = getattr(patch_embed, "patch_size", (1, 1))
+    patch_px = max(patch_size) if isinstance(patch_size, tuple) else int(patch_size)
+    if tile_px < 1 or tile_px % patch_px:
+        nearest = max(1, round(tile_px / patch_px)) * patch_px
+        raise ConfigError(f"data.tile_px must be a multiple of the patch size {patch_px}, got {tile_px}; try {nearest}")
+
+
+def _task(config: DistillationRun, teacher: nn.Module) -> DistillationTask:
+    try:
+        student = _student(config.model, teacher)
+        task = DistillationTask(teacher, student, config.optim)
+        # A student that can't be saved is found out before it is trained.
+        with tempfile.TemporaryDirectory() as scratch:
+            save_converted(student, Path(scratch, STUDENT))
+    except (TypeError, ValueError) as error:
+        raise _as_ours(error, "model") from error
+    return task
+
+
+def _student(config: DistillationModelConfig, teacher: nn.Module) -> nn.Module:
+    if config.student is None:
+        return linearize(teacher, config.mixer, **config.options)
+    student = load_converted(config.student, **_timm_kwargs(config))
+    expected = {name: parameter.shape for name, parameter in teacher.named_parameters()}
+    if {name: parameter.shape for name, parameter in student.named_parameters()} != expected:
+        raise ConfigError(
+            f"model.student {config.student} is not a conversion of {config.backbone}; give the model.backbone and "
+            "model.weights that it was converted from"
+        )
+    return student
+
+
+def _as_ours(error: Exception, where: str) -> PerfVitError:
+    return error if isinstance(error, PerfVitError) else ConfigError(f"{where}: {reason_line(error)}")
+
+
+def _save_student(task: DistillationTask, folder: Path) -> Path:
+    """Save the best checkpoint's student, over that of a run which was resumed."""
+    best = torch.load(folder / "checkpoints" / "best.ckpt", map_location="cpu", weights_only=True)
+    task.load_state_dict(best["state_dict"], strict=False)
+    return save_converted(task.student, folder / STUDENT, overwrite=True)

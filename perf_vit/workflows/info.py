@@ -1,0 +1,182 @@
+"""`perf-vit info`: what a file is, and what a model would have to do for it."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import timm
+import torch
+from rich.table import Table
+
+from perf_vit.errors import ConfigError
+from perf_vit.models import load_segmenter
+from perf_vit.sources import SourceInfo, describe_source
+from perf_vit.tiling import grid_windows
+from perf_vit.types import Source
+from perf_vit.workflows.progress import say, say_json, show
+
+__all__ = ["Workload", "describe_file", "estimate_workload"]
+
+_DEFAULT_WINDOW_PX = 1024
+
+
+@dataclass(frozen=True, kw_only=True)
+class Workload:
+    """What a model would have to do for a source.
+
+    Attributes:
+        model: its name.
+        patch_px: side of a patch, in pixels of the source.
+        num_tokens: patches of the whole source.
+        window_size: side of a window, in pixels.
+        overlap: pixels that windows share.
+        num_windows: windows to run.
+        seconds_per_window: of one forward pass, measured here on noise.
+        seconds: of all windows.
+        device: where it was measured.
+    """
+
+    model: str
+    patch_px: int
+    num_tokens: int
+    window_size: int
+    overlap: int
+    num_windows: int
+    seconds_per_window: float
+    seconds: float
+    device: str
+
+
+def describe_file(
+    source: Source, *, model: str | None = None, window_size: int | None = None, as_json: bool = False
+) -> None:
+    """Print what a source is, with a model's workload if one is given: as a table, or as JSON for programs."""
+    info = describe_source(source)
+    workload = None if model is None else estimate_workload(source, model, window_size)
+    if as_json:
+        content = {**asdict(info), "workload": None if workload is None else asdict(workload)}
+        say_json(content)
+        return
+    say(info.path)
+    table = Table(show_header=False)
+    table.add_column(style="bold")
+    table.add_column(overflow="fold")
+    for name, value in _facts(info) + ([] if workload is None else _work(workload)):
+        table.add_row(name, value)
+    show(table)
+
+
+def estimate_workload(source: Source, model: str, window_size: int | None = None) -> Workload:
+    """Time one window of a model and multiply.
+
+    Args:
+        source: what would be predicted.
+        model: a .ckpt file of `perf-vit train`, or a name of timm's, whose backbone alone is timed.
+        window_size: in pixels; by default the checkpoint's tile, or 1,024.
+
+    Raises:
+        ConfigError: no such model.
+        CheckpointError: the file is not a checkpoint.
+    """
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    load = _checkpoint if model.endswith(".ckpt") else _backbone
+    forward, patch_px, size = load(model, source.num_bands, window_size, device)
+    overlap = size // 4
+    num_windows = len(grid_windows(source.extent, size, overlap))
+    seconds = _time_forward(forward, torch.randn(1, source.num_bands, size, size, device=device))
+    return Workload(
+        model=model,
+        patch_px=patch_px,
+        num_tokens=-(-source.height // patch_px) * -(-source.width // patch_px),
+        window_size=size,
+        overlap=overlap,
+        num_windows=num_windows,
+        seconds_per_window=seconds,
+        seconds=seconds * num_windows,
+        device=device,
+    )
+
+
+def _checkpoint(
+    path: str, num_bands: int, window_size: int | None, device: str
+) -> tuple[Callable[[torch.Tensor], Any], int, int]:
+    model = load_segmenter(path).to(device)
+    expected = len(model.spec.normalizer.mean)
+    if expected != num_bands:
+        raise ConfigError(
+            f"{path} was trained on {expected} bands, the file has {num_bands}; give a file with as many bands"
+        )
+    patch_px = model.size_multiple
+    return model, patch_px, _whole_patches(window_size or model.spec.tile_px, patch_px)
+
+
+def _backbone(
+    name: str, num_bands: int, window_size: int | None, device: str
+) -> tuple[Callable[[torch.Tensor], Any], int, int]:
+    if not timm.is_model(name):
+        raise ConfigError(f"--model must be a .ckpt file or a model of timm, got {name}; see timm.list_models()")
+    wanted = window_size or _DEFAULT_WINDOW_PX
+    try:
+        patch_px = timm.create_model(name, num_classes=0).patch_embed.patch_size[0]
+        size = _whole_patches(wanted, patch_px)
+        model = timm.create_model(name, in_chans=num_bands, img_size=size, num_classes=0)
+    except (TypeError, AttributeError) as error:
+        raise ConfigError(f"{name} has no patches of a fixed size to count; choose a ViT") from error
+    return model.eval().to(device).forward_features, patch_px, size
+
+
+def _whole_patches(window_size: int, patch_px: int) -> int:
+    return max(1, window_size // patch_px) * patch_px
+
+
+def _time_forward(forward: Callable[[torch.Tensor], Any], tile: torch.Tensor) -> float:
+    """Seconds of the second of two passes: the first allocates."""
+    seconds = 0.0
+    with torch.inference_mode():
+        for _ in range(2):
+            started = time.perf_counter()
+            forward(tile)
+            if tile.is_cuda:
+                torch.cuda.synchronize()
+            seconds = time.perf_counter() - started
+    return seconds
+
+
+def _facts(info: SourceInfo) -> list[tuple[str, str]]:
+    names = ", ".join(info.band_names[:12]) + (", ..." if len(info.band_names) > 12 else "")
+    resolution = None if info.resolution_xy is None else "{:.8g} x {:.8g}".format(*info.resolution_xy)
+    facts: list[tuple[str, str | None]] = [
+        ("format", " ".join(filter(None, (info.kind, info.format and f"({info.format})")))),
+        ("size", f"{info.height:,} rows x {info.width:,} columns"),
+        ("EXIF", f"orientation {info.orientation}, applied" if info.orientation > 1 else None),
+        ("bands", f"{len(info.band_names)} x {info.dtype}: {names}"),
+        ("palette", f"{info.num_colors} colours" if info.num_colors else None),
+        ("nodata", "none" if info.nodata is None else f"{info.nodata:g}"),
+        ("mask", info.mask),
+        ("CRS", info.crs or ("none" if info.kind == "raster" else None)),
+        ("resolution", resolution and f"{resolution} {info.units or ''}"),
+        ("bounds", info.bounds_crs and "x {0:.8g} to {2:.8g}, y {1:.8g} to {3:.8g}".format(*info.bounds_crs)),
+        ("mpp", f"{info.mpp:.4g} um" if info.mpp else ("unknown: give --slide-mpp" if info.kind == "slide" else None)),
+        ("levels", ", ".join(f"{height:,} x {width:,}" for height, width in info.levels)),
+        ("blocks", info.block_px and f"{info.block_px[0]} x {info.block_px[1]}, {info.compression or 'uncompressed'}"),
+        ("file", None if info.file_bytes is None else f"{info.file_bytes / 2**20:,.1f} MiB"),
+    ]
+    return [(name, value) for name, value in facts if value]
+
+
+def _work(work: Workload) -> list[tuple[str, str]]:
+    return [
+        ("model", work.model),
+        ("tokens", f"{work.num_tokens:,} patches of {work.patch_px} px"),
+        ("windows", f"{work.num_windows:,} of {work.window_size} px, overlapping by {work.overlap} px"),
+        ("time", f"{_duration(work.seconds)}, {work.seconds_per_window:.3g} s a window, measured on {work.device}"),
+    ]
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 120:
+        return f"{seconds:.3g} s"
+    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"

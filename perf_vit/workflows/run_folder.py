@@ -1,0 +1,234 @@
+"""Which files in a folder are those of a training run."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import shutil
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import lightning
+import torch
+from lightning.pytorch.utilities import rank_zero_only
+
+from perf_vit.config import dump_config, find_config, is_dumped
+from perf_vit.errors import CheckpointError, ConfigError, OutputError, PerfVitError, parsing, reason_line
+from perf_vit.files import replaced
+from perf_vit.workflows.progress import console
+from perf_vit.workflows.resume import KeepRun, ResumedRun
+from perf_vit.writers import check_outputs
+
+__all__ = ["CONFIG", "RUN_FILES", "RunFolder", "check_config_kept", "check_run_files"]
+
+CONFIG = "config.yaml"
+"""The resolved config, whose first line says that the folder is a run's."""
+
+RUN_FILES = (CONFIG, "checkpoints", "metrics.csv", "loss_curve.png", "pictures", "tensorboard", "wandb")
+"""Files and folders that a run writes into its folder."""
+
+
+def check_config_kept(config: str | Path, run: Any) -> None:
+    """Refuse a new run that would write its resolved config over the file that it was made from.
+
+    Args:
+        config: that the run was loaded from.
+        run: the loaded config, with `out` and `resume`.
+
+    Raises:
+        OutputError: it would.
+    """
+    dumped = Path(run.out) / CONFIG
+    if dumped.exists() and not run.resume:
+        check_outputs([dumped], [find_config(config)], overwrite=True)
+
+
+def check_run_files(folder: Path, more: Iterable[str] = ()) -> None:
+    """Refuse a folder where a run would write over files that no run has made.
+
+    Args:
+        folder: of the run.
+        more: names of what this run writes besides `RUN_FILES`.
+
+    Raises:
+        OutputError: names the first such file.
+    """
+    if is_dumped(folder / CONFIG):
+        return
+    for name in (*RUN_FILES, *more):
+        if os.path.lexists(folder / name):
+            raise OutputError(
+                f"{folder / name} exists already and is not of a run of perf-vit, whose {CONFIG} would say so; move it "
+                "away or choose another out="
+            )
+
+
+# What NumPy takes.
+_NUM_SEEDS = 2**32
+
+_INTERRUPTED = 130
+"""Exit code of a run that somebody stopped, as shells have it."""
+
+
+class _Run(Protocol):
+    out: str
+    seed: int
+    resume: bool
+
+
+class RunFolder:
+    """Where a run leaves checkpoints, metrics, curves and its resolved config; nothing is written before `fit`.
+
+    Args:
+        config: of the run, with its folder, seed and whether to resume.
+        more: names of what is written into the folder besides `RUN_FILES`.
+
+    Attributes:
+        path: the folder.
+        best: the best checkpoint, once it is there.
+
+    Raises:
+        CheckpointError: the checkpoint to resume from can't be read, or the best one that is there.
+        ConfigError: a run to resume that there isn't, one in the way, or a config that changes what a resumed run
+            can't change.
+        OutputError: the folder can't be written, or holds files of these names that are not of a run.
+    """
+
+    def __init__(self, config: _Run, more: Sequence[str] = ()) -> None:
+        self._config = config
+        self.path = Path(config.out)
+        self.best = self.path / "checkpoints" / "best.ckpt"
+        self._last = self.path / "checkpoints" / "last.ckpt"
+        _check_run_folder(self.path, self._last, resume=config.resume)
+        if not config.resume:
+            check_run_files(self.path, more)
+            _check_best(self.best)
+        self._resumed = ResumedRun(self._last) if config.resume else None
+        if self._resumed is not None:
+            self._resumed.check_config(config)
+        if not 0 <= config.seed < _NUM_SEEDS:
+            raise ConfigError(f"seed must be from 0 to {_NUM_SEEDS - 1}, got {config.seed}")
+        _set_up_logging()
+        lightning.seed_everything(config.seed, workers=True, verbose=False)
+
+    def check_network(self, task: Any) -> None:
+        """Refuse to resume a run with a network that means something else; `fit` does so by itself.
+
+        Raises:
+            ConfigError: in what.
+        """
+        if self._resumed is not None:
+            self._resumed.check_network(task)
+
+    def fit(self, trainer: lightning.Trainer, task: Any, data: Any) -> None:
+        """Train, from the last checkpoint on if the run is resumed.
+
+        Raises:
+            CheckpointError: the run can't go on from its last checkpoint.
+            ConfigError: a resumed run with another network, or another number of steps an epoch.
+            OutputError: the folder can't be made.
+            MemoryError: the network or its batches need more, also of a GPU.
+            PerfVitError: of the data or the task; without a checkpoint, nothing of the run is left then.
+            SystemExit: somebody stopped the run; the last checkpoint is there to resume from.
+        """
+        self.check_network(task)
+        num_samples = len(data.train)
+        if self._resumed is not None:
+            self._resumed.check_length(trainer, num_samples)
+        trainer.callbacks.append(KeepRun(self._config, num_samples))
+        new = [self.path / name for name in RUN_FILES if not (self.path / name).exists()]
+        was_there = self.path.exists()
+        _make_run_folder(self.path)
+        # Processes that train together share the file.
+        if rank_zero_only.rank == 0:
+            with replaced(self.path / CONFIG) as unfinished:
+                dump_config(self._config, unfinished)
+        going_on = contextlib.nullcontext() if self._resumed is None else self._resumed.going_on(trainer)
+        try:
+            with going_on:
+                trainer.fit(task, data, ckpt_path=self._last if self._config.resume else None, weights_only=True)
+        except PerfVitError:
+            if not self._last.exists():
+                _remove(new, None if was_there else self.path)
+            raise
+        except torch.OutOfMemoryError as error:
+            raise MemoryError(reason_line(error)) from error
+        except SystemExit:
+            # Lightning ends an interrupted run as a failed one.
+            if trainer.interrupted:
+                raise SystemExit(_INTERRUPTED) from None
+            raise
+
+
+def _check_run_folder(folder: Path, last: Path, *, resume: bool) -> None:
+    """Refuse a folder that a run can't be started or resumed in.
+
+    Raises:
+        ConfigError: a run to resume that there isn't, or one in the way.
+        OutputError: the folder can't be written.
+    """
+    if resume and not last.is_file():
+        raise ConfigError(f"resume=true needs {last}, which doesn't exist; leave it out to start anew")
+    if last.is_file() and not resume:
+        raise ConfigError(f"{folder} already holds a run; pass resume=true to continue it, or another out=")
+    nearest = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    if not nearest.is_dir() or not os.access(nearest, os.W_OK):
+        raise OutputError(
+            f"can't write the run folder {folder}: {nearest} is not a writable folder; choose another out="
+        )
+
+
+def _check_best(best: Path) -> None:
+    """Refuse to train over the best weights of a run whose last checkpoint was removed.
+
+    The last one is written right after the best one, so after a kill in between that is of the first epoch.
+
+    Raises:
+        CheckpointError: the checkpoint can't be read.
+        ConfigError: it is of a later epoch.
+    """
+    if not best.is_file():
+        return
+    with parsing(best, "a checkpoint", CheckpointError):
+        epoch = int(torch.load(best, map_location="cpu", weights_only=True, mmap=True)["epoch"])
+    if epoch > 0:
+        raise ConfigError(
+            f"{best} is of a run that reached epoch {epoch + 1}, and its last.ckpt is gone; move it away to train here "
+            "anew, or choose another out="
+        )
+
+
+def _make_run_folder(folder: Path) -> None:
+    """Make the folder.
+
+    Raises:
+        OutputError: it can't be made.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OutputError(f"can't make the run folder {folder}: {error.strerror}; choose another out=") from error
+
+
+def _remove(paths: Sequence[Path], folder: Path | None) -> None:
+    """Remove files and folders of a run, and then a folder if nothing else is in it."""
+    for path in paths:
+        if path.is_dir():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink(missing_ok=True)
+    if folder is not None:
+        with contextlib.suppress(OSError):
+            folder.rmdir()
+
+
+def _set_up_logging() -> None:
+    """Show what matters of a run, on a terminal and in a log file."""
+    # A terminal has the progress bar; a log file gets a line an epoch.
+    if not console.is_terminal:
+        logging.basicConfig(format="%(message)s")
+        logging.getLogger("perf_vit").setLevel(logging.INFO)
+    for name in ("lightning.pytorch", "lightning.fabric"):
+        logging.getLogger(name).setLevel(logging.WARNING)

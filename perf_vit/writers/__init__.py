@@ -1,0 +1,30 @@
+"""Outputs: Cloud-Optimised GeoTIFF, OME-TIFF, vector files, quicklooks."""
+
+from perf_vit.writers.coco import write_coco_labels
+from perf_vit.writers.cog import CogWriter, write_cog
+from perf_vit.writers.layout import RasterLayout, holds_layout
+from perf_vit.writers.ome_tiff import is_ome_tiff_name, write_ome_tiff
+from perf_vit.writers.outputs import check_outputs, existing_error, existing_outputs, input_files
+from perf_vit.writers.polygonize import polygonize_classes
+from perf_vit.writers.quicklook import write_map_quicklook
+from perf_vit.writers.strips import StripStore
+from perf_vit.writers.vector import check_vector_output, write_objects
+
+__all__ = [
+    "CogWriter",
+    "RasterLayout",
+    "StripStore",
+    "check_outputs",
+    "check_vector_output",
+    "existing_error",
+    "existing_outputs",
+    "holds_layout",
+    "input_files",
+    "is_ome_tiff_name",
+    "polygonize_classes",
+    "write_coco_labels",
+    "write_cog",
+    "write_map_quicklook",
+    "write_objects",
+    "write_ome_tiff",
+]

@@ -1,0 +1,91 @@
+"""Objects on their way into a file: outlines, classes, scores, and the numbers of oriented boxes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import shapely
+from affine import Affine
+
+from perf_vit.errors import OutputError
+from perf_vit.geometry.boxes import oriented_box_corners
+
+__all__ = ["BOX_FIELDS", "ObjectTable"]
+
+BOX_FIELDS = ("cx_px", "cy_px", "width_px", "height_px", "angle_rad")
+"""Names of an oriented box's numbers in every format."""
+
+
+@dataclass(frozen=True, slots=True)
+class ObjectTable:
+    """What every format writes.
+
+    Attributes:
+        polygons: [n] shapely polygons or multipolygons, in the source's pixels.
+        labels: [n] class indices.
+        class_names: one a class.
+        scores: [n], None where there are none, as for the areas of a class map.
+        oriented_boxes: [n, 5] centre x, centre y, width, height in pixels and angle in radians, None for other objects.
+    """
+
+    polygons: npt.NDArray[Any]
+    labels: npt.NDArray[np.int64]
+    class_names: tuple[str, ...]
+    scores: npt.NDArray[np.float64] | None
+    oriented_boxes: npt.NDArray[np.float64] | None
+
+    @classmethod
+    def make(cls, geometries: Any, scores: Any, labels: Any, class_names: Sequence[str]) -> ObjectTable:
+        """Outlines of boxes, oriented boxes or polygons, with their classes and scores.
+
+        Raises:
+            OutputError: arrays of different lengths, numbers that are not finite, empty polygons, or a label without
+                a class name.
+        """
+        polygons, oriented_boxes = _outlines(geometries)
+        labels = np.asarray(labels, np.int64)
+        # As the shortest decimals that name the float32 of a model: 0.9, not 0.8999999761581421.
+        scores = None if scores is None else np.array([float(str(score)) for score in np.asarray(scores)], float)
+        if labels.shape != polygons.shape or (scores is not None and scores.shape != polygons.shape):
+            got = f"{len(labels)} labels" + ("" if scores is None else f" and {len(scores)} scores")
+            raise OutputError(f"expected a label and a score for each of {len(polygons)} objects, got {got}")
+        if len(labels) and not 0 <= labels.min() <= labels.max() < len(class_names):
+            raise OutputError(
+                f"labels run from {labels.min()} to {labels.max()}, but there are {len(class_names)} class names, "
+                f"for 0 to {len(class_names) - 1}: {', '.join(class_names)}"
+            )
+        finite = np.isfinite(shapely.bounds(polygons)).reshape(-1, 4).all(axis=1)
+        finite &= True if scores is None else np.isfinite(scores)
+        if not finite.all():
+            raise OutputError(f"scores and coordinates must be finite numbers; object {finite.argmin()} has others")
+        return cls(polygons, labels, tuple(class_names), scores, oriented_boxes)
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def placed(self, transform: Affine) -> npt.NDArray[Any]:
+        """The polygons in a transform's coordinates, [n]."""
+        if len(self) == 0 or transform.is_identity:
+            return self.polygons
+        matrix = np.array([[transform.a, transform.d], [transform.b, transform.e]])
+        moved: npt.NDArray[Any] = shapely.transform(self.polygons, lambda xy: xy @ matrix + (transform.c, transform.f))
+        return moved
+
+
+def _outlines(geometries: Any) -> tuple[npt.NDArray[Any], npt.NDArray[np.float64] | None]:
+    values = geometries if isinstance(geometries, np.ndarray) else np.array(list(geometries))
+    if values.ndim == 2 and values.shape[1] == 4:
+        return np.asarray(shapely.box(*values.astype(np.float64).T), object), None
+    if values.ndim == 2 and values.shape[1] == 5:
+        boxes = values.astype(np.float64)
+        return np.asarray(shapely.polygons(oriented_box_corners(boxes)), object), boxes
+    if values.ndim == 1 and set(shapely.get_type_id(values.astype(object)).tolist()) <= {3, 6}:
+        return values.astype(object), None
+    raise OutputError(
+        "expected polygons [n], boxes_xyxy [n, 4] or oriented boxes [n, 5] as geometries, got "
+        f"{values.dtype} {list(values.shape)}"
+    )

@@ -1,0 +1,154 @@
+"""Strips on disk become a Cloud-Optimised GeoTIFF."""
+
+from __future__ import annotations
+
+import glob
+import zlib
+from contextlib import ExitStack
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import numpy as np
+import numpy.typing as npt
+import rasterio
+import rasterio.shutil
+from rasterio.enums import Resampling
+
+from perf_vit.errors import OutputError
+from perf_vit.files import staged
+from perf_vit.sources import bounded_cache
+from perf_vit.sources._gdal import GDAL_ERRORS, plain_images_allowed, reason_of
+from perf_vit.writers.layout import RasterLayout
+from perf_vit.writers.strips import StripStore, fast_compression
+
+__all__ = ["CogWriter", "write_cog"]
+
+_BLOCK_PX = 512
+
+
+def write_cog(store: StripStore, layout: RasterLayout, made: Path, path: Path) -> None:
+    """Write all strips of a store into a COG with overviews, and read it once to be sure of it.
+
+    The same strips make the same bytes.
+
+    Args:
+        store: holds every row.
+        layout: of the raster.
+        made: the file to write.
+        path: its name in errors.
+
+    Raises:
+        OutputError: rows are missing, or the disk is full.
+    """
+    # What a killed run has left of this step.
+    for leftover in (*made.parent.glob("mosaic.vrt*"), *made.parent.glob(f"{glob.escape(made.name)}*")):
+        leftover.unlink()
+    mosaic = store.mosaic()
+    resampling = layout.overviews or ("nearest" if layout.colormap else "average")
+    try:
+        with bounded_cache(), plain_images_allowed():
+            _add_overviews(mosaic, layout, resampling)
+            rasterio.shutil.copy(
+                mosaic,
+                made,
+                driver="COG",
+                compress="deflate",
+                # Differences of neighbours compress measurements; of class indices they only make more symbols.
+                predictor="no" if layout.colormap else "yes",
+                blocksize=_BLOCK_PX,
+                bigtiff="if_safer",
+                overview_resampling=resampling,
+                num_threads="all_cpus",
+            )
+            _compare(store, layout, made, path)
+    except GDAL_ERRORS as error:
+        raise OutputError(f"can't write {path}: {reason_of(error)}; is the disk full?") from error
+
+
+def _add_overviews(mosaic: Path, layout: RasterLayout, resampling: str) -> None:
+    """Beside the mosaic, where the COG finds them: its own are compressed by one thread, and twice."""
+    longest = max(layout.height, layout.width)
+    factors = [2**level for level in range(1, 32) if longest > _BLOCK_PX * 2 ** (level - 1)]
+    if not factors:
+        return
+    predictor = 3 if layout.dtype.kind == "f" else 2
+    compression = {"COMPRESS_OVERVIEW": fast_compression(), "ZSTD_LEVEL_OVERVIEW": 1, "PREDICTOR_OVERVIEW": predictor}
+    shape = {"INTERLEAVE_OVERVIEW": "BAND", "GDAL_TIFF_OVR_BLOCKSIZE": _BLOCK_PX}
+    with rasterio.Env(GDAL_NUM_THREADS="ALL_CPUS", **compression, **shape), rasterio.open(mosaic, "r+") as dataset:
+        dataset.build_overviews(factors, Resampling[resampling])
+
+
+def _compare(store: StripStore, layout: RasterLayout, made: Path, path: Path) -> None:
+    """GDAL tells nobody of errors at closing, such as a disk that is full by then: read the file and see."""
+    with rasterio.open(made, num_threads="all_cpus") as dataset:
+        num_overviews = len(dataset.overviews(1))
+        for strip in store.strips():
+            block = dataset.read(window=rasterio.windows.Window(0, strip.row, layout.width, strip.num_rows))
+            if zlib.crc32(block) != strip.checksum:
+                raise OutputError(f"can't write {path}: rows from {strip.row} on differ on disk; is the disk full?")
+    for level in range(num_overviews):
+        with rasterio.open(made, overview_level=level, num_threads="all_cpus") as overview:
+            for row in range(0, overview.height, _BLOCK_PX):
+                rows = min(_BLOCK_PX, overview.height - row)
+                overview.read(window=rasterio.windows.Window(0, row, overview.width, rows))
+
+
+class CogWriter:
+    """Write full-width strips of rows, in any order, into a Cloud-Optimised GeoTIFF.
+
+    Strips go to a hidden folder beside the output; when the `with` block ends well, they are written with overviews
+    and moved to its name. After an exception nothing is left, and an earlier output is untouched.
+
+        with CogWriter("map.tif", height=h, width=w, num_bands=1, dtype="uint8", crs=crs, transform=t) as writer:
+            writer.write(0, strip)
+
+    Args:
+        path: the output; missing parent folders are made.
+        dtype: of the pixels.
+        **layout: the other fields of `perf_vit.writers.RasterLayout`.
+    """
+
+    def __init__(self, path: str | Path, *, dtype: npt.DTypeLike, **layout: Any) -> None:
+        self.path = Path(path)
+        self._layout = RasterLayout(dtype=np.dtype(dtype), **layout)
+        self._stack = ExitStack()
+
+    def __enter__(self) -> Self:
+        """Prepare the output.
+
+        Raises:
+            OutputError: nothing can be written there.
+        """
+        with ExitStack() as stack:
+            self._folder = stack.enter_context(staged(self.path))
+            self._store = StripStore(self._folder, self._layout, self.path)
+            stack.push(self._finish)
+            self._stack = stack.pop_all()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Complete the output, or remove every trace of it after an exception.
+
+        Raises:
+            OutputError: the disk is full, or rows are missing.
+        """
+        self._stack.__exit__(kind, error, trace)
+
+    def write(self, row: int, block: npt.NDArray[Any]) -> None:
+        """Write a strip of rows; each row once.
+
+        Args:
+            row: of the strip's first line.
+            block: [C, h, width] in the file's dtype.
+
+        Raises:
+            OutputError: a strip of another shape or dtype, or outside the file, or the disk is full.
+        """
+        self._store.write(row, block)
+
+    def _finish(self, kind: type[BaseException] | None, *_: object) -> None:
+        if kind is None:
+            write_cog(self._store, self._layout, self._folder / self.path.name, self.path)

@@ -1,0 +1,114 @@
+"""What a raster file is, apart from its pixels."""
+
+from __future__ import annotations
+
+from collections.abc import Container, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import rasterio
+from affine import Affine
+
+from perf_vit.sources._gdal import GDAL_ERRORS, plain_images_allowed
+from perf_vit.sources.slides.ome_xml import parse_ome_tags, parse_ome_xml
+from perf_vit.text import xml_text
+from perf_vit.writers.ome_tiff import is_ome_tiff_name
+
+__all__ = ["RasterLayout", "holds_layout"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class RasterLayout:
+    """Size, place and meaning of a raster to write.
+
+    Attributes:
+        height: rows.
+        width: columns.
+        num_bands: C.
+        dtype: of the pixels.
+        crs: None for none.
+        transform: pixel (column, row) to CRS coordinates, None for none.
+        nodata: value of missing pixels.
+        colormap: value to (red, green, blue, alpha), 0 to 255; for one band of uint8 or uint16. TIFF keeps no alpha.
+        band_names: one description a band.
+        tags: metadata of the file.
+        scale: what pixels are to be multiplied with to get their value, 1 for nothing.
+        overviews: how to make them; by default "nearest" with a colour table and "average" without. Class maps
+            without a colour table need "nearest".
+    """
+
+    height: int
+    width: int
+    num_bands: int
+    dtype: np.dtype[Any]
+    crs: Any = None
+    transform: Affine | None = None
+    nodata: float | None = None
+    colormap: Mapping[int, tuple[int, ...]] | None = None
+    band_names: Sequence[str] | None = None
+    tags: Mapping[str, str] = field(default_factory=dict)
+    scale: float = 1.0
+    overviews: Literal["nearest", "average"] | None = None
+
+    def __post_init__(self) -> None:
+        # Both go into metadata that are XML; what is written must be what is compared with later.
+        names = self.band_names and tuple(map(xml_text, self.band_names))
+        object.__setattr__(self, "band_names", names)
+        object.__setattr__(self, "tags", {xml_text(key): xml_text(value) for key, value in self.tags.items()})
+
+    def profile(self, height: int | None = None) -> dict[str, Any]:
+        """What rasterio needs to create a file, of all rows or of some."""
+        return {
+            "height": self.height if height is None else height,
+            "width": self.width,
+            "count": self.num_bands,
+            "dtype": self.dtype,
+            "nodata": self.nodata,
+        }
+
+    def create(self, path: str, **options: Any) -> Any:
+        """A new GeoTIFF with everything but pixels, open for writing."""
+        # An identity transform is what a file without georeference reads as.
+        given: dict[str, Any] = (
+            {} if self.transform is None or self.transform.is_identity else {"transform": self.transform}
+        )
+        if self.num_bands >= 4:
+            # GDAL takes four bands of bytes for a photo with alpha, unless it is told.
+            given["alpha"] = "NO"
+        with plain_images_allowed():
+            dataset = rasterio.open(path, "w", driver="GTiff", crs=self.crs, **self.profile(), **given, **options)
+        for band, name in enumerate(self.band_names or (), 1):
+            dataset.set_band_description(band, name)
+        if self.colormap:
+            dataset.write_colormap(1, dict(self.colormap))
+        if self.scale != 1:
+            dataset.scales = (self.scale,) * self.num_bands
+        dataset.update_tags(**self.tags)
+        return dataset
+
+
+def holds_layout(path: Path, layout: RasterLayout, *, other_tags: Container[str] = ()) -> bool:
+    """Whether a file is a raster of this size, these bands and these tags; its place and pixels are not looked at.
+
+    Args:
+        path: may be missing, or no raster at all.
+        layout: what it is compared with.
+        other_tags: names of tags that may differ.
+    """
+    try:
+        with plain_images_allowed(), rasterio.open(path) as dataset:
+            tags, names = dataset.tags(), dataset.descriptions
+            if is_ome_tiff_name(path):
+                # Its channels are pictures of their own, its tags part of the description.
+                xml = tags.get("TIFFTAG_IMAGEDESCRIPTION", "")
+                tags, names = parse_ome_tags(xml), parse_ome_xml(xml).channel_names
+            same = (
+                (dataset.height, dataset.width, len(names)) == (layout.height, layout.width, layout.num_bands)
+                and set(dataset.dtypes) == {str(layout.dtype)}
+                and (layout.band_names is None or names == tuple(layout.band_names))
+            )
+    except GDAL_ERRORS:
+        return False
+    return same and all(tags.get(name) == value for name, value in layout.tags.items() if name not in other_tags)

@@ -1,0 +1,121 @@
+"""Pictures for people: scenes stretched to visible contrast, maps in colour, both in one PNG."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageDraw
+
+from perf_vit.plotting import colorize, default_colormap, lettered, lettering_font, natural_bands, rgb_from, save_png
+from perf_vit.plotting.colors import Color
+from perf_vit.plotting.pictures import Picture
+from perf_vit.sources import open_source
+from perf_vit.types import IGNORE_INDEX, GeoImage, LabelArray, Source
+
+__all__ = ["write_map_quicklook"]
+
+_PANEL_PX = 1024
+
+_MIN_PANEL_PX = 512
+
+_MARGIN_PX = 12
+
+_LEGEND_PX = 28
+
+# A colour patch and the gap before its name.
+_ENTRY_PX = 26
+
+
+def write_map_quicklook(
+    source: Source,
+    map_path: str | Path,
+    path: str | Path,
+    classes: Sequence[str],
+    *,
+    background: int | None = None,
+    multilabel: bool = False,
+) -> None:
+    """Write a scene and its map side by side, or one above the other, with a legend.
+
+    Args:
+        source: the scene.
+        map_path: the scene's map, a band of class indices or a band of probabilities a class.
+        path: the PNG to write.
+        classes: names for the legend, in the order of the class indices.
+        background: index of the class that is background, if one is; it is dark grey.
+        multilabel: the map has a band of 0 and 1, or of probabilities, a class, of which several may be true: where
+            they are, the likeliest or last is shown.
+
+    Raises:
+        InputError: the scene or the map can't be read.
+        OutputError: the picture can't be written.
+    """
+    names = ["none", *classes] if multilabel else list(classes)
+    colors = default_colormap(len(names), 0 if multilabel else background)
+    result = open_source(map_path)
+    image = result.read_reduced(_PANEL_PX)
+    result.close()
+    labels = _shown_labels(image) if multilabel else _class_indices(image)
+    scene = rgb_from(source.read_reduced(_PANEL_PX), natural_bands(source))
+    painted = colorize(labels, colors)
+    painted[painted[..., 3] == 0] = 255
+    panels = [_enlarge(scene), _enlarge(painted[..., :3])]
+    save_png(path, _with_legend(_beside(panels), names, colors))
+
+
+def _class_indices(image: GeoImage) -> LabelArray:
+    best = image.pixels[0] if len(image.pixels) == 1 else np.nan_to_num(image.pixels, nan=-1).argmax(0)
+    return np.where(image.valid, best, IGNORE_INDEX).astype(np.uint8)
+
+
+def _shown_labels(image: GeoImage) -> LabelArray:
+    """0 where no class is true, or the number of one that is, from 1 on."""
+    scores = np.where(image.valid, np.nan_to_num(image.pixels, nan=0), 0)
+    # Quantised probabilities go up to 254, labels and other probabilities to 1.
+    half = 127 if scores.max() > 1 else 0.5
+    # Of several the last.
+    best = len(scores) - 1 - scores[::-1].argmax(0)
+    return np.where(image.valid, np.where(scores.max(0) > half, best + 1, 0), IGNORE_INDEX).astype(np.uint8)
+
+
+def _enlarge(picture: Picture) -> Picture:
+    factor = max(1, _MIN_PANEL_PX // max(picture.shape[:2]))
+    return picture.repeat(factor, axis=0).repeat(factor, axis=1)
+
+
+def _beside(panels: Sequence[Picture]) -> Picture:
+    height, width = panels[0].shape[:2]
+    axis = 0 if width > 2 * height else 1
+    gap = np.full((_MARGIN_PX, width, 3) if axis == 0 else (height, _MARGIN_PX, 3), 255, np.uint8)
+    joined = np.concatenate([panels[0], gap, panels[1]], axis=axis)
+    return np.pad(joined, ((_MARGIN_PX, _MARGIN_PX), (_MARGIN_PX, _MARGIN_PX), (0, 0)), constant_values=255)
+
+
+def _with_legend(picture: Picture, classes: Sequence[str], colors: Mapping[int, Color]) -> Picture:
+    """Add rows of colour patches and class names below."""
+    font, classes = lettering_font(16), [lettered(name) for name in classes]
+    widths = [_ENTRY_PX + int(font.getlength(name)) + 2 * _MARGIN_PX for name in classes]
+    missing = max(0, max(widths) + _MARGIN_PX - picture.shape[1])
+    places, num_lines = _legend_places(widths, picture.shape[1] + missing)
+    canvas = np.pad(picture, ((0, num_lines * _LEGEND_PX), (0, missing), (0, 0)), constant_values=255)
+    drawn = Image.fromarray(canvas)
+    draw = ImageDraw.Draw(drawn)
+    for index, (name, (x, line)) in enumerate(zip(classes, places, strict=True)):
+        y = picture.shape[0] + line * _LEGEND_PX
+        draw.rectangle((x, y, x + 18, y + 18), fill=colors[index][:3])
+        draw.text((x + _ENTRY_PX, y + 9), name, fill=(0, 0, 0), font=font, anchor="lm")
+    return np.asarray(drawn)
+
+
+def _legend_places(widths: Sequence[int], width: int) -> tuple[list[tuple[int, int]], int]:
+    """(x, line) of each entry, in pixels and lines, and the number of lines."""
+    places = []
+    x, line = _MARGIN_PX, 0
+    for entry in widths:
+        if x > _MARGIN_PX and x + entry > width:
+            x, line = _MARGIN_PX, line + 1
+        places.append((x, line))
+        x += entry
+    return places, line + 1

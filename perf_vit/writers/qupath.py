@@ -1,0 +1,70 @@
+"""Objects as QuPath's GeoJSON, in pixels of the slide's level 0."""
+
+from __future__ import annotations
+
+import uuid
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import shapely
+from affine import Affine
+
+from perf_vit.plotting import default_colormap
+from perf_vit.text import to_json
+from perf_vit.writers._objects import BOX_FIELDS, ObjectTable
+
+__all__ = ["write_qupath"]
+
+_NAMESPACE = uuid.UUID("6d0b8a0e-6d1c-5d0e-9f43-2c5f3ac0e9b1")
+_DECIMALS = 2
+
+
+def write_qupath(
+    path: Path, table: ObjectTable, *, object_type: str, scale: Affine, background: int | None = None
+) -> None:
+    """Write a FeatureCollection, feature by feature.
+
+    Args:
+        path: the file.
+        table: the objects.
+        object_type: "detection" or "annotation".
+        scale: pixels of the source to those of level 0.
+        background: index of the class that is background, if one is.
+    """
+    colors = default_colormap(len(table.class_names), background)
+    classes = [
+        {"name": name, "color": list(map(int, colors[index][:3]))} for index, name in enumerate(table.class_names)
+    ]
+    with path.open("w", encoding="utf-8") as file:
+        file.write('{"type": "FeatureCollection", "features": [')
+        for index, polygon in enumerate(table.placed(scale)):
+            properties: dict[str, Any] = {
+                "objectType": object_type,
+                "classification": classes[table.labels[index]],
+                "measurements": _measurements(table, index),
+            }
+            file.write(",\n" if index else "\n")
+            file.write(to_json(_feature(index, polygon, properties)))
+        file.write("\n]}\n")
+
+
+def _feature(index: int, polygon: Any, properties: dict[str, Any]) -> dict[str, Any]:
+    geometry = shapely.geometry.mapping(shapely.transform(polygon, lambda xy: np.round(xy, _DECIMALS)))
+    # QuPath wants a UUID; one of place and content is the same whenever the same objects are written.
+    content = to_json([index, geometry, properties])
+    return {
+        "type": "Feature",
+        "id": str(uuid.uuid5(_NAMESPACE, content)),
+        "geometry": geometry,
+        "properties": properties,
+    }
+
+
+def _measurements(table: ObjectTable, index: int) -> dict[str, float]:
+    found: dict[str, float] = {}
+    if table.scores is not None:
+        found["score"] = float(table.scores[index])
+    if table.oriented_boxes is not None:
+        found.update(zip(BOX_FIELDS, map(float, table.oriented_boxes[index]), strict=True))
+    return found

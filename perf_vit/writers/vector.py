@@ -1,0 +1,161 @@
+"""Objects into files that GIS, QuPath and detection tools open."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import numpy as np
+from affine import Affine
+from pyproj import Transformer
+from pyproj.exceptions import CRSError, ProjError
+
+from perf_vit.errors import OutputError
+from perf_vit.files import staged
+from perf_vit.labels.objects import default_category_ids
+from perf_vit.sources._gdal import crs_name
+from perf_vit.sources.slides import SlideSource
+from perf_vit.types import Source
+from perf_vit.writers._objects import ObjectTable
+from perf_vit.writers.coco import write_coco, write_coco_results
+from perf_vit.writers.gis import write_gis
+from perf_vit.writers.qupath import write_qupath
+
+__all__ = ["VectorFormat", "check_vector_output", "write_objects"]
+
+VectorFormat = Literal["gpkg", "geoparquet", "geojson", "coco", "qupath"]
+
+_SUFFIXES: dict[str, VectorFormat] = {
+    ".gpkg": "gpkg",
+    ".parquet": "geoparquet",
+    ".geojson": "geojson",
+    ".json": "coco",
+}
+
+
+def write_objects(
+    path: str | Path,
+    geometries: Any,
+    scores: Any,
+    labels: Any,
+    class_names: Sequence[str],
+    *,
+    source: Source,
+    format: VectorFormat | None = None,  # noqa: A002
+    object_type: Literal["detection", "annotation"] = "detection",
+    background: int | None = None,
+    category_ids: Sequence[int] | None = None,
+    image_id: int | None = None,
+) -> Path:
+    """Write objects of a source, in the format that the name's suffix asks for.
+
+    - `.gpkg`, `.parquet`: a table in the source's CRS.
+    - `.geojson`: longitude and latitude (EPSG:4326), which is all that RFC 7946 knows; QuPath's GeoJSON for a source
+      without CRS.
+    - `.json`: COCO, in pixels of the source: a data set of one image; with `image_id`, a list of results for
+      `pycocotools.coco.COCO.loadRes`.
+    - `format="qupath"`: QuPath's GeoJSON, in pixels of the slide's level 0.
+
+    The file appears under its name when it is complete, and the same objects give the same bytes with the same
+    versions of the libraries.
+
+    Args:
+        path: the output; missing parent folders are made.
+        geometries: in the source's pixels: shapely polygons [n], boxes_xyxy [n, 4], or oriented boxes [n, 5] as centre
+            x, centre y, width, height, angle in radians. `Objects.geometry` is one of these.
+        scores: [n], or None.
+        labels: class indices, [n].
+        class_names: one a class.
+        source: the scene or slide of the objects: its CRS, transform, size and name.
+        format: instead of the one that the suffix asks for.
+        object_type: of QuPath's objects; it draws detections faster, and lets users edit annotations.
+        background: index of the class that is background, if one is, for the colours that QuPath's objects get.
+        category_ids: COCO's id of each class, such as `DetectionSpec.category_ids`; 1, 2, 3, ... by default.
+        image_id: of the source in a COCO file of labels, see `CocoImages`.
+
+    Returns:
+        The path of the file.
+
+    Raises:
+        OutputError: a suffix without format, a format that needs a CRS the source doesn't have, arrays that don't go
+            together, or a place where nothing can be written.
+    """
+    target = Path(path)
+    chosen = check_vector_output(target, source, format=format)
+    table = ObjectTable.make(geometries, scores, labels, class_names)
+    with staged(target) as folder:
+        made = folder / target.name
+        try:
+            if chosen == "coco":
+                ids = category_ids or default_category_ids(len(table.class_names))
+                _write_coco(made, table, ids, source, image_id)
+            elif chosen == "qupath":
+                write_qupath(made, table, object_type=object_type, scale=_to_level0(source), background=background)
+            else:
+                write_gis(made, table, chosen, layer=target.stem, crs=source.crs, transform=source.transform)
+        except OSError as error:
+            raise OutputError(f"can't write {path}: {error.strerror or error}") from error
+    return target
+
+
+def _write_coco(
+    path: Path, table: ObjectTable, category_ids: Sequence[int], source: Source, image_id: int | None
+) -> None:
+    if image_id is None:
+        name = Path(source.path).name
+        write_coco(path, table, category_ids, name=name, height=source.height, width=source.width)
+    else:
+        write_coco_results(path, table, category_ids, image_id=image_id)
+
+
+def check_vector_output(path: str | Path, source: Source, *, format: VectorFormat | None = None) -> VectorFormat:  # noqa: A002
+    """The format of a file of a source's objects; called before the objects are looked for.
+
+    Args:
+        path: the output.
+        source: of the objects.
+        format: instead of the one that the suffix asks for.
+
+    Raises:
+        OutputError: a suffix without format, or a format that needs a CRS that the source doesn't have.
+    """
+    chosen = format or _format_of(Path(path), source)
+    if chosen not in get_args(VectorFormat):
+        raise OutputError(f"format must be one of {', '.join(get_args(VectorFormat))}, got {chosen}")
+    if chosen in {"gpkg", "geoparquet", "geojson"} and source.crs is None:
+        raise OutputError(
+            f"{source.path} has no CRS, so its objects can't be placed in {chosen}; write QuPath's .geojson or "
+            "COCO's .json"
+        )
+    if chosen == "geojson" and not _has_longitudes(source):
+        raise OutputError(
+            f"can't write {path}: GeoJSON holds longitudes and latitudes, and those of {source.path} are not known "
+            f"from its CRS ({crs_name(source.crs)}); write .gpkg, .parquet or COCO's .json"
+        )
+    return chosen
+
+
+def _has_longitudes(source: Source) -> bool:
+    """Whether EPSG:4326 has a place for points of a source; corners of full-disc imagery lie beside the Earth."""
+    assert source.crs is not None
+    shares = np.linspace(0, 1, 11)
+    x, y = np.transpose([source.transform @ (source.width * a, source.height * b) for a in shares for b in shares])
+    try:
+        placed = Transformer.from_crs(source.crs.to_wkt(), "EPSG:4326", always_xy=True).transform(x, y)
+    except (CRSError, ProjError):
+        return False
+    return bool(np.isfinite(placed).all(axis=0).any())
+
+
+def _to_level0(source: Source) -> Affine:
+    return Affine.scale(*source.downsample_xy) if isinstance(source, SlideSource) else Affine.identity()
+
+
+def _format_of(path: Path, source: Source) -> VectorFormat:
+    found = _SUFFIXES.get(path.suffix.lower())
+    if found is None:
+        raise OutputError(
+            f"can't tell the format of {path}: expected a name that ends in {', '.join(_SUFFIXES)}; or give format"
+        )
+    return "qupath" if found == "geojson" and source.crs is None else found

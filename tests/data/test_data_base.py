@@ -1,0 +1,31 @@
+"""Which samples each of several processes gets."""
+
+import pytest
+
+from perf_vit.data import base as epochs
+from perf_vit.data.base import EpochDataModule, ShareSampler
+from perf_vit.errors import ConfigError
+
+
+@pytest.mark.parametrize("length", [1, 2, 5, 6])
+@pytest.mark.parametrize("world_size", [1, 2, 3, 4])
+def test_processes_validate_on_equally_many_samples_and_each_counts_once(length, world_size, monkeypatch) -> None:
+    counted, turns = [], set()
+    for rank in range(world_size):
+        monkeypatch.setattr(epochs, "process_place", lambda place=(rank, world_size): place)
+        sampler = ShareSampler(length)
+        indices = list(sampler)
+        assert len(indices) == len(sampler)
+        assert all(0 <= index < length for index in indices)
+        turns.add(len(indices))
+        counted += indices[: sampler.num_counted]
+    assert turns == {-(-length // world_size)}
+    assert sorted(counted) == list(range(length))
+
+
+def test_too_few_samples_for_a_batch_of_each_process_are_refused(monkeypatch) -> None:
+    data = EpochDataModule()
+    assert len(data.train_loader(range(100), batch_size=16, num_workers=0)) == 6
+    monkeypatch.setattr(epochs, "process_place", lambda: (0, 8))
+    with pytest.raises(ConfigError, match="8 processes share the 100 samples of an epoch, too few for a batch of 16"):
+        data.train_loader(range(100), batch_size=16, num_workers=0)

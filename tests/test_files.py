@@ -1,0 +1,43 @@
+import json
+import os
+
+import pytest
+
+from perf_vit.errors import OutputError
+from perf_vit.files import write_json, write_text
+
+
+def test_json_files_are_strict_utf8_that_hold_names_exactly(tmp_path) -> None:
+    path = tmp_path / "new" / "scores.json"
+    write_json(path, {"漢": float("nan"), "caf\udce9": 1})
+    text = path.read_bytes().decode("utf-8")
+    assert json.loads(text, parse_constant=pytest.fail) == {"漢": None, "caf\udce9": 1}
+    assert "漢" in text
+    assert text.endswith("}\n")
+
+
+def test_a_file_that_cannot_be_completed_leaves_the_one_before(tmp_path) -> None:
+    path = tmp_path / "scores.json"
+    write_text(path, "before\n")
+    with pytest.raises(TypeError):
+        write_json(path, {"a": object()})
+    with pytest.raises(UnicodeEncodeError):
+        write_text(path, "\udce9")
+    assert path.read_text(encoding="utf-8") == "before\n"
+    assert os.listdir(tmp_path) == ["scores.json"]
+
+
+def test_a_folder_in_the_place_is_named(tmp_path) -> None:
+    with pytest.raises(OutputError, match=r"scores\.json: it is a folder"):
+        (tmp_path / "scores.json").mkdir()
+        write_json(tmp_path / "scores.json", {})
+
+
+def test_a_full_disk_is_an_output_error(tmp_path, monkeypatch) -> None:
+    def full(*args, **kwargs):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("pathlib.Path.write_text", full)
+    with pytest.raises(OutputError, match="No space left"):
+        write_json(tmp_path / "scores.json", {})
+    assert os.listdir(tmp_path) == []

@@ -1,0 +1,172 @@
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import rasterio
+from affine import Affine
+from rasterio.crs import CRS
+from rio_cogeo.cogeo import cog_validate
+
+from perf_vit.errors import OutputError
+from perf_vit.sources import open_source
+from perf_vit.writers import CogWriter
+
+UTM = CRS.from_epsg(32637)
+PLACE = Affine(2.5, 0, 401_000.125, 0, -3.25, 4_510_000.5)
+
+
+def _writer(path, pixels, **options):
+    count, height, width = pixels.shape
+    layout = {"height": height, "width": width, "num_bands": count, "dtype": pixels.dtype}
+    return CogWriter(path, **{**layout, "crs": UTM, "transform": PLACE, **options})
+
+
+def _write(path, pixels, step=100, **options) -> None:
+    with _writer(path, pixels, **options) as writer:
+        for row in range(0, pixels.shape[1], step):
+            writer.write(row, pixels[:, row : row + step])
+
+
+@pytest.mark.parametrize("dtype", ["uint8", "uint16", "float32"])
+@pytest.mark.parametrize(("num_bands", "height", "width"), [(1, 700, 1301), (7, 33, 20), (3, 1, 600)])
+def test_strips_become_a_valid_cog_with_the_same_pixels(tmp_path, dtype, num_bands, height, width) -> None:
+    pixels = (np.random.default_rng(0).random((num_bands, height, width)) * 200).astype(dtype)
+    path = tmp_path / "out.tif"
+    names = [f"name {i}" for i in range(num_bands)]
+    _write(path, pixels, nodata=0, band_names=names, tags={"MODEL": "x"})
+    assert cog_validate(path, strict=True) == (True, [], [])
+    with rasterio.open(path) as dataset:
+        assert np.array_equal(dataset.read(), pixels)
+        assert dataset.crs == UTM
+        assert dataset.transform.almost_equals(PLACE, precision=1e-9)
+        assert dataset.nodata == 0
+        assert dataset.descriptions == tuple(names)
+        assert dataset.tags()["MODEL"] == "x"
+        assert bool(dataset.overviews(1)) == (max(height, width) > 512)
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_class_map_keeps_its_colours_and_overviews_hold_classes_only(tmp_path) -> None:
+    pixels = np.random.default_rng(0).choice([0, 200], (1, 1200, 1200)).astype(np.uint8)
+    colors = {0: (1, 2, 3, 255), 200: (40, 50, 60, 255), 255: (0, 0, 0, 0)}
+    _write(tmp_path / "map.tif", pixels, colormap=colors, nodata=255)
+    with rasterio.open(tmp_path / "map.tif") as dataset:
+        assert {value: dataset.colormap(1)[value] for value in (0, 200)} == {v: colors[v] for v in (0, 200)}
+    with rasterio.open(tmp_path / "map.tif", overview_level=0) as overview:
+        assert set(np.unique(overview.read(1))) == {0, 200}
+
+
+def test_overviews_of_measurements_are_averages(tmp_path) -> None:
+    pixels = np.zeros((1, 1024, 1024), np.float32)
+    pixels[:, ::2] = 10
+    _write(tmp_path / "p.tif", pixels)
+    with rasterio.open(tmp_path / "p.tif", overview_level=0) as overview:
+        assert np.allclose(overview.read(1), 5)
+
+
+def test_an_error_in_the_block_leaves_nothing_and_keeps_what_was_there(tmp_path) -> None:
+    pixels = np.ones((1, 50, 50), np.uint8)
+    path = tmp_path / "out.tif"
+    path.write_bytes(b"before")
+    with pytest.raises(KeyError), _writer(path, pixels) as writer:
+        writer.write(0, pixels)
+        raise KeyError
+    assert path.read_bytes() == b"before"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_folders_are_made_and_unmade_with_the_file(tmp_path) -> None:
+    pixels = np.ones((1, 50, 50), np.uint8)
+    with pytest.raises(KeyError), _writer(tmp_path / "a" / "b" / "out.tif", pixels):
+        raise KeyError
+    assert list(tmp_path.iterdir()) == []
+    _write(tmp_path / "a" / "b" / "out.tif", pixels)
+    assert (tmp_path / "a" / "b" / "out.tif").is_file()
+
+
+def test_the_file_appears_only_when_it_is_complete(tmp_path) -> None:
+    pixels = np.ones((1, 50, 50), np.uint8)
+    with _writer(tmp_path / "out.tif", pixels) as writer:
+        writer.write(0, pixels)
+        assert not (tmp_path / "out.tif").exists()
+    assert (tmp_path / "out.tif").exists()
+
+
+def test_a_place_that_cannot_be_written(tmp_path) -> None:
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(OutputError, match="can't write"), _writer(tmp_path / "file" / "o.tif", np.ones((1, 5, 5))):
+        pytest.fail("the block must not be entered")
+
+
+def test_a_raster_without_georeference_stays_without(tmp_path) -> None:
+    pixels = np.arange(60, dtype=np.int16).reshape(1, 6, 10)
+    _write(tmp_path / "plain.tif", pixels, crs=None, transform=Affine.identity())
+    source = open_source(tmp_path / "plain.tif")
+    assert source.crs is None
+    assert source.transform == Affine.identity()
+    assert np.array_equal(source.read(source.extent).pixels, pixels)
+
+
+def test_overviews_of_a_map_without_colours_can_be_asked_for(tmp_path) -> None:
+    pixels = np.random.default_rng(0).choice([0, 200], (1, 600, 600)).astype(np.uint8)
+    _write(tmp_path / "map.tif", pixels, overviews="nearest")
+    with rasterio.open(tmp_path / "map.tif", overview_level=0) as overview:
+        assert set(np.unique(overview.read(1))) == {0, 200}
+
+
+def _write_part(path, pixels, block) -> None:
+    with _writer(path, pixels) as writer:
+        writer.write(0, block)
+
+
+@pytest.mark.parametrize(
+    ("block", "match"),
+    [
+        (np.ones((1, 40, 50), np.uint8), "expected 50 rows .*, got 40"),
+        (np.ones((1, 51, 50), np.uint8), "inside 50 rows"),
+        (np.ones((2, 50, 50), np.uint8), r"got \[2, 50, 50\]"),
+        (np.ones((1, 50, 50), np.int16), "of int16 at row 0"),
+    ],
+)
+def test_strips_that_do_not_fit_leave_nothing(tmp_path, block, match: str) -> None:
+    with pytest.raises(OutputError, match=match):
+        _write_part(tmp_path / "out.tif", np.ones((1, 50, 50), np.uint8), block)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_folder_in_the_place_of_the_file(tmp_path) -> None:
+    with pytest.raises(OutputError, match="it is a folder"):
+        _write(tmp_path, np.ones((1, 5, 5), np.uint8))
+
+
+_FILL = """
+import resource, sys
+import numpy as np
+from perf_vit.errors import OutputError
+from perf_vit.writers import CogWriter
+
+path, size = sys.argv[1], int(sys.argv[2])
+pixels = np.random.default_rng(0).integers(0, 255, (1, 700, 700)).astype(np.uint8)
+for share in (0.05, 0.5, 0.8, 0.95, 0.999):
+    resource.setrlimit(resource.RLIMIT_FSIZE, (int(share * size), resource.RLIM_INFINITY))
+    try:
+        with CogWriter(path, height=700, width=700, num_bands=1, dtype="uint8", crs=None, transform=None) as writer:
+            writer.write(0, pixels)
+    except OutputError:
+        continue
+    sys.exit(f"no error at {share} of the file's size")
+"""
+
+
+def test_a_full_disk_is_an_error_even_if_it_fills_up_at_the_last_byte(tmp_path) -> None:
+    path = tmp_path / "out.tif"
+    pixels = np.random.default_rng(0).integers(0, 255, (1, 700, 700)).astype(np.uint8)
+    _write(path, pixels, crs=None, transform=None)
+    before = path.read_bytes()
+    done = subprocess.run(
+        [sys.executable, "-c", _FILL, path, str(len(before))], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert path.read_bytes() == before
+    assert list(tmp_path.iterdir()) == [path]
