@@ -239,7 +239,7 @@ def test_a_redraw_between_forward_and_backward_is_an_error_rather_than_a_wrong_g
 def test_a_model_of_mixed_draws_has_no_number() -> None:
     model = backbone(draw=0)
     mixed = copy.deepcopy(model)
-    mixed.blocks[1].attn.redraw(7)
+    mixed.blocks[1].attn.mixer.redraw(7)
     with pytest.raises(ValueError, match=r"must hold one draw, got 0, 7; call redraw_projections"):
         current_draw(mixed)
     assert current_draw(model) == current_draw(nn.Linear(1, 1)) == 0

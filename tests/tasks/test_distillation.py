@@ -12,7 +12,7 @@ from perf_vit.tasks import DistillationOptimConfig, DistillationTask
 from perf_vit.tasks.distillation import match_blocks, recorded_blocks, token_loss
 
 # 8 x 8 patches, of which few are exact: the rest is what a student has to learn.
-OPTIONS = {"window_size": 2, "num_sinks": 2, "num_clusters": 16}
+OPTIONS = {"mixer": "performer", "num_features": 32}
 MODELS = {
     "vit": ("vit_tiny_patch16_224", {"patch_size": 8, "embed_dim": 64, "depth": 2, "num_heads": 2}),
     "registers": ("vit_small_patch14_reg4_dinov2", {"patch_size": 8, "embed_dim": 64, "depth": 2, "num_heads": 2}),

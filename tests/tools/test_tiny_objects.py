@@ -87,14 +87,13 @@ def test_windows_are_softmax_attention_under_a_mask(tool) -> None:
     variants = tool("variants")
     torch.manual_seed(0)
     model = variants.build_variant(variants.VARIANTS["windows"], (0.0,) * 3, (1.0,) * 3, 512)
-    layer = next(module for module in model.modules() if isinstance(module, variants.WindowAttention))
+    layer = next(module for module in model.modules() if isinstance(module, variants.WindowMixer))
     rows, columns, prefix = 32, 48, layer.options.num_prefix_tokens
-    layer.grid.size = (rows, columns)
     q, k, v = torch.randn(3, 2, 4, prefix + rows * columns, 32).unbind()
     row, column = torch.meshgrid(torch.arange(rows), torch.arange(columns), indexing="ij")
     window = torch.cat([torch.full((prefix,), -1), (row // 16 * 100 + column // 16).flatten()])
     expected = F.scaled_dot_product_attention(q, k, v, attn_mask=window[:, None] == window)
-    torch.testing.assert_close(layer._mix(q, k, v, None, False), expected, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(layer(q, k, v, (rows, columns)), expected, rtol=1e-4, atol=1e-5)
 
 
 def test_an_object_is_found_once_and_by_its_own_class(tool) -> None:
