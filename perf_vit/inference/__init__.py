@@ -28,12 +28,12 @@ from perf_vit.inference.options import (
     move_to_device,
     resolve_device,
 )
-from perf_vit.inference.predict import PREDICTORS, predict
 from perf_vit.inference.predictor import InputPredictor, OnProgress, Predictor, ignore_progress
 from perf_vit.inference.ray import RayPool
 from perf_vit.inference.segmentation import SegmentationPredictor
 from perf_vit.inference.slide_classification import SlideClassificationPredictor, attention_folder, slide_names
 from perf_vit.inference.table_predictor import TablePredictor
+from perf_vit.inference.task_predictors import PREDICTORS, predict
 
 __all__ = [
     "PREDICTORS",

@@ -21,7 +21,9 @@ __all__ = ["ClassificationPredictor"]
 class ClassificationPredictor(TablePredictor[Classifier, ClassificationPredictOptions]):
     """Writes a CSV file with a row an image: its class and the probability of each, or its targets."""
 
-    load = staticmethod(load_classifier)
+    def load(self, checkpoint: Path) -> Classifier:
+        """The model of a checkpoint."""
+        return load_classifier(checkpoint)
 
     def job(self, paths: Sequence[str], out: str | Path) -> TableJob:
         """What is to be made of some images; see `TablePredictor.job`."""

@@ -80,7 +80,9 @@ class DetectionPredictor(InputPredictor[Detector, DetectionPredictOptions]):
     Objects of finished windows go into the folder `OUT.partial`, where an interrupted call goes on.
     """
 
-    load = staticmethod(load_detector)
+    def load(self, checkpoint: Path) -> Detector:
+        """The model of a checkpoint."""
+        return load_detector(checkpoint)
 
     def run(self, source: Any, out: str | Path, *, on_progress: OnProgress = ignore_progress) -> JobResult:
         """Write the objects of an input, unless they are there.

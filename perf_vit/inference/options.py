@@ -161,7 +161,8 @@ class SegmentationPredictOptions(WindowedPredictOptions):
         if self.polygons is not None:
             _check_choice(self, "polygons", get_args(PolygonSuffix))
             if self.kind != "classes":
-                raise OptionError(f"polygons are of kind classes, got kind {self.kind}; leave one of them out")
+                choices = ", ".join(get_args(PolygonSuffix))
+                raise OptionError(f"polygons must be one of {choices}, of kind classes, got kind {self.kind}")
         if self.score_threshold is not None and not 0 < self.score_threshold < 1:
             raise OptionError(f"score_threshold must lie between 0 and 1, got {self.score_threshold:g}")
 

@@ -8,7 +8,7 @@ from contextlib import suppress
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any, ClassVar, Generic, Self, TypeVar
+from typing import Any, Generic, Self, TypeVar
 
 from torch import nn
 
@@ -45,8 +45,6 @@ class Predictor(ABC, Generic[Model, Options]):
         options: Options of the prediction.
     """
 
-    load: ClassVar[Callable[[Path], Any]]
-
     def __init__(self, model: Model | str | Path, options: Options) -> None:
         self.options = options
         self._given = Path(model) if isinstance(model, str | Path) else model
@@ -58,8 +56,15 @@ class Predictor(ABC, Generic[Model, Options]):
         Raises:
             CheckpointError: It can't be read.
         """
-        model: Model = type(self).load(self._given) if isinstance(self._given, Path) else self._given
-        return model
+        return self.load(self._given) if isinstance(self._given, Path) else self._given
+
+    @abstractmethod
+    def load(self, checkpoint: Path) -> Model:
+        """The model of a checkpoint.
+
+        Raises:
+            CheckpointError: It can't be read.
+        """
 
     @property
     def checkpoint(self) -> Path | None:
@@ -69,7 +74,8 @@ class Predictor(ABC, Generic[Model, Options]):
     @cached_property
     def model_id(self) -> str:
         """Twelve hex digits that another network, other weights or another spec would not have."""
-        return network_id(self.model, self.model.spec.to_dict())  # type: ignore[union-attr, operator]
+        spec: Any = self.model.spec
+        return network_id(self.model, spec.to_dict())
 
     @property
     def read_files(self) -> list[str | Path]:
@@ -79,7 +85,7 @@ class Predictor(ABC, Generic[Model, Options]):
 
     def on(self, device: str) -> Self:
         """The same predictor on another device."""
-        return type(self)(self._given, replace(self.options, device=device))  # type: ignore[arg-type]
+        return type(self)(self._given, replace(self.options, device=device))
 
     @property
     def device(self) -> str:

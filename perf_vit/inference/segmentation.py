@@ -38,7 +38,9 @@ class SegmentationPredictor(InputPredictor[Segmenter, SegmentationPredictOptions
     appears under its name when it is complete.
     """
 
-    load = staticmethod(load_segmenter)
+    def load(self, checkpoint: Path) -> Segmenter:
+        """The model of a checkpoint."""
+        return load_segmenter(checkpoint)
 
     def run(
         self,
@@ -105,11 +107,15 @@ class SegmentationPredictor(InputPredictor[Segmenter, SegmentationPredictOptions
         opened = self.open(source)
         encode = self.output().encode
         reader = SalvagingReader(opened, DamageLog(store.folder).add) if self.options.on_error == "skip" else opened
+
+        def write(strip: Strip) -> None:
+            store.write(strip.window.row, encode(strip))
+
         writing: deque[Future[None]] = deque()
         with bounded_cache(), ThreadPoolExecutor(1, thread_name_prefix="perf_vit-writer") as writer:
             for gap in store.gaps(*(rows or (0, opened.height))):
                 for strip in self.strips(reader, opened.extent, gap, on_progress=on_progress):
-                    writing.append(writer.submit(lambda strip=strip: store.write(strip.window.row, encode(strip))))
+                    writing.append(writer.submit(write, strip))
                     if len(writing) >= _WRITER_DEPTH:
                         writing.popleft().result()
             for written in writing:

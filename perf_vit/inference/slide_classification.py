@@ -45,7 +45,10 @@ class SlideClassificationPredictor(TablePredictor[SlideClassifier, SlideClassifi
         on_window: Called with (windows done, windows in all) of the current slide; not pickled.
     """
 
-    load = staticmethod(load_slide_classifier)
+    def load(self, checkpoint: Path) -> SlideClassifier:
+        """The model of a checkpoint."""
+        return load_slide_classifier(checkpoint)
+
     noun = "slides"
     on_window: OnProgress = staticmethod(ignore_progress)
 

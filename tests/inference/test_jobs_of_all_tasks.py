@@ -1,0 +1,254 @@
+"""What holds for the predictions of all tasks: killed, gone on with, made once, never mixed, reported."""
+
+import csv
+import json
+import os
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import rasterio
+from affine import Affine
+from small_models import save_classifier, save_segmenter, save_slide_classifier, save_small_detector
+from synthetic_slide import make_slide
+
+from perf_vit.errors import OutputError
+from perf_vit.inference import PREDICTORS, find_inputs, predict_many
+from perf_vit.inference.jobs import JobResult
+
+
+class KilledError(BaseException):
+    """Ends a process at any line, as a signal does."""
+
+
+@dataclass(frozen=True)
+class Case:
+    """A prediction.
+
+    Attributes:
+        task: Its task.
+        save: Writes the checkpoint of an untrained model.
+        write: Writes the inputs into a folder and gives what is predicted.
+        out: Name of the main output.
+        options: Options of the prediction.
+        counted: Attribute of the model whose forward passes are counted; the model itself by default.
+    """
+
+    task: str
+    save: Callable[[Path], Path]
+    write: Callable[[Path], Any]
+    out: str
+    options: dict[str, Any] = field(default_factory=dict)
+    counted: str | None = None
+
+
+def write_image(path: Path, height: int, seed: int) -> Path:
+    """A raster of three bands, 64 px wide."""
+    pixels = np.random.default_rng(seed).integers(1, 255, (3, height, 64)).astype(np.uint8)
+    profile = {"driver": "GTiff", "height": height, "width": 64, "count": 3, "dtype": "uint8", "crs": "EPSG:32636"}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with rasterio.open(path, "w", transform=Affine(1, 0, 5e5, 0, -1, 4e6), **profile) as file:
+        file.write(pixels)
+    return path
+
+
+def write_scene(folder: Path) -> str:
+    return str(write_image(folder / "scene.tif", 500, 0))
+
+
+def write_images(folder: Path) -> list[str]:
+    return [str(write_image(folder / f"{number}.tif", 40, number)) for number in range(6)]
+
+
+def write_slides(folder: Path) -> list[str]:
+    folder.mkdir()
+    return [
+        str(make_slide(folder / f"{number}.svs", 320, 320, mpp=0.5, tile_px=64, tissue_share=0.6, seed=number))
+        for number in range(3)
+    ]
+
+
+CASES = {
+    "segmentation": Case(
+        "segmentation", save_segmenter, write_scene, "map.tif", {"quicklook": True, "polygons": "geojson"}
+    ),
+    "detection": Case("detection", save_small_detector, write_scene, "found.gpkg", {"score_threshold": 0.0}),
+    "detection in batches": Case(
+        "detection", save_small_detector, write_scene, "found.json", {"score_threshold": 0.0, "batch_size": 2}
+    ),
+    "classification": Case(
+        "classification", lambda path: save_classifier(path, "single_label"), write_images, "found.csv"
+    ),
+    "regression": Case("regression", lambda path: save_classifier(path, "regression"), write_images, "found.csv"),
+    "slide classification": Case(
+        "slide_classification", save_slide_classifier, write_slides, "found.csv", {"batch_size": 4}, "encoder"
+    ),
+}
+
+
+class Bench:
+    """A case with its files."""
+
+    def __init__(self, case: Case, root: Path) -> None:
+        self.case = case
+        self.root = root
+        self.checkpoint = case.save(root / "model.ckpt")
+        self.source = case.write(root / "in")
+
+    @property
+    def first_input(self) -> Path:
+        return Path(self.source if isinstance(self.source, str) else self.source[0])
+
+    def run(self, folder: str, *, kill_after: int | None = None, **options: Any) -> tuple[JobResult, int]:
+        """What became of the prediction and how many forward passes it took."""
+        predictor = PREDICTORS[self.case.task].make(
+            self.checkpoint, **{"device": "cpu", **self.case.options, **options}
+        )
+        count = 0
+
+        def on_forward(*_: Any) -> None:
+            nonlocal count
+            if count == kill_after:
+                raise KilledError
+            count += 1
+
+        model = predictor.model
+        counted = getattr(model, self.case.counted) if self.case.counted else model
+        counted.register_forward_pre_hook(on_forward)
+        return predictor.run(self.source, self.root / folder / self.case.out), count
+
+    def kill(self, folder: str, after: int, **options: Any) -> None:
+        with pytest.raises(KilledError):
+            self.run(folder, kill_after=after, **options)
+
+    def files(self, folder: str) -> dict[str, bytes]:
+        """All files in a folder of outputs, hidden ones too."""
+        root = self.root / folder
+        return {str(path.relative_to(root)): path.read_bytes() for path in root.rglob("*") if path.is_file()}
+
+
+@pytest.fixture(params=CASES.values(), ids=CASES)
+def bench(request, tmp_path) -> Bench:
+    return Bench(request.param, tmp_path)
+
+
+def test_a_killed_prediction_goes_on_and_its_outputs_are_those_of_an_uninterrupted_one(bench) -> None:
+    _, number = bench.run("whole")
+    assert number >= 3
+    bench.kill("killed", number // 2)
+    assert not (bench.root / "killed" / bench.case.out).exists()
+    result, again = bench.run("killed")
+    assert result.made
+    assert 0 < again < number
+    assert bench.files("killed") == bench.files("whole")
+
+
+def test_a_prediction_that_is_done_is_not_made_again(bench) -> None:
+    bench.run("out")
+    before = {path: path.stat().st_mtime_ns for path in (bench.root / "out").rglob("*")}
+    result, number = bench.run("out")
+    assert (result.made, number) == (False, 0)
+    assert {path: path.stat().st_mtime_ns for path in (bench.root / "out").rglob("*")} == before
+
+
+def test_outputs_of_other_settings_are_refused_and_replaced_on_demand(bench) -> None:
+    bench.run("out")
+    before = bench.files("out")
+    with pytest.raises(OutputError, match="exists already, but not as this model's"):
+        bench.run("out", precision="bf16")
+    assert bench.files("out") == before
+    assert bench.run("out", precision="bf16", overwrite=True)[0].made
+    assert not bench.run("out", precision="bf16")[0].made
+
+
+def test_outputs_of_another_input_are_refused(bench) -> None:
+    bench.run("out")
+    before = bench.files("out")
+    others = Path(bench.case.write(bench.root / "other") if isinstance(bench.source, str) else bench.source[1])
+    content = bytearray(others.read_bytes())
+    content[-100:] = content[-200:-100]
+    bench.first_input.write_bytes(content)
+    # So that times of change alone tell nothing.
+    later = (time.time() + 60,) * 2
+    for path in (bench.root / "out").rglob("*"):
+        os.utime(path, later)
+    with pytest.raises(OutputError, match="exists already, but not as this model's"):
+        bench.run("out")
+    assert bench.files("out") == before
+
+
+def test_outputs_that_were_edited_are_refused(bench) -> None:
+    if bench.case.task == "segmentation":
+        pytest.skip("tags of a map say what it is, whoever edits its pixels")
+    bench.run("out")
+    out = bench.root / "out" / bench.case.out
+    out.write_bytes(out.read_bytes() + b"\n")
+    before = bench.files("out")
+    with pytest.raises(OutputError, match="exists already, but was changed since it was made"):
+        bench.run("out")
+    assert bench.files("out") == before
+
+
+def test_what_was_begun_with_other_settings_is_not_gone_on_with(bench) -> None:
+    _, number = bench.run("first")
+    bench.kill("out", number // 2)
+    with pytest.raises(OutputError, match=r"holds the unfinished .*, made with precision = float32, now bfloat16"):
+        bench.run("out", precision="bf16")
+    _, number = bench.run("whole", precision="bf16")
+    assert bench.run("out", precision="bf16", resume=False)[1] == number
+    assert bench.files("out") == bench.files("whole")
+
+
+def test_a_process_killed_while_it_moves_its_outputs_leaves_the_rest_to_the_next(bench, monkeypatch) -> None:
+    bench.run("whole")
+    with monkeypatch.context() as patch:
+
+        def kill(*_: Any) -> None:
+            raise KilledError
+
+        patch.setattr("perf_vit.inference.jobs.journal.Journal.move", kill)
+        with pytest.raises(KilledError):
+            bench.run("out")
+    result, number = bench.run("out")
+    assert (result.made, number) == (True, 0)
+    assert bench.files("out") == bench.files("whole")
+
+
+@pytest.mark.parametrize("task", ["segmentation", "detection"])
+def test_the_report_of_many_inputs_has_all_of_them(task, tmp_path) -> None:
+    for number in range(3):
+        write_image(tmp_path / "in" / f"{number}.tif", 64, number)
+    (tmp_path / "in" / "bad.tif").write_bytes(b"no raster")
+    checkpoint = CASES[task].save(tmp_path / "model.ckpt")
+    predictor = PREDICTORS[task].make(checkpoint, device="cpu", on_error="skip")
+    inputs = find_inputs([tmp_path / "in"], tmp_path / "out")
+    for status in ("done", "skipped-existing"):
+        report = predict_many(predictor, inputs, on_error="skip", report_path=tmp_path / "out" / "report.json")
+        assert {Path(each.input).name: each.status for each in report.inputs} == {
+            "bad.tif": "failed", "0.tif": status, "1.tif": status, "2.tif": status
+        }  # fmt: skip
+        written = json.loads((tmp_path / "out" / "report.json").read_text())
+        assert {Path(each["output"]).suffix for each in written["inputs"] if each["status"] == status} == {
+            ".tif" if task == "segmentation" else ".gpkg"
+        }
+
+
+@pytest.mark.parametrize("task", ["classification", "regression", "slide classification"])
+def test_a_table_has_a_row_for_every_input(task, tmp_path) -> None:
+    bench = Bench(CASES[task], tmp_path)
+    bad = tmp_path / "in" / "bad.tif"
+    bad.write_bytes(b"no raster")
+    bench.source.insert(1, str(bad))
+    result, _ = bench.run("out", on_error="skip")
+    assert list(result.failed) == [str(bad)]
+    with (tmp_path / "out" / "found.csv").open() as file:
+        header, *rows = csv.reader(file)
+    assert [row[0] for row in rows] == bench.source
+    assert header[-1] == "error"
+    assert ["bad.tif" in row[-1] for row in rows] == [path == str(bad) for path in bench.source]
+    with pytest.raises(OutputError, match="without parts of the input that couldn't be read"):
+        bench.run("out")
