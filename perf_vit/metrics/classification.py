@@ -1,4 +1,4 @@
-"""Scores of networks that say one thing of a whole image or slide."""
+"""Metrics of image and slide classification and of regression."""
 
 from __future__ import annotations
 
@@ -31,9 +31,16 @@ __all__ = ["ClassificationMetrics", "ClassificationScores", "ImageClassScores", 
 
 @dataclass(frozen=True, slots=True)
 class ImageClassScores:
-    """Scores of one class; 0 to 1, NaN where they have no meaning: of AUROC, where all or no images are of it.
+    """Scores of one class against all others, from 0 to 1; NaN where undefined.
 
-    `auroc` and `average_precision` are areas under the ROC and the precision-recall curve, against all other classes.
+    Attributes:
+        name: Class name.
+        f1: F1 score.
+        precision: Precision.
+        recall: Recall.
+        auroc: Area under the ROC curve; NaN if all or no images have the class.
+        average_precision: Area under the precision-recall curve.
+        num_images: Number of images of the class.
     """
 
     name: str
@@ -50,12 +57,12 @@ class ClassificationScores:
     """Scores of a classifier.
 
     Attributes:
-        accuracy: share of images whose class is right; with several classes an image, mean over images and classes.
-        f1: mean over the classes that occur in labels or predictions.
-        auroc: mean over the classes that have it.
-        classes: one a class.
-        confusion: images by true class and predicted one, [K][K]; None with several classes an image.
-        precision_recall: precision and recall of each class over its thresholds, where they were asked for.
+        accuracy: Share of images classified correctly; for multi-label classification the mean over images and classes.
+        f1: Mean F1 over the classes that occur in labels or predictions.
+        auroc: Mean AUROC over the classes where it is defined.
+        classes: Scores per class.
+        confusion: Image counts, rows true and columns predicted classes, [K][K]; None for multi-label classification.
+        precision_recall: Precision-recall curve per class; None unless requested.
     """
 
     accuracy: float
@@ -66,19 +73,27 @@ class ClassificationScores:
     precision_recall: tuple[PrecisionRecall, ...] | None = None
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values but for the curves, NaN as None, for JSON."""
+        """Return the scores without the curves as plain values for JSON, NaN as None."""
         values = asdict(replace(self, precision_recall=None))
         del values["precision_recall"]
         return dict(without_nan(values))
 
     def overall(self) -> dict[str, float]:
-        """Names and values for logs."""
+        """Return the overall scores by name, for logging."""
         return {"accuracy": self.accuracy, "f1": self.f1, "auroc": self.auroc}
 
 
 @dataclass(frozen=True, slots=True)
 class TargetScores:
-    """Errors of one number, in its unit, and the share of its variance that is explained, NaN if it has none."""
+    """Errors of one regression target.
+
+    Attributes:
+        name: Target name.
+        mae: Mean absolute error in units of the target.
+        rmse: Root mean squared error in units of the target.
+        r2: Coefficient of determination; NaN if the target has no variance.
+        num_images: Number of images.
+    """
 
     name: str
     mae: float
@@ -92,19 +107,19 @@ class RegressionScores:
     """Scores of a regression network.
 
     Attributes:
-        r2: mean over the targets that have it.
-        targets: one entry a target.
+        r2: Mean R2 over the targets where it is defined.
+        targets: Scores per target.
     """
 
     r2: float
     targets: tuple[TargetScores, ...]
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values, NaN as None, for JSON."""
+        """Return the scores as plain values for JSON, NaN as None."""
         return dict(without_nan(asdict(self)))
 
     def overall(self) -> dict[str, float]:
-        """Names and values for logs."""
+        """Return the mean scores over targets by name, for logging."""
         count = len(self.targets)
         return {
             "r2": self.r2,
@@ -114,11 +129,11 @@ class RegressionScores:
 
 
 class ClassificationMetrics(Metric):
-    """Collects scores and targets over batches and processes.
+    """Scores and targets collected over batches and processes.
 
     Args:
-        names: of the classes or targets.
-        kind: what the targets are.
+        names: Names of the K classes or targets.
+        kind: Kind of label: single_label, multilabel or regression.
     """
 
     full_state_update = False
@@ -136,23 +151,23 @@ class ClassificationMetrics(Metric):
         """Add a batch.
 
         Args:
-            scores: probabilities or targets, [B, K].
-            targets: class indices, [B]; or 0 and 1, or regression targets, [B, K].
+            scores: Class probabilities or predicted targets, [B, K].
+            targets: Class indices, [B]; 0 and 1 per class (multilabel) or regression targets, [B, K].
         """
         self.scores.append(scores.detach().float())
         self.targets.append(targets.detach())
 
     def compute(self) -> tuple[Tensor, Tensor]:
-        """All scores and targets so far, of all processes."""
+        """Return the scores and targets of all batches and processes."""
         return dim_zero_cat(self.scores), dim_zero_cat(self.targets)
 
     def summary(self, *, with_curves: bool = False) -> ClassificationScores | RegressionScores:
-        """What all images so far come to; of classes, with precision and recall over all thresholds if asked for."""
+        """Compute the scores of all batches, for classes with precision-recall curves if requested."""
         scores, targets = self.compute()
-        # torchmetrics gives a single number without its axes.
+        # torchmetrics drops the axes of a single value.
         scores = scores.reshape(-1, len(self.names))
         if self.kind == "regression":
-            return _number_scores(scores, targets.reshape(scores.shape), self.names)
+            return _target_scores(scores, targets.reshape(scores.shape), self.names)
         if self.kind == "multilabel":
             return _class_scores(
                 scores, targets.reshape(scores.shape), self.names, single=False, with_curves=with_curves
@@ -199,10 +214,10 @@ def _one_class(name: str, scores: Tensor, predicted: Tensor, truth: Tensor) -> I
     return ImageClassScores(name, f1, precision, recall, auroc, area, positives)
 
 
-def _number_scores(values: Tensor, targets: Tensor, names: Sequence[str]) -> RegressionScores:
+def _target_scores(values: Tensor, targets: Tensor, names: Sequence[str]) -> RegressionScores:
     found = []
     for index, name in enumerate(names):
-        # In float64: squares of large numbers lose the errors.
+        # float64, as squares of large targets lose small errors in float32.
         value, target = values[:, index].double().contiguous(), targets[:, index].double().contiguous()
         mse = mean_squared_error(value, target).item()
         variance = target.var(correction=0).item()

@@ -1,4 +1,4 @@
-"""Average precision of detectors: overall, by class and by the objects' size."""
+"""Average precision of detectors, overall, per class and per object size."""
 
 from __future__ import annotations
 
@@ -33,10 +33,10 @@ OBJECT_SIZES = {
     "medium": (32.0, 64.0),
     "large": (64.0, 1e5),
 }
-"""Bounds of the square root of an object's area in pixels: those of AI-TOD (Wang et al. 2021, "Tiny Object Detection in
-Aerial Images", ICPR 2020), and large for what that data set doesn't have."""
+"""Ranges of the square root of an object's area in pixels, as in AI-TOD (Wang et al. 2021, "Tiny Object Detection in
+Aerial Images", ICPR 2020), plus "large" for larger objects."""
 
-# AI-TOD's; COCO's own 100 would cut dense tiles. Denser images count as many detections an object.
+# AI-TOD's limit; COCO's limit of 100 would cut dense tiles. Denser images get _DETECTIONS_PER_OBJECT per object.
 _MAX_DETECTIONS = 1500
 _DETECTIONS_PER_OBJECT = 3
 _IOU_50, _IOU_75 = 0, 5
@@ -44,18 +44,18 @@ _IOU_50, _IOU_75 = 0, 5
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DetectionClassScores:
-    """Scores of one class, 0 to 1; NaN where no object of it is labelled.
+    """Scores of one class, from 0 to 1; NaN if the class has no labelled objects.
 
     Attributes:
-        name: of the class.
-        ap: average precision, mean over IoUs of .5 to .95.
-        ap50: average precision at an IoU of .5.
-        f1: at an IoU of .5 and the score threshold where it is highest, and there also
-        precision: the same,
-        recall: the same, and
-        threshold: that threshold.
-        num_objects: labelled ones that are not ignored.
-        precision_curve: precision at an IoU of .5 and recalls of 0, .01, ..., 1.
+        name: Class name.
+        ap: Average precision, mean over IoUs of .5 to .95.
+        ap50: Average precision at an IoU of .5.
+        f1: Highest F1 over all score thresholds, at an IoU of .5.
+        precision: Precision at `threshold`, at an IoU of .5.
+        recall: Recall at `threshold`, at an IoU of .5.
+        threshold: Score threshold with the highest F1.
+        num_objects: Number of labelled objects, ignored ones excluded.
+        precision_curve: Precision at an IoU of .5 and recalls of 0, .01, ..., 1.
     """
 
     name: str
@@ -71,16 +71,16 @@ class DetectionClassScores:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DetectionScores:
-    """Means over the classes with labelled objects, 0 to 1; NaN where there are none.
+    """Means over the classes with labelled objects, from 0 to 1; NaN if there are none.
 
     Attributes:
-        ap: average precision, mean over IoUs of .5 to .95.
-        ap50: at an IoU of .5.
-        ap75: at an IoU of .75.
-        recall: the most that is found at any score, mean over IoUs of .5 to .95.
-        ap_by_size: average precision of the objects of each of `OBJECT_SIZES`.
-        threshold: score threshold at which F1 of all classes together is highest, at an IoU of .5.
-        classes: one a class.
+        ap: Average precision, mean over IoUs of .5 to .95.
+        ap50: Average precision at an IoU of .5.
+        ap75: Average precision at an IoU of .75.
+        recall: Recall without a score threshold, mean over IoUs of .5 to .95.
+        ap_by_size: Average precision per size range of `OBJECT_SIZES`.
+        threshold: Score threshold with the highest F1 over all classes together, at an IoU of .5.
+        classes: Scores per class.
     """
 
     ap: float
@@ -92,21 +92,21 @@ class DetectionScores:
     classes: tuple[DetectionClassScores, ...]
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values, NaN as None, for JSON."""
+        """Return the scores as plain values for JSON, NaN as None."""
         return without_nan(asdict(self))
 
 
 class DetectionMetrics:
-    """Average precision as COCO defines it, by pycocotools; ignored objects count as its crowds.
+    """COCO average precision, computed by pycocotools; ignored objects count as crowds.
 
-    It keeps every image's objects until `compute`; in distributed training it joins those of all processes. Time and
-    memory grow with the objects of an image, not with their square.
+    Objects of all images are kept until `compute`, which gathers them over processes. Time and memory grow linearly
+    with the number of objects in an image.
 
     Args:
-        classes: names, in the order of the class indices.
-        kind: what is compared, boxes, oriented boxes (by their exact IoU) or masks.
-        max_detections: the surest of an image and class that count; 1,500 or, where that is more, three an object of
-            the class if None.
+        classes: Class names, in the order of the class indices.
+        kind: Geometry to compare: boxes, oriented boxes (exact IoU) or masks.
+        max_detections: Maximum number of detections per image and class, highest scores first; None for 1,500 or three
+            per labelled object of the class, whichever is larger.
     """
 
     def __init__(
@@ -121,21 +121,25 @@ class DetectionMetrics:
         self.images: list[tuple[list[dict[str, Any]], list[dict[str, Any]]]] = []
 
     def update(self, detections: Sequence[Detections], labels: Sequence[ObjectLabels]) -> None:
-        """Take up what was found in some images, and what is there.
+        """Update with predictions and ground truth.
+
+        Args:
+            detections: Detections of each image.
+            labels: Labelled objects of each image.
 
         Raises:
-            InputError: a kind of geometry that this metric doesn't compare.
+            InputError: The objects have no geometry of this kind.
         """
         for found, truth in zip(detections, labels, strict=True):
             objects = self._truth(truth)
             self.images += independent_parts(objects, self._surest(self._found(found), objects))
 
     def reset(self) -> None:
-        """Forget all images."""
+        """Remove all images."""
         self.images = []
 
     def compute(self) -> DetectionScores:
-        """The scores of all images so far."""
+        """Compute the scores of all images."""
         evaluation = self._evaluate(_from_all_processes(self.images))
         precision = evaluation.eval["precision"][..., -1]
         labelled = [
@@ -180,7 +184,7 @@ class DetectionMetrics:
         ]
 
     def _surest(self, found: list[dict[str, Any]], truth: list[dict[str, Any]]) -> list[dict[str, Any]]:
-        """The detections that count, class by class and surest first."""
+        """Select the detections that count, by class and descending score."""
         kept = []
         for index in range(len(self.classes)):
             ranked = sorted((s for s in found if s["category_id"] == index), key=lambda shape: -shape["score"])
@@ -204,14 +208,14 @@ class DetectionMetrics:
         return [{**shape, "oriented_box": box} for shape, box in zip(shapes, values.tolist(), strict=True)]
 
     def _evaluate(self, images: list[tuple[list[dict[str, Any]], list[dict[str, Any]]]]) -> COCOeval:
-        # pycocotools prints how far it is.
+        # pycocotools prints its progress.
         with contextlib.redirect_stdout(io.StringIO()):
             truth, found = (_coco([image[side] for image in images], len(self.classes)) for side in (0, 1))
             protocol = {"oriented_boxes": _OrientedEvaluation, "masks": _MaskEvaluation}.get(self.kind, COCOeval)
             evaluation = protocol(truth, found, "bbox")
             evaluation.params.areaRng = [[0, 1e10], *([low**2, high**2] for low, high in OBJECT_SIZES.values())]
             evaluation.params.areaRngLbl = ["all", *OBJECT_SIZES]
-            # Those beyond the limit are gone already.
+            # Detections beyond the limit are already removed.
             evaluation.params.maxDets = [max((len(shapes) for _, shapes in images), default=1)]
             evaluation.evaluate()
             evaluation.accumulate()
@@ -219,10 +223,10 @@ class DetectionMetrics:
 
 
 class _OrientedEvaluation(COCOeval):
-    """COCO's evaluation with the exact IoU of oriented boxes."""
+    """COCO evaluation with the exact IoU of oriented boxes."""
 
     def computeIoU(self, imgId: int, catId: int) -> Any:  # noqa: N802
-        """IoU of an image's detections of a class, surest first, and its objects; over a crowd, the share inside it."""
+        """Return the IoU of an image's detections and objects of a class; for crowds, the share inside."""
         found = sorted(self._dts[imgId, catId], key=lambda shape: -shape["score"])[: self.params.maxDets[-1]]
         truth = self._gts[imgId, catId]
         if not found or not truth:
@@ -237,10 +241,10 @@ class _OrientedEvaluation(COCOeval):
 
 
 class _MaskEvaluation(COCOeval):
-    """COCO's evaluation of masks that are held inside their own rectangles only."""
+    """COCO evaluation of masks stored as crops."""
 
     def computeIoU(self, imgId: int, catId: int) -> Any:  # noqa: N802
-        """IoU of an image's detections of a class, surest first, and its objects; over a crowd, the share inside it."""
+        """Return the IoU of an image's detections and objects of a class; for crowds, the share inside."""
         found = sorted(self._dts[imgId, catId], key=lambda shape: -shape["score"])[: self.params.maxDets[-1]]
         truth = self._gts[imgId, catId]
         if not found or not truth:
@@ -254,7 +258,7 @@ class _MaskEvaluation(COCOeval):
 
 
 def _coco(images: Sequence[Sequence[dict[str, Any]]], num_classes: int) -> COCO:
-    """Pycocotools' index of the objects of all images; ids start at 1, as 0 means unmatched there."""
+    """Build the pycocotools index of the objects of all images; ids start at 1, as 0 means unmatched there."""
     objects = [{**shape, "image_id": index} for index, image in enumerate(images) for shape in image]
     coco = COCO()
     coco.dataset = {
@@ -267,7 +271,7 @@ def _coco(images: Sequence[Sequence[dict[str, Any]]], num_classes: int) -> COCO:
 
 
 def _mask_shapes(masks: MaskCrops) -> list[dict[str, Any]]:
-    """Masks inside their rectangles, packed, and where these lie."""
+    """Return the packed mask crops and their positions."""
     return [
         {
             "crop": zlib.compress(np.packbits(crop).tobytes(), level=1),
@@ -289,14 +293,14 @@ def _mask_crops(shapes: Sequence[dict[str, Any]]) -> MaskCrops:
         .astype(bool)
         for shape in shapes
     ]
-    # Of the image's size nothing hangs here.
+    # The image size isn't used here.
     return MaskCrops(crops, np.array([shape["corner"] for shape in shapes], np.int64), (0, 0))
 
 
 def _outcomes(evaluation: COCOeval, index: int) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.bool_]]:
-    """Scores of a class's detections that count, and whether each is right at an IoU of .5."""
+    """Return the scores of a class's detections that count, and which are true positives at an IoU of .5."""
     num_images, num_sizes = len(evaluation.params.imgIds), len(evaluation.params.areaRng)
-    # Sorted by class, size and image; the first size is all.
+    # Sorted by class, size and image; the first size is "all".
     first = index * num_sizes * num_images
     parts = [part for part in evaluation.evalImgs[first : first + num_images] if part is not None]
     counts = [~np.asarray(part["dtIgnore"][_IOU_50], bool) for part in parts]
@@ -306,13 +310,13 @@ def _outcomes(evaluation: COCOeval, index: int) -> tuple[npt.NDArray[np.float64]
 
 
 def _best_f1(scores: npt.NDArray[np.float64], right: npt.NDArray[np.bool_], num_objects: int) -> dict[str, float]:
-    """The highest F1 over all thresholds, with precision, recall and the threshold there."""
+    """Find the highest F1 over all thresholds, with its precision, recall and threshold."""
     if not num_objects or not right.any():
         value = 0.0 if num_objects else math.nan
         return {"f1": value, "precision": value, "recall": value, "threshold": math.nan}
     order = np.argsort(-scores, kind="stable")
     ranked = scores[order]
-    # Detections of equal scores come and go together.
+    # Detections of equal scores share a threshold.
     last = np.flatnonzero(np.append(ranked[1:] != ranked[:-1], True))
     hits, taken = np.cumsum(right[order])[last], last + 1
     best = int(np.argmax(2 * hits / (taken + num_objects)))
@@ -325,7 +329,7 @@ def _best_f1(scores: npt.NDArray[np.float64], right: npt.NDArray[np.bool_], num_
 
 
 def _mean(values: npt.NDArray[np.float64]) -> float:
-    """Mean over what pycocotools could compute; it writes -1 for classes without objects."""
+    """Return the mean without pycocotools' -1, which marks classes without objects."""
     known = values[values > -1]
     return float(known.mean()) if known.size else math.nan
 

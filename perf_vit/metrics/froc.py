@@ -1,4 +1,4 @@
-"""Sensitivity against false positives an image: how detectors of lesions are compared."""
+"""Free-response ROC (FROC): sensitivity against false positives per image."""
 
 from __future__ import annotations
 
@@ -19,19 +19,19 @@ __all__ = ["FROC_RATES", "Froc"]
 IndexArray = npt.NDArray[np.int64]
 
 FROC_RATES = (0.25, 0.5, 1.0, 2.0, 4.0, 8.0)
-"""False positives an image at which CAMELYON16 asks for the sensitivity."""
+"""False positives per image at which CAMELYON16 reports the sensitivity."""
 
 
 class Froc:
     """Free-response ROC as CAMELYON16 defines it (Ehteshami Bejnordi et al. 2017, JAMA 318(22)).
 
-    A detection is a point, the centre of its box, oriented box or mask. It hits every labelled object of its class that
-    holds the point: within its mask where there is one, else its oriented box, else its box. An object counts with its
-    surest hit, a detection that hits nothing is a false positive, and one that hits ignored objects alone counts
-    nowhere.
+    A detection is reduced to the centre of its box, oriented box or mask. It hits every labelled object of its class
+    that contains this point: within the object's mask if it has one, else its oriented box, else its box. The score of
+    an object is the highest score among its hits. A detection without hits is a false positive; a detection that hits
+    ignored objects only is not counted.
 
     Args:
-        num_classes: classes are 0 to num_classes - 1.
+        num_classes: Number of classes; labels are 0 to num_classes - 1.
     """
 
     def __init__(self, num_classes: int) -> None:
@@ -41,7 +41,12 @@ class Froc:
         self._vain: list[list[float]] = [[] for _ in range(num_classes)]
 
     def update(self, detections: Sequence[Detections], labels: Sequence[ObjectLabels]) -> None:
-        """Take up what was found in some images, and what is there."""
+        """Update with predictions and ground truth.
+
+        Args:
+            detections: Detections of each image.
+            labels: Labelled objects of each image.
+        """
         for found, truth in zip(detections, labels, strict=True):
             self.num_images += 1
             scores, classes = _array(found.scores), _array(found.labels)
@@ -56,7 +61,7 @@ class Froc:
                 self._vain[index] += scores[(classes == index) & vain].tolist()
 
     def compute(self) -> list[dict[str, Any]]:
-        """For each class, "sensitivity" at each of `FROC_RATES` and their "mean"; NaN without objects."""
+        """Return per class the "sensitivity" at each of `FROC_RATES` and their "mean"; NaN if there are no objects."""
         return [self._score(np.array(hits), np.array(vain)) for hits, vain in zip(self._hits, self._vain, strict=True)]
 
     def _score(self, hits: npt.NDArray[np.float64], vain: npt.NDArray[np.float64]) -> dict[str, Any]:
@@ -66,13 +71,13 @@ class Froc:
         thresholds = np.unique(found)[::-1]
         sensitivity = [0.0, *((hits >= threshold).mean() for threshold in thresholds)]
         rates = [0.0, *((vain >= threshold).sum() / self.num_images for threshold in thresholds)]
-        # Beyond the last rate nothing more is found.
+        # The sensitivity stays constant beyond the last rate.
         at_rates = np.interp(FROC_RATES, rates, sensitivity)
         return {"sensitivity": at_rates.tolist(), "mean": float(at_rates.mean())}
 
 
 def _points(found: Detections) -> npt.NDArray[np.float64]:
-    """Centres, x and y, [n, 2]."""
+    """Return the centres of the detections (x, y), [n, 2]."""
     if found.oriented_boxes is not None:
         return _array(found.oriented_boxes)[:, :2]
     if found.boxes_xyxy is not None:
@@ -87,7 +92,7 @@ def _points(found: Detections) -> npt.NDArray[np.float64]:
 
 
 def _inside(points: npt.NDArray[np.float64], truth: ObjectLabels) -> tuple[IndexArray, IndexArray]:
-    """Pairs of a point and an object that holds it, [p] each."""
+    """Return pairs of a point and an object that contains it, [p] each."""
     masks = cropped_masks(truth)
     if masks is not None:
         bounds: npt.NDArray[Any] = masks.rectangles()
@@ -105,7 +110,7 @@ def _inside(points: npt.NDArray[np.float64], truth: ObjectLabels) -> tuple[Index
 
 
 def _in_masks(points: npt.NDArray[np.float64], masks: MaskCrops, indices: IndexArray) -> BoolArray:
-    """Whether each point lies in the mask of the same place, [p]."""
+    """Return whether the i-th point lies in the i-th mask, [p]."""
     pixels = np.floor(points[:, ::-1]).astype(np.int64) - masks.corners[indices]
     crops = [masks.crops[index] for index in indices.tolist()]
     return np.array(
@@ -118,7 +123,7 @@ def _in_masks(points: npt.NDArray[np.float64], masks: MaskCrops, indices: IndexA
 
 
 def _in_oriented(points: npt.NDArray[np.float64], oriented_boxes: npt.NDArray[np.floating]) -> BoolArray:
-    """Whether each point lies in the oriented box of the same place, [p]."""
+    """Return whether the i-th point lies in the i-th oriented box, [p]."""
     corners = oriented_box_corners(oriented_boxes)
     sides = np.roll(corners, -1, axis=1) - corners
     ahead = points[:, None] - corners

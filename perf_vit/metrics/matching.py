@@ -1,4 +1,4 @@
-"""Matching of predicted objects to ground truth by overlap."""
+"""Matching of predicted objects to ground truth."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ _BOXES = {"boxes": "boxes_xyxy", "oriented_boxes": "oriented_boxes"}
 
 
 def compared_geometry(objects: Detections | ObjectLabels, kind: str) -> Any:
-    """Boxes [n, 4] or oriented boxes [n, 5], float64, or masks, whichever a metric compares.
+    """Return the geometry to compare: boxes [n, 4] or oriented boxes [n, 5] in float64, or mask crops.
 
     Raises:
-        InputError: the objects have another kind of geometry.
+        InputError: The objects have no geometry of this kind.
     """
     values: Any = cropped_masks(objects) if kind == "masks" else getattr(objects, _BOXES[kind])
     if values is None:
@@ -41,15 +41,18 @@ def compared_geometry(objects: Detections | ObjectLabels, kind: str) -> Any:
 def meeting_iou(
     found: Detections, truth: ObjectLabels, kind: str
 ) -> tuple[IndexArray, IndexArray, npt.NDArray[np.float64]]:
-    """Indices of pairs of a found and a labelled object, in the order of both, and their IoU, [p] each.
+    """Compute the IoU of all overlapping pairs of detections and labelled objects.
 
     Args:
-        found: in an image.
-        truth: of the same image.
-        kind: of geometry: boxes, oriented_boxes or masks.
+        found: Detections of an image.
+        truth: Labelled objects of the image.
+        kind: Geometry to compare: boxes, oriented_boxes or masks.
+
+    Returns:
+        Indices of detections, indices of labelled objects (in this sort order) and IoU, [p] each.
 
     Raises:
-        InputError: another kind of geometry.
+        InputError: The objects have no geometry of this kind.
     """
     ours, theirs = (compared_geometry(objects, kind) for objects in (found, truth))
     if kind == "masks":
@@ -65,25 +68,25 @@ def meeting_iou(
 
 Shape = dict[str, Any]
 
-# Images with fewer pairs of objects stay whole, so that detections of equal scores stay in their order, too.
+# Images with at most this many pairs aren't split, which keeps the order of detections with equal scores.
 _PAIRS = 1 << 16
 
-# Objects of a part, found and labelled.
+# Target number of detections and labelled objects per part.
 _OBJECTS = 32
 
-# Just below the lowest threshold: bounds of overlaps are rounded.
+# Slightly below the lowest IoU threshold, as the upper bounds of the IoU are rounded.
 _LEAST_IOU = 0.499
 
 
 def independent_parts(truth: Sequence[Shape], found: Sequence[Shape]) -> list[tuple[list[Shape], list[Shape]]]:
-    """Split an image so that no detection can belong to an object of another part, at IoUs from .5 up.
+    """Split the objects of an image into parts that can't match each other at IoUs of .5 and above.
 
     Args:
-        truth: labelled objects, each with its "bbox" (left, top, width, height), "area", "category_id" and "iscrowd".
-        found: detections, likewise.
+        truth: Labelled objects as dicts with "bbox" (left, top, width, height), "area", "category_id" and "iscrowd".
+        found: Detections with the same keys.
 
     Returns:
-        Labelled objects and detections of each part, in their order.
+        Labelled objects and detections of each part, in their original order.
     """
     if len(truth) * len(found) <= _PAIRS:
         return [(list(truth), list(found))]
@@ -98,9 +101,9 @@ def independent_parts(truth: Sequence[Shape], found: Sequence[Shape]) -> list[tu
 def _possible_matches(
     truth: Sequence[Shape], found: Sequence[Shape]
 ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
-    """Pairs of a labelled object and a detection of its class that may overlap enough, [p] each.
+    """Return pairs of a labelled object and a detection of its class whose IoU may reach the threshold, [p] each.
 
-    Two objects share at most what their bounds share, and no more than the smaller of them.
+    The intersection is bounded by that of the bounding boxes and by the smaller area.
     """
     bounds, found_bounds = _bounds(truth), _bounds(found)
     first, second = meeting_pairs(bounds, found_bounds)
@@ -116,7 +119,7 @@ def _possible_matches(
 def _part_numbers(
     first: npt.NDArray[np.int64], second: npt.NDArray[np.int64], num_truth: int, num_found: int
 ) -> npt.NDArray[np.int64]:
-    """The part of each object, labelled ones first; groups that may match share a part, small ones several."""
+    """Return the part of each object, labelled ones first; connected components stay whole, small ones share a part."""
     number = num_truth + num_found
     graph = coo_array((np.ones(len(first), bool), (first, second + num_truth)), (number, number))
     num_groups, group = connected_components(graph, directed=False)
@@ -134,20 +137,20 @@ def _values(shapes: Sequence[Shape], key: str) -> npt.NDArray[np.float64]:
 
 
 class DetectionConfusion:
-    """Counts of true and predicted classes of objects, with one more class for background.
+    """Confusion matrix of object classes, with background as an additional class.
 
-    From the surest on, a detection belongs to the free object with which its IoU is largest, whatever its class, if
-    that is at least the threshold. What belongs to none was background, and an object without detection is taken for
-    it. What belongs to no counted object but to an ignored one counts nowhere.
+    Detections are matched in descending score to the unmatched object with the largest IoU, whatever its class, if that
+    IoU reaches the threshold. Unmatched detections count as background in the truth, unmatched objects as background in
+    the prediction. Unmatched detections that overlap an ignored object are not counted.
 
     Args:
-        num_classes: classes are 0 to num_classes - 1; background is num_classes.
-        kind: of geometry that is compared.
-        score_threshold: objects found with a lower score count nowhere.
-        iou_threshold: least IoU of a detection and its object.
+        num_classes: Number of classes; labels are 0 to num_classes - 1, background is num_classes.
+        kind: Geometry to compare.
+        score_threshold: Minimum score of a detection.
+        iou_threshold: Minimum IoU of a match.
 
     Attributes:
-        matrix: a row a true class and a column a predicted one, [num_classes + 1, num_classes + 1].
+        matrix: Counts, rows true and columns predicted classes, [num_classes + 1, num_classes + 1].
     """
 
     def __init__(
@@ -164,10 +167,14 @@ class DetectionConfusion:
         self.matrix: npt.NDArray[np.int64] = np.zeros((num_classes + 1, num_classes + 1), np.int64)
 
     def update(self, detections: Sequence[Detections], labels: Sequence[ObjectLabels]) -> None:
-        """Take up what was found in some images, and what is there.
+        """Update with predictions and ground truth.
+
+        Args:
+            detections: Detections of each image.
+            labels: Labelled objects of each image.
 
         Raises:
-            InputError: another kind of geometry.
+            InputError: The objects have no geometry of this kind.
         """
         for found, truth in zip(detections, labels, strict=True):
             self._update_image(found, truth)

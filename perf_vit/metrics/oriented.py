@@ -1,4 +1,4 @@
-"""Average precision of oriented boxes, by the rules of DOTA."""
+"""Average precision of oriented boxes with the DOTA protocol."""
 
 from __future__ import annotations
 
@@ -25,13 +25,17 @@ _BOXES_AT_ONCE = 1024
 class OrientedAveragePrecision(Metric):
     """Average precision of oriented boxes, per class and as mean over classes.
 
-    A detection belongs to the object of its class and image with which its exact IoU is largest, if that is above the
-    threshold. The surest detection of an object is true, its others are false; those of an ignored object count
-    nowhere, and nobody has to find it (Everingham et al. 2010 for Pascal VOC, Xia et al. 2018 for DOTA).
+    A detection is assigned to the object of its class and image with the largest exact IoU, if that is above the
+    threshold. The detection with the highest score is a true positive, further ones of the same object are false
+    positives. Ignored objects and the detections assigned to them are not counted (Everingham et al. 2010 for Pascal
+    VOC, Xia et al. 2018 for DOTA).
 
     Args:
-        num_classes: classes are 0 to num_classes - 1.
-        iou_thresholds: the thresholds that `map` is the mean over; 0.5 has to be among them.
+        num_classes: Number of classes; labels are 0 to num_classes - 1.
+        iou_thresholds: IoU thresholds that `map` averages over; must include 0.5.
+
+    Raises:
+        ValueError: 0.5 is not among the thresholds.
     """
 
     higher_is_better = True
@@ -56,18 +60,20 @@ class OrientedAveragePrecision(Metric):
         self.add_state("num_objects", default=torch.zeros(num_classes, dtype=torch.long), dist_reduce_fx="sum")
 
     def update(self, detections: Sequence[Detections], targets: Sequence[ObjectLabels]) -> None:
-        """Match the detections of some images with their labels.
+        """Update with predictions and ground truth.
 
         Args:
-            detections: with oriented boxes, one an image.
-            targets: with oriented boxes, one an image.
+            detections: Detections of each image, with oriented boxes.
+            targets: Labelled objects of each image, with oriented boxes.
 
         Raises:
-            InputError: there are no oriented boxes in one of them.
+            InputError: The detections or the labels have no oriented boxes.
         """
         for found, target in zip(detections, targets, strict=True):
             if found.oriented_boxes is None or target.oriented_boxes is None:
-                raise InputError("expected oriented boxes in detections and labels, got none; use upright metrics")
+                raise InputError(
+                    "expected oriented boxes in detections and labels, got none; use DetectionMetrics for upright boxes"
+                )
             self._update_image(found, target)
 
     def _update_image(self, found: Detections, target: ObjectLabels) -> None:
@@ -86,13 +92,13 @@ class OrientedAveragePrecision(Metric):
         self.num_objects += torch.bincount(object_labels[~ignored], minlength=self.num_classes)
 
     def compute(self) -> dict[str, Tensor]:
-        """Scores from 0 to 1; NaN where no object of a class is labelled, and such classes are left out of means.
+        """Compute the scores, from 0 to 1; NaN for classes without labelled objects, which means leave out.
 
         Returns:
-            map: mean over classes and thresholds of the area under the precision's envelope.
-            map_50: the same at an IoU of 0.5.
-            map_50_voc07: mean over classes of the mean of the precision at 11 recalls, at an IoU of 0.5.
-            map_per_class, map_50_per_class, map_50_voc07_per_class: [num_classes].
+            map: Area under the precision envelope, mean over classes and thresholds.
+            map_50: Area under the precision envelope at an IoU of 0.5, mean over classes.
+            map_50_voc07: Mean precision at 11 recalls at an IoU of 0.5, mean over classes.
+            map_per_class, map_50_per_class, map_50_voc07_per_class: Scores per class, [num_classes].
         """
         scores, labels, outcomes = (
             dim_zero_cat(state) if len(state) else default
@@ -121,11 +127,11 @@ def _index_of_half(iou_thresholds: Sequence[float]) -> int:
 
 
 def _nearest(boxes: Tensor, labels: Tensor, objects: Tensor, object_labels: Tensor) -> tuple[Tensor, Tensor]:
-    """The largest IoU of each box with an object of its class, and that object; 0 and 0 without objects, [n] each."""
+    """Return each box's largest IoU with an object of its class and the object's index, [n] each; 0 without objects."""
     if not len(objects):
         return boxes.new_zeros(len(boxes)), labels.new_zeros(len(boxes), dtype=torch.long)
     parts = []
-    # Some boxes at a time: a harbour's thousands, with all pairs at once, would take gigabytes.
+    # In blocks, as all pairs of thousands of boxes (e.g. a harbour) would take gigabytes.
     for some, classes in zip(torch.split(boxes, _BOXES_AT_ONCE), torch.split(labels, _BOXES_AT_ONCE), strict=True):
         iou = oriented_iou_matrix(some, objects)
         parts.append(torch.where(classes[:, None] == object_labels, iou, 0).max(1))
@@ -133,14 +139,14 @@ def _nearest(boxes: Tensor, labels: Tensor, objects: Tensor, object_labels: Tens
 
 
 def _outcomes(best: Tensor, owner: Tensor, scores: Tensor, ignored: Tensor, iou_thresholds: Sequence[float]) -> Tensor:
-    """What becomes of each detection at each threshold, [n, thresholds] int8.
+    """Return the outcome of each detection at each threshold (false, true, ignored), [n, thresholds] int8.
 
     Args:
-        best: its IoU with the object it belongs to, [n].
-        owner: that object, [n].
-        scores: [n].
-        ignored: of the m objects.
-        iou_thresholds: an IoU above is a hit.
+        best: Largest IoU of each detection with an object of its class, [n].
+        owner: Index of that object, [n].
+        scores: Scores, [n].
+        ignored: Whether each object is ignored, [m].
+        iou_thresholds: IoU thresholds; a higher IoU is a match.
     """
     outcomes = torch.full((len(scores), len(iou_thresholds)), _FALSE, dtype=torch.int8, device=best.device)
     if not len(ignored) or not len(scores):
@@ -157,7 +163,7 @@ def _outcomes(best: Tensor, owner: Tensor, scores: Tensor, ignored: Tensor, iou_
 
 
 def _precision_and_hits(outcomes: Tensor) -> tuple[Tensor, Tensor]:
-    """Precision and number of true detections after each that counts, surest first."""
+    """Return precision and number of true positives after each counted detection, in descending score."""
     true = (outcomes[outcomes != _IGNORED] == _TRUE).cumsum(0)
     return true.double() / torch.arange(1, len(true) + 1), true
 
@@ -171,7 +177,7 @@ def _area(outcomes: Tensor, num_objects: int) -> Tensor:
 
 def _eleven_points(outcomes: Tensor, num_objects: int) -> Tensor:
     precision, true = _precision_and_hits(outcomes)
-    # In whole numbers, so that a recall of exactly 0.3 is one of 0.3.
+    # In integers, so that a recall of exactly 0.3 reaches the threshold of 0.3.
     reached = 10 * true[:, None] >= num_objects * torch.arange(11)
     best = torch.where(reached, precision[:, None], 0)
     return best.amax(0).mean() if len(best) else torch.zeros((), dtype=torch.float64)

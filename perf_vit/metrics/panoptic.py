@@ -17,18 +17,18 @@ from perf_vit.types import Detections, MaskCrops, ObjectLabels, Window
 
 __all__ = ["PanopticQuality", "PanopticScores"]
 
-# Painted at once.
+# Pixels compared at once.
 _PIXELS = 1 << 24
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PanopticScores:
-    """Quality of one class, or the mean of several; 0 to 1, NaN where there is no such object, found or labelled.
+    """Quality of one class or mean over classes, from 0 to 1; NaN without predicted or labelled objects.
 
     Attributes:
-        pq: panoptic quality, sq * rq.
-        sq: segmentation quality, the mean IoU of what is found.
-        rq: recognition quality, F1 at an IoU of .5.
+        pq: Panoptic quality, sq * rq.
+        sq: Segmentation quality, mean IoU of the matched pairs.
+        rq: Recognition quality, F1 at an IoU of .5.
     """
 
     pq: float
@@ -39,31 +39,35 @@ class PanopticScores:
 class PanopticQuality:
     """Panoptic quality of instances (Kirillov et al. 2019, "Panoptic Segmentation", equations 1 and 2).
 
-    A pixel belongs to one object: the surest of the found ones that cover it, the first of the labelled ones. Objects
-    that others hide wholly count nowhere. A found and a labelled object of a class with an IoU above .5 are a pair.
-    Pixels of ignored objects count in no IoU, and what is found mostly on them counts nowhere.
+    Each pixel belongs to one object: the predicted one with the highest score, and the first labelled one. Objects that
+    are covered completely are not counted. A predicted and a labelled object of a class match if their IoU is above .5.
+    Pixels of ignored objects are left out of IoUs, and predicted objects that lie mostly on them are not counted.
 
     Args:
-        num_classes: classes are 0 to num_classes - 1.
-        score_threshold: objects found with a lower score count nowhere.
+        num_classes: Number of classes; labels are 0 to num_classes - 1.
+        score_threshold: Minimum score of a predicted object.
     """
 
     def __init__(self, num_classes: int, score_threshold: float) -> None:
         self.score_threshold = score_threshold
         self._iou = np.zeros(num_classes)
-        # True, found in vain and missed, a row a class.
+        # True positives, false positives and false negatives per class.
         self._counts = np.zeros((num_classes, 3), np.int64)
 
     def update(self, detections: Sequence[Detections], labels: Sequence[ObjectLabels]) -> None:
-        """Take up what was found in some images, and what is there.
+        """Update with predictions and ground truth.
+
+        Args:
+            detections: Detections of each image, with masks.
+            labels: Labelled objects of each image, with masks.
 
         Raises:
-            InputError: there are no masks in one of them.
+            InputError: The detections or the labels have no masks.
         """
         for found, truth in zip(detections, labels, strict=True):
             ours, theirs = cropped_masks(found), cropped_masks(truth)
             if ours is None or theirs is None:
-                raise InputError("panoptic quality needs masks, found and labelled, got another kind of geometry")
+                raise InputError("panoptic quality needs masks in predictions and labels, got another kind of geometry")
             scores, classes = _array(found.scores), _array(found.labels)
             order = np.argsort(-scores, kind="stable")
             order = order[scores[order] >= self.score_threshold]
@@ -72,7 +76,7 @@ class PanopticQuality:
             self._pair(overlaps, classes[order], truth.labels[counted])
 
     def compute(self) -> tuple[PanopticScores, list[PanopticScores]]:
-        """The mean over the classes that occur, and the scores of each class."""
+        """Return the mean over the classes that occur, and the scores of each class."""
         each = [_scores(iou, *counts) for iou, counts in zip(self._iou.tolist(), self._counts.tolist(), strict=True)]
         known = [scores for scores in each if not math.isnan(scores.pq)]
         names = ("pq", "sq", "rq")
@@ -80,7 +84,7 @@ class PanopticQuality:
         return PanopticScores(**mean), each
 
     def _pair(self, overlaps: _Overlaps, found: npt.NDArray[Any], truth: npt.NDArray[Any]) -> None:
-        """Count the pairs of one image, given the classes of its found and labelled objects."""
+        """Match the objects of one image, given the classes of its predicted and labelled objects."""
         rows, cols, pixels = overlaps.found, overlaps.truth, overlaps.pixels
         void = cols == len(truth)
         found_px = _sums(rows, pixels, len(found))
@@ -103,7 +107,7 @@ class PanopticQuality:
 
 @dataclass(frozen=True, slots=True)
 class _Overlaps:
-    """Pixels that a found and a labelled object share; -1 is no object, a truth of their number ignored."""
+    """Shared pixels of predicted and labelled objects; index -1 is no object, index len(truth) an ignored one."""
 
     found: npt.NDArray[np.int64]
     truth: npt.NDArray[np.int64]
@@ -111,7 +115,7 @@ class _Overlaps:
 
 
 def _overlaps(found: MaskCrops, truth: MaskCrops, ignored: MaskCrops) -> _Overlaps:
-    """Count pixels rows after rows, so that memory doesn't grow with the image's height."""
+    """Count shared pixels in blocks of rows, so that memory doesn't grow with the image height."""
     height, width = truth.size
     num_rows = max(1, _PIXELS // max(width, 1))
     columns = len(truth) + 2
@@ -130,7 +134,7 @@ def _overlaps(found: MaskCrops, truth: MaskCrops, ignored: MaskCrops) -> _Overla
 
 
 def _painted(masks: MaskCrops, window: Window) -> npt.NDArray[np.int64]:
-    """Number of the first mask that covers each pixel of a window, -1 where there is none."""
+    """Return the index of the first mask that covers each pixel of a window, -1 for none."""
     painted = np.full(window.shape, -1, np.int64)
     top, bottom = masks.rectangles()[:, [1, 3]].T
     for index in np.flatnonzero((top < window.row_stop) & (bottom > window.row))[::-1].tolist():
@@ -141,7 +145,7 @@ def _painted(masks: MaskCrops, window: Window) -> npt.NDArray[np.int64]:
 
 
 def _sums(index: npt.NDArray[np.int64], values: npt.NDArray[np.int64], length: int) -> npt.NDArray[np.int64]:
-    """Sum of the values of each index from 0 to length - 1; others are left out."""
+    """Sum the values of each index from 0 to length - 1; other indices are left out."""
     known = (index >= 0) & (index < length)
     sums = np.zeros(length, np.int64)
     np.add.at(sums, index[known], values[known])

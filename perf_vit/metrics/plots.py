@@ -1,4 +1,4 @@
-"""Plots of confusion matrices and of precision and recall."""
+"""Plots of confusion matrices and precision-recall curves."""
 
 from __future__ import annotations
 
@@ -18,17 +18,17 @@ from perf_vit.plotting.lettering import add_legend, figure_height, figure_name
 
 __all__ = ["PrecisionRecall", "plot_precision_recall", "save_confusion_matrix", "save_precision_recall"]
 
-# Numbers in more cells than these overlap.
+# Counts would overlap in matrices with more classes.
 _MAX_NUMBERED = 20
 
 
 def save_confusion_matrix(matrix: npt.ArrayLike, class_names: Sequence[str], path: str | Path) -> None:
-    """Draw a confusion matrix: colour is the share of the true class, the number in a cell its count.
+    """Plot a confusion matrix: cells are coloured by the share of the true class and labelled with counts.
 
     Args:
-        matrix: counts, a row a true class and a column a predicted one, [K, K]; a tensor or an array.
-        class_names: K names.
-        path: the picture to write, .png.
+        matrix: Counts, rows true and columns predicted classes, [K, K].
+        class_names: Names of the K classes.
+        path: Output image, .png.
     """
     counts = np.asarray(matrix)
     num_classes = len(class_names)
@@ -36,7 +36,7 @@ def save_confusion_matrix(matrix: npt.ArrayLike, class_names: Sequence[str], pat
     totals = counts.sum(axis=1, keepdims=True)
     shares = np.divide(counts, totals, out=np.zeros(counts.shape, np.float64), where=totals > 0)
     names = [figure_name(name) for name in class_names]
-    # Inches for the names, which stand beside and below the cells.
+    # Inches for the names to the left of and below the cells.
     margin = 0.08 * max(map(len, names), default=0)
     side = min(16.0, 2.2 + 0.5 * num_classes) + margin
     figure = Figure(figsize=(side + 0.8, side), layout="constrained")
@@ -60,7 +60,7 @@ def _number_cells(axes: Any, counts: npt.NDArray[Any], shares: npt.NDArray[np.fl
 
 
 def _short(count: float) -> str:
-    """A count in at most five characters: 812, 45.2k, 7.3M."""
+    """Format a count with at most five characters: 812, 45.2k, 7.3M."""
     for unit, size in (("G", 1e9), ("M", 1e6), ("k", 1e4)):
         if count >= size:
             scaled = count / (1e3 if unit == "k" else size)
@@ -69,20 +69,20 @@ def _short(count: float) -> str:
 
 
 PrecisionRecall: TypeAlias = tuple[npt.ArrayLike, npt.ArrayLike]
-"""Precision and recall over the thresholds, [n] each."""
+"""Precision and recall over the score thresholds, [n] each."""
 
 
 def save_precision_recall(
     class_names: Sequence[str], curves: Sequence[PrecisionRecall], areas: Sequence[float], path: str | Path, title: str
 ) -> None:
-    """Draw the curves of the classes that have one.
+    """Plot precision-recall curves, one per class that has one.
 
     Args:
-        class_names: K names.
-        curves: one a class.
-        areas: average precision of each class; NaN where there is no curve.
-        path: the picture to write, .png.
-        title: what is counted.
+        class_names: Names of the K classes.
+        curves: Precision-recall curve per class.
+        areas: Average precision per class; NaN for classes without a curve.
+        path: Output image, .png.
+        title: Title of the plot.
     """
     figure = Figure(figsize=(6, figure_height(len(class_names))), layout="constrained")
     FigureCanvasAgg(figure)
@@ -100,7 +100,12 @@ def save_precision_recall(
 
 
 def plot_precision_recall(scores: DetectionScores, path: Path) -> None:
-    """Draw precision against recall at an IoU of .5, a curve a class, with a dot where F1 is highest."""
+    """Plot a precision-recall curve per class at an IoU of .5, with a dot at the highest F1.
+
+    Args:
+        scores: Scores of a detector.
+        path: Output image, .png.
+    """
     figure = Figure(figsize=(6, figure_height(len(scores.classes))), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.subplots()

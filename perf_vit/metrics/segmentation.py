@@ -35,7 +35,7 @@ __all__ = ["ClassScores", "SegmentationCurves", "class_scores", "segmentation_me
 
 @dataclass(frozen=True, slots=True)
 class ClassScores:
-    """Scores of one class over all labelled pixels; 0 to 1, NaN where the class is in neither labels nor map."""
+    """Scores of one class over all labelled pixels, from 0 to 1; NaN if the class is in neither labels nor map."""
 
     name: str
     iou: float
@@ -45,7 +45,7 @@ class ClassScores:
     num_pixels: int
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values, NaN as None, for JSON."""
+        """Return the scores as plain values for JSON, NaN as None."""
         return {key: None if value != value else value for key, value in asdict(self).items()}
 
 
@@ -59,14 +59,15 @@ _BINARY: dict[str, Any] = {
 
 
 def segmentation_metrics(num_classes: int, *, multilabel: bool = False) -> MetricCollection:
-    """IoU, F1, precision, recall and counts per class; ignored pixels count nowhere.
+    """Build the metrics IoU, F1, precision, recall and counts per class; ignored pixels are left out.
 
     Args:
-        num_classes: K.
-        multilabel: predictions and labels are 0 and 1 for each class, [B, K, H, W], instead of class indices [B, H, W].
+        num_classes: Number of classes K.
+        multilabel: Whether predictions and labels are 0 and 1 per class, [B, K, H, W], instead of class indices,
+            [B, H, W].
     """
     if multilabel:
-        # torchmetrics' own metrics for several labels refuse a single one.
+        # torchmetrics' multilabel metrics don't accept a single class.
         return MetricCollection(
             {
                 key: MultioutputWrapper(metric(ignore_index=IGNORE_INDEX), num_classes, output_dim=1, remove_nans=False)
@@ -87,7 +88,7 @@ def segmentation_metrics(num_classes: int, *, multilabel: bool = False) -> Metri
 
 
 def class_scores(metrics: MetricCollection, classes: Sequence[str]) -> list[ClassScores]:
-    """Compute the collection of `segmentation_metrics` into one record a class."""
+    """Compute the metrics of `segmentation_metrics`, one record per class."""
     values: dict[str, Tensor] = metrics.compute()
     scores = []
     for index, name in enumerate(classes):
@@ -104,16 +105,16 @@ _BINS = 1000
 
 
 class SegmentationCurves:
-    """Confusion of classes, precision-recall and ROC curves of class probabilities, strip by strip.
+    """Confusion matrix, precision-recall and ROC curves of class probabilities, updated strip by strip.
 
-    Probabilities are counted in 1,000 bins a class, so memory doesn't grow with pixels.
+    Probabilities are counted in 1,000 bins per class, so memory doesn't grow with the number of pixels.
 
     Args:
-        classes: names, in the order of the class indices.
-        multilabel: several classes may be true at a pixel; they are confused with none then.
+        classes: Class names, in the order of the class indices.
+        multilabel: Whether a pixel may have several classes; there is no confusion matrix then.
 
     Attributes:
-        confusion: pixels, a row a true class and a column a predicted one, [K, K]; None with `multilabel`.
+        confusion: Pixel counts, rows true and columns predicted classes, [K, K]; None if `multilabel`.
     """
 
     def __init__(self, classes: Sequence[str], *, multilabel: bool = False) -> None:
@@ -122,16 +123,16 @@ class SegmentationCurves:
         self.confusion: npt.NDArray[np.int64] | None = None
         if not multilabel:
             self.confusion = np.zeros((num_classes, num_classes), np.int64)
-        # Pixels by class, whether they are of it, and bin of the class's probability.
+        # Pixel counts by class, whether the pixel has this class, and bin of the class probability.
         self._counts: npt.NDArray[np.int64] = np.zeros((num_classes, 2, _BINS), np.int64)
 
     def update(self, probabilities: npt.NDArray[np.float32] | Tensor, labels: LabelArray) -> None:
-        """Take up pixels.
+        """Update with predictions and ground truth.
 
         Args:
-            probabilities: one a class, [K, H, W].
-            labels: class indices, [H, W]; with `multilabel`, 0 and 1 for each class, [K, H, W]. `IGNORE_INDEX` where a
-                pixel counts nowhere.
+            probabilities: Class probabilities, [K, H, W].
+            labels: Class indices, [H, W]; if `multilabel`, 0 and 1 per class, [K, H, W]. `IGNORE_INDEX` marks pixels to
+                leave out.
         """
         scores = torch.as_tensor(probabilities).float().cpu().numpy()
         if self.confusion is None:
@@ -148,28 +149,28 @@ class SegmentationCurves:
             self._count(index, values, truth == index)
 
     def _count(self, index: int, values: npt.NDArray[np.float32], is_true: npt.NDArray[np.bool_]) -> None:
-        """Add pixels to a class's bins."""
+        """Add pixels to the bins of a class."""
         bins = (values * _BINS).astype(np.int64).clip(0, _BINS - 1) + _BINS * is_true
         self._counts[index] += np.bincount(bins, minlength=2 * _BINS).reshape(2, _BINS)
 
     def auroc(self) -> list[float]:
-        """Area under each class's ROC curve, against all other classes; NaN without pixels of it or of others."""
+        """Return the area under the ROC curve of each class against all others; NaN without positives or negatives."""
         with np.errstate(invalid="ignore"):
             rates = [np.cumsum(counts[:, ::-1], axis=1) / counts.sum(1, keepdims=True) for counts in self._counts]
         return [float(np.trapezoid(np.append(0, true), np.append(0, false))) for false, true in rates]
 
     def average_precision(self) -> list[float]:
-        """Area under each class's precision-recall curve, as a sum over thresholds; NaN without pixels of it."""
+        """Return the average precision of each class as a sum over thresholds; NaN without positives."""
         return [float((np.diff(recall, prepend=0) * precision).sum()) for precision, recall in self._precision_recall()]
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values, NaN as None, for JSON."""
+        """Return the scores as plain values for JSON, NaN as None."""
         areas = {"auroc": self._named(self.auroc()), "average_precision": self._named(self.average_precision())}
         return areas if self.confusion is None else {**areas, "confusion": self.confusion.tolist()}
 
     def plot(self, path: Path) -> None:
-        """Draw precision against recall, a curve a class."""
-        title = "pixels, class against others"
+        """Plot a precision-recall curve per class."""
+        title = "pixels, one class against the others"
         save_precision_recall(self.classes, self._precision_recall(), self.average_precision(), path, title)
 
     def _named(self, values: Sequence[float]) -> dict[str, float | None]:
@@ -177,7 +178,7 @@ class SegmentationCurves:
         return dict(zip(self.classes, known, strict=True))
 
     def _precision_recall(self) -> list[tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]]:
-        """Precision and recall of each class from the highest threshold down."""
+        """Return precision and recall of each class, from the highest threshold down."""
         curves = []
         for counts in self._counts:
             false, true = np.cumsum(counts[:, ::-1], axis=1)
