@@ -1,4 +1,4 @@
-"""New random projections on a schedule, during training only, and averages of weights that go with them."""
+"""Callbacks: redraws of random projections, weight averaging, checkpoints and resuming."""
 
 from __future__ import annotations
 
@@ -31,21 +31,21 @@ __all__ = [
 
 
 class RedrawProjections(lightning.Callback):
-    """Redraws the random projections of a model's Performer attention every few optimizer steps.
+    """Redraw of the random projections of Performer attention every few optimizer steps.
 
-    Batches from optimizer step s on train with draw number s // every_n_steps. The number follows from
-    `trainer.global_step` alone: every process finds the same one without communication, a resumed run takes up the
-    schedule where it was, and batches whose gradients accumulate into one step share a draw.
+    Batches from optimizer step s on train with draw number s // every_n_steps. The draw depends on
+    `trainer.global_step` only: all processes agree without communication, a resumed run continues the schedule, and
+    batches whose gradients accumulate into one step share a draw.
 
-    A redraw takes place before a training batch, so validation and prediction use the draw of the last batch trained.
-    The weights belong to it: `SegmentationTask` keeps its number in the checkpoint, where `load_segmenter` finds it; a
-    Lightning module of your own needs `current_draw` and `redraw_projections` in its checkpoint hooks.
+    The redraw happens before a training batch, so validation and prediction use the draw of the last training batch.
+    The weights belong to this draw: `SegmentationTask` saves its number in the checkpoint, where `load_segmenter` reads
+    it. Other Lightning modules need `current_draw` and `redraw_projections` in their checkpoint hooks.
 
     Args:
-        every_n_steps: optimizer steps that train with one draw.
+        every_n_steps: Number of optimizer steps per draw.
 
     Raises:
-        ValueError: fewer than one step.
+        ValueError: `every_n_steps` is less than 1.
     """
 
     def __init__(self, every_n_steps: int) -> None:
@@ -58,15 +58,15 @@ class RedrawProjections(lightning.Callback):
     def on_train_batch_start(
         self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        """Redraw if the batch's step is due another draw than the model holds."""
+        """Redraw the projections if the step needs another draw."""
         redraw_projections(pl_module, trainer.global_step // self.every_n_steps)
 
 
 class RedrawnWeightAveraging(EMAWeightAveraging):
-    """Lightning's exponential average of the weights, for a model whose projections are redrawn.
+    """Lightning's exponential moving average of the weights, for models with redrawn projections.
 
-    Lightning averages buffers as it does weights, and the mean of several draws is none: here the average has the
-    projections of the last training batch, as the checkpoint says.
+    Lightning also averages buffers, but an average of several draws is not a draw. Here the averaged model has the
+    projections of the last training batch, which the checkpoint records.
     """
 
     def on_train_batch_end(
@@ -77,26 +77,31 @@ class RedrawnWeightAveraging(EMAWeightAveraging):
         batch: Any,
         batch_idx: int,
     ) -> None:
-        """Update the average."""
+        """Update the average and its projections."""
         super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
         copy_projections(pl_module, self._average_model.module)
 
 
 _MEANS = "perf_vit_means"
-"""Where the sums of an epoch lie inside a Lightning checkpoint."""
+"""Key of the epoch's sums in a Lightning checkpoint."""
 
 
 class WholeCheckpoints(TorchCheckpointIO):
-    """Writes a checkpoint beside its name and moves it there, so a killed process leaves the one before.
+    """Atomic checkpoint writer: renames a temporary file in the target folder, so a killed process keeps the last one.
 
-    Lightning moves it from the folder for temporary files, which copies where that is another file system.
+    Lightning moves the file from the system's temporary folder, which copies across file systems.
     """
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
         """Write a checkpoint.
 
+        Args:
+            checkpoint: Contents.
+            path: Output file.
+            storage_options: Not used.
+
         Raises:
-            OutputError: it can't be written, or the disk is full.
+            OutputError: The file can't be written, e.g. because the disk is full.
         """
         path = Path(path)
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -104,15 +109,15 @@ class WholeCheckpoints(TorchCheckpointIO):
             with replaced(path) as unfinished, unfinished.open("wb") as file:
                 torch.save(checkpoint, file)
         except RuntimeError as error:
-            # What torch raises where writing fails.
+            # torch raises RuntimeError if writing fails.
             raise OutputError(f"can't write {path}: {reason_line(error)}; is the disk full?") from error
 
 
 class FolderCheckpoint(ModelCheckpoint):
-    """Lightning's checkpoint by a score, which knows its best score also after the run folder was moved."""
+    """Lightning's checkpoint callback, which also finds its best score after the run folder was moved."""
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take up scores and files, in the folder where they are now."""
+        """Restore scores and files, relative to the current folder."""
         state = {**state_dict, "dirpath": self.dirpath}
         for key in ("best_model_path", "kth_best_model_path", "last_model_path"):
             state[key] = self._here(state[key])
@@ -124,25 +129,25 @@ class FolderCheckpoint(ModelCheckpoint):
 
 
 class Patience(EarlyStopping):
-    """Lightning's early stopping with the config's patience after a resume; a run that it ended stays ended."""
+    """Lightning's early stopping, with the patience of the current config after a resume; stopped runs stay stopped."""
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take up the best score and the validations since."""
+        """Restore the best score and the number of validations since."""
         super().load_state_dict({**state_dict, "patience": self.patience})
 
     def on_train_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
-        """Stop at once if patience had run out."""
+        """Stop at once if the patience is already exhausted."""
         if self.wait_count >= self.patience:
             trainer.should_stop = True
 
 
 class StepSeeds(lightning.Callback):
-    """Makes what is random in a training step (dropout, sampled anchors) a function of the step and the process alone.
+    """Seeding of each training step, so that dropout and sampled anchors depend on the step and the process only.
 
-    So it needs no place in a checkpoint, which one process writes for all.
+    No random state has to be saved in checkpoints, which one process writes for all.
 
     Args:
-        seed: of the run.
+        seed: Seed of the run.
     """
 
     def __init__(self, seed: int) -> None:
@@ -157,10 +162,10 @@ class StepSeeds(lightning.Callback):
 
 
 class EpochMeans(lightning.Callback):
-    """Carries the sums behind the epoch's training means through a checkpoint inside the epoch.
+    """Saving of the sums behind the epoch's training means in checkpoints within an epoch.
 
-    Lightning begins them anew. A checkpoint holds those of the process that writes it, so with several processes the
-    row of the interrupted epoch has the means of the batches after the resume.
+    Lightning resets them on resume. A checkpoint holds the sums of the process that writes it; with several processes,
+    the row of the interrupted epoch averages the batches after the resume only.
     """
 
     def __init__(self) -> None:
@@ -169,14 +174,14 @@ class EpochMeans(lightning.Callback):
     def on_save_checkpoint(
         self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
-        """Add the sums so far."""
+        """Save the sums."""
         if trainer.training and trainer.world_size == 1:
             checkpoint[_MEANS] = {key: list(_sums(metric)) for key, metric in _means(trainer).items()}
 
     def on_load_checkpoint(
         self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
-        """Take up the sums of an epoch that isn't over."""
+        """Restore the sums of an unfinished epoch."""
         epochs = checkpoint["loops"]["fit_loop"]["epoch_progress"]["current"]
         if epochs["processed"] < epochs["started"] and trainer.world_size == 1:
             self._before = checkpoint.get(_MEANS, {})
@@ -184,7 +189,7 @@ class EpochMeans(lightning.Callback):
     def on_train_batch_end(
         self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Add them to those of the first batch."""
+        """Add the restored sums to those of the first batch."""
         means = _means(trainer)
         for key, before in self._before.items():
             if key in means:
@@ -194,24 +199,24 @@ class EpochMeans(lightning.Callback):
 
 
 def _means(trainer: lightning.Trainer) -> dict[str, Any]:
-    """Lightning's metrics of values that are logged as means over the epoch's batches."""
+    """Return Lightning's metrics that are logged as means over the epoch's batches."""
     results = trainer._results
     return {key: each for key, each in (results or {}).items() if each.meta.on_epoch and each.meta.is_mean_reduction}
 
 
 def _sums(metric: Any) -> tuple[Tensor, Tensor]:
-    """Sum of the values, each times its batch size, and of the batch sizes."""
+    """Return the sum of values weighted by batch size, and the sum of batch sizes."""
     return metric.value, metric.cumulated_batch_size
 
 
 class StepCheckpoint(Checkpoint):
-    """Writes a checkpoint to resume from every few optimizer steps, over that of the last epoch.
+    """Checkpoint every few optimizer steps, written over that of the last epoch.
 
-    At the end of an epoch, where its checkpoint follows after validation, it writes none.
+    None is written at the end of an epoch, where the epoch's checkpoint follows after validation.
 
     Args:
-        path: the checkpoint.
-        every_n_steps: optimizer steps between checkpoints.
+        path: Checkpoint file.
+        every_n_steps: Number of optimizer steps between checkpoints.
     """
 
     def __init__(self, path: Path, every_n_steps: int) -> None:
@@ -221,7 +226,7 @@ class StepCheckpoint(Checkpoint):
     def on_train_batch_end(
         self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Write one if it is due; between the batches of one step there is nothing to go on from."""
+        """Write a checkpoint if it is due; not between the accumulated batches of a step."""
         stepped = (batch_idx + 1) % trainer.accumulate_grad_batches == 0
         if stepped and trainer.global_step % self.every_n_steps == 0 and not trainer.is_last_batch:
             trainer.save_checkpoint(self.path)

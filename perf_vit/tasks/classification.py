@@ -1,4 +1,4 @@
-"""Training of networks that classify whole images, or predict targets from them."""
+"""Training of image classification and regression networks."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ __all__ = [
 ]
 
 CLASSIFICATION_MONITOR = "val/f1"
-"""What the best checkpoint is chosen by: rare classes count as much as frequent ones."""
+"""Metric that selects the best checkpoint; rare classes count as much as frequent ones."""
 
 REGRESSION_MONITOR = "val/r2"
 
@@ -48,18 +48,18 @@ REGRESSION_CURVES = Curves(
 
 
 class ClassificationTask(TrainingTask):
-    """Trains a classifier of images; its checkpoints hold all that `perf_vit.models.load_classifier` needs.
+    """Training of a classifier; checkpoints hold everything that `perf_vit.models.load_classifier` needs.
 
-    The loss of classes is the cross-entropy, binary with several classes an image; that of targets, of which each is
-    standardised, Huber's, which is quadratic up to one standard deviation.
+    The loss is cross-entropy for single-label classes, binary cross-entropy for multi-label classes, and the Huber loss
+    of standardised targets for regression, which is quadratic up to one standard deviation.
 
     Args:
-        model_config: the network.
-        spec: classes or targets, and statistics of the training data.
-        optim: loss and schedule.
+        model_config: Network config.
+        spec: Classes or targets, and statistics of the training data.
+        optim: Optimizer, schedule and loss.
 
     Raises:
-        ConfigError: a network that can't be built, or values that don't fit it.
+        ConfigError: The network can't be built, or the optimizer or loss settings don't fit it.
     """
 
     def __init__(
@@ -69,7 +69,7 @@ class ClassificationTask(TrainingTask):
         check_classification_loss(optim, len(spec.classes))
         if spec.kind == "regression" and (optim.label_smoothing or optim.class_weights is not None):
             raise ConfigError(
-                "optim.label_smoothing and optim.class_weights are for classes, not for targets; leave them out"
+                "optim.label_smoothing and optim.class_weights are for classification, not regression; leave them out"
             )
         self.model_config = model_config
         self.model = build_classifier(model_config, spec)
@@ -84,24 +84,29 @@ class ClassificationTask(TrainingTask):
         checkpoint[CHECKPOINT_KEY] = checkpoint_metadata(self.model_config, self.model)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Take up the draw of the attention's projections, which are no part of the weights."""
+        """Restore the draw of the random projections, which is not part of the weights."""
         restore_draw(self.model, checkpoint[CHECKPOINT_KEY])
 
     def forward(self, image: Tensor, valid: Tensor | None = None) -> Tensor:
-        """Logits, or standardised targets, [B, K], of standardised tiles [B, C, H, W]; valid as for `Classifier`."""
+        """Compute logits or standardised targets, [B, K].
+
+        Args:
+            image: Standardised tiles, [B, C, H, W].
+            valid: Valid pixels as for `Classifier`.
+        """
         return self.model(image, valid)
 
     def loss(self, logits: Tensor, targets: Tensor) -> Tensor:
-        """Mean loss of a batch.
+        """Compute the mean loss of a batch.
 
         Args:
-            logits: [B, K].
-            targets: class indices, [B]; or 0 and 1, or targets in their units, [B, K].
+            logits: Logits or standardised targets, [B, K].
+            targets: Class indices, [B]; 0 and 1 per class (multi-label) or regression targets in their units, [B, K].
         """
         logits = logits.float()
         kind, smoothing = self.model.spec.kind, self.optim.label_smoothing
         if kind == "single_label":
-            # torch's weighted mean divides by the weights of the batch, so small batches would weigh little.
+            # torch's weighted mean divides by the sum of weights in the batch, which cancels weights in small batches.
             options: dict[str, Any] = {"reduction": "none", "label_smoothing": smoothing}
             return F.cross_entropy(logits, targets, self.class_weights, **options).mean()
         if kind == "multilabel":
@@ -110,7 +115,7 @@ class ClassificationTask(TrainingTask):
         return F.smooth_l1_loss(logits, self.model.standardised(targets))
 
     def training_step(self, batch: TileBatch, batch_idx: int) -> Tensor:
-        """Loss of one batch."""
+        """Compute the loss of a batch."""
         image, targets, valid = with_valid(batch)
         loss = self.loss(self(image, valid), targets)
         size = len(image)
@@ -118,7 +123,7 @@ class ClassificationTask(TrainingTask):
         return loss
 
     def validation_step(self, batch: TileBatch, batch_idx: int) -> None:
-        """Loss and scores of one batch."""
+        """Update loss and scores with a batch."""
         image, targets, valid = with_valid(batch)
         num = self.num_counted(batch_idx, len(image))
         logits, targets = self(image, valid)[:num], targets[:num]
@@ -127,23 +132,23 @@ class ClassificationTask(TrainingTask):
         self.val_metrics.update(self.model.scores(logits), targets)
 
     def on_validation_epoch_end(self) -> None:
-        """Log the scores, overall and by class."""
+        """Log the scores, overall and per class."""
         self.log_dict(logged_scores(self.val_metrics.summary()))
         self.val_metrics.reset()
 
     @property
     def body(self) -> nn.Module:
-        """The whole timm model."""
+        """Return the whole timm model."""
         network: nn.Module = self.model.network
         return network
 
     def backbone_layers(self) -> dict[str, int]:
-        """The layer of each parameter that is part of neither pooling nor classifier."""
+        """Return the layer index of each parameter outside of pooling and classifier."""
         return {f"network.{name}": layer for name, layer in trunk_layers(self.model.network).items()}
 
 
 def logged_scores(scores: ClassificationScores | RegressionScores) -> dict[str, float]:
-    """Names and values for the logs; what is unknown is 0 overall, and left out by class."""
+    """Return scores by name for logging; undefined scores are 0 overall and left out per class."""
     overall = {f"val/{name}": 0.0 if math.isnan(value) else value for name, value in scores.overall().items()}
     if isinstance(scores, RegressionScores):
         parts = {f"val/mae/{each.name}": each.mae for each in scores.targets}

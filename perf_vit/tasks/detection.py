@@ -1,4 +1,4 @@
-"""Training of an object detector."""
+"""Training of object detectors."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from perf_vit.types import Detections
 __all__ = ["DETECTION_CURVES", "DETECTION_MONITOR", "DetectionOptimConfig", "DetectionTask"]
 
 DETECTION_MONITOR = "val/ap50"
-"""What the best checkpoint is chosen by: on small objects, AP at higher IoUs hangs on single pixels."""
+"""Metric that selects the best checkpoint; AP at higher IoUs depends on single pixels of small objects."""
 
 DETECTION_CURVES = Curves(
     losses=("train/loss",), scores=("val/ap", "val/ap50"), title="validation, mean over classes and IoUs"
@@ -35,25 +35,25 @@ DETECTION_CURVES = Curves(
 
 @dataclass(kw_only=True)
 class DetectionOptimConfig(OptimizerConfig):
-    """Optimizer and schedule.
+    """Optimizer and schedule of detection.
 
     Attributes:
-        lr: peak learning rate.
+        lr: Peak learning rate.
     """
 
     lr: float = 5e-4
 
 
 class DetectionTask(TrainingTask):
-    """Trains a detector; its checkpoints hold all that `perf_vit.models.load_detector` needs.
+    """Training of a detector; checkpoints hold everything that `perf_vit.models.load_detector` needs.
 
     Args:
-        model_config: the network.
-        spec: classes and statistics of the training data.
-        optim: schedule.
+        model_config: Network config.
+        spec: Classes and statistics of the training data.
+        optim: Optimizer and schedule.
 
     Raises:
-        ConfigError: a network that can't be built, or a learning rate below 0.
+        ConfigError: The network can't be built, or the optimizer settings are out of range.
     """
 
     def __init__(
@@ -73,23 +73,28 @@ class DetectionTask(TrainingTask):
         checkpoint[CHECKPOINT_KEY] = checkpoint_metadata(self.model_config, self.model)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Take up what is no part of the weights: the score threshold, and the draw of the attention's projections."""
+        """Restore the score threshold and the draw of the random projections, which are not part of the weights."""
         metadata = checkpoint[CHECKPOINT_KEY]
         self.model.spec = replace(self.model.spec, score_threshold=metadata["spec"]["score_threshold"])
         restore_draw(self.model, metadata)
 
     def forward(self, tiles: Tensor, valid: Tensor | None = None) -> list[Detections]:
-        """Objects of standardised tiles [B, C, H, W]; valid pixels as for `Detector`."""
+        """Detect objects.
+
+        Args:
+            tiles: Standardised tiles, [B, C, H, W].
+            valid: Valid pixels as for `Detector`.
+        """
         return self.model(tiles, valid)
 
     def transfer_batch_to_device(self, batch: ObjectBatch, device: torch.device, dataloader_idx: int) -> ObjectBatch:
-        """Move the images; the labels stay arrays, which the heads and metrics want."""
+        """Move the images to the device; labels stay arrays, as heads and metrics expect."""
         images, labels, valid = with_valid(batch)
         moved = [[each.to(device, non_blocking=True) for each in planes] for planes in (images, valid or [])]
         return moved[0], labels, moved[1] or None
 
     def training_step(self, batch: ObjectBatch, batch_idx: int) -> Tensor:
-        """Sum of the head's losses of one batch."""
+        """Compute the sum of the head's losses of a batch."""
         images, labels, valid = with_valid(batch)
         losses = self.model.losses(images, labels, valid)
         loss = torch.stack(list(losses.values())).sum()
@@ -99,7 +104,7 @@ class DetectionTask(TrainingTask):
         return loss
 
     def validation_step(self, batch: ObjectBatch, batch_idx: int) -> None:
-        """Detections of one batch."""
+        """Update the metrics with the detections of a batch."""
         images, labels, valid = with_valid(batch)
         num = self.num_counted(batch_idx, len(images))
         for index, image in enumerate(images):
@@ -108,7 +113,7 @@ class DetectionTask(TrainingTask):
                 self.val_metrics.update(found, [labels[index]])
 
     def on_validation_epoch_end(self) -> None:
-        """Log average precision, overall, by class and by size, and set the network's score threshold."""
+        """Log average precision, overall, per class and per size, and set the score threshold of the network."""
         scores = self.val_metrics.compute()
         self.val_metrics.reset()
         for name, value in _logged(scores).items():
@@ -118,7 +123,7 @@ class DetectionTask(TrainingTask):
 
 
 def _logged(scores: DetectionScores) -> dict[str, float]:
-    """Names and values for the logs; what is unknown is left out, but for the overall scores, which are then 0."""
+    """Return scores by name for logging; undefined overall scores are 0, other undefined scores are left out."""
     overall = {f"val/{name}": getattr(scores, name) for name in ("ap", "ap50", "ap75", "recall")}
     parts = {f"val/ap_{name}": value for name, value in scores.ap_by_size.items()}
     for each in scores.classes:

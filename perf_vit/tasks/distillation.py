@@ -1,4 +1,4 @@
-"""What a student is asked to reproduce of its teacher: each block's change of the tokens, or the final tokens."""
+"""Distillation of a converted model: its blocks or its final tokens reproduce those of the teacher."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ __all__ = [
 
 @dataclass(frozen=True, slots=True)
 class BlockCall:
-    """One call of a transformer block: what it was given and what came out."""
+    """Arguments and output of one call of a transformer block."""
 
     arguments: tuple[Any, ...]
     options: dict[str, Any]
@@ -42,7 +42,7 @@ class BlockCall:
 
 @contextmanager
 def recorded_blocks(model: nn.Module) -> Iterator[list[BlockCall]]:
-    """Write down every call of a model's `blocks`, in order, rotary embeddings and masks included."""
+    """Record all calls of a model's `blocks` in order, with rotary embeddings and masks."""
     calls: list[BlockCall] = []
 
     def record(block: nn.Module, arguments: tuple[Any, ...], options: dict[str, Any], output: Tensor) -> None:
@@ -64,29 +64,30 @@ def match_blocks(
     backward: Callable[[Tensor], Any] | None = None,
     valid: Tensor | None = None,
 ) -> Tensor:
-    """How far the student's blocks are from the teacher's, each given the teacher's tokens.
+    """Compute the error of the student's blocks on the teacher's tokens.
 
     The loss of block l, with T_l and S_l the blocks and x_l the teacher's tokens before it, is
 
         |S_l(x_l) - T_l(x_l)|^2 / |T_l(x_l) - x_l|^2
 
-    the part of the block's change that is wrong, whatever the size of the tokens. As no block depends on another's
-    weights, each loss goes backward by itself: memory holds one block's graph at a time.
+    i.e. the error relative to the block's update, whatever the scale of the tokens. As no block depends on the weights
+    of another one, each loss is backpropagated separately and memory holds the graph of one block at a time.
 
     Args:
-        teacher: a timm model with `blocks`.
-        student: its converted copy.
-        image: standardised tiles, [B, C, H, W].
-        backward: called with each block's loss, in order; None to measure only.
-        valid: valid pixels, bool [B, H, W], None where all are; patches without one are left out of attention and loss.
+        teacher: A timm model with `blocks`.
+        student: Its converted copy.
+        image: Standardised tiles, [B, C, H, W].
+        backward: Function called with the loss of each block, in order; None to measure only.
+        valid: Valid pixels, bool [B, H, W]; patches without one are left out of attention and loss. None if all are
+            valid.
 
     Returns:
-        The mean loss of the blocks whose attention is linear, without a graph; the others are the teacher's still.
+        Mean loss of the blocks with linear attention, without a graph; other blocks equal the teacher's.
     """
     mask = key_mask(teacher, valid)
     with torch.no_grad(), recorded_blocks(teacher) as calls:
         forward_tokens(teacher, image, mask)
-        # The student's layers learn rows and columns from its patch embedding.
+        # The patch embedding sets the grid size of the student's layers.
         student.patch_embed(image)  # type: ignore[operator]
     blocks: Any = student.blocks
     losses = []
@@ -105,23 +106,23 @@ def match_blocks(
 
 
 def kept_tokens(values: Tensor, mask: Tensor | None) -> Tensor:
-    """Values of the tokens that take part in attention, [n, ...] of [B, P + N, ...]; of no mask, all as they are.
+    """Select the tokens that take part in attention, [n, ...].
 
     Args:
-        values: of all tokens.
-        mask: of `key_mask`.
+        values: Values of all tokens, [B, P + N, ...].
+        mask: Mask from `key_mask`; None returns `values` unchanged.
     """
     return values if mask is None else values[mask[:, 0, 0]]
 
 
 def token_loss(tokens: Tensor, target: Tensor, num_prefix_tokens: int, mask: Tensor | None = None) -> Tensor:
-    """1 - cosine, averaged over patch tokens, plus the same over class and register tokens.
+    """Compute 1 - cosine, averaged over patch tokens, plus its average over class and register tokens.
 
     Args:
-        tokens: final tokens, [B, N, C].
-        target: the teacher's, of the same shape.
-        num_prefix_tokens: class and register tokens, which come first.
-        mask: of `key_mask`; patch tokens that take no part in attention take none in the mean.
+        tokens: Final tokens of the student, [B, N, C].
+        target: Final tokens of the teacher, [B, N, C].
+        num_prefix_tokens: Number of class and register tokens, which come first.
+        mask: Mask from `key_mask`; patch tokens that don't take part in attention are left out.
     """
     cosine = F.cosine_similarity(tokens, target, dim=-1)
     patch_mask = None if mask is None else mask[..., num_prefix_tokens:]
@@ -131,7 +132,7 @@ def token_loss(tokens: Tensor, target: Tensor, num_prefix_tokens: int, mask: Ten
 
 _TRAINABLE = ("attention", "all")
 
-# Of a block, what attention's share of it goes through: its norm before and its scale after (ViT's and EVA's names).
+# Norm before and layer scale after a block's attention (names of ViT and EVA).
 _AROUND_ATTENTION = ("norm1.", "ls1.", "gamma_1")
 
 _STATE_KEY = "distillation"
@@ -139,21 +140,22 @@ _STATE_KEY = "distillation"
 
 @dataclass(kw_only=True)
 class DistillationOptimConfig:
-    """Two stages, each with a linear warm-up and a cosine decay to zero.
+    """Two training stages, each with a linear warm-up and a cosine decay to zero.
 
-    First each block is given the teacher's tokens and asked for the teacher's output (`match_blocks`), then the whole
-    student is asked for the teacher's final tokens (`token_loss`).
+    The first stage matches each block's output to the teacher's, given the teacher's tokens (`match_blocks`). The
+    second stage matches the final tokens of the whole student to the teacher's (`token_loss`).
 
     Attributes:
-        block_steps: steps of the first stage, 0 to leave it out.
-        block_lr: its peak learning rate.
-        token_steps: steps of the second stage, 0 to leave it out.
-        token_lr: its peak learning rate.
-        trainable: "attention" for the attention layers with the norm before and the scale after them, or "all" weights.
-        warmup_fraction: share of a stage's steps over which the rate rises.
-        gradient_clip: largest norm of the gradient, 0 for no clipping.
-        max_minutes: training time of both stages; where it is too short for the steps, the schedule goes on by the
-            clock and reaches its end in time, so such a run can't be repeated exactly. None for no limit.
+        block_steps: Number of steps of the first stage; 0 to skip it.
+        block_lr: Peak learning rate of the first stage.
+        token_steps: Number of steps of the second stage; 0 to skip it.
+        token_lr: Peak learning rate of the second stage.
+        trainable: Trained weights: "attention" for attention layers with the norm before and the scale after them, or
+            "all".
+        warmup_fraction: Fraction of a stage's steps with linear warm-up.
+        gradient_clip: Maximum gradient norm; 0 for no clipping.
+        max_minutes: Training time limit of both stages. If it is too short for all steps, the schedule follows the
+            clock and still ends in time; such runs aren't reproducible. None for no limit.
     """
 
     block_steps: int = 200
@@ -167,11 +169,15 @@ class DistillationOptimConfig:
 
     @property
     def total_steps(self) -> int:
-        """Steps of both stages."""
+        """Number of steps of both stages."""
         return self.block_steps + self.token_steps
 
     def check(self) -> None:
-        """Raise a ConfigError for values that don't make a run."""
+        """Check the values.
+
+        Raises:
+            ConfigError: Values are out of range, or there are no steps.
+        """
         if self.trainable not in _TRAINABLE:
             raise ConfigError(f"optim.trainable must be one of {', '.join(_TRAINABLE)}, got {self.trainable}")
         if min(self.block_steps, self.token_steps) < 0 or self.total_steps < 1:
@@ -184,20 +190,20 @@ class DistillationOptimConfig:
 
 
 class DistillationTask(lightning.LightningModule):
-    """Trains a converted copy to give the tokens of the model that it came from.
+    """Training of a converted copy to reproduce the tokens of the original model.
 
-    Batches are standardised tiles [B, C, H, W] without labels, and their valid pixels: patches without one take part
-    neither in attention nor in the loss. Both models stay in evaluation mode: the student is to
-    give what the teacher gives, without dropped paths. Checkpoints hold the student alone.
+    Batches are standardised tiles [B, C, H, W] and their valid pixels, without labels; patches without valid pixels are
+    left out of attention and loss. Both models stay in evaluation mode, so there is no drop path. Checkpoints hold the
+    student only.
 
     Args:
-        teacher: the softmax model, which is frozen.
-        student: its copy by `linearize`.
-        config: stages and schedule.
+        teacher: Softmax model, which is frozen.
+        student: Copy converted by `linearize`.
+        config: Stages and schedule.
 
     Raises:
-        ConfigError: a config that makes no run.
-        ValueError: a model without blocks, or a student without converted attention.
+        ConfigError: The config is invalid.
+        ValueError: The model has no blocks, or the student no linearized attention.
     """
 
     def __init__(self, teacher: nn.Module, student: nn.Module, config: DistillationOptimConfig) -> None:
@@ -209,41 +215,41 @@ class DistillationTask(lightning.LightningModule):
         self.num_prefix_tokens = int(getattr(teacher, "num_prefix_tokens", 0))
         self.seconds = 0.0
         _select_parameters(student, config.trainable)
-        # Each block's loss goes backward by itself.
+        # The loss of each block is backpropagated separately.
         self.automatic_optimization = False
-        # The teacher is no part of a checkpoint.
+        # Checkpoints don't hold the teacher.
         self.strict_loading = False
 
     def train(self, mode: bool = True) -> DistillationTask:
-        """Both models stay in evaluation mode."""
+        """Keep both models in evaluation mode."""
         super().train(mode)
         self.teacher.eval()
         self.student.eval()
         return self
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Leave the teacher out; add the time spent."""
+        """Remove the teacher; add the training time."""
         state = checkpoint["state_dict"]
         checkpoint["state_dict"] = {name: value for name, value in state.items() if not name.startswith("teacher.")}
         checkpoint[_STATE_KEY] = {"seconds": self.seconds}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Take up the time spent, and the epoch where the run ended inside one."""
+        """Restore the training time, and the epoch if the run ended within one."""
         self.seconds = checkpoint[_STATE_KEY]["seconds"]
         _reopen_epoch(checkpoint["loops"]["fit_loop"])
 
     def on_train_start(self) -> None:
-        """Stop at once if nothing is left to do."""
+        """Stop at once if all steps are done."""
         self.trainer.should_stop = self._position() >= self.config.total_steps
 
     def on_train_epoch_start(self) -> None:
-        """Forget the last epoch's losses, which may be of the other stage."""
+        """Discard the losses of the last epoch, which may be of the other stage."""
         metrics = self.trainer.callback_metrics
         for name in [name for name in metrics if name.startswith("train/")]:
             del metrics[name]
 
     def training_step(self, batch: tuple[Tensor, Tensor | None], batch_idx: int) -> Tensor:
-        """One optimizer step on the loss of the stage that the run is in."""
+        """Run one optimizer step on the loss of the current stage."""
         start = time.perf_counter()
         image, valid = batch
         optimizer: Any = self.optimizers()
@@ -264,17 +270,17 @@ class DistillationTask(lightning.LightningModule):
         options: Any = {"on_step": False, "on_epoch": True, "prog_bar": True, "batch_size": len(image)}
         self.log(f"train/{stage}_loss", loss.detach(), **options)
         if self._position() >= self.config.total_steps:
-            # Lightning then validates and saves once more.
+            # Lightning then validates and saves a last time.
             self.trainer.should_stop = True
         return loss.detach()
 
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
-        """Clip gradients, which have their own scale by now, in half precision too."""
+        """Clip the gradients, which are already unscaled in half precision."""
         if self.config.gradient_clip:
             clip_grad_norm_(_trained(self.student), self.config.gradient_clip)
 
     def validation_step(self, batch: tuple[Tensor, Tensor | None], batch_idx: int) -> None:
-        """Cosines of the final tokens."""
+        """Log the cosines of the final tokens."""
         image, valid = batch
         mask = key_mask(self.teacher, valid)
         target, tokens = (forward_tokens(model, image, mask) for model in (self.teacher, self.student))
@@ -286,18 +292,18 @@ class DistillationTask(lightning.LightningModule):
             self.log("val/class_cosine", cosine[:, 0].mean(), **options)
 
     def configure_optimizers(self) -> Optimizer:
-        """AdamW; nothing decays, as the weights start where they should stay near."""
+        """Build AdamW without weight decay, as the weights should stay near their start."""
         return AdamW(_trained(self.student), lr=self.config.block_lr, weight_decay=0.0)
 
     def _position(self) -> int:
-        """The step that the schedule is at: the number of steps done, or more where the clock is ahead of them."""
+        """Return the position in the schedule: the number of steps done, or more if the clock is ahead."""
         steps, limit = self.trainer.global_step, self.config.max_minutes
         if limit is None:
             return steps
         return max(steps, int(self.config.total_steps * self.seconds / (60 * limit)))
 
     def _follow_schedule(self, optimizer: Optimizer) -> bool:
-        """Set the learning rate; whether the run is in the first stage."""
+        """Set the learning rate; return whether the run is in the first stage."""
         config, position = self.config, self._position()
         in_blocks = position < config.block_steps
         if in_blocks:
@@ -310,9 +316,9 @@ class DistillationTask(lightning.LightningModule):
 
 
 def _reopen_epoch(loop: dict[str, Any]) -> None:
-    """Let a run that ended inside an epoch, and is to go on, complete that epoch.
+    """Reset the loop of a run that ended within an epoch, so that it can complete the epoch.
 
-    Lightning's counters after an epoch that was cut short become those after its last batch.
+    Lightning's counters after a shortened epoch are set to those after its last batch.
     """
     epochs, batches = loop["epoch_progress"], loop["epoch_loop.batch_progress"]
     if batches["is_last_batch"] or epochs["current"]["processed"] < epochs["current"]["started"]:
@@ -323,12 +329,12 @@ def _reopen_epoch(loop: dict[str, Any]) -> None:
 
 
 def _select_parameters(student: nn.Module, train: str) -> None:
-    """Freeze what isn't trained."""
+    """Freeze all weights that aren't trained."""
     if not hasattr(student, "blocks"):
         raise ValueError(f"expected a timm ViT or EVA with blocks, got {type(student).__name__}")
     attentions = [name for name, module in student.named_modules() if isinstance(module, LinearizedAttention)]
     if not attentions:
-        raise ValueError(f"expected a student with converted attention, got {type(student).__name__} with none")
+        raise ValueError(f"expected a student with linearized attention, got {type(student).__name__} with none")
     prefixes = [f"{name}." for name in attentions]
     prefixes += [f"{name.rpartition('.')[0]}.{around}" for name in attentions for around in _AROUND_ATTENTION]
     for name, parameter in student.named_parameters():

@@ -1,4 +1,4 @@
-"""The Lightning trainer of a distillation."""
+"""Lightning trainer of a distillation."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ _CURVES = Curves(
 
 @dataclass(kw_only=True)
 class DistillationTrainerConfig:
-    """Where to train and how often to look.
+    """Hardware and validation interval of a distillation.
 
     Attributes:
-        val_every_steps: steps between validations, each of which leaves a checkpoint to resume from.
-        precision: 32-true, bf16-mixed, 16-mixed (GPU) or 64-true.
-        accelerator: auto, cpu, gpu, mps: as Lightning names them; one device trains.
+        val_every_steps: Number of steps between validations; each one saves a checkpoint to resume from.
+        precision: Precision: 32-true, bf16-mixed, 16-mixed (GPU) or 64-true.
+        accelerator: Lightning accelerator: auto, cpu, gpu, mps. Training uses one device.
     """
 
     val_every_steps: int = 50
@@ -41,12 +41,20 @@ class DistillationTrainerConfig:
 def build_distillation_trainer(
     config: DistillationTrainerConfig, stages: DistillationOptimConfig, folder: Path, *, progress: bool = True
 ) -> lightning.Trainer:
-    """A trainer that keeps `checkpoints/best.ckpt` (by patch cosine) and `last.ckpt`, `metrics.csv`, `loss_curve.png`
-    and TensorBoard logs in the run folder. An epoch is `val_every_steps` steps.
+    """Build a trainer that writes checkpoints, metrics and logs into the run folder.
+
+    It writes `checkpoints/best.ckpt` (highest patch cosine), `checkpoints/last.ckpt`, `metrics.csv`, `loss_curve.png`
+    and TensorBoard logs. An epoch has `val_every_steps` steps.
+
+    Args:
+        config: Hardware and validation interval.
+        stages: Stages and schedule.
+        folder: Run folder.
+        progress: Whether to show a progress bar.
 
     Raises:
-        ConfigError: values that Lightning doesn't know.
-    """  # noqa: D205
+        ConfigError: Values are out of range or unknown to Lightning.
+    """
     if config.val_every_steps < 1:
         raise ConfigError(f"trainer.val_every_steps must be at least 1, got {config.val_every_steps}")
     return lightning_trainer(
@@ -57,6 +65,6 @@ def build_distillation_trainer(
         devices=1,
         progress=progress,
         max_epochs=-(-stages.total_steps // config.val_every_steps),
-        # The untrained student is validated first, on all crops.
+        # Validate the untrained student first, on all crops.
         num_sanity_val_steps=-1,
     )

@@ -1,4 +1,4 @@
-"""A run's metrics by epoch, as a CSV file and a picture that survive a resume."""
+"""Metrics of a run by epoch, as CSV file and plot that survive a resume."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ _logger = logging.getLogger("perf_vit")
 
 @dataclass(frozen=True, kw_only=True)
 class Curves:
-    """Which metrics are drawn, losses in one panel and scores in another, and named in the log.
+    """Metrics to plot and log, losses in one panel and scores in another.
 
     Attributes:
-        losses: names of losses.
-        scores: names of scores between 0 and 1.
-        title: of the scores' panel.
-        log_losses: draw losses on a logarithmic axis.
-        score_range: of the scores' axis, None for that of the scores.
+        losses: Names of losses.
+        scores: Names of scores.
+        title: Title of the score panel.
+        log_losses: Whether the loss axis is logarithmic.
+        score_range: Range of the score axis; None to fit the scores.
     """
 
     losses: tuple[str, ...]
@@ -44,11 +44,15 @@ SEGMENTATION_CURVES = Curves(
 
 
 class HistoryCallback(lightning.Callback):
-    """Writes `metrics.csv` and `loss_curve.png` into the run folder after each epoch.
+    """Writer of `metrics.csv` and `loss_curve.png` in the run folder, updated after each epoch.
 
-    It logs a line an epoch to the logger "perf_vit" at INFO, for runs without a terminal. The rows are part of the
-    checkpoint, so a resumed run's files hold every epoch (Lightning's CSVLogger starts a new file). Where validation
-    is run before training, its row is that of epoch -1.
+    It also logs a line per epoch to the logger "perf_vit" at INFO, for runs without a terminal. The rows are part of
+    the checkpoint, so a resumed run's files hold all epochs (Lightning's CSVLogger starts a new file). The row of a
+    validation before training has epoch -1.
+
+    Args:
+        folder: Run folder.
+        curves: Metrics to plot and log.
     """
 
     def __init__(self, folder: Path, curves: Curves = SEGMENTATION_CURVES) -> None:
@@ -58,25 +62,25 @@ class HistoryCallback(lightning.Callback):
         self._is_validated = False
 
     def state_dict(self) -> dict[str, Any]:
-        """The rows so far."""
+        """Return the rows so far."""
         return {"rows": self.rows}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take up the rows of the checkpoint that a run resumes from."""
+        """Restore the rows from the checkpoint of a resumed run."""
         self.rows = state_dict["rows"]
 
     def on_sanity_check_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
-        """Start with the scores before training; a resumed run has them."""
+        """Add a row with the scores before training, unless the run was resumed."""
         if not self.rows:
             self.rows = [{"epoch": -1, **{key: float(value) for key, value in trainer.callback_metrics.items()}}]
 
     def on_validation_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
-        """Note that the scores are of this epoch."""
+        """Mark the scores as those of this epoch."""
         self._is_validated = not trainer.sanity_checking
 
     def on_train_epoch_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
-        """Add this epoch's row and write both files anew."""
-        # Lightning keeps the scores of the last validation through epochs without one.
+        """Add the row of this epoch and rewrite both files."""
+        # Lightning keeps the scores of the last validation in epochs without one.
         values = {
             key: float(value)
             for key, value in trainer.callback_metrics.items()
@@ -104,7 +108,7 @@ class HistoryCallback(lightning.Callback):
 
 
 def plot_history(rows: list[dict[str, float]], path: Path, curves: Curves = SEGMENTATION_CURVES) -> None:
-    """Draw losses (left) and validation scores (right) against the epoch."""
+    """Plot losses (left) and validation scores (right) against the epoch."""
     figure = Figure(figsize=(9, 3.4), layout="constrained")
     FigureCanvasAgg(figure)
     losses, scores = figure.subplots(1, 2)

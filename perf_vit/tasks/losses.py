@@ -1,4 +1,4 @@
-"""Losses of segmentation, and mixtures of them, that leave ignored pixels out."""
+"""Segmentation losses and their weighted sums, without ignored pixels."""
 
 from __future__ import annotations
 
@@ -32,15 +32,15 @@ _FOCAL_EXPONENT = 2
 
 @dataclass(kw_only=True)
 class LossConfig:
-    """Weights of the terms of a loss; 0 leaves a term out.
+    """Weights of the loss terms; 0 leaves a term out.
 
     Attributes:
-        ce: cross-entropy.
-        dice: soft Dice over the classes present in a batch: large and small classes count the same.
-        focal: cross-entropy times (1 - p)^2, p the probability of the right class (Lin et al. 2017): easy pixels count
-            little.
-        lovasz: Lovasz-Softmax (Berman et al. 2018), whose minimum is that of 1 - IoU. It sorts all pixels for each
-            class of a batch, so it is the slowest and takes the most memory.
+        ce: Cross-entropy.
+        dice: Soft Dice over the classes present in a batch; large and small classes have equal weight.
+        focal: Focal loss, cross-entropy times (1 - p)^2 with p the probability of the true class (Lin et al. 2017);
+            gives easy pixels little weight.
+        lovasz: Lovasz-Softmax (Berman et al. 2018), a surrogate of 1 - IoU. It sorts all pixels for each class of a
+            batch, so it is the slowest term and takes the most memory.
     """
 
     ce: float = 1.0
@@ -50,18 +50,18 @@ class LossConfig:
 
 
 class SegmentationLoss(nn.Module):
-    """A weighted sum of losses over the pixels that carry a label.
+    """Weighted sum of losses over the labelled pixels.
 
-    In training mode the mean over processes is the loss of one process on all their samples, but for Lovasz, which
-    sorts pixels. Each of them must call it.
+    In training mode the mean over processes equals the loss of one process on all samples, except for Lovasz, which
+    sorts pixels; all processes must call it.
 
     Args:
-        terms: their weights.
-        class_weights: one factor a class in cross-entropy and focal loss, None for 1 each. The other terms weigh
-            classes alike as they are.
+        terms: Weights of the loss terms.
+        class_weights: One factor per class in cross-entropy and focal loss; None for 1. The other terms weight all
+            classes equally.
 
     Raises:
-        ConfigError: a negative weight, or none above 0.
+        ConfigError: A weight is negative, or none is above 0.
     """
 
     def __init__(self, terms: LossConfig | None = None, class_weights: Sequence[float] | None = None) -> None:
@@ -74,11 +74,11 @@ class SegmentationLoss(nn.Module):
         self.lovasz = LovaszLoss("multiclass", ignore_index=IGNORE_INDEX)
 
     def forward(self, logits: Tensor, labels: Tensor) -> Tensor:
-        """Mean loss; 0, with a gradient of 0, where no pixel carries a label.
+        """Compute the mean loss; 0 with a gradient of 0 if there are no labelled pixels.
 
         Args:
-            logits: [B, K, H, W].
-            labels: class indices, [B, H, W] int64, `IGNORE_INDEX` where there is none.
+            logits: Logits, [B, K, H, W].
+            labels: Class indices, [B, H, W] int64; `IGNORE_INDEX` for unlabelled pixels.
 
         Returns:
             A scalar.
@@ -91,12 +91,12 @@ class SegmentationLoss(nn.Module):
         if terms.dice:
             loss = loss + terms.dice * soft_dice(logits, labels, over_processes=self.training)
         if terms.lovasz:
-            # Without a labelled pixel it is an empty tensor.
+            # The Lovasz loss is an empty tensor if there are no labelled pixels.
             loss = loss + terms.lovasz * self.lovasz(logits, labels).sum()
         return loss
 
     def _by_pixel(self, logits: Tensor, labels: Tensor) -> Tensor:
-        """Cross-entropy and focal loss from one value a pixel, mean over the labelled ones."""
+        """Compute the mean cross-entropy and focal loss over the labelled pixels."""
         entropy = F.cross_entropy(logits, labels, ignore_index=IGNORE_INDEX, reduction="none")
         per_pixel = (self.terms.ce + self.terms.focal * focal_factor(entropy)) * entropy
         keep = labels != IGNORE_INDEX
@@ -107,17 +107,17 @@ class SegmentationLoss(nn.Module):
 
 
 def soft_dice(logits: Tensor, labels: Tensor, *, over_processes: bool = False) -> Tensor:
-    """1 - the soft Dice coefficient over the batch, mean over the classes present in it (Milletari et al. 2016, eq. 5).
+    """Compute 1 - soft Dice over the batch, averaged over the classes present (Milletari et al. 2016, eq. 5).
 
-    Beside the probabilities it holds no one-hot labels, which for many classes are larger than all else.
+    No one-hot labels are stored, which would dominate memory with many classes.
 
     Args:
-        logits: [B, K, H, W] float.
-        labels: [B, H, W] int64, `IGNORE_INDEX` where there is none.
-        over_processes: count the batches of all processes as one; each of them must call it.
+        logits: Logits, [B, K, H, W] float.
+        labels: Class indices, [B, H, W] int64; `IGNORE_INDEX` for unlabelled pixels.
+        over_processes: Whether to treat the batches of all processes as one; all processes must call it then.
 
     Returns:
-        A scalar in [0, 1]; 0 where no pixel carries a label.
+        A scalar in [0, 1]; 0 if there are no labelled pixels.
     """
     keep = labels != IGNORE_INDEX
     probs = logits.softmax(dim=1) * keep.unsqueeze(1)
@@ -134,15 +134,15 @@ def soft_dice(logits: Tensor, labels: Tensor, *, over_processes: bool = False) -
 
 
 def focal_factor(entropy: Tensor) -> Tensor:
-    """(1 - p)^2 of cross-entropies -log p."""
+    """Compute (1 - p)^2 from cross-entropies -log p."""
     return (1 - (-entropy).exp()) ** _FOCAL_EXPONENT
 
 
 def check_terms(terms: LossConfig) -> None:
-    """Refuse weights that make no loss.
+    """Check the weights of the loss terms.
 
     Raises:
-        ConfigError: a negative weight, or none above 0.
+        ConfigError: A weight is negative, or none is above 0.
     """
     weights = asdict(terms)
     if not all(0 <= weight < math.inf for weight in weights.values()) or not any(weights.values()):
@@ -150,22 +150,22 @@ def check_terms(terms: LossConfig) -> None:
 
 
 def balanced_weights(pixels: Sequence[int]) -> list[float]:
-    """Factors inverse to the number of a class's pixels, 1 on average over all pixels.
+    """Compute class weights inverse to the number of pixels, with a mean of 1 over all pixels.
 
-    Each class then has the same share in the loss.
+    All classes then have the same share in the loss.
 
     Args:
-        pixels: of each class; a class without any gets 1.
+        pixels: Number of pixels per class; classes without pixels get a weight of 1.
     """
     num_present = sum(count > 0 for count in pixels)
     return [sum(pixels) / (num_present * count) if count else 1.0 for count in pixels]
 
 
 def check_class_weights(weights: Any, num_classes: int) -> None:
-    """Refuse what is not one factor a class.
+    """Check that there is one non-negative factor per class.
 
     Raises:
-        ConfigError: another number of factors, or no numbers of at least 0.
+        ConfigError: The number of factors is wrong, or a factor isn't a number of at least 0.
     """
     if weights is None:
         return
@@ -177,17 +177,17 @@ def check_class_weights(weights: Any, num_classes: int) -> None:
 
 
 class MultilabelLoss(nn.Module):
-    """A weighted sum of losses over sigmoids, one a class, and the pixels that carry a label for it.
+    """Weighted sum of losses over independent classes (sigmoid) and their labelled pixels.
 
-    The terms are those of `LossConfig` for two outcomes: binary cross-entropy, soft Dice over the classes present in a
-    batch, focal loss, and the Lovasz hinge of each class. Of several processes they are as `SegmentationLoss` says.
+    The terms are the binary versions of those of `LossConfig`: binary cross-entropy, soft Dice over the classes present
+    in a batch, focal loss, and the Lovasz hinge of each class. Several processes are handled as in `SegmentationLoss`.
 
     Args:
-        terms: their weights.
-        class_weights: one factor a class in cross-entropy and focal loss, None for 1 each.
+        terms: Weights of the loss terms.
+        class_weights: One factor per class in cross-entropy and focal loss; None for 1.
 
     Raises:
-        ConfigError: a negative weight, or none above 0.
+        ConfigError: A weight is negative, or none is above 0.
     """
 
     def __init__(self, terms: LossConfig | None = None, class_weights: Sequence[float] | None = None) -> None:
@@ -200,11 +200,11 @@ class MultilabelLoss(nn.Module):
         self.lovasz = LovaszLoss("binary", ignore_index=IGNORE_INDEX)
 
     def forward(self, logits: Tensor, labels: Tensor) -> Tensor:
-        """Mean loss; 0, with a gradient of 0, where nothing carries a label.
+        """Compute the mean loss; 0 with a gradient of 0 if there are no labels.
 
         Args:
-            logits: [B, K, H, W].
-            labels: 1 where a class is true, 0 where not, `IGNORE_INDEX` where nobody says: [B, K, H, W] int64.
+            logits: Logits, [B, K, H, W].
+            labels: 1 where a class is present, 0 where it is absent, `IGNORE_INDEX` if unlabelled, [B, K, H, W] int64.
 
         Returns:
             A scalar.
@@ -224,7 +224,7 @@ class MultilabelLoss(nn.Module):
         return loss
 
     def _by_label(self, logits: Tensor, target: Tensor, keep: Tensor) -> Tensor:
-        """Cross-entropy and focal loss from one value a class and pixel, mean over those labelled."""
+        """Compute the mean cross-entropy and focal loss over the labelled classes and pixels."""
         entropy = F.binary_cross_entropy_with_logits(logits, target, reduction="none")
         values = (self.terms.ce + self.terms.focal * focal_factor(entropy)) * entropy * keep
         if self.class_weights is not None:

@@ -1,4 +1,4 @@
-"""How much memory training steps take; `main` measures them in a process of their own."""
+"""Memory of training steps, measured in a separate process by `main`."""
 
 from __future__ import annotations
 
@@ -40,24 +40,24 @@ __all__ = [
     "training_peak",
 ]
 
-# The first step makes the optimizer's states, which the second one has beside its activations.
+# The first step creates the optimizer states; the second one holds them in addition to activations.
 _NUM_STEPS = 2
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingSteps:
-    """What is trained.
+    """Training setup whose memory is measured.
 
     Attributes:
-        model: the network.
-        optim: its optimizer and loss; the defaults if None.
-        trainer: precision, accelerator, averaged weights.
-        num_bands: of a tile.
-        classes: names.
-        tile_px: side of a tile, in pixels.
-        batch_size: tiles a step.
-        multilabel: several classes may be true at a pixel.
-        objects_per_mpx: labelled objects in a million pixels, for detectors.
+        model: Network config.
+        trainer: Precision, accelerator and weight averaging.
+        num_bands: Number of bands of a tile.
+        classes: Class names.
+        optim: Optimizer and loss; None for the defaults.
+        tile_px: Tile size in pixels.
+        batch_size: Number of tiles per step.
+        multilabel: Whether a pixel may have several classes.
+        objects_per_mpx: Labelled objects per million pixels, for detectors.
     """
 
     model: SegmentationModelConfig | DetectionModelConfig
@@ -72,7 +72,7 @@ class TrainingSteps:
 
 
 def make_task(steps: TrainingSteps) -> TrainingTask:
-    """The task, with random weights."""
+    """Build the task with random weights."""
     statistics = Normalizer((0.0,) * steps.num_bands, (1.0,) * steps.num_bands)
     spec: dict[str, Any] = {"classes": steps.classes, "normalizer": statistics, "tile_px": steps.tile_px}
     model: Any = replace(steps.model, pretrained=False)
@@ -85,9 +85,9 @@ def make_task(steps: TrainingSteps) -> TrainingTask:
 
 
 def training_peak(steps: TrainingSteps) -> int | None:
-    """The most bytes that this process ever held while it trained a little, None if they weren't there.
+    """Return the peak memory in bytes of this process after a few training steps, None if it ran out of memory.
 
-    On a GPU, what PyTorch reserved there; else resident memory, with all that Python and its packages take.
+    On a GPU this is the memory that PyTorch reserved, else resident memory including Python and its packages.
     """
     config = steps.trainer
     trainer = lightning.Trainer(
@@ -118,7 +118,7 @@ def training_peak(steps: TrainingSteps) -> int | None:
 
 
 class _Batches:
-    """As many equal batches as there are steps."""
+    """Identical batches, one per step."""
 
     def __init__(self, steps: TrainingSteps) -> None:
         self.steps = steps
@@ -132,7 +132,7 @@ class _Batches:
     def _batch(self) -> tuple[Tensor | list[Tensor], Any, Tensor | list[Tensor]]:
         steps, size = self.steps, self.steps.tile_px
         images = torch.randn(steps.batch_size, steps.num_bands, size, size)
-        # Attention with a mask takes no less memory than without.
+        # Attention takes at least as much memory with a mask as without.
         valid = torch.ones(steps.batch_size, size, size, dtype=torch.bool)
         valid[:, :, size // 2 :] = False
         if isinstance(steps.model, DetectionModelConfig):
@@ -169,10 +169,10 @@ def _objects(size: int, per_mpx: float, *, with_masks: bool) -> ObjectLabels:
 def _resident_peak() -> int:
     status = Path("/proc/self/status")
     if status.is_file():
-        # `ru_maxrss` begins with what the process that started this one held.
+        # `ru_maxrss` starts at the resident memory of the parent process.
         lines = status.read_text(encoding="utf-8").splitlines()
         return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM")) * 1024
-    # Not on every system.
+    # Not available on every system.
     import resource
 
     unit = 1 if sys.platform == "darwin" else 1024
@@ -180,7 +180,7 @@ def _resident_peak() -> int:
 
 
 def main() -> None:
-    """Measure the pickled steps of stdin, and write the peak into the file that is named on the command line."""
+    """Measure the pickled steps from stdin and write the peak to the file given as argument."""
     steps = pickle.load(sys.stdin.buffer)
     Path(sys.argv[1]).write_text(str(training_peak(steps)), encoding="utf-8")
 
@@ -192,13 +192,13 @@ _MAX_MEASUREMENTS = 12
 
 @dataclass(frozen=True, kw_only=True)
 class TileFit:
-    """The largest tile, and what was measured on the way.
+    """Largest tile that fits, and all measurements.
 
     Attributes:
-        tile_px: side of the tile, in pixels.
-        peak_bytes: what training took on it.
-        memory_bytes: what it might take.
-        peaks: side to peak in bytes of all that was tried; None where memory ran out.
+        tile_px: Tile size in pixels.
+        peak_bytes: Peak memory of training on this tile, in bytes.
+        memory_bytes: Memory limit in bytes.
+        peaks: Peak memory in bytes by tile size; None where memory ran out.
     """
 
     tile_px: int
@@ -214,22 +214,22 @@ def fit_max_tile(
     max_tile_px: int = 8192,
     on_measured: Callable[[int, int | None], None] | None = None,
 ) -> TileFit:
-    """Find the largest tile, a multiple of the network's patch, on which training steps fit into memory.
+    """Find the largest tile, a multiple of the patch size, on which training steps fit into memory.
 
-    Each size is tried in a process of its own, with random weights, tiles and labels: precision, averaged weights and
-    activation checkpointing count as they are configured. Since the memory of linear attention grows with the pixels,
-    two sizes foretell the next one to try; the answer itself was tried. Loader processes come on top.
+    Each size is tried in a separate process with random weights, tiles and labels, and with the configured precision,
+    weight averaging and activation checkpointing. As the memory of linear attention grows with the number of pixels,
+    two sizes predict the next one to try; the result itself was tried. Loader processes take additional memory.
 
     Args:
-        steps: what is trained; its tile size is not used.
-        memory_bytes: what it may take: of a GPU, or resident memory with Python and its packages; what is free now if
-            None.
-        max_tile_px: the largest side to try.
-        on_measured: called with each side and its peak in bytes, None where memory ran out.
+        steps: Training setup; its tile size is not used.
+        memory_bytes: Memory limit in bytes, of the GPU or of resident memory with Python and its packages; None for the
+            free memory.
+        max_tile_px: Maximum tile size in pixels.
+        on_measured: Function called with each tile size and its peak in bytes, None if memory ran out.
 
     Raises:
-        ConfigError: not even the smallest tile fits, or a network that can't be built.
-        PerfVitError: the steps fail for another reason.
+        ConfigError: Not even the smallest tile fits, or the network can't be built.
+        PerfVitError: The steps fail for another reason.
     """
     multiple = int(make_task(replace(steps, tile_px=_FIRST_PX)).model.size_multiple)
     memory_bytes = available_memory(steps.trainer.accelerator) if memory_bytes is None else memory_bytes
@@ -246,16 +246,16 @@ def fit_max_tile(
 def largest_fitting(
     measure: Callable[[int], int | None], memory_bytes: int, multiple: int, max_tile_px: int
 ) -> TileFit:
-    """The largest side whose measured peak fits, by a model of the peak that is linear in the pixels.
+    """Find the largest tile size whose measured peak fits; the search assumes a peak linear in the number of pixels.
 
     Args:
-        measure: gives the peak of a side in bytes, None where memory ran out.
-        memory_bytes: what may be taken.
-        multiple: sides are multiples of it.
-        max_tile_px: the largest side to try.
+        measure: Function that returns the peak of a tile size in bytes, None if memory ran out.
+        memory_bytes: Memory limit in bytes.
+        multiple: Tile sizes are multiples of this number of pixels.
+        max_tile_px: Maximum tile size in pixels.
 
     Raises:
-        ConfigError: nothing fits.
+        ConfigError: No size fits.
     """
     peaks: dict[int, int | None] = {}
     most = max(1, max_tile_px // multiple)
@@ -279,10 +279,10 @@ def largest_fitting(
 
 
 def available_memory(accelerator: str) -> int:
-    """Bytes that are free on the device that an accelerator's name means.
+    """Return the free memory in bytes of an accelerator's device.
 
     Raises:
-        ConfigError: the system doesn't say.
+        ConfigError: The system doesn't report it.
     """
     if accelerator in ("auto", "gpu", "cuda") and torch.cuda.is_available():
         return int(torch.cuda.mem_get_info()[0])
@@ -298,7 +298,7 @@ def _fits(peak: int | None, memory_bytes: int) -> bool:
 
 
 def _next_count(peaks: dict[int, int | None], memory_bytes: int, most: int) -> int | None:
-    """The next number of patches along a side to try, None when the answer is known."""
+    """Return the next tile size to try in patches; None if the result is known."""
     low = max((count for count, peak in peaks.items() if _fits(peak, memory_bytes)), default=0)
     high = min((count for count, peak in peaks.items() if not _fits(peak, memory_bytes)), default=most + 1)
     if high - low <= 1:
@@ -310,12 +310,12 @@ def _next_count(peaks: dict[int, int | None], memory_bytes: int, most: int) -> i
         foretold = (low + high) // 2 if high <= most else 2 * low
     elif foretold <= low:
         return None
-    # Twice the side is four times the memory: no model from small tiles is trusted farther.
+    # Twice the size takes four times the memory, so predictions from small tiles aren't trusted any further.
     return min(max(foretold, low + 1), 2 * low, high - 1)
 
 
 def _foretold_count(peaks: dict[int, int | None], memory_bytes: int) -> int | None:
-    """The largest count that fits if the peak grows with the pixels as between the two largest measured."""
+    """Predict the largest size in patches that fits, by linear extrapolation of the two largest measured peaks."""
     measured = sorted((count, peak) for count, peak in peaks.items() if peak is not None)[-2:]
     ran_out = any(peak is None for peak in peaks.values())
     if len(measured) < 2 or ran_out:
@@ -337,7 +337,7 @@ def _peak_in_process(steps: TrainingSteps) -> int | None:
             check=False,
             env={**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)},
         )
-        # The system ends a process for which there is no memory.
+        # The system kills a process that runs out of memory.
         if done.returncode == -9:
             return None
         if done.returncode:

@@ -1,4 +1,4 @@
-"""Training with weights, gradients and optimizer states shared out among the processes (FSDP2)."""
+"""Optimizers, learning rate schedules and sharded training (FSDP2)."""
 
 from __future__ import annotations
 
@@ -34,29 +34,29 @@ __all__ = [
 
 
 class FullyShardedStrategy(ModelParallelStrategy):
-    """Lightning's strategy for PyTorch's `fully_shard`, over all processes, with checkpoints of one file each."""
+    """Lightning strategy for PyTorch's `fully_shard` over all processes, with one file per checkpoint."""
 
     def __init__(self) -> None:
         super().__init__(tensor_parallel_size=1, save_distributed_checkpoint=False)
 
     def setup_environment(self) -> None:
-        """Let every process have its share; by itself Lightning shares out among machines only."""
+        """Shard over all processes; by default Lightning shards over machines only."""
         self._data_parallel_size = self.num_nodes * self.num_processes
         super().setup_environment()
 
 
 def shard_network(model: nn.Module, body: nn.Module, mesh: Any) -> None:
-    """Share out the weights: each of the body's blocks is gathered while it is computed, the rest all along.
+    """Shard the weights: each block of the body is gathered for its computation, all other weights at once.
 
     Args:
-        model: a network.
-        body: the part of it with the blocks.
-        mesh: of the processes, one-dimensional.
+        model: Network.
+        body: Part of the network with the blocks.
+        mesh: One-dimensional device mesh.
     """
-    # Not part of every build of PyTorch.
+    # Not available in every build of PyTorch.
     from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 
-    # Weights of any other order can't be shared out.
+    # Only contiguous weights can be sharded.
     model.to(memory_format=torch.contiguous_format)
     for block in _blocks(body):
         if any(True for _ in block.parameters()):
@@ -67,7 +67,7 @@ def shard_network(model: nn.Module, body: nn.Module, mesh: Any) -> None:
 
 
 def _blocks(body: nn.Module) -> Iterator[nn.Module]:
-    """Blocks, or what else is called one after the other; a list of modules is never called itself."""
+    """Yield the modules that are called one after the other; a ModuleList is never called itself."""
     for block in getattr(body, "blocks", None) or body.children():
         yield from block if isinstance(block, nn.ModuleList) else (block,)
 
@@ -79,17 +79,17 @@ _SCHEDULES = ("cosine", "constant", "multistep", "poly", "rsqrt", "step", "tanh"
 
 @dataclass(kw_only=True)
 class OptimizerConfig:
-    """AdamW with a linear warm-up and, by default, a cosine decay to zero, over the steps of the whole run.
+    """AdamW with linear warm-up and a schedule, by default cosine decay to zero, over the steps of the whole run.
 
     Attributes:
-        lr: peak learning rate.
-        backbone_lr_scale: factor of the rate in the backbone; below 1 keeps more of pretrained weights.
-        layer_decay: factor of the rate from each of the backbone's layers to the one before it: 1 for the same rate
-            everywhere, .65 to .9 for pretrained ViTs, whose first blocks are general already.
-        weight_decay: of matrices and kernels; vectors (norms, biases) and position embeddings have none.
-        warmup_fraction: share of the steps over which the rate rises.
-        schedule: after the warm-up, by timm's name: cosine, constant, multistep, poly, rsqrt, step, tanh or wsd.
-        schedule_kwargs: passed to `timm.scheduler.create_scheduler_v2`, e.g. {decay_epochs: 10, decay_rate: 0.5};
+        lr: Peak learning rate.
+        backbone_lr_scale: Factor of the learning rate in the backbone; below 1 preserves more of pretrained weights.
+        layer_decay: Factor of the learning rate from each backbone layer to the one before it; 1 for a constant rate,
+            .65 to .9 for pretrained ViTs, whose first blocks are already general.
+        weight_decay: Weight decay of matrices and kernels; vectors (norms, biases) and position embeddings have none.
+        warmup_fraction: Fraction of the steps with linear warm-up.
+        schedule: timm schedule after the warm-up: cosine, constant, multistep, poly, rsqrt, step, tanh or wsd.
+        schedule_kwargs: Arguments of `timm.scheduler.create_scheduler_v2`, e.g. {decay_epochs: 10, decay_rate: 0.5};
             epochs are counted from the end of the warm-up.
     """
 
@@ -103,19 +103,21 @@ class OptimizerConfig:
 
 
 def with_valid(sample: Sequence[Any]) -> tuple[Any, Any, Any]:
-    """Return (image, labels, valid pixels) of a sample or a batch; valid is None for a data set that gives pairs."""
+    """Return (image, labels, valid pixels) of a sample or batch; valid is None for data sets that give pairs."""
     image, labels, *valid = sample
     return image, labels, valid[0] if valid else None
 
 
 class TrainingTask(lightning.LightningModule):
-    """A Lightning module whose network `model` has a `backbone`, or says of its layers itself, trained as `optim` says.
+    """Base of training modules, with the optimizer, schedule and sharding of `self.model`.
+
+    The network has a `backbone`; otherwise `body` and `backbone_layers` are overridden.
 
     Args:
-        optim: optimizer and schedule.
+        optim: Optimizer and schedule.
 
     Raises:
-        ConfigError: values out of range, or a schedule that timm doesn't have.
+        ConfigError: Values are out of range, or timm doesn't have the schedule.
     """
 
     model: Any
@@ -128,25 +130,25 @@ class TrainingTask(lightning.LightningModule):
 
     @property
     def body(self) -> nn.Module:
-        """The part of the network whose blocks are shared out one by one."""
+        """Return the part of the network whose blocks are sharded one by one."""
         return backbone_body(self.model.backbone)
 
     def configure_model(self) -> None:
-        """Share out the weights where the strategy asks for it, once."""
+        """Shard the weights once if the strategy requires it."""
         if self.device_mesh is not None and not self._is_sharded:
             shard_network(self.model, self.body, self.device_mesh["data_parallel"])
             self._is_sharded = True
 
     def on_fit_start(self) -> None:
-        """Put the network into training mode, but for its frozen parts; Lightning leaves the mode as it is."""
+        """Set the network to training mode except for frozen parts; Lightning leaves the mode unchanged."""
         self.model.train()
 
     def num_counted(self, batch_idx: int, batch_size: int) -> int:
-        """How many samples of a validation batch count, the first ones; see `ShareSampler`.
+        """Return the number of samples of a validation batch to count, from its start; see `ShareSampler`.
 
         Args:
-            batch_idx: number of the batch.
-            batch_size: samples in it.
+            batch_idx: Index of the batch.
+            batch_size: Number of samples in the batch.
         """
         loader: Any = self.trainer.val_dataloaders
         sampler = getattr(loader, "sampler", None)
@@ -155,19 +157,19 @@ class TrainingTask(lightning.LightningModule):
         return max(0, min(batch_size, sampler.num_counted - batch_idx * loader.batch_size))
 
     def log_counted(self, name: str, mean: Tensor | float, num: int, **options: Any) -> None:
-        """Log a mean over the samples that count, in the end over those of all batches and processes.
+        """Log a mean over the counted samples of all batches and processes.
 
         Args:
-            name: of the value.
-            mean: over the batch.
-            num: samples of the batch that count.
-            **options: of Lightning's `log`.
+            name: Name of the value.
+            mean: Mean over the batch.
+            num: Number of counted samples in the batch.
+            **options: Arguments of Lightning's `log`.
         """
-        # Over processes, Lightning rounds the mean of whole numbers down.
+        # Lightning rounds the mean of integers over processes down.
         self.log(name, mean, batch_size=float(num), sync_dist=True, **options)
 
     def configure_optimizers(self) -> Any:
-        """AdamW and the schedule, stepped with the optimizer."""
+        """Build AdamW and the schedule, which is stepped with the optimizer."""
         groups = parameter_groups(self.model, self.optim, self.backbone_layers())
         optimizer = AdamW(groups, lr=self.optim.lr)
         total_steps = max(1, int(self.trainer.estimated_stepping_batches))
@@ -175,23 +177,23 @@ class TrainingTask(lightning.LightningModule):
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": StepSchedule(schedule), "interval": "step"}}
 
     def backbone_layers(self) -> dict[str, int]:
-        """The layer that each parameter of the network's backbone belongs to, counted from the input."""
+        """Return the layer index of each backbone parameter, counted from the input."""
         return {f"backbone.{name}": layer for name, layer in backbone_layers(self.model.backbone).items()}
 
     def lr_scheduler_step(self, scheduler: Any, metric: Any) -> None:
-        """Set the rates of the next step."""
+        """Set the learning rates of the next step."""
         scheduler.step(self.trainer.global_step)
 
 
 class StepSchedule:
-    """A schedule whose only state is the number of steps taken.
+    """Schedule whose only state is the number of steps taken.
 
-    Loading a checkpoint keeps the optimizer's momenta and takes everything else (rates, decays, schedule) from the
-    config, so a run resumed with another config follows that one from the step it is at. Optimizer states must be
-    loaded before, as Lightning does.
+    After loading a checkpoint, only the optimizer's momenta come from the checkpoint; learning rates, decays and
+    schedule come from the config, so a run resumed with another config follows that one from its current step.
+    Optimizer states must be loaded before, as Lightning does.
 
     Args:
-        schedule: from `build_schedule`.
+        schedule: Schedule from `build_schedule`.
     """
 
     def __init__(self, schedule: Scheduler) -> None:
@@ -203,31 +205,31 @@ class StepSchedule:
         self._num_steps = 0
 
     def step(self, num_steps: int) -> None:
-        """Set the rates of the step after `num_steps` steps."""
+        """Set the learning rates of the step after `num_steps` steps."""
         self._num_steps = num_steps
         self._schedule.step_update(num_steps)
 
     def state_dict(self) -> dict[str, int]:
-        """The number of steps taken."""
+        """Return the number of steps taken."""
         return {"num_steps": self._num_steps}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
-        """Replace what a checkpoint's optimizer states say of rates and decays by the config's values."""
+        """Restore the number of steps; reset the rates and decays of loaded optimizer states to the config's values."""
         for group, settings in zip(self.optimizer.param_groups, self._settings, strict=True):
             group.update(settings)
         self.step(state["num_steps"])
 
 
 def parameter_groups(model: nn.Module, config: OptimizerConfig, layers: Mapping[str, int]) -> list[dict[str, Any]]:
-    """Groups of the trained parameters, for AdamW and timm's schedules, which heed `lr_scale`.
+    """Group the trained parameters for AdamW and timm's schedules, which apply `lr_scale`.
 
-    What lies on top of the backbone comes first, at the full rate; layer d of a backbone of D layers has
+    Parameters outside the backbone come first, at the full rate; layer d of a backbone with D layers has
     `backbone_lr_scale * layer_decay ** (D - d)` times the rate.
 
     Args:
-        model: a network.
-        config: rates and decays.
-        layers: of the parameters of its backbone, by name; those of all others are on top.
+        model: Network.
+        config: Learning rates and decays.
+        layers: Layer index of each backbone parameter by name; all other parameters are outside the backbone.
     """
     num_layers = 1 + max(layers.values(), default=0)
     exempt = tuple({*_NO_DECAY, *_own_exemptions(model)})
@@ -248,21 +250,21 @@ def parameter_groups(model: nn.Module, config: OptimizerConfig, layers: Mapping[
 
 
 def _own_exemptions(model: nn.Module) -> set[str]:
-    """Names of parameters without decay, as timm's models give them."""
+    """Return the names of parameters without weight decay, as timm models list them."""
     return {name for part in model.modules() for name in getattr(part, "no_weight_decay", set)()}
 
 
 def build_schedule(optimizer: Optimizer, config: OptimizerConfig, total_steps: int, num_epochs: int) -> Scheduler:
-    """A schedule of timm's that is stepped with the optimizer and ends with the run.
+    """Build a timm schedule that is stepped with the optimizer and ends with the run.
 
     Args:
-        optimizer: with groups of `parameter_groups`.
-        config: which schedule.
-        total_steps: of the whole run.
-        num_epochs: of the whole run.
+        optimizer: Optimizer with groups from `parameter_groups`.
+        config: Schedule and its arguments.
+        total_steps: Number of steps of the whole run.
+        num_epochs: Number of epochs of the whole run.
 
     Raises:
-        ConfigError: arguments that the schedule doesn't take.
+        ConfigError: The schedule doesn't accept the arguments.
     """
     warmup = round(total_steps * config.warmup_fraction)
     steps_per_epoch = max(1, total_steps // num_epochs)
@@ -272,7 +274,7 @@ def build_schedule(optimizer: Optimizer, config: OptimizerConfig, total_steps: i
             config.schedule,
             num_epochs=max(1, total_steps - warmup) / steps_per_epoch,
             warmup_epochs=warmup / steps_per_epoch,
-            # The first step has a rate already, as every further one has one more share of the peak.
+            # The first step already has one share of the peak rate, and each further step one more.
             warmup_lr=config.lr / max(1, warmup),
             warmup_prefix=True,
             step_on_epochs=False,
@@ -287,7 +289,7 @@ def build_schedule(optimizer: Optimizer, config: OptimizerConfig, total_steps: i
 
 
 def warmup_cosine(step: int, total: int, warmup_fraction: float) -> float:
-    """Factor of the learning rate at a step: linear up to 1, then half a cosine down to 0 at `total`."""
+    """Return the learning rate factor of a step: linear up to 1, then a half cosine down to 0 at `total`."""
     warmup = max(1, round(total * warmup_fraction))
     if step < warmup:
         return (step + 1) / warmup
@@ -308,17 +310,17 @@ def _check(config: OptimizerConfig) -> None:
         )
     if config.schedule not in _SCHEDULES:
         raise ConfigError(f"optim.schedule must be one of {', '.join(_SCHEDULES)}, got {config.schedule}")
-    # Arguments that no length of a run would make fit are refused before anything is read.
+    # Reject invalid arguments before any data is read, whatever the length of the run.
     build_schedule(AdamW([torch.zeros(1, requires_grad=True)], lr=config.lr), config, 10_000, num_epochs=100)
 
 
 @dataclass(kw_only=True)
 class ClassificationOptimConfig(OptimizerConfig):
-    """Optimizer, schedule and loss.
+    """Optimizer, schedule and loss of classification and regression.
 
     Attributes:
-        label_smoothing: share of the target that all classes have in common.
-        class_weights: one factor a class in the loss of classes.
+        label_smoothing: Label smoothing, the share of the target spread evenly over all classes.
+        class_weights: One factor per class in the classification loss; None for 1.
     """
 
     lr: float = 5e-4
@@ -327,10 +329,10 @@ class ClassificationOptimConfig(OptimizerConfig):
 
 
 def check_classification_loss(config: ClassificationOptimConfig, num_classes: int) -> None:
-    """Refuse values that no training can go with.
+    """Check label smoothing and class weights.
 
     Raises:
-        ConfigError: smoothing out of range, or another number of weights than of classes.
+        ConfigError: The smoothing is out of range, or the number of weights differs from the number of classes.
     """
     if not 0 <= config.label_smoothing < 1:
         raise ConfigError(f"expected optim.label_smoothing from 0 to below 1, got {config.label_smoothing:g}")

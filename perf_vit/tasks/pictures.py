@@ -1,4 +1,4 @@
-"""Pictures of what a network sees, what is true and what it predicts, after each validation."""
+"""Pictures of validation tiles with ground truth and predictions."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ __all__ = ["Draw", "PredictionPictures", "draw_classification", "draw_objects", 
 Picture: TypeAlias = npt.NDArray[np.uint8]
 
 Draw: TypeAlias = Callable[[Tensor, Any, Any, Any], Sequence[Picture]]
-"""Makes panels [h, w, 3] of a tile [C, H, W], its labels, the network and what that predicts for it."""
+"""Function that draws panels [h, w, 3] from a tile [C, H, W], its labels, the network and its prediction."""
 
 _PANEL_PX = 384
 _MARGIN_PX = 6
@@ -33,15 +33,15 @@ _TEXT_PX = 18
 
 
 class PredictionPictures(lightning.Callback):
-    """Writes `pictures/epoch_0000.png` into the run folder and shows it to the loggers after each validation.
+    """Writer of `pictures/epoch_0000.png` in the run folder and to the loggers after each validation.
 
-    A row is a tile of the validation data, evenly spaced among all: image, truth and prediction, as a picture or in
-    words.
+    Each row shows a tile of the validation data: image, truth and prediction, as a picture or text. The tiles are
+    evenly spaced among all.
 
     Args:
-        folder: the run folder.
-        num_tiles: rows.
-        draw: makes the panels of a row.
+        folder: Run folder.
+        num_tiles: Number of rows.
+        draw: Function that draws the panels of a row.
     """
 
     def __init__(self, folder: Path, num_tiles: int, draw: Draw) -> None:
@@ -51,7 +51,7 @@ class PredictionPictures(lightning.Callback):
         self._predicted: list[tuple[Tensor, Any, Any]] = []
 
     def on_validation_epoch_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
-        """Predict with the weights validated on; every process does, since sharded weights need them all."""
+        """Predict with the validated weights; all processes take part, as sharded weights require."""
         if trainer.sanity_checking or trainer.val_dataloaders is None:
             return
         network: Any = pl_module.model
@@ -64,7 +64,7 @@ class PredictionPictures(lightning.Callback):
             self._predicted.append((image, labels, found))
 
     def on_validation_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
-        """Draw, as only now the network has the score threshold of this validation."""
+        """Write the picture; only now does the network have the score threshold of this validation."""
         predicted, self._predicted = self._predicted, []
         if predicted and trainer.is_global_zero:
             network: Any = pl_module.model
@@ -82,9 +82,9 @@ class PredictionPictures(lightning.Callback):
 
 
 def draw_segmentation(image: Tensor, labels: Tensor, network: Any, logits: Tensor) -> list[Picture]:
-    """Image, true classes and predicted classes; where there is no label, both are white.
+    """Draw the image, the true and the predicted classes; unlabelled pixels are white in both.
 
-    Of several classes that are true at a pixel, the last is shown, and where none is, dark grey.
+    For multi-label classes, the last one of each pixel is shown; pixels without any are dark grey.
     """
     truth, predicted = _array(labels), _array(network.decide(logits[None])[0])
     colors = default_colormap(len(network.spec.classes), network.spec.background_index)
@@ -97,7 +97,7 @@ def draw_segmentation(image: Tensor, labels: Tensor, network: Any, logits: Tenso
 
 
 def draw_objects(image: Tensor, labels: ObjectLabels, network: Any, found: Detections) -> list[Picture]:
-    """Image, the labelled objects that count, and the detections above the network's score threshold."""
+    """Draw the image, the labelled objects that aren't ignored, and the detections above the score threshold."""
     seen = _seen(image)
     kind, classes = network.spec.kind, network.spec.classes
     sure = _array(found.scores) >= network.spec.score_threshold
@@ -109,7 +109,7 @@ def draw_objects(image: Tensor, labels: ObjectLabels, network: Any, found: Detec
 
 
 def draw_classification(image: Tensor, target: Tensor, network: Any, logits: Tensor) -> list[Picture]:
-    """Image, and beside it the true classes or targets and the predicted ones, classes with their probability."""
+    """Draw the image and a text panel with the true and predicted classes (with probabilities) or targets."""
     seen = _enlarged(_seen(image))
     spec, scores = network.spec, network.scores(logits[None])[0].tolist()
     if spec.kind == "regression":
@@ -127,7 +127,7 @@ def _listed(names: Sequence[str], values: Sequence[float], least: float = -math.
 
 
 def _written(lines: Sequence[str], shape: tuple[int, ...]) -> Picture:
-    """A white panel with text, which is cut at its border."""
+    """Return a white panel with text, cut off at its border."""
     panel = Image.new("RGB", (max(shape[1], _PANEL_PX), shape[0]), "white")
     font = lettering_font(_TEXT_PX)
     ImageDraw.Draw(panel).multiline_text(
@@ -137,7 +137,7 @@ def _written(lines: Sequence[str], shape: tuple[int, ...]) -> Picture:
 
 
 def _last_true(layers: npt.NDArray[Any]) -> npt.NDArray[np.int64]:
-    """1 + the last class that is true of layers [K, H, W] of 0 and 1, 0 where none is."""
+    """Return 1 + the last class present in layers [K, H, W] of 0 and 1; 0 for none."""
     numbers = np.arange(1, len(layers) + 1)[:, None, None]
     return np.where((layers == IGNORE_INDEX).all(0), IGNORE_INDEX, ((layers == 1) * numbers).max(0))
 
@@ -151,7 +151,7 @@ def _with_outlines(
     seen: Picture, objects: ObjectLabels | Detections, keep: npt.NDArray[np.bool_], kind: str, num_classes: int
 ) -> Picture:
     colors = default_colormap(num_classes)
-    # Labels may have several geometries; those that the network finds are drawn where there are some.
+    # Labels may have several geometries; prefer the one that the network predicts.
     masks = _array(objects.masks)[keep] if kind == "masks" and objects.masks is not None else None
     picture = seen.copy()
     for number, label in enumerate(_array(objects.labels)[keep]):
@@ -164,7 +164,7 @@ def _with_outlines(
 
 
 def _corners(objects: ObjectLabels | Detections, kind: str) -> npt.NDArray[np.floating[Any]]:
-    """Corners of boxes, [n, 4, 2]."""
+    """Return the corners of boxes, [n, 4, 2]."""
     if kind == "oriented_boxes" and objects.oriented_boxes is not None:
         return oriented_box_corners(_array(objects.oriented_boxes).astype(np.float64))
     boxes = _array(objects.boxes_xyxy).astype(np.float64)
@@ -173,14 +173,14 @@ def _corners(objects: ObjectLabels | Detections, kind: str) -> npt.NDArray[np.fl
 
 def _with_line(picture: Picture, corners: npt.NDArray[np.floating[Any]], color: tuple[int, ...]) -> Picture:
     drawn = Image.fromarray(picture)
-    # Coordinates count pixel edges; a line is drawn along pixels.
+    # Coordinates refer to pixel edges, lines are drawn at pixel centres.
     points = [tuple(point) for point in (corners - 0.5).tolist()]
     ImageDraw.Draw(drawn).line([*points, points[0]], fill=color)
     return np.array(drawn)
 
 
 def _edge(mask: npt.NDArray[np.bool_]) -> npt.NDArray[np.bool_]:
-    """The pixels of a mask with a neighbour outside it."""
+    """Return the pixels of a mask that have a neighbour outside it."""
     inner = np.pad(mask, 1)
     return mask & ~(inner[:-2, 1:-1] & inner[2:, 1:-1] & inner[1:-1, :-2] & inner[1:-1, 2:])
 
@@ -205,7 +205,7 @@ def _row(panels: Sequence[Picture]) -> Picture:
 
 
 def _column(rows: Sequence[Picture]) -> Picture:
-    """Rows below each other; tiles at the border of small images may be smaller than others."""
+    """Stack rows vertically; tiles at the border of small images may be smaller."""
     width = max(row.shape[1] for row in rows)
     return np.concatenate(
         [np.pad(row, ((0, 0), (0, width - row.shape[1]), (0, 0)), constant_values=255) for row in rows]

@@ -1,4 +1,4 @@
-"""Training of a segmentation network."""
+"""Training of segmentation networks."""
 
 from __future__ import annotations
 
@@ -27,12 +27,12 @@ __all__ = ["SegmentationOptimConfig", "SegmentationTask"]
 
 @dataclass(kw_only=True)
 class SegmentationOptimConfig(OptimizerConfig):
-    """Optimizer, schedule and loss.
+    """Optimizer, schedule and loss of segmentation.
 
     Attributes:
-        loss: weights of its terms.
-        class_weights: one factor a class in cross-entropy and focal loss, or "balanced", which `perf-vit train` turns
-            into factors inverse to the classes' pixels in the training labels.
+        loss: Weights of the loss terms.
+        class_weights: One factor per class in cross-entropy and focal loss, or "balanced" for factors inverse to the
+            number of pixels of each class in the training labels.
     """
 
     loss: LossConfig = field(default_factory=LossConfig)
@@ -40,12 +40,12 @@ class SegmentationOptimConfig(OptimizerConfig):
 
 
 class SegmentationTask(TrainingTask):
-    """Trains a segmenter; its checkpoints hold all that `perf_vit.models.load_segmenter` needs.
+    """Training of a segmenter; checkpoints hold everything that `perf_vit.models.load_segmenter` needs.
 
     Args:
-        model_config: the network.
-        spec: classes and statistics of the training data.
-        optim: loss and schedule.
+        model_config: Network config.
+        spec: Classes and statistics of the training data.
+        optim: Optimizer, schedule and loss.
     """
 
     def __init__(
@@ -65,15 +65,20 @@ class SegmentationTask(TrainingTask):
         checkpoint[CHECKPOINT_KEY] = checkpoint_metadata(self.model_config, self.model)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Take up the draw of the attention's projections, which are no part of the weights."""
+        """Restore the draw of the random projections, which is not part of the weights."""
         restore_draw(self.model, checkpoint[CHECKPOINT_KEY])
 
     def forward(self, image: Tensor, valid: Tensor | None = None) -> Tensor:
-        """Logits [B, K, H, W] of standardised tiles [B, C, H, W]; valid pixels as for `Segmenter`."""
+        """Compute logits, [B, K, H, W].
+
+        Args:
+            image: Standardised tiles, [B, C, H, W].
+            valid: Valid pixels as for `Segmenter`.
+        """
         return self.model(image, valid)
 
     def training_step(self, batch: TileBatch, batch_idx: int) -> Tensor:
-        """Loss of one batch."""
+        """Compute the loss of a batch."""
         image, labels, valid = with_valid(batch)
         loss = self.loss(self(image, valid), labels)
         size = len(image)
@@ -81,7 +86,7 @@ class SegmentationTask(TrainingTask):
         return loss
 
     def validation_step(self, batch: TileBatch, batch_idx: int) -> None:
-        """Loss and metrics of one batch."""
+        """Update loss and metrics with a batch."""
         image, labels, valid = with_valid(batch)
         num = self.num_counted(batch_idx, len(image))
         labels[num:] = IGNORE_INDEX

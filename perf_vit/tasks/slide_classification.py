@@ -1,4 +1,4 @@
-"""Training of slide classifiers on bags of features."""
+"""Training of slide classifiers on bags of tile features."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ from perf_vit.tasks.optim import ClassificationOptimConfig, TrainingTask, check_
 __all__ = ["SLIDE_CURVES", "SLIDE_MONITOR", "SlideClassificationTask"]
 
 SLIDE_MONITOR = "val/log_likelihood"
-"""What the best checkpoint is chosen by, the loss with another sign: with few slides, many epochs have the same F1 and
-AUROC, and the first of them is hardly trained."""
+"""Metric that selects the best checkpoint, the negative loss. With few slides, many epochs have equal F1 and AUROC, of
+which the first is hardly trained."""
 
 SLIDE_CURVES = Curves(
     losses=("train/loss", "val/loss"), scores=("val/accuracy", "val/f1", "val/auroc"), title="validation"
@@ -34,15 +34,15 @@ SLIDE_CURVES = Curves(
 
 
 class SlideClassificationTask(TrainingTask):
-    """Trains a slide classifier with cross-entropy; its checkpoints hold encoder and all that prediction needs.
+    """Training of a slide classifier with cross-entropy; checkpoints hold the encoder and all that prediction needs.
 
     Args:
-        model_config: the network.
-        spec: classes, and how slides are read.
-        optim: loss and schedule.
+        model_config: Network config.
+        spec: Classes, and how slides are read.
+        optim: Optimizer, schedule and loss.
 
     Raises:
-        ConfigError: a network that can't be built, or values that don't fit it.
+        ConfigError: The network can't be built, or the optimizer or loss settings don't fit it.
     """
 
     def __init__(
@@ -66,25 +66,25 @@ class SlideClassificationTask(TrainingTask):
         checkpoint[CHECKPOINT_KEY] = checkpoint_metadata(self.model_config, self.model)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Take up the draw of the encoder's projections, which are no part of the weights."""
+        """Restore the draw of the encoder's random projections, which is not part of the weights."""
         restore_draw(self.model, checkpoint[CHECKPOINT_KEY])
 
     def loss(self, logits: Tensor, labels: Tensor) -> Tensor:
-        """Mean cross-entropy of logits [B, K] and class indices [B]."""
-        # torch's weighted mean divides by the weights: of a single slide it would leave nothing of them.
+        """Compute the mean cross-entropy of logits [B, K] and class indices [B]."""
+        # torch's weighted mean divides by the sum of weights, which cancels the weight of a single slide.
         smoothing = self.optim.label_smoothing
         each = F.cross_entropy(logits.float(), labels, self.class_weights, reduction="none", label_smoothing=smoothing)
         return each.mean()
 
     def training_step(self, batch: tuple[Tensor, Tensor, Tensor], batch_idx: int) -> Tensor:
-        """Loss of one batch."""
+        """Compute the loss of a batch."""
         bags, mask, labels = batch
         loss = self.loss(self.model(bags, mask)[0], labels)
         self.log("train/loss", loss, on_step=False, on_epoch=True, prog_bar=True, sync_dist=True, batch_size=len(bags))
         return loss
 
     def validation_step(self, batch: tuple[Tensor, Tensor, Tensor], batch_idx: int) -> None:
-        """Loss and scores of one batch."""
+        """Update loss and scores with a batch."""
         bags, mask, labels = batch
         num = self.num_counted(batch_idx, len(bags))
         logits, labels = self.model(bags, mask)[0][:num], labels[:num]
@@ -94,16 +94,16 @@ class SlideClassificationTask(TrainingTask):
         self.val_metrics.update(logits.float().softmax(dim=1), labels)
 
     def on_validation_epoch_end(self) -> None:
-        """Log the scores, overall and by class."""
+        """Log the scores, overall and per class."""
         self.log_dict(logged_scores(self.val_metrics.summary()))
         self.val_metrics.reset()
 
     @property
     def body(self) -> nn.Module:
-        """The encoder."""
+        """Return the encoder."""
         encoder: nn.Module = self.model.encoder
         return encoder
 
     def backbone_layers(self) -> dict[str, int]:
-        """None: the encoder isn't trained."""
+        """Return no layers, as the encoder isn't trained."""
         return {}

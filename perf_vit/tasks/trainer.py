@@ -1,4 +1,4 @@
-"""The Lightning trainer of a run folder."""
+"""Lightning trainer of a training run."""
 
 from __future__ import annotations
 
@@ -39,30 +39,32 @@ _PRECISIONS = ("32-true", "bf16-mixed", "16-mixed", "64-true")
 
 @dataclass(kw_only=True)
 class TrainerConfig:
-    """How long and where to train.
+    """Length, hardware and outputs of a training run.
 
     Attributes:
-        max_epochs: epochs of `data.tiles_per_epoch` tiles.
-        precision: 32-true, bf16-mixed, 16-mixed (GPU) or 64-true.
-        accelerator: auto, cpu, gpu, mps: as Lightning names them.
-        devices: how many; "auto" for all.
-        gradient_clip: largest gradient norm; 0 for no clipping.
-        val_every_epochs: epochs between validations.
-        redraw_every_steps: optimizer steps between new draws of the attention's random projections, 0 to keep the first
-            draw. Choromanski et al. 2020 redraw while training, so that the weights don't fit themselves to one draw,
-            which may be a poor one. It changes nothing in a model without Performer attention.
-        accumulate_batches: batches whose gradients make one step.
-        ema_decay: share of the old average at each step, such as 0.998, when weights are averaged while training; the
-            average is validated and kept. 0 for no average.
-        early_stop_epochs: validations without a better score after which training ends; 0 to go on to the end.
-        checkpoint_every_steps: optimizer steps between checkpoints inside an epoch, from which `resume=true` goes on
-            with the samples that were left, to the same weights; 0 for none but that of the last epoch.
-        num_pictures: validation tiles that are drawn with truth and prediction after each validation, into the folder
+        max_epochs: Number of epochs of `data.tiles_per_epoch` tiles.
+        precision: Precision: 32-true, bf16-mixed, 16-mixed (GPU) or 64-true.
+        accelerator: Lightning accelerator: auto, cpu, gpu, mps.
+        devices: Number of devices; "auto" for all.
+        gradient_clip: Maximum gradient norm; 0 for no clipping.
+        val_every_epochs: Number of epochs between validations.
+        redraw_every_steps: Number of optimizer steps between redraws of the attention's random projections; 0 to keep
+            the first draw. Redrawing keeps the weights from fitting a single, possibly poor draw (Choromanski et al.
+            2020). It has no effect on models without Performer attention.
+        accumulate_batches: Number of batches whose gradients are accumulated per optimizer step.
+        ema_decay: Decay of the exponential moving average of the weights, e.g. 0.998; the average is validated and
+            saved. 0 for no average.
+        early_stop_epochs: Number of validations without improvement after which training stops; 0 to train all epochs.
+        checkpoint_every_steps: Number of optimizer steps between checkpoints within an epoch. With `resume=true`
+            training continues there with the remaining samples and gives the same weights. 0 for a checkpoint per epoch
+            only.
+        num_pictures: Number of validation tiles drawn with truth and prediction after each validation, into the folder
             `pictures` and to the logger; 0 for none.
-        logger: tensorboard, or wandb for Weights & Biases beside it, which takes the extra `wandb`; `metrics.csv` is
-            written anyway.
-        strategy: of several devices: fsdp2, which shares weights, gradients and optimizer states out among them, or as
-            Lightning names it: auto, ddp, ...
+        logger: tensorboard, or wandb for TensorBoard and Weights & Biases (extra `wandb`); `metrics.csv` is always
+            written.
+        strategy: Strategy for several devices: fsdp2, which shards weights, gradients and optimizer states, or a
+            Lightning
+            strategy: auto, ddp, ...
     """
 
     max_epochs: int = 50
@@ -91,22 +93,24 @@ def build_trainer(
     draw: Draw | None = None,
     seed: int = 0,
 ) -> lightning.Trainer:
-    """A trainer that keeps `checkpoints/best.ckpt` (by the highest `monitor`) and `last.ckpt`, `metrics.csv`,
-    `loss_curve.png` and TensorBoard logs in the run folder.
+    """Build a trainer that writes checkpoints, metrics and logs into the run folder.
+
+    It writes `checkpoints/best.ckpt` (highest `monitor`), `checkpoints/last.ckpt`, `metrics.csv`, `loss_curve.png` and
+    TensorBoard logs.
 
     Args:
-        config: how long and where to train.
-        folder: of the run.
-        progress: show a progress bar.
-        monitor: the score that `best.ckpt` is chosen by.
-        curves: what is drawn and named in the log.
-        draw: makes the pictures of a validation tile, `draw_segmentation`, `draw_objects` or `draw_classification`;
-            None for no pictures.
-        seed: decides dropout and whatever else is random in a training step.
+        config: Length, hardware and outputs of the run.
+        folder: Run folder.
+        progress: Whether to show a progress bar.
+        monitor: Metric that selects `best.ckpt`.
+        curves: Metrics to plot and log.
+        draw: Function that draws a validation tile: `draw_segmentation`, `draw_objects` or `draw_classification`; None
+            for no pictures.
+        seed: Seed of dropout and other randomness in training steps.
 
     Raises:
-        ConfigError: values that Lightning doesn't know.
-    """  # noqa: D205
+        ConfigError: Values are out of range or unknown to Lightning.
+    """
     if config.max_epochs < 1 or config.val_every_epochs < 1:
         raise ConfigError("trainer.max_epochs and trainer.val_every_epochs must be at least 1")
     if config.redraw_every_steps < 0:
@@ -122,12 +126,10 @@ def build_trainer(
         if getattr(config, key) < 0:
             raise ConfigError(f"trainer.{key} must be 0 or more, got {getattr(config, key)}")
     if config.strategy == "fsdp2" and config.ema_decay:
-        raise ConfigError(
-            "trainer.ema_decay can't average weights that strategy=fsdp2 shares out; leave one of them out"
-        )
+        raise ConfigError("trainer.ema_decay can't average weights that strategy=fsdp2 shards; leave one of them out")
     callbacks = [StepSeeds(seed), HistoryCallback(folder, curves), *best_and_last(folder, monitor=monitor)]
     if config.num_pictures and draw is not None:
-        # Before the average of the weights, which takes itself out of the network when validation ends.
+        # Before weight averaging, which restores the training weights when validation ends.
         callbacks.append(PredictionPictures(folder, config.num_pictures, draw))
     if config.early_stop_epochs:
         callbacks.append(Patience(monitor, mode="max", patience=config.early_stop_epochs))
@@ -166,30 +168,29 @@ def lightning_trainer(
     logger: str = "tensorboard",
     **options: Any,
 ) -> lightning.Trainer:
-    """A trainer as all tasks want it; `options` are Lightning's.
+    """Build a Lightning trainer with the settings that all tasks share; `options` are passed to Lightning.
 
     Raises:
-        ConfigError: values that Lightning doesn't know.
+        ConfigError: Values are unknown to Lightning.
     """
     if precision not in _PRECISIONS:
         raise ConfigError(f"trainer.precision must be one of {', '.join(_PRECISIONS)}, got {precision}")
     _quieten()
-    # Deterministic algorithms come with NaN written to every new tensor, a help in looking for bugs that costs a
-    # sixth of the time of a step.
+    # Deterministic mode fills new tensors with NaN, a debugging aid that costs a sixth of the step time.
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     try:
         return lightning.Trainer(
             precision=precision,
             accelerator=accelerator,
             devices=devices,
-            # bilinear resizing has no deterministic backward on CUDA: a warning there, exact on the CPU.
+            # Bilinear resizing has no deterministic backward on CUDA, so warn instead of raising.
             deterministic="warn",
             default_root_dir=folder,
             logger=_loggers(logger, folder),
             callbacks=[EpochMeans(), *callbacks, *([RichProgressBar()] if progress else [])],
             plugins=[WholeCheckpoints()],
             enable_progress_bar=progress,
-            # Ours share the samples of one process out; Lightning's would shuffle them.
+            # Our samplers split the samples of one process; Lightning's would shuffle them.
             use_distributed_sampler=False,
             enable_model_summary=False,
             log_every_n_steps=10,
@@ -205,9 +206,9 @@ def lightning_trainer(
 
 
 def best_and_last(folder: Path, monitor: str) -> list[Callback]:
-    """The callbacks that keep `checkpoints/best.ckpt`, by the highest `monitor`, and `last.ckpt`.
+    """Build the callbacks that write `checkpoints/best.ckpt` (highest `monitor`) and `last.ckpt`.
 
-    They go after the history, whose rows of this epoch are part of the checkpoint.
+    They run after the history callback, whose rows of the epoch are part of the checkpoint.
     """
     shared: dict[str, Any] = {
         "dirpath": folder / "checkpoints",
@@ -216,7 +217,7 @@ def best_and_last(folder: Path, monitor: str) -> list[Callback]:
     }
     return [
         FolderCheckpoint(filename="best", monitor=monitor, mode="max", **shared),
-        # Without a monitor the newest is kept; `save_last` would follow the best one.
+        # Without a monitor the newest checkpoint is kept; `save_last` would copy the best one.
         FolderCheckpoint(filename="last", **shared),
     ]
 
@@ -241,15 +242,15 @@ def _quieten() -> None:
         ".*treespec.*",
         ".*litlogger.*",
         ".*exists and is not empty.*",
-        # A distillation validates as often as it likes, and keeps both models in evaluation mode.
+        # Distillation validates at any step and keeps both models in evaluation mode.
         ".*smaller than the logging interval.*",
         ".*in eval mode at the start of training.*",
         ".*overridden `transfer_batch_to_device`.*",
-        # `configure_model` does something with sharded weights only, and those are not averaged.
+        # `configure_model` only acts on sharded weights, which are not averaged.
         ".*WeightAveraging callback with a model that overrides.*",
-        # Ours takes up the middle of an epoch through the data module's state.
+        # Training resumes within an epoch through the data module's state.
         ".*your dataloader is not resumable.*",
-        # Epochs without validation have no score to choose the best by.
+        # Epochs without validation have no score to select the best checkpoint.
         ".*could not find the monitored key.*",
     ):
         warnings.filterwarnings("ignore", message)

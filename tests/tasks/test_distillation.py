@@ -170,6 +170,6 @@ def test_a_config_that_makes_no_run_is_refused(changes: dict, message: str) -> N
 
 def test_a_student_without_linear_attention_is_refused() -> None:
     teacher = _teacher("vit")
-    with pytest.raises(ValueError, match="converted attention"):
+    with pytest.raises(ValueError, match="linearized attention"):
         DistillationTask(teacher, copy.deepcopy(teacher), DistillationOptimConfig())
     assert not any(isinstance(module, LinearizedAttention) for module in teacher.modules())
