@@ -1,6 +1,6 @@
-"""Pure tensor functions: random projections and attention whose cost is linear in the number of tokens.
+"""Attention operations with a cost linear in the number of tokens, and random projections.
 
-Every fast operation has an N x N reference in `perf_vit.ops.naive`, which is imported by that name.
+The N x N references are in `perf_vit.ops.naive`, which is imported explicitly.
 """
 
 from perf_vit.ops.balancing import Balancing, fit_balancing

@@ -1,4 +1,4 @@
-"""Changes of queries and keys that leave exact softmax attention as it is and make its random features closer to it."""
+"""Centring and balancing of queries and keys: exact softmax attention is unchanged, its random features vary less."""
 
 from __future__ import annotations
 
@@ -12,31 +12,31 @@ __all__ = ["Balancing", "fit_balancing"]
 
 @dataclass(frozen=True, eq=False)
 class Balancing:
-    """Centres of queries and keys, and a factor between their channels.
+    """Centres of queries and keys and a scale per channel.
 
-    Softmax over keys forgets what is the same for all of them, so with centres c_q, c_k and factors g the weights
-    softmax(q . k / sqrt(D)) equal those of q' = g (q - c_q) and k' = (k - c_k) / g with the log-bias
-    (k - c_k) . c_q / sqrt(D) on each key. Random features see the shorter q' and k', and their variance grows with
-    exp(|q' + k'|^2 / sqrt(D)). The bias enters a key's amplitude; nothing is estimated in its place.
+    Softmax is invariant to a constant added to all logits of a query. With centres c_q, c_k and scales g, the weights
+    softmax(q . k / sqrt(D)) therefore equal those of q' = g (q - c_q) and k' = (k - c_k) / g with the bias (k - c_k) .
+    c_q / sqrt(D) added to the logits of each key. The variance of random features grows with exp(|q' + k'|^2 /
+    sqrt(D)), so shorter q' and k' lower it. The bias is part of each key's amplitude and is exact.
 
     Attributes:
         query_center: c_q, [B, H, 1, D].
-        key_center: c_k, of the same shape.
-        scale: g > 0, of the same shape.
+        key_center: c_k, [B, H, 1, D].
+        scale: g > 0, [B, H, 1, D].
     """
 
     query_center: Tensor
     key_center: Tensor
     scale: Tensor
 
-    def same_as(self, other: Balancing) -> bool:
-        """Whether features made with both may be multiplied."""
+    def is_compatible(self, other: Balancing) -> bool:
+        """Return whether both have equal values, so that products of their features are valid."""
         return self is other or all(
             torch.equal(mine, theirs) for mine, theirs in zip(self.tensors(), other.tensors(), strict=True)
         )
 
     def tensors(self) -> tuple[Tensor, Tensor, Tensor]:
-        """The centres and the scale, in the order of the arguments."""
+        """Return the centres and the scale, in the order of the constructor's arguments."""
         return self.query_center, self.key_center, self.scale
 
 
@@ -50,25 +50,25 @@ def fit_balancing(
     balance: bool = True,
     chunk_size: int = 2048,
 ) -> Balancing:
-    """The balancing that suits some queries and keys.
+    """Fit the balancing to queries and keys.
 
-    c_q and c_k are their means and g = (E k_d^2 / E q_d^2)^(1/4), per head and channel, of the centred ones: the g
-    that makes both halves of |q'|^2 + |k'|^2 equal in each channel, where their sum is smallest. The values are
-    constants: no gradient flows through them, and exact softmax has none with respect to them.
+    c_q and c_k are the means per head and channel. g = (E k_d^2 / E q_d^2)^(1/4) of the centred queries and keys
+    minimises |q'|^2 + |k'|^2 in each channel. The values are constants: no gradient flows through them, and exact
+    softmax attention does not depend on them.
 
     Args:
         q: queries, [B, H, N_q, D].
         k: keys, [B, H, N_k, D].
-        key_mask: [B, N_k] bool, False for keys that don't count; where N_q = N_k, for the queries in their place too.
-        center: find centres; False leaves them 0.
-        balance: find factors; False leaves them 1.
-        chunk_size: tokens whose copies are in memory at once.
+        key_mask: [B, N_k] bool, False for keys to ignore; applied to the queries too where N_q = N_k.
+        center: whether to fit the centres; False sets them to 0.
+        balance: whether to fit the scale; False sets it to 1.
+        chunk_size: number of tokens processed at once, which bounds memory.
 
     Returns:
         The balancing, in float32, or float64 for float64 inputs.
 
     Raises:
-        ValueError: queries and keys that aren't [B, H, N, D] with the same B, H and D.
+        ValueError: If queries and keys aren't [B, H, N, D] with the same B, H and D.
     """
     if q.ndim != 4 or k.ndim != 4 or q.shape[:2] != k.shape[:2] or q.shape[3] != k.shape[3]:
         raise ValueError(
@@ -81,13 +81,13 @@ def fit_balancing(
     if balance:
         smallest = torch.finfo(scale.dtype).tiny
         ratio = key_square.clamp(min=smallest) / query_square.clamp(min=smallest)
-        # A channel that is constant, hence 0 once centred, has nothing to balance.
+        # A constant channel is 0 once centred: no scale is needed.
         scale = torch.where((key_square > 0) & (query_square > 0), ratio.sqrt().sqrt(), scale)
     return Balancing(query_center, key_center, scale)
 
 
 def _moments(x: Tensor, mask: Tensor | None, center: bool, chunk_size: int) -> tuple[Tensor, Tensor]:
-    """Mean (0 unless `center`) and mean square about it, [B, H, 1, D]."""
+    """Return the mean (0 unless `center`) and the mean square about it, [B, H, 1, D]."""
     dtype = torch.promote_types(x.dtype, torch.float32)
     count = x.shape[2] if mask is None else mask.sum(dim=1).reshape(-1, 1, 1, 1).clamp(min=1)
     mean = torch.zeros_like(x[:, :, :1], dtype=dtype)

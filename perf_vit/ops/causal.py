@@ -1,4 +1,4 @@
-"""FAVOR+ attention in which every token sees itself and what came before, in chunks."""
+"""Causal FAVOR+ attention, computed in chunks."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from perf_vit.ops.features import (
     KeyFeatures,
     exp_,
     halves,
+    invert_key_mask,
     join_chunks,
-    left_out,
     token_slices,
     without_autocast,
 )
@@ -24,10 +24,10 @@ from perf_vit.ops.state import KVState, masked_values, sum_keys
 
 __all__ = ["causal_favor"]
 
-# Products within a chunk grow with its square, those with the state shrink with its number.
+# The cost of products within a chunk grows with its size squared; the cost of products with the state falls with it.
 _MAX_CHUNK = 256
 
-# Numerator, [..., N, Dv], denominator, [..., N, 1], and the logarithm of the factor that both lack, [..., N, 1].
+# Numerator, [..., N, Dv], denominator, [..., N, 1], and the log of the factor taken out of both, [..., N, 1].
 _Sums = tuple[Tensor, Tensor, Tensor]
 # S, z and log_scale of a KVState.
 _State = tuple[Tensor, Tensor, Tensor]
@@ -38,29 +38,30 @@ def causal_favor(
 ) -> Tensor:
     """Unidirectional attention (Choromanski et al. 2020, section 2.2 and appendix B.1).
 
-    The keys before a chunk are a `KVState`. Within a chunk, halves of halves: the queries of a block's second half see
-    all keys of its first, so these can share the stabiliser that fits them, and no query ever meets one that a later
-    key has set. log2(chunk) levels of matrix products take the place of a prefix sum over tokens.
+    The keys before a chunk are summed in a `KVState`. Within a chunk, the tokens are split recursively: the queries in
+    the second half of a block attend to all keys of its first half, so they share one stabiliser, and no query depends
+    on the stabiliser of a later key. This takes log2(chunk_size) levels of matrix products instead of a prefix sum over
+    tokens.
 
-    The backward pass computes each chunk again from the state before it: one state a chunk is kept, nothing of size
-    N x M.
+    The backward pass recomputes each chunk from the state before it. One state per chunk is stored, and no buffer has
+    size N x M.
 
     Args:
         q: queries, [B, H, N, D].
         k: keys, [B, H, N, D].
         v: values, [B, H, N, Dv].
         feature_map: kernel, projection and balancing.
-        key_mask: [B, N] bool, False for keys that are left out.
-        chunk_size: tokens of a chunk.
+        key_mask: [B, N] bool, False for keys to ignore.
+        chunk_size: number of tokens in a chunk, 256 at most.
 
     Returns:
-        [B, H, N, Dv] in the dtype of `q`; 0 for queries that see no key.
+        Attended values, [B, H, N, Dv], in the dtype of `q`; 0 for queries without a visible key.
     """
     chunk_size = min(chunk_size, _MAX_CHUNK)
     needs_grad = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
     with without_autocast(q):
         chunks = _chunks_in_order(q, k, v, feature_map, key_mask, chunk_size, needs_grad)
-        # Chunks put into one tensor in turn would each hand the whole tensor's gradient on.
+        # Writing chunks into one tensor would give each of them a gradient of the size of that tensor.
         return torch.cat(list(chunks), dim=2) if needs_grad else join_chunks(chunks, q.shape[2])
 
 
@@ -75,7 +76,7 @@ def _chunks_in_order(
 ) -> Iterator[Tensor]:
     before: _State | None = None
     slices = token_slices(q, chunk_size)
-    # Split, not sliced: the gradient of a slice is as long as the whole.
+    # `split` instead of slices: the gradient of a slice has the size of the whole tensor.
     lengths = [len(range(q.shape[2])[tokens[-1]]) for tokens in slices]
     parts = [torch.split(x, lengths, dim=2) for x in (q, k, v)]
     for tokens, q_chunk, k_chunk, v_chunk in zip(slices, *parts, strict=True):
@@ -91,33 +92,33 @@ def _chunks_in_order(
 def _step(
     q: Tensor, k: Tensor, v: Tensor, feature_map: FeatureMap, key_mask: Tensor | None, before: _State | None
 ) -> tuple[Tensor, _State]:
-    """Attention of one chunk, and the state of all keys up to its end."""
+    """Return the attention of one chunk and the state of all keys up to its end."""
     length, padding = q.shape[2], _to_power_of_two(q.shape[2])
-    # What is padded comes last, so no query that counts sees it.
+    # The padding comes last, so no real query attends to it.
     queries = feature_map.queries(feature_map.query_inputs(F.pad(q, padding)))
     mask = None if key_mask is None else F.pad(key_mask, padding[2:], value=False)
-    keys = feature_map.keys(feature_map.key_inputs(F.pad(k, padding)), left_out(mask))
-    sums = _within(queries, keys, masked_values(F.pad(v, padding), keys), feature_map)
+    keys = feature_map.keys(feature_map.key_inputs(F.pad(k, padding)), invert_key_mask(mask))
+    sums = _within_chunk(queries, keys, masked_values(F.pad(v, padding), keys), feature_map)
     state = sum_keys(keys.first(length), v, feature_map)
     if before is not None:
         past = KVState(*before, feature_map)
-        sums = _add(sums, _past(queries, past))
+        sums = _add(sums, _from_state(queries, past))
         state = past.merge(state)
     numerator, denominator, _ = sums
     out = (numerator / denominator.masked_fill(denominator == 0, 1.0))[:, :, :length]
     return out.to(q.dtype), (state.S, state.z, state.log_scale)
 
 
-def _within(queries: Tensor, keys: KeyFeatures, v: Tensor, feature_map: FeatureMap) -> _Sums:
-    """What the queries of a chunk see in it: their own key, then the first half of each block whose second they are in.
+def _within_chunk(queries: Tensor, keys: KeyFeatures, v: Tensor, feature_map: FeatureMap) -> _Sums:
+    """Attend within a chunk: to each query's own key, then at each level from second halves to first halves of blocks.
 
     Args:
-        queries: what the kernel makes of queries, [B, H, T, M], T a power of two.
-        keys: the keys' features, of the same shape.
+        queries: unscaled features of the queries, [B, H, T, M], T a power of two.
+        keys: features of the keys, [B, H, T, M].
         v: values, [B, H, T, Dv].
-        feature_map: their feature map.
+        feature_map: feature map of both.
     """
-    sums = _own(queries, keys, v)
+    sums = _own_token(queries, keys, v)
     half = 1
     while half < queries.shape[2]:
         first_keys, first_v = keys.first_halves(half), halves(v, half)[0]
@@ -130,7 +131,7 @@ def _within(queries: Tensor, keys: KeyFeatures, v: Tensor, feature_map: FeatureM
     return sums
 
 
-def _own(queries: Tensor, keys: KeyFeatures, v: Tensor) -> _Sums:
+def _own_token(queries: Tensor, keys: KeyFeatures, v: Tensor) -> _Sums:
     if keys.log_domain:
         logs = queries + keys.values
         log_factor = logs.detach().amax(dim=-1, keepdim=True).clamp(min=LOWEST_SCALE)
@@ -146,7 +147,7 @@ def _own(queries: Tensor, keys: KeyFeatures, v: Tensor) -> _Sums:
     return weights * v, weights, log_factor
 
 
-def _past(queries: Tensor, state: KVState) -> _Sums:
+def _from_state(queries: Tensor, state: KVState) -> _Sums:
     state = state.normalized()
     features, log_factor = state.feature_map.scaled_queries(queries.clone(), state.log_scale)
     return features @ state.S, state.denominators(features), log_factor
@@ -168,5 +169,5 @@ def _add(a: _Sums, b: _Sums) -> _Sums:
 
 
 def _to_power_of_two(length: int) -> tuple[int, int, int, int]:
-    """What `F.pad` appends to [..., length, D]."""
+    """Return the padding for `F.pad` that extends [..., length, D] to the next power of two."""
     return 0, 0, 0, (1 << (length - 1).bit_length()) - length

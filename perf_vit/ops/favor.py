@@ -1,4 +1,4 @@
-"""The parameter of optimal positive random features, from the queries and keys they are for."""
+"""FAVOR+ attention, and the optimal parameter of its optimal positive random features."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch.autograd.function import once_differentiable
 
 from perf_vit.ops.balancing import Balancing
 from perf_vit.ops.causal import causal_favor
-from perf_vit.ops.features import FeatureMap, join_chunks, left_out, token_slices, without_autocast
+from perf_vit.ops.features import FeatureMap, invert_key_mask, join_chunks, token_slices, without_autocast
 from perf_vit.ops.kernels import Kernel
 from perf_vit.ops.state import KVState, check_keys, make_feature_map, masked_values, sum_keys
 
@@ -23,23 +23,23 @@ __all__ = ["favor_attention", "optimal_parameter"]
 def optimal_parameter(
     feature_map: FeatureMap, q: Tensor, k: Tensor, key_mask: Tensor | None = None, chunk_size: int = 2048
 ) -> Tensor:
-    """The A that minimises the logarithm of the estimator's second moment at the mean |x + y|^2 over all pairs.
+    """Return the A that minimises the log second moment of the estimator at the mean |x + y|^2 over all pairs.
 
-    With phi = E |x + y|^2, x = D^(-1/4) q and y = D^(-1/4) k (centred and balanced where the map says so), that is
+    With phi = E |x + y|^2, x = D^(-1/4) q and y = D^(-1/4) k (centred and balanced if the feature map has a balancing),
     A = (1 - u) / 8 with u = ((D + 2 phi) + sqrt((D + 2 phi)^2 + 8 D phi)) / (2 D): Likhosherstov et al. 2022, "Chefs'
-    Random Tables", whose rho is 1 / u. The mean over pairs needs the means of x, y, |x|^2 and |y|^2 alone.
+    Random Tables", whose rho is 1 / u. The mean over pairs follows from the means of x, y, |x|^2 and |y|^2.
 
     Args:
-        feature_map: scales the inputs; its kernel doesn't matter.
+        feature_map: feature map that scales the inputs; its kernel is not used.
         q: queries, [B, H, N_q, D].
         k: keys, [B, H, N_k, D].
-        key_mask: [B, N_k] bool, False for keys that don't count, and for queries if there are as many.
-        chunk_size: tokens whose copies are in memory at once.
+        key_mask: [B, N_k] bool, False for keys to ignore; applied to the queries too where N_q = N_k.
+        chunk_size: number of tokens processed at once, which bounds memory.
 
     Returns:
-        A <= 0 of each sample and head, [B, H, 1, 1].
+        A <= 0 per sample and head, [B, H, 1, 1].
     """
-    # Of as many queries as keys, the mask is that of the tokens.
+    # With as many queries as keys, both come from the same tokens and share the mask.
     query_mask = key_mask if q.shape[2] == k.shape[2] else None
     mean_x, square_x = _means(feature_map.query_inputs, q, query_mask, chunk_size)
     mean_y, square_y = _means(feature_map.key_inputs, k, key_mask, chunk_size)
@@ -53,7 +53,7 @@ def optimal_parameter(
 def _means(
     inputs: Callable[[Tensor], Tensor], tokens: Tensor, mask: Tensor | None, chunk_size: int
 ) -> tuple[Tensor, Tensor]:
-    """Means of x, [B, H, 1, D], and of |x|^2, [B, H, 1, 1]."""
+    """Return the means of x, [B, H, 1, D], and of |x|^2, [B, H, 1, 1]."""
     sums, squares = [], []
     for start in range(0, tokens.shape[2], chunk_size):
         x = inputs(tokens[:, :, start : start + chunk_size])
@@ -79,10 +79,10 @@ def favor_attention(
     """Attention through random features (FAVOR+).
 
     out_i = sum_j phi(q_i).phi(k_j) v_j / sum_j phi(q_i).phi(k_j), Choromanski et al. 2020, "Rethinking Attention with
-    Performers", equation 4, in O(N M D) time; j runs over all keys, or up to i where `causal`. With a softmax kernel
-    it estimates softmax(q k^T / sqrt(D)) v. Keys, then queries, go through in chunks, and the backward pass computes
-    their features again: no buffer of size N x M ever exists, in either direction. It can be differentiated once,
-    with respect to q, k and v. `perf_vit.ops.naive.naive_favor_attention` is the same estimator as an N x N matrix.
+    Performers", equation 4, in O(N M D) time; j runs over all keys, or up to i if `causal`. A softmax kernel estimates
+    softmax(q k^T / sqrt(D)) v. Keys and then queries are processed in chunks, and the backward pass recomputes their
+    features, so no buffer has size N x M in either direction. The operation is differentiable once with respect to q, k
+    and v. `perf_vit.ops.naive.naive_favor_attention` is the N x N reference.
 
     Features and sums are float32 for float32, half and bfloat16 inputs and under autocast, float64 for float64.
 
@@ -91,25 +91,26 @@ def favor_attention(
         k: keys, [B, H, N_k, D].
         v: values, [B, H, N_k, Dv].
         projection: rows of the feature map, [R, D], from `draw_projection`.
-        kernel: the feature map or its name: "softmax+", "softmax-hyp+", "softmax-trig", "relu" or "oprf". "oprf"
-            finds its parameter for these queries and keys; `oprf_kernel` fixes it.
-        key_mask: [B, N_k] bool, False for keys that are left out, exactly as if they weren't there; a query that sees
-            no key gets zeros.
-        causal: query i sees keys 0 .. i only; N_q must equal N_k. What comes later changes no bit of its result.
-        balancing: constants from `fit_balancing` that centre and balance q and k first; exact attention stays as it
-            is, its estimate gets closer. Under `causal` they must not be of this call, or they tell of the future.
-        chunk_size: tokens whose features are in memory at once; it changes the result by rounding only.
+        kernel: feature map or its name: "softmax+", "softmax-hyp+", "softmax-trig", "relu" or "oprf". "oprf" fits its
+            parameter to the queries and keys; `oprf_kernel` fixes it.
+        key_mask: [B, N_k] bool, False for keys to ignore, as if they were absent; the output of a query without a
+            visible key is 0.
+        causal: whether query i attends to keys 0 .. i only; N_q must equal N_k. Later tokens don't affect its result.
+        balancing: constants from `fit_balancing` that centre and balance q and k first; the estimate of softmax
+            attention improves. With `causal` they must not be fitted to this call's tokens, which would leak future
+            tokens.
+        chunk_size: number of tokens whose features are in memory at once; changes the result by rounding only.
 
     Returns:
-        The attended values, [B, H, N_q, Dv], in the dtype of `q`.
+        Attended values, [B, H, N_q, Dv], in the dtype of `q`.
 
     Raises:
-        ValueError: an unknown kernel, no key, or shapes that don't fit together.
+        ValueError: If the kernel is unknown, there are no keys, or the shapes are inconsistent.
     """
     feature_map = make_feature_map(kernel, projection, balancing)
     _check(q, k, v, feature_map, key_mask, causal, chunk_size)
     if torch.compiler.is_exporting() and not causal:
-        # One graph for any number of tokens; it holds the features of all of them.
+        # A single chunk exports as one graph for any number of tokens, with the features of all of them in memory.
         chunk_size = max(q.shape[2], k.shape[2])
     if causal:
         return causal_favor(q, k, v, feature_map, key_mask, chunk_size)
@@ -127,7 +128,7 @@ def _accumulate(k: Tensor, v: Tensor, feature_map: FeatureMap, key_mask: Tensor 
     state: KVState | None = None
     with without_autocast(k):
         for tokens in token_slices(k, chunk_size):
-            keys = feature_map.keys(feature_map.key_inputs(k[tokens]), left_out(key_mask, tokens[-1]))
+            keys = feature_map.keys(feature_map.key_inputs(k[tokens]), invert_key_mask(key_mask, tokens[-1]))
             part = sum_keys(keys, v[tokens], feature_map)
             state = part if state is None else state.merge(part)
     assert state is not None
@@ -135,7 +136,7 @@ def _accumulate(k: Tensor, v: Tensor, feature_map: FeatureMap, key_mask: Tensor 
 
 
 def _attend(state: KVState, q: Tensor) -> tuple[Tensor, Tensor]:
-    """Attention of queries, [B, H, N, Dv], and their denominators, [B, H, N, 1]; the state must be normalised."""
+    """Return the attention of queries, [B, H, N, Dv], and its denominators, [B, H, N, 1], given a normalised state."""
     feature_map = state.feature_map
     values = feature_map.queries(feature_map.query_inputs(q))
     features, _ = feature_map.scaled_queries(values, state.log_scale)
@@ -146,10 +147,10 @@ def _attend(state: KVState, q: Tensor) -> tuple[Tensor, Tensor]:
 
 
 class _FavorAttention(torch.autograd.Function):
-    """The op with a backward pass that recomputes features chunk by chunk.
+    """Attention whose backward pass recomputes features chunk by chunk.
 
-    Kept between the passes: the inputs, the output, one denominator a query, and the state. The stabilisers are
-    constants: they cancel in the quotient, so the derivative with respect to them is 0.
+    Saved for the backward pass: the inputs, the output, one denominator per query, and the state. The stabilisers are
+    constants: they cancel in the quotient, so their gradient is 0.
     """
 
     @staticmethod
@@ -199,7 +200,7 @@ class _FavorAttention(torch.autograd.Function):
 def _query_gradients(
     state: KVState, q: Tensor, grad_out: Tensor, out: Tensor, denominator: Tensor, chunk_size: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients with respect to the queries, S, [B, H, M, Dv], and z, [B, H, 1, M]."""
+    """Return the gradients with respect to the queries, to S, [B, H, M, Dv], and to z, [B, H, 1, M]."""
     feature_map, s, z = state.feature_map, state.S, state.z.unsqueeze(-2)
     grad_s, grad_z, grad_q = torch.zeros_like(s), torch.zeros_like(z), torch.empty_like(q)
     for tokens in token_slices(q, chunk_size):
@@ -210,7 +211,7 @@ def _query_gradients(
         grad_num = grad_out[tokens].to(s.dtype) / denominator[tokens]
         grad_den = -(grad_num * out[tokens]).sum(dim=-1, keepdim=True)
         grad_s += features.mT @ grad_num
-        # A row times a matrix: several times as fast as the matrix times a column.
+        # A row times a matrix is several times as fast as a matrix times a column.
         grad_z += grad_den.mT @ features
         grad_features = grad_num @ s.mT
         if feature_map.kernel.log_domain:
@@ -230,12 +231,12 @@ def _key_gradients(
     grad_z: Tensor,
     chunk_size: int,
 ) -> tuple[Tensor, Tensor]:
-    """Gradients with respect to keys and values, from those with respect to S and z."""
+    """Return the gradients with respect to keys and values, given those with respect to S and z."""
     feature_map = state.feature_map
     grad_k, grad_v = torch.empty_like(k), torch.empty_like(v)
     for tokens in token_slices(k, chunk_size):
         x = feature_map.key_inputs(k[tokens])
-        keys = feature_map.keys(x, left_out(key_mask, tokens[-1]))
+        keys = feature_map.keys(x, invert_key_mask(key_mask, tokens[-1]))
         features = keys.scaled(state.log_scale)
         grad_v[tokens] = (features @ grad_s).to(v.dtype)
         grad_features = (masked_values(v[tokens], keys) @ grad_s.mT).add_(grad_z)
@@ -244,7 +245,7 @@ def _key_gradients(
         gradients = keys.gradient(grad_features, state.log_scale, features)
         grad_k[tokens] = feature_map.key_gradient(k, x, keys.values, *gradients)
         if keys.mask is not None:
-            # Of a masked key that isn't a number neither is 0 times it.
+            # A masked key may be NaN, and 0 * NaN is NaN.
             grad_k[tokens].masked_fill_(keys.mask, 0.0)
     return grad_k, grad_v
 
@@ -263,7 +264,7 @@ def _with_parameter(
 def _rebuild(
     kernel: Kernel, parameter: float | Tensor | None, projection: Tensor, constants: tuple[Tensor, ...]
 ) -> FeatureMap:
-    """The feature map from what may enter an autograd function: its tensors apart from the rest."""
+    """Build the feature map from the arguments of an autograd function, which takes tensors separately."""
     if kernel.bind is not None and parameter is not None:
         kernel = kernel.bind(parameter)
     return FeatureMap(kernel, projection, Balancing(*constants) if constants else None)
@@ -290,6 +291,6 @@ def _check(
         raise ValueError(f"causal attention needs as many queries as keys, got {q.shape[2]} and {k.shape[2]}")
     if causal and feature_map.kernel.needs_parameter:
         raise ValueError(
-            f"kernel {feature_map.kernel.name!r} would take its parameter from the future under causal=True; "
+            f"kernel {feature_map.kernel.name!r} would fit its parameter to the future under causal=True; "
             "expected it fixed: kernel=oprf_kernel(-0.05)"
         )

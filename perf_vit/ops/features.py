@@ -1,4 +1,4 @@
-"""Tokens in chunks: where they begin and end, and how results of chunks become one tensor."""
+"""Feature maps applied to queries and keys, and helpers that process tokens in chunks."""
 
 from __future__ import annotations
 
@@ -20,18 +20,18 @@ __all__ = [
     "KeyFeatures",
     "exp_",
     "halves",
+    "invert_key_mask",
     "join_chunks",
-    "left_out",
     "token_slices",
     "without_autocast",
 ]
 
 
 def token_slices(x: Tensor, chunk_size: int) -> list[tuple[slice, slice, slice]]:
-    """Indices of the fewest chunks of [B, H, N, ...] that have at most `chunk_size` tokens each, about equally many."""
+    """Return indices into [B, H, N, ...] of the fewest chunks of at most `chunk_size` tokens, of nearly equal size."""
     every, length = slice(None), x.shape[2]
     if length <= chunk_size:
-        # Not split where it need not be: an exported graph then takes any number of tokens.
+        # A single chunk has no fixed bounds, so an exported graph takes any number of tokens.
         return [(every, every, every)]
     num_chunks = -(-length // chunk_size)
     even = -(-length // num_chunks)
@@ -39,7 +39,7 @@ def token_slices(x: Tensor, chunk_size: int) -> list[tuple[slice, slice, slice]]
 
 
 def join_chunks(chunks: Iterator[Tensor], num_tokens: int) -> Tensor:
-    """Put chunks of tokens, [B, H, n, ...], together as they come, so that they are never all there twice."""
+    """Concatenate chunks of tokens, [B, H, n, ...], as they arrive, without holding all of them twice."""
     first = next(chunks)
     if first.shape[2] == num_tokens:
         return first
@@ -52,51 +52,51 @@ def join_chunks(chunks: Iterator[Tensor], num_tokens: int) -> Tensor:
 
 
 def halves(x: Tensor, half: int) -> tuple[Tensor, Tensor]:
-    """First and second halves of the blocks of 2 `half` tokens of [B, H, T, ...]: [B, H, T / (2 half), half, ...]."""
+    """Split [B, H, T, ...] into blocks of 2 * `half` tokens; return both halves, [B, H, T / (2 half), half, ...]."""
     blocks = x.reshape(*x.shape[:2], -1, 2, half, *x.shape[3:])
     return blocks[:, :, :, 0], blocks[:, :, :, 1]
 
 
-# Below any log-feature of a real key, and far enough above float32's lowest that sums with it stay finite.
+# Below any log feature of an unmasked key, and far enough above the lowest float32 that sums with it stay finite.
 LOWEST_SCALE = -1e30
 
 
 @dataclass(frozen=True, eq=False)
 class FeatureMap:
-    """All that turns queries and keys into features: kernel, projection and, if any, balancing.
+    """Feature map of queries and keys: kernel, projection and optional balancing.
 
     Attributes:
-        kernel: the feature map's form.
-        projection: its rows, [R, D].
-        balancing: how inputs are centred and balanced first.
+        kernel: form of the feature map.
+        projection: rows, [R, D].
+        balancing: centring and balancing of the inputs, or None.
     """
 
     kernel: Kernel
     projection: Tensor
     balancing: Balancing | None = None
 
-    def same_as(self, other: FeatureMap) -> bool:
-        """Whether features of both may be multiplied, as far as can be seen without comparing projections."""
-        if self.projection.shape != other.projection.shape or not self.kernel.same_as(other.kernel):
+    def is_compatible(self, other: FeatureMap) -> bool:
+        """Return whether products of features of both maps are valid; does not compare the values of projections."""
+        if self.projection.shape != other.projection.shape or not self.kernel.is_compatible(other.kernel):
             return False
         if self.balancing is None or other.balancing is None:
             return self.balancing is other.balancing
-        return self.balancing.same_as(other.balancing)
+        return self.balancing.is_compatible(other.balancing)
 
     def query_inputs(self, q: Tensor) -> Tensor:
-        """X = D^(-1/4) q', [B, H, N, D], in at least float32."""
+        """Scale queries to x = D^(-1/4) q', [B, H, N, D], in at least float32."""
         if self.balancing is None:
             return _scaled(q)
         return _scaled(q, self.balancing.query_center, self.balancing.scale)
 
     def key_inputs(self, k: Tensor) -> Tensor:
-        """X = D^(-1/4) k', [B, H, N, D], in at least float32."""
+        """Scale keys to x = D^(-1/4) k', [B, H, N, D], in at least float32."""
         if self.balancing is None:
             return _scaled(k)
         return _scaled(k, self.balancing.key_center, 1 / self.balancing.scale)
 
     def queries(self, x: Tensor) -> Tensor:
-        """What the kernel makes of `query_inputs`, [B, H, N, M]; the amplitude, which cancels, is left out."""
+        """Apply the kernel to `query_inputs`, [B, H, N, M], without the amplitude, which cancels."""
         return self.kernel.features(x, self.projection.to(x.dtype))
 
     def query_rows(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -116,14 +116,14 @@ class FeatureMap:
         return self.kernel.log_amplitude(x, self.projection.shape[0])
 
     def keys(self, x: Tensor, masked: Tensor | None = None) -> KeyFeatures:
-        """What the kernel makes of `key_inputs`, amplitude and bias included; nothing of keys where `masked` is True.
+        """Apply the kernel to `key_inputs`, including amplitude and bias.
 
         Args:
-            x: the inputs, [B, H, N, D].
-            masked: bool, [B, 1, N, 1] or [B, H, N, 1].
+            x: inputs, [B, H, N, D].
+            masked: True for keys to ignore, bool [B, 1, N, 1] or [B, H, N, 1].
         """
         if masked is not None:
-            # What a masked key carries may be anything, NaN included.
+            # Masked keys may hold any value, including NaN.
             x = x.masked_fill(masked, 0.0)
         values, log_amplitude = self.kernel.features(x, self.projection.to(x.dtype)), self.key_log_amplitude(x)
         if masked is not None:
@@ -137,21 +137,21 @@ class FeatureMap:
         return KeyFeatures(self.kernel.log_domain, values, log_amplitude, masked)
 
     def scaled_queries(self, values: Tensor, log_scale: Tensor) -> tuple[Tensor, Tensor]:
-        """Features of queries (overwritten) for sums whose scale is `log_scale`, [B, H, M].
+        """Scale the features of queries (overwritten) to match key sums with scale `log_scale`, [B, H, M].
 
         Returns:
-            phi(q_i) exp(log_scale - s_i), [B, H, N, M], and s, [B, H, N, 1] or [B, H, 1, 1]. In the log domain s makes
-            the largest of each query 1.
+            phi(q_i) exp(log_scale - s_i), [B, H, N, M], and s, [B, H, N, 1] or [B, H, 1, 1]. In the log domain, s makes
+            the largest feature of each query 1.
         """
         if not self.kernel.log_domain:
-            # All features of such a kernel share one scale.
+            # Outside the log domain all features share one scale.
             return values, log_scale[..., :1].unsqueeze(-1)
         logs = values.add_(log_scale.unsqueeze(-2))
         largest = logs.detach().amax(dim=-1, keepdim=True)
         return exp_(logs.sub_(largest)), largest
 
     def query_gradient(self, q: Tensor, x: Tensor, values: Tensor, grad: Tensor) -> Tensor:
-        """From a gradient with respect to `queries(x)` to that with respect to q."""
+        """Return the gradient with respect to q, given that with respect to `queries(x)`."""
         factor = q.shape[-1] ** -0.25
         grad_x = self._features_gradient(x, values, grad)
         if self.balancing is not None:
@@ -161,7 +161,7 @@ class FeatureMap:
     def key_gradient(
         self, k: Tensor, x: Tensor, values: Tensor, grad: Tensor, grad_log_amplitude: Tensor | None
     ) -> Tensor:
-        """From gradients with respect to the features and the logarithm of the amplitude to that with respect to k."""
+        """Return the gradient with respect to k, given those with respect to the features and the log amplitude."""
         factor = k.shape[-1] ** -0.25
         grad_x = self._features_gradient(x, values, grad)
         if grad_log_amplitude is not None:
@@ -171,7 +171,7 @@ class FeatureMap:
         return grad_x.mul_(factor).to(k.dtype)
 
     def key_log_amplitude(self, x: Tensor) -> Tensor | None:
-        """log(h / sqrt(R)) of `key_inputs` and the bias of balancing, [B, H, N, 1]; None where it is constant."""
+        """Return log(h / sqrt(R)) of `key_inputs` plus the bias of the balancing, [B, H, N, 1]; None if constant."""
         log_amplitude = None
         if self.kernel.log_amplitude is not None:
             log_amplitude = self.kernel.log_amplitude(x, self.projection.shape[0])
@@ -192,7 +192,7 @@ class FeatureMap:
         return rows, offset - center @ rows.mT
 
     def _bias_direction(self, x: Tensor) -> Tensor:
-        """u, [B, H, 1, D], with x . u = (k - c_k) . c_q / sqrt(D)."""
+        """Return u, [B, H, 1, D], such that x . u = (k - c_k) . c_q / sqrt(D)."""
         assert self.balancing is not None
         return (self.balancing.query_center * self.balancing.scale * x.shape[-1] ** -0.25).to(x.dtype)
 
@@ -221,12 +221,12 @@ class FeatureMap:
 
 @dataclass(frozen=True, eq=False)
 class KeyFeatures:
-    """Features of some keys before they are brought to a scale.
+    """Unscaled features of keys.
 
     Attributes:
         log_domain: whether `values` are logarithms.
-        values: log phi(k), [B, H, N, M], -inf for masked keys; else f(W x), 0 for masked keys.
-        log_amplitude: log(h / sqrt(R)), [B, H, N, 1], of features that aren't logarithms; None where it is constant.
+        values: log phi(k), [B, H, N, M], -inf for masked keys; outside the log domain f(W x), 0 for masked keys.
+        log_amplitude: log(h / sqrt(R)), [B, H, N, 1], outside the log domain; None if constant.
         mask: True for masked keys, [B, 1, N, 1].
     """
 
@@ -236,17 +236,17 @@ class KeyFeatures:
     mask: Tensor | None
 
     def first(self, num_tokens: int) -> KeyFeatures:
-        """The first keys."""
-        return self._of_parts(lambda part: part[:, :, :num_tokens])
+        """Return the first `num_tokens` keys."""
+        return self._map(lambda part: part[:, :, :num_tokens])
 
     def first_halves(self, half: int) -> KeyFeatures:
-        """A copy of the first halves of the blocks of 2 `half` keys, [B, H, N / (2 half), half, M]."""
-        return self._of_parts(lambda part: halves(part, half)[0].clone())
+        """Copy the first halves of the blocks of 2 * `half` keys, [B, H, N / (2 half), half, M]."""
+        return self._map(lambda part: halves(part, half)[0].clone())
 
     def scale(self) -> Tensor:
-        """c, the largest log phi(k_j) over the tokens of each feature, [B, H, M]; no gradient flows through it.
+        """Return c, the largest log phi(k_j) over the tokens for each feature, [B, H, M], without gradient.
 
-        Where every key is masked it is a number so low that any other scale replaces it.
+        If all keys are masked, c is so low that the scale of any other keys replaces it.
         """
         if self.log_domain:
             return self.values.detach().amax(dim=-2).clamp(min=LOWEST_SCALE)
@@ -256,7 +256,7 @@ class KeyFeatures:
         return largest.repeat_interleave(self.values.shape[-1], dim=-1)
 
     def scaled(self, log_scale: Tensor) -> Tensor:
-        """phi(k_j) exp(-log_scale), [B, H, N, M]; logarithms are overwritten."""
+        """Return phi(k_j) exp(-log_scale), [B, H, N, M]; overwrites `values` in the log domain."""
         if self.log_domain:
             features = exp_(self.values.sub_(log_scale.unsqueeze(-2)))
             return features if self.mask is None else features.masked_fill_(self.mask, 0.0)
@@ -265,12 +265,12 @@ class KeyFeatures:
         return self.values * self._factor(log_scale)
 
     def gradient(self, grad: Tensor, log_scale: Tensor, features: Tensor) -> tuple[Tensor, Tensor | None]:
-        """From a gradient with respect to `scaled` (overwritten) to those of the kernel's features and log-amplitude.
+        """Return the gradients of the kernel's features and of the log amplitude, given that of `scaled` (overwritten).
 
         Args:
-            grad: [B, H, N, M].
-            log_scale: what `scaled` was given.
-            features: what it returned.
+            grad: gradient with respect to the result of `scaled`, [B, H, N, M].
+            log_scale: argument of `scaled`.
+            features: result of `scaled`.
         """
         if self.log_domain:
             grad_logs = grad.mul_(features)
@@ -283,30 +283,30 @@ class KeyFeatures:
         assert self.log_amplitude is not None
         return (self.log_amplitude - log_scale[..., :1].unsqueeze(-2)).exp()
 
-    def _of_parts(self, part: Callable[[Tensor], Tensor]) -> KeyFeatures:
+    def _map(self, part: Callable[[Tensor], Tensor]) -> KeyFeatures:
         log_amplitude = None if self.log_amplitude is None else part(self.log_amplitude)
         mask = None if self.mask is None else part(self.mask)
         return KeyFeatures(self.log_domain, part(self.values), log_amplitude, mask)
 
 
-def left_out(key_mask: Tensor | None, tokens: slice = slice(None)) -> Tensor | None:
-    """What `FeatureMap.keys` takes, [B, 1, N, 1], from a mask of the keys that count, [B, N]."""
+def invert_key_mask(key_mask: Tensor | None, tokens: slice = slice(None)) -> Tensor | None:
+    """Return the mask of the keys to ignore, [B, 1, N, 1], given the mask of the keys to use, [B, N]."""
     return None if key_mask is None else ~key_mask[:, None, tokens, None]
 
 
 def exp_(logs: Tensor) -> Tensor:
-    """Exp of logarithms whose relevant ones are near 0, in place.
+    """Exponentiate logarithms in place, with a floor of e^-40 (e^-300 in float64).
 
-    Anything below e^-40 (e^-300 in float64), which nothing beside a term of 1 can feel, is raised to that: processors
-    take 30 times as long for exponentials that underflow, and for products that do.
+    The largest logarithm is near 0, so smaller terms are negligible. Exponentials that underflow, and products of their
+    results, take processors 30 times as long.
     """
     return logs.clamp_(min=-300.0 if logs.dtype == torch.float64 else -40.0).exp_()
 
 
 def without_autocast(x: Tensor) -> AbstractContextManager[object]:
-    """A context without autocast, or an empty one where there is none."""
-    # Entered only where there is something to switch off, so that an exported graph stays free of it.
-    # The meta device, on which shapes are computed, has no autocast to ask for.
+    """Return a context that disables autocast, or an empty one if autocast is off."""
+    # An exported graph must not hold the context where autocast is off.
+    # The meta device has no autocast state to query.
     if not x.is_meta and torch.is_autocast_enabled(x.device.type):
         return torch.autocast(x.device.type, enabled=False)
     return nullcontext()

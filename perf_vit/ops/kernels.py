@@ -1,8 +1,7 @@
-"""The feature maps phi of linear attention: phi(q) . phi(k) estimates the attention kernel of q and k.
+"""Kernels (feature maps phi) of linear attention: phi(q) . phi(k) estimates the attention kernel of q and k.
 
-All have the form of Choromanski et al. 2020, equation 5, phi(x) = h(x) / sqrt(R) [f_1(W x), ..., f_l(W x)], with the R
-rows of W drawn from some distribution and x = D^(-1/4) q or D^(-1/4) k. A new one is `make_kernel` and
-`register_kernel`; nothing else asks for a kernel's name.
+All have the form of Choromanski et al. 2020, equation 5, phi(x) = h(x) / sqrt(R) [f_1(W x), ..., f_l(W x)], with R
+random rows W and x = D^(-1/4) q or D^(-1/4) k. Add a kernel with `make_kernel` and `register_kernel`.
 """
 
 from __future__ import annotations
@@ -30,26 +29,25 @@ Distribution = Callable[[int, int, Generator | None], Tensor]
 
 @dataclass(frozen=True, eq=False)
 class Kernel:
-    """A feature map.
+    """Feature map of linear attention.
 
     Attributes:
-        name: what users call it.
-        features: (x [..., N, D], projection [R, D]) -> [..., N, M], M = `features_per_row` R: f(W x), or its logarithm
-            where `log_domain`. The result is its caller's to overwrite.
-        log_domain: whether `features` gives logarithms. Positive features that span many orders of magnitude must, so
-            that they can be stabilised before they are exponentiated.
-        log_amplitude: (x [..., N, D], R) -> [..., N, 1], log(h(x) / sqrt(R)); None for a constant. It is apart from
-            the features because a query's amplitude cancels in the quotient and is never computed.
-        gradient: (x, projection, the result of `features`, a gradient with respect to it) -> the gradient with respect
-            to x; None to differentiate `features` by autograd, which costs a little more.
-        amplitude_gradient: (x, a gradient with respect to `log_amplitude`) -> the gradient with respect to x; None as
-            above.
-        features_per_row: l, features that come from one row of the projection.
+        name: name in configs.
+        features: (x [..., N, D], projection [R, D]) -> [..., N, M] with M = R * `features_per_row`: f(W x), or its
+            logarithm if `log_domain`. The caller may overwrite the result.
+        log_domain: whether `features` returns logarithms; needed by positive features that span many orders of
+            magnitude, which are stabilised before the exponential.
+        log_amplitude: (x [..., N, D], R) -> [..., N, 1], log(h(x) / sqrt(R)); None if constant. Separate from
+            `features` because the amplitude of a query cancels in the quotient and is never computed.
+        gradient: (x, projection, result of `features`, gradient with respect to it) -> gradient with respect to x; None
+            to differentiate `features` by autograd, which is slightly slower.
+        amplitude_gradient: (x, gradient with respect to `log_amplitude`) -> gradient with respect to x; None for
+            autograd.
+        features_per_row: l, number of features per row of the projection.
         estimates_softmax: whether phi(q) . phi(k) estimates exp(q . k / sqrt(D)).
-        distribution: (R, D, generator) -> rows [R, D]; None for the Gaussian of `draw_projection`.
-        parameter: a constant of the feature map that has been fixed, float or [B, H, 1, 1].
-        bind: parameter -> this kernel with it; for kernels that can't be used without one.
-        log_linear: whether `features` gives logarithms that are linear in x, up to a constant.
+        distribution: (R, D, generator) -> rows [R, D]; None for the Gaussian rows of `draw_projection`.
+        parameter: fixed constant of the feature map, float or [B, H, 1, 1]; None if it has none.
+        bind: parameter -> this kernel with that parameter; None for kernels without one.
     """
 
     name: str
@@ -63,15 +61,14 @@ class Kernel:
     distribution: Distribution | None = None
     parameter: float | Tensor | None = None
     bind: Callable[[float | Tensor], Kernel] | None = None
-    log_linear: bool = False
 
     @property
     def needs_parameter(self) -> bool:
-        """Whether a parameter must be bound first."""
+        """Whether a parameter must be bound before use."""
         return self.bind is not None and self.parameter is None
 
-    def same_as(self, other: Kernel) -> bool:
-        """Whether features of both may be multiplied: the same map with the same parameter."""
+    def is_compatible(self, other: Kernel) -> bool:
+        """Return whether both are the same map with the same parameter, so that products of features are valid."""
         if self is other:
             return True
         mine, theirs = self.parameter, other.parameter
@@ -80,25 +77,25 @@ class Kernel:
         return mine is None or theirs is None or torch.equal(torch.as_tensor(mine), torch.as_tensor(theirs))
 
     def num_rows(self, num_features: int) -> int:
-        """Rows of the projection that give M = `num_features`.
+        """Return the number of rows of the projection for M = `num_features` features.
 
         Raises:
-            ValueError: M is no multiple of the features per row.
+            ValueError: If M is not a multiple of `features_per_row`.
         """
         if num_features % self.features_per_row:
             below = num_features - num_features % self.features_per_row
             raise ValueError(
-                f"num_features must be a multiple of {self.features_per_row} for kernel {self.name!r}, which makes so "
-                f"many of each row, got {num_features}; try {below + self.features_per_row}"
+                f"num_features must be a multiple of {self.features_per_row} for kernel {self.name!r} "
+                f"({self.features_per_row} features per row), got {num_features}; try {below + self.features_per_row}"
             )
         return num_features // self.features_per_row
 
 
 def get_kernel(kernel: str | Kernel) -> Kernel:
-    """Look a kernel up by its name; a `Kernel` is itself.
+    """Return the kernel with a name, or the argument itself if it is a `Kernel`.
 
     Raises:
-        ValueError: no kernel of that name.
+        ValueError: If no kernel has that name.
     """
     if isinstance(kernel, Kernel):
         return kernel
@@ -110,15 +107,15 @@ def get_kernel(kernel: str | Kernel) -> Kernel:
 
 
 def kernel_names() -> tuple[str, ...]:
-    """Names of all kernels."""
+    """Return the names of all registered kernels."""
     return tuple(_KERNELS)
 
 
 def register_kernel(kernel: Kernel) -> Kernel:
-    """Make a kernel known by its name, so that models and configs can ask for it.
+    """Register a kernel, so that models and configs can select it by name.
 
     Raises:
-        ValueError: the name is taken.
+        ValueError: If the name is taken.
     """
     if kernel.name in _KERNELS:
         raise ValueError(f"kernel {kernel.name!r} is registered already; give yours another name")
@@ -135,18 +132,19 @@ def make_kernel(
     distribution: Distribution | None = None,
     estimates_softmax: bool = False,
 ) -> Kernel:
-    """A kernel of one's own, phi(x) = h(x) / sqrt(R) [f_1(W x), ..., f_l(W x)] (Choromanski et al. 2020, equation 5).
+    """Make a custom kernel, phi(x) = h(x) / sqrt(R) [f_1(W x), ..., f_l(W x)] (Choromanski et al. 2020, equation 5).
 
     Args:
-        name: what to call it.
+        name: name of the kernel.
         functions: f_1 .. f_l, elementwise and differentiable, [..., N, R] -> [..., N, R].
-        log_h: x, [..., N, D] -> log h(x), [..., N, 1], differentiable; None for h = 1.
-        log_domain: the functions give log f instead of f; for positive features of a wide range.
-        distribution: (R, D, generator) -> rows of W, [R, D]; None for N(0, I), in orthogonal blocks or not.
-        estimates_softmax: phi(q) . phi(k) estimates exp(q . k / sqrt(D)), so that inputs may be centred and balanced.
+        log_h: differentiable function x, [..., N, D] -> log h(x), [..., N, 1]; None for h = 1.
+        log_domain: whether the functions return log f; use it for positive features with a wide range.
+        distribution: (R, D, generator) -> rows of W, [R, D]; None for N(0, I), orthogonal or independent.
+        estimates_softmax: whether phi(q) . phi(k) estimates exp(q . k / sqrt(D)), so that inputs may be centred and
+            balanced.
 
     Raises:
-        ValueError: no function.
+        ValueError: If `functions` is empty.
     """
     if not functions:
         raise ValueError("functions must hold at least one f, got none; [torch.relu] is the simplest")
@@ -162,17 +160,17 @@ def make_kernel(
 
 
 def oprf_kernel(parameter: float | Tensor, name: str = "oprf") -> Kernel:
-    """Optimal positive random features of one parameter A (Likhosherstov et al. 2022, "Chefs' Random Tables").
+    """Make optimal positive random features with parameter A (Likhosherstov et al. 2022, "Chefs' Random Tables").
 
     phi(x) = (1 - 4A)^(D/4) exp(A |w|^2 + sqrt(1 - 4A) w . x - |x|^2 / 2) / sqrt(M); A = 0 gives "softmax+".
 
     Args:
-        parameter: A, below 1/8, lest the variance be infinite; a float or [B, H, 1, 1]. `optimal_parameter` in
-            `perf_vit.ops.favor` finds the best one for queries and keys.
-        name: what to call it.
+        parameter: A < 1/8, float or [B, H, 1, 1]; the variance is infinite above. `optimal_parameter` in
+            `perf_vit.ops.favor` returns the best value for given queries and keys.
+        name: name of the kernel.
 
     Raises:
-        ValueError: a float of 1/8 or more.
+        ValueError: If a float is 1/8 or more.
     """
     if isinstance(parameter, float | int) and parameter >= 1 / 8:
         raise ValueError(f"the parameter of {name!r} must be below 1/8, got {parameter}; the best ones are negative")
@@ -186,7 +184,7 @@ def oprf_kernel(parameter: float | Tensor, name: str = "oprf") -> Kernel:
 
 
 def _half_square(x: Tensor) -> Tensor:
-    # Faster than squaring and summing, which passes over a copy of x.
+    # Faster than squaring and summing, which copies x.
     return torch.linalg.vector_norm(x, dim=-1, keepdim=True).square().div(2)
 
 
@@ -224,7 +222,7 @@ def _softmax_hyperbolic_gradient(x: Tensor, projection: Tensor, features: Tensor
 def _trigonometric(x: Tensor, projection: Tensor) -> Tensor:
     """Trigonometric features: phi(x) = exp(|x|^2 / 2) [cos W x, sin W x] / sqrt(R) (Rahimi and Recht 2007).
 
-    Their products may be negative, so a denominator can vanish: for comparison, not for use.
+    Their products may be negative, so denominators can vanish: meant for comparison only.
     """
     products = F.linear(x, projection)
     return torch.cat([products.cos(), products.sin()], dim=-1)
@@ -255,7 +253,7 @@ def _relu(x: Tensor, projection: Tensor) -> Tensor:
 
 def _relu_gradient(x: Tensor, projection: Tensor, features: Tensor, grad: Tensor) -> Tensor:
     scale = projection.shape[0] ** -0.5
-    # A feature above its floor came from a positive product; the margin is for the rounding of the floor itself.
+    # A feature above the floor has a positive product; the margin covers the rounding of the floor.
     active = features > _RELU_FLOOR * scale * (1 + 1e-6)
     return torch.where(active, grad, 0.0) @ projection * scale
 
@@ -273,7 +271,7 @@ def _oprf_gradient(parameter: float | Tensor, x: Tensor, projection: Tensor, fea
 
 
 def _unbound(x: Tensor, projection: Tensor) -> Tensor:
-    raise ValueError("kernel 'oprf' has no features until its parameter is fixed; use oprf_kernel(-0.05)")
+    raise ValueError("kernel 'oprf' needs a fixed parameter here, got none; use oprf_kernel(-0.05)")
 
 
 def _stack_functions(functions: tuple[Callable[[Tensor], Tensor], ...], x: Tensor, projection: Tensor) -> Tensor:
@@ -294,7 +292,6 @@ _SOFTMAX_PLUS = Kernel(
     gradient=_softmax_plus_gradient,
     amplitude_gradient=_softmax_amplitude_gradient,
     estimates_softmax=True,
-    log_linear=True,
 )
 _OPRF = replace(_SOFTMAX_PLUS, name="oprf", features=_unbound, bind=oprf_kernel)
 _KERNELS = {

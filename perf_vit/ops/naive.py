@@ -1,6 +1,6 @@
-"""Attention as explicit N x N matrices: the references that the linear operations are compared with.
+"""N x N references of the linear attention operations.
 
-Meant for float64 and small N. Nothing is stabilised, so long queries and keys overflow in lower precision.
+Use float64 and small N: nothing is stabilised, so long queries and keys overflow in lower precision.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from torch import Tensor
 
 from perf_vit.ops.balancing import Balancing
 from perf_vit.ops.kernels import Kernel, get_kernel
-from perf_vit.ops.windows import window_numbers
+from perf_vit.ops.windows import window_indices
 
 __all__ = [
     "kernel_matrix",
@@ -30,25 +30,25 @@ def naive_favor_attention(
     causal: bool = False,
     balancing: Balancing | None = None,
 ) -> Tensor:
-    """The estimator of `favor_attention`: row-normalised phi(q) phi(k)^T, times v.
+    """Reference of `favor_attention`: row-normalised phi(q) phi(k)^T, times v.
 
-    Choromanski et al. 2020, equation 4, with the matrix A' of its section 2.2 written out.
+    Choromanski et al. 2020, equation 4, with the matrix A' of section 2.2 computed explicitly.
 
     Args:
         q: queries, [B, H, N_q, D].
         k: keys, [B, H, N_k, D].
         v: values, [B, H, N_k, Dv].
         projection: rows of the feature map, [R, D].
-        kernel: the feature map or its name; "oprf" with its parameter fixed.
-        key_mask: [B, N_k] bool, False for keys that are left out.
-        causal: query i sees keys 0 .. i only.
-        balancing: centres and factors of queries and keys.
+        kernel: feature map or its name; "oprf" needs a fixed parameter.
+        key_mask: [B, N_k] bool, False for keys to ignore.
+        causal: whether query i attends to keys 0 .. i only.
+        balancing: centres and scale of queries and keys.
 
     Returns:
-        [B, H, N_q, Dv] in the dtype of `q`; 0 for queries that see no key.
+        Attended values, [B, H, N_q, Dv], in the dtype of `q`; 0 for queries without a visible key.
 
     Raises:
-        ValueError: an unknown kernel.
+        ValueError: If the kernel is unknown.
     """
     bias = torch.zeros_like(k[..., :1])
     if balancing is not None:
@@ -72,21 +72,21 @@ def naive_clustered_attention(
     num_prefix_tokens: int = 1,
     key_mask: Tensor | None = None,
 ) -> Tensor:
-    """The definition of `clustered_attention`: exact weights in S(i), one weight a cluster elsewhere, one row sum.
+    """Reference of `clustered_attention`: exact weights in S(i) and one weight per cluster elsewhere.
 
     Args:
         q: queries, [B, H, N, D].
         k: keys, [B, H, N, D].
         v: values, [B, H, N, Dv].
-        grid: rows and columns of tokens after the prefix.
-        window_size: rows and columns of a window; 0 for none.
-        sinks: places of the keys that every query sees exactly, [B, H, s].
-        clusters: number of the cluster of each of the grid's keys, [B, H, rows x columns].
-        num_prefix_tokens: tokens before the grid's.
-        key_mask: [B, N] bool, False for keys that are left out.
+        grid: rows and columns of tokens after the prefix tokens.
+        window_size: largest number of rows and columns of a window; 0 for no windows.
+        sinks: indices of the keys to which every query attends exactly, [B, H, s].
+        clusters: cluster index of each key of the grid, [B, H, rows x columns].
+        num_prefix_tokens: number of tokens before the grid.
+        key_mask: [B, N] bool, False for keys to ignore.
 
     Returns:
-        [B, H, N, Dv]; 0 for queries that see no key.
+        Attended values, [B, H, N, Dv]; 0 for queries without a visible key.
     """
     head_dim, first = q.shape[-1], num_prefix_tokens
     seen = torch.ones_like(q[:, :, first:, :1]) if key_mask is None else key_mask[:, None, first:, None].to(q.dtype)
@@ -96,7 +96,7 @@ def naive_clustered_attention(
     same = (clusters.unsqueeze(-1) == clusters.unsqueeze(-2)).to(q.dtype) * takes_part.mT
     number = same.sum(dim=-1, keepdim=True).clamp(min=1.0)
     grid_k, grid_q = k[:, :, first:], q[:, :, first:] * seen
-    # Of each key, the mean and the variances of its cluster.
+    # Mean and variances of each key's cluster.
     mean = same @ grid_k / number
     variance = (same @ grid_k.square() / number - mean.square()).clamp(min=0.0)
     mean_square = grid_q.square().sum(dim=2, keepdim=True) / seen.sum(dim=2, keepdim=True).clamp(min=1.0)
@@ -113,12 +113,12 @@ def naive_clustered_attention(
 
 
 def kernel_matrix(q: Tensor, k: Tensor, projection: Tensor, kernel: str | Kernel = "softmax+") -> Tensor:
-    """A' = phi(q) phi(k)^T, [..., N_q, N_k], for q, [..., N_q, D], and k, [..., N_k, D].
+    """Return A' = phi(q) phi(k)^T, [..., N_q, N_k], for q, [..., N_q, D], and k, [..., N_k, D].
 
-    For a softmax kernel it estimates exp(q k^T / sqrt(D)) without bias, where the rows have "chi" norms.
+    For a softmax kernel and rows with "chi" norms it is an unbiased estimate of exp(q k^T / sqrt(D)).
 
     Raises:
-        ValueError: an unknown kernel.
+        ValueError: If the kernel is unknown.
     """
     return _features(q, projection, get_kernel(kernel)) @ _features(k, projection, get_kernel(kernel)).mT
 
@@ -130,10 +130,10 @@ def softmax_attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = Non
         q: queries, [B, H, N_q, D].
         k: keys, [B, H, N_k, D].
         v: values, [B, H, N_k, Dv].
-        bias: added to the logits, [B, H, N_q, N_k] or what expands to it.
+        bias: additive bias of the logits, [B, H, N_q, N_k] or broadcastable.
 
     Returns:
-        [B, H, N_q, Dv].
+        Attended values, [B, H, N_q, Dv].
     """
     logits = q @ k.mT * q.shape[-1] ** -0.5
     return (logits if bias is None else logits + bias).softmax(dim=-1) @ v
@@ -142,12 +142,12 @@ def softmax_attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = Non
 def _exact_pairs(
     weights: Tensor, grid: tuple[int, int], window_size: int, sinks: Tensor, num_prefix_tokens: int
 ) -> Tensor:
-    """Which queries see which keys exactly, bool of the weights' shape."""
+    """Return the pairs of queries and keys with exact weights, bool [B, H, N, N]."""
     is_exact = torch.zeros_like(weights, dtype=torch.bool)
     is_exact[:, :, :num_prefix_tokens] = True
     is_exact[..., :num_prefix_tokens] = True
     if window_size:
-        window = window_numbers(grid, (window_size, window_size)).to(weights.device)
+        window = window_indices(grid, (window_size, window_size)).to(weights.device)
         is_exact[:, :, num_prefix_tokens:, num_prefix_tokens:] |= window.unsqueeze(1) == window
     is_sink = torch.zeros_like(is_exact[:, :, 0]).scatter_(2, sinks, True)
     return is_exact | is_sink.unsqueeze(2)

@@ -1,4 +1,4 @@
-"""Random projections: the rows that the feature maps of linear attention are evaluated on."""
+"""Random projections: the rows on which the feature maps of linear attention are evaluated."""
 
 from collections.abc import Callable
 from typing import Literal
@@ -24,28 +24,27 @@ def draw_projection(
 ) -> Tensor:
     """Draw the rows w_1 .. w_R of a random feature map with M features.
 
-    Orthogonal rows come in blocks of `head_dim`, each a Haar-distributed orthogonal matrix, the last one cut where
-    R is no multiple; rows of different blocks are independent (Choromanski et al. 2020, "Rethinking
-    Attention with Performers", section 2.4). Every row alone points uniformly, so with "chi" norms it is N(0, I)
-    and the feature map's estimate stays unbiased. The draw happens in float64 on the CPU: the same seed gives the
-    same rows on every device.
+    Orthogonal rows come in blocks of `head_dim`, each a Haar-distributed orthogonal matrix; the last block is truncated
+    if R is not a multiple. Rows of different blocks are independent (Choromanski et al. 2020, "Rethinking Attention
+    with Performers", section 2.4). Each row has a uniform direction, so with "chi" norms it is N(0, I) and the estimate
+    of the feature map is unbiased. Rows are drawn in float64 on the CPU, so a seed gives the same rows on every device.
 
     Args:
-        num_features: features that come out, M; a kernel that makes two of each row draws R = M / 2 rows.
-        head_dim: their length, D.
-        orthogonal: orthogonal blocks; False gives independent directions.
-        norms: "chi" gives each row the norm of an independent Gaussian vector, "sqrt" gives all of them sqrt(D),
-            which estimates the regularised softmax kernel (SMREG, ibid., theorem 1) instead of softmax.
-        generator: a CPU generator; None uses torch's global one.
-        kernel: the feature map or its name. One that has a distribution of its own draws from that, whatever
-            `orthogonal` and `norms` say.
+        num_features: number of features M; a kernel with l features per row draws R = M / l rows.
+        head_dim: length D of a row.
+        orthogonal: whether rows are orthogonal within a block; False draws independent directions.
+        norms: "chi" for the norms of independent Gaussian vectors; "sqrt" for sqrt(D), which estimates the regularised
+            softmax kernel (SMREG, ibid., theorem 1) instead of softmax.
+        generator: CPU generator; None for torch's global one.
+        kernel: feature map or its name. A kernel with its own distribution draws from that and ignores `orthogonal` and
+            `norms`.
 
     Returns:
         The projection, [R, D], float32.
 
     Raises:
-        ValueError: a size below 1 or one that the kernel can't make, unknown norms or kernel, or a generator of
-            another device.
+        ValueError: If a size is below 1 or not a multiple of the kernel's features per row, `norms` or `kernel` is
+            unknown, or the generator is not on the CPU.
     """
     _check_arguments(num_features, head_dim, norms, generator)
     chosen = get_kernel(kernel)
@@ -73,7 +72,7 @@ def _draw_from(kernel: Kernel, num_rows: int, head_dim: int, generator: Generato
 def _orthogonal_directions(num_features: int, head_dim: int, generator: Generator | None) -> Tensor:
     num_blocks = -(-num_features // head_dim)
     q, r = torch.linalg.qr(_randn(num_blocks, head_dim, head_dim, generator=generator))
-    # LAPACK fixes the signs in R, so Q alone is not Haar; giving them back to the columns makes it so
+    # LAPACK fixes the signs in R, so Q is not Haar-distributed until its columns are multiplied by them
     # (Mezzadri 2007). `sign` would erase a column whose diagonal entry is exactly zero.
     diagonal = r.diagonal(dim1=-2, dim2=-1)
     signs = torch.where(diagonal < 0, -torch.ones_like(diagonal), torch.ones_like(diagonal))
@@ -92,7 +91,7 @@ _NORMS: dict[str, Callable[[int, int, Generator | None], Tensor]] = {"chi": _chi
 
 
 def _randn(*shape: int, generator: Generator | None) -> Tensor:
-    # An explicit device: the rows must be real even where a model is built under `torch.device("meta")`.
+    # The device is explicit: the rows must be materialised even if a model is built under `torch.device("meta")`.
     return torch.randn(*shape, generator=generator, dtype=torch.float64, device="cpu")
 
 

@@ -1,4 +1,4 @@
-"""Tokens spread evenly over those that are seen."""
+"""Attention sinks: the keys with the largest weights, to which every query attends exactly."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ __all__ = ["choose_sinks", "sinks_for_size", "spread_tokens"]
 
 
 def spread_tokens(x: Tensor, number: int, key_mask: Tensor | None = None) -> Tensor:
-    """Some tokens of [B, H, N, D], evenly spaced, from the first to the last one, [B, H, n, D].
+    """Select evenly spaced tokens of [B, H, N, D], from the first to the last, [B, H, n, D].
 
     Args:
-        x: tokens.
-        number: n, at most N are taken.
-        key_mask: [B, N] bool, False for tokens that are passed over. A sample with fewer than n others gives some of
-            them more than once, and one without any a token that isn't seen.
+        x: tokens, [B, H, N, D].
+        number: number n of tokens, at most N.
+        key_mask: [B, N] bool, False for tokens to skip. A sample with fewer than n other tokens repeats some of them; a
+            sample without any returns a masked token.
     """
     number = min(number, x.shape[2])
     steps = torch.arange(number, device=x.device)
@@ -25,21 +25,21 @@ def spread_tokens(x: Tensor, number: int, key_mask: Tensor | None = None) -> Ten
         return x[:, :, steps * (x.shape[2] - 1) // max(1, number - 1)]
     seen_first = (~key_mask).to(torch.uint8).argsort(dim=-1, stable=True)
     last = (key_mask.sum(dim=-1, keepdim=True) - 1).clamp(min=0)
-    places = seen_first.take_along_dim(steps * last // max(1, number - 1), dim=-1)
-    return torch.take_along_dim(x, places[:, None, :, None], dim=2)
+    indices = seen_first.take_along_dim(steps * last // max(1, number - 1), dim=-1)
+    return torch.take_along_dim(x, indices[:, None, :, None], dim=2)
 
 
-# So many queries at a time: their weights take less memory than queries, keys and values do.
+# Number of queries processed at once: their weights take less memory than queries, keys and values.
 _QUERIES = 32
 
-# Of each head, at least and at most, and tokens x sinks in between. Saved conversions rest on these numbers.
+# Fewest and most sinks per head, and tokens x sinks in between. Saved conversions depend on these values.
 _FEWEST, _MOST, _TOKENS_TIMES_SINKS = 64, 256, 5 * 2**18
 
 
 def sinks_for_size(num_tokens: int) -> int:
-    """Sinks of an image of so many tokens: 256 up to 5,120 tokens, 64 from 20,480, and the same cost in between.
+    """Return the number of sinks for an image: 256 up to 5,120 tokens, 64 from 20,480, and constant cost in between.
 
-    In small images attention is a small part of the work, so more of it costs little and keeps more of softmax.
+    In small images attention is a small part of the cost, so more sinks cost little and keep more of exact attention.
     """
     return max(_FEWEST, min(_MOST, _TOKENS_TIMES_SINKS // max(num_tokens, 1)))
 
@@ -48,20 +48,20 @@ def sinks_for_size(num_tokens: int) -> int:
 def choose_sinks(
     q: Tensor, k: Tensor, num_sinks: int, num_prefix_tokens: int, key_mask: Tensor | None, num_queries: int = 128
 ) -> Tensor:
-    """The keys with the largest mean root of their weights in exact attention of some queries spread over the grid.
+    """Select the keys with the largest mean square root of attention weight over queries spread over the grid.
 
-    The root, because a key that many queries look at serves better than one that holds all of a few.
+    The square root favours keys that many queries attend to over keys with all the weight of a few queries.
 
     Args:
         q: queries, [B, H, N, D].
         k: keys, [B, H, N, D].
-        num_sinks: how many, at most as many as there are.
-        num_prefix_tokens: tokens at the start that are no candidates.
-        key_mask: [B, N] bool, False for keys that are no candidates either, and whose tokens aren't asked.
-        num_queries: how many queries are asked.
+        num_sinks: number of sinks, at most the number of candidates.
+        num_prefix_tokens: number of tokens at the start, which are no candidates.
+        key_mask: [B, N] bool, False for tokens that are neither candidates nor sampled as queries.
+        num_queries: number of queries sampled.
 
     Returns:
-        Their places, [B, H, num_sinks].
+        Indices of the sinks, [B, H, num_sinks].
     """
     length = q.shape[2] - num_prefix_tokens
     seen = None if key_mask is None else key_mask[:, num_prefix_tokens:]

@@ -1,4 +1,4 @@
-"""What linear attention remembers of its keys and values: sums whose size does not depend on their number."""
+"""State of linear attention: sums over keys and values, of a size independent of their number."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from perf_vit.ops.balancing import Balancing
-from perf_vit.ops.features import FeatureMap, KeyFeatures, exp_, left_out, without_autocast
+from perf_vit.ops.features import FeatureMap, KeyFeatures, exp_, invert_key_mask, without_autocast
 from perf_vit.ops.kernels import Kernel, get_kernel
 
 __all__ = ["KVState", "check_attention_keys", "check_keys", "make_feature_map", "masked_values", "sum_keys"]
@@ -16,23 +16,22 @@ __all__ = ["KVState", "check_attention_keys", "check_keys", "make_feature_map", 
 
 @dataclass(frozen=True, eq=False)
 class KVState:
-    """The keys and values of one attention, summed: S = sum_j phi(k_j) v_j^T and z = sum_j phi(k_j).
+    """Sums over the keys and values of one attention: S = sum_j phi(k_j) v_j^T and z = sum_j phi(k_j).
 
-    States add: that of a sequence is the `merge` of its parts' states, whatever their order. So a sequence can come
-    in chunks, from files or from other machines, and `attend` gives what it would give for the whole. The sums are
-    float32, or float64 for float64 keys, under autocast too.
+    States are additive: the state of a sequence is the `merge` of the states of its parts, in any order. A sequence can
+    therefore be processed in chunks, from files or on several machines, and `attend` gives the result of the whole. The
+    sums are float32, or float64 for float64 keys, also under autocast.
 
-    A positive softmax feature of a long key leaves the range of any float, so log-domain kernels store
-    exp(log phi(k_j) - c) with c = `log_scale`, the largest log phi(k_j) of each feature, and `attend` gives exp(c)
-    back to the queries. c cancels in the quotient, hence no gradient flows through it and no epsilon is needed:
-    the key that attains c contributes exactly 1. All of it happens per sample and head; samples never mix.
+    A positive softmax feature of a long key exceeds the range of floats, so log-domain kernels store exp(log phi(k_j) -
+    c) with c = `log_scale`, the largest log phi(k_j) of each feature, and `attend` multiplies the queries by exp(c). c
+    cancels in the quotient, so it needs no gradient, and the key that attains c contributes exactly 1, so no epsilon is
+    needed. Scales are separate for each sample and head.
 
     Attributes:
         S: scaled sums of phi(k_j) v_j^T, [B, H, M, Dv].
         z: scaled sums of phi(k_j), [B, H, M].
-        log_scale: c, [B, H, M]; zero for kernels without an amplitude, one number for all features of
-            "softmax-trig".
-        feature_map: kernel, projection and balancing; the same for keys, queries and states that merge.
+        log_scale: c, [B, H, M]; 0 for kernels without an amplitude, equal for all features of "softmax-trig".
+        feature_map: kernel, projection and balancing, which keys, queries and merged states must share.
     """
 
     S: Tensor
@@ -50,51 +49,52 @@ class KVState:
         key_mask: Tensor | None = None,
         balancing: Balancing | None = None,
     ) -> KVState:
-        """The state of some keys and their values.
+        """Compute the state of keys and values.
 
         Args:
-            k: keys, [B, H, N, D], at least one.
+            k: keys, [B, H, N, D], N >= 1.
             v: values, [B, H, N, Dv].
             projection: rows of the feature map, [R, D], from `draw_projection`.
-            kernel: the feature map, or its name; "oprf" as `oprf_kernel(A)`, lest parts have different ones.
-            key_mask: [B, N] bool, False for keys that add nothing, exactly as if they weren't there.
-            balancing: constants that centre and balance queries and keys, from `fit_balancing`.
+            kernel: feature map or its name; "oprf" needs a fixed parameter, `oprf_kernel(A)`, so that parts agree.
+            key_mask: [B, N] bool, False for keys to ignore, as if they were absent.
+            balancing: constants from `fit_balancing` that centre and balance queries and keys.
 
         Raises:
-            ValueError: an unknown kernel or one without its parameter, no key, or shapes that don't fit together.
+            ValueError: If the kernel is unknown or lacks its parameter, there are no keys, or the shapes are
+                inconsistent.
         """
         feature_map = make_feature_map(kernel, projection, balancing)
         check_keys(k, v, projection, key_mask)
         if feature_map.kernel.needs_parameter:
             raise ValueError(
-                f"kernel {feature_map.kernel.name!r} takes its parameter from all queries and keys, which a state "
-                "doesn't see; expected it fixed: kernel=oprf_kernel(-0.05)"
+                f"kernel {feature_map.kernel.name!r} fits its parameter to all queries and keys, which a state "
+                "doesn't have; expected it fixed: kernel=oprf_kernel(-0.05)"
             )
         return cls._from_keys(k, v, feature_map, key_mask)
 
     @classmethod
     def _from_keys(cls, k: Tensor, v: Tensor, feature_map: FeatureMap, key_mask: Tensor | None) -> KVState:
         with without_autocast(k):
-            return sum_keys(feature_map.keys(feature_map.key_inputs(k), left_out(key_mask)), v, feature_map)
+            return sum_keys(feature_map.keys(feature_map.key_inputs(k), invert_key_mask(key_mask)), v, feature_map)
 
     def update(self, k: Tensor, v: Tensor, key_mask: Tensor | None = None) -> KVState:
-        """The state with more keys, [B, H, N, D], values, [B, H, N, Dv], and their mask; this one stays as it is.
+        """Return the state with more keys, [B, H, N, D], values, [B, H, N, Dv], and their mask; `self` is unchanged.
 
         Raises:
-            ValueError: shapes that don't fit together or don't fit the state.
+            ValueError: If the shapes are inconsistent or don't match the state.
         """
         check_keys(k, v, self.feature_map.projection, key_mask)
         return self.merge(self._from_keys(k, v, self.feature_map, key_mask))
 
     def merge(self, other: KVState) -> KVState:
-        """The state of both states' keys, which must come from the same projection.
+        """Return the state of the keys of both states, which must use the same projection.
 
-        Each side is rescaled by exp(c_old - c_new) <= 1 to the larger of the two scales.
+        Both are rescaled by exp(c_old - c_new) <= 1 to the larger of the two scales.
 
         Raises:
-            ValueError: states of different kernels, balancing or shapes.
+            ValueError: If the kernels, balancings or shapes differ.
         """
-        if self.S.shape != other.S.shape or not self.feature_map.same_as(other.feature_map):
+        if self.S.shape != other.S.shape or not self.feature_map.is_compatible(other.feature_map):
             mine, theirs = self.feature_map, other.feature_map
             raise ValueError(
                 "states merge only with the same kernel, parameter, balancing and shape, "
@@ -111,18 +111,18 @@ class KVState:
         )
 
     def normalized(self) -> KVState:
-        """The same state with z = 1 and S = the mean value of each feature, for kernels in the log domain.
+        """Rescale a log-domain state to z = 1, so that S holds the mean value of each feature.
 
         Attention is then a softmax over features, whose denominator needs no product with z.
         """
         if not self.feature_map.kernel.log_domain:
             return self
-        # z is 0 where every key is masked, and so is S. A constant divides both, lest a gradient be lost.
+        # If all keys are masked, z and S are 0. The divisor is detached so that both keep their gradients.
         by = self.z.detach().clamp(min=torch.finfo(self.z.dtype).tiny)
         return replace(self, S=self.S / by.unsqueeze(-1), z=self.z / by, log_scale=self.log_scale + by.log())
 
     def sums(self, q: Tensor) -> tuple[Tensor, Tensor]:
-        """Numerator and denominator of the attention of queries, up to one positive factor per query.
+        """Return numerator and denominator of the attention of queries, up to one positive factor per query.
 
         For a log-domain kernel the factor makes the largest term of each query's denominator 1, so that it is at
         least 1. Where every key was masked, the numerator is 0.
@@ -134,7 +134,7 @@ class KVState:
             sum_j phi(q_i).phi(k_j) v_j, [B, H, N, Dv], and sum_j phi(q_i).phi(k_j), [B, H, N, 1].
 
         Raises:
-            ValueError: queries that don't fit the state.
+            ValueError: If the queries don't match the state.
         """
         self._check_queries(q)
         state = self.normalized()
@@ -144,25 +144,25 @@ class KVState:
             return features @ state.S, state.denominators(features)
 
     def denominators(self, features: Tensor) -> Tensor:
-        """Products of queries' scaled features, [B, H, N, M], with z, [B, H, N, 1]; the state must be normalised."""
+        """Multiply scaled features of queries, [B, H, N, M], by z, [B, H, N, 1]; the state must be normalised."""
         if self.feature_map.kernel.log_domain and not self.z.requires_grad:
             return features.sum(dim=-1, keepdim=True)
         return features @ self.z.unsqueeze(-1)
 
     def attend(self, q: Tensor) -> Tensor:
-        """Attention of queries over all keys of the state (Choromanski et al. 2020, equation 4).
+        """Attend to all keys of the state (Choromanski et al. 2020, equation 4).
 
         Args:
             q: queries, [B, H, N, D].
 
         Returns:
-            The weighted mean of the values, [B, H, N, Dv], in the dtype of `q`; 0 where every key was masked.
+            Attended values, [B, H, N, Dv], in the dtype of `q`; 0 if all keys are masked.
 
         Raises:
-            ValueError: queries that don't fit the state.
+            ValueError: If the queries don't match the state.
         """
         numerator, denominator = self.sums(q)
-        # Without a key, and without the log domain, both are 0, and so is the mean of nothing.
+        # Outside the log domain both are 0 if all keys are masked.
         return (numerator / denominator.masked_fill(denominator == 0, 1.0)).to(q.dtype)
 
     def _check_queries(self, q: Tensor) -> None:
@@ -176,23 +176,24 @@ class KVState:
 
 
 def sum_keys(keys: KeyFeatures, v: Tensor, feature_map: FeatureMap) -> KVState:
-    """The state of keys whose features are there (overwritten) and of their values, [B, H, N, Dv]."""
+    """Compute the state of keys, given their features (overwritten), and of their values, [B, H, N, Dv]."""
     log_scale = keys.scale()
     features = keys.scaled(log_scale)
     return KVState(features.mT @ masked_values(v, keys), features.sum(dim=-2), log_scale, feature_map)
 
 
 def masked_values(v: Tensor, keys: KeyFeatures) -> Tensor:
-    """Values in the dtype of the features, 0 for masked keys, which may carry anything, NaN included."""
+    """Cast values to the dtype of the features and set those of masked keys to 0, whatever they hold."""
     v = v.to(keys.values.dtype)
     return v if keys.mask is None else v.masked_fill(keys.mask, 0.0)
 
 
 def make_feature_map(kernel: str | Kernel, projection: Tensor, balancing: Balancing | None) -> FeatureMap:
-    """A feature map of checked parts.
+    """Validate kernel, projection and balancing and combine them.
 
     Raises:
-        ValueError: an unknown kernel, a projection that isn't [R, D], or a balancing for a kernel that it changes.
+        ValueError: If the kernel is unknown, the projection isn't [R, D], or balancing is given for a kernel that
+            doesn't estimate softmax.
     """
     chosen = get_kernel(kernel)
     if projection.ndim != 2 or 0 in projection.shape:
@@ -201,18 +202,15 @@ def make_feature_map(kernel: str | Kernel, projection: Tensor, balancing: Balanc
             "draw it with draw_projection(num_features, head_dim)"
         )
     if balancing is not None and not chosen.estimates_softmax:
-        raise ValueError(
-            f"balancing leaves softmax attention as it is, but kernel {chosen.name!r} estimates another; "
-            "use balancing=None"
-        )
+        raise ValueError(f"balancing needs a kernel that estimates softmax, got {chosen.name!r}; use balancing=None")
     return FeatureMap(chosen, projection, balancing)
 
 
 def check_keys(k: Tensor, v: Tensor, projection: Tensor, key_mask: Tensor | None) -> None:
-    """Refuse keys, values, projection and mask that don't fit together.
+    """Check that keys, values, projection and mask are consistent.
 
     Raises:
-        ValueError: says what doesn't.
+        ValueError: If they aren't.
     """
     check_attention_keys(k, v, key_mask)
     if projection.shape[1] != k.shape[3]:
@@ -223,10 +221,10 @@ def check_keys(k: Tensor, v: Tensor, projection: Tensor, key_mask: Tensor | None
 
 
 def check_attention_keys(k: Tensor, v: Tensor, key_mask: Tensor | None) -> None:
-    """Refuse keys, values and mask that don't fit together.
+    """Check that keys, values and mask are consistent.
 
     Raises:
-        ValueError: says what doesn't.
+        ValueError: If they aren't.
     """
     if k.ndim != 4 or v.ndim != 4 or k.shape[:3] != v.shape[:3] or k.shape[2] == 0:
         raise ValueError(

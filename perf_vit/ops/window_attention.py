@@ -1,4 +1,4 @@
-"""Exact attention over windows and shared keys, joined with a few keys that stand in for all others."""
+"""Attention that is exact over windows and shared keys and uses a few summary keys for all others."""
 
 from __future__ import annotations
 
@@ -17,26 +17,26 @@ from perf_vit.ops.features import LOWEST_SCALE
 from perf_vit.ops.sinks import choose_sinks
 from perf_vit.ops.windows import WindowGroup, from_windows, group_windows, split_dim, to_windows
 
-__all__ = ["StandIns", "Windows", "attend_joined", "check_grid"]
+__all__ = ["SummaryKeys", "Windows", "attend_with_summaries", "check_grid"]
 
-# A group of windows has about so many keys, counted for each window; without windows, so many tokens.
+# Approximate number of keys of a group, summed over its windows; without windows, its number of tokens.
 _GROUP_KEYS = 4096
 _GROUP_TOKENS = 2048
 
 Call = Callable[..., Any]
-Blank = tuple[Tensor, Tensor, Tensor]
+Buffers = tuple[Tensor, Tensor, Tensor]
 
 
 @dataclass(frozen=True, eq=False)
 class Windows:
-    """What belongs to the windows of a group: views of it, [B, H, .., .., h, w, C].
+    """Views of the windows of a group, [B, H, .., .., h, w, C].
 
     Attributes:
         q: queries.
         k: keys.
         v: values.
-        log_mask: 0 for keys that take part, far below any logit for the others.
-        labels: of the keys, whatever the stand-ins need, or None.
+        log_mask: 0 for keys in use, far below any logit for the others.
+        labels: label of each key for the summary keys, or None.
     """
 
     q: Tensor
@@ -46,19 +46,19 @@ class Windows:
     labels: Tensor | None = None
 
     def tokens(self, x: Tensor) -> Tensor:
-        """[B, H, .., .., h, w, C] -> [B, H, W, T, C] in the dtype of the sums."""
+        """Flatten windows, [B, H, .., .., h, w, C] -> [B, H, W, T, C], in the dtype of the sums."""
         return x.to(self.log_mask.dtype).flatten(4, 5).flatten(2, 3)
 
 
-class StandIns(ABC):
-    """M keys of each head in place of all that a query sees neither in its window nor among the shared keys.
+class SummaryKeys(ABC):
+    """M keys per head that summarise all keys outside a query's window and the shared keys.
 
-    To a query they are keys as any others, [row, log weight], whose value is the mean of those that they stand for.
-    What weight and values are depends on the window: its own tokens are taken out.
+    A query attends to a summary key as to any other: the key is [row, log weight], the value the mean of the summarised
+    values. Weight and value depend on the window, whose tokens are excluded.
 
     Attributes:
-        rows: the keys, [B or 1, H or 1, M, D].
-        labels: one a token of the grid, [B, H, N, 1], that `weigh` gets with the windows, or None.
+        rows: keys, [B or 1, H or 1, M, D].
+        labels: label of each token of the grid, [B, H, N, 1], passed to `weigh` with the windows; None if not needed.
     """
 
     rows: Tensor
@@ -66,19 +66,19 @@ class StandIns(ABC):
 
     @abstractmethod
     def collect(self, windows: list[Windows], call: Call) -> list[tuple[Tensor, ...]]:
-        """What `weigh` needs of all windows, for each group; `call` lets the backward pass compute a part again."""
+        """Collect what `weigh` needs from all windows, per group; `call` lets the backward pass recompute a part."""
 
     @abstractmethod
     def weigh(self, own: Windows | None, *collected: Tensor) -> tuple[Tensor, Tensor]:
-        """Logarithms of the weights, [B, H, W or 1, M, 1], and values, [B, H, W or 1, M, Dv].
+        """Return the log weights, [B, H, W or 1, M, 1], and the values, [B, H, W or 1, M, Dv].
 
         Args:
-            own: the windows whose tokens are taken out, or None to take out nothing.
-            *collected: what `collect` gave for their group.
+            own: windows whose tokens are excluded, or None to exclude none.
+            *collected: result of `collect` for their group.
         """
 
 
-def attend_joined(
+def attend_with_summaries(
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -87,32 +87,33 @@ def attend_joined(
     num_sinks: int,
     num_prefix_tokens: int,
     key_mask: Tensor | None,
-    make: Callable[[Tensor, Tensor, Tensor], StandIns],
+    make_summaries: Callable[[Tensor, Tensor, Tensor], SummaryKeys],
     sink_queries: int = 128,
 ) -> Tensor:
-    """Attention that is exact over windows, prefix tokens and sinks, and takes stand-ins for the rest.
+    """Attend exactly to windows, prefix tokens and sinks, and to summary keys for the rest.
 
     Args:
-        q: queries, [B, H, N, D]: first the prefix tokens, then the grid's, row by row.
+        q: queries, [B, H, N, D]: prefix tokens first, then the grid in row-major order.
         k: keys, [B, H, N, D].
         v: values, [B, H, N, Dv].
         grid: rows and columns of tokens.
-        window_size: rows and columns of a window, at most; 0 for none.
-        num_sinks: keys of each sample and head that every query sees exactly.
-        num_prefix_tokens: tokens that come first, attend exactly and are seen exactly.
-        key_mask: [B, N] bool, False for keys that are left out.
-        make: the stand-ins, from queries and keys of the grid and the logarithm of their mask, [B, H, n, 1].
-        sink_queries: how many queries are asked for the sinks.
+        window_size: largest number of rows and columns of a window; 0 for no windows.
+        num_sinks: number of keys per sample and head to which every query attends exactly.
+        num_prefix_tokens: number of tokens at the start that attend exactly and are attended to exactly.
+        key_mask: [B, N] bool, False for keys to ignore.
+        make_summaries: function of the queries and keys of the grid and their log mask, [B, H, n, 1], that returns the
+            summary keys.
+        sink_queries: number of queries that the choice of sinks samples.
 
     Returns:
-        [B, H, N, Dv], in float32 at least.
+        Attended values, [B, H, N, Dv], in at least float32.
     """
-    # While torch.jit traces, sizes are tensors; a trace is for images of one size.
+    # Under torch.jit.trace sizes are tensors; a trace is valid for one image size.
     grid = int(grid[0]), int(grid[1])
     log_mask = k.new_zeros(*k.shape[:3], 1, dtype=torch.promote_types(k.dtype, torch.float32))
     if key_mask is not None:
         masked = ~key_mask[:, None, :, None]
-        # What a masked key carries may be anything, NaN included.
+        # Masked keys may hold any value, including NaN.
         k, v = k.masked_fill(masked, 0.0), v.masked_fill(masked, 0.0)
         log_mask = log_mask.masked_fill(masked, LOWEST_SCALE)
     prefix = _exact(q[:, :, :num_prefix_tokens], k, v, log_mask)
@@ -120,14 +121,14 @@ def attend_joined(
     shared = _shared_keys(k, v, log_mask, sinks, num_prefix_tokens)
     log_mask = log_mask.scatter(2, sinks.unsqueeze(-1), LOWEST_SCALE)
     q, k, v, log_mask = (x[:, :, num_prefix_tokens:] for x in (q, k, v, log_mask))
-    others = make(q, k, log_mask)
-    attention = _Attention(q, k, v, log_mask, shared, others, grid, own=window_size > 0)
-    groups = _groups(grid, window_size, int(shared[0].shape[2] + others.rows.shape[2]))
+    summaries = make_summaries(q, k, log_mask)
+    attention = _Attention(q, k, v, log_mask, shared, summaries, grid, own=window_size > 0)
+    groups = _groups(grid, window_size, int(shared[0].shape[2] + summaries.rows.shape[2]))
     return _join(prefix, attention.run(groups), groups, grid)
 
 
 def _with_columns(x: Tensor, num_columns: int, *columns: Tensor | float) -> Tensor:
-    """[..., n] with more columns, numbers or [..., 1], and zeros after those, [..., C]."""
+    """Append columns (scalars or [..., 1]) to [..., n] and pad with zeros to [..., C]."""
     numbers = (y if isinstance(y, Tensor) else x.new_full((1,), y) for y in columns)
     missing = num_columns - int(x.shape[-1]) - len(columns)
     parts = [x, *numbers, x.new_zeros(missing)]
@@ -137,10 +138,10 @@ def _with_columns(x: Tensor, num_columns: int, *columns: Tensor | float) -> Tens
 def check_grid(
     q: Tensor, k: Tensor, grid: tuple[int, int], window_size: int, num_sinks: int, num_prefix_tokens: int
 ) -> None:
-    """Refuse what doesn't fit together.
+    """Check that queries, keys, grid and sizes are consistent.
 
     Raises:
-        ValueError: other keys than queries, negative numbers, or a grid that isn't that of the tokens.
+        ValueError: If q and k differ in shape, a size is negative, or the grid doesn't match the number of tokens.
     """
     if q.shape != k.shape:
         raise ValueError(f"q and k must have one shape [B, H, N, D], got {list(q.shape)} and {list(k.shape)}")
@@ -164,22 +165,21 @@ def check_grid(
 
 @dataclass(frozen=True, eq=False)
 class _Attention:
-    """One call: what all groups of windows need.
+    """One attention call: the tensors shared by all groups of windows.
 
-    A query attends, in one exact attention, to the keys of its window, to those that all queries see, and to the
-    stand-ins. One more column carries what is no product: queries are [q, sqrt(D)], keys [k, log mask] and stand-ins
-    [row, log weight], and products are divided by sqrt(D).
+    A query attends, in one exact attention, to the keys of its window, to the shared keys and to the summary keys. An
+    extra column carries the additive terms: queries are [q, sqrt(D)], keys [k, log mask] and summary keys [row, log
+    weight], and products are divided by sqrt(D).
 
     Attributes:
         q: queries of the grid, [B, H, N, D].
         k: keys of the grid, [B, H, N, D].
         v: values of the grid, [B, H, N, Dv].
-        log_mask: 0 for keys that take part in windows and sums, far below any logit for masked ones and sinks,
-            [B, H, N, 1].
-        shared: keys and values of the prefix and the sinks, which all queries see, [B, H, s, C] each.
-        others: the stand-ins.
-        grid: rows and columns.
-        own: whether queries see the keys of their window exactly.
+        log_mask: 0 for keys in windows and summaries, far below any logit for masked keys and sinks, [B, H, N, 1].
+        shared: keys and values of the prefix tokens and the sinks, to which all queries attend, [B, H, s, C] each.
+        summaries: summary keys.
+        grid: rows and columns of tokens.
+        own: whether queries attend exactly to the keys of their window.
     """
 
     q: Tensor
@@ -187,13 +187,13 @@ class _Attention:
     v: Tensor
     log_mask: Tensor
     shared: tuple[Tensor, Tensor]
-    others: StandIns
+    summaries: SummaryKeys
     grid: tuple[int, int]
     own: bool
 
     @property
     def num_columns(self) -> int:
-        """C."""
+        """Number of columns C of keys and values."""
         return int(self.shared[0].shape[-1])
 
     @property
@@ -202,41 +202,41 @@ class _Attention:
         return torch.is_grad_enabled() and any(x.requires_grad for x in (self.q, self.k, self.v))
 
     def run(self, groups: list[WindowGroup]) -> Iterator[Tensor]:
-        """Attention of the queries of each group, [B, rows, columns, H, Dv]."""
+        """Attend with the queries of each group, [B, rows, columns, H, Dv]."""
         parts = [to_windows(x, self.grid, groups) for x in (self.q, self.k, self.v, self.log_mask)]
-        labels = self.others.labels
+        labels = self.summaries.labels
         parts.append([None] * len(groups) if labels is None else to_windows(labels, self.grid, groups))  # type: ignore[list-item]
         windows = [Windows(*each) for each in zip(*parts, strict=True)]
-        collected = self.others.collect(windows, self._call)
-        rows = self.others.rows
+        collected = self.summaries.collect(windows, self._call)
+        rows = self.summaries.rows
         sizes = {} if self.differentiable else {group.size: group for group in groups}
-        blanks = {size: self._blank(group, rows) for size, group in sizes.items()}
+        buffers_by_size = {size: self._make_buffers(group, rows) for size, group in sizes.items()}
         for group, own, of_group in zip(groups, windows, collected, strict=True):
-            yield from_windows(self._call(self._attend, own, rows, blanks.get(group.size), *of_group), group)
+            yield from_windows(self._call(self._attend, own, rows, buffers_by_size.get(group.size), *of_group), group)
 
     def _call(self, function: Callable[..., Any], *arguments: Any) -> Any:
-        """Call it so that the backward pass computes it again: nothing of a group's size is kept."""
+        """Call a function with checkpointing: the backward pass recomputes it, so no tensor of the group is stored."""
         if self.differentiable:
             return checkpoint(function, *arguments, use_reentrant=False, preserve_rng_state=False)
         return function(*arguments)
 
-    def _attend(self, own: Windows, rows: Tensor, blank: Blank | None, *collected: Tensor) -> Tensor:
-        """Attention of the queries of some windows, [B, H, W x T, Dv]."""
+    def _attend(self, own: Windows, rows: Tensor, buffers: Buffers | None, *collected: Tensor) -> Tensor:
+        """Attend with the queries of a group's windows, [B, H, W x T, Dv]."""
         head_dim, value_dim = int(own.q.shape[-1]), int(own.v.shape[-1])
-        log_weights, means = self.others.weigh(own if self.own else None, *collected)
+        log_weights, means = self.summaries.weigh(own if self.own else None, *collected)
         parts = (
-            self._put_together(own, rows, log_weights, means)
-            if blank is None
-            else self._fill_in(own, log_weights, means, *blank)
+            self._concatenate(own, rows, log_weights, means)
+            if buffers is None
+            else self._fill_buffers(own, log_weights, means, *buffers)
         )
         q, k, v = (x.flatten(0, 2).unsqueeze(1) for x in parts)
         out = F.scaled_dot_product_attention(q, k, v, scale=head_dim**-0.5)
         return out.view(*self.q.shape[:2], -1, out.shape[-1])[..., :value_dim]
 
-    def _put_together(
+    def _concatenate(
         self, own: Windows, rows: Tensor, log_weights: Tensor, means: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries, [B, H, W, T, C], keys and values, [B, H, W, n, C], for a backward pass to follow."""
+        """Build queries, [B, H, W, T, C], keys and values, [B, H, W, n, C], for a backward pass."""
         q = _with_columns(own.tokens(own.q), self.num_columns, own.q.shape[-1] ** 0.5)
         each = (*self.q.shape[:2], math.prod(own.q.shape[2:4]))
         far_k = _with_columns(
@@ -249,10 +249,10 @@ class _Attention:
             v.insert(0, _with_columns(own.tokens(own.v), self.num_columns))
         return q, torch.cat([*k, far_k], dim=3), torch.cat([*v, far_v], dim=3)
 
-    def _fill_in(
+    def _fill_buffers(
         self, own: Windows, log_weights: Tensor, means: Tensor, q: Tensor, k: Tensor, v: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """The same, written on what all groups of windows of one size share."""
+        """Build the same tensors in the buffers shared by all groups with windows of one size."""
         head_dim, value_dim, far = self.q.shape[-1], self.v.shape[-1], slice(k.shape[3] - means.shape[3], None)
         shape, near = own.q.shape[2:6], slice(0, own.q.shape[4] * own.q.shape[5])
         split_dim(split_dim(q, 3, *shape[2:]), 2, *shape[:2])[..., :head_dim] = own.q
@@ -265,8 +265,8 @@ class _Attention:
             near_v[..., :value_dim] = own.v
         return q, k, v
 
-    def _blank(self, group: WindowGroup, rows: Tensor) -> Blank:
-        """Queries, keys and values as `_put_together` has them, but for what differs from group to group."""
+    def _make_buffers(self, group: WindowGroup, rows: Tensor) -> Buffers:
+        """Allocate buffers for queries, keys and values, filled with the parts that all groups share."""
         each, head_dim = (*self.q.shape[:2], math.prod(group.shape)), int(self.q.shape[-1])
         q = self.log_mask.new_zeros(*each, math.prod(group.window), head_dim)
         q = _with_columns(q, self.num_columns, head_dim**0.5)
@@ -279,11 +279,11 @@ class _Attention:
 def _shared_keys(
     k: Tensor, v: Tensor, log_mask: Tensor, sinks: Tensor, num_prefix_tokens: int
 ) -> tuple[Tensor, Tensor]:
-    """Keys and values of the prefix tokens and the sinks, with their columns, [B, H, P + s, C]."""
-    places = torch.arange(num_prefix_tokens, device=k.device).expand(*sinks.shape[:2], -1)
-    places = torch.cat([places, sinks], dim=-1).unsqueeze(-1)
-    k, v, log_mask = (torch.take_along_dim(x, places, dim=2).to(log_mask.dtype) for x in (k, v, log_mask))
-    # Fused attention on GPUs needs rows of 16 bytes.
+    """Return the keys and values of prefix tokens and sinks with their extra columns, [B, H, P + s, C]."""
+    indices = torch.arange(num_prefix_tokens, device=k.device).expand(*sinks.shape[:2], -1)
+    indices = torch.cat([indices, sinks], dim=-1).unsqueeze(-1)
+    k, v, log_mask = (torch.take_along_dim(x, indices, dim=2).to(log_mask.dtype) for x in (k, v, log_mask))
+    # Fused attention on GPUs needs rows that are a multiple of 16 bytes.
     num_columns = -(-max(k.shape[-1] + 1, v.shape[-1]) // 4) * 4
     return _with_columns(k, num_columns, log_mask), _with_columns(v, num_columns)
 
@@ -294,7 +294,7 @@ def _exact(q: Tensor, k: Tensor, v: Tensor, log_mask: Tensor) -> Tensor:
 
 
 def _join(prefix: Tensor, parts: Iterator[Tensor], groups: list[WindowGroup], grid: tuple[int, int]) -> Tensor:
-    """The prefix, [B, H, P, Dv], and the groups' rectangles, [B, rows, columns, H, Dv], as [B, H, N, Dv]."""
+    """Join the prefix, [B, H, P, Dv], and the rectangles of the groups, [B, rows, columns, H, Dv], to [B, H, N, Dv]."""
     batch, heads, num_prefix, value_dim = prefix.shape
     if torch.is_grad_enabled():
         rows: dict[int, list[Tensor]] = {}
@@ -312,7 +312,7 @@ def _join(prefix: Tensor, parts: Iterator[Tensor], groups: list[WindowGroup], gr
 
 def _groups(grid: tuple[int, int], window_size: int, num_shared: int) -> list[WindowGroup]:
     if not window_size:
-        # Without windows tokens still come in groups, of whole rows or of parts of one.
+        # Without windows, tokens are grouped by whole rows, or by parts of one row.
         rows = max(1, _GROUP_TOKENS // grid[1])
         return group_windows(grid, (rows, _GROUP_TOKENS), max_windows=1)
     return group_windows(grid, (window_size, window_size), max(1, _GROUP_KEYS // (window_size**2 + num_shared)))

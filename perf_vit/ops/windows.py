@@ -1,4 +1,4 @@
-"""A 2-D grid of tokens, row by row, cut into windows of nearly equal size."""
+"""Windows of nearly equal size on a 2-D grid of tokens in row-major order."""
 
 from __future__ import annotations
 
@@ -8,17 +8,17 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-__all__ = ["WindowGroup", "from_windows", "group_windows", "split_dim", "to_windows", "window_numbers"]
+__all__ = ["WindowGroup", "from_windows", "group_windows", "split_dim", "to_windows", "window_indices"]
 
 
 @dataclass(frozen=True)
 class WindowGroup:
-    """Windows of one size that are worked on together: a rectangle of the grid.
+    """Windows of one size that are processed together: a rectangle of the grid.
 
     Attributes:
         rows: rows of the grid.
         columns: columns of the grid.
-        window: rows and columns of a window, which divide the rectangle's.
+        window: rows and columns of a window, which divide those of the rectangle.
     """
 
     rows: slice
@@ -27,21 +27,21 @@ class WindowGroup:
 
     @property
     def shape(self) -> tuple[int, int]:
-        """Rows and columns of windows."""
+        """Number of rows and columns of windows."""
         rows, columns = self.rows.stop - self.rows.start, self.columns.stop - self.columns.start
         return rows // self.window[0], columns // self.window[1]
 
     @property
     def size(self) -> tuple[int, ...]:
-        """All that the memory of a group depends on."""
+        """Sizes that determine the memory of a group."""
         return *self.shape, *self.window
 
 
 def group_windows(grid: tuple[int, int], largest: tuple[int, int], max_windows: int) -> list[WindowGroup]:
-    """Groups of at most `max_windows` windows each that cover the grid, in the order of its rows.
+    """Split a grid into groups of at most `max_windows` windows each, in row-major order.
 
-    Each side is cut into the fewest windows of `largest` or less, whose sizes differ by one at most: 37 tokens in
-    windows of 16 at most are 13 + 12 + 12, not 16 + 16 + 5. A group has windows of one size.
+    Rows and columns are split into the fewest windows of at most `largest`, whose sizes differ by at most 1: 37 tokens
+    with windows of at most 16 are split into 13 + 12 + 12, not 16 + 16 + 5. The windows of a group have one size.
     """
     columns = _spans(grid[1], largest[1], max_windows)
     most = max(1, max_windows // max((span.stop - span.start) // width for span, width in columns))
@@ -53,11 +53,11 @@ def group_windows(grid: tuple[int, int], largest: tuple[int, int], max_windows: 
 
 
 def to_windows(x: Tensor, grid: tuple[int, int], groups: list[WindowGroup]) -> list[Tensor]:
-    """Tokens of a grid, [B, H, rows x columns, C] -> views of the windows of each group, [B, H, .., .., h, w, C].
+    """Return views of the windows of each group, [B, H, .., .., h, w, C], given a grid, [B, H, rows x columns, C].
 
     The dots are the rows and columns of windows, h and w the rows and columns of a window. The groups must cover the
-    grid, as `group_windows` has them: their gradients are then joined once, where those of slices would be added up as
-    tensors of the whole grid, one for each group.
+    grid in the order of `group_windows`. The tensor is split instead of sliced: gradients of slices would be summed as
+    one full-size tensor per group.
     """
     heights = {group.rows.start: group.rows.stop - group.rows.start for group in groups}
     widths = {group.columns.start: group.columns.stop - group.columns.start for group in groups}
@@ -71,18 +71,18 @@ def to_windows(x: Tensor, grid: tuple[int, int], groups: list[WindowGroup]) -> l
 
 
 def from_windows(x: Tensor, group: WindowGroup) -> Tensor:
-    """A group's windows, [B, H, windows x tokens, C] -> its rectangle, [B, rows, columns, H, C]."""
+    """Arrange a group's windows, [B, H, windows x tokens, C], as its rectangle, [B, rows, columns, H, C]."""
     x = split_dim(x, 2, *group.shape, *group.window).permute(0, 2, 4, 3, 5, 1, 6)
     return x.flatten(3, 4).flatten(1, 2)
 
 
 def split_dim(x: Tensor, dim: int, *sizes: int) -> Tensor:
-    """A view in which one dimension has become several."""
+    """Return a view with one dimension split into several."""
     return x.view(*x.shape[:dim], *sizes, *x.shape[dim + 1 :])
 
 
-def window_numbers(grid: tuple[int, int], largest: tuple[int, int]) -> Tensor:
-    """Number of the window of `group_windows` that each token of the grid lies in, [rows x columns]."""
+def window_indices(grid: tuple[int, int], largest: tuple[int, int]) -> Tensor:
+    """Return the index of the window of `group_windows` that holds each token of the grid, [rows x columns]."""
     row, column = (
         torch.repeat_interleave(torch.arange(len(sizes)), torch.tensor(sizes))
         for sizes in (_window_sizes(length, most) for length, most in zip(grid, largest, strict=True))
@@ -96,7 +96,7 @@ def _window_sizes(length: int, largest: int) -> list[int]:
 
 
 def _spans(length: int, largest: int, most: int) -> list[tuple[slice, int]]:
-    """Runs of at most `most` windows of one size, with that size, that cover a side of the grid."""
+    """Return runs of at most `most` windows of one size that cover `length` tokens, with that size."""
     spans, start = [], 0
     for size, of_size in itertools.groupby(_window_sizes(length, largest)):
         number = len(list(of_size))

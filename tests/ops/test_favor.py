@@ -194,7 +194,7 @@ def test_an_exported_graph_takes_any_length(kernel) -> None:
         ({"causal": True}, "as many queries as keys, got 5 and 7"),
         (
             {"kernel": "relu", "balancing": fit_balancing(*make(5, 7)[:2])},
-            "'relu' estimates another; use balancing=None",
+            "got 'relu'; use balancing=None",
         ),
     ],
 )
