@@ -88,12 +88,11 @@ class HighResolutionConvTransformer(nn.Module):
         stage_in_chans, num_layers = channels[0], 0
         for index, (stage_chans, depth) in enumerate(zip(channels, depths, strict=True)):
             blocks: list[nn.Module] = []
-            for each in _shapes(stage_in_chans, stage_chans, depth):
+            for chans, out, stride in _shapes(stage_in_chans, stage_chans, depth):
                 if index < len(channels) - num_attn_stages:
-                    blocks.append(ResidualBlock(*each, **dd))
+                    blocks.append(ResidualBlock(chans, out, stride, **dd))
                     continue
-                attention = num_heads, mixer, attn_kwargs, num_layers
-                blocks.append(AttentionConvBlock(*each, *attention, **dd))
+                blocks.append(AttentionConvBlock(chans, out, stride, num_heads, mixer, attn_kwargs, num_layers, **dd))
                 num_layers += 1
             self.stages.append(nn.Sequential(*blocks))
             self.feature_info.append({"num_chs": stage_chans, "reduction": 8 << index, "module": f"stages.{index}"})
