@@ -83,22 +83,22 @@ class HighResolutionConvTransformer(nn.Module):
                 pool=nn.MaxPool2d(3, stride=2, padding=1),
             )
         )
-        self.feature_info = [{"num_chs": channels[0], "reduction": 4, "module": "stem"}]
         self.stages = nn.Sequential()
-        stage_in_chans, num_layers = channels[0], 0
-        for index, (stage_chans, depth) in enumerate(zip(channels, depths, strict=True)):
-            blocks: list[nn.Module] = []
-            for chans, out, stride in _shapes(stage_in_chans, stage_chans, depth):
-                if index < len(channels) - num_attn_stages:
-                    blocks.append(ResidualBlock(chans, out, stride, **dd))
-                    continue
-                blocks.append(AttentionConvBlock(chans, out, stride, num_heads, mixer, attn_kwargs, num_layers, **dd))
-                num_layers += 1
+        first_layer = 0
+        for index, (out_channels, depth) in enumerate(zip(channels, depths, strict=True)):
+            shapes = _shapes(channels[max(index - 1, 0)], out_channels, depth)
+            if index < len(channels) - num_attn_stages:
+                blocks: list[nn.Module] = [ResidualBlock(*shape, **dd) for shape in shapes]
+            else:
+                blocks = [
+                    AttentionConvBlock(*shape, num_heads, mixer, attn_kwargs, layer_index, **dd)
+                    for layer_index, shape in enumerate(shapes, first_layer)
+                ]
+                first_layer += depth
             self.stages.append(nn.Sequential(*blocks))
-            self.feature_info.append({"num_chs": stage_chans, "reduction": 8 << index, "module": f"stages.{index}"})
-            stage_in_chans = stage_chans
-        self.norm: nn.Module = BatchNormAct2d(stage_in_chans, **dd)
-        self.head = ClassifierHead(stage_in_chans, num_classes, pool_type=global_pool, drop_rate=drop_rate, **dd)
+        self.feature_info = _feature_info(channels)
+        self.norm: nn.Module = BatchNormAct2d(channels[-1], **dd)
+        self.head = ClassifierHead(channels[-1], num_classes, pool_type=global_pool, drop_rate=drop_rate, **dd)
         self.apply(_init_weights)
 
     def no_weight_decay(self) -> set[str]:
@@ -291,6 +291,14 @@ def _shortcut(in_chans: int, out_chans: int, stride: int, dd: Mapping[str, Any])
 def _shapes(in_chans: int, out_chans: int, depth: int) -> list[tuple[int, int, int]]:
     """Input channels, output channels and stride of the blocks of a stage, of which the first has the stride."""
     return [(in_chans, out_chans, 2), *[(out_chans, out_chans, 1)] * (depth - 1)]
+
+
+def _feature_info(channels: Sequence[int]) -> list[dict[str, Any]]:
+    stem = {"num_chs": channels[0], "reduction": 4, "module": "stem"}
+    return [
+        stem,
+        *({"num_chs": each, "reduction": 8 << i, "module": f"stages.{i}"} for i, each in enumerate(channels)),
+    ]
 
 
 def _init_weights(module: nn.Module) -> None:
