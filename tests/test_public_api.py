@@ -22,7 +22,7 @@ CONTRACT = {
     ],
     "perf_vit.ops": ["KVState", "draw_projection", "clustered_attention", "favor_attention"],
     "perf_vit.tiling": ["blend_weights", "grid_windows", "random_window"],
-    "perf_vit.layers": ["LinearizedAttention", "mixer_names", "register_mixer"],
+    "perf_vit.layers": ["MIXERS", "LinearizedAttention", "register_mixer"],
     "perf_vit.transforms": ["Augmentation", "Normalizer"],
     "perf_vit.data": ["DetectionDataConfig", "build_detection_datamodule", "collate_objects"],
     "perf_vit.types": ["Detections"],

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Self
 
 from perf_vit.layers import MixerOptions
-from perf_vit.layers.mixer import check_option_names, get_mixer
+from perf_vit.layers.mixer import MIXERS, check_option_names
 
 __all__ = ["Conversion"]
 
@@ -34,7 +34,7 @@ class Conversion:
 
     def __post_init__(self) -> None:
         check_option_names(self.mixer, self.options)
-        get_mixer(self.mixer).options_type(**self.options)
+        MIXERS[self.mixer].options_type(**self.options)
         for index, own in self.per_layer.items():
             mixer = own.get("mixer", self.mixer)
             check_option_names(mixer, (name for name in own if name != "mixer"))
@@ -50,7 +50,7 @@ class Conversion:
         own = {name: value for name, value in self.per_layer.get(index, {}).items() if name != "mixer"}
         common = self.options if mixer == self.mixer else {}
         of_model = {"num_prefix_tokens": num_prefix_tokens, "layer_index": index}
-        return get_mixer(mixer).options_type(**{**common, **own, **of_model})
+        return MIXERS[mixer].options_type(**{**common, **own, **of_model})
 
     def within(self, num_layers: int) -> Self:
         """The same for a model that was cut after its first layers."""
@@ -66,7 +66,7 @@ class Conversion:
         return {
             "mixer": self.mixer,
             "layers": None if self.layers is None else list(self.layers),
-            "options": get_mixer(self.mixer).options_type(**self.options).given(),
+            "options": MIXERS[self.mixer].options_type(**self.options).given(),
             "per_layer": {
                 str(index): {"mixer": self.mixer_of(index), **self.of_layer(index, 0).given()}
                 for index in self.per_layer

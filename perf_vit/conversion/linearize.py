@@ -12,7 +12,7 @@ from perf_vit.conversion.config import Conversion
 from perf_vit.layers import LinearizedAttention
 from perf_vit.layers.chunked import chunk_modules
 from perf_vit.layers.linearized_attention import CONVERTIBLE
-from perf_vit.layers.mixer import get_mixer
+from perf_vit.layers.mixer import MIXERS
 from perf_vit.layers.token_grid import TokenGrid, follow_tokens, watch_patch_embed
 
 __all__ = [
@@ -135,7 +135,7 @@ def converted_layers(model: nn.Module) -> dict[int, LinearizedAttention]:
 def _check_arguments(model: nn.Module, mixer: str, layers: object) -> None:
     if not isinstance(model, nn.Module):
         raise ValueError(f"expected a model, got {model!r}; timm.create_model makes one")
-    get_mixer(mixer)
+    MIXERS[mixer]
     if layers is not None and not (isinstance(layers, Collection) and all(isinstance(x, int) for x in layers)):
         raise ValueError(f"layers must be indices of attention layers, got {layers!r}; pass a list of whole numbers")
 

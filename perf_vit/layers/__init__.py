@@ -2,11 +2,12 @@
 
 from perf_vit.layers.clustered_mixer import ClusteredMixer, ClusteredOptions
 from perf_vit.layers.linearized_attention import LinearizedAttention
-from perf_vit.layers.mixer import Mixer, MixerOptions, mixer_names, register_mixer
+from perf_vit.layers.mixer import MIXERS, Mixer, MixerOptions, register_mixer
 from perf_vit.layers.performer_mixer import PerformerMixer, PerformerOptions, current_draw, redraw_projections
 from perf_vit.layers.softmax_mixer import SoftmaxMixer, SoftmaxOptions
 
 __all__ = [
+    "MIXERS",
     "ClusteredMixer",
     "ClusteredOptions",
     "LinearizedAttention",
@@ -17,7 +18,6 @@ __all__ = [
     "SoftmaxMixer",
     "SoftmaxOptions",
     "current_draw",
-    "mixer_names",
     "redraw_projections",
     "register_mixer",
 ]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, fields
@@ -12,14 +11,15 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from perf_vit.registry import Registry, did_you_mean
+
 __all__ = [
+    "MIXERS",
     "Mixer",
     "MixerOptions",
     "check_option_names",
     "check_whole",
-    "get_mixer",
     "make_mixer",
-    "mixer_names",
     "register_mixer",
 ]
 
@@ -116,47 +116,31 @@ class Mixer(nn.Module, ABC):
         return ", ".join(f"{field.name}={getattr(self.options, field.name)!r}" for field in fields(self.options))
 
 
-_MIXERS: dict[str, type[Mixer]] = {}
+MIXERS: Registry[type[Mixer]] = Registry("mixer")
+"""Classes of mixers by name."""
 
 
 def register_mixer(name: str) -> Callable[[type[Mixer]], type[Mixer]]:
-    """Decorate a `Mixer` class so that conversion and backbones find it by name.
+    """Decorate a `Mixer` class so that conversion, backbones and configs find it by name.
+
+    Args:
+        name: Name of the mixer.
 
     Raises:
-        ValueError: another mixer has the name.
+        ValueError: The name is taken.
     """
 
     def register(mixer: type[Mixer]) -> type[Mixer]:
-        if name in _MIXERS:
-            raise ValueError(f"mixer {name!r} is registered already, as {_MIXERS[name].__name__}; use another name")
+        MIXERS.add(name, mixer)
         mixer.name = name
-        _MIXERS[name] = mixer
         return mixer
 
     return register
 
 
-def mixer_names() -> list[str]:
-    """Names of all registered mixers."""
-    return list(_MIXERS)
-
-
-def get_mixer(name: str) -> type[Mixer]:
-    """The mixer of a name.
-
-    Raises:
-        ValueError: no such mixer; names the nearest one.
-    """
-    if name not in _MIXERS:
-        near = difflib.get_close_matches(str(name), _MIXERS, n=1)
-        hint = f"; did you mean {near[0]!r}?" if near else ""
-        raise ValueError(f"mixer must be one of {', '.join(_MIXERS)}, got {name!r}{hint}")
-    return _MIXERS[name]
-
-
 def make_mixer(options: MixerOptions, head_dim: int, device: torch.device | None = None) -> Mixer:
     """The mixer that has options of this type."""
-    (mixer,) = (each for each in _MIXERS.values() if each.options_type is type(options))
+    (mixer,) = (each for each in MIXERS.values() if each.options_type is type(options))
     return mixer(options, head_dim, device)
 
 
@@ -170,7 +154,7 @@ def check_option_names(name: str, options: Iterable[str]) -> None:
     Raises:
         ValueError: names the first of them and the mixer that has it, or the nearest option.
     """
-    known = get_mixer(name).options_type.names()
+    known = MIXERS[name].options_type.names()
     for option in options:
         if option in _OF_MODEL:
             raise ValueError(f"options must not hold {option}, which the model decides for each layer; leave it out")
@@ -179,12 +163,10 @@ def check_option_names(name: str, options: Iterable[str]) -> None:
 
 
 def _unknown_option(name: str, option: str, known: list[str]) -> str:
-    owners = [other for other, mixer in _MIXERS.items() if option in mixer.options_type.names()]
+    owners = [other for other, mixer in MIXERS.items() if option in mixer.options_type.names()]
     if owners:
         return f"{option} is an option of mixer={owners[0]!r}, got mixer={name!r}; use that mixer or leave {option} out"
-    near = difflib.get_close_matches(option, known, n=1, cutoff=0.5)
-    hint = f"; did you mean {near[0]!r}?" if near else ""
-    return f"options of mixer={name!r} are {', '.join(known)}, got {option!r}{hint}"
+    return f"options of mixer={name!r} are {', '.join(known)}, got {option!r}{did_you_mean(option, known)}"
 
 
 def check_whole(least: int = 0, **numbers: Any) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Self
 
@@ -16,7 +16,7 @@ import perf_vit.models.backbones  # noqa: F401  (registers the backbones)
 from perf_vit.errors import ConfigError
 from perf_vit.models.backbone import build_backbone, built_from, check_known, feature_specs
 from perf_vit.models.finetune import BackboneTuning, evaluate_frozen, tune_backbone
-from perf_vit.models.heads import DPTHead, FullResolutionHead, LinearHead, SegFormerHead, UPerNetHead
+from perf_vit.models.heads import SEGMENTATION_HEADS
 from perf_vit.models.input_spec import TaskSpec
 from perf_vit.models.valid_tokens import forward_maps
 
@@ -120,15 +120,6 @@ def network_id(model: nn.Module, meaning: Mapping[str, Any]) -> str:
     return digest.hexdigest()[:12]
 
 
-_HEADS: dict[str, Callable[..., nn.Module]] = {
-    "full_resolution": FullResolutionHead,
-    "linear": LinearHead,
-    "upernet": UPerNetHead,
-    "dpt": DPTHead,
-    "segformer": SegFormerHead,
-}
-
-
 @dataclass(kw_only=True)
 class SegmentationModelConfig(BackboneTuning):
     """A backbone and a head; `BackboneTuning` has further keys.
@@ -137,7 +128,7 @@ class SegmentationModelConfig(BackboneTuning):
         backbone: any timm model name that takes `features_only`, and `img_size` and `dynamic_img_size` if timm says
             that its input size is fixed; or a folder with a converted model, whose weights are loaded.
         out_indices: the blocks whose outputs the head sees.
-        head: full_resolution, linear, upernet, dpt or segformer.
+        head: full_resolution, linear, upernet, dpt, segformer, or a registered one.
         head_kwargs: passed to the head.
     """
 
@@ -170,14 +161,9 @@ def build_segmenter(
         raise ConfigError(
             f"data.tile_px must be a multiple of the patch size {size_multiple}, got {spec.tile_px}; try {nearest}"
         )
-    check_known(_lookup_head(config.head), config.head_kwargs, f"model.head_kwargs of {config.head}", given=3)
+    make_head = SEGMENTATION_HEADS[config.head]
+    check_known(make_head, config.head_kwargs, f"model.head_kwargs of {config.head}", given=3)
     with built_from(f"model.head {config.head}"):
-        head = _lookup_head(config.head)(specs, in_chans, len(spec.classes), **config.head_kwargs)
+        head = make_head(specs, in_chans, len(spec.classes), **config.head_kwargs)
     tune_backbone(backbone, config)
     return Segmenter(backbone, head, spec, size_multiple, saved_backbone)
-
-
-def _lookup_head(name: str) -> Callable[..., nn.Module]:
-    if name not in _HEADS:
-        raise ConfigError(f"model.head must be one of {', '.join(_HEADS)}, got {name}")
-    return _HEADS[name]

@@ -6,11 +6,12 @@ The N x N references are in `perf_vit.ops.naive`, which is imported explicitly.
 from perf_vit.ops.balancing import Balancing, fit_balancing
 from perf_vit.ops.clustered import clustered_attention
 from perf_vit.ops.favor import favor_attention
-from perf_vit.ops.kernels import Kernel, make_kernel, oprf_kernel, register_kernel
+from perf_vit.ops.kernels import KERNELS, Kernel, make_kernel, oprf_kernel, register_kernel
 from perf_vit.ops.projection import draw_projection
 from perf_vit.ops.state import KVState
 
 __all__ = [
+    "KERNELS",
     "Balancing",
     "KVState",
     "Kernel",

@@ -6,7 +6,6 @@ random rows W and x = D^(-1/4) q or D^(-1/4) k. Add a kernel with `make_kernel` 
 
 from __future__ import annotations
 
-import difflib
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -16,7 +15,9 @@ import torch
 from torch import Generator, Tensor
 from torch.nn import functional as F
 
-__all__ = ["Kernel", "get_kernel", "kernel_names", "make_kernel", "oprf_kernel", "register_kernel"]
+from perf_vit.registry import Registry
+
+__all__ = ["KERNELS", "Kernel", "get_kernel", "make_kernel", "oprf_kernel", "register_kernel"]
 
 _RELU_FLOOR = 1e-3
 
@@ -97,18 +98,7 @@ def get_kernel(kernel: str | Kernel) -> Kernel:
     Raises:
         ValueError: If no kernel has that name.
     """
-    if isinstance(kernel, Kernel):
-        return kernel
-    if kernel not in _KERNELS:
-        near = difflib.get_close_matches(str(kernel), _KERNELS, n=1, cutoff=0.5)
-        hint = f"; did you mean {near[0]!r}?" if near else "; register_kernel adds your own"
-        raise ValueError(f"kernel must be one of {', '.join(_KERNELS)}, got {kernel!r}{hint}")
-    return _KERNELS[kernel]
-
-
-def kernel_names() -> tuple[str, ...]:
-    """Return the names of all registered kernels."""
-    return tuple(_KERNELS)
+    return kernel if isinstance(kernel, Kernel) else KERNELS[kernel]
 
 
 def register_kernel(kernel: Kernel) -> Kernel:
@@ -117,9 +107,7 @@ def register_kernel(kernel: Kernel) -> Kernel:
     Raises:
         ValueError: If the name is taken.
     """
-    if kernel.name in _KERNELS:
-        raise ValueError(f"kernel {kernel.name!r} is registered already; give yours another name")
-    _KERNELS[kernel.name] = kernel
+    KERNELS.add(kernel.name, kernel)
     return kernel
 
 
@@ -294,29 +282,30 @@ _SOFTMAX_PLUS = Kernel(
     estimates_softmax=True,
 )
 _OPRF = replace(_SOFTMAX_PLUS, name="oprf", features=_unbound, bind=oprf_kernel)
-_KERNELS = {
-    kernel.name: kernel
-    for kernel in (
+KERNELS: Registry[Kernel] = Registry("kernel")
+"""Feature maps by name."""
+
+for _kernel in (
+    _SOFTMAX_PLUS,
+    replace(
         _SOFTMAX_PLUS,
-        replace(
-            _SOFTMAX_PLUS,
-            name="softmax-hyp+",
-            features=_log_softmax_hyperbolic,
-            log_amplitude=partial(_softmax_log_amplitude, 2),
-            gradient=_softmax_hyperbolic_gradient,
-            features_per_row=2,
-        ),
-        Kernel(
-            "softmax-trig",
-            _trigonometric,
-            log_domain=False,
-            log_amplitude=_trigonometric_log_amplitude,
-            gradient=_trigonometric_gradient,
-            amplitude_gradient=_trigonometric_amplitude_gradient,
-            features_per_row=2,
-            estimates_softmax=True,
-        ),
-        Kernel("relu", _relu, log_domain=False, gradient=_relu_gradient),
-        _OPRF,
-    )
-}
+        name="softmax-hyp+",
+        features=_log_softmax_hyperbolic,
+        log_amplitude=partial(_softmax_log_amplitude, 2),
+        gradient=_softmax_hyperbolic_gradient,
+        features_per_row=2,
+    ),
+    Kernel(
+        "softmax-trig",
+        _trigonometric,
+        log_domain=False,
+        log_amplitude=_trigonometric_log_amplitude,
+        gradient=_trigonometric_gradient,
+        amplitude_gradient=_trigonometric_amplitude_gradient,
+        features_per_row=2,
+        estimates_softmax=True,
+    ),
+    Kernel("relu", _relu, log_domain=False, gradient=_relu_gradient),
+    _OPRF,
+):
+    register_kernel(_kernel)

@@ -14,7 +14,7 @@ from perf_vit.conversion.linearize import converted_layers
 from perf_vit.conversion.weights import create_with_weights, read_weights
 from perf_vit.errors import CheckpointError, OutputError
 from perf_vit.layers import redraw_projections
-from perf_vit.layers.mixer import get_mixer
+from perf_vit.layers.mixer import MIXERS
 from perf_vit.models import (
     SegmentationModelConfig,
     SegmentationSpec,
@@ -79,9 +79,9 @@ def test_every_option_is_saved_so_that_defaults_may_change(mixer, options, per_l
     model = perf_vit.linearize(build(), mixer, per_layer=per_layer, **options)
     folder = perf_vit.save_converted(model, tmp_path / "saved")
     saved = json.loads((folder / "config.json").read_text())["perf_vit"]["conversion"]
-    assert set(saved["options"]) == set(get_mixer(mixer).options_type.names())
+    assert set(saved["options"]) == set(MIXERS[mixer].options_type.names())
     for index, own in saved["per_layer"].items():
-        assert set(own) == {"mixer", *get_mixer(own["mixer"]).options_type.names()}, index
+        assert set(own) == {"mixer", *MIXERS[own["mixer"]].options_type.names()}, index
     assert set(saved["per_layer"]) == {str(index) for index in per_layer}
     assert torch.equal(perf_vit.load_converted(folder)(images()), model(images()))
 

@@ -8,8 +8,7 @@ import torch
 from torch import nn
 
 import perf_vit
-from perf_vit.layers import LinearizedAttention, mixer_names
-from perf_vit.layers.mixer import get_mixer
+from perf_vit.layers import MIXERS, LinearizedAttention
 from perf_vit.models import backbones
 
 NAMES = [
@@ -44,7 +43,7 @@ def test_parameters_are_those_of_timms_vit(name: str) -> None:
     for index, block in enumerate(ours.blocks):
         assert isinstance(block.attn, LinearizedAttention)
         assert block.attn.mixer.name == mixer
-        assert block.attn.options == get_mixer(mixer).options_type(layer_index=index, num_prefix_tokens=1)
+        assert block.attn.options == MIXERS[mixer].options_type(layer_index=index, num_prefix_tokens=1)
 
 
 @torch.no_grad()
@@ -113,7 +112,7 @@ def test_every_family_takes_every_mixer(name: str, mixer: str) -> None:
 
 
 def test_the_registry_lists_the_mixers_that_the_families_take() -> None:
-    assert set(mixer_names()) >= set(SIZES)
+    assert set(MIXERS) >= set(SIZES)
 
 
 @torch.no_grad()

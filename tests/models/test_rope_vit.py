@@ -9,7 +9,7 @@ from torch import nn
 
 import perf_vit
 from perf_vit.layers import LinearizedAttention
-from perf_vit.layers.mixer import get_mixer
+from perf_vit.layers.mixer import MIXERS
 from perf_vit.ops.naive import naive_favor_attention
 
 SMALL = "performer_vit_rope_small_patch16_224"
@@ -71,7 +71,7 @@ def test_a_model_has_registers_and_no_table_of_positions(name: str) -> None:
     assert model.num_prefix_tokens == 5
     kinds = [isinstance(block.attn, LinearizedAttention) for block in model.blocks]
     assert kinds == [True] * 12
-    mixer = get_mixer(name.partition("_")[0])
+    mixer = MIXERS[name.partition("_")[0]]
     assert model.blocks[3].attn.options == mixer.options_type(layer_index=3, num_prefix_tokens=5)
 
 

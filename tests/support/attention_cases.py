@@ -8,12 +8,12 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from perf_vit.ops import Kernel, draw_projection, favor_attention, oprf_kernel
-from perf_vit.ops.kernels import get_kernel, kernel_names
+from perf_vit.ops.kernels import KERNELS as REGISTERED
 
 A = -0.05
 FIXED_OPRF = oprf_kernel(A)
 # Every shipped kernel; the one that takes its parameter from the data has tests of its own.
-KERNELS = [FIXED_OPRF if name == "oprf" else get_kernel(name) for name in kernel_names()]
+KERNELS = [FIXED_OPRF if name == "oprf" else kernel for name, kernel in REGISTERED.items()]
 POSITIVE = [kernel for kernel in KERNELS if kernel.name != "softmax-trig"]
 SOFTMAX = [kernel for kernel in KERNELS if kernel.estimates_softmax]
 

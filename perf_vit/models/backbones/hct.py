@@ -13,7 +13,7 @@ from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 
 from perf_vit.layers import LinearizedAttention, MixerOptions
-from perf_vit.layers.mixer import check_option_names, get_mixer
+from perf_vit.layers.mixer import MIXERS, check_option_names
 from perf_vit.layers.token_grid import TokenGrid
 
 # `register_model` adds the name of every model.
@@ -265,7 +265,7 @@ class AttentionConvBlock(nn.Module):
         self.norm1 = BatchNormAct2d(in_chans, **dd)
         self.shortcut = _shortcut(in_chans, out_chans, stride, dd)
         published = _published_options(in_chans // num_heads) if mixer == "performer" else {}
-        mixing = get_mixer(mixer).options_type(**{**published, **(options or {}), "layer_index": layer_index})
+        mixing = MIXERS[mixer].options_type(**{**published, **(options or {}), "layer_index": layer_index})
         self.attn = _MapAttention(Attention(in_chans, num_heads=num_heads, qkv_bias=True, **dd), mixing)
         self.norm2 = BatchNormAct2d(in_chans, **dd)
         self.conv = nn.Conv2d(in_chans, out_chans, 3, stride=stride, padding=1, bias=False, **dd)

@@ -1,19 +1,36 @@
-"""Heads: feature maps in, task outputs out."""
+"""Heads: feature maps in, task outputs out; importing this package registers them."""
 
 from perf_vit.models.heads.detection import DetectionHead
 from perf_vit.models.heads.dpt import DPTHead
+from perf_vit.models.heads.fcos import FCOSHead
 from perf_vit.models.heads.full_resolution import FullResolutionHead
 from perf_vit.models.heads.linear import LinearHead
 from perf_vit.models.heads.oriented_fcos import OrientedFCOSHead
+from perf_vit.models.heads.rcnn import FasterRCNNHead, MaskRCNNHead
+from perf_vit.models.heads.registry import (
+    DETECTION_HEADS,
+    SEGMENTATION_HEADS,
+    register_detection_head,
+    register_segmentation_head,
+)
+from perf_vit.models.heads.retinanet import RetinaNetHead
 from perf_vit.models.heads.segformer import SegFormerHead
 from perf_vit.models.heads.upernet import UPerNetHead
 
 __all__ = [
+    "DETECTION_HEADS",
+    "SEGMENTATION_HEADS",
     "DPTHead",
     "DetectionHead",
+    "FCOSHead",
+    "FasterRCNNHead",
     "FullResolutionHead",
     "LinearHead",
+    "MaskRCNNHead",
     "OrientedFCOSHead",
+    "RetinaNetHead",
     "SegFormerHead",
     "UPerNetHead",
+    "register_detection_head",
+    "register_segmentation_head",
 ]

@@ -16,6 +16,7 @@ from perf_vit.models.heads.level_maps import (
     has_one_stride,
     padded_to,
 )
+from perf_vit.models.heads.registry import register_segmentation_head
 from perf_vit.models.necks.simple_fpn import nearest_power_of_two
 from perf_vit.types import FeatureSpec
 
@@ -24,6 +25,7 @@ __all__ = ["DPTHead"]
 _MAX_MAPS = 4
 
 
+@register_segmentation_head("dpt")
 class DPTHead(nn.Module):
     """Each map at a stride of its own, fused step by step up to stride 2 (Ranftl et al. 2021, arXiv 2103.13413).
 

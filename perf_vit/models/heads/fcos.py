@@ -26,6 +26,7 @@ from perf_vit.models.heads.detection import (
     split_ignored,
     to_detections,
 )
+from perf_vit.models.heads.registry import register_detection_head
 from perf_vit.types import Detections, ObjectLabels
 
 __all__ = ["FCOSHead", "match_locations"]
@@ -37,6 +38,7 @@ _FIRST_DISTANCE = 2.0
 _BACKGROUND = -1
 
 
+@register_detection_head("fcos")
 class FCOSHead(nn.Module):
     """Each location tells its class, the distances to the four sides of its object and how central it lies.
 

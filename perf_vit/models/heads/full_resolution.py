@@ -10,11 +10,13 @@ from timm.layers import LayerNorm2d
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from perf_vit.models.heads.registry import register_segmentation_head
 from perf_vit.types import FeatureSpec
 
 __all__ = ["FullResolutionHead"]
 
 
+@register_segmentation_head("full_resolution")
 class FullResolutionHead(nn.Module):
     """Fuse a ViT's feature maps with convolutions on the pixels, step by step up to full resolution.
 

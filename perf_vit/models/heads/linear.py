@@ -9,11 +9,13 @@ from timm.layers import LayerNorm2d
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from perf_vit.models.heads.registry import register_segmentation_head
 from perf_vit.types import FeatureSpec
 
 __all__ = ["LinearHead"]
 
 
+@register_segmentation_head("linear")
 class LinearHead(nn.Module):
     """Class scores of each token from all feature maps at once, enlarged bilinearly to the image.
 

@@ -15,6 +15,7 @@ from torchvision.ops import sigmoid_focal_loss
 from perf_vit.distributed import mean_normalizer
 from perf_vit.errors import InputError
 from perf_vit.geometry.oriented_boxes import kfiou_loss, normalize_oriented, oriented_nms, probiou_loss
+from perf_vit.models.heads.registry import register_detection_head
 from perf_vit.types import Detections, ObjectLabels
 
 __all__ = [
@@ -181,6 +182,7 @@ _LARGEST_ELONGATION = 3.0
 _TINY = 1e-6
 
 
+@register_detection_head("oriented_fcos")
 class OrientedFCOSHead(nn.Module):
     """One box a location: class scores, centre, sides, angle and centre-ness (Tian et al. 2019, arXiv 1904.01355).
 

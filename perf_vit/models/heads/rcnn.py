@@ -27,6 +27,7 @@ from perf_vit.models.heads.detection import (
     split_ignored,
     to_detections,
 )
+from perf_vit.models.heads.registry import register_detection_head
 from perf_vit.types import Detections, ObjectLabels
 
 __all__ = ["FasterRCNNHead", "MaskRCNNHead"]
@@ -34,6 +35,7 @@ __all__ = ["FasterRCNNHead", "MaskRCNNHead"]
 _MASKS_AT_ONCE = 16
 
 
+@register_detection_head("faster_rcnn")
 class FasterRCNNHead(nn.Module):
     """Proposals from anchors, then a class and a box from the features inside each (Ren et al. 2015, arXiv 1506.01497).
 
@@ -131,6 +133,7 @@ class FasterRCNNHead(nn.Module):
         return {}
 
 
+@register_detection_head("mask_rcnn")
 class MaskRCNNHead(FasterRCNNHead):
     """Faster R-CNN with a mask for each object (He et al. 2017, arXiv 1703.06870).
 

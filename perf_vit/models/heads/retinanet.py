@@ -25,6 +25,7 @@ from perf_vit.models.heads.detection import (
     split_ignored,
     to_detections,
 )
+from perf_vit.models.heads.registry import register_detection_head
 from perf_vit.types import Detections, ObjectLabels
 
 __all__ = ["RetinaNetHead"]
@@ -32,6 +33,7 @@ __all__ = ["RetinaNetHead"]
 _OCTAVES = (1.0, 2 ** (1 / 3), 2 ** (2 / 3))
 
 
+@register_detection_head("retinanet")
 class RetinaNetHead(nn.Module):
     """Each anchor tells its class and how its box differs from it (Lin et al. 2017, arXiv 1708.02002).
 

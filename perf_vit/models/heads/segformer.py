@@ -8,11 +8,13 @@ from segmentation_models_pytorch.decoders.segformer.decoder import SegformerDeco
 from torch import Tensor, nn
 
 from perf_vit.models.heads.level_maps import LevelMaps, Norm, PixelScores, apply_norm
+from perf_vit.models.heads.registry import register_segmentation_head
 from perf_vit.types import FeatureSpec
 
 __all__ = ["SegFormerHead"]
 
 
+@register_segmentation_head("segformer")
 class SegFormerHead(nn.Module):
     """Linear layers on the levels, their fusion at the finest and nothing else (Xie et al. 2021, arXiv 2105.15203).
 

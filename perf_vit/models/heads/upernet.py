@@ -8,11 +8,13 @@ from segmentation_models_pytorch.decoders.upernet.decoder import UPerNetDecoder
 from torch import Tensor, nn
 
 from perf_vit.models.heads.level_maps import LevelMaps, Norm, PixelScores, apply_norm, with_group_norm
+from perf_vit.models.heads.registry import register_segmentation_head
 from perf_vit.types import FeatureSpec
 
 __all__ = ["UPerNetHead"]
 
 
+@register_segmentation_head("upernet")
 class UPerNetHead(nn.Module):
     """Pooled context, a top-down path and the fusion of all its levels (Xiao et al. 2018, arXiv 1807.10221).
 
