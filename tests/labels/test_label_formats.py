@@ -389,7 +389,7 @@ def test_a_name_that_fits_two_images_needs_its_folder(tmp_path, images) -> None:
 
 
 def test_unknown_formats_and_missing_labels_are_errors(tmp_path, images) -> None:
-    with pytest.raises(ConfigError, match="one of coco, voc, yolo, dota, instances, polygons, csv, got kitti"):
+    with pytest.raises(ConfigError, match="one of coco, csv, dota, instances, polygons, voc, yolo, got 'kitti'"):
         read_object_labels(tmp_path, images, label_format="kitti")
     with pytest.raises(InputError, match="no labels at"):
         read_object_labels(tmp_path / "none", images, label_format="voc")

@@ -3,20 +3,27 @@
 from perf_vit.labels.objects.coco_images import CocoImages, category_ids_by_name, default_category_ids, ids_of_classes
 from perf_vit.labels.objects.masks import OutlineMasks, objects_in
 from perf_vit.labels.objects.read import read_object_labels
-from perf_vit.labels.objects.records import ImageRecord, ObjectIndex
+from perf_vit.labels.objects.records import ImageRecord, ObjectIndex, RawImage, RawLabels, RawObject
+from perf_vit.labels.objects.registry import LABEL_FORMATS, LabelOptions, register_label_format
 from perf_vit.labels.objects.validate import finish_index
 from perf_vit.labels.objects.vector import PolygonFile
 
 __all__ = [
+    "LABEL_FORMATS",
     "CocoImages",
     "ImageRecord",
+    "LabelOptions",
     "ObjectIndex",
     "OutlineMasks",
     "PolygonFile",
+    "RawImage",
+    "RawLabels",
+    "RawObject",
     "category_ids_by_name",
     "default_category_ids",
     "finish_index",
     "ids_of_classes",
     "objects_in",
     "read_object_labels",
+    "register_label_format",
 ]

@@ -16,6 +16,7 @@ from perf_vit.labels.image_folder import ImageFolder
 from perf_vit.labels.objects.coco_images import category_ids_by_name
 from perf_vit.labels.objects.masks import Rle
 from perf_vit.labels.objects.records import RawImage, RawLabels, RawObject
+from perf_vit.labels.objects.registry import LabelOptions, register_label_format
 
 __all__ = ["read_coco"]
 
@@ -23,7 +24,8 @@ __all__ = ["read_coco"]
 _LEAST_NUMBERS = 6
 
 
-def read_coco(labels: Path, folder: ImageFolder) -> RawLabels:
+@register_label_format("coco", one_file=True)
+def read_coco(labels: Path, folder: ImageFolder, options: LabelOptions) -> RawLabels:
     """Read a COCO file; `iscrowd` objects are ignored ones, and images without annotations have no objects.
 
     Raises:

@@ -8,6 +8,7 @@ from pathlib import Path
 from perf_vit.errors import InputError
 from perf_vit.labels.image_folder import ImageFolder
 from perf_vit.labels.objects.records import RawImage, RawLabels, RawObject
+from perf_vit.labels.objects.registry import LabelOptions, register_label_format
 
 __all__ = ["read_table"]
 
@@ -16,7 +17,8 @@ _LABEL_COLUMNS = ("label", "class", "name")
 _SIDES = ("xmin", "ymin", "xmax", "ymax")
 
 
-def read_table(labels: Path, folder: ImageFolder) -> RawLabels:
+@register_label_format("csv", one_file=True)
+def read_table(labels: Path, folder: ImageFolder, options: LabelOptions) -> RawLabels:
     """Read a CSV with the columns image, xmin, ymin, xmax, ymax and label, in pixels from the image's corner.
 
     The first column may be called image_path, filename or path too, the last one class or name. A row whose sides are

@@ -9,11 +9,13 @@ import numpy as np
 from perf_vit.errors import InputError
 from perf_vit.labels.image_folder import ImageFolder, label_files, read_lines
 from perf_vit.labels.objects.records import RawImage, RawLabels, RawObject
+from perf_vit.labels.objects.registry import LabelOptions, register_label_format
 
 __all__ = ["read_dota"]
 
 
-def read_dota(labels: Path, folder: ImageFolder) -> RawLabels:
+@register_label_format("dota")
+def read_dota(labels: Path, folder: ImageFolder, options: LabelOptions) -> RawLabels:
     """Read a folder of labelTxt files: `x1 y1 x2 y2 x3 y3 x4 y4 class difficult` a line.
 
     Lines such as `imagesource:GoogleEarth` and `gsd:0.146` are passed over, objects whose last number isn't 0 are

@@ -11,22 +11,27 @@ from perf_vit.errors import InputError
 from perf_vit.labels.image_folder import ImageFolder
 from perf_vit.labels.objects.masks import InstanceMasks
 from perf_vit.labels.objects.records import RawImage, RawLabels, RawObject
+from perf_vit.labels.objects.registry import LabelOptions, register_label_format
 from perf_vit.sources import open_raster
 
 __all__ = ["read_instances"]
 
 
-def read_instances(labels: Path, folder: ImageFolder, name: str) -> RawLabels:
+@register_label_format("instances")
+def read_instances(labels: Path, folder: ImageFolder, options: LabelOptions) -> RawLabels:
     """Read a folder of instance masks, each with its image's name but for the ending.
 
     Args:
         labels: the folder, or one mask.
         folder: the images.
-        name: class of every object.
+        options: of which the class is that of every object.
 
     Raises:
+        ConfigError: several classes.
         InputError: a mask without image, with several bands, or with values that are no whole numbers.
     """
+    options.require_one_class("labels of the format instances")
+    name = options.first_class
     masks = ImageFolder(labels)
     root = labels if labels.is_dir() else labels.parent
     pairs = [(folder.find(str(mask.relative_to(root).with_suffix("")), str(mask)), mask) for mask in masks.paths]

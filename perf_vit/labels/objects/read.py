@@ -4,29 +4,23 @@ from __future__ import annotations
 
 import warnings
 from collections import Counter
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from perf_vit.errors import ConfigError, DataWarning, InputError
+from perf_vit.errors import DataWarning, InputError
 from perf_vit.labels.image_folder import ImageFolder
-from perf_vit.labels.objects.coco import read_coco
+
+# Importing a module of a format registers it.
+from perf_vit.labels.objects import coco, csv, dota, instances, vector, voc, yolo  # noqa: F401
 from perf_vit.labels.objects.coco_images import ids_of_classes
-from perf_vit.labels.objects.csv import read_table
-from perf_vit.labels.objects.dota import read_dota
-from perf_vit.labels.objects.instances import read_instances
 from perf_vit.labels.objects.records import ObjectIndex, RawLabels
+from perf_vit.labels.objects.registry import LABEL_FORMATS, LabelOptions
 from perf_vit.labels.objects.validate import finish_index
-from perf_vit.labels.objects.vector import read_polygons
-from perf_vit.labels.objects.voc import read_voc
-from perf_vit.labels.objects.yolo import read_yolo
 from perf_vit.sources import open_source, split_layer
 from perf_vit.types import InputPath, OpenInput
 
-__all__ = ["LABEL_FORMATS", "read_object_labels"]
-
-LABEL_FORMATS = ("coco", "voc", "yolo", "dota", "instances", "polygons", "csv")
-_ONE_FILE = ("coco", "csv")
+__all__ = ["read_object_labels"]
 
 
 def read_object_labels(
@@ -47,7 +41,8 @@ def read_object_labels(
         labels: a file for coco and csv; a folder for voc, yolo, dota and instances, with one file an image; either for
             polygons.
         images: a folder, searched with its subfolders, one image, a glob, or several of these.
-        label_format: coco, voc, yolo, dota, instances, polygons (GeoJSON, GeoPackage, shapefile) or csv.
+        label_format: coco, voc, yolo, dota, instances, polygons (GeoJSON, GeoPackage, shapefile), csv or a registered
+            one.
         classes: class names, in the order of their indices; by default those of the label files.
         skip_classes: names of objects to leave out, as if they were background.
         attribute: of polygons, the column that holds class names; without it all objects are of the one class.
@@ -60,16 +55,15 @@ def read_object_labels(
         ConfigError: no such format, or several classes and no attribute for polygons.
         InputError: files that can't be read or don't fit each other; see `finish_index` for bad objects.
     """
-    if label_format not in LABEL_FORMATS:
-        raise ConfigError(f"format of labels must be one of {', '.join(LABEL_FORMATS)}, got {label_format}")
+    reader = LABEL_FORMATS[label_format]
     place = Path(labels)
     if not Path(split_layer(str(place))[0]).exists():
         raise InputError(f"no labels at {place}; check the path")
-    if label_format in _ONE_FILE and place.is_dir():
+    if reader.one_file and place.is_dir():
         raise InputError(f"labels of the format {label_format} are one file, got the folder {place}")
     folder = ImageFolder(images, names)
-    raw = _reader(label_format, classes, attribute)(place, folder)
-    if label_format in _ONE_FILE:
+    raw = reader.read(place, folder, LabelOptions(classes=classes, attribute=attribute))
+    if reader.one_file:
         folder.check_named(Path(image.path) for image in raw.images)
     _check_unique(raw)
     _warn_of_unlabelled(raw, folder, place)
@@ -85,28 +79,6 @@ def read_object_labels(
     if classes:
         _warn_of_absent(index, place)
     return index
-
-
-def _reader(
-    label_format: str, classes: Sequence[str] | None, attribute: str | None
-) -> Callable[[Path, ImageFolder], RawLabels]:
-    if label_format in ("instances", "polygons") and attribute is None and classes and len(classes) > 1:
-        hint = "; set attribute to the column of class names" if label_format == "polygons" else ""
-        raise ConfigError(
-            f"labels of the format {label_format} {'without attribute ' if hint else ''}are of one class, got "
-            f"{len(classes)} classes{hint}"
-        )
-    name = classes[0] if classes else "object"
-    readers: dict[str, Callable[[Path, ImageFolder], RawLabels]] = {
-        "coco": read_coco,
-        "voc": read_voc,
-        "yolo": lambda labels, folder: read_yolo(labels, folder, tuple(classes) if classes else None),
-        "dota": read_dota,
-        "instances": lambda labels, folder: read_instances(labels, folder, name),
-        "polygons": lambda labels, folder: read_polygons(labels, folder, attribute, name),
-        "csv": read_table,
-    }
-    return readers[label_format]
 
 
 def _check_unique(raw: RawLabels) -> None:

@@ -15,6 +15,7 @@ from perf_vit.errors import DataWarning, InputError
 from perf_vit.labels._placement import local_transform, place_geometries, span
 from perf_vit.labels.image_folder import ImageFolder
 from perf_vit.labels.objects.records import RawImage, RawLabels, RawObject
+from perf_vit.labels.objects.registry import LabelOptions, register_label_format
 from perf_vit.labels.vector import to_pixels
 from perf_vit.sources import files_below, is_vector_name, open_source, split_layer
 from perf_vit.sources._gdal import check_exists, crs_name
@@ -94,7 +95,8 @@ class PolygonFile:
         return self._placed[key]
 
 
-def read_polygons(labels: Path, folder: ImageFolder, attribute: str | None, name: str) -> RawLabels:
+@register_label_format("polygons")
+def read_polygons(labels: Path, folder: ImageFolder, options: LabelOptions) -> RawLabels:
     """Read polygons as objects with outlines.
 
     One file labels every image that it overlaps; images that it doesn't reach have no objects. In a folder, each file
@@ -103,12 +105,16 @@ def read_polygons(labels: Path, folder: ImageFolder, attribute: str | None, name
     Args:
         labels: a vector file, or a folder of them.
         folder: the images.
-        attribute: column that holds class names; None gives every object the class `name`.
-        name: class of objects without attribute.
+        options: of which the attribute is the column of class names; without it, all objects have the one class.
 
     Raises:
+        ConfigError: several classes and no attribute.
         InputError: a file that can't be read, without CRS where the image has one, or without image.
     """
+    attribute, name = options.attribute, options.first_class
+    if attribute is None:
+        hint = "; set attribute to the column of class names"
+        options.require_one_class("labels of the format polygons without attribute", hint)
     if Path(split_layer(str(labels))[0]).is_file():
         shared = PolygonFile(labels, attribute=attribute)
         used: set[int] = set()

@@ -8,11 +8,13 @@ from pathlib import Path
 from perf_vit.errors import InputError, parsing
 from perf_vit.labels.image_folder import ImageFolder, label_files
 from perf_vit.labels.objects.records import RawImage, RawLabels, RawObject
+from perf_vit.labels.objects.registry import LabelOptions, register_label_format
 
 __all__ = ["read_voc"]
 
 
-def read_voc(labels: Path, folder: ImageFolder) -> RawLabels:
+@register_label_format("voc")
+def read_voc(labels: Path, folder: ImageFolder, options: LabelOptions) -> RawLabels:
     """Read a folder of VOC files; `difficult` objects are ignored ones.
 
     VOC counts pixels from 1 and includes the last one: a box of xmin 1 and xmax 1 covers the first column. An image is

@@ -13,6 +13,7 @@ from perf_vit.config import load_yaml
 from perf_vit.errors import DataWarning, InputError, parsing
 from perf_vit.labels.image_folder import ImageFolder, read_lines
 from perf_vit.labels.objects.records import RawImage, RawLabels, RawObject
+from perf_vit.labels.objects.registry import LabelOptions, register_label_format
 from perf_vit.sources import files_below, open_source
 
 __all__ = ["read_yolo"]
@@ -20,7 +21,8 @@ __all__ = ["read_yolo"]
 _NAME_FILES = ("data.yaml", "data.yml", "dataset.yaml", "classes.txt", "obj.names")
 
 
-def read_yolo(labels: Path, folder: ImageFolder, classes: tuple[str, ...] | None) -> RawLabels:
+@register_label_format("yolo")
+def read_yolo(labels: Path, folder: ImageFolder, options: LabelOptions) -> RawLabels:
     """Read a folder of YOLO files: `class cx cy w h` a line, or `class x1 y1 x2 y2 x3 y3 ...` for outlines.
 
     Outlines of four points are the format of oriented boxes too; `finish_index` makes these where they are asked for.
@@ -32,7 +34,7 @@ def read_yolo(labels: Path, folder: ImageFolder, classes: tuple[str, ...] | None
         InputError: a line that is neither, a text file without image, a class without name, or no text file at all.
     """
     names, names_file = _class_names(labels)
-    names = names or dict(enumerate(classes or ()))
+    names = names or dict(enumerate(options.classes or ()))
     stems = {file: str(file.relative_to(labels).with_suffix("")) for file in _text_files(labels)}
     files = [file for file in stems if file not in names_file and (folder.has(stems[file]) or not _is_note(file))]
     if not files:
