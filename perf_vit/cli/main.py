@@ -12,9 +12,10 @@ import typer
 
 from perf_vit._version import __version__
 from perf_vit.cli.convert_and_info import convert, demo, info
+from perf_vit.cli.flags import with_flags
 from perf_vit.cli.predict import evaluate, predict
 from perf_vit.cli.train import distill, fit_tile, train
-from perf_vit.errors import DataWarning, OptionError, PerfVitError
+from perf_vit.errors import DataWarning, PerfVitError
 from perf_vit.workflows.progress import say, say_line, show_any_text
 
 __all__ = ["app", "run"]
@@ -68,12 +69,8 @@ def _unraisable(found: sys.UnraisableHookArgs) -> None:
 def _own_words(error: PerfVitError) -> str:
     """What an error says; one of a data loader's worker comes with the traceback of that process before it."""
     text = str(error)
-    if isinstance(error, OptionError):
-        # The one place where an option's name becomes that of a flag.
-        name, rest = text.split(" ", 1)
-        return f"--{name.replace('_', '-')} {rest}"
     if "Traceback (most recent call last)" not in text:
-        return text
+        return with_flags(error, text, typer.main.get_command(app))
     name = f"{type(error).__name__}: "
     return text[text.rindex(name) + len(name) :] if name in text else text.strip().splitlines()[-1]
 

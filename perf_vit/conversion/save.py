@@ -181,9 +181,7 @@ def check_output_folder(folder: Path, *, overwrite: bool) -> None:
     if foreign:
         raise OutputError(f"{folder} holds {foreign[0]}, which is no part of a saved model; choose a folder of its own")
     if held and not overwrite:
-        raise OutputError(
-            f"{folder} already holds a model; choose another folder, or replace it with --overwrite (overwrite=True)"
-        )
+        raise OutputError(f"{folder} already holds a model; choose another folder, or replace it with `overwrite=True`")
     nearest = next(path for path in (folder, *folder.absolute().parents) if path.exists())
     if not nearest.is_dir() or not os.access(nearest, os.W_OK):
         raise OutputError(f"can't save a model in {folder}: {nearest} is not a writable folder; choose another")

@@ -227,7 +227,7 @@ def _read_list(path: Path, path_column: str) -> list[tuple[str, str]]:
         raise InputError(f"can't read the list {path}: {reason_line(error)}") from error
     if path_column not in names:
         raise InputError(
-            f"{path} has no column {path_column}, but {', '.join(names)}; name the one with paths with --path-column"
+            f"{path} has no column {path_column}, but {', '.join(names)}; name the one with paths with `path_column`"
         )
     return [(str(row[path_column] or ""), str(row.get(_OUTPUT_COLUMN) or "")) for row in rows]
 

@@ -52,7 +52,7 @@ class PixelSize:
         other = _utm_zone(crs, place_xy) if metres is None else "EPSG:4326"
         raise InputError(
             f"the model reads pixels of {self.size:g} {own_name}, but {path} is in {name} ({crs_name(crs)}); "
-            f"give a CRS in {own_name}, such as --crs {other}, or a size in {name} with --resolution"
+            f"give a CRS in {own_name}, such as `crs={other}`, or a size in {name} with `resolution`"
         )
 
 

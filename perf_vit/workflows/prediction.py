@@ -63,7 +63,7 @@ class InputsOptions:
 
     def __post_init__(self) -> None:
         if self.engine == "local" and (self.num_actors or self.ray_address):
-            raise ConfigError("--num-actors and --ray-address are for --engine ray")
+            raise ConfigError("`num_actors` and `ray_address` are for `engine=ray`")
 
     @contextmanager
     def pool(self, device: str) -> Iterator[RayPool | None]:
@@ -92,14 +92,14 @@ def predict_inputs(
         PerfVitError: As `perf_vit.inference.predict_many` says.
     """
     if given.mosaic and len(inputs) != 1:
-        raise ConfigError(f"--mosaic reads one folder, glob or list of STAC items as one scene, got {len(inputs)}")
+        raise ConfigError(f"`mosaic` reads one folder, glob or list of STAC items as one scene, got {len(inputs)}")
     if not given.mosaic:
         inputs = resolve_one(inputs, output)
     if given.mosaic or is_one_file(inputs):
         _predict_one(predictor, inputs[0], output, given)
         return
     if output.suffix.lower() in _FILE_SUFFIXES and not output.is_dir():
-        raise OutputError(f"several inputs need a folder as --output, got {output}; try {output.with_suffix('')}")
+        raise OutputError(f"several inputs need a folder as `output`, got {output}; try {output.with_suffix('')}")
     found = find_inputs(inputs, output, path_column=given.path_column)
     outputs = [path for item in found for path in predictor.outputs(item.output)]
     outputs += [*predictor.folder_files(output), output / REPORT]
@@ -156,7 +156,7 @@ def _predict_one(predictor: InputPredictor[Any, Any], source: str, output: Path,
         run = predictor.run
         if pool is not None:
             if not isinstance(predictor, SegmentationPredictor):
-                raise ConfigError("--engine ray shares several inputs, or the rows of one map; leave it out")
+                raise ConfigError("`engine=ray` shares several inputs, or the rows of one map; leave it out")
             source, output = _absolute(source), output.absolute()
             run = partial(predictor.on(_device_of(pool, predictor)).run, pool=pool)
         with windows_progress(f"predicting {Path(source).name}", "rows" if pool else "windows") as on_progress:

@@ -108,9 +108,9 @@ def evaluate_segmenter(
     model, spec = predictor.model, predictor.model.spec
     is_folder = is_labelled_folder(image, labels)
     if is_folder and region is not None:
-        raise ConfigError(f"--region is a part of one raster, and {image} is a folder; leave it out")
+        raise ConfigError(f"`region` is a part of one raster, and {image} is a folder; leave it out")
     if (options.slide_mpp, options.tissue) != (None, None) and spec.mpp is None:
-        raise ConfigError("--slide-mpp and --tissue are for slides, and this model is one of rasters; leave them out")
+        raise ConfigError("`slide_mpp` and `tissue` are for slides, and this model is one of rasters; leave them out")
     open_image = partial(spec.open, check=InputCheck(spec.trained_on), **options.input_options)
     label_options = {**spec.label_options, **({} if all_touched is None else {"all_touched": all_touched})}
     labelled = open_pairs(image, labels, open_image, spec, label_options)

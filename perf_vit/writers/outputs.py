@@ -157,9 +157,7 @@ def existing_error(path: Path, reason: str = "") -> OutputError:
         path: the output.
         reason: why it is not what would be written, as in ", but of another model".
     """
-    return OutputError(
-        f"{path} exists already{reason}; choose another output, or replace it with --overwrite (overwrite=True)"
-    )
+    return OutputError(f"{path} exists already{reason}; choose another output, or replace it with `overwrite=True`")
 
 
 def _refuse_inputs(existing: Sequence[Path], inputs: Sequence[str | Path]) -> None:

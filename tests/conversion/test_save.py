@@ -156,7 +156,7 @@ def test_a_saved_model_is_loaded_for_other_sizes_bands_and_as_features(saved) ->
 def test_a_folder_is_overwritten_only_when_told_and_never_with_other_things_in_it(saved) -> None:
     model = perf_vit.linearize(build(), "performer", num_features=32)
     before = (saved / "config.json").read_bytes()
-    with pytest.raises(OutputError, match=r"already holds a model; .* replace it with --overwrite"):
+    with pytest.raises(OutputError, match=r"already holds a model; .* replace it with `overwrite=True`"):
         perf_vit.save_converted(model, saved)
     assert (saved / "config.json").read_bytes() == before
     perf_vit.save_converted(model, saved, overwrite=True)

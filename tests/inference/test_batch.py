@@ -101,7 +101,7 @@ def test_maps_that_are_there_are_kept_and_others_replaced_on_demand(make_scene, 
 
     def run(**options) -> list[str]:
         report = predict_many(mapping_many.maker(**options), inputs, on_error="skip")
-        assert all("--overwrite" in item.error for item in report.inputs if item.status == "failed")
+        assert all("overwrite=True" in item.error for item in report.inputs if item.status == "failed")
         return [item.status for item in report.inputs]
 
     assert run() == ["done", "done"]
@@ -150,7 +150,7 @@ def test_a_map_with_damage_is_kept_by_skip_and_not_taken_for_a_whole_one_by_stop
     assert not missing.any()
     [kept] = predict_many(mapping_many.maker(on_error="skip"), inputs).inputs
     assert kept.status == "skipped-existing"
-    with pytest.raises(OutputError, match=r"has damaged pixels; .*--overwrite"):
+    with pytest.raises(OutputError, match=r"has damaged pixels; .*overwrite=True"):
         predict_many(mapping_many.maker(), inputs)
     with pytest.raises(PerfVitError, match="can't read"):
         predict_many(mapping_many.maker(overwrite=True), inputs)

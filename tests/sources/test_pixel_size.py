@@ -42,7 +42,7 @@ def test_the_same_unit_changes_nothing(make_scene) -> None:
 @pytest.mark.parametrize(("corner", "zone"), [((37.5, 55.0), 32637), ((-70.0, -33.0), 32719), ((179.9, -8.0), 32760)])
 def test_degrees_against_metres_are_refused_with_the_zone_to_give(make_scene, corner, zone) -> None:
     path = _scene(make_scene, "EPSG:4326", 0.0001, corner)
-    with pytest.raises(InputError, match=f"10 metre, but .* is in degree \\(EPSG:4326\\); .*--crs EPSG:{zone}, or"):
+    with pytest.raises(InputError, match=f"10 metre, but .* is in degree \\(EPSG:4326\\); .*`crs=EPSG:{zone}`, or"):
         open_source(path, resolution=PixelSize(10, METRE))
     placed = open_source(path, resolution=PixelSize(10, METRE), crs=f"EPSG:{zone}")
     assert placed.transform.a == 10
@@ -51,7 +51,7 @@ def test_degrees_against_metres_are_refused_with_the_zone_to_give(make_scene, co
 
 def test_metres_against_degrees_are_refused(make_scene) -> None:
     path = _scene(make_scene, "EPSG:32637", 2.5)
-    with pytest.raises(InputError, match=r"0\.001 degree, but .* is in metre .*--crs EPSG:4326, or"):
+    with pytest.raises(InputError, match=r"0\.001 degree, but .* is in metre .*`crs=EPSG:4326`, or"):
         open_source(path, resolution=PixelSize(0.001, ("degree", None)))
 
 

@@ -102,7 +102,7 @@ def test_what_exists_is_replaced_only_on_demand(tmp_path, kind: str) -> None:
         path.mkdir()
     else:
         path.symlink_to("nowhere")
-    with pytest.raises(OutputError, match="it is a folder" if kind == "folder" else "--overwrite"):
+    with pytest.raises(OutputError, match="it is a folder" if kind == "folder" else "overwrite=True"):
         check_outputs([path], [])
     if kind != "folder":
         check_outputs([path], [tmp_path / "other.tif"], overwrite=True)

@@ -124,8 +124,8 @@ class Job(ABC):
             journal.begin({**self.begun_with, "version": __version__}, resume=self.options.resume)
             if self.options.on_error == "stop" and DamageLog(journal.folder).pieces():
                 raise OutputError(
-                    f"{journal.folder} holds the unfinished {self.out.name}, made with on_error = skip, without the "
-                    "parts that can't be read; go on with skip, or begin anew with --no-resume (resume=False)"
+                    f"{journal.folder} holds the unfinished {self.out.name}, made with `on_error=skip`, without the "
+                    "parts that can't be read; go on with skip, or begin again with `resume=False`"
                 )
             yield journal
 

@@ -82,7 +82,7 @@ class Journal:
             if before.get(name) != wanted.get(name):
                 raise OutputError(
                     f"{self.folder} holds the unfinished {self.path.name}, made with {name} = {before.get(name)}, now "
-                    f"{wanted.get(name)}; go on with the same, or begin anew with --no-resume (resume=False)"
+                    f"{wanted.get(name)}; go on with the same, or begin again with `resume=False`"
                 )
 
 

@@ -178,8 +178,8 @@ def _mpp_xy(source: Source) -> tuple[float, float]:
     """Micrometres per pixel of a slide as it is read."""
     if source.mpp is None:
         raise OutputError(
-            f"an OME-TIFF tells the size of its pixels, and that of {source.path} is not known; give slide_mpp "
-            "(--slide-mpp), or a name that ends in .tif alone"
+            f"an OME-TIFF tells the size of its pixels, and that of {source.path} is not known; give `slide_mpp`, or "
+            "a name that ends in .tif alone"
         )
     if not isinstance(source, SlideSource) or source.slide_mpp is None:
         return source.mpp, source.mpp
