@@ -1,4 +1,4 @@
-"""Training data as standardised tiles: windows of labelled sources and of images with objects; unlabelled crops."""
+"""Training data of each task: configs, data modules, tile datasets and samplers."""
 
 from perf_vit.data.augmentation import AugmentConfig
 from perf_vit.data.bags import SlideTargets, read_slide_table, tissue_windows
@@ -21,7 +21,7 @@ from perf_vit.data.detection import (
     build_detection_datamodule,
     read_names,
 )
-from perf_vit.data.detection_tiles import SeenObjects, collate_objects, standardized
+from perf_vit.data.detection_tiles import ObjectValidity, collate_objects, standardized
 from perf_vit.data.embedding_store import EmbeddingStore, SlideFeatures
 from perf_vit.data.segmentation import SegmentationDataModule, build_segmentation_datamodule, open_pairs, region_window
 from perf_vit.data.segmentation_config import SegmentationDataConfig, SegmentationSplitConfig, label_options
@@ -47,8 +47,8 @@ __all__ = [
     "DetectionSplitConfig",
     "DistillationDataConfig",
     "EmbeddingStore",
+    "ObjectValidity",
     "RegressionDataConfig",
-    "SeenObjects",
     "SegmentationDataConfig",
     "SegmentationDataModule",
     "SegmentationSplitConfig",

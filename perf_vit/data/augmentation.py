@@ -1,4 +1,4 @@
-"""What configs say about augmentation, checked against the images it is applied to."""
+"""Augmentation config and its checks against the images."""
 
 from __future__ import annotations
 
@@ -14,23 +14,23 @@ from perf_vit.types import Source
 
 __all__ = ["AugmentConfig", "check_augment", "draw_log_uniform", "make_stain_jitter", "pixel_size", "pixel_sizes"]
 
-# A window of more pixels a side than this many tiles is a mistake, such as metres for a raster in degrees.
+# Larger ratios of pixel sizes are mistakes, e.g. metres for a raster in degrees.
 _LARGEST_FACTOR = 16
 
 
 @dataclass(kw_only=True)
 class AugmentConfig:
-    """What is random about training tiles, beside where they lie.
+    """Random changes of training tiles.
 
     Attributes:
-        flips: the eight symmetries of the square: right for imagery seen from above.
-        scale: (smallest, largest) zoom; (1, 1) for none. Of maps and classifiers, each axis has a zoom of its own.
-        resolution: instead of `scale`, (smallest, largest) pixel size of a tile: micrometres of slides, units of
-            the CRS of rasters. Windows are larger or smaller than a tile accordingly.
-        gain: each band is multiplied by a factor from [1 - gain, 1 + gain].
-        offset: each band is shifted by an amount from [-offset, offset], in standard deviations.
-        shuffle: probability of a random order of the bands, where shapes tell more than colours do.
-        stain: jitter of the stains of haematoxylin and eosin, 0.2 is a lot; for red, green and blue of 8 bits.
+        flips: Whether to apply the eight symmetries of the square, which suit imagery seen from above.
+        scale: Zoom range (min, max); (1, 1) for none. In segmentation and classification each axis has its own zoom.
+        resolution: Pixel size range (min, max) of tiles, instead of `scale`: micrometres for slides, CRS units for
+            rasters. Windows are read larger or smaller than a tile accordingly.
+        gain: Bands are multiplied by random factors from [1 - gain, 1 + gain].
+        offset: Bands are shifted by random amounts from [-offset, offset], in standard deviations.
+        shuffle: Probability of a random band order, for data where shape matters more than colour.
+        stain: Strength of haematoxylin and eosin stain jitter, for 8-bit RGB; 0.2 is strong.
     """
 
     flips: bool = True
@@ -43,18 +43,18 @@ class AugmentConfig:
 
 
 def check_augment(config: AugmentConfig) -> None:
-    """Refuse values that can't be drawn from.
+    """Check the ranges of an augmentation config.
 
     Raises:
-        ConfigError: which, and what is expected.
+        ConfigError: A value is out of range, or `scale` and `resolution` are both given.
     """
     for key in ("scale", "resolution"):
         value = getattr(config, key)
         if value is not None and (len(value) != 2 or not 0 < value[0] <= value[1] < math.inf):
-            shown = ", ".join(f"{side:g}" for side in value)
+            shown = ", ".join(f"{size:g}" for size in value)
             raise ConfigError(f"data.augment.{key} must be [smallest, largest] above 0, got [{shown}]")
     if config.resolution is not None and tuple(config.scale) != (1.0, 1.0):
-        raise ConfigError("data.augment.scale and data.augment.resolution say the same thing twice; give one of both")
+        raise ConfigError("data.augment.scale and data.augment.resolution are alternatives; give one of them")
     for key in ("gain", "offset"):
         if not 0 <= getattr(config, key) < math.inf:
             raise ConfigError(f"data.augment.{key} must be at least 0, got {getattr(config, key):g}")
@@ -64,15 +64,15 @@ def check_augment(config: AugmentConfig) -> None:
 
 
 def make_stain_jitter(config: AugmentConfig, sources: Sequence[Source], num_bands: int) -> StainJitter | None:
-    """The jitter that a config asks for, None for none.
+    """Build the stain jitter of a config; None if its strength is 0.
 
     Args:
-        config: whose `stain` is above 0 for some.
-        sources: images it is applied to.
-        num_bands: of the images as they are read.
+        config: Augmentation config.
+        sources: Images that it is applied to.
+        num_bands: Number of bands of the images as read.
 
     Raises:
-        ConfigError: images that are not red, green and blue of 8 bits.
+        ConfigError: The images are not 8-bit RGB.
     """
     if not config.stain:
         return None
@@ -86,9 +86,9 @@ def make_stain_jitter(config: AugmentConfig, sources: Sequence[Source], num_band
 
 
 def pixel_size(source: Source) -> float | None:
-    """Pixel size in micrometres of a slide, in units of its CRS of a raster; None where the source has none.
+    """Return the pixel size of a source: micrometres for a slide, CRS units for a raster; None if unknown.
 
-    Of pixels that are not square, the side of a square as large.
+    For non-square pixels it is the side of a square of equal area.
     """
     if source.mpp is not None:
         return source.mpp
@@ -99,34 +99,33 @@ def pixel_size(source: Source) -> float | None:
 
 
 def pixel_sizes(config: AugmentConfig, sources: Sequence[Source]) -> list[float] | None:
-    """`pixel_size` of each source where a config asks for pixels of other sizes, None where it doesn't.
+    """Return the pixel size of each source if the config has a `resolution` range, else None.
 
     Raises:
-        ConfigError: a source without, or one so far from what is asked for that the unit must be wrong.
+        ConfigError: A source has no pixel size, or one so far from the range that its unit must be wrong.
     """
     if config.resolution is None:
         return None
-    return [_checked_side(source, config.resolution) for source in sources]
+    return [_checked_pixel_size(source, config.resolution) for source in sources]
 
 
 def draw_log_uniform(bounds: tuple[float, float], rng: np.random.Generator) -> float:
-    """A number between both bounds, as likely to lie in [x, 2 x] whatever x."""
+    """Draw a number between two bounds from a log-uniform distribution."""
     return float(np.exp(rng.uniform(*np.log(bounds))))
 
 
-def _checked_side(source: Source, resolution: tuple[float, float]) -> float:
-    side = pixel_size(source)
+def _checked_pixel_size(source: Source, resolution: tuple[float, float]) -> float:
+    size = pixel_size(source)
     low, high = resolution
-    if side is None:
+    if size is None:
         raise ConfigError(
-            f"data.augment.resolution needs the size of pixels, which {source.path} doesn't tell; give "
-            "data.slide_mpp for a slide, a raster with a georeference, or data.augment.scale, which are factors"
+            f"data.augment.resolution needs the pixel size, which {source.path} doesn't have; give "
+            "data.slide_mpp for a slide, a raster with a georeference, or use data.augment.scale"
         )
-    if high > side * _LARGEST_FACTOR or low * _LARGEST_FACTOR < side:
+    if high > size * _LARGEST_FACTOR or low * _LARGEST_FACTOR < size:
         unit = "micrometres" if source.mpp is not None else f"units of {source.crs}"
         raise ConfigError(
-            f"data.augment.resolution [{low:g}, {high:g}] is more than {_LARGEST_FACTOR} times the pixels of "
-            f"{source.path}, or less than their {_LARGEST_FACTOR}th part: they are {side:.4g} {unit}; give sizes near "
-            "that"
+            f"data.augment.resolution [{low:g}, {high:g}] differs by more than a factor of {_LARGEST_FACTOR} from the "
+            f"pixel size of {source.path}, {size:.4g} {unit}; give sizes near that"
         )
-    return side
+    return size

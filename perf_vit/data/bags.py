@@ -1,4 +1,4 @@
-"""The windows of a slide that show tissue."""
+"""Slide classification data: tissue windows, slide tables and bags of features."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import Dataset
 
-from perf_vit.data.base import order_of_turn
+from perf_vit.data.base import shuffled_indices
 from perf_vit.data.embedding_store import EmbeddingStore
 from perf_vit.errors import InputError
 from perf_vit.labels.tables import CsvRow, class_index, read_csv_rows
@@ -22,24 +22,24 @@ from perf_vit.types import BoolArray, Source, Window
 
 __all__ = ["Bag", "SlideBags", "SlideTargets", "collate_bags", "read_slide_table", "tissue_windows"]
 
-# Pixels of the reduced mask along a window's side: shares to about a percent.
+# Pixels of the reduced mask along a window, for fractions to about a percent.
 _MASK_PX = 8
 
 _MAX_MASK_PX = 8192
 
 
 def tissue_windows(source: Source, tile_px: int, min_tissue: float) -> list[Window]:
-    """The windows of a grid without overlap of which at least some share is valid, row by row.
+    """Return the windows of a grid without overlap that show enough tissue, row by row.
 
-    The shares are those of the valid mask at low resolution: about 8 pixels along a window.
+    Tissue fractions are those of the valid mask at low resolution, about 8 pixels along a window.
 
     Args:
-        source: a slide opened with `tissue`, so that only tissue is valid; or any other source.
-        tile_px: side of a window, in pixels.
-        min_tissue: least share of valid pixels, 0 to 1; a window without any is never taken.
+        source: Slide opened with `tissue`, so that only tissue is valid; or any other source.
+        tile_px: Window size in pixels.
+        min_tissue: Minimum fraction of valid pixels, 0 to 1; windows without valid pixels are always left out.
 
     Raises:
-        InputError: no window is valid enough, or the slide can't be read.
+        InputError: No window has enough valid pixels, or the slide can't be read.
     """
     windows = grid_windows(source.extent, tile_px, overlap=0)
     size_px = min(_MAX_MASK_PX, -(-max(source.size) * _MASK_PX // tile_px))
@@ -55,7 +55,7 @@ def tissue_windows(source: Source, tile_px: int, min_tissue: float) -> list[Wind
 
 
 def _shares(mask: BoolArray, windows: Sequence[Window], height: int, width: int) -> npt.NDArray[np.float64]:
-    """Share of valid pixels in each window; what lies outside the source is not valid."""
+    """Return the fraction of valid pixels in each window; pixels outside the source are not valid."""
     rows, cols = mask.shape
     summed = np.zeros((rows + 1, cols + 1))
     summed[1:, 1:] = mask.cumsum(0).cumsum(1)
@@ -63,7 +63,7 @@ def _shares(mask: BoolArray, windows: Sequence[Window], height: int, width: int)
     scale = np.array([rows / height, rows / height, cols / width, cols / width])
     limits = np.array([rows, rows, cols, cols])
     top, bottom, left, right = np.clip(np.rint(edges * scale), 0, limits).astype(np.int64).T
-    # A window smaller than a pixel of the mask still sees one.
+    # Windows smaller than a mask pixel cover one pixel.
     top, left = np.minimum(top, rows - 1), np.minimum(left, cols - 1)
     bottom, right = np.maximum(bottom, top + 1), np.maximum(right, left + 1)
     valid = summed[bottom, right] - summed[top, right] - summed[bottom, left] + summed[top, left]
@@ -81,9 +81,9 @@ class SlideTargets:
     """Labelled slides.
 
     Attributes:
-        paths: of the slides.
-        labels: class indices, [n].
-        classes: names.
+        paths: Paths of the slides.
+        labels: Class indices, [n].
+        classes: Class names.
     """
 
     paths: tuple[str, ...]
@@ -94,7 +94,7 @@ class SlideTargets:
         return len(self.paths)
 
     def part(self, indices: Sequence[int]) -> SlideTargets:
-        """Some of the slides."""
+        """Select slides by index."""
         chosen = list(indices)
         return SlideTargets(tuple(self.paths[index] for index in chosen), self.labels[chosen], self.classes)
 
@@ -107,17 +107,17 @@ def read_slide_table(
     image_column: str = "slide",
     label_column: str = "label",
 ) -> SlideTargets:
-    """A CSV file with the class of each slide.
+    """Read a CSV file with the class of each slide.
 
     Args:
-        table: the CSV file.
-        slides: folder that its names of slides are relative to; they may lack their ending.
-        classes: names in the order of the indices; those that occur, by name, if None.
-        image_column: that names the slide.
-        label_column: that names the class.
+        table: CSV file.
+        slides: Folder of the slides; their names may omit the suffix.
+        classes: Class names in the order of the indices; None for all that occur, sorted by name.
+        image_column: Column with slide names.
+        label_column: Column with class names.
 
     Raises:
-        InputError: a file, column, slide or class that isn't there, or a slide named twice.
+        InputError: A file, column, slide or class is missing, or a slide is listed twice.
     """
     rows = read_csv_rows(table, [image_column, label_column])
     names = [row.values[label_column] for row in rows]
@@ -147,19 +147,19 @@ def _find(row: CsvRow, folder: Path, column: str) -> str:
 
 
 class SlideBags(Dataset[Bag]):
-    """Bags of features, a slide each.
+    """Bags of features, one per slide.
 
-    To train on, slides come in another order each round, and a large bag is a random part of its slide: item i is a
-    function of (seed, i) alone.
+    With a seed, slides are shuffled in each pass and large bags are random subsets of the slide's windows; item i
+    depends on (seed, i) only.
 
     Args:
-        slides: with their labels.
-        store: that holds their features.
-        max_windows: of a bag, drawn anew each time; None for all.
-        seed: decides order and windows; None for the order given.
+        slides: Slides with their labels.
+        store: Store with their features.
+        max_windows: Maximum number of windows per bag, drawn again each time; None for all.
+        seed: Seed of order and windows; None to keep the given order.
 
     Raises:
-        InputError: features are missing or damaged, when they are read.
+        InputError: Features are missing or damaged (when they are read).
     """
 
     def __init__(
@@ -174,11 +174,11 @@ class SlideBags(Dataset[Bag]):
         return len(self.slides)
 
     def __getitem__(self, index: int) -> Bag:
-        """Features [N, D] float32 and the class index; with a seed, any index >= 0 is allowed."""
+        """Return features [N, D] float32 and the class index; with a seed, any index >= 0 is allowed."""
         chosen = index
         if self.seed is not None:
             turn, position = divmod(index, len(self.slides))
-            chosen = int(order_of_turn(self.seed, turn, len(self.slides))[position])
+            chosen = int(shuffled_indices(self.seed, turn, len(self.slides))[position])
         features = self.store.read(self.slides.paths[chosen]).features
         if self.max_windows is not None and len(features) > self.max_windows:
             rng = np.random.default_rng((self.seed or 0, index))
@@ -187,7 +187,7 @@ class SlideBags(Dataset[Bag]):
 
 
 def collate_bags(bags: Sequence[Bag]) -> tuple[Tensor, Tensor, Tensor]:
-    """A batch: features [B, N, D] of the largest bag's size, which of them are there [B, N], and labels [B]."""
+    """Collate bags to features [B, N, D] padded to the largest bag, a mask of actual windows [B, N] and labels [B]."""
     features, labels = zip(*bags, strict=True)
     sizes = torch.tensor([len(each) for each in features])
     mask = torch.arange(int(sizes.max())) < sizes[:, None]

@@ -1,4 +1,4 @@
-"""Shared parts of all data modules: epochs, workers, band statistics."""
+"""Base of data modules: epoch samplers and loaders, band statistics."""
 
 from __future__ import annotations
 
@@ -28,19 +28,19 @@ __all__ = [
     "collate_tiles",
     "given_normalizer",
     "measure_bands",
-    "order_of_turn",
-    "seen_images",
+    "sample_images",
+    "shuffled_indices",
 ]
 
 TileBatch = tuple[Tensor, Tensor, Tensor | None]
-"""Tiles [B, C, H, W], their labels or targets, and valid pixels, bool [B, H, W], None where all are."""
+"""Tiles [B, C, H, W], labels or targets, and valid pixels [B, H, W] bool, None if all pixels are valid."""
 
 
 class EpochSampler(Sampler[int]):
-    """Counts on from epoch to epoch, so that a dataset which is a function of the index never repeats itself.
+    """Sampler whose indices continue from epoch to epoch, so that datasets that depend on the index never repeat.
 
-    Lightning calls `set_epoch`, also after a resume: the samples go on where they would have been. Of several
-    processes each takes every so many-th sample, so together they see what one would; a rest is left out.
+    Lightning calls `set_epoch`, also after a resume, so samples continue where they would have been. With several
+    processes, the samples are interleaved: together they see those of a single process; a remainder is left out.
     """
 
     def __init__(self, length: int) -> None:
@@ -49,11 +49,11 @@ class EpochSampler(Sampler[int]):
         self._num_skipped = 0
 
     def set_epoch(self, epoch: int) -> None:
-        """Start the next iteration at this epoch's first index."""
+        """Start the next iteration at the first index of an epoch."""
         self.epoch = epoch
 
     def skip(self, num_samples: int) -> None:
-        """Leave out so many of this process's samples at the start of the next iteration."""
+        """Skip samples of this process at the start of the next iteration."""
         self._num_skipped = num_samples
 
     def __iter__(self) -> Iterator[int]:
@@ -67,10 +67,10 @@ class EpochSampler(Sampler[int]):
 
 
 class ShareSampler(Sampler[int]):
-    """The samples of a dataset in order, each in one of the processes that validate together.
+    """Sampler that distributes the samples of a dataset over the validating processes, in order.
 
-    All processes have equally many, since networks whose weights are shared out predict together: those without a
-    sample of their own at the end take the dataset's last one, which doesn't count there.
+    All processes get the same number of samples, as networks with sharded weights predict together. Processes without a
+    sample left repeat the last one of the dataset, which is not counted there.
     """
 
     def __init__(self, length: int) -> None:
@@ -85,31 +85,31 @@ class ShareSampler(Sampler[int]):
 
     @property
     def num_counted(self) -> int:
-        """How many of this process's samples are its own; they come first."""
+        """Number of samples of this process to count; they come first."""
         rank, world_size = process_place()
         return len(range(rank, self.length, world_size))
 
 
 def collate_tiles(samples: Sequence[tuple[Tensor, ...]]) -> Any:
-    """A batch of samples that end with the valid pixels of a tile, bool [H, W]; None where all pixels are valid."""
+    """Collate samples that end with valid pixels [H, W] bool; these become None if all pixels are valid."""
     *parts, valid = zip(*samples, strict=True)
     all_valid = all(each.all() for each in valid)
     return *(default_collate(list(part)) for part in parts), None if all_valid else default_collate(list(valid))
 
 
 class EpochLoader(DataLoader[Any]):
-    """Batches of the samples of one epoch after another.
+    """Loader of batches, one epoch after another.
 
     Args:
-        dataset: of samples that are functions of the index, see `EpochSampler`; its length is that of an epoch.
-        batch_size: samples a batch.
-        num_workers: loader processes; 0 loads in the training process.
-        collate_fn: makes a batch of a list of samples; torch's by default.
-        drop_last: drop a last smaller batch, whose batch statistics are worse.
+        dataset: Dataset whose samples depend on the index, see `EpochSampler`; its length is that of an epoch.
+        batch_size: Number of samples per batch.
+        num_workers: Number of loader processes; 0 loads in the training process.
+        collate_fn: Function that collates a list of samples; None for torch's default.
+        drop_last: Whether to drop a smaller last batch, whose batch statistics are worse.
 
     Attributes:
-        num_given: batches of the present epoch that were handed out; workers may have made more.
-        num_skipped: batches to leave out at the start of the next epoch.
+        num_given: Number of batches of the current epoch handed out; workers may have prepared more.
+        num_skipped: Number of batches to skip at the start of the next epoch.
     """
 
     def __init__(
@@ -135,8 +135,8 @@ class EpochLoader(DataLoader[Any]):
         self.num_skipped = 0
 
     def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
-        # A generator starts with its first batch: Lightning asks for the iterator before it sets the sampler's epoch,
-        # and workers begin at once.
+        # A generator starts at its first batch: Lightning requests the iterator before it sets the sampler's epoch,
+        # and workers start at once.
         self.num_given, self.num_skipped = self.num_skipped, 0
         self.epoch_sampler.skip(self.num_given * (self.batch_size or 1))
         for batch in super().__iter__():
@@ -145,17 +145,23 @@ class EpochLoader(DataLoader[Any]):
 
 
 @lru_cache(maxsize=4)
-def order_of_turn(seed: int, turn: int, length: int) -> npt.NDArray[np.int64]:
-    """The order in which a dataset's items come in one turn through it, as a permutation of their numbers."""
-    # A seed of its own, so that no item draws from it.
+def shuffled_indices(seed: int, turn: int, length: int) -> npt.NDArray[np.int64]:
+    """Return the order of a dataset's items in one pass, as a permutation of their indices.
+
+    Args:
+        seed: Seed of the dataset.
+        turn: Index of the pass.
+        length: Number of items.
+    """
+    # A separate seed, which no item uses.
     return np.random.default_rng((seed, turn, length)).permutation(length)
 
 
 class EpochDataModule(lightning.LightningDataModule):
-    """A data module whose place in an epoch is part of a checkpoint.
+    """Data module whose position in an epoch is saved in checkpoints.
 
-    A run that is resumed in the middle of an epoch goes on with exactly the samples that were left. Subclasses make
-    their training loader with `train_loader`.
+    A run resumed within an epoch continues with exactly the remaining samples. Subclasses build their training loader
+    with `train_loader`.
     """
 
     def __init__(self) -> None:
@@ -164,10 +170,10 @@ class EpochDataModule(lightning.LightningDataModule):
         self._num_skipped = 0
 
     def train_loader(self, dataset: Any, **options: Any) -> EpochLoader:
-        """A loader that begins where the checkpoint was written, if there is one; `options` are `EpochLoader`'s.
+        """Build a loader that starts at the checkpoint's position, if any; `options` are passed to `EpochLoader`.
 
         Raises:
-            ConfigError: not a batch of samples for each of several processes.
+            ConfigError: There are too few samples for a batch in each process.
         """
         self._loader = EpochLoader(dataset, **options)
         if not len(self._loader):
@@ -179,29 +185,29 @@ class EpochDataModule(lightning.LightningDataModule):
         return self._loader
 
     def state_dict(self) -> dict[str, int]:
-        """How many batches of the epoch were given; none of the next one after the last."""
+        """Return the number of batches handed out in the epoch, 0 after its last."""
         return {"num_batches": 0 if self._loader is None else self._loader.num_given % max(1, len(self._loader))}
 
     def load_state_dict(self, state_dict: dict[str, int]) -> None:
-        """Leave out the batches that were given before."""
-        # Sharded training reads the checkpoint when the loader is there already.
+        """Skip the batches that were handed out before."""
+        # In sharded training the loader already exists when the checkpoint is read.
         if self._loader is None:
             self._num_skipped = state_dict["num_batches"]
         else:
             self._loader.num_skipped = state_dict["num_batches"]
 
 
-# Images to measure on, and their longest side: enough for two digits, read in a second.
+# Number and longest side of the images to measure: enough for two digits, read within a second.
 _IMAGES = 64
 
 _SIDE_PX = 256
 
 
 def given_normalizer(mean: Sequence[float] | None, std: Sequence[float] | None, num_bands: int) -> Normalizer | None:
-    """The normalizer of `data.mean` and `data.std`; None where a config leaves them to be measured.
+    """Build the normalizer from `data.mean` and `data.std`; None if the config leaves them to be measured.
 
     Raises:
-        ConfigError: one without the other, another number of bands, or a std that is not above 0.
+        ConfigError: Only one of them is given, their length is wrong, or a std is not above 0.
     """
     if (mean is None) != (std is None):
         raise ConfigError("data.mean and data.std go together; give both, or neither to have them measured")
@@ -219,34 +225,36 @@ def given_normalizer(mean: Sequence[float] | None, std: Sequence[float] | None, 
 def measure_bands(
     images: Sequence[GeoImage], sources: Sequence[Source], given: Normalizer | None
 ) -> tuple[Normalizer, InputBands]:
-    """The normalizer, measured where it isn't given, and the ranges of the bands.
+    """Return the normalizer, measured unless given, and the value ranges of the bands.
 
     Args:
-        images: some training images, of low resolution.
-        sources: all of them.
-        given: see `given_normalizer`.
+        images: Some training images at low resolution.
+        sources: All training sources.
+        given: Normalizer from `given_normalizer`, or None.
 
     Raises:
-        InputError: a band has no valid pixel.
+        InputError: A band has no valid pixels.
     """
     names = common_names(sources, len(images[0].pixels))
     return given or Normalizer.from_images(images, names or None), InputBands.measured(images, names)
 
 
-def seen_images(read_reduced: Callable[[int, int], GeoImage], paths: Sequence[str | Path], seed: int) -> list[GeoImage]:
-    """Some images that the seed decides, of low resolution, to measure statistics on.
+def sample_images(
+    read_reduced: Callable[[int, int], GeoImage], paths: Sequence[str | Path], seed: int
+) -> list[GeoImage]:
+    """Read a random sample of images at low resolution, for statistics.
 
     Args:
-        read_reduced: an image by its place and its longest side in pixels.
-        paths: of the images.
-        seed: decides which are looked at.
+        read_reduced: Function that reads an image, given its index and its longest side in pixels.
+        paths: Paths of all images.
+        seed: Seed of the selection.
     """
     chosen = np.random.default_rng(seed).permutation(len(paths))[:_IMAGES]
     seen = [read_reduced(int(index), _SIDE_PX) for index in chosen]
     bare = [int(index) for index, image in zip(chosen, seen, strict=True) if not image.valid.any()]
     if bare and len(bare) < len(seen):
         warnings.warn(
-            f"{len(bare)} of {len(seen)} training images looked at have no valid pixel, the first {paths[bare[0]]}",
+            f"{len(bare)} of {len(seen)} training images checked have no valid pixel, the first {paths[bare[0]]}",
             DataWarning,
             stacklevel=3,
         )

@@ -1,4 +1,4 @@
-"""How many labelled pixels each class has in sources."""
+"""Counts and samples of the labelled pixels of each class."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ __all__ = ["count_class_pixels", "count_labelled_pixels", "find_class_pixels", "
 
 _WINDOW_PX = 512
 
-# 260 million pixels, read in about a minute: enough for a class of a millionth of them.
+# 260 million pixels, read in about a minute: enough to find a class with one pixel in a million.
 _MAX_WINDOWS = 1000
 
 
@@ -25,16 +25,16 @@ def count_class_pixels(
     window_px: int = _WINDOW_PX,
     max_windows: int = _MAX_WINDOWS,
 ) -> list[int]:
-    """Count the pixels of each class that training can see: labelled, valid in the image and inside the region.
+    """Count the pixels of each class available for training: labelled, valid and within the region.
 
     Args:
-        sources: rasters with their labels and regions.
-        num_classes: K.
-        window_px: side of the windows read, in pixels.
-        max_windows: of more than that, as many are read, the same ones each time.
+        sources: Rasters with labels and regions.
+        num_classes: Number of classes K.
+        window_px: Size of the windows read, in pixels.
+        max_windows: Maximum number of windows to read; if there are more, a fixed random subset is read.
 
     Returns:
-        One count a class; of labels with a layer a class, the pixels where it is true.
+        Number of pixels per class; for multi-label layers, the pixels where the class is present.
     """
     return count_labelled_pixels(sources, num_classes, window_px=window_px, max_windows=max_windows)[0]
 
@@ -46,34 +46,34 @@ def count_labelled_pixels(
     window_px: int = _WINDOW_PX,
     max_windows: int = _MAX_WINDOWS,
 ) -> tuple[list[int], int]:
-    """`count_class_pixels`, and how many pixels were looked at that carry a label, be it that no class is true."""
-    places = [(source, window) for source in sources for window in pieces(source.region, window_px)]
-    # At random: equal steps through the rows of a grid may read its diagonal alone.
-    chosen = np.sort(np.random.default_rng(0).permutation(len(places))[:max_windows])
+    """Count pixels as `count_class_pixels`, and all labelled pixels read, including those without any class."""
+    windows = [(source, window) for source in sources for window in pieces(source.region, window_px)]
+    # Random, as equal steps through the rows of a grid may read its diagonal only.
+    chosen = np.sort(np.random.default_rng(0).permutation(len(windows))[:max_windows])
     counts, num_labelled = np.zeros(num_classes, np.int64), 0
     for index in chosen.tolist():
-        source, window = places[index]
+        source, window = windows[index]
         labels = source.read_labels(window)
         labelled = labels != IGNORE_INDEX
         if labels.ndim == 3:
             counts += (labels == 1).sum((1, 2))
             labelled = labelled.any(0)
         else:
-            # Ignored pixels have an index above all classes.
+            # IGNORE_INDEX is above all class indices.
             counts += np.bincount(labels.ravel(), minlength=num_classes)[:num_classes]
         num_labelled += int(labelled.sum())
     return [int(count) for count in counts], num_labelled
 
 
 def pieces(region: Window, size: int) -> Iterator[Window]:
-    """Windows that cover a region once; those at its end are smaller."""
+    """Yield windows that cover a region exactly once; those at the end are smaller."""
     for row in range(region.row, region.row_stop, size):
         for col in range(region.col, region.col_stop, size):
             yield Window(row, col, min(size, region.row_stop - row), min(size, region.col_stop - col))
 
 
-# Few enough to keep for hundreds of classes, enough that tiles of a common class are not the same ones.
-_MAX_PLACES = 4096
+# Few enough to store for hundreds of classes, enough for varied tiles of common classes.
+_MAX_PIXELS = 4096
 
 
 def find_class_pixels(
@@ -82,28 +82,27 @@ def find_class_pixels(
     *,
     multilabel: bool = False,
     seed: int = 0,
-    max_places: int = _MAX_PLACES,
+    max_pixels: int = _MAX_PIXELS,
     window_px: int = _WINDOW_PX,
     on_window: Callable[[int, int], None] | None = None,
 ) -> list[npt.NDArray[np.int64]]:
-    """Draw pixels of each class, without replacement, from all that training can see; all windows are read once.
+    """Sample pixels of each class, without replacement, from all pixels available for training; reads all windows once.
 
     Args:
-        sources: rasters with their labels and regions.
-        num_classes: K.
-        multilabel: labels have a layer a class. Pixels of a class are those where it is true, and those where none is
-            are one more class, the last.
-        seed: decides the draw.
-        max_places: pixels of a class at most.
-        window_px: side of the windows read, in pixels.
-        on_window: called with windows done and all of them.
+        sources: Rasters with labels and regions.
+        num_classes: Number of classes K.
+        multilabel: Whether labels have a layer per class; pixels without any class then form an additional, last class.
+        seed: Seed of the sample.
+        max_pixels: Maximum number of pixels per class.
+        window_px: Size of the windows read, in pixels.
+        on_window: Function called with the number of windows done and the total.
 
     Returns:
-        Of each class (source, row, column), [n, 3].
+        Pixels (source, row, column) of each class, [n, 3].
     """
     windows = [(index, window) for index, one in enumerate(sources) for window in pieces(one.region, window_px)]
     rng = np.random.default_rng(seed)
-    samples = [_Sample(max_places, rng) for _ in range(num_classes + int(multilabel))]
+    samples = [_Sample(max_pixels, rng) for _ in range(num_classes + int(multilabel))]
     for done, (index, window) in enumerate(windows, 1):
         labels = sources[index].read_labels(window)
         for number, here in _of_classes(labels, num_classes):
@@ -114,7 +113,7 @@ def find_class_pixels(
 
 
 def _of_classes(labels: LabelArray, num_classes: int) -> list[tuple[int, BoolArray]]:
-    """The classes of a window, each with its pixels [h, w]."""
+    """Return the classes of a window and their pixels [h, w]."""
     if labels.ndim == 2:
         return [(int(k), labels == k) for k in np.unique(labels) if k != IGNORE_INDEX]
     true = labels == 1
@@ -123,7 +122,7 @@ def _of_classes(labels: LabelArray, num_classes: int) -> list[tuple[int, BoolArr
 
 
 class _Sample:
-    """A uniform sample of pixels that come by: of random keys the smallest."""
+    """Uniform random sample of a stream of pixels: those with the smallest random keys."""
 
     def __init__(self, size: int, rng: np.random.Generator) -> None:
         self.pixels: npt.NDArray[np.int64] = np.zeros((0, 3), np.int64)
@@ -132,14 +131,14 @@ class _Sample:
         self._rng = rng
 
     def add(self, source: int, row: int, col: int, here: BoolArray) -> None:
-        """Take up pixels of a window [h, w] that begins at a row and column."""
-        places = np.flatnonzero(here)
-        keys = self._rng.random(len(places))
+        """Add pixels of a window [h, w] that starts at a row and column."""
+        positions = np.flatnonzero(here)
+        keys = self._rng.random(len(positions))
         if len(self._keys) == self._size:
             low = keys < self._keys.max()
-            places, keys = places[low], keys[low]
-        rows, cols = np.divmod(places, here.shape[1])
-        new = np.stack([np.full(len(places), source), rows + row, cols + col], axis=1)
+            positions, keys = positions[low], keys[low]
+        rows, cols = np.divmod(positions, here.shape[1])
+        new = np.stack([np.full(len(positions), source), rows + row, cols + col], axis=1)
         pixels, keys = np.concatenate([self.pixels, new]), np.concatenate([self._keys, keys])
         kept = np.argpartition(keys, self._size)[: self._size] if len(keys) > self._size else slice(None)
         self.pixels, self._keys = pixels[kept], keys[kept]

@@ -1,4 +1,4 @@
-"""The Lightning data module of whole images with one label each, and its configs."""
+"""Data module and configs of image classification and regression."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from perf_vit.data.base import (
     collate_tiles,
     given_normalizer,
     measure_bands,
-    seen_images,
+    sample_images,
 )
 from perf_vit.data.classification_tiles import (
     ClassificationImages,
+    ClassificationSample,
     ClassificationTiles,
     ClassificationViews,
-    SceneSample,
 )
 from perf_vit.data.config import SplitConfig, TileDataConfig, check_base
 from perf_vit.errors import ConfigError
@@ -48,8 +48,8 @@ class ClassificationSplitConfig(SplitConfig):
     """Labelled images.
 
     Attributes:
-        image: a folder, one image, a glob, or a list of these.
-        labels: a CSV file; left out, the folder holds folders that are named after the class of their images.
+        image: Folder, image file, glob, or list of these.
+        labels: CSV file; None for a folder with one subfolder of images per class.
     """
 
     labels: str | None = None
@@ -57,16 +57,16 @@ class ClassificationSplitConfig(SplitConfig):
 
 @dataclass(kw_only=True)
 class ImageDataConfig(TileDataConfig):
-    """Where whole images come from, and how they become tiles; `TileDataConfig` has further keys.
+    """Data of image classification and regression; `TileDataConfig` has further keys.
 
     Attributes:
-        train: images trained on.
-        val: images validated on; a part of `train` that the seed decides if left out.
-        val_share: of the images of `train`, where `val` is left out.
-        image_column: of CSV files, that names the image.
-        resize: resize whole images to a tile; else a tile is a part at full resolution, at random while training, the
-            middle otherwise, and images that are smaller are padded.
-        tiles_per_epoch: training tiles an epoch; one an image if left out.
+        train: Training images.
+        val: Validation images; None for a random part of `train`.
+        val_share: Fraction of the images of `train` to validate on if `val` is None.
+        image_column: CSV column with image names.
+        resize: Whether to resize whole images to a tile; otherwise a tile is a crop at full resolution, random in
+            training and central otherwise, and smaller images are padded.
+        tiles_per_epoch: Number of training tiles per epoch; None for one per image.
     """
 
     train: ClassificationSplitConfig
@@ -80,14 +80,15 @@ class ImageDataConfig(TileDataConfig):
 
 @dataclass(kw_only=True)
 class ClassificationDataConfig(ImageDataConfig):
-    """Where images and their classes come from.
+    """Images and their classes.
 
     Attributes:
-        classes: names; those that occur in `train`, by name, if left out. For several classes an image, the CSV file's
-            columns of 0 and 1.
-        multilabel: images of any number of classes.
-        label_column: of CSV files, that names the class.
-        sampler: random, each image once an epoch in random order, or balanced, each class as often as the others.
+        classes: Class names; None for all that occur in `train`, sorted by name. With `multilabel`, the CSV columns of
+            0 and 1.
+        multilabel: Whether an image may have any number of classes.
+        label_column: CSV column with class names.
+        sampler: Sampler of training images: random (each image once per epoch, shuffled) or balanced (classes equally
+            often).
     """
 
     classes: list[str] | None = None
@@ -98,24 +99,24 @@ class ClassificationDataConfig(ImageDataConfig):
 
 @dataclass(kw_only=True)
 class RegressionDataConfig(ImageDataConfig):
-    """Where images and their regression targets come from.
+    """Images and their regression targets.
 
     Attributes:
-        targets: columns of the CSV files, one a target.
+        targets: CSV columns, one per target.
     """
 
     targets: list[str]
 
 
 class ClassificationDataModule(EpochDataModule):
-    """Augmented tiles to train on, one tile an image to validate on.
+    """Data module of image classification and regression: augmented training tiles, one validation tile per image.
 
     Attributes:
-        train: tiles of the training images.
-        val: views of the validation images.
-        names: of the classes or targets.
-        normalizer: as given, or measured on training images.
-        trained_on: bands of the training images.
+        train: Tiles of the training images.
+        val: Tiles of the validation images.
+        names: Names of the classes or targets.
+        normalizer: Normalizer, as given or measured on the training images.
+        trained_on: Bands of the training images.
     """
 
     def __init__(
@@ -136,14 +137,14 @@ class ClassificationDataModule(EpochDataModule):
         self.batch_size = batch_size
         self.num_workers = num_workers
 
-    def train_dataloader(self) -> DataLoader[SceneSample]:
-        """Augmented tiles, others each epoch; a last smaller batch is dropped (batch statistics)."""
+    def train_dataloader(self) -> DataLoader[ClassificationSample]:
+        """Return the loader of augmented tiles, new ones each epoch; drops a smaller last batch (batch statistics)."""
         return self.train_loader(
             self.train, batch_size=self.batch_size, num_workers=self.num_workers, collate_fn=collate_tiles
         )
 
-    def val_dataloader(self) -> DataLoader[SceneSample]:
-        """The validation images, in order."""
+    def val_dataloader(self) -> DataLoader[ClassificationSample]:
+        """Return the loader of the validation images, in order."""
         return DataLoader(
             self.val,
             batch_size=self.batch_size,
@@ -154,11 +155,15 @@ class ClassificationDataModule(EpochDataModule):
 
 
 def build_classification_datamodule(config: ImageDataConfig, seed: int) -> ClassificationDataModule:
-    """Read labels, open images and measure what statistics of the bands the config leaves out.
+    """Read labels, open images and measure band statistics that the config doesn't give.
+
+    Args:
+        config: Data config.
+        seed: Seed of order, crops, augmentation and validation split.
 
     Raises:
-        ConfigError: values that don't fit each other.
-        InputError: files that can't be read or don't fit each other.
+        ConfigError: Values are inconsistent.
+        InputError: Files can't be read or are inconsistent.
     """
     _check(config)
     labelled = read_image_targets(config, config.train)
@@ -186,7 +191,7 @@ def build_classification_datamodule(config: ImageDataConfig, seed: int) -> Class
             "one, or give data.tiles_per_epoch"
         )
     given = given_normalizer(config.mean, config.std, train.num_bands)
-    seen = seen_images(train.read_reduced, train_part.paths, seed)
+    seen = sample_images(train.read_reduced, train_part.paths, seed)
     normalizer, trained_on = measure_bands(seen, train.sources, given)
     augment = config.augment
     return ClassificationDataModule(
@@ -221,27 +226,27 @@ def read_image_targets(
     *,
     allow_missing: bool = False,
 ) -> ImageTargets:
-    """The labelled images of a split.
+    """Read the labelled images of a split.
 
     Args:
-        config: what the labels are.
-        split: where images and labels lie.
-        names: of classes, instead of those of the config.
-        allow_missing: folders by class needn't have images of all classes.
+        config: Data config.
+        split: Images and labels.
+        names: Class names that replace those of the config.
+        allow_missing: Whether folders may lack images of some classes.
 
     Raises:
-        ConfigError: targets without a CSV file.
-        InputError: files that can't be read or don't fit each other.
+        ConfigError: The labels need a CSV file, and there is none.
+        InputError: Files can't be read or are inconsistent.
     """
     if isinstance(config, RegressionDataConfig):
         if split.labels is None:
-            raise ConfigError("targets come from a CSV file; give data.train.labels, and data.val.labels with data.val")
+            raise ConfigError("regression needs a CSV file; give data.train.labels, and data.val.labels with data.val")
         return read_target_table(split.labels, split.image, config.targets, image_column=config.image_column)
     assert isinstance(config, ClassificationDataConfig)
     classes = names or config.classes
     if split.labels is None:
         if config.multilabel:
-            raise ConfigError("several classes an image come from a CSV file; give data.train.labels")
+            raise ConfigError("data.multilabel needs a CSV file; give data.train.labels")
         return read_class_folders(split.image, classes, allow_missing=allow_missing)
     return read_class_table(
         split.labels,
@@ -254,10 +259,16 @@ def read_image_targets(
 
 
 def split_off(length: int, val_share: float, seed: int, what: str) -> tuple[list[int], list[int]]:
-    """Indices to train and to validate on, both in order.
+    """Split indices at random into training and validation, both sorted.
+
+    Args:
+        length: Number of items.
+        val_share: Fraction of items to validate on.
+        seed: Seed of the split.
+        what: Name of the items, for errors.
 
     Raises:
-        ConfigError: one of both would be empty.
+        ConfigError: One of the parts would be empty.
     """
     num_val = max(1, round(length * val_share))
     if num_val >= length:
@@ -269,9 +280,7 @@ def split_off(length: int, val_share: float, seed: int, what: str) -> tuple[list
 def _check(config: ImageDataConfig) -> None:
     check_base(config)
     if config.augment.resolution is not None:
-        raise ConfigError(
-            "data.augment.resolution is for segmentation and detection; give data.augment.scale, which are factors"
-        )
+        raise ConfigError("data.augment.resolution is for segmentation and detection; use data.augment.scale")
     if isinstance(config, ClassificationDataConfig):
         classes = config.classes
         if classes is not None and (len(classes) < 2 - config.multilabel or len(set(classes)) != len(classes)):
@@ -279,7 +288,7 @@ def _check(config: ImageDataConfig) -> None:
         if config.multilabel and classes is None:
             raise ConfigError("data.multilabel needs data.classes, the columns of 0 and 1")
         if config.sampler not in ("random", "balanced") or (config.sampler == "balanced" and config.multilabel):
-            raise ConfigError(f"data.sampler must be random, or balanced for one class an image, got {config.sampler}")
+            raise ConfigError(f"data.sampler must be random, or balanced for single-label images, got {config.sampler}")
     if isinstance(config, RegressionDataConfig) and not config.targets:
         raise ConfigError("data.targets must name at least one column of the CSV file")
     if not 0 <= config.val_share <= 1:

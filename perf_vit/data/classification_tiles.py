@@ -1,4 +1,4 @@
-"""Datasets of whole images with one label each, as tiles of one size."""
+"""Tile datasets of image classification and regression."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from perf_vit.data.base import order_of_turn
+from perf_vit.data.base import shuffled_indices
 from perf_vit.data.detection_tiles import common_bands, open_closed
 from perf_vit.errors import InputError
 from perf_vit.labels.tables import ImageTargets
@@ -22,31 +22,31 @@ from perf_vit.types import BoolArray, GeoImage, OpenInput, Source, Window
 
 __all__ = [
     "ClassificationImages",
+    "ClassificationSample",
     "ClassificationTiles",
     "ClassificationViews",
-    "SceneSample",
     "image_tile",
     "middle_window",
 ]
 
 FloatArray = npt.NDArray[np.float32]
 
-SceneSample = tuple[Tensor, Tensor, Tensor]
-"""Tile [C, tile_px, tile_px] float32, its target, and valid pixels [tile_px, tile_px] bool."""
+ClassificationSample = tuple[Tensor, Tensor, Tensor]
+"""Tile [C, tile_px, tile_px] float32, target, and valid pixels [tile_px, tile_px] bool."""
 
-# Draws of a part before the image's middle is taken.
+# Number of random crops to try before the central one.
 _TURNS = 10
 
 
 class ClassificationImages:
-    """Labelled images with one number of bands; a grey one among images of three bands is read as three equal ones.
+    """Labelled images with the same number of bands; grey images among RGB ones are read as three equal bands.
 
     Args:
-        labelled: the images.
-        open_input: opens an image by its path, with the options of a model or a config.
+        labelled: Labelled images.
+        open_input: Function that opens an image by path.
 
     Raises:
-        InputError: no image, one that can't be opened, or different numbers of bands.
+        InputError: There is no image, one can't be opened, or the numbers of bands differ.
     """
 
     def __init__(self, labelled: ImageTargets, open_input: OpenInput = open_source) -> None:
@@ -60,34 +60,33 @@ class ClassificationImages:
         return len(self.sources)
 
     def read_reduced(self, index: int, max_size_px: int) -> GeoImage:
-        """An image at lower resolution, for statistics."""
+        """Read an image at lower resolution, for statistics."""
         source = self.sources[index]
         image = with_bands(source.read_reduced(max_size_px), self.num_bands)
         source.close()
         return image
 
     def target(self, index: int) -> Tensor:
-        """Class index, or [K] targets."""
+        """Return the class index, or regression targets [K]."""
         return torch.as_tensor(self.labelled.targets[index])
 
 
-class ClassificationTiles(Dataset[SceneSample]):
-    """Augmented tiles to train on; item i is a function of (seed, i) alone, whatever the number of workers.
+class ClassificationTiles(Dataset[ClassificationSample]):
+    """Augmented training tiles; item i depends on (seed, i) only, whatever the number of workers.
 
-    A tile is a random part of an image, with a valid pixel in it if ten draws give one, or the whole image resized.
-    Every image comes once in as many tiles as there are images, in an order of that round's own; balanced, each class
-    comes as often as the others.
+    A tile is a random crop of an image, with a valid pixel if one of ten draws has one, or the whole image resized.
+    Each pass shows every image once in random order; if `balanced`, classes are drawn equally often.
 
     Args:
-        images: where tiles come from.
-        normalizer: applied to the pixels; invalid ones become 0.
-        augmentation: applied to tiles.
-        tile_px: side of a tile, in pixels.
-        resize: resize whole images; else tiles are parts at full resolution.
-        length: tiles an epoch.
-        seed: decides order, places and augmentation.
-        balanced: draw classes alike; only for one class an image.
-        stain: applied before the normalizer; None for none.
+        images: Labelled images.
+        normalizer: Normalizer of the pixels; invalid ones become 0.
+        augmentation: Augmentation of the tiles.
+        tile_px: Tile size in pixels.
+        resize: Whether to resize whole images; otherwise tiles are crops at full resolution.
+        length: Number of tiles per epoch.
+        seed: Seed of order, crops and augmentation.
+        balanced: Whether to draw classes equally often; single-label only.
+        stain: Stain jitter, applied before the normalizer; None for none.
     """
 
     def __init__(
@@ -117,8 +116,8 @@ class ClassificationTiles(Dataset[SceneSample]):
     def __len__(self) -> int:
         return self.length
 
-    def __getitem__(self, index: int) -> SceneSample:
-        """Tile, target and valid pixels; any index >= 0 is allowed."""
+    def __getitem__(self, index: int) -> ClassificationSample:
+        """Return tile, target and valid pixels; any index >= 0 is allowed."""
         rng = np.random.default_rng((self.seed, index))
         chosen = self._choose(index, rng)
         source = self.images.sources[chosen]
@@ -131,7 +130,7 @@ class ClassificationTiles(Dataset[SceneSample]):
         return torch.from_numpy(pixels), self.images.target(chosen), torch.from_numpy(valid)
 
     def _read(self, source: Source, rng: np.random.Generator) -> GeoImage:
-        """The whole image, or a random part; one without a valid pixel is drawn anew, and is the middle in the end."""
+        """Read the whole image, or a random crop with a valid pixel; the central crop if several draws have none."""
         if self.resize:
             return _reduced(source, self.tile_px)
         for _ in range(_TURNS):
@@ -144,17 +143,17 @@ class ClassificationTiles(Dataset[SceneSample]):
         if self._by_class is not None:
             return int(rng.choice(self._by_class[int(rng.integers(len(self._by_class)))]))
         turn, position = divmod(index, len(self.images))
-        return int(order_of_turn(self.seed, turn, len(self.images))[position])
+        return int(shuffled_indices(self.seed, turn, len(self.images))[position])
 
 
-class ClassificationViews(Dataset[SceneSample]):
-    """One tile an image, as prediction sees it: the middle of the image, or all of it, resized.
+class ClassificationViews(Dataset[ClassificationSample]):
+    """One tile per image as in prediction: the central crop, or the whole image resized.
 
     Args:
-        images: what to look at.
-        normalizer: applied to the pixels; invalid ones become 0.
-        tile_px: side of a tile, in pixels.
-        resize: resize whole images; else tiles are parts at full resolution.
+        images: Labelled images.
+        normalizer: Normalizer of the pixels; invalid ones become 0.
+        tile_px: Tile size in pixels.
+        resize: Whether to resize whole images; otherwise tiles are crops at full resolution.
     """
 
     def __init__(self, images: ClassificationImages, normalizer: Normalizer, *, tile_px: int, resize: bool) -> None:
@@ -166,8 +165,8 @@ class ClassificationViews(Dataset[SceneSample]):
     def __len__(self) -> int:
         return len(self.images)
 
-    def __getitem__(self, index: int) -> SceneSample:
-        """Tile, target and valid pixels."""
+    def __getitem__(self, index: int) -> ClassificationSample:
+        """Return tile, target and valid pixels."""
         source = self.images.sources[index]
         place = None if self.resize else middle_window(source, self.tile_px)
         pixels, valid = image_tile(source, self.normalizer, self.tile_px, place)
@@ -176,7 +175,7 @@ class ClassificationViews(Dataset[SceneSample]):
 
 
 def middle_window(source: Source, tile_px: int) -> Window:
-    """The tile in the middle of an image; along an axis shorter than a tile it begins at the image's start."""
+    """Return the central window of an image; along axes shorter than a tile it starts at 0."""
     row, col = (max(0, (side - tile_px) // 2) for side in source.size)
     return Window(row, col, tile_px, tile_px)
 
@@ -187,16 +186,19 @@ def image_tile(
     tile_px: int,
     window: Window | None,
 ) -> tuple[FloatArray, BoolArray]:
-    """Standardised pixels of an image, [C, tile_px, tile_px], and which are valid, [tile_px, tile_px].
+    """Read a standardised tile of an image.
 
     Args:
-        source: the image.
-        normalizer: applied to the pixels; invalid ones become 0.
-        tile_px: side of the tile.
-        window: the part that becomes the tile; None to resize all of the image, bilinear and without aliasing.
+        source: Image.
+        normalizer: Normalizer of the pixels; invalid ones become 0.
+        tile_px: Tile size in pixels.
+        window: Part of the image; None to resize the whole image (bilinear, antialiased).
+
+    Returns:
+        Pixels [C, tile_px, tile_px] and valid mask [tile_px, tile_px].
 
     Raises:
-        InputError: the image can't be read, has no valid pixel there, or another number of bands.
+        InputError: The image can't be read, has no valid pixel there, or has another number of bands.
     """
     image = _reduced(source, tile_px) if window is None else source.read(window)
     pixels, mask = _tile_of(image, source.path, normalizer, tile_px, resize=window is None)
@@ -212,10 +214,10 @@ def _tile_of(
     resize: bool,
     recolor: Callable[[GeoImage], GeoImage] | None = None,
 ) -> tuple[FloatArray, BoolArray]:
-    """The tile of an image that was read, and its mask; `recolor` changes colours before they are standardised.
+    """Build the tile of an image and its mask; `recolor` changes colours before standardisation.
 
     Raises:
-        InputError: no valid pixel, or another number of bands.
+        InputError: There is no valid pixel, or the number of bands differs.
     """
     if not image.valid.any():
         raise InputError(f"{path} has no valid pixel in its tile of {tile_px} px; leave it out, or check nodata")
@@ -230,7 +232,7 @@ def _tile_of(
 
 
 def _reduced(source: Source, tile_px: int) -> GeoImage:
-    # Larger images are reduced as they are read, to at least twice the tile, which leaves the fine resizing sharp.
+    # Larger images are reduced while reading, to at least twice the tile size, so that the final resizing stays sharp.
     return source.read_reduced(_reduced_size(source, tile_px))
 
 

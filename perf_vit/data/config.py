@@ -1,4 +1,4 @@
-"""The keys that the data configs of all tasks share."""
+"""Data config keys shared by all tasks."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ __all__ = ["BaseDataConfig", "SplitConfig", "TileDataConfig", "check_base", "ima
 
 @dataclass(kw_only=True)
 class SplitConfig:
-    """Images to train on or to validate on.
+    """Images to train or validate on.
 
     Attributes:
-        image: a file, a folder, a glob, or a list of these.
+        image: File, folder, glob, or list of these.
     """
 
-    # OmegaConf has no union of text and lists.
+    # OmegaConf has no union of str and list.
     image: Any
 
     def __post_init__(self) -> None:
@@ -31,16 +31,16 @@ class SplitConfig:
 
 @dataclass(kw_only=True)
 class BaseDataConfig:
-    """Bands and tiles, for every task.
+    """Bands and tiles, for all tasks.
 
     Attributes:
-        bands: 1-based bands to use; all of them if left out.
-        mean: mean of each band, in the images' units, for standardisation, such as what a backbone was pretrained with;
-            measured on training images if left out.
-        std: standard deviation of each band; goes with `mean`.
-        tile_px: tile size in pixels; a multiple of the backbone's patch size.
-        batch_size: tiles a step.
-        num_workers: loader processes; 0 loads in the training process.
+        bands: 1-based bands to use; None for all.
+        mean: Mean of each band in the images' units, for standardisation, e.g. that of the backbone's pretraining; None
+            to measure it on training images.
+        std: Standard deviation of each band; required with `mean`.
+        tile_px: Tile size in pixels; a multiple of the backbone's patch size.
+        batch_size: Number of tiles per step.
+        num_workers: Number of loader processes; 0 loads in the training process.
     """
 
     bands: list[int] | None = None
@@ -53,11 +53,11 @@ class BaseDataConfig:
 
 @dataclass(kw_only=True)
 class TileDataConfig(BaseDataConfig):
-    """Labelled tiles, for the tasks that train a backbone on them.
+    """Labelled tiles, for tasks that train a backbone on them.
 
     Attributes:
-        nodata: value of missing pixels, instead of the one that files declare.
-        augment: random changes of training tiles.
+        nodata: Value of missing pixels, which replaces the one declared in files.
+        augment: Augmentation of training tiles.
     """
 
     nodata: float | None = None
@@ -65,19 +65,19 @@ class TileDataConfig(BaseDataConfig):
 
 
 def image_paths(image: str | Sequence[str]) -> list[str]:
-    """The paths and globs that a key `image` gives."""
+    """Return the paths and globs of an `image` key."""
     return list(image) if isinstance(image, list | tuple) else [image]  # type: ignore[list-item]
 
 
 def check_base(config: BaseDataConfig, least: Mapping[str, int] | None = None) -> None:
-    """Refuse sizes and augmentation out of range.
+    """Check sizes and augmentation.
 
     Args:
-        config: of any task.
-        least: smallest values of further keys.
+        config: Data config of any task.
+        least: Minimum values of further keys.
 
     Raises:
-        ConfigError: names the key, and what is expected.
+        ConfigError: A value is out of range.
     """
     if isinstance(config, TileDataConfig):
         check_augment(config.augment)

@@ -1,4 +1,4 @@
-"""The Lightning data module of objects, and its config."""
+"""Data module and config of object detection."""
 
 from __future__ import annotations
 
@@ -10,17 +10,17 @@ import numpy as np
 from torch.utils.data import DataLoader
 
 from perf_vit.data.augmentation import make_stain_jitter, pixel_sizes
-from perf_vit.data.base import EpochDataModule, ShareSampler, given_normalizer, measure_bands, seen_images
+from perf_vit.data.base import EpochDataModule, ShareSampler, given_normalizer, measure_bands, sample_images
 from perf_vit.data.config import SplitConfig, TileDataConfig, check_base
 from perf_vit.data.detection_tiles import (
-    ObjectBatch,
-    ObjectGrid,
-    ObjectImages,
-    ObjectWindows,
-    check_objects_seen,
+    DetectionBatch,
+    DetectionGrid,
+    DetectionImages,
+    DetectionTiles,
+    check_object_validity,
     collate_objects,
 )
-from perf_vit.data.samplers import OBJECT_SAMPLERS, make_places
+from perf_vit.data.samplers import OBJECT_SAMPLERS, make_sampler
 from perf_vit.errors import ConfigError, InputError
 from perf_vit.labels.objects import ImageRecord, ObjectIndex, read_object_labels
 from perf_vit.sources import open_input
@@ -41,10 +41,11 @@ class DetectionSplitConfig(SplitConfig):
     """Images and the labels of their objects.
 
     Attributes:
-        image: a folder of images, one image, a glob, or a list of these.
-        labels: a label file, or a folder with one an image, whichever the format has.
-        format: coco, voc, yolo, dota, instances, polygons or csv; see `perf_vit.labels.objects.read_object_labels`.
-        names: a text file with one image name a line, with or without ending; all labelled images if left out.
+        image: Folder of images, image file, glob, or list of these.
+        labels: Label file, or folder with one label file per image, depending on the format.
+        format: Label format: coco, voc, yolo, dota, instances, polygons or csv; see
+            `perf_vit.labels.objects.read_object_labels`.
+        names: Text file with one image name per line, with or without suffix; None for all labelled images.
     """
 
     labels: str
@@ -54,24 +55,24 @@ class DetectionSplitConfig(SplitConfig):
 
 @dataclass(kw_only=True)
 class DetectionDataConfig(TileDataConfig):
-    """Where tiles with objects come from; `TileDataConfig` has further keys.
+    """Data of object detection; `TileDataConfig` has further keys.
 
     Attributes:
-        train: images trained on.
-        classes: class names; labels are indices into them.
-        val: images validated on; a part of `train` that the seed decides if left out.
-        val_share: of the images of `train`, where `val` is left out.
-        skip_classes: names of labelled objects to leave out, as if they were background.
-        attribute: of the polygons format: the column that holds class names. Without it there is one class.
-        mpp: micrometres per pixel to read slides at; their level 0, and rasters, if left out. Labels are in pixels of
-            level 0. Prediction reads at the same.
-        slide_mpp: micrometres per pixel of slides' level 0 where files don't say.
-        sampler: where training tiles lie: random (anywhere), objects (around objects, each drawn alike) or balanced
-            (around objects, each class drawn alike).
-        random_share: share of tiles drawn anywhere by the samplers objects and balanced.
-        min_visible: objects of which a smaller share lies in a training tile are ignored there; of validation tiles,
-            the one that holds an object's centre counts it.
-        tiles_per_epoch: training tiles an epoch.
+        train: Training images.
+        classes: Class names; labels are indices into them.
+        val: Validation images; None for a random part of `train`.
+        val_share: Fraction of the images of `train` to validate on if `val` is None.
+        skip_classes: Names of labelled objects to leave out, as if they were background.
+        attribute: Column with class names (polygons format); None for a single class.
+        mpp: Resolution to read slides at, in micrometres per pixel; None for level 0, and for rasters. Labels are in
+            pixels of level 0. Prediction reads at the same resolution.
+        slide_mpp: Micrometres per pixel of slides' level 0 if files don't give it.
+        sampler: Sampler of training tiles: random (anywhere), objects (around objects, drawn equally often) or balanced
+            (around objects, classes drawn equally often).
+        random_share: Fraction of tiles drawn anywhere by the samplers objects and balanced.
+        min_visible: Objects with a smaller visible fraction in a training tile are ignored there; in validation, the
+            tile with the object's centre counts it.
+        tiles_per_epoch: Number of training tiles per epoch.
     """
 
     train: DetectionSplitConfig
@@ -90,23 +91,23 @@ class DetectionDataConfig(TileDataConfig):
 
 
 class DetectionDataModule(EpochDataModule):
-    """Augmented windows to train on, grids of windows to validate on.
+    """Data module of object detection: augmented training tiles, grids of validation tiles.
 
     Attributes:
-        train: windows of the training images.
-        val: grid windows of the validation images.
-        classes: names, in the order of the class indices.
-        normalizer: as given, or measured on training images.
-        tile_px: side of a tile, in pixels.
-        train_index: the training images' objects, with counts.
-        val_index: the validation images' objects, with counts.
-        trained_on: bands of the training images.
+        train: Tiles of the training images.
+        val: Grid tiles of the validation images.
+        classes: Class names, in the order of the class indices.
+        normalizer: Normalizer, as given or measured on the training images.
+        tile_px: Tile size in pixels.
+        train_index: Objects of the training images, with counts.
+        val_index: Objects of the validation images, with counts.
+        trained_on: Bands of the training images.
     """
 
     def __init__(
         self,
-        train: ObjectWindows,
-        val: ObjectGrid,
+        train: DetectionTiles,
+        val: DetectionGrid,
         *,
         train_index: ObjectIndex,
         val_index: ObjectIndex,
@@ -126,14 +127,14 @@ class DetectionDataModule(EpochDataModule):
         self.batch_size = batch_size
         self.num_workers = num_workers
 
-    def train_dataloader(self) -> DataLoader[ObjectBatch]:
-        """Augmented tiles, a new set each epoch; a last smaller batch is dropped (batch statistics)."""
+    def train_dataloader(self) -> DataLoader[DetectionBatch]:
+        """Return the loader of augmented tiles, new ones each epoch; drops a smaller last batch (batch statistics)."""
         return self.train_loader(
             self.train, batch_size=self.batch_size, num_workers=self.num_workers, collate_fn=collate_objects
         )
 
-    def val_dataloader(self) -> DataLoader[ObjectBatch]:
-        """The validation images' tiles, in order."""
+    def val_dataloader(self) -> DataLoader[DetectionBatch]:
+        """Return the loader of the validation tiles, in order."""
         return DataLoader(
             self.val,  # type: ignore[arg-type]
             batch_size=self.batch_size,
@@ -146,21 +147,21 @@ class DetectionDataModule(EpochDataModule):
 def build_detection_datamodule(
     config: DetectionDataConfig, seed: int, *, oriented: bool = False
 ) -> DetectionDataModule:
-    """Read the labels, check them against their images and measure what statistics of the bands the config leaves out.
+    """Read labels, check them against the images and measure band statistics that the config doesn't give.
 
     Args:
-        config: what to read.
-        seed: decides tiles, augmentation and, without `data.val`, the images validated on.
-        oriented: a head for oriented boxes is trained: outlines are made to such.
+        config: Data config.
+        seed: Seed of tiles, augmentation and validation split.
+        oriented: Whether a head for oriented boxes is trained; polygons are converted to oriented boxes.
 
     Raises:
-        ConfigError: values that don't fit each other.
-        InputError: files that can't be read or don't fit each other.
+        ConfigError: Values are inconsistent.
+        InputError: Files can't be read or are inconsistent.
     """
     _check(config)
     train_index, val_index = _indices(config, seed, oriented=oriented)
     train, val = (
-        ObjectImages(
+        DetectionImages(
             index.records,
             open_input=_opener(config, mpp),
             min_visible=config.min_visible,
@@ -175,15 +176,15 @@ def build_detection_datamodule(
             "ones with data.bands"
         )
     for images, part in ((train, "training"), (val, "validation")):
-        check_objects_seen(images, part, seed)
-    seen = seen_images(train.read_reduced, [record.path for record in train.records], seed)
+        check_object_validity(images, part, seed)
+    seen = sample_images(train.read_reduced, [record.path for record in train.records], seed)
     given = given_normalizer(config.mean, config.std, train.num_bands)
     normalizer, trained_on = measure_bands(seen, train.sources, given)
     augment = config.augment
     colors = Augmentation(flips=False, gain=augment.gain, offset=augment.offset, shuffle=augment.shuffle)
-    windows = ObjectWindows(
+    windows = DetectionTiles(
         train,
-        make_places(config.sampler, train_index.records, config.tile_px, config.random_share),
+        make_sampler(config.sampler, train_index.records, config.tile_px, config.random_share),
         normalizer,
         tile_px=config.tile_px,
         length=config.tiles_per_epoch,
@@ -197,7 +198,7 @@ def build_detection_datamodule(
     )
     return DetectionDataModule(
         windows,
-        ObjectGrid(val, normalizer, tile_px=config.tile_px),
+        DetectionGrid(val, normalizer, tile_px=config.tile_px),
         train_index=train_index,
         val_index=val_index,
         trained_on=trained_on,
@@ -207,14 +208,14 @@ def build_detection_datamodule(
 
 
 def read_names(path: str | Path, key: str) -> list[str]:
-    """The names of a list of images, one a line.
+    """Read a list of image names, one per line.
 
     Args:
-        path: a text file.
-        key: what to call it in an error.
+        path: Text file.
+        key: Name of the config key, for errors.
 
     Raises:
-        ConfigError: a file that can't be read or names no image.
+        ConfigError: The file can't be read or has no names.
     """
     try:
         lines = Path(path).read_text(encoding="utf-8-sig").splitlines()
@@ -222,7 +223,7 @@ def read_names(path: str | Path, key: str) -> list[str]:
         raise ConfigError(f"can't read {key} {path}: {error}") from error
     names = [line.strip() for line in lines if line.strip()]
     if not names:
-        raise ConfigError(f"{key} {path} names no image; expected one name a line")
+        raise ConfigError(f"{key} {path} names no image; expected one name per line")
     return names
 
 
@@ -246,7 +247,7 @@ def _indices(config: DetectionDataConfig, seed: int, *, oriented: bool) -> tuple
 
 
 def _check_objects(index: ObjectIndex, part: str) -> None:
-    """Refuse images that nothing could be learnt from, or nothing be scored on."""
+    """Check that there are objects to learn from or to score with."""
     if not any(index.class_counts().values()):
         what = "to learn from" if part == "train" else "to score with"
         raise InputError(
@@ -261,7 +262,7 @@ def _part(index: ObjectIndex, chosen: set[int], *, inside: bool) -> tuple[ImageR
 
 
 def _training_mpp(config: DetectionDataConfig) -> float | None:
-    """What slides are read at to train: the smallest that augmentation shows, so that none is enlarged needlessly."""
+    """Return the resolution to read training slides at: the finest of the augmentation range, to avoid upsampling."""
     if config.mpp is None or config.augment.resolution is None:
         return config.mpp
     return min(config.mpp, config.augment.resolution[0])
@@ -284,7 +285,7 @@ def _read(
 
 
 def _opener(config: DetectionDataConfig, mpp: float | None) -> OpenInput:
-    """What opens images as the config says, slides at so many micrometres per pixel."""
+    """Return a function that opens images as configured, slides at `mpp` micrometres per pixel."""
     return functools.partial(open_input, options=replace(InputOptions.from_config(config), mpp=mpp))
 
 

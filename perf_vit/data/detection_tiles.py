@@ -1,4 +1,4 @@
-"""Datasets of objects: tiles cut from images of any size, with the objects in them."""
+"""Tile datasets of object detection, and checks that objects lie on valid pixels."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from perf_vit.data.augmentation import draw_log_uniform
-from perf_vit.data.samplers import Places
+from perf_vit.data.samplers import DetectionSampler
 from perf_vit.errors import DataWarning, InputError
 from perf_vit.labels.objects import ImageRecord, objects_in
 from perf_vit.sources import open_source
@@ -32,37 +32,37 @@ from perf_vit.transforms import (
 from perf_vit.types import BoolArray, GeoImage, ObjectLabels, OpenInput, Source, Window
 
 __all__ = [
-    "ObjectGrid",
-    "ObjectImages",
-    "ObjectSample",
-    "ObjectWindows",
-    "SeenObjects",
-    "check_objects_seen",
+    "DetectionGrid",
+    "DetectionImages",
+    "DetectionSample",
+    "DetectionTiles",
+    "ObjectValidity",
+    "check_object_validity",
     "collate_objects",
     "standardized",
 ]
 
-ObjectSample = tuple[Tensor, ObjectLabels, Tensor]
-"""Tile [C, h, w] float32, its objects, and valid pixels [h, w] bool."""
+DetectionSample = tuple[Tensor, ObjectLabels, Tensor]
+"""Tile [C, h, w] float32, objects, and valid pixels [h, w] bool."""
 
-ObjectBatch = tuple[list[Tensor], list[ObjectLabels], list[Tensor] | None]
-"""Tiles, their objects, and their valid pixels, None where all pixels are."""
+DetectionBatch = tuple[list[Tensor], list[ObjectLabels], list[Tensor] | None]
+"""Tiles, objects, and valid pixels, None if all pixels are valid."""
 
 FloatArray = npt.NDArray[np.float32]
 
 
-class ObjectImages:
-    """Images with one number of bands, and the objects in any window of them.
+class DetectionImages:
+    """Images with the same number of bands and their objects, read by window.
 
-    A grey image among images of three bands is read as three equal ones.
+    Grey images among RGB ones are read as three equal bands.
 
     Args:
-        records: the images.
-        open_input: opens an image by its path, with the options of a model or a config.
-        min_visible: objects of which a smaller share lies in a window are ignored there.
+        records: Image records.
+        open_input: Function that opens an image by path.
+        min_visible: Objects with a smaller visible fraction in a window are ignored there.
 
     Raises:
-        InputError: no image, one that can't be opened, or different numbers of bands.
+        InputError: There is no image, one can't be opened, or the numbers of bands differ.
     """
 
     def __init__(
@@ -80,14 +80,19 @@ class ObjectImages:
         self.num_bands = common_bands(self.sources)
 
     def read(self, index: int, window: Window, owned: Window | None = None) -> tuple[GeoImage, ObjectLabels]:
-        """Pixels of a window of an image, and its objects in the window's pixels.
+        """Read a window of an image and its objects, in window coordinates.
 
-        Objects without a valid pixel under them are ignored, and those of which too little is visible or, where `owned`
-        is given, whose centre lies outside it.
+        Ignored are objects without a valid pixel, objects with too small a visible fraction and, if `owned` is given,
+        objects with their centre outside of it.
+
+        Args:
+            index: Image index.
+            window: Window of the image.
+            owned: Part of the image whose object centres count.
         """
         source = self.sources[index]
         image = self._colored(source.read(window))
-        # Closed after each window: there may be more images than a process may hold open.
+        # Close after each window, as there may be more images than the limit of open files.
         source.close()
         objects = objects_in(self.records[index], window, min_visible=self.min_visible, owned=owned)
         if image.valid.all():
@@ -96,7 +101,7 @@ class ObjectImages:
         return image, dataclasses.replace(objects, ignored=objects.ignored | unseen)
 
     def read_reduced(self, index: int, max_size_px: int) -> GeoImage:
-        """An image at lower resolution, for statistics."""
+        """Read an image at lower resolution, for statistics."""
         image = self._colored(self.sources[index].read_reduced(max_size_px))
         self.sources[index].close()
         return image
@@ -105,31 +110,31 @@ class ObjectImages:
         return with_bands(image, self.num_bands)
 
 
-class ObjectWindows(Dataset[ObjectSample]):
-    """Augmented tiles to train on; item i is a function of (seed, i) alone, whatever the number of workers.
+class DetectionTiles(Dataset[DetectionSample]):
+    """Augmented training tiles; item i depends on (seed, i) only, whatever the number of workers.
 
-    A window without a valid pixel is drawn anew, up to ten times. A zoom reads a larger or smaller window and resizes
-    it, so it uncovers nothing.
+    Windows without valid pixels are drawn again, up to ten times. A zoom reads a larger or smaller window and resizes
+    it, so it needs no padding.
 
     Args:
-        images: where tiles come from.
-        places: decides where they lie.
-        normalizer: applied to the pixels; invalid ones become 0.
-        tile_px: side of a tile, in pixels.
-        length: tiles an epoch.
-        seed: decides places and augmentation.
-        flips: turn and mirror each tile into one of the eight symmetries of the square.
-        scale: (smallest, largest) zoom.
-        colors: gain and offset of the bands, see `Augmentation`; None for none.
-        stain: applied before the normalizer; None for none.
-        resolution: instead of `scale`, (smallest, largest) pixel size of a tile, in the unit of `pixel_sizes`.
-        pixel_sizes: pixel size of each image; needed with `resolution`.
+        images: Images and objects.
+        sampler: Sampler of windows.
+        normalizer: Normalizer of the pixels; invalid ones become 0.
+        tile_px: Tile size in pixels.
+        length: Number of tiles per epoch.
+        seed: Seed of windows and augmentation.
+        flips: Whether to apply the eight symmetries of the square.
+        scale: Zoom range (min, max).
+        colors: Gain and offset of the bands, see `Augmentation`; None for none.
+        stain: Stain jitter, applied before the normalizer; None for none.
+        resolution: Pixel size range (min, max) of tiles, instead of `scale`, in the unit of `pixel_sizes`.
+        pixel_sizes: Pixel size of each image; required with `resolution`.
     """
 
     def __init__(
         self,
-        images: ObjectImages,
-        places: Places,
+        images: DetectionImages,
+        sampler: DetectionSampler,
         normalizer: Normalizer,
         *,
         tile_px: int,
@@ -143,7 +148,7 @@ class ObjectWindows(Dataset[ObjectSample]):
         pixel_sizes: Sequence[float] | None = None,
     ) -> None:
         self.images = images
-        self.places = places
+        self.sampler = sampler
         self.normalizer = normalizer
         self.tile_px = tile_px
         self.length = length
@@ -158,12 +163,12 @@ class ObjectWindows(Dataset[ObjectSample]):
     def __len__(self) -> int:
         return self.length
 
-    def __getitem__(self, index: int) -> ObjectSample:
-        """Tile, its objects and valid pixels; any index >= 0 is allowed."""
+    def __getitem__(self, index: int) -> DetectionSample:
+        """Return tile, objects and valid pixels; any index >= 0 is allowed."""
         rng = np.random.default_rng((self.seed, index))
         size_px = self._draw_size(rng)
         for _ in range(10):
-            image, objects = self.images.read(*self.places.draw(rng, size_px))
+            image, objects = self.images.read(*self.sampler.draw(rng, size_px))
             if image.valid.any():
                 break
         if self.stain is not None:
@@ -178,7 +183,7 @@ class ObjectWindows(Dataset[ObjectSample]):
         return torch.from_numpy(pixels), objects, torch.from_numpy(turn(np.asarray(mask.any(0)), symmetry))
 
     def _draw_size(self, rng: np.random.Generator) -> int | Sequence[int]:
-        """Side of the window that becomes a tile, in pixels, or one of each image."""
+        """Draw the size of the window in pixels, or one size per image."""
         if self.resolution is None:
             return max(1, round(self.tile_px / draw_log_uniform(self.scale, rng)))
         assert self.pixel_sizes is not None
@@ -186,45 +191,44 @@ class ObjectWindows(Dataset[ObjectSample]):
         return np.maximum(1, sizes).astype(int).tolist()
 
 
-class ObjectGrid(Dataset[ObjectSample]):
-    """Every tile of a grid over every image, in order and as it is, to validate on.
+class DetectionGrid(Dataset[DetectionSample]):
+    """All tiles of a grid over each image, in order and without augmentation, for validation.
 
-    An object counts in the one tile that owns its centre and is ignored in the others, so a metric counts each object
-    at most once.
+    An object counts in the tile that owns its centre and is ignored in the others, so metrics count it at most once.
 
     Args:
-        images: where tiles come from.
-        normalizer: applied to the pixels; invalid ones become 0.
-        tile_px: side of a tile, in pixels.
+        images: Images and objects.
+        normalizer: Normalizer of the pixels; invalid ones become 0.
+        tile_px: Tile size in pixels.
     """
 
-    def __init__(self, images: ObjectImages, normalizer: Normalizer, *, tile_px: int) -> None:
+    def __init__(self, images: DetectionImages, normalizer: Normalizer, *, tile_px: int) -> None:
         self.images = images
         self.normalizer = normalizer
         self.tile_px = tile_px
-        self.places = [
+        self.tiles = [
             (index, window, owned)
             for index, record in enumerate(images.records)
             for window, owned in _grid_with_owners(record.extent, tile_px)
         ]
 
     def __len__(self) -> int:
-        return len(self.places)
+        return len(self.tiles)
 
-    def __getitem__(self, index: int) -> ObjectSample:
-        """Tile, its objects and valid pixels."""
-        image, objects = self.images.read(*self.places[index])
+    def __getitem__(self, index: int) -> DetectionSample:
+        """Return tile, objects and valid pixels."""
+        image, objects = self.images.read(*self.tiles[index])
         return torch.from_numpy(standardized(image, self.normalizer)), objects, torch.from_numpy(image.valid)
 
 
-def collate_objects(samples: Sequence[ObjectSample]) -> ObjectBatch:
-    """A batch of lists, since every tile has another number of objects."""
+def collate_objects(samples: Sequence[DetectionSample]) -> DetectionBatch:
+    """Collate samples to lists, as the number of objects differs between tiles."""
     images, objects, valid = zip(*samples, strict=True)
     return list(images), list(objects), None if all(each.all() for each in valid) else list(valid)
 
 
 def _grid_with_owners(extent: Window, tile_px: int) -> list[tuple[Window, Window]]:
-    """Windows of a grid, and of each the part that no earlier one holds."""
+    """Return the windows of a grid and the part of each that no earlier window covers."""
     found = []
     windows = grid_windows(extent, tile_px, overlap=0)
     rows = _owned_starts(sorted({window.row for window in windows}), tile_px)
@@ -236,24 +240,24 @@ def _grid_with_owners(extent: Window, tile_px: int) -> list[tuple[Window, Window
 
 
 def _owned_starts(starts: list[int], size: int) -> dict[int, int]:
-    """For each start, the first pixel that the window before it doesn't hold."""
+    """Map each start to the first pixel not covered by the previous window."""
     return {
         start: max(start, before + size) for before, start in zip([starts[0] - size, *starts], starts, strict=False)
     }
 
 
 def open_closed(path: str, open_input: OpenInput) -> Source:
-    """A source without an open file, as there may be more images than a process may hold open."""
+    """Open a source and close its file, as there may be more images than the limit of open files."""
     source = open_input(path)
     source.close()
     return source
 
 
 def common_bands(sources: Sequence[Source]) -> int:
-    """How many bands images have; grey ones may lie among those of three.
+    """Return the number of bands of images; grey images may occur among images of three bands.
 
     Raises:
-        InputError: different numbers of bands.
+        InputError: The numbers of bands differ.
     """
     most = max(sources, key=lambda source: source.num_bands)
     for source in sources:
@@ -266,20 +270,20 @@ def common_bands(sources: Sequence[Source]) -> int:
 
 
 def standardized(image: GeoImage, normalizer: Normalizer) -> FloatArray:
-    """A detector's input, [C, H, W]: the same of an image in training, validation, evaluation and prediction.
+    """Standardise a detector's input [C, H, W], in the same way for training, validation, evaluation and prediction.
 
     Args:
-        image: with the normalizer's bands, or grey where these are three.
-        normalizer: applied to the pixels; invalid ones become 0.
+        image: Image with the normalizer's bands, or a grey one if these are three.
+        normalizer: Normalizer of the pixels; invalid ones become 0.
 
     Raises:
-        InputError: another number of bands.
+        InputError: The number of bands differs.
     """
     return normalizer(with_bands(image, len(normalizer.mean)))
 
 
 def touch_valid(boxes_xyxy: npt.NDArray[np.number], valid: BoolArray) -> BoolArray:
-    """Whether there is a valid pixel under each box, [n]."""
+    """Return whether each box covers a valid pixel, [n]."""
     starts, stops = np.floor(boxes_xyxy[:, :2]).astype(int), np.ceil(boxes_xyxy[:, 2:]).astype(int)
     spans = zip(starts.tolist(), stops.tolist(), strict=True)
     touches = [valid[top:bottom, left:right].any() for (left, top), (right, bottom) in spans]
@@ -290,26 +294,26 @@ def _recolored(pixels: FloatArray, mask: BoolArray, colors: Augmentation, seed: 
     return colors(pixels, np.zeros(pixels.shape[1:], np.uint8), seed, mask)[0]
 
 
-# Images to look at, and their longest side: a part of those that statistics are measured on.
+# Number and longest side of the images to check: a subset of those that statistics are measured on.
 _IMAGES = 16
 
 _SIDE_PX = 256
 
-# Objects of an image that are looked at again at full resolution, and as much of each.
+# Maximum number of objects per image to check again at full resolution, and the part of each in pixels.
 _AGAIN = 16
 
 _AGAIN_PX = 512
 
 
-class SeenObjects:
-    """A source that notes which objects have a valid pixel under them, as its windows are read.
+class ObjectValidity:
+    """Source wrapper that records which objects cover a valid pixel while its windows are read.
 
     Args:
-        source: to read from.
-        boxes_xyxy: of objects, in the source's pixels, [n, 4].
+        source: Source to read from.
+        boxes_xyxy: Boxes of the objects in source pixels, [n, 4].
 
     Attributes:
-        seen: [n] bool, of the windows read so far.
+        seen: Whether each object covers a valid pixel in the windows read so far, [n] bool.
     """
 
     def __init__(self, source: Source, boxes_xyxy: npt.NDArray[np.floating]) -> None:
@@ -320,30 +324,30 @@ class SeenObjects:
 
     @property
     def extent(self) -> Window:
-        """The window of all pixels."""
+        """Window of all pixels."""
         return self._source.extent
 
     def read(self, window: Window) -> GeoImage:
-        """Pixels and valid mask of a window; any thread may call it."""
+        """Read pixels and valid mask of a window; thread-safe."""
         image = self._source.read(window)
         corner, size = (window.col, window.row), (window.width, window.height)
         inside = np.hstack([np.clip(xy - corner, 0, size) for xy in (self._starts, self._stops)])
         near = np.flatnonzero((inside[:, 2:] > inside[:, :2]).all(axis=1) & ~self.seen)
-        # Threads only ever set what is true, so none undoes another's work.
+        # Threads only set values to True, so they don't conflict.
         self.seen[near[touch_valid(inside[near], image.valid)]] = True
         return image
 
 
-def check_objects_seen(images: ObjectImages, part: str, seed: int) -> None:
-    """Tell about how many objects lie on no valid pixel, and refuse images of which all do; 16 images stand for more.
+def check_object_validity(images: DetectionImages, part: str, seed: int) -> None:
+    """Warn about objects without valid pixels; raise if all objects lack them. Checks a sample of 16 images.
 
     Args:
-        images: with their objects.
-        part: training or validation, for messages.
-        seed: decides which images are looked at.
+        images: Images and objects.
+        part: "training" or "validation", for messages.
+        seed: Seed of the sample.
 
     Raises:
-        InputError: no object of any image has a valid pixel under it.
+        InputError: No object covers a valid pixel.
     """
     with_objects = [index for index, record in enumerate(images.records) if (~record.ignored).any()]
     order = np.random.default_rng(seed).permutation(len(with_objects))[:_IMAGES]
@@ -355,16 +359,16 @@ def check_objects_seen(images: ObjectImages, part: str, seed: int) -> None:
         first = first or (record.path if hidden else "")
     if not unseen:
         return
-    text = f"{unseen} of {number} objects of the {len(order)} {part} images looked at have no valid pixel under them"
+    text = f"{unseen} of {number} objects in the {len(order)} {part} images checked cover no valid pixel"
     if unseen == number and len(order) == len(with_objects):
-        raise InputError(f"{text}, the first in {first}; check the nodata value, NaN and the labels' place")
+        raise InputError(f"{text}, the first in {first}; check the nodata value, NaN and the position of the labels")
     warnings.warn(f"{text} and are ignored, the first in {first}", DataWarning, stacklevel=3)
 
 
-def _number_hidden(images: ObjectImages, index: int, valid: BoolArray) -> int:
-    """Objects of an image without a valid pixel.
+def _number_hidden(images: DetectionImages, index: int, valid: BoolArray) -> int:
+    """Estimate the number of objects of an image without valid pixels.
 
-    What the image at lower resolution says of some is looked at again, and the others are taken to be like these.
+    Some of those that cover none at lower resolution are read again; the others are assumed to be alike.
     """
     record = images.records[index]
     hidden = record.boxes_xyxy[~_touch_valid(record, valid) & ~record.ignored]
@@ -373,14 +377,14 @@ def _number_hidden(images: ObjectImages, index: int, valid: BoolArray) -> int:
     return round(len(hidden) * (1 - sum(seen) / len(seen))) if seen else 0
 
 
-def _has_valid_pixel(images: ObjectImages, index: int, box_xyxy: list[float]) -> bool:
+def _has_valid_pixel(images: DetectionImages, index: int, box_xyxy: list[float]) -> bool:
     left, top, right, bottom = math.floor(box_xyxy[0]), math.floor(box_xyxy[1]), *map(math.ceil, box_xyxy[2:])
     window = Window(top, left, min(bottom - top, _AGAIN_PX), min(right - left, _AGAIN_PX))
     return bool(images.read(index, window)[0].valid.any())
 
 
 def _touch_valid(record: ImageRecord, valid: BoolArray) -> BoolArray:
-    """Whether there is a valid pixel under each box, as far as an image at lower resolution tells, [n]."""
+    """Return whether each box covers a valid pixel of a low-resolution mask, [n]."""
     scale = np.array([valid.shape[1] / record.width, valid.shape[0] / record.height])
     left_top = np.floor(record.boxes_xyxy[:, :2] * scale).astype(int)
     right_bottom = np.maximum(np.ceil(record.boxes_xyxy[:, 2:] * scale).astype(int), left_top + 1)

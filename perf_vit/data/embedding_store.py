@@ -1,4 +1,4 @@
-"""Features of slides' windows, computed once and kept as files."""
+"""Store of slide features, computed once and kept as files."""
 
 from __future__ import annotations
 
@@ -27,11 +27,11 @@ _KEY_DIGITS = 16
 
 @dataclass(frozen=True, slots=True)
 class SlideFeatures:
-    """The windows of a slide and their features.
+    """Features of the windows of a slide.
 
     Attributes:
-        features: [N, D].
-        windows: N of them, in pixels of the slide at the size that it was read at.
+        features: Features, [N, D].
+        windows: N windows, in pixels of the slide at the resolution it was read at.
     """
 
     features: FloatArray
@@ -39,15 +39,15 @@ class SlideFeatures:
 
 
 class EmbeddingStore:
-    """Features of slides as `.npz` files in a folder: each is complete or absent, and of one encoder.
+    """Folder of `.npz` files with the features of slides for one encoder; each file is complete or absent.
 
-    A file's name holds a hash of the encoder, of what windows are taken, and of the slide's name, size and time of
-    change: of another of these, nothing is found.
+    File names contain a hash of the encoder, the window options, and the name, size and modification time of the slide,
+    so features of another encoder, option or slide version are never returned.
 
     Args:
-        folder: made when the first file is written.
-        encoder_id: tells an encoder and its weights from others.
-        options: that decide a slide's windows, as plain values.
+        folder: Folder; created with the first file.
+        encoder_id: Identifier of the encoder and its weights.
+        options: Options that determine a slide's windows, as plain values.
     """
 
     def __init__(self, folder: str | Path, encoder_id: str, options: Mapping[str, Any]) -> None:
@@ -55,48 +55,48 @@ class EmbeddingStore:
         self._meaning = json.dumps([encoder_id, dict(options)], sort_keys=True)
 
     def path(self, slide: str) -> Path:
-        """Where the features of a slide are, or would be."""
+        """Return the path of a slide's features, whether or not the file exists."""
         name = Path(slide).name
         try:
             status = os.stat(slide)
             identity = [name, status.st_size, status.st_mtime_ns]
         except OSError:
-            # A URL has no time of change.
+            # URLs have no modification time.
             identity = [slide]
         digest = hashlib.sha256(json.dumps([self._meaning, identity]).encode()).hexdigest()
         return self.folder / f"{Path(slide).stem}-{digest[:_KEY_DIGITS]}.npz"
 
     def has(self, slide: str) -> bool:
-        """Whether the features of a slide are there."""
+        """Return whether a slide's features exist."""
         return self.path(slide).is_file()
 
     def read(self, slide: str) -> SlideFeatures:
-        """The features of a slide.
+        """Read the features of a slide.
 
         Raises:
-            InputError: they are not there, or damaged.
+            InputError: The features are missing or damaged.
         """
         path = self.path(slide)
         try:
             with np.load(path, allow_pickle=False) as file:
-                features, places = file["features"], file["windows"]
+                features, rectangles = file["features"], file["windows"]
         except FileNotFoundError as error:
-            raise InputError(f"the features of {slide} are not in {self.folder}; start the run anew") from error
+            raise InputError(f"the features of {slide} are not in {self.folder}; restart the run") from error
         except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
-            raise InputError(f"{path} is damaged: {error}; delete it, and start the run anew") from error
-        return SlideFeatures(features, tuple(Window(*place) for place in places.tolist()))
+            raise InputError(f"{path} is damaged: {error}; delete it and restart the run") from error
+        return SlideFeatures(features, tuple(Window(*rectangle) for rectangle in rectangles.tolist()))
 
     def write(self, slide: str, features: FloatArray, windows: Sequence[Window]) -> None:
-        """Keep the features of a slide.
+        """Write the features of a slide.
 
         Raises:
-            OutputError: the folder can't be written, or the disk is full.
+            OutputError: The folder can't be written, e.g. because the disk is full.
         """
         path = self.path(slide)
-        places = np.array([[w.row, w.col, w.height, w.width] for w in windows], np.int64)
+        rectangles = np.array([[w.row, w.col, w.height, w.width] for w in windows], np.int64)
         with staged(path) as folder:
             try:
                 with (folder / path.name).open("wb") as file:
-                    np.savez(file, features=features, windows=places)
+                    np.savez(file, features=features, windows=rectangles)
             except OSError as error:
                 raise OutputError(f"can't write {path}: {error.strerror}") from error

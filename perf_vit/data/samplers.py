@@ -1,4 +1,4 @@
-"""Where training windows of labelled sources are cut: around pixels of each class alike, or tile by tile of a grid."""
+"""Samplers of training windows."""
 
 from __future__ import annotations
 
@@ -16,65 +16,65 @@ from perf_vit.types import Window
 __all__ = [
     "OBJECT_SAMPLERS",
     "SAMPLERS",
-    "ClassPlaces",
-    "GridPlaces",
-    "ObjectPlaces",
-    "Places",
-    "RandomPlaces",
-    "WindowPlaces",
-    "make_places",
+    "ClassSampler",
+    "DetectionSampler",
+    "GridSampler",
+    "ObjectSampler",
+    "RandomSampler",
+    "SegmentationSampler",
+    "make_sampler",
 ]
 
 SAMPLERS = ("random", "balanced", "grid")
 
 
-class WindowPlaces(Protocol):
-    """Decides places of windows, each a function of the index and the generator."""
+class SegmentationSampler(Protocol):
+    """Sampler of windows of labelled sources; windows depend on the index and the generator only."""
 
     def draw(self, index: int, rng: np.random.Generator, size_px: Callable[[int], int]) -> tuple[int, Window]:
-        """Index of a source and a square window of it.
+        """Return the index of a source and a square window of it.
 
         Args:
-            index: counts samples from epoch to epoch.
-            rng: of this sample alone.
-            size_px: side of the window by the index of its source.
+            index: Sample index, which continues from epoch to epoch.
+            rng: Random generator of this sample.
+            size_px: Function that returns the window size in pixels, given the index of the source.
         """
 
 
-class ClassPlaces:
-    """Windows that hold a pixel of a class, at a random place in them; every class comes as often as the others.
+class ClassSampler:
+    """Sampler of windows with a random pixel of a class at a random position; classes are drawn equally often.
 
     Args:
-        regions: the part of each source to stay inside.
-        pixels: of each class (source, row, column), [n, 3], as `find_class_pixels` gives them; a class without any is
+        regions: Region of each source that windows stay within.
+        pixels: Pixels (source, row, column) of each class, [n, 3], from `find_class_pixels`; classes without pixels are
             left out.
 
     Attributes:
-        num_pixels: of each class.
+        num_pixels: Number of pixels per class.
     """
 
     def __init__(self, regions: Sequence[Window], pixels: Sequence[npt.NDArray[np.int64]]) -> None:
         self.regions = tuple(regions)
         self.num_pixels = [len(group) for group in pixels]
         self.groups = [group for group in pixels if len(group)]
-        assert self.groups, "labels without a single pixel are refused before"
+        assert self.groups, "labels without pixels are rejected before"
 
     def draw(self, index: int, rng: np.random.Generator, size_px: Callable[[int], int]) -> tuple[int, Window]:
-        """Index of a source and a square window of it, which reaches past the edge only of smaller regions."""
+        """Return the index of a source and a square window, which exceeds only regions smaller than itself."""
         group = self.groups[int(rng.integers(len(self.groups)))]
         source, row, col = group[int(rng.integers(len(group)))].tolist()
         return source, random_window_holding(self.regions[source], row, col, size_px(source), rng)
 
 
-class GridPlaces:
-    """Every tile of a grid over all regions once an epoch, each epoch in an order of its own.
+class GridSampler:
+    """Sampler of all tiles of a grid over all regions, once per epoch and in a new random order each.
 
-    A window of another size than the grid's tiles lies around the middle of its tile.
+    Windows of another size than the tiles are centred on their tile.
 
     Args:
-        regions: the part of each source to cover.
-        tile_px: side of a tile of the grid, of each source.
-        seed: decides the orders.
+        regions: Region of each source to cover.
+        tile_px: Tile size in pixels, of each source.
+        seed: Seed of the orders.
     """
 
     def __init__(self, regions: Sequence[Window], tile_px: Sequence[int], seed: int) -> None:
@@ -91,7 +91,7 @@ class GridPlaces:
         return len(self.tiles)
 
     def draw(self, index: int, rng: np.random.Generator, size_px: Callable[[int], int]) -> tuple[int, Window]:
-        """Index of a source and a square window of it, which reaches past the edge only of smaller regions."""
+        """Return the index of a source and a square window, which exceeds only regions smaller than itself."""
         epoch, number = divmod(index, len(self.tiles))
         source, tile = self.tiles[self._order_of(epoch)[number]]
         size, region = size_px(source), self.regions[source]
@@ -102,38 +102,38 @@ class GridPlaces:
     def _order_of(self, epoch: int) -> npt.NDArray[np.int64]:
         known, order = self._order
         if known != epoch:
-            # The samples' own generators begin with two numbers.
+            # Seeds of samples have two numbers.
             order = np.random.default_rng((self.seed, epoch, 1)).permutation(len(self.tiles))
             self._order = epoch, order
         return order
 
 
 def _centred(first: int, length: int, size: int, start: int, stop: int) -> int:
-    """First pixel of a window around the middle of a tile, inside [start, stop) as far as it fits."""
+    """Return the first pixel of a window centred on a tile, moved into [start, stop) as far as it fits."""
     return max(start, min(first + (length - size) // 2, stop - size))
 
 
 OBJECT_SAMPLERS = ("random", "objects", "balanced")
 
 
-class Places(Protocol):
-    """Draws places for windows."""
+class DetectionSampler(Protocol):
+    """Sampler of windows of images with objects."""
 
     def draw(self, rng: np.random.Generator, size_px: int | Sequence[int]) -> tuple[int, Window]:
-        """Index of an image and a square window of it, which reaches past the edge only of smaller images.
+        """Return the index of an image and a square window, which exceeds only images smaller than itself.
 
         Args:
-            rng: decides.
-            size_px: side of the window, or one for each image.
+            rng: Random generator.
+            size_px: Window size in pixels, or one per image.
         """
 
 
-class RandomPlaces:
-    """Places anywhere; an image is drawn as often as a grid of tiles would have tiles on it.
+class RandomSampler:
+    """Sampler of windows anywhere; images are drawn in proportion to the number of tiles of a grid over them.
 
     Args:
-        records: the images.
-        tile_px: side of a tile.
+        records: Image records.
+        tile_px: Tile size in pixels.
     """
 
     def __init__(self, records: Sequence[ImageRecord], tile_px: int) -> None:
@@ -142,28 +142,28 @@ class RandomPlaces:
         self.shares = tiles / tiles.sum()
 
     def draw(self, rng: np.random.Generator, size_px: int | Sequence[int]) -> tuple[int, Window]:
-        """Index of an image and a square window of it."""
+        """Return the index of an image and a square window of it."""
         image = int(rng.choice(len(self.extents), p=self.shares))
         return image, random_window(self.extents[image], _size_of(size_px, image), rng)
 
 
-class ObjectPlaces:
-    """Places around an object that is not ignored, which lies anywhere in its window, and some places anywhere.
+class ObjectSampler:
+    """Sampler of windows with an object that isn't ignored at a random position, and of some windows anywhere.
 
     Args:
-        records: the images.
-        tile_px: side of a tile.
-        balanced: draw a class first and then one of its objects; otherwise every object is drawn alike.
-        random_share: share of windows drawn anywhere, so that a model sees what lies far from objects.
+        records: Image records.
+        tile_px: Tile size in pixels.
+        balanced: Whether to draw a class first and then one of its objects; otherwise all objects are equally likely.
+        random_share: Fraction of windows drawn anywhere, so that a model also sees the background far from objects.
 
     Raises:
-        InputError: there is no object that is not ignored.
+        InputError: There is no object that isn't ignored.
     """
 
     def __init__(
         self, records: Sequence[ImageRecord], tile_px: int, *, balanced: bool, random_share: float = 0.25
     ) -> None:
-        self.anywhere = RandomPlaces(records, tile_px)
+        self.anywhere = RandomSampler(records, tile_px)
         self.random_share = random_share
         kept = [np.flatnonzero(~record.ignored) for record in records]
         self.images = np.repeat(np.arange(len(records)), [len(indices) for indices in kept])
@@ -178,7 +178,7 @@ class ObjectPlaces:
         self.groups = groups if balanced else [np.arange(len(labels))]
 
     def draw(self, rng: np.random.Generator, size_px: int | Sequence[int]) -> tuple[int, Window]:
-        """Index of an image and a square window of it."""
+        """Return the index of an image and a square window of it."""
         if rng.random() < self.random_share:
             return self.anywhere.draw(rng, size_px)
         group = self.groups[int(rng.integers(len(self.groups)))]
@@ -192,18 +192,26 @@ class ObjectPlaces:
         return image, Window(row, col, side, side)
 
 
-def make_places(sampler: str, records: Sequence[ImageRecord], tile_px: int, random_share: float = 0.25) -> Places:
-    """The places of a sampler's name.
+def make_sampler(
+    sampler: str, records: Sequence[ImageRecord], tile_px: int, random_share: float = 0.25
+) -> DetectionSampler:
+    """Build a detection sampler by name.
+
+    Args:
+        sampler: Name: random, objects or balanced.
+        records: Image records.
+        tile_px: Tile size in pixels.
+        random_share: Fraction of windows drawn anywhere.
 
     Raises:
-        ConfigError: no such sampler.
-        InputError: no object to cut windows around.
+        ConfigError: The name is unknown.
+        InputError: There are no objects to cut windows around.
     """
     if sampler not in OBJECT_SAMPLERS:
         raise ConfigError(f"sampler must be one of {', '.join(OBJECT_SAMPLERS)}, got {sampler}")
     if sampler == "random":
-        return RandomPlaces(records, tile_px)
-    return ObjectPlaces(records, tile_px, balanced=sampler == "balanced", random_share=random_share)
+        return RandomSampler(records, tile_px)
+    return ObjectSampler(records, tile_px, balanced=sampler == "balanced", random_share=random_share)
 
 
 def _size_of(size_px: int | Sequence[int], image: int) -> int:
@@ -211,7 +219,7 @@ def _size_of(size_px: int | Sequence[int], image: int) -> int:
 
 
 def _start(low: float, high: float, length: int, size_px: int, rng: np.random.Generator) -> int:
-    """First pixel of a window along one axis: it holds [low, high), or its middle where that is too large."""
+    """Return a random first pixel of a window that contains [low, high) along one axis, or its middle if too large."""
     first, last = int(np.ceil(high)) - size_px, int(np.floor(low))
     if first > last:
         first = last = round((low + high - size_px) / 2)

@@ -1,4 +1,4 @@
-"""Segmentation data module: labelled regions of rasters and slides as tiles."""
+"""Data module of segmentation: labelled regions of rasters and slides as tiles."""
 
 from __future__ import annotations
 
@@ -19,12 +19,18 @@ from perf_vit.data.base import (
     collate_tiles,
     given_normalizer,
     measure_bands,
-    seen_images,
+    sample_images,
 )
 from perf_vit.data.class_pixels import count_labelled_pixels, find_class_pixels
-from perf_vit.data.samplers import ClassPlaces, GridPlaces, WindowPlaces
+from perf_vit.data.samplers import ClassSampler, GridSampler, SegmentationSampler
 from perf_vit.data.segmentation_config import SegmentationDataConfig, SegmentationSplitConfig, check_data, label_options
-from perf_vit.data.segmentation_tiles import GridWindows, LabelledSource, LabelledTile, RandomWindows, window_px
+from perf_vit.data.segmentation_tiles import (
+    LabelledSource,
+    LabelledTile,
+    SegmentationGrid,
+    SegmentationTiles,
+    window_px,
+)
 from perf_vit.errors import ConfigError, DataWarning, InputError
 from perf_vit.labels import LabelFiles, LabelSource, is_labelled_folder, open_labels, warn_of_polygons_beside
 from perf_vit.labels.image_folder import find_label_pairs
@@ -42,23 +48,23 @@ __all__ = [
     "region_window",
 ]
 
-Grids: TypeAlias = GridWindows | ConcatDataset[LabelledTile]
-"""The tiles of one source, or of several."""
+Grids: TypeAlias = SegmentationGrid | ConcatDataset[LabelledTile]
+"""Grid tiles of one or several sources."""
 
 
 class SegmentationDataModule(EpochDataModule):
-    """Augmented windows to train on, grid windows to validate on.
+    """Data module of segmentation: augmented training tiles, grids of validation tiles.
 
     Attributes:
-        classes: names, in the order of the class indices.
-        normalizer: as given, or measured on the training region.
-        trained_on: bands of the training region.
-        tile_px: side of a tile, in pixels.
+        classes: Class names, in the order of the class indices.
+        normalizer: Normalizer, as given or measured on the training region.
+        trained_on: Bands of the training region.
+        tile_px: Tile size in pixels.
     """
 
     def __init__(
         self,
-        train: RandomWindows,
+        train: SegmentationTiles,
         val: Grids,
         *,
         classes: tuple[str, ...],
@@ -79,17 +85,20 @@ class SegmentationDataModule(EpochDataModule):
         self.num_workers = num_workers
 
     def train_dataloader(self) -> DataLoader[LabelledTile]:
-        """Augmented tiles, a new set each epoch; a last smaller batch is dropped (batch statistics), but of a grid."""
+        """Return the loader of augmented tiles, new ones each epoch.
+
+        A smaller last batch is dropped (batch statistics), except with the grid sampler.
+        """
         return self.train_loader(
             self.train,
             batch_size=self.batch_size,
             num_workers=self.num_workers,
             collate_fn=collate_tiles,
-            drop_last=not isinstance(self.train.places, GridPlaces),
+            drop_last=not isinstance(self.train.sampler, GridSampler),
         )
 
     def val_dataloader(self) -> DataLoader[LabelledTile]:
-        """The validation regions' tiles, in order."""
+        """Return the loader of the validation tiles, in order."""
         return DataLoader(
             self.val,
             batch_size=self.batch_size,
@@ -105,14 +114,14 @@ def open_labelled(
     """Open a raster or slide with its labels, or all images of a folder.
 
     Args:
-        config: how to read them.
-        region: what to open.
-        key: what to call it in an error.
-        train: with finer pixels where the file has them and augmentation wants them.
+        config: Data config.
+        region: Split to open.
+        key: Name of the config key, for errors.
+        train: Whether to read finer pixels if the file has them and the augmentation needs them.
 
     Raises:
-        ConfigError: a region that doesn't fit.
-        InputError: files that can't be read or don't fit each other.
+        ConfigError: The region doesn't fit.
+        InputError: Files can't be read or are inconsistent.
     """
     windows: list[Window] = []
 
@@ -138,17 +147,17 @@ def open_pairs(
     meaning: Any,
     options: Mapping[str, Any],
 ) -> list[tuple[RasterSource | SlideSource, LabelSource]]:
-    """Open an image and its labels; or all images of a folder, closed, each with those of its name.
+    """Open an image and its labels, or all images of a folder (closed) with the label files of the same name.
 
     Args:
-        image: a raster or slide, or a folder, glob or list of them.
-        labels: a mask or polygons, or a folder of them.
-        open_image: opens an image by its path.
-        meaning: a data config or spec: the attributes classes, background and multilabel say what labels mean.
-        options: further keyword arguments of `perf_vit.labels.open_labels`.
+        image: Raster or slide, or folder, glob or list of them.
+        labels: Mask or polygons, or folder of them.
+        open_image: Function that opens an image by path.
+        meaning: Data config or spec with the attributes classes, background and multilabel, which define the labels.
+        options: Further keyword arguments of `perf_vit.labels.open_labels`.
 
     Raises:
-        InputError: files that can't be read or don't fit each other.
+        InputError: Files can't be read or are inconsistent.
     """
     named = ("classes", "background", "multilabel")
     options = {**{name: getattr(meaning, name) for name in named}, **options}
@@ -159,7 +168,7 @@ def open_pairs(
     sources = []
     for path, _ in pairs:
         sources.append(_opened(path, open_image))
-        # There may be more images than a process may hold open.
+        # There may be more images than the limit of open files.
         sources[-1].close()
     files = LabelFiles([file for _, file in pairs], sources, **options)
     files.look()
@@ -168,21 +177,21 @@ def open_pairs(
 
 def _opened(image: InputPath, open_image: OpenInput) -> RasterSource | SlideSource:
     source = open_image(image)
-    # Labels need to know where a file's pixels lie.
+    # Labels need the pixel grid of the file.
     assert isinstance(source, RasterSource | SlideSource)
     return source
 
 
 def region_window(region: list[int] | None, source: Source, key: str) -> Window:
-    """The window that a config or command line asks for, checked against the source.
+    """Return the window of a region given in a config or on the command line, checked against the source.
 
     Args:
-        region: [row, col, height, width] in pixels, or None for the whole source.
-        source: the raster that it lies in.
-        key: what to call it in an error.
+        region: [row, col, height, width] in pixels; None for the whole source.
+        source: Raster that contains it.
+        key: Name of the config key, for errors.
 
     Raises:
-        ConfigError: not four numbers, or not inside the source.
+        ConfigError: The region doesn't have four numbers or isn't inside the source.
     """
     if region is None:
         return source.extent
@@ -200,13 +209,13 @@ def region_window(region: list[int] | None, source: Source, key: str) -> Window:
 def _placed(
     config: SegmentationDataConfig, image: InputPath, region: list[int] | None, key: str, *, train: bool
 ) -> tuple[RasterSource | SlideSource, Window]:
-    """An image and the part of it that may be used; closed, as there may be more than a process may hold open."""
+    """Open an image and return it closed (there may be more images than the limit of open files), with its region."""
     options = InputOptions.from_config(config)
     source = open_input(image, options)
     window = region_window(region, source, f"{key}.region")
     read_at = config.mpp or config.resolution
     if train and read_at is not None and config.augment.resolution is not None:
-        finest = max(config.augment.resolution[0], _own_side(image, options, source) or 0)
+        finest = max(config.augment.resolution[0], _native_pixel_size(image, options, source) or 0)
         if finest < read_at:
             source.close()
             finer = replace(options, resolution=finest) if config.mpp is None else replace(options, mpp=finest)
@@ -216,7 +225,7 @@ def _placed(
     return source, window
 
 
-def _own_side(image: InputPath, options: InputOptions, source: Source) -> float | None:
+def _native_pixel_size(image: InputPath, options: InputOptions, source: Source) -> float | None:
     if isinstance(source, SlideSource):
         assert source.slide_mpp is not None
         return math.sqrt(math.prod(source.slide_mpp))
@@ -226,7 +235,7 @@ def _own_side(image: InputPath, options: InputOptions, source: Source) -> float 
 
 
 def _scaled(window: Window, factor: float, extent: Window) -> Window:
-    """The same part of a source whose pixels are a factor smaller."""
+    """Return the corresponding window of a source whose pixels are smaller by a factor."""
     row, col, row_stop, col_stop = (
         round(pixel * factor) for pixel in (window.row, window.col, window.row_stop, window.col_stop)
     )
@@ -235,41 +244,41 @@ def _scaled(window: Window, factor: float, extent: Window) -> Window:
     return scaled
 
 
-# Enough pixels for a mean to three digits, few enough to read in a second.
+# Enough pixels for a mean with three digits, few enough to read within a second.
 _STATISTICS_PX = 2048
 
-# Of 512 x 512 pixels, to see which classes there are.
-_WINDOWS_LOOKED_AT = 64
+# Number of windows of 512 x 512 pixels to search for classes.
+_WINDOWS_CHECKED = 64
 
-_IMAGES_LOOKED_AT = 64
+_IMAGES_CHECKED = 64
 
 
 def build_segmentation_datamodule(
     config: SegmentationDataConfig, seed: int, on_window: Callable[[int, int], None] | None = None
 ) -> SegmentationDataModule:
-    """Open the rasters and their labels and measure the bands' statistics where they aren't given.
+    """Open rasters and labels and measure band statistics that the config doesn't give.
 
     Args:
-        config: what to open.
-        seed: decides tiles and augmentation.
-        on_window: called with windows done and all of them while pixels of the classes are looked for, for the
-            sampler balanced.
+        config: Data config.
+        seed: Seed of tiles and augmentation.
+        on_window: Function called with the number of windows done and the total, while the balanced sampler searches
+            for pixels of the classes.
 
     Raises:
-        ConfigError: values that don't fit each other.
-        InputError: files that can't be read or don't fit each other.
+        ConfigError: Values are inconsistent.
+        InputError: Files can't be read or are inconsistent.
     """
     check_data(config)
     rasters, val = _open_all(config)
     sources = [one.source for one in rasters]
     num_bands = sources[0].num_bands
     stain = make_stain_jitter(config.augment, sources, num_bands)
-    sides = pixel_sizes(config.augment, sources)
+    sizes = pixel_sizes(config.augment, sources)
     _check_labelled(rasters, config, "train")
     _check_labelled(val, config, "val")
     warn_of_polygons_beside(one.labels for one in (*rasters, *val))
-    places = _make_places(rasters, config, sides, seed, on_window)
-    _warn_of_absent_classes(rasters, config, "train", places)
+    sampler = _make_sampler(rasters, config, sizes, seed, on_window)
+    _warn_of_absent_classes(rasters, config, "train", sampler)
     _warn_of_absent_classes(val, config, "val")
     given = given_normalizer(config.mean, config.std, num_bands)
     normalizer, trained_on = measure_bands(_seen(rasters, seed), sources, given)
@@ -281,17 +290,17 @@ def build_segmentation_datamodule(
         shuffle=config.augment.shuffle,
     )
     return SegmentationDataModule(
-        RandomWindows(
+        SegmentationTiles(
             rasters,
             normalizer,
             augmentation,
             tile_px=config.tile_px,
-            length=len(places) if isinstance(places, GridPlaces) else config.tiles_per_epoch,
+            length=len(sampler) if isinstance(sampler, GridSampler) else config.tiles_per_epoch,
             seed=seed,
             stain=stain,
             resolution=config.augment.resolution,
-            pixel_sizes=sides,
-            places=places,
+            pixel_sizes=sizes,
+            sampler=sampler,
         ),
         _grids(val, normalizer, config.tile_px),
         classes=tuple(config.classes),
@@ -304,7 +313,7 @@ def build_segmentation_datamodule(
 
 
 def _open_all(config: SegmentationDataConfig) -> tuple[list[LabelledSource], list[LabelledSource]]:
-    """What is trained and validated on, all with one number of bands."""
+    """Open all training and validation sources and check that they have the same number of bands."""
     train = {"data.train": open_labelled(config, config.train, "data.train", train=True)}
     val = {"data.val": open_labelled(config, config.val, "data.val", train=False)}
     for index, region in enumerate(config.extra_train):
@@ -318,10 +327,10 @@ def _open_all(config: SegmentationDataConfig) -> tuple[list[LabelledSource], lis
 
 
 def _check_bands(group: Sequence[LabelledSource], key: str, first: Source) -> None:
-    """Refuse images with another number of bands than the first.
+    """Check that all images have as many bands as the first.
 
     Raises:
-        ConfigError: how many there are, and which.
+        ConfigError: The number of bands of an image differs.
     """
     others = [one.source for one in group if one.source.num_bands != first.num_bands]
     if not others:
@@ -337,60 +346,60 @@ def _check_bands(group: Sequence[LabelledSource], key: str, first: Source) -> No
 
 
 def _grids(sources: Sequence[LabelledSource], normalizer: Normalizer, tile_px: int) -> Grids:
-    """The tiles of all sources, one source after the other."""
-    grids = [GridWindows(one, normalizer, tile_px=tile_px) for one in sources]
+    """Return the tiles of all sources, one source after the other."""
+    grids = [SegmentationGrid(one, normalizer, tile_px=tile_px) for one in sources]
     return grids[0] if len(grids) == 1 else ConcatDataset(grids)
 
 
 def _seen(rasters: Sequence[LabelledSource], seed: int) -> list[GeoImage]:
-    """All rasters, or some images of folders that the seed decides, of low resolution."""
+    """Read all rasters, or a random sample of the images of folders, at low resolution."""
     if all(one.keep_open for one in rasters):
         return [one.read_reduced(_STATISTICS_PX) for one in rasters]
     paths = [one.source.path for one in rasters]
-    return seen_images(lambda index, size_px: rasters[index].read_reduced(size_px), paths, seed)
+    return sample_images(lambda index, size_px: rasters[index].read_reduced(size_px), paths, seed)
 
 
-def _make_places(
+def _make_sampler(
     rasters: Sequence[LabelledSource],
     config: SegmentationDataConfig,
-    sides: Sequence[float] | None,
+    sizes: Sequence[float] | None,
     seed: int,
     on_window: Callable[[int, int], None] | None,
-) -> WindowPlaces | None:
-    """Where the config's sampler lays windows; None for anywhere."""
+) -> SegmentationSampler | None:
+    """Build the configured sampler; None for random windows."""
     regions = [one.region for one in rasters]
     if config.sampler == "grid":
         bounds = config.augment.resolution
-        # Of tiles with pixels of several sizes, those of the middle one cover the regions.
-        side = None if bounds is None else math.sqrt(math.prod(bounds))
-        each = [None] * len(regions) if sides is None else list(sides)
-        return GridPlaces(regions, [window_px(config.tile_px, side, own) for own in each], seed)
+        # With a range of pixel sizes, tiles of the geometric mean cover the regions.
+        middle = None if bounds is None else math.sqrt(math.prod(bounds))
+        each = [None] * len(regions) if sizes is None else list(sizes)
+        return GridSampler(regions, [window_px(config.tile_px, middle, own) for own in each], seed)
     if config.sampler == "balanced":
         num_classes = len(config.classes)
         pixels = find_class_pixels(rasters, num_classes, multilabel=config.multilabel, seed=seed, on_window=on_window)
-        return ClassPlaces(regions, pixels)
+        return ClassSampler(regions, pixels)
     return None
 
 
 def _check_labelled(sources: Sequence[LabelledSource], config: SegmentationDataConfig, part: str) -> None:
-    """Refuse rasters of which no pixel can be learnt from, and tell of some among others; 64 stand for more.
+    """Check a sample of 64 rasters for pixels to learn from; warn if some have none.
 
     Raises:
-        InputError: no raster has a pixel that is valid and labelled.
+        InputError: No raster has a pixel that is valid and labelled.
     """
     order = np.random.default_rng(0).permutation(len(sources)).tolist()
-    chosen = [sources[index] for index in sorted(order[:_IMAGES_LOOKED_AT])]
+    chosen = [sources[index] for index in sorted(order[:_IMAGES_CHECKED])]
     bare = [one for one in chosen if not one.has_labels(config.tile_px)]
-    rest = (sources[index] for index in order[_IMAGES_LOOKED_AT:])
+    rest = (sources[index] for index in order[_IMAGES_CHECKED:])
     if len(bare) == len(chosen) and not any(one.has_labels(config.tile_px) for one in rest):
         raise InputError(
-            f"data.{part} has no window with a pixel that is valid and labelled: {bare[0].source.path}"
+            f"data.{part} has no pixel that is valid and labelled: {bare[0].source.path}"
             f"{f' and {len(sources) - 1} more' if len(sources) > 1 else ''}; check nodata, region and labels"
         )
     if bare:
-        looked_at = " that were looked at" if len(chosen) < len(sources) else ""
+        checked = "checked " if len(chosen) < len(sources) else ""
         warnings.warn(
-            f"{len(bare)} of {len(chosen)} rasters to {part} on{looked_at} have no pixel that is valid and labelled, "
+            f"{len(bare)} of {len(chosen)} {checked}rasters to {part} on have no pixel that is valid and labelled, "
             f"the first {bare[0].source.path}",
             DataWarning,
             stacklevel=3,
@@ -398,17 +407,20 @@ def _check_labelled(sources: Sequence[LabelledSource], config: SegmentationDataC
 
 
 def _warn_of_absent_classes(
-    sources: Sequence[LabelledSource], config: SegmentationDataConfig, part: str, places: WindowPlaces | None = None
+    sources: Sequence[LabelledSource],
+    config: SegmentationDataConfig,
+    part: str,
+    sampler: SegmentationSampler | None = None,
 ) -> None:
-    """Tell of classes that no pixel was found of; where there are many pixels, some windows stand for all."""
-    if isinstance(places, ClassPlaces):
-        pixels, among = places.num_pixels[: len(config.classes)], f"all labelled ones of data.{part}"
+    """Warn about classes without pixels; in large data a sample of windows is searched."""
+    if isinstance(sampler, ClassSampler):
+        pixels, among = sampler.num_pixels[: len(config.classes)], f"all labelled ones of data.{part}"
     else:
-        pixels, labelled = count_labelled_pixels(sources, len(config.classes), max_windows=_WINDOWS_LOOKED_AT)
-        # Where labels are few and far between, none may have been looked at.
+        pixels, labelled = count_labelled_pixels(sources, len(config.classes), max_windows=_WINDOWS_CHECKED)
+        # The sample may have missed sparse labels.
         if not labelled:
             return
-        among = f"{labelled:,} labelled ones of data.{part} that were looked at"
+        among = f"{labelled:,} labelled ones of data.{part} checked"
     absent = [name for name, count in zip(config.classes, pixels, strict=True) if not count]
     if absent:
         warnings.warn(

@@ -1,4 +1,4 @@
-"""What configs say about the data of maps."""
+"""Data config of segmentation."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ __all__ = ["SegmentationDataConfig", "SegmentationSplitConfig", "check_data", "l
 
 @dataclass(kw_only=True)
 class SegmentationSplitConfig(SplitConfig):
-    """One labelled raster, or a part of it; or a folder of images, each with labels of its own.
+    """A labelled raster or a region of it, or a folder of images with a label file each.
 
     Attributes:
-        image: a raster that rasterio opens; or a slide, with `data.mpp`; or a folder, a glob or a list of rasters. With
-            one label file, several rasters are one mosaic.
-        labels: a mask raster, or a vector file in any CRS; of a slide, polygons in pixels of level 0. Or a folder of
-            label files, which have their images' names but for the ending.
-        region: [row, col, height, width] in pixels; the whole raster if left out. Training on one side of a line
-            and validating on the other is two regions of one raster.
+        image: Raster in any format of rasterio, slide (with `data.mpp`), or folder, glob or list of rasters. With a
+            single label file, several rasters are a mosaic.
+        labels: Mask raster, or vector file in any CRS; for slides, polygons in pixels of level 0. Or folder of label
+            files with the names of their images except for the suffix.
+        region: [row, col, height, width] in pixels; None for the whole raster. One raster can be split into training
+            and validation by two regions.
     """
 
     labels: str
@@ -32,33 +32,34 @@ class SegmentationSplitConfig(SplitConfig):
 
 @dataclass(kw_only=True)
 class SegmentationDataConfig(TileDataConfig):
-    """Where tiles and labels come from; `TileDataConfig` has further keys.
+    """Data of segmentation; `TileDataConfig` has further keys.
 
     Attributes:
-        train: the raster or folder trained on.
-        val: the raster or folder validated on.
-        extra_train: further rasters and folders trained on, with as many bands; each image gives tiles in proportion
-            to its size.
-        classes: class names; labels are indices into them.
-        values: the label file's value of each class; 0, 1, 2, ... if left out.
-        ignore_values: label values that mean "no label here", beside the label file's own nodata; of polygons also
-            text, and null for features without a value.
-        attribute: the vector column that holds class names or values; without it polygons are the one of
-            two classes that is not background.
-        background: name of the class that is background: that of pixels under no polygon, left out where the areas of
-            a map are written. `ignore` where pixels under no polygon carry no label, `none` with `multilabel` where no
-            class is true there. No class is background if left out; labels that are polygons need it.
-        all_touched: polygons label every pixel that they touch, not only those whose centre they hold.
-        multilabel: several classes, or none, may be true at a pixel: labels are overlapping polygons, or a raster with
-            a band of 0 and 1 a class. There is no class for the background then.
-        resolution: pixel size to read rasters at, in units of their CRS; their own if left out. Prediction reads
-            at the same.
-        mpp: micrometres per pixel to read slides at; left out, images are rasters. Prediction reads at the same.
-        slide_mpp: micrometres per pixel of slides' level 0 where files don't say.
-        tissue: "otsu" to train and validate on slides' tissue alone.
-        sampler: where training tiles lie: random (anywhere), balanced (a class is drawn, each as often as the others,
-            and then one of its pixels, which lies anywhere in the tile) or grid (every tile of a grid once an epoch).
-        tiles_per_epoch: training tiles an epoch; a grid has as many as cover the regions.
+        train: Raster or folder to train on.
+        val: Raster or folder to validate on.
+        classes: Class names; labels are indices into them.
+        extra_train: Further rasters and folders to train on, with the same number of bands; images give tiles in
+            proportion to their size.
+        values: Value of each class in the label file; None for 0, 1, 2, ...
+        ignore_values: Label values that mark unlabelled pixels, in addition to the nodata value of the file; for
+            polygons also text, and null for features without a value.
+        attribute: Vector column with class names or values; None if polygons are the one of two classes that isn't the
+            background.
+        background: Background class, which pixels outside of polygons get and which is left out of the polygons of a
+            predicted map. `ignore` leaves pixels outside of polygons unlabelled; `none`, with `multilabel`, gives them
+            no class. None if no class is background; required for polygon labels.
+        all_touched: Whether polygons label all pixels that they touch, instead of those whose centre they contain.
+        multilabel: Whether a pixel may have several classes or none: labels are overlapping polygons, or a raster with
+            a band of 0 and 1 per class. There is no background class then.
+        resolution: Pixel size to read rasters at, in CRS units; None for their own. Prediction reads at the same
+            resolution.
+        mpp: Resolution to read slides at, in micrometres per pixel; None if images are rasters. Prediction reads at the
+            same resolution.
+        slide_mpp: Micrometres per pixel of slides' level 0 if files don't give it.
+        tissue: "otsu" to train and validate on the tissue of slides only.
+        sampler: Sampler of training tiles: random (anywhere), balanced (a random pixel of a class, classes equally
+            often, at a random position in the tile) or grid (all tiles of a grid once per epoch).
+        tiles_per_epoch: Number of training tiles per epoch; the grid sampler uses as many as cover the regions.
     """
 
     train: SegmentationSplitConfig
@@ -81,7 +82,7 @@ class SegmentationDataConfig(TileDataConfig):
 
 
 def label_options(config: SegmentationDataConfig) -> dict[str, Any]:
-    """How label files are read, as plain keyword arguments of `perf_vit.labels.open_labels`."""
+    """Return the label settings as keyword arguments of `perf_vit.labels.open_labels`."""
     return {
         "attribute": config.attribute,
         "values": config.values,
@@ -91,10 +92,10 @@ def label_options(config: SegmentationDataConfig) -> dict[str, Any]:
 
 
 def check_data(config: SegmentationDataConfig) -> None:
-    """Refuse values that don't fit each other.
+    """Check that the values are consistent.
 
     Raises:
-        ConfigError: which, and what is expected.
+        ConfigError: A value is out of range or doesn't fit another.
     """
     if config.mpp is None and (config.slide_mpp is not None or config.tissue is not None):
         raise ConfigError("data.slide_mpp and data.tissue are for slides, which need data.mpp; give it, such as 0.5")
@@ -116,5 +117,5 @@ def check_data(config: SegmentationDataConfig) -> None:
             f"data.background must be one of {', '.join(known)}, or left out where no class is background, got "
             f"{config.background}"
         )
-    # A grid doesn't look at the number of tiles.
+    # The grid sampler ignores tiles_per_epoch.
     check_base(config, {"tiles_per_epoch": 0 if config.sampler == "grid" else config.batch_size})

@@ -1,4 +1,4 @@
-"""Datasets that cut tiles from a labelled source, with the window code that prediction uses."""
+"""Tile datasets of segmentation."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from perf_vit.data.augmentation import draw_log_uniform
-from perf_vit.data.samplers import WindowPlaces
+from perf_vit.data.samplers import SegmentationSampler
 from perf_vit.labels import LabelSource
 from perf_vit.tiling import grid_windows, random_window
 from perf_vit.transforms import Augmentation, Normalizer, StainJitter, resize_with_labels
 from perf_vit.types import IGNORE_INDEX, BoolArray, GeoImage, LabelArray, Source, Window
 
-__all__ = ["GridWindows", "LabelledSource", "LabelledTile", "RandomWindows"]
+__all__ = ["LabelledSource", "LabelledTile", "SegmentationGrid", "SegmentationTiles"]
 
 LabelledTile = tuple[Tensor, Tensor, Tensor]
 """Tile [C, h, w] float32, labels [(K,) h, w] int64, and valid pixels [h, w] bool."""
@@ -26,13 +26,14 @@ LabelledTile = tuple[Tensor, Tensor, Tensor]
 
 @dataclass(frozen=True, slots=True)
 class LabelledSource:
-    """A source, its labels on the same pixel grid, and the part of both that may be used.
+    """Source with labels on the same pixel grid, and the region to use.
 
     Attributes:
-        source: the pixels.
-        labels: on the same grid.
-        region: the part of both.
-        keep_open: leave the source's file open after a read; there may be more sources than a process may hold open.
+        source: Source of the pixels.
+        labels: Labels on the same grid.
+        region: Region of both to use.
+        keep_open: Whether to keep the source's file open after a read; False if there may be more sources than the
+            limit of open files.
     """
 
     source: Source
@@ -41,38 +42,38 @@ class LabelledSource:
     keep_open: bool = True
 
     def has_labels(self, tile_px: int, seed: int = 0) -> bool:
-        """Whether any pixel is valid and labelled.
+        """Return whether any pixel is valid and labelled.
 
-        Looks at windows in random order until one has such a pixel, so only where there is none it looks at all.
+        Windows are read in random order until one has such a pixel; all are read only if there is none.
         """
         windows = grid_windows(self.region, tile_px, overlap=0)
         for index in np.random.default_rng(seed).permutation(len(windows)):
             window = windows[index]
             labelled = (self.labels.read(window) != IGNORE_INDEX) & _inside(self.region, window)
-            # Most windows without labels are known from the labels alone.
+            # Reading the labels is enough for most windows without any.
             if labelled.any() and (self._pixels(window).valid & labelled).any():
                 return True
         return False
 
     def read(self, window: Window, normalizer: Normalizer) -> tuple[npt.NDArray[np.float32], LabelArray]:
-        """Pixels [C, H, W], standardised, and labels [H, W] or [K, H, W]; `IGNORE_INDEX` where invalid or outside."""
+        """Return standardised pixels [C, H, W] and labels [(K,) H, W], `IGNORE_INDEX` where invalid or outside."""
         image, labels = self.read_image(window)
         return normalizer(image), labels
 
     def read_image(self, window: Window) -> tuple[GeoImage, LabelArray]:
-        """As `read`, with the pixels as the source has them."""
+        """Return the source's pixels and the labels of `read`."""
         image = self._pixels(window)
         return image, self._labels_where(image.valid, window, self.labels.read(window))
 
     def read_labels(self, window: Window) -> LabelArray:
-        """The labels of `read`; where there are none, the pixels are not looked at."""
+        """Return the labels of `read`; pixels are read only if there are labels."""
         labels = self.labels.read(window)
         if (labels == IGNORE_INDEX).all():
             return labels
         return self._labels_where(self._pixels(window).valid, window, labels)
 
     def read_reduced(self, max_size_px: int) -> GeoImage:
-        """Pixels of the region at lower resolution, for statistics."""
+        """Read the region at lower resolution, for statistics."""
         image = self.source.read_reduced(max_size_px, self.region)
         self._release()
         return image
@@ -99,23 +100,23 @@ def _inside(region: Window, window: Window) -> npt.NDArray[np.bool_]:
     return inside
 
 
-class RandomWindows(Dataset[LabelledTile]):
-    """Tiles at random places, or where `places` says; item `i` of epoch `e` is a function of (seed, e * length + i).
+class SegmentationTiles(Dataset[LabelledTile]):
+    """Augmented training tiles; item `i` of epoch `e` depends on (seed, e * length + i) only.
 
-    A random window without a single labelled pixel is drawn anew, up to ten times.
+    Without a sampler, windows are random; those without labelled pixels are drawn again, up to ten times.
 
     Args:
-        sources: where tiles come from, each in proportion to its pixels.
-        normalizer: applied before augmentation.
-        augmentation: applied to image and labels together.
-        tile_px: side of a tile, in pixels.
-        length: tiles an epoch.
-        seed: decides places and augmentation, whatever the number of workers.
-        stain: applied before the normalizer; None for none.
-        resolution: (smallest, largest) pixel size of a tile, in the unit of `pixel_sizes`. A window of another size
-            than a tile is read then and resized, so it uncovers nothing.
-        pixel_sizes: pixel size of each source; needed with `resolution`.
-        places: of the windows; anywhere if None.
+        sources: Labelled sources; each gives tiles in proportion to its number of pixels.
+        normalizer: Normalizer, applied before augmentation.
+        augmentation: Augmentation of image and labels.
+        tile_px: Tile size in pixels.
+        length: Number of tiles per epoch.
+        seed: Seed of windows and augmentation, whatever the number of workers.
+        stain: Stain jitter, applied before the normalizer; None for none.
+        resolution: Pixel size range (min, max) of tiles, in the unit of `pixel_sizes`. Larger or smaller windows are
+            read and resized, so no padding is needed.
+        pixel_sizes: Pixel size of each source; required with `resolution`.
+        sampler: Sampler of windows; None for random windows.
     """
 
     def __init__(
@@ -130,7 +131,7 @@ class RandomWindows(Dataset[LabelledTile]):
         stain: StainJitter | None = None,
         resolution: tuple[float, float] | None = None,
         pixel_sizes: Sequence[float] | None = None,
-        places: WindowPlaces | None = None,
+        sampler: SegmentationSampler | None = None,
     ) -> None:
         self.sources = tuple(sources)
         areas = [float(source.region.height * source.region.width) for source in self.sources]
@@ -143,19 +144,19 @@ class RandomWindows(Dataset[LabelledTile]):
         self.stain = stain
         self.resolution = resolution
         self.pixel_sizes = pixel_sizes
-        self.places = places
+        self.sampler = sampler
 
     def __len__(self) -> int:
         return self.length
 
     def __getitem__(self, index: int) -> LabelledTile:
-        """Tile, labels and valid pixels; any index >= 0 is allowed."""
+        """Return tile, labels and valid pixels; any index >= 0 is allowed."""
         rng = np.random.default_rng((self.seed, index))
-        side = None if self.resolution is None else draw_log_uniform(self.resolution, rng)
+        pixel_size = None if self.resolution is None else draw_log_uniform(self.resolution, rng)
         for _ in range(10):
-            chosen, window = self._draw(index, rng, side)
+            chosen, window = self._draw(index, rng, pixel_size)
             image, labels = self.sources[chosen].read_image(window)
-            if self.places is not None or (labels != IGNORE_INDEX).any():
+            if self.sampler is not None or (labels != IGNORE_INDEX).any():
                 break
         if self.stain is not None:
             image = self.stain(image, int(rng.integers(2**31)))
@@ -165,34 +166,39 @@ class RandomWindows(Dataset[LabelledTile]):
         pixels, labels, valid = self.augmentation(pixels, labels, seed=int(rng.integers(2**31)), mask=mask)
         return torch.from_numpy(pixels), torch.from_numpy(labels).long(), torch.from_numpy(valid)
 
-    def _draw(self, index: int, rng: np.random.Generator, side: float | None) -> tuple[int, Window]:
-        """Index of a source and a window of it."""
-        if self.places is not None:
-            return self.places.draw(index, rng, lambda source: self._window_px(source, side))
+    def _draw(self, index: int, rng: np.random.Generator, pixel_size: float | None) -> tuple[int, Window]:
+        """Return the index of a source and a window of it."""
+        if self.sampler is not None:
+            return self.sampler.draw(index, rng, lambda source: self._window_px(source, pixel_size))
         chosen = self._choose(rng)
-        return chosen, random_window(self.sources[chosen].region, self._window_px(chosen, side), rng)
+        return chosen, random_window(self.sources[chosen].region, self._window_px(chosen, pixel_size), rng)
 
-    def _window_px(self, source: int, side: float | None) -> int:
-        return window_px(self.tile_px, side, None if self.pixel_sizes is None else self.pixel_sizes[source])
+    def _window_px(self, source: int, pixel_size: float | None) -> int:
+        return window_px(self.tile_px, pixel_size, None if self.pixel_sizes is None else self.pixel_sizes[source])
 
     def _choose(self, rng: np.random.Generator) -> int:
-        # One source takes no draw, so its windows are the same as ever.
+        # A single source needs no random number.
         return 0 if len(self.sources) == 1 else int(np.searchsorted(self._shares, rng.random(), side="right"))
 
 
-def window_px(tile_px: int, side: float | None, pixel_size: float | None) -> int:
-    """How many pixels of a source a tile takes whose pixels have this side; None for the source's own."""
-    if side is None:
+def window_px(tile_px: int, pixel_size: float | None, source_pixel_size: float | None) -> int:
+    """Return the window size in source pixels of a tile with a given pixel size; `tile_px` if that is None."""
+    if pixel_size is None:
         return tile_px
-    assert pixel_size is not None
-    return max(1, round(tile_px * side / pixel_size))
+    assert source_pixel_size is not None
+    return max(1, round(tile_px * pixel_size / source_pixel_size))
 
 
-class GridWindows(Dataset[LabelledTile]):
-    """Every tile of a grid over the region, each pixel once as nearly as the grid allows; nothing is augmented.
+class SegmentationGrid(Dataset[LabelledTile]):
+    """All tiles of a grid over the region, without augmentation; each pixel counts once.
 
-    Where the last row or column of windows is shifted back to end at the edge, the pixels that an earlier window
-    already holds are ignored in the labels, so a metric counts each pixel once.
+    Windows at the end are shifted back to the edge; pixels already covered by an earlier window are ignored in the
+    labels.
+
+    Args:
+        source: Labelled source.
+        normalizer: Normalizer of the pixels.
+        tile_px: Tile size in pixels.
     """
 
     def __init__(self, source: LabelledSource, normalizer: Normalizer, *, tile_px: int) -> None:
@@ -206,7 +212,7 @@ class GridWindows(Dataset[LabelledTile]):
         return len(self.windows)
 
     def __getitem__(self, index: int) -> LabelledTile:
-        """Tile, labels and valid pixels."""
+        """Return tile, labels and valid pixels."""
         window = self.windows[index]
         image, labels = self.source.read_image(window)
         labels[..., : max(0, self._row_stops[window.row] - window.row), :] = IGNORE_INDEX
@@ -216,5 +222,5 @@ class GridWindows(Dataset[LabelledTile]):
 
 
 def _previous_stops(starts: list[int], size: int) -> dict[int, int]:
-    """For each start, where the window before it ended."""
+    """Map each start to the end of the previous window."""
     return {start: before + size for before, start in zip([starts[0] - size, *starts], starts, strict=False)}

@@ -1,4 +1,4 @@
-"""The Lightning data module of slides as bags, and its config."""
+"""Data module and config of slide classification."""
 
 from __future__ import annotations
 
@@ -29,8 +29,8 @@ class SlideClassificationSplitConfig(SplitConfig):
     """Labelled slides.
 
     Attributes:
-        image: folder that the names of slides in `labels` are relative to.
-        labels: a CSV file with the columns slide and label.
+        image: Folder that the slide names in `labels` are relative to.
+        labels: CSV file with the columns slide and label.
     """
 
     image: str = "."
@@ -39,27 +39,27 @@ class SlideClassificationSplitConfig(SplitConfig):
 
 @dataclass(kw_only=True)
 class SlideClassificationDataConfig(BaseDataConfig):
-    """Labelled slides, and how they become bags of windows; `BaseDataConfig` has further keys.
+    """Labelled slides as bags of tissue windows; `BaseDataConfig` has further keys.
 
-    Windows are what other tasks call tiles. `mean` and `std` are by default those that the encoder was pretrained with
-    for slides of red, green and blue of 8 bits.
+    Windows correspond to the tiles of other tasks. For 8-bit RGB slides, `mean` and `std` default to those of the
+    encoder's pretraining.
 
     Attributes:
-        train: slides trained on.
-        val: slides validated on; of each class a part of `train` that the seed decides if left out. Slides of one
-            patient belong on one side.
-        val_share: of the slides of `train`, where `val` is left out.
-        classes: names; those that occur in `train`, by name, if left out.
-        image_column: of CSV files, that names the slide.
-        label_column: of CSV files, that names the class.
-        mpp: micrometres per pixel to read slides at; their level 0, or a raster's pixels, with null.
-        slide_mpp: micrometres per pixel of level 0 where files don't say.
-        tissue: otsu, or null to take windows of glass and of rasters.
-        min_tissue: least share of tissue in a window.
-        max_windows: of a slide in a training step, drawn anew each time; all if left out.
-        embeddings: folder for the windows' features, so that several runs share them; in the run folder if left out.
-        embed_batch_size: windows in the encoder at once.
-        batch_size: slides a step.
+        train: Training slides.
+        val: Validation slides; None for a random part of `train`, stratified by class. All slides of a patient belong
+            in the same split.
+        val_share: Fraction of the slides of `train` to validate on if `val` is None.
+        classes: Class names; None for all that occur in `train`, sorted by name.
+        image_column: CSV column with slide names.
+        label_column: CSV column with class names.
+        mpp: Resolution to read slides at, in micrometres per pixel; None for level 0, or for a raster's own pixels.
+        slide_mpp: Micrometres per pixel of level 0 if files don't give it.
+        tissue: "otsu" for tissue windows only; None to include windows of glass, and for rasters.
+        min_tissue: Minimum fraction of tissue in a window.
+        max_windows: Maximum number of windows of a slide in a training step, drawn again each time; None for all.
+        embeddings: Folder for the windows' features, to share them between runs; None for the run folder.
+        embed_batch_size: Number of windows per encoder batch.
+        batch_size: Number of slides per step.
     """
 
     train: SlideClassificationSplitConfig
@@ -79,7 +79,7 @@ class SlideClassificationDataConfig(BaseDataConfig):
 
 
 class SlideClassificationDataModule(EpochDataModule):
-    """Bags of the training slides in another order each epoch, bags of the validation slides in theirs."""
+    """Data module of slide classification: bags of training slides, shuffled each epoch, and of validation slides."""
 
     def __init__(self, train: SlideBags, val: SlideBags, *, batch_size: int, num_workers: int) -> None:
         super().__init__()
@@ -97,7 +97,7 @@ class SlideClassificationDataModule(EpochDataModule):
         store: EmbeddingStore,
         seed: int,
     ) -> SlideClassificationDataModule:
-        """Both sides of a config, whose features are in the store."""
+        """Build the data module of a config whose features are in the store."""
         return cls(
             SlideBags(train, store, max_windows=config.max_windows, seed=seed),
             SlideBags(val, store),
@@ -106,7 +106,7 @@ class SlideClassificationDataModule(EpochDataModule):
         )
 
     def train_dataloader(self) -> DataLoader[BagBatch]:
-        """Bags in another order each epoch."""
+        """Return the loader of training bags, in a new order each epoch."""
         return self.train_loader(
             self.train,
             batch_size=self.batch_size,
@@ -116,7 +116,7 @@ class SlideClassificationDataModule(EpochDataModule):
         )
 
     def val_dataloader(self) -> DataLoader[BagBatch]:
-        """The validation slides, in order and one by one: bags may be large."""
+        """Return the loader of the validation slides, in order and one per batch, as bags may be large."""
         return DataLoader(
             self.val,  # type: ignore[arg-type]
             batch_size=1,
@@ -127,11 +127,11 @@ class SlideClassificationDataModule(EpochDataModule):
 
 
 def read_slides(config: SlideClassificationDataConfig, seed: int) -> tuple[SlideTargets, SlideTargets]:
-    """The slides to train and to validate on.
+    """Read the slides to train and to validate on.
 
     Raises:
-        ConfigError: values that don't fit each other.
-        InputError: files that can't be read or don't fit each other.
+        ConfigError: Values are inconsistent.
+        InputError: Files can't be read or are inconsistent.
     """
     _check(config)
     columns = {"image_column": config.image_column, "label_column": config.label_column}
@@ -144,7 +144,7 @@ def read_slides(config: SlideClassificationDataConfig, seed: int) -> tuple[Slide
         val = read_slide_table(config.val.labels, config.val.image, train.classes, **columns)
         common = sorted(set(train.paths) & set(val.paths))
         if common:
-            raise ConfigError(f"{common[0]} is in both data.train and data.val; a slide belongs in one")
+            raise ConfigError(f"{common[0]} is in both data.train and data.val; keep it in one of them")
         return train, val
     chosen = _stratified(train.labels, config.val_share, seed)
     if not chosen or len(chosen) == len(train):
@@ -156,7 +156,7 @@ def read_slides(config: SlideClassificationDataConfig, seed: int) -> tuple[Slide
 
 
 def _stratified(labels: np.ndarray, share: float, seed: int) -> set[int]:
-    """Of each class with at least two slides a share, one at least and not all."""
+    """Draw a fraction of each class with at least two slides, at least one slide and not all."""
     rng = np.random.default_rng(seed)
     chosen: set[int] = set()
     for label in np.unique(labels):

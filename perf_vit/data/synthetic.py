@@ -1,4 +1,4 @@
-"""A generated scene with small labelled targets, for the demo and the tests."""
+"""Generated scene with small labelled targets, for the demo and tests."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ __all__ = ["ShipScene", "make_ship_scene"]
 
 CRS = "EPSG:32637"
 NODATA = 0
-# Water, land, ship, wake, cloud: mean digital numbers of blue, green, red, near infrared.
+# Mean digital numbers of blue, green, red and near infrared for water, land, ship, wake and cloud.
 _SPECTRA = {
     "water": (620, 480, 320, 180),
     "land": (700, 860, 780, 2100),
@@ -29,13 +29,13 @@ _SPECTRA = {
 
 @dataclass(frozen=True, slots=True)
 class ShipScene:
-    """The files of a generated scene.
+    """Files of a generated scene.
 
     Attributes:
-        image: GeoTIFF, 4 bands uint16, nodata 0 with a slanted nodata border, UTM, pixels of 3.0 x 3.2 m.
-        labels: GeoJSON of ship outlines, in longitude and latitude.
-        size_px: height and width.
-        num_targets: ships.
+        image: GeoTIFF with 4 bands of uint16, nodata 0 with a slanted nodata border, UTM, pixels of 3.0 x 3.2 m.
+        labels: GeoJSON file of ship outlines, in longitude and latitude.
+        size_px: Height and width in pixels.
+        num_targets: Number of ships.
     """
 
     image: Path
@@ -45,15 +45,15 @@ class ShipScene:
 
 
 def make_ship_scene(folder: Path, *, seed: int = 0, size_px: int = 1024, num_targets: int = 150) -> ShipScene:
-    """Write a sea with islands, clouds and ships of 4 to 6 by 10 to 18 pixels.
+    """Write a scene of sea with islands, clouds and ships of 4 to 6 by 10 to 18 pixels.
 
-    Clouds are as bright as ships and about as large: only their outline tells them apart.
+    Clouds are about as bright and as large as ships; they differ in outline only.
 
     Args:
-        folder: made if need be; earlier files are replaced.
-        seed: decides everything.
-        size_px: height and width.
-        num_targets: ships to place; fewer are placed where water is short.
+        folder: Output folder; created if missing, earlier files are replaced.
+        seed: Random seed.
+        size_px: Height and width in pixels.
+        num_targets: Number of ships to place; fewer are placed if there is too little water.
     """
     rng = np.random.default_rng(seed)
     folder.mkdir(parents=True, exist_ok=True)
@@ -79,7 +79,7 @@ def _blobs(rng: np.random.Generator, size: int, sigma: float, share: float) -> n
 
 
 def _place_ships(rng: np.random.Generator, land: npt.NDArray[np.bool_], count: int) -> list[Polygon]:
-    """Rotated hulls in pixel coordinates (x = column, y = row), on water and apart from each other."""
+    """Place rotated hulls in pixel coordinates (x = column, y = row), on water and apart from each other."""
     size = len(land)
     taken = land.copy()
     ships: list[Polygon] = []
@@ -107,7 +107,7 @@ def _paint(
     pixels[:] = np.reshape(_SPECTRA["water"], (4, 1, 1))
     for name in ("land", "cloud", "ship"):
         pixels += alpha[name] * (np.reshape(_SPECTRA[name], (4, 1, 1)) - pixels)
-    # optics, then relief of the ground at two scales, then the sensor's noise
+    # Optics, then terrain relief at two scales, then sensor noise.
     pixels = gaussian_filter(pixels, (0, 0.6, 0.6))
     texture = sum(gaussian_filter(rng.standard_normal((size, size)), s) * s for s in (1.5, 8.0))
     pixels *= 1 + 0.12 * texture
@@ -116,7 +116,7 @@ def _paint(
 
 
 def _cut_border(pixels: npt.NDArray[np.uint16]) -> None:
-    """A slanted nodata border on the left and right, as an orbit leaves it."""
+    """Set a slanted nodata border on the left and right, as of an orbit."""
     size = pixels.shape[-1]
     slant = np.arange(size) * 0.06
     columns = np.arange(size)[None, :]

@@ -1,4 +1,4 @@
-"""Random crops of images without labels."""
+"""Random crops of unlabelled images, and the data module of distillation."""
 
 from __future__ import annotations
 
@@ -27,22 +27,22 @@ __all__ = ["DistillationDataConfig", "DistillationDataModule", "UnlabelledCrops"
 
 
 class UnlabelledCrops(Dataset[tuple[Tensor, Tensor]]):
-    """Crops at random places of random images; item i is a function of (seed, i) alone.
+    """Random crops of random images; item i depends on (seed, i) only.
 
-    Every image is drawn with the same probability, whatever its size. A crop of which less than half holds data is
-    drawn anew, up to ten times.
+    All images are equally likely, whatever their size. Crops with less than half valid pixels are drawn again, up to
+    ten times.
 
     Args:
-        images: rasters, photos and slides, as `find_images` lists them; slides are read at level 0.
-        normalizer: one mean and standard deviation a band, in the images' units.
-        tile_px: side of a crop, in pixels.
-        length: number of crops.
-        seed: decides images, places and symmetries, whatever the number of workers.
-        bands: 1-based bands to read; the first ones, as many as the normalizer has, if None.
-        symmetries: turn and mirror each crop into one of the eight symmetries of the square.
+        images: Rasters, photos and slides, as listed by `find_images`; slides are read at level 0.
+        normalizer: Mean and standard deviation of each band, in the images' units.
+        tile_px: Crop size in pixels.
+        length: Number of crops.
+        seed: Seed of images, positions and symmetries, whatever the number of workers.
+        bands: 1-based bands to read; None for the first ones, as many as the normalizer has.
+        symmetries: Whether to apply the eight symmetries of the square.
 
     Raises:
-        InputError: no image, or one that can't be opened, lacks the bands or is smaller than a crop.
+        InputError: There is no image, or one can't be opened, lacks the bands or is smaller than a crop.
     """
 
     def __init__(
@@ -57,7 +57,7 @@ class UnlabelledCrops(Dataset[tuple[Tensor, Tensor]]):
         symmetries: bool = True,
     ) -> None:
         if not images:
-            raise InputError("expected images to take crops of, got none")
+            raise InputError("expected images to take crops from, got none")
         chosen = tuple(bands) if bands is not None else tuple(range(1, len(normalizer.mean) + 1))
         self.sources = [_open(path, chosen) for path in images]
         _check_sizes(self.sources, tile_px)
@@ -71,11 +71,14 @@ class UnlabelledCrops(Dataset[tuple[Tensor, Tensor]]):
         return self.length
 
     def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
-        """Crop [C, tile_px, tile_px] float32, standardised, and valid pixels [tile_px, tile_px]; any index >= 0."""
+        """Return a standardised crop [C, tile_px, tile_px] float32 and its valid pixels [tile_px, tile_px].
+
+        Any index >= 0 is allowed.
+        """
         rng = np.random.default_rng((self.seed, index))
         for _ in range(10):
             source = self.sources[int(rng.integers(len(self.sources)))]
-            # Closed after each crop: there may be more images than a process may hold open.
+            # Close after each crop, as there may be more images than the limit of open files.
             with closing(source):
                 image = source.read(random_window(source.extent, self.tile_px, rng))
             if image.valid.mean() >= 0.5:
@@ -95,22 +98,22 @@ def _check_sizes(sources: Sequence[Source], tile_px: int) -> None:
     if small:
         height, width = small[0].size
         raise InputError(
-            f"crops of {tile_px} px need images as large, got {len(small)} of {len(sources)} that are smaller, the "
+            f"crops of {tile_px} px need images of that size, got {len(small)} of {len(sources)} smaller ones, the "
             f"first {small[0].path} with {height} x {width} px; leave them out or take smaller crops"
         )
 
 
 @dataclass(kw_only=True)
 class DistillationDataConfig(BaseDataConfig):
-    """Images without labels to take random tiles of; `BaseDataConfig` has further keys.
+    """Unlabelled images to take random crops from; `BaseDataConfig` has further keys.
 
-    By default, `bands` are the first ones, as many as the model takes, and `mean` and `std` the model's own, times 255,
-    for images of 8 bits.
+    By default, `bands` are the first ones, as many as the model takes, and for 8-bit images `mean` and `std` are those
+    of the model, times 255.
 
     Attributes:
-        train: images trained on.
-        val: images validated on, best of another place.
-        num_val_tiles: tiles to validate on, the same ones each time.
+        train: Training images.
+        val: Validation images, preferably of another place.
+        num_val_tiles: Number of fixed validation crops.
     """
 
     train: SplitConfig
@@ -121,13 +124,13 @@ class DistillationDataConfig(BaseDataConfig):
 
 
 class DistillationDataModule(EpochDataModule):
-    """Random crops to train on, a fixed set of them to validate on.
+    """Data module of distillation: random training crops, fixed validation crops.
 
     Args:
-        train: crops of an epoch; later epochs count on.
-        val: crops to validate on.
-        batch_size: crops a step.
-        num_workers: loader processes.
+        train: Crops of the first epoch; later epochs continue the index.
+        val: Validation crops.
+        batch_size: Number of crops per step.
+        num_workers: Number of loader processes.
     """
 
     def __init__(self, train: UnlabelledCrops, val: UnlabelledCrops, *, batch_size: int, num_workers: int) -> None:
@@ -138,13 +141,13 @@ class DistillationDataModule(EpochDataModule):
         self.num_workers = num_workers
 
     def train_dataloader(self) -> DataLoader[tuple[Tensor, Tensor]]:
-        """Crops that were never seen before, each epoch."""
+        """Return the loader of training crops, new ones each epoch."""
         return self.train_loader(
             self.train, batch_size=self.batch_size, num_workers=self.num_workers, collate_fn=collate_tiles
         )
 
     def val_dataloader(self) -> DataLoader[tuple[Tensor, Tensor]]:
-        """The crops to validate on, in order."""
+        """Return the loader of the validation crops, in order."""
         return DataLoader(
             self.val,
             batch_size=self.batch_size,
@@ -157,18 +160,18 @@ class DistillationDataModule(EpochDataModule):
 def build_distillation_datamodule(
     config: DistillationDataConfig, mean: Sequence[float], std: Sequence[float], *, steps_per_epoch: int, seed: int
 ) -> DistillationDataModule:
-    """Open all images.
+    """Open all images and build the data module.
 
     Args:
-        config: images and crops.
-        mean: the model's, one value a band, for pixels from 0 to 1.
-        std: as `mean`.
-        steps_per_epoch: batches an epoch.
-        seed: decides the crops.
+        config: Images and crops.
+        mean: Mean of the model, one value per band, for pixels from 0 to 1.
+        std: Standard deviation of the model, likewise.
+        steps_per_epoch: Number of batches per epoch.
+        seed: Seed of the crops.
 
     Raises:
-        ConfigError: numbers that don't fit.
-        InputError: images that are missing, too small, or not of 8 bits where the config gives no mean and std.
+        ConfigError: Values are out of range.
+        InputError: Images are missing, too small, or not 8-bit if the config gives no mean and std.
     """
     check_base(config, {"num_val_tiles": 1})
     normalizer = given_normalizer(config.mean, config.std, len(mean)) or Normalizer(
@@ -198,6 +201,6 @@ def _check_bytes(crops: UnlabelledCrops) -> None:
     for source in crops.sources:
         if source.dtype != np.uint8:
             raise InputError(
-                f"the model's own mean and std are for images of 8 bits, got {source.path} of {source.dtype}; give "
-                "data.mean and data.std in its units"
+                f"the model's own mean and std are for 8-bit images, got {source.path} of {source.dtype}; give "
+                "data.mean and data.std in the units of the images"
             )

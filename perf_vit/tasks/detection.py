@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from perf_vit.data.detection_tiles import ObjectBatch
+from perf_vit.data.detection_tiles import DetectionBatch
 from perf_vit.metrics import DetectionMetrics, DetectionScores
 from perf_vit.models import (
     CHECKPOINT_KEY,
@@ -87,13 +87,15 @@ class DetectionTask(TrainingTask):
         """
         return self.model(tiles, valid)
 
-    def transfer_batch_to_device(self, batch: ObjectBatch, device: torch.device, dataloader_idx: int) -> ObjectBatch:
+    def transfer_batch_to_device(
+        self, batch: DetectionBatch, device: torch.device, dataloader_idx: int
+    ) -> DetectionBatch:
         """Move the images to the device; labels stay arrays, as heads and metrics expect."""
         images, labels, valid = with_valid(batch)
         moved = [[each.to(device, non_blocking=True) for each in planes] for planes in (images, valid or [])]
         return moved[0], labels, moved[1] or None
 
-    def training_step(self, batch: ObjectBatch, batch_idx: int) -> Tensor:
+    def training_step(self, batch: DetectionBatch, batch_idx: int) -> Tensor:
         """Compute the sum of the head's losses of a batch."""
         images, labels, valid = with_valid(batch)
         losses = self.model.losses(images, labels, valid)
@@ -103,7 +105,7 @@ class DetectionTask(TrainingTask):
         self.log_dict({f"train/{name}": value for name, value in losses.items()}, **shared)
         return loss
 
-    def validation_step(self, batch: ObjectBatch, batch_idx: int) -> None:
+    def validation_step(self, batch: DetectionBatch, batch_idx: int) -> None:
         """Update the metrics with the detections of a batch."""
         images, labels, valid = with_valid(batch)
         num = self.num_counted(batch_idx, len(images))

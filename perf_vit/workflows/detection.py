@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from perf_vit.data import DetectionDataModule, SeenObjects, build_detection_datamodule, read_names
+from perf_vit.data import DetectionDataModule, ObjectValidity, build_detection_datamodule, read_names
 from perf_vit.errors import InputError
 from perf_vit.geometry import Objects
 from perf_vit.inference import DetectionPredictOptions, DetectionPredictor
@@ -125,7 +125,7 @@ def evaluate_detector(
         for done, record in enumerate(index, 1):
             source = spec.open(record.path, check=check)
             truth = objects_in(record, record.extent, min_visible=0.0, crop_masks=True)
-            reader = SeenObjects(source, truth.boxes_xyxy)
+            reader = ObjectValidity(source, truth.boxes_xyxy)
             found = predictor.find(reader, source.extent)
             source.close()
             truth = replace(truth, ignored=truth.ignored | ~reader.seen)

@@ -74,8 +74,9 @@ def test_a_warning_is_said_once_whatever_reads_the_labels(train_objects, capsys)
 def test_an_image_without_a_valid_pixel_is_counted(train_objects, capsys) -> None:
     assert train_objects(ROWS, image_1=noise() * np.nan) == 0
     lines = told(capsys)
-    for line, what in zip(lines, ("objects of the 2 training", "objects of the 2 validation", "training"), strict=True):
-        assert f"1 of 2 {what} images looked at have no valid pixel" in line
+    training, validation = (f"objects in the 2 {part} images checked cover" for part in ("training", "validation"))
+    for line, what in zip(lines, (training, validation, "training images checked have"), strict=True):
+        assert f"1 of 2 {what} no valid pixel" in line
         assert line.endswith("1.tif")
 
 
@@ -93,7 +94,7 @@ def test_infinite_pixels_are_no_data_and_absurd_ones_are_told(train_objects, cap
         ([*ROWS, "2.tif,1,1,5,5,car"], {}, "line 4 of "),
         ([*ROWS, "1.tif,1,1,5,5,Car"], {}, "holds objects of class Car; the classes are car"),
         (ROWS, {"image_1": noise(5)}, "choose common ones with data.bands"),
-        (ROWS, {"image_0": noise() * np.nan, "image_1": noise() * np.nan}, "2 of 2 objects of the 2 training images"),
+        (ROWS, {"image_0": noise() * np.nan, "image_1": noise() * np.nan}, "2 of 2 objects in the 2 training images"),
         (
             ["0.tif,,,,,", "1.tif,5,5,5,5,car"],
             {},
@@ -136,7 +137,7 @@ def test_an_argument_that_the_head_does_not_have_is_named_with_those_it_has(trai
 def test_an_image_that_breaks_while_training_is_one_line_and_leaves_nothing(
     train_objects, tmp_path, capsys, workers, monkeypatch
 ) -> None:
-    whole = objects_seen.check_objects_seen
+    whole = objects_seen.check_object_validity
 
     def check_and_break(images, part, seed) -> None:
         whole(images, part, seed)
@@ -144,7 +145,7 @@ def test_an_image_that_breaks_while_training_is_one_line_and_leaves_nothing(
             path = tmp_path / "images" / "1.tif"
             path.write_bytes(path.read_bytes()[:400])
 
-    monkeypatch.setattr(objects_datamodule, "check_objects_seen", check_and_break)
+    monkeypatch.setattr(objects_datamodule, "check_object_validity", check_and_break)
     (tmp_path / "out").mkdir()
     statistics = ("data.mean=[1,1,1]", "data.std=[1,1,1]")
     assert train_objects(ROWS, f"data.num_workers={workers}", *statistics) == 2
@@ -159,7 +160,7 @@ def test_a_class_without_a_labelled_pixel_is_told(tmp_path, capsys) -> None:
     mask = np.zeros((96, 96))
     assert call(_labelled(tmp_path, noise(4, 96), mask)) == 0
     assert [line.split(" have no pixel among ")[1] for line in told(capsys)] == [
-        f"9,216 labelled ones of data.{part} that were looked at: ship" for part in ("train", "val")
+        f"9,216 labelled ones of data.{part} checked: ship" for part in ("train", "val")
     ]
 
 
@@ -181,7 +182,7 @@ def test_no_window_to_learn_from_is_one_line(tmp_path, capsys, case) -> None:
         pixels[:, :, :50], mask[:, 40:] = np.nan, 255
     assert call(_labelled(tmp_path, pixels, mask)) == 2
     (line,) = told(capsys)
-    assert "data.train has no window with a pixel that is valid and labelled" in line
+    assert "data.train has no pixel that is valid and labelled" in line
     assert not (tmp_path / "out").exists()
 
 

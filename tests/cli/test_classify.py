@@ -180,7 +180,7 @@ def test_options_of_classes_are_refused_for_numbers(folders, config, table, tmp_
     labels = [f"data.train.image={folders}", f"data.train.labels={table}", f"out={tmp_path / 'run'}"]
     numbers = ["task=regression", "data.targets=[height]"]
     assert call(["train", config, *numbers, *labels, "optim.label_smoothing=0.1"]) == 2
-    assert "for classes, not for targets" in capsys.readouterr().err
+    assert "for classification, not regression" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -191,8 +191,8 @@ def test_options_of_classes_are_refused_for_numbers(folders, config, table, tmp_
         (["task=classification", "data.tile_px=33"], "multiple of the patch size 16"),
         (["task=classification", "model.pool=mean"], "model.pool must be one of token"),
         (["task=classification", "data.batch_size=100"], "data.batch_size must be at most the 18 tiles"),
-        (["task=classification", "data.multilabel=true", "data.classes=[a]"], "come from a CSV file"),
-        (["task=regression", "data.targets=[height]"], "targets come from a CSV file"),
+        (["task=classification", "data.multilabel=true", "data.classes=[a]"], "needs a CSV file"),
+        (["task=regression", "data.targets=[height]"], "regression needs a CSV file"),
         (["task=classification", "optim.class_weights=[1,2]"], "one weight a class"),
     ],
 )

@@ -149,7 +149,7 @@ def test_softmax_is_left_out_where_it_would_take_long(weights, tmp_path, monkeyp
         (MODEL, ["VIT", "--mixer", "performer", "--num-features", "0"], "at least 1, got 0"),
         (MODEL, ["VIT", "--budget", "1.5"], "--budget learns from images, got none; give --images FOLDER"),
         (MODEL, ["VIT", "--images", "NONE"], "no image file or folder"),
-        (MODEL, ["VIT", "--images", "SMALL", "--img-size", "96"], "crops of 96 px need images as large"),
+        (MODEL, ["VIT", "--images", "SMALL", "--img-size", "96"], "crops of 96 px need images of that size"),
         ("w.safetensors", [], "is a weights file: name its model first"),
     ],
 )

@@ -8,7 +8,7 @@ from command_line import save_detector
 from PIL import Image
 from small_models import DETECTOR_SPEC, write_half_empty
 
-from perf_vit.data import SeenObjects
+from perf_vit.data import ObjectValidity
 from perf_vit.geometry import Objects
 from perf_vit.labels.objects import OutlineMasks, objects_in, read_object_labels
 from perf_vit.sources import open_source
@@ -63,7 +63,7 @@ def test_an_object_is_seen_once_a_window_shows_a_valid_pixel_of_it(tmp_path) -> 
     write_half_empty(tmp_path / "a.tif")
     boxes = np.array([[5, 5, 20, 20], [60.2, 40, 80, 60], [69.5, 5, 90, 20], [70, 70, 140, 90]])
     with open_source(tmp_path / "a.tif") as source:
-        reader = SeenObjects(source, boxes)
+        reader = ObjectValidity(source, boxes)
         reader.read(Window(0, 64, 64, 64))
         assert reader.seen.tolist() == [False, True, True, False]
         for row in (0, 32):

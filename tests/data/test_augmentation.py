@@ -316,9 +316,9 @@ def test_a_tile_of_a_classifier_has_gain_and_offset(tmp_path) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"resolution": (0.5, 1.0), "scale": (0.5, 2.0)}, r"scale and data\.augment\.resolution say the same thing"),
+        ({"resolution": (0.5, 1.0), "scale": (0.5, 2.0)}, r"scale and data\.augment\.resolution are alternatives"),
         ({"resolution": (2.0, 1.0)}, r"data\.augment\.resolution must be \[smallest, largest\] above 0, got \[2, 1\]"),
-        ({"resolution": (0.5, 40.0)}, r"more than 16 times the pixels .* they are 1 units of EPSG:32637"),
+        ({"resolution": (0.5, 40.0)}, r"factor of 16 from the pixel size .* 1 units of EPSG:32637"),
         ({"scale": (0.0, 1.0)}, r"data\.augment\.scale must be \[smallest, largest\] above 0"),
         ({"gain": -1.0}, r"data\.augment\.gain must be at least 0, got -1"),
         ({"stain": 2.0}, r"data\.augment\.stain must lie between 0 and 1, got 2"),
@@ -342,11 +342,9 @@ def test_images_without_a_pixel_size_and_classifiers_refuse_sizes_of_pixels(tmp_
     boxes.write_text("image,xmin,ymin,xmax,ymax,label\na.png,1,1,20,20,car\nb.png,1,1,20,20,car\n")
     cars = DetectionSplitConfig(image=str(tmp_path / "images"), labels=str(boxes), format="csv")
     config = DetectionDataConfig(train=cars, classes=["car"], tile_px=32, augment=augment)
-    with pytest.raises(
-        ConfigError, match=r"needs the size of pixels, which .*png doesn't tell; .* data\.augment\.scale"
-    ):
+    with pytest.raises(ConfigError, match=r"needs the pixel size, which .*png doesn't have; .* data\.augment\.scale"):
         build_detection_datamodule(config, seed=0)
-    with pytest.raises(ConfigError, match=r"is for segmentation and detection; give data\.augment\.scale"):
+    with pytest.raises(ConfigError, match=r"is for segmentation and detection; use data\.augment\.scale"):
         build_classification_datamodule(ClassificationDataConfig(train=split, augment=augment), seed=0)
 
 

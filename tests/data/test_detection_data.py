@@ -188,9 +188,9 @@ def test_objects_on_no_data_are_counted_and_refused_where_all_are(make_scene, tm
         build_detection_datamodule(_config(splits["train"], classes=["ship"], val=splits["val"], **statistics), seed=0)
 
     word = {"train": "training", "val": "validation"}[part]
-    with pytest.warns(DataWarning, match=f"1 of 3 objects of the 1 {word} images looked at have no valid pixel"):
+    with pytest.warns(DataWarning, match=f"1 of 3 objects in the 1 {word} images checked cover no valid pixel"):
         build(**{part: split("some", half, "2,2,9,9", "18,2,22,9", "30,30,40,40")})
-    with pytest.raises(InputError, match=r"2 of 2 objects .* no valid pixel under them, .*half\.tif; check the nodata"):
+    with pytest.raises(InputError, match=r"2 of 2 objects .* no valid pixel, .*half\.tif; check the nodata"):
         build(**{part: split("none", half, "2,2,9,9", "1,20,18,29")})
 
 
@@ -198,7 +198,5 @@ def test_images_without_a_valid_pixel_are_an_error(make_scene, tmp_path) -> None
     scene = make_scene(pixels=np.zeros((3, 40, 40), np.uint8), nodata=0)
     (tmp_path / "t.csv").write_text(f"image,xmin,ymin,xmax,ymax,label\n{scene.name},1,1,9,9,ship\n")
     split = DetectionSplitConfig(image=str(scene), labels=str(tmp_path / "t.csv"), format="csv")
-    with pytest.raises(
-        InputError, match="1 of 1 objects of the 1 training images looked at have no valid pixel under them"
-    ):
+    with pytest.raises(InputError, match="1 of 1 objects in the 1 training images checked cover no valid pixel"):
         build_detection_datamodule(_config(split, classes=["ship"], val=split), seed=0)

@@ -13,8 +13,8 @@ from torch.utils.data import DataLoader
 
 from perf_vit.data import collate_objects
 from perf_vit.data.base import EpochSampler
-from perf_vit.data.detection_tiles import ObjectGrid, ObjectImages, ObjectWindows
-from perf_vit.data.samplers import make_places
+from perf_vit.data.detection_tiles import DetectionGrid, DetectionImages, DetectionTiles
+from perf_vit.data.samplers import make_sampler
 from perf_vit.errors import ConfigError, InputError
 from perf_vit.geometry.mask_crops import part_in
 from perf_vit.labels.objects import ImageRecord, OutlineMasks, objects_in, read_object_labels
@@ -47,10 +47,10 @@ def nuclei(tmp_path_factory):
     return read_object_labels(folder / "masks", folder / "images", label_format="instances", classes=["nucleus"])
 
 
-def _windows(index, seed: int = 0, sampler: str = "objects", **changes) -> ObjectWindows:
+def _windows(index, seed: int = 0, sampler: str = "objects", **changes) -> DetectionTiles:
     options = {"tile_px": 48, "length": 8, "scale": (0.7, 1.4), **changes}
-    places = make_places(sampler, index.records, options["tile_px"])
-    return ObjectWindows(ObjectImages(index.records), places, NORMALIZER, seed=seed, **options)
+    made = make_sampler(sampler, index.records, options["tile_px"])
+    return DetectionTiles(DetectionImages(index.records), made, NORMALIZER, seed=seed, **options)
 
 
 def test_objects_are_clipped_dropped_or_ignored_by_what_is_visible() -> None:
@@ -134,9 +134,9 @@ def test_pixels_under_a_mask_move_with_it(tmp_path) -> None:
     write_mask(tmp_path / "images" / "a.png", pixels)
     write_mask(tmp_path / "masks" / "a.png", mask)
     index = read_object_labels(tmp_path / "masks", tmp_path / "images", label_format="instances")
-    places = make_places("objects", index.records, 40, random_share=0)
+    sampler = make_sampler("objects", index.records, 40, random_share=0)
     plain = Normalizer((0.0,), (1.0,))
-    dataset = ObjectWindows(ObjectImages(index.records), places, plain, tile_px=40, length=1, seed=0)
+    dataset = DetectionTiles(DetectionImages(index.records), sampler, plain, tile_px=40, length=1, seed=0)
     for i in range(20):
         image, objects, _ = dataset[i]
         assert len(objects) > 0
@@ -146,7 +146,7 @@ def test_pixels_under_a_mask_move_with_it(tmp_path) -> None:
 
 @pytest.mark.parametrize("tile_px", [17, 64, 300])
 def test_a_grid_counts_each_object_once(nuclei, tile_px) -> None:
-    grid = ObjectGrid(ObjectImages(nuclei.records, min_visible=0.9), NORMALIZER, tile_px=tile_px)
+    grid = DetectionGrid(DetectionImages(nuclei.records, min_visible=0.9), NORMALIZER, tile_px=tile_px)
     counted = sum(int((~grid[i][1].ignored).sum()) for i in range(len(grid)))
     # An object whose centre lies in a hole of its mask, cut by others drawn over it, may have no pixel at its owner.
     assert 0.9 * nuclei.counts["objects"] <= counted <= nuclei.counts["objects"]
@@ -154,13 +154,13 @@ def test_a_grid_counts_each_object_once(nuclei, tile_px) -> None:
         assert counted == nuclei.counts["objects"]
 
 
-def test_object_places_hold_the_object_and_stay_inside_larger_images() -> None:
+def test_object_sampler_windows_hold_the_object_and_stay_inside_larger_images() -> None:
     rng = np.random.default_rng(0)
     boxes = [[0, 0, 3, 3], [117, 97, 120, 100], [50, 40, 60, 60]]
-    places = make_places("objects", [_record([]), _record(boxes)], 32, random_share=0)
+    sampler = make_sampler("objects", [_record([]), _record(boxes)], 32, random_share=0)
     held = np.zeros(3, int)
     for _ in range(300):
-        image, window = places.draw(rng, 32)
+        image, window = sampler.draw(rng, 32)
         assert image == 1
         assert Window(0, 0, 100, 120).intersect(window) == window
         inside = [w for w in boxes if window.col <= w[0] and w[2] <= window.col_stop]
@@ -174,60 +174,60 @@ def test_object_places_hold_the_object_and_stay_inside_larger_images() -> None:
 
 
 def test_an_object_larger_than_the_window_has_its_middle_in_it() -> None:
-    places = make_places("objects", [_record([[10, 10, 110, 90]])], 20, random_share=0)
-    _, window = places.draw(np.random.default_rng(0), 20)
+    sampler = make_sampler("objects", [_record([[10, 10, 110, 90]])], 20, random_share=0)
+    _, window = sampler.draw(np.random.default_rng(0), 20)
     assert (window.row, window.col) == (40, 50)
 
 
 def test_a_window_larger_than_the_image_begins_at_its_corner() -> None:
-    places = make_places("objects", [_record([[10, 10, 110, 90]])], 256, random_share=0)
-    assert places.draw(np.random.default_rng(0), 256) == (0, Window(0, 0, 256, 256))
+    sampler = make_sampler("objects", [_record([[10, 10, 110, 90]])], 256, random_share=0)
+    assert sampler.draw(np.random.default_rng(0), 256) == (0, Window(0, 0, 256, 256))
 
 
-def test_balanced_places_draw_a_rare_class_as_often_as_a_common_one() -> None:
+def test_balanced_sampler_draws_a_rare_class_as_often_as_a_common_one() -> None:
     boxes = [[5 * i, 5, 5 * i + 3, 9] for i in range(20)] + [[100, 80, 104, 84]]
     labels = np.array([0] * 20 + [1])
     shares = {}
     for sampler in ("objects", "balanced"):
-        places = make_places(sampler, [_record(boxes, labels=labels)], 16, random_share=0)
+        made = make_sampler(sampler, [_record(boxes, labels=labels)], 16, random_share=0)
         rng = np.random.default_rng(0)
-        shares[sampler] = np.mean([places.draw(rng, 16)[1].row > 40 for _ in range(400)])
+        shares[sampler] = np.mean([made.draw(rng, 16)[1].row > 40 for _ in range(400)])
     assert shares["objects"] < 0.1
     assert 0.42 < shares["balanced"] < 0.58
 
 
-def test_random_places_visit_images_by_their_size() -> None:
-    places = make_places("random", [_record([], height=64, width=64), _record([], height=192, width=64)], 64)
+def test_random_sampler_visits_images_by_their_size() -> None:
+    sampler = make_sampler("random", [_record([], height=64, width=64), _record([], height=192, width=64)], 64)
     rng = np.random.default_rng(0)
-    share = np.mean([places.draw(rng, 64)[0] for _ in range(400)])
+    share = np.mean([sampler.draw(rng, 64)[0] for _ in range(400)])
     assert 0.68 < share < 0.82
 
 
 def test_sampling_around_no_object_is_an_error() -> None:
     ignored = _record([[0, 0, 5, 5]], ignored=np.array([True]))
     with pytest.raises(InputError, match="expected objects to cut windows around, got none in 1 images"):
-        make_places("objects", [ignored], 32)
+        make_sampler("objects", [ignored], 32)
     with pytest.raises(ConfigError, match="sampler must be one of random, objects, balanced, got grid"):
-        make_places("grid", [ignored], 32)
+        make_sampler("grid", [ignored], 32)
 
 
 def test_images_of_different_bands_are_an_error_but_grey_ones_become_colour(tmp_path) -> None:
     color = write_image(tmp_path / "a.png", num_bands=3)
     grey = write_image(tmp_path / "b.png", num_bands=1)
     records = [_record([], str(path), 40, 60) for path in (color, grey)]
-    image, _ = ObjectImages(records).read(1, Window(0, 0, 40, 60))
+    image, _ = DetectionImages(records).read(1, Window(0, 0, 40, 60))
     assert image.pixels.shape == (3, 40, 60)
     assert (image.pixels[0] == image.pixels[2]).all()
-    assert len(image.pixels) == len(ObjectImages(records).read_reduced(1, 32).pixels)
+    assert len(image.pixels) == len(DetectionImages(records).read_reduced(1, 32).pixels)
     with pytest.raises(InputError, match="expected labelled images to cut tiles from, got none"):
-        ObjectImages([])
+        DetectionImages([])
 
 
 def test_scenes_of_other_band_counts_are_an_error(make_scene) -> None:
     records = [_record([], str(make_scene(num_bands=count)), 70, 90) for count in (3, 4)]
     with pytest.raises(InputError, match=r"has 3 bands, .* 4; choose common ones with data\.bands"):
-        ObjectImages(records)
-    assert ObjectImages(records, open_input=partial(open_source, bands=[3, 1])).num_bands == 2
+        DetectionImages(records)
+    assert DetectionImages(records, open_input=partial(open_source, bands=[3, 1])).num_bands == 2
 
 
 def test_invalid_pixels_become_zero_and_objects_on_them_are_ignored(make_scene) -> None:
@@ -235,7 +235,7 @@ def test_invalid_pixels_become_zero_and_objects_on_them_are_ignored(make_scene) 
     pixels[:, :, :20] = np.nan
     path = make_scene(pixels=pixels, nodata=None)
     record = _record([[2, 2, 12, 12], [18, 30, 30, 40]], str(path), 64, 64)
-    grid = ObjectGrid(ObjectImages([record]), NORMALIZER, tile_px=80)
+    grid = DetectionGrid(DetectionImages([record]), NORMALIZER, tile_px=80)
     image, objects, _ = grid[0]
     assert objects.ignored.tolist() == [True, False]
     assert (image[:, :, :20] == 0).all()
@@ -273,6 +273,6 @@ def test_cropped_masks_are_whole_ones_inside_their_rectangles(nuclei, labels, wi
 
 
 def test_masks_are_there_for_images_without_objects_too(nuclei) -> None:
-    _, objects = ObjectImages(nuclei.records).read(2, Window(0, 0, 30, 30))
+    _, objects = DetectionImages(nuclei.records).read(2, Window(0, 0, 30, 30))
     assert objects.masks.shape == (0, 30, 30)
     assert dataclasses.is_dataclass(objects)

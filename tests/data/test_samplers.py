@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader
 from perf_vit.data import AugmentConfig, SegmentationDataConfig, SegmentationSplitConfig, build_segmentation_datamodule
 from perf_vit.data.base import EpochSampler
 from perf_vit.data.class_pixels import find_class_pixels
-from perf_vit.data.samplers import ClassPlaces, GridPlaces
+from perf_vit.data.samplers import ClassSampler, GridSampler
 from perf_vit.data.segmentation_tiles import LabelledSource
 from perf_vit.errors import ConfigError, DataWarning
 from perf_vit.labels import open_labels
@@ -64,16 +64,16 @@ def config(train: SegmentationSplitConfig, **options) -> SegmentationDataConfig:
 def windows_of(dataset, indices) -> list[tuple[int, Window]]:
     """The windows that items are cut from, as the dataset draws them."""
     drawn = []
-    draw = dataset.places.draw
+    draw = dataset.sampler.draw
 
     def watched(*given):
         drawn.append(draw(*given))
         return drawn[-1]
 
-    dataset.places.draw = watched
+    dataset.sampler.draw = watched
     for index in indices:
         dataset[index]
-    del dataset.places.draw
+    del dataset.sampler.draw
     return drawn
 
 
@@ -98,8 +98,8 @@ def test_the_pixel_drawn_lies_anywhere_in_its_tile(ponds) -> None:
     region = labelled(ponds, Window(25, 10, 120, 150))
     pixels = find_class_pixels([region], 3)
     assert sorted(pixels[2].tolist()) == [[0, r, c] for r in (40, 41) for c in (30, 31)]
-    places = ClassPlaces([region.region], [pixels[2]])
-    drawn = [places.draw(0, np.random.default_rng(seed), lambda source: 16)[1] for seed in range(400)]
+    sampler = ClassSampler([region.region], [pixels[2]])
+    drawn = [sampler.draw(0, np.random.default_rng(seed), lambda source: 16)[1] for seed in range(400)]
     for window in drawn:
         assert window.intersect(region.region) == window
         assert window.intersect(Window(40, 30, 2, 2)) is not None
@@ -112,7 +112,7 @@ def test_pixels_of_a_class_are_a_uniform_sample_of_those_training_can_see(ponds)
     region = labelled(ponds)
     truth = region.read_labels(region.region)
     for window_px in (32, 64, 512):
-        pixels = find_class_pixels([region, region], 3, max_places=500, window_px=window_px)
+        pixels = find_class_pixels([region, region], 3, max_pixels=500, window_px=window_px)
         assert [len(each) for each in pixels] == [500, 500, 8]
         for number, each in enumerate(pixels):
             assert (truth[each[:, 1], each[:, 2]] == number).all()
@@ -121,8 +121,8 @@ def test_pixels_of_a_class_are_a_uniform_sample_of_those_training_can_see(ponds)
         assert abs((pixels[0][:, 0] == 0).sum() - 250) < 4 * math.sqrt(125)
         middle = np.median(np.nonzero(truth == 0)[0])
         assert abs((pixels[0][:, 1] <= middle).sum() - 250) < 4 * math.sqrt(125) + 5
-    again, other = (find_class_pixels([region], 3, max_places=500, seed=seed) for seed in (0, 1))
-    np.testing.assert_array_equal(again[0], find_class_pixels([region], 3, max_places=500)[0])
+    again, other = (find_class_pixels([region], 3, max_pixels=500, seed=seed) for seed in (0, 1))
+    np.testing.assert_array_equal(again[0], find_class_pixels([region], 3, max_pixels=500)[0])
     assert not np.array_equal(again[0], other[0])
 
 
@@ -140,7 +140,7 @@ def test_classes_that_do_not_exclude_each_other_come_alike_with_none_of_them(tmp
     region = write_scene(tmp_path, "layers", layers)
     options = {"classes": ["a", "b"], "multilabel": True, "ignore_values": [7], "sampler": "balanced"}
     data = build_segmentation_datamodule(config(region, **options), seed=0)
-    a, b, none = data.train.places.groups
+    a, b, none = data.train.sampler.groups
     assert len(a) == 9
     assert len(b) == 150
     assert none[:, 1].max() < 120
@@ -163,7 +163,7 @@ def test_tiles_of_further_rasters_vector_labels_and_other_resolutions_hold_their
     options = {"extra_train": [ponds], "attribute": "kind", "background": "land", "sampler": "balanced"}
     augment = AugmentConfig(flips=False, resolution=(1.0, 4.0))
     data = build_segmentation_datamodule(config(more, augment=augment, **options), seed=0)
-    ponds_of = {(source, row, col) for source, row, col in data.train.places.groups[2].tolist()}
+    ponds_of = {(source, row, col) for source, row, col in data.train.sampler.groups[2].tolist()}
     assert ponds_of == {(1, r, c) for r in (40, 41) for c in (30, 31)} | {
         (0, r, c) for r in (70, 71, 72) for c in (60, 61, 62)
     }
@@ -225,11 +225,11 @@ def test_tiles_of_a_grid_lie_around_its_middle_at_other_resolutions(ponds) -> No
     data = build_segmentation_datamodule(config(ponds, sampler="grid", augment=augment), seed=0)
     # Tiles of 4 m, the middle between 2 and 8, are 64 px of 2 m.
     assert len(data.train) == 4 * 4
-    assert all(tile.height == 64 for _, tile in data.train.places.tiles)
-    places = GridPlaces([Window(5, 5, 100, 100)], [40], seed=0)
-    for index in range(len(places)):
-        _, small = places.draw(index, np.random.default_rng(0), lambda source: 20)
-        _, large = places.draw(index, np.random.default_rng(0), lambda source: 60)
+    assert all(tile.height == 64 for _, tile in data.train.sampler.tiles)
+    sampler = GridSampler([Window(5, 5, 100, 100)], [40], seed=0)
+    for index in range(len(sampler)):
+        _, small = sampler.draw(index, np.random.default_rng(0), lambda source: 20)
+        _, large = sampler.draw(index, np.random.default_rng(0), lambda source: 60)
         assert large.intersect(small) == small
         assert large.intersect(Window(5, 5, 100, 100)) == large
 

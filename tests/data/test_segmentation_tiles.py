@@ -5,7 +5,7 @@ from torch.utils.data import DataLoader
 
 from perf_vit.data import make_ship_scene
 from perf_vit.data.base import EpochSampler
-from perf_vit.data.segmentation_tiles import GridWindows, LabelledSource, RandomWindows
+from perf_vit.data.segmentation_tiles import LabelledSource, SegmentationGrid, SegmentationTiles
 from perf_vit.labels import open_labels
 from perf_vit.sources import open_source
 from perf_vit.transforms import Augmentation, Normalizer
@@ -22,9 +22,9 @@ def ships(tmp_path_factory):
     return LabelledSource(source, labels, source.extent)
 
 
-def _random(ships, seed: int = 0) -> RandomWindows:
+def _random(ships, seed: int = 0) -> SegmentationTiles:
     augmentation = Augmentation(flips=True, scale=(0.7, 1.3), gain=0.1, offset=0.1)
-    return RandomWindows([ships], NORMALIZER, augmentation, tile_px=64, length=6, seed=seed)
+    return SegmentationTiles([ships], NORMALIZER, augmentation, tile_px=64, length=6, seed=seed)
 
 
 def test_samples_depend_on_seed_and_index_whatever_the_workers(ships) -> None:
@@ -56,7 +56,7 @@ def test_tiles_are_standardised_and_invalid_pixels_ignored(ships) -> None:
 @pytest.mark.parametrize("tile_px", [64, 96, 256])
 def test_grid_windows_hold_each_labelled_pixel_once(ships, tile_px: int) -> None:
     whole = ships.read(ships.source.extent, NORMALIZER)[1]
-    grid = GridWindows(ships, NORMALIZER, tile_px=tile_px)
+    grid = SegmentationGrid(ships, NORMALIZER, tile_px=tile_px)
     counts = [int((grid[i][1] == 1).sum()) for i in range(len(grid))]
     assert sum(counts) == int((whole == 1).sum()) > 0
     kept = [int((grid[i][1] != IGNORE_INDEX).sum()) for i in range(len(grid))]
@@ -67,7 +67,7 @@ def test_a_region_keeps_labels_of_the_other_part_out(ships) -> None:
     upper = LabelledSource(ships.source, ships.labels, Window(0, 0, 100, 200))
     _, labels = upper.read(Window(60, 40, 64, 64), NORMALIZER)
     assert (labels[40:] == IGNORE_INDEX).all()
-    dataset = RandomWindows([upper], NORMALIZER, Augmentation(flips=False), tile_px=64, length=50, seed=0)
+    dataset = SegmentationTiles([upper], NORMALIZER, Augmentation(flips=False), tile_px=64, length=50, seed=0)
     rows = [np.flatnonzero((dataset[i][1] != IGNORE_INDEX).any(1)).max() for i in range(20)]
     assert max(rows) <= 63
 
@@ -85,7 +85,7 @@ def test_tiles_of_several_rasters_come_in_proportion_to_their_size(ships) -> Non
     upper = LabelledSource(ships.source, ships.labels, Window(0, 0, whole.height // 4, whole.width))
     seen = []
 
-    class Watched(RandomWindows):
+    class Watched(SegmentationTiles):
         def _choose(self, rng: np.random.Generator) -> int:
             seen.append(super()._choose(rng))
             return seen[-1]
@@ -97,5 +97,5 @@ def test_tiles_of_several_rasters_come_in_proportion_to_their_size(ships) -> Non
     # Four fifths of the pixels are the first one's; four standard deviations of a binomial either way.
     assert abs(np.mean(seen) - 0.2) < 4 * np.sqrt(0.2 * 0.8 / len(seen))
     assert torch.equal(
-        mixed[7][0], RandomWindows([ships, upper], NORMALIZER, Augmentation(flips=False), **options)[7][0]
+        mixed[7][0], SegmentationTiles([ships, upper], NORMALIZER, Augmentation(flips=False), **options)[7][0]
     )

@@ -256,7 +256,7 @@ def test_of_many_images_some_are_looked_at_until_one_has_labels(tmp_path) -> Non
         build_segmentation_datamodule(config(region, tile_px=8, ignore_values=[9]), seed=0)
     last = np.random.default_rng(0).permutation(70)[-1]
     write_photo(tmp_path / "masks" / f"{last:02}.png", np.eye(8, dtype=np.uint8))
-    with pytest.warns(DataWarning, match="64 of 64 rasters to train on that were looked at have no pixel"):
+    with pytest.warns(DataWarning, match="64 of 64 checked rasters to train on have no pixel"):
         build_segmentation_datamodule(config(region, tile_px=8, ignore_values=[9]), seed=0)
 
 
