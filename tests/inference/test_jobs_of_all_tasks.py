@@ -3,6 +3,7 @@
 import csv
 import json
 import os
+import shutil
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -16,8 +17,8 @@ from affine import Affine
 from small_models import save_classifier, save_segmenter, save_slide_classifier, save_small_detector
 from synthetic_slide import make_slide
 
-from perf_vit.errors import OutputError
-from perf_vit.inference import PREDICTORS, find_inputs, predict_many
+from perf_vit.errors import InputError, OutputError
+from perf_vit.inference import PREDICTORS, RayPool, find_inputs, predict_many
 from perf_vit.inference.jobs import JobResult
 
 
@@ -252,3 +253,67 @@ def test_a_table_has_a_row_for_every_input(task, tmp_path) -> None:
     assert ["bad.tif" in row[-1] for row in rows] == [path == str(bad) for path in bench.source]
     with pytest.raises(OutputError, match="without parts of the input that couldn't be read"):
         bench.run("out")
+
+
+@pytest.mark.parametrize("task", ["classification", "slide classification"])
+def test_an_input_that_changed_since_its_row_was_written_is_looked_at_again(task, tmp_path) -> None:
+    bench = Bench(CASES[task], tmp_path)
+    _, number = bench.run("before")
+    bench.kill("out", number - 1)
+    shutil.copy(bench.source[-1], bench.source[0])
+    _, again = bench.run("out")
+    _, whole = bench.run("whole")
+    assert again < whole
+    assert bench.files("out") == bench.files("whole")
+
+
+@pytest.mark.parametrize("task", ["segmentation", "detection"])
+def test_a_damaged_input_is_finished_by_skip_and_never_taken_for_a_whole_one_by_stop(task, tmp_path) -> None:
+    bench = Bench(CASES[task], tmp_path)
+    content = bench.first_input.read_bytes()
+    bench.first_input.write_bytes(content[: int(len(content) * 0.7)])
+    # The files next to a map need the whole scene.
+    alone = {"quicklook": False, "polygons": None} if task == "segmentation" else {}
+    skip = {**alone, "on_error": "skip"}
+    stop = skip | {"on_error": "stop"}
+    with pytest.raises(InputError, match="can't read"):
+        bench.run("out", **stop)
+    # What stop finished is whole, and skip goes on with it.
+    result, number = bench.run("out", **skip)
+    assert result.damaged
+    _, whole = bench.run("whole", **skip)
+    assert number < whole
+    assert bench.files("out") == bench.files("whole")
+    assert bench.run("out", **skip)[1] == 0
+    with pytest.raises(OutputError, match=r"couldn't be read|damaged pixels"):
+        bench.run("out", **stop)
+    bench.kill("killed", whole - 1, **skip)
+    with pytest.raises((OutputError, InputError)):
+        bench.run("killed", **stop)
+    assert not (tmp_path / "killed" / bench.case.out).exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("task", ["classification", "slide classification"])
+def test_a_table_made_by_ray_is_the_same_bytes(task, tmp_path) -> None:
+    pytest.importorskip("ray")
+    bench = Bench(CASES[task], tmp_path)
+    bench.run("local")
+    predictor = PREDICTORS[bench.case.task].make(bench.checkpoint, device="cpu", **bench.case.options)
+    with RayPool(num_actors=2) as pool:
+        predictor.run(bench.source, tmp_path / "ray" / bench.case.out, pool=pool)
+    assert bench.files("ray") == bench.files("local")
+
+
+@pytest.mark.slow
+def test_objects_of_many_inputs_found_by_ray_are_the_same_bytes(tmp_path) -> None:
+    pytest.importorskip("ray")
+    write_images(tmp_path / "in")
+    checkpoint = save_small_detector(tmp_path / "model.ckpt")
+    predictor = PREDICTORS["detection"].make(checkpoint, device="cpu", score_threshold=0.0)
+    local = predict_many(predictor, find_inputs([tmp_path / "in"], tmp_path / "local"))
+    with RayPool(num_actors=2) as pool:
+        spread = predict_many(predictor, find_inputs([tmp_path / "in"], tmp_path / "ray"), each=pool.each)
+    assert spread.count("done") == local.count("done") == 6
+    for path in (tmp_path / "local").iterdir():
+        assert (tmp_path / "ray" / path.name).read_bytes() == path.read_bytes()

@@ -157,7 +157,7 @@ class OutputRecord:
         Raises:
             OutputError: Nothing can be written there.
         """
-        outputs = {self._name(out): fingerprint([file]) for out, file in files.items()}
+        outputs = dict(sorted((self._name(out), fingerprint([file])) for out, file in files.items()))
         content = {"perf_vit_version": __version__, "identity": dict(identity), "num_damaged": num_damaged}
         write_json(self.path, {**content, "outputs": outputs})
 
