@@ -1,8 +1,14 @@
 """Loading of YAML configs onto dataclass schemas. The schemas live beside the code that they configure."""
 
-from perf_vit.config.loader import config_value, dump_config, is_dumped, load_config
-from perf_vit.config.shipped import find_config, shipped_configs
-from perf_vit.config.values import check_values
+from perf_vit.config.loader import (
+    check_values,
+    config_value,
+    dump_config,
+    find_config,
+    is_dumped,
+    load_config,
+    shipped_configs,
+)
 from perf_vit.config.yaml_text import load_yaml
 
 __all__ = [

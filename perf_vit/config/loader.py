@@ -1,4 +1,6 @@
-"""YAML + dotted overrides -> an instance of a dataclass schema, with errors that name the key."""
+"""Configs: YAML and dotted overrides become instances of a dataclass; errors name the key."""
+
+from __future__ import annotations
 
 import dataclasses
 import difflib
@@ -7,20 +9,104 @@ import typing
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, TypeVar, cast
+from typing import Any, Literal, TypeVar, cast
 
 import yaml
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from perf_vit.config.shipped import find_config
-from perf_vit.config.values import check_values
 from perf_vit.config.yaml_text import check_interpolations, load_yaml
 from perf_vit.errors import ConfigError, reason_line
 
-__all__ = ["config_value", "dump_config", "is_dumped", "load_config"]
+__all__ = ["check_values", "config_value", "dump_config", "find_config", "is_dumped", "load_config", "shipped_configs"]
+
+_PACKAGE = Path(__file__).resolve().parent.parent
+
+
+def _folder() -> Path:
+    installed = _PACKAGE / "_configs"
+    return installed if installed.is_dir() else _PACKAGE.parent / "configs"
+
+
+def shipped_configs() -> list[str]:
+    """Names of the shipped configs, as `find_config` takes them: "configs/segmentation/buildings.yaml"."""
+    folder = _folder()
+    return sorted(f"configs/{path.relative_to(folder).as_posix()}" for path in folder.rglob("*.yaml"))
+
+
+def find_config(name: str | Path) -> Path:
+    """Resolve a config's path: a file of the user's first, then a shipped one of that name.
+
+    Args:
+        name: a path, or a shipped name with or without the leading "configs/".
+
+    Raises:
+        ConfigError: neither exists; the message names the nearest shipped config.
+    """
+    path = Path(name)
+    if path.is_file():
+        return path
+    shipped = _folder() / path.as_posix().removeprefix("configs/")
+    if shipped.is_file():
+        return shipped
+    near = difflib.get_close_matches(str(name), shipped_configs(), n=1, cutoff=0.5)
+    hint = f"did you mean {near[0]}?" if near else f"shipped: {', '.join(shipped_configs())}"
+    raise ConfigError(f"no config file {name}; {hint}")
+
+
+def check_values(instance: Any, prefix: str = "") -> None:
+    """Refuse a dataclass with a value that isn't of its field's type.
+
+    Dataclasses themselves check nothing, and OmegaConf lets nested lists pass for lists of text. An integer is a
+    floating-point number, too, and a tuple a list; `Any`, and types other than those of configs, fit everything.
+
+    Args:
+        instance: of a dataclass, with dataclasses inside.
+        prefix: of the names in the message, "data.".
+
+    Raises:
+        ConfigError: names the first such field, the type and the value.
+    """
+    hints = typing.get_type_hints(type(instance))
+    for field in dataclasses.fields(instance):
+        value, hint = getattr(instance, field.name), hints[field.name]
+        if dataclasses.is_dataclass(value) and not isinstance(value, type):
+            check_values(value, f"{prefix}{field.name}.")
+        elif not _fits(value, hint):
+            raise ConfigError(f"{prefix}{field.name} must be {_name(hint)}, got {value!r:.100}")
+
+
+def _name(hint: Any) -> str:
+    if typing.get_origin(hint) is Literal:
+        return f"one of {', '.join(map(str, typing.get_args(hint)))}"
+    return hint.__name__ if isinstance(hint, type) and not typing.get_args(hint) else str(hint)
+
+
+def _fits(value: Any, hint: Any) -> bool:
+    origin, inner = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (typing.Union, types.UnionType):
+        return any(_fits(value, option) for option in inner)
+    if origin is Literal:
+        return value in inner
+    if origin is tuple and inner[-1] is not Ellipsis:
+        return isinstance(value, tuple) and len(value) == len(inner) and all(map(_fits, value, inner))
+    if origin in (tuple, list):
+        # In Python, whoever makes a config by hand gives either.
+        return isinstance(value, tuple | list) and all(_fits(each, inner[0]) for each in value)
+    if origin in (dict, Mapping):
+        pairs = value.items() if isinstance(value, Mapping) else [(None, None)]
+        return isinstance(value, Mapping) and all(_fits(k, inner[0]) and _fits(v, inner[1]) for k, v in pairs)
+    if hint is float:
+        return isinstance(value, int | float) and not isinstance(value, bool)
+    if hint is int:
+        return isinstance(value, int) and not isinstance(value, bool)
+    if hint in (str, bool, types.NoneType):
+        return isinstance(value, hint)
+    return not dataclasses.is_dataclass(hint) or isinstance(value, typing.cast(type, hint))
+
 
 T = TypeVar("T")
+
 
 _DUMPED = "# Resolved config of a run of perf-vit.\n"
 

@@ -15,9 +15,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from perf_vit.conversion.config import Conversion
 from perf_vit.conversion.fidelity import attention_errors, evaluating, final_errors, image_batches
-from perf_vit.conversion.linearize import body_of, converted_layers, convertible_layers, linearize
+from perf_vit.conversion.linearize import Conversion, body_of, converted_layers, convertible_layers, linearize
 from perf_vit.layers import LinearizedAttention
 from perf_vit.layers.token_grid import TokenGrid, watch_patch_embed
 

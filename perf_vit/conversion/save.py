@@ -18,10 +18,8 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from perf_vit._version import __version__
-from perf_vit.conversion.config import Conversion
-from perf_vit.conversion.linearize import body_of, convert_in_place, convertible_layers
-from perf_vit.conversion.timm_arguments import check_file_arguments, pretrained_cfg_of_file
-from perf_vit.conversion.weights import create_with_weights, read_weights
+from perf_vit.conversion.linearize import Conversion, body_of, convert_in_place, convertible_layers
+from perf_vit.conversion.weights import check_file_arguments, create_with_weights, pretrained_cfg_of_file, read_weights
 from perf_vit.errors import CheckpointError, OutputError, parsing, reason_line
 from perf_vit.layers import current_draw, redraw_projections
 from perf_vit.text import to_json

@@ -1,7 +1,8 @@
-"""Weights from files, and timm models that take them up through timm's own filters."""
+"""Weights from files, and the arguments of timm models that files may hold."""
 
 from __future__ import annotations
 
+import difflib
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -12,14 +13,103 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from perf_vit.errors import CheckpointError, parsing
+from perf_vit.errors import CheckpointError, ConfigError, parsing
 
-__all__ = ["create_with_weights", "read_weights"]
+__all__ = ["FILE_ARGUMENTS", "check_file_arguments", "create_with_weights", "pretrained_cfg_of_file", "read_weights"]
+
+_COMMON = """
+    in_chans num_classes global_pool img_size features_only out_indices output_stride drop_rate drop_path_rate
+    proj_drop_rate attn_drop_rate pos_drop_rate patch_drop_rate drop_block_rate norm_layer act_layer norm_eps
+    weight_init
+"""
+
+
+_PLAIN_VITS = """
+    patch_size embed_dim depth num_heads num_kv_heads head_dim mlp_ratio qkv_bias qkv_fused qk_norm proj_bias mlp_bias
+    scale_attn_norm scale_attn_inner scale_mlp scale_mlp_norm init_values class_token reg_tokens num_reg_tokens
+    no_embed_class pos_embed pos_embed_grid_size pre_norm embed_norm final_norm fc_norm use_fc_norm use_post_norm
+    use_pre_transformer_norm use_post_transformer_norm pool_include_prefix dynamic_img_size dynamic_img_pad
+    strict_img_size swiglu_mlp swiglu_align_to attn_type attn_pool_num_heads attn_pool_mlp_ratio use_abs_pos_emb
+    use_rot_pos_emb use_rel_pos_bias use_shared_rel_pos_bias rope_type rope_temperature rope_theta rope_grid_offset
+    rope_grid_indexing rope_rotate_half rope_shift_coords rope_jitter_coords rope_rescale_coords ref_feat_shape
+    num_features intermediate_size merge_size distilled use_rel_pos use_abs_pos use_rope rel_pos_type window_size
+    global_attn_indexes neck_chans
+"""
+
+
+_PYRAMIDS = """
+    depths dims embed_dims widths width channels layers mlp_ratios sr_ratios conv_bias conv_mlp kernel_size kernel_sizes
+    layer_scale_init_value layer_scale_init_values ls_init_value head_init_scale head_norm_first use_grn downsamples
+    window_ratio always_partition patch_norm pretrained_window_sizes stem_type stem_width stem_size stem_chs
+    stem_kernel_size stem_stride replace_stem_pool cardinality base_width groups avg_down zero_init_last
+    block_reduce_first expand_ratio width_factor width_mult depth_mult se_ratio pad_type aa_layer token_mixers
+"""
+
+
+_OURS = "mixer attn_kwargs num_attn_stages"
+
+
+FILE_ARGUMENTS = frozenset(" ".join((_COMMON, _PLAIN_VITS, _PYRAMIDS, _OURS)).split())
+"""Names of the arguments."""
+
+
+# Where weights come from is no business of a file that comes with its own.
+_OF_IMAGES = """
+    tag input_size test_input_size min_input_size fixed_input_size interpolation crop_pct test_crop_pct crop_mode mean
+    std num_classes label_names label_descriptions pool_size test_pool_size first_conv classifier license description
+    origin_url paper_name paper_ids notes
+"""
+
+
+_PRETRAINED_CFG = frozenset(_OF_IMAGES.split())
+
+
+def check_file_arguments(arguments: Any, where: str, error: type[ValueError] = ConfigError) -> dict[str, Any]:
+    """Arguments of `timm.create_model` that came from a file, if all of them may.
+
+    Args:
+        arguments: names and plain values.
+        where: what to call them in the error.
+        error: what to raise.
+
+    Raises:
+        ValueError: of the type `error`; others, or values that aren't plain.
+    """
+    if not isinstance(arguments, Mapping):
+        raise error(f"{where} must be names and values, got {type(arguments).__name__}")
+    for name, value in arguments.items():
+        if name not in FILE_ARGUMENTS:
+            near = difflib.get_close_matches(str(name), FILE_ARGUMENTS, n=1, cutoff=0.6)
+            hint = f"did you mean {near[0]}?" if near else "build such a model in Python"
+            raise error(f"{where} may hold arguments that shape a timm model, such as depth, got {name}; {hint}")
+        if not _is_plain(value):
+            raise error(f"{where}: {name} must be a number, a word, or a list or mapping of these, got {value!r:.80}")
+    return dict(arguments)
+
+
+def pretrained_cfg_of_file(values: Any) -> dict[str, Any]:
+    """What a file says of its weights' images and classes, without what it says of other places to get weights from."""
+    if not isinstance(values, Mapping):
+        return {}
+    return {name: value for name, value in values.items() if name in _PRETRAINED_CFG and _is_plain(value)}
+
+
+def _is_plain(value: Any) -> bool:
+    if isinstance(value, Mapping):
+        return all(isinstance(key, str | int) and _is_plain(each) for key, each in value.items())
+    if isinstance(value, list | tuple):
+        return all(map(_is_plain, value))
+    return value is None or isinstance(value, bool | int | float | str)
+
 
 # Where training scripts put the weights inside of what they save.
 _WRAPPERS = ("state_dict_ema", "model_ema", "state_dict", "model")
+
+
 # These weights and no others: what timm knows of a model names its hub, and what stands there may come first.
 _NO_OTHER_SOURCE = {"source": None, "file": None, "url": None, "hf_hub_id": None, "custom_load": False}
+
+
 _SIZE_MISMATCH = re.compile(r"size mismatch for ([^:]+): .*?Size\((\[[^]]*\])\).*?Size\((\[[^]]*\])\)")
 
 

@@ -1,7 +1,7 @@
 """Training data of each task: configs, data modules, tile datasets and samplers."""
 
 from perf_vit.data.augmentation import AugmentConfig
-from perf_vit.data.bags import SlideTargets, read_slide_table, tissue_windows
+from perf_vit.data.bags import EmbeddingStore, SlideFeatures, SlideTargets, read_slide_table, tissue_windows
 from perf_vit.data.base import collate_tiles, given_normalizer
 from perf_vit.data.class_pixels import count_class_pixels
 from perf_vit.data.classification import (
@@ -13,7 +13,14 @@ from perf_vit.data.classification import (
     read_image_targets,
 )
 from perf_vit.data.classification_tiles import ClassificationImages, ClassificationViews, image_tile, middle_window
-from perf_vit.data.config import BaseDataConfig, SplitConfig, TileDataConfig
+from perf_vit.data.config import (
+    BaseDataConfig,
+    SegmentationDataConfig,
+    SegmentationSplitConfig,
+    SplitConfig,
+    TileDataConfig,
+    label_options,
+)
 from perf_vit.data.detection import (
     DetectionDataConfig,
     DetectionDataModule,
@@ -22,9 +29,7 @@ from perf_vit.data.detection import (
     read_names,
 )
 from perf_vit.data.detection_tiles import ObjectValidity, collate_objects, standardized
-from perf_vit.data.embedding_store import EmbeddingStore, SlideFeatures
 from perf_vit.data.segmentation import SegmentationDataModule, build_segmentation_datamodule, open_pairs, region_window
-from perf_vit.data.segmentation_config import SegmentationDataConfig, SegmentationSplitConfig, label_options
 from perf_vit.data.slide_classification import (
     SlideClassificationDataConfig,
     SlideClassificationDataModule,

@@ -1,4 +1,4 @@
-"""Data config keys shared by all tasks."""
+"""Keys of data configs."""
 
 from __future__ import annotations
 
@@ -7,9 +7,21 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from perf_vit.data.augmentation import AugmentConfig, check_augment
+from perf_vit.data.samplers import SAMPLERS
 from perf_vit.errors import ConfigError
+from perf_vit.types import IGNORE_INDEX
 
-__all__ = ["BaseDataConfig", "SplitConfig", "TileDataConfig", "check_base", "image_paths"]
+__all__ = [
+    "BaseDataConfig",
+    "SegmentationDataConfig",
+    "SegmentationSplitConfig",
+    "SplitConfig",
+    "TileDataConfig",
+    "check_base",
+    "check_data",
+    "image_paths",
+    "label_options",
+]
 
 
 @dataclass(kw_only=True)
@@ -84,3 +96,111 @@ def check_base(config: BaseDataConfig, least: Mapping[str, int] | None = None) -
     for key, smallest in {"tile_px": 1, "batch_size": 1, "num_workers": 0, **(least or {})}.items():
         if getattr(config, key) < smallest:
             raise ConfigError(f"data.{key} must be at least {smallest}, got {getattr(config, key)}")
+
+
+@dataclass(kw_only=True)
+class SegmentationSplitConfig(SplitConfig):
+    """A labelled raster or a region of it, or a folder of images with a label file each.
+
+    Attributes:
+        image: Raster in any format of rasterio, slide (with `data.mpp`), or folder, glob or list of rasters. With a
+            single label file, several rasters are a mosaic.
+        labels: Mask raster, or vector file in any CRS; for slides, polygons in pixels of level 0. Or folder of label
+            files with the names of their images except for the suffix.
+        region: [row, col, height, width] in pixels; None for the whole raster. One raster can be split into training
+            and validation by two regions.
+    """
+
+    labels: str
+    region: list[int] | None = None
+
+
+@dataclass(kw_only=True)
+class SegmentationDataConfig(TileDataConfig):
+    """Data of segmentation; `TileDataConfig` has further keys.
+
+    Attributes:
+        train: Raster or folder to train on.
+        val: Raster or folder to validate on.
+        classes: Class names; labels are indices into them.
+        extra_train: Further rasters and folders to train on, with the same number of bands; images give tiles in
+            proportion to their size.
+        values: Value of each class in the label file; None for 0, 1, 2, ...
+        ignore_values: Label values that mark unlabelled pixels, in addition to the nodata value of the file; for
+            polygons also text, and null for features without a value.
+        attribute: Vector column with class names or values; None if polygons are the one of two classes that isn't the
+            background.
+        background: Background class, which pixels outside of polygons get and which is left out of the polygons of a
+            predicted map. `ignore` leaves pixels outside of polygons unlabelled; `none`, with `multilabel`, gives them
+            no class. None if no class is background; required for polygon labels.
+        all_touched: Whether polygons label all pixels that they touch, instead of those whose centre they contain.
+        multilabel: Whether a pixel may have several classes or none: labels are overlapping polygons, or a raster with
+            a band of 0 and 1 per class. There is no background class then.
+        resolution: Pixel size to read rasters at, in CRS units; None for their own. Prediction reads at the same
+            resolution.
+        mpp: Resolution to read slides at, in micrometres per pixel; None if images are rasters. Prediction reads at the
+            same resolution.
+        slide_mpp: Micrometres per pixel of slides' level 0 if files don't give it.
+        tissue: "otsu" to train and validate on the tissue of slides only.
+        sampler: Sampler of training tiles: random (anywhere), balanced (a random pixel of a class, classes equally
+            often, at a random position in the tile) or grid (all tiles of a grid once per epoch).
+        tiles_per_epoch: Number of training tiles per epoch; the grid sampler uses as many as cover the regions.
+    """
+
+    train: SegmentationSplitConfig
+    val: SegmentationSplitConfig
+    classes: list[str]
+    extra_train: list[SegmentationSplitConfig] = field(default_factory=list)
+    values: list[int] | None = None
+    ignore_values: list[Any] = field(default_factory=list)
+    attribute: str | None = None
+    background: str | None = None
+    all_touched: bool = False
+    multilabel: bool = False
+    resolution: float | None = None
+    mpp: float | None = None
+    slide_mpp: float | None = None
+    tissue: str | None = None
+    tile_px: int = 512
+    sampler: str = "random"
+    tiles_per_epoch: int = 200
+
+
+def label_options(config: SegmentationDataConfig) -> dict[str, Any]:
+    """Return the label settings as keyword arguments of `perf_vit.labels.open_labels`."""
+    return {
+        "attribute": config.attribute,
+        "values": config.values,
+        "ignore_values": list(config.ignore_values),
+        "all_touched": config.all_touched,
+    }
+
+
+def check_data(config: SegmentationDataConfig) -> None:
+    """Check that the values are consistent.
+
+    Raises:
+        ConfigError: A value is out of range or doesn't fit another.
+    """
+    if config.mpp is None and (config.slide_mpp is not None or config.tissue is not None):
+        raise ConfigError("data.slide_mpp and data.tissue are for slides, which need data.mpp; give it, such as 0.5")
+    if config.mpp is not None and (config.nodata is not None or config.resolution is not None):
+        raise ConfigError("data.nodata and data.resolution are for rasters, data.mpp for slides; leave one out")
+    if config.sampler not in SAMPLERS:
+        raise ConfigError(f"data.sampler must be one of {', '.join(SAMPLERS)}, got {config.sampler}")
+    num_classes = len(config.classes)
+    least_classes = 1 if config.multilabel else 2
+    if not least_classes <= num_classes <= IGNORE_INDEX:
+        raise ConfigError(f"data.classes must name {least_classes} to {IGNORE_INDEX} classes, got {num_classes}")
+    if config.values is not None and len(config.values) != num_classes:
+        raise ConfigError(f"data.values must give one value a class, got {len(config.values)} for {num_classes}")
+    if not all(isinstance(value, int | float | str | None) for value in config.ignore_values):
+        raise ConfigError(f"data.ignore_values must be numbers, text or null, got {list(config.ignore_values)}")
+    known = [*(["none"] if config.multilabel else config.classes), "ignore"]
+    if config.background is not None and config.background not in known:
+        raise ConfigError(
+            f"data.background must be one of {', '.join(known)}, or left out where no class is background, got "
+            f"{config.background}"
+        )
+    # The grid sampler ignores tiles_per_epoch.
+    check_base(config, {"tiles_per_epoch": 0 if config.sampler == "grid" else config.batch_size})

@@ -22,8 +22,8 @@ from perf_vit.data.base import (
     sample_images,
 )
 from perf_vit.data.class_pixels import count_labelled_pixels, find_class_pixels
+from perf_vit.data.config import SegmentationDataConfig, SegmentationSplitConfig, check_data, label_options
 from perf_vit.data.samplers import ClassSampler, GridSampler, SegmentationSampler
-from perf_vit.data.segmentation_config import SegmentationDataConfig, SegmentationSplitConfig, check_data, label_options
 from perf_vit.data.segmentation_tiles import (
     LabelledSource,
     LabelledTile,

@@ -8,10 +8,9 @@ import numpy as np
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from perf_vit.data.bags import SlideBags, SlideTargets, collate_bags, read_slide_table
+from perf_vit.data.bags import EmbeddingStore, SlideBags, SlideTargets, collate_bags, read_slide_table
 from perf_vit.data.base import EpochDataModule, ShareSampler
 from perf_vit.data.config import BaseDataConfig, SplitConfig, check_base
-from perf_vit.data.embedding_store import EmbeddingStore
 from perf_vit.errors import ConfigError
 
 __all__ = [

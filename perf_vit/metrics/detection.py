@@ -18,7 +18,7 @@ from pycocotools.cocoeval import COCOeval
 from torch import distributed
 
 from perf_vit.geometry.boxes import oriented_box_bounds
-from perf_vit.geometry.mask_crops import shared_pixels
+from perf_vit.geometry.objects import shared_pixels
 from perf_vit.geometry.oriented_boxes import oriented_iou_matrix
 from perf_vit.metrics.matching import compared_geometry, independent_parts
 from perf_vit.text import without_nan

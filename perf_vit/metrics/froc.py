@@ -11,7 +11,7 @@ import numpy.typing as npt
 import torch
 
 from perf_vit.geometry.boxes import meeting_pairs, oriented_box_bounds, oriented_box_corners
-from perf_vit.geometry.mask_crops import cropped_masks
+from perf_vit.geometry.objects import cropped_masks
 from perf_vit.types import BoolArray, Detections, MaskCrops, ObjectLabels
 
 __all__ = ["FROC_RATES", "Froc"]

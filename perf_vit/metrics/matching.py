@@ -13,7 +13,7 @@ from scipy.sparse.csgraph import connected_components
 
 from perf_vit.errors import InputError
 from perf_vit.geometry.boxes import meeting_pairs, oriented_box_bounds, paired_intersections, paired_iou
-from perf_vit.geometry.mask_crops import cropped_masks, shared_pixels
+from perf_vit.geometry.objects import cropped_masks, shared_pixels
 from perf_vit.geometry.oriented_boxes import oriented_iou
 from perf_vit.types import Detections, MaskCrops, ObjectLabels
 

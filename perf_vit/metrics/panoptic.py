@@ -12,7 +12,7 @@ import numpy.typing as npt
 import torch
 
 from perf_vit.errors import InputError
-from perf_vit.geometry.mask_crops import cropped_masks, part_in
+from perf_vit.geometry.objects import cropped_masks, part_in
 from perf_vit.types import Detections, MaskCrops, ObjectLabels, Window
 
 __all__ = ["PanopticQuality", "PanopticScores"]

@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 
 from perf_vit.metrics.detection import DetectionScores
 from perf_vit.plotting import save_figure
-from perf_vit.plotting.lettering import add_legend, figure_height, figure_name
+from perf_vit.plotting.pictures import add_legend, figure_height, figure_name
 
 __all__ = ["PrecisionRecall", "plot_precision_recall", "save_confusion_matrix", "save_precision_recall"]
 

@@ -6,6 +6,7 @@ import difflib
 import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -15,13 +16,29 @@ from torch import nn
 import perf_vit.models.backbones  # noqa: F401  (registers the backbones)
 from perf_vit.conversion import load_converted
 from perf_vit.conversion.save import build_converted, read_saved_config
-from perf_vit.conversion.timm_arguments import check_file_arguments
+from perf_vit.conversion.weights import check_file_arguments
 from perf_vit.errors import ConfigError, PerfVitError, reason_line
-from perf_vit.models.backbone_config import BackboneConfig
 from perf_vit.models.valid_tokens import with_key_mask
 from perf_vit.types import FeatureSpec
 
-__all__ = ["build_backbone", "built_from", "check_known", "create_backbone", "feature_specs"]
+__all__ = ["BackboneConfig", "build_backbone", "built_from", "check_known", "create_backbone", "feature_specs"]
+
+
+@dataclass(kw_only=True)
+class BackboneConfig:
+    """A backbone.
+
+    Attributes:
+        backbone: any timm model name; or a folder with a converted model, whose weights are loaded.
+        backbone_kwargs: passed to `timm.create_model`, e.g. {attn_kwargs: {num_features: 128}}; those of
+            `perf_vit.conversion.weights`.
+        pretrained: load timm's weights for the backbone.
+    """
+
+    backbone: str = "performer_vit_small_patch16_224"
+    backbone_kwargs: dict[str, Any] = field(default_factory=dict)
+    pretrained: bool = False
+
 
 # A million patches; larger sides are a mistake that would ask for gigabytes a tile.
 _LARGEST_TILE_PX = 16_384

@@ -14,8 +14,7 @@ from torch import Tensor, nn
 
 from perf_vit.conversion.save import read_saved_config
 from perf_vit.errors import ConfigError
-from perf_vit.models.backbone import built_from, create_backbone
-from perf_vit.models.backbone_config import BackboneConfig
+from perf_vit.models.backbone import BackboneConfig, built_from, create_backbone
 from perf_vit.models.finetune import BackboneTuning, backbone_layers, evaluate_frozen, tune_backbone
 from perf_vit.models.input_spec import TaskSpec
 from perf_vit.models.valid_tokens import forward_head, forward_tokens, key_mask

@@ -11,7 +11,7 @@ from timm.models import group_parameters
 from torch import Tensor, nn
 
 from perf_vit.errors import ConfigError, reason_line
-from perf_vit.models.backbone_config import BackboneConfig
+from perf_vit.models.backbone import BackboneConfig
 
 __all__ = [
     "BackboneTuning",

@@ -10,8 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from perf_vit.errors import ConfigError
-from perf_vit.models.backbone import built_from
-from perf_vit.models.backbone_config import BackboneConfig
+from perf_vit.models.backbone import BackboneConfig, built_from
 from perf_vit.models.classification import build_pooled
 from perf_vit.models.input_spec import TaskSpec
 from perf_vit.models.segmentation import network_id

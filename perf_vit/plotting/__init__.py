@@ -1,8 +1,7 @@
 """Pictures of imagery and class maps; figures."""
 
 from perf_vit.plotting.colors import colorize, default_colormap
-from perf_vit.plotting.lettering import lettered, lettering_font
-from perf_vit.plotting.pictures import natural_bands, rgb_from, save_figure, save_png
+from perf_vit.plotting.pictures import lettered, lettering_font, natural_bands, rgb_from, save_figure, save_png
 
 __all__ = [
     "colorize",

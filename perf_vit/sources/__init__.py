@@ -8,17 +8,17 @@ from perf_vit.sources.files import (
     MASK_SUFFIXES,
     PICTURE_SUFFIXES,
     SLIDE_SUFFIXES,
+    file_stats,
     files_below,
     find_images,
+    fingerprint,
     is_by_product,
     is_image_name,
     previews_among,
     without_repeats,
 )
-from perf_vit.sources.fingerprint import file_stats, fingerprint
-from perf_vit.sources.input_options import merged_options, open_input
 from perf_vit.sources.mosaic import MosaicSource
-from perf_vit.sources.open import open_raster, open_source
+from perf_vit.sources.open import merged_options, open_input, open_raster, open_source
 from perf_vit.sources.pixel_size import PixelSize, common_unit, unit_of
 from perf_vit.sources.raster import RasterSource
 from perf_vit.sources.vector_file import is_vector_name, split_layer

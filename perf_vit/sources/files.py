@@ -1,8 +1,9 @@
-"""Which files of a folder are images: one table for training, prediction, mosaics and labels."""
+"""Image files of folders, and fingerprints of files."""
 
 from __future__ import annotations
 
 import glob
+import hashlib
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
@@ -16,8 +17,10 @@ __all__ = [
     "PICTURE_SUFFIXES",
     "RASTER_SUFFIXES",
     "SLIDE_SUFFIXES",
+    "file_stats",
     "files_below",
     "find_images",
+    "fingerprint",
     "image_root",
     "is_by_product",
     "is_glob",
@@ -29,22 +32,29 @@ __all__ = [
 PICTURE_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp"})
 """Of photos, and of previews that lie beside rasters."""
 
+
 RASTER_SUFFIXES = PICTURE_SUFFIXES | {".tif", ".tiff", ".vrt", ".img", ".jp2", ".j2k", ".bil", ".asc"}
 """Of files that GDAL reads. A file that is named itself may have any ending."""
+
 
 SLIDE_SUFFIXES = frozenset({".bif", ".czi", ".dcm", ".mrxs", ".ndpi", ".scn", ".svs", ".svslide", ".vms", ".vmu"})
 """Of files that OpenSlide alone reads."""
 
+
 FOLDER_SUFFIXES = frozenset({".zarr"})
 """Of folders that are one image each."""
+
 
 IMAGE_SUFFIXES = RASTER_SUFFIXES | SLIDE_SUFFIXES | FOLDER_SUFFIXES
 """Of what a folder is searched for."""
 
+
 MASK_SUFFIXES = RASTER_SUFFIXES - {".jpg", ".jpeg"}
 """Of masks: JPEG changes values."""
 
+
 _BY_PRODUCTS = frozenset({"thumbs.db", "desktop.ini", "ehthumbs.db", "__macosx", "@eadir", "$recycle.bin"})
+
 
 _BY_PRODUCT_ENDINGS = (".aux.xml", ".ovr", ".msk", ".partial", ".part", ".crdownload", "~")
 
@@ -153,3 +163,75 @@ def _images_at(path: Path) -> list[Path]:
     if not found:
         raise InputError(f"no images in {path}; expected files that end in {', '.join(sorted(IMAGE_SUFFIXES))}")
     return found
+
+
+_PIECE_BYTES = 4096
+
+
+_NUM_PIECES = 16
+
+
+# Of a folder: a chunked array may have millions.
+_NUM_FILES = 64
+
+
+_DIGITS = 16
+
+
+def fingerprint(paths: Iterable[str | Path]) -> str:
+    """A hash of some files' sizes and of evenly spaced pieces of them, the first and last bytes among these.
+
+    It is the same for a copy in another place. Of folders, names and sizes of all files in them count, and pieces of 64
+    evenly spaced ones; of what is not there, such as a URL, the name.
+
+    Args:
+        paths: in their order.
+
+    Returns:
+        16 hexadecimal digits.
+    """
+    digest = hashlib.sha256()
+    for path in paths:
+        if os.path.isfile(path):
+            _add_file(digest, path)
+        elif os.path.isdir(path):
+            _add_folder(digest, path)
+        else:
+            digest.update(f"{os.fspath(path)}\n".encode())
+    return digest.hexdigest()[:_DIGITS]
+
+
+def file_stats(path: str | Path) -> tuple[int, int] | None:
+    """Bytes and time of change in nanoseconds; of a folder, all bytes in it and the latest time, None of nothing."""
+    if os.path.isdir(path):
+        stats = [os.stat(file) for file in _files_in(path)]
+        return sum(each.st_size for each in stats), max((each.st_mtime_ns for each in stats), default=0)
+    if not os.path.exists(path):
+        return None
+    stat = os.stat(path)
+    return stat.st_size, stat.st_mtime_ns
+
+
+def _files_in(folder: str | Path) -> list[str]:
+    """All files below a folder, sorted."""
+    found = (os.path.join(parent, name) for parent, _, names in os.walk(folder) for name in names)
+    return sorted(file for file in found if os.path.isfile(file))
+
+
+def _add_folder(digest: hashlib._Hash, folder: str | Path) -> None:
+    files = _files_in(folder)
+    for file in files:
+        name = Path(os.path.relpath(file, folder)).as_posix()
+        digest.update(os.fsencode(f"{name} {os.path.getsize(file)}\n"))
+    for file in files[:: max(1, -(-len(files) // _NUM_FILES))]:
+        _add_file(digest, file)
+
+
+def _add_file(digest: hashlib._Hash, path: str | Path) -> None:
+    with open(path, "rb") as file:
+        size = os.fstat(file.fileno()).st_size
+        digest.update(f"{size}\n".encode())
+        last = max(0, size - _PIECE_BYTES)
+        for number in range(_NUM_PIECES):
+            file.seek(last * number // (_NUM_PIECES - 1))
+            digest.update(file.read(_PIECE_BYTES))

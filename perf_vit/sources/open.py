@@ -1,4 +1,4 @@
-"""One way to open whatever holds pixels."""
+"""Opening of sources: rasters, mosaics and slides, with the options of a model."""
 
 from __future__ import annotations
 
@@ -13,18 +13,17 @@ from perf_vit.errors import DataWarning, InputError, PerfVitError
 from perf_vit.sources._bands import Palette, PixelOptions
 from perf_vit.sources._gdal import open_dataset
 from perf_vit.sources._grid import Bounds, GridOptions
-from perf_vit.sources._stac import is_item_list, item_paths
 from perf_vit.sources.files import RASTER_SUFFIXES, SLIDE_SUFFIXES, is_by_product, previews_among, without_repeats
-from perf_vit.sources.mosaic import MosaicSource
+from perf_vit.sources.mosaic import MosaicSource, is_item_list, item_paths
 from perf_vit.sources.pixel_size import PixelSize
 from perf_vit.sources.raster import RasterSource
 from perf_vit.sources.slides import SlideSource
 from perf_vit.sources.slides.ome import is_multiscale, open_ome_tiff, open_ome_zarr
 from perf_vit.sources.slides.openslide import OpenSlideReader, slide_format
 from perf_vit.sources.slides.pyramid import PyramidReader
-from perf_vit.types import InputPath
+from perf_vit.types import InputOptions, InputPath
 
-__all__ = ["is_slide", "open_raster", "open_slide", "open_source"]
+__all__ = ["is_slide", "merged_options", "open_input", "open_raster", "open_slide", "open_source"]
 
 
 def open_source(
@@ -256,3 +255,40 @@ def _is_slide_tiff(path: str, asked: bool | None) -> bool:
             return False
         is_pyramid_of_colours = dataset.count in (3, 4) and set(dataset.dtypes) == {"uint8"} and dataset.overviews(1)
         return bool(is_pyramid_of_colours) if asked is None else asked
+
+
+def open_input(path: InputPath, options: InputOptions, **overrides: Any) -> RasterSource | SlideSource:
+    """Open an input of a model.
+
+    Args:
+        path: What `open_source` opens.
+        options: Those of the model.
+        **overrides: Options of `open_source` that come before the model's; None counts as not given.
+
+    Raises:
+        InputError: The input can't be opened, or the options don't fit it.
+    """
+    return open_source(path, **merged_options(options, **overrides))
+
+
+def merged_options(options: InputOptions, **overrides: Any) -> dict[str, Any]:
+    """Keyword arguments of `open_source`.
+
+    Args:
+        options: Those of a model.
+        **overrides: Options of `open_source` that come before the model's; None counts as not given.
+    """
+    resolution: float | PixelSize | None = options.resolution
+    if options.resolution is not None and options.resolution_unit is not None:
+        resolution = PixelSize(options.resolution, options.resolution_unit)
+    given = {name: value for name, value in overrides.items() if value is not None}
+    own = {
+        "bands": options.bands,
+        "nodata": options.nodata,
+        "resolution": resolution,
+        # A level is another way to choose the size of pixels.
+        "mpp": None if "level" in given else options.mpp,
+        "slide_mpp": options.slide_mpp,
+        "tissue": options.tissue,
+    }
+    return {**{name: value for name, value in own.items() if value is not None}, **given}

@@ -8,8 +8,12 @@ from perf_vit.tasks.classification import (
     ClassificationTask,
 )
 from perf_vit.tasks.detection import DETECTION_CURVES, DETECTION_MONITOR, DetectionOptimConfig, DetectionTask
-from perf_vit.tasks.distillation import DistillationOptimConfig, DistillationTask
-from perf_vit.tasks.distillation_trainer import DistillationTrainerConfig, build_distillation_trainer
+from perf_vit.tasks.distillation import (
+    DistillationOptimConfig,
+    DistillationTask,
+    DistillationTrainerConfig,
+    build_distillation_trainer,
+)
 from perf_vit.tasks.losses import LossConfig, SegmentationLoss, balanced_weights
 from perf_vit.tasks.memory import TileFit, TrainingSteps, fit_max_tile
 from perf_vit.tasks.optim import ClassificationOptimConfig, OptimizerConfig, TrainingTask

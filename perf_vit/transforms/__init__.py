@@ -1,8 +1,7 @@
 """What happens to pixels between a source and a model: the same at training and at prediction."""
 
 from perf_vit.transforms.augment import Augmentation
-from perf_vit.transforms.grey import bands_fit, with_bands
-from perf_vit.transforms.input_bands import InputBands, InputCheck, common_names
+from perf_vit.transforms.input_bands import InputBands, InputCheck, bands_fit, common_names, with_bands
 from perf_vit.transforms.normalize import Normalizer, band_labels, without_tiny
 from perf_vit.transforms.resize import resize_masked, resize_with_labels, resize_with_objects, turn, turn_with_objects
 from perf_vit.transforms.stain import StainJitter

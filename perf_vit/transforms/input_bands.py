@@ -1,4 +1,4 @@
-"""What training images were like, and a warning where the input of a trained model is not like them."""
+"""Bands of training images, and warnings about inputs that differ from them."""
 
 from __future__ import annotations
 
@@ -15,23 +15,52 @@ from perf_vit.errors import DataWarning, InputError
 from perf_vit.transforms.normalize import band_labels, band_values
 from perf_vit.types import GeoImage, Source, Window
 
-__all__ = ["InputBands", "InputCheck", "common_names"]
+__all__ = ["InputBands", "InputCheck", "bands_fit", "common_names", "with_bands"]
+
+
+def bands_fit(num_bands: int, expected: int) -> bool:
+    """Whether images of so many bands are taken where others are expected: grey ones are for three."""
+    return num_bands == expected or (num_bands, expected) == (1, 3)
+
+
+def with_bands(image: GeoImage, num_bands: int) -> GeoImage:
+    """A grey image among images of three bands, as three equal ones; others as they are."""
+    if len(image.pixels) == 1 and num_bands == 3:
+        # Of a single band, `band_valid` is None.
+        image.pixels = np.repeat(image.pixels, num_bands, axis=0)
+    return image
+
 
 FloatArray = npt.NDArray[np.float64]
 
+
 _PERCENTILES = (2, 98)
+
+
 # Snow is brighter than this times less, and water is dark in some bands only; other units, other bit depths and values
 # stretched to [0, 1] are another size in most bands. Another dtype makes another bit depth likely.
 _LARGER, _LARGER_OF_OTHER_DTYPE = 10.0, 4.0
+
+
 _BELOW_LOW, _SMALLER_OF_OTHER_DTYPE = 3.0, 8.0
+
+
 # Where the range begins at 0, a part of its upper end stands for its lower one.
 _LOW_PART = 30
+
+
 # Values so many widths of the training's range away from it.
 _FAR = 6.0
+
+
 # A scene is looked at whole up to this side, else in a grid of small windows: a reduced read of a large file without
 # overviews reads all of it.
 _WHOLE_PX = 1024
+
+
 _GRID, _WINDOW_PX = 5, 64
+
+
 # Inputs of a run whose values are looked at.
 _MAX_INPUTS = 32
 

@@ -12,8 +12,7 @@ from torch import nn
 
 from perf_vit.conversion import linearize, load_converted, save_converted
 from perf_vit.conversion.save import check_output_folder
-from perf_vit.conversion.timm_arguments import check_file_arguments
-from perf_vit.conversion.weights import create_with_weights, read_weights
+from perf_vit.conversion.weights import check_file_arguments, create_with_weights, read_weights
 from perf_vit.data import build_distillation_datamodule
 from perf_vit.errors import ConfigError, PerfVitError, reason_line
 from perf_vit.tasks import DistillationTask, build_distillation_trainer

@@ -27,7 +27,7 @@ from perf_vit.data import (
 )
 from perf_vit.errors import CheckpointError, ConfigError, PerfVitError, parsing, reason_line
 from perf_vit.models import CHECKPOINT_KEY
-from perf_vit.models.backbone_config import BackboneConfig
+from perf_vit.models.backbone import BackboneConfig
 from perf_vit.models.finetune import BackboneTuning
 from perf_vit.tasks import (
     ClassificationOptimConfig,

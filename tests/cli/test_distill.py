@@ -121,7 +121,7 @@ def test_a_resumed_run_ends_where_an_uninterrupted_one_does(args, tmp_path) -> N
         "class Stop(lightning.Callback):\n"
         "    def on_train_batch_start(self, trainer, module, batch, batch_idx):\n"
         "        if trainer.global_step == 15: raise KeyboardInterrupt\n"
-        "import perf_vit.tasks.distillation_trainer as t; kept = t.best_and_last\n"
+        "import perf_vit.tasks.distillation as t; kept = t.best_and_last\n"
         "t.best_and_last = lambda *a, **k: [*kept(*a, **k), Stop()]\n"
         "run(sys.argv[1:])\n"
     )

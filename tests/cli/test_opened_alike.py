@@ -8,7 +8,7 @@ import pytest
 from command_line import call
 from synthetic_slide import make_slide
 
-import perf_vit.sources.input_options
+import perf_vit.sources.open
 from perf_vit.models import load_classifier, load_detector, load_segmenter, load_slide_classifier
 from perf_vit.sources import open_source
 
@@ -119,7 +119,7 @@ def opened(monkeypatch) -> list[dict[str, Any]]:
         seen.append(options)
         return open_source(path, **options)
 
-    monkeypatch.setattr(perf_vit.sources.input_options, "open_source", spy)
+    monkeypatch.setattr(perf_vit.sources.open, "open_source", spy)
     return seen
 
 

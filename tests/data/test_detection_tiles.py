@@ -16,7 +16,7 @@ from perf_vit.data.base import EpochSampler
 from perf_vit.data.detection_tiles import DetectionGrid, DetectionImages, DetectionTiles
 from perf_vit.data.samplers import make_sampler
 from perf_vit.errors import ConfigError, InputError
-from perf_vit.geometry.mask_crops import part_in
+from perf_vit.geometry.objects import part_in
 from perf_vit.labels.objects import ImageRecord, OutlineMasks, objects_in, read_object_labels
 from perf_vit.labels.objects.masks import Rle
 from perf_vit.sources import open_source

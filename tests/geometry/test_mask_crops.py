@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from perf_vit.geometry.boxes import meeting_pairs
-from perf_vit.geometry.mask_crops import part_in, shared_pixels
+from perf_vit.geometry.objects import part_in, shared_pixels
 from perf_vit.types import MaskCrops, Window
 
 

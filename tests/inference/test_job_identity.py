@@ -193,7 +193,7 @@ def test_a_chunked_array_is_one_input_whatever_is_in_it(tmp_path, monkeypatch) -
     num_files = sum(file.is_file() for file in path.rglob("*"))
     assert num_files > 100
     opened = []
-    add_file = sys.modules["perf_vit.sources.fingerprint"]
+    add_file = sys.modules["perf_vit.sources.files"]
     monkeypatch.setattr(add_file, "_add_file", lambda digest, file: opened.append(file))
     identity = SourceIdentity(open_source(path))
     assert identity.files == (str(path),)

@@ -4,8 +4,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from perf_vit.inference.dense import RowStitcher
-from perf_vit.tiling import grid_windows
-from perf_vit.tiling.blend import hann_weights
+from perf_vit.tiling import grid_windows, hann_weights
 from perf_vit.types import Window
 
 

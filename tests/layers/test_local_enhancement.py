@@ -8,7 +8,7 @@ from torch import nn
 
 import perf_vit
 from perf_vit.layers import LinearizedAttention, PerformerOptions
-from perf_vit.layers.local_enhancement import LocalEnhancement
+from perf_vit.layers.linearized_attention import LocalEnhancement
 from perf_vit.layers.token_grid import TokenGrid
 
 GRID = (3, 5)

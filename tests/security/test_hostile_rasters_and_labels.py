@@ -16,7 +16,7 @@ from perf_vit.errors import InputError, PerfVitError
 from perf_vit.labels import open_labels
 from perf_vit.labels.objects import read_object_labels
 from perf_vit.sources import open_source
-from perf_vit.sources._stac import item_paths
+from perf_vit.sources.mosaic import item_paths
 from perf_vit.writers import input_files
 
 SECRET = "hunter2"

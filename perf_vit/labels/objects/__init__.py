@@ -1,6 +1,6 @@
 """Object labels: COCO, Pascal VOC, YOLO, DOTA, CSV, polygons and instance masks."""
 
-from perf_vit.labels.objects.coco_images import CocoImages, category_ids_by_name, default_category_ids, ids_of_classes
+from perf_vit.labels.objects.coco import CocoImages, category_ids_by_name, default_category_ids, ids_of_classes
 from perf_vit.labels.objects.masks import OutlineMasks, objects_in
 from perf_vit.labels.objects.read import read_object_labels
 from perf_vit.labels.objects.records import ImageRecord, ObjectIndex, RawImage, RawLabels, RawObject

@@ -13,7 +13,7 @@ from perf_vit.labels.image_folder import ImageFolder
 
 # Importing a module of a format registers it.
 from perf_vit.labels.objects import coco, csv, dota, instances, vector, voc, yolo  # noqa: F401
-from perf_vit.labels.objects.coco_images import ids_of_classes
+from perf_vit.labels.objects.coco import ids_of_classes
 from perf_vit.labels.objects.records import ObjectIndex, RawLabels
 from perf_vit.labels.objects.registry import LABEL_FORMATS, LabelOptions
 from perf_vit.labels.objects.validate import finish_index

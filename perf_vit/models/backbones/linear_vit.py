@@ -1,17 +1,101 @@
-"""Plain vision transformers whose attention costs O(N) in the number of patches N."""
+"""Plain vision transformers with linear attention, and what other families of ViTs share with them."""
 
-from collections.abc import Mapping
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
 from typing import Any
 
-from timm.models import generate_default_cfgs, register_model
+from timm.data import IMAGENET_INCEPTION_MEAN, IMAGENET_INCEPTION_STD
+from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
 from timm.models.vision_transformer import VisionTransformer, checkpoint_filter_fn
+from torch import Tensor, nn
 
-from perf_vit.conversion.config import Conversion
-from perf_vit.conversion.linearize import convert_attention
-from perf_vit.models.backbones._family import SIZES, entrypoint, vit_cfg, with_own_enhancement
+from perf_vit.conversion.linearize import Conversion, convert_attention
+
+__all__ = ["SIZES", "LinearVisionTransformer", "entrypoint", "vit_cfg", "with_own_enhancement"]
+
+StateDict = dict[str, Tensor]
+
+
+# The widths, depths and heads of timm's `vit_*`, whose heads have 64 channels at every size.
+SIZES = {
+    "tiny": {"embed_dim": 192, "depth": 12, "num_heads": 3},
+    "small": {"embed_dim": 384, "depth": 12, "num_heads": 6},
+    "base": {"embed_dim": 768, "depth": 12, "num_heads": 12},
+    "large": {"embed_dim": 1024, "depth": 24, "num_heads": 16},
+}
+
+
+def vit_cfg(url: str = "", **kwargs: Any) -> dict[str, Any]:
+    """The default config, as timm's, of a ViT without published weights, with changes."""
+    return {
+        "url": url,
+        "num_classes": 1000,
+        "input_size": (3, 224, 224),
+        "pool_size": None,
+        "crop_pct": 0.9,
+        "interpolation": "bicubic",
+        "fixed_input_size": True,
+        "mean": IMAGENET_INCEPTION_MEAN,
+        "std": IMAGENET_INCEPTION_STD,
+        "first_conv": "patch_embed.proj",
+        "classifier": "head",
+        "license": "apache-2.0",
+        **kwargs,
+    }
+
+
+def entrypoint(
+    module: str,
+    name: str,
+    model_cls: type[nn.Module],
+    model_args: Mapping[str, Any],
+    filter_fn: Callable[[StateDict, nn.Module], StateDict],
+) -> Callable[..., nn.Module]:
+    """The function that timm's registry calls to build a model.
+
+    Args:
+        module: name of the module that holds it; timm lists the model there, and pickle looks for it there.
+        name: of the model.
+        model_cls: what is built.
+        model_args: its arguments, which those of the call override.
+        filter_fn: brings a checkpoint's state dict into the model's form.
+    """
+
+    def build(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+        out_indices = kwargs.pop("out_indices", 3)
+        model: nn.Module = build_model_with_cfg(
+            model_cls,
+            name,
+            pretrained,
+            pretrained_filter_fn=filter_fn,
+            feature_cfg={"out_indices": out_indices, "feature_cls": "getter"},
+            **{**model_args, **kwargs},
+        )
+        return model
+
+    build.__name__ = build.__qualname__ = name
+    build.__module__ = module
+    build.__doc__ = (
+        f"{model_args['depth']} blocks of {model_args['embed_dim']} channels, {model_args['num_heads']} heads, on "
+        f"patches of {model_args['patch_size']} px."
+    )
+    return build
+
+
+def with_own_enhancement(
+    filter_fn: Callable[[StateDict, nn.Module], StateDict],
+) -> Callable[[StateDict, nn.Module], StateDict]:
+    """The filter, and for a model with local enhancement what a checkpoint without it lacks: its zeros."""
+
+    def filter_and_complete(state_dict: StateDict, model: nn.Module) -> StateDict:
+        own = {key: value for key, value in model.state_dict().items() if ".local_enhancement." in key}
+        return {**own, **filter_fn(state_dict, model)}
+
+    return filter_and_complete
+
 
 # `register_model` adds the name of every model.
-__all__ = ["LinearVisionTransformer"]
 
 
 class LinearVisionTransformer(VisionTransformer):
@@ -46,7 +130,13 @@ _VARIANTS = {
     for size, size_args in SIZES.items()
     for patch_size in (8, 14, 16)
 }
+
+
 default_cfgs = generate_default_cfgs({name: vit_cfg() for name in _VARIANTS})
+
+
 _filter_fn = with_own_enhancement(checkpoint_filter_fn)
+
+
 for _name, _args in _VARIANTS.items():
     globals()[_name] = register_model(entrypoint(__name__, _name, LinearVisionTransformer, _args, _filter_fn))

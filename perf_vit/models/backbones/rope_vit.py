@@ -6,9 +6,8 @@ from typing import Any
 from timm.models import generate_default_cfgs, register_model
 from timm.models.eva import Eva, checkpoint_filter_fn
 
-from perf_vit.conversion.config import Conversion
-from perf_vit.conversion.linearize import convert_attention
-from perf_vit.models.backbones._family import SIZES, entrypoint, vit_cfg, with_own_enhancement
+from perf_vit.conversion.linearize import Conversion, convert_attention
+from perf_vit.models.backbones.linear_vit import SIZES, entrypoint, vit_cfg, with_own_enhancement
 
 # `register_model` adds the name of every model.
 __all__ = ["LinearRopeVisionTransformer"]

@@ -10,8 +10,7 @@ from timm.layers import LayerNorm2d
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from perf_vit.models.necks import SimpleFPN
-from perf_vit.models.necks.simple_fpn import nearest_power_of_two
+from perf_vit.models.necks import SimpleFPN, nearest_power_of_two
 from perf_vit.types import FeatureSpec
 
 __all__ = [

@@ -4,8 +4,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from perf_vit.errors import PerfVitError
-from perf_vit.tiling import grid_windows, random_window, random_window_holding
-from perf_vit.tiling.blend import hann_weights
+from perf_vit.tiling import grid_windows, hann_weights, random_window, random_window_holding
 from perf_vit.types import Window
 
 extents = st.builds(Window, st.integers(-5, 40), st.integers(-5, 40), st.integers(1, 90), st.integers(1, 90))
