@@ -7,10 +7,12 @@ from perf_vit.metrics.matching import DetectionConfusion
 from perf_vit.metrics.oriented import OrientedAveragePrecision
 from perf_vit.metrics.panoptic import PanopticQuality
 from perf_vit.metrics.plots import plot_precision_recall, save_confusion_matrix, save_precision_recall
+from perf_vit.metrics.registry import METRICS, RegisteredMetrics, register_metric
 from perf_vit.metrics.segmentation import ClassScores, SegmentationCurves, class_scores, segmentation_metrics
 
 __all__ = [
     "FROC_RATES",
+    "METRICS",
     "ClassScores",
     "ClassificationMetrics",
     "ClassificationScores",
@@ -20,10 +22,12 @@ __all__ = [
     "Froc",
     "OrientedAveragePrecision",
     "PanopticQuality",
+    "RegisteredMetrics",
     "RegressionScores",
     "SegmentationCurves",
     "class_scores",
     "plot_precision_recall",
+    "register_metric",
     "save_confusion_matrix",
     "save_precision_recall",
     "segmentation_metrics",

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from perf_vit.data.base import TileBatch
 from perf_vit.errors import ConfigError
-from perf_vit.metrics import ClassificationMetrics, ClassificationScores, RegressionScores
+from perf_vit.metrics import ClassificationMetrics, ClassificationScores, RegisteredMetrics, RegressionScores
 from perf_vit.models import (
     CHECKPOINT_KEY,
     ClassificationModelConfig,
@@ -74,6 +74,7 @@ class ClassificationTask(TrainingTask):
         self.model_config = model_config
         self.model = build_classifier(model_config, spec)
         self.val_metrics = ClassificationMetrics(spec.classes, spec.kind)
+        self.registered_metrics = RegisteredMetrics(self.model.task, self.model.spec)
         weights = None if optim.class_weights is None else torch.tensor(optim.class_weights)
         self.class_weights: Tensor | None
         self.register_buffer("class_weights", weights, persistent=False)
@@ -129,12 +130,16 @@ class ClassificationTask(TrainingTask):
         logits, targets = self(image, valid)[:num], targets[:num]
         loss = self.loss(logits, targets) if num else 0.0
         self.log_counted("val/loss", loss, num, prog_bar=True)
-        self.val_metrics.update(self.model.scores(logits), targets)
+        scores = self.model.scores(logits)
+        self.val_metrics.update(scores, targets)
+        if num:
+            self.registered_metrics.update(scores, targets)
 
     def on_validation_epoch_end(self) -> None:
         """Log the scores, overall and per class."""
         self.log_dict(logged_scores(self.val_metrics.summary()))
         self.val_metrics.reset()
+        self.log_registered_metrics()
 
     @property
     def body(self) -> nn.Module:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from perf_vit.data.detection_tiles import DetectionBatch
-from perf_vit.metrics import DetectionMetrics, DetectionScores
+from perf_vit.metrics import DetectionMetrics, DetectionScores, RegisteredMetrics
 from perf_vit.models import (
     CHECKPOINT_KEY,
     DetectionModelConfig,
@@ -66,6 +66,7 @@ class DetectionTask(TrainingTask):
         self.model_config = model_config
         self.model = build_detector(model_config, spec)
         self.val_metrics = DetectionMetrics(spec.classes, self.model.spec.kind)
+        self.registered_metrics = RegisteredMetrics(self.model.task, self.model.spec)
         self.save_hyperparameters({"model": asdict(model_config), "optim": asdict(optim)})
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -113,6 +114,7 @@ class DetectionTask(TrainingTask):
             found = self(image[None], None if valid is None else valid[index][None])
             if index < num:
                 self.val_metrics.update(found, [labels[index]])
+                self.registered_metrics.update(found, [labels[index]])
 
     def on_validation_epoch_end(self) -> None:
         """Log average precision, overall, per class and per size, and set the score threshold of the network."""
@@ -120,6 +122,7 @@ class DetectionTask(TrainingTask):
         self.val_metrics.reset()
         for name, value in _logged(scores).items():
             self.log(name, value, prog_bar=name in ("val/ap", DETECTION_MONITOR))
+        self.log_registered_metrics()
         if not math.isnan(scores.threshold):
             self.model.spec = replace(self.model.spec, score_threshold=scores.threshold)
 

@@ -17,6 +17,7 @@ from torch.optim import AdamW, Optimizer
 
 from perf_vit.data.base import ShareSampler
 from perf_vit.errors import ConfigError, reason_line
+from perf_vit.metrics import RegisteredMetrics
 from perf_vit.models import backbone_body, backbone_layers
 
 __all__ = [
@@ -121,6 +122,7 @@ class TrainingTask(lightning.LightningModule):
     """
 
     model: Any
+    registered_metrics: RegisteredMetrics
 
     def __init__(self, optim: OptimizerConfig) -> None:
         super().__init__()
@@ -167,6 +169,12 @@ class TrainingTask(lightning.LightningModule):
         """
         # Lightning rounds the mean of integers over processes down.
         self.log(name, mean, batch_size=float(num), sync_dist=True, **options)
+
+    def log_registered_metrics(self) -> None:
+        """Log the known values of the registered metrics, and reset them."""
+        values = self.registered_metrics.compute()
+        self.log_dict({f"val/{name}": value for name, value in values.items() if not math.isnan(value)})
+        self.registered_metrics.reset()
 
     def configure_optimizers(self) -> Any:
         """Build AdamW and the schedule, which is stepped with the optimizer."""

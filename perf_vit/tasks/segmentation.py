@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from perf_vit.data.base import TileBatch
-from perf_vit.metrics import class_scores, segmentation_metrics
+from perf_vit.metrics import RegisteredMetrics, class_scores, segmentation_metrics
 from perf_vit.models import (
     CHECKPOINT_KEY,
     SegmentationModelConfig,
@@ -58,6 +58,7 @@ class SegmentationTask(TrainingTask):
         self.model = build_segmenter(model_config, spec)
         self.loss = (MultilabelLoss if spec.multilabel else SegmentationLoss)(optim.loss, optim.class_weights)
         self.val_metrics = segmentation_metrics(num_classes, multilabel=spec.multilabel)
+        self.registered_metrics = RegisteredMetrics(self.model.task, self.model.spec)
         self.save_hyperparameters({"model": asdict(model_config), "optim": asdict(optim)})
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -92,7 +93,9 @@ class SegmentationTask(TrainingTask):
         labels[num:] = IGNORE_INDEX
         logits = self(image, valid)
         self.log_counted("val/loss", self.loss(logits, labels), num, prog_bar=True)
-        self.val_metrics.update(self.model.decide(logits), labels)
+        predicted = self.model.decide(logits)
+        self.val_metrics.update(predicted, labels)
+        self.registered_metrics.update(predicted, labels)
 
     def on_validation_epoch_end(self) -> None:
         """Log IoU and F1 per class and their means over the classes present."""
@@ -104,3 +107,4 @@ class SegmentationTask(TrainingTask):
         self.log("val/iou", sum(s.iou for s in present) / max(1, len(present)), prog_bar=True)
         self.log("val/f1", sum(s.f1 for s in present) / max(1, len(present)))
         self.val_metrics.reset()
+        self.log_registered_metrics()

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from perf_vit.metrics import ClassificationMetrics
+from perf_vit.metrics import ClassificationMetrics, RegisteredMetrics
 from perf_vit.models import (
     CHECKPOINT_KEY,
     SlideClassificationModelConfig,
@@ -56,6 +56,7 @@ class SlideClassificationTask(TrainingTask):
         self.model_config = model_config
         self.model = build_slide_classifier(model_config, spec)
         self.val_metrics = ClassificationMetrics(spec.classes, "single_label")
+        self.registered_metrics = RegisteredMetrics(self.model.task, self.model.spec)
         weights = None if optim.class_weights is None else torch.tensor(optim.class_weights)
         self.class_weights: Tensor | None
         self.register_buffer("class_weights", weights, persistent=False)
@@ -91,12 +92,16 @@ class SlideClassificationTask(TrainingTask):
         loss = self.loss(logits, labels) if num else 0.0
         self.log_counted("val/loss", loss, num, prog_bar=True)
         self.log_counted(SLIDE_MONITOR, -loss, num)
-        self.val_metrics.update(logits.float().softmax(dim=1), labels)
+        scores = logits.float().softmax(dim=1)
+        self.val_metrics.update(scores, labels)
+        if num:
+            self.registered_metrics.update(scores, labels)
 
     def on_validation_epoch_end(self) -> None:
         """Log the scores, overall and per class."""
         self.log_dict(logged_scores(self.val_metrics.summary()))
         self.val_metrics.reset()
+        self.log_registered_metrics()
 
     @property
     def body(self) -> nn.Module:
