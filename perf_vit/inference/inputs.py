@@ -16,10 +16,10 @@ import pyarrow.parquet
 from perf_vit.errors import DataWarning, InputError, OutputError, reason_line
 from perf_vit.sources import (
     FOLDER_SUFFIXES,
-    IMAGE_SUFFIXES,
     PICTURE_SUFFIXES,
-    SLIDE_SUFFIXES,
     files_below,
+    find_reader,
+    image_suffixes,
     is_by_product,
     is_image_name,
     without_repeats,
@@ -152,7 +152,7 @@ def _below(root: Path, images: Sequence[Path], folder: Path, given: str) -> Iter
     inside = mine != root.resolve() and mine.is_relative_to(root.resolve())
     images = [image for image in images if not (inside and image.resolve().is_relative_to(mine))]
     if not images:
-        raise InputError(f"found no image in {given}; expected {' '.join(sorted(IMAGE_SUFFIXES))}")
+        raise InputError(f"found no image in {given}; expected {' '.join(image_suffixes())}")
     for image in sorted(images) if folder == _NOWHERE else _without_previews(images):
         yield MapInput(str(image), folder / image.relative_to(root).with_name(_map_name(image.name)))
 
@@ -261,8 +261,8 @@ def _map_name(name: str) -> str:
     # Of a dataset in a file, NETCDF:file.nc:variable, the name has both.
     if dataset := re.fullmatch(r'(?:\w+:)?"?([^":]+)\.\w+"?:+([^:]+)', name):
         return f"{dataset[1]}_{dataset[2]}.tif"
-    stem, suffix = PurePosixPath(name).stem, PurePosixPath(name).suffix.lower()
-    return f"{stem}.ome.tif" if suffix in SLIDE_SUFFIXES else f"{stem}.tif"
+    stem = PurePosixPath(name).stem
+    return f"{stem.removesuffix('.ome')}.ome.tif" if find_reader(name) is not None else f"{stem}.tif"
 
 
 def _is_remote(path: str) -> bool:

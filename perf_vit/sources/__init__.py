@@ -4,14 +4,13 @@ from perf_vit.sources._gdal import bounded_cache
 from perf_vit.sources.describe import SourceInfo, describe_source
 from perf_vit.sources.files import (
     FOLDER_SUFFIXES,
-    IMAGE_SUFFIXES,
     MASK_SUFFIXES,
     PICTURE_SUFFIXES,
-    SLIDE_SUFFIXES,
     file_stats,
     files_below,
     find_images,
     fingerprint,
+    image_suffixes,
     is_by_product,
     is_image_name,
     previews_among,
@@ -21,17 +20,21 @@ from perf_vit.sources.mosaic import MosaicSource
 from perf_vit.sources.open import merged_options, open_input, open_raster, open_source
 from perf_vit.sources.pixel_size import PixelSize, common_unit, unit_of
 from perf_vit.sources.raster import RasterSource
+from perf_vit.sources.readers import READERS, find_reader, register_source
+from perf_vit.sources.slides import Level, PyramidReader, SlideSource
 from perf_vit.sources.vector_file import is_vector_name, split_layer
 
 __all__ = [
     "FOLDER_SUFFIXES",
-    "IMAGE_SUFFIXES",
     "MASK_SUFFIXES",
     "PICTURE_SUFFIXES",
-    "SLIDE_SUFFIXES",
+    "READERS",
+    "Level",
     "MosaicSource",
     "PixelSize",
+    "PyramidReader",
     "RasterSource",
+    "SlideSource",
     "SourceInfo",
     "bounded_cache",
     "common_unit",
@@ -39,7 +42,9 @@ __all__ = [
     "file_stats",
     "files_below",
     "find_images",
+    "find_reader",
     "fingerprint",
+    "image_suffixes",
     "is_by_product",
     "is_image_name",
     "is_vector_name",
@@ -48,6 +53,7 @@ __all__ = [
     "open_raster",
     "open_source",
     "previews_among",
+    "register_source",
     "split_layer",
     "unit_of",
     "without_repeats",

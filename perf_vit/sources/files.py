@@ -9,19 +9,19 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
 from perf_vit.errors import InputError
+from perf_vit.sources.readers import READERS
 
 __all__ = [
     "FOLDER_SUFFIXES",
-    "IMAGE_SUFFIXES",
     "MASK_SUFFIXES",
     "PICTURE_SUFFIXES",
     "RASTER_SUFFIXES",
-    "SLIDE_SUFFIXES",
     "file_stats",
     "files_below",
     "find_images",
     "fingerprint",
     "image_root",
+    "image_suffixes",
     "is_by_product",
     "is_glob",
     "is_image_name",
@@ -36,18 +36,8 @@ PICTURE_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp"})
 RASTER_SUFFIXES = PICTURE_SUFFIXES | {".tif", ".tiff", ".vrt", ".img", ".jp2", ".j2k", ".bil", ".asc"}
 """Of files that GDAL reads. A file that is named itself may have any ending."""
 
-
-SLIDE_SUFFIXES = frozenset({".bif", ".czi", ".dcm", ".mrxs", ".ndpi", ".scn", ".svs", ".svslide", ".vms", ".vmu"})
-"""Of files that OpenSlide alone reads."""
-
-
 FOLDER_SUFFIXES = frozenset({".zarr"})
 """Of folders that are one image each."""
-
-
-IMAGE_SUFFIXES = RASTER_SUFFIXES | SLIDE_SUFFIXES | FOLDER_SUFFIXES
-"""Of what a folder is searched for."""
-
 
 MASK_SUFFIXES = RASTER_SUFFIXES - {".jpg", ".jpeg"}
 """Of masks: JPEG changes values."""
@@ -65,9 +55,14 @@ def is_by_product(name: str) -> bool:
     return name.startswith(".") or name in _BY_PRODUCTS or name.endswith(_BY_PRODUCT_ENDINGS)
 
 
+def image_suffixes() -> tuple[str, ...]:
+    """Return the suffixes that folders are searched for: of rasters, image folders and registered readers, sorted."""
+    return tuple(sorted({*RASTER_SUFFIXES, *FOLDER_SUFFIXES, *READERS}))
+
+
 def is_image_name(name: str) -> bool:
     """Whether a folder is searched for files of such a name."""
-    return os.path.splitext(name)[1].lower() in IMAGE_SUFFIXES
+    return name.lower().endswith(image_suffixes())
 
 
 def files_below(root: Path, wanted: Callable[[str], bool]) -> list[Path]:
@@ -153,7 +148,7 @@ def _images_at(path: Path) -> list[Path]:
         matches = without_repeats(map(Path, glob.glob(str(path), recursive=True)))
         found = [each for each in matches if is_image_name(each.name) and not is_by_product(each.name)]
         if not found:
-            raise InputError(f"no image matches {path}; expected files that end in {', '.join(sorted(IMAGE_SUFFIXES))}")
+            raise InputError(f"no image matches {path}; expected files that end in {', '.join(image_suffixes())}")
         return found
     if path.is_file() or (path.is_dir() and path.suffix.lower() in FOLDER_SUFFIXES):
         return [path]
@@ -161,7 +156,7 @@ def _images_at(path: Path) -> list[Path]:
         raise InputError(f"no image file or folder {path}; check the path")
     found = files_below(path, is_image_name)
     if not found:
-        raise InputError(f"no images in {path}; expected files that end in {', '.join(sorted(IMAGE_SUFFIXES))}")
+        raise InputError(f"no images in {path}; expected files that end in {', '.join(image_suffixes())}")
     return found
 
 

@@ -13,12 +13,13 @@ from perf_vit.errors import DataWarning, InputError, PerfVitError
 from perf_vit.sources._bands import Palette, PixelOptions
 from perf_vit.sources._gdal import open_dataset
 from perf_vit.sources._grid import Bounds, GridOptions
-from perf_vit.sources.files import RASTER_SUFFIXES, SLIDE_SUFFIXES, is_by_product, previews_among, without_repeats
+from perf_vit.sources.files import RASTER_SUFFIXES, is_by_product, previews_among, without_repeats
 from perf_vit.sources.mosaic import MosaicSource, is_item_list, item_paths
 from perf_vit.sources.pixel_size import PixelSize
 from perf_vit.sources.raster import RasterSource
+from perf_vit.sources.readers import find_reader
 from perf_vit.sources.slides import SlideSource
-from perf_vit.sources.slides.ome import is_multiscale, open_ome_tiff, open_ome_zarr
+from perf_vit.sources.slides.ome import is_multiscale, open_ome_zarr
 from perf_vit.sources.slides.openslide import OpenSlideReader, slide_format
 from perf_vit.sources.slides.pyramid import PyramidReader
 from perf_vit.types import InputOptions, InputPath
@@ -183,9 +184,6 @@ def _matching(pattern: str) -> list[str]:
     return files
 
 
-_OME_TIFF_SUFFIXES = (".ome.tif", ".ome.tiff", ".ome.tf2", ".ome.tf8", ".ome.btf")
-
-
 def is_slide(path: str, *, asked: bool | None) -> bool:
     """Whether a path is read as a slide.
 
@@ -194,10 +192,9 @@ def is_slide(path: str, *, asked: bool | None) -> bool:
         asked: whether options of slides were given, so that a plain tiled TIFF counts as one, or options of rasters,
             so that it doesn't; None for neither.
     """
-    name = path.lower()
-    if _is_ome_tiff(path) or _is_ome_zarr(path) or Path(name).suffix in SLIDE_SUFFIXES:
+    if find_reader(path) is not None or _is_multiscale_zarr(path):
         return True
-    if Path(name).suffix not in {".tif", ".tiff"} or not Path(path).is_file():
+    if Path(path).suffix.lower() not in {".tif", ".tiff"} or not Path(path).is_file():
         return False
     return _is_slide_tiff(path, asked)
 
@@ -224,21 +221,16 @@ def open_slide(
 
 
 def _reader(path: str, icc: str | None) -> PyramidReader:
-    if not (_is_ome_tiff(path) or _is_ome_zarr(path)):
-        return OpenSlideReader(path, to_srgb=icc is not None)
-    if icc is not None:
+    open_reader = find_reader(path) or (open_ome_zarr if _is_multiscale_zarr(path) else OpenSlideReader)
+    if icc is None:
+        return open_reader(path)
+    if open_reader is not OpenSlideReader:
         raise InputError(f"icc is for slides that OpenSlide reads, and {path} is not one; leave it out")
-    return open_ome_tiff(path) if _is_ome_tiff(path) else open_ome_zarr(path)
+    return OpenSlideReader(path, to_srgb=True)
 
 
-def _is_ome_tiff(path: str) -> bool:
-    return path.lower().endswith(_OME_TIFF_SUFFIXES)
-
-
-def _is_ome_zarr(path: str) -> bool:
-    return path.lower().rstrip("/").endswith(".ome.zarr") or (
-        path.rstrip("/").endswith(".zarr") and is_multiscale(path)
-    )
+def _is_multiscale_zarr(path: str) -> bool:
+    return path.rstrip("/").endswith(".zarr") and is_multiscale(path)
 
 
 def _is_slide_tiff(path: str, asked: bool | None) -> bool:

@@ -17,9 +17,10 @@ from perf_vit.errors import DamagedDataError, InputError, parsing
 from perf_vit.sources._bands import is_finite
 from perf_vit.sources._gdal import check_exists, check_name
 from perf_vit.sources._handles import PerThread
+from perf_vit.sources.readers import register_source
 from perf_vit.sources.slides.ome_xml import micrometres, parse_ome_xml
 from perf_vit.sources.slides.openslide import import_slide_library
-from perf_vit.sources.slides.pyramid import Level, true_downsample
+from perf_vit.sources.slides.pyramid import Level, PyramidReader, true_downsample
 from perf_vit.types import BoolArray, Window
 
 __all__ = ["ArrayReader", "is_multiscale", "open_ome_tiff", "open_ome_zarr", "stored_mask"]
@@ -42,7 +43,7 @@ class _Arrays:
     has_alpha: bool = False
 
 
-class ArrayReader:
+class ArrayReader(PyramidReader):
     """Levels of arrays with axes Y and X, at most one of C (channels) and S (colours), and others of length 1.
 
     Args:
@@ -125,6 +126,7 @@ class ArrayReader:
             raise InputError(f"{self._path} must hold integers or floating-point numbers, got {dtype}")
 
 
+@register_source(".ome.tif", ".ome.tiff", ".ome.tf2", ".ome.tf8", ".ome.btf")
 def open_ome_tiff(path: str) -> ArrayReader:
     """Read the first image of an OME-TIFF; others, such as labels, are never read.
 
@@ -134,6 +136,7 @@ def open_ome_tiff(path: str) -> ArrayReader:
     return ArrayReader(path, _open_tiff, "ome-tiff")
 
 
+@register_source(".ome.zarr")
 def open_ome_zarr(path: str) -> ArrayReader:
     """Read the first image of an OME-Zarr folder of version 0.4 or 0.5.
 

@@ -14,7 +14,8 @@ from PIL import ImageCms
 from perf_vit.errors import DamagedDataError, InputError
 from perf_vit.sources._gdal import check_exists, check_name
 from perf_vit.sources._handles import PerThread
-from perf_vit.sources.slides.pyramid import Level, true_downsample
+from perf_vit.sources.readers import register_source
+from perf_vit.sources.slides.pyramid import Level, PyramidReader, true_downsample
 from perf_vit.types import BoolArray, Window
 
 __all__ = ["OpenSlideReader", "import_slide_library", "slide_format"]
@@ -60,7 +61,8 @@ class _Handle:
         self.slide.close()
 
 
-class OpenSlideReader:
+@register_source(".bif", ".czi", ".dcm", ".mrxs", ".ndpi", ".scn", ".svs", ".svslide", ".vms", ".vmu")
+class OpenSlideReader(PyramidReader):
     """A slide's levels through OpenSlide; labels and macro pictures, which may name the patient, are never read.
 
     Args:
@@ -73,8 +75,6 @@ class OpenSlideReader:
 
     dtype = np.dtype(np.uint8)
     band_names: tuple[str, ...] = ("red", "green", "blue")
-    # Where the scanner saw nothing is in the masks of `read`.
-    alpha: int | None = None
     # Glass without tissue is white.
     fill = 255
 

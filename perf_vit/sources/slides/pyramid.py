@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -40,11 +41,13 @@ class Level:
 
     height: int
     width: int
-    downsample_yx: tuple[float, float]
+    downsample_yx: tuple[float, float] = (1.0, 1.0)
 
 
-class PyramidReader(Protocol):
-    """What a file format must give, so that a `SlideSource` can be made of it.
+class PyramidReader(ABC):
+    """A file format, of which a `SlideSource` is made; `register_source` tells which files have it.
+
+    A reader may be pickled.
 
     Attributes:
         levels: finest first; level 0 has downsample (1, 1).
@@ -57,18 +60,19 @@ class PyramidReader(Protocol):
     """
 
     levels: tuple[Level, ...]
-    mpp_yx: tuple[float, float] | None
+    mpp_yx: tuple[float, float] | None = None
     dtype: np.dtype[Any]
     band_names: tuple[str, ...]
-    alpha: int | None
-    fill: int
-    format: str
+    alpha: int | None = None
+    fill: int = 0
+    format: str = "unknown"
 
+    @abstractmethod
     def read(self, level: int, window: Window) -> tuple[npt.NDArray[Any], BoolArray]:
         """Pixels [C, h, w] of a window inside the level, and which hold data, [C or 1, h, w]; from any thread."""
 
-    def close(self) -> None:
-        """Close this thread's handle."""
+    def close(self) -> None:  # noqa: B027
+        """Close this thread's handle, where the reader holds one."""
 
 
 @dataclass(frozen=True, slots=True)
