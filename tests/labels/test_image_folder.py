@@ -252,7 +252,7 @@ def test_of_many_images_some_are_looked_at_until_one_has_labels(tmp_path) -> Non
         write_photo(tmp_path / "images" / f"{number:02}.png", np.full((8, 8, 3), number, np.uint8))
         write_photo(tmp_path / "masks" / f"{number:02}.png", np.full((8, 8), 9, np.uint8))
     region = SegmentationSplitConfig(image=str(tmp_path / "images"), labels=str(tmp_path / "masks"))
-    with pytest.raises(InputError, match=r"data\.train has no window .*png and 69 more"):
+    with pytest.raises(InputError, match=r"data\.train has no pixel .*png and 69 more"):
         build_segmentation_datamodule(config(region, tile_px=8, ignore_values=[9]), seed=0)
     last = np.random.default_rng(0).permutation(70)[-1]
     write_photo(tmp_path / "masks" / f"{last:02}.png", np.eye(8, dtype=np.uint8))
@@ -296,4 +296,4 @@ def test_classes_that_do_not_exclude_each_other_are_read_from_folders(photos, tm
         config(region, classes=["thing"], background="none", multilabel=True, sampler="balanced"), seed=0
     )
     assert count_class_pixels(data.train.sources, 1) == [3 * 20]
-    assert [len(group) for group in data.train.places.groups] == [60, 4096]
+    assert [len(group) for group in data.train.sampler.groups] == [60, 4096]

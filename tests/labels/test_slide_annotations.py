@@ -88,7 +88,7 @@ def test_segmentation_trains_on_windows_of_a_slide(slide) -> None:
 def test_balanced_tiles_of_a_slide_hold_its_annotations(slide) -> None:
     data = build_segmentation_datamodule(config(slide, sampler="balanced"), seed=0)
     assert all(bool((data.train[index][1] != IGNORE_INDEX).any()) for index in range(20))
-    tumour, stroma = data.train.places.groups
+    tumour, stroma = data.train.sampler.groups
     assert (len(tumour), len(stroma)) == (80 * 40, 40 * 80)
     assert stroma.min(0).tolist() == [0, 80, 150]
 
