@@ -11,7 +11,7 @@ from torch import Tensor
 from perf_vit.data import collate_tiles, image_tile, middle_window
 from perf_vit.errors import InputError
 from perf_vit.inference.jobs.table_job import TableJob
-from perf_vit.inference.options import ClassificationPredictOptions, move_to_device
+from perf_vit.inference.options import ClassificationPredictOptions
 from perf_vit.inference.table_predictor import Rows, TablePredictor
 from perf_vit.models import Classifier, load_classifier
 
@@ -54,7 +54,7 @@ class ClassificationPredictor(TablePredictor[Classifier, ClassificationPredictOp
             tiles: Standardised pixels, [B, C, tile_px, tile_px].
             valid: Valid pixels, bool [B, tile_px, tile_px]; None where all are.
         """
-        device = torch.device(move_to_device(self.model, self.options.device))
+        device = torch.device(self.ready())
         dtype = self.options.dtype
         autocast = torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32)
         with torch.inference_mode(), autocast:

@@ -16,16 +16,16 @@ from perf_vit.inference.detect import predict_objects
 from perf_vit.inference.inputs import MapInput
 from perf_vit.inference.jobs import JobResult
 from perf_vit.inference.jobs.identity import OutputRecord
+from perf_vit.inference.jobs.journal import Journal
 from perf_vit.inference.jobs.logs import DamageLog, WindowLog
 from perf_vit.inference.jobs.object_job import ObjectJob
-from perf_vit.inference.options import DetectionPredictOptions, move_to_device
+from perf_vit.inference.options import DetectionPredictOptions
 from perf_vit.inference.predictor import InputPredictor, OnProgress, ignore_progress
 from perf_vit.inference.prefetch import Reads, SalvagingReader
 from perf_vit.labels.objects import CocoImages
 from perf_vit.models import Detector, load_detector
 from perf_vit.text import to_json
 from perf_vit.tiling import grid_windows
-from perf_vit.transforms import InputCheck
 from perf_vit.types import Source, Window
 from perf_vit.writers import check_vector_output, existing_error, existing_outputs, write_objects
 
@@ -97,25 +97,12 @@ class DetectionPredictor(InputPredictor[Detector, DetectionPredictOptions]):
             InputError: The input can't be read, or doesn't fit the model.
             OutputError: The file can't be written, or is another one without `overwrite`.
         """
-        job = self.job(source, out)
-        scene = job.source
-        window_size, overlap = self.options.windows(self.model.spec.tile_px)
-        num_windows = len(grid_windows(scene.extent, window_size, overlap))
-        result = partial(JobResult, out=job.out, num_windows=num_windows, num_pixels=scene.height * scene.width)
-        try:
+        with self.opened(source) as scene:
+            job = self.job(scene, out)
             with job.work() as journal:
                 if journal is None:
-                    return result(made=False)
-                self.check_input(scene)
-                damage = DamageLog(journal.folder)
-                reader = SalvagingReader(scene, damage.add) if self.options.on_error == "skip" else scene
-                objects = self.find(reader, scene.extent, log=WindowLog(journal.folder), on_progress=on_progress)
-                damaged = tuple(damage.pieces())
-                made = self._write(journal.folder / job.out.name, objects, scene)
-                job.finish(journal, {job.out: made}, num_damaged=len(damaged))
-                return result(made=True, num_objects=len(objects), damaged=damaged)
-        finally:
-            scene.close()
+                    return JobResult(made=False, **self._size(job))
+                return self._search(job, journal, on_progress)
 
     def find(
         self, source: Reads, extent: Window, *, log: WindowLog | None = None, on_progress: OnProgress = ignore_progress
@@ -142,12 +129,27 @@ class DetectionPredictor(InputPredictor[Detector, DetectionPredictOptions]):
             overlap=overlap,
             batch_size=self.options.batch_size,
             num_readers=self.options.num_readers,
-            device=move_to_device(self.model, self.options.device),
+            device=self.ready(),
             precision=self.options.dtype,
             score_threshold=self.score_threshold,
             log=log,
             on_window=on_progress,
         )
+
+    def _search(self, job: ObjectJob, journal: Journal, on_progress: OnProgress) -> JobResult:
+        self.check_input(job.source)
+        damage = DamageLog(journal.folder)
+        reader = SalvagingReader(job.source, damage.add) if self.options.on_error == "skip" else job.source
+        objects = self.find(reader, job.source.extent, log=WindowLog(journal.folder), on_progress=on_progress)
+        damaged = tuple(damage.pieces())
+        made = self._write(journal.folder / job.out.name, objects, job.source)
+        job.finish(journal, {job.out: made}, num_damaged=len(damaged))
+        return JobResult(made=True, num_objects=len(objects), damaged=damaged, **self._size(job))
+
+    def _size(self, job: ObjectJob) -> dict[str, Any]:
+        source = job.source
+        num_windows = len(grid_windows(source.extent, *self.options.windows(self.model.spec.tile_px)))
+        return {"out": job.out, "num_windows": num_windows, "num_pixels": source.height * source.width}
 
     @property
     def score_threshold(self) -> float:
@@ -179,14 +181,6 @@ class DetectionPredictor(InputPredictor[Detector, DetectionPredictOptions]):
         """The model and the options, for the report of many inputs."""
         found = super().described()
         return {**found, "settings": {**found["settings"], "score_threshold": self.score_threshold}}
-
-    def open(self, source: Any) -> Source:
-        """An input as the model was trained, with the options that come before.
-
-        Raises:
-            InputError: It can't be opened, or has other bands.
-        """
-        return self.model.spec.open(source, check=InputCheck(None), **self.options.input_options)
 
     def outputs(self, out: Path) -> list[Path]:
         """All files that may be written for an output.

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
@@ -17,9 +17,10 @@ from perf_vit.inference.inputs import MapInput
 from perf_vit.inference.jobs import JobResult
 from perf_vit.inference.jobs.job import Job
 from perf_vit.inference.jobs.journal import check_partial_folder
-from perf_vit.inference.options import PredictOptions, resolve_device
+from perf_vit.inference.options import PredictOptions, move_to_device, resolve_device
 from perf_vit.models import network_id
 from perf_vit.transforms import InputCheck
+from perf_vit.types import Source
 from perf_vit.writers import existing_outputs
 
 __all__ = ["InputPredictor", "OnProgress", "Predictor", "ignore_progress"]
@@ -87,6 +88,15 @@ class Predictor(ABC, Generic[Model, Options]):
         """The same predictor on another device."""
         return type(self)(self._given, replace(self.options, device=device))
 
+    def ready(self) -> str:
+        """Put the model on its device, in evaluation mode; give the device's name.
+
+        Raises:
+            OptionError: There is no such device.
+        """
+        self.model.eval()
+        return move_to_device(self.model, self.options.device)
+
     @property
     def device(self) -> str:
         """Name of the device that the model runs on."""
@@ -128,6 +138,26 @@ class InputPredictor(Predictor[Model, Options]):
             OutputError: An output can't be written, would replace an input or, without `overwrite`, another file.
         """
 
+    def open(self, source: Any) -> Source:
+        """An input as the model was trained, with the options that come before.
+
+        Raises:
+            InputError: It can't be opened, or has other bands.
+        """
+        spec: Any = self.model.spec
+        opened: Source = spec.open(source, check=InputCheck(None), **self.options.input_options)
+        return opened
+
+    @contextmanager
+    def opened(self, source: Any) -> Iterator[Source]:
+        """Open an input for a while; a source that is open already stays open."""
+        opened = self.open(source)
+        try:
+            yield opened
+        finally:
+            if opened is not source:
+                opened.close()
+
     @abstractmethod
     def outputs(self, out: Path) -> list[Path]:
         """All files that may be written for an output."""
@@ -154,10 +184,8 @@ class InputPredictor(Predictor[Model, Options]):
             if not existing_outputs(outputs):
                 continue
             # An input that can't be opened is reported in its turn.
-            with suppress(InputError):
-                job: Any = self.job(item.path, item.output)
-                job.check()
-                job.source.close()
+            with suppress(InputError), self.opened(item.path) as source:
+                self.job(source, item.output).check()
 
     def folder_files(self, folder: Path) -> list[Path]:
         """Files in the folder of many inputs that are of all of them."""

@@ -14,14 +14,13 @@ from perf_vit.inference.dense import Strip, predict_strips
 from perf_vit.inference.dense_output import DenseOutput, class_output
 from perf_vit.inference.jobs import JobResult, MapJob, check_map_name
 from perf_vit.inference.jobs.logs import DamageLog
-from perf_vit.inference.options import SegmentationPredictOptions, move_to_device
+from perf_vit.inference.options import SegmentationPredictOptions
 from perf_vit.inference.predictor import InputPredictor, OnProgress, ignore_progress
 from perf_vit.inference.prefetch import Reads, SalvagingReader
 from perf_vit.inference.ray import RayPool, row_ranges
 from perf_vit.models import Segmenter, load_segmenter
 from perf_vit.sources import bounded_cache
-from perf_vit.transforms import InputCheck
-from perf_vit.types import Source, Window
+from perf_vit.types import Window
 from perf_vit.writers import StripStore, check_vector_output, polygonize_classes, write_map_quicklook, write_objects
 
 __all__ = ["SegmentationPredictor"]
@@ -63,26 +62,26 @@ class SegmentationPredictor(InputPredictor[Segmenter, SegmentationPredictOptions
             InputError: The input can't be read, or doesn't fit the model.
             OutputError: The map can't be written, or is another file without `overwrite`.
         """
-        job = self.job(source, out)
-        with job.work() as journal:
-            if journal is not None:
-                self.check_input(job.source)
-                store = job.store(journal.folder.absolute())
-                if pool is None:
-                    self.run_rows(job.source, store, on_progress=on_progress)
-                else:
-                    self._run_in_pool(pool, source, job, store, on_progress)
-                damaged = job.finish(journal)
-        made = journal is not None
-        self._write_beside(job, made=made, damaged=bool(damaged) if made else self.options.on_error == "skip")
-        job.source.close()
-        return JobResult(
-            made=made,
-            out=job.out,
-            num_windows=job.num_windows,
-            num_pixels=job.source.height * job.source.width,
-            damaged=damaged if made else (),
-        )
+        with self.opened(source) as opened:
+            job = self.job(opened, out)
+            with job.work() as journal:
+                if journal is not None:
+                    self.check_input(opened)
+                    store = job.store(journal.folder.absolute())
+                    if pool is None:
+                        self.run_rows(opened, store, on_progress=on_progress)
+                    else:
+                        self._run_in_pool(pool, source, job, store, on_progress)
+                    damaged = job.finish(journal)
+            made = journal is not None
+            self._write_beside(job, made=made, damaged=bool(damaged) if made else self.options.on_error == "skip")
+            return JobResult(
+                made=made,
+                out=job.out,
+                num_windows=job.num_windows,
+                num_pixels=opened.height * opened.width,
+                damaged=damaged if made else (),
+            )
 
     def run_rows(
         self,
@@ -104,15 +103,16 @@ class SegmentationPredictor(InputPredictor[Segmenter, SegmentationPredictOptions
             InputError: A window can't be read, or the model's output has another shape.
             OutputError: The disk is full.
         """
-        opened = self.open(source)
         encode = self.output().encode
-        reader = SalvagingReader(opened, DamageLog(store.folder).add) if self.options.on_error == "skip" else opened
 
         def write(strip: Strip) -> None:
             store.write(strip.window.row, encode(strip))
 
         writing: deque[Future[None]] = deque()
-        with bounded_cache(), ThreadPoolExecutor(1, thread_name_prefix="perf_vit-writer") as writer:
+        threads = ThreadPoolExecutor(1, thread_name_prefix="perf_vit-writer")
+        with self.opened(source) as opened, bounded_cache(), threads as writer:
+            skip = self.options.on_error == "skip"
+            reader = SalvagingReader(opened, DamageLog(store.folder).add) if skip else opened
             for gap in store.gaps(*(rows or (0, opened.height))):
                 for strip in self.strips(reader, opened.extent, gap, on_progress=on_progress):
                     writing.append(writer.submit(write, strip))
@@ -157,7 +157,7 @@ class SegmentationPredictor(InputPredictor[Segmenter, SegmentationPredictOptions
             flips=self.options.flips,
             batch_size=self.options.batch_size,
             num_readers=self.options.num_readers,
-            device=move_to_device(self.model, self.options.device),
+            device=self.ready(),
             precision=self.options.dtype,
             on_window=on_progress,
         )
@@ -178,14 +178,6 @@ class SegmentationPredictor(InputPredictor[Segmenter, SegmentationPredictOptions
             options=self.options,
             device=self.device,
         )
-
-    def open(self, source: Any) -> Source:
-        """An input as the model was trained, with the options that come before.
-
-        Raises:
-            InputError: It can't be opened, or has other bands.
-        """
-        return self.model.spec.open(source, check=InputCheck(None), **self.options.input_options)
 
     def outputs(self, out: Path) -> list[Path]:
         """The map, its quicklook and its polygons.

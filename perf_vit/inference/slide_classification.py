@@ -113,7 +113,7 @@ class SlideClassificationPredictor(TablePredictor[SlideClassifier, SlideClassifi
 
     def classify(self, found: SlideFeatures) -> tuple[FloatArray, FloatArray]:
         """Probabilities [K] of a slide and the attention [N] of its windows."""
-        device = torch.device(move_to_device(self.model, self.options.device))
+        device = torch.device(self.ready())
         bag = torch.from_numpy(found.features)[None].to(device)
         with torch.inference_mode():
             logits, attention = self.model(bag, torch.ones(bag.shape[:2], dtype=torch.bool, device=device))

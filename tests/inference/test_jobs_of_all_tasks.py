@@ -20,6 +20,7 @@ from synthetic_slide import make_slide
 from perf_vit.errors import InputError, OutputError
 from perf_vit.inference import PREDICTORS, RayPool, find_inputs, predict_many
 from perf_vit.inference.jobs import JobResult
+from perf_vit.sources import open_source
 
 
 class KilledError(BaseException):
@@ -317,3 +318,18 @@ def test_objects_of_many_inputs_found_by_ray_are_the_same_bytes(tmp_path) -> Non
     assert spread.count("done") == local.count("done") == 6
     for path in (tmp_path / "local").iterdir():
         assert (tmp_path / "ray" / path.name).read_bytes() == path.read_bytes()
+
+
+@pytest.mark.parametrize("task", ["segmentation", "detection"])
+def test_a_source_that_was_given_stays_open_and_the_model_is_evaluated(task, tmp_path) -> None:
+    bench = Bench(CASES[task], tmp_path)
+    predictor = PREDICTORS[task].make(bench.checkpoint, device="cpu", **bench.case.options)
+    predictor.model.train()
+    closed = []
+    with open_source(bench.source) as source:
+        source.close = lambda: closed.append(True)
+        predictor.run(source, tmp_path / "out" / bench.case.out)
+        assert not closed
+        del source.close
+    bench.run("by_path")
+    assert bench.files("out") == bench.files("by_path")
