@@ -1,4 +1,4 @@
-"""Sums over the processes that train together; with one process, nothing changes."""
+"""Sums and means over the processes of distributed training; no-ops with one process."""
 
 from __future__ import annotations
 
@@ -8,29 +8,29 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-__all__ = ["mean_normalizer", "process_place", "sum_over_processes"]
+__all__ = ["mean_normalizer", "rank_and_world_size", "sum_over_processes"]
 
 
-def process_place() -> tuple[int, int]:
-    """(number of this process, how many there are)."""
+def rank_and_world_size() -> tuple[int, int]:
+    """Return the rank of this process and the number of processes, (0, 1) without distributed training."""
     if dist.is_available() and dist.is_initialized():
         return dist.get_rank(), dist.get_world_size()
     return 0, 1
 
 
 def mean_normalizer(total: Tensor, least: float = 1) -> Tensor:
-    """What to divide a sum of losses by, so that the mean over processes is that of one process on all their samples.
+    """Return the divisor of a sum of losses such that the mean over processes is the mean over all samples.
 
-    To be called by all processes alike.
+    A collective operation: all processes must call it.
 
     Args:
-        total: of this process, such as a number of pixels; no gradient goes through it.
-        least: that the total of all processes counts at least.
+        total: Weight of this process's samples, such as a number of pixels; detached.
+        least: Lower bound of the total over all processes.
 
     Returns:
-        The total of all processes, at least `least`, divided by how many they are.
+        The total over all processes, at least `least`, divided by the number of processes.
     """
-    world_size = process_place()[1]
+    world_size = rank_and_world_size()[1]
     if world_size == 1:
         return total.clamp(min=least)
     everywhere = total.detach().clone()
@@ -39,18 +39,18 @@ def mean_normalizer(total: Tensor, least: float = 1) -> Tensor:
 
 
 def sum_over_processes(values: Tensor) -> Tensor:
-    """Sum of a tensor over processes, through which gradients of all of them go back to each.
+    """Sum a tensor over processes, with gradients from all of them.
 
-    To be called by all processes alike, on tensors of one shape.
+    A collective operation: all processes must call it, with tensors of one shape.
     """
-    if process_place()[1] == 1:
+    if rank_and_world_size()[1] == 1:
         return values
     summed: Tensor = _SumOverProcesses.apply(values)
     return summed
 
 
 class _SumOverProcesses(torch.autograd.Function):
-    """Torch's own, in `torch.distributed.nn`, is deprecated."""
+    """Differentiable all-reduce; torch's own in `torch.distributed.nn` is deprecated."""
 
     @staticmethod
     def forward(ctx: Any, values: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""The errors a user can cause: each message says what was expected, what came and what to do next."""
+"""Errors that a user can cause; messages state what was expected, what was given and what to do."""
 
 from __future__ import annotations
 
@@ -25,50 +25,50 @@ __all__ = [
 
 
 class PerfVitError(ValueError):
-    """Base of every error that a user can cause and mend; the command line prints it as one line."""
+    """Base class of errors that a user can cause and fix; the command line prints them as one line."""
 
 
 class ConfigError(PerfVitError):
-    """A config file, key or value that does not fit its schema."""
+    """Config file, key or value that doesn't match its schema."""
 
 
 class OptionError(ConfigError):
-    """An option of a call that doesn't fit; its message begins with the option's name, which is a flag's, too."""
+    """Invalid option of a call; the message starts with the option's name, which is also the name of its flag."""
 
 
 class DataWarning(UserWarning):
-    """Something of the data is left out, changed or doubtful: what, how much of it, and an example."""
+    """Data that is skipped, changed or suspicious; the message states what, how much of it, and an example."""
 
 
 class InputError(PerfVitError):
-    """An image or label file that can't be read, or that doesn't fit the others."""
+    """Image or label file that can't be read or is inconsistent with others."""
 
 
 class DamagedDataError(InputError):
-    """Pixels of an open file that can't be decoded; other windows of it may be whole."""
+    """Pixels of an open file that can't be decoded; other windows may be intact."""
 
 
 class UnreachableError(InputError):
-    """Pixels that a server didn't deliver: the data may be whole, and a later try may get them."""
+    """Pixels that a server didn't deliver; the data may be intact and a retry may succeed."""
 
 
 class OutputError(PerfVitError):
-    """A result that can't be written where it was asked for."""
+    """Result that can't be written to its path."""
 
 
 class BusyError(OutputError):
-    """A result that another process is writing just now."""
+    """Result that another process is writing."""
 
 
 class CheckpointError(PerfVitError):
-    """A checkpoint that can't be read, or that doesn't fit the data it is used on."""
+    """Checkpoint that can't be read or doesn't match the data."""
 
 
 _warned: set[str] = set()
 
 
 def warn_once(kind: str, message: str) -> None:
-    """Give the first `DataWarning` of a kind in this process: one file stands for all others like it."""
+    """Emit a `DataWarning`, only the first time for each `kind` in this process."""
     if kind not in _warned:
         _warned.add(kind)
         warnings.warn(message, DataWarning, stacklevel=3)
@@ -76,17 +76,17 @@ def warn_once(kind: str, message: str) -> None:
 
 @contextmanager
 def parsing(path: str | Path, kind: str, error: type[PerfVitError] = InputError) -> Iterator[None]:
-    """Report what a library raises on a damaged file as one line that names the file.
+    """Convert exceptions that a library raises on a damaged file to a one-line error that names the file.
 
-    Parsers of damaged bytes raise whatever their code comes upon, so every exception inside is one of the file.
+    Parsers of damaged bytes raise exceptions of any class, so all of them are converted.
 
     Args:
-        path: of the file.
-        kind: what it is read as, "JSON".
-        error: what to raise.
+        path: Path of the file.
+        kind: Format that it is read as, such as "JSON".
+        error: Class of the error to raise.
 
     Raises:
-        PerfVitError: of the class `error`; those raised inside pass as they are.
+        PerfVitError: Reading fails, of class `error`; a `PerfVitError` raised inside is passed on unchanged.
     """
     try:
         yield
@@ -99,7 +99,7 @@ def parsing(path: str | Path, kind: str, error: type[PerfVitError] = InputError)
 
 
 def reason_line(cause: Exception) -> str:
-    """The first line of a library's message, after the class of the error where that says more."""
+    """Return the first line of an exception's message, prefixed by its class where the message alone is unclear."""
     lines = str(cause).strip().splitlines()
     name = type(cause).__name__
     if isinstance(cause, OSError | ValueError | RuntimeError | TypeError) and lines:

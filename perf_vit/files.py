@@ -1,4 +1,4 @@
-"""Files that appear when they are complete: staging, atomic replacement, JSON and text."""
+"""Atomic file output, JSON and text files."""
 
 from __future__ import annotations
 
@@ -13,16 +13,19 @@ from typing import Any
 from perf_vit.errors import OutputError
 from perf_vit.text import to_json
 
-__all__ = ["beside", "replaced", "staged", "write_json", "write_text"]
+__all__ = ["atomic_file", "sibling_path", "staged", "write_json", "write_text"]
 
-# Of most file systems, in bytes; what is made beside an output may have eight letters more than this one.
+# Longest file name of most file systems, in bytes; temporary names add up to eight random characters.
 _MAX_NAME = 255
 
 _SPARE = 10
 
 
-def beside(path: Path, beginning: str, ending: str) -> Path:
-    """Path of a working file or folder beside an output: its name between both, shortened if that were too long."""
+def sibling_path(path: Path, beginning: str, ending: str) -> Path:
+    """Return the path of a working file or folder in the same folder as an output.
+
+    The name is `beginning`, the output's name and `ending`; long names are replaced by a hash.
+    """
     name = f"{beginning}{path.name}{ending}"
     if len(os.fsencode(name)) + _SPARE <= _MAX_NAME:
         return path.with_name(name)
@@ -32,18 +35,18 @@ def beside(path: Path, beginning: str, ending: str) -> Path:
 
 @contextmanager
 def staged(path: Path) -> Iterator[Path]:
-    """Give a hidden folder beside `path` to write in, and move its file of that name to `path` at the end.
+    """Yield a hidden folder next to `path` to write in, and move the file of the same name to `path` on exit.
 
-    After an exception the folder is gone, with any parent that was made for it, and an earlier output is untouched.
+    After an exception the folder is deleted, with any parents created for it, and an existing output is unchanged.
 
     Args:
-        path: where the output goes; missing parent folders are made.
+        path: Output path; missing parent folders are created.
 
     Yields:
         The folder to write `path.name` into.
 
     Raises:
-        OutputError: nothing can be written there.
+        OutputError: The path isn't writable.
     """
     parent = path.absolute().parent
     made = [folder for folder in (parent, *parent.parents) if not folder.exists()]
@@ -59,26 +62,26 @@ def staged(path: Path) -> Iterator[Path]:
 
 
 @contextmanager
-def replaced(path: Path) -> Iterator[Path]:
-    """Give the hidden file `.NAME.tmp` beside `path` to write, and move it to `path` at the end.
+def atomic_file(path: Path) -> Iterator[Path]:
+    """Yield the hidden path `.NAME.tmp` next to `path` to write, and move it to `path` on exit.
 
-    After an exception it is gone and an earlier `path` is untouched. What a killed process left of it is written over.
-    For files that one process writes.
+    After an exception it is deleted and an existing `path` is unchanged. A leftover of a killed process is overwritten.
+    Only for files written by one process.
 
     Args:
-        path: where the file goes; its folder must exist.
+        path: Output path; its folder must exist.
 
     Yields:
         The file to write.
 
     Raises:
-        OutputError: nothing can be written there.
+        OutputError: The path isn't writable.
     """
-    unfinished = beside(path, ".", ".tmp")
+    unfinished = sibling_path(path, ".", ".tmp")
     try:
         yield unfinished
         with unfinished.open("rb") as file:
-            # Else a machine that stops may keep the name without the content.
+            # Without fsync, a crash of the machine may keep the name but lose the content.
             os.fsync(file.fileno())
         os.replace(unfinished, path)
     except BaseException as error:
@@ -94,7 +97,7 @@ def _make_staging(path: Path, parent: Path) -> tempfile.TemporaryDirectory[str]:
         raise OutputError(f"can't write {path}: it is a folder; choose a file in it")
     try:
         parent.mkdir(parents=True, exist_ok=True)
-        return tempfile.TemporaryDirectory(prefix=beside(path, ".", ".").name, dir=parent)
+        return tempfile.TemporaryDirectory(prefix=sibling_path(path, ".", ".").name, dir=parent)
     except OSError as error:
         raise _refusal(path, error) from error
 
@@ -112,19 +115,19 @@ def _refusal(path: Path, error: OSError) -> OutputError:
 
 
 def write_json(path: str | Path, value: Any) -> None:
-    """Write plain values as strict JSON; NaN and infinities become null.
+    """Write plain values as strict JSON, with null for NaN and infinities.
 
     Raises:
-        OutputError: nothing can be written there.
+        OutputError: The path isn't writable.
     """
     write_text(path, to_json(value, indent=2) + "\n")
 
 
 def write_text(path: str | Path, text: str) -> None:
-    """Write text as UTF-8.
+    """Write text as UTF-8, atomically.
 
     Raises:
-        OutputError: nothing can be written there.
+        OutputError: The path isn't writable.
     """
     path = Path(path)
     with staged(path) as folder:

@@ -1,4 +1,4 @@
-"""The values that travel between packages: windows, georeferenced pixels, feature shapes."""
+"""Types shared between packages: windows, georeferenced pixels, sources, objects, feature maps."""
 
 from __future__ import annotations
 
@@ -34,14 +34,14 @@ BoolArray = npt.NDArray[np.bool_]
 LabelArray = npt.NDArray[np.uint8]
 
 IGNORE_INDEX = 255
-"""Label of a pixel that takes part in neither loss nor metrics; classes are 0 to 254."""
+"""Label of pixels excluded from losses and metrics; classes are 0 to 254."""
 
 
 @dataclass(frozen=True, slots=True)
 class Window:
-    """A rectangle of a source's pixels, half open: rows [row, row_stop), columns [col, col_stop).
+    """Rectangle of a source's pixels: rows [row, row_stop), columns [col, col_stop).
 
-    It may reach past the source's edges on any side; readers pad there.
+    It may extend past the edges of the source; readers pad there.
     """
 
     row: int
@@ -65,30 +65,30 @@ class Window:
         return self.height, self.width
 
     def intersect(self, other: Window) -> Window | None:
-        """The part that both windows share, or None."""
+        """Return the intersection with another window, or None if it is empty."""
         row, col = max(self.row, other.row), max(self.col, other.col)
         height = min(self.row_stop, other.row_stop) - row
         width = min(self.col_stop, other.col_stop) - col
         return Window(row, col, height, width) if height > 0 and width > 0 else None
 
     def slices_in(self, outer: Window) -> tuple[slice, slice]:
-        """(rows, columns) of this window inside an array that holds `outer`, which must contain it."""
+        """Return the (rows, columns) of this window in an array of the pixels of `outer`, which must contain it."""
         row, col = self.row - outer.row, self.col - outer.col
         return slice(row, row + self.height), slice(col, col + self.width)
 
 
 @dataclass(slots=True)
 class GeoImage:
-    """Pixels that know where they lie and which of them hold data.
+    """Pixels with their validity and georeference.
 
     Attributes:
-        pixels: [C, H, W], the source's own dtype.
-        valid: [H, W], True where at least one band holds data.
-        crs: coordinate reference system, None where the source has none.
-        transform: pixel (column, row) to CRS coordinates, None where the source has none.
-        mpp: micrometres per pixel of a slide, None for a raster.
-        band_valid: [C, H, W], True where a band holds data: not nodata, not masked, not NaN, inside the source. None
-            where every band is like `valid`.
+        pixels: [C, H, W], in the dtype of the source.
+        valid: [H, W] bool, True where at least one band holds data.
+        crs: Coordinate reference system, or None.
+        transform: Affine transform from pixel (column, row) to CRS coordinates, or None.
+        mpp: Micrometres per pixel of a slide, None for a raster.
+        band_valid: [C, H, W] bool, True where a band holds data: not nodata, not masked, not NaN, inside the source.
+            None if every band equals `valid`.
     """
 
     pixels: npt.NDArray[Any]
@@ -107,14 +107,14 @@ class GeoImage:
         transform: Affine | None = None,
         mpp: float | None = None,
     ) -> GeoImage:
-        """Make an image from the values that hold data.
+        """Make an image from pixels and their mask.
 
         Args:
-            pixels: [C, H, W].
+            pixels: Pixels, [C, H, W].
             mask: True where a value holds data, [C, H, W], or [1, H, W] for all bands.
-            crs: see the attributes.
-            transform: see the attributes.
-            mpp: see the attributes.
+            crs: Coordinate reference system, or None.
+            transform: Affine transform from pixel (column, row) to CRS coordinates, or None.
+            mpp: Micrometres per pixel of a slide, None for a raster.
         """
         valid: BoolArray = np.asarray(mask[0] if len(mask) == 1 else mask.any(0))
         alike = len(mask) == 1 or bool((mask == valid).all())
@@ -127,22 +127,22 @@ class GeoImage:
 
 
 InputPath: TypeAlias = str | Path | Sequence[str | Path]
-"""What `perf_vit.open_source` opens: a file, folder, pattern or URL, or a list of such."""
+"""Input of `perf_vit.open_source`: a file, folder, pattern or URL, or a list of these."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class InputOptions:
-    """Options that training, evaluation and prediction open the inputs of one model with.
+    """Options with which a model's inputs are opened, in training, evaluation and prediction.
 
     Attributes:
-        bands: 1-based bands to read; None for all but an alpha band.
-        nodata: value of missing pixels, instead of the one that files declare; None for theirs.
-        resolution: pixel size that rasters are read at, None for their own.
-        resolution_unit: name and metres of the unit of `resolution`; None instead of metres for degrees. None as a
-            whole for the unit of each raster's CRS.
-        mpp: micrometres per pixel that slides are read at; None for their level 0, and for rasters.
-        slide_mpp: micrometres per pixel of slides' level 0, where their files don't say.
-        tissue: "otsu", or a GeoJSON file of outlines: pixels elsewhere are not valid.
+        bands: 1-based bands to read; None for all except an alpha band.
+        nodata: Value of missing pixels, which overrides the value in the files; None to use theirs.
+        resolution: Pixel size at which rasters are read; None for their own.
+        resolution_unit: name and metres of the unit of `resolution`, (name, None) for degrees; None for the unit of
+            each raster's CRS.
+        mpp: Micrometres per pixel at which slides are read; None for level 0, and for rasters.
+        slide_mpp: Micrometres per pixel of level 0 of slides whose files lack it.
+        tissue: "otsu", or path of a GeoJSON file of outlines; pixels outside the tissue are invalid.
     """
 
     bands: tuple[int, ...] | None = None
@@ -155,7 +155,7 @@ class InputOptions:
 
     @classmethod
     def from_config(cls, config: Any) -> InputOptions:
-        """Take the options from the keys of a data config that have their names."""
+        """Read the options from the fields of a data config with the same names."""
         names = (each.name for each in fields(InputOptions) if hasattr(config, each.name))
         values: dict[str, Any] = {name: getattr(config, name) for name in names}
         if isinstance(values.get("bands"), list):
@@ -164,20 +164,20 @@ class InputOptions:
 
 
 class Source(Protocol):
-    """What a raster, a mosaic and a slide have in common; `perf_vit.open_source` opens them.
+    """Interface of rasters, mosaics and slides; `perf_vit.open_source` opens them.
 
     Attributes:
-        path: as it was given.
-        height: rows.
-        width: columns.
-        num_bands: C, bands or channels that `read` gives.
-        dtype: of the pixels.
-        band_names: one a band.
-        crs: coordinate reference system, None where there is none.
-        transform: pixel (column, row) to CRS coordinates; the identity where there is none.
-        mpp: micrometres per pixel of a slide at the size it is read at, None for a raster.
-        nodata: value of missing pixels, None if there is none.
-        colormap: value to (red, green, blue, alpha), None where there is none.
+        path: Path as given.
+        height: Number of rows.
+        width: Number of columns.
+        num_bands: Number of bands or channels C that `read` returns.
+        dtype: Dtype of the pixels.
+        band_names: name of each band.
+        crs: Coordinate reference system, or None.
+        transform: Affine transform from pixel (column, row) to CRS coordinates; the identity without georeference.
+        mpp: Micrometres per pixel of a slide at the scale at which it is read, None for a raster.
+        nodata: Value of missing pixels, or None.
+        colormap: Mapping of value to (red, green, blue, alpha), or None.
     """
 
     path: str
@@ -193,7 +193,7 @@ class Source(Protocol):
 
     @property
     def num_bands(self) -> int:
-        """C."""
+        """Number of bands or channels, C."""
 
     @property
     def size(self) -> tuple[int, int]:
@@ -201,33 +201,30 @@ class Source(Protocol):
 
     @property
     def extent(self) -> Window:
-        """The window of all pixels."""
+        """Window of all pixels."""
 
     def read(self, window: Window) -> GeoImage:
-        """Pixels [C, h, w] and valid mask [h, w] of a window, padded where it reaches past the edge.
-
-        Any thread may call it.
-        """
+        """Read the pixels [C, h, w] and the valid mask [h, w] of a window, padded past the edges; thread-safe."""
 
     def read_reduced(self, max_size_px: int, window: Window | None = None) -> GeoImage:
-        """A window at lower resolution, its longest side at most `max_size_px`: for statistics and pictures."""
+        """Read a window at reduced resolution, longest side at most `max_size_px`, for statistics and thumbnails."""
 
     def close(self) -> None:
-        """Close this thread's file handle; a later read opens it again."""
+        """Close the file handle of this thread; a later read opens it again."""
 
 
 OpenInput: TypeAlias = Callable[[InputPath], Source]
-"""Opens an image by its path, with the options of a model or a data config."""
+"""Function that opens an image by its path, with the options of a model or a data config."""
 
 
 @dataclass(frozen=True, slots=True)
 class MaskCrops:
-    """Masks of one image, each only inside a rectangle that holds its object, so that many fit in memory.
+    """Masks of the objects of one image, each cropped to a rectangle around its object to save memory.
 
     Attributes:
-        crops: which pixels of its rectangle each object covers, n arrays bool [h, w].
-        corners: row and column of each rectangle's first pixel, [n, 2].
-        size: (height, width) of the image.
+        crops: Mask of each object within its rectangle, n bool arrays [h, w].
+        corners: Row and column of the first pixel of each rectangle, [n, 2].
+        size: (height, width) of the image in pixels.
     """
 
     crops: list[BoolArray]
@@ -239,7 +236,7 @@ class MaskCrops:
 
     @classmethod
     def of(cls, masks: BoolArray) -> MaskCrops:
-        """From whole masks, [n, height, width]."""
+        """Crop full-size masks, [n, height, width]."""
         crops, corners = [], np.zeros((len(masks), 2), np.int64)
         for index, mask in enumerate(masks):
             rows, cols = np.flatnonzero(mask.any(axis=1)), np.flatnonzero(mask.any(axis=0))
@@ -249,33 +246,33 @@ class MaskCrops:
         return cls(crops, corners, (masks.shape[1], masks.shape[2]))
 
     def take(self, indices: npt.NDArray[Any]) -> MaskCrops:
-        """Some of the masks, by their numbers or as bool [n]."""
+        """Select masks by their indices or by a bool array [n]."""
         chosen = np.arange(len(self))[indices]
         return MaskCrops([self.crops[index] for index in chosen.tolist()], self.corners[chosen], self.size)
 
     def areas(self) -> npt.NDArray[np.int64]:
-        """Pixels of each object, [n]."""
+        """Return the area of each object in pixels, [n]."""
         return np.array([np.count_nonzero(crop) for crop in self.crops], np.int64)
 
     def rectangles(self) -> npt.NDArray[np.int64]:
-        """The rectangles as left, top, right, bottom, [n, 4]."""
+        """Return the rectangles as left, top, right, bottom, [n, 4]."""
         shapes = np.array([crop.shape for crop in self.crops], np.int64).reshape(-1, 2)
         return np.hstack([self.corners, self.corners + shapes])[:, [1, 0, 3, 2]]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Detections:
-    """The objects of one tile, tensors or arrays, with exactly one kind of geometry.
+    """Objects predicted in one tile, as tensors or arrays, with exactly one kind of geometry.
 
     Attributes:
-        scores: [n], higher is surer.
-        labels: [n], class indices.
-        boxes_xyxy: left, top, right, bottom in the tile's pixels, [n, 4].
-        oriented_boxes: centre x, centre y, width, height in the tile's pixels and angle in radians, [n, 5]; width is
-            at least height, and the angle lies in [-pi/2, pi/2).
-        masks: which pixels of the tile each object covers, bool [n, h, w].
-        polygons: n shapely polygons or multipolygons in the tile's pixels.
-        mask_crops: masks of an image too large for `masks`; only metrics take them.
+        scores: Confidence, [n].
+        labels: Class indices, [n].
+        boxes_xyxy: Left, top, right, bottom in pixels of the tile, [n, 4].
+        oriented_boxes: Centre x, centre y, width, height in pixels of the tile and angle in radians, [n, 5]; width >=
+            height and angle in [-pi/2, pi/2).
+        masks: Mask of each object, bool [n, h, w].
+        polygons: n shapely polygons or multipolygons in pixels of the tile.
+        mask_crops: Cropped masks of an image too large for `masks`; for metrics only.
     """
 
     scores: Any
@@ -289,16 +286,17 @@ class Detections:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ObjectLabels:
-    """The labelled objects of an image or a window, in its pixels.
+    """Labelled objects of an image or a window, in its pixels.
 
     Attributes:
-        labels: [n] int64, class indices.
-        boxes_xyxy: left, top, right, bottom, [n, 4] float32.
-        oriented_boxes: centre x, centre y, width, height and angle in radians, [n, 5] float32, where labels have them;
-            width is at least height, and the angle, from the x axis towards the y axis, lies in [-pi/2, pi/2).
-        masks: which pixels each object covers, bool [n, h, w], where labels have them.
-        ignored: [n] bool, objects that count neither as found nor as missed: crowds and difficult ones.
-        mask_crops: instead of `masks`, those of an image too large for them; only metrics take them.
+        labels: Class indices, [n] int64.
+        boxes_xyxy: Left, top, right, bottom, [n, 4] float32.
+        ignored: [n] bool, objects that count neither as true positives nor as false negatives: crowds and difficult
+            ones.
+        oriented_boxes: Centre x, centre y, width, height and angle in radians from the x axis towards the y axis, [n,
+            5] float32, or None; width >= height and angle in [-pi/2, pi/2).
+        masks: Mask of each object, bool [n, h, w], or None.
+        mask_crops: Cropped masks of an image too large for `masks`; for metrics only.
     """
 
     labels: npt.NDArray[np.int64]
@@ -314,7 +312,12 @@ class ObjectLabels:
 
 @dataclass(frozen=True, slots=True)
 class FeatureSpec:
-    """One feature map of a backbone: its channel count and its stride in input pixels."""
+    """Feature map of a backbone.
+
+    Attributes:
+        channels: Number of channels.
+        stride: Stride in input pixels.
+    """
 
     channels: int
     stride: int

@@ -3,23 +3,23 @@ import json
 import pytest
 from nasty_names import NASTY_NAMES, UNSEEN_NAMES
 
-from perf_vit.text import to_json, visible, without_nan
+from perf_vit.text import printable, to_json, without_nan
 
 
 @pytest.mark.parametrize("name", [*NASTY_NAMES, "👩‍🌾", "non\xa0breaking"])
 def test_visible_text_stays_as_it_is(name) -> None:
-    assert visible(name) == name
+    assert printable(name) == name
 
 
 @pytest.mark.parametrize(("name", "shown"), UNSEEN_NAMES.items())
 def test_unseen_characters_are_escaped(name, shown) -> None:
-    assert visible(name) == shown
+    assert printable(name) == shown
 
 
 def test_bytes_of_a_file_name_that_is_not_utf8_are_escaped() -> None:
     name = b"caf\xe9.tif".decode(errors="surrogateescape")
-    assert visible(name) == r"caf\udce9.tif"
-    assert visible(name).encode()
+    assert printable(name) == r"caf\udce9.tif"
+    assert printable(name).encode()
 
 
 @pytest.mark.parametrize("ascii_only", [False, True])

@@ -1,4 +1,4 @@
-"""How near a converted model is to the softmax model that it came from."""
+"""Fidelity of a converted model to its softmax model."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from perf_vit.conversion.linearize import convertible_layers
 from perf_vit.layers import LinearizedAttention
 from perf_vit.layers.token_grid import watch_patch_embed
 
-__all__ = ["attention_errors", "evaluating", "final_errors", "image_batches", "token_cosines"]
+__all__ = ["attention_errors", "eval_mode", "final_errors", "image_batches", "token_cosines"]
 
 
 @torch.no_grad()
@@ -24,16 +24,16 @@ def attention_errors(
     images: Iterable[Tensor],
     on_step: Callable[[], None] = lambda: None,
 ) -> dict[int, list[float]]:
-    """Relative error of converted attention layers on the inputs that they have in the softmax model.
+    """Measure the relative error of converted attention layers on their inputs in the softmax model.
 
     Args:
-        softmax: the model that the layers were converted from.
-        alternatives: converted layers to measure, by place of the layer that they stand for.
-        images: standardised images, [B, C, H, W] or [C, H, W].
-        on_step: called after each alternative and image.
+        softmax: Model that the layers were converted from.
+        alternatives: Converted layers to measure, by layer index.
+        images: Standardised images, [B, C, H, W] or [C, H, W].
+        on_step: Callback after each alternative and image.
 
     Returns:
-        For each layer and alternative |out - exact| / |exact| over all tokens of all images, Frobenius norms.
+        |out - exact| / |exact| by layer index and alternative, Frobenius norms over all tokens of all images.
     """
     wrong = {index: torch.zeros(len(layers), dtype=torch.float64) for index, layers in alternatives.items()}
     total = dict.fromkeys(alternatives, 0.0)
@@ -45,7 +45,7 @@ def attention_errors(
             on_step()
 
     found = convertible_layers(softmax)
-    with evaluating(softmax), ExitStack() as hooks:
+    with eval_mode(softmax), ExitStack() as hooks:
         for grid in {id(layer.grid): layer.grid for layers in alternatives.values() for layer in layers}.values():
             if hasattr(softmax, "patch_embed"):
                 hooks.callback(watch_patch_embed(softmax, grid).remove)
@@ -67,17 +67,17 @@ def final_errors(
     images: Sequence[Tensor],
     on_step: Callable[[], None] = lambda: None,
 ) -> dict[int, float]:
-    """How far the final tokens move, 1 - their mean cosine, when one layer alone is converted.
+    """Measure the change of the final tokens, 1 - mean cosine similarity, with one layer converted at a time.
 
     Args:
-        softmax: the model that the layers were converted from.
-        alone: one converted layer, by place of the layer that it stands for.
-        images: standardised images, [B, C, H, W] or [C, H, W].
-        on_step: called after each layer and image.
+        softmax: Model that the layers were converted from.
+        alone: One converted layer in a list, by layer index.
+        images: Standardised images, [B, C, H, W] or [C, H, W].
+        on_step: Callback after each layer and image.
     """
     found = convertible_layers(softmax)
     moved = dict.fromkeys(alone, 0.0)
-    with evaluating(softmax), ExitStack() as hooks:
+    with eval_mode(softmax), ExitStack() as hooks:
         for (layer,) in alone.values():
             if hasattr(softmax, "patch_embed"):
                 hooks.callback(watch_patch_embed(softmax, layer.grid).remove)
@@ -97,20 +97,21 @@ def final_errors(
 
 @torch.no_grad()
 def token_cosines(softmax: Any, converted: Any, images: Iterable[Tensor]) -> tuple[list[float], list[float]]:
-    """Cosines of the final tokens of both models.
+    """Compute the cosine similarity of the final tokens of two models.
 
     Args:
-        softmax: the model before.
-        converted: the model after.
-        images: standardised images, [B, C, H, W] or [C, H, W].
+        softmax: softmax model.
+        converted: Converted model.
+        images: Standardised images, [B, C, H, W] or [C, H, W].
 
     Returns:
-        For each image, the mean over patch tokens, and the class token's; the latter empty where there is none.
+        Mean over the patch tokens of each image, and the class token of each image; the latter is empty for models
+        without a class token.
     """
     patches, class_tokens = [], []
     num_prefix_tokens = getattr(softmax, "num_prefix_tokens", 0)
     has_class_token = getattr(softmax, "cls_token", None) is not None
-    with evaluating(softmax), evaluating(converted):
+    with eval_mode(softmax), eval_mode(converted):
         for batch in image_batches(softmax, images):
             before, after = (model.forward_features(batch).float() for model in (softmax, converted))
             cosines = F.cosine_similarity(before, after, dim=-1)
@@ -120,14 +121,14 @@ def token_cosines(softmax: Any, converted: Any, images: Iterable[Tensor]) -> tup
 
 
 def image_batches(model: nn.Module, images: Iterable[Tensor]) -> Iterable[Tensor]:
-    """The images as batches, [B, C, H, W], on the model's device."""
+    """Return images as batches, [B, C, H, W], on the model's device."""
     device = next(model.parameters()).device
     return ((image if image.ndim == 4 else image.unsqueeze(0)).to(device) for image in images)
 
 
 @contextmanager
-def evaluating(model: nn.Module) -> Any:
-    """Evaluation mode, and at the end the mode that it was in."""
+def eval_mode(model: nn.Module) -> Any:
+    """Switch a model to evaluation mode and restore its mode on exit."""
     training = model.training
     model.eval()
     try:

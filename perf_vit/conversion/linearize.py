@@ -1,4 +1,4 @@
-"""What a conversion was asked for, as plain values that can be saved."""
+"""Conversion of a softmax ViT to linear attention with the same weights, and its arguments."""
 
 from __future__ import annotations
 
@@ -17,28 +17,27 @@ from perf_vit.layers.token_grid import TokenGrid, follow_tokens, watch_patch_emb
 
 __all__ = [
     "Conversion",
-    "body_of",
     "convert_attention",
     "convert_in_place",
     "converted_layers",
     "convertible_layers",
+    "find_vit",
     "linearize",
 ]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Conversion:
-    """The arguments of `linearize`.
+    """Arguments of `linearize`.
 
     Attributes:
         mixer: name of a mixer.
-        layers: indices of the layers to convert, None for all.
-        options: options of the mixer, for all of these layers.
-        per_layer: options by index, over those for all; among them a "mixer" of the layer's own, which takes none of
-            `options`.
+        layers: Indices of the layers to convert, None for all.
+        options: Options of the mixer, for all these layers.
+        per_layer: Options by layer index, which override `options`. A layer with another "mixer" ignores `options`.
 
     Raises:
-        ValueError: an unknown mixer, an option that the mixer doesn't have, or a value that it can't take.
+        ValueError: The mixer is unknown, has no such option, or an option has an invalid value.
     """
 
     mixer: str = "clustered"
@@ -52,50 +51,47 @@ class Conversion:
         for index, own in self.per_layer.items():
             mixer = own.get("mixer", self.mixer)
             check_option_names(mixer, (name for name in own if name != "mixer"))
-            self.of_layer(index, 0)
+            self.layer_options(index, 0)
 
-    def mixer_of(self, index: int) -> str:
-        """The name of a layer's mixer."""
+    def layer_mixer(self, index: int) -> str:
+        """Return the name of a layer's mixer."""
         return str(self.per_layer.get(index, {}).get("mixer", self.mixer))
 
-    def of_layer(self, index: int, num_prefix_tokens: int) -> MixerOptions:
-        """The options of a layer, in a model with so many prefix tokens."""
-        mixer = self.mixer_of(index)
+    def layer_options(self, index: int, num_prefix_tokens: int) -> MixerOptions:
+        """Return the options of a layer in a model with `num_prefix_tokens` prefix tokens."""
+        mixer = self.layer_mixer(index)
         own = {name: value for name, value in self.per_layer.get(index, {}).items() if name != "mixer"}
         common = self.options if mixer == self.mixer else {}
         of_model = {"num_prefix_tokens": num_prefix_tokens, "layer_index": index}
         return MIXERS[mixer].options_type(**{**common, **own, **of_model})
 
-    def within(self, num_layers: int) -> Self:
-        """The same for a model that was cut after its first layers."""
+    def truncated(self, num_layers: int) -> Self:
+        """Return the conversion of a model that was truncated to its first `num_layers` layers."""
         layers = None if self.layers is None else tuple(index for index in self.layers if index < num_layers)
         per_layer = {index: options for index, options in self.per_layer.items() if index < num_layers}
         return replace(self, layers=layers, per_layer=per_layer)
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values, for JSON, whose keys are strings.
-
-        Defaults are spelled out: what was saved stays what it is when they change.
-        """
+        """Return plain values for JSON, with defaults included, so that saved conversions don't depend on them."""
         return {
             "mixer": self.mixer,
             "layers": None if self.layers is None else list(self.layers),
-            "options": MIXERS[self.mixer].options_type(**self.options).given(),
+            "options": MIXERS[self.mixer].options_type(**self.options).user_options(),
             "per_layer": {
-                str(index): {"mixer": self.mixer_of(index), **self.of_layer(index, 0).given()}
+                str(index): {"mixer": self.layer_mixer(index), **self.layer_options(index, 0).user_options()}
                 for index in self.per_layer
             },
         }
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Self:
-        """The inverse of `to_dict`.
+        """Make a conversion from the result of `to_dict`.
 
         Raises:
-            ValueError: values of an earlier version, or of a later one.
+            ValueError: The values come from another version.
         """
         if "mixer" not in values:
-            raise ValueError("it names no mixer, as conversions of other versions do")
+            raise ValueError("it has no mixer, as conversions of other versions")
         return cls(
             mixer=values["mixer"],
             layers=None if values["layers"] is None else tuple(values["layers"]),
@@ -111,28 +107,28 @@ def linearize(
     per_layer: Mapping[int, Mapping[str, Any]] | None = None,
     **options: Any,
 ) -> nn.Module:
-    """A copy of a timm ViT whose attention costs O(N), with the same weights under the same names.
+    """Copy a timm ViT with attention of linear cost and the same weights under the same names.
 
-    timm's `Attention` (ViT, DeiT, MAE, DINOv2, CLIP, SigLIP), `AttentionRope` and `EvaAttention` (EVA02, DINOv3) are
-    taken over, also in a ViT that something wraps; the model is still what it was for timm's utilities.
-    "clustered" keeps most of what a pretrained model knows, untrained; "performer" is FAVOR+ (Choromanski et al.
-    2020), after which a model must be trained.
+    Converts timm's `Attention` (ViT, DeiT, MAE, DINOv2, CLIP, SigLIP), `AttentionRope` and `EvaAttention` (EVA02,
+    DINOv3), also in a ViT inside another model. timm's utilities work on the result as on the original. "clustered"
+    preserves most of a pretrained model without training; "performer" is FAVOR+ (Choromanski et al. 2020) and needs
+    training afterwards.
 
     Args:
-        model: a ViT with such layers, or a model that holds one; it is not changed.
-        mixer: "clustered", "performer", "softmax" to leave layers as they are, or a registered one.
-        layers: indices, from 0, of the attention layers to convert; None for all.
-        per_layer: options for single layers, by index, over those for all: {11: {"window_size": 8}}. Among them may
-            be another "mixer", which takes none of `options`.
-        **options: options of the mixer: fields of `ClusteredOptions` (window_size, num_sinks, num_clusters) or of
+        model: ViT with such layers, or a model that contains one; it is not changed.
+        mixer: "clustered", "performer", "softmax" to keep the layers, or a registered mixer.
+        layers: Indices, from 0, of the attention layers to convert; None for all.
+        per_layer: Options by layer index, which override `options`: {11: {"window_size": 8}}. They may set another
+            "mixer", for which `options` are ignored.
+        **options: Options of the mixer: fields of `ClusteredOptions` (window_size, num_sinks, num_clusters) or of
             `PerformerOptions` (num_features, kernel, seed and others).
 
     Returns:
-        The converted copy, in the mode (training or evaluation) of the model. It keeps the arguments as `conversion`.
+        The converted copy, in the same mode (training or evaluation). Its attribute `conversion` holds the arguments.
 
     Raises:
-        ValueError: an unknown mixer or option, a model without such layers, or with windows one without a patch
-            embedding that tells the grid, or a layer that has no linear form.
+        ValueError: The mixer or an option is unknown, the model has no such layers, a layer can't be converted, or
+            the mixer needs the grid and the model has no patch embedding that provides it.
     """
     _check_arguments(model, mixer, layers)
     conversion = Conversion(
@@ -145,37 +141,37 @@ def linearize(
 
 
 def convert_in_place(model: nn.Module, conversion: Conversion) -> nn.Module:
-    """Do what `linearize` does to its copy.
+    """Convert a model in place, as `linearize` converts its copy.
 
     Raises:
-        ValueError: as `linearize`.
+        ValueError: As `linearize`.
     """
-    body = body_of(model)
+    body = find_vit(model)
     convert_attention(body, conversion)
-    # timm's models are open to attributes of any kind.
+    # nn.Module accepts attributes of any type.
     body.conversion = conversion  # type: ignore[assignment]
     return model
 
 
 def convert_attention(model: nn.Module, conversion: Conversion, *, in_chunks: bool = True) -> None:
-    """Replace the attention layers of a model itself.
+    """Replace the attention layers of a model in place.
 
     Args:
-        model: a ViT.
-        conversion: mixer and options.
-        in_chunks: whether blocks and MLPs go in chunks from then on (`chunk_modules`).
+        model: ViT.
+        conversion: Mixer and options.
+        in_chunks: Whether blocks and MLPs process tokens in chunks (`chunk_modules`).
 
     Raises:
-        ValueError: as `linearize`.
+        ValueError: As `linearize`.
     """
     found = convertible_layers(model)
-    chosen = [index for index in _choose(model, found, conversion) if conversion.mixer_of(index) != "softmax"]
+    chosen = [index for index in _choose(model, found, conversion) if conversion.layer_mixer(index) != "softmax"]
     grid, num_prefix_tokens = TokenGrid(), getattr(model, "num_prefix_tokens", 0)
     layers = []
     for index in chosen:
         name, module = found[index]
         parent, _, child = name.rpartition(".")
-        layers.append(LinearizedAttention(module, conversion.of_layer(index, num_prefix_tokens), grid))
+        layers.append(LinearizedAttention(module, conversion.layer_options(index, num_prefix_tokens), grid))
         setattr(model.get_submodule(parent), child, layers[-1])
     if layers and in_chunks:
         chunk_modules(model)
@@ -184,29 +180,29 @@ def convert_attention(model: nn.Module, conversion: Conversion, *, in_chunks: bo
         follow_tokens(model, grid)
 
 
-def body_of(model: nn.Module) -> nn.Module:
-    """The model, or the one ViT within it: `features_only=True`, decoders and trainers wrap one up.
+def find_vit(model: nn.Module) -> nn.Module:
+    """Return the model if it is a ViT, else the only ViT in it, as in `features_only=True`, decoders and trainers.
 
     Raises:
-        ValueError: several of them.
+        ValueError: It contains several.
     """
     vits = [module for module in model.modules() if _has_patch_embed(module) and _has_attention(module)]
     if not vits or vits[0] is model:
         return model
     if len(vits) > 1:
         raise ValueError(
-            f"expected one ViT in {type(model).__name__}, got {len(vits)}: convert each of them and put it in its place"
+            f"expected one ViT in {type(model).__name__}, got {len(vits)}; convert each of them and assign the result"
         )
     return vits[0]
 
 
 def convertible_layers(model: nn.Module) -> list[tuple[str, nn.Module]]:
-    """(name, layer) of all attention layers that have a linear form, in the model's order."""
+    """Return (name, layer) of all convertible attention layers, in the order of the model."""
     return [(name, module) for name, module in model.named_modules() if isinstance(module, CONVERTIBLE)]
 
 
 def converted_layers(model: nn.Module) -> dict[int, LinearizedAttention]:
-    """Index -> layer of those that are linear."""
+    """Return the converted layers by index."""
     layers = [module for module in model.modules() if isinstance(module, LinearizedAttention)]
     return {layer.options.layer_index: layer for layer in layers}
 
@@ -216,7 +212,7 @@ def _check_arguments(model: nn.Module, mixer: str, layers: object) -> None:
         raise ValueError(f"expected a model, got {model!r}; timm.create_model makes one")
     MIXERS[mixer]
     if layers is not None and not (isinstance(layers, Collection) and all(isinstance(x, int) for x in layers)):
-        raise ValueError(f"layers must be indices of attention layers, got {layers!r}; pass a list of whole numbers")
+        raise ValueError(f"layers must be indices of attention layers, got {layers!r}; pass a list of integers")
 
 
 def _has_patch_embed(module: nn.Module) -> bool:
@@ -236,8 +232,8 @@ def _choose(model: nn.Module, found: list[tuple[str, nn.Module]], conversion: Co
     if not found:
         raise ValueError(
             f"expected a model with timm's {', '.join(kind.__name__ for kind in CONVERTIBLE)}, got "
-            f"{type(model).__name__} with none of them; windows, pooling and relative position "
-            "biases (Swin, MViT, BEiT) have no linear form"
+            f"{type(model).__name__} with none of them; attention with windows, pooling or relative position "
+            "biases (Swin, MViT, BEiT) can't be converted"
         )
     chosen = range(len(found)) if conversion.layers is None else conversion.layers
     outside = [index for index in chosen if not 0 <= index < len(found)]

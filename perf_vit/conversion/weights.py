@@ -1,4 +1,4 @@
-"""Weights from files, and the arguments of timm models that files may hold."""
+"""Weights from files, timm models created with them, and the arguments of `timm.create_model` that files may set."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ FILE_ARGUMENTS = frozenset(" ".join((_COMMON, _PLAIN_VITS, _PYRAMIDS, _OURS)).sp
 """Names of the arguments."""
 
 
-# Where weights come from is no business of a file that comes with its own.
+# Keys of `pretrained_cfg` except the sources of weights: a file comes with its own weights.
 _OF_IMAGES = """
     tag input_size test_input_size min_input_size fixed_input_size interpolation crop_pct test_crop_pct crop_mode mean
     std num_classes label_names label_descriptions pool_size test_pool_size first_conv classifier license description
@@ -65,15 +65,15 @@ _PRETRAINED_CFG = frozenset(_OF_IMAGES.split())
 
 
 def check_file_arguments(arguments: Any, where: str, error: type[ValueError] = ConfigError) -> dict[str, Any]:
-    """Arguments of `timm.create_model` that came from a file, if all of them may.
+    """Return arguments of `timm.create_model` read from a file, if all of them are allowed.
 
     Args:
-        arguments: names and plain values.
-        where: what to call them in the error.
-        error: what to raise.
+        arguments: Names and plain values.
+        where: Description of the source for the error message.
+        error: Class of the error to raise.
 
     Raises:
-        ValueError: of the type `error`; others, or values that aren't plain.
+        ValueError: An argument isn't allowed or its value isn't plain, of class `error`.
     """
     if not isinstance(arguments, Mapping):
         raise error(f"{where} must be names and values, got {type(arguments).__name__}")
@@ -88,7 +88,7 @@ def check_file_arguments(arguments: Any, where: str, error: type[ValueError] = C
 
 
 def pretrained_cfg_of_file(values: Any) -> dict[str, Any]:
-    """What a file says of its weights' images and classes, without what it says of other places to get weights from."""
+    """Return the entries of a file's `pretrained_cfg` on images and classes, without other sources of weights."""
     if not isinstance(values, Mapping):
         return {}
     return {name: value for name, value in values.items() if name in _PRETRAINED_CFG and _is_plain(value)}
@@ -102,11 +102,11 @@ def _is_plain(value: Any) -> bool:
     return value is None or isinstance(value, bool | int | float | str)
 
 
-# Where training scripts put the weights inside of what they save.
+# Keys under which training scripts store the state dict.
 _WRAPPERS = ("state_dict_ema", "model_ema", "state_dict", "model")
 
 
-# These weights and no others: what timm knows of a model names its hub, and what stands there may come first.
+# timm's own sources of weights are disabled: they may take precedence over the given state dict.
 _NO_OTHER_SOURCE = {"source": None, "file": None, "url": None, "hf_hub_id": None, "custom_load": False}
 
 
@@ -114,19 +114,19 @@ _SIZE_MISMATCH = re.compile(r"size mismatch for ([^:]+): .*?Size\((\[[^]]*\])\).
 
 
 def read_weights(path: str | Path) -> dict[str, Tensor]:
-    """Read a state dict from `.safetensors`, or from what `torch.save` wrote, of which only tensors are read.
+    """Read a state dict from `.safetensors` or a file of `torch.save`, of which only tensors are loaded.
 
-    A state dict may lie under "state_dict" or "model", and its names may begin with "module.".
+    The state dict may be nested under "state_dict" or "model", and its names may start with "module.".
 
     Returns:
-        Name -> tensor on the CPU; floating-point ones in float32.
+        Mapping of name to tensor on the CPU; floating-point tensors as float32.
 
     Raises:
-        CheckpointError: no such file, one that can't be read, or one that holds no tensors.
+        CheckpointError: The file doesn't exist, can't be read or holds no tensors.
     """
     path = Path(path)
     if not path.is_file():
-        raise CheckpointError(f"no weights file {path}")
+        raise CheckpointError(f"no weights file {path}; check the path")
     content: Any
     with parsing(path, "weights", CheckpointError):
         if path.suffix == ".safetensors":
@@ -140,7 +140,7 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
     if not isinstance(content, Mapping) or not all(isinstance(value, Tensor) for value in content.values()):
         raise CheckpointError(f"{path} must hold a state dict, names and tensors, got {type(content).__name__}")
     if not content:
-        raise CheckpointError(f"{path} holds no tensors; get the file again")
+        raise CheckpointError(f"{path} holds no tensors; download the file again")
     return {
         name.removeprefix("module."): value.float() if value.is_floating_point() else value
         for name, value in content.items()
@@ -154,48 +154,48 @@ def create_with_weights(
     overlay: Mapping[str, Any] | None = None,
     **kwargs: Any,
 ) -> nn.Module:
-    """A timm model with weights as timm takes them: names of the original authors, other sizes, other bands.
+    """Create a timm model with weights, converted by timm's filters: original names, other sizes, other bands.
 
     Args:
-        name: of the model.
-        weights: a state dict.
-        origin: the weights' file, for messages.
-        overlay: what is so of the weights' `pretrained_cfg`; where its num_classes is not the model's, timm leaves the
-            classifier out and doesn't ask for all other names either.
-        **kwargs: of `timm.create_model`.
+        name: name of the model.
+        weights: State dict.
+        origin: Path of the weights, for error messages.
+        overlay: Entries of the weights' `pretrained_cfg`; if its num_classes differs from the model's, timm skips the
+            classifier and does not check the other names.
+        **kwargs: Arguments of `timm.create_model`.
 
     Raises:
-        CheckpointError: weights of another architecture.
+        CheckpointError: The weights have another architecture.
     """
-    # A copy: filters take names out of the dict that they are given.
+    # A copy, because filters remove names from the dict.
     cfg = {**(overlay or {}), **_NO_OTHER_SOURCE, "state_dict": dict(weights)}
     try:
         model: Any = timm.create_model(name, pretrained=True, pretrained_cfg_overlay=cfg, **kwargs)
     except (RuntimeError, KeyError, AttributeError, IndexError) as error:
-        # What timm says of arguments comes before it looks at the weights.
+        # Raises timm's error if the arguments are invalid, instead of blaming the weights.
         timm.create_model(name, pretrained=False, **kwargs)
-        raise CheckpointError(f"{origin} doesn't fit {name}: {_misfit(error)}; name the model it is of") from error
-    # Or the weights would stay in memory, and be written into every config.
+        raise CheckpointError(f"{origin} doesn't fit {name}: {_mismatch(error)}; pass the name of its model") from error
+    # Otherwise the weights stay in memory and in every saved config.
     (model if hasattr(model, "pretrained_cfg") else model.model).pretrained_cfg.pop("state_dict", None)
     made: nn.Module = model
     return made
 
 
-def _misfit(error: Exception) -> str:
-    """What `load_state_dict` found, in one line: the first names of each kind, and how many more."""
+def _mismatch(error: Exception) -> str:
+    """Summarise the message of `load_state_dict` in one line: the first names of each kind and how many follow."""
     text = str(error)
     parts = []
     for kind in ("Missing", "Unexpected"):
         found = re.search(rf"{kind} key\(s\) in state_dict: (.*)", text)
         if found:
             names = re.findall(r'"([^"]+)"', found[1])
-            parts.append(f"{kind.lower()} {_first(names)}")
+            parts.append(f"{kind.lower()} {_first_names(names)}")
     sizes = [f"{name} (expected {there}, got {came})" for name, came, there in _SIZE_MISMATCH.findall(text)]
     if sizes:
-        parts.append(f"mis-shaped {_first(sizes)}")
+        parts.append(f"mis-shaped {_first_names(sizes)}")
     return "; ".join(parts) or f"{type(error).__name__} {text.splitlines()[0] if text else ''}".strip()
 
 
-def _first(names: list[str], count: int = 2) -> str:
+def _first_names(names: list[str], count: int = 2) -> str:
     more = f" and {len(names) - count} more" if len(names) > count else ""
     return ", ".join(names[:count]) + more

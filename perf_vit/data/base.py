@@ -14,7 +14,7 @@ import numpy.typing as npt
 from torch import Tensor
 from torch.utils.data import DataLoader, Sampler, default_collate
 
-from perf_vit.distributed import process_place
+from perf_vit.distributed import rank_and_world_size
 from perf_vit.errors import ConfigError, DataWarning
 from perf_vit.transforms import InputBands, Normalizer, band_labels, common_names, without_tiny
 from perf_vit.types import GeoImage, Source
@@ -57,13 +57,13 @@ class EpochSampler(Sampler[int]):
         self._num_skipped = num_samples
 
     def __iter__(self) -> Iterator[int]:
-        rank, world_size = process_place()
+        rank, world_size = rank_and_world_size()
         start = self.epoch * self.length
         skipped, self._num_skipped = self._num_skipped, 0
         return iter(range(start + rank, start + len(self) * world_size, world_size)[skipped:])
 
     def __len__(self) -> int:
-        return self.length // process_place()[1]
+        return self.length // rank_and_world_size()[1]
 
 
 class ShareSampler(Sampler[int]):
@@ -77,16 +77,16 @@ class ShareSampler(Sampler[int]):
         self.length = length
 
     def __iter__(self) -> Iterator[int]:
-        rank, world_size = process_place()
+        rank, world_size = rank_and_world_size()
         return (min(rank + turn * world_size, self.length - 1) for turn in range(len(self)))
 
     def __len__(self) -> int:
-        return -(-self.length // process_place()[1])
+        return -(-self.length // rank_and_world_size()[1])
 
     @property
     def num_counted(self) -> int:
         """Number of samples of this process to count; they come first."""
-        rank, world_size = process_place()
+        rank, world_size = rank_and_world_size()
         return len(range(rank, self.length, world_size))
 
 
@@ -178,8 +178,8 @@ class EpochDataModule(lightning.LightningDataModule):
         self._loader = EpochLoader(dataset, **options)
         if not len(self._loader):
             raise ConfigError(
-                f"data.batch_size: {process_place()[1]} processes share the {len(dataset)} samples of an epoch, too "
-                f"few for a batch of {self._loader.batch_size} each; take smaller batches or fewer trainer.devices"
+                f"data.batch_size: {rank_and_world_size()[1]} processes share the {len(dataset)} samples of an epoch, "
+                f"too few for a batch of {self._loader.batch_size} each; take smaller batches or fewer trainer.devices"
             )
         self._loader.num_skipped, self._num_skipped = self._num_skipped, 0
         return self._loader

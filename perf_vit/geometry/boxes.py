@@ -1,4 +1,4 @@
-"""Boxes, upright and oriented, as arrays: areas, overlaps, corners."""
+"""Upright and oriented boxes as arrays: areas, intersections, corners."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import shapely
 
 __all__ = [
     "box_areas",
-    "meeting_pairs",
+    "intersecting_pairs",
     "oriented_box_bounds",
     "oriented_box_corners",
     "paired_intersections",
@@ -24,21 +24,21 @@ def box_areas(boxes_xyxy: FloatArray) -> FloatArray:
     """Areas of upright boxes.
 
     Args:
-        boxes_xyxy: left, top, right, bottom, [..., 4].
+        boxes_xyxy: Left, top, right, bottom, [..., 4].
 
     Returns:
-        [...], 0 for boxes turned inside out.
+        Areas, [...]; 0 for boxes with negative width or height.
     """
     sides = np.maximum(boxes_xyxy[..., 2:] - boxes_xyxy[..., :2], 0)
     return np.asarray(sides[..., 0] * sides[..., 1])
 
 
 def paired_intersections(boxes_xyxy: FloatArray, others_xyxy: FloatArray) -> FloatArray:
-    """Areas that each box shares with its partner.
+    """Compute the intersection areas of pairs of boxes.
 
     Args:
-        boxes_xyxy: [..., 4].
-        others_xyxy: [..., 4]; both broadcast, so [N, 1, 4] and [M, 4] give all pairs.
+        boxes_xyxy: Left, top, right, bottom, [..., 4].
+        others_xyxy: Left, top, right, bottom, [..., 4]; both broadcast, so [N, 1, 4] and [M, 4] give all pairs.
     """
     shared = np.concatenate(
         [np.maximum(boxes_xyxy[..., :2], others_xyxy[..., :2]), np.minimum(boxes_xyxy[..., 2:], others_xyxy[..., 2:])],
@@ -48,27 +48,30 @@ def paired_intersections(boxes_xyxy: FloatArray, others_xyxy: FloatArray) -> Flo
 
 
 def paired_iou(boxes_xyxy: FloatArray, others_xyxy: FloatArray) -> FloatArray:
-    """Intersection over union of each box and its partner, 0 where both are empty.
+    """Compute the intersection over union of pairs of boxes, 0 where both are empty.
 
     Args:
-        boxes_xyxy: [..., 4].
-        others_xyxy: [..., 4]; both broadcast.
+        boxes_xyxy: Left, top, right, bottom, [..., 4].
+        others_xyxy: Left, top, right, bottom, [..., 4]; both broadcast.
     """
     shared = paired_intersections(boxes_xyxy, others_xyxy)
     union = box_areas(boxes_xyxy) + box_areas(others_xyxy) - shared
     return np.asarray(shared / np.where(union > 0, union, 1))
 
 
-def meeting_pairs(
+def intersecting_pairs(
     boxes_xyxy: npt.NDArray[Any], others_xyxy: npt.NDArray[Any]
 ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
-    """Indices of all pairs of a box and another that meet or touch, [p] each, in the order of both.
+    """Find all pairs of boxes from two sets that intersect or touch.
 
-    Time and memory grow with the boxes and the pairs, not with the product of the boxes.
+    Time and memory grow with the number of boxes and pairs, not with the product of the numbers of boxes.
 
     Args:
-        boxes_xyxy: [n, 4].
-        others_xyxy: [m, 4].
+        boxes_xyxy: Left, top, right, bottom, [n, 4].
+        others_xyxy: Left, top, right, bottom, [m, 4].
+
+    Returns:
+        Indices of the boxes and of the others, [p] each, in lexicographic order.
     """
     tree = shapely.STRtree(shapely.box(*np.asarray(others_xyxy, np.float64).T))
     first, second = tree.query(shapely.box(*np.asarray(boxes_xyxy, np.float64).T))
@@ -77,28 +80,27 @@ def meeting_pairs(
 
 
 def oriented_box_bounds(oriented_boxes: FloatArray) -> FloatArray:
-    """Upright boxes around oriented ones.
+    """Compute the upright bounding boxes of oriented boxes.
 
     Args:
-        oriented_boxes: as in `oriented_box_corners`, [..., 5].
+        oriented_boxes: Oriented boxes as in `oriented_box_corners`, [..., 5].
 
     Returns:
-        [..., 4].
+        Left, top, right, bottom, [..., 4].
     """
     corners = oriented_box_corners(oriented_boxes)
     return np.concatenate([corners.min(axis=-2), corners.max(axis=-2)], axis=-1)
 
 
 def oriented_box_corners(oriented_boxes: FloatArray) -> FloatArray:
-    """Corners of oriented boxes.
-
-    The angle turns the x axis towards the y axis: clockwise on the screen, where y points down.
+    """Compute the corners of oriented boxes.
 
     Args:
-        oriented_boxes: centre x, centre y, width, height, angle in radians, [..., 5]. The width lies along the angle.
+        oriented_boxes: Centre x, centre y, width, height, angle in radians, [..., 5]. The width lies along the angle,
+            which is measured from the x axis towards the y axis: clockwise on the screen, where y points down.
 
     Returns:
-        [..., 4, 2], x and y, going round.
+        x and y of the corners in cyclic order, [..., 4, 2].
     """
     center, (width, height, angle) = oriented_boxes[..., :2], np.moveaxis(oriented_boxes[..., 2:], -1, 0)
     along = np.stack([np.cos(angle), np.sin(angle)], -1) * (width / 2)[..., None]

@@ -1,4 +1,4 @@
-"""Greedy suppression of objects that stand for the same thing, in memory linear in objects."""
+"""Greedy non-maximum suppression in memory linear in the number of objects."""
 
 from __future__ import annotations
 
@@ -13,28 +13,28 @@ from perf_vit.geometry.boxes import box_areas, paired_intersections
 from perf_vit.geometry.objects import ObjectKind, object_bounds, object_polygons
 from perf_vit.types import BoolArray
 
-__all__ = ["Overlaps", "suppress"]
+__all__ = ["Overlaps", "greedy_nms"]
 
 IndexArray = npt.NDArray[np.int64]
 FloatArray = npt.NDArray[np.floating]
 
 Rule = Callable[[FloatArray, IndexArray, IndexArray], BoolArray]
-"""(shared area, first, second), each [p], to whether the first suppresses the second; more area, more suppression."""
+"""(intersection areas, first, second), [p] each -> whether first suppresses second; monotonic in the area."""
 
-# Objects taken at a time: all pairs among them are looked at before their neighbours are looked up.
+# Objects per block: pairs within a block are tested directly, pairs with later objects by the spatial index.
 _BLOCK = 128
-# In the densest crowd a look-up gives every object of the scene for each that is asked for.
+# Objects per query of the spatial index; in a dense crowd each may return every object of the scene.
 _LOOKUP = 8
-# Pairs whose shared outlines are held at a time.
+# Pairs of outlines intersected at once.
 _PAIRS = 1 << 12
 
 
 class Overlaps:
-    """Areas that objects of one kind share, exact for boxes, oriented boxes and polygons.
+    """Exact intersection areas of objects of one kind: boxes, oriented boxes or polygons.
 
     Args:
-        kind: what `geometry` holds.
-        geometry: [n, ...], as in `Objects`.
+        kind: Kind of geometry.
+        geometry: Geometry as in `Objects`, [n, ...].
     """
 
     def __init__(self, kind: ObjectKind, geometry: npt.NDArray[Any]) -> None:
@@ -49,7 +49,7 @@ class Overlaps:
         return len(self.areas)
 
     def hits(self, rule: Rule, first: IndexArray, second: IndexArray) -> BoolArray:
-        """Where the rule holds for pairs of objects, [p]."""
+        """Evaluate the rule for pairs of objects, bool [p]."""
         parts = [
             self._hits(rule, first[start : start + _PAIRS], second[start : start + _PAIRS])
             for start in range(0, len(first), _PAIRS)
@@ -60,7 +60,7 @@ class Overlaps:
         shared = paired_intersections(self.bounds[first], self.bounds[second])
         if self._outlines is None:
             return rule(shared, first, second)
-        # Outlines share no more than their bounds or the smaller of them: most pairs need no exact answer.
+        # The intersection is at most that of the bounds and the smaller area: most pairs need no exact test.
         hits = rule(np.minimum(shared, np.minimum(self.areas[first], self.areas[second])), first, second)
         first, second = first[hits], second[hits]
         exact = shapely.area(shapely.intersection(self._outlines[first], self._outlines[second]))
@@ -68,7 +68,7 @@ class Overlaps:
         return hits
 
     def neighbours(self, indices: IndexArray) -> Iterator[tuple[IndexArray, IndexArray]]:
-        """Pairs (index, object whose bounds meet its bounds), some indices at a time."""
+        """Yield pairs (index, object whose bounds intersect its bounds), a few indices at a time."""
         for start in range(0, len(indices), _LOOKUP):
             asked = indices[start : start + _LOOKUP]
             boxes = shapely.box(*self.bounds[asked].T)
@@ -76,7 +76,7 @@ class Overlaps:
             yield asked[first], second
 
     def pairs_among(self, indices: IndexArray) -> tuple[IndexArray, IndexArray]:
-        """Pairs (earlier, later) of these objects whose bounds meet."""
+        """Return the pairs (earlier, later) of these objects whose bounds intersect."""
         bounds = self.bounds[indices]
         low, high = bounds[:, :2], bounds[:, 2:]
         meet = ((low[:, None] <= high[None]) & (low[None] <= high[:, None])).all(axis=-1)
@@ -84,33 +84,33 @@ class Overlaps:
         return indices[first], indices[second]
 
 
-def suppress(overlaps: Overlaps, rule: Rule) -> IndexArray:
-    """Go through objects by rank and let each that still stands suppress later ones.
+def greedy_nms(overlaps: Overlaps, rule: Rule) -> IndexArray:
+    """Suppress objects greedily: each object that isn't suppressed suppresses later ones by the rule.
 
-    Only objects that stand are compared with their neighbours, so a crowd of duplicates costs no more than its size.
+    Only objects that aren't suppressed are compared with their neighbours, so the cost of duplicates is linear.
 
     Args:
-        overlaps: of objects in the order of their rank, best first.
-        rule: when one suppresses another.
+        overlaps: Objects, best first.
+        rule: Condition under which one object suppresses another.
 
     Returns:
-        [n], the object that suppressed each, -1 for those that stand.
+        Index of the object that suppressed each object, -1 for those that remain, [n].
     """
     by = np.full(len(overlaps), -1, np.int64)
     for start in range(0, len(overlaps), _BLOCK):
         stop = min(start + _BLOCK, len(overlaps))
         block = start + np.flatnonzero(by[start:stop] < 0)
-        _suppress_within(overlaps, rule, block, by)
+        _suppress_within_block(overlaps, rule, block, by)
         for first, second in overlaps.neighbours(block[by[block] < 0]):
             open_pairs = (second >= stop) & (by[second] < 0)
             first, second = first[open_pairs], second[open_pairs]
             hits = overlaps.hits(rule, first, second)
-            # Backwards, so that of several the best is written last.
+            # Written in reverse, so that the best of several suppressors is kept.
             by[second[hits][::-1]] = first[hits][::-1]
     return by
 
 
-def _suppress_within(overlaps: Overlaps, rule: Rule, block: IndexArray, by: IndexArray) -> None:
+def _suppress_within_block(overlaps: Overlaps, rule: Rule, block: IndexArray, by: IndexArray) -> None:
     first, second = overlaps.pairs_among(block)
     hits = overlaps.hits(rule, first, second)
     for better, worse in zip(first[hits].tolist(), second[hits].tolist(), strict=True):

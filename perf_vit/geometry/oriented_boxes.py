@@ -1,4 +1,4 @@
-"""Oriented boxes as tensors: one way to write each, corners, exact overlaps, suppression.
+"""Oriented boxes as tensors: normal form, corners, exact and Gaussian overlaps, non-maximum suppression.
 
 A box is centre x, centre y, width, height and an angle in radians from the x axis towards the y axis; the width lies
 along the angle.
@@ -32,15 +32,15 @@ _BLOCK_BOXES = 1024
 
 
 def working_precision(values: Tensor) -> Tensor:
-    """Values in float64, or in float32 on devices without float64: areas of thin boxes need the digits."""
+    """Cast to float64, or to float32 on devices without float64: areas of thin boxes need the precision."""
     return values.to(torch.float32 if values.device.type == "mps" else torch.float64)
 
 
 def normalize_oriented(oriented_boxes: Tensor) -> Tensor:
-    """Write boxes the one way that the package keeps them: width >= height, angle in [-pi/2, pi/2).
+    """Convert boxes to their normal form: width >= height, angle in [-pi/2, pi/2).
 
     Args:
-        oriented_boxes: [..., 5], any sides and angles.
+        oriented_boxes: Boxes with any widths, heights and angles, [..., 5].
 
     Returns:
         The same rectangles, [..., 5].
@@ -49,34 +49,34 @@ def normalize_oriented(oriented_boxes: Tensor) -> Tensor:
     upright = width < height
     turned = torch.where(upright, angle + math.pi / 2, angle)
     wrapped = torch.remainder(turned + math.pi / 2, math.pi) - math.pi / 2
-    # Rounding takes angles just below -pi/2 to pi/2 itself.
+    # Rounding maps angles just below -pi/2 to exactly pi/2.
     wrapped = torch.where(wrapped >= math.pi / 2, wrapped - math.pi, wrapped)
     sides = torch.where(upright[..., None], torch.stack([height, width], -1), torch.stack([width, height], -1))
     return torch.cat([center, sides, wrapped[..., None]], -1)
 
 
 def corners_of_oriented(oriented_boxes: Tensor) -> Tensor:
-    """Corners of oriented boxes, [..., 5] to [..., 4, 2]: x and y, going round."""
+    """Compute the corners of oriented boxes, [..., 5] -> [..., 4, 2]: x and y in cyclic order."""
     return oriented_boxes[..., None, :2] + _corner_offsets(oriented_boxes)
 
 
 def oriented_from_xyxy(boxes_xyxy: Tensor) -> Tensor:
-    """Upright boxes [..., 4] as oriented boxes [..., 5]."""
+    """Convert upright boxes, [..., 4], to oriented boxes, [..., 5]."""
     low, high = boxes_xyxy[..., :2], boxes_xyxy[..., 2:]
     return normalize_oriented(torch.cat([(low + high) / 2, high - low, torch.zeros_like(low[..., :1])], -1))
 
 
 def oriented_from_polygons(polygons: Tensor) -> Tensor:
-    """Rectangles of least area around polygons.
+    """Compute the minimum-area rectangles of polygons.
 
-    One side of that rectangle lies along an edge of the polygon's convex hull (Freeman and Shapira 1975), which joins
-    two of its vertices: so every two vertices are tried.
+    The rectangle has a side along an edge of the convex hull (Freeman and Shapira 1975), and each edge joins two
+    vertices, so the directions of all pairs of vertices are tried.
 
     Args:
         polygons: x and y of K vertices in any order, [..., K, 2] or flat [..., 2 K].
 
     Returns:
-        [..., 5], width >= height.
+        Oriented boxes, [..., 5], width >= height.
     """
     points = polygons if polygons.shape[-1] == 2 else polygons.reshape(*polygons.shape[:-1], -1, 2)
     origin = points.mean(-2, keepdim=True)
@@ -94,14 +94,14 @@ def oriented_from_polygons(polygons: Tensor) -> Tensor:
 
 
 def oriented_iou(oriented_boxes: Tensor, others: Tensor) -> Tensor:
-    """Exact intersection over union of each box and its partner, 0 where both are empty.
+    """Compute the exact intersection over union of pairs of boxes, 0 where both are empty.
 
     Args:
-        oriented_boxes: [..., 5].
-        others: [..., 5]; both broadcast.
+        oriented_boxes: Oriented boxes, [..., 5].
+        others: Oriented boxes, [..., 5]; both broadcast.
 
     Returns:
-        [...], in the boxes' type.
+        IoU, [...], in the dtype of the boxes.
     """
     boxes, partners = working_precision(oriented_boxes), working_precision(others)
     shared = _shared_areas(boxes, partners)
@@ -110,30 +110,30 @@ def oriented_iou(oriented_boxes: Tensor, others: Tensor) -> Tensor:
 
 
 def oriented_iou_matrix(oriented_boxes: Tensor, others: Tensor) -> Tensor:
-    """Exact intersection over union of all pairs; beside the result, memory does not grow with their number.
+    """Compute the exact intersection over union of all pairs, in chunks: memory is that of the result.
 
     Args:
-        oriented_boxes: [n, 5].
-        others: [m, 5].
+        oriented_boxes: Oriented boxes, [n, 5].
+        others: Oriented boxes, [m, 5].
 
     Returns:
-        [n, m].
+        IoU, [n, m].
     """
-    near = _circles_meet(oriented_boxes, others)
+    near = _circles_intersect(oriented_boxes, others)
     return _iou_where(near, oriented_boxes, others)
 
 
 def oriented_nms(oriented_boxes: Tensor, scores: Tensor, labels: Tensor, iou_threshold: float = 0.5) -> Tensor:
-    """Keep the surest of the boxes of a class that overlap.
+    """Apply non-maximum suppression per class.
 
     Args:
-        oriented_boxes: [n, 5].
-        scores: [n]; of equal scores, the first counts as higher.
-        labels: [n]; boxes of different classes leave each other alone.
-        iou_threshold: a box goes if its IoU with a kept one of its class is larger.
+        oriented_boxes: Oriented boxes, [n, 5].
+        scores: Confidence, [n]; ties are broken by order.
+        labels: Class indices, [n]; only boxes of the same class suppress each other.
+        iou_threshold: Largest IoU with a kept box of the same class.
 
     Returns:
-        Indices of the boxes that stay, by falling score, [k].
+        Indices of the kept boxes in descending order of score, [k].
     """
     order = scores.argsort(descending=True, stable=True)
     kept = order[:0]
@@ -147,9 +147,9 @@ def oriented_nms(oriented_boxes: Tensor, scores: Tensor, labels: Tensor, iou_thr
 
 
 def _greedy(suppresses: Tensor) -> Tensor:
-    """Which boxes, surest first, no kept box suppresses; `suppresses` is strictly upper triangular, [n, n].
+    """Return the boxes, best first, that no kept box suppresses; `suppresses` is strictly upper triangular, [n, n].
 
-    Row by row this takes n steps; all at once, as many as the longest chain of boxes that overlap.
+    Iterating to a fixed point takes as many steps as the longest chain of overlapping boxes, instead of n.
     """
     keep = torch.ones(len(suppresses), dtype=torch.bool, device=suppresses.device)
     while True:
@@ -160,17 +160,17 @@ def _greedy(suppresses: Tensor) -> Tensor:
 
 
 def _overlap(rows: Tensor, columns: Tensor, boxes: Tensor, labels: Tensor, iou_threshold: float) -> Tensor:
-    near = _circles_meet(boxes[rows], boxes[columns]) & (labels[rows, None] == labels[columns])
+    near = _circles_intersect(boxes[rows], boxes[columns]) & (labels[rows, None] == labels[columns])
     areas, other_areas = boxes[rows, None, 2:4].prod(-1), boxes[columns, 2:4].prod(-1)
     # The IoU is at most the smaller area over the larger.
     near &= torch.minimum(areas, other_areas) >= iou_threshold * torch.maximum(areas, other_areas)
     return _iou_where(near, boxes[rows], boxes[columns]) > iou_threshold
 
 
-def _circles_meet(boxes: Tensor, others: Tensor) -> Tensor:
-    """Which pairs can overlap at all, [n, m]."""
+def _circles_intersect(boxes: Tensor, others: Tensor) -> Tensor:
+    """Return the pairs whose circumscribed circles intersect, bool [n, m]."""
     radii, other_radii = boxes[:, 2:4].norm(dim=-1) / 2, others[:, 2:4].norm(dim=-1) / 2
-    # Through matrix products, distances of far coordinates would lose their digits.
+    # Distances computed by matrix products lose precision far from the origin.
     distances = torch.cdist(boxes[:, :2], others[:, :2], compute_mode="donot_use_mm_for_euclid_dist")
     return distances <= radii[:, None] + other_radii
 
@@ -184,19 +184,19 @@ def _iou_where(chosen: Tensor, boxes: Tensor, others: Tensor) -> Tensor:
 
 
 def _shared_areas(boxes: Tensor, others: Tensor) -> Tensor:
-    """Areas of the intersections, [..., 5] and [..., 5] to [...].
+    """Compute the intersection areas, [..., 5] and [..., 5] -> [...].
 
-    In the frame of its partner, clamping a point to the partner's sides moves the outer parts of a box's outline onto
-    those sides, where they enclose nothing: the clamped outline encloses the intersection. An edge stays straight
-    between the places where it crosses the sides' four lines, so these are its vertices. There is no case to tell
-    apart, hence none to get wrong when edges touch or coincide.
+    In the frame of the second box, clamping the outline of the first to the second's extent moves the parts outside
+    onto its sides, where they enclose no area: the clamped outline encloses the intersection. A clamped edge is
+    straight between its crossings with the lines of the four sides, so these crossings are its vertices. The
+    computation has no special cases for edges that touch or coincide.
     """
     half_sides = others[..., None, 2:4] / 2
     corners = boxes[..., None, :2] - others[..., None, :2] + _corner_offsets(boxes)
     starts = _turn(corners, -others[..., None, 4])
     edges = starts.roll(-1, -2) - starts
     crossings = torch.cat([(-half_sides - starts) / edges, (half_sides - starts) / edges], -1)
-    # An edge along a line of a side crosses it nowhere that matters.
+    # An edge parallel to a side divides by 0; its crossing does not matter.
     crossings = crossings.nan_to_num(0, 0, 0).clamp(0, 1).sort(-1).values
     ends = (torch.zeros_like(crossings[..., :1]), torch.ones_like(crossings[..., :1]))
     steps = torch.cat([ends[0], crossings, ends[1]], -1)[..., None]
@@ -213,39 +213,39 @@ def _corner_offsets(boxes: Tensor) -> Tensor:
 
 
 def _turn(points: Tensor, angle: Tensor) -> Tensor:
-    """Points [..., 2] turned about the origin by angles [...], from x towards y."""
+    """Rotate points [..., 2] about the origin by angles [...], from x towards y."""
     (x, y), cos, sin = points.unbind(-1), angle.cos(), angle.sin()
     return torch.stack([x * cos - y * sin, x * sin + y * cos], -1)
 
 
 _SMALLEST_SIDE = 1e-3
 
-# The root below has no gradient at 0.
+# The square root below has no gradient at 0.
 _SMALLEST_SQUARE = 1e-12
 
 
 def probiou(oriented_boxes: Tensor, others: Tensor) -> Tensor:
-    """ProbIoU: 1 less the Hellinger distance of the boxes' Gaussians (Murrugarra-Llerena et al. 2021, eq. 3 to 8).
+    """Compute ProbIoU: 1 - Hellinger distance of the boxes' Gaussians (Murrugarra-Llerena et al. 2021, eq. 3 to 8).
 
     Args:
-        oriented_boxes: [..., 5].
-        others: [..., 5]; both broadcast.
+        oriented_boxes: Oriented boxes, [..., 5].
+        others: Oriented boxes, [..., 5]; both broadcast.
 
     Returns:
-        0, far apart, to 1, the same rectangle, [...].
+        ProbIoU, [...], from 0 for distant boxes to 1 for equal ones.
     """
     return 1 - probiou_loss(oriented_boxes, others)
 
 
 def probiou_loss(oriented_boxes: Tensor, others: Tensor) -> Tensor:
-    """Hellinger distance of the boxes' Gaussians, the loss L1 of the paper of ProbIoU.
+    """Compute the Hellinger distance of the boxes' Gaussians, the loss L1 of the ProbIoU paper.
 
     Args:
-        oriented_boxes: [..., 5].
-        others: [..., 5]; both broadcast.
+        oriented_boxes: Oriented boxes, [..., 5].
+        others: Oriented boxes, [..., 5]; both broadcast.
 
     Returns:
-        0, the same rectangle, to 1, far apart, [...].
+        Loss, [...], from 0 for equal boxes to 1 for distant ones.
     """
     first, second = _covariances(oriented_boxes), _covariances(others)
     mean = (first + second) / 2
@@ -255,17 +255,17 @@ def probiou_loss(oriented_boxes: Tensor, others: Tensor) -> Tensor:
 
 
 def kfiou(oriented_boxes: Tensor, others: Tensor) -> Tensor:
-    """KFIoU: the overlap of the boxes' Gaussians as if they shared a centre (Yang et al. 2023, arXiv 2201.12558).
+    """Compute KFIoU, the overlap of the boxes' Gaussians moved to one centre (Yang et al. 2023, arXiv 2201.12558).
 
-    The product of two Gaussians is a Gaussian again, as in a Kalman filter; the ellipse of its covariance stands for
-    the intersection. The value is stretched by 3, so that the same rectangle gives 1.
+    The product of two Gaussians is a Gaussian, as in a Kalman filter; the ellipse of its covariance represents the
+    intersection. The value is scaled by 3 so that equal boxes give 1.
 
     Args:
-        oriented_boxes: [..., 5].
-        others: [..., 5]; both broadcast.
+        oriented_boxes: Oriented boxes, [..., 5].
+        others: Oriented boxes, [..., 5]; both broadcast.
 
     Returns:
-        0 to 1, [...], whatever the centres.
+        KFIoU, [...], from 0 to 1, independent of the centres.
     """
     first, second = _covariances(oriented_boxes), _covariances(others)
     areas = _determinant(first).sqrt(), _determinant(second).sqrt()
@@ -274,14 +274,14 @@ def kfiou(oriented_boxes: Tensor, others: Tensor) -> Tensor:
 
 
 def kfiou_loss(oriented_boxes: Tensor, targets: Tensor) -> Tensor:
-    """exp(1 - KFIoU) - 1, and for the centre ln(1 + d^2), d their distance in the target's standard deviations.
+    """Compute exp(1 - KFIoU) - 1 + ln(1 + d^2), d the distance of the centres in standard deviations of the target.
 
     Args:
-        oriented_boxes: [..., 5].
-        targets: [..., 5]; both broadcast.
+        oriented_boxes: Oriented boxes, [..., 5].
+        targets: Target boxes, [..., 5]; both broadcast.
 
     Returns:
-        0, the same rectangle, and up without bound, [...].
+        Loss, [...], 0 for equal boxes, unbounded above.
     """
     distance = _squared_distance(oriented_boxes, targets, _covariances(targets))
     shapes = torch.expm1(1 - working_precision(kfiou(oriented_boxes, targets)))
@@ -289,7 +289,7 @@ def kfiou_loss(oriented_boxes: Tensor, targets: Tensor) -> Tensor:
 
 
 def _covariances(boxes: Tensor) -> Tensor:
-    """Variances in x and y, and the covariance, of uniform densities on the boxes, [..., 3]."""
+    """Return the variances in x and y and the covariance of uniform densities on the boxes, [..., 3]."""
     boxes = working_precision(boxes)
     along, across = (boxes[..., 2:4].clamp(min=_SMALLEST_SIDE) ** 2 / 12).unbind(-1)
     cos, sin = boxes[..., 4].cos(), boxes[..., 4].sin()
@@ -304,7 +304,7 @@ def _determinant(covariances: Tensor) -> Tensor:
 
 
 def _squared_distance(boxes: Tensor, others: Tensor, covariances: Tensor) -> Tensor:
-    """Squared Mahalanobis distance of the centres."""
+    """Return the squared Mahalanobis distance of the centres."""
     dx, dy = (working_precision(boxes[..., :2]) - working_precision(others[..., :2])).unbind(-1)
     xx, yy, xy = covariances.unbind(-1)
     return (yy * dx**2 - 2 * xy * dx * dy + xx * dy**2) / _determinant(covariances)

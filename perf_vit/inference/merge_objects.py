@@ -10,7 +10,7 @@ import numpy.typing as npt
 
 from perf_vit.errors import InputError
 from perf_vit.geometry import Objects
-from perf_vit.geometry.nms import IndexArray, Overlaps, suppress
+from perf_vit.geometry.nms import IndexArray, Overlaps, greedy_nms
 from perf_vit.geometry.objects import ObjectKind, object_bounds
 from perf_vit.tiling import grid_windows
 from perf_vit.types import BoolArray, Window
@@ -112,7 +112,7 @@ class ObjectStitcher:
             same_class = parts.labels[first] == parts.labels[second]
             return same_class & (covered | self._match(overlaps, shared, first, second))
 
-        parts = parts.take(np.flatnonzero(suppress(overlaps, replaces) < 0))
+        parts = parts.take(np.flatnonzero(greedy_nms(overlaps, replaces) < 0))
         parts = parts.take(_ranks(self._kind, parts, tiers=np.zeros(len(parts), bool)))
         return Objects(self._kind, parts.geometry, parts.scores, parts.labels)
 
@@ -129,7 +129,7 @@ class ObjectStitcher:
             same_class = strays.labels[first] == strays.labels[second]
             return left_to_it & same_class & self._match(overlaps, shared, first, second)
 
-        by = suppress(overlaps, confirms)
+        by = greedy_nms(overlaps, confirms)
         return indices[np.unique(by[by >= 0])]
 
     def _match(self, overlaps: Overlaps, shared: FloatArray, first: IndexArray, second: IndexArray) -> BoolArray:

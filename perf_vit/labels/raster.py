@@ -217,7 +217,7 @@ class RasterLayers:
         return layers
 
     def close(self) -> None:
-        """Close this thread's file handle; a later read opens it again."""
+        """Close the file handle of this thread; a later read opens it again."""
         self._bands.close()
 
 

@@ -1,4 +1,4 @@
-"""Layers that timm models are built from; importing this package registers the mixers."""
+"""Layers for timm models; importing this package registers the mixers."""
 
 from perf_vit.layers.clustered_mixer import ClusteredMixer, ClusteredOptions
 from perf_vit.layers.linearized_attention import LinearizedAttention

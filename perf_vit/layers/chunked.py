@@ -1,4 +1,4 @@
-"""Transformer blocks and MLPs that go through their tokens in chunks, so that less exists for all tokens at once."""
+"""Transformer blocks and MLPs that process their tokens in chunks, which saves memory."""
 
 from __future__ import annotations
 
@@ -15,46 +15,46 @@ from torch import Tensor, nn
 
 from perf_vit.layers.linearized_attention import LinearizedAttention
 
-__all__ = ["chunk_modules", "in_chunks"]
+__all__ = ["chunk_modules", "to_chunked"]
 
-# Queries, keys and values of so many tokens, or the hidden layer of an MLP, stay in a processor's cache.
+# Chunk sizes whose queries, keys and values, or hidden layer of an MLP, fit in a processor's cache.
 _BLOCK_TOKENS = 1024
 _MLP_TOKENS = 2048
 
 
 def chunk_modules(model: nn.Module) -> None:
-    """Replace the MLPs and converted pre-norm blocks of a model by ones that go through their tokens in chunks.
+    """Replace the MLPs and converted pre-norm blocks of a model by versions that process tokens in chunks.
 
-    Blocks take 1,024 tokens at a time and MLPs 2,048, wherever no gradient is asked for. Attention alone joins tokens,
-    so results change by rounding at most; memory for norms, projections, hidden layers and residuals is saved, and the
-    time to bring them in from there. Modules in training mode, or with a forward hook on one of their parts, which
-    should see all tokens in one call, run as timm has them.
+    Without gradients, blocks process 1,024 tokens at a time and MLPs 2,048. Only attention mixes tokens, so results
+    change by rounding at most. Chunking saves the memory of norms, projections, hidden layers and residuals, and the
+    time to access it. Modules in training mode, and those with forward hooks on a submodule, which expect all tokens in
+    one call, run as in timm.
     """
     made: dict[int, nn.Module] = {}
     for parent in list(model.modules()):
         for name, child in list(parent.named_children()):
-            chunked = made.setdefault(id(child), in_chunks(child))
+            chunked = made.setdefault(id(child), to_chunked(child))
             if chunked is not child:
                 setattr(parent, name, chunked)
 
 
-def in_chunks(module: nn.Module) -> nn.Module:
-    """The form of a block or MLP that goes in chunks, with the same parts; any other module itself."""
+def to_chunked(module: nn.Module) -> nn.Module:
+    """Return the chunked version of a block or MLP, with the same submodules; return any other module unchanged."""
     chunked = _CHUNKED.get(type(module))
     is_softmax = hasattr(module, "attn") and not isinstance(module.attn, LinearizedAttention)
     return module if chunked is None or is_softmax else chunked(module)
 
 
-class _InChunks(nn.Module):
-    """Takes the place of a module of the class that it inherits from, with its parts, hooks and mode."""
+class _Chunked(nn.Module):
+    """Replacement of a module, of a subclass of its class, that takes over its submodules, hooks and mode."""
 
     def __init__(self, module: nn.Module) -> None:
         nn.Module.__init__(self)
         self.__dict__.update(module.__dict__)
 
-    def _goes_in_chunks(self, x: Any, num_tokens: int) -> bool:
-        # Dropout and dropped paths are drawn once for all tokens, the same whether a gradient is asked for or not: the
-        # first pass of a checkpoint asks for none.
+    def _use_chunks(self, x: Any, num_tokens: int) -> bool:
+        # In training mode, dropout is drawn once for all tokens: the first pass of a checkpoint runs without gradients
+        # and must draw the same as its recomputation.
         return not (
             isinstance(x, torch.fx.Proxy)
             or torch.compiler.is_compiling()
@@ -67,12 +67,12 @@ class _InChunks(nn.Module):
         )
 
 
-class _ChunkedMlp(_InChunks):
+class _ChunkedMlp(_Chunked):
     def forward(self, x: Any) -> Tensor:
         whole: Callable[[Tensor], Tensor] = super().forward
-        if not self._goes_in_chunks(x, _MLP_TOKENS):
+        if not self._use_chunks(x, _MLP_TOKENS):
             return whole(x)
-        return _joined(lambda tokens: whole(x[:, tokens]), x, _MLP_TOKENS)
+        return _apply_in_chunks(lambda tokens: whole(x[:, tokens]), x, _MLP_TOKENS)
 
 
 class _ChunkedPlainMlp(_ChunkedMlp, Mlp):
@@ -87,10 +87,10 @@ class _ChunkedSwiGLU(_ChunkedMlp, SwiGLU):
     pass
 
 
-class _ChunkedPreNorm(_InChunks):
-    """A pre-norm block with a `LinearizedAttention`: in chunks before the attention and after it."""
+class _ChunkedPreNorm(_Chunked):
+    """Pre-norm block with a `LinearizedAttention`, chunked before and after the attention."""
 
-    # Arguments that timm's block passes to its attention, in its own order.
+    # Arguments that timm's block passes to its attention, in order.
     _options: ClassVar[tuple[str, ...]]
     norm1: Any
     attn: Any
@@ -102,20 +102,20 @@ class _ChunkedPreNorm(_InChunks):
     gamma_2: Any
 
     def forward(self, x: Any, *arguments: Any, **options: Any) -> Tensor:
-        if not (_is_ours(self.attn) and self._goes_in_chunks(x, _BLOCK_TOKENS)):
+        if not (_is_chunkable(self.attn) and self._use_chunks(x, _BLOCK_TOKENS)):
             whole: Tensor = super().forward(x, *arguments, **options)
             return whole
         options = dict(zip(self._options, arguments, strict=False)) | options
         rope, size = options.pop("rope", None), max(1, _BLOCK_TOKENS // x.shape[0])
-        packed = _joined(lambda tokens: self.attn.pack(self.norm1(x[:, tokens])), x, size)
+        packed = _apply_in_chunks(lambda tokens: self.attn.pack(self.norm1(x[:, tokens])), x, size)
         attended = self.attn.attend(*self.attn.unpack(packed, rope), **options)
-        # Its memory is free for what follows.
+        # Free the memory for the second half of the block.
         del packed
-        return _joined(lambda tokens: self._after_attention(x[:, tokens], attended[:, tokens]), x, size)
+        return _apply_in_chunks(lambda tokens: self._after_attention(x[:, tokens], attended[:, tokens]), x, size)
 
     @abstractmethod
     def _after_attention(self, x: Tensor, out: Tensor) -> Tensor:
-        """Projection, residual and MLP of some tokens, [B, n, C], and what was attended for them, [B, n, H x D]."""
+        """Apply projection, residual and MLP to some tokens, [B, n, C], and their attended values, [B, n, H x D]."""
 
 
 class _ChunkedBlock(_ChunkedPreNorm, Block):
@@ -136,7 +136,7 @@ class _ChunkedEvaBlock(_ChunkedPreNorm, EvaBlock):
         return x + (grown if gamma_2 is None else gamma_2 * grown)
 
 
-_CHUNKED: dict[type[nn.Module], type[_InChunks]] = {
+_CHUNKED: dict[type[nn.Module], type[_Chunked]] = {
     Mlp: _ChunkedPlainMlp,
     GluMlp: _ChunkedGluMlp,
     SwiGLU: _ChunkedSwiGLU,
@@ -145,8 +145,8 @@ _CHUNKED: dict[type[nn.Module], type[_InChunks]] = {
 }
 
 
-def _joined(function: Callable[[slice], Tensor], x: Tensor, size: int) -> Tensor:
-    """Results of a function of the indices of some tokens, [B, n, C], for all tokens of [B, N, ..], as [B, N, C]."""
+def _apply_in_chunks(function: Callable[[slice], Tensor], x: Tensor, size: int) -> Tensor:
+    """Apply a function of token slices, which returns [B, n, C], to all tokens of [B, N, ..]; return [B, N, C]."""
     out: Tensor | None = None
     for tokens in _chunks(x.shape[1], size):
         part = function(tokens)
@@ -157,8 +157,8 @@ def _joined(function: Callable[[slice], Tensor], x: Tensor, size: int) -> Tensor
     return out
 
 
-def _is_ours(attention: Any) -> bool:
-    # Whoever puts another attention in place, or another forward, wants that to be called.
+def _is_chunkable(attention: Any) -> bool:
+    # A replaced attention module or forward method must be called as it is.
     return isinstance(attention, LinearizedAttention) and "forward" not in vars(attention) and attention.is_packed
 
 

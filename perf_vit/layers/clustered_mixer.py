@@ -1,4 +1,4 @@
-"""Attention that is exact nearby and sees what is far as clusters of keys."""
+"""Mixer of clustered attention: exact within windows and on sinks, clusters of keys elsewhere."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from perf_vit.layers.mixer import Mixer, MixerOptions, check_whole, register_mixer
+from perf_vit.layers.mixer import Mixer, MixerOptions, check_integers, register_mixer
 from perf_vit.ops import clustered_attention
 from perf_vit.ops.sinks import sinks_for_size
 
@@ -16,16 +16,16 @@ __all__ = ["ClusteredMixer", "ClusteredOptions"]
 
 @dataclass(frozen=True, kw_only=True)
 class ClusteredOptions(MixerOptions):
-    """Options of clustered attention; prefix tokens attend and are attended exactly.
+    """Options of clustered attention; prefix tokens attend and are attended to exactly.
 
     Attributes:
-        window_size: largest number of rows and columns of a window in which attention is exact; 0 for no windows.
-        num_sinks: keys of each head that every query sees exactly; 0 for none, None for 256 in small images down to 64
-            in large ones.
-        num_clusters: clusters of each head, which stand for all other keys.
+        window_size: Largest number of rows and columns of a window in which attention is exact; 0 for no windows.
+        num_sinks: Number of keys per head to which every query attends exactly; 0 for none, None for 256 in small
+            images down to 64 in large ones.
+        num_clusters: Number of clusters per head, which summarise all other keys.
 
     Raises:
-        ValueError: a number that is negative or not whole, or no cluster.
+        ValueError: a value is negative or not an integer, or `num_clusters` is 0.
     """
 
     window_size: int = 16
@@ -33,25 +33,25 @@ class ClusteredOptions(MixerOptions):
     num_clusters: int = 96
 
     def __post_init__(self) -> None:
-        check_whole(window_size=self.window_size)
-        check_whole(1, num_clusters=self.num_clusters)
+        check_integers(window_size=self.window_size)
+        check_integers(1, num_clusters=self.num_clusters)
         if self.num_sinks is not None:
-            check_whole(num_sinks=self.num_sinks)
+            check_integers(num_sinks=self.num_sinks)
         super().__post_init__()
 
     def sinks_of(self, grid: tuple[int, int]) -> int:
-        """Number of sinks in an image of these rows and columns of tokens."""
+        """Return the number of sinks for an image with a grid of (rows, columns) of tokens."""
         num_tokens = grid[0] * grid[1]
         return min(num_tokens, sinks_for_size(num_tokens) if self.num_sinks is None else self.num_sinks)
 
     def summary(self, grid: tuple[int, int]) -> dict[str, int]:
-        """Sizes that a report shows for an image of these rows and columns of tokens."""
+        """Return the sizes shown in reports for an image with a grid of (rows, columns) of tokens."""
         return {"window": self.window_size, "sinks": self.sinks_of(grid), "clusters": self.num_clusters}
 
 
 @register_mixer("clustered")
 class ClusteredMixer(Mixer):
-    """Windows and sinks exactly, all other keys as clusters (`clustered_attention`)."""
+    """Clustered attention (`clustered_attention`)."""
 
     options_type = ClusteredOptions
     needs_grid: ClassVar[bool] = True
@@ -66,15 +66,15 @@ class ClusteredMixer(Mixer):
         key_mask: Tensor | None = None,
         is_causal: bool = False,
     ) -> Tensor:
-        """Attend, as `Mixer.forward` says.
+        """Attend, see `Mixer.forward`.
 
         Raises:
-            ValueError: causal order.
+            ValueError: `is_causal` is set.
         """
         if is_causal:
             raise ValueError(
-                "is_causal=True isn't possible with mixer='clustered', whose windows and clusters look into the "
-                "future; use mixer='performer'"
+                "is_causal=True isn't possible with mixer='clustered', whose windows and clusters include future "
+                "tokens; use mixer='performer'"
             )
         assert grid is not None
         options = self.options

@@ -1,4 +1,4 @@
-"""Attention layers of timm with another mixer, and local enhancement."""
+"""timm attention layers with a mixer in place of softmax attention, and local enhancement."""
 
 from __future__ import annotations
 
@@ -13,25 +13,26 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from perf_vit.layers.mixer import MixerOptions, make_mixer
-from perf_vit.layers.token_grid import TokenGrid, key_mask_of
+from perf_vit.layers.token_grid import TokenGrid, to_key_mask
 
 __all__ = ["CONVERTIBLE", "LinearizedAttention", "LocalEnhancement"]
 
 
-# Tracers take it as one node: the grid isn't a thing that a graph could carry.
+# A leaf for tracers: a graph can't hold the grid.
 @register_notrace_module
 class LocalEnhancement(nn.Conv2d):
-    """Depth-wise 3 x 3 convolution of the values on the grid, to be added to what attention puts out.
+    """Depth-wise 3 x 3 convolution of the values on the grid, added to the attention's output.
 
-    It is the locally-enhanced positional encoding (LePE) of Dong et al. 2022, "CSWin Transformer", eq. 7. The matrix of
-    linear attention has rank M at most; the convolution's has full rank (Han et al. 2023, "FLatten Transformer"). All
-    its parameters are 0 at first, so a model that gets it computes what it did. The cost is linear.
+    This is the locally-enhanced positional encoding (LePE) of Dong et al. 2022, "CSWin Transformer", eq. 7. The matrix
+    of linear attention has rank M at most, that of the convolution has full rank (Han et al. 2023, "FLatten
+    Transformer"). All parameters are initialised to 0, so adding it doesn't change a model's output. The cost is
+    linear.
 
     Args:
-        dim: channels of all heads.
-        grid: where the rows and columns of the tokens are told.
-        device: of the parameters.
-        dtype: of the parameters.
+        dim: Number of channels of all heads together.
+        grid: Rows and columns of the tokens.
+        device: Device of the parameters.
+        dtype: Dtype of the parameters.
     """
 
     def __init__(
@@ -60,24 +61,24 @@ class LocalEnhancement(nn.Conv2d):
         """Convolve.
 
         Args:
-            v: values, [B, H, N, D]: first those of the prefix tokens, then the grid's, row by row.
-            num_prefix_tokens: class and register tokens, which have no place in the grid and get 0.
-            attn_mask: which keys take part, bool, [B, N] or [B, 1, 1, N]; the values of others count as 0.
-            is_causal: refused, as neighbours come from the future too.
+            v: Values, [B, H, N, D]: prefix tokens first, then the grid in row-major order.
+            num_prefix_tokens: Number of class and register tokens, which lie outside the grid; their output is 0.
+            attn_mask: Keys to use, bool, [B, N] or [B, 1, 1, N]; the other values are set to 0.
+            is_causal: Must be False, because neighbours include future tokens.
 
         Returns:
-            [B, H, N, D].
+            Convolved values, [B, H, N, D].
 
         Raises:
-            ValueError: another mask, causal order, or a grid that nobody told.
+            ValueError: The mask has another form, `is_causal` is set, or the grid is unknown.
         """
         if is_causal:
-            raise ValueError("is_causal=True needs local_enhancement=False: the convolution looks into the future")
-        key_mask = key_mask_of(attn_mask, v)
+            raise ValueError("is_causal=True needs local_enhancement=False: the convolution includes future tokens")
+        key_mask = to_key_mask(attn_mask, v)
         if key_mask is not None:
             v = v.masked_fill(~key_mask[:, None, :, None], 0.0)
         B, H, N, D = v.shape
-        rows, columns = self.grid.of(N - num_prefix_tokens)
+        rows, columns = self.grid.size_for(N - num_prefix_tokens)
         on_grid = v[:, :, num_prefix_tokens:].mT.reshape(B, H * D, rows, columns)
         convolved = super().forward(on_grid).reshape(B, H, D, -1).mT
         return F.pad(convolved, (0, 0, num_prefix_tokens, 0))
@@ -86,28 +87,28 @@ class LocalEnhancement(nn.Conv2d):
 CONVERTIBLE = (Attention, AttentionRope, EvaAttention)
 
 
-# Tracers take it as one node: the grid isn't a thing that a graph could carry.
+# A leaf for tracers: a graph can't hold the grid.
 @register_notrace_module
 class LinearizedAttention(nn.Module):
-    """A timm attention whose weights stay and whose N x N matrix goes, for a mixer of linear cost.
+    """timm attention layer whose N x N attention is replaced by a mixer of linear cost.
 
-    It takes over the modules of an `Attention`, `AttentionRope` or `EvaAttention`, under the same names, so the state
-    dict stays as it is. Rotary embeddings come before the mixer, as before the products that it replaces.
+    It takes over the modules of an `Attention`, `AttentionRope` or `EvaAttention` under the same names, so the state
+    dict is unchanged. Rotary embeddings are applied before the mixer.
 
     Args:
-        attention: layer to take over; it isn't changed, but its modules are shared.
-        options: options of the mixer; their type decides which one.
-        grid: rows and columns of the tokens.
+        attention: Layer to convert; it is not changed, but its modules are shared.
+        options: Options of the mixer; their type selects the mixer.
+        grid: Rows and columns of the tokens.
 
     Attributes:
-        mixer: attention between queries, keys and values.
-        local_enhancement: convolution of the values that is added, or None.
+        mixer: Mixer of queries, keys and values.
+        local_enhancement: Convolution of the values that is added to the result, or None.
 
     Raises:
-        ValueError: another type of layer, or attention dropout, which has nothing to drop.
+        ValueError: The layer has another type, or attention dropout, which linear attention doesn't support.
     """
 
-    # What it takes over is untyped in timm.
+    # Taken over from timm, where they are untyped.
     qkv: Any
     q_proj: Any
     k_proj: Any
@@ -141,16 +142,16 @@ class LinearizedAttention(nn.Module):
 
     @property
     def options(self) -> MixerOptions:
-        """The options of the mixer."""
+        """Options of the mixer."""
         return self.mixer.options
 
     @property
     def needs_grid(self) -> bool:
-        """Whether the layer must know the rows and columns of its tokens."""
+        """Whether the layer needs the rows and columns of its tokens."""
         return self.mixer.needs_grid or self.local_enhancement is not None
 
     def init_non_persistent_buffers(self) -> None:
-        """Zero the bias that EVA's keys don't have; timm calls it once a model leaves the meta device."""
+        """Set the bias of EVA's keys to 0; timm calls this when a model leaves the meta device."""
         if getattr(self, "k_bias", None) is not None:
             self.k_bias.zero_()
 
@@ -171,19 +172,19 @@ class LinearizedAttention(nn.Module):
         """Attend.
 
         Args:
-            x: tokens, [B, N, C].
-            rope: rotary embedding of the grid's tokens, as timm's layers take it.
-            attn_mask: which keys take part, bool, [B, N] or [B, 1, 1, N], or None for all of them.
-            is_causal: token i sees tokens 0 .. i only, with a mixer that has this.
+            x: Tokens, [B, N, C].
+            rope: Rotary embedding of the tokens of the grid, as for timm's layers.
+            attn_mask: Keys to use, bool, [B, N] or [B, 1, 1, N]; None for all.
+            is_causal: Whether token i attends to tokens 0 .. i only; not supported by all mixers.
 
         Returns:
-            [B, N, C].
+            Tokens, [B, N, C].
 
         Raises:
-            ValueError: another mask, causal order with a mixer that has none or with local enhancement, or an unknown
-                grid.
+            ValueError: The mask has another form, causal order isn't supported by the mixer or local enhancement, or
+                the grid is unknown.
         """
-        # A checkpoint may hold the attention alone.
+        # Gradient checkpointing may wrap the attention alone.
         self.grid.follow(x)
         q, k, v = self.queries_keys_values(x, rope)
         out = self.attend(q, k, v, attn_mask, is_causal)
@@ -193,26 +194,26 @@ class LinearizedAttention(nn.Module):
     def attend(
         self, q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False
     ) -> Tensor:
-        """Mix tokens: [B, H, N, D] each to heads side by side, [B, N, H x D]; masks as for `forward`."""
-        num_prefix_tokens, key_mask = self.options.num_prefix_tokens, key_mask_of(attn_mask, k)
-        grid = self.grid.of(q.shape[2] - num_prefix_tokens) if self.mixer.needs_grid and not is_causal else None
+        """Mix tokens, [B, H, N, D] each, and concatenate the heads, [B, N, H x D]; masks as in `forward`."""
+        num_prefix_tokens, key_mask = self.options.num_prefix_tokens, to_key_mask(attn_mask, k)
+        grid = self.grid.size_for(q.shape[2] - num_prefix_tokens) if self.mixer.needs_grid and not is_causal else None
         out = self.mixer(q, k, v, grid, key_mask, is_causal)
         if self.local_enhancement is not None:
             out = out + self.local_enhancement(v, num_prefix_tokens, key_mask, is_causal)
         return out.transpose(1, 2).flatten(2)
 
     def finish(self, out: Tensor, gate: Tensor | None = None) -> Tensor:
-        """Norm, gate and projection of what was attended, [B, N, H x D] -> [B, N, C]."""
+        """Apply norm, gate and projection to attended values, [B, N, H x D] -> [B, N, C]."""
         out = self.norm(out)
         projected: Tensor = self.proj_drop(self.proj(out if gate is None else out * gate))
         return projected
 
     def queries_keys_values(self, x: Tensor, rope: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries, keys and values as the attention sees them, [B, H, N, D]: normed, rotated, one of each a head.
+        """Compute the mixer's inputs, [B, H, N, D] each: normalised, rotated, repeated for grouped heads.
 
         Args:
-            x: tokens, [B, N, C].
-            rope: rotary embedding of the grid's tokens.
+            x: Tokens, [B, N, C].
+            rope: Rotary embedding of the tokens of the grid.
         """
         if self.qkv is not None:
             return self.unpack(self.pack(x), rope)
@@ -220,24 +221,24 @@ class LinearizedAttention(nn.Module):
 
     @property
     def is_packed(self) -> bool:
-        """Whether each token's queries, keys and values come by `pack`, and nothing else of it is asked for."""
+        """Whether `pack` computes queries, keys and values of each token independently, without a gate."""
         return self.qkv is not None and getattr(self, "gate", None) is None
 
     def pack(self, x: Tensor) -> Tensor:
-        """Queries, keys and values of all heads side by side, [B, N, C] -> [B, N, 3 x H x D]."""
+        """Compute queries, keys and values of all heads, concatenated, [B, N, C] -> [B, N, 3 x H x D]."""
         bias = self._eva_bias()
         packed: Tensor = self.qkv(x) if bias is None else F.linear(x, self.qkv.weight, bias)
         return packed
 
     def unpack(self, packed: Tensor, rope: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
-        """What `queries_keys_values` gives, from what `pack` gave."""
+        """Split the result of `pack` into that of `queries_keys_values`."""
         q, k, v = packed.chunk(3, dim=-1)
         return self._normed_and_rotated(q, k, v, rope)
 
     def _normed_and_rotated(
         self, q: Tensor, k: Tensor, v: Tensor, rope: Tensor | None
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Heads side by side, [B, N, H x D], of which keys and values may have fewer, to [B, H, N, D] each."""
+        """Split heads, normalise and rotate, [B, N, H x D] -> [B, H, N, D]; keys and values may have fewer heads."""
         q, k, v = (self._heads(x) for x in (q, k, v))
         q, k = self.q_norm(q), self.k_norm(k)
         if rope is not None:
@@ -251,7 +252,7 @@ class LinearizedAttention(nn.Module):
         if getattr(self, "q_bias", None) is None:
             return None
         bias = torch.cat([self.q_bias, self.k_bias, self.v_bias])
-        # EVA's layers may have a bias in the projection too, to which this one is added.
+        # EVA's layers may also have a bias in the projection.
         return bias if self.qkv.bias is None else bias + self.qkv.bias
 
     def _heads(self, x: Tensor) -> Tensor:
@@ -275,12 +276,13 @@ def _enhancement(layer: LinearizedAttention) -> LocalEnhancement:
 def _check_attention(attention: nn.Module) -> None:
     if not isinstance(attention, CONVERTIBLE):
         raise ValueError(
-            f"expected one of {', '.join(kind.__name__ for kind in CONVERTIBLE)}, got {type(attention).__name__}"
+            f"attention must be one of {', '.join(kind.__name__ for kind in CONVERTIBLE)}, got "
+            f"{type(attention).__name__}; convert only such layers"
         )
     # Untyped in timm.
     dropout: Any = attention.attn_drop
     if dropout.p > 0:
         raise ValueError(
-            f"attn_drop must be 0, got {dropout.p}: linear attention never forms the weights it drops; "
+            f"attn_drop must be 0, got {dropout.p}: linear attention has no attention weights to drop; "
             "create the model with attn_drop_rate=0"
         )

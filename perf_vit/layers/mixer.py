@@ -1,4 +1,4 @@
-"""The registry of mixers: what computes attention between the tokens of a layer."""
+"""Mixers, which compute attention between the tokens of a layer, and their registry."""
 
 from __future__ import annotations
 
@@ -17,28 +17,28 @@ __all__ = [
     "MIXERS",
     "Mixer",
     "MixerOptions",
+    "check_integers",
     "check_option_names",
-    "check_whole",
     "make_mixer",
     "register_mixer",
 ]
 
-# Options that the model decides for each layer; users set none of them.
-_OF_MODEL = ("num_prefix_tokens", "layer_index")
+# Options that the model sets for each layer; users can't set them.
+_SET_BY_MODEL = ("num_prefix_tokens", "layer_index")
 
 
 @dataclass(frozen=True, kw_only=True)
 class MixerOptions:
-    """Options that all mixers have; the options of a mixer are a subclass.
+    """Options common to all mixers; each mixer has a subclass.
 
     Attributes:
-        local_enhancement: whether a depth-wise convolution of the values is added (see `LocalEnhancement`); it has
-            parameters of its own.
-        num_prefix_tokens: class and register tokens, which have no place in the grid of patches.
-        layer_index: index of the layer in its model.
+        local_enhancement: Whether to add a depth-wise convolution of the values (see `LocalEnhancement`), which has
+            parameters.
+        num_prefix_tokens: Number of class and register tokens, which lie outside the grid of patches.
+        layer_index: Index of the layer in its model.
 
     Raises:
-        ValueError: a number that is negative or not whole.
+        ValueError: a value is negative or not an integer.
     """
 
     local_enhancement: bool = False
@@ -46,34 +46,34 @@ class MixerOptions:
     layer_index: int = 0
 
     def __post_init__(self) -> None:
-        check_whole(num_prefix_tokens=self.num_prefix_tokens, layer_index=self.layer_index)
+        check_integers(num_prefix_tokens=self.num_prefix_tokens, layer_index=self.layer_index)
 
     @classmethod
     def names(cls) -> list[str]:
-        """Names of the options that a user may set."""
-        return [field.name for field in fields(cls) if field.name not in _OF_MODEL]
+        """Return the names of the options that users can set."""
+        return [field.name for field in fields(cls) if field.name not in _SET_BY_MODEL]
 
-    def given(self) -> dict[str, Any]:
-        """Values of the options that a user may set, for saving."""
-        return {name: value for name, value in asdict(self).items() if name not in _OF_MODEL}
+    def user_options(self) -> dict[str, Any]:
+        """Return the values of the options that users can set, for saving."""
+        return {name: value for name, value in asdict(self).items() if name not in _SET_BY_MODEL}
 
     def summary(self, grid: tuple[int, int]) -> dict[str, int]:
-        """Sizes that a report shows for an image of these rows and columns of tokens."""
+        """Return the sizes shown in reports for an image with a grid of (rows, columns) of tokens."""
         return {}
 
 
 class Mixer(nn.Module, ABC):
-    """Attention of linear cost between queries, keys and values, without the projections around it.
+    """Attention of linear cost between queries, keys and values, without input and output projections.
 
     Args:
-        options: options of the mixer.
-        head_dim: channels of a head, D.
-        device: device of its buffers and parameters.
+        options: Options of the mixer.
+        head_dim: Number of channels of a head, D.
+        device: Device of buffers and parameters.
 
     Attributes:
-        options_type: dataclass of the options.
+        options_type: Dataclass of the options.
         name: name in the registry.
-        needs_grid: whether it must know the rows and columns of its tokens.
+        needs_grid: Whether it needs the rows and columns of the tokens.
     """
 
     options_type: ClassVar[type[MixerOptions]]
@@ -97,22 +97,22 @@ class Mixer(nn.Module, ABC):
         """Attend.
 
         Args:
-            q: queries, [B, H, N, D]: first the prefix tokens, then those of the grid, row by row.
-            k: keys, [B, H, N, D].
-            v: values, [B, H, N, D].
-            grid: rows and columns of tokens; None for a mixer that doesn't need them.
-            key_mask: [B, N] bool, False for keys that are left out.
-            is_causal: token i sees tokens 0 .. i only.
+            q: Queries, [B, H, N, D]: prefix tokens first, then the grid in row-major order.
+            k: Keys, [B, H, N, D].
+            v: Values, [B, H, N, D].
+            grid: Rows and columns of tokens; None for a mixer that doesn't need them.
+            key_mask: [B, N] bool, False for keys to ignore.
+            is_causal: Whether token i attends to tokens 0 .. i only.
 
         Returns:
-            [B, H, N, D].
+            Attended values, [B, H, N, D].
 
         Raises:
-            ValueError: causal order where the mixer has none.
+            ValueError: `is_causal` is set and the mixer doesn't support it.
         """
 
     def extra_repr(self) -> str:
-        """The options, for printing."""
+        """Format the options for printing."""
         return ", ".join(f"{field.name}={getattr(self.options, field.name)!r}" for field in fields(self.options))
 
 
@@ -121,10 +121,10 @@ MIXERS: Registry[type[Mixer]] = Registry("mixer")
 
 
 def register_mixer(name: str) -> Callable[[type[Mixer]], type[Mixer]]:
-    """Decorate a `Mixer` class so that conversion, backbones and configs find it by name.
+    """Decorate a `Mixer` class to register it under a name for conversion, backbones and configs.
 
     Args:
-        name: Name of the mixer.
+        name: name of the mixer.
 
     Raises:
         ValueError: The name is taken.
@@ -139,25 +139,25 @@ def register_mixer(name: str) -> Callable[[type[Mixer]], type[Mixer]]:
 
 
 def make_mixer(options: MixerOptions, head_dim: int, device: torch.device | None = None) -> Mixer:
-    """The mixer that has options of this type."""
+    """Make the mixer whose options have the type of `options`."""
     (mixer,) = (each for each in MIXERS.values() if each.options_type is type(options))
     return mixer(options, head_dim, device)
 
 
 def check_option_names(name: str, options: Iterable[str]) -> None:
-    """Refuse options that a mixer doesn't have.
+    """Check that a mixer has options of these names.
 
     Args:
         name: name of the mixer.
-        options: names of options that a user gave.
+        options: Names of the options given by a user.
 
     Raises:
-        ValueError: names the first of them and the mixer that has it, or the nearest option.
+        ValueError: An option doesn't exist; the message names a mixer that has it, or the closest name.
     """
     known = MIXERS[name].options_type.names()
     for option in options:
-        if option in _OF_MODEL:
-            raise ValueError(f"options must not hold {option}, which the model decides for each layer; leave it out")
+        if option in _SET_BY_MODEL:
+            raise ValueError(f"options must not hold {option}, which the model sets for each layer; leave it out")
         if option not in known:
             raise ValueError(_unknown_option(name, option, known))
 
@@ -169,18 +169,18 @@ def _unknown_option(name: str, option: str, known: list[str]) -> str:
     return f"options of mixer={name!r} are {', '.join(known)}, got {option!r}{did_you_mean(option, known)}"
 
 
-def check_whole(least: int = 0, **numbers: Any) -> None:
-    """Refuse options that must be whole numbers and aren't.
+def check_integers(least: int = 0, **numbers: Any) -> None:
+    """Check that options are integers of at least a minimum.
 
     Args:
-        least: smallest number allowed.
-        **numbers: values by name.
+        least: Smallest allowed value.
+        **numbers: Values by option name.
 
     Raises:
-        ValueError: names the first of them.
+        ValueError: An option isn't an integer or is below the minimum.
     """
     for name, number in numbers.items():
         if not isinstance(number, Integral):
-            raise ValueError(f"{name} must be a whole number, got {number!r}; pass an int")
+            raise ValueError(f"{name} must be an integer, got {number!r}; pass an int")
         if number < least:
             raise ValueError(f"{name} must be at least {least}, got {number}")

@@ -1,4 +1,4 @@
-"""Attention through random features, FAVOR+, and the draws of a whole model."""
+"""Mixer of FAVOR+ attention (random features), and redrawing of a model's projections."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 import torch.fx
 from torch import Tensor, nn
 
-from perf_vit.layers.mixer import Mixer, MixerOptions, check_whole, register_mixer
+from perf_vit.layers.mixer import Mixer, MixerOptions, check_integers, register_mixer
 from perf_vit.ops import draw_projection, favor_attention, fit_balancing
 from perf_vit.ops.kernels import get_kernel
 from perf_vit.ops.projection import ProjectionNorms
@@ -24,17 +24,17 @@ class PerformerOptions(MixerOptions):
     """Options of FAVOR+.
 
     Attributes:
-        kernel: name of the feature map, "softmax+", "softmax-hyp+", "softmax-trig", "relu", "oprf" or a registered one.
-        num_features: number of random features, M.
-        orthogonal: whether the projection's rows come in orthogonal blocks.
-        norms: norms of its rows, "chi" or "sqrt" (see `draw_projection`).
-        center: whether queries and keys are centred by the means of each call and head (see `fit_balancing`).
-        balance: whether their channels are balanced likewise.
-        seed: seed of the model's projections, 0 or more; layers of one seed draw different ones.
+        kernel: name of the feature map: "softmax+", "softmax-hyp+", "softmax-trig", "relu", "oprf" or a registered one.
+        num_features: Number of random features, M.
+        orthogonal: Whether the rows of the projection are orthogonal within blocks.
+        norms: Norms of the rows, "chi" or "sqrt" (see `draw_projection`).
+        center: Whether queries and keys are centred by their means per call and head (see `fit_balancing`).
+        balance: Whether their channels are balanced per call and head.
+        seed: Seed of the model's projections, at least 0; each layer draws its own.
 
     Raises:
-        ValueError: an unknown kernel, one that centring or balancing would change, or a number that is negative or
-            not whole; `draw_projection` checks the rest.
+        ValueError: The kernel is unknown or incompatible with centring and balancing, or a value is negative or not
+            an integer; `draw_projection` checks the rest.
     """
 
     kernel: str = "softmax+"
@@ -48,28 +48,28 @@ class PerformerOptions(MixerOptions):
     def __post_init__(self) -> None:
         if (self.center or self.balance) and not get_kernel(self.kernel).estimates_softmax:
             raise ValueError(
-                f"center and balance leave softmax attention as it is, but kernel {self.kernel!r} estimates another; "
-                "use center=False, balance=False"
+                f"center and balance need a kernel that estimates softmax, got {self.kernel!r}; use center=False, "
+                "balance=False"
             )
-        check_whole(1, num_features=self.num_features)
-        check_whole(seed=self.seed)
+        check_integers(1, num_features=self.num_features)
+        check_integers(seed=self.seed)
         super().__post_init__()
 
     def summary(self, grid: tuple[int, int]) -> dict[str, int]:
-        """Sizes that a report shows for an image of these rows and columns of tokens."""
+        """Return the sizes shown in reports for an image with a grid of (rows, columns) of tokens."""
         return {"features": self.num_features}
 
 
 @register_mixer("performer")
 class PerformerMixer(Mixer):
-    """FAVOR+ (Choromanski et al. 2020).
+    """FAVOR+ attention (Choromanski et al. 2020).
 
-    The projection, [R, D], is drawn from (seed, layer_index, draw), so it is a non-persistent buffer that no
-    checkpoint needs to carry. It stays float32 whatever dtype the module is moved to: a rounded draw would be
-    another one, and the features are computed in float32 anyway.
+    The projection, [R, D], is determined by (seed, layer_index, draw), so it is a non-persistent buffer that
+    checkpoints don't store. It stays float32 when the module is cast: features are computed in float32, and rounding
+    would change the projection.
 
     Attributes:
-        draw: number of the draw that the projection is.
+        draw: Index of the current draw of the projection.
     """
 
     options_type = PerformerOptions
@@ -90,24 +90,24 @@ class PerformerMixer(Mixer):
         key_mask: Tensor | None = None,
         is_causal: bool = False,
     ) -> Tensor:
-        """Attend, as `Mixer.forward` says.
+        """Attend, see `Mixer.forward`.
 
         Raises:
-            ValueError: causal order with centring or balancing.
+            ValueError: `is_causal` is combined with centring or balancing.
         """
         return _attend(q, k, v, self.projection, self.options, key_mask, is_causal)
 
     def redraw(self, draw: int) -> None:
-        """Replace the projection, in place, by draw number `draw` of the same seed; 0 is the one it starts with.
+        """Replace the projection in place by draw number `draw` of the same seed; 0 is the initial one.
 
-        To be called between steps with the same number on every process, never within a forward pass: a checkpointed
-        block would recompute with another projection than it used.
+        Call it between steps, with the same number on every process, never within a forward pass: a checkpointed block
+        would be recomputed with a different projection.
         """
         self.draw = draw
         self.projection.copy_(self._draw_projection(self.projection.device))
 
     def init_non_persistent_buffers(self) -> None:
-        """Draw the projection on the module's device; timm calls it once a model leaves the meta device."""
+        """Draw the projection on the module's device; timm calls this when a model leaves the meta device."""
         self.projection = self._draw_projection(self.projection.device)
 
     def _draw_projection(self, device: torch.device) -> Tensor:
@@ -131,7 +131,7 @@ class PerformerMixer(Mixer):
         return self
 
 
-# What it decides by shapes can't be traced, so it stays one node of a graph.
+# A leaf for torch.fx: branches on shapes can't be traced.
 @torch.fx.wrap
 def _attend(
     q: Tensor,
@@ -146,17 +146,17 @@ def _attend(
     if options.center or options.balance:
         if is_causal:
             raise ValueError(
-                "is_causal=True needs center=False and balance=False: the statistics of a call tell of the future"
+                "is_causal=True needs center=False and balance=False: the statistics of a call include future tokens"
             )
         balancing = fit_balancing(q, k, key_mask, center=options.center, balance=options.balance)
     return favor_attention(q, k, v, projection, options.kernel, key_mask, is_causal, balancing)
 
 
 def current_draw(model: nn.Module) -> int:
-    """The number of the draw that a model's projections are; 0 where it has none.
+    """Return the index of the draw of a model's projections; 0 for a model without projections.
 
     Raises:
-        ValueError: the layers hold different ones, which no checkpoint could name.
+        ValueError: The layers have different draws, which a checkpoint can't store.
     """
     draws = {layer.draw for layer in _performer_layers(model)} or {0}
     if len(draws) > 1:
@@ -168,9 +168,9 @@ def current_draw(model: nn.Module) -> int:
 
 
 def redraw_projections(model: nn.Module, draw: int) -> None:
-    """Give every Performer layer of a model draw number `draw`, in place; layers that hold it are left alone.
+    """Set every Performer layer of a model to draw number `draw`, in place; layers that have it are unchanged.
 
-    To be called between steps, with the same number on every process (see `PerformerMixer.redraw`).
+    Call it between steps, with the same number on every process (see `PerformerMixer.redraw`).
     """
     for layer in _performer_layers(model):
         if layer.draw != draw:
@@ -178,7 +178,7 @@ def redraw_projections(model: nn.Module, draw: int) -> None:
 
 
 def copy_projections(source: nn.Module, target: nn.Module) -> None:
-    """Give a copy of a model the projections that the model holds now, in place."""
+    """Copy the current projections of a model to a copy of the model, in place."""
     for layer, copied in zip(_performer_layers(source), _performer_layers(target), strict=True):
         copied.projection.copy_(layer.projection)
         copied.draw = layer.draw
@@ -189,6 +189,6 @@ def _performer_layers(model: nn.Module) -> Iterator[PerformerMixer]:
 
 
 def _generator(*entropy: int) -> torch.Generator:
-    # SeedSequence mixes its words, so neighbouring seeds, layers and draws are independent; a sum would repeat them.
+    # SeedSequence gives independent streams for neighbouring seeds, layers and draws; sums of them would collide.
     seed = int(np.random.SeedSequence(entropy).generate_state(1, np.uint64)[0])
     return torch.Generator().manual_seed(seed)

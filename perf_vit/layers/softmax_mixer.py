@@ -1,4 +1,4 @@
-"""Exact softmax attention under the interface of the mixers."""
+"""Mixer of exact softmax attention."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ __all__ = ["SoftmaxMixer", "SoftmaxOptions"]
 
 @dataclass(frozen=True, kw_only=True)
 class SoftmaxOptions(MixerOptions):
-    """Options of exact attention: those that all mixers have."""
+    """Options of exact attention."""
 
 
 @register_mixer("softmax")
 class SoftmaxMixer(Mixer):
-    """softmax(q k^T / sqrt(D)) v, whose cost grows with the square of the number of tokens.
+    """Exact attention softmax(q k^T / sqrt(D)) v, with a cost quadratic in the number of tokens.
 
-    Conversion leaves timm's layers as they are instead, which compute the same.
+    Conversion keeps timm's layers, which compute the same, instead of using this mixer.
     """
 
     options_type = SoftmaxOptions
@@ -35,6 +35,6 @@ class SoftmaxMixer(Mixer):
         key_mask: Tensor | None = None,
         is_causal: bool = False,
     ) -> Tensor:
-        """Attend, as `Mixer.forward` says."""
+        """Attend, see `Mixer.forward`."""
         mask = None if key_mask is None else key_mask[:, None, None]
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=is_causal)

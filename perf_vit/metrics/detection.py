@@ -18,7 +18,7 @@ from pycocotools.cocoeval import COCOeval
 from torch import distributed
 
 from perf_vit.geometry.boxes import oriented_box_bounds
-from perf_vit.geometry.objects import shared_pixels
+from perf_vit.geometry.objects import mask_intersections
 from perf_vit.geometry.oriented_boxes import oriented_iou_matrix
 from perf_vit.metrics.matching import compared_geometry, independent_parts
 from perf_vit.text import without_nan
@@ -250,7 +250,7 @@ class _MaskEvaluation(COCOeval):
         if not found or not truth:
             return []
         ours, theirs = (_mask_crops(shapes) for shapes in (found, truth))
-        first, second, shared = shared_pixels(ours, theirs)
+        first, second, shared = mask_intersections(ours, theirs)
         areas, crowds = ours.areas()[first], np.array([bool(shape["iscrowd"]) for shape in truth])[second]
         iou = np.zeros((len(found), len(truth)))
         iou[first, second] = shared / np.where(crowds, areas, areas + theirs.areas()[second] - shared)

@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from perf_vit.geometry.boxes import meeting_pairs, oriented_box_bounds, oriented_box_corners
+from perf_vit.geometry.boxes import intersecting_pairs, oriented_box_bounds, oriented_box_corners
 from perf_vit.geometry.objects import cropped_masks
 from perf_vit.types import BoolArray, Detections, MaskCrops, ObjectLabels
 
@@ -98,7 +98,7 @@ def _inside(points: npt.NDArray[np.float64], truth: ObjectLabels) -> tuple[Index
         bounds: npt.NDArray[Any] = masks.rectangles()
     else:
         bounds = truth.boxes_xyxy if truth.oriented_boxes is None else oriented_box_bounds(truth.oriented_boxes)
-    first, second = meeting_pairs(np.tile(points, 2), bounds)
+    first, second = intersecting_pairs(np.tile(points, 2), bounds)
     if masks is not None:
         holds = _in_masks(points[first], masks, second)
     elif truth.oriented_boxes is not None:

@@ -12,8 +12,8 @@ from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 
 from perf_vit.errors import InputError
-from perf_vit.geometry.boxes import meeting_pairs, oriented_box_bounds, paired_intersections, paired_iou
-from perf_vit.geometry.objects import cropped_masks, shared_pixels
+from perf_vit.geometry.boxes import intersecting_pairs, oriented_box_bounds, paired_intersections, paired_iou
+from perf_vit.geometry.objects import cropped_masks, mask_intersections
 from perf_vit.geometry.oriented_boxes import oriented_iou
 from perf_vit.types import Detections, MaskCrops, ObjectLabels
 
@@ -56,12 +56,12 @@ def meeting_iou(
     """
     ours, theirs = (compared_geometry(objects, kind) for objects in (found, truth))
     if kind == "masks":
-        first, second, shared = shared_pixels(ours, theirs)
+        first, second, shared = mask_intersections(ours, theirs)
         return first, second, shared / (ours.areas()[first] + theirs.areas()[second] - shared)
     if kind == "boxes":
-        first, second = meeting_pairs(ours, theirs)
+        first, second = intersecting_pairs(ours, theirs)
         return first, second, np.asarray(paired_iou(ours[first], theirs[second]), np.float64)
-    first, second = meeting_pairs(oriented_box_bounds(ours), oriented_box_bounds(theirs))
+    first, second = intersecting_pairs(oriented_box_bounds(ours), oriented_box_bounds(theirs))
     iou = oriented_iou(torch.from_numpy(ours[first]), torch.from_numpy(theirs[second]))
     return first, second, iou.numpy()
 
@@ -106,7 +106,7 @@ def _possible_matches(
     The intersection is bounded by that of the bounding boxes and by the smaller area.
     """
     bounds, found_bounds = _bounds(truth), _bounds(found)
-    first, second = meeting_pairs(bounds, found_bounds)
+    first, second = intersecting_pairs(bounds, found_bounds)
     same = _values(truth, "category_id")[first] == _values(found, "category_id")[second]
     first, second = first[same], second[same]
     area, found_area = _values(truth, "area")[first], _values(found, "area")[second]

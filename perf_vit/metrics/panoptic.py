@@ -12,7 +12,7 @@ import numpy.typing as npt
 import torch
 
 from perf_vit.errors import InputError
-from perf_vit.geometry.objects import cropped_masks, part_in
+from perf_vit.geometry.objects import crop_to_window, cropped_masks
 from perf_vit.types import Detections, MaskCrops, ObjectLabels, Window
 
 __all__ = ["PanopticQuality", "PanopticScores"]
@@ -138,7 +138,7 @@ def _painted(masks: MaskCrops, window: Window) -> npt.NDArray[np.int64]:
     painted = np.full(window.shape, -1, np.int64)
     top, bottom = masks.rectangles()[:, [1, 3]].T
     for index in np.flatnonzero((top < window.row_stop) & (bottom > window.row))[::-1].tolist():
-        part = part_in(masks, index, window)
+        part = crop_to_window(masks, index, window)
         if part is not None:
             painted[part[0]][part[1]] = index
     return painted

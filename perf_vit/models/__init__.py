@@ -1,4 +1,4 @@
-"""Networks: backbones registered with timm, heads, and both together with what prediction needs to know."""
+"""Models: backbones registered with timm, necks, heads, and networks of each task with the spec of their input."""
 
 from perf_vit.models.checkpoint import (
     CHECKPOINT_KEY,

@@ -1,4 +1,4 @@
-"""Backbones: timm models and converted folders from configs."""
+"""Config of backbones, and backbones built from it: timm models and folders of converted models."""
 
 from __future__ import annotations
 
@@ -26,13 +26,13 @@ __all__ = ["BackboneConfig", "build_backbone", "built_from", "check_known", "cre
 
 @dataclass(kw_only=True)
 class BackboneConfig:
-    """A backbone.
+    """Backbone of a model.
 
     Attributes:
-        backbone: any timm model name; or a folder with a converted model, whose weights are loaded.
-        backbone_kwargs: passed to `timm.create_model`, e.g. {attn_kwargs: {num_features: 128}}; those of
-            `perf_vit.conversion.weights`.
-        pretrained: load timm's weights for the backbone.
+        backbone: Name of a timm model, or folder of a converted model, whose weights are loaded.
+        backbone_kwargs: Arguments of `timm.create_model`, such as {attn_kwargs: {num_features: 128}}; limited to those
+            of `perf_vit.conversion.weights`.
+        pretrained: Whether to load timm's weights for the backbone.
     """
 
     backbone: str = "performer_vit_small_patch16_224"
@@ -40,7 +40,7 @@ class BackboneConfig:
     pretrained: bool = False
 
 
-# A million patches; larger sides are a mistake that would ask for gigabytes a tile.
+# A million patches of 16 px; larger tiles are a mistake that would need gigabytes each.
 _LARGEST_TILE_PX = 16_384
 
 
@@ -54,21 +54,21 @@ def build_backbone(
     """Build a `features_only` backbone.
 
     Args:
-        config: which model.
-        out_indices: the maps that it gives, None for timm's choice.
-        in_chans: bands of the images.
-        tile_px: tile size in pixels.
-        saved_backbone: config of the converted model that the backbone was made of, to do without its folder.
+        config: Backbone.
+        out_indices: Indices of the feature maps, None for timm's default.
+        in_chans: Number of bands of the images.
+        tile_px: Tile size in pixels.
+        saved_backbone: Config of the converted model that the backbone was built from, used instead of its folder.
 
     Returns:
-        The backbone, and the config of the converted model that it was made of, None for a timm model.
+        The backbone, and the config of the converted model that it was built from, None for a timm model.
 
     Raises:
-        CheckpointError: a folder without a converted model.
-        ConfigError: an unknown backbone or arguments that it doesn't take.
+        CheckpointError: The folder has no converted model.
+        ConfigError: The backbone is unknown or doesn't accept its arguments.
     """
     if out_indices is not None and len(set(out_indices)) != len(out_indices):
-        raise ConfigError(f"model.out_indices must name each of the backbone's maps once, got {list(out_indices)}")
+        raise ConfigError(f"model.out_indices must not repeat an index, got {list(out_indices)}")
     options = {
         "features_only": True,
         **({} if out_indices is None else {"out_indices": tuple(out_indices)}),
@@ -84,21 +84,21 @@ def create_backbone(
     saved_backbone: Mapping[str, Any] | None = None,
     options: Mapping[str, Any] | None = None,
 ) -> tuple[nn.Module, Mapping[str, Any] | None]:
-    """Make a timm model, or a converted one from its folder or saved config.
+    """Create a timm model, or a converted model from its folder or saved config.
 
     Args:
-        config: which model.
-        in_chans: bands of the images.
-        tile_px: side of a tile, for models of fixed input size.
-        saved_backbone: config of the converted model that the backbone was made of, to do without its folder.
-        options: further ones of `timm.create_model`; those of the config come last.
+        config: Backbone.
+        in_chans: Number of bands of the images.
+        tile_px: Tile size in pixels, for models of fixed input size.
+        saved_backbone: Config of the converted model that the backbone was built from, used instead of its folder.
+        options: Further arguments of `timm.create_model`, overridden by those of the config.
 
     Returns:
-        The model, and the config of the converted model that it was made of, None for a timm model.
+        The model, and the config of the converted model that it was built from, None for a timm model.
 
     Raises:
-        CheckpointError: a folder without a converted model.
-        ConfigError: an unknown model, arguments that it doesn't take, or a tile of no size or of gigabytes.
+        CheckpointError: The folder has no converted model.
+        ConfigError: The model is unknown or doesn't accept its arguments, or the tile size is out of range.
     """
     check_file_arguments(config.backbone_kwargs, "model.backbone_kwargs")
     if not 1 <= tile_px <= _LARGEST_TILE_PX:
@@ -111,7 +111,7 @@ def create_backbone(
 
 
 def feature_specs(backbone: nn.Module) -> list[FeatureSpec]:
-    """Channels and strides of the maps that a `features_only` backbone gives."""
+    """Return the channels and strides of the feature maps of a `features_only` backbone."""
     info: Any = backbone.feature_info
     return [FeatureSpec(c, s) for c, s in zip(info.channels(), info.reduction(), strict=True)]
 
@@ -144,22 +144,22 @@ def _create(
 
 
 def _size_options(name: str, tile_px: int) -> dict[str, Any]:
-    # A model of fixed input size must be told to give it up; others (convolutions, rotary positions) take any image.
+    # Models of fixed input size need these options; others (convolutions, rotary positions) accept any size.
     cfg = timm.get_pretrained_cfg(name)
     return {"img_size": tile_px, "dynamic_img_size": True} if cfg is not None and cfg.fixed_input_size else {}
 
 
 @contextmanager
 def built_from(keys: str) -> Iterator[None]:
-    """Report what a network's constructor raises as one line about the config.
+    """Convert exceptions of a network's constructor to a one-line error about the config.
 
-    Constructors check few of their arguments, and fail anywhere.
+    Constructors check few of their arguments and raise exceptions of any class.
 
     Args:
-        keys: where the arguments come from, "model.head fcos".
+        keys: Config keys of the arguments, such as "model.head fcos".
 
     Raises:
-        ConfigError: names the keys; errors of this package pass as they are.
+        ConfigError: The constructor fails; a `PerfVitError` is passed on unchanged.
     """
     try:
         yield
@@ -170,16 +170,16 @@ def built_from(keys: str) -> Iterator[None]:
 
 
 def check_known(function: Callable[..., Any], names: Iterable[str], key: str, *, given: int = 0) -> None:
-    """Refuse names that a function has no argument of.
+    """Check that a function has keyword arguments of these names.
 
     Args:
-        function: a function or class.
-        names: of its keyword arguments.
-        key: what to call them in an error.
-        given: how many of its first arguments don't come by name.
+        function: Function or class.
+        names: Names of keyword arguments.
+        key: Config key for the error message.
+        given: Number of leading arguments that are passed by position.
 
     Raises:
-        ConfigError: says which there are, and which of them is nearest.
+        ConfigError: a name is unknown; the message lists the known names and the closest one.
     """
     parameters = list(inspect.signature(function).parameters.values())[given:]
     if any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in parameters):

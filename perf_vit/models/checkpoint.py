@@ -1,4 +1,4 @@
-"""Reading a trained network back, with everything that prediction needs, from the one file that training wrote."""
+"""Checkpoints of trained networks: metadata and loading."""
 
 from __future__ import annotations
 
@@ -46,26 +46,26 @@ NETWORKS = {
     "regression": "a regression network",
     "slide_classification": "a slide classifier",
 }
-"""What each task's network is called in messages."""
+"""Description of each task's network for messages."""
 
-# Projections and positions that aren't saved with the weights take a few MiB.
+# Largest size in bytes of buffers not saved with the weights (projections, positions), which take a few MiB.
 _LARGEST_CONSTANTS = 2**29
 
 Network = TypeVar("Network", bound=nn.Module)
 
 CHECKPOINT_KEY = "perf_vit"
-"""Where our metadata lies inside a Lightning checkpoint."""
+"""Key of the package's metadata in a Lightning checkpoint."""
 
 STATE_PREFIX = "model."
-"""The network's attribute name inside the Lightning module."""
+"""Prefix of the network's weights: its attribute name in the Lightning module."""
 
 
 def checkpoint_metadata(config: Any, model: Segmenter | Detector | Classifier | SlideClassifier) -> dict[str, Any]:
-    """What loading needs beside the weights, as plain values.
+    """Return the metadata needed to load a checkpoint besides the weights, as plain values.
 
     Args:
-        config: the dataclass that the model was built from.
-        model: of any task.
+        config: Dataclass that the model was built from.
+        model: Model of any task.
     """
     return {
         "version": __version__,
@@ -73,50 +73,50 @@ def checkpoint_metadata(config: Any, model: Segmenter | Detector | Classifier | 
         "model": asdict(config),
         "spec": model.spec.to_dict(),
         "draw": current_draw(model),
-        # A converted backbone's folder may be gone when the checkpoint is used.
+        # The folder of a converted backbone may not exist when the checkpoint is loaded.
         "saved_backbone": model.saved_backbone,
     }
 
 
 def restore_draw(model: nn.Module, metadata: dict[str, Any]) -> None:
-    """Give the model the random projections that a checkpoint's weights were trained with."""
-    # Checkpoints without a number are older than redrawing.
+    """Restore the random projections with which the weights of a checkpoint were trained."""
+    # Checkpoints without "draw" precede redrawing.
     redraw_projections(model, metadata.get("draw", 0))
 
 
 def checkpoint_task(path: str | Path) -> str:
-    """What a checkpoint's network does: segmentation, detection, classification, regression or slide.
+    """Return the task of a checkpoint, a key of `NETWORKS`.
 
     Raises:
-        CheckpointError: the file is missing, is not a checkpoint, or wasn't written by perf_vit.
+        CheckpointError: The file is missing, not a checkpoint, or not written by perf_vit.
     """
     return _task_of(_read(Path(path))[CHECKPOINT_KEY])
 
 
 def load_segmenter(path: str | Path) -> Segmenter:
-    """Load a segmentation network that `perf-vit train` wrote, in evaluation mode, on the CPU.
+    """Load a segmentation network written by `perf-vit train`, in evaluation mode, on the CPU.
 
     Raises:
-        CheckpointError: the file is missing, is not a checkpoint, holds another task's network, wasn't written by
-            perf_vit, or was written by a version whose networks differ.
+        CheckpointError: The file is missing, not a checkpoint, of another task, not written by perf_vit, or written
+            by an incompatible version.
     """
     return _load(path, ("segmentation",), SegmentationModelConfig, SegmentationSpec, build_segmenter)
 
 
 def load_detector(path: str | Path) -> Detector:
-    """Load an object detector that `perf-vit train` wrote, in evaluation mode, on the CPU.
+    """Load an object detector written by `perf-vit train`, in evaluation mode, on the CPU.
 
     Raises:
-        CheckpointError: as `load_segmenter`.
+        CheckpointError: As `load_segmenter`.
     """
     return _load(path, ("detection",), DetectionModelConfig, DetectionSpec, build_detector)
 
 
 def load_classifier(path: str | Path) -> Classifier:
-    """Load an image classifier, or a regression network, in evaluation mode, on the CPU.
+    """Load an image classifier or regression network, in evaluation mode, on the CPU.
 
     Raises:
-        CheckpointError: as `load_segmenter`.
+        CheckpointError: As `load_segmenter`.
     """
     return _load(
         path, ("classification", "regression"), ClassificationModelConfig, ClassificationSpec, build_classifier
@@ -127,7 +127,7 @@ def load_slide_classifier(path: str | Path) -> SlideClassifier:
     """Load a slide classifier with its encoder, in evaluation mode, on the CPU.
 
     Raises:
-        CheckpointError: as `load_segmenter`.
+        CheckpointError: As `load_segmenter`.
     """
     return _load(
         path, ("slide_classification",), SlideClassificationModelConfig, SlideClassificationSpec, build_slide_classifier
@@ -151,52 +151,52 @@ def _load(path: str | Path, tasks: tuple[str, ...], config: Any, spec: Any, buil
 
 
 def _check_names_no_files(path: str | Path, backbone: Any, saved_backbone: Any, tissue: Any) -> None:
-    """Refuse a checkpoint that would have other files read, or URLs: training writes none."""
+    """Refuse a checkpoint that refers to other files or URLs, which training never writes."""
     named = None if saved_backbone is not None or timm.is_model(str(backbone)) else backbone
     named = tissue if named is None and tissue not in (None, "otsu") else named
     if named is not None:
-        raise CheckpointError(f"{path} names {named!r:.80}, but a checkpoint must do without other files; train anew")
+        raise CheckpointError(f"{path} names {named!r:.80}, but a checkpoint must do without other files; train again")
 
 
 def _check_size(build: Callable[..., nn.Module], config: Any, spec: Any, saved_backbone: Any, state: Any) -> None:
-    """Refuse a network that isn't the one of the weights before it takes memory: a file may ask for any size."""
+    """Refuse a network that doesn't match the weights before memory is allocated, as a file may request any size."""
     try:
         with torch.device("meta"):
             planned = build(config, spec, saved_backbone)
-    # Either building fails likewise without this, or it depends on values, which tensors without memory lack.
+    # The same failure occurs when the network is built, or the constructor needs values, which meta tensors lack.
     except Exception:
         return
-    # Weights that a network takes beyond these are told it by the file.
+    # Additional weights are checked on loading.
     misfits = (
         name for name, value in planned.state_dict().items() if value.shape != getattr(state.get(name), "shape", None)
     )
     if (name := next(misfits, None)) is not None:
-        raise RuntimeError(f"{name} is of another size")
+        raise RuntimeError(f"{name} has another size")
     constants = sum(buffer.numel() * buffer.element_size() for buffer in planned.buffers())
     if constants > _LARGEST_CONSTANTS + sum(value.nbytes for value in state.values()):
-        raise RuntimeError("constants of gigabytes")
+        raise RuntimeError("the network's constant buffers take gigabytes")
 
 
 @contextmanager
 def _other_versions(path: str | Path, metadata: dict[str, Any]) -> Iterator[None]:
-    """Say which version wrote a checkpoint that doesn't fit the networks of this one."""
+    """Report the version that wrote a checkpoint that this version can't load."""
     try:
         yield
     except ConfigError as error:
         raise CheckpointError(f"{path}: {error}") from error
     except CheckpointError:
         raise
-    # The file's author decides what it holds.
+    # The file may hold anything.
     except Exception as error:
-        version = metadata.get("version", "of unknown number")
+        version = metadata.get("version", "of an unknown version")
         raise CheckpointError(
             f"{path} was written by perf_vit {version}, whose networks differ from those of {__version__}; use that "
-            "version, or train anew"
+            "version, or train again"
         ) from error
 
 
 def _plain(config: Any, content: dict[str, Any]) -> tuple[Any, dict[str, Tensor]]:
-    """Config and weights of the network as it predicts: low-rank additions are part of the weights they belong to."""
+    """Return config and weights of the network for inference, with LoRA merged into the weights."""
     state = content["state_dict"]
     state = {key.removeprefix(STATE_PREFIX): value for key, value in state.items() if key.startswith(STATE_PREFIX)}
     if getattr(config, "lora", None) is None:
@@ -205,19 +205,19 @@ def _plain(config: Any, content: dict[str, Any]) -> tuple[Any, dict[str, Tensor]
 
 
 def _task_of(metadata: dict[str, Any]) -> str:
-    # Checkpoints without a task are older than detectors.
+    # Checkpoints without a task precede detection.
     return str(metadata.get("task", "segmentation"))
 
 
 def _read(path: Path, tasks: tuple[str, ...] | None = None) -> dict[str, Any]:
     if not path.is_file():
-        raise CheckpointError(f"no checkpoint {path}")
+        raise CheckpointError(f"no checkpoint {path}; check the path")
     with parsing(path, "a checkpoint", CheckpointError):
         content = torch.load(path, map_location="cpu", weights_only=True)
     if not isinstance(content, dict) or CHECKPOINT_KEY not in content:
         raise CheckpointError(f"{path} is not a perf_vit checkpoint; give a .ckpt file that `perf-vit train` wrote")
     if not isinstance(content[CHECKPOINT_KEY], dict) or not isinstance(content.get("state_dict"), dict):
-        raise CheckpointError(f"{path} is damaged: it holds no weights, or no description of them; get the file again")
+        raise CheckpointError(f"{path} is damaged: it lacks weights or metadata; copy the file again")
     found = _task_of(content[CHECKPOINT_KEY])
     if found not in NETWORKS:
         raise CheckpointError(f"{path} holds a network for {found:.80}; expected one of {', '.join(NETWORKS)}")

@@ -1,4 +1,4 @@
-"""Whole images to one vector: timm models with the pooling and classifier that a config asks for."""
+"""Image classification and regression."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ __all__ = [
 ]
 
 POOLS = ("token", "avg", "max", "avgmax", "map")
-"""Of patches: the class token, their mean, maximum or both, or attention with a learnt query (timm's map pooling)."""
+"""Poolings: class token, mean, maximum or both of patches, or attention with a learnt query (timm's map pooling)."""
 
 
 def build_pooled(
@@ -47,26 +47,26 @@ def build_pooled(
     drop_rate: float = 0.0,
     saved_backbone: Mapping[str, Any] | None = None,
 ) -> tuple[nn.Module, Mapping[str, Any] | None]:
-    """A timm model that gives one vector an image, [B, num_outputs].
+    """Build a timm model that returns one vector per image, [B, num_outputs].
 
-    Pooling and classifier are put on a model that is built, and loaded, as it was pretrained, so both may be others.
+    The model is built and loaded in its pretrained form before pooling and classifier are replaced, so both may differ.
 
     Args:
-        config: which model.
-        in_chans: bands of the images.
-        tile_px: side of the square images.
-        num_outputs: length of the vector; 0 for the pooled features themselves.
-        pool: one of `POOLS`, None for the model's own.
-        drop_rate: of the pooled features, before the classifier.
-        saved_backbone: config of the converted model that the backbone was made of, to do without its folder.
+        config: Backbone.
+        in_chans: Number of bands of the images.
+        tile_px: Size of the square images in pixels.
+        num_outputs: Length of the vector; 0 for the pooled features.
+        pool: One of `POOLS`, None for the model's own.
+        drop_rate: Dropout of the pooled features.
+        saved_backbone: Config of the converted model that the backbone was built from, used instead of its folder.
 
     Returns:
-        The model, and the config of the converted model that it was made of, None for a timm model.
+        The model, and the config of the converted model that it was built from, None for a timm model.
 
     Raises:
-        CheckpointError: a folder without a converted model.
-        ConfigError: an unknown model, arguments it doesn't take, a pooling it doesn't have, or a tile size that its
-            patch size doesn't divide.
+        CheckpointError: The folder has no converted model.
+        ConfigError: The model is unknown or doesn't accept its arguments or pooling, or the tile size is not a
+            multiple of the patch size.
     """
     if pool is not None and pool not in POOLS:
         raise ConfigError(f"model.pool must be one of {', '.join(POOLS)}, or left out, got {pool}")
@@ -79,13 +79,13 @@ def build_pooled(
 
 
 def pretrained_statistics(backbone: str) -> Normalizer:
-    """Mean and standard deviation of red, green and blue that a backbone was pretrained with, for pixels of 8 bits.
+    """Return the mean and standard deviation of RGB that a backbone was pretrained with, for 8-bit pixels.
 
     Args:
-        backbone: a timm model name, or a folder with a converted model.
+        backbone: name of a timm model, or folder of a converted model.
 
     Raises:
-        CheckpointError: a folder without a converted model.
+        CheckpointError: The folder has no converted model.
     """
     if timm.is_model(backbone):
         config = timm.get_pretrained_cfg(backbone)
@@ -97,14 +97,14 @@ def pretrained_statistics(backbone: str) -> Normalizer:
 
 
 def pooled_parts(model: Any) -> list[nn.Module]:
-    """What comes after the backbone's features: classifier and learnt pooling, those of them that there are."""
-    # The norm after pooling belongs to the classifier, as timm has it.
+    """Return the modules after the backbone's features that have parameters: classifier, learnt pooling, norm."""
+    # timm treats the norm after pooling as part of the classifier.
     parts = [model.get_classifier(), getattr(model, "attn_pool", None), getattr(model, "fc_norm", None)]
     return [part for part in parts if isinstance(part, nn.Module) and any(True for _ in part.parameters())]
 
 
 def trunk_layers(model: nn.Module) -> dict[str, int]:
-    """The layer of each parameter that is part of neither pooling nor classifier, counted from the input."""
+    """Return the layer index, from the input, of each parameter outside pooling and classifier, by name."""
     on_top = {id(parameter) for part in pooled_parts(model) for parameter in part.parameters()}
     below = {name for name, parameter in model.named_parameters() if id(parameter) not in on_top}
     return {name: layer for name, layer in backbone_layers(model).items() if name in below}
@@ -115,12 +115,12 @@ def _set_pooling(model: Any, num_outputs: int, pool: str | None) -> None:
         model.reset_classifier(num_outputs, *(() if pool is None else (pool,)))
         return
     if not hasattr(model, "attn_pool"):
-        raise ValueError("it has no tokens to attend to")
+        raise ValueError("map pooling needs a model with tokens")
     if model.attn_pool is None:
         width = model.embed_dim
         model.attn_pool = AttentionPoolLatent(width, num_heads=width // 64 or 1)
         model.global_pool = "map"
-    # timm refuses to name the pooling here, and drops it where another one is named.
+    # timm's `reset_classifier` refuses "map", and removes the pooling if another one is given.
     model.head = nn.Linear(model.embed_dim, num_outputs) if num_outputs else nn.Identity()
     model.num_classes = num_outputs
 
@@ -137,16 +137,16 @@ def _check_tile(model: Any, tile_px: int) -> None:
 
 
 ImageLabelKind = Literal["single_label", "multilabel", "regression"]
-"""One class an image, any number of classes, or regression targets."""
+"""Kind of labels: one class per image, any number of classes, or regression targets."""
 
 
 @dataclass(kw_only=True)
 class ClassificationModelConfig(BackboneTuning):
-    """A backbone and what is put on it; `BackboneTuning` has further keys.
+    """Backbone, pooling and classifier; `BackboneTuning` has further keys.
 
     Attributes:
-        pool: token, avg, max, avgmax or map (attention with a learnt query); the backbone's own if left out.
-        drop_rate: of the pooled features while training.
+        pool: token, avg, max, avgmax or map (attention with a learnt query); None for the backbone's own.
+        drop_rate: Dropout of the pooled features during training.
     """
 
     pool: str | None = None
@@ -155,16 +155,16 @@ class ClassificationModelConfig(BackboneTuning):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ClassificationSpec(TaskSpec):
-    """What a trained network expects and means; saved with its weights.
+    """Input and output of an image classifier or regression network, saved with its weights.
 
     Attributes:
-        kind: what its outputs are.
-        resize: whole images are resized to a tile; else a tile is the middle of the image, at full resolution.
-        target_mean: of each target in the training data; empty for classes.
-        target_std: standard deviation, likewise.
+        kind: Kind of the outputs.
+        resize: Whether images are resized to a tile; False for a centre crop at full resolution.
+        target_mean: Mean of each target in the training data; empty for classes.
+        target_std: Standard deviation of each target in the training data; empty for classes.
 
-    The others are those of `InputSpec`; `classes` are names of targets in regression, and `label_options` the columns
-    of the CSV files that it was trained with.
+    The other attributes are those of `InputSpec`. In regression `classes` are the names of the targets. `label_options`
+    are the columns of the CSV files of its training.
     """
 
     takes_grey: ClassVar[bool] = True
@@ -176,12 +176,12 @@ class ClassificationSpec(TaskSpec):
 
 
 class Classifier(nn.Module):
-    """A network that classifies images, or predicts targets from them.
+    """Image classifier or regression network.
 
     Args:
-        network: a timm model whose classifier has as many outputs as the spec names.
-        spec: what the network expects and means.
-        saved_backbone: config of the converted model that the backbone was made of, None for a timm model.
+        network: timm model with as many outputs as the spec has classes.
+        spec: Input and output of the network.
+        saved_backbone: Config of the converted model that the backbone was built from, None for a timm model.
     """
 
     def __init__(
@@ -198,34 +198,34 @@ class Classifier(nn.Module):
 
     @property
     def is_backbone_frozen(self) -> bool:
-        """Whether nothing is trained but what comes after the backbone's features."""
+        """Whether only the modules after the backbone's features are trained."""
         on_top = {id(parameter) for part in pooled_parts(self.network) for parameter in part.parameters()}
         return not any(each.requires_grad and id(each) not in on_top for each in self.network.parameters())
 
     @property
     def task(self) -> str:
-        """The task that trains it."""
+        """Name of the task that trains it."""
         return "regression" if self.spec.kind == "regression" else "classification"
 
     def forward(self, image: Tensor, valid: Tensor | None = None) -> Tensor:
-        """Logits, or standardised targets, of standardised tiles.
+        """Compute logits, or standardised targets, of standardised tiles.
 
         Args:
-            image: [B, C, H, W].
-            valid: valid pixels, bool [B, H, W], None where all are; a ViT's patches without one are left out of
-                attention and pooling.
+            image: Tiles, [B, C, H, W].
+            valid: Valid pixels, bool [B, H, W], None if all are; a ViT's patches without a valid pixel are excluded
+                from attention and pooling.
 
         Returns:
-            [B, K].
+            Logits or standardised targets, [B, K].
         """
         mask = key_mask(self.network, valid)
-        # Without gradients, converted models go through their MLPs in pieces.
+        # Without gradients, converted models process tokens in chunks.
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.is_backbone_frozen):
             features = forward_tokens(self.network, image, mask)
         return forward_head(self.network, features, mask)
 
     def scores(self, logits: Tensor) -> Tensor:
-        """Probabilities of the classes, or targets in the labels' units, [B, K]."""
+        """Convert outputs to probabilities of the classes, or to targets in the units of the labels, [B, K]."""
         logits = logits.float()
         if self.spec.kind == "single_label":
             return logits.softmax(dim=1)
@@ -234,11 +234,11 @@ class Classifier(nn.Module):
         return logits * self._std + self._mean
 
     def standardised(self, values: Tensor) -> Tensor:
-        """Targets in the labels' units as the network gives them, [B, K]."""
+        """Standardise targets in the units of the labels, [B, K]."""
         return (values - self._mean) / self._std
 
     def train(self, mode: bool = True) -> Self:
-        """Training mode, in which frozen parts of the backbone stay as they are evaluated."""
+        """Set the mode; frozen parts of the backbone stay in evaluation mode."""
         super().train(mode)
         if mode and self.is_backbone_frozen:
             self.network.eval()
@@ -252,17 +252,17 @@ class Classifier(nn.Module):
 def build_classifier(
     config: ClassificationModelConfig, spec: ClassificationSpec, saved_backbone: Mapping[str, Any] | None = None
 ) -> Classifier:
-    """Build a network; its weights are random unless `pretrained` is set or the backbone is a folder.
+    """Build a classifier; its weights are random unless `pretrained` is set or the backbone is a folder.
 
     Args:
-        config: the network.
-        spec: what it expects and means.
-        saved_backbone: config of the converted model that the backbone was made of, to do without its folder.
+        config: Architecture.
+        spec: Input and output of the network.
+        saved_backbone: Config of the converted model that the backbone was built from, used instead of its folder.
 
     Raises:
-        CheckpointError: a folder without a converted model.
-        ConfigError: an unknown backbone or pooling, arguments they don't take, or a tile size that the patch size
-            doesn't divide.
+        CheckpointError: The folder has no converted model.
+        ConfigError: The backbone or pooling is unknown, doesn't accept its arguments, or the tile size is not a
+            multiple of the patch size.
     """
     network, saved_backbone = build_pooled(
         config,

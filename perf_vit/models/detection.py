@@ -1,4 +1,4 @@
-"""Backbone + neck + head as one network, together with all that prediction needs to know about its input."""
+"""Object detection: backbone, neck and head as one network, with the spec of its input."""
 
 from __future__ import annotations
 
@@ -26,15 +26,15 @@ ObjectKind = Literal["boxes", "oriented_boxes", "masks"]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DetectionSpec(TaskSpec):
-    """What a trained detector expects and means; saved with its weights.
+    """Input and output of a detector, saved with its weights.
 
     Attributes:
-        score_threshold: lowest score of an object that is worth writing; training sets it to where F1 was highest on
-            the validation images.
-        kind: geometry of its detections; the head decides it.
-        category_ids: COCO's id of each class in the labels that it was trained on, None where they had none.
+        score_threshold: Lowest score of detections to write; training sets it to the maximum of F1 on the validation
+            images.
+        kind: Geometry of the detections, which the head determines.
+        category_ids: COCO id of each class in the training labels, None if they had none.
 
-    The others are those of `InputSpec`; `label_options` are keyword arguments of
+    The other attributes are those of `InputSpec`. `label_options` are keyword arguments of
     `perf_vit.labels.objects.read_object_labels`.
     """
 
@@ -46,21 +46,21 @@ class DetectionSpec(TaskSpec):
 
 
 class Detector(nn.Module):
-    """An object detector for images of any size and any number of bands.
+    """Object detector for images of any size and number of bands.
 
-    It neither resizes nor normalises: images are padded with 0, the mean, at the right and the bottom, to what backbone
-    and neck need, and detections are cut at the image's border.
+    It neither resizes nor normalises: images are padded at the right and bottom with 0, the mean, to the multiple that
+    backbone and neck need, and detections are clipped to the image.
 
     Args:
-        backbone: a timm `features_only` model.
-        neck: makes the levels of the maps; see `perf_vit.models.necks`.
-        head: see `perf_vit.models.heads.DetectionHead`.
-        spec: what the network expects and means.
-        saved_backbone: config of the converted model that the backbone was made of, None for a timm model.
-        reduce: the backbone sees means of squares of this side, in pixels.
+        backbone: timm `features_only` model.
+        neck: Neck that makes the feature levels; see `perf_vit.models.necks`.
+        head: Detection head; see `perf_vit.models.heads.DetectionHead`.
+        spec: Input and output of the network.
+        saved_backbone: Config of the converted model that the backbone was built from, None for a timm model.
+        reduce: Factor by which the backbone's input is downsampled (mean over squares of this size in pixels).
     """
 
-    # Modules, seen by what else they have.
+    # Modules, typed by their further attributes.
     neck: Any
     head: Any
 
@@ -86,7 +86,7 @@ class Detector(nn.Module):
 
     @property
     def size_multiple(self) -> int:
-        """What sides of images are padded to multiples of, for the levels or for the backbone, whichever is larger."""
+        """Multiple to which image sizes are padded, the larger of the neck's and the backbone's."""
         return max(self.neck.size_multiple, self.neck.backbone_multiple)
 
     def train(self, mode: bool = True) -> Detector:
@@ -98,12 +98,12 @@ class Detector(nn.Module):
     def losses(
         self, images: Sequence[Tensor], labels: Sequence[ObjectLabels], valid: Sequence[Tensor] | None = None
     ) -> dict[str, Tensor]:
-        """Losses of a batch, whose sum is to be minimised.
+        """Compute the losses of a batch, whose sum is minimised.
 
         Args:
-            images: standardised, [C, H, W] each, of any sizes.
-            labels: one an image, in its pixels.
-            valid: valid pixels of each image, bool [H, W], None where all are; padding is valid in none.
+            images: Standardised images, [C, H, W] each, of any sizes.
+            labels: Labels of each image, in its pixels.
+            valid: Valid pixels of each image, bool [H, W], None if all are; padding is invalid.
         """
         height, width = (max(image.shape[side] for image in images) for side in (-2, -1))
         batch = torch.stack([_padded(image, height, width) for image in images])
@@ -112,28 +112,30 @@ class Detector(nn.Module):
         return self.head.losses(features, [_with_padded_masks(each, size) for each in labels])
 
     def forward(self, tiles: Tensor, valid: Tensor | None = None) -> list[Detections]:
-        """The objects of each tile, in its pixels; put the network into evaluation mode first.
+        """Detect the objects of each tile, in its pixels; the network must be in evaluation mode.
 
         Args:
-            tiles: standardised, [B, C, h, w], of any size.
-            valid: valid pixels, bool [B, h, w], None where all are; a ViT's patches without one are left out of
-                attention.
+            tiles: Standardised tiles, [B, C, h, w], of any size.
+            valid: Valid pixels, bool [B, h, w], None if all are; a ViT's patches without a valid pixel are excluded
+                from attention.
         """
         height, width = tiles.shape[-2:]
         features, _ = self._levels(tiles, valid)
         return [_clipped(found, height, width) for found in self.head.detect(features)]
 
     def _levels(self, batch: Tensor, valid: Tensor | None = None) -> tuple[list[Tensor], tuple[int, int]]:
-        """The neck's levels and the size of the image that they cover."""
+        """Return the levels of the neck, and the size of the image that they cover."""
         if batch.shape[1] != len(self.spec.normalizer.mean):
-            raise InputError(f"expected {len(self.spec.normalizer.mean)} bands, got {batch.shape[1]}")
+            raise InputError(
+                f"expected {len(self.spec.normalizer.mean)} bands, got {batch.shape[1]}; give images with those bands"
+            )
         neck = self.neck
         height, width = (_next_multiple(side, neck.size_multiple) for side in batch.shape[-2:])
         seen = tuple(_next_multiple(side, neck.backbone_multiple) for side in (height, width))
         image = _padded(batch, *seen)
         if self.reduce > 1:
             image = F.avg_pool2d(image, self.reduce)
-        # Without gradients, converted models go through their MLPs in pieces.
+        # Without gradients, converted models process tokens in chunks.
         is_frozen = not any(parameter.requires_grad for parameter in self.backbone.parameters())
         with torch.set_grad_enabled(torch.is_grad_enabled() and not is_frozen):
             maps = forward_maps(self.backbone, image, None if valid is None else _padded(valid, *seen), self.reduce)
@@ -155,7 +157,7 @@ def _with_padded_masks(labels: ObjectLabels, size: tuple[int, int]) -> ObjectLab
 
 
 def _clipped(found: Detections, height: int, width: int) -> Detections:
-    """Detections cut at the tile's border; those that lie outside are dropped."""
+    """Clip detections to the tile and drop those outside."""
     if found.masks is not None:
         masks = found.masks[:, :height, :width]
         keep = masks.flatten(1).any(1)
@@ -174,19 +176,20 @@ def _clipped(found: Detections, height: int, width: int) -> Detections:
 
 @dataclass(kw_only=True)
 class DetectionModelConfig(BackboneTuning):
-    """A backbone, a neck and a head; `BackboneTuning` has further keys.
+    """Backbone, neck and head; `BackboneTuning` has further keys.
 
     Attributes:
-        backbone: any timm model name that takes `features_only`; or a folder with a converted model, whose weights are
+        backbone: name of a timm model that supports `features_only`, or folder of a converted model, whose weights are
             loaded. A plain ViT gets the neck `SimpleFPN`, a pyramid `TopDownFPN`.
-        reduce: the backbone sees the means of squares of this side: less work for objects much larger than a pixel.
+        reduce: Factor by which the backbone's input is downsampled, to save time on objects much larger than a pixel.
             Strides, labels and detections stay in image pixels.
-        out_indices: the backbone's maps that the neck sees; the last one of a plain ViT, all of a pyramid if left out.
-        strides: of the levels that the head looks at, in pixels, powers of two. Stride 4 finds objects of 4 px and up;
-            2 finds smaller ones and takes four times the work.
-        channels: of each level.
-        head: fcos, retinanet, faster_rcnn, mask_rcnn, oriented_fcos, or a registered one.
-        head_kwargs: passed to the head.
+        out_indices: Indices of the backbone's maps for the neck; None for the last map of a plain ViT, all of a
+            pyramid.
+        strides: Strides of the levels for the head in pixels, powers of two. Stride 4 finds objects of 4 px and up; 2
+            finds smaller ones at four times the cost.
+        channels: Number of channels of each level.
+        head: fcos, retinanet, faster_rcnn, mask_rcnn, oriented_fcos or a registered one.
+        head_kwargs: Further arguments of the head.
     """
 
     reduce: int = 1
@@ -198,10 +201,10 @@ class DetectionModelConfig(BackboneTuning):
 
 
 def detector_kind(head: str) -> ObjectKind:
-    """What a head finds.
+    """Return the geometry that a head detects.
 
     Raises:
-        ConfigError: no such head.
+        ConfigError: The head is unknown.
     """
     kind: ObjectKind = getattr(DETECTION_HEADS[head], "kind")  # noqa: B009
     return kind
@@ -213,13 +216,13 @@ def build_detector(
     """Build a detector; its weights are random unless `pretrained` is set or the backbone is a folder.
 
     Args:
-        config: the network.
-        spec: what it expects and means; the head decides its kind.
-        saved_backbone: config of the converted model that the backbone was made of, to do without its folder.
+        config: Architecture.
+        spec: Input and output of the network; the head sets its kind.
+        saved_backbone: Config of the converted model that the backbone was built from, used instead of its folder.
 
     Raises:
-        CheckpointError: a folder without a converted model.
-        ConfigError: an unknown backbone or head, or arguments they don't take.
+        CheckpointError: The folder has no converted model.
+        ConfigError: The backbone or head is unknown or doesn't accept its arguments.
     """
     detector_kind(config.head)
     if config.reduce < 1:
@@ -228,10 +231,10 @@ def build_detector(
     backbone, saved_backbone = build_backbone(
         config, config.out_indices, len(spec.normalizer.mean), seen_px, saved_backbone
     )
-    # Neck and head know the backbone by its strides in image pixels.
+    # Strides of the backbone in image pixels.
     specs = [FeatureSpec(each.channels, each.stride * config.reduce) for each in feature_specs(backbone)]
     if config.out_indices is None and len({each.stride for each in specs}) == 1:
-        # The last map of a plain ViT, as in the paper; the neck leaves the others where they are.
+        # Use only the last map of a plain ViT, as in the paper (Li et al. 2022).
         specs = specs[-1:]
     with built_from("model.strides"):
         neck = build_neck(specs, config.strides, config.channels)
@@ -240,5 +243,5 @@ def build_detector(
         head = DETECTION_HEADS[config.head](config.channels, len(spec.classes), config.strides, **config.head_kwargs)
     detector = Detector(backbone, neck, head, spec, saved_backbone, reduce=config.reduce)
     tune_backbone(backbone, config)
-    # Convolutions in this order take three quarters of the time on CPUs with bfloat16 units and on GPUs.
+    # Convolutions take three quarters of the time in this layout on CPUs with bfloat16 units and on GPUs.
     return detector.to(memory_format=torch.channels_last)

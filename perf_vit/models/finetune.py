@@ -1,4 +1,4 @@
-"""What of a backbone is trained: all of it, its last blocks, low-rank additions to its attention, or nothing."""
+"""Fine-tuning of backbones: full, last blocks, LoRA, or frozen."""
 
 from __future__ import annotations
 
@@ -28,13 +28,13 @@ _LORA_WEIGHT = re.compile(r"(?P<layer>.+)\.lora_(?P<factor>[AB])\.default\.weigh
 
 @dataclass(kw_only=True)
 class LoraConfig:
-    """Low-rank additions to layers whose own weights stay as they are (Hu et al. 2021, arXiv:2106.09685).
+    """Low-rank adaptation (LoRA) of frozen layers (Hu et al. 2021, arXiv:2106.09685).
 
     Attributes:
-        rank: of the addition to each layer.
-        alpha: the addition counts alpha / rank times.
-        dropout: of its input, while training.
-        targets: names of layers inside the attention.
+        rank: Rank of the update of each layer.
+        alpha: Scale of the update, which is multiplied by alpha / rank.
+        dropout: Dropout of the update's input during training.
+        targets: Names of layers of the attention.
     """
 
     rank: int = 8
@@ -45,16 +45,16 @@ class LoraConfig:
 
 @dataclass(kw_only=True)
 class BackboneTuning(BackboneConfig):
-    """A backbone and how it is trained; `BackboneConfig` has further keys.
+    """Backbone and how it is trained; `BackboneConfig` has further keys.
 
     Attributes:
-        freeze_backbone: keep all weights of the backbone, and train what lies on top: quicker, and pretrained features
-            stay as general as they are.
-        freeze_norms: keep the weights and statistics of the backbone's batch norms, which small batches spoil.
-        trainable_blocks: how many of the backbone's last blocks (stages of a convolutional one) are trained, 1 or more;
-            all of it if left out.
-        lora: train low-rank additions to the backbone's attention instead of its weights; takes the extra `peft`.
-        grad_checkpointing: compute the activations of each block again in the backward pass rather than store them.
+        freeze_backbone: Whether to freeze all weights of the backbone, which is faster and keeps pretrained features
+            general.
+        freeze_norms: Whether to freeze weights and statistics of the backbone's batch norms, which suffer from small
+            batches.
+        trainable_blocks: Number of the backbone's last blocks (stages of a CNN) to train, at least 1; None for all.
+        lora: Low-rank adaptation of the backbone's attention, with frozen weights; needs the extra `peft`.
+        grad_checkpointing: Whether to recompute activations in the backward pass to save memory.
     """
 
     freeze_backbone: bool = False
@@ -64,7 +64,7 @@ class BackboneTuning(BackboneConfig):
     grad_checkpointing: bool = False
 
     def __post_init__(self) -> None:
-        # Checkpoints hold plain values.
+        # Checkpoints store plain values.
         lora: Any = self.lora
         if isinstance(lora, Mapping):
             self.lora = LoraConfig(**lora)
@@ -73,17 +73,17 @@ class BackboneTuning(BackboneConfig):
 def tune_backbone(
     backbone: nn.Module, tuning: BackboneTuning, layers_of: Callable[[nn.Module], Mapping[str, int]] | None = None
 ) -> None:
-    """Freeze what is not to be trained, put low-rank additions in, and set up activation checkpointing.
+    """Freeze weights, inject LoRA and set up gradient checkpointing.
 
     Args:
-        backbone: a network of which everything is trainable.
-        tuning: what of it is to be trained.
-        layers_of: gives the layers of its parameters, by name; what isn't named lies on top and is trained anyway.
-            `backbone_layers` if None.
+        backbone: Network with all weights trainable.
+        tuning: Configuration of the fine-tuning.
+        layers_of: Function that returns the layer index of parameters by name; parameters that it omits are always
+            trained. None for `backbone_layers`.
 
     Raises:
-        ConfigError: more blocks than there are, options that exclude each other, a backbone that doesn't take them, or
-            a missing extra.
+        ConfigError: There are fewer blocks than requested, options exclude each other, the backbone doesn't support
+            them, or the extra is missing.
     """
     layers_of = backbone_layers if layers_of is None else layers_of
     parameters = dict(backbone.named_parameters())
@@ -94,7 +94,7 @@ def tune_backbone(
     }
     given = [name for name, is_given in exclusive.items() if is_given]
     if len(given) > 1:
-        raise ConfigError(f"model.{given[0]} and model.{given[1]} both say what of the backbone is trained; give one")
+        raise ConfigError(f"model.{given[0]} and model.{given[1]} both select the trained weights; give only one")
     layers = layers_of(backbone) if given else {}
     if tuning.freeze_backbone:
         for name in layers:
@@ -103,7 +103,7 @@ def tune_backbone(
         _freeze_first_layers(backbone, tuning.trainable_blocks, layers)
     if tuning.freeze_norms:
         for module in backbone.modules():
-            # timm's norm with an activation is one of torch's batch norms, too.
+            # timm's norms with an activation are subclasses, too.
             if isinstance(module, nn.modules.batchnorm._BatchNorm):
                 module.requires_grad_(False)
     if tuning.lora is not None:
@@ -111,25 +111,25 @@ def tune_backbone(
         for name in parameters.keys() - layers.keys():
             parameters[name].requires_grad_(True)
     if tuning.grad_checkpointing:
-        # A wrapper around a ViT, unlike those around convolutions, has no switch of its own.
+        # The wrapper of a ViT, unlike that of a CNN, has no `set_grad_checkpointing`.
         body: Any = backbone_body(backbone)
         if not hasattr(body, "set_grad_checkpointing"):
-            raise ConfigError(f"model.grad_checkpointing: {type(body).__name__} can't; leave it out")
+            raise ConfigError(f"model.grad_checkpointing: {type(body).__name__} doesn't support it; leave it out")
         body.set_grad_checkpointing(True)
 
 
 def backbone_body(backbone: nn.Module) -> nn.Module:
-    """The model inside a `features_only` wrapper, or the wrapper where it holds the layers themselves."""
+    """Return the model inside a `features_only` wrapper, or the wrapper if it holds the layers itself."""
     body = getattr(backbone, "model", backbone)
     assert isinstance(body, nn.Module)
     return body
 
 
 def backbone_layers(backbone: nn.Module) -> dict[str, int]:
-    """The layer that each parameter of a `features_only` backbone belongs to, counted from the input.
+    """Return the layer index, from the input, of each parameter of a `features_only` backbone, by name.
 
-    The layers of a ViT are the stem with the position embeddings, 0, and its blocks, from 1 on; the last norm is part
-    of the last block. Those of a convolutional network are its stem and stages.
+    Layers of a ViT are the stem with the position embeddings, 0, and the blocks, from 1; the final norm belongs to the
+    last block. Layers of a CNN are its stem and stages.
     """
     body: Any = backbone_body(backbone)
     names = [name for name, _ in backbone.named_parameters()]
@@ -141,7 +141,7 @@ def backbone_layers(backbone: nn.Module) -> dict[str, int]:
 
 
 def evaluate_frozen(backbone: nn.Module) -> None:
-    """Put every part whose weights are all frozen into evaluation mode, so statistics and dropout stay out of it."""
+    """Set every module whose weights are all frozen to evaluation mode, to keep its statistics and disable dropout."""
     for module in backbone.modules():
         parameters = list(module.parameters())
         if parameters and not any(each.requires_grad for each in parameters):
@@ -149,7 +149,7 @@ def evaluate_frozen(backbone: nn.Module) -> None:
 
 
 def merge_lora(state: Mapping[str, Tensor], lora: LoraConfig) -> dict[str, Tensor]:
-    """The state dict of the same network without additions, each added to the weights of its layer."""
+    """Return the state dict of the network without LoRA, with the updates merged into the weights."""
     merged = {name.replace(".base_layer.", "."): value for name, value in state.items() if ".lora_" not in name}
     factors = {match.group("layer", "factor"): state[name] for name in state if (match := _LORA_WEIGHT.fullmatch(name))}
     for layer, factor in factors:
@@ -161,7 +161,7 @@ def merge_lora(state: Mapping[str, Tensor], lora: LoraConfig) -> dict[str, Tenso
 
 
 def _stages(body: nn.Module) -> dict[str, int]:
-    """Layer of each child of a flattened network; one ends with each map that the network could give."""
+    """Return the stage index of each child of a flattened network; a stage ends with each available feature map."""
     info: Any = body.feature_info
     ends = {each["module"].replace(".", "_") for each in info.info}
     layers, layer = {}, 0
@@ -191,19 +191,19 @@ def _inject_lora(backbone: nn.Module, lora: LoraConfig) -> None:
     layers = {name.rpartition(".attn.")[2] for name, _ in backbone.named_modules() if ".attn." in name}
     missing = [name for name in lora.targets if name not in layers]
     if missing or not lora.targets:
-        raise ConfigError(f"model.lora.targets must be of the attention's layers, {sorted(layers)}, got {lora.targets}")
+        raise ConfigError(f"model.lora.targets must be layers of the attention, {sorted(layers)}, got {lora.targets}")
     try:
         options = peft.LoraConfig(
             r=lora.rank,
             lora_alpha=lora.alpha,
             lora_dropout=lora.dropout,
-            # The patch embedding has a layer `proj`, too.
+            # The patch embedding also has a layer `proj`.
             target_modules=rf".*\battn\.({'|'.join(map(re.escape, lora.targets))})",
         )
         peft.inject_adapter_in_model(options, backbone)
     except (TypeError, ValueError) as error:
         raise ConfigError(f"model.lora: {reason_line(error)}") from error
     for name, module in backbone.named_modules():
-        # EVA adds its biases to the bare weights of the layer, past any addition.
+        # EVA uses the weights of the layer directly, bypassing LoRA.
         if isinstance(getattr(module, "q_bias", None), Tensor) and "qkv" in lora.targets:
-            raise ConfigError(f"model.lora: {name} takes no additions to qkv; choose model.lora.targets=[proj]")
+            raise ConfigError(f"model.lora: {name} doesn't support LoRA of qkv; choose model.lora.targets=[proj]")

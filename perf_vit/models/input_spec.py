@@ -1,4 +1,4 @@
-"""What a model expects of its input, and the one way to open an input of it."""
+"""Specification of a model's input, and opening of inputs by it."""
 
 from __future__ import annotations
 
@@ -16,21 +16,21 @@ __all__ = ["InputSpec", "TaskSpec"]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class InputSpec(InputOptions):
-    """What a model expects of its input; saved with its weights.
+    """Input of a model, saved with its weights.
 
     Attributes:
-        classes: names of the classes or targets, in the order of the outputs.
-        normalizer: statistics of the training images' bands; None for pixels as they are.
-        tile_px: side of the square tiles that the model was trained on, in pixels.
-        trained_on: names, dtype and value ranges of the training images' bands, to warn of other input; None where
-            nobody knows.
-        label_options: options that its label files are read with.
+        classes: Names of the classes or targets, in the order of the outputs.
+        normalizer: Band statistics of the training images; None for no normalisation.
+        tile_px: Size of the square tiles of the training, in pixels.
+        trained_on: Names, dtype and value ranges of the bands of the training images, to warn about different input;
+            None if unknown.
+        label_options: Options with which its label files are read.
 
-    The others are those of `InputOptions`.
+    The other attributes are those of `InputOptions`.
     """
 
     takes_grey: ClassVar[bool] = False
-    """Whether a model of three bands reads a grey image as three equal ones."""
+    """Whether a model of three bands accepts a grey image, repeated for all three."""
 
     classes: tuple[str, ...] = ()
     normalizer: Normalizer | None = None
@@ -40,31 +40,32 @@ class InputSpec(InputOptions):
 
     @classmethod
     def from_data_config(cls, config: Any, data: Any, **more: Any) -> Self:
-        """Make the spec of a model that is to be trained.
+        """Make the spec of a model to be trained.
 
         Args:
-            config: Data config; its keys of the fields' names say how inputs are opened.
-            data: Data module; its attributes of the fields' names, such as `normalizer`, come before the keys.
-            **more: Fields that are neither.
+            config: Data config; its keys with the names of fields set them.
+            data: Data module; its attributes with the names of fields, such as `normalizer`, take precedence over
+                `config`.
+            **more: Values of other fields.
         """
         found = {each.name: getattr(data, each.name, getattr(config, each.name, MISSING)) for each in fields(cls)}
         found |= more
         return cls(**{name: _without_lists(value) for name, value in found.items() if value is not MISSING})
 
     def open(self, path: InputPath | Source, *, check: InputCheck | None = None, **overrides: Any) -> Source:
-        """Open an input as the model was trained: bands, nodata, pixel size, tissue.
+        """Open an input as in training: bands, nodata, pixel size, tissue.
 
-        A source that `perf_vit.open_source` opened is opened again if its options differ from those of the training;
-        those that it was opened with come first. Other sources are taken as they are.
+        A source from `perf_vit.open_source` is reopened if its options differ from the model's; options given to
+        `open_source` take precedence. Other sources are used unchanged.
 
         Args:
-            path: What `perf_vit.open_source` opens, or a source.
-            check: Comparison with the training images that the inputs of a run share, so that it warns once;
-                `InputCheck(None)` for none. By default each input has its own.
-            **overrides: Options of `perf_vit.open_source` that come before the model's; None counts as not given.
+            path: Input of `perf_vit.open_source`, or a source.
+            check: Comparison with the training images, shared by the inputs of a run so that it warns once;
+                `InputCheck(None)` disables it. None for a new one.
+            **overrides: Options of `perf_vit.open_source` that take precedence over the model's; None is ignored.
 
         Raises:
-            InputError: The input can't be opened, or has another number of bands than the training images.
+            InputError: The input can't be opened or its number of bands differs from the training images.
         """
         source = self._opened(path, overrides)
         try:
@@ -76,10 +77,10 @@ class InputSpec(InputOptions):
         return source
 
     def check_bands(self, source: Source) -> None:
-        """Refuse a source with another number of bands than the training images.
+        """Check that a source has the number of bands of the training images.
 
         Raises:
-            InputError: How many bands are expected, and how many it has.
+            InputError: The number of bands differs.
         """
         if self.normalizer is None:
             return
@@ -91,13 +92,13 @@ class InputSpec(InputOptions):
         )
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values, for a checkpoint."""
+        """Return plain values, for a checkpoint."""
         values = {each.name: getattr(self, each.name) for each in fields(self)}
         return {name: value.to_dict() if hasattr(value, "to_dict") else value for name, value in values.items()}
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Self:
-        """The inverse of `to_dict`."""
+        """Make a spec from the result of `to_dict`."""
         read: dict[str, Callable[[Any], Any]] = {
             "normalizer": Normalizer.from_dict,
             "trained_on": InputBands.from_dict,
@@ -106,7 +107,7 @@ class InputSpec(InputOptions):
         return cls(**{name: read.get(name, _without_lists)(value) for name, value in given.items()})
 
     def _opened(self, path: InputPath | Source, overrides: dict[str, Any]) -> Source:
-        # Rasters load when one is opened, not when networks do.
+        # Imported lazily, so that loading a network doesn't import rasterio.
         from perf_vit.sources import merged_options, open_input
 
         if isinstance(path, str | Path | Sequence):
@@ -126,7 +127,7 @@ def _without_lists(value: Any) -> Any:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TaskSpec(InputSpec):
-    """What a model of one of our tasks expects: classes, statistics and size of a tile are always known."""
+    """Input of a model of one of the package's tasks, with required classes, statistics and tile size."""
 
     classes: tuple[str, ...]
     normalizer: Normalizer

@@ -1,4 +1,4 @@
-"""Necks: feature levels of detection heads from the maps of a backbone."""
+"""Necks, which convert a backbone's maps to the levels of detection heads."""
 
 from __future__ import annotations
 
@@ -17,23 +17,23 @@ __all__ = ["SimpleFPN", "TopDownFPN", "build_neck"]
 
 
 class TopDownFPN(nn.Module):
-    """A feature pyramid with a top-down path (Lin et al. 2017, arXiv 1612.03144) over maps of several strides.
+    """Feature pyramid with a top-down path (Lin et al. 2017, arXiv 1612.03144) over maps of several strides.
 
-    It uses the maps from the finest stride asked for up to the backbone's coarsest, so the coarsest ones give context
-    even if no level has their stride. Levels finer than any map are resized from the finest, levels coarser than any
-    are max pooled.
+    It uses the maps from the finest requested stride to the backbone's coarsest, so the coarsest maps provide context
+    even without a level of their stride. Levels finer than all maps are resized from the finest map, coarser ones are
+    max pooled.
 
     Args:
-        feature_specs: the backbone's maps, of growing strides that are powers of two.
-        strides: of the levels, in image pixels; powers of two.
-        channels: of each level.
+        feature_specs: The backbone's maps, of increasing strides that are powers of two.
+        strides: Strides of the levels in image pixels, powers of two.
+        channels: Number of channels of each level.
 
     Attributes:
-        size_multiple: height and width of the image that the levels cover must be multiples of it.
-        backbone_multiple: the same for the image that the backbone sees.
+        size_multiple: Multiple of height and width of the image that the levels cover.
+        backbone_multiple: Multiple of height and width of the backbone's input.
 
     Raises:
-        ValueError: strides that are no powers of two.
+        ValueError: Strides aren't powers of two.
     """
 
     def __init__(self, feature_specs: Sequence[FeatureSpec], strides: Sequence[int], channels: int) -> None:
@@ -49,7 +49,7 @@ class TopDownFPN(nn.Module):
         self.used_strides = [spec.stride for spec in used]
         self.fpn = FeaturePyramidNetwork([spec.channels for spec in used], channels, norm_layer=LayerNorm2d)
         for index, stride in enumerate(self.used_strides):
-            # Maps that only give context need no smoothing, and parameters without gradients stop distributed training.
+            # Maps used only for context need no smoothing; unused parameters would break distributed training.
             if index and stride not in self._sources():
                 self.fpn.layer_blocks[index] = nn.Identity()
         self.refine = nn.ModuleDict(
@@ -63,14 +63,14 @@ class TopDownFPN(nn.Module):
         self.backbone_multiple = coarsest
 
     def forward(self, features: Sequence[Tensor], size: tuple[int, int]) -> list[Tensor]:
-        """The levels.
+        """Compute the levels.
 
         Args:
-            features: the backbone's maps, [B, C_i, height / stride_i, width / stride_i].
+            features: The backbone's maps, [B, C_i, height / stride_i, width / stride_i].
             size: (height, width) of the image, multiples of `size_multiple`.
 
         Returns:
-            One map a stride, [B, channels, height / stride, width / stride].
+            One map per stride, [B, channels, height / stride, width / stride].
         """
         named = zip(self.used_strides, features[self.first :], strict=True)
         maps: dict[str, Tensor] = self.fpn(OrderedDict((str(stride), feature) for stride, feature in named))
@@ -90,30 +90,30 @@ class TopDownFPN(nn.Module):
         return {self._source(stride) for stride in self.strides}
 
     def _source(self, stride: int) -> int:
-        """Stride of the map that a level is made of."""
+        """Return the stride of the map that a level is made from."""
         return max((used for used in self.used_strides if used <= stride), default=self.used_strides[0])
 
 
 class SimpleFPN(nn.Module):
-    """A feature pyramid without a top-down path, from the last map of a plain ViT (Li et al. 2022, arXiv 2203.16527).
+    """Feature pyramid without a top-down path, from the last map of a plain ViT (Li et al. 2022, arXiv 2203.16527).
 
-    Transposed convolutions make the finer levels, max pooling the coarser ones. Several maps, as of blocks 5, 8 and 11,
-    are projected and summed first.
+    Transposed convolutions make the finer levels, max pooling the coarser ones. Several maps, such as those of blocks
+    5, 8 and 11, are projected and summed first.
 
-    A stride that is no power of two (patches of 14 px) is brought to the nearest power of two by bilinear resizing that
-    samples at the exact places: pixel i of a level of stride s stands for image pixels [i s, (i + 1) s).
+    Maps whose stride is not a power of two (patches of 14 px) are resampled bilinearly to the nearest power of two at
+    exact positions: pixel i of a level of stride s covers image pixels [i s, (i + 1) s).
 
     Args:
-        feature_specs: the backbone's maps, all of one stride.
-        strides: of the levels, in image pixels; powers of two.
-        channels: of each level.
+        feature_specs: The backbone's maps, all of one stride.
+        strides: Strides of the levels in image pixels, powers of two.
+        channels: Number of channels of each level.
 
     Attributes:
-        size_multiple: height and width of the image that the levels cover must be multiples of it.
-        backbone_multiple: the same for the image that the backbone sees, which may be larger.
+        size_multiple: Multiple of height and width of the image that the levels cover.
+        backbone_multiple: Multiple of height and width of the backbone's input, which may be larger.
 
     Raises:
-        ValueError: maps of several strides, or levels whose strides are no powers of two.
+        ValueError: The maps have several strides, or the strides of the levels aren't powers of two.
     """
 
     def __init__(self, feature_specs: Sequence[FeatureSpec], strides: Sequence[int], channels: int) -> None:
@@ -129,14 +129,14 @@ class SimpleFPN(nn.Module):
         self.levels = nn.ModuleList(_level(width, channels, self.base_stride, stride) for stride in strides)
 
     def forward(self, features: Sequence[Tensor], size: tuple[int, int]) -> list[Tensor]:
-        """The levels.
+        """Compute the levels.
 
         Args:
-            features: the backbone's maps, [B, C_i, h, w], of an image at least as large as `size`.
+            features: The backbone's maps, [B, C_i, h, w], of an image at least as large as `size`.
             size: (height, width) of the image that the levels cover, multiples of `size_multiple`.
 
         Returns:
-            One map a stride, [B, channels, height / stride, width / stride].
+            One map per stride, [B, channels, height / stride, width / stride].
         """
         x = features[-1]
         if self.fuse is not None:
@@ -150,20 +150,20 @@ class SimpleFPN(nn.Module):
 
 
 def nearest_power_of_two(value: int) -> int:
-    """The power of two with the nearest logarithm; of two, the larger."""
+    """Return the power of two with the nearest logarithm, the larger in case of a tie."""
     below = 1 << (value.bit_length() - 1)
     return below if value * value < 2 * below * below else 2 * below
 
 
 def _resampled(feature: Tensor, scale: float, shape: tuple[int, int]) -> Tensor:
-    """Bilinear samples at the centres of cells that are `scale` times as many as those of the map."""
-    # `interpolate` copies a map whose size stays the same, whatever the scale.
+    """Sample a map bilinearly at the centres of a grid `scale` times as fine."""
+    # Not `interpolate`, which ignores the scale if the size is unchanged.
     rows, columns = (
         (torch.arange(num, device=feature.device) + 0.5) * (2 / (scale * side)) - 1
         for num, side in zip(shape, feature.shape[-2:], strict=True)
     )
     y, x = torch.meshgrid(rows, columns, indexing="ij")
-    # In bfloat16, places near the edge would be rounded by pixels.
+    # In bfloat16, positions would be rounded by whole pixels.
     dtype = torch.promote_types(feature.dtype, torch.float32)
     grid = torch.stack([x, y], -1).expand(len(feature), *shape, 2).to(dtype)
     sampled = F.grid_sample(feature.to(dtype), grid, mode="bilinear", padding_mode="border", align_corners=False)
@@ -175,7 +175,7 @@ def _level(width: int, channels: int, base_stride: int, stride: int) -> nn.Seque
     for index in range((base_stride // stride).bit_length() - 1):
         if index:
             steps += [LayerNorm2d(width), nn.GELU()]
-        # Not below the level's own width, where a narrow ViT is brought to a fine stride.
+        # Not below `channels`, for fine levels of a narrow ViT.
         narrower = max(width // 2, min(width, channels))
         steps.append(nn.ConvTranspose2d(width, narrower, 2, stride=2))
         width = narrower
@@ -191,10 +191,10 @@ def _level(width: int, channels: int, base_stride: int, stride: int) -> nn.Seque
 
 
 def build_neck(feature_specs: Sequence[FeatureSpec], strides: Sequence[int], channels: int) -> SimpleFPN | TopDownFPN:
-    """`SimpleFPN` for maps of one stride, `TopDownFPN` for a pyramid.
+    """Build a `SimpleFPN` for maps of one stride, a `TopDownFPN` for a pyramid.
 
     Raises:
-        ValueError: strides that don't grow or are no powers of two.
+        ValueError: The strides don't increase or aren't powers of two.
     """
     if not strides or list(strides) != sorted(set(strides)) or any(s < 1 or s & (s - 1) for s in strides):
         raise ValueError(f"expected growing strides that are powers of two, as [4, 8, 16, 32, 64], got {list(strides)}")

@@ -1,4 +1,4 @@
-"""Backbone + head as one network, together with all that prediction needs to know about its input."""
+"""Semantic segmentation: backbone and head as one network, with the spec of its input."""
 
 from __future__ import annotations
 
@@ -25,14 +25,15 @@ __all__ = ["SegmentationModelConfig", "SegmentationSpec", "Segmenter", "build_se
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SegmentationSpec(TaskSpec):
-    """What a trained segmenter expects and means; saved with its weights.
+    """Input and output of a segmentation network, saved with its weights.
 
     Attributes:
-        background: name of the class that is background; otherwise "ignore" or, with `multilabel`, "none" for the
-            meaning of pixels under no polygon, or None where labels had no polygons.
-        multilabel: each class is true or not by itself; its scores are logits of a sigmoid, not of a softmax.
+        background: name of the background class; or the meaning of pixels outside all polygons, "ignore", or "none"
+            with `multilabel`; None for labels without polygons.
+        multilabel: Whether classes are independent, with logits of a sigmoid instead of a softmax.
 
-    The others are those of `InputSpec`; `label_options` are keyword arguments of `perf_vit.labels.open_labels`.
+    The other attributes are those of `InputSpec`. `label_options` are keyword arguments of
+    `perf_vit.labels.open_labels`.
     """
 
     background: str | None = None
@@ -40,19 +41,19 @@ class SegmentationSpec(TaskSpec):
 
     @property
     def background_index(self) -> int | None:
-        """Class index of the background, None where no class is background."""
+        """Class index of the background, None without a background class."""
         return self.classes.index(self.background) if self.background in self.classes else None
 
 
 class Segmenter(nn.Module):
-    """A semantic segmentation network.
+    """Semantic segmentation network.
 
     Args:
-        backbone: a timm `features_only` model.
-        head: takes the list of feature maps and the image, gives logits.
-        spec: what the network expects and means.
-        size_multiple: height and width of a tile must be multiples of it, the patch size of the backbone.
-        saved_backbone: config of the converted model that the backbone was made of, None for a timm model.
+        backbone: timm `features_only` model.
+        head: Module from the list of feature maps and the image to logits.
+        spec: Input and output of the network.
+        size_multiple: Multiple of height and width of tiles, the patch size of the backbone.
+        saved_backbone: Config of the converted model that the backbone was built from, None for a timm model.
     """
 
     task = "segmentation"
@@ -73,46 +74,46 @@ class Segmenter(nn.Module):
         self.saved_backbone = saved_backbone
 
     def forward(self, image: Tensor, valid: Tensor | None = None) -> Tensor:
-        """Logits for every pixel.
+        """Compute the logits of every pixel.
 
         Args:
-            image: standardised tile, [B, C, H, W]; H and W multiples of `size_multiple`.
-            valid: valid pixels, bool [B, H, W], None where all are; a ViT's patches without one are left out of
-                attention.
+            image: Standardised tiles, [B, C, H, W]; H and W multiples of `size_multiple`.
+            valid: Valid pixels, bool [B, H, W], None if all are; a ViT's patches without a valid pixel are excluded
+                from attention.
 
         Returns:
-            [B, num_classes, H, W].
+            Logits, [B, num_classes, H, W].
         """
-        # Without gradients, converted models go through their MLPs in pieces.
+        # Without gradients, converted models process tokens in chunks.
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.is_backbone_frozen):
             features = forward_maps(self.backbone, image, valid)
         return self.head(features, image)
 
     def decide(self, logits: Tensor) -> Tensor:
-        """What logits [B, K, H, W] say: class indices [B, H, W], or 0 and 1 for each class [B, K, H, W]."""
+        """Convert logits, [B, K, H, W], to class indices, [B, H, W], or with `multilabel` to 0 and 1, [B, K, H, W]."""
         return (logits > 0).long() if self.spec.multilabel else logits.argmax(1)
 
     @property
     def is_backbone_frozen(self) -> bool:
-        """Whether no weight of the backbone is trained."""
+        """Whether all weights of the backbone are frozen."""
         return not any(parameter.requires_grad for parameter in self.backbone.parameters())
 
     def train(self, mode: bool = True) -> Self:
-        """Training mode, in which frozen parts of the backbone stay as they are evaluated."""
+        """Set the mode; frozen parts of the backbone stay in evaluation mode."""
         super().train(mode)
         evaluate_frozen(self.backbone)
         return self
 
 
 def network_id(model: nn.Module, meaning: Mapping[str, Any]) -> str:
-    """Twelve hex digits that another network, other weights or another meaning of them would not have.
+    """Return a hash of 12 hex digits of a network's architecture, weights and meaning.
 
     Args:
-        model: with its weights.
-        meaning: plain values that decide what its output means.
+        model: Network with its weights.
+        meaning: Plain values that determine the meaning of its output.
     """
     digest = hashlib.sha256(json.dumps(meaning, sort_keys=True).encode())
-    # Options without parameters show in the text; projections are buffers that no state dict holds.
+    # Options without parameters are part of the text; projections are non-persistent buffers.
     digest.update(str(model).encode())
     for name, value in itertools.chain(model.named_parameters(), model.named_buffers()):
         digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
@@ -122,14 +123,14 @@ def network_id(model: nn.Module, meaning: Mapping[str, Any]) -> str:
 
 @dataclass(kw_only=True)
 class SegmentationModelConfig(BackboneTuning):
-    """A backbone and a head; `BackboneTuning` has further keys.
+    """Backbone and head; `BackboneTuning` has further keys.
 
     Attributes:
-        backbone: any timm model name that takes `features_only`, and `img_size` and `dynamic_img_size` if timm says
-            that its input size is fixed; or a folder with a converted model, whose weights are loaded.
-        out_indices: the blocks whose outputs the head sees.
-        head: full_resolution, linear, upernet, dpt, segformer, or a registered one.
-        head_kwargs: passed to the head.
+        backbone: name of a timm model that supports `features_only`, and `img_size` and `dynamic_img_size` if its input
+            size is fixed; or folder of a converted model, whose weights are loaded.
+        out_indices: Indices of the blocks whose outputs are the head's input.
+        head: full_resolution, linear, upernet, dpt, segformer or a registered one.
+        head_kwargs: Further arguments of the head.
     """
 
     out_indices: list[int] = field(default_factory=lambda: [2, 5, 8, 11])
@@ -143,14 +144,14 @@ def build_segmenter(
     """Build a segmentation network; its weights are random unless `pretrained` is set or the backbone is a folder.
 
     Args:
-        config: the network.
-        spec: what it expects and means.
-        saved_backbone: config of the converted model that the backbone was made of, to do without its folder.
+        config: Architecture.
+        spec: Input and output of the network.
+        saved_backbone: Config of the converted model that the backbone was built from, used instead of its folder.
 
     Raises:
-        CheckpointError: a folder without a converted model.
-        ConfigError: an unknown backbone or head, arguments they don't take, or a tile size that the patch size
-            doesn't divide.
+        CheckpointError: The folder has no converted model.
+        ConfigError: The backbone or head is unknown or doesn't accept its arguments, or the tile size is not a
+            multiple of the patch size.
     """
     in_chans = len(spec.normalizer.mean)
     backbone, saved_backbone = build_backbone(config, config.out_indices, in_chans, spec.tile_px, saved_backbone)

@@ -1,4 +1,4 @@
-"""A whole slide as a bag of windows: a frozen encoder, gated attention over its features, a classifier."""
+"""Slide classification by multiple-instance learning: frozen encoder, gated attention pooling, classifier."""
 
 from __future__ import annotations
 
@@ -27,13 +27,13 @@ __all__ = [
 
 @dataclass(kw_only=True)
 class SlideClassificationModelConfig(BackboneConfig):
-    """An encoder of windows, which is not trained, and what pools its features; `BackboneConfig` has further keys.
+    """Frozen encoder of windows and the pooling of its features; `BackboneConfig` has further keys.
 
     Attributes:
-        pool: token, avg, max or avgmax; the backbone's own if left out.
-        hidden_dim: of the features that attention sees.
-        attention_dim: of the attention's hidden layer.
-        drop_rate: of features while training.
+        pool: Pooling of the encoder, token, avg, max or avgmax; None for the backbone's own.
+        hidden_dim: Dimension of the features that are pooled.
+        attention_dim: Dimension of the hidden layer of the attention.
+        drop_rate: Dropout of the features during training.
     """
 
     backbone: str = "vit_small_patch14_dinov2"
@@ -45,26 +45,28 @@ class SlideClassificationModelConfig(BackboneConfig):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SlideClassificationSpec(TaskSpec):
-    """What a trained slide classifier expects and means; saved with its weights.
+    """Input and output of a slide classifier, saved with its weights.
 
     Attributes:
-        min_tissue: least share of tissue in a window.
+        min_tissue: Smallest fraction of tissue in a window.
 
-    The others are those of `InputSpec`; without `tissue`, windows of glass are taken, too, and `label_options` are the
-    columns of the CSV files that it was trained with.
+    The other attributes are those of `InputSpec`. Without `tissue`, windows of glass are used, too. `label_options` are
+    the columns of the CSV files of its training.
     """
 
     min_tissue: float = 0.25
 
 
 class GatedAttentionPool(nn.Module):
-    """The weighted mean of a bag of any size (Ilse, Tomczak and Welling 2018, "Attention-based deep multiple instance
-    learning", eqs. 7 and 9): a_k = softmax_k(w^T (tanh(V h_k) * sigmoid(U h_k))), z = sum_k a_k h_k.
+    """Gated attention pooling of a bag of any size (Ilse, Tomczak and Welling 2018, eqs. 7 and 9).
+
+    a_k = softmax_k(w^T (tanh(V h_k) * sigmoid(U h_k))), z = sum_k a_k h_k; "Attention-based deep multiple instance
+    learning".
 
     Args:
-        dim: of the features h.
-        hidden_dim: rows of V and U.
-    """  # noqa: D205
+        dim: Dimension of the features h.
+        hidden_dim: Number of rows of V and U.
+    """
 
     def __init__(self, dim: int, hidden_dim: int) -> None:
         super().__init__()
@@ -76,11 +78,11 @@ class GatedAttentionPool(nn.Module):
         """Pool bags.
 
         Args:
-            bags: [B, N, D].
-            mask: which instances are there, bool [B, N]; at least one in each bag.
+            bags: Features, [B, N, D].
+            mask: bool [B, N], False for padding; at least one instance in each bag.
 
         Returns:
-            Pooled features [B, D] and attention [B, N], which sums to 1 and is 0 where nothing is.
+            Pooled features, [B, D], and attention, [B, N], which sums to 1 and is 0 for padding.
         """
         logits = self.weight(self.value(bags).tanh() * self.gate(bags).sigmoid()).squeeze(-1)
         attention = logits.float().masked_fill(~mask, -torch.inf).softmax(dim=1)
@@ -89,14 +91,14 @@ class GatedAttentionPool(nn.Module):
 
 
 class SlideClassifier(nn.Module):
-    """Classifies bags of windows' features, and makes such features of windows.
+    """Classifier of bags of window features, with the encoder that computes the features.
 
     Args:
-        encoder: a timm model without classifier: windows [B, C, H, W] to features [B, D]. It is never trained.
-        embed_dim: D.
-        spec: what the network expects and means.
-        config: sizes of what is trained.
-        saved_backbone: config of the converted model that the encoder was made of, None for a timm model.
+        encoder: timm model without classifier, windows [B, C, H, W] -> features [B, D]; never trained.
+        embed_dim: Dimension of the features, D.
+        spec: Input and output of the network.
+        config: Sizes of the trained part.
+        saved_backbone: Config of the converted model that the encoder was built from, None for a timm model.
     """
 
     task = "slide_classification"
@@ -124,22 +126,22 @@ class SlideClassifier(nn.Module):
         """Classify bags of features.
 
         Args:
-            bags: of `embed`, [B, N, D].
-            mask: which windows are there, bool [B, N]; at least one in each bag.
+            bags: Features from `embed`, [B, N, D].
+            mask: bool [B, N], False for padding; at least one window in each bag.
 
         Returns:
-            Logits [B, K] and attention [B, N].
+            Logits, [B, K], and attention, [B, N].
         """
         pooled, attention = self.pool(self.project(bags), mask)
         return self.classifier(pooled), attention
 
     def embed(self, windows: Tensor, valid: Tensor | None = None) -> Tensor:
-        """Features [B, D] of standardised windows [B, C, H, W], without gradient.
+        """Compute features, [B, D], of standardised windows, without gradient.
 
         Args:
-            windows: tiles of a slide.
-            valid: valid pixels, bool [B, H, W], None where all are; a ViT's patches without one are left out of
-                attention and pooling.
+            windows: Windows of a slide, [B, C, H, W].
+            valid: Valid pixels, bool [B, H, W], None if all are; a ViT's patches without a valid pixel are excluded
+                from attention and pooling.
         """
         mask = key_mask(self.encoder, valid)
         features: Tensor
@@ -151,11 +153,11 @@ class SlideClassifier(nn.Module):
         return features
 
     def encoder_id(self) -> str:
-        """Twelve hex digits that another encoder, or another standardisation, would not have."""
+        """Return a hash of 12 hex digits of the encoder and its standardisation."""
         return network_id(self.encoder, self.spec.normalizer.to_dict())
 
     def train(self, mode: bool = True) -> Self:
-        """Training mode, in which the encoder stays as it is evaluated."""
+        """Set the mode; the encoder stays in evaluation mode."""
         super().train(mode)
         self.encoder.eval()
         return self
@@ -169,20 +171,20 @@ def build_slide_classifier(
     """Build a slide classifier; the encoder's weights are random unless `pretrained` is set or it is a folder.
 
     Args:
-        config: the network.
-        spec: what it expects and means.
-        saved_backbone: config of the converted model that the encoder was made of, to do without its folder.
+        config: Architecture.
+        spec: Input and output of the network.
+        saved_backbone: Config of the converted model that the encoder was built from, used instead of its folder.
 
     Raises:
-        CheckpointError: a folder without a converted model.
-        ConfigError: an unknown backbone or pooling, arguments they don't take, or a tile size that the patch size
-            doesn't divide.
+        CheckpointError: The folder has no converted model.
+        ConfigError: The backbone or pooling is unknown, doesn't accept its arguments, or the tile size is not a
+            multiple of the patch size.
     """
     if config.pool == "map":
-        raise ConfigError("model.pool map has weights to train, and the encoder isn't trained; use token or avg")
+        raise ConfigError("model.pool map has trainable weights, but the encoder is frozen; use token or avg")
     if config.hidden_dim < 1 or config.attention_dim < 1 or not 0 <= config.drop_rate < 1:
         raise ConfigError(
-            "expected model.hidden_dim and model.attention_dim from 1 on and model.drop_rate from 0 to below 1, got "
+            "model.hidden_dim and model.attention_dim must be at least 1 and model.drop_rate in [0, 1), got "
             f"{config.hidden_dim}, {config.attention_dim} and {config.drop_rate:g}"
         )
     num_bands = len(spec.normalizer.mean)
@@ -195,7 +197,7 @@ def build_slide_classifier(
 
 
 def _features_of(encoder: nn.Module, num_bands: int, tile_px: int) -> int:
-    # timm's own number is that of the map for some pools, so one window tells.
+    # timm's `num_features` ignores some poolings, so run the encoder on one window.
     weight = next(encoder.parameters())
     with torch.inference_mode():
         return int(encoder.eval()(weight.new_zeros(1, num_bands, tile_px, tile_px)).shape[1])

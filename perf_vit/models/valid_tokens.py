@@ -1,4 +1,4 @@
-"""The mask of valid pixels on its way to the attention layers of timm's ViTs."""
+"""Masks of valid tokens for timm's ViTs, derived from valid pixels."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ __all__ = ["MaskedFeatures", "forward_head", "forward_maps", "forward_tokens", "
 
 
 class MaskedFeatures(FeatureGetterNet):
-    """timm's `features_only` wrapper of a ViT, with a mask for the attention layers."""
+    """timm's `features_only` wrapper of a ViT, with an attention mask."""
 
     def forward(self, x: Tensor, attn_mask: Tensor | None = None) -> list[Tensor]:
-        """Feature maps of images [B, C, H, W].
+        """Compute the feature maps of images.
 
         Args:
-            x: images.
-            attn_mask: keys that take part in attention, bool [B, 1, 1, P + N], None for all.
+            x: Images, [B, C, H, W].
+            attn_mask: Keys to attend to, bool [B, 1, 1, P + N], None for all.
         """
         maps: list[Tensor]
         if attn_mask is None:
@@ -45,7 +45,7 @@ class MaskedFeatures(FeatureGetterNet):
 
 
 def with_key_mask(backbone: nn.Module) -> nn.Module:
-    """Wrap a `features_only` ViT so that it takes a mask; other backbones are returned as they are."""
+    """Wrap a `features_only` ViT to accept a mask; return other backbones unchanged."""
     if type(backbone) is not FeatureGetterNet or not _takes_mask(backbone.model):
         return backbone
     options = {"output_fmt": backbone.output_fmt, "norm": backbone.norm, "prune": False}
@@ -55,16 +55,16 @@ def with_key_mask(backbone: nn.Module) -> nn.Module:
 
 
 def key_mask(model: nn.Module, valid: Tensor | None, pixel_px: int = 1) -> Tensor | None:
-    """The keys of a ViT's attention that take part: prefix tokens, and patches with at least one valid pixel.
+    """Return the key mask of a ViT's attention: prefix tokens, and patches with at least one valid pixel.
 
     Args:
-        model: a timm model, or its `features_only` wrapper.
-        valid: valid pixels of the images, bool [B, H, W], None where all are.
-        pixel_px: side of one pixel of the model's input, in pixels of `valid`.
+        model: timm model, or its `features_only` wrapper.
+        valid: Valid pixels of the images, bool [B, H, W], None if all are.
+        pixel_px: Size of a pixel of the model's input, in pixels of `valid`.
 
     Returns:
-        bool [B, 1, 1, P + N]; None if all keys take part, or if the model takes no mask: one that isn't a ViT, or that
-        drops patches while it is trained. All keys of an image without a valid pixel take part.
+        bool [B, 1, 1, P + N]; None if all keys are used, or the model doesn't accept a mask: it isn't a ViT, or drops
+        patches in training. For an image without a valid pixel, all keys are used.
     """
     body: Any = model.model if isinstance(model, MaskedFeatures) else model
     if valid is None or not _takes_mask(body) or _drops_patches(body):
@@ -81,13 +81,13 @@ def key_mask(model: nn.Module, valid: Tensor | None, pixel_px: int = 1) -> Tenso
 
 
 def forward_maps(backbone: nn.Module, image: Tensor, valid: Tensor | None, pixel_px: int = 1) -> list[Tensor]:
-    """Feature maps of images [B, C, H, W] by a `features_only` backbone.
+    """Compute the feature maps of a `features_only` backbone.
 
     Args:
-        backbone: of `with_key_mask`.
-        image: its input.
-        valid: as for `key_mask`.
-        pixel_px: as for `key_mask`.
+        backbone: Result of `with_key_mask`.
+        image: Images, [B, C, H, W].
+        valid: Valid pixels, as in `key_mask`.
+        pixel_px: Pixel size, as in `key_mask`.
     """
     mask = key_mask(backbone, valid, pixel_px)
     maps: list[Tensor] = backbone(image) if mask is None else backbone(image, attn_mask=mask)
@@ -95,12 +95,12 @@ def forward_maps(backbone: nn.Module, image: Tensor, valid: Tensor | None, pixel
 
 
 def forward_tokens(model: Any, image: Tensor, attn_mask: Tensor | None) -> Tensor:
-    """`model.forward_features`, with a mask for the attention layers.
+    """Call `model.forward_features` with an attention mask.
 
     Args:
-        model: a timm model.
-        image: [B, C, H, W].
-        attn_mask: of `key_mask`.
+        model: timm model.
+        image: Images, [B, C, H, W].
+        attn_mask: Result of `key_mask`.
     """
     tokens: Tensor
     if attn_mask is None:
@@ -112,21 +112,21 @@ def forward_tokens(model: Any, image: Tensor, attn_mask: Tensor | None) -> Tenso
 
 
 def forward_head(model: Any, tokens: Tensor, attn_mask: Tensor | None) -> Tensor:
-    """`model.forward_head`, which pools the tokens that take part alone.
+    """Call `model.forward_head`, pooling unmasked tokens only.
 
     Args:
-        model: a timm model.
-        tokens: of `forward_tokens`, [B, P + N, C]; of a model that isn't a ViT any features.
-        attn_mask: of `key_mask`.
+        model: timm model.
+        tokens: Result of `forward_tokens`, [B, P + N, C]; any features of a model that isn't a ViT.
+        attn_mask: Result of `key_mask`.
 
     Returns:
-        [B, K].
+        Outputs, [B, K].
     """
     out: Tensor
     if attn_mask is None:
         out = model.forward_head(tokens)
         return out
-    # Each image has another number of tokens.
+    # The number of unmasked tokens differs between images.
     images = zip(tokens, attn_mask[:, 0, 0], strict=True)
     return torch.cat([model.forward_head(each[keys][None]) for each, keys in images])
 
@@ -140,7 +140,7 @@ def _drops_patches(model: Any) -> bool:
 
 
 class _Checkpointed(nn.Module):
-    """A block whose activations are computed again in the backward pass, with the same mask."""
+    """Block that recomputes its activations in the backward pass, with the same mask."""
 
     def __init__(self, block: nn.Module) -> None:
         super().__init__()
@@ -153,7 +153,7 @@ class _Checkpointed(nn.Module):
 
 @contextmanager
 def _checkpointed_blocks(model: Any) -> Iterator[None]:
-    """Have a `VisionTransformer` checkpoint its blocks if it is set to: timm doesn't where there is a mask."""
+    """Wrap the blocks of a `VisionTransformer` if it uses gradient checkpointing, which timm skips with a mask."""
     if not (isinstance(model, VisionTransformer) and model.grad_checkpointing and torch.is_grad_enabled()):
         yield
         return

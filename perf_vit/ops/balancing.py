@@ -57,18 +57,18 @@ def fit_balancing(
     softmax attention does not depend on them.
 
     Args:
-        q: queries, [B, H, N_q, D].
-        k: keys, [B, H, N_k, D].
+        q: Queries, [B, H, N_q, D].
+        k: Keys, [B, H, N_k, D].
         key_mask: [B, N_k] bool, False for keys to ignore; applied to the queries too where N_q = N_k.
-        center: whether to fit the centres; False sets them to 0.
-        balance: whether to fit the scale; False sets it to 1.
-        chunk_size: number of tokens processed at once, which bounds memory.
+        center: Whether to fit the centres; False sets them to 0.
+        balance: Whether to fit the scale; False sets it to 1.
+        chunk_size: Number of tokens processed at once, which bounds memory.
 
     Returns:
         The balancing, in float32, or float64 for float64 inputs.
 
     Raises:
-        ValueError: If queries and keys aren't [B, H, N, D] with the same B, H and D.
+        ValueError: Queries and keys aren't [B, H, N, D] with the same B, H and D.
     """
     if q.ndim != 4 or k.ndim != 4 or q.shape[:2] != k.shape[:2] or q.shape[3] != k.shape[3]:
         raise ValueError(

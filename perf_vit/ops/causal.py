@@ -47,12 +47,12 @@ def causal_favor(
     size N x M.
 
     Args:
-        q: queries, [B, H, N, D].
-        k: keys, [B, H, N, D].
-        v: values, [B, H, N, Dv].
-        feature_map: kernel, projection and balancing.
+        q: Queries, [B, H, N, D].
+        k: Keys, [B, H, N, D].
+        v: Values, [B, H, N, Dv].
+        feature_map: Kernel, projection and balancing.
         key_mask: [B, N] bool, False for keys to ignore.
-        chunk_size: number of tokens in a chunk, 256 at most.
+        chunk_size: Number of tokens in a chunk, 256 at most.
 
     Returns:
         Attended values, [B, H, N, Dv], in the dtype of `q`; 0 for queries without a visible key.
@@ -113,10 +113,10 @@ def _within_chunk(queries: Tensor, keys: KeyFeatures, v: Tensor, feature_map: Fe
     """Attend within a chunk: to each query's own key, then at each level from second halves to first halves of blocks.
 
     Args:
-        queries: unscaled features of the queries, [B, H, T, M], T a power of two.
-        keys: features of the keys, [B, H, T, M].
-        v: values, [B, H, T, Dv].
-        feature_map: feature map of both.
+        queries: Unscaled features of the queries, [B, H, T, M], T a power of two.
+        keys: Features of the keys, [B, H, T, M].
+        v: Values, [B, H, T, Dv].
+        feature_map: Feature map of both.
     """
     sums = _own_token(queries, keys, v)
     half = 1

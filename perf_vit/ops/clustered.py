@@ -52,22 +52,22 @@ def clustered_attention(
     tokens, forward and backward. `perf_vit.ops.naive.naive_clustered_attention` is the N x N reference.
 
     Args:
-        q: queries, [B, H, N, D]: prefix tokens first, then the grid in row-major order.
-        k: keys, [B, H, N, D].
-        v: values, [B, H, N, Dv].
-        grid: rows and columns of tokens; N = num_prefix_tokens + rows x columns.
-        window_size: largest number of rows and columns of a window; the grid is split into the fewest windows of nearly
+        q: Queries, [B, H, N, D]: prefix tokens first, then the grid in row-major order.
+        k: Keys, [B, H, N, D].
+        v: Values, [B, H, N, Dv].
+        grid: Rows and columns of tokens; N = num_prefix_tokens + rows x columns.
+        window_size: Largest number of rows and columns of a window; the grid is split into the fewest windows of nearly
             equal size. 0 for no windows.
-        num_sinks: number of keys per sample and head to which every query attends exactly; 0 for none.
-        num_clusters: number of clusters per sample and head, at most the number of tokens of the grid.
-        num_prefix_tokens: number of class and register tokens, which come first.
+        num_sinks: Number of keys per sample and head to which every query attends exactly; 0 for none.
+        num_clusters: Number of clusters per sample and head, at most the number of tokens of the grid.
+        num_prefix_tokens: Number of class and register tokens, which come first.
         key_mask: [B, N] bool, False for keys to ignore.
 
     Returns:
         Attended values, [B, H, N, Dv], in the dtype of `q`; 0 for queries without a visible key.
 
     Raises:
-        ValueError: If the shapes are inconsistent or `num_clusters` is below 1.
+        ValueError: The shapes are inconsistent or `num_clusters` is below 1.
     """
     check_attention_keys(k, v, key_mask)
     check_grid(q, k, grid, window_size, num_sinks, num_prefix_tokens)
@@ -91,8 +91,8 @@ def choose_clusters(k: Tensor, num_clusters: int, key_mask: Tensor | None = None
     spaced keys (Lloyd 1982, "Least squares quantization in PCM").
 
     Args:
-        k: keys, [B, H, N, D].
-        num_clusters: number of clusters, at most N.
+        k: Keys, [B, H, N, D].
+        num_clusters: Number of clusters, at most N.
         key_mask: [B, N] bool, False for keys to exclude from the centres.
 
     Returns:
@@ -134,10 +134,10 @@ class _Clusters(SummaryKeys):
     """Cluster means as summary keys; a cluster's weight counts its keys outside the window.
 
     Args:
-        mean_square: mean square of the queries per channel, [B, H, 1, D].
-        k: keys of the grid, [B, H, N, D].
+        mean_square: Mean square of the queries per channel, [B, H, 1, D].
+        k: Keys of the grid, [B, H, N, D].
         log_mask: 0 for keys that belong to clusters, [B, H, N, 1].
-        nearest: cluster assignment.
+        nearest: Cluster assignment.
     """
 
     def __init__(self, mean_square: Tensor, k: Tensor, log_mask: Tensor, nearest: _NearestCenter) -> None:
@@ -190,9 +190,9 @@ class _Clusters(SummaryKeys):
         """Add sums over the tokens of each cluster in each window to `start`, [B, H, W, M, C].
 
         Args:
-            x: summands, [B, H, W, T, C]; None counts the tokens.
-            labels: cluster indices, [B, H, W, T].
-            start: initial values, [B, H, W or 1, M, C].
+            x: Summands, [B, H, W, T, C]; None counts the tokens.
+            labels: Cluster indices, [B, H, W, T].
+            start: Initial values, [B, H, W or 1, M, C].
             sign: 1 to add, -1 to subtract.
         """
         windows, rows = labels.shape[:3], self.num_clusters + 1

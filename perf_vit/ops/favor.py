@@ -30,11 +30,11 @@ def optimal_parameter(
     Random Tables", whose rho is 1 / u. The mean over pairs follows from the means of x, y, |x|^2 and |y|^2.
 
     Args:
-        feature_map: feature map that scales the inputs; its kernel is not used.
-        q: queries, [B, H, N_q, D].
-        k: keys, [B, H, N_k, D].
+        feature_map: Feature map that scales the inputs; its kernel is not used.
+        q: Queries, [B, H, N_q, D].
+        k: Keys, [B, H, N_k, D].
         key_mask: [B, N_k] bool, False for keys to ignore; applied to the queries too where N_q = N_k.
-        chunk_size: number of tokens processed at once, which bounds memory.
+        chunk_size: Number of tokens processed at once, which bounds memory.
 
     Returns:
         A <= 0 per sample and head, [B, H, 1, 1].
@@ -87,25 +87,25 @@ def favor_attention(
     Features and sums are float32 for float32, half and bfloat16 inputs and under autocast, float64 for float64.
 
     Args:
-        q: queries, [B, H, N_q, D].
-        k: keys, [B, H, N_k, D].
-        v: values, [B, H, N_k, Dv].
-        projection: rows of the feature map, [R, D], from `draw_projection`.
-        kernel: feature map or its name: "softmax+", "softmax-hyp+", "softmax-trig", "relu" or "oprf". "oprf" fits its
+        q: Queries, [B, H, N_q, D].
+        k: Keys, [B, H, N_k, D].
+        v: Values, [B, H, N_k, Dv].
+        projection: Rows of the feature map, [R, D], from `draw_projection`.
+        kernel: Feature map or its name: "softmax+", "softmax-hyp+", "softmax-trig", "relu" or "oprf". "oprf" fits its
             parameter to the queries and keys; `oprf_kernel` fixes it.
         key_mask: [B, N_k] bool, False for keys to ignore, as if they were absent; the output of a query without a
             visible key is 0.
-        causal: whether query i attends to keys 0 .. i only; N_q must equal N_k. Later tokens don't affect its result.
-        balancing: constants from `fit_balancing` that centre and balance q and k first; the estimate of softmax
+        causal: Whether query i attends to keys 0 .. i only; N_q must equal N_k. Later tokens don't affect its result.
+        balancing: Constants from `fit_balancing` that centre and balance q and k first; the estimate of softmax
             attention improves. With `causal` they must not be fitted to this call's tokens, which would leak future
             tokens.
-        chunk_size: number of tokens whose features are in memory at once; changes the result by rounding only.
+        chunk_size: Number of tokens whose features are in memory at once; changes the result by rounding only.
 
     Returns:
         Attended values, [B, H, N_q, Dv], in the dtype of `q`.
 
     Raises:
-        ValueError: If the kernel is unknown, there are no keys, or the shapes are inconsistent.
+        ValueError: The kernel is unknown, there are no keys, or the shapes are inconsistent.
     """
     feature_map = make_feature_map(kernel, projection, balancing)
     _check(q, k, v, feature_map, key_mask, causal, chunk_size)

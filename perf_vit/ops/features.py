@@ -66,9 +66,9 @@ class FeatureMap:
     """Feature map of queries and keys: kernel, projection and optional balancing.
 
     Attributes:
-        kernel: form of the feature map.
-        projection: rows, [R, D].
-        balancing: centring and balancing of the inputs, or None.
+        kernel: Form of the feature map.
+        projection: Rows, [R, D].
+        balancing: Centring and balancing of the inputs, or None.
     """
 
     kernel: Kernel
@@ -119,7 +119,7 @@ class FeatureMap:
         """Apply the kernel to `key_inputs`, including amplitude and bias.
 
         Args:
-            x: inputs, [B, H, N, D].
+            x: Inputs, [B, H, N, D].
             masked: True for keys to ignore, bool [B, 1, N, 1] or [B, H, N, 1].
         """
         if masked is not None:
@@ -224,7 +224,7 @@ class KeyFeatures:
     """Unscaled features of keys.
 
     Attributes:
-        log_domain: whether `values` are logarithms.
+        log_domain: Whether `values` are logarithms.
         values: log phi(k), [B, H, N, M], -inf for masked keys; outside the log domain f(W x), 0 for masked keys.
         log_amplitude: log(h / sqrt(R)), [B, H, N, 1], outside the log domain; None if constant.
         mask: True for masked keys, [B, 1, N, 1].
@@ -268,9 +268,9 @@ class KeyFeatures:
         """Return the gradients of the kernel's features and of the log amplitude, given that of `scaled` (overwritten).
 
         Args:
-            grad: gradient with respect to the result of `scaled`, [B, H, N, M].
-            log_scale: argument of `scaled`.
-            features: result of `scaled`.
+            grad: Gradient with respect to the result of `scaled`, [B, H, N, M].
+            log_scale: Argument of `scaled`.
+            features: Result of `scaled`.
         """
         if self.log_domain:
             grad_logs = grad.mul_(features)

@@ -36,7 +36,7 @@ class Kernel:
         name: name in configs.
         features: (x [..., N, D], projection [R, D]) -> [..., N, M] with M = R * `features_per_row`: f(W x), or its
             logarithm if `log_domain`. The caller may overwrite the result.
-        log_domain: whether `features` returns logarithms; needed by positive features that span many orders of
+        log_domain: Whether `features` returns logarithms; needed by positive features that span many orders of
             magnitude, which are stabilised before the exponential.
         log_amplitude: (x [..., N, D], R) -> [..., N, 1], log(h(x) / sqrt(R)); None if constant. Separate from
             `features` because the amplitude of a query cancels in the quotient and is never computed.
@@ -45,10 +45,10 @@ class Kernel:
         amplitude_gradient: (x, gradient with respect to `log_amplitude`) -> gradient with respect to x; None for
             autograd.
         features_per_row: l, number of features per row of the projection.
-        estimates_softmax: whether phi(q) . phi(k) estimates exp(q . k / sqrt(D)).
+        estimates_softmax: Whether phi(q) . phi(k) estimates exp(q . k / sqrt(D)).
         distribution: (R, D, generator) -> rows [R, D]; None for the Gaussian rows of `draw_projection`.
-        parameter: fixed constant of the feature map, float or [B, H, 1, 1]; None if it has none.
-        bind: parameter -> this kernel with that parameter; None for kernels without one.
+        parameter: Fixed constant of the feature map, float or [B, H, 1, 1]; None if it has none.
+        bind: Parameter -> this kernel with that parameter; None for kernels without one.
     """
 
     name: str
@@ -81,7 +81,7 @@ class Kernel:
         """Return the number of rows of the projection for M = `num_features` features.
 
         Raises:
-            ValueError: If M is not a multiple of `features_per_row`.
+            ValueError: M is not a multiple of `features_per_row`.
         """
         if num_features % self.features_per_row:
             below = num_features - num_features % self.features_per_row
@@ -96,7 +96,7 @@ def get_kernel(kernel: str | Kernel) -> Kernel:
     """Return the kernel with a name, or the argument itself if it is a `Kernel`.
 
     Raises:
-        ValueError: If no kernel has that name.
+        ValueError: No kernel has that name.
     """
     return kernel if isinstance(kernel, Kernel) else KERNELS[kernel]
 
@@ -105,7 +105,7 @@ def register_kernel(kernel: Kernel) -> Kernel:
     """Register a kernel, so that models and configs can select it by name.
 
     Raises:
-        ValueError: If the name is taken.
+        ValueError: The name is taken.
     """
     KERNELS.add(kernel.name, kernel)
     return kernel
@@ -125,14 +125,14 @@ def make_kernel(
     Args:
         name: name of the kernel.
         functions: f_1 .. f_l, elementwise and differentiable, [..., N, R] -> [..., N, R].
-        log_h: differentiable function x, [..., N, D] -> log h(x), [..., N, 1]; None for h = 1.
-        log_domain: whether the functions return log f; use it for positive features with a wide range.
+        log_h: Differentiable function x, [..., N, D] -> log h(x), [..., N, 1]; None for h = 1.
+        log_domain: Whether the functions return log f; use it for positive features with a wide range.
         distribution: (R, D, generator) -> rows of W, [R, D]; None for N(0, I), orthogonal or independent.
-        estimates_softmax: whether phi(q) . phi(k) estimates exp(q . k / sqrt(D)), so that inputs may be centred and
+        estimates_softmax: Whether phi(q) . phi(k) estimates exp(q . k / sqrt(D)), so that inputs may be centred and
             balanced.
 
     Raises:
-        ValueError: If `functions` is empty.
+        ValueError: `functions` is empty.
     """
     if not functions:
         raise ValueError("functions must hold at least one f, got none; [torch.relu] is the simplest")
@@ -158,7 +158,7 @@ def oprf_kernel(parameter: float | Tensor, name: str = "oprf") -> Kernel:
         name: name of the kernel.
 
     Raises:
-        ValueError: If a float is 1/8 or more.
+        ValueError: a float is 1/8 or more.
     """
     if isinstance(parameter, float | int) and parameter >= 1 / 8:
         raise ValueError(f"the parameter of {name!r} must be below 1/8, got {parameter}; the best ones are negative")

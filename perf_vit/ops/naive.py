@@ -35,20 +35,20 @@ def naive_favor_attention(
     Choromanski et al. 2020, equation 4, with the matrix A' of section 2.2 computed explicitly.
 
     Args:
-        q: queries, [B, H, N_q, D].
-        k: keys, [B, H, N_k, D].
-        v: values, [B, H, N_k, Dv].
-        projection: rows of the feature map, [R, D].
-        kernel: feature map or its name; "oprf" needs a fixed parameter.
+        q: Queries, [B, H, N_q, D].
+        k: Keys, [B, H, N_k, D].
+        v: Values, [B, H, N_k, Dv].
+        projection: Rows of the feature map, [R, D].
+        kernel: Feature map or its name; "oprf" needs a fixed parameter.
         key_mask: [B, N_k] bool, False for keys to ignore.
-        causal: whether query i attends to keys 0 .. i only.
-        balancing: centres and scale of queries and keys.
+        causal: Whether query i attends to keys 0 .. i only.
+        balancing: Centres and scale of queries and keys.
 
     Returns:
         Attended values, [B, H, N_q, Dv], in the dtype of `q`; 0 for queries without a visible key.
 
     Raises:
-        ValueError: If the kernel is unknown.
+        ValueError: The kernel is unknown.
     """
     bias = torch.zeros_like(k[..., :1])
     if balancing is not None:
@@ -75,14 +75,14 @@ def naive_clustered_attention(
     """Reference of `clustered_attention`: exact weights in S(i) and one weight per cluster elsewhere.
 
     Args:
-        q: queries, [B, H, N, D].
-        k: keys, [B, H, N, D].
-        v: values, [B, H, N, Dv].
-        grid: rows and columns of tokens after the prefix tokens.
-        window_size: largest number of rows and columns of a window; 0 for no windows.
-        sinks: indices of the keys to which every query attends exactly, [B, H, s].
-        clusters: cluster index of each key of the grid, [B, H, rows x columns].
-        num_prefix_tokens: number of tokens before the grid.
+        q: Queries, [B, H, N, D].
+        k: Keys, [B, H, N, D].
+        v: Values, [B, H, N, Dv].
+        grid: Rows and columns of tokens after the prefix tokens.
+        window_size: Largest number of rows and columns of a window; 0 for no windows.
+        sinks: Indices of the keys to which every query attends exactly, [B, H, s].
+        clusters: Cluster index of each key of the grid, [B, H, rows x columns].
+        num_prefix_tokens: Number of tokens before the grid.
         key_mask: [B, N] bool, False for keys to ignore.
 
     Returns:
@@ -118,7 +118,7 @@ def kernel_matrix(q: Tensor, k: Tensor, projection: Tensor, kernel: str | Kernel
     For a softmax kernel and rows with "chi" norms it is an unbiased estimate of exp(q k^T / sqrt(D)).
 
     Raises:
-        ValueError: If the kernel is unknown.
+        ValueError: The kernel is unknown.
     """
     return _features(q, projection, get_kernel(kernel)) @ _features(k, projection, get_kernel(kernel)).mT
 
@@ -127,10 +127,10 @@ def softmax_attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = Non
     """Exact attention, softmax(q k^T / sqrt(D) + bias) v (Vaswani et al. 2017, equation 1).
 
     Args:
-        q: queries, [B, H, N_q, D].
-        k: keys, [B, H, N_k, D].
-        v: values, [B, H, N_k, Dv].
-        bias: additive bias of the logits, [B, H, N_q, N_k] or broadcastable.
+        q: Queries, [B, H, N_q, D].
+        k: Keys, [B, H, N_k, D].
+        v: Values, [B, H, N_k, Dv].
+        bias: Additive bias of the logits, [B, H, N_q, N_k] or broadcastable.
 
     Returns:
         Attended values, [B, H, N_q, Dv].

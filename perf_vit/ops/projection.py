@@ -30,20 +30,20 @@ def draw_projection(
     of the feature map is unbiased. Rows are drawn in float64 on the CPU, so a seed gives the same rows on every device.
 
     Args:
-        num_features: number of features M; a kernel with l features per row draws R = M / l rows.
-        head_dim: length D of a row.
-        orthogonal: whether rows are orthogonal within a block; False draws independent directions.
+        num_features: Number of features M; a kernel with l features per row draws R = M / l rows.
+        head_dim: Length D of a row.
+        orthogonal: Whether rows are orthogonal within a block; False draws independent directions.
         norms: "chi" for the norms of independent Gaussian vectors; "sqrt" for sqrt(D), which estimates the regularised
             softmax kernel (SMREG, ibid., theorem 1) instead of softmax.
         generator: CPU generator; None for torch's global one.
-        kernel: feature map or its name. A kernel with its own distribution draws from that and ignores `orthogonal` and
+        kernel: Feature map or its name. A kernel with its own distribution draws from that and ignores `orthogonal` and
             `norms`.
 
     Returns:
         The projection, [R, D], float32.
 
     Raises:
-        ValueError: If a size is below 1 or not a multiple of the kernel's features per row, `norms` or `kernel` is
+        ValueError: a size is below 1 or not a multiple of the kernel's features per row, `norms` or `kernel` is
             unknown, or the generator is not on the CPU.
     """
     _check_arguments(num_features, head_dim, norms, generator)

@@ -14,8 +14,8 @@ def spread_tokens(x: Tensor, number: int, key_mask: Tensor | None = None) -> Ten
     """Select evenly spaced tokens of [B, H, N, D], from the first to the last, [B, H, n, D].
 
     Args:
-        x: tokens, [B, H, N, D].
-        number: number n of tokens, at most N.
+        x: Tokens, [B, H, N, D].
+        number: Number n of tokens, at most N.
         key_mask: [B, N] bool, False for tokens to skip. A sample with fewer than n other tokens repeats some of them; a
             sample without any returns a masked token.
     """
@@ -53,12 +53,12 @@ def choose_sinks(
     The square root favours keys that many queries attend to over keys with all the weight of a few queries.
 
     Args:
-        q: queries, [B, H, N, D].
-        k: keys, [B, H, N, D].
-        num_sinks: number of sinks, at most the number of candidates.
-        num_prefix_tokens: number of tokens at the start, which are no candidates.
+        q: Queries, [B, H, N, D].
+        k: Keys, [B, H, N, D].
+        num_sinks: Number of sinks, at most the number of candidates.
+        num_prefix_tokens: Number of tokens at the start, which are no candidates.
         key_mask: [B, N] bool, False for tokens that are neither candidates nor sampled as queries.
-        num_queries: number of queries sampled.
+        num_queries: Number of queries sampled.
 
     Returns:
         Indices of the sinks, [B, H, num_sinks].

@@ -28,10 +28,10 @@ class KVState:
     needed. Scales are separate for each sample and head.
 
     Attributes:
-        S: scaled sums of phi(k_j) v_j^T, [B, H, M, Dv].
-        z: scaled sums of phi(k_j), [B, H, M].
+        S: Scaled sums of phi(k_j) v_j^T, [B, H, M, Dv].
+        z: Scaled sums of phi(k_j), [B, H, M].
         log_scale: c, [B, H, M]; 0 for kernels without an amplitude, equal for all features of "softmax-trig".
-        feature_map: kernel, projection and balancing, which keys, queries and merged states must share.
+        feature_map: Kernel, projection and balancing, which keys, queries and merged states must share.
     """
 
     S: Tensor
@@ -52,15 +52,15 @@ class KVState:
         """Compute the state of keys and values.
 
         Args:
-            k: keys, [B, H, N, D], N >= 1.
-            v: values, [B, H, N, Dv].
-            projection: rows of the feature map, [R, D], from `draw_projection`.
-            kernel: feature map or its name; "oprf" needs a fixed parameter, `oprf_kernel(A)`, so that parts agree.
+            k: Keys, [B, H, N, D], N >= 1.
+            v: Values, [B, H, N, Dv].
+            projection: Rows of the feature map, [R, D], from `draw_projection`.
+            kernel: Feature map or its name; "oprf" needs a fixed parameter, `oprf_kernel(A)`, so that parts agree.
             key_mask: [B, N] bool, False for keys to ignore, as if they were absent.
-            balancing: constants from `fit_balancing` that centre and balance queries and keys.
+            balancing: Constants from `fit_balancing` that centre and balance queries and keys.
 
         Raises:
-            ValueError: If the kernel is unknown or lacks its parameter, there are no keys, or the shapes are
+            ValueError: The kernel is unknown or lacks its parameter, there are no keys, or the shapes are
                 inconsistent.
         """
         feature_map = make_feature_map(kernel, projection, balancing)
@@ -81,7 +81,7 @@ class KVState:
         """Return the state with more keys, [B, H, N, D], values, [B, H, N, Dv], and their mask; `self` is unchanged.
 
         Raises:
-            ValueError: If the shapes are inconsistent or don't match the state.
+            ValueError: The shapes are inconsistent or don't match the state.
         """
         check_keys(k, v, self.feature_map.projection, key_mask)
         return self.merge(self._from_keys(k, v, self.feature_map, key_mask))
@@ -92,7 +92,7 @@ class KVState:
         Both are rescaled by exp(c_old - c_new) <= 1 to the larger of the two scales.
 
         Raises:
-            ValueError: If the kernels, balancings or shapes differ.
+            ValueError: The kernels, balancings or shapes differ.
         """
         if self.S.shape != other.S.shape or not self.feature_map.is_compatible(other.feature_map):
             mine, theirs = self.feature_map, other.feature_map
@@ -128,13 +128,13 @@ class KVState:
         least 1. Where every key was masked, the numerator is 0.
 
         Args:
-            q: queries, [B, H, N, D].
+            q: Queries, [B, H, N, D].
 
         Returns:
             sum_j phi(q_i).phi(k_j) v_j, [B, H, N, Dv], and sum_j phi(q_i).phi(k_j), [B, H, N, 1].
 
         Raises:
-            ValueError: If the queries don't match the state.
+            ValueError: The queries don't match the state.
         """
         self._check_queries(q)
         state = self.normalized()
@@ -153,13 +153,13 @@ class KVState:
         """Attend to all keys of the state (Choromanski et al. 2020, equation 4).
 
         Args:
-            q: queries, [B, H, N, D].
+            q: Queries, [B, H, N, D].
 
         Returns:
             Attended values, [B, H, N, Dv], in the dtype of `q`; 0 if all keys are masked.
 
         Raises:
-            ValueError: If the queries don't match the state.
+            ValueError: The queries don't match the state.
         """
         numerator, denominator = self.sums(q)
         # Outside the log domain both are 0 if all keys are masked.
@@ -192,7 +192,7 @@ def make_feature_map(kernel: str | Kernel, projection: Tensor, balancing: Balanc
     """Validate kernel, projection and balancing and combine them.
 
     Raises:
-        ValueError: If the kernel is unknown, the projection isn't [R, D], or balancing is given for a kernel that
+        ValueError: The kernel is unknown, the projection isn't [R, D], or balancing is given for a kernel that
             doesn't estimate softmax.
     """
     chosen = get_kernel(kernel)
@@ -210,7 +210,7 @@ def check_keys(k: Tensor, v: Tensor, projection: Tensor, key_mask: Tensor | None
     """Check that keys, values, projection and mask are consistent.
 
     Raises:
-        ValueError: If they aren't.
+        ValueError: The tensors are inconsistent.
     """
     check_attention_keys(k, v, key_mask)
     if projection.shape[1] != k.shape[3]:
@@ -224,7 +224,7 @@ def check_attention_keys(k: Tensor, v: Tensor, key_mask: Tensor | None) -> None:
     """Check that keys, values and mask are consistent.
 
     Raises:
-        ValueError: If they aren't.
+        ValueError: The tensors are inconsistent.
     """
     if k.ndim != 4 or v.ndim != 4 or k.shape[:3] != v.shape[:3] or k.shape[2] == 0:
         raise ValueError(

@@ -32,11 +32,11 @@ class Windows:
     """Views of the windows of a group, [B, H, .., .., h, w, C].
 
     Attributes:
-        q: queries.
-        k: keys.
-        v: values.
+        q: Queries.
+        k: Keys.
+        v: Values.
         log_mask: 0 for keys in use, far below any logit for the others.
-        labels: label of each key for the summary keys, or None.
+        labels: Label of each key for the summary keys, or None.
     """
 
     q: Tensor
@@ -57,8 +57,8 @@ class SummaryKeys(ABC):
     values. Weight and value depend on the window, whose tokens are excluded.
 
     Attributes:
-        rows: keys, [B or 1, H or 1, M, D].
-        labels: label of each token of the grid, [B, H, N, 1], passed to `weigh` with the windows; None if not needed.
+        rows: Keys, [B or 1, H or 1, M, D].
+        labels: Label of each token of the grid, [B, H, N, 1], passed to `weigh` with the windows; None if not needed.
     """
 
     rows: Tensor
@@ -73,8 +73,8 @@ class SummaryKeys(ABC):
         """Return the log weights, [B, H, W or 1, M, 1], and the values, [B, H, W or 1, M, Dv].
 
         Args:
-            own: windows whose tokens are excluded, or None to exclude none.
-            *collected: result of `collect` for their group.
+            own: Windows whose tokens are excluded, or None to exclude none.
+            *collected: Result of `collect` for their group.
         """
 
 
@@ -93,17 +93,17 @@ def attend_with_summaries(
     """Attend exactly to windows, prefix tokens and sinks, and to summary keys for the rest.
 
     Args:
-        q: queries, [B, H, N, D]: prefix tokens first, then the grid in row-major order.
-        k: keys, [B, H, N, D].
-        v: values, [B, H, N, Dv].
-        grid: rows and columns of tokens.
-        window_size: largest number of rows and columns of a window; 0 for no windows.
-        num_sinks: number of keys per sample and head to which every query attends exactly.
-        num_prefix_tokens: number of tokens at the start that attend exactly and are attended to exactly.
+        q: Queries, [B, H, N, D]: prefix tokens first, then the grid in row-major order.
+        k: Keys, [B, H, N, D].
+        v: Values, [B, H, N, Dv].
+        grid: Rows and columns of tokens.
+        window_size: Largest number of rows and columns of a window; 0 for no windows.
+        num_sinks: Number of keys per sample and head to which every query attends exactly.
+        num_prefix_tokens: Number of tokens at the start that attend exactly and are attended to exactly.
         key_mask: [B, N] bool, False for keys to ignore.
-        make_summaries: function of the queries and keys of the grid and their log mask, [B, H, n, 1], that returns the
+        make_summaries: Function of the queries and keys of the grid and their log mask, [B, H, n, 1], that returns the
             summary keys.
-        sink_queries: number of queries that the choice of sinks samples.
+        sink_queries: Number of queries that the choice of sinks samples.
 
     Returns:
         Attended values, [B, H, N, Dv], in at least float32.
@@ -141,7 +141,7 @@ def check_grid(
     """Check that queries, keys, grid and sizes are consistent.
 
     Raises:
-        ValueError: If q and k differ in shape, a size is negative, or the grid doesn't match the number of tokens.
+        ValueError: q and k differ in shape, a size is negative, or the grid doesn't match the number of tokens.
     """
     if q.shape != k.shape:
         raise ValueError(f"q and k must have one shape [B, H, N, D], got {list(q.shape)} and {list(k.shape)}")
@@ -172,14 +172,14 @@ class _Attention:
     weight], and products are divided by sqrt(D).
 
     Attributes:
-        q: queries of the grid, [B, H, N, D].
-        k: keys of the grid, [B, H, N, D].
-        v: values of the grid, [B, H, N, Dv].
+        q: Queries of the grid, [B, H, N, D].
+        k: Keys of the grid, [B, H, N, D].
+        v: Values of the grid, [B, H, N, Dv].
         log_mask: 0 for keys in windows and summaries, far below any logit for masked keys and sinks, [B, H, N, 1].
-        shared: keys and values of the prefix tokens and the sinks, to which all queries attend, [B, H, s, C] each.
-        summaries: summary keys.
-        grid: rows and columns of tokens.
-        own: whether queries attend exactly to the keys of their window.
+        shared: Keys and values of the prefix tokens and the sinks, to which all queries attend, [B, H, s, C] each.
+        summaries: Summary keys.
+        grid: Rows and columns of tokens.
+        own: Whether queries attend exactly to the keys of their window.
     """
 
     q: Tensor

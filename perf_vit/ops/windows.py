@@ -16,9 +16,9 @@ class WindowGroup:
     """Windows of one size that are processed together: a rectangle of the grid.
 
     Attributes:
-        rows: rows of the grid.
-        columns: columns of the grid.
-        window: rows and columns of a window, which divide those of the rectangle.
+        rows: Rows of the grid.
+        columns: Columns of the grid.
+        window: Rows and columns of a window, which divide those of the rectangle.
     """
 
     rows: slice

@@ -16,7 +16,7 @@ from PIL import Image, ImageFont
 
 from perf_vit.errors import InputError, OutputError
 from perf_vit.files import staged
-from perf_vit.text import visible
+from perf_vit.text import printable
 from perf_vit.types import GeoImage, Source
 
 __all__ = [
@@ -40,7 +40,7 @@ def lettered(name: str) -> str:
 
     Boxes in their place would make all such names look the same.
     """
-    shown = "".join(char if _has_letter(char) else char.encode("unicode_escape").decode() for char in visible(name))
+    shown = "".join(char if _has_letter(char) else char.encode("unicode_escape").decode() for char in printable(name))
     return shown if len(shown) <= _MAX_CHARS else f"{shown[: _MAX_CHARS - 1]}…"
 
 

@@ -38,7 +38,7 @@ class Grid:
 
     @property
     def extent(self) -> Window:
-        """The window of all pixels."""
+        """Window of all pixels."""
         return Window(0, 0, self.height, self.width)
 
     @property

@@ -211,7 +211,7 @@ class RasterSource:
 
     @property
     def extent(self) -> Window:
-        """The window of all pixels."""
+        """Window of all pixels."""
         return self._grid.extent
 
     @property
@@ -268,7 +268,7 @@ class RasterSource:
         return GeoImage.of(pixels, mask, self.crs, self.transform @ Affine.translation(shared.col, shared.row) @ scale)
 
     def close(self) -> None:
-        """Close this thread's file handle; a later read opens it again."""
+        """Close the file handle of this thread; a later read opens it again."""
         self._handle.close()
 
     def __enter__(self) -> Self:

@@ -14,7 +14,7 @@ from lightning.pytorch.callbacks import Checkpoint, EarlyStopping, EMAWeightAver
 from torch import Tensor
 
 from perf_vit.errors import OutputError, reason_line
-from perf_vit.files import replaced
+from perf_vit.files import atomic_file
 from perf_vit.layers import redraw_projections
 from perf_vit.layers.performer_mixer import copy_projections
 
@@ -106,7 +106,7 @@ class WholeCheckpoints(TorchCheckpointIO):
         path = Path(path)
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
-            with replaced(path) as unfinished, unfinished.open("wb") as file:
+            with atomic_file(path) as unfinished, unfinished.open("wb") as file:
                 torch.save(checkpoint, file)
         except RuntimeError as error:
             # torch raises RuntimeError if writing fails.

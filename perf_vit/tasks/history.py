@@ -12,7 +12,7 @@ import lightning
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from perf_vit.files import replaced
+from perf_vit.files import atomic_file
 
 __all__ = ["SEGMENTATION_CURVES", "Curves", "HistoryCallback", "plot_history"]
 
@@ -99,11 +99,11 @@ class HistoryCallback(lightning.Callback):
     def _write(self) -> None:
         columns = list(dict.fromkeys(key for row in self.rows for key in row))
         path = self.folder / "metrics.csv"
-        with replaced(path) as new, new.open("w", newline="", encoding="utf-8", errors="backslashreplace") as file:
+        with atomic_file(path) as new, new.open("w", newline="", encoding="utf-8", errors="backslashreplace") as file:
             writer = csv.DictWriter(file, columns)
             writer.writeheader()
             writer.writerows(self.rows)
-        with replaced(self.folder / "loss_curve.png") as new:
+        with atomic_file(self.folder / "loss_curve.png") as new:
             plot_history(self.rows, new, self.curves)
 
 

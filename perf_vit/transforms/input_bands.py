@@ -98,12 +98,12 @@ class InputBands:
         return cls(names=tuple(names), dtype=str(images[0].pixels.dtype), low=tuple(low), high=tuple(high))
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values, for a checkpoint."""
+        """Return plain values, for a checkpoint."""
         return {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(self).items()}
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> InputBands:
-        """The inverse of `to_dict`."""
+        """Make a spec from the result of `to_dict`."""
         names, low, high = (tuple(values[key]) for key in ("names", "low", "high"))
         return cls(names=names, dtype=values["dtype"], low=low, high=high)
 

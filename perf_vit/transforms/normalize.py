@@ -87,7 +87,7 @@ class Normalizer:
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Normalizer:
-        """The inverse of `to_dict`."""
+        """Make a spec from the result of `to_dict`."""
         return cls(tuple(values["mean"]), tuple(values["std"]))
 
 

@@ -21,7 +21,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from rich.text import Text
 
-from perf_vit.text import to_json, visible
+from perf_vit.text import printable, to_json
 
 if TYPE_CHECKING:
     # They bring lightning, which an error in the words of a command need not wait for.
@@ -71,7 +71,7 @@ class PlainConsole(Console):
 
     def render_str(self, text: str, **options: Any) -> Text:
         """Text to print, which everything on a console goes through, cells and titles of tables too."""
-        return super().render_str(visible(text), **{**options, "markup": False, "emoji": False})
+        return super().render_str(printable(text), **{**options, "markup": False, "emoji": False})
 
 
 console = PlainConsole()
@@ -120,16 +120,16 @@ def new_table(title: str | None, columns: Sequence[str], left: Sequence[str] | N
 @contextmanager
 def working(text: str) -> Iterator[Callable[[str], None]]:
     """A spinner with a text, and the callback that changes it."""
-    with errors.status(Text(visible(text))) as status:
+    with errors.status(Text(printable(text))) as status:
         # A string would be parsed as markup.
-        yield lambda changed: status.update(Text(visible(changed)))
+        yield lambda changed: status.update(Text(printable(changed)))
 
 
 @contextmanager
 def windows_progress(description: str, unit: str = "windows") -> Iterator[Callable[[int, int], None]]:
     """A progress bar over windows, or other units, as the callback that the inference engine takes."""
     with _bars() as progress:
-        task = progress.add_task(visible(description), total=None, unit=unit)
+        task = progress.add_task(printable(description), total=None, unit=unit)
         yield lambda done, total: progress.update(task, completed=done, total=total)
 
 

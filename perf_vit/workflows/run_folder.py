@@ -16,7 +16,7 @@ from lightning.pytorch.utilities import rank_zero_only
 
 from perf_vit.config import dump_config, find_config, is_dumped
 from perf_vit.errors import CheckpointError, ConfigError, OutputError, PerfVitError, parsing, reason_line
-from perf_vit.files import replaced
+from perf_vit.files import atomic_file
 from perf_vit.workflows.progress import console
 from perf_vit.workflows.resume import KeepRun, ResumedRun
 from perf_vit.writers import check_outputs
@@ -143,7 +143,7 @@ class RunFolder:
         _make_run_folder(self.path)
         # Processes that train together share the file.
         if rank_zero_only.rank == 0:
-            with replaced(self.path / CONFIG) as unfinished:
+            with atomic_file(self.path / CONFIG) as unfinished:
                 dump_config(self._config, unfinished)
         going_on = contextlib.nullcontext() if self._resumed is None else self._resumed.going_on(trainer)
         try:

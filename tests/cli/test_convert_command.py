@@ -190,7 +190,7 @@ def test_what_is_put_into_the_folder_while_a_model_is_converted_is_kept(weights,
 
     monkeypatch.setattr(convert_command, "measure_conversion", measure_slowly)
     assert convert(MODEL, out, *given(weights), *FAST, "--overwrite") == 2
-    assert "holds notes.txt, which is no part of a saved model" in capsys.readouterr().err
+    assert "holds notes.txt, which is not part of a saved model" in capsys.readouterr().err
     assert (out / "notes.txt").read_text() == "mine"
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 

@@ -84,8 +84,8 @@ def test_a_budget_that_nothing_fits_has_no_choice() -> None:
 def test_a_larger_budget_buys_smaller_errors(monkeypatch) -> None:
     model = build()
     # Times by the wall would make this test a matter of luck: candidates cost 1, 2 and 3, all else 10.
-    monkeypatch.setattr(layer_options, "_seconds", lambda *_: ([1.0, 2.0, 3.0], 14.0, 10.0))
-    monkeypatch.setattr(layer_options, "_relative_time", lambda *_: 0.0)
+    monkeypatch.setattr(layer_options, "_measure_seconds", lambda *_: ([1.0, 2.0, 3.0], 14.0, 10.0))
+    monkeypatch.setattr(layer_options, "_measure_relative_time", lambda *_: 0.0)
     steps = []
     choices = [
         perf_vit.choose_layer_options(
@@ -107,7 +107,7 @@ def test_a_larger_budget_buys_smaller_errors(monkeypatch) -> None:
 
 def test_a_choice_that_takes_longer_than_predicted_is_made_again(monkeypatch) -> None:
     model = build()
-    monkeypatch.setattr(layer_options, "_seconds", lambda *_: ([1.0, 2.0, 3.0], 14.0, 10.0))
+    monkeypatch.setattr(layer_options, "_measure_seconds", lambda *_: ([1.0, 2.0, 3.0], 14.0, 10.0))
     measured = []
 
     def relative_time(converted, *_) -> float:
@@ -117,7 +117,7 @@ def test_a_choice_that_takes_longer_than_predicted_is_made_again(monkeypatch) ->
         measured.append((10 + 1.5 * sum(own)) / 14)
         return measured[-1]
 
-    monkeypatch.setattr(layer_options, "_relative_time", relative_time)
+    monkeypatch.setattr(layer_options, "_measure_relative_time", relative_time)
     budget = 22.1 / 14
     chosen = perf_vit.choose_layer_options(model, images(1), budget, candidates=CANDIDATES)
     assert measured[0] == pytest.approx(28 / 14)
@@ -167,8 +167,8 @@ def test_options_that_do_not_fit_are_refused_before_anything_is_measured() -> No
 
 
 def test_what_is_fixed_is_not_chosen(monkeypatch) -> None:
-    monkeypatch.setattr(layer_options, "_seconds", lambda *_: ([1.0] * 3, 14.0, 10.0))
-    monkeypatch.setattr(layer_options, "_relative_time", lambda *_: 0.0)
+    monkeypatch.setattr(layer_options, "_measure_seconds", lambda *_: ([1.0] * 3, 14.0, 10.0))
+    monkeypatch.setattr(layer_options, "_measure_relative_time", lambda *_: 0.0)
     few = tuple(
         {"window_size": w, "num_sinks": s, "num_clusters": 4} for w, s in ((2, 2), (2, 4), (3, 2), (3, 4), (4, 2))
     )

@@ -189,7 +189,7 @@ def test_what_cannot_be_converted_is_named() -> None:
     with pytest.raises(ValueError, match=r"attn_drop must be 0, got 0\.1"):
         perf_vit.linearize(build("vit_tiny_patch16_224", attn_drop_rate=0.1))
     attention = perf_vit.linearize(model).blocks[0].attn
-    with pytest.raises(ValueError, match="expected the patch embedding to tell the grid of 49 patch tokens, got None"):
+    with pytest.raises(ValueError, match="patch embedding to record the grid of 49 patch tokens, got None"):
         attention(torch.zeros(1, 50, 192))
     with pytest.raises(ValueError, match="is_causal=True isn't possible with mixer='clustered'"):
         attention(torch.zeros(1, 50, 192), is_causal=True)

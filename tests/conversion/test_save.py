@@ -113,7 +113,7 @@ def test_a_model_cut_before_its_layer_of_features_loads(tmp_path) -> None:
     [
         ({"mixer": "performer"}, "window_size is an option of mixer='clustered', got mixer='performer'"),
         ({"mixer": "linformer"}, "mixer must be one of clustered, performer, softmax, got 'linformer'"),
-        (None, "it names no mixer, as conversions of other versions do"),
+        (None, "it has no mixer, as conversions of other versions"),
     ],
 )
 def test_a_conversion_that_this_version_cannot_make_is_one_line(saved, change, message) -> None:
@@ -124,7 +124,7 @@ def test_a_conversion_that_this_version_cannot_make_is_one_line(saved, change, m
     else:
         conversion.update(change)
     (saved / "config.json").write_text(json.dumps(config))
-    with pytest.raises(CheckpointError, match=f"conversion that can't be made: {message}.*convert the model again"):
+    with pytest.raises(CheckpointError, match=f"invalid conversion: {message}.*convert the model again"):
         perf_vit.load_converted(saved)
 
 
@@ -163,7 +163,7 @@ def test_a_folder_is_overwritten_only_when_told_and_never_with_other_things_in_i
     assert sorted(path.name for path in saved.iterdir()) == ["config.json", "model.safetensors"]
     assert perf_vit.load_converted(saved).conversion.mixer == "performer"
     (saved / "diary.txt").write_text("mine")
-    with pytest.raises(OutputError, match=r"holds diary\.txt, which is no part of a saved model"):
+    with pytest.raises(OutputError, match=r"holds diary\.txt, which is not part of a saved model"):
         perf_vit.save_converted(model, saved, overwrite=True)
     with pytest.raises(OutputError, match="it is a file; choose a folder"):
         perf_vit.save_converted(model, saved / "diary.txt", overwrite=True)
@@ -193,7 +193,7 @@ def test_what_cannot_be_saved_is_named(tmp_path) -> None:
         perf_vit.save_converted(perf_vit.linearize(own), tmp_path / "a")
     changed = build()
     changed.norm = torch.nn.Identity()
-    with pytest.raises(ValueError, match=r"has another norm\.bias than this model"):
+    with pytest.raises(ValueError, match=r"norm\.bias of this model differs from timm"):
         perf_vit.save_converted(perf_vit.linearize(changed), tmp_path / "a")
     with_object = build(norm_layer=torch.nn.LayerNorm)
     with pytest.raises(ValueError, match="a saved model: norm_layer must be a number, a word"):
@@ -224,12 +224,12 @@ def _without_one_tensor(folder: Path) -> None:
         (lambda folder: (folder / "model.safetensors").unlink(), "no weights file"),
         (lambda folder: (folder / "model.safetensors").write_bytes(b"\x00" * 99), "as weights: "),
         (lambda folder: (folder / "config.json").write_text("{"), "as JSON: "),
-        (lambda folder: (folder / "config.json").write_text("[1]"), "names no architecture"),
+        (lambda folder: (folder / "config.json").write_text("[1]"), "has no architecture"),
         (
             lambda folder: (folder / "config.json").write_text('{"architecture": "nonet"}'),
-            "is of nonet, which this timm",
+            "needs a timm with nonet",
         ),
-        (_without_conversion, "says nothing of a conversion"),
+        (_without_conversion, "has no conversion"),
         (_of_another_architecture, "doesn't fit vit_tiny_patch16_224: missing blocks.2."),
         (_without_one_tensor, "blocks.0.attn.proj.bias"),
     ],
@@ -253,7 +253,7 @@ def test_weights_of_another_architecture_say_what_is_missing_unexpected_and_mis_
     assert message.startswith("w.pth doesn't fit vit_tiny_patch16_224: missing blocks.2.")
     assert "and 10 more; unexpected extra; mis-shaped " in message
     assert "cls_token (expected [1, 1, 192], got [1, 1, 96])" in message
-    assert message.endswith("name the model it is of")
+    assert message.endswith("pass the name of its model")
 
 
 @torch.no_grad()

@@ -16,7 +16,7 @@ from perf_vit.data.base import EpochSampler
 from perf_vit.data.detection_tiles import DetectionGrid, DetectionImages, DetectionTiles
 from perf_vit.data.samplers import make_sampler
 from perf_vit.errors import ConfigError, InputError
-from perf_vit.geometry.objects import part_in
+from perf_vit.geometry.objects import crop_to_window
 from perf_vit.labels.objects import ImageRecord, OutlineMasks, objects_in, read_object_labels
 from perf_vit.labels.objects.masks import Rle
 from perf_vit.sources import open_source
@@ -267,7 +267,7 @@ def test_cropped_masks_are_whole_ones_inside_their_rectangles(nuclei, labels, wi
     assert len(cropped) == len(whole) > 0
     for index, mask in enumerate(whole.masks):
         pasted = np.zeros_like(mask)
-        place, crop = part_in(cropped.mask_crops, index, Window(0, 0, *window.shape))
+        place, crop = crop_to_window(cropped.mask_crops, index, Window(0, 0, *window.shape))
         pasted[place] = crop
         assert (pasted == mask).all()
 

@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
-from perf_vit.geometry.boxes import meeting_pairs
-from perf_vit.geometry.objects import part_in, shared_pixels
+from perf_vit.geometry.boxes import intersecting_pairs
+from perf_vit.geometry.objects import crop_to_window, mask_intersections
 from perf_vit.types import MaskCrops, Window
 
 
@@ -19,7 +19,7 @@ def discs(num: int, seed: int, height: int = 47, width: int = 63) -> np.ndarray:
 
 def test_shared_pixels_are_those_of_whole_masks() -> None:
     masks, others = discs(12, 0), discs(9, 1)
-    first, second, counts = shared_pixels(MaskCrops.of(masks), MaskCrops.of(others))
+    first, second, counts = mask_intersections(MaskCrops.of(masks), MaskCrops.of(others))
     expected = np.einsum("nhw,mhw->nm", masks.astype(int), others.astype(int))
     assert (first.tolist(), second.tolist()) == tuple(index.tolist() for index in np.nonzero(expected))
     assert counts.tolist() == expected[expected > 0].tolist()
@@ -34,7 +34,7 @@ def test_areas_and_parts_in_windows_are_those_of_whole_masks() -> None:
     window = Window(-3, 20, 31, 25)
     for index, mask in enumerate(masks):
         seen = np.zeros(window.shape, bool)
-        part = part_in(crops, index, window)
+        part = crop_to_window(crops, index, window)
         if part is not None:
             seen[part[0]] = part[1]
         assert (seen[3:] == mask[:28, 20:45]).all()
@@ -48,5 +48,5 @@ def test_pairs_that_meet_are_those_of_all_pairs(num) -> None:
     boxes[:, 2:] += rng.integers(0, 20, (num, 2))
     others[:, 2:] += rng.integers(1, 20, (25, 2))
     low, high = boxes[:, None, :2] <= others[:, 2:], boxes[:, None, 2:] >= others[:, :2]
-    first, second = meeting_pairs(boxes, others)
+    first, second = intersecting_pairs(boxes, others)
     assert [first.tolist(), second.tolist()] == [index.tolist() for index in np.nonzero((low & high).all(-1))]

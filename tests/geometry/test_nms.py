@@ -5,7 +5,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from perf_vit.geometry.boxes import oriented_box_corners
-from perf_vit.geometry.nms import Overlaps, suppress
+from perf_vit.geometry.nms import Overlaps, greedy_nms
 from perf_vit.geometry.objects import object_polygons
 
 
@@ -54,7 +54,7 @@ def test_blocks_of_a_crowd_suppress_as_one_by_one(kind, seed, num, spread, thres
         patch.setattr("perf_vit.geometry.nms._BLOCK", block)
         patch.setattr("perf_vit.geometry.nms._LOOKUP", 3)
         patch.setattr("perf_vit.geometry.nms._PAIRS", 7)
-        got = suppress(overlaps, same)
+        got = greedy_nms(overlaps, same)
     assert got.tolist() == naive(object_polygons(kind, geometry), threshold)
 
 
@@ -66,7 +66,7 @@ def test_only_what_stands_suppresses() -> None:
     def same(shared, first, second):
         return shared > 0.3 * (overlaps.areas[first] + overlaps.areas[second] - shared)
 
-    assert suppress(overlaps, same).tolist() == [-1, 0, -1, 2, -1, 4]
+    assert greedy_nms(overlaps, same).tolist() == [-1, 0, -1, 2, -1, 4]
 
 
 def test_a_crowd_costs_no_more_than_its_size() -> None:
@@ -78,5 +78,5 @@ def test_a_crowd_costs_no_more_than_its_size() -> None:
         seen.append(len(first))
         return shared > 0.1 * (overlaps.areas[first] + overlaps.areas[second] - shared)
 
-    assert (suppress(overlaps, same) < 0).sum() == 1
+    assert (greedy_nms(overlaps, same) < 0).sum() == 1
     assert sum(seen) < 2_000 + 128**2

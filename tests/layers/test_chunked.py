@@ -11,7 +11,7 @@ from torch.utils.checkpoint import checkpoint
 
 import perf_vit
 from perf_vit.layers import LinearizedAttention, chunked
-from perf_vit.layers.chunked import chunk_modules, in_chunks
+from perf_vit.layers.chunked import chunk_modules, to_chunked
 
 MODELS = {
     "vit_small_patch14_reg4_dinov2": Block,
@@ -61,10 +61,10 @@ def test_chunks_change_rounding_alone(name: str, mixer: str, sizes, monkeypatch)
         x = images(width=width, batch=batch)
         monkeypatch.setattr(chunked, "_BLOCK_TOKENS", 10)
         sizes.clear()
-        in_chunks = model(x)
+        to_chunked = model(x)
         assert max(sizes) <= 10
         monkeypatch.setattr(chunked, "_BLOCK_TOKENS", 10**6)
-        torch.testing.assert_close(in_chunks, model(x), rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(to_chunked, model(x), rtol=1e-4, atol=1e-5)
         assert max(sizes) > 10
 
 
@@ -153,7 +153,7 @@ class Sizes(nn.Module):
 @pytest.mark.parametrize("name", MLPS)
 @pytest.mark.parametrize("length", [1, 2048, 2049, 5001])
 def test_chunks_of_an_mlp_change_nothing_but_the_size_of_the_hidden_layer(name: str, length: int) -> None:
-    whole, chunked = MLPS[name].eval(), in_chunks(pickle.loads(pickle.dumps(MLPS[name])).eval())
+    whole, chunked = MLPS[name].eval(), to_chunked(pickle.loads(pickle.dumps(MLPS[name])).eval())
     x = torch.randn(2, length, 8, generator=torch.Generator().manual_seed(length))
     chunked.act = Sizes(chunked.act)
     with torch.no_grad():
@@ -174,7 +174,7 @@ def test_it_is_still_the_same_kind_of_module_with_the_same_names() -> None:
 def test_gradients_take_the_whole_layer_at_once() -> None:
     mlp = Mlp(8)
     expected = torch.autograd.grad(mlp(torch.ones(1, 3000, 8)).sum(), mlp.fc1.weight)[0]
-    mlp = in_chunks(mlp)
+    mlp = to_chunked(mlp)
     actual = torch.autograd.grad(mlp(torch.ones(1, 3000, 8)).sum(), mlp.fc1.weight)[0]
     assert torch.equal(actual, expected)
 
@@ -193,7 +193,7 @@ def test_whoever_watches_a_part_sees_all_tokens_at_once(watcher: str, name: str)
     if name == "swiglu":
         # The name of the first layer in the others; the module is one of its own anyway.
         mlp.fc1 = mlp.fc1_g
-    mlp = in_chunks(mlp)
+    mlp = to_chunked(mlp)
     mlp.act = Sizes(mlp.act)
     WATCHERS[watcher](mlp)
     with torch.no_grad():
@@ -206,7 +206,7 @@ def test_dropout_of_a_checkpoint_is_that_of_its_second_pass(reentrant: bool) -> 
     torch.manual_seed(0)
     whole = Mlp(8, 24, drop=0.5).train()
     chunked = pickle.loads(pickle.dumps(whole))
-    chunked = in_chunks(chunked)
+    chunked = to_chunked(chunked)
     outputs = []
     for mlp in (whole, chunked):
         torch.manual_seed(0)

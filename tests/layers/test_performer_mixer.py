@@ -190,7 +190,7 @@ def test_centring_and_balancing_bring_the_layer_closer_to_softmax(options: dict)
                 each.load_state_dict(theirs.state_dict())
             errors.append(sum(float((each(x) - exact).norm()) for each in ours))
     assert errors[1] < errors[0]
-    with pytest.raises(ValueError, match="kernel 'relu' estimates another; use center=False"):
+    with pytest.raises(ValueError, match="estimates softmax, got 'relu'; use center=False"):
         PerformerOptions(kernel="relu", **options)
 
 

@@ -210,12 +210,12 @@ def test_only_tokens_that_live_are_remembered() -> None:
     first, second = crops(PAIRS["equal counts"])
     with torch.inference_mode():
         model(first)
-        assert not grid._of_tokens
+        assert not grid._size_by_tokens
     with torch.no_grad():
         for _ in range(5):
             model(second)
     model.patch_embed(first)
-    assert not grid._of_tokens
+    assert not grid._size_by_tokens
     assert grid.size == (2, 8)
 
 
@@ -225,7 +225,7 @@ def test_a_grid_of_another_thread_is_none() -> None:
     sizes = []
     in_thread(lambda: sizes.append(grid.size))
     assert sizes == [None]
-    assert grid.of(6) == (2, 3)
+    assert grid.size_for(6) == (2, 3)
     assert copy.deepcopy(grid).size is None
 
 
@@ -233,6 +233,6 @@ def test_tensors_without_memory_of_their_own_are_left_alone() -> None:
     grid, tokens = TokenGrid(), torch.zeros(2, 6, 4)
     grid.size = (2, 3)
     torch.func.vmap(lambda each: grid.follow(each) or each)(tokens)
-    assert not grid._of_tokens
+    assert not grid._size_by_tokens
     grid.follow(tokens)
-    assert len(grid._of_tokens) == 1
+    assert len(grid._size_by_tokens) == 1

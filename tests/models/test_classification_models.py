@@ -186,7 +186,7 @@ def test_scores_are_probabilities_or_numbers_in_their_unit() -> None:
         ({"tile_px": 50}, "multiple of the patch size 16, got 50; try 48"),
         ({"pool": "mean"}, "model.pool must be one of token, avg"),
         ({"trainable_blocks": 2}, "trainable_blocks must be 1 to 1"),
-        ({"freeze_backbone": True, "lora": LoraConfig()}, "model.freeze_backbone and model.lora both say"),
+        ({"freeze_backbone": True, "lora": LoraConfig()}, "model.freeze_backbone and model.lora both select"),
     ],
 )
 def test_what_doesnt_fit_is_a_config_error(options, message) -> None:

@@ -83,9 +83,12 @@ def test_the_last_stages_of_a_convolutional_backbone_are_trained_without_the_sta
     [
         ({"trainable_blocks": 4}, "trainable_blocks must be 1 to 3"),
         ({"trainable_blocks": 0}, "trainable_blocks must be 1 to 3"),
-        ({"freeze_backbone": True, "trainable_blocks": 1}, "model.freeze_backbone and model.trainable_blocks both say"),
-        ({"trainable_blocks": 1, "lora": LoraConfig()}, "model.trainable_blocks and model.lora both say"),
-        ({"freeze_backbone": True, "lora": LoraConfig()}, "model.freeze_backbone and model.lora both say"),
+        (
+            {"freeze_backbone": True, "trainable_blocks": 1},
+            "model.freeze_backbone and model.trainable_blocks both",
+        ),
+        ({"trainable_blocks": 1, "lora": LoraConfig()}, "model.trainable_blocks and model.lora both select"),
+        ({"freeze_backbone": True, "lora": LoraConfig()}, "model.freeze_backbone and model.lora both select"),
     ],
 )
 def test_options_that_do_not_fit_are_one_line(change, message) -> None:
@@ -190,7 +193,7 @@ def test_merged_weights_are_the_sum_of_weights_and_scaled_additions() -> None:
 
 
 def test_a_backbone_without_the_layers_is_one_line() -> None:
-    with pytest.raises(ConfigError, match=r"model\.lora\.targets must be of the attention's layers, \[\]"):
+    with pytest.raises(ConfigError, match=r"model\.lora\.targets must be layers of the attention, \[\]"):
         lora_segmenter(backbone="resnet18", backbone_kwargs={}, out_indices=[1])
 
 
@@ -198,5 +201,5 @@ def test_eva_takes_no_additions_to_its_queries() -> None:
     pytest.importorskip("peft", exc_type=ImportError, reason="pip install perf-vit[peft]")
     eva = {"backbone": "eva02_tiny_patch14_224", "backbone_kwargs": {"depth": 1}}
     eva = replace(TINY, **eva, out_indices=[0], lora=LoraConfig())
-    with pytest.raises(ConfigError, match="takes no additions to qkv"):
+    with pytest.raises(ConfigError, match="doesn't support LoRA of qkv"):
         build_segmenter(eva, replace(SPEC, tile_px=28))

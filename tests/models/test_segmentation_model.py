@@ -84,7 +84,7 @@ def test_a_single_pixel_changes_the_output_beside_it_most() -> None:
         ({"backbone": "hct_base", "backbone_kwargs": {}, "out_indices": [0, 1]}, "one stride"),
         ({"backbone": "hct_base", "backbone_kwargs": {"img_size": 64}}, "unexpected keyword argument 'img_size'"),
         ({"backbone_kwargs": {"num_heads": 0}}, "model.backbone performer_vit_tiny_patch16_224: ZeroDivisionError"),
-        ({"out_indices": [0, 0]}, "model.out_indices must name each of the backbone's maps once, got [0, 0]"),
+        ({"out_indices": [0, 0]}, "model.out_indices must not repeat an index, got [0, 0]"),
         ({"head": "unet"}, "model.head must be one of dpt, full_resolution, linear, segformer, upernet, got 'unet'"),
         ({"head_kwargs": {"widths": 3}}, "widths"),
         ({"backbone_kwargs": {"attn_kwargs": {"num_feature": 3}}}, "num_features"),

@@ -9,7 +9,7 @@ import pytest
 import rasterio
 
 from perf_vit.errors import InputError
-from perf_vit.files import replaced, staged
+from perf_vit.files import atomic_file, staged
 from perf_vit.inference import find_inputs, predict_many
 from perf_vit.inference.jobs import JobResult
 from perf_vit.inference.jobs.journal import open_journal
@@ -63,7 +63,7 @@ def test_outputs_may_have_the_longest_names_there_are(tmp_path, length, letter) 
     with staged(path) as folder:
         (folder / path.name).write_text("staged")
     assert path.read_text() == "staged"
-    with replaced(path) as unfinished:
+    with atomic_file(path) as unfinished:
         unfinished.write_text("replaced")
     with open_journal(path) as journal:
         journal.begin({"x": 1}, resume=True)

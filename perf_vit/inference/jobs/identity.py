@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from perf_vit._version import __version__
-from perf_vit.files import beside, write_json
+from perf_vit.files import sibling_path, write_json
 from perf_vit.sources import file_stats, fingerprint
 from perf_vit.text import to_json
 from perf_vit.types import Source
@@ -132,7 +132,7 @@ class OutputRecord:
 
     def __init__(self, out: Path) -> None:
         self._folder = out.parent
-        self.path = beside(out, ".", ".perf_vit.json")
+        self.path = sibling_path(out, ".", ".perf_vit.json")
 
     def read(self) -> dict[str, Any] | None:
         """Its content, None where there is none."""

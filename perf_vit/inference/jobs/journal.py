@@ -13,7 +13,7 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from perf_vit.errors import BusyError, OutputError, PerfVitError
-from perf_vit.files import beside
+from perf_vit.files import sibling_path
 from perf_vit.text import to_json
 
 __all__ = ["Journal", "check_partial_folder", "discard_journal", "open_journal"]
@@ -195,7 +195,7 @@ def _refusing(path: Path) -> Iterator[None]:
 
 
 def _partial_folder(path: Path) -> Path:
-    return beside(path, "", ".partial")
+    return sibling_path(path, "", ".partial")
 
 
 def _read_settings(folder: Path) -> dict[str, Any] | None:

@@ -52,7 +52,7 @@ class ImageRecord:
 
     @property
     def extent(self) -> Window:
-        """The window of all pixels."""
+        """Window of all pixels."""
         return Window(0, 0, self.height, self.width)
 
     def __len__(self) -> int:

@@ -1,4 +1,4 @@
-"""HCT: convolutions while the image is large, then convolutions and linear attention in turn."""
+"""HCT: convolutions at high resolution, then alternating convolutions and linear attention."""
 
 import math
 from collections import OrderedDict
@@ -16,37 +16,37 @@ from perf_vit.layers import LinearizedAttention, MixerOptions
 from perf_vit.layers.mixer import MIXERS, check_option_names
 from perf_vit.layers.token_grid import TokenGrid
 
-# `register_model` adds the name of every model.
+# `register_model` adds the names of the models.
 __all__ = ["HighResolutionConvTransformer"]
 
 
 class HighResolutionConvTransformer(nn.Module):
     """High-resolution Convolutional Transformer (HCT), for images such as whole mammograms at full resolution.
 
-    A convolution and a max-pool halve the image twice, then each stage halves it once more in its first block. The
-    blocks of the last `num_attn_stages` stages attend to all positions, at their input's resolution, before they
-    convolve. Nothing encodes positions, so images may have any size, [B, C, H, W].
+    The stem, a convolution and a max-pool, halves the image twice; each stage halves it in its first block. The blocks
+    of the last `num_attn_stages` stages attend to all positions, at the resolution of their input, before they
+    convolve. There are no position embeddings, so images, [B, C, H, W], may have any size.
 
-    The attention is the ReLU Performer with M = int(D ln D) features of rows of norm sqrt(D), D channels a head,
-    unless another mixer is named.
+    The default attention is the ReLU Performer with M = int(D ln D) features and rows of norm sqrt(D), for heads of D
+    channels.
 
     Args:
-        in_chans: number of input channels.
-        num_classes: number of classes, 0 for none.
-        global_pool: pooling before the classifier, of `timm.layers.SelectAdaptivePool2d`.
-        channels: channels of each stage; the stem has those of the first.
-        depths: number of blocks of each stage.
-        num_heads: heads of every attention.
-        num_attn_stages: how many stages, counted from the last, attend.
-        drop_rate: dropout before the classifier.
-        mixer: name of the mixer, "performer", "clustered", "softmax" or a registered one.
-        attn_kwargs: options of the mixer; of "performer" other than the above: kernel, num_features, seed.
-        device: of the parameters.
-        dtype: of the parameters.
+        in_chans: Number of input channels.
+        num_classes: Number of classes, 0 for no classifier.
+        global_pool: Pooling before the classifier, see `timm.layers.SelectAdaptivePool2d`.
+        channels: Number of channels of each stage; the stem has those of the first.
+        depths: Number of blocks of each stage.
+        num_heads: Number of heads of every attention.
+        num_attn_stages: Number of stages with attention, counted from the last.
+        drop_rate: Dropout before the classifier.
+        mixer: name of the mixer: "performer", "clustered", "softmax" or a registered one.
+        attn_kwargs: Options of the mixer, which override the defaults above.
+        device: Device of the parameters.
+        dtype: Dtype of the parameters.
 
     Raises:
-        ValueError: an unknown mixer, an option or value that it doesn't take, or `channels` and `depths` of different
-            lengths.
+        ValueError: The mixer is unknown, has no such option or refuses its value, or `channels` and `depths` differ
+            in length.
     """
 
     def __init__(
@@ -73,9 +73,9 @@ class HighResolutionConvTransformer(nn.Module):
         self.num_features = self.head_hidden_size = channels[-1]
         self.grad_checkpointing = False
 
-        # The published count, 1,737,010 with 1 channel and 2 classes, comes out if the four projections of every
-        # attention have biases, the convolutions have none, and the stem has no norm: 1,320,976 of convolutions +
-        # 409,600 of projections + 2,304 of their biases + 3,616 of norms + 514 of the classifier.
+        # The published number of parameters, 1,737,010 with 1 channel and 2 classes, requires biases in the four
+        # projections of every attention, none in the convolutions, and no norm in the stem: 1,320,976 (convolutions) +
+        # 409,600 (projections) + 2,304 (their biases) + 3,616 (norms) + 514 (classifier).
         dd: dict[str, Any] = {"device": device, "dtype": dtype}
         self.stem = nn.Sequential(
             OrderedDict(
@@ -102,28 +102,27 @@ class HighResolutionConvTransformer(nn.Module):
         self.apply(_init_weights)
 
     def no_weight_decay(self) -> set[str]:
-        """Parameters that weight decay leaves alone beside biases and norms: none."""
+        """Return the names of parameters without weight decay, in addition to biases and norms: none."""
         return set()
 
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
-        """Patterns that put parameters into groups by depth: by block, or by stage if `coarse`."""
+        """Return the patterns that group parameters by block, or by stage if `coarse`."""
         blocks = r"^stages\.(\d+)" if coarse else [(r"^stages\.(\d+)\.(\d+)", None), (r"^norm", (99999,))]
         return {"stem": r"^stem", "blocks": blocks}
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """Compute the activations of each block again in the backward pass rather than store them."""
+        """Enable or disable recomputation of activations in the backward pass."""
         self.grad_checkpointing = enable
 
     def get_classifier(self) -> nn.Module:
-        """The last layer."""
+        """Return the classifier."""
         return self.head.fc
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
-        """Replace the classifier; `num_classes=0` removes it, `global_pool=""` leaves the features as a map."""
+        """Replace the classifier; `num_classes=0` removes it, `global_pool=""` removes the pooling."""
         self.num_classes = num_classes
         self.head.reset(num_classes, global_pool)
-        # A head without parameters has no device of its own to build the next classifier on, and not every timm that we
-        # take leaves the mode alone.
+        # A head without parameters doesn't know the device, and some supported versions of timm change the mode.
         weight = next(self.parameters())
         self.head.to(device=weight.device, dtype=weight.dtype).train(self.training)
 
@@ -136,18 +135,18 @@ class HighResolutionConvTransformer(nn.Module):
         output_fmt: str = "NCHW",
         intermediates_only: bool = False,
     ) -> list[Tensor] | tuple[Tensor, list[Tensor]]:
-        """The maps that the stem (index 0) and the stages (1, 2, ...) put out, with the final features or without.
+        """Return the maps of the stem (index 0) and the stages (1, 2, ...), with or without the final features.
 
         Args:
-            x: images, [B, C, H, W].
-            indices: which maps; the last so many if an int, all if None.
-            norm: whether the last stage's map is the normalised one.
-            stop_early: compute no stage beyond the last map asked for.
-            output_fmt: "NCHW", the only one.
-            intermediates_only: leave out the final features.
+            x: Images, [B, C, H, W].
+            indices: Indices of the maps; an int selects the last ones, None all.
+            norm: Whether to normalise the map of the last stage.
+            stop_early: Whether to skip the stages after the last selected map.
+            output_fmt: "NCHW".
+            intermediates_only: Whether to omit the final features.
 
         Raises:
-            ValueError: another `output_fmt`.
+            ValueError: `output_fmt` is not "NCHW".
         """
         if output_fmt != "NCHW":
             raise ValueError(f"output_fmt must be 'NCHW', got {output_fmt!r}; permute the maps afterwards")
@@ -164,7 +163,7 @@ class HighResolutionConvTransformer(nn.Module):
     def prune_intermediate_layers(
         self, indices: int | list[int] = 1, prune_norm: bool = False, prune_head: bool = True
     ) -> list[int]:
-        """Remove what the maps of `indices` don't need, and return the indices counted from 0."""
+        """Remove the layers that the maps of `indices` don't need, and return the indices as non-negative integers."""
         take_indices, max_index = feature_take_indices(len(self.stages) + 1, indices)
         ends_early = max_index < len(self.stages)
         self.stages = self.stages[:max_index]
@@ -177,18 +176,18 @@ class HighResolutionConvTransformer(nn.Module):
         return take_indices
 
     def forward_features(self, x: Tensor) -> Tensor:
-        """The last stage's map, normalised: [B, C, ceil(H / 128), ceil(W / 128)] with five stages."""
+        """Return the normalised map of the last stage, [B, C, ceil(H / 128), ceil(W / 128)] with five stages."""
         x = self.stem(x)
         for stage in self.stages:
             x = self._forward_stage(stage, x)
         return self.norm(x)
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
-        """Logits, [B, num_classes], of the map, or what the classifier would get if `pre_logits`."""
+        """Return the logits, [B, num_classes], of a map, or the input of the classifier if `pre_logits`."""
         return self.head(x, pre_logits=pre_logits)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Logits, [B, num_classes], of images, [B, C, H, W]."""
+        """Return the logits, [B, num_classes], of images, [B, C, H, W]."""
         return self.forward_head(self.forward_features(x))
 
     def _forward_stage(self, stage: nn.Module, x: Tensor) -> Tensor:
@@ -196,14 +195,14 @@ class HighResolutionConvTransformer(nn.Module):
 
 
 class ResidualBlock(nn.Module):
-    """Pre-activation residual block of two 3 x 3 convolutions (He et al. 2016b); the first one has the stride.
+    """Pre-activation residual block of two 3 x 3 convolutions (He et al. 2016b), the first of them strided.
 
     Args:
-        in_chans: channels of the input.
-        out_chans: channels of the output.
-        stride: 2 halves the map.
-        device: of the parameters.
-        dtype: of the parameters.
+        in_chans: Number of input channels.
+        out_chans: Number of output channels.
+        stride: Stride of the first convolution.
+        device: Device of the parameters.
+        dtype: Dtype of the parameters.
     """
 
     def __init__(self, in_chans: int, out_chans: int, stride: int = 1, **dd: Any) -> None:
@@ -215,13 +214,13 @@ class ResidualBlock(nn.Module):
         self.conv2 = nn.Conv2d(out_chans, out_chans, 3, padding=1, bias=False, **dd)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Maps, [B, in_chans, H, W], to [B, out_chans, ceil(H / stride), ceil(W / stride)]."""
+        """Map [B, in_chans, H, W] to [B, out_chans, ceil(H / stride), ceil(W / stride)]."""
         y = self.norm1(x)
         residual = x if self.shortcut is None else self.shortcut(y)
         return self.conv2(self.norm2(self.conv1(y))) + residual
 
 
-# Tracers take it as one node: the grid isn't a thing that a graph could carry.
+# A leaf for tracers: a graph can't hold the grid.
 @register_notrace_module
 class _MapAttention(LinearizedAttention):
     """Attention over the positions of a map, [B, C, H, W]."""
@@ -236,18 +235,18 @@ class _MapAttention(LinearizedAttention):
 
 
 class AttentionConvBlock(nn.Module):
-    """Pre-activation block of linear attention over all positions, then a 3 x 3 convolution, which has the stride.
+    """Pre-activation block of linear attention over all positions, followed by a strided 3 x 3 convolution.
 
     Args:
-        in_chans: channels of the input, a multiple of `num_heads`.
-        out_chans: channels of the output.
-        stride: 2 halves the map, after the attention.
-        num_heads: heads of the attention.
+        in_chans: Number of input channels, a multiple of `num_heads`.
+        out_chans: Number of output channels.
+        stride: Stride of the convolution.
+        num_heads: Number of heads of the attention.
         mixer: name of the mixer.
-        options: options of the mixer, over the published ones.
-        layer_index: index of the attention in the network.
-        device: of the parameters.
-        dtype: of the parameters.
+        options: Options of the mixer, which override the published ones.
+        layer_index: Index of the attention in the network.
+        device: Device of the parameters.
+        dtype: Dtype of the parameters.
     """
 
     def __init__(
@@ -271,7 +270,7 @@ class AttentionConvBlock(nn.Module):
         self.conv = nn.Conv2d(in_chans, out_chans, 3, stride=stride, padding=1, bias=False, **dd)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Maps, [B, in_chans, H, W], to [B, out_chans, ceil(H / stride), ceil(W / stride)]."""
+        """Map [B, in_chans, H, W] to [B, out_chans, ceil(H / stride), ceil(W / stride)]."""
         y = self.norm1(x)
         residual = x if self.shortcut is None else self.shortcut(y)
         x = x + self.attn(y)
@@ -289,7 +288,7 @@ def _shortcut(in_chans: int, out_chans: int, stride: int, dd: Mapping[str, Any])
 
 
 def _shapes(in_chans: int, out_chans: int, depth: int) -> list[tuple[int, int, int]]:
-    """Input channels, output channels and stride of the blocks of a stage, of which the first has the stride."""
+    """Return (input channels, output channels, stride) of each block of a stage; the first block is strided."""
     return [(in_chans, out_chans, 2), *[(out_chans, out_chans, 1)] * (depth - 1)]
 
 
@@ -302,7 +301,7 @@ def _feature_info(channels: Sequence[int]) -> list[dict[str, Any]]:
 
 
 def _init_weights(module: nn.Module) -> None:
-    # Local enhancement, a subclass, starts at 0.
+    # Local enhancement, a subclass, is initialised to 0.
     if type(module) is nn.Conv2d:
         nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
 
@@ -311,7 +310,7 @@ def _cfg(url: str = "", **kwargs: Any) -> dict[str, Any]:
     return {
         "url": url,
         "num_classes": 1000,
-        # That of the mammograms which the network was made for.
+        # Size of the mammograms of the paper.
         "input_size": (3, 3328, 2560),
         "pool_size": (26, 20),
         "crop_pct": 1.0,
@@ -330,7 +329,7 @@ default_cfgs = generate_default_cfgs({"hct_base": _cfg()})
 
 @register_model
 def hct_base(pretrained: bool = False, **kwargs: Any) -> HighResolutionConvTransformer:
-    """HCT of the published size: 16 to 256 channels, two blocks a stage, 8 heads in the last two stages."""
+    """HCT of the published size: 16 to 256 channels, two blocks per stage, 8 heads in the last two stages."""
     feature_cfg = {"out_indices": (0, 1, 2, 3, 4, 5), "feature_cls": "getter"}
     return build_model_with_cfg(
         HighResolutionConvTransformer, "hct_base", pretrained, feature_cfg=feature_cfg, **kwargs

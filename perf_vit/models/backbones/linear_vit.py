@@ -1,4 +1,4 @@
-"""Plain vision transformers with linear attention, and what other families of ViTs share with them."""
+"""Plain vision transformers with attention of linear cost, and helpers shared with other ViT families."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ __all__ = ["SIZES", "LinearVisionTransformer", "entrypoint", "vit_cfg", "with_ow
 StateDict = dict[str, Tensor]
 
 
-# The widths, depths and heads of timm's `vit_*`, whose heads have 64 channels at every size.
+# Widths, depths and heads of timm's `vit_*`; heads have 64 channels at every size.
 SIZES = {
     "tiny": {"embed_dim": 192, "depth": 12, "num_heads": 3},
     "small": {"embed_dim": 384, "depth": 12, "num_heads": 6},
@@ -27,7 +27,7 @@ SIZES = {
 
 
 def vit_cfg(url: str = "", **kwargs: Any) -> dict[str, Any]:
-    """The default config, as timm's, of a ViT without published weights, with changes."""
+    """Return timm's default config of a ViT without published weights, updated by `kwargs`."""
     return {
         "url": url,
         "num_classes": 1000,
@@ -52,14 +52,14 @@ def entrypoint(
     model_args: Mapping[str, Any],
     filter_fn: Callable[[StateDict, nn.Module], StateDict],
 ) -> Callable[..., nn.Module]:
-    """The function that timm's registry calls to build a model.
+    """Make the function that timm's registry calls to build a model.
 
     Args:
-        module: name of the module that holds it; timm lists the model there, and pickle looks for it there.
-        name: of the model.
-        model_cls: what is built.
-        model_args: its arguments, which those of the call override.
-        filter_fn: brings a checkpoint's state dict into the model's form.
+        module: name of the module that holds the function, for timm's list of models and for pickle.
+        name: name of the model.
+        model_cls: Class of the model.
+        model_args: Arguments of the class, overridden by those of the call.
+        filter_fn: Function that converts a checkpoint's state dict for the model.
     """
 
     def build(pretrained: bool = False, **kwargs: Any) -> nn.Module:
@@ -86,7 +86,7 @@ def entrypoint(
 def with_own_enhancement(
     filter_fn: Callable[[StateDict, nn.Module], StateDict],
 ) -> Callable[[StateDict, nn.Module], StateDict]:
-    """The filter, and for a model with local enhancement what a checkpoint without it lacks: its zeros."""
+    """Extend a filter: keep the model's initial local enhancement where a checkpoint lacks it."""
 
     def filter_and_complete(state_dict: StateDict, model: nn.Module) -> StateDict:
         own = {key: value for key, value in model.state_dict().items() if ".local_enhancement." in key}
@@ -95,31 +95,31 @@ def with_own_enhancement(
     return filter_and_complete
 
 
-# `register_model` adds the name of every model.
+# `register_model` adds the names of the models.
 
 
 class LinearVisionTransformer(VisionTransformer):
     """timm's `VisionTransformer` with a mixer of linear cost in every block.
 
-    Everything else is timm's: the arguments, `forward_intermediates`, `set_input_size`, gradient checkpointing, and
-    the names of the parameters, so softmax checkpoints load with `strict=True`; the model is then what `linearize`
-    makes of the softmax model. Images are [B, C, H, W].
+    Arguments, `forward_intermediates`, `set_input_size`, gradient checkpointing and names of parameters are timm's, so
+    softmax checkpoints load with `strict=True`; the result equals that of `linearize` on the softmax model. Images are
+    [B, C, H, W].
 
     Args:
-        *args: of `timm.models.VisionTransformer`.
-        mixer: name of the mixer, "performer", "clustered", "softmax" or a registered one.
-        attn_kwargs: options of the mixer (`PerformerOptions`, `ClusteredOptions`).
-        **kwargs: of `timm.models.VisionTransformer`.
+        *args: Arguments of `timm.models.VisionTransformer`.
+        mixer: name of the mixer: "performer", "clustered", "softmax" or a registered one.
+        attn_kwargs: Options of the mixer (`PerformerOptions`, `ClusteredOptions`).
+        **kwargs: Arguments of `timm.models.VisionTransformer`.
 
     Raises:
-        ValueError: an unknown mixer, an option or value that it doesn't take, or `attn_drop_rate` above 0.
+        ValueError: The mixer is unknown, has no such option or refuses its value, or `attn_drop_rate` is above 0.
     """
 
     def __init__(
         self, *args: Any, mixer: str = "performer", attn_kwargs: Mapping[str, Any] | None = None, **kwargs: Any
     ) -> None:
         super().__init__(*args, **kwargs)
-        # Chunks round otherwise, and what trained Performer ViTs give stays as it is to the last bit.
+        # Chunks change the rounding; outputs of trained Performer ViTs must stay bitwise equal.
         in_chunks = mixer != "performer"
         convert_attention(self, Conversion(mixer=mixer, options=attn_kwargs or {}), in_chunks=in_chunks)
 

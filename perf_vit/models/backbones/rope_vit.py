@@ -1,4 +1,4 @@
-"""Vision transformers for image sizes never trained on: rotary positions, linear attention, registers."""
+"""Vision transformers for untrained image sizes: rotary positions, linear attention, registers."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -9,24 +9,25 @@ from timm.models.eva import Eva, checkpoint_filter_fn
 from perf_vit.conversion.linearize import Conversion, convert_attention
 from perf_vit.models.backbones.linear_vit import SIZES, entrypoint, vit_cfg, with_own_enhancement
 
-# `register_model` adds the name of every model.
+# `register_model` adds the names of the models.
 __all__ = ["LinearRopeVisionTransformer"]
 
 
 class LinearRopeVisionTransformer(Eva):
     """timm's `Eva` with a mixer of linear cost in every block.
 
-    Rotary embeddings turn queries and keys before the mixer. Everything else is timm's, the names of the parameters
-    too, so checkpoints of an `Eva` with the same arguments load with `strict=True`. Images are [B, C, H, W].
+    Rotary embeddings are applied to queries and keys before the mixer. Everything else, including the names of
+    parameters, is timm's, so checkpoints of an `Eva` with the same arguments load with `strict=True`. Images are [B, C,
+    H, W].
 
     Args:
-        *args: of `timm.models.Eva`.
-        mixer: name of the mixer, "performer", "clustered", "softmax" or a registered one.
-        attn_kwargs: options of the mixer (`PerformerOptions`, `ClusteredOptions`).
-        **kwargs: of `timm.models.Eva`.
+        *args: Arguments of `timm.models.Eva`.
+        mixer: name of the mixer: "performer", "clustered", "softmax" or a registered one.
+        attn_kwargs: Options of the mixer (`PerformerOptions`, `ClusteredOptions`).
+        **kwargs: Arguments of `timm.models.Eva`.
 
     Raises:
-        ValueError: an unknown mixer, an option or value that it doesn't take, or `attn_drop_rate` above 0.
+        ValueError: The mixer is unknown, has no such option or refuses its value, or `attn_drop_rate` is above 0.
     """
 
     def __init__(
@@ -37,7 +38,7 @@ class LinearRopeVisionTransformer(Eva):
 
 
 # timm's `vit_*_patch16_rope_224` (axial frequencies, Heo et al. 2024), with registers (Darcet et al. 2024). Positions
-# count patches from the corner, so neighbours are as far apart in every image, whatever its size.
+# count patches from the corner, so the distance of neighbours is independent of the image size.
 _ROPE_ARGS = {
     "attn_type": "rope",
     "init_values": 1e-5,

@@ -1,4 +1,4 @@
-"""Heads: feature maps in, task outputs out; importing this package registers them."""
+"""Heads, which convert feature maps to outputs of a task; importing this package registers them."""
 
 from perf_vit.models.heads.detection import DetectionHead
 from perf_vit.models.heads.dpt import DPTHead

@@ -1,4 +1,4 @@
-"""What all detection heads have in common: their interface, training targets, anchors and rules for ignored objects."""
+"""Common parts of detection heads: interface, targets, anchors, ignored objects."""
 
 from __future__ import annotations
 
@@ -30,48 +30,48 @@ __all__ = [
 ]
 
 IGNORED_LABEL = -1
-"""Label of ignored objects inside the heads, where they come after all others."""
+"""Label of ignored objects within the heads, where they follow all others."""
 
 IGNORED_COVER = 0.5
-"""An anchor or proposal of which an ignored object covers this share is no negative."""
+"""Fraction of an anchor or proposal covered by an ignored object from which it is not a negative."""
 
 Targets = dict[str, Tensor]
-"""boxes [n, 4], labels [n] and, where there are any, masks [n, H, W], as torchvision names them."""
+"""Targets in torchvision's format: boxes [n, 4], labels [n] and optional masks [n, H, W]."""
 
 
 class DetectionHead(Protocol):
-    """Feature levels in, losses or detections out; an `nn.Module`.
+    """Interface of detection heads, modules from feature levels to losses or detections.
 
-    Its attribute `kind` names the geometry of its detections: boxes, oriented_boxes or masks. A head is built with
-    (in_channels, num_classes, strides, **options). It sees levels whose strides divide the image exactly: height is
-    rows times stride. Padding counts as image; `Detector` clips what reaches into it.
+    The attribute `kind` is the geometry of the detections: boxes, oriented_boxes or masks. The constructor takes
+    (in_channels, num_classes, strides, **options). The strides of the levels divide the image size. Padding is treated
+    as image; `Detector` clips detections.
     """
 
     kind: str
 
     def losses(self, features: Sequence[Tensor], labels: Sequence[ObjectLabels]) -> dict[str, Tensor]:
-        """Losses of a batch, whose sum is to be minimised.
+        """Compute the losses of a batch, whose sum is minimised.
 
         Args:
-            features: one map a stride, [B, in_channels, height / stride, width / stride].
-            labels: one an image, in its pixels; ignored objects are neither positive nor negative.
+            features: One map per stride, [B, in_channels, height / stride, width / stride].
+            labels: Labels of each image, in its pixels; ignored objects are neither positive nor negative.
         """
 
     def detect(self, features: Sequence[Tensor]) -> list[Detections]:
-        """The objects of each image, in its pixels."""
+        """Detect the objects of each image, in its pixels."""
 
 
 class CenteredAnchors(AnchorGenerator):
-    """torchvision's anchors at the centres of cells instead of their upper left corners.
+    """torchvision's anchors at the centres of cells instead of their top left corners.
 
-    Half a cell hardly matters to large objects; to objects of a cell's size it does, and the last half cell of an image
-    would have no anchor.
+    The shift by half a cell matters for objects of the size of a cell, and without it the last half cell of an image
+    has no anchor.
     """
 
     def forward(self, image_list: ImageList, feature_maps: list[Tensor]) -> list[Tensor]:
-        """Anchors of all levels, one tensor [A, 4] an image, in float32 whatever the maps are.
+        """Return the anchors of all levels, one tensor [A, 4] per image, in float32 for maps of any dtype.
 
-        Eight bits, those of bfloat16, can't tell pixels 510 and 512 apart.
+        The eight significant bits of bfloat16 can't distinguish pixels 510 and 512.
         """
         shapes = [feature.new_zeros((), dtype=torch.float32).expand(feature.shape) for feature in feature_maps]
         anchors = super().forward(image_list, shapes)
@@ -87,43 +87,45 @@ class CenteredAnchors(AnchorGenerator):
 
 
 def anchor_sides(strides: Sequence[int], scale: float) -> tuple[int, ...]:
-    """Side of each level's anchor, in pixels."""
+    """Return the size of each level's anchor, in pixels."""
     return tuple(max(1, round(scale * stride)) for stride in strides)
 
 
 def check_channels(channels: int) -> None:
-    """Refuse what the group norms of 32 groups can't take; of a group of one channel, a map of one cell has no spread.
+    """Check the number of channels for group norms of 32 groups with at least two channels each.
+
+    A group of one channel has zero variance on a map of one cell.
 
     Raises:
-        ValueError: no multiple of 32, or 32 itself.
+        ValueError: It isn't a multiple of 32 above 32.
     """
     if channels % 32 or channels < 64:
         raise ValueError(f"expected model.channels to be a multiple of 32 above 32, got {channels}; try 64 or 128")
 
 
 def levels_only(channels: int) -> nn.Module:
-    """A stand-in for the backbone that torchvision's detectors ask for; it only tells its channels."""
+    """Return a placeholder for the backbone of torchvision's detectors, which only provides `out_channels`."""
     backbone = nn.Identity()
     backbone.out_channels = channels  # type: ignore[assignment]
     return backbone
 
 
 def image_list(features: Sequence[Tensor], strides: Sequence[int]) -> ImageList:
-    """The images that the levels belong to: only their size and number, as torchvision's parts need it."""
+    """Return placeholders of the images of the levels, of which torchvision only needs size and number."""
     batch, _, rows, columns = features[0].shape
     height, width = rows * strides[0], columns * strides[0]
-    # An expanded scalar takes no memory.
+    # An expanded scalar needs no memory.
     return ImageList(features[0].new_zeros(()).expand(batch, 1, height, width), [(height, width)] * batch)
 
 
 def make_targets(labels: ObjectLabels, device: torch.device, *, first_class: int = 0, masks: bool = False) -> Targets:
-    """An image's labels as torchvision's parts take them; objects without an area are left out.
+    """Convert an image's labels to torchvision's format, without objects of zero area.
 
     Args:
-        labels: of the image.
-        device: where the tensors go.
-        first_class: what class 0 is called; 1 where 0 means background.
-        masks: with masks.
+        labels: Labels of the image.
+        device: Device of the tensors.
+        first_class: Index of class 0; 1 where 0 is the background.
+        masks: Whether to include masks.
     """
     boxes = torch.as_tensor(labels.boxes_xyxy, dtype=torch.float32).reshape(-1, 4)
     ignored = torch.as_tensor(labels.ignored, dtype=torch.bool)
@@ -138,23 +140,23 @@ def make_targets(labels: ObjectLabels, device: torch.device, *, first_class: int
 
 
 def to_detections(found: dict[str, Tensor], *, first_class: int = 0) -> Detections:
-    """What torchvision's parts found in an image."""
+    """Convert torchvision's detections of an image."""
     return Detections(boxes_xyxy=found["boxes"], scores=found["scores"], labels=found["labels"] - first_class)
 
 
 def split_ignored(targets: Targets) -> tuple[Targets, Tensor]:
-    """The objects that count, and the boxes of those that don't."""
+    """Return the objects that aren't ignored, and the boxes of the ignored ones."""
     counts = targets["labels"] != IGNORED_LABEL
     return {name: values[counts] for name, values in targets.items()}, targets["boxes"][~counts]
 
 
 def covered_share(boxes_xyxy: Tensor, regions_xyxy: Tensor) -> Tensor:
-    """The largest share of each box's area that one region covers, [n]; 0 without regions."""
+    """Return the largest fraction of each box's area covered by a single region, [n]; 0 without regions."""
     if not len(regions_xyxy):
         return boxes_xyxy.new_zeros(len(boxes_xyxy))
     area = (boxes_xyxy[:, 2:] - boxes_xyxy[:, :2]).prod(1)
     best = torch.zeros_like(area)
-    # One region at a time: with all anchors of a large tile, a matrix of all pairs takes gigabytes.
+    # A loop over regions: a matrix of all pairs with the anchors of a large tile takes gigabytes.
     for region in regions_xyxy:
         low, high = torch.maximum(boxes_xyxy[:, :2], region[:2]), torch.minimum(boxes_xyxy[:, 2:], region[2:])
         best = torch.maximum(best, (high - low).clamp(min=0).prod(1) / area.clamp(min=1e-6))
@@ -162,7 +164,7 @@ def covered_share(boxes_xyxy: Tensor, regions_xyxy: Tensor) -> Tensor:
 
 
 def inside_any(points: Tensor, regions_xyxy: Tensor) -> Tensor:
-    """Whether each point (x, y) lies in a region, [n] bool."""
+    """Return whether each point (x, y) lies in a region, bool [n]."""
     inside = torch.zeros(len(points), dtype=torch.bool, device=points.device)
     for region in regions_xyxy:
         inside |= ((points >= region[:2]) & (points <= region[2:])).all(1)

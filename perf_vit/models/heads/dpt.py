@@ -1,4 +1,4 @@
-"""DPT: blocks of a ViT as a pyramid of levels, fused from coarse to fine by residual convolutions."""
+"""DPT segmentation head."""
 
 from __future__ import annotations
 
@@ -27,25 +27,25 @@ _MAX_MAPS = 4
 
 @register_segmentation_head("dpt")
 class DPTHead(nn.Module):
-    """Each map at a stride of its own, fused step by step up to stride 2 (Ranftl et al. 2021, arXiv 2103.13413).
+    """Dense prediction transformer: maps at four strides, fused to stride 2 (Ranftl et al. 2021, arXiv 2103.13413).
 
-    The first map, of the earliest block, goes to stride 4, the next to 8, 16 and 32; so the order of
-    `model.out_indices` counts. Patches of 14 px give strides of 3.5, 7, ... The decoder is that of
+    The first map, of the earliest block, is resized to stride 4, the next ones to 8, 16 and 32, so the order of
+    `model.out_indices` matters. Patches of 14 px give strides of 3.5, 7, ... The decoder is that of
     segmentation_models_pytorch, without class tokens.
 
-    Memory, without gradients: 3.5 GB for a tile of 4096 px and 64 channels, whatever the number of classes; after that
-    the logits once (4 bytes x classes x pixels), beside a quarter of them.
+    Memory without gradients: 3.5 GB for a tile of 4096 px and 64 channels, independent of the number of classes, and
+    the logits (4 bytes x classes x pixels) plus a quarter of their size.
 
     Args:
-        feature_specs: the backbone's feature maps, up to four, of one stride or of growing ones.
-        in_chans: bands of the image, which it doesn't look at.
-        num_classes: channels of the output.
-        channels: of the decoder.
-        drop_rate: dropout before the classifier.
-        norm: "batch" or "group"; the latter doesn't depend on the other tiles of a batch.
+        feature_specs: The backbone's feature maps, up to four, of one stride or of increasing ones.
+        in_chans: Number of bands of the image, which is not used.
+        num_classes: Number of output channels.
+        channels: Number of channels of the decoder.
+        drop_rate: Dropout before the classifier.
+        norm: "batch" or "group"; group norm is independent of the other tiles of a batch.
 
     Raises:
-        ValueError: more maps, strides that neither grow nor are all the same, or another norm.
+        ValueError: There are more maps, their strides neither increase nor are equal, or the norm is unknown.
     """
 
     def __init__(
@@ -65,7 +65,7 @@ class DPTHead(nn.Module):
         if not has_one_stride(feature_specs):
             check_growing_strides(feature_specs)
         self.strides = [nearest_power_of_two(spec.stride) for spec in feature_specs]
-        # Blocks of pretrained ViTs differ by orders of magnitude in scale, and so do their channels.
+        # The scales of blocks and channels of pretrained ViTs differ by orders of magnitude.
         self.norms = nn.ModuleList(LayerNorm2d(spec.channels) for spec in feature_specs)
         self.decoder = DPTDecoder(
             [spec.channels for spec in feature_specs],
@@ -83,11 +83,11 @@ class DPTHead(nn.Module):
         self.scores = PixelScores(channels, num_classes, drop_rate)
 
     def forward(self, features: Sequence[Tensor], image: Tensor) -> Tensor:
-        """Class scores for every pixel.
+        """Compute the class scores of every pixel.
 
         Args:
-            features: one map per feature spec, [B, C_i, H / stride_i, W / stride_i].
-            image: [B, in_chans, H, W].
+            features: One map per feature spec, [B, C_i, H / stride_i, W / stride_i].
+            image: Images, [B, in_chans, H, W].
 
         Returns:
             Logits, [B, num_classes, H, W].

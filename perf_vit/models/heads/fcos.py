@@ -1,4 +1,4 @@
-"""A detection head without anchors: FCOS."""
+"""FCOS, an anchor-free detection head."""
 
 from __future__ import annotations
 
@@ -31,32 +31,32 @@ from perf_vit.types import Detections, ObjectLabels
 
 __all__ = ["FCOSHead", "match_locations"]
 
-# A level takes objects whose farthest side is up to 8 strides from the location: 64 px at stride 8, as published.
+# A level learns objects whose farthest side is at most 8 strides from the location: 64 px at stride 8, as published.
 _REACH_STRIDES = 8
-# In strides: between those of the smallest and the largest objects of a level.
+# Initial distance in strides, between those of the smallest and largest objects of a level.
 _FIRST_DISTANCE = 2.0
 _BACKGROUND = -1
 
 
 @register_detection_head("fcos")
 class FCOSHead(nn.Module):
-    """Each location tells its class, the distances to the four sides of its object and how central it lies.
+    """FCOS: each location predicts its class, the distances to the sides of its object's box, and its centre-ness.
 
     Tian et al. 2019 (arXiv 1904.01355), with torchvision's convolutions and post-processing. Locations are the centres
-    of cells. An object so small that no location lies in it takes those next to it, instead of none.
+    of cells. An object too small to contain a location is assigned to those next to it.
 
     Args:
-        in_channels: of each level; a multiple of 32 above 32.
-        num_classes: foreground classes.
-        strides: of the levels, finest first.
-        num_convs: 3 x 3 convolutions before the outputs, shared by all levels.
-        center_radius: locations within so many strides of an object's centre learn it.
-        score_threshold: lowest score of a detection.
-        iou_threshold: of two detections of a class with a larger IoU, the surer one stays.
-        detections_per_tile: the surest that are given; dense tiles hold many.
+        in_channels: Number of channels of each level, a multiple of 32 above 32.
+        num_classes: Number of foreground classes.
+        strides: Strides of the levels, finest first.
+        num_convs: Number of 3 x 3 convolutions before the outputs, shared by all levels.
+        center_radius: Largest distance of a positive location from its object's centre, in strides.
+        score_threshold: Lowest score of a detection.
+        iou_threshold: Largest IoU of two detections of a class.
+        detections_per_tile: Largest number of detections, best first; dense tiles need many.
 
     Raises:
-        ValueError: another number of channels.
+        ValueError: The number of channels is not supported.
     """
 
     kind = "boxes"
@@ -79,7 +79,7 @@ class FCOSHead(nn.Module):
         self.center_radius = center_radius
         self.coder = BoxLinearCoder(normalize_by_size=True)
         convolutions = FCOSConvolutions(in_channels, 1, num_classes, num_convs)
-        # A rectifier gives the distances. From 0 on, whole sides can die in the first steps and never learn.
+        # Distances are outputs of a ReLU. Initialised at 0, whole sides can die in the first steps.
         nn.init.constant_(convolutions.regression_head.bbox_reg.bias, _FIRST_DISTANCE)
         self.model = FCOS(
             levels_only(in_channels),
@@ -93,13 +93,13 @@ class FCOSHead(nn.Module):
         )
 
     def losses(self, features: Sequence[Tensor], labels: Sequence[ObjectLabels]) -> dict[str, Tensor]:
-        """Focal, GIoU and centre-ness losses, each divided by the number of locations with an object.
+        """Compute the focal, GIoU and centre-ness losses, each divided by the number of positive locations.
 
-        That number is a mean over processes, all of which must call it.
+        The number is a mean over processes, all of which must call this method.
 
         Args:
-            features: one map a stride, [B, in_channels, h, w].
-            labels: one an image; locations in ignored objects count in no loss.
+            features: One map per stride, [B, in_channels, h, w].
+            labels: Labels of each image; locations in ignored objects are excluded from all losses.
         """
         outputs, cells = self._outputs(features)
         targets = [split_ignored(make_targets(each, cells.device)) for each in labels]
@@ -116,10 +116,10 @@ class FCOSHead(nn.Module):
         return dict(zip(("classification", "box", "centerness"), total, strict=True))
 
     def detect(self, features: Sequence[Tensor]) -> list[Detections]:
-        """The objects of each image; a score is the geometric mean of the class's score and the centre-ness.
+        """Detect objects; the score is the geometric mean of class score and centre-ness.
 
         Args:
-            features: one map a stride, [B, in_channels, h, w].
+            features: One map per stride, [B, in_channels, h, w].
         """
         outputs, cells = self._outputs(features)
         lengths = [feature.shape[-2] * feature.shape[-1] for feature in features]
@@ -129,7 +129,7 @@ class FCOSHead(nn.Module):
         return [to_detections(f) for f in self.model.postprocess_detections(by_level, anchors, images.image_sizes)]
 
     def _outputs(self, features: Sequence[Tensor]) -> tuple[dict[str, Tensor], Tensor]:
-        """Outputs of all locations, [B, L, ...] in float32, and their cells as boxes, [L, 4]."""
+        """Return the outputs of all locations, [B, L, ...] in float32, and their cells as boxes, [L, 4]."""
         outputs = self.model.head(list(features))
         cells = self.model.anchor_generator(image_list(features, self.strides), list(features))[0]
         return {name: value.float() for name, value in outputs.items()}, cells
@@ -153,20 +153,20 @@ class FCOSHead(nn.Module):
 def match_locations(
     boxes_xyxy: Tensor, shapes: Sequence[tuple[int, int]], strides: Sequence[int], center_radius: float
 ) -> Tensor:
-    """The object that each location learns.
+    """Assign an object to each location.
 
-    A location learns the smallest object that it lies in, near whose centre it lies and whose size is its level's.
-    Time and memory grow with the objects and with the locations, not with their product: only locations near an
-    object's centre are looked at. A level's sizes begin where those of the level before end, so none is left out.
+    A location learns the smallest object that contains it, has its centre nearby and has a size in the range of its
+    level. Time and memory are linear in the numbers of objects and locations: only locations near an object's centre
+    are considered. The size ranges of the levels are adjacent, so every object has a level.
 
     Args:
-        boxes_xyxy: objects, [n, 4].
-        shapes: rows and columns of the levels.
-        strides: of the levels, finest first.
-        center_radius: largest distance from the object's centre, in strides along x and y.
+        boxes_xyxy: Boxes of objects, [n, 4].
+        shapes: Rows and columns of each level.
+        strides: Strides of the levels, finest first.
+        center_radius: Largest distance from the object's centre along x and y, in strides.
 
     Returns:
-        Indices of objects, -1 for background, [L]; locations level after level, row by row.
+        Object indices, -1 for background, [L]; locations by level, in row-major order.
     """
     order = (boxes_xyxy[:, 2:] - boxes_xyxy[:, :2]).prod(1).argsort(stable=True)
     ranked = _grown(boxes_xyxy, strides[0])[order]
@@ -183,14 +183,14 @@ def match_locations(
 def _fitting_cells(
     boxes_xyxy: Tensor, shape: tuple[int, int], stride: int, radius: float, reach: tuple[float, float]
 ) -> tuple[Tensor, Tensor]:
-    """Pairs of an object and a cell of one level that may learn it, [p] each: numbers of both.
+    """Return pairs of an object and a cell of one level that may learn it, indices [p] each.
 
     Args:
-        boxes_xyxy: objects, [n, 4].
-        shape: rows and columns of the level.
-        stride: of the level.
-        radius: cells' centres are nearer to the object's along x and y, in pixels.
-        reach: the farthest side of the object is more than the first and at most the second away, in pixels.
+        boxes_xyxy: Boxes of objects, [n, 4].
+        shape: Rows and columns of the level.
+        stride: Stride of the level.
+        radius: Largest distance of the cell's centre from the object's along x and y, in pixels.
+        reach: Range (exclusive, inclusive) of the distance to the object's farthest side, in pixels.
     """
     center = (boxes_xyxy[:, :2] + boxes_xyxy[:, 2:]) / 2
     most = math.ceil(radius / stride)
@@ -208,7 +208,7 @@ def _fitting_cells(
 
 
 def _grown(boxes_xyxy: Tensor, stride: int) -> Tensor:
-    """Boxes with sides just longer than a stride at least, so that each holds the centre of a cell."""
+    """Enlarge boxes to at least slightly more than a stride, so that each contains the centre of a cell."""
     center = (boxes_xyxy[:, :2] + boxes_xyxy[:, 2:]) / 2
     half = ((boxes_xyxy[:, 2:] - boxes_xyxy[:, :2]) / 2).clamp(min=0.51 * stride)
     return torch.cat([center - half, center + half], dim=1)
@@ -219,7 +219,7 @@ def _centers(cells: Tensor) -> Tensor:
 
 
 def _centerness(cells: Tensor, boxes_xyxy: Tensor) -> Tensor:
-    """Equation 3 of the paper: 1 in the centre of the box, 0 at its border, [n]."""
+    """Return the centre-ness (equation 3 of the paper): 1 in the centre of the box, 0 at its border, [n]."""
     points = _centers(cells)
     before, after = points - boxes_xyxy[:, :2], boxes_xyxy[:, 2:] - points
     return (torch.minimum(before, after) / torch.maximum(before, after)).prod(1).sqrt()

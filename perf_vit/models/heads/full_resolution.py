@@ -1,4 +1,4 @@
-"""A segmentation head whose output has the resolution of its input."""
+"""Segmentation head with full-resolution detail from the image."""
 
 from __future__ import annotations
 
@@ -18,24 +18,23 @@ __all__ = ["FullResolutionHead"]
 
 @register_segmentation_head("full_resolution")
 class FullResolutionHead(nn.Module):
-    """Fuse a ViT's feature maps with convolutions on the pixels, step by step up to full resolution.
+    """Fusion of a ViT's feature maps with convolutions of the image, step by step up to full resolution.
 
-    A patch token says what is there; only the pixels say where its edge runs. A small convolutional branch runs on
-    the image itself, and its maps at strides 8, 4, 2 and 1 join the token features on their way up (the detail
-    capture of Yao et al. 2023, "ViTMatte", with one fusion a stride). Features of another stride, such as 14, are
-    resized to the next finer one.
+    Tokens are coarse; edges are located in the pixels. A small convolutional branch processes the image, and its maps
+    at strides 8, 4, 2 and 1 are fused with the upsampled token features (the detail capture of Yao et al. 2023,
+    "ViTMatte", with one fusion per stride). Features of another stride, such as 14, are resized to the next finer one.
 
-    Memory, without gradients: 9.5 GB for a tile of 4096 px and the default widths, whatever the number of classes;
-    after that the logits once (4 bytes x classes x pixels), beside 16 channels of that size.
+    Memory without gradients: 9.5 GB for a tile of 4096 px and the default widths, independent of the number of classes,
+    and the logits (4 bytes x classes x pixels) plus 16 channels of that size.
 
     Args:
-        feature_specs: the backbone's feature maps, all of one stride.
-        in_chans: bands of the image.
-        num_classes: channels of the output.
-        channels: widths at strides 1, 2, 4, ...; the last one is repeated for larger strides.
-        drop_rate: dropout before the classifier.
-        norm: "batch" or "group"; the latter doesn't depend on the other tiles of a batch, nor on how a batch is split
-            between devices.
+        feature_specs: The backbone's feature maps, all of one stride.
+        in_chans: Number of bands of the image.
+        num_classes: Number of output channels.
+        channels: Number of channels at strides 1, 2, 4, ...; the last one is repeated for larger strides.
+        drop_rate: Dropout before the classifier.
+        norm: "batch" or "group"; group norm is independent of the other tiles of a batch and of its distribution over
+            devices.
     """
 
     def __init__(
@@ -58,7 +57,7 @@ class FullResolutionHead(nn.Module):
             _conv_norm_act(before, widths[step], norm, stride=1 if step == 0 else 2)
             for step, before in enumerate([in_chans, *widths[: num_steps - 1]])
         )
-        # Blocks of pretrained ViTs differ by orders of magnitude in scale, and so do their channels.
+        # The scales of blocks and channels of pretrained ViTs differ by orders of magnitude.
         self.laterals = nn.ModuleList(
             nn.Sequential(LayerNorm2d(spec.channels), nn.Conv2d(spec.channels, widths[-1], 1)) for spec in feature_specs
         )
@@ -70,11 +69,11 @@ class FullResolutionHead(nn.Module):
         self.classifier = nn.Conv2d(widths[0], num_classes, 1)
 
     def forward(self, features: Sequence[Tensor], image: Tensor) -> Tensor:
-        """Class scores for every pixel.
+        """Compute the class scores of every pixel.
 
         Args:
-            features: one map per feature spec, [B, C_i, H / stride, W / stride].
-            image: [B, in_chans, H, W].
+            features: One map per feature spec, [B, C_i, H / stride, W / stride].
+            image: Images, [B, in_chans, H, W].
 
         Returns:
             Logits, [B, num_classes, H, W].

@@ -1,4 +1,4 @@
-"""Norms of decoders whose own are batch norms."""
+"""Common parts of pyramid-based segmentation heads: levels, norms, classifier."""
 
 from __future__ import annotations
 
@@ -28,10 +28,10 @@ Norm = Literal["batch", "group"]
 
 
 def apply_norm(module: nn.Module, norm: Norm) -> None:
-    """Leave a module its batch norms, or put group norms in their places.
+    """Keep a module's batch norms, or replace them by group norms.
 
     Raises:
-        ValueError: neither batch nor group.
+        ValueError: `norm` is neither "batch" nor "group".
     """
     if norm not in ("batch", "group"):
         raise ValueError(f"norm must be batch or group, got {norm}")
@@ -40,24 +40,24 @@ def apply_norm(module: nn.Module, norm: Norm) -> None:
 
 
 def with_group_norm(module: nn.Module) -> None:
-    """Put group norms of up to 8 groups in the places of batch norms."""
+    """Replace batch norms by group norms of up to 8 groups."""
     for name, child in module.named_children():
         if isinstance(child, nn.BatchNorm2d):
-            # Two channels a group at least: of one, a map of one cell has no spread.
+            # At least two channels per group: a group of one channel has zero variance on a map of one cell.
             setattr(module, name, nn.GroupNorm(math.gcd(8, child.num_features // 2), child.num_features))
         else:
             with_group_norm(child)
 
 
 class PixelScores(nn.Module):
-    """Class scores at the map's own stride, enlarged bilinearly to the image.
+    """Classifier at the stride of the map, with bilinear upsampling of the logits to the image.
 
-    The enlarged logits are the only tensor that has both all classes and all pixels.
+    The upsampled logits are the only tensor with all classes and all pixels.
 
     Args:
-        channels: of the map.
-        num_classes: channels of the output.
-        drop_rate: dropout of whole channels before the classifier.
+        channels: Number of channels of the map.
+        num_classes: Number of output channels.
+        drop_rate: Dropout of whole channels before the classifier.
     """
 
     def __init__(self, channels: int, num_classes: int, drop_rate: float) -> None:
@@ -66,7 +66,7 @@ class PixelScores(nn.Module):
         self.classifier = nn.Conv2d(channels, num_classes, 1)
 
     def forward(self, decoded: Tensor, image: Tensor) -> Tensor:
-        """Logits [B, num_classes, H, W] of a map [B, channels, h, w] that covers the image [B, C, H, W]."""
+        """Compute logits, [B, num_classes, H, W], of a map, [B, channels, h, w], that covers the image."""
         scores = self.classifier(self.drop(decoded))
         if scores.shape[-2:] == image.shape[-2:]:
             return scores
@@ -77,21 +77,21 @@ _STRIDES = (4, 8, 16, 32)
 
 
 class LevelMaps(nn.Module):
-    """Maps of growing stride: a `SimpleFPN` over a plain ViT's maps, or a pyramid as it is.
+    """Feature levels of increasing stride: a `SimpleFPN` of a plain ViT's maps, or an unchanged pyramid.
 
-    A ViT's levels are 4, 2, 1 and 1/2 times as fine as its grid of tokens where patches are about 16 pixels large; the
-    finest is at stride 4, or at 3.5 of patches of 14. Token grids that the coarsest level doesn't divide are continued
-    at the right and the bottom.
+    The levels of a ViT are 4, 2, 1 and 1/2 times as fine as its grid of tokens for patches of about 16 px; the finest
+    has stride 4, or 3.5 for patches of 14 px. Grids that the coarsest level doesn't divide are padded at the right and
+    bottom.
 
     Args:
-        feature_specs: the backbone's maps, of one stride or of growing ones.
-        channels: of a ViT's levels.
+        feature_specs: The backbone's maps, of one stride or of increasing ones.
+        channels: Number of channels of a ViT's levels.
 
     Attributes:
-        channels: of each level.
+        channels: Number of channels of each level.
 
     Raises:
-        ValueError: strides that neither grow nor are all the same.
+        ValueError: The strides neither increase nor are equal.
     """
 
     def __init__(self, feature_specs: Sequence[FeatureSpec], channels: int) -> None:
@@ -102,21 +102,21 @@ class LevelMaps(nn.Module):
             self.channels = [channels] * len(_STRIDES)
             self.base_stride = nearest_power_of_two(feature_specs[0].stride)
             specs = [FeatureSpec(spec.channels, self.base_stride) for spec in feature_specs]
-            # Blocks of pretrained ViTs differ by orders of magnitude in scale, and so do their channels.
+            # The scales of blocks and channels of pretrained ViTs differ by orders of magnitude.
             self.norms = nn.ModuleList(LayerNorm2d(spec.channels) for spec in specs)
             self.neck = SimpleFPN(specs, _STRIDES, channels)
         else:
             check_growing_strides(feature_specs)
 
     def forward(self, features: Sequence[Tensor], decode: Callable[[list[Tensor]], Tensor]) -> Tensor:
-        """What a decoder makes of the levels, at the finest level's stride, without the continuation.
+        """Apply a decoder to the levels and crop the padding of its output.
 
         Args:
-            features: one map per feature spec, [B, C_i, h_i, w_i].
-            decode: the levels, finest first, to a map of the finest one's size.
+            features: One map per feature spec, [B, C_i, h_i, w_i].
+            decode: Function from the levels, finest first, to a map of the size of the finest.
 
         Returns:
-            [B, C, h, w], which covers the image exactly.
+            Map [B, C, h, w] at the stride of the finest level, which covers the image exactly.
         """
         if not self.base_stride:
             return decode(list(features))
@@ -130,15 +130,15 @@ class LevelMaps(nn.Module):
 
 
 def has_one_stride(feature_specs: Sequence[FeatureSpec]) -> bool:
-    """Whether the maps are those of a plain ViT."""
+    """Return whether all maps have the same stride, as those of a plain ViT."""
     return len({spec.stride for spec in feature_specs}) == 1
 
 
 def check_growing_strides(feature_specs: Sequence[FeatureSpec]) -> None:
-    """Refuse maps that are no pyramid.
+    """Check that maps form a pyramid.
 
     Raises:
-        ValueError: strides that don't grow from map to map.
+        ValueError: Strides don't increase.
     """
     strides = [spec.stride for spec in feature_specs]
     if strides != sorted(set(strides)):
@@ -146,6 +146,6 @@ def check_growing_strides(feature_specs: Sequence[FeatureSpec]) -> None:
 
 
 def padded_to(feature: Tensor, multiple: int) -> Tensor:
-    """A map [B, C, h, w], continued by its border values until the sides are multiples."""
+    """Pad a map, [B, C, h, w], at the right and bottom with its border values to multiples of a size."""
     bottom, right = (-side % multiple for side in feature.shape[-2:])
     return F.pad(feature, (0, right, 0, bottom), mode="replicate") if bottom or right else feature

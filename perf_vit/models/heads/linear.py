@@ -1,4 +1,4 @@
-"""The plainest segmentation head: a linear layer on tokens, enlarged to the pixels."""
+"""Linear segmentation head."""
 
 from __future__ import annotations
 
@@ -17,35 +17,35 @@ __all__ = ["LinearHead"]
 
 @register_segmentation_head("linear")
 class LinearHead(nn.Module):
-    """Class scores of each token from all feature maps at once, enlarged bilinearly to the image.
+    """Linear classifier of tokens on all feature maps, upsampled bilinearly to the image.
 
-    What a frozen backbone knows, with nothing else to learn from; edges are as coarse as the tokens.
+    A linear probe of a frozen backbone; edges are as coarse as the tokens.
 
-    Memory, without gradients: 0.1 GB for a tile of 4096 px, and the logits once (4 bytes x classes x pixels).
+    Memory without gradients: 0.1 GB for a tile of 4096 px, and the logits (4 bytes x classes x pixels).
 
     Args:
-        feature_specs: the backbone's feature maps, of one stride or several.
-        in_chans: bands of the image, which it doesn't look at.
-        num_classes: channels of the output.
-        drop_rate: dropout of whole feature channels.
+        feature_specs: The backbone's feature maps, of one stride or several.
+        in_chans: Number of bands of the image, which is not used.
+        num_classes: Number of output channels.
+        drop_rate: Dropout of whole feature channels.
     """
 
     def __init__(
         self, feature_specs: Sequence[FeatureSpec], in_chans: int, num_classes: int, drop_rate: float = 0.0
     ) -> None:
         super().__init__()
-        # Blocks of pretrained ViTs differ by orders of magnitude in scale, and so do their channels.
+        # The scales of blocks and channels of pretrained ViTs differ by orders of magnitude.
         self.classifiers = nn.ModuleList(
             nn.Sequential(LayerNorm2d(spec.channels), nn.Dropout2d(drop_rate), nn.Conv2d(spec.channels, num_classes, 1))
             for spec in feature_specs
         )
 
     def forward(self, features: Sequence[Tensor], image: Tensor) -> Tensor:
-        """Class scores for every pixel.
+        """Compute the class scores of every pixel.
 
         Args:
-            features: one map per feature spec, [B, C_i, H / stride_i, W / stride_i].
-            image: [B, in_chans, H, W].
+            features: One map per feature spec, [B, C_i, H / stride_i, W / stride_i].
+            image: Images, [B, in_chans, H, W].
 
         Returns:
             Logits, [B, num_classes, H, W].

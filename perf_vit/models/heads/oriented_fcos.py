@@ -1,4 +1,4 @@
-"""Which location of which feature map learns which oriented object."""
+"""FCOS for oriented boxes: assignment of objects to locations, outputs and losses."""
 
 from __future__ import annotations
 
@@ -27,12 +27,12 @@ __all__ = [
     "make_locations",
 ]
 
-# A level takes objects whose long side is at most 16 strides, as in FCOS: 128 pixels at stride 8.
+# A level learns objects whose longer side is at most 16 strides, as in FCOS: 128 pixels at stride 8.
 _LONGEST_IN_STRIDES = 16
 
 _CENTER_RADIUS_IN_STRIDES = 1.5
 
-# A turned square of this half side always holds a point of the grid, however small the object is.
+# A rotated square of this half size always contains a point of the grid.
 _LEAST_REACH_IN_STRIDES = 1 / math.sqrt(2)
 
 _CELLS_AROUND = 3
@@ -40,13 +40,13 @@ _CELLS_AROUND = 3
 
 @dataclass(frozen=True, slots=True)
 class Locations:
-    """The cells of all feature maps, level after level, row by row.
+    """Cells of all feature maps, by level, in row-major order.
 
     Attributes:
         points: x and y of each cell's centre in pixels, [L, 2].
-        strides: pixels a cell, [L].
-        level_sizes: rows and columns of each level.
-        level_strides: pixels a cell of each level.
+        strides: Stride of each cell in pixels, [L].
+        level_sizes: Rows and columns of each level.
+        level_strides: Stride of each level in pixels.
     """
 
     points: Tensor
@@ -56,18 +56,18 @@ class Locations:
 
     @property
     def size_xy(self) -> tuple[int, int]:
-        """Width and height of the image, in pixels."""
+        """Width and height of the image in pixels."""
         rows, columns = self.level_sizes[0]
         return columns * self.level_strides[0], rows * self.level_strides[0]
 
     @property
     def level_lengths(self) -> list[int]:
-        """Cells of each level."""
+        """Number of cells of each level."""
         return [rows * columns for rows, columns in self.level_sizes]
 
 
 def make_locations(level_sizes: Sequence[tuple[int, int]], strides: Sequence[int], device: torch.device) -> Locations:
-    """Cells of feature maps of these sizes and strides."""
+    """Make the cells of feature maps of these sizes and strides."""
     points, per_cell = [], []
     for (rows, columns), stride in zip(level_sizes, strides, strict=True):
         row, column = (torch.arange(size, device=device) + 0.5 for size in (rows, columns))
@@ -78,18 +78,18 @@ def make_locations(level_sizes: Sequence[tuple[int, int]], strides: Sequence[int
 
 
 def assign_objects(oriented_boxes: Tensor, locations: Locations) -> Tensor:
-    """The object that each location learns.
+    """Assign an object to each location.
 
-    An object belongs to one level by its long side, and there to the locations in the part of its box within 1.5
-    strides of its centre (FCOS with centre sampling), or else nearest to its centre, so that ships thinner than a cell
-    are learnt too. Of several objects at a location, the smallest wins.
+    An object is assigned to one level by its longer side, and there to the locations in its box within 1.5 strides of
+    its centre (FCOS with centre sampling); an object thinner than a cell to those nearest to its centre. The smallest
+    of several objects at a location is used. Time and memory grow with L + n, not with L x n.
 
     Args:
-        oriented_boxes: width >= height, [n, 5].
-        locations: of L cells.
+        oriented_boxes: Oriented boxes with width >= height, [n, 5].
+        locations: L cells.
 
     Returns:
-        Indices of objects, -1 for background, [L]. Time and memory grow with L + n, not with L x n.
+        Object indices, -1 for background, [L].
     """
     order = oriented_boxes[:, 2:4].prod(-1).argsort(stable=True)
     boxes = oriented_boxes[order]
@@ -106,7 +106,7 @@ def assign_objects(oriented_boxes: Tensor, locations: Locations) -> Tensor:
 
 
 def _cells_near_centers(boxes: Tensor, size: tuple[int, int], stride: int) -> tuple[Tensor, Tensor]:
-    """Pairs of object and cell of a level, where the cell is in the object's centre region."""
+    """Return pairs of an object and a cell of a level in the object's centre region."""
     steps = torch.arange(-_CELLS_AROUND, _CELLS_AROUND + 1, device=boxes.device)
     around = torch.cartesian_prod(steps, steps)
     cells = (boxes[:, None, :2] / stride).floor().long() + around
@@ -119,17 +119,17 @@ def _cells_near_centers(boxes: Tensor, size: tuple[int, int], stride: int) -> tu
 
 
 def centerness_targets(points: Tensor, strides: Tensor, oriented_boxes: Tensor) -> Tensor:
-    """How central each point lies in its object (FCOS, eq. 3), in the object's frame.
+    """Compute the centre-ness of points (FCOS, eq. 3), in the frame of their objects.
 
-    Objects narrower than two cells count as two cells wide, or no location would be central to them.
+    Objects narrower than two cells count as two cells wide; otherwise no location would be central to them.
 
     Args:
-        points: [p, 2].
-        strides: of the points' cells, [p].
-        oriented_boxes: the points' objects, [p, 5].
+        points: x and y of points, [p, 2].
+        strides: Strides of the points' cells, [p].
+        oriented_boxes: box of each point's object, [p, 5].
 
     Returns:
-        0 at the border to 1 in the centre, [p].
+        Centre-ness, from 0 at the border to 1 in the centre, [p].
     """
     offsets = _in_frames(points, oriented_boxes).abs()
     half_sides = torch.maximum(oriented_boxes[:, 2:4] / 2, strides[:, None])
@@ -137,7 +137,7 @@ def centerness_targets(points: Tensor, strides: Tensor, oriented_boxes: Tensor) 
 
 
 def ignored_locations(oriented_boxes: Tensor, locations: Locations) -> Tensor:
-    """Which locations of any level lie inside one of these boxes, [L] bool."""
+    """Return the locations of all levels that lie inside one of the boxes, bool [L]."""
     levels = []
     oriented_boxes = oriented_boxes.cpu()
     for (rows, columns), stride in zip(locations.level_sizes, locations.level_strides, strict=True):
@@ -161,7 +161,7 @@ def _cells_within(center: float, radius: float, stride: int, num_cells: int) -> 
 
 
 def _in_frames(points: Tensor, boxes: Tensor) -> Tensor:
-    """Points seen from boxes' centres, along and across their widths; both broadcast."""
+    """Transform points to the frames of boxes, along and across their widths; both broadcast."""
     (dx, dy), angle = (points - boxes[..., :2]).unbind(-1), boxes[..., 4]
     cos, sin = angle.cos(), angle.sin()
     return torch.stack([dx * cos + dy * sin, dy * cos - dx * sin], -1)
@@ -171,10 +171,10 @@ _BOX_LOSSES = {"probiou": probiou_loss, "kfiou": kfiou_loss}
 
 _PRIOR = 0.01
 
-# Sides of a box that the untrained head gives, in strides.
+# Size of the boxes of the untrained head, in strides.
 _TYPICAL_SIDE = 4
 
-# Bounds that keep exponentials finite: sides of 400 times that, and one side 400 times the other.
+# Bounds that keep exponentials finite: 400 times the typical size, and an aspect ratio of 400.
 _LARGEST_LOG_SIDE = 6.0
 
 _LARGEST_ELONGATION = 3.0
@@ -184,26 +184,26 @@ _TINY = 1e-6
 
 @register_detection_head("oriented_fcos")
 class OrientedFCOSHead(nn.Module):
-    """One box a location: class scores, centre, sides, angle and centre-ness (Tian et al. 2019, arXiv 1904.01355).
+    """FCOS with one oriented box per location (Tian et al. 2019, arXiv 1904.01355).
 
-    The head says where the centre lies, in strides from the location; the logarithm of the box's size; and its
-    elongation, half the logarithm of width over height, as a vector at twice the angle. So no output jumps where the
-    angle wraps round or the sides swap. The loss compares the boxes' Gaussians, which don't jump either. The Gaussian
-    of a square does not show its angle: angles of square objects are not learnt.
+    Each location predicts class scores, centre-ness, the offset of the box's centre in strides, the logarithm of its
+    size, and its elongation, half the logarithm of width over height, as a vector at twice the angle. These outputs are
+    continuous where the angle wraps around or the sides swap, and so is the loss, which compares the boxes' Gaussians.
+    The Gaussian of a square is isotropic: angles of square objects are not learnt.
 
     Args:
-        in_channels: of each feature map; a multiple of 8.
-        num_classes: foreground classes, 0 to num_classes - 1.
-        strides: pixels a cell of each feature map, finest first.
-        num_convs: 3 x 3 convolutions before the outputs, shared by all levels.
+        in_channels: Number of channels of each feature map, a multiple of 8.
+        num_classes: Number of foreground classes.
+        strides: Strides of the feature maps in pixels, finest first.
+        num_convs: Number of 3 x 3 convolutions before the outputs, shared by all levels.
         box_loss: "probiou" or "kfiou".
-        score_threshold: lowest score of a detection.
-        iou_threshold: of two detections of a class with a larger IoU, the surer one stays.
-        candidates_per_level: surest boxes of a level that are compared.
-        detections_per_tile: surest detections that are given.
+        score_threshold: Lowest score of a detection.
+        iou_threshold: Largest IoU of two detections of a class.
+        candidates_per_level: Number of best boxes per level that enter non-maximum suppression.
+        detections_per_tile: Largest number of detections, best first.
 
     Raises:
-        ValueError: a number of channels that is no multiple of 8, or an unknown loss.
+        ValueError: The number of channels is not a multiple of 8 or the loss is unknown.
     """
 
     kind = "oriented_boxes"
@@ -223,7 +223,7 @@ class OrientedFCOSHead(nn.Module):
     ) -> None:
         super().__init__()
         if in_channels % 8:
-            raise ValueError(f"expected channels to be a multiple of 8, got {in_channels}")
+            raise ValueError(f"model.channels must be a multiple of 8, got {in_channels}; try 64 or 128")
         if box_loss not in _BOX_LOSSES:
             raise ValueError(f"box_loss must be one of {', '.join(_BOX_LOSSES)}, got {box_loss}")
         self.strides = tuple(strides)
@@ -235,16 +235,16 @@ class OrientedFCOSHead(nn.Module):
         self.detections_per_tile = detections_per_tile
         self.class_tower = _tower(in_channels, num_convs)
         self.box_tower = _tower(in_channels, num_convs)
-        # Nearly all locations are background: without this bias, their loss drowns the objects' at first.
+        # Nearly all locations are background: without this bias, their loss dominates initially.
         self.class_logits = _output(in_channels, num_classes, bias=-math.log((1 - _PRIOR) / _PRIOR))
         self.box_deltas = _output(in_channels, 5)
         self.centerness = _output(in_channels, 1)
 
     def forward(self, features: Sequence[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
-        """What the head says about every location of all levels, one after the other.
+        """Compute the outputs of all locations, by level.
 
         Args:
-            features: one map a stride, [B, in_channels, h, w].
+            features: One map per stride, [B, in_channels, h, w].
 
         Returns:
             Class logits [B, L, num_classes], oriented boxes in pixels [B, L, 5] and centre-ness logits [B, L], float32.
@@ -259,21 +259,21 @@ class OrientedFCOSHead(nn.Module):
         return torch.cat(logits, 1), boxes, torch.cat(centerness, 1).squeeze(-1)
 
     def losses(self, features: Sequence[Tensor], labels: Sequence[ObjectLabels]) -> dict[str, Tensor]:
-        """Losses of a batch; their sum is what to minimise.
+        """Compute the losses of a batch, whose sum is minimised.
 
-        What they are divided by is a mean over processes, all of which must call it.
+        The normalisers are means over processes, all of which must call this method.
 
         Args:
-            features: one map a stride, [B, in_channels, h, w].
-            labels: with oriented boxes, one an image.
+            features: One map per stride, [B, in_channels, h, w].
+            labels: Labels of each image, with oriented boxes.
 
         Returns:
-            classification: focal loss, its sum over locations divided by the number that have an object.
-            box: of the objects' locations, weighted by how central they lie.
-            centerness: binary cross entropy, a mean over the objects' locations.
+            classification: focal loss, its sum over locations divided by the number of positive ones.
+            box: box loss, averaged over positive locations with centre-ness as weight.
+            centerness: binary cross entropy, averaged over positive locations.
 
         Raises:
-            InputError: the labels have no oriented boxes.
+            InputError: The labels have no oriented boxes.
         """
         logits, boxes, centerness = self(features)
         locations = self._locations(features)
@@ -293,14 +293,14 @@ class OrientedFCOSHead(nn.Module):
         }
 
     def detect(self, features: Sequence[Tensor]) -> list[Detections]:
-        """The objects of each image, surest first.
+        """Detect the objects of each image, in descending order of score.
 
         Args:
-            features: one map a stride, [B, in_channels, h, w].
+            features: One map per stride, [B, in_channels, h, w].
 
         Returns:
-            One an image, with oriented boxes in the image's pixels; a score is the geometric mean of the class's score
-            and the centre-ness.
+            Detections of each image, with oriented boxes in its pixels; the score is the geometric mean of class score
+            and centre-ness.
         """
         logits, boxes, centerness = self(features)
         scores = (logits.sigmoid() * centerness.sigmoid()[..., None]).sqrt()
@@ -313,7 +313,7 @@ class OrientedFCOSHead(nn.Module):
             best = level.flatten().topk(min(self.candidates_per_level, level.numel())).indices
             indices.append(start + best)
             start += level.numel()
-        # In the order of the cells, so that equal scores rank the same on every device.
+        # Sorted by cell, so that ties are broken alike on every device.
         index = torch.cat(indices).sort().values
         index = index[scores.flatten()[index] > self.score_threshold]
         cells, labels = index // self.num_classes, index % self.num_classes
@@ -329,32 +329,32 @@ class OrientedFCOSHead(nn.Module):
 def _image_targets(
     image: ObjectLabels, locations: Locations, num_classes: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Of each location: has it an object, does its class count, its class or `num_classes`, its object's box."""
+    """Return for each location: is positive, class counts in the loss, class or `num_classes`, box of its object."""
     if image.oriented_boxes is None:
         raise InputError("expected labels with oriented boxes, got none; choose a head for upright boxes")
     device = locations.points.device
     boxes, classes, ignored = (
         torch.as_tensor(values, device=device) for values in (image.oriented_boxes, image.labels, image.ignored)
     )
-    # Objects centred elsewhere are for another window to find.
+    # Objects centred outside are left to other windows.
     outside = ((boxes[:, :2] < 0) | (boxes[:, :2] >= boxes.new_tensor(locations.size_xy))).any(1)
     ignored = ignored | outside | (boxes[:, 3] <= 0)
     objects, object_classes = boxes[~ignored], classes[~ignored]
     owner = assign_objects(objects, locations)
     owned = owner >= 0
     counted = owned | ~ignored_locations(boxes[ignored], locations)
-    # Locations without an object, at -1, take the row that is appended.
+    # Locations without an object, index -1, get the appended row.
     location_classes = torch.cat([object_classes, object_classes.new_full((1,), num_classes)])[owner]
     targets = torch.cat([objects, objects.new_ones(1, 5)])[owner]
     return owned, counted, location_classes, targets
 
 
 def _decode(deltas: Tensor, locations: Locations) -> Tensor:
-    """Oriented boxes in pixels, [B, L, 5], from the head's outputs."""
+    """Convert the head's outputs to oriented boxes in pixels, [B, L, 5]."""
     strides = locations.strides[:, None]
     center = locations.points + deltas[..., :2] * strides
     size, (along, across) = deltas[..., 2:3], deltas[..., 3:].unbind(-1)
-    # The root and the angle have no gradient where both are 0.
+    # Square root and angle have no gradient where both are 0.
     along = along + _TINY
     elongation = torch.hypot(along, across).clamp(max=_LARGEST_ELONGATION)[..., None]
     log_sides = torch.cat([size + elongation, size - elongation], -1).clamp(max=_LARGEST_LOG_SIDE)
@@ -363,7 +363,7 @@ def _decode(deltas: Tensor, locations: Locations) -> Tensor:
 
 
 def _by_location(maps: Tensor) -> Tensor:
-    """[B, C, h, w] to [B, h w, C], in float32 under autocast too."""
+    """Rearrange [B, C, h, w] to [B, h w, C], in float32 also under autocast."""
     return maps.flatten(2).transpose(1, 2).float()
 
 

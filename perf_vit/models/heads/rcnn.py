@@ -37,21 +37,21 @@ _MASKS_AT_ONCE = 16
 
 @register_detection_head("faster_rcnn")
 class FasterRCNNHead(nn.Module):
-    """Proposals from anchors, then a class and a box from the features inside each (Ren et al. 2015, arXiv 1506.01497).
+    """Faster R-CNN: proposals from anchors, then a class and a box per proposal (Ren et al. 2015, arXiv 1506.01497).
 
-    torchvision's proposal network and region heads. Ignored objects are neither positive nor negative in both.
+    Uses torchvision's proposal network and region heads. Ignored objects are neither positive nor negative in both.
 
     Args:
-        in_channels: of each level.
-        num_classes: foreground classes.
-        strides: of the levels, finest first.
-        anchor_scale: side of a level's anchor in strides: 2 makes it 8 px at stride 4.
-        anchor_ratios: heights by widths.
-        hidden: width of the region head's two layers.
-        proposals_per_tile: regions that the second stage looks at.
-        score_threshold: lowest score of a detection.
-        iou_threshold: of two detections of a class with a larger IoU, the surer one stays.
-        detections_per_tile: the surest that are given; dense tiles hold many.
+        in_channels: Number of channels of each level.
+        num_classes: Number of foreground classes.
+        strides: Strides of the levels, finest first.
+        anchor_scale: Size of a level's anchor in strides: 2 gives 8 px at stride 4.
+        anchor_ratios: Ratios of height to width of the anchors.
+        hidden: Width of the two layers of the region head.
+        proposals_per_tile: Number of proposals for the second stage.
+        score_threshold: Lowest score of a detection.
+        iou_threshold: Largest IoU of two detections of a class.
+        detections_per_tile: Largest number of detections, best first; dense tiles need many.
     """
 
     kind = "boxes"
@@ -91,14 +91,14 @@ class FasterRCNNHead(nn.Module):
         )
 
     def losses(self, features: Sequence[Tensor], labels: Sequence[ObjectLabels]) -> dict[str, Tensor]:
-        """Losses of both stages.
+        """Compute the losses of both stages.
 
         Args:
-            features: one map a stride, [B, in_channels, h, w].
-            labels: one an image.
+            features: One map per stride, [B, in_channels, h, w].
+            labels: Labels of each image.
 
         Raises:
-            InputError: labels without masks where the head needs them.
+            InputError: The head needs masks and the labels have none.
         """
         masks = self.roi_heads.has_mask()
         if masks and any(each.masks is None for each in labels):
@@ -108,10 +108,10 @@ class FasterRCNNHead(nn.Module):
         return self._stages(features, targets)[1]
 
     def detect(self, features: Sequence[Tensor]) -> list[Detections]:
-        """The objects of each image, surest first.
+        """Detect the objects of each image, in descending order of score.
 
         Args:
-            features: one map a stride, [B, in_channels, h, w].
+            features: One map per stride, [B, in_channels, h, w].
         """
         found, _ = self._stages(features, None)
         return [to_detections(each, first_class=1) for each in found]
@@ -120,7 +120,7 @@ class FasterRCNNHead(nn.Module):
         self, features: Sequence[Tensor], targets: list[Targets] | None
     ) -> tuple[list[dict[str, Tensor]], dict[str, Tensor]]:
         images = image_list(features, self.strides)
-        # Box arithmetic in half precision would be off by pixels.
+        # Box arithmetic in half precision has errors of pixels.
         with torch.autocast(features[0].device.type, enabled=False):
             named = {str(stride): feature.float() for stride, feature in zip(self.strides, features, strict=True)}
             proposals, proposal_losses = self.rpn(images, named, targets)
@@ -135,19 +135,19 @@ class FasterRCNNHead(nn.Module):
 
 @register_detection_head("mask_rcnn")
 class MaskRCNNHead(FasterRCNNHead):
-    """Faster R-CNN with a mask for each object (He et al. 2017, arXiv 1703.06870).
+    """Mask R-CNN: Faster R-CNN with a mask per object (He et al. 2017, arXiv 1703.06870).
 
-    It takes the arguments of `FasterRCNNHead`. Detections have masks of the tile's size, 1 byte a pixel and object:
-    keep `detections_per_tile` as low as the tiles allow.
+    The arguments are those of `FasterRCNNHead`. Masks have the size of the tile, 1 byte per pixel and object, so keep
+    `detections_per_tile` low.
     """
 
     kind = "masks"
 
     def detect(self, features: Sequence[Tensor]) -> list[Detections]:
-        """The objects of each image, surest first, with masks.
+        """Detect the objects of each image, in descending order of score, with masks.
 
         Args:
-            features: one map a stride, [B, in_channels, h, w].
+            features: One map per stride, [B, in_channels, h, w].
         """
         found, _ = self._stages(features, None)
         height, width = image_list(features, self.strides).image_sizes[0]
@@ -169,7 +169,7 @@ class MaskRCNNHead(FasterRCNNHead):
 
 
 class _ProposalNetwork(RegionProposalNetwork):
-    """Leaves ignored objects out of both the positive and the negative anchors."""
+    """Proposal network that excludes ignored objects from positive and negative anchors."""
 
     def assign_targets_to_anchors(
         self, anchors: list[Tensor], targets: list[Targets]
@@ -181,7 +181,7 @@ class _ProposalNetwork(RegionProposalNetwork):
 
 
 class _RegionHeads(RoIHeads):
-    """Leaves ignored objects, which come last among the targets, out of both positive and negative proposals."""
+    """Region heads that exclude ignored objects, which come last in the targets, from training."""
 
     def assign_targets_to_proposals(
         self, proposals: list[Tensor], gt_boxes: list[Tensor], gt_labels: list[Tensor]
@@ -195,10 +195,10 @@ class _RegionHeads(RoIHeads):
 
 
 def _without_ignored(labels: Tensor, boxes: Tensor, regions: Tensor) -> Tensor:
-    """Labels with -1, which the sampler passes by, for negatives that mostly lie in an ignored object."""
+    """Set labels of negatives covered by an ignored object to -1, which the sampler skips."""
     share = covered_share(boxes, regions)
     hidden = (labels == 0) & (share >= IGNORED_COVER)
-    # The losses are means over samples, so one negative stays where nothing else would.
+    # The losses are means over samples, so at least one sample must remain.
     if not ((labels >= 0) & ~hidden).any():
         hidden[share.argmin()] = False
     return torch.where(hidden, torch.full_like(labels, IGNORED_LABEL), labels)
@@ -220,19 +220,19 @@ def _proposal_network(in_channels: int, anchors: CenteredAnchors, proposals_per_
 
 
 def region_pool(strides: Sequence[int], output_size: int) -> MultiScaleRoIAlign:
-    """Features of regions, from the level of their size: up to 112 px at the finest level if that has stride 4.
+    """Make the pooling of region features, from the level of the region's size: up to 112 px at stride 4.
 
-    A level takes the sizes of octaves without a level up to the next coarser one too.
+    A level also covers the sizes of octaves without a level, up to the next coarser level.
     """
     pool = MultiScaleRoIAlign([str(stride) for stride in strides], output_size, sampling_ratio=2)
-    # Set here, as torchvision guesses both from the first images it sees.
+    # Set explicitly; torchvision infers both from the first images.
     pool.scales = [1 / stride for stride in strides]
     pool.map_levels = _LevelOfSize(strides)
     return pool
 
 
 class _LevelOfSize(LevelMapper):
-    """torchvision's level of each region, where strides may skip powers of two."""
+    """torchvision's mapping of regions to levels, extended to strides that skip powers of two."""
 
     def __init__(self, strides: Sequence[int]) -> None:
         octaves = [stride.bit_length() - 1 for stride in strides]
@@ -240,13 +240,13 @@ class _LevelOfSize(LevelMapper):
         self.first_octaves = [octave - octaves[0] for octave in octaves]
 
     def __call__(self, boxlists: list[Tensor]) -> Tensor:
-        """Index of the level of each region of all images."""
+        """Return the level index of each region of all images."""
         octave = super().__call__(boxlists)
         return torch.bucketize(octave, octave.new_tensor(self.first_octaves), right=True) - 1
 
 
 def _pasted(masks: Tensor, boxes: Tensor, size: tuple[int, int]) -> Tensor:
-    """Masks [n, 1, 28, 28] of boxes as bool [n, height, width], some at once: they are float32 on the way."""
+    """Paste masks [n, 1, 28, 28] into bool [n, height, width], a few at a time because of the float32 intermediates."""
     whole = torch.zeros((len(boxes), *size), dtype=torch.bool, device=boxes.device)
     for start in range(0, len(boxes), _MASKS_AT_ONCE):
         some = slice(start, start + _MASKS_AT_ONCE)

@@ -1,4 +1,4 @@
-"""A one-stage detection head with anchors: RetinaNet."""
+"""RetinaNet, a one-stage detection head with anchors."""
 
 from __future__ import annotations
 
@@ -35,22 +35,23 @@ _OCTAVES = (1.0, 2 ** (1 / 3), 2 ** (2 / 3))
 
 @register_detection_head("retinanet")
 class RetinaNetHead(nn.Module):
-    """Each anchor tells its class and how its box differs from it (Lin et al. 2017, arXiv 1708.02002).
+    """RetinaNet: each anchor predicts its class and the offset of its box (Lin et al. 2017, arXiv 1708.02002).
 
-    torchvision's convolutions, with group norms, losses and post-processing. Each stride has anchors of three sizes.
+    Uses torchvision's convolutions, with group norms, losses and post-processing. Each stride has anchors of three
+    sizes.
 
     Args:
-        in_channels: of each level; a multiple of 32 above 32.
-        num_classes: foreground classes.
-        strides: of the levels, finest first.
-        anchor_scale: side of a level's smallest anchor in strides: 2 makes it 8 px at stride 4.
-        anchor_ratios: heights by widths.
-        score_threshold: lowest score of a detection.
-        iou_threshold: of two detections of a class with a larger IoU, the surer one stays.
-        detections_per_tile: the surest that are given; dense tiles hold many.
+        in_channels: Number of channels of each level, a multiple of 32 above 32.
+        num_classes: Number of foreground classes.
+        strides: Strides of the levels, finest first.
+        anchor_scale: Size of a level's smallest anchor in strides: 2 gives 8 px at stride 4.
+        anchor_ratios: Ratios of height to width of the anchors.
+        score_threshold: Lowest score of a detection.
+        iou_threshold: Largest IoU of two detections of a class.
+        detections_per_tile: Largest number of detections, best first; dense tiles need many.
 
     Raises:
-        ValueError: another number of channels.
+        ValueError: The number of channels is not supported.
     """
 
     kind = "boxes"
@@ -84,11 +85,11 @@ class RetinaNetHead(nn.Module):
         )
 
     def losses(self, features: Sequence[Tensor], labels: Sequence[ObjectLabels]) -> dict[str, Tensor]:
-        """Focal loss of classes and L1 loss of boxes.
+        """Compute the focal loss of classes and the L1 loss of boxes.
 
         Args:
-            features: one map a stride, [B, in_channels, h, w].
-            labels: one an image; anchors that mostly lie in ignored objects are no negatives.
+            features: One map per stride, [B, in_channels, h, w].
+            labels: Labels of each image; anchors mostly covered by ignored objects are not negatives.
         """
         outputs, anchors = self._outputs(features)
         targets = [split_ignored(make_targets(each, anchors[0].device)) for each in labels]
@@ -98,10 +99,10 @@ class RetinaNetHead(nn.Module):
         return {"classification": losses["classification"], "box": losses["bbox_regression"]}
 
     def detect(self, features: Sequence[Tensor]) -> list[Detections]:
-        """The objects of each image, surest first.
+        """Detect the objects of each image, in descending order of score.
 
         Args:
-            features: one map a stride, [B, in_channels, h, w].
+            features: One map per stride, [B, in_channels, h, w].
         """
         outputs, anchors = self._outputs(features)
         lengths = [feature.shape[-2] * feature.shape[-1] * self.per_place for feature in features]
@@ -116,7 +117,7 @@ class RetinaNetHead(nn.Module):
         return {name: value.float() for name, value in outputs.items()}, anchors
 
     def _match(self, objects: Targets, ignored: Tensor, anchors: Tensor) -> Tensor:
-        """The object of each anchor, or one of the matcher's two numbers for background and for neither."""
+        """Return the object index of each anchor, or the matcher's value for background or for neither."""
         matcher: Matcher = self.model.proposal_matcher
         if len(objects["boxes"]):
             matched = matcher(box_iou(objects["boxes"], anchors))

@@ -1,4 +1,4 @@
-"""The SegFormer decoder: a linear layer on each of four levels, fused at the finest."""
+"""SegFormer segmentation head."""
 
 from __future__ import annotations
 
@@ -16,24 +16,24 @@ __all__ = ["SegFormerHead"]
 
 @register_segmentation_head("segformer")
 class SegFormerHead(nn.Module):
-    """Linear layers on the levels, their fusion at the finest and nothing else (Xie et al. 2021, arXiv 2105.15203).
+    """SegFormer decoder: linear layers on the levels, fused at the finest (Xie et al. 2021, arXiv 2105.15203).
 
-    A plain ViT's maps become levels at strides 4, 8, 16 and 32 first (`LevelMaps`); a pyramid is used as it is. The
-    decoder is that of segmentation_models_pytorch.
+    The maps of a plain ViT are first converted to strides 4, 8, 16 and 32 (`LevelMaps`); a pyramid is used unchanged.
+    The decoder is that of segmentation_models_pytorch.
 
-    Memory, without gradients: 6.9 GB for a tile of 4096 px and 128 channels, whatever the number of classes; after that
-    the logits once (4 bytes x classes x pixels), beside a sixteenth of them.
+    Memory without gradients: 6.9 GB for a tile of 4096 px and 128 channels, independent of the number of classes, and
+    the logits (4 bytes x classes x pixels) plus a sixteenth of their size.
 
     Args:
-        feature_specs: the backbone's feature maps, of one stride or of growing ones.
-        in_chans: bands of the image, which it doesn't look at.
-        num_classes: channels of the output.
-        channels: of the levels and of the decoder.
-        drop_rate: dropout before the classifier.
-        norm: "batch" or "group"; the latter doesn't depend on the other tiles of a batch.
+        feature_specs: The backbone's feature maps, of one stride or of increasing ones.
+        in_chans: Number of bands of the image, which is not used.
+        num_classes: Number of output channels.
+        channels: Number of channels of the levels and the decoder.
+        drop_rate: Dropout before the classifier.
+        norm: "batch" or "group"; group norm is independent of the other tiles of a batch.
 
     Raises:
-        ValueError: strides that neither grow nor are all the same, or another norm.
+        ValueError: The strides neither increase nor are equal, or the norm is unknown.
     """
 
     def __init__(
@@ -47,17 +47,17 @@ class SegFormerHead(nn.Module):
     ) -> None:
         super().__init__()
         self.levels = LevelMaps(feature_specs, channels)
-        # The first is the image, of which the decoder takes the size only.
+        # The first entry is the image, of which the decoder only uses the size.
         self.decoder = SegformerDecoder([in_chans, *self.levels.channels], segmentation_channels=channels)
         apply_norm(self.decoder, norm)
         self.scores = PixelScores(channels, num_classes, drop_rate)
 
     def forward(self, features: Sequence[Tensor], image: Tensor) -> Tensor:
-        """Class scores for every pixel.
+        """Compute the class scores of every pixel.
 
         Args:
-            features: one map per feature spec, [B, C_i, H / stride_i, W / stride_i].
-            image: [B, in_chans, H, W].
+            features: One map per feature spec, [B, C_i, H / stride_i, W / stride_i].
+            image: Images, [B, in_chans, H, W].
 
         Returns:
             Logits, [B, num_classes, H, W].
@@ -66,6 +66,6 @@ class SegFormerHead(nn.Module):
 
     def _decode(self, levels: list[Tensor]) -> Tensor:
         batch, _, rows, columns = levels[0].shape
-        # The decoder works at a quarter of the image; its finest level may have another stride than 4.
+        # The decoder outputs a quarter of the image's size; the finest level's stride may differ from 4.
         frame = levels[0].new_empty(()).expand(batch, 1, 4 * rows, 4 * columns)
         return self.decoder([frame, *levels])

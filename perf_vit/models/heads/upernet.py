@@ -1,4 +1,4 @@
-"""UPerNet: a top-down pyramid with pooled context over four levels."""
+"""UPerNet segmentation head."""
 
 from __future__ import annotations
 
@@ -16,24 +16,24 @@ __all__ = ["UPerNetHead"]
 
 @register_segmentation_head("upernet")
 class UPerNetHead(nn.Module):
-    """Pooled context, a top-down path and the fusion of all its levels (Xiao et al. 2018, arXiv 1807.10221).
+    """UPerNet decoder: pooled context, a top-down path and fusion of all levels (Xiao et al. 2018, arXiv 1807.10221).
 
-    A plain ViT's maps become levels at strides 4, 8, 16 and 32 first (`LevelMaps`); a pyramid is used as it is. The
-    decoder is that of segmentation_models_pytorch.
+    The maps of a plain ViT are first converted to strides 4, 8, 16 and 32 (`LevelMaps`); a pyramid is used unchanged.
+    The decoder is that of segmentation_models_pytorch.
 
-    Memory, without gradients: 8.5 GB for a tile of 4096 px and 128 channels, whatever the number of classes; after that
-    the logits once (4 bytes x classes x pixels), beside a sixteenth of them.
+    Memory without gradients: 8.5 GB for a tile of 4096 px and 128 channels, independent of the number of classes, and
+    the logits (4 bytes x classes x pixels) plus a sixteenth of their size.
 
     Args:
-        feature_specs: the backbone's feature maps, of one stride or of growing ones.
-        in_chans: bands of the image, which it doesn't look at.
-        num_classes: channels of the output.
-        channels: of the levels and of the decoder.
-        drop_rate: dropout before the classifier.
-        norm: "batch" or "group"; the latter doesn't depend on the other tiles of a batch, and goes with batches of one.
+        feature_specs: The backbone's feature maps, of one stride or of increasing ones.
+        in_chans: Number of bands of the image, which is not used.
+        num_classes: Number of output channels.
+        channels: Number of channels of the levels and the decoder.
+        drop_rate: Dropout before the classifier.
+        norm: "batch" or "group"; group norm is independent of the other tiles of a batch and works with batches of one.
 
     Raises:
-        ValueError: strides that neither grow nor are all the same, or another norm.
+        ValueError: The strides neither increase nor are equal, or the norm is unknown.
     """
 
     def __init__(
@@ -47,19 +47,19 @@ class UPerNetHead(nn.Module):
     ) -> None:
         super().__init__()
         self.levels = LevelMaps(feature_specs, channels)
-        # The first two are maps of strides 1 and 2, which the decoder doesn't look at.
+        # The first two entries are maps of strides 1 and 2, which the decoder ignores.
         self.decoder = UPerNetDecoder([0, 0, *self.levels.channels], decoder_channels=channels)
-        # Of its means over all pixels, a batch of one tile has a single value a channel.
+        # Its global pooling gives one value per channel, too few for a batch norm with a batch of one tile.
         with_group_norm(self.decoder.psp)
         apply_norm(self.decoder, norm)
         self.scores = PixelScores(channels, num_classes, drop_rate)
 
     def forward(self, features: Sequence[Tensor], image: Tensor) -> Tensor:
-        """Class scores for every pixel.
+        """Compute the class scores of every pixel.
 
         Args:
-            features: one map per feature spec, [B, C_i, H / stride_i, W / stride_i].
-            image: [B, in_chans, H, W].
+            features: One map per feature spec, [B, C_i, H / stride_i, W / stride_i].
+            image: Images, [B, in_chans, H, W].
 
         Returns:
             Logits, [B, num_classes, H, W].

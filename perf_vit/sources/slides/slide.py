@@ -107,7 +107,7 @@ class SlideSource:
 
     @property
     def extent(self) -> Window:
-        """The window of all pixels."""
+        """Window of all pixels."""
         return Window(0, 0, self.height, self.width)
 
     def read(self, window: Window) -> GeoImage:
@@ -172,7 +172,7 @@ class SlideSource:
         return GeoImage.of(pixels, mask, None, Affine.translation(shared.col, shared.row) @ scale, mpp)
 
     def close(self) -> None:
-        """Close this thread's file handle; a later read opens it again."""
+        """Close the file handle of this thread; a later read opens it again."""
         self._reader.close()
 
     def __enter__(self) -> Self:
