@@ -1,0 +1,54 @@
+"""Scripts on small inputs with the traits of public bug reports; each prints PASS or FAIL and a figure."""
+
+import contextlib
+import io
+import runpy
+import sys
+import tempfile
+from pathlib import Path
+
+import pytest
+
+HERE = Path(__file__).parent
+SLOW = {"08_xview_as_published", "slides/09_pen_hides_pale_tissue"}
+FAULTS = {
+    "slides/01_mrxs_bounds_annotations": "QuPath counts from the bounds of MIRAX slides",
+    "slides/04_mrxs_companion_folder": "a name without suffix finds the folder of a MIRAX slide",
+    "slides/05_csv_name_of_ome_tiff": "a name without suffix doesn't find .ome.tif",
+    "slides/09_pen_hides_pale_tissue": "ink raises Otsu's threshold above pale tissue",
+    "slides/10_tiff_72_dpi": "resolution tags of print are taken for micrometres",
+    "slides/11_uint16_tiled_tiff": "16-bit TIFFs lose their values when they are read with mpp",
+    "slides/12_qupath_derived_class": "QuPath's derived classes are lists of names",
+    "slides/19_nan_features": "features that aren't finite are classified",
+    "slides/28_bad_icc_profile": "unreadable ICC profiles raise an error of PIL",
+    "slides/29_tile_missing_at_level_0": "a window with tissue in the overview only has no valid pixel",
+    "slides/30_slides_of_all_endings_in_a_folder": ".ome.btf is found nowhere",
+    "slides/31_rerun_on_its_own_pictures": "pictures of attention are taken for slides",
+    "slides/38_polygon_folder_names": "polygons named after the stem of .ome.tif aren't paired",
+    "slides/40_prediction_of_many_slides_is_lost": "finished rows stay in OUT.partial until the run ends",
+}
+
+
+def cases() -> list[object]:
+    names = sorted(str(path.relative_to(HERE)).removesuffix(".py") for path in HERE.rglob("[0-9]*.py"))
+    return [pytest.param(name, id=name, marks=marks_of(name)) for name in names]
+
+
+def marks_of(name: str) -> list[pytest.MarkDecorator]:
+    slow = [pytest.mark.slow] if name in SLOW else []
+    return [*slow, pytest.mark.xfail(strict=True, reason=FAULTS[name])] if name in FAULTS else slow
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("name", cases())
+def test_case_passes(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    script = HERE / f"{name}.py"
+    monkeypatch.chdir(HERE.parent.parent)
+    monkeypatch.syspath_prepend(str(script.parent))
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    monkeypatch.setattr(sys, "argv", [str(script)])
+    printed = io.StringIO()
+    with contextlib.redirect_stdout(printed), pytest.raises(SystemExit) as end:
+        runpy.run_path(str(script), run_name="__main__")
+    assert end.value.code == 0, printed.getvalue()
+    assert "PASS" in printed.getvalue()
