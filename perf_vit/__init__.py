@@ -12,9 +12,9 @@ from perf_vit._version import __version__
 if TYPE_CHECKING:
     from perf_vit import ops
     from perf_vit.conversion import choose_layer_options, linearize, load_converted, save_converted
-    from perf_vit.inference import predict
     from perf_vit.models import load_segmenter
     from perf_vit.sources import open_source
+    from perf_vit.workflows.predict import predict
 
 __all__ = [
     "__version__",
@@ -34,7 +34,7 @@ _LAZY = {
     "load_converted": "perf_vit.conversion",
     "load_segmenter": "perf_vit.models",
     "open_source": "perf_vit.sources",
-    "predict": "perf_vit.inference",
+    "predict": "perf_vit.workflows.predict",
     "save_converted": "perf_vit.conversion",
 }
 

@@ -41,7 +41,6 @@ CONTRACT = {
         "TileModel",
         "class_map",
         "class_probabilities",
-        "predict",
         "predict_objects",
         "predict_strips",
     ],

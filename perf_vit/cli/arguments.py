@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -18,6 +18,7 @@ __all__ = [
     "SlideMpp",
     "Tissue",
     "WindowSize",
+    "given_options",
 ]
 
 Checkpoint = Annotated[Path, typer.Option(help="A .ckpt file that `perf-vit train` wrote.")]
@@ -33,3 +34,15 @@ Mpp = Annotated[float | None, typer.Option(help="Micrometres per pixel to read s
 SlideMpp = Annotated[float | None, typer.Option(help="Of a slide's level 0, where the file doesn't say.")]
 Tissue = Annotated[str | None, typer.Option(help="Only the tissue of slides: otsu, or a GeoJSON file of polygons.")]
 Precision = Annotated[str, typer.Option(help="32, bf16 or 16.")]
+
+
+def given_options(context: typer.Context, others: set[str]) -> dict[str, Any]:
+    """Options that stand on the command line, by name; all else has the default of the Python call.
+
+    Args:
+        context: Call of the command.
+        others: Parameters that are no options of the Python call.
+    """
+    sources = {name: context.get_parameter_source(name) for name in context.params}
+    given = {name for name, source in sources.items() if source is not None and source.name == "COMMANDLINE"}
+    return {name: context.params[name] for name in given - others}

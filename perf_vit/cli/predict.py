@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import fields
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 import typer
 
@@ -19,8 +18,9 @@ from perf_vit.cli.arguments import (
     SlideMpp,
     Tissue,
     WindowSize,
+    given_options,
 )
-from perf_vit.errors import ConfigError
+from perf_vit.cli.results import say_prediction
 
 __all__ = ["evaluate", "predict"]
 
@@ -99,25 +99,15 @@ def predict(
     ] = None,
 ) -> None:
     """Map rasters with a trained model, find objects in them, or tell what whole images or slides show."""
-    from perf_vit.cli.task_options import predict_options, refuse_other_options
-    from perf_vit.inference import PREDICTORS, TablePredictor
-    from perf_vit.models import NETWORKS, checkpoint_task
-    from perf_vit.workflows.prediction import InputsOptions, predict_inputs, predict_table
+    from perf_vit.workflows.load import find_model, task_of
+    from perf_vit.workflows.predict import predict
 
-    task = checkpoint_task(checkpoint)
-    kind_of_options = PREDICTORS[task].options
-    refuse_other_options(context, predict_options(task, kind_of_options), checkpoint, NETWORKS[task])
-    predictor = PREDICTORS[task].make(checkpoint, **_given(context, kind_of_options))
-    given = InputsOptions(**_given(context, InputsOptions))
-    run = predict_table if isinstance(predictor, TablePredictor) else predict_inputs
-    run(predictor, [*inputs, *(more_inputs or ())], output, given)
-
-
-def _given(context: typer.Context, options: type[Any]) -> dict[str, Any]:
-    """The command's parameters that are fields of a dataclass."""
-    # Maps always come with their picture here.
-    found = {**context.params, "quicklook": True}
-    return {each.name: found[each.name] for each in fields(options) if each.name in found}
+    task = task_of(find_model(checkpoint)).name
+    given = given_options(context, {"checkpoint", "inputs", "more_inputs", "output"})
+    if task == "segmentation":
+        given.setdefault("quicklook", True)
+    done = predict(checkpoint, [*inputs, *(more_inputs or ())], output, **given)
+    say_prediction(task, done, output)
 
 
 def evaluate(
@@ -140,7 +130,7 @@ def evaluate(
     ] = None,
     names: Annotated[
         Path | None,
-        typer.Option("--list", help="Of labelled images, those to score: a text file with one name a line."),
+        typer.Option(help="Of labelled images, those to score: a text file with one name a line."),
     ] = None,
     region: Annotated[
         tuple[int, int, int, int] | None,
@@ -164,48 +154,8 @@ def evaluate(
     precision: Precision = "32",
 ) -> None:
     """Score a trained model on a labelled raster, or on labelled images or slides, class by class."""
-    from perf_vit.cli.task_options import EVALUATE_OPTIONS, refuse_other_options
-    from perf_vit.inference import PREDICTORS
-    from perf_vit.models import NETWORKS, checkpoint_task
+    from perf_vit.workflows.evaluate import evaluate
+    from perf_vit.workflows.progress import show
 
-    task = checkpoint_task(checkpoint)
-    refuse_other_options(context, EVALUATE_OPTIONS[task], checkpoint, NETWORKS[task])
-    if json is not None:
-        from perf_vit.workflows.reports import score_files
-        from perf_vit.writers import check_outputs
-
-        read = [checkpoint, image, labels, names, tissue]
-        check_outputs(score_files(json, task), read, overwrite=overwrite)
-    options: Any = PREDICTORS[task].options(**_given(context, PREDICTORS[task].options))
-    if task in {"classification", "regression"}:
-        from perf_vit.workflows.classification import report_classifier
-
-        report_classifier(checkpoint, image, labels, json, options)
-        return
-    if labels is None:
-        raise ConfigError("evaluate needs --labels: a mask raster or a vector file, labels of objects, or a CSV file")
-    if task == "slide_classification":
-        from perf_vit.workflows.slide_classification import report_slide_classifier
-
-        report_slide_classifier(checkpoint, image, labels, json, options)
-        return
-    if task == "detection":
-        from perf_vit.workflows.detection import report_detector
-
-        report_detector(checkpoint, image, labels, json, options=options, label_format=label_format, names=names)
-        return
-    from perf_vit.workflows.progress import score_table, show
-    from perf_vit.workflows.segmentation import evaluate_segmenter, write_scores
-
-    scores, curves = evaluate_segmenter(
-        checkpoint,
-        image,
-        labels,
-        options=options,
-        region=region,
-        all_touched=all_touched,
-        with_curves=json is not None,
-    )
-    if json is not None:
-        write_scores(scores, json, curves)
-    show(score_table(scores, title=f"{image.name} against {labels.name}"))
+    found = evaluate(checkpoint, image, labels, **given_options(context, {"checkpoint", "image", "labels"}))
+    show(*found.tables())

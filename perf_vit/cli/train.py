@@ -15,10 +15,10 @@ def train(
 ) -> None:
     """Train a model from a config file and key=value overrides."""
     from perf_vit.workflows.progress import say
-    from perf_vit.workflows.registry import train_from_config
+    from perf_vit.workflows.train import train
 
-    best = train_from_config(config, overrides or [])
-    say(f"best checkpoint: {best}")
+    run = train(config, overrides)
+    say(f"best checkpoint: {run.best}")
 
 
 def fit_tile(
@@ -29,10 +29,15 @@ def fit_tile(
     max_tile: Annotated[int, typer.Option(help="The largest side to try, in pixels.", min=1)] = 8192,
 ) -> None:
     """Find the largest tile that a config can be trained on, by training a little on growing ones."""
-    from perf_vit.workflows.fit_tile import fit_tile_from_config
     from perf_vit.workflows.progress import say
+    from perf_vit.workflows.train import fit_tile
 
-    found = fit_tile_from_config(config, overrides or [], memory=memory, batch_size=batch_size, max_tile_px=max_tile)
+    def on_measured(tile_px: int, peak_bytes: int | None) -> None:
+        say(f"{tile_px} px: " + ("out of memory" if peak_bytes is None else f"{peak_bytes / 1e9:.2f} GB"))
+
+    found = fit_tile(
+        config, overrides, memory=memory, batch_size=batch_size, max_tile=max_tile, on_measured=on_measured
+    )
     say(
         f"largest tile: data.tile_px={found.tile_px}, {found.peak_bytes / 1e9:.2f} of {found.memory_bytes / 1e9:.2f} GB"
     )

@@ -1,6 +1,8 @@
 """Loading of YAML configs onto dataclass schemas. The schemas live beside the code that they configure."""
 
 from perf_vit.config.loader import (
+    Config,
+    Overrides,
     check_values,
     config_value,
     dump_config,
@@ -12,6 +14,8 @@ from perf_vit.config.loader import (
 from perf_vit.config.yaml_text import load_yaml
 
 __all__ = [
+    "Config",
+    "Overrides",
     "check_values",
     "config_value",
     "dump_config",

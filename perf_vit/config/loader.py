@@ -9,7 +9,7 @@ import typing
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Literal, TypeVar, cast
+from typing import Any, Literal, TypeAlias, TypeVar, cast
 
 import yaml
 from omegaconf import DictConfig, OmegaConf
@@ -18,7 +18,17 @@ from omegaconf.errors import OmegaConfBaseException
 from perf_vit.config.yaml_text import check_interpolations, load_yaml
 from perf_vit.errors import ConfigError, reason_line
 
-__all__ = ["check_values", "config_value", "dump_config", "find_config", "is_dumped", "load_config", "shipped_configs"]
+__all__ = [
+    "Config",
+    "Overrides",
+    "check_values",
+    "config_value",
+    "dump_config",
+    "find_config",
+    "is_dumped",
+    "load_config",
+    "shipped_configs",
+]
 
 _PACKAGE = Path(__file__).resolve().parent.parent
 
@@ -38,7 +48,7 @@ def find_config(name: str | Path) -> Path:
     """Resolve a config's path: a file of the user's first, then a shipped one of that name.
 
     Args:
-        name: a path, or a shipped name with or without the leading "configs/".
+        name: Path, or a shipped name with or without the leading "configs/" and the ending ".yaml".
 
     Raises:
         ConfigError: neither exists; the message names the nearest shipped config.
@@ -46,9 +56,9 @@ def find_config(name: str | Path) -> Path:
     path = Path(name)
     if path.is_file():
         return path
-    shipped = _folder() / path.as_posix().removeprefix("configs/")
-    if shipped.is_file():
-        return shipped
+    shipped = path.as_posix().removeprefix("configs/").removesuffix(".yaml")
+    if (file := _folder() / f"{shipped}.yaml").is_file():
+        return file
     near = difflib.get_close_matches(str(name), shipped_configs(), n=1, cutoff=0.5)
     hint = f"did you mean {near[0]}?" if near else f"shipped: {', '.join(shipped_configs())}"
     raise ConfigError(f"no config file {name}; {hint}")
@@ -111,17 +121,24 @@ T = TypeVar("T")
 _DUMPED = "# Resolved config of a run of perf-vit.\n"
 
 
-def load_config(path: str | Path, schema: type[T], overrides: Sequence[str] = ()) -> T:
-    """Load a YAML file onto a schema.
+Config: TypeAlias = str | Path | Mapping[str, Any]
+"""A YAML file, the name of a shipped config, or the content of one."""
+
+Overrides: TypeAlias = Sequence[str] | Mapping[str, Any]
+"""Values by dotted key, or "dotted.key=value", whose values are parsed as YAML."""
+
+
+def load_config(config: Config, schema: type[T], overrides: Overrides = ()) -> T:
+    """Load a config onto a schema.
 
     A top-level `extends: other.yaml` (relative to the file, or a shipped name) is loaded first and overridden key by
     key. Keys that the schema doesn't have, values of another type and required values left out are errors. `${key}` is
     the value of another key; resolvers such as `${oc.env:NAME}` are for overrides alone.
 
     Args:
-        path: a YAML file, or the name of a shipped config.
-        schema: a dataclass, nested as deeply as the YAML.
-        overrides: "dotted.key=value" pairs, applied last; values are parsed as YAML.
+        config: YAML file, name of a shipped config, or a mapping of what such a file holds.
+        schema: Dataclass, nested as deeply as the YAML.
+        overrides: Values by dotted key, or "dotted.key=value" pairs, whose values are parsed as YAML; applied last.
 
     Returns:
         An instance of the schema, nested dataclasses included.
@@ -129,7 +146,7 @@ def load_config(path: str | Path, schema: type[T], overrides: Sequence[str] = ()
     Raises:
         ConfigError: one line that names the key or file.
     """
-    merged = _merged(path, overrides)
+    path, merged = _name_of(config), _merged(config, overrides)
     for prefix, keys, known in _unknown_keys(merged, schema):
         raise ConfigError(_unknown_key_message(prefix, keys, known))
     with _one_line(path):
@@ -143,14 +160,14 @@ def load_config(path: str | Path, schema: type[T], overrides: Sequence[str] = ()
     return loaded
 
 
-def config_value(path: str | Path, key: str, overrides: Sequence[str] = (), default: Any = None) -> Any:
-    """One top-level value of a YAML file, with bases and overrides, before its schema is known.
+def config_value(config: Config, key: str, overrides: Overrides = (), default: Any = None) -> Any:
+    """One top-level value of a config, with bases and overrides, before its schema is known.
 
     Raises:
         ConfigError: one line that names the key or file.
     """
-    with _one_line(path):
-        return _merged(path, overrides).get(key, default)
+    with _one_line(_name_of(config)):
+        return _merged(config, overrides).get(key, default)
 
 
 def dump_config(config: Any, path: Path) -> None:
@@ -180,22 +197,49 @@ def _one_line(path: str | Path) -> Iterator[None]:
         raise ConfigError(f"{path}: {reason_line(error)}") from error
 
 
-def _merged(path: str | Path, overrides: Sequence[str]) -> DictConfig:
-    with _one_line(path):
-        merged = OmegaConf.create(_read_with_bases(find_config(path), seen=()))
-        merged.merge_with(_parse_overrides(overrides))
+def _name_of(config: Config) -> str | Path:
+    return "the config" if isinstance(config, Mapping) else config
+
+
+def _merged(config: Config, overrides: Overrides) -> DictConfig:
+    name = _name_of(config)
+    with _one_line(name):
+        if isinstance(config, Mapping):
+            content = _plain(config)
+            check_interpolations(content, name)
+            merged = OmegaConf.create(_with_base(content, Path(), ()))
+        else:
+            merged = OmegaConf.create(_read_with_bases(find_config(config), seen=()))
+        if isinstance(overrides, Mapping):
+            for key, value in overrides.items():
+                OmegaConf.update(merged, key, _plain(value))
+        else:
+            merged.merge_with(_parse_overrides(overrides))
         return merged
+
+
+def _plain(value: Any) -> Any:
+    """Values as YAML has them: no paths, tuples or other mappings."""
+    if isinstance(value, Mapping):
+        return {str(key): _plain(each) for key, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(each) for each in value]
+    return str(value) if isinstance(value, Path) else value
 
 
 def _read_with_bases(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
     if path.resolve() in seen:
         raise ConfigError(f"{path} extends itself; remove the circle")
-    content = _read_yaml(path)
+    return _with_base(_read_yaml(path), path, (*seen, path.resolve()))
+
+
+def _with_base(content: dict[str, Any], path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
+    """A config with that of its key `extends`, relative to its path."""
     base = content.pop("extends", None)
     if base is None:
         return content
     beside = path.parent / str(base)
-    parent = _read_with_bases(beside if beside.is_file() else find_config(str(base)), (*seen, path.resolve()))
+    parent = _read_with_bases(beside if beside.is_file() else find_config(str(base)), seen)
     merged = cast(dict[str, Any], OmegaConf.to_container(OmegaConf.merge(parent, content)))
     check_interpolations(merged, path)
     return merged

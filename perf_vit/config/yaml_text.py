@@ -71,7 +71,7 @@ _GROWTH = 3 ** (1 / 3)
 _LONGEST = 1000
 
 
-def check_interpolations(content: Mapping[Any, Any], path: Path) -> None:
+def check_interpolations(content: Mapping[Any, Any], path: str | Path) -> None:
     """Refuse resolvers, such as `${oc.env:NAME}`, and interpolations that could make too much of a config file.
 
     Resolvers read the environment, which is no business of a file from elsewhere; overrides may use them.
@@ -105,7 +105,7 @@ def _leaves(value: Any, key: str = "") -> Iterator[tuple[str, str]]:
         yield key, str(value)
 
 
-def _interpolations(key: str, text: str, path: Path) -> Iterator[Any]:
+def _interpolations(key: str, text: str, path: str | Path) -> Iterator[Any]:
     if "${" not in text:
         return
     if len(text) > _LONGEST:

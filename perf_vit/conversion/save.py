@@ -25,10 +25,12 @@ from perf_vit.layers import current_draw, redraw_projections
 from perf_vit.text import to_json
 
 __all__ = [
+    "CONFIG",
     "MODEL_FILES",
     "build_converted",
     "check_output_folder",
     "input_bands",
+    "is_converted",
     "load_converted",
     "load_softmax",
     "read_saved_config",
@@ -163,6 +165,15 @@ def read_saved_config(folder: str | Path) -> dict[str, Any]:
             "`perf-vit convert`"
         )
     return config
+
+
+def is_converted(folder: str | Path) -> bool:
+    """Whether a folder with a saved model holds a conversion.
+
+    Raises:
+        CheckpointError: no config in it, or a broken one.
+    """
+    return CONFIG_KEY in _read_json(Path(folder, CONFIG))
 
 
 def check_output_folder(folder: Path, *, overwrite: bool) -> None:

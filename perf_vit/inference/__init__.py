@@ -33,10 +33,8 @@ from perf_vit.inference.ray import RayPool
 from perf_vit.inference.segmentation import SegmentationPredictor
 from perf_vit.inference.slide_classification import SlideClassificationPredictor, attention_folder, slide_names
 from perf_vit.inference.table_predictor import TablePredictor
-from perf_vit.inference.task_predictors import PREDICTORS, predict
 
 __all__ = [
-    "PREDICTORS",
     "REPORT",
     "ClassificationPredictOptions",
     "ClassificationPredictor",
@@ -75,7 +73,6 @@ __all__ = [
     "in_turn",
     "is_one_file",
     "move_to_device",
-    "predict",
     "predict_many",
     "predict_objects",
     "predict_strips",

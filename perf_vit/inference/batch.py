@@ -92,10 +92,12 @@ class RunReport:
     Attributes:
         inputs: in the order they were finished.
         header: what else is to be known of the run: the model, its settings.
+        path: where it is kept, None for nowhere.
     """
 
     inputs: list[InputReport] = field(default_factory=list)
     header: Mapping[str, Any] = field(default_factory=dict)
+    path: Path | None = None
 
     def count(self, status: InputStatus) -> int:
         """Inputs of a status."""

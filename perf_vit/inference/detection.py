@@ -144,7 +144,10 @@ class DetectionPredictor(InputPredictor[Detector, DetectionPredictOptions]):
         damaged = tuple(damage.pieces())
         made = self._write(journal.folder / job.out.name, objects, job.source)
         job.finish(journal, {job.out: made}, num_damaged=len(damaged))
-        return JobResult(made=True, num_objects=len(objects), damaged=damaged, **self._size(job))
+        threshold = self.score_threshold
+        return JobResult(
+            made=True, num_objects=len(objects), score_threshold=threshold, damaged=damaged, **self._size(job)
+        )
 
     def _size(self, job: ObjectJob) -> dict[str, Any]:
         source = job.source

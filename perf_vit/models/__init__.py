@@ -3,12 +3,15 @@
 from perf_vit.models.checkpoint import (
     CHECKPOINT_KEY,
     NETWORKS,
+    Network,
     checkpoint_metadata,
     checkpoint_task,
     load_classifier,
     load_detector,
+    load_model,
     load_segmenter,
     load_slide_classifier,
+    register_network,
     restore_draw,
 )
 from perf_vit.models.classification import (
@@ -48,6 +51,7 @@ __all__ = [
     "ImageLabelKind",
     "InputSpec",
     "LoraConfig",
+    "Network",
     "SegmentationModelConfig",
     "SegmentationSpec",
     "Segmenter",
@@ -65,9 +69,11 @@ __all__ = [
     "detector_kind",
     "load_classifier",
     "load_detector",
+    "load_model",
     "load_segmenter",
     "load_slide_classifier",
     "network_id",
     "pretrained_statistics",
+    "register_network",
     "restore_draw",
 ]

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import timm
 import torch
@@ -19,6 +19,7 @@ from perf_vit.layers import current_draw, redraw_projections
 from perf_vit.models.classification import ClassificationModelConfig, ClassificationSpec, Classifier, build_classifier
 from perf_vit.models.detection import DetectionModelConfig, DetectionSpec, Detector, build_detector
 from perf_vit.models.finetune import merge_lora
+from perf_vit.models.input_spec import InputSpec
 from perf_vit.models.segmentation import SegmentationModelConfig, SegmentationSpec, Segmenter, build_segmenter
 from perf_vit.models.slide_classification import (
     SlideClassificationModelConfig,
@@ -30,28 +31,77 @@ from perf_vit.models.slide_classification import (
 __all__ = [
     "CHECKPOINT_KEY",
     "NETWORKS",
+    "Network",
     "checkpoint_metadata",
     "checkpoint_task",
     "load_classifier",
     "load_detector",
+    "load_model",
     "load_segmenter",
     "load_slide_classifier",
+    "register_network",
     "restore_draw",
 ]
 
-NETWORKS = {
-    "segmentation": "a segmentation model",
-    "detection": "an object detector",
-    "classification": "an image classifier",
-    "regression": "a regression network",
-    "slide_classification": "a slide classifier",
-}
-"""Description of each task's network for messages."""
+
+@dataclass(frozen=True, kw_only=True)
+class Network:
+    """The network of a task, as far as its checkpoints need it.
+
+    Attributes:
+        label: What messages call it, "a segmentation model".
+        config: Class of its config.
+        spec: Class of its input spec.
+        build: Makes it of config, spec and the config of a converted backbone.
+    """
+
+    label: str
+    config: type[Any]
+    spec: type[InputSpec]
+    build: Callable[..., nn.Module]
+
+
+NETWORKS: dict[str, Network] = {}
+"""Network of each task, by the name of the task."""
+
+
+def register_network(task: str, network: Network) -> None:
+    """Register the network of a task, whose checkpoints `load_model` then reads.
+
+    Args:
+        task: Name of the task, which the network has as its attribute `task`.
+        network: The network.
+    """
+    NETWORKS[task] = network
+
+
+register_network(
+    "segmentation",
+    Network(label="a segmentation model", config=SegmentationModelConfig, spec=SegmentationSpec, build=build_segmenter),
+)
+register_network(
+    "detection",
+    Network(label="an object detector", config=DetectionModelConfig, spec=DetectionSpec, build=build_detector),
+)
+register_network(
+    "classification",
+    Network(
+        label="an image classifier", config=ClassificationModelConfig, spec=ClassificationSpec, build=build_classifier
+    ),
+)
+register_network("regression", replace(NETWORKS["classification"], label="a regression network"))
+register_network(
+    "slide_classification",
+    Network(
+        label="a slide classifier",
+        config=SlideClassificationModelConfig,
+        spec=SlideClassificationSpec,
+        build=build_slide_classifier,
+    ),
+)
 
 # Largest size in bytes of buffers not saved with the weights (projections, positions), which take a few MiB.
 _LARGEST_CONSTANTS = 2**29
-
-Network = TypeVar("Network", bound=nn.Module)
 
 CHECKPOINT_KEY = "perf_vit"
 """Key of the package's metadata in a Lightning checkpoint."""
@@ -85,7 +135,7 @@ def restore_draw(model: nn.Module, metadata: dict[str, Any]) -> None:
 
 
 def checkpoint_task(path: str | Path) -> str:
-    """Return the task of a checkpoint, a key of `NETWORKS`.
+    """The task of a checkpoint's network, such as "segmentation".
 
     Raises:
         CheckpointError: The file is missing, not a checkpoint, or not written by perf_vit.
@@ -94,57 +144,51 @@ def checkpoint_task(path: str | Path) -> str:
 
 
 def load_segmenter(path: str | Path) -> Segmenter:
-    """Load a segmentation network written by `perf-vit train`, in evaluation mode, on the CPU.
-
-    Raises:
-        CheckpointError: The file is missing, not a checkpoint, of another task, not written by perf_vit, or written
-            by an incompatible version.
-    """
-    return _load(path, ("segmentation",), SegmentationModelConfig, SegmentationSpec, build_segmenter)
+    """Load a segmentation network; see `load_model`."""
+    model: Segmenter = load_model(path, "segmentation")
+    return model
 
 
 def load_detector(path: str | Path) -> Detector:
-    """Load an object detector written by `perf-vit train`, in evaluation mode, on the CPU.
-
-    Raises:
-        CheckpointError: As `load_segmenter`.
-    """
-    return _load(path, ("detection",), DetectionModelConfig, DetectionSpec, build_detector)
+    """Load an object detector; see `load_model`."""
+    model: Detector = load_model(path, "detection")
+    return model
 
 
 def load_classifier(path: str | Path) -> Classifier:
-    """Load an image classifier or regression network, in evaluation mode, on the CPU.
-
-    Raises:
-        CheckpointError: As `load_segmenter`.
-    """
-    return _load(
-        path, ("classification", "regression"), ClassificationModelConfig, ClassificationSpec, build_classifier
-    )
+    """Load an image classifier or a regression network; see `load_model`."""
+    model: Classifier = load_model(path, "classification", "regression")
+    return model
 
 
 def load_slide_classifier(path: str | Path) -> SlideClassifier:
-    """Load a slide classifier with its encoder, in evaluation mode, on the CPU.
+    """Load a slide classifier with its encoder; see `load_model`."""
+    model: SlideClassifier = load_model(path, "slide_classification")
+    return model
+
+
+def load_model(path: str | Path, *tasks: str) -> Any:
+    """Load the network of a checkpoint, in evaluation mode, on the CPU.
+
+    Args:
+        path: Checkpoint that a training run wrote.
+        *tasks: Tasks of which one is expected; any by default.
 
     Raises:
-        CheckpointError: As `load_segmenter`.
+        CheckpointError: The file is missing, is not a checkpoint, holds another task's network, wasn't written by
+            perf_vit, or was written by a version whose networks differ.
     """
-    return _load(
-        path, ("slide_classification",), SlideClassificationModelConfig, SlideClassificationSpec, build_slide_classifier
-    )
-
-
-def _load(path: str | Path, tasks: tuple[str, ...], config: Any, spec: Any, build: Callable[..., Network]) -> Network:
     content = _read(Path(path), tasks)
     metadata = content[CHECKPOINT_KEY]
+    network = NETWORKS[_task_of(metadata)]
     with _other_versions(path, metadata):
-        made_with, state = _plain(config(**{**metadata["model"], "pretrained": False}), content)
-        meaning, saved_backbone = spec.from_dict(metadata["spec"]), metadata.get("saved_backbone")
+        made_with, state = _plain(network.config(**{**metadata["model"], "pretrained": False}), content)
+        meaning, saved_backbone = network.spec.from_dict(metadata["spec"]), metadata.get("saved_backbone")
         _check_names_no_files(path, made_with.backbone, saved_backbone, getattr(meaning, "tissue", None))
         check_values(made_with, "model.")
         check_values(meaning, "spec.")
-        _check_size(build, made_with, meaning, saved_backbone, state)
-        model = build(made_with, meaning, saved_backbone)
+        _check_size(network.build, made_with, meaning, saved_backbone, state)
+        model = network.build(made_with, meaning, saved_backbone)
         model.load_state_dict(state)
         restore_draw(model, metadata)
     return model.eval()
@@ -209,7 +253,7 @@ def _task_of(metadata: dict[str, Any]) -> str:
     return str(metadata.get("task", "segmentation"))
 
 
-def _read(path: Path, tasks: tuple[str, ...] | None = None) -> dict[str, Any]:
+def _read(path: Path, tasks: tuple[str, ...] = ()) -> dict[str, Any]:
     if not path.is_file():
         raise CheckpointError(f"no checkpoint {path}; check the path")
     with parsing(path, "a checkpoint", CheckpointError):
@@ -221,6 +265,6 @@ def _read(path: Path, tasks: tuple[str, ...] | None = None) -> dict[str, Any]:
     found = _task_of(content[CHECKPOINT_KEY])
     if found not in NETWORKS:
         raise CheckpointError(f"{path} holds a network for {found:.80}; expected one of {', '.join(NETWORKS)}")
-    if tasks is not None and found not in tasks:
-        raise CheckpointError(f"expected {NETWORKS[tasks[0]]} in {path}, got {NETWORKS[found]}")
+    if tasks and found not in tasks:
+        raise CheckpointError(f"expected {NETWORKS[tasks[0]].label} in {path}, got {NETWORKS[found].label}")
     return content

@@ -16,7 +16,6 @@ import torch
 from PIL import Image
 
 from perf_vit._version import __version__
-from perf_vit.config import load_config
 from perf_vit.data import make_ship_scene
 from perf_vit.files import write_text
 from perf_vit.inference import SegmentationPredictOptions, SegmentationPredictor
@@ -25,10 +24,10 @@ from perf_vit.metrics import ClassScores
 from perf_vit.plotting import colorize, default_colormap, natural_bands, rgb_from
 from perf_vit.sources import RasterSource, open_raster
 from perf_vit.types import IGNORE_INDEX
-from perf_vit.workflows.progress import say, score_table, show, windows_progress
-from perf_vit.workflows.run_config import SegmentationRun
+from perf_vit.workflows.evaluate import evaluate
+from perf_vit.workflows.progress import say, show, windows_progress
 from perf_vit.workflows.run_folder import RUN_FILES, check_run_files
-from perf_vit.workflows.segmentation import evaluate_segmenter, train_segmenter, write_scores
+from perf_vit.workflows.train import train
 from perf_vit.writers import check_outputs, existing_error, existing_outputs
 
 __all__ = ["run_demo", "write_report"]
@@ -56,30 +55,27 @@ def run_demo(out: Path, seed: int, *, overwrite: bool = False) -> None:
 
     half = scene.size_px // 2
     upper, lower = [0, 0, half, scene.size_px], [half, 0, scene.size_px - half, scene.size_px]
-    config = load_config(
-        "configs/segmentation/demo.yaml",
-        SegmentationRun,
-        [
-            f"out={run}",
-            f"seed={seed}",
-            *(f"data.{part}.image={scene.image}" for part in ("train", "val")),
-            *(f"data.{part}.labels={scene.labels}" for part in ("train", "val")),
-            f"data.train.region={upper}",
-            f"data.val.region={lower}",
-        ],
-    )
     for name in ("last.ckpt", "best.ckpt"):
         (run / "checkpoints" / name).unlink(missing_ok=True)
-    checkpoint = train_segmenter(config)
+    files = {"image": scene.image, "labels": scene.labels}
+    overrides = {
+        "seed": seed,
+        **{f"data.{part}.{key}": path for part in ("train", "val") for key, path in files.items()},
+        "data.train.region": upper,
+        "data.val.region": lower,
+    }
+    checkpoint = train("segmentation/demo", overrides, out=run).best
 
     output = out / "map.tif"
     # What a killed demo left is of another scene file.
     options = SegmentationPredictOptions(quicklook=True, overwrite=overwrite, resume=False)
     with windows_progress(f"predicting {scene.image.name}") as on_progress:
         SegmentationPredictor(checkpoint, options).run(scene.image, output, on_progress=on_progress)
-    scores, _ = evaluate_segmenter(checkpoint, scene.image, scene.labels, region=lower)
-    write_scores(scores, out / "scores.json")
-    show(score_table(scores, title="lower half of the scene: not trained on, but it chose the best epoch"))
+    scored = evaluate(checkpoint, scene.image, scene.labels, region=tuple(lower))
+    scored.title = "lower half of the scene: not trained on, but it chose the best epoch"
+    scored.to_json(out / "scores.json")
+    show(*scored.tables())
+    scores = [ClassScores(**row) for row in scored.table]
     report = write_report(
         out / "report.html",
         image=scene.image,

@@ -1,11 +1,10 @@
-"""Object detectors on the command line: train, predict, evaluate."""
+"""Object detection: training and evaluation."""
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -15,44 +14,62 @@ from perf_vit.geometry import Objects
 from perf_vit.inference import DetectionPredictOptions, DetectionPredictor
 from perf_vit.labels.objects import ImageRecord, OutlineMasks, objects_in, read_object_labels
 from perf_vit.models import DetectionSpec, detector_kind
-from perf_vit.tasks import DETECTION_CURVES, DETECTION_MONITOR, DetectionTask, build_trainer, draw_objects
+from perf_vit.tasks import DetectionTask, TrainingSteps
 from perf_vit.transforms import InputCheck
 from perf_vit.types import Detections
-from perf_vit.workflows.progress import show, windows_progress
-from perf_vit.workflows.reports import DetectionReport
+from perf_vit.workflows.progress import windows_progress
+from perf_vit.workflows.reports import DetectionEvaluation
 from perf_vit.workflows.run_config import DetectionRun
-from perf_vit.workflows.run_folder import RunFolder
+from perf_vit.workflows.task import TrainedModel, WindowedEvaluateOptions
 
-__all__ = ["evaluate_detector", "report_detector", "train_detector"]
+__all__ = [
+    "DetectionEvaluateOptions",
+    "build_detection_data",
+    "build_detection_task",
+    "detection_steps",
+    "evaluate_detection",
+]
 
 
-def train_detector(config: DetectionRun, *, progress: bool = True) -> Path:
-    """Train a detector and leave checkpoints, metrics, curves and the resolved config in the run folder.
-
-    Everything is opened and built before the folder is touched, so a wrong argument leaves nothing behind.
-
-    Returns:
-        The best checkpoint by mean AP at an IoU of .5.
+def build_detection_data(config: DetectionRun) -> DetectionDataModule:
+    """The data module of a run.
 
     Raises:
-        PerfVitError: a config, input or output that doesn't fit.
+        PerfVitError: A config or input that doesn't fit.
     """
-    run = RunFolder(config)
     oriented = detector_kind(config.model.head) == "oriented_boxes"
-    data = build_detection_datamodule(config.data, config.seed, oriented=oriented)
+    return build_detection_datamodule(config.data, config.seed, oriented=oriented)
+
+
+def build_detection_task(config: DetectionRun, data: DetectionDataModule) -> DetectionTask:
+    """The Lightning module of a run.
+
+    Raises:
+        PerfVitError: A model that doesn't fit, or labels without the geometry that it learns.
+    """
     task = DetectionTask(config.model, _spec(config, data), config.optim)
     _check_geometry(data, task.model.spec.kind, config.model.head)
-    trainer = build_trainer(
-        config.trainer,
-        run.path,
-        progress=progress,
-        monitor=DETECTION_MONITOR,
-        curves=DETECTION_CURVES,
-        draw=draw_objects,
-        seed=config.seed,
+    return task
+
+
+def detection_steps(config: DetectionRun) -> TrainingSteps:
+    """Training steps of a run, to measure.
+
+    Raises:
+        PerfVitError: A config or input that doesn't fit.
+    """
+    data = build_detection_data(config)
+    records = list(data.train_index)
+    pixels = sum(record.extent.height * record.extent.width for record in records)
+    return TrainingSteps(
+        model=config.model,
+        optim=config.optim,
+        trainer=config.trainer,
+        num_bands=len(data.normalizer.mean),
+        classes=data.classes,
+        batch_size=config.data.batch_size,
+        objects_per_mpx=1e6 * sum(len(record.labels) for record in records) / pixels,
     )
-    run.fit(trainer, task, data)
-    return run.best
 
 
 def _check_geometry(data: DetectionDataModule, kind: str, head: str) -> None:
@@ -74,64 +91,61 @@ def _check_geometry(data: DetectionDataModule, kind: str, head: str) -> None:
             )
 
 
-def report_detector(checkpoint: Path, images: Path, labels: Path, report: Path | None, **options: Any) -> None:
-    """Write a detector's scores on labelled images with their curves where a file is named, and print them."""
-    scores = evaluate_detector(checkpoint, images, labels, **options)
-    if report is not None:
-        scores.write(report)
-    show(*scores.tables(f"{images.name} against {labels.name}"))
+@dataclass(frozen=True, kw_only=True)
+class DetectionEvaluateOptions(WindowedEvaluateOptions):
+    """Options of the evaluation of object detectors.
+
+    Attributes:
+        label_format: Format of the labels; as in training by default.
+        names: Text file with the names of the images to score, one a line; all labelled ones by default.
+    """
+
+    label_format: str | None = None
+    names: str | Path | None = None
 
 
-def evaluate_detector(
-    checkpoint: Path,
-    images: Path,
-    labels: Path,
-    *,
-    options: DetectionPredictOptions | None = None,
-    label_format: str | None = None,
-    names: Path | None = None,
-) -> DetectionReport:
-    """Score a detector on whole images, in overlapping windows as `perf-vit predict` finds objects.
+def evaluate_detection(
+    model: TrainedModel, images: Path, labels: Path, options: DetectionEvaluateOptions
+) -> DetectionEvaluation:
+    """Score a detector on whole images, in overlapping windows as predictions find objects.
 
-    Objects without a valid pixel under them are ignored, as in training.
+    Objects without a valid pixel under them are ignored, as in training. All scores count, whatever the threshold.
 
     Args:
-        checkpoint: that `perf-vit train` wrote.
-        images: a folder, or one image.
-        labels: of the images.
-        options: of the search; all scores count, whatever its threshold.
-        label_format: as in training by default.
-        names: a text file with the names of the images to score, one a line; all labelled ones by default.
+        model: A detector or its checkpoint.
+        images: A folder, or one image.
+        labels: Labels of the images.
+        options: Options of the evaluation.
 
     Raises:
-        PerfVitError: labels or images that can't be read or don't fit.
+        PerfVitError: Labels or images can't be read or don't fit.
     """
-    predictor = DetectionPredictor(checkpoint, replace(options or DetectionPredictOptions(), score_threshold=0.0))
+    search = options.for_prediction(DetectionPredictOptions, score_threshold=0.0)
+    predictor = DetectionPredictor(model, search)  # type: ignore[arg-type]
     spec = predictor.model.spec
-    label_options = {**spec.label_options, **({} if label_format is None else {"label_format": label_format})}
-    chosen = None if names is None else read_names(names, "--list")
+    given = {} if options.label_format is None else {"label_format": options.label_format}
     index = read_object_labels(
         labels,
         images,
         classes=spec.classes,
-        names=chosen,
+        names=None if options.names is None else read_names(options.names, "names"),
         open_input=partial(spec.open, check=InputCheck(None)),
         oriented=spec.kind == "oriented_boxes",
-        **label_options,
+        **{**spec.label_options, **given},
     )
-    check = InputCheck(spec.trained_on)
-    report = DetectionReport(spec.classes, spec.kind, score_threshold=spec.score_threshold)
+    found = DetectionEvaluation(
+        spec.classes, spec.kind, score_threshold=spec.score_threshold, title=f"{images.name} against {labels.name}"
+    )
     with windows_progress(f"evaluating {images.name}", "images") as on_image:
         for done, record in enumerate(index, 1):
-            source = spec.open(record.path, check=check)
+            source = spec.open(record.path, check=predictor.check_input)
             truth = objects_in(record, record.extent, min_visible=0.0, crop_masks=True)
             reader = ObjectValidity(source, truth.boxes_xyxy)
-            found = predictor.find(reader, source.extent)
+            objects = predictor.find(reader, source.extent)
             source.close()
-            truth = replace(truth, ignored=truth.ignored | ~reader.seen)
-            report.update(_as_detections(found, record), truth)
+            found.update(_as_detections(objects, record), replace(truth, ignored=truth.ignored | ~reader.seen))
             on_image(done, len(index))
-    return report
+    return found
 
 
 def _spec(config: DetectionRun, data: DetectionDataModule) -> DetectionSpec:

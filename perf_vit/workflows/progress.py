@@ -12,6 +12,7 @@ import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from contextvars import ContextVar
 from dataclasses import astuple
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -31,13 +32,18 @@ if TYPE_CHECKING:
 
 __all__ = [
     "PlainConsole",
+    "as_text",
     "console",
     "detection_table",
     "digits",
     "errors",
     "inputs_progress",
+    "mean_over_present",
     "new_table",
+    "note",
+    "note_to_stdout",
     "print_damage",
+    "progress_shown",
     "run_table",
     "say",
     "say_json",
@@ -76,6 +82,7 @@ class PlainConsole(Console):
 
 console = PlainConsole()
 errors = PlainConsole(stderr=True)
+_notes = errors
 
 
 def say(*lines: str) -> None:
@@ -92,6 +99,25 @@ def say_line(kind: str, message: str) -> None:
 def say_json(value: Any) -> None:
     """Print plain values for programs."""
     sys.stdout.write(to_json(value, indent=2, ascii_only=True) + "\n")
+
+
+def note(*tables: Table) -> None:
+    """Show what was found in the middle of a work: on stderr or, of a command, on stdout."""
+    if _shown.get():
+        _notes.print(*tables, sep="\n")
+
+
+def note_to_stdout() -> None:
+    """Have notes on stdout, where the command line has all that it found."""
+    global _notes
+    _notes = console
+
+
+def as_text(*tables: Table) -> str:
+    """Tables as text."""
+    text = io.StringIO()
+    PlainConsole(file=text, width=_FILE_WIDTH).print(*tables, sep="\n")
+    return text.getvalue().rstrip("\n")
 
 
 def show(*tables: Table) -> None:
@@ -115,6 +141,19 @@ def new_table(title: str | None, columns: Sequence[str], left: Sequence[str] | N
         is_left = place == 0 if left is None else name in left
         table.add_column(name, justify="left" if is_left else "right", overflow="fold")
     return table
+
+
+_shown: ContextVar[bool] = ContextVar("shown", default=True)
+
+
+@contextmanager
+def progress_shown(shown: bool) -> Iterator[None]:
+    """Show progress bars and notes of the work inside, or none."""
+    token = _shown.set(shown)
+    try:
+        yield
+    finally:
+        _shown.reset(token)
 
 
 @contextmanager
@@ -163,6 +202,7 @@ def _bars() -> Progress:
         TimeElapsedColumn(),
         TimeRemainingColumn(),
         console=errors,
+        disable=not _shown.get(),
     )
 
 

@@ -1,15 +1,56 @@
-"""`perf-vit train`: which task a config is of."""
+"""The registry of tasks: one entry a task."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from pathlib import Path
-from typing import Any
+import difflib
+from collections.abc import Mapping
+from dataclasses import fields, replace
+from typing import Any, Literal
 
-from perf_vit.config import config_value, load_config
-from perf_vit.errors import ConfigError
-from perf_vit.workflows.classification import train_classifier
-from perf_vit.workflows.detection import train_detector
+from perf_vit.errors import ConfigError, OptionError
+from perf_vit.inference import (
+    ClassificationPredictOptions,
+    ClassificationPredictor,
+    DetectionPredictOptions,
+    DetectionPredictor,
+    SegmentationPredictOptions,
+    SegmentationPredictor,
+    SlideClassificationPredictOptions,
+    SlideClassificationPredictor,
+)
+from perf_vit.models import NETWORKS, register_network
+from perf_vit.tasks import (
+    CLASSIFICATION_CURVES,
+    CLASSIFICATION_MONITOR,
+    DETECTION_CURVES,
+    DETECTION_MONITOR,
+    REGRESSION_CURVES,
+    REGRESSION_MONITOR,
+    SLIDE_CURVES,
+    SLIDE_MONITOR,
+    draw_classification,
+    draw_objects,
+    draw_segmentation,
+)
+from perf_vit.tasks.history import SEGMENTATION_CURVES
+from perf_vit.workflows.classification import (
+    build_classification_data,
+    build_classification_task,
+    evaluate_classification,
+)
+from perf_vit.workflows.detection import (
+    DetectionEvaluateOptions,
+    build_detection_data,
+    build_detection_task,
+    detection_steps,
+    evaluate_detection,
+)
+from perf_vit.workflows.reports import (
+    ClassificationEvaluation,
+    DetectionEvaluation,
+    RegressionEvaluation,
+    SegmentationEvaluation,
+)
 from perf_vit.workflows.run_config import (
     ClassificationRun,
     DetectionRun,
@@ -17,35 +58,163 @@ from perf_vit.workflows.run_config import (
     SegmentationRun,
     SlideClassificationRun,
 )
-from perf_vit.workflows.run_folder import check_config_kept
-from perf_vit.workflows.segmentation import train_segmenter
-from perf_vit.workflows.slide_classification import train_slide_classifier
+from perf_vit.workflows.segmentation import (
+    SegmentationEvaluateOptions,
+    build_segmentation_data,
+    build_segmentation_task,
+    evaluate_segmentation,
+    segmentation_steps,
+)
+from perf_vit.workflows.slide_classification import (
+    build_slide_data,
+    build_slide_task,
+    embed_slides,
+    evaluate_slide_classification,
+)
+from perf_vit.workflows.task import EvaluateOptions, Task
 
-__all__ = ["TRAINING_TASKS", "train_from_config"]
+__all__ = ["Verb", "get_task", "options_of", "register_task", "task_names"]
 
-TRAINING_TASKS: dict[str, tuple[type, Callable[[Any], Path]]] = {
-    "segmentation": (SegmentationRun, train_segmenter),
-    "detection": (DetectionRun, train_detector),
-    "classification": (ClassificationRun, train_classifier),
-    "regression": (RegressionRun, train_classifier),
-    "slide_classification": (SlideClassificationRun, train_slide_classifier),
-}
-"""Of each task, the schema of its configs and what trains it."""
+Verb = Literal["predict", "evaluate"]
+
+_TASKS: dict[str, Task] = {}
 
 
-def train_from_config(config: str, overrides: Sequence[str]) -> Path:
-    """Train what the config's key `task` says, segmentation without the key.
+def register_task(task: Task) -> None:
+    """Add a task: from then on configs, checkpoints, Python calls and the command line know its name.
 
-    Returns:
-        The best checkpoint.
+    Args:
+        task: The task; it replaces one of the same name.
+    """
+    register_network(task.name, task.network)
+    _TASKS[task.name] = task
+
+
+def get_task(name: str) -> Task:
+    """The task of a name.
 
     Raises:
-        PerfVitError: a config, input or output that doesn't fit.
+        ConfigError: There is no such task.
     """
-    task = config_value(config, "task", overrides, "segmentation")
-    if task not in TRAINING_TASKS:
-        raise ConfigError(f"task must be one of {', '.join(TRAINING_TASKS)}, got {task}")
-    schema, train = TRAINING_TASKS[task]
-    run: Any = load_config(config, schema, overrides)
-    check_config_kept(config, run)
-    return train(run)
+    if name not in _TASKS:
+        raise ConfigError(f"task must be one of {', '.join(_TASKS)}, got {name}")
+    return _TASKS[name]
+
+
+def task_names() -> list[str]:
+    """Names of all tasks."""
+    return list(_TASKS)
+
+
+def options_of(task: Task, verb: Verb, given: Mapping[str, Any]) -> Any:
+    """The options of a task's prediction or evaluation.
+
+    Args:
+        task: The task.
+        verb: "predict" or "evaluate".
+        given: Options by name.
+
+    Raises:
+        OptionError: The task has no such option, or it takes no such value.
+    """
+    known = _names(task, verb)
+    for name in sorted(given.keys() - known):
+        having = [each.label for each in _TASKS.values() if name in _names(each, verb)]
+        if having:
+            raise OptionError(f"{name} is not for {task.label}, but for {' and '.join(having)}; leave it out")
+        close = difflib.get_close_matches(name, known, 1)
+        hint = f"did you mean {close[0]}?" if close else f"expected one of {', '.join(sorted(known))}"
+        raise OptionError(f"{name} is no option of {verb}; {hint}")
+    return _class(task, verb)(**given)
+
+
+def _class(task: Task, verb: Verb) -> type[Any]:
+    return task.predict_options if verb == "predict" else task.evaluate_options
+
+
+def _names(task: Task, verb: Verb) -> set[str]:
+    return {each.name for each in fields(_class(task, verb))}
+
+
+register_task(
+    Task(
+        name="segmentation",
+        network=NETWORKS["segmentation"],
+        run_config=SegmentationRun,
+        build_data=build_segmentation_data,
+        build_module=build_segmentation_task,
+        monitor="val/iou",
+        curves=SEGMENTATION_CURVES,
+        draw=draw_segmentation,
+        training_steps=segmentation_steps,
+        predictor=SegmentationPredictor,
+        predict_options=SegmentationPredictOptions,
+        evaluate=evaluate_segmentation,
+        evaluate_options=SegmentationEvaluateOptions,
+        evaluation=SegmentationEvaluation,
+    )
+)
+register_task(
+    Task(
+        name="detection",
+        network=NETWORKS["detection"],
+        run_config=DetectionRun,
+        build_data=build_detection_data,
+        build_module=build_detection_task,
+        monitor=DETECTION_MONITOR,
+        curves=DETECTION_CURVES,
+        draw=draw_objects,
+        training_steps=detection_steps,
+        predictor=DetectionPredictor,
+        predict_options=DetectionPredictOptions,
+        evaluate=evaluate_detection,
+        evaluate_options=DetectionEvaluateOptions,
+        evaluation=DetectionEvaluation,
+    )
+)
+register_task(
+    Task(
+        name="classification",
+        network=NETWORKS["classification"],
+        run_config=ClassificationRun,
+        build_data=build_classification_data,
+        build_module=build_classification_task,
+        monitor=CLASSIFICATION_MONITOR,
+        curves=CLASSIFICATION_CURVES,
+        draw=draw_classification,
+        predictor=ClassificationPredictor,
+        predict_options=ClassificationPredictOptions,
+        evaluate=evaluate_classification,
+        evaluate_options=EvaluateOptions,
+        evaluation=ClassificationEvaluation,
+        needs_labels=False,
+    )
+)
+register_task(
+    replace(
+        get_task("classification"),
+        name="regression",
+        network=NETWORKS["regression"],
+        run_config=RegressionRun,
+        monitor=REGRESSION_MONITOR,
+        curves=REGRESSION_CURVES,
+        evaluation=RegressionEvaluation,
+    )
+)
+register_task(
+    Task(
+        name="slide_classification",
+        network=NETWORKS["slide_classification"],
+        run_config=SlideClassificationRun,
+        build_data=build_slide_data,
+        build_module=build_slide_task,
+        prepare_data=embed_slides,
+        monitor=SLIDE_MONITOR,
+        curves=SLIDE_CURVES,
+        predictor=SlideClassificationPredictor,
+        predict_options=SlideClassificationPredictOptions,
+        evaluate=evaluate_slide_classification,
+        evaluate_options=EvaluateOptions,
+        evaluation=ClassificationEvaluation,
+    )
+)

@@ -1,4 +1,4 @@
-"""Scores as JSON, tables and plots."""
+"""Evaluations of the tasks: scores as rows, JSON, tables and plots."""
 
 from __future__ import annotations
 
@@ -8,12 +8,14 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
 from rich.table import Table
+from torch import Tensor
 
-from perf_vit.files import write_json
 from perf_vit.metrics import (
     FROC_RATES,
     ClassificationScores,
+    ClassScores,
     DetectionConfusion,
     DetectionMetrics,
     DetectionScores,
@@ -21,60 +23,148 @@ from perf_vit.metrics import (
     OrientedAveragePrecision,
     PanopticQuality,
     RegressionScores,
+    SegmentationCurves,
+    class_scores,
     plot_precision_recall,
     save_confusion_matrix,
     save_precision_recall,
+    segmentation_metrics,
 )
 from perf_vit.text import without_nan
-from perf_vit.types import Detections, ObjectLabels
-from perf_vit.workflows.progress import detection_table, digits, new_table
+from perf_vit.types import Detections, LabelArray, ObjectLabels
+from perf_vit.workflows.progress import detection_table, digits, mean_over_present, new_table, score_table
+from perf_vit.workflows.task import Evaluation
 
-__all__ = ["DetectionReport", "image_tables", "score_files", "write_image_report"]
-
-_PICTURES = {
-    "segmentation": ("", "_confusion"),
-    "detection": ("", "_confusion"),
-    "classification": ("", "_precision_recall"),
-    "slide_classification": ("", "_precision_recall"),
-    "regression": (),
-}
-"""What the names of pictures end in, by the task of the checkpoint's network."""
+__all__ = ["ClassificationEvaluation", "DetectionEvaluation", "RegressionEvaluation", "SegmentationEvaluation"]
 
 
-def score_files(path: Path, task: str) -> list[Path]:
-    """The JSON file of scores, and the pictures beside it, some of which a model may have no scores for.
+class SegmentationEvaluation(Evaluation):
+    """Scores of the pixels of maps that are given part by part.
 
     Args:
-        path: of the JSON file.
-        task: of the checkpoint's network.
+        classes: Names, in the order of the class indices.
+        multilabel: Whether a pixel may have several classes.
+        title: What was scored against what.
     """
-    return [path, *(path.with_name(f"{path.stem}{ending}.png") for ending in _PICTURES[task])]
+
+    pictures = ("", "_confusion")
+
+    def __init__(self, classes: Sequence[str], *, multilabel: bool = False, title: str = "scores") -> None:
+        self.title = title
+        self.classes = tuple(classes)
+        self.curves = SegmentationCurves(classes, multilabel=multilabel)
+        self._metrics = segmentation_metrics(len(self.classes), multilabel=multilabel)
+
+    def update(self, predicted: Tensor, probabilities: Any, labels: LabelArray) -> None:
+        """Update with predictions and ground truth of a part.
+
+        Args:
+            predicted: Class indices, [H, W]; with `multilabel`, 0 and 1 per class, [K, H, W].
+            probabilities: Class probabilities, [K, H, W].
+            labels: Labels in the form of `predicted`; `IGNORE_INDEX` marks pixels to leave out.
+        """
+        self._metrics.update(predicted[None], torch.from_numpy(labels).long()[None])
+        self.curves.update(probabilities, labels)
+
+    @cached_property
+    def scores(self) -> list[ClassScores]:
+        """Scores of each class; no further part can be added."""
+        return class_scores(self._metrics, self.classes)
+
+    @property
+    def table(self) -> list[dict[str, Any]]:
+        """A row a class; see `Evaluation.table`."""
+        return [asdict(each) for each in self.scores]
+
+    def tables(self) -> list[Table]:
+        """All scores for people."""
+        return [score_table(self.scores, self.title)]
+
+    def to_dict(self) -> dict[str, Any]:
+        """All scores as plain values of JSON, NaN as None."""
+        means = {key: mean_over_present(self.scores, key) for key in ("iou", "f1", "precision", "recall")}
+        return {"classes": [each.to_dict() for each in self.scores], "mean": means, **self.curves.to_dict()}
+
+    def plot(self, path: str | Path) -> list[Path]:
+        """Write precision-recall curves and, of classes that exclude each other, the confusion matrix."""
+        curve, matrix = paths = self.picture_paths(path)
+        self.curves.plot(curve)
+        if self.curves.confusion is None:
+            return paths[:1]
+        save_confusion_matrix(self.curves.confusion, self.classes, matrix)
+        return paths
 
 
-def image_tables(scores: ClassificationScores | RegressionScores, title: str) -> list[Table]:
-    """One row a class or number, and what they come to."""
-    return [_classes(scores, title) if isinstance(scores, ClassificationScores) else _numbers(scores, title)]
+class ClassificationEvaluation(Evaluation):
+    """Scores of a classifier on images or slides.
 
-
-def write_image_report(scores: ClassificationScores | RegressionScores, path: Path) -> None:
-    """Scores as JSON, and beside it as .png the confusion matrix and precision-recall curves, where there are any.
-
-    Raises:
-        OutputError: they can't be written there.
+    Args:
+        scores: Measured scores.
+        title: What was scored against what.
     """
-    write_json(path, scores.to_dict())
-    if isinstance(scores, ClassificationScores):
-        _draw(scores, path)
+
+    pictures = ("", "_precision_recall")
+
+    def __init__(self, scores: ClassificationScores, *, title: str = "scores") -> None:
+        self.scores = scores
+        self.title = title
+
+    @property
+    def table(self) -> list[dict[str, Any]]:
+        """A row a class; see `Evaluation.table`."""
+        return [asdict(each) for each in self.scores.classes]
+
+    def tables(self) -> list[Table]:
+        """All scores for people."""
+        return [_classes(self.scores, self.title)]
+
+    def to_dict(self) -> dict[str, Any]:
+        """All scores as plain values of JSON, NaN as None."""
+        return self.scores.to_dict()
+
+    def plot(self, path: str | Path) -> list[Path]:
+        """Write the confusion matrix and precision-recall curves; see `Evaluation.plot`."""
+        scores = self.scores
+        names, written = [each.name for each in scores.classes], []
+        matrix, curves = self.picture_paths(path)
+        if scores.confusion is not None:
+            save_confusion_matrix(scores.confusion, names, matrix)
+            written.append(matrix)
+        if scores.precision_recall is not None:
+            areas = [each.average_precision for each in scores.classes]
+            save_precision_recall(names, scores.precision_recall, areas, curves, "images, class against others")
+            written.append(curves)
+        return written
 
 
-def _draw(scores: ClassificationScores, path: Path) -> None:
-    names = [each.name for each in scores.classes]
-    _, matrix, curves = score_files(path, "classification")
-    if scores.confusion is not None:
-        save_confusion_matrix(scores.confusion, names, matrix)
-    if scores.precision_recall is not None:
-        areas = [each.average_precision for each in scores.classes]
-        save_precision_recall(names, scores.precision_recall, areas, curves, "images, class against others")
+class RegressionEvaluation(Evaluation):
+    """Errors of a regression network on images.
+
+    Args:
+        scores: Measured errors.
+        title: What was scored against what.
+    """
+
+    def __init__(self, scores: RegressionScores, *, title: str = "scores") -> None:
+        self.scores = scores
+        self.title = title
+
+    @property
+    def table(self) -> list[dict[str, Any]]:
+        """A row a target; see `Evaluation.table`."""
+        return [asdict(each) for each in self.scores.targets]
+
+    def tables(self) -> list[Table]:
+        """All errors for people."""
+        return [_targets(self.scores, self.title)]
+
+    def to_dict(self) -> dict[str, Any]:
+        """All errors as plain values of JSON, NaN as None."""
+        return self.scores.to_dict()
+
+    def plot(self, path: str | Path) -> list[Path]:
+        """Write nothing: there are no pictures of regression."""
+        return []
 
 
 def _classes(scores: ClassificationScores, title: str) -> Table:
@@ -89,7 +179,7 @@ def _classes(scores: ClassificationScores, title: str) -> Table:
     return table
 
 
-def _numbers(scores: RegressionScores, title: str) -> Table:
+def _targets(scores: RegressionScores, title: str) -> Table:
     table = new_table(title, ("number", "MAE", "RMSE", "R2", "images"))
     for each in scores.targets:
         table.add_row(each.name, f"{each.mae:.4g}", f"{each.rmse:.4g}", digits(each.r2), f"{each.num_images:,}")
@@ -99,14 +189,17 @@ def _numbers(scores: RegressionScores, title: str) -> Table:
 _BACKGROUND = "background"
 
 
-class DetectionReport:
-    """The scores of a detector on images given one by one.
+class DetectionEvaluation(Evaluation):
+    """Scores of a detector on images given one by one.
 
     Args:
-        classes: names, in the order of the class indices.
-        kind: of geometry that is compared.
-        score_threshold: of the confusion matrix and of panoptic quality: what `perf-vit predict` would give.
+        classes: Names, in the order of the class indices.
+        kind: Kind of geometry that is compared.
+        score_threshold: Lowest score in the confusion matrix and panoptic quality: the default of predictions.
+        title: What was scored against what.
     """
+
+    pictures = ("", "_confusion")
 
     def __init__(
         self,
@@ -114,7 +207,9 @@ class DetectionReport:
         kind: Literal["boxes", "oriented_boxes", "masks"],
         *,
         score_threshold: float,
+        title: str = "scores",
     ) -> None:
+        self.title = title
         self.classes = tuple(classes)
         self.score_threshold = score_threshold
         self._precision = DetectionMetrics(classes, kind)
@@ -124,10 +219,10 @@ class DetectionReport:
         self._dota = OrientedAveragePrecision(len(classes), (0.5,)) if kind == "oriented_boxes" else None
 
     def update(self, found: Detections, truth: ObjectLabels) -> None:
-        """Take up an image.
+        """Update with predictions and ground truth of an image.
 
         Raises:
-            InputError: another kind of geometry.
+            InputError: They have another kind of geometry.
         """
         for metric in (self._precision, self._froc, self._confusion, self._panoptic, self._dota):
             if metric is not None:
@@ -135,13 +230,19 @@ class DetectionReport:
 
     @cached_property
     def scores(self) -> DetectionScores:
-        """Average precision and what goes with it; no image can be taken up any more."""
+        """Average precision and what goes with it; no further image can be added."""
         return self._precision.compute()
 
-    def tables(self, title: str) -> list[Table]:
+    @property
+    def table(self) -> list[dict[str, Any]]:
+        """A row a class; see `Evaluation.table`."""
+        names = ("name", "ap", "ap50", "f1", "precision", "recall", "threshold", "num_objects")
+        return [{name: getattr(each, name) for name in names} for each in self.scores.classes]
+
+    def tables(self) -> list[Table]:
         """All scores for people."""
         return [
-            *detection_table(self.scores, title),
+            *detection_table(self.scores, self.title),
             *([self._dota_table()] if self._dota is not None else []),
             self._froc_table(),
             *([self._panoptic_table()] if self._panoptic is not None else []),
@@ -165,16 +266,12 @@ class DetectionReport:
             content["dota"] = self._dota_scores()
         return without_nan(content)
 
-    def write(self, path: Path) -> None:
-        """Write the scores as JSON, and beside them precision-recall curves and the confusion matrix as pictures.
-
-        Raises:
-            OutputError: nothing can be written there.
-        """
-        _, curve, matrix = score_files(path, "detection")
-        write_json(path, self.to_dict())
+    def plot(self, path: str | Path) -> list[Path]:
+        """Write precision-recall curves and the confusion matrix; see `Evaluation.plot`."""
+        curve, matrix = paths = self.picture_paths(path)
         plot_precision_recall(self.scores, curve)
         save_confusion_matrix(self._confusion.matrix, [*self.classes, _BACKGROUND], matrix)
+        return paths
 
     def _froc_table(self) -> Table:
         columns = ("class", *(f"{rate:g}" for rate in FROC_RATES), "mean")

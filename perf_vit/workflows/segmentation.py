@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from dataclasses import replace
+import warnings
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
-from torchmetrics import MetricCollection
 
 from perf_vit.data import (
     SegmentationDataModule,
@@ -19,34 +17,38 @@ from perf_vit.data import (
     open_pairs,
     region_window,
 )
-from perf_vit.errors import ConfigError
-from perf_vit.files import write_json
+from perf_vit.errors import ConfigError, DataWarning, OptionError
 from perf_vit.inference import (
     SegmentationPredictOptions,
     SegmentationPredictor,
-    Strip,
     class_probabilities,
     ignore_progress,
 )
-from perf_vit.labels import LabelSource, is_labelled_folder, warn_of_polygons_beside
-from perf_vit.metrics import ClassScores, SegmentationCurves, class_scores, save_confusion_matrix, segmentation_metrics
-from perf_vit.models import SegmentationSpec, Segmenter
+from perf_vit.labels import is_labelled_folder, warn_of_polygons_beside
+from perf_vit.models import SegmentationSpec
 from perf_vit.sources import unit_of
-from perf_vit.tasks import SegmentationOptimConfig, SegmentationTask, balanced_weights, build_trainer, draw_segmentation
+from perf_vit.tasks import SegmentationOptimConfig, SegmentationTask, TrainingSteps, balanced_weights
 from perf_vit.transforms import InputCheck
-from perf_vit.types import IGNORE_INDEX
-from perf_vit.workflows.progress import mean_over_present, new_table, say_line, show, windows_progress
-from perf_vit.workflows.reports import score_files
+from perf_vit.types import IGNORE_INDEX, Source, Window
+from perf_vit.workflows.progress import new_table, note, windows_progress
+from perf_vit.workflows.reports import SegmentationEvaluation
 from perf_vit.workflows.run_config import SegmentationRun
-from perf_vit.workflows.run_folder import RunFolder
+from perf_vit.workflows.task import TrainedModel, WindowedEvaluateOptions
 
-__all__ = ["evaluate_segmenter", "train_segmenter", "with_measured_weights", "write_scores"]
+__all__ = [
+    "SegmentationEvaluateOptions",
+    "build_segmentation_data",
+    "build_segmentation_task",
+    "evaluate_segmentation",
+    "segmentation_steps",
+    "with_measured_weights",
+]
 
 
 def with_measured_weights(
     optim: SegmentationOptimConfig, data: SegmentationDataModule, *, multilabel: bool
 ) -> SegmentationOptimConfig:
-    """The same with numbers in place of `class_weights: balanced`; prints them, with the pixels of each class.
+    """The same with numbers in place of `class_weights: balanced`; notes them, with the pixels of each class.
 
     Classes without a pixel in the training labels are a warning.
 
@@ -65,133 +67,58 @@ def with_measured_weights(
     table = new_table("balanced class weights", ("class", "pixels", "share", "weight"))
     for name, count, weight in zip(data.classes, pixels, weights, strict=True):
         table.add_row(name, f"{count:,}", f"{count / max(1, sum(pixels)):.3%}", f"{weight:.4g}")
-    show(table)
+    note(table)
     absent = [name for name, count in zip(data.classes, pixels, strict=True) if not count]
     if absent:
-        say_line(
-            "Warning",
+        warnings.warn(
             f"{len(absent)} of {len(pixels)} classes have no pixel in the training labels, so their weight is "
             f"1: {', '.join(absent)}",
+            DataWarning,
+            stacklevel=2,
         )
     return replace(optim, class_weights=weights)
 
 
-def evaluate_segmenter(
-    checkpoint: Path,
-    image: Path,
-    labels: Path,
-    *,
-    options: SegmentationPredictOptions | None = None,
-    region: Sequence[int] | None = None,
-    with_curves: bool = False,
-    all_touched: bool | None = None,
-) -> tuple[list[ClassScores], SegmentationCurves | None]:
-    """Score the blended prediction of a raster against labels, read as in training; each pixel counts once.
-
-    Of a folder of images with a folder of labels, all pixels of all images count together.
-
-    Args:
-        checkpoint: that `perf-vit train` wrote.
-        image: the raster, or a folder of images.
-        labels: a mask or polygons, or a folder of them.
-        options: of the prediction; with tissue, pixels of glass are not scored.
-        region: row, column, height, width of the part to score.
-        all_touched: whether polygons label every pixel that they touch; as in training by default.
-        with_curves: also measure curves and, of classes that exclude each other, the confusion matrix.
+def build_segmentation_task(config: SegmentationRun, data: SegmentationDataModule) -> SegmentationTask:
+    """The Lightning module of a run.
 
     Raises:
-        ConfigError: a region that doesn't fit.
-        InputError: files that can't be read or don't fit each other or the model.
+        PerfVitError: A model or loss that doesn't fit.
     """
-    options = options or SegmentationPredictOptions()
-    predictor = SegmentationPredictor(checkpoint, options)
-    model, spec = predictor.model, predictor.model.spec
-    is_folder = is_labelled_folder(image, labels)
-    if is_folder and region is not None:
-        raise ConfigError(f"`region` is a part of one raster, and {image} is a folder; leave it out")
-    if (options.slide_mpp, options.tissue) != (None, None) and spec.mpp is None:
-        raise ConfigError("`slide_mpp` and `tissue` are for slides, and this model is one of rasters; leave them out")
-    open_image = partial(spec.open, check=InputCheck(spec.trained_on), **options.input_options)
-    label_options = {**spec.label_options, **({} if all_touched is None else {"all_touched": all_touched})}
-    labelled = open_pairs(image, labels, open_image, spec, label_options)
-    if not is_folder:
-        warn_of_polygons_beside([labelled[0][1]])
-    part = None if region is None else region_window(list(region), labelled[0][0], "--region")
-    metrics = segmentation_metrics(len(spec.classes), multilabel=spec.multilabel)
-    curves = SegmentationCurves(spec.classes, multilabel=spec.multilabel) if with_curves else None
-    with windows_progress(f"evaluating {image.name}", "images" if is_folder else "windows") as on_done:
-        on_window = ignore_progress if is_folder else on_done
-        for number, (source, truth) in enumerate(labelled, 1):
-            strips = predictor.strips(source, part or source.extent, on_progress=on_window)
-            _count(model, strips, truth, metrics, curves)
-            if is_folder:
-                source.close()
-                on_done(number, len(labelled))
-    return class_scores(metrics, spec.classes), curves
-
-
-def _count(
-    model: Segmenter,
-    strips: Iterable[Strip],
-    truth: LabelSource,
-    metrics: MetricCollection,
-    curves: SegmentationCurves | None,
-) -> None:
-    """Add the pixels of an image to metrics and curves."""
-    for strip in strips:
-        expected = truth.read(strip.window)
-        expected[..., ~strip.valid] = IGNORE_INDEX
-        predicted = model.decide(torch.from_numpy(strip.scores)[None])
-        metrics.update(predicted, torch.from_numpy(expected).long()[None])
-        if curves is not None:
-            curves.update(class_probabilities(strip, multilabel=model.spec.multilabel), expected)
-
-
-def write_scores(scores: Sequence[ClassScores], path: Path, curves: SegmentationCurves | None = None) -> None:
-    """Scores per class and their means, as JSON; of curves, also precision-recall and confusion matrix as pictures.
-
-    Raises:
-        OutputError: nothing can be written there.
-    """
-    content: dict[str, Any] = {
-        "classes": [score.to_dict() for score in scores],
-        "mean": {key: mean_over_present(scores, key) for key in ("iou", "f1", "precision", "recall")},
-    }
-    if curves is not None:
-        content |= curves.to_dict()
-    _, curve, matrix = score_files(path, "segmentation")
-    write_json(path, content)
-    if curves is not None:
-        curves.plot(curve)
-    if curves is not None and curves.confusion is not None:
-        save_confusion_matrix(curves.confusion, curves.classes, matrix)
-
-
-def train_segmenter(config: SegmentationRun, *, progress: bool = True) -> Path:
-    """Train a segmenter and leave checkpoints, metrics, curves and the resolved config in the run folder.
-
-    Everything is opened and built before the folder is touched, so a wrong argument leaves nothing behind.
-
-    Returns:
-        The best checkpoint by mean validation IoU.
-
-    Raises:
-        PerfVitError: a config, input or output that doesn't fit.
-    """
-    run = RunFolder(config)
-    data = _build_data(config)
     optim = with_measured_weights(config.optim, data, multilabel=config.data.multilabel)
-    task = SegmentationTask(config.model, _spec(config, data), optim)
-    trainer = build_trainer(config.trainer, run.path, progress=progress, draw=draw_segmentation, seed=config.seed)
-    run.fit(trainer, task, data)
-    return run.best
+    return SegmentationTask(config.model, _spec(config, data), optim)
 
 
-def _build_data(config: SegmentationRun) -> SegmentationDataModule:
+def build_segmentation_data(config: SegmentationRun) -> SegmentationDataModule:
+    """The data module of a run.
+
+    Raises:
+        PerfVitError: A config or input that doesn't fit.
+    """
     if config.data.sampler != "balanced":
         return build_segmentation_datamodule(config.data, config.seed)
     with windows_progress("looking for pixels of the classes") as on_window:
         return build_segmentation_datamodule(config.data, config.seed, on_window)
+
+
+def segmentation_steps(config: SegmentationRun) -> TrainingSteps:
+    """Training steps of a run, to measure.
+
+    Raises:
+        PerfVitError: A config or input that doesn't fit.
+    """
+    # No tile is read, so no places of them need be found.
+    data = build_segmentation_datamodule(replace(config.data, sampler="random"), config.seed)
+    return TrainingSteps(
+        model=config.model,
+        # Weights that are to be measured take no more memory than any others.
+        optim=replace(config.optim, class_weights=None),
+        trainer=config.trainer,
+        num_bands=len(data.normalizer.mean),
+        classes=data.classes,
+        batch_size=config.data.batch_size,
+        multilabel=config.data.multilabel,
+    )
 
 
 def _spec(config: SegmentationRun, data: SegmentationDataModule) -> SegmentationSpec:
@@ -203,3 +130,81 @@ def _spec(config: SegmentationRun, data: SegmentationDataModule) -> Segmentation
         tissue="otsu" if config.data.tissue == "otsu" else None,
         label_options=label_options(config.data),
     )
+
+
+@dataclass(frozen=True, kw_only=True)
+class SegmentationEvaluateOptions(WindowedEvaluateOptions):
+    """Options of the evaluation of segmentation maps.
+
+    Attributes:
+        flips: Average the scores of a window and its three mirror images.
+        slide_mpp: Micrometres per pixel of a slide's level 0, where the file doesn't say.
+        tissue: "otsu" or a GeoJSON file of polygons: the part of a slide that is scored.
+        region: Row, column, height and width of the part to score, in pixels.
+        all_touched: Whether polygons label every pixel that they touch; as in training by default.
+    """
+
+    flips: bool = False
+    slide_mpp: float | None = None
+    tissue: str | None = None
+    region: tuple[int, int, int, int] | None = None
+    all_touched: bool | None = None
+
+
+def evaluate_segmentation(
+    model: TrainedModel, image: Path, labels: Path, options: SegmentationEvaluateOptions
+) -> SegmentationEvaluation:
+    """Score the blended prediction of a raster against labels, read as in training; each pixel counts once.
+
+    Of a folder of images with a folder of labels, all pixels of all images count together.
+
+    Args:
+        model: A segmentation model or its checkpoint.
+        image: The raster, or a folder of images.
+        labels: A mask or polygons, or a folder of them.
+        options: Options of the evaluation; with tissue, pixels of glass are not scored.
+
+    Raises:
+        InputError: Files can't be read or don't fit each other or the model.
+        OptionError: An option that doesn't fit.
+    """
+    predictor = SegmentationPredictor(model, options.for_prediction(SegmentationPredictOptions))  # type: ignore[arg-type]
+    segmenter, spec = predictor.model, predictor.model.spec
+    is_folder = is_labelled_folder(image, labels)
+    _check_options(options, spec, image if is_folder else None)
+    open_image = partial(spec.open, check=InputCheck(spec.trained_on), **predictor.options.input_options)
+    touched = {} if options.all_touched is None else {"all_touched": options.all_touched}
+    labelled = open_pairs(image, labels, open_image, spec, {**spec.label_options, **touched})
+    if not is_folder:
+        warn_of_polygons_beside([labelled[0][1]])
+    part = None if options.region is None else _part(options.region, labelled[0][0])
+    found = SegmentationEvaluation(
+        spec.classes, multilabel=spec.multilabel, title=f"{image.name} against {labels.name}"
+    )
+    with windows_progress(f"evaluating {image.name}", "images" if is_folder else "windows") as on_done:
+        on_window = ignore_progress if is_folder else on_done
+        for number, (source, truth) in enumerate(labelled, 1):
+            for strip in predictor.strips(source, part or source.extent, on_progress=on_window):
+                expected = truth.read(strip.window)
+                expected[..., ~strip.valid] = IGNORE_INDEX
+                decided = segmenter.decide(torch.from_numpy(strip.scores)[None])[0]
+                found.update(decided, class_probabilities(strip, multilabel=spec.multilabel), expected)
+            if is_folder:
+                source.close()
+                on_done(number, len(labelled))
+    return found
+
+
+def _part(region: tuple[int, int, int, int], source: Source) -> Window:
+    try:
+        return region_window(list(region), source, "region")
+    except ConfigError as error:
+        raise OptionError(str(error)) from error
+
+
+def _check_options(options: SegmentationEvaluateOptions, spec: SegmentationSpec, folder: Path | None) -> None:
+    if folder is not None and options.region is not None:
+        raise OptionError(f"region is a part of one raster, and {folder} is a folder; leave it out")
+    for name in ("slide_mpp", "tissue"):
+        if getattr(options, name) is not None and spec.mpp is None:
+            raise OptionError(f"{name} is for slides, and this model is one of rasters; leave it out")

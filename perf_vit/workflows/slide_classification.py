@@ -1,8 +1,9 @@
-"""Slide classifiers on the command line: train, predict, evaluate."""
+"""Slide classification: training and evaluation."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -18,18 +19,24 @@ from perf_vit.data import (
 )
 from perf_vit.errors import ConfigError
 from perf_vit.inference import SlideClassificationPredictOptions, SlideClassificationPredictor
-from perf_vit.metrics import ClassificationMetrics, ClassificationScores, RegressionScores
+from perf_vit.metrics import ClassificationMetrics, ClassificationScores
 from perf_vit.models import SlideClassificationSpec, SlideClassifier, pretrained_statistics
 from perf_vit.sources import open_input
-from perf_vit.tasks import SLIDE_CURVES, SLIDE_MONITOR, SlideClassificationTask, build_trainer
+from perf_vit.tasks import SlideClassificationTask
 from perf_vit.transforms import InputBands, Normalizer
 from perf_vit.types import GeoImage, InputOptions
-from perf_vit.workflows.progress import show, windows_progress
-from perf_vit.workflows.reports import image_tables, write_image_report
+from perf_vit.workflows.progress import windows_progress
+from perf_vit.workflows.reports import ClassificationEvaluation
 from perf_vit.workflows.run_config import SlideClassificationRun
-from perf_vit.workflows.run_folder import RunFolder
+from perf_vit.workflows.task import EvaluateOptions, TrainedModel
 
-__all__ = ["evaluate_slide_classifier", "report_slide_classifier", "train_slide_classifier"]
+__all__ = [
+    "LabelledSlides",
+    "build_slide_data",
+    "build_slide_task",
+    "embed_slides",
+    "evaluate_slide_classification",
+]
 
 _EMBEDDINGS = "embeddings"
 """Folder of a run's features."""
@@ -39,17 +46,24 @@ _STATISTICS_PX = 1024
 _RANGE_SLIDES = 8
 
 
-def train_slide_classifier(config: SlideClassificationRun, *, progress: bool = True) -> Path:
-    """Embed all slides, train a classifier of bags, and leave both in the run folder.
+@dataclass(frozen=True)
+class LabelledSlides:
+    """Slides of a run, before their features are known.
 
-    Tables, slides' names and network are checked before the folder is touched. Features that are there already, of an
-    interrupted run or in `data.embeddings`, are not computed again.
+    Attributes:
+        train: Slides to train on.
+        val: Slides to validate on.
+    """
 
-    Returns:
-        The best checkpoint by validation loss.
+    train: SlideTargets
+    val: SlideTargets
+
+
+def build_slide_data(config: SlideClassificationRun) -> LabelledSlides:
+    """The slides of a run.
 
     Raises:
-        PerfVitError: a config, input or output that doesn't fit.
+        PerfVitError: A config or table that doesn't fit.
     """
     if config.trainer.redraw_every_steps:
         raise ConfigError("trainer.redraw_every_steps would change the encoder that features were made with; use 0")
@@ -57,61 +71,65 @@ def train_slide_classifier(config: SlideClassificationRun, *, progress: bool = T
         raise ConfigError("trainer.num_pictures must be 0: a slide is a bag of features here, which nobody could draw")
     if (config.optim.layer_decay, config.optim.backbone_lr_scale) != (1.0, 1.0):
         raise ConfigError("optim.layer_decay and optim.backbone_lr_scale are of trained encoders; leave them out")
-    run = RunFolder(config)
-    train, val = read_slides(config.data, config.seed)
-    task = SlideClassificationTask(config.model, _spec(config, train), config.optim)
-    # Before features of other windows are added to the run folder.
-    run.check_network(task)
-    trainer = build_trainer(
-        config.trainer, run.path, progress=progress, monitor=SLIDE_MONITOR, curves=SLIDE_CURVES, seed=config.seed
-    )
-    store = _store(task.model, config.data.embeddings or run.path / _EMBEDDINGS)
-    device = "cpu" if config.trainer.accelerator == "cpu" else "auto"
-    options = SlideClassificationPredictOptions(batch_size=config.data.embed_batch_size, device=device)
-    _embed_all(SlideClassificationPredictor(task.model, options), store, [*train.paths, *val.paths])
-    run.fit(trainer, task, SlideClassificationDataModule.of(config.data, train, val, store, config.seed))
-    return run.best
+    return LabelledSlides(*read_slides(config.data, config.seed))
 
 
-def report_slide_classifier(
-    checkpoint: Path, slides: Path, labels: Path, report: Path | None, options: SlideClassificationPredictOptions
-) -> None:
-    """Write a classifier's scores on labelled slides, with pictures of confusion and precision, and print them."""
-    scores = evaluate_slide_classifier(checkpoint, slides, labels, options)
-    if report is not None:
-        write_image_report(scores, report)
-    show(*image_tables(scores, title=f"{slides.name} against {labels.name}"))
-
-
-def evaluate_slide_classifier(
-    checkpoint: Path, slides: Path, labels: Path, options: SlideClassificationPredictOptions | None = None
-) -> ClassificationScores | RegressionScores:
-    """Score a classifier on labelled slides; features that its run made are used again.
-
-    Args:
-        checkpoint: that `perf-vit train` wrote.
-        slides: folder that the names of the CSV are relative to.
-        labels: a CSV file with the columns slide and label.
-        options: of the prediction.
+def build_slide_task(config: SlideClassificationRun, data: LabelledSlides) -> SlideClassificationTask:
+    """The Lightning module of a run.
 
     Raises:
-        PerfVitError: labels or slides that can't be read or don't fit.
+        PerfVitError: A model that doesn't fit, or a slide that can't be read.
     """
-    predictor = SlideClassificationPredictor(checkpoint, options or SlideClassificationPredictOptions())
-    model = predictor.model
-    columns = model.spec.label_options
-    targets = read_slide_table(labels, slides, model.spec.classes, **columns)
-    store = _store(model, checkpoint.absolute().parents[1] / _EMBEDDINGS)
-    metrics = ClassificationMetrics(model.spec.classes, "single_label")
+    return SlideClassificationTask(config.model, _spec(config, data.train), config.optim)
+
+
+def embed_slides(
+    config: SlideClassificationRun, data: LabelledSlides, task: SlideClassificationTask, folder: Path
+) -> SlideClassificationDataModule:
+    """Compute the features of all slides that have none yet, in the run folder or in `data.embeddings`.
+
+    Raises:
+        PerfVitError: A slide can't be read, or its features can't be written.
+    """
+    store = _store(task.model, config.data.embeddings or folder / _EMBEDDINGS)
+    device = "cpu" if config.trainer.accelerator == "cpu" else "auto"
+    options = SlideClassificationPredictOptions(batch_size=config.data.embed_batch_size, device=device)
+    _embed_all(SlideClassificationPredictor(task.model, options), store, [*data.train.paths, *data.val.paths])
+    return SlideClassificationDataModule.of(config.data, data.train, data.val, store, config.seed)
+
+
+def evaluate_slide_classification(
+    model: TrainedModel, slides: Path, labels: Path, options: EvaluateOptions
+) -> ClassificationEvaluation:
+    """Score a classifier on labelled slides; features that the run of its checkpoint made are used again.
+
+    Args:
+        model: A slide classifier or its checkpoint.
+        slides: Folder that the names of the CSV file are relative to.
+        labels: A CSV file with the columns slide and label.
+        options: Options of the evaluation.
+
+    Raises:
+        PerfVitError: Labels or slides can't be read or don't fit.
+    """
+    given = options.for_prediction(SlideClassificationPredictOptions)
+    predictor = SlideClassificationPredictor(model, given)  # type: ignore[arg-type]
+    spec = predictor.model.spec
+    targets = read_slide_table(labels, slides, spec.classes, **spec.label_options)
+    checkpoint = predictor.checkpoint
+    store = None if checkpoint is None else _store(predictor.model, checkpoint.absolute().parents[1] / _EMBEDDINGS)
+    metrics = ClassificationMetrics(spec.classes, "single_label")
     for number, (path, label) in enumerate(zip(targets.paths, targets.labels.tolist(), strict=True), 1):
-        if store.has(path):
+        if store is not None and store.has(path):
             found = store.read(path)
         else:
             with windows_progress(f"slide {number} of {len(targets)}") as on_window:
                 found = predictor.embed(path, on_window)
         probabilities, _ = predictor.classify(found)
         metrics.update(torch.from_numpy(probabilities)[None], torch.tensor([label]))
-    return metrics.summary(with_curves=True)
+    scores = metrics.summary(with_curves=True)
+    assert isinstance(scores, ClassificationScores)
+    return ClassificationEvaluation(scores, title=f"{slides.name} against {labels.name}")
 
 
 def _store(model: SlideClassifier, folder: str | Path) -> EmbeddingStore:

@@ -15,7 +15,7 @@ from pycocotools.cocoeval import COCOeval
 
 from perf_vit.models import DetectionSpec
 from perf_vit.transforms import Normalizer
-from perf_vit.workflows.detection import evaluate_detector
+from perf_vit.workflows.evaluate import evaluate
 
 SPEC = DetectionSpec(
     classes=("car", "bus", "tram"),
@@ -87,7 +87,7 @@ def test_results_of_many_images_score_in_pycocotools_what_evaluate_says(shop, tm
         run.accumulate()
     precision = run.eval["precision"][:, :, :, 0, -1]
     assert set(found.getImgIds()) == set(IMAGES.values())
-    scores = evaluate_detector(shop / "d.ckpt", shop / "images", shop / "labels.json").scores
+    scores = evaluate(shop / "d.ckpt", shop / "images", shop / "labels.json").scores
     assert 0.02 < scores.ap50 < 0.98
     assert scores.ap == pytest.approx(precision[precision > -1].mean(), abs=2e-3)
     assert scores.ap50 == pytest.approx(precision[0][precision[0] > -1].mean(), abs=2e-3)

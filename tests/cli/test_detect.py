@@ -111,10 +111,10 @@ def test_evaluation_of_a_list_scores_its_images_alone(run, tmp_path, capsys) -> 
     names, report = tmp_path / "names.txt", tmp_path / "scores.json"
     names.write_text("2.tif\n0\n")
     args = ["--checkpoint", folder / "checkpoints" / "best.ckpt", "--input", images, "--labels", labels]
-    assert call(["evaluate", *args, "--list", names, "--json", report]) == 0
+    assert call(["evaluate", *args, "--names", names, "--json", report]) == 0
     assert [each["num_objects"] for each in json.loads(report.read_text())["classes"]] == [12, 12]
-    assert call(["evaluate", *args, "--list", tmp_path / "nothing.txt"]) == 2
-    assert "can't read --list" in capsys.readouterr().err
+    assert call(["evaluate", *args, "--names", tmp_path / "nothing.txt"]) == 2
+    assert "can't read names" in capsys.readouterr().err
     assert call(["evaluate", *args, "--flips"]) == 2
     assert "--flips is not for an object detector" in capsys.readouterr().err
 
@@ -150,7 +150,7 @@ def test_prediction_writes_the_objects_where_they_lie(run, tmp_path, suffix) -> 
         (["--kind", "probabilities"], "--kind is not for an object detector"),
         (["--blend", "gaussian"], "--blend is not for an object detector"),
         (["--flips"], "--flips is not for an object detector"),
-        (["--num-actors", "2"], "--num-actors and --ray-address are for --engine ray"),
+        (["--num-actors", "2"], "--num-actors is for --engine ray"),
     ],
 )
 def test_arguments_that_fit_no_detector_are_one_clear_line(run, tmp_path, capsys, args, message) -> None:

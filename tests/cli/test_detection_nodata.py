@@ -12,7 +12,7 @@ from perf_vit.data import DetectionDataConfig, DetectionSplitConfig, build_detec
 from perf_vit.errors import ConfigError
 from perf_vit.inference import DetectionPredictOptions, DetectionPredictor
 from perf_vit.models import load_detector
-from perf_vit.workflows.detection import evaluate_detector
+from perf_vit.workflows.evaluate import evaluate
 
 ROWS = ["5,5,20,20", "30,40,50,60", "75,5,90,20", "120,70,140,90"]
 TRAIN = """
@@ -60,7 +60,7 @@ def test_evaluation_and_prediction_pass_over_missing_pixels(split, tmp_path, nod
     checkpoint = save_detector(
         tmp_path / "last.ckpt", replace(DETECTOR_SPEC, nodata=nodata), head_kwargs={"detections_per_tile": 20}
     )
-    report = evaluate_detector(checkpoint, tmp_path / "a.tif", tmp_path / "labels.csv")
+    report = evaluate(checkpoint, tmp_path / "a.tif", tmp_path / "labels.csv")
     assert report.scores.classes[0].num_objects == num_seen
     options = DetectionPredictOptions(device="cpu", overlap=0, score_threshold=0.0)
     predictor = DetectionPredictor(checkpoint, options)

@@ -13,8 +13,8 @@ from perf_vit.geometry import Objects
 from perf_vit.labels.objects import OutlineMasks, objects_in, read_object_labels
 from perf_vit.sources import open_source
 from perf_vit.types import Detections, Window
-from perf_vit.workflows.detection import evaluate_detector
-from perf_vit.workflows.reports import DetectionReport
+from perf_vit.workflows.evaluate import evaluate
+from perf_vit.workflows.reports import DetectionEvaluation
 
 
 def test_objects_on_no_data_are_not_missed_in_evaluation(tmp_path) -> None:
@@ -23,7 +23,7 @@ def test_objects_on_no_data_are_not_missed_in_evaluation(tmp_path) -> None:
     lines = ["image,xmin,ymin,xmax,ymax,label", *(f"a.tif,{row},car" for row in rows)]
     (tmp_path / "labels.csv").write_text("\n".join(lines))
     checkpoint = save_detector(tmp_path / "last.ckpt", DETECTOR_SPEC, head_kwargs={"detections_per_tile": 20})
-    report = evaluate_detector(checkpoint, tmp_path / "a.tif", tmp_path / "labels.csv")
+    report = evaluate(checkpoint, tmp_path / "a.tif", tmp_path / "labels.csv")
     assert report.scores.classes[0].num_objects == 2
 
 
@@ -47,10 +47,10 @@ def test_masks_are_scored_inside_their_rectangles_as_whole_ones_are(tmp_path, mo
         return found
 
     monkeypatch.setattr("perf_vit.inference.detection.predict_objects", search)
-    report = evaluate_detector(checkpoint, tmp_path / "images", tmp_path / "masks")
+    report = evaluate(checkpoint, tmp_path / "images", tmp_path / "masks")
     (record,) = read_object_labels(tmp_path / "masks", tmp_path / "images", label_format="instances", classes=["car"])
     masks = OutlineMasks(outlines).read(np.arange(12), record.extent)
-    whole = DetectionReport(("car",), "masks", score_threshold=0.5)
+    whole = DetectionEvaluation(("car",), "masks", score_threshold=0.5)
     whole.update(
         Detections(masks=masks, scores=found.scores, labels=found.labels),
         objects_in(record, record.extent, min_visible=0.0),

@@ -16,6 +16,7 @@ from perf_vit.data import make_ship_scene
 from perf_vit.errors import OutputError
 from perf_vit.inference import slide_names
 from perf_vit.tasks.history import plot_history
+from perf_vit.workflows.train import Run, read_run
 
 EXAMPLES = [
     (
@@ -220,15 +221,16 @@ def test_a_link_to_a_folder_of_a_model_stays_one(place) -> None:
 def demo(tmp_path, monkeypatch) -> list[str | Path]:
     """The command line of a demo that doesn't train."""
 
-    def train(config) -> Path:
-        run = Path(config.out)
+    def train(config, overrides, *, out) -> Run:
+        run = Path(out)
         assert not list((run / "checkpoints").glob("*"))
-        dump_config(config, run / "config.yaml")
+        dump_config(read_run(config, overrides, out), run / "config.yaml")
         plot_history([], run / "loss_curve.png")
         put(run / "checkpoints" / "last.ckpt")
-        return small_models.save_segmenter(run / "checkpoints" / "best.ckpt", "ship", num_bands=4, tile_px=256)
+        small_models.save_segmenter(run / "checkpoints" / "best.ckpt", "ship", num_bands=4, tile_px=256)
+        return Run(run)
 
-    monkeypatch.setattr("perf_vit.workflows.demo.train_segmenter", train)
+    monkeypatch.setattr("perf_vit.workflows.demo.train", train)
     monkeypatch.setattr("perf_vit.workflows.demo.make_ship_scene", partial(make_ship_scene, size_px=512, num_targets=9))
     (tmp_path / "out" / "run").mkdir(parents=True)
     return ["demo", "--out", tmp_path / "out"]

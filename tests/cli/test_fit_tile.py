@@ -4,7 +4,7 @@ import pytest
 from command_line import SMALL, call
 
 from perf_vit.errors import ConfigError
-from perf_vit.workflows.fit_tile import parse_bytes
+from perf_vit.workflows.train import parse_bytes
 
 
 def _args(trained, *extra) -> list:
@@ -23,7 +23,7 @@ def test_the_largest_tile_is_printed_with_what_it_takes(trained, capsys) -> None
 
 def test_memory_without_a_unit_is_one_line(trained, capsys) -> None:
     assert call(_args(trained, "--memory", "16")) == 2
-    assert "expected memory as 16GB" in capsys.readouterr().err
+    assert "--memory must be a size such as 16GB" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(("text", "number"), [("16GB", 16 * 10**9), ("1.5 GiB", 3 * 2**29), ("500mb", 5 * 10**8)])
@@ -33,11 +33,11 @@ def test_sizes_have_units(text: str, number: int) -> None:
 
 @pytest.mark.parametrize("text", ["16", "GB", "-1GB", "0GB", "16 GBit"])
 def test_sizes_without_units_are_one_line(text: str) -> None:
-    with pytest.raises(ConfigError, match="expected memory as 16GB"):
+    with pytest.raises(ConfigError, match="memory must be a size such as 16GB"):
         parse_bytes(text)
 
 
-@pytest.mark.parametrize("config", ["classification/scenes", "classification/numbers", "slides/tumour"])
+@pytest.mark.parametrize("config", ["classification/scenes", "regression/biomass", "slide_classification/tumour"])
 def test_a_config_of_another_task_is_one_line(config, capsys) -> None:
     assert call(["fit-tile", f"configs/{config}.yaml"]) == 2
-    assert "fit-tile takes configs of segmentation and detection, got one of " in capsys.readouterr().err
+    assert "tiles are fitted for configs of segmentation and detection, got one of " in capsys.readouterr().err

@@ -9,13 +9,13 @@ from command_line import call, train_args
 from perf_vit.labels import open_labels
 from perf_vit.sources import open_raster
 from perf_vit.types import Window
-from perf_vit.workflows.segmentation import evaluate_segmenter
+from perf_vit.workflows.evaluate import evaluate
 
 HALVES = ([0, 0, 100, 192], [100, 0, 92, 192])
 
 
-def counted(scores) -> list[int]:
-    return [score.num_pixels for score in scores]
+def counted(evaluation) -> list[int]:
+    return [row["num_pixels"] for row in evaluation.table]
 
 
 def test_scores_of_a_region_count_its_pixels_alone(trained, tmp_path) -> None:
@@ -33,8 +33,8 @@ def test_scores_of_a_region_count_its_pixels_alone(trained, tmp_path) -> None:
 
 def test_regions_that_share_a_raster_out_count_all_of_it(trained) -> None:
     files = (trained.checkpoint, trained.scene.image, trained.scene.labels)
-    whole, _ = evaluate_segmenter(*files)
-    parts = [counted(evaluate_segmenter(*files, region=region)[0]) for region in HALVES]
+    whole = evaluate(*files)
+    parts = [counted(evaluate(*files, region=region)) for region in HALVES]
     assert np.sum(parts, axis=0).tolist() == counted(whole)
 
 

@@ -18,9 +18,14 @@ from small_models import save_classifier, save_segmenter, save_slide_classifier,
 from synthetic_slide import make_slide
 
 from perf_vit.errors import InputError, OutputError
-from perf_vit.inference import PREDICTORS, RayPool, find_inputs, predict_many
+from perf_vit.inference import RayPool, find_inputs, predict_many
 from perf_vit.inference.jobs import JobResult
 from perf_vit.sources import open_source
+from perf_vit.workflows.registry import get_task
+
+
+def make_predictor(task: str, checkpoint: Path, **options: Any) -> Any:
+    return get_task(task).predictor(checkpoint, get_task(task).predict_options(**options))
 
 
 class KilledError(BaseException):
@@ -107,9 +112,8 @@ class Bench:
 
     def run(self, folder: str, *, kill_after: int | None = None, **options: Any) -> tuple[JobResult, int]:
         """What became of the prediction and how many forward passes it took."""
-        predictor = PREDICTORS[self.case.task].make(
-            self.checkpoint, **{"device": "cpu", **self.case.options, **options}
-        )
+        given = {"device": "cpu", **self.case.options, **options}
+        predictor = make_predictor(self.case.task, self.checkpoint, **given)
         count = 0
 
         def on_forward(*_: Any) -> None:
@@ -226,7 +230,7 @@ def test_the_report_of_many_inputs_has_all_of_them(task, tmp_path) -> None:
         write_image(tmp_path / "in" / f"{number}.tif", 64, number)
     (tmp_path / "in" / "bad.tif").write_bytes(b"no raster")
     checkpoint = CASES[task].save(tmp_path / "model.ckpt")
-    predictor = PREDICTORS[task].make(checkpoint, device="cpu", on_error="skip")
+    predictor = make_predictor(task, checkpoint, device="cpu", on_error="skip")
     inputs = find_inputs([tmp_path / "in"], tmp_path / "out")
     for status in ("done", "skipped-existing"):
         report = predict_many(predictor, inputs, on_error="skip", report_path=tmp_path / "out" / "report.json")
@@ -300,7 +304,7 @@ def test_a_table_made_by_ray_is_the_same_bytes(task, tmp_path) -> None:
     pytest.importorskip("ray")
     bench = Bench(CASES[task], tmp_path)
     bench.run("local")
-    predictor = PREDICTORS[bench.case.task].make(bench.checkpoint, device="cpu", **bench.case.options)
+    predictor = make_predictor(bench.case.task, bench.checkpoint, device="cpu", **bench.case.options)
     with RayPool(num_actors=2) as pool:
         predictor.run(bench.source, tmp_path / "ray" / bench.case.out, pool=pool)
     assert bench.files("ray") == bench.files("local")
@@ -311,7 +315,7 @@ def test_objects_of_many_inputs_found_by_ray_are_the_same_bytes(tmp_path) -> Non
     pytest.importorskip("ray")
     write_images(tmp_path / "in")
     checkpoint = save_small_detector(tmp_path / "model.ckpt")
-    predictor = PREDICTORS["detection"].make(checkpoint, device="cpu", score_threshold=0.0)
+    predictor = make_predictor("detection", checkpoint, device="cpu", score_threshold=0.0)
     local = predict_many(predictor, find_inputs([tmp_path / "in"], tmp_path / "local"))
     with RayPool(num_actors=2) as pool:
         spread = predict_many(predictor, find_inputs([tmp_path / "in"], tmp_path / "ray"), each=pool.each)
@@ -323,7 +327,7 @@ def test_objects_of_many_inputs_found_by_ray_are_the_same_bytes(tmp_path) -> Non
 @pytest.mark.parametrize("task", ["segmentation", "detection"])
 def test_a_source_that_was_given_stays_open_and_the_model_is_evaluated(task, tmp_path) -> None:
     bench = Bench(CASES[task], tmp_path)
-    predictor = PREDICTORS[task].make(bench.checkpoint, device="cpu", **bench.case.options)
+    predictor = make_predictor(task, bench.checkpoint, device="cpu", **bench.case.options)
     predictor.model.train()
     closed = []
     with open_source(bench.source) as source:

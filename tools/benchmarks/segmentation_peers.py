@@ -33,18 +33,18 @@ from perf_vit.data import (
     label_options,
     region_window,
 )
-from perf_vit.inference import SegmentationPredictOptions, SegmentationPredictor
+from perf_vit.inference import SegmentationPredictOptions, SegmentationPredictor, class_probabilities
 from perf_vit.labels import open_labels
-from perf_vit.metrics import ClassScores, class_scores, segmentation_metrics
 from perf_vit.models import SegmentationSpec, Segmenter
 from perf_vit.models.backbone import feature_specs
 from perf_vit.models.heads import LinearHead
 from perf_vit.sources import open_raster
 from perf_vit.tasks import SegmentationLoss
 from perf_vit.types import IGNORE_INDEX
-from perf_vit.workflows.progress import console, score_table
+from perf_vit.workflows.progress import console
+from perf_vit.workflows.reports import SegmentationEvaluation
 from perf_vit.workflows.run_config import SegmentationRun
-from perf_vit.workflows.segmentation import with_measured_weights, write_scores
+from perf_vit.workflows.segmentation import with_measured_weights
 
 UNETS = ("unet-resnet18", "unet-resnet34")
 UNET_MULTIPLE = 32
@@ -88,14 +88,15 @@ def main(
     tiles, spent = train(model, data, loss, optimizer, cpu_seconds, lr)
     start = time.process_time()
     scores = score(model, run.data, test, test_labels, region)
-    console.print(score_table(scores, title=f"{network}, seed {run.seed}"))
+    scores.title = f"{network}, seed {run.seed}"
+    console.print(*scores.tables())
     millions = sum(each.numel() for each in model.parameters()) / 1e6
     console.print(
         f"{millions:.1f} million weights; {tiles:,} tiles of {run.data.tile_px} px in {spent:.0f} s of CPU time, "
         f"scored in {time.process_time() - start:.0f} s"
     )
     if out is not None:
-        write_scores(scores, out)
+        scores.to_json(out)
 
 
 def build(network: str, data: SegmentationDataModule, run: SegmentationRun, folder: Path | None) -> Segmenter:
@@ -157,18 +158,19 @@ def score(
     image: Path,
     labels: Path,
     region: tuple[int, int, int, int] | None,
-) -> list[ClassScores]:
+) -> SegmentationEvaluation:
     """Blended windows against labels, each pixel once."""
     model.eval()
     source = open_raster(image, bands=config.bands, nodata=config.nodata, resolution=config.resolution)
     truth = open_labels(labels, source, classes=config.classes, background=config.background, **label_options(config))
     extent = region_window(None if region is None else list(region), source, "--region")
-    metrics = segmentation_metrics(len(config.classes))
+    found = SegmentationEvaluation(model.spec.classes)
     for strip in SegmentationPredictor(model, SegmentationPredictOptions(device="cpu")).strips(source, extent):
         expected = truth.read(strip.window)
         expected[~strip.valid] = IGNORE_INDEX
-        metrics.update(torch.from_numpy(strip.scores.argmax(0))[None], torch.from_numpy(expected).long()[None])
-    return class_scores(metrics, model.spec.classes)
+        decided = torch.from_numpy(strip.scores.argmax(0))
+        found.update(decided, class_probabilities(strip, multilabel=False), expected)
+    return found
 
 
 if __name__ == "__main__":

@@ -31,6 +31,7 @@ class JobResult:
         num_windows: Windows of the input.
         num_pixels: Pixels of the input.
         num_objects: Objects found in this call, None where none are looked for.
+        score_threshold: Lowest score of these objects.
         num_rows: Inputs in a table but those that failed, None for other outputs.
         damaged: Parts of the input that couldn't be read and were skipped.
         failed: Errors of inputs of a table that were skipped, by path.
@@ -41,6 +42,7 @@ class JobResult:
     num_windows: int = 0
     num_pixels: int = 0
     num_objects: int | None = None
+    score_threshold: float | None = None
     num_rows: int | None = None
     damaged: tuple[DamagedPiece, ...] = ()
     failed: Mapping[str, str] | None = None

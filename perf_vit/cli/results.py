@@ -1,0 +1,69 @@
+"""What the commands say of predictions."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from perf_vit.workflows.progress import print_damage, say
+
+if TYPE_CHECKING:
+    # They bring torch, which an error in the words of a command need not wait for.
+    from perf_vit.inference import RunReport
+    from perf_vit.inference.jobs import JobResult
+
+__all__ = ["say_prediction"]
+
+_THERE = ", there already with this input, model and settings; --overwrite makes it again"
+
+
+def say_prediction(task: str, found: JobResult | RunReport, output: Path) -> None:
+    """Say what a prediction made.
+
+    Args:
+        task: Name of the task.
+        found: What `perf_vit.predict` gave.
+        output: Path that was asked for.
+    """
+    from perf_vit.inference import RunReport
+
+    if isinstance(found, RunReport):
+        _say_report(found, output)
+    elif task == "segmentation":
+        _say_map(found, output)
+    elif task == "detection":
+        print_damage(found.damaged)
+        objects = _objects(found.num_objects or 0, found.score_threshold) if found.made else "objects"
+        say(f"{objects}: {found.out}{'' if found.made else _THERE}")
+    else:
+        _say_table(task, found, output)
+
+
+def _say_map(found: JobResult, output: Path) -> None:
+    print_damage(found.damaged)
+    say(f"map: {output}{'' if found.made else _THERE}")
+    if found.made and (quicklook := output.with_suffix(".png")).exists():
+        say(f"quicklook: {quicklook}")
+
+
+def _say_table(task: str, found: JobResult, output: Path) -> None:
+    from perf_vit.inference import attention_folder
+
+    if not found.made:
+        say(f"{output}{_THERE}")
+        return
+    left_out = f", {len(found.failed)} could not be read" if found.failed else ""
+    noun = "slides" if task == "slide_classification" else "images"
+    say(f"{found.num_rows:,} {noun}{left_out}: {output}")
+    if task == "slide_classification":
+        say(f"attention: {attention_folder(output)}")
+
+
+def _say_report(found: RunReport, folder: Path) -> None:
+    counts = [each.num_objects for each in found.inputs if each.num_objects is not None]
+    threshold = found.header["settings"].get("score_threshold")
+    say(f"{_objects(sum(counts), threshold)}: {folder}" if counts else f"outputs: {folder}", f"report: {found.path}")
+
+
+def _objects(number: int, threshold: float | None) -> str:
+    return f"{number:,} objects" + ("" if threshold is None else f" with scores from {threshold:.2f}")

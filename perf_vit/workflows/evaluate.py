@@ -1,0 +1,70 @@
+"""Evaluation of all tasks."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from perf_vit.errors import InputError
+from perf_vit.workflows.load import find_model, task_of
+from perf_vit.workflows.progress import progress_shown
+from perf_vit.workflows.registry import options_of
+from perf_vit.workflows.task import EvaluateOptions, Evaluation, Task
+from perf_vit.writers import check_outputs
+
+__all__ = ["evaluate"]
+
+
+def evaluate(
+    model: nn.Module | str | Path,
+    input: str | Path,  # noqa: A002  (as on the command line)
+    labels: str | Path | None = None,
+    *,
+    progress: bool = True,
+    **options: Any,
+) -> Evaluation:
+    """Score a model on a labelled raster, or on labelled images or slides.
+
+    Args:
+        model: Model of `load`, or what `load` takes.
+        input: A raster, a folder of images, or of slides; of detectors, an image or a folder.
+        labels: Masks or vector files as in training, labels of objects, or a CSV file of images or slides; None for
+            images in folders by class.
+        progress: Show a progress bar.
+        **options: Fields of the task's options, such as `SegmentationEvaluateOptions`.
+
+    Returns:
+        Scores with `table`, `to_json` and `plot`.
+
+    Raises:
+        InputError: Labels or inputs can't be read, or don't fit each other or the model.
+        OptionError: The task has no such option, or it takes no such value.
+        OutputError: Scores that exist, without `overwrite`.
+    """
+    given = model if isinstance(model, nn.Module) else find_model(model)
+    task = task_of(given)
+    parsed: EvaluateOptions = options_of(task, "evaluate", options)
+    if labels is None and task.needs_labels:
+        raise InputError(
+            f"{task.label} is scored against labels, got none; give a mask raster or a vector file, labels of objects, "
+            "or a CSV file"
+        )
+    image, truth = Path(input), None if labels is None else Path(labels)
+    if parsed.json is not None:
+        _check_outputs(task, parsed, [None if isinstance(given, nn.Module) else given, image, truth])
+    with progress_shown(progress):
+        found = task.evaluate(given, image, truth, parsed)
+    if parsed.json is not None:
+        found.to_json(parsed.json)
+        found.plot(parsed.json)
+    return found
+
+
+def _check_outputs(task: Task, options: EvaluateOptions, inputs: list[Path | None]) -> None:
+    """Refuse scores and pictures that would replace an input or, without `overwrite`, another file."""
+    assert options.json is not None
+    further = [getattr(options, name, None) for name in ("names", "tissue")]
+    outputs = [Path(options.json), *task.evaluation.picture_paths(options.json)]
+    check_outputs(outputs, [*inputs, *further], overwrite=options.overwrite)

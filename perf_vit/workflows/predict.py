@@ -1,0 +1,284 @@
+"""Prediction of all tasks: one input or many, in this process or on a Ray cluster."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, fields
+from datetime import UTC, datetime
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+from torch import nn
+
+from perf_vit.errors import InputError, OptionError, OutputError
+from perf_vit.inference import (
+    REPORT,
+    InputPredictor,
+    MapInput,
+    RayPool,
+    RunReport,
+    SegmentationPredictor,
+    TablePredictor,
+    attention_folder,
+    check_report,
+    find_inputs,
+    find_paths,
+    in_turn,
+    is_one_file,
+    predict_many,
+    reserve_report,
+    resolve_one,
+    scene_files,
+)
+from perf_vit.inference.jobs import JobResult
+from perf_vit.models import InputSpec
+from perf_vit.workflows.load import as_segmenter, find_model, task_of
+from perf_vit.workflows.progress import inputs_progress, note, progress_shown, run_table, windows_progress
+from perf_vit.workflows.registry import options_of
+from perf_vit.writers import check_outputs
+
+__all__ = ["Engine", "InputsOptions", "predict"]
+
+Engine = Literal["local", "ray"]
+
+_FILE_SUFFIXES = frozenset({".tif", ".tiff", ".gpkg", ".geojson", ".parquet", ".json", ".csv"})
+
+
+@dataclass(frozen=True, kw_only=True)
+class InputsOptions:
+    """How inputs are found and shared.
+
+    Attributes:
+        path_column: Column of a list that holds the paths.
+        mosaic: Read the one input, a folder, glob or list of STAC items, as one scene.
+        engine: This process, or a Ray cluster.
+        num_actors: Ray processes; one a GPU, else one a CPU, by default.
+        ray_address: Address of a running cluster; a Ray of its own by default.
+    """
+
+    path_column: str = "path"
+    mosaic: bool = False
+    engine: Engine = "local"
+    num_actors: int | None = None
+    ray_address: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.engine not in get_args(Engine):
+            raise OptionError(f"engine must be one of {', '.join(get_args(Engine))}, got {self.engine}")
+        for name in ("num_actors", "ray_address"):
+            if self.engine == "local" and getattr(self, name):
+                raise OptionError(f"{name} is for `engine=ray`; leave it out")
+
+    @contextmanager
+    def pool(self, device: str) -> Iterator[RayPool | None]:
+        """A pool of Ray processes, None for this process.
+
+        Args:
+            device: Device of the prediction.
+        """
+        if self.engine == "local":
+            yield None
+            return
+        use_gpus = None if device == "auto" else device.startswith("cuda")
+        with RayPool(num_actors=self.num_actors, address=self.ray_address, use_gpus=use_gpus) as pool:
+            yield pool
+
+
+def predict(
+    model: nn.Module | str | Path,
+    input: Any,  # noqa: A002  (as on the command line)
+    output: str | Path,
+    *,
+    progress: bool = True,
+    **options: Any,
+) -> JobResult | RunReport:
+    """Predict inputs and write the outputs of the model's task.
+
+    Segmentation writes a georeferenced map, .tif; detection the objects, .gpkg, .geojson, .parquet or COCO's .json;
+    classification, regression and slide classification a table, .csv. Inputs are read as the model was trained.
+    Outputs appear under their names when they are complete; an interrupted call goes on where it was.
+
+    Args:
+        model: Model of `load`, or what `load` takes; or any network that gives scores [B, K, h, w] for tiles
+            [B, C, h, w], with an `InputSpec` as its attribute `spec` or without one, for all bands as they are.
+        input: Path, URL, folder, glob, list of paths as CSV or Parquet, or several of these; or an open source.
+        output: Path of the main output, or a folder for those of several inputs; missing folders are made.
+        progress: Show a progress bar.
+        **options: Fields of `InputsOptions` and of the task's options, such as `SegmentationPredictOptions`.
+
+    Returns:
+        What became of one input or table, or the report of several inputs.
+
+    Raises:
+        BusyError: Another process writes the output.
+        InputError: An input can't be read, or doesn't fit the model.
+        OptionError: The task has no such option, or it takes no such value.
+        OutputError: The output can't be written, or is another file without `overwrite`.
+    """
+    own = {each.name for each in fields(InputsOptions)}
+    shared = InputsOptions(**{name: value for name, value in options.items() if name in own})
+    given = {name: value for name, value in options.items() if name not in own}
+    inputs = [input] if isinstance(input, str | Path) or hasattr(input, "read") else list(input)
+    with progress_shown(progress), _evaluating(model):
+        predictor = _predictor(model, inputs, given, shared)
+        run: Any = _predict_table if isinstance(predictor, TablePredictor) else _predict_inputs
+        if len(inputs) == 1 and not isinstance(inputs[0], str | Path):
+            return _predict_one(predictor, inputs[0], Path(output), shared)
+        result: JobResult | RunReport = run(predictor, [str(each) for each in inputs], Path(output), shared)
+        return result
+
+
+def _predictor(
+    model: nn.Module | str | Path, inputs: Sequence[Any], given: Mapping[str, Any], shared: InputsOptions
+) -> Any:
+    found = model if isinstance(model, nn.Module) else find_model(model)
+    task = task_of(found)
+    options = options_of(task, "predict", given)
+    if not isinstance(found, nn.Module) or hasattr(found, "task"):
+        return task.predictor(found, options)
+    spec = getattr(found, "spec", None)
+    first = inputs[0] if shared.mosaic or hasattr(inputs[0], "read") else find_paths(inputs)[0]
+    opened = (spec if isinstance(spec, InputSpec) else InputSpec()).open(first, **options.input_options)
+    try:
+        return task.predictor(as_segmenter(found, opened, options.window_size), options)
+    finally:
+        opened.close()
+
+
+@contextmanager
+def _evaluating(model: Any) -> Iterator[None]:
+    """Put a model that is given itself into evaluation mode, and back into its own."""
+    was_training = isinstance(model, nn.Module) and model.training
+    if was_training:
+        model.eval()
+    try:
+        yield
+    finally:
+        if was_training:
+            model.train()
+
+
+def _predict_inputs(
+    predictor: InputPredictor[Any, Any], inputs: Sequence[str], output: Path, given: InputsOptions
+) -> JobResult | RunReport:
+    """Predict one file into one file, or several into a folder.
+
+    Nothing is computed before it is known that no output replaces an input or, without `overwrite`, another file.
+
+    Raises:
+        InputError: Some inputs failed, after all others are done.
+        PerfVitError: See `perf_vit.inference.predict_many`.
+    """
+    if given.mosaic and len(inputs) != 1:
+        raise OptionError(f"mosaic reads one folder, glob or list of STAC items as one scene, got {len(inputs)}")
+    if not given.mosaic:
+        inputs = resolve_one(inputs, output)
+    if given.mosaic or is_one_file(inputs):
+        return _predict_one(predictor, inputs[0], output, given)
+    if output.suffix.lower() in _FILE_SUFFIXES and not output.is_dir():
+        raise OutputError(f"several inputs need a folder as `output`, got {output}; try {output.with_suffix('')}")
+    found = find_inputs(inputs, output, path_column=given.path_column)
+    outputs = [path for item in found for path in predictor.outputs(item.output)]
+    outputs += [*predictor.folder_files(output), output / REPORT]
+    read = [*predictor.read_files, *(each for each in inputs if Path(each).is_file()), *(item.path for item in found)]
+    check_outputs(outputs, read, overwrite=True)
+    check_report(output, overwrite=predictor.options.overwrite)
+    predictor.check_folder(output)
+    with given.pool(predictor.options.device) as pool:
+        if pool is not None:
+            predictor = predictor.on(_device_of(pool, predictor))
+            found = [MapInput(_absolute(item.path), item.output.absolute()) for item in found]
+        predictor.check(found)
+        try:
+            return _predict_many(predictor, found, output, pool)
+        finally:
+            predictor.finish_folder(found, output)
+
+
+def _predict_table(
+    predictor: TablePredictor[Any, Any], inputs: Sequence[str], output: Path, given: InputsOptions
+) -> JobResult:
+    """Write a table with a row an input.
+
+    Raises:
+        InputError: An input can't be read, or with `on_error="skip"` none.
+        PerfVitError: An input or output that doesn't fit.
+    """
+    paths = find_paths(inputs, path_column=given.path_column, outputs=attention_folder(output))
+    lists = [each for each in inputs if Path(each).is_file()]
+    job = predictor.job(paths, output)
+    check_outputs(job.files, [*predictor.read_files, *lists, *paths], overwrite=True)
+    job.check()
+    with given.pool(predictor.options.device) as pool, windows_progress("predicting", predictor.noun) as on_progress:
+        if pool is not None:
+            predictor = predictor.on(_device_of(pool, predictor))
+            paths = [_absolute(path) for path in paths]
+        return predictor.run(paths, output, on_progress=on_progress, pool=pool)
+
+
+def _predict_one(predictor: InputPredictor[Any, Any], source: Any, output: Path, given: InputsOptions) -> JobResult:
+    name = str(getattr(source, "path", source))
+    files = [scene_files(name) if given.mosaic else name, *predictor.read_files]
+    check_outputs(predictor.outputs(output), files, overwrite=True)
+    if given.engine == "ray":
+        return _predict_rows(predictor, source, output, given)
+    with windows_progress(f"predicting {Path(name).name}") as on_progress:
+        return predictor.run(source, output, on_progress=on_progress)
+
+
+def _predict_rows(predictor: Any, source: Any, output: Path, given: InputsOptions) -> JobResult:
+    """Share the rows of one map out."""
+    if not isinstance(predictor, SegmentationPredictor) or not isinstance(source, str):
+        raise OptionError("engine ray shares several inputs, or the rows of one map, by their paths; leave it out")
+    # Before a pool is made.
+    job = predictor.job(source, output)
+    job.check()
+    job.source.close()
+    title = f"predicting {Path(source).name}"
+    with given.pool(predictor.options.device) as pool, windows_progress(title, "rows") as on_progress:
+        assert pool is not None
+        predictor = predictor.on(_device_of(pool, predictor))
+        return predictor.run(_absolute(source), output.absolute(), on_progress=on_progress, pool=pool)
+
+
+def _predict_many(
+    predictor: InputPredictor[Any, Any], inputs: list[MapInput], folder: Path, pool: RayPool | None
+) -> RunReport:
+    """Predict all inputs, in this process or in a pool, keep a report and note it."""
+    options = predictor.options
+    # A checkpoint that can't be read is no input's fault.
+    header = predictor.described() | {"started": datetime.now(UTC).isoformat(timespec="seconds")}
+    header["settings"] |= {"num_actors": pool and pool.num_actors}
+    report = RunReport(header=header)
+    with reserve_report(folder, overwrite=options.overwrite) as path:
+        report.path = path
+        try:
+            with inputs_progress(len(inputs), windows=pool is None) as (on_input, on_window):
+                predict_many(
+                    partial(predictor, on_progress=on_window) if on_window else predictor,
+                    inputs,
+                    each=pool.each if pool else in_turn,
+                    on_error=options.on_error,
+                    report=report,
+                    report_path=path,
+                    on_input=on_input,
+                )
+        finally:
+            if report.inputs:
+                note(run_table(report))
+    if num_failed := report.count("failed"):
+        raise InputError(f"{num_failed} of {len(inputs)} inputs failed, all others were gone through; see {path}")
+    return report
+
+
+def _device_of(pool: RayPool, predictor: Any) -> str:
+    """The device of the pool's actors, whatever this process has."""
+    device = str(predictor.options.device)
+    return ("cuda" if pool.use_gpus else "cpu") if device == "auto" else device
+
+
+def _absolute(path: str) -> str:
+    """Workers stand in other folders."""
+    return str(Path(path).absolute()) if Path(path).exists() else path

@@ -1,0 +1,177 @@
+"""What a task is: everything that training, evaluation and prediction need to know of it."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any, ClassVar, TypeAlias, TypeVar
+
+from rich.table import Table
+from torch import nn
+
+from perf_vit.files import write_json
+from perf_vit.inference import PredictOptions, Predictor
+from perf_vit.models import Network
+from perf_vit.tasks import TrainingSteps
+from perf_vit.tasks.history import Curves
+from perf_vit.tasks.pictures import Draw
+from perf_vit.workflows.progress import as_text
+
+__all__ = ["EvaluateOptions", "Evaluation", "Task", "TrainedModel", "WindowedEvaluateOptions"]
+
+Options = TypeVar("Options", bound=PredictOptions)
+
+TrainedModel: TypeAlias = nn.Module | str | Path
+"""A model of a task, or the path of its checkpoint."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluateOptions:
+    """Options of every evaluation.
+
+    Attributes:
+        batch_size: Windows or images in a forward pass.
+        device: "auto" for a GPU if there is one, "cpu", "cuda", "cuda:1", "mps".
+        precision: "32", or "bf16" or "16" for autocast.
+        json: File to write the scores to, with curves and confusion matrix next to it as .png.
+        overwrite: Replace scores and pictures that exist.
+    """
+
+    batch_size: int = 1
+    device: str = "auto"
+    precision: str = "32"
+    json: str | Path | None = None
+    overwrite: bool = False
+
+    def for_prediction(self, options: type[Options], **more: Any) -> Options:
+        """Options of the prediction that is scored.
+
+        Args:
+            options: Their class.
+            **more: Further ones.
+
+        Raises:
+            OptionError: An unknown value.
+        """
+        shared = {each.name for each in fields(self)} & {each.name for each in fields(options)} - {"overwrite"}
+        return options(**{name: getattr(self, name) for name in shared}, **more)
+
+
+@dataclass(frozen=True, kw_only=True)
+class WindowedEvaluateOptions(EvaluateOptions):
+    """Options of evaluations in overlapping windows.
+
+    Attributes:
+        window_size: Side of a window in pixels; the training tile's by default.
+        overlap: Pixels that neighbouring windows share; a quarter of the window by default.
+    """
+
+    window_size: int | None = None
+    overlap: int | None = None
+
+
+class Evaluation(ABC):
+    """Scores of a model on labelled inputs.
+
+    Attributes:
+        pictures: Endings of the names of pictures next to the scores, some of which a model may have no scores for.
+        title: What was scored against what.
+    """
+
+    pictures: ClassVar[tuple[str, ...]] = ()
+    title: str = "scores"
+
+    @property
+    @abstractmethod
+    def table(self) -> list[dict[str, Any]]:
+        """A row a class or target, as plain values; `pandas.DataFrame` takes it."""
+
+    @abstractmethod
+    def tables(self) -> list[Table]:
+        """All scores for people."""
+
+    @abstractmethod
+    def to_dict(self) -> dict[str, Any]:
+        """All scores as plain values of JSON, NaN as None."""
+
+    @abstractmethod
+    def plot(self, path: str | Path) -> list[Path]:
+        """Write curves and the confusion matrix as pictures, as far as the task has them.
+
+        Args:
+            path: Path of the first picture, .png; the names of others begin with its name.
+
+        Returns:
+            Paths of the pictures.
+
+        Raises:
+            OutputError: They can't be written there.
+        """
+
+    def to_json(self, path: str | Path) -> Path:
+        """Write all scores as JSON.
+
+        Raises:
+            OutputError: Nothing can be written there.
+        """
+        write_json(Path(path), self.to_dict())
+        return Path(path)
+
+    @classmethod
+    def picture_paths(cls, path: str | Path) -> list[Path]:
+        """Paths of the pictures next to scores."""
+        return [Path(path).with_name(f"{Path(path).stem}{ending}.png") for ending in cls.pictures]
+
+    def __str__(self) -> str:
+        return as_text(*self.tables())
+
+    __repr__ = __str__
+
+
+@dataclass(frozen=True, kw_only=True)
+class Task:
+    """A task, as `register_task` takes it.
+
+    Attributes:
+        name: Value of the key `task` of its configs, and of the attribute `task` of its models.
+        network: Class of its model's config and spec, what builds the model, and what messages call it.
+        run_config: Class of its configs, a `TaskRunConfig`.
+        build_data: Makes the data module of a config.
+        build_module: Makes the Lightning module of a config and the data module.
+        prepare_data: Called with a config, the data module, the Lightning module and the run folder before training
+            begins, gives the data module to train on; None where that is the data module itself.
+        monitor: Score that `best.ckpt` is chosen by, the higher the better.
+        curves: Scores that are drawn while it trains.
+        draw: Draws a validation tile with truth and prediction, None for no pictures.
+        training_steps: Gives what `perf-vit fit-tile` measures for a config, None where tiles can't be fitted.
+        predictor: Class of its predictor.
+        predict_options: Class of the options of its predictor.
+        evaluate: Called with model, input, labels and options, gives an `Evaluation`.
+        evaluate_options: Class of these options.
+        evaluation: Class of these evaluations.
+        needs_labels: Whether an evaluation takes labels; else they may be the folders of the images.
+    """
+
+    name: str
+    network: Network
+    run_config: type[Any]
+    build_data: Callable[[Any], Any]
+    build_module: Callable[[Any, Any], Any]
+    monitor: str
+    curves: Curves
+    predictor: type[Predictor[Any, Any]]
+    predict_options: type[PredictOptions]
+    evaluate: Callable[[Any, Any, Any, Any], Evaluation]
+    evaluate_options: type[EvaluateOptions]
+    evaluation: type[Evaluation]
+    needs_labels: bool = True
+    prepare_data: Callable[[Any, Any, Any, Path], Any] | None = None
+    draw: Draw | None = None
+    training_steps: Callable[[Any], TrainingSteps] | None = None
+
+    @property
+    def label(self) -> str:
+        """What messages call its model, such as "a segmentation model"."""
+        return self.network.label
