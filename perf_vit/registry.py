@@ -84,7 +84,7 @@ class Registry(Mapping[str, T]):
         self._objects[name] = item
 
     def __getitem__(self, name: str) -> T:
-        """Look up an object; raise the registry's error, which names the nearest name, if there is none."""
+        """Return the object with a name; raise the registry's error, which names the closest name, if there is none."""
         load_extensions()
         if name not in self._objects:
             known = ", ".join(self._objects)

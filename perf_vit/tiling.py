@@ -22,19 +22,18 @@ __all__ = [
 
 
 def grid_windows(extent: Window, window_size: int, overlap: int) -> list[Window]:
-    """Cover an extent with square windows, row by row.
+    """Cover an extent with square windows, in row-major order.
 
-    The last row and column of windows are shifted back to end at the extent's edge, so they share more with their
-    neighbours than the others do. Along an axis shorter than a window there is one window, which begins at the
-    extent's start and reaches past its edge.
+    The last row and column of windows are shifted back to end at the edge of the extent, so they overlap more. Along an
+    axis shorter than a window there is a single window, which starts at the extent and reaches past its edge.
 
     Args:
-        extent: the pixels to cover, at least one.
-        window_size: side of a window, in pixels.
-        overlap: pixels that neighbours share, from 0 to window_size - 1.
+        extent: Pixels to cover, at least one.
+        window_size: Window size in pixels.
+        overlap: Overlap of neighbouring windows in pixels, from 0 to window_size - 1.
 
     Raises:
-        PerfVitError: a window size below 1, or an overlap outside its range.
+        PerfVitError: The window size is below 1 or the overlap out of range.
     """
     _check_size(window_size)
     if not 0 <= overlap < window_size:
@@ -47,17 +46,17 @@ def grid_windows(extent: Window, window_size: int, overlap: int) -> list[Window]
 
 
 def random_window(extent: Window, window_size: int, rng: np.random.Generator) -> Window:
-    """Draw a square window, every place inside the extent with the same probability.
+    """Draw a square window uniformly from those inside the extent.
 
-    Along an axis shorter than a window there is one place: the extent's start.
+    Along an axis shorter than a window, the window starts at the extent.
 
     Args:
-        extent: the pixels to stay inside.
-        window_size: side of the window, in pixels.
-        rng: decides the place.
+        extent: Pixels to stay inside.
+        window_size: Window size in pixels.
+        rng: Random number generator.
 
     Raises:
-        PerfVitError: a window size below 1.
+        PerfVitError: The window size is below 1.
     """
     _check_size(window_size)
     row = extent.row + int(rng.integers(max(1, extent.height - window_size + 1)))
@@ -66,19 +65,19 @@ def random_window(extent: Window, window_size: int, rng: np.random.Generator) ->
 
 
 def random_window_holding(extent: Window, row: int, col: int, window_size: int, rng: np.random.Generator) -> Window:
-    """Draw a square window that holds a pixel, every such place inside the extent with the same probability.
+    """Draw a square window uniformly from those inside the extent that contain a pixel.
 
-    Along an axis shorter than a window there is one place: the extent's start.
+    Along an axis shorter than a window, the window starts at the extent.
 
     Args:
-        extent: the pixels to stay inside.
-        row: of the pixel, inside the extent.
-        col: of the pixel, inside the extent.
-        window_size: side of the window, in pixels.
-        rng: decides the place.
+        extent: Pixels to stay inside.
+        row: Row of the pixel, inside the extent.
+        col: Column of the pixel, inside the extent.
+        window_size: Window size in pixels.
+        rng: Random number generator.
 
     Raises:
-        PerfVitError: a window size below 1.
+        PerfVitError: The window size is below 1.
     """
     _check_size(window_size)
     first_row = _start_holding(row, extent.row, extent.height, window_size, rng)
@@ -98,21 +97,21 @@ def _starts(start: int, length: int, size: int, stride: int) -> list[int]:
 
 def _check_size(window_size: int) -> None:
     if window_size < 1:
-        raise PerfVitError(f"window_size must be at least 1 pixel, got {window_size}")
+        raise PerfVitError(f"window_size must be at least 1 pixel, got {window_size}; 512 suits most models")
 
 
 Blend = Literal["hann", "gaussian"]
 
 
-# As small as MONAI's default; a weight of 0 would leave corners of a scene without any.
+# MONAI's default. With a weight of 0, the corners of a scene would have no weight at all.
 _MIN_WEIGHT = 1e-3
 
 
 def blend_weights(blend: Blend, window_size: int) -> npt.NDArray[np.float32]:
-    """The weights of a name, [window_size, window_size].
+    """Return the blending weights of a window, [window_size, window_size].
 
     Raises:
-        PerfVitError: neither "hann" nor "gaussian".
+        PerfVitError: `blend` is neither "hann" nor "gaussian".
     """
     if blend == "hann":
         return hann_weights(window_size)
@@ -122,12 +121,12 @@ def blend_weights(blend: Blend, window_size: int) -> npt.NDArray[np.float32]:
 
 
 def hann_weights(window_size: int) -> npt.NDArray[np.float32]:
-    """Separable Hann window, sampled at pixel centres and therefore above 0 everywhere.
+    """Return a separable Hann window, sampled at pixel centres and therefore positive everywhere.
 
-    At an overlap of half the window, the weights of all windows over a pixel sum to 1.
+    With an overlap of half a window, the weights of all windows over a pixel sum to 1.
 
     Args:
-        window_size: side of a window, in pixels.
+        window_size: Window size in pixels.
 
     Returns:
         [window_size, window_size] float32, symmetric, at most 1.
@@ -138,12 +137,12 @@ def hann_weights(window_size: int) -> npt.NDArray[np.float32]:
 
 
 def gaussian_weights(window_size: int) -> npt.NDArray[np.float32]:
-    """Gaussian around the window's centre with a standard deviation of an eighth of its side, at least .001.
+    """Return a Gaussian with a standard deviation of an eighth of the window size, clipped to at least 0.001.
 
-    The same importance map as MONAI's `sliding_window_inference(mode="gaussian")` has by default.
+    It is the default importance map of MONAI's `sliding_window_inference(mode="gaussian")`.
 
     Args:
-        window_size: side of a window, in pixels.
+        window_size: Window size in pixels.
 
     Returns:
         [window_size, window_size] float32, symmetric, at most 1.

@@ -1,4 +1,4 @@
-"""Loading of YAML configs onto dataclass schemas. The schemas live beside the code that they configure."""
+"""Loading of YAML configs into dataclasses, which are defined next to the code that they configure."""
 
 from perf_vit.config.loader import (
     Config,

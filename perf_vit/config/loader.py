@@ -1,4 +1,4 @@
-"""Configs: YAML and dotted overrides become instances of a dataclass; errors name the key."""
+"""Loading of configs: YAML and dotted overrides, validated against a dataclass schema."""
 
 from __future__ import annotations
 
@@ -39,19 +39,19 @@ def _folder() -> Path:
 
 
 def shipped_configs() -> list[str]:
-    """Names of the shipped configs, as `find_config` takes them: "configs/segmentation/buildings.yaml"."""
+    """Return the names of the shipped configs, such as "configs/segmentation/buildings.yaml"."""
     folder = _folder()
     return sorted(f"configs/{path.relative_to(folder).as_posix()}" for path in folder.rglob("*.yaml"))
 
 
 def find_config(name: str | Path) -> Path:
-    """Resolve a config's path: a file of the user's first, then a shipped one of that name.
+    """Return the path of a config: an existing file, or else a shipped config with that name.
 
     Args:
-        name: Path, or a shipped name with or without the leading "configs/" and the ending ".yaml".
+        name: Path, or name of a shipped config with or without the leading "configs/" and the ending ".yaml".
 
     Raises:
-        ConfigError: neither exists; the message names the nearest shipped config.
+        ConfigError: Neither exists; the message names the closest shipped config.
     """
     path = Path(name)
     if path.is_file():
@@ -65,17 +65,17 @@ def find_config(name: str | Path) -> Path:
 
 
 def check_values(instance: Any, prefix: str = "") -> None:
-    """Refuse a dataclass with a value that isn't of its field's type.
+    """Check the values of a dataclass against the types of its fields.
 
-    Dataclasses themselves check nothing, and OmegaConf lets nested lists pass for lists of text. An integer is a
-    floating-point number, too, and a tuple a list; `Any`, and types other than those of configs, fit everything.
+    Dataclasses don't check types, and OmegaConf accepts nested lists for lists of strings. Integers are accepted as
+    floats, and tuples as lists; `Any` and types that configs don't use accept everything.
 
     Args:
-        instance: of a dataclass, with dataclasses inside.
-        prefix: of the names in the message, "data.".
+        instance: Dataclass instance, possibly nested.
+        prefix: Prefix of field names in the message, such as "data.".
 
     Raises:
-        ConfigError: names the first such field, the type and the value.
+        ConfigError: A value has another type; the message names the field, the type and the value.
     """
     hints = typing.get_type_hints(type(instance))
     for field in dataclasses.fields(instance):
@@ -101,7 +101,7 @@ def _fits(value: Any, hint: Any) -> bool:
     if origin is tuple and inner[-1] is not Ellipsis:
         return isinstance(value, tuple) and len(value) == len(inner) and all(map(_fits, value, inner))
     if origin in (tuple, list):
-        # In Python, whoever makes a config by hand gives either.
+        # Configs made in Python may hold either.
         return isinstance(value, tuple | list) and all(_fits(each, inner[0]) for each in value)
     if origin in (dict, Mapping):
         pairs = value.items() if isinstance(value, Mapping) else [(None, None)]
@@ -122,29 +122,29 @@ _DUMPED = "# Resolved config of a run of perf-vit.\n"
 
 
 Config: TypeAlias = str | Path | Mapping[str, Any]
-"""A YAML file, the name of a shipped config, or the content of one."""
+"""YAML file, name of a shipped config, or mapping with the content of a config."""
 
 Overrides: TypeAlias = Sequence[str] | Mapping[str, Any]
-"""Values by dotted key, or "dotted.key=value", whose values are parsed as YAML."""
+"""Mapping of dotted keys to values, or "dotted.key=value" strings, whose values are parsed as YAML."""
 
 
 def load_config(config: Config, schema: type[T], overrides: Overrides = ()) -> T:
-    """Load a config onto a schema.
+    """Load a config into a dataclass.
 
     A top-level `extends: other.yaml` (relative to the file, or a shipped name) is loaded first and overridden key by
-    key. Keys that the schema doesn't have, values of another type and required values left out are errors. `${key}` is
-    the value of another key; resolvers such as `${oc.env:NAME}` are for overrides alone.
+    key. Unknown keys, values of another type and missing required values are errors. `${key}` refers to the value of
+    another key; resolvers such as `${oc.env:NAME}` are allowed in overrides only.
 
     Args:
-        config: YAML file, name of a shipped config, or a mapping of what such a file holds.
-        schema: Dataclass, nested as deeply as the YAML.
-        overrides: Values by dotted key, or "dotted.key=value" pairs, whose values are parsed as YAML; applied last.
+        config: YAML file, name of a shipped config, or mapping with the content of a config.
+        schema: Dataclass, possibly nested.
+        overrides: Values by dotted key, or "dotted.key=value" strings, whose values are parsed as YAML; applied last.
 
     Returns:
-        An instance of the schema, nested dataclasses included.
+        Instance of the schema.
 
     Raises:
-        ConfigError: one line that names the key or file.
+        ConfigError: The config is invalid; the one-line message names the key or file.
     """
     path, merged = _name_of(config), _merged(config, overrides)
     for prefix, keys, known in _unknown_keys(merged, schema):
@@ -161,22 +161,22 @@ def load_config(config: Config, schema: type[T], overrides: Overrides = ()) -> T
 
 
 def config_value(config: Config, key: str, overrides: Overrides = (), default: Any = None) -> Any:
-    """One top-level value of a config, with bases and overrides, before its schema is known.
+    """Return a top-level value of a config after bases and overrides, without a schema.
 
     Raises:
-        ConfigError: one line that names the key or file.
+        ConfigError: The config is invalid; the one-line message names the key or file.
     """
     with _one_line(_name_of(config)):
         return _merged(config, overrides).get(key, default)
 
 
 def dump_config(config: Any, path: Path) -> None:
-    """Write a schema instance as YAML that `load_config` reads back and `is_dumped` recognises."""
+    """Write a dataclass as YAML that `load_config` can read and `is_dumped` recognises."""
     path.write_text(_DUMPED + OmegaConf.to_yaml(OmegaConf.structured(config)), encoding="utf-8")
 
 
 def is_dumped(path: Path) -> bool:
-    """Whether a file was written by `dump_config`, as its first line says."""
+    """Return whether a file was written by `dump_config`, according to its first line."""
     try:
         with path.open("rb") as file:
             return file.read(len(_DUMPED)) == _DUMPED.encode()
@@ -186,13 +186,13 @@ def is_dumped(path: Path) -> bool:
 
 @contextmanager
 def _one_line(path: str | Path) -> Iterator[None]:
-    """What OmegaConf says of values that don't fit, with the key, as a `ConfigError`."""
+    """Convert OmegaConf's errors to a one-line `ConfigError` with the key."""
     try:
         yield
     except OmegaConfBaseException as error:
         text = str(error.msg or error).strip().splitlines()
         raise ConfigError(f"{error.full_key or path}: {text[0] if text else type(error).__name__}") from error
-    # Integers of more digits than a float holds, text without an encoding: OmegaConf passes these on.
+    # OmegaConf passes on errors of integers too large for a float and of text that can't be encoded.
     except (ArithmeticError, UnicodeError) as error:
         raise ConfigError(f"{path}: {reason_line(error)}") from error
 
@@ -219,7 +219,7 @@ def _merged(config: Config, overrides: Overrides) -> DictConfig:
 
 
 def _plain(value: Any) -> Any:
-    """Values as YAML has them: no paths, tuples or other mappings."""
+    """Convert values to those of YAML: no paths, tuples or other mappings."""
     if isinstance(value, Mapping):
         return {str(key): _plain(each) for key, each in value.items()}
     if isinstance(value, list | tuple):
@@ -229,12 +229,12 @@ def _plain(value: Any) -> Any:
 
 def _read_with_bases(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
     if path.resolve() in seen:
-        raise ConfigError(f"{path} extends itself; remove the circle")
+        raise ConfigError(f"{path} extends itself; remove the cycle")
     return _with_base(_read_yaml(path), path, (*seen, path.resolve()))
 
 
 def _with_base(content: dict[str, Any], path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
-    """A config with that of its key `extends`, relative to its path."""
+    """Merge a config onto that of its key `extends`, whose path is relative to `path`."""
     base = content.pop("extends", None)
     if base is None:
         return content
@@ -248,12 +248,12 @@ def _with_base(content: dict[str, Any], path: Path, seen: tuple[Path, ...]) -> d
 def _read_yaml(path: Path) -> dict[str, Any]:
     try:
         content = load_yaml(path.read_text(encoding="utf-8"))
-    # The parser raises other errors than its own on odd numbers, dates and nesting.
+    # On malformed numbers, dates and deep nesting the parser raises builtin exceptions.
     except (yaml.YAMLError, ValueError, RecursionError, TypeError) as error:
         raise ConfigError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from error
     if not isinstance(content, dict):
         raise ConfigError(f"{path} must hold a mapping of keys to values, got {type(content).__name__}")
-    # Before any merge, which resolves some of them.
+    # Checked before merging, which resolves some interpolations.
     check_interpolations(content, path)
     return content
 
@@ -261,7 +261,7 @@ def _read_yaml(path: Path) -> dict[str, Any]:
 def _parse_overrides(overrides: Sequence[str]) -> DictConfig:
     for item in overrides:
         if "=" not in item:
-            raise ConfigError(f"overrides are key=value, got {item!r}")
+            raise ConfigError(f"overrides must be key=value, got {item!r}; add the value")
     try:
         return OmegaConf.from_dotlist(list(overrides))
     except (OmegaConfBaseException, yaml.YAMLError) as error:
@@ -269,7 +269,7 @@ def _parse_overrides(overrides: Sequence[str]) -> DictConfig:
 
 
 def _unknown_keys(config: Mapping[Any, Any], schema: type, prefix: str = "") -> Iterator[tuple[str, str, list[str]]]:
-    """(prefix, key, known keys) of every key that the schema lacks."""
+    """Yield (prefix, key, known keys) of every key that the schema lacks."""
     hints = typing.get_type_hints(schema)
     known = [field.name for field in dataclasses.fields(cast(Any, schema))]
     for key in config:
@@ -283,13 +283,13 @@ def _unknown_keys(config: Mapping[Any, Any], schema: type, prefix: str = "") -> 
 
 
 def _dataclass_in(hint: Any) -> type | None:
-    """The dataclass that a hint holds, looking through `X | None`."""
+    """Return the dataclass of a type hint, also for `X | None`."""
     options = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
     return next((option for option in options if isinstance(option, type) and dataclasses.is_dataclass(option)), None)
 
 
 def _make_tuples(config: Any) -> None:
-    """Turn lists under fields that are tuples into such: OmegaConf does so from 2.4 on only."""
+    """Convert lists of tuple fields to tuples, which OmegaConf does from version 2.4."""
     hints = typing.get_type_hints(type(config))
     for field in dataclasses.fields(config):
         value = getattr(config, field.name)

@@ -1,4 +1,4 @@
-"""YAML of unknown origin: plain values, and no more of them than the text could hold without its aliases."""
+"""Safe loading of untrusted YAML: plain values, with limits on size, depth, aliases and interpolations."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from perf_vit.errors import ConfigError
 __all__ = ["MOST_CHARACTERS", "NODE_CHARACTERS", "check_interpolations", "load_yaml"]
 
 MOST_CHARACTERS = 20_000_000
-"""What a file may come to once its aliases, or a config's interpolations, are written out."""
+"""Largest size in characters of a file with its aliases or interpolations expanded."""
 
 NODE_CHARACTERS = 100
-"""What a key, a value, a list or a mapping counts at least: what takes time and memory are objects."""
+"""Smallest size counted for a key, value, list or mapping: time and memory depend on the number of objects."""
 
 _LONGEST_TEXT = 1_000_000
 
@@ -27,11 +27,11 @@ _DEEPEST = 50
 
 
 def load_yaml(text: str) -> Any:
-    """Plain values from YAML.
+    """Parse YAML into plain values.
 
     Raises:
-        yaml.YAMLError: text that isn't YAML.
-        ValueError: text that is too long or nested too deeply, or whose aliases make too much of it or hold themselves.
+        yaml.YAMLError: The text isn't YAML.
+        ValueError: The text is too long or too deeply nested, or its aliases are recursive or expand too much.
     """
     if len(text) > _LONGEST_TEXT:
         raise ValueError(f"at most {_LONGEST_TEXT:,} characters are read, got {len(text):,}")
@@ -40,13 +40,13 @@ def load_yaml(text: str) -> Any:
 
 
 def _check_growth(text: str) -> None:
-    # Sizes of the lists and mappings that are open, with their anchors; the first one is the document's.
+    # Sizes and anchors of the open lists and mappings; the first entry is the document.
     sizes, anchors = [0], [""]
     of_anchors: dict[str, int] = {}
     for event in yaml.parse(text, yaml.SafeLoader):
         if isinstance(event, yaml.AliasEvent):
             if event.anchor in anchors:
-                raise ValueError(f"the alias *{event.anchor} stands within what it names")
+                raise ValueError(f"the alias *{event.anchor} is recursive; remove it")
             sizes[-1] += of_anchors.get(event.anchor or "", 0)
         elif isinstance(event, yaml.ScalarEvent):
             size = NODE_CHARACTERS + len(event.value)
@@ -60,24 +60,24 @@ def _check_growth(text: str) -> None:
             of_anchors[anchor] = size
             sizes[-1] += size
         if len(sizes) > _DEEPEST:
-            raise ValueError(f"at most {_DEEPEST} levels are read")
+            raise ValueError(f"at most {_DEEPEST} levels are read; nest less deeply")
         if sizes[-1] > MOST_CHARACTERS:
-            raise ValueError(f"its aliases make more than {MOST_CHARACTERS:,} characters of it; write values out")
+            raise ValueError(f"its aliases expand to more than {MOST_CHARACTERS:,} characters; write values out")
 
 
-# n interpolations, each of values that hold others, write one value out at most 3^(n / 3) times.
+# n nested interpolations expand a value at most 3^(n / 3) times.
 _GROWTH = 3 ** (1 / 3)
 
 _LONGEST = 1000
 
 
 def check_interpolations(content: Mapping[Any, Any], path: str | Path) -> None:
-    """Refuse resolvers, such as `${oc.env:NAME}`, and interpolations that could make too much of a config file.
+    """Refuse resolvers, such as `${oc.env:NAME}`, and interpolations that could expand a config too much.
 
-    Resolvers read the environment, which is no business of a file from elsewhere; overrides may use them.
+    Resolvers read the environment, which a file from elsewhere must not do; overrides may use them.
 
     Raises:
-        ConfigError: names the key.
+        ConfigError: A value has one; the message names the key.
     """
     size, count = 0, 0
     for key, value in _leaves(content):
@@ -94,7 +94,7 @@ def check_interpolations(content: Mapping[Any, Any], path: str | Path) -> None:
 
 
 def _leaves(value: Any, key: str = "") -> Iterator[tuple[str, str]]:
-    """(dotted key, text) of all values that aren't mappings or lists."""
+    """Yield (dotted key, text) of all values except mappings and lists."""
     if isinstance(value, Mapping):
         for name, each in value.items():
             yield from _leaves(each, f"{key}.{name}" if key else str(name))
@@ -113,7 +113,7 @@ def _interpolations(key: str, text: str, path: str | Path) -> Iterator[Any]:
     try:
         nodes: list[Any] = [parse(text)]
     except (GrammarParseError, RecursionError) as error:
-        raise ConfigError(f"{path}: {key} is no interpolation that OmegaConf reads: {text:.80}") from error
+        raise ConfigError(f"{path}: {key} is not a valid interpolation: {text:.80}") from error
     while nodes:
         node = nodes.pop()
         nodes.extend(getattr(node, "children", None) or ())

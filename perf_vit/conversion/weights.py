@@ -50,7 +50,12 @@ _OURS = "mixer attn_kwargs num_attn_stages"
 
 
 FILE_ARGUMENTS = frozenset(" ".join((_COMMON, _PLAIN_VITS, _PYRAMIDS, _OURS)).split())
-"""Names of the arguments."""
+"""Arguments that a file may set: those that shape a network and load nothing.
+
+Other arguments read weights (`checkpoint_path`, `pretrained`, `pretrained_cfg`, `pretrained_cfg_overlay`) or write them
+(`cache_dir`) at any path, and a pickle there can run any code. The author of a checkpoint, a model folder or a config
+must not control that.
+"""
 
 
 # Keys of `pretrained_cfg` except the sources of weights: a file comes with its own weights.

@@ -1,4 +1,4 @@
-"""RGB pictures of imagery: contrast stretch, natural colours, PNG; figures and their text."""
+"""RGB pictures of imagery, PNG output, and figures with their text."""
 
 from __future__ import annotations
 
@@ -31,21 +31,21 @@ __all__ = [
     "save_png",
 ]
 
-# A longer name would leave no room for what is drawn.
+# Longer names would leave no room for the plot.
 _MAX_CHARS = 40
 
 
 def lettered(name: str) -> str:
-    r"""A name for a picture: characters without a letter in the font are escaped, as "\u6f22", and long names cut.
+    r"""Shorten a name for a picture and escape characters that the font lacks, such as "\u6f22".
 
-    Boxes in their place would make all such names look the same.
+    Without the escapes, all such names would be equal rows of boxes.
     """
     shown = "".join(char if _has_letter(char) else char.encode("unicode_escape").decode() for char in printable(name))
     return shown if len(shown) <= _MAX_CHARS else f"{shown[: _MAX_CHARS - 1]}…"
 
 
 def lettering_font(size: int) -> ImageFont.FreeTypeFont:
-    """The font of all pictures, which has Latin, Greek, Cyrillic, Arabic and Hebrew letters, in pixels of height."""
+    """Return the font of all pictures (Latin, Greek, Cyrillic, Arabic and Hebrew letters) at a height in pixels."""
     return ImageFont.truetype(str(_font_file()), size)
 
 
@@ -60,22 +60,22 @@ def _letters() -> FT2Font:
 
 
 def _font_file() -> Path:
-    # It comes with matplotlib, whose figures use it too.
+    # Part of matplotlib, whose figures also use it.
     return Path(matplotlib.get_data_path(), "fonts", "ttf", "DejaVuSans.ttf")
 
 
 def figure_name(name: str) -> str:
-    r"""A name as figures show it literally: a pair of $ would begin and end a formula, \$ is a dollar."""
+    r"""Escape a name for matplotlib, which would parse text between two $ as a formula."""
     return lettered(name).replace("$", r"\$")
 
 
 def figure_height(num_labels: int) -> float:
-    """Inches that a figure needs for a legend of as many labels."""
+    """Return the height of a figure with a legend of `num_labels` entries, in inches."""
     return max(5.0, 1.5 + 0.22 * num_labels)
 
 
 def add_legend(axes: Any, lines: Sequence[Any], labels: Sequence[str]) -> None:
-    """Add a legend with all labels, those that begin with an underscore too, which matplotlib leaves out."""
+    """Add a legend with all labels, including those with a leading underscore, which matplotlib omits."""
     legend = axes.legend(lines, [f"line {number}" for number in range(len(lines))])
     for text, label in zip(legend.get_texts(), labels, strict=True):
         text.set_text(label)
@@ -91,18 +91,18 @@ _STRETCH_SAMPLES = 1_000_000
 
 
 def rgb_from(image: GeoImage, bands: Sequence[int] | None = None) -> Picture:
-    """Stretch bands between their 2nd and 98th percentile to a picture; invalid pixels are white.
+    """Stretch bands between their 2nd and 98th percentiles to an RGB picture; invalid pixels are white.
 
     Args:
-        image: pixels and valid mask.
-        bands: 1-based numbers of the red, green and blue band, or of one grey band; by default the first three
-            bands, or the first where there are fewer.
+        image: Pixels and valid mask.
+        bands: 1-based indices of the red, green and blue band, or of one grey band; None for the first three bands, or
+            the first if there are fewer.
 
     Returns:
-        [H, W, 3] uint8.
+        RGB image, [H, W, 3] uint8.
 
     Raises:
-        InputError: neither one band nor three, or not in the image.
+        InputError: There are neither one nor three bands, or a band doesn't exist.
     """
     count = len(image.pixels)
     chosen = list(bands or ([1, 2, 3] if count >= 3 else [1]))
@@ -116,10 +116,10 @@ def rgb_from(image: GeoImage, bands: Sequence[int] | None = None) -> Picture:
 
 
 def save_png(path: str | Path, picture: Picture) -> None:
-    """Write a picture [H, W, 3] or [H, W, 4], which appears when it is complete.
+    """Write a picture, [H, W, 3] or [H, W, 4], atomically.
 
     Raises:
-        OutputError: it can't be written there.
+        OutputError: The path isn't writable.
     """
     target = Path(path)
     with staged(target) as folder:
@@ -130,10 +130,10 @@ def save_png(path: str | Path, picture: Picture) -> None:
 
 
 def save_figure(path: str | Path, figure: Any) -> None:
-    """Write a figure of matplotlib; it appears when it is complete.
+    """Write a matplotlib figure, atomically.
 
     Raises:
-        OutputError: nothing can be written there.
+        OutputError: The path isn't writable.
     """
     target = Path(path)
     with staged(target) as folder:
@@ -154,7 +154,7 @@ def _stretch(band: npt.NDArray[Any], valid: npt.NDArray[np.bool_]) -> Picture:
 
 
 def natural_bands(source: Source) -> list[int] | None:
-    """Where the bands called red, green and blue are ("Red", "red_B4"), if there are all three."""
+    """Return the 1-based indices of the bands named red, green and blue ("Red", "red_B4"), None unless all exist."""
     words = [re.findall("[a-z]+", name.lower()) for name in source.band_names]
     found = [next((i for i, name in enumerate(words, 1) if color in name), 0) for color in ("red", "green", "blue")]
     return found if all(found) else None

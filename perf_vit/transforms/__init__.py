@@ -1,4 +1,4 @@
-"""What happens to pixels between a source and a model: the same at training and at prediction."""
+"""Transforms of pixels between source and model: standardisation, resizing, augmentation."""
 
 from perf_vit.transforms.augment import Augmentation
 from perf_vit.transforms.input_bands import InputBands, InputCheck, bands_fit, common_names, with_bands

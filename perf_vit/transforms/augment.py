@@ -1,4 +1,4 @@
-"""Augmentation of image and labels together, for any band count."""
+"""Augmentation of images and labels with any number of bands."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import numpy.typing as npt
 from perf_vit.transforms.resize import divide_by_weight
 from perf_vit.types import IGNORE_INDEX, BoolArray, LabelArray
 
-# albumentations asks the network for its newest release on import unless told not to.
+# Disable albumentations' check for updates on import, which needs a network.
 os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")
 
 import albumentations as A
@@ -22,16 +22,15 @@ FloatArray = npt.NDArray[np.float32]
 
 
 class BandGainOffset(A.ImageOnlyTransform):
-    """Multiply and shift each band of a standardised image by random amounts.
+    """Random gain and offset of each band of a standardised image.
 
-    The photometric transforms of albumentations clip float images to [0, 1]; standardised pixels are neither, and
-    have any number of bands.
+    The photometric transforms of albumentations clip float images to [0, 1] and assume certain numbers of bands.
 
     Args:
-        gain: each band is multiplied by a factor from [1 - gain, 1 + gain].
-        offset: each band is shifted by an amount from [-offset, offset], in standard deviations. Half of both is
-            common to all bands (exposure), half is a band's own (colour).
-        p: probability of applying it.
+        gain: Range of the gain, drawn from [1 - gain, 1 + gain].
+        offset: Range of the offset, drawn from [-offset, offset], in standard deviations. Half of gain and offset is
+            common to all bands (exposure), half is separate for each band (colour).
+        p: Probability of applying it.
     """
 
     def __init__(self, gain: float, offset: float, p: float = 0.8) -> None:
@@ -40,16 +39,16 @@ class BandGainOffset(A.ImageOnlyTransform):
         self.offset = offset
 
     def get_params_dependent_on_data(self, params: dict[str, Any], data: dict[str, Any]) -> dict[str, Any]:
-        """Draw one gain and one offset a band."""
+        """Draw a gain and an offset per band."""
         num_bands = data["image"].shape[-1]
         draw = self.random_generator.uniform(-1, 1, (2, num_bands + 1)).astype(np.float32)
         common_and_own = (draw[:, :1] + draw[:, 1:]) / 2
         return {"gains": 1 + self.gain * common_and_own[0], "offsets": self.offset * common_and_own[1]}
 
     def apply(self, img: FloatArray, gains: FloatArray, offsets: FloatArray, **params: Any) -> FloatArray:
-        """Apply the drawn gains and offsets to [H, W, C]."""
+        """Apply gains and offsets to an image, [H, W, C]."""
         out = np.empty_like(img)
-        # Band by band: broadcasting over an inner axis of three takes NumPy five times as long.
+        # A loop over bands: NumPy's broadcasting over a last axis of three takes five times as long.
         for band, (gain, offset) in enumerate(zip(gains, offsets, strict=True)):
             np.multiply(img[..., band], gain, out=out[..., band])
             out[..., band] += offset
@@ -57,40 +56,40 @@ class BandGainOffset(A.ImageOnlyTransform):
 
 
 class BandShuffle(A.ImageOnlyTransform):
-    """Put the bands of a standardised image into a random order: red roofs turn blue or green and keep their shape."""
+    """Random order of the bands of a standardised image, which changes colours but not shapes."""
 
     def get_params_dependent_on_data(self, params: dict[str, Any], data: dict[str, Any]) -> dict[str, Any]:
-        """Draw an order."""
+        """Draw an order of the bands."""
         return {"order": self.random_generator.permutation(data["image"].shape[-1])}
 
     def apply(self, img: FloatArray, order: npt.NDArray[np.int64], **params: Any) -> FloatArray:
-        """Apply the drawn order to [H, W, C]."""
+        """Reorder the bands of an image, [H, W, C]."""
         return np.ascontiguousarray(img[..., order])
 
 
 class ValidMeans(A.ImageOnlyTransform):
-    """Divide interpolated bands by their interpolated masks, which follow them as channels, and drop the masks.
+    """Division of interpolated bands by their interpolated masks, which are the second half of the channels.
 
-    Invalid values are NaN afterwards, so they go with their band, wherever colours put it.
+    Invalid values become NaN, so that they stay with their band when bands are shuffled.
     """
 
     def apply(self, img: FloatArray, **params: Any) -> FloatArray:
-        """Apply to [H, W, 2 C]; gives [H, W, C]."""
+        """Divide [H, W, 2 C] to [H, W, C]."""
         planes = img.transpose(2, 0, 1)
         pixels, held = divide_by_weight(*np.split(planes, 2))
         return _channels_last(np.where(held, pixels, np.float32(np.nan)))
 
 
 class Augmentation:
-    """Flips, quarter turns, scale and colour, each drawn from a seed given with the sample.
+    """Random flips, quarter turns, scale and colour, determined by a seed per sample.
 
     Args:
-        flips: the eight symmetries of the square: right for imagery seen from above.
-        scale: (smallest, largest) zoom about the tile's centre, each axis by a factor of its own; (1, 1) for none. What
-            a zoom below 1 uncovers is 0 in the image and ignored in the labels.
-        gain: see `BandGainOffset`; 0 with offset 0 for none.
-        offset: see `BandGainOffset`.
-        shuffle: probability of a random order of the bands, where shapes tell more than colours do.
+        flips: Whether to apply the eight symmetries of the square, suitable for imagery from above.
+        scale: Range (smallest, largest) of the zoom about the centre of the tile, drawn separately for both axes; (1,
+            1) for none. Pixels uncovered by a zoom below 1 are 0 in the image and ignored in the labels.
+        gain: Range of the gain, see `BandGainOffset`; 0 for none.
+        offset: Range of the offset, see `BandGainOffset`; 0 for none.
+        shuffle: Probability of a random order of the bands, for tasks where shape matters more than colour.
     """
 
     def __init__(
@@ -113,24 +112,24 @@ class Augmentation:
         if gain or offset:
             colors.append(BandGainOffset(gain, offset))
         self._whole = A.Compose([*geometry, *colors])
-        # Nothing is drawn between the two, so a mask doesn't change what a seed decides.
+        # `ValidMeans` draws no random numbers, so a mask doesn't change the result of a seed.
         self._masked = A.Compose([*geometry, ValidMeans(p=1.0), *colors])
 
     def __call__(
         self, image: FloatArray, labels: LabelArray, seed: int, mask: BoolArray | None = None
     ) -> tuple[FloatArray, LabelArray, BoolArray]:
-        """Augment one sample.
+        """Augment a sample.
 
         Args:
-            image: [C, H, W] float32, standardised.
-            labels: class indices, [H, W], or layers, [K, H, W].
-            seed: decides every draw; the same seed gives the same sample in any process.
-            mask: True where a value holds data, [C, H, W], or [1, H, W] for all bands; None for everywhere. Invalid
-                values have no part in their neighbours and stay 0.
+            image: Standardised image, [C, H, W] float32.
+            labels: Class indices, [H, W], or layers, [K, H, W].
+            seed: Seed of all random numbers; a seed gives the same sample in any process.
+            mask: True where a value holds data, [C, H, W], or [1, H, W] for all bands; None if all do. Invalid values
+                don't affect their neighbours and stay 0.
 
         Returns:
-            The augmented image and labels, shapes and dtypes kept, and where the image has a valid value, [H, W].
-            Without invalid values in `mask`, that is everywhere: also what a zoom uncovers.
+            The augmented image and labels, with shapes and dtypes unchanged, and the mask of pixels with a valid value,
+            [H, W]. If `mask` has no invalid values, all pixels are valid, including those uncovered by a zoom.
         """
         masks = labels.reshape(-1, *labels.shape[-2:])
         if mask is None or mask.all():
@@ -154,6 +153,6 @@ def _channels_last(planes: FloatArray) -> FloatArray:
 
 
 def _channels_first(planes: FloatArray, num_planes: int) -> FloatArray:
-    """[C, H, W] of [H, W, C], or of [H, W], which albumentations may make of one channel."""
+    """Rearrange [H, W, C] to [C, H, W]; albumentations may drop a single channel."""
     stacked = planes.reshape(*planes.shape[:2], num_planes)
     return np.ascontiguousarray(stacked.transpose(2, 0, 1), dtype=np.float32)

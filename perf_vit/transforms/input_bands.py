@@ -19,14 +19,14 @@ __all__ = ["InputBands", "InputCheck", "bands_fit", "common_names", "with_bands"
 
 
 def bands_fit(num_bands: int, expected: int) -> bool:
-    """Whether images of so many bands are taken where others are expected: grey ones are for three."""
+    """Return whether images of `num_bands` bands are accepted; grey images are where three bands are expected."""
     return num_bands == expected or (num_bands, expected) == (1, 3)
 
 
 def with_bands(image: GeoImage, num_bands: int) -> GeoImage:
-    """A grey image among images of three bands, as three equal ones; others as they are."""
+    """Repeat the band of a grey image if three bands are expected; return other images unchanged."""
     if len(image.pixels) == 1 and num_bands == 3:
-        # Of a single band, `band_valid` is None.
+        # `band_valid` is None for a single band.
         image.pixels = np.repeat(image.pixels, num_bands, axis=0)
     return image
 
@@ -37,43 +37,43 @@ FloatArray = npt.NDArray[np.float64]
 _PERCENTILES = (2, 98)
 
 
-# Snow is brighter than this times less, and water is dark in some bands only; other units, other bit depths and values
-# stretched to [0, 1] are another size in most bands. Another dtype makes another bit depth likely.
+# Ratios of the values to those of the training. Snow stays below `_LARGER`, and water is dark in some bands only; other
+# units, bit depths and values stretched to [0, 1] change most bands. Another dtype makes another bit depth likely.
 _LARGER, _LARGER_OF_OTHER_DTYPE = 10.0, 4.0
 
 
 _BELOW_LOW, _SMALLER_OF_OTHER_DTYPE = 3.0, 8.0
 
 
-# Where the range begins at 0, a part of its upper end stands for its lower one.
+# Fraction of the upper end of the range that replaces a lower end of 0.
 _LOW_PART = 30
 
 
-# Values so many widths of the training's range away from it.
+# Distance from the range of the training, in widths of that range.
 _FAR = 6.0
 
 
-# A scene is looked at whole up to this side, else in a grid of small windows: a reduced read of a large file without
-# overviews reads all of it.
+# Scenes up to this size are read as a whole, larger ones in a grid of small windows: a reduced read of a large file
+# without overviews reads all of it.
 _WHOLE_PX = 1024
 
 
 _GRID, _WINDOW_PX = 5, 64
 
 
-# Inputs of a run whose values are looked at.
+# Number of inputs of a run whose values are checked.
 _MAX_INPUTS = 32
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class InputBands:
-    """Bands of the training images; saved with a model.
+    """Bands of the training images, saved with a model.
 
     Attributes:
-        names: of the bands; empty where images call them differently.
-        dtype: of the pixels.
+        names: Names of the bands; empty if they differ between images.
+        dtype: Dtype of the pixels.
         low: 2nd percentile of the valid values of each band.
-        high: 98th percentile, likewise.
+        high: 98th percentile of the valid values of each band.
     """
 
     names: tuple[str, ...]
@@ -83,11 +83,11 @@ class InputBands:
 
     @classmethod
     def measured(cls, images: Sequence[GeoImage], names: Sequence[str] = ()) -> InputBands:
-        """Measure images that have the same bands; a band without a valid value gets (0, 0).
+        """Measure images with the same bands; a band without a valid value gets (0, 0).
 
         Args:
-            images: as they are read.
-            names: of the bands.
+            images: Images, not standardised.
+            names: Names of the bands.
         """
         low, high = [], []
         for band in range(len(images[0].pixels)):
@@ -103,24 +103,24 @@ class InputBands:
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> InputBands:
-        """Make a spec from the result of `to_dict`."""
+        """Make an instance from the result of `to_dict`."""
         names, low, high = (tuple(values[key]) for key in ("names", "low", "high"))
         return cls(names=names, dtype=values["dtype"], low=low, high=high)
 
 
 def common_names(sources: Sequence[Source], num_bands: int) -> tuple[str, ...]:
-    """Names of the bands, if all sources call them the same."""
+    """Return the names of the bands if they are equal in all sources, else an empty tuple."""
     names = {tuple(source.band_names) for source in sources}
     return names.pop() if len(names) == 1 and len(next(iter(names))) == num_bands else ()
 
 
 class InputCheck:
-    """Warns of the first input of a run whose bands are not like those of the training images.
+    """Warning about the first input of a run whose bands differ from those of the training images.
 
-    Names are compared for every input, values for the first 32, by one reduced read each.
+    Names are compared for every input, values for the first 32 inputs on a sample of pixels.
 
     Args:
-        trained: the training images; None for a model that doesn't know, of which nothing is said.
+        trained: Bands of the training images; None to disable the check.
     """
 
     def __init__(self, trained: InputBands | None) -> None:
@@ -129,15 +129,15 @@ class InputCheck:
         self._warned = False
 
     def __call__(self, source: Source) -> None:
-        """Look at an input; one that can't be read is for others to report."""
+        """Check an input; unreadable inputs are ignored here."""
         if self._trained is None or self._warned:
             return
         found = [_name_problem(source.band_names, self._trained.names), self._value_problem(source, self._trained)]
         if problems := [each for each in found if each]:
             self._warned = True
             warnings.warn(
-                f"{source.path} is not like the images that the model was trained on, so its results may mean "
-                f"nothing: {'; '.join(problems)}; check the order of the bands, their units and scaling",
+                f"{source.path} is not like the images that the model was trained on, so its results may be "
+                f"meaningless: {'; '.join(problems)}; check the order of the bands, their units and scaling",
                 DataWarning,
                 stacklevel=3,
             )
@@ -151,7 +151,7 @@ class InputCheck:
         except InputError:
             return None
         bands = _bands_of_other_size(seen, trained) or _bands_far_away(seen, trained)
-        return _told_of(bands, seen, trained) if bands else None
+        return _describe_bands(bands, seen, trained) if bands else None
 
 
 def _sample(source: Source) -> list[GeoImage]:
@@ -166,7 +166,7 @@ def _sample(source: Source) -> list[GeoImage]:
 
 
 def _name_problem(names: Sequence[str], trained: Sequence[str]) -> str | None:
-    """In which way names of bands differ, where both have any."""
+    """Describe the difference of band names, None if they agree or aren't informative."""
     ours, theirs = ([" ".join(re.findall(r"[^\W_]+", name.casefold())) for name in each] for each in (names, trained))
     if ours == theirs or len(ours) != len(theirs) or not (_are_words(ours) and _are_words(theirs)):
         return None
@@ -175,12 +175,12 @@ def _name_problem(names: Sequence[str], trained: Sequence[str]) -> str | None:
 
 
 def _are_words(names: Sequence[str]) -> bool:
-    """Whether names say more than the band's number."""
+    """Return whether names contain more than the band's index."""
     return any(re.fullmatch(r"(band|channel|layer)? ?\d*", name) is None for name in names)
 
 
 def _bands_of_other_size(seen: InputBands, trained: InputBands) -> list[int]:
-    """All bands, if at least half of them have values many times larger or smaller than in training."""
+    """Return all bands if at least half of them have much larger or smaller values than in training, else none."""
     ours, (least, most) = _sizes(seen)[1], _sizes(trained)
     known = (ours > 0) & (most > 0)
     if not known.any():
@@ -193,14 +193,14 @@ def _bands_of_other_size(seen: InputBands, trained: InputBands) -> list[int]:
 
 
 def _sizes(bands: InputBands) -> tuple[FloatArray, FloatArray]:
-    """The least and largest absolute values between both percentiles of each band."""
+    """Return the smallest and largest absolute values between the percentiles of each band."""
     ends = np.array([bands.low, bands.high])
     is_around_zero = ends.prod(0) <= 0
     return np.where(is_around_zero, 0, np.abs(ends).min(0)), np.abs(ends).max(0)
 
 
 def _bands_far_away(seen: InputBands, trained: InputBands) -> list[int]:
-    """Bands whose values all lie far outside the range of the training's."""
+    """Return the bands whose values all lie far outside the range of the training."""
     low, high = np.array(trained.low), np.array(trained.high)
     size = np.maximum(np.abs(low), np.abs(high))
     margin = _FAR * np.maximum(high - low, 0.1 * size)
@@ -209,8 +209,8 @@ def _bands_far_away(seen: InputBands, trained: InputBands) -> list[int]:
     return np.flatnonzero(is_far & has_values).tolist()
 
 
-def _told_of(bands: Sequence[int], seen: InputBands, trained: InputBands) -> str:
-    """The band that differs most stands for the others."""
+def _describe_bands(bands: Sequence[int], seen: InputBands, trained: InputBands) -> str:
+    """Describe the band that differs most."""
     differences = [abs(seen.high[band] - trained.high[band]) / max(abs(trained.high[band]), 1e-30) for band in bands]
     band = bands[int(np.argmax(differences))]
     label = band_labels(trained.names or seen.names, len(seen.low))[band]

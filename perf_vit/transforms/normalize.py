@@ -1,4 +1,4 @@
-"""Standardisation per band. The statistics travel inside the checkpoint, so nobody repeats them."""
+"""Standardisation per band, with statistics saved in the checkpoint."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ _HUGE = 1e30
 
 @dataclass(frozen=True, slots=True)
 class Normalizer:
-    """(pixel - mean) / std per band, and 0, the mean, where a band is invalid.
+    """Standardisation (pixel - mean) / std per band; invalid values become 0, the mean.
 
     Attributes:
-        mean: one value a band, in the source's units.
-        std: one value a band, in the source's units, above 0.
+        mean: Mean of each band, in units of the source.
+        std: Standard deviation of each band, in units of the source, above 0.
     """
 
     mean: tuple[float, ...]
@@ -34,16 +34,16 @@ class Normalizer:
         """Standardise an image.
 
         Returns:
-            [C, H, W] float32.
+            Standardised pixels, [C, H, W] float32.
 
         Raises:
-            InputError: the image's band count is not the normalizer's.
+            InputError: The number of bands differs.
         """
         if len(image.pixels) != len(self.mean):
             raise InputError(
                 f"expected {len(self.mean)} bands, got {len(image.pixels)}; give an image with those bands"
             )
-        # float32 holds neither seconds since 1970 nor large 32-bit numbers to a unit.
+        # float32 can't represent timestamps or large 32-bit integers exactly.
         dtype = image.pixels.dtype
         work: Any = np.float64 if dtype.itemsize > 2 and dtype != np.float32 else np.float32
         mean = np.asarray(self.mean, work)[:, None, None]
@@ -52,22 +52,22 @@ class Normalizer:
         with np.errstate(over="ignore", invalid="ignore"):
             pixels = ((image.pixels.astype(work, copy=False) - mean) * scale).astype(np.float32, copy=False)
         if image.pixels.dtype.kind == "f":
-            # Whatever a source calls valid, no NaN reaches a network.
+            # Never pass NaN to a network, even if a source marks it as valid.
             mask = mask & np.isfinite(pixels)
         return np.where(mask, pixels, np.float32(0))
 
     @classmethod
     def from_images(cls, images: Sequence[GeoImage], names: Sequence[str] | None = None) -> Normalizer:
-        """Measure mean and standard deviation of each band over its valid pixels of some images.
+        """Measure mean and standard deviation of each band over the valid pixels of images.
 
-        A constant band gets std 1, so that it maps to 0 instead of dividing by 0 or by its rounding errors.
+        A constant band gets std 1 and maps to 0.
 
         Args:
-            images: with the same bands.
-            names: of the bands, for messages.
+            images: Images with the same bands.
+            names: Names of the bands, for messages.
 
         Raises:
-            InputError: a band has no valid pixel.
+            InputError: A band has no valid pixel.
         """
         labels = band_labels(names, len(images[0].pixels))
         mean, std, floor = [], [], []
@@ -82,17 +82,17 @@ class Normalizer:
         return cls(tuple(mean), without_tiny(std, floor, labels))
 
     def to_dict(self) -> dict[str, list[float]]:
-        """Plain lists, for a checkpoint."""
+        """Return plain lists, for a checkpoint."""
         return {"mean": list(self.mean), "std": list(self.std)}
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Normalizer:
-        """Make a spec from the result of `to_dict`."""
+        """Make a normalizer from the result of `to_dict`."""
         return cls(tuple(values["mean"]), tuple(values["std"]))
 
 
 def band_labels(names: Sequence[str] | None, num_bands: int) -> list[str]:
-    """What messages call bands: "band 2 (red)"."""
+    """Return labels of bands for messages, such as "band 2 (red)"."""
     given = names or [""] * num_bands
     is_word = [bool(name) and name != f"band_{number}" for number, name in enumerate(given, 1)]
     return [
@@ -102,7 +102,7 @@ def band_labels(names: Sequence[str] | None, num_bands: int) -> list[str]:
 
 
 def band_values(images: Sequence[GeoImage], band: int) -> npt.NDArray[np.float64]:
-    """The valid values of one band of some images, [n]."""
+    """Return the valid values of one band of several images, [n]."""
     values = []
     for image in images:
         mask = image.valid if image.band_valid is None else image.band_valid[band]
@@ -112,18 +112,18 @@ def band_values(images: Sequence[GeoImage], band: int) -> npt.NDArray[np.float64
 
 
 def without_tiny(std: Sequence[float], floor: Sequence[float], labels: Sequence[str]) -> tuple[float, ...]:
-    """Standard deviations to divide by: 1 instead of those that are only rounding errors.
+    """Replace standard deviations that are only rounding errors by 1, with a warning.
 
     Args:
-        std: measured or given.
-        floor: the largest that rounding explains.
-        labels: what is measured, for the warning.
+        std: Standard deviations, measured or given.
+        floor: Largest standard deviation explained by rounding, for each band.
+        labels: Labels of the bands, for the warning.
     """
     tiny = [index for index, (each, least) in enumerate(zip(std, floor, strict=True)) if each <= least]
     if tiny:
         said = ", ".join(f"{labels[index]} (std {std[index]:.3g})" for index in tiny)
         warnings.warn(
-            f"{said}: constant but for rounding, so the std is taken as 1; it tells a network nothing, leave it out",
+            f"{said}: constant up to rounding, so the std is taken as 1; the band holds no information, leave it out",
             DataWarning,
             stacklevel=4,
         )
@@ -131,17 +131,17 @@ def without_tiny(std: Sequence[float], floor: Sequence[float], labels: Sequence[
 
 
 def _resolution(dtype: np.dtype[Any]) -> float:
-    """Relative size of rounding errors in a std: of the pixels' dtype, and of the sums in float64."""
+    """Return the relative rounding error of a std: the larger of that of the dtype and of sums in float64."""
     sums = 16 * np.finfo(np.float64).eps
     return float(max(np.finfo(dtype).eps, sums) if dtype.kind == "f" else sums)
 
 
 def _warn_of_huge(values: npt.NDArray[np.float64], label: str) -> None:
-    """Tell of values that nothing measures and that many files have for missing pixels, [n]."""
+    """Warn about implausibly large values, which many files use for missing pixels."""
     number = int((np.abs(values) > _HUGE).sum())
     if number:
         warnings.warn(
-            f"{number} of {values.size} pixels looked at have values up to {np.abs(values).max():.3g} in {label}; "
+            f"{number} of {values.size} sampled pixels have values up to {np.abs(values).max():.3g} in {label}; "
             "if that means missing, declare it as nodata",
             DataWarning,
             stacklevel=4,

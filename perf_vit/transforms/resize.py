@@ -1,4 +1,4 @@
-"""Resizing and turning of pixels together with masks, labels and objects."""
+"""Resizing, flips and quarter turns of pixels together with masks, labels and objects."""
 
 from __future__ import annotations
 
@@ -23,21 +23,21 @@ __all__ = [
 
 FloatArray = npt.NDArray[np.float32]
 
-# A hair below one half, for sums of weights in float32.
+# Slightly below one half, for rounding of sums of weights in float32.
 _LEAST_WEIGHT = 0.4999
 
 
 def resize_masked(pixels: FloatArray, mask: BoolArray, height: int, width: int) -> tuple[FloatArray, BoolArray]:
-    """Resize standardised pixels, bilinear and without aliasing.
+    """Resize standardised pixels bilinearly with antialiasing.
 
     Args:
-        pixels: [C, H, W].
+        pixels: Pixels, [C, H, W].
         mask: True where a value holds data, [C, H, W], or [1, H, W] for all bands.
-        height: of the result.
-        width: of the result.
+        height: Number of rows of the result.
+        width: Number of columns of the result.
 
     Returns:
-        Pixels and mask of the new size; invalid values are 0, the mean, and have no part in their neighbours.
+        Pixels and mask of the new size; invalid values are 0, the mean, and don't affect their neighbours.
     """
     if pixels.shape[1:] == (height, width):
         return pixels, mask
@@ -48,11 +48,11 @@ def resize_masked(pixels: FloatArray, mask: BoolArray, height: int, width: int) 
 
 
 def divide_by_weight(sums: FloatArray, weight: FloatArray) -> tuple[FloatArray, BoolArray]:
-    """Weighted means of valid values, 0 where less than half of the weight is valid, and where it is more.
+    """Divide interpolated values by their weight; return 0 and False where less than half of the weight is valid.
 
     Args:
-        sums: interpolated values, in which invalid ones are 0, [C, H, W].
-        weight: interpolated mask, [C or 1, H, W].
+        sums: Interpolated values, with 0 for invalid ones, [C, H, W].
+        weight: Interpolated mask, [C or 1, H, W].
     """
     held = weight >= _LEAST_WEIGHT
     return np.where(held, sums / np.maximum(weight, _LEAST_WEIGHT), np.float32(0)), held
@@ -70,21 +70,21 @@ _Plane = TypeVar("_Plane", np.bool_, np.float32)
 
 
 def turn(planes: npt.NDArray[_Plane], symmetry: int) -> npt.NDArray[_Plane]:
-    """Apply one of the eight symmetries of the square, as `turn_with_objects` does, to [..., H, W]."""
+    """Apply one of the eight symmetries of the square to [..., H, W], as `turn_with_objects`."""
     mirrored = planes[..., ::-1] if symmetry >= 4 else planes
     return np.ascontiguousarray(np.rot90(mirrored, symmetry % 4, axes=(-2, -1)))
 
 
 def turn_with_objects(image: FloatArray, objects: ObjectLabels, symmetry: int) -> tuple[FloatArray, ObjectLabels]:
-    """One of the eight symmetries of the square: mirrored left to right from 4 on, then turned by quarters.
+    """Apply one of the eight symmetries of the square: from 4 on a horizontal flip, then quarter turns.
 
     Args:
-        image: [C, H, W].
-        objects: in its pixels.
-        symmetry: 0 to 7; a quarter turn takes the x axis to where -y was, as `numpy.rot90` does. 0 changes nothing.
+        image: Image, [C, H, W].
+        objects: Objects in its pixels.
+        symmetry: Index of the symmetry, 0 (identity) to 7; quarter turns have the direction of `numpy.rot90`.
 
     Returns:
-        Image [C, H, W] or, after an odd number of quarters, [C, W, H], and its objects.
+        Image, [C, H, W] or after an odd number of quarter turns [C, W, H], and its objects.
     """
     height, width = image.shape[1:]
     if symmetry >= 4:
@@ -98,15 +98,15 @@ def turn_with_objects(image: FloatArray, objects: ObjectLabels, symmetry: int) -
 def resize_with_objects(
     image: FloatArray, mask: BoolArray, objects: ObjectLabels, height: int, width: int
 ) -> tuple[FloatArray, BoolArray, ObjectLabels]:
-    """Resize an image, bilinear, without aliasing and from valid values alone; objects' masks take the nearest pixel.
+    """Resize an image bilinearly with antialiasing from valid values only; masks of objects use the nearest pixel.
 
     Args:
-        image: standardised, [C, H, W].
+        image: Standardised image, [C, H, W].
         mask: True where a value holds data, [C, H, W], or [1, H, W] for all bands.
-        objects: in its pixels; of oriented boxes, the sides are scaled along their angle, which is exact where both
-            axes are scaled alike.
-        height: of the result.
-        width: of the result.
+        objects: Objects in its pixels. Sides of oriented boxes are scaled by the geometric mean of both factors, which
+            is exact if they are equal.
+        height: Number of rows of the result.
+        width: Number of columns of the result.
     """
     _, rows, cols = image.shape
     if (rows, cols) == (height, width):
@@ -124,14 +124,14 @@ def resize_with_objects(
 def resize_with_labels(
     image: FloatArray, mask: BoolArray, labels: LabelArray, height: int, width: int
 ) -> tuple[FloatArray, BoolArray, LabelArray]:
-    """Resize an image, bilinear, without aliasing and from valid values alone; labels take their nearest pixel.
+    """Resize an image bilinearly with antialiasing from valid values only; labels use the nearest pixel.
 
     Args:
-        image: standardised, [C, H, W].
+        image: Standardised image, [C, H, W].
         mask: True where a value holds data, [C, H, W], or [1, H, W] for all bands.
-        labels: class indices, [H, W], or layers, [K, H, W].
-        height: of the result.
-        width: of the result.
+        labels: Class indices, [H, W], or layers, [K, H, W].
+        height: Number of rows of the result.
+        width: Number of columns of the result.
     """
     if image.shape[1:] == (height, width):
         return image, mask, labels
@@ -139,7 +139,7 @@ def resize_with_labels(
 
 
 def _resized_layers(layers: npt.NDArray[_Layer], height: int, width: int) -> npt.NDArray[_Layer]:
-    """[..., H, W] at other sizes, each pixel as its nearest one."""
+    """Resize [..., H, W] by nearest neighbour."""
     rows, cols = layers.shape[-2:]
     return layers[..., _nearest(rows, height)[:, None], _nearest(cols, width)]
 
@@ -159,7 +159,7 @@ def _mirrored(objects: ObjectLabels, width: int) -> ObjectLabels:
 
 
 def _quarter_turned(objects: ObjectLabels, width: int) -> ObjectLabels:
-    """(x, y) becomes (y, width - x)."""
+    """Map (x, y) to (y, width - x)."""
     left, top, right, bottom = objects.boxes_xyxy.T
     oriented = objects.oriented_boxes
     if oriented is not None:
@@ -170,7 +170,7 @@ def _quarter_turned(objects: ObjectLabels, width: int) -> ObjectLabels:
 
 
 def _le90(angle: FloatArray) -> FloatArray:
-    """The same line's angle in [-pi/2, pi/2)."""
+    """Wrap angles of lines to [-pi/2, pi/2)."""
     half = np.float32(math.pi / 2)
     turned = np.where(angle >= half, angle - 2 * half, angle)
     return np.where(turned < -half, turned + 2 * half, turned).astype(np.float32)

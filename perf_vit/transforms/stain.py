@@ -1,4 +1,4 @@
-"""Other amounts of stain in images of haematoxylin and eosin, as another laboratory would have given them."""
+"""Stain augmentation of H&E images (haematoxylin and eosin)."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import numpy.typing as npt
 from perf_vit.errors import ConfigError, InputError
 from perf_vit.types import GeoImage
 
-# albumentations asks the network for its newest release on import unless told not to.
+# Disable albumentations' check for updates on import, which needs a network.
 os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")
 
 import albumentations as A
@@ -25,44 +25,44 @@ ByteArray = npt.NDArray[np.uint8]
 _STAINS = np.array([[0.650, 0.704, 0.286], [0.072, 0.990, 0.105], [0.268, 0.570, 0.776]])
 _STAINS /= np.linalg.norm(_STAINS, axis=1, keepdims=True)
 
-# Glass has no stain to multiply; a shift of this share of the jitter tints it only slightly.
+# Shift relative to the jitter, small because it tints the glass, which a factor leaves unchanged.
 _SHIFT = 0.25
 
-# -log10 of each of the 256 values; black is taken as 1, since there is no light to take a logarithm of.
+# Optical density -log10(value / 255) of the 256 values; 0 is treated as 1, as its logarithm is infinite.
 _DENSITIES = -np.log10(np.maximum(np.arange(256), 1) / 255).astype(np.float32)
 
 
 class _ConcentrationJitter(A.ImageOnlyTransform):
-    """Multiply and shift each stain's concentration; `HEStain` of albumentations loses all colours but two stains'."""
+    """Random factor and shift of each stain's concentration; `HEStain` of albumentations keeps two stains only."""
 
     def __init__(self, amount: float) -> None:
         super().__init__(p=1.0)
         self.amount = amount
 
     def get_params(self) -> dict[str, Any]:
-        """Draw one factor and one shift a stain."""
+        """Draw a factor and a shift per stain."""
         draw = self.amount * self.random_generator.uniform(-1, 1, (2, 3))
         return {"factors": 1 + draw[0], "shifts": _SHIFT * draw[1]}
 
     def apply(
         self, img: ByteArray, factors: npt.NDArray[np.float64], shifts: npt.NDArray[np.float64], **params: Any
     ) -> ByteArray:
-        """Apply the drawn factors and shifts to [H, W, 3]."""
-        # density = concentrations @ stains, so the jitter of concentrations is one affine map of densities.
+        """Apply factors and shifts to an image, [H, W, 3]."""
+        # density = concentrations @ stains, so a jitter of concentrations is an affine map of densities.
         mixed = (np.linalg.inv(_STAINS) * factors) @ _STAINS
         densities = _DENSITIES[img] @ mixed.astype(np.float32) + (shifts @ _STAINS).astype(np.float32)
         return np.clip(np.rint(255 * 10**-densities), 0, 255).astype(np.uint8)
 
 
 class StainJitter:
-    """Jitter of the concentrations of haematoxylin, eosin and DAB, after Tellez et al. (2018), before standardisation.
+    """Jitter of the concentrations of haematoxylin, eosin and DAB before standardisation (Tellez et al., 2018).
 
-    The colours' optical densities are split into those of the three stains (Ruifrok & Johnston, 2001). Each stain's
-    is multiplied by a factor from [1 - amount, 1 + amount] and shifted by an amount from [-amount / 4, amount / 4],
-    which tints the glass, too. What stain is independent of, such as where nuclei lie, stays.
+    The optical densities of the colours are decomposed into those of the three stains (Ruifrok & Johnston, 2001). Each
+    is multiplied by a factor from [1 - amount, 1 + amount] and shifted by [-amount / 4, amount / 4], which also tints
+    the glass. Morphology, such as the position of nuclei, is unchanged.
 
     Args:
-        amount: 0.05 is hardly seen, 0.2 is a lot.
+        amount: Amount of jitter in [0, 1]; 0.05 is barely visible, 0.2 is strong.
 
     Raises:
         ConfigError: `amount` is not between 0 and 1.
@@ -75,14 +75,14 @@ class StainJitter:
         self._compose = A.Compose([_ConcentrationJitter(amount)])
 
     def __call__(self, image: GeoImage, seed: int) -> GeoImage:
-        """Jitter one image; pixels that are not valid are changed as the others.
+        """Jitter an image, including its invalid pixels.
 
         Args:
-            image: [3, H, W] uint8; red, green, blue.
-            seed: decides every draw; the same seed gives the same image in any process.
+            image: RGB image, [3, H, W] uint8.
+            seed: Seed of all random numbers; a seed gives the same image in any process.
 
         Raises:
-            InputError: other bands or another dtype.
+            InputError: The image has other bands or another dtype.
         """
         pixels = image.pixels
         if len(pixels) != 3 or pixels.dtype != np.uint8:

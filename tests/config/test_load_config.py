@@ -60,7 +60,7 @@ def test_a_config_that_extends_itself_is_an_error(write) -> None:
         ("out: x", ["tilr.size=3"], "Key 'tilr' not in the config. Did you mean: 'tiler'?"),
         ("out: x", ["tiler.size=big"], "tiler.size: "),
         ("tiler: {}", [], "give out=..."),
-        ("out: x", ["tiler.size"], "overrides are key=value, got 'tiler.size'"),
+        ("out: x", ["tiler.size"], "overrides must be key=value, got 'tiler.size'"),
         ("- a list", [], "must hold a mapping"),
         ("out: [", [], "is not valid YAML"),
         ("out: 2024-13-45", [], "is not valid YAML"),
