@@ -156,7 +156,7 @@ def predict_strips(
     num_readers: int = 2,
     device: str | torch.device = "cpu",
     precision: torch.dtype = torch.float32,
-    on_window: Callable[[int, int], None] = lambda done, total: None,
+    on_progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Iterator[Strip]:
     """Run a model over a scene in overlapping windows and give the rows as they are finished, top to bottom.
 
@@ -181,7 +181,7 @@ def predict_strips(
         num_readers: threads that read.
         device: where the tiles go.
         precision: torch.float32, or torch.bfloat16 / torch.float16 for autocast.
-        on_window: called with (windows done, windows in all), for a progress bar.
+        on_progress: called with (windows done, windows in all), for a progress bar.
 
     Yields:
         Strips of at most 128 rows that cover the wanted rows once, in order; the first and the last may hold others.
@@ -204,9 +204,9 @@ def predict_strips(
             for batch in _batches(itertools.islice(tiles, len(row.windows)), batch_size):
                 running.append((batch, forward(batch)))
                 done += _stitch(running, stitcher, weights, keep=1)
-                on_window(done, plan.num_windows)
+                on_progress(done, plan.num_windows)
             _stitch(running, stitcher, weights)
-            on_window(row.num_before + len(row.windows), plan.num_windows)
+            on_progress(row.num_before + len(row.windows), plan.num_windows)
             for window, blended, valid in stitcher.advance(row.stop, _STRIP_ROWS):
                 if window.row_stop > start_row and window.row < stop_row:
                     yield Strip(window, blended, valid)

@@ -49,7 +49,7 @@ def predict_objects(
     score_threshold: float = 0.5,
     iou_threshold: float = 0.5,
     log: WindowLog | None = None,
-    on_window: Callable[[int, int], None] = lambda done, total: None,
+    on_progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Objects:
     """Run a detector over a scene in overlapping windows and give each object once.
 
@@ -71,7 +71,7 @@ def predict_objects(
         score_threshold: lowest score of an object.
         iou_threshold: of two objects of a class with a larger IoU, the one with the higher score stays.
         log: Objects of windows that are finished already, which skip the model; those of further ones are added.
-        on_window: called with (windows done, windows in all), for a progress bar.
+        on_progress: called with (windows done, windows in all), for a progress bar.
 
     Raises:
         InputError: the model's answer is not one `Detections` a tile, or their arrays don't go together.
@@ -94,7 +94,7 @@ def predict_objects(
             if log is not None:
                 log.add(empty, found)
             done += len(batch) + len(empty)
-            on_window(done, len(windows))
+            on_progress(done, len(windows))
     return stitcher.finish()
 
 

@@ -133,7 +133,7 @@ class DetectionPredictor(InputPredictor[Detector, DetectionPredictOptions]):
             precision=self.options.dtype,
             score_threshold=self.score_threshold,
             log=log,
-            on_window=on_progress,
+            on_progress=on_progress,
         )
 
     def _search(self, job: ObjectJob, journal: Journal, on_progress: OnProgress) -> JobResult:

@@ -31,7 +31,7 @@ def embed_windows(
     num_readers: int = 2,
     device: str | torch.device = "cpu",
     precision: torch.dtype = torch.float32,
-    on_window: Callable[[int, int], None] = lambda done, total: None,
+    on_progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> FloatArray:
     """Features of windows, in their order; threads read ahead.
 
@@ -45,7 +45,7 @@ def embed_windows(
         num_readers: threads that read.
         device: where the windows go.
         precision: torch.float32, or torch.bfloat16 / torch.float16 for autocast.
-        on_window: called with (windows done, windows in all), for a progress bar.
+        on_progress: called with (windows done, windows in all), for a progress bar.
 
     Returns:
         [N, D].
@@ -64,7 +64,7 @@ def embed_windows(
                 features = _encoded(encode, batch, device)
             found.append(features.float().cpu().numpy())
             done += len(batch)
-            on_window(done, len(windows))
+            on_progress(done, len(windows))
     return np.concatenate(found)
 
 

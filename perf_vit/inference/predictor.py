@@ -94,7 +94,8 @@ class Predictor(ABC, Generic[Model, Options]):
         Raises:
             OptionError: There is no such device.
         """
-        self.model.eval()
+        if self.model.training:
+            self.model.eval()
         return move_to_device(self.model, self.options.device)
 
     @property

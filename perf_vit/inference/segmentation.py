@@ -159,7 +159,7 @@ class SegmentationPredictor(InputPredictor[Segmenter, SegmentationPredictOptions
             num_readers=self.options.num_readers,
             device=self.ready(),
             precision=self.options.dtype,
-            on_window=on_progress,
+            on_progress=on_progress,
         )
 
     def job(self, source: Any, out: str | Path) -> MapJob:

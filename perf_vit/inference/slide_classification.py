@@ -106,7 +106,7 @@ class SlideClassificationPredictor(TablePredictor[SlideClassifier, SlideClassifi
             num_readers=self.options.num_readers,
             device=device,
             precision=self.options.dtype,
-            on_window=on_window,
+            on_progress=on_window,
         )
         source.close()
         return SlideFeatures(features, tuple(windows))

@@ -114,7 +114,7 @@ def test_strips_cover_the_extent_once_in_order_and_report_progress() -> None:
             window_size=16,
             overlap=6,
             batch_size=2,
-            on_window=lambda done, total: seen.append((done, total)),
+            on_progress=lambda done, total: seen.append((done, total)),
         )
     )
     rows = [row for s in strips for row in range(s.window.row, s.window.row_stop)]

@@ -161,7 +161,7 @@ def test_windows_without_a_valid_pixel_skip_the_model_and_invalid_centres_are_le
         window_size=20,
         overlap=0,
         batch_size=2,
-        on_window=lambda done, total: seen.append((done, total)),
+        on_progress=lambda done, total: seen.append((done, total)),
     )
     assert model.num_tiles == 1
     assert found.geometry.tolist() == [[2, 2, 8, 8]]
