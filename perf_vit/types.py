@@ -236,7 +236,7 @@ class MaskCrops:
 
     @classmethod
     def of(cls, masks: BoolArray) -> MaskCrops:
-        """Crop full-size masks, [n, height, width]."""
+        """Make crops of full-size masks, [n, height, width]."""
         crops, corners = [], np.zeros((len(masks), 2), np.int64)
         for index, mask in enumerate(masks):
             rows, cols = np.flatnonzero(mask.any(axis=1)), np.flatnonzero(mask.any(axis=0))
@@ -291,8 +291,7 @@ class ObjectLabels:
     Attributes:
         labels: Class indices, [n] int64.
         boxes_xyxy: Left, top, right, bottom, [n, 4] float32.
-        ignored: [n] bool, objects that count neither as true positives nor as false negatives: crowds and difficult
-            ones.
+        ignored: Bool [n], objects excluded from metrics: crowds and difficult ones.
         oriented_boxes: Centre x, centre y, width, height and angle in radians from the x axis towards the y axis, [n,
             5] float32, or None; width >= height and angle in [-pi/2, pi/2).
         masks: Mask of each object, bool [n, h, w], or None.

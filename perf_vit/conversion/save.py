@@ -168,10 +168,10 @@ def read_saved_config(folder: str | Path) -> dict[str, Any]:
 
 
 def is_converted(folder: str | Path) -> bool:
-    """Whether a folder with a saved model holds a conversion.
+    """Return whether a folder of a saved model has a conversion.
 
     Raises:
-        CheckpointError: no config in it, or a broken one.
+        CheckpointError: The config is missing or damaged.
     """
     return CONFIG_KEY in _read_json(Path(folder, CONFIG))
 

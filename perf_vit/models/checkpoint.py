@@ -46,13 +46,13 @@ __all__ = [
 
 @dataclass(frozen=True, kw_only=True)
 class Network:
-    """The network of a task, as far as its checkpoints need it.
+    """Network of a task, as needed to load its checkpoints.
 
     Attributes:
-        label: What messages call it, "a segmentation model".
+        label: Description for messages, such as "a segmentation model".
         config: Class of its config.
         spec: Class of its input spec.
-        build: Makes it of config, spec and the config of a converted backbone.
+        build: Function that builds it from config, spec and the config of a converted backbone.
     """
 
     label: str
@@ -66,11 +66,11 @@ NETWORKS: dict[str, Network] = {}
 
 
 def register_network(task: str, network: Network) -> None:
-    """Register the network of a task, whose checkpoints `load_model` then reads.
+    """Register the network of a task, whose checkpoints `load_model` can then load.
 
     Args:
-        task: Name of the task, which the network has as its attribute `task`.
-        network: The network.
+        task: Name of the task, equal to the network's attribute `task`.
+        network: Network of the task.
     """
     NETWORKS[task] = network
 
@@ -135,7 +135,7 @@ def restore_draw(model: nn.Module, metadata: dict[str, Any]) -> None:
 
 
 def checkpoint_task(path: str | Path) -> str:
-    """The task of a checkpoint's network, such as "segmentation".
+    """Return the task of a checkpoint's network, such as "segmentation".
 
     Raises:
         CheckpointError: The file is missing, not a checkpoint, or not written by perf_vit.
@@ -172,7 +172,7 @@ def load_model(path: str | Path, *tasks: str) -> Any:
 
     Args:
         path: Checkpoint that a training run wrote.
-        *tasks: Tasks of which one is expected; any by default.
+        *tasks: Accepted tasks; none for any task.
 
     Raises:
         CheckpointError: The file is missing, is not a checkpoint, holds another task's network, wasn't written by

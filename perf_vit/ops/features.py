@@ -99,22 +99,6 @@ class FeatureMap:
         """Apply the kernel to `query_inputs`, [B, H, N, M], without the amplitude, which cancels."""
         return self.kernel.features(x, self.projection.to(x.dtype))
 
-    def query_rows(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """U, [.., .., M, D], and o, [.., .., 1, M], of `queries(query_inputs(q))` = q U^T + o, for a linear kernel."""
-        moved = None if self.balancing is None else (self.balancing.query_center, self.balancing.scale)
-        return self._rows(moved, dtype)
-
-    def key_rows(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """The same for keys, whose amplitude is left out: `key_log_amplitude`."""
-        moved = None if self.balancing is None else (self.balancing.key_center, 1 / self.balancing.scale)
-        return self._rows(moved, dtype)
-
-    def query_log_amplitude(self, x: Tensor) -> Tensor:
-        """log(h / sqrt(R)) of `query_inputs`, [B, H, N, 1], for sums that don't share a query's amplitude."""
-        if self.kernel.log_amplitude is None:
-            return torch.zeros_like(x[..., :1])
-        return self.kernel.log_amplitude(x, self.projection.shape[0])
-
     def keys(self, x: Tensor, masked: Tensor | None = None) -> KeyFeatures:
         """Apply the kernel to `key_inputs`, including amplitude and bias.
 
@@ -179,17 +163,6 @@ class FeatureMap:
             bias = x @ self._bias_direction(x).mT
             log_amplitude = bias if log_amplitude is None else log_amplitude + bias
         return log_amplitude
-
-    def _rows(self, moved: tuple[Tensor, Tensor] | None, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        projection, head_dim = self.projection.to(dtype), self.projection.shape[1]
-        identity = torch.eye(head_dim, dtype=dtype, device=projection.device)[None, None]
-        offset = self.kernel.features(torch.zeros_like(identity[..., :1, :]), projection)
-        rows = (self.kernel.features(identity, projection) - offset).mT * head_dim**-0.25
-        if moved is None:
-            return rows, offset
-        center, scale = (x.to(dtype) for x in moved)
-        rows = rows * scale
-        return rows, offset - center @ rows.mT
 
     def _bias_direction(self, x: Tensor) -> Tensor:
         """Return u, [B, H, 1, D], such that x . u = (k - c_k) . c_q / sqrt(D)."""
