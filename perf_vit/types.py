@@ -99,7 +99,7 @@ class GeoImage:
     band_valid: BoolArray | None = None
 
     @classmethod
-    def of(
+    def from_mask(
         cls,
         pixels: npt.NDArray[Any],
         mask: BoolArray,
@@ -235,7 +235,7 @@ class MaskCrops:
         return len(self.crops)
 
     @classmethod
-    def of(cls, masks: BoolArray) -> MaskCrops:
+    def from_masks(cls, masks: BoolArray) -> MaskCrops:
         """Make crops of full-size masks, [n, height, width]."""
         crops, corners = [], np.zeros((len(masks), 2), np.int64)
         for index, mask in enumerate(masks):

@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader, Sampler, default_collate
 
 from perf_vit.distributed import rank_and_world_size
 from perf_vit.errors import ConfigError, DataWarning
-from perf_vit.transforms import InputBands, Normalizer, band_labels, common_names, without_tiny
+from perf_vit.transforms import InputBands, Normalizer, band_labels, common_names, replace_tiny_std
 from perf_vit.types import GeoImage, Source
 
 __all__ = [
@@ -219,7 +219,7 @@ def given_normalizer(mean: Sequence[float] | None, std: Sequence[float] | None, 
             f"got {list(mean)} and {list(std)}"
         )
     floor = [float(np.finfo(np.float32).eps) * abs(each) for each in mean]
-    return Normalizer(tuple(mean), without_tiny(std, floor, band_labels(None, num_bands)))
+    return Normalizer(tuple(mean), replace_tiny_std(std, floor, band_labels(None, num_bands)))
 
 
 def measure_bands(
@@ -236,7 +236,7 @@ def measure_bands(
         InputError: A band has no valid pixels.
     """
     names = common_names(sources, len(images[0].pixels))
-    return given or Normalizer.from_images(images, names or None), InputBands.measured(images, names)
+    return given or Normalizer.from_images(images, names or None), InputBands.measure(images, names)
 
 
 def sample_images(

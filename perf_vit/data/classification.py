@@ -28,7 +28,7 @@ from perf_vit.data.config import SplitConfig, TileDataConfig, check_base
 from perf_vit.errors import ConfigError
 from perf_vit.labels.tables import ImageTargets, read_class_folders, read_class_table, read_target_table
 from perf_vit.sources import open_input
-from perf_vit.transforms import Augmentation, InputBands, bands_fit
+from perf_vit.transforms import Augmentation, InputBands, accepts_bands
 from perf_vit.types import InputOptions
 
 __all__ = [
@@ -179,7 +179,7 @@ def build_classification_datamodule(config: ImageDataConfig, seed: int) -> Class
         )
     opener = partial(open_input, options=InputOptions.from_config(config))
     train, val = (ClassificationImages(part, opener) for part in (train_part, val_part))
-    if not bands_fit(val.num_bands, train.num_bands):
+    if not accepts_bands(val.num_bands, train.num_bands):
         raise ConfigError(
             f"data.val has images of {val.num_bands} bands, data.train of {train.num_bands}; choose common ones with "
             "data.bands"

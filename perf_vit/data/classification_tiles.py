@@ -17,7 +17,7 @@ from perf_vit.errors import InputError
 from perf_vit.labels.tables import ImageTargets
 from perf_vit.sources import open_source
 from perf_vit.tiling import random_window
-from perf_vit.transforms import Augmentation, Normalizer, StainJitter, resize_masked, with_bands
+from perf_vit.transforms import Augmentation, Normalizer, StainJitter, repeat_grey_band, resize_masked
 from perf_vit.types import BoolArray, GeoImage, OpenInput, Source, Window
 
 __all__ = [
@@ -62,7 +62,7 @@ class ClassificationImages:
     def read_reduced(self, index: int, max_size_px: int) -> GeoImage:
         """Read an image at lower resolution, for statistics."""
         source = self.sources[index]
-        image = with_bands(source.read_reduced(max_size_px), self.num_bands)
+        image = repeat_grey_band(source.read_reduced(max_size_px), self.num_bands)
         source.close()
         return image
 
@@ -221,7 +221,7 @@ def _tile_of(
     """
     if not image.valid.any():
         raise InputError(f"{path} has no valid pixel in its tile of {tile_px} px; leave it out, or check nodata")
-    image = with_bands(image, len(normalizer.mean))
+    image = repeat_grey_band(image, len(normalizer.mean))
     if recolor is not None:
         image = recolor(image)
     try:

@@ -24,7 +24,7 @@ from perf_vit.data.samplers import OBJECT_SAMPLERS, make_sampler
 from perf_vit.errors import ConfigError, InputError
 from perf_vit.labels.objects import ImageRecord, ObjectIndex, read_object_labels
 from perf_vit.sources import open_input
-from perf_vit.transforms import Augmentation, InputBands, bands_fit
+from perf_vit.transforms import Augmentation, InputBands, accepts_bands
 from perf_vit.types import InputOptions, OpenInput
 
 __all__ = [
@@ -170,7 +170,7 @@ def build_detection_datamodule(
     )
     for index, part in ((train_index, "train"), (val_index, "val")):
         _check_objects(index, part)
-    if not bands_fit(val.num_bands, train.num_bands):
+    if not accepts_bands(val.num_bands, train.num_bands):
         raise ConfigError(
             f"the validation images have {val.num_bands} bands, the training images {train.num_bands}; choose common "
             "ones with data.bands"

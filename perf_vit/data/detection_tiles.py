@@ -23,11 +23,11 @@ from perf_vit.transforms import (
     Augmentation,
     Normalizer,
     StainJitter,
-    bands_fit,
+    accepts_bands,
+    repeat_grey_band,
     resize_with_objects,
     turn,
     turn_with_objects,
-    with_bands,
 )
 from perf_vit.types import BoolArray, GeoImage, ObjectLabels, OpenInput, Source, Window
 
@@ -107,7 +107,7 @@ class DetectionImages:
         return image
 
     def _colored(self, image: GeoImage) -> GeoImage:
-        return with_bands(image, self.num_bands)
+        return repeat_grey_band(image, self.num_bands)
 
 
 class DetectionTiles(Dataset[DetectionSample]):
@@ -261,7 +261,7 @@ def common_bands(sources: Sequence[Source]) -> int:
     """
     most = max(sources, key=lambda source: source.num_bands)
     for source in sources:
-        if not bands_fit(source.num_bands, most.num_bands):
+        if not accepts_bands(source.num_bands, most.num_bands):
             raise InputError(
                 f"{source.path} has {source.num_bands} bands, {most.path} {most.num_bands}; choose common ones with "
                 "data.bands"
@@ -279,7 +279,7 @@ def standardized(image: GeoImage, normalizer: Normalizer) -> FloatArray:
     Raises:
         InputError: The number of bands differs.
     """
-    return normalizer(with_bands(image, len(normalizer.mean)))
+    return normalizer(repeat_grey_band(image, len(normalizer.mean)))
 
 
 def touch_valid(boxes_xyxy: npt.NDArray[np.number], valid: BoolArray) -> BoolArray:

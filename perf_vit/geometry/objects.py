@@ -81,7 +81,7 @@ def cropped_masks(objects: Detections | ObjectLabels) -> MaskCrops | None:
     """Return the masks of objects as crops, or None without masks."""
     if objects.mask_crops is not None or objects.masks is None:
         return objects.mask_crops
-    return MaskCrops.of(torch.as_tensor(objects.masks).cpu().numpy().astype(bool, copy=False))
+    return MaskCrops.from_masks(torch.as_tensor(objects.masks).cpu().numpy().astype(bool, copy=False))
 
 
 def crop_to_window(masks: MaskCrops, index: int, window: Window) -> tuple[tuple[slice, slice], BoolArray] | None:

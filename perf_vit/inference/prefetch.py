@@ -130,12 +130,12 @@ class SalvagingReader:
             mask = np.zeros(pixels.shape, bool)
             if max(window.shape) <= _SALVAGE_PX:
                 self._on_damage(window, str(error))
-                return GeoImage.of(pixels, mask)
+                return GeoImage.from_mask(pixels, mask)
         for quarter in _quarters(window):
             part = self.read(quarter)
             rows, cols = quarter.slices_in(window)
             pixels[:, rows, cols], mask[:, rows, cols] = part.pixels, part.mask
-        return GeoImage.of(pixels, mask)
+        return GeoImage.from_mask(pixels, mask)
 
 
 def _quarters(window: Window) -> list[Window]:

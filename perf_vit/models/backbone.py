@@ -21,7 +21,14 @@ from perf_vit.errors import ConfigError, PerfVitError, reason_line
 from perf_vit.models.valid_tokens import with_key_mask
 from perf_vit.types import FeatureSpec
 
-__all__ = ["BackboneConfig", "build_backbone", "built_from", "check_known", "create_backbone", "feature_specs"]
+__all__ = [
+    "BackboneConfig",
+    "build_backbone",
+    "check_argument_names",
+    "constructor_errors",
+    "create_backbone",
+    "feature_specs",
+]
 
 
 @dataclass(kw_only=True)
@@ -129,7 +136,7 @@ def _create(
         near = difflib.get_close_matches(config.backbone, timm.list_models(), n=1, cutoff=0.5)
         hint = f"did you mean {near[0]}?" if near else "see `timm.list_models('performer_*')`"
         raise ConfigError(f"model.backbone: timm has no model {config.backbone}, nor is it a folder; {hint}")
-    with built_from(f"model.backbone {config.backbone}"):
+    with constructor_errors(f"model.backbone {config.backbone}"):
         options = {
             **options,
             "in_chans": in_chans,
@@ -150,7 +157,7 @@ def _size_options(name: str, tile_px: int) -> dict[str, Any]:
 
 
 @contextmanager
-def built_from(keys: str) -> Iterator[None]:
+def constructor_errors(keys: str) -> Iterator[None]:
     """Convert exceptions of a network's constructor to a one-line error about the config.
 
     Constructors check few of their arguments and raise exceptions of any class.
@@ -169,7 +176,7 @@ def built_from(keys: str) -> Iterator[None]:
         raise ConfigError(f"{keys}: {reason_line(error)}") from error
 
 
-def check_known(function: Callable[..., Any], names: Iterable[str], key: str, *, given: int = 0) -> None:
+def check_argument_names(function: Callable[..., Any], names: Iterable[str], key: str, *, given: int = 0) -> None:
     """Check that a function has keyword arguments of these names.
 
     Args:

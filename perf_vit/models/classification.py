@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from perf_vit.conversion.save import read_saved_config
 from perf_vit.errors import ConfigError
-from perf_vit.models.backbone import BackboneConfig, built_from, create_backbone
+from perf_vit.models.backbone import BackboneConfig, constructor_errors, create_backbone
 from perf_vit.models.finetune import BackboneTuning, backbone_layers, evaluate_frozen, tune_backbone
 from perf_vit.models.input_spec import TaskSpec
 from perf_vit.models.valid_tokens import forward_head, forward_tokens, key_mask
@@ -73,7 +73,7 @@ def build_pooled(
     options = {"num_classes": 0, "drop_rate": drop_rate}
     model, saved_backbone = create_backbone(config, in_chans, tile_px, saved_backbone, options)
     _check_tile(model, tile_px)
-    with built_from(f"model.pool {pool} doesn't go with {config.backbone}"):
+    with constructor_errors(f"model.pool {pool} doesn't go with {config.backbone}"):
         _set_pooling(model, num_outputs, pool)
     return model, saved_backbone
 

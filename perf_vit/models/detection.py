@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from perf_vit.errors import ConfigError, InputError
-from perf_vit.models.backbone import build_backbone, built_from, check_known, feature_specs
+from perf_vit.models.backbone import build_backbone, check_argument_names, constructor_errors, feature_specs
 from perf_vit.models.finetune import BackboneTuning, evaluate_frozen, tune_backbone
 from perf_vit.models.heads import DETECTION_HEADS
 from perf_vit.models.input_spec import TaskSpec
@@ -236,10 +236,12 @@ def build_detector(
     if config.out_indices is None and len({each.stride for each in specs}) == 1:
         # Use only the last map of a plain ViT, as in the paper (Li et al. 2022).
         specs = specs[-1:]
-    with built_from("model.strides"):
+    with constructor_errors("model.strides"):
         neck = build_neck(specs, config.strides, config.channels)
-    check_known(DETECTION_HEADS[config.head], config.head_kwargs, f"model.head_kwargs of {config.head}", given=3)
-    with built_from(f"model.head {config.head}"):
+    check_argument_names(
+        DETECTION_HEADS[config.head], config.head_kwargs, f"model.head_kwargs of {config.head}", given=3
+    )
+    with constructor_errors(f"model.head {config.head}"):
         head = DETECTION_HEADS[config.head](config.channels, len(spec.classes), config.strides, **config.head_kwargs)
     detector = Detector(backbone, neck, head, spec, saved_backbone, reduce=config.reduce)
     tune_backbone(backbone, config)

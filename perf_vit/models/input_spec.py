@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Self
 
 from perf_vit.errors import InputError
-from perf_vit.transforms import InputBands, InputCheck, Normalizer, bands_fit
+from perf_vit.transforms import InputBands, InputCheck, Normalizer, accepts_bands
 from perf_vit.types import InputOptions, InputPath, Source
 
 __all__ = ["InputSpec", "TaskSpec"]
@@ -85,7 +85,7 @@ class InputSpec(InputOptions):
         if self.normalizer is None:
             return
         expected, got = len(self.normalizer.mean), source.num_bands
-        if got == expected or (self.takes_grey and bands_fit(got, expected)):
+        if got == expected or (self.takes_grey and accepts_bands(got, expected)):
             return
         raise InputError(
             f"the model was trained on {expected} bands, {source.path} has {got}; give an input with those bands"

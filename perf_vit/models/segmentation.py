@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 import perf_vit.models.backbones  # noqa: F401  (registers the backbones)
 from perf_vit.errors import ConfigError
-from perf_vit.models.backbone import build_backbone, built_from, check_known, feature_specs
+from perf_vit.models.backbone import build_backbone, check_argument_names, constructor_errors, feature_specs
 from perf_vit.models.finetune import BackboneTuning, evaluate_frozen, tune_backbone
 from perf_vit.models.heads import SEGMENTATION_HEADS
 from perf_vit.models.input_spec import TaskSpec
@@ -89,7 +89,7 @@ class Segmenter(nn.Module):
             features = forward_maps(self.backbone, image, valid)
         return self.head(features, image)
 
-    def decide(self, logits: Tensor) -> Tensor:
+    def to_labels(self, logits: Tensor) -> Tensor:
         """Convert logits, [B, K, H, W], to class indices, [B, H, W], or with `multilabel` to 0 and 1, [B, K, H, W]."""
         return (logits > 0).long() if self.spec.multilabel else logits.argmax(1)
 
@@ -163,8 +163,8 @@ def build_segmenter(
             f"data.tile_px must be a multiple of the patch size {size_multiple}, got {spec.tile_px}; try {nearest}"
         )
     make_head = SEGMENTATION_HEADS[config.head]
-    check_known(make_head, config.head_kwargs, f"model.head_kwargs of {config.head}", given=3)
-    with built_from(f"model.head {config.head}"):
+    check_argument_names(make_head, config.head_kwargs, f"model.head_kwargs of {config.head}", given=3)
+    with constructor_errors(f"model.head {config.head}"):
         head = make_head(specs, in_chans, len(spec.classes), **config.head_kwargs)
     tune_backbone(backbone, config)
     return Segmenter(backbone, head, spec, size_multiple, saved_backbone)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from perf_vit.errors import ConfigError
-from perf_vit.models.backbone import BackboneConfig, built_from
+from perf_vit.models.backbone import BackboneConfig, constructor_errors
 from perf_vit.models.classification import build_pooled
 from perf_vit.models.input_spec import TaskSpec
 from perf_vit.models.segmentation import network_id
@@ -192,7 +192,7 @@ def build_slide_classifier(
         config, num_bands, spec.tile_px, num_outputs=0, pool=config.pool, saved_backbone=saved_backbone
     )
     embed_dim = _features_of(encoder, num_bands, spec.tile_px)
-    with built_from("model.hidden_dim and model.attention_dim"):
+    with constructor_errors("model.hidden_dim and model.attention_dim"):
         return SlideClassifier(encoder, embed_dim, spec, config, saved_backbone)
 
 

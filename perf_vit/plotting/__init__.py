@@ -1,13 +1,13 @@
 """Pictures of imagery and class maps, and helpers for figures."""
 
 from perf_vit.plotting.colors import colorize, default_colormap
-from perf_vit.plotting.pictures import lettered, lettering_font, natural_bands, rgb_from, save_figure, save_png
+from perf_vit.plotting.pictures import label_font, label_text, natural_bands, rgb_from, save_figure, save_png
 
 __all__ = [
     "colorize",
     "default_colormap",
-    "lettered",
-    "lettering_font",
+    "label_font",
+    "label_text",
     "natural_bands",
     "rgb_from",
     "save_figure",

@@ -23,8 +23,8 @@ __all__ = [
     "add_legend",
     "figure_height",
     "figure_name",
-    "lettered",
-    "lettering_font",
+    "label_font",
+    "label_text",
     "natural_bands",
     "rgb_from",
     "save_figure",
@@ -35,7 +35,7 @@ __all__ = [
 _MAX_CHARS = 40
 
 
-def lettered(name: str) -> str:
+def label_text(name: str) -> str:
     r"""Shorten a name for a picture and escape characters that the font lacks, such as "\u6f22".
 
     Without the escapes, all such names would be equal rows of boxes.
@@ -44,7 +44,7 @@ def lettered(name: str) -> str:
     return shown if len(shown) <= _MAX_CHARS else f"{shown[: _MAX_CHARS - 1]}…"
 
 
-def lettering_font(size: int) -> ImageFont.FreeTypeFont:
+def label_font(size: int) -> ImageFont.FreeTypeFont:
     """Return the font of all pictures (Latin, Greek, Cyrillic, Arabic and Hebrew letters) at a height in pixels."""
     return ImageFont.truetype(str(_font_file()), size)
 
@@ -66,7 +66,7 @@ def _font_file() -> Path:
 
 def figure_name(name: str) -> str:
     r"""Escape a name for matplotlib, which would parse text between two $ as a formula."""
-    return lettered(name).replace("$", r"\$")
+    return label_text(name).replace("$", r"\$")
 
 
 def figure_height(num_labels: int) -> float:

@@ -243,7 +243,7 @@ class RasterSource:
             pixels[:, rows, cols], inside = self._read_again(shared, shared.shape)
             mask = np.zeros((len(inside), *window.shape), bool)
             mask[:, rows, cols] = inside
-        return GeoImage.of(pixels, mask, self.crs, self.transform @ Affine.translation(window.col, window.row))
+        return GeoImage.from_mask(pixels, mask, self.crs, self.transform @ Affine.translation(window.col, window.row))
 
     def read_reduced(self, max_size_px: int, window: Window | None = None) -> GeoImage:
         """Read a window thinned out, or from the file's overviews: for statistics and pictures.
@@ -265,7 +265,9 @@ class RasterSource:
         height, width = (max(1, math.floor(side / step + 0.5)) for side in shared.shape)
         pixels, mask = self._read_again(shared, (height, width))
         scale = Affine.scale(shared.width / width, shared.height / height)
-        return GeoImage.of(pixels, mask, self.crs, self.transform @ Affine.translation(shared.col, shared.row) @ scale)
+        return GeoImage.from_mask(
+            pixels, mask, self.crs, self.transform @ Affine.translation(shared.col, shared.row) @ scale
+        )
 
     def close(self) -> None:
         """Close the file handle of this thread; a later read opens it again."""

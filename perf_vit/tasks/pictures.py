@@ -16,7 +16,7 @@ from PIL import Image, ImageDraw
 from torch import Tensor
 
 from perf_vit.geometry.boxes import oriented_box_corners
-from perf_vit.plotting import colorize, default_colormap, lettered, lettering_font, rgb_from, save_png
+from perf_vit.plotting import colorize, default_colormap, label_font, label_text, rgb_from, save_png
 from perf_vit.tasks.optim import with_valid
 from perf_vit.types import IGNORE_INDEX, Detections, GeoImage, ObjectLabels
 
@@ -86,7 +86,7 @@ def draw_segmentation(image: Tensor, labels: Tensor, network: Any, logits: Tenso
 
     For multi-label classes, the last one of each pixel is shown; pixels without any are dark grey.
     """
-    truth, predicted = _array(labels), _array(network.decide(logits[None])[0])
+    truth, predicted = _array(labels), _array(network.to_labels(logits[None])[0])
     colors = default_colormap(len(network.spec.classes), network.spec.background_index)
     if network.spec.multilabel:
         truth, predicted = _last_true(truth), _last_true(predicted)
@@ -129,9 +129,9 @@ def _listed(names: Sequence[str], values: Sequence[float], least: float = -math.
 def _written(lines: Sequence[str], shape: tuple[int, ...]) -> Picture:
     """Return a white panel with text, cut off at its border."""
     panel = Image.new("RGB", (max(shape[1], _PANEL_PX), shape[0]), "white")
-    font = lettering_font(_TEXT_PX)
+    font = label_font(_TEXT_PX)
     ImageDraw.Draw(panel).multiline_text(
-        (_MARGIN_PX, _MARGIN_PX), "\n".join(map(lettered, lines)), fill="black", font=font
+        (_MARGIN_PX, _MARGIN_PX), "\n".join(map(label_text, lines)), fill="black", font=font
     )
     return np.array(panel)
 

@@ -93,7 +93,7 @@ class SegmentationTask(TrainingTask):
         labels[num:] = IGNORE_INDEX
         logits = self(image, valid)
         self.log_counted("val/loss", self.loss(logits, labels), num, prog_bar=True)
-        predicted = self.model.decide(logits)
+        predicted = self.model.to_labels(logits)
         self.val_metrics.update(predicted, labels)
         self.registered_metrics.update(predicted, labels)
 

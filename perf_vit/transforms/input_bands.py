@@ -15,15 +15,15 @@ from perf_vit.errors import DataWarning, InputError
 from perf_vit.transforms.normalize import band_labels, band_values
 from perf_vit.types import GeoImage, Source, Window
 
-__all__ = ["InputBands", "InputCheck", "bands_fit", "common_names", "with_bands"]
+__all__ = ["InputBands", "InputCheck", "accepts_bands", "common_names", "repeat_grey_band"]
 
 
-def bands_fit(num_bands: int, expected: int) -> bool:
+def accepts_bands(num_bands: int, expected: int) -> bool:
     """Return whether images of `num_bands` bands are accepted; grey images are where three bands are expected."""
     return num_bands == expected or (num_bands, expected) == (1, 3)
 
 
-def with_bands(image: GeoImage, num_bands: int) -> GeoImage:
+def repeat_grey_band(image: GeoImage, num_bands: int) -> GeoImage:
     """Repeat the band of a grey image if three bands are expected; return other images unchanged."""
     if len(image.pixels) == 1 and num_bands == 3:
         # `band_valid` is None for a single band.
@@ -82,7 +82,7 @@ class InputBands:
     high: tuple[float, ...]
 
     @classmethod
-    def measured(cls, images: Sequence[GeoImage], names: Sequence[str] = ()) -> InputBands:
+    def measure(cls, images: Sequence[GeoImage], names: Sequence[str] = ()) -> InputBands:
         """Measure images with the same bands; a band without a valid value gets (0, 0).
 
         Args:
@@ -147,7 +147,7 @@ class InputCheck:
             return None
         self._num_looked_at += 1
         try:
-            seen = InputBands.measured(_sample(source), source.band_names)
+            seen = InputBands.measure(_sample(source), source.band_names)
         except InputError:
             return None
         bands = _bands_of_other_size(seen, trained) or _bands_far_away(seen, trained)

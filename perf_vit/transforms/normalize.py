@@ -13,7 +13,7 @@ import numpy.typing as npt
 from perf_vit.errors import DataWarning, InputError
 from perf_vit.types import GeoImage
 
-__all__ = ["Normalizer", "band_labels", "band_values", "without_tiny"]
+__all__ = ["Normalizer", "band_labels", "band_values", "replace_tiny_std"]
 
 _HUGE = 1e30
 
@@ -79,7 +79,7 @@ class Normalizer:
             mean.append(float(values.mean()))
             std.append(float(values.std()))
             floor.append(_resolution(images[0].pixels.dtype) * float(np.abs(values).max()))
-        return cls(tuple(mean), without_tiny(std, floor, labels))
+        return cls(tuple(mean), replace_tiny_std(std, floor, labels))
 
     def to_dict(self) -> dict[str, list[float]]:
         """Return plain lists, for a checkpoint."""
@@ -111,7 +111,7 @@ def band_values(images: Sequence[GeoImage], band: int) -> npt.NDArray[np.float64
     return found[np.isfinite(found)] if images[0].pixels.dtype.kind == "f" else found
 
 
-def without_tiny(std: Sequence[float], floor: Sequence[float], labels: Sequence[str]) -> tuple[float, ...]:
+def replace_tiny_std(std: Sequence[float], floor: Sequence[float], labels: Sequence[str]) -> tuple[float, ...]:
     """Replace standard deviations that are only rounding errors by 1, with a warning.
 
     Args:

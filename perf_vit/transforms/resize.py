@@ -118,7 +118,7 @@ def resize_with_objects(
         oriented = oriented * np.array([x, y, both, both, 1], np.float32)
     masks = None if objects.masks is None else _resized_layers(objects.masks, height, width)
     boxes = objects.boxes_xyxy * np.array([x, y, x, y], np.float32)
-    return *resize_masked(image, mask, height, width), _with(objects, boxes, oriented, masks)
+    return *resize_masked(image, mask, height, width), _replace_geometry(objects, boxes, oriented, masks)
 
 
 def resize_with_labels(
@@ -155,7 +155,7 @@ def _mirrored(objects: ObjectLabels, width: int) -> ObjectLabels:
         x, y, w, h, angle = oriented.T
         oriented = np.stack([width - x, y, w, h, _le90(-angle)], axis=1)
     masks = None if objects.masks is None else objects.masks[:, :, ::-1]
-    return _with(objects, np.stack([width - right, top, width - left, bottom], axis=1), oriented, masks)
+    return _replace_geometry(objects, np.stack([width - right, top, width - left, bottom], axis=1), oriented, masks)
 
 
 def _quarter_turned(objects: ObjectLabels, width: int) -> ObjectLabels:
@@ -166,7 +166,7 @@ def _quarter_turned(objects: ObjectLabels, width: int) -> ObjectLabels:
         x, y, w, h, angle = oriented.T
         oriented = np.stack([y, width - x, w, h, _le90(angle - np.float32(math.pi / 2))], axis=1)
     masks = None if objects.masks is None else np.rot90(objects.masks, axes=(1, 2))
-    return _with(objects, np.stack([top, width - right, bottom, width - left], axis=1), oriented, masks)
+    return _replace_geometry(objects, np.stack([top, width - right, bottom, width - left], axis=1), oriented, masks)
 
 
 def _le90(angle: FloatArray) -> FloatArray:
@@ -176,7 +176,7 @@ def _le90(angle: FloatArray) -> FloatArray:
     return np.where(turned < -half, turned + 2 * half, turned).astype(np.float32)
 
 
-def _with(
+def _replace_geometry(
     objects: ObjectLabels, boxes_xyxy: FloatArray, oriented_boxes: FloatArray | None, masks: BoolArray | None
 ) -> ObjectLabels:
     return ObjectLabels(

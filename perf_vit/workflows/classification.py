@@ -23,7 +23,7 @@ from perf_vit.inference import ClassificationPredictOptions, ClassificationPredi
 from perf_vit.metrics import ClassificationMetrics, RegressionScores
 from perf_vit.models import ClassificationSpec
 from perf_vit.tasks import ClassificationTask
-from perf_vit.transforms import without_tiny
+from perf_vit.transforms import replace_tiny_std
 from perf_vit.workflows.progress import windows_progress
 from perf_vit.workflows.reports import ClassificationEvaluation, RegressionEvaluation
 from perf_vit.workflows.run_config import ClassificationRun, RegressionRun
@@ -104,7 +104,7 @@ def _spec(config: ClassificationRun | RegressionRun, data: ClassificationDataMod
             classes=data.names,
             kind="regression",
             target_mean=tuple(numbers.mean(0).tolist()),
-            target_std=without_tiny(std.tolist(), floor.tolist(), [f"the target {name}" for name in data.names]),
+            target_std=replace_tiny_std(std.tolist(), floor.tolist(), [f"the target {name}" for name in data.names]),
             label_options={"image_column": given.image_column},
         )
     return ClassificationSpec.from_data_config(

@@ -123,7 +123,7 @@ class BareSegmenter(nn.Module):
         logits: Tensor = self.network(image)
         return logits
 
-    def decide(self, logits: Tensor) -> Tensor:
+    def to_labels(self, logits: Tensor) -> Tensor:
         """Class indices [B, h, w], or 0 and 1 of a single class, [B, 1, h, w]; see `Segmenter.decide`."""
         return (logits > 0).long() if self.spec.multilabel else logits.argmax(1)
 

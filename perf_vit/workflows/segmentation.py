@@ -187,7 +187,7 @@ def evaluate_segmentation(
             for strip in predictor.strips(source, part or source.extent, on_progress=on_window):
                 expected = truth.read(strip.window)
                 expected[..., ~strip.valid] = IGNORE_INDEX
-                decided = segmenter.decide(torch.from_numpy(strip.scores)[None])[0]
+                decided = segmenter.to_labels(torch.from_numpy(strip.scores)[None])[0]
                 found.update(decided, class_probabilities(strip, multilabel=spec.multilabel), expected)
             if is_folder:
                 source.close()

@@ -162,7 +162,7 @@ def _spec(config: SlideClassificationRun, train: SlideTargets) -> SlideClassific
         data,
         train,
         normalizer=given or normalizer,
-        trained_on=InputBands.measured(images, first.band_names),
+        trained_on=InputBands.measure(images, first.band_names),
         label_options={"image_column": data.image_column, "label_column": data.label_column},
     )
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw
 
-from perf_vit.plotting import colorize, default_colormap, lettered, lettering_font, natural_bands, rgb_from, save_png
+from perf_vit.plotting import colorize, default_colormap, label_font, label_text, natural_bands, rgb_from, save_png
 from perf_vit.plotting.colors import Color
 from perf_vit.plotting.pictures import Picture
 from perf_vit.sources import open_source
@@ -95,7 +95,7 @@ def _beside(panels: Sequence[Picture]) -> Picture:
 
 def _with_legend(picture: Picture, classes: Sequence[str], colors: Mapping[int, Color]) -> Picture:
     """Add rows of colour patches and class names below."""
-    font, classes = lettering_font(16), [lettered(name) for name in classes]
+    font, classes = label_font(16), [label_text(name) for name in classes]
     widths = [_ENTRY_PX + int(font.getlength(name)) + 2 * _MARGIN_PX for name in classes]
     missing = max(0, max(widths) + _MARGIN_PX - picture.shape[1])
     places, num_lines = _legend_places(widths, picture.shape[1] + missing)

@@ -19,7 +19,7 @@ def discs(num: int, seed: int, height: int = 47, width: int = 63) -> np.ndarray:
 
 def test_shared_pixels_are_those_of_whole_masks() -> None:
     masks, others = discs(12, 0), discs(9, 1)
-    first, second, counts = mask_intersections(MaskCrops.of(masks), MaskCrops.of(others))
+    first, second, counts = mask_intersections(MaskCrops.from_masks(masks), MaskCrops.from_masks(others))
     expected = np.einsum("nhw,mhw->nm", masks.astype(int), others.astype(int))
     assert (first.tolist(), second.tolist()) == tuple(index.tolist() for index in np.nonzero(expected))
     assert counts.tolist() == expected[expected > 0].tolist()
@@ -28,7 +28,7 @@ def test_shared_pixels_are_those_of_whole_masks() -> None:
 
 def test_areas_and_parts_in_windows_are_those_of_whole_masks() -> None:
     masks = discs(12, 2)
-    crops = MaskCrops.of(masks)
+    crops = MaskCrops.from_masks(masks)
     assert crops.areas().tolist() == masks.sum(axis=(1, 2)).tolist()
     assert crops.take(masks.any(axis=(1, 2))).areas().tolist() == [area for area in crops.areas() if area]
     window = Window(-3, 20, 31, 25)

@@ -219,7 +219,7 @@ def test_masks_inside_their_rectangles_have_the_scores_of_whole_ones(metric) -> 
     for seed in range(4):
         found, truth = instances(seed, 0.3)
         whole.update([found], [truth])
-        crops = [MaskCrops.of(np.asarray(each.masks)) for each in (found, truth)]
+        crops = [MaskCrops.from_masks(np.asarray(each.masks)) for each in (found, truth)]
         cropped.update(
             [dataclasses.replace(found, masks=None, mask_crops=crops[0])],
             [dataclasses.replace(truth, masks=None, mask_crops=crops[1])],

@@ -161,6 +161,6 @@ def test_a_network_whose_config_holds_tuples_is_loaded_again(tmp_path) -> None:
 def test_classes_that_exclude_each_other_or_not_are_decided_from_logits() -> None:
     logits = torch.tensor([[[[2.0, -1.0]], [[1.0, -2.0]], [[-1.0, -3.0]]]])
     model = build_segmenter(TINY, spec())
-    assert model.decide(logits).tolist() == [[[0, 0]]]
+    assert model.to_labels(logits).tolist() == [[[0, 0]]]
     model.spec = replace(model.spec, multilabel=True)
-    assert model.decide(logits).tolist() == [[[[1, 0]], [[1, 0]], [[0, 0]]]]
+    assert model.to_labels(logits).tolist() == [[[[1, 0]], [[1, 0]], [[0, 0]]]]

@@ -3,29 +3,29 @@ import pytest
 from nasty_names import NASTY_NAMES, UNSEEN_NAMES
 from PIL import Image, ImageFont
 
-from perf_vit.plotting import lettered, lettering_font
+from perf_vit.plotting import label_font, label_text
 from perf_vit.sources import open_source
 from perf_vit.writers import CogWriter, write_map_quicklook
 
 
 @pytest.mark.parametrize("name", ["$x_1$", "[bold]", "ä", "дорога", "μ", "طريق"])
 def test_names_in_letters_of_the_font_stay_as_they_are(name) -> None:
-    assert lettered(name) == name
+    assert label_text(name) == name
 
 
 @pytest.mark.parametrize(
     ("name", "shown"), [("漢字", r"\u6f22\u5b57"), ("a🌳", r"a\U0001f333"), ("a\nb", r"a\nb"), ("\udce9", r"\udce9")]
 )
 def test_letters_that_the_font_lacks_are_escaped(name, shown) -> None:
-    assert lettered(name) == shown
+    assert label_text(name) == shown
 
 
 def test_long_names_are_cut() -> None:
-    assert lettered("ab" * 100) == "ab" * 19 + "a…"
+    assert label_text("ab" * 100) == "ab" * 19 + "a…"
 
 
 def test_the_font_is_one_of_outlines() -> None:
-    assert isinstance(lettering_font(16), ImageFont.FreeTypeFont)
+    assert isinstance(label_font(16), ImageFont.FreeTypeFont)
 
 
 def test_a_legend_tells_all_names_apart(make_scene, tmp_path) -> None:

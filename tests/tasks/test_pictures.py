@@ -128,7 +128,7 @@ class Halves(torch.nn.Module):
         super().__init__()
         self.weight = torch.nn.Parameter(torch.tensor(1.0))
         self.spec = network().spec
-        self.decide = network().decide
+        self.to_labels = network().to_labels
 
     def forward(self, image: torch.Tensor) -> torch.Tensor:
         ones = torch.ones_like(image[:, :1])

@@ -27,7 +27,7 @@ def scene(seed: int, *, tint: float = 0.5, height: int = 150, width: int = 130) 
 
 def trained(dtype: str = "uint16", factor: float = 1.0) -> InputBands:
     images = [scene(seed) * factor for seed in range(8)]
-    return InputBands.measured([GeoImage(each.astype(dtype), np.ones(each.shape[1:], bool)) for each in images], NAMES)
+    return InputBands.measure([GeoImage(each.astype(dtype), np.ones(each.shape[1:], bool)) for each in images], NAMES)
 
 
 @pytest.fixture

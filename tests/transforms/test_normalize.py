@@ -63,7 +63,7 @@ def test_statistics_count_the_valid_values_of_each_band() -> None:
     pixels = rng.normal((10, 200), (2, 30), (50, 60, 2)).transpose(2, 0, 1).astype(np.float32)
     mask = rng.random((2, 50, 60)) > [[[0.6]], [[0.2]]]
     dirty = np.where(mask, pixels, np.float32(-9999))
-    image = GeoImage.of(dirty, mask)
+    image = GeoImage.from_mask(dirty, mask)
     normalizer = Normalizer.from_images([image])
     np.testing.assert_allclose(normalizer.mean, [pixels[band][mask[band]].mean() for band in (0, 1)], rtol=1e-5)
     np.testing.assert_allclose(normalizer.std, [pixels[band][mask[band]].std() for band in (0, 1)], rtol=1e-5)
@@ -76,7 +76,7 @@ def test_a_band_without_a_valid_value_is_named() -> None:
     mask = np.ones((2, 4, 4), bool)
     mask[1] = False
     with pytest.raises(InputError, match=r"none in band 2 \(nir\)"):
-        Normalizer.from_images([GeoImage.of(np.ones((2, 4, 4)), mask)], ["red", "nir"])
+        Normalizer.from_images([GeoImage.from_mask(np.ones((2, 4, 4)), mask)], ["red", "nir"])
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf, 1e300])

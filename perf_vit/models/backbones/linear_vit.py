@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from perf_vit.conversion.linearize import Conversion, convert_attention
 
-__all__ = ["SIZES", "LinearVisionTransformer", "entrypoint", "vit_cfg", "with_own_enhancement"]
+__all__ = ["SIZES", "LinearVisionTransformer", "entrypoint", "keep_own_enhancement", "vit_cfg"]
 
 StateDict = dict[str, Tensor]
 
@@ -83,7 +83,7 @@ def entrypoint(
     return build
 
 
-def with_own_enhancement(
+def keep_own_enhancement(
     filter_fn: Callable[[StateDict, nn.Module], StateDict],
 ) -> Callable[[StateDict, nn.Module], StateDict]:
     """Extend a filter: keep the model's initial local enhancement where a checkpoint lacks it."""
@@ -135,7 +135,7 @@ _VARIANTS = {
 default_cfgs = generate_default_cfgs({name: vit_cfg() for name in _VARIANTS})
 
 
-_filter_fn = with_own_enhancement(checkpoint_filter_fn)
+_filter_fn = keep_own_enhancement(checkpoint_filter_fn)
 
 
 for _name, _args in _VARIANTS.items():

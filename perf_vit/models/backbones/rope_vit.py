@@ -7,7 +7,7 @@ from timm.models import generate_default_cfgs, register_model
 from timm.models.eva import Eva, checkpoint_filter_fn
 
 from perf_vit.conversion.linearize import Conversion, convert_attention
-from perf_vit.models.backbones.linear_vit import SIZES, entrypoint, vit_cfg, with_own_enhancement
+from perf_vit.models.backbones.linear_vit import SIZES, entrypoint, keep_own_enhancement, vit_cfg
 
 # `register_model` adds the names of the models.
 __all__ = ["LinearRopeVisionTransformer"]
@@ -56,6 +56,6 @@ _VARIANTS = {
     for size in ("small", "base")
 }
 default_cfgs = generate_default_cfgs({name: vit_cfg(fixed_input_size=False) for name in _VARIANTS})
-_filter_fn = with_own_enhancement(checkpoint_filter_fn)
+_filter_fn = keep_own_enhancement(checkpoint_filter_fn)
 for _name, _args in _VARIANTS.items():
     globals()[_name] = register_model(entrypoint(__name__, _name, LinearRopeVisionTransformer, _args, _filter_fn))

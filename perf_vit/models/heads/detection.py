@@ -23,8 +23,8 @@ __all__ = [
     "covered_share",
     "image_list",
     "inside_any",
-    "levels_only",
     "make_targets",
+    "placeholder_backbone",
     "split_ignored",
     "to_detections",
 ]
@@ -103,7 +103,7 @@ def check_channels(channels: int) -> None:
         raise ValueError(f"expected model.channels to be a multiple of 32 above 32, got {channels}; try 64 or 128")
 
 
-def levels_only(channels: int) -> nn.Module:
+def placeholder_backbone(channels: int) -> nn.Module:
     """Return a placeholder for the backbone of torchvision's detectors, which only provides `out_channels`."""
     backbone = nn.Identity()
     backbone.out_channels = channels  # type: ignore[assignment]

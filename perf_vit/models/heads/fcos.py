@@ -21,8 +21,8 @@ from perf_vit.models.heads.detection import (
     check_channels,
     image_list,
     inside_any,
-    levels_only,
     make_targets,
+    placeholder_backbone,
     split_ignored,
     to_detections,
 )
@@ -82,7 +82,7 @@ class FCOSHead(nn.Module):
         # Distances are outputs of a ReLU. Initialised at 0, whole sides can die in the first steps.
         nn.init.constant_(convolutions.regression_head.bbox_reg.bias, _FIRST_DISTANCE)
         self.model = FCOS(
-            levels_only(in_channels),
+            placeholder_backbone(in_channels),
             num_classes,
             anchor_generator=CenteredAnchors(tuple((stride,) for stride in strides), ((1.0,),) * len(strides)),
             head=convolutions,
@@ -145,7 +145,7 @@ class FCOSHead(nn.Module):
         boxes, own_cells = objects["boxes"][match[owned]], cells[owned]
         found = self.coder.decode(outputs["bbox_regression"][owned], own_cells)
         giou = generalized_box_iou_loss(found, boxes, reduction="sum")
-        centrality = _centerness(own_cells, _grown(boxes, self.strides[0]))
+        centrality = _centerness(own_cells, _enlarged(boxes, self.strides[0]))
         logits = outputs["bbox_ctrness"][owned, 0]
         return focal, giou, F.binary_cross_entropy_with_logits(logits, centrality, reduction="sum")
 
@@ -169,7 +169,7 @@ def match_locations(
         Object indices, -1 for background, [L]; locations by level, in row-major order.
     """
     order = (boxes_xyxy[:, 2:] - boxes_xyxy[:, :2]).prod(1).argsort(stable=True)
-    ranked = _grown(boxes_xyxy, strides[0])[order]
+    ranked = _enlarged(boxes_xyxy, strides[0])[order]
     index_of_rank = torch.cat([order, order.new_tensor([_BACKGROUND])])
     ranks = []
     bounds = [0, *(_REACH_STRIDES * stride for stride in strides[:-1]), torch.inf]
@@ -207,7 +207,7 @@ def _fitting_cells(
     return fits.nonzero()[:, 0], row * shape[1] + column
 
 
-def _grown(boxes_xyxy: Tensor, stride: int) -> Tensor:
+def _enlarged(boxes_xyxy: Tensor, stride: int) -> Tensor:
     """Enlarge boxes to at least slightly more than a stride, so that each contains the centre of a cell."""
     center = (boxes_xyxy[:, :2] + boxes_xyxy[:, 2:]) / 2
     half = ((boxes_xyxy[:, 2:] - boxes_xyxy[:, :2]) / 2).clamp(min=0.51 * stride)

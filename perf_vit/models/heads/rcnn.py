@@ -155,7 +155,7 @@ class MaskRCNNHead(FasterRCNNHead):
             Detections(
                 scores=each["scores"],
                 labels=each["labels"] - 1,
-                masks=_pasted(each["masks"], each["boxes"], (height, width)),
+                masks=_paste_masks(each["masks"], each["boxes"], (height, width)),
             )
             for each in found
         ]
@@ -245,7 +245,7 @@ class _LevelOfSize(LevelMapper):
         return torch.bucketize(octave, octave.new_tensor(self.first_octaves), right=True) - 1
 
 
-def _pasted(masks: Tensor, boxes: Tensor, size: tuple[int, int]) -> Tensor:
+def _paste_masks(masks: Tensor, boxes: Tensor, size: tuple[int, int]) -> Tensor:
     """Paste masks [n, 1, 28, 28] into bool [n, height, width], a few at a time because of the float32 intermediates."""
     whole = torch.zeros((len(boxes), *size), dtype=torch.bool, device=boxes.device)
     for start in range(0, len(boxes), _MASKS_AT_ONCE):

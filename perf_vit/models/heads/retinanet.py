@@ -20,8 +20,8 @@ from perf_vit.models.heads.detection import (
     check_channels,
     covered_share,
     image_list,
-    levels_only,
     make_targets,
+    placeholder_backbone,
     split_ignored,
     to_detections,
 )
@@ -74,7 +74,7 @@ class RetinaNetHead(nn.Module):
         self.per_place = len(_OCTAVES) * len(anchor_ratios)
         sizes = tuple(tuple(side * octave for octave in _OCTAVES) for side in anchor_sides(strides, anchor_scale))
         self.model = RetinaNet(
-            levels_only(in_channels),
+            placeholder_backbone(in_channels),
             num_classes,
             anchor_generator=CenteredAnchors(sizes, (tuple(anchor_ratios),) * len(strides)),
             head=RetinaNetConvolutions(in_channels, self.per_place, num_classes, partial(nn.GroupNorm, 32)),

@@ -138,7 +138,7 @@ class SlideSource:
                 inside = inside & self._tissue.read(shared, self.downsample_xy)
             mask = np.zeros((len(inside), *window.shape), bool)
             mask[:, rows, cols] = inside
-        return GeoImage.of(pixels, mask, None, Affine.translation(window.col, window.row), self.mpp)
+        return GeoImage.from_mask(pixels, mask, None, Affine.translation(window.col, window.row), self.mpp)
 
     def read_reduced(self, max_size_px: int, window: Window | None = None) -> GeoImage:
         """Read a window at lower resolution, from the best level: for statistics and pictures.
@@ -169,7 +169,7 @@ class SlideSource:
             mask = mask & self._tissue.read(Window(0, 0, height, width), coarse_xy, start_xy)
         mpp = None if self.mpp is None else self.mpp * math.sqrt(math.prod(scale_yx))
         scale = Affine.scale(scale_yx[1], scale_yx[0])
-        return GeoImage.of(pixels, mask, None, Affine.translation(shared.col, shared.row) @ scale, mpp)
+        return GeoImage.from_mask(pixels, mask, None, Affine.translation(shared.col, shared.row) @ scale, mpp)
 
     def close(self) -> None:
         """Close the file handle of this thread; a later read opens it again."""
