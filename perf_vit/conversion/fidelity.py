@@ -40,8 +40,8 @@ def attention_errors(
 
     def compare(index: int, arguments: tuple[Any, ...], options: dict[str, Any], exact: Tensor) -> None:
         total[index] += float(exact.double().square().sum())
-        for place, layer in enumerate(alternatives[index]):
-            wrong[index][place] += float((layer(*arguments, **options) - exact).double().square().sum())
+        for position, layer in enumerate(alternatives[index]):
+            wrong[index][position] += float((layer(*arguments, **options) - exact).double().square().sum())
             on_step()
 
     found = convertible_layers(softmax)

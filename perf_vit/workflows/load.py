@@ -124,7 +124,7 @@ class BareSegmenter(nn.Module):
         return logits
 
     def to_labels(self, logits: Tensor) -> Tensor:
-        """Class indices [B, h, w], or 0 and 1 of a single class, [B, 1, h, w]; see `Segmenter.decide`."""
+        """Class indices [B, h, w], or 0 and 1 of a single class, [B, 1, h, w]; see `Segmenter.to_labels`."""
         return (logits > 0).long() if self.spec.multilabel else logits.argmax(1)
 
 
