@@ -104,7 +104,7 @@ def choose_layer_options(
     other process should run meanwhile.
 
     Args:
-        model: softmax model.
+        model: Softmax model.
         images: Standardised images, [B, C, H, W] or [C, H, W]; the first is used for timing.
         budget: Time of the whole model, relative to plain FAVOR+.
         layers: Indices of the layers to convert, None for all.

@@ -100,7 +100,7 @@ def token_cosines(softmax: Any, converted: Any, images: Iterable[Tensor]) -> tup
     """Compute the cosine similarity of the final tokens of two models.
 
     Args:
-        softmax: softmax model.
+        softmax: Softmax model.
         converted: Converted model.
         images: Standardised images, [B, C, H, W] or [C, H, W].
 

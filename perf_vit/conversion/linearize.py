@@ -31,7 +31,7 @@ class Conversion:
     """Arguments of `linearize`.
 
     Attributes:
-        mixer: name of a mixer.
+        mixer: Name of a mixer.
         layers: Indices of the layers to convert, None for all.
         options: Options of the mixer, for all these layers.
         per_layer: Options by layer index, which override `options`. A layer with another "mixer" ignores `options`.

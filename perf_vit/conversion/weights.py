@@ -162,7 +162,7 @@ def create_with_weights(
     """Create a timm model with weights, converted by timm's filters: original names, other sizes, other bands.
 
     Args:
-        name: name of the model.
+        name: Name of the model.
         weights: State dict.
         origin: Path of the weights, for error messages.
         overlay: Entries of the weights' `pretrained_cfg`; if its num_classes differs from the model's, timm skips the

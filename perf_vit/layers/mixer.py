@@ -72,7 +72,7 @@ class Mixer(nn.Module, ABC):
 
     Attributes:
         options_type: Dataclass of the options.
-        name: name in the registry.
+        name: Name in the registry.
         needs_grid: Whether it needs the rows and columns of the tokens.
     """
 
@@ -124,7 +124,7 @@ def register_mixer(name: str) -> Callable[[type[Mixer]], type[Mixer]]:
     """Decorate a `Mixer` class to register it under a name for conversion, backbones and configs.
 
     Args:
-        name: name of the mixer.
+        name: Name of the mixer.
 
     Raises:
         ValueError: The name is taken.
@@ -148,7 +148,7 @@ def check_option_names(name: str, options: Iterable[str]) -> None:
     """Check that a mixer has options of these names.
 
     Args:
-        name: name of the mixer.
+        name: Name of the mixer.
         options: Names of the options given by a user.
 
     Raises:

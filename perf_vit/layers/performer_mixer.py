@@ -24,7 +24,7 @@ class PerformerOptions(MixerOptions):
     """Options of FAVOR+.
 
     Attributes:
-        kernel: name of the feature map: "softmax+", "softmax-hyp+", "softmax-trig", "relu", "oprf" or a registered one.
+        kernel: Name of the feature map: "softmax+", "softmax-hyp+", "softmax-trig", "relu", "oprf" or a registered one.
         num_features: Number of random features, M.
         orthogonal: Whether the rows of the projection are orthogonal within blocks.
         norms: Norms of the rows, "chi" or "sqrt" (see `draw_projection`).

@@ -82,7 +82,7 @@ def pretrained_statistics(backbone: str) -> Normalizer:
     """Return the mean and standard deviation of RGB that a backbone was pretrained with, for 8-bit pixels.
 
     Args:
-        backbone: name of a timm model, or folder of a converted model.
+        backbone: Name of a timm model, or folder of a converted model.
 
     Raises:
         CheckpointError: The folder has no converted model.

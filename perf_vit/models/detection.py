@@ -179,7 +179,7 @@ class DetectionModelConfig(BackboneTuning):
     """Backbone, neck and head; `BackboneTuning` has further keys.
 
     Attributes:
-        backbone: name of a timm model that supports `features_only`, or folder of a converted model, whose weights are
+        backbone: Name of a timm model that supports `features_only`, or folder of a converted model, whose weights are
             loaded. A plain ViT gets the neck `SimpleFPN`, a pyramid `TopDownFPN`.
         reduce: Factor by which the backbone's input is downsampled, to save time on objects much larger than a pixel.
             Strides, labels and detections stay in image pixels.

@@ -28,7 +28,7 @@ class SegmentationSpec(TaskSpec):
     """Input and output of a segmentation network, saved with its weights.
 
     Attributes:
-        background: name of the background class; or the meaning of pixels outside all polygons, "ignore", or "none"
+        background: Name of the background class; or the meaning of pixels outside all polygons, "ignore", or "none"
             with `multilabel`; None for labels without polygons.
         multilabel: Whether classes are independent, with logits of a sigmoid instead of a softmax.
 
@@ -126,7 +126,7 @@ class SegmentationModelConfig(BackboneTuning):
     """Backbone and head; `BackboneTuning` has further keys.
 
     Attributes:
-        backbone: name of a timm model that supports `features_only`, and `img_size` and `dynamic_img_size` if its input
+        backbone: Name of a timm model that supports `features_only`, and `img_size` and `dynamic_img_size` if its input
             size is fixed; or folder of a converted model, whose weights are loaded.
         out_indices: Indices of the blocks whose outputs are the head's input.
         head: full_resolution, linear, upernet, dpt, segformer or a registered one.

@@ -35,8 +35,7 @@ def clustered_attention(
 ) -> Tensor:
     """Softmax attention with one weight per cluster of keys; the keys of a query's window and the sinks stay exact.
 
-    out_i = (sum_{j in S(i)} exp(q_i.k_j / sqrt(D)) v_j + sum_{j not in S(i)} w_i,c(j) v_j) / (the same sums without
-    v_j),
+    out_i = (sum_{j in S(i)} exp(q_i.k_j / sqrt(D)) v_j + sum_{j not in S(i)} w_i,c(j) v_j) / (the sums without v_j),
     where c(j) is the cluster of key j, with the mean m_c and the variance s_c of its keys in each channel, and
 
         w_i,c = exp(q_i.m_c / sqrt(D) + sum_d E[q_d^2] s_c,d / 2 D)

@@ -33,7 +33,7 @@ class Kernel:
     """Feature map of linear attention.
 
     Attributes:
-        name: name in configs.
+        name: Name in configs.
         features: (x [..., N, D], projection [R, D]) -> [..., N, M] with M = R * `features_per_row`: f(W x), or its
             logarithm if `log_domain`. The caller may overwrite the result.
         log_domain: Whether `features` returns logarithms; needed by positive features that span many orders of
@@ -123,7 +123,7 @@ def make_kernel(
     """Make a custom kernel, phi(x) = h(x) / sqrt(R) [f_1(W x), ..., f_l(W x)] (Choromanski et al. 2020, equation 5).
 
     Args:
-        name: name of the kernel.
+        name: Name of the kernel.
         functions: f_1 .. f_l, elementwise and differentiable, [..., N, R] -> [..., N, R].
         log_h: Differentiable function x, [..., N, D] -> log h(x), [..., N, 1]; None for h = 1.
         log_domain: Whether the functions return log f; use it for positive features with a wide range.
@@ -155,7 +155,7 @@ def oprf_kernel(parameter: float | Tensor, name: str = "oprf") -> Kernel:
     Args:
         parameter: A < 1/8, float or [B, H, 1, 1]; the variance is infinite above. `optimal_parameter` in
             `perf_vit.ops.favor` returns the best value for given queries and keys.
-        name: name of the kernel.
+        name: Name of the kernel.
 
     Raises:
         ValueError: a float is 1/8 or more.

@@ -39,7 +39,7 @@ class HighResolutionConvTransformer(nn.Module):
         num_heads: Number of heads of every attention.
         num_attn_stages: Number of stages with attention, counted from the last.
         drop_rate: Dropout before the classifier.
-        mixer: name of the mixer: "performer", "clustered", "softmax" or a registered one.
+        mixer: Name of the mixer: "performer", "clustered", "softmax" or a registered one.
         attn_kwargs: Options of the mixer, which override the defaults above.
         device: Device of the parameters.
         dtype: Dtype of the parameters.
@@ -242,7 +242,7 @@ class AttentionConvBlock(nn.Module):
         out_chans: Number of output channels.
         stride: Stride of the convolution.
         num_heads: Number of heads of the attention.
-        mixer: name of the mixer.
+        mixer: Name of the mixer.
         options: Options of the mixer, which override the published ones.
         layer_index: Index of the attention in the network.
         device: Device of the parameters.

@@ -55,8 +55,8 @@ def entrypoint(
     """Make the function that timm's registry calls to build a model.
 
     Args:
-        module: name of the module that holds the function, for timm's list of models and for pickle.
-        name: name of the model.
+        module: Name of the module that holds the function, for timm's list of models and for pickle.
+        name: Name of the model.
         model_cls: Class of the model.
         model_args: Arguments of the class, overridden by those of the call.
         filter_fn: Function that converts a checkpoint's state dict for the model.
@@ -107,7 +107,7 @@ class LinearVisionTransformer(VisionTransformer):
 
     Args:
         *args: Arguments of `timm.models.VisionTransformer`.
-        mixer: name of the mixer: "performer", "clustered", "softmax" or a registered one.
+        mixer: Name of the mixer: "performer", "clustered", "softmax" or a registered one.
         attn_kwargs: Options of the mixer (`PerformerOptions`, `ClusteredOptions`).
         **kwargs: Arguments of `timm.models.VisionTransformer`.
 

@@ -22,7 +22,7 @@ class LinearRopeVisionTransformer(Eva):
 
     Args:
         *args: Arguments of `timm.models.Eva`.
-        mixer: name of the mixer: "performer", "clustered", "softmax" or a registered one.
+        mixer: Name of the mixer: "performer", "clustered", "softmax" or a registered one.
         attn_kwargs: Options of the mixer (`PerformerOptions`, `ClusteredOptions`).
         **kwargs: Arguments of `timm.models.Eva`.
 

@@ -126,7 +126,7 @@ def centerness_targets(points: Tensor, strides: Tensor, oriented_boxes: Tensor) 
     Args:
         points: x and y of points, [p, 2].
         strides: Strides of the points' cells, [p].
-        oriented_boxes: box of each point's object, [p, 5].
+        oriented_boxes: Box of each point's object, [p, 5].
 
     Returns:
         Centre-ness, from 0 at the border to 1 in the centre, [p].
