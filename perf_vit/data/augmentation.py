@@ -9,10 +9,18 @@ from dataclasses import dataclass
 import numpy as np
 
 from perf_vit.errors import ConfigError
-from perf_vit.transforms import StainJitter
+from perf_vit.transforms import Augmentation, StainJitter
 from perf_vit.types import Source
 
-__all__ = ["AugmentConfig", "check_augment", "draw_log_uniform", "make_stain_jitter", "pixel_size", "pixel_sizes"]
+__all__ = [
+    "AugmentConfig",
+    "check_augment",
+    "draw_log_uniform",
+    "make_augmentation",
+    "make_stain_jitter",
+    "pixel_size",
+    "pixel_sizes",
+]
 
 # Larger ratios of pixel sizes are mistakes, e.g. metres for a raster in degrees.
 _LARGEST_FACTOR = 16
@@ -61,6 +69,13 @@ def check_augment(config: AugmentConfig) -> None:
     for key in ("shuffle", "stain"):
         if not 0 <= getattr(config, key) <= 1:
             raise ConfigError(f"data.augment.{key} must lie between 0 and 1, got {getattr(config, key):g}")
+
+
+def make_augmentation(config: AugmentConfig) -> Augmentation:
+    """Build the augmentation of a config, without `resolution` and stain."""
+    return Augmentation(
+        flips=config.flips, scale=config.scale, gain=config.gain, offset=config.offset, shuffle=config.shuffle
+    )
 
 
 def make_stain_jitter(config: AugmentConfig, sources: Sequence[Source], num_bands: int) -> StainJitter | None:

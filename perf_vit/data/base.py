@@ -169,20 +169,21 @@ class EpochDataModule(lightning.LightningDataModule):
         self._loader: EpochLoader | None = None
         self._num_skipped = 0
 
-    def train_loader(self, dataset: Any, **options: Any) -> EpochLoader:
-        """Build a loader that starts at the checkpoint's position, if any; `options` are passed to `EpochLoader`.
+    def train_loader(self, loader: EpochLoader) -> EpochLoader:
+        """Return the training loader, which starts at the checkpoint's position, if any.
 
         Raises:
             ConfigError: There are too few samples for a batch in each process.
         """
-        self._loader = EpochLoader(dataset, **options)
-        if not len(self._loader):
+        self._loader = loader
+        if not len(loader):
+            num_samples = loader.epoch_sampler.length
             raise ConfigError(
-                f"data.batch_size: {rank_and_world_size()[1]} processes share the {len(dataset)} samples of an epoch, "
-                f"too few for a batch of {self._loader.batch_size} each; take smaller batches or fewer trainer.devices"
+                f"data.batch_size: {rank_and_world_size()[1]} processes share the {num_samples} samples of an epoch, "
+                f"too few for a batch of {loader.batch_size} each; take smaller batches or fewer trainer.devices"
             )
-        self._loader.num_skipped, self._num_skipped = self._num_skipped, 0
-        return self._loader
+        loader.num_skipped, self._num_skipped = self._num_skipped, 0
+        return loader
 
     def state_dict(self) -> dict[str, int]:
         """Return the number of batches handed out in the epoch, 0 after its last."""

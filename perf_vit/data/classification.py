@@ -9,9 +9,10 @@ from functools import partial
 import numpy as np
 from torch.utils.data import DataLoader
 
-from perf_vit.data.augmentation import make_stain_jitter
+from perf_vit.data.augmentation import make_augmentation, make_stain_jitter
 from perf_vit.data.base import (
     EpochDataModule,
+    EpochLoader,
     ShareSampler,
     collate_tiles,
     given_normalizer,
@@ -28,7 +29,7 @@ from perf_vit.data.config import SplitConfig, TileDataConfig, check_base
 from perf_vit.errors import ConfigError
 from perf_vit.labels.tables import ImageTargets, read_class_folders, read_class_table, read_target_table
 from perf_vit.sources import open_input
-from perf_vit.transforms import Augmentation, InputBands, accepts_bands
+from perf_vit.transforms import InputBands, accepts_bands
 from perf_vit.types import InputOptions
 
 __all__ = [
@@ -140,7 +141,7 @@ class ClassificationDataModule(EpochDataModule):
     def train_dataloader(self) -> DataLoader[ClassificationSample]:
         """Return the loader of augmented tiles, new ones each epoch; drops a smaller last batch (batch statistics)."""
         return self.train_loader(
-            self.train, batch_size=self.batch_size, num_workers=self.num_workers, collate_fn=collate_tiles
+            EpochLoader(self.train, batch_size=self.batch_size, num_workers=self.num_workers, collate_fn=collate_tiles)
         )
 
     def val_dataloader(self) -> DataLoader[ClassificationSample]:
@@ -169,14 +170,7 @@ def build_classification_datamodule(config: ImageDataConfig, seed: int) -> Class
     labelled = read_image_targets(config, config.train)
     if isinstance(config, ClassificationDataConfig) and not config.multilabel and len(labelled.names) < 2:
         raise ConfigError(f"all images of data.train are of the class {labelled.names[0]}; expected at least two")
-    if config.val is None:
-        chosen, rest = split_off(len(labelled), config.val_share, seed, "images")
-        train_part, val_part = labelled.part(chosen), labelled.part(rest)
-    else:
-        train_part, val_part = (
-            labelled,
-            read_image_targets(config, config.val, names=labelled.names, allow_missing=True),
-        )
+    train_part, val_part = _split(labelled, config, seed)
     opener = partial(open_input, options=InputOptions.from_config(config))
     train, val = (ClassificationImages(part, opener) for part in (train_part, val_part))
     if not accepts_bands(val.num_bands, train.num_bands):
@@ -184,39 +178,45 @@ def build_classification_datamodule(config: ImageDataConfig, seed: int) -> Class
             f"data.val has images of {val.num_bands} bands, data.train of {train.num_bands}; choose common ones with "
             "data.bands"
         )
-    length = config.tiles_per_epoch or len(train)
-    if length < config.batch_size:
-        raise ConfigError(
-            f"data.batch_size must be at most the {length} tiles of an epoch, got {config.batch_size}; take a smaller "
-            "one, or give data.tiles_per_epoch"
-        )
+    length = _epoch_length(config, len(train))
     given = given_normalizer(config.mean, config.std, train.num_bands)
     seen = sample_images(train.read_reduced, train_part.paths, seed)
     normalizer, trained_on = measure_bands(seen, train.sources, given)
-    augment = config.augment
     return ClassificationDataModule(
         ClassificationTiles(
             train,
             normalizer,
-            Augmentation(
-                flips=augment.flips,
-                scale=augment.scale,
-                gain=augment.gain,
-                offset=augment.offset,
-                shuffle=augment.shuffle,
-            ),
+            make_augmentation(config.augment),
             tile_px=config.tile_px,
             resize=config.resize,
             length=length,
             seed=seed,
             balanced=isinstance(config, ClassificationDataConfig) and config.sampler == "balanced",
-            stain=make_stain_jitter(augment, train.sources, train.num_bands),
+            stain=make_stain_jitter(config.augment, train.sources, train.num_bands),
         ),
         ClassificationViews(val, normalizer, tile_px=config.tile_px, resize=config.resize),
         trained_on=trained_on,
         batch_size=config.batch_size,
         num_workers=config.num_workers,
     )
+
+
+def _split(labelled: ImageTargets, config: ImageDataConfig, seed: int) -> tuple[ImageTargets, ImageTargets]:
+    """Return the training and validation images."""
+    if config.val is not None:
+        return labelled, read_image_targets(config, config.val, names=labelled.names, allow_missing=True)
+    chosen, rest = split_off(len(labelled), config.val_share, seed, "images")
+    return labelled.part(chosen), labelled.part(rest)
+
+
+def _epoch_length(config: ImageDataConfig, num_images: int) -> int:
+    length = config.tiles_per_epoch or num_images
+    if length < config.batch_size:
+        raise ConfigError(
+            f"data.batch_size must be at most the {length} tiles of an epoch, got {config.batch_size}; take a smaller "
+            "one, or give data.tiles_per_epoch"
+        )
+    return length
 
 
 def read_image_targets(

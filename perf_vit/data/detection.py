@@ -10,7 +10,14 @@ import numpy as np
 from torch.utils.data import DataLoader
 
 from perf_vit.data.augmentation import make_stain_jitter, pixel_sizes
-from perf_vit.data.base import EpochDataModule, ShareSampler, given_normalizer, measure_bands, sample_images
+from perf_vit.data.base import (
+    EpochDataModule,
+    EpochLoader,
+    ShareSampler,
+    given_normalizer,
+    measure_bands,
+    sample_images,
+)
 from perf_vit.data.config import SplitConfig, TileDataConfig, check_base
 from perf_vit.data.detection_tiles import (
     DetectionBatch,
@@ -130,7 +137,9 @@ class DetectionDataModule(EpochDataModule):
     def train_dataloader(self) -> DataLoader[DetectionBatch]:
         """Return the loader of augmented tiles, new ones each epoch; drops a smaller last batch (batch statistics)."""
         return self.train_loader(
-            self.train, batch_size=self.batch_size, num_workers=self.num_workers, collate_fn=collate_objects
+            EpochLoader(
+                self.train, batch_size=self.batch_size, num_workers=self.num_workers, collate_fn=collate_objects
+            )
         )
 
     def val_dataloader(self) -> DataLoader[DetectionBatch]:
@@ -160,21 +169,7 @@ def build_detection_datamodule(
     """
     _check(config)
     train_index, val_index = _indices(config, seed, oriented=oriented)
-    train, val = (
-        DetectionImages(
-            index.records,
-            open_input=_opener(config, mpp),
-            min_visible=config.min_visible,
-        )
-        for index, mpp in ((train_index, _training_mpp(config)), (val_index, config.mpp))
-    )
-    for index, part in ((train_index, "train"), (val_index, "val")):
-        _check_objects(index, part)
-    if not accepts_bands(val.num_bands, train.num_bands):
-        raise ConfigError(
-            f"the validation images have {val.num_bands} bands, the training images {train.num_bands}; choose common "
-            "ones with data.bands"
-        )
+    train, val = _open_images(config, train_index, val_index)
     for images, part in ((train, "training"), (val, "validation")):
         check_object_validity(images, part, seed)
     seen = sample_images(train.read_reduced, [record.path for record in train.records], seed)
@@ -205,6 +200,24 @@ def build_detection_datamodule(
         batch_size=config.batch_size,
         num_workers=config.num_workers,
     )
+
+
+def _open_images(
+    config: DetectionDataConfig, train_index: ObjectIndex, val_index: ObjectIndex
+) -> tuple[DetectionImages, DetectionImages]:
+    """Open the training and validation images and check that they have the same number of bands."""
+    train, val = (
+        DetectionImages(index.records, open_input=_opener(config, mpp), min_visible=config.min_visible)
+        for index, mpp in ((train_index, _training_mpp(config)), (val_index, config.mpp))
+    )
+    for index, part in ((train_index, "train"), (val_index, "val")):
+        _check_objects(index, part)
+    if not accepts_bands(val.num_bands, train.num_bands):
+        raise ConfigError(
+            f"the validation images have {val.num_bands} bands, the training images {train.num_bands}; choose common "
+            "ones with data.bands"
+        )
+    return train, val
 
 
 def read_names(path: str | Path, key: str) -> list[str]:

@@ -12,9 +12,10 @@ from typing import Any, TypeAlias
 import numpy as np
 from torch.utils.data import ConcatDataset, DataLoader
 
-from perf_vit.data.augmentation import make_stain_jitter, pixel_size, pixel_sizes
+from perf_vit.data.augmentation import make_augmentation, make_stain_jitter, pixel_size, pixel_sizes
 from perf_vit.data.base import (
     EpochDataModule,
+    EpochLoader,
     ShareSampler,
     collate_tiles,
     given_normalizer,
@@ -36,7 +37,7 @@ from perf_vit.labels import LabelFiles, LabelSource, is_labelled_folder, open_la
 from perf_vit.labels.image_folder import find_label_pairs
 from perf_vit.sources import RasterSource, common_unit, open_input
 from perf_vit.sources.slides import SlideSource
-from perf_vit.transforms import Augmentation, InputBands, Normalizer
+from perf_vit.transforms import InputBands, Normalizer
 from perf_vit.types import GeoImage, InputOptions, InputPath, OpenInput, Source, Window
 
 __all__ = [
@@ -90,11 +91,13 @@ class SegmentationDataModule(EpochDataModule):
         A smaller last batch is dropped (batch statistics), except with the grid sampler.
         """
         return self.train_loader(
-            self.train,
-            batch_size=self.batch_size,
-            num_workers=self.num_workers,
-            collate_fn=collate_tiles,
-            drop_last=not isinstance(self.train.sampler, GridSampler),
+            EpochLoader(
+                self.train,
+                batch_size=self.batch_size,
+                num_workers=self.num_workers,
+                collate_fn=collate_tiles,
+                drop_last=not isinstance(self.train.sampler, GridSampler),
+            )
         )
 
     def val_dataloader(self) -> DataLoader[LabelledTile]:
@@ -282,18 +285,11 @@ def build_segmentation_datamodule(
     _warn_of_absent_classes(val, config, "val")
     given = given_normalizer(config.mean, config.std, num_bands)
     normalizer, trained_on = measure_bands(_seen(rasters, seed), sources, given)
-    augmentation = Augmentation(
-        flips=config.augment.flips,
-        scale=config.augment.scale,
-        gain=config.augment.gain,
-        offset=config.augment.offset,
-        shuffle=config.augment.shuffle,
-    )
     return SegmentationDataModule(
         SegmentationTiles(
             rasters,
             normalizer,
-            augmentation,
+            make_augmentation(config.augment),
             tile_px=config.tile_px,
             length=len(sampler) if isinstance(sampler, GridSampler) else config.tiles_per_epoch,
             seed=seed,

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from perf_vit.data.bags import EmbeddingStore, SlideBags, SlideTargets, collate_bags, read_slide_table
-from perf_vit.data.base import EpochDataModule, ShareSampler
+from perf_vit.data.base import EpochDataModule, EpochLoader, ShareSampler
 from perf_vit.data.config import BaseDataConfig, SplitConfig, check_base
 from perf_vit.errors import ConfigError
 
@@ -107,11 +107,13 @@ class SlideClassificationDataModule(EpochDataModule):
     def train_dataloader(self) -> DataLoader[BagBatch]:
         """Return the loader of training bags, in a new order each epoch."""
         return self.train_loader(
-            self.train,
-            batch_size=self.batch_size,
-            num_workers=self.num_workers,
-            collate_fn=collate_bags,
-            drop_last=False,
+            EpochLoader(
+                self.train,
+                batch_size=self.batch_size,
+                num_workers=self.num_workers,
+                collate_fn=collate_bags,
+                drop_last=False,
+            )
         )
 
     def val_dataloader(self) -> DataLoader[BagBatch]:

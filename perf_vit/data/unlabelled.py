@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from perf_vit.data.base import EpochDataModule, ShareSampler, collate_tiles, given_normalizer
+from perf_vit.data.base import EpochDataModule, EpochLoader, ShareSampler, collate_tiles, given_normalizer
 from perf_vit.data.config import BaseDataConfig, SplitConfig, check_base, image_paths
 from perf_vit.errors import InputError
 from perf_vit.sources import (
@@ -143,7 +143,7 @@ class DistillationDataModule(EpochDataModule):
     def train_dataloader(self) -> DataLoader[tuple[Tensor, Tensor]]:
         """Return the loader of training crops, new ones each epoch."""
         return self.train_loader(
-            self.train, batch_size=self.batch_size, num_workers=self.num_workers, collate_fn=collate_tiles
+            EpochLoader(self.train, batch_size=self.batch_size, num_workers=self.num_workers, collate_fn=collate_tiles)
         )
 
     def val_dataloader(self) -> DataLoader[tuple[Tensor, Tensor]]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -49,9 +48,8 @@ class OrientedAveragePrecision(Metric):
         self,
         num_classes: int,
         iou_thresholds: Sequence[float] = _COCO_THRESHOLDS,
-        **kwargs: Any,
     ) -> None:
-        super().__init__(**kwargs)
+        super().__init__()
         self.num_classes = num_classes
         self.iou_thresholds = tuple(iou_thresholds)
         self._index_50 = _index_of_half(self.iou_thresholds)

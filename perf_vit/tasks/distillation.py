@@ -402,7 +402,9 @@ def build_distillation_trainer(
         accelerator=config.accelerator,
         devices=1,
         progress=progress,
-        max_epochs=-(-stages.total_steps // config.val_every_steps),
-        # Validate the untrained student first, on all crops.
-        num_sanity_val_steps=-1,
+        options={
+            "max_epochs": -(-stages.total_steps // config.val_every_steps),
+            # Validate the untrained student first, on all crops.
+            "num_sanity_val_steps": -1,
+        },
     )

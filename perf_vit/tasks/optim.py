@@ -158,17 +158,17 @@ class TrainingTask(lightning.LightningModule):
             return batch_size
         return max(0, min(batch_size, sampler.num_counted - batch_idx * loader.batch_size))
 
-    def log_counted(self, name: str, mean: Tensor | float, num: int, **options: Any) -> None:
+    def log_counted(self, name: str, mean: Tensor | float, num: int, *, prog_bar: bool = False) -> None:
         """Log a mean over the counted samples of all batches and processes.
 
         Args:
             name: Name of the value.
             mean: Mean over the batch.
             num: Number of counted samples in the batch.
-            **options: Arguments of Lightning's `log`.
+            prog_bar: Whether to show the value in the progress bar.
         """
         # Lightning rounds the mean of integers over processes down.
-        self.log(name, mean, batch_size=float(num), sync_dist=True, **options)
+        self.log(name, mean, batch_size=float(num), sync_dist=True, prog_bar=prog_bar)
 
     def log_registered_metrics(self) -> None:
         """Log the known values of the registered metrics, and reset them."""

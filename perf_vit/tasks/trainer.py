@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import lightning
 import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import (
     Callback,
     EMAWeightAveraging,
@@ -111,6 +112,32 @@ def build_trainer(
     Raises:
         ConfigError: Values are out of range or unknown to Lightning.
     """
+    _check(config)
+    callbacks = [StepSeeds(seed), HistoryCallback(folder, curves), *best_and_last(folder, monitor=monitor)]
+    if config.num_pictures and draw is not None:
+        # Before weight averaging, which restores the training weights when validation ends.
+        callbacks.append(PredictionPictures(folder, config.num_pictures, draw))
+    callbacks += _optional_callbacks(config, folder, monitor)
+    return lightning_trainer(
+        folder,
+        callbacks,
+        precision=config.precision,
+        accelerator=config.accelerator,
+        devices=config.devices,
+        progress=progress,
+        logger=config.logger,
+        options={
+            "max_epochs": config.max_epochs,
+            "strategy": FullyShardedStrategy() if config.strategy == "fsdp2" else config.strategy,
+            "accumulate_grad_batches": config.accumulate_batches,
+            "gradient_clip_val": config.gradient_clip or None,
+            "check_val_every_n_epoch": config.val_every_epochs,
+            "num_sanity_val_steps": 0,
+        },
+    )
+
+
+def _check(config: TrainerConfig) -> None:
     if config.max_epochs < 1 or config.val_every_epochs < 1:
         raise ConfigError("trainer.max_epochs and trainer.val_every_epochs must be at least 1")
     if config.redraw_every_steps < 0:
@@ -127,10 +154,10 @@ def build_trainer(
             raise ConfigError(f"trainer.{key} must be 0 or more, got {getattr(config, key)}")
     if config.strategy == "fsdp2" and config.ema_decay:
         raise ConfigError("trainer.ema_decay can't average weights that strategy=fsdp2 shards; leave one of them out")
-    callbacks = [StepSeeds(seed), HistoryCallback(folder, curves), *best_and_last(folder, monitor=monitor)]
-    if config.num_pictures and draw is not None:
-        # Before weight averaging, which restores the training weights when validation ends.
-        callbacks.append(PredictionPictures(folder, config.num_pictures, draw))
+
+
+def _optional_callbacks(config: TrainerConfig, folder: Path, monitor: str) -> list[Callback]:
+    callbacks: list[Callback] = []
     if config.early_stop_epochs:
         callbacks.append(Patience(monitor, mode="max", patience=config.early_stop_epochs))
     if config.ema_decay:
@@ -140,21 +167,7 @@ def build_trainer(
         callbacks.append(RedrawProjections(config.redraw_every_steps))
     if config.checkpoint_every_steps:
         callbacks.append(StepCheckpoint(folder / "checkpoints" / "last.ckpt", config.checkpoint_every_steps))
-    return lightning_trainer(
-        folder,
-        callbacks,
-        precision=config.precision,
-        accelerator=config.accelerator,
-        devices=config.devices,
-        progress=progress,
-        logger=config.logger,
-        max_epochs=config.max_epochs,
-        strategy=FullyShardedStrategy() if config.strategy == "fsdp2" else config.strategy,
-        accumulate_grad_batches=config.accumulate_batches,
-        gradient_clip_val=config.gradient_clip or None,
-        check_val_every_n_epoch=config.val_every_epochs,
-        num_sanity_val_steps=0,
-    )
+    return callbacks
 
 
 def lightning_trainer(
@@ -166,9 +179,19 @@ def lightning_trainer(
     devices: str | int,
     progress: bool,
     logger: str = "tensorboard",
-    **options: Any,
+    options: Mapping[str, Any],
 ) -> lightning.Trainer:
-    """Build a Lightning trainer with the settings that all tasks share; `options` are passed to Lightning.
+    """Build a Lightning trainer with the settings that all tasks share.
+
+    Args:
+        folder: Run folder.
+        callbacks: Callbacks of the task.
+        precision: Precision, as Lightning names it.
+        accelerator: Lightning accelerator.
+        devices: Number of devices, or "auto".
+        progress: Whether to show a progress bar.
+        logger: "tensorboard" or "wandb".
+        options: Further arguments of `lightning.Trainer`.
 
     Raises:
         ConfigError: Values are unknown to Lightning.
@@ -196,12 +219,7 @@ def lightning_trainer(
             log_every_n_steps=10,
             **options,
         )
-    except (
-        TypeError,
-        ValueError,
-        RuntimeError,
-        lightning.fabric.utilities.exceptions.MisconfigurationException,
-    ) as error:
+    except (TypeError, ValueError, RuntimeError, MisconfigurationException) as error:
         raise ConfigError(f"trainer: {reason_line(error)}") from error
 
 

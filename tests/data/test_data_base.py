@@ -3,7 +3,7 @@
 import pytest
 
 from perf_vit.data import base as epochs
-from perf_vit.data.base import EpochDataModule, ShareSampler
+from perf_vit.data.base import EpochDataModule, EpochLoader, ShareSampler
 from perf_vit.errors import ConfigError
 
 
@@ -25,7 +25,7 @@ def test_processes_validate_on_equally_many_samples_and_each_counts_once(length,
 
 def test_too_few_samples_for_a_batch_of_each_process_are_refused(monkeypatch) -> None:
     data = EpochDataModule()
-    assert len(data.train_loader(range(100), batch_size=16, num_workers=0)) == 6
+    assert len(data.train_loader(EpochLoader(range(100), batch_size=16, num_workers=0))) == 6
     monkeypatch.setattr(epochs, "rank_and_world_size", lambda: (0, 8))
     with pytest.raises(ConfigError, match="8 processes share the 100 samples of an epoch, too few for a batch of 16"):
-        data.train_loader(range(100), batch_size=16, num_workers=0)
+        data.train_loader(EpochLoader(range(100), batch_size=16, num_workers=0))

@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from perf_vit.data import collate_objects
 from perf_vit.data.bags import collate_bags
-from perf_vit.data.base import EpochDataModule, ShareSampler
+from perf_vit.data.base import EpochDataModule, EpochLoader, ShareSampler
 from perf_vit.models import (
     ClassificationModelConfig,
     ClassificationSpec,
@@ -80,7 +80,7 @@ class Module(EpochDataModule):
 
     def train_dataloader(self):
         options = {"batch_size": self.batch_size, "num_workers": 0, "collate_fn": self.collate}
-        return self.train_loader(self.items[0], **options)
+        return self.train_loader(EpochLoader(self.items[0], **options))
 
     def val_dataloader(self):
         val = self.items[1]

@@ -5,7 +5,7 @@ from functools import partial
 import pytest
 from small_runs import assert_equal, fit
 
-from perf_vit.data.base import EpochDataModule
+from perf_vit.data.base import EpochDataModule, EpochLoader
 from perf_vit.errors import ConfigError
 from perf_vit.tasks import TrainerConfig, build_trainer
 
@@ -92,10 +92,10 @@ def test_the_end_of_an_epoch_is_resumed_with_its_samples_under_workers(segmentat
 def test_a_data_module_goes_on_where_its_state_says() -> None:
     options = {"batch_size": 3, "num_workers": 0}
     first, second = EpochDataModule(), EpochDataModule()
-    batches = iter(first.train_loader(range(7), **options))
+    batches = iter(first.train_loader(EpochLoader(range(7), **options)))
     assert next(batches).tolist() == [0, 1, 2]
     second.load_state_dict(first.state_dict())
-    loader = second.train_loader(range(7), **options)
+    loader = second.train_loader(EpochLoader(range(7), **options))
     assert [batch.tolist() for batch in loader] == [[3, 4, 5]]
     assert second.state_dict() == {"num_batches": 0}
     assert [batch.tolist() for batch in loader] == [[0, 1, 2], [3, 4, 5]]
