@@ -12,7 +12,7 @@ from typing import Any
 from perf_vit.errors import InputError, OptionError
 from perf_vit.inference.dense import Strip, predict_strips
 from perf_vit.inference.dense_output import DenseOutput, class_output
-from perf_vit.inference.jobs import JobResult, MapJob, check_map_name
+from perf_vit.inference.jobs import JobResult, MapJob, check_map_name, files_beside
 from perf_vit.inference.jobs.logs import DamageLog
 from perf_vit.inference.options import SegmentationPredictOptions
 from perf_vit.inference.predictor import InputPredictor, OnProgress, ignore_progress
@@ -186,8 +186,7 @@ class SegmentationPredictor(InputPredictor[Segmenter, SegmentationPredictOptions
             OutputError: The map isn't named .tif.
         """
         check_map_name(out)
-        suffixes = ["png"] * self.options.quicklook + ([self.options.polygons] if self.options.polygons else [])
-        return [out, *(out.with_suffix(f".{suffix}") for suffix in suffixes)]
+        return [out, *files_beside(out, self.options)]
 
     def _run_in_pool(self, pool: RayPool, source: Any, job: MapJob, store: StripStore, on_progress: OnProgress) -> None:
         total, done = job.source.height, 0

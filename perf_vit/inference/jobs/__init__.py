@@ -2,6 +2,6 @@
 
 from perf_vit.inference.jobs.job import JobResult
 from perf_vit.inference.jobs.logs import DamagedPiece
-from perf_vit.inference.jobs.map_job import MapJob, check_map_name
+from perf_vit.inference.jobs.map_job import MapJob, check_map_name, files_beside
 
-__all__ = ["DamagedPiece", "JobResult", "MapJob", "check_map_name"]
+__all__ = ["DamagedPiece", "JobResult", "MapJob", "check_map_name", "files_beside"]

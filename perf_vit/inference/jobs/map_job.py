@@ -32,7 +32,7 @@ from perf_vit.writers import (
     write_ome_tiff,
 )
 
-__all__ = ["MapJob", "check_map_name"]
+__all__ = ["MapJob", "check_map_name", "files_beside"]
 
 _VERSION_TAG = "PERF_VIT_VERSION"
 _DAMAGE_TAG = "PERF_VIT_DAMAGED_PIECES"
@@ -74,8 +74,7 @@ class MapJob(Job):
     @property
     def beside(self) -> Sequence[Path]:
         """Quicklook and polygons, as far as they are asked for."""
-        suffixes = ["png"] * self.options.quicklook + ([self.options.polygons] if self.options.polygons else [])
-        return [self.out.with_suffix(f".{suffix}") for suffix in suffixes]
+        return files_beside(self.out, self.options)
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -195,3 +194,10 @@ def check_map_name(out: Path) -> None:
     """
     if out.suffix.lower() not in {".tif", ".tiff"}:
         raise OutputError(f"the map is a GeoTIFF: its name must end in .tif, got {out}; try {out.with_suffix('.tif')}")
+
+
+def files_beside(out: Path, options: SegmentationPredictOptions) -> list[Path]:
+    """The quicklook and the polygons of a map, as far as they are asked for."""
+    suffixes = [".png"] if options.quicklook else []
+    suffixes += [f".{options.polygons}"] if options.polygons else []
+    return [out.with_suffix(suffix) for suffix in suffixes]
