@@ -258,7 +258,7 @@ def _train(root: Path, config: str, overrides: list[str], inputs: list[Path], *m
     path, run = root / "in" / "run.yaml", root / "out" / "run"
     path.parent.mkdir(exist_ok=True)
     path.write_text(config)
-    command = "distill" if "model: {name" in config else "train"
+    command = "distill" if "model: {backbone" in config else "train"
     outputs = [run / name for name in (*RUN, *more)]
     return Job([command, path, f"out={run}", *overrides], [path, *inputs], outputs, overwrite=False, is_slow=True)
 
@@ -311,7 +311,7 @@ def train_slide_classifier(root: Path) -> Job:
 def distill(root: Path) -> Job:
     """A student."""
     scene = write_scene(root / "in" / "scene.tif")
-    config = "model: {name: vit_tiny_patch16_224}\n"
+    config = "model: {backbone: vit_tiny_patch16_224}\n"
     files = [f"data.train.image=[{scene}]", f"data.val.image=[{scene}]"]
     return _train(root, config, files, [scene], "student/config.json", "student/model.safetensors")
 
