@@ -2,22 +2,23 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from collections.abc import Callable
 
 import numpy as np
 import numpy.typing as npt
 
-from perf_vit.errors import PerfVitError
+from perf_vit.errors import OptionError, PerfVitError
+from perf_vit.registry import Registry
 from perf_vit.types import Window
 
 __all__ = [
-    "Blend",
-    "blend_weights",
+    "BLENDS",
     "gaussian_weights",
     "grid_windows",
     "hann_weights",
     "random_window",
     "random_window_holding",
+    "register_blend",
 ]
 
 
@@ -100,26 +101,17 @@ def _check_size(window_size: int) -> None:
         raise PerfVitError(f"window_size must be at least 1 pixel, got {window_size}; 512 suits most models")
 
 
-Blend = Literal["hann", "gaussian"]
-
-
 # MONAI's default. With a weight of 0, the corners of a scene would have no weight at all.
 _MIN_WEIGHT = 1e-3
 
 
-def blend_weights(blend: Blend, window_size: int) -> npt.NDArray[np.float32]:
-    """Return the blending weights of a window, [window_size, window_size].
+BLENDS: Registry[Callable[[int], npt.NDArray[np.float32]]] = Registry("blend", OptionError)
+"""Blending weights by name: functions (window size) -> positive weights [window_size, window_size]."""
 
-    Raises:
-        PerfVitError: `blend` is neither "hann" nor "gaussian".
-    """
-    if blend == "hann":
-        return hann_weights(window_size)
-    if blend == "gaussian":
-        return gaussian_weights(window_size)
-    raise PerfVitError(f"blend must be hann or gaussian, got {blend}")
+register_blend = BLENDS.register
 
 
+@register_blend("hann")
 def hann_weights(window_size: int) -> npt.NDArray[np.float32]:
     """Return a separable Hann window, sampled at pixel centres and therefore positive everywhere.
 
@@ -136,6 +128,7 @@ def hann_weights(window_size: int) -> npt.NDArray[np.float32]:
     return np.outer(profile, profile).astype(np.float32)
 
 
+@register_blend("gaussian")
 def gaussian_weights(window_size: int) -> npt.NDArray[np.float32]:
     """Return a Gaussian with a standard deviation of an eighth of the window size, clipped to at least 0.001.
 

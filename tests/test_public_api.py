@@ -21,7 +21,7 @@ CONTRACT = {
         "save_converted",
     ],
     "perf_vit.ops": ["KVState", "draw_projection", "clustered_attention", "favor_attention"],
-    "perf_vit.tiling": ["blend_weights", "grid_windows", "random_window"],
+    "perf_vit.tiling": ["BLENDS", "grid_windows", "random_window"],
     "perf_vit.layers": ["MIXERS", "LinearizedAttention", "register_mixer"],
     "perf_vit.transforms": ["Augmentation", "Normalizer"],
     "perf_vit.data": ["DetectionDataConfig", "build_detection_datamodule", "collate_objects"],

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from perf_vit.errors import InputError
 from perf_vit.inference.prefetch import Reads, Tile, read_ahead, takes_valid, valid_pixels
-from perf_vit.tiling import Blend, blend_weights, grid_windows
+from perf_vit.tiling import BLENDS, grid_windows
 from perf_vit.types import BoolArray, GeoImage, Window
 
 __all__ = ["RowStitcher", "Strip", "TileModel", "predict_strips"]
@@ -150,7 +150,7 @@ def predict_strips(
     overlap: int,
     start_row: int | None = None,
     stop_row: int | None = None,
-    blend: Blend = "hann",
+    blend: str = "hann",
     flips: bool = False,
     batch_size: int = 1,
     num_readers: int = 2,
@@ -175,7 +175,8 @@ def predict_strips(
         start_row: first row wanted; the extent's first by default. The strips that hold wanted rows are the same bits
             as those of the whole extent; windows above that reach into them are computed again.
         stop_row: first row below those wanted; the extent's end by default.
-        blend: "hann" or "gaussian" weights; a window counts least at its edge, where it has seen least.
+        blend: weights by name, "hann", "gaussian" or a registered one; a window counts least at its edge, where it has
+            seen least.
         flips: average the scores of a tile and its three mirror images.
         batch_size: windows a forward pass.
         num_readers: threads that read.
@@ -192,7 +193,7 @@ def predict_strips(
     start_row = extent.row if start_row is None else start_row
     stop_row = extent.row_stop if stop_row is None else stop_row
     plan = _Plan(extent, window_size, overlap, start_row, stop_row)
-    weights = blend_weights(blend, window_size)
+    weights = BLENDS[blend](window_size)
     forward = _Forward(model, num_channels, device, precision, flips)
     stitcher = RowStitcher(plan.stitched, window_size, num_channels)
     tiles = read_ahead(plan.windows(), source, normalize, num_threads=num_readers, depth=2 * batch_size + num_readers)

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from perf_vit.errors import OptionError, reason_line
-from perf_vit.tiling import Blend
+from perf_vit.tiling import BLENDS
 
 __all__ = [
     "ClassificationPredictOptions",
@@ -141,7 +141,7 @@ class SegmentationPredictOptions(WindowedPredictOptions):
             float32 band a class with nodata NaN; or "probabilities-uint8", in steps of 1/254 with nodata 255. Of a
             multi-label model, "classes" is a uint8 band of 0 and 1 a class.
         score_threshold: Probability from which a class of a multi-label model is true; 0.5 by default.
-        blend: Weights of overlapping windows, "hann" or "gaussian".
+        blend: Weights of overlapping windows: "hann", "gaussian" or a registered one.
         flips: Average the scores of a window and its three mirror images.
         quicklook: Write a picture of the map next to it, .png.
         polygons: Write the areas of the classes next to the map, in the format of this suffix.
@@ -149,7 +149,7 @@ class SegmentationPredictOptions(WindowedPredictOptions):
 
     kind: OutputKind = "classes"
     score_threshold: float | None = None
-    blend: Blend = "hann"
+    blend: str = "hann"
     flips: bool = False
     quicklook: bool = False
     polygons: PolygonSuffix | None = None
@@ -157,7 +157,7 @@ class SegmentationPredictOptions(WindowedPredictOptions):
     def __post_init__(self) -> None:
         super().__post_init__()
         _check_choice(self, "kind", get_args(OutputKind))
-        _check_choice(self, "blend", get_args(Blend))
+        _check_choice(self, "blend", tuple(BLENDS))
         if self.polygons is not None:
             _check_choice(self, "polygons", get_args(PolygonSuffix))
             if self.kind != "classes":

@@ -19,6 +19,7 @@ from perf_vit.conversion.save import build_converted, read_saved_config
 from perf_vit.conversion.weights import check_file_arguments
 from perf_vit.errors import ConfigError, PerfVitError, reason_line
 from perf_vit.models.valid_tokens import with_key_mask
+from perf_vit.registry import load_extensions
 from perf_vit.types import FeatureSpec
 
 __all__ = [
@@ -107,6 +108,8 @@ def create_backbone(
         CheckpointError: The folder has no converted model.
         ConfigError: The model is unknown or doesn't accept its arguments, or the tile size is out of range.
     """
+    # Extensions may register models with timm.
+    load_extensions()
     check_file_arguments(config.backbone_kwargs, "model.backbone_kwargs")
     if not 1 <= tile_px <= _LARGEST_TILE_PX:
         raise ConfigError(f"data.tile_px must be from 1 to {_LARGEST_TILE_PX}, got {tile_px}")

@@ -14,10 +14,10 @@ from affine import Affine
 from perf_vit.errors import OutputError
 from perf_vit.geometry.boxes import oriented_box_corners
 
-__all__ = ["BOX_FIELDS", "ObjectTable"]
+__all__ = ["ObjectTable"]
 
-BOX_FIELDS = ("cx_px", "cy_px", "width_px", "height_px", "angle_rad")
-"""Names of an oriented box's numbers in every format."""
+# Names of an oriented box's numbers in every format.
+_BOX_FIELDS = ("cx_px", "cy_px", "width_px", "height_px", "angle_rad")
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,6 +66,18 @@ class ObjectTable:
 
     def __len__(self) -> int:
         return len(self.labels)
+
+    @property
+    def measurements(self) -> dict[str, npt.NDArray[np.float64]]:
+        """Numbers of every object by name, [n] each; all formats write them: columns, measurements or keys."""
+        found = {} if self.scores is None else {"score": self.scores}
+        if self.oriented_boxes is not None:
+            found.update(zip(_BOX_FIELDS, self.oriented_boxes.T, strict=True))
+        return found
+
+    def measurements_of(self, index: int) -> dict[str, float]:
+        """Return the numbers of one object by name."""
+        return {name: float(values[index]) for name, values in self.measurements.items()}
 
     def placed(self, transform: Affine) -> npt.NDArray[Any]:
         """The polygons in a transform's coordinates, [n]."""

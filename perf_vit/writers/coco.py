@@ -14,7 +14,7 @@ import shapely
 from perf_vit.files import write_text
 from perf_vit.labels.objects import ImageRecord, ObjectIndex, default_category_ids
 from perf_vit.text import to_json
-from perf_vit.writers._objects import BOX_FIELDS, ObjectTable
+from perf_vit.writers._objects import ObjectTable
 
 __all__ = ["write_coco", "write_coco_labels", "write_coco_results"]
 
@@ -68,18 +68,14 @@ def write_coco_results(path: Path, table: ObjectTable, category_ids: Sequence[in
 def _annotation(table: ObjectTable, index: int, image_id: int, category_ids: Sequence[int]) -> dict[str, Any]:
     polygon = table.polygons[index]
     left, top, right, bottom = polygon.bounds
-    annotation: dict[str, Any] = {
+    return {
         "image_id": image_id,
         "category_id": int(category_ids[table.labels[index]]),
         "bbox": _rounded(np.array([left, top, right - left, bottom - top])),
         "area": round(polygon.area, _DECIMALS),
         "segmentation": [_rounded(shapely.get_coordinates(part.exterior)[:-1].ravel()) for part in _solid(polygon)],
+        **table.measurements_of(index),
     }
-    if table.scores is not None:
-        annotation["score"] = float(table.scores[index])
-    if table.oriented_boxes is not None:
-        annotation.update(zip(BOX_FIELDS, map(float, table.oriented_boxes[index]), strict=True))
-    return annotation
 
 
 def _solid(geometry: Any) -> Iterator[Any]:

@@ -16,7 +16,7 @@ from affine import Affine
 from pyogrio.errors import DataLayerError, DataSourceError, FeatureError
 
 from perf_vit.sources.vector_file import layer_name, writing_path
-from perf_vit.writers._objects import BOX_FIELDS, ObjectTable
+from perf_vit.writers._objects import ObjectTable
 
 __all__ = ["write_gis"]
 
@@ -81,12 +81,7 @@ def _is_complete(path: Path, kind: str) -> bool:
 
 def _columns(table: ObjectTable) -> dict[str, Any]:
     names = np.array(table.class_names, object)
-    columns: dict[str, Any] = {"class": names[table.labels], "label": table.labels.astype(np.int32)}
-    if table.scores is not None:
-        columns["score"] = table.scores
-    if table.oriented_boxes is not None:
-        columns.update(zip(BOX_FIELDS, table.oriented_boxes.T, strict=True))
-    return columns
+    return {"class": names[table.labels], "label": table.labels.astype(np.int32), **table.measurements}
 
 
 @contextmanager

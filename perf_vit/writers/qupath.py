@@ -12,7 +12,7 @@ from affine import Affine
 
 from perf_vit.plotting import default_colormap
 from perf_vit.text import to_json
-from perf_vit.writers._objects import BOX_FIELDS, ObjectTable
+from perf_vit.writers._objects import ObjectTable
 
 __all__ = ["write_qupath"]
 
@@ -42,7 +42,7 @@ def write_qupath(
             properties: dict[str, Any] = {
                 "objectType": object_type,
                 "classification": classes[table.labels[index]],
-                "measurements": _measurements(table, index),
+                "measurements": table.measurements_of(index),
             }
             file.write(",\n" if index else "\n")
             file.write(to_json(_feature(index, polygon, properties)))
@@ -59,12 +59,3 @@ def _feature(index: int, polygon: Any, properties: dict[str, Any]) -> dict[str, 
         "geometry": geometry,
         "properties": properties,
     }
-
-
-def _measurements(table: ObjectTable, index: int) -> dict[str, float]:
-    found: dict[str, float] = {}
-    if table.scores is not None:
-        found["score"] = float(table.scores[index])
-    if table.oriented_boxes is not None:
-        found.update(zip(BOX_FIELDS, map(float, table.oriented_boxes[index]), strict=True))
-    return found
