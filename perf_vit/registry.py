@@ -21,8 +21,8 @@ _loaded: set[str] = set()
 def load_extensions() -> None:
     """Import the modules that installed packages name as entry points of the group "perf_vit", once a process.
 
-    Registries do this before they look up a name, so that extensions work from configs, on the command line and in
-    worker processes. An extension's own exceptions pass as they are.
+    Registries do this when they list their names or don't know one, so that extensions work from configs, on the
+    command line and in worker processes. An extension's own exceptions pass as they are.
     """
     if _GROUP in _loaded:
         return
@@ -85,14 +85,15 @@ class Registry(Mapping[str, T]):
 
     def __getitem__(self, name: str) -> T:
         """Return the object with a name; raise the registry's error, which names the closest name, if there is none."""
-        load_extensions()
-        if name not in self._objects:
+        if name not in self:
             known = ", ".join(self._objects)
             raise self._error(f"{self.key} must be one of {known}, got {name!r}{did_you_mean(name, self._objects)}")
         return self._objects[name]
 
     def __contains__(self, name: object) -> bool:
-        load_extensions()
+        # Built-in names are looked up while the package is imported, when extensions can't be.
+        if name not in self._objects:
+            load_extensions()
         return name in self._objects
 
     def __iter__(self) -> Iterator[str]:

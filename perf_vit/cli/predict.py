@@ -48,7 +48,7 @@ def predict(
     window_size: WindowSize = None,
     overlap: Overlap = None,
     batch_size: BatchSize = 1,
-    blend: Annotated[Literal["hann", "gaussian"], typer.Option(help="How overlapping windows are weighted.")] = "hann",
+    blend: Annotated[str, typer.Option(help="Weights of overlapping windows: hann or gaussian.")] = "hann",
     flips: Annotated[bool, typer.Option("--flips", help="Average over mirror images: four times the work.")] = False,
     num_readers: Annotated[int, typer.Option(help="Threads that read ahead.", min=1)] = 2,
     resume: Annotated[bool, typer.Option("--resume/--no-resume", help="Go on with an interrupted map.")] = True,

@@ -27,6 +27,7 @@ from perf_vit.models.slide_classification import (
     SlideClassifier,
     build_slide_classifier,
 )
+from perf_vit.registry import Registry, load_extensions
 
 __all__ = [
     "CHECKPOINT_KEY",
@@ -61,7 +62,7 @@ class Network:
     build: Callable[..., nn.Module]
 
 
-NETWORKS: dict[str, Network] = {}
+NETWORKS: Registry[Network] = Registry("task of a checkpoint", CheckpointError)
 """Network of each task, by the name of the task."""
 
 
@@ -71,8 +72,11 @@ def register_network(task: str, network: Network) -> None:
     Args:
         task: Name of the task, equal to the network's attribute `task`.
         network: Network of the task.
+
+    Raises:
+        ValueError: If the name is taken.
     """
-    NETWORKS[task] = network
+    NETWORKS.add(task, network)
 
 
 register_network(
@@ -196,6 +200,8 @@ def load_model(path: str | Path, *tasks: str) -> Any:
 
 def _check_names_no_files(path: str | Path, backbone: Any, saved_backbone: Any, tissue: Any) -> None:
     """Refuse a checkpoint that refers to other files or URLs, which training never writes."""
+    # Extensions may register models with timm.
+    load_extensions()
     named = None if saved_backbone is not None or timm.is_model(str(backbone)) else backbone
     named = tissue if named is None and tissue not in (None, "otsu") else named
     if named is not None:

@@ -20,7 +20,7 @@ from perf_vit.data import (
     read_image_targets,
 )
 from perf_vit.inference import ClassificationPredictOptions, ClassificationPredictor
-from perf_vit.metrics import ClassificationMetrics, RegressionScores
+from perf_vit.metrics import ClassificationMetrics, RegisteredMetrics, RegressionScores
 from perf_vit.models import ClassificationSpec
 from perf_vit.tasks import ClassificationTask
 from perf_vit.transforms import replace_tiny_std
@@ -42,14 +42,21 @@ def build_classification_data(config: ClassificationRun | RegressionRun) -> Clas
 
 
 def build_classification_task(
-    config: ClassificationRun | RegressionRun, data: ClassificationDataModule
+    config: ClassificationRun | RegressionRun,
+    data: ClassificationDataModule,
+    task_class: type[ClassificationTask] = ClassificationTask,
 ) -> ClassificationTask:
     """The Lightning module of a run.
+
+    Args:
+        config: Config of the run.
+        data: Its data module.
+        task_class: Class of the module.
 
     Raises:
         PerfVitError: A model that doesn't fit.
     """
-    return ClassificationTask(config.model, _spec(config, data), config.optim)
+    return task_class(config.model, _spec(config, data), config.optim)
 
 
 def evaluate_classification(
@@ -79,17 +86,20 @@ def evaluate_classification(
     images_seen = ClassificationImages(labelled, partial(spec.open, check=predictor.check_input))
     views = ClassificationViews(images_seen, spec.normalizer, tile_px=spec.tile_px, resize=spec.resize)
     metrics = ClassificationMetrics(spec.classes, spec.kind)
+    registered = RegisteredMetrics(predictor.model.task, spec)
     with windows_progress(f"evaluating {images.name}", "images") as on_image:
         for start in range(0, len(views), options.batch_size):
             stop = min(start + options.batch_size, len(views))
             tiles, targets, valid = collate_tiles([views[index] for index in range(start, stop)])
-            metrics.update(predictor.scores(tiles, valid), targets)
+            found = predictor.scores(tiles, valid)
+            metrics.update(found, targets)
+            registered.update(found, targets)
             on_image(stop, len(views))
     title = f"{images.name} against {labels.name if labels else 'its folders'}"
     scores = metrics.summary(with_curves=True)
     if isinstance(scores, RegressionScores):
-        return RegressionEvaluation(scores, title=title)
-    return ClassificationEvaluation(scores, title=title)
+        return RegressionEvaluation(scores, title=title, registered=registered)
+    return ClassificationEvaluation(scores, title=title, registered=registered)
 
 
 def _spec(config: ClassificationRun | RegressionRun, data: ClassificationDataModule) -> ClassificationSpec:

@@ -13,6 +13,7 @@ from perf_vit.errors import InputError
 from perf_vit.geometry import Objects
 from perf_vit.inference import DetectionPredictOptions, DetectionPredictor
 from perf_vit.labels.objects import ImageRecord, OutlineMasks, objects_in, read_object_labels
+from perf_vit.metrics import RegisteredMetrics
 from perf_vit.models import DetectionSpec, detector_kind
 from perf_vit.tasks import DetectionTask, TrainingSteps
 from perf_vit.transforms import InputCheck
@@ -134,7 +135,11 @@ def evaluate_detection(
         **{**spec.label_options, **given},
     )
     found = DetectionEvaluation(
-        spec.classes, spec.kind, score_threshold=spec.score_threshold, title=f"{images.name} against {labels.name}"
+        spec.classes,
+        spec.kind,
+        score_threshold=spec.score_threshold,
+        title=f"{images.name} against {labels.name}",
+        registered=RegisteredMetrics("detection", spec),
     )
     with windows_progress(f"evaluating {images.name}", "images") as on_image:
         for done, record in enumerate(index, 1):

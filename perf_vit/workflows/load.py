@@ -15,7 +15,7 @@ from perf_vit.errors import CheckpointError, ConfigError, reason_line
 from perf_vit.models import InputSpec, SegmentationSpec, checkpoint_task, load_model
 from perf_vit.transforms import Normalizer
 from perf_vit.types import Source
-from perf_vit.workflows.registry import get_task
+from perf_vit.workflows.registry import TASKS
 from perf_vit.workflows.task import Task
 
 __all__ = ["as_segmenter", "find_model", "load", "task_of"]
@@ -74,10 +74,10 @@ def task_of(model: nn.Module | str | Path) -> Task:
         CheckpointError: It can't be read, or holds a backbone without a task.
     """
     if isinstance(model, nn.Module):
-        return get_task(str(getattr(model, "task", "segmentation")))
+        return TASKS[str(getattr(model, "task", "segmentation"))]
     if Path(model).is_dir():
         raise CheckpointError(f"{model} holds a backbone, whose features are no map; train a model with it first")
-    return get_task(checkpoint_task(model))
+    return TASKS[checkpoint_task(model)]
 
 
 def _checked_file(path: Path) -> Path:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Mapping
 from dataclasses import fields, replace
 from typing import Any, Literal
@@ -19,6 +18,7 @@ from perf_vit.inference import (
     SlideClassificationPredictor,
 )
 from perf_vit.models import NETWORKS, register_network
+from perf_vit.registry import Registry, did_you_mean
 from perf_vit.tasks import (
     CLASSIFICATION_CURVES,
     CLASSIFICATION_MONITOR,
@@ -73,37 +73,26 @@ from perf_vit.workflows.slide_classification import (
 )
 from perf_vit.workflows.task import EvaluateOptions, Task
 
-__all__ = ["Verb", "get_task", "options_of", "register_task", "task_names"]
+__all__ = ["TASKS", "Verb", "options_of", "register_task"]
 
 Verb = Literal["predict", "evaluate"]
 
-_TASKS: dict[str, Task] = {}
+TASKS: Registry[Task] = Registry("task", ConfigError)
+"""Tasks by name."""
 
 
 def register_task(task: Task) -> None:
-    """Add a task: from then on configs, checkpoints, Python calls and the command line know its name.
+    """Register a task: configs, checkpoints, Python calls and the command line know its name.
 
     Args:
-        task: The task; it replaces one of the same name.
-    """
-    register_network(task.name, task.network)
-    _TASKS[task.name] = task
-
-
-def get_task(name: str) -> Task:
-    """The task of a name.
+        task: The task.
 
     Raises:
-        ConfigError: There is no such task.
+        ValueError: If the name is taken.
     """
-    if name not in _TASKS:
-        raise ConfigError(f"task must be one of {', '.join(_TASKS)}, got {name}")
-    return _TASKS[name]
-
-
-def task_names() -> list[str]:
-    """Names of all tasks."""
-    return list(_TASKS)
+    TASKS.add(task.name, task)
+    if task.name not in NETWORKS:
+        register_network(task.name, task.network)
 
 
 def options_of(task: Task, verb: Verb, given: Mapping[str, Any]) -> Any:
@@ -119,12 +108,11 @@ def options_of(task: Task, verb: Verb, given: Mapping[str, Any]) -> Any:
     """
     known = _names(task, verb)
     for name in sorted(given.keys() - known):
-        having = [each.label for each in _TASKS.values() if name in _names(each, verb)]
+        having = [each.label for each in TASKS.values() if name in _names(each, verb)]
         if having:
             raise OptionError(f"{name} is not for {task.label}, but for {' and '.join(having)}; leave it out")
-        close = difflib.get_close_matches(name, known, 1)
-        hint = f"did you mean {close[0]}?" if close else f"expected one of {', '.join(sorted(known))}"
-        raise OptionError(f"{name} is no option of {verb}; {hint}")
+        otherwise = f"; expected one of {', '.join(sorted(known))}"
+        raise OptionError(f"{name} is no option of {verb}{did_you_mean(name, known, otherwise)}")
     return _class(task, verb)(**given)
 
 
@@ -192,7 +180,7 @@ register_task(
 )
 register_task(
     replace(
-        get_task("classification"),
+        TASKS["classification"],
         name="regression",
         network=NETWORKS["regression"],
         run_config=RegressionRun,

@@ -22,6 +22,7 @@ from perf_vit.metrics import (
     Froc,
     OrientedAveragePrecision,
     PanopticQuality,
+    RegisteredMetrics,
     RegressionScores,
     SegmentationCurves,
     class_scores,
@@ -45,12 +46,20 @@ class SegmentationEvaluation(Evaluation):
         classes: Names, in the order of the class indices.
         multilabel: Whether a pixel may have several classes.
         title: What was scored against what.
+        registered: Registered metrics.
     """
 
     pictures = ("", "_confusion")
 
-    def __init__(self, classes: Sequence[str], *, multilabel: bool = False, title: str = "scores") -> None:
-        self.title = title
+    def __init__(
+        self,
+        classes: Sequence[str],
+        *,
+        multilabel: bool = False,
+        title: str = "scores",
+        registered: RegisteredMetrics | None = None,
+    ) -> None:
+        super().__init__(title, registered)
         self.classes = tuple(classes)
         self.curves = SegmentationCurves(classes, multilabel=multilabel)
         self._metrics = segmentation_metrics(len(self.classes), multilabel=multilabel)
@@ -63,7 +72,10 @@ class SegmentationEvaluation(Evaluation):
             probabilities: Class probabilities, [K, H, W].
             labels: Labels in the form of `predicted`; `IGNORE_INDEX` marks pixels to leave out.
         """
-        self._metrics.update(predicted[None], torch.from_numpy(labels).long()[None])
+        truth = torch.from_numpy(labels).long()[None]
+        self._metrics.update(predicted[None], truth)
+        if self.registered is not None:
+            self.registered.update(predicted[None], truth)
         self.curves.update(probabilities, labels)
 
     @cached_property
@@ -76,12 +88,12 @@ class SegmentationEvaluation(Evaluation):
         """A row a class; see `Evaluation.table`."""
         return [asdict(each) for each in self.scores]
 
-    def tables(self) -> list[Table]:
-        """All scores for people."""
+    def builtin_tables(self) -> list[Table]:
+        """All built-in scores for people."""
         return [score_table(self.scores, self.title)]
 
-    def to_dict(self) -> dict[str, Any]:
-        """All scores as plain values of JSON, NaN as None."""
+    def builtin_scores(self) -> dict[str, Any]:
+        """All built-in scores as plain values of JSON, NaN as None."""
         means = {key: mean_over_present(self.scores, key) for key in ("iou", "f1", "precision", "recall")}
         return {"classes": [each.to_dict() for each in self.scores], "mean": means, **self.curves.to_dict()}
 
@@ -101,25 +113,28 @@ class ClassificationEvaluation(Evaluation):
     Args:
         scores: Measured scores.
         title: What was scored against what.
+        registered: Registered metrics, updated with all inputs.
     """
 
     pictures = ("", "_precision_recall")
 
-    def __init__(self, scores: ClassificationScores, *, title: str = "scores") -> None:
+    def __init__(
+        self, scores: ClassificationScores, *, title: str = "scores", registered: RegisteredMetrics | None = None
+    ) -> None:
+        super().__init__(title, registered)
         self.scores = scores
-        self.title = title
 
     @property
     def table(self) -> list[dict[str, Any]]:
         """A row a class; see `Evaluation.table`."""
         return [asdict(each) for each in self.scores.classes]
 
-    def tables(self) -> list[Table]:
-        """All scores for people."""
+    def builtin_tables(self) -> list[Table]:
+        """All built-in scores for people."""
         return [_classes(self.scores, self.title)]
 
-    def to_dict(self) -> dict[str, Any]:
-        """All scores as plain values of JSON, NaN as None."""
+    def builtin_scores(self) -> dict[str, Any]:
+        """All built-in scores as plain values of JSON, NaN as None."""
         return self.scores.to_dict()
 
     def plot(self, path: str | Path) -> list[Path]:
@@ -143,23 +158,26 @@ class RegressionEvaluation(Evaluation):
     Args:
         scores: Measured errors.
         title: What was scored against what.
+        registered: Registered metrics, updated with all inputs.
     """
 
-    def __init__(self, scores: RegressionScores, *, title: str = "scores") -> None:
+    def __init__(
+        self, scores: RegressionScores, *, title: str = "scores", registered: RegisteredMetrics | None = None
+    ) -> None:
+        super().__init__(title, registered)
         self.scores = scores
-        self.title = title
 
     @property
     def table(self) -> list[dict[str, Any]]:
         """A row a target; see `Evaluation.table`."""
         return [asdict(each) for each in self.scores.targets]
 
-    def tables(self) -> list[Table]:
-        """All errors for people."""
+    def builtin_tables(self) -> list[Table]:
+        """All built-in errors for people."""
         return [_targets(self.scores, self.title)]
 
-    def to_dict(self) -> dict[str, Any]:
-        """All errors as plain values of JSON, NaN as None."""
+    def builtin_scores(self) -> dict[str, Any]:
+        """All built-in errors as plain values of JSON, NaN as None."""
         return self.scores.to_dict()
 
     def plot(self, path: str | Path) -> list[Path]:
@@ -197,6 +215,7 @@ class DetectionEvaluation(Evaluation):
         kind: Kind of geometry that is compared.
         score_threshold: Lowest score in the confusion matrix and panoptic quality: the default of predictions.
         title: What was scored against what.
+        registered: Registered metrics.
     """
 
     pictures = ("", "_confusion")
@@ -208,8 +227,9 @@ class DetectionEvaluation(Evaluation):
         *,
         score_threshold: float,
         title: str = "scores",
+        registered: RegisteredMetrics | None = None,
     ) -> None:
-        self.title = title
+        super().__init__(title, registered)
         self.classes = tuple(classes)
         self.score_threshold = score_threshold
         self._precision = DetectionMetrics(classes, kind)
@@ -224,7 +244,7 @@ class DetectionEvaluation(Evaluation):
         Raises:
             InputError: They have another kind of geometry.
         """
-        for metric in (self._precision, self._froc, self._confusion, self._panoptic, self._dota):
+        for metric in (self._precision, self._froc, self._confusion, self._panoptic, self._dota, self.registered):
             if metric is not None:
                 metric.update([found], [truth])
 
@@ -239,8 +259,8 @@ class DetectionEvaluation(Evaluation):
         names = ("name", "ap", "ap50", "f1", "precision", "recall", "threshold", "num_objects")
         return [{name: getattr(each, name) for name in names} for each in self.scores.classes]
 
-    def tables(self) -> list[Table]:
-        """All scores for people."""
+    def builtin_tables(self) -> list[Table]:
+        """All built-in scores for people."""
         return [
             *detection_table(self.scores, self.title),
             *([self._dota_table()] if self._dota is not None else []),
@@ -249,8 +269,8 @@ class DetectionEvaluation(Evaluation):
             self._confusion_table(),
         ]
 
-    def to_dict(self) -> dict[str, Any]:
-        """All scores as plain values of JSON, NaN as None."""
+    def builtin_scores(self) -> dict[str, Any]:
+        """All built-in scores as plain values of JSON, NaN as None."""
         froc = dict(zip(self.classes, self._froc.compute(), strict=True))
         content = {
             **self.scores.to_dict(),

@@ -25,6 +25,7 @@ from perf_vit.inference import (
     ignore_progress,
 )
 from perf_vit.labels import is_labelled_folder, warn_of_polygons_beside
+from perf_vit.metrics import RegisteredMetrics
 from perf_vit.models import SegmentationSpec
 from perf_vit.sources import unit_of
 from perf_vit.tasks import SegmentationOptimConfig, SegmentationTask, TrainingSteps, balanced_weights
@@ -179,7 +180,10 @@ def evaluate_segmentation(
         warn_of_polygons_beside([labelled[0][1]])
     part = None if options.region is None else _part(options.region, labelled[0][0])
     found = SegmentationEvaluation(
-        spec.classes, multilabel=spec.multilabel, title=f"{image.name} against {labels.name}"
+        spec.classes,
+        multilabel=spec.multilabel,
+        title=f"{image.name} against {labels.name}",
+        registered=RegisteredMetrics("segmentation", spec),
     )
     with windows_progress(f"evaluating {image.name}", "images" if is_folder else "windows") as on_done:
         on_window = ignore_progress if is_folder else on_done

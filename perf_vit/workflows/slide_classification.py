@@ -19,7 +19,7 @@ from perf_vit.data import (
 )
 from perf_vit.errors import ConfigError
 from perf_vit.inference import SlideClassificationPredictOptions, SlideClassificationPredictor
-from perf_vit.metrics import ClassificationMetrics, ClassificationScores
+from perf_vit.metrics import ClassificationMetrics, ClassificationScores, RegisteredMetrics
 from perf_vit.models import SlideClassificationSpec, SlideClassifier, pretrained_statistics
 from perf_vit.sources import open_input
 from perf_vit.tasks import SlideClassificationTask
@@ -119,6 +119,7 @@ def evaluate_slide_classification(
     checkpoint = predictor.checkpoint
     store = None if checkpoint is None else _store(predictor.model, checkpoint.absolute().parents[1] / _EMBEDDINGS)
     metrics = ClassificationMetrics(spec.classes, "single_label")
+    registered = RegisteredMetrics("slide_classification", spec)
     for number, (path, label) in enumerate(zip(targets.paths, targets.labels.tolist(), strict=True), 1):
         if store is not None and store.has(path):
             found = store.read(path)
@@ -126,10 +127,11 @@ def evaluate_slide_classification(
             with windows_progress(f"slide {number} of {len(targets)}") as on_window:
                 found = predictor.embed(path, on_window)
         probabilities, _ = predictor.classify(found)
-        metrics.update(torch.from_numpy(probabilities)[None], torch.tensor([label]))
+        for each in (metrics, registered):
+            each.update(torch.from_numpy(probabilities)[None], torch.tensor([label]))
     scores = metrics.summary(with_curves=True)
     assert isinstance(scores, ClassificationScores)
-    return ClassificationEvaluation(scores, title=f"{slides.name} against {labels.name}")
+    return ClassificationEvaluation(scores, title=f"{slides.name} against {labels.name}", registered=registered)
 
 
 def _store(model: SlideClassifier, folder: str | Path) -> EmbeddingStore:

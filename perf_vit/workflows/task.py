@@ -13,11 +13,13 @@ from torch import nn
 
 from perf_vit.files import write_json
 from perf_vit.inference import PredictOptions, Predictor
+from perf_vit.metrics import RegisteredMetrics
 from perf_vit.models import Network
 from perf_vit.tasks import TrainingSteps
 from perf_vit.tasks.history import Curves
 from perf_vit.tasks.pictures import Draw
-from perf_vit.workflows.progress import as_text
+from perf_vit.text import without_nan
+from perf_vit.workflows.progress import as_text, new_table
 
 __all__ = ["EvaluateOptions", "Evaluation", "Task", "TrainedModel", "WindowedEvaluateOptions"]
 
@@ -75,13 +77,19 @@ class WindowedEvaluateOptions(EvaluateOptions):
 class Evaluation(ABC):
     """Scores of a model on labelled inputs.
 
+    Args:
+        title: What was scored against what.
+        registered: Registered metrics of the task, None for none.
+
     Attributes:
         pictures: Endings of the names of pictures next to the scores, some of which a model may have no scores for.
-        title: What was scored against what.
     """
 
     pictures: ClassVar[tuple[str, ...]] = ()
-    title: str = "scores"
+
+    def __init__(self, title: str = "scores", registered: RegisteredMetrics | None = None) -> None:
+        self.title = title
+        self.registered = registered
 
     @property
     @abstractmethod
@@ -89,12 +97,32 @@ class Evaluation(ABC):
         """A row a class or target, as plain values; `pandas.DataFrame` takes it."""
 
     @abstractmethod
-    def tables(self) -> list[Table]:
-        """All scores for people."""
+    def builtin_tables(self) -> list[Table]:
+        """All built-in scores for people."""
 
     @abstractmethod
+    def builtin_scores(self) -> dict[str, Any]:
+        """All built-in scores as plain values of JSON, NaN as None."""
+
+    @property
+    def metrics(self) -> dict[str, float]:
+        """Values of the registered metrics, by name."""
+        return {} if self.registered is None else self.registered.compute()
+
+    def tables(self) -> list[Table]:
+        """All scores for people."""
+        metrics = self.metrics
+        if not metrics:
+            return self.builtin_tables()
+        table = new_table("registered metrics", ("metric", "value"))
+        for name, value in metrics.items():
+            table.add_row(name, f"{value:.4g}")
+        return [*self.builtin_tables(), table]
+
     def to_dict(self) -> dict[str, Any]:
-        """All scores as plain values of JSON, NaN as None."""
+        """All scores as plain values of JSON, NaN as None; registered metrics under "metrics", where there are any."""
+        metrics = self.metrics
+        return {**self.builtin_scores(), **({"metrics": without_nan(metrics)} if metrics else {})}
 
     @abstractmethod
     def plot(self, path: str | Path) -> list[Path]:

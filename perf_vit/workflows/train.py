@@ -16,7 +16,7 @@ from perf_vit.config import Config, Overrides, config_value, load_config
 from perf_vit.errors import ConfigError, OptionError
 from perf_vit.tasks import TileFit, build_trainer, fit_max_tile
 from perf_vit.workflows.progress import progress_shown
-from perf_vit.workflows.registry import get_task, task_names
+from perf_vit.workflows.registry import TASKS
 from perf_vit.workflows.run_config import TaskRunConfig
 from perf_vit.workflows.run_folder import RunFolder, check_config_kept
 from perf_vit.workflows.task import Task
@@ -98,7 +98,7 @@ def read_run(config: Config, overrides: Overrides | None = None, out: str | Path
 
 
 def _task_of(config: Config, overrides: Overrides) -> Task:
-    return get_task(str(config_value(config, "task", overrides, "segmentation")))
+    return TASKS[str(config_value(config, "task", overrides, "segmentation"))]
 
 
 def with_out(overrides: Overrides | None, out: str | Path | None) -> Overrides:
@@ -111,7 +111,7 @@ def with_out(overrides: Overrides | None, out: str | Path | None) -> Overrides:
 
 def train_run(config: TaskRunConfig, *, progress: bool = True) -> Run:
     """Train the model of a resolved config; see `train`."""
-    task = get_task(config.task)
+    task = TASKS[config.task]
     run = RunFolder(config)
     data: Any = task.build_data(config)
     module = task.build_module(config, data)
@@ -156,7 +156,7 @@ def fit_tile(
     limit = None if memory is None else parse_bytes(memory)
     task = _task_of(config, () if overrides is None else overrides)
     if task.training_steps is None:
-        having = [name for name in task_names() if get_task(name).training_steps is not None]
+        having = [name for name, each in TASKS.items() if each.training_steps is not None]
         raise ConfigError(f"tiles are fitted for configs of {' and '.join(having)}, got one of {task.name}: {config}")
     # Nothing is written, so a run folder is not asked for.
     steps = task.training_steps(read_run(config, overrides, "."))

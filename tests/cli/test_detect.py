@@ -198,7 +198,7 @@ def test_an_unknown_task_is_one_clear_line(tmp_path, capsys) -> None:
     (tmp_path / "run.yaml").write_text("task: tracking\n")
     assert call(["train", str(tmp_path / "run.yaml")]) == 2
     assert (
-        "task must be one of segmentation, detection, classification, regression, slide_classification, got tracking"
+        "task must be one of segmentation, detection, classification, regression, slide_classification, got 'tracking'"
         in capsys.readouterr().err
     )
 

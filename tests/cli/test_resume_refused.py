@@ -10,7 +10,7 @@ import torch
 from command_line import call, train_args
 
 from perf_vit.config import load_config
-from perf_vit.workflows.registry import get_task
+from perf_vit.workflows.registry import TASKS
 from perf_vit.workflows.resume import RULES, changes
 from perf_vit.workflows.run_config import DistillationRun, SegmentationRun
 
@@ -188,7 +188,7 @@ BASE = ["out=run", "data.mean=[1,2,3]", "data.std=[1,1,1]"]
 
 
 def config_of(task: str, *overrides: str):
-    schema = DistillationRun if task == "distillation" else get_task(task).run_config
+    schema = DistillationRun if task == "distillation" else TASKS[task].run_config
     base = BASE if task in ("segmentation", "detection", "classification", "regression") else BASE[:1]
     return load_config(SHIPPED[task], schema, [*base, *FILES[task], *GIVEN[task], *overrides])
 

@@ -21,11 +21,11 @@ from perf_vit.errors import InputError, OutputError
 from perf_vit.inference import RayPool, find_inputs, predict_many
 from perf_vit.inference.jobs import JobResult
 from perf_vit.sources import open_source
-from perf_vit.workflows.registry import get_task
+from perf_vit.workflows.registry import TASKS
 
 
 def make_predictor(task: str, checkpoint: Path, **options: Any) -> Any:
-    return get_task(task).predictor(checkpoint, get_task(task).predict_options(**options))
+    return TASKS[task].predictor(checkpoint, TASKS[task].predict_options(**options))
 
 
 class KilledError(BaseException):

@@ -1,6 +1,7 @@
 """The parts that CONTRIBUTING adds are short, and work wherever built-in ones do."""
 
 import importlib
+import json
 import re
 import sys
 from collections.abc import Iterator
@@ -12,6 +13,7 @@ import pytest
 import timm
 import torch
 from PIL import Image
+from small_models import save_segmenter
 from timm.models import _registry as timm_registry
 
 import perf_vit
@@ -20,6 +22,7 @@ from perf_vit.labels.objects import LABEL_FORMATS, read_object_labels
 from perf_vit.layers import MIXERS
 from perf_vit.metrics import METRICS, RegisteredMetrics
 from perf_vit.models import (
+    NETWORKS,
     DetectionModelConfig,
     DetectionSpec,
     SegmentationModelConfig,
@@ -31,9 +34,13 @@ from perf_vit.models.heads import DETECTION_HEADS, SEGMENTATION_HEADS
 from perf_vit.sources import READERS, find_images
 from perf_vit.transforms import Normalizer
 from perf_vit.types import ObjectLabels
+from perf_vit.workflows.evaluate import evaluate
+from perf_vit.workflows.predict import predict
+from perf_vit.workflows.registry import TASKS
+from perf_vit.workflows.train import train
 
 ROOT = Path(__file__).parents[2]
-PARTS = ["backbone", "mixer", "segmentation head", "detection head", "source", "label format", "metric"]
+PARTS = ["backbone", "mixer", "segmentation head", "detection head", "source", "label format", "metric", "task"]
 SMALL = {"depth": 2, "embed_dim": 64, "num_heads": 2}
 SPEC = {"classes": ("sea", "ship"), "normalizer": Normalizer((0.0,) * 3, (1.0,) * 3), "tile_px": 64}
 
@@ -49,7 +56,7 @@ def block_of(part: str) -> str:
 @pytest.fixture(autouse=True)
 def own_registries(monkeypatch: pytest.MonkeyPatch) -> None:
     """What the examples register is gone after a test."""
-    for registry in (MIXERS, SEGMENTATION_HEADS, DETECTION_HEADS, READERS, LABEL_FORMATS, METRICS):
+    for registry in (MIXERS, SEGMENTATION_HEADS, DETECTION_HEADS, READERS, LABEL_FORMATS, METRICS, NETWORKS, TASKS):
         monkeypatch.setattr(registry, "_objects", dict(registry))
     for name, value in vars(timm_registry).copy().items():
         if name.startswith(("_model", "_module", "_deprecated")) and isinstance(value, dict | set):
@@ -150,6 +157,61 @@ def test_an_added_metric_is_computed_for_its_task(added) -> None:
     labels = torch.tensor([[[0, 1], [1, 255]]])
     metrics.update(torch.tensor([[[0, 1], [1, 1]]]), labels)
     assert metrics.compute() == {"kappa": pytest.approx(1.0)}
+
+
+@pytest.mark.parametrize("added", ["task"], indirect=True)
+def test_an_added_task_is_trained_and_evaluated_by_its_name(added, tmp_path) -> None:
+    rng = np.random.default_rng(0)
+    for name in ("dark", "light"):
+        (tmp_path / "images" / name).mkdir(parents=True)
+        for number in range(2):
+            pixels = rng.integers(0, 60, (32, 32, 3), np.uint8) + (150 if name == "light" else 0)
+            Image.fromarray(pixels.astype(np.uint8)).save(tmp_path / "images" / name / f"{number}.png")
+    split = {"image": str(tmp_path / "images")}
+    config = {
+        "task": "focal_classification",
+        "data": {"train": split, "val": split, "tile_px": 32, "batch_size": 2, "num_workers": 0},
+        "model": {"backbone_kwargs": SMALL},
+        "trainer": {"max_epochs": 1, "accelerator": "cpu", "devices": "1", "num_pictures": 0},
+    }
+    run = train(config, out=tmp_path / "run", progress=False)
+    module = TASKS["focal_classification"].build_module
+    assert module.keywords == {"task_class": added.FocalTask}
+    loss = run.metrics[-1]["val/loss"]
+    # The cross-entropy of two classes that are hardly told apart is about 0.7, the focal loss a quarter of it.
+    assert 0 < loss < 0.4
+    scores = evaluate(run.best, tmp_path / "images", progress=False)
+    assert [row["name"] for row in scores.table] == ["dark", "light"]
+
+
+@pytest.mark.parametrize("added", ["metric"], indirect=True)
+def test_an_added_metric_is_in_the_scores_of_evaluate(added, tmp_path) -> None:
+    rng = np.random.default_rng(0)
+    Image.fromarray(rng.integers(0, 255, (40, 50, 3), np.uint8)).save(tmp_path / "a.png")
+    Image.fromarray(rng.integers(0, 2, (40, 50), np.uint8)).save(tmp_path / "mask.png")
+    checkpoint = save_segmenter(tmp_path / "model.ckpt")
+    found = evaluate(
+        checkpoint, tmp_path / "a.png", tmp_path / "mask.png", json=tmp_path / "scores.json", progress=False
+    )
+    scores = json.loads((tmp_path / "scores.json").read_text())
+    confusion = np.array(scores["confusion"]) / 2000
+    chance = confusion.sum(0) @ confusion.sum(1)
+    assert scores["metrics"] == {"kappa": pytest.approx((confusion.trace() - chance) / (1 - chance), abs=1e-6)}
+    assert "kappa" in str(found)
+
+
+@pytest.mark.parametrize("added", ["source"], indirect=True)
+def test_an_added_source_is_predicted_like_a_raster_of_its_pixels(added, tmp_path) -> None:
+    pixels = np.random.default_rng(0).integers(0, 255, (3, 40, 50), np.uint8)
+    np.save(tmp_path / "a.npy", pixels)
+    Image.fromarray(pixels.transpose(1, 2, 0)).save(tmp_path / "a.png")
+    checkpoint = save_segmenter(tmp_path / "model.ckpt")
+    maps = []
+    for name in ("a.npy", "a.png"):
+        predict(checkpoint, tmp_path / name, tmp_path / f"{name}.tif", kind="probabilities", progress=False)
+        with perf_vit.open_source(tmp_path / f"{name}.tif") as source:
+            maps.append(source.read(source.extent).pixels)
+    np.testing.assert_array_equal(*maps)
 
 
 def test_every_data_set_s_card_is_in_the_table() -> None:
