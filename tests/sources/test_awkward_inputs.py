@@ -68,7 +68,7 @@ def test_outputs_may_have_the_longest_names_there_are(tmp_path, length, letter) 
     with open_journal(path) as journal:
         journal.begin({"x": 1}, resume=True)
         (journal.folder / path.name).write_text("journal")
-        journal.complete(journal.folder / path.name)
+        journal.move(journal.folder / path.name)
     assert path.read_text() == "journal"
     assert os.listdir(tmp_path) == [path.name]
 
