@@ -121,7 +121,7 @@ def test_evaluation_prints_classes_and_writes_scores_and_confusion_matrix(run, s
     assert Image.open(report.with_suffix(".png")).size[0] > 200
     assert Image.open(report.with_name("scores_precision_recall.png")).size[0] > 200
     assert call(args) == 2
-    assert "needs --labels" in capsys.readouterr().err
+    assert "is scored against labels, got none" in capsys.readouterr().err
 
 
 def test_prediction_writes_probabilities_and_attention_in_pixels_of_level_0(run, slides, tmp_path) -> None:
@@ -170,7 +170,7 @@ def test_a_slide_that_cant_be_read_is_a_row_with_its_error_if_asked_for(run, sli
         (["data.val_share=2"], "between 0 and 1"),
         (["data.mean=[1,2,3]"], "data.mean and data.std go together"),
         (["data.mean=[1,2]", "data.std=[1,2]"], "one value for each of 3 bands"),
-        (["model.pool=map"], "weights to train"),
+        (["model.pool=map"], "trainable weights"),
         (["trainer.redraw_every_steps=3"], "would change the encoder"),
     ],
 )
