@@ -3,8 +3,16 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from perf_vit.errors import PerfVitError
-from perf_vit.tiling import grid_windows, hann_weights, random_window, random_window_holding
+from perf_vit.errors import OptionError, PerfVitError
+from perf_vit.inference import SegmentationPredictOptions
+from perf_vit.tiling import (
+    BLENDS,
+    grid_windows,
+    hann_weights,
+    random_window,
+    random_window_holding,
+    register_blend,
+)
 from perf_vit.types import Window
 
 extents = st.builds(Window, st.integers(-5, 40), st.integers(-5, 40), st.integers(1, 90), st.integers(1, 90))
@@ -86,3 +94,20 @@ def test_weights_are_positive_symmetric_and_largest_in_the_middle(size: int) -> 
     assert weights.min() > 0
     np.testing.assert_allclose(weights, weights[::-1, ::-1], rtol=1e-4)
     assert weights[size // 2, size // 2] == weights.max()
+
+
+@pytest.mark.parametrize("name", BLENDS)
+@pytest.mark.parametrize("size", [1, 7, 64])
+def test_weights_are_positive_symmetric_and_at_most_one(name: str, size: int) -> None:
+    weights = BLENDS[name](size)
+    assert (weights.shape, weights.dtype) == ((size, size), np.float32)
+    assert 0 < weights.min() <= weights.max() <= 1
+    np.testing.assert_allclose(weights, weights[::-1, ::-1].T, rtol=1e-6)
+
+
+def test_a_registered_blend_is_an_option_of_prediction(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(BLENDS, "_objects", dict(BLENDS))
+    with pytest.raises(OptionError, match="blend must be one of hann, gaussian, got flat"):
+        SegmentationPredictOptions(blend="flat")
+    register_blend("flat")(lambda size: np.ones((size, size), np.float32))
+    assert SegmentationPredictOptions(blend="flat").blend == "flat"
