@@ -7,7 +7,7 @@ from pathlib import Path
 import typer
 
 from perf_vit.errors import InputError, PerfVitError
-from perf_vit.labels.objects import finish_index
+from perf_vit.labels.objects import validate_labels
 from perf_vit.labels.objects.records import RawImage, RawObject
 from perf_vit.writers import write_coco_labels
 
@@ -80,7 +80,7 @@ def prepare(source: Path, out: Path) -> None:
     """Read SOURCE/xView_train.geojson and SOURCE/train_images, and write OUT/train.json."""
     labels, images = source / "xView_train.geojson", source / "train_images"
     found, left_out = read_features(labels, images)
-    index = finish_index(found, classes=list(CLASSES.values()))
+    index = validate_labels(found, classes=list(CLASSES.values()))
     out.mkdir(parents=True, exist_ok=True)
     write_coco_labels(out / "train.json", index, images)
     print(f"{len(index)} images, {index.counts['objects']} objects; left out: {dict(left_out) or 'none'}")

@@ -220,13 +220,13 @@ def read_slide_table(
     rows = read_csv_rows(table, [image_column, label_column])
     names = [row.values[label_column] for row in rows]
     classes = tuple(sorted(set(names)) if classes is None else classes)
-    labels = [class_index(name, classes, row.place) for name, row in zip(names, rows, strict=True)]
+    labels = [class_index(name, classes, row.location) for name, row in zip(names, rows, strict=True)]
     paths: dict[str, str] = {}
     for row in rows:
         path = _find(row, Path(slides), image_column)
         if path in paths:
-            raise InputError(f"{row.place} names {path}, as does {paths[path]}; give each slide once")
-        paths[path] = row.place
+            raise InputError(f"{row.location} names {path}, as does {paths[path]}; give each slide once")
+        paths[path] = row.location
     return SlideTargets(tuple(paths), np.array(labels, np.int64), classes)
 
 
@@ -240,7 +240,7 @@ def _find(row: CsvRow, folder: Path, column: str) -> str:
         return str(near[0])
     several = f", but {' and '.join(path.name for path in near[:2])}; give the ending" if near else ""
     raise InputError(
-        f"{row.place} names the slide {name}, which is not in {folder}{several or '; check data.train.image'}"
+        f"{row.location} names the slide {name}, which is not in {folder}{several or '; check data.train.image'}"
     )
 
 

@@ -33,7 +33,7 @@ from perf_vit.data.segmentation_tiles import (
     window_px,
 )
 from perf_vit.errors import ConfigError, DataWarning, InputError
-from perf_vit.labels import LabelFiles, LabelSource, is_labelled_folder, open_labels, warn_of_polygons_beside
+from perf_vit.labels import LabelFiles, LabelSource, is_labelled_folder, open_labels, warn_of_polygons_outside
 from perf_vit.labels.image_folder import find_label_pairs
 from perf_vit.sources import RasterSource, common_unit, open_input
 from perf_vit.sources.slides import SlideSource
@@ -174,7 +174,7 @@ def open_pairs(
         # There may be more images than the limit of open files.
         sources[-1].close()
     files = LabelFiles([file for _, file in pairs], sources, **options)
-    files.look()
+    files.spot_check()
     return [(source, files[index]) for index, source in enumerate(sources)]
 
 
@@ -279,7 +279,7 @@ def build_segmentation_datamodule(
     sizes = pixel_sizes(config.augment, sources)
     _check_labelled(rasters, config, "train")
     _check_labelled(val, config, "val")
-    warn_of_polygons_beside(one.labels for one in (*rasters, *val))
+    warn_of_polygons_outside(one.labels for one in (*rasters, *val))
     sampler = _make_sampler(rasters, config, sizes, seed, on_window)
     _warn_of_absent_classes(rasters, config, "train", sampler)
     _warn_of_absent_classes(val, config, "val")

@@ -1,4 +1,4 @@
-"""Whether labels and a raster can be laid on each other."""
+"""Checks and transforms that place labels on a raster or slide."""
 
 from __future__ import annotations
 
@@ -19,25 +19,25 @@ from perf_vit.sources.slides import SlideSource
 from perf_vit.types import Source
 
 __all__ = [
-    "check_both_placed",
+    "check_both_have_crs",
     "check_on_pixels",
     "check_on_slide",
     "check_overlap",
     "local_transform",
-    "place_geometries",
     "reproject_bounds",
     "span",
+    "transform_geometries",
 ]
 
-# Longitudes are also written from 0 to 360.
+# Longitudes may range from 0 to 360.
 _MOST_DEGREES = (360, 90)
 
 
-def check_both_placed(source: RasterSource, path: str, crs: Any) -> None:
-    """Refuse labels or a raster without CRS.
+def check_both_have_crs(source: RasterSource, path: str, crs: Any) -> None:
+    """Check that labels and raster have a CRS.
 
     Raises:
-        InputError: one of them has none.
+        InputError: One of them has none.
     """
     if source.crs is None:
         raise InputError(
@@ -50,20 +50,20 @@ def check_both_placed(source: RasterSource, path: str, crs: Any) -> None:
         )
 
 
-def place_geometries(geometries: Any, path: str, source: Source) -> npt.NDArray[Any]:
+def transform_geometries(geometries: Any, path: str, source: Source) -> npt.NDArray[Any]:
     """Transform the geometries of a vector file to the CRS of a source.
 
     Args:
-        geometries: a geopandas series with a CRS.
-        path: the file's name in errors.
-        source: with a CRS.
+        geometries: A geopandas series with a CRS.
+        path: Name of the file, for errors.
+        source: Source with a CRS.
 
     Returns:
-        Geometries, [n]; an empty polygon for each that has no place in the source's CRS.
+        Geometries, [n]; an empty polygon for each one outside of the domain of the source's CRS.
 
     Raises:
-        InputError: coordinates that are no longitudes and latitudes where the file says so, as a GeoJSON without CRS
-            does; or no transformation leads from one CRS to the other.
+        InputError: Coordinates are not longitudes and latitudes although the file claims so (e.g. GeoJSON without CRS),
+            or there is no transformation between the CRSs.
     """
     _check_degrees(geometries, path)
     assert source.crs is not None
@@ -84,8 +84,8 @@ def _check_degrees(geometries: Any, path: str) -> None:
     bounds = np.abs(geometries.bounds.to_numpy())
     if (bounds > np.tile(_MOST_DEGREES, 2)).any(axis=1).all():
         raise InputError(
-            f"labels {path} cover {span(tuple(geometries.total_bounds))}, which are no longitudes and latitudes, but "
-            f"were taken for such ({crs_name(geometries.crs)}), as GeoJSON without a crs member is (RFC 7946); "
+            f"labels {path} cover {span(tuple(geometries.total_bounds))}, which are no longitudes and latitudes, as "
+            f"assumed ({crs_name(geometries.crs)}) for GeoJSON without a crs member (RFC 7946); "
             "save them in longitude and latitude, or as GeoPackage with their own CRS"
         )
 
@@ -93,17 +93,17 @@ def _check_degrees(geometries: Any, path: str) -> None:
 def check_overlap(
     source: RasterSource, path: str, bounds: Bounds, own_bounds: Bounds | None = None, own_crs: Any = None
 ) -> None:
-    """Refuse labels that lie wholly elsewhere.
+    """Check that labels overlap a raster.
 
     Args:
-        source: the raster.
-        path: the labels' name in errors.
-        bounds: of the labels, in the raster's CRS.
-        own_bounds: of the labels, in their own CRS, if it is another.
-        own_crs: the labels' CRS.
+        source: Raster.
+        path: Name of the labels, for errors.
+        bounds: Bounds of the labels in the raster's CRS.
+        own_bounds: Bounds of the labels in their own CRS, if that differs.
+        own_crs: CRS of the labels.
 
     Raises:
-        InputError: both don't meet.
+        InputError: They don't overlap.
     """
     left, bottom, right, top = source.bounds
     if bounds[0] < right and bounds[2] > left and bounds[1] < top and bounds[3] > bottom:
@@ -116,15 +116,15 @@ def check_overlap(
 
 
 def check_on_slide(source: SlideSource, path: str, bounds: Bounds) -> None:
-    """Refuse labels that lie wholly beside a slide.
+    """Check that labels overlap a slide.
 
     Args:
-        source: the slide, at any size.
-        path: the labels' name in errors.
-        bounds: of the labels, in pixels of level 0.
+        source: Slide, read at any resolution.
+        path: Name of the labels, for errors.
+        bounds: Bounds of the labels in pixels of level 0.
 
     Raises:
-        InputError: both don't meet.
+        InputError: They don't overlap.
     """
     height, width = source.levels[0]
     if bounds[0] < width and bounds[2] > 0 and bounds[1] < height and bounds[3] > 0:
@@ -136,15 +136,15 @@ def check_on_slide(source: SlideSource, path: str, bounds: Bounds) -> None:
 
 
 def local_transform(source: Source, path: str, bounds: Bounds) -> Affine:
-    """From pixels of a raster without CRS to the coordinates of its labels.
+    """Return the transform from pixels of a raster without CRS to the coordinates of its labels.
 
-    A transform without CRS, as of a world file, is a local grid. Labels that lie on the raster there are in coordinates
-    of that grid, others in pixels.
+    A transform without CRS (e.g. from a world file) defines a local grid. Labels that lie on the raster in this grid
+    are in its coordinates, all others in pixels.
 
     Args:
-        source: without CRS.
-        path: the labels' name in messages.
-        bounds: of the labels.
+        source: Raster without CRS.
+        path: Name of the labels, for messages.
+        bounds: Bounds of the labels.
     """
     if source.transform.is_identity or not isinstance(source, RasterSource):
         return Affine.identity()
@@ -163,15 +163,15 @@ def _meet(bounds: Bounds, other: Bounds) -> bool:
 
 
 def check_on_pixels(source: RasterSource, path: str, bounds: Bounds) -> None:
-    """Refuse labels in pixels that lie wholly beside an image.
+    """Check that labels in pixel coordinates overlap an image.
 
     Args:
-        source: the image, without CRS.
-        path: the labels' name in errors.
-        bounds: of the labels, in pixels.
+        source: Image without CRS.
+        path: Name of the labels, for errors.
+        bounds: Bounds of the labels in pixels.
 
     Raises:
-        InputError: both don't meet.
+        InputError: They don't overlap.
     """
     if _meet(bounds, (0, 0, source.width, source.height)) or _meet(bounds, source.bounds):
         return
@@ -182,11 +182,11 @@ def check_on_pixels(source: RasterSource, path: str, bounds: Bounds) -> None:
 
 
 def reproject_bounds(bounds: Bounds, crs: Any, to_crs: Any) -> Bounds:
-    """Bounds around a box of another CRS."""
+    """Return the bounds of a box reprojected to another CRS."""
     left, bottom, right, top = transform_bounds(crs, to_crs, *bounds)
     return left, bottom, right, top
 
 
 def span(bounds: Bounds) -> str:
-    """Left to right and bottom to top, in words."""
+    """Format bounds as text: left to right and bottom to top."""
     return f"x {bounds[0]:.8g} to {bounds[2]:.8g}, y {bounds[1]:.8g} to {bounds[3]:.8g}"

@@ -1,4 +1,4 @@
-"""Which label value stands for which class."""
+"""Mapping of label values to classes."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ __all__ = ["LabelClasses"]
 
 @dataclass(frozen=True, slots=True)
 class LabelClasses:
-    """Class names, the value of each class in the label file, and the values that mean "no label".
+    """Class names, the label value of each class, and the values of unlabelled pixels.
 
     Attributes:
-        names: class names, None where nobody gave any.
-        values: value of class 0, 1, ...
-        ignore_values: read as `IGNORE_INDEX`; of polygons also text, and None for features without a value.
-        explicit: whether names or values were given; without them any value up to 254 is its own class.
+        names: Class names; None if not given.
+        values: Label value of class 0, 1, ...
+        ignore_values: Values read as `IGNORE_INDEX`; for polygons also text, and None for features without a value.
+        explicit: Whether names or values were given; otherwise each value up to 254 is a class.
     """
 
     names: tuple[str, ...] | None
@@ -38,10 +38,11 @@ class LabelClasses:
         values: Sequence[float] | None,
         ignore_values: Sequence[float | str | None],
     ) -> Self:
-        """Fill in what was not given.
+        """Build the mapping, with defaults for what is not given.
 
         Raises:
-            InputError: another number of values than classes, a value of two classes, or more than 255 classes.
+            InputError: The number of values differs from that of classes, values repeat, or there are more than 255
+                classes.
         """
         explicit = names is not None or values is not None
         num_classes = len(names) if names is not None else IGNORE_INDEX
@@ -53,18 +54,18 @@ class LabelClasses:
         return cls(None if names is None else tuple(names), chosen, tuple(ignore_values), explicit)
 
     def indices_of(self, pixels: npt.NDArray[Any], valid: BoolArray, path: str) -> LabelArray:
-        """Label values to class indices.
+        """Map label values to class indices.
 
         Args:
-            pixels: label values, [H, W].
-            valid: False where the file has no data, [H, W].
-            path: the file's name in errors.
+            pixels: Label values, [H, W].
+            valid: Valid pixels, [H, W].
+            path: Name of the file, for errors.
 
         Returns:
-            [H, W] class indices, `IGNORE_INDEX` at invalid pixels and ignored values.
+            Class indices, [H, W]; `IGNORE_INDEX` for invalid pixels and ignored values.
 
         Raises:
-            InputError: a valid pixel's value is neither a class nor ignored.
+            InputError: The value of a valid pixel is neither a class nor ignored.
         """
         labels = np.full(pixels.shape, IGNORE_INDEX, np.uint8)
         unknown = valid.copy()
@@ -79,15 +80,15 @@ class LabelClasses:
         if unknown.any():
             found = np.unique(pixels[unknown]).tolist()
             raise InputError(
-                f"{path} holds {_listed('value', found)}, which is no class ({self.described_values()}) nor nodata: "
-                "give it in values or ignore_values"
+                f"{path} has {_listed('value', found)}, which is neither a class ({self.described_values()}) nor "
+                "nodata; add it to values or ignore_values"
             )
         return labels
 
     def index_of(self, value: Any) -> int | None:
-        """Class index of a class name or value, `IGNORE_INDEX` of an ignored one, None of any other.
+        """Return the class index of a class name or value, `IGNORE_INDEX` for ignored values, None for unknown ones.
 
-        Text that is no name counts as the number that it spells, as GIS exports have ids.
+        Text that isn't a class name is parsed as a number, as in GIS exports of ids.
         """
         if value in self.ignore_values:
             return IGNORE_INDEX
@@ -99,7 +100,7 @@ class LabelClasses:
         return None if number is None else self.index_of(number)
 
     def described_values(self) -> str:
-        """The values of the classes, in words."""
+        """Format the values of the classes as text."""
         if len(self.values) > 12:
             return f"{len(self.values)} values from {min(self.values):g} to {max(self.values):g}"
         return _listed("value", self.values)

@@ -1,4 +1,4 @@
-"""Images by the names that label files give them."""
+"""Lookup of images and label files by name."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ __all__ = ["ImageFolder", "find_label_pairs", "is_labelled_folder", "label_files
 
 
 class ImageFolder:
-    """Finds images by path inside the folder, file name, or either without ending.
+    """Images found by path within the folder or by file name, with or without suffix.
 
-    A picture beside a raster of its name is a preview, unless it is asked for by its name with ending.
+    An image next to a raster of the same name is a preview, which is only found by its name with suffix.
 
     Args:
-        images: a folder, searched with its subfolders, one image, a glob, or several of these.
-        names: the images to use; all if None.
-        without: folders inside that are not searched.
+        images: Folder (searched recursively), image file, glob, or several of these.
+        names: Names of the images to use; None for all.
+        without: Subfolders that are not searched.
 
     Raises:
-        InputError: no image there, or a name that fits none or several.
+        InputError: There are no images, or a name matches none or several.
     """
 
     def __init__(
@@ -52,14 +52,14 @@ class ImageFolder:
         self._wanted = None if names is None else {self.find(name, "the list of names") for name in names}
 
     def has(self, name: str) -> bool:
-        """Whether an image, or several, have the name that a label file gives."""
+        """Return whether any image matches a name from a label file."""
         return str(Path(name)) in self._known
 
     def find(self, name: str, labels: str) -> Path:
-        """The image of a name that a label file gives.
+        """Return the image that matches a name from a label file.
 
         Raises:
-            InputError: there is none, or several have this name.
+            InputError: No image matches, or several do.
         """
         found = self._known.get(str(Path(name)), set())
         if len(found) == 1:
@@ -75,14 +75,14 @@ class ImageFolder:
         )
 
     def wanted(self, path: Path) -> bool:
-        """Whether an image is on the list of names."""
+        """Return whether an image is in the list of names."""
         return self._wanted is None or path in self._wanted
 
     def check_named(self, labelled: Iterable[Path]) -> None:
-        """Refuse a list of names of which some have no labels.
+        """Check that all images in the list of names have labels.
 
         Raises:
-            InputError: an image on the list is not among the labelled ones.
+            InputError: An image in the list has no labels.
         """
         missing = [] if self._wanted is None else self.unlabelled(labelled)
         if missing:
@@ -91,7 +91,7 @@ class ImageFolder:
             )
 
     def unlabelled(self, labelled: Iterable[Path]) -> list[Path]:
-        """Wanted images that are not among the labelled ones."""
+        """Return the images to use that have no labels."""
         known = set(labelled)
         return [path for path in self.paths if self.wanted(path) and path not in known]
 
@@ -107,10 +107,10 @@ def _warn_of_previews(previews: Collection[Path], num_images: int) -> None:
 
 
 def read_lines(file: Path) -> list[str]:
-    """The lines of a text file of labels.
+    """Read the lines of a text file of labels.
 
     Raises:
-        InputError: it can't be read as text.
+        InputError: The file can't be read as text.
     """
     try:
         return file.read_text(encoding="utf-8-sig").splitlines()
@@ -119,15 +119,15 @@ def read_lines(file: Path) -> list[str]:
 
 
 def label_files(labels: Path, folder: ImageFolder, suffix: str) -> list[tuple[Path, Path]]:
-    """Pairs of a wanted image and its label file, which has the image's name but for the ending.
+    """Pair the images to use with their label files, which have the same name except for the suffix.
 
     Args:
-        labels: a folder, searched with its subfolders, or one label file.
-        folder: the images.
-        suffix: of label files, such as ".xml".
+        labels: Folder (searched recursively), or a label file.
+        folder: Images.
+        suffix: Suffix of label files, such as ".xml".
 
     Raises:
-        InputError: no label files, or one without an image.
+        InputError: There are no label files, or one has no image.
     """
     files = [labels] if labels.is_file() else files_below(labels, lambda name: name.lower().endswith(suffix))
     if not files:
@@ -138,28 +138,28 @@ def label_files(labels: Path, folder: ImageFolder, suffix: str) -> list[tuple[Pa
 
 
 def is_labelled_folder(images: InputPath, labels: str | Path) -> bool:
-    """Whether labels are a folder, and images a folder, a glob or a list: each image has a label file of its own."""
+    """Return whether labels are a folder and images a folder, glob or list, so each image has its own label file."""
     if not Path(labels).is_dir():
         return False
     return not isinstance(images, str | Path) or Path(images).is_dir() or is_glob(images)
 
 
 def find_label_pairs(images: InputPath, labels: str | Path) -> list[tuple[Path, Path]]:
-    """Images and their label files, masks or polygons, which have the images' names but for the ending.
+    """Pair images with their label files (masks or polygons), which have the same name except for the suffix.
 
-    Both folders are searched with their subfolders, and one may lie in the other: then what lies there is no image, or
-    no label. In one folder for both, masks can't be told from images, so labels are polygons there. Images without
-    label file are left out with a warning.
+    Both folders are searched recursively. If one contains the other, files in the inner folder belong to it only. In a
+    single folder for both, label files must be polygons, as masks can't be told from images. Images without label file
+    are left out with a warning.
 
     Args:
-        images: a folder, a glob, or a list of these and of files.
-        labels: a folder.
+        images: Folder, glob, or list of these and of files.
+        labels: Folder.
 
     Returns:
-        Sorted by the images' names.
+        Pairs of image and label file, sorted by image name.
 
     Raises:
-        InputError: no images or label files, a label file without image, or two of one image.
+        InputError: There are no images or label files, a label file has no image, or an image has two label files.
     """
     at_labels = Path(labels)
     given = [images] if isinstance(images, str | Path) else list(images)
@@ -170,8 +170,8 @@ def find_label_pairs(images: InputPath, labels: str | Path) -> list[tuple[Path, 
     if orphans:
         raise InputError(
             f"{len(orphans)} of {len(files)} label files in {labels} have no image of their name among the "
-            f"{len(folder.paths)} in {folder.root}, the first {orphans[0]}; a label file has its image's name but for "
-            "the ending"
+            f"{len(folder.paths)} in {folder.root}, the first {orphans[0]}; a label file has the name of its image "
+            "except for the suffix"
         )
     pairs: dict[Path, Path] = {}
     for file in files:
@@ -188,13 +188,13 @@ def _name(file: Path, root: Path) -> str:
 
 
 def _inside(outer: Path, inner: Path) -> Path | None:
-    """A folder's path as a search of another one finds it; None if it isn't inside."""
+    """Return a folder's path as found by a search of another folder; None if it isn't inside."""
     whole, part = outer.resolve(), inner.resolve()
     return outer / part.relative_to(whole) if whole in part.parents else None
 
 
 def _label_files(labels: Path, images: Sequence[Path]) -> list[Path]:
-    """Files of masks and polygons in a folder, but for those in the folders of images inside it."""
+    """Find the masks and polygon files in a folder, except for those in image folders inside it."""
     same = any(labels.resolve() == root.resolve() for root in images)
     suffixes = frozenset[str]() if same else MASK_SUFFIXES
     inner = {_inside(labels, root) for root in images}

@@ -1,4 +1,4 @@
-"""Labels of a source, read window by window as class indices, from a mask raster or a vector file."""
+"""Labels of a source, read by window as class indices."""
 
 from __future__ import annotations
 
@@ -21,20 +21,24 @@ __all__ = ["LabelSource", "open_labels"]
 
 
 class LabelSource(Protocol):
-    """Labels on a source's pixel grid; may be pickled, forked and shared between threads."""
+    """Labels on a source's pixel grid; can be pickled, forked and shared between threads."""
 
     def read(self, window: Window) -> LabelArray:
-        """Class indices of a window of the source, [height, width]; or one layer a class, [K, height, width].
+        """Read a window of the source.
 
-        Layers are 1 where a class is true, 0 where not. `IGNORE_INDEX` past the source's edge and wherever there is no
-        label.
+        Args:
+            window: Window of the source; it may exceed it.
+
+        Returns:
+            Class indices, [height, width], or layers of 0 and 1 per class, [K, height, width]; `IGNORE_INDEX` for
+            pixels without label and outside of the source.
 
         Raises:
-            InputError: the file is damaged there, or holds a value that is no class.
+            InputError: The file is damaged there, or has a value that isn't a class.
         """
 
     def close(self) -> None:
-        """Close this thread's file handles; a later read opens them again."""
+        """Close this thread's file handles; the next read opens them again."""
 
 
 def open_labels(
@@ -51,32 +55,30 @@ def open_labels(
     paired: bool = False,
     spot_check: bool = True,
 ) -> LabelSource:
-    """Open the labels of a raster: a mask raster or polygons, in any CRS and on any grid; or polygons on a slide.
+    """Open the labels of a raster (mask raster or polygons, in any CRS and on any grid) or of a slide (polygons).
 
     Args:
-        path: a raster of label values, or a file of polygons (GeoJSON, GeoPackage, shapefile, GeoParquet, ...), of
-            several layers as `FILE|layername=LAYER`. Polygons on a slide are in pixels of its level 0, as QuPath
-            exports them.
-        source: the raster or slide that they describe.
-        attribute: column of class names or values of the polygons, "classification" in QuPath's files; without it
-            polygons are the one of two classes that is not background.
-        classes: class names; a label is an index into them. Without names and values, label values up to 254 are
-            indices themselves.
-        values: the label file's value of each class; 0, 1, 2, ... by default.
-        ignore_values: label values that mean "no label", beside a mask's own nodata; of polygons also text, and None
-            for features without a value.
-        background: class of the pixels under no polygon, by name or index; "ignore" where they carry no label, as
-            polygons are only samples; "none" with `multilabel` where no class is true there. None says nothing, and
-            polygons are refused.
-        all_touched: polygons burn every pixel that they touch, not only those whose centre they hold.
-        multilabel: several classes may be true at a pixel: layers from overlapping polygons, or from the bands of a
+        path: Raster of label values, or polygons (GeoJSON, GeoPackage, shapefile, GeoParquet, ...), with several layers
+            as `FILE|layername=LAYER`. Polygons on a slide are in pixels of level 0, as QuPath exports them.
+        source: Raster or slide that the labels belong to.
+        attribute: Column with class names or values of polygons ("classification" in QuPath's files); None if polygons
+            are the one of two classes that isn't the background.
+        classes: Class names; labels are indices into them. Without names and values, label values up to 254 are
+            indices.
+        values: Label value of each class; None for 0, 1, 2, ...
+        ignore_values: Label values that mark unlabelled pixels, in addition to a mask's nodata; for polygons also text,
+            and None for features without a value.
+        background: Class of the pixels outside of polygons, by name or index; "ignore" leaves them unlabelled; "none",
+            with `multilabel`, gives them no class. Polygons are rejected if it is None.
+        all_touched: Whether polygons label all pixels that they touch, instead of those whose centre they contain.
+        multilabel: Whether a pixel may have several classes: layers from overlapping polygons, or from the bands of a
             raster of 0 and 1 on the source's grid.
-        paired: the labels are those of this image alone: a mask without CRS lies on its pixels, and where the image has
-            none, coordinates of polygons are its pixels.
-        spot_check: read some windows of a mask at once, so that values that are no class come to light.
+        paired: Whether the labels belong to this image only: a mask without CRS then lies on its pixels, and if the
+            image has no CRS either, polygons are in its pixels.
+        spot_check: Whether to read some windows of a mask at once, to find values that aren't classes.
 
     Raises:
-        InputError: the file can't be read, has no place on the source, or holds what is no class.
+        InputError: The file can't be read, can't be placed on the source, or has values that aren't classes.
     """
     name = os.fspath(path)
     check_exists(split_layer(name)[0])
@@ -109,10 +111,10 @@ def open_labels(
 def _background_index(
     background: int | str | None, classes: LabelClasses, path: str, *, multilabel: bool
 ) -> int | None:
-    """Class index under no polygon, None for no label; with `multilabel`, 0 stands for no class.
+    """Return the class index outside of polygons, None for unlabelled; with `multilabel`, 0 stands for no class.
 
     Raises:
-        InputError: no such class, or nothing was said.
+        InputError: The class is unknown, or none is given.
     """
     names = ["none"] if multilabel else list(classes.names or ())
     if isinstance(background, str) and background in names:
@@ -122,7 +124,7 @@ def _background_index(
     if isinstance(background, int) and 0 <= background < len(classes.values):
         return background
     what = (
-        f"{path} holds polygons: background must say what pixels under no polygon are"
+        f"{path} holds polygons: background must be set for the pixels outside of them"
         if background is None
         else "background must be a class"
     )

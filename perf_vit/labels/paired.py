@@ -1,4 +1,4 @@
-"""Label files of many images, opened when they are read."""
+"""Label files of many images, opened when read."""
 
 from __future__ import annotations
 
@@ -20,21 +20,21 @@ from perf_vit.types import LabelArray, Window
 
 __all__ = ["LabelFiles", "PairedLabels"]
 
-# For each folder of a config.
+# Open files per thread and folder of a config.
 _MAX_OPEN = 16
-# Enough to see what is wrong with all, read in seconds.
-_LOOKED_AT = 64
+# Number of files to check: enough to find systematic errors, read within seconds.
+_NUM_CHECKED = 64
 
 
 class LabelFiles:
-    """Label files of images, of which a thread holds at most 16 open; each is the `LabelSource` of its image.
+    """Label files of images, at most 16 of them open per thread; each item is the `LabelSource` of an image.
 
-    It may be pickled, forked and shared between threads: each opens the files for itself.
+    It can be pickled, forked and shared between threads; each opens its own files.
 
     Args:
-        paths: of label files.
-        sources: the image of each.
-        **options: of `perf_vit.labels.open_labels`.
+        paths: Paths of the label files.
+        sources: Image of each label file.
+        **options: Arguments of `perf_vit.labels.open_labels`.
     """
 
     def __init__(
@@ -49,32 +49,32 @@ class LabelFiles:
         return len(self.paths)
 
     def __getitem__(self, index: int) -> PairedLabels:
-        """The labels of an image."""
+        """Return the labels of an image."""
         return PairedLabels(self, range(len(self))[index])
 
     def read(self, index: int, window: Window) -> LabelArray:
-        """See `LabelSource.read`.
+        """Read a window of the labels of an image, see `LabelSource.read`.
 
         Raises:
-            InputError: the file can't be read or doesn't fit its image.
+            InputError: The file can't be read or doesn't fit its image.
         """
         return self._opened.get().get(index).read(window)
 
     def close(self) -> None:
-        """Close this thread's files; a later read opens them again."""
+        """Close this thread's files; the next read opens them again."""
         self._opened.close()
 
-    def look(self, seed: int = 0) -> None:
-        """Open 64 files at most, so that what is wrong with all comes to light, and tell what is odd in one line.
+    def spot_check(self, seed: int = 0) -> None:
+        """Open up to 64 files to find systematic errors; warn once about all files with warnings.
 
         Raises:
-            InputError: one can't be read or doesn't fit its image.
+            InputError: A file can't be read or doesn't fit its image.
         """
-        chosen = np.sort(np.random.default_rng(seed).permutation(len(self))[:_LOOKED_AT]).tolist()
+        chosen = np.sort(np.random.default_rng(seed).permutation(len(self))[:_NUM_CHECKED]).tolist()
         told = [message for message in map(self._oddity, chosen) if message]
         if told:
             warnings.warn(
-                f"{len(told)} of {len(chosen)} label files looked at are odd, the first: {told[0]}",
+                f"{len(told)} of {len(chosen)} label files checked have warnings, the first: {told[0]}",
                 DataWarning,
                 stacklevel=3,
             )
@@ -89,18 +89,18 @@ class LabelFiles:
 
 
 class PairedLabels:
-    """The labels of one image of `LabelFiles`."""
+    """Labels of one image of `LabelFiles`."""
 
     def __init__(self, files: LabelFiles, index: int) -> None:
         self._files = files
         self._index = index
 
     def read(self, window: Window) -> LabelArray:
-        """See `LabelSource.read`."""
+        """Read a window, see `LabelSource.read`."""
         return self._files.read(self._index, window)
 
     def close(self) -> None:
-        """The files see to it themselves that few are open."""
+        """Do nothing, as `LabelFiles` limits the number of open files."""
 
 
 def _pool(pairs: Sequence[tuple[str, RasterSource | SlideSource]], options: dict[str, Any]) -> Pool[LabelSource]:
@@ -110,6 +110,6 @@ def _pool(pairs: Sequence[tuple[str, RasterSource | SlideSource]], options: dict
 def _open(pairs: Sequence[tuple[str, RasterSource | SlideSource]], options: dict[str, Any], index: int) -> LabelSource:
     path, source = pairs[index]
     with warnings.catch_warnings():
-        # `look` tells of what is odd; each file is opened many times.
+        # `spot_check` reports warnings; each file is opened many times.
         warnings.simplefilter("ignore", DataWarning)
         return open_labels(path, source, spot_check=False, **options)

@@ -1,4 +1,4 @@
-"""Labels from a mask raster, on the source's grid or warped onto it."""
+"""Labels from mask rasters, on the source's grid or warped to it, and multi-label layers."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from rasterio.enums import ColorInterp
 from rasterio.vrt import WarpedVRT
 
 from perf_vit.errors import InputError
-from perf_vit.labels._placement import check_both_placed, check_overlap, reproject_bounds
+from perf_vit.labels._placement import check_both_have_crs, check_overlap, reproject_bounds
 from perf_vit.labels.classes import LabelClasses
 from perf_vit.labels.vector import VectorLabels
 from perf_vit.sources import RasterSource
@@ -28,17 +28,17 @@ _MAX_SPOTS = 8
 
 
 class RasterLabels:
-    """Class indices from a raster of label values; `open_labels` makes one.
+    """Class indices from a raster of label values, built by `open_labels`.
 
     Args:
-        labels: the mask raster.
-        source: gives the grid to read on.
-        classes: label values to class indices.
-        paired: labels without CRS lie on the source's pixels, if there are as many.
-        spot_check: read some windows at once.
+        labels: Mask raster.
+        source: Source with the grid to read on.
+        classes: Mapping of label values to class indices.
+        paired: Whether labels without CRS lie on the source's pixels if the sizes agree.
+        spot_check: Whether to read some windows at once.
 
     Raises:
-        InputError: labels and source don't fit each other, or the labels hold a value that is no class.
+        InputError: Labels and source don't fit, or the labels have a value that isn't a class.
     """
 
     def __init__(
@@ -56,14 +56,14 @@ class RasterLabels:
         _check_values(labels, classes)
         self._warped = None if same_grid(labels, source, paired=paired) else _warped(labels, source)
         for window in spots(self._extent) if spot_check else ():
-            # A value that is no class should come to light before the training does.
+            # Find values that aren't classes before training starts.
             self.read(window)
 
     def read(self, window: Window) -> LabelArray:
-        """Class indices of a window of the source, [height, width]; `IGNORE_INDEX` where there is no label.
+        """Read class indices of a window of the source, [height, width]; `IGNORE_INDEX` for pixels without label.
 
         Raises:
-            InputError: the file is damaged there, or holds a value that is no class.
+            InputError: The file is damaged there, or has a value that isn't a class.
         """
         indices = np.full(window.shape, IGNORE_INDEX, np.uint8)
         shared = window.intersect(self._extent)
@@ -73,7 +73,7 @@ class RasterLabels:
         return indices
 
     def close(self) -> None:
-        """Close this thread's file handles; a later read opens them again."""
+        """Close this thread's file handles; the next read opens them again."""
         self._labels.close()
         if self._warped is not None:
             self._warped.close()
@@ -102,7 +102,7 @@ def _check_values(labels: RasterSource, classes: LabelClasses) -> None:
 
 
 def same_grid(labels: RasterSource, source: RasterSource, *, paired: bool = False) -> bool:
-    """Whether two rasters have the same pixels; of a pair, labels without CRS do if they have as many."""
+    """Return whether two rasters have the same pixel grid; paired labels without CRS do if the sizes agree."""
     if paired and labels.crs is None:
         return labels.size == source.size
     if labels.size != source.size or labels.crs != source.crs:
@@ -120,7 +120,7 @@ def _warped(labels: RasterSource, source: RasterSource) -> PerThread[Any]:
             f"labels without a CRS must have the raster's size, {source.height} rows x {source.width} columns "
             f"({source.path}), got {labels.height} x {labels.width} ({labels.path})"
         )
-    check_both_placed(source, labels.path, labels.crs)
+    check_both_have_crs(source, labels.path, labels.crs)
     check_overlap(source, labels.path, reproject_bounds(labels.bounds, labels.crs, source.crs))
     grid = {"crs": source.crs, "transform": source.transform, "height": source.height, "width": source.width}
     return PerThread(functools.partial(_open_warped, labels.path, grid))
@@ -129,7 +129,7 @@ def _warped(labels: RasterSource, source: RasterSource) -> PerThread[Any]:
 def _open_warped(path: str, grid: dict[str, Any]) -> Any:
     dataset = open_dataset(path)
     try:
-        # Alpha tells what lies outside the labels, whatever nodata they have.
+        # The alpha band marks pixels outside of the labels, whatever their nodata value.
         has_alpha = ColorInterp.alpha in color_kinds(dataset)
         return WarpedVRT(dataset, add_alpha=not has_alpha, **grid)
     except GDAL_ERRORS as error:
@@ -137,7 +137,7 @@ def _open_warped(path: str, grid: dict[str, Any]) -> Any:
 
 
 def spots(extent: Window) -> list[Window]:
-    """Windows spread evenly: all of a small raster, a sample of a large one."""
+    """Return evenly spread windows: all of a small raster, a sample of a large one."""
     rows, cols = _spread(extent.height), _spread(extent.width)
     return [Window(row, col, _SPOT_PX, _SPOT_PX) for row in rows for col in cols]
 
@@ -148,10 +148,10 @@ def _spread(length: int) -> list[int]:
 
 
 def open_all_bands(path: str) -> RasterSource:
-    """Open a raster with all its bands as data: GDAL takes the fourth of four bytes for transparency.
+    """Open a raster with all its bands as data, as GDAL takes the fourth of four byte bands for alpha.
 
     Raises:
-        InputError: it can't be opened as a raster.
+        InputError: The file can't be opened as a raster.
     """
     with open_dataset(path) as dataset:
         num_bands = dataset.count
@@ -159,20 +159,20 @@ def open_all_bands(path: str) -> RasterSource:
 
 
 class RasterLayers:
-    """One layer a class from the bands of a raster of 0 and 1; `open_labels` makes one.
+    """Multi-label layers from the bands of a raster of 0 and 1, one per class, built by `open_labels`.
 
-    A band's nodata and the ignored values are "no label" for its class alone.
+    Nodata and ignored values of a band leave pixels unlabelled for its class only.
 
     Args:
-        labels: all bands of the raster, on the source's grid.
-        source: gives the grid.
-        num_classes: bands expected.
-        classes: the values to ignore.
-        paired: labels without CRS lie on the source's pixels, if there are as many.
-        spot_check: read some windows at once.
+        labels: Raster on the source's grid, with all its bands.
+        source: Source with the grid.
+        num_classes: Expected number of bands.
+        classes: Values to ignore.
+        paired: Whether labels without CRS lie on the source's pixels if the sizes agree.
+        spot_check: Whether to read some windows at once.
 
     Raises:
-        InputError: another number of bands, another grid, or a value other than 0 and 1.
+        InputError: The number of bands or the grid differs, or there is a value other than 0 and 1.
     """
 
     def __init__(
@@ -189,7 +189,7 @@ class RasterLayers:
         self._extent = source.extent
         self._bands = labels
         if labels.num_bands != num_classes:
-            raise InputError(f"expected one band a class in {self._path}, {num_classes}, got {labels.num_bands} bands")
+            raise InputError(f"expected one band per class in {self._path}, {num_classes}, got {labels.num_bands}")
         if not same_grid(labels, source, paired=paired):
             raise InputError(
                 f"label bands must lie on the pixel grid of {source.path}, {source.height} rows x {source.width} "
@@ -198,14 +198,14 @@ class RasterLayers:
         nodata = [] if self._bands.nodata in (None, 0, 1) else [self._bands.nodata]
         self._values = LabelClasses(None, (0, 1), (*classes.ignore_values, *nodata), explicit=True)
         for window in spots(self._extent) if spot_check else ():
-            # A value that is no label should come to light before the training does.
+            # Find invalid values before training starts.
             self.read(window)
 
     def read(self, window: Window) -> LabelArray:
-        """1 where a class is true, 0 where not, `IGNORE_INDEX` where there is no label: [K, height, width].
+        """Read a window, [K, height, width]: 1 for present classes, 0 for absent, `IGNORE_INDEX` for unlabelled.
 
         Raises:
-            InputError: the file is damaged there, or holds a value other than 0 and 1.
+            InputError: The file is damaged there, or has a value other than 0 and 1.
         """
         layers = np.full((self._bands.num_bands, *window.shape), IGNORE_INDEX, np.uint8)
         shared = window.intersect(self._extent)
@@ -217,29 +217,29 @@ class RasterLayers:
         return layers
 
     def close(self) -> None:
-        """Close the file handle of this thread; a later read opens it again."""
+        """Close this thread's file handle; the next read opens it again."""
         self._bands.close()
 
 
 class VectorLayers(VectorLabels):
-    """One layer a class from polygons that may overlap; `open_labels` makes one.
+    """Multi-label layers from polygons that may overlap, one per class, built by `open_labels`.
 
-    Polygons of an ignored value are "no label" for all classes.
+    Polygons of an ignored value leave pixels unlabelled for all classes.
 
     Args:
-        path: the vector file.
-        source: gives the grid to burn on.
-        classes: attribute values to class indices.
-        attribute: column of class names or values; it may be left out where there is one class.
-        background: None where polygons are only samples: pixels under no polygon carry no label.
-        all_touched: burn every pixel that a polygon touches, not only those whose centre it holds.
+        path: Vector file.
+        source: Source with the grid to burn on.
+        classes: Mapping of attribute values to class indices.
+        attribute: Column with class names or values; None if there is one class.
+        background: None if polygons are samples only, so that pixels outside of them are unlabelled.
+        all_touched: Whether polygons label all pixels that they touch, instead of those whose centre they contain.
 
     Raises:
-        InputError: the file can't be read, or doesn't fit the source or the classes.
+        InputError: The file can't be read, or doesn't fit the source or the classes.
     """
 
     def read(self, window: Window) -> LabelArray:
-        """1 where a class is true, 0 where not, `IGNORE_INDEX` where there is no label: [K, height, width]."""
+        """Read a window, [K, height, width]: 1 for present classes, 0 for absent, `IGNORE_INDEX` for unlabelled."""
         layers = np.full((self._num_classes, *window.shape), IGNORE_INDEX, np.uint8)
         shared = window.intersect(self._extent)
         if shared is not None:
@@ -260,7 +260,7 @@ class VectorLayers(VectorLabels):
     def _code_without_attribute(self, path: str, background: int | None) -> int:
         if self._num_classes != 1:
             raise InputError(
-                f"polygons without attribute are of one class, got {self._num_classes} classes; set attribute to the "
-                f"column of {path} that holds the class"
+                f"polygons without attribute have one class, got {self._num_classes} classes; set attribute to the "
+                f"column of {path} with the class"
             )
         return 0

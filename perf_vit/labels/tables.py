@@ -1,4 +1,4 @@
-"""Rows of CSV files with the columns that somebody asked for."""
+"""Image labels from CSV tables and class folders."""
 
 from __future__ import annotations
 
@@ -31,29 +31,29 @@ __all__ = [
 
 @dataclass(frozen=True, slots=True)
 class CsvRow:
-    """One row.
+    """Row of a CSV file.
 
     Attributes:
-        place: file and line, for messages.
-        values: by column, without blanks around them.
+        location: File and line, for messages.
+        values: Values by column, without surrounding blanks.
     """
 
-    place: str
+    location: str
     values: dict[str, str]
 
 
 def read_csv_rows(path: str | Path, columns: Sequence[str]) -> list[CsvRow]:
-    """The rows of a CSV file; every one has all the columns.
+    """Read the rows of a CSV file, which must have values in all given columns.
 
     Raises:
-        InputError: it can't be read, lacks a column, has no row, or a row without a value.
+        InputError: The file can't be read, lacks a column, has no rows, or a row lacks a value.
     """
     names, rows = _read(Path(path))
     missing = [column for column in columns if column not in names]
     if missing:
         raise InputError(f"{path} has no column {missing[0]}; its columns are {', '.join(names) or 'none'}")
     if not rows:
-        raise InputError(f"{path} has no rows; expected one an image below the names of the columns")
+        raise InputError(f"{path} has no rows; expected one per image below the header")
     found = []
     for line, row in rows:
         values = {column: (row[column] or "").strip() for column in columns}
@@ -66,7 +66,7 @@ def read_csv_rows(path: str | Path, columns: Sequence[str]) -> list[CsvRow]:
 
 def _read(path: Path) -> tuple[list[str], list[tuple[int, dict[str, str | None]]]]:
     try:
-        # Spreadsheets write a byte-order mark.
+        # Spreadsheet programs write a byte order mark.
         with path.open(newline="", encoding="utf-8-sig") as file:
             reader = csv.DictReader(file)
             names = list(reader.fieldnames or ())
@@ -82,9 +82,9 @@ class ImageTargets:
     """Labelled images.
 
     Attributes:
-        paths: of the images.
-        targets: class indices, [n] int64; or for several classes 0 and 1, or regression targets, [n, K] float32.
-        names: of the K classes or targets.
+        paths: Paths of the images.
+        targets: Class indices, [n] int64; or 0 and 1 per class (multi-label) or regression targets, [n, K] float32.
+        names: Names of the K classes or targets.
     """
 
     paths: tuple[str, ...]
@@ -95,7 +95,7 @@ class ImageTargets:
         return len(self.paths)
 
     def part(self, indices: Sequence[int]) -> ImageTargets:
-        """Some of the images."""
+        """Select images by index."""
         chosen = list(indices)
         return ImageTargets(tuple(self.paths[index] for index in chosen), self.targets[chosen], self.names)
 
@@ -103,28 +103,29 @@ class ImageTargets:
 def read_class_folders(
     images: InputPath, classes: Sequence[str] | None = None, *, allow_missing: bool = False
 ) -> ImageTargets:
-    """Images in folders that are named after their class: `folder/class/.../image.tif`.
+    """Read images in folders named after their class: `folder/class/.../image.tif`.
 
     Args:
-        images: the folder of the folders, a glob, or several of these.
-        classes: names in the order of the indices; the folders by name if None.
-        allow_missing: classes may be without images, as in a small set to validate on.
+        images: Parent folder of the class folders, glob, or several of these.
+        classes: Class names in the order of the indices; None for the folder names, sorted.
+        allow_missing: Whether classes may have no images, as in a small validation set.
 
     Raises:
-        InputError: no such folder, images beside the folders, a folder that is no class, or a class without images.
+        InputError: The folder doesn't exist, images aren't in a class folder, a folder is not a class, or a class has
+            no images.
     """
     given = [images] if isinstance(images, str | Path) else list(images)
     file = next((each for each in given if Path(each).is_file()), None)
     if file is not None:
-        raise InputError(f"expected a folder of folders by class, got the file {file}; or give labels as CSV")
-    # Of an image that two of them hold, the first one counts.
+        raise InputError(f"expected a folder with one subfolder per class, got the file {file}; or give labels as CSV")
+    # The first folder counts if two contain an image.
     roots = {path: image_root(each) for each in reversed(given) for path in find_images([each])}
     paths = find_images(given)
     names = [path.relative_to(roots[path]).parts[0] for path in paths]
     loose = [path for path in paths if path.parent == roots[path]]
     if loose:
         raise InputError(
-            f"{loose[0]} lies in no folder of a class; move it to {loose[0].parent}/CLASS/{loose[0].name}, or give "
+            f"{loose[0]} is not in a class folder; move it to {loose[0].parent}/CLASS/{loose[0].name}, or give "
             "labels as CSV"
         )
     classes = tuple(sorted(set(names)) if classes is None else classes)
@@ -145,67 +146,72 @@ def read_class_table(
     image_column: str = "image",
     label_column: str = "label",
 ) -> ImageTargets:
-    """A CSV file with the class of each image, or for several classes an image with a column of 0 and 1 a class.
+    """Read a CSV file with the class of each image, or with a column of 0 and 1 per class (multi-label).
 
     Args:
-        table: the CSV file.
-        images: folder, glob or list that its names of images are searched in.
-        classes: names in the order of the indices; those that occur, by name, if None. Columns of the file if
-            `multilabel`.
-        multilabel: images of any number of classes.
-        image_column: that names the image.
-        label_column: that names the class.
+        table: CSV file.
+        images: Folder, glob or list in which image names are looked up.
+        classes: Class names in the order of the indices; None for all that occur, sorted by name. With `multilabel`,
+            columns of the file.
+        multilabel: Whether an image may have any number of classes.
+        image_column: Column with image names.
+        label_column: Column with class names.
 
     Raises:
-        InputError: a file, column, image or class that isn't there, or a value that is none of 0 and 1.
+        InputError: A file, column, image or class is missing, or a multi-label value is not 0 or 1.
     """
     if multilabel:
         if not classes:
-            raise InputError(f"data.classes must name the columns of {table} that hold 0 and 1")
+            raise InputError(f"data.classes must name the columns of {table} with 0 and 1")
         rows = read_csv_rows(table, [image_column, *classes])
         marks = np.array([_numbers(row, classes) for row in rows], np.float32)
         wrong = np.argwhere((marks != 0) & (marks != 1))
         if len(wrong):
             row, column = wrong[0]
-            raise InputError(f"{rows[row].place} must have 0 or 1 as {classes[column]}, got {marks[row, column]:g}")
+            raise InputError(f"{rows[row].location} must have 0 or 1 as {classes[column]}, got {marks[row, column]:g}")
         return ImageTargets(_paths(rows, images, image_column), marks, tuple(classes))
     rows = read_csv_rows(table, [image_column, label_column])
     names = [row.values[label_column] for row in rows]
     classes = tuple(sorted(set(names)) if classes is None else classes)
-    indices = [class_index(name, classes, row.place) for name, row in zip(names, rows, strict=True)]
+    indices = [class_index(name, classes, row.location) for name, row in zip(names, rows, strict=True)]
     return ImageTargets(_paths(rows, images, image_column), np.array(indices, np.int64), classes)
 
 
 def read_target_table(
     table: str | Path, images: InputPath, columns: Sequence[str], *, image_column: str = "image"
 ) -> ImageTargets:
-    """A CSV file with one or several regression targets of each image.
+    """Read a CSV file with one or several regression targets per image.
 
     Args:
-        table: the CSV file.
-        images: folder, glob or list that its names of images are searched in.
-        columns: of the targets.
-        image_column: that names the image.
+        table: CSV file.
+        images: Folder, glob or list in which image names are looked up.
+        columns: Columns of the targets.
+        image_column: Column with image names.
 
     Raises:
-        InputError: a file, column or image that isn't there, or a value that is no finite number.
+        InputError: A file, column or image is missing, or a value is not a finite number.
     """
     rows = read_csv_rows(table, [image_column, *columns])
     values = np.array([_numbers(row, columns) for row in rows], np.float32)
     return ImageTargets(_paths(rows, images, image_column), values, tuple(columns))
 
 
-def class_index(name: str, classes: Sequence[str], place: str) -> int:
-    """The index of a class by its name.
+def class_index(name: str, classes: Sequence[str], location: str) -> int:
+    """Return the index of a class name.
+
+    Args:
+        name: Class name.
+        classes: Class names.
+        location: Where the name was found, for errors.
 
     Raises:
-        InputError: there is no such class; the message says where the name was found.
+        InputError: The class is unknown.
     """
     if name in classes:
         return list(classes).index(name)
     near = difflib.get_close_matches(name, classes, n=1, cutoff=0.5)
     hint = f"did you mean {near[0]}?" if near else f"the classes are {', '.join(classes)}"
-    raise InputError(f"{place} is of the class {name!r}, which there isn't; {hint}")
+    raise InputError(f"{location} has the unknown class {name!r}; {hint}")
 
 
 def _paths(rows: Iterable[CsvRow], images: InputPath, column: str) -> tuple[str, ...]:
@@ -215,10 +221,10 @@ def _paths(rows: Iterable[CsvRow], images: InputPath, column: str) -> tuple[str,
 def _unique(rows: Iterable[CsvRow], folder: ImageFolder, column: str) -> Iterator[str]:
     seen: dict[Path, str] = {}
     for row in rows:
-        path = folder.find(row.values[column], row.place)
+        path = folder.find(row.values[column], row.location)
         if path in seen:
-            raise InputError(f"{row.place} names {path}, as does {seen[path]}; give each image once")
-        seen[path] = row.place
+            raise InputError(f"{row.location} names {path}, as does {seen[path]}; give each image once")
+        seen[path] = row.location
         yield str(path)
 
 
@@ -230,6 +236,6 @@ def _numbers(row: CsvRow, columns: Sequence[str]) -> list[float]:
         except ValueError:
             value = math.nan
         if not math.isfinite(value):
-            raise InputError(f"{row.place} must have a number as {column}, got {row.values[column]}")
+            raise InputError(f"{row.location} must have a number as {column}, got {row.values[column]}")
         found.append(value)
     return found

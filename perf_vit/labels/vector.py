@@ -1,4 +1,4 @@
-"""Which polygons hold the centre of a pixel, and so label one."""
+"""Labels from polygons, burnt by window."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from rasterio.features import rasterize
 
 from perf_vit.errors import DataWarning, InputError
 from perf_vit.labels._placement import (
-    check_both_placed,
+    check_both_have_crs,
     check_on_pixels,
     check_on_slide,
     check_overlap,
     local_transform,
-    place_geometries,
+    transform_geometries,
 )
 from perf_vit.labels.classes import LabelClasses
 from perf_vit.sources import RasterSource
@@ -27,31 +27,31 @@ from perf_vit.sources.slides import SlideSource
 from perf_vit.sources.vector_file import read_features
 from perf_vit.types import IGNORE_INDEX, BoolArray, LabelArray, Window
 
-__all__ = ["VectorLabels", "hold_pixel_centre", "to_pixels", "warn_of_polygons_beside"]
+__all__ = ["VectorLabels", "contain_pixel_centre", "to_pixels", "warn_of_polygons_outside"]
 
-# Half the diagonal of a pixel: a wider shape holds a centre wherever it lies.
+# Half the diagonal of a pixel: a wider shape contains a pixel centre in any position.
 _WIDEST = 0.7072
 
 _CENTRES_AT_ONCE = 1_000_000
 
-# Of more centres, a polygon is burnt: a river across a scene has millions in its bounds.
+# Polygons with more pixel centres in their bounds are burnt: a river across a scene has millions.
 _MANY_CENTRES = 1000
 
 _BURNT_PX = 1 << 22
 
 
-def hold_pixel_centre(polygons: npt.NDArray[Any]) -> BoolArray:
-    """Whether each polygon holds the centre of at least one pixel, [n].
+def contain_pixel_centre(polygons: npt.NDArray[Any]) -> BoolArray:
+    """Return whether each polygon contains at least one pixel centre, [n].
 
     Args:
-        polygons: in pixels, [n]; empty ones hold none.
+        polygons: Polygons in pixels, [n]; empty ones contain none.
     """
     left, top, right, bottom = shapely.bounds(polygons).reshape(-1, 4).T
     empty = shapely.is_empty(polygons)
     corners = np.where(empty, 0, np.ceil([left - 0.5, top - 0.5])).astype(np.int64)
     counts = np.where(empty, 0, np.floor([right - 0.5, bottom - 0.5]) - corners + 1).astype(np.int64).clip(0)
     numbers = counts.prod(axis=0)
-    # The area of a shape is at most its perimeter times the radius of the largest circle inside.
+    # The area of a shape is at most its perimeter times its inradius.
     thin = shapely.area(polygons) < _WIDEST * shapely.length(polygons)
     held = (numbers > 0) & ~thin
     unsure = np.flatnonzero((numbers > 0) & thin & (numbers <= _MANY_CENTRES))
@@ -63,7 +63,7 @@ def hold_pixel_centre(polygons: npt.NDArray[Any]) -> BoolArray:
 
 
 def _hold_any(polygons: npt.NDArray[Any], corners: npt.NDArray[np.int64], counts: npt.NDArray[np.int64]) -> BoolArray:
-    """Whether polygons hold one of the centres in their bounds, [n]."""
+    """Return whether polygons contain one of the centres in their bounds, [n]."""
     numbers = counts.prod(axis=0)
     owners = np.repeat(np.arange(len(polygons)), numbers)
     rank = np.arange(len(owners)) - np.repeat(np.cumsum(numbers) - numbers, numbers)
@@ -74,7 +74,7 @@ def _hold_any(polygons: npt.NDArray[Any], corners: npt.NDArray[np.int64], counts
 
 
 def _burns_any(polygon: Any, corner: list[int], count: list[int]) -> bool:
-    """Whether a polygon is burnt to a pixel, strip of rows by strip until one is."""
+    """Return whether a polygon is burnt to any pixel, tested in strips of rows."""
     rows = max(1, _BURNT_PX // count[0])
     for row in range(corner[1], corner[1] + count[1], rows):
         shape = min(rows, corner[1] + count[1] - row), count[0]
@@ -89,27 +89,28 @@ _BLOCK_PX = 512
 
 
 class VectorLabels:
-    """Class indices from a file of polygons; `open_labels` makes one.
+    """Class indices from a file of polygons, built by `open_labels`.
 
-    The polygons are kept in pixel coordinates, rounded to 1/256 pixel: then a shift by whole pixels is exact, and a
-    pixel gets the same label in whichever window it is read.
+    Polygons are kept in pixel coordinates rounded to 1/256 pixel. Shifts by whole pixels are then exact, and a pixel
+    gets the same label whatever the window.
 
     Args:
-        path: the vector file.
-        source: gives the grid to burn on.
-        classes: attribute values to class indices.
-        attribute: column of class names or values; None makes every polygon the class that is not background, of two.
-        background: class index under no polygon, None for `IGNORE_INDEX`.
-        all_touched: burn every pixel that a polygon touches, not only those whose centre it holds.
-        paired: on a source without CRS, coordinates are its pixels.
+        path: Vector file.
+        source: Source with the grid to burn on.
+        classes: Mapping of attribute values to class indices.
+        attribute: Column with class names or values; None if all polygons are the one of two classes that isn't the
+            background.
+        background: Class index outside of polygons; None for `IGNORE_INDEX`.
+        all_touched: Whether polygons label all pixels that they touch, instead of those whose centre they contain.
+        paired: Whether coordinates are pixels if the source has no CRS.
 
     Attributes:
-        path: the vector file.
-        is_on_source: which of the file's features with a geometry reach into the source, [n].
-        numbers: those of these features in the file, from 1, [n].
+        path: Vector file.
+        is_on_source: Whether each feature with a geometry reaches into the source, [n].
+        numbers: Numbers of these features in the file, from 1, [n].
 
     Raises:
-        InputError: the file can't be read, or doesn't fit the source or the classes.
+        InputError: The file can't be read, or doesn't fit the source or the classes.
     """
 
     def __init__(
@@ -131,7 +132,7 @@ class VectorLabels:
             codes = np.full(len(frame), self._code_without_attribute(path, background), np.uint8)
         else:
             codes = _codes(path, frame, classes, attribute)
-        # Parts of a multipolygon are found one by one, so far islands are not burnt.
+        # Parts of multipolygons are looked up separately, so distant parts are not burnt.
         parts, owners = shapely.get_parts(_mended(frame.geometry.to_numpy()), return_index=True)
         bounds = tuple(frame.total_bounds)
         place = local_transform(source, path, bounds) if in_pixels else _to_coordinates(source)
@@ -149,9 +150,10 @@ class VectorLabels:
             self._warn_of_tiny(owners)
 
     def read(self, window: Window) -> LabelArray:
-        """Class indices of a window of the source, [height, width]; `IGNORE_INDEX` where there is no label.
+        """Read class indices of a window of the source, [height, width]; `IGNORE_INDEX` for pixels without label.
 
-        A pixel belongs to the polygon that holds its centre, or touches it, and of several to the last in the file.
+        A pixel belongs to the polygon that contains its centre (or touches it, if `all_touched`); if there are several,
+        to the last one in the file.
         """
         indices = np.full(window.shape, IGNORE_INDEX, np.uint8)
         shared = window.intersect(self._extent)
@@ -160,14 +162,14 @@ class VectorLabels:
         return indices
 
     def close(self) -> None:
-        """Nothing is open: the polygons are in memory."""
+        """Do nothing, as the polygons are in memory."""
 
     def _burn(self, window: Window) -> LabelArray:
         hits = self._hits(window)
         return self._burnt(window, hits, self._codes[hits], fill=self._fill)
 
     def _hits(self, window: Window) -> npt.NDArray[np.int64]:
-        """Indices of the polygons that may reach into a window, in the order of the file."""
+        """Return the indices of polygons that may reach into a window, in file order."""
         area = shapely.box(window.col, window.row, window.col_stop, window.row_stop)
         hits: npt.NDArray[np.int64] = np.sort(self._tree.query(area))
         return hits
@@ -189,11 +191,11 @@ class VectorLabels:
         return burnt
 
     def _warn_of_tiny(self, owners: npt.NDArray[np.int64]) -> None:
-        """Warn about polygons on the source that are burnt to no pixel."""
+        """Warn about polygons on the source that label no pixel."""
         near = np.flatnonzero(_reach_into(self._polygons, self._extent))
         labelled = np.zeros(len(self.numbers), bool)
-        labelled[owners[near[hold_pixel_centre(self._polygons[near])]]] = True
-        what = "hold no pixel's centre and label nothing (all_touched labels the pixels that polygons touch)"
+        labelled[owners[near[contain_pixel_centre(self._polygons[near])]]] = True
+        what = "contain no pixel centre and label nothing (all_touched labels all pixels that polygons touch)"
         _warn_of(what, self.is_on_source & ~labelled, self.numbers, self.path)
 
     def _code_without_attribute(self, path: str, background: int | None) -> int:
@@ -203,7 +205,7 @@ class VectorLabels:
             said = f"{self._num_classes} classes" if self._num_classes != 2 else "no background"
             raise InputError(
                 f"polygons without attribute are the one of two classes that is not background, got {said}; set "
-                f"attribute to the column of {path} that holds the class, or name the background"
+                f"attribute to the column of {path} with the class, or set the background"
             )
         return 1 - background
 
@@ -217,10 +219,10 @@ def _burn(shapes: Sequence[tuple[Any, int]], window: Window, fill: int, *, all_t
 
 
 def _blocks_around(window: Window) -> Iterator[Window]:
-    """Blocks of a fixed grid that cover a window.
+    """Yield blocks of a fixed grid that cover a window.
 
-    Which pixels an edge through a pixel's corner touches, GDAL decides by rounding errors that depend on where its
-    canvas begins: on a fixed grid they are the same for all windows.
+    Whether an edge through a pixel corner touches the pixel depends on GDAL's rounding errors and the origin of its
+    canvas; on a fixed grid the result is the same for all windows.
     """
     for row in range(window.row // _BLOCK_PX, -(-window.row_stop // _BLOCK_PX)):
         for col in range(window.col // _BLOCK_PX, -(-window.col_stop // _BLOCK_PX)):
@@ -228,31 +230,31 @@ def _blocks_around(window: Window) -> Iterator[Window]:
 
 
 def _to_coordinates(source: RasterSource | SlideSource) -> Affine:
-    """From a source's pixels to the coordinates of its polygons."""
+    """Return the transform from a source's pixels to the coordinates of its polygons."""
     if isinstance(source, SlideSource):
-        # As QuPath has them, in pixels of level 0.
+        # Pixels of level 0, as in QuPath.
         return Affine.scale(*source.downsample_xy)
     return source.transform
 
 
-def warn_of_polygons_beside(labels: Iterable[object]) -> None:
-    """Tell of polygons that lie on none of the sources which their file labels, once a file."""
+def warn_of_polygons_outside(labels: Iterable[object]) -> None:
+    """Warn about polygons outside of all the sources that their file labels, once per file."""
     of_files: dict[str, list[VectorLabels]] = {}
     for each in labels:
         if isinstance(each, VectorLabels):
             of_files.setdefault(each.path, []).append(each)
     for path, of_file in of_files.items():
         beside = ~np.any([each.is_on_source for each in of_file], axis=0)
-        _warn_of("lie beside what they label", beside, of_file[0].numbers, path)
+        _warn_of("lie outside of the images", beside, of_file[0].numbers, path)
 
 
 def _read_polygons(
     path: str, source: RasterSource | SlideSource, attribute: str | None, *, required: bool, in_pixels: bool
 ) -> Any:
-    """Polygons of the file in the source's CRS, or in pixels of a slide's level 0, with the attribute's column."""
+    """Read polygons and their attribute, in the source's CRS or in pixels of a slide's level 0."""
     frame = read_features(path, attribute)
     if not isinstance(source, SlideSource) and not in_pixels:
-        check_both_placed(source, path, frame.crs)
+        check_both_have_crs(source, path, frame.crs)
     other = sorted(set(frame.geom_type) - {"Polygon", "MultiPolygon"})
     if other:
         raise InputError(f"{path} holds {', '.join(other)}; labels must be polygons (buffer lines and points first)")
@@ -268,22 +270,22 @@ def _read_polygons(
     if in_pixels:
         check_on_pixels(source, path, tuple(frame.total_bounds))
         return frame
-    placed = place_geometries(frame.geometry, path, source)
+    placed = transform_geometries(frame.geometry, path, source)
     check_overlap(source, path, tuple(shapely.total_bounds(placed)), tuple(frame.total_bounds), frame.crs)
     return frame.set_geometry(placed, crs=source.crs.to_wkt())
 
 
 def _warn_of_flat(frame: Any, path: str) -> None:
-    """Tell of polygons that no pixel can lie in."""
+    """Warn about polygons without area and about self-intersecting ones."""
     shapes = frame.geometry.to_numpy()
     flat = shapely.area(shapely.make_valid(shapes)) == 0
     crossed = ~shapely.is_valid(shapes) & ~flat
     _warn_of("have no area and label nothing", flat, _numbers(frame), path)
-    _warn_of("have an outline that crosses itself; all that it encloses is labelled", crossed, _numbers(frame), path)
+    _warn_of("intersect themselves; everything they enclose is labelled", crossed, _numbers(frame), path)
 
 
 def _numbers(frame: Any) -> npt.NDArray[np.int64]:
-    """Numbers of features in their file, of which some may be left out of the frame."""
+    """Return the feature numbers in the file, of which some may be left out of the frame."""
     return np.asarray(frame.index.to_numpy() + 1, np.int64)
 
 
@@ -298,7 +300,7 @@ def _warn_of(what: str, polygons: npt.NDArray[np.bool_], numbers: npt.NDArray[np
 
 
 def _mended(polygons: npt.NDArray[np.object_]) -> npt.NDArray[np.object_]:
-    """Polygons, of whose outlines that cross themselves all is kept that they enclose."""
+    """Repair self-intersecting polygons to everything they enclose."""
     crossed = ~shapely.is_valid(polygons)
     mended = polygons.copy()
     mended[crossed] = shapely.make_valid(polygons[crossed], method="structure", keep_collapsed=False)
@@ -306,14 +308,14 @@ def _mended(polygons: npt.NDArray[np.object_]) -> npt.NDArray[np.object_]:
 
 
 def _reach_into(polygons: npt.NDArray[np.object_], extent: Window) -> npt.NDArray[np.bool_]:
-    """Which polygons in pixels reach into a window, by their bounds, [n]."""
+    """Return which polygons (in pixels) reach into a window, by their bounds, [n]."""
     left, top, right, bottom = shapely.bounds(polygons).reshape(-1, 4).T
     rows, columns = (top < extent.row_stop) & (bottom > extent.row), (left < extent.col_stop) & (right > extent.col)
     return np.asarray(rows & columns)
 
 
 def _codes(path: str, frame: Any, classes: LabelClasses, attribute: str) -> npt.NDArray[np.uint8]:
-    """One class index a feature."""
+    """Return the class index of each feature."""
     if frame.empty:
         return np.zeros(0, np.uint8)
     column = frame[attribute]
@@ -339,7 +341,7 @@ def _unknown_message(path: str, attribute: str, unknown: Sequence[Any], classes:
 
 
 def to_pixels(polygons: npt.NDArray[Any], transform: Affine) -> npt.NDArray[Any]:
-    """Polygons from CRS coordinates to pixels, rounded to 1/256 pixel."""
+    """Transform polygons from CRS coordinates to pixels, rounded to 1/256 pixel."""
     inverse = ~transform
 
     def place(xy: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:

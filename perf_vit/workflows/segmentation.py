@@ -24,7 +24,7 @@ from perf_vit.inference import (
     class_probabilities,
     ignore_progress,
 )
-from perf_vit.labels import is_labelled_folder, warn_of_polygons_beside
+from perf_vit.labels import is_labelled_folder, warn_of_polygons_outside
 from perf_vit.metrics import RegisteredMetrics
 from perf_vit.models import SegmentationSpec
 from perf_vit.sources import unit_of
@@ -177,7 +177,7 @@ def evaluate_segmentation(
     touched = {} if options.all_touched is None else {"all_touched": options.all_touched}
     labelled = open_pairs(image, labels, open_image, spec, {**spec.label_options, **touched})
     if not is_folder:
-        warn_of_polygons_beside([labelled[0][1]])
+        warn_of_polygons_outside([labelled[0][1]])
     part = None if options.region is None else _part(options.region, labelled[0][0])
     found = SegmentationEvaluation(
         spec.classes,

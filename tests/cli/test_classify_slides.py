@@ -163,7 +163,7 @@ def test_a_slide_that_cant_be_read_is_a_row_with_its_error_if_asked_for(run, sli
     [
         (["data.train.labels=none.csv"], "no such file: none.csv"),
         (["data.label_column=kind"], "has no column kind"),
-        (["data.classes=[large,tiny]"], "'small', which there isn't"),
+        (["data.classes=[large,tiny]"], "unknown class 'small'"),
         (["data.train.image=."], "check data.train.image"),
         (["data.tile_px=33"], "multiple of the patch size 16"),
         (["data.tissue=hand"], "otsu or null"),

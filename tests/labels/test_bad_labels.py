@@ -122,9 +122,9 @@ def read(labels: Path, images: Path, label_format: str, **options):
         ((50, 30, 75, 50, "car"), "clipped at the image's edge"),
         ((20, 20, 20, 30, "car"), "dropped: no area"),
         ((30, 30, 20, 20, "car"), "dropped: no area"),
-        ((NAN, 5, 10, 10, "car"), "dropped: coordinates that are no numbers"),
-        ((INF, 5, 10, 10, "car"), "dropped: coordinates that are no numbers"),
-        (GOOD[0], "dropped: there twice"),
+        ((NAN, 5, 10, 10, "car"), "dropped: coordinates that are not finite"),
+        ((INF, 5, 10, 10, "car"), "dropped: coordinates that are not finite"),
+        (GOOD[0], "dropped: duplicates"),
     ],
 )
 def test_a_bad_object_is_counted_with_what_is_wrong_and_an_example(tmp_path, images, label_format, box, what) -> None:
@@ -201,7 +201,7 @@ def test_classes_that_nothing_is_of_are_counted(tmp_path, images, label_format) 
     [
         ([[1, 1, 5, 5]], "1 dropped: no area"),
         ([[1, 1, 5, 5, 9, 9]], "1 dropped: no area"),
-        ([[1, 1, NAN, 5, 9, 9]], "1 dropped: coordinates that are no numbers"),
+        ([[1, 1, NAN, 5, 9, 9]], "1 dropped: coordinates that are not finite"),
     ],
 )
 def test_one_degenerate_outline_costs_its_object_not_the_masks(tmp_path, images, segmentation, what) -> None:
@@ -231,8 +231,8 @@ BOW_TIE = [[8, 8, 20, 18, 20, 8, 8, 18]]
     ("segmentation", "what", "kept"),
     [
         (run_lengths(40, 60, 0), "1 dropped: no area (first: car at 8 8 20 18", 3),
-        ([[8, 8, 20, 8, 20, 18], [9, 9, 12, 12]], "1 without parts of their outline that have fewer than 3 points", 4),
-        (BOW_TIE, "1 outlined by lines that cross, of which all that they enclose is kept (first: car", 4),
+        ([[8, 8, 20, 8, 20, 18], [9, 9, 12, 12]], "1 without outline parts of fewer than 3 points", 4),
+        (BOW_TIE, "1 with a self-intersecting outline, repaired to everything it encloses (first: car", 4),
     ],
 )
 def test_outlines_that_are_not_what_they_seem_are_counted(tmp_path, images, segmentation, what, kept) -> None:

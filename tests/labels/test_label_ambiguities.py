@@ -68,7 +68,7 @@ def test_outlines_of_more_points_give_the_smallest_box_and_upright_ones_are_coun
     folder = write_labels(tmp_path, "yolo", [hexagon])
     with (folder / "a.txt").open("a") as file:
         file.write("\n0 0.5 0.5 0.1 0.2\n")
-    with pytest.warns(DataWarning, match="1 upright boxes without outline, taken as they are"):
+    with pytest.warns(DataWarning, match="1 upright boxes without outline, kept as they are"):
         (record,) = read_object_labels(folder, images, label_format="yolo", classes=["ship"], oriented=True)
     np.testing.assert_allclose(record.oriented_boxes[0], [14.5, 5, 19, 6, 0], atol=1e-6)
     assert sorted(record.oriented_boxes[1, 2:4]) == pytest.approx([6, 8])

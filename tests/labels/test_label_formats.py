@@ -244,7 +244,7 @@ def test_instance_masks_keep_values_with_gaps(tmp_path, images) -> None:
 
 def test_a_mask_of_colours_is_an_error(tmp_path, images) -> None:
     write_image(tmp_path / "masks" / "a.png")
-    with pytest.raises(InputError, match="one band of whole numbers, a value an object, got 3 bands"):
+    with pytest.raises(InputError, match="one band of integers, one value per object, got 3 bands"):
         read_object_labels(tmp_path / "masks", images, label_format="instances")
 
 
@@ -260,7 +260,10 @@ def test_csv_rows_become_boxes_and_empty_sides_an_image_without_objects(tmp_path
     [
         ("", "must have the columns image, xmin, ymin, xmax, ymax and label, got none"),
         ("image,xmin,label\n", "got image, xmin, label"),
-        ("image,xmin,ymin,xmax,ymax,label\na.png,1,2,x,4,tree\n", "line 2 of .* numbers as sides, got 1, 2, x, 4"),
+        (
+            "image,xmin,ymin,xmax,ymax,label\na.png,1,2,x,4,tree\n",
+            "line 2 of .* numbers as box coordinates, got 1, 2, x, 4",
+        ),
         ("image,xmin,ymin,xmax,ymax,label\nno.png,1,2,3,4,tree\n", "line 2 of .* names the image no.png"),
         ("image,xmin,ymin,xmax,ymax,label\n", "expected labelled images, got none"),
     ],

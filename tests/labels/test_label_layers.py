@@ -66,7 +66,7 @@ def test_overlapping_polygons_are_all_true_in_any_window(source, polygons, row, 
 def test_polygons_of_one_class_need_no_attribute(source, polygons):
     labels = open_labels(polygons, source, classes=["any"], multilabel=True).read(source.extent)
     np.testing.assert_array_equal(labels[0], rasterio.features.rasterize(POLYGONS, (70, 90), dtype="uint8"))
-    with pytest.raises(InputError, match="polygons without attribute are of one class, got 4 classes"):
+    with pytest.raises(InputError, match="polygons without attribute have one class, got 4 classes"):
         open_labels(polygons, source, classes=CLASSES, multilabel=True)
 
 
@@ -92,10 +92,10 @@ def test_each_band_of_a_raster_is_a_class(source, make_scene, num_classes: int, 
 
 def test_bands_that_are_no_layers_are_one_line(source, make_scene):
     two = np.zeros((2, 70, 90), np.uint8)
-    with pytest.raises(InputError, match=r"expected one band a class in .*, 3, got 2 bands"):
+    with pytest.raises(InputError, match=r"expected one band per class in .*, 3, got 2"):
         open_labels(make_scene(pixels=two, nodata=None), source, classes=["a", "b", "c"], multilabel=True)
     with pytest.raises(InputError, match="must lie on the pixel grid"):
         open_labels(make_scene(pixels=two[:, 1:], nodata=None), source, classes=["a", "b"], multilabel=True)
     two[1, 40, 40] = 7
-    with pytest.raises(InputError, match="value 7, which is no class"):
+    with pytest.raises(InputError, match="value 7, which is neither a class"):
         open_labels(make_scene(pixels=two, nodata=None), source, classes=["a", "b"], multilabel=True)

@@ -14,7 +14,7 @@ from shapely import LineString, Polygon, affinity, box
 from slides import levels_of, write_pyramid
 
 from perf_vit.errors import DataWarning, InputError
-from perf_vit.labels import open_labels, warn_of_polygons_beside
+from perf_vit.labels import open_labels, warn_of_polygons_outside
 from perf_vit.sources import open_source
 from perf_vit.types import IGNORE_INDEX, Window
 
@@ -87,7 +87,7 @@ def test_pixels_under_no_polygon_are_what_background_says(source, write_vector) 
         labels = open_labels(path, source, background=background, **options).read(source.extent)
         assert (labels[5, 5], labels[25, 25], labels[60, 60]) == (0, 1, outside)
     _assert_refused(
-        "holds polygons: background must say .* one of tumor, stroma, ignore, got nothing",
+        "holds polygons: background must be set .* one of tumor, stroma, ignore, got nothing",
         path, source, background=None, **options,
     )  # fmt: skip
 
@@ -173,7 +173,9 @@ def source_latitude(source) -> float:
 def test_a_value_that_is_no_class_is_an_error(source, make_scene) -> None:
     values = np.zeros((70, 90))
     values[-1, -1] = 255
-    _assert_refused(r"holds value 255, which is no class \(values 0, 1\) nor nodata", _mask(make_scene, values), source)
+    _assert_refused(
+        r"has value 255, which is neither a class \(values 0, 1\) nor nodata", _mask(make_scene, values), source
+    )
 
 
 def _assert_refused(match: str, path, source, **options) -> None:
@@ -313,9 +315,9 @@ def test_polygons_beyond_the_projection_are_left_out(source, write_vector, tmp_p
     labels = open_labels(tmp_path / "world.gpkg", source)
     assert labels.read(source.extent).sum() == 100
     with pytest.warns(
-        DataWarning, match=r"1 of 2 polygons of .*world.gpkg lie beside what they label; the first is number 1"
+        DataWarning, match=r"1 of 2 polygons of .*world.gpkg lie outside of the images; the first is number 1"
     ):
-        warn_of_polygons_beside([labels])
+        warn_of_polygons_outside([labels])
 
 
 def test_polygons_on_none_of_the_rasters_are_counted_once(source, write_vector, make_scene) -> None:
@@ -323,10 +325,10 @@ def test_polygons_on_none_of_the_rasters_are_counted_once(source, write_vector, 
     other = open_source(make_scene(transform=source.transform @ Affine.translation(490, 0)))
     path = write_vector(shapes)
     one, second = open_labels(path, source, classes=CLASSES), open_labels(path, other, classes=CLASSES)
-    with pytest.warns(DataWarning, match="2 of 3 polygons of .* lie beside what they label; the first is number 2"):
-        warn_of_polygons_beside([one])
-    with pytest.warns(DataWarning, match="1 of 3 polygons of .* lie beside what they label; the first is number 3"):
-        warn_of_polygons_beside([one, second, object()])
+    with pytest.warns(DataWarning, match="2 of 3 polygons of .* lie outside of the images; the first is number 2"):
+        warn_of_polygons_outside([one])
+    with pytest.warns(DataWarning, match="1 of 3 polygons of .* lie outside of the images; the first is number 3"):
+        warn_of_polygons_outside([one, second, object()])
     # Nothing of a file may lie on a raster in the midst of what it labels: that is all background.
     middle = open_labels(write_vector(shapes[1:], "around.gpkg"), source, classes=CLASSES)
     assert (middle.read(source.extent) == 0).all()
@@ -335,7 +337,7 @@ def test_polygons_on_none_of_the_rasters_are_counted_once(source, write_vector, 
 def test_outlines_that_cross_themselves_are_labelled_and_counted(source, write_vector) -> None:
     turns = np.deg2rad(90 + 144 * np.arange(5))
     pentagram = Polygon(np.column_stack([35 + 30 * np.cos(turns), 35 - 30 * np.sin(turns)]))
-    with pytest.warns(DataWarning, match="1 of 2 polygons of .* crosses itself; .*; the first is number 2"):
+    with pytest.warns(DataWarning, match="1 of 2 polygons of .* intersect themselves; .*; the first is number 2"):
         labels = open_labels(write_vector([box(80, 1, 85, 6), pentagram]), source, classes=CLASSES).read(source.extent)
     assert labels[35, 35] == 1
     assert (labels[:, :75] == 1).sum() == pytest.approx(

@@ -65,10 +65,10 @@ def test_a_class_without_images_is_an_error_unless_it_may_be_missing(root) -> No
 
 
 def test_a_folder_that_is_no_class_and_a_loose_image_are_errors(root) -> None:
-    with pytest.raises(InputError, match=r"land is of the class 'land', which there isn't; did you mean lands\?"):
+    with pytest.raises(InputError, match=r"land has the unknown class 'land'; did you mean lands\?"):
         read_class_folders(root, ["lands", "sea"])
     save_image(root / "loose.png")
-    with pytest.raises(InputError, match=r"loose.png lies in no folder of a class"):
+    with pytest.raises(InputError, match=r"loose.png is not in a class folder"):
         read_class_folders(root)
 
 

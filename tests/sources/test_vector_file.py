@@ -185,7 +185,7 @@ def test_polygons_smaller_than_a_pixel_are_counted_or_touched(source, tmp_path, 
     parts = MultiPolygon([box(50.6, 50.6, 50.9, 50.9), box(60, 60, 62, 62)])
     path = write(source, tmp_path / "l.gpkg", [*tiny, parts])
     options = {"classes": ["any"] if multilabel else ["rest", "any"], "multilabel": multilabel}
-    with pytest.warns(DataWarning, match=r"2 of 4 polygons of .* hold no pixel's centre .*; the first is number 1"):
+    with pytest.warns(DataWarning, match=r"2 of 4 polygons of .* contain no pixel centre .*; the first is number 1"):
         labels = open_labels(path, source, **options)
     assert (labels.read(source.extent) == 1).sum() == 1 + 4
     touched = open_labels(path, source, all_touched=True, **options).read(source.extent)
@@ -203,7 +203,7 @@ def test_the_count_of_polygons_without_a_pixel_is_that_of_burning_them(source, t
     vanished = sum(not burnt([shape]).any() for shape in shapes)
     assert 50 < vanished < 350
     path = write(source, tmp_path / "l.parquet", shapes)
-    with pytest.warns(DataWarning, match=r"polygons of .* hold no pixel's centre") as caught:
+    with pytest.warns(DataWarning, match=r"polygons of .* contain no pixel centre") as caught:
         open_labels(path, source)
     counted = int(str(caught[0].message).split()[0])
     # Coordinates are rounded to 1/256 pixel.

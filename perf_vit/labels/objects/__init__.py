@@ -5,7 +5,7 @@ from perf_vit.labels.objects.masks import OutlineMasks, objects_in
 from perf_vit.labels.objects.read import read_object_labels
 from perf_vit.labels.objects.records import ImageRecord, ObjectIndex, RawImage, RawLabels, RawObject
 from perf_vit.labels.objects.registry import LABEL_FORMATS, LabelOptions, register_label_format
-from perf_vit.labels.objects.validate import finish_index
+from perf_vit.labels.objects.validate import validate_labels
 from perf_vit.labels.objects.vector import PolygonFile
 
 __all__ = [
@@ -21,9 +21,9 @@ __all__ = [
     "RawObject",
     "category_ids_by_name",
     "default_category_ids",
-    "finish_index",
     "ids_of_classes",
     "objects_in",
     "read_object_labels",
     "register_label_format",
+    "validate_labels",
 ]

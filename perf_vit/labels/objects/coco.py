@@ -1,4 +1,4 @@
-"""COCO labels: boxes, polygons and run lengths; ids of images and categories."""
+"""COCO files: objects of many images in one JSON file, and the ids of images and categories."""
 
 from __future__ import annotations
 
@@ -26,14 +26,14 @@ class CocoImages:
     """Ids of images and categories in a COCO file of labels.
 
     Args:
-        path: a JSON with `images` and, as a rule, `categories`.
+        path: JSON file with `images` and usually `categories`.
 
     Attributes:
-        path: as it was given.
-        ids: of all images.
+        path: Path as given.
+        ids: Ids of all images.
 
     Raises:
-        InputError: the file can't be read, or isn't one of COCO.
+        InputError: The file can't be read, or isn't a COCO file.
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -55,58 +55,60 @@ class CocoImages:
             raise InputError(f"{path} lists {number} images, some of one name or id; give each once, with its own id")
 
     def image_id(self, image: str, size: tuple[int, int] | None = None) -> int:
-        """The id of an image, by the longest file name that its path ends with, with or without the ending.
+        """Return the id of an image, by the longest file name that its path ends with, with or without suffix.
 
         Args:
-            image: path.
-            size: height and width, which are compared with those in the file.
+            image: Path of the image.
+            size: Height and width, to compare with those in the file.
 
         Raises:
-            InputError: no image of this name, or one of another size.
+            InputError: There is no image of this name, or it has another size.
         """
         name = self._listed_name(PurePath(image))
         if name is None:
             example = next(iter(self._images))
             raise InputError(
-                f"{self.path} doesn't list {image}, but such as {example}; give a file of the images that are searched"
+                f"{self.path} doesn't list {image}; it lists images such as {example}; give a COCO file of the input images"
             )
         number, listed = self._images[name]
         if size is not None and None not in listed and listed != size:
             raise InputError(
                 f"{self.path} describes {name} as {listed[0]} x {listed[1]} px, {image} has {size[0]} x {size[1]}; "
-                "search the image that was labelled, at its own size"
+                "use the labelled image at its original size"
             )
         return number
 
     def _listed_name(self, image: PurePath) -> PurePath | None:
-        """The longest name in the file that a path ends with."""
+        """Return the longest name in the file that a path ends with."""
         paths = (image, image.with_suffix(""))
         ends = (PurePath(*path.parts[first:]) for first in range(len(image.parts)) for path in paths)
         return next((end for end in ends if end in self._images), None)
 
     def check(self, images: Iterable[str]) -> None:
-        """Refuse images that the file doesn't list, or two for one.
+        """Check that the file lists all images, each under its own id.
 
         Raises:
-            InputError: names them.
+            InputError: An image isn't listed, or two images have the same id.
         """
         seen: dict[int, str] = {}
         for image in images:
             number = self.image_id(image)
             if number in seen:
-                raise InputError(f"{seen[number]} and {image} are one image of {self.path}, id {number}; give one")
+                raise InputError(
+                    f"{seen[number]} and {image} match the same image of {self.path}, id {number}; give one of them"
+                )
             seen[number] = image
 
     def category_ids(self, classes: Sequence[str]) -> list[int]:
-        """The file's ids of some classes; classes that it doesn't have get ids beyond."""
+        """Return the file's ids of classes; classes that it lacks get new ids above."""
         return ids_of_classes(self._categories, classes)
 
 
 def category_ids_by_name(content: Any) -> dict[str, int]:
-    """Ids by name in the content of a COCO file; of a name that is there twice, the id with more annotations.
+    """Return category ids by name from the content of a COCO file; for duplicate names, the id with more annotations.
 
     Raises:
-        ValueError: an id that is no whole number, which no result can have.
+        ValueError: An id is not an integer, which results require.
     """
     used = Counter(each["category_id"] for each in content.get("annotations", ()))
     categories = sorted(content.get("categories", ()), key=lambda each: used[each["id"]])
@@ -114,7 +116,7 @@ def category_ids_by_name(content: Any) -> dict[str, int]:
 
 
 def ids_of_classes(ids: Mapping[str, int], classes: Sequence[str]) -> list[int]:
-    """Ids of some classes; those without one get ids beyond."""
+    """Return the ids of classes; classes without id get new ids above the others."""
     beyond = max([0, *ids.values()])
     others = [name for name in classes if name not in ids]
     new = {name: beyond + rank for rank, name in enumerate(others, 1)}
@@ -123,25 +125,25 @@ def ids_of_classes(ids: Mapping[str, int], classes: Sequence[str]) -> list[int]:
 
 def _whole(number: Any) -> int:
     if not isinstance(number, int | float) or number != int(number):
-        raise ValueError(f"expected ids that are whole numbers, got {number!r}")
+        raise ValueError(f"expected integer ids, got {number!r}")
     return int(number)
 
 
 def default_category_ids(num_classes: int) -> list[int]:
-    """COCO ids of classes whose labels had none: from 1, in their order."""
+    """Return COCO ids of classes whose labels have none: 1, 2, ... in class order."""
     return list(range(1, num_classes + 1))
 
 
-# Of a ring of three points.
+# Coordinates of a ring of three points.
 _LEAST_NUMBERS = 6
 
 
 @register_label_format("coco", one_file=True)
 def read_coco(labels: Path, folder: ImageFolder, options: LabelOptions) -> RawLabels:
-    """Read a COCO file; `iscrowd` objects are ignored ones, and images without annotations have no objects.
+    """Read a COCO file; `iscrowd` objects are ignored, and images without annotations have no objects.
 
     Raises:
-        InputError: not a COCO file, or an annotation of an unknown image or category.
+        InputError: The file isn't a COCO file, or an annotation has an unknown image or category.
     """
     content = _load(labels)
     with parsing(labels, "a COCO file"):
@@ -162,10 +164,10 @@ def _load(labels: Path) -> Any:
 
 
 def _categories(content: Any, labels: Path) -> dict[Any, str]:
-    """Names by id; ids of one name are one class, as a supercategory may have its category's name.
+    """Return category names by id; ids with the same name are one class, as a supercategory may share its category's name.
 
     Raises:
-        InputError: an id that is there twice: nobody knows which is meant.
+        InputError: An id occurs twice, so it is ambiguous.
     """
     counts = Counter(item["id"] for item in content["categories"])
     twice = next((value for value, number in counts.items() if number > 1), None)
@@ -177,7 +179,7 @@ def _categories(content: Any, labels: Path) -> dict[Any, str]:
 def _numbered(content: Any) -> dict[str, int] | None:
     try:
         return category_ids_by_name(content)
-    # Text identifies categories in the file as well as numbers do.
+    # Ids may also be text.
     except ValueError:
         return None
 
@@ -202,7 +204,7 @@ def _images(content: Any, categories: dict[Any, str], labels: Path, folder: Imag
 
 
 def _check_unique(images: Any, labels: Path) -> None:
-    """Refuse two images of one id or one name: nobody knows whose the annotations are."""
+    """Check that the ids and names of images are unique, as annotations would be ambiguous otherwise."""
     for key in ("id", "file_name"):
         value, number = Counter(image[key] for image in images).most_common(1)[0] if images else (None, 0)
         if number > 1:
@@ -244,7 +246,7 @@ def _outline(segmentation: Any, labels: Path) -> Any:
         return None
     if not all(np.isfinite(ring).all() for ring in rings):
         return shapely.Point(np.inf, np.inf)
-    # Fewer than three points have no area: where there is nothing else, the object is dropped as such.
+    # Rings of fewer than three points have no area; an object without other rings is dropped later.
     polygons = [shapely.Polygon(ring) for ring in rings if ring.size >= _LEAST_NUMBERS] or [
         shapely.LineString(rings[0][[0, -1]])
     ]

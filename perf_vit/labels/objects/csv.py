@@ -1,4 +1,4 @@
-"""CSV tables of boxes: one object a row."""
+"""CSV tables of boxes, one object per row."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ _SIDES = ("xmin", "ymin", "xmax", "ymax")
 
 @register_label_format("csv", one_file=True)
 def read_table(labels: Path, folder: ImageFolder, options: LabelOptions) -> RawLabels:
-    """Read a CSV with the columns image, xmin, ymin, xmax, ymax and label, in pixels from the image's corner.
+    """Read a CSV file with the columns image, xmin, ymin, xmax, ymax and label, in pixels from the image corner.
 
-    The first column may be called image_path, filename or path too, the last one class or name. A row whose sides are
-    empty is an image without objects.
+    The first column may also be called image_path, filename or path, and the last one class or name. A row with empty
+    box coordinates is an image without objects.
 
     Raises:
-        InputError: a column is missing, a side is no number, or an image doesn't exist.
+        InputError: A column is missing, a coordinate is not a number, or an image doesn't exist.
     """
     try:
         with labels.open(encoding="utf-8-sig", newline="") as file:
@@ -70,5 +70,7 @@ def _add(
     try:
         box = [float(side) for side in sides]
     except ValueError:
-        raise InputError(f"line {line} of {labels} must have numbers as sides, got {', '.join(sides)}") from None
+        raise InputError(
+            f"line {line} of {labels} must have numbers as box coordinates, got {', '.join(sides)}"
+        ) from None
     image.objects.append(RawObject(name=row[columns[1]] or "", box=box))

@@ -1,4 +1,4 @@
-"""DOTA's labelTxt: four corners of each object, one file an image."""
+"""DOTA labelTxt files: four corners per object, one file per image."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ __all__ = ["read_dota"]
 
 @register_label_format("dota")
 def read_dota(labels: Path, folder: ImageFolder, options: LabelOptions) -> RawLabels:
-    """Read a folder of labelTxt files: `x1 y1 x2 y2 x3 y3 x4 y4 class difficult` a line.
+    """Read a folder of labelTxt files with lines `x1 y1 x2 y2 x3 y3 x4 y4 class difficult`.
 
-    Lines such as `imagesource:GoogleEarth` and `gsd:0.146` are passed over, objects whose last number isn't 0 are
-    ignored ones, and a file without objects is an image without objects.
+    Lines such as `imagesource:GoogleEarth` and `gsd:0.146` are skipped. Objects are ignored if the last number isn't 0.
+    An empty file is an image without objects.
 
     Raises:
-        InputError: a line that is none of these, or a file without an image.
+        InputError: A line has another format, or a file has no image.
     """
     return RawLabels([_image(image, file) for image, file in label_files(labels, folder, ".txt")])
 
@@ -39,7 +39,7 @@ def _image(path: Path, file: Path) -> RawImage:
 def _object(fields: list[str], where: str) -> RawObject:
     if len(fields) not in (9, 10):
         raise InputError(
-            f"{where} must hold 8 coordinates, a class and whether it is difficult, got {len(fields)} words; "
+            f"{where} must have 8 coordinates, a class and a difficult flag, got {len(fields)} fields; "
             "is this a labelTxt file?"
         )
     try:

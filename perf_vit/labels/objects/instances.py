@@ -1,4 +1,4 @@
-"""Instance masks: a raster an image, in which each object is a value of its own and 0 is background."""
+"""Instance masks: one raster per image with a distinct value per object and 0 for background."""
 
 from __future__ import annotations
 
@@ -19,16 +19,16 @@ __all__ = ["read_instances"]
 
 @register_label_format("instances")
 def read_instances(labels: Path, folder: ImageFolder, options: LabelOptions) -> RawLabels:
-    """Read a folder of instance masks, each with its image's name but for the ending.
+    """Read a folder of instance masks, each with the name of its image except for the suffix.
 
     Args:
-        labels: the folder, or one mask.
-        folder: the images.
-        options: of which the class is that of every object.
+        labels: Folder, or a mask.
+        folder: Images.
+        options: Options with the class of all objects.
 
     Raises:
-        ConfigError: several classes.
-        InputError: a mask without image, with several bands, or with values that are no whole numbers.
+        ConfigError: There are several classes.
+        InputError: A mask has no image, several bands, or values that are not integers.
     """
     options.require_one_class("labels of the format instances")
     name = options.first_class
@@ -42,11 +42,11 @@ def _image(path: Path, mask: Path, name: str) -> RawImage:
     with open_raster(mask) as raster:
         if raster.num_bands != 1 or raster.dtype.kind not in "ui":
             raise InputError(
-                f"{mask} must have one band of whole numbers, a value an object, got {raster.num_bands} bands of "
+                f"{mask} must have one band of integers, one value per object, got {raster.num_bands} bands of "
                 f"{raster.dtype}"
             )
         image = raster.read(raster.extent)
-        # Nodata of a mask is no object.
+        # Nodata pixels are background.
         pixels = np.where(image.valid, image.pixels[0], 0).astype(np.int64)
     values, ranks = np.unique(pixels, return_inverse=True)
     places = ndimage.find_objects(np.where(pixels > 0, ranks.reshape(pixels.shape) + 1, 0))

@@ -1,4 +1,4 @@
-"""Masks of objects, burnt window by window from outlines, run lengths or instance rasters."""
+"""Masks of objects from outlines, run lengths or instance rasters, read by window."""
 
 from __future__ import annotations
 
@@ -22,18 +22,18 @@ from perf_vit.types import BoolArray, MaskCrops, ObjectLabels, Window
 
 __all__ = ["InstanceMasks", "OutlineMasks", "Rle", "objects_in"]
 
-# A mask is unpacked to a byte a pixel; a few numbers of a file may claim any size.
+# Masks are unpacked to one byte per pixel, and a short RLE can declare any size.
 _LARGEST_MASK = 2**30
 
 
 @dataclass(frozen=True, slots=True)
 class Rle:
-    """A mask of a whole image as run lengths, column by column, the first run outside the object (COCO's way).
+    """Run-length encoded mask of a whole image in COCO's column order; the first run is outside of the object.
 
     Attributes:
-        counts: lengths of the runs; their sum is height * width.
-        height: rows.
-        width: columns.
+        counts: Run lengths, which sum to height * width.
+        height: Number of rows.
+        width: Number of columns.
     """
 
     counts: npt.NDArray[np.int64]
@@ -42,15 +42,15 @@ class Rle:
 
     @classmethod
     def make(cls, value: dict[str, Any], path: str) -> Rle:
-        """From an annotation's `segmentation`, with its counts as numbers or packed into a string.
+        """Parse an annotation's `segmentation`, with counts as numbers or as COCO's compressed string.
 
         Raises:
-            InputError: the runs don't cover the mask exactly, or it has more than 2^30 pixels.
+            InputError: The runs don't cover the mask exactly, or it has more than 2^30 pixels.
         """
         height, width = (int(side) for side in value["size"])
         if height * width > _LARGEST_MASK:
             raise InputError(
-                f"{path} holds a mask of {height} x {width} pixels; expected at most {_LARGEST_MASK}: cut the image"
+                f"{path} holds a mask of {height} x {width} pixels; expected at most {_LARGEST_MASK}, so cut the image into parts"
             )
         counts = value["counts"]
         runs = np.asarray(_unpacked(counts) if isinstance(counts, str) else counts, np.int64)
@@ -61,10 +61,7 @@ class Rle:
         return cls(runs, height, width)
 
     def crop(self) -> tuple[BoolArray, int, int]:
-        """The mask inside the smallest rectangle around the object, and its first row and column.
-
-        Of an empty mask, [0, 0].
-        """
+        """Return the mask within the bounding rectangle of the object, and its first row and column; [0, 0] if empty."""
         edges = np.concatenate([[0], np.cumsum(self.counts)])
         runs = np.flatnonzero(self.counts[1::2]) * 2 + 1
         if not len(runs):
@@ -78,17 +75,18 @@ class Rle:
 
     @property
     def bounds(self) -> tuple[float, float, float, float]:
-        """Left, top, right, bottom; all 0 where the mask is empty."""
+        """Return left, top, right, bottom; all 0 if the mask is empty."""
         mask, row, col = self.crop()
         height, width = mask.shape
         return float(col), float(row), float(col + width), float(row + height)
 
 
 def _unpacked(text: str) -> list[int]:
-    """Run lengths from COCO's compressed string.
+    """Decode run lengths from COCO's compressed string.
 
-    Each number is written in groups of five bits, the lowest first, in characters from "0" on; bit 5 says that more
-    follow, and the last group's bit 4 is the sign. From the fourth number on they are differences to the last but one.
+    Each number is written in groups of five bits, lowest first, as characters from "0"; bit 5 marks that more groups
+    follow, and bit 4 of the last group is the sign. From the fourth number on, they are differences to the number two
+    before.
     """
     counts: list[int] = []
     value = shift = 0
@@ -106,19 +104,19 @@ def _unpacked(text: str) -> list[int]:
 
 
 class OutlineMasks:
-    """Masks from polygons and run lengths; a pixel belongs to a polygon that holds its centre.
+    """Masks from polygons and run lengths; a pixel belongs to a polygon that contains its centre.
 
-    A polygon too small or thin to hold any covers the pixels that it touches, so that no object is without mask.
+    A polygon too small or thin to contain any centre covers the pixels that it touches, so that each object has a mask.
 
     Args:
-        outlines: shapely geometries in pixels of the image, or `Rle`.
+        outlines: Shapely geometries in pixels of the image, or `Rle`.
     """
 
     def __init__(self, outlines: Sequence[Any]) -> None:
         self.outlines = list(outlines)
 
     def read(self, indices: npt.NDArray[np.int64], window: Window) -> BoolArray:
-        """Masks of some objects inside a window of the image, [len(indices), height, width]."""
+        """Read masks of objects within a window of the image, [len(indices), height, width]."""
         masks = np.zeros((len(indices), *window.shape), bool)
         for mask, index in zip(masks, indices.tolist(), strict=True):
             found = _burnt(self.outlines[index], window)
@@ -127,7 +125,7 @@ class OutlineMasks:
         return masks
 
     def read_crops(self, indices: npt.NDArray[np.int64], window: Window) -> MaskCrops:
-        """The same masks, each inside its own rectangle only."""
+        """Read masks of objects within a window of the image, each cropped to its rectangle."""
         corners, crops = np.zeros((len(indices), 2), np.int64), []
         for corner, index in zip(corners, indices.tolist(), strict=True):
             found = _burnt(self.outlines[index], window)
@@ -138,9 +136,9 @@ class OutlineMasks:
 
 
 def _burnt(outline: Any, window: Window) -> tuple[Window, BoolArray] | None:
-    """A mask in the part of its rectangle inside the window, and that part; None where there is none.
+    """Burn a mask in the part of its rectangle within the window; return this part and the mask, or None if there is none.
 
-    Objects are far smaller than windows.
+    Objects are usually far smaller than windows.
     """
     if isinstance(outline, Rle):
         mask, row, col = outline.crop()
@@ -161,11 +159,11 @@ def _burnt(outline: Any, window: Window) -> tuple[Window, BoolArray] | None:
 
 
 class InstanceMasks:
-    """Masks from a raster in which each object is a value of its own.
+    """Masks from a raster with a distinct value per object.
 
     Args:
-        path: of the raster.
-        values: one an object.
+        path: Path of the raster.
+        values: Value of each object.
     """
 
     def __init__(self, path: str, values: npt.NDArray[np.int64]) -> None:
@@ -173,21 +171,21 @@ class InstanceMasks:
         self.values = values
 
     def read(self, indices: npt.NDArray[np.int64], window: Window) -> BoolArray:
-        """Masks of some objects inside a window of the image, [len(indices), height, width]."""
+        """Read masks of objects within a window of the image, [len(indices), height, width]."""
         with open_raster(self.path) as raster:
             pixels = raster.read(window).pixels[0]
         masks: BoolArray = pixels == self.values[indices][:, None, None]
         return masks
 
     def read_crops(self, indices: npt.NDArray[np.int64], window: Window) -> MaskCrops:
-        """The same masks, each inside its own rectangle only."""
+        """Read masks of objects within a window of the image, each cropped to its rectangle."""
         if not len(indices):
             return MaskCrops([], np.zeros((0, 2), np.int64), window.shape)
         with open_raster(self.path) as raster:
             pixels = raster.read(window).pixels[0]
         values = self.values[indices]
         order = np.argsort(values)
-        # From 1 on, 0 where the pixel is of none of these objects; row by row, as ranks are 8 bytes each.
+        # Object numbers from 1, 0 for none of these objects; row by row, as ranks take 8 bytes each.
         numbers = np.zeros(pixels.shape, np.int32)
         for row, line in zip(numbers, pixels, strict=True):
             ranks = np.searchsorted(values[order], line)
@@ -209,19 +207,18 @@ def objects_in(
     owned: Window | None = None,
     crop_masks: bool = False,
 ) -> ObjectLabels:
-    """The objects that lie in a window, whole or in part.
+    """Return the objects that lie in a window, fully or partly.
 
-    Boxes are clipped to the window; where there are masks, a box that was cut is drawn tight around what is left of
-    its mask. Oriented boxes stay whole, since a part of one is no oriented box: their ends may lie outside.
+    Boxes are clipped to the window; clipped boxes of objects with masks fit the remaining mask tightly. Oriented boxes
+    aren't clipped, as the result wouldn't be an oriented box.
 
     Args:
-        record: an image and its objects.
-        window: in the image's pixels.
-        min_visible: of an object of which a smaller share lies inside, the label says `ignored`. The share is of the
-            oriented box's area where there is one, and of the upright box's otherwise.
-        owned: part of the image's pixels that decides instead of `min_visible`: objects whose centre lies elsewhere are
-            ignored.
-        crop_masks: give masks as `mask_crops`, for large windows.
+        record: Image record.
+        window: Window in image pixels.
+        min_visible: Objects with a smaller visible fraction are marked as ignored; it is the fraction of the oriented
+            box's area if there is one, else of the upright box's.
+        owned: Part of the image that replaces `min_visible`: objects with their centre outside of it are ignored.
+        crop_masks: Whether to return masks as `mask_crops`, for large windows.
     """
     corner = np.array([window.col, window.row] * 2, np.float64)
     limits = np.array([window.width, window.height] * 2, np.float64)
@@ -247,7 +244,7 @@ def _visible_shares(record: ImageRecord, inside: npt.NDArray[np.float64], window
     shares = np.asarray(box_areas(inside) / box_areas(record.boxes_xyxy), np.float64)
     if record.oriented_boxes is None:
         return shares
-    # Only boxes that the window cuts need the slow way.
+    # Only boxes cut by the window need the slow computation.
     cut = np.flatnonzero((shares > 0) & (shares < 1))
     polygons = shapely.polygons(oriented_box_corners(record.oriented_boxes[cut]))
     area = shapely.box(window.col, window.row, window.col_stop, window.row_stop)
@@ -264,7 +261,7 @@ def _moved(record: ImageRecord, found: npt.NDArray[np.int64], window: Window) ->
 def _with_masks(
     objects: ObjectLabels, record: ImageRecord, found: npt.NDArray[np.int64], window: Window, crop_masks: bool
 ) -> ObjectLabels:
-    """Add masks; an object without a pixel in the window is not in it."""
+    """Add masks; remove objects without a pixel in the window."""
     assert record.masks is not None
     if crop_masks:
         return _with_crops(objects, record.masks.read_crops(found, window), record.boxes_xyxy[found], window)
@@ -290,7 +287,7 @@ def _with_crops(
 
 
 def _cut(boxes_xyxy: npt.NDArray[np.float64], window: Window) -> BoolArray:
-    """Which boxes reach past the window, [n]."""
+    """Return which boxes exceed the window, [n]."""
     low, high = [window.col, window.row], [window.col_stop, window.row_stop]
     return np.asarray((boxes_xyxy[:, :2] < low).any(1) | (boxes_xyxy[:, 2:] > high).any(1))
 

@@ -1,4 +1,4 @@
-"""One way to read the labels of objects, whatever their format."""
+"""Reader of object labels of any registered format."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from pathlib import Path
 from perf_vit.errors import DataWarning, InputError
 from perf_vit.labels.image_folder import ImageFolder
 
-# Importing a module of a format registers it.
+# Importing the module of a format registers it.
 from perf_vit.labels.objects import coco, csv, dota, instances, vector, voc, yolo  # noqa: F401
 from perf_vit.labels.objects.coco import ids_of_classes
 from perf_vit.labels.objects.records import ObjectIndex, RawLabels
 from perf_vit.labels.objects.registry import LABEL_FORMATS, LabelOptions
-from perf_vit.labels.objects.validate import finish_index
+from perf_vit.labels.objects.validate import validate_labels
 from perf_vit.sources import open_source, split_layer
 from perf_vit.types import InputPath, OpenInput
 
@@ -38,36 +38,36 @@ def read_object_labels(
     """Read the labels of a set of images and check them against the images.
 
     Args:
-        labels: a file for coco and csv; a folder for voc, yolo, dota and instances, with one file an image; either for
-            polygons.
-        images: a folder, searched with its subfolders, one image, a glob, or several of these.
-        label_format: coco, voc, yolo, dota, instances, polygons (GeoJSON, GeoPackage, shapefile), csv or a registered
-            one.
-        classes: class names, in the order of their indices; by default those of the label files.
-        skip_classes: names of objects to leave out, as if they were background.
-        attribute: of polygons, the column that holds class names; without it all objects are of the one class.
-        names: the images to use, with or without ending; all labelled ones by default.
-        open_input: opens an image by its path, with the options of a model or a config. Labels of slides are in pixels
-            of level 0, whatever size they are read at.
-        oriented: objects are oriented boxes: an outline, as YOLO's four corners are, gives the smallest around it.
+        labels: File (coco, csv), folder with one file per image (voc, yolo, dota, instances), or either (polygons).
+        images: Folder (searched recursively), image file, glob, or several of these.
+        label_format: Format: coco, voc, yolo, dota, instances, polygons (GeoJSON, GeoPackage, shapefile), csv or a
+            registered one.
+        classes: Class names in the order of their indices; None for those of the label files.
+        skip_classes: Names of objects to leave out, as if they were background.
+        attribute: Column with class names of polygons; None if all objects have the same class.
+        names: Names of the images to use, with or without suffix; None for all labelled images.
+        open_input: Function that opens an image by path. Labels of slides are in pixels of level 0, whatever the
+            resolution they are read at.
+        oriented: Whether objects are oriented boxes; outlines, such as YOLO's four corners, become the smallest
+            oriented boxes around them.
 
     Raises:
-        ConfigError: no such format, or several classes and no attribute for polygons.
-        InputError: files that can't be read or don't fit each other; see `finish_index` for bad objects.
+        ConfigError: The format is unknown, or polygons have several classes but no attribute.
+        InputError: Files can't be read or are inconsistent; see `validate_labels` for invalid objects.
     """
     reader = LABEL_FORMATS[label_format]
     place = Path(labels)
     if not Path(split_layer(str(place))[0]).exists():
         raise InputError(f"no labels at {place}; check the path")
     if reader.one_file and place.is_dir():
-        raise InputError(f"labels of the format {label_format} are one file, got the folder {place}")
+        raise InputError(f"labels of the format {label_format} are a single file, got the folder {place}")
     folder = ImageFolder(images, names)
     raw = reader.read(place, folder, LabelOptions(classes=classes, attribute=attribute))
     if reader.one_file:
         folder.check_named(Path(image.path) for image in raw.images)
     _check_unique(raw)
     _warn_of_unlabelled(raw, folder, place)
-    index = finish_index(
+    index = validate_labels(
         raw.images,
         classes=classes or _own_classes(raw, skip_classes),
         skip_classes=skip_classes,
@@ -82,7 +82,7 @@ def read_object_labels(
 
 
 def _check_unique(raw: RawLabels) -> None:
-    """Refuse an image that is labelled twice: nobody knows whose objects count."""
+    """Check that no image is labelled twice, which would be ambiguous."""
     path, number = Counter(image.path for image in raw.images).most_common(1)[0] if raw.images else ("", 0)
     if number > 1:
         files = [image.labels for image in raw.images if image.path == path]

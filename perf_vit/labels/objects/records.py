@@ -1,4 +1,4 @@
-"""What every label format is read into: one record an image, with its objects in pixels."""
+"""Image records, which all label formats are read into."""
 
 from __future__ import annotations
 
@@ -16,29 +16,29 @@ __all__ = ["ImageRecord", "MaskReader", "ObjectIndex", "RawImage", "RawLabels", 
 
 
 class MaskReader(Protocol):
-    """The outlines of an image's objects, burnt when a window asks for them; may be pickled."""
+    """Masks of an image's objects, read by window; can be pickled."""
 
     def read(self, indices: npt.NDArray[np.int64], window: Window) -> BoolArray:
-        """Masks of some objects inside a window of the image, [len(indices), height, width]."""
+        """Read masks of objects within a window of the image, [len(indices), height, width]."""
 
     def read_crops(self, indices: npt.NDArray[np.int64], window: Window) -> MaskCrops:
-        """The same masks, each inside its own rectangle only."""
+        """Read masks of objects within a window of the image, each cropped to its rectangle."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ImageRecord:
-    """An image and its objects, checked: every box lies inside the image and has an area.
+    """Image and its validated objects: every box lies inside the image and has an area.
 
     Attributes:
-        path: what `perf_vit.open_source` opens.
-        height: rows.
-        width: columns.
-        labels: class indices, [n].
-        boxes_xyxy: left, top, right, bottom in pixels, [n, 4]; pixel (0, 0) covers 0 to 1.
-        ignored: objects that count neither as found nor as missed, [n].
-        oriented_boxes: centre x, centre y, width, height, angle, [n, 5], where the labels have them. They may reach
-            past the image.
-        masks: burns the objects' outlines, where the labels have them.
+        path: Path or URL for `perf_vit.open_source`.
+        height: Number of rows.
+        width: Number of columns.
+        labels: Class indices, [n].
+        boxes_xyxy: Boxes (left, top, right, bottom) in pixels, [n, 4]; pixel (0, 0) covers 0 to 1.
+        ignored: Whether objects are ignored in training and metrics, [n].
+        oriented_boxes: Oriented boxes (centre x, centre y, width, height, angle), [n, 5], if the labels have them. They
+            may exceed the image.
+        masks: Reader of the objects' masks, if the labels have them.
     """
 
     path: str
@@ -61,13 +61,13 @@ class ImageRecord:
 
 @dataclass(frozen=True, slots=True)
 class ObjectIndex:
-    """The records of a set of images.
+    """Records of a set of images.
 
     Attributes:
-        records: one an image, in the order of their names or of the label file.
-        classes: names, in the order of the class indices.
-        counts: how many objects were kept, ignored, clipped and dropped, by what happened to them.
-        category_ids: COCO's id of each class, where the labels have ids.
+        records: Image records, in the order of image names or of the label file.
+        classes: Class names, in the order of the class indices.
+        counts: Number of objects kept, ignored, clipped, dropped etc.
+        category_ids: COCO id of each class, if the labels have ids.
     """
 
     records: tuple[ImageRecord, ...]
@@ -82,7 +82,7 @@ class ObjectIndex:
         return iter(self.records)
 
     def class_counts(self) -> dict[str, int]:
-        """Objects of each class that are not ignored."""
+        """Return the number of objects of each class, without ignored ones."""
         kept = [record.labels[~record.ignored] for record in self.records]
         sums = np.bincount(np.concatenate([*kept, np.zeros(0, np.int64)]), minlength=len(self.classes))
         return dict(zip(self.classes, sums.tolist(), strict=True))
@@ -90,15 +90,15 @@ class ObjectIndex:
 
 @dataclass(slots=True, kw_only=True)
 class RawObject:
-    """An object as a label file says it, unchecked.
+    """Unvalidated object of a label file.
 
     Attributes:
-        name: of its class.
-        box: left, top, right, bottom in pixels; None where the outline gives it.
-        ignored: crowd, difficult and the like.
-        corners: of an oriented object, [n, 2] x and y.
-        outline: a shapely geometry in pixels, or an `Rle`.
-        lost_parts: parts of its outline that had fewer than three points.
+        name: Class name.
+        box: Left, top, right, bottom in pixels; None if given by the outline.
+        ignored: Whether it is marked as crowd, difficult or similar.
+        corners: Corners (x, y) of an oriented object, [n, 2].
+        outline: Shapely geometry in pixels, or `Rle`.
+        lost_parts: Number of parts of the outline with fewer than three points.
     """
 
     name: str
@@ -111,14 +111,14 @@ class RawObject:
 
 @dataclass(slots=True, kw_only=True)
 class RawImage:
-    """An image as a label file says it, unchecked.
+    """Unvalidated image of a label file.
 
     Attributes:
-        path: of the image.
-        labels: the label file's name, for errors.
-        objects: in the file's order.
-        size: (height, width) that the labels were made for, where the file says so.
-        masks: burns the outlines, where they are not part of the objects.
+        path: Path of the image.
+        labels: Name of the label file, for errors.
+        objects: Objects, in file order.
+        size: Image size (height, width) according to the label file, if given.
+        masks: Reader of masks, if they aren't part of the objects.
     """
 
     path: str
@@ -130,12 +130,12 @@ class RawImage:
 
 @dataclass(frozen=True, slots=True)
 class RawLabels:
-    """What a format's reader gives.
+    """Labels as read from a format, unvalidated.
 
     Attributes:
-        images: those with labels.
-        classes: names in the label files' own order, empty where they have none.
-        category_ids: COCO's ids of categories by name; None where the labels have none that are numbers.
+        images: Labelled images.
+        classes: Class names in the order of the label files; empty if they have none.
+        category_ids: COCO category ids by name; None if the labels have no numeric ids.
     """
 
     images: list[RawImage]

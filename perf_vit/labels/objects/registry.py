@@ -1,4 +1,4 @@
-"""Registry of formats of object labels: a config's `data.format` is a name in it."""
+"""Registry of object label formats, as named by `data.format` of configs."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What happens to objects on the way from label files to records, counted, with an example of each."""
+"""Validation of raw labels: repairs and dropped objects are counted and reported."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ from perf_vit.sources import open_source
 from perf_vit.sources.slides import SlideSource
 from perf_vit.types import OpenInput, Source
 
-__all__ = ["Tally", "finish_index", "oriented_box_around"]
+__all__ = ["Tally", "oriented_box_around", "validate_labels"]
 
 
 class Tally:
-    """Counts by what happened, with the first example; one warning tells them all.
+    """Counts of events with a first example each, reported in one warning.
 
     Attributes:
-        counts: by what happened.
+        counts: Number of occurrences by event.
     """
 
     def __init__(self) -> None:
@@ -36,17 +36,17 @@ class Tally:
         self._examples: dict[str, str] = {}
 
     def add(self, what: str, image: RawImage, happened: npt.NDArray[np.bool_]) -> None:
-        """Count the objects of an image to which it happened, [n]."""
+        """Count the objects of an image that an event happened to, [n]."""
         if happened.any():
             self.note(what, int(happened.sum()), _named(image.objects[int(np.argmax(happened))], image))
 
     def note(self, what: str, number: int, example: str) -> None:
-        """Count something, of which the first example is kept."""
+        """Count an event and keep its first example."""
         self.counts[what] += number
         self._examples.setdefault(what, example)
 
     def warn(self, images: Sequence[RawImage], *, stacklevel: int) -> None:
-        """Tell what was noted, in one warning; nothing where there is nothing."""
+        """Report all noted events in one warning, if there are any."""
         notable = [f"{self.counts[what]} {what} (first: {example})" for what, example in self._examples.items()]
         if notable:
             warnings.warn(
@@ -63,14 +63,14 @@ def _named(item: RawObject, image: RawImage) -> str:
     return f"{item.name or 'no name'}{where} in {image.labels}"
 
 
-# Label tools round to whole pixels: up to this far past the edge is no clipping worth a count.
+# Label tools round to whole pixels, so smaller overhangs aren't counted as clipped.
 _ROUNDING_PX = 1.0
 
-# Corners on a line leave this much of rounding errors, in square pixels.
+# Rounding error of the area of collinear corners, in square pixels.
 _FLAT_PX2 = 1e-6
 
 
-def finish_index(
+def validate_labels(
     images: Sequence[RawImage],
     *,
     classes: Sequence[str],
@@ -78,21 +78,22 @@ def finish_index(
     open_input: OpenInput = open_source,
     oriented: bool = False,
 ) -> ObjectIndex:
-    """Check raw labels against their images and put them in arrays.
+    """Validate raw labels against their images and convert them to arrays.
 
-    Boxes that reach past the image are clipped. Dropped are objects that lie wholly outside, have no area, have
-    coordinates that are no numbers or are there twice. One warning at the end counts all that, with an example of each.
+    Boxes that exceed the image are clipped. Objects are dropped if they lie outside of it, have no area, have
+    coordinates that are not finite, or are duplicates. A single warning reports the counts with an example each.
 
     Args:
-        images: as a format's reader gives them.
-        classes: names; an object's label is its name's index.
-        skip_classes: names of objects to leave out, as if they were background.
-        open_input: opens an image by its path. Raw labels are in pixels of a slide's level 0, records in those of the
-            size that it is read at.
-        oriented: make outlines to the smallest oriented boxes around them.
+        images: Images as read from a label format.
+        classes: Class names; an object's label is the index of its name.
+        skip_classes: Names of objects to leave out, as if they were background.
+        open_input: Function that opens an image by path. Raw labels are in pixels of a slide's level 0, records in
+            pixels of the resolution it is read at.
+        oriented: Whether to convert outlines to the smallest oriented boxes around them.
 
     Raises:
-        InputError: no image, an unknown class name, an image that can't be opened or has another size than its labels.
+        InputError: There is no image, a class name is unknown, or an image can't be opened or has another size than its
+            labels.
     """
     if not images:
         raise InputError("expected labelled images, got none; check the paths and the list of names")
@@ -113,14 +114,14 @@ def finish_index(
 
 
 def oriented_box_around(points: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
-    """The smallest oriented box around points.
+    """Compute the smallest oriented box around points.
 
     Args:
-        points: x and y, [n, 2], n >= 3.
+        points: Points (x, y), [n, 2], n >= 3.
 
     Returns:
-        Centre x, centre y, width >= height, and angle in [-pi/2, pi/2) from x towards y, [5]; the height is 0 where
-        all points lie on a line.
+        Centre x, centre y, width >= height, and angle in [-pi/2, pi/2) from x towards y, [5]; the height is 0 if all
+        points are collinear.
     """
     rectangle = shapely.minimum_rotated_rectangle(shapely.MultiPoint(points))
     corners = shapely.get_coordinates(rectangle)
@@ -149,27 +150,27 @@ def _check_names(images: Sequence[RawImage], indices: dict[str, int], skip_class
 
 
 def _orient(images: Sequence[RawImage], tally: Tally) -> None:
-    """Make outlines to corners of oriented boxes; boxes among them stay upright and are counted."""
+    """Convert outlines to corners of oriented boxes; upright boxes are kept and counted."""
     if not any(isinstance(item.outline, shapely.Geometry) for image in images for item in image.objects):
         return
     for image in images:
         upright = [item.corners is None and not isinstance(item.outline, shapely.Geometry) for item in image.objects]
-        tally.add("upright boxes without outline, taken as they are", image, np.array(upright, bool))
+        tally.add("upright boxes without outline, kept as they are", image, np.array(upright, bool))
         image.objects = [_with_corners(item) for item in image.objects]
 
 
 def _with_corners(item: RawObject) -> RawObject:
     points = shapely.get_coordinates(item.outline) if isinstance(item.outline, shapely.Geometry) else np.zeros((0, 2))
-    # Outlines without area are dropped as such.
+    # Outlines without area are dropped later.
     if len(points) < 3:
         return item
     return replace(item, corners=points, box=None, outline=None)
 
 
 def _kinds(images: Sequence[RawImage], tally: Tally) -> tuple[bool, bool]:
-    """Whether the records have oriented boxes, and whether they have masks: all of them or none."""
+    """Return whether the records have oriented boxes and whether they have masks (all of them or none)."""
     if not any(image.objects for image in images):
-        # No objects are no objects of any kind: whatever a head asks for is there.
+        # Without objects, any kind of geometry that a head requires is present.
         return True, True
     oriented = any(item.corners is not None for image in images for item in image.objects)
     bare = [image for image in images if image.masks is None]
@@ -210,7 +211,7 @@ def _record(
 
 
 def _measured(image: RawImage, open_input: OpenInput) -> tuple[int, int]:
-    """The size of an image as it is read; its objects are brought to that."""
+    """Return the size of an image as read; its objects are scaled to it."""
     source = open_input(image.path)
     source.close()
     labelled = source.levels[0] if isinstance(source, SlideSource) else source.size
@@ -242,7 +243,7 @@ def _turned(source: Source) -> str:
 
 
 def _reduced(item: RawObject, downsample_xy: tuple[float, float]) -> RawObject:
-    """An object in pixels of level 0, in larger ones."""
+    """Scale an object from pixels of level 0 to those of a lower resolution."""
     scale = 1 / np.array(downsample_xy)
     return replace(
         item,
@@ -258,14 +259,14 @@ def _box(item: RawObject) -> Sequence[float] | npt.NDArray[np.float64]:
     if item.corners is not None:
         return np.concatenate([item.corners.min(axis=0), item.corners.max(axis=0)])
     bounds: Sequence[float] = item.outline.bounds
-    # An empty geometry has no bounds; 0 area is what it is.
+    # Empty geometries have no bounds and no area.
     return bounds if len(bounds) == 4 and np.isfinite(bounds).all() else (0, 0, 0, 0)
 
 
 def _clipped(
     objects: Sequence[RawObject], boxes: npt.NDArray[np.float64], height: int, width: int
 ) -> npt.NDArray[np.float64]:
-    """Boxes of what lies inside the image; of outlines, around their part inside, which may be smaller."""
+    """Return boxes clipped to the image; for outlines, around the part inside, which may be smaller."""
     inside = np.clip(boxes, 0, [width, height, width, height])
     for index in np.flatnonzero((inside != boxes).any(axis=1)).tolist():
         item = objects[index]
@@ -284,7 +285,7 @@ def _oriented(objects: Sequence[RawObject], boxes: npt.NDArray[np.float64]) -> n
 def _areas(
     objects: Sequence[RawObject], boxes: npt.NDArray[np.float64], oriented: npt.NDArray[np.float64] | None
 ) -> npt.NDArray[np.float64]:
-    """Areas of the objects, 0 where any of their geometries has none."""
+    """Return the areas of the objects, 0 if any of their geometries has none."""
     areas = box_areas(boxes)
     if oriented is not None:
         areas = np.where(oriented[:, 2] * oriented[:, 3] > _FLAT_PX2, areas, 0)
@@ -294,22 +295,22 @@ def _areas(
 
 def _is_flat(outline: Any) -> bool:
     if isinstance(outline, Rle):
-        # Runs inside the object are every other one.
+        # Every second run is inside the object.
         return not outline.counts[1::2].any()
     return outline is not None and bool(_mended(outline).area <= _FLAT_PX2)
 
 
 def _drop_unplaced(image: RawImage, tally: Tally) -> None:
-    """Drop objects of which a coordinate is no finite number."""
+    """Drop objects with coordinates that are not finite."""
     unplaced = np.array([not np.isfinite(_coordinates(item)).all() for item in image.objects], bool)
-    tally.add("dropped: coordinates that are no numbers", image, unplaced)
+    tally.add("dropped: coordinates that are not finite", image, unplaced)
     _keep(image, ~unplaced)
 
 
 def _drop_repeated(image: RawImage, tally: Tally) -> None:
-    """Drop objects that are there already, with the same class and coordinates."""
+    """Drop duplicates, i.e. objects with the class and coordinates of an earlier one."""
     if image.masks is not None:
-        # Two objects of an instance raster may have one box.
+        # Two objects of an instance raster may have the same box.
         return
     seen: set[tuple[str, bool, bytes]] = set()
     repeated = np.zeros(len(image.objects), bool)
@@ -317,7 +318,7 @@ def _drop_repeated(image: RawImage, tally: Tally) -> None:
         key = item.name, item.ignored, _coordinates(item).tobytes()
         repeated[index] = key in seen
         seen.add(key)
-    tally.add("dropped: there twice", image, repeated)
+    tally.add("dropped: duplicates", image, repeated)
     _keep(image, ~repeated)
 
 
@@ -327,7 +328,7 @@ def _keep(image: RawImage, kept: npt.NDArray[np.bool_]) -> None:
 
 
 def _coordinates(item: RawObject) -> npt.NDArray[np.float64]:
-    """All numbers that say where an object is."""
+    """Return all coordinates of an object."""
     parts = [np.ravel(place) for place in (item.box, item.corners) if place is not None]
     if isinstance(item.outline, Rle):
         parts.append(item.outline.counts)
@@ -351,15 +352,15 @@ def _kept(
     tally.add("dropped: outside the image", image, outside)
     tally.add("clipped at the image's edge", image, clipped)
     lost = np.array([item.lost_parts > 0 for item in image.objects], bool)
-    tally.add("without parts of their outline that have fewer than 3 points", image, lost & ~flat & ~outside)
-    tally.add("outlined by lines that cross, of which all that they enclose is kept", image, crossed)
+    tally.add("without outline parts of fewer than 3 points", image, lost & ~flat & ~outside)
+    tally.add("with a self-intersecting outline, repaired to everything it encloses", image, crossed)
     return np.asarray(~(flat | outside))
 
 
 def _masks(image: RawImage, objects: Sequence[RawObject]) -> MaskReader:
     if image.masks is None:
         return OutlineMasks([_mended(item.outline) for item in objects])
-    # Values of an instance raster are there because a pixel has them: none is ever dropped.
+    # Each value of an instance raster has pixels, so no object is ever dropped.
     assert len(objects) == len(image.objects)
     return image.masks
 
@@ -369,7 +370,7 @@ def _crosses_itself(outline: Any) -> bool:
 
 
 def _mended(outline: Any) -> Any:
-    """A polygon that crosses itself, made valid, so that areas and parts are what they look like."""
+    """Repair a self-intersecting polygon to everything it encloses."""
     if isinstance(outline, Rle) or not _crosses_itself(outline):
         return outline
     return shapely.make_valid(outline, method="structure", keep_collapsed=False)

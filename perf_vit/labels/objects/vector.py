@@ -1,4 +1,4 @@
-"""Polygons of a vector file as objects, in pixels of a source."""
+"""Polygons of a vector file as objects."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import numpy.typing as npt
 import shapely
 
 from perf_vit.errors import DataWarning, InputError
-from perf_vit.labels._placement import local_transform, place_geometries, span
+from perf_vit.labels._placement import local_transform, span, transform_geometries
 from perf_vit.labels.image_folder import ImageFolder
 from perf_vit.labels.objects.records import RawImage, RawLabels, RawObject
 from perf_vit.labels.objects.registry import LabelOptions, register_label_format
@@ -26,19 +26,19 @@ __all__ = ["PolygonFile", "read_polygons"]
 
 
 class PolygonFile:
-    """The polygons of a vector file, placed on one source after another.
+    """Polygons of a vector file, which can be placed on several sources.
 
     Args:
-        path: a GeoJSON, GeoPackage, shapefile, GeoParquet, ... in any CRS; of several layers `FILE|layername=LAYER`.
-        attribute: column to read with them.
+        path: GeoJSON, GeoPackage, shapefile, GeoParquet, ... in any CRS; with several layers `FILE|layername=LAYER`.
+        attribute: Column to read.
 
     Attributes:
-        path: as it was given.
-        numbers: those of the polygons among the file's features, from 1, [n].
-        values: the attribute's, one a polygon, [n]; None without attribute.
+        path: Path as given.
+        numbers: Feature numbers of the polygons in the file, from 1, [n].
+        values: Attribute of each polygon, [n]; None without attribute.
 
     Raises:
-        InputError: the file can't be read, or holds lines or points.
+        InputError: The file can't be read, or contains lines or points.
     """
 
     def __init__(self, path: str | Path, *, attribute: str | None = None) -> None:
@@ -55,26 +55,25 @@ class PolygonFile:
         self.values: npt.NDArray[Any] | None = None
         if attribute is not None:
             self.values = frame[attribute].to_numpy() if len(frame) else np.zeros(0, object)
-        # Images of a set share their CRS, mostly: each is transformed to once.
+        # Images of a data set mostly share their CRS, so transform once per CRS.
         self._placed: dict[str, npt.NDArray[Any]] = {}
 
     def __len__(self) -> int:
         return len(self._geometry)
 
-    def described_place(self) -> str:
-        """Bounds of all polygons in the file's own coordinates, and its CRS, in words."""
+    def described_extent(self) -> str:
+        """Format the bounds of all polygons in the file's coordinates, and its CRS, as text."""
         crs = "without CRS" if self._geometry.crs is None else crs_name(self._geometry.crs)
         return f"{span(tuple(self._geometry.total_bounds))} ({crs})"
 
     def in_pixels_of(self, source: Source) -> npt.NDArray[Any]:
-        """Polygons and multipolygons in pixels of a source, [n], also those that lie outside it.
+        """Return polygons and multipolygons in pixels of a source, [n], including those outside of it.
 
-        Where the source has no CRS, coordinates are its pixels, or those of its world file where the polygons lie on it
-        there, whatever the file says. A polygon that has no place in
-        the source's CRS becomes an empty one.
+        On a source without CRS, coordinates are those of its world file if the polygons lie on it there, else pixels,
+        whatever CRS the file has. A polygon outside of the domain of the source's CRS becomes empty.
 
         Raises:
-            InputError: the source has a CRS and the file none.
+            InputError: The source has a CRS, but the file has none.
         """
         if source.crs is None:
             geometries: npt.NDArray[Any] = shapely.force_2d(self._geometry.to_numpy())
@@ -90,7 +89,7 @@ class PolygonFile:
         key = str(source.crs.to_wkt())  # type: ignore[union-attr]
         if key not in self._placed:
             self._placed[key] = (
-                place_geometries(self._geometry, self.path, source) if len(self) else np.zeros(0, object)
+                transform_geometries(self._geometry, self.path, source) if len(self) else np.zeros(0, object)
             )
         return self._placed[key]
 
@@ -99,17 +98,17 @@ class PolygonFile:
 def read_polygons(labels: Path, folder: ImageFolder, options: LabelOptions) -> RawLabels:
     """Read polygons as objects with outlines.
 
-    One file labels every image that it overlaps; images that it doesn't reach have no objects. In a folder, each file
-    has its image's name but for the ending. On an image without CRS, coordinates are its pixels.
+    A single file labels all images that it overlaps; other images have no objects. In a folder, each file has the name
+    of its image except for the suffix. On images without CRS, coordinates are pixels.
 
     Args:
-        labels: a vector file, or a folder of them.
-        folder: the images.
-        options: of which the attribute is the column of class names; without it, all objects have the one class.
+        labels: Vector file, or folder of them.
+        folder: Images.
+        options: Options with the column of class names; without it, all objects have the single class.
 
     Raises:
-        ConfigError: several classes and no attribute.
-        InputError: a file that can't be read, without CRS where the image has one, or without image.
+        ConfigError: There are several classes but no attribute.
+        InputError: A file can't be read, has no CRS although the image has one, or has no image.
     """
     attribute, name = options.attribute, options.first_class
     if attribute is None:
@@ -122,7 +121,7 @@ def read_polygons(labels: Path, folder: ImageFolder, options: LabelOptions) -> R
         if images and len(shared) and not used:
             raise InputError(
                 f"the polygons of {labels} lie on none of {len(images)} images, the first {images[0].path}: they cover "
-                f"{shared.described_place()}; check their CRS or choose other images"
+                f"{shared.described_extent()}; check their CRS or choose other images"
             )
         _warn_of_unused(shared, used, len(images))
         return RawLabels(images)
@@ -166,7 +165,7 @@ def _name(value: Any) -> str:
 
 
 def _meeting(polygons: Any, size: tuple[int, int]) -> list[int]:
-    """Polygons that belong to this image; one file may hold those of many."""
+    """Return the polygons that overlap the image; a file may hold those of many images."""
     left, top, right, bottom = shapely.bounds(polygons).reshape(-1, 4).T
     meets = (left < size[1]) & (right > 0) & (top < size[0]) & (bottom > 0)
     found: list[int] = np.flatnonzero(meets).tolist()

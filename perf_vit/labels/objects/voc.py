@@ -1,4 +1,4 @@
-"""Pascal VOC's XML: one file an image."""
+"""Pascal VOC XML files, one per image."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ __all__ = ["read_voc"]
 
 @register_label_format("voc")
 def read_voc(labels: Path, folder: ImageFolder, options: LabelOptions) -> RawLabels:
-    """Read a folder of VOC files; `difficult` objects are ignored ones.
+    """Read a folder of VOC files; `difficult` objects are ignored.
 
-    VOC counts pixels from 1 and includes the last one: a box of xmin 1 and xmax 1 covers the first column. An image is
-    found by its XML file's name, since the name inside is often that of another copy.
+    VOC counts pixels from 1 and includes the last one: a box with xmin 1 and xmax 1 covers the first column. Images are
+    found by the name of the XML file, as the name inside often refers to another copy.
 
     Raises:
-        InputError: a file that is no VOC XML, or one without an image.
+        InputError: A file is not a VOC XML file, or has no image.
     """
     return RawLabels([_image(image, file) for image, file in label_files(labels, folder, ".xml")])
 

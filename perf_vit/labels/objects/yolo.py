@@ -1,4 +1,4 @@
-"""YOLO's text files: one an image, coordinates as shares of its size."""
+"""YOLO text files, one per image, with coordinates relative to its size."""
 
 from __future__ import annotations
 
@@ -23,22 +23,23 @@ _NAME_FILES = ("data.yaml", "data.yml", "dataset.yaml", "classes.txt", "obj.name
 
 @register_label_format("yolo")
 def read_yolo(labels: Path, folder: ImageFolder, options: LabelOptions) -> RawLabels:
-    """Read a folder of YOLO files: `class cx cy w h` a line, or `class x1 y1 x2 y2 x3 y3 ...` for outlines.
+    """Read a folder of YOLO files with lines `class cx cy w h`, or `class x1 y1 x2 y2 x3 y3 ...` for outlines.
 
-    Outlines of four points are the format of oriented boxes too; `finish_index` makes these where they are asked for.
-    Class names come from a data.yaml, classes.txt or .names file in the folder or up to two above it; without one,
-    class numbers count through `classes`. An image without a text file, or with an empty one, has no objects. Files
-    with a note's or a list's name, such as readme.txt and train.txt, are left out where no image has that name.
+    Outlines of four points also encode oriented boxes; `validate_labels` converts them if requested. Class names come
+    from a data.yaml, classes.txt or .names file in the folder or up to two levels above; without one, class numbers are
+    indices into `classes`. Images without a text file, or with an empty one, have no objects. Files with names of notes
+    or lists, such as readme.txt and train.txt, are skipped unless an image has that name.
 
     Raises:
-        InputError: a line that is neither, a text file without image, a class without name, or no text file at all.
+        InputError: A line has another format, a text file has no image, a class has no name, or there are no text
+            files.
     """
     names, names_file = _class_names(labels)
     names = names or dict(enumerate(options.classes or ()))
     stems = {file: str(file.relative_to(labels).with_suffix("")) for file in _text_files(labels)}
     files = [file for file in stems if file not in names_file and (folder.has(stems[file]) or not _is_note(file))]
     if not files:
-        raise InputError(f"no label files in {labels}; expected a folder of .txt files, one an image")
+        raise InputError(f"no label files in {labels}; expected a folder of .txt files, one per image")
     by_image: dict[Path, Path] = {}
     for file in files:
         image = folder.find(stems[file], str(file))
@@ -62,7 +63,7 @@ def _text_files(labels: Path) -> list[Path]:
 
 
 def _class_names(labels: Path) -> tuple[dict[int, str], set[Path]]:
-    """Names by number, and the file that they come from."""
+    """Return class names by number, and the file that they come from."""
     for place in (labels, *labels.resolve().parents[:2]):
         for file in [place / name for name in _NAME_FILES] + sorted(place.glob("*.names")):
             if file.is_file():
