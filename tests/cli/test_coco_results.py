@@ -138,7 +138,7 @@ def test_an_interrupted_folder_is_completed_and_other_files_are_left(shop, tmp_p
     [
         (lambda images: images[1:], "doesn't list"),
         (lambda images: [{**images[0], "height": 91}, *images[1:]], "91 x 120 px, .* has 90 x 120"),
-        (lambda images: [{**each, "file_name": "x.png"} for each in images[:1]] + images[2:], "are one image of"),
+        (lambda images: [{**each, "file_name": "x.png"} for each in images[:1]] + images[2:], "are the same image of"),
     ],
 )
 def test_images_that_the_file_does_not_describe_are_refused_at_once(

@@ -44,8 +44,8 @@ def test_work_for_an_image_does_not_grow_with_the_number_of_images(tmp_path, mon
     [
         ([{"id": 1, "file_name": "a.png"}, {"id": 2, "file_name": "a.png"}], "lists 2 images, some of one name or id"),
         ([{"id": 1, "file_name": "a.png"}, {"id": 1, "file_name": "b.png"}], "lists 2 images, some of one name or id"),
-        ([{"id": "1", "file_name": "a.png"}], "ids that are whole numbers, got '1'"),
-        ([{"id": 1.5, "file_name": "a.png"}], "ids that are whole numbers, got 1.5"),
+        ([{"id": "1", "file_name": "a.png"}], "expected integer ids, got '1'"),
+        ([{"id": 1.5, "file_name": "a.png"}], "expected integer ids, got 1.5"),
     ],
 )
 def test_files_whose_ids_no_result_could_have_are_refused(tmp_path, images, message: str) -> None:

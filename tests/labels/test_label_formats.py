@@ -262,7 +262,7 @@ def test_csv_rows_become_boxes_and_empty_sides_an_image_without_objects(tmp_path
         ("image,xmin,label\n", "got image, xmin, label"),
         (
             "image,xmin,ymin,xmax,ymax,label\na.png,1,2,x,4,tree\n",
-            "line 2 of .* numbers as box coordinates, got 1, 2, x, 4",
+            "line 2 of .* numbers as coordinates, got 1, 2, x, 4",
         ),
         ("image,xmin,ymin,xmax,ymax,label\nno.png,1,2,3,4,tree\n", "line 2 of .* names the image no.png"),
         ("image,xmin,ymin,xmax,ymax,label\n", "expected labelled images, got none"),
@@ -396,5 +396,5 @@ def test_unknown_formats_and_missing_labels_are_errors(tmp_path, images) -> None
         read_object_labels(tmp_path, images, label_format="kitti")
     with pytest.raises(InputError, match="no labels at"):
         read_object_labels(tmp_path / "none", images, label_format="voc")
-    with pytest.raises(InputError, match="are one file, got the folder"):
+    with pytest.raises(InputError, match="are a single file, got the folder"):
         read_object_labels(tmp_path, images, label_format="coco")

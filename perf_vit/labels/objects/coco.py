@@ -68,7 +68,7 @@ class CocoImages:
         if name is None:
             example = next(iter(self._images))
             raise InputError(
-                f"{self.path} doesn't list {image}; it lists images such as {example}; give a COCO file of the input images"
+                f"{self.path} doesn't list {image}, but images such as {example}; give a COCO file of the inputs"
             )
         number, listed = self._images[name]
         if size is not None and None not in listed and listed != size:
@@ -94,9 +94,7 @@ class CocoImages:
         for image in images:
             number = self.image_id(image)
             if number in seen:
-                raise InputError(
-                    f"{seen[number]} and {image} match the same image of {self.path}, id {number}; give one of them"
-                )
+                raise InputError(f"{seen[number]} and {image} are the same image of {self.path}, id {number}; give one")
             seen[number] = image
 
     def category_ids(self, classes: Sequence[str]) -> list[int]:
@@ -164,7 +162,7 @@ def _load(labels: Path) -> Any:
 
 
 def _categories(content: Any, labels: Path) -> dict[Any, str]:
-    """Return category names by id; ids with the same name are one class, as a supercategory may share its category's name.
+    """Return category names by id; ids with the same name are one class, as supercategories may share a name.
 
     Raises:
         InputError: An id occurs twice, so it is ambiguous.

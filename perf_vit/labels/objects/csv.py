@@ -70,7 +70,5 @@ def _add(
     try:
         box = [float(side) for side in sides]
     except ValueError:
-        raise InputError(
-            f"line {line} of {labels} must have numbers as box coordinates, got {', '.join(sides)}"
-        ) from None
+        raise InputError(f"line {line} of {labels} must have numbers as coordinates, got {', '.join(sides)}") from None
     image.objects.append(RawObject(name=row[columns[1]] or "", box=box))

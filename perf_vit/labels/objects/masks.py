@@ -50,7 +50,7 @@ class Rle:
         height, width = (int(side) for side in value["size"])
         if height * width > _LARGEST_MASK:
             raise InputError(
-                f"{path} holds a mask of {height} x {width} pixels; expected at most {_LARGEST_MASK}, so cut the image into parts"
+                f"{path} holds a mask of {height} x {width} pixels; expected at most {_LARGEST_MASK}; cut the image"
             )
         counts = value["counts"]
         runs = np.asarray(_unpacked(counts) if isinstance(counts, str) else counts, np.int64)
@@ -61,7 +61,10 @@ class Rle:
         return cls(runs, height, width)
 
     def crop(self) -> tuple[BoolArray, int, int]:
-        """Return the mask within the bounding rectangle of the object, and its first row and column; [0, 0] if empty."""
+        """Return the mask within the bounding rectangle of the object, and its first row and column.
+
+        An empty mask has the size [0, 0].
+        """
         edges = np.concatenate([[0], np.cumsum(self.counts)])
         runs = np.flatnonzero(self.counts[1::2]) * 2 + 1
         if not len(runs):
@@ -136,7 +139,7 @@ class OutlineMasks:
 
 
 def _burnt(outline: Any, window: Window) -> tuple[Window, BoolArray] | None:
-    """Burn a mask in the part of its rectangle within the window; return this part and the mask, or None if there is none.
+    """Burn a mask in the part of its rectangle within the window; return this part and the mask, None if empty.
 
     Objects are usually far smaller than windows.
     """
