@@ -32,6 +32,7 @@ from torchvision.ops.feature_pyramid_network import LastLevelP6P7
 
 from perf_vit.config import load_config
 from perf_vit.data import DetectionDataConfig, build_detection_datamodule, read_names
+from perf_vit.data.detection_tiles import DetectionBatch
 from perf_vit.labels.objects import objects_in, read_object_labels
 from perf_vit.metrics import DetectionMetrics, DetectionScores
 from perf_vit.sources import open_source
@@ -187,7 +188,7 @@ class Training:
     def run(self) -> None:
         start, best = time.process_time(), -1.0
         weights = copy.deepcopy(self.peer.state_dict())
-        for images, labels in self._batches():
+        for images, labels, _ in self._batches():
             share = (time.process_time() - start) / self.budget
             done = len(self.history)
             due = (done + 1) / NUM_VALIDATIONS
@@ -205,7 +206,7 @@ class Training:
         self.peer.load_state_dict(weights)
         self.peer.eval()
 
-    def _batches(self) -> Iterator[tuple[list[Tensor], list[ObjectLabels]]]:
+    def _batches(self) -> Iterator[DetectionBatch]:
         loader = self.data.train_dataloader()
         for epoch in range(10**6):
             loader.sampler.set_epoch(epoch)  # type: ignore[attr-defined]
@@ -226,7 +227,7 @@ class Training:
         start = time.process_time()
         self.peer.eval()
         metrics = DetectionMetrics(self.classes, self.peer.kind)  # type: ignore[arg-type]
-        for images, labels in self.data.val_dataloader():
+        for images, labels, _ in self.data.val_dataloader():
             metrics.update([self.peer.detect(image) for image in images], labels)
         ap50 = metrics.compute().ap50
         self.val_seconds += time.process_time() - start

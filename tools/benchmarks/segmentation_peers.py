@@ -33,6 +33,7 @@ from perf_vit.data import (
     label_options,
     region_window,
 )
+from perf_vit.data.base import TileBatch
 from perf_vit.inference import SegmentationPredictOptions, SegmentationPredictor, class_probabilities
 from perf_vit.labels import open_labels
 from perf_vit.models import SegmentationSpec, Segmenter
@@ -129,7 +130,7 @@ def train(
     """Train until the time is up; tiles seen and CPU seconds spent."""
     model.train()
     tiles, start = 0, time.process_time()
-    for image, labels in endless(data):
+    for image, labels, _ in endless(data):
         share = (time.process_time() - start) / cpu_seconds
         if share >= 1:
             break
@@ -143,7 +144,7 @@ def train(
     return tiles, time.process_time() - start
 
 
-def endless(data: SegmentationDataModule) -> Iterator[tuple[Tensor, Tensor]]:
+def endless(data: SegmentationDataModule) -> Iterator[TileBatch]:
     loader = data.train_dataloader()
     epoch = 0
     while True:
