@@ -1,9 +1,9 @@
 # Everything runs from a virtual environment that these targets make themselves.
-#   make demo           a whole road in under four minutes: scene, training, map, report
+#   make demo           scene, training, map and report in under four minutes
 #   make test           the fast suite        make slow    the rest
 #   make check          lint, format, types, dependency rule
-# VENV=DIR puts the environment elsewhere; PYTHON=python3.12 chooses the interpreter it is made with;
-# PROCESSES=8 tests in as many processes.
+# VENV=DIR puts the environment elsewhere; PYTHON=python3.12 chooses its interpreter;
+# PROCESSES=8 runs the tests in eight processes.
 VENV ?= .venv
 PYTHON ?= python3
 PROCESSES ?= 2
@@ -33,7 +33,7 @@ format: $(STAMP)
 
 install: $(STAMP)
 
-# The stamp is written last, so an interrupted installation is taken up again.
+# The stamp is written last, so an interrupted installation is repeated.
 $(STAMP): pyproject.toml
 	test -x $(PY) || $(PYTHON) -m venv $(VENV)
 	$(PY) -m pip install --quiet --upgrade pip
