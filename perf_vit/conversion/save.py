@@ -203,20 +203,7 @@ def input_bands(model: Any) -> int:
 
 
 def _config_of(model: nn.Module) -> dict[str, Any]:
-    conversion = getattr(find_vit(model), "conversion", None)
-    cfg: Mapping[str, Any] = getattr(model, "pretrained_cfg", None) or {}
-    if not isinstance(conversion, Conversion):
-        raise ValueError(f"expected a model from perf_vit.linearize, got {type(model).__name__}; convert it first")
-    if "architecture" not in cfg:
-        raise ValueError(
-            f"expected a model that timm.create_model made, got {type(model).__name__} without a timm name; make it "
-            "with timm.create_model, then convert it"
-        )
-    if getattr(getattr(find_vit(model), "patch_embed", None), "patch_size", None) is None:
-        raise ValueError(
-            f"expected a vision transformer with one grid of patches to save, got {cfg['architecture']}; save its "
-            "state_dict, and convert it again after loading"
-        )
+    conversion, cfg = _saveable(model)
     args = check_file_arguments(_model_args(model), "a saved model", ValueError)
     pretrained = {key: value for key, value in pretrained_cfg_of_file(cfg).items() if value is not None}
     pretrained["num_classes"] = args["num_classes"]
@@ -243,6 +230,25 @@ def _config_of(model: nn.Module) -> dict[str, Any]:
             f"the arguments of timm.create_model must be plain values to be saved, got {error}; create the model with "
             "names instead of objects"
         ) from error
+
+
+def _saveable(model: nn.Module) -> tuple[Conversion, Mapping[str, Any]]:
+    """Return the conversion and timm's config of a model, if it can be saved."""
+    conversion = getattr(find_vit(model), "conversion", None)
+    cfg: Mapping[str, Any] = getattr(model, "pretrained_cfg", None) or {}
+    if not isinstance(conversion, Conversion):
+        raise ValueError(f"expected a model from perf_vit.linearize, got {type(model).__name__}; convert it first")
+    if "architecture" not in cfg:
+        raise ValueError(
+            f"expected a model that timm.create_model made, got {type(model).__name__} without a timm name; make it "
+            "with timm.create_model, then convert it"
+        )
+    if getattr(getattr(find_vit(model), "patch_embed", None), "patch_size", None) is None:
+        raise ValueError(
+            f"expected a vision transformer with one grid of patches to save, got {cfg['architecture']}; save its "
+            "state_dict, and convert it again after loading"
+        )
+    return conversion, cfg
 
 
 def _model_args(model: Any) -> dict[str, Any]:

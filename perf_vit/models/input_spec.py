@@ -111,13 +111,13 @@ class InputSpec(InputOptions):
         from perf_vit.sources import merged_options, open_input
 
         if isinstance(path, str | Path | Sequence):
-            return open_input(path, self, **overrides)
+            return open_input(path, self, overrides)
         opened_from = getattr(path, "opened_from", None)
         given = getattr(path, "options", {})
-        wanted = merged_options(self, **{**given, **overrides})
+        wanted = merged_options(self, {**given, **overrides})
         if opened_from is None or wanted == dict(given):
             return path
-        return open_input(opened_from, self, **wanted)
+        return open_input(opened_from, self, wanted)
 
 
 def _without_lists(value: Any) -> Any:

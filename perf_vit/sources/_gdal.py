@@ -58,13 +58,13 @@ _OPTIONAL_DRIVERS = {
 }
 
 
-def open_dataset(path: str, *, name: str | None = None, **options: Any) -> Any:
+def open_dataset(path: str, *, name: str | None = None, overview_level: int | None = None) -> Any:
     """Open a raster for reading.
 
     Args:
         path: a file, a URL, a GDAL path or the text of a VRT.
         name: for errors, instead of the path.
-        **options: GDAL's, for opening.
+        overview_level: Overview to read instead of the full resolution.
 
     Raises:
         InputError: no such file, or not a raster.
@@ -74,7 +74,8 @@ def open_dataset(path: str, *, name: str | None = None, **options: Any) -> Any:
         check_name(path)
         check_exists(path)
         _check_text(path)
-    open_file = functools.partial(rasterio.open, path, **options)
+    level = {} if overview_level is None else {"overview_level": overview_level}
+    open_file = functools.partial(rasterio.open, path, **level)
     try:
         with plain_images_allowed():
             if is_remote(path):

@@ -51,8 +51,7 @@ def open_warped(layout: BandLayout, grid: Grid, resampling: Resampling, overview
     Raises:
         InputError: the file can't be read, or has no place in the grid's CRS.
     """
-    options: dict[str, Any] = {} if overview is None else {"overview_level": overview}
-    with open_dataset(layout.path, **options) as dataset:
+    with open_dataset(layout.path, overview_level=overview) as dataset:
         try:
             with WarpedVRT(dataset, crs=grid.crs, resampling=resampling, tolerance=0) as warped:
                 root = ElementTree.fromstring(warped.tags(ns="xml:VRT")["xml:VRT"])

@@ -5,7 +5,7 @@ from __future__ import annotations
 import glob
 import os
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -91,20 +91,28 @@ def open_source(
         apply_scale=apply_scale,
         asset=asset,
     )
-    source: RasterSource | SlideSource
+    source = _open(path, bands, of_rasters=of_rasters, of_slides=of_slides)
+    source.options = _given(bands=bands, **of_slides, **of_rasters)
+    source.opened_from = path
+    return source
+
+
+def _open(
+    path: InputPath,
+    bands: Sequence[int | str] | None,
+    *,
+    of_rasters: Mapping[str, Any],
+    of_slides: Mapping[str, Any],
+) -> RasterSource | SlideSource:
     asked = True if of_slides else False if of_rasters else None
     if isinstance(path, (str, Path)) and is_slide(os.fspath(path), asked=asked):
         if of_rasters:
             raise InputError(f"{' and '.join(of_rasters)} is for rasters, and {path} is a slide; leave it out")
-        source = open_slide(os.fspath(path), bands=bands, **of_slides)
-    elif of_slides:
+        return open_slide(os.fspath(path), bands=bands, **of_slides)
+    if of_slides:
         names = " and ".join(of_slides)
         raise InputError(f"{names} can't be used with {path}, which is a raster, not a slide; leave it out")
-    else:
-        source = open_raster(path, bands=bands, **of_rasters)
-    source.options = _given(bands=bands, **of_slides, **of_rasters)
-    source.opened_from = path
-    return source
+    return open_raster(path, bands=bands, **of_rasters)
 
 
 def _given(**options: Any) -> dict[str, Any]:
@@ -249,26 +257,28 @@ def _is_slide_tiff(path: str, asked: bool | None) -> bool:
         return bool(is_pyramid_of_colours) if asked is None else asked
 
 
-def open_input(path: InputPath, options: InputOptions, **overrides: Any) -> RasterSource | SlideSource:
+def open_input(
+    path: InputPath, options: InputOptions, overrides: Mapping[str, Any] | None = None
+) -> RasterSource | SlideSource:
     """Open an input of a model.
 
     Args:
         path: What `open_source` opens.
         options: Those of the model.
-        **overrides: Options of `open_source` that come before the model's; None counts as not given.
+        overrides: Options of `open_source` that come before the model's; None counts as not given.
 
     Raises:
         InputError: The input can't be opened, or the options don't fit it.
     """
-    return open_source(path, **merged_options(options, **overrides))
+    return open_source(path, **merged_options(options, overrides or {}))
 
 
-def merged_options(options: InputOptions, **overrides: Any) -> dict[str, Any]:
+def merged_options(options: InputOptions, overrides: Mapping[str, Any]) -> dict[str, Any]:
     """Keyword arguments of `open_source`.
 
     Args:
         options: Those of a model.
-        **overrides: Options of `open_source` that come before the model's; None counts as not given.
+        overrides: Options of `open_source` that come before the model's; None counts as not given.
     """
     resolution: float | PixelSize | None = options.resolution
     if options.resolution is not None and options.resolution_unit is not None:

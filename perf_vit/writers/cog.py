@@ -9,7 +9,6 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-import numpy as np
 import numpy.typing as npt
 import rasterio
 import rasterio.shutil
@@ -100,18 +99,17 @@ class CogWriter:
     Strips go to a hidden folder beside the output; when the `with` block ends well, they are written with overviews
     and moved to its name. After an exception nothing is left, and an earlier output is untouched.
 
-        with CogWriter("map.tif", height=h, width=w, num_bands=1, dtype="uint8", crs=crs, transform=t) as writer:
+        with CogWriter("map.tif", RasterLayout(height=h, width=w, num_bands=1, dtype=np.dtype("uint8"))) as writer:
             writer.write(0, strip)
 
     Args:
         path: the output; missing parent folders are made.
-        dtype: of the pixels.
-        **layout: the other fields of `perf_vit.writers.RasterLayout`.
+        layout: Size, placement and metadata of the raster.
     """
 
-    def __init__(self, path: str | Path, *, dtype: npt.DTypeLike, **layout: Any) -> None:
+    def __init__(self, path: str | Path, layout: RasterLayout) -> None:
         self.path = Path(path)
-        self._layout = RasterLayout(dtype=np.dtype(dtype), **layout)
+        self._layout = layout
         self._stack = ExitStack()
 
     def __enter__(self) -> Self:

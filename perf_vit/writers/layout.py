@@ -53,6 +53,7 @@ class RasterLayout:
     overviews: Literal["nearest", "average"] | None = None
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "dtype", np.dtype(self.dtype))
         # Both go into metadata that are XML; what is written must be what is compared with later.
         names = self.band_names and tuple(map(xml_text, self.band_names))
         object.__setattr__(self, "band_names", names)
@@ -68,8 +69,8 @@ class RasterLayout:
             "nodata": self.nodata,
         }
 
-    def create(self, path: str, **options: Any) -> Any:
-        """A new GeoTIFF with everything but pixels, open for writing."""
+    def create(self, path: str, options: Mapping[str, Any]) -> Any:
+        """Create a GeoTIFF with all metadata and no pixels, open for writing; `options` are the driver's."""
         # An identity transform is what a file without georeference reads as.
         given: dict[str, Any] = (
             {} if self.transform is None or self.transform.is_identity else {"transform": self.transform}

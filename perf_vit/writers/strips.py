@@ -116,7 +116,8 @@ class StripStore:
             raise OutputError(f"expected {height} rows for {self._path}, got {height - missing}")
         template, mosaic = self.folder / "template.tif", self.folder / "mosaic.vrt"
         try:
-            self._layout.create(str(template), sparse_ok=True, tiled=True, blockxsize=512, blockysize=512).close()
+            options = {"sparse_ok": True, "tiled": True, "blockxsize": 512, "blockysize": 512}
+            self._layout.create(str(template), options).close()
             with plain_images_allowed():
                 rasterio.shutil.copy(template, mosaic, driver="VRT")
             tree = ET.parse(mosaic)

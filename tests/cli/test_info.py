@@ -7,7 +7,7 @@ from synthetic_slide import make_slide
 
 from perf_vit.sources import describe_source, open_source
 from perf_vit.workflows.info import estimate_workload
-from perf_vit.writers import CogWriter
+from perf_vit.writers import CogWriter, RasterLayout
 
 
 def test_a_raster_is_described_from_its_header(make_scene, capsys) -> None:
@@ -28,7 +28,7 @@ def test_a_raster_is_described_from_its_header(make_scene, capsys) -> None:
 
 def test_levels_palette_and_compression_of_a_map(tmp_path) -> None:
     layout = {"height": 1100, "width": 700, "num_bands": 1, "dtype": "uint8"}
-    with CogWriter(tmp_path / "map.tif", colormap={0: (1, 2, 3, 255)}, nodata=255, **layout) as writer:
+    with CogWriter(tmp_path / "map.tif", RasterLayout(colormap={0: (1, 2, 3, 255)}, nodata=255, **layout)) as writer:
         writer.write(0, np.zeros((1, 1100, 700), np.uint8))
     info = describe_source(open_source(tmp_path / "map.tif"))
     assert info.levels == ((1100, 700), (550, 350), (275, 175))

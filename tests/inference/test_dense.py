@@ -14,7 +14,7 @@ from perf_vit.inference import predict_strips
 from perf_vit.inference.prefetch import SalvagingReader
 from perf_vit.sources import open_source
 from perf_vit.types import GeoImage, Window
-from perf_vit.writers import CogWriter
+from perf_vit.writers import CogWriter, RasterLayout
 
 
 def as_float(image: GeoImage) -> np.ndarray:
@@ -46,13 +46,15 @@ def test_an_identity_model_returns_the_raster_bit_for_bit(
     out = tmp_path / "out.tif"
     writer = CogWriter(
         out,
-        height=source.height,
-        width=source.width,
-        num_bands=num_bands,
-        dtype=dtype,
-        crs=source.crs,
-        transform=source.transform,
-        nodata=source.nodata,
+        RasterLayout(
+            height=source.height,
+            width=source.width,
+            num_bands=num_bands,
+            dtype=dtype,
+            crs=source.crs,
+            transform=source.transform,
+            nodata=source.nodata,
+        ),
     )
     strips = predict_strips(
         Recorder(),

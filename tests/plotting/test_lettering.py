@@ -5,7 +5,7 @@ from PIL import Image, ImageFont
 
 from perf_vit.plotting import label_font, label_text
 from perf_vit.sources import open_source
-from perf_vit.writers import CogWriter, write_map_quicklook
+from perf_vit.writers import CogWriter, RasterLayout, write_map_quicklook
 
 
 @pytest.mark.parametrize("name", ["$x_1$", "[bold]", "ä", "дорога", "μ", "طريق"])
@@ -31,7 +31,7 @@ def test_the_font_is_one_of_outlines() -> None:
 def test_a_legend_tells_all_names_apart(make_scene, tmp_path) -> None:
     source = open_source(make_scene(height=40, width=40))
     layout = {"height": 40, "width": 40, "num_bands": 1, "dtype": "uint8", "nodata": 255}
-    with CogWriter(tmp_path / "map.tif", **layout) as writer:
+    with CogWriter(tmp_path / "map.tif", RasterLayout(**layout)) as writer:
         writer.write(0, np.zeros((1, 40, 40), np.uint8))
     pictures = set()
     names = [*NASTY_NAMES, *UNSEEN_NAMES, "山", "caf\udce9"]

@@ -10,7 +10,7 @@ from rio_cogeo.cogeo import cog_validate
 
 from perf_vit.errors import OutputError
 from perf_vit.sources import open_source
-from perf_vit.writers import CogWriter
+from perf_vit.writers import CogWriter, RasterLayout
 
 UTM = CRS.from_epsg(32637)
 PLACE = Affine(2.5, 0, 401_000.125, 0, -3.25, 4_510_000.5)
@@ -19,7 +19,7 @@ PLACE = Affine(2.5, 0, 401_000.125, 0, -3.25, 4_510_000.5)
 def _writer(path, pixels, **options):
     count, height, width = pixels.shape
     layout = {"height": height, "width": width, "num_bands": count, "dtype": pixels.dtype}
-    return CogWriter(path, **{**layout, "crs": UTM, "transform": PLACE, **options})
+    return CogWriter(path, RasterLayout(**{**layout, "crs": UTM, "transform": PLACE, **options}))
 
 
 def _write(path, pixels, step=100, **options) -> None:
@@ -144,14 +144,14 @@ _FILL = """
 import resource, sys
 import numpy as np
 from perf_vit.errors import OutputError
-from perf_vit.writers import CogWriter
+from perf_vit.writers import CogWriter, RasterLayout
 
 path, size = sys.argv[1], int(sys.argv[2])
 pixels = np.random.default_rng(0).integers(0, 255, (1, 700, 700)).astype(np.uint8)
 for share in (0.05, 0.5, 0.8, 0.95, 0.999):
     resource.setrlimit(resource.RLIMIT_FSIZE, (int(share * size), resource.RLIM_INFINITY))
     try:
-        with CogWriter(path, height=700, width=700, num_bands=1, dtype="uint8", crs=None, transform=None) as writer:
+        with CogWriter(path, RasterLayout(height=700, width=700, num_bands=1, dtype="uint8")) as writer:
             writer.write(0, pixels)
     except OutputError:
         continue

@@ -18,7 +18,7 @@ ESCAPED = {"\x1b[31mred": r"\x1b[31mred", "caf\udce9": r"caf\udce9"}
 
 def write(path, names) -> RasterLayout:
     layout = {"height": 32, "width": 32, "num_bands": len(names), "tags": {"classes": "\n".join(names)}}
-    with CogWriter(path, dtype="uint8", band_names=names, **layout) as writer:
+    with CogWriter(path, RasterLayout(dtype="uint8", band_names=names, **layout)) as writer:
         writer.write(0, np.zeros((len(names), 32, 32), np.uint8))
     return RasterLayout(dtype=np.dtype("uint8"), band_names=names, **layout)
 

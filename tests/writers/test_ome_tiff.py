@@ -10,7 +10,7 @@ import tifffile
 
 from perf_vit.errors import InputError, OutputError
 from perf_vit.sources import open_source
-from perf_vit.writers import CogWriter, write_ome_tiff
+from perf_vit.writers import CogWriter, RasterLayout, write_ome_tiff
 
 NAMESPACE = "{http://www.openmicroscopy.org/Schemas/OME/2016-06}"
 COLORS = {value: (20 * value, 255 - 20 * value, 7 * value, 255) for value in range(5)}
@@ -24,10 +24,12 @@ def maps(tmp_path_factory) -> dict[str, Path]:
     y, x = np.mgrid[:1301, :1107]
     classes = ((y // 37 + x // 53) % 5).astype(np.uint8)[None]
     probabilities = np.stack([np.sin(y / 90) ** 2, np.cos(x / 70) ** 2]).astype(np.float32)
-    with CogWriter(folder / "classes.tif", num_bands=1, dtype="uint8", colormap=COLORS, **size) as writer:
+    with CogWriter(folder / "classes.tif", RasterLayout(num_bands=1, dtype="uint8", colormap=COLORS, **size)) as writer:
         writer.write(0, classes)
     names = ["tumour", "stroma µ"]
-    with CogWriter(folder / "probs.tif", num_bands=2, dtype="float32", band_names=names, **size) as writer:
+    with CogWriter(
+        folder / "probs.tif", RasterLayout(num_bands=2, dtype="float32", band_names=names, **size)
+    ) as writer:
         writer.write(0, probabilities)
     return {name: folder / f"{name}.tif" for name in ("classes", "probs")}
 

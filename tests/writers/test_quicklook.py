@@ -6,7 +6,7 @@ from perf_vit.errors import InputError, OutputError
 from perf_vit.plotting import colorize, default_colormap, rgb_from, save_png
 from perf_vit.sources import open_source
 from perf_vit.types import IGNORE_INDEX, GeoImage
-from perf_vit.writers import CogWriter, write_map_quicklook
+from perf_vit.writers import CogWriter, RasterLayout, write_map_quicklook
 
 
 @pytest.mark.parametrize("num_bands", [1, 2, 3, 7])
@@ -35,7 +35,7 @@ def test_colours_are_distinct_and_ignored_is_transparent() -> None:
 def test_a_quicklook_shows_scene_and_map(make_scene, tmp_path, height: int, width: int) -> None:
     source = open_source(make_scene(height=height, width=width))
     layout = {"height": height, "width": width, "num_bands": 1, "dtype": "uint8", "nodata": 255}
-    with CogWriter(tmp_path / "map.tif", crs=source.crs, transform=source.transform, **layout) as writer:
+    with CogWriter(tmp_path / "map.tif", RasterLayout(crs=source.crs, transform=source.transform, **layout)) as writer:
         writer.write(0, np.random.default_rng(0).integers(0, 2, (1, height, width)).astype(np.uint8))
     write_map_quicklook(source, tmp_path / "map.tif", tmp_path / "map.png", ["a", "b"])
     picture = np.asarray(Image.open(tmp_path / "map.png"))[..., :3]
@@ -60,7 +60,7 @@ def test_only_a_class_named_as_background_is_grey(make_scene, tmp_path, backgrou
     assert [colors[index] for index in others] == [plain[index] for index in range(len(others))]
     source = open_source(make_scene(height=40, width=40))
     layout = {"height": 40, "width": 40, "num_bands": 1, "dtype": "uint8", "nodata": 255}
-    with CogWriter(tmp_path / "map.tif", crs=source.crs, transform=source.transform, **layout) as writer:
+    with CogWriter(tmp_path / "map.tif", RasterLayout(crs=source.crs, transform=source.transform, **layout)) as writer:
         writer.write(0, np.zeros((1, 40, 40), np.uint8))
     write_map_quicklook(source, tmp_path / "map.tif", tmp_path / "map.png", list("abcd"), background=background)
     picture = np.asarray(Image.open(tmp_path / "map.png"))
@@ -73,7 +73,7 @@ def test_a_quicklook_of_probabilities_shows_the_likeliest_class(make_scene, tmp_
     scores[1] = 0.9
     scores[:, :10] = np.nan
     layout = {"height": 40, "width": 40, "num_bands": 2, "dtype": "float32", "nodata": float("nan")}
-    with CogWriter(tmp_path / "p.tif", crs=source.crs, transform=source.transform, **layout) as writer:
+    with CogWriter(tmp_path / "p.tif", RasterLayout(crs=source.crs, transform=source.transform, **layout)) as writer:
         writer.write(0, scores)
     write_map_quicklook(source, tmp_path / "p.tif", tmp_path / "p.png", ["sea", "ship"])
     picture = np.asarray(Image.open(tmp_path / "p.png"))
@@ -89,7 +89,7 @@ def test_a_quicklook_of_several_labels_shows_where_none_is_true(make_scene, tmp_
     scores[1, 10:30] = high
     scores[:, 30:] = nodata
     layout = {"height": 40, "width": 40, "num_bands": 2, "dtype": dtype, "nodata": nodata}
-    with CogWriter(tmp_path / "p.tif", crs=source.crs, transform=source.transform, **layout) as writer:
+    with CogWriter(tmp_path / "p.tif", RasterLayout(crs=source.crs, transform=source.transform, **layout)) as writer:
         writer.write(0, scores)
     write_map_quicklook(source, tmp_path / "p.tif", tmp_path / "p.png", ["wet", "built"], multilabel=True)
     picture = np.asarray(Image.open(tmp_path / "p.png"))

@@ -17,7 +17,7 @@ from slides import levels_of, write_pyramid
 from perf_vit.errors import OutputError
 from perf_vit.geometry.boxes import oriented_box_corners
 from perf_vit.sources import open_source
-from perf_vit.writers import CogWriter, polygonize_classes, write_objects
+from perf_vit.writers import CogWriter, RasterLayout, polygonize_classes, write_objects
 from perf_vit.writers import vector as vector_writers
 
 CLASSES = ("ship", "Öltank", 'a "quay"')
@@ -295,7 +295,9 @@ def test_a_class_map_becomes_areas_in_gpkg_and_for_a_slide_in_qupath(scene, slid
     labels[0, 10:40, 20:50], labels[0, 30:60, 60:80], labels[0, :, :4] = 1, 2, 255
     for source, name in ((scene, "areas.gpkg"), (slide, "areas.geojson")):
         layout = {"height": 70, "width": 90, "num_bands": 1, "dtype": "uint8", "nodata": 255}
-        with CogWriter(tmp_path / "map.tif", crs=source.crs, transform=source.transform, **layout) as writer:
+        with CogWriter(
+            tmp_path / "map.tif", RasterLayout(crs=source.crs, transform=source.transform, **layout)
+        ) as writer:
             writer.write(0, labels)
         polygons, classes = polygonize_classes(tmp_path / "map.tif", skip=[0], block_px=16)
         path = write_objects(tmp_path / name, polygons, None, classes, CLASSES, source=source, object_type="annotation")

@@ -31,7 +31,7 @@ from perf_vit.sources import open_source
 from perf_vit.tiling import grid_windows
 from perf_vit.transforms import Normalizer
 from perf_vit.types import GeoImage, Source
-from perf_vit.writers import CogWriter
+from perf_vit.writers import CogWriter, RasterLayout
 
 app = typer.Typer(add_completion=False, help=__doc__)
 
@@ -45,7 +45,7 @@ def scene(path: Path, height: int = 20_000, width: int = 20_000, bands: int = 3,
     rng = np.random.default_rng(seed)
     place = rasterio.Affine(0.1, 0, 400_000, 0, -0.1, 4_500_000)
     layout = {"height": height, "width": width, "num_bands": bands, "crs": "EPSG:32637", "transform": place}
-    with CogWriter(path, dtype="uint8", **layout) as writer:
+    with CogWriter(path, RasterLayout(dtype="uint8", **layout)) as writer:
         for row in range(0, height, 500):
             rows = min(500, height - row)
             waves = 90 + 60 * np.sin(np.arange(row, row + rows) / 97)[:, None] * np.cos(np.arange(width) / 131)

@@ -2,7 +2,8 @@
 
 import math
 from collections import OrderedDict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -77,25 +78,10 @@ class HighResolutionConvTransformer(nn.Module):
         # projections of every attention, none in the convolutions, and no norm in the stem: 1,320,976 (convolutions) +
         # 409,600 (projections) + 2,304 (their biases) + 3,616 (norms) + 514 (classifier).
         dd: dict[str, Any] = {"device": device, "dtype": dtype}
-        self.stem = nn.Sequential(
-            OrderedDict(
-                conv=nn.Conv2d(in_chans, channels[0], 7, stride=2, padding=3, bias=False, **dd),
-                pool=nn.MaxPool2d(3, stride=2, padding=1),
-            )
-        )
-        self.stages = nn.Sequential()
-        first_layer = 0
-        for index, (out_channels, depth) in enumerate(zip(channels, depths, strict=True)):
-            shapes = _shapes(channels[max(index - 1, 0)], out_channels, depth)
-            if index < len(channels) - num_attn_stages:
-                blocks: list[nn.Module] = [ResidualBlock(*shape, **dd) for shape in shapes]
-            else:
-                blocks = [
-                    AttentionConvBlock(*shape, num_heads, mixer, attn_kwargs, layer_index, **dd)
-                    for layer_index, shape in enumerate(shapes, first_layer)
-                ]
-                first_layer += depth
-            self.stages.append(nn.Sequential(*blocks))
+        self.stem = _stem(in_chans, channels[0], dd)
+        residual_block = partial(ResidualBlock, **dd)
+        attention_block = partial(AttentionConvBlock, num_heads=num_heads, mixer=mixer, options=attn_kwargs, **dd)
+        self.stages = _stages(channels, depths, num_attn_stages, residual_block, attention_block)
         self.feature_info = _feature_info(channels)
         self.norm: nn.Module = BatchNormAct2d(channels[-1], **dd)
         self.head = ClassifierHead(channels[-1], num_classes, pool_type=global_pool, drop_rate=drop_rate, **dd)
@@ -285,6 +271,31 @@ def _shortcut(in_chans: int, out_chans: int, stride: int, dd: Mapping[str, Any])
     if stride == 1 and in_chans == out_chans:
         return None
     return nn.Conv2d(in_chans, out_chans, 1, stride=stride, bias=False, **dd)
+
+
+def _stem(in_chans: int, out_chans: int, dd: Mapping[str, Any]) -> nn.Sequential:
+    conv = nn.Conv2d(in_chans, out_chans, 7, stride=2, padding=3, bias=False, **dd)
+    return nn.Sequential(OrderedDict(conv=conv, pool=nn.MaxPool2d(3, stride=2, padding=1)))
+
+
+def _stages(
+    channels: Sequence[int],
+    depths: Sequence[int],
+    num_attn_stages: int,
+    residual_block: Callable[..., nn.Module],
+    attention_block: Callable[..., nn.Module],
+) -> nn.Sequential:
+    """Build the stages, of which the last `num_attn_stages` have attention."""
+    stages, first_layer = nn.Sequential(), 0
+    for index, depth in enumerate(depths):
+        shapes = _shapes(channels[max(index - 1, 0)], channels[index], depth)
+        if index < len(channels) - num_attn_stages:
+            blocks = [residual_block(*shape) for shape in shapes]
+        else:
+            blocks = [attention_block(*shape, layer_index=layer) for layer, shape in enumerate(shapes, first_layer)]
+            first_layer += depth
+        stages.append(nn.Sequential(*blocks))
+    return stages
 
 
 def _shapes(in_chans: int, out_chans: int, depth: int) -> list[tuple[int, int, int]]:
