@@ -127,7 +127,7 @@ class GeoImage:
 
 
 InputPath: TypeAlias = str | Path | Sequence[str | Path]
-"""Input of `perf_vit.open_source`: a file, folder, pattern or URL, or a list of these."""
+"""Input of `perf_vit.open`: a file, folder, pattern or URL, or a list of these."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -164,7 +164,7 @@ class InputOptions:
 
 
 class Source(Protocol):
-    """Interface of rasters, mosaics and slides; `perf_vit.open_source` opens them.
+    """Interface of rasters, mosaics and slides; `perf_vit.open` opens them.
 
     Attributes:
         path: Path as given.

@@ -10,15 +10,18 @@ import perf_vit
 
 CONTRACT = {
     "perf_vit": [
+        "InputSpec",
         "__version__",
-        "choose_layer_options",
+        "convert",
+        "distill",
+        "evaluate",
         "linearize",
-        "load_converted",
-        "load_segmenter",
-        "open_source",
+        "load",
+        "open",
         "ops",
         "predict",
         "save_converted",
+        "train",
     ],
     "perf_vit.ops": ["KVState", "draw_projection", "clustered_attention", "favor_attention"],
     "perf_vit.tiling": ["BLENDS", "grid_windows", "random_window", "register_blend"],

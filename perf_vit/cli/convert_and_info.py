@@ -7,12 +7,13 @@ from typing import Annotated
 
 import typer
 
-from perf_vit.cli.arguments import Mpp, SlideMpp, WindowSize
+from perf_vit.cli.arguments import Mpp, SlideMpp, WindowSize, given_options
 
 __all__ = ["convert", "demo", "info"]
 
 
 def convert(
+    context: typer.Context,
     source: Annotated[str, typer.Argument(help="A timm model, or a folder with a saved one.")],
     out: Annotated[Path, typer.Option(help="Folder for model.safetensors, config.json and fidelity.html.")],
     weights: Annotated[Path | None, typer.Option(help="Weights of the model; timm's own if left out.")] = None,
@@ -41,33 +42,12 @@ def convert(
     time_softmax: Annotated[bool, typer.Option("--time-softmax", help="Time softmax at any size.")] = False,
 ) -> None:
     """Make the attention of a pretrained ViT linear, and report what it keeps."""
-    from perf_vit.workflows.convert import ConversionRequest, convert_model, parse_layers
-    from perf_vit.workflows.progress import say
+    from perf_vit.workflows.convert import convert
+    from perf_vit.workflows.progress import say, show
 
-    given = {
-        "window_size": window_size,
-        "num_sinks": num_sinks,
-        "num_clusters": num_clusters,
-        "num_features": num_features,
-    }
-    report = convert_model(
-        ConversionRequest(
-            source=source,
-            out=out,
-            weights=weights,
-            num_classes=num_classes,
-            mixer=mixer,
-            options={name: value for name, value in given.items() if value is not None},
-            layers=parse_layers(layers),
-            img_size=img_size,
-            images=tuple(images or ()),
-            budget=budget,
-            seed=seed,
-            overwrite=overwrite,
-            time_softmax=time_softmax,
-        )
-    )
-    say(f"model: {out}", f"report: {report}")
+    report = convert(source, out, **given_options(context, {"source", "out"}))
+    show(*report.tables())
+    say(*report.notes, f"model: {report.folder}", f"report: {report.path}")
 
 
 def info(
@@ -81,11 +61,15 @@ def info(
     json: Annotated[bool, typer.Option("--json", help="For programs.")] = False,
 ) -> None:
     """Tell what a raster or slide is, and how long a model would take for it."""
-    from perf_vit.sources import open_source
-    from perf_vit.workflows.info import describe_file
+    from perf_vit.workflows.info import describe
+    from perf_vit.workflows.progress import say, say_json, show
 
-    source = open_source(image, mpp=mpp, slide_mpp=slide_mpp)
-    describe_file(source, model=model, window_size=window_size, as_json=json)
+    found = describe(image, model=model, window_size=window_size, mpp=mpp, slide_mpp=slide_mpp)
+    if json:
+        say_json(found.to_dict())
+    else:
+        say(found.source.path)
+        show(found.table())
 
 
 def demo(
@@ -95,5 +79,13 @@ def demo(
 ) -> None:
     """Make a scene, train a small model on half of it, map all of it and write a report: a few minutes on a CPU."""
     from perf_vit.workflows.demo import run_demo
+    from perf_vit.workflows.progress import say, show
 
-    run_demo(out, seed, overwrite=overwrite)
+    found = run_demo(out, seed, overwrite=overwrite)
+    show(*found.scores.tables())
+    say(
+        f"IoU of ships: {found.iou:.3f}  ({found.seconds:.0f} s in all)",
+        f"map: {found.map}",
+        f"quicklook: {found.map.with_suffix('.png')}",
+        f"report: {found.report}",
+    )

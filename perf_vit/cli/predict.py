@@ -60,6 +60,9 @@ def predict(
         bool, typer.Option("--overwrite", help="Replace outputs that exist; an input never is.")
     ] = False,
     path_column: Annotated[str, typer.Option(help="Column of a list that holds the paths.")] = "path",
+    quicklook: Annotated[
+        bool, typer.Option("--quicklook/--no-quicklook", help="Write a picture next to the map, .png.")
+    ] = True,
     polygons: Annotated[
         Literal["gpkg", "geojson", "parquet", "json"] | None,
         typer.Option(

@@ -50,13 +50,8 @@ def distill(
     overrides: Annotated[list[str] | None, typer.Argument(help="key=value ..., as in optim.max_minutes=20")] = None,
 ) -> None:
     """Train the linear copy of a pretrained ViT to give its tokens, on images without labels."""
-    from perf_vit.config import load_config
-    from perf_vit.workflows.distill import distill_model
+    from perf_vit.workflows.distill import distill
     from perf_vit.workflows.progress import say
-    from perf_vit.workflows.run_config import DistillationRun
-    from perf_vit.workflows.run_folder import check_config_kept
 
-    run = load_config(config, DistillationRun, overrides or [])
-    check_config_kept(config, run)
-    student = distill_model(run)
-    say(f"student: {student}")
+    run = distill(config, overrides)
+    say(f"student: {run.best}")

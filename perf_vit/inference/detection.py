@@ -88,7 +88,7 @@ class DetectionPredictor(InputPredictor[Detector, DetectionPredictOptions]):
         """Write the objects of an input, unless they are there.
 
         Args:
-            source: What `perf_vit.open_source` opens, or a source.
+            source: What `perf_vit.open` opens, or a source.
             out: Path of the file, whose suffix chooses the format; with .tif, `polygons` and the CRS choose it.
             on_progress: Called with (windows done, windows in all).
 

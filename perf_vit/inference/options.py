@@ -80,7 +80,7 @@ class PredictOptions:
 
     @property
     def input_options(self) -> dict[str, Any]:
-        """Options of `perf_vit.open_source` that come before those of the model."""
+        """Options of `perf_vit.open` that come before those of the model."""
         names = {each.name for each in fields(self)}.intersection(_INPUT_OPTIONS)
         return {name: value for name in sorted(names) if (value := getattr(self, name)) is not None}
 

@@ -129,7 +129,7 @@ class InputPredictor(Predictor[Model, Options]):
         """Make the outputs of an input, as far as they aren't there.
 
         Args:
-            source: What `perf_vit.open_source` opens, or a source.
+            source: What `perf_vit.open` opens, or a source.
             out: Path of the main output.
             on_progress: Called with (windows done, windows in all).
 

@@ -52,7 +52,7 @@ class SegmentationPredictor(InputPredictor[Segmenter, SegmentationPredictOptions
         """Make the map of an input and the files next to it, as far as they aren't there.
 
         Args:
-            source: What `perf_vit.open_source` opens, or a source.
+            source: What `perf_vit.open` opens, or a source.
             out: Path of the map, .tif or .ome.tif; missing folders are made.
             on_progress: Called with (windows done, windows in all), or rows with a pool.
             pool: Ray processes that share the rows; each opens `source`, a path, by itself.
@@ -94,7 +94,7 @@ class SegmentationPredictor(InputPredictor[Segmenter, SegmentationPredictOptions
         """Predict those rows of a map that are not in its store yet; any number of processes may share a store.
 
         Args:
-            source: What `perf_vit.open_source` opens, or a source.
+            source: What `perf_vit.open` opens, or a source.
             store: Rows of the map.
             rows: (first, first below); all by default.
             on_progress: Called with (windows done, windows in all).

@@ -55,14 +55,14 @@ class InputSpec(InputOptions):
     def open(self, path: InputPath | Source, *, check: InputCheck | None = None, **overrides: Any) -> Source:
         """Open an input as in training: bands, nodata, pixel size, tissue.
 
-        A source from `perf_vit.open_source` is reopened if its options differ from the model's; options given to
+        A source from `perf_vit.open` is reopened if its options differ from the model's; options given to
         `open_source` take precedence. Other sources are used unchanged.
 
         Args:
-            path: Input of `perf_vit.open_source`, or a source.
+            path: Input of `perf_vit.open`, or a source.
             check: Comparison with the training images, shared by the inputs of a run so that it warns once;
                 `InputCheck(None)` disables it. None for a new one.
-            **overrides: Options of `perf_vit.open_source` that take precedence over the model's; None is ignored.
+            **overrides: Options of `perf_vit.open` that take precedence over the model's; None is ignored.
 
         Raises:
             InputError: The input can't be opened or its number of bands differs from the training images.

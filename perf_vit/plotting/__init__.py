@@ -1,6 +1,6 @@
 """Pictures of imagery and class maps, and helpers for figures."""
 
-from perf_vit.plotting.colors import colorize, default_colormap
+from perf_vit.plotting.colors import colorize, default_colormap, thumbnail
 from perf_vit.plotting.pictures import label_font, label_text, natural_bands, rgb_from, save_figure, save_png
 
 __all__ = [
@@ -12,4 +12,5 @@ __all__ = [
     "rgb_from",
     "save_figure",
     "save_png",
+    "thumbnail",
 ]

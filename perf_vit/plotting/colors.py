@@ -6,11 +6,12 @@ import colorsys
 from collections.abc import Mapping, Sequence
 
 import numpy as np
+from PIL import Image
 
-from perf_vit.plotting.pictures import Picture
-from perf_vit.types import IGNORE_INDEX, LabelArray
+from perf_vit.plotting.pictures import Picture, natural_bands, rgb_from
+from perf_vit.types import IGNORE_INDEX, LabelArray, Source
 
-__all__ = ["colorize", "default_colormap"]
+__all__ = ["colorize", "default_colormap", "thumbnail"]
 
 Color = tuple[int, int, int, int]
 
@@ -34,6 +35,23 @@ def colorize(labels: LabelArray, colormap: Mapping[int, tuple[int, ...]]) -> Pic
     for index, color in colormap.items():
         table[index] = (*color, 255)[:4]
     return table[labels]
+
+
+def thumbnail(source: Source, max_size_px: int = 1024, bands: Sequence[int] | None = None) -> Image.Image:
+    """A small picture of a whole source; values with a palette have its colours.
+
+    Args:
+        source: Raster, mosaic or slide.
+        max_size_px: Longest side in pixels.
+        bands: 1-based numbers of one or three bands; by default those called red, green and blue, else the first ones.
+    """
+    image = source.read_reduced(max_size_px)
+    if source.colormap is None or bands is not None or len(image.pixels) > 1:
+        return Image.fromarray(rgb_from(image, bands or natural_bands(source)))
+    colors = {value: color for value, color in source.colormap.items() if value < 256}
+    picture = colorize(image.pixels[0].clip(0, 255).astype(np.uint8), colors)
+    picture[~image.valid] = 0
+    return Image.fromarray(picture)
 
 
 def default_colormap(num_classes: int, background: int | None = None) -> dict[int, Color]:

@@ -69,7 +69,7 @@ def describe_source(source: Source) -> SourceInfo:
     """Look at the headers of a source.
 
     Args:
-        source: from `perf_vit.open_source`.
+        source: from `perf_vit.open`.
     """
     stored: dict[str, Any]
     if isinstance(source, SlideSource):

@@ -6,11 +6,10 @@ import functools
 import math
 import os
 import struct
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from types import MappingProxyType
-from typing import Any, BinaryIO, Self
+from typing import Any, BinaryIO
 
 import numpy as np
 import numpy.typing as npt
@@ -24,7 +23,8 @@ from perf_vit.sources._gdal import crs_name, open_dataset
 from perf_vit.sources._grid import Bounds, Grid
 from perf_vit.sources._handles import PerThread
 from perf_vit.sources._remote import with_retries
-from perf_vit.types import BoolArray, GeoImage, InputPath, Window
+from perf_vit.sources.base import BaseSource
+from perf_vit.types import BoolArray, GeoImage, Window
 
 __all__ = ["Bounds", "Orientation", "RasterSource", "orientation_of"]
 
@@ -132,7 +132,7 @@ def _of_webp(file: BinaryIO) -> Any:
         return image.getexif().get(_TAG, 1)
 
 
-class RasterSource:
+class RasterSource(BaseSource):
     """A raster on disk or behind a URL; `open_source` makes one.
 
     It may be pickled, forked and shared between threads: each opens the file for itself.
@@ -158,8 +158,6 @@ class RasterSource:
     """
 
     mpp: float | None = None
-    options: Mapping[str, Any] = MappingProxyType({})
-    opened_from: InputPath | None = None
     _orientation = Orientation()
 
     def __init__(
@@ -205,11 +203,6 @@ class RasterSource:
         return self._orientation.value
 
     @property
-    def size(self) -> tuple[int, int]:
-        """(height, width)."""
-        return self.height, self.width
-
-    @property
     def extent(self) -> Window:
         """Window of all pixels."""
         return self._grid.extent
@@ -219,22 +212,9 @@ class RasterSource:
         """(left, bottom, right, top) in CRS units; of a rotated raster, the box around it."""
         return self._grid.bounds
 
-    def read(self, window: Window) -> GeoImage:
-        """Read a window, which may reach past the edge on any side.
-
-        A band is invalid past the edge, where it is nodata or not finite, and where alpha or mask is 0; a pixel is
-        valid where a band is. Pixels past the edge are the nodata value, or 0.
-
-        Args:
-            window: rows and columns, in pixels of the raster.
-
-        Returns:
-            Pixels [num_bands, height, width] in the raster's dtype.
-
-        Raises:
-            DamagedDataError: the file is damaged there.
-            UnreachableError: a server doesn't deliver it, also after some tries.
-        """
+    def _read(self, window: Window) -> GeoImage:
+        # A band is invalid past the edge, where it is nodata or not finite, and where alpha or mask is 0; a pixel is
+        # valid where a band is. Pixels past the edge are the nodata value, or 0.
         pixels = np.full((self.num_bands, *window.shape), self.nodata or 0, self.dtype)
         mask = np.zeros((1, *window.shape), bool)
         shared = window.intersect(self.extent)
@@ -272,12 +252,6 @@ class RasterSource:
     def close(self) -> None:
         """Close the file handle of this thread; a later read opens it again."""
         self._handle.close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        self.close()
 
     def __repr__(self) -> str:
         layout = f"{self.height} x {self.width} px, {self.num_bands} x {self.dtype}, {crs_name(self.crs)}"

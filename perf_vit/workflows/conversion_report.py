@@ -1,4 +1,4 @@
-"""What a conversion keeps and costs: measured, printed and written as one HTML page."""
+"""What a conversion keeps and costs: measured, shown and written as one HTML page."""
 
 from __future__ import annotations
 
@@ -13,17 +13,18 @@ from typing import Any
 import torch
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from torch import Tensor
+from rich.table import Table
+from torch import Tensor, nn
 
 from perf_vit._version import __version__
-from perf_vit.conversion import attention_errors, linearize, token_cosines
+from perf_vit.conversion import attention_errors, linearize, load_converted, token_cosines
 from perf_vit.conversion.linearize import converted_layers
 from perf_vit.files import write_text
 from perf_vit.layers import MixerOptions
-from perf_vit.workflows.progress import new_table, say, show
+from perf_vit.workflows.progress import as_text, new_table
 from perf_vit.workflows.timing import alternating_medians, machine_name
 
-__all__ = ["MeasuredConversion", "Speed", "measure_conversion", "print_conversion", "write_conversion"]
+__all__ = ["ConversionReport", "MeasuredConversion", "Speed", "measure_conversion", "write_conversion"]
 
 REPORT = "fidelity.html"
 # Softmax on a CPU takes minutes beyond.
@@ -139,14 +140,49 @@ def _speed(
     )
 
 
-def print_conversion(measured: MeasuredConversion) -> None:
-    """Print the report's figures."""
-    for title, head, rows in _tables(measured):
-        table = new_table(title, head)
-        for row in rows:
-            table.add_row(*row)
-        show(table)
-    say(*_notes(measured))
+@dataclass(frozen=True, kw_only=True)
+class ConversionReport:
+    """A converted model and what was measured of it.
+
+    Attributes:
+        folder: Folder of the model.
+        path: Path of the report, an HTML page.
+        measured: Fidelity of the layers and of the final tokens, and times.
+    """
+
+    folder: Path
+    path: Path
+    measured: MeasuredConversion
+
+    @property
+    def table(self) -> list[dict[str, Any]]:
+        """A row a converted layer, with the relative error of its outputs."""
+        return [{"layer": index, "error": error} for index, error in self.measured.errors.items()]
+
+    @property
+    def notes(self) -> list[str]:
+        """What was not measured."""
+        return _notes(self.measured)
+
+    def tables(self) -> list[Table]:
+        """All figures for people."""
+        return [_filled(*each) for each in _tables(self.measured)]
+
+    def load(self) -> nn.Module:
+        """Load the converted model, in evaluation mode, on the CPU."""
+        return load_converted(self.folder)
+
+    def __str__(self) -> str:
+        return "\n".join([as_text(*self.tables()), *self.notes])
+
+    __repr__ = __str__
+
+
+def _filled(title: str, head: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
+    table = new_table(title, head)
+    for row in rows:
+        table.add_row(*row)
+    return table
 
 
 def write_conversion(measured: MeasuredConversion, folder: Path, *, home: Path, title: str, images: str) -> Path:
@@ -173,7 +209,7 @@ def write_conversion(measured: MeasuredConversion, folder: Path, *, home: Path, 
 {_chart(measured)}
 {sections}{notes}
 <h2>Load it</h2>
-<pre>model = perf_vit.load_converted("{html.escape(str(home))}")</pre>
+<pre>model = perf_vit.load("{html.escape(str(home))}")</pre>
 </body></html>
 """
     path = folder / REPORT
@@ -222,7 +258,7 @@ def _notes(measured: MeasuredConversion) -> list[str]:
     left_out = [speed for speed in measured.speeds if speed.softmax is None]
     return [
         f"Softmax was not run at {speed.size_px} px: {speed.num_tokens:,} tokens are more than {_SOFTMAX_TOKENS:,}; "
-        "--time-softmax runs it."
+        "`time_softmax` runs it."
         for speed in left_out
     ]
 

@@ -1,10 +1,11 @@
-"""`perf-vit convert`: from a softmax ViT to a folder with a linear one, and a report of what it kept."""
+"""Conversion: from a softmax ViT to a folder with a linear one, and a report of what it kept."""
 
 from __future__ import annotations
 
+import copy
 import difflib
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,53 +18,56 @@ from perf_vit.conversion import choose_layer_options, linearize, load_softmax, s
 from perf_vit.conversion.save import MODEL_FILES, check_output_folder, input_bands, staged_folder
 from perf_vit.conversion.weights import create_with_weights, read_weights
 from perf_vit.data import UnlabelledCrops
-from perf_vit.errors import ConfigError, PerfVitError, reason_line
+from perf_vit.errors import ConfigError, OptionError, PerfVitError, reason_line
 from perf_vit.sources import find_images
 from perf_vit.transforms import Normalizer
 from perf_vit.workflows.conversion_report import (
+    ConversionReport,
     MeasuredConversion,
     measure_conversion,
-    print_conversion,
     write_conversion,
 )
-from perf_vit.workflows.progress import windows_progress, working
+from perf_vit.workflows.progress import progress_shown, windows_progress, working
+from perf_vit.workflows.registry import checked_options
 from perf_vit.writers import check_outputs
 
-__all__ = ["ConversionRequest", "convert_model", "parse_layers"]
+__all__ = ["ConvertOptions", "convert"]
 
 # Of all crops the first choose options and the last are for the report.
 _NUM_CROPS, _OPTION_CROPS, _REPORT_CROPS = 12, 2, 4
 
 
 @dataclass(frozen=True, kw_only=True)
-class ConversionRequest:
-    """What the command line asks for.
+class ConvertOptions:
+    """Options of `convert`.
 
     Attributes:
-        source: a timm model, or a folder with a saved one.
-        out: folder for the converted model.
-        weights: file with the weights of a timm model; timm's own pretrained ones if None.
-        num_classes: of the weights; the model's own number if None.
-        mixer: mixer, as in `linearize`.
-        options: options of the mixer for all layers.
-        layers: places of the layers to convert, None for all.
-        img_size: side of the images in pixels; the model's own if None.
-        images: files and folders with images to choose options by and to measure on.
-        budget: times of plain FAVOR+ that the model may take; None leaves options as they are.
-        seed: of projections and crops.
-        overwrite: replace a model in `out`.
-        time_softmax: time softmax however many tokens there are.
+        weights: File with the weights of a timm model; timm's own pretrained ones by default.
+        num_classes: Classes of the weights, 0 for none; the model's own number by default.
+        mixer: Mixer, as in `perf_vit.linearize`.
+        window_size: Largest side of a window in patches (clustered).
+        num_sinks: Keys that all queries see exactly (clustered).
+        num_clusters: Clusters of all other keys (clustered).
+        num_features: Random features (performer).
+        layers: Indices of the layers to convert, or text such as "0-5,8"; all by default.
+        img_size: Side of the images in pixels; the model's own by default.
+        images: Files and folders with images to choose options by and to measure on.
+        budget: Times of plain FAVOR+ that the model may take; options of each layer are chosen then.
+        seed: Seed of projections and crops.
+        overwrite: Replace a model in the folder.
+        time_softmax: Time softmax however many tokens there are.
     """
 
-    source: str
-    out: Path
-    weights: Path | None = None
+    weights: str | Path | None = None
     num_classes: int | None = None
     mixer: str = "clustered"
-    options: dict[str, Any] = field(default_factory=dict)
-    layers: tuple[int, ...] | None = None
+    window_size: int | None = None
+    num_sinks: int | None = None
+    num_clusters: int | None = None
+    num_features: int | None = None
+    layers: str | Sequence[int] | None = None
     img_size: int | None = None
-    images: tuple[Path, ...] = ()
+    images: Sequence[str | Path] = ()
     budget: float | None = None
     seed: int = 0
     overwrite: bool = False
@@ -71,108 +75,158 @@ class ConversionRequest:
 
     def __post_init__(self) -> None:
         if self.budget is not None and not self.images:
-            raise ConfigError("--budget learns from images, got none; give --images FOLDER")
+            raise OptionError("budget learns from images, got none; give `images`")
         if self.budget is not None and self.mixer != "clustered":
-            raise ConfigError(f"--budget chooses options of --mixer clustered, got {self.mixer}; leave it out")
+            raise OptionError(f"budget chooses options of `mixer=clustered`, got {self.mixer}; leave it out")
+        _parse_layers(self.layers)
+
+    @property
+    def layer_indices(self) -> tuple[int, ...] | None:
+        """Indices of the layers to convert, None for all."""
+        return _parse_layers(self.layers)
+
+    @property
+    def mixer_options(self) -> dict[str, Any]:
+        """Options of the mixer for all layers."""
+        names = ("window_size", "num_sinks", "num_clusters", "num_features")
+        return {name: getattr(self, name) for name in names if getattr(self, name) is not None}
 
 
-def convert_model(request: ConversionRequest) -> Path:
-    """Convert a model, save it with `fidelity.html` beside its weights, print what it keeps and costs.
+@dataclass(frozen=True, kw_only=True)
+class _Request:
+    """A conversion that was asked for: what of, where to, and how."""
+
+    source: str | nn.Module
+    out: Path
+    options: ConvertOptions
+
+    @property
+    def title(self) -> str:
+        return type(self.source).__name__ if isinstance(self.source, nn.Module) else self.source
+
+
+def convert(
+    model: str | Path | nn.Module, out: str | Path, *, progress: bool = True, **options: Any
+) -> ConversionReport:
+    """Make the attention of a pretrained ViT linear, save it, and measure what it keeps and costs.
+
+    Args:
+        model: timm name, a folder with a saved model, or a timm model itself.
+        out: Folder for `model.safetensors`, `config.json` and `fidelity.html`.
+        progress: Show progress bars.
+        **options: Fields of `ConvertOptions`.
 
     Returns:
-        The report.
+        What was measured.
 
     Raises:
-        PerfVitError: an argument, input or output that doesn't fit; nothing is written then.
+        PerfVitError: An argument, input or output doesn't fit; nothing is written then.
     """
+    source = model if isinstance(model, nn.Module) else str(model)
+    request = _Request(source=source, out=Path(out), options=checked_options(ConvertOptions, options))
+    with progress_shown(progress):
+        return _convert_and_measure(request)
+
+
+def _convert_and_measure(request: _Request) -> ConversionReport:
+    options = request.options
     _check_files(request)
-    check_output_folder(request.out, overwrite=request.overwrite)
+    check_output_folder(request.out, overwrite=options.overwrite)
     try:
         softmax = _softmax_model(request)
         crops = _crops(request, softmax)
         converted = _convert(request, softmax, crops)
         # A process that is killed while it measures leaves no folder without a report.
-        with staged_folder(request.out, overwrite=request.overwrite) as staging:
+        with staged_folder(request.out, overwrite=options.overwrite) as staging:
             save_converted(converted, staging, overwrite=True)
             measured = _measure(request, softmax, converted, crops)
             report = write_conversion(
-                measured, staging, home=request.out, title=request.source, images=_describe_images(request)
+                measured, staging, home=request.out, title=request.title, images=_describe_images(request)
             )
     except PerfVitError:
         raise
     except ValueError as error:
         raise ConfigError(str(error)) from error
-    print_conversion(measured)
-    return request.out / report.name
+    return ConversionReport(folder=request.out, path=request.out / report.name, measured=measured)
 
 
 def _measure(
-    request: ConversionRequest, softmax: nn.Module, converted: nn.Module, crops: Sequence[Tensor]
+    request: _Request, softmax: nn.Module, converted: nn.Module, crops: Sequence[Tensor]
 ) -> MeasuredConversion:
     with working("measuring") as on_step:
         return measure_conversion(
-            softmax, converted, crops[-_REPORT_CROPS:], time_softmax=request.time_softmax, on_step=on_step
+            softmax, converted, crops[-_REPORT_CROPS:], time_softmax=request.options.time_softmax, on_step=on_step
         )
 
 
-def parse_layers(text: str | None) -> tuple[int, ...] | None:
-    """Places as "0-5,8": 0 to 5 and 8; None for all.
+def _parse_layers(layers: str | Sequence[int] | None) -> tuple[int, ...] | None:
+    """Indices of layers, given as such or as "0-5,8": 0 to 5 and 8; None for all.
 
     Raises:
-        ConfigError: anything else.
+        OptionError: Anything else.
     """
-    if text is None:
-        return None
+    if layers is None or not isinstance(layers, str):
+        return None if layers is None else tuple(layers)
     try:
-        ranges = [[int(end) for end in part.split("-")] for part in text.split(",")]
+        ranges = [[int(end) for end in part.split("-")] for part in layers.split(",")]
         if any(len(ends) > 2 for ends in ranges):
             raise ValueError
     except ValueError as error:
-        raise ConfigError(f"--layers must be places such as 0-5,8, got {text}") from error
+        raise OptionError(f"layers must be indices such as 0-5,8, got {layers}") from error
     return tuple(sorted({index for ends in ranges for index in range(ends[0], ends[-1] + 1)}))
 
 
-def _check_files(request: ConversionRequest) -> None:
+def _check_files(request: _Request) -> None:
     """Refuse to replace what is read.
 
     Raises:
         OutputError: a file of the converted model is one that the conversion reads.
     """
-    source = Path(request.source)
-    model = [path for path in source.iterdir() if path.is_file()] if source.is_dir() else []
+    source = None if isinstance(request.source, nn.Module) else Path(request.source)
+    model = [path for path in source.iterdir() if path.is_file()] if source is not None and source.is_dir() else []
     outputs = [request.out / name for name in MODEL_FILES if (request.out / name).exists()]
-    check_outputs(outputs, [*model, request.weights, *request.images], overwrite=True)
+    check_outputs(outputs, [*model, request.options.weights, *request.options.images], overwrite=True)
 
 
-def _convert(request: ConversionRequest, softmax: nn.Module, crops: Sequence[Tensor]) -> nn.Module:
-    options, per_layer = dict(request.options), None
-    if request.mixer == "performer":
-        options = {"seed": request.seed, **options}
-    if request.budget is not None:
+def _convert(request: _Request, softmax: nn.Module, crops: Sequence[Tensor]) -> nn.Module:
+    options, per_layer = request.options.mixer_options, None
+    if request.options.mixer == "performer":
+        options = {"seed": request.options.seed, **options}
+    if request.options.budget is not None:
         with windows_progress("trying options", unit="measurements") as on_step:
             per_layer = choose_layer_options(
-                softmax, crops[:_OPTION_CROPS], request.budget, layers=request.layers, on_step=on_step, **options
+                softmax,
+                crops[:_OPTION_CROPS],
+                request.options.budget,
+                layers=request.options.layer_indices,
+                on_step=on_step,
+                **options,
             )
-    return linearize(softmax, request.mixer, request.layers, per_layer, **options)
+    return linearize(softmax, request.options.mixer, request.options.layer_indices, per_layer, **options)
 
 
-def _softmax_model(request: ConversionRequest) -> Any:
-    kwargs = {"img_size": request.img_size, "num_classes": request.num_classes}
+def _softmax_model(request: _Request) -> Any:
+    kwargs = {"img_size": request.options.img_size, "num_classes": request.options.num_classes}
     kwargs = {name: value for name, value in kwargs.items() if value is not None}
+    if isinstance(request.source, nn.Module):
+        if kwargs or request.options.weights is not None:
+            given = next(iter(kwargs), "weights")
+            raise OptionError(f"{given} is for a timm name; {request.title} is a model with weights; leave it out")
+        return _checked(copy.deepcopy(request.source).eval())
     if Path(request.source).is_dir():
-        if request.weights is not None:
-            raise ConfigError(f"{request.source} is a folder with weights of its own; leave --weights out")
+        if request.options.weights is not None:
+            raise OptionError(f"weights is for a timm name; {request.source} is a folder with weights; leave it out")
         return _checked(load_softmax(request.source, **kwargs).eval())
     _check_name(request.source)
-    if request.weights is None:
+    if request.options.weights is None:
         return _checked(_pretrained(request.source, kwargs))
     # The file's weights have neither the name nor the licence of those that timm would load.
     overlay: dict[str, Any] = {"tag": None, "license": None}
-    if request.num_classes is not None:
-        overlay["num_classes"] = request.num_classes
-    weights = read_weights(request.weights)
+    if request.options.num_classes is not None:
+        overlay["num_classes"] = request.options.num_classes
+    weights = read_weights(request.options.weights)
     try:
-        return _checked(create_with_weights(request.source, weights, request.weights, overlay, **kwargs).eval())
+        return _checked(create_with_weights(request.source, weights, request.options.weights, overlay, **kwargs).eval())
     except (TypeError, RuntimeError, AssertionError) as error:
         raise ConfigError(f"timm can't make {request.source} with {kwargs}: {reason_line(error)}") from error
 
@@ -184,7 +238,7 @@ def _pretrained(name: str, kwargs: dict[str, Any]) -> Any:
     # Each way of downloading has errors of its own.
     except Exception as error:
         raise ConfigError(
-            f"timm can't load pretrained weights of {name}: {reason_line(error)}; give them by --weights FILE"
+            f"timm can't load pretrained weights of {name}: {reason_line(error)}; give a file of them as `weights`"
         ) from error
 
 
@@ -194,7 +248,7 @@ def _check_name(name: str) -> None:
         return
     if Path(name).suffix in {".safetensors", ".pth", ".pt", ".ckpt", ".bin"}:
         raise ConfigError(
-            f"{name} is a weights file: name its model first, as in vit_small_patch14_dinov2 --weights {name}"
+            f"{name} is a weights file: name its model, as vit_small_patch14_dinov2, and give the file as `weights`"
         )
     near = difflib.get_close_matches(architecture, timm.list_models(), n=1, cutoff=0.5)
     hint = f"did you mean {near[0]}?" if near else "see timm.list_models('vit_*')"
@@ -209,24 +263,24 @@ def _checked(model: Any) -> Any:
     (height, _), (patch, _) = patch_embed.img_size, patch_embed.patch_size
     if height % patch:
         nearest = max(1, round(height / patch)) * patch
-        raise ConfigError(f"--img-size must be a multiple of the patch size {patch}, got {height}; try {nearest}")
+        raise OptionError(f"img_size must be a multiple of the patch size {patch}, got {height}; try {nearest}")
     return model
 
 
-def _crops(request: ConversionRequest, model: Any) -> list[Tensor]:
+def _crops(request: _Request, model: Any) -> list[Tensor]:
     """Standardised crops, [C, S, S]: those to choose options by first, those for the report last."""
     size, cfg = model.patch_embed.img_size[0], model.pretrained_cfg
-    if not request.images:
+    if not request.options.images:
         in_chans = input_bands(model)
-        return [_synthetic(in_chans, size, request.seed + place) for place in range(_REPORT_CROPS)]
+        return [_synthetic(in_chans, size, request.options.seed + place) for place in range(_REPORT_CROPS)]
     # timm's statistics are of values from 0 to 1, images have 0 to 255.
     normalizer = Normalizer(*(tuple(255 * value for value in cfg[name]) for name in ("mean", "std")))
     crops = UnlabelledCrops(
-        find_images(request.images),
+        find_images(request.options.images),
         normalizer,
         tile_px=size,
         length=_NUM_CROPS,
-        seed=request.seed,
+        seed=request.options.seed,
         symmetries=False,
     )
     return [crops[index][0] for index in range(len(crops))]
@@ -243,8 +297,8 @@ def _synthetic(in_chans: int, size: int, seed: int) -> Tensor:
     return (picture / picture.std()).squeeze(0)
 
 
-def _describe_images(request: ConversionRequest) -> str:
-    if not request.images:
-        return f"{_REPORT_CROPS} generated pictures, noise of all scales: give --images for figures that mean something"
-    apart = "" if request.budget is None else ", others than those the conversion learned from"
-    return f"{_REPORT_CROPS} crops of {', '.join(path.name for path in request.images)}{apart}"
+def _describe_images(request: _Request) -> str:
+    if not request.options.images:
+        return f"{_REPORT_CROPS} generated pictures, noise of all scales: give images for figures that mean something"
+    apart = "" if request.options.budget is None else ", others than those the conversion learned from"
+    return f"{_REPORT_CROPS} crops of {', '.join(Path(each).name for each in request.options.images)}{apart}"

@@ -1,4 +1,4 @@
-"""`perf-vit demo`: the whole road on a scene that it makes itself."""
+"""The whole road on a scene that it makes itself."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import io
 import platform
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,22 +19,45 @@ from PIL import Image
 from perf_vit._version import __version__
 from perf_vit.data import make_ship_scene
 from perf_vit.files import write_text
-from perf_vit.inference import SegmentationPredictOptions, SegmentationPredictor
 from perf_vit.labels import open_labels
 from perf_vit.metrics import ClassScores
 from perf_vit.plotting import colorize, default_colormap, natural_bands, rgb_from
 from perf_vit.sources import RasterSource, open_raster
 from perf_vit.types import IGNORE_INDEX
 from perf_vit.workflows.evaluate import evaluate
-from perf_vit.workflows.progress import say, show, windows_progress
+from perf_vit.workflows.predict import predict
+from perf_vit.workflows.progress import note
 from perf_vit.workflows.run_folder import RUN_FILES, check_run_files
+from perf_vit.workflows.task import Evaluation
 from perf_vit.workflows.train import train
 from perf_vit.writers import check_outputs, existing_error, existing_outputs
 
-__all__ = ["run_demo", "write_report"]
+__all__ = ["Demo", "run_demo", "write_report"]
 
 
-def run_demo(out: Path, seed: int, *, overwrite: bool = False) -> None:
+@dataclass(frozen=True, kw_only=True)
+class Demo:
+    """What a demo made.
+
+    Attributes:
+        map: Path of the map.
+        report: Path of the report, an HTML page.
+        scores: Scores of the lower half.
+        seconds: Time of all of it.
+    """
+
+    map: Path
+    report: Path
+    scores: Evaluation
+    seconds: float
+
+    @property
+    def iou(self) -> float:
+        """IoU of ships."""
+        return next(float(row["iou"]) for row in self.scores.table if row["name"] == "ship")
+
+
+def run_demo(out: Path, seed: int = 0, *, overwrite: bool = False) -> Demo:
     """Make a scene, train on its upper half, score its lower half, map all of it, write `report.html`.
 
     Args:
@@ -51,7 +75,7 @@ def run_demo(out: Path, seed: int, *, overwrite: bool = False) -> None:
     check_run_files(run)
     start = time.perf_counter()
     scene = make_ship_scene(out / "scene", seed=seed)
-    say(f"scene: {scene.image} ({scene.num_targets} ships), labels: {scene.labels}")
+    note(f"scene: {scene.image} ({scene.num_targets} ships), labels: {scene.labels}")
 
     half = scene.size_px // 2
     upper, lower = [0, 0, half, scene.size_px], [half, 0, scene.size_px - half, scene.size_px]
@@ -68,26 +92,20 @@ def run_demo(out: Path, seed: int, *, overwrite: bool = False) -> None:
 
     output = out / "map.tif"
     # What a killed demo left is of another scene file.
-    options = SegmentationPredictOptions(quicklook=True, overwrite=overwrite, resume=False)
-    with windows_progress(f"predicting {scene.image.name}") as on_progress:
-        SegmentationPredictor(checkpoint, options).run(scene.image, output, on_progress=on_progress)
+    predict(checkpoint, scene.image, output, quicklook=True, overwrite=overwrite, resume=False)
     scored = evaluate(checkpoint, scene.image, scene.labels, region=tuple(lower))
     scored.title = "lower half of the scene: not trained on, but it chose the best epoch"
     scored.to_json(out / "scores.json")
-    show(*scored.tables())
-    scores = [ClassScores(**row) for row in scored.table]
     report = write_report(
         out / "report.html",
         image=scene.image,
         labels=scene.labels,
         prediction=output,
         loss_curve=run / "loss_curve.png",
-        scores=scores,
+        scores=[ClassScores(**row) for row in scored.table],
         seconds=time.perf_counter() - start,
     )
-    ship = next(score for score in scores if score.name == "ship")
-    say(f"IoU of ships: {ship.iou:.3f}  ({time.perf_counter() - start:.0f} s in all)")
-    say(f"map: {output}", f"quicklook: {output.with_suffix('.png')}", f"report: {report}")
+    return Demo(map=output, report=report, scores=scored, seconds=time.perf_counter() - start)
 
 
 def _files(out: Path) -> list[Path]:

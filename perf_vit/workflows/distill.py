@@ -1,8 +1,9 @@
-"""`perf-vit distill`: from a config to a run folder with a trained student."""
+"""Distillation: from a config to a run folder with a trained student."""
 
 from __future__ import annotations
 
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -10,32 +11,52 @@ import timm
 import torch
 from torch import nn
 
+from perf_vit.config import Config, Overrides, load_config
 from perf_vit.conversion import linearize, load_converted, save_converted
 from perf_vit.conversion.save import check_output_folder
 from perf_vit.conversion.weights import check_file_arguments, create_with_weights, read_weights
 from perf_vit.data import build_distillation_datamodule
 from perf_vit.errors import ConfigError, PerfVitError, reason_line
 from perf_vit.tasks import DistillationTask, build_distillation_trainer
+from perf_vit.workflows.progress import progress_shown
 from perf_vit.workflows.run_config import DistillationModelConfig, DistillationRun
-from perf_vit.workflows.run_folder import RunFolder
+from perf_vit.workflows.run_folder import RunFolder, check_config_kept
+from perf_vit.workflows.train import Run, with_out
 
-__all__ = ["distill_model"]
+__all__ = ["distill"]
 
 STUDENT = "student"
 """The saved student's folder inside the run folder."""
 
 
-def distill_model(config: DistillationRun, *, progress: bool = True) -> Path:
-    """Train a student and leave it with checkpoints, metrics, curves and the resolved config in the run folder.
+def distill(
+    config: Config, overrides: Overrides | None = None, *, out: str | Path | None = None, progress: bool = True
+) -> Run:
+    """Train the linear copy of a pretrained ViT to give its tokens, on images without labels.
 
     Everything is opened and built before the folder is touched, so a wrong argument leaves nothing behind.
 
+    Args:
+        config: YAML file, name of a shipped config such as "distillation/vit_small_dinov2", or a mapping.
+        overrides: Values by dotted key, such as {"optim.max_minutes": 20}, or ["optim.max_minutes=20"].
+        out: Run folder, instead of the key `out`.
+        progress: Show progress bars.
+
     Returns:
-        The folder of the saved student, the best checkpoint's by the patch tokens' cosine; `load_converted` reads it.
+        The run; its best model is the student.
 
     Raises:
-        PerfVitError: a config, input or output that doesn't fit.
+        PerfVitError: A config, input or output that doesn't fit.
     """
+    run = load_config(config, DistillationRun, with_out(overrides, out))
+    if not isinstance(config, Mapping):
+        check_config_kept(config, run)
+    with progress_shown(progress):
+        _distill(run, progress=progress)
+    return Run(Path(run.out))
+
+
+def _distill(config: DistillationRun, *, progress: bool) -> Path:
     run = RunFolder(config, more=[STUDENT])
     check_output_folder(run.path / STUDENT, overwrite=True)
     teacher = _teacher(config.model)

@@ -48,8 +48,8 @@ def evaluate(
     parsed: EvaluateOptions = options_of(task, "evaluate", options)
     if labels is None and task.needs_labels:
         raise InputError(
-            f"{task.label} is scored against labels, got none; give a mask raster or a vector file, labels of objects, "
-            "or a CSV file"
+            f"{task.label} needs `labels` to be scored: a mask raster or a vector file, labels of objects, or a "
+            "CSV file"
         )
     image, truth = Path(input), None if labels is None else Path(labels)
     if parsed.json is not None:

@@ -1,4 +1,4 @@
-"""`perf-vit info`: what a file is, and what a model would have to do for it."""
+"""What a file is, and what a model would have to do for it."""
 
 from __future__ import annotations
 
@@ -11,14 +11,13 @@ import timm
 import torch
 from rich.table import Table
 
-from perf_vit.errors import ConfigError
+from perf_vit.errors import ConfigError, OptionError
 from perf_vit.models import load_segmenter
-from perf_vit.sources import SourceInfo, describe_source
+from perf_vit.sources import SourceInfo, describe_source, open_source
 from perf_vit.tiling import grid_windows
 from perf_vit.types import Source
-from perf_vit.workflows.progress import say, say_json, show
 
-__all__ = ["Workload", "describe_file", "estimate_workload"]
+__all__ = ["Description", "Workload", "describe", "estimate_workload"]
 
 _DEFAULT_WINDOW_PX = 1024
 
@@ -50,23 +49,56 @@ class Workload:
     device: str
 
 
-def describe_file(
-    source: Source, *, model: str | None = None, window_size: int | None = None, as_json: bool = False
-) -> None:
-    """Print what a source is, with a model's workload if one is given: as a table, or as JSON for programs."""
-    info = describe_source(source)
-    workload = None if model is None else estimate_workload(source, model, window_size)
-    if as_json:
-        content = {**asdict(info), "workload": None if workload is None else asdict(workload)}
-        say_json(content)
-        return
-    say(info.path)
-    table = Table(show_header=False)
-    table.add_column(style="bold")
-    table.add_column(overflow="fold")
-    for name, value in _facts(info) + ([] if workload is None else _work(workload)):
-        table.add_row(name, value)
-    show(table)
+@dataclass(frozen=True, kw_only=True)
+class Description:
+    """What a raster or slide is, and what a model would have to do for it.
+
+    Attributes:
+        source: Size, bands, place and format.
+        workload: Windows and time of a model, None without one.
+    """
+
+    source: SourceInfo
+    workload: Workload | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values of JSON."""
+        return {**asdict(self.source), "workload": None if self.workload is None else asdict(self.workload)}
+
+    def table(self) -> Table:
+        """All of it for people."""
+        table = Table(show_header=False)
+        table.add_column(style="bold")
+        table.add_column(overflow="fold")
+        for name, value in _facts(self.source) + ([] if self.workload is None else _work(self.workload)):
+            table.add_row(name, value)
+        return table
+
+
+def describe(
+    path: str,
+    *,
+    model: str | None = None,
+    window_size: int | None = None,
+    mpp: float | None = None,
+    slide_mpp: float | None = None,
+) -> Description:
+    """Describe a raster or slide and, if a model is given, the time that it would take.
+
+    Args:
+        path: Path or URL.
+        model: Checkpoint of a segmentation model, or a timm name; see `estimate_workload`.
+        window_size: Size of the model's windows in pixels.
+        mpp: Micrometres per pixel to read a slide at.
+        slide_mpp: Micrometres per pixel of a slide's level 0, where the file doesn't say.
+
+    Raises:
+        InputError: The file can't be opened.
+        PerfVitError: The model can't be loaded or doesn't fit.
+    """
+    with open_source(path, mpp=mpp, slide_mpp=slide_mpp) as source:
+        work = None if model is None else estimate_workload(source, model, window_size)
+        return Description(source=describe_source(source), workload=work)
 
 
 def estimate_workload(source: Source, model: str, window_size: int | None = None) -> Workload:
@@ -117,7 +149,7 @@ def _backbone(
     name: str, num_bands: int, window_size: int | None, device: str
 ) -> tuple[Callable[[torch.Tensor], Any], int, int]:
     if not timm.is_model(name):
-        raise ConfigError(f"--model must be a .ckpt file or a model of timm, got {name}; see timm.list_models()")
+        raise OptionError(f"model must be a .ckpt file or a model of timm, got {name}; see timm.list_models()")
     wanted = window_size or _DEFAULT_WINDOW_PX
     try:
         patch_px = timm.create_model(name, num_classes=0).patch_embed.patch_size[0]
@@ -159,7 +191,7 @@ def _facts(info: SourceInfo) -> list[tuple[str, str]]:
         ("CRS", info.crs or ("none" if info.kind == "raster" else None)),
         ("resolution", resolution and f"{resolution} {info.units or ''}"),
         ("bounds", info.bounds_crs and "x {0:.8g} to {2:.8g}, y {1:.8g} to {3:.8g}".format(*info.bounds_crs)),
-        ("mpp", f"{info.mpp:.4g} um" if info.mpp else ("unknown: give --slide-mpp" if info.kind == "slide" else None)),
+        ("mpp", f"{info.mpp:.4g} um" if info.mpp else ("unknown: give slide_mpp" if info.kind == "slide" else None)),
         ("levels", ", ".join(f"{height:,} x {width:,}" for height, width in info.levels)),
         ("blocks", info.block_px and f"{info.block_px[0]} x {info.block_px[1]}, {info.compression or 'uncompressed'}"),
         ("file", None if info.file_bytes is None else f"{info.file_bytes / 2**20:,.1f} MiB"),

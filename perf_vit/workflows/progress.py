@@ -101,10 +101,10 @@ def say_json(value: Any) -> None:
     sys.stdout.write(to_json(value, indent=2, ascii_only=True) + "\n")
 
 
-def note(*tables: Table) -> None:
-    """Show what was found in the middle of a work: on stderr or, of a command, on stdout."""
+def note(*found: Table | str) -> None:
+    """Show tables and lines in the middle of a work: on stderr or, of a command, on stdout."""
     if _shown.get():
-        _notes.print(*tables, sep="\n")
+        _notes.print(*found, sep="\n", soft_wrap=all(isinstance(each, str) for each in found))
 
 
 def note_to_stdout() -> None:

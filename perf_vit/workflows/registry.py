@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import fields, replace
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 from perf_vit.errors import ConfigError, OptionError
 from perf_vit.inference import (
@@ -73,7 +73,9 @@ from perf_vit.workflows.slide_classification import (
 )
 from perf_vit.workflows.task import EvaluateOptions, Task
 
-__all__ = ["TASKS", "Verb", "options_of", "register_task"]
+__all__ = ["TASKS", "Verb", "checked_options", "option_names", "options_of", "register_task"]
+
+Options = TypeVar("Options")
 
 Verb = Literal["predict", "evaluate"]
 
@@ -106,22 +108,34 @@ def options_of(task: Task, verb: Verb, given: Mapping[str, Any]) -> Any:
     Raises:
         OptionError: The task has no such option, or it takes no such value.
     """
-    known = _names(task, verb)
-    for name in sorted(given.keys() - known):
-        having = [each.label for each in TASKS.values() if name in _names(each, verb)]
+    kind = _class(task, verb)
+    for name in sorted(given.keys() - option_names(kind)):
+        having = [each.label for each in TASKS.values() if name in option_names(_class(each, verb))]
         if having:
             raise OptionError(f"{name} is not for {task.label}, but for {' and '.join(having)}; leave it out")
+    return checked_options(kind, given)
+
+
+def checked_options(kind: type[Options], given: Mapping[str, Any]) -> Options:
+    """Options as their dataclass.
+
+    Raises:
+        OptionError: There is no such option, or it takes no such value.
+    """
+    known = option_names(kind)
+    for name in sorted(given.keys() - known):
         otherwise = f"; expected one of {', '.join(sorted(known))}"
-        raise OptionError(f"{name} is no option of {verb}{did_you_mean(name, known, otherwise)}")
-    return _class(task, verb)(**given)
+        raise OptionError(f"{name} is no option here{did_you_mean(name, known, otherwise)}")
+    return kind(**given)
+
+
+def option_names(kind: type[Any]) -> set[str]:
+    """Names of the options of a dataclass."""
+    return {each.name for each in fields(kind)}
 
 
 def _class(task: Task, verb: Verb) -> type[Any]:
     return task.predict_options if verb == "predict" else task.evaluate_options
-
-
-def _names(task: Task, verb: Verb) -> set[str]:
-    return {each.name for each in fields(_class(task, verb))}
 
 
 register_task(

@@ -21,7 +21,7 @@ from perf_vit.workflows.run_config import TaskRunConfig
 from perf_vit.workflows.run_folder import RunFolder, check_config_kept
 from perf_vit.workflows.task import Task
 
-__all__ = ["Run", "fit_tile", "parse_bytes", "read_run", "train", "train_run"]
+__all__ = ["Run", "fit_tile", "parse_bytes", "read_run", "train", "train_run", "with_out"]
 
 _UNITS = {"MB": 10**6, "GB": 10**9, "TB": 10**12, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
 

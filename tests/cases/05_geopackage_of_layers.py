@@ -22,7 +22,7 @@ with rasterio.open(
     transform=Affine(10, 0, 500000, 0, -10, 5000000),
 ) as d:
     d.write(np.ones((1, 64, 64), np.uint8))
-src = perf_vit.open_source(tmp / "a.tif")
+src = perf_vit.open(tmp / "a.tif")
 box = shapely.box(500100, 4999700, 500300, 4999900)
 gpd.GeoDataFrame(geometry=[shapely.LineString([(5e5, 5e6), (500600, 4999400)])], crs=32633).to_file(
     tmp / "p.gpkg", layer="roads"

@@ -22,7 +22,7 @@ with rasterio.open(
     transform=Affine(10, 0, 500000, 0, -10, 5000000),
 ) as d:
     d.write(np.ones((1, 64, 64), np.uint8))
-src = perf_vit.open_source(tmp / "a.tif")
+src = perf_vit.open(tmp / "a.tif")
 boxes = [shapely.box(500000 + 200 * i, 4999700, 500100 + 200 * i, 4999900) for i in range(3)]
 gpd.GeoDataFrame({"cid": ["0", "1", "2"], "name": ["water", "unknown", None]}, geometry=boxes, crs=32633).to_file(
     tmp / "t.gpkg"

@@ -32,7 +32,7 @@ write_objects(
     np.ones(len(record)),
     record.labels,
     index.classes,
-    source=perf_vit.open_source(tmp / "i/a.png"),
+    source=perf_vit.open(tmp / "i/a.png"),
 )
 predicted = json.loads((tmp / "pred.json").read_text())
 scores = {}

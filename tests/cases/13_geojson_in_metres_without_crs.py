@@ -28,7 +28,7 @@ content = {
     "features": [{"type": "Feature", "properties": {}, "geometry": {"type": "Polygon", "coordinates": [ring]}}],
 }
 (tmp / "p.geojson").write_text(json.dumps(content))
-src = perf_vit.open_source(tmp / "a.tif")
+src = perf_vit.open(tmp / "a.tif")
 content["crs"] = {"type": "name", "properties": {"name": "urn:ogc:def:crs:EPSG::32633"}}
 (tmp / "c.geojson").write_text(json.dumps(content))
 with_member = int((open_labels(tmp / "c.geojson", src).read(src.extent) == 1).sum())

@@ -24,7 +24,7 @@ with rasterio.open(
     transform=Affine(0.05, 0, 100, 0, -0.05, 200),
 ) as d:
     d.write(np.full((3, 64, 64), 90, np.uint8))
-src = perf_vit.open_source(tmp / "a.tif")
+src = perf_vit.open(tmp / "a.tif")
 out = {}
 for name in ("o.gpkg", "o.parquet", "o.json", "o.geojson"):
     try:

@@ -22,7 +22,7 @@ with rasterio.open(
     transform=Affine(10, 0, 5e5, 0, -10, 5e6),
 ) as d:
     d.write(np.ones((1, 64, 64), np.uint8))
-src = perf_vit.open_source(tmp / "a.tif")
+src = perf_vit.open(tmp / "a.tif")
 out = {}
 for name in ("o.gpkg", "o.geojson", "o.parquet", "o.json"):
     write_objects(tmp / name, np.array([[5.0, 5, 20, 20], [30, 30, 40, 41]]), None, [0, 1], ["x", "y"], source=src)

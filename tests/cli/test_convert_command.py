@@ -49,7 +49,7 @@ def test_a_model_is_converted_and_the_report_says_what_it_was_measured_on(weight
     assert convert(MODEL, out, *given(weights), *FAST, "--layers", "0-1,11") == 0
     printed = capsys.readouterr().out
     assert f"report: {out / 'fidelity.html'}" in printed
-    model = perf_vit.load_converted(out)
+    model = perf_vit.conversion.load_converted(out)
     assert sorted(converted_layers(model)) == [0, 1, 11]
     options = model.blocks[11].attn.options
     assert (options.window_size, options.num_sinks, options.num_clusters) == (2, 4, 5)
@@ -60,7 +60,7 @@ def test_a_model_is_converted_and_the_report_says_what_it_was_measured_on(weight
     assert "generated pictures" in page
     assert "<svg" in page
     assert "src=" not in page
-    assert all(text in page for text in ("class token", "64", "128", "plain FAVOR+", "load_converted"))
+    assert all(text in page for text in ("class token", "64", "128", "plain FAVOR+", "perf_vit.load("))
     # Three bars: one a converted layer.
     assert page.count("<td>2</td><td>4</td><td>5</td><td>-</td>") == 3
 
@@ -87,7 +87,7 @@ def test_a_conversion_that_is_stopped_while_it_measures_leaves_what_was_there(
 
 def test_clusters_are_the_default_and_their_options_chosen(weights, images, tmp_path, monkeypatch) -> None:
     assert convert(MODEL, tmp_path / "plain", *given(weights), "--img-size", "64", "--num-clusters", "7") == 0
-    options = perf_vit.load_converted(tmp_path / "plain").blocks[3].attn.options
+    options = perf_vit.conversion.load_converted(tmp_path / "plain").blocks[3].attn.options
     assert (options.window_size, options.num_sinks, options.num_clusters) == (16, None, 7)
     assert "<td>16</td><td>16</td><td>7</td><td>-</td>" in (tmp_path / "plain" / "fidelity.html").read_text()
     candidates = ({"window_size": 2, "num_sinks": 2, "num_clusters": 3},) * 2
@@ -95,7 +95,7 @@ def test_clusters_are_the_default_and_their_options_chosen(weights, images, tmp_
     args = ["--img-size", "64", "--images", images, "--budget", "1000"]
     assert convert(MODEL, tmp_path / "chosen", *given(weights), *args) == 0
     assert "others than those the conversion learned from" in (tmp_path / "chosen" / "fidelity.html").read_text()
-    model = perf_vit.load_converted(tmp_path / "chosen")
+    model = perf_vit.conversion.load_converted(tmp_path / "chosen")
     assert {layer.options.num_clusters for layer in converted_layers(model).values()} == {3}
     assert model.conversion.mixer == "clustered"
 
@@ -104,7 +104,7 @@ def test_a_saved_folder_is_converted_anew_and_overwritten_when_told(weights, tmp
     first, second = tmp_path / "first", tmp_path / "second"
     assert convert(MODEL, first, *given(weights), *FAST) == 0
     assert convert(first, second, "--mixer", "performer", "--num-features", "16", "--seed", "3") == 0
-    one, two = perf_vit.load_converted(first), perf_vit.load_converted(second)
+    one, two = perf_vit.conversion.load_converted(first), perf_vit.conversion.load_converted(second)
     assert torch.equal(one.blocks[3].attn.qkv.weight, two.blocks[3].attn.qkv.weight)
     assert two.conversion.mixer == "performer"
     assert (two.blocks[3].attn.options.num_features, two.blocks[3].attn.options.seed) == (16, 3)
@@ -113,7 +113,7 @@ def test_a_saved_folder_is_converted_anew_and_overwritten_when_told(weights, tmp
     assert convert(first, second) == 2
     assert "already holds a model" in capsys.readouterr().err
     assert convert(first, second, *FAST[2:], "--overwrite") == 0
-    assert perf_vit.load_converted(second).conversion.mixer == "clustered"
+    assert perf_vit.conversion.load_converted(second).conversion.mixer == "clustered"
 
 
 def test_softmax_is_left_out_where_it_would_take_long(weights, tmp_path, monkeypatch) -> None:
@@ -121,7 +121,7 @@ def test_softmax_is_left_out_where_it_would_take_long(weights, tmp_path, monkeyp
     assert convert(MODEL, tmp_path / "out", *given(weights), *FAST) == 0
     page = (tmp_path / "out" / "fidelity.html").read_text()
     assert "<td>128</td><td>65</td><td>not run</td>" in page
-    assert "Softmax was not run at 128 px: 65 tokens are more than 20; --time-softmax runs it." in page
+    assert "Softmax was not run at 128 px: 65 tokens are more than 20; `time_softmax` runs it." in page
     assert convert(MODEL, tmp_path / "out", *given(weights), *FAST, "--time-softmax", "--overwrite") == 0
     assert "not run" not in (tmp_path / "out" / "fidelity.html").read_text()
 
@@ -135,7 +135,7 @@ def test_softmax_is_left_out_where_it_would_take_long(weights, tmp_path, monkeyp
         (MODEL, ["--weights", "BROKEN"], "as weights: "),
         (MODEL, ["--weights", "WEIGHTS"], "doesn't fit vit_tiny_patch16_224: missing head.weight, head.bias"),
         ("vit_small_patch16_224", ["--weights", "WEIGHTS", "--num-classes", "0"], "mis-shaped cls_token (expected"),
-        ("swin_tiny_patch4_window7_224", [], "give them by --weights FILE"),
+        ("swin_tiny_patch4_window7_224", [], "give a file of them as --weights"),
         (MODEL, ["VIT", "--img-size", "100"], "multiple of the patch size 16, got 100; try 96"),
         (MODEL, ["VIT", "--mixer", "linformer"], "clustered, performer, softmax, got 'linformer'"),
         (MODEL, ["VIT", "--num-features", "32"], "num_features is an option of mixer='performer', got mixer='clust"),
@@ -145,12 +145,12 @@ def test_softmax_is_left_out_where_it_would_take_long(weights, tmp_path, monkeyp
             "--budget chooses options of --mixer clustered, got performer",
         ),
         (MODEL, ["VIT", "--layers", "3-12"], "from 0 to 11, got 12"),
-        (MODEL, ["VIT", "--layers", "a"], "--layers must be places such as 0-5,8, got a"),
+        (MODEL, ["VIT", "--layers", "a"], "--layers must be indices such as 0-5,8, got a"),
         (MODEL, ["VIT", "--mixer", "performer", "--num-features", "0"], "at least 1, got 0"),
-        (MODEL, ["VIT", "--budget", "1.5"], "--budget learns from images, got none; give --images FOLDER"),
+        (MODEL, ["VIT", "--budget", "1.5"], "--budget learns from images, got none; give --images"),
         (MODEL, ["VIT", "--images", "NONE"], "no image file or folder"),
         (MODEL, ["VIT", "--images", "SMALL", "--img-size", "96"], "crops of 96 px need images of that size"),
-        ("w.safetensors", [], "is a weights file: name its model first"),
+        ("w.safetensors", [], "is a weights file: name its model, as"),
     ],
 )
 def test_what_a_user_gets_wrong_is_one_line_and_nothing_is_left(

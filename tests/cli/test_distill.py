@@ -101,7 +101,7 @@ def test_a_run_leaves_a_student_that_is_nearer_to_its_teacher(args, weights, tmp
     assert rows[-1]["train/block_loss"] == ""
     assert float(rows[-1]["train/token_loss"]) > 0
     assert all("val/class_cosine" in row for row in rows)
-    student = perf_vit.load_converted(out / "student")
+    student = perf_vit.conversion.load_converted(out / "student")
     assert student.blocks[0].attn.options.num_clusters == 16
     state = student.state_dict()
     assert all(torch.equal(state[name], value) for name, value in _best(out).items())
@@ -143,7 +143,7 @@ def test_a_saved_student_can_be_trained_on(args, weights, tmp_path, capsys) -> N
     perf_vit.save_converted(perf_vit.linearize(teacher, **{**OPTIONS, "num_sinks": 3}), tmp_path / "converted")
     start = f"model.student={tmp_path / 'converted'}"
     assert call(args(tmp_path / "run", start, "optim.block_steps=6", "optim.token_steps=0")) == 0
-    student = perf_vit.load_converted(tmp_path / "run" / "student")
+    student = perf_vit.conversion.load_converted(tmp_path / "run" / "student")
     assert student.blocks[0].attn.options.num_sinks == 3
     assert not torch.equal(student.blocks[0].attn.qkv.weight, teacher.blocks[0].attn.qkv.weight)
     assert call(args(tmp_path / "other", f"model.student={tmp_path / 'run'}")) == 2

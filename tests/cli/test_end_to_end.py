@@ -196,8 +196,8 @@ def test_options_of_detectors_are_refused_for_maps(trained, capsys) -> None:
 
 
 def test_python_api_maps_with_the_contract_of_the_readme(trained, tmp_path) -> None:
-    model = perf_vit.load_segmenter(trained.checkpoint)
-    source = perf_vit.open_source(trained.scene.image)
+    model = perf_vit.load(trained.checkpoint)
+    source = perf_vit.open(trained.scene.image)
     result = perf_vit.predict(model, source, tmp_path / "map.tif", window_size=96, overlap=32)
     assert open_source(result.out).size == source.size
 

@@ -177,7 +177,7 @@ def test_two_detections_of_one_name_are_refused(place, capsys) -> None:
 
 
 def test_python_keeps_files_too(place) -> None:
-    model, source = perf_vit.load_segmenter("model.ckpt"), perf_vit.open_source("scene.tif")
+    model, source = perf_vit.load("model.ckpt"), perf_vit.open("scene.tif")
     put(Path("map.tif"))
     with pytest.raises(OutputError, match=r"map.tif exists already.*overwrite=True"):
         perf_vit.predict(model, source, "map.tif")
@@ -187,7 +187,7 @@ def test_python_keeps_files_too(place) -> None:
     assert not perf_vit.predict(model, source, "map.tif").made
     assert Path("map.tif").stat().st_mtime_ns == made
     with pytest.raises(OutputError, match=r"tiles/b\.tif would replace the input tiles/b\.tif"):
-        perf_vit.predict(model, perf_vit.open_source(["tiles/a.tif", "tiles/b.tif"]), "tiles/b.tif", overwrite=True)
+        perf_vit.predict(model, perf_vit.open(["tiles/a.tif", "tiles/b.tif"]), "tiles/b.tif", overwrite=True)
 
 
 def test_slides_of_one_name_have_attention_files_of_their_own() -> None:

@@ -119,7 +119,7 @@ def test_damaged_pieces_of_a_single_file_are_shown(trained, tmp_path, capsys) ->
 
 def test_ray_options_without_ray_are_refused(trained, scenes, tmp_path, capsys) -> None:
     assert call(_predict(trained, [scenes], tmp_path / "maps", "--num-actors", "2")) == 2
-    assert "are for --engine ray" in capsys.readouterr().err
+    assert "is for --engine ray" in capsys.readouterr().err
 
 
 @pytest.mark.slow

@@ -39,7 +39,7 @@ def maps(checkpoint: Path, image: Path, folder: Path) -> list[tuple[np.ndarray, 
     """Pixels and transform of the map from the command line, and from Python."""
     by_command, by_call = folder / "command.tif", folder / "call.tif"
     assert call(["predict", "--checkpoint", checkpoint, "--input", image, "--output", by_command]) == 0
-    perf_vit.predict(perf_vit.load_segmenter(checkpoint), perf_vit.open_source(image), by_call)
+    perf_vit.predict(perf_vit.load(checkpoint), perf_vit.open(image), by_call)
     found = []
     for path in (by_command, by_call):
         with rasterio.open(path) as dataset:

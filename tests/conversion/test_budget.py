@@ -88,7 +88,7 @@ def test_a_larger_budget_buys_smaller_errors(monkeypatch) -> None:
     monkeypatch.setattr(layer_options, "_measure_relative_time", lambda *_: 0.0)
     steps = []
     choices = [
-        perf_vit.choose_layer_options(
+        perf_vit.conversion.choose_layer_options(
             model, images(2), budget, candidates=CANDIDATES, on_step=lambda done, total: steps.append((done, total))
         )
         for budget in (14.1 / 14, 18.1 / 14, 22.1 / 14)
@@ -102,7 +102,7 @@ def test_a_larger_budget_buys_smaller_errors(monkeypatch) -> None:
         total.append(sum(error for (error,) in errors.values()))
     assert total[0] > total[1] > total[2]
     with pytest.raises(ValueError, match=r"at least what the fastest candidates take, about 1\.00 times .*, got 0\.9"):
-        perf_vit.choose_layer_options(model, images(1), 0.9, candidates=CANDIDATES)
+        perf_vit.conversion.choose_layer_options(model, images(1), 0.9, candidates=CANDIDATES)
 
 
 def test_a_choice_that_takes_longer_than_predicted_is_made_again(monkeypatch) -> None:
@@ -119,18 +119,18 @@ def test_a_choice_that_takes_longer_than_predicted_is_made_again(monkeypatch) ->
 
     monkeypatch.setattr(layer_options, "_measure_relative_time", relative_time)
     budget = 22.1 / 14
-    chosen = perf_vit.choose_layer_options(model, images(1), budget, candidates=CANDIDATES)
+    chosen = perf_vit.conversion.choose_layer_options(model, images(1), budget, candidates=CANDIDATES)
     assert measured[0] == pytest.approx(28 / 14)
     assert len(measured) > 1
     assert measured[-1] <= budget * 1.02 < measured[-2]
     assert len(chosen) == 4
     with pytest.raises(ValueError, match=r"at most 1\.01 times .* when measured, .* should take 1\.00; try 1\.2"):
-        perf_vit.choose_layer_options(model, images(1), 1.01, candidates=CANDIDATES)
+        perf_vit.conversion.choose_layer_options(model, images(1), 1.01, candidates=CANDIDATES)
 
 
 def test_times_are_measured_and_layers_can_be_chosen() -> None:
     seen = []
-    chosen = perf_vit.choose_layer_options(
+    chosen = perf_vit.conversion.choose_layer_options(
         build(),
         images(1),
         1000.0,
@@ -145,19 +145,19 @@ def test_times_are_measured_and_layers_can_be_chosen() -> None:
 
 def test_wrong_arguments_of_the_choice_are_named() -> None:
     with pytest.raises(ValueError, match="expected images and candidates to choose by, got 0 and 22"):
-        perf_vit.choose_layer_options(build(), [])
+        perf_vit.conversion.choose_layer_options(build(), [])
     with pytest.raises(ValueError, match="did you mean 'num_sinks'"):
-        perf_vit.choose_layer_options(build(), images(1), candidates=[{"num_sink": 3}])
+        perf_vit.conversion.choose_layer_options(build(), images(1), candidates=[{"num_sink": 3}])
     with pytest.raises(ValueError, match="layers must name one layer or more"):
-        perf_vit.choose_layer_options(build(), images(1), layers=[])
+        perf_vit.conversion.choose_layer_options(build(), images(1), layers=[])
     with pytest.raises(ValueError, match=r"num_sinks must not be both an option of all layers \(7\) and one to choose"):
-        perf_vit.choose_layer_options(build(), images(1), candidates=CANDIDATES, num_sinks=7)
+        perf_vit.conversion.choose_layer_options(build(), images(1), candidates=CANDIDATES, num_sinks=7)
 
 
 def test_options_that_do_not_fit_are_refused_before_anything_is_measured() -> None:
     steps = []
     with pytest.raises(ValueError, match="num_features is an option of mixer='performer'"):
-        perf_vit.choose_layer_options(
+        perf_vit.conversion.choose_layer_options(
             build(),
             images(1),
             num_features=32,
@@ -174,7 +174,7 @@ def test_what_is_fixed_is_not_chosen(monkeypatch) -> None:
     )
     monkeypatch.setattr(layer_options, "CANDIDATES", few)
     wrapped = torch.nn.Sequential(build(depth=2))
-    chosen = perf_vit.choose_layer_options(wrapped, images(1), 2.0, num_sinks=7)
+    chosen = perf_vit.conversion.choose_layer_options(wrapped, images(1), 2.0, num_sinks=7)
     assert [each["num_sinks"] for each in chosen.values()] == [7, 7]
     converted = perf_vit.linearize(wrapped, per_layer=chosen, num_sinks=7)
     assert {layer.options.num_sinks for layer in converted_layers(converted).values()} == {7}

@@ -85,7 +85,7 @@ def test_exact_everywhere_a_converted_model_is_the_softmax_model(name: str) -> N
 def test_a_converted_model_is_saved_and_loaded(name: str, tmp_path) -> None:
     model, size = perf_vit.linearize(build(name), window_size=4, num_sinks=3, num_clusters=5), image_size(name)
     x = torch.randn(1, 3, size, size, generator=torch.Generator().manual_seed(0))
-    loaded = perf_vit.load_converted(perf_vit.save_converted(model, tmp_path / "saved"))
+    loaded = perf_vit.conversion.load_converted(perf_vit.save_converted(model, tmp_path / "saved"))
     assert torch.equal(loaded.forward_features(x), model.forward_features(x))
 
 

@@ -9,7 +9,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 import perf_vit
-from perf_vit.conversion import load_softmax
+from perf_vit.conversion import load_converted, load_softmax
 from perf_vit.conversion.linearize import converted_layers
 from perf_vit.conversion.weights import create_with_weights, read_weights
 from perf_vit.errors import CheckpointError, OutputError
@@ -55,7 +55,7 @@ def test_a_saved_model_comes_back_as_it_was(name: str, tmp_path) -> None:
     folder = perf_vit.save_converted(converted, tmp_path / "deep" / "saved")
     assert sorted(path.name for path in folder.iterdir()) == ["config.json", "model.safetensors"]
     assert len({path.stat().st_mode for path in folder.iterdir()}) == 1
-    loaded = perf_vit.load_converted(folder)
+    loaded = load_converted(folder)
     assert {i: x.options for i, x in converted_layers(loaded).items()} == {
         i: x.options for i, x in converted_layers(converted).items()
     }
@@ -83,7 +83,7 @@ def test_every_option_is_saved_so_that_defaults_may_change(mixer, options, per_l
     for index, own in saved["per_layer"].items():
         assert set(own) == {"mixer", *MIXERS[own["mixer"]].options_type.names()}, index
     assert set(saved["per_layer"]) == {str(index) for index in per_layer}
-    assert torch.equal(perf_vit.load_converted(folder)(images()), model(images()))
+    assert torch.equal(load_converted(folder)(images()), model(images()))
 
 
 @torch.no_grad()
@@ -92,19 +92,19 @@ def test_convolutions_of_the_values_are_saved(tmp_path) -> None:
     for block in model.blocks:
         block.attn.local_enhancement.weight.normal_(generator=torch.Generator().manual_seed(0))
     folder = perf_vit.save_converted(model, tmp_path / "saved")
-    assert torch.equal(perf_vit.load_converted(folder)(images()), model(images()))
-    cut = perf_vit.load_converted(folder, features_only=True, out_indices=[0])
+    assert torch.equal(load_converted(folder)(images()), model(images()))
+    cut = load_converted(folder, features_only=True, out_indices=[0])
     features = model.forward_intermediates(images(), indices=[0], intermediates_only=True)
     torch.testing.assert_close(cut(images())[0], features[0])
     (folder / "local_enhancement.safetensors").unlink()
     with pytest.raises(CheckpointError, match=r"local_enhancement.safetensors"):
-        perf_vit.load_converted(folder)
+        load_converted(folder)
 
 
 def test_a_model_cut_before_its_layer_of_features_loads(tmp_path) -> None:
     model = perf_vit.linearize(build(), per_layer={2: {"mixer": "performer", "num_features": 32}})
     folder = perf_vit.save_converted(model, tmp_path / "saved")
-    cut = perf_vit.load_converted(folder, features_only=True, out_indices=[0])
+    cut = load_converted(folder, features_only=True, out_indices=[0])
     assert cut(images())[0].shape[0] == 2
 
 
@@ -125,7 +125,7 @@ def test_a_conversion_that_this_version_cannot_make_is_one_line(saved, change, m
         conversion.update(change)
     (saved / "config.json").write_text(json.dumps(config))
     with pytest.raises(CheckpointError, match=f"invalid conversion: {message}.*convert the model again"):
-        perf_vit.load_converted(saved)
+        load_converted(saved)
 
 
 @torch.no_grad()
@@ -133,22 +133,22 @@ def test_a_model_whose_size_and_classifier_changed_is_saved_as_it_is(tmp_path) -
     model = perf_vit.linearize(build(), **OPTIONS)
     model.reset_classifier(0)
     model.set_input_size(img_size=(64, 160))
-    loaded = perf_vit.load_converted(perf_vit.save_converted(model, tmp_path / "saved"))
+    loaded = load_converted(perf_vit.save_converted(model, tmp_path / "saved"))
     x = torch.randn(1, 3, 64, 160)
     assert torch.equal(loaded(x), model(x))
 
 
 @torch.no_grad()
 def test_a_saved_model_is_loaded_for_other_sizes_bands_and_as_features(saved) -> None:
-    larger = perf_vit.load_converted(saved, img_size=160, num_classes=2)
+    larger = load_converted(saved, img_size=160, num_classes=2)
     assert larger(images(size=160)).shape == (2, 2)
-    features = perf_vit.load_converted(saved, features_only=True, out_indices=(0, 1), in_chans=5, dynamic_img_size=True)
+    features = load_converted(saved, features_only=True, out_indices=(0, 1), in_chans=5, dynamic_img_size=True)
     assert [x.shape for x in features(images(5, 64))] == [(2, 192, 4, 4)] * 2
     # Blocks past the last one that is asked for are gone, their options with them.
     assert len(features.model.blocks) == 2
-    whole = perf_vit.load_converted(saved)
+    whole = load_converted(saved)
     expected = whole.forward_intermediates(images(), indices=[0, 1], intermediates_only=True)
-    features = perf_vit.load_converted(saved, features_only=True, out_indices=(0, 1))
+    features = load_converted(saved, features_only=True, out_indices=(0, 1))
     for x, y in zip(features(images()), expected, strict=True):
         assert torch.equal(x, y)
 
@@ -161,7 +161,7 @@ def test_a_folder_is_overwritten_only_when_told_and_never_with_other_things_in_i
     assert (saved / "config.json").read_bytes() == before
     perf_vit.save_converted(model, saved, overwrite=True)
     assert sorted(path.name for path in saved.iterdir()) == ["config.json", "model.safetensors"]
-    assert perf_vit.load_converted(saved).conversion.mixer == "performer"
+    assert load_converted(saved).conversion.mixer == "performer"
     (saved / "diary.txt").write_text("mine")
     with pytest.raises(OutputError, match=r"holds diary\.txt, which is not part of a saved model"):
         perf_vit.save_converted(model, saved, overwrite=True)
@@ -240,7 +240,7 @@ def test_a_damaged_folder_is_one_line(saved, damage, message, kwargs) -> None:
     if kwargs and damage is _of_another_architecture:
         message = "mis-shaped"
     with pytest.raises(CheckpointError) as error:
-        perf_vit.load_converted(saved, **kwargs)
+        load_converted(saved, **kwargs)
     assert message in str(error.value)
     assert "\n" not in str(error.value)
 

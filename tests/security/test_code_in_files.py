@@ -220,7 +220,7 @@ def test_a_model_folder_hands_no_loading_argument_to_timm(
     spoil(converted, model_args={name: filled(ARGUMENTS[name], bomb=str(bomb), folder="cache")})
     teacher = timm.create_model("vit_tiny_patch16_224", img_size=32, **SMALL)
     for load in (
-        perf_vit.load_converted,
+        perf_vit.conversion.load_converted,
         load_softmax,
         lambda folder: _student(DistillationModelConfig(backbone="vit_tiny_patch16_224", student=str(folder)), teacher),
         lambda folder: build_segmenter(
@@ -250,9 +250,9 @@ SOURCES = {
 def test_a_model_folder_loads_its_own_weights_whatever_else_it_names(
     source: str, converted: Path, bomb: Path, mark: Path, asked
 ) -> None:
-    expected = perf_vit.load_converted(converted).state_dict()
+    expected = perf_vit.conversion.load_converted(converted).state_dict()
     spoil(converted, pretrained_cfg=filled(SOURCES[source], bomb=str(bomb)))
-    for load in (perf_vit.load_converted, load_softmax):
+    for load in (perf_vit.conversion.load_converted, load_softmax):
         got = load(converted).state_dict()
         for name, value in got.items():
             assert torch.equal(value, expected[name])
@@ -276,7 +276,7 @@ def test_an_architecture_is_a_name_and_no_address(
         load(tmp_path / "x.ckpt")
     spoil(converted, architecture=config["architecture"])
     with pytest.raises(CheckpointError):
-        perf_vit.load_converted(converted)
+        perf_vit.conversion.load_converted(converted)
     assert asked == []
     assert not mark.exists()
 
@@ -316,7 +316,7 @@ def test_weights_that_are_pickles_of_anything_else_are_refused(
             with pytest.raises(CheckpointError, match=r"can't read .* as a checkpoint"):
                 load(path)
         in_folder.write_bytes(path.read_bytes())
-        for load in (perf_vit.load_converted, load_softmax):
+        for load in (perf_vit.conversion.load_converted, load_softmax):
             with pytest.raises(CheckpointError, match=r"can't read .* as weights"):
                 load(converted)
     assert asked == []

@@ -125,7 +125,7 @@ def test_python_in_a_vrt_does_not_run_even_if_the_environment_allows_it(tmp_path
         f"<SourceFilename>{scene}</SourceFilename></SimpleSource></VRTRasterBand></VRTDataset>"
     )
     ours = (
-        "from perf_vit import open_source\nfrom perf_vit.types import Window\n"
+        "from perf_vit.sources import open_source\nfrom perf_vit.types import Window\n"
         f"source = open_source({str(path)!r})\n"
         "try:\n    source.read(Window(0, 0, 16, 16))\nexcept ValueError as error:\n    print(error)\n"
     )
@@ -146,7 +146,7 @@ def test_drivers_are_left_out_by_the_environment(tmp_path: Path, make_scene) -> 
         '<VRTDataset rasterXSize="16" rasterYSize="16"><VRTRasterBand dataType="UInt16" band="1"><SimpleSource>'
         f"<SourceFilename>{scene}</SourceFilename></SimpleSource></VRTRasterBand></VRTDataset>"
     )
-    script = f"from perf_vit import open_source\nopen_source({str(path)!r})\n"
+    script = f"from perf_vit.sources import open_source\nopen_source({str(path)!r})\n"
     for skipped, code in (("", 0), ("VRT", 1)):
         environment = {**os.environ, "GDAL_SKIP": skipped}
         done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, check=False)
@@ -179,7 +179,7 @@ def test_nested_json_is_a_line_and_no_crash(kind: str, tmp_path: Path, make_scen
         calls = {
             "coco": lambda: read_object_labels(coco, images, label_format="coco"),
             "list of items": lambda: item_paths(str(item), None),
-            "model": lambda: perf_vit.load_converted(folder),
+            "model": lambda: perf_vit.conversion.load_converted(folder),
             "polygons": lambda: open_labels(geojson, source, background=0),
         }
         for call in calls.values():

@@ -48,7 +48,7 @@ def converted(model: nn.Module, name: str, seed: int) -> nn.Module:
     if name in CONVERSIONS:
         drawn = {"seed": seed} if CONVERSIONS[name].get("mixer") == "performer" else {}
         return perf_vit.linearize(model, **{**drawn, **CONVERSIONS[name]})
-    return perf_vit.load_converted(name, img_size=model.patch_embed.img_size).eval()
+    return perf_vit.conversion.load_converted(name, img_size=model.patch_embed.img_size).eval()
 
 
 def load_vit(model_name: str, weights: Path, size: int) -> nn.Module:

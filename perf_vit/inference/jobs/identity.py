@@ -29,7 +29,7 @@ class SourceIdentity:
     """Tells a source from one that gives other pixels, without reading all of it.
 
     Args:
-        source: from `perf_vit.open_source`.
+        source: from `perf_vit.open`.
 
     Attributes:
         files: paths of the source, the members of virtual rasters, tile indexes and mosaics, and outlines of tissue.

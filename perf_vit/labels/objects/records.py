@@ -30,7 +30,7 @@ class ImageRecord:
     """Image and its validated objects: every box lies inside the image and has an area.
 
     Attributes:
-        path: Path or URL for `perf_vit.open_source`.
+        path: Path or URL for `perf_vit.open`.
         height: Number of rows.
         width: Number of columns.
         labels: Class indices, [n].

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from types import MappingProxyType
-from typing import Any, Self
+from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -13,14 +12,15 @@ from affine import Affine
 
 from perf_vit.errors import InputError
 from perf_vit.sources._bands import warn_of_alpha
+from perf_vit.sources.base import BaseSource
 from perf_vit.sources.slides.pyramid import LevelGrid, PyramidReader, finest_enough, grid_at, grid_of_level, read_grid
 from perf_vit.sources.slides.tissue import TissueMask, open_tissue
-from perf_vit.types import BoolArray, GeoImage, InputPath, Window
+from perf_vit.types import BoolArray, GeoImage, Window
 
 __all__ = ["SlideSource"]
 
 
-class SlideSource:
+class SlideSource(BaseSource):
     """A whole slide; `open_source` makes one.
 
     It may be pickled, forked and shared between threads: each opens the file for itself.
@@ -58,9 +58,6 @@ class SlideSource:
 
     crs = None
     nodata: float | None = None
-    options: Mapping[str, Any] = MappingProxyType({})
-    opened_from: InputPath | None = None
-    colormap: dict[int, tuple[int, int, int, int]] | None = None
 
     def __init__(
         self,
@@ -100,34 +97,12 @@ class SlideSource:
         """Channels that `read` gives."""
         return len(self.bands)
 
-    @property
-    def size(self) -> tuple[int, int]:
-        """(height, width)."""
-        return self.height, self.width
-
-    @property
-    def extent(self) -> Window:
-        """Window of all pixels."""
-        return Window(0, 0, self.height, self.width)
-
-    def read(self, window: Window) -> GeoImage:
-        """Read a window, which may reach past the edge on any side.
-
-        A level is read as it is; other sizes are resampled from the coarsest level that is fine enough, with a
-        triangle filter that is laid on the slide, not on the window: windows meet without a seam, bit for bit.
-        A channel is invalid past the edge, where the scanner saw nothing, where it is not finite and outside the
-        tissue; a pixel is valid where a channel is.
-        Pixels past the edge and unseen ones are white in a slide of three colours of 8 bits, else 0.
-
-        Args:
-            window: rows and columns, in pixels of the size that the slide is read at.
-
-        Returns:
-            Pixels [num_bands, height, width].
-
-        Raises:
-            InputError: the file is damaged there.
-        """
+    def _read(self, window: Window) -> GeoImage:
+        # A level is read as it is; other sizes are resampled from the coarsest level that is fine enough, with a
+        # triangle filter that is laid on the slide, not on the window: windows meet without a seam, bit for bit.
+        # A channel is invalid past the edge, where the scanner saw nothing, where it is not finite and outside the
+        # tissue; a pixel is valid where a channel is. Pixels past the edge and unseen ones are white in a slide of
+        # three colours of 8 bits, else 0.
         pixels = np.full((self.num_bands, *window.shape), self._reader.fill, self.dtype)
         mask = np.zeros((1, *window.shape), bool)
         shared = window.intersect(self.extent)
@@ -174,12 +149,6 @@ class SlideSource:
     def close(self) -> None:
         """Close the file handle of this thread; a later read opens it again."""
         self._reader.close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        self.close()
 
     def __repr__(self) -> str:
         mpp = "unknown mpp" if self.mpp is None else f"{self.mpp:.4g} mpp"

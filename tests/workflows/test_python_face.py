@@ -1,0 +1,231 @@
+"""The Python calls: what they take, what they give and what they refuse."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import rasterio
+import timm
+import torch
+from small_models import save_classifier, save_segmenter, save_small_detector
+from torch import nn
+
+import perf_vit
+from perf_vit.errors import CheckpointError, ConfigError, InputError, OptionError, OutputError
+from perf_vit.inference import RunReport
+from perf_vit.transforms import Normalizer
+
+
+def pixels_of(path: Path) -> np.ndarray:
+    with rasterio.open(path) as file:
+        return file.read()
+
+
+@pytest.fixture(scope="module")
+def converted(tmp_path_factory) -> Path:
+    torch.manual_seed(0)
+    model = timm.create_model("vit_tiny_patch16_224", img_size=32, depth=2, num_classes=3)
+    linear = perf_vit.linearize(model, num_clusters=2)
+    return perf_vit.save_converted(linear, tmp_path_factory.mktemp("saved") / "linear")
+
+
+def test_names_are_listed_for_completion() -> None:
+    assert {"train", "load", "predict", "evaluate", "linearize", "open", "convert", "distill"} <= set(dir(perf_vit))
+
+
+@pytest.mark.parametrize("args", [["--help"], ["--version"]])
+def test_help_waits_for_neither_torch_nor_timm(args) -> None:
+    script = (
+        f"import sys; sys.argv = ['perf-vit', *{args!r}]\n"
+        "from perf_vit.cli.main import run\n"
+        "try:\n    run()\nexcept SystemExit as end:\n    assert not end.code\n"
+        "assert not {'torch', 'timm', 'numpy', 'rasterio'} & set(sys.modules)\n"
+        "import timm, perf_vit.workflows.registry\n"
+        "assert timm.is_model('performer_vit_tiny_patch16_224')\n"
+    )
+    subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+
+
+def test_a_model_is_loaded_from_whatever_holds_it(converted, tmp_path) -> None:
+    checkpoint = save_segmenter(tmp_path / "run" / "checkpoints" / "best.ckpt")
+    for given in (checkpoint, str(checkpoint), tmp_path / "run"):
+        assert perf_vit.load(given).task == "segmentation"
+    assert perf_vit.load(converted).conversion.mixer == "clustered"
+    (tmp_path / "distilled").mkdir()
+    (tmp_path / "distilled" / "student").symlink_to(converted)
+    assert perf_vit.load(tmp_path / "distilled").conversion.mixer == "clustered"
+
+
+def test_a_model_of_the_hub_is_loaded_from_the_cache(converted, tmp_path, monkeypatch) -> None:
+    snapshots = tmp_path / "models--owner--linear" / "snapshots" / ("0" * 40)
+    snapshots.parent.mkdir(parents=True)
+    snapshots.symlink_to(converted)
+    refs = tmp_path / "models--owner--linear" / "refs"
+    refs.mkdir()
+    (refs / "main").write_text("0" * 40)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    loaded = perf_vit.load("hf-hub:owner/linear")
+    expected = perf_vit.load(converted)
+    assert all(torch.equal(value, expected.state_dict()[name]) for name, value in loaded.state_dict().items())
+    with pytest.raises(ConfigError, match="can't get owner/other from the Hugging Face hub"):
+        perf_vit.load("hf-hub:owner/other")
+
+
+@pytest.mark.parametrize("name", ["nothing.ckpt", "nothing", "empty"])
+def test_a_model_that_there_is_not_is_one_line(tmp_path, name) -> None:
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(CheckpointError) as error:
+        perf_vit.load(tmp_path / name)
+    assert "\n" not in str(error.value)
+
+
+def test_inputs_are_paths_lists_folders_globs_and_sources(make_scene, tmp_path) -> None:
+    scenes = tmp_path / "scenes"
+    scenes.mkdir()
+    for number in range(2):
+        Path(make_scene(seed=number, dtype="uint8")).rename(scenes / f"{number}.tif")
+    model = perf_vit.load(save_segmenter(tmp_path / "model.ckpt"))
+    paths = [scenes / f"{number}.tif" for number in range(2)]
+    for name, given in {"list": paths, "folder": scenes, "glob": str(scenes / "*.tif")}.items():
+        report = perf_vit.predict(model, given, tmp_path / name, progress=False)
+        assert isinstance(report, RunReport)
+        assert report.count("done") == 2
+        assert report.path == tmp_path / name / "report.json"
+    perf_vit.predict(model, perf_vit.open(paths[0]), tmp_path / "source.tif", progress=False)
+    assert np.array_equal(pixels_of(tmp_path / "source.tif"), pixels_of(tmp_path / "list" / "0.tif"))
+    assert not perf_vit.predict(model, paths[0], tmp_path / "source.tif", progress=False).made
+
+
+class Bands(nn.Module):
+    """The pixels as scores: the class is the brightest band."""
+
+    def __init__(self, bands: int) -> None:
+        super().__init__()
+        self.norm = nn.BatchNorm2d(bands)
+        self.training_calls = 0
+
+    def forward(self, image: torch.Tensor) -> torch.Tensor:
+        self.training_calls += self.training
+        return image
+
+
+def test_a_bare_network_reads_all_bands_as_they_are(make_scene, tmp_path) -> None:
+    path = make_scene(num_bands=5)
+    model = Bands(5).train()
+    perf_vit.predict(model, path, tmp_path / "map.tif", window_size=32, progress=False)
+    source = perf_vit.open(path)
+    image = source.read()
+    expected = np.where(image.valid, np.where(image.mask, image.pixels, 0).argmax(0), 255)
+    assert np.array_equal(pixels_of(tmp_path / "map.tif")[0], expected)
+    assert model.training
+    assert model.training_calls == 0
+
+
+def test_a_bare_network_with_a_spec_reads_what_the_spec_says(make_scene, tmp_path) -> None:
+    path = make_scene(num_bands=5)
+    model = Bands(2).eval()
+    model.spec = perf_vit.InputSpec(
+        bands=(4, 2), normalizer=Normalizer((1e4, 2e4), (1e3, 1e3)), tile_px=32, classes=("dark", "light")
+    )
+    perf_vit.predict(model, path, tmp_path / "map.tif", progress=False)
+    image = perf_vit.open(path, bands=[4, 2]).read()
+    expected = model.spec.normalizer(image).argmax(0)
+    assert np.array_equal(pixels_of(tmp_path / "map.tif")[0][image.valid], expected[image.valid])
+    model.spec = perf_vit.InputSpec(bands=(4, 2), classes=("one", "two", "three"))
+    with pytest.raises(ConfigError, match="the spec has 3 classes, and the model gives 2 scores per pixel"):
+        perf_vit.predict(model, path, tmp_path / "other.tif", window_size=32)
+
+
+def test_a_network_without_scores_per_pixel_is_one_line(make_scene, tmp_path) -> None:
+    path = make_scene()
+    model = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    with pytest.raises(ConfigError, match=r"expected scores \[1, K, 32, 32\] from the model, got \[1, 3\]"):
+        perf_vit.predict(model, path, tmp_path / "map.tif", window_size=32)
+    with pytest.raises(ConfigError, match=r"the model doesn't take tiles of \(1, 3, 32, 32\)"):
+        perf_vit.predict(nn.Conv2d(4, 2, 1), path, tmp_path / "map.tif", window_size=32)
+    assert not (tmp_path / "map.tif").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "match"),
+    [
+        ({"windowsize": 32}, "^windowsize is no option here; did you mean .window_size"),
+        ({"coco_images": "a.json"}, "^coco_images is not for a segmentation model, but for an object detector"),
+        ({"precision": "8"}, "^precision must be one of 32, bf16, 16, got 8"),
+        ({"engine": "spark"}, "^engine must be one of local, ray, got spark"),
+        ({"num_actors": 2}, "^num_actors is for `engine=ray`"),
+        ({"window_size": 33}, "^window_size must be a multiple of the patch size 16, got 33; try 32"),
+    ],
+)
+def test_options_are_refused_by_their_names(make_scene, tmp_path, options, match) -> None:
+    model = perf_vit.load(save_segmenter(tmp_path / "model.ckpt"))
+    with pytest.raises(OptionError, match=match) as error:
+        perf_vit.predict(model, make_scene(dtype="uint8"), tmp_path / "map.tif", **options)
+    assert "--" not in str(error.value)
+
+
+def test_evaluation_refuses_what_does_not_fit(make_scene, tmp_path) -> None:
+    checkpoint = save_segmenter(tmp_path / "model.ckpt")
+    scene = make_scene(dtype="uint8")
+    with pytest.raises(InputError, match="a segmentation model needs `labels` to be scored"):
+        perf_vit.evaluate(checkpoint, scene)
+    with pytest.raises(OptionError, match=r"^label_format is not for a segmentation model, but for an object detector"):
+        perf_vit.evaluate(checkpoint, scene, scene, label_format="coco")
+    with pytest.raises(OptionError, match=r"^region is not for an object detector"):
+        perf_vit.evaluate(save_small_detector(tmp_path / "d.ckpt"), scene, scene, region=(0, 0, 1, 1))
+    (tmp_path / "scores.json").touch()
+    with pytest.raises(OutputError, match=r"scores\.json exists already"):
+        perf_vit.evaluate(checkpoint, scene, scene, json=tmp_path / "scores.json")
+
+
+def test_a_backbone_makes_no_map(converted, make_scene, tmp_path) -> None:
+    with pytest.raises(CheckpointError, match="holds a backbone"):
+        perf_vit.predict(converted, make_scene(), tmp_path / "map.tif")
+
+
+def test_a_table_is_made_of_images(make_scene, tmp_path) -> None:
+    checkpoint = save_classifier(tmp_path / "model.ckpt", "single_label")
+    result = perf_vit.predict(checkpoint, make_scene(dtype="uint8"), tmp_path / "found.csv", progress=False)
+    assert (result.made, result.num_rows) == (True, 1)
+
+
+def test_configs_are_names_paths_and_mappings(tmp_path) -> None:
+    from perf_vit.workflows.train import read_run
+
+    files = {f"data.{part}.{key}": Path("x.tif") for part in ("train", "val") for key in ("image", "labels")}
+    named = read_run("segmentation/demo", files, tmp_path)
+    listed = read_run("configs/segmentation/demo.yaml", [f"{key}={value}" for key, value in files.items()], tmp_path)
+    mapped = read_run({"extends": "segmentation/demo", "out": tmp_path, "data": {"tile_px": 64}}, files)
+    assert named == listed
+    assert named.out == str(tmp_path)
+    assert mapped.data.tile_px == 64
+    with pytest.raises(ConfigError, match=r"Key 'tile' not in 'data'\. Did you mean"):
+        read_run("segmentation/demo", {**files, "data.tile": 3}, tmp_path)
+    with pytest.raises(ConfigError, match="task must be one of segmentation"):
+        read_run({"task": "poetry"})
+
+
+def test_a_conversion_tells_what_it_kept(tmp_path) -> None:
+    torch.manual_seed(0)
+    model = timm.create_model("vit_tiny_patch16_224", img_size=32, depth=2, num_classes=3)
+    report = perf_vit.convert(model, tmp_path / "linear", num_clusters=2, progress=False)
+    assert [row["layer"] for row in report.table] == [0, 1]
+    assert "Relative error of attention outputs" in str(report)
+    assert report.path.exists()
+    assert report.load().conversion.options["num_clusters"] == 2
+    with pytest.raises(OutputError, match="already holds a model"):
+        perf_vit.convert(model, tmp_path / "linear")
+    with pytest.raises(OptionError, match=r"^clusters is no option here; did you mean .num_clusters"):
+        perf_vit.convert(model, tmp_path / "other", clusters=2)
+    with pytest.raises(OptionError, match=r"^budget learns from images, got none"):
+        perf_vit.convert(model, tmp_path / "other", budget=1.5)
+
+
+def test_a_source_is_read_and_drawn_whole(make_scene) -> None:
+    with perf_vit.open(make_scene(height=60, width=200, num_bands=4)) as source:
+        assert np.array_equal(source.read().pixels, source.read(source.extent).pixels)
+        assert source.plot(50).size == (50, 15)
+        assert source.plot(50, bands=[2])._repr_png_()
