@@ -22,7 +22,7 @@ IMAGE = torch.linspace(0, 1, 5 * 16 * 24).reshape(5, 16, 24)
 def network(kind: str = "boxes", threshold: float = 0.5, multilabel: bool = False):
     spec = SimpleNamespace(classes=("a", "b"), kind=kind, score_threshold=threshold, multilabel=multilabel,
                            background_index=None if multilabel else 0)  # fmt: skip
-    return SimpleNamespace(spec=spec, decide=lambda logits: (logits > 0).long() if multilabel else logits.argmax(1))
+    return SimpleNamespace(spec=spec, to_labels=lambda logits: (logits > 0).long() if multilabel else logits.argmax(1))
 
 
 def color(index: int) -> np.ndarray:
