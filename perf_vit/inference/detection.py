@@ -24,6 +24,7 @@ from perf_vit.inference.predictor import InputPredictor, OnProgress, ignore_prog
 from perf_vit.inference.prefetch import Reads, SalvagingReader
 from perf_vit.labels.objects import CocoImages
 from perf_vit.models import Detector, load_detector
+from perf_vit.sources import GEOTIFF_SUFFIXES
 from perf_vit.text import to_json
 from perf_vit.tiling import grid_windows
 from perf_vit.types import Source, Window
@@ -200,7 +201,7 @@ class DetectionPredictor(InputPredictor[Detector, DetectionPredictOptions]):
         Raises:
             OptionError: Options that choose another format than the name.
         """
-        if out.suffix.lower() not in {".tif", ".tiff"}:
+        if out.suffix.lower() not in GEOTIFF_SUFFIXES:
             self._check_format(out)
             return [out]
         name = out.name.removesuffix(out.suffix).removesuffix(".ome")

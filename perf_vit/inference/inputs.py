@@ -16,6 +16,7 @@ import pyarrow.parquet
 from perf_vit.errors import DataWarning, InputError, OutputError, reason_line
 from perf_vit.sources import (
     FOLDER_SUFFIXES,
+    GEOTIFF_SUFFIXES,
     PICTURE_SUFFIXES,
     files_below,
     find_reader,
@@ -246,7 +247,7 @@ def _check_inside(output: Path, folder: Path, what: str) -> None:
 def _check_names(inputs: Sequence[MapInput]) -> None:
     taken: dict[Path, str] = {}
     for item in inputs:
-        if item.output.suffix.lower() not in {".tif", ".tiff"}:
+        if item.output.suffix.lower() not in GEOTIFF_SUFFIXES:
             raise OutputError(f"the map of {item.path} is a GeoTIFF: its name must end in .tif, got {item.output}")
         if (other := taken.setdefault(item.output, item.path)) != item.path:
             raise OutputError(

@@ -4,6 +4,7 @@ from perf_vit.sources._gdal import bounded_cache
 from perf_vit.sources.describe import SourceInfo, describe_source
 from perf_vit.sources.files import (
     FOLDER_SUFFIXES,
+    GEOTIFF_SUFFIXES,
     MASK_SUFFIXES,
     PICTURE_SUFFIXES,
     file_stats,
@@ -26,6 +27,7 @@ from perf_vit.sources.vector_file import is_vector_name, split_layer
 
 __all__ = [
     "FOLDER_SUFFIXES",
+    "GEOTIFF_SUFFIXES",
     "MASK_SUFFIXES",
     "PICTURE_SUFFIXES",
     "READERS",

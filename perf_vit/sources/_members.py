@@ -20,6 +20,7 @@ from rasterio.errors import NotGeoreferencedWarning, RasterioIOError
 
 from perf_vit.errors import DamagedDataError, InputError
 from perf_vit.sources._remote import is_remote
+from perf_vit.sources.files import TILE_INDEX_SUFFIXES
 from perf_vit.types import Window
 
 __all__ = [
@@ -35,8 +36,6 @@ __all__ = [
 ]
 
 _SERVICES = frozenset({"WMS", "WMTS", "WCS", "STACIT", "STACTA", "EEDAI", "DAAS", "PLMOSAIC", "HTTP"})
-
-_INDEX_ENDINGS = (".gti", ".gti.gpkg", ".gti.fgb", ".gti.parquet")
 
 _INDEXES = frozenset({"VRT", "GTI"})
 
@@ -197,7 +196,7 @@ def describe_index(path: str) -> tuple[str, str | None, str | None]:
 
 
 def _is_index(path: str) -> bool:
-    return path.startswith("GTI:") or path.lower().endswith(_INDEX_ENDINGS)
+    return path.startswith("GTI:") or path.lower().endswith(TILE_INDEX_SUFFIXES)
 
 
 def _is_local(path: str) -> bool:

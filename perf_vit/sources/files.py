@@ -13,9 +13,11 @@ from perf_vit.sources.readers import READERS
 
 __all__ = [
     "FOLDER_SUFFIXES",
+    "GEOTIFF_SUFFIXES",
     "MASK_SUFFIXES",
     "PICTURE_SUFFIXES",
     "RASTER_SUFFIXES",
+    "TILE_INDEX_SUFFIXES",
     "file_stats",
     "files_below",
     "find_images",
@@ -33,7 +35,13 @@ PICTURE_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp"})
 """Of photos, and of previews that lie beside rasters."""
 
 
-RASTER_SUFFIXES = PICTURE_SUFFIXES | {".tif", ".tiff", ".vrt", ".img", ".jp2", ".j2k", ".bil", ".asc"}
+GEOTIFF_SUFFIXES = (".tif", ".tiff")
+"""Suffixes of GeoTIFFs, of which maps are."""
+
+TILE_INDEX_SUFFIXES = (".gti", ".gti.gpkg", ".gti.fgb", ".gti.parquet")
+"""Suffixes of GDAL's tile indexes."""
+
+RASTER_SUFFIXES = PICTURE_SUFFIXES | {*GEOTIFF_SUFFIXES, ".vrt", ".img", ".jp2", ".j2k", ".bil", ".asc"}
 """Of files that GDAL reads. A file that is named itself may have any ending."""
 
 FOLDER_SUFFIXES = frozenset({".zarr"})

@@ -13,7 +13,7 @@ from perf_vit.errors import DataWarning, InputError, PerfVitError
 from perf_vit.sources._bands import Palette, PixelOptions
 from perf_vit.sources._gdal import open_dataset
 from perf_vit.sources._grid import Bounds, GridOptions
-from perf_vit.sources.files import RASTER_SUFFIXES, is_by_product, previews_among, without_repeats
+from perf_vit.sources.files import GEOTIFF_SUFFIXES, RASTER_SUFFIXES, is_by_product, previews_among, without_repeats
 from perf_vit.sources.mosaic import MosaicSource, is_item_list, item_paths
 from perf_vit.sources.pixel_size import PixelSize
 from perf_vit.sources.raster import RasterSource
@@ -202,7 +202,7 @@ def is_slide(path: str, *, asked: bool | None) -> bool:
     """
     if find_reader(path) is not None or _is_multiscale_zarr(path):
         return True
-    if Path(path).suffix.lower() not in {".tif", ".tiff"} or not Path(path).is_file():
+    if Path(path).suffix.lower() not in GEOTIFF_SUFFIXES or not Path(path).is_file():
         return False
     return _is_slide_tiff(path, asked)
 

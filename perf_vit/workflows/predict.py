@@ -34,6 +34,7 @@ from perf_vit.inference import (
 )
 from perf_vit.inference.jobs import JobResult
 from perf_vit.models import InputSpec
+from perf_vit.sources import GEOTIFF_SUFFIXES
 from perf_vit.workflows.load import as_segmenter, find_model, task_of
 from perf_vit.workflows.progress import inputs_progress, note, progress_shown, run_table, windows_progress
 from perf_vit.workflows.registry import options_of
@@ -43,7 +44,7 @@ __all__ = ["Engine", "InputsOptions", "predict"]
 
 Engine = Literal["local", "ray"]
 
-_FILE_SUFFIXES = frozenset({".tif", ".tiff", ".gpkg", ".geojson", ".parquet", ".json", ".csv"})
+_FILE_SUFFIXES = frozenset({*GEOTIFF_SUFFIXES, ".gpkg", ".geojson", ".parquet", ".json", ".csv"})
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -19,12 +19,11 @@ from perf_vit.sources import split_layer
 from perf_vit.sources._gdal import GDAL_ERRORS
 from perf_vit.sources._members import beside_index, describe_index
 from perf_vit.sources._remote import is_remote
+from perf_vit.sources.files import TILE_INDEX_SUFFIXES
 
 __all__ = ["check_outputs", "existing_error", "existing_outputs", "input_files"]
 
-_TILE_INDEXES = (".gti", ".gti.gpkg", ".gti.fgb", ".gti.parquet")
-
-_VIRTUAL = (".vrt", *_TILE_INDEXES)
+_VIRTUAL = (".vrt", *TILE_INDEX_SUFFIXES)
 
 
 def input_files(given: Iterable[str | Path]) -> Iterator[tuple[str, Path]]:
@@ -73,7 +72,7 @@ def _named_by(path: str) -> list[str]:
     if path.lower().endswith(".json"):
         return _stac_assets(path)
     index = path.removeprefix("GTI:")
-    if path != index or index.lower().endswith(_TILE_INDEXES):
+    if path != index or index.lower().endswith(TILE_INDEX_SUFFIXES):
         return [index, *_indexed(path)]
     return _gdal_files(path)
 

@@ -91,7 +91,7 @@ def test_a_list_may_have_another_column(tmp_path) -> None:
     path = tmp_path / "list.csv"
     path.write_text("id,href\n1,a.tif\n2,b.tif\n")
     assert len(find_inputs([path], "maps", path_column="href")) == 2
-    with pytest.raises(InputError, match=r"has no column path, but id, href; .*--path-column"):
+    with pytest.raises(InputError, match=r"has no column path, but id, href; .*path_column"):
         find_inputs([path], "maps")
 
 

@@ -2,7 +2,9 @@
 
 import importlib
 import json
+import os
 import re
+import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -212,6 +214,25 @@ def test_an_added_source_is_predicted_like_a_raster_of_its_pixels(added, tmp_pat
         with perf_vit.open_source(tmp_path / f"{name}.tif") as source:
             maps.append(source.read(source.extent).pixels)
     np.testing.assert_array_equal(*maps)
+
+
+@pytest.mark.slow
+def test_an_installed_extension_s_task_is_known_on_the_command_line(tmp_path) -> None:
+    (tmp_path / "my_parts.py").write_text(block_of("task"), encoding="utf-8")
+    info = tmp_path / "my_parts-1.0.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: my-parts\nVersion: 1.0\n")
+    (info / "entry_points.txt").write_text("[perf_vit]\nmy_parts = my_parts\n")
+    config = tmp_path / "run.yaml"
+    config.write_text("task: focal_classification\nout: runs/a\ndata: {train: {image: nowhere}}\n")
+    command = [sys.executable, "-m", "perf_vit", "train", str(config)]
+    paths = os.pathsep.join([str(tmp_path), str(ROOT), os.environ.get("PYTHONPATH", "")])
+    done = subprocess.run(
+        command, env={**os.environ, "PYTHONPATH": paths}, cwd=tmp_path, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 2
+    assert "nowhere" in done.stderr
+    assert "task must be" not in done.stderr
 
 
 def test_every_data_set_s_card_is_in_the_table() -> None:

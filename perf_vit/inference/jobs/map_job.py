@@ -19,6 +19,7 @@ from perf_vit.inference.jobs.job import Job
 from perf_vit.inference.jobs.journal import Journal
 from perf_vit.inference.jobs.logs import DamagedPiece, DamageLog
 from perf_vit.inference.options import SegmentationPredictOptions
+from perf_vit.sources import GEOTIFF_SUFFIXES
 from perf_vit.sources.slides import SlideSource
 from perf_vit.tiling import grid_windows
 from perf_vit.types import Source, Window
@@ -192,7 +193,7 @@ def check_map_name(out: Path) -> None:
     Raises:
         OutputError: it doesn't end in .tif or .tiff.
     """
-    if out.suffix.lower() not in {".tif", ".tiff"}:
+    if out.suffix.lower() not in GEOTIFF_SUFFIXES:
         raise OutputError(f"the map is a GeoTIFF: its name must end in .tif, got {out}; try {out.with_suffix('.tif')}")
 
 
