@@ -1,4 +1,4 @@
-"""Objects on their way into a file: outlines, classes, scores, and the numbers of oriented boxes."""
+"""Table of objects to write: outlines, classes, scores and oriented box parameters."""
 
 from __future__ import annotations
 
@@ -16,20 +16,21 @@ from perf_vit.geometry.boxes import oriented_box_corners
 
 __all__ = ["ObjectTable"]
 
-# Names of an oriented box's numbers in every format.
+# Names of the oriented box parameters in all formats.
 _BOX_FIELDS = ("cx_px", "cy_px", "width_px", "height_px", "angle_rad")
 
 
 @dataclass(frozen=True, slots=True)
 class ObjectTable:
-    """What every format writes.
+    """Objects in the form that all formats write.
 
     Attributes:
-        polygons: [n] shapely polygons or multipolygons, in the source's pixels.
-        labels: [n] class indices.
-        class_names: one a class.
-        scores: [n], None where there are none, as for the areas of a class map.
-        oriented_boxes: [n, 5] centre x, centre y, width, height in pixels and angle in radians, None for other objects.
+        polygons: Shapely polygons or multipolygons in source pixels, [n].
+        labels: Class indices, [n].
+        class_names: Name of each class.
+        scores: Scores, [n]; None for objects without, such as the areas of a class map.
+        oriented_boxes: Centre x, centre y, width, height in pixels and angle in radians, [n, 5]; None for other
+            objects.
     """
 
     polygons: npt.NDArray[Any]
@@ -40,15 +41,14 @@ class ObjectTable:
 
     @classmethod
     def make(cls, geometries: Any, scores: Any, labels: Any, class_names: Sequence[str]) -> ObjectTable:
-        """Outlines of boxes, oriented boxes or polygons, with their classes and scores.
+        """Build the table from boxes, oriented boxes or polygons with classes and scores.
 
         Raises:
-            OutputError: arrays of different lengths, numbers that are not finite, empty polygons, or a label without
-                a class name.
+            OutputError: Array lengths differ, numbers are not finite, polygons are empty, or a label has no class name.
         """
         polygons, oriented_boxes = _outlines(geometries)
         labels = np.asarray(labels, np.int64)
-        # As the shortest decimals that name the float32 of a model: 0.9, not 0.8999999761581421.
+        # Shortest decimal that represents the model's float32: 0.9, not 0.8999999761581421.
         scores = None if scores is None else np.array([float(str(score)) for score in np.asarray(scores)], float)
         if labels.shape != polygons.shape or (scores is not None and scores.shape != polygons.shape):
             got = f"{len(labels)} labels" + ("" if scores is None else f" and {len(scores)} scores")
@@ -61,7 +61,7 @@ class ObjectTable:
         finite = np.isfinite(shapely.bounds(polygons)).reshape(-1, 4).all(axis=1)
         finite &= True if scores is None else np.isfinite(scores)
         if not finite.all():
-            raise OutputError(f"scores and coordinates must be finite numbers; object {finite.argmin()} has others")
+            raise OutputError(f"scores and coordinates must be finite; those of object {finite.argmin()} are not")
         return cls(polygons, labels, tuple(class_names), scores, oriented_boxes)
 
     def __len__(self) -> int:
@@ -69,18 +69,18 @@ class ObjectTable:
 
     @property
     def measurements(self) -> dict[str, npt.NDArray[np.float64]]:
-        """Numbers of every object by name, [n] each; all formats write them: columns, measurements or keys."""
+        """Return the measurements of all objects by name, [n] each, written as columns, measurements or keys."""
         found = {} if self.scores is None else {"score": self.scores}
         if self.oriented_boxes is not None:
             found.update(zip(_BOX_FIELDS, self.oriented_boxes.T, strict=True))
         return found
 
     def measurements_of(self, index: int) -> dict[str, float]:
-        """Return the numbers of one object by name."""
+        """Return the measurements of one object by name."""
         return {name: float(values[index]) for name, values in self.measurements.items()}
 
     def placed(self, transform: Affine) -> npt.NDArray[Any]:
-        """The polygons in a transform's coordinates, [n]."""
+        """Return the polygons in the coordinates of a transform, [n]."""
         if len(self) == 0 or transform.is_identity:
             return self.polygons
         matrix = np.array([[transform.a, transform.d], [transform.b, transform.e]])

@@ -1,4 +1,4 @@
-"""Objects as COCO's JSON, in pixels of one image: a data set, or results that go by the ids of another."""
+"""COCO JSON files: data sets, results and object labels."""
 
 from __future__ import annotations
 
@@ -24,17 +24,17 @@ _DECIMALS = 3
 def write_coco(
     path: Path, table: ObjectTable, category_ids: Sequence[int], *, name: str, height: int, width: int
 ) -> None:
-    """Write a COCO data set of one image, annotation by annotation.
+    """Write objects as a COCO data set of one image.
 
-    Segmentations are lists of polygons without holes, as COCO has no others; an object with holes is cut there.
+    Segmentations are lists of polygons without holes, as COCO doesn't support holes; objects with holes are cut there.
 
     Args:
-        path: the file.
-        table: the objects.
-        category_ids: one a class.
-        name: of the image.
-        height: of the image, in pixels.
-        width: of the image, in pixels.
+        path: Output file.
+        table: Objects.
+        category_ids: COCO id of each class.
+        name: Name of the image.
+        height: Image height in pixels.
+        width: Image width in pixels.
     """
     image = {"id": 1, "file_name": name, "height": height, "width": width}
     categories = [{"id": id_, "name": name} for id_, name in zip(category_ids, table.class_names, strict=True)]
@@ -42,20 +42,20 @@ def write_coco(
         file.write(f'{{"images": [{to_json(image)}],\n"categories": {to_json(categories)},\n"annotations": [')
         for index in range(len(table)):
             file.write(",\n" if index else "\n")
-            # Ids from 1: pycocotools takes 0 for "no annotation".
+            # Ids start at 1, as 0 means "no annotation" in pycocotools.
             annotation = {"id": index + 1, **_annotation(table, index, 1, category_ids), "iscrowd": 0}
             file.write(to_json(annotation))
         file.write("\n]}\n")
 
 
 def write_coco_results(path: Path, table: ObjectTable, category_ids: Sequence[int], *, image_id: int) -> None:
-    """Write objects in COCO's format of results: a list of annotations with scores, which `COCO.loadRes` reads.
+    """Write objects as COCO results: a list of annotations with scores, as `COCO.loadRes` reads it.
 
     Args:
-        path: the file.
-        table: the objects.
-        category_ids: one a class.
-        image_id: of the image in the file of labels.
+        path: Output file.
+        table: Objects.
+        category_ids: COCO id of each class.
+        image_id: Id of the image in the COCO file of labels.
     """
     with path.open("w", encoding="utf-8") as file:
         file.write("[")
@@ -79,7 +79,7 @@ def _annotation(table: ObjectTable, index: int, image_id: int, category_ids: Seq
 
 
 def _solid(geometry: Any) -> Iterator[Any]:
-    """Polygons without holes that cover a geometry, cut at half of the holes, and again until none is left."""
+    """Yield polygons without holes that cover a geometry, cut through holes until none is left."""
     for polygon in shapely.get_parts(geometry):
         if polygon.geom_type != "Polygon" or polygon.is_empty:
             continue
@@ -91,7 +91,7 @@ def _solid(geometry: Any) -> Iterator[Any]:
 
 
 def _halves(polygon: Any) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
-    """Bounds left and right, or above and below, of the middle of the middle hole."""
+    """Return the bounds of two halves of a polygon that meet in the middle of its middle hole."""
     holes = shapely.bounds(shapely.get_rings(polygon)[1:]).reshape(-1, 4)
     middles = (holes[:, :2] + holes[:, 2:]) / 2
     axis = int(np.ptp(middles[:, 1]) > np.ptp(middles[:, 0]))
@@ -107,14 +107,14 @@ def _rounded(values: Any) -> list[float]:
 
 
 def write_coco_labels(path: str | Path, index: ObjectIndex, images: str | Path) -> None:
-    """Write checked boxes as COCO's JSON, which `read_object_labels` reads back; ignored objects become crowds.
+    """Write validated boxes as a COCO file that `read_object_labels` can read; ignored objects become crowds.
 
-    Oriented boxes and masks are left out. Ids of categories are those of the labels, if they had any, or count from 1.
+    Oriented boxes and masks are left out. Category ids are those of the labels if they had any, else 1, 2, ...
 
     Args:
-        path: the file; replaced if it is there.
-        index: images and their objects.
-        images: folder that the images' names in the file are relative to.
+        path: Output file; an existing one is replaced.
+        index: Images and their objects.
+        images: Folder that image names in the file are relative to.
     """
     ids = index.category_ids or default_category_ids(len(index.classes))
     content: dict[str, Any] = {

@@ -1,4 +1,4 @@
-"""Strips on disk become a Cloud-Optimised GeoTIFF."""
+"""Cloud-Optimised GeoTIFF, assembled from strips on disk."""
 
 from __future__ import annotations
 
@@ -27,20 +27,20 @@ _BLOCK_PX = 512
 
 
 def write_cog(store: StripStore, layout: RasterLayout, made: Path, path: Path) -> None:
-    """Write all strips of a store into a COG with overviews, and read it once to be sure of it.
+    """Write all strips of a store to a COG with overviews, and read it once to verify it.
 
-    The same strips make the same bytes.
+    The output is byte-reproducible for the same strips.
 
     Args:
-        store: holds every row.
-        layout: of the raster.
-        made: the file to write.
-        path: its name in errors.
+        store: Store with all rows.
+        layout: Layout of the raster.
+        made: File to write.
+        path: Name of the output, for errors.
 
     Raises:
-        OutputError: rows are missing, or the disk is full.
+        OutputError: Rows are missing, or the disk is full.
     """
-    # What a killed run has left of this step.
+    # Leftovers of a killed run.
     for leftover in (*made.parent.glob("mosaic.vrt*"), *made.parent.glob(f"{glob.escape(made.name)}*")):
         leftover.unlink()
     mosaic = store.mosaic()
@@ -53,7 +53,7 @@ def write_cog(store: StripStore, layout: RasterLayout, made: Path, path: Path) -
                 made,
                 driver="COG",
                 compress="deflate",
-                # Differences of neighbours compress measurements; of class indices they only make more symbols.
+                # The predictor compresses measurements; for class indices it only adds symbols.
                 predictor="no" if layout.colormap else "yes",
                 blocksize=_BLOCK_PX,
                 bigtiff="if_safer",
@@ -66,7 +66,7 @@ def write_cog(store: StripStore, layout: RasterLayout, made: Path, path: Path) -
 
 
 def _add_overviews(mosaic: Path, layout: RasterLayout, resampling: str) -> None:
-    """Beside the mosaic, where the COG finds them: its own are compressed by one thread, and twice."""
+    """Build overviews of the mosaic, which the COG driver copies: its own are single-threaded and compressed twice."""
     longest = max(layout.height, layout.width)
     factors = [2**level for level in range(1, 32) if longest > _BLOCK_PX * 2 ** (level - 1)]
     if not factors:
@@ -79,7 +79,7 @@ def _add_overviews(mosaic: Path, layout: RasterLayout, resampling: str) -> None:
 
 
 def _compare(store: StripStore, layout: RasterLayout, made: Path, path: Path) -> None:
-    """GDAL tells nobody of errors at closing, such as a disk that is full by then: read the file and see."""
+    """Compare the file with the strips, as GDAL doesn't report errors at closing, e.g. of a full disk."""
     with rasterio.open(made, num_threads="all_cpus") as dataset:
         num_overviews = len(dataset.overviews(1))
         for strip in store.strips():
@@ -94,16 +94,16 @@ def _compare(store: StripStore, layout: RasterLayout, made: Path, path: Path) ->
 
 
 class CogWriter:
-    """Write full-width strips of rows, in any order, into a Cloud-Optimised GeoTIFF.
+    """Writer of a Cloud-Optimised GeoTIFF from full-width strips of rows, in any order.
 
-    Strips go to a hidden folder beside the output; when the `with` block ends well, they are written with overviews
-    and moved to its name. After an exception nothing is left, and an earlier output is untouched.
+    Strips go to a hidden folder next to the output; when the `with` block ends, they are written with overviews and
+    moved to its name. After an exception nothing is left, and an earlier output is unchanged.
 
         with CogWriter("map.tif", RasterLayout(height=h, width=w, num_bands=1, dtype=np.dtype("uint8"))) as writer:
             writer.write(0, strip)
 
     Args:
-        path: the output; missing parent folders are made.
+        path: Output file; missing parent folders are created.
         layout: Size, placement and metadata of the raster.
     """
 
@@ -116,7 +116,7 @@ class CogWriter:
         """Prepare the output.
 
         Raises:
-            OutputError: nothing can be written there.
+            OutputError: The output can't be written.
         """
         with ExitStack() as stack:
             self._folder = stack.enter_context(staged(self.path))
@@ -128,10 +128,10 @@ class CogWriter:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        """Complete the output, or remove every trace of it after an exception.
+        """Complete the output, or remove all files after an exception.
 
         Raises:
-            OutputError: the disk is full, or rows are missing.
+            OutputError: Rows are missing, or the disk is full.
         """
         self._stack.__exit__(kind, error, trace)
 
@@ -139,11 +139,11 @@ class CogWriter:
         """Write a strip of rows; each row once.
 
         Args:
-            row: of the strip's first line.
-            block: [C, h, width] in the file's dtype.
+            row: First row of the strip.
+            block: Pixels in the file's dtype, [C, h, width].
 
         Raises:
-            OutputError: a strip of another shape or dtype, or outside the file, or the disk is full.
+            OutputError: The strip has another shape or dtype or exceeds the file, or the disk is full.
         """
         self._store.write(row, block)
 

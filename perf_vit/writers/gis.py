@@ -20,7 +20,7 @@ from perf_vit.writers._objects import ObjectTable
 
 __all__ = ["write_gis"]
 
-# GeoPackages hold the time of their last change; a fixed one makes the same objects the same bytes.
+# GeoPackages store the time of their last change; a fixed one makes files reproducible.
 _EPOCH = "1970-01-01T00:00:00.000Z"
 
 
@@ -36,15 +36,15 @@ def write_gis(
     """Write objects in map coordinates, GeoJSON in longitude and latitude.
 
     Args:
-        path: the file.
-        table: the objects.
-        kind: of the file.
-        layer: name of a GeoPackage's layer.
-        crs: of the source.
-        transform: pixel (column, row) to CRS coordinates.
+        path: Output file.
+        table: Objects.
+        kind: File format.
+        layer: Layer name of a GeoPackage.
+        crs: CRS of the source.
+        transform: Transform from pixels (column, row) to CRS coordinates.
 
     Raises:
-        OSError: the disk is full or the like.
+        OSError: The file can't be written, e.g. because the disk is full.
     """
     frame = gpd.GeoDataFrame(_columns(table), geometry=table.placed(transform), crs=crs.to_wkt())
     if kind == "geoparquet":
@@ -53,7 +53,7 @@ def write_gis(
         return
     options: dict[str, Any] = {"driver": "GPKG", "layer": layer_name(layer)}
     if kind == "geojson":
-        # Turns to EPSG:4326 and to RFC 7946's order of corners, with 7 decimals: a centimetre.
+        # RFC7946 reprojects to EPSG:4326 and orients rings; its 7 decimals are about a centimetre.
         options = {"driver": "GeoJSON", "RFC7946": "YES", "layer": layer_name(layer)}
     try:
         with _fixed_date(), writing_path(path) as made:
@@ -65,14 +65,14 @@ def write_gis(
 
 
 def _is_complete(path: Path, kind: str) -> bool:
-    """Whether all of a file is there: on a full disk GDAL writes some of it and reports nothing."""
+    """Return whether a file is complete: on a full disk GDAL writes part of it without an error."""
     if kind == "geojson":
         with path.open("rb") as file:
             file.seek(-min(path.stat().st_size, 16), os.SEEK_END)
             return file.read().rstrip().endswith(b"]\n}")
     try:
         with closing(sqlite3.connect(path)) as database:
-            # The spatial index comes last.
+            # The spatial index is written last.
             last = database.execute("SELECT 1 FROM sqlite_master WHERE name LIKE 'rtree_%'").fetchone()
             return last is not None and database.execute("PRAGMA quick_check").fetchone() == ("ok",)
     except sqlite3.Error:

@@ -1,4 +1,4 @@
-"""What a raster file is, apart from its pixels."""
+"""Layout of a raster file: everything except its pixels."""
 
 from __future__ import annotations
 
@@ -21,21 +21,21 @@ __all__ = ["RasterLayout", "holds_layout"]
 
 @dataclass(frozen=True, kw_only=True)
 class RasterLayout:
-    """Size, place and meaning of a raster to write.
+    """Size, georeference and metadata of a raster to write.
 
     Attributes:
-        height: rows.
-        width: columns.
-        num_bands: C.
-        dtype: of the pixels.
-        crs: None for none.
-        transform: pixel (column, row) to CRS coordinates, None for none.
-        nodata: value of missing pixels.
-        colormap: value to (red, green, blue, alpha), 0 to 255; for one band of uint8 or uint16. TIFF keeps no alpha.
-        band_names: one description a band.
-        tags: metadata of the file.
-        scale: what pixels are to be multiplied with to get their value, 1 for nothing.
-        overviews: how to make them; by default "nearest" with a colour table and "average" without. Class maps
+        height: Number of rows.
+        width: Number of columns.
+        num_bands: Number of bands C.
+        dtype: Data type of the pixels.
+        crs: CRS, or None.
+        transform: Transform from pixels (column, row) to CRS coordinates, or None.
+        nodata: Value of missing pixels.
+        colormap: Value to (red, green, blue, alpha), 0 to 255, for one band of uint8 or uint16. TIFF drops alpha.
+        band_names: Description of each band.
+        tags: Metadata of the file.
+        scale: Factor from stored to actual values; 1 for none.
+        overviews: Resampling of overviews: by default "nearest" with a colour table and "average" without. Class maps
             without a colour table need "nearest".
     """
 
@@ -54,13 +54,13 @@ class RasterLayout:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "dtype", np.dtype(self.dtype))
-        # Both go into metadata that are XML; what is written must be what is compared with later.
+        # Both go into XML metadata, and are compared with what was written later.
         names = self.band_names and tuple(map(xml_text, self.band_names))
         object.__setattr__(self, "band_names", names)
         object.__setattr__(self, "tags", {xml_text(key): xml_text(value) for key, value in self.tags.items()})
 
     def profile(self, height: int | None = None) -> dict[str, Any]:
-        """What rasterio needs to create a file, of all rows or of some."""
+        """Return rasterio's creation options for the whole raster or for some rows."""
         return {
             "height": self.height if height is None else height,
             "width": self.width,
@@ -71,12 +71,12 @@ class RasterLayout:
 
     def create(self, path: str, options: Mapping[str, Any]) -> Any:
         """Create a GeoTIFF with all metadata and no pixels, open for writing; `options` are the driver's."""
-        # An identity transform is what a file without georeference reads as.
+        # Files without georeference read as the identity transform.
         given: dict[str, Any] = (
             {} if self.transform is None or self.transform.is_identity else {"transform": self.transform}
         )
         if self.num_bands >= 4:
-            # GDAL takes four bands of bytes for a photo with alpha, unless it is told.
+            # GDAL assumes that the fourth of four byte bands is alpha unless told otherwise.
             given["alpha"] = "NO"
         with plain_images_allowed():
             dataset = rasterio.open(path, "w", driver="GTiff", crs=self.crs, **self.profile(), **given, **options)
@@ -91,18 +91,18 @@ class RasterLayout:
 
 
 def holds_layout(path: Path, layout: RasterLayout, *, other_tags: Container[str] = ()) -> bool:
-    """Whether a file is a raster of this size, these bands and these tags; its place and pixels are not looked at.
+    """Return whether a file is a raster of this size with these bands and tags, whatever its georeference and pixels.
 
     Args:
-        path: may be missing, or no raster at all.
-        layout: what it is compared with.
-        other_tags: names of tags that may differ.
+        path: File; it may be missing or not a raster.
+        layout: Layout to compare with.
+        other_tags: Names of tags that may differ.
     """
     try:
         with plain_images_allowed(), rasterio.open(path) as dataset:
             tags, names = dataset.tags(), dataset.descriptions
             if is_ome_tiff_name(path):
-                # Its channels are pictures of their own, its tags part of the description.
+                # Channels are separate images, and tags are part of the description.
                 xml = tags.get("TIFFTAG_IMAGEDESCRIPTION", "")
                 tags, names = parse_ome_tags(xml), parse_ome_xml(xml).channel_names
             same = (

@@ -1,4 +1,4 @@
-"""Finished maps as pyramidal OME-TIFF, which QuPath and other viewers of slides open."""
+"""Pyramidal OME-TIFF of finished maps, for QuPath and other slide viewers."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ __all__ = ["is_ome_tiff_name", "write_ome_tiff"]
 
 _TILE_PX = 512
 _UM_PER_CM = 10_000
-# Offsets of 32 bits reach 4 GiB; compression may only be hoped for.
+# 32-bit offsets reach 4 GiB, and the compressed size is unknown in advance.
 _BIG_BYTES = 1 << 31
 
 
 def is_ome_tiff_name(path: str | Path) -> bool:
-    """Whether a file's name says that it is an OME-TIFF."""
+    """Return whether a file name is that of an OME-TIFF."""
     return Path(path).name.lower().endswith((".ome.tif", ".ome.tiff"))
 
 
@@ -40,23 +40,23 @@ def write_ome_tiff(
     description: str | None = None,
     tags: Mapping[str, str] | None = None,
 ) -> None:
-    """Copy a Cloud-Optimised GeoTIFF into a pyramidal OME-TIFF, tile by tile.
+    """Copy a Cloud-Optimised GeoTIFF to a pyramidal OME-TIFF, tile by tile.
 
-    Channels are planes of their own; the COG's overviews become SubIFDs, as OME-TIFF of 2016-06 has it. Nothing of the
-    time or the machine is written: the same map gives the same bytes. The output appears when it is complete.
+    Channels are separate planes, and the overviews of the COG become SubIFDs (OME-TIFF 2016-06). The output is
+    byte-reproducible, as it contains neither time nor machine, and appears when it is complete.
 
     Args:
-        out: the output, by custom `.ome.tif`.
-        cog_path: the map.
-        mpp: micrometres per pixel of the map (not of the slide, where the map is coarser), or (x, y).
-        channel_names: one a band; by default the bands' descriptions.
-        colormap: value to (red, green, blue, ...), 0 to 255, of a map of one band of uint8; by default the map's own.
-        description: free text.
-        tags: key and value pairs, kept as an annotation; bands with scale and offset add theirs.
+        out: Output file, by convention `.ome.tif`.
+        cog_path: Map.
+        mpp: Micrometres per pixel of the map (not of the slide, if the map is coarser), or (x, y).
+        channel_names: Name of each band; None for the bands' descriptions.
+        colormap: Value to (red, green, blue, ...), 0 to 255, for a map with one band of uint8; None for the map's own.
+        description: Free text.
+        tags: Key-value pairs, stored as an annotation; scale and offset of bands are added.
 
     Raises:
-        InputError: the map can't be read.
-        OutputError: the output can't be written, or an argument doesn't fit the map.
+        InputError: The map can't be read.
+        OutputError: The output can't be written, or an argument doesn't fit the map.
     """
     tifffile = _tifffile(out)
     source, target = str(cog_path), Path(out)
@@ -104,11 +104,11 @@ def _write_band(
         "colormap": colors,
         "metadata": None,
         "software": False,
-        # One thread: tiles are compressed in a fixed order, and few wait in memory.
+        # A single thread compresses tiles in a fixed order and holds few in memory.
         "maxworkers": 1,
     }
     for level in range(num_overviews + 1):
-        # Level numbers of GDAL count from the first overview.
+        # GDAL counts levels from the first overview.
         overview = {} if level == 0 else {"overview_level": level - 1}
         with plain_images_allowed(), rasterio.open(source, **overview) as dataset:
             writer.write(
@@ -117,7 +117,7 @@ def _write_band(
                 subifds=num_overviews if level == 0 else None,
                 subfiletype=1 if level else 0,
                 description=xml if level == 0 else None,
-                # Readers that don't know OME take the pixel size from here.
+                # Readers without OME support take the pixel size from here.
                 resolution=tuple(_UM_PER_CM / value * dataset.width / cog.width for value in _as_pair(mpp)),
                 resolutionunit="CENTIMETER",
                 **options,
@@ -125,7 +125,7 @@ def _write_band(
 
 
 def _tiles(dataset: Any, band: int) -> Iterator[npt.NDArray[Any]]:
-    """Tiles of one band, row by row, those at the edge filled up with 0; [side, side]."""
+    """Yield the tiles of one band row by row, padded with 0 at the edge, [tile, tile]."""
     for row in range(0, dataset.height, _TILE_PX):
         for col in range(0, dataset.width, _TILE_PX):
             height, width = min(_TILE_PX, dataset.height - row), min(_TILE_PX, dataset.width - col)
@@ -137,7 +137,7 @@ def _tiles(dataset: Any, band: int) -> Iterator[npt.NDArray[Any]]:
 def _color_table(
     cog: Any, source: str, colormap: Mapping[int, tuple[int, ...]] | None
 ) -> npt.NDArray[np.uint16] | None:
-    """TIFF's table of 16 bits, [3, 256]."""
+    """Return the 16-bit colour table of TIFF, [3, 256]."""
     is_class_map = cog.count == 1 and cog.dtypes[0] == "uint8"
     if colormap is None:
         if not is_class_map or color_kinds(cog)[0] != rasterio.enums.ColorInterp.palette:

@@ -1,4 +1,4 @@
-"""Outputs checked against inputs and existing files before anything is written."""
+"""Checks of outputs against inputs and existing files, before anything is written."""
 
 from __future__ import annotations
 
@@ -27,16 +27,16 @@ _VIRTUAL = (".vrt", *TILE_INDEX_SUFFIXES)
 
 
 def input_files(given: Iterable[str | Path]) -> Iterator[tuple[str, Path]]:
-    """All local files and folders that are read when inputs are.
+    """Yield all local files and folders that reading the inputs involves.
 
-    What folders hold, matches of patterns, members of virtual rasters, tile indexes and STAC items, members of these,
-    and the files that GDAL reads beside a raster. URLs are left out.
+    These are the contents of folders, matches of globs, members of virtual rasters, tile indexes and STAC items (and
+    members of these), and side-car files that GDAL reads with a raster. URLs are left out.
 
     Args:
-        given: files, folders, patterns, GDAL paths, URLs.
+        given: Files, folders, globs, GDAL paths, URLs.
 
     Yields:
-        (input as given, file or folder that exists).
+        (input as given, existing file or folder).
     """
     for origin in [os.fspath(each) for each in given]:
         waiting, seen = [origin], set()
@@ -50,7 +50,7 @@ def input_files(given: Iterable[str | Path]) -> Iterator[tuple[str, Path]]:
             if os.path.isdir(path):
                 for file in _files_in(path):
                     yield origin, file
-                    # To open all files of a folder of images would take long.
+                    # Opening all files of an image folder would take long.
                     waiting += [str(file)] if file.name.lower().endswith(_VIRTUAL) else []
             waiting += _named_by(path)
 
@@ -61,7 +61,7 @@ def _files_in(folder: str) -> Iterator[Path]:
 
 
 def _named_by(path: str) -> list[str]:
-    """Files that a path names: by a pattern, or in the file."""
+    """Return the files that a path refers to, by a glob or in the file."""
     if os.path.isdir(path):
         return []
     if not os.path.exists(path) and glob.has_magic(path):
@@ -88,7 +88,7 @@ def _gdal_files(path: str) -> list[str]:
 
 
 def _stac_assets(path: str) -> list[str]:
-    """Links of all assets of STAC items, whichever is read."""
+    """Return the links of all assets of STAC items."""
     try:
         content = json.loads(Path(path).read_bytes())
     except (OSError, ValueError, RecursionError):
@@ -104,7 +104,7 @@ def _stac_assets(path: str) -> list[str]:
 
 
 def _indexed(path: str) -> list[str]:
-    """Whatever may be a path in a GDAL tile index: texts of all its columns."""
+    """Return all possible paths in a GDAL tile index, i.e. the text of all columns."""
     try:
         index, layer, _ = describe_index(path)
         table: Any = pyogrio.read_dataframe(index, layer=layer, read_geometry=False)
@@ -115,24 +115,24 @@ def _indexed(path: str) -> list[str]:
 
 
 def _beside(path: str, names: Iterable[str]) -> list[str]:
-    """Names relative to a file, as they are if absolute."""
+    """Resolve names relative to a file's folder; absolute ones stay."""
     return [os.path.join(os.path.dirname(path), name) for name in names]
 
 
 def check_outputs(
     outputs: Iterable[str | Path], inputs: Iterable[str | Path | None], *, overwrite: bool = False
 ) -> None:
-    """Refuse outputs that would destroy a file of the user; called before anything is computed.
+    """Check that outputs don't replace files of the user; called before anything is computed.
 
     Args:
-        outputs: all files of a job.
-        inputs: all that the job reads: files, folders, patterns and lists, with their members; None and URLs are
-            passed over. No file of an input folder may be replaced.
-        overwrite: allow outputs that exist and are no inputs.
+        outputs: All output files of a job.
+        inputs: All inputs of the job: files, folders, globs and lists, with their members; None and URLs are skipped.
+            No file in an input folder may be replaced.
+        overwrite: Whether outputs that exist and aren't inputs may be replaced.
 
     Raises:
-        OutputError: an output is an input or part of one, is a folder, is named twice, lies where nothing can be
-            written, or exists without `overwrite`.
+        OutputError: An output is an input or part of one, is a folder, occurs twice, can't be written, or exists
+            without `overwrite`.
     """
     paths = [Path(path) for path in outputs]
     existing = existing_outputs(paths)
@@ -145,22 +145,22 @@ def check_outputs(
 
 
 def existing_outputs(outputs: Iterable[Path]) -> list[Path]:
-    """Those of some paths where a file, a folder or a link is."""
+    """Return the paths at which a file, folder or link exists."""
     return [path for path in outputs if os.path.lexists(_plain(path))]
 
 
 def existing_error(path: Path, reason: str = "") -> OutputError:
-    """The error that says that an output exists and what to do.
+    """Build the error for an existing output.
 
     Args:
-        path: the output.
-        reason: why it is not what would be written, as in ", but of another model".
+        path: Output file.
+        reason: How it differs from the file to write, such as ", but of another model".
     """
     return OutputError(f"{path} exists already{reason}; choose another output, or replace it with `overwrite=True`")
 
 
 def _refuse_inputs(existing: Sequence[Path], inputs: Sequence[str | Path]) -> None:
-    # A file that doesn't exist is no input, so members need not be looked for in most cases.
+    # Missing files can't be inputs, so members rarely have to be searched.
     by_identity = {_identity(_plain(path)): path for path in existing if _plain(path).exists()}
     if not by_identity:
         return
@@ -174,12 +174,12 @@ def _refuse_inputs(existing: Sequence[Path], inputs: Sequence[str | Path]) -> No
 
 
 def _plain(path: Path) -> Path:
-    """A path whose folders are made as it is written, without dots: `new/../a.tif` becomes `a.tif`."""
+    """Normalise a path whose folders don't exist yet: `new/../a.tif` becomes `a.tif`."""
     return path if path.parent.exists() else Path(os.path.normpath(path))
 
 
 def _identity(path: Path) -> tuple[int, int]:
-    """The same for all names of a file, by links of both kinds."""
+    """Return the identity of a file, equal for all its names and links."""
     status = path.stat()
     return status.st_dev, status.st_ino
 

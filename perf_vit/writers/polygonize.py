@@ -1,4 +1,4 @@
-"""Polygons around the areas of a class map, block by block."""
+"""Polygons of the areas of a class map, computed by block."""
 
 from __future__ import annotations
 
@@ -33,25 +33,25 @@ def polygonize_classes(
     min_area_px: float = 0,
     block_px: int = 2048,
 ) -> tuple[PolygonArray, IndexArray]:
-    """Turn each connected area of a class into a polygon; pixels are connected by their edges, not their corners.
+    """Convert each connected area of a class to a polygon; pixels are connected by edges, not corners.
 
-    The map is read in blocks, and the pieces of an area are joined across the blocks' seams, so the blocks leave no
-    trace in the result. Memory is linear in polygons, whatever the size of the map.
+    The map is read in blocks, and the pieces of an area are joined across seams, so that blocks leave no trace in the
+    result. Memory is linear in the number of polygons, whatever the size of the map.
 
     Args:
-        path: a map of classes, as `perf-vit predict` writes it: one uint8 band.
-        skip: classes to leave out, such as the background.
-        nodata: value of the pixels without class.
-        simplify_px: farthest that an outline may move when it is simplified; 0 keeps every corner. Neighbours are
-            simplified each for itself, so they may overlap or leave gaps that wide.
-        min_area_px: smallest area to keep, in pixels.
-        block_px: side of a block.
+        path: Class map as written by `perf-vit predict`: one uint8 band.
+        skip: Classes to leave out, such as the background.
+        nodata: Value of the pixels without class.
+        simplify_px: Maximum displacement of simplified outlines in pixels; 0 keeps all corners. Neighbours are
+            simplified separately, so they may overlap or leave gaps of that width.
+        min_area_px: Minimum area to keep, in pixels.
+        block_px: Block size in pixels.
 
     Returns:
-        Polygons in the map's pixels, [n], from top to bottom, and their classes, [n].
+        Polygons in map pixels, [n], from top to bottom, and their classes, [n].
 
     Raises:
-        InputError: the file can't be read, or is no map of classes.
+        InputError: The file can't be read, or is not a class map.
     """
     parts = [_block_polygons(labels, window, {*skip, nodata}) for window, labels in _blocks(str(path), block_px)]
     polygons, labels = _concatenated(parts)
@@ -69,7 +69,7 @@ def _blocks(path: str, block_px: int) -> Iterator[tuple[Window, LabelArray]]:
     with open_dataset(path) as dataset:
         if dataset.count != 1 or dataset.dtypes[0] != "uint8":
             raise InputError(
-                f"expected a map of classes with one uint8 band, {path} has {dataset.count} of {dataset.dtypes[0]}"
+                f"expected a class map with one uint8 band, {path} has {dataset.count} of {dataset.dtypes[0]}"
             )
         for row in range(0, dataset.height, block_px):
             for col in range(0, dataset.width, block_px):
@@ -93,7 +93,7 @@ def _concatenated(parts: list[tuple[PolygonArray, IndexArray]]) -> tuple[Polygon
 
 
 def _joined(polygons: PolygonArray, labels: IndexArray, block_px: int) -> tuple[PolygonArray, IndexArray]:
-    """Unite pieces of a class that share an edge along a seam."""
+    """Join pieces of a class that share an edge along a seam."""
     at_seam = np.flatnonzero((shapely.bounds(polygons).reshape(-1, 4) % block_px == 0).any(axis=1))
     first, second = _touching(polygons[at_seam], labels[at_seam])
     size = len(at_seam)
@@ -115,7 +115,7 @@ def _joined(polygons: PolygonArray, labels: IndexArray, block_px: int) -> tuple[
 
 
 def _touching(polygons: PolygonArray, labels: IndexArray) -> tuple[IndexArray, IndexArray]:
-    """Pairs of polygons of a class that share more than corners."""
+    """Return pairs of polygons of a class that share more than corners."""
     if len(polygons) == 0:
         return np.zeros(0, np.int64), np.zeros(0, np.int64)
     first, second = shapely.STRtree(polygons).query(polygons)
@@ -126,5 +126,5 @@ def _touching(polygons: PolygonArray, labels: IndexArray) -> tuple[IndexArray, I
 
 
 def _unite(pieces: PolygonArray) -> Any:
-    # Simplified by nothing, the corners that seams left on straight lines go.
+    # Simplify with tolerance 0 to remove corners that seams left on straight lines.
     return shapely.simplify(shapely.union_all(pieces), 0, preserve_topology=True)

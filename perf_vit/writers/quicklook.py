@@ -1,4 +1,4 @@
-"""Pictures for people: scenes stretched to visible contrast, maps in colour, both in one PNG."""
+"""Quicklooks of a scene and its map in one PNG."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _MARGIN_PX = 12
 
 _LEGEND_PX = 28
 
-# A colour patch and the gap before its name.
+# Width of a colour patch and the gap before its name.
 _ENTRY_PX = 26
 
 
@@ -40,17 +40,17 @@ def write_map_quicklook(
     """Write a scene and its map side by side, or one above the other, with a legend.
 
     Args:
-        source: the scene.
-        map_path: the scene's map, a band of class indices or a band of probabilities a class.
-        path: the PNG to write.
-        classes: names for the legend, in the order of the class indices.
-        background: index of the class that is background, if one is; it is dark grey.
-        multilabel: the map has a band of 0 and 1, or of probabilities, a class, of which several may be true: where
-            they are, the likeliest or last is shown.
+        source: Scene.
+        map_path: Map of the scene, with one band of class indices or one band of probabilities per class.
+        path: Output PNG.
+        classes: Class names for the legend, in the order of the class indices.
+        background: Index of the background class, drawn in dark grey; None for none.
+        multilabel: Whether the map has a band of 0 and 1, or of probabilities, per class. Of several classes at a
+            pixel, the most probable or last one is shown.
 
     Raises:
-        InputError: the scene or the map can't be read.
-        OutputError: the picture can't be written.
+        InputError: The scene or the map can't be read.
+        OutputError: The picture can't be written.
     """
     names = ["none", *classes] if multilabel else list(classes)
     colors = default_colormap(len(names), 0 if multilabel else background)
@@ -71,11 +71,11 @@ def _class_indices(image: GeoImage) -> LabelArray:
 
 
 def _shown_labels(image: GeoImage) -> LabelArray:
-    """0 where no class is true, or the number of one that is, from 1 on."""
+    """Return the class to show at each pixel, from 1; 0 for none."""
     scores = np.where(image.valid, np.nan_to_num(image.pixels, nan=0), 0)
-    # Quantised probabilities go up to 254, labels and other probabilities to 1.
+    # Quantised probabilities range to 254, labels and other probabilities to 1.
     half = 127 if scores.max() > 1 else 0.5
-    # Of several the last.
+    # The last one of equal scores.
     best = len(scores) - 1 - scores[::-1].argmax(0)
     return np.where(image.valid, np.where(scores.max(0) > half, best + 1, 0), IGNORE_INDEX).astype(np.uint8)
 
@@ -110,7 +110,7 @@ def _with_legend(picture: Picture, classes: Sequence[str], colors: Mapping[int, 
 
 
 def _legend_places(widths: Sequence[int], width: int) -> tuple[list[tuple[int, int]], int]:
-    """(x, line) of each entry, in pixels and lines, and the number of lines."""
+    """Return (x, line) of each entry, in pixels and lines, and the number of lines."""
     places = []
     x, line = _MARGIN_PX, 0
     for entry in widths:

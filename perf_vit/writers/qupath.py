@@ -1,4 +1,4 @@
-"""Objects as QuPath's GeoJSON, in pixels of the slide's level 0."""
+"""QuPath GeoJSON of objects, in pixels of the slide's level 0."""
 
 from __future__ import annotations
 
@@ -26,11 +26,11 @@ def write_qupath(
     """Write a FeatureCollection, feature by feature.
 
     Args:
-        path: the file.
-        table: the objects.
+        path: Output file.
+        table: Objects.
         object_type: "detection" or "annotation".
-        scale: pixels of the source to those of level 0.
-        background: index of the class that is background, if one is.
+        scale: Transform from source pixels to pixels of level 0.
+        background: Index of the background class; None for none.
     """
     colors = default_colormap(len(table.class_names), background)
     classes = [
@@ -51,7 +51,7 @@ def write_qupath(
 
 def _feature(index: int, polygon: Any, properties: dict[str, Any]) -> dict[str, Any]:
     geometry = shapely.geometry.mapping(shapely.transform(polygon, lambda xy: np.round(xy, _DECIMALS)))
-    # QuPath wants a UUID; one of place and content is the same whenever the same objects are written.
+    # QuPath requires a UUID; derived from index and content, it is reproducible.
     content = to_json([index, geometry, properties])
     return {
         "type": "Feature",

@@ -1,4 +1,4 @@
-"""Rows of an unfinished raster, each strip a file that is complete or absent."""
+"""Rows of an unfinished raster as strips, each a file that is complete or absent."""
 
 from __future__ import annotations
 
@@ -26,19 +26,19 @@ __all__ = ["StoredStrip", "StripStore", "fast_compression"]
 
 _NAME = re.compile(r"rows_(\d+)_(\d+)_([0-9a-f]{8})\.tif")
 _BLOCK_PX = 512
-# Tiles of TIFF are multiples of 16.
+# TIFF tile sizes are multiples of 16.
 _BLOCK_STEP_PX = 16
 
 
 @dataclass(frozen=True, slots=True, order=True)
 class StoredStrip:
-    """A strip on disk.
+    """Strip on disk.
 
     Attributes:
-        row: its first.
-        num_rows: its height.
-        checksum: CRC-32 of its pixels.
-        name: of its file.
+        row: First row.
+        num_rows: Number of rows.
+        checksum: CRC-32 of the pixels.
+        name: File name.
     """
 
     row: int
@@ -48,17 +48,17 @@ class StoredStrip:
 
 
 class StripStore:
-    """Full-width strips in a folder, in any order; what is there survives a crash at any moment.
+    """Folder of full-width strips, written in any order; complete strips survive a crash.
 
-    Several processes may write into one folder.
+    Several processes may write to the same folder.
 
     Args:
-        folder: exists already.
-        layout: of the raster that the strips add up to.
-        path: the output's name in errors.
+        folder: Existing folder.
+        layout: Layout of the whole raster.
+        path: Name of the output, for errors.
 
     Attributes:
-        folder: as it was given.
+        folder: Folder as given.
     """
 
     def __init__(self, folder: Path, layout: RasterLayout, path: Path) -> None:
@@ -70,11 +70,11 @@ class StripStore:
         """Write a strip of rows.
 
         Args:
-            row: of the strip's first line.
-            block: [C, h, width] in the layout's dtype.
+            row: First row of the strip.
+            block: Pixels in the layout's dtype, [C, h, width].
 
         Raises:
-            OutputError: a strip of another shape or dtype, or outside the raster, or the disk is full.
+            OutputError: The strip has another shape or dtype or exceeds the raster, or the disk is full.
         """
         self._check(row, block)
         block = np.ascontiguousarray(block)
@@ -87,14 +87,14 @@ class StripStore:
             raise OutputError(f"can't write {self._path}: {reason_of(error)}; is the disk full?") from error
 
     def strips(self) -> list[StoredStrip]:
-        """What is there, from top to bottom."""
+        """Return the stored strips, from top to bottom."""
         found = ((_NAME.fullmatch(file), file) for file in os.listdir(self.folder))
         return sorted(
             StoredStrip(int(match[1]), int(match[2]), int(match[3], 16), file) for match, file in found if match
         )
 
     def gaps(self, start: int, stop: int) -> list[tuple[int, int]]:
-        """Rows of [start, stop) that are not there, as (first, first below) from top to bottom."""
+        """Return the missing rows of [start, stop) as (first, stop) pairs, from top to bottom."""
         missing = []
         for strip in self.strips():
             if strip.row >= stop:
@@ -105,10 +105,10 @@ class StripStore:
         return [*missing, (start, stop)] if start < stop else missing
 
     def mosaic(self) -> Path:
-        """All strips as one raster: a VRT file in the folder, with the layout's metadata.
+        """Write a VRT of all strips with the layout's metadata into the folder, and return its path.
 
         Raises:
-            OutputError: rows are missing, or the disk is full.
+            OutputError: Rows are missing, or the disk is full.
         """
         height = self._layout.height
         if gaps := self.gaps(0, height):
@@ -129,7 +129,7 @@ class StripStore:
         return mosaic
 
     def _fill(self, element: ET.Element, band: int) -> None:
-        """Let a band of the VRT take its pixels from the strips."""
+        """Set the strips as sources of a VRT band."""
         for source in [child for child in element if child.tag.endswith("Source")]:
             element.remove(source)
         width = str(self._layout.width)
@@ -156,13 +156,13 @@ class StripStore:
             )
 
     def _encode(self, memory: Any, block: npt.NDArray[Any]) -> None:
-        """As a TIFF in memory: GDAL tells nobody of errors when it closes a file, Python does."""
+        """Encode as TIFF in memory: unlike GDAL, Python reports errors when a file is closed."""
         num_rows = block.shape[1]
         tile_rows = min(_BLOCK_PX, -(-num_rows // _BLOCK_STEP_PX) * _BLOCK_STEP_PX)
         tiles = {"tiled": True, "blockxsize": _BLOCK_PX, "blockysize": tile_rows}
-        # One band after the other: to mix them into pixels takes longer than to compress them.
+        # Band interleaving, as pixel interleaving takes longer than compression.
         options = {"interleave": "band", **_compression(block.dtype), **tiles, **self._layout.profile(num_rows)}
-        # A place of any kind keeps rasterio from warning that there is none; the mosaic has the true one.
+        # A dummy transform avoids rasterio's warning; the mosaic has the true one.
         with memory.open(driver="GTiff", transform=Affine(1, 0, 1, 0, -1, 1), **options) as file:
             file.write(block)
 
@@ -181,7 +181,7 @@ def _compression(dtype: np.dtype[Any]) -> dict[str, Any]:
 
 @functools.cache
 def fast_compression() -> str:
-    """The quicker of what this GDAL has, for files that are read once and removed: zstd or deflate."""
+    """Return the fastest compression that this GDAL supports, zstd or deflate, for temporary files."""
     with rasterio.MemoryFile() as memory, plain_images_allowed():
         try:
             with memory.open(driver="GTiff", height=1, width=1, count=1, dtype="uint8", compress="zstd"):

@@ -1,4 +1,4 @@
-"""Objects into files that GIS, QuPath and detection tools open."""
+"""Vector files of objects for GIS, QuPath and detection tools."""
 
 from __future__ import annotations
 
@@ -48,38 +48,36 @@ def write_objects(
     category_ids: Sequence[int] | None = None,
     image_id: int | None = None,
 ) -> Path:
-    """Write objects of a source, in the format that the name's suffix asks for.
+    """Write objects of a source, in the format given by the file suffix.
 
-    - `.gpkg`, `.parquet`: a table in the source's CRS.
-    - `.geojson`: longitude and latitude (EPSG:4326), which is all that RFC 7946 knows; QuPath's GeoJSON for a source
-      without CRS.
-    - `.json`: COCO, in pixels of the source: a data set of one image; with `image_id`, a list of results for
+    - `.gpkg`, `.parquet`: table in the source's CRS.
+    - `.geojson`: longitude and latitude (EPSG:4326), as RFC 7946 requires; QuPath's GeoJSON for a source without CRS.
+    - `.json`: COCO, in source pixels: a data set of one image; with `image_id`, a list of results for
       `pycocotools.coco.COCO.loadRes`.
     - `format="qupath"`: QuPath's GeoJSON, in pixels of the slide's level 0.
 
-    The file appears under its name when it is complete, and the same objects give the same bytes with the same
-    versions of the libraries.
+    The file appears when it is complete. It is byte-reproducible with the same versions of the libraries.
 
     Args:
-        path: the output; missing parent folders are made.
-        geometries: in the source's pixels: shapely polygons [n], boxes_xyxy [n, 4], or oriented boxes [n, 5] as centre
-            x, centre y, width, height, angle in radians. `Objects.geometry` is one of these.
-        scores: [n], or None.
-        labels: class indices, [n].
-        class_names: one a class.
-        source: the scene or slide of the objects: its CRS, transform, size and name.
-        format: instead of the one that the suffix asks for.
-        object_type: of QuPath's objects; it draws detections faster, and lets users edit annotations.
-        background: index of the class that is background, if one is, for the colours that QuPath's objects get.
-        category_ids: COCO's id of each class, such as `DetectionSpec.category_ids`; 1, 2, 3, ... by default.
-        image_id: of the source in a COCO file of labels, see `CocoImages`.
+        path: Output file; missing parent folders are created.
+        geometries: Geometries in source pixels: shapely polygons [n], boxes_xyxy [n, 4], or oriented boxes [n, 5]
+            (centre x, centre y, width, height, angle in radians), such as `Objects.geometry`.
+        scores: Scores, [n], or None.
+        labels: Class indices, [n].
+        class_names: Name of each class.
+        source: Scene or slide of the objects, which gives CRS, transform, size and name.
+        format: Format; None for that of the suffix.
+        object_type: QuPath object type: detections are drawn faster, annotations can be edited.
+        background: Index of the background class, for QuPath's colours; None for none.
+        category_ids: COCO id of each class, such as `DetectionSpec.category_ids`; None for 1, 2, 3, ...
+        image_id: Id of the source in a COCO file of labels, see `CocoImages`.
 
     Returns:
-        The path of the file.
+        Path of the file.
 
     Raises:
-        OutputError: a suffix without format, a format that needs a CRS the source doesn't have, arrays that don't go
-            together, or a place where nothing can be written.
+        OutputError: The suffix has no format, the format needs a CRS that the source lacks, arrays are inconsistent, or
+            the file can't be written.
     """
     target = Path(path)
     chosen = check_vector_output(target, source, format=format)
@@ -110,15 +108,15 @@ def _write_coco(
 
 
 def check_vector_output(path: str | Path, source: Source, *, format: VectorFormat | None = None) -> VectorFormat:  # noqa: A002
-    """The format of a file of a source's objects; called before the objects are looked for.
+    """Return the format of an output file; called before detection, to fail early.
 
     Args:
-        path: the output.
-        source: of the objects.
-        format: instead of the one that the suffix asks for.
+        path: Output file.
+        source: Source of the objects.
+        format: Format; None for that of the suffix.
 
     Raises:
-        OutputError: a suffix without format, or a format that needs a CRS that the source doesn't have.
+        OutputError: The suffix has no format, or the format needs a CRS that the source lacks.
     """
     chosen = format or _format_of(Path(path), source)
     if chosen not in get_args(VectorFormat):
@@ -137,7 +135,7 @@ def check_vector_output(path: str | Path, source: Source, *, format: VectorForma
 
 
 def _has_longitudes(source: Source) -> bool:
-    """Whether EPSG:4326 has a place for points of a source; corners of full-disc imagery lie beside the Earth."""
+    """Return whether source points have longitude and latitude; corners of full-disc imagery lie outside the Earth."""
     assert source.crs is not None
     shares = np.linspace(0, 1, 11)
     x, y = np.transpose([source.transform @ (source.width * a, source.height * b) for a in shares for b in shares])

@@ -74,5 +74,5 @@ def test_classes_to_skip_can_be_chosen(make_scene) -> None:
 
 
 def test_a_raster_that_is_no_map_of_classes_is_refused(make_scene) -> None:
-    with pytest.raises(InputError, match=r"expected a map of classes with one uint8 band, .* has 3 of uint16"):
+    with pytest.raises(InputError, match=r"expected a class map with one uint8 band, .* has 3 of uint16"):
         polygonize_classes(make_scene())
