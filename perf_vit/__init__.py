@@ -67,7 +67,7 @@ def __dir__() -> list[str]:
 def _is_command() -> bool:
     """Whether this process is the command line, whose help waits for neither torch nor timm."""
     script = PurePath(sys.argv[0]).name if getattr(sys, "argv", None) else ""
-    return script.startswith("perf-vit") or sys.orig_argv[1:3] == ["-m", "perf_vit"]
+    return script in {"perf-vit", "perf-vit.exe"} or sys.orig_argv[1:3] == ["-m", "perf_vit"]
 
 
 if not _is_command():
