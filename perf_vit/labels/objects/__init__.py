@@ -1,5 +1,7 @@
 """Object labels: COCO, Pascal VOC, YOLO, DOTA, CSV, polygons and instance masks."""
 
+# Importing a module of a format registers it.
+from perf_vit.labels.objects import coco, csv, dota, instances, vector, voc, yolo  # noqa: F401
 from perf_vit.labels.objects.coco import CocoImages, category_ids_by_name, default_category_ids, ids_of_classes
 from perf_vit.labels.objects.masks import OutlineMasks, objects_in
 from perf_vit.labels.objects.read import read_object_labels

@@ -10,9 +10,6 @@ from pathlib import Path
 
 from perf_vit.errors import DataWarning, InputError
 from perf_vit.labels.image_folder import ImageFolder
-
-# Importing the module of a format registers it.
-from perf_vit.labels.objects import coco, csv, dota, instances, vector, voc, yolo  # noqa: F401
 from perf_vit.labels.objects.coco import ids_of_classes
 from perf_vit.labels.objects.records import ObjectIndex, RawLabels
 from perf_vit.labels.objects.registry import LABEL_FORMATS, LabelOptions
