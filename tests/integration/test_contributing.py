@@ -36,10 +36,7 @@ from perf_vit.models.heads import DETECTION_HEADS, SEGMENTATION_HEADS
 from perf_vit.sources import READERS, find_images
 from perf_vit.transforms import Normalizer
 from perf_vit.types import ObjectLabels
-from perf_vit.workflows.evaluate import evaluate
-from perf_vit.workflows.predict import predict
 from perf_vit.workflows.registry import TASKS
-from perf_vit.workflows.train import train
 
 ROOT = Path(__file__).parents[2]
 PARTS = ["backbone", "mixer", "segmentation head", "detection head", "source", "label format", "metric", "task"]
@@ -134,7 +131,7 @@ def test_an_added_detection_head_is_named_in_a_config(added) -> None:
 def test_an_added_source_is_opened_found_and_named_like_any_other(added, tmp_path) -> None:
     pixels = np.arange(3 * 40 * 50, dtype=np.uint16).reshape(3, 40, 50)
     np.save(tmp_path / "a.npy", pixels)
-    with perf_vit.open_source(tmp_path / "a.npy") as source:
+    with perf_vit.open(tmp_path / "a.npy") as source:
         image = source.read(source.extent)
     np.testing.assert_array_equal(image.pixels, pixels)
     assert image.valid.all()
@@ -176,13 +173,13 @@ def test_an_added_task_is_trained_and_evaluated_by_its_name(added, tmp_path) -> 
         "model": {"backbone_kwargs": SMALL},
         "trainer": {"max_epochs": 1, "accelerator": "cpu", "devices": "1", "num_pictures": 0},
     }
-    run = train(config, out=tmp_path / "run", progress=False)
+    run = perf_vit.train(config, out=tmp_path / "run", progress=False)
     module = TASKS["focal_classification"].build_module
     assert module.keywords == {"task_class": added.FocalTask}
     loss = run.metrics[-1]["val/loss"]
     # The cross-entropy of two classes that are hardly told apart is about 0.7, the focal loss a quarter of it.
     assert 0 < loss < 0.4
-    scores = evaluate(run.best, tmp_path / "images", progress=False)
+    scores = perf_vit.evaluate(run.best, tmp_path / "images", progress=False)
     assert [row["name"] for row in scores.table] == ["dark", "light"]
 
 
@@ -192,7 +189,7 @@ def test_an_added_metric_is_in_the_scores_of_evaluate(added, tmp_path) -> None:
     Image.fromarray(rng.integers(0, 255, (40, 50, 3), np.uint8)).save(tmp_path / "a.png")
     Image.fromarray(rng.integers(0, 2, (40, 50), np.uint8)).save(tmp_path / "mask.png")
     checkpoint = save_segmenter(tmp_path / "model.ckpt")
-    found = evaluate(
+    found = perf_vit.evaluate(
         checkpoint, tmp_path / "a.png", tmp_path / "mask.png", json=tmp_path / "scores.json", progress=False
     )
     scores = json.loads((tmp_path / "scores.json").read_text())
@@ -210,8 +207,8 @@ def test_an_added_source_is_predicted_like_a_raster_of_its_pixels(added, tmp_pat
     checkpoint = save_segmenter(tmp_path / "model.ckpt")
     maps = []
     for name in ("a.npy", "a.png"):
-        predict(checkpoint, tmp_path / name, tmp_path / f"{name}.tif", kind="probabilities", progress=False)
-        with perf_vit.open_source(tmp_path / f"{name}.tif") as source:
+        perf_vit.predict(checkpoint, tmp_path / name, tmp_path / f"{name}.tif", kind="probabilities", progress=False)
+        with perf_vit.open(tmp_path / f"{name}.tif") as source:
             maps.append(source.read(source.extent).pixels)
     np.testing.assert_array_equal(*maps)
 
