@@ -24,6 +24,7 @@ def unpacked_wheel(tmp_path_factory) -> Path:
     return folder / "site"
 
 
+@pytest.mark.slow
 def test_an_installed_package_finds_the_configs_of_the_checkout(unpacked_wheel: Path, tmp_path: Path) -> None:
     script = (
         "import perf_vit; from perf_vit.config import find_config, shipped_configs\n"

@@ -248,6 +248,7 @@ def test_a_damaged_scene_leaves_no_temporary_files(trained, tmp_path) -> None:
     assert not (tmp_path / "maps").exists() or list((tmp_path / "maps").iterdir()) == []
 
 
+@pytest.mark.slow
 def test_messages_of_gdal_that_are_no_text_print_no_traceback(tmp_path) -> None:
     # GDAL quotes the first byte of the letter alone, which rasterio can't log. Under pytest its hook would catch that.
     vrt = tmp_path / "broken.vrt"

@@ -113,6 +113,7 @@ def test_a_run_leaves_a_student_that_is_nearer_to_its_teacher(args, weights, tmp
     assert all(name.split(".")[2] in ("attn", "norm1") for name in changed)
 
 
+@pytest.mark.slow
 def test_a_resumed_run_ends_where_an_uninterrupted_one_does(args, tmp_path) -> None:
     whole, interrupted = tmp_path / "whole", tmp_path / "interrupted"
     assert call(args(whole)) == 0

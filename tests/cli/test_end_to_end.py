@@ -51,6 +51,7 @@ def test_the_same_seed_trains_the_same_weights(trained, tmp_path) -> None:
     assert (trained.folder / "metrics.csv").read_text() == (tmp_path / "again" / "metrics.csv").read_text()
 
 
+@pytest.mark.slow
 def test_a_resumed_run_ends_where_an_uninterrupted_one_does(trained, tmp_path) -> None:
     out = tmp_path / "run"
     # the schedule must be the whole run's from the start, so interrupt by keeping the first epoch's checkpoint

@@ -96,6 +96,7 @@ def test_what_has_no_one_grid_is_converted_but_not_saved(tmp_path) -> None:
     assert not (tmp_path / "saved").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["vit_tiny_patch16_224", "vit_small_patch16_dinov3"])
 @torch.no_grad()
 def test_the_default_compiles_as_one_graph(name: str) -> None:

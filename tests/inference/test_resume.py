@@ -82,6 +82,7 @@ def test_runs_killed_at_random_moments_of_their_life_give_the_same_bytes(make_sc
     assert kills >= 6
 
 
+@pytest.mark.slow
 def test_other_settings_are_not_mixed_in(scene, tmp_path) -> None:
     process = _start(scene, tmp_path / "map.tif", 0.02)
     _wait_for(process, 25)
@@ -119,7 +120,7 @@ def _limited(*args: object, file_bytes: int) -> subprocess.CompletedProcess:
     )
 
 
-@pytest.mark.parametrize("step", ["a strip", "the final file"])
+@pytest.mark.parametrize("step", [pytest.param("a strip", marks=pytest.mark.slow), "the final file"])
 def test_a_full_disk_is_a_clear_error_and_the_run_can_go_on(scene, tmp_path, step: str) -> None:
     mapping_process.main(scene, tmp_path / "whole.tif")
     expected = (tmp_path / "whole.tif").read_bytes()

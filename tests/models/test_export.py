@@ -60,7 +60,9 @@ def test_a_program_of_one_size_equals_every_kind_of_model(name: str) -> None:
     torch.testing.assert_close(exported(images()), model(images()), rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("name", FAMILY)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.slow if "clustered" in name else ()) for name in FAMILY]
+)
 @torch.no_grad()
 def test_an_onnx_file_of_one_size_equals_every_kind_of_model(name: str, tmp_path: Path) -> None:
     onnxruntime = pytest.importorskip("onnxruntime", reason="pip install perf-vit[export]")

@@ -311,7 +311,14 @@ def test_copies_and_pickles_give_the_same_output(name: str) -> None:
         assert torch.equal(twin(images()), expected)
 
 
-@pytest.mark.parametrize("name", [name for name in SMALL if "patch8" not in name and "patch14" not in name])
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=pytest.mark.slow if name == "clustered_vit_rope_small_patch16_224" else ())
+        for name in SMALL
+        if "patch8" not in name and "patch14" not in name
+    ],
+)
 @torch.no_grad()
 def test_dynamo_takes_a_model_as_one_graph(name: str) -> None:
     model = build(name)

@@ -139,6 +139,7 @@ def test_python_in_a_vrt_does_not_run_even_if_the_environment_allows_it(tmp_path
     assert mark.exists()
 
 
+@pytest.mark.slow
 def test_drivers_are_left_out_by_the_environment(tmp_path: Path, make_scene) -> None:
     scene = make_scene(height=16, width=16, num_bands=1)
     path = tmp_path / "x.vrt"

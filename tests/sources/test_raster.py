@@ -309,13 +309,13 @@ def test_bytes_that_are_no_text_in_a_vrt_are_one_line(tmp_path, capfd) -> None:
 
 
 def test_thousands_of_bands_are_described_at_once(tmp_path) -> None:
-    pixels = np.zeros((20_000, 2, 2), np.uint8)
+    pixels = np.zeros((8_000, 2, 2), np.uint8)
     with rasterio.open(
         tmp_path / "many.tif", "w", driver="GTiff", count=len(pixels), height=2, width=2, dtype="uint8",
         crs="EPSG:32637", transform=Affine(1, 0, 5e5, 0, -1, 4e6),
     ) as dataset:  # fmt: skip
         dataset.write(pixels)
     started = time.process_time()
-    assert open_source(tmp_path / "many.tif").num_bands == 20_000
-    # A second; where each band asks for the properties of all bands, minutes.
-    assert time.process_time() - started < 20
+    assert open_source(tmp_path / "many.tif").num_bands == 8_000
+    # Half a second; where each band asks for the properties of all bands, minutes.
+    assert time.process_time() - started < 10

@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import pytest
 import torch
 
 from perf_vit.data import make_ship_scene
@@ -73,6 +74,7 @@ def _losses(scene, folder: Path, devices: int, strategy: str, kill_at: int = 0) 
     return np.array(json.loads((folder / "losses.json").read_text()))
 
 
+@pytest.mark.slow
 def test_two_processes_have_the_losses_of_one(tmp_path) -> None:
     scene = make_ship_scene(tmp_path / "scene", seed=1, size_px=160, num_targets=12)
     one = _losses(scene, tmp_path / "one", 1, "auto")

@@ -57,6 +57,7 @@ def test_noise_and_growth_above_linear_end_in_a_side_that_was_seen_to_fit() -> N
     assert found.tile_px > 2000
 
 
+@pytest.mark.slow
 def test_real_steps_are_measured_and_more_memory_takes_a_larger_tile() -> None:
     seen: dict[int, int] = {}
     found = fit_max_tile(STEPS, 10**12, max_tile_px=448, on_measured=seen.__setitem__)

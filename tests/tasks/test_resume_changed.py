@@ -35,14 +35,28 @@ def assert_follows(build, folder, *, kill_at, optim) -> None:
     assert torch.equal(resumed["averaging_state"]["n_averaged"], whole["averaging_state"]["n_averaged"])
 
 
-@pytest.mark.parametrize("kill_at", [8, None], ids=["killed", "finished"])
-@pytest.mark.parametrize("task", ["segmentation", "detection", "scenes", "slides"])
+@pytest.mark.parametrize(
+    ("task", "kill_at"),
+    [
+        pytest.param("segmentation", 8, id="segmentation-killed"),
+        pytest.param("slides", None, id="slides-finished"),
+        *(
+            pytest.param(task, kill_at, id=f"{task}-{'killed' if kill_at else 'finished'}", marks=pytest.mark.slow)
+            for task in ("segmentation", "detection", "scenes", "slides")
+            for kill_at in (8, None)
+            if (task, kill_at) not in {("segmentation", 8), ("slides", None)}
+        ),
+    ],
+)
 def test_more_epochs_other_rates_and_another_schedule(task, kill_at, tmp_path, request) -> None:
     layers = {} if task == "slides" else {"layer_decay": 0.5, "backbone_lr_scale": 0.7}
     assert_follows(request.getfixturevalue(task), tmp_path, kill_at=kill_at, optim={**CHANGED, **layers})
 
 
-@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize(
+    "schedule",
+    [pytest.param(name, marks=() if name in {"cosine", "multistep"} else pytest.mark.slow) for name in SCHEDULES],
+)
 def test_every_schedule_goes_on_where_the_longer_run_would_be(slides, schedule, tmp_path) -> None:
     assert_follows(slides, tmp_path, kill_at=None, optim={"schedule": schedule, "schedule_kwargs": SCHEDULES[schedule]})
 

@@ -43,20 +43,24 @@ def assert_same(one: dict, two: dict, scores: bool = True) -> None:
             assert without_losses(two[case]["scores"]) == pytest.approx(after, abs=5e-3), case
 
 
+@pytest.mark.slow
 def test_weights_of_every_task_can_be_shared_out_and_each_sample_counts_once(tmp_path) -> None:
     one = trained(tmp_path / "one", 1, "auto", 7, POOLED)
     assert_same(one, trained(tmp_path / "two", 2, "fsdp2", 7, POOLED))
 
 
-@pytest.fixture(scope="module")
-def dense_in_one(tmp_path_factory) -> dict:
-    return trained(tmp_path_factory.mktemp("dense") / "one", 1, "auto", 7, DENSE)
-
-
-@pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
-def test_unequal_shares_of_what_is_labelled_count_as_in_one_process(tmp_path, dense_in_one, strategy) -> None:
+@pytest.mark.parametrize(
+    ("strategy", "cases"),
+    [
+        pytest.param("fsdp2", ("segmentation", "fcos"), id="two tasks"),
+        pytest.param("ddp", DENSE, id="ddp", marks=pytest.mark.slow),
+        pytest.param("fsdp2", DENSE, id="fsdp2", marks=pytest.mark.slow),
+    ],
+)
+def test_unequal_shares_of_what_is_labelled_count_as_in_one_process(tmp_path, strategy, cases) -> None:
+    one = trained(tmp_path / "one", 1, "auto", 7, cases)
     # After training, weights that differ in their last digits may order detections otherwise.
-    assert_same(dense_in_one, trained(tmp_path / "two", 2, strategy, 7, DENSE), scores=False)
+    assert_same(one, trained(tmp_path / "two", 2, strategy, 7, cases), scores=False)
 
 
 @pytest.mark.slow

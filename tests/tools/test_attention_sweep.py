@@ -161,6 +161,7 @@ def test_existing_files_are_kept_without_overwrite(tmp_path, capsys, without_pop
     assert _rows(tmp_path)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("direction", "mebibytes"), [(FORWARD, 40), (FORWARD_BACKWARD, 80)])
 def test_65536_tokens_need_little_above_inputs_outputs_and_gradients(direction: str, mebibytes: int) -> None:
     settings = AttentionBenchmark(lengths=(65_536,), num_runs=1, max_seconds=60)

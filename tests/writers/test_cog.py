@@ -159,6 +159,7 @@ for share in (0.05, 0.5, 0.8, 0.95, 0.999):
 """
 
 
+@pytest.mark.slow
 def test_a_full_disk_is_an_error_even_if_it_fills_up_at_the_last_byte(tmp_path) -> None:
     path = tmp_path / "out.tif"
     pixels = np.random.default_rng(0).integers(0, 255, (1, 700, 700)).astype(np.uint8)
