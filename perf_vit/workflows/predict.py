@@ -124,11 +124,12 @@ def predict(
     inputs = [input] if isinstance(input, str | Path) or hasattr(input, "read") else list(input)
     with progress_shown(progress), _evaluating(model):
         predictor = _predictor(model, inputs, given, shared)
-        run: Any = _predict_table if isinstance(predictor, TablePredictor) else _predict_inputs
-        if len(inputs) == 1 and not isinstance(inputs[0], str | Path):
-            return _predict_one(predictor, inputs[0], Path(output), shared)
-        result: JobResult | RunReport = run(predictor, [str(each) for each in inputs], Path(output), shared)
-        return result
+        if isinstance(predictor, TablePredictor):
+            return _predict_table(predictor, [str(each) for each in inputs], Path(output), shared)
+        source = _only_source(inputs, Path(output), shared)
+        if source is not None:
+            return _predict_one(predictor, source, Path(output), shared)
+        return _predict_folder(predictor, [str(each) for each in inputs], Path(output), shared)
 
 
 def _predictor(
@@ -161,10 +162,22 @@ def _evaluating(model: Any) -> Iterator[None]:
             model.train()
 
 
-def _predict_inputs(
+def _only_source(inputs: Sequence[Any], output: Path, given: InputsOptions) -> Any:
+    """The one input that becomes one output: a path, or an open source; None for several inputs."""
+    if len(inputs) == 1 and not isinstance(inputs[0], str | Path):
+        return inputs[0]
+    paths = [str(each) for each in inputs]
+    if given.mosaic and len(paths) != 1:
+        raise OptionError(f"mosaic reads one folder, glob or list of STAC items as one scene, got {len(paths)}")
+    if not given.mosaic:
+        paths = resolve_one(paths, output)
+    return paths[0] if given.mosaic or is_one_file(paths) else None
+
+
+def _predict_folder(
     predictor: InputPredictor[Any, Any], inputs: Sequence[str], output: Path, given: InputsOptions
-) -> JobResult | RunReport:
-    """Predict one file into one file, or several into a folder.
+) -> RunReport:
+    """Predict several inputs into a folder.
 
     Nothing is computed before it is known that no output replaces an input or, without `overwrite`, another file.
 
@@ -172,12 +185,6 @@ def _predict_inputs(
         InputError: Some inputs failed, after all others are done.
         PerfVitError: See `perf_vit.inference.predict_many`.
     """
-    if given.mosaic and len(inputs) != 1:
-        raise OptionError(f"mosaic reads one folder, glob or list of STAC items as one scene, got {len(inputs)}")
-    if not given.mosaic:
-        inputs = resolve_one(inputs, output)
-    if given.mosaic or is_one_file(inputs):
-        return _predict_one(predictor, inputs[0], output, given)
     if output.suffix.lower() in _FILE_SUFFIXES and not output.is_dir():
         raise OutputError(f"several inputs need a folder as `output`, got {output}; try {output.with_suffix('')}")
     found = find_inputs(inputs, output, path_column=given.path_column)
