@@ -290,7 +290,7 @@ def available_memory(accelerator: str) -> int:
         lines = Path("/proc/meminfo").read_text(encoding="utf-8").splitlines()
         return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
     except (OSError, StopIteration) as error:
-        raise ConfigError("this system doesn't say how much memory is free; give it with --memory 16GB") from error
+        raise ConfigError("this system doesn't say how much memory is free; give it with `memory=16GB`") from error
 
 
 def _fits(peak: int | None, memory_bytes: int) -> bool:

@@ -215,7 +215,9 @@ def _softmax_model(request: _Request) -> Any:
         return _checked(copy.deepcopy(request.source).eval())
     if Path(request.source).is_dir():
         if request.options.weights is not None:
-            raise OptionError(f"weights is for a timm name; {request.source} is a folder with weights; leave it out")
+            raise OptionError(
+                f"weights is for a timm name, and {request.source} is a folder with weights of its own; leave it out"
+            )
         return _checked(load_softmax(request.source, **kwargs).eval())
     _check_name(request.source)
     if request.options.weights is None:
