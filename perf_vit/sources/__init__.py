@@ -1,4 +1,4 @@
-"""Pixel sources: rasters, mosaics and whole slides, read window by window."""
+"""Pixel sources: rasters, mosaics and whole slides, read by window."""
 
 from perf_vit.sources._gdal import bounded_cache
 from perf_vit.sources.describe import SourceInfo, describe_source

@@ -41,15 +41,15 @@ _OPACITY = ("alpha", "opacity", "transparen", "mask", "valid")
 
 
 def choose_bands(dataset: Any, path: str, bands: Sequence[int | str] | None) -> tuple[int, ...]:
-    """1-based numbers of the bands to read.
+    """Return the 1-based numbers of the bands to read.
 
     Args:
-        dataset: an open rasterio dataset.
-        path: its name in errors.
-        bands: numbers or names; None for all but alpha bands.
+        dataset: Open rasterio dataset.
+        path: Its name, for errors.
+        bands: Numbers or names; None for all but alpha bands.
 
     Raises:
-        InputError: the file has no such band.
+        InputError: A band doesn't exist.
     """
     if dataset.count == 0:
         parts = dataset.subdatasets
@@ -68,16 +68,16 @@ def choose_bands(dataset: Any, path: str, bands: Sequence[int | str] | None) -> 
 
 
 def names_of(dataset: Any, bands: Sequence[int]) -> tuple[str, ...]:
-    """Descriptions of bands, "band_1" and so on where they have none."""
-    # Of all bands at each access, which takes minutes for thousands.
+    """Return the descriptions of bands; "band_1" and so on if they have none."""
+    # Accessed once, as it reads all bands each time, which takes minutes for thousands.
     names = dataset.descriptions
     return tuple(names[band - 1] or f"band_{band}" for band in bands)
 
 
 def alpha_bands(dataset: Any) -> tuple[int, ...]:
-    """Numbers of the bands that hold opacity: those tagged alpha, unless their description is another word.
+    """Return the numbers of opacity bands: those tagged as alpha, unless their description says otherwise.
 
-    GDAL tags the fourth band of every TIFF of 8 bits that it writes without being told what the band is.
+    GDAL tags the fourth band of every 8-bit TIFF that it writes without further information.
     """
     bands = zip(color_kinds(dataset), dataset.descriptions, strict=True)
     return tuple(i for i, (kind, text) in enumerate(bands, 1) if kind == ColorInterp.alpha and _is_opacity(text))
@@ -89,7 +89,7 @@ def _is_opacity(description: str | None) -> bool:
 
 
 def warn_of_alpha(path: str, band: int, num_bands: int) -> None:
-    """Tell, once a process, that a band is taken as a mask."""
+    """Warn once per process that a band is taken as a mask."""
     every = ", ".join(str(number) for number in range(1, num_bands + 1))
     warn_once(
         "alpha",
@@ -99,10 +99,10 @@ def warn_of_alpha(path: str, band: int, num_bands: int) -> None:
 
 
 def common_dtype(dataset: Any, path: str, bands: Sequence[int]) -> np.dtype[Any]:
-    """The dtype that holds the pixels of all these bands.
+    """Return the dtype that holds the pixels of all bands.
 
     Raises:
-        InputError: the pixels are complex.
+        InputError: The pixels are complex.
     """
     dtypes = dataset.dtypes
     names = {dtypes[band - 1] for band in bands}
@@ -112,7 +112,7 @@ def common_dtype(dataset: Any, path: str, bands: Sequence[int]) -> np.dtype[Any]
 
 
 def colormap_of(dataset: Any, band: int) -> dict[int, tuple[int, int, int, int]] | None:
-    """Value to (red, green, blue, alpha), None where the band has no palette."""
+    """Return a mapping of values to (red, green, blue, alpha); None if the band has no palette."""
     if color_kinds(dataset)[band - 1] != ColorInterp.palette:
         return None
     return dict(dataset.colormap(band))
@@ -131,18 +131,18 @@ def _number_of(name: str, names: Sequence[str], path: str) -> int:
 
 
 def holds_data(pixels: npt.NDArray[Any], nodata: Sequence[float | None]) -> BoolArray:
-    """True where a value is finite and not nodata.
+    """Return True where a value is finite and not nodata.
 
     Args:
-        pixels: [C, H, W].
-        nodata: one value a band, None where a band has none.
+        pixels: Pixels, [C, H, W].
+        nodata: Nodata value of each band, or None.
 
     Returns:
-        [C, H, W], or [1, H, W] where all bands are alike.
+        Mask, [C, H, W], or [1, H, W] if it is the same for all bands.
     """
     mask = np.ones((1, *pixels.shape[1:]), bool)
     if any(value is not None for value in nodata):
-        # NaN differs from itself, so it is no nodata here and not finite below.
+        # NaN never equals nodata here, but isn't finite below.
         missing = np.stack(
             [
                 np.zeros(band.shape, bool) if value is None else band == band.dtype.type(value)
@@ -154,14 +154,14 @@ def holds_data(pixels: npt.NDArray[Any], nodata: Sequence[float | None]) -> Bool
 
 
 def is_finite(pixels: npt.NDArray[Any]) -> BoolArray:
-    """True where a value is a number that float32, the networks' dtype, can hold."""
+    """Return True where a value is finite in float32, the networks' dtype."""
     return np.isfinite(pixels) if pixels.dtype.itemsize <= 4 else np.abs(pixels) <= np.finfo(np.float32).max
 
 
 def is_nodata_by_band(nodata: Sequence[float | None], dtype: np.dtype[Any]) -> bool:
-    """Whether a nodata value means a missing value in its band alone, or only where all bands hold theirs.
+    """Return whether nodata marks missing values per band, or only where all bands have it.
 
-    0, and any value of 8-bit pixels, may be data, too: the red of a dark green pixel, the blue of a yellow one.
+    0, and any value of 8-bit pixels, may also be data: the red of a dark green pixel, the blue of a yellow one.
     """
     return dtype.itemsize > 1 and any(value not in (None, 0) for value in nodata)
 
@@ -169,24 +169,24 @@ def is_nodata_by_band(nodata: Sequence[float | None], dtype: np.dtype[Any]) -> b
 def nodata_values(
     dataset: Any, path: str, bands: Sequence[int], dtype: np.dtype[Any], given: float | None
 ) -> tuple[float | None, ...]:
-    """The nodata value of each band: the one given, or what the file declares and its pixels can hold.
+    """Return the nodata value of each band: the one given, or the declared one if the dtype can represent it.
 
     Raises:
-        InputError: the pixels can't hold the value given.
+        InputError: The dtype can't represent the value given.
     """
     if given is not None:
         if not fits(given, dtype):
             raise InputError(f"nodata of {path} must be a value of its {dtype} pixels, got {given}")
         return (given,) * len(bands)
-    # Of all bands at each access, which takes minutes for thousands.
+    # Accessed once, as it reads all bands each time, which takes minutes for thousands.
     nodata = dataset.nodatavals
     declared = [nodata[band - 1] for band in bands]
-    # Files often declare what their pixels can't hold, -9999 in bytes: then no pixel is missing.
+    # Files often declare values outside the dtype, such as -9999 for bytes: then no pixel is missing.
     return tuple(value if value is not None and fits(value, dtype) else None for value in declared)
 
 
 def fits(value: float, dtype: np.dtype[Any]) -> bool:
-    """Whether pixels of a dtype can hold a value."""
+    """Return whether a dtype can represent a value."""
     if dtype.kind == "f":
         with np.errstate(over="ignore"):
             return not math.isfinite(value) or bool(np.isfinite(dtype.type(value)))
@@ -195,9 +195,9 @@ def fits(value: float, dtype: np.dtype[Any]) -> bool:
 
 
 def mask_bands(dataset: Any, bands: Sequence[int]) -> tuple[int, ...]:
-    """Bands whose mask band, inside the file or beside it, is to be read: none, one for all, or each."""
+    """Return the bands whose mask band (internal or side-car) is read: none, one for all, or each."""
     derived = {MaskFlags.all_valid, MaskFlags.nodata, MaskFlags.alpha}
-    # As above.
+    # Accessed once, as above.
     of_all = dataset.mask_flag_enums
     flags = [set(of_all[band - 1]) for band in bands]
     masked = [each for each in flags if not derived & each]
@@ -210,13 +210,13 @@ PixelArray = npt.NDArray[Any]
 
 Palette = Literal["keep", "expand"]
 
-# Formats in which alpha can be nothing else.
+# Formats in which an alpha band is always opacity.
 _TRUE_ALPHA = {"PNG", "WEBP", "GIF"}
 
 
 @dataclass(frozen=True, kw_only=True)
 class PixelOptions:
-    """What the user says about a file's pixels; `open_source` describes each."""
+    """Options for the pixels of a file, described in `open_source`."""
 
     bands: Sequence[int | str] | None = None
     nodata: float | None = None
@@ -230,21 +230,21 @@ class PixelOptions:
 
 @dataclass(frozen=True, kw_only=True)
 class BandLayout:
-    """The bands of one file.
+    """Bands of a file.
 
     Attributes:
-        path: of the file.
-        bands: 1-based numbers of the bands in the file.
-        alpha_bands: numbers of the file's alpha bands; those that are read as data are none.
-        mask_bands: bands whose mask band is read; one where the file has one for all.
-        raw_dtype: of the bands in the file; the common one where they differ.
-        raw_nodata: value of missing pixels of each band in the file, before scaling and colours.
-        dtype: of the pixels that `read` gives.
-        nodata: value that `read`'s missing pixels have, None if there is none.
-        names: one a band that `read` gives.
-        colormap: value to (red, green, blue, alpha) of the pixels that `read` gives.
-        colors: [values, 4], the palette that `read` replaces values by.
-        scaling: (scale, offset) of each band that `read` applies.
+        path: Path of the file.
+        bands: 1-based numbers of the bands to read.
+        alpha_bands: Numbers of the file's alpha bands, without those read as data.
+        mask_bands: Bands whose mask band is read; one if the file has one for all.
+        raw_dtype: Data type of the bands in the file; the common one if they differ.
+        raw_nodata: Nodata value of each band in the file, before scaling and colours.
+        dtype: Data type of the pixels that `read` returns.
+        nodata: Value of missing pixels that `read` returns, or None.
+        names: Name of each band that `read` returns.
+        colormap: Value to (red, green, blue, alpha) of the pixels that `read` returns.
+        colors: Palette that `read` applies, [values, 4].
+        scaling: Scale and offset of each band that `read` applies.
     """
 
     path: str
@@ -265,7 +265,7 @@ class BandLayout:
         """Describe an open file.
 
         Raises:
-            InputError: the options don't fit the file.
+            InputError: An option doesn't fit the file.
         """
         bands = choose_bands(dataset, path, options.bands)
         raw_dtype = common_dtype(dataset, path, bands)
@@ -282,7 +282,7 @@ class BandLayout:
             given |= _expanded(given["colormap"], path, bands)
         elif options.apply_scale:
             given |= _scaled(dataset, bands)
-        # A band that is read as data masks nothing.
+        # An alpha band that is read as data is not a mask.
         alpha = tuple(band for band in alpha_bands(dataset) if band not in bands)
         if alpha and dataset.driver not in _TRUE_ALPHA:
             warn_of_alpha(path, alpha[0], dataset.count)
@@ -300,10 +300,10 @@ class BandLayout:
         """Read a window inside the open file.
 
         Returns:
-            Pixels [C, *out_shape] and which hold data, [C, *out_shape] or [1, *out_shape].
+            Pixels [C, *out_shape] and their mask, [C, *out_shape] or [1, *out_shape].
 
         Raises:
-            InputError: the file is damaged there.
+            InputError: The file is damaged there.
         """
         read = functools.partial(read_window, dataset, self.path, window)
         pixels = read(indexes=self.bands, out_shape=(len(self.bands), *out_shape), out_dtype=self.raw_dtype)
@@ -317,7 +317,7 @@ class BandLayout:
 
     @property
     def mask_name(self) -> str | None:
-        """What masks pixels beside nodata values, in words."""
+        """Description of the masks in addition to nodata values, or None."""
         names = [f"band {band} (alpha)" for band in self.alpha_bands]
         return ", ".join([*names, *(["mask band"] if self.mask_bands else [])]) or None
 
@@ -327,7 +327,7 @@ class BandLayout:
         return is_nodata_by_band(self.raw_nodata, self.raw_dtype)
 
     def finish(self, raw: PixelArray, mask: BoolArray) -> tuple[PixelArray, BoolArray]:
-        """Colours instead of palette values, or scaled values, where they were asked for, and which hold data."""
+        """Apply palette or scaling, if requested, and return pixels and mask."""
         if self.colors is not None:
             colored = self.colors[np.minimum(raw[0].astype(np.intp), len(self.colors) - 1)]
             return np.ascontiguousarray(np.moveaxis(colored[..., :3], -1, 0)), mask & (colored[..., 3] > 0)
@@ -342,7 +342,7 @@ class BandLayout:
 def _expanded(colormap: Mapping[int, Sequence[int]], path: str, bands: Sequence[int]) -> dict[str, Any]:
     if len(bands) != 1:
         raise InputError(f'palette="expand" needs one band of {path}, got {len(bands)}; choose it with bands=')
-    # One transparent row more: values that the palette doesn't name have no colour.
+    # One additional transparent row for values without a colour.
     colors = np.zeros((max(colormap) + 2, 4), np.uint8)
     for value, color in colormap.items():
         colors[value] = color

@@ -1,4 +1,4 @@
-"""GDAL's failures as one line that names the file."""
+"""GDAL calls with errors in one line that name the file."""
 
 from __future__ import annotations
 
@@ -38,14 +38,14 @@ __all__ = [
 # damaged VRTs hold their bytes, which need not be UTF-8, and neither need a file's name.
 GDAL_ERRORS = (RasterioError, CPLE_BaseError, UnicodeError)
 
-# Two rows of windows of 1,024 px across a scene of 40,000 px and three bytes.
+# Two rows of 1,024 px windows across a scene of 40,000 px with three bytes per pixel.
 _CACHE_BYTES = 256 * 2**20
 # Reading whole PNGs at once, GDAL passes over a cut end and gives whatever is in memory. It looks at this option when a
 # file is opened and when it is read.
 _CAREFUL = {"GDAL_PNG_WHOLE_IMAGE_OPTIM": "NO"}
 # Python in a VRT, as a pixel function, is code in a file. In the environment it holds for all threads of GDAL, too.
 os.environ["GDAL_VRT_ENABLE_PYTHON"] = "NO"
-# rasterio's wheels come without some of them.
+# rasterio's wheels lack some of them.
 _OPTIONAL_DRIVERS = {
     ".ecw": "ECW",
     ".sid": "MrSID",
@@ -62,13 +62,13 @@ def open_dataset(path: str, *, name: str | None = None, overview_level: int | No
     """Open a raster for reading.
 
     Args:
-        path: a file, a URL, a GDAL path or the text of a VRT.
-        name: for errors, instead of the path.
+        path: File, URL, GDAL path or text of a VRT.
+        name: Name for errors; None for the path.
         overview_level: Overview to read instead of the full resolution.
 
     Raises:
-        InputError: no such file, or not a raster.
-        UnreachableError: a server doesn't deliver it.
+        InputError: The file doesn't exist, or isn't a raster.
+        UnreachableError: A server fails.
     """
     if not path.startswith("<VRTDataset"):
         check_name(path)
@@ -84,21 +84,21 @@ def open_dataset(path: str, *, name: str | None = None, overview_level: int | No
                 return open_file()
     except GDAL_ERRORS as error:
         hint, reason = _driver_hint(name or path), reason_of(error)
-        # Members of a local file may lie on a server, too.
+        # Members of a local file may be remote, too.
         unreachable = reason.startswith(("HTTP", "CURL")) or (is_remote(path) and "not recognized" not in reason)
         failed = UnreachableError if unreachable else InputError
         raise failed(f"can't open {name or path} as a raster: {reason}{hint}") from error
 
 
 def _check_text(path: str) -> None:
-    """Refuse a VRT that isn't UTF-8: rasterio prints a traceback where GDAL quotes its bytes."""
+    """Check that a VRT is UTF-8, as rasterio prints a traceback if GDAL quotes other bytes."""
     if path.lower().endswith(".vrt") and os.path.isfile(path):
         with parsing(path, "a VRT"), open(path, encoding="utf-8") as file:
             file.read()
 
 
 def _driver_hint(path: str) -> str:
-    """What is missing where GDAL was built without the driver of a file's format."""
+    """Return a hint if GDAL was built without the driver of a file's format."""
     driver = _OPTIONAL_DRIVERS.get(os.path.splitext(path)[1].lower())
     with rasterio.Env() as env:
         if driver is None or driver in env.drivers():
@@ -111,9 +111,9 @@ def _driver_hint(path: str) -> str:
 
 @contextmanager
 def bounded_cache() -> Iterator[None]:
-    """Let GDAL keep at most 256 MiB of blocks: it takes a twentieth of the machine's memory otherwise.
+    """Limit GDAL's block cache to 256 MiB, by default a twentieth of the memory.
 
-    `GDAL_CACHEMAX` of the environment, in MB, overrides it.
+    `GDAL_CACHEMAX` in the environment, in MB, overrides it.
     """
     if "GDAL_CACHEMAX" in os.environ:
         yield
@@ -124,28 +124,28 @@ def bounded_cache() -> Iterator[None]:
 
 @contextmanager
 def plain_images_allowed() -> Iterator[None]:
-    """Open or make files without georeference in silence; whatever needs a position says so itself."""
+    """Suppress warnings about files without georeference; callers that require one check it."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", NotGeoreferencedWarning)
         yield
 
 
 def check_exists(path: str) -> None:
-    """Refuse a local path that doesn't exist.
+    """Check that a local path exists.
 
     Raises:
-        InputError: there is no such file.
+        InputError: The file doesn't exist.
     """
-    # URLs, /vsi paths and "DRIVER:file:variable" are GDAL's to judge.
+    # GDAL checks URLs, /vsi paths and "DRIVER:file:variable".
     if not os.path.exists(path) and ":" not in path and not path.startswith("/vsi"):
         raise InputError(f"can't open {path}: no such file")
 
 
 def check_name(path: str) -> None:
-    """Refuse a path that isn't UTF-8, which GDAL can't be told.
+    """Check that a path is UTF-8, as GDAL requires.
 
     Raises:
-        InputError: what is wrong with it.
+        InputError: The path isn't UTF-8.
     """
     try:
         path.encode()
@@ -155,26 +155,26 @@ def check_name(path: str) -> None:
 
 
 def color_kinds(dataset: Any) -> list[ColorInterp]:
-    """What the bands of an open raster are to GDAL: red, alpha, palette, ..."""
+    """Return GDAL's colour interpretation of the bands: red, alpha, palette, ..."""
     try:
         return list(dataset.colorinterp)
     except GDAL_ERRORS:
-        # rasterio takes the error of an earlier read, of whatever file, for one of this call, and forgets it then.
+        # rasterio reports a pending error of an earlier read, of any file, in this call, and clears it.
         return list(dataset.colorinterp)
 
 
 def read_window(dataset: Any, path: str, window: Window, **options: Any) -> Any:
-    """`dataset.read` of a window inside the dataset.
+    """Read a window inside a dataset with `dataset.read`.
 
     Args:
-        dataset: an open rasterio dataset.
-        path: its name in errors.
-        window: the pixels to read.
-        **options: `dataset.read`'s own, and `masks=True` for `dataset.read_masks`.
+        dataset: Open rasterio dataset.
+        path: Its name, for errors.
+        window: Window to read.
+        **options: Arguments of `dataset.read`, and `masks=True` for `dataset.read_masks`.
 
     Raises:
-        DamagedDataError: the file is damaged there.
-        UnreachableError: a server doesn't deliver it.
+        DamagedDataError: The file is damaged there.
+        UnreachableError: A server fails.
     """
     masks = options.pop("masks", False)
     read = dataset.read_masks if masks else dataset.read
@@ -198,7 +198,7 @@ def read_window(dataset: Any, path: str, window: Window, **options: Any) -> Any:
 
 
 def _read_bands(read: Callable[..., Any], dataset: Any, **options: Any) -> Any:
-    """`read` of some bands; one by one where their dtypes differ, which rasterio refuses to read at once."""
+    """Read bands, one by one if their dtypes differ, as rasterio can't read these at once."""
     bands, shape = _bands_of(dataset, options), options.get("out_shape")
     if len({dataset.dtypes[band - 1] for band in bands}) == 1:
         return read(**options)
@@ -207,20 +207,20 @@ def _read_bands(read: Callable[..., Any], dataset: Any, **options: Any) -> Any:
 
 
 def _bands_of(dataset: Any, options: dict[str, Any]) -> Sequence[int]:
-    """The bands that `dataset.read` would give."""
+    """Return the bands that `dataset.read` would read."""
     bands = options.get("indexes")
     return [bands] if isinstance(bands, int) else bands or dataset.indexes
 
 
 def _settings_for(dataset: Any) -> AbstractContextManager[Any]:
-    """What GDAL has to be told for reading; what a file was opened with holds for most."""
+    """Return the GDAL settings for reading a dataset; most settings are kept from opening it."""
     if opens_members(dataset):
         return rasterio.Env(**network_limits())
     return rasterio.Env(**_CAREFUL) if dataset.driver == "PNG" else nullcontext()
 
 
 def reason_of(error: BaseException) -> str:
-    """The innermost cause of a rasterio error, in one line."""
+    """Return the innermost cause of a rasterio error, in one line."""
     while error.__cause__ is not None:
         error = error.__cause__
     if isinstance(error, UnicodeEncodeError):
@@ -230,7 +230,7 @@ def reason_of(error: BaseException) -> str:
 
 
 def crs_name(crs: Any) -> str:
-    """A short name for messages: `EPSG:32637` where there is one."""
+    """Return a short name of a CRS for messages, such as `EPSG:32637`."""
     if crs is None:
         return "no CRS"
     code = crs.to_epsg()

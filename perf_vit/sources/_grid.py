@@ -1,4 +1,4 @@
-"""Pixel grids: where a raster's pixels lie, and the grid that several rasters are read on."""
+"""Pixel grids of rasters, and the common grid of a mosaic."""
 
 from __future__ import annotations
 
@@ -17,19 +17,19 @@ from perf_vit.types import Window
 __all__ = ["Bounds", "Grid", "GridOptions", "bounds_of", "check_scale", "target_grid"]
 
 Bounds = tuple[float, float, float, float]
-"""(left, bottom, right, top) in CRS units."""
+"""Bounds (left, bottom, right, top) in CRS units."""
 
-# Corners this close, in pixels, are the same: rounding of coordinates in files.
+# Tolerance in pixels for rounded coordinates in files.
 _SAME_PX = 0.01
-# A tile from the next UTM zone has pixels of 9.99 m where the first tile's are of 10 m: those are not finer.
+# Tiles of the next UTM zone may have pixels of 9.99 m instead of 10 m, which don't count as finer.
 _FINER = 0.9
-# Nobody reads pixels so many times larger or smaller than a file's.
+# Larger ratios of requested to native pixel size are mistakes.
 _ABSURD = 1000
 
 
 @dataclass(frozen=True)
 class Grid:
-    """Rows and columns of pixels in a CRS."""
+    """Pixel grid in a CRS."""
 
     crs: Any
     transform: Affine
@@ -43,7 +43,7 @@ class Grid:
 
     @property
     def bounds(self) -> Bounds:
-        """(left, bottom, right, top) in CRS units; of a rotated grid, the box around it."""
+        """Bounds (left, bottom, right, top) in CRS units; for rotated grids those of the box around them."""
         return bounds_of(self.transform, self.height, self.width)
 
     @property
@@ -52,7 +52,7 @@ class Grid:
         return abs(self.transform.a), abs(self.transform.e)
 
     def window_in(self, other: Grid) -> Window | None:
-        """The other grid's pixels that are exactly this grid's, None if pixels don't fall on pixels."""
+        """Return the window of another grid with exactly this grid's pixels; None if the grids aren't aligned."""
         if self.crs != other.crs:
             return None
         to_other = ~other.transform @ self.transform
@@ -65,21 +65,21 @@ class Grid:
         return Window(row, col, self.height, self.width)
 
     def window_of(self, bounds: Bounds) -> Window:
-        """The smallest window of whole pixels around bounds in this grid's CRS."""
+        """Return the smallest window of whole pixels around bounds in this grid's CRS."""
         left, bottom, right, top = bounds
         xs, ys = zip(*(~self.transform @ corner for corner in ((left, top), (right, bottom))), strict=True)
         col, row = math.floor(min(xs) + _SAME_PX), math.floor(min(ys) + _SAME_PX)
         return Window(row, col, math.ceil(max(ys) - _SAME_PX) - row, math.ceil(max(xs) - _SAME_PX) - col)
 
     def cut(self, window: Window) -> Grid:
-        """The grid of a window's pixels."""
+        """Return the grid of a window's pixels."""
         shifted = self.transform @ Affine.translation(window.col, window.row)
         return Grid(self.crs, shifted, window.height, window.width)
 
 
 @dataclass(frozen=True, kw_only=True)
 class GridOptions:
-    """The grid the user asks for; `open_source` describes each."""
+    """Options for the grid, described in `open_source`."""
 
     crs: Any = None
     resolution: float | tuple[float, float] | PixelSize | None = None
@@ -87,7 +87,7 @@ class GridOptions:
 
     @property
     def empty(self) -> bool:
-        """Whether nothing was asked for."""
+        """Whether no option is given."""
         return self.crs is None and self.resolution is None and self.bounds is None
 
     def __post_init__(self) -> None:
@@ -99,21 +99,22 @@ class GridOptions:
 
 
 def bounds_of(transform: Affine, height: int, width: int) -> Bounds:
-    """(left, bottom, right, top) of the box around all pixels, in CRS units."""
+    """Return the bounds (left, bottom, right, top) of all pixels, in CRS units."""
     xs, ys = zip(*(transform @ corner for corner in ((0, 0), (width, 0), (0, height), (width, height))), strict=True)
     return min(xs), min(ys), max(xs), max(ys)
 
 
 def check_scale(grids: Sequence[Grid], resolution: float | tuple[float, float] | PixelSize, path: str) -> None:
-    """Refuse a size of pixels that must be meant in another unit.
+    """Check that a requested pixel size is plausible, to detect wrong units.
 
     Args:
-        grids: of the tiles, in one CRS.
-        resolution: that the user asks for.
-        path: for errors.
+        grids: Grids of the tiles, in one CRS.
+        resolution: Requested pixel size.
+        path: Path, for errors.
 
     Raises:
-        InputError: pixels a thousand times larger or smaller than the finest of the tiles, or a scene in one pixel.
+        InputError: Pixels are a thousand times larger or smaller than the finest tile's, or the scene becomes one
+            pixel.
     """
     asked, own = _pair(resolution), _finest(grids)
     factors = [one / side for one, side in zip(asked, own, strict=True)]
@@ -129,15 +130,15 @@ def check_scale(grids: Sequence[Grid], resolution: float | tuple[float, float] |
 
 
 def target_grid(grids: Sequence[Grid], options: GridOptions, *, anchored: bool) -> Grid:
-    """The grid that tiles are read on.
+    """Return the grid that tiles are read on.
 
     Args:
-        grids: of the tiles, in the target CRS.
-        options: what the user asks for; the rest follows from the tiles: the finest resolution, the union of bounds.
-        anchored: whether the first grid is the first tile's own, so that pixels should fall on its pixels.
+        grids: Grids of the tiles, in the target CRS.
+        options: Requested grid; unset options follow from the tiles: finest resolution, union of bounds.
+        anchored: Whether the first grid is the first tile's own, so that pixels should be aligned with it.
 
     Raises:
-        InputError: the grid would hold no pixel.
+        InputError: The grid has no pixels.
     """
     x_res, y_res = _pair(options.resolution) if options.resolution else _finest(grids)
     union = options.bounds or _union([grid.bounds for grid in grids])
@@ -157,7 +158,7 @@ def target_grid(grids: Sequence[Grid], options: GridOptions, *, anchored: bool) 
 def _pair(resolution: float | tuple[float, float] | PixelSize) -> tuple[float, float]:
     if isinstance(resolution, (int, float)):
         return float(resolution), float(resolution)
-    # Turned into units of the CRS before.
+    # Already converted to CRS units.
     assert not isinstance(resolution, PixelSize)
     x_res, y_res = resolution
     return float(x_res), float(y_res)

@@ -1,4 +1,4 @@
-"""File handles that survive forks, threads and pickling by being opened anew on the other side."""
+"""File handles that are reopened after forks, in other threads and after pickling."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ T = TypeVar("T", bound=_Closable)
 
 
 class PerThread(Generic[T]):
-    """A handle for each thread of each process, opened at its first use there.
+    """Handle per thread and process, opened at first use.
 
-    GDAL datasets may be used by one thread at a time, and a forked child shares its parent's file offset; so neither
-    may inherit a handle.
+    GDAL datasets may be used by one thread at a time only, and a forked child shares its parent's file offset, so
+    handles must not be inherited.
 
     Args:
-        open_handle: opens one; picklable, such as a `functools.partial` of a module's function.
+        open_handle: Function that opens a handle; picklable, such as a `functools.partial` of a module-level function.
     """
 
     def __init__(self, open_handle: Callable[[], T]) -> None:
@@ -33,7 +33,7 @@ class PerThread(Generic[T]):
         self._local = threading.local()
 
     def get(self) -> T:
-        """This thread's handle."""
+        """Return this thread's handle."""
         if getattr(self._local, "pid", None) != os.getpid():
             self._local.handle = self._open_handle()
             self._local.pid = os.getpid()
@@ -41,7 +41,7 @@ class PerThread(Generic[T]):
         return handle
 
     def close(self) -> None:
-        """Close this thread's handle, if it has one; `get` opens another."""
+        """Close this thread's handle, if any; `get` opens a new one."""
         if getattr(self._local, "pid", None) == os.getpid():
             self._local.handle.close()
         self._local = threading.local()
@@ -54,13 +54,13 @@ class PerThread(Generic[T]):
 
 
 class Pool(Generic[T]):
-    """A bounded number of open handles; the one not used for longest is closed for a new one.
+    """Bounded number of open handles; the least recently used one is closed for a new one.
 
-    For one thread only: `PerThread` gives each thread a pool of its own.
+    For a single thread: `PerThread` gives each thread its own pool.
 
     Args:
-        open_handle: opens the handle of an index.
-        max_open: handles open at a time.
+        open_handle: Function that opens the handle of an index.
+        max_open: Maximum number of open handles.
     """
 
     def __init__(self, open_handle: Callable[[int], T], max_open: int) -> None:
@@ -69,7 +69,7 @@ class Pool(Generic[T]):
         self._handles: OrderedDict[int, T] = OrderedDict()
 
     def get(self, index: int) -> T:
-        """The handle of an index, opened if it isn't."""
+        """Return the handle of an index, opened if necessary."""
         if index in self._handles:
             self._handles.move_to_end(index)
             return self._handles[index]
@@ -79,6 +79,6 @@ class Pool(Generic[T]):
         return handle
 
     def close(self) -> None:
-        """Close every handle."""
+        """Close all handles."""
         while self._handles:
             self._handles.popitem()[1].close()

@@ -1,4 +1,4 @@
-"""Member files of datasets: archives, VRTs and their checks."""
+"""Members of virtual datasets (VRTs and tile indexes), and checks that they are readable."""
 
 from __future__ import annotations
 
@@ -39,43 +39,43 @@ _SERVICES = frozenset({"WMS", "WMTS", "WCS", "STACIT", "STACTA", "EEDAI", "DAAS"
 
 _INDEXES = frozenset({"VRT", "GTI"})
 
-# Where GDAL looks for the files' names in a tile index that doesn't say.
+# Default fields in which GDAL looks for file names in a tile index.
 _LOCATION_FIELDS = ("location", "assets.data.href", "assets.image.href")
 
 
 @dataclass(frozen=True)
 class _Index:
-    """The files of a tile index, and where each lies in the index's CRS."""
+    """Files of a tile index, and their extents in its CRS."""
 
     files: list[str]
     tree: shapely.STRtree
 
 
 def opens_members(dataset: Any) -> bool:
-    """Whether reading an open dataset opens further files."""
+    """Return whether reading an open dataset opens further files."""
     return dataset.driver in _INDEXES | _SERVICES
 
 
 def leads_to_server(dataset: Any, path: str) -> bool:
-    """Whether some pixels of an open dataset come from a server.
+    """Return whether some pixels of an open dataset come from a server.
 
     Args:
-        dataset: an open rasterio dataset.
-        path: where it was opened from.
+        dataset: Open rasterio dataset.
+        path: Path that it was opened from.
     """
     return dataset.driver in _SERVICES or is_remote(path) or any(map(is_remote, members_of(dataset, path)))
 
 
 def members_of(dataset: Any, path: str, known: frozenset[str] = frozenset()) -> list[str]:
-    """The files that an open VRT or tile index reads, those of VRTs in it as well; none for other formats.
+    """Return the files of an open VRT or tile index, including those of nested VRTs; none for other formats.
 
     Args:
-        dataset: an open rasterio dataset.
-        path: where it was opened from.
-        known: VRTs that are not looked into, as they lead here.
+        dataset: Open rasterio dataset.
+        path: Path that it was opened from.
+        known: VRTs that are already being searched.
 
     Raises:
-        InputError: the tile index can't be read.
+        InputError: The tile index can't be read.
     """
     known |= {path}
     if dataset.driver == "GTI":
@@ -87,16 +87,16 @@ def members_of(dataset: Any, path: str, known: frozenset[str] = frozenset()) -> 
 
 
 def check_members(dataset: Any, path: str, window: Window, *, reduced: bool) -> None:
-    """Refuse a window that a missing file should fill, where GDAL gives 0, as if it were data.
+    """Check that the files of a window exist, as GDAL would return 0 as data for missing ones.
 
     Args:
-        dataset: an open tile index or VRT, or what warps it; others pass.
-        path: of the tile index or VRT.
-        window: of the dataset.
-        reduced: whether it is read at lower resolution: only then GDAL passes over missing files of a VRT.
+        dataset: Open tile index or VRT, or a dataset that warps it; other datasets pass.
+        path: Path of the tile index or VRT.
+        window: Window of the dataset.
+        reduced: Whether it is read at lower resolution; only then GDAL skips missing files of a VRT.
 
     Raises:
-        DamagedDataError: a file isn't there.
+        DamagedDataError: A file is missing.
     """
     if reduced and dataset.driver == "VRT":
         for file in filter(_is_gone, members_of(dataset, path)):
@@ -108,15 +108,15 @@ def check_members(dataset: Any, path: str, window: Window, *, reduced: bool) -> 
 
 
 def open_tiles(dataset: Any, path: str, window: Window) -> None:
-    """Open the files of a tile index that a window meets: GDAL passes over those that it can't open.
+    """Open the files of a tile index in a window, as GDAL skips those that it can't open.
 
     Args:
-        dataset: an open tile index; others pass.
-        path: of the tile index.
-        window: of the dataset.
+        dataset: Open tile index; other datasets pass.
+        path: Path of the tile index.
+        window: Window of the dataset.
 
     Raises:
-        RasterioIOError: one can't be opened.
+        RasterioIOError: A file can't be opened.
     """
     if dataset.driver == "GTI":
         for file in _files_around(dataset, path, window):
@@ -124,15 +124,15 @@ def open_tiles(dataset: Any, path: str, window: Window) -> None:
 
 
 def _files_around(dataset: Any, path: str, window: Window) -> Iterator[str]:
-    """The files of a tile index from which a window of it, or of what warps it, is read."""
+    """Yield the files of a tile index that a window of it, or of a dataset that warps it, is read from."""
     index = _indexed(path, _modified_ns(path))
     if dataset.driver == "GTI":
         around = shapely.box(*_bounds(dataset.transform, window))
     else:
-        # GDAL warps in large pieces, and keeps one that failed: none of them is to be trusted.
+        # GDAL warps in large pieces and caches failed ones, so check all files.
         around = shapely.box(*shapely.total_bounds(index.tree.geometries))
     for number in index.tree.query(around).tolist():
-        # Tiles that only touch the window give it no pixel.
+        # Tiles that only touch the window contribute no pixels.
         if index.tree.geometries[number].intersection(around).area > 0:
             yield index.files[number]
 
@@ -140,7 +140,7 @@ def _files_around(dataset: Any, path: str, window: Window) -> Iterator[str]:
 def _missing(file: str, path: str, window: Window) -> DamagedDataError:
     return DamagedDataError(
         f"can't read rows {window.row} to {window.row_stop}, columns {window.col} to {window.col_stop} of {path}: its "
-        f"file {file} isn't there; bring it back, or make {path} anew"
+        f"file {file} isn't there; restore it, or rebuild {path}"
     )
 
 
@@ -153,7 +153,7 @@ def _members_at(path: str, known: frozenset[str]) -> list[str]:
 
 
 def _bounds(transform: Affine, window: Window) -> tuple[float, float, float, float]:
-    """The box around a window's pixels, in CRS units."""
+    """Return the bounding box of a window's pixels, in CRS units."""
     corners = ((col, row) for col in (window.col, window.col_stop) for row in (window.row, window.row_stop))
     xs, ys = zip(*(transform @ corner for corner in corners), strict=True)
     return min(xs), min(ys), max(xs), max(ys)
@@ -165,8 +165,8 @@ def _is_gone(file: str) -> bool:
 
 @functools.lru_cache(maxsize=8)
 def _indexed(path: str, modified_ns: int) -> _Index:
-    """The files of a tile index."""
-    # Only a tile index needs it.
+    """Read the files of a tile index."""
+    # Imported here, as only tile indexes need it.
     import pyogrio
 
     index, layer, field = describe_index(path)
@@ -181,12 +181,12 @@ def _indexed(path: str, modified_ns: int) -> _Index:
 
 
 def beside_index(path: str, file: str) -> str:
-    """Where GDAL looks for a file of a tile index: beside what was named; with `GTI:`, in the working directory."""
+    """Resolve a file of a tile index as GDAL does: relative to the index; with `GTI:`, to the working directory."""
     return file if path.startswith("GTI:") else os.path.join(os.path.dirname(path), file)
 
 
 def describe_index(path: str) -> tuple[str, str | None, str | None]:
-    """The table of a tile index, its layer and the field with the files' names."""
+    """Return the table of a tile index, its layer and the field with the file names."""
     path = path.removeprefix("GTI:")
     if not path.lower().endswith(".gti"):
         return path, None, None
@@ -213,7 +213,7 @@ MASK = 0
 
 @dataclass(frozen=True)
 class _Sources:
-    """The files of each band of a VRT, and where each lies in its pixels."""
+    """Files of each band of a VRT, and their extents in its pixels."""
 
     bands: list[int]
     files: list[str]
@@ -224,16 +224,16 @@ _known: WeakKeyDictionary[Any, _Sources] = WeakKeyDictionary()
 
 
 def check_sources(dataset: Any, window: Window, bands: Iterable[int], *, reduced: bool) -> None:
-    """Refuse a window for which a file of a VRT gave no pixels.
+    """Check that all files of a VRT gave pixels for a window.
 
     Args:
-        dataset: open, of any format; of those other than VRT nothing is checked.
-        window: what was read.
-        bands: which were read, `MASK` among them if masks were.
-        reduced: whether it was read at lower resolution, where GDAL doesn't report any failure.
+        dataset: Open dataset; formats other than VRT pass.
+        window: Window that was read.
+        bands: Bands that were read, with `MASK` if masks were.
+        reduced: Whether it was read at lower resolution, where GDAL doesn't report failures.
 
     Raises:
-        RasterioIOError: a file can't be read.
+        RasterioIOError: A file can't be read.
     """
     if dataset.driver != "VRT" or (reduced and dataset.overviews(1)):
         return
@@ -245,7 +245,7 @@ def check_sources(dataset: Any, window: Window, bands: Iterable[int], *, reduced
         file, band = sources.files[number], sources.bands[number]
         part = sources.tree.geometries[number].intersection(area)
         whole = _has_files(file) and not reduced
-        # A file that can't be opened gives no pixel at all; a VRT in a VRT may give some.
+        # A file that can't be opened gives no pixels; a nested VRT may give some.
         if part.area > 0 and band in wanted and (whole or file not in checked):
             checked.add(file)
             if band == MASK:
@@ -255,7 +255,7 @@ def check_sources(dataset: Any, window: Window, bands: Iterable[int], *, reduced
 
 
 def _open_mask(file: str) -> None:
-    """What stands for a checksum, which rasterio doesn't give of masks."""
+    """Read a mask instead of its checksum, which rasterio doesn't compute."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", NotGeoreferencedWarning)
         rasterio.open(file).close()
@@ -274,7 +274,7 @@ def _sum(dataset: Any, band: int, file: str, bounds: tuple[float, ...], window: 
 
 
 def _sources_of(dataset: Any) -> _Sources:
-    """Those of a VRT's bands; none of one that warps, of which GDAL reports each failure."""
+    """Return the files of a VRT's bands; none for a warped VRT, for which GDAL reports all failures."""
     root = ElementTree.fromstring(dataset.tags(ns="xml:VRT")["xml:VRT"])
     found = list(itertools.chain.from_iterable(map(_sources_in, root.findall("VRTRasterBand"))))
     for band in root.findall(".//MaskBand/VRTRasterBand"):
@@ -286,7 +286,7 @@ def _sources_of(dataset: Any) -> _Sources:
 
 
 def _sources_in(band: ElementTree.Element) -> Iterator[tuple[int, str, ElementTree.Element | None]]:
-    """(band, file, where it lies) of each file of a band."""
+    """Yield (band, file, extent) of each file of a band."""
     for source in band:
         file = source.findtext("SourceFilename")
         if file is not None:
@@ -294,7 +294,7 @@ def _sources_in(band: ElementTree.Element) -> Iterator[tuple[int, str, ElementTr
 
 
 def _box(rect: ElementTree.Element | None, dataset: Any) -> Any:
-    """A rectangle of a VRT's pixels; all of them without one."""
+    """Return a rectangle of a VRT's pixels; all of them by default."""
     if rect is None:
         return shapely.box(0, 0, dataset.width, dataset.height)
     left, top, width, height = (float(rect.get(name, "0")) for name in ("xOff", "yOff", "xSize", "ySize"))

@@ -1,4 +1,4 @@
-"""Files of a mosaic, warped pixel by pixel to its grid."""
+"""Files of a mosaic, warped to its grid."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ __all__ = ["OpenTile", "Tile", "describe_tile", "open_tile", "open_warped", "sug
 
 
 def suggested_grid(dataset: Any, path: str, crs: CRS) -> Grid:
-    """The north-up grid that GDAL makes for an open raster in a CRS, from its transform, rotated or not, or its GCPs.
+    """Return the north-up grid that GDAL suggests for a raster in a CRS, from its transform (rotated or not) or GCPs.
 
     Raises:
-        InputError: the raster has no place in that CRS.
+        InputError: The raster can't be transformed to that CRS.
     """
     try:
         with WarpedVRT(dataset, crs=crs) as warped:
@@ -37,19 +37,20 @@ def suggested_grid(dataset: Any, path: str, crs: CRS) -> Grid:
 
 
 def open_warped(layout: BandLayout, grid: Grid, resampling: Resampling, overview: int | None = None) -> Any:
-    """A file's bands on a grid, as a dataset; its last band is alpha, 0 where there is no data.
+    """Open a file's bands on a grid as a dataset; its last band is alpha, 0 for missing data.
 
-    rasterio's `WarpedVRT` to a chosen grid approximates the transformation, by default to an eighth of a pixel, window
-    by window. To the grid that GDAL suggests it can do without; so that one is made and its description moved.
+    rasterio's `WarpedVRT` to a given grid approximates the transformation, by default to an eighth of a pixel,
+    separately for each window. For the grid that GDAL suggests it can be exact, so this one is made and its description
+    moved.
 
     Args:
-        layout: of the file.
-        grid: the pixels to make.
-        resampling: how.
-        overview: level of the file's overviews to read from.
+        layout: Bands of the file.
+        grid: Target grid.
+        resampling: Resampling method.
+        overview: Overview level of the file to read from.
 
     Raises:
-        InputError: the file can't be read, or has no place in the grid's CRS.
+        InputError: The file can't be read, or can't be transformed to the grid's CRS.
     """
     with open_dataset(layout.path, overview_level=overview) as dataset:
         try:
@@ -67,8 +68,8 @@ def open_warped(layout: BandLayout, grid: Grid, resampling: Resampling, overview
 
 
 def _move(root: ElementTree.Element, grid: Grid) -> None:
-    """Put the grid in the place of the one that GDAL suggests."""
-    # Relative paths are relative to the working directory, not to a VRT that has no place.
+    """Replace the suggested grid by the target grid."""
+    # Relative paths refer to the working directory, as the VRT isn't a file.
     _find(root, "SourceDataset").set("relativeToVRT", "0")
     root.set("rasterXSize", str(grid.width))
     root.set("rasterYSize", str(grid.height))
@@ -79,7 +80,7 @@ def _move(root: ElementTree.Element, grid: Grid) -> None:
 
 
 def _set_bands(root: ElementTree.Element, layout: BandLayout) -> None:
-    """Warp the bands that are read, no others, each with its own nodata value, and give alpha as the last."""
+    """Set the bands to warp with their nodata values, and alpha as the last band."""
     for band in root.findall("VRTRasterBand"):
         root.remove(band)
     kind = {"dataType": _gdal_type(layout.raw_dtype.name)}

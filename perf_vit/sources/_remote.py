@@ -1,4 +1,4 @@
-"""Files behind URLs: GDAL's settings for them, and repeated reads."""
+"""Remote files: GDAL settings and retries."""
 
 from __future__ import annotations
 
@@ -25,24 +25,24 @@ _VSI = ("vsicurl", "vsis3", "vsigs", "vsiaz", "vsiadls", "vsioss", "vsiswift", "
 _MARKS = ("http://", "https://", "ftp://", "s3://", "gs://", "az://", *(f"/{name}" for name in _VSI))
 
 _LIMITS = {
-    # Without limits, in seconds and bytes a second, GDAL waits for a silent server for ever. Silence is a low speed,
-    # which GDAL doesn't try again; a timeout it does.
+    # Without limits (seconds, bytes per second) GDAL waits forever for a silent server. Silence counts as low speed,
+    # which GDAL doesn't retry, unlike timeouts.
     "GDAL_HTTP_CONNECTTIMEOUT": "10",
     "GDAL_HTTP_LOW_SPEED_TIME": "10",
     "GDAL_HTTP_LOW_SPEED_LIMIT": "100",
     "GDAL_HTTP_TIMEOUT": "120",
-    # Each delay is about twice the one before.
+    # Delays roughly double.
     "GDAL_HTTP_MAX_RETRY": "3",
     "GDAL_HTTP_RETRY_DELAY": "0.5",
-    # GDAL's own threads, which read members of a VRT or a tile index, don't see the settings of the thread that asks.
+    # GDAL's threads for members of a VRT or tile index don't have the settings of the calling thread.
     "VRT_NUM_THREADS": "1",
     "GTI_NUM_THREADS": "1",
 }
 
 _OPENING = {
-    # Looks for no files beside this one: a listing of a bucket, or a request for each name, at every opening.
+    # No search for side-car files, which lists the bucket or requests each name at every opening.
     "GDAL_DISABLE_READDIR_ON_OPEN": "EMPTY_DIR",
-    # Most headers come with the first request.
+    # Enough for most headers in the first request.
     "GDAL_INGESTED_BYTES_AT_OPEN": "32768",
     "VSI_CACHE": "TRUE",
     "VSI_CACHE_SIZE": "16777216",
@@ -50,51 +50,51 @@ _OPENING = {
     "GDAL_HTTP_MULTIPLEX": "YES",
 }
 
-# GDAL keeps what a failed request brought, a part of a block or "no such file"; files opened with this are asked anew.
-# As a rasterio.Env of the main thread it would stay behind in the threads below.
+# GDAL caches failed requests (partial blocks or "no such file"); files opened with this option are requested again.
+# As a rasterio.Env of the main thread it would persist in the threads below.
 _ANEW = {"CPL_VSIL_CURL_NON_CACHED": ":".join(f"/{name}/" for name in _VSI)}
 _anew: ContextVar[Mapping[str, str]] = ContextVar("anew", default=MappingProxyType({}))
 
 # Seconds to wait before a failed read is repeated, once for each.
 _WAITS_S = (1.0, 3.0)
 
-# How libtiff names a block that came as a whole and can't be decoded.
+# libtiff's errors for complete blocks that can't be decoded.
 _DECODING = re.compile(r"^(\w*Decode\w*|JPEGLib):")
 
 
 def is_remote(path: str) -> bool:
-    """Whether a path, or the text of a VRT, leads to a server."""
+    """Return whether a path, or the text of a VRT, refers to a server."""
     return any(mark in path for mark in _MARKS)
 
 
 def network_limits() -> dict[str, Any]:
-    """GDAL's limits of time and of tries for files behind URLs, but for those that the user set."""
+    """Return GDAL's timeouts and retries for remote files, except those set by the user."""
     return _unless_set({**_LIMITS, **_anew.get()})
 
 
 def was_decoded_in_vain(reason: str) -> bool:
-    """Whether GDAL's reason for a failed read says that all bytes came, and are damaged.
+    """Return whether GDAL's error says that all bytes arrived but are damaged.
 
-    Of anything else, such as a block that is too short, nobody knows whether the server failed or the file is cut.
+    For other errors, such as a short block, it is unknown whether the server failed or the file is truncated.
     """
     return _DECODING.match(reason) is not None
 
 
 def with_retries(read: Callable[[], T], close: Callable[[], None]) -> T:
-    """Call a function that reads, and again after a while if a server doesn't deliver.
+    """Call a reading function, again after a delay if a server fails.
 
     Args:
-        read: opens what it reads if that isn't open.
-        close: closes what `read` opened; called after every failure.
+        read: Function that reads, and opens the file if necessary.
+        close: Function that closes the file; called after every failure.
 
     Raises:
-        DamagedDataError: the pixels came, and are damaged.
-        UnreachableError: no try succeeded; the first one's.
+        DamagedDataError: The pixels arrived, but are damaged.
+        UnreachableError: All attempts failed; the error of the first one.
     """
     try:
         return _try_again(read, close)
     except InputError:
-        # GDAL keeps blocks that it failed to fill, and would give their zeros as data the next time.
+        # GDAL caches blocks that it failed to read, and would return their zeros as data.
         close()
         raise
 
@@ -113,7 +113,7 @@ def _try_again(read: Callable[[], T], close: Callable[[], None]) -> T:
         except DamagedDataError:
             raise
         except InputError:
-            # Opened without an answer, a file is "not recognised": the first failure says more.
+            # Files opened without a response are "not recognised", so the first error says more.
             continue
         finally:
             _anew.reset(token)
@@ -121,30 +121,29 @@ def _try_again(read: Callable[[], T], close: Callable[[], None]) -> T:
 
 
 def with_remote_settings(open_file: Callable[[], T], further: Mapping[str, str]) -> T:
-    """Call a function that opens a remote file, with GDAL set for that.
+    """Call a function that opens a remote file, with suitable GDAL settings.
 
-    What the environment variables or the caller's `rasterio.Env` say comes first. GDAL keeps the settings with the
-    file that it opens.
+    Environment variables and the caller's `rasterio.Env` take precedence. GDAL keeps the settings with the opened file.
 
     Args:
-        open_file: opens it.
-        further: settings that hold whatever was said.
+        open_file: Function that opens the file.
+        further: Settings that always apply.
     """
     settings = {**(getenv() if hasenv() else {}), **_unless_set({**_LIMITS, **_OPENING, **_anew.get()}), **further}
-    # rasterio's settings hold for the whole process when made in its main thread, where they would hide the files
-    # beside a local raster that another thread opens meanwhile; in any other thread they are that thread's own.
+    # Settings made in the main thread apply to the whole process, where they would hide the side-car files
+    # of a local raster opened by another thread; in other threads they are local to the thread.
     return _threads(os.getpid()).submit(_call, open_file, settings).result()
 
 
 def _unless_set(settings: dict[str, str]) -> dict[str, Any]:
-    """Those that neither an environment variable nor the caller's `rasterio.Env` sets."""
+    """Return the settings that neither the environment nor the caller's `rasterio.Env` sets."""
     given = {*os.environ, *(getenv() if hasenv() else ())}
     return {name: value for name, value in settings.items() if name not in given}
 
 
 @functools.lru_cache(maxsize=1)
 def _threads(pid: int) -> ThreadPoolExecutor:
-    """Threads of this process that last: one that ends holds a lock of PROJ for a moment, which a fork would keep."""
+    """Return threads of this process that never end: an ending one briefly holds a PROJ lock, which forks inherit."""
     return ThreadPoolExecutor(16, thread_name_prefix=f"open-url-{pid}")
 
 

@@ -1,4 +1,4 @@
-"""What rasters, mosaics and slides share."""
+"""Base class of rasters, mosaics and slides."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ __all__ = ["BaseSource"]
 
 
 class BaseSource(ABC):
-    """A source of pixels; `perf_vit.open` makes one.
+    """Source of pixels, opened by `perf_vit.open`.
 
     Attributes:
-        height: Rows.
-        width: Columns.
-        colormap: Value to (red, green, blue, alpha), None where there is none.
-        options: Options that `perf_vit.open` was given.
-        opened_from: Input that `perf_vit.open` was given, None for a source that it didn't open.
+        height: Number of rows.
+        width: Number of columns.
+        colormap: Value to (red, green, blue, alpha), or None.
+        options: Options given to `perf_vit.open`.
+        opened_from: Input given to `perf_vit.open`; None for sources opened otherwise.
     """
 
     height: int
@@ -34,7 +34,7 @@ class BaseSource(ABC):
 
     @property
     def size(self) -> tuple[int, int]:
-        """(height, width)."""
+        """Size (height, width)."""
         return self.height, self.width
 
     @property
@@ -43,17 +43,17 @@ class BaseSource(ABC):
         return Window(0, 0, self.height, self.width)
 
     def read(self, window: Window | None = None) -> GeoImage:
-        """Read a window, which may reach past the edge on any side.
+        """Read a window, which may exceed the source.
 
         Args:
-            window: Rows and columns, in pixels of this source; all of them by default.
+            window: Window in pixels of this source; None for all of it.
 
         Returns:
             Pixels [num_bands, height, width] in the source's dtype.
 
         Raises:
             DamagedDataError: The file is damaged there.
-            UnreachableError: A server doesn't deliver it, also after some tries.
+            UnreachableError: A server fails repeatedly.
         """
         return self._read(self.extent if window is None else window)
 
@@ -63,35 +63,36 @@ class BaseSource(ABC):
 
     @abstractmethod
     def read_reduced(self, max_size_px: int, window: Window | None = None) -> GeoImage:
-        """Read a window at lower resolution: for statistics and pictures.
+        """Read a window at lower resolution, for statistics and pictures.
 
         Args:
-            max_size_px: Longest side of the result in pixels; smaller windows are not enlarged.
-            window: Part to read; all by default.
+            max_size_px: Maximum size of the longest side of the result in pixels; smaller windows are not enlarged.
+            window: Window to read; None for all of the source.
 
         Raises:
             InputError: The window is outside the source, or the file is damaged there.
         """
 
     def plot(self, max_size_px: int = 1024, bands: Sequence[int] | None = None) -> Image.Image:
-        """Draw a thumbnail, which notebooks show.
+        """Draw a thumbnail, which notebooks display.
 
         Args:
-            max_size_px: Longest side in pixels.
-            bands: 1-based numbers of the red, green and blue band, or of one grey band; by default the bands of these
-                names, else the first three, or the first where there are fewer. Values with a palette have its colours.
+            max_size_px: Maximum size of the longest side in pixels.
+            bands: 1-based numbers of the red, green and blue band, or of one grey band; None for the bands of these
+                names, else the first three, or the first one if there are fewer. Palette values are shown in their
+                colours.
 
         Raises:
-            InputError: The file is damaged, or there are no such bands.
+            InputError: The file is damaged, or a band doesn't exist.
         """
-        # Pictures load matplotlib.
+        # Imported here, as it loads matplotlib.
         from perf_vit.plotting import thumbnail
 
         return thumbnail(cast(Source, self), max_size_px, bands)
 
     @abstractmethod
     def close(self) -> None:
-        """Close the file handle of this thread; a later read opens it again."""
+        """Close this thread's file handle; the next read opens it again."""
 
     def __enter__(self) -> Self:
         return self

@@ -1,4 +1,4 @@
-"""What is known of a source without reading its pixels."""
+"""Description of a source from its headers."""
 
 from __future__ import annotations
 
@@ -17,30 +17,30 @@ __all__ = ["SourceInfo", "describe_source"]
 
 @dataclass(frozen=True, kw_only=True)
 class SourceInfo:
-    """Facts about a source, as plain values.
+    """Description of a source, as plain values.
 
     Attributes:
-        path: as it was given.
+        path: Path as given.
         kind: "raster" or "slide".
-        format: what it is stored as, GDAL's driver or OpenSlide's vendor; None for several files.
-        height: rows.
-        width: columns.
-        dtype: of the pixels.
-        band_names: one a band.
-        num_colors: of the palette, 0 without one.
-        nodata: value of missing pixels, None for none.
-        mask: what hides pixels beside nodata, such as "band 4 (alpha)", None for nothing.
-        crs: its short name, None where there is none.
-        resolution_xy: width and height of a pixel in units of the CRS; None without CRS, and of a rotated raster the
-            length of its pixels' sides.
-        units: of the CRS, such as "metre".
-        bounds_crs: (left, bottom, right, top) in the CRS.
-        orientation: EXIF orientation, 1 to 8, that pixels are turned by when they are read; 1 for none.
-        mpp: micrometres per pixel of a slide.
-        levels: (height, width) of each level that the file holds, finest first.
-        block_px: (height, width) of the pieces that the file is stored in.
-        compression: its name, None for none or where nobody knows.
-        file_bytes: size of the file, None of a folder or a URL.
+        format: GDAL driver or OpenSlide vendor; None for several files.
+        height: Number of rows.
+        width: Number of columns.
+        dtype: Data type of the pixels.
+        band_names: Name of each band.
+        num_colors: Number of palette colours; 0 without a palette.
+        nodata: Value of missing pixels, or None.
+        mask: Mask in addition to nodata, such as "band 4 (alpha)", or None.
+        crs: Short name of the CRS, or None.
+        resolution_xy: Pixel width and height in CRS units, along the pixel's sides in rotated rasters; None without
+            CRS.
+        units: Unit of the CRS, such as "metre".
+        bounds_crs: Bounds (left, bottom, right, top) in the CRS.
+        orientation: EXIF orientation applied while reading, 1 to 8; 1 for none.
+        mpp: Micrometres per pixel of a slide.
+        levels: Size (height, width) of each level in the file, finest first.
+        block_px: Size (height, width) of the blocks in the file.
+        compression: Name of the compression; None if there is none or it is unknown.
+        file_bytes: File size in bytes; None for a folder or URL.
     """
 
     path: str
@@ -66,10 +66,10 @@ class SourceInfo:
 
 
 def describe_source(source: Source) -> SourceInfo:
-    """Look at the headers of a source.
+    """Describe a source from its headers, without reading pixels.
 
     Args:
-        source: from `perf_vit.open`.
+        source: Source from `perf_vit.open_source`.
     """
     stored: dict[str, Any]
     if isinstance(source, SlideSource):
@@ -110,7 +110,7 @@ def _place(source: Source) -> dict[str, Any]:
 
 
 def _stored(source: Source) -> dict[str, Any]:
-    """Of one file; several have nothing in common that would be worth saying."""
+    """Describe the storage of a single file; nothing for several files."""
     if len(getattr(source, "paths", [source.path])) > 1 or Path(source.path).is_dir():
         return {}
     with open_dataset(source.path) as dataset:

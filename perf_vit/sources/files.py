@@ -1,4 +1,4 @@
-"""Image files of folders, and fingerprints of files."""
+"""Search for image files, and fingerprints of files."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ __all__ = [
 ]
 
 PICTURE_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp"})
-"""Of photos, and of previews that lie beside rasters."""
+"""Suffixes of photos, and of previews next to rasters."""
 
 
 GEOTIFF_SUFFIXES = (".tif", ".tiff")
@@ -42,13 +42,13 @@ TILE_INDEX_SUFFIXES = (".gti", ".gti.gpkg", ".gti.fgb", ".gti.parquet")
 """Suffixes of GDAL's tile indexes."""
 
 RASTER_SUFFIXES = PICTURE_SUFFIXES | {*GEOTIFF_SUFFIXES, ".vrt", ".img", ".jp2", ".j2k", ".bil", ".asc"}
-"""Of files that GDAL reads. A file that is named itself may have any ending."""
+"""Suffixes of GDAL's files that are searched for in folders. Files given by name may have any suffix."""
 
 FOLDER_SUFFIXES = frozenset({".zarr"})
-"""Of folders that are one image each."""
+"""Suffixes of folders that are an image each."""
 
 MASK_SUFFIXES = RASTER_SUFFIXES - {".jpg", ".jpeg"}
-"""Of masks: JPEG changes values."""
+"""Suffixes of masks, without JPEG, which changes values."""
 
 
 _BY_PRODUCTS = frozenset({"thumbs.db", "desktop.ini", "ehthumbs.db", "__macosx", "@eadir", "$recycle.bin"})
@@ -58,7 +58,7 @@ _BY_PRODUCT_ENDINGS = (".aux.xml", ".ovr", ".msk", ".partial", ".part", ".crdown
 
 
 def is_by_product(name: str) -> bool:
-    """Whether the name of a file or folder is hidden, or that of what other programs leave behind."""
+    """Return whether a file or folder is hidden or a by-product of other programs, by its name."""
     name = name.lower()
     return name.startswith(".") or name in _BY_PRODUCTS or name.endswith(_BY_PRODUCT_ENDINGS)
 
@@ -69,24 +69,24 @@ def image_suffixes() -> tuple[str, ...]:
 
 
 def is_image_name(name: str) -> bool:
-    """Whether a folder is searched for files of such a name."""
+    """Return whether a file name has a suffix that folders are searched for."""
     return name.lower().endswith(image_suffixes())
 
 
 def files_below(root: Path, wanted: Callable[[str], bool]) -> list[Path]:
-    """Files and image folders below a folder, sorted, without hidden ones and what other programs leave behind.
+    """Find files and image folders below a folder, sorted, without hidden files and by-products of other programs.
 
-    Links to folders are followed, each folder once, so that a link to a folder above ends nowhere.
+    Links to folders are followed once per folder, so that cyclic links end.
 
     Args:
-        root: the folder.
-        wanted: whether a file's name is looked for.
+        root: Folder.
+        wanted: Function that tells whether a file name is searched for.
     """
     return sorted(path for path in _walk(root) if wanted(path.name))
 
 
 def without_repeats(paths: Iterable[Path]) -> list[Path]:
-    """Paths but for those that name a file of an earlier one through a link to its folder; short ones first."""
+    """Remove paths of the same file through links to folders, keeping the shortest ones."""
     found: dict[tuple[str, str], Path] = {}
     for path in sorted(paths, key=lambda path: (len(path.parts), path)):
         found.setdefault((os.path.realpath(path.parent), path.name), path)
@@ -94,7 +94,7 @@ def without_repeats(paths: Iterable[Path]) -> list[Path]:
 
 
 def previews_among(paths: Iterable[Path]) -> set[Path]:
-    """Pictures that lie beside a raster or slide of their name: `a.png` beside `a.tif`."""
+    """Return the previews, i.e. photos next to a raster or slide of the same name: `a.png` next to `a.tif`."""
     found = list(paths)
     images = {path.with_suffix("") for path in found if path.suffix.lower() not in PICTURE_SUFFIXES}
     pictures = (path for path in found if path.suffix.lower() in PICTURE_SUFFIXES)
@@ -117,20 +117,20 @@ def _walk(root: Path) -> Iterator[Path]:
 
 
 def find_images(paths: Sequence[str | Path]) -> list[Path]:
-    """The images that some files, folders and globs name.
+    """Find the images of files, folders and globs.
 
-    A file is taken as it is. A folder is searched, subfolders included, for rasters, slides and photos by their
-    endings; hidden files and what other programs leave behind are passed over, as in globs, where `**` stands for any
-    folders. Masks that lie among the images are found too, so keep them elsewhere or name the files.
+    Files are taken as they are. Folders are searched recursively for the suffixes of rasters, slides and photos,
+    without hidden files and by-products of other programs; so are globs, in which `**` matches any folders. Masks among
+    the images are found, too, so keep them elsewhere or list the images.
 
     Args:
-        paths: files, folders and globs.
+        paths: Files, folders and globs.
 
     Returns:
-        Each image once, in the order of the paths and sorted by name within a folder or glob.
+        Unique images in the order of the paths, sorted by name within a folder or glob.
 
     Raises:
-        InputError: no path, a path that doesn't exist, or a folder or glob without images.
+        InputError: There are no paths, a path doesn't exist, or a folder or glob has no images.
     """
     if not paths:
         raise InputError("expected files, folders or globs of images, got none")
@@ -139,12 +139,12 @@ def find_images(paths: Sequence[str | Path]) -> list[Path]:
 
 
 def is_glob(path: str | Path) -> bool:
-    """Whether a path has wildcards, and is no file or folder of such a name."""
+    """Return whether a path has wildcards and isn't an existing file or folder."""
     return glob.has_magic(str(path)) and not Path(path).exists()
 
 
 def image_root(path: str | Path) -> Path:
-    """The folder that names of images are relative to: a folder itself, a file's, or a glob's part before wildcards."""
+    """Return the folder that image names are relative to: a folder, a file's parent, or the folder of a glob."""
     path = Path(path)
     if path.is_dir():
         return path
@@ -174,7 +174,7 @@ _PIECE_BYTES = 4096
 _NUM_PIECES = 16
 
 
-# Of a folder: a chunked array may have millions.
+# Maximum number of files per folder to read: a chunked array may have millions.
 _NUM_FILES = 64
 
 
@@ -182,13 +182,13 @@ _DIGITS = 16
 
 
 def fingerprint(paths: Iterable[str | Path]) -> str:
-    """A hash of some files' sizes and of evenly spaced pieces of them, the first and last bytes among these.
+    """Hash the sizes and evenly spaced pieces of files, including their first and last bytes.
 
-    It is the same for a copy in another place. Of folders, names and sizes of all files in them count, and pieces of 64
-    evenly spaced ones; of what is not there, such as a URL, the name.
+    Copies in other places have the same fingerprint. For folders, the names and sizes of all files count, and pieces of
+    64 evenly spaced files; for missing files, such as URLs, the name.
 
     Args:
-        paths: in their order.
+        paths: Paths, in order.
 
     Returns:
         16 hexadecimal digits.
@@ -205,7 +205,7 @@ def fingerprint(paths: Iterable[str | Path]) -> str:
 
 
 def file_stats(path: str | Path) -> tuple[int, int] | None:
-    """Bytes and time of change in nanoseconds; of a folder, all bytes in it and the latest time, None of nothing."""
+    """Return size in bytes and modification time in nanoseconds; for folders sum and latest time, None if missing."""
     if os.path.isdir(path):
         stats = [os.stat(file) for file in _files_in(path)]
         return sum(each.st_size for each in stats), max((each.st_mtime_ns for each in stats), default=0)
@@ -216,7 +216,7 @@ def file_stats(path: str | Path) -> tuple[int, int] | None:
 
 
 def _files_in(folder: str | Path) -> list[str]:
-    """All files below a folder, sorted."""
+    """Return all files below a folder, sorted."""
     found = (os.path.join(parent, name) for parent, _, names in os.walk(folder) for name in names)
     return sorted(file for file in found if os.path.isfile(file))
 

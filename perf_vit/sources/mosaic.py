@@ -1,4 +1,4 @@
-"""Mosaics: many rasters, of any CRS and resolution, or STAC items, read as one."""
+"""Mosaics of rasters with any CRS and resolution, and lists of STAC items."""
 
 from __future__ import annotations
 
@@ -39,19 +39,19 @@ _OTHER_ROLES = {"thumbnail", "overview", "metadata"}
 
 
 def is_item_list(path: str) -> bool:
-    """Whether a file's name says that it may hold STAC items; `item_paths` looks inside."""
+    """Return whether a file may hold STAC items, by its name; `item_paths` reads it."""
     return path.lower().endswith(".json") and os.path.isfile(path)
 
 
 def item_paths(path: str, asset: str | None) -> list[str]:
-    """The files of an item, a list of items or an ItemCollection, one an item.
+    """Return the raster of each STAC item in a file with an item, a list of items or an ItemCollection.
 
     Args:
-        path: of the JSON file.
-        asset: its name in every item; None where an item has one data asset only.
+        path: JSON file.
+        asset: Name of the asset in each item; None if items have a single data asset.
 
     Raises:
-        InputError: the file holds no items, or an item has no such asset, or several to choose from.
+        InputError: The file has no items, or an item lacks the asset or has several data assets.
     """
     items = _items(path)
     with parsing(path, "STAC items"):
@@ -93,12 +93,12 @@ def _is_data(asset: Mapping[str, Any]) -> bool:
 
 
 def _locate(href: str, path: str) -> str:
-    """A link as a path: relative ones are relative to the JSON file."""
+    """Resolve a link to a path, relative to the JSON file."""
     local = href.removeprefix("file://")
     if ":" in local or local.startswith("/vsi"):
         return local
     here = os.path.join(os.path.dirname(path), local)
-    # Links are URLs, in which "%20" is a space; many writers put plain paths there.
+    # Links are URLs, with "%20" for a space, but many writers use plain paths.
     return here if os.path.exists(here) else os.path.join(os.path.dirname(path), unquote(local))
 
 
@@ -106,28 +106,27 @@ _MAX_OPEN = 32
 
 
 class MosaicSource(RasterSource):
-    """Rasters on one grid, warped where they lie on another; `open_source` makes one.
+    """Mosaic of rasters on one grid, warped where they have another, opened by `open_source`.
 
-    Of tiles that overlap, a pixel comes from the first, in the order of `paths`, that is valid there. A tile whose
-    pixels fall on the grid's is read as it is. A window opens only the tiles that it meets, and a thread holds at most
-    32 files open.
+    Where files overlap, a pixel comes from the first one in the order of `paths` that is valid there. A file aligned
+    with the grid is read without resampling. A window opens only the files that it intersects, at most 32 per thread.
 
-    It may be pickled, forked and shared between threads: each opens the files for itself.
+    It can be pickled, forked and shared between threads; each opens its own files.
 
     Args:
-        path: what was given, for messages.
-        paths: of the files.
-        pixels: what the user says about the files' pixels.
-        grid: the grid that the user asks for.
-        resampling: of pixels that are not the grid's; "nearest" with a palette and "bilinear" without by default.
+        path: Input as given, for messages.
+        paths: Paths of the files.
+        pixels: Options for the files' pixels.
+        grid: Options for the grid.
+        resampling: Resampling of files on another grid; None for "nearest" with a palette and "bilinear" without.
 
     Attributes:
-        paths: of the files.
+        paths: Paths of the files.
 
-    The others are those of `RasterSource`, for the grid and, where files may differ, for the first file.
+    Other attributes are those of `RasterSource`, for the grid and, where files may differ, for the first file.
 
     Raises:
-        InputError: a file can't be read or placed, or the files don't fit each other.
+        InputError: A file can't be read or placed, or the files are inconsistent.
     """
 
     def __init__(
@@ -154,7 +153,7 @@ class MosaicSource(RasterSource):
         self._handles = PerThread(functools.partial(_pool, tiles, target, kind))
 
     def close(self) -> None:
-        """Close this thread's file handles; a later read opens them again."""
+        """Close this thread's file handles; the next read opens them again."""
         self._handles.close()
 
     def __repr__(self) -> str:
@@ -178,14 +177,14 @@ class MosaicSource(RasterSource):
 
 
 def _thinned(grid: Grid, window: Window, shape: tuple[int, int]) -> Grid:
-    """The grid of fewer, larger pixels over a window."""
+    """Return the grid of fewer, larger pixels over a window."""
     height, width = shape
     larger = Affine.translation(window.col, window.row) @ Affine.scale(window.width / width, window.height / height)
     return Grid(grid.crs, grid.transform @ larger, height, width)
 
 
 def _opened(tile: Tile, grid: Grid) -> AbstractContextManager[OpenTile]:
-    """A tile for one read on a grid of large pixels."""
+    """Open a tile for a single read on a grid of larger pixels."""
     reduction = math.sqrt(math.prod(grid.resolution) / math.prod(tile.placed.resolution))
     return closing(open_tile(tile, grid, Resampling.nearest, reduction))
 
@@ -199,7 +198,7 @@ def _lay_under(
     new_pixels: PixelArray,
     new_mask: BoolArray,
 ) -> None:
-    """Fill the pixels of a window that no band has so far from those of a tile, which cover `place`."""
+    """Fill pixels of a window that no band has yet from those of a tile, which cover `place`."""
     rows, cols = place.slices_in(window)
     used = new_mask.any(0) & missing[rows, cols]
     np.copyto(pixels[:, rows, cols], new_pixels, where=used)
@@ -212,7 +211,7 @@ def _pool(tiles: Sequence[Tile], grid: Grid, resampling: Resampling) -> Pool[Ope
 
 
 def _place(paths: Sequence[str], pixels: PixelOptions, options: GridOptions) -> tuple[list[Tile], Grid]:
-    """The tiles, and the grid to read them on."""
+    """Return the tiles and the grid to read them on."""
     crs = None if options.crs is None else _parse_crs(options.crs)
     tiles = [describe_tile(paths[0], pixels, crs)]
     crs = tiles[0].placed.crs
@@ -230,10 +229,10 @@ def _place(paths: Sequence[str], pixels: PixelOptions, options: GridOptions) -> 
 
 
 def _check_alike(first: Tile, other: Tile) -> None:
-    """Refuse files whose pixels can't stand beside each other.
+    """Check that two files can be part of the same mosaic.
 
     Raises:
-        InputError: another number of bands, dtype or palette.
+        InputError: The number of bands, the dtype or the palette differs.
     """
     a, b = first.layout, other.layout
     if len(a.names) != len(b.names):
@@ -260,7 +259,7 @@ def _parse_crs(crs: Any) -> CRS:
 
 
 def _resampling(name: str) -> Resampling:
-    # The rest of rasterio's list is not for warping.
+    # The other methods of rasterio don't support warping.
     names = [kind.name for kind in Resampling if kind.name != "gauss"]
     if name not in names:
         raise InputError(f"resampling must be one of {', '.join(names)}, got {name!r}")
@@ -268,5 +267,5 @@ def _resampling(name: str) -> Resampling:
 
 
 def _box(window: Window) -> Any:
-    # Windows that only share an edge don't meet.
+    # Windows that only share an edge don't intersect.
     return shapely.box(window.col + 0.25, window.row + 0.25, window.col_stop - 0.25, window.row_stop - 0.25)

@@ -1,4 +1,4 @@
-"""Opening of sources: rasters, mosaics and slides, with the options of a model."""
+"""Opening of rasters, mosaics and slides."""
 
 from __future__ import annotations
 
@@ -45,40 +45,39 @@ def open_source(
     tissue: str | Path | None = None,
     icc: Literal["srgb"] | None = None,
 ) -> RasterSource | SlideSource:
-    """Open a raster that GDAL reads (GeoTIFF, COG, VRT, JPEG 2000, ...; also by URL), many as one, or a whole slide.
+    """Open a raster (any GDAL format, also by URL), a mosaic of rasters, or a whole slide.
 
     Slides are all formats of OpenSlide (SVS, NDPI, MRXS, DICOM, ...), OME-TIFF and OME-Zarr; they need the extra
-    `slides`. A TIFF with a georeference is a raster, and so is a plain TIFF that is opened with options of rasters.
+    `slides`. A TIFF with a georeference is a raster, and so is a plain TIFF opened with raster options.
 
-    A folder, a pattern such as "tiles/*.tif", a list of paths and a JSON file of STAC items open as a
-    `MosaicSource`: of the files that hold a pixel, the first in order gives it. Files on another grid than the
-    mosaic's are warped as they are read, and so is a single raster if `crs`, `resolution` or `bounds` is given.
+    A folder, a glob such as "tiles/*.tif", a list of paths or a JSON file of STAC items opens as a `MosaicSource`, in
+    which earlier files take precedence. Files on another grid than the mosaic's are warped while reading, and so is a
+    single raster if `crs`, `resolution` or `bounds` is given.
 
     Args:
-        path: a file, a folder, a pattern, a URL, a GDAL path, or a list of such paths.
-        bands: 1-based numbers or names of the bands or channels to read, in this order; by default all but an alpha
-            band.
-        nodata: value of a raster's missing pixels, instead of the one the file declares.
-        crs: to read rasters in, as "EPSG:32637" or whatever rasterio takes; by default the first file's.
-        resolution: pixel size in units of the CRS, or (x, y), or a `PixelSize` in any unit; by default the files'
-            finest.
-        bounds: (left, bottom, right, top) to read, in the CRS, grown to whole pixels; by default around all files.
-            Pixels begin at the first file's corner; with `resolution` or another `crs`, at the bounds' left top.
-        resampling: of rasters on another grid, as rasterio calls it; by default "nearest" with a palette and
+        path: File, folder, glob, URL, GDAL path, or list of such paths.
+        bands: 1-based numbers or names of the bands or channels to read, in this order; None for all but alpha.
+        nodata: Value of a raster's missing pixels, which replaces the one declared in the file.
+        crs: CRS to read rasters in, as "EPSG:32637" or anything rasterio accepts; None for that of the first file.
+        resolution: Pixel size in CRS units, or (x, y), or a `PixelSize` in any unit; None for the finest of the files.
+        bounds: Bounds (left, bottom, right, top) to read in the CRS, extended to whole pixels; None for those of all
+            files. Pixels are aligned with the first file's corner; with `resolution` or another `crs`, with the bounds'
+            top left.
+        resampling: Resampling of rasters on another grid, by rasterio's name; None for "nearest" with a palette and
             "bilinear" without.
-        palette: "keep", the default, gives the values of a band with a palette, "expand" its colours: red, green and
-            blue. Pixels of a transparent colour are not valid then.
-        apply_scale: give values times the scale plus the offset that the file declares, as float32, NaN where missing.
-        asset: of each STAC item the one to read; by default its only data asset.
-        mpp: micrometres per pixel to read a slide at. A level within 1 % of it is read as it is.
-        level: level of a slide to read, instead of `mpp`; by default 0, the finest.
-        slide_mpp: micrometres per pixel of a slide's level 0, or (x, y), where the file doesn't say or is wrong.
-        tissue: "otsu" to find a slide's tissue by its colour, or a GeoJSON file of polygons in pixels of level 0, as
-            QuPath exports them; pixels elsewhere are not valid.
-        icc: "srgb" to convert colours with the profile that a slide of OpenSlide brings.
+        palette: "keep" (default) to read the values of a band with a palette, "expand" to read its colours (red, green
+            and blue), with transparent pixels invalid.
+        apply_scale: Whether to apply the scale and offset declared in the file; gives float32, NaN where missing.
+        asset: Asset to read from each STAC item; None for its only data asset.
+        mpp: Micrometres per pixel to read a slide at. A level within 1 % of it is read without resampling.
+        level: Level of a slide to read, instead of `mpp`; None for 0, the finest.
+        slide_mpp: Micrometres per pixel of a slide's level 0, or (x, y), if missing or wrong in the file.
+        tissue: "otsu" to detect a slide's tissue by colour, or a GeoJSON file of polygons in pixels of level 0, as
+            QuPath exports them; other pixels are invalid.
+        icc: "srgb" to convert colours with the ICC profile of a slide (OpenSlide only).
 
     Raises:
-        InputError: a file can't be opened or placed, holds no such band or level, or the options don't fit it.
+        InputError: A file can't be opened or placed, a band or level doesn't exist, or an option doesn't fit.
     """
     of_slides = _given(mpp=mpp, level=level, slide_mpp=slide_mpp, tissue=tissue, icc=icc)
     of_rasters = _given(
@@ -132,10 +131,10 @@ def open_raster(
     apply_scale: bool = False,
     asset: str | None = None,
 ) -> RasterSource:
-    """Open what GDAL reads as a raster, or several as one; `open_source` describes the arguments.
+    """Open a raster that GDAL reads, or several as a mosaic; `open_source` describes the arguments.
 
     Raises:
-        InputError: a file can't be read or placed, or the options or other files don't fit it.
+        InputError: A file can't be read or placed, or an option or another file doesn't fit.
     """
     pixels = PixelOptions(bands=bands, nodata=nodata, palette=palette, apply_scale=apply_scale)
     grid = GridOptions(crs=crs, resolution=resolution, bounds=bounds)
@@ -148,7 +147,7 @@ def open_raster(
 
 
 def _paths_of(path: str | Path | Sequence[str | Path], asset: str | None) -> tuple[str, list[str] | None]:
-    """A name for messages, and the files of a mosaic; None for one raster."""
+    """Return a name for messages and the files of a mosaic; None instead of files for a single raster."""
     if not isinstance(path, (str, Path)):
         paths = [os.fspath(part) for part in path]
         if not paths:
@@ -160,7 +159,7 @@ def _paths_of(path: str | Path | Sequence[str | Path], asset: str | None) -> tup
     if asset is not None:
         raise InputError(f"asset is for a JSON file of STAC items, got {name}; leave it out")
     if os.path.isdir(name):
-        # Some formats are folders themselves: those hold no rasters of their own and are GDAL's to open.
+        # Some formats are folders; those contain no rasters and are opened by GDAL.
         return name, _rasters_in(name) or None
     if glob.has_magic(name) and not os.path.exists(name) and "://" not in name and not name.startswith("/vsi"):
         return name, _matching(name)
@@ -193,12 +192,12 @@ def _matching(pattern: str) -> list[str]:
 
 
 def is_slide(path: str, *, asked: bool | None) -> bool:
-    """Whether a path is read as a slide.
+    """Return whether a path is read as a slide.
 
     Args:
-        path: what to open.
-        asked: whether options of slides were given, so that a plain tiled TIFF counts as one, or options of rasters,
-            so that it doesn't; None for neither.
+        path: Path to open.
+        asked: True if slide options were given, so that a plain tiled TIFF is a slide; False if raster options were
+            given, so that it isn't; None for neither.
     """
     if find_reader(path) is not None or _is_multiscale_zarr(path):
         return True
@@ -210,16 +209,16 @@ def is_slide(path: str, *, asked: bool | None) -> bool:
 def open_slide(
     path: str, *, bands: Sequence[int | str] | None = None, icc: str | None = None, **options: Any
 ) -> SlideSource:
-    """Open a slide with what reads its format.
+    """Open a slide with the reader of its format.
 
     Args:
-        path: the slide.
-        bands: names or 1-based numbers of channels.
+        path: Slide.
+        bands: Names or 1-based numbers of channels.
         icc: "srgb" or None.
-        **options: of `SlideSource`.
+        **options: Arguments of `SlideSource`.
 
     Raises:
-        InputError: it can't be opened, or an option doesn't fit it.
+        InputError: The slide can't be opened, or an option doesn't fit.
     """
     if icc not in (None, "srgb"):
         raise InputError(f'icc must be "srgb" or None, got {icc!r}')
@@ -242,7 +241,7 @@ def _is_multiscale_zarr(path: str) -> bool:
 
 
 def _is_slide_tiff(path: str, asked: bool | None) -> bool:
-    """Scanners' TIFFs are slides; of other tiled ones those without a place on Earth that look like one."""
+    """Return whether a TIFF is a slide: a scanner's format, or a tiled colour pyramid without georeference."""
     found = slide_format(path)
     if found is None or found != "generic-tiff":
         return found is not None
@@ -288,7 +287,7 @@ def merged_options(options: InputOptions, overrides: Mapping[str, Any]) -> dict[
         "bands": options.bands,
         "nodata": options.nodata,
         "resolution": resolution,
-        # A level is another way to choose the size of pixels.
+        # `level` is an alternative to `mpp`.
         "mpp": None if "level" in given else options.mpp,
         "slide_mpp": options.slide_mpp,
         "tissue": options.tissue,

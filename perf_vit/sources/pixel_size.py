@@ -1,4 +1,4 @@
-"""Sizes of pixels with their unit, so that a model meets the scale it was trained at in any CRS."""
+"""Pixel sizes with units, so that a model reads its training resolution in any CRS."""
 
 from __future__ import annotations
 
@@ -17,31 +17,31 @@ from perf_vit.sources._gdal import crs_name
 __all__ = ["PixelSize", "Unit", "common_unit", "unit_of"]
 
 Unit = tuple[str, float | None]
-"""Name of a unit of length and its metres; None for degrees, whose length depends on the place."""
+"""Name of a unit and its length in metres; None for degrees, whose length varies."""
 
 
 @dataclass(frozen=True)
 class PixelSize:
-    """The pixel size in a unit; `open_source` takes it as `resolution` and converts it to the CRS's unit.
+    """Pixel size with its unit; `open_source` accepts it as `resolution` and converts it to CRS units.
 
     Attributes:
-        size: in `unit`.
-        unit: from `unit_of`.
+        size: Size in `unit`.
+        unit: Unit from `unit_of`.
     """
 
     size: float
     unit: Unit
 
     def in_crs(self, crs: Any, path: str, place_xy: tuple[float, float]) -> float:
-        """The size in units of a CRS.
+        """Convert the size to units of a CRS.
 
         Args:
-            crs: of the pixels.
-            path: of the raster, for errors.
-            place_xy: the raster's middle in the CRS, for advice.
+            crs: Target CRS.
+            path: Path of the raster, for errors.
+            place_xy: Centre of the raster in the CRS, for advice.
 
         Raises:
-            InputError: one unit is degrees, the other isn't.
+            InputError: One of the units is degrees, the other isn't.
         """
         name, metres = unit_of(crs)
         own_name, own_metres = self.unit
@@ -57,13 +57,13 @@ class PixelSize:
 
 
 def unit_of(crs: Any) -> Unit:
-    """The unit of a CRS's coordinates."""
+    """Return the unit of a CRS's coordinates."""
     if crs.is_geographic:
         return "degree", None
     try:
         name, metres = crs.linear_units_factor
     except CRSError:
-        # Of local grids rasterio knows none.
+        # rasterio doesn't know the units of local grids.
         return _unit_in(crs)
     return str(name), float(metres)
 
@@ -74,20 +74,20 @@ def _unit_in(crs: Any) -> Unit:
 
 
 def _same(unit: Unit, other: Unit) -> bool:
-    """Whether two units are one; the same one has other names and last digits in other files."""
+    """Return whether two units are the same, which may differ in name and last digits between files."""
     if unit[1] is None or other[1] is None:
         return unit[1] is other[1]
     return math.isclose(unit[1], other[1], rel_tol=1e-9)
 
 
 def common_unit(crs_of: Sequence[tuple[str, Any]]) -> Unit:
-    """The unit of several rasters' coordinates.
+    """Return the common CRS unit of several rasters.
 
     Args:
-        crs_of: path and CRS of each.
+        crs_of: Path and CRS of each raster.
 
     Raises:
-        InputError: they differ.
+        InputError: The units differ.
     """
     first_path, first = crs_of[0]
     for path, crs in crs_of[1:]:

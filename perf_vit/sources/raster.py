@@ -1,4 +1,4 @@
-"""Rasters of any size, read window by window, with a mask of valid pixels and EXIF orientation."""
+"""Rasters of any size, read by window, with valid mask and EXIF orientation."""
 
 from __future__ import annotations
 
@@ -36,34 +36,34 @@ _BIG_TIFF = 43
 
 @dataclass(frozen=True)
 class Orientation:
-    """How stored pixels become those that viewers show.
+    """EXIF orientation, which maps stored pixels to those that viewers show.
 
     Attributes:
-        value: of the EXIF tag, 1 to 8; 1 leaves all as it is.
+        value: Value of the EXIF tag, 1 to 8; 1 for no change.
     """
 
     value: int = 1
 
     @property
     def transposes(self) -> bool:
-        """Whether stored rows are shown as columns."""
+        """Whether rows and columns are exchanged."""
         return self.value >= 5
 
     @property
     def flips(self) -> tuple[bool, bool]:
-        """Whether rows and columns come in reverse order, after transposing."""
+        """Whether rows and columns are reversed, after transposing."""
         return self.value in (3, 4, 7, 8), self.value in (2, 3, 6, 7)
 
     def size(self, height: int, width: int) -> tuple[int, int]:
-        """(height, width) as shown of a stored size, and the other way round."""
+        """Convert a stored size (height, width) to the shown size, and vice versa."""
         return (width, height) if self.transposes else (height, width)
 
     def stored_window(self, window: Window, size: tuple[int, int]) -> Window:
-        """Where the pixels of a window are stored.
+        """Return the stored window of a shown window.
 
         Args:
-            window: inside the image as shown.
-            size: (height, width) as shown.
+            window: Window inside the shown image.
+            size: Shown size (height, width).
         """
         flip_rows, flip_cols = self.flips
         row = size[0] - window.row_stop if flip_rows else window.row
@@ -73,16 +73,16 @@ class Orientation:
         return Window(row, col, window.height, window.width)
 
     def show(self, stored: npt.NDArray[Any]) -> npt.NDArray[Any]:
-        """Stored pixels [..., h, w] as viewers show them."""
+        """Convert stored pixels [..., h, w] to those that viewers show."""
         shown = stored.swapaxes(-1, -2) if self.transposes else stored
         flip_rows, flip_cols = self.flips
         return np.ascontiguousarray(shown[..., :: -1 if flip_rows else 1, :: -1 if flip_cols else 1])
 
 
 def orientation_of(dataset: Any, path: str) -> Orientation:
-    """The orientation of an open image: that of its EXIF tag, unless a georeference says where its pixels lie.
+    """Return the EXIF orientation of an open image; 1 if it has a georeference.
 
-    JPEGs may lie anywhere, TIFF, PNG and WebP files must be local.
+    JPEGs may be remote; TIFF, PNG and WebP files must be local.
     """
     if dataset.crs is not None or not dataset.transform.is_identity or dataset.gcps[0] or dataset.rpcs:
         return Orientation()
@@ -95,7 +95,7 @@ def orientation_of(dataset: Any, path: str) -> Orientation:
     try:
         with open(path, "rb") as file:
             return _checked(find(file))
-    # Whatever is wrong with the tag, the pixels can be read.
+    # An invalid tag doesn't prevent reading the pixels.
     except (OSError, ValueError, SyntaxError, KeyError, struct.error):
         return Orientation()
 
@@ -115,7 +115,7 @@ def _of_tiff(file: BinaryIO) -> Any:
 
 
 def _of_png(file: BinaryIO) -> Any:
-    """Of the chunk eXIf, which may come after the pixels."""
+    """Read the orientation from the chunk eXIf, which may follow the pixels."""
     file.seek(8)
     while len(head := file.read(8)) == 8:
         length, kind = struct.unpack(">I4s", head)
@@ -133,28 +133,28 @@ def _of_webp(file: BinaryIO) -> Any:
 
 
 class RasterSource(BaseSource):
-    """A raster on disk or behind a URL; `open_source` makes one.
+    """Raster on disk or at a URL, opened by `open_source`.
 
-    It may be pickled, forked and shared between threads: each opens the file for itself.
+    It can be pickled, forked and shared between threads; each opens its own file.
 
-    A rotated raster keeps its pixels, its transform is the rotated one. A photo without georeference is read as viewers
-    show it, turned as its EXIF tag says.
+    Rotated rasters keep their pixels and have a rotated transform. Photos without georeference are read with their EXIF
+    orientation applied, as viewers show them.
 
     Attributes:
-        path: as it was given.
-        height: rows.
-        width: columns.
-        bands: 1-based numbers of the file's bands that `read` gives.
-        dtype: of the pixels; the common one where bands differ.
-        crs: None where the file has none.
-        transform: pixel (column, row) to CRS coordinates; the identity where the file has none.
-        nodata: value of missing pixels, None if there is none that the dtype can hold.
-        band_names: the bands' descriptions, "band_1" and so on where they have none.
-        placed_by_gcps: whether only ground control points say where it lies; its pixels are read as they are.
-        colormap: value to (red, green, blue, alpha), None where the first band has none.
-        mask_name: what hides pixels beside nodata values, such as "band 4 (alpha)", None where nothing does.
-        options: of `open_source` that it was opened with.
-        opened_from: what `open_source` was given, None for a source that it didn't open.
+        path: Path as given.
+        height: Number of rows.
+        width: Number of columns.
+        bands: 1-based numbers of the bands that `read` returns.
+        dtype: Data type of the pixels; the common one if bands differ.
+        crs: CRS, or None.
+        transform: Transform from pixels (column, row) to CRS coordinates; the identity if the file has none.
+        nodata: Value of missing pixels; None if there is none that the dtype can represent.
+        band_names: Descriptions of the bands; "band_1" and so on if they have none.
+        placed_by_gcps: Whether only ground control points georeference it; pixels are read as stored.
+        colormap: Value to (red, green, blue, alpha); None if the first band has no palette.
+        mask_name: Mask in addition to nodata values, such as "band 4 (alpha)", or None.
+        options: Options of `open_source` that it was opened with.
+        opened_from: Input given to `open_source`; None for sources opened otherwise.
     """
 
     mpp: float | None = None
@@ -194,12 +194,12 @@ class RasterSource(BaseSource):
 
     @property
     def num_bands(self) -> int:
-        """Bands that `read` gives."""
+        """Number of bands that `read` returns."""
         return len(self.band_names)
 
     @property
     def orientation(self) -> int:
-        """The EXIF orientation that pixels are turned by, 1 to 8; 1 where they are read as they are stored."""
+        """EXIF orientation applied while reading, 1 to 8; 1 for none."""
         return self._orientation.value
 
     @property
@@ -209,12 +209,12 @@ class RasterSource(BaseSource):
 
     @property
     def bounds(self) -> Bounds:
-        """(left, bottom, right, top) in CRS units; of a rotated raster, the box around it."""
+        """Bounds (left, bottom, right, top) in CRS units; for rotated rasters those of the box around them."""
         return self._grid.bounds
 
     def _read(self, window: Window) -> GeoImage:
-        # A band is invalid past the edge, where it is nodata or not finite, and where alpha or mask is 0; a pixel is
-        # valid where a band is. Pixels past the edge are the nodata value, or 0.
+        # A band is invalid outside the raster, if it is nodata or not finite, and if alpha or mask is 0; a pixel is
+        # valid if any band is. Pixels outside have the nodata value, or 0.
         pixels = np.full((self.num_bands, *window.shape), self.nodata or 0, self.dtype)
         mask = np.zeros((1, *window.shape), bool)
         shared = window.intersect(self.extent)
@@ -226,17 +226,17 @@ class RasterSource(BaseSource):
         return GeoImage.from_mask(pixels, mask, self.crs, self.transform @ Affine.translation(window.col, window.row))
 
     def read_reduced(self, max_size_px: int, window: Window | None = None) -> GeoImage:
-        """Read a window thinned out, or from the file's overviews: for statistics and pictures.
+        """Read a window at lower resolution, subsampled or from overviews, for statistics and pictures.
 
         Args:
-            max_size_px: longest side of the result, in pixels; smaller windows are not enlarged.
-            window: inside the raster, all of it by default.
+            max_size_px: Maximum size of the longest side of the result in pixels; smaller windows are not enlarged.
+            window: Window inside the raster; None for all of it.
 
         Returns:
             Pixels [num_bands, h, w] by nearest neighbour, with the transform of the larger pixels.
 
         Raises:
-            InputError: the window is outside the raster, or the file is damaged there.
+            InputError: The window is outside of the raster, or the file is damaged there.
         """
         shared = (window or self.extent).intersect(self.extent)
         if shared is None:
@@ -250,7 +250,7 @@ class RasterSource(BaseSource):
         )
 
     def close(self) -> None:
-        """Close the file handle of this thread; a later read opens it again."""
+        """Close this thread's file handle; the next read opens it again."""
         self._handle.close()
 
     def __repr__(self) -> str:
@@ -258,11 +258,11 @@ class RasterSource(BaseSource):
         return f"{type(self).__name__}({self.path!r}: {layout})"
 
     def _read_again(self, window: Window, out_shape: tuple[int, int]) -> tuple[PixelArray, BoolArray]:
-        """`_read_inside`, with more than one try where a server doesn't deliver."""
+        """Call `_read_inside`, with retries if a server fails."""
         return with_retries(functools.partial(self._read_inside, window, out_shape), self.close)
 
     def _read_inside(self, window: Window, out_shape: tuple[int, int]) -> tuple[PixelArray, BoolArray]:
-        """Pixels [C, *out_shape] of a window inside the raster, and which hold data, [C or 1, *out_shape]."""
+        """Read pixels [C, *out_shape] of a window inside the raster, and their mask, [C or 1, *out_shape]."""
         stored = self._orientation.stored_window(window, self.size)
         read = self._layout.read(self._handle.get(), stored, self._orientation.size(*out_shape))
         if self.orientation == 1:

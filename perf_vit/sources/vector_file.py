@@ -1,4 +1,4 @@
-"""Names of vector files that pyogrio takes for paths, whatever characters are in them."""
+"""Reading and writing of vector files with any file name."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ __all__ = [
     "writing_path",
 ]
 
-# pyogrio parses names as URLs: it drops what follows ";" and control characters, and takes "!" for the border of an
+# pyogrio parses names as URLs: it drops the part after ";" and control characters, and "!" separates the path in an
 # archive.
 _URL_MARKS = frozenset(";!?\t\r\n")
 
@@ -40,18 +40,18 @@ _NOT_FIRST = "`~!@#$%^&*()+-={}|[]\\:\";'<>?,./"
 
 
 def layer_name(stem: str) -> str:
-    """A layer's name for a file's: without the marks at its beginning that GeoPackages can't have."""
+    """Return a layer name from a file name, without leading characters that GeoPackage doesn't allow."""
     return _unicode(stem).lstrip(_NOT_FIRST) or "objects"
 
 
 @contextmanager
 def writing_path(path: Path) -> Iterator[Path]:
-    """The path to write a file of one piece at, which is moved to `path` when the block ends well."""
+    """Yield the path to write a single file at, which is moved to `path` when the block ends."""
     if _is_plain(str(path)):
         yield path
         return
     with tempfile.TemporaryDirectory() as folder:
-        # The file itself is made beside `path`, where its disk is.
+        # The file itself is written next to `path`, on the same disk.
         made = Path(folder, "target", f"made{path.suffix}")
         made.parent.symlink_to(path.absolute().parent, target_is_directory=True)
         yield made
@@ -60,7 +60,7 @@ def writing_path(path: Path) -> Iterator[Path]:
 
 @contextmanager
 def reading_path(path: str) -> Iterator[str]:
-    """The path to read a file and those of its name beside it at; what isn't there stays as it is."""
+    """Yield a path at which GDAL can read a file and its side-car files; missing files stay unchanged."""
     if _is_plain(path) or not Path(path).is_file():
         yield path
         return
@@ -86,22 +86,22 @@ _SUFFIXES = {".fgb", ".geojson", ".geojsonl", ".gml", ".gpkg", ".json", ".kml", 
 
 
 def split_layer(name: str) -> tuple[str, str | None]:
-    """Split a name such as `site.gpkg|layername=roofs`, QGIS's way to name a layer, into the file's path and the layer.
+    """Split a name such as `site.gpkg|layername=roofs` (QGIS syntax) into file path and layer.
 
     Returns:
-        The path, and the layer's name or None.
+        Path, and layer name or None.
     """
     path, mark, layer = name.partition("|layername=")
     return (path, layer) if mark and not os.path.exists(name) else (name, None)
 
 
 def is_vector_name(path: str) -> bool:
-    """Whether the file's suffix is one of a vector format."""
+    """Return whether a file has the suffix of a vector format."""
     return Path(split_layer(path)[0]).suffix.lower() in _SUFFIXES
 
 
 def opens_as_vector(path: str) -> bool:
-    """Whether a file of another suffix is a vector file after all."""
+    """Return whether a file with another suffix can be opened as a vector file."""
     try:
         with reading_path(split_layer(path)[0]) as file:
             return len(pyogrio.list_layers(file)) > 0
@@ -110,22 +110,22 @@ def opens_as_vector(path: str) -> bool:
 
 
 def read_features(path: str, attribute: str | None) -> Any:
-    """Read the geometries of one layer of a vector file and one of its columns, as geopandas frame.
+    """Read the geometries of a layer of a vector file and one of its columns, as geopandas frame.
 
     Args:
-        path: a vector file, of several layers as `FILE|layername=LAYER`.
-        attribute: column to read; a file without features needs none.
+        path: Vector file; with several layers as `FILE|layername=LAYER`.
+        attribute: Column to read; not required for a file without features.
 
     Raises:
-        InputError: the file can't be read, has several layers and none is named, or no such layer or column.
+        InputError: The file can't be read, has several layers and none is given, or lacks the layer or column.
     """
     try:
         with warnings.catch_warnings():
-            # Of a damaged file the error below says the same, once.
+            # The error below reports damaged files once.
             warnings.simplefilter("ignore", RuntimeWarning)
             frame = _read(path, attribute)
     except (DataSourceError, DataLayerError) as error:
-        # What follows the reason in GDAL's own words is for programmers.
+        # GDAL appends advice for programmers.
         reason = reason_of(error).split("; It might")[0]
         hint = "; COCO files label objects, for detectors" if path.lower().endswith(".json") else ""
         raise InputError(f"can't open {path} as a vector file: {reason}{hint}") from error
@@ -143,7 +143,7 @@ def _read(path: str, attribute: str | None) -> Any:
         layer = _chosen_layer(file, layers, layer)
         info = pyogrio.read_info(found, layer=layer, force_feature_count=True)
         wanted = _column(path, info["fields"].tolist(), info["features"], attribute)
-        # A ring of two points is no reason to give up the rest.
+        # Invalid rings shouldn't prevent reading the rest.
         return gpd.read_file(found, layer=layer, engine="pyogrio", columns=wanted, on_invalid="ignore")
 
 
@@ -165,9 +165,9 @@ def _read_parquet(path: str, attribute: str | None) -> Any:
 
 
 def _column(path: str, columns: list[str], num_features: int, attribute: str | None) -> list[str]:
-    """The columns to read: the attribute's, if any."""
+    """Return the columns to read, i.e. the attribute, if any."""
     if attribute is None or num_features == 0:
-        # A GeoJSON without features has no columns either.
+        # A GeoJSON file without features has no columns.
         return []
     if attribute not in columns:
         raise InputError(f"attribute {attribute!r} is not a column of {path}; columns: {', '.join(columns) or '-'}")

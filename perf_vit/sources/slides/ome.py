@@ -1,4 +1,4 @@
-"""OME-TIFF and OME-Zarr: slides of any number of channels, their tiles or chunks read one by one."""
+"""OME-TIFF and OME-Zarr slides with any number of channels, read by tile or chunk."""
 
 from __future__ import annotations
 
@@ -27,13 +27,13 @@ __all__ = ["ArrayReader", "is_multiscale", "open_ome_tiff", "open_ome_zarr", "st
 
 _COLOURS = ("red", "green", "blue")
 
-# ExtraSamples of TIFF: colours multiplied with alpha, and others.
+# TIFF ExtraSamples: premultiplied and straight alpha.
 _ALPHA_SAMPLES = {1, 2}
 
 
 @dataclass(frozen=True, slots=True)
 class _Arrays:
-    """An open file: one array a level, with the axes they have in common, and what the metadata say."""
+    """Open file: one array per level with common axes, and metadata."""
 
     arrays: Sequence[Any]
     axes: str
@@ -44,16 +44,15 @@ class _Arrays:
 
 
 class ArrayReader(PyramidReader):
-    """Levels of arrays with axes Y and X, at most one of C (channels) and S (colours), and others of length 1.
+    """Levels from arrays with axes Y and X, at most one of C (channels) and S (colours), and other axes of length 1.
 
     Args:
-        path: name of the file.
-        open_arrays: opens it.
-
-        format_name: what people call it.
+        path: Name of the file.
+        open_arrays: Function that opens it.
+        format_name: Name of the format.
 
     Raises:
-        InputError: it can't be opened, or has other axes or pixels.
+        InputError: The file can't be opened, or its axes or pixels aren't supported.
     """
 
     def __init__(self, path: str, open_arrays: Callable[[str], _Arrays], format_name: str) -> None:
@@ -77,24 +76,24 @@ class ArrayReader(PyramidReader):
         self.fill = 255 if self._is_colour and self.dtype == np.uint8 else 0
 
     def read(self, level: int, window: Window) -> tuple[npt.NDArray[Any], BoolArray]:
-        """Pixels [C, h, w] and which are finite and stored, [C, h, w] or [1, h, w].
+        """Read pixels [C, h, w] and a mask of finite and stored ones, [C, h, w] or [1, h, w].
 
         Raises:
-            DamagedDataError: the file is damaged there.
-            InputError: the system can't read it.
+            DamagedDataError: The file is damaged there.
+            InputError: The system can't read it.
         """
         places: dict[str, Any] = {"Y": slice(window.row, window.row_stop), "X": slice(window.col, window.col_stop)}
         places |= {"C": slice(None), "S": slice(None)}
         try:
             array, chosen = self._handle.get().arrays[level], tuple(places.get(axis, 0) for axis in self._axes)
             found, stored = np.asarray(array[chosen]), stored_mask(array, chosen)
-        # The codecs behind a file have no common base of their errors.
+        # Errors of the codecs have no common base class.
         except Exception as error:
             what = (
                 f"can't read rows {window.row} to {window.row_stop}, columns {window.col} to {window.col_stop} of "
                 f"level {level} of {self._path}: {' '.join(str(error).split())}"
             )
-            # The system gives numbers to its own errors, as of a disk that isn't there any more.
+            # Errors of the system have a number, e.g. for a missing disk.
             if isinstance(error, OSError) and error.errno is not None:
                 raise InputError(what) from error
             raise DamagedDataError(f"{what}; the file may be truncated or damaged") from error
@@ -128,26 +127,26 @@ class ArrayReader(PyramidReader):
 
 @register_source(".ome.tif", ".ome.tiff", ".ome.tf2", ".ome.tf8", ".ome.btf")
 def open_ome_tiff(path: str) -> ArrayReader:
-    """Read the first image of an OME-TIFF; others, such as labels, are never read.
+    """Open the first image of an OME-TIFF; others, such as labels, are never read.
 
     Raises:
-        InputError: it can't be opened, or is no single image.
+        InputError: The file can't be opened, or isn't a single image.
     """
     return ArrayReader(path, _open_tiff, "ome-tiff")
 
 
 @register_source(".ome.zarr")
 def open_ome_zarr(path: str) -> ArrayReader:
-    """Read the first image of an OME-Zarr folder of version 0.4 or 0.5.
+    """Open the first image of an OME-Zarr folder of version 0.4 or 0.5.
 
     Raises:
-        InputError: it can't be opened, or is no single image.
+        InputError: The folder can't be opened, or isn't a single image.
     """
     return ArrayReader(path, _open_zarr, "ome-zarr")
 
 
 def is_multiscale(path: str) -> bool:
-    """Whether a folder is an OME-Zarr image."""
+    """Return whether a folder is an OME-Zarr image."""
     folder = Path(path)
     return any(
         b'"multiscales"' in (place / name).read_bytes()
@@ -191,7 +190,7 @@ def _open_zarr(path: str) -> _Arrays:
     check_exists(path)
     with parsing(path, "an OME-Zarr image of version 0.4 or 0.5"):
         group = zarr.open_group(path, mode="r")
-        # Converters of many-image files put each image into a folder of its number.
+        # Converters of multi-image files write each image to a numbered folder.
         image = group if _metadata(group).get("multiscales") else group["0"]
         metadata = _metadata(image)
         scales = metadata["multiscales"][0]
@@ -208,7 +207,7 @@ def _metadata(group: Any) -> dict[str, Any]:
 
 
 def _scale_yx(scales: Mapping[str, Any]) -> tuple[float, float] | None:
-    """Micrometres per pixel of the first level, by its scale and that of all levels."""
+    """Return the micrometres per pixel of the first level, from its scale and the common one."""
     factors = np.ones(len(scales["axes"]))
     for entry in (
         *scales["datasets"][0].get("coordinateTransformations", ()),
@@ -225,20 +224,20 @@ def _scale_yx(scales: Mapping[str, Any]) -> tuple[float, float] | None:
 
 
 def stored_mask(array: Any, selection: Sequence[int | slice]) -> BoolArray | None:
-    """Which of some pixels lie in chunks, or shards, that are stored.
+    """Return which selected pixels lie in chunks (or shards) that are stored.
 
-    Zarr reads a chunk that isn't there as the array's fill value. Writers leave out chunks that hold nothing else, and
-    files get lost; nothing tells one from the other. An array without fill value may leave out none.
+    Zarr reads missing chunks as the fill value. Writers omit chunks with fill values only, which can't be told from
+    lost files. An array without fill value must have all chunks.
 
     Args:
-        array: a Zarr array.
-        selection: a number or a slice an axis, inside the array.
+        array: Zarr array.
+        selection: Index or slice per axis, inside the array.
 
     Returns:
-        As `array[selection]` is shaped; None for an array that isn't in a folder.
+        Mask in the shape of `array[selection]`; None for an array that isn't in a folder.
 
     Raises:
-        DamagedDataError: a chunk of an array without fill value isn't there.
+        DamagedDataError: A chunk of an array without fill value is missing.
     """
     root = getattr(array.store, "root", None)
     if root is None:

@@ -1,4 +1,4 @@
-"""The metadata of an OME-TIFF: what is read of it, and what is written."""
+"""OME-XML metadata of OME-TIFF, parsed and written."""
 
 from __future__ import annotations
 
@@ -40,11 +40,11 @@ _TYPES = {"float32": "float", "float64": "double"}
 
 @dataclass(frozen=True, slots=True)
 class OmeImage:
-    """What the metadata say of the first image.
+    """Metadata of the first image.
 
     Attributes:
-        mpp_yx: micrometres per pixel, None where they don't tell.
-        channel_names: empty names where a channel has none.
+        mpp_yx: Micrometres per pixel; None if unknown.
+        channel_names: Channel names; empty for channels without name.
     """
 
     mpp_yx: tuple[float, float] | None
@@ -52,13 +52,13 @@ class OmeImage:
 
 
 def micrometres(value: float, unit: str | None) -> float | None:
-    """A length in micrometres, None of a unit that is no length."""
+    """Convert a length to micrometres; None if the unit isn't a length."""
     factor = _MICROMETRES.get(unit or "")
     return value * factor if factor is not None and value > 0 else None
 
 
 def parse_ome_xml(text: str) -> OmeImage:
-    """Pixel size and channel names of the first image; nothing of what is not well formed."""
+    """Parse pixel size and channel names of the first image; empty if the XML isn't well-formed."""
     try:
         pixels = next(element for element in ET.fromstring(text).iter() if _local(element) == "Pixels")
     except (ET.ParseError, StopIteration):
@@ -70,7 +70,7 @@ def parse_ome_xml(text: str) -> OmeImage:
 
 
 def parse_ome_tags(text: str) -> dict[str, str]:
-    """The key and value pairs that `make_ome_xml` has written; none of what is not well formed."""
+    """Parse the key-value pairs written by `make_ome_xml`; none if the XML isn't well-formed."""
     try:
         found = [element for element in ET.fromstring(text).iter() if _local(element) == "M"]
     except ET.ParseError:
@@ -88,16 +88,16 @@ def make_ome_xml(
     description: str | None,
     tags: Mapping[str, str],
 ) -> str:
-    """OME-XML 2016-06 of one image whose channels are pages in order; the same for the same arguments.
+    """Build OME-XML 2016-06 of one image whose channels are pages in order; reproducible.
 
     Args:
-        name: of the image.
-        shape: channels, rows, columns.
-        dtype: of the pixels.
-        mpp_xy: micrometres per pixel.
-        channel_names: one a channel.
-        description: free text.
-        tags: key and value pairs, kept as a map annotation.
+        name: Name of the image.
+        shape: Number of channels, rows and columns.
+        dtype: Data type of the pixels.
+        mpp_xy: Micrometres per pixel.
+        channel_names: Name of each channel.
+        description: Free text.
+        tags: Key-value pairs, stored as a map annotation.
     """
     ET.register_namespace("", _NAMESPACE)
     ET.register_namespace("xsi", "http://www.w3.org/2001/XMLSchema-instance")
@@ -113,7 +113,7 @@ def make_ome_xml(
         for key, text in tags.items():
             ET.SubElement(value, _tag("M"), K=xml_text(key)).text = xml_text(text)
     body = ET.tostring(root, encoding="unicode")
-    # TIFF descriptions are ASCII; character references stand for the rest.
+    # TIFF descriptions are ASCII, so other characters become character references.
     return '<?xml version="1.0" encoding="UTF-8"?>' + body.encode("ascii", "xmlcharrefreplace").decode("ascii")
 
 

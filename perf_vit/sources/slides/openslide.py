@@ -1,4 +1,4 @@
-"""Whole slides of every format that OpenSlide 4 reads."""
+"""Whole slides of all formats of OpenSlide 4."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def import_slide_library(name: str, path: str) -> Any:
     """Import a package of the extra `slides`.
 
     Raises:
-        InputError: it isn't installed, or doesn't find its binary.
+        InputError: The package isn't installed, or doesn't find its binary.
     """
     try:
         return importlib.import_module(name)
@@ -38,7 +38,7 @@ def import_slide_library(name: str, path: str) -> Any:
 
 
 def slide_format(path: str) -> str | None:
-    """OpenSlide's name of the file's format, None where it isn't a slide or OpenSlide isn't installed."""
+    """Return OpenSlide's name of a file's format; None if it isn't a slide or OpenSlide isn't installed."""
     try:
         import openslide
     except (ImportError, OSError):
@@ -52,7 +52,7 @@ def slide_format(path: str) -> str | None:
 
 @dataclass(frozen=True, slots=True)
 class _Handle:
-    """An open slide, and its colour transform where one was asked for."""
+    """Open slide with its colour transform, if requested."""
 
     slide: Any
     to_srgb: Any
@@ -63,14 +63,14 @@ class _Handle:
 
 @register_source(".bif", ".czi", ".dcm", ".mrxs", ".ndpi", ".scn", ".svs", ".svslide", ".vms", ".vmu")
 class OpenSlideReader(PyramidReader):
-    """A slide's levels through OpenSlide; labels and macro pictures, which may name the patient, are never read.
+    """Levels of a slide read by OpenSlide; label and macro images, which may identify the patient, are never read.
 
     Args:
-        path: the slide.
-        to_srgb: convert with the slide's colour profile, where it has one.
+        path: Slide.
+        to_srgb: Whether to convert with the slide's colour profile, if it has one.
 
     Raises:
-        InputError: the slide can't be opened, or OpenSlide isn't installed.
+        InputError: The slide can't be opened, or OpenSlide isn't installed.
     """
 
     dtype = np.dtype(np.uint8)
@@ -88,15 +88,15 @@ class OpenSlideReader(PyramidReader):
         self.mpp_yx = _mpp_yx(slide.properties)
 
     def read(self, level: int, window: Window) -> tuple[npt.NDArray[Any], BoolArray]:
-        """Pixels [3, h, w], white where the scanner saw nothing, and where it saw something [1, h, w].
+        """Read pixels [3, h, w], white where not scanned, and a mask of scanned pixels, [1, h, w].
 
         Raises:
-            DamagedDataError: the slide is damaged there.
+            DamagedDataError: The slide is damaged there.
         """
         if self._downsamples[level].is_integer():
             return self._read_at(level, window)
-        # OpenSlide takes positions in whole pixels of level 0. Where those are no whole pixels of the level, it shifts
-        # by the rest; blocks with fixed positions make the shift, too, independent of the window.
+        # OpenSlide positions are whole pixels of level 0. Where these aren't whole pixels of the level, it shifts
+        # by the rest; fixed block positions make this shift independent of the window.
         pixels = np.empty((3, *window.shape), np.uint8)
         mask = np.empty((1, *window.shape), bool)
         for block in _blocks(window):
@@ -119,7 +119,7 @@ class OpenSlideReader(PyramidReader):
         try:
             picture = handle.slide.read_region(place, level, (window.width, window.height))
         except _openslide().OpenSlideError as error:
-            # OpenSlide refuses everything after an error; a new handle may read another place.
+            # OpenSlide handles are unusable after an error; a new one can read other regions.
             self.close()
             raise DamagedDataError(
                 f"can't read rows {window.row} to {window.row_stop}, columns {window.col} to {window.col_stop} of "

@@ -1,4 +1,4 @@
-"""Pyramids of any file format: their levels, and which one to read for a pixel size."""
+"""Pyramids of any file format: levels, and the level to read at a pixel size."""
 
 from __future__ import annotations
 
@@ -25,18 +25,18 @@ __all__ = [
     "true_downsample",
 ]
 
-# Scanners give 0.4990 or 0.2527 where people say 0.5 and 0.25: within this share a level is read as it is.
+# Scanners give 0.4990 or 0.2527 for nominal 0.5 and 0.25: within this tolerance a level is not resampled.
 _SAME_SIZE = 0.01
 
 
 @dataclass(frozen=True, slots=True)
 class Level:
-    """One resolution of a pyramid.
+    """Level of a pyramid.
 
     Attributes:
-        height: rows.
-        width: columns.
-        downsample_yx: height and width of its pixels, in pixels of level 0.
+        height: Number of rows.
+        width: Number of columns.
+        downsample_yx: Height and width of its pixels, in pixels of level 0.
     """
 
     height: int
@@ -45,18 +45,18 @@ class Level:
 
 
 class PyramidReader(ABC):
-    """A file format, of which a `SlideSource` is made; `register_source` tells which files have it.
+    """Base class of readers of a file format for `SlideSource`; register subclasses with `register_source`.
 
-    A reader may be pickled.
+    A reader must be picklable.
 
     Attributes:
-        levels: finest first; level 0 has downsample (1, 1).
-        mpp_yx: micrometres per pixel of level 0, None where the file doesn't tell.
-        dtype: of the pixels.
-        band_names: one a band.
-        alpha: index of a band of opacity, None without; it is read only if it is asked for.
-        fill: value of pixels that don't exist.
-        format: its name, such as "aperio".
+        levels: Levels, finest first; level 0 has downsample (1, 1).
+        mpp_yx: Micrometres per pixel of level 0; None if unknown.
+        dtype: Data type of the pixels.
+        band_names: Name of each band.
+        alpha: Index of the opacity band, or None; it is read only on request.
+        fill: Value of missing pixels.
+        format: Name of the format, such as "aperio".
     """
 
     levels: tuple[Level, ...]
@@ -69,22 +69,22 @@ class PyramidReader(ABC):
 
     @abstractmethod
     def read(self, level: int, window: Window) -> tuple[npt.NDArray[Any], BoolArray]:
-        """Pixels [C, h, w] of a window inside the level, and which hold data, [C or 1, h, w]; from any thread."""
+        """Read pixels [C, h, w] of a window inside the level, and their mask, [C or 1, h, w]; must be thread-safe."""
 
     def close(self) -> None:  # noqa: B027
-        """Close this thread's handle, where the reader holds one."""
+        """Close this thread's handle, if any."""
 
 
 @dataclass(frozen=True, slots=True)
 class LevelGrid:
-    """A grid of pixels laid over a level.
+    """Pixel grid over a level.
 
     Attributes:
-        level: index of the level that is read.
-        height: rows of the grid.
-        width: columns of the grid.
-        step_yx: height and width of a grid pixel, in pixels of the level.
-        start_yx: the grid's upper left corner, in pixels of the level.
+        level: Index of the level to read.
+        height: Number of rows of the grid.
+        width: Number of columns of the grid.
+        step_yx: Height and width of a grid pixel, in pixels of the level.
+        start_yx: Upper left corner of the grid, in pixels of the level.
     """
 
     level: int
@@ -95,15 +95,15 @@ class LevelGrid:
 
     @property
     def is_level(self) -> bool:
-        """Whether the grid's pixels are the level's own."""
+        """Whether the grid's pixels are those of the level."""
         return self.step_yx == (1.0, 1.0) and self.start_yx == (0.0, 0.0)
 
 
 def true_downsample(full: int, reduced: int) -> float:
-    """Pixels of level 0 to a pixel of a level, from their lengths.
+    """Return the downsampling factor of a level from its length and that of level 0.
 
-    Writers drop or add a part of a pixel at the end, so 1001 to 250 is 4, not 4.004; and 60,000 to 235 is 256, not 255,
-    as most pyramids halve.
+    Writers drop or add partial pixels at the end, so 1001 to 250 is 4, not 4.004; and 60,000 to 235 is 256, not 255, as
+    most pyramids halve.
     """
     ratio = full / reduced
     for whole in (2 ** round(math.log2(ratio)), round(ratio)) if not ratio.is_integer() else ():
@@ -113,15 +113,15 @@ def true_downsample(full: int, reduced: int) -> float:
 
 
 def grid_of_level(levels: Sequence[Level], level: int) -> LevelGrid:
-    """The level's own pixels."""
+    """Return the grid of the level's own pixels."""
     return LevelGrid(level, levels[level].height, levels[level].width)
 
 
 def grid_at(levels: Sequence[Level], factor_yx: tuple[float, float]) -> LevelGrid:
-    """A grid of pixels `factor_yx` times as large as those of level 0, over the best level.
+    """Return a grid of pixels `factor_yx` times as large as those of level 0, over the best level.
 
-    That is a level whose pixels have this size within 1 %, which is then taken as it is, or the coarsest one that is
-    at least as fine, or else level 0, enlarged.
+    This is a level with pixels of this size within 1 %, which isn't resampled, else the coarsest one that is at least
+    as fine, else level 0, enlarged.
     """
     for index, level in enumerate(levels):
         if all(abs(f / d - 1) <= _SAME_SIZE for f, d in zip(factor_yx, level.downsample_yx, strict=True)):
@@ -134,7 +134,7 @@ def grid_at(levels: Sequence[Level], factor_yx: tuple[float, float]) -> LevelGri
 
 
 def finest_enough(levels: Sequence[Level], factor_yx: tuple[float, float]) -> int:
-    """Index of the coarsest level with pixels no larger than `factor_yx` pixels of level 0; 0 where there is none."""
+    """Return the index of the coarsest level whose pixels are at most `factor_yx` pixels of level 0; 0 for none."""
     fitting = [
         index
         for index, level in enumerate(levels)
@@ -143,28 +143,28 @@ def finest_enough(levels: Sequence[Level], factor_yx: tuple[float, float]) -> in
     return max(fitting, key=lambda index: levels[index].downsample_yx, default=0)
 
 
-# Pixels of a level held at once, before a window is cut in two.
+# Maximum number of level pixels held at once; larger windows are cut in two.
 _MAX_PIXELS = 1 << 24
 
 
 def read_grid(
     reader: PyramidReader, grid: LevelGrid, window: Window, bands: Sequence[int]
 ) -> tuple[npt.NDArray[Any], BoolArray]:
-    """Read a window of a grid over a pyramid's level.
+    """Read a window of a grid over a pyramid level.
 
-    Reduction and enlargement use a triangle filter, as wide as two grid pixels or two level pixels, whichever are
-    larger: anti-aliased in the first case, bilinear in the second. Weights come from a pixel's place in the whole grid
-    and are summed in a fixed order, so windows meet without a seam, bit for bit. Invalid values have no part in their
-    neighbours; a band of a grid pixel is valid where at least half of the weight is.
+    Resampling uses a triangle filter with a width of two grid pixels or two level pixels, whichever is larger:
+    antialiased when reducing, bilinear when enlarging. Weights depend on the position in the whole grid and are summed
+    in a fixed order, so adjacent windows match bit for bit. Invalid values are left out of the average; a band of a
+    grid pixel is valid if at least half of the weight is.
 
     Args:
-        reader: the pyramid.
-        grid: what to read.
-        window: inside the grid.
-        bands: indices of the bands to read, from 0.
+        reader: Pyramid reader.
+        grid: Grid to read.
+        window: Window inside the grid.
+        bands: 0-based indices of the bands to read.
 
     Returns:
-        Pixels [C, h, w] in the reader's dtype, and which hold data, [C, h, w] or [1, h, w].
+        Pixels [C, h, w] in the reader's dtype, and their mask, [C, h, w] or [1, h, w].
     """
     if grid.is_level:
         return _read_bands(reader, grid.level, window, bands)
@@ -182,7 +182,7 @@ def _read_bands(
 ) -> tuple[npt.NDArray[Any], BoolArray]:
     pixels, mask = reader.read(level, window)
     mask = mask if len(mask) == 1 else mask[list(bands)]
-    # A band that is read as data masks nothing.
+    # An alpha band that is read as data is not a mask.
     if reader.alpha is not None and reader.alpha not in bands:
         mask = mask & (pixels[reader.alpha] > 0)
     return pixels[list(bands)], mask
@@ -217,7 +217,7 @@ class _Taps:
     def __init__(self, start: float, step: float, length: int, first_out: int, stop_out: int) -> None:
         support = max(step, 1.0)
         centers = start + (np.arange(first_out, stop_out) + 0.5) * step
-        # At the far edge, a centre may lie a part of a pixel outside a level whose length was rounded down.
+        # At the far edge, a centre may lie slightly outside a level whose length was rounded down.
         centers = np.clip(centers, 0.5, length - 0.5)
         lowest = np.ceil(centers - support - 0.5).astype(np.int64)
         index = lowest[:, None] + np.arange(int(np.floor(2 * support)) + 1)
@@ -231,7 +231,7 @@ class _Taps:
         self.totals: npt.NDArray[np.float64] = (weight * used).sum(1)
 
     def matrix(self, dtype: npt.DTypeLike) -> Any:
-        """[out, span]; scipy multiplies it row by row, each row's entries in order."""
+        """Return the weight matrix, [out, span]; scipy sums each row's entries in order."""
         shape = (len(self._ends) - 1, self.span)
         return csr_array((self._weights.astype(dtype), self._columns, self._ends), shape=shape)
 
@@ -239,7 +239,7 @@ class _Taps:
 def _filtered(
     pixels: npt.NDArray[Any], mask: BoolArray, rows: _Taps, cols: _Taps, fill: int
 ) -> tuple[npt.NDArray[Any], BoolArray]:
-    # 24 bits of mantissa hold 16-bit pixels.
+    # The 24-bit mantissa of float32 holds 16-bit pixels exactly.
     work = np.dtype(np.float32 if pixels.dtype.itemsize <= 2 or pixels.dtype == np.float32 else np.float64)
     num_bands, height, width = pixels.shape
     num_layers = num_bands + len(mask)

@@ -1,4 +1,4 @@
-"""Whole slides of any size, read window by window at the pixel size that was asked for."""
+"""Whole slides of any size, read by window at a given resolution."""
 
 from __future__ import annotations
 
@@ -21,39 +21,39 @@ __all__ = ["SlideSource"]
 
 
 class SlideSource(BaseSource):
-    """A whole slide; `open_source` makes one.
+    """Whole slide, opened by `open_source`.
 
-    It may be pickled, forked and shared between threads: each opens the file for itself.
+    It can be pickled, forked and shared between threads; each opens its own file.
 
     Args:
-        path: name of the slide.
-        reader: its levels.
-        mpp: micrometres per pixel to read at.
-        level: level to read, instead of `mpp`; by default 0.
-        slide_mpp: micrometres per pixel of level 0, or (x, y), instead of what the file says.
-        bands: names or 1-based numbers of the channels to read, in this order; by default all but alpha.
-        tissue: "otsu", or a GeoJSON file of polygons in pixels of level 0; pixels elsewhere are not valid.
+        path: Path of the slide.
+        reader: Reader of its levels.
+        mpp: Micrometres per pixel to read at.
+        level: Level to read, instead of `mpp`; None for 0.
+        slide_mpp: Micrometres per pixel of level 0, or (x, y), which replaces that of the file.
+        bands: Names or 1-based numbers of the channels to read, in this order; None for all but alpha.
+        tissue: "otsu", or a GeoJSON file of polygons in pixels of level 0; other pixels are invalid.
 
     Attributes:
-        path: as it was given.
-        height: rows at the size it is read at.
-        width: columns at the size it is read at.
-        bands: 1-based numbers of the channels that `read` gives.
-        dtype: of the pixels.
-        band_names: names of the channels.
-        mpp: micrometres per pixel at the size it is read at, None where nobody knows; of pixels that are not square,
-            the geometric mean of both sides.
-        slide_mpp: (x, y) of level 0, None where nobody knows.
-        downsample_xy: width and height of a pixel of this source, in pixels of level 0.
-        transform: the identity.
-        format: what the file is, such as "aperio".
-        levels: (height, width) of each level that the file holds, finest first.
-        mask_name: what hides pixels in the file, such as "band 4 (alpha)", None where nothing does.
-        options: of `open_source` that it was opened with.
-        opened_from: what `open_source` was given, None for a source that it didn't open.
+        path: Path as given.
+        height: Number of rows at the resolution read.
+        width: Number of columns at the resolution read.
+        bands: 1-based numbers of the channels that `read` returns.
+        dtype: Data type of the pixels.
+        band_names: Names of the channels.
+        mpp: Micrometres per pixel at the resolution read, the geometric mean for non-square pixels; None if unknown.
+        slide_mpp: Micrometres per pixel of level 0 (x, y); None if unknown.
+        downsample_xy: Width and height of a pixel of this source, in pixels of level 0.
+        transform: The identity.
+        format: Format of the file, such as "aperio".
+        levels: Size (height, width) of each level in the file, finest first.
+        mask_name: Mask in the file, such as "band 4 (alpha)", or None.
+        options: Options of `open_source` that it was opened with.
+        opened_from: Input given to `open_source`; None for sources opened otherwise.
 
     Raises:
-        InputError: no such level or channel, `mpp` without a known pixel size, or a bad tissue file.
+        InputError: A level or channel doesn't exist, `mpp` is given without a known pixel size, or the tissue file is
+            invalid.
     """
 
     crs = None
@@ -94,7 +94,7 @@ class SlideSource(BaseSource):
 
     @property
     def num_bands(self) -> int:
-        """Channels that `read` gives."""
+        """Number of channels that `read` returns."""
         return len(self.bands)
 
     def _read(self, window: Window) -> GeoImage:
@@ -116,17 +116,17 @@ class SlideSource(BaseSource):
         return GeoImage.from_mask(pixels, mask, None, Affine.translation(window.col, window.row), self.mpp)
 
     def read_reduced(self, max_size_px: int, window: Window | None = None) -> GeoImage:
-        """Read a window at lower resolution, from the best level: for statistics and pictures.
+        """Read a window at lower resolution, from the best level, for statistics and pictures.
 
         Args:
-            max_size_px: longest side of the result, in pixels; smaller windows are not enlarged.
-            window: all of the slide by default; the part of it inside the slide is read.
+            max_size_px: Maximum size of the longest side of the result in pixels; smaller windows are not enlarged.
+            window: Window, clipped to the slide; None for the whole slide.
 
         Returns:
-            Pixels [num_bands, h, w], their `mpp`, and the transform to pixels of this source.
+            Pixels [num_bands, h, w] with their `mpp`, and the transform to pixels of this source.
 
         Raises:
-            InputError: the window is outside the slide, or the file is damaged there.
+            InputError: The window is outside the slide, or the file is damaged there.
         """
         shared = (window or self.extent).intersect(self.extent)
         if shared is None:
@@ -147,7 +147,7 @@ class SlideSource(BaseSource):
         return GeoImage.from_mask(pixels, mask, None, Affine.translation(shared.col, shared.row) @ scale, mpp)
 
     def close(self) -> None:
-        """Close the file handle of this thread; a later read opens it again."""
+        """Close this thread's file handle; the next read opens it again."""
         self._reader.close()
 
     def __repr__(self) -> str:
@@ -158,7 +158,7 @@ class SlideSource(BaseSource):
         return read_grid(self._reader, grid, window, self._indices)
 
     def _coarser(self, window: Window, scale_yx: tuple[float, float]) -> LevelGrid:
-        """A grid over `window` alone, of pixels larger by `scale_yx`."""
+        """Return a grid over `window` only, of pixels larger by `scale_yx`."""
         down_yx = self.downsample_xy[::-1]
         factor_yx = (down_yx[0] * scale_yx[0], down_yx[1] * scale_yx[1])
         index = finest_enough(self._reader.levels, factor_yx)

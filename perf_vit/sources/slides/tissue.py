@@ -1,4 +1,4 @@
-"""Where the tissue is: found by its colour, or drawn by the user."""
+"""Tissue masks, detected by colour or drawn by the user."""
 
 from __future__ import annotations
 
@@ -22,42 +22,42 @@ from perf_vit.types import BoolArray, Window
 __all__ = ["PolygonMask", "RasterMask", "TissueMask", "find_tissue", "open_tissue", "otsu_threshold"]
 
 _MPP = 8.0
-# Longest side of the picture that tissue is looked for in, where nobody knows the pixel size.
+# Longest side of the image for tissue detection if the pixel size is unknown.
 _MAX_SIDE_PX = 2048
 _STEPS_PER_PX = 256
 
 _CLOSING_RADIUS_PX = 3
-# At 8 um/px 0.01 mm2: dust and pen dots are smaller, the smallest biopsies larger.
+# 0.01 mm2 at 8 um/px: larger than dust and pen dots, smaller than the smallest biopsies.
 _MIN_AREA_PX = 156
-# Less colour than this is glass, however the histogram looks; less light is a pen, a fold or the slide's rim, whose
+# Lower saturation is glass, whatever the histogram; darker pixels are pen marks, folds or the slide's rim, whose
 # saturation is noise.
 _MIN_SATURATION, _MIN_VALUE = 0.05, 0.1
 
 
 class TissueMask(Protocol):
-    """Tells for the pixels of a window whether they show tissue."""
+    """Tissue mask of a slide, read by window."""
 
     def read(
         self, window: Window, downsample_xy: tuple[float, float], start_xy: tuple[float, float] = (0.0, 0.0)
     ) -> BoolArray:
-        """Which pixel centres lie on tissue.
+        """Return which pixel centres lie on tissue.
 
         Args:
-            window: rows and columns of a grid over the slide.
-            downsample_xy: width and height of the grid's pixels, in pixels of level 0.
-            start_xy: the grid's upper left corner, in pixels of level 0.
+            window: Rows and columns of a grid over the slide.
+            downsample_xy: Width and height of the grid's pixels, in pixels of level 0.
+            start_xy: Upper left corner of the grid, in pixels of level 0.
 
         Returns:
-            [window.height, window.width].
+            Mask, [window.height, window.width].
         """
 
 
 class RasterMask:
-    """A mask of the whole slide at low resolution.
+    """Mask of the whole slide at low resolution.
 
     Args:
-        mask: [h, w].
-        downsample_yx: height and width of its pixels, in pixels of level 0.
+        mask: Mask, [h, w].
+        downsample_yx: Height and width of its pixels, in pixels of level 0.
     """
 
     def __init__(self, mask: BoolArray, downsample_yx: tuple[float, float]) -> None:
@@ -67,7 +67,7 @@ class RasterMask:
     def read(
         self, window: Window, downsample_xy: tuple[float, float], start_xy: tuple[float, float] = (0.0, 0.0)
     ) -> BoolArray:
-        """Which pixel centres lie on tissue, [height, width]; see `TissueMask`."""
+        """Return which pixel centres lie on tissue, [height, width]; see `TissueMask`."""
         num_rows, num_cols = self.mask.shape
         y = start_xy[1] + (np.arange(window.row, window.row_stop) + 0.5) * downsample_xy[1]
         x = start_xy[0] + (np.arange(window.col, window.col_stop) + 0.5) * downsample_xy[0]
@@ -77,10 +77,10 @@ class RasterMask:
 
 
 class PolygonMask:
-    """Polygons in pixels of level 0, burnt window by window.
+    """Polygons in pixels of level 0, burnt by window.
 
     Args:
-        polygons: of shapely.
+        polygons: Shapely polygons.
     """
 
     def __init__(self, polygons: npt.NDArray[Any]) -> None:
@@ -90,7 +90,7 @@ class PolygonMask:
     def read(
         self, window: Window, downsample_xy: tuple[float, float], start_xy: tuple[float, float] = (0.0, 0.0)
     ) -> BoolArray:
-        """Which pixel centres lie in a polygon, [height, width]; see `TissueMask`."""
+        """Return which pixel centres lie in a polygon, [height, width]; see `TissueMask`."""
         scale, start = np.array(downsample_xy), np.array(start_xy)
         low = start + scale * (window.col, window.row)
         high = start + scale * (window.col_stop, window.row_stop)
@@ -98,7 +98,7 @@ class PolygonMask:
         if len(hits) == 0:
             return np.zeros(window.shape, bool)
 
-        # A shift by whole pixels is exact for coordinates of 1/256 pixel, so the window doesn't matter.
+        # Shifts by whole pixels are exact for coordinates in 1/256 pixel, so the result doesn't depend on the window.
         def place(xy: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
             return np.asarray(np.round((xy - start) / scale * _STEPS_PER_PX) / _STEPS_PER_PX)
 
@@ -109,16 +109,16 @@ class PolygonMask:
 
 
 def open_tissue(tissue: str, path: str, reader: PyramidReader, mpp_yx: tuple[float, float] | None) -> TissueMask:
-    """Find the tissue of a slide, or read its outlines.
+    """Detect the tissue of a slide, or read its outlines.
 
     Args:
         tissue: "otsu", or a GeoJSON file of polygons in pixels of level 0, as QuPath exports them.
-        path: the slide's name in errors.
-        reader: the slide.
-        mpp_yx: micrometres per pixel of level 0, None where nobody knows.
+        path: Name of the slide, for errors.
+        reader: Reader of the slide.
+        mpp_yx: Micrometres per pixel of level 0; None if unknown.
 
     Raises:
-        InputError: the slide has no colours to tell tissue by, or the file holds no polygons.
+        InputError: The slide isn't 8-bit RGB, or the file has no polygons.
     """
     if tissue != "otsu":
         return PolygonMask(_read_polygons(tissue))
@@ -138,14 +138,14 @@ def open_tissue(tissue: str, path: str, reader: PyramidReader, mpp_yx: tuple[flo
 
 
 def find_tissue(pixels: npt.NDArray[np.uint8], valid: BoolArray) -> BoolArray:
-    """Tissue by its saturation (of HSV), above Otsu's threshold; gaps closed, small spots and holes removed.
+    """Detect tissue by HSV saturation above Otsu's threshold, with gaps closed and small spots and holes removed.
 
     Args:
-        pixels: red, green and blue, [3, H, W], at about 8 micrometres per pixel.
-        valid: pixels that the scanner saw, [H, W].
+        pixels: Red, green and blue, [3, H, W], at about 8 micrometres per pixel.
+        valid: Scanned pixels, [H, W].
 
     Returns:
-        [H, W].
+        Tissue mask, [H, W].
     """
     high, low = pixels.max(0).astype(np.float32), pixels.min(0)
     saturation = (high - low) / np.maximum(high, 1)
@@ -155,7 +155,7 @@ def find_tissue(pixels: npt.NDArray[np.uint8], valid: BoolArray) -> BoolArray:
     mask = lit & (saturation >= threshold)
     y, x = np.ogrid[-_CLOSING_RADIUS_PX : _CLOSING_RADIUS_PX + 1, -_CLOSING_RADIUS_PX : _CLOSING_RADIUS_PX + 1]
     disk = x * x + y * y <= _CLOSING_RADIUS_PX**2
-    # The padding keeps closing from eating tissue that touches the edge.
+    # Padding keeps the closing from eroding tissue at the edge.
     padded = np.pad(mask, _CLOSING_RADIUS_PX, mode="edge")
     inner = slice(_CLOSING_RADIUS_PX, -_CLOSING_RADIUS_PX)
     closed = ndimage.binary_closing(padded, disk)[inner, inner]
@@ -163,10 +163,10 @@ def find_tissue(pixels: npt.NDArray[np.uint8], valid: BoolArray) -> BoolArray:
 
 
 def otsu_threshold(counts: npt.NDArray[np.int64]) -> int:
-    """The last bin of the lower class, by the largest variance between two classes (Otsu 1979, eq. 18).
+    """Return the last bin of the lower class, which maximises the between-class variance (Otsu 1979, eq. 18).
 
     Args:
-        counts: of each bin, [num_bins].
+        counts: Histogram counts, [num_bins].
     """
     bins = np.arange(len(counts))
     weight = np.cumsum(counts)
@@ -191,7 +191,7 @@ def _read_polygons(path: str) -> npt.NDArray[Any]:
         raise InputError(
             f"can't open {path}: {str(error.strerror).lower()}; tissue must be otsu or a GeoJSON file"
         ) from error
-    # Shapely raises many kinds of errors on values that are no coordinates.
+    # Shapely raises many kinds of errors for invalid coordinates.
     except Exception as error:
         raise InputError(f"{path} is not GeoJSON: {error}") from error
     parts = shapely.get_parts(np.array(geometries, dtype=object))
@@ -205,7 +205,7 @@ def _read_polygons(path: str) -> npt.NDArray[Any]:
 
 
 def _geometries(content: Any) -> list[Any]:
-    """GeoJSON geometries of a collection, a feature, a list of features (as older QuPath writes) or a geometry."""
+    """Return the GeoJSON geometries of a collection, a feature, a list of features (older QuPath) or a geometry."""
     if isinstance(content, list):
         return [geometry for entry in content for geometry in _geometries(entry)]
     if content["type"] == "FeatureCollection":
