@@ -106,7 +106,7 @@ def _set_bands(root: ElementTree.Element, layout: BandLayout) -> None:
 
 
 def _warped_nodata(layout: BandLayout) -> tuple[float | None, ...]:
-    """The value of each band that GDAL leaves out of what it averages."""
+    """Return the value of each band that GDAL leaves out of averages."""
     # GDAL heeds a mask only where no band has a nodata value.
     if layout.mask_bands:
         return (None,) * len(layout.bands)
@@ -118,7 +118,7 @@ def _warped_nodata(layout: BandLayout) -> tuple[float | None, ...]:
 
 
 def _masks_by_band(layout: BandLayout) -> bool:
-    """Whether GDAL leaves out values of single bands, or only pixels that are missing in all bands."""
+    """Return whether GDAL leaves out nodata values per band, or only pixels that are missing in all bands."""
     if layout.mask_bands:
         return False
     has_nan = layout.raw_dtype.kind == "f" and set(layout.raw_nodata) == {None}
@@ -135,9 +135,9 @@ def _set_options(root: ElementTree.Element, values: dict[str, str]) -> None:
 
 
 def _scale(dataset: Any, grid: Grid) -> dict[str, str]:
-    """Sides of the dataset's pixels in pixels of the grid, in the middle of the dataset.
+    """Return the pixel width and height of the dataset in grid pixels, at its centre.
 
-    GDAL measures them anew for each window, so that what interpolation averages would depend on the window.
+    By default GDAL measures them per window, so that interpolation would depend on the window.
     """
     if dataset.crs is None:
         return {}
@@ -169,15 +169,14 @@ _MARGIN_PX = 2
 
 @dataclass(frozen=True, kw_only=True)
 class Tile:
-    """One file of a mosaic.
+    """File of a mosaic.
 
     Attributes:
-        layout: its bands.
-        placed: its own grid where that is north-up or south-up in the target CRS, else the grid that GDAL suggests
-            for it there.
-        native: whether `placed` is its own grid.
-        gcps: whether only ground control points say where it lies.
-        overviews: reduction of each of its overviews.
+        layout: Bands of the file.
+        placed: Own grid of the file if it is north-up or south-up in the target CRS, else the grid that GDAL suggests.
+        native: Whether `placed` is its own grid.
+        gcps: Whether only ground control points georeference it.
+        overviews: Reduction factor of each overview.
     """
 
     layout: BandLayout
@@ -188,11 +187,11 @@ class Tile:
 
     @property
     def path(self) -> str:
-        """Of the file."""
+        """Path of the file."""
         return self.layout.path
 
     def footprint_in(self, grid: Grid) -> Window:
-        """Pixels of a grid in the target CRS that the tile can reach."""
+        """Return the window of a grid in the target CRS that the tile may cover."""
         around = grid.window_of(self.placed.bounds)
         if self.native and self.placed.window_in(grid):
             return around
@@ -201,13 +200,13 @@ class Tile:
 
 
 class OpenTile:
-    """A file opened to be read on a grid; `open_tile` makes one.
+    """File opened for reading on a grid, see `open_tile`.
 
     Args:
-        dataset: whose pixels are the grid's, shifted.
-        layout: of the file.
-        place: of the dataset's pixels on the grid.
-        warped: whether the dataset is one of `open_warped`, not the file as it is.
+        dataset: Dataset with the grid's pixels, shifted.
+        layout: Bands of the file.
+        place: Window of the grid that the dataset covers.
+        warped: Whether the dataset comes from `open_warped`, not directly from the file.
     """
 
     def __init__(self, dataset: Any, layout: BandLayout, place: Window, *, warped: bool) -> None:
@@ -217,10 +216,10 @@ class OpenTile:
         self._warped = warped
 
     def read(self, window: Window) -> tuple[Window, npt.NDArray[Any], BoolArray] | None:
-        """The part of a window of the grid that the tile covers: which part, pixels [C, h, w], and which hold data.
+        """Read the part of a window of the grid that the tile covers; return that part, pixels [C, h, w] and mask.
 
         Raises:
-            InputError: the file is damaged there.
+            InputError: The file is damaged there.
         """
         shared = window.intersect(self._extent)
         if shared is None:
@@ -234,7 +233,7 @@ class OpenTile:
         if pixels.dtype.kind == "f":
             mask = mask & is_finite(pixels)
         if layout.nodata_by_band or layout.mask_bands:
-            # Where there is a mask, GDAL warps by that alone.
+            # GDAL ignores nodata while warping if there is a mask.
             mask = mask & holds_data(pixels, layout.raw_nodata)
         return shared, *layout.finish(pixels, mask)
 
@@ -247,12 +246,12 @@ def describe_tile(path: str, options: PixelOptions, crs: CRS | None) -> Tile:
     """Read a file's header.
 
     Args:
-        path: of the file.
-        options: what the user says about its pixels.
-        crs: of the mosaic; None for the file's own.
+        path: Path of the file.
+        options: Options for its pixels.
+        crs: CRS of the mosaic; None for the file's own.
 
     Raises:
-        InputError: the file can't be read or placed, or the options don't fit it.
+        InputError: The file can't be read or placed, or an option doesn't fit.
     """
     with open_dataset(path) as dataset:
         layout = BandLayout.of(dataset, path, options)
@@ -273,16 +272,16 @@ def describe_tile(path: str, options: PixelOptions, crs: CRS | None) -> Tile:
 
 
 def open_tile(tile: Tile, grid: Grid, resampling: Resampling, reduction: float = 1) -> OpenTile:
-    """Open a file to be read on a grid.
+    """Open a file for reading on a grid.
 
     Args:
-        tile: the file.
-        grid: in the CRS of `tile.placed`.
-        resampling: where the tile's pixels are not the grid's.
-        reduction: how many times larger the grid's pixels are than the tile's, to read from an overview.
+        tile: Tile of the file.
+        grid: Grid in the CRS of `tile.placed`.
+        resampling: Resampling if the tile isn't aligned with the grid.
+        reduction: Ratio of the grid's pixel size to the tile's, to read from an overview.
 
     Raises:
-        InputError: the file can't be read.
+        InputError: The file can't be read.
     """
     shift = tile.placed.window_in(grid) if tile.native else None
     if shift is not None:

@@ -186,7 +186,7 @@ def _chosen_layer(file: str, layers: list[str], layer: str | None) -> str:
 
 
 def _without_shapeless(frame: Any, path: str) -> Any:
-    """A frame without features that have no place, such as null geometries and outlines with too few points."""
+    """Remove features without usable geometry, such as null geometries and outlines with too few points."""
     shapeless = np.array(frame.geometry.isna() | frame.geometry.is_empty)
     coordinates, owners = shapely.get_coordinates(frame.geometry.to_numpy(), return_index=True)
     shapeless[owners[~np.isfinite(coordinates).all(axis=1)]] = True
@@ -202,7 +202,7 @@ def _without_shapeless(frame: Any, path: str) -> Any:
 
 
 def _class_name(value: Any) -> Any:
-    """The name in a value like {"name": "Tumor", "color": [200, 0, 0]}, which is what QuPath calls a classification."""
+    """Return the name in a value like {"name": "Tumor", "color": [200, 0, 0]}, QuPath's classification."""
     found = value
     # Whether a JSON object comes as text depends on the version of pyogrio.
     if isinstance(value, str) and value.startswith("{"):

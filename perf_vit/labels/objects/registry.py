@@ -32,11 +32,11 @@ class LabelOptions:
         return self.classes[0] if self.classes else "object"
 
     def require_one_class(self, labels: str, hint: str = "") -> None:
-        """Refuse several classes where files don't tell them apart.
+        """Check that there is one class, as the files don't distinguish classes.
 
         Args:
-            labels: What the labels are, for the error.
-            hint: What to do about it, for the error.
+            labels: Name of the labels, for the error.
+            hint: Advice for the error.
 
         Raises:
             ConfigError: There are several classes.
