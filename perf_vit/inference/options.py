@@ -229,10 +229,18 @@ def _check_positive(options: PredictOptions, name: str) -> None:
 
 
 def resolve_device(device: str) -> str:
-    """A GPU if there is one instead of "auto"; others as they are."""
-    if device != "auto":
-        return device
-    return "cuda" if torch.cuda.is_available() else "cpu"
+    """A GPU if there is one instead of "auto"; others as they are.
+
+    Raises:
+        OptionError: There is no device of this kind.
+    """
+    if device == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        torch.device(device)
+    except RuntimeError as error:
+        raise OptionError(f"device {device}: {reason_line(error)}") from error
+    return device
 
 
 def move_to_device(model: nn.Module, device: str) -> str:

@@ -7,6 +7,7 @@ import itertools
 import os
 from collections import Counter
 from collections.abc import Sequence
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 
@@ -18,7 +19,7 @@ from perf_vit.data import SlideFeatures, tissue_windows
 from perf_vit.errors import InputError
 from perf_vit.inference.embed import attention_picture, embed_windows
 from perf_vit.inference.jobs.table_job import TableJob
-from perf_vit.inference.options import SlideClassificationPredictOptions, move_to_device
+from perf_vit.inference.options import SlideClassificationPredictOptions
 from perf_vit.inference.predictor import OnProgress, ignore_progress
 from perf_vit.inference.table_predictor import Rows, TablePredictor
 from perf_vit.models import SlideClassifier, load_slide_classifier
@@ -92,23 +93,20 @@ class SlideClassificationPredictor(TablePredictor[SlideClassifier, SlideClassifi
             InputError: The slide can't be read, has no tissue, or other channels than those of training.
         """
         spec = self.model.spec
-        with_tissue = spec.open(path, check=self.check_input, **self.options.input_options)
-        windows = tissue_windows(with_tissue, spec.tile_px, spec.min_tissue)
-        with_tissue.close()
-        source = self.open_with_glass(path)
-        device = move_to_device(self.model, self.options.device)
-        features = embed_windows(
-            self.model.embed,
-            source,
-            spec.normalizer,
-            windows,
-            batch_size=self.options.batch_size,
-            num_readers=self.options.num_readers,
-            device=device,
-            precision=self.options.dtype,
-            on_progress=on_window,
-        )
-        source.close()
+        with closing(spec.open(path, check=self.check_input, **self.options.input_options)) as with_tissue:
+            windows = tissue_windows(with_tissue, spec.tile_px, spec.min_tissue)
+        with closing(self.open_with_glass(path)) as source:
+            features = embed_windows(
+                self.model.embed,
+                source,
+                spec.normalizer,
+                windows,
+                batch_size=self.options.batch_size,
+                num_readers=self.options.num_readers,
+                device=self.ready(),
+                precision=self.options.dtype,
+                on_progress=on_window,
+            )
         return SlideFeatures(features, tuple(windows))
 
     def classify(self, found: SlideFeatures) -> tuple[FloatArray, FloatArray]:
@@ -156,10 +154,9 @@ class SlideClassificationPredictor(TablePredictor[SlideClassifier, SlideClassifi
         boxes = np.array([[w.col, w.row, w.col_stop, w.row_stop] for w in found.windows], np.float32)
         labels = np.full(len(boxes), predicted)
         objects, picture = _unfinished(folder, path)
-        source = self.open_with_glass(path)
-        write_objects(objects, boxes, weights, labels, self.model.spec.classes, source=source)
-        save_png(picture, attention_picture(source, found.windows, weights))
-        source.close()
+        with closing(self.open_with_glass(path)) as source:
+            write_objects(objects, boxes, weights, labels, self.model.spec.classes, source=source)
+            save_png(picture, attention_picture(source, found.windows, weights))
 
 
 def attention_folder(out: Path) -> Path:

@@ -17,10 +17,11 @@ from affine import Affine
 from small_models import save_classifier, save_segmenter, save_slide_classifier, save_small_detector
 from synthetic_slide import make_slide
 
-from perf_vit.errors import InputError, OutputError
+from perf_vit.errors import InputError, OptionError, OutputError
 from perf_vit.inference import RayPool, find_inputs, predict_many
 from perf_vit.inference.jobs import JobResult
 from perf_vit.sources import open_source
+from perf_vit.sources.slides import SlideSource
 from perf_vit.workflows.registry import TASKS
 
 
@@ -337,3 +338,36 @@ def test_a_source_that_was_given_stays_open_and_the_model_is_evaluated(task, tmp
         del source.close
     bench.run("by_path")
     assert bench.files("out") == bench.files("by_path")
+
+
+@pytest.mark.parametrize("task", ["classification", "slide classification"])
+def test_a_model_in_training_mode_is_evaluated(task, tmp_path) -> None:
+    bench = Bench(CASES[task], tmp_path)
+    predictor = make_predictor(bench.case.task, bench.checkpoint, device="cpu", **bench.case.options)
+    modes = []
+    counted = getattr(predictor.model, bench.case.counted) if bench.case.counted else predictor.model
+    counted.register_forward_pre_hook(lambda module, _: modes.append(module.training))
+    predictor.model.train()
+    predictor.run(bench.source, tmp_path / "out" / bench.case.out)
+    assert modes
+    assert not any(modes)
+
+
+def test_a_slide_is_closed_that_has_no_tissue(tmp_path, monkeypatch) -> None:
+    bench = Bench(CASES["slide classification"], tmp_path)
+    closed = []
+    monkeypatch.setattr(SlideSource, "close", lambda source: closed.append(source.path))
+    tissue = tmp_path / "tissue.geojson"
+    ring = [[-9, -9], [-5, -9], [-5, -5], [-9, -9]]
+    tissue.write_text(json.dumps({"type": "Polygon", "coordinates": [ring]}))
+    with pytest.raises(InputError, match="tissue"):
+        bench.run("out", tissue=str(tissue))
+    assert closed == bench.source[:1]
+
+
+@pytest.mark.parametrize("task", ["segmentation", "classification"])
+def test_a_device_of_an_unknown_name_is_an_option_error_and_leaves_nothing(task, tmp_path) -> None:
+    bench = Bench(CASES[task], tmp_path)
+    with pytest.raises(OptionError, match="^device banana"):
+        bench.run("out", device="banana")
+    assert not (tmp_path / "out").exists()
