@@ -368,6 +368,6 @@ def test_a_slide_is_closed_that_has_no_tissue(tmp_path, monkeypatch) -> None:
 @pytest.mark.parametrize("task", ["segmentation", "classification"])
 def test_a_device_of_an_unknown_name_is_an_option_error_and_leaves_nothing(task, tmp_path) -> None:
     bench = Bench(CASES[task], tmp_path)
-    with pytest.raises(OptionError, match="^device banana"):
+    with pytest.raises(OptionError, match=r"^device banana"):
         bench.run("out", device="banana")
     assert not (tmp_path / "out").exists()
