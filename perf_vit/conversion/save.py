@@ -19,7 +19,13 @@ from torch import Tensor, nn
 
 from perf_vit._version import __version__
 from perf_vit.conversion.linearize import Conversion, convert_in_place, convertible_layers, find_vit
-from perf_vit.conversion.weights import check_file_arguments, create_with_weights, pretrained_cfg_of_file, read_weights
+from perf_vit.conversion.weights import (
+    check_file_arguments,
+    create_with_weights,
+    is_model,
+    pretrained_cfg_of_file,
+    read_weights,
+)
 from perf_vit.errors import CheckpointError, OutputError, parsing, reason_line
 from perf_vit.layers import current_draw, redraw_projections
 from perf_vit.text import to_json
@@ -294,7 +300,7 @@ def _build(
 def _architecture(config: Mapping[str, Any], origin: str | Path) -> str:
     """Return the timm model name of a config; hub addresses and folders, which timm also accepts, are refused."""
     name = config.get("architecture")
-    if not isinstance(name, str) or not timm.is_model(name):
+    if not isinstance(name, str) or not is_model(name):
         raise CheckpointError(
             f"{origin or 'the checkpoint'} needs a timm with {name}, which this one lacks; update timm"
         )

@@ -14,8 +14,23 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from perf_vit.errors import CheckpointError, ConfigError, parsing
+from perf_vit.registry import load_extensions
 
-__all__ = ["FILE_ARGUMENTS", "check_file_arguments", "create_with_weights", "pretrained_cfg_of_file", "read_weights"]
+__all__ = [
+    "FILE_ARGUMENTS",
+    "check_file_arguments",
+    "create_with_weights",
+    "is_model",
+    "pretrained_cfg_of_file",
+    "read_weights",
+]
+
+
+def is_model(name: str) -> bool:
+    """Return whether timm has a model, of its own, of this package or of an installed extension."""
+    load_extensions()
+    return bool(timm.is_model(name))
+
 
 _COMMON = """
     in_chans num_classes global_pool img_size features_only out_indices output_stride drop_rate drop_path_rate

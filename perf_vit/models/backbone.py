@@ -16,10 +16,9 @@ from torch import nn
 import perf_vit.models.backbones  # noqa: F401  (registers the backbones)
 from perf_vit.conversion import load_converted
 from perf_vit.conversion.save import build_converted, read_saved_config
-from perf_vit.conversion.weights import check_file_arguments
+from perf_vit.conversion.weights import check_file_arguments, is_model
 from perf_vit.errors import ConfigError, PerfVitError, reason_line
 from perf_vit.models.valid_tokens import with_key_mask
-from perf_vit.registry import load_extensions
 from perf_vit.types import FeatureSpec
 
 __all__ = [
@@ -108,12 +107,10 @@ def create_backbone(
         CheckpointError: The folder has no converted model.
         ConfigError: The model is unknown or doesn't accept its arguments, or the tile size is out of range.
     """
-    # Extensions may register models with timm.
-    load_extensions()
     check_file_arguments(config.backbone_kwargs, "model.backbone_kwargs")
     if not 1 <= tile_px <= _LARGEST_TILE_PX:
         raise ConfigError(f"data.tile_px must be from 1 to {_LARGEST_TILE_PX}, got {tile_px}")
-    in_folder = saved_backbone is None and not timm.is_model(config.backbone) and Path(config.backbone).is_dir()
+    in_folder = saved_backbone is None and not is_model(config.backbone) and Path(config.backbone).is_dir()
     if in_folder:
         saved_backbone = read_saved_config(config.backbone)
     made = _create(config, in_chans, tile_px, saved_backbone, options or {}, load_weights=in_folder)
@@ -135,7 +132,7 @@ def _create(
     *,
     load_weights: bool,
 ) -> nn.Module:
-    if saved is None and not timm.is_model(config.backbone):
+    if saved is None and not is_model(config.backbone):
         near = difflib.get_close_matches(config.backbone, timm.list_models(), n=1, cutoff=0.5)
         hint = f"did you mean {near[0]}?" if near else "see `timm.list_models('performer_*')`"
         raise ConfigError(f"model.backbone: timm has no model {config.backbone}, nor is it a folder; {hint}")

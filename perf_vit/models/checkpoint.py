@@ -8,12 +8,12 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import timm
 import torch
 from torch import Tensor, nn
 
 from perf_vit._version import __version__
 from perf_vit.config import check_values
+from perf_vit.conversion.weights import is_model
 from perf_vit.errors import CheckpointError, ConfigError, parsing
 from perf_vit.layers import current_draw, redraw_projections
 from perf_vit.models.classification import ClassificationModelConfig, ClassificationSpec, Classifier, build_classifier
@@ -27,7 +27,7 @@ from perf_vit.models.slide_classification import (
     SlideClassifier,
     build_slide_classifier,
 )
-from perf_vit.registry import Registry, load_extensions
+from perf_vit.registry import Registry
 
 __all__ = [
     "CHECKPOINT_KEY",
@@ -200,9 +200,7 @@ def load_model(path: str | Path, *tasks: str) -> Any:
 
 def _check_names_no_files(path: str | Path, backbone: Any, saved_backbone: Any, tissue: Any) -> None:
     """Refuse a checkpoint that refers to other files or URLs, which training never writes."""
-    # Extensions may register models with timm.
-    load_extensions()
-    named = None if saved_backbone is not None or timm.is_model(str(backbone)) else backbone
+    named = None if saved_backbone is not None or is_model(str(backbone)) else backbone
     named = tissue if named is None and tissue not in (None, "otsu") else named
     if named is not None:
         raise CheckpointError(f"{path} names {named!r:.80}, but a checkpoint must do without other files; train again")

@@ -13,6 +13,7 @@ from timm.layers import AttentionPoolLatent
 from torch import Tensor, nn
 
 from perf_vit.conversion.save import read_saved_config
+from perf_vit.conversion.weights import is_model
 from perf_vit.errors import ConfigError
 from perf_vit.models.backbone import BackboneConfig, constructor_errors, create_backbone
 from perf_vit.models.finetune import BackboneTuning, backbone_layers, evaluate_frozen, tune_backbone
@@ -87,7 +88,7 @@ def pretrained_statistics(backbone: str) -> Normalizer:
     Raises:
         CheckpointError: The folder has no converted model.
     """
-    if timm.is_model(backbone):
+    if is_model(backbone):
         config = timm.get_pretrained_cfg(backbone)
         found = {} if config is None else {"mean": config.mean, "std": config.std}
     else:

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 from perf_vit.conversion import choose_layer_options, linearize, load_softmax, save_converted
 from perf_vit.conversion.save import MODEL_FILES, check_output_folder, input_bands, staged_folder
-from perf_vit.conversion.weights import create_with_weights, read_weights
+from perf_vit.conversion.weights import create_with_weights, is_model, read_weights
 from perf_vit.data import UnlabelledCrops
 from perf_vit.errors import ConfigError, OptionError, PerfVitError, reason_line
 from perf_vit.sources import find_images
@@ -246,7 +246,7 @@ def _pretrained(name: str, kwargs: dict[str, Any]) -> Any:
 
 def _check_name(name: str) -> None:
     architecture = name.partition(".")[0]
-    if timm.is_model(architecture):
+    if is_model(architecture):
         return
     if Path(name).suffix in {".safetensors", ".pth", ".pt", ".ckpt", ".bin"}:
         raise ConfigError(

@@ -14,7 +14,7 @@ from torch import nn
 from perf_vit.config import Config, Overrides, load_config
 from perf_vit.conversion import linearize, load_converted, save_converted
 from perf_vit.conversion.save import check_output_folder
-from perf_vit.conversion.weights import check_file_arguments, create_with_weights, read_weights
+from perf_vit.conversion.weights import check_file_arguments, create_with_weights, is_model, read_weights
 from perf_vit.data import build_distillation_datamodule
 from perf_vit.errors import ConfigError, PerfVitError, reason_line
 from perf_vit.tasks import DistillationTask, build_distillation_trainer
@@ -76,7 +76,7 @@ def _distill(config: DistillationRun, *, progress: bool) -> Path:
 
 
 def _teacher(config: DistillationModelConfig) -> nn.Module:
-    if not timm.is_model(config.backbone):
+    if not is_model(config.backbone):
         raise ConfigError(f"model.backbone: timm has no model {config.backbone}; see timm.list_models()")
     try:
         if config.weights is None:

@@ -11,6 +11,7 @@ import timm
 import torch
 from rich.table import Table
 
+from perf_vit.conversion.weights import is_model
 from perf_vit.errors import ConfigError, OptionError
 from perf_vit.models import load_segmenter
 from perf_vit.sources import SourceInfo, describe_source, open_source
@@ -148,7 +149,7 @@ def _checkpoint(
 def _backbone(
     name: str, num_bands: int, window_size: int | None, device: str
 ) -> tuple[Callable[[torch.Tensor], Any], int, int]:
-    if not timm.is_model(name):
+    if not is_model(name):
         raise OptionError(f"model must be a .ckpt file or a model of timm, got {name}; see timm.list_models()")
     wanted = window_size or _DEFAULT_WINDOW_PX
     try:
