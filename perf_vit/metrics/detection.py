@@ -20,7 +20,7 @@ from torch import distributed
 from perf_vit.geometry.boxes import oriented_box_bounds
 from perf_vit.geometry.objects import mask_intersections
 from perf_vit.geometry.oriented_boxes import oriented_iou_matrix
-from perf_vit.metrics.matching import compared_geometry, independent_parts
+from perf_vit.metrics.matching import compared_geometry, split_independent
 from perf_vit.text import without_nan
 from perf_vit.types import Detections, MaskCrops, ObjectLabels
 
@@ -132,7 +132,7 @@ class DetectionMetrics:
         """
         for found, truth in zip(detections, labels, strict=True):
             objects = self._truth(truth)
-            self.images += independent_parts(objects, self._surest(self._found(found), objects))
+            self.images += split_independent(objects, self._surest(self._found(found), objects))
 
     def reset(self) -> None:
         """Remove all images."""

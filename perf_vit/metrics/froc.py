@@ -38,7 +38,7 @@ class Froc:
         self.num_classes = num_classes
         self.num_images = 0
         self._hits: list[list[float]] = [[] for _ in range(num_classes)]
-        self._vain: list[list[float]] = [[] for _ in range(num_classes)]
+        self._false_positives: list[list[float]] = [[] for _ in range(num_classes)]
 
     def update(self, detections: Sequence[Detections], labels: Sequence[ObjectLabels]) -> None:
         """Update with predictions and ground truth.
@@ -53,24 +53,27 @@ class Froc:
             points, objects = _inside(_points(found), truth)
             same = classes[points] == truth.labels[objects]
             points, objects = points[same], objects[same]
-            best, vain = np.full(len(truth), -math.inf), np.ones(len(scores), bool)
+            best, false_positives = np.full(len(truth), -math.inf), np.ones(len(scores), bool)
             np.maximum.at(best, objects, scores[points])
-            vain[points] = False
+            false_positives[points] = False
             for index in range(self.num_classes):
                 self._hits[index] += best[(truth.labels == index) & ~truth.ignored].tolist()
-                self._vain[index] += scores[(classes == index) & vain].tolist()
+                self._false_positives[index] += scores[(classes == index) & false_positives].tolist()
 
     def compute(self) -> list[dict[str, Any]]:
         """Return per class the "sensitivity" at each of `FROC_RATES` and their "mean"; NaN if there are no objects."""
-        return [self._score(np.array(hits), np.array(vain)) for hits, vain in zip(self._hits, self._vain, strict=True)]
+        return [
+            self._score(np.array(hits), np.array(false_positives))
+            for hits, false_positives in zip(self._hits, self._false_positives, strict=True)
+        ]
 
-    def _score(self, hits: npt.NDArray[np.float64], vain: npt.NDArray[np.float64]) -> dict[str, Any]:
+    def _score(self, hits: npt.NDArray[np.float64], false_positives: npt.NDArray[np.float64]) -> dict[str, Any]:
         if not len(hits):
             return {"sensitivity": [math.nan] * len(FROC_RATES), "mean": math.nan}
-        found = np.concatenate([hits[hits > -math.inf], vain])
+        found = np.concatenate([hits[hits > -math.inf], false_positives])
         thresholds = np.unique(found)[::-1]
         sensitivity = [0.0, *((hits >= threshold).mean() for threshold in thresholds)]
-        rates = [0.0, *((vain >= threshold).sum() / self.num_images for threshold in thresholds)]
+        rates = [0.0, *((false_positives >= threshold).sum() / self.num_images for threshold in thresholds)]
         # The sensitivity stays constant beyond the last rate.
         at_rates = np.interp(FROC_RATES, rates, sensitivity)
         return {"sensitivity": at_rates.tolist(), "mean": float(at_rates.mean())}

@@ -17,7 +17,7 @@ from perf_vit.geometry.objects import cropped_masks, mask_intersections
 from perf_vit.geometry.oriented_boxes import oriented_iou
 from perf_vit.types import Detections, MaskCrops, ObjectLabels
 
-__all__ = ["DetectionConfusion", "compared_geometry", "independent_parts", "meeting_iou"]
+__all__ = ["DetectionConfusion", "compared_geometry", "overlapping_iou", "split_independent"]
 
 IndexArray = npt.NDArray[np.int64]
 
@@ -38,7 +38,7 @@ def compared_geometry(objects: Detections | ObjectLabels, kind: str) -> Any:
     return torch.as_tensor(values).cpu().double().reshape(-1, 4 if kind == "boxes" else 5).numpy()
 
 
-def meeting_iou(
+def overlapping_iou(
     found: Detections, truth: ObjectLabels, kind: str
 ) -> tuple[IndexArray, IndexArray, npt.NDArray[np.float64]]:
     """Compute the IoU of all overlapping pairs of detections and labelled objects.
@@ -78,7 +78,7 @@ _OBJECTS = 32
 _LEAST_IOU = 0.499
 
 
-def independent_parts(truth: Sequence[Shape], found: Sequence[Shape]) -> list[tuple[list[Shape], list[Shape]]]:
+def split_independent(truth: Sequence[Shape], found: Sequence[Shape]) -> list[tuple[list[Shape], list[Shape]]]:
     """Split the objects of an image into parts that can't match each other at IoUs of .5 and above.
 
     Args:
@@ -182,7 +182,7 @@ class DetectionConfusion:
     def _update_image(self, found: Detections, truth: ObjectLabels) -> None:
         background = len(self.matrix) - 1
         scores, classes = torch.as_tensor(found.scores).cpu(), torch.as_tensor(found.labels).cpu().tolist()
-        found_index, objects, iou = meeting_iou(found, truth, self.kind)
+        found_index, objects, iou = overlapping_iou(found, truth, self.kind)
         hits = iou >= self.iou_threshold
         found_index, objects, iou = found_index[hits], objects[hits], iou[hits]
         starts = np.searchsorted(found_index, np.arange(len(scores) + 1))

@@ -97,12 +97,12 @@ class PanopticQuality:
         rows, cols = rows[paired], cols[paired]
         np.add.at(self._iou, truth[cols], iou[paired])
         np.add.at(self._counts[:, 0], truth[cols], 1)
-        vain = (found_px > 0) & (2 * void_px <= found_px)
-        vain[rows] = False
-        missed = truth_px > 0
-        missed[cols] = False
-        np.add.at(self._counts[:, 1], found[vain], 1)
-        np.add.at(self._counts[:, 2], truth[missed], 1)
+        false_positives = (found_px > 0) & (2 * void_px <= found_px)
+        false_positives[rows] = False
+        false_negatives = truth_px > 0
+        false_negatives[cols] = False
+        np.add.at(self._counts[:, 1], found[false_positives], 1)
+        np.add.at(self._counts[:, 2], truth[false_negatives], 1)
 
 
 @dataclass(frozen=True, slots=True)
@@ -152,11 +152,11 @@ def _sums(index: npt.NDArray[np.int64], values: npt.NDArray[np.int64], length: i
     return sums
 
 
-def _scores(iou: float, true: int, vain: int, missed: int) -> PanopticScores:
-    if not true + vain + missed:
+def _scores(iou: float, true: int, false_positives: int, false_negatives: int) -> PanopticScores:
+    if not true + false_positives + false_negatives:
         return PanopticScores(pq=math.nan, sq=math.nan, rq=math.nan)
     sq = iou / true if true else 0.0
-    rq = true / (true + 0.5 * vain + 0.5 * missed)
+    rq = true / (true + 0.5 * false_positives + 0.5 * false_negatives)
     return PanopticScores(pq=sq * rq, sq=sq, rq=rq)
 
 

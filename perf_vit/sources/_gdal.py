@@ -18,7 +18,7 @@ from rasterio.errors import NotGeoreferencedWarning, RasterioError
 
 from perf_vit.errors import DamagedDataError, InputError, UnreachableError, parsing
 from perf_vit.sources._members import MASK, check_members, check_sources, leads_to_server, open_tiles, opens_members
-from perf_vit.sources._remote import is_remote, network_limits, was_decoded_in_vain, with_remote_settings
+from perf_vit.sources._remote import is_decoding_error, is_remote, network_limits, with_remote_settings
 from perf_vit.types import Window
 
 __all__ = [
@@ -192,7 +192,7 @@ def read_window(dataset: Any, path: str, window: Window, **options: Any) -> Any:
     except GDAL_ERRORS as error:
         reason = reason_of(error)
         what = f"rows {window.row} to {window.row_stop}, columns {window.col} to {window.col_stop} of {path}: {reason}"
-        if leads_to_server(dataset, path) and not was_decoded_in_vain(reason):
+        if leads_to_server(dataset, path) and not is_decoding_error(reason):
             raise UnreachableError(f"can't read {what}; try again later, or download the file") from error
         raise DamagedDataError(f"can't read {what}; the file may be truncated or damaged") from error
 

@@ -17,7 +17,7 @@ from rasterio.env import getenv, hasenv
 
 from perf_vit.errors import DamagedDataError, InputError, UnreachableError
 
-__all__ = ["is_remote", "network_limits", "was_decoded_in_vain", "with_remote_settings", "with_retries"]
+__all__ = ["is_decoding_error", "is_remote", "network_limits", "with_remote_settings", "with_retries"]
 
 T = TypeVar("T")
 
@@ -72,7 +72,7 @@ def network_limits() -> dict[str, Any]:
     return _unless_set({**_LIMITS, **_anew.get()})
 
 
-def was_decoded_in_vain(reason: str) -> bool:
+def is_decoding_error(reason: str) -> bool:
     """Return whether GDAL's error says that all bytes arrived but are damaged.
 
     For other errors, such as a short block, it is unknown whether the server failed or the file is truncated.
