@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -118,6 +119,9 @@ class Predictor(ABC, Generic[Model, Options]):
         here = {"check_input", "on_window", *({"model", "model_id"} if self.checkpoint else ())}
         found = {name: value for name, value in vars(self).items() if name not in here}
         # Workers stand in other folders.
+        given = {name: getattr(self.options, name, None) for name in ("tissue", "coco_images")}
+        files = {name: os.path.abspath(path) for name, path in given.items() if path and os.path.isfile(path)}
+        found["options"] = replace(self.options, **files)
         return {**found, "_given": self.checkpoint.absolute()} if self.checkpoint else found
 
 

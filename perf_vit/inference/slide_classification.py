@@ -187,4 +187,6 @@ def _attention_files(folder: Path, name: str) -> tuple[Path, Path]:
 
 def _unfinished(folder: Path, path: str) -> tuple[Path, Path]:
     """Attention files of a slide until the table is finished."""
-    return _attention_files(folder / hashlib.sha256(os.fsencode(path)).hexdigest()[:16], Path(path).stem)
+    # Ray's workers know a slide by its absolute path.
+    place = os.path.abspath(path) if os.path.exists(path) else path
+    return _attention_files(folder / hashlib.sha256(os.fsencode(place)).hexdigest()[:16], Path(path).stem)

@@ -110,13 +110,18 @@ class TablePredictor(Predictor[Model, Options]):
     def _computed(self, paths: Sequence[str], folder: Path, pool: RayPool | None) -> Iterator[Rows]:
         size = self.rows_at_once
         batches = (paths[start : start + size] for start in range(0, len(paths), size))
-        work = partial(self.rows, folder)
         if pool is None:
-            yield from map(work, batches)
+            yield from map(partial(self.rows, folder), batches)
             return
-        results: Generator[Any, None, None] = pool.map(work, batches)
+        results: Generator[Any, None, None] = pool.map(partial(self._rows_from, folder, Path.cwd()), batches)
         with closing(results):
             yield from (rows for _, rows in results)
+
+    def _rows_from(self, folder: Path, start: Path, paths: Sequence[str]) -> Rows:
+        """The rows of inputs whose paths are relative to a folder, as workers stand in other ones."""
+        places = {path: str(start / path) if (start / path).exists() else path for path in paths}
+        rows = self.rows(folder, list(dict.fromkeys(places.values())))
+        return {path: rows[place] for path, place in places.items() if place in rows}
 
     @property
     def rows_at_once(self) -> int:

@@ -222,7 +222,6 @@ def _predict_table(
     with given.pool(predictor.options.device) as pool, windows_progress("predicting", predictor.noun) as on_progress:
         if pool is not None:
             predictor = predictor.on(_device_of(pool, predictor))
-            paths = [_absolute(path) for path in paths]
         return predictor.run(paths, output, on_progress=on_progress, pool=pool)
 
 

@@ -1,8 +1,10 @@
 """What holds for the predictions of all tasks: killed, gone on with, made once, never mixed, reported."""
 
+import contextlib
 import csv
 import json
 import os
+import pickle
 import shutil
 import time
 from collections.abc import Callable
@@ -309,6 +311,37 @@ def test_a_table_made_by_ray_is_the_same_bytes(task, tmp_path) -> None:
     with RayPool(num_actors=2) as pool:
         predictor.run(bench.source, tmp_path / "ray" / bench.case.out, pool=pool)
     assert bench.files("ray") == bench.files("local")
+
+
+class OtherFolder:
+    """In place of a pool: pickled work is done in another folder."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        folder.mkdir()
+
+    def map(self, work: Callable[[Any], Any], items: Any) -> Any:
+        pickled = pickle.dumps(work)
+        for item in items:
+            with contextlib.chdir(self._folder):
+                result = pickle.loads(pickled)(item)
+            yield item, result
+
+
+@pytest.mark.parametrize("task", ["classification", "slide classification"])
+def test_a_table_made_elsewhere_of_relative_paths_is_the_same_bytes(task, tmp_path, monkeypatch) -> None:
+    bench = Bench(CASES[task], tmp_path)
+    bench.source = [os.path.relpath(path, tmp_path) for path in bench.source]
+    monkeypatch.chdir(tmp_path)
+    options = dict(bench.case.options)
+    if bench.case.task == "slide_classification":
+        ring = [[0, 0], [300, 0], [300, 300], [0, 300], [0, 0]]
+        Path("tissue.geojson").write_text(json.dumps({"type": "Polygon", "coordinates": [ring]}))
+        options["tissue"] = "tissue.geojson"
+    bench.run("local", **options)
+    predictor = make_predictor(bench.case.task, Path("model.ckpt"), device="cpu", **options)
+    predictor.run(bench.source, Path("elsewhere", bench.case.out), pool=OtherFolder(tmp_path / "worker"))
+    assert bench.files("elsewhere") == bench.files("local")
 
 
 @pytest.mark.slow
