@@ -119,6 +119,8 @@ class Mixer(nn.Module, ABC):
 MIXERS: Registry[type[Mixer]] = Registry("mixer")
 """Classes of mixers by name."""
 
+_BY_OPTIONS: dict[type[MixerOptions], type[Mixer]] = {}
+
 
 def register_mixer(name: str) -> Callable[[type[Mixer]], type[Mixer]]:
     """Decorate a `Mixer` class to register it under a name for conversion, backbones and configs.
@@ -127,12 +129,16 @@ def register_mixer(name: str) -> Callable[[type[Mixer]], type[Mixer]]:
         name: Name of the mixer.
 
     Raises:
-        ValueError: The name is taken.
+        ValueError: The name is taken, or the class of the options, by which layers find their mixer, is another's.
     """
 
     def register(mixer: type[Mixer]) -> type[Mixer]:
+        owner = _BY_OPTIONS.get(mixer.options_type)
+        if owner is not None:
+            raise ValueError(f"mixer {name!r} has the options_type of {owner.name!r}; give it a subclass of its own")
         MIXERS.add(name, mixer)
         mixer.name = name
+        _BY_OPTIONS[mixer.options_type] = mixer
         return mixer
 
     return register
@@ -140,8 +146,7 @@ def register_mixer(name: str) -> Callable[[type[Mixer]], type[Mixer]]:
 
 def make_mixer(options: MixerOptions, head_dim: int, device: torch.device | None = None) -> Mixer:
     """Make the mixer whose options have the type of `options`."""
-    (mixer,) = (each for each in MIXERS.values() if each.options_type is type(options))
-    return mixer(options, head_dim, device)
+    return _BY_OPTIONS[type(options)](options, head_dim, device)
 
 
 def check_option_names(name: str, options: Iterable[str]) -> None:

@@ -8,7 +8,7 @@ from timm.models._manipulate import reinit_non_persistent_buffers
 from torch import nn
 from torch.nn import functional as F
 
-from perf_vit.layers import LinearizedAttention, PerformerMixer, PerformerOptions
+from perf_vit.layers import MIXERS, LinearizedAttention, PerformerMixer, PerformerOptions, register_mixer
 from perf_vit.layers.token_grid import TokenGrid
 from perf_vit.ops.naive import naive_favor_attention
 
@@ -217,3 +217,13 @@ def test_attention_dropout_is_refused() -> None:
 def test_wrong_options_are_named(options: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         layer(options)
+
+
+def test_a_mixer_with_the_options_of_another_is_refused_and_leaves_that_one_in_place() -> None:
+    class Other(PerformerMixer):
+        pass
+
+    with pytest.raises(ValueError, match="mixer 'other' has the options_type of 'performer'; give it a subclass"):
+        register_mixer("other")(Other)
+    assert "other" not in MIXERS
+    assert type(layer().mixer) is PerformerMixer
