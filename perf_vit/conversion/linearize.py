@@ -165,13 +165,15 @@ def convert_attention(model: nn.Module, conversion: Conversion, *, in_chunks: bo
         ValueError: As `linearize`.
     """
     found = convertible_layers(model)
-    chosen = [index for index in _choose(model, found, conversion) if conversion.layer_mixer(index) != "softmax"]
     grid, num_prefix_tokens = TokenGrid(), getattr(model, "num_prefix_tokens", 0)
     layers = []
-    for index in chosen:
+    for index in _choose(model, found, conversion):
+        options = conversion.layer_options(index, num_prefix_tokens)
+        if conversion.layer_mixer(index) == "softmax" and not options.local_enhancement:
+            continue
         name, module = found[index]
         parent, _, child = name.rpartition(".")
-        layers.append(LinearizedAttention(module, conversion.layer_options(index, num_prefix_tokens), grid))
+        layers.append(LinearizedAttention(module, options, grid))
         setattr(model.get_submodule(parent), child, layers[-1])
     if layers and in_chunks:
         chunk_modules(model)

@@ -21,7 +21,7 @@ class SoftmaxOptions(MixerOptions):
 class SoftmaxMixer(Mixer):
     """Exact attention softmax(q k^T / sqrt(D)) v, with a cost quadratic in the number of tokens.
 
-    Conversion keeps timm's layers, which compute the same, instead of using this mixer.
+    Without local enhancement, conversion keeps timm's layers, which compute the same, instead of using this mixer.
     """
 
     options_type = SoftmaxOptions

@@ -73,6 +73,21 @@ def test_plain_performer_is_favor_of_the_models_own_queries_and_keys() -> None:
 
 
 @torch.no_grad()
+def test_local_enhancement_is_added_to_softmax_attention_too() -> None:
+    model = build("vit_tiny_patch16_224")
+    converted = perf_vit.linearize(model, "softmax", layers=[2], local_enhancement=True)
+    assert [isinstance(block.attn, LinearizedAttention) for block in converted.blocks[:4]] == [
+        False,
+        False,
+        True,
+        False,
+    ]
+    torch.testing.assert_close(converted(images()), model(images()), rtol=1e-4, atol=1e-4)
+    converted.blocks[2].attn.local_enhancement.weight.fill_(0.5)
+    assert not torch.allclose(converted(images()), model(images()), atol=1e-3)
+
+
+@torch.no_grad()
 def test_the_grid_follows_the_image_of_each_pass() -> None:
     model = build("vit_tiny_patch16_224", dynamic_img_size=True)
     converted = perf_vit.linearize(model, window_size=64, num_sinks=0)
