@@ -114,6 +114,7 @@ class InputSpec(InputOptions):
             return open_input(path, self, overrides)
         opened_from = getattr(path, "opened_from", None)
         given = getattr(path, "options", {})
+        overrides = {name: value for name, value in overrides.items() if value is not None}
         wanted = merged_options(self, {**given, **overrides})
         if opened_from is None or wanted == dict(given):
             return path

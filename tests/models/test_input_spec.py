@@ -65,6 +65,11 @@ def test_options_that_are_given_come_first_and_none_counts_as_not_given(make_sce
     assert (source.bands, source.transform.a) == ((3, 1), 10.0)
 
 
+def test_none_counts_as_not_given_for_an_open_source_too(make_scene) -> None:
+    source = open_source(make_scene(), bands=(2, 1))
+    assert InputSpec(bands=(3, 1)).open(source, bands=None) is source
+
+
 def test_an_open_source_is_opened_again_with_the_options_that_it_lacks(make_scene) -> None:
     spec, path = InputSpec(bands=(3, 1), resolution=5.0), make_scene()
     assert spec.open(open_source(path)).options == {"bands": (3, 1), "resolution": 5.0}
