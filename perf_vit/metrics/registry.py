@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable
 from typing import Any, TypeVar
 
+import torch
 from torch import nn
 from torchmetrics import Metric
 
@@ -84,7 +85,8 @@ class RegisteredMetrics(nn.Module):
             metric.reset()  # type: ignore[operator]
 
     def _named(self, name: str, value: Any) -> dict[str, float]:
-        numbers = value.flatten().tolist()
+        # `compute` may return a plain number.
+        numbers = torch.as_tensor(value).flatten().tolist()
         if len(numbers) == 1:
             return {name: numbers[0]}
         if len(numbers) != len(self.classes):

@@ -84,6 +84,17 @@ def test_metrics_belong_to_one_task_and_start_anew_after_a_reset() -> None:
     assert metrics.compute() == {"objects": 1}
 
 
+def test_a_metric_may_return_a_plain_number() -> None:
+    class Halved(Counted):
+        def compute(self):
+            return float(self.count) / 2
+
+    register_metric("segmentation", "halved")(lambda spec: Halved())
+    metrics = RegisteredMetrics("segmentation", spec())
+    metrics.update([], [[1, 2, 3]])
+    assert metrics.compute() == {"halved": 1.5}
+
+
 def test_values_that_are_neither_a_number_nor_one_a_class_are_an_error() -> None:
     register_metric("segmentation", "pair")(lambda spec: MulticlassJaccardIndex(2, average=None))
     metrics = RegisteredMetrics("segmentation", spec())
