@@ -1,11 +1,14 @@
-"""Options that several commands have."""
+"""Options that several commands have, and their flags in errors."""
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+
+from perf_vit.errors import OptionError, PerfVitError
 
 __all__ = [
     "BatchSize",
@@ -19,20 +22,68 @@ __all__ = [
     "Tissue",
     "WindowSize",
     "given_options",
+    "with_flags",
 ]
 
+_OPTION = re.compile(r"`(\w+)(?:=([^`]+))?`")
+
+
+def with_flags(error: PerfVitError, text: str, command: Any) -> str:
+    """What an error says, with flags for the options that stand in backticks: `--overwrite` for `overwrite=True`.
+
+    Args:
+        error: Error; the message of an `OptionError` begins with the name of an option.
+        text: Its message.
+        command: Group of all commands.
+    """
+    flags = {str(each.name): each for sub in command.commands.values() for each in sub.params}
+    if isinstance(error, OptionError):
+        name, _, rest = text.partition(" ")
+        text = f"`{name}` {rest}"
+
+    def flag(match: re.Match[str]) -> str:
+        name, value = match[1], match[2]
+        if name not in flags:
+            return match[0]
+        parameter = flags[name]
+        if value == "False":
+            return str((parameter.secondary_opts or parameter.opts)[0])
+        first = str(parameter.opts[0])
+        return first if value in (None, "True") else f"{first} {value}"
+
+    return _OPTION.sub(flag, text)
+
+
 Checkpoint = Annotated[Path, typer.Option(help="A .ckpt file that `perf-vit train` wrote.")]
+
+
 Input = Annotated[
     Path,
     typer.Option("--input", help="The raster, or a folder of images; of a detector, an image or a folder of them."),
 ]
+
+
 WindowSize = Annotated[int | None, typer.Option(help="Side of a window in pixels; the training tile's by default.")]
+
+
 Overlap = Annotated[int | None, typer.Option(help="Pixels that neighbours share; a quarter window by default.")]
+
+
 BatchSize = Annotated[int, typer.Option(help="Windows a forward pass.", min=1)]
+
+
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, mps.")]
+
+
 Mpp = Annotated[float | None, typer.Option(help="Micrometres per pixel to read slides at.")]
+
+
 SlideMpp = Annotated[float | None, typer.Option(help="Of a slide's level 0, where the file doesn't say.")]
+
+
 Tissue = Annotated[str | None, typer.Option(help="Only the tissue of slides: otsu, or a GeoJSON file of polygons.")]
+
+
 Precision = Annotated[str, typer.Option(help="32, bf16 or 16.")]
 
 

@@ -11,8 +11,8 @@ from typing import Annotated, Any
 import typer
 
 from perf_vit._version import __version__
+from perf_vit.cli.arguments import with_flags
 from perf_vit.cli.convert_and_info import convert, demo, info
-from perf_vit.cli.flags import with_flags
 from perf_vit.cli.predict import evaluate, predict
 from perf_vit.cli.train import distill, fit_tile, train
 from perf_vit.errors import DataWarning, PerfVitError

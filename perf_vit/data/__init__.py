@@ -3,7 +3,6 @@
 from perf_vit.data.augmentation import AugmentConfig
 from perf_vit.data.bags import EmbeddingStore, SlideFeatures, SlideTargets, read_slide_table, tissue_windows
 from perf_vit.data.base import collate_tiles, given_normalizer
-from perf_vit.data.class_pixels import count_class_pixels
 from perf_vit.data.classification import (
     ClassificationDataConfig,
     ClassificationDataModule,
@@ -30,6 +29,7 @@ from perf_vit.data.detection import (
 )
 from perf_vit.data.detection_tiles import ObjectValidity, collate_objects, standardized
 from perf_vit.data.segmentation import SegmentationDataModule, build_segmentation_datamodule, open_pairs, region_window
+from perf_vit.data.segmentation_tiles import count_class_pixels
 from perf_vit.data.slide_classification import (
     SlideClassificationDataConfig,
     SlideClassificationDataModule,

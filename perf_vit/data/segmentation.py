@@ -22,7 +22,6 @@ from perf_vit.data.base import (
     measure_bands,
     sample_images,
 )
-from perf_vit.data.class_pixels import count_labelled_pixels, find_class_pixels
 from perf_vit.data.config import SegmentationDataConfig, SegmentationSplitConfig, check_data, label_options
 from perf_vit.data.samplers import ClassSampler, GridSampler, SegmentationSampler
 from perf_vit.data.segmentation_tiles import (
@@ -30,6 +29,8 @@ from perf_vit.data.segmentation_tiles import (
     LabelledTile,
     SegmentationGrid,
     SegmentationTiles,
+    count_labelled_pixels,
+    find_class_pixels,
     window_px,
 )
 from perf_vit.errors import ConfigError, DataWarning, InputError

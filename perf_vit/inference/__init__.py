@@ -15,7 +15,6 @@ from perf_vit.inference.dense import Strip, TileModel, predict_strips
 from perf_vit.inference.dense_output import DenseOutput, class_map, class_output, class_probabilities
 from perf_vit.inference.detect import ObjectModel, predict_objects
 from perf_vit.inference.detection import DetectionPredictor
-from perf_vit.inference.embed import attention_picture, embed_windows
 from perf_vit.inference.inputs import MapInput, find_inputs, find_paths, is_one_file, resolve_one, scene_files
 from perf_vit.inference.merge_objects import ObjectStitcher
 from perf_vit.inference.options import (
@@ -31,7 +30,13 @@ from perf_vit.inference.options import (
 from perf_vit.inference.predictor import InputPredictor, OnProgress, Predictor, ignore_progress
 from perf_vit.inference.ray import RayPool
 from perf_vit.inference.segmentation import SegmentationPredictor
-from perf_vit.inference.slide_classification import SlideClassificationPredictor, attention_folder, slide_names
+from perf_vit.inference.slide_classification import (
+    SlideClassificationPredictor,
+    attention_folder,
+    attention_picture,
+    embed_windows,
+    slide_names,
+)
 from perf_vit.inference.table_predictor import TablePredictor
 
 __all__ = [

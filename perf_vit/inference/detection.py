@@ -1,12 +1,15 @@
-"""COCO results of several images in one file."""
+"""Prediction of detection: objects of whole inputs, resumable."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from perf_vit.data import standardized
 from perf_vit.errors import OptionError
@@ -15,10 +18,10 @@ from perf_vit.geometry import Objects
 from perf_vit.inference.detect import predict_objects
 from perf_vit.inference.inputs import MapInput
 from perf_vit.inference.jobs import JobResult
-from perf_vit.inference.jobs.identity import OutputRecord
+from perf_vit.inference.jobs.identity import OutputRecord, SourceIdentity
+from perf_vit.inference.jobs.job import RecordedJob
 from perf_vit.inference.jobs.journal import Journal
 from perf_vit.inference.jobs.logs import DamageLog, WindowLog
-from perf_vit.inference.jobs.object_job import ObjectJob
 from perf_vit.inference.options import DetectionPredictOptions
 from perf_vit.inference.predictor import InputPredictor, OnProgress, ignore_progress
 from perf_vit.inference.prefetch import Reads, SalvagingReader
@@ -30,7 +33,52 @@ from perf_vit.tiling import grid_windows
 from perf_vit.types import Source, Window
 from perf_vit.writers import check_vector_output, existing_error, existing_outputs, write_objects
 
-__all__ = ["COCO_RESULTS", "DetectionPredictor", "check_coco_results", "join_coco_results"]
+__all__ = ["COCO_RESULTS", "DetectionPredictor", "ObjectJob", "check_coco_results", "join_coco_results"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ObjectJob(RecordedJob):
+    """The file of a source's objects.
+
+    Attributes:
+        source: Raster, mosaic or slide.
+        out: Path of the file, whose suffix chooses the format.
+        settings: Plain values that decide the objects, with the model.
+        meaning: Plain values that decide how they are written.
+        options: Options of the prediction.
+        device: Device that the model runs on.
+    """
+
+    source: Source
+    out: Path
+    settings: Mapping[str, Any]
+    meaning: Mapping[str, Any]
+    options: DetectionPredictOptions
+    device: str = "cpu"
+
+    @property
+    def input_files(self) -> Sequence[str]:
+        """Paths of the source, several of a mosaic."""
+        return tuple(getattr(self.source, "paths", (self.source.path,)))
+
+    @property
+    def begun_with(self) -> Mapping[str, Any]:
+        """Plain values that decide the objects of a window."""
+        return {**self.settings, "device": torch.device(self.device).type, **self._source_identity.settings}
+
+    @property
+    def identity(self) -> Mapping[str, Any]:
+        """Plain values that decide the file."""
+        return {**self.settings, **self.meaning, **self._source_identity.tags}
+
+    def changed_since(self, out: Path) -> bool:
+        """Whether a file of the source is newer than an output."""
+        return self._source_identity.changed_since(out)
+
+    @cached_property
+    def _source_identity(self) -> SourceIdentity:
+        return SourceIdentity(self.source)
+
 
 COCO_RESULTS = "coco_results.json"
 

@@ -15,8 +15,7 @@ from perf_vit.labels._placement import check_both_have_crs, check_overlap, repro
 from perf_vit.labels.classes import LabelClasses
 from perf_vit.labels.vector import VectorLabels
 from perf_vit.sources import RasterSource
-from perf_vit.sources._gdal import GDAL_ERRORS, color_kinds, crs_name, open_dataset, read_window, reason_of
-from perf_vit.sources._handles import PerThread
+from perf_vit.sources._gdal import GDAL_ERRORS, PerThread, color_kinds, crs_name, open_dataset, read_window, reason_of
 from perf_vit.sources._remote import with_retries
 from perf_vit.types import IGNORE_INDEX, BoolArray, LabelArray, Window
 

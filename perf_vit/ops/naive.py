@@ -10,7 +10,7 @@ from torch import Tensor
 
 from perf_vit.ops.balancing import Balancing
 from perf_vit.ops.kernels import Kernel, get_kernel
-from perf_vit.ops.windows import window_indices
+from perf_vit.ops.window_attention import window_indices
 
 __all__ = [
     "kernel_matrix",

@@ -1,13 +1,15 @@
-"""GDAL calls with errors in one line that name the file."""
+"""GDAL: opening, settings and errors; handles that survive forks, threads and pickling."""
 
 from __future__ import annotations
 
 import functools
 import os
+import threading
 import warnings
+from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import Any
+from typing import Any, Generic, Protocol, TypeVar
 
 import numpy as np
 import rasterio
@@ -23,6 +25,8 @@ from perf_vit.types import Window
 
 __all__ = [
     "GDAL_ERRORS",
+    "PerThread",
+    "Pool",
     "bounded_cache",
     "check_exists",
     "check_name",
@@ -34,17 +38,98 @@ __all__ = [
     "reason_of",
 ]
 
+
+class _Closable(Protocol):
+    def close(self) -> None: ...
+
+
+T = TypeVar("T", bound=_Closable)
+
+
+class PerThread(Generic[T]):
+    """Handle per thread and process, opened at first use.
+
+    GDAL datasets may be used by one thread at a time only, and a forked child shares its parent's file offset, so
+    handles must not be inherited.
+
+    Args:
+        open_handle: Function that opens a handle; picklable, such as a `functools.partial` of a module-level function.
+    """
+
+    def __init__(self, open_handle: Callable[[], T]) -> None:
+        self._open_handle = open_handle
+        self._local = threading.local()
+
+    def get(self) -> T:
+        """Return this thread's handle."""
+        if getattr(self._local, "pid", None) != os.getpid():
+            self._local.handle = self._open_handle()
+            self._local.pid = os.getpid()
+        handle: T = self._local.handle
+        return handle
+
+    def close(self) -> None:
+        """Close this thread's handle, if any; `get` opens a new one."""
+        if getattr(self._local, "pid", None) == os.getpid():
+            self._local.handle.close()
+        self._local = threading.local()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"open_handle": self._open_handle}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__init__(state["open_handle"])  # type: ignore[misc]
+
+
+class Pool(Generic[T]):
+    """Bounded number of open handles; the least recently used one is closed for a new one.
+
+    For a single thread: `PerThread` gives each thread its own pool.
+
+    Args:
+        open_handle: Function that opens the handle of an index.
+        max_open: Maximum number of open handles.
+    """
+
+    def __init__(self, open_handle: Callable[[int], T], max_open: int) -> None:
+        self._open_handle = open_handle
+        self._max_open = max_open
+        self._handles: OrderedDict[int, T] = OrderedDict()
+
+    def get(self, index: int) -> T:
+        """Return the handle of an index, opened if necessary."""
+        if index in self._handles:
+            self._handles.move_to_end(index)
+            return self._handles[index]
+        while len(self._handles) >= self._max_open:
+            self._handles.popitem(last=False)[1].close()
+        handle = self._handles[index] = self._open_handle(index)
+        return handle
+
+    def close(self) -> None:
+        """Close all handles."""
+        while self._handles:
+            self._handles.popitem()[1].close()
+
+
 # Some of GDAL's own errors come through rasterio as they are; it has no public name for them. GDAL's messages about
 # damaged VRTs hold their bytes, which need not be UTF-8, and neither need a file's name.
 GDAL_ERRORS = (RasterioError, CPLE_BaseError, UnicodeError)
 
+
 # Two rows of 1,024 px windows across a scene of 40,000 px with three bytes per pixel.
 _CACHE_BYTES = 256 * 2**20
+
+
 # Reading whole PNGs at once, GDAL passes over a cut end and gives whatever is in memory. It looks at this option when a
 # file is opened and when it is read.
 _CAREFUL = {"GDAL_PNG_WHOLE_IMAGE_OPTIM": "NO"}
+
+
 # Python in a VRT, as a pixel function, is code in a file. In the environment it holds for all threads of GDAL, too.
 os.environ["GDAL_VRT_ENABLE_PYTHON"] = "NO"
+
+
 # rasterio's wheels lack some of them.
 _OPTIONAL_DRIVERS = {
     ".ecw": "ECW",

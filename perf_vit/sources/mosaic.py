@@ -22,9 +22,8 @@ from rasterio.errors import CRSError
 
 from perf_vit.errors import InputError, parsing
 from perf_vit.sources._bands import PixelArray, PixelOptions
-from perf_vit.sources._gdal import crs_name
+from perf_vit.sources._gdal import PerThread, Pool, crs_name
 from perf_vit.sources._grid import Grid, GridOptions, check_scale, target_grid
-from perf_vit.sources._handles import PerThread, Pool
 from perf_vit.sources._mosaic_tiles import OpenTile, Tile, describe_tile, open_tile
 from perf_vit.sources.pixel_size import PixelSize
 from perf_vit.sources.raster import RasterSource

@@ -19,9 +19,8 @@ from PIL.TiffImagePlugin import ImageFileDirectory_v2
 
 from perf_vit.errors import InputError
 from perf_vit.sources._bands import BandLayout, Palette, PixelArray, PixelOptions
-from perf_vit.sources._gdal import crs_name, open_dataset
+from perf_vit.sources._gdal import PerThread, crs_name, open_dataset
 from perf_vit.sources._grid import Bounds, Grid
-from perf_vit.sources._handles import PerThread
 from perf_vit.sources._remote import with_retries
 from perf_vit.sources.base import BaseSource
 from perf_vit.types import BoolArray, GeoImage, Window

@@ -22,7 +22,7 @@ from perf_vit.models import (
     restore_draw,
 )
 from perf_vit.models.classification import trunk_layers
-from perf_vit.tasks.history import Curves
+from perf_vit.tasks.callbacks import Curves
 from perf_vit.tasks.optim import ClassificationOptimConfig, TrainingTask, check_classification_loss, with_valid
 
 __all__ = [

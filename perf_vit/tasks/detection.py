@@ -19,7 +19,7 @@ from perf_vit.models import (
     checkpoint_metadata,
     restore_draw,
 )
-from perf_vit.tasks.history import Curves
+from perf_vit.tasks.callbacks import Curves
 from perf_vit.tasks.optim import OptimizerConfig, TrainingTask, with_valid
 from perf_vit.types import Detections
 

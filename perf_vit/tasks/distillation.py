@@ -19,7 +19,7 @@ from torch.optim import AdamW, Optimizer
 from perf_vit.errors import ConfigError
 from perf_vit.layers import LinearizedAttention
 from perf_vit.models.valid_tokens import forward_tokens, key_mask
-from perf_vit.tasks.history import Curves, HistoryCallback
+from perf_vit.tasks.callbacks import Curves, HistoryCallback
 from perf_vit.tasks.optim import warmup_cosine
 from perf_vit.tasks.trainer import best_and_last, lightning_trainer
 

@@ -18,8 +18,8 @@ from perf_vit.models import (
     checkpoint_metadata,
     restore_draw,
 )
+from perf_vit.tasks.callbacks import Curves
 from perf_vit.tasks.classification import logged_scores
-from perf_vit.tasks.history import Curves
 from perf_vit.tasks.optim import ClassificationOptimConfig, TrainingTask, check_classification_loss
 
 __all__ = ["SLIDE_CURVES", "SLIDE_MONITOR", "SlideClassificationTask"]

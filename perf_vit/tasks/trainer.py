@@ -20,8 +20,11 @@ from lightning.pytorch.loggers import Logger, TensorBoardLogger, WandbLogger
 
 from perf_vit.errors import ConfigError, reason_line
 from perf_vit.tasks.callbacks import (
+    SEGMENTATION_CURVES,
+    Curves,
     EpochMeans,
     FolderCheckpoint,
+    HistoryCallback,
     Patience,
     RedrawnWeightAveraging,
     RedrawProjections,
@@ -29,7 +32,6 @@ from perf_vit.tasks.callbacks import (
     StepSeeds,
     WholeCheckpoints,
 )
-from perf_vit.tasks.history import SEGMENTATION_CURVES, Curves, HistoryCallback
 from perf_vit.tasks.optim import FullyShardedStrategy
 from perf_vit.tasks.pictures import Draw, PredictionPictures
 

@@ -32,7 +32,7 @@ from perf_vit.tasks import (
     draw_objects,
     draw_segmentation,
 )
-from perf_vit.tasks.history import SEGMENTATION_CURVES
+from perf_vit.tasks.callbacks import SEGMENTATION_CURVES
 from perf_vit.workflows.classification import (
     build_classification_data,
     build_classification_task,

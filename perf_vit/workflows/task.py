@@ -16,7 +16,7 @@ from perf_vit.inference import PredictOptions, Predictor
 from perf_vit.metrics import RegisteredMetrics
 from perf_vit.models import Network
 from perf_vit.tasks import TrainingSteps
-from perf_vit.tasks.history import Curves
+from perf_vit.tasks.callbacks import Curves
 from perf_vit.tasks.pictures import Draw
 from perf_vit.text import without_nan
 from perf_vit.workflows.progress import as_text, new_table

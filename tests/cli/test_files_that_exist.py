@@ -15,7 +15,7 @@ from perf_vit.config import dump_config
 from perf_vit.data import make_ship_scene
 from perf_vit.errors import OutputError
 from perf_vit.inference import slide_names
-from perf_vit.tasks.history import plot_history
+from perf_vit.tasks.callbacks import plot_history
 from perf_vit.workflows.train import Run, read_run
 
 EXAMPLES = [
@@ -254,7 +254,7 @@ def test_a_demo_that_was_killed_while_mapping_is_made_anew_on_demand(demo, tmp_p
         raise KilledError
 
     with monkeypatch.context() as patch, pytest.raises(KilledError):
-        patch.setattr("perf_vit.inference.jobs.map_job.write_cog", kill)
+        patch.setattr("perf_vit.inference.jobs.job.write_cog", kill)
         call(demo)
     assert list((tmp_path / "out").glob("map.tif.partial/rows_*"))
     assert call([*demo, "--overwrite"]) == 0

@@ -20,7 +20,7 @@ from sweep import Measurement, sweep_lengths
 
 import perf_vit.ops
 from perf_vit.ops import draw_projection
-from perf_vit.workflows.timing import alternating_medians
+from perf_vit.workflows.conversion_report import alternating_medians
 
 FOLDER = Path(__file__).parents[2] / "tools" / "benchmarks" / "attention_sweep"
 

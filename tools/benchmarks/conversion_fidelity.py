@@ -26,8 +26,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import perf_vit
+from perf_vit.workflows.conversion_report import machine_name
 from perf_vit.workflows.progress import console, errors
-from perf_vit.workflows.timing import machine_name
 
 POPULAR = "performer-pytorch"
 

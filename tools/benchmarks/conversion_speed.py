@@ -25,8 +25,8 @@ from rich.table import Table
 from torch import Tensor, nn
 
 import perf_vit
+from perf_vit.workflows.conversion_report import machine_name
 from perf_vit.workflows.progress import console, errors
-from perf_vit.workflows.timing import machine_name
 
 MIXERS = ("softmax", "performer", "clustered")
 

@@ -29,8 +29,8 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
 import perf_vit
+from perf_vit.workflows.conversion_report import Call, alternating_medians, machine_name
 from perf_vit.workflows.progress import console, errors
-from perf_vit.workflows.timing import Call, alternating_medians, machine_name
 
 COLORS, MARKERS = (GREY, BLUE, GREEN, YELLOW, RED, PURPLE), "osD^vP"
 FOLDER = Path(__file__).parents[2] / "docs" / "images" / "conversion"

@@ -1,24 +1,42 @@
-"""The one mechanism of all predictions: what outputs are made of, what is there already, what was begun."""
+"""Resumable jobs with recorded progress; jobs of maps."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import torch
+
 from perf_vit._version import __version__
 from perf_vit.errors import OutputError
-from perf_vit.inference.jobs.identity import OutputRecord
+from perf_vit.inference.dense_output import DenseOutput
+from perf_vit.inference.jobs.identity import OutputRecord, SourceIdentity
 from perf_vit.inference.jobs.journal import Journal, check_partial_folder, discard_journal, open_journal
 from perf_vit.inference.jobs.logs import DamagedPiece, DamageLog
-from perf_vit.inference.options import PredictOptions
-from perf_vit.writers import check_outputs, existing_error, existing_outputs
+from perf_vit.inference.options import PredictOptions, SegmentationPredictOptions
+from perf_vit.sources import GEOTIFF_SUFFIXES
+from perf_vit.sources.slides import SlideSource
+from perf_vit.tiling import grid_windows
+from perf_vit.types import Source, Window
+from perf_vit.writers import (
+    RasterLayout,
+    StripStore,
+    check_outputs,
+    existing_error,
+    existing_outputs,
+    holds_layout,
+    is_ome_tiff_name,
+    write_cog,
+    write_ome_tiff,
+)
 
-__all__ = ["Job", "JobResult", "RecordedJob"]
+__all__ = ["Job", "JobResult", "MapJob", "RecordedJob", "check_map_name", "files_beside"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -198,3 +216,174 @@ class RecordedJob(Job):
         for out, file in sorted(files.items(), key=lambda pair: pair[0] == self.out):
             if file != out:
                 journal.move(file, out)
+
+
+_VERSION_TAG = "PERF_VIT_VERSION"
+
+
+_DAMAGE_TAG = "PERF_VIT_DAMAGED_PIECES"
+
+
+@dataclass(frozen=True, kw_only=True)
+class MapJob(Job):
+    """The map of a source; its tags hold what it was made of.
+
+    Attributes:
+        source: Raster, mosaic or slide.
+        out: Path of the map: .tif for a Cloud-Optimised GeoTIFF, .ome.tif for a pyramid that slide viewers open.
+        output: How scores become pixels.
+        model_id: Identifies the model and its weights.
+        window_size: Side of a window in pixels.
+        overlap: Pixels that neighbouring windows share.
+        options: Options of the prediction.
+        device: Device that the model runs on.
+
+    Raises:
+        OutputError: The map would replace its input, isn't named .tif, or is an OME-TIFF of pixels of unknown size.
+    """
+
+    source: Source
+    out: Path
+    output: DenseOutput
+    model_id: str
+    window_size: int
+    overlap: int
+    options: SegmentationPredictOptions
+    device: str = "cpu"
+
+    def __post_init__(self) -> None:
+        check_map_name(self.out)
+        if is_ome_tiff_name(self.out):
+            _mpp_xy(self.source)
+        check_outputs([self.out], self.input_files, overwrite=True)
+
+    @property
+    def beside(self) -> Sequence[Path]:
+        """Quicklook and polygons, as far as they are asked for."""
+        return files_beside(self.out, self.options)
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """Plain values that decide the scores; the map's tags hold them."""
+        return {
+            "model": self.model_id,
+            "window_size": self.window_size,
+            "overlap": self.overlap,
+            "blend": self.options.blend,
+            "flips": self.options.flips,
+            "precision": str(self.options.dtype).removeprefix("torch."),
+        }
+
+    @property
+    def input_files(self) -> tuple[str, ...]:
+        """Paths of the source, several of a mosaic."""
+        return tuple(getattr(self.source, "paths", (self.source.path,)))
+
+    @property
+    def begun_with(self) -> Mapping[str, Any]:
+        """Plain values that decide the rows."""
+        return {
+            **self.settings,
+            "device": torch.device(self.device).type,
+            "bands": list(self.output.band_names),
+            "dtype": str(np.dtype(self.output.dtype)),
+            "output": dict(self.output.tags),
+            **self._identity.settings,
+        }
+
+    @cached_property
+    def _identity(self) -> SourceIdentity:
+        return SourceIdentity(self.source)
+
+    @property
+    def layout(self) -> RasterLayout:
+        """The map's size, place, bands and tags."""
+        tags = {f"PERF_VIT_{name.upper()}": str(value) for name, value in self.settings.items()}
+        return self.output.layout(self.source, {_VERSION_TAG: __version__, **self._identity.tags, **tags})
+
+    @property
+    def window_rows(self) -> list[int]:
+        """The first row of each row of windows."""
+        return sorted({window.row for window in self._windows})
+
+    @property
+    def num_windows(self) -> int:
+        """Windows of the whole source."""
+        return len(self._windows)
+
+    def is_done(self, found: Sequence[Path]) -> bool:
+        """Whether the map is there, of the same model, settings and input, and not older than that.
+
+        A map with damaged pieces isn't what `on_error="stop"` asks for. Files next to it are made again if they are
+        missing; another process may have made the map meanwhile, which appears before them.
+        """
+        if self.out.exists() and not self._identity.changed_since(self.out):
+            layout = self.layout
+            if self.options.on_error == "stop":
+                layout = replace(layout, tags={**layout.tags, _DAMAGE_TAG: "0"})
+            if holds_layout(self.out, layout, other_tags={_VERSION_TAG}):
+                return True
+        other = "not as this model's map of this input with these settings, or is older than the input, or has damaged "
+        raise self._other(found[0], f"{other}pixels" if found[0] == self.out else "")
+
+    def store(self, folder: Path) -> StripStore:
+        """Rows of the map in a folder."""
+        # Tags, which take a look at all files of the source, are of the finished map.
+        return StripStore(folder, self.output.layout(self.source, {}), self.out)
+
+    def finish(self, journal: Journal) -> tuple[DamagedPiece, ...]:
+        """Make the map of all rows and put it under its name.
+
+        Returns:
+            What couldn't be read, of all runs that wrote rows.
+
+        Raises:
+            OutputError: Rows are missing, or the disk is full.
+        """
+        damaged = DamageLog(journal.folder).pieces()
+        layout = self.layout
+        layout = replace(layout, tags={**layout.tags, _DAMAGE_TAG: str(len(damaged))})
+        made = journal.folder / self.out.name
+        store = StripStore(journal.folder, layout, self.out)
+        if is_ome_tiff_name(self.out):
+            pyramid = journal.folder / "pyramid.tif"
+            write_cog(store, layout, pyramid, self.out)
+            write_ome_tiff(made, pyramid, mpp=_mpp_xy(self.source), tags=layout.tags)
+        else:
+            write_cog(store, layout, made, self.out)
+        journal.move(made)
+        return tuple(damaged)
+
+    @cached_property
+    def _windows(self) -> list[Window]:
+        return grid_windows(self.source.extent, self.window_size, self.overlap)
+
+
+def _mpp_xy(source: Source) -> tuple[float, float]:
+    """Micrometres per pixel of a slide as it is read."""
+    if source.mpp is None:
+        raise OutputError(
+            f"an OME-TIFF tells the size of its pixels, and that of {source.path} is not known; give `slide_mpp`, or "
+            "a name that ends in .tif alone"
+        )
+    if not isinstance(source, SlideSource) or source.slide_mpp is None:
+        return source.mpp, source.mpp
+    (mpp_x, mpp_y), (down_x, down_y) = source.slide_mpp, source.downsample_xy
+    return mpp_x * down_x, mpp_y * down_y
+
+
+def check_map_name(out: Path) -> None:
+    """Refuse a map whose name doesn't say that it is a GeoTIFF.
+
+    Raises:
+        OutputError: it doesn't end in .tif or .tiff.
+    """
+    if out.suffix.lower() not in GEOTIFF_SUFFIXES:
+        raise OutputError(f"the map is a GeoTIFF: its name must end in .tif, got {out}; try {out.with_suffix('.tif')}")
+
+
+def files_beside(out: Path, options: SegmentationPredictOptions) -> list[Path]:
+    """The quicklook and the polygons of a map, as far as they are asked for."""
+    suffixes = [".png"] if options.quicklook else []
+    suffixes += [f".{options.polygons}"] if options.polygons else []
+    return [out.with_suffix(suffix) for suffix in suffixes]

@@ -5,8 +5,16 @@ from perf_vit.labels.objects import coco, csv, dota, instances, vector, voc, yol
 from perf_vit.labels.objects.coco import CocoImages, category_ids_by_name, default_category_ids, ids_of_classes
 from perf_vit.labels.objects.masks import OutlineMasks, objects_in
 from perf_vit.labels.objects.read import read_object_labels
-from perf_vit.labels.objects.records import ImageRecord, ObjectIndex, RawImage, RawLabels, RawObject
-from perf_vit.labels.objects.registry import LABEL_FORMATS, LabelOptions, register_label_format
+from perf_vit.labels.objects.records import (
+    LABEL_FORMATS,
+    ImageRecord,
+    LabelOptions,
+    ObjectIndex,
+    RawImage,
+    RawLabels,
+    RawObject,
+    register_label_format,
+)
 from perf_vit.labels.objects.validate import validate_labels
 from perf_vit.labels.objects.vector import PolygonFile
 

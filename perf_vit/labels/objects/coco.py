@@ -16,8 +16,7 @@ import shapely
 from perf_vit.errors import InputError, parsing
 from perf_vit.labels.image_folder import ImageFolder
 from perf_vit.labels.objects.masks import Rle
-from perf_vit.labels.objects.records import RawImage, RawLabels, RawObject
-from perf_vit.labels.objects.registry import LabelOptions, register_label_format
+from perf_vit.labels.objects.records import LabelOptions, RawImage, RawLabels, RawObject, register_label_format
 
 __all__ = ["CocoImages", "category_ids_by_name", "default_category_ids", "ids_of_classes", "read_coco"]
 

@@ -8,8 +8,7 @@ import numpy as np
 
 from perf_vit.errors import InputError
 from perf_vit.labels.image_folder import ImageFolder, label_files, read_lines
-from perf_vit.labels.objects.records import RawImage, RawLabels, RawObject
-from perf_vit.labels.objects.registry import LabelOptions, register_label_format
+from perf_vit.labels.objects.records import LabelOptions, RawImage, RawLabels, RawObject, register_label_format
 
 __all__ = ["read_dota"]
 

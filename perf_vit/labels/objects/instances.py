@@ -10,8 +10,7 @@ from scipy import ndimage
 from perf_vit.errors import InputError
 from perf_vit.labels.image_folder import ImageFolder
 from perf_vit.labels.objects.masks import InstanceMasks
-from perf_vit.labels.objects.records import RawImage, RawLabels, RawObject
-from perf_vit.labels.objects.registry import LabelOptions, register_label_format
+from perf_vit.labels.objects.records import LabelOptions, RawImage, RawLabels, RawObject, register_label_format
 from perf_vit.sources import open_raster
 
 __all__ = ["read_instances"]

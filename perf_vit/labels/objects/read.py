@@ -11,8 +11,7 @@ from pathlib import Path
 from perf_vit.errors import DataWarning, InputError
 from perf_vit.labels.image_folder import ImageFolder
 from perf_vit.labels.objects.coco import ids_of_classes
-from perf_vit.labels.objects.records import ObjectIndex, RawLabels
-from perf_vit.labels.objects.registry import LABEL_FORMATS, LabelOptions
+from perf_vit.labels.objects.records import LABEL_FORMATS, LabelOptions, ObjectIndex, RawLabels
 from perf_vit.labels.objects.validate import validate_labels
 from perf_vit.sources import open_source, split_layer
 from perf_vit.types import InputPath, OpenInput

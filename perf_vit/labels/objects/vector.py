@@ -14,8 +14,7 @@ import shapely
 from perf_vit.errors import DataWarning, InputError
 from perf_vit.labels._placement import local_transform, span, transform_geometries
 from perf_vit.labels.image_folder import ImageFolder
-from perf_vit.labels.objects.records import RawImage, RawLabels, RawObject
-from perf_vit.labels.objects.registry import LabelOptions, register_label_format
+from perf_vit.labels.objects.records import LabelOptions, RawImage, RawLabels, RawObject, register_label_format
 from perf_vit.labels.vector import to_pixels
 from perf_vit.sources import files_below, is_vector_name, open_source, split_layer
 from perf_vit.sources._gdal import check_exists, crs_name

@@ -12,8 +12,7 @@ import shapely
 from perf_vit.config import load_yaml
 from perf_vit.errors import DataWarning, InputError, parsing
 from perf_vit.labels.image_folder import ImageFolder, read_lines
-from perf_vit.labels.objects.records import RawImage, RawLabels, RawObject
-from perf_vit.labels.objects.registry import LabelOptions, register_label_format
+from perf_vit.labels.objects.records import LabelOptions, RawImage, RawLabels, RawObject, register_label_format
 from perf_vit.sources import files_below, open_source
 
 __all__ = ["read_yolo"]

@@ -12,8 +12,7 @@ import numpy.typing as npt
 from PIL import ImageCms
 
 from perf_vit.errors import DamagedDataError, InputError
-from perf_vit.sources._gdal import check_exists, check_name
-from perf_vit.sources._handles import PerThread
+from perf_vit.sources._gdal import PerThread, check_exists, check_name
 from perf_vit.sources.readers import register_source
 from perf_vit.sources.slides.pyramid import Level, PyramidReader, true_downsample
 from perf_vit.types import BoolArray, Window

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
-from perf_vit.workflows.timing import Call
+from perf_vit.workflows.conversion_report import Call
 
 __all__ = ["peak_extra_bytes"]
 

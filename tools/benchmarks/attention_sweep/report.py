@@ -20,7 +20,7 @@ from sweep import Measurement
 from perf_vit.errors import OutputError
 from perf_vit.files import staged
 from perf_vit.plotting import save_figure
-from perf_vit.workflows.timing import machine_name
+from perf_vit.workflows.conversion_report import machine_name
 
 __all__ = [
     "BASELINES",

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from perf_vit.errors import ConfigError, reason_line
-from perf_vit.workflows.timing import machine_name
+from perf_vit.workflows.conversion_report import machine_name
 
 __all__ = ["DTYPES", "FORWARD", "FORWARD_BACKWARD", "PASSES", "AttentionBenchmark"]
 

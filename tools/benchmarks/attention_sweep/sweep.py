@@ -13,7 +13,7 @@ from settings import FORWARD, PASSES, AttentionBenchmark
 from torch import Tensor
 from verify import draw_inputs
 
-from perf_vit.workflows.timing import Call, alternating_medians
+from perf_vit.workflows.conversion_report import Call, alternating_medians
 
 __all__ = ["Measurement", "sweep_lengths"]
 

@@ -19,8 +19,8 @@ import torch
 import typer
 from figure_style import read_rows, write_rows
 
+from perf_vit.workflows.conversion_report import machine_name
 from perf_vit.workflows.progress import console
-from perf_vit.workflows.timing import machine_name
 
 FIGURES = {
     "kernel_mse": kernel_mse.make,
