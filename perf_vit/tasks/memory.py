@@ -335,7 +335,8 @@ def _peak_in_process(steps: TrainingSteps) -> int | None:
             input=pickle.dumps(steps),
             capture_output=True,
             check=False,
-            env={**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)},
+            # The same modules as here, not those of the current folder, which may hold someone else's data.
+            env={**os.environ, "PYTHONSAFEPATH": "1", "PYTHONPATH": os.pathsep.join(map(os.path.abspath, sys.path))},
         )
         # The system kills a process that runs out of memory.
         if done.returncode == -9:

@@ -66,8 +66,7 @@ class TrainerConfig:
         logger: tensorboard, or wandb for TensorBoard and Weights & Biases (extra `wandb`); `metrics.csv` is always
             written.
         strategy: Strategy for several devices: fsdp2, which shards weights, gradients and optimizer states, or a
-            Lightning
-            strategy: auto, ddp, ...
+            Lightning strategy: auto, ddp, ...
     """
 
     max_epochs: int = 50

@@ -1,6 +1,10 @@
 """The largest tile that training fits into memory."""
 
+import json
+import subprocess
+import sys
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
@@ -9,7 +13,7 @@ from hypothesis import strategies as st
 from perf_vit.errors import ConfigError
 from perf_vit.models import DetectionModelConfig, SegmentationModelConfig
 from perf_vit.tasks import SegmentationOptimConfig, TrainerConfig, TrainingSteps, fit_max_tile
-from perf_vit.tasks.memory import largest_fitting, training_peak
+from perf_vit.tasks.memory import _peak_in_process, largest_fitting, training_peak
 
 MB = 10**6
 VIT = {"backbone": "performer_vit_tiny_patch16_224",
@@ -66,6 +70,25 @@ def test_real_steps_are_measured_and_more_memory_takes_a_larger_tile() -> None:
     assert 100 * MB < seen[224] < seen[448]
     # The input, features and logits of 448 x 448 px alone take more than their share of 224 x 224.
     assert seen[448] - seen[224] > 448**2 * 4 * 4
+
+
+def test_modules_are_those_of_this_process_and_not_of_the_current_folder(monkeypatch, tmp_path) -> None:
+    here = [path for path in sys.path if path]
+    monkeypatch.setattr(sys, "path", here)
+    monkeypatch.chdir(tmp_path)
+    run, seen = subprocess.run, []
+
+    def show_path(command, **options):
+        show = "import json, sys; from pathlib import Path; Path(sys.argv[1]).write_text(json.dumps(sys.path))"
+        done = run([command[0], "-c", show, command[-1]], **options)
+        seen.extend(json.loads(Path(command[-1]).read_text()))
+        Path(command[-1]).write_text("1")
+        return done
+
+    monkeypatch.setattr(subprocess, "run", show_path)
+    assert _peak_in_process(STEPS) == 1
+    assert set(here) <= set(seen)
+    assert not {"", str(tmp_path)} & set(seen)
 
 
 def test_what_fails_for_another_reason_says_so() -> None:
