@@ -122,6 +122,8 @@ def predict(
     shared = InputsOptions(**{name: value for name, value in options.items() if name in own})
     given = {name: value for name, value in options.items() if name not in own}
     inputs = [input] if isinstance(input, str | Path) or hasattr(input, "read") else list(input)
+    if not inputs:
+        raise InputError("expected at least one input, got an empty list")
     with progress_shown(progress), _evaluating(model):
         predictor = _predictor(model, inputs, given, shared)
         if isinstance(predictor, TablePredictor):
@@ -141,7 +143,8 @@ def _predictor(
     if not isinstance(found, nn.Module) or hasattr(found, "task"):
         return task.predictor(found, options)
     spec = getattr(found, "spec", None)
-    first = inputs[0] if shared.mosaic or hasattr(inputs[0], "read") else find_paths(inputs)[0]
+    is_one = shared.mosaic or hasattr(inputs[0], "read")
+    first = inputs[0] if is_one else find_paths(inputs, path_column=shared.path_column)[0]
     opened = (spec if isinstance(spec, InputSpec) else InputSpec()).open(first, **options.input_options)
     try:
         return task.predictor(as_segmenter(found, opened, options.window_size), options)
@@ -214,6 +217,8 @@ def _predict_table(
         InputError: An input can't be read, or with `on_error="skip"` none.
         PerfVitError: An input or output that doesn't fit.
     """
+    if given.mosaic:
+        raise OptionError("mosaic is for maps and objects, and this model makes a table; leave it out")
     paths = find_paths(inputs, path_column=given.path_column, outputs=attention_folder(output))
     lists = [each for each in inputs if Path(each).is_file()]
     job = predictor.job(paths, output)

@@ -73,6 +73,24 @@ def test_a_process_killed_after_the_map_leaves_the_rest_to_the_next(predict, mon
     assert not list(Path(predict.out).glob("*.partial"))
 
 
+def test_files_of_an_earlier_map_are_not_left_next_to_another(predict, monkeypatch) -> None:
+    options = ["--polygons", "geojson"]
+    smooth = predict(*options, "--blend", "gaussian")
+    shutil.rmtree(predict.out)
+    predict(*options)
+
+    class KilledError(BaseException):
+        pass
+
+    def kill(*_, **__) -> None:
+        raise KilledError
+
+    with monkeypatch.context() as patch, pytest.raises(KilledError):
+        patch.setattr("perf_vit.inference.segmentation.write_map_quicklook", kill)
+        predict(*options, "--blend", "gaussian", "--overwrite")
+    assert predict(*options, "--blend", "gaussian") == smooth
+
+
 @pytest.mark.parametrize("task", ["segmentation", "detection"])
 def test_a_scene_of_a_folder_may_be_written_into_a_sub_folder_of_it(task, tmp_path, capsys) -> None:
     tiles = tmp_path / "tiles"

@@ -192,6 +192,27 @@ def test_a_table_is_made_of_images(make_scene, tmp_path) -> None:
     assert (result.made, result.num_rows) == (True, 1)
 
 
+@pytest.mark.parametrize("save", [save_segmenter, lambda path: save_classifier(path, "single_label")])
+def test_no_input_is_an_error(save, tmp_path) -> None:
+    with pytest.raises(InputError, match="expected at least one input"):
+        perf_vit.predict(save(tmp_path / "model.ckpt"), [], tmp_path / "found.csv")
+
+
+def test_a_table_is_made_of_no_mosaic(make_scene, tmp_path) -> None:
+    checkpoint = save_classifier(tmp_path / "model.ckpt", "single_label")
+    with pytest.raises(OptionError, match=r"^mosaic is for maps and objects"):
+        perf_vit.predict(checkpoint, make_scene(dtype="uint8"), tmp_path / "found.csv", mosaic=True)
+
+
+def test_a_bare_network_reads_lists_by_the_column_of_paths(make_scene, tmp_path) -> None:
+    scene = make_scene(num_bands=5)
+    (tmp_path / "list.csv").write_text(f"scene\n{scene}\n")
+    report = perf_vit.predict(
+        Bands(5), tmp_path / "list.csv", tmp_path / "out", path_column="scene", window_size=32, progress=False
+    )
+    assert report.count("done") == 1
+
+
 def test_configs_are_names_paths_and_mappings(tmp_path) -> None:
     from perf_vit.workflows.train import read_run
 

@@ -351,6 +351,9 @@ class MapJob(Job):
             write_ome_tiff(made, pyramid, mpp=_mpp_xy(self.source), tags=layout.tags)
         else:
             write_cog(store, layout, made, self.out)
+        # If this process ends before it makes them, none of an earlier map is taken for one of this map.
+        for path in self.beside if self.options.overwrite else ():
+            journal.discard(path)
         journal.move(made)
         return tuple(damaged)
 

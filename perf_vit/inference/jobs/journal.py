@@ -77,6 +77,15 @@ class Journal:
             out.parent.mkdir(parents=True, exist_ok=True)
             os.replace(made, out)
 
+    def discard(self, out: Path) -> None:
+        """Remove an output of an earlier call, if it is there.
+
+        Raises:
+            OutputError: It can't be removed.
+        """
+        with _refusing(out):
+            out.unlink(missing_ok=True)
+
     def _check(self, before: dict[str, Any], wanted: dict[str, Any]) -> None:
         for name in [*wanted, *before]:
             if before.get(name) != wanted.get(name):
