@@ -159,6 +159,9 @@ def progress_shown(shown: bool) -> Iterator[None]:
 @contextmanager
 def working(text: str) -> Iterator[Callable[[str], None]]:
     """A spinner with a text, and the callback that changes it."""
+    if not _shown.get():
+        yield lambda changed: None
+        return
     with errors.status(Text(printable(text))) as status:
         # A string would be parsed as markup.
         yield lambda changed: status.update(Text(printable(changed)))
@@ -167,9 +170,22 @@ def working(text: str) -> Iterator[Callable[[str], None]]:
 @contextmanager
 def windows_progress(description: str, unit: str = "windows") -> Iterator[Callable[[int, int], None]]:
     """A progress bar over windows, or other units, as the callback that the inference engine takes."""
-    with _bars() as progress:
-        task = progress.add_task(printable(description), total=None, unit=unit)
-        yield lambda done, total: progress.update(task, completed=done, total=total)
+    progress, is_started = _bars(), False
+    task = progress.add_task(printable(description), total=None, unit=unit)
+
+    def on_progress(done: int, total: int) -> None:
+        nonlocal is_started
+        if not is_started:
+            # Inputs that are refused before any work need no bar.
+            progress.start()
+            is_started = True
+        progress.update(task, completed=done, total=total)
+
+    try:
+        yield on_progress
+    finally:
+        if is_started:
+            progress.stop()
 
 
 @contextmanager
@@ -183,7 +199,7 @@ def inputs_progress(
 
         def on_input(report: InputReport) -> None:
             progress.advance(task)
-            if report.status == "failed":
+            if report.status == "failed" and _shown.get():
                 say_line("failed", f"{report.input}: {report.error}")
 
         def on_window(done: int, total: int) -> None:
