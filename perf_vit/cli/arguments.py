@@ -54,7 +54,7 @@ def with_flags(error: PerfVitError, text: str, command: Any) -> str:
     return _OPTION.sub(flag, text)
 
 
-Checkpoint = Annotated[Path, typer.Option(help="A .ckpt file that `perf-vit train` wrote.")]
+Checkpoint = Annotated[Path, typer.Option(help="A run folder, or a .ckpt file that `perf-vit train` wrote.")]
 
 
 Input = Annotated[

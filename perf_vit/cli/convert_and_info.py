@@ -79,8 +79,9 @@ def demo(
 ) -> None:
     """Make a scene, train a small model on half of it, map all of it and write a report: a few minutes on a CPU."""
     from perf_vit.workflows.demo import run_demo
-    from perf_vit.workflows.progress import say, show
+    from perf_vit.workflows.progress import say, show, show_log
 
+    show_log()
     found = run_demo(out, seed, overwrite=overwrite)
     show(*found.scores.tables())
     say(

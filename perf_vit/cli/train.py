@@ -14,9 +14,10 @@ def train(
     overrides: Annotated[list[str] | None, typer.Argument(help="key=value ..., as in data.tile_px=512")] = None,
 ) -> None:
     """Train a model from a config file and key=value overrides."""
-    from perf_vit.workflows.progress import say
+    from perf_vit.workflows.progress import say, show_log
     from perf_vit.workflows.train import train
 
+    show_log()
     run = train(config, overrides)
     say(f"best checkpoint: {run.best}")
 
@@ -51,7 +52,8 @@ def distill(
 ) -> None:
     """Train the linear copy of a pretrained ViT to give its tokens, on images without labels."""
     from perf_vit.workflows.distill import distill
-    from perf_vit.workflows.progress import say
+    from perf_vit.workflows.progress import say, show_log
 
+    show_log()
     run = distill(config, overrides)
     say(f"student: {run.best}")

@@ -127,7 +127,7 @@ def predict(
     with progress_shown(progress), _evaluating(model):
         predictor = _predictor(model, inputs, given, shared)
         if isinstance(predictor, TablePredictor):
-            return _predict_table(predictor, [str(each) for each in inputs], Path(output), shared)
+            return _predict_table(predictor, inputs, Path(output), shared)
         source = _only_source(inputs, Path(output), shared)
         if source is not None:
             return _predict_one(predictor, source, Path(output), shared)
@@ -209,7 +209,7 @@ def _predict_folder(
 
 
 def _predict_table(
-    predictor: TablePredictor[Any, Any], inputs: Sequence[str], output: Path, given: InputsOptions
+    predictor: TablePredictor[Any, Any], given_inputs: Sequence[Any], output: Path, given: InputsOptions
 ) -> JobResult:
     """Write a table with a row an input.
 
@@ -219,6 +219,9 @@ def _predict_table(
     """
     if given.mosaic:
         raise OptionError("mosaic is for maps and objects, and this model makes a table; leave it out")
+    if any(hasattr(each, "read") for each in given_inputs):
+        raise InputError(f"a table of {predictor.noun} is made of their paths, got an open source; give its path")
+    inputs = [str(each) for each in given_inputs]
     paths = find_paths(inputs, path_column=given.path_column, outputs=attention_folder(output))
     lists = [each for each in inputs if Path(each).is_file()]
     job = predictor.job(paths, output)

@@ -7,6 +7,7 @@ escaped.
 from __future__ import annotations
 
 import io
+import logging
 import math
 import os
 import sys
@@ -51,6 +52,7 @@ __all__ = [
     "score_table",
     "show",
     "show_any_text",
+    "show_log",
     "windows_progress",
     "working",
 ]
@@ -111,6 +113,13 @@ def note_to_stdout() -> None:
     """Have notes on stdout, where the command line has all that it found."""
     global _notes
     _notes = console
+
+
+def show_log() -> None:
+    """Print what runs log, a line an epoch, where there is no terminal with a progress bar."""
+    if not console.is_terminal:
+        logging.basicConfig(format="%(message)s")
+        logging.getLogger("perf_vit").setLevel(logging.INFO)
 
 
 def as_text(*tables: Table) -> str:

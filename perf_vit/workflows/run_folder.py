@@ -17,7 +17,6 @@ from lightning.pytorch.utilities import rank_zero_only
 from perf_vit.config import dump_config, find_config, is_dumped
 from perf_vit.errors import CheckpointError, ConfigError, OutputError, PerfVitError, parsing, reason_line
 from perf_vit.files import atomic_file
-from perf_vit.workflows.progress import console
 from perf_vit.workflows.resume import KeepRun, ResumedRun
 from perf_vit.writers import check_outputs
 
@@ -110,7 +109,7 @@ class RunFolder:
             self._resumed.check_config(config)
         if not 0 <= config.seed < _NUM_SEEDS:
             raise ConfigError(f"seed must be from 0 to {_NUM_SEEDS - 1}, got {config.seed}")
-        _set_up_logging()
+        _quieten()
         lightning.seed_everything(config.seed, workers=True, verbose=False)
 
     def check_network(self, task: Any) -> None:
@@ -224,11 +223,6 @@ def _remove(paths: Sequence[Path], folder: Path | None) -> None:
             folder.rmdir()
 
 
-def _set_up_logging() -> None:
-    """Show what matters of a run, on a terminal and in a log file."""
-    # A terminal has the progress bar; a log file gets a line an epoch.
-    if not console.is_terminal:
-        logging.basicConfig(format="%(message)s")
-        logging.getLogger("perf_vit").setLevel(logging.INFO)
+def _quieten() -> None:
     for name in ("lightning.pytorch", "lightning.fabric"):
         logging.getLogger(name).setLevel(logging.WARNING)

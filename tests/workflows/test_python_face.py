@@ -190,6 +190,23 @@ def test_a_table_is_made_of_images(make_scene, tmp_path) -> None:
     checkpoint = save_classifier(tmp_path / "model.ckpt", "single_label")
     result = perf_vit.predict(checkpoint, make_scene(dtype="uint8"), tmp_path / "found.csv", progress=False)
     assert (result.made, result.num_rows) == (True, 1)
+    with pytest.raises(InputError, match="a table of images is made of their paths, got an open source"):
+        perf_vit.predict(checkpoint, perf_vit.open(make_scene(dtype="uint8")), tmp_path / "other.csv")
+    with pytest.raises(InputError, match="got an empty list"):
+        perf_vit.predict(checkpoint, [], tmp_path / "other.csv")
+
+
+def test_progress_is_shown_unless_told_otherwise(make_scene, tmp_path, capsys) -> None:
+    model, path = perf_vit.load(save_segmenter(tmp_path / "model.ckpt")), make_scene(dtype="uint8")
+    bad = tmp_path / "bad.tif"
+    bad.write_bytes(b"no raster")
+    perf_vit.predict(model, path, tmp_path / "a.tif")
+    shown = capsys.readouterr()
+    assert "windows" in shown.err
+    with pytest.raises(InputError, match="1 of 2 inputs failed"):
+        perf_vit.predict(model, [path, bad], tmp_path / "maps", on_error="skip", progress=False)
+    after = capsys.readouterr()
+    assert (shown.out, after.out, after.err) == ("", "", "")
 
 
 @pytest.mark.parametrize("save", [save_segmenter, lambda path: save_classifier(path, "single_label")])
