@@ -10,7 +10,8 @@ import numpy.typing as npt
 
 from perf_vit.errors import InputError
 from perf_vit.geometry import Objects
-from perf_vit.geometry.objects import IndexArray, ObjectKind, Overlaps, greedy_nms, object_bounds
+from perf_vit.geometry.nms import IndexArray, Overlaps, greedy_nms
+from perf_vit.geometry.objects import ObjectKind, object_bounds
 from perf_vit.tiling import grid_windows
 from perf_vit.types import BoolArray, Window
 

@@ -121,7 +121,7 @@ def evaluate_detection(
     Raises:
         PerfVitError: Labels or images can't be read or don't fit.
     """
-    search = options.for_prediction(DetectionPredictOptions, score_threshold=0.0)
+    search = options.for_prediction(DetectionPredictOptions, {"score_threshold": 0.0})
     predictor = DetectionPredictor(model, search)  # type: ignore[arg-type]
     spec = predictor.model.spec
     given = {} if options.label_format is None else {"label_format": options.label_format}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, ClassVar, TypeAlias, TypeVar
@@ -47,18 +47,18 @@ class EvaluateOptions:
     json: str | Path | None = None
     overwrite: bool = False
 
-    def for_prediction(self, options: type[Options], **more: Any) -> Options:
+    def for_prediction(self, options: type[Options], more: Mapping[str, Any] | None = None) -> Options:
         """Options of the prediction that is scored.
 
         Args:
             options: Their class.
-            **more: Further ones.
+            more: Further ones.
 
         Raises:
             OptionError: An unknown value.
         """
         shared = {each.name for each in fields(self)} & {each.name for each in fields(options)} - {"overwrite"}
-        return options(**{name: getattr(self, name) for name in shared}, **more)
+        return options(**{name: getattr(self, name) for name in shared}, **(more or {}))
 
 
 @dataclass(frozen=True, kw_only=True)

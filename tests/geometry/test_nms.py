@@ -5,7 +5,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from perf_vit.geometry.boxes import oriented_box_corners
-from perf_vit.geometry.objects import Overlaps, greedy_nms, object_polygons
+from perf_vit.geometry.nms import Overlaps, greedy_nms
+from perf_vit.geometry.objects import object_polygons
 
 
 def crowd(kind: str, seed: int, num: int, spread: float) -> np.ndarray:
@@ -50,9 +51,9 @@ def test_blocks_of_a_crowd_suppress_as_one_by_one(kind, seed, num, spread, thres
         return shared > threshold * (overlaps.areas[first] + overlaps.areas[second] - shared)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("perf_vit.geometry.objects._BLOCK", block)
-        patch.setattr("perf_vit.geometry.objects._LOOKUP", 3)
-        patch.setattr("perf_vit.geometry.objects._PAIRS", 7)
+        patch.setattr("perf_vit.geometry.nms._BLOCK", block)
+        patch.setattr("perf_vit.geometry.nms._LOOKUP", 3)
+        patch.setattr("perf_vit.geometry.nms._PAIRS", 7)
         got = greedy_nms(overlaps, same)
     assert got.tolist() == naive(object_polygons(kind, geometry), threshold)
 
