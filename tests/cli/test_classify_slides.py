@@ -121,7 +121,7 @@ def test_evaluation_prints_classes_and_writes_scores_and_confusion_matrix(run, s
     assert Image.open(report.with_suffix(".png")).size[0] > 200
     assert Image.open(report.with_name("scores_precision_recall.png")).size[0] > 200
     assert call(args) == 2
-    assert "is scored against labels, got none" in capsys.readouterr().err
+    assert "needs --labels to be scored" in capsys.readouterr().err
 
 
 def test_prediction_writes_probabilities_and_attention_in_pixels_of_level_0(run, slides, tmp_path) -> None:
