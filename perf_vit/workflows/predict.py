@@ -202,10 +202,7 @@ def _predict_folder(
             predictor = predictor.on(_device_of(pool, predictor))
             found = [MapInput(_absolute(item.path), item.output.absolute()) for item in found]
         predictor.check(found)
-        try:
-            return _predict_many(predictor, found, output, pool)
-        finally:
-            predictor.finish_folder(found, output)
+        return _predict_many(predictor, found, output, pool)
 
 
 def _predict_table(
@@ -283,9 +280,18 @@ def _predict_many(
         finally:
             if report.inputs:
                 note(run_table(report))
+            predictor.finish_folder(_of_this_run(inputs, report, options.overwrite), folder)
     if num_failed := report.count("failed"):
         raise InputError(f"{num_failed} of {len(inputs)} inputs failed, all others were gone through; see {path}")
     return report
+
+
+def _of_this_run(inputs: Sequence[MapInput], report: RunReport, overwrite: bool) -> list[MapInput]:
+    """Inputs but those whose outputs, if there are any, may be of another model or other settings."""
+    # Without `overwrite`, outputs of inputs that the run didn't come to were checked before it.
+    fine = {"done", "skipped-existing", *([] if overwrite else ["busy", None])}
+    status = {each.input: each.status for each in report.inputs}
+    return [item for item in inputs if status.get(item.path) in fine]
 
 
 def _device_of(pool: RayPool, predictor: Any) -> str:

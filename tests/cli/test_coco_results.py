@@ -4,6 +4,7 @@ import contextlib
 import io
 import json
 import re
+import shutil
 from dataclasses import replace
 
 import numpy as np
@@ -131,6 +132,17 @@ def test_an_interrupted_folder_is_completed_and_other_files_are_left(shop, tmp_p
     assert (out / "coco_results.json").read_text() == '{"mine": 1}'
     assert predict(shop, *args, "--overwrite") == 0
     assert (out / "coco_results.json").read_bytes() == whole
+
+
+def test_results_of_an_earlier_run_are_not_mixed_with_those_that_replace_them(shop, tmp_path) -> None:
+    images, out = tmp_path / "images", tmp_path / "out"
+    shutil.copytree(shop / "images", images)
+    assert predict(shop, "--input", images, "--output", out) == 0
+    (images / "south" / "y.png").write_bytes(b"no picture")
+    args = ["--input", images, "--output", out, "--overlap", "8", "--overwrite", "--on-error", "skip"]
+    assert predict(shop, *args) == 2
+    together = json.loads((out / "coco_results.json").read_text())
+    assert {each["image_id"] for each in together} == {42, 17}
 
 
 @pytest.mark.parametrize(
