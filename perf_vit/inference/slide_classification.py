@@ -20,7 +20,7 @@ from torch import Tensor
 from perf_vit.data import SlideFeatures, tissue_windows
 from perf_vit.errors import InputError
 from perf_vit.inference.jobs.table_job import TableJob
-from perf_vit.inference.options import SlideClassificationPredictOptions
+from perf_vit.inference.options import SlideClassificationPredictOptions, move_to_device
 from perf_vit.inference.predictor import OnProgress, ignore_progress
 from perf_vit.inference.prefetch import Reads, Tile, read_ahead, takes_valid, valid_pixels
 from perf_vit.inference.table_predictor import Rows, TablePredictor
@@ -213,7 +213,8 @@ class SlideClassificationPredictor(TablePredictor[SlideClassifier, SlideClassifi
                 windows,
                 batch_size=self.options.batch_size,
                 num_readers=self.options.num_readers,
-                device=self.ready(),
+                # The encoder is always in evaluation mode; the rest keeps its mode, as training embeds slides too.
+                device=move_to_device(self.model, self.options.device),
                 precision=self.options.dtype,
                 on_progress=on_window,
             )

@@ -386,6 +386,14 @@ def test_a_model_in_training_mode_is_evaluated(task, tmp_path) -> None:
     assert not any(modes)
 
 
+def test_embedding_leaves_the_mode_of_a_model_in_training(tmp_path) -> None:
+    bench = Bench(CASES["slide classification"], tmp_path)
+    predictor = make_predictor("slide_classification", bench.checkpoint, device="cpu")
+    predictor.model.train()
+    predictor.embed(bench.source[0])
+    assert predictor.model.project.training
+
+
 def test_a_slide_is_closed_that_has_no_tissue(tmp_path, monkeypatch) -> None:
     bench = Bench(CASES["slide classification"], tmp_path)
     closed = []
