@@ -102,10 +102,7 @@ def tune_backbone(
     if tuning.trainable_blocks is not None:
         _freeze_first_layers(backbone, tuning.trainable_blocks, layers)
     if tuning.freeze_norms:
-        for module in backbone.modules():
-            # timm's norms with an activation are subclasses, too.
-            if isinstance(module, nn.modules.batchnorm._BatchNorm):
-                module.requires_grad_(False)
+        _freeze_batch_norms(backbone)
     if tuning.lora is not None:
         _inject_lora(backbone, tuning.lora)
         for name in parameters.keys() - layers.keys():
@@ -169,6 +166,16 @@ def _stages(body: nn.Module) -> dict[str, int]:
         layers[name] = layer
         layer += name in ends
     return layers
+
+
+def _freeze_batch_norms(backbone: nn.Module) -> None:
+    # timm's norms with an activation are subclasses, too.
+    norms = [module for module in backbone.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
+    if not norms:
+        name = type(backbone_body(backbone)).__name__
+        raise ConfigError(f"model.freeze_norms: {name} has no batch norms; leave it out")
+    for norm in norms:
+        norm.requires_grad_(False)
 
 
 def _freeze_first_layers(backbone: nn.Module, num_trainable: int, layers: Mapping[str, int]) -> None:

@@ -89,6 +89,7 @@ def test_the_last_stages_of_a_convolutional_backbone_are_trained_without_the_sta
         ),
         ({"trainable_blocks": 1, "lora": LoraConfig()}, "model.trainable_blocks and model.lora both select"),
         ({"freeze_backbone": True, "lora": LoraConfig()}, "model.freeze_backbone and model.lora both select"),
+        ({"freeze_norms": True}, "^model.freeze_norms: LinearVisionTransformer has no batch norms; leave it out$"),
     ],
 )
 def test_options_that_do_not_fit_are_one_line(change, message) -> None:
