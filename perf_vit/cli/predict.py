@@ -102,8 +102,9 @@ def predict(
     ] = None,
 ) -> None:
     """Map rasters with a trained model, find objects in them, or tell what whole images or slides show."""
-    from perf_vit.workflows.load import find_model, task_of
+    from perf_vit.workflows.load import find_model
     from perf_vit.workflows.predict import predict
+    from perf_vit.workflows.registry import task_of
 
     task = task_of(find_model(checkpoint)).name
     given = given_options(context, {"checkpoint", "inputs", "more_inputs", "output"})

@@ -16,7 +16,8 @@ from torch.utils.data import DataLoader, Sampler, default_collate
 
 from perf_vit.distributed import rank_and_world_size
 from perf_vit.errors import ConfigError, DataWarning
-from perf_vit.transforms import InputBands, Normalizer, band_labels, common_names, replace_tiny_std
+from perf_vit.models import InputBands, common_names
+from perf_vit.transforms import Normalizer, band_labels, replace_tiny_std
 from perf_vit.types import GeoImage, Source
 
 __all__ = [

@@ -28,8 +28,8 @@ from perf_vit.data.classification_tiles import (
 from perf_vit.data.config import SplitConfig, TileDataConfig, check_base
 from perf_vit.errors import ConfigError
 from perf_vit.labels.tables import ImageTargets, read_class_folders, read_class_table, read_target_table
+from perf_vit.models import InputBands, accepts_bands
 from perf_vit.sources import open_input
-from perf_vit.transforms import InputBands, accepts_bands
 from perf_vit.types import InputOptions
 
 __all__ = [

@@ -15,9 +15,10 @@ from perf_vit.data.base import shuffled_indices
 from perf_vit.data.detection_tiles import common_bands, open_closed
 from perf_vit.errors import InputError
 from perf_vit.labels.tables import ImageTargets
+from perf_vit.models import repeat_grey_band
 from perf_vit.sources import open_source
 from perf_vit.tiling import random_window
-from perf_vit.transforms import Augmentation, Normalizer, StainJitter, repeat_grey_band, resize_masked
+from perf_vit.transforms import Augmentation, Normalizer, StainJitter, resize_masked
 from perf_vit.types import BoolArray, GeoImage, OpenInput, Source, Window
 
 __all__ = [

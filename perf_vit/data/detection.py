@@ -30,8 +30,9 @@ from perf_vit.data.detection_tiles import (
 from perf_vit.data.samplers import OBJECT_SAMPLERS, make_sampler
 from perf_vit.errors import ConfigError, InputError
 from perf_vit.labels.objects import ImageRecord, ObjectIndex, read_object_labels
+from perf_vit.models import InputBands, accepts_bands
 from perf_vit.sources import open_input
-from perf_vit.transforms import Augmentation, InputBands, accepts_bands
+from perf_vit.transforms import Augmentation
 from perf_vit.types import InputOptions, OpenInput
 
 __all__ = [

@@ -17,18 +17,10 @@ from perf_vit.data.augmentation import draw_log_uniform
 from perf_vit.data.samplers import DetectionSampler
 from perf_vit.errors import DataWarning, InputError
 from perf_vit.labels.objects import ImageRecord, objects_in
+from perf_vit.models import accepts_bands, repeat_grey_band
 from perf_vit.sources import open_source
 from perf_vit.tiling import grid_windows
-from perf_vit.transforms import (
-    Augmentation,
-    Normalizer,
-    StainJitter,
-    accepts_bands,
-    repeat_grey_band,
-    resize_with_objects,
-    turn,
-    turn_with_objects,
-)
+from perf_vit.transforms import Augmentation, Normalizer, StainJitter, resize_with_objects, turn, turn_with_objects
 from perf_vit.types import BoolArray, GeoImage, ObjectLabels, OpenInput, Source, Window
 
 __all__ = [

@@ -36,9 +36,10 @@ from perf_vit.data.segmentation_tiles import (
 from perf_vit.errors import ConfigError, DataWarning, InputError
 from perf_vit.labels import LabelFiles, LabelSource, is_labelled_folder, open_labels, warn_of_polygons_outside
 from perf_vit.labels.image_folder import find_label_pairs
+from perf_vit.models import InputBands
 from perf_vit.sources import RasterSource, common_unit, open_input
 from perf_vit.sources.slides import SlideSource
-from perf_vit.transforms import InputBands, Normalizer
+from perf_vit.transforms import Normalizer
 from perf_vit.types import GeoImage, InputOptions, InputPath, OpenInput, Source, Window
 
 __all__ = [

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, Literal
 
@@ -36,7 +36,7 @@ class DenseOutput:
         band_names: one a band.
         dtype: of the pixels.
         nodata: value of missing pixels.
-        colormap: value to (red, green, blue, alpha), None for none.
+        colormap: makes the table of value to (red, green, blue, alpha); None for none.
         scale: what pixels are to be multiplied with to get their value.
         overviews: how to make them.
         tags: metadata of the file.
@@ -46,13 +46,13 @@ class DenseOutput:
     band_names: Sequence[str]
     dtype: npt.DTypeLike
     nodata: float | None
-    colormap: Mapping[int, tuple[int, ...]] | None = None
+    colormap: Callable[[], Mapping[int, tuple[int, ...]]] | None = None
     scale: float = 1.0
     overviews: Literal["nearest", "average"] | None = None
     tags: Mapping[str, str] = field(default_factory=dict)
 
-    def layout(self, source: Source, tags: Mapping[str, str]) -> RasterLayout:
-        """The file on a source's grid, with further tags."""
+    def layout(self, source: Source) -> RasterLayout:
+        """The pixels on a source's grid, without colours and tags."""
         return RasterLayout(
             height=source.height,
             width=source.width,
@@ -61,12 +61,15 @@ class DenseOutput:
             crs=source.crs,
             transform=source.transform,
             nodata=self.nodata,
-            colormap=self.colormap,
             band_names=tuple(self.band_names),
-            tags={**self.tags, **tags},
             scale=self.scale,
             overviews=self.overviews,
         )
+
+    def map_layout(self, source: Source, tags: Mapping[str, str]) -> RasterLayout:
+        """The file on a source's grid, with further tags."""
+        colors = None if self.colormap is None else self.colormap()
+        return replace(self.layout(source), colormap=colors, tags={**self.tags, **tags})
 
 
 def class_output(
@@ -103,7 +106,7 @@ def class_output(
             band_names=["class"],
             dtype="uint8",
             nodata=IGNORE_INDEX,
-            colormap=default_colormap(len(classes), background),
+            colormap=partial(default_colormap, len(classes), background),
             tags=tags,
         )
     if kind == "probabilities":

@@ -15,13 +15,12 @@ from perf_vit.data import standardized
 from perf_vit.errors import OptionError
 from perf_vit.files import write_text
 from perf_vit.geometry import Objects
-from perf_vit.inference.detect import predict_objects
+from perf_vit.inference.detect import WindowLog, predict_objects
 from perf_vit.inference.inputs import MapInput
 from perf_vit.inference.jobs import JobResult
 from perf_vit.inference.jobs.identity import OutputRecord, SourceIdentity
 from perf_vit.inference.jobs.job import RecordedJob
-from perf_vit.inference.jobs.journal import Journal
-from perf_vit.inference.jobs.logs import DamageLog, WindowLog
+from perf_vit.inference.jobs.journal import DamageLog, Journal
 from perf_vit.inference.options import DetectionPredictOptions
 from perf_vit.inference.predictor import InputPredictor, OnProgress, ignore_progress
 from perf_vit.inference.prefetch import Reads, SalvagingReader

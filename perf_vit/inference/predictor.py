@@ -19,8 +19,7 @@ from perf_vit.inference.jobs import JobResult
 from perf_vit.inference.jobs.job import Job
 from perf_vit.inference.jobs.journal import check_partial_folder
 from perf_vit.inference.options import PredictOptions, move_to_device, resolve_device
-from perf_vit.models import network_id
-from perf_vit.transforms import InputCheck
+from perf_vit.models import InputCheck, network_id
 from perf_vit.types import Source
 from perf_vit.writers import existing_outputs
 

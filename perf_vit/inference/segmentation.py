@@ -13,7 +13,7 @@ from perf_vit.errors import InputError, OptionError
 from perf_vit.inference.dense import Strip, predict_strips
 from perf_vit.inference.dense_output import DenseOutput, class_output
 from perf_vit.inference.jobs import JobResult, MapJob, check_map_name, files_beside
-from perf_vit.inference.jobs.logs import DamageLog
+from perf_vit.inference.jobs.journal import DamageLog
 from perf_vit.inference.options import SegmentationPredictOptions
 from perf_vit.inference.predictor import InputPredictor, OnProgress, ignore_progress
 from perf_vit.inference.prefetch import Reads, SalvagingReader

@@ -24,9 +24,8 @@ from perf_vit.inference.options import SlideClassificationPredictOptions, move_t
 from perf_vit.inference.predictor import OnProgress, ignore_progress
 from perf_vit.inference.prefetch import Reads, Tile, read_ahead, takes_valid, valid_pixels
 from perf_vit.inference.table_predictor import Rows, TablePredictor
-from perf_vit.models import SlideClassifier, load_slide_classifier
+from perf_vit.models import InputCheck, SlideClassifier, load_slide_classifier
 from perf_vit.plotting import rgb_from, save_png
-from perf_vit.transforms import InputCheck
 from perf_vit.types import GeoImage, Source, Window
 from perf_vit.writers import write_objects
 

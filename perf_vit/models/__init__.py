@@ -24,7 +24,14 @@ from perf_vit.models.classification import (
 )
 from perf_vit.models.detection import DetectionModelConfig, DetectionSpec, Detector, build_detector, detector_kind
 from perf_vit.models.finetune import LoraConfig, backbone_body, backbone_layers
-from perf_vit.models.input_spec import InputSpec
+from perf_vit.models.input_spec import (
+    InputBands,
+    InputCheck,
+    InputSpec,
+    accepts_bands,
+    common_names,
+    repeat_grey_band,
+)
 from perf_vit.models.segmentation import (
     SegmentationModelConfig,
     SegmentationSpec,
@@ -49,6 +56,8 @@ __all__ = [
     "DetectionSpec",
     "Detector",
     "ImageLabelKind",
+    "InputBands",
+    "InputCheck",
     "InputSpec",
     "LoraConfig",
     "Network",
@@ -58,6 +67,7 @@ __all__ = [
     "SlideClassificationModelConfig",
     "SlideClassificationSpec",
     "SlideClassifier",
+    "accepts_bands",
     "backbone_body",
     "backbone_layers",
     "build_classifier",
@@ -66,6 +76,7 @@ __all__ = [
     "build_slide_classifier",
     "checkpoint_metadata",
     "checkpoint_task",
+    "common_names",
     "detector_kind",
     "load_classifier",
     "load_detector",
@@ -75,5 +86,6 @@ __all__ = [
     "network_id",
     "pretrained_statistics",
     "register_network",
+    "repeat_grey_band",
     "restore_draw",
 ]

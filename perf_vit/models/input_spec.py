@@ -1,17 +1,23 @@
-"""Specification of a model's input, and opening of inputs by it."""
+"""Specification of a model's input, opening of inputs by it, and comparison of inputs with the training images."""
 
 from __future__ import annotations
 
+import re
+import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import MISSING, dataclass, field, fields
+from dataclasses import MISSING, asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
-from perf_vit.errors import InputError
-from perf_vit.transforms import InputBands, InputCheck, Normalizer, accepts_bands
-from perf_vit.types import InputOptions, InputPath, Source
+import numpy as np
+import numpy.typing as npt
 
-__all__ = ["InputSpec", "TaskSpec"]
+from perf_vit.errors import DataWarning, InputError
+from perf_vit.transforms import Normalizer
+from perf_vit.transforms.normalize import band_labels, band_values
+from perf_vit.types import GeoImage, InputOptions, InputPath, Source, Window
+
+__all__ = ["InputBands", "InputCheck", "InputSpec", "TaskSpec", "accepts_bands", "common_names", "repeat_grey_band"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -133,3 +139,207 @@ class TaskSpec(InputSpec):
     classes: tuple[str, ...]
     normalizer: Normalizer
     tile_px: int
+
+
+def accepts_bands(num_bands: int, expected: int) -> bool:
+    """Return whether images of `num_bands` bands are accepted; grey images are where three bands are expected."""
+    return num_bands == expected or (num_bands, expected) == (1, 3)
+
+
+def repeat_grey_band(image: GeoImage, num_bands: int) -> GeoImage:
+    """Repeat the band of a grey image if three bands are expected; return other images unchanged."""
+    if len(image.pixels) == 1 and num_bands == 3:
+        # `band_valid` is None for a single band.
+        image.pixels = np.repeat(image.pixels, num_bands, axis=0)
+    return image
+
+
+FloatArray = npt.NDArray[np.float64]
+
+
+_PERCENTILES = (2, 98)
+
+
+# Ratios of the values to those of the training. Snow stays below `_LARGER`, and water is dark in some bands only; other
+# units, bit depths and values stretched to [0, 1] change most bands. Another dtype makes another bit depth likely.
+_LARGER, _LARGER_OF_OTHER_DTYPE = 10.0, 4.0
+
+
+_BELOW_LOW, _SMALLER_OF_OTHER_DTYPE = 3.0, 8.0
+
+
+# Fraction of the upper end of the range that replaces a lower end of 0.
+_LOW_PART = 30
+
+
+# Distance from the range of the training, in widths of that range.
+_FAR = 6.0
+
+
+# Scenes up to this size are read as a whole, larger ones in a grid of small windows: a reduced read of a large file
+# without overviews reads all of it.
+_WHOLE_PX = 1024
+
+
+_GRID, _WINDOW_PX = 5, 64
+
+
+# Number of inputs of a run whose values are checked.
+_MAX_INPUTS = 32
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class InputBands:
+    """Bands of the training images, saved with a model.
+
+    Attributes:
+        names: Names of the bands; empty if they differ between images.
+        dtype: Dtype of the pixels.
+        low: 2nd percentile of the valid values of each band.
+        high: 98th percentile of the valid values of each band.
+    """
+
+    names: tuple[str, ...]
+    dtype: str
+    low: tuple[float, ...]
+    high: tuple[float, ...]
+
+    @classmethod
+    def measure(cls, images: Sequence[GeoImage], names: Sequence[str] = ()) -> InputBands:
+        """Measure images with the same bands; a band without a valid value gets (0, 0).
+
+        Args:
+            images: Images, not standardised.
+            names: Names of the bands.
+        """
+        low, high = [], []
+        for band in range(len(images[0].pixels)):
+            values = band_values(images, band)
+            ends = np.percentile(values, _PERCENTILES) if values.size else (0.0, 0.0)
+            low.append(float(ends[0]))
+            high.append(float(ends[1]))
+        return cls(names=tuple(names), dtype=str(images[0].pixels.dtype), low=tuple(low), high=tuple(high))
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain values, for a checkpoint."""
+        return {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(self).items()}
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> InputBands:
+        """Make an instance from the result of `to_dict`."""
+        names, low, high = (tuple(values[key]) for key in ("names", "low", "high"))
+        return cls(names=names, dtype=values["dtype"], low=low, high=high)
+
+
+def common_names(sources: Sequence[Source], num_bands: int) -> tuple[str, ...]:
+    """Return the names of the bands if they are equal in all sources, else an empty tuple."""
+    names = {tuple(source.band_names) for source in sources}
+    return names.pop() if len(names) == 1 and len(next(iter(names))) == num_bands else ()
+
+
+class InputCheck:
+    """Warning about the first input of a run whose bands differ from those of the training images.
+
+    Names are compared for every input, values for the first 32 inputs on a sample of pixels.
+
+    Args:
+        trained: Bands of the training images; None to disable the check.
+    """
+
+    def __init__(self, trained: InputBands | None) -> None:
+        self._trained = trained
+        self._num_looked_at = 0
+        self._warned = False
+
+    def __call__(self, source: Source) -> None:
+        """Check an input; unreadable inputs are ignored here."""
+        if self._trained is None or self._warned:
+            return
+        found = [_name_problem(source.band_names, self._trained.names), self._value_problem(source, self._trained)]
+        if problems := [each for each in found if each]:
+            self._warned = True
+            warnings.warn(
+                f"{source.path} is not like the images that the model was trained on, so its results may be "
+                f"meaningless: {'; '.join(problems)}; check the order of the bands, their units and scaling",
+                DataWarning,
+                stacklevel=3,
+            )
+
+    def _value_problem(self, source: Source, trained: InputBands) -> str | None:
+        if self._num_looked_at >= _MAX_INPUTS or source.num_bands != len(trained.low):
+            return None
+        self._num_looked_at += 1
+        try:
+            seen = InputBands.measure(_sample(source), source.band_names)
+        except InputError:
+            return None
+        bands = _bands_of_other_size(seen, trained) or _bands_far_away(seen, trained)
+        return _describe_bands(bands, seen, trained) if bands else None
+
+
+def _sample(source: Source) -> list[GeoImage]:
+    if max(source.size) <= _WHOLE_PX:
+        return [source.read(source.extent)]
+    height, width = (min(_WINDOW_PX, side) for side in source.size)
+    rows, cols = (
+        np.linspace(0, side - part, _GRID).astype(int).tolist()
+        for side, part in zip(source.size, (height, width), strict=True)
+    )
+    return [source.read(Window(row, col, height, width)) for row in rows for col in cols]
+
+
+def _name_problem(names: Sequence[str], trained: Sequence[str]) -> str | None:
+    """Describe the difference of band names, None if they agree or aren't informative."""
+    ours, theirs = ([" ".join(re.findall(r"[^\W_]+", name.casefold())) for name in each] for each in (names, trained))
+    if ours == theirs or len(ours) != len(theirs) or not (_are_words(ours) and _are_words(theirs)):
+        return None
+    how = "in another order" if sorted(ours) == sorted(theirs) else "others"
+    return f"its bands are {how}: {', '.join(names)}, in training {', '.join(trained)}"
+
+
+def _are_words(names: Sequence[str]) -> bool:
+    """Return whether names contain more than the band's index."""
+    return any(re.fullmatch(r"(band|channel|layer)? ?\d*", name) is None for name in names)
+
+
+def _bands_of_other_size(seen: InputBands, trained: InputBands) -> list[int]:
+    """Return all bands if at least half of them have much larger or smaller values than in training, else none."""
+    ours, (least, most) = _sizes(seen)[1], _sizes(trained)
+    known = (ours > 0) & (most > 0)
+    if not known.any():
+        return []
+    ours, least, most = ours[known], np.maximum(least, most / _LOW_PART)[known], most[known]
+    is_other = seen.dtype != trained.dtype
+    larger = np.median(ours / most) > (_LARGER_OF_OTHER_DTYPE if is_other else _LARGER)
+    smaller = np.median(least / ours) > _BELOW_LOW or (is_other and np.median(most / ours) > _SMALLER_OF_OTHER_DTYPE)
+    return list(range(len(seen.low))) if larger or smaller else []
+
+
+def _sizes(bands: InputBands) -> tuple[FloatArray, FloatArray]:
+    """Return the smallest and largest absolute values between the percentiles of each band."""
+    ends = np.array([bands.low, bands.high])
+    is_around_zero = ends.prod(0) <= 0
+    return np.where(is_around_zero, 0, np.abs(ends).min(0)), np.abs(ends).max(0)
+
+
+def _bands_far_away(seen: InputBands, trained: InputBands) -> list[int]:
+    """Return the bands whose values all lie far outside the range of the training."""
+    low, high = np.array(trained.low), np.array(trained.high)
+    size = np.maximum(np.abs(low), np.abs(high))
+    margin = _FAR * np.maximum(high - low, 0.1 * size)
+    is_far = (np.array(seen.low) > high + margin) | (np.array(seen.high) < low - margin)
+    has_values = (size > 0) & ((np.array(seen.low) != 0) | (np.array(seen.high) != 0))
+    return np.flatnonzero(is_far & has_values).tolist()
+
+
+def _describe_bands(bands: Sequence[int], seen: InputBands, trained: InputBands) -> str:
+    """Describe the band that differs most."""
+    differences = [abs(seen.high[band] - trained.high[band]) / max(abs(trained.high[band]), 1e-30) for band in bands]
+    band = bands[int(np.argmax(differences))]
+    label = band_labels(trained.names or seen.names, len(seen.low))[band]
+    dtypes = "" if seen.dtype == trained.dtype else f" (pixels of {seen.dtype}, in training of {trained.dtype})"
+    return (
+        f"values of {len(bands)} of {len(seen.low)} bands have another range, such as {label}: 2nd to 98th percentile "
+        f"{seen.low[band]:.4g} to {seen.high[band]:.4g}, in training {trained.low[band]:.4g} to "
+        f"{trained.high[band]:.4g}{dtypes}"
+    )

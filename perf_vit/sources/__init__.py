@@ -7,23 +7,26 @@ from perf_vit.sources.files import (
     GEOTIFF_SUFFIXES,
     MASK_SUFFIXES,
     PICTURE_SUFFIXES,
+    READERS,
     file_stats,
     files_below,
     find_images,
+    find_reader,
     fingerprint,
     image_suffixes,
     is_by_product,
     is_image_name,
     previews_among,
+    register_source,
+    split_layer,
     without_repeats,
 )
 from perf_vit.sources.mosaic import MosaicSource
 from perf_vit.sources.open import merged_options, open_input, open_raster, open_source
 from perf_vit.sources.pixel_size import PixelSize, common_unit, unit_of
 from perf_vit.sources.raster import RasterSource
-from perf_vit.sources.readers import READERS, find_reader, register_source
 from perf_vit.sources.slides import Level, PyramidReader, SlideSource
-from perf_vit.sources.vector_file import is_vector_name, split_layer
+from perf_vit.sources.vector_file import is_vector_name
 
 __all__ = [
     "FOLDER_SUFFIXES",

@@ -85,11 +85,6 @@ class GridOptions:
     resolution: float | tuple[float, float] | PixelSize | None = None
     bounds: Bounds | None = None
 
-    @property
-    def empty(self) -> bool:
-        """Whether no option is given."""
-        return self.crs is None and self.resolution is None and self.bounds is None
-
     def __post_init__(self) -> None:
         if self.bounds is not None and not _ordered(self.bounds):
             raise InputError(f"bounds must be left < right and bottom < top in CRS units, got {self.bounds}")

@@ -7,9 +7,13 @@ import hashlib
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING, TypeVar
 
 from perf_vit.errors import InputError
-from perf_vit.sources.readers import READERS
+from perf_vit.registry import Registry
+
+if TYPE_CHECKING:
+    from perf_vit.sources.slides.pyramid import PyramidReader
 
 __all__ = [
     "FOLDER_SUFFIXES",
@@ -17,17 +21,22 @@ __all__ = [
     "MASK_SUFFIXES",
     "PICTURE_SUFFIXES",
     "RASTER_SUFFIXES",
+    "READERS",
     "TILE_INDEX_SUFFIXES",
     "file_stats",
     "files_below",
     "find_images",
+    "find_reader",
     "fingerprint",
     "image_root",
     "image_suffixes",
     "is_by_product",
     "is_glob",
     "is_image_name",
+    "is_item_list",
     "previews_among",
+    "register_source",
+    "split_layer",
     "without_repeats",
 ]
 
@@ -55,6 +64,59 @@ _BY_PRODUCTS = frozenset({"thumbs.db", "desktop.ini", "ehthumbs.db", "__macosx",
 
 
 _BY_PRODUCT_ENDINGS = (".aux.xml", ".ovr", ".msk", ".partial", ".part", ".crdownload", "~")
+
+
+OpenReader = Callable[[str], "PyramidReader"]
+R = TypeVar("R", bound=OpenReader)
+
+READERS: Registry[OpenReader] = Registry("suffix of a source", InputError)
+"""Functions that open a path as a `PyramidReader`, by suffix."""
+
+
+def register_source(*suffixes: str) -> Callable[[R], R]:
+    """Decorate a class or function (path) -> `PyramidReader` to open all files with these suffixes.
+
+    `perf_vit.open`, folders and globs of images, configs and all commands find the files then, and read them as they
+    read slides.
+
+    Args:
+        suffixes: Ends of file names in lower case, such as ".svs" or ".ome.tif".
+
+    Raises:
+        ValueError: If a suffix is taken, or isn't in lower case with a dot.
+    """
+    wrong = [suffix for suffix in suffixes if not suffix.startswith(".") or suffix != suffix.lower()]
+    if wrong:
+        raise ValueError(f"suffix of a source must be in lower case and start with a dot, got {wrong[0]!r}")
+
+    def register(reader: R) -> R:
+        for suffix in suffixes:
+            READERS.add(suffix, reader)
+        return reader
+
+    return register
+
+
+def find_reader(path: str) -> OpenReader | None:
+    """Return the reader with the longest suffix that a path ends in, None if there is none."""
+    name = path.lower().rstrip("/")
+    suffixes = [suffix for suffix in READERS if name.endswith(suffix)]
+    return READERS[max(suffixes, key=len)] if suffixes else None
+
+
+def is_item_list(path: str) -> bool:
+    """Return whether a file may hold STAC items, by its name."""
+    return path.lower().endswith(".json") and os.path.isfile(path)
+
+
+def split_layer(name: str) -> tuple[str, str | None]:
+    """Split a name such as `site.gpkg|layername=roofs` (QGIS syntax) into file path and layer.
+
+    Returns:
+        Path, and layer name or None.
+    """
+    path, mark, layer = name.partition("|layername=")
+    return (path, layer) if mark and not os.path.exists(name) else (name, None)
 
 
 def is_by_product(name: str) -> bool:

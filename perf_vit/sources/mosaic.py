@@ -29,17 +29,12 @@ from perf_vit.sources.pixel_size import PixelSize
 from perf_vit.sources.raster import RasterSource
 from perf_vit.types import BoolArray, Window
 
-__all__ = ["MosaicSource", "is_item_list", "item_paths"]
+__all__ = ["MosaicSource", "item_paths"]
 
 _RASTER_TYPES = ("image/tiff", "image/vnd.stac.geotiff", "image/jp2", "application/x-hdf", "application/x-netcdf")
 
 
 _OTHER_ROLES = {"thumbnail", "overview", "metadata"}
-
-
-def is_item_list(path: str) -> bool:
-    """Return whether a file may hold STAC items, by its name; `item_paths` reads it."""
-    return path.lower().endswith(".json") and os.path.isfile(path)
 
 
 def item_paths(path: str, asset: str | None) -> list[str]:

@@ -13,14 +13,21 @@ from perf_vit.errors import DataWarning, InputError, PerfVitError
 from perf_vit.sources._bands import Palette, PixelOptions
 from perf_vit.sources._gdal import open_dataset
 from perf_vit.sources._grid import Bounds, GridOptions
-from perf_vit.sources.files import GEOTIFF_SUFFIXES, RASTER_SUFFIXES, is_by_product, previews_among, without_repeats
-from perf_vit.sources.mosaic import MosaicSource, is_item_list, item_paths
+from perf_vit.sources.files import (
+    GEOTIFF_SUFFIXES,
+    RASTER_SUFFIXES,
+    find_reader,
+    is_by_product,
+    is_item_list,
+    previews_among,
+    without_repeats,
+)
+from perf_vit.sources.mosaic import MosaicSource, item_paths
 from perf_vit.sources.pixel_size import PixelSize
 from perf_vit.sources.raster import RasterSource
-from perf_vit.sources.readers import find_reader
 from perf_vit.sources.slides import SlideSource
 from perf_vit.sources.slides.ome import is_multiscale, open_ome_zarr
-from perf_vit.sources.slides.openslide import OpenSlideReader, slide_format
+from perf_vit.sources.slides.openslide import OpenSlideReader
 from perf_vit.sources.slides.pyramid import PyramidReader
 from perf_vit.types import InputOptions, InputPath
 
@@ -137,13 +144,13 @@ def open_raster(
         InputError: A file can't be read or placed, or an option or another file doesn't fit.
     """
     pixels = PixelOptions(bands=bands, nodata=nodata, palette=palette, apply_scale=apply_scale)
-    grid = GridOptions(crs=crs, resolution=resolution, bounds=bounds)
+    grid = _given(crs=crs, resolution=resolution, bounds=bounds)
     name, paths = _paths_of(path, asset)
-    if paths is None and grid.empty:
+    if paths is None and not grid:
         source = RasterSource(name, bands=bands, nodata=nodata, palette=palette, apply_scale=apply_scale)
         if not source.placed_by_gcps:
             return source
-    return MosaicSource(name, paths or [name], pixels=pixels, grid=grid, resampling=resampling)
+    return MosaicSource(name, paths or [name], pixels=pixels, grid=GridOptions(**grid), resampling=resampling)
 
 
 def _paths_of(path: str | Path | Sequence[str | Path], asset: str | None) -> tuple[str, list[str] | None]:
@@ -242,7 +249,7 @@ def _is_multiscale_zarr(path: str) -> bool:
 
 def _is_slide_tiff(path: str, asked: bool | None) -> bool:
     """Return whether a TIFF is a slide: a scanner's format, or a tiled colour pyramid without georeference."""
-    found = slide_format(path)
+    found = _slide_format(path)
     if found is None or found != "generic-tiff":
         return found is not None
     try:
@@ -254,6 +261,19 @@ def _is_slide_tiff(path: str, asked: bool | None) -> bool:
             return False
         is_pyramid_of_colours = dataset.count in (3, 4) and set(dataset.dtypes) == {"uint8"} and dataset.overviews(1)
         return bool(is_pyramid_of_colours) if asked is None else asked
+
+
+def _slide_format(path: str) -> str | None:
+    """Return OpenSlide's name of a file's format; None if it isn't a slide or OpenSlide isn't installed."""
+    try:
+        import openslide
+    except (ImportError, OSError):
+        return None
+    try:
+        name: str | None = openslide.OpenSlide.detect_format(path)
+    except openslide.OpenSlideError:
+        return None
+    return name
 
 
 def open_input(

@@ -202,11 +202,6 @@ class RasterSource(BaseSource):
         return self._orientation.value
 
     @property
-    def extent(self) -> Window:
-        """Window of all pixels."""
-        return self._grid.extent
-
-    @property
     def bounds(self) -> Bounds:
         """Bounds (left, bottom, right, top) in CRS units; for rotated rasters those of the box around them."""
         return self._grid.bounds

@@ -20,6 +20,7 @@ from pyogrio.errors import DataLayerError, DataSourceError
 
 from perf_vit.errors import DataWarning, InputError, reason_line
 from perf_vit.sources._gdal import reason_of
+from perf_vit.sources.files import split_layer
 
 __all__ = [
     "is_vector_name",
@@ -27,7 +28,6 @@ __all__ = [
     "opens_as_vector",
     "read_features",
     "reading_path",
-    "split_layer",
     "writing_path",
 ]
 
@@ -83,16 +83,6 @@ def _unicode(text: str) -> str:
 _PARQUET = {".geoparquet", ".parquet"}
 
 _SUFFIXES = {".fgb", ".geojson", ".geojsonl", ".gml", ".gpkg", ".json", ".kml", ".shp"} | _PARQUET
-
-
-def split_layer(name: str) -> tuple[str, str | None]:
-    """Split a name such as `site.gpkg|layername=roofs` (QGIS syntax) into file path and layer.
-
-    Returns:
-        Path, and layer name or None.
-    """
-    path, mark, layer = name.partition("|layername=")
-    return (path, layer) if mark and not os.path.exists(name) else (name, None)
 
 
 def is_vector_name(path: str) -> bool:

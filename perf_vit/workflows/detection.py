@@ -14,9 +14,8 @@ from perf_vit.geometry import Objects
 from perf_vit.inference import DetectionPredictOptions, DetectionPredictor
 from perf_vit.labels.objects import ImageRecord, OutlineMasks, objects_in, read_object_labels
 from perf_vit.metrics import RegisteredMetrics
-from perf_vit.models import DetectionSpec, detector_kind
+from perf_vit.models import DetectionSpec, InputCheck, detector_kind
 from perf_vit.tasks import DetectionTask, TrainingSteps
-from perf_vit.transforms import InputCheck
 from perf_vit.types import Detections
 from perf_vit.workflows.progress import windows_progress
 from perf_vit.workflows.reports import DetectionEvaluation

@@ -8,9 +8,9 @@ from typing import Any
 from torch import nn
 
 from perf_vit.errors import InputError
-from perf_vit.workflows.load import find_model, task_of
+from perf_vit.workflows.load import find_model
 from perf_vit.workflows.progress import progress_shown
-from perf_vit.workflows.registry import options_of
+from perf_vit.workflows.registry import options_of, task_of
 from perf_vit.workflows.task import EvaluateOptions, Evaluation, Task
 from perf_vit.writers import check_outputs
 

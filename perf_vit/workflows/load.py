@@ -12,13 +12,11 @@ from torch import Tensor, nn
 from perf_vit.conversion import load_converted, load_softmax
 from perf_vit.conversion.save import CONFIG, is_converted
 from perf_vit.errors import CheckpointError, ConfigError, reason_line
-from perf_vit.models import InputSpec, SegmentationSpec, checkpoint_task, load_model
+from perf_vit.models import InputSpec, SegmentationSpec, load_model
 from perf_vit.transforms import Normalizer
 from perf_vit.types import Source
-from perf_vit.workflows.registry import TASKS
-from perf_vit.workflows.task import Task
 
-__all__ = ["as_segmenter", "find_model", "load", "task_of"]
+__all__ = ["as_segmenter", "find_model", "load"]
 
 _HUB = "hf-hub:"
 
@@ -65,19 +63,6 @@ def find_model(model: str | Path) -> Path:
     raise CheckpointError(
         f"{path} holds no model: expected checkpoints/best.ckpt of a run, or the {CONFIG} of a saved model"
     )
-
-
-def task_of(model: nn.Module | str | Path) -> Task:
-    """The task of a model, or of its checkpoint; a model that doesn't say is one of segmentation.
-
-    Raises:
-        CheckpointError: It can't be read, or holds a backbone without a task.
-    """
-    if isinstance(model, nn.Module):
-        return TASKS[str(getattr(model, "task", "segmentation"))]
-    if Path(model).is_dir():
-        raise CheckpointError(f"{model} holds a backbone, whose features are no map; train a model with it first")
-    return TASKS[checkpoint_task(model)]
 
 
 def _checked_file(path: Path) -> Path:

@@ -35,9 +35,9 @@ from perf_vit.inference import (
 from perf_vit.inference.jobs import JobResult
 from perf_vit.models import InputSpec
 from perf_vit.sources import GEOTIFF_SUFFIXES
-from perf_vit.workflows.load import as_segmenter, find_model, task_of
+from perf_vit.workflows.load import as_segmenter, find_model
 from perf_vit.workflows.progress import inputs_progress, note, progress_shown, run_table, windows_progress
-from perf_vit.workflows.registry import options_of
+from perf_vit.workflows.registry import options_of, task_of
 from perf_vit.writers import check_outputs
 
 __all__ = ["Engine", "InputsOptions", "predict"]

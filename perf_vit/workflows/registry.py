@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import fields, replace
+from pathlib import Path
 from typing import Any, Literal, TypeVar
 
-from perf_vit.errors import ConfigError, OptionError
+from torch import nn
+
+from perf_vit.errors import CheckpointError, ConfigError, OptionError
 from perf_vit.inference import (
     ClassificationPredictOptions,
     ClassificationPredictor,
@@ -17,7 +20,7 @@ from perf_vit.inference import (
     SlideClassificationPredictOptions,
     SlideClassificationPredictor,
 )
-from perf_vit.models import NETWORKS, register_network
+from perf_vit.models import NETWORKS, checkpoint_task, register_network
 from perf_vit.registry import Registry, did_you_mean
 from perf_vit.tasks import (
     CLASSIFICATION_CURVES,
@@ -73,7 +76,7 @@ from perf_vit.workflows.slide_classification import (
 )
 from perf_vit.workflows.task import EvaluateOptions, Task
 
-__all__ = ["TASKS", "Verb", "checked_options", "option_names", "options_of", "register_task"]
+__all__ = ["TASKS", "Verb", "checked_options", "option_names", "options_of", "register_task", "task_of"]
 
 Options = TypeVar("Options")
 
@@ -95,6 +98,19 @@ def register_task(task: Task) -> None:
     TASKS.add(task.name, task)
     if task.name not in NETWORKS:
         register_network(task.name, task.network)
+
+
+def task_of(model: nn.Module | str | Path) -> Task:
+    """The task of a model, or of its checkpoint; a model that doesn't say is one of segmentation.
+
+    Raises:
+        CheckpointError: It can't be read, or holds a backbone without a task.
+    """
+    if isinstance(model, nn.Module):
+        return TASKS[str(getattr(model, "task", "segmentation"))]
+    if Path(model).is_dir():
+        raise CheckpointError(f"{model} holds a backbone, whose features are no map; train a model with it first")
+    return TASKS[checkpoint_task(model)]
 
 
 def options_of(task: Task, verb: Verb, given: Mapping[str, Any]) -> Any:

@@ -26,10 +26,9 @@ from perf_vit.inference import (
 )
 from perf_vit.labels import is_labelled_folder, warn_of_polygons_outside
 from perf_vit.metrics import RegisteredMetrics
-from perf_vit.models import SegmentationSpec
+from perf_vit.models import InputCheck, SegmentationSpec
 from perf_vit.sources import unit_of
 from perf_vit.tasks import SegmentationOptimConfig, SegmentationTask, TrainingSteps, balanced_weights
-from perf_vit.transforms import InputCheck
 from perf_vit.types import IGNORE_INDEX, Source, Window
 from perf_vit.workflows.progress import new_table, note, windows_progress
 from perf_vit.workflows.reports import SegmentationEvaluation

@@ -20,10 +20,10 @@ from perf_vit.data import (
 from perf_vit.errors import ConfigError
 from perf_vit.inference import SlideClassificationPredictOptions, SlideClassificationPredictor
 from perf_vit.metrics import ClassificationMetrics, ClassificationScores, RegisteredMetrics
-from perf_vit.models import SlideClassificationSpec, SlideClassifier, pretrained_statistics
+from perf_vit.models import InputBands, SlideClassificationSpec, SlideClassifier, pretrained_statistics
 from perf_vit.sources import open_input
 from perf_vit.tasks import SlideClassificationTask
-from perf_vit.transforms import InputBands, Normalizer
+from perf_vit.transforms import Normalizer
 from perf_vit.types import GeoImage, InputOptions
 from perf_vit.workflows.progress import windows_progress
 from perf_vit.workflows.reports import ClassificationEvaluation

@@ -2,8 +2,8 @@
 
 from perf_vit.writers.coco import write_coco_labels
 from perf_vit.writers.cog import CogWriter, write_cog
-from perf_vit.writers.layout import RasterLayout, holds_layout
-from perf_vit.writers.ome_tiff import is_ome_tiff_name, write_ome_tiff
+from perf_vit.writers.layout import RasterLayout, holds_layout, is_ome_tiff_name
+from perf_vit.writers.ome_tiff import write_ome_tiff
 from perf_vit.writers.outputs import check_outputs, existing_error, existing_outputs, input_files
 from perf_vit.writers.polygonize import polygonize_classes
 from perf_vit.writers.quicklook import write_map_quicklook

@@ -14,9 +14,8 @@ from affine import Affine
 from perf_vit.sources._gdal import GDAL_ERRORS, plain_images_allowed
 from perf_vit.sources.slides.ome_xml import parse_ome_tags, parse_ome_xml
 from perf_vit.text import xml_text
-from perf_vit.writers.ome_tiff import is_ome_tiff_name
 
-__all__ = ["RasterLayout", "holds_layout"]
+__all__ = ["RasterLayout", "holds_layout", "is_ome_tiff_name"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -113,3 +112,8 @@ def holds_layout(path: Path, layout: RasterLayout, *, other_tags: Container[str]
     except GDAL_ERRORS:
         return False
     return same and all(tags.get(name) == value for name, value in layout.tags.items() if name not in other_tags)
+
+
+def is_ome_tiff_name(path: str | Path) -> bool:
+    """Return whether a file name is that of an OME-TIFF."""
+    return Path(path).name.lower().endswith((".ome.tif", ".ome.tiff"))

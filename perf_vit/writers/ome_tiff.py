@@ -17,17 +17,12 @@ from perf_vit.files import staged
 from perf_vit.sources._gdal import GDAL_ERRORS, check_exists, color_kinds, plain_images_allowed, reason_of
 from perf_vit.sources.slides.ome_xml import make_ome_xml
 
-__all__ = ["is_ome_tiff_name", "write_ome_tiff"]
+__all__ = ["write_ome_tiff"]
 
 _TILE_PX = 512
 _UM_PER_CM = 10_000
 # 32-bit offsets reach 4 GiB, and the compressed size is unknown in advance.
 _BIG_BYTES = 1 << 31
-
-
-def is_ome_tiff_name(path: str | Path) -> bool:
-    """Return whether a file name is that of an OME-TIFF."""
-    return Path(path).name.lower().endswith((".ome.tif", ".ome.tiff"))
 
 
 def write_ome_tiff(

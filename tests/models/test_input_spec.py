@@ -10,9 +10,17 @@ import pytest
 from synthetic_slide import make_slide
 
 from perf_vit.errors import DataWarning, InputError
-from perf_vit.models import ClassificationSpec, DetectionSpec, InputSpec, SegmentationSpec, SlideClassificationSpec
+from perf_vit.models import (
+    ClassificationSpec,
+    DetectionSpec,
+    InputBands,
+    InputCheck,
+    InputSpec,
+    SegmentationSpec,
+    SlideClassificationSpec,
+)
 from perf_vit.sources import RasterSource, open_source
-from perf_vit.transforms import InputBands, InputCheck, Normalizer
+from perf_vit.transforms import Normalizer
 from perf_vit.types import GeoImage, Window
 
 THREE = Normalizer((1.0, 2.0, 3.0), (4.0, 5.0, 6.0))

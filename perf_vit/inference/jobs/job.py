@@ -17,8 +17,14 @@ from perf_vit._version import __version__
 from perf_vit.errors import OutputError
 from perf_vit.inference.dense_output import DenseOutput
 from perf_vit.inference.jobs.identity import OutputRecord, SourceIdentity
-from perf_vit.inference.jobs.journal import Journal, check_partial_folder, discard_journal, open_journal
-from perf_vit.inference.jobs.logs import DamagedPiece, DamageLog
+from perf_vit.inference.jobs.journal import (
+    DamagedPiece,
+    DamageLog,
+    Journal,
+    check_partial_folder,
+    discard_journal,
+    open_journal,
+)
 from perf_vit.inference.options import PredictOptions, SegmentationPredictOptions
 from perf_vit.sources import GEOTIFF_SUFFIXES
 from perf_vit.sources.slides import SlideSource
@@ -299,7 +305,7 @@ class MapJob(Job):
     def layout(self) -> RasterLayout:
         """The map's size, place, bands and tags."""
         tags = {f"PERF_VIT_{name.upper()}": str(value) for name, value in self.settings.items()}
-        return self.output.layout(self.source, {_VERSION_TAG: __version__, **self._identity.tags, **tags})
+        return self.output.map_layout(self.source, {_VERSION_TAG: __version__, **self._identity.tags, **tags})
 
     @property
     def window_rows(self) -> list[int]:
@@ -329,7 +335,7 @@ class MapJob(Job):
     def store(self, folder: Path) -> StripStore:
         """Rows of the map in a folder."""
         # Tags, which take a look at all files of the source, are of the finished map.
-        return StripStore(folder, self.output.layout(self.source, {}), self.out)
+        return StripStore(folder, self.output.layout(self.source), self.out)
 
     def finish(self, journal: Journal) -> tuple[DamagedPiece, ...]:
         """Make the map of all rows and put it under its name.

@@ -1,13 +1,16 @@
-"""An unfinished output: its rows so far, what they were made with, and who works on it."""
+"""An unfinished output: its pieces so far, what they were made with, who works on it, and what was damaged."""
 
 from __future__ import annotations
 
 import json
 import os
 import shutil
+import uuid
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
+from dataclasses import astuple, dataclass
 from pathlib import Path
+from threading import Lock
 from typing import Any
 
 from filelock import FileLock, Timeout
@@ -15,8 +18,17 @@ from filelock import FileLock, Timeout
 from perf_vit.errors import BusyError, OutputError, PerfVitError
 from perf_vit.files import sibling_path
 from perf_vit.text import to_json
+from perf_vit.types import Window
 
-__all__ = ["Journal", "check_partial_folder", "discard_journal", "open_journal"]
+__all__ = [
+    "DamageLog",
+    "DamagedPiece",
+    "Journal",
+    "LineLog",
+    "check_partial_folder",
+    "discard_journal",
+    "open_journal",
+]
 
 _SETTINGS = "journal.json"
 _UNFINISHED_SETTINGS = f"{_SETTINGS}.tmp"
@@ -244,3 +256,77 @@ def _remove(folder: Path) -> None:
         for name in (_SETTINGS, _LOCK):
             (folder / name).unlink(missing_ok=True)
         folder.rmdir()
+
+
+class LineLog:
+    """A log in a folder, to which several processes may add.
+
+    Args:
+        folder: Existing folder.
+        name: Beginning of the log's file names.
+    """
+
+    def __init__(self, folder: Path, name: str) -> None:
+        self.folder = folder
+        self._name = name
+        # A file of its own: no other process writes it, and no entry follows a line that a crash cut.
+        self._file = folder / f"{name}_{uuid.uuid4().hex}.jsonl"
+        self._lock = Lock()
+
+    def add(self, entry: Mapping[str, Any]) -> None:
+        """Add an entry of plain values, which is on disk when this returns; any thread may call it."""
+        with self._lock, self._file.open("a", encoding="utf-8") as file:
+            file.write(to_json(entry) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+
+    def entries(self) -> Iterator[dict[str, Any]]:
+        """The complete entries of all processes; those of one process are in their order."""
+        for file in sorted(self.folder.glob(f"{self._name}_*.jsonl")):
+            for line in file.read_bytes().splitlines():
+                try:
+                    entry = json.loads(line)
+                except ValueError:
+                    # A crash cut it: what it stands for is computed again.
+                    continue
+                yield entry
+
+
+@dataclass(frozen=True, slots=True)
+class DamagedPiece:
+    """Pixels that a window couldn't read: nodata in the map, but for those that a neighbouring window could.
+
+    Attributes:
+        window: where they lie in the source.
+        reason: what the reader said.
+    """
+
+    window: Window
+    reason: str
+
+
+class DamageLog:
+    """Damaged pieces in a folder; a resumed run knows those that earlier runs met.
+
+    Args:
+        folder: Existing folder.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._log = LineLog(folder, "damage")
+        self._known: set[Window] = set()
+        self._lock = Lock()
+
+    def add(self, window: Window, reason: str) -> None:
+        """Note a piece, on disk when this returns; from any thread."""
+        with self._lock:
+            if window in self._known:
+                return
+            self._known.add(window)
+            self._log.add({"window": astuple(window), "reason": reason})
+
+    def pieces(self) -> list[DamagedPiece]:
+        """All pieces in the folder, each once, from top to bottom."""
+        entries = ((Window(*entry["window"]), entry["reason"]) for entry in self._log.entries())
+        found = {window: DamagedPiece(window, reason) for window, reason in entries}
+        return sorted(found.values(), key=lambda piece: astuple(piece.window))

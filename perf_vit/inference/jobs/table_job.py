@@ -15,7 +15,7 @@ import torch
 from perf_vit.errors import OutputError
 from perf_vit.inference.jobs.identity import content_of, newer_than, stats_of
 from perf_vit.inference.jobs.job import RecordedJob
-from perf_vit.inference.jobs.logs import LineLog
+from perf_vit.inference.jobs.journal import LineLog
 from perf_vit.inference.options import PredictOptions
 from perf_vit.text import to_json
 

@@ -16,7 +16,7 @@ import numpy.typing as npt
 from perf_vit.errors import DamagedDataError, InputError, parsing
 from perf_vit.sources._bands import is_finite
 from perf_vit.sources._gdal import PerThread, check_exists, check_name
-from perf_vit.sources.readers import register_source
+from perf_vit.sources.files import register_source
 from perf_vit.sources.slides.ome_xml import micrometres, parse_ome_xml
 from perf_vit.sources.slides.openslide import import_slide_library
 from perf_vit.sources.slides.pyramid import Level, PyramidReader, true_downsample

@@ -13,11 +13,11 @@ from PIL import ImageCms
 
 from perf_vit.errors import DamagedDataError, InputError
 from perf_vit.sources._gdal import PerThread, check_exists, check_name
-from perf_vit.sources.readers import register_source
+from perf_vit.sources.files import register_source
 from perf_vit.sources.slides.pyramid import Level, PyramidReader, true_downsample
 from perf_vit.types import BoolArray, Window
 
-__all__ = ["OpenSlideReader", "import_slide_library", "slide_format"]
+__all__ = ["OpenSlideReader", "import_slide_library"]
 
 _BLOCK_PX = 512
 
@@ -34,19 +34,6 @@ def import_slide_library(name: str, path: str) -> Any:
         raise InputError(
             f'{path} needs the package {name}, which can\'t be imported: pip install "perf-vit[slides]"'
         ) from error
-
-
-def slide_format(path: str) -> str | None:
-    """Return OpenSlide's name of a file's format; None if it isn't a slide or OpenSlide isn't installed."""
-    try:
-        import openslide
-    except (ImportError, OSError):
-        return None
-    try:
-        name: str | None = openslide.OpenSlide.detect_format(path)
-    except openslide.OpenSlideError:
-        return None
-    return name
 
 
 @dataclass(frozen=True, slots=True)

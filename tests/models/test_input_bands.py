@@ -9,8 +9,8 @@ import pytest
 import rasterio
 
 from perf_vit.errors import DataWarning
+from perf_vit.models import InputBands, InputCheck
 from perf_vit.sources import RasterSource, open_source
-from perf_vit.transforms import InputBands, InputCheck
 from perf_vit.types import GeoImage
 
 NAMES = ("blue", "green", "red", "nir")
