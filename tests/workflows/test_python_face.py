@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+import traceback
 from pathlib import Path
 
 import numpy as np
@@ -267,3 +268,17 @@ def test_a_source_is_read_and_drawn_whole(make_scene) -> None:
         assert np.array_equal(source.read().pixels, source.read(source.extent).pixels)
         assert source.plot(50).size == (50, 15)
         assert source.plot(50, bands=[2])._repr_png_()
+
+
+def test_few_calls_lie_between_the_python_call_and_the_network(make_scene, tmp_path) -> None:
+    package, frames = str(Path(perf_vit.__file__).parent), []
+
+    def on_forward(*_) -> None:
+        found = [each.name for each in traceback.extract_stack() if each.filename.startswith(package)]
+        frames.append(found)
+
+    model = perf_vit.load(save_segmenter(tmp_path / "model.ckpt"))
+    model.register_forward_pre_hook(on_forward)
+    perf_vit.predict(model, make_scene(dtype="uint8"), tmp_path / "map.tif", progress=False)
+    assert frames[0][0] == "predict"
+    assert len(frames[0]) <= 6
