@@ -91,7 +91,8 @@ def read_ahead(
 
 def takes_valid(model: Callable[..., Any]) -> bool:
     """Whether a model, or a function of tiles, has an argument `valid`: the valid pixels, bool [B, h, w], or None."""
-    function = model.forward if isinstance(model, nn.Module) else model
+    # The module that `torch.compile` returns takes any arguments and hands them on.
+    function = getattr(model, "_orig_mod", model).forward if isinstance(model, nn.Module) else model
     try:
         return "valid" in inspect.signature(function).parameters
     except ValueError:

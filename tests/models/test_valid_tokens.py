@@ -266,6 +266,8 @@ def test_a_masked_network_can_be_exported(backbone) -> None:
 
 def test_models_say_whether_they_take_valid_pixels() -> None:
     assert takes_valid(segmenter("vit_tiny_patch16_224"))
+    assert takes_valid(torch.compile(segmenter("vit_tiny_patch16_224")))
+    assert not takes_valid(torch.compile(nn.Identity()))
     assert takes_valid(lambda tiles, valid=None: tiles)
     assert not takes_valid(lambda tiles: tiles)
     assert not takes_valid(nn.Identity())
