@@ -91,7 +91,7 @@ def test_a_converted_model_is_saved_and_loaded(name: str, tmp_path) -> None:
 
 def test_what_has_no_one_grid_is_converted_but_not_saved(tmp_path) -> None:
     model = perf_vit.linearize(timm.create_model("mobilevit_xxs"), "performer", num_features=32)
-    with pytest.raises(ValueError, match="with one grid of patches to save, got mobilevit_xxs; keep its state_dict"):
+    with pytest.raises(ValueError, match="with one grid of patches to save, got mobilevit_xxs; save its state_dict"):
         perf_vit.save_converted(model, tmp_path / "saved")
     assert not (tmp_path / "saved").exists()
 

@@ -194,6 +194,6 @@ def test_images_of_sixteen_bits_need_their_own_statistics(args, make_scene, tmp_
     image = make_scene(dtype="uint16", height=100, width=100)
     files = [f"data.train.image=[{image}]", f"data.val.image=[{image}]", "optim.block_steps=2", "optim.token_steps=0"]
     assert call(args(tmp_path / "out", *files)) == 2
-    assert "8 bits" in capsys.readouterr().err
+    assert "8-bit images" in capsys.readouterr().err
     statistics = ["data.mean=[15000,15000,15000]", "data.std=[8000,8000,8000]"]
     assert call(args(tmp_path / "out", *files, *statistics)) == 0
