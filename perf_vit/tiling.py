@@ -104,7 +104,6 @@ def _check_size(window_size: int) -> None:
 # MONAI's default. With a weight of 0, the corners of a scene would have no weight at all.
 _MIN_WEIGHT = 1e-3
 
-
 BLENDS: Registry[Callable[[int], npt.NDArray[np.float32]]] = Registry("blend", OptionError)
 """Blending weights by name: functions (window size) -> positive weights [window_size, window_size]."""
 

@@ -56,33 +56,24 @@ def with_flags(error: PerfVitError, text: str, command: Any) -> str:
 
 Checkpoint = Annotated[Path, typer.Option(help="A run folder, or a .ckpt file that `perf-vit train` wrote.")]
 
-
 Input = Annotated[
     Path,
     typer.Option("--input", help="The raster, or a folder of images; of a detector, an image or a folder of them."),
 ]
 
-
 WindowSize = Annotated[int | None, typer.Option(help="Side of a window in pixels; the training tile's by default.")]
-
 
 Overlap = Annotated[int | None, typer.Option(help="Pixels that neighbours share; a quarter window by default.")]
 
-
 BatchSize = Annotated[int, typer.Option(help="Windows a forward pass.", min=1)]
-
 
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, mps.")]
 
-
 Mpp = Annotated[float | None, typer.Option(help="Micrometres per pixel to read slides at.")]
-
 
 SlideMpp = Annotated[float | None, typer.Option(help="Of a slide's level 0, where the file doesn't say.")]
 
-
 Tissue = Annotated[str | None, typer.Option(help="Only the tissue of slides: otsu, or a GeoJSON file of polygons.")]
-
 
 Precision = Annotated[str, typer.Option(help="32, bf16 or 16.")]
 

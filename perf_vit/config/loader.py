@@ -117,9 +117,7 @@ def _fits(value: Any, hint: Any) -> bool:
 
 T = TypeVar("T")
 
-
 _DUMPED = "# Resolved config of a run of perf-vit.\n"
-
 
 Config: TypeAlias = str | Path | Mapping[str, Any]
 """YAML file, name of a shipped config, or mapping with the content of a config."""

@@ -38,7 +38,6 @@ _COMMON = """
     weight_init
 """
 
-
 _PLAIN_VITS = """
     patch_size embed_dim depth num_heads num_kv_heads head_dim mlp_ratio qkv_bias qkv_fused qk_norm proj_bias mlp_bias
     scale_attn_norm scale_attn_inner scale_mlp scale_mlp_norm init_values class_token reg_tokens num_reg_tokens
@@ -51,7 +50,6 @@ _PLAIN_VITS = """
     global_attn_indexes neck_chans
 """
 
-
 _PYRAMIDS = """
     depths dims embed_dims widths width channels layers mlp_ratios sr_ratios conv_bias conv_mlp kernel_size kernel_sizes
     layer_scale_init_value layer_scale_init_values ls_init_value head_init_scale head_norm_first use_grn downsamples
@@ -60,9 +58,7 @@ _PYRAMIDS = """
     block_reduce_first expand_ratio width_factor width_mult depth_mult se_ratio pad_type aa_layer token_mixers
 """
 
-
 _OURS = "mixer attn_kwargs num_attn_stages"
-
 
 FILE_ARGUMENTS = frozenset(" ".join((_COMMON, _PLAIN_VITS, _PYRAMIDS, _OURS)).split())
 """Arguments that a file may set: those that shape a network and load nothing.
@@ -72,14 +68,12 @@ Other arguments read weights (`checkpoint_path`, `pretrained`, `pretrained_cfg`,
 must not control that.
 """
 
-
 # Keys of `pretrained_cfg` except the sources of weights: a file comes with its own weights.
 _OF_IMAGES = """
     tag input_size test_input_size min_input_size fixed_input_size interpolation crop_pct test_crop_pct crop_mode mean
     std num_classes label_names label_descriptions pool_size test_pool_size first_conv classifier license description
     origin_url paper_name paper_ids notes
 """
-
 
 _PRETRAINED_CFG = frozenset(_OF_IMAGES.split())
 
@@ -125,10 +119,8 @@ def _is_plain(value: Any) -> bool:
 # Keys under which training scripts store the state dict.
 _WRAPPERS = ("state_dict_ema", "model_ema", "state_dict", "model")
 
-
 # timm's own sources of weights are disabled: they may take precedence over the given state dict.
 _NO_OTHER_SOURCE = {"source": None, "file": None, "url": None, "hf_hub_id": None, "custom_load": False}
-
 
 _SIZE_MISMATCH = re.compile(r"size mismatch for ([^:]+): .*?Size\((\[[^]]*\])\).*?Size\((\[[^]]*\])\)")
 

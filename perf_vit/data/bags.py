@@ -38,7 +38,6 @@ __all__ = [
 
 FloatArray = npt.NDArray[np.float32]
 
-
 _KEY_DIGITS = 16
 
 
@@ -121,7 +120,6 @@ class EmbeddingStore:
 
 # Pixels of the reduced mask along a window, for fractions to about a percent.
 _MASK_PX = 8
-
 
 _MAX_MASK_PX = 8192
 

@@ -237,7 +237,6 @@ def _previous_stops(starts: list[int], size: int) -> dict[int, int]:
 
 _WINDOW_PX = 512
 
-
 # 260 million pixels, read in about a minute: enough to find a class with one pixel in a million.
 _MAX_WINDOWS = 1000
 

@@ -22,7 +22,6 @@ __all__ = ["Reads", "SalvagingReader", "Tile", "read_ahead", "takes_valid", "val
 
 FloatArray = npt.NDArray[np.float32]
 
-
 # Side of the smallest piece that a damaged window is read in: a tile of most files is no smaller.
 _SALVAGE_PX = 64
 

@@ -98,7 +98,6 @@ def _encoded(encode: Callable[..., Tensor], tiles: Sequence[Tile], device: torch
 
 _SIZE_PX = 2048
 
-
 _OPACITY = 0.55
 
 

@@ -139,7 +139,6 @@ def _background_index(
 # Open files per thread and folder of a config.
 _MAX_OPEN = 16
 
-
 # Number of files to check: enough to find systematic errors, read within seconds.
 _NUM_CHECKED = 64
 

@@ -13,15 +13,7 @@ from torch import Tensor, nn
 
 from perf_vit.registry import Registry, did_you_mean
 
-__all__ = [
-    "MIXERS",
-    "Mixer",
-    "MixerOptions",
-    "check_integers",
-    "check_option_names",
-    "make_mixer",
-    "register_mixer",
-]
+__all__ = ["MIXERS", "Mixer", "MixerOptions", "check_integers", "check_option_names", "make_mixer", "register_mixer"]
 
 # Options that the model sets for each layer; users can't set them.
 _SET_BY_MODEL = ("num_prefix_tokens", "layer_index")

@@ -156,33 +156,25 @@ def repeat_grey_band(image: GeoImage, num_bands: int) -> GeoImage:
 
 FloatArray = npt.NDArray[np.float64]
 
-
 _PERCENTILES = (2, 98)
-
 
 # Ratios of the values to those of the training. Snow stays below `_LARGER`, and water is dark in some bands only; other
 # units, bit depths and values stretched to [0, 1] change most bands. Another dtype makes another bit depth likely.
 _LARGER, _LARGER_OF_OTHER_DTYPE = 10.0, 4.0
 
-
 _BELOW_LOW, _SMALLER_OF_OTHER_DTYPE = 3.0, 8.0
-
 
 # Fraction of the upper end of the range that replaces a lower end of 0.
 _LOW_PART = 30
 
-
 # Distance from the range of the training, in widths of that range.
 _FAR = 6.0
-
 
 # Scenes up to this size are read as a whole, larger ones in a grid of small windows: a reduced read of a large file
 # without overviews reads all of it.
 _WHOLE_PX = 1024
 
-
 _GRID, _WINDOW_PX = 5, 64
-
 
 # Number of inputs of a run whose values are checked.
 _MAX_INPUTS = 32

@@ -12,12 +12,7 @@ from perf_vit.ops.balancing import Balancing
 from perf_vit.ops.kernels import Kernel, get_kernel
 from perf_vit.ops.window_attention import window_indices
 
-__all__ = [
-    "kernel_matrix",
-    "naive_clustered_attention",
-    "naive_favor_attention",
-    "softmax_attention",
-]
+__all__ = ["kernel_matrix", "naive_clustered_attention", "naive_favor_attention", "softmax_attention"]
 
 
 def naive_favor_attention(

@@ -129,12 +129,9 @@ def _spans(length: int, largest: int, most: int) -> list[tuple[slice, int]]:
 # Approximate number of keys of a group, summed over its windows; without windows, its number of tokens.
 _GROUP_KEYS = 4096
 
-
 _GROUP_TOKENS = 2048
 
-
 Call = Callable[..., Any]
-
 
 Buffers = tuple[Tensor, Tensor, Tensor]
 

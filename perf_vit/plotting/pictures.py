@@ -83,9 +83,7 @@ def add_legend(axes: Any, lines: Sequence[Any], labels: Sequence[str]) -> None:
 
 Picture = npt.NDArray[np.uint8]
 
-
 _FIGURE_DPI = 110
-
 
 _STRETCH_SAMPLES = 1_000_000
 

@@ -116,19 +116,15 @@ class Pool(Generic[T]):
 # damaged VRTs hold their bytes, which need not be UTF-8, and neither need a file's name.
 GDAL_ERRORS = (RasterioError, CPLE_BaseError, UnicodeError)
 
-
 # Two rows of 1,024 px windows across a scene of 40,000 px with three bytes per pixel.
 _CACHE_BYTES = 256 * 2**20
-
 
 # Reading whole PNGs at once, GDAL passes over a cut end and gives whatever is in memory. It looks at this option when a
 # file is opened and when it is read.
 _CAREFUL = {"GDAL_PNG_WHOLE_IMAGE_OPTIM": "NO"}
 
-
 # Python in a VRT, as a pixel function, is code in a file. In the environment it holds for all threads of GDAL, too.
 os.environ["GDAL_VRT_ENABLE_PYTHON"] = "NO"
-
 
 # rasterio's wheels lack some of them.
 _OPTIONAL_DRIVERS = {

@@ -43,7 +43,6 @@ __all__ = [
 PICTURE_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp"})
 """Suffixes of photos, and of previews next to rasters."""
 
-
 GEOTIFF_SUFFIXES = (".tif", ".tiff")
 """Suffixes of GeoTIFFs, of which maps are."""
 
@@ -59,12 +58,9 @@ FOLDER_SUFFIXES = frozenset({".zarr"})
 MASK_SUFFIXES = RASTER_SUFFIXES - {".jpg", ".jpeg"}
 """Suffixes of masks, without JPEG, which changes values."""
 
-
 _BY_PRODUCTS = frozenset({"thumbs.db", "desktop.ini", "ehthumbs.db", "__macosx", "@eadir", "$recycle.bin"})
 
-
 _BY_PRODUCT_ENDINGS = (".aux.xml", ".ovr", ".msk", ".partial", ".part", ".crdownload", "~")
-
 
 OpenReader = Callable[[str], "PyramidReader"]
 R = TypeVar("R", bound=OpenReader)
@@ -232,13 +228,10 @@ def _images_at(path: Path) -> list[Path]:
 
 _PIECE_BYTES = 4096
 
-
 _NUM_PIECES = 16
-
 
 # Maximum number of files per folder to read: a chunked array may have millions.
 _NUM_FILES = 64
-
 
 _DIGITS = 16
 

@@ -33,7 +33,6 @@ __all__ = ["MosaicSource", "item_paths"]
 
 _RASTER_TYPES = ("image/tiff", "image/vnd.stac.geotiff", "image/jp2", "application/x-hdf", "application/x-netcdf")
 
-
 _OTHER_ROLES = {"thumbnail", "overview", "metadata"}
 
 

@@ -29,7 +29,6 @@ __all__ = ["Bounds", "Orientation", "RasterSource", "orientation_of"]
 
 _TAG = 0x0112
 
-
 _BIG_TIFF = 43
 
 

@@ -22,14 +22,7 @@ from perf_vit.errors import DataWarning, InputError, reason_line
 from perf_vit.sources._gdal import reason_of
 from perf_vit.sources.files import split_layer
 
-__all__ = [
-    "is_vector_name",
-    "layer_name",
-    "opens_as_vector",
-    "read_features",
-    "reading_path",
-    "writing_path",
-]
+__all__ = ["is_vector_name", "layer_name", "opens_as_vector", "read_features", "reading_path", "writing_path"]
 
 # pyogrio parses names as URLs: it drops the part after ";" and control characters, and "!" separates the path in an
 # archive.

@@ -137,10 +137,8 @@ def token_loss(tokens: Tensor, target: Tensor, num_prefix_tokens: int, mask: Ten
 
 _TRAINABLE = ("attention", "all")
 
-
 # Norm before and layer scale after a block's attention (names of ViT and EVA).
 _AROUND_ATTENTION = ("norm1.", "ls1.", "gamma_1")
-
 
 _STATE_KEY = "distillation"
 

@@ -90,17 +90,13 @@ def _synchronize(device: str) -> None:
 
 REPORT = "fidelity.html"
 
-
 # Softmax on a CPU takes minutes beyond.
 _SOFTMAX_TOKENS = 8192
 
-
 _RUNS = 3
-
 
 # Columns of the table of layers, as mixers name their sizes.
 _SIZES = ("window", "sinks", "clusters", "features")
-
 
 _STYLE = """
 body { font: 16px/1.5 system-ui, sans-serif; margin: 2rem auto; max-width: 60rem; padding: 0 1rem; color: #222 }

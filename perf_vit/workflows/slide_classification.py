@@ -30,13 +30,7 @@ from perf_vit.workflows.reports import ClassificationEvaluation
 from perf_vit.workflows.run_config import SlideClassificationRun
 from perf_vit.workflows.task import EvaluateOptions, TrainedModel
 
-__all__ = [
-    "LabelledSlides",
-    "build_slide_data",
-    "build_slide_task",
-    "embed_slides",
-    "evaluate_slide_classification",
-]
+__all__ = ["LabelledSlides", "build_slide_data", "build_slide_task", "embed_slides", "evaluate_slide_classification"]
 
 _EMBEDDINGS = "embeddings"
 """Folder of a run's features."""

@@ -226,7 +226,6 @@ class RecordedJob(Job):
 
 _VERSION_TAG = "PERF_VIT_VERSION"
 
-
 _DAMAGE_TAG = "PERF_VIT_DAMAGED_PIECES"
 
 

@@ -20,15 +20,7 @@ from perf_vit.files import sibling_path
 from perf_vit.text import to_json
 from perf_vit.types import Window
 
-__all__ = [
-    "DamageLog",
-    "DamagedPiece",
-    "Journal",
-    "LineLog",
-    "check_partial_folder",
-    "discard_journal",
-    "open_journal",
-]
+__all__ = ["DamageLog", "DamagedPiece", "Journal", "LineLog", "check_partial_folder", "discard_journal", "open_journal"]
 
 _SETTINGS = "journal.json"
 _UNFINISHED_SETTINGS = f"{_SETTINGS}.tmp"

@@ -16,7 +16,6 @@ __all__ = ["SIZES", "LinearVisionTransformer", "entrypoint", "keep_own_enhanceme
 
 StateDict = dict[str, Tensor]
 
-
 # Widths, depths and heads of timm's `vit_*`; heads have 64 channels at every size.
 SIZES = {
     "tiny": {"embed_dim": 192, "depth": 12, "num_heads": 3},
@@ -131,12 +130,9 @@ _VARIANTS = {
     for patch_size in (8, 14, 16)
 }
 
-
 default_cfgs = generate_default_cfgs({name: vit_cfg() for name in _VARIANTS})
 
-
 _filter_fn = keep_own_enhancement(checkpoint_filter_fn)
-
 
 for _name, _args in _VARIANTS.items():
     globals()[_name] = register_model(entrypoint(__name__, _name, LinearVisionTransformer, _args, _filter_fn))

@@ -26,20 +26,15 @@ __all__ = ["PolygonMask", "RasterMask", "SlideSource", "TissueMask", "find_tissu
 
 _MPP = 8.0
 
-
 # Longest side of the image for tissue detection if the pixel size is unknown.
 _MAX_SIDE_PX = 2048
 
-
 _STEPS_PER_PX = 256
-
 
 _CLOSING_RADIUS_PX = 3
 
-
 # 0.01 mm2 at 8 um/px: larger than dust and pen dots, smaller than the smallest biopsies.
 _MIN_AREA_PX = 156
-
 
 # Lower saturation is glass, whatever the histogram; darker pixels are pen marks, folds or the slide's rim, whose
 # saturation is noise.
