@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from perf_vit.conversion import load_converted, load_softmax
 from perf_vit.conversion.save import CONFIG, is_converted
 from perf_vit.errors import CheckpointError, ConfigError, reason_line
+from perf_vit.inference.prefetch import takes_valid
 from perf_vit.models import InputSpec, SegmentationSpec, load_model
 from perf_vit.transforms import Normalizer
 from perf_vit.types import Source
@@ -91,7 +92,8 @@ class BareSegmenter(nn.Module):
     """Any network that gives a score per class and pixel, with what prediction needs to know of it.
 
     Args:
-        network: Tiles [B, C, h, w] to logits [B, K, h, w]; one channel is the logit of a single class.
+        network: Tiles [B, C, h, w] to logits [B, K, h, w]; one channel is the logit of a single class. If it has an
+            argument `valid`, it is given the valid pixels, bool [B, h, w], or None if all are.
         spec: What it expects and means.
     """
 
@@ -103,9 +105,9 @@ class BareSegmenter(nn.Module):
         self.network = network
         self.spec = spec
 
-    def forward(self, image: Tensor) -> Tensor:
-        """Logits [B, K, h, w] of tiles [B, C, h, w]."""
-        logits: Tensor = self.network(image)
+    def forward(self, image: Tensor, valid: Tensor | None = None) -> Tensor:
+        """Logits [B, K, h, w] of tiles [B, C, h, w] and their valid pixels, bool [B, h, w]."""
+        logits: Tensor = self.network(image, valid=valid) if takes_valid(self.network) else self.network(image)
         return logits
 
     def to_labels(self, logits: Tensor) -> Tensor:

@@ -125,6 +125,22 @@ def test_a_bare_network_reads_all_bands_as_they_are(make_scene, tmp_path) -> Non
     assert model.training_calls == 0
 
 
+def test_a_bare_network_is_given_the_valid_pixels_if_it_takes_them(make_scene, tmp_path) -> None:
+    class Holes(nn.Module):
+        def forward(self, image: torch.Tensor, valid: torch.Tensor | None = None) -> torch.Tensor:
+            holes = torch.zeros(len(image), *image.shape[-2:]) if valid is None else (~valid).any((1, 2), True).float()
+            return torch.stack([torch.full_like(image[:, 0], 0.5), holes.expand_as(image[:, 0])], 1)
+
+    path = make_scene()
+    perf_vit.predict(Holes(), path, tmp_path / "map.tif", window_size=32, overlap=0, progress=False)
+    valid, found = perf_vit.open(path).read().valid, pixels_of(tmp_path / "map.tif")[0]
+    rows, cols = (side // 32 * 32 for side in valid.shape)
+    whole = valid[:rows, :cols].reshape(rows // 32, 32, cols // 32, 32).all((1, 3)).repeat(32, 0).repeat(32, 1)
+    kept = valid[:rows, :cols]
+    assert np.array_equal(found[:rows, :cols][kept], (~whole)[kept])
+    assert {0, 1} <= set(found[:rows, :cols][kept])
+
+
 def test_a_bare_network_with_a_spec_reads_what_the_spec_says(make_scene, tmp_path) -> None:
     path = make_scene(num_bands=5)
     model = Bands(2).eval()
