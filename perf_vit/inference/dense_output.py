@@ -171,5 +171,5 @@ def _true_classes(classes: Sequence[str], threshold: float, tags: Mapping[str, s
     def encode(strip: Strip) -> npt.NDArray[np.uint8]:
         return np.where(strip.valid, (strip.scores > least_score).astype(np.uint8), np.uint8(IGNORE_INDEX))
 
-    tags = {**tags, "PERF_VIT_THRESHOLD": f"{threshold:g}"}
+    tags = {**tags, "PERF_VIT_THRESHOLD": str(float(threshold))}
     return DenseOutput(encode=encode, band_names=classes, dtype="uint8", nodata=IGNORE_INDEX, tags=tags)

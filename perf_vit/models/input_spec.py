@@ -121,6 +121,11 @@ class InputSpec(InputOptions):
         opened_from = getattr(path, "opened_from", None)
         given = getattr(path, "options", {})
         overrides = {name: value for name, value in overrides.items() if value is not None}
+        if opened_from is None and overrides:
+            raise InputError(
+                f"{', '.join(sorted(overrides))} can't be chosen for an open source that `perf_vit.open` didn't open; "
+                "leave it out, or give a path"
+            )
         wanted = merged_options(self, {**given, **overrides})
         if opened_from is None or wanted == dict(given):
             return path

@@ -150,3 +150,10 @@ def test_an_input_unlike_the_training_images_is_told_and_once_where_inputs_share
 def test_sources_that_open_source_did_not_open_are_taken_as_they_are(make_scene) -> None:
     source = RasterSource(make_scene())
     assert InputSpec(bands=(3, 1), nodata=7.0).open(source) is source
+
+
+def test_options_for_a_source_that_cant_be_opened_again_are_refused(make_scene) -> None:
+    source = RasterSource(str(make_scene()))
+    with pytest.raises(InputError, match=r"^resolution can't be chosen for an open source"):
+        InputSpec().open(source, resolution=2.0)
+    assert InputSpec().open(source, resolution=None) is source

@@ -15,8 +15,9 @@ from torch import nn
 
 import perf_vit
 from perf_vit.errors import CheckpointError, ConfigError, InputError, OptionError, OutputError
-from perf_vit.inference import RunReport
+from perf_vit.inference import RunReport, SegmentationPredictOptions, SegmentationPredictor
 from perf_vit.transforms import Normalizer
+from perf_vit.workflows.load import as_segmenter
 
 
 def pixels_of(path: Path) -> np.ndarray:
@@ -224,6 +225,33 @@ def test_progress_is_shown_unless_told_otherwise(make_scene, tmp_path, capsys) -
         perf_vit.predict(model, [path, bad], tmp_path / "maps", on_error="skip", progress=False)
     after = capsys.readouterr()
     assert (shown.out, after.out, after.err) == ("", "", "")
+
+
+def test_a_map_of_one_kind_is_not_taken_for_one_of_another(make_scene, tmp_path) -> None:
+    scene, model, out = make_scene(num_bands=1), Bands(1), tmp_path / "map.tif"
+    options = {"window_size": 32, "progress": False}
+    perf_vit.predict(model, scene, out, score_threshold=0.25, **options)
+    for other in ({"kind": "probabilities-uint8"}, {"score_threshold": 0.25000001}):
+        with pytest.raises(OutputError, match="exists already"):
+            perf_vit.predict(model, scene, out, **other, **options)
+    assert not perf_vit.predict(model, scene, out, score_threshold=0.25, **options).made
+
+
+class TakesValid(nn.Module):
+    """How many pixels of a tile are valid, as the score of each pixel."""
+
+    def forward(self, image: torch.Tensor, valid: torch.Tensor | None = None) -> torch.Tensor:
+        seen = torch.ones_like(image[:, 0], dtype=torch.bool) if valid is None else valid
+        return seen.sum((1, 2)).float()[:, None, None, None].expand_as(image[:, :1])
+
+
+def test_a_bare_network_that_takes_valid_pixels_is_given_them(make_scene) -> None:
+    scene = perf_vit.open(make_scene(height=32, width=32))
+    valid = int(scene.read().valid.sum())
+    assert 0 < valid < 32 * 32
+    found = SegmentationPredictor(as_segmenter(TakesValid(), scene, 32), SegmentationPredictOptions(device="cpu"))
+    [strip] = found.strips(scene, scene.extent)
+    assert np.unique(strip.scores).tolist() == [valid]
 
 
 @pytest.mark.parametrize("save", [save_segmenter, lambda path: save_classifier(path, "single_label")])

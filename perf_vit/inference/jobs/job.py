@@ -272,6 +272,7 @@ class MapJob(Job):
         """Plain values that decide the scores; the map's tags hold them."""
         return {
             "model": self.model_id,
+            "kind": self.options.kind,
             "window_size": self.window_size,
             "overlap": self.overlap,
             "blend": self.options.blend,
