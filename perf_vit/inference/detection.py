@@ -118,7 +118,8 @@ def _is_results(path: Path, ids: frozenset[int]) -> bool:
     except (OSError, ValueError):
         return False
     return isinstance(content, list) and all(
-        isinstance(each, dict) and each.get("image_id") in ids and "score" in each for each in content
+        isinstance(each, dict) and isinstance(each.get("image_id"), int) and each["image_id"] in ids and "score" in each
+        for each in content
     )
 
 

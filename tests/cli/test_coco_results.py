@@ -126,10 +126,11 @@ def test_an_interrupted_folder_is_completed_and_other_files_are_left(shop, tmp_p
     (out / "coco_results.json").unlink()
     assert predict(shop, *args) == 0
     assert (out / "coco_results.json").read_bytes() == whole
-    (out / "coco_results.json").write_text('{"mine": 1}')
-    assert predict(shop, *args) == 2
-    assert "exists already, but holds no COCO results of these images" in " ".join(capsys.readouterr().err.split())
-    assert (out / "coco_results.json").read_text() == '{"mine": 1}'
+    for mine in ('[{"image_id": [42], "score": 1}]', '{"mine": 1}'):
+        (out / "coco_results.json").write_text(mine)
+        assert predict(shop, *args) == 2
+        assert "exists already, but holds no COCO results of these images" in " ".join(capsys.readouterr().err.split())
+        assert (out / "coco_results.json").read_text() == mine
     assert predict(shop, *args, "--overwrite") == 0
     assert (out / "coco_results.json").read_bytes() == whole
 

@@ -202,6 +202,16 @@ def test_outputs_that_were_edited_are_refused(bench) -> None:
     assert bench.files("out") == before
 
 
+def test_a_broken_link_in_the_place_of_an_output_is_refused(bench) -> None:
+    bench.run("out")
+    out = bench.root / "out" / bench.case.out
+    out.unlink()
+    out.symlink_to("nowhere")
+    with pytest.raises(OutputError, match="exists already"):
+        bench.run("out")
+    assert os.readlink(out) == "nowhere"
+
+
 def test_what_was_begun_with_other_settings_is_not_gone_on_with(bench) -> None:
     _, number = bench.run("first")
     bench.kill("out", number // 2)

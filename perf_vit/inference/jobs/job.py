@@ -194,7 +194,7 @@ class RecordedJob(Job):
     def is_done(self, found: Sequence[Path]) -> bool:
         """Whether all recorded outputs are there; see `Job.is_done`."""
         content = self._record.read()
-        if content is None:
+        if content is None or not found[0].exists():
             raise self._other(found[0], "")
         if content["identity"] != self._record.plain(self.identity) or self.changed_since(found[0]):
             raise self._other(found[0], f"not as {self._what} with these settings, or is older than the input")
