@@ -28,12 +28,17 @@ class SlideClassificationSplitConfig(SplitConfig):
     """Labelled slides.
 
     Attributes:
-        image: Folder that the slide names in `labels` are relative to.
+        image: Folder that the slide names in `labels` are relative to; for validation that of training by default, else
+            the current one.
         labels: CSV file with the columns slide and label.
     """
 
-    image: str = "."
+    image: str | None = None
     labels: str
+
+    def __post_init__(self) -> None:
+        if self.image is not None:
+            super().__post_init__()
 
 
 @dataclass(kw_only=True)
@@ -136,13 +141,14 @@ def read_slides(config: SlideClassificationDataConfig, seed: int) -> tuple[Slide
     """
     _check(config)
     columns = {"image_column": config.image_column, "label_column": config.label_column}
-    train = read_slide_table(config.train.labels, config.train.image, config.classes, **columns)
+    folder = config.train.image or "."
+    train = read_slide_table(config.train.labels, folder, config.classes, **columns)
     if len(train.classes) < 2:
         raise ConfigError(
             f"all slides of {config.train.labels} are of the class {train.classes[0]}; expected at least two"
         )
     if config.val is not None:
-        val = read_slide_table(config.val.labels, config.val.image, train.classes, **columns)
+        val = read_slide_table(config.val.labels, config.val.image or folder, train.classes, **columns)
         common = sorted(set(train.paths) & set(val.paths))
         if common:
             raise ConfigError(f"{common[0]} is in both data.train and data.val; keep it in one of them")

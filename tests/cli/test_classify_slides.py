@@ -201,8 +201,9 @@ def test_statistics_that_the_config_gives_are_those_of_the_classifier(slides, ru
     assert default.trained_on == given.trained_on
 
 
-def test_one_slide_on_both_sides_is_refused(slides, tmp_path, capsys) -> None:
-    val = [f"data.val.labels={slides / 'labels.csv'}", f"data.val.image={slides}"]
+@pytest.mark.parametrize("folder", ["given", "of training"])
+def test_one_slide_on_both_sides_is_refused(slides, tmp_path, capsys, folder) -> None:
+    val = [f"data.val.labels={slides / 'labels.csv'}", *([f"data.val.image={slides}"] if folder == "given" else [])]
     assert call(train_args(slides, tmp_path / "run", *val)) == 2
     assert "in both data.train and data.val" in capsys.readouterr().err
 
