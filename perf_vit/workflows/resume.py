@@ -92,7 +92,7 @@ RULES: dict[type, Rules] = {
     DetectionDataConfig: _rules(free="sampler random_share min_visible"),
     ClassificationSplitConfig: _rules(moved="labels"),
     ClassificationDataConfig: _rules(free="sampler", measured="classes"),
-    SlideClassificationSplitConfig: _rules(moved="labels"),
+    SlideClassificationSplitConfig: _rules(free="image", moved="labels"),
     SlideClassificationDataConfig: _rules(free="max_windows embeddings embed_batch_size", measured="classes mean std"),
 }
 """Rules by the class that declares the fields; those of base classes hold for their subclasses, too."""

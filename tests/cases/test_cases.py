@@ -22,7 +22,6 @@ FAULTS = {
     "slides/19_nan_features": "features that aren't finite are classified",
     "slides/28_bad_icc_profile": "unreadable ICC profiles raise an error of PIL",
     "slides/29_tile_missing_at_level_0": "a window with tissue in the overview only has no valid pixel",
-    "slides/30_slides_of_all_endings_in_a_folder": ".ome.btf is found nowhere",
     "slides/31_rerun_on_its_own_pictures": "pictures of attention are taken for slides",
     "slides/38_polygon_folder_names": "polygons named after the stem of .ome.tif aren't paired",
     "slides/40_prediction_of_many_slides_is_lost": "finished rows stay in OUT.partial until the run ends",

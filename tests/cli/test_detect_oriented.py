@@ -61,7 +61,10 @@ def make_harbours(folder: Path) -> list[np.ndarray]:
     return outlines
 
 
-@pytest.mark.parametrize(("folder", "label_format", "num_ships"), [("labelTxt", "dota", 11), ("yolo", "yolo", 12)])
+@pytest.mark.parametrize(
+    ("folder", "label_format", "num_ships"),
+    [("labelTxt", "dota", 11), pytest.param("yolo", "yolo", 12, marks=pytest.mark.slow)],
+)
 def test_oriented_ships_go_from_labels_to_outlines_on_the_map(
     tmp_path, capsys, folder, label_format, num_ships
 ) -> None:

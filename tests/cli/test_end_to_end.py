@@ -34,6 +34,7 @@ def test_run_folder_holds_config_checkpoints_metrics_and_curve(trained) -> None:
     assert list((folder / "tensorboard").glob("events.*"))
 
 
+@pytest.mark.slow
 def test_without_a_terminal_each_epoch_is_a_line(trained, tmp_path) -> None:
     args = train_args(trained.scene, tmp_path / "run", "trainer.max_epochs=1")
     done = subprocess.run([sys.executable, "-m", "perf_vit", *args], capture_output=True, text=True, check=True)

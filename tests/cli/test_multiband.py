@@ -40,7 +40,9 @@ def seven_bands(tmp_path):
     ("labels", "options", "num_labelled"),
     [
         ("classes.tif", ["data.values=[11,40]"], 128 * 128),
-        ("samples.geojson", ["data.attribute=kind", "data.background=ignore"], 16 * 24 * 24),
+        pytest.param(
+            "samples.geojson", ["data.attribute=kind", "data.background=ignore"], 16 * 24 * 24, marks=pytest.mark.slow
+        ),
         (
             "samples.geojson",
             ["data.attribute=kind", "data.background=ignore", "data.all_touched=true"],

@@ -254,6 +254,10 @@ def case(request, tmp_path_factory) -> Case:
     return TASKS[request.param](root)
 
 
+# Where text is ASCII, the fast suite prints the scores of each task.
+ENCODINGS = ["utf-8", pytest.param("ascii", marks=pytest.mark.slow)]
+
+
 @pytest.mark.parametrize("encoding", ["utf-8", "ascii"])
 def test_scores_are_written_and_shown_with_the_names_as_they_are(case, encoding, tmp_path, monkeypatch) -> None:
     report = tmp_path / FOLDER / "[bold]scores.json"
@@ -268,7 +272,7 @@ def test_scores_are_written_and_shown_with_the_names_as_they_are(case, encoding,
         assert shown(name).encode(encoding, errors="backslashreplace").decode(encoding) in out
 
 
-@pytest.mark.parametrize("encoding", ["utf-8", "ascii"])
+@pytest.mark.parametrize("encoding", ENCODINGS)
 def test_predictions_hold_the_names_as_they_are(case, encoding, tmp_path, monkeypatch) -> None:
     folder = tmp_path / FOLDER
     is_table = any(word in str(case.run) for word in ("classification", "regression", "slide"))
@@ -310,7 +314,7 @@ def test_a_run_folder_holds_the_names_as_they_are(case) -> None:
     assert config["out"] == str(case.run)
 
 
-@pytest.mark.parametrize("encoding", ["utf-8", "ascii"])
+@pytest.mark.parametrize("encoding", ENCODINGS)
 @pytest.mark.parametrize("name", FILES)
 def test_info_shows_names_of_file_and_bands(name, encoding, tmp_path, monkeypatch) -> None:
     names = [*NASTY_NAMES][:12]
@@ -325,7 +329,7 @@ def test_info_shows_names_of_file_and_bands(name, encoding, tmp_path, monkeypatc
 
 
 @pytest.mark.parametrize("name", FILES)
-@pytest.mark.parametrize("encoding", ["utf-8", "ascii"])
+@pytest.mark.parametrize("encoding", ENCODINGS)
 def test_a_missing_file_is_one_line_with_its_name(name, encoding, tmp_path, monkeypatch) -> None:
     path = tmp_path / f"{name}.tif"
     for args in (
@@ -342,7 +346,7 @@ def test_a_missing_file_is_one_line_with_its_name(name, encoding, tmp_path, monk
         assert " ".join(name.split()).encode(encoding, errors="backslashreplace").decode(encoding) in err
 
 
-@pytest.mark.parametrize("encoding", ["utf-8", "ascii"])
+@pytest.mark.parametrize("encoding", ENCODINGS)
 def test_a_model_is_converted_into_a_folder_of_any_name(encoding, tmp_path, monkeypatch) -> None:
     torch.manual_seed(0)
     root = tmp_path / FOLDER

@@ -172,6 +172,7 @@ def test_damage_that_an_interrupted_run_met_is_in_the_report(make_scene, tmp_pat
     assert (tmp_path / "map.tif").read_bytes() == (tmp_path / "whole.tif").read_bytes()
 
 
+@pytest.mark.slow
 def test_two_processes_share_a_folder_and_do_each_input_once(make_scene, tmp_path) -> None:
     for i in range(6):
         make_scene(height=100, width=100, seed=i)

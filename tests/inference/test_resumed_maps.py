@@ -36,6 +36,7 @@ def _wait_for(process: subprocess.Popen, done: int) -> None:
             return
 
 
+@pytest.mark.slow
 def test_a_killed_run_goes_on_and_gives_the_same_bytes(scene, tmp_path) -> None:
     mapping_process.main(scene, tmp_path / "whole.tif")
     rng = random.Random(0)

@@ -261,7 +261,9 @@ def _fail(serve, failure: str, times: int) -> None:
 
 @pytest.mark.usefixtures("process")
 @pytest.mark.parametrize("way", _WAYS)
-@pytest.mark.parametrize("failure", ["503", "404", "hang up", "break off", "silence"])
+@pytest.mark.parametrize(
+    "failure", ["503", "404", "hang up", "break off", pytest.param("silence", marks=pytest.mark.slow)]
+)
 def test_an_outage_is_no_damage(make_scene, serve, impatient, tmp_path, way, failure) -> None:
     url = _put(serve, _noise(make_scene, num_bands=1, nodata=None, compress="deflate").read_bytes())
     source = open_source(way(url, tmp_path))

@@ -41,7 +41,7 @@ def test_a_run_killed_inside_an_epoch_ends_in_the_same_weights(
     "options",
     [
         {"sampler": "balanced"},
-        {"sampler": "grid", "tile_px": 64, "batch_size": 1},
+        pytest.param({"sampler": "grid", "tile_px": 64, "batch_size": 1}, marks=pytest.mark.slow),
         {"sampler": "grid", "batch_size": 3},
     ],
 )

@@ -52,7 +52,7 @@ def test_weights_of_every_task_can_be_shared_out_and_each_sample_counts_once(tmp
 @pytest.mark.parametrize(
     ("strategy", "cases"),
     [
-        pytest.param("fsdp2", ("segmentation", "fcos"), id="two tasks"),
+        pytest.param("fsdp2", ("segmentation", "fcos"), id="two tasks", marks=pytest.mark.slow),
         pytest.param("ddp", DENSE, id="ddp", marks=pytest.mark.slow),
         pytest.param("fsdp2", DENSE, id="fsdp2", marks=pytest.mark.slow),
     ],

@@ -152,6 +152,7 @@ def test_a_saved_student_can_be_trained_on(args, weights, tmp_path, capsys) -> N
     assert not (tmp_path / "other").exists()
 
 
+@pytest.mark.slow
 def test_a_run_that_is_short_of_time_still_ends_its_schedule(args, tmp_path) -> None:
     out = tmp_path / "run"
     assert call(args(out, "optim.block_steps=100000", "optim.token_steps=100000", "optim.max_minutes=0.05")) == 0

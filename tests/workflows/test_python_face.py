@@ -37,7 +37,7 @@ def test_names_are_listed_for_completion() -> None:
     assert {"train", "load", "predict", "evaluate", "linearize", "open", "convert", "distill"} <= set(dir(perf_vit))
 
 
-@pytest.mark.parametrize("args", [["--help"], ["--version"]])
+@pytest.mark.parametrize("args", [["--help"], pytest.param(["--version"], marks=pytest.mark.slow)])
 def test_help_waits_for_neither_torch_nor_timm(args) -> None:
     script = (
         f"import sys; sys.argv = ['perf-vit', *{args!r}]\n"

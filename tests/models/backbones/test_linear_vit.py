@@ -69,7 +69,7 @@ def test_wrong_attention_arguments_are_named() -> None:
         build(attn_kwargs={"window": 8})
     with pytest.raises(ValueError, match="num_features is an option of mixer='performer', got mixer='clustered'"):
         build(attn_kwargs={"num_features": 8})
-    with pytest.raises(ValueError, match="mixer must be one of clustered, performer, softmax, got 'linformer'"):
+    with pytest.raises(ValueError, match=r"mixer must be one of clustered, performer, softmax.*, got 'linformer'"):
         build(mixer="linformer")
     for name in ("layer_index", "num_prefix_tokens"):
         with pytest.raises(ValueError, match=f"must not hold {name}"):
