@@ -157,7 +157,7 @@ def _prepare_conversion(folder: Path) -> None:
 
 def _conversion_args(inputs: Path, out: Path) -> list[str]:
     model = ["vit_tiny_patch16_224", "--weights", inputs / "vit.safetensors", "--num-classes", 0]
-    options = ["--img-size", 64, "--window-size", 2, "--num-sinks", 4, "--num-features", 32, "--layers", "0-2"]
+    options = ["--img-size", 64, "--window-size", 2, "--num-sinks", 4, "--num-clusters", 8, "--layers", "0-2"]
     return ["convert", *map(str, [*model, "--out", out / "model", *options])]
 
 
@@ -206,7 +206,7 @@ def _distillation_args(inputs: Path, out: Path) -> list[str]:
         f"model.weights={inputs / 'vit.safetensors'}",
         f"model.backbone_kwargs={{{kwargs}}}",
     ]
-    model += ["model.options={window_size: 2, num_sinks: 2, num_features: 8}"]
+    model += ["model.options={window_size: 2, num_sinks: 2, num_clusters: 4}"]
     data = [f"data.train.image=[{inputs / '0.png'}]", f"data.val.image=[{inputs / '1.png'}]", "data.tile_px=64"]
     data += ["data.batch_size=1", "data.num_val_tiles=2"]
     stages = ["optim.block_steps=20", "optim.token_steps=14", "optim.max_minutes=null", "trainer.val_every_steps=5"]
