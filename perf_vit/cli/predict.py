@@ -98,7 +98,7 @@ def predict(
         int | None, typer.Option(help="Ray processes; one a GPU, else one a CPU, by default.", min=1)
     ] = None,
     ray_address: Annotated[
-        str | None, typer.Option(help="Of a running cluster, as auto; a Ray of its own by default.")
+        str | None, typer.Option(help="Of a running cluster, as auto; RAY_ADDRESS, else a Ray of its own, by default.")
     ] = None,
 ) -> None:
     """Map rasters with a trained model, find objects in them, or tell what whole images or slides show."""
@@ -106,12 +106,12 @@ def predict(
     from perf_vit.workflows.predict import predict
     from perf_vit.workflows.registry import task_of
 
-    task = task_of(find_model(checkpoint)).name
+    task = task_of(find_model(checkpoint))
     given = given_options(context, {"checkpoint", "inputs", "more_inputs", "output"})
-    if task == "segmentation":
+    if hasattr(task.predict_options, "quicklook"):
         given.setdefault("quicklook", True)
     done = predict(checkpoint, [*inputs, *(more_inputs or ())], output, **given)
-    say_prediction(task, done, output)
+    say_prediction(task.name, done, output)
 
 
 def evaluate(

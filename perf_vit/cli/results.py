@@ -29,14 +29,14 @@ def say_prediction(task: str, found: JobResult | RunReport, output: Path) -> Non
 
     if isinstance(found, RunReport):
         _say_report(found, output)
-    elif task == "segmentation":
-        _say_map(found, output)
-    elif task == "detection":
+    elif found.num_rows is not None or task in {"classification", "regression", "slide_classification"}:
+        _say_table(task, found, output)
+    elif found.num_objects is not None or task == "detection":
         print_damage(found.damaged)
         objects = _objects(found.num_objects or 0, found.score_threshold) if found.made else "objects"
         say(f"{objects}: {found.out}{'' if found.made else _THERE}")
     else:
-        _say_table(task, found, output)
+        _say_map(found, output)
 
 
 def _say_map(found: JobResult, output: Path) -> None:

@@ -62,7 +62,7 @@ class InputSpec(InputOptions):
         """Open an input as in training: bands, nodata, pixel size, tissue.
 
         A source from `perf_vit.open` is reopened if its options differ from the model's; options given to
-        `open_source` take precedence. Other sources are used unchanged.
+        `perf_vit.open` take precedence. Other sources are used unchanged.
 
         Args:
             path: Input of `perf_vit.open`, or a source.
@@ -194,12 +194,19 @@ class InputBands:
         dtype: Dtype of the pixels.
         low: 2nd percentile of the valid values of each band.
         high: 98th percentile of the valid values of each band.
+
+    Raises:
+        ValueError: The percentiles are of different numbers of bands.
     """
 
     names: tuple[str, ...]
     dtype: str
     low: tuple[float, ...]
     high: tuple[float, ...]
+
+    def __post_init__(self) -> None:
+        if len(self.low) != len(self.high):
+            raise ValueError(f"expected low and high of the same bands, got {len(self.low)} and {len(self.high)}")
 
     @classmethod
     def measure(cls, images: Sequence[GeoImage], names: Sequence[str] = ()) -> InputBands:

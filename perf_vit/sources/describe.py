@@ -69,7 +69,7 @@ def describe_source(source: Source) -> SourceInfo:
     """Describe a source from its headers, without reading pixels.
 
     Args:
-        source: Source from `perf_vit.open_source`.
+        source: Source from `perf_vit.open`.
     """
     stored: dict[str, Any]
     if isinstance(source, SlideSource):

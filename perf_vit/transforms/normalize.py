@@ -25,10 +25,17 @@ class Normalizer:
     Attributes:
         mean: Mean of each band, in units of the source.
         std: Standard deviation of each band, in units of the source, above 0.
+
+    Raises:
+        ValueError: Mean and std are of different numbers of bands.
     """
 
     mean: tuple[float, ...]
     std: tuple[float, ...]
+
+    def __post_init__(self) -> None:
+        if len(self.mean) != len(self.std):
+            raise ValueError(f"expected mean and std of the same bands, got {len(self.mean)} and {len(self.std)}")
 
     def __call__(self, image: GeoImage) -> npt.NDArray[np.float32]:
         """Standardise an image.

@@ -56,7 +56,7 @@ def distill(
     return Run(Path(run.out))
 
 
-def _distill(config: DistillationRun, *, progress: bool) -> Path:
+def _distill(config: DistillationRun, *, progress: bool) -> None:
     run = RunFolder(config, more=[STUDENT])
     check_output_folder(run.path / STUDENT, overwrite=True)
     teacher = _teacher(config.model)
@@ -72,7 +72,7 @@ def _distill(config: DistillationRun, *, progress: bool) -> Path:
     )
     trainer = build_distillation_trainer(config.trainer, config.optim, run.path, progress=progress)
     run.fit(trainer, task, data)
-    return _save_student(task, run.path)
+    _save_student(task, run.path)
 
 
 def _teacher(config: DistillationModelConfig) -> nn.Module:
@@ -130,8 +130,8 @@ def _as_ours(error: Exception, where: str) -> PerfVitError:
     return error if isinstance(error, PerfVitError) else ConfigError(f"{where}: {reason_line(error)}")
 
 
-def _save_student(task: DistillationTask, folder: Path) -> Path:
+def _save_student(task: DistillationTask, folder: Path) -> None:
     """Save the best checkpoint's student, over that of a run which was resumed."""
     best = torch.load(folder / "checkpoints" / "best.ckpt", map_location="cpu", weights_only=True)
     task.load_state_dict(best["state_dict"], strict=False)
-    return save_converted(task.student, folder / STUDENT, overwrite=True)
+    save_converted(task.student, folder / STUDENT, overwrite=True)

@@ -9,6 +9,7 @@ from torch import nn
 
 from perf_vit.errors import InputError
 from perf_vit.workflows.load import find_model
+from perf_vit.workflows.predict import evaluating
 from perf_vit.workflows.progress import progress_shown
 from perf_vit.workflows.registry import options_of, task_of
 from perf_vit.workflows.task import EvaluateOptions, Evaluation, Task
@@ -29,7 +30,7 @@ def evaluate(
 
     Args:
         model: Model of `load`, or what `load` takes.
-        input: A raster, a folder of images, or of slides; of detectors, an image or a folder.
+        input: Local path of a raster, or of a folder of images or slides; of detectors, of an image or a folder.
         labels: Masks or vector files as in training, labels of objects, or a CSV file of images or slides; None for
             images in folders by class.
         progress: Show a progress bar.
@@ -44,6 +45,10 @@ def evaluate(
         OutputError: Scores that exist, without `overwrite`.
     """
     given = model if isinstance(model, nn.Module) else find_model(model)
+    if isinstance(given, nn.Module) and not hasattr(given, "task"):
+        raise InputError("expected a model that `perf_vit.train` made, got another network; predict with it instead")
+    if not isinstance(input, str | Path) or "://" in str(input):
+        raise InputError(f"evaluations read local files, got {input}; give the path of a raster, image or folder")
     task = task_of(given)
     parsed: EvaluateOptions = options_of(task, "evaluate", options)
     if labels is None and task.needs_labels:
@@ -54,7 +59,7 @@ def evaluate(
     image, truth = Path(input), None if labels is None else Path(labels)
     if parsed.json is not None:
         _check_outputs(task, parsed, [None if isinstance(given, nn.Module) else given, image, truth])
-    with progress_shown(progress):
+    with progress_shown(progress), evaluating(given):
         found = task.evaluate(given, image, truth, parsed)
     if parsed.json is not None:
         found.to_json(parsed.json)

@@ -40,7 +40,7 @@ def load(model: str | Path) -> nn.Module:
     if found.is_file():
         network: nn.Module = load_model(found)
         return network
-    return load_converted(found) if is_converted(found) else load_softmax(found)
+    return load_converted(found) if is_converted(found) else load_softmax(found).eval()
 
 
 def find_model(model: str | Path) -> Path:

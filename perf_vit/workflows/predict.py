@@ -40,7 +40,7 @@ from perf_vit.workflows.progress import inputs_progress, note, progress_shown, r
 from perf_vit.workflows.registry import options_of, task_of
 from perf_vit.writers import check_outputs
 
-__all__ = ["Engine", "InputsOptions", "predict"]
+__all__ = ["Engine", "InputsOptions", "evaluating", "predict"]
 
 Engine = Literal["local", "ray"]
 
@@ -56,7 +56,7 @@ class InputsOptions:
         mosaic: Read the one input, a folder, glob or list of STAC items, as one scene.
         engine: This process, or a Ray cluster.
         num_actors: Ray processes; one a GPU, else one a CPU, by default.
-        ray_address: Address of a running cluster; a Ray of its own by default.
+        ray_address: Address of a running cluster; that of RAY_ADDRESS, else a Ray of its own, by default.
     """
 
     path_column: str = "path"
@@ -124,8 +124,8 @@ def predict(
     inputs = [input] if isinstance(input, str | Path) or hasattr(input, "read") else list(input)
     if not inputs:
         raise InputError("expected at least one input, got an empty list")
-    with progress_shown(progress), _evaluating(model):
-        predictor = _predictor(model, inputs, given, shared)
+    with progress_shown(progress), evaluating(model):
+        predictor = _predictor(model, inputs, Path(output), given, shared)
         if isinstance(predictor, TablePredictor):
             return _predict_table(predictor, inputs, Path(output), shared)
         source = _only_source(inputs, Path(output), shared)
@@ -135,7 +135,11 @@ def predict(
 
 
 def _predictor(
-    model: nn.Module | str | Path, inputs: Sequence[Any], given: Mapping[str, Any], shared: InputsOptions
+    model: nn.Module | str | Path,
+    inputs: Sequence[Any],
+    output: Path,
+    given: Mapping[str, Any],
+    shared: InputsOptions,
 ) -> Any:
     found = model if isinstance(model, nn.Module) else find_model(model)
     task = task_of(found)
@@ -144,7 +148,7 @@ def _predictor(
         return task.predictor(found, options)
     spec = getattr(found, "spec", None)
     is_one = shared.mosaic or hasattr(inputs[0], "read")
-    first = inputs[0] if is_one else find_paths(inputs, path_column=shared.path_column)[0]
+    first = inputs[0] if is_one else find_paths(inputs, path_column=shared.path_column, outputs=output)[0]
     opened = (spec if isinstance(spec, InputSpec) else InputSpec()).open(first, **options.input_options)
     try:
         return task.predictor(as_segmenter(found, opened, options.window_size), options)
@@ -153,16 +157,16 @@ def _predictor(
 
 
 @contextmanager
-def _evaluating(model: Any) -> Iterator[None]:
-    """Put a model that is given itself into evaluation mode, and back into its own."""
-    was_training = isinstance(model, nn.Module) and model.training
-    if was_training:
+def evaluating(model: Any) -> Iterator[None]:
+    """Put a given model into evaluation mode, and each of its modules back into its own; a path is left alone."""
+    modes = {each: each.training for each in model.modules()} if isinstance(model, nn.Module) else {}
+    if any(modes.values()):
         model.eval()
     try:
         yield
     finally:
-        if was_training:
-            model.train()
+        for each, was_training in modes.items():
+            each.training = was_training
 
 
 def _only_source(inputs: Sequence[Any], output: Path, given: InputsOptions) -> Any:

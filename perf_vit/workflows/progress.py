@@ -252,7 +252,7 @@ def print_damage(damaged: Sequence[DamagedPiece]) -> None:
     """A warning with the pieces of an input that can't be read; nothing where there are none."""
     if not damaged:
         return
-    title = f"Warning: {len(damaged)} damaged pieces are nodata in the map"
+    title = f"Warning: {len(damaged)} damaged pieces of the input were left out"
     table = new_table(title, ("row", "column", "height", "width", "reason"), left=("reason",))
     for piece in damaged[:_MAX_ROWS]:
         table.add_row(*map(str, astuple(piece.window)), piece.reason)

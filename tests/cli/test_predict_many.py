@@ -112,7 +112,7 @@ def test_damaged_pieces_of_a_single_file_are_shown(trained, tmp_path, capsys) ->
     content = image.read_bytes()
     image.write_bytes(content[: int(len(content) * 0.9)])
     _ok(_predict(trained, [image], tmp_path / "map.tif", "--on-error", "skip"))
-    assert "damaged pieces are nodata in the map" in capsys.readouterr().err
+    assert "damaged pieces of the input were left out" in capsys.readouterr().err
     with rasterio.open(tmp_path / "map.tif") as dataset:
         assert (dataset.read(1)[128:, 128:] == 255).all()
 

@@ -101,6 +101,7 @@ DAMAGE = {
     "a mean of lists": _put("spec.normalizer.mean", [[1.0], 2.0, 3.0]),
     "a mean of text": _put("spec.normalizer.mean", "abc"),
     "a mean of a dict": _put("spec.normalizer", {"mean": {"": None}, "std": [1.0]}),
+    "a std of fewer bands": _put("spec.normalizer.std", [1.0, 1.0]),
     "no statistics": _put("spec.normalizer", None),
     "a tile of text": _put("spec.tile_px", "32"),
     "a tile of nothing": _put("spec.tile_px", 0),

@@ -55,6 +55,8 @@ def test_a_model_is_loaded_from_whatever_holds_it(converted, tmp_path) -> None:
     for given in (checkpoint, str(checkpoint), tmp_path / "run"):
         assert perf_vit.load(given).task == "segmentation"
     assert perf_vit.load(converted).conversion.mixer == "clustered"
+    timm.models.save_for_hf(timm.create_model("test_vit", num_classes=3), tmp_path / "timm", safe_serialization=True)
+    assert not perf_vit.load(tmp_path / "timm").training
     (tmp_path / "distilled").mkdir()
     (tmp_path / "distilled" / "student").symlink_to(converted)
     assert perf_vit.load(tmp_path / "distilled").conversion.mixer == "clustered"
@@ -117,13 +119,32 @@ class Bands(nn.Module):
 def test_a_bare_network_reads_all_bands_as_they_are(make_scene, tmp_path) -> None:
     path = make_scene(num_bands=5)
     model = Bands(5).train()
+    model.norm.eval()
     perf_vit.predict(model, path, tmp_path / "map.tif", window_size=32, progress=False)
     source = perf_vit.open(path)
     image = source.read()
     expected = np.where(image.valid, np.where(image.mask, image.pixels, 0).argmax(0), 255)
     assert np.array_equal(pixels_of(tmp_path / "map.tif")[0], expected)
-    assert model.training
+    assert (model.training, model.norm.training) == (True, False)
     assert model.training_calls == 0
+
+
+def test_maps_of_an_earlier_call_are_not_taken_for_inputs_of_a_bare_network(make_scene, tmp_path) -> None:
+    scenes = tmp_path / "scenes"
+    scenes.mkdir()
+    make_scene(num_bands=5).rename(scenes / "scene.tif")
+    for flips in (False, True):
+        report = perf_vit.predict(
+            Bands(5), scenes, scenes / "maps", window_size=32, flips=flips, overwrite=True, progress=False
+        )
+        assert report.count("done") == 1
+
+
+def test_a_model_in_training_is_scored_in_evaluation_mode_and_given_back(make_scene, tmp_path) -> None:
+    model = perf_vit.load(save_segmenter(tmp_path / "model.ckpt")).train()
+    labels = make_scene(pixels=np.zeros((1, 70, 90), np.uint8), nodata=None)
+    perf_vit.evaluate(model, make_scene(dtype="uint8"), labels, progress=False)
+    assert all(each.training for each in model.modules())
 
 
 def test_a_bare_network_is_given_the_valid_pixels_if_it_takes_them(make_scene, tmp_path) -> None:
@@ -192,6 +213,11 @@ def test_evaluation_refuses_what_does_not_fit(make_scene, tmp_path) -> None:
         perf_vit.evaluate(checkpoint, scene)
     with pytest.raises(OptionError, match=r"^label_format is not for a segmentation model, but for an object detector"):
         perf_vit.evaluate(checkpoint, scene, scene, label_format="coco")
+    for given in ("https://a.b/c.tif", [scene]):
+        with pytest.raises(InputError, match="evaluations read local files, got"):
+            perf_vit.evaluate(checkpoint, given, scene)
+    with pytest.raises(InputError, match="got another network"):
+        perf_vit.evaluate(Bands(3), scene, scene)
     with pytest.raises(OptionError, match=r"^region is not for an object detector"):
         perf_vit.evaluate(save_small_detector(tmp_path / "d.ckpt"), scene, scene, region=(0, 0, 1, 1))
     (tmp_path / "scores.json").touch()
