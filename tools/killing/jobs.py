@@ -168,7 +168,7 @@ def _conversion_digest(out: Path) -> dict[str, str]:
         content = path.read_bytes()
         if path.name == "fidelity.html":
             content = re.sub(rb"<svg.*?</svg>", b"", content, flags=re.DOTALL)
-            content = re.sub(rb"load_converted\(.*?\)", b"", content)
+            content = re.sub(rb"perf_vit\.load\(.*?\)", b"", content)
             content = re.sub(rb"[0-9.,]+", b"0", content)
         found[path.name] = _hash(content)
     return found
