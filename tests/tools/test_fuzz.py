@@ -180,8 +180,10 @@ def test_changed_chunks_of_a_png_have_checksums_that_fit(part, tmp_path) -> None
     mutations = part("mutations")
     Image.fromarray(np.zeros((8, 9), np.uint8)).save(tmp_path / "a.png")
     data = (tmp_path / "a.png").read_bytes()
-    for seed in range(10):
-        changed = mutations.mutate_png(data, data, np.random.default_rng(seed))
+    made = [mutations.mutate_png(data, data, np.random.default_rng(seed)) for seed in range(10)]
+    assert len({*made} - {data}) > 3
+    for changed in made:
+        # Reading a checksum that doesn't fit raises.
         stream = PngImagePlugin.PngStream(io.BytesIO(changed[8:]))
         kind, _, length = stream.read()
         stream.crc(kind, stream.fp.read(length))

@@ -47,7 +47,8 @@ def test_help_waits_for_neither_torch_nor_timm(args) -> None:
         "import timm, perf_vit.workflows.registry\n"
         "assert timm.is_model('performer_vit_tiny_patch16_224')\n"
     )
-    subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
 
 
 def test_a_model_is_loaded_from_whatever_holds_it(converted, tmp_path) -> None:
