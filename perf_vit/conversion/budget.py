@@ -101,7 +101,7 @@ def choose_layer_options(
     first two: it grows with the square of the layer's error. The choice minimises the sum of losses such that the
     forward pass takes at most `budget` times that of plain FAVOR+ (256 features). The chosen model is timed, and the
     choice repeated with a smaller budget if it takes longer. Times hold for this machine and the size of the images; no
-    other process should run meanwhile.
+    other process should run meanwhile. Clusters run at every image size here, whatever `max_exact_tokens` is.
 
     Args:
         model: Softmax model.
@@ -119,6 +119,8 @@ def choose_layer_options(
         ValueError: There are no images, the model can't be converted, candidates conflict with `options`, or no
             choice fits the budget.
     """
+    # Every candidate is exact where clusters don't run.
+    options = {**options, "max_exact_tokens": 0}
     candidates = _with_fixed_options(CANDIDATES, options) if candidates is None else candidates
     if not images or not candidates:
         raise ValueError(f"expected images and candidates to choose by, got {len(images)} and {len(candidates)}")

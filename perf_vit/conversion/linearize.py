@@ -23,6 +23,7 @@ __all__ = [
     "convertible_layers",
     "find_vit",
     "linearize",
+    "max_exact_side",
 ]
 
 
@@ -120,8 +121,8 @@ def linearize(
         layers: Indices, from 0, of the attention layers to convert; None for all.
         per_layer: Options by layer index, which override `options`: {11: {"window_size": 8}}. They may set another
             "mixer", for which `options` are ignored.
-        **options: Options of the mixer: fields of `ClusteredOptions` (window_size, num_sinks, num_clusters) or of
-            `PerformerOptions` (num_features, kernel, seed and others).
+        **options: Options of the mixer: fields of `ClusteredOptions` (window_size, num_sinks, num_clusters,
+            max_exact_tokens) or of `PerformerOptions` (num_features, kernel, seed and others).
 
     Returns:
         The converted copy, in the same mode (training or evaluation). Its attribute `conversion` holds the arguments.
@@ -207,6 +208,15 @@ def converted_layers(model: nn.Module) -> dict[int, LinearizedAttention]:
     """Return the converted layers by index."""
     layers = [module for module in model.modules() if isinstance(module, LinearizedAttention)]
     return {layer.options.layer_index: layer for layer in layers}
+
+
+def max_exact_side(model: nn.Module) -> int | None:
+    """Return the rows and columns of the largest square grid for which all converted layers use softmax attention.
+
+    Returns:
+        Number of rows, 0 for none; None for a model without converted layers.
+    """
+    return min((layer.options.max_exact_side() for layer in converted_layers(model).values()), default=None)
 
 
 def _check_arguments(model: nn.Module, mixer: str, layers: object) -> None:

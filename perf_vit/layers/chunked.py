@@ -21,14 +21,17 @@ __all__ = ["chunk_modules", "to_chunked"]
 _BLOCK_TOKENS = 1024
 _MLP_TOKENS = 2048
 
+# On other devices chunks only limit memory, and each chunk costs launches: an MLP of ViT-L holds 2 GiB in float32.
+_DEVICE_TOKENS = 2**17
+
 
 def chunk_modules(model: nn.Module) -> None:
     """Replace the MLPs and converted pre-norm blocks of a model by versions that process tokens in chunks.
 
-    Without gradients, blocks process 1,024 tokens at a time and MLPs 2,048. Only attention mixes tokens, so results
-    change by rounding at most. Chunking saves the memory of norms, projections, hidden layers and residuals, and the
-    time to access it. Modules in training mode, and those with forward hooks on a submodule, which expect all tokens in
-    one call, run as in timm.
+    Without gradients, blocks process 1,024 tokens at a time and MLPs 2,048; on GPUs both process 131,072. Only
+    attention mixes tokens, so results change by rounding at most. Chunking saves the memory of norms, projections,
+    hidden layers and residuals, and the time to access it. Modules in training mode, and those with forward hooks on a
+    submodule, which expect all tokens in one call, run as in timm.
     """
     made: dict[int, nn.Module] = {}
     for parent in list(model.modules()):
@@ -62,7 +65,7 @@ class _Chunked(nn.Module):
             or torch.is_grad_enabled()
             or self.training
             or x.ndim != 3
-            or x.shape[1] <= num_tokens
+            or x.shape[1] <= _num_tokens(x, num_tokens)
             or any(part._forward_hooks or part._forward_pre_hooks for part in self.modules() if part is not self)
         )
 
@@ -72,7 +75,7 @@ class _ChunkedMlp(_Chunked):
         whole: Callable[[Tensor], Tensor] = super().forward
         if not self._use_chunks(x, _MLP_TOKENS):
             return whole(x)
-        return _apply_in_chunks(lambda tokens: whole(x[:, tokens]), x, _MLP_TOKENS)
+        return _apply_in_chunks(lambda tokens: whole(x[:, tokens]), x, _num_tokens(x, _MLP_TOKENS))
 
 
 class _ChunkedPlainMlp(_ChunkedMlp, Mlp):
@@ -106,7 +109,7 @@ class _ChunkedPreNorm(_Chunked):
             whole: Tensor = super().forward(x, *arguments, **options)
             return whole
         options = dict(zip(self._options, arguments, strict=False)) | options
-        rope, size = options.pop("rope", None), max(1, _BLOCK_TOKENS // x.shape[0])
+        rope, size = options.pop("rope", None), max(1, _num_tokens(x, _BLOCK_TOKENS) // x.shape[0])
         packed = _apply_in_chunks(lambda tokens: self.attn.pack(self.norm1(x[:, tokens])), x, size)
         attended = self.attn.attend(*self.attn.unpack(packed, rope), **options)
         # Free the memory for the second half of the block.
@@ -143,6 +146,11 @@ _CHUNKED: dict[type[nn.Module], type[_Chunked]] = {
     Block: _ChunkedBlock,
     EvaBlock: _ChunkedEvaBlock,
 }
+
+
+def _num_tokens(x: Tensor, on_cpu: int) -> int:
+    """Return the number of tokens of a chunk on the device of `x`."""
+    return on_cpu if x.device.type == "cpu" else _DEVICE_TOKENS
 
 
 def _apply_in_chunks(function: Callable[[slice], Tensor], x: Tensor, size: int) -> Tensor:

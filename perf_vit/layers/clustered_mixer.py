@@ -7,7 +7,7 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from perf_vit.layers.mixer import Mixer, MixerOptions, check_integers, register_mixer
+from perf_vit.layers.mixer import Mixer, MixerOptions, check_integers, register_mixer, softmax_attention
 from perf_vit.ops import clustered_attention
 from perf_vit.ops.sinks import sinks_for_size
 
@@ -23,6 +23,8 @@ class ClusteredOptions(MixerOptions):
         num_sinks: Number of keys per head to which every query attends exactly; 0 for none, None for 256 in small
             images down to 64 in large ones.
         num_clusters: Number of clusters per head, which summarise all other keys.
+        max_exact_tokens: Largest number of patch tokens of an image for which softmax attention runs instead, which is
+            exact and not slower; 0 for clusters at every size. The default is the crossover of heads of 64 channels.
 
     Raises:
         ValueError: a value is negative or not an integer, or `num_clusters` is 0.
@@ -31,9 +33,10 @@ class ClusteredOptions(MixerOptions):
     window_size: int = 16
     num_sinks: int | None = None
     num_clusters: int = 96
+    max_exact_tokens: int = 48 * 48
 
     def __post_init__(self) -> None:
-        check_integers(window_size=self.window_size)
+        check_integers(window_size=self.window_size, max_exact_tokens=self.max_exact_tokens)
         check_integers(1, num_clusters=self.num_clusters)
         if self.num_sinks is not None:
             check_integers(num_sinks=self.num_sinks)
@@ -44,6 +47,17 @@ class ClusteredOptions(MixerOptions):
         num_tokens = grid[0] * grid[1]
         return min(num_tokens, sinks_for_size(num_tokens) if self.num_sinks is None else self.num_sinks)
 
+    def is_exact(self, grid: tuple[int, int]) -> bool:
+        """Return whether softmax attention runs for an image with a grid of (rows, columns) of tokens.
+
+        Unless clusters are forced, it also runs where one window or the sinks hold all tokens.
+        """
+        if not self.max_exact_tokens:
+            return False
+        num_tokens = grid[0] * grid[1]
+        covered = max(grid) <= self.window_size or self.sinks_of(grid) >= num_tokens
+        return num_tokens <= self.max_exact_tokens or covered
+
     def summary(self, grid: tuple[int, int]) -> dict[str, int]:
         """Return the sizes shown in reports for an image with a grid of (rows, columns) of tokens."""
         return {"window": self.window_size, "sinks": self.sinks_of(grid), "clusters": self.num_clusters}
@@ -51,7 +65,7 @@ class ClusteredOptions(MixerOptions):
 
 @register_mixer("clustered")
 class ClusteredMixer(Mixer):
-    """Clustered attention (`clustered_attention`)."""
+    """Clustered attention (`clustered_attention`) in large images, softmax attention in small ones."""
 
     options_type = ClusteredOptions
     needs_grid: ClassVar[bool] = True
@@ -78,6 +92,8 @@ class ClusteredMixer(Mixer):
             )
         assert grid is not None
         options = self.options
+        if options.is_exact(grid):
+            return softmax_attention(q, k, v, key_mask)
         return clustered_attention(
             q,
             k,

@@ -217,7 +217,9 @@ class LinearizedAttention(nn.Module):
         """
         if self.qkv is not None:
             return self.unpack(self.pack(x), rope)
-        return self._normed_and_rotated(self.q_proj(x), self.k_proj(x), self.v_proj(x), rope)
+        projections = (self.q_proj, self.k_proj, self.v_proj)
+        q, k, v = (self._heads(projection(x)) for projection in projections)
+        return self._normed_and_rotated(q, k, v, rope)
 
     @property
     def is_packed(self) -> bool:
@@ -232,14 +234,14 @@ class LinearizedAttention(nn.Module):
 
     def unpack(self, packed: Tensor, rope: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
         """Split the result of `pack` into that of `queries_keys_values`."""
-        q, k, v = packed.chunk(3, dim=-1)
+        batch, length = packed.shape[:2]
+        q, k, v = packed.reshape(batch, length, 3, -1, self.head_dim).permute(2, 0, 3, 1, 4).unbind(0)
         return self._normed_and_rotated(q, k, v, rope)
 
     def _normed_and_rotated(
         self, q: Tensor, k: Tensor, v: Tensor, rope: Tensor | None
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Split heads, normalise and rotate, [B, N, H x D] -> [B, H, N, D]; keys and values may have fewer heads."""
-        q, k, v = (self._heads(x) for x in (q, k, v))
+        """Normalise and rotate, [B, H, N, D] each; keys and values with fewer heads are repeated."""
         q, k = self.q_norm(q), self.k_norm(k)
         if rope is not None:
             q, k = (self._rotate(y, rope).type_as(v) for y in (q, k))
@@ -256,6 +258,7 @@ class LinearizedAttention(nn.Module):
         return bias if self.qkv.bias is None else bias + self.qkv.bias
 
     def _heads(self, x: Tensor) -> Tensor:
+        """Split heads, [B, N, H x D] -> [B, H, N, D]."""
         batch, length = x.shape[:2]
         return x.reshape(batch, length, -1, self.head_dim).transpose(1, 2)
 

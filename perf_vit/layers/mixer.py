@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, fields
@@ -10,10 +11,23 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from perf_vit.registry import Registry, did_you_mean
 
-__all__ = ["MIXERS", "Mixer", "MixerOptions", "check_integers", "check_option_names", "make_mixer", "register_mixer"]
+__all__ = [
+    "MIXERS",
+    "Mixer",
+    "MixerOptions",
+    "check_integers",
+    "check_option_names",
+    "make_mixer",
+    "register_mixer",
+    "softmax_attention",
+]
+
+# Rows and columns of the largest grid that `MixerOptions.max_exact_side` tries.
+_LARGEST_SIDE = 4096
 
 # Options that the model sets for each layer; users can't set them.
 _SET_BY_MODEL = ("num_prefix_tokens", "layer_index")
@@ -48,6 +62,15 @@ class MixerOptions:
     def user_options(self) -> dict[str, Any]:
         """Return the values of the options that users can set, for saving."""
         return {name: value for name, value in asdict(self).items() if name not in _SET_BY_MODEL}
+
+    def is_exact(self, grid: tuple[int, int]) -> bool:
+        """Return whether softmax attention runs for an image with a grid of (rows, columns) of tokens."""
+        return False
+
+    def max_exact_side(self) -> int:
+        """Return the number of rows and columns of the largest square grid with softmax attention, 0 for none."""
+        exact = itertools.takewhile(lambda side: self.is_exact((side, side)), range(1, _LARGEST_SIDE + 1))
+        return max(exact, default=0)
 
     def summary(self, grid: tuple[int, int]) -> dict[str, int]:
         """Return the sizes shown in reports for an image with a grid of (rows, columns) of tokens."""
@@ -181,3 +204,27 @@ def check_integers(least: int = 0, **numbers: Any) -> None:
             raise ValueError(f"{name} must be an integer, got {number!r}; pass an int")
         if number < least:
             raise ValueError(f"{name} must be at least {least}, got {number}")
+
+
+def softmax_attention(
+    q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None = None, is_causal: bool = False
+) -> Tensor:
+    """Exact attention softmax(q k^T / sqrt(D)) v, as timm's layers compute it.
+
+    Args:
+        q: Queries, [B, H, N, D].
+        k: Keys, [B, H, N, D].
+        v: Values, [B, H, N, D].
+        key_mask: [B, N] bool, False for keys to ignore, which may hold any value.
+        is_causal: Whether token i attends to tokens 0 .. i only.
+
+    Returns:
+        Attended values, [B, H, N, D]; 0 for samples without a visible key.
+    """
+    if key_mask is None:
+        return F.scaled_dot_product_attention(q, k, v, is_causal=is_causal)
+    masked = ~key_mask[:, None, :, None]
+    k, v = k.masked_fill(masked, 0.0), v.masked_fill(masked, 0.0)
+    # A sample without visible keys sees all of them: their values are 0.
+    seen = key_mask | ~key_mask.any(dim=1, keepdim=True)
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=seen[:, None, None], is_causal=is_causal)

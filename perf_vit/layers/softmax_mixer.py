@@ -5,9 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from torch import Tensor
-from torch.nn import functional as F
 
-from perf_vit.layers.mixer import Mixer, MixerOptions, register_mixer
+from perf_vit.layers.mixer import Mixer, MixerOptions, register_mixer, softmax_attention
 
 __all__ = ["SoftmaxMixer", "SoftmaxOptions"]
 
@@ -15,6 +14,10 @@ __all__ = ["SoftmaxMixer", "SoftmaxOptions"]
 @dataclass(frozen=True, kw_only=True)
 class SoftmaxOptions(MixerOptions):
     """Options of exact attention."""
+
+    def is_exact(self, grid: tuple[int, int]) -> bool:
+        """Return True."""
+        return True
 
 
 @register_mixer("softmax")
@@ -36,5 +39,4 @@ class SoftmaxMixer(Mixer):
         is_causal: bool = False,
     ) -> Tensor:
         """Attend, see `Mixer.forward`."""
-        mask = None if key_mask is None else key_mask[:, None, None]
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=is_causal)
+        return softmax_attention(q, k, v, key_mask, is_causal)

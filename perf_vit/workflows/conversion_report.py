@@ -8,7 +8,7 @@ import io
 import platform
 import statistics
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from perf_vit._version import __version__
 from perf_vit.conversion import attention_errors, linearize, load_converted, token_cosines
-from perf_vit.conversion.linearize import converted_layers
+from perf_vit.conversion.linearize import converted_layers, max_exact_side
 from perf_vit.files import write_text
 from perf_vit.layers import MixerOptions
 from perf_vit.workflows.progress import as_text, new_table
@@ -95,6 +95,11 @@ _SOFTMAX_TOKENS = 8192
 
 _RUNS = 3
 
+# Softmax takes most of the time at the larger size.
+_LARGER_IMAGES = 2
+
+_LARGEST_FACTOR = 32
+
 # Columns of the table of layers, as mixers name their sizes.
 _SIZES = ("window", "sinks", "clusters", "features")
 
@@ -126,79 +131,127 @@ class Speed:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Fidelity:
+    """Fidelity to the softmax model at one image size.
+
+    Attributes:
+        size_px: Side of the images.
+        grid: Rows and columns of their patches.
+        errors: Relative error of each converted layer's outputs on its inputs in the softmax model, by index.
+        patch_cosines: Cosine of the final patch tokens with those of the softmax model, by image.
+        class_cosines: Cosine of the class token by image, or empty.
+    """
+
+    size_px: int
+    grid: tuple[int, int]
+    errors: dict[int, float]
+    patch_cosines: list[float]
+    class_cosines: list[float]
+
+
+@dataclass(frozen=True, kw_only=True)
 class MeasuredConversion:
     """What a report shows.
 
     Attributes:
-        errors: relative error of each converted layer's outputs on its inputs in the softmax model, by place.
-        options: of these layers.
-        grid: rows and columns of the images' patches.
-        patch_cosines: of the final patch tokens with those of the softmax model, one an image.
-        class_cosines: of the class token, or empty.
-        speeds: one a size.
+        options: Options of the converted layers by index.
+        max_exact_px: Size of the largest square image with softmax attention in all layers, 0 for none.
+        fidelity: Fidelity at the models' size and, if attention is exact there, at a larger size.
+        speeds: Times at the models' size and at the larger size.
     """
 
-    errors: dict[int, float]
     options: dict[int, MixerOptions]
-    grid: tuple[int, int]
-    patch_cosines: list[float]
-    class_cosines: list[float]
+    max_exact_px: int
+    fidelity: list[Fidelity]
     speeds: list[Speed]
 
 
 def measure_conversion(
     softmax: Any,
     converted: Any,
-    images: Sequence[Tensor],
+    crops: Callable[[int], Sequence[Tensor]],
     *,
     time_softmax: bool = False,
     on_step: Callable[[str], None] = lambda _: None,
 ) -> MeasuredConversion:
     """Compare a converted model with the softmax model that it came from.
 
+    Times are measured at the models' size and at a larger one: twice the size, or the first multiple at which attention
+    is not exact. Fidelity is measured at the models' size, and at the larger one where the first says nothing.
+
     Args:
-        softmax: the model before.
-        converted: the model after.
-        images: standardised, [C, S, S] of the models' size.
-        time_softmax: time softmax at twice the size too, however long that takes.
-        on_step: told what is being measured.
+        softmax: Model before the conversion.
+        converted: Model after it.
+        crops: Function that returns standardised images, [C, S, S], of a size S; none if the images are smaller.
+        time_softmax: Whether to run softmax at the larger size whatever the number of tokens.
+        on_step: Callback with the measurement that starts.
     """
-    layers = converted_layers(converted)
-    on_step("errors of the layers")
-    layer_errors = attention_errors(softmax, {index: [layer] for index, layer in layers.items()}, images)
-    on_step("final tokens")
-    patches, class_tokens = token_cosines(softmax, converted, images)
+    models, options = (softmax, converted), {i: layer.options for i, layer in converted_layers(converted).items()}
+    (size, _), patch_px = softmax.patch_embed.img_size, softmax.patch_embed.patch_size[0]
+    images = crops(size)
+    fidelity = [_fidelity(*models, images, on_step)]
+    speeds = [_speed(*models, images[0], time_softmax, on_step)]
+    larger = _larger_size(options.values(), softmax.patch_embed.grid_size, size)
+    models = (_resized(softmax, larger), _resized(converted, larger))
+    speeds.append(_speed(*models, images[0].repeat(1, larger // size, larger // size), time_softmax, on_step))
+    if _is_exact(options.values(), softmax.patch_embed.grid_size) and speeds[1].softmax is not None:
+        larger_images = crops(larger)[:_LARGER_IMAGES]
+        fidelity += [_fidelity(*models, larger_images, on_step)] if larger_images else []
     return MeasuredConversion(
-        errors={index: error for index, (error,) in layer_errors.items()},
-        options={index: layer.options for index, layer in layers.items()},
+        options=options,
+        max_exact_px=patch_px * (max_exact_side(converted) or 0),
+        fidelity=fidelity,
+        speeds=speeds,
+    )
+
+
+def _is_exact(options: Collection[MixerOptions], grid: tuple[int, int]) -> bool:
+    return all(each.is_exact(grid) for each in options)
+
+
+def _larger_size(options: Collection[MixerOptions], grid: tuple[int, int], size: int) -> int:
+    """Return the first multiple of the size, from twice on, at which attention is not exact; else twice the size."""
+    rows, columns = grid
+    factors = (f for f in range(2, _LARGEST_FACTOR) if not _is_exact(options, (f * rows, f * columns)))
+    return size * next(factors, 2)
+
+
+def _resized(model: nn.Module, size: int) -> Any:
+    resized: Any = copy.deepcopy(model)
+    resized.set_input_size(img_size=(size, size))
+    return resized
+
+
+def _fidelity(softmax: Any, converted: Any, images: Sequence[Tensor], on_step: Callable[[str], None]) -> Fidelity:
+    size = images[0].shape[-1]
+    on_step(f"errors of the layers at {size} px")
+    layers = {index: [layer] for index, layer in converted_layers(converted).items()}
+    errors = attention_errors(softmax, layers, images)
+    on_step(f"final tokens at {size} px")
+    patches, class_tokens = token_cosines(softmax, converted, images)
+    return Fidelity(
+        size_px=size,
         grid=softmax.patch_embed.grid_size,
+        errors={index: error for index, (error,) in errors.items()},
         patch_cosines=patches,
         class_cosines=class_tokens,
-        speeds=[_speed(softmax, converted, images[0], factor, time_softmax, on_step) for factor in (1, 2)],
     )
 
 
 @torch.no_grad()
-def _speed(
-    softmax: Any, converted: Any, image: Tensor, factor: int, time_softmax: bool, on_step: Callable[[str], None]
-) -> Speed:
-    size = factor * image.shape[-1]
-    on_step(f"time at {size} px")
-    models = {"softmax": softmax, "converted": converted}
-    if factor > 1:
-        models = {name: copy.deepcopy(model) for name, model in models.items()}
-        for model in models.values():
-            model.set_input_size(img_size=(size, size))
-    models["plain"] = linearize(models["softmax"], "performer", sorted(converted_layers(converted)))
-    rows, columns = models["softmax"].patch_embed.grid_size
-    num_tokens = rows * columns + models["softmax"].num_prefix_tokens
+def _speed(softmax: Any, converted: Any, image: Tensor, time_softmax: bool, on_step: Callable[[str], None]) -> Speed:
+    on_step(f"time at {image.shape[-1]} px")
+    plain = linearize(softmax, "performer", sorted(converted_layers(converted)))
+    models = {"softmax": softmax, "converted": converted, "plain": plain}
+    rows, columns = softmax.patch_embed.grid_size
+    num_tokens = rows * columns + softmax.num_prefix_tokens
     if num_tokens > _SOFTMAX_TOKENS and not time_softmax:
         del models["softmax"]
-    batch = image.repeat(1, factor, factor).unsqueeze(0)
+    batch = image.unsqueeze(0)
     calls = {name: lambda model=model: (model.eval()(batch),) for name, model in models.items()}
     seconds = alternating_medians(calls, _RUNS, str(batch.device))
     return Speed(
-        size_px=size,
+        size_px=image.shape[-1],
         num_tokens=num_tokens,
         softmax=seconds.get("softmax"),
         plain=seconds["plain"],
@@ -222,8 +275,8 @@ class ConversionReport:
 
     @property
     def table(self) -> list[dict[str, Any]]:
-        """A row a converted layer, with the relative error of its outputs."""
-        return [{"layer": index, "error": error} for index, error in self.measured.errors.items()]
+        """Relative error of the outputs of each converted layer, at the largest size of `measured.fidelity`."""
+        return [{"layer": index, "error": error} for index, error in self.measured.fidelity[-1].errors.items()]
 
     @property
     def notes(self) -> list[str]:
@@ -285,11 +338,16 @@ def write_conversion(measured: MeasuredConversion, folder: Path, *, home: Path, 
 
 def _tables(measured: MeasuredConversion) -> list[tuple[str, list[str], list[list[str]]]]:
     """(title, header, rows) of each table."""
-    tokens = [("patch tokens", measured.patch_cosines), ("class token", measured.class_cosines)]
-    cosines = [[name, f"{sum(x) / len(x):.4f}", f"{min(x):.4f}"] for name, x in tokens if x]
+    largest = measured.fidelity[-1]
+    cosines = [
+        [f"{each.size_px:,}", name, str(len(x)), f"{sum(x) / len(x):.4f}", f"{min(x):.4f}"]
+        for each in measured.fidelity
+        for name, x in (("patch tokens", each.patch_cosines), ("class token", each.class_cosines))
+        if x
+    ]
     layers = [
-        [str(index), f"{error:.4f}", *_sizes(measured.options[index], measured.grid)]
-        for index, error in measured.errors.items()
+        [str(index), f"{error:.4f}", *_sizes(measured.options[index], largest.grid)]
+        for index, error in largest.errors.items()
     ]
     speeds = [
         [
@@ -305,10 +363,14 @@ def _tables(measured: MeasuredConversion) -> list[tuple[str, list[str], list[lis
     ]
     head = ["px", "tokens", "softmax", "plain FAVOR+", "converted", "/ softmax", "/ plain"]
     return [
-        ("Cosine of final tokens with those of the softmax model", ["", "mean", "worst image"], cosines),
+        (
+            "Cosine of final tokens with those of the softmax model",
+            ["px", "", "images", "mean", "worst image"],
+            cosines,
+        ),
         ("Seconds of one image, and the converted model's over the others'", head, speeds),
         (
-            "Relative error of attention outputs, on the softmax model's inputs",
+            f"Relative error of attention outputs at {largest.size_px:,} px, on the softmax model's inputs",
             ["layer", "error", *_SIZES],
             layers,
         ),
@@ -321,8 +383,16 @@ def _sizes(options: MixerOptions, grid: tuple[int, int]) -> list[str]:
 
 
 def _notes(measured: MeasuredConversion) -> list[str]:
+    exact, (given, larger) = measured.max_exact_px, measured.speeds
+    notes = []
+    if exact:
+        notes.append(f"Attention is exact (softmax) up to {exact} x {exact} px, and linear in larger images.")
+    if given.size_px <= exact:
+        notes.append(f"At {given.size_px} px the converted model equals the softmax model.")
+    if given.size_px <= exact < larger.size_px and larger.softmax is not None and len(measured.fidelity) == 1:
+        notes.append(f"Fidelity at {larger.size_px} px was not measured, because an image is smaller.")
     left_out = [speed for speed in measured.speeds if speed.softmax is None]
-    return [
+    return notes + [
         f"Softmax was not run at {speed.size_px} px: {speed.num_tokens:,} tokens are more than {_SOFTMAX_TOKENS:,}; "
         "`time_softmax` runs it."
         for speed in left_out
@@ -337,11 +407,12 @@ def _html_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 def _chart(measured: MeasuredConversion) -> str:
     """Bars of the layers' errors, as SVG."""
+    errors = measured.fidelity[-1].errors
     figure = Figure(figsize=(8, 2.6), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.subplots()
-    axes.bar(range(len(measured.errors)), list(measured.errors.values()), color="#0072b2")
-    axes.set_xticks(range(len(measured.errors)), [str(index) for index in measured.errors])
+    axes.bar(range(len(errors)), list(errors.values()), color="#0072b2")
+    axes.set_xticks(range(len(errors)), [str(index) for index in errors])
     axes.set(xlabel="layer", ylabel="relative error", ylim=(0, None))
     axes.grid(axis="y", alpha=0.3)
     for side in ("top", "right"):

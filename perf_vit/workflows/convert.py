@@ -18,7 +18,7 @@ from perf_vit.conversion import choose_layer_options, linearize, load_softmax, s
 from perf_vit.conversion.save import MODEL_FILES, check_output_folder, input_bands, staged_folder
 from perf_vit.conversion.weights import create_with_weights, is_model, read_weights
 from perf_vit.data import UnlabelledCrops
-from perf_vit.errors import ConfigError, OptionError, PerfVitError, reason_line
+from perf_vit.errors import ConfigError, InputError, OptionError, PerfVitError, reason_line
 from perf_vit.sources import find_images
 from perf_vit.transforms import Normalizer
 from perf_vit.workflows.conversion_report import (
@@ -48,6 +48,7 @@ class ConvertOptions:
         window_size: Largest side of a window in patches (clustered).
         num_sinks: Keys that all queries see exactly (clustered).
         num_clusters: Clusters of all other keys (clustered).
+        max_exact_tokens: Largest number of patches of an image with softmax attention, 0 for none (clustered).
         num_features: Random features (performer).
         layers: Indices of the layers to convert, or text such as "0-5,8"; all by default.
         img_size: Side of the images in pixels; the model's own by default.
@@ -64,6 +65,7 @@ class ConvertOptions:
     window_size: int | None = None
     num_sinks: int | None = None
     num_clusters: int | None = None
+    max_exact_tokens: int | None = None
     num_features: int | None = None
     layers: str | Sequence[int] | None = None
     img_size: int | None = None
@@ -88,7 +90,7 @@ class ConvertOptions:
     @property
     def mixer_options(self) -> dict[str, Any]:
         """Options of the mixer for all layers."""
-        names = ("window_size", "num_sinks", "num_clusters", "num_features")
+        names = ("window_size", "num_sinks", "num_clusters", "max_exact_tokens", "num_features")
         return {name: getattr(self, name) for name in names if getattr(self, name) is not None}
 
 
@@ -134,12 +136,12 @@ def _convert_and_measure(request: _Request) -> ConversionReport:
     check_output_folder(request.out, overwrite=options.overwrite)
     try:
         softmax = _softmax_model(request)
-        crops = _crops(request, softmax)
+        crops = _crops(request, softmax, softmax.patch_embed.img_size[0])
         converted = _convert(request, softmax, crops)
         # A process that is killed while it measures leaves no folder without a report.
         with staged_folder(request.out, overwrite=options.overwrite) as staging:
             save_converted(converted, staging, overwrite=True)
-            measured = _measure(request, softmax, converted, crops)
+            measured = _measure(request, softmax, converted)
             report = write_conversion(
                 measured, staging, home=request.out, title=request.title, images=_describe_images(request)
             )
@@ -150,12 +152,14 @@ def _convert_and_measure(request: _Request) -> ConversionReport:
     return ConversionReport(folder=request.out, path=request.out / report.name, measured=measured)
 
 
-def _measure(
-    request: _Request, softmax: nn.Module, converted: nn.Module, crops: Sequence[Tensor]
-) -> MeasuredConversion:
+def _measure(request: _Request, softmax: nn.Module, converted: nn.Module) -> MeasuredConversion:
     with working("measuring") as on_step:
         return measure_conversion(
-            softmax, converted, crops[-_REPORT_CROPS:], time_softmax=request.options.time_softmax, on_step=on_step
+            softmax,
+            converted,
+            lambda size: _report_crops(request, softmax, size),
+            time_softmax=request.options.time_softmax,
+            on_step=on_step,
         )
 
 
@@ -269,9 +273,17 @@ def _checked(model: Any) -> Any:
     return model
 
 
-def _crops(request: _Request, model: Any) -> list[Tensor]:
+def _report_crops(request: _Request, model: Any, size: int) -> list[Tensor]:
+    """Return crops for the report, [C, S, S]; none if an image is smaller."""
+    try:
+        return _crops(request, model, size)[-_REPORT_CROPS:]
+    except InputError:
+        return []
+
+
+def _crops(request: _Request, model: Any, size: int) -> list[Tensor]:
     """Standardised crops, [C, S, S]: those to choose options by first, those for the report last."""
-    size, cfg = model.patch_embed.img_size[0], model.pretrained_cfg
+    cfg = model.pretrained_cfg
     if not request.options.images:
         in_chans = input_bands(model)
         return [_synthetic(in_chans, size, request.options.seed + place) for place in range(_REPORT_CROPS)]

@@ -13,6 +13,7 @@ from torch import nn
 
 from perf_vit.config import Config, Overrides, load_config
 from perf_vit.conversion import linearize, load_converted, save_converted
+from perf_vit.conversion.linearize import max_exact_side
 from perf_vit.conversion.save import check_output_folder
 from perf_vit.conversion.weights import check_file_arguments, create_with_weights, is_model, read_weights
 from perf_vit.data import build_distillation_datamodule
@@ -62,6 +63,7 @@ def _distill(config: DistillationRun, *, progress: bool) -> None:
     teacher = _teacher(config.model)
     _check_size(teacher, config.data.tile_px)
     task = _task(config, teacher)
+    _check_clusters(task.student, config.data.tile_px)
     pretrained: Any = teacher.pretrained_cfg
     data = build_distillation_datamodule(
         config.data,
@@ -101,6 +103,21 @@ def _check_size(teacher: nn.Module, tile_px: int) -> None:
         raise ConfigError(f"data.tile_px must be a multiple of the patch size {patch_px}, got {tile_px}; try {nearest}")
 
 
+def _check_clusters(student: nn.Module, tile_px: int) -> None:
+    """Check that the student's attention differs from the teacher's in tiles of this size.
+
+    Raises:
+        ConfigError: It is softmax attention in all layers.
+    """
+    patch_embed: Any = getattr(student, "patch_embed", None)
+    exact_px = (max_exact_side(student) or 0) * getattr(patch_embed, "patch_size", (1, 1))[0]
+    if tile_px <= exact_px:
+        raise ConfigError(
+            f"data.tile_px must be above {exact_px}, up to which the student's attention is exact and has nothing to "
+            f"learn, got {tile_px}; choose a larger one, or a student with max_exact_tokens=0"
+        )
+
+
 def _task(config: DistillationRun, teacher: nn.Module) -> DistillationTask:
     try:
         student = _student(config.model, teacher)
@@ -115,7 +132,9 @@ def _task(config: DistillationRun, teacher: nn.Module) -> DistillationTask:
 
 def _student(config: DistillationModelConfig, teacher: nn.Module) -> nn.Module:
     if config.student is None:
-        return linearize(teacher, config.mixer, **config.options)
+        # With the default, tiles of a usual size would be attended to exactly, as by the teacher.
+        defaults = {"max_exact_tokens": 0} if config.mixer == "clustered" else {}
+        return linearize(teacher, config.mixer, **{**defaults, **config.options})
     student = load_converted(config.student, **_timm_kwargs(config))
     expected = {name: parameter.shape for name, parameter in teacher.named_parameters()}
     if {name: parameter.shape for name, parameter in student.named_parameters()} != expected:

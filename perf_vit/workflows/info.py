@@ -10,7 +10,9 @@ from typing import Any
 import timm
 import torch
 from rich.table import Table
+from torch import nn
 
+from perf_vit.conversion.linearize import max_exact_side
 from perf_vit.conversion.weights import is_model
 from perf_vit.errors import ConfigError, OptionError
 from perf_vit.models import load_segmenter
@@ -37,6 +39,7 @@ class Workload:
         seconds_per_window: of one forward pass, measured here on noise.
         seconds: of all windows.
         device: where it was measured.
+        max_exact_px: Size in pixels of the largest square window with exact attention, None unless attention is linear.
     """
 
     model: str
@@ -48,6 +51,7 @@ class Workload:
     seconds_per_window: float
     seconds: float
     device: str
+    max_exact_px: int | None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -116,7 +120,8 @@ def estimate_workload(source: Source, model: str, window_size: int | None = None
     """
     device = "cuda" if torch.cuda.is_available() else "cpu"
     load = _checkpoint if model.endswith(".ckpt") else _backbone
-    forward, patch_px, size = load(model, source.num_bands, window_size, device)
+    network, forward, patch_px, size = load(model, source.num_bands, window_size, device)
+    side = max_exact_side(network)
     overlap = size // 4
     num_windows = len(grid_windows(source.extent, size, overlap))
     seconds = _time_forward(forward, torch.randn(1, source.num_bands, size, size, device=device))
@@ -130,12 +135,13 @@ def estimate_workload(source: Source, model: str, window_size: int | None = None
         seconds_per_window=seconds,
         seconds=seconds * num_windows,
         device=device,
+        max_exact_px=None if side is None else side * patch_px,
     )
 
 
 def _checkpoint(
     path: str, num_bands: int, window_size: int | None, device: str
-) -> tuple[Callable[[torch.Tensor], Any], int, int]:
+) -> tuple[nn.Module, Callable[[torch.Tensor], Any], int, int]:
     model = load_segmenter(path).to(device)
     expected = len(model.spec.normalizer.mean)
     if expected != num_bands:
@@ -143,12 +149,12 @@ def _checkpoint(
             f"{path} was trained on {expected} bands, the file has {num_bands}; give a file with as many bands"
         )
     patch_px = model.size_multiple
-    return model, patch_px, _whole_patches(window_size or model.spec.tile_px, patch_px)
+    return model, model, patch_px, _whole_patches(window_size or model.spec.tile_px, patch_px)
 
 
 def _backbone(
     name: str, num_bands: int, window_size: int | None, device: str
-) -> tuple[Callable[[torch.Tensor], Any], int, int]:
+) -> tuple[nn.Module, Callable[[torch.Tensor], Any], int, int]:
     if not is_model(name):
         raise OptionError(f"model must be a .ckpt file or a model of timm, got {name}; see timm.list_models()")
     wanted = window_size or _DEFAULT_WINDOW_PX
@@ -158,7 +164,7 @@ def _backbone(
         model = timm.create_model(name, in_chans=num_bands, img_size=size, num_classes=0)
     except (TypeError, AttributeError) as error:
         raise ConfigError(f"{name} has no patches of a fixed size to count; choose a ViT") from error
-    return model.eval().to(device).forward_features, patch_px, size
+    return model, model.eval().to(device).forward_features, patch_px, size
 
 
 def _whole_patches(window_size: int, patch_px: int) -> int:
@@ -204,9 +210,15 @@ def _work(work: Workload) -> list[tuple[str, str]]:
     return [
         ("model", work.model),
         ("tokens", f"{work.num_tokens:,} patches of {work.patch_px} px"),
+        *([] if work.max_exact_px is None else [("attention", _attention(work))]),
         ("windows", f"{work.num_windows:,} of {work.window_size} px, overlapping by {work.overlap} px"),
         ("time", f"{_duration(work.seconds)}, {work.seconds_per_window:.3g} s a window, measured on {work.device}"),
     ]
+
+
+def _attention(work: Workload) -> str:
+    exact = work.max_exact_px
+    return f"exact in windows of up to {exact:,} px, linear in larger ones" if exact else "linear at every size"
 
 
 def _duration(seconds: float) -> str:

@@ -161,7 +161,8 @@ class DistillationModelConfig:
         weights: its weights, .safetensors or .pth, as timm or the model's authors name them; timm's own if left out.
         backbone_kwargs: passed to `timm.create_model`.
         mixer: mixer of the student, as `perf_vit.linearize` takes it.
-        options: options of the mixer; of "clustered": window_size, num_sinks, num_clusters.
+        options: options of the mixer; of "clustered": window_size, num_sinks, num_clusters,
+            max_exact_tokens (0 here by default).
         student: a folder of `perf-vit convert` or of an earlier distillation to start from, instead of `mixer` and
             `options`.
     """

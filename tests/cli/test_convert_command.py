@@ -15,7 +15,8 @@ from perf_vit.conversion.linearize import converted_layers
 from perf_vit.workflows import convert as convert_command
 
 MODEL = "vit_tiny_patch16_224"
-FAST = ["--img-size", "64", "--window-size", "2", "--num-sinks", "4", "--num-clusters", "5"]
+FORCED = ["--max-exact-tokens", "0"]
+FAST = ["--img-size", "64", "--window-size", "2", "--num-sinks", "4", "--num-clusters", "5", *FORCED]
 
 
 @pytest.fixture(scope="module")
@@ -86,18 +87,35 @@ def test_a_conversion_that_is_stopped_while_it_measures_leaves_what_was_there(
 
 
 def test_clusters_are_the_default_and_their_options_chosen(weights, images, tmp_path, monkeypatch) -> None:
-    assert convert(MODEL, tmp_path / "plain", *given(weights), "--img-size", "64", "--num-clusters", "7") == 0
+    assert convert(MODEL, tmp_path / "plain", *given(weights), "--img-size", "64", "--num-clusters", "7", *FORCED) == 0
     options = perf_vit.conversion.load_converted(tmp_path / "plain").blocks[3].attn.options
     assert (options.window_size, options.num_sinks, options.num_clusters) == (16, None, 7)
     assert "<td>16</td><td>16</td><td>7</td><td>-</td>" in (tmp_path / "plain" / "fidelity.html").read_text()
     candidates = ({"window_size": 2, "num_sinks": 2, "num_clusters": 3},) * 2
     monkeypatch.setattr("perf_vit.conversion.budget.CANDIDATES", candidates)
-    args = ["--img-size", "64", "--images", images, "--budget", "1000"]
+    args = ["--img-size", "64", "--images", images, "--budget", "1000", *FORCED]
     assert convert(MODEL, tmp_path / "chosen", *given(weights), *args) == 0
     assert "others than those the conversion learned from" in (tmp_path / "chosen" / "fidelity.html").read_text()
     model = perf_vit.conversion.load_converted(tmp_path / "chosen")
     assert {layer.options.num_clusters for layer in converted_layers(model).values()} == {3}
     assert model.conversion.mixer == "clustered"
+
+
+def test_a_model_that_is_exact_at_its_size_is_measured_above_it(weights, images, tmp_path) -> None:
+    options = ["--img-size", "32", "--window-size", "2", "--num-sinks", "4", "--max-exact-tokens", "10"]
+    assert convert(MODEL, tmp_path / "a", *given(weights), *options, "--images", images) == 0
+    page = (tmp_path / "a" / "fidelity.html").read_text()
+    assert "Attention is exact (softmax) up to 48 x 48 px, and linear in larger images." in page
+    assert "At 32 px the converted model equals the softmax model." in page
+    assert "<td>32</td><td>patch tokens</td><td>4</td><td>1.0000</td><td>1.0000</td>" in page
+    assert "<td>64</td><td>patch tokens</td><td>2</td>" in page
+    assert "Relative error of attention outputs at 64 px" in page
+    # Three times the size is the first with clusters; the images have 80 x 90 px.
+    assert convert(MODEL, tmp_path / "b", *given(weights), *options[:-1], "20", "--images", images) == 0
+    page = (tmp_path / "b" / "fidelity.html").read_text()
+    assert "Fidelity at 96 px was not measured, because an image is smaller." in page
+    assert "Relative error of attention outputs at 32 px" in page
+    assert "<td>96</td><td>37</td>" in page
 
 
 def test_a_saved_folder_is_converted_anew_and_overwritten_when_told(weights, tmp_path, capsys) -> None:

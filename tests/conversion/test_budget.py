@@ -36,7 +36,8 @@ def images(count: int = 3, size: int = SIZE) -> list[torch.Tensor]:
 @torch.no_grad()
 def test_errors_are_those_of_each_layer_on_the_softmax_models_inputs() -> None:
     model = build()
-    converted = perf_vit.linearize(model, window_size=2, num_sinks=2, num_clusters=4, per_layer={2: {"window_size": 9}})
+    options = {"max_exact_tokens": 0, "window_size": 2, "num_sinks": 2, "num_clusters": 4}
+    converted = perf_vit.linearize(model, per_layer={2: {"window_size": 9}}, **options)
     layers = converted_layers(converted)
     errors = attention_errors(model, {index: [layer] for index, layer in layers.items()}, images())
     inputs, outputs = [], []
@@ -55,11 +56,13 @@ def test_errors_are_those_of_each_layer_on_the_softmax_models_inputs() -> None:
 @torch.no_grad()
 def test_cosines_of_final_tokens() -> None:
     model = build()
-    patches, class_tokens = token_cosines(model, perf_vit.linearize(model, window_size=20), images())
+    patches, class_tokens = token_cosines(
+        model, perf_vit.linearize(model, window_size=20, max_exact_tokens=0), images()
+    )
     assert patches == pytest.approx([1.0] * 3, abs=1e-4)
     assert class_tokens == pytest.approx([1.0] * 3, abs=1e-4)
     without = build("vit_base_patch16_siglip_224", depth=2, embed_dim=96, num_heads=3)
-    assert token_cosines(without, perf_vit.linearize(without, window_size=20), images())[1] == []
+    assert token_cosines(without, perf_vit.linearize(without, window_size=20, max_exact_tokens=0), images())[1] == []
 
 
 @pytest.mark.parametrize("seed", range(5))
@@ -97,7 +100,7 @@ def test_a_larger_budget_buys_smaller_errors(monkeypatch) -> None:
     assert list(choices[2].values()) == [CANDIDATES[2]] * 4
     total = []
     for per_layer in choices:
-        converted = perf_vit.linearize(model, per_layer=per_layer)
+        converted = perf_vit.linearize(model, per_layer=per_layer, max_exact_tokens=0)
         errors = attention_errors(model, {i: [x] for i, x in converted_layers(converted).items()}, images(2))
         total.append(sum(error for (error,) in errors.values()))
     assert total[0] > total[1] > total[2]

@@ -179,7 +179,9 @@ def test_a_grid_that_does_not_fit_is_named(grid: object) -> None:
 
 
 def test_a_layer_alone_asks_for_its_grid() -> None:
-    layer = LinearizedAttention(build().blocks[0].attn, ClusteredOptions(window_size=2), TokenGrid())
+    layer = LinearizedAttention(
+        build().blocks[0].attn, ClusteredOptions(window_size=2, max_exact_tokens=0), TokenGrid()
+    )
     x = torch.zeros(1, 15, 192)
     with pytest.raises(ValueError, match=r"the grid of 15 patch tokens, got None; .* grid\.size = \(rows, columns\)"):
         layer(x)

@@ -72,7 +72,7 @@ def test_exact_everywhere_a_converted_model_is_the_softmax_model(name: str) -> N
     attentions = sum(isinstance(module, CONVERTIBLE) for module in model.modules())
     # Windows of the whole grid; then sinks alone, as many as there are patches.
     for options in ({"window_size": 16, "num_sinks": 0}, {"window_size": 0, "num_sinks": 256}):
-        converted = perf_vit.linearize(model, **options)
+        converted = perf_vit.linearize(model, max_exact_tokens=0, **options)
         assert sum(isinstance(module, LinearizedAttention) for module in converted.modules()) == attentions > 0
         torch.testing.assert_close(converted.forward_features(x), expected, rtol=1e-4, atol=1e-4)
     # What is compared depends on attention at all.
@@ -83,7 +83,8 @@ def test_exact_everywhere_a_converted_model_is_the_softmax_model(name: str) -> N
 @pytest.mark.parametrize("name", FAMILIES)
 @torch.no_grad()
 def test_a_converted_model_is_saved_and_loaded(name: str, tmp_path) -> None:
-    model, size = perf_vit.linearize(build(name), window_size=4, num_sinks=3, num_clusters=5), image_size(name)
+    options = {"max_exact_tokens": 0, "window_size": 4, "num_sinks": 3, "num_clusters": 5}
+    model, size = perf_vit.linearize(build(name), **options), image_size(name)
     x = torch.randn(1, 3, size, size, generator=torch.Generator().manual_seed(0))
     loaded = perf_vit.conversion.load_converted(perf_vit.save_converted(model, tmp_path / "saved"))
     assert torch.equal(loaded.forward_features(x), model.forward_features(x))
@@ -99,8 +100,8 @@ def test_what_has_no_one_grid_is_converted_but_not_saved(tmp_path) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["vit_tiny_patch16_224", "vit_small_patch16_dinov3"])
 @torch.no_grad()
-def test_the_default_compiles_as_one_graph(name: str) -> None:
-    model, size = perf_vit.linearize(build(name)), image_size(name)
+def test_clusters_compile_as_one_graph(name: str) -> None:
+    model, size = perf_vit.linearize(build(name), max_exact_tokens=0), image_size(name)
     x = torch.randn(2, 3, size, size, generator=torch.Generator().manual_seed(0))
     torch.compiler.reset()
     compiled = torch.compile(model, backend="aot_eager", fullgraph=True)

@@ -34,7 +34,7 @@ def images(height: int = SIZE, width: int = SIZE, batch: int = 2) -> torch.Tenso
 @torch.no_grad()
 def test_windows_as_large_as_the_image_give_the_softmax_model(name: str) -> None:
     model = build(name)
-    converted = perf_vit.linearize(model, window_size=20, num_sinks=0)
+    converted = perf_vit.linearize(model, max_exact_tokens=0, window_size=20, num_sinks=0)
     torch.testing.assert_close(converted(images()), model(images()), rtol=1e-4, atol=1e-4)
     assert list(converted.state_dict()) == list(model.state_dict())
     assert any(isinstance(module, LinearizedAttention) for module in converted.modules())
@@ -52,7 +52,7 @@ def test_a_converted_model_trains_and_clusters_are_closer_than_the_performer(nam
             if "gamma" in parameter_name:
                 parameter.fill_(1.0)
         exact = model.forward_features(images())
-        options = {"window_size": 4, "num_sinks": 16, "num_clusters": 8}
+        options = {"max_exact_tokens": 0, "window_size": 4, "num_sinks": 16, "num_clusters": 8}
         near = perf_vit.linearize(model, **options).forward_features(images())
         far = perf_vit.linearize(model, "performer", num_features=64).forward_features(images())
     cosines = [F.cosine_similarity(x, exact, dim=-1).mean() for x in (near, far)]
@@ -90,7 +90,7 @@ def test_local_enhancement_is_added_to_softmax_attention_too() -> None:
 @torch.no_grad()
 def test_the_grid_follows_the_image_of_each_pass() -> None:
     model = build("vit_tiny_patch16_224", dynamic_img_size=True)
-    converted = perf_vit.linearize(model, window_size=64, num_sinks=0)
+    converted = perf_vit.linearize(model, max_exact_tokens=0, window_size=64, num_sinks=0)
     for height, width in ((112, 112), (64, 160), (160, 64), (112, 112)):
         x = images(height, width)
         torch.testing.assert_close(converted(x), model(x), rtol=1e-4, atol=1e-4)
@@ -98,7 +98,9 @@ def test_the_grid_follows_the_image_of_each_pass() -> None:
 
 @torch.no_grad()
 def test_a_copy_has_a_grid_of_its_own() -> None:
-    converted = perf_vit.linearize(build("vit_tiny_patch16_224", dynamic_img_size=True), window_size=2, num_sinks=4)
+    converted = perf_vit.linearize(
+        build("vit_tiny_patch16_224", dynamic_img_size=True), max_exact_tokens=0, window_size=2, num_sinks=4
+    )
     twin = copy.deepcopy(converted)
     expected = converted(images())
     twin(images(64, 160))
@@ -117,7 +119,7 @@ def test_layers_can_be_chosen() -> None:
 
 
 def test_timms_utilities_take_a_converted_model() -> None:
-    model = perf_vit.linearize(build("vit_tiny_patch16_224", depth=3), window_size=3, num_sinks=8)
+    model = perf_vit.linearize(build("vit_tiny_patch16_224", depth=3), max_exact_tokens=0, window_size=3, num_sinks=8)
     expected = model(images())
     model.set_grad_checkpointing(True)
     torch.testing.assert_close(model.train()(images()), expected)
@@ -132,7 +134,7 @@ def test_timms_utilities_take_a_converted_model() -> None:
 
 @torch.no_grad()
 def test_half_precision_and_autocast() -> None:
-    model = perf_vit.linearize(build("vit_tiny_patch16_224"), window_size=4, num_sinks=8)
+    model = perf_vit.linearize(build("vit_tiny_patch16_224"), max_exact_tokens=0, window_size=4, num_sinks=8)
     expected = model(images())
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert F.cosine_similarity(model(images()).float(), expected).min() > 0.99
@@ -142,7 +144,7 @@ def test_half_precision_and_autocast() -> None:
 
 @torch.no_grad()
 def test_a_converted_model_exports() -> None:
-    model = perf_vit.linearize(build("vit_tiny_patch16_224", depth=2), window_size=3, num_sinks=8)
+    model = perf_vit.linearize(build("vit_tiny_patch16_224", depth=2), max_exact_tokens=0, window_size=3, num_sinks=8)
     exported = torch.export.export(model, (images(),)).module()
     torch.testing.assert_close(exported(images()), model(images()), rtol=1e-4, atol=1e-4)
 
@@ -159,7 +161,7 @@ def test_single_layers_have_options_and_a_mixer_of_their_own() -> None:
 
 
 def test_one_layer_of_a_model_that_stays_softmax_can_be_converted() -> None:
-    per_layer = {3: {"mixer": "clustered", "num_sinks": 8}}
+    per_layer = {3: {"mixer": "clustered", "num_sinks": 8, "max_exact_tokens": 0}}
     model = perf_vit.linearize(build("vit_tiny_patch16_224"), "softmax", per_layer=per_layer)
     assert [isinstance(block.attn, LinearizedAttention) for block in model.blocks] == [i == 3 for i in range(12)]
     assert model(images()).shape == (2, 5)
@@ -181,7 +183,7 @@ def test_wrong_options_for_single_layers_are_named() -> None:
 def test_a_features_only_model_converts_too() -> None:
     kwargs = {"features_only": True, "out_indices": (0, 2)}
     model = timm.create_model("vit_tiny_patch16_224", img_size=SIZE, **kwargs).eval()
-    converted = perf_vit.linearize(model, window_size=20, num_sinks=0)
+    converted = perf_vit.linearize(model, max_exact_tokens=0, window_size=20, num_sinks=0)
     assert all(isinstance(block.attn, LinearizedAttention) for block in converted.model.blocks)
     for x, y in zip(converted(images()), model(images()), strict=True):
         torch.testing.assert_close(x, y, rtol=1e-4, atol=1e-4)
@@ -216,11 +218,11 @@ def test_what_cannot_be_converted_is_named() -> None:
 def test_sinks_are_as_many_as_the_size_of_an_image_affords() -> None:
     model = build("vit_tiny_patch16_224", depth=2, dynamic_img_size=True)
     for rows, columns, number in ((10, 40, 256), (80, 160, 102), (120, 180, 64)):
-        by_size = perf_vit.linearize(model, window_size=5, num_clusters=8)
-        given = perf_vit.linearize(model, window_size=5, num_clusters=8, num_sinks=number)
+        by_size = perf_vit.linearize(model, max_exact_tokens=0, window_size=5, num_clusters=8)
+        given = perf_vit.linearize(model, max_exact_tokens=0, window_size=5, num_clusters=8, num_sinks=number)
         x = images(16 * rows, 16 * columns)[:1]
         assert torch.equal(by_size(x), given(x))
-        other = perf_vit.linearize(model, window_size=5, num_clusters=8, num_sinks=number - 1)
+        other = perf_vit.linearize(model, max_exact_tokens=0, window_size=5, num_clusters=8, num_sinks=number - 1)
         assert not torch.equal(by_size(x), other(x))
     assert by_size.conversion.to_dict()["options"]["num_sinks"] is None
 
@@ -228,7 +230,7 @@ def test_sinks_are_as_many_as_the_size_of_an_image_affords() -> None:
 @pytest.mark.parametrize(
     ("mixer", "options"),
     [
-        ("clustered", {"window_size": 3, "num_sinks": 4, "num_clusters": 6}),
+        ("clustered", {"max_exact_tokens": 0, "window_size": 3, "num_sinks": 4, "num_clusters": 6}),
         ("performer", {"num_features": 32}),
     ],
 )

@@ -26,7 +26,7 @@ from perf_vit.transforms import Normalizer
 
 NAMES = ("vit_tiny_patch16_224", "eva02_tiny_patch14_224", "vit_small_patch16_dinov3")
 SIZE = 112
-OPTIONS = {"window_size": 3, "num_sinks": 4, "num_clusters": 8}
+OPTIONS = {"max_exact_tokens": 0, "window_size": 3, "num_sinks": 4, "num_clusters": 8}
 
 
 def build(name: str = NAMES[0], **kwargs) -> torch.nn.Module:
@@ -88,7 +88,7 @@ def test_every_option_is_saved_so_that_defaults_may_change(mixer, options, per_l
 
 @torch.no_grad()
 def test_convolutions_of_the_values_are_saved(tmp_path) -> None:
-    model = perf_vit.linearize(build(), local_enhancement=True, num_clusters=9)
+    model = perf_vit.linearize(build(), local_enhancement=True, max_exact_tokens=0, num_sinks=4, num_clusters=9)
     for block in model.blocks:
         block.attn.local_enhancement.weight.normal_(generator=torch.Generator().manual_seed(0))
     folder = perf_vit.save_converted(model, tmp_path / "saved")

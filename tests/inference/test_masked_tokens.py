@@ -24,7 +24,10 @@ BACKBONES = {
     "performer_vit_tiny_patch16_224": {"depth": 2, "attn_kwargs": {"num_features": 32}},
     # Its layer scale of 1e-5 would hide what attention does.
     "performer_vit_rope_small_patch16_224": {"depth": 2, "init_values": 1.0},
-    "clustered_vit_tiny_patch8_224": {"depth": 2, "attn_kwargs": {"window_size": 3, "num_sinks": 4}},
+    "clustered_vit_tiny_patch8_224": {
+        "depth": 2,
+        "attn_kwargs": {"max_exact_tokens": 0, "window_size": 3, "num_sinks": 4},
+    },
     "vit_tiny_patch16_224": {"depth": 2, "dynamic_img_size": True},
 }
 

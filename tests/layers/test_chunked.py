@@ -30,7 +30,8 @@ def build(name: str, mixer: str = "clustered") -> torch.nn.Module:
         for parameter_name, parameter in model.named_parameters():
             if "gamma" in parameter_name:
                 parameter.fill_(0.5)
-    return perf_vit.linearize(model, mixer)
+    options = {"max_exact_tokens": 0, "window_size": 3, "num_sinks": 4} if mixer == "clustered" else {}
+    return perf_vit.linearize(model, mixer, **options)
 
 
 def images(height: int = 112, width: int = 112, batch: int = 2) -> torch.Tensor:

@@ -150,7 +150,7 @@ def test_the_grid_of_each_image_is_taken_and_every_parameter_learns(name: str) -
 @torch.no_grad()
 def test_a_converted_layer_adds_it_too() -> None:
     model = timm.create_model("vit_tiny_patch16_224", depth=2, img_size=64, num_classes=5).eval()
-    converted = perf_vit.linearize(model, window_size=8, num_sinks=0, local_enhancement=True)
+    converted = perf_vit.linearize(model, max_exact_tokens=0, window_size=8, num_sinks=0, local_enhancement=True)
     assert isinstance(model.blocks[0].attn, Attention)
     torch.testing.assert_close(converted(images()), model(images()), rtol=1e-4, atol=1e-4)
     local = converted.blocks[0].attn.local_enhancement

@@ -14,11 +14,17 @@ import perf_vit
 from perf_vit.layers.token_grid import TokenGrid
 
 SMALL = {"depth": 2, "embed_dim": 96, "num_heads": 3, "num_classes": 5, "dynamic_img_size": True}
+CLUSTERS = {"max_exact_tokens": 0, "num_clusters": 3, "window_size": 2, "num_sinks": 4}
 OWN = {
     "performer_vit_tiny_patch16_224": {"num_features": 32, "local_enhancement": True},
-    "clustered_vit_tiny_patch16_224": {"num_clusters": 3, "window_size": 2, "num_sinks": 4},
+    "clustered_vit_tiny_patch16_224": CLUSTERS,
     "performer_vit_rope_small_patch16_224": {"num_features": 32, "local_enhancement": True},
-    "clustered_vit_rope_small_patch16_224": {"num_clusters": 3, "window_size": 2, "num_sinks": 4},
+    "clustered_vit_rope_small_patch16_224": {
+        "max_exact_tokens": 0,
+        "num_clusters": 3,
+        "window_size": 2,
+        "num_sinks": 4,
+    },
 }
 CONVERTED = [
     "vit_tiny_patch16_224",
@@ -43,7 +49,7 @@ def build(name: str) -> nn.Module:
         model = timm.create_model(name, **SMALL, attn_kwargs=OWN[name])
     else:
         model = timm.create_model(name, **{**SMALL, "patch_size": 16})
-        model = perf_vit.linearize(model, window_size=2, num_sinks=4, num_clusters=3)
+        model = perf_vit.linearize(model, **CLUSTERS)
     with torch.no_grad():
         for parameter in model.parameters() if name != "hct_base" else ():
             # Larger than at first, so that attention matters, convolutions of the values too.

@@ -30,7 +30,7 @@ SMALL_VITS = [
 ]
 SMALL = [*SMALL_VITS, "hct_base"]
 # Windows and sinks that leave something to the clusters of few tokens.
-SMALL_ATTENTION = {"window_size": 3, "num_sinks": 4, "num_clusters": 8}
+SMALL_ATTENTION = {"max_exact_tokens": 0, "window_size": 3, "num_sinks": 4, "num_clusters": 8}
 # A multiple of each patch size, non-square.
 SIZE = (112, 224)
 META = {"device": "meta", "dtype": torch.float32}

@@ -214,7 +214,7 @@ def test_a_student_learns_from_the_valid_tokens_alone() -> None:
 @pytest.mark.parametrize("backbone", [*BACKBONES, "clustered_vit_tiny_patch8_224"])
 @pytest.mark.parametrize("norm", ["class_token", "no prefix"])
 def test_a_tile_without_a_valid_pixel_is_finite_and_attends_to_itself(backbone, norm, monkeypatch) -> None:
-    options = {"depth": 2, "attn_kwargs": {"window_size": 3, "num_sinks": 4}}
+    options = {"depth": 2, "attn_kwargs": {"max_exact_tokens": 0, "window_size": 3, "num_sinks": 4}}
     monkeypatch.setitem(BACKBONES, backbone, dict(BACKBONES.get(backbone, options)))
     if norm == "no prefix":
         keys = {"num_reg_tokens": 0, "class_token": False, "global_pool": "avg"}

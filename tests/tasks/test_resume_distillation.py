@@ -35,7 +35,7 @@ def make_task(**stages) -> DistillationTask:
     teacher = timm.create_model("vit_tiny_patch16_224", num_classes=0, **shape).eval()
     with torch.no_grad():
         teacher.blocks[0].attn.qkv.weight.mul_(8)
-    student = perf_vit.linearize(teacher, window_size=2, num_sinks=2, num_clusters=8)
+    student = perf_vit.linearize(teacher, max_exact_tokens=0, window_size=2, num_sinks=2, num_clusters=8)
     return DistillationTask(teacher, student, DistillationOptimConfig(**stages))
 
 

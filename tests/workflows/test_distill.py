@@ -17,7 +17,7 @@ from perf_vit.config import load_config
 from perf_vit.workflows.run_config import DistillationRun
 
 KWARGS = {"patch_size": 8, "embed_dim": 64, "depth": 2, "num_heads": 2, "img_size": 64, "num_classes": 0}
-OPTIONS = {"window_size": 2, "num_sinks": 2, "num_clusters": 16}
+OPTIONS = {"max_exact_tokens": 0, "window_size": 2, "num_sinks": 2, "num_clusters": 16}
 
 
 def _yaml(values: dict) -> str:
@@ -176,6 +176,7 @@ def test_a_run_that_is_short_of_time_still_ends_its_schedule(args, tmp_path) -> 
         ("model.weights=nowhere.pth", "no weights file nowhere.pth"),
         ("model.backbone_kwargs.embed_dim=32", "doesn't fit vit_tiny_patch16_224"),
         ("model.options.windows=3", "window"),
+        ("model.options.max_exact_tokens=64", "data.tile_px must be above 64, up to which the student's attention is"),
         ("model.mixer=softmax", "is an option of mixer='clustered', got mixer='softmax'"),
         ("optim.trainable=mlp", "attention, all"),
         ("optim.lr=1", "Key 'lr' not in 'optim'"),

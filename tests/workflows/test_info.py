@@ -57,7 +57,18 @@ def test_tokens_and_windows_of_a_model_are_counted_and_timed(make_scene, capsys)
     assert (work.window_size, work.overlap, work.num_windows) == (32, 8, 3 * 4)
     assert 0 < work.seconds_per_window * 12 == pytest.approx(work.seconds)
     assert call(["info", path, "--model", "performer_vit_tiny_patch16_224", "--window-size", "40"]) == 0
-    assert "30 patches of 16 px" in capsys.readouterr().out
+    text = capsys.readouterr().out
+    assert "30 patches of 16 px" in text
+    assert "linear at every size" in text
+
+
+def test_the_crossover_of_a_model_with_clusters_is_told(make_scene, capsys) -> None:
+    path = make_scene(height=70, width=90)
+    command = ["info", path, "--window-size", "32", "--model"]
+    assert call([*command, "clustered_vit_tiny_patch16_224"]) == 0
+    assert "exact in windows of up to 768 px, linear in larger ones" in capsys.readouterr().out
+    assert call([*command, "vit_tiny_patch16_224", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["workload"]["max_exact_px"] is None
 
 
 @pytest.mark.parametrize(

@@ -46,8 +46,10 @@ def check_names(names: Sequence[str]) -> None:
 def converted(model: nn.Module, name: str, seed: int) -> nn.Module:
     """The model by one of `CONVERSIONS`, or the one in a folder, for images of the model's size."""
     if name in CONVERSIONS:
-        drawn = {"seed": seed} if CONVERSIONS[name].get("mixer") == "performer" else {}
-        return perf_vit.linearize(model, **{**drawn, **CONVERSIONS[name]})
+        is_drawn = CONVERSIONS[name].get("mixer") == "performer"
+        # Small images would be attended to exactly.
+        fixed = {"seed": seed} if is_drawn else {"max_exact_tokens": 0}
+        return perf_vit.linearize(model, **fixed, **CONVERSIONS[name])
     return perf_vit.conversion.load_converted(name, img_size=model.patch_embed.img_size).eval()
 
 

@@ -49,7 +49,7 @@ def test_parameters_are_those_of_timms_vit(name: str) -> None:
 @torch.no_grad()
 def test_a_loaded_checkpoint_gives_the_converted_model() -> None:
     softmax = build("vit_tiny_patch16_224", model_seed=5, dynamic_img_size=True)
-    options = {"window_size": 2, "num_sinks": 3, "num_clusters": 4}
+    options = {"max_exact_tokens": 0, "window_size": 2, "num_sinks": 3, "num_clusters": 4}
     ours = build(dynamic_img_size=True, attn_kwargs=options)
     ours.load_state_dict(softmax.state_dict(), strict=True)
     converted = perf_vit.linearize(softmax, **options)
@@ -60,7 +60,7 @@ def test_a_loaded_checkpoint_gives_the_converted_model() -> None:
 
 @torch.no_grad()
 def test_windows_as_large_as_the_image_give_the_softmax_model() -> None:
-    softmax, ours = build("vit_tiny_patch16_224"), build(attn_kwargs={"num_sinks": 0})
+    softmax, ours = build("vit_tiny_patch16_224"), build(attn_kwargs={"num_sinks": 0, "max_exact_tokens": 0})
     torch.testing.assert_close(ours(images()), softmax(images()), rtol=1e-4, atol=1e-4)
 
 
@@ -87,7 +87,11 @@ FAMILIES = {
     "clustered_vit_rope_small_patch16_224": {"depth": 2, "embed_dim": 96, "num_heads": 3},
     "hct_base": {"depths": (1, 1, 1, 1, 1)},
 }
-SIZES = {"performer": {"num_features": 16}, "clustered": {"window_size": 2, "num_clusters": 3}, "softmax": {}}
+SIZES = {
+    "performer": {"num_features": 16},
+    "clustered": {"max_exact_tokens": 0, "window_size": 2, "num_clusters": 3},
+    "softmax": {},
+}
 
 
 @pytest.mark.parametrize("mixer", SIZES)
@@ -119,7 +123,7 @@ def test_the_registry_lists_the_mixers_that_the_families_take() -> None:
 def test_a_map_of_hct_is_attended_exactly_where_windows_hold_it() -> None:
     arguments = {"num_classes": 3, "depths": (1, 1, 1, 1, 1)}
     models = []
-    for mixer, options in (("softmax", {}), ("clustered", {"window_size": 64, "num_sinks": 0})):
+    for mixer, options in (("softmax", {}), ("clustered", {"max_exact_tokens": 0, "window_size": 64, "num_sinks": 0})):
         torch.manual_seed(0)
         models.append(timm.create_model("hct_base", mixer=mixer, attn_kwargs=options, **arguments).eval())
     # No square, so that rows and columns must be in their places.

@@ -61,7 +61,14 @@ VARIANTS = {
             "full resolution, clustered",
             1,
             "clustered_vit_rope_small_patch16_224",
-            {"attn_kwargs": {"num_clusters": 64, "window_size": WINDOW_TOKENS, "num_sinks": 16}},
+            {
+                "attn_kwargs": {
+                    "num_clusters": 64,
+                    "window_size": WINDOW_TOKENS,
+                    "num_sinks": 16,
+                    "max_exact_tokens": 0,
+                }
+            },
         ),
         Variant("windows", "full resolution, softmax in windows", 1, _SOFTMAX_NAME, _LIKE_FAMILY, windows_only=True),
     )
