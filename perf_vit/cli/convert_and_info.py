@@ -31,11 +31,8 @@ def convert(
         int | None, typer.Option(help="Clusters of all other keys; 96 by default (clustered).")
     ] = None,
     max_exact_tokens: Annotated[
-        int | None,
-        typer.Option(
-            help="Patches of the largest image with softmax attention; 2304 by default, 0 for clusters at every size.",
-            min=0,
-        ),
+        str | None,
+        typer.Option(help="Patches of the largest image with softmax attention, or auto; 2304 by default (clustered)."),
     ] = None,
     num_features: Annotated[int | None, typer.Option(help="Random features; 256 by default (performer).")] = None,
     layers: Annotated[str | None, typer.Option(help="Layers to convert, as 0-5,8; all by default.")] = None,

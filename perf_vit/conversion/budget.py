@@ -1,4 +1,4 @@
-"""Choice of the options of each layer under a time budget."""
+"""Choice of options by measurement: of each layer under a time budget, and of the crossover from softmax attention."""
 
 from __future__ import annotations
 
@@ -18,9 +18,10 @@ from torch import Tensor, nn
 from perf_vit.conversion.fidelity import attention_errors, eval_mode, final_errors, image_batches
 from perf_vit.conversion.linearize import Conversion, converted_layers, convertible_layers, find_vit, linearize
 from perf_vit.layers import LinearizedAttention
+from perf_vit.layers.mixer import softmax_attention
 from perf_vit.layers.token_grid import TokenGrid, watch_patch_embed
 
-__all__ = ["CANDIDATES", "choose_layer_options", "choose_under_budget"]
+__all__ = ["CANDIDATES", "choose_layer_options", "choose_under_budget", "measure_crossover"]
 
 # Costs are rounded up to this fraction of the budget, so the choice never exceeds it.
 _STEPS = 4000
@@ -312,3 +313,39 @@ def _clock(call: Callable[[], Any], device: torch.device) -> float:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     return time.perf_counter() - start
+
+
+# Rows and columns of the grids that `measure_crossover` tries, and the timed runs at each.
+_SIDES = (16, 20, 24, 28, 32, 36, 40, 44, 48, 56, 64, 80, 96, 128, 192, 256)
+_CROSSOVER_RUNS = 5
+
+
+@torch.no_grad()
+def measure_crossover(model: nn.Module, **options: Any) -> int:
+    """Measure the number of patch tokens up to which softmax attention is not slower than clusters on this machine.
+
+    Times one attention layer on random queries, keys and values, on the model's device and in its dtype, for square
+    grids of 16 x 16 to 256 x 256 patches. No other process should run meanwhile.
+
+    Args:
+        model: Softmax model.
+        **options: Fields of `ClusteredOptions`.
+
+    Returns:
+        Number of patch tokens, for `max_exact_tokens`; 0 if clusters are faster at 16 x 16 patches.
+
+    Raises:
+        ValueError: The model has no convertible layers, or an option is unknown or has an invalid value.
+    """
+    layer = next(iter(converted_layers(linearize(model, **{**options, "max_exact_tokens": 0})).values()))
+    prefix, like = layer.options.num_prefix_tokens, next(layer.parameters())
+    crossover = 0
+    for side in _SIDES:
+        q, k, v = like.new_empty(3, 1, layer.num_heads, prefix + side**2, layer.head_dim).normal_().unbind(0)
+        calls = (partial(softmax_attention, q, k, v), partial(layer.mixer, q, k, v, (side, side)))
+        runs = [[_clock(call, like.device) for call in calls] for _ in range(_CROSSOVER_RUNS + 1)]
+        exact, clustered = (statistics.median(times) for times in zip(*runs[1:], strict=True))
+        if clustered < exact:
+            break
+        crossover = side**2
+    return crossover

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from perf_vit.conversion import choose_layer_options, linearize, load_softmax, save_converted
+from perf_vit.conversion import choose_layer_options, linearize, load_softmax, measure_crossover, save_converted
 from perf_vit.conversion.save import MODEL_FILES, check_output_folder, input_bands, staged_folder
 from perf_vit.conversion.weights import create_with_weights, is_model, read_weights
 from perf_vit.data import UnlabelledCrops
@@ -48,7 +48,8 @@ class ConvertOptions:
         window_size: Largest side of a window in patches (clustered).
         num_sinks: Keys that all queries see exactly (clustered).
         num_clusters: Clusters of all other keys (clustered).
-        max_exact_tokens: Largest number of patches of an image with softmax attention, 0 for none (clustered).
+        max_exact_tokens: Largest number of patches of an image with softmax attention, 0 for none, "auto" for the
+            number up to which it is not slower here (clustered).
         num_features: Random features (performer).
         layers: Indices of the layers to convert, or text such as "0-5,8"; all by default.
         img_size: Side of the images in pixels; the model's own by default.
@@ -65,7 +66,7 @@ class ConvertOptions:
     window_size: int | None = None
     num_sinks: int | None = None
     num_clusters: int | None = None
-    max_exact_tokens: int | None = None
+    max_exact_tokens: int | str | None = None
     num_features: int | None = None
     layers: str | Sequence[int] | None = None
     img_size: int | None = None
@@ -81,6 +82,7 @@ class ConvertOptions:
         if self.budget is not None and self.mixer != "clustered":
             raise OptionError(f"budget chooses options of `mixer=clustered`, got {self.mixer}; leave it out")
         _parse_layers(self.layers)
+        _parse_limit(self.max_exact_tokens)
 
     @property
     def layer_indices(self) -> tuple[int, ...] | None:
@@ -90,8 +92,10 @@ class ConvertOptions:
     @property
     def mixer_options(self) -> dict[str, Any]:
         """Options of the mixer for all layers."""
-        names = ("window_size", "num_sinks", "num_clusters", "max_exact_tokens", "num_features")
-        return {name: getattr(self, name) for name in names if getattr(self, name) is not None}
+        names = ("window_size", "num_sinks", "num_clusters", "num_features")
+        values = {name: getattr(self, name) for name in names}
+        values["max_exact_tokens"] = _parse_limit(self.max_exact_tokens)
+        return {name: value for name, value in values.items() if value is not None}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -180,6 +184,20 @@ def _parse_layers(layers: str | Sequence[int] | None) -> tuple[int, ...] | None:
     return tuple(sorted({index for ends in ranges for index in range(ends[0], ends[-1] + 1)}))
 
 
+def _parse_limit(limit: int | str | None) -> int | str | None:
+    """Return a number of tokens, given as such or as text, or "auto".
+
+    Raises:
+        OptionError: Anything else.
+    """
+    if limit is None or limit == "auto":
+        return limit
+    try:
+        return int(limit)
+    except ValueError as error:
+        raise OptionError(f"max_exact_tokens must be a number of tokens or auto, got {limit}") from error
+
+
 def _check_files(request: _Request) -> None:
     """Refuse to replace what is read.
 
@@ -196,6 +214,10 @@ def _convert(request: _Request, softmax: nn.Module, crops: Sequence[Tensor]) -> 
     options, per_layer = request.options.mixer_options, None
     if request.options.mixer == "performer":
         options = {"seed": request.options.seed, **options}
+    if request.options.mixer == "clustered" and options.get("max_exact_tokens") == "auto":
+        del options["max_exact_tokens"]
+        with working("timing attention"):
+            options["max_exact_tokens"] = measure_crossover(softmax, **options)
     if request.options.budget is not None:
         with windows_progress("trying options", unit="measurements") as on_step:
             per_layer = choose_layer_options(

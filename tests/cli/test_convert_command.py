@@ -118,6 +118,20 @@ def test_a_model_that_is_exact_at_its_size_is_measured_above_it(weights, images,
     assert "<td>96</td><td>37</td>" in page
 
 
+def test_the_crossover_is_measured_on_request_and_saved(weights, tmp_path, monkeypatch) -> None:
+    given_options = []
+
+    def measure(model, **options) -> int:
+        given_options.append(options)
+        return 49
+
+    monkeypatch.setattr("perf_vit.workflows.convert.measure_crossover", measure)
+    assert convert(MODEL, tmp_path / "out", *given(weights), *FAST[:-2], "--max-exact-tokens", "auto") == 0
+    assert given_options == [{"window_size": 2, "num_sinks": 4, "num_clusters": 5}]
+    model = perf_vit.conversion.load_converted(tmp_path / "out")
+    assert {layer.options.max_exact_tokens for layer in converted_layers(model).values()} == {49}
+
+
 def test_a_saved_folder_is_converted_anew_and_overwritten_when_told(weights, tmp_path, capsys) -> None:
     first, second = tmp_path / "first", tmp_path / "second"
     assert convert(MODEL, first, *given(weights), *FAST) == 0
@@ -165,6 +179,9 @@ def test_softmax_is_left_out_where_it_would_take_long(weights, tmp_path, monkeyp
         (MODEL, ["VIT", "--layers", "3-12"], "from 0 to 11, got 12"),
         (MODEL, ["VIT", "--layers", "a"], "--layers must be indices such as 0-5,8, got a"),
         (MODEL, ["VIT", "--mixer", "performer", "--num-features", "0"], "at least 1, got 0"),
+        (MODEL, ["VIT", "--max-exact-tokens", "-1"], "max_exact_tokens must be at least 0, got -1"),
+        (MODEL, ["VIT", "--max-exact-tokens", "few"], "--max-exact-tokens must be a number of tokens or auto, got few"),
+        (MODEL, ["VIT", "--mixer", "performer", "--max-exact-tokens", "auto"], "is an option of mixer='clustered'"),
         (MODEL, ["VIT", "--budget", "1.5"], "--budget learns from images, got none; give --images"),
         (MODEL, ["VIT", "--images", "NONE"], "no image file or folder"),
         (MODEL, ["VIT", "--images", "SMALL", "--img-size", "96"], "crops of 96 px need images of that size"),

@@ -181,3 +181,26 @@ def test_what_is_fixed_is_not_chosen(monkeypatch) -> None:
     assert [each["num_sinks"] for each in chosen.values()] == [7, 7]
     converted = perf_vit.linearize(wrapped, per_layer=chosen, num_sinks=7)
     assert {layer.options.num_sinks for layer in converted_layers(converted).values()} == {7}
+
+
+def test_the_crossover_is_the_largest_grid_before_clusters_are_faster(monkeypatch) -> None:
+    seen = []
+
+    def seconds(call, device) -> float:
+        q, is_softmax = call.args[0], call.func is layer_options.softmax_attention
+        seen.append((q.shape, q.dtype, is_softmax))
+        call()
+        num_tokens = q.shape[2] - 1
+        # Equal at 18 x 18 tokens.
+        return num_tokens**2 if is_softmax else 18**2 * num_tokens
+
+    monkeypatch.setattr(layer_options, "_clock", seconds)
+    model = build().double()
+    assert perf_vit.conversion.measure_crossover(model, window_size=4, num_sinks=2, num_clusters=3) == 16 * 16
+    assert {shape for shape, _, _ in seen} == {(1, 3, 1 + side * side, 64) for side in (16, 20)}
+    assert {dtype for _, dtype, _ in seen} == {torch.float64}
+    assert {is_softmax for _, _, is_softmax in seen} == {False, True}
+    monkeypatch.setattr(layer_options, "_clock", lambda call, _: call.func is layer_options.softmax_attention)
+    assert perf_vit.conversion.measure_crossover(model) == 0
+    with pytest.raises(ValueError, match="did you mean 'num_sinks'"):
+        perf_vit.conversion.measure_crossover(model, num_sink=3)

@@ -95,7 +95,7 @@ def build_workshop(shop: Workshop, seed: int) -> None:
         config["model"] = {**config["model"], "backbone": str(shop.converted), "backbone_kwargs": {}}
         shop.config(f"converted_{task}").write_text(yaml.safe_dump(config))
     model = timm.create_model(_CONVERTED, img_size=32, depth=1, embed_dim=32, num_heads=2, num_classes=0)
-    perf_vit.save_converted(perf_vit.linearize(model, window_size=2, num_sinks=2, num_clusters=4), shop.converted)
+    perf_vit.save_converted(perf_vit.linearize(model, **CLUSTERS), shop.converted)
 
 
 def train_checkpoint(shop: Workshop, task: str) -> None:
