@@ -27,6 +27,7 @@ SHORT = ["trainer.max_epochs=1", "trainer.accelerator=cpu", "trainer.num_picture
 _BACKBONE = "performer_vit_tiny_patch16_224"
 _BACKBONE_KWARGS = {"depth": 1, "embed_dim": 32, "num_heads": 2, "attn_kwargs": {"num_features": 16}}
 _CONVERTED = "vit_tiny_patch16_224"
+_CLUSTERS = {"max_exact_tokens": 0, "window_size": 2, "num_sinks": 2, "num_clusters": 4}
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,7 +96,7 @@ def build_workshop(shop: Workshop, seed: int) -> None:
         config["model"] = {**config["model"], "backbone": str(shop.converted), "backbone_kwargs": {}}
         shop.config(f"converted_{task}").write_text(yaml.safe_dump(config))
     model = timm.create_model(_CONVERTED, img_size=32, depth=1, embed_dim=32, num_heads=2, num_classes=0)
-    perf_vit.save_converted(perf_vit.linearize(model, **CLUSTERS), shop.converted)
+    perf_vit.save_converted(perf_vit.linearize(model, **_CLUSTERS), shop.converted)
 
 
 def train_checkpoint(shop: Workshop, task: str) -> None:
