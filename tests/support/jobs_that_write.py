@@ -324,8 +324,9 @@ def convert(root: Path) -> Job:
     save_file(timm.create_model("vit_tiny_patch16_224", **kwargs).state_dict(), weights)
     scene = write_scene(root / "in" / "scene.tif")
     outputs = [root / "out" / "linear" / name for name in ("model.safetensors", "config.json", "fidelity.html")]
-    options = ["--num-classes", "0", "--img-size", "32", "--window-size", "2", "--num-clusters", "4", "--images", scene]
-    args = ["convert", "vit_tiny_patch16_224", "--out", outputs[0].parent, "--weights", weights, *options]
+    sizes = ["--img-size", "32", "--window-size", "2", "--num-clusters", "4", "--max-exact-tokens", "0"]
+    args = ["convert", "vit_tiny_patch16_224", "--out", outputs[0].parent, "--weights", weights, *sizes]
+    args += ["--num-classes", "0", "--images", scene]
     return Job(args, [weights, scene], outputs)
 
 
