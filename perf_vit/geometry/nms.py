@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -21,12 +21,12 @@ FloatArray = npt.NDArray[np.floating]
 Rule = Callable[[FloatArray, IndexArray, IndexArray], BoolArray]
 """(intersection areas, first, second), [p] each -> whether first suppresses second; monotonic in the area."""
 
-# Objects per block: pairs within a block are tested directly, pairs with later objects by the spatial index.
-_BLOCK = 128
-# Objects per query of the spatial index; in a dense crowd each may return every object of the scene.
-_LOOKUP = 8
+# Pairs of one query of the spatial index: at most this many or four times the number of objects, whichever is more.
+_QUERY_PAIRS = 1 << 18
 # Pairs of outlines intersected at once.
-_PAIRS = 1 << 12
+_PAIRS = 1 << 14
+# Bins of an axis in which neighbours are counted.
+_BINS = 1 << 12
 
 
 class Overlaps:
@@ -44,6 +44,7 @@ class Overlaps:
             box_areas(self.bounds) if self._outlines is None else np.asarray(shapely.area(self._outlines))
         )
         self._tree = shapely.STRtree(shapely.box(*self.bounds.T) if self._outlines is None else self._outlines)
+        self._most_neighbours = np.minimum(*(_most_meetings(self.bounds[:, axis::2]) for axis in (0, 1)))
 
     def __len__(self) -> int:
         return len(self.areas)
@@ -67,21 +68,28 @@ class Overlaps:
         hits[hits] = rule(exact, first, second)
         return hits
 
-    def neighbours(self, indices: IndexArray) -> Iterator[tuple[IndexArray, IndexArray]]:
-        """Yield pairs (index, object whose bounds intersect its bounds), a few indices at a time."""
-        for start in range(0, len(indices), _LOOKUP):
-            asked = indices[start : start + _LOOKUP]
-            boxes = shapely.box(*self.bounds[asked].T)
-            first, second = self._tree.query(boxes)
-            yield asked[first], second
+    def neighbours(self, indices: IndexArray) -> tuple[IndexArray, IndexArray]:
+        """Return pairs (index, later object whose bounds intersect its bounds), in the order of the indices."""
+        asked, found = self._tree.query(self._tree.geometries[indices])
+        first = indices[asked]
+        later = found > first
+        return first[later], found[later]
 
-    def pairs_among(self, indices: IndexArray) -> tuple[IndexArray, IndexArray]:
-        """Return the pairs (earlier, later) of these objects whose bounds intersect."""
-        bounds = self.bounds[indices]
-        low, high = bounds[:, :2], bounds[:, 2:]
-        meet = ((low[:, None] <= high[None]) & (low[None] <= high[:, None])).all(axis=-1)
-        first, second = np.nonzero(np.triu(meet, 1))
-        return indices[first], indices[second]
+    def num_askable(self, indices: IndexArray) -> int:
+        """Return how many of these objects, from the first, `neighbours` can take in memory linear in all objects."""
+        num_pairs = np.cumsum(self._most_neighbours[indices])
+        return max(1, int(np.searchsorted(num_pairs, max(_QUERY_PAIRS, 4 * len(self)), side="right")))
+
+
+def _most_meetings(spans: FloatArray) -> IndexArray:
+    """Return an upper bound of the number of spans that each span [n, 2] meets, [n]."""
+    if not len(spans):
+        return np.zeros(0, np.int64)
+    origin, extent = spans.min(), np.ptp(spans) or 1.0
+    low, high = ((spans - origin) / extent * (_BINS - 1)).astype(np.int64).T
+    begun = np.cumsum(np.bincount(low, minlength=_BINS))
+    ended = np.cumsum(np.bincount(high + 1, minlength=_BINS + 1))
+    return np.asarray(begun[high] - ended[low])
 
 
 def greedy_nms(overlaps: Overlaps, rule: Rule) -> IndexArray:
@@ -97,22 +105,29 @@ def greedy_nms(overlaps: Overlaps, rule: Rule) -> IndexArray:
         Index of the object that suppressed each object, -1 for those that remain, [n].
     """
     by = np.full(len(overlaps), -1, np.int64)
-    for start in range(0, len(overlaps), _BLOCK):
-        stop = min(start + _BLOCK, len(overlaps))
-        block = start + np.flatnonzero(by[start:stop] < 0)
-        _suppress_within_block(overlaps, rule, block, by)
-        for first, second in overlaps.neighbours(block[by[block] < 0]):
-            open_pairs = (second >= stop) & (by[second] < 0)
-            first, second = first[open_pairs], second[open_pairs]
-            hits = overlaps.hits(rule, first, second)
-            # Written in reverse, so that the best of several suppressors is kept.
-            by[second[hits][::-1]] = first[hits][::-1]
+    start, num = 0, 1
+    while start < len(overlaps):
+        block = start + np.flatnonzero(by[start : start + num] < 0)
+        asked = block[: overlaps.num_askable(block)]
+        stop = start + num if len(asked) == len(block) else int(block[len(asked)])
+        _suppress_by_block(overlaps, rule, asked, stop, by)
+        # Blocks grow from a single object: in a crowd, the first few suppress most others, which aren't asked then.
+        start, num = stop, 2 * (stop - start)
     return by
 
 
-def _suppress_within_block(overlaps: Overlaps, rule: Rule, block: IndexArray, by: IndexArray) -> None:
-    first, second = overlaps.pairs_among(block)
-    hits = overlaps.hits(rule, first, second)
-    for better, worse in zip(first[hits].tolist(), second[hits].tolist(), strict=True):
+def _suppress_by_block(overlaps: Overlaps, rule: Rule, block: IndexArray, stop: int, by: IndexArray) -> None:
+    """Suppress the objects of a block, which ends before `stop`, by one another, then all later ones."""
+    first, second = overlaps.neighbours(block)
+    open_pairs = by[second] < 0
+    first, second = first[open_pairs], second[open_pairs]
+    within = second < stop
+    hits = overlaps.hits(rule, first[within], second[within])
+    for better, worse in zip(first[within][hits].tolist(), second[within][hits].tolist(), strict=True):
         if by[better] < 0 and by[worse] < 0:
             by[worse] = better
+    beyond = ~within & (by[first] < 0)
+    first, second = first[beyond], second[beyond]
+    hits = overlaps.hits(rule, first, second)
+    # Written in reverse, so that the best of several suppressors is kept.
+    by[second[hits][::-1]] = first[hits][::-1]

@@ -1,3 +1,5 @@
+from collections.abc import Callable
+
 import numpy as np
 import pytest
 import shapely
@@ -41,9 +43,9 @@ def naive(polygons: np.ndarray, threshold: float) -> list[int]:
     num=st.integers(1, 60),
     spread=st.sampled_from([2, 10, 40]),
     threshold=st.floats(0.1, 0.8),
-    block=st.integers(1, 70),
+    pairs=st.integers(1, 400),
 )
-def test_blocks_of_a_crowd_suppress_as_one_by_one(kind, seed, num, spread, threshold, block) -> None:
+def test_blocks_of_a_crowd_suppress_as_one_by_one(kind, seed, num, spread, threshold, pairs) -> None:
     geometry = crowd(kind, seed, num, spread)
     overlaps = Overlaps(kind, geometry)
 
@@ -51,11 +53,67 @@ def test_blocks_of_a_crowd_suppress_as_one_by_one(kind, seed, num, spread, thres
         return shared > threshold * (overlaps.areas[first] + overlaps.areas[second] - shared)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("perf_vit.geometry.nms._BLOCK", block)
-        patch.setattr("perf_vit.geometry.nms._LOOKUP", 3)
+        patch.setattr("perf_vit.geometry.nms._QUERY_PAIRS", pairs)
         patch.setattr("perf_vit.geometry.nms._PAIRS", 7)
         got = greedy_nms(overlaps, same)
     assert got.tolist() == naive(object_polygons(kind, geometry), threshold)
+
+
+def greedy_by_loops(boxes: np.ndarray, suppresses: Callable[[float, int, int], bool]) -> list[int]:
+    """Compare each box with all better ones that remain, best first."""
+    by: list[int] = []
+    for worse, (left, top, right, bottom) in enumerate(boxes.tolist()):
+        better = [other for other in range(worse) if by[other] < 0]
+        shared = [
+            max(0, min(right, boxes[other, 2]) - max(left, boxes[other, 0]))
+            * max(0, min(bottom, boxes[other, 3]) - max(top, boxes[other, 1]))
+            for other in better
+        ]
+        by.append(next((o for o, area in zip(better, shared, strict=True) if suppresses(area, o, worse)), -1))
+    return by
+
+
+@st.composite
+def awkward_boxes(draw) -> np.ndarray:
+    # Small whole numbers: many boxes are alike, touch, or have no width or height.
+    place, side = st.integers(-3, 3), st.integers(0, 3)
+    corners = draw(st.lists(st.tuples(place, place, side, side), max_size=40))
+    scale, shift = draw(st.sampled_from([(1, 0), (1e-320, 0), (1e-9, 1e6), (1e12, 0)]))
+    boxes = np.array([[x, y, x + width, y + height] for x, y, width, height in corners], float).reshape(-1, 4)
+    far = draw(st.lists(st.sampled_from([0.0, 1e3, 1e7]), min_size=len(boxes), max_size=len(boxes)))
+    return (boxes + np.array(far)[:, None]) * scale + shift
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    boxes=awkward_boxes(), of_smaller=st.booleans(), num_classes=st.integers(1, 3), pairs=st.sampled_from([1, 9, 1_000])
+)
+def test_boxes_alike_touching_and_without_area_suppress_as_one_by_one(boxes, of_smaller, num_classes, pairs) -> None:
+    overlaps, labels = Overlaps("boxes", boxes), np.arange(len(boxes)) % num_classes
+    areas = overlaps.areas
+
+    def rule(shared, first, second):
+        union = areas[first] + areas[second] - shared
+        whole = np.minimum(areas[first], areas[second]) if of_smaller else union
+        return (labels[first] == labels[second]) & (shared > 0.3 * whole)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("perf_vit.geometry.nms._QUERY_PAIRS", pairs)
+        assert greedy_nms(overlaps, rule).tolist() == greedy_by_loops(boxes, rule)
+
+
+@pytest.mark.parametrize("pairs", [1, 20_000])
+def test_queries_return_no_more_pairs_than_allowed(pairs, monkeypatch) -> None:
+    monkeypatch.setattr("perf_vit.geometry.nms._QUERY_PAIRS", pairs)
+    # A hundred boxes far apart, then a heap that is ten times as large.
+    boxes = np.concatenate([crowd("boxes", 0, 100, 10_000), crowd("boxes", 1, 1_000, 5)])
+    overlaps = Overlaps("boxes", boxes)
+    allowed, start = max(pairs, 4 * len(boxes)), 0
+    while start < len(boxes):
+        asked = np.arange(start, len(boxes))
+        asked = asked[: overlaps.num_askable(asked)]
+        assert len(overlaps.neighbours(asked)[0]) <= allowed
+        start += len(asked)
 
 
 def test_only_what_stands_suppresses() -> None:

@@ -9,9 +9,16 @@ libraries were loaded and when the objects to join were there, too.
 - crowded: a hundred places, each with a thousand slightly shifted copies of one object.
 - heap: all objects are shifted copies of a single one.
 - tangle: long thin objects at random angles in a small part of the scene; bounds meet often, outlines match seldom.
+
+    python tools/benchmarks/merge_objects.py --suppression
+
+times the suppression alone, of the boxes of one of three classes, where the intersection is at least .3 of the smaller
+box. With SAHI (`pip install sahi`), its numpy backend is timed in turns with it, and must keep the same boxes.
 """
 
 import argparse
+import gc
+import statistics
 import subprocess
 import sys
 import time
@@ -21,6 +28,7 @@ import shapely
 
 from perf_vit.geometry import Objects
 from perf_vit.geometry.boxes import oriented_box_corners
+from perf_vit.geometry.nms import Overlaps, greedy_nms
 from perf_vit.inference import ObjectStitcher
 from perf_vit.tiling import grid_windows
 from perf_vit.types import Window
@@ -28,6 +36,9 @@ from perf_vit.types import Window
 KINDS = ("boxes", "oriented_boxes", "polygons")
 CASES = ("spread", "crowded", "heap", "tangle")
 SIZE, WINDOW, OVERLAP = 40_000, 1_024, 128
+RUNS = 7
+# Of intersection over the smaller area.
+SMALLER = 0.3
 
 
 def main() -> None:
@@ -35,9 +46,13 @@ def main() -> None:
     parser.add_argument("--num", type=int, default=100_000, help="objects that the windows give")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--one", nargs=2, metavar=("CASE", "KIND"), help="run one case in this process")
+    parser.add_argument("--suppression", action="store_true", help="time the suppression of boxes alone")
     args = parser.parse_args()
     if args.one:
         print(measure(*args.one, args.num, args.seed))
+        return
+    if args.suppression:
+        compare_suppression(args.num // 3, args.seed)
         return
     print(
         "| case | objects | in | out | merge, s | CPU, s | peak RSS, MB | before, MB | libraries alone, MB |",
@@ -71,6 +86,51 @@ def measure(case: str, kind: str, num: int, seed: int) -> str:
     num_in = sum(len(rows) for _, rows in parts)
     memory = f"{peak_mb():.0f} | {before:.0f} | {libraries:.0f}"
     return f"| {case} | {kind} | {num_in:,} | {len(found):,} | {seconds:.1f} | {cpu:.1f} | {memory} |"
+
+
+def compare_suppression(num: int, seed: int) -> None:
+    suppressors = {"perf_vit": suppress}
+    try:
+        from sahi.postprocess.backends import set_postprocess_backend
+        from sahi.postprocess.combine import nms
+    except ImportError:
+        pass
+    else:
+        set_postprocess_backend("numpy")
+        suppressors["SAHI"] = lambda boxes, scores: np.array(
+            nms(np.column_stack([boxes, scores, np.zeros(len(scores))]), "IOS", SMALLER)
+        )
+    print("| case | boxes | remain |", " | ".join(f"{name}, CPU s" for name in suppressors), "|")
+    print("|---|---|---|" + "---|" * len(suppressors))
+    for case in CASES:
+        rng = np.random.default_rng(seed)
+        boxes = as_kind(CENTERED[case](rng, 2 * num), "boxes")
+        boxes = boxes[np.sort(rng.permutation(len(boxes))[:num])]
+        scores = rng.random(len(boxes))
+        seconds, kept = in_turns(suppressors, boxes, scores)
+        print(f"| {case} | {len(boxes):,} | {kept:,} |", " | ".join(f"{each:.3f}" for each in seconds), "|", flush=True)
+
+
+def in_turns(suppressors: dict, boxes: np.ndarray, scores: np.ndarray) -> tuple[list[float], int]:
+    """Median CPU seconds of each, and the number of boxes that all keep."""
+    seconds, kept = {name: [] for name in suppressors}, {}
+    # A collection that falls into one of the calls takes several times as long as the call.
+    gc.disable()
+    for _ in range(RUNS):
+        for name, function in suppressors.items():
+            start = time.process_time()
+            kept[name] = np.sort(function(boxes, scores)).tolist()
+            seconds[name].append(time.process_time() - start)
+    assert all(each == kept["perf_vit"] for each in kept.values()), "they keep different boxes"
+    return [statistics.median(each) for each in seconds.values()], len(kept["perf_vit"])
+
+
+def suppress(boxes: np.ndarray, scores: np.ndarray) -> np.ndarray:
+    order = np.argsort(-scores, kind="stable")
+    overlaps = Overlaps("boxes", boxes[order])
+    areas = overlaps.areas
+    by = greedy_nms(overlaps, lambda shared, a, b: shared >= SMALLER * np.minimum(areas[a], areas[b]))
+    return order[by < 0]
 
 
 def spread(rng: np.random.Generator, num: int) -> np.ndarray:
