@@ -9,6 +9,7 @@ from pathlib import PurePath
 from typing import TYPE_CHECKING, Any
 
 from perf_vit._version import __version__
+from perf_vit.threads import wait_passively
 
 if TYPE_CHECKING:
     from perf_vit import ops
@@ -35,6 +36,7 @@ __all__ = [
     "predict",
     "save_converted",
     "train",
+    "wait_passively",
 ]
 
 _LAZY = {

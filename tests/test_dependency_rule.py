@@ -12,6 +12,7 @@ LEVELS = {
     "types": 0,
     "errors": 0,
     "text": 0,
+    "threads": 0,
     "registry": 0,
     # Above errors, which they raise, and below all else.
     "config": 1,

@@ -22,6 +22,7 @@ CONTRACT = {
         "predict",
         "save_converted",
         "train",
+        "wait_passively",
     ],
     "perf_vit.ops": ["KVState", "draw_projection", "clustered_attention", "favor_attention"],
     "perf_vit.tiling": ["BLENDS", "grid_windows", "random_window", "register_blend"],

@@ -16,6 +16,7 @@ from perf_vit.cli.convert_and_info import convert, demo, info
 from perf_vit.cli.predict import evaluate, predict
 from perf_vit.cli.train import distill, fit_tile, train
 from perf_vit.errors import DataWarning, PerfVitError
+from perf_vit.threads import wait_passively
 from perf_vit.workflows.progress import note_to_stdout, say, say_line, show_any_text
 
 __all__ = ["app", "run"]
@@ -49,6 +50,7 @@ def _options(
 
 def run(args: list[str] | None = None) -> None:
     """Run the command line and exit: 0 when all went well, 2 with one line on stderr for what a user can mend."""
+    wait_passively()
     show_any_text()
     note_to_stdout()
     sys.unraisablehook = _unraisable

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from functools import lru_cache
@@ -24,6 +25,7 @@ __all__ = [
     "EpochDataModule",
     "EpochLoader",
     "EpochSampler",
+    "ShareLoader",
     "ShareSampler",
     "TileBatch",
     "collate_tiles",
@@ -98,6 +100,37 @@ def collate_tiles(samples: Sequence[tuple[Tensor, ...]]) -> Any:
     return *(default_collate(list(part)) for part in parts), None if all_valid else default_collate(list(valid))
 
 
+def _compute_in_one_thread(worker: int) -> None:
+    """Keep a loader process to one core, as torch does for its own threads there."""
+    # OpenCV, which the augmentation uses, would start a thread for each core.
+    opencv = sys.modules.get("cv2")
+    if opencv is not None:
+        opencv.setNumThreads(1)
+
+
+class ShareLoader(DataLoader[Any]):
+    """Loader of all samples of a dataset in order, see `ShareSampler`.
+
+    Args:
+        dataset: Dataset to load.
+        batch_size: Number of samples per batch.
+        num_workers: Number of loader processes; 0 loads in the validating process.
+        collate_fn: Function that collates a list of samples.
+    """
+
+    def __init__(
+        self, dataset: Any, *, batch_size: int, num_workers: int, collate_fn: Callable[[list[Any]], Any]
+    ) -> None:
+        super().__init__(
+            dataset,
+            batch_size=batch_size,
+            sampler=ShareSampler(len(dataset)),
+            num_workers=num_workers,
+            collate_fn=collate_fn,
+            worker_init_fn=_compute_in_one_thread,
+        )
+
+
 class EpochLoader(DataLoader[Any]):
     """Loader of batches, one epoch after another.
 
@@ -131,6 +164,7 @@ class EpochLoader(DataLoader[Any]):
             persistent_workers=num_workers > 0,
             collate_fn=collate_fn,
             drop_last=drop_last,
+            worker_init_fn=_compute_in_one_thread,
         )
         self.num_given = 0
         self.num_skipped = 0

@@ -13,7 +13,7 @@ from perf_vit.data.augmentation import make_augmentation, make_stain_jitter
 from perf_vit.data.base import (
     EpochDataModule,
     EpochLoader,
-    ShareSampler,
+    ShareLoader,
     collate_tiles,
     given_normalizer,
     measure_bands,
@@ -146,10 +146,9 @@ class ClassificationDataModule(EpochDataModule):
 
     def val_dataloader(self) -> DataLoader[ClassificationSample]:
         """Return the loader of the validation images, in order."""
-        return DataLoader(
+        return ShareLoader(
             self.val,
             batch_size=self.batch_size,
-            sampler=ShareSampler(len(self.val)),
             num_workers=self.num_workers,
             collate_fn=collate_tiles,
         )

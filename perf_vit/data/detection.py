@@ -13,7 +13,7 @@ from perf_vit.data.augmentation import make_stain_jitter, pixel_sizes
 from perf_vit.data.base import (
     EpochDataModule,
     EpochLoader,
-    ShareSampler,
+    ShareLoader,
     given_normalizer,
     measure_bands,
     sample_images,
@@ -145,10 +145,9 @@ class DetectionDataModule(EpochDataModule):
 
     def val_dataloader(self) -> DataLoader[DetectionBatch]:
         """Return the loader of the validation tiles, in order."""
-        return DataLoader(
-            self.val,  # type: ignore[arg-type]
+        return ShareLoader(
+            self.val,
             batch_size=self.batch_size,
-            sampler=ShareSampler(len(self.val)),
             num_workers=self.num_workers,
             collate_fn=collate_objects,
         )

@@ -16,7 +16,7 @@ from perf_vit.data.augmentation import make_augmentation, make_stain_jitter, pix
 from perf_vit.data.base import (
     EpochDataModule,
     EpochLoader,
-    ShareSampler,
+    ShareLoader,
     collate_tiles,
     given_normalizer,
     measure_bands,
@@ -104,10 +104,9 @@ class SegmentationDataModule(EpochDataModule):
 
     def val_dataloader(self) -> DataLoader[LabelledTile]:
         """Return the loader of the validation tiles, in order."""
-        return DataLoader(
+        return ShareLoader(
             self.val,
             batch_size=self.batch_size,
-            sampler=ShareSampler(len(self.val)),
             num_workers=self.num_workers,
             collate_fn=collate_tiles,
         )

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from perf_vit.data.bags import EmbeddingStore, SlideBags, SlideTargets, collate_bags, read_slide_table
-from perf_vit.data.base import EpochDataModule, EpochLoader, ShareSampler
+from perf_vit.data.base import EpochDataModule, EpochLoader, ShareLoader
 from perf_vit.data.config import BaseDataConfig, SplitConfig, check_base
 from perf_vit.errors import ConfigError
 
@@ -123,10 +123,9 @@ class SlideClassificationDataModule(EpochDataModule):
 
     def val_dataloader(self) -> DataLoader[BagBatch]:
         """Return the loader of the validation slides, in order and one per batch, as bags may be large."""
-        return DataLoader(
-            self.val,  # type: ignore[arg-type]
+        return ShareLoader(
+            self.val,
             batch_size=1,
-            sampler=ShareSampler(len(self.val)),
             num_workers=self.num_workers,
             collate_fn=collate_bags,
         )

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from perf_vit.data.base import EpochDataModule, EpochLoader, ShareSampler, collate_tiles, given_normalizer
+from perf_vit.data.base import EpochDataModule, EpochLoader, ShareLoader, collate_tiles, given_normalizer
 from perf_vit.data.config import BaseDataConfig, SplitConfig, check_base, image_paths
 from perf_vit.errors import InputError
 from perf_vit.sources import (
@@ -148,10 +148,9 @@ class DistillationDataModule(EpochDataModule):
 
     def val_dataloader(self) -> DataLoader[tuple[Tensor, Tensor]]:
         """Return the loader of the validation crops, in order."""
-        return DataLoader(
+        return ShareLoader(
             self.val,
             batch_size=self.batch_size,
-            sampler=ShareSampler(len(self.val)),
             num_workers=self.num_workers,
             collate_fn=collate_tiles,
         )

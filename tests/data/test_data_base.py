@@ -1,9 +1,12 @@
-"""Which samples each of several processes gets."""
+"""Which samples each of several processes gets, and what the processes that load them may use."""
 
+import cv2
 import pytest
+import torch
+from torch.utils.data import Dataset
 
 from perf_vit.data import base as epochs
-from perf_vit.data.base import EpochDataModule, EpochLoader, ShareSampler
+from perf_vit.data.base import EpochDataModule, EpochLoader, ShareLoader, ShareSampler
 from perf_vit.errors import ConfigError
 
 
@@ -29,3 +32,24 @@ def test_too_few_samples_for_a_batch_of_each_process_are_refused(monkeypatch) ->
     monkeypatch.setattr(epochs, "rank_and_world_size", lambda: (0, 8))
     with pytest.raises(ConfigError, match="8 processes share the 100 samples of an epoch, too few for a batch of 16"):
         data.train_loader(EpochLoader(range(100), batch_size=16, num_workers=0))
+
+
+class _Threads(Dataset):
+    """Samples that say how many threads torch and OpenCV use where they are loaded."""
+
+    def __len__(self) -> int:
+        return 4
+
+    def __getitem__(self, index: int) -> tuple[int, int]:
+        return torch.get_num_threads(), cv2.getNumThreads()
+
+
+@pytest.mark.parametrize("loader", [EpochLoader, ShareLoader])
+def test_a_loader_process_computes_in_one_thread(loader) -> None:
+    before = cv2.getNumThreads()
+    cv2.setNumThreads(3)
+    try:
+        batches = list(loader(_Threads(), batch_size=2, num_workers=2, collate_fn=list))
+    finally:
+        cv2.setNumThreads(before)
+    assert batches == [[(1, 1), (1, 1)]] * 2

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import mapping_many
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -99,6 +100,11 @@ def test_an_error_in_a_pool_is_the_error_itself(pool) -> None:
 
 
 @pytest.mark.slow
+def test_a_worker_computes_in_one_thread(pool) -> None:
+    assert list(pool.map(_num_threads, [0])) == [(0, 1)]
+
+
+@pytest.mark.slow
 def test_a_worker_that_dies_is_replaced_and_one_that_dies_always_is_an_error(pool, tmp_path) -> None:
     assert sorted(pool.map(partial(_die_once, tmp_path), range(3))) == [(0, 0), (1, 2), (2, 4)]
     with pytest.raises(PerfVitError, match="a Ray worker died"):
@@ -121,6 +127,10 @@ def _refuse_three(number: int) -> int:
     if number == 3:
         raise InputError("no 3")
     return number
+
+
+def _num_threads(number: int) -> int:
+    return torch.get_num_threads()
 
 
 def _die_once(folder: Path, number: int) -> int:
