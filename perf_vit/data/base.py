@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -102,7 +103,8 @@ def collate_tiles(samples: Sequence[tuple[Tensor, ...]]) -> Any:
 
 def _compute_in_one_thread(worker: int) -> None:
     """Keep a loader process to one core, as torch does for its own threads there."""
-    # OpenCV, which the augmentation uses, would start a thread for each core.
+    # GDAL decodes JPEG 2000, and OpenCV augments, with a thread for each core by default.
+    os.environ.setdefault("GDAL_NUM_THREADS", "1")
     opencv = sys.modules.get("cv2")
     if opencv is not None:
         opencv.setNumThreads(1)

@@ -3,6 +3,7 @@
 import cv2
 import pytest
 import torch
+from rasterio.env import get_gdal_config
 from torch.utils.data import Dataset
 
 from perf_vit.data import base as epochs
@@ -35,21 +36,22 @@ def test_too_few_samples_for_a_batch_of_each_process_are_refused(monkeypatch) ->
 
 
 class _Threads(Dataset):
-    """Samples that say how many threads torch and OpenCV use where they are loaded."""
+    """Samples that say how many threads torch, OpenCV and GDAL use where they are loaded."""
 
     def __len__(self) -> int:
         return 4
 
-    def __getitem__(self, index: int) -> tuple[int, int]:
-        return torch.get_num_threads(), cv2.getNumThreads()
+    def __getitem__(self, index: int) -> tuple[int, int, str | None]:
+        return torch.get_num_threads(), cv2.getNumThreads(), get_gdal_config("GDAL_NUM_THREADS", normalize=False)
 
 
 @pytest.mark.parametrize("loader", [EpochLoader, ShareLoader])
-def test_a_loader_process_computes_in_one_thread(loader) -> None:
+def test_a_loader_process_computes_in_one_thread(loader, monkeypatch) -> None:
+    monkeypatch.delenv("GDAL_NUM_THREADS", raising=False)
     before = cv2.getNumThreads()
     cv2.setNumThreads(3)
     try:
         batches = list(loader(_Threads(), batch_size=2, num_workers=2, collate_fn=list))
     finally:
         cv2.setNumThreads(before)
-    assert batches == [[(1, 1), (1, 1)]] * 2
+    assert batches == [[(1, 1, "1")] * 2] * 2
