@@ -103,8 +103,8 @@ def started(way: Way, model_name: str, weights: Path, size: int) -> Iterator[sub
             f"import sys; sys.path[0] = {str(Path(__file__).parent)!r}\nimport busy_machine\n{START[way]}"
         )
         command = [sys.executable, str(script), model_name, str(weights), str(size)]
-        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
-        process = subprocess.Popen(command, env=environment, **pipes)
+        pipe = subprocess.PIPE
+        process = subprocess.Popen(command, env=environment, stdin=pipe, stdout=pipe, text=True)
         try:
             assert process.stdout is not None
             assert process.stdout.readline() == "ready\n"
