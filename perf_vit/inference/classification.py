@@ -2,20 +2,37 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from contextlib import closing
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from perf_vit.data import collate_tiles, image_tile, middle_window
-from perf_vit.errors import InputError
 from perf_vit.inference.jobs.table_job import TableJob
 from perf_vit.inference.options import ClassificationPredictOptions
+from perf_vit.inference.prefetch import to_device
 from perf_vit.inference.table_predictor import Rows, TablePredictor
-from perf_vit.models import Classifier, load_classifier
+from perf_vit.models import Classifier, InputCheck, load_classifier
 
 __all__ = ["ClassificationPredictor"]
+
+
+@dataclass(frozen=True, slots=True)
+class _Tile:
+    """Tile of an image.
+
+    Attributes:
+        pixels: Standardised pixels, [C, tile_px, tile_px].
+        valid: Valid pixels, bool [tile_px, tile_px].
+        problem: Difference of the image from the training images; None for none.
+    """
+
+    pixels: Tensor
+    valid: Tensor
+    problem: str | None
 
 
 class ClassificationPredictor(TablePredictor[Classifier, ClassificationPredictOptions]):
@@ -31,21 +48,21 @@ class ClassificationPredictor(TablePredictor[Classifier, ClassificationPredictOp
             paths=paths, out=Path(out), settings=self.model_settings, options=self.options, device=self.device
         )
 
-    def rows(self, folder: Path, paths: Sequence[str]) -> Rows:
-        """The rows of some images; see `TablePredictor.rows`."""
-        rows: dict[str, list[str] | InputError] = {}
-        tiles: dict[str, tuple[Tensor, Tensor]] = {}
-        for path in paths:
-            try:
-                tiles[path] = self._tile(path)
-            except InputError as error:
-                rows[path] = error
-                if self.options.on_error == "stop":
-                    break
-        if tiles:
-            scores = self.scores(*collate_tiles(list(tiles.values()))).tolist()
-            rows |= {path: self._row(found) for path, found in zip(tiles, scores, strict=True)}
-        return rows
+    def read_input(self, path: str) -> _Tile:
+        """Read the tile of an image; see `TablePredictor.read_input`."""
+        spec = self.model.spec
+        with closing(spec.open(path, check=InputCheck(None))) as source:
+            window = None if spec.resize else middle_window(source, spec.tile_px)
+            pixels, valid = image_tile(source, spec.normalizer, spec.tile_px, window)
+            return _Tile(torch.from_numpy(pixels), torch.from_numpy(valid), self.check_input.problem(source))
+
+    def rows(self, folder: Path, inputs: Mapping[str, _Tile]) -> Rows:
+        """Compute the rows of some images; see `TablePredictor.rows`."""
+        for tile in inputs.values():
+            self.check_input.warn(tile.problem)
+        tiles = [(tile.pixels, tile.valid) for tile in inputs.values()]
+        scores = self.scores(*collate_tiles(tiles)).tolist()
+        return {path: self._row(found) for path, found in zip(inputs, scores, strict=True)}
 
     def scores(self, tiles: Tensor, valid: Tensor | None) -> Tensor:
         """Probabilities or targets [B, K], on the CPU.
@@ -58,7 +75,7 @@ class ClassificationPredictor(TablePredictor[Classifier, ClassificationPredictOp
         dtype = self.options.dtype
         autocast = torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32)
         with torch.inference_mode(), autocast:
-            logits = self.model(tiles.to(device), None if valid is None else valid.to(device))
+            logits = self.model(to_device(tiles, device), None if valid is None else valid.to(device))
         return self.model.scores(logits).cpu()
 
     @property
@@ -67,16 +84,6 @@ class ClassificationPredictor(TablePredictor[Classifier, ClassificationPredictOp
         spec = self.model.spec
         leading = {"single_label": ["prediction"], "multilabel": ["predictions"], "regression": []}[spec.kind]
         return ["image", *leading, *spec.classes]
-
-    def _tile(self, path: str) -> tuple[Tensor, Tensor]:
-        spec = self.model.spec
-        source = spec.open(path, check=self.check_input)
-        try:
-            window = None if spec.resize else middle_window(source, spec.tile_px)
-            pixels, valid = image_tile(source, spec.normalizer, spec.tile_px, window)
-            return torch.from_numpy(pixels), torch.from_numpy(valid)
-        finally:
-            source.close()
 
     def _row(self, scores: list[float]) -> list[str]:
         spec = self.model.spec

@@ -21,7 +21,7 @@ from perf_vit.geometry import Objects
 from perf_vit.geometry.objects import ObjectKind
 from perf_vit.inference.jobs.journal import LineLog
 from perf_vit.inference.merge_objects import ObjectStitcher
-from perf_vit.inference.prefetch import Reads, Tile, read_ahead, takes_valid, valid_pixels
+from perf_vit.inference.prefetch import Reads, Tile, read_ahead, takes_valid, to_device, valid_pixels
 from perf_vit.tiling import grid_windows
 from perf_vit.types import Detections, GeoImage, Window
 
@@ -122,7 +122,7 @@ def _forward(
     if not tiles:
         return []
     pixels = np.stack([tile.pixels for tile in tiles if tile.pixels is not None])
-    batch = torch.from_numpy(pixels).to(device, non_blocking=True)
+    batch = to_device(torch.from_numpy(pixels), device)
     valid = valid_pixels(tiles) if takes_valid(model) else None
     autocast = torch.autocast(batch.device.type, dtype=precision, enabled=precision != torch.float32)
     with torch.inference_mode(), autocast:

@@ -46,6 +46,7 @@ class PredictOptions:
 
     Attributes:
         batch_size: Windows or images in a forward pass.
+        num_readers: Threads that read ahead.
         device: "auto" for a GPU if there is one, "cpu", "cuda", "cuda:1", "mps".
         precision: "32", or "bf16" or "16" for autocast.
         on_error: "stop" at pixels or inputs that can't be read, or "skip" them.
@@ -58,6 +59,7 @@ class PredictOptions:
     """
 
     batch_size: int = 1
+    num_readers: int = 2
     device: str = "auto"
     precision: Precision = "32"
     on_error: OnError = "stop"
@@ -68,6 +70,7 @@ class PredictOptions:
         _check_choice(self, "precision", get_args(Precision))
         _check_choice(self, "on_error", get_args(OnError))
         _check_positive(self, "batch_size")
+        _check_positive(self, "num_readers")
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values of JSON."""
@@ -86,20 +89,10 @@ class PredictOptions:
 
 
 @dataclass(frozen=True, kw_only=True)
-class _ReadAheadOptions(PredictOptions):
-    num_readers: int = 2
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        _check_positive(self, "num_readers")
-
-
-@dataclass(frozen=True, kw_only=True)
-class WindowedPredictOptions(_ReadAheadOptions):
+class WindowedPredictOptions(PredictOptions):
     """Options of predictions in overlapping windows.
 
     Attributes:
-        num_readers: Threads that read ahead.
         window_size: Side of a window in pixels; the training tile's by default.
         overlap: Pixels that neighbouring windows share; a quarter of the window by default.
         crs: CRS to read rasters in; their own by default.
@@ -205,11 +198,10 @@ class ClassificationPredictOptions(PredictOptions):
 
 
 @dataclass(frozen=True, kw_only=True)
-class SlideClassificationPredictOptions(_ReadAheadOptions):
+class SlideClassificationPredictOptions(PredictOptions):
     """Options of slide classification.
 
     Attributes:
-        num_readers: Threads that read ahead.
         slide_mpp: Micrometres per pixel of a slide's level 0, where the file doesn't say.
         tissue: "otsu" or a GeoJSON file of polygons: the part of a slide that is read.
     """

@@ -1,4 +1,4 @@
-"""Windows read ahead of the model, by a few threads, in order."""
+"""Reading ahead of the model in threads, and the transfer of what was read to the device."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Callable, Generator, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import islice
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -18,9 +18,13 @@ from torch import Tensor, nn
 from perf_vit.errors import DamagedDataError
 from perf_vit.types import BoolArray, GeoImage, Source, Window
 
-__all__ = ["Reads", "SalvagingReader", "Tile", "read_ahead", "takes_valid", "valid_pixels"]
+__all__ = ["Reads", "SalvagingReader", "Tile", "load_ahead", "read_ahead", "takes_valid", "to_device", "valid_pixels"]
 
 FloatArray = npt.NDArray[np.float32]
+
+Item = TypeVar("Item")
+
+Loaded = TypeVar("Loaded")
 
 # Side of the smallest piece that a damaged window is read in: a tile of most files is no smaller.
 _SALVAGE_PX = 64
@@ -48,6 +52,35 @@ class Tile:
     pixels: FloatArray | None
 
 
+def load_ahead(
+    items: Iterable[Item], load: Callable[[Item], Loaded], *, num_threads: int, depth: int
+) -> Generator[Loaded, None, None]:
+    """Load items in threads and yield the results in the order of the items, however long each takes.
+
+    Items are taken from their iterable by the caller's thread. A function whose errors concern single items returns
+    them instead of raising them.
+
+    Args:
+        items: Items to load.
+        load: Function that loads an item; called from several threads.
+        num_threads: Number of threads.
+        depth: Maximum number of items that are loaded or being loaded and not yet taken.
+
+    Raises:
+        Exception: Whatever `load` raises, in the item's turn; no further item is loaded.
+    """
+    pool = ThreadPoolExecutor(num_threads, thread_name_prefix="perf_vit-reader")
+    todo = iter(items)
+    try:
+        waiting: deque[Future[Loaded]] = deque(pool.submit(load, item) for item in islice(todo, depth))
+        while waiting:
+            loaded = waiting.popleft().result()
+            waiting.extend(pool.submit(load, item) for item in islice(todo, 1))
+            yield loaded
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
 def read_ahead(
     windows: Iterable[Window],
     source: Reads,
@@ -56,36 +89,36 @@ def read_ahead(
     num_threads: int,
     depth: int,
 ) -> Generator[Tile, None, None]:
-    """Read and normalise windows in threads and give them in their order, however long each takes.
+    """Read and normalise windows of a source in threads and yield a tile per window, in order; see `load_ahead`.
 
     Args:
-        windows: what to read.
-        source: where pixels come from.
-        normalize: pixels to the model's input.
-        num_threads: readers.
-        depth: windows that are held or on their way at most.
-
-    Yields:
-        One tile a window.
+        windows: Windows to read.
+        source: Source of the pixels.
+        normalize: Function from pixels to the model's input.
+        num_threads: Number of threads that read.
+        depth: Maximum number of windows that are held or being read.
 
     Raises:
-        InputError: a window can't be read.
+        InputError: A window can't be read.
     """
 
     def load(window: Window) -> Tile:
         image = source.read(window)
         return Tile(window, image.valid, normalize(image) if image.valid.any() else None)
 
-    pool = ThreadPoolExecutor(num_threads, thread_name_prefix="perf_vit-reader")
-    todo = iter(windows)
-    try:
-        waiting: deque[Future[Tile]] = deque(pool.submit(load, window) for window in islice(todo, depth))
-        while waiting:
-            tile = waiting.popleft().result()
-            waiting.extend(pool.submit(load, window) for window in islice(todo, 1))
-            yield tile
-    finally:
-        pool.shutdown(cancel_futures=True)
+    return load_ahead(windows, load, num_threads=num_threads, depth=depth)
+
+
+def to_device(tiles: Tensor, device: str | torch.device) -> Tensor:
+    """Copy tiles [B, C, h, w] to a device.
+
+    To a GPU, they are copied from pinned memory, while it computes, and laid out channels-last, as its convolutions
+    are fastest on.
+    """
+    device = torch.device(device)
+    if device.type != "cuda":
+        return tiles.to(device)
+    return tiles.pin_memory().to(device, non_blocking=True).contiguous(memory_format=torch.channels_last)
 
 
 def takes_valid(model: Callable[..., Any]) -> bool:

@@ -6,7 +6,7 @@ import hashlib
 import itertools
 import os
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
@@ -22,7 +22,7 @@ from perf_vit.errors import InputError
 from perf_vit.inference.jobs.table_job import TableJob
 from perf_vit.inference.options import SlideClassificationPredictOptions, move_to_device
 from perf_vit.inference.predictor import OnProgress, ignore_progress
-from perf_vit.inference.prefetch import Reads, Tile, read_ahead, takes_valid, valid_pixels
+from perf_vit.inference.prefetch import Reads, Tile, read_ahead, takes_valid, to_device, valid_pixels
 from perf_vit.inference.table_predictor import Rows, TablePredictor
 from perf_vit.models import InputCheck, SlideClassifier, load_slide_classifier
 from perf_vit.plotting import rgb_from, save_png
@@ -91,7 +91,7 @@ def _encoded(encode: Callable[..., Tensor], tiles: Sequence[Tile], device: torch
     assert known is not None, "windows without valid pixels have no features"
     # What isn't valid is 0, the mean.
     pixels = np.stack([np.zeros_like(known) if tile.pixels is None else tile.pixels for tile in tiles])
-    batch = torch.from_numpy(pixels).to(device)
+    batch = to_device(torch.from_numpy(pixels), device)
     valid = valid_pixels(tiles) if takes_valid(encode) else None
     return encode(batch) if valid is None else encode(batch, valid=valid.to(device))
 
@@ -180,34 +180,41 @@ class SlideClassificationPredictor(TablePredictor[SlideClassifier, SlideClassifi
             further_inputs=[] if tissue in (None, "otsu") else [str(tissue)],
         )
 
-    def rows(self, folder: Path, paths: Sequence[str]) -> Rows:
-        """The rows of some slides; their attention goes into the folder. See `TablePredictor.rows`."""
+    def read_input(self, path: str) -> tuple[Window, ...]:
+        """Find the windows of tissue of a slide; see `TablePredictor.read_input`."""
+        spec = self.model.spec
+        with closing(spec.open(path, check=self.check_input, **self.options.input_options)) as source:
+            return tuple(tissue_windows(source, spec.tile_px, spec.min_tissue))
+
+    def rows(self, folder: Path, inputs: Mapping[str, tuple[Window, ...]]) -> Rows:
+        """Compute the rows of some slides; their attention goes into the folder. See `TablePredictor.rows`."""
         rows: dict[str, list[str] | InputError] = {}
-        for path in paths:
+        for path, windows in inputs.items():
             try:
-                rows[path] = self._row(path, folder / _ATTENTION)
+                rows[path] = self._row(path, windows, folder / _ATTENTION)
             except InputError as error:
                 rows[path] = error
         return rows
 
-    def embed(self, path: str, on_window: OnProgress = ignore_progress) -> SlideFeatures:
+    def embed(
+        self, path: str, on_window: OnProgress = ignore_progress, windows: Sequence[Window] | None = None
+    ) -> SlideFeatures:
         """Windows of tissue and their features.
 
         Args:
             path: Slide.
             on_window: Called with (windows done, windows in all).
+            windows: Result of `read_input`; None to find the windows now.
 
         Raises:
             InputError: The slide can't be read, has no tissue, or other channels than those of training.
         """
-        spec = self.model.spec
-        with closing(spec.open(path, check=self.check_input, **self.options.input_options)) as with_tissue:
-            windows = tissue_windows(with_tissue, spec.tile_px, spec.min_tissue)
+        windows = self.read_input(path) if windows is None else windows
         with closing(self.open_with_glass(path)) as source:
             features = embed_windows(
                 self.model.embed,
                 source,
-                spec.normalizer,
+                self.model.spec.normalizer,
                 windows,
                 batch_size=self.options.batch_size,
                 num_readers=self.options.num_readers,
@@ -233,7 +240,12 @@ class SlideClassificationPredictor(TablePredictor[SlideClassifier, SlideClassifi
 
     @property
     def rows_at_once(self) -> int:
-        """Slides of a batch."""
+        """Number of slides in a batch."""
+        return 1
+
+    @property
+    def num_readers(self) -> int:
+        """Number of slides whose tissue is looked for at the same time; more threads read the windows."""
         return 1
 
     def files_of(self, out: Path, done: Sequence[str], paths: Sequence[str], folder: Path) -> dict[Path, Path]:
@@ -248,8 +260,8 @@ class SlideClassificationPredictor(TablePredictor[SlideClassifier, SlideClassifi
         options = {name: value for name, value in self.options.input_options.items() if name != "tissue"}
         return replace(self.model.spec, tissue=None).open(path, check=InputCheck(None), **options)
 
-    def _row(self, path: str, folder: Path) -> list[str]:
-        found = self.embed(path, self.on_window)
+    def _row(self, path: str, windows: Sequence[Window], folder: Path) -> list[str]:
+        found = self.embed(path, self.on_window, windows)
         probabilities, attention = self.classify(found)
         predicted = int(probabilities.argmax())
         self._write_attention(path, found, attention, predicted, folder)

@@ -6,6 +6,7 @@ from abc import abstractmethod
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import closing
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
@@ -16,6 +17,7 @@ from perf_vit.inference.jobs import JobResult
 from perf_vit.inference.jobs.table_job import RowLog, TableJob, write_table
 from perf_vit.inference.options import PredictOptions
 from perf_vit.inference.predictor import OnProgress, Predictor, ignore_progress
+from perf_vit.inference.prefetch import load_ahead
 from perf_vit.inference.ray import RayPool
 
 __all__ = ["TablePredictor"]
@@ -30,7 +32,8 @@ Rows = Mapping[str, list[str] | InputError]
 class TablePredictor(Predictor[Model, Options]):
     """Writes a CSV file with a row an input.
 
-    Rows go into the folder `OUT.partial` as they come, where an interrupted call goes on.
+    Threads read inputs ahead of the model. Rows go into the folder `OUT.partial` as they come, where an interrupted
+    call goes on.
     """
 
     noun: ClassVar[str] = "images"
@@ -76,12 +79,20 @@ class TablePredictor(Predictor[Model, Options]):
         return JobResult(made=True, out=job.out, num_rows=len(log.rows), failed=failed)
 
     @abstractmethod
-    def rows(self, folder: Path, paths: Sequence[str]) -> Rows:
-        """The rows of a batch of inputs, without the columns of path and error.
+    def read_input(self, path: str) -> Any:
+        """Read what the row of an input is computed from; called from several threads.
+
+        Raises:
+            InputError: The input can't be read, or doesn't fit the model.
+        """
+
+    @abstractmethod
+    def rows(self, folder: Path, inputs: Mapping[str, Any]) -> Rows:
+        """Compute the rows of a batch of inputs, without the columns of path and error.
 
         Args:
             folder: Where files of single rows go until the table is finished.
-            paths: Inputs.
+            inputs: Result of `read_input` by path; at least one.
         """
 
     @property
@@ -108,20 +119,57 @@ class TablePredictor(Predictor[Model, Options]):
         return {}
 
     def _computed(self, paths: Sequence[str], folder: Path, pool: RayPool | None) -> Iterator[Rows]:
+        if pool is None:
+            yield from self._rows_here(folder, paths)
+            return
         size = self.rows_at_once
         batches = (paths[start : start + size] for start in range(0, len(paths), size))
-        if pool is None:
-            yield from map(partial(self.rows, folder), batches)
-            return
         results: Generator[Any, None, None] = pool.map(partial(self._rows_from, folder, Path.cwd()), batches)
         with closing(results):
             yield from (rows for _, rows in results)
 
+    def _rows_here(self, folder: Path, paths: Sequence[str]) -> Iterator[Rows]:
+        """Compute the rows of inputs batch by batch; the next batch is read meanwhile."""
+        # Before several threads need it, as each would make one of its own.
+        _ = self.check_input
+        size, num_readers = self.rows_at_once, self.num_readers
+        inputs = load_ahead(paths, self._attempted, num_threads=num_readers, depth=2 * size + num_readers)
+        with closing(inputs):
+            while batch := list(islice(inputs, size)):
+                yield self._rows_of(folder, batch)
+
+    def _attempted(self, path: str) -> tuple[str, Any]:
+        """Read an input; its error is a result like any other, which costs no other row."""
+        try:
+            return path, self.read_input(path)
+        except InputError as error:
+            return path, error
+
+    def _rows_of(self, folder: Path, inputs: Sequence[tuple[str, Any]]) -> Rows:
+        """Compute the rows of a batch, up to the first error if that ends the call."""
+        found: dict[str, Any] = {}
+        failed: dict[str, InputError] = {}
+        for path, each in inputs:
+            if not isinstance(each, InputError):
+                found[path] = each
+                continue
+            failed[path] = each
+            if self.options.on_error == "stop":
+                break
+        return {**(self.rows(folder, found) if found else {}), **failed}
+
     def _rows_from(self, folder: Path, start: Path, paths: Sequence[str]) -> Rows:
-        """The rows of inputs whose paths are relative to a folder, as workers stand in other ones."""
+        """Compute the rows of inputs whose paths are relative to a folder, as workers stand in other ones."""
         places = {path: str(start / path) if (start / path).exists() else path for path in paths}
-        rows = self.rows(folder, list(dict.fromkeys(places.values())))
+        rows: dict[str, list[str] | InputError] = {}
+        for each in self._rows_here(folder, list(dict.fromkeys(places.values()))):
+            rows |= each
         return {path: rows[place] for path, place in places.items() if place in rows}
+
+    @property
+    def num_readers(self) -> int:
+        """Number of inputs that are read at the same time."""
+        return self.options.num_readers
 
     @property
     def rows_at_once(self) -> int:

@@ -257,17 +257,26 @@ class InputCheck:
 
     def __call__(self, source: Source) -> None:
         """Check an input; unreadable inputs are ignored here."""
+        self.warn(self.problem(source), stacklevel=4)
+
+    def problem(self, source: Source) -> str | None:
+        """Describe how an input differs, without a warning; None if it doesn't. Several threads may call it."""
         if self._trained is None or self._warned:
-            return
+            return None
         found = [_name_problem(source.band_names, self._trained.names), self._value_problem(source, self._trained)]
-        if problems := [each for each in found if each]:
+        problems = [each for each in found if each]
+        if not problems:
+            return None
+        return (
+            f"{source.path} is not like the images that the model was trained on, so its results may be "
+            f"meaningless: {'; '.join(problems)}; check the order of the bands, their units and scaling"
+        )
+
+    def warn(self, problem: str | None, stacklevel: int = 2) -> None:
+        """Warn of the result of `problem`, unless the check has warned before."""
+        if problem is not None and not self._warned:
             self._warned = True
-            warnings.warn(
-                f"{source.path} is not like the images that the model was trained on, so its results may be "
-                f"meaningless: {'; '.join(problems)}; check the order of the bands, their units and scaling",
-                DataWarning,
-                stacklevel=3,
-            )
+            warnings.warn(problem, DataWarning, stacklevel=stacklevel)
 
     def _value_problem(self, source: Source, trained: InputBands) -> str | None:
         if self._num_looked_at >= _MAX_INPUTS or source.num_bands != len(trained.low):

@@ -203,12 +203,37 @@ def bounded_cache() -> Iterator[None]:
         yield
 
 
-@contextmanager
-def plain_images_allowed() -> Iterator[None]:
+class _PlainImages:
+    """Filter of rasterio's warning, on as long as any thread needs it.
+
+    `warnings.catch_warnings` changes the filters of all threads: one that leaves would take those of the others.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._num_users = 0
+
+    def __enter__(self) -> None:
+        with self._lock:
+            if self._num_users == 0:
+                self._filters = warnings.catch_warnings()
+                self._filters.__enter__()
+                warnings.simplefilter("ignore", NotGeoreferencedWarning)
+            self._num_users += 1
+
+    def __exit__(self, *exception: object) -> None:
+        with self._lock:
+            self._num_users -= 1
+            if self._num_users == 0:
+                self._filters.__exit__(None, None, None)
+
+
+_PLAIN_IMAGES = _PlainImages()
+
+
+def plain_images_allowed() -> AbstractContextManager[None]:
     """Suppress warnings about files without georeference; callers that require one check it."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", NotGeoreferencedWarning)
-        yield
+    return _PLAIN_IMAGES
 
 
 def check_exists(path: str) -> None:

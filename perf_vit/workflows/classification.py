@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from contextlib import closing
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +22,7 @@ from perf_vit.data import (
     read_image_targets,
 )
 from perf_vit.inference import ClassificationPredictOptions, ClassificationPredictor
+from perf_vit.inference.prefetch import load_ahead
 from perf_vit.metrics import ClassificationMetrics, RegisteredMetrics, RegressionScores
 from perf_vit.models import ClassificationSpec
 from perf_vit.tasks import ClassificationTask
@@ -87,14 +90,19 @@ def evaluate_classification(
     views = ClassificationViews(images_seen, spec.normalizer, tile_px=spec.tile_px, resize=spec.resize)
     metrics = ClassificationMetrics(spec.classes, spec.kind)
     registered = RegisteredMetrics(predictor.model.task, spec)
-    with windows_progress(f"evaluating {images.name}", "images") as on_image:
-        for start in range(0, len(views), options.batch_size):
-            stop = min(start + options.batch_size, len(views))
-            tiles, targets, valid = collate_tiles([views[index] for index in range(start, stop)])
+    readers = predictor.num_readers
+    ahead = load_ahead(
+        range(len(views)), views.__getitem__, num_threads=readers, depth=2 * options.batch_size + readers
+    )
+    done = 0
+    with windows_progress(f"evaluating {images.name}", "images") as on_image, closing(ahead) as samples:
+        while batch := list(islice(samples, options.batch_size)):
+            tiles, targets, valid = collate_tiles(batch)
             found = predictor.scores(tiles, valid)
             metrics.update(found, targets)
             registered.update(found, targets)
-            on_image(stop, len(views))
+            done += len(batch)
+            on_image(done, len(views))
     title = f"{images.name} against {labels.name if labels else 'its folders'}"
     scores = metrics.summary(with_curves=True)
     if isinstance(scores, RegressionScores):

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Generator, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,6 +13,7 @@ import torch
 from perf_vit.data import (
     EmbeddingStore,
     SlideClassificationDataModule,
+    SlideFeatures,
     SlideTargets,
     given_normalizer,
     read_slide_table,
@@ -19,6 +21,7 @@ from perf_vit.data import (
 )
 from perf_vit.errors import ConfigError
 from perf_vit.inference import SlideClassificationPredictOptions, SlideClassificationPredictor
+from perf_vit.inference.prefetch import load_ahead
 from perf_vit.metrics import ClassificationMetrics, ClassificationScores, RegisteredMetrics
 from perf_vit.models import InputBands, SlideClassificationSpec, SlideClassifier, pretrained_statistics
 from perf_vit.sources import open_input
@@ -114,15 +117,14 @@ def evaluate_slide_classification(
     store = None if checkpoint is None else _store(predictor.model, checkpoint.absolute().parents[1] / _EMBEDDINGS)
     metrics = ClassificationMetrics(spec.classes, "single_label")
     registered = RegisteredMetrics("slide_classification", spec)
-    for number, (path, label) in enumerate(zip(targets.paths, targets.labels.tolist(), strict=True), 1):
-        if store is not None and store.has(path):
-            found = store.read(path)
-        else:
-            with windows_progress(f"slide {number} of {len(targets)}") as on_window:
-                found = predictor.embed(path, on_window)
-        probabilities, _ = predictor.classify(found)
-        for each in (metrics, registered):
-            each.update(torch.from_numpy(probabilities)[None], torch.tensor([label]))
+    stored = [store is not None and store.has(path) for path in targets.paths]
+    missing = [path for path, is_stored in zip(targets.paths, stored, strict=True) if not is_stored]
+    with closing(_embedded(predictor, missing)) as embedded:
+        for path, label, is_stored in zip(targets.paths, targets.labels.tolist(), stored, strict=True):
+            found = store.read(path) if store is not None and is_stored else next(embedded)
+            probabilities, _ = predictor.classify(found)
+            for each in (metrics, registered):
+                each.update(torch.from_numpy(probabilities)[None], torch.tensor([label]))
     scores = metrics.summary(with_curves=True)
     assert isinstance(scores, ClassificationScores)
     return ClassificationEvaluation(scores, title=f"{slides.name} against {labels.name}", registered=registered)
@@ -136,10 +138,18 @@ def _store(model: SlideClassifier, folder: str | Path) -> EmbeddingStore:
 
 def _embed_all(predictor: SlideClassificationPredictor, store: EmbeddingStore, paths: Sequence[str]) -> None:
     missing = [path for path in paths if not store.has(path)]
-    for number, path in enumerate(missing, 1):
-        with windows_progress(f"embedding {Path(path).name}, {number} of {len(missing)}") as on_window:
-            found = predictor.embed(path, on_window)
-        store.write(path, found.features, found.windows)
+    with closing(_embedded(predictor, missing)) as embedded:
+        for path, found in zip(missing, embedded, strict=True):
+            store.write(path, found.features, found.windows)
+
+
+def _embedded(predictor: SlideClassificationPredictor, paths: Sequence[str]) -> Generator[SlideFeatures, None, None]:
+    """Yield the features of slides; the tissue of the next slide is looked for meanwhile."""
+    with closing(load_ahead(paths, predictor.read_input, num_threads=1, depth=1)) as found:
+        for number, (path, windows) in enumerate(zip(paths, found, strict=True), 1):
+            with windows_progress(f"embedding {Path(path).name}, {number} of {len(paths)}") as on_window:
+                features = predictor.embed(path, on_window, windows)
+            yield features
 
 
 def _spec(config: SlideClassificationRun, train: SlideTargets) -> SlideClassificationSpec:

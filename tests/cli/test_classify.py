@@ -227,15 +227,17 @@ def interrupt_reading(patch, after: int) -> list[str]:
     """Names of images in the order that prediction opens them; the one after so many kills the process."""
     opened: list[str] = []
 
-    open_tile = ClassificationPredictor._tile
+    read_input = ClassificationPredictor.read_input
 
-    def open_counted(self, path):
+    def read_counted(self, path):
         if len(opened) == after:
             raise KilledError
         opened.append(Path(path).name)
-        return open_tile(self, path)
+        return read_input(self, path)
 
-    patch.setattr(ClassificationPredictor, "_tile", open_counted)
+    patch.setattr(ClassificationPredictor, "read_input", read_counted)
+    # Several threads would count at once.
+    patch.setattr(ClassificationPredictor, "num_readers", 1)
     return opened
 
 

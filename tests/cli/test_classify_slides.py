@@ -234,11 +234,11 @@ def test_a_prediction_that_ends_early_goes_on_with_the_slides_that_were_left(
     assert call([*args, tmp_path / "whole.csv"]) == 0
     embed, embedded = SlideClassificationPredictor.embed, []
 
-    def embed_some(self, path, on_window):
+    def embed_some(self, path, *args):
         if len(embedded) == 3:
             raise end
         embedded.append(path)
-        return embed(self, path, on_window)
+        return embed(self, path, *args)
 
     with monkeypatch.context() as patch, contextlib.suppress(KilledError):
         patch.setattr(SlideClassificationPredictor, "embed", embed_some)
@@ -246,7 +246,7 @@ def test_a_prediction_that_ends_early_goes_on_with_the_slides_that_were_left(
     assert len(embedded) == 3
     again = []
     monkeypatch.setattr(
-        SlideClassificationPredictor, "embed", lambda self, path, on: again.append(path) or embed(self, path, on)
+        SlideClassificationPredictor, "embed", lambda self, path, *args: again.append(path) or embed(self, path, *args)
     )
     assert call([*args, tmp_path / "found.csv"]) == 0
     assert (tmp_path / "found.csv").read_text() == (tmp_path / "whole.csv").read_text()
