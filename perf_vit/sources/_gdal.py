@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import os
 import threading
-import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -16,10 +15,18 @@ import rasterio
 import rasterio.windows
 from rasterio._err import CPLE_BaseError
 from rasterio.enums import ColorInterp
-from rasterio.errors import NotGeoreferencedWarning, RasterioError
+from rasterio.errors import RasterioError
 
 from perf_vit.errors import DamagedDataError, InputError, UnreachableError, parsing
-from perf_vit.sources._members import MASK, check_members, check_sources, leads_to_server, open_tiles, opens_members
+from perf_vit.sources._members import (
+    MASK,
+    check_members,
+    check_sources,
+    leads_to_server,
+    open_tiles,
+    opens_members,
+    plain_images_allowed,
+)
 from perf_vit.sources._remote import is_decoding_error, is_remote, network_limits, with_remote_settings
 from perf_vit.types import Window
 
@@ -201,39 +208,6 @@ def bounded_cache() -> Iterator[None]:
         return
     with rasterio.Env(GDAL_CACHEMAX=_CACHE_BYTES):
         yield
-
-
-class _PlainImages:
-    """Filter of rasterio's warning, on as long as any thread needs it.
-
-    `warnings.catch_warnings` changes the filters of all threads: one that leaves would take those of the others.
-    """
-
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._num_users = 0
-
-    def __enter__(self) -> None:
-        with self._lock:
-            if self._num_users == 0:
-                self._filters = warnings.catch_warnings()
-                self._filters.__enter__()
-                warnings.simplefilter("ignore", NotGeoreferencedWarning)
-            self._num_users += 1
-
-    def __exit__(self, *exception: object) -> None:
-        with self._lock:
-            self._num_users -= 1
-            if self._num_users == 0:
-                self._filters.__exit__(None, None, None)
-
-
-_PLAIN_IMAGES = _PlainImages()
-
-
-def plain_images_allowed() -> AbstractContextManager[None]:
-    """Suppress warnings about files without georeference; callers that require one check it."""
-    return _PLAIN_IMAGES
 
 
 def check_exists(path: str) -> None:

@@ -5,8 +5,10 @@ from __future__ import annotations
 import functools
 import itertools
 import os
+import threading
 import warnings
 from collections.abc import Iterable, Iterator
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -33,6 +35,7 @@ __all__ = [
     "members_of",
     "open_tiles",
     "opens_members",
+    "plain_images_allowed",
 ]
 
 _SERVICES = frozenset({"WMS", "WMTS", "WCS", "STACIT", "STACTA", "EEDAI", "DAAS", "PLMOSAIC", "HTTP"})
@@ -254,10 +257,42 @@ def check_sources(dataset: Any, window: Window, bands: Iterable[int], *, reduced
                 _sum(dataset, band, file, part.bounds, window, whole=whole)
 
 
+class _PlainImages:
+    """Filter of rasterio's warning, on as long as any thread needs it.
+
+    `warnings.catch_warnings` changes the filters of all threads: one that leaves would take those of the others.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._num_users = 0
+
+    def __enter__(self) -> None:
+        with self._lock:
+            if self._num_users == 0:
+                self._filters = warnings.catch_warnings()
+                self._filters.__enter__()
+                warnings.simplefilter("ignore", NotGeoreferencedWarning)
+            self._num_users += 1
+
+    def __exit__(self, *exception: object) -> None:
+        with self._lock:
+            self._num_users -= 1
+            if self._num_users == 0:
+                self._filters.__exit__(None, None, None)
+
+
+_PLAIN_IMAGES = _PlainImages()
+
+
+def plain_images_allowed() -> AbstractContextManager[None]:
+    """Suppress warnings about files without georeference; callers that require one check it."""
+    return _PLAIN_IMAGES
+
+
 def _open_mask(file: str) -> None:
     """Read a mask instead of its checksum, which rasterio doesn't compute."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", NotGeoreferencedWarning)
+    with plain_images_allowed():
         rasterio.open(file).close()
 
 

@@ -5,18 +5,16 @@ from __future__ import annotations
 import glob
 import json
 import os
-import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import pyogrio
 import rasterio
-from rasterio.errors import NotGeoreferencedWarning
 
 from perf_vit.errors import OutputError
 from perf_vit.sources import split_layer
-from perf_vit.sources._gdal import GDAL_ERRORS
+from perf_vit.sources._gdal import GDAL_ERRORS, plain_images_allowed
 from perf_vit.sources._members import beside_index, describe_index
 from perf_vit.sources._remote import is_remote
 from perf_vit.sources.files import TILE_INDEX_SUFFIXES
@@ -79,10 +77,8 @@ def _named_by(path: str) -> list[str]:
 
 def _gdal_files(path: str) -> list[str]:
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", NotGeoreferencedWarning)
-            with rasterio.open(path) as dataset:
-                return list(dataset.files)
+        with plain_images_allowed(), rasterio.open(path) as dataset:
+            return list(dataset.files)
     except GDAL_ERRORS:
         return []
 

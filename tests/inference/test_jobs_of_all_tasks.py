@@ -413,7 +413,9 @@ def test_a_slide_is_closed_that_has_no_tissue(tmp_path, monkeypatch) -> None:
     tissue.write_text(json.dumps({"type": "Polygon", "coordinates": [ring]}))
     with pytest.raises(InputError, match="tissue"):
         bench.run("out", tissue=str(tissue))
-    assert closed == bench.source[:1]
+    # Further slides are read ahead.
+    assert len(closed) >= 1
+    assert closed == bench.source[: len(closed)]
 
 
 @pytest.mark.parametrize("task", ["segmentation", "classification"])

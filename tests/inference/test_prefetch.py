@@ -1,0 +1,198 @@
+import csv
+import threading
+import time
+import warnings
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from rasterio.errors import NotGeoreferencedWarning
+from small_models import save_classifier
+
+from perf_vit.errors import DataWarning
+from perf_vit.inference import ClassificationPredictOptions, ClassificationPredictor
+from perf_vit.inference.prefetch import load_ahead, to_device
+from perf_vit.models import InputBands, load_classifier
+from perf_vit.sources import open_source
+from perf_vit.sources._gdal import plain_images_allowed
+
+
+@pytest.mark.parametrize(("num_threads", "depth"), [(1, 1), (4, 3), (3, 50)])
+def test_items_come_in_their_order_and_no_more_than_depth_are_held(num_threads, depth) -> None:
+    waits = np.random.default_rng(0).uniform(0, 0.01, 30)
+    lock, begun, taken, held = threading.Lock(), 0, 0, []
+
+    def load(item: int) -> int:
+        nonlocal begun
+        with lock:
+            begun += 1
+            held.append(begun - taken)
+        time.sleep(waits[item])
+        return item * item
+
+    found = []
+    for result in load_ahead(range(30), load, num_threads=num_threads, depth=depth):
+        found.append(result)
+        with lock:
+            taken += 1
+    assert found == [item * item for item in range(30)]
+    # The one that the caller works on is no longer held.
+    assert max(held) <= depth + 1
+
+
+def test_an_error_comes_in_its_turn_and_nothing_is_loaded_after_it() -> None:
+    loaded = []
+
+    def load(item: int) -> int:
+        if item == 5:
+            raise ValueError("item 5")
+        loaded.append(item)
+        return item
+
+    found = []
+    with pytest.raises(ValueError, match="item 5"):
+        found.extend(load_ahead(range(100), load, num_threads=2, depth=4))
+    assert max(loaded) <= 9
+    found = []
+    with pytest.raises(ValueError, match="item 5"):
+        for item in load_ahead(range(100), load, num_threads=2, depth=4):
+            found.append(item)
+    assert found == [0, 1, 2, 3, 4]
+
+
+def test_no_thread_is_left_when_a_caller_stops_early() -> None:
+    items = load_ahead(range(100), lambda item: time.sleep(0.001), num_threads=3, depth=6)
+    next(items)
+    assert any(thread.name.startswith("perf_vit-reader") for thread in threading.enumerate())
+    items.close()
+    assert not any(thread.name.startswith("perf_vit-reader") for thread in threading.enumerate())
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory) -> Path:
+    return save_classifier(tmp_path_factory.mktemp("model") / "checkpoints" / "best.ckpt", "single_label")
+
+
+def write_images(
+    folder: Path, number: int = 10, broken: tuple[int, ...] = (), bright: tuple[int, ...] = ()
+) -> list[str]:
+    """PNG images of 40 x 50 px."""
+    paths = []
+    for index in range(number):
+        pixels = np.random.default_rng(index).normal(100, 20, (40, 50, 3)).clip(0, 200)
+        paths.append(folder / f"{index}.png")
+        Image.fromarray((pixels / (20 if index in bright else 1)).astype(np.uint8)).save(paths[-1])
+        if index in broken:
+            paths[-1].write_bytes(b"no image")
+    return [str(path) for path in paths]
+
+
+def rows_of(table: Path) -> list[list[str]]:
+    with table.open(newline="") as file:
+        return list(csv.reader(file))
+
+
+def predictor_of(checkpoint: Path, **options) -> ClassificationPredictor:
+    return ClassificationPredictor(checkpoint, ClassificationPredictOptions(device="cpu", **options))
+
+
+@pytest.mark.parametrize("batch_size", [1, 3])
+def test_the_next_images_are_read_while_the_model_computes(checkpoint, tmp_path, monkeypatch, batch_size) -> None:
+    paths = write_images(tmp_path)
+    predictor = predictor_of(checkpoint, batch_size=batch_size)
+    done = {path: threading.Event() for path in paths}
+    read, score = predictor.read_input, predictor.scores
+    num_scored, names = 0, []
+
+    def read_noted(path: str):
+        found = read(path)
+        names.append(threading.current_thread().name)
+        done[path].set()
+        return found
+
+    def score_waiting(tiles, valid):
+        nonlocal num_scored
+        num_scored += len(tiles)
+        # Nobody reads these images but threads, as this one waits for them.
+        assert all(done[path].wait(10) for path in paths[: num_scored + batch_size])
+        return score(tiles, valid)
+
+    monkeypatch.setattr(predictor, "read_input", read_noted)
+    monkeypatch.setattr(predictor, "scores", score_waiting)
+    assert predictor.run(paths, tmp_path / "found.csv").num_rows == 10
+    assert all(name.startswith("perf_vit-reader") for name in names)
+
+
+def test_rows_are_those_of_batches_read_one_by_one(checkpoint, tmp_path) -> None:
+    paths = write_images(tmp_path)
+    predictor = predictor_of(checkpoint, batch_size=4)
+    expected = {}
+    for start in range(0, 10, 4):
+        expected |= predictor.rows(tmp_path, {path: predictor.read_input(path) for path in paths[start : start + 4]})
+    for num_readers in (1, 4):
+        out = tmp_path / f"found_{num_readers}.csv"
+        predictor_of(checkpoint, batch_size=4, num_readers=num_readers).run(paths, out)
+        assert rows_of(out)[1:] == [[path, *expected[path]] for path in paths]
+
+
+def test_each_image_that_cant_be_read_is_named_in_its_row(checkpoint, tmp_path) -> None:
+    paths = write_images(tmp_path, broken=(1, 2, 9))
+    out = tmp_path / "found.csv"
+    result = predictor_of(checkpoint, batch_size=3, num_readers=4, on_error="skip").run(paths, out)
+    assert sorted(result.failed) == [paths[index] for index in (1, 2, 9)]
+    rows = rows_of(out)[1:]
+    assert [row[0] for row in rows] == paths
+    assert [index for index, row in enumerate(rows) if row[-1]] == [1, 2, 9]
+    assert all(path in row[-1] for path, row in zip(paths, rows, strict=True) if row[-1])
+
+
+def test_the_first_image_unlike_those_of_training_is_the_one_that_is_named(checkpoint, tmp_path, monkeypatch) -> None:
+    paths = write_images(tmp_path, number=16, bright=range(3, 16))
+    model = load_classifier(checkpoint)
+    bands = InputBands(names=(), dtype="uint8", low=(60.0,) * 3, high=(140.0,) * 3)
+    model.spec = replace(model.spec, trained_on=bands)
+    read = ClassificationPredictor.read_input
+
+    def read_late(self, path: str):
+        time.sleep(0.05 * (path in paths[3:5]))
+        return read(self, path)
+
+    monkeypatch.setattr(ClassificationPredictor, "read_input", read_late)
+    predictor = ClassificationPredictor(model, ClassificationPredictOptions(num_readers=8, batch_size=2))
+    with pytest.warns(DataWarning) as said:
+        predictor.run(paths, tmp_path / "found.csv")
+    assert [str(each.message).split(" is not like")[0] for each in said] == [paths[3]]
+
+
+def test_threads_that_open_plain_images_leave_each_others_filters_alone(tmp_path) -> None:
+    paths = write_images(tmp_path, number=40)
+    before = list(warnings.filters)
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        list(load_ahead(paths, lambda path: open_source(path).close(), num_threads=8, depth=40))
+    assert said == []
+    first, second = plain_images_allowed(), plain_images_allowed()
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        first.__enter__()
+        second.__enter__()
+        first.__exit__(None, None, None)
+        warnings.warn("no place", NotGeoreferencedWarning, stacklevel=1)
+        assert said == []
+        second.__exit__(None, None, None)
+        warnings.warn("no place", NotGeoreferencedWarning, stacklevel=1)
+        assert len(said) == 1
+    assert list(warnings.filters) == before
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_tiles_on_a_device_are_the_same_numbers(device) -> None:
+    if device == "cuda" and not torch.cuda.is_available():
+        pytest.skip("there is no GPU")
+    tiles = torch.randn(2, 3, 5, 7, generator=torch.Generator().manual_seed(0))
+    moved = to_device(tiles, device)
+    assert torch.equal(moved.cpu(), tiles)
+    assert moved.is_contiguous(memory_format=torch.channels_last) == (device == "cuda")
