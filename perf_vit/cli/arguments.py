@@ -75,7 +75,7 @@ SlideMpp = Annotated[float | None, typer.Option(help="Of a slide's level 0, wher
 
 Tissue = Annotated[str | None, typer.Option(help="Only the tissue of slides: otsu, or a GeoJSON file of polygons.")]
 
-Precision = Annotated[str, typer.Option(help="32, bf16 or 16.")]
+Precision = Annotated[str, typer.Option(help="32, bf16, 16, or auto: bf16 where the device is fast in it.")]
 
 
 def given_options(context: typer.Context, others: set[str]) -> dict[str, Any]:

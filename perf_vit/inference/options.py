@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from perf_vit.errors import OptionError, reason_line
+from perf_vit.precision import fast_dtype
 from perf_vit.tiling import BLENDS
 
 __all__ = [
@@ -33,7 +34,7 @@ OutputKind = Literal["classes", "probabilities", "probabilities-uint8"]
 
 PolygonSuffix = Literal["gpkg", "geojson", "parquet", "json"]
 
-Precision = Literal["32", "bf16", "16"]
+Precision = Literal["32", "bf16", "16", "auto"]
 
 _DTYPES = {"32": torch.float32, "bf16": torch.bfloat16, "16": torch.float16}
 
@@ -48,7 +49,8 @@ class PredictOptions:
         batch_size: Windows or images in a forward pass.
         num_readers: Threads that read ahead.
         device: "auto" for a GPU if there is one, "cpu", "cuda", "cuda:1", "mps".
-        precision: "32", or "bf16" or "16" for autocast.
+        precision: "32", or "bf16" or "16" for autocast. "auto" becomes "bf16" on GPUs and CPUs with instructions for
+            it, else "32", when the options are made.
         on_error: "stop" at pixels or inputs that can't be read, or "skip" them.
         resume: Go on with unfinished outputs; else begin again.
         overwrite: Replace outputs that exist. Without it, outputs of the same model, inputs and settings are left as
@@ -68,6 +70,10 @@ class PredictOptions:
 
     def __post_init__(self) -> None:
         _check_choice(self, "precision", get_args(Precision))
+        if self.precision == "auto":
+            # Whatever travels or is recorded holds the precision itself, so that another machine doesn't choose anew.
+            is_fast = fast_dtype(resolve_device(self.device)) == torch.bfloat16
+            object.__setattr__(self, "precision", "bf16" if is_fast else "32")
         _check_choice(self, "on_error", get_args(OnError))
         _check_positive(self, "batch_size")
         _check_positive(self, "num_readers")

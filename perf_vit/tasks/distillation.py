@@ -365,7 +365,8 @@ class DistillationTrainerConfig:
 
     Attributes:
         val_every_steps: Number of steps between validations; each one saves a checkpoint to resume from.
-        precision: Precision: 32-true, bf16-mixed, 16-mixed (GPU) or 64-true.
+        precision: Precision: 32-true, bf16-mixed, 16-mixed (GPU) or 64-true; auto for bf16-mixed on GPUs and CPUs with
+            instructions for bfloat16, else 32-true.
         accelerator: Lightning accelerator: auto, cpu, gpu, mps. Training uses one device.
     """
 

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from perf_vit.errors import ConfigError, PerfVitError
 from perf_vit.models import DetectionModelConfig, DetectionSpec, SegmentationModelConfig, SegmentationSpec
+from perf_vit.precision import training_precision
 from perf_vit.tasks.detection import DetectionOptimConfig, DetectionTask
 from perf_vit.tasks.optim import TrainingTask
 from perf_vit.tasks.segmentation import SegmentationOptimConfig, SegmentationTask
@@ -93,7 +94,7 @@ def training_peak(steps: TrainingSteps) -> int | None:
     trainer = lightning.Trainer(
         accelerator=config.accelerator,
         devices=1,
-        precision=config.precision,
+        precision=training_precision(config.precision, config.accelerator),
         gradient_clip_val=config.gradient_clip or None,
         callbacks=[EMAWeightAveraging(decay=config.ema_decay)] if config.ema_decay else [],
         max_steps=_NUM_STEPS,

@@ -19,6 +19,7 @@ from lightning.pytorch.callbacks import (
 from lightning.pytorch.loggers import Logger, TensorBoardLogger, WandbLogger
 
 from perf_vit.errors import ConfigError, reason_line
+from perf_vit.precision import training_precision
 from perf_vit.tasks.callbacks import (
     SEGMENTATION_CURVES,
     Curves,
@@ -46,7 +47,8 @@ class TrainerConfig:
 
     Attributes:
         max_epochs: Number of epochs of `data.tiles_per_epoch` tiles.
-        precision: Precision: 32-true, bf16-mixed, 16-mixed (GPU) or 64-true.
+        precision: Precision: 32-true, bf16-mixed, 16-mixed (GPU) or 64-true; auto for bf16-mixed on GPUs and CPUs with
+            instructions for bfloat16, else 32-true.
         accelerator: Lightning accelerator: auto, cpu, gpu, mps.
         devices: Number of devices; "auto" for all.
         gradient_clip: Maximum gradient norm; 0 for no clipping.
@@ -187,7 +189,7 @@ def lightning_trainer(
     Args:
         folder: Run folder.
         callbacks: Callbacks of the task.
-        precision: Precision, as Lightning names it.
+        precision: Precision, as Lightning names it, or "auto".
         accelerator: Lightning accelerator.
         devices: Number of devices, or "auto".
         progress: Whether to show a progress bar.
@@ -197,8 +199,9 @@ def lightning_trainer(
     Raises:
         ConfigError: Values are unknown to Lightning.
     """
+    precision = training_precision(precision, accelerator)
     if precision not in _PRECISIONS:
-        raise ConfigError(f"trainer.precision must be one of {', '.join(_PRECISIONS)}, got {precision}")
+        raise ConfigError(f"trainer.precision must be one of {', '.join(_PRECISIONS)}, auto, got {precision}")
     _quieten()
     # Deterministic mode fills new tensors with NaN, a debugging aid that costs a sixth of the step time.
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]

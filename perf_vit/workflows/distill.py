@@ -59,6 +59,7 @@ def distill(
 
 def _distill(config: DistillationRun, *, progress: bool) -> None:
     run = RunFolder(config, more=[STUDENT])
+    config = run.config
     check_output_folder(run.path / STUDENT, overwrite=True)
     teacher = _teacher(config.model)
     _check_size(teacher, config.data.tile_px)

@@ -202,6 +202,16 @@ class ResumedRun:
             self._num_steps = int(content["global_step"])
             self._num_epochs = int(content["loops"]["fit_loop"]["epoch_progress"]["current"]["processed"])
 
+    @property
+    def precision(self) -> str:
+        """The precision that the run was trained in.
+
+        Raises:
+            CheckpointError: the config has none.
+        """
+        with parsing(self.path, "the checkpoint of a run", CheckpointError):
+            return str(self._config["trainer"]["precision"])
+
     def check_config(self, config: Any) -> None:
         """Refuse a config that changes what can't be changed.
 

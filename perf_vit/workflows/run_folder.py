@@ -7,6 +7,7 @@ import logging
 import os
 import shutil
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -17,6 +18,7 @@ from lightning.pytorch.utilities import rank_zero_only
 from perf_vit.config import dump_config, find_config, is_dumped
 from perf_vit.errors import CheckpointError, ConfigError, OutputError, PerfVitError, parsing, reason_line
 from perf_vit.files import atomic_file
+from perf_vit.precision import training_precision
 from perf_vit.workflows.resume import KeepRun, ResumedRun
 from perf_vit.writers import check_outputs
 
@@ -75,6 +77,7 @@ class _Run(Protocol):
     out: str
     seed: int
     resume: bool
+    trainer: Any
 
 
 class RunFolder:
@@ -85,6 +88,7 @@ class RunFolder:
         more: names of what is written into the folder besides `RUN_FILES`.
 
     Attributes:
+        config: the config, with the precision that `auto` stands for: that of the machine where the run began.
         path: the folder.
         best: the best checkpoint, once it is there.
 
@@ -96,7 +100,6 @@ class RunFolder:
     """
 
     def __init__(self, config: _Run, more: Sequence[str] = ()) -> None:
-        self._config = config
         self.path = Path(config.out)
         self.best = self.path / "checkpoints" / "best.ckpt"
         self._last = self.path / "checkpoints" / "last.ckpt"
@@ -107,6 +110,7 @@ class RunFolder:
         self._resumed = ResumedRun(self._last) if config.resume else None
         if self._resumed is not None:
             self._resumed.check_config(config)
+        self.config = _with_precision(config, self._resumed)
         if not 0 <= config.seed < _NUM_SEEDS:
             raise ConfigError(f"seed must be from 0 to {_NUM_SEEDS - 1}, got {config.seed}")
         _quieten()
@@ -136,18 +140,18 @@ class RunFolder:
         num_samples = len(data.train)
         if self._resumed is not None:
             self._resumed.check_length(trainer, num_samples)
-        trainer.callbacks.append(KeepRun(self._config, num_samples))
+        trainer.callbacks.append(KeepRun(self.config, num_samples))
         new = [self.path / name for name in RUN_FILES if not (self.path / name).exists()]
         was_there = self.path.exists()
         _make_run_folder(self.path)
         # Processes that train together share the file.
         if rank_zero_only.rank == 0:
             with atomic_file(self.path / CONFIG) as unfinished:
-                dump_config(self._config, unfinished)
+                dump_config(self.config, unfinished)
         going_on = contextlib.nullcontext() if self._resumed is None else self._resumed.going_on(trainer)
         try:
             with going_on:
-                trainer.fit(task, data, ckpt_path=self._last if self._config.resume else None, weights_only=True)
+                trainer.fit(task, data, ckpt_path=self._last if self.config.resume else None, weights_only=True)
         except PerfVitError:
             if not self._last.exists():
                 _remove(new, None if was_there else self.path)
@@ -159,6 +163,15 @@ class RunFolder:
             if trainer.interrupted:
                 raise SystemExit(_INTERRUPTED) from None
             raise
+
+
+def _with_precision(config: Any, resumed: ResumedRun | None) -> Any:
+    """Resolve `trainer.precision=auto`, so that the dumped config and checkpoints hold the precision itself."""
+    if config.trainer.precision != "auto":
+        return config
+    new = training_precision("auto", config.trainer.accelerator)
+    precision = new if resumed is None else resumed.precision
+    return replace(config, trainer=replace(config.trainer, precision=precision))
 
 
 def _check_run_folder(folder: Path, last: Path, *, resume: bool) -> None:

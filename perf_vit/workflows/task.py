@@ -36,7 +36,7 @@ class EvaluateOptions:
     Attributes:
         batch_size: Windows or images in a forward pass.
         device: "auto" for a GPU if there is one, "cpu", "cuda", "cuda:1", "mps".
-        precision: "32", or "bf16" or "16" for autocast.
+        precision: "32", or "bf16" or "16" for autocast; "auto" for "bf16" where the device is fast in it, else "32".
         json: File to write the scores to, with curves and confusion matrix next to it as .png.
         overwrite: Replace scores and pictures that exist.
     """

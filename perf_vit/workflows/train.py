@@ -113,6 +113,7 @@ def train_run(config: TaskRunConfig, *, progress: bool = True) -> Run:
     """Train the model of a resolved config; see `train`."""
     task = TASKS[config.task]
     run = RunFolder(config)
+    config = run.config
     data: Any = task.build_data(config)
     module = task.build_module(config, data)
     run.check_network(module)

@@ -12,7 +12,7 @@ from perf_vit.inference import SegmentationPredictOptions, SegmentationPredictor
 @pytest.mark.parametrize(
     ("python", "flags", "message"),
     [
-        ({"precision": "8"}, ["--precision", "8"], "precision must be one of 32, bf16, 16, got 8"),
+        ({"precision": "8"}, ["--precision", "8"], "precision must be one of 32, bf16, 16, auto, got 8"),
         ({"batch_size": 4, "overlap": 32}, ["--overlap", "32"], "overlap must be below the window size 32, got 32"),
         ({"window_size": 20}, ["--window-size", "20"], "window_size must be a multiple of the patch size 16, got 20"),
         ({"score_threshold": 0.3}, ["--score-threshold", "0.3"], "score_threshold is for objects and for classes"),

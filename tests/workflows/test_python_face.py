@@ -194,7 +194,7 @@ def test_a_network_without_scores_per_pixel_is_one_line(make_scene, tmp_path) ->
     [
         ({"windowsize": 32}, "^windowsize is no option here; did you mean .window_size"),
         ({"coco_images": "a.json"}, "^coco_images is not for a segmentation model, but for an object detector"),
-        ({"precision": "8"}, "^precision must be one of 32, bf16, 16, got 8"),
+        ({"precision": "8"}, "^precision must be one of 32, bf16, 16, auto, got 8"),
         ({"engine": "spark"}, "^engine must be one of local, ray, got spark"),
         ({"num_actors": 2}, "^num_actors is for `engine=ray`"),
         ({"window_size": 33}, "^window_size must be a multiple of the patch size 16, got 33; try 32"),
