@@ -244,6 +244,8 @@ def resolve_device(device: str) -> str:
 def move_to_device(model: nn.Module, device: str) -> str:
     """Move a model to a device; return the device's name.
 
+    On GPUs, weights of convolutions are laid out channels-last, as tiles are (`perf_vit.inference.prefetch.to_device`).
+
     Args:
         model: Model to move.
         device: Name, or "auto" for a GPU if there is one.
@@ -254,6 +256,8 @@ def move_to_device(model: nn.Module, device: str) -> str:
     device = resolve_device(device)
     try:
         model.to(device)
+        if torch.device(device).type == "cuda":
+            model.to(memory_format=torch.channels_last)
     except (RuntimeError, AssertionError) as error:
         raise OptionError(f"device {device}: {reason_line(error)}") from error
     return device

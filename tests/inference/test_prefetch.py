@@ -10,14 +10,25 @@ import pytest
 import torch
 from PIL import Image
 from rasterio.errors import NotGeoreferencedWarning
-from small_models import save_classifier
+from small_models import BACKBONE, NORMALIZER, save_classifier, save_slide_classifier, save_small_detector
 
+import perf_vit
+from perf_vit.data import ClassificationViews
 from perf_vit.errors import DataWarning
 from perf_vit.inference import ClassificationPredictOptions, ClassificationPredictor
+from perf_vit.inference.options import move_to_device
 from perf_vit.inference.prefetch import load_ahead, to_device
-from perf_vit.models import InputBands, load_classifier
+from perf_vit.models import (
+    InputBands,
+    SegmentationModelConfig,
+    SegmentationSpec,
+    build_segmenter,
+    load_classifier,
+)
+from perf_vit.models.heads import SEGMENTATION_HEADS
 from perf_vit.sources import open_source
 from perf_vit.sources._gdal import plain_images_allowed
+from perf_vit.workflows.slide_classification import _embedded
 
 
 @pytest.mark.parametrize(("num_threads", "depth"), [(1, 1), (4, 3), (3, 50)])
@@ -149,6 +160,47 @@ def test_each_image_that_cant_be_read_is_named_in_its_row(checkpoint, tmp_path) 
     assert all(path in row[-1] for path, row in zip(paths, rows, strict=True) if row[-1])
 
 
+def test_an_evaluation_reads_the_next_images_while_the_model_computes(checkpoint, tmp_path, monkeypatch) -> None:
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        write_images(tmp_path / name, number=4)
+    begun = [threading.Event() for _ in range(8)]
+    read, score = ClassificationViews.__getitem__, ClassificationPredictor.scores
+    num_scored = 0
+
+    def read_noted(self, index: int):
+        begun[index].set()
+        return read(self, index)
+
+    def score_waiting(self, tiles, valid):
+        nonlocal num_scored
+        num_scored += len(tiles)
+        assert all(each.wait(10) for each in begun[: num_scored + 2])
+        return score(self, tiles, valid)
+
+    before = perf_vit.evaluate(checkpoint, tmp_path, None, batch_size=2, device="cpu")
+    monkeypatch.setattr(ClassificationViews, "__getitem__", read_noted)
+    monkeypatch.setattr(ClassificationPredictor, "scores", score_waiting)
+    assert perf_vit.evaluate(checkpoint, tmp_path, None, batch_size=2, device="cpu").table == before.table
+    assert num_scored == 8
+
+
+def test_the_tissue_of_the_next_slide_is_found_while_a_slide_is_embedded() -> None:
+    found = {name: threading.Event() for name in "abc"}
+
+    class Slides:
+        def read_input(self, path: str) -> tuple[str, ...]:
+            found[path].set()
+            return (f"windows of {path}",)
+
+        def embed(self, path: str, on_window, windows) -> tuple[str, ...]:
+            following = chr(ord(path) + 1)
+            assert following not in found or found[following].wait(10)
+            return windows
+
+    assert list(_embedded(Slides(), list("abc"))) == [(f"windows of {name}",) for name in "abc"]
+
+
 def test_the_first_image_unlike_those_of_training_is_the_one_that_is_named(checkpoint, tmp_path, monkeypatch) -> None:
     paths = write_images(tmp_path, number=16, bright=range(3, 16))
     model = load_classifier(checkpoint)
@@ -196,3 +248,55 @@ def test_tiles_on_a_device_are_the_same_numbers(device) -> None:
     moved = to_device(tiles, device)
     assert torch.equal(moved.cpu(), tiles)
     assert moved.is_contiguous(memory_format=torch.channels_last) == (device == "cuda")
+
+
+class _Moved(torch.nn.Conv2d):
+    """A convolution that notes what it is moved with."""
+
+    def __init__(self) -> None:
+        super().__init__(3, 4, 3)
+        self.given: list[tuple] = []
+
+    def to(self, *args, **kwargs):
+        self.given.append((args, kwargs))
+        return self
+
+
+@pytest.mark.parametrize(("device", "is_gpu"), [("cpu", False), ("cuda", True), ("cuda:1", True), ("mps", False)])
+def test_weights_are_channels_last_on_gpus_only(device, is_gpu) -> None:
+    model = _Moved()
+    assert move_to_device(model, device) == device
+    layouts = [((), {"memory_format": torch.channels_last})] if is_gpu else []
+    assert model.given == [((device,), {}), *layouts]
+
+
+@pytest.mark.parametrize("backbone", ["performer_vit_tiny_patch16_224", "resnet10t"])
+@pytest.mark.parametrize("head", sorted(SEGMENTATION_HEADS))
+def test_segmenters_take_weights_and_tiles_that_are_channels_last(backbone, head) -> None:
+    kwargs = BACKBONE["backbone_kwargs"] if backbone == BACKBONE["backbone"] else {}
+    config = SegmentationModelConfig(backbone=backbone, backbone_kwargs=kwargs, out_indices=[0], head=head)
+    spec = SegmentationSpec(classes=("a", "b"), normalizer=NORMALIZER, tile_px=64)
+    torch.manual_seed(0)
+    model = build_segmenter(config, spec).eval()
+    tiles, valid = torch.randn(2, 3, 64, 64), torch.ones(2, 64, 64, dtype=torch.bool)
+    valid[:, :20] = False
+    with torch.inference_mode():
+        expected = model(tiles, valid=valid)
+        model.to(memory_format=torch.channels_last)
+        found = model(tiles.contiguous(memory_format=torch.channels_last), valid=valid)
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("save", [save_classifier, save_slide_classifier, save_small_detector])
+def test_other_networks_take_weights_and_tiles_that_are_channels_last(save, tmp_path) -> None:
+    more = ("single_label",) if save is save_classifier else ()
+    model = perf_vit.load(save(tmp_path / "best.ckpt", *more))
+    encode = getattr(model, "embed", model)
+    tiles = torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+    with torch.inference_mode():
+        expected = encode(tiles)
+        model.to(memory_format=torch.channels_last)
+        found = encode(tiles.contiguous(memory_format=torch.channels_last))
+    if save is save_small_detector:
+        expected, found = ([each.boxes_xyxy for each in every] for every in (expected, found))
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
