@@ -18,7 +18,17 @@ from torch import Tensor, nn
 from perf_vit.errors import DamagedDataError
 from perf_vit.types import BoolArray, GeoImage, Source, Window
 
-__all__ = ["Reads", "SalvagingReader", "Tile", "load_ahead", "read_ahead", "takes_valid", "to_device", "valid_pixels"]
+__all__ = [
+    "FirstWindows",
+    "Reads",
+    "SalvagingReader",
+    "Tile",
+    "load_ahead",
+    "read_ahead",
+    "takes_valid",
+    "to_device",
+    "valid_pixels",
+]
 
 FloatArray = npt.NDArray[np.float32]
 
@@ -137,6 +147,27 @@ def valid_pixels(tiles: Sequence[Tile]) -> Tensor | None:
     if all(tile.valid.all() for tile in tiles):
         return None
     return torch.from_numpy(np.stack([tile.valid for tile in tiles]))
+
+
+class FirstWindows:
+    """Source whose first windows are read when it is made, as those of the next image while the model computes.
+
+    Args:
+        source: Source of the pixels.
+        windows: Windows to read now; each is given once and not kept.
+
+    Raises:
+        InputError: A window can't be read.
+    """
+
+    def __init__(self, source: Reads, windows: Iterable[Window]) -> None:
+        self._source = source
+        self._images = {window: source.read(window) for window in windows}
+
+    def read(self, window: Window) -> GeoImage:
+        """Pixels and valid mask of a window."""
+        image = self._images.pop(window, None)
+        return self._source.read(window) if image is None else image
 
 
 class SalvagingReader:

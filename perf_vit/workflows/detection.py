@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import closing
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -12,11 +13,13 @@ from perf_vit.data import DetectionDataModule, ObjectValidity, build_detection_d
 from perf_vit.errors import InputError
 from perf_vit.geometry import Objects
 from perf_vit.inference import DetectionPredictOptions, DetectionPredictor
+from perf_vit.inference.prefetch import FirstWindows, load_ahead
 from perf_vit.labels.objects import ImageRecord, OutlineMasks, objects_in, read_object_labels
 from perf_vit.metrics import RegisteredMetrics
 from perf_vit.models import DetectionSpec, InputCheck, detector_kind
 from perf_vit.tasks import DetectionTask, TrainingSteps
-from perf_vit.types import Detections
+from perf_vit.tiling import grid_windows
+from perf_vit.types import Detections, ObjectLabels, Source
 from perf_vit.workflows.progress import windows_progress
 from perf_vit.workflows.reports import DetectionEvaluation
 from perf_vit.workflows.run_config import DetectionRun
@@ -140,16 +143,44 @@ def evaluate_detection(
         title=f"{images.name} against {labels.name}",
         registered=RegisteredMetrics("detection", spec),
     )
-    with windows_progress(f"evaluating {images.name}", "images") as on_image:
-        for done, record in enumerate(index, 1):
-            source = spec.open(record.path, check=predictor.check_input)
-            truth = objects_in(record, record.extent, min_visible=0.0, crop_masks=True)
-            reader = ObjectValidity(source, truth.boxes_xyxy)
-            objects = predictor.find(reader, source.extent)
-            source.close()
-            found.update(_as_detections(objects, record), replace(truth, ignored=truth.ignored | ~reader.seen))
+    ahead = load_ahead(index, partial(_opened, predictor), num_threads=1, depth=1)
+    with windows_progress(f"evaluating {images.name}", "images") as on_image, closing(ahead) as opened:
+        for done, (record, each) in enumerate(zip(index, opened, strict=True), 1):
+            objects = predictor.find(each.first, each.source.extent)
+            each.source.close()
+            truth = replace(each.truth, ignored=each.truth.ignored | ~each.validity.seen)
+            found.update(_as_detections(objects, record), truth)
             on_image(done, len(index))
     return found
+
+
+@dataclass(frozen=True)
+class _LabelledImage:
+    """Image whose first windows are read.
+
+    Attributes:
+        source: The image.
+        truth: Its objects.
+        validity: Record of the objects on valid pixels.
+        first: Reader of all windows.
+    """
+
+    source: Source
+    truth: ObjectLabels
+    validity: ObjectValidity
+    first: FirstWindows
+
+
+def _opened(predictor: DetectionPredictor, record: ImageRecord) -> _LabelledImage:
+    """Open an image, and read its objects and as many windows as are read ahead."""
+    options, spec = predictor.options, predictor.model.spec
+    # Closes the handle of this thread; other threads open their own.
+    with closing(spec.open(record.path, check=predictor.check_input)) as source:
+        truth = objects_in(record, record.extent, min_visible=0.0, crop_masks=True)
+        validity = ObjectValidity(source, truth.boxes_xyxy)
+        windows = grid_windows(source.extent, *options.windows(spec.tile_px))
+        first = FirstWindows(validity, windows[: 2 * options.batch_size + options.num_readers])
+    return _LabelledImage(source, truth, validity, first)
 
 
 def _spec(config: DetectionRun, data: DetectionDataModule) -> DetectionSpec:

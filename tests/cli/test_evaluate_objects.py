@@ -1,18 +1,22 @@
 """Scores of a detector on images as they come: with holes, and large."""
 
+import threading
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import shapely
 from command_line import save_detector
 from PIL import Image
-from small_models import DETECTOR_SPEC, write_half_empty
+from small_models import DETECTOR_SPEC, save_small_detector, write_half_empty
 
 from perf_vit.data import ObjectValidity
 from perf_vit.geometry import Objects
+from perf_vit.inference import DetectionPredictor
 from perf_vit.labels.objects import OutlineMasks, objects_in, read_object_labels
 from perf_vit.sources import open_source
 from perf_vit.types import Detections, Window
+from perf_vit.workflows import detection
 from perf_vit.workflows.evaluate import evaluate
 from perf_vit.workflows.reports import DetectionEvaluation
 
@@ -70,3 +74,36 @@ def test_an_object_is_seen_once_a_window_shows_a_valid_pixel_of_it(tmp_path) -> 
             for col in (0, 64, 96):
                 reader.read(Window(row, col, 64, 64))
         assert reader.seen.tolist() == [True, True, True, False]
+
+
+def test_the_next_image_is_read_while_the_model_computes_and_scores_stay_the_same(tmp_path, monkeypatch) -> None:
+    names = [f"{letter}.png" for letter in "abcd"]
+    (tmp_path / "images").mkdir()
+    for seed, name in enumerate(names):
+        pixels = np.random.default_rng(seed).integers(0, 255, (90, 120, 3)).astype(np.uint8)
+        Image.fromarray(pixels).save(tmp_path / "images" / name)
+    rows = [f"{name},{5 * seed},20,{5 * seed + 30},60,car" for seed, name in enumerate(names)]
+    (tmp_path / "labels.csv").write_text("\n".join(["image,xmin,ymin,xmax,ymax,label", *rows]))
+    checkpoint = save_small_detector(tmp_path / "last.ckpt")
+    given = (checkpoint, tmp_path / "images", tmp_path / "labels.csv")
+    before = evaluate(*given).to_dict()
+
+    read, opened, find = {name: threading.Event() for name in names}, detection._opened, DetectionPredictor.find
+
+    def opened_noted(predictor, record):
+        found = opened(predictor, record)
+        read[Path(record.path).name].set()
+        return found
+
+    def find_waiting(self, reader, extent, **options) -> Objects:
+        # This image and the next one.
+        assert all(read[name].wait(10) for name in names[: len(asked) + 2])
+        asked.append(len(reader._images))
+        return find(self, reader, extent, **options)
+
+    asked: list[int] = []
+    monkeypatch.setattr(detection, "_opened", opened_noted)
+    monkeypatch.setattr(DetectionPredictor, "find", find_waiting)
+    assert evaluate(*given).to_dict() == before
+    # Windows of 64 px with a quarter of overlap: 2 rows, 3 columns, of which 2 batches and 2 readers' are held.
+    assert asked == [4, 4, 4, 4]

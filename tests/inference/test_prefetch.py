@@ -17,7 +17,7 @@ from perf_vit.data import ClassificationViews
 from perf_vit.errors import DataWarning
 from perf_vit.inference import ClassificationPredictOptions, ClassificationPredictor
 from perf_vit.inference.options import move_to_device
-from perf_vit.inference.prefetch import load_ahead, to_device
+from perf_vit.inference.prefetch import FirstWindows, load_ahead, to_device
 from perf_vit.models import (
     InputBands,
     SegmentationModelConfig,
@@ -28,6 +28,7 @@ from perf_vit.models import (
 from perf_vit.models.heads import SEGMENTATION_HEADS
 from perf_vit.sources import open_source
 from perf_vit.sources._gdal import plain_images_allowed
+from perf_vit.types import GeoImage, Window
 from perf_vit.workflows.slide_classification import _embedded
 
 
@@ -199,6 +200,25 @@ def test_the_tissue_of_the_next_slide_is_found_while_a_slide_is_embedded() -> No
             return windows
 
     assert list(_embedded(Slides(), list("abc"))) == [(f"windows of {name}",) for name in "abc"]
+
+
+def test_first_windows_are_read_at_once_and_the_others_when_they_are_asked_for() -> None:
+    read: list[Window] = []
+
+    class Plane:
+        def read(self, window: Window) -> GeoImage:
+            read.append(window)
+            pixels = np.full((1, *window.shape), window.col, np.uint8)
+            return GeoImage.from_mask(pixels, pixels >= 0)
+
+    windows = [Window(0, col, 2, 2) for col in (0, 2, 4)]
+    source = FirstWindows(Plane(), windows[:2])
+    assert read == windows[:2]
+    assert [source.read(window).pixels.max() for window in windows] == [0, 2, 4]
+    assert read == windows
+    # Each is kept until it is given.
+    source.read(windows[0])
+    assert read == [*windows, windows[0]]
 
 
 def test_the_first_image_unlike_those_of_training_is_the_one_that_is_named(checkpoint, tmp_path, monkeypatch) -> None:
