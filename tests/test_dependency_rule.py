@@ -20,7 +20,6 @@ LEVELS = {
     "ops": 1,
     "tiling": 1,
     "distributed": 1,
-    "precision": 1,
     "geometry": 1,
     "layers": 2,
     "plotting": 2,

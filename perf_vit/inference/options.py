@@ -9,8 +9,8 @@ from typing import Any, Literal, get_args
 import torch
 from torch import nn
 
+from perf_vit.distributed import fast_dtype
 from perf_vit.errors import OptionError, reason_line
-from perf_vit.precision import fast_dtype
 from perf_vit.tiling import BLENDS
 
 __all__ = [

@@ -20,9 +20,9 @@ import torch
 from lightning.pytorch.callbacks import EMAWeightAveraging
 from torch import Tensor
 
+from perf_vit.distributed import training_precision
 from perf_vit.errors import ConfigError, PerfVitError
 from perf_vit.models import DetectionModelConfig, DetectionSpec, SegmentationModelConfig, SegmentationSpec
-from perf_vit.precision import training_precision
 from perf_vit.tasks.detection import DetectionOptimConfig, DetectionTask
 from perf_vit.tasks.optim import TrainingTask
 from perf_vit.tasks.segmentation import SegmentationOptimConfig, SegmentationTask

@@ -18,8 +18,8 @@ from lightning.pytorch.callbacks import (
 )
 from lightning.pytorch.loggers import Logger, TensorBoardLogger, WandbLogger
 
+from perf_vit.distributed import training_precision
 from perf_vit.errors import ConfigError, reason_line
-from perf_vit.precision import training_precision
 from perf_vit.tasks.callbacks import (
     SEGMENTATION_CURVES,
     Curves,

@@ -16,9 +16,9 @@ import torch
 from lightning.pytorch.utilities import rank_zero_only
 
 from perf_vit.config import dump_config, find_config, is_dumped
+from perf_vit.distributed import training_precision
 from perf_vit.errors import CheckpointError, ConfigError, OutputError, PerfVitError, parsing, reason_line
 from perf_vit.files import atomic_file
-from perf_vit.precision import training_precision
 from perf_vit.workflows.resume import KeepRun, ResumedRun
 from perf_vit.writers import check_outputs
 

@@ -11,10 +11,10 @@ from small_models import save_classifier
 
 import perf_vit
 from perf_vit.config import load_config
+from perf_vit.distributed import fast_dtype, training_precision
 from perf_vit.errors import OptionError, OutputError
 from perf_vit.inference import ClassificationPredictor
 from perf_vit.inference.options import ClassificationPredictOptions, PredictOptions
-from perf_vit.precision import fast_dtype, training_precision
 from perf_vit.tasks import TrainerConfig
 from perf_vit.tasks.distillation import DistillationTrainerConfig
 from perf_vit.workflows.run_config import ClassificationRun
@@ -26,7 +26,7 @@ def machine(monkeypatch):
     """Choose whether this machine's CPU has instructions for bfloat16, and what its GPU has; None for no GPU."""
 
     def choose(*, cpu: bool = False, gpu: str | None = None) -> None:
-        monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: cpu)
+        monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: cpu, raising=False)
         monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu is not None)
         has = {"native": (True, True), "emulated": (False, True), None: (False, False)}[gpu]
         monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: has[including_emulation])
