@@ -15,7 +15,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
-from perf_vit.errors import DamagedDataError
+from perf_vit.errors import DamagedDataError, InputError
 from perf_vit.types import BoolArray, GeoImage, Source, Window
 
 __all__ = [
@@ -23,6 +23,7 @@ __all__ = [
     "Reads",
     "SalvagingReader",
     "Tile",
+    "attempted",
     "load_ahead",
     "read_ahead",
     "takes_valid",
@@ -67,8 +68,7 @@ def load_ahead(
 ) -> Generator[Loaded, None, None]:
     """Load items in threads and yield the results in the order of the items, however long each takes.
 
-    Items are taken from their iterable by the caller's thread. A function whose errors concern single items returns
-    them instead of raising them.
+    Items are taken from their iterable by the caller's thread.
 
     Args:
         items: Items to load.
@@ -89,6 +89,14 @@ def load_ahead(
             yield loaded
     finally:
         pool.shutdown(cancel_futures=True)
+
+
+def attempted(load: Callable[[Item], Loaded], item: Item) -> Loaded | InputError:
+    """Load an item, and return an error of its input instead of raising it, which would end `load_ahead`."""
+    try:
+        return load(item)
+    except InputError as error:
+        return error
 
 
 def read_ahead(

@@ -17,7 +17,7 @@ from perf_vit.inference.jobs import JobResult
 from perf_vit.inference.jobs.table_job import RowLog, TableJob, write_table
 from perf_vit.inference.options import PredictOptions
 from perf_vit.inference.predictor import OnProgress, Predictor, ignore_progress
-from perf_vit.inference.prefetch import load_ahead
+from perf_vit.inference.prefetch import attempted, load_ahead
 from perf_vit.inference.ray import RayPool
 
 __all__ = ["TablePredictor"]
@@ -66,9 +66,10 @@ class TablePredictor(Predictor[Model, Options]):
                 return JobResult(made=False, out=job.out)
             log, failed = RowLog(job, journal.folder), dict[str, str]()
             todo = [path for path in paths if path not in log.rows]
-            for rows in self._computed(todo, journal.folder.absolute(), pool):
-                failed |= self._noted(rows, log)
-                on_progress(len(log.rows) + len(failed), len(paths))
+            with closing(self._computed(todo, journal.folder.absolute(), pool)) as batches:
+                for rows in batches:
+                    failed |= self._noted(rows, log)
+                    on_progress(len(log.rows) + len(failed), len(paths))
             if not log.rows:
                 raise InputError(
                     f"none of {len(paths)} {self.noun} could be read, the first: {next(iter(failed.values()))}"
@@ -118,7 +119,7 @@ class TablePredictor(Predictor[Model, Options]):
         """Files of single rows: under their final names, those in the folder."""
         return {}
 
-    def _computed(self, paths: Sequence[str], folder: Path, pool: RayPool | None) -> Iterator[Rows]:
+    def _computed(self, paths: Sequence[str], folder: Path, pool: RayPool | None) -> Generator[Rows, None, None]:
         if pool is None:
             yield from self._rows_here(folder, paths)
             return
@@ -128,42 +129,32 @@ class TablePredictor(Predictor[Model, Options]):
         with closing(results):
             yield from (rows for _, rows in results)
 
-    def _rows_here(self, folder: Path, paths: Sequence[str]) -> Iterator[Rows]:
+    def _rows_here(self, folder: Path, paths: Sequence[str]) -> Generator[Rows, None, None]:
         """Compute the rows of inputs batch by batch; the next batch is read meanwhile."""
         # Before several threads need it, as each would make one of its own.
         _ = self.check_input
-        size, num_readers = self.rows_at_once, self.num_readers
-        inputs = load_ahead(paths, self._attempted, num_threads=num_readers, depth=2 * size + num_readers)
-        with closing(inputs):
-            while batch := list(islice(inputs, size)):
+        size, readers = self.rows_at_once, self.num_readers
+        read = partial(attempted, self.read_input)
+        with closing(load_ahead(paths, read, num_threads=readers, depth=2 * size + readers)) as inputs:
+            named = zip(paths, inputs, strict=True)
+            while batch := list(islice(named, size)):
                 yield self._rows_of(folder, batch)
-
-    def _attempted(self, path: str) -> tuple[str, Any]:
-        """Read an input; its error is a result like any other, which costs no other row."""
-        try:
-            return path, self.read_input(path)
-        except InputError as error:
-            return path, error
 
     def _rows_of(self, folder: Path, inputs: Sequence[tuple[str, Any]]) -> Rows:
         """Compute the rows of a batch, up to the first error if that ends the call."""
         found: dict[str, Any] = {}
         failed: dict[str, InputError] = {}
         for path, each in inputs:
-            if not isinstance(each, InputError):
-                found[path] = each
-                continue
-            failed[path] = each
-            if self.options.on_error == "stop":
+            (failed if isinstance(each, InputError) else found)[path] = each
+            if failed and self.options.on_error == "stop":
                 break
         return {**(self.rows(folder, found) if found else {}), **failed}
 
     def _rows_from(self, folder: Path, start: Path, paths: Sequence[str]) -> Rows:
         """Compute the rows of inputs whose paths are relative to a folder, as workers stand in other ones."""
         places = {path: str(start / path) if (start / path).exists() else path for path in paths}
-        rows: dict[str, list[str] | InputError] = {}
-        for each in self._rows_here(folder, list(dict.fromkeys(places.values()))):
-            rows |= each
+        batches = self._rows_here(folder, list(dict.fromkeys(places.values())))
+        rows = {place: row for batch in batches for place, row in batch.items()}
         return {path: rows[place] for path, place in places.items() if place in rows}
 
     @property

@@ -48,8 +48,7 @@ class RunConfig:
     Attributes:
         out: run folder.
         task: name of the task.
-        seed: seed of everything random: weights, tiles, augmentation, and what is validated on where `data.val` is left
-            out.
+        seed: seed of weights, tiles, augmentation, and of the choice of validation data where `data.val` is left out.
         resume: continue from the run folder's last checkpoint.
     """
 
@@ -161,10 +160,8 @@ class DistillationModelConfig:
         weights: its weights, .safetensors or .pth, as timm or the model's authors name them; timm's own if left out.
         backbone_kwargs: passed to `timm.create_model`.
         mixer: mixer of the student, as `perf_vit.linearize` takes it.
-        options: options of the mixer; of "clustered": window_size, num_sinks, num_clusters,
-            max_exact_tokens (0 here by default).
-        student: a folder of `perf-vit convert` or of an earlier distillation to start from, instead of `mixer` and
-            `options`.
+        options: options of the mixer; of "clustered": window_size, num_sinks, num_clusters, max_exact_tokens (default 0).
+        student: folder of a converted or distilled model to start from, instead of `mixer` and `options`.
     """
 
     backbone: str

@@ -14,7 +14,7 @@ from small_models import BACKBONE, NORMALIZER, save_classifier, save_slide_class
 
 import perf_vit
 from perf_vit.data import ClassificationViews
-from perf_vit.errors import DataWarning
+from perf_vit.errors import DataWarning, InputError
 from perf_vit.inference import ClassificationPredictOptions, ClassificationPredictor
 from perf_vit.inference.options import move_to_device
 from perf_vit.inference.prefetch import FirstWindows, load_ahead, to_device
@@ -78,9 +78,13 @@ def test_an_error_comes_in_its_turn_and_nothing_is_loaded_after_it() -> None:
 def test_no_thread_is_left_when_a_caller_stops_early() -> None:
     items = load_ahead(range(100), lambda item: time.sleep(0.001), num_threads=3, depth=6)
     next(items)
-    assert any(thread.name.startswith("perf_vit-reader") for thread in threading.enumerate())
+    assert reader_threads()
     items.close()
-    assert not any(thread.name.startswith("perf_vit-reader") for thread in threading.enumerate())
+    assert reader_threads() == []
+
+
+def reader_threads() -> list[str]:
+    return [thread.name for thread in threading.enumerate() if thread.name.startswith("perf_vit-reader")]
 
 
 @pytest.fixture(scope="module")
@@ -159,6 +163,15 @@ def test_each_image_that_cant_be_read_is_named_in_its_row(checkpoint, tmp_path) 
     assert [row[0] for row in rows] == paths
     assert [index for index, row in enumerate(rows) if row[-1]] == [1, 2, 9]
     assert all(path in row[-1] for path, row in zip(paths, rows, strict=True) if row[-1])
+
+
+def test_no_thread_is_left_by_a_table_that_an_image_stops(checkpoint, tmp_path) -> None:
+    paths = write_images(tmp_path, number=30, broken=(4,))
+    with pytest.raises(InputError, match=r"4\.png") as stopped:
+        predictor_of(checkpoint, num_readers=3).run(paths, tmp_path / "found.csv")
+    # The traceback, which a caller may keep, holds nothing open.
+    assert stopped.value.__traceback__ is not None
+    assert reader_threads() == []
 
 
 def test_an_evaluation_reads_the_next_images_while_the_model_computes(checkpoint, tmp_path, monkeypatch) -> None:
