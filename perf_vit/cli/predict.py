@@ -50,7 +50,9 @@ def predict(
     batch_size: BatchSize = 1,
     blend: Annotated[str, typer.Option(help="Weights of overlapping windows: hann or gaussian.")] = "hann",
     flips: Annotated[bool, typer.Option("--flips", help="Average over mirror images: four times the work.")] = False,
-    num_readers: Annotated[int, typer.Option(help="Threads that read ahead.", min=1)] = 2,
+    num_readers: Annotated[
+        int | None, typer.Option(help="Threads that read ahead; one per processor by default.", min=1)
+    ] = None,
     resume: Annotated[bool, typer.Option("--resume/--no-resume", help="Go on with an interrupted map.")] = True,
     on_error: Annotated[
         Literal["stop", "skip"],

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from perf_vit.errors import InputError
-from perf_vit.inference.prefetch import Reads, Tile, read_ahead, takes_valid, valid_pixels
+from perf_vit.inference.prefetch import Reads, Tile, num_processors, read_ahead, takes_valid, valid_pixels
 from perf_vit.tiling import BLENDS, grid_windows
 from perf_vit.types import BoolArray, GeoImage, Window
 
@@ -153,7 +153,7 @@ def predict_strips(
     blend: str = "hann",
     flips: bool = False,
     batch_size: int = 1,
-    num_readers: int = 2,
+    num_readers: int | None = None,
     device: str | torch.device = "cpu",
     precision: torch.dtype = torch.float32,
     on_progress: Callable[[int, int], None] = lambda done, total: None,
@@ -179,7 +179,7 @@ def predict_strips(
             seen least.
         flips: average the scores of a tile and its three mirror images.
         batch_size: windows a forward pass.
-        num_readers: threads that read.
+        num_readers: threads that read; one a processor by default.
         device: where the tiles go.
         precision: torch.float32, or torch.bfloat16 / torch.float16 for autocast.
         on_progress: called with (windows done, windows in all), for a progress bar.
@@ -196,7 +196,8 @@ def predict_strips(
     weights = BLENDS[blend](window_size)
     forward = _Forward(model, num_channels, device, precision, flips)
     stitcher = RowStitcher(plan.stitched, window_size, num_channels)
-    tiles = read_ahead(plan.windows(), source, normalize, num_threads=num_readers, depth=2 * batch_size + num_readers)
+    readers = num_readers or num_processors()
+    tiles = read_ahead(plan.windows(), source, normalize, num_threads=readers, depth=2 * batch_size + readers)
     with closing(tiles):
         for row in plan.rows:
             # One batch stays on the device while the next is read.

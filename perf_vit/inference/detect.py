@@ -21,7 +21,7 @@ from perf_vit.geometry import Objects
 from perf_vit.geometry.objects import ObjectKind
 from perf_vit.inference.jobs.journal import LineLog
 from perf_vit.inference.merge_objects import ObjectStitcher
-from perf_vit.inference.prefetch import Reads, Tile, read_ahead, takes_valid, to_device, valid_pixels
+from perf_vit.inference.prefetch import Reads, Tile, num_processors, read_ahead, takes_valid, to_device, valid_pixels
 from perf_vit.tiling import grid_windows
 from perf_vit.types import Detections, GeoImage, Window
 
@@ -45,7 +45,7 @@ def predict_objects(
     window_size: int,
     overlap: int,
     batch_size: int = 1,
-    num_readers: int = 2,
+    num_readers: int | None = None,
     device: str | torch.device = "cpu",
     precision: torch.dtype = torch.float32,
     score_threshold: float = 0.5,
@@ -67,7 +67,7 @@ def predict_objects(
         window_size: side of a window, in pixels.
         overlap: pixels that neighbouring windows share.
         batch_size: windows a forward pass.
-        num_readers: threads that read ahead.
+        num_readers: threads that read ahead; one per processor by default.
         device: where the tiles go.
         precision: torch.float32, or torch.bfloat16 / torch.float16 for autocast.
         score_threshold: lowest score of an object.
@@ -85,7 +85,8 @@ def predict_objects(
         if objects is not None:
             stitcher.add(window, objects)
     todo = [window for window in windows if window not in known]
-    tiles = read_ahead(todo, source, normalize, num_threads=num_readers, depth=2 * batch_size + num_readers)
+    readers = num_readers or num_processors()
+    tiles = read_ahead(todo, source, normalize, num_threads=readers, depth=2 * batch_size + readers)
     done = len(known)
     with closing(tiles):
         for batch, empty in _batches(tiles, batch_size):

@@ -47,7 +47,7 @@ class PredictOptions:
 
     Attributes:
         batch_size: Windows or images in a forward pass.
-        num_readers: Threads that read ahead.
+        num_readers: Threads that read ahead; one per processor, at most 16, by default.
         device: "auto" for a GPU if there is one, "cpu", "cuda", "cuda:1", "mps".
         precision: "32", or "bf16" or "16" for autocast. "auto" becomes "bf16" on GPUs and CPUs with instructions for
             it, else "32", when the options are made.
@@ -61,7 +61,7 @@ class PredictOptions:
     """
 
     batch_size: int = 1
-    num_readers: int = 2
+    num_readers: int | None = None
     device: str = "auto"
     precision: Precision = "32"
     on_error: OnError = "stop"
@@ -76,7 +76,8 @@ class PredictOptions:
             object.__setattr__(self, "precision", "bf16" if is_fast else "32")
         _check_choice(self, "on_error", get_args(OnError))
         _check_positive(self, "batch_size")
-        _check_positive(self, "num_readers")
+        if self.num_readers is not None:
+            _check_positive(self, "num_readers")
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values of JSON."""

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import inspect
+import os
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from itertools import islice
 from typing import Any, Protocol, TypeVar
 
@@ -25,7 +27,9 @@ __all__ = [
     "Tile",
     "attempted",
     "load_ahead",
+    "num_processors",
     "read_ahead",
+    "read_tile",
     "takes_valid",
     "to_device",
     "valid_pixels",
@@ -36,6 +40,9 @@ FloatArray = npt.NDArray[np.float32]
 Item = TypeVar("Item")
 
 Loaded = TypeVar("Loaded")
+
+# More readers than that don't deliver more windows.
+_MAX_READERS = 16
 
 # Side of the smallest piece that a damaged window is read in: a tile of most files is no smaller.
 _SALVAGE_PX = 64
@@ -119,12 +126,24 @@ def read_ahead(
     Raises:
         InputError: A window can't be read.
     """
-
-    def load(window: Window) -> Tile:
-        image = source.read(window)
-        return Tile(window, image.valid, normalize(image) if image.valid.any() else None)
-
+    load = partial(read_tile, source, normalize)
     return load_ahead(windows, load, num_threads=num_threads, depth=depth)
+
+
+def read_tile(source: Reads, normalize: Callable[[GeoImage], FloatArray], window: Window) -> Tile:
+    """Read and normalise a window.
+
+    Raises:
+        InputError: It can't be read.
+    """
+    image = source.read(window)
+    return Tile(window, image.valid, normalize(image) if image.valid.any() else None)
+
+
+def num_processors() -> int:
+    """Return the number of processors that this process may use, at most 16: the number of readers by default."""
+    allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return min(allowed, _MAX_READERS)
 
 
 def to_device(tiles: Tensor, device: str | torch.device) -> Tensor:

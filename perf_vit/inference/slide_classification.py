@@ -22,7 +22,7 @@ from perf_vit.errors import InputError
 from perf_vit.inference.jobs.table_job import TableJob
 from perf_vit.inference.options import SlideClassificationPredictOptions, move_to_device
 from perf_vit.inference.predictor import OnProgress, ignore_progress
-from perf_vit.inference.prefetch import Reads, Tile, read_ahead, takes_valid, to_device, valid_pixels
+from perf_vit.inference.prefetch import Reads, Tile, num_processors, read_ahead, takes_valid, to_device, valid_pixels
 from perf_vit.inference.table_predictor import Rows, TablePredictor
 from perf_vit.models import InputCheck, SlideClassifier, load_slide_classifier
 from perf_vit.plotting import rgb_from, save_png
@@ -41,7 +41,7 @@ def embed_windows(
     windows: Sequence[Window],
     *,
     batch_size: int = 16,
-    num_readers: int = 2,
+    num_readers: int | None = None,
     device: str | torch.device = "cpu",
     precision: torch.dtype = torch.float32,
     on_progress: Callable[[int, int], None] = lambda done, total: None,
@@ -55,7 +55,7 @@ def embed_windows(
         normalize: a window's pixels to the encoder's input, [C, h, w].
         windows: at least one, all of one size, each with a valid pixel.
         batch_size: windows a forward pass.
-        num_readers: threads that read.
+        num_readers: threads that read; one per processor by default.
         device: where the windows go.
         precision: torch.float32, or torch.bfloat16 / torch.float16 for autocast.
         on_progress: called with (windows done, windows in all), for a progress bar.
@@ -68,7 +68,8 @@ def embed_windows(
     """
     device = torch.device(device)
     autocast = torch.autocast(device.type, dtype=precision, enabled=precision != torch.float32)
-    tiles = read_ahead(windows, source, normalize, num_threads=num_readers, depth=2 * batch_size + num_readers)
+    readers = num_readers or num_processors()
+    tiles = read_ahead(windows, source, normalize, num_threads=readers, depth=2 * batch_size + readers)
     found: list[FloatArray] = []
     done = 0
     with closing(tiles):

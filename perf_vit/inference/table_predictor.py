@@ -17,7 +17,7 @@ from perf_vit.inference.jobs import JobResult
 from perf_vit.inference.jobs.table_job import RowLog, TableJob, write_table
 from perf_vit.inference.options import PredictOptions
 from perf_vit.inference.predictor import OnProgress, Predictor, ignore_progress
-from perf_vit.inference.prefetch import attempted, load_ahead
+from perf_vit.inference.prefetch import attempted, load_ahead, num_processors
 from perf_vit.inference.ray import RayPool
 
 __all__ = ["TablePredictor"]
@@ -160,7 +160,7 @@ class TablePredictor(Predictor[Model, Options]):
     @property
     def num_readers(self) -> int:
         """Number of inputs that are read at the same time."""
-        return self.options.num_readers
+        return self.options.num_readers or num_processors()
 
     @property
     def rows_at_once(self) -> int:

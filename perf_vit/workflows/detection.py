@@ -13,7 +13,7 @@ from perf_vit.data import DetectionDataModule, ObjectValidity, build_detection_d
 from perf_vit.errors import InputError
 from perf_vit.geometry import Objects
 from perf_vit.inference import DetectionPredictOptions, DetectionPredictor
-from perf_vit.inference.prefetch import FirstWindows, load_ahead
+from perf_vit.inference.prefetch import FirstWindows, load_ahead, num_processors
 from perf_vit.labels.objects import ImageRecord, OutlineMasks, objects_in, read_object_labels
 from perf_vit.metrics import RegisteredMetrics
 from perf_vit.models import DetectionSpec, InputCheck, detector_kind
@@ -179,7 +179,8 @@ def _opened(predictor: DetectionPredictor, record: ImageRecord) -> _LabelledImag
         truth = objects_in(record, record.extent, min_visible=0.0, crop_masks=True)
         validity = ObjectValidity(source, truth.boxes_xyxy)
         windows = grid_windows(source.extent, *options.windows(spec.tile_px))
-        first = FirstWindows(validity, windows[: 2 * options.batch_size + options.num_readers])
+        readers = options.num_readers or num_processors()
+        first = FirstWindows(validity, windows[: 2 * options.batch_size + readers])
     return _LabelledImage(source, truth, validity, first)
 
 

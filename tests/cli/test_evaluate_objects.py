@@ -102,8 +102,9 @@ def test_the_next_image_is_read_while_the_model_computes_and_scores_stay_the_sam
         return find(self, reader, extent, **options)
 
     asked: list[int] = []
+    monkeypatch.setattr(detection, "num_processors", lambda: 1)
     monkeypatch.setattr(detection, "_opened", opened_noted)
     monkeypatch.setattr(DetectionPredictor, "find", find_waiting)
     assert evaluate(*given).to_dict() == before
-    # Windows of 64 px with a quarter of overlap: 2 rows, 3 columns, of which 2 batches and 2 readers' are held.
-    assert asked == [4, 4, 4, 4]
+    # Windows of 64 px with a quarter of overlap: 2 rows, 3 columns, of which 2 batches and a reader's are held.
+    assert asked == [3, 3, 3, 3]

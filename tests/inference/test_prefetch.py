@@ -17,7 +17,7 @@ from perf_vit.data import ClassificationViews
 from perf_vit.errors import DataWarning, InputError
 from perf_vit.inference import ClassificationPredictOptions, ClassificationPredictor
 from perf_vit.inference.options import move_to_device
-from perf_vit.inference.prefetch import FirstWindows, load_ahead, to_device
+from perf_vit.inference.prefetch import FirstWindows, load_ahead, num_processors, to_device
 from perf_vit.models import (
     InputBands,
     SegmentationModelConfig,
@@ -333,3 +333,11 @@ def test_other_networks_take_weights_and_tiles_that_are_channels_last(save, tmp_
     if save is save_small_detector:
         expected, found = ([each.boxes_xyxy for each in every] for every in (expected, found))
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_there_is_a_reader_for_each_processor_unless_another_number_is_asked_for(checkpoint, monkeypatch) -> None:
+    monkeypatch.setattr("os.sched_getaffinity", lambda pid: set(range(6)), raising=False)
+    assert predictor_of(checkpoint).num_readers == num_processors() == 6
+    assert predictor_of(checkpoint, num_readers=3).num_readers == 3
+    monkeypatch.setattr("os.sched_getaffinity", lambda pid: set(range(64)))
+    assert num_processors() == 16
