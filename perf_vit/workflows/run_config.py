@@ -160,7 +160,7 @@ class DistillationModelConfig:
         weights: its weights, .safetensors or .pth, as timm or the model's authors name them; timm's own if left out.
         backbone_kwargs: passed to `timm.create_model`.
         mixer: mixer of the student, as `perf_vit.linearize` takes it.
-        options: options of the mixer; of "clustered": window_size, num_sinks, num_clusters, max_exact_tokens (default 0).
+        options: of the mixer; of "clustered": window_size, num_sinks, num_clusters, max_exact_tokens (0 by default).
         student: folder of a converted or distilled model to start from, instead of `mixer` and `options`.
     """
 
