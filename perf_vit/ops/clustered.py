@@ -1,25 +1,31 @@
-"""Clustered attention: exact within windows and on sinks, one weight per cluster of keys elsewhere."""
+"""Clustered attention: exact within windows, to first order in the keys of clusters elsewhere."""
 
 from __future__ import annotations
 
-import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
-from perf_vit.ops.features import LOWEST_SCALE, token_slices, without_autocast
-from perf_vit.ops.sinks import spread_tokens
+from perf_vit.ops.clusters import NUM_GROUPS, Clusters, describe_clusters, sample_tokens
+from perf_vit.ops.features import without_autocast
+from perf_vit.ops.sinks import choose_sinks
 from perf_vit.ops.state import check_attention_keys
-from perf_vit.ops.window_attention import Call, SummaryKeys, Windows, attend_with_summaries, check_grid
+from perf_vit.ops.windows import WindowGrid, check_grid
 
-__all__ = ["choose_clusters", "clustered_attention"]
+__all__ = ["clustered_attention"]
 
 SINK_QUERIES = 32
-_CHUNK_KEYS = 1024
-# Means of queries and cluster centres are computed from a subsample of at least this many tokens.
-_STATISTICS_TOKENS = 2048
-_ITERATIONS = 2
+
+# Tokens of a chunk on a CPU, whose intermediate results fit in its cache; other devices take all tokens at once.
+_CHUNK_TOKENS = 4096
+
+_ROW_TOKENS = 1024
+"""Queries that are processed together where there are no windows."""
 
 
 def clustered_attention(
@@ -28,37 +34,40 @@ def clustered_attention(
     v: Tensor,
     grid: tuple[int, int],
     window_size: int = 16,
-    num_sinks: int = 64,
-    num_clusters: int = 96,
+    num_sinks: int = 0,
+    num_clusters: int = 160,
     num_prefix_tokens: int = 1,
     key_mask: Tensor | None = None,
 ) -> Tensor:
-    """Softmax attention with one weight per cluster of keys; the keys of a query's window and the sinks stay exact.
+    """Softmax attention in which clusters replace the keys outside a query's window.
 
-    out_i = (sum_{j in S(i)} exp(q_i.k_j / sqrt(D)) v_j + sum_{j not in S(i)} w_i,c(j) v_j) / (the sums without v_j),
-    where c(j) is the cluster of key j, with the mean m_c and the variance s_c of its keys in each channel, and
+    out_i = sum_{j in S(i)} p_ij v_j + sum_c p_ic (v_c + A_g(c) q_i),   p_ij ~ exp(q_i.k_j / sqrt(D)),
+    p_ic ~ n_c exp(q_i.k_c / sqrt(D) + s_c)
 
-        w_i,c = exp(q_i.m_c / sqrt(D) + sum_d E[q_d^2] s_c,d / 2 D)
+    - S(i) holds the tokens of the 2-D window of i, the prefix tokens and the sinks of the head.
+    - n_c, k_c and v_c are the number, the mean key and the mean value of the keys of cluster c that are not in S(i).
+    - s_c is half the variance of a logit within cluster c for the mean square of each channel of the queries, so that
+      the weight is the mean of exp(q.k / sqrt(D)) over the cluster to second order.
+    - A_g is the covariance of values and keys within the clusters of group g, divided by sqrt(D): the first-order
+      change of the mean value when a query weights the keys of a cluster unequally. It is the dipole term of multipole
+      attention (MuSe, arXiv 2509.10406), here with one matrix for each of 4 groups of clusters.
+    - s_c, A_g and the centres come from a sample of the tokens (`describe_clusters`).
 
-    is the second-order approximation of the mean of exp(q_i.k_j / sqrt(D)) over the cluster. The second-order term uses
-    the mean (E) over all queries, or over a subsample of 2,048 or more. S(i) holds the tokens of the 2-D window of i,
-    the prefix tokens and the sinks of the head: the keys with the largest weights in exact attention. Prefix tokens
-    attend exactly.
-
-    The weight by cluster size follows merged tokens (Bolya et al. 2022, "Token Merging", equation 1), the combination
-    of fine-grained near and coarse far attention follows focal attention (Yang et al. 2021). The operation is
-    deterministic. The assignment of keys to clusters has no gradient. Time and memory are linear in the number of
-    tokens, forward and backward. `perf_vit.ops.naive.naive_clustered_attention` is the N x N reference.
+    Prefix tokens attend exactly. The weight by cluster size follows merged tokens (Bolya et al. 2022, "Token Merging",
+    equation 1), near and far attention focal attention (Yang et al. 2021). The operation is deterministic. The
+    assignment of keys to clusters has no gradient. Time and memory are linear in the number of tokens, forward and
+    backward. `perf_vit.ops.naive.naive_clustered_attention` is the N x N reference.
 
     Args:
         q: Queries, [B, H, N, D]: prefix tokens first, then the grid in row-major order.
         k: Keys, [B, H, N, D].
         v: Values, [B, H, N, Dv].
         grid: Rows and columns of tokens; N = num_prefix_tokens + rows x columns.
-        window_size: Largest number of rows and columns of a window; the grid is split into the fewest windows of nearly
-            equal size. 0 for no windows.
-        num_sinks: Number of keys per sample and head to which every query attends exactly; 0 for none.
-        num_clusters: Number of clusters per sample and head, at most the number of tokens of the grid.
+        window_size: Largest number of rows and columns of a window; the grid is split into the fewest windows of equal
+            size. 0 for no windows.
+        num_sinks: Number of keys per sample and head to which every query attends exactly: those with the largest
+            weights in exact attention. 0 for none.
+        num_clusters: Largest number of clusters per sample and head.
         num_prefix_tokens: Number of class and register tokens, which come first.
         key_mask: [B, N] bool, False for keys to ignore.
 
@@ -71,150 +80,269 @@ def clustered_attention(
     check_attention_keys(k, v, key_mask)
     check_grid(q, k, grid, window_size, num_sinks, num_prefix_tokens)
     if num_clusters < 1:
-        raise ValueError(f"num_clusters must be 1 or more, got {num_clusters}; 96 suits images of 500 px and up")
+        raise ValueError(f"num_clusters must be 1 or more, got {num_clusters}; 160 suits images of 700 px and up")
+    options = (window_size, num_sinks, num_clusters, num_prefix_tokens, key_mask)
+    needs_gradient = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))
+    if torch.compiler.is_dynamo_compiling() and not torch.compiler.is_exporting() and not needs_gradient:
+        # One node of the graph: the sizes of its windows would make a graph of every image size.
+        return _compiled(q, k, v, list(grid), *options)
+    return _clustered_attention(q, k, v, grid, *options)
+
+
+def _clustered_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    grid: Sequence[int],
+    window_size: int,
+    num_sinks: int,
+    num_clusters: int,
+    num_prefix_tokens: int,
+    key_mask: Tensor | None,
+) -> Tensor:
+    # Under torch.jit.trace sizes are tensors; a trace is valid for one image size.
+    rows, columns = grid if torch.compiler.is_compiling() else (int(grid[0]), int(grid[1]))
+    grid, first = (rows, columns), num_prefix_tokens
     with without_autocast(q):
+        if key_mask is not None:
+            # Masked keys may hold any value, including NaN.
+            masked = ~key_mask[:, None, :, None]
+            k, v = (x.masked_fill(masked, 0.0) for x in (k, v))
+        prefix = _exact(q[:, :, :first], k, v, key_mask)
+        shared, valid = _shared_keys(q, k, v, num_sinks, first, key_mask)
+        q, k, v = (x[:, :, first:] for x in (q, k, v))
+        sample = sample_tokens(q, k, v, None if key_mask is None else key_mask[:, first:])
+        windows = WindowGrid.of(grid, window_size) if window_size else _rows(grid)
+        attention = _Attention(
+            clusters=describe_clusters(sample, num_clusters),
+            windows=windows,
+            shared=shared,
+            exact_near=window_size > 0,
+            padded=windows.reaches_outside(grid),
+            sizes=(int(k.shape[-1]), int(v.shape[-1])),
+            zero=q.new_zeros(1),
+            one=q.new_ones(1),
+        )
+        return _join(prefix, attention.run(q, k, v, valid, grid))
 
-        def make_summaries(queries: Tensor, keys: Tensor, log_mask: Tensor) -> _Clusters:
-            seen = None if key_mask is None else key_mask[:, num_prefix_tokens:]
-            nearest = _NearestCenter(keys, num_clusters, seen)
-            return _Clusters(_mean_square(queries, seen, log_mask.dtype), keys, log_mask, nearest)
 
-        sizes = (window_size, num_sinks, num_prefix_tokens)
-        return attend_with_summaries(q, k, v, grid, *sizes, key_mask, make_summaries, SINK_QUERIES).to(q.dtype)
+_compiled = torch.library.custom_op("perf_vit::clustered_attention", _clustered_attention, mutates_args=())
 
 
-def choose_clusters(k: Tensor, num_clusters: int, key_mask: Tensor | None = None) -> Tensor:
-    """Assign each key to the nearest of `num_clusters` centres by Euclidean distance.
+@_compiled.register_fake
+def _(q: Tensor, k: Tensor, v: Tensor, *options: Any) -> Tensor:
+    return v.new_empty(q.shape[0], q.shape[2], q.shape[1], v.shape[-1]).transpose(1, 2)
 
-    The centres come from two Lloyd iterations of k-means on 2,048 or more evenly spaced keys, initialised with evenly
-    spaced keys (Lloyd 1982, "Least squares quantization in PCM").
 
-    Args:
-        k: Keys, [B, H, N, D].
-        num_clusters: Number of clusters, at most N.
-        key_mask: [B, N] bool, False for keys to exclude from the centres.
+@dataclass(frozen=True, eq=False)
+class _Attention:
+    """One attention call: what all windows share.
+
+    Queries, keys and values get extra columns, so that one call of `scaled_dot_product_attention` computes logits with
+    additive terms and, beside the attended values, the weight of each group of clusters:
+
+    - queries [q, sqrt(D), sqrt(D)], keys [k, log weight, its rounding error]; products are divided by sqrt(D);
+    - values [v, membership in the G groups, 1 for a valid key]; near keys are in no group.
+
+    Attributes:
+        clusters: Clusters of the keys of the grid.
+        windows: Windows of the grid.
+        shared: Keys, values and validity of the prefix tokens and the sinks, [B, H, s, C]; None where all are valid.
+        exact_near: Whether queries attend exactly to the keys of their window.
+        padded: Whether windows may reach outside the grid.
+        sizes: Channels of keys and of values, D and Dv.
+        zero: 0 in the dtype of the attention, [1]; sums over clusters are in at least float32.
+        one: 1 in the same dtype, [1].
+    """
+
+    clusters: Clusters
+    windows: WindowGrid
+    shared: tuple[Tensor, Tensor, Tensor | None]
+    exact_near: bool
+    padded: bool
+    sizes: tuple[int, int]
+    zero: Tensor
+    one: Tensor
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Dtype of the attention."""
+        return self.zero.dtype
+
+    @property
+    def width(self) -> int:
+        """Number of columns of queries, keys and values each; fused attention on GPUs needs a multiple of 8."""
+        return -(-max(self.sizes[0] + 2, self.sizes[1] + NUM_GROUPS + 1) // 8) * 8
+
+    @property
+    def valid_column(self) -> int:
+        """Index of the column for valid keys in the joint columns of keys and values."""
+        return self.width + self.sizes[1] + NUM_GROUPS
+
+    def run(self, q: Tensor, k: Tensor, v: Tensor, valid: Tensor | None, grid: tuple[int, int]) -> list[Tensor]:
+        """Return the attended values of chunks of rows, [B, rows, columns, H, Dv] each, from top to bottom."""
+        call = _checkpointed if torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v)) else _called
+        rows = self._rows_at_once(q, grid)
+        # Split, not sliced: the gradients of slices would be summed as a full-size tensor each.
+        parts = [_split_rows(x, grid, rows) for x in (q, k, v, valid)]
+        if valid is None:
+            parts[-1] *= len(parts[0])
+        chunks = list(zip(*parts, strict=True))
+        if len(chunks) == 1:
+            return [call(self._whole, *chunks[0])]
+        own = [call(self._sums_of_rows, *chunk[1:]) for chunk in chunks]
+        total = own[0].sum(dim=2)
+        for part in own[1:]:
+            total = total + part.sum(dim=2)
+        return [call(self._attend_rows, *chunk, part, total) for chunk, part in zip(chunks, own, strict=True)]
+
+    def _rows_at_once(self, q: Tensor, grid: tuple[int, int]) -> int:
+        if q.device.type != "cpu" or torch.compiler.is_compiling():
+            return grid[0]
+        return self.windows.height * max(1, _CHUNK_TOKENS // (self.windows.height * grid[1]))
+
+    def _whole(self, q: Tensor, k: Tensor, v: Tensor, valid: Tensor | None) -> Tensor:
+        """Attend with all queries at once, [B, H, rows, columns, D] -> [B, rows, columns, H, Dv]."""
+        tokens = self.windows.split(torch.cat([*self._query_columns(q), *self._key_columns(k, v, valid)], dim=-1))
+        own = self._sums(tokens[..., self.width :], valid is not None)
+        return self.windows.join(self._attend(tokens, own, own.sum(dim=2), valid is not None), q.shape[2])
+
+    def _sums_of_rows(self, k: Tensor, v: Tensor, valid: Tensor | None) -> Tensor:
+        columns = self.windows.split(torch.cat(self._key_columns(k, v, valid), dim=-1))
+        return self._sums(columns, valid is not None)
+
+    def _attend_rows(self, q: Tensor, k: Tensor, v: Tensor, valid: Tensor | None, own: Tensor, total: Tensor) -> Tensor:
+        tokens = self.windows.split(torch.cat([*self._query_columns(q), *self._key_columns(k, v, valid)], dim=-1))
+        return self.windows.join(self._attend(tokens, own, total, valid is not None), q.shape[2])
+
+    def _query_columns(self, q: Tensor) -> list[Tensor]:
+        """Return the parts of the columns of queries, [..., width] together."""
+        head_dim = self.sizes[0]
+        constant = q.new_full((1,), head_dim**0.5).expand(*q.shape[:-1], 2)
+        return [q, constant, self.zero.expand(*q.shape[:-1], self.width - head_dim - 2)]
+
+    def _key_columns(self, k: Tensor, v: Tensor, valid: Tensor | None) -> list[Tensor]:
+        """Return the parts of the columns of keys and values, [..., 2 x width] together; the log weight is 0."""
+        size = k.shape[:-1]
+        ones = (self.one if valid is None else valid.to(k.dtype)).expand(*size, 1)
+        empty = self.zero.expand(*size, self.width)
+        gaps = (self.width - self.sizes[0], NUM_GROUPS, 2 * self.width - self.valid_column - 1)
+        after_k, groups, after_v = (empty[..., :gap] for gap in gaps)
+        return [k, after_k, v, groups, ones, after_v]
+
+    def _hide(self, columns: Tensor) -> Tensor:
+        """Set the log weight of invalid keys far below any logit, in place."""
+        columns[..., self.sizes[0]].masked_fill_(columns[..., self.valid_column] == 0, _lowest(self.dtype))
+        return columns
+
+    def _sums(self, columns: Tensor, masked: bool) -> Tensor:
+        """Sum the columns over the keys of each cluster in each window, [B, H, W, T, C] -> [B, H, W, M, C]."""
+        columns = columns.to(self.clusters.centers.dtype)
+        nearest = self.clusters.nearest(columns[..., : self.sizes[0]].flatten(2, 3)).view(columns.shape[:-1])
+        if masked:
+            nearest = nearest.masked_fill(columns[..., self.valid_column] == 0, -1)
+        numbers = torch.arange(self.clusters.num_clusters, device=columns.device).unsqueeze(-1)
+        return (nearest.unsqueeze(-2) == numbers).to(columns.dtype) @ columns
+
+    def _attend(self, tokens: Tensor, own: Tensor, total: Tensor, masked: bool) -> Tensor:
+        """Attend with the queries of windows, [B, H, W, T, 3 x width] -> [B, H, W, T, Dv]."""
+        head_dim, each = self.sizes[0], (-1, -1, tokens.shape[2], -1, -1)
+        shared = torch.cat(self._key_columns(*self.shared), dim=-1)
+        shared = shared if self.shared[2] is None else self._hide(shared)
+        keys = [shared.unsqueeze(2).expand(each), self._far(own, total).expand(each)]
+        if self.exact_near:
+            near = tokens[..., self.width :]
+            keys.insert(0, self._hide(near) if masked or self.padded else near)
+        kv = torch.cat(keys, dim=3).flatten(0, 2).unsqueeze(1)
+        queries = tokens[..., : self.width].flatten(0, 2).unsqueeze(1)
+        out = F.scaled_dot_product_attention(
+            queries, kv[..., : self.width], kv[..., self.width :], scale=head_dim**-0.5
+        )
+        return self._corrected(tokens[..., :head_dim], out.view(*tokens.shape[:-1], self.width))
+
+    def _corrected(self, q: Tensor, out: Tensor) -> Tensor:
+        """Add the first-order change of the values of clusters, [B, H, W, T, Dv]."""
+        head_dim, value_dim = self.sizes
+        covariance = self.clusters.covariance.flatten(0, 1)
+        mass = out[..., value_dim : value_dim + covariance.shape[1]]
+        moved = (mass.unsqueeze(-1) * q.unsqueeze(-2)).flatten(-2).flatten(2, 3).flatten(0, 1)
+        values = out[..., :value_dim].flatten(2, 3).flatten(0, 1)
+        covariance = covariance.flatten(1, 2).to(moved.dtype)
+        return torch.baddbmm(values, moved, covariance, alpha=head_dim**-0.5).view(*out.shape[:-1], value_dim)
+
+    def _far(self, own: Tensor, total: Tensor) -> Tensor:
+        """Return the columns of the clusters outside each window, [B, H, W or 1, M, 2 x width]."""
+        head_dim, value_dim = self.sizes
+        left = total.unsqueeze(2) - own if self.exact_near else total.unsqueeze(2)
+        number = left[..., self.valid_column, None].detach()
+        far = left / number.clamp(min=1.0)
+        # Counts are exact: a cluster that lies within the window has weight 0, whatever its variance.
+        log_weight = (number.log() + self.clusters.spread.unsqueeze(2)).clamp(min=_lowest(self.dtype))
+        rounded = log_weight.to(self.dtype)
+        rest = log_weight - rounded if self.dtype != log_weight.dtype else far[..., head_dim + 1, None]
+        groups = self.clusters.groups.unsqueeze(2).expand(*far.shape[:-1], -1)
+        after_v = self.zero.expand(*far.shape[:-1], self.width - value_dim - groups.shape[-1])
+        parts = [far[..., :head_dim], rounded, rest, far[..., head_dim + 2 : self.width + value_dim], groups, after_v]
+        return torch.cat([part.to(self.dtype) for part in parts], dim=-1)
+
+
+def _lowest(dtype: torch.dtype) -> float:
+    """Return an additive term of logits that removes a key, whose product with sqrt(D) is finite in float32."""
+    return -3e4 if dtype == torch.float16 else -1e30
+
+
+def _rows(grid: tuple[int, int]) -> WindowGrid:
+    """Return whole rows, for queries without windows."""
+    return WindowGrid(grid[1], min(grid[0], max(1, _ROW_TOKENS // grid[1])), grid[1])
+
+
+def _split_rows(x: Tensor | None, grid: tuple[int, int], rows: int) -> list[Any]:
+    """Split [B, H, n, C] into chunks of rows, [B, H, rows, columns, C]; None gives [None]."""
+    return [None] if x is None else list(x.unflatten(2, grid).split(rows, dim=2))
+
+
+def _called(function: Callable[..., Tensor], *arguments: Any) -> Tensor:
+    return function(*arguments)
+
+
+def _checkpointed(function: Callable[..., Tensor], *arguments: Any) -> Tensor:
+    """Call a function so that the backward pass computes it again: no tensor of a chunk is stored."""
+    found: Tensor = checkpoint(function, *arguments, use_reentrant=False, preserve_rng_state=False)
+    return found
+
+
+def _exact(q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None) -> Tensor:
+    """Attend exactly; a sample without a visible key, whose values are 0, gets 0."""
+    if key_mask is None:
+        return F.scaled_dot_product_attention(q, k, v)
+    hidden = q.new_zeros(key_mask.shape).masked_fill(~key_mask, _lowest(q.dtype))
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=hidden[:, None, None])
+
+
+def _shared_keys(
+    q: Tensor, k: Tensor, v: Tensor, num_sinks: int, num_prefix_tokens: int, key_mask: Tensor | None
+) -> tuple[tuple[Tensor, Tensor, Tensor | None], Tensor | None]:
+    """Return prefix tokens and sinks as (keys, values, validity), and which tokens of the grid are in neither.
 
     Returns:
-        Cluster index of each key, [B, H, N].
+        [B, H, s, C] each and the validity of the grid, [B, H or 1, n, 1]; None for a validity where all are.
     """
-    nearest = _NearestCenter(k, num_clusters, key_mask)
-    return torch.cat([nearest(k[keys].to(nearest.centers.dtype)) for keys in token_slices(k, _CHUNK_KEYS)], dim=2)
+    first = num_prefix_tokens
+    valid = None if key_mask is None else key_mask[:, None, :, None]
+    every = [k, v] if valid is None else [k, v, valid.expand(-1, k.shape[1], -1, -1)]
+    shared = [x[:, :, :first] for x in every]
+    on_grid = None if valid is None else valid[:, :, first:]
+    if num_sinks:
+        sinks = choose_sinks(q, k, num_sinks, first, key_mask, SINK_QUERIES).unsqueeze(-1)
+        shared = [torch.cat([few, x.take_along_dim(sinks, dim=2)], dim=2) for few, x in zip(shared, every, strict=True)]
+        every_key = (
+            torch.ones_like(k[:, :, first:, :1], dtype=torch.bool) if on_grid is None else every[2][:, :, first:]
+        )
+        on_grid = every_key.scatter(2, sinks - first, False)
+    return (shared[0], shared[1], None if valid is None else shared[2]), on_grid
 
 
-class _NearestCenter:
-    """K-means centres of keys; a call returns the index of the nearest centre."""
-
-    def __init__(self, k: Tensor, num_clusters: int, key_mask: Tensor | None) -> None:
-        k = k.detach()
-        dtype = torch.promote_types(k.dtype, torch.float32)
-        every = slice(None, None, max(1, k.shape[2] // _STATISTICS_TOKENS))
-        some = k[:, :, every].to(dtype)
-        self._set(spread_tokens(k, num_clusters, key_mask).to(dtype))
-        numbers = torch.arange(self.centers.shape[2], device=k.device).unsqueeze(-1)
-        for _ in range(_ITERATIONS):
-            is_member = self(some).unsqueeze(-2) == numbers
-            if key_mask is not None:
-                is_member &= key_mask[:, None, None, every]
-            members = is_member.to(dtype)
-            number = members.sum(dim=-1, keepdim=True)
-            # A centre without keys is kept.
-            self._set(torch.where(number > 0, members @ some / number.clamp(min=1.0), self.centers))
-
-    def _set(self, centers: Tensor) -> None:
-        self.centers, self.bias = centers, centers.square().sum(dim=-1).unsqueeze(-2) * -0.5
-
-    def __call__(self, k: Tensor) -> Tensor:
-        """Return the index of the nearest centre of each key, [B, H, n, D] -> [B, H, n]."""
-        # `max` takes half the time of `argmax`. torch.compile can't trace a method decorated with `no_grad`.
-        return (k.detach() @ self.centers.mT).add_(self.bias).max(dim=-1).indices
-
-
-class _Clusters(SummaryKeys):
-    """Cluster means as summary keys; a cluster's weight counts its keys outside the window.
-
-    Args:
-        mean_square: Mean square of the queries per channel, [B, H, 1, D].
-        k: Keys of the grid, [B, H, N, D].
-        log_mask: 0 for keys that belong to clusters, [B, H, N, 1].
-        nearest: Cluster assignment.
-    """
-
-    def __init__(self, mean_square: Tensor, k: Tensor, log_mask: Tensor, nearest: _NearestCenter) -> None:
-        self.num_clusters = nearest.centers.shape[2]
-        factors = mean_square.mT / (2 * k.shape[-1])
-        labels, squares = [], []
-        sums, number = (log_mask.new_zeros(*k.shape[:2], 1, self.num_clusters, size) for size in (k.shape[-1], 1))
-        for chunk in token_slices(k, _CHUNK_KEYS):
-            keys = k[chunk].to(log_mask.dtype).contiguous()
-            # Keys outside clusters get an extra index, whose sums are discarded.
-            labels.append(torch.where(log_mask[chunk] == 0, nearest(keys).unsqueeze(-1), self.num_clusters))
-            sums = self._sums(keys.unsqueeze(2), labels[-1].mT, sums)
-            number = self._sums(None, labels[-1].mT, number)
-            squares.append(keys.square() @ factors)
-        self.labels = torch.cat(labels, dim=2)
-        least_one = number.clamp(min=1.0)
-        self.rows = (sums / least_one).squeeze(2)
-        squared = self._sums(torch.cat(squares, dim=2).unsqueeze(2), self.labels.mT, torch.zeros_like(number))
-        spread = squared / least_one - (self.rows.square() @ factors).unsqueeze(2)
-        # Rounding can make the variance of a single key negative.
-        self.number, self.spread = number, spread.clamp(min=0.0)
-
-    def collect(self, windows: list[Windows], call: Call) -> list[tuple[Tensor, ...]]:
-        """Return each cluster's sum of values, number of keys and log-weight correction, over all windows."""
-        parts = [call(self._sum_values, each) for each in windows]
-        return [(torch.stack(parts).sum(dim=0), self.number, self.spread)] * len(windows)
-
-    def weigh(self, own: Windows | None, *collected: Tensor) -> tuple[Tensor, Tensor]:
-        total, number, spread = collected
-        sums, left = total, number
-        if own is not None:
-            labels, values = self._labels(own), own.tokens(own.v)
-            sums = self._sums(values, labels, total, sign=-1)
-            left = self._sums(None, labels, number, sign=-1)
-        # Counts are exact: a cluster that lies within the window has weight 0, whatever its variance.
-        log_weights = (left.log() + spread).masked_fill(left == 0, LOWEST_SCALE)
-        return log_weights, sums / left.clamp(min=1.0)
-
-    def _sum_values(self, own: Windows) -> Tensor:
-        """Sum the values of each cluster over all windows of a group, [B, H, 1, M, Dv]."""
-        values = own.tokens(own.v).flatten(2, 3).unsqueeze(2)
-        nothing = values.new_zeros(*values.shape[:2], 1, self.num_clusters, values.shape[-1])
-        return self._sums(values, self._labels(own).flatten(2).unsqueeze(2), nothing)
-
-    def _labels(self, own: Windows) -> Tensor:
-        assert own.labels is not None
-        return own.labels.flatten(4).flatten(2, 3)
-
-    def _sums(self, x: Tensor | None, labels: Tensor, start: Tensor, sign: int = 1) -> Tensor:
-        """Add sums over the tokens of each cluster in each window to `start`, [B, H, W, M, C].
-
-        Args:
-            x: Summands, [B, H, W, T, C]; None counts the tokens.
-            labels: Cluster indices, [B, H, W, T].
-            start: Initial values, [B, H, W or 1, M, C].
-            sign: 1 to add, -1 to subtract.
-        """
-        windows, rows = labels.shape[:3], self.num_clusters + 1
-        first = torch.arange(math.prod(windows), device=labels.device).view(*windows, 1) * rows
-        indices = (first + labels).flatten()
-        width = start.shape[-1]
-        sums = F.pad(start, (0, 0, 0, 1)).expand(*windows, -1, -1).reshape(-1, width)
-        if x is None:
-            x = start.new_ones(1).expand(indices.numel())
-        elif width == 1:
-            x = x.flatten()
-        else:
-            x = x.flatten(0, 3)
-        # Summing a flat tensor is several times as fast as summing rows of length 1.
-        sums = (sums.flatten() if width == 1 else sums.contiguous()).index_add_(0, indices, x, alpha=sign)
-        return sums.view(*windows, rows, width)[..., :-1, :]
-
-
-def _mean_square(q: Tensor, seen: Tensor | None, dtype: torch.dtype) -> Tensor:
-    """Return the mean square of each channel over evenly spaced unmasked queries, [B, H, 1, D]."""
-    every = slice(None, None, max(1, q.shape[2] // _STATISTICS_TOKENS))
-    q = q[:, :, every].to(dtype)
-    if seen is None:
-        return q.square().mean(dim=2, keepdim=True)
-    seen = seen[:, None, every, None]
-    return q.masked_fill(~seen, 0.0).square().sum(dim=2, keepdim=True) / seen.sum(dim=2, keepdim=True).clamp(min=1)
+def _join(prefix: Tensor, parts: list[Tensor]) -> Tensor:
+    """Join the prefix, [B, H, P, Dv], and chunks of rows, [B, rows, columns, H, Dv], to [B, H, N, Dv]."""
+    tokens = [prefix.transpose(1, 2), *(part.flatten(1, 2) for part in parts)]
+    return torch.cat(tokens, dim=1).transpose(1, 2)

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from perf_vit.ops.balancing import Balancing
+from perf_vit.ops.clusters import describe_clusters, sample_tokens
 from perf_vit.ops.kernels import Kernel, get_kernel
-from perf_vit.ops.window_attention import window_indices
+from perf_vit.ops.windows import window_indices
 
 __all__ = ["kernel_matrix", "naive_clustered_attention", "naive_favor_attention", "softmax_attention"]
 
@@ -63,11 +64,11 @@ def naive_clustered_attention(
     grid: tuple[int, int],
     window_size: int,
     sinks: Tensor,
-    clusters: Tensor,
+    num_clusters: int,
     num_prefix_tokens: int = 1,
     key_mask: Tensor | None = None,
 ) -> Tensor:
-    """Reference of `clustered_attention`: exact weights in S(i) and one weight per cluster elsewhere.
+    """Reference of `clustered_attention`: exact weights in S(i), and each cluster as one key elsewhere.
 
     Args:
         q: Queries, [B, H, N, D].
@@ -76,35 +77,39 @@ def naive_clustered_attention(
         grid: Rows and columns of tokens after the prefix tokens.
         window_size: Largest number of rows and columns of a window; 0 for no windows.
         sinks: Indices of the keys to which every query attends exactly, [B, H, s].
-        clusters: Cluster index of each key of the grid, [B, H, rows x columns].
+        num_clusters: Largest number of clusters.
         num_prefix_tokens: Number of tokens before the grid.
         key_mask: [B, N] bool, False for keys to ignore.
 
     Returns:
         Attended values, [B, H, N, Dv]; 0 for queries without a visible key.
     """
-    head_dim, first = q.shape[-1], num_prefix_tokens
-    seen = torch.ones_like(q[:, :, first:, :1]) if key_mask is None else key_mask[:, None, first:, None].to(q.dtype)
-    visible = _visible(q @ k.mT, key_mask, causal=False)
-    takes_part = visible.expand(*q.shape[:2], -1, -1)[:, :, 0]
-    takes_part = takes_part.scatter(2, sinks, False)[:, :, first:].to(q.dtype).unsqueeze(-1)
-    same = (clusters.unsqueeze(-1) == clusters.unsqueeze(-2)).to(q.dtype) * takes_part.mT
-    number = same.sum(dim=-1, keepdim=True).clamp(min=1.0)
-    grid_k, grid_q = k[:, :, first:], q[:, :, first:] * seen
-    # Mean and variances of each key's cluster.
-    mean = same @ grid_k / number
-    variance = (same @ grid_k.square() / number - mean.square()).clamp(min=0.0)
-    mean_square = grid_q.square().sum(dim=2, keepdim=True) / seen.sum(dim=2, keepdim=True).clamp(min=1.0)
-    logits = q @ k.mT * head_dim**-0.5
-    far = q[:, :, first:] @ mean.mT * head_dim**-0.5 + (variance @ mean_square.mT / (2 * head_dim)).mT
-    is_exact = _exact_pairs(logits, grid, window_size, sinks, first)
-    weights = logits.exp()
-    near = is_exact[:, :, first:, first:]
-    patches = torch.where(near, weights[:, :, first:, first:], far.exp())
-    patches = torch.cat([weights[:, :, first:, :first], patches], dim=3)
-    weights = torch.cat([weights[:, :, :first], patches], dim=2) * visible
-    total = weights.sum(dim=-1, keepdim=True)
-    return weights / total.masked_fill(total == 0, 1.0) @ v
+    scale, first = q.shape[-1] ** -0.5, num_prefix_tokens
+    visible = _visible(q @ k.mT, key_mask, causal=False).expand(*q.shape[:2], q.shape[2], -1)
+    grid_q, grid_k, grid_v = (x[:, :, first:] for x in (q, k, v))
+    clusters = describe_clusters(
+        sample_tokens(grid_q, grid_k, grid_v, None if key_mask is None else key_mask[:, first:]), num_clusters
+    )
+    exact = _exact_pairs(q @ k.mT, grid, window_size, sinks, first) & visible
+    weights = (q @ k.mT * scale).exp() * exact
+    # Sums over the keys of each cluster that a query doesn't attend to exactly, [B, H, n, M, C].
+    member = torch.nn.functional.one_hot(clusters.nearest(grid_k), clusters.num_clusters).to(q.dtype)
+    left = (visible & ~exact)[:, :, first:, first:].to(q.dtype)
+    number = left @ member
+    mean_k, mean_v = (
+        (left @ torch.einsum("bhjc,bhjd->bhjcd", member, x).flatten(3)).unflatten(3, (-1, x.shape[-1]))
+        / number.clamp(min=1).unsqueeze(-1)
+        for x in (grid_k, grid_v)
+    )
+    logits = torch.einsum("bhid,bhicd->bhic", grid_q, mean_k) * scale + clusters.spread.mT
+    far = torch.where(number > 0, number * logits.masked_fill(number == 0, 0.0).exp(), 0.0)
+    moved = torch.einsum("bhcg,bhgde,bhid->bhice", clusters.groups, clusters.covariance, grid_q) * scale
+    summed = weights @ v
+    of_clusters = torch.einsum("bhic,bhice->bhie", far, mean_v + moved)
+    summed = torch.cat([summed[:, :, :first], summed[:, :, first:] + of_clusters], dim=2)
+    total = weights.sum(dim=-1)
+    total = torch.cat([total[..., :first], total[..., first:] + far.sum(dim=-1)], dim=2).unsqueeze(-1)
+    return summed / total.masked_fill(total == 0, 1.0)
 
 
 def kernel_matrix(q: Tensor, k: Tensor, projection: Tensor, kernel: str | Kernel = "softmax+") -> Tensor:
@@ -142,7 +147,7 @@ def _exact_pairs(
     is_exact[:, :, :num_prefix_tokens] = True
     is_exact[..., :num_prefix_tokens] = True
     if window_size:
-        window = window_indices(grid, (window_size, window_size)).to(weights.device)
+        window = window_indices(grid, window_size).to(weights.device)
         is_exact[:, :, num_prefix_tokens:, num_prefix_tokens:] |= window.unsqueeze(1) == window
     is_sink = torch.zeros_like(is_exact[:, :, 0]).scatter_(2, sinks, True)
     return is_exact | is_sink.unsqueeze(2)

@@ -32,16 +32,16 @@ def spread_tokens(x: Tensor, number: int, key_mask: Tensor | None = None) -> Ten
 # Number of queries processed at once: their weights take less memory than queries, keys and values.
 _QUERIES = 32
 
-# Fewest and most sinks per head, and tokens x sinks in between. Saved conversions depend on these values.
-_FEWEST, _MOST, _TOKENS_TIMES_SINKS = 64, 256, 5 * 2**18
+# Saved conversions depend on these values.
+_SINKS, _FEW_TOKENS = 256, 2560
 
 
 def sinks_for_size(num_tokens: int) -> int:
-    """Return the number of sinks for an image: 256 up to 5,120 tokens, 64 from 20,480, and constant cost in between.
+    """Return the number of sinks for an image: 256 up to 2,560 tokens, else none.
 
-    In small images attention is a small part of the cost, so more sinks cost little and keep more of exact attention.
+    In small images a key stands for a larger part of its cluster. In large ones, clusters bring more than sinks.
     """
-    return max(_FEWEST, min(_MOST, _TOKENS_TIMES_SINKS // max(num_tokens, 1)))
+    return _SINKS if num_tokens <= _FEW_TOKENS else 0
 
 
 @torch.no_grad()

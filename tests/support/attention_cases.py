@@ -73,11 +73,10 @@ def transcription(q, k, v, w, kernel, key_mask=None, causal: bool = False):
 
 @contextlib.contextmanager
 def few_tokens_at_a_time(tokens: int) -> Iterator[None]:
-    """Attention with windows and clusters goes through its keys and windows in this many tokens at a time."""
+    """Attention with windows and clusters goes through this many tokens at a time."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("perf_vit.ops.clustered._CHUNK_KEYS", tokens)
-        patch.setattr("perf_vit.ops.window_attention._GROUP_TOKENS", tokens)
-        patch.setattr("perf_vit.ops.window_attention._GROUP_KEYS", 8 * tokens)
+        patch.setattr("perf_vit.ops.clustered._CHUNK_TOKENS", tokens)
+        patch.setattr("perf_vit.ops.clustered._ROW_TOKENS", tokens)
         yield
 
 

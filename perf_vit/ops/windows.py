@@ -1,0 +1,98 @@
+"""Windows of equal size on a 2-D grid of tokens in row-major order."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+__all__ = ["WindowGrid", "check_grid", "window_indices"]
+
+
+@dataclass(frozen=True)
+class WindowGrid:
+    """Windows of height x width tokens that cover rows of `columns` tokens; the last ones may reach past the grid.
+
+    Attributes:
+        columns: Columns of the grid.
+        height: Rows of a window.
+        width: Columns of a window.
+    """
+
+    columns: int
+    height: int
+    width: int
+
+    @classmethod
+    def of(cls, grid: tuple[int, int], window_size: int) -> WindowGrid:
+        """Return the fewest windows of at most `window_size` tokens a side: 37 tokens with 16 are 13 + 13 + 11."""
+        rows, columns = (_ceil(length, _ceil(length, window_size)) for length in grid)
+        return cls(grid[1], rows, columns)
+
+    @property
+    def across(self) -> int:
+        """Number of windows in a row of windows."""
+        return _ceil(self.columns, self.width)
+
+    def reaches_outside(self, grid: tuple[int, int]) -> bool:
+        """Return whether windows reach outside a grid; True where torch.compile may not know its size."""
+        return torch.compiler.is_compiling() or bool(grid[0] % self.height or grid[1] % self.width)
+
+    def split(self, x: Tensor) -> Tensor:
+        """Arrange rows of tokens as windows, [B, H, rows, columns, C] -> [B, H, W, height x width, C].
+
+        Tokens of a window that lie outside the grid are 0.
+        """
+        down = _ceil(x.shape[2], self.height)
+        missing = (0, 0, 0, self.across * self.width - self.columns, 0, down * self.height - x.shape[2])
+        if torch.compiler.is_compiling() or any(missing):
+            x = F.pad(x, missing)
+        x = x.view(*x.shape[:2], down, self.height, self.across, self.width, x.shape[-1]).transpose(3, 4)
+        return x.reshape(*x.shape[:2], down * self.across, self.height * self.width, x.shape[-1])
+
+    def join(self, x: Tensor, rows: int) -> Tensor:
+        """Arrange windows as rows of tokens, [B, H, W, height x width, C] -> [B, rows, columns, H, C]."""
+        B, H, C = *x.shape[:2], x.shape[-1]
+        x = x.view(B, H, -1, self.across, self.height, self.width, C).permute(0, 2, 4, 3, 5, 1, 6)
+        return x.flatten(3, 4).flatten(1, 2)[:, :rows, : self.columns]
+
+
+def window_indices(grid: tuple[int, int], window_size: int) -> Tensor:
+    """Return the index of the window that holds each token of the grid, [rows x columns]."""
+    windows = WindowGrid.of(grid, window_size)
+    row, column = torch.arange(grid[0]) // windows.height, torch.arange(grid[1]) // windows.width
+    return (row[:, None] * windows.across + column).flatten()
+
+
+def check_grid(
+    q: Tensor, k: Tensor, grid: tuple[int, int], window_size: int, num_sinks: int, num_prefix_tokens: int
+) -> None:
+    """Check that queries, keys, grid and sizes are consistent.
+
+    Raises:
+        ValueError: q and k differ in shape, a size is negative, or the grid doesn't match the number of tokens.
+    """
+    if q.shape != k.shape:
+        raise ValueError(f"q and k must have one shape [B, H, N, D], got {list(q.shape)} and {list(k.shape)}")
+    if min(window_size, num_sinks, num_prefix_tokens) < 0:
+        raise ValueError(
+            "window_size, num_sinks and num_prefix_tokens must be 0 or more, "
+            f"got {window_size}, {num_sinks} and {num_prefix_tokens}"
+        )
+    if not isinstance(grid, tuple | list) or len(grid) != 2 or min(grid) < 1:
+        raise ValueError(
+            f"grid must be (rows, columns) of the patches, each 1 or more, got {grid!r}; {num_prefix_tokens} prefix "
+            f"tokens come before the patches, rows x columns = {q.shape[2] - num_prefix_tokens}"
+        )
+    expected = num_prefix_tokens + grid[0] * grid[1]
+    if q.shape[2] != expected:
+        raise ValueError(
+            f"{num_prefix_tokens} prefix tokens and a grid of {grid[0]} x {grid[1]} are {expected} tokens, got "
+            f"{q.shape[2]}; pass grid=(rows, columns) of the patches"
+        )
+
+
+def _ceil(length: int, size: int) -> int:
+    return -(-length // size)
