@@ -20,8 +20,8 @@ class ClusteredOptions(MixerOptions):
 
     Attributes:
         window_size: Largest number of rows and columns of a window in which attention is exact; 0 for no windows.
-        num_sinks: Number of keys per head to which every query attends exactly; 0 for none, None for 256 in images of up
-            to 2,560 tokens and none in larger ones.
+        num_sinks: Number of keys per head to which every query attends exactly; 0 for none, None for 256 in images of
+            up to 2,560 tokens and none in larger ones.
         num_clusters: Number of clusters per head, which summarise all other keys.
         max_exact_tokens: Largest number of patch tokens of an image for which softmax attention runs instead, which is
             exact and not slower; 0 for clusters at every size. The default is the crossover of heads of 64 channels.
