@@ -1,12 +1,14 @@
-"""Blending of overlapping windows into finished rows."""
+"""Dense prediction: windows through a model in batches, blended into finished rows."""
 
 from __future__ import annotations
 
 import itertools
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -14,14 +16,30 @@ import torch
 from torch import Tensor
 
 from perf_vit.errors import InputError
-from perf_vit.inference.prefetch import Reads, Tile, num_processors, read_ahead, takes_valid, valid_pixels
+from perf_vit.inference.prefetch import Reads, Tile, num_processors, read_ahead, takes_valid, to_device, valid_pixels
 from perf_vit.tiling import BLENDS, grid_windows
 from perf_vit.types import BoolArray, GeoImage, Window
 
-__all__ = ["RowStitcher", "Strip", "TileModel", "predict_strips"]
+__all__ = ["Forward", "RowStitcher", "Strip", "StripMaker", "TileModel", "in_batches", "predict_strips"]
 
 # So few that intermediate results stay in the processor's cache.
 _ROWS_AT_ONCE = 32
+
+_STRIP_ROWS = 128
+"""Rows of a strip at most: a whole row of windows at once would double what the engine holds."""
+
+# Batches whose scores wait to be blended while the model computes the next.
+_BATCHES_BEHIND = 2
+
+FloatArray = npt.NDArray[np.float32]
+
+TileModel = Callable[..., Tensor]
+"""Tiles [B, C, h, w] float32 to scores [B, K, h, w], at the same resolution.
+
+One that has an argument `valid` is given the valid pixels, bool [B, h, w], or None where all are.
+"""
+
+Result = TypeVar("Result")
 
 
 class RowStitcher:
@@ -43,7 +61,8 @@ class RowStitcher:
     def __init__(self, extent: Window, window_height: int, num_channels: int) -> None:
         self._extent = extent
         self._held = Window(extent.row, extent.col, window_height, extent.width)
-        self._mean = np.zeros((num_channels, *self._held.shape), np.float32)
+        # Where the weight is 0, the mean has no meaning yet.
+        self._mean = np.empty((num_channels, *self._held.shape), np.float32)
         self._weight = np.zeros(self._held.shape, np.float32)
         self._valid = np.zeros(self._held.shape, bool)
 
@@ -69,6 +88,8 @@ class RowStitcher:
                 mean[:] = scores[:, *source]
                 before[:] = weight
                 continue
+            if not before.all():
+                mean[:, before == 0] = 0
             total = before + weight
             step = scores[:, *source] - mean
             step *= weight / total
@@ -76,27 +97,29 @@ class RowStitcher:
             before[:] = total
 
     def advance(self, row: int, max_rows: int | None = None) -> Iterator[tuple[Window, FloatArray, BoolArray]]:
-        """Take out the rows above `row`, which no later window reaches, in blocks; take all of them.
+        """Take out the rows above `row`, which no later window reaches, in blocks.
 
         Args:
-            row: first row of the next row of windows, or the extent's end.
-            max_rows: of a block; all rows in one by default.
+            row: First row of the next row of windows, or the extent's end.
+            max_rows: Maximum number of rows of a block; None for no limit.
 
         Yields:
-            Where the block lies, its scores [C, rows, width], 0 where no window was added, and where the source has
-            data, [rows, width].
+            Window of the block, its scores [C, rows, width], 0 where no window was added, and its valid pixels
+            [rows, width]. The arrays hold until the next block is asked for.
         """
         while self._held.row < row:
             count = min(row - self._held.row, max_rows or self._held.height)
             block = Window(self._held.row, self._extent.col, count, self._extent.width)
             parts = [rows for _, rows in self._ring_parts(block)]
+            for rows in parts:
+                if not self._weight[rows].all():
+                    self._mean[:, rows][:, self._weight[rows] == 0] = 0
             yield (
                 block,
-                np.concatenate([self._mean[:, rows] for rows in parts], axis=1),
-                np.concatenate([self._valid[rows] for rows in parts]),
+                _joined([self._mean[:, rows] for rows in parts], axis=1),
+                _joined([self._valid[rows] for rows in parts]),
             )
             for rows in parts:
-                self._mean[:, rows] = 0
                 self._weight[rows] = 0
                 self._valid[rows] = False
             self._held = Window(block.row_stop, self._held.col, *self._held.shape)
@@ -112,16 +135,8 @@ class RowStitcher:
             row += count
 
 
-FloatArray = npt.NDArray[np.float32]
-
-TileModel = Callable[..., Tensor]
-"""Tiles [B, C, h, w] float32 to scores [B, K, h, w], at the same resolution.
-
-One that has an argument `valid` is given the valid pixels, bool [B, h, w], or None where all are.
-"""
-
-_STRIP_ROWS = 128
-"""Rows of a strip at most: a whole row of windows at once would double what the engine holds."""
+def _joined(parts: list[npt.NDArray[Any]], axis: int = 0) -> npt.NDArray[Any]:
+    return parts[0] if len(parts) == 1 else np.concatenate(parts, axis)
 
 
 @dataclass(frozen=True, slots=True)
@@ -156,13 +171,15 @@ def predict_strips(
     num_readers: int | None = None,
     device: str | torch.device = "cpu",
     precision: torch.dtype = torch.float32,
+    finish: Callable[[Strip], Any] | None = None,
     on_progress: Callable[[int, int], None] = lambda done, total: None,
-) -> Iterator[Strip]:
+) -> Iterator[Any]:
     """Run a model over a scene in overlapping windows and give the rows as they are finished, top to bottom.
 
-    Threads read ahead; windows without a valid pixel skip the model. Windows are blended in the order of the grid, so
-    the strips don't depend on the batch size (as far as the model's scores don't) nor on which window was read first.
-    Memory is that of one row of windows.
+    Threads read ahead, and another one blends, and finishes strips, while the model computes the next batch in the
+    calling thread. Batches run across rows of windows; windows without a valid pixel skip the model. Windows are
+    blended in the order of the grid, so the strips don't depend on the batch size (as far as the model's scores don't)
+    nor on which window was read first. Memory is that of one row of windows, and of the strips that are not taken yet.
 
     Args:
         model: tiles to scores; put an `nn.Module` into evaluation mode and onto the device yourself.
@@ -182,36 +199,118 @@ def predict_strips(
         num_readers: threads that read; one a processor by default.
         device: where the tiles go.
         precision: torch.float32, or torch.bfloat16 / torch.float16 for autocast.
+        finish: function of a strip, called in the thread that blends; its arrays hold until it returns. None to yield
+            the strips.
         on_progress: called with (windows done, windows in all), for a progress bar.
 
     Yields:
         Strips of at most 128 rows that cover the wanted rows once, in order; the first and the last may hold others.
+        With `finish`, what that returns for each.
 
     Raises:
         InputError: a window can't be read, or the model's output is not [B, num_channels, h, w].
+        Exception: what `finish` raises.
     """
-    start_row = extent.row if start_row is None else start_row
-    stop_row = extent.row_stop if stop_row is None else stop_row
-    plan = _Plan(extent, window_size, overlap, start_row, stop_row)
-    weights = BLENDS[blend](window_size)
-    forward = _Forward(model, num_channels, device, precision, flips)
-    stitcher = RowStitcher(plan.stitched, window_size, num_channels)
+    maker = StripMaker(
+        extent=extent,
+        num_channels=num_channels,
+        window_size=window_size,
+        overlap=overlap,
+        start_row=start_row,
+        stop_row=stop_row,
+        blend=blend,
+    )
+    forward = Forward(model, num_channels, device, precision, flips)
     readers = num_readers or num_processors()
-    tiles = read_ahead(plan.windows(), source, normalize, num_threads=readers, depth=2 * batch_size + readers)
-    with closing(tiles):
-        for row in plan.rows:
-            # One batch stays on the device while the next is read.
-            running: deque[tuple[list[Tile], Tensor]] = deque()
-            done = row.num_before
-            for batch in _batches(itertools.islice(tiles, len(row.windows)), batch_size):
-                running.append((batch, forward(batch)))
-                done += _stitch(running, stitcher, weights, keep=1)
-                on_progress(done, plan.num_windows)
-            _stitch(running, stitcher, weights)
-            on_progress(row.num_before + len(row.windows), plan.num_windows)
-            for window, blended, valid in stitcher.advance(row.stop, _STRIP_ROWS):
-                if window.row_stop > start_row and window.row < stop_row:
-                    yield Strip(window, blended, valid)
+    tiles = read_ahead(maker.windows, source, normalize, num_threads=readers, depth=2 * batch_size + readers)
+    finish = finish or _copied
+
+    def blended(batch: Sequence[Tile], scores: Sequence[FloatArray | None]) -> tuple[int, list[Any]]:
+        strips = itertools.chain.from_iterable(map(maker.add, batch, scores))
+        return len(batch), [finish(strip) for strip in strips]
+
+    done = maker.num_before
+    with closing(tiles), closing(in_batches(forward, tiles, blended, batch_size)) as batches:
+        for count, finished in batches:
+            yield from finished
+            done += count
+            on_progress(done, maker.num_windows)
+
+
+def _copied(strip: Strip) -> Strip:
+    return Strip(strip.window, strip.scores.copy(), strip.valid.copy())
+
+
+class StripMaker:
+    """Windows that some rows of a scene need, and the strips of those rows, blended from the windows' scores.
+
+    Args:
+        extent: Part of the source to predict.
+        num_channels: K, the channels of the scores.
+        window_size: Side of a window in pixels.
+        overlap: Pixels that neighbouring windows share.
+        start_row: First row wanted; the extent's first by default.
+        stop_row: First row below those wanted; the extent's end by default.
+        blend: Weights by name.
+
+    Attributes:
+        windows: Windows that are needed, row by row.
+        num_before: Number of the extent's windows above them.
+        num_windows: Number of the extent's windows.
+    """
+
+    def __init__(
+        self,
+        *,
+        extent: Window,
+        num_channels: int,
+        window_size: int,
+        overlap: int,
+        start_row: int | None = None,
+        stop_row: int | None = None,
+        blend: str = "hann",
+    ) -> None:
+        self._start = extent.row if start_row is None else start_row
+        self._stop = extent.row_stop if stop_row is None else stop_row
+        rows = _window_rows(extent, window_size, overlap)
+        needed = _needed_rows(rows, self._start, self._stop)
+        self.windows = [window for row in needed for window in row.windows]
+        self.num_before = needed[0].num_before if needed else 0
+        self.num_windows = sum(len(row.windows) for row in rows)
+        self._end = needed[-1].stop if needed else extent.row
+        self._num_left = len(self.windows)
+        self._weights = BLENDS[blend](window_size)
+        begin = needed[0].windows[0].row if needed else extent.row
+        self._extent = Window(begin, extent.col, extent.row_stop - begin, extent.width)
+        self._shape = window_size, num_channels
+        self._stitcher: RowStitcher | None = None
+
+    def add(self, tile: Tile, scores: FloatArray | None) -> Iterator[Strip]:
+        """Blend in the next window, and yield the wanted strips that are finished.
+
+        Args:
+            tile: Tile of the window; they come in the order of `windows`.
+            scores: Scores [K, h, w], None for a window without a valid pixel.
+
+        Yields:
+            Strips, whose arrays hold until the next one is asked for.
+        """
+        if self._stitcher is None:
+            # Made late, as it is large: many scenes may wait for their turn.
+            self._stitcher = RowStitcher(self._extent, *self._shape)
+        yield from self._finished(tile.window.row)
+        if scores is not None:
+            self._stitcher.add(tile.window, scores, tile.valid, self._weights)
+        self._num_left -= 1
+        if self._num_left == 0:
+            yield from self._finished(self._end)
+            self._stitcher = None
+
+    def _finished(self, row: int) -> Iterator[Strip]:
+        assert self._stitcher is not None
+        for window, blended, valid in self._stitcher.advance(row, _STRIP_ROWS):
+            if window.row_stop > self._start and window.row < self._stop:
+                yield Strip(window, blended, valid)
 
 
 @dataclass(frozen=True, slots=True)
@@ -229,85 +328,149 @@ class _WindowRow:
     num_before: int
 
 
-class _Plan:
-    """The rows of windows that the rows [start_row, stop_row) of a scene need."""
-
-    def __init__(self, extent: Window, window_size: int, overlap: int, start_row: int, stop_row: int) -> None:
-        windows = grid_windows(extent, window_size, overlap)
-        groups = [list(group) for _, group in itertools.groupby(windows, key=lambda window: window.row)]
-        stops = [group[0].row for group in groups[1:]] + [extent.row_stop]
-        rows = [
-            _WindowRow(group, stop, i * len(group)) for i, (group, stop) in enumerate(zip(groups, stops, strict=True))
-        ]
-        wanted = [row for row in rows if row.stop > start_row and row.windows[0].row < stop_row]
-        # The rows of windows above that reach into the first wanted one belong to its mean.
-        self.rows = [
-            row
-            for row in rows
-            if wanted and row.windows[0].row_stop > wanted[0].windows[0].row and row.num_before <= wanted[-1].num_before
-        ]
-        self.num_windows = len(windows)
-        begin = self.rows[0].windows[0].row if self.rows else extent.row
-        self.stitched = Window(begin, extent.col, extent.row_stop - begin, extent.width)
-
-    def windows(self) -> Iterator[Window]:
-        return itertools.chain.from_iterable(row.windows for row in self.rows)
+def _window_rows(extent: Window, window_size: int, overlap: int) -> list[_WindowRow]:
+    windows = grid_windows(extent, window_size, overlap)
+    groups = [list(group) for _, group in itertools.groupby(windows, key=lambda window: window.row)]
+    stops = [group[0].row for group in groups[1:]] + [extent.row_stop]
+    return [_WindowRow(group, stop, i * len(group)) for i, (group, stop) in enumerate(zip(groups, stops, strict=True))]
 
 
-def _batches(tiles: Iterator[Tile], batch_size: int) -> Iterator[list[Tile]]:
-    """Tiles with a valid pixel, in order."""
-    used = (tile for tile in tiles if tile.pixels is not None)
-    while batch := list(itertools.islice(used, batch_size)):
+def _needed_rows(rows: list[_WindowRow], start_row: int, stop_row: int) -> list[_WindowRow]:
+    """Rows of windows that the rows [start_row, stop_row) of a scene need."""
+    wanted = [row for row in rows if row.stop > start_row and row.windows[0].row < stop_row]
+    # The rows of windows above that reach into the first wanted one belong to its mean.
+    return [
+        row
+        for row in rows
+        if wanted and row.windows[0].row_stop > wanted[0].windows[0].row and row.num_before <= wanted[-1].num_before
+    ]
+
+
+class _Entry(Protocol):
+    """A tile, or something that holds one: pixels [C, h, w], None to skip the model, and valid pixels [h, w]."""
+
+    @property
+    def pixels(self) -> FloatArray | None: ...
+
+    @property
+    def valid(self) -> BoolArray: ...
+
+
+Entry = TypeVar("Entry", bound=_Entry)
+
+# A batch holds further windows without a valid pixel, but not a scene of them.
+_MAX_EMPTY = 32
+
+
+def in_batches(
+    forward: Callable[[list[Entry]], Tensor],
+    entries: Iterable[Entry],
+    consume: Callable[[list[Entry], list[FloatArray | None]], Result],
+    batch_size: int,
+) -> Generator[Result, None, None]:
+    """Run a model on batches in this thread, and a function of their scores in another one meanwhile.
+
+    Args:
+        forward: Model of the entries of a batch that have pixels, all of one shape; to scores [B, K, h, w].
+        entries: Tiles in order.
+        consume: Function of the entries of a batch and their scores [K, h, w], None for those without pixels; called
+            in order, at most two batches behind the model.
+        batch_size: Maximum number of tiles in a forward pass.
+
+    Yields:
+        Results of `consume`, in order.
+
+    Raises:
+        Exception: What a function or the iterable raises. Batches before it are consumed.
+    """
+    waiting: deque[Future[Result]] = deque()
+    pool = ThreadPoolExecutor(1, thread_name_prefix="perf_vit-blender")
+    try:
+        for batch in _batches(entries, batch_size):
+            used = [entry for entry in batch if entry.pixels is not None]
+            waiting.append(pool.submit(_consume, consume, batch, forward(used) if used else None))
+            while len(waiting) > _BATCHES_BEHIND:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
+    except Exception:
+        pool.shutdown()
+        raise
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def _consume(
+    consume: Callable[[list[Entry], list[FloatArray | None]], Result], batch: list[Entry], scores: Tensor | None
+) -> Result:
+    found = iter(() if scores is None else scores.cpu().numpy())
+    return consume(batch, [None if entry.pixels is None else next(found) for entry in batch])
+
+
+def _batches(entries: Iterable[Entry], batch_size: int) -> Iterator[list[Entry]]:
+    """All entries in order, up to `batch_size` with pixels of one shape at a time."""
+    batch: list[Entry] = []
+    shapes: list[tuple[int, ...]] = []
+    for entry in entries:
+        shape = None if entry.pixels is None else entry.pixels.shape
+        if shape is not None and shapes and shape != shapes[0]:
+            yield batch
+            batch, shapes = [], []
+        batch.append(entry)
+        shapes += [] if shape is None else [shape]
+        if len(shapes) == batch_size or len(batch) == batch_size + _MAX_EMPTY:
+            yield batch
+            batch, shapes = [], []
+    if batch:
         yield batch
 
 
-def _stitch(
-    running: deque[tuple[list[Tile], Tensor]], stitcher: RowStitcher, weights: FloatArray, keep: int = 0
-) -> int:
-    """Blend in the batches of a queue but the last ones; how many tiles these were."""
-    count = 0
-    while len(running) > keep:
-        batch, scores = running.popleft()
-        for tile, found in zip(batch, scores.float().cpu().numpy(), strict=True):
-            stitcher.add(tile.window, found, tile.valid, weights)
-        count += len(batch)
-    return count
+class Forward:
+    """Forward pass of some tiles, which checks the shape of the scores.
 
+    Args:
+        model: Tiles to scores.
+        num_channels: K, the channels of the scores.
+        device: Device of the tiles.
+        precision: torch.float32, or torch.bfloat16 / torch.float16 for autocast.
+        flips: Average the scores of a tile and its three mirror images.
+    """
 
-@dataclass(frozen=True, slots=True)
-class _Forward:
-    """A batch of tiles through the model, unless it has another shape than it must."""
+    def __init__(
+        self, model: TileModel, num_channels: int, device: str | torch.device, precision: torch.dtype, flips: bool
+    ) -> None:
+        self._model = model
+        self._num_channels = num_channels
+        self._device = torch.device(device)
+        self._precision = precision
+        self._flips = flips
+        self._takes_valid = takes_valid(model)
 
-    model: TileModel
-    num_channels: int
-    device: str | torch.device
-    precision: torch.dtype
-    flips: bool
+    def __call__(self, tiles: Sequence[_Entry]) -> Tensor:
+        """Compute scores [B, K, h, w] float32, on the device.
 
-    def __call__(self, tiles: list[Tile]) -> Tensor:
+        Raises:
+            InputError: The model's output has another shape.
+        """
         arrays = [tile.pixels for tile in tiles if tile.pixels is not None]
-        pixels = torch.from_numpy(arrays[0][None] if len(arrays) == 1 else np.stack(arrays))
-        device = torch.device(self.device)
-        if device.type == "cuda":
-            # Only from pinned memory does the copy run beside the computation.
-            pixels = pixels.pin_memory()
-        batch = pixels.to(device, non_blocking=True)
-        valid = valid_pixels(tiles) if takes_valid(self.model) else None
-        valid = None if valid is None else valid.to(device)
-        autocast = torch.autocast(device.type, dtype=self.precision, enabled=self.precision != torch.float32)
+        batch = to_device(torch.from_numpy(arrays[0][None] if len(arrays) == 1 else np.stack(arrays)), self._device)
+        valid = valid_pixels(tiles) if self._takes_valid else None
+        valid = None if valid is None else valid.to(self._device)
+        autocast = torch.autocast(self._device.type, dtype=self._precision, enabled=self._precision != torch.float32)
         with torch.inference_mode(), autocast:
-            scores = self._checked(self.model(batch) if valid is None else self.model(batch, valid=valid), batch)
-            if not self.flips:
+            # To float32 in this thread: another one would make further threads of OpenMP.
+            scores = self._scores(batch, valid).float()
+            if not self._flips:
                 return scores
-            total = scores.float()
             for dims in ((-1,), (-2,), (-2, -1)):
-                turned = {} if valid is None else {"valid": valid.flip(dims)}
+                turned = self._scores(batch.flip(dims), None if valid is None else valid.flip(dims))
                 # Not in place: a model may return its input.
-                total = total + self._checked(self.model(batch.flip(dims), **turned), batch).float().flip(dims)
-            return total / 4
+                scores = scores + turned.float().flip(dims)
+            return scores / 4
 
-    def _checked(self, scores: Tensor, batch: Tensor) -> Tensor:
-        expected = (len(batch), self.num_channels, *batch.shape[-2:])
+    def _scores(self, batch: Tensor, valid: Tensor | None) -> Tensor:
+        scores = self._model(batch) if valid is None else self._model(batch, valid=valid)
+        expected = (len(batch), self._num_channels, *batch.shape[-2:])
         if tuple(scores.shape) != expected:
             raise InputError(f"expected scores of shape {expected} from the model, got {tuple(scores.shape)}")
         return scores

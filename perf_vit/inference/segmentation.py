@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from collections import deque
-from collections.abc import Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -24,9 +22,6 @@ from perf_vit.types import Window
 from perf_vit.writers import StripStore, check_vector_output, polygonize_classes, write_map_quicklook, write_objects
 
 __all__ = ["SegmentationPredictor"]
-
-# One strip is encoded and written while the next is computed.
-_WRITER_DEPTH = 2
 
 
 class SegmentationPredictor(InputPredictor[Segmenter, SegmentationPredictOptions]):
@@ -108,18 +103,12 @@ class SegmentationPredictor(InputPredictor[Segmenter, SegmentationPredictOptions
         def write(strip: Strip) -> None:
             store.write(strip.window.row, encode(strip))
 
-        writing: deque[Future[None]] = deque()
-        threads = ThreadPoolExecutor(1, thread_name_prefix="perf_vit-writer")
-        with self.opened(source) as opened, bounded_cache(), threads as writer:
+        with self.opened(source) as opened, bounded_cache():
             skip = self.options.on_error == "skip"
             reader = SalvagingReader(opened, DamageLog(store.folder).add) if skip else opened
             for gap in store.gaps(*(rows or (0, opened.height))):
-                for strip in self.strips(reader, opened.extent, gap, on_progress=on_progress):
-                    writing.append(writer.submit(write, strip))
-                    if len(writing) >= _WRITER_DEPTH:
-                        writing.popleft().result()
-            for written in writing:
-                written.result()
+                for _ in self.strips(reader, opened.extent, gap, finish=write, on_progress=on_progress):
+                    pass
 
     def strips(
         self,
@@ -127,14 +116,16 @@ class SegmentationPredictor(InputPredictor[Segmenter, SegmentationPredictOptions
         extent: Window,
         rows: tuple[int, int] | None = None,
         *,
+        finish: Callable[[Strip], Any] | None = None,
         on_progress: OnProgress = ignore_progress,
-    ) -> Iterator[Strip]:
+    ) -> Iterator[Any]:
         """Blended logits of a part of a source, strip by strip; see `predict_strips`.
 
         Args:
             source: Where pixels come from.
             extent: Part to predict.
             rows: (first, first below) of it; all by default.
+            finish: Function of a strip whose results are yielded instead.
             on_progress: Called with (windows done, windows in all).
 
         Raises:
@@ -159,6 +150,7 @@ class SegmentationPredictor(InputPredictor[Segmenter, SegmentationPredictOptions
             num_readers=self.options.num_readers,
             device=self.ready(),
             precision=self.options.dtype,
+            finish=finish,
             on_progress=on_progress,
         )
 

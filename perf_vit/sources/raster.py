@@ -208,14 +208,17 @@ class RasterSource(BaseSource):
     def _read(self, window: Window) -> GeoImage:
         # A band is invalid outside the raster, if it is nodata or not finite, and if alpha or mask is 0; a pixel is
         # valid if any band is. Pixels outside have the nodata value, or 0.
-        pixels = np.full((self.num_bands, *window.shape), self.nodata or 0, self.dtype)
-        mask = np.zeros((1, *window.shape), bool)
         shared = window.intersect(self.extent)
-        if shared is not None:
-            rows, cols = shared.slices_in(window)
-            pixels[:, rows, cols], inside = self._read_again(shared, shared.shape)
-            mask = np.zeros((len(inside), *window.shape), bool)
-            mask[:, rows, cols] = inside
+        if shared == window:
+            pixels, mask = self._read_again(window, window.shape)
+        else:
+            pixels = np.full((self.num_bands, *window.shape), self.nodata or 0, self.dtype)
+            mask = np.zeros((1, *window.shape), bool)
+            if shared is not None:
+                rows, cols = shared.slices_in(window)
+                pixels[:, rows, cols], inside = self._read_again(shared, shared.shape)
+                mask = np.zeros((len(inside), *window.shape), bool)
+                mask[:, rows, cols] = inside
         return GeoImage.from_mask(pixels, mask, self.crs, self.transform @ Affine.translation(window.col, window.row))
 
     def read_reduced(self, max_size_px: int, window: Window | None = None) -> GeoImage:

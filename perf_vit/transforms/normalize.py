@@ -57,11 +57,16 @@ class Normalizer:
         scale = 1 / np.asarray(self.std, work)[:, None, None]
         mask = image.mask
         with np.errstate(over="ignore", invalid="ignore"):
-            pixels = ((image.pixels.astype(work, copy=False) - mean) * scale).astype(np.float32, copy=False)
+            # Two passes over large arrays; more would take longer than reading them.
+            pixels = np.subtract(image.pixels, mean, dtype=work)
+            pixels *= scale
+            pixels = pixels.astype(np.float32, copy=False)
         if image.pixels.dtype.kind == "f":
             # Never pass NaN to a network, even if a source marks it as valid.
             mask = mask & np.isfinite(pixels)
-        return np.where(mask, pixels, np.float32(0))
+        if not mask.all():
+            np.copyto(pixels, 0, where=~mask)
+        return pixels
 
     @classmethod
     def from_images(cls, images: Sequence[GeoImage], names: Sequence[str] | None = None) -> Normalizer:

@@ -55,6 +55,8 @@ def write_cog(store: StripStore, layout: RasterLayout, made: Path, path: Path) -
                 compress="deflate",
                 # The predictor compresses measurements; for class indices it only adds symbols.
                 predictor="no" if layout.colormap else "yes",
+                # Measurements are noise in their last digits: higher levels take up to twice the time for at most 5 %.
+                level=6 if layout.colormap else 1,
                 blocksize=_BLOCK_PX,
                 bigtiff="if_safer",
                 overview_resampling=resampling,

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 import perf_vit  # noqa: F401  (registers the backbones)
 from perf_vit.errors import DamagedDataError, InputError, UnreachableError
-from perf_vit.inference import predict_strips
+from perf_vit.inference import Strip, predict_strips
 from perf_vit.inference.prefetch import SalvagingReader
 from perf_vit.sources import open_source
 from perf_vit.types import GeoImage, Window
@@ -126,6 +126,107 @@ def test_strips_cover_the_extent_once_in_order_and_report_progress() -> None:
     assert [done for done, _ in seen] == sorted(done for done, _ in seen)
 
 
+def test_batches_run_across_rows_of_windows_and_leave_out_windows_without_data() -> None:
+    valid = np.ones((70, 50), bool)
+    valid[16:32, :32] = False
+    plane, sizes = Plane(np.ones((1, 70, 50), np.float32), valid), []
+
+    def model(tiles: torch.Tensor) -> torch.Tensor:
+        sizes.append(len(tiles))
+        return tiles
+
+    options = {"extent": Window(0, 0, 64, 48), "num_channels": 1, "window_size": 16, "overlap": 0}
+    strips = list(predict_strips(model, plane, as_float, batch_size=4, **options))
+    # Rows of windows hold 3, 1, 3 and 3 windows with data.
+    assert sizes == [4, 4, 2]
+    assert np.array_equal(np.concatenate([strip.valid for strip in strips]), valid[:64, :48])
+
+
+def test_a_long_gap_without_data_holds_no_batch_of_it() -> None:
+    valid = np.zeros((16, 16 * 200), bool)
+    valid[:, :16] = valid[:, -16:] = True
+    plane, done = Plane(np.ones((1, *valid.shape), np.float32), valid), []
+    options = {"extent": Window(0, 0, *valid.shape), "num_channels": 1, "window_size": 16, "overlap": 0}
+    model = Recorder()
+    [strip] = predict_strips(
+        model, plane, as_float, batch_size=8, on_progress=lambda count, total: done.append(count), **options
+    )
+    assert model.num_tiles == 2
+    assert np.array_equal(strip.valid, valid)
+    assert max(np.diff([0, *done])) <= 40
+    assert done[-1] == 200
+
+
+def test_strips_are_finished_in_another_thread_while_the_model_computes() -> None:
+    plane = Plane(np.ones((1, 64, 16), np.float32), np.ones((64, 16), bool))
+    finished, threads = threading.Event(), set()
+
+    def model(tiles: torch.Tensor) -> torch.Tensor:
+        threads.add(threading.current_thread())
+        if len(threads) == 1 and model.calls == 3:
+            # The first rows are finished although this call hasn't returned.
+            assert finished.wait(10)
+        model.calls += 1
+        return tiles
+
+    model.calls = 0
+
+    def finish(strip: Strip) -> int:
+        threads.add(threading.current_thread())
+        finished.set()
+        return strip.window.row
+
+    options = {"extent": Window(0, 0, 64, 16), "num_channels": 1, "window_size": 16, "overlap": 0}
+    rows = list(predict_strips(model, plane, as_float, finish=finish, **options))
+    assert rows == [0, 16, 32, 48]
+    assert len(threads) == 2
+
+
+def _num_threads_after(run) -> int:
+    """Threads that a run which fails leaves behind."""
+    before = threading.active_count()
+    with pytest.raises((RuntimeError, KeyboardInterrupt)):
+        run()
+    return threading.active_count() - before
+
+
+@pytest.mark.parametrize("error", [RuntimeError("disk"), KeyboardInterrupt()])
+def test_errors_of_finishing_and_of_the_model_reach_the_caller_and_leave_no_thread(error: BaseException) -> None:
+    plane = _random_plane(1, 64, 64)
+    options = {"extent": Window(0, 0, 64, 64), "num_channels": 1, "window_size": 16, "overlap": 0}
+
+    def fail(_: object) -> None:
+        raise error
+
+    assert _num_threads_after(lambda: list(predict_strips(Recorder(), plane, as_float, finish=fail, **options))) == 0
+    assert _num_threads_after(lambda: list(predict_strips(fail, plane, as_float, **options))) == 0
+
+
+def test_rows_before_an_error_are_finished() -> None:
+    class Broken(Plane):
+        def read(self, window: Window) -> GeoImage:
+            if window.row >= 48:
+                raise DamagedDataError("rows 48 to 64 can't be read")
+            return super().read(window)
+
+    plane, rows = Broken(np.ones((1, 64, 16), np.float32), np.ones((64, 16), bool)), []
+    options = {"extent": Window(0, 0, 64, 16), "num_channels": 1, "window_size": 16, "overlap": 0}
+    with pytest.raises(DamagedDataError):
+        list(predict_strips(Recorder(), plane, as_float, finish=lambda strip: rows.append(strip.window.row), **options))
+    assert rows == [0, 16]
+
+
+def test_closing_early_stops_all_threads_and_asks_the_model_for_nothing_more() -> None:
+    plane, model, before = _random_plane(1, 640, 64), Recorder(), threading.active_count()
+    options = {"extent": Window(0, 0, 640, 64), "num_channels": 1, "window_size": 16, "overlap": 0}
+    strips = predict_strips(model, plane, as_float, **options)
+    next(strips)
+    num_tiles = model.num_tiles
+    strips.close()
+    assert threading.active_count() == before
+    assert model.num_tiles == num_tiles < 40
+
+
 def test_a_model_of_another_output_shape_is_refused() -> None:
     plane = Plane(np.ones((1, 16, 16), np.float32), np.ones((16, 16), bool))
     strips = predict_strips(
@@ -186,7 +287,7 @@ def test_strips_do_not_depend_on_batches_readers_or_the_order_of_reading() -> No
     plane = _random_plane(2, 75, 93)
     options = {"extent": Window(0, 0, 75, 93), "num_channels": 2, "window_size": 16, "overlap": 7}
     expected = _scores(_tile_sum, plane, **options)
-    for batch_size, num_readers, seed in [(3, 1, 0), (1, 5, 1), (8, 4, 2)]:
+    for batch_size, num_readers, seed in [(3, 1, 0), (1, 5, 1), (8, 4, 2), (50, 2, 3), (1000, None, 4)]:
         got = _scores(_tile_sum, Slow(plane, seed), batch_size=batch_size, num_readers=num_readers, **options)
         assert np.array_equal(got, expected)
 
