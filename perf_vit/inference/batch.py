@@ -33,6 +33,7 @@ __all__ = [
     "check_report",
     "in_turn",
     "predict_many",
+    "report_of",
     "reserve_report",
 ]
 
@@ -202,24 +203,30 @@ _REPORT_EVERY_S = 10.0
 def attempt(predict_one: PredictOne, item: MapInput) -> InputReport:
     """Make the outputs of one input and say what became of it; whatever goes wrong is part of the report."""
     start = time.monotonic()
-    report = InputReport(input=item.path, output=str(item.output), status="failed")
+    outcome: JobResult | Exception
     try:
-        result = predict_one(item)
+        outcome = predict_one(item)
     except Exception as error:
-        text = str(error) if isinstance(error, PerfVitError) else f"{type(error).__name__}: {error}"
-        status: InputStatus = "busy" if isinstance(error, BusyError) else "failed"
-        report = replace(report, status=status, error=" ".join(text.split()), cause=error)
-    else:
-        report = replace(
-            report,
-            status="done" if result.made else "skipped-existing",
-            output=str(result.out or item.output),
-            num_windows=result.num_windows,
-            num_pixels=result.num_pixels,
-            num_objects=result.num_objects,
-            damaged=result.damaged,
-        )
-    return replace(report, seconds=time.monotonic() - start)
+        outcome = error
+    return report_of(item, outcome, time.monotonic() - start)
+
+
+def report_of(item: MapInput, outcome: JobResult | Exception, seconds: float) -> InputReport:
+    """Report of an input whose outputs were made, were there, or failed."""
+    report = InputReport(input=item.path, output=str(item.output), status="failed", seconds=seconds)
+    if isinstance(outcome, Exception):
+        text = str(outcome) if isinstance(outcome, PerfVitError) else f"{type(outcome).__name__}: {outcome}"
+        status: InputStatus = "busy" if isinstance(outcome, BusyError) else "failed"
+        return replace(report, status=status, error=" ".join(text.split()), cause=outcome)
+    return replace(
+        report,
+        status="done" if outcome.made else "skipped-existing",
+        output=str(outcome.out or item.output),
+        num_windows=outcome.num_windows,
+        num_pixels=outcome.num_pixels,
+        num_objects=outcome.num_objects,
+        damaged=outcome.damaged,
+    )
 
 
 def in_turn(predict_one: PredictOne, inputs: Sequence[MapInput]) -> Generator[InputReport, None, None]:

@@ -20,7 +20,7 @@ from perf_vit.inference.prefetch import Reads, Tile, num_processors, read_ahead,
 from perf_vit.tiling import BLENDS, grid_windows
 from perf_vit.types import BoolArray, GeoImage, Window
 
-__all__ = ["Forward", "RowStitcher", "Strip", "StripMaker", "TileModel", "in_batches", "predict_strips"]
+__all__ = ["FloatArray", "Forward", "RowStitcher", "Strip", "StripMaker", "TileModel", "in_batches", "predict_strips"]
 
 # So few that intermediate results stay in the processor's cache.
 _ROWS_AT_ONCE = 32

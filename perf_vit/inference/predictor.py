@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from functools import cached_property
@@ -14,6 +14,7 @@ from typing import Any, Generic, Self, TypeVar
 from torch import nn
 
 from perf_vit.errors import InputError
+from perf_vit.inference.batch import InputReport, PredictOne, in_turn
 from perf_vit.inference.inputs import MapInput
 from perf_vit.inference.jobs import JobResult
 from perf_vit.inference.jobs.job import Job
@@ -204,6 +205,18 @@ class InputPredictor(Predictor[Model, Options]):
     def __call__(self, item: MapInput, on_progress: OnProgress = ignore_progress) -> JobResult:
         """Make the outputs of one input of many."""
         return self.run(item.path, item.output, on_progress=on_progress)
+
+    def each(
+        self, predict_one: PredictOne, inputs: Sequence[MapInput], *, on_progress: OnProgress = ignore_progress
+    ) -> Generator[InputReport, None, None]:
+        """Make the outputs of inputs in this process, for `predict_many`: one after the other, unless overridden.
+
+        Args:
+            predict_one: Makes those of one.
+            inputs: Inputs.
+            on_progress: Called with (windows done, windows in all) of the current input.
+        """
+        return in_turn(predict_one, inputs)
 
     def described(self) -> dict[str, Any]:
         """The model and the options, for the report of many inputs."""

@@ -2,24 +2,36 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from perf_vit.errors import InputError, OptionError
+from perf_vit.inference.batch import InputReport, PredictOne
 from perf_vit.inference.dense import Strip, predict_strips
 from perf_vit.inference.dense_output import DenseOutput, class_output
+from perf_vit.inference.inputs import MapInput
 from perf_vit.inference.jobs import JobResult, MapJob, check_map_name, files_beside
 from perf_vit.inference.jobs.journal import DamageLog
+from perf_vit.inference.map_line import MapLine, MapWork, strip_writer
 from perf_vit.inference.options import SegmentationPredictOptions
 from perf_vit.inference.predictor import InputPredictor, OnProgress, ignore_progress
 from perf_vit.inference.prefetch import Reads, SalvagingReader
 from perf_vit.inference.ray import RayPool, row_ranges
 from perf_vit.models import Segmenter, load_segmenter
 from perf_vit.sources import bounded_cache
-from perf_vit.types import Window
-from perf_vit.writers import StripStore, check_vector_output, polygonize_classes, write_map_quicklook, write_objects
+from perf_vit.types import Source, Window
+from perf_vit.writers import (
+    HeldRows,
+    StripStore,
+    check_vector_output,
+    polygonize_classes,
+    write_map_quicklook,
+    write_objects,
+)
 
 __all__ = ["SegmentationPredictor"]
 
@@ -57,31 +69,25 @@ class SegmentationPredictor(InputPredictor[Segmenter, SegmentationPredictOptions
             InputError: The input can't be read, or doesn't fit the model.
             OutputError: The map can't be written, or is another file without `overwrite`.
         """
-        with self.opened(source) as opened:
-            job = self.job(opened, out)
-            with job.work() as journal:
-                if journal is not None:
-                    self.check_input(opened)
-                    store = job.store(journal.folder.absolute())
-                    if pool is None:
-                        self.run_rows(opened, store, on_progress=on_progress)
-                    else:
-                        self._run_in_pool(pool, source, job, store, on_progress)
-                    damaged = job.finish(journal)
-            made = journal is not None
-            self._write_beside(job, made=made, damaged=bool(damaged) if made else self.options.on_error == "skip")
-            return JobResult(
-                made=made,
-                out=job.out,
-                num_windows=job.num_windows,
-                num_pixels=opened.height * opened.width,
-                damaged=damaged if made else (),
-            )
+        with MapWork(self, source, out, shared=pool is not None) as work:
+            if work.store is not None:
+                self.check_input(work.source)
+                if pool is None:
+                    self.run_rows(work.source, work.store, on_progress=on_progress)
+                else:
+                    self._run_in_pool(pool, source, work, on_progress)
+            return work.finish()
+
+    def each(
+        self, predict_one: PredictOne, inputs: Sequence[MapInput], *, on_progress: OnProgress = ignore_progress
+    ) -> Generator[InputReport, None, None]:
+        """Make the maps of inputs, several of them at a time, each in another step; see `MapLine`."""
+        return MapLine(self, on_progress).run(inputs)
 
     def run_rows(
         self,
         source: Any,
-        store: StripStore,
+        store: StripStore | HeldRows,
         rows: tuple[int, int] | None = None,
         *,
         on_progress: OnProgress = ignore_progress,
@@ -98,14 +104,9 @@ class SegmentationPredictor(InputPredictor[Segmenter, SegmentationPredictOptions
             InputError: A window can't be read, or the model's output has another shape.
             OutputError: The disk is full.
         """
-        encode = self.output().encode
-
-        def write(strip: Strip) -> None:
-            store.write(strip.window.row, encode(strip))
-
+        write = strip_writer(self.output(), store)
         with self.opened(source) as opened, bounded_cache():
-            skip = self.options.on_error == "skip"
-            reader = SalvagingReader(opened, DamageLog(store.folder).add) if skip else opened
+            reader = self.reader(opened, store.folder)
             for gap in store.gaps(*(rows or (0, opened.height))):
                 for _ in self.strips(reader, opened.extent, gap, finish=write, on_progress=on_progress):
                     pass
@@ -132,18 +133,14 @@ class SegmentationPredictor(InputPredictor[Segmenter, SegmentationPredictOptions
             InputError: A window can't be read, or the model's output has another shape.
             OptionError: A window size that doesn't fit the patch size.
         """
-        window_size, overlap = self._windows()
-        start, stop = rows or (extent.row, extent.row_stop)
         return predict_strips(
             self.model,
             source,
             self.model.spec.normalizer,
             extent=extent,
             num_channels=len(self.model.spec.classes),
-            window_size=window_size,
-            overlap=overlap,
-            start_row=start,
-            stop_row=stop,
+            start_row=rows[0] if rows else None,
+            stop_row=rows[1] if rows else None,
             blend=self.options.blend,
             flips=self.options.flips,
             batch_size=self.options.batch_size,
@@ -152,23 +149,46 @@ class SegmentationPredictor(InputPredictor[Segmenter, SegmentationPredictOptions
             precision=self.options.dtype,
             finish=finish,
             on_progress=on_progress,
+            **self.grid(),
         )
+
+    def grid(self) -> dict[str, int]:
+        """Window size and overlap, as arguments.
+
+        Raises:
+            OptionError: A window size that doesn't fit the patch size.
+        """
+        size, overlap = self.options.windows(self.model.spec.tile_px)
+        multiple = self.model.size_multiple
+        if size % multiple:
+            nearest = max(1, round(size / multiple)) * multiple
+            raise OptionError(f"window_size must be a multiple of the patch size {multiple}, got {size}; try {nearest}")
+        return {"window_size": size, "overlap": overlap}
+
+    def reader(self, source: Source, folder: Path) -> Reads:
+        """The source, or with `on_error="skip"` one that notes damaged pixels in a folder and leaves them out."""
+        return SalvagingReader(source, DamageLog(folder).add) if self.options.on_error == "skip" else source
+
+    def ready(self) -> str:
+        """Put the model on its device, in evaluation mode; on a GPU channels-last, as the tiles are."""
+        device = super().ready()
+        if device.startswith("cuda"):
+            self.model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        return device
 
     def job(self, source: Any, out: str | Path) -> MapJob:
         """What is to be made of an input; see `InputPredictor.job`."""
         opened, out = self.open(source), Path(out)
         if self.options.polygons:
             check_vector_output(out.with_suffix(f".{self.options.polygons}"), opened)
-        window_size, overlap = self._windows()
         return MapJob(
             source=opened,
             out=out,
             output=self.output(),
             model_id=self.model_id,
-            window_size=window_size,
-            overlap=overlap,
             options=self.options,
             device=self.device,
+            **self.grid(),
         )
 
     def outputs(self, out: Path) -> list[Path]:
@@ -180,10 +200,10 @@ class SegmentationPredictor(InputPredictor[Segmenter, SegmentationPredictOptions
         check_map_name(out)
         return [out, *files_beside(out, self.options)]
 
-    def _run_in_pool(self, pool: RayPool, source: Any, job: MapJob, store: StripStore, on_progress: OnProgress) -> None:
-        total, done = job.source.height, 0
-        ranges = row_ranges(job.window_rows, total, pool.num_actors)
-        for (start, stop), _ in pool.map(partial(self.run_rows, source, store), ranges):
+    def _run_in_pool(self, pool: RayPool, source: Any, work: MapWork, on_progress: OnProgress) -> None:
+        total, done = work.source.height, 0
+        ranges = row_ranges(work.job.window_rows, total, pool.num_actors)
+        for (start, stop), _ in pool.map(partial(self.run_rows, source, work.store), ranges):
             done += stop - start
             on_progress(done, total)
 
@@ -206,15 +226,7 @@ class SegmentationPredictor(InputPredictor[Segmenter, SegmentationPredictOptions
             threshold=0.5 if threshold is None else threshold,
         )
 
-    def _windows(self) -> tuple[int, int]:
-        size, overlap = self.options.windows(self.model.spec.tile_px)
-        multiple = self.model.size_multiple
-        if size % multiple:
-            nearest = max(1, round(size / multiple)) * multiple
-            raise OptionError(f"window_size must be a multiple of the patch size {multiple}, got {size}; try {nearest}")
-        return size, overlap
-
-    def _write_beside(self, job: MapJob, *, made: bool, damaged: bool) -> None:
+    def write_beside(self, job: MapJob, *, made: bool, damaged: bool) -> None:
         """Write the files next to a map that are asked for, where the map was there those that are missing."""
         missing = {path.suffix for path in job.beside if made or not path.exists()}
         if ".png" in missing:

@@ -61,11 +61,14 @@ class PerThread(Generic[T]):
 
     Args:
         open_handle: Function that opens a handle; picklable, such as a `functools.partial` of a module-level function.
+        opened: Handle of the calling thread, if it has one already.
     """
 
-    def __init__(self, open_handle: Callable[[], T]) -> None:
+    def __init__(self, open_handle: Callable[[], T], opened: T | None = None) -> None:
         self._open_handle = open_handle
         self._local = threading.local()
+        if opened is not None:
+            self._local.handle, self._local.pid = opened, os.getpid()
 
     def get(self) -> T:
         """Return this thread's handle."""

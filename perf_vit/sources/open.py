@@ -111,14 +111,15 @@ def _open(
     of_slides: Mapping[str, Any],
 ) -> RasterSource | SlideSource:
     asked = True if of_slides else False if of_rasters else None
-    if isinstance(path, (str, Path)) and is_slide(os.fspath(path), asked=asked):
+    found, opened = _inspect(os.fspath(path), asked) if isinstance(path, (str, Path)) else (False, None)
+    if found:
         if of_rasters:
             raise InputError(f"{' and '.join(of_rasters)} is for rasters, and {path} is a slide; leave it out")
         return open_slide(os.fspath(path), bands=bands, **of_slides)
     if of_slides:
         names = " and ".join(of_slides)
         raise InputError(f"{names} can't be used with {path}, which is a raster, not a slide; leave it out")
-    return open_raster(path, bands=bands, **of_rasters)
+    return open_raster(path, bands=bands, opened=opened, **of_rasters)
 
 
 def _given(**options: Any) -> dict[str, Any]:
@@ -137,8 +138,11 @@ def open_raster(
     palette: Palette = "keep",
     apply_scale: bool = False,
     asset: str | None = None,
+    opened: Any = None,
 ) -> RasterSource:
     """Open a raster that GDAL reads, or several as a mosaic; `open_source` describes the arguments.
+
+    `opened` is the raster's dataset, if this thread has opened it already.
 
     Raises:
         InputError: A file can't be read or placed, or an option or another file doesn't fit.
@@ -147,7 +151,7 @@ def open_raster(
     grid = _given(crs=crs, resolution=resolution, bounds=bounds)
     name, paths = _paths_of(path, asset)
     if paths is None and not grid:
-        source = RasterSource(name, bands=bands, nodata=nodata, palette=palette, apply_scale=apply_scale)
+        source = RasterSource(name, bands=bands, nodata=nodata, palette=palette, apply_scale=apply_scale, opened=opened)
         if not source.placed_by_gcps:
             return source
     return MosaicSource(name, paths or [name], pixels=pixels, grid=GridOptions(**grid), resampling=resampling)
@@ -206,11 +210,19 @@ def is_slide(path: str, *, asked: bool | None) -> bool:
         asked: True if slide options were given, so that a plain tiled TIFF is a slide; False if raster options were
             given, so that it isn't; None for neither.
     """
+    found, opened = _inspect(path, asked)
+    if opened is not None:
+        opened.close()
+    return found
+
+
+def _inspect(path: str, asked: bool | None) -> tuple[bool, Any]:
+    """Return whether a path is read as a slide, and the open dataset if it had to be opened and isn't."""
     if find_reader(path) is not None or _is_multiscale_zarr(path):
-        return True
+        return True, None
     if Path(path).suffix.lower() not in GEOTIFF_SUFFIXES or not Path(path).is_file():
-        return False
-    return _is_slide_tiff(path, asked)
+        return False, None
+    return _inspect_tiff(path, asked)
 
 
 def open_slide(
@@ -247,20 +259,26 @@ def _is_multiscale_zarr(path: str) -> bool:
     return path.rstrip("/").endswith(".zarr") and is_multiscale(path)
 
 
-def _is_slide_tiff(path: str, asked: bool | None) -> bool:
-    """Return whether a TIFF is a slide: a scanner's format, or a tiled colour pyramid without georeference."""
+def _inspect_tiff(path: str, asked: bool | None) -> tuple[bool, Any]:
+    """Do as `_inspect`: slides are a scanner's format, or a tiled colour pyramid without georeference."""
     found = _slide_format(path)
     if found is None or found != "generic-tiff":
-        return found is not None
+        return found is not None, None
     try:
         dataset = open_dataset(path)
     except PerfVitError:
-        return True
-    with dataset:
-        if dataset.crs is not None or not dataset.transform.is_identity or dataset.gcps[0] or dataset.rpcs:
-            return False
-        is_pyramid_of_colours = dataset.count in (3, 4) and set(dataset.dtypes) == {"uint8"} and dataset.overviews(1)
-        return bool(is_pyramid_of_colours) if asked is None else asked
+        return True, None
+    if _is_pyramid(dataset, asked):
+        dataset.close()
+        return True, None
+    return False, dataset
+
+
+def _is_pyramid(dataset: Any, asked: bool | None) -> bool:
+    if dataset.crs is not None or not dataset.transform.is_identity or dataset.gcps[0] or dataset.rpcs:
+        return False
+    is_pyramid_of_colours = dataset.count in (3, 4) and set(dataset.dtypes) == {"uint8"} and dataset.overviews(1)
+    return bool(is_pyramid_of_colours) if asked is None else asked
 
 
 def _slide_format(path: str) -> str | None:

@@ -166,9 +166,10 @@ class RasterSource(BaseSource):
         nodata: float | None = None,
         palette: Palette = "keep",
         apply_scale: bool = False,
+        opened: Any = None,
     ) -> None:
         self.path = os.fspath(path)
-        self._handle = PerThread(functools.partial(open_dataset, self.path))
+        self._handle = PerThread(functools.partial(open_dataset, self.path), opened)
         dataset = self._handle.get()
         options = PixelOptions(bands=bands, nodata=nodata, palette=palette, apply_scale=apply_scale)
         self._layout = BandLayout.of(dataset, self.path, options)
@@ -194,6 +195,11 @@ class RasterSource(BaseSource):
     def num_bands(self) -> int:
         """Number of bands that `read` returns."""
         return len(self.band_names)
+
+    @property
+    def files(self) -> list[str]:
+        """Local files that GDAL reads: the raster, its side-car files, members of a virtual raster."""
+        return list(self._handle.get().files)
 
     @property
     def orientation(self) -> int:

@@ -25,7 +25,7 @@ from perf_vit.inference import (
     check_report,
     find_inputs,
     find_paths,
-    in_turn,
+    ignore_progress,
     is_one_file,
     predict_many,
     reserve_report,
@@ -275,7 +275,7 @@ def _predict_many(
                 predict_many(
                     partial(predictor, on_progress=on_window) if on_window else predictor,
                     inputs,
-                    each=pool.each if pool else in_turn,
+                    each=pool.each if pool else partial(predictor.each, on_progress=on_window or ignore_progress),
                     on_error=options.on_error,
                     report=report,
                     report_path=path,

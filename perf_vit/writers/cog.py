@@ -9,6 +9,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
+import numpy as np
 import numpy.typing as npt
 import rasterio
 import rasterio.shutil
@@ -19,20 +20,25 @@ from perf_vit.files import staged
 from perf_vit.sources import bounded_cache
 from perf_vit.sources._gdal import GDAL_ERRORS, plain_images_allowed, reason_of
 from perf_vit.writers.layout import RasterLayout
-from perf_vit.writers.strips import StripStore, fast_compression
+from perf_vit.writers.strips import HeldRows, StripStore, fast_compression
 
-__all__ = ["CogWriter", "write_cog"]
+__all__ = ["CogWriter", "is_one_block", "write_cog"]
 
 _BLOCK_PX = 512
 
 
-def write_cog(store: StripStore, layout: RasterLayout, made: Path, path: Path) -> None:
-    """Write all strips of a store to a COG with overviews, and read it once to verify it.
+def is_one_block(height: int, width: int) -> bool:
+    """Return whether a map is a single block without overviews: its rows may be `HeldRows`, which are faster."""
+    return max(height, width) <= _BLOCK_PX
 
-    The output is byte-reproducible for the same strips.
+
+def write_cog(store: StripStore | HeldRows, layout: RasterLayout, made: Path, path: Path) -> None:
+    """Write all rows of a store to a COG with overviews, and read it once to verify it.
+
+    The output is byte-reproducible for the same pixels.
 
     Args:
-        store: Store with all rows.
+        store: Store with all rows; `HeldRows` only of what `is_one_block`.
         layout: Layout of the raster.
         made: File to write.
         path: Name of the output, for errors.
@@ -40,34 +46,57 @@ def write_cog(store: StripStore, layout: RasterLayout, made: Path, path: Path) -
     Raises:
         OutputError: Rows are missing, or the disk is full.
     """
-    # Leftovers of a killed run.
-    for leftover in (*made.parent.glob("mosaic.vrt*"), *made.parent.glob(f"{glob.escape(made.name)}*")):
-        leftover.unlink()
-    mosaic = store.mosaic()
-    resampling = layout.overviews or ("nearest" if layout.colormap else "average")
     try:
         with bounded_cache(), plain_images_allowed():
-            _add_overviews(mosaic, layout, resampling)
-            rasterio.shutil.copy(
-                mosaic,
-                made,
-                driver="COG",
-                compress="deflate",
-                # The predictor compresses measurements; for class indices it only adds symbols.
-                predictor="no" if layout.colormap else "yes",
-                # Measurements are noise in their last digits: higher levels take up to twice the time for at most 5 %.
-                level=6 if layout.colormap else 1,
-                blocksize=_BLOCK_PX,
-                bigtiff="if_safer",
-                overview_resampling=resampling,
-                num_threads="all_cpus",
-            )
-            _compare(store, layout, made, path)
+            if isinstance(store, HeldRows):
+                _write_block(store, layout, made, path)
+            else:
+                _write_strips(store, layout, made, path)
     except GDAL_ERRORS as error:
         raise OutputError(f"can't write {path}: {reason_of(error)}; is the disk full?") from error
 
 
-def _add_overviews(mosaic: Path, layout: RasterLayout, resampling: str) -> None:
+def _write_block(rows: HeldRows, layout: RasterLayout, made: Path, path: Path) -> None:
+    with rasterio.MemoryFile(ext=".tif") as memory:
+        rows.copy_to(memory.name, layout)
+        _copy(memory.name, layout, made, num_threads=1)
+    with rasterio.open(made) as dataset:
+        if not np.array_equal(dataset.read(), rows.pixels, equal_nan=layout.dtype.kind == "f"):
+            raise OutputError(f"can't write {path}: pixels differ on disk; is the disk full?")
+
+
+def _write_strips(store: StripStore, layout: RasterLayout, made: Path, path: Path) -> None:
+    # Leftovers of a killed run.
+    for leftover in (*made.parent.glob("mosaic.vrt*"), *made.parent.glob(f"{glob.escape(made.name)}*")):
+        leftover.unlink()
+    mosaic = store.mosaic(layout)
+    _add_overviews(mosaic, layout)
+    _copy(mosaic, layout, made, num_threads="all_cpus")
+    _compare(store, layout, made, path)
+
+
+def _copy(source: str | Path, layout: RasterLayout, made: Path, *, num_threads: int | str) -> None:
+    rasterio.shutil.copy(
+        source,
+        made,
+        driver="COG",
+        compress="deflate",
+        # The predictor compresses measurements; for class indices it only adds symbols.
+        predictor="no" if layout.colormap else "yes",
+        # Measurements are noise in their last digits: higher levels take up to twice the time for at most 5 %.
+        level=6 if layout.colormap else 1,
+        blocksize=_BLOCK_PX,
+        bigtiff="if_safer",
+        overview_resampling=_resampling(layout),
+        num_threads=num_threads,
+    )
+
+
+def _resampling(layout: RasterLayout) -> str:
+    return layout.overviews or ("nearest" if layout.colormap else "average")
+
+
+def _add_overviews(mosaic: Path, layout: RasterLayout) -> None:
     """Build overviews of the mosaic, which the COG driver copies: its own are single-threaded and compressed twice."""
     longest = max(layout.height, layout.width)
     factors = [2**level for level in range(1, 32) if longest > _BLOCK_PX * 2 ** (level - 1)]
@@ -77,7 +106,7 @@ def _add_overviews(mosaic: Path, layout: RasterLayout, resampling: str) -> None:
     compression = {"COMPRESS_OVERVIEW": fast_compression(), "ZSTD_LEVEL_OVERVIEW": 1, "PREDICTOR_OVERVIEW": predictor}
     shape = {"INTERLEAVE_OVERVIEW": "BAND", "GDAL_TIFF_OVR_BLOCKSIZE": _BLOCK_PX}
     with rasterio.Env(GDAL_NUM_THREADS="ALL_CPUS", **compression, **shape), rasterio.open(mosaic, "r+") as dataset:
-        dataset.build_overviews(factors, Resampling[resampling])
+        dataset.build_overviews(factors, Resampling[_resampling(layout)])
 
 
 def _compare(store: StripStore, layout: RasterLayout, made: Path, path: Path) -> None:

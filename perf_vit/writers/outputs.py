@@ -5,8 +5,9 @@ from __future__ import annotations
 import glob
 import json
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import pyogrio
@@ -24,7 +25,9 @@ __all__ = ["check_outputs", "existing_error", "existing_outputs", "input_files"]
 _VIRTUAL = (".vrt", *TILE_INDEX_SUFFIXES)
 
 
-def input_files(given: Iterable[str | Path]) -> Iterator[tuple[str, Path]]:
+def input_files(
+    given: Iterable[str | Path], opened: Mapping[str, Sequence[str]] = MappingProxyType({})
+) -> Iterator[tuple[str, Path]]:
     """Yield all local files and folders that reading the inputs involves.
 
     These are the contents of folders, matches of globs, members of virtual rasters, tile indexes and STAC items (and
@@ -32,6 +35,7 @@ def input_files(given: Iterable[str | Path]) -> Iterator[tuple[str, Path]]:
 
     Args:
         given: Files, folders, globs, GDAL paths, URLs.
+        opened: Files that GDAL reads, of rasters that are open.
 
     Yields:
         (input as given, existing file or folder).
@@ -50,7 +54,7 @@ def input_files(given: Iterable[str | Path]) -> Iterator[tuple[str, Path]]:
                     yield origin, file
                     # Opening all files of an image folder would take long.
                     waiting += [str(file)] if file.name.lower().endswith(_VIRTUAL) else []
-            waiting += _named_by(path)
+            waiting += _named_by(path, opened)
 
 
 def _files_in(folder: str) -> Iterator[Path]:
@@ -58,7 +62,7 @@ def _files_in(folder: str) -> Iterator[Path]:
         yield from (file for name in names if (file := Path(parent, name)).exists())
 
 
-def _named_by(path: str) -> list[str]:
+def _named_by(path: str, opened: Mapping[str, Sequence[str]]) -> Sequence[str]:
     """Return the files that a path refers to, by a glob or in the file."""
     if os.path.isdir(path):
         return []
@@ -72,7 +76,7 @@ def _named_by(path: str) -> list[str]:
     index = path.removeprefix("GTI:")
     if path != index or index.lower().endswith(TILE_INDEX_SUFFIXES):
         return [index, *_indexed(path)]
-    return _gdal_files(path)
+    return opened[path] if path in opened else _gdal_files(path)
 
 
 def _gdal_files(path: str) -> list[str]:

@@ -50,4 +50,4 @@ def test_a_raster_with_missing_rows_is_refused(tmp_path) -> None:
     store.write(0, _strip(10))
     store.write(30, _strip(10))
     with pytest.raises(OutputError, match=r"expected 40 rows for map.tif, got 20"):
-        store.mosaic()
+        store.mosaic(LAYOUT)

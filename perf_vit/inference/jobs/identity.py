@@ -5,9 +5,10 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from perf_vit._version import __version__
@@ -39,8 +40,12 @@ class SourceIdentity:
 
     def __init__(self, source: Source) -> None:
         self.options = _options(source)
-        named = [*getattr(source, "paths", (source.path,)), str(getattr(source, "options", {}).get("tissue", ""))]
-        self.files = tuple(dict.fromkeys([*named[:-1], *_files_behind(named)]))
+        named = list(getattr(source, "paths", (source.path,)))
+        tissue = getattr(source, "options", {}).get("tissue")
+        opened = {} if hasattr(source, "paths") else {source.path: getattr(source, "files", None)}
+        opened = {path: files for path, files in opened.items() if files is not None}
+        behind = _files_behind([*named, *([] if tissue is None else [str(tissue)])], opened)
+        self.files = tuple(dict.fromkeys([*named, *behind]))
         nodata = None if source.nodata is None else str(float(source.nodata))
         self.place = [list(source.transform)[:6], source.crs and source.crs.to_wkt(), source.mpp, nodata]
         self.layout = [source.num_bands, source.height, source.width, str(source.dtype)]
@@ -99,8 +104,8 @@ def _files_of(path: str) -> list[str]:
     return list(dict.fromkeys([path, *_files_behind([path])]))
 
 
-def _files_behind(paths: Iterable[str]) -> list[str]:
-    behind = map(str, _outermost(file for _, file in input_files(paths)))
+def _files_behind(paths: Iterable[str], opened: Mapping[str, Sequence[str]] = MappingProxyType({})) -> list[str]:
+    behind = map(str, _outermost(file for _, file in input_files(paths, opened)))
     return [file for file in behind if not file.endswith(_SIDECARS)]
 
 

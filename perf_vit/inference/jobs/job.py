@@ -18,6 +18,8 @@ from perf_vit.errors import OutputError
 from perf_vit.inference.dense_output import DenseOutput
 from perf_vit.inference.jobs.identity import OutputRecord, SourceIdentity
 from perf_vit.inference.jobs.journal import (
+    MADE_MAP,
+    MADE_PYRAMID,
     DamagedPiece,
     DamageLog,
     Journal,
@@ -31,6 +33,7 @@ from perf_vit.sources.slides import SlideSource
 from perf_vit.tiling import grid_windows
 from perf_vit.types import Source, Window
 from perf_vit.writers import (
+    HeldRows,
     RasterLayout,
     StripStore,
     check_outputs,
@@ -38,6 +41,7 @@ from perf_vit.writers import (
     existing_outputs,
     holds_layout,
     is_ome_tiff_name,
+    is_one_block,
     write_cog,
     write_ome_tiff,
 )
@@ -99,6 +103,11 @@ class Job(ABC):
         return [self.out, *self.beside]
 
     @property
+    def keeps_pieces(self) -> bool:
+        """Whether an interrupted call leaves pieces for the next one, which needs to know what they were made with."""
+        return True
+
+    @property
     @abstractmethod
     def input_files(self) -> Sequence[str]:
         """Files that are read."""
@@ -147,7 +156,10 @@ class Job(ABC):
             if self.check():
                 yield None
                 return
-            journal.begin({**self.begun_with, "version": __version__}, resume=self.options.resume)
+            if self.keeps_pieces or journal.settings() is not None:
+                journal.begin({**self.begun_with, "version": __version__}, resume=self.options.resume)
+            else:
+                journal.clear()
             if self.options.on_error == "stop" and DamageLog(journal.folder).pieces():
                 raise OutputError(
                     f"{journal.folder} holds the unfinished {self.out.name}, made with `on_error=skip`, without the "
@@ -242,6 +254,7 @@ class MapJob(Job):
         overlap: Pixels that neighbouring windows share.
         options: Options of the prediction.
         device: Device that the model runs on.
+        shared: Whether several processes write rows.
 
     Raises:
         OutputError: The map would replace its input, isn't named .tif, or is an OME-TIFF of pixels of unknown size.
@@ -255,6 +268,7 @@ class MapJob(Job):
     overlap: int
     options: SegmentationPredictOptions
     device: str = "cpu"
+    shared: bool = False
 
     def __post_init__(self) -> None:
         check_map_name(self.out)
@@ -332,13 +346,24 @@ class MapJob(Job):
         other = "not as this model's map of this input with these settings, or is older than the input, or has damaged "
         raise self._other(found[0], f"{other}pixels" if found[0] == self.out else "")
 
-    def store(self, folder: Path) -> StripStore:
-        """Rows of the map in a folder."""
-        # Tags, which take a look at all files of the source, are of the finished map.
-        return StripStore(folder, self.output.layout(self.source), self.out)
+    @property
+    def keeps_pieces(self) -> bool:
+        """Whether rows go into files: not where they are few, in one row of windows, and all finished at once."""
+        is_small = is_one_block(self.source.height, self.source.width) and len(self.window_rows) == 1
+        return self.shared or not is_small
 
-    def finish(self, journal: Journal) -> tuple[DamagedPiece, ...]:
+    def store(self, folder: Path) -> StripStore | HeldRows:
+        """Rows of the map, in a folder unless it is small."""
+        # Tags, which take a look at all files of the source, are of the finished map.
+        store = StripStore if self.keeps_pieces else HeldRows
+        return store(folder, self.output.layout(self.source), self.out)
+
+    def finish(self, journal: Journal, store: StripStore | HeldRows) -> tuple[DamagedPiece, ...]:
         """Make the map of all rows and put it under its name.
+
+        Args:
+            journal: Journal of `work`.
+            store: All rows.
 
         Returns:
             What couldn't be read, of all runs that wrote rows.
@@ -349,10 +374,9 @@ class MapJob(Job):
         damaged = DamageLog(journal.folder).pieces()
         layout = self.layout
         layout = replace(layout, tags={**layout.tags, _DAMAGE_TAG: str(len(damaged))})
-        made = journal.folder / self.out.name
-        store = StripStore(journal.folder, layout, self.out)
+        made = journal.folder / MADE_MAP
         if is_ome_tiff_name(self.out):
-            pyramid = journal.folder / "pyramid.tif"
+            pyramid = journal.folder / MADE_PYRAMID
             write_cog(store, layout, pyramid, self.out)
             write_ome_tiff(made, pyramid, mpp=_mpp_xy(self.source), tags=layout.tags)
         else:

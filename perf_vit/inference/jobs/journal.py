@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import uuid
 from collections.abc import Iterator, Mapping
@@ -20,13 +21,31 @@ from perf_vit.files import sibling_path
 from perf_vit.text import to_json
 from perf_vit.types import Window
 
-__all__ = ["DamageLog", "DamagedPiece", "Journal", "LineLog", "check_partial_folder", "discard_journal", "open_journal"]
+__all__ = [
+    "MADE_MAP",
+    "MADE_PYRAMID",
+    "DamageLog",
+    "DamagedPiece",
+    "Journal",
+    "LineLog",
+    "check_partial_folder",
+    "discard_journal",
+    "open_journal",
+]
 
 _SETTINGS = "journal.json"
 _UNFINISHED_SETTINGS = f"{_SETTINGS}.tmp"
 _LOCK = "lock"
+MADE_MAP = "map.tmp"
+"""Name of a map that is being written."""
+MADE_PYRAMID = "pyramid.tmp"
+"""Name of the pyramid that an OME-TIFF is being written from."""
 _PIECES = ("rows_*", "windows_*", "items_*")
 """Names of finished pieces of work: rows of a map, windows of a detector, rows of a table."""
+_WITHOUT_JOURNAL = re.compile(
+    "|".join([*map(re.escape, (_LOCK, _UNFINISHED_SETTINGS, MADE_MAP, MADE_PYRAMID)), r"damage_[0-9a-f]{32}\.jsonl"])
+)
+"""Names of what a killed process leaves that kept no pieces."""
 
 
 class Journal:
@@ -65,10 +84,19 @@ class Journal:
                 unfinished.unlink(missing_ok=True)
             self.begun = True
             return
+        self.clear()
         with _refusing(self.path):
-            _clear(self.folder)
             _write_settings(self.folder, wanted)
         self.begun = True
+
+    def clear(self) -> None:
+        """Remove what an earlier call left.
+
+        Raises:
+            OutputError: It can't be removed.
+        """
+        with _refusing(self.path):
+            _clear(self.folder)
 
     def move(self, made: Path, out: Path | None = None) -> None:
         """Move a finished file to an output's name, by default that of the main one.
@@ -102,7 +130,7 @@ class Journal:
 def check_partial_folder(path: Path) -> None:
     """Refuse an output whose folder `OUTPUT.partial` is somebody else's.
 
-    Ours holds a journal, or nothing but what precedes one.
+    Ours holds a journal, or nothing but what precedes one or is made without one.
 
     Raises:
         OutputError: it is another folder, or a file.
@@ -111,7 +139,7 @@ def check_partial_folder(path: Path) -> None:
     if not os.path.lexists(folder) or _read_settings(folder) is not None:
         return
     with suppress(OSError):
-        if set(os.listdir(folder)) <= {_LOCK, _UNFINISHED_SETTINGS}:
+        if all(_WITHOUT_JOURNAL.fullmatch(name) for name in os.listdir(folder)):
             return
     # Another process may have finished the output since.
     if not os.path.lexists(folder):
@@ -170,7 +198,8 @@ def open_journal(path: Path) -> Iterator[Journal]:
 def _locked(folder: Path, path: Path) -> Iterator[None]:
     busy = BusyError(f"{path} is being written by another process; wait for it, or choose another output")
     # The system drops the lock with the process that holds it, however that ends.
-    lock = FileLock(folder / _LOCK, timeout=0)
+    # One thread may acquire it, and another one release it.
+    lock = FileLock(folder / _LOCK, timeout=0, thread_local=False)
     try:
         with _refusing(path):
             folder.mkdir(parents=True, exist_ok=True)

@@ -1,0 +1,341 @@
+"""Maps of many inputs: while the model computes one, the next are opened and read, and earlier ones are finished."""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Callable, Generator, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack, closing, suppress
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Self
+
+import torch
+from torch import Tensor
+
+from perf_vit.errors import PerfVitError
+from perf_vit.inference.batch import InputReport, report_of
+from perf_vit.inference.dense import FloatArray, Forward, Strip, StripMaker, in_batches
+from perf_vit.inference.dense_output import DenseOutput
+from perf_vit.inference.inputs import MapInput
+from perf_vit.inference.jobs import DamagedPiece, JobResult
+from perf_vit.inference.prefetch import Reads, Tile, load_ahead, num_processors, read_tile
+from perf_vit.sources import bounded_cache
+from perf_vit.types import BoolArray, Source, Window
+from perf_vit.writers import HeldRows, StripStore
+
+if TYPE_CHECKING:
+    from perf_vit.inference.segmentation import SegmentationPredictor
+
+__all__ = ["MapLine", "MapWork", "strip_writer"]
+
+# Inputs that are opened, and have their outputs locked, before the model comes to them.
+_INPUTS_AHEAD = 4
+
+# Maps that are predicted and not written yet.
+_MAPS_BEHIND = 4
+
+# Small maps mostly wait for the disk; large ones use all processors each.
+_NUM_FINISHERS = 2
+
+
+class MapWork:
+    """A map in the making: the open input and the journal, for this process alone until the `with` block ends.
+
+    Args:
+        predictor: Model and options.
+        source: What `perf_vit.open` opens, or a source.
+        out: Path of the map.
+        shared: Whether several processes write rows.
+
+    Attributes:
+        source: Open input.
+        job: What is to be made.
+        store: Rows of the map; None where it is there.
+
+    Raises:
+        BusyError: Another process makes the map.
+        InputError: The input can't be read, or doesn't fit the model.
+        OutputError: The map can't be written, or is another file without `overwrite`.
+    """
+
+    def __init__(self, predictor: SegmentationPredictor, source: Any, out: str | Path, *, shared: bool = False) -> None:
+        self._predictor = predictor
+        with ExitStack() as stack:
+            self.source: Source = stack.enter_context(predictor.opened(source))
+            self.job = replace(predictor.job(self.source, out), shared=shared)
+            self._working = stack.enter_context(ExitStack())
+            self._journal = self._working.enter_context(self.job.work())
+            self.store: StripStore | HeldRows | None = None
+            if self._journal is not None:
+                self.store = self.job.store(self._journal.folder.absolute())
+            self._stack = stack.pop_all()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Let go of input and outputs; after an exception, keep finished rows for a later call."""
+        self._stack.__exit__(kind, error, trace)
+
+    def finish(self) -> JobResult:
+        """Put the map under its name, if it was made, and make the files next to it that are missing.
+
+        Raises:
+            OutputError: Rows are missing, or the disk is full.
+        """
+        made = self._journal is not None
+        damaged: tuple[DamagedPiece, ...] = ()
+        if self._journal is not None and self.store is not None:
+            damaged = self.job.finish(self._journal, self.store)
+        self._working.close()
+        is_damaged = bool(damaged) if made else self._predictor.options.on_error == "skip"
+        self._predictor.write_beside(self.job, made=made, damaged=is_damaged)
+        return JobResult(
+            made=made,
+            out=self.job.out,
+            num_windows=self.job.num_windows,
+            num_pixels=self.source.height * self.source.width,
+            damaged=damaged,
+        )
+
+
+def strip_writer(output: DenseOutput, store: StripStore | HeldRows) -> Callable[[Strip], None]:
+    """Return a function that encodes a strip and writes it to a store."""
+
+    def write(strip: Strip) -> None:
+        store.write(strip.window.row, output.encode(strip))
+
+    return write
+
+
+@dataclass(eq=False)
+class _Input:
+    """One of many inputs on its way.
+
+    Attributes:
+        item: Input and output.
+        started: Time.
+        work: Its map, None where that failed.
+        makers: Blending of each gap of the map.
+        write: Function of a strip.
+        reader: Source of its pixels.
+        tile: Its only tile, read where the file was opened: opening takes longer than reading.
+        problem: How it differs from the training images.
+        num_done: Windows that went through the model.
+        error: First failure.
+        is_closed: Whether input and output are let go of.
+    """
+
+    item: MapInput
+    started: float
+    work: MapWork | None = None
+    makers: list[StripMaker] = field(default_factory=list)
+    write: Callable[[Strip], None] | None = None
+    reader: Reads | None = None
+    tile: Tile | None = None
+    problem: str | None = None
+    num_done: int = 0
+    error: Exception | None = None
+    is_closed: bool = False
+
+    def fail(self, error: Exception) -> None:
+        self.error = self.error or error
+
+    def close(self, finish: Callable[[MapWork], JobResult]) -> JobResult | Exception:
+        """Call a function of the map, let go of everything, and give the result or the error."""
+        self.is_closed = True
+        try:
+            if self.work is None:
+                assert self.error is not None
+                raise self.error
+            with self.work:
+                if self.error is not None:
+                    raise self.error
+                return finish(self.work)
+        except Exception as error:
+            return error
+
+
+@dataclass(frozen=True, slots=True)
+class _Piece:
+    """A tile on its way, or the end of an input."""
+
+    input: _Input
+    maker: StripMaker | None = None
+    tile: Tile | None = None
+    is_last: bool = False
+
+    @property
+    def pixels(self) -> FloatArray | None:
+        return None if self.tile is None or self.input.error is not None else self.tile.pixels
+
+    @property
+    def valid(self) -> BoolArray:
+        assert self.tile is not None
+        return self.tile.valid
+
+
+class MapLine:
+    """Makes the maps of many inputs in their order; batches of the model run across inputs.
+
+    Some threads open inputs and lock their outputs, others read windows, one blends and writes rows, others finish
+    maps; the model computes in the calling thread. What goes wrong with an input is part of its report.
+
+    Args:
+        predictor: Model and options.
+        on_progress: Called with (windows done, windows in all) of the current input.
+    """
+
+    def __init__(self, predictor: SegmentationPredictor, on_progress: Callable[[int, int], None]) -> None:
+        self._predictor = predictor
+        self._on_progress = on_progress
+        self._spec = predictor.model.spec
+        self._unsettled: set[_Input] = set()
+        self._settled_at = 0.0
+        self._current: _Input | None = None
+        options, self._device = predictor.options, predictor.ready()
+        self._model = Forward(predictor.model, len(self._spec.classes), self._device, options.dtype, options.flips)
+        # Before several threads need them, as each would make one of its own.
+        _ = predictor.check_input, predictor.model_id
+
+    def run(self, inputs: Sequence[MapInput]) -> Generator[InputReport, None, None]:
+        """Make the maps and yield a report of each, in order.
+
+        Inputs that are on their way when the generator is closed are left for a later call, with their finished rows.
+        """
+        options, readers = self._predictor.options, self._predictor.options.num_readers or num_processors()
+        self._finishers = ThreadPoolExecutor(_NUM_FINISHERS, thread_name_prefix="perf_vit-finisher")
+        pending: deque[tuple[_Input, Future[JobResult | Exception]]] = deque()
+        with ExitStack() as stack:
+            stack.enter_context(bounded_cache())
+            stack.callback(self._let_go)
+            stack.callback(self._finishers.shutdown, cancel_futures=True)
+            begun = stack.enter_context(closing(load_ahead(inputs, self._begin, num_threads=2, depth=_INPUTS_AHEAD)))
+            pieces = load_ahead(
+                self._windows(begun), self._read, num_threads=readers, depth=2 * options.batch_size + readers
+            )
+            stack.enter_context(closing(pieces))
+            batches = in_batches(self._forward, pieces, self._consume, options.batch_size)
+            for finishing in stack.enter_context(closing(batches)):
+                pending.extend(finishing)
+                self._show()
+                while pending and (len(pending) > _MAPS_BEHIND or pending[0][1].done()):
+                    yield self._settled(*pending.popleft())
+            while pending:
+                yield self._settled(*pending.popleft())
+
+    def _begin(self, item: MapInput) -> _Input:
+        found = _Input(item, time.monotonic())
+        self._unsettled.add(found)
+        try:
+            found.work = work = MapWork(self._predictor, item.path, item.output)
+            if work.store is not None:
+                self._prepare(found, work, work.store)
+        except Exception as error:
+            found.fail(error)
+        return found
+
+    def _prepare(self, found: _Input, work: MapWork, store: StripStore | HeldRows) -> None:
+        found.problem = self._predictor.check_input.problem(work.source)
+        found.write = strip_writer(self._predictor.output(), store)
+        found.reader = self._predictor.reader(work.source, store.folder)
+        found.makers = [
+            StripMaker(
+                extent=work.source.extent,
+                num_channels=len(self._spec.classes),
+                start_row=start,
+                stop_row=stop,
+                blend=self._predictor.options.blend,
+                **self._predictor.grid(),
+            )
+            for start, stop in store.gaps(0, work.source.height)
+        ]
+        windows = [window for maker in found.makers for window in maker.windows]
+        if len(windows) == 1:
+            found.tile = read_tile(found.reader, self._spec.normalizer, windows[0])
+
+    def _windows(self, begun: Iterator[_Input]) -> Iterator[tuple[_Input, StripMaker | None, Window | None, bool]]:
+        """All windows, and whether one is its input's last; one without window ends an input early."""
+        for found in begun:
+            self._predictor.check_input.warn(found.problem)
+            windows = [(maker, window) for maker in found.makers for window in maker.windows]
+            for number, (maker, window) in enumerate(windows, 1):
+                if found.error is not None:
+                    break
+                yield found, maker, window, number == len(windows)
+            else:
+                if windows:
+                    continue
+            yield found, None, None, True
+
+    def _read(self, wanted: tuple[_Input, StripMaker | None, Window | None, bool]) -> _Piece:
+        found, maker, window, is_last = wanted
+        tile = None
+        if window is not None and found.error is None:
+            assert found.reader is not None
+            try:
+                tile = found.tile or read_tile(found.reader, self._spec.normalizer, window)
+            except Exception as error:
+                found.fail(error)
+        return _Piece(found, maker, tile, is_last)
+
+    def _forward(self, pieces: Sequence[_Piece]) -> Tensor:
+        """Scores of a batch; where the model fails, those of each input by itself, so that no other fails with it."""
+        try:
+            return self._model(pieces)
+        except Exception as error:
+            inputs = list(dict.fromkeys(piece.input for piece in pieces))
+            if len(inputs) > 1:
+                return torch.cat([self._forward([p for p in pieces if p.input is each]) for each in inputs])
+            inputs[0].fail(error)
+            return torch.zeros(len(pieces), len(self._spec.classes), *pieces[0].valid.shape, device=self._device)
+
+    def _consume(
+        self, pieces: Sequence[_Piece], scores: Sequence[FloatArray | None]
+    ) -> list[tuple[_Input, Future[JobResult | Exception]]]:
+        """Blend scores, write rows, and have maps finished of which these were the last."""
+        finishing = []
+        for piece, found in zip(pieces, scores, strict=True):
+            try:
+                self._add(piece, found)
+            except Exception as error:
+                piece.input.fail(error)
+            self._current = piece.input
+            if piece.is_last:
+                future = self._finishers.submit(piece.input.close, MapWork.finish)
+                finishing.append((piece.input, future))
+        return finishing
+
+    def _add(self, piece: _Piece, scores: FloatArray | None) -> None:
+        found = piece.input
+        if piece.tile is None or piece.maker is None or found.error is not None:
+            return
+        assert found.write is not None
+        for strip in piece.maker.add(piece.tile, scores):
+            found.write(strip)
+        found.num_done += 1
+
+    def _show(self) -> None:
+        found = self._current
+        if found is not None and found.makers:
+            self._on_progress(found.num_done, sum(len(maker.windows) for maker in found.makers))
+
+    def _settled(self, found: _Input, future: Future[JobResult | Exception]) -> InputReport:
+        outcome, now = future.result(), time.monotonic()
+        self._unsettled.discard(found)
+        # Of the time that it shares with the input before, none counts twice.
+        seconds = now - max(found.started, self._settled_at)
+        self._settled_at = now
+        return report_of(found.item, outcome, seconds)
+
+    def _let_go(self) -> None:
+        for found in self._unsettled:
+            if not found.is_closed and found.work is not None:
+                found.is_closed = True
+                with suppress(GeneratorExit, PerfVitError), found.work:
+                    raise GeneratorExit
