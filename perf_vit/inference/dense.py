@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import itertools
-from collections import deque
-from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
-from typing import Any, Protocol, TypeVar
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -16,20 +14,27 @@ import torch
 from torch import Tensor
 
 from perf_vit.errors import InputError
-from perf_vit.inference.prefetch import Reads, Tile, num_processors, read_ahead, takes_valid, to_device, valid_pixels
+from perf_vit.inference.prefetch import (
+    Entry,
+    Reads,
+    Tile,
+    in_batches,
+    num_processors,
+    read_ahead,
+    takes_valid,
+    to_device,
+    valid_pixels,
+)
 from perf_vit.tiling import BLENDS, grid_windows
 from perf_vit.types import BoolArray, GeoImage, Window
 
-__all__ = ["FloatArray", "Forward", "RowStitcher", "Strip", "StripMaker", "TileModel", "in_batches", "predict_strips"]
+__all__ = ["FloatArray", "Forward", "RowStitcher", "Strip", "StripMaker", "TileModel", "predict_strips"]
 
 # So few that intermediate results stay in the processor's cache.
 _ROWS_AT_ONCE = 32
 
 _STRIP_ROWS = 128
 """Rows of a strip at most: a whole row of windows at once would double what the engine holds."""
-
-# Batches whose scores wait to be blended while the model computes the next.
-_BATCHES_BEHIND = 2
 
 FloatArray = npt.NDArray[np.float32]
 
@@ -38,8 +43,6 @@ TileModel = Callable[..., Tensor]
 
 One that has an argument `valid` is given the valid pixels, bool [B, h, w], or None where all are.
 """
-
-Result = TypeVar("Result")
 
 
 class RowStitcher:
@@ -346,85 +349,6 @@ def _needed_rows(rows: list[_WindowRow], start_row: int, stop_row: int) -> list[
     ]
 
 
-class _Entry(Protocol):
-    """A tile, or something that holds one: pixels [C, h, w], None to skip the model, and valid pixels [h, w]."""
-
-    @property
-    def pixels(self) -> FloatArray | None: ...
-
-    @property
-    def valid(self) -> BoolArray: ...
-
-
-Entry = TypeVar("Entry", bound=_Entry)
-
-# A batch holds further windows without a valid pixel, but not a scene of them.
-_MAX_EMPTY = 32
-
-
-def in_batches(
-    forward: Callable[[list[Entry]], Tensor],
-    entries: Iterable[Entry],
-    consume: Callable[[list[Entry], list[FloatArray | None]], Result],
-    batch_size: int,
-) -> Generator[Result, None, None]:
-    """Run a model on batches in this thread, and a function of their scores in another one meanwhile.
-
-    Args:
-        forward: Model of the entries of a batch that have pixels, all of one shape; to scores [B, K, h, w].
-        entries: Tiles in order.
-        consume: Function of the entries of a batch and their scores [K, h, w], None for those without pixels; called
-            in order, at most two batches behind the model.
-        batch_size: Maximum number of tiles in a forward pass.
-
-    Yields:
-        Results of `consume`, in order.
-
-    Raises:
-        Exception: What a function or the iterable raises. Batches before it are consumed.
-    """
-    waiting: deque[Future[Result]] = deque()
-    pool = ThreadPoolExecutor(1, thread_name_prefix="perf_vit-blender")
-    try:
-        for batch in _batches(entries, batch_size):
-            used = [entry for entry in batch if entry.pixels is not None]
-            waiting.append(pool.submit(_consume, consume, batch, forward(used) if used else None))
-            while len(waiting) > _BATCHES_BEHIND:
-                yield waiting.popleft().result()
-        while waiting:
-            yield waiting.popleft().result()
-    except Exception:
-        pool.shutdown()
-        raise
-    finally:
-        pool.shutdown(cancel_futures=True)
-
-
-def _consume(
-    consume: Callable[[list[Entry], list[FloatArray | None]], Result], batch: list[Entry], scores: Tensor | None
-) -> Result:
-    found = iter(() if scores is None else scores.cpu().numpy())
-    return consume(batch, [None if entry.pixels is None else next(found) for entry in batch])
-
-
-def _batches(entries: Iterable[Entry], batch_size: int) -> Iterator[list[Entry]]:
-    """All entries in order, up to `batch_size` with pixels of one shape at a time."""
-    batch: list[Entry] = []
-    shapes: list[tuple[int, ...]] = []
-    for entry in entries:
-        shape = None if entry.pixels is None else entry.pixels.shape
-        if shape is not None and shapes and shape != shapes[0]:
-            yield batch
-            batch, shapes = [], []
-        batch.append(entry)
-        shapes += [] if shape is None else [shape]
-        if len(shapes) == batch_size or len(batch) == batch_size + _MAX_EMPTY:
-            yield batch
-            batch, shapes = [], []
-    if batch:
-        yield batch
-
-
 class Forward:
     """Forward pass of some tiles, which checks the shape of the scores.
 
@@ -446,7 +370,7 @@ class Forward:
         self._flips = flips
         self._takes_valid = takes_valid(model)
 
-    def __call__(self, tiles: Sequence[_Entry]) -> Tensor:
+    def __call__(self, tiles: Sequence[Entry]) -> Tensor:
         """Compute scores [B, K, h, w] float32, on the device.
 
         Raises:

@@ -15,13 +15,13 @@ from typing import TYPE_CHECKING, Any, Self
 import torch
 from torch import Tensor
 
-from perf_vit.errors import PerfVitError
+from perf_vit.errors import BusyError, PerfVitError
 from perf_vit.inference.batch import InputReport, report_of
-from perf_vit.inference.dense import FloatArray, Forward, Strip, StripMaker, in_batches
+from perf_vit.inference.dense import FloatArray, Forward, Strip, StripMaker
 from perf_vit.inference.dense_output import DenseOutput
 from perf_vit.inference.inputs import MapInput
 from perf_vit.inference.jobs import DamagedPiece, JobResult
-from perf_vit.inference.prefetch import Reads, Tile, load_ahead, num_processors, read_tile
+from perf_vit.inference.prefetch import Reads, Tile, in_batches, load_ahead, num_processors, read_tile
 from perf_vit.sources import bounded_cache
 from perf_vit.types import BoolArray, Source, Window
 from perf_vit.writers import HeldRows, StripStore
@@ -197,6 +197,7 @@ class MapLine:
         self._spec = predictor.model.spec
         self._unsettled: set[_Input] = set()
         self._settled_at = 0.0
+        self._is_stopped = False
         self._current: _Input | None = None
         options, self._device = predictor.options, predictor.ready()
         self._model = Forward(predictor.model, len(self._spec.classes), self._device, options.dtype, options.flips)
@@ -204,7 +205,7 @@ class MapLine:
         _ = predictor.check_input, predictor.model_id
 
     def run(self, inputs: Sequence[MapInput]) -> Generator[InputReport, None, None]:
-        """Make the maps and yield a report of each, in order.
+        """Make the maps and yield a report of each, in order, with `on_error="stop"` up to the first that fails.
 
         Inputs that are on their way when the generator is closed are left for a later call, with their finished rows.
         """
@@ -264,14 +265,21 @@ class MapLine:
         for found in begun:
             self._predictor.check_input.warn(found.problem)
             windows = [(maker, window) for maker in found.makers for window in maker.windows]
+            is_last = False
             for number, (maker, window) in enumerate(windows, 1):
-                if found.error is not None:
+                if found.error is not None or self._is_stopped:
                     break
-                yield found, maker, window, number == len(windows)
-            else:
-                if windows:
-                    continue
-            yield found, None, None, True
+                is_last = number == len(windows)
+                yield found, maker, window, is_last
+            if not is_last:
+                yield found, None, None, True
+            if self._is_stopped or self._stops_at(found):
+                return
+
+    def _stops_at(self, found: _Input) -> bool:
+        """Whether no further input is to be begun after one."""
+        is_failure = found.error is not None and not isinstance(found.error, BusyError)
+        return is_failure and self._predictor.options.on_error == "stop"
 
     def _read(self, wanted: tuple[_Input, StripMaker | None, Window | None, bool]) -> _Piece:
         found, maker, window, is_last = wanted
@@ -306,9 +314,10 @@ class MapLine:
             except Exception as error:
                 piece.input.fail(error)
             self._current = piece.input
-            if piece.is_last:
+            if piece.is_last and not self._is_stopped:
                 future = self._finishers.submit(piece.input.close, MapWork.finish)
                 finishing.append((piece.input, future))
+                self._is_stopped = self._stops_at(piece.input)
         return finishing
 
     def _add(self, piece: _Piece, scores: FloatArray | None) -> None:

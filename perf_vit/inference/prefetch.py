@@ -1,11 +1,11 @@
-"""Reading ahead of the model in threads, and the transfer of what was read to the device."""
+"""Reading ahead of the model in threads, the transfer of what was read to the device, and use of its scores."""
 
 from __future__ import annotations
 
 import inspect
 import os
 from collections import deque
-from collections.abc import Callable, Generator, Iterable, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -21,11 +21,13 @@ from perf_vit.errors import DamagedDataError, InputError
 from perf_vit.types import BoolArray, GeoImage, Source, Window
 
 __all__ = [
+    "Entry",
     "FirstWindows",
     "Reads",
     "SalvagingReader",
     "Tile",
     "attempted",
+    "in_batches",
     "load_ahead",
     "num_processors",
     "read_ahead",
@@ -241,3 +243,90 @@ def _halves(start: int, length: int) -> list[tuple[int, int]]:
     if length <= _SALVAGE_PX or not start < middle < start + length:
         middle = start + length // 2
     return [(start, length)] if length <= 1 else [(start, middle - start), (middle, start + length - middle)]
+
+
+# Batches whose scores wait while the model computes the next.
+_BATCHES_BEHIND = 2
+
+Result = TypeVar("Result")
+
+
+class Entry(Protocol):
+    """A tile, or something that holds one."""
+
+    @property
+    def pixels(self) -> FloatArray | None:
+        """Input of the model, [C, h, w]; None to skip it."""
+
+    @property
+    def valid(self) -> BoolArray:
+        """Valid pixels, [h, w]."""
+
+
+AnyEntry = TypeVar("AnyEntry", bound=Entry)
+
+# A batch holds further windows without a valid pixel, but not a scene of them.
+_MAX_EMPTY = 32
+
+
+def in_batches(
+    forward: Callable[[list[AnyEntry]], Tensor],
+    entries: Iterable[AnyEntry],
+    consume: Callable[[list[AnyEntry], list[FloatArray | None]], Result],
+    batch_size: int,
+) -> Generator[Result, None, None]:
+    """Run a model on batches in this thread, and a function of their scores in another one meanwhile.
+
+    Args:
+        forward: Model of the entries of a batch that have pixels, all of one shape; to scores [B, K, h, w].
+        entries: Tiles in order.
+        consume: Function of the entries of a batch and their scores [K, h, w], None for those without pixels; called
+            in order, at most two batches behind the model.
+        batch_size: Maximum number of tiles in a forward pass.
+
+    Yields:
+        Results of `consume`, in order.
+
+    Raises:
+        Exception: What a function or the iterable raises. Batches before it are consumed.
+    """
+    waiting: deque[Future[Result]] = deque()
+    pool = ThreadPoolExecutor(1, thread_name_prefix="perf_vit-blender")
+    try:
+        for batch in _batches(entries, batch_size):
+            used = [entry for entry in batch if entry.pixels is not None]
+            waiting.append(pool.submit(_consume, consume, batch, forward(used) if used else None))
+            while len(waiting) > _BATCHES_BEHIND:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
+    except Exception:
+        pool.shutdown()
+        raise
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def _consume(
+    consume: Callable[[list[AnyEntry], list[FloatArray | None]], Result], batch: list[AnyEntry], scores: Tensor | None
+) -> Result:
+    found = iter(() if scores is None else scores.cpu().numpy())
+    return consume(batch, [None if entry.pixels is None else next(found) for entry in batch])
+
+
+def _batches(entries: Iterable[AnyEntry], batch_size: int) -> Iterator[list[AnyEntry]]:
+    """All entries in order, up to `batch_size` with pixels of one shape at a time."""
+    batch: list[AnyEntry] = []
+    shapes: list[tuple[int, ...]] = []
+    for entry in entries:
+        shape = None if entry.pixels is None else entry.pixels.shape
+        if shape is not None and shapes and shape != shapes[0]:
+            yield batch
+            batch, shapes = [], []
+        batch.append(entry)
+        shapes += [] if shape is None else [shape]
+        if len(shapes) == batch_size or len(batch) == batch_size + _MAX_EMPTY:
+            yield batch
+            batch, shapes = [], []
+    if batch:
+        yield batch

@@ -2,12 +2,12 @@
 
 from perf_vit.writers.coco import write_coco_labels
 from perf_vit.writers.cog import CogWriter, is_one_block, write_cog
-from perf_vit.writers.layout import RasterLayout, holds_layout, is_ome_tiff_name
+from perf_vit.writers.layout import HeldRows, RasterLayout, holds_layout, is_ome_tiff_name
 from perf_vit.writers.ome_tiff import write_ome_tiff
 from perf_vit.writers.outputs import check_outputs, existing_error, existing_outputs, input_files
 from perf_vit.writers.polygonize import polygonize_classes
 from perf_vit.writers.quicklook import write_map_quicklook
-from perf_vit.writers.strips import HeldRows, StripStore
+from perf_vit.writers.strips import StripStore
 from perf_vit.writers.vector import check_vector_output, write_objects
 
 __all__ = [

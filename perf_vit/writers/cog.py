@@ -19,8 +19,8 @@ from perf_vit.errors import OutputError
 from perf_vit.files import staged
 from perf_vit.sources import bounded_cache
 from perf_vit.sources._gdal import GDAL_ERRORS, plain_images_allowed, reason_of
-from perf_vit.writers.layout import RasterLayout
-from perf_vit.writers.strips import HeldRows, StripStore, fast_compression
+from perf_vit.writers.layout import HeldRows, RasterLayout
+from perf_vit.writers.strips import StripStore, fast_compression
 
 __all__ = ["CogWriter", "is_one_block", "write_cog"]
 

@@ -1,21 +1,23 @@
-"""Layout of a raster file: everything except its pixels."""
+"""Layout of a raster file: everything except its pixels; and the pixels of a small one in memory."""
 
 from __future__ import annotations
 
-from collections.abc import Container, Mapping, Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
+import numpy.typing as npt
 import rasterio
 from affine import Affine
 
+from perf_vit.errors import OutputError
 from perf_vit.sources._gdal import GDAL_ERRORS, plain_images_allowed
 from perf_vit.sources.slides.ome_xml import parse_ome_tags, parse_ome_xml
 from perf_vit.text import xml_text
 
-__all__ = ["RasterLayout", "holds_layout", "is_ome_tiff_name"]
+__all__ = ["HeldRows", "RasterLayout", "holds_layout", "is_ome_tiff_name"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,6 +89,72 @@ class RasterLayout:
             dataset.scales = (self.scale,) * self.num_bands
         dataset.update_tags(**self.tags)
         return dataset
+
+    def check_rows(self, row: int, block: npt.NDArray[Any], path: Path) -> None:
+        """Check that pixels [C, h, width] from a row on are some of the raster's.
+
+        Raises:
+            OutputError: They have another shape or dtype, or exceed the raster.
+        """
+        num_rows = block.shape[1] if block.ndim == 3 else 0
+        if (
+            block.shape != (self.num_bands, num_rows, self.width)
+            or block.dtype != self.dtype
+            or num_rows == 0
+            or not 0 <= row <= self.height - num_rows
+        ):
+            raise OutputError(
+                f"expected strips [{self.num_bands}, h, {self.width}] of {self.dtype} inside {self.height} rows for "
+                f"{path}, got {list(block.shape)} of {block.dtype} at row {row}"
+            )
+
+    def check_complete(self, gaps: Iterable[tuple[int, int]], path: Path) -> None:
+        """Check that no rows are missing.
+
+        Raises:
+            OutputError: Some are.
+        """
+        if missing := sum(stop - start for start, stop in gaps):
+            raise OutputError(f"expected {self.height} rows for {path}, got {self.height - missing}")
+
+
+class HeldRows:
+    """Rows of a small raster in memory, which a crash loses; for the rest like a `StripStore`.
+
+    Attributes:
+        folder: Folder as given.
+        pixels: Pixels [C, height, width].
+    """
+
+    def __init__(self, folder: Path, layout: RasterLayout, path: Path) -> None:
+        self.folder = folder
+        self.pixels = np.zeros((layout.num_bands, layout.height, layout.width), layout.dtype)
+        self._layout = layout
+        self._path = path
+        self._missing = np.ones(layout.height, bool)
+
+    def write(self, row: int, block: npt.NDArray[Any]) -> None:
+        """Take a strip of rows; see `StripStore.write`."""
+        self._layout.check_rows(row, block, self._path)
+        rows = slice(row, row + block.shape[1])
+        self.pixels[:, rows] = block
+        self._missing[rows] = False
+
+    def gaps(self, start: int, stop: int) -> list[tuple[int, int]]:
+        """Return the missing rows of [start, stop) as (first, stop) pairs, from top to bottom."""
+        missing = np.concatenate([[False], self._missing[start:stop], [False]])
+        edges = np.flatnonzero(missing[1:] != missing[:-1]) + start
+        return list(zip(edges[::2].tolist(), edges[1::2].tolist(), strict=True))
+
+    def copy_to(self, path: str, layout: RasterLayout) -> None:
+        """Write a plain GeoTIFF of a layout with all metadata.
+
+        Raises:
+            OutputError: Rows are missing.
+        """
+        layout.check_complete(self.gaps(0, layout.height), self._path)
+        with layout.create(path, {}) as dataset:
+            dataset.write(self.pixels)
 
 
 def holds_layout(path: Path, layout: RasterLayout, *, other_tags: Container[str] = ()) -> bool:

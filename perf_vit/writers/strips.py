@@ -22,7 +22,7 @@ from perf_vit.errors import OutputError
 from perf_vit.sources._gdal import GDAL_ERRORS, plain_images_allowed, reason_of
 from perf_vit.writers.layout import RasterLayout
 
-__all__ = ["HeldRows", "StoredStrip", "StripStore", "fast_compression"]
+__all__ = ["StoredStrip", "StripStore", "fast_compression"]
 
 _NAME = re.compile(r"rows_(\d+)_(\d+)_([0-9a-f]{8})\.tif")
 _BLOCK_PX = 512
@@ -76,7 +76,7 @@ class StripStore:
         Raises:
             OutputError: The strip has another shape or dtype or exceeds the raster, or the disk is full.
         """
-        _check(self._layout, self._path, row, block)
+        self._layout.check_rows(row, block, self._path)
         block = np.ascontiguousarray(block)
         name = f"rows_{row:010d}_{block.shape[1]:05d}_{zlib.crc32(block.data):08x}.tif"
         try:
@@ -113,7 +113,7 @@ class StripStore:
         Raises:
             OutputError: Rows are missing, or the disk is full.
         """
-        _check_complete(self.gaps(0, layout.height), layout, self._path)
+        layout.check_complete(self.gaps(0, layout.height), self._path)
         template, mosaic = self.folder / "template.tif", self.folder / "mosaic.vrt"
         try:
             options = {"sparse_ok": True, "tiled": True, "blockxsize": 512, "blockysize": 512}
@@ -159,78 +159,6 @@ class StripStore:
             file.flush()
             os.fsync(file.fileno())
         os.replace(unfinished, self.folder / name)
-
-
-class HeldRows:
-    """Rows of a small raster in memory, which a crash loses; written like those of a `StripStore`.
-
-    Args:
-        folder: Existing folder for other files.
-        layout: Layout of the whole raster.
-        path: Name of the output, for errors.
-
-    Attributes:
-        folder: Folder as given.
-        pixels: Pixels [C, height, width].
-    """
-
-    def __init__(self, folder: Path, layout: RasterLayout, path: Path) -> None:
-        self.folder = folder
-        self.pixels = np.zeros((layout.num_bands, layout.height, layout.width), layout.dtype)
-        self._layout = layout
-        self._path = path
-        self._missing = np.ones(layout.height, bool)
-
-    def write(self, row: int, block: npt.NDArray[Any]) -> None:
-        """Take a strip of rows; see `StripStore.write`.
-
-        Raises:
-            OutputError: The strip has another shape or dtype or exceeds the raster.
-        """
-        _check(self._layout, self._path, row, block)
-        rows = slice(row, row + block.shape[1])
-        self.pixels[:, rows] = block
-        self._missing[rows] = False
-
-    def gaps(self, start: int, stop: int) -> list[tuple[int, int]]:
-        """Return the missing rows of [start, stop) as (first, stop) pairs, from top to bottom."""
-        missing = np.concatenate([[False], self._missing[start:stop], [False]])
-        edges = np.flatnonzero(missing[1:] != missing[:-1]) + start
-        return list(zip(edges[::2].tolist(), edges[1::2].tolist(), strict=True))
-
-    def copy_to(self, path: str, layout: RasterLayout) -> None:
-        """Write a plain GeoTIFF.
-
-        Args:
-            path: File, in GDAL's memory.
-            layout: Layout of the raster with all its metadata.
-
-        Raises:
-            OutputError: Rows are missing.
-        """
-        _check_complete(self.gaps(0, layout.height), layout, self._path)
-        with layout.create(path, {}) as dataset:
-            dataset.write(self.pixels)
-
-
-def _check(layout: RasterLayout, path: Path, row: int, block: npt.NDArray[Any]) -> None:
-    num_rows = block.shape[1] if block.ndim == 3 else 0
-    if (
-        block.shape != (layout.num_bands, num_rows, layout.width)
-        or block.dtype != layout.dtype
-        or num_rows == 0
-        or not 0 <= row <= layout.height - num_rows
-    ):
-        raise OutputError(
-            f"expected strips [{layout.num_bands}, h, {layout.width}] of {layout.dtype} inside {layout.height} "
-            f"rows for {path}, got {list(block.shape)} of {block.dtype} at row {row}"
-        )
-
-
-def _check_complete(gaps: list[tuple[int, int]], layout: RasterLayout, path: Path) -> None:
-    if gaps:
-        missing = sum(stop - start for start, stop in gaps)
-        raise OutputError(f"expected {layout.height} rows for {path}, got {layout.height - missing}")
 
 
 def _compression(dtype: np.dtype[Any]) -> dict[str, Any]:
