@@ -197,7 +197,6 @@ class MapLine:
         self._spec = predictor.model.spec
         self._unsettled: set[_Input] = set()
         self._settled_at = 0.0
-        self._is_stopped = False
         self._current: _Input | None = None
         options, self._device = predictor.options, predictor.ready()
         self._model = Forward(predictor.model, len(self._spec.classes), self._device, options.dtype, options.flips)
@@ -205,10 +204,21 @@ class MapLine:
         _ = predictor.check_input, predictor.model_id
 
     def run(self, inputs: Sequence[MapInput]) -> Generator[InputReport, None, None]:
-        """Make the maps and yield a report of each, in order, with `on_error="stop"` up to the first that fails.
+        """Make the maps and yield a report of each, in order.
 
         Inputs that are on their way when the generator is closed are left for a later call, with their finished rows.
+        With `on_error="stop"`, none is finished after one that failed before whoever takes the reports goes on.
         """
+        num_done = 0
+        while num_done < len(inputs):
+            with closing(self._run(inputs[num_done:])) as reports:
+                for report in reports:
+                    num_done += 1
+                    yield report
+
+    def _run(self, inputs: Sequence[MapInput]) -> Generator[InputReport, None, None]:
+        """Make the maps up to the end, or the first failure that stops."""
+        self._is_stopped = False
         options, readers = self._predictor.options, self._predictor.options.num_readers or num_processors()
         self._finishers = ThreadPoolExecutor(_NUM_FINISHERS, thread_name_prefix="perf_vit-finisher")
         pending: deque[tuple[_Input, Future[JobResult | Exception]]] = deque()

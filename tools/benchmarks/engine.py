@@ -1,13 +1,15 @@
-"""What the dense engine costs: memory, time beside bare reads and writes, time beside the model alone.
+"""What the dense engine costs: memory, time beside bare reads and writes and beside the model alone, many small files.
 
 python tools/benchmarks/engine.py scene big.tif --height 20000 --width 20000
 python tools/benchmarks/engine.py memory big.tif small.tif
 python tools/benchmarks/engine.py overhead big.tif
 python tools/benchmarks/engine.py model small.tif
+python tools/benchmarks/engine.py files folder --count 2000 --before CHECKOUT
 """
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 import tempfile
@@ -24,7 +26,7 @@ import typer
 from rasterio.windows import Window as RasterioWindow
 from torch import nn
 
-import perf_vit  # noqa: F401  (registers the backbones)
+import perf_vit
 from perf_vit.inference import DenseOutput, SegmentationPredictOptions, SegmentationPredictor, Strip
 from perf_vit.models import SegmentationSpec
 from perf_vit.sources import open_source
@@ -130,6 +132,76 @@ def model(
     _print(_alternate({"model alone": alone, "engine": engine}, runs), source.height * source.width, "model alone")
 
 
+@app.command()
+def files(
+    folder: Path,
+    count: Annotated[int, typer.Option(help="Number of files, each of 256 px.")] = 2000,
+    before: Annotated[Path | None, typer.Option(help="Checkout of other code to compare with.")] = None,
+    runs: Runs = 3,
+) -> None:
+    """Throughput of class maps of many small files with a stub model; of other code too, in turns."""
+    _make_files(folder, count)
+    checkouts = {"this code": Path(__file__).parents[2], **({} if before is None else {"code before": before})}
+    times: dict[str, list[tuple[float, ...]]] = {name: [] for name in checkouts}
+    maps: dict[str, list[bytes]] = {}
+    for _ in range(runs):
+        for name, checkout in checkouts.items():
+            with tempfile.TemporaryDirectory(dir=folder.parent) as out:
+                times[name].append(_timed_files(folder, Path(out), checkout))
+                maps[name] = [_pixels_of(path) for path in sorted(Path(out).glob("*.tif"))]
+                assert len(maps[name]) == count, "every file must have its map"
+    assert all(each == maps["this code"] for each in maps.values()), "all must write the same pixels"
+    for name, found in times.items():
+        made, cpu, again = np.median(found, axis=0) / count
+        first = np.median(times["code before" if before else "this code"], axis=0) / count
+        typer.echo(
+            f"{name}: {1e3 * made:.1f} ms a file ({first[0] / made:.2f} times the rate), {1e3 * cpu:.1f} ms of "
+            f"processors ({first[1] / cpu:.2f}); {1e3 * again:.1f} ms where the maps are there ({first[2] / again:.2f})"
+        )
+
+
+@app.command("map-files", hidden=True)
+def map_files(folder: Path, out: Path) -> None:
+    """Map a folder with a stub, again, and print seconds, seconds of processors, and seconds of the second time."""
+    first = sorted(folder.iterdir())[0]
+    model = _Stub(open_source(first), 3)
+    with tempfile.TemporaryDirectory(dir=out) as warm:
+        perf_vit.predict(model, first, Path(warm, "map.tif"), progress=False, device="cpu")
+    started, cpu = time.perf_counter(), time.process_time()
+    perf_vit.predict(model, folder, out, progress=False, device="cpu")
+    made, cpu = time.perf_counter() - started, time.process_time() - cpu
+    started = time.perf_counter()
+    perf_vit.predict(model, folder, out, progress=False, device="cpu")
+    typer.echo(f"{made} {cpu} {time.perf_counter() - started}")
+
+
+def _timed_files(folder: Path, out: Path, checkout: Path) -> tuple[float, ...]:
+    command = [sys.executable, __file__, "map-files", str(folder), str(out)]
+    environment = {**os.environ, "PYTHONPATH": str(checkout)}
+    done = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
+    return tuple(map(float, done.stdout.split()[-3:]))
+
+
+def _make_files(folder: Path, count: int) -> None:
+    """Write georeferenced files of smooth fields, whose largest band makes a map of areas."""
+    folder.mkdir(exist_ok=True)
+    rng = np.random.default_rng(0)
+    size = {"height": 256, "width": 256, "count": 3, "dtype": "uint8", "crs": "EPSG:32637"}
+    for index in range(count):
+        if (path := folder / f"{index:05d}.tif").exists():
+            continue
+        coarse = torch.from_numpy(rng.random((1, 3, 9, 9), np.float32) * 255)
+        pixels = torch.nn.functional.interpolate(coarse, (256, 256), mode="bicubic").clamp(0, 255)[0].byte().numpy()
+        place = rasterio.Affine(0.1, 0, 400_000 + 25.6 * index, 0, -0.1, 4_500_000)
+        with rasterio.open(path, "w", driver="GTiff", transform=place, compress="deflate", **size) as file:
+            file.write(pixels)
+
+
+def _pixels_of(path: Path) -> bytes:
+    with rasterio.open(path) as file:
+        return bytes(file.read().tobytes())
+
+
 def _map_with_stub(path: Path, out: Path, window_size: int, overlap: int) -> None:
     source = open_source(path)
     _map(_Stub(source, source.num_bands), source, out, window_size, overlap)
@@ -139,12 +211,13 @@ class _Stub(nn.Module):
     """A model that gives its input as scores."""
 
     size_multiple = 1
+    task = "segmentation"
 
     def __init__(self, source: Source, num_channels: int) -> None:
         super().__init__()
         same = Normalizer((0.0,) * source.num_bands, (1.0,) * source.num_bands)
         classes = tuple(f"band {index}" for index in range(num_channels))
-        self.spec = SegmentationSpec(classes=classes, normalizer=same, tile_px=512)
+        self.spec = SegmentationSpec(classes=classes, normalizer=same, tile_px=min(512, source.width))
 
     def forward(self, tiles: torch.Tensor) -> torch.Tensor:
         """Scores that are the pixels."""
