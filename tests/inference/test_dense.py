@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 import perf_vit  # noqa: F401  (registers the backbones)
 from perf_vit.errors import DamagedDataError, InputError, UnreachableError
 from perf_vit.inference import Strip, predict_strips
+from perf_vit.inference.dense_output import class_map
 from perf_vit.inference.prefetch import SalvagingReader
 from perf_vit.sources import open_source
 from perf_vit.types import GeoImage, Window
@@ -348,6 +349,15 @@ def test_strips_of_some_rows_are_the_same_bits(height: int, size: int, share: fl
     for got, strip in zip(some, expected, strict=True):
         assert np.array_equal(got.scores, strip.scores)
         assert np.array_equal(got.valid, strip.valid)
+
+
+@pytest.mark.parametrize("num_classes", [1, 2, 3, 255])
+def test_the_class_of_a_pixel_is_the_first_of_largest_score(num_classes: int) -> None:
+    # Small integers, so that there are ties.
+    scores = np.random.default_rng(0).integers(0, 4, (num_classes, 33, 20)).astype(np.float32)
+    valid = np.random.default_rng(1).random((33, 20)) > 0.1
+    found = class_map(Strip(Window(0, 0, 33, 20), scores, valid))
+    assert np.array_equal(found, np.where(valid, scores.argmax(0), 255))
 
 
 def test_mirror_images_are_averaged() -> None:
