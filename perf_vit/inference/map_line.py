@@ -8,6 +8,7 @@ from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, closing, suppress
 from dataclasses import dataclass, field, replace
+from itertools import islice
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
@@ -31,7 +32,7 @@ if TYPE_CHECKING:
 
 __all__ = ["MapLine", "MapWork", "strip_writer"]
 
-# Inputs that are opened, and have their outputs locked, before the model comes to them.
+# Small inputs that are opened, and have their outputs locked, before the model comes to them.
 _INPUTS_AHEAD = 4
 
 # Maps that are predicted and not written yet.
@@ -226,10 +227,9 @@ class MapLine:
             stack.enter_context(bounded_cache())
             stack.callback(self._let_go)
             stack.callback(self._finishers.shutdown, cancel_futures=True)
-            begun = stack.enter_context(closing(load_ahead(inputs, self._begin, num_threads=2, depth=_INPUTS_AHEAD)))
-            pieces = load_ahead(
-                self._windows(begun), self._read, num_threads=readers, depth=2 * options.batch_size + readers
-            )
+            depth = 2 * options.batch_size + readers
+            begun = stack.enter_context(closing(self._begun(inputs, depth)))
+            pieces = load_ahead(self._windows(begun), self._read, num_threads=readers, depth=depth)
             stack.enter_context(closing(pieces))
             batches = in_batches(self._forward, pieces, self._consume, options.batch_size)
             for finishing in stack.enter_context(closing(batches)):
@@ -239,6 +239,25 @@ class MapLine:
                     yield self._settled(*pending.popleft())
             while pending:
                 yield self._settled(*pending.popleft())
+
+    def _begun(self, inputs: Sequence[MapInput], num_ahead: int) -> Generator[_Input, None, None]:
+        """Begin inputs in threads: several ahead while they are small, else none, as other processes may take them."""
+        todo, begun = iter(inputs), deque[Future[_Input]]()
+        pool = ThreadPoolExecutor(2, thread_name_prefix="perf_vit-opener")
+
+        def begin(depth: int) -> None:
+            begun.extend(pool.submit(self._begin, item) for item in islice(todo, max(0, depth - len(begun))))
+
+        try:
+            begin(1)
+            while begun:
+                found = begun.popleft().result()
+                is_small = sum(len(maker.windows) for maker in found.makers) <= num_ahead
+                begin(_INPUTS_AHEAD if is_small else 0)
+                yield found
+                begin(1)
+        finally:
+            pool.shutdown(cancel_futures=True)
 
     def _begin(self, item: MapInput) -> _Input:
         found = _Input(item, time.monotonic())

@@ -144,6 +144,19 @@ def test_an_input_of_another_process_comes_back_busy(scenes, tmp_path) -> None:
     assert _statuses(_predict(_predictor(), inputs)).count("skipped-existing") == 4
 
 
+def test_inputs_after_a_large_one_are_left_to_other_processes_meanwhile(scenes, tmp_path) -> None:
+    def look(_: torch.Tensor) -> None:
+        if len(model.sizes) in (2, 20):
+            locked.append(sorted(path.name for path in (tmp_path / "maps").glob("*.partial")))
+
+    locked: list[list[str]] = []
+    model = Recorder(look)
+    # 45 windows, and one each.
+    inputs = _inputs([scenes[1], scenes[0], scenes[2], scenes[3]], tmp_path / "maps")
+    assert _statuses(_predict(_predictor(model), inputs)) == ["done"] * 4
+    assert locked == [["1.tif.partial"]] * 2
+
+
 def test_closing_early_leaves_no_thread_and_no_lock_and_a_later_call_goes_on(scenes, tmp_path) -> None:
     inputs = _inputs([scenes[0], scenes[1], scenes[2], scenes[4]], tmp_path / "maps")
     before, model = threading.active_count(), Recorder()
