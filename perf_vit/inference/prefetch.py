@@ -171,7 +171,7 @@ def takes_valid(model: Callable[..., Any]) -> bool:
         return False
 
 
-def valid_pixels(tiles: Sequence[Tile]) -> Tensor | None:
+def valid_pixels(tiles: Sequence[Entry]) -> Tensor | None:
     """Valid pixels of some tiles, bool [B, h, w], None where all are."""
     if all(tile.valid.all() for tile in tiles):
         return None

@@ -7,8 +7,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from perf_vit.errors import InputError, OptionError
 from perf_vit.inference.batch import InputReport, PredictOne
 from perf_vit.inference.dense import Strip, predict_strips
@@ -169,26 +167,21 @@ class SegmentationPredictor(InputPredictor[Segmenter, SegmentationPredictOptions
         """The source, or with `on_error="skip"` one that notes damaged pixels in a folder and leaves them out."""
         return SalvagingReader(source, DamageLog(folder).add) if self.options.on_error == "skip" else source
 
-    def ready(self) -> str:
-        """Put the model on its device, in evaluation mode; on a GPU channels-last, as the tiles are."""
-        device = super().ready()
-        if device.startswith("cuda"):
-            self.model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-        return device
-
     def job(self, source: Any, out: str | Path) -> MapJob:
         """What is to be made of an input; see `InputPredictor.job`."""
         opened, out = self.open(source), Path(out)
         if self.options.polygons:
             check_vector_output(out.with_suffix(f".{self.options.polygons}"), opened)
+        grid = self.grid()
         return MapJob(
             source=opened,
             out=out,
             output=self.output(),
             model_id=self.model_id,
+            window_size=grid["window_size"],
+            overlap=grid["overlap"],
             options=self.options,
             device=self.device,
-            **self.grid(),
         )
 
     def outputs(self, out: Path) -> list[Path]:
@@ -201,6 +194,7 @@ class SegmentationPredictor(InputPredictor[Segmenter, SegmentationPredictOptions
         return [out, *files_beside(out, self.options)]
 
     def _run_in_pool(self, pool: RayPool, source: Any, work: MapWork, on_progress: OnProgress) -> None:
+        assert work.store is not None
         total, done = work.source.height, 0
         ranges = row_ranges(work.job.window_rows, total, pool.num_actors)
         for (start, stop), _ in pool.map(partial(self.run_rows, source, work.store), ranges):

@@ -112,7 +112,7 @@ def _open(
 ) -> RasterSource | SlideSource:
     asked = True if of_slides else False if of_rasters else None
     found, opened = _inspect(os.fspath(path), asked) if isinstance(path, (str, Path)) else (False, None)
-    if found:
+    if found and isinstance(path, (str, Path)):
         if of_rasters:
             raise InputError(f"{' and '.join(of_rasters)} is for rasters, and {path} is a slide; leave it out")
         return open_slide(os.fspath(path), bands=bands, **of_slides)

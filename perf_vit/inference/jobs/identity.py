@@ -42,8 +42,8 @@ class SourceIdentity:
         self.options = _options(source)
         named = list(getattr(source, "paths", (source.path,)))
         tissue = getattr(source, "options", {}).get("tissue")
-        opened = {} if hasattr(source, "paths") else {source.path: getattr(source, "files", None)}
-        opened = {path: files for path, files in opened.items() if files is not None}
+        files = None if hasattr(source, "paths") else getattr(source, "files", None)
+        opened = {} if files is None else {source.path: files}
         behind = _files_behind([*named, *([] if tissue is None else [str(tissue)])], opened)
         self.files = tuple(dict.fromkeys([*named, *behind]))
         nodata = None if source.nodata is None else str(float(source.nodata))
