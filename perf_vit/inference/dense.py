@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import closing
+from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -176,7 +175,7 @@ def predict_strips(
     precision: torch.dtype = torch.float32,
     finish: Callable[[Strip], Any] | None = None,
     on_progress: Callable[[int, int], None] = lambda done, total: None,
-) -> Iterator[Any]:
+) -> Generator[Any, None, None]:
     """Run a model over a scene in overlapping windows and give the rows as they are finished, top to bottom.
 
     Threads read ahead, and another one blends, and finishes strips, while the model computes the next batch in the
@@ -204,7 +203,7 @@ def predict_strips(
         precision: torch.float32, or torch.bfloat16 / torch.float16 for autocast.
         finish: function of a strip, called in the thread that blends; its arrays hold until it returns. None to yield
             the strips.
-        on_progress: called with (windows done, windows in all), for a progress bar.
+        on_progress: called with (windows done, windows in all), for a progress bar; in the thread that blends.
 
     Yields:
         Strips of at most 128 rows that cover the wanted rows once, in order; the first and the last may hold others.
@@ -228,16 +227,17 @@ def predict_strips(
     tiles = read_ahead(maker.windows, source, normalize, num_threads=readers, depth=2 * batch_size + readers)
     finish = finish or _copied
 
-    def blended(batch: Sequence[Tile], scores: Sequence[FloatArray | None]) -> tuple[int, list[Any]]:
-        strips = itertools.chain.from_iterable(map(maker.add, batch, scores))
-        return len(batch), [finish(strip) for strip in strips]
-
     done = maker.num_before
-    with closing(tiles), closing(in_batches(forward, tiles, blended, batch_size)) as batches:
-        for count, finished in batches:
-            yield from finished
-            done += count
-            on_progress(done, maker.num_windows)
+
+    def blended(batch: Sequence[Tile], scores: Sequence[FloatArray | None]) -> list[Any]:
+        nonlocal done
+        strips = itertools.chain.from_iterable(map(maker.add, batch, scores))
+        finished = [finish(strip) for strip in strips]
+        done += len(batch)
+        on_progress(done, maker.num_windows)
+        return finished
+
+    return in_batches(forward, tiles, blended, batch_size)
 
 
 def _copied(strip: Strip) -> Strip:
@@ -383,18 +383,17 @@ class Forward:
         autocast = torch.autocast(self._device.type, dtype=self._precision, enabled=self._precision != torch.float32)
         with torch.inference_mode(), autocast:
             # To float32 in this thread: another one would make further threads of OpenMP.
-            scores = self._scores(batch, valid).float()
+            scores = self._checked(self._model(batch) if valid is None else self._model(batch, valid=valid), batch)
             if not self._flips:
                 return scores
             for dims in ((-1,), (-2,), (-2, -1)):
-                turned = self._scores(batch.flip(dims), None if valid is None else valid.flip(dims))
+                turned = {} if valid is None else {"valid": valid.flip(dims)}
                 # Not in place: a model may return its input.
-                scores = scores + turned.float().flip(dims)
+                scores = scores + self._checked(self._model(batch.flip(dims), **turned), batch).flip(dims)
             return scores / 4
 
-    def _scores(self, batch: Tensor, valid: Tensor | None) -> Tensor:
-        scores = self._model(batch) if valid is None else self._model(batch, valid=valid)
+    def _checked(self, scores: Tensor, batch: Tensor) -> Tensor:
         expected = (len(batch), self._num_channels, *batch.shape[-2:])
         if tuple(scores.shape) != expected:
             raise InputError(f"expected scores of shape {expected} from the model, got {tuple(scores.shape)}")
-        return scores
+        return scores.float()

@@ -198,7 +198,6 @@ class MapLine:
         self._spec = predictor.model.spec
         self._unsettled: set[_Input] = set()
         self._settled_at = 0.0
-        self._current: _Input | None = None
         options, self._device = predictor.options, predictor.ready()
         self._model = Forward(predictor.model, len(self._spec.classes), self._device, options.dtype, options.flips)
         # Before several threads need them, as each would make one of its own.
@@ -230,11 +229,9 @@ class MapLine:
             depth = 2 * options.batch_size + readers
             begun = stack.enter_context(closing(self._begun(inputs, depth)))
             pieces = load_ahead(self._windows(begun), self._read, num_threads=readers, depth=depth)
-            stack.enter_context(closing(pieces))
             batches = in_batches(self._forward, pieces, self._consume, options.batch_size)
             for finishing in stack.enter_context(closing(batches)):
-                pending.extend(finishing)
-                self._show()
+                pending.append(finishing)
                 while pending and (len(pending) > _MAPS_BEHIND or pending[0][1].done()):
                     yield self._settled(*pending.popleft())
             while pending:
@@ -342,12 +339,16 @@ class MapLine:
                 self._add(piece, found)
             except Exception as error:
                 piece.input.fail(error)
-            self._current = piece.input
             if piece.is_last and not self._is_stopped:
                 future = self._finishers.submit(piece.input.close, MapWork.finish)
                 finishing.append((piece.input, future))
                 self._is_stopped = self._stops_at(piece.input)
+        self._show(pieces[-1].input)
         return finishing
+
+    def _show(self, found: _Input) -> None:
+        if found.makers:
+            self._on_progress(found.num_done, sum(len(maker.windows) for maker in found.makers))
 
     def _add(self, piece: _Piece, scores: FloatArray | None) -> None:
         found = piece.input
@@ -357,11 +358,6 @@ class MapLine:
         for strip in piece.maker.add(piece.tile, scores):
             found.write(strip)
         found.num_done += 1
-
-    def _show(self) -> None:
-        found = self._current
-        if found is not None and found.makers:
-            self._on_progress(found.num_done, sum(len(maker.windows) for maker in found.makers))
 
     def _settled(self, found: _Input, future: Future[JobResult | Exception]) -> InputReport:
         outcome, now = future.result(), time.monotonic()

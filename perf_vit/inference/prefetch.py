@@ -271,45 +271,48 @@ _MAX_EMPTY = 32
 
 def in_batches(
     forward: Callable[[list[AnyEntry]], Tensor],
-    entries: Iterable[AnyEntry],
-    consume: Callable[[list[AnyEntry], list[FloatArray | None]], Result],
+    entries: Generator[AnyEntry, None, None],
+    consume: Callable[[list[AnyEntry], list[FloatArray | None]], Sequence[Result]],
     batch_size: int,
 ) -> Generator[Result, None, None]:
     """Run a model on batches in this thread, and a function of their scores in another one meanwhile.
 
     Args:
         forward: Model of the entries of a batch that have pixels, all of one shape; to scores [B, K, h, w].
-        entries: Tiles in order.
+        entries: Tiles in order; closed at the end.
         consume: Function of the entries of a batch and their scores [K, h, w], None for those without pixels; called
             in order, at most two batches behind the model.
         batch_size: Maximum number of tiles in a forward pass.
 
     Yields:
-        Results of `consume`, in order.
+        Each of the results of `consume`, in order.
 
     Raises:
-        Exception: What a function or the iterable raises. Batches before it are consumed.
+        Exception: What a function or the generator raises. Batches before it are consumed.
     """
-    waiting: deque[Future[Result]] = deque()
+    waiting: deque[Future[Sequence[Result]]] = deque()
     pool = ThreadPoolExecutor(1, thread_name_prefix="perf_vit-blender")
     try:
         for batch in _batches(entries, batch_size):
             used = [entry for entry in batch if entry.pixels is not None]
             waiting.append(pool.submit(_consume, consume, batch, forward(used) if used else None))
             while len(waiting) > _BATCHES_BEHIND:
-                yield waiting.popleft().result()
+                yield from waiting.popleft().result()
         while waiting:
-            yield waiting.popleft().result()
+            yield from waiting.popleft().result()
     except Exception:
         pool.shutdown()
         raise
     finally:
         pool.shutdown(cancel_futures=True)
+        entries.close()
 
 
 def _consume(
-    consume: Callable[[list[AnyEntry], list[FloatArray | None]], Result], batch: list[AnyEntry], scores: Tensor | None
-) -> Result:
+    consume: Callable[[list[AnyEntry], list[FloatArray | None]], Sequence[Result]],
+    batch: list[AnyEntry],
+    scores: Tensor | None,
+) -> Sequence[Result]:
     found = iter(() if scores is None else scores.cpu().numpy())
     return consume(batch, [None if entry.pixels is None else next(found) for entry in batch])
 
