@@ -1,9 +1,10 @@
-"""Objects as tables with a CRS: GeoPackage, GeoParquet, GeoJSON."""
+"""Objects as tables with a CRS: GeoPackage, GeoParquet, GeoJSON; QuPath GeoJSON, in pixels of a slide's level 0."""
 
 from __future__ import annotations
 
 import os
 import sqlite3
+import uuid
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
@@ -12,13 +13,16 @@ from typing import Any, Literal
 import geopandas as gpd
 import numpy as np
 import pyogrio
+import shapely
 from affine import Affine
 from pyogrio.errors import DataLayerError, DataSourceError, FeatureError
 
+from perf_vit.plotting import default_colormap
 from perf_vit.sources.vector_file import layer_name, writing_path
+from perf_vit.text import to_json
 from perf_vit.writers._objects import ObjectTable
 
-__all__ = ["write_gis"]
+__all__ = ["write_gis", "write_qupath"]
 
 # GeoPackages store the time of their last change; a fixed one makes files reproducible.
 _EPOCH = "1970-01-01T00:00:00.000Z"
@@ -92,3 +96,48 @@ def _fixed_date() -> Iterator[None]:
         yield
     finally:
         pyogrio.set_gdal_config_options({"OGR_CURRENT_DATE": before})
+
+
+_NAMESPACE = uuid.UUID("6d0b8a0e-6d1c-5d0e-9f43-2c5f3ac0e9b1")
+_DECIMALS = 2
+
+
+def write_qupath(
+    path: Path, table: ObjectTable, *, object_type: str, scale: Affine, background: int | None = None
+) -> None:
+    """Write a FeatureCollection, feature by feature.
+
+    Args:
+        path: Output file.
+        table: Objects.
+        object_type: "detection" or "annotation".
+        scale: Transform from source pixels to pixels of level 0.
+        background: Index of the background class; None for none.
+    """
+    colors = default_colormap(len(table.class_names), background)
+    classes = [
+        {"name": name, "color": list(map(int, colors[index][:3]))} for index, name in enumerate(table.class_names)
+    ]
+    with path.open("w", encoding="utf-8") as file:
+        file.write('{"type": "FeatureCollection", "features": [')
+        for index, polygon in enumerate(table.placed(scale)):
+            properties: dict[str, Any] = {
+                "objectType": object_type,
+                "classification": classes[table.labels[index]],
+                "measurements": table.measurements_of(index),
+            }
+            file.write(",\n" if index else "\n")
+            file.write(to_json(_feature(index, polygon, properties)))
+        file.write("\n]}\n")
+
+
+def _feature(index: int, polygon: Any, properties: dict[str, Any]) -> dict[str, Any]:
+    geometry = shapely.geometry.mapping(shapely.transform(polygon, lambda xy: np.round(xy, _DECIMALS)))
+    # QuPath requires a UUID; derived from index and content, it is reproducible.
+    content = to_json([index, geometry, properties])
+    return {
+        "type": "Feature",
+        "id": str(uuid.uuid5(_NAMESPACE, content)),
+        "geometry": geometry,
+        "properties": properties,
+    }

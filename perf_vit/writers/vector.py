@@ -19,8 +19,7 @@ from perf_vit.sources.slides import SlideSource
 from perf_vit.types import Source
 from perf_vit.writers._objects import ObjectTable
 from perf_vit.writers.coco import write_coco, write_coco_results
-from perf_vit.writers.gis import write_gis
-from perf_vit.writers.qupath import write_qupath
+from perf_vit.writers.gis import write_gis, write_qupath
 
 __all__ = ["VectorFormat", "check_vector_output", "write_objects"]
 
