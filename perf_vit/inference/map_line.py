@@ -173,7 +173,8 @@ class _Piece:
 
     @property
     def pixels(self) -> FloatArray | None:
-        return None if self.tile is None or self.input.error is not None else self.tile.pixels
+        # Not by the input's error: one that comes between the model and its use would shift the scores of others.
+        return None if self.tile is None else self.tile.pixels
 
     @property
     def valid(self) -> BoolArray:
