@@ -222,7 +222,7 @@ def test_sinks_are_as_many_as_the_size_of_an_image_affords() -> None:
         given = perf_vit.linearize(model, max_exact_tokens=0, window_size=5, num_clusters=8, num_sinks=number)
         x = images(16 * rows, 16 * columns)[:1]
         assert torch.equal(by_size(x), given(x))
-        other = perf_vit.linearize(model, max_exact_tokens=0, window_size=5, num_clusters=8, num_sinks=number - 1)
+        other = perf_vit.linearize(model, max_exact_tokens=0, window_size=5, num_clusters=8, num_sinks=number + 1)
         assert not torch.equal(by_size(x), other(x))
     assert by_size.conversion.to_dict()["options"]["num_sinks"] is None
 
