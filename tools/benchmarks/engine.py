@@ -234,7 +234,7 @@ class _Bytes(SegmentationPredictor):
 
 
 def _map(model: Any, source: Source, out: Path, window_size: int, overlap: int) -> None:
-    options = SegmentationPredictOptions(window_size=window_size, overlap=overlap, device="cpu")
+    options = SegmentationPredictOptions(window_size=window_size, overlap=overlap, device="cpu", overwrite=True)
     _Bytes(model, options).run(source, out)
 
 
