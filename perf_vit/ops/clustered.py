@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -188,6 +188,8 @@ class _Attention:
         if valid is None:
             parts[-1] *= len(parts[0])
         chunks = list(zip(*parts, strict=True))
+        if call is _called and q.device.type == "cpu" and not torch.compiler.is_compiling():
+            return list(self._in_buffers(chunks))
         if len(chunks) == 1:
             return [call(self._whole, *chunks[0])]
         own = [call(self._sums_of_rows, *chunk[1:]) for chunk in chunks]
@@ -246,19 +248,81 @@ class _Attention:
 
     def _attend(self, tokens: Tensor, own: Tensor, total: Tensor, masked: bool) -> Tensor:
         """Attend with the queries of windows, [B, H, W, T, 3 x width] -> [B, H, W, T, Dv]."""
-        head_dim, each = self.sizes[0], (-1, -1, tokens.shape[2], -1, -1)
-        shared = torch.cat(self._key_columns(*self.shared), dim=-1)
-        shared = shared if self.shared[2] is None else self._hide(shared)
-        keys = [shared.unsqueeze(2).expand(each), self._far(own, total).expand(each)]
+        each = (-1, -1, tokens.shape[2], -1, -1)
+        keys = [self._shared_columns().unsqueeze(2).expand(each), self._far(own, total).expand(each)]
         if self.exact_near:
             near = tokens[..., self.width :]
             keys.insert(0, self._hide(near) if masked or self.padded else near)
-        kv = torch.cat(keys, dim=3).flatten(0, 2).unsqueeze(1)
-        queries = tokens[..., : self.width].flatten(0, 2).unsqueeze(1)
-        out = F.scaled_dot_product_attention(
-            queries, kv[..., : self.width], kv[..., self.width :], scale=head_dim**-0.5
-        )
-        return self._corrected(tokens[..., :head_dim], out.view(*tokens.shape[:-1], self.width))
+        return self._attend_to(tokens[..., : self.width], torch.cat(keys, dim=3))
+
+    def _attend_to(self, queries: Tensor, keys: Tensor) -> Tensor:
+        """Attend with the columns of queries, [B, H, W, T, width], to those of keys, [B, H, W, n, 2 x width]."""
+        head_dim = self.sizes[0]
+        q, kv = (x.flatten(0, 2).unsqueeze(1) for x in (queries, keys))
+        out = F.scaled_dot_product_attention(q, kv[..., : self.width], kv[..., self.width :], scale=head_dim**-0.5)
+        return self._corrected(queries[..., :head_dim], out.view(*queries.shape[:-1], self.width))
+
+    def _shared_columns(self) -> Tensor:
+        """Return the columns of the keys that all queries attend to, [B, H, s, 2 x width]."""
+        shared = torch.cat(self._key_columns(*self.shared), dim=-1)
+        return shared if self.shared[2] is None else self._hide(shared)
+
+    def _in_buffers(self, chunks: list[tuple[Any, ...]]) -> Iterator[Tensor]:
+        """Attend as `run` does, without a gradient, in buffers that all chunks of one height share.
+
+        Every value is written once: joining and padding columns would copy all of them several times.
+        """
+        buffers = {chunk[0].shape[2]: chunk for chunk in chunks}
+        near = {rows: self._near_buffer(*chunk[1:], extra=0) for rows, chunk in buffers.items()}
+        own = [self._sums(self._fill(near[chunk[0].shape[2]], *chunk[1:]), chunk[3] is not None) for chunk in chunks]
+        del near
+        total = own[0].sum(dim=2)
+        for part in own[1:]:
+            total += part.sum(dim=2)
+        filled = {rows: self._buffers(*chunk) for rows, chunk in buffers.items()}
+        for (q, k, v, valid), part in zip(chunks, own, strict=True):
+            queries, keys = filled[q.shape[2]]
+            self.windows.write(q, queries[..., : self.sizes[0]])
+            num_near = queries.shape[3] if self.exact_near else 0
+            if num_near:
+                self._fill(keys[:, :, :, :num_near], k, v, valid)
+            keys[:, :, :, num_near + self.shared[0].shape[2] :] = self._far(part, total)
+            yield self.windows.join(self._attend_to(queries, keys), q.shape[2])
+
+    def _near_buffer(self, k: Tensor, v: Tensor, valid: Tensor | None, extra: int) -> Tensor:
+        """Return columns of the keys of windows and `extra` keys, of which only the validity of the first is set."""
+        tokens = self.windows.height * self.windows.width
+        down = -(-k.shape[2] // self.windows.height)
+        columns = k.new_zeros(*k.shape[:2], down * self.windows.across, tokens + extra, 2 * self.width)
+        near = columns[:, :, :, :tokens]
+        self.windows.write(self.one.expand(*k.shape[:-1], 1), near[..., self.valid_column, None])
+        self._hide(near)
+        return columns
+
+    def _buffers(self, q: Tensor, k: Tensor, v: Tensor, valid: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Return the columns of queries and keys of a chunk, of which only the parts that all chunks share are set."""
+        head_dim, shared = self.sizes[0], self._shared_columns()
+        if self.exact_near:
+            keys = self._near_buffer(k, v, valid, shared.shape[2] + self.clusters.num_clusters)
+        else:
+            number = -(-q.shape[2] // self.windows.height) * self.windows.across
+            size = (*q.shape[:2], number, shared.shape[2] + self.clusters.num_clusters, 2 * self.width)
+            keys = q.new_zeros(size)
+        start = keys.shape[3] - self.clusters.num_clusters - shared.shape[2]
+        keys[:, :, :, start : start + shared.shape[2]] = shared.unsqueeze(2)
+        queries = q.new_zeros(*keys.shape[:3], self.windows.height * self.windows.width, self.width)
+        queries[..., head_dim : head_dim + 2] = head_dim**0.5
+        return queries, keys
+
+    def _fill(self, columns: Tensor, k: Tensor, v: Tensor, valid: Tensor | None) -> Tensor:
+        """Write keys, values and validity into the columns of windows."""
+        self.windows.write(k, columns[..., : self.sizes[0]])
+        self.windows.write(v, columns[..., self.width : self.width + self.sizes[1]])
+        if valid is not None:
+            self.windows.write(valid.expand(*k.shape[:-1], 1).to(k.dtype), columns[..., self.valid_column, None])
+            columns[..., self.sizes[0]] = 0.0
+            self._hide(columns)
+        return columns
 
     def _corrected(self, q: Tensor, out: Tensor) -> Tensor:
         """Add the first-order change of the values of clusters, [B, H, W, T, Dv]."""

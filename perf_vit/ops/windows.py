@@ -52,6 +52,19 @@ class WindowGrid:
         x = x.view(*x.shape[:2], down, self.height, self.across, self.width, x.shape[-1]).transpose(3, 4)
         return x.reshape(*x.shape[:2], down * self.across, self.height * self.width, x.shape[-1])
 
+    def write(self, x: Tensor, out: Tensor) -> None:
+        """Write rows of tokens, [B, H, rows, columns, C], into windows, [B, H, W, height x width, C].
+
+        The values of `out` outside the grid stay as they are.
+        """
+        down = _ceil(x.shape[2], self.height)
+        out = out.unflatten(3, (self.height, self.width)).unflatten(2, (down, self.across)).transpose(3, 4)
+        for rows in _full_and_rest(x.shape[2], self.height):
+            for columns in _full_and_rest(self.columns, self.width):
+                part = x[:, :, rows.tokens, columns.tokens]
+                part = part.unflatten(3, (-1, columns.size)).unflatten(2, (-1, rows.size))
+                out[:, :, rows.windows, : rows.size, columns.windows, : columns.size] = part
+
     def join(self, x: Tensor, rows: int) -> Tensor:
         """Arrange windows as rows of tokens, [B, H, W, height x width, C] -> [B, rows, columns, H, C]."""
         B, H, C = *x.shape[:2], x.shape[-1]
@@ -92,6 +105,22 @@ def check_grid(
             f"{num_prefix_tokens} prefix tokens and a grid of {grid[0]} x {grid[1]} are {expected} tokens, got "
             f"{q.shape[2]}; pass grid=(rows, columns) of the patches"
         )
+
+
+@dataclass(frozen=True)
+class _Part:
+    """Windows of one size along one side of a grid: their tokens, which windows they are, and their size."""
+
+    tokens: slice
+    windows: slice
+    size: int
+
+
+def _full_and_rest(length: int, size: int) -> list[_Part]:
+    """Return the whole windows of `length` tokens, and the last one where it reaches outside."""
+    number, rest = divmod(length, size)
+    parts = [_Part(slice(0, number * size), slice(0, number), size)] if number else []
+    return [*parts, _Part(slice(number * size, length), slice(number, number + 1), rest)] if rest else parts
 
 
 def _ceil(length: int, size: int) -> int:

@@ -47,11 +47,11 @@ def test_two_iterations_bring_centers_nearer_to_their_keys() -> None:
     assert (members @ means - k).square().sum(-1).mean() < 0.7 * distance
 
 
-@pytest.mark.parametrize("length", [1, 300, 4095, 4096, 10_000, 65_536])
+@pytest.mark.parametrize("length", [1, 300, 4095, 4096, 10_000, 65_536, 100_000])
 def test_a_sample_spreads_over_all_columns(length: int) -> None:
     x = torch.arange(length, dtype=torch.float32).view(1, 1, length, 1)
     found = sample_tokens(x, x, x, None).k.flatten().long()
-    assert min(length, 1300) <= len(found) <= 4096
+    assert min(length, 1000) <= len(found) <= 5461
     if length == 65_536:
         assert len((found % 256).unique()) == 256
 
