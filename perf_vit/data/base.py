@@ -6,6 +6,7 @@ import os
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -101,13 +102,27 @@ def collate_tiles(samples: Sequence[tuple[Tensor, ...]]) -> Any:
     return *(default_collate(list(part)) for part in parts), None if all_valid else default_collate(list(valid))
 
 
-def _compute_in_one_thread(worker: int) -> None:
-    """Keep a loader process to one core, as torch does for its own threads there."""
-    # GDAL decodes JPEG 2000, and OpenCV augments, with a thread for each core by default.
+def _read_in_one_thread(worker: int) -> None:
+    """Keep GDAL in a loader process to one core: it decodes JPEG 2000 with a thread for each by default."""
     os.environ.setdefault("GDAL_NUM_THREADS", "1")
+
+
+@contextmanager
+def _one_opencv_thread() -> Iterator[None]:
+    """Let loader processes that start meanwhile augment in one thread, as torch does for its own threads there.
+
+    OpenCV's threads don't survive a fork, and a forked process that changes their number waits for them forever.
+    """
     opencv = sys.modules.get("cv2")
-    if opencv is not None:
-        opencv.setNumThreads(1)
+    if opencv is None:
+        yield
+        return
+    before = opencv.getNumThreads()
+    opencv.setNumThreads(1)
+    try:
+        yield
+    finally:
+        opencv.setNumThreads(before)
 
 
 class ShareLoader(DataLoader[Any]):
@@ -129,8 +144,12 @@ class ShareLoader(DataLoader[Any]):
             sampler=ShareSampler(len(dataset)),
             num_workers=num_workers,
             collate_fn=collate_fn,
-            worker_init_fn=_compute_in_one_thread,
+            worker_init_fn=_read_in_one_thread,
         )
+
+    def __iter__(self) -> Any:
+        with _one_opencv_thread():
+            return super().__iter__()
 
 
 class EpochLoader(DataLoader[Any]):
@@ -166,7 +185,7 @@ class EpochLoader(DataLoader[Any]):
             persistent_workers=num_workers > 0,
             collate_fn=collate_fn,
             drop_last=drop_last,
-            worker_init_fn=_compute_in_one_thread,
+            worker_init_fn=_read_in_one_thread,
         )
         self.num_given = 0
         self.num_skipped = 0
@@ -176,7 +195,9 @@ class EpochLoader(DataLoader[Any]):
         # and workers start at once.
         self.num_given, self.num_skipped = self.num_skipped, 0
         self.epoch_sampler.skip(self.num_given * (self.batch_size or 1))
-        for batch in super().__iter__():
+        with _one_opencv_thread():
+            batches = super().__iter__()
+        for batch in batches:
             self.num_given += 1
             yield batch
 

@@ -64,7 +64,6 @@ class _Chunked(nn.Module):
             or torch.jit.is_tracing()  # type: ignore[attr-defined, no-untyped-call]
             or torch.is_grad_enabled()
             or self.training
-            or x.device.type != "cpu"
             or x.ndim != 3
             or x.shape[1] <= _num_tokens(x, num_tokens)
             or any(part._forward_hooks or part._forward_pre_hooks for part in self.modules() if part is not self)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -21,8 +22,11 @@ __all__ = ["clustered_attention"]
 
 SINK_QUERIES = 32
 
-# Tokens of a chunk on a CPU, whose intermediate results fit in its cache; other devices take all tokens at once.
-_CHUNK_TOKENS = 4096
+# Tokens x samples x heads of a chunk: on a CPU, its intermediate results fit in the cache; elsewhere only memory
+# limits them, to about 6 GiB in float32.
+_CPU_TOKENS, _DEVICE_TOKENS = 2**15, 2**21
+# Fused attention on GPUs takes at most this many windows x samples x heads.
+_MOST_WINDOWS = 2**16 - 1
 
 _ROW_TOKENS = 1024
 """Queries that are processed together where there are no windows."""
@@ -102,7 +106,9 @@ def _clustered_attention(
 ) -> Tensor:
     # Under torch.jit.trace sizes are tensors; a trace is valid for one image size.
     rows, columns = grid if torch.compiler.is_compiling() else (int(grid[0]), int(grid[1]))
-    grid, first = (rows, columns), num_prefix_tokens
+    grid, first, dtype = (rows, columns), num_prefix_tokens, q.dtype
+    # Under autocast, layers with normalised queries and keys give these in float32.
+    q, k = q.to(v.dtype), k.to(v.dtype)
     with without_autocast(q):
         if key_mask is not None:
             # Masked keys may hold any value, including NaN.
@@ -123,7 +129,7 @@ def _clustered_attention(
             zero=q.new_zeros(1),
             one=q.new_ones(1),
         )
-        return _join(prefix, attention.run(q, k, v, valid, grid))
+        return _join(prefix, attention.run(q, k, v, valid, grid)).to(dtype)
 
 
 _compiled = torch.library.custom_op("perf_vit::clustered_attention", _clustered_attention, mutates_args=())
@@ -131,7 +137,7 @@ _compiled = torch.library.custom_op("perf_vit::clustered_attention", _clustered_
 
 @_compiled.register_fake
 def _(q: Tensor, k: Tensor, v: Tensor, *options: Any) -> Tensor:
-    return v.new_empty(q.shape[0], q.shape[2], q.shape[1], v.shape[-1]).transpose(1, 2)
+    return q.new_empty(q.shape[0], q.shape[2], q.shape[1], v.shape[-1]).transpose(1, 2)
 
 
 @dataclass(frozen=True, eq=False)
@@ -141,7 +147,7 @@ class _Attention:
     Queries, keys and values get extra columns, so that one call of `scaled_dot_product_attention` computes logits with
     additive terms and, beside the attended values, the weight of each group of clusters:
 
-    - queries [q, sqrt(D), sqrt(D)], keys [k, log weight, its rounding error]; products are divided by sqrt(D);
+    - queries [q, c, c], keys [k, log weight x sqrt(D) / c, its rounding error]; products are divided by sqrt(D);
     - values [v, membership in the G groups, 1 for a valid key]; near keys are in no group.
 
     Attributes:
@@ -175,6 +181,11 @@ class _Attention:
         return -(-max(self.sizes[0] + 2, self.sizes[1] + NUM_GROUPS + 1) // 8) * 8
 
     @property
+    def constant(self) -> float:
+        """Value of the constant columns of queries: about sqrt(D), and the same in every dtype."""
+        return 2.0 ** round(math.log2(self.sizes[0]) / 2)
+
+    @property
     def valid_column(self) -> int:
         """Index of the column for valid keys in the joint columns of keys and values."""
         return self.width + self.sizes[1] + NUM_GROUPS
@@ -199,9 +210,11 @@ class _Attention:
         return [call(self._attend_rows, *chunk, part, total) for chunk, part in zip(chunks, own, strict=True)]
 
     def _rows_at_once(self, q: Tensor, grid: tuple[int, int]) -> int:
-        if q.device.type != "cpu" or torch.compiler.is_compiling():
+        if torch.compiler.is_compiling():
             return grid[0]
-        return self.windows.height * max(1, _CHUNK_TOKENS // (self.windows.height * grid[1]))
+        each, across = q.shape[0] * q.shape[1], self.windows.across
+        limit = _CPU_TOKENS if q.device.type == "cpu" else min(_DEVICE_TOKENS, _MOST_WINDOWS // across * grid[1])
+        return self.windows.height * max(1, limit // (each * self.windows.height * grid[1]))
 
     def _whole(self, q: Tensor, k: Tensor, v: Tensor, valid: Tensor | None) -> Tensor:
         """Attend with all queries at once, [B, H, rows, columns, D] -> [B, rows, columns, H, Dv]."""
@@ -220,7 +233,7 @@ class _Attention:
     def _query_columns(self, q: Tensor) -> list[Tensor]:
         """Return the parts of the columns of queries, [..., width] together."""
         head_dim = self.sizes[0]
-        constant = q.new_full((1,), head_dim**0.5).expand(*q.shape[:-1], 2)
+        constant = q.new_full((1,), self.constant).expand(*q.shape[:-1], 2)
         return [q, constant, self.zero.expand(*q.shape[:-1], self.width - head_dim - 2)]
 
     def _key_columns(self, k: Tensor, v: Tensor, valid: Tensor | None) -> list[Tensor]:
@@ -311,7 +324,7 @@ class _Attention:
         start = keys.shape[3] - self.clusters.num_clusters - shared.shape[2]
         keys[:, :, :, start : start + shared.shape[2]] = shared.unsqueeze(2)
         queries = q.new_zeros(*keys.shape[:3], self.windows.height * self.windows.width, self.width)
-        queries[..., head_dim : head_dim + 2] = head_dim**0.5
+        queries[..., head_dim : head_dim + 2] = self.constant
         return queries, keys
 
     def _fill(self, columns: Tensor, k: Tensor, v: Tensor, valid: Tensor | None) -> Tensor:
@@ -331,8 +344,8 @@ class _Attention:
         mass = out[..., value_dim : value_dim + covariance.shape[1]]
         moved = (mass.unsqueeze(-1) * q.unsqueeze(-2)).flatten(-2).flatten(2, 3).flatten(0, 1)
         values = out[..., :value_dim].flatten(2, 3).flatten(0, 1)
-        covariance = covariance.flatten(1, 2).to(moved.dtype)
-        return torch.baddbmm(values, moved, covariance, alpha=head_dim**-0.5).view(*out.shape[:-1], value_dim)
+        covariance = (covariance.flatten(1, 2) * head_dim**-0.5).to(moved.dtype)
+        return torch.baddbmm(values, moved, covariance).view(*out.shape[:-1], value_dim)
 
     def _far(self, own: Tensor, total: Tensor) -> Tensor:
         """Return the columns of the clusters outside each window, [B, H, W or 1, M, 2 x width]."""
@@ -341,7 +354,8 @@ class _Attention:
         number = left[..., self.valid_column, None].detach()
         far = left / number.clamp(min=1.0)
         # Counts are exact: a cluster that lies within the window has weight 0, whatever its variance.
-        log_weight = (number.log() + self.clusters.spread.unsqueeze(2)).clamp(min=_lowest(self.dtype))
+        log_weight = (number.log() + self.clusters.spread.unsqueeze(2)) * (head_dim**0.5 / self.constant)
+        log_weight = log_weight.clamp(_lowest(self.dtype), -_lowest(self.dtype))
         rounded = log_weight.to(self.dtype)
         rest = log_weight - rounded if self.dtype != log_weight.dtype else far[..., head_dim + 1, None]
         groups = self.clusters.groups.unsqueeze(2).expand(*far.shape[:-1], -1)

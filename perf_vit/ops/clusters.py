@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 __all__ = ["Clusters", "Sample", "choose_clusters", "describe_clusters", "sample_tokens"]
 
@@ -18,8 +19,8 @@ _SAMPLE = 8192
 _ITERATIONS = 2
 # Below the number of tokens of a cluster or group that has any.
 _LEAST = 1e-6
-# Inverse temperature of soft k-means on the sample: distances of over .3 between keys count as different.
-_SHARPNESS = 100.0
+# Inverse temperature of soft k-means, for keys whose mean square is 1 in each channel.
+_SHARPNESS = 10.0
 
 
 @dataclass(frozen=True, eq=False)
@@ -27,12 +28,14 @@ class Clusters:
     """What describes the M clusters of each sample and head; all in at least float32.
 
     Attributes:
-        centers: Centres; a key belongs to the nearest one, [B, H, M, D].
+        mean: Mean key of the sample, [B, H, 1, D].
+        centers: Centres minus that mean; a key belongs to the nearest one, [B, H, M, D].
         spread: Half the variance of a logit within each cluster, [B, H, M, 1].
         groups: Membership of each cluster in the G groups, [B, H, M, G]; a row sums to 1.
         covariance: Covariance of keys and values within the clusters of a group, [B, H, G, D, Dv].
     """
 
+    mean: Tensor
     centers: Tensor
     spread: Tensor
     groups: Tensor
@@ -45,7 +48,10 @@ class Clusters:
 
     def nearest(self, k: Tensor) -> Tensor:
         """Return the index of the nearest centre of each key, [B, H, n, D] -> [B, H, n]."""
-        return _closeness(k.detach(), self.centers).max(dim=-1).indices
+        # |k - mean - c|^2 without a copy of all keys: -k.c + mean.c + |c|^2 / 2.
+        away = (self.centers.square().sum(dim=-1, keepdim=True) / 2 + self.centers @ self.mean.mT).mT.flatten(0, 1)
+        closeness = torch.baddbmm(away, k.detach().flatten(0, 1), self.centers.flatten(0, 1).mT, beta=-1)
+        return closeness.max(dim=-1).indices.unflatten(0, k.shape[:2])
 
 
 @dataclass(frozen=True, eq=False)
@@ -64,10 +70,18 @@ class Sample:
     v: Tensor
     valid: Tensor | None = None
 
-    def rows(self) -> Tensor:
-        """Return keys, values and 1 for tokens that count, [B, H, n, D + Dv + 1]."""
-        ones = self.k.new_ones(1) if self.valid is None else self.valid
-        return torch.cat([self.k, self.v, ones.expand(*self.k.shape[:-1], 1)], dim=-1)
+    @torch.no_grad()
+    def mean_and_scale_k(self) -> tuple[Tensor, Tensor]:
+        """Return the mean key, [B, H, 1, D], and the root mean square of keys around it, [B, H, 1, 1]."""
+        if self.valid is None:
+            mean = self.k.mean(dim=2, keepdim=True)
+            square = (self.k - mean).square().mean(dim=(2, 3), keepdim=True)
+        else:
+            number = self.valid.sum(dim=2, keepdim=True).clamp(min=1.0)
+            mean = self.k.sum(dim=2, keepdim=True) / number
+            off = (self.k - mean) * self.valid
+            square = off.square().sum(dim=(2, 3), keepdim=True) / (number * self.k.shape[-1])
+        return mean, (square + torch.finfo(self.k.dtype).tiny).sqrt()
 
     def mean_square_q(self) -> Tensor:
         """Return the mean square of each channel of the queries, [B, H, 1, D]."""
@@ -98,33 +112,42 @@ def describe_clusters(sample: Sample, num_clusters: int) -> Clusters:
         num_clusters: Largest number of clusters; there are at most as many as tokens in the sample.
     """
     head_dim, num_clusters = sample.k.shape[-1], min(num_clusters, sample.k.shape[2])
-    rows = sample.rows()
+    mean, scale = sample.mean_and_scale_k()
+    # Without their mean and scale, the keys of every model are told apart by the same distance.
+    k = (sample.k - mean) / scale
+    ones = k.new_ones(1).expand(*k.shape[:-1], 1) if sample.valid is None else sample.valid.expand(*k.shape[:-1], 1)
+    rows = torch.cat([ones, k, sample.v], dim=-1)
+    keys = slice(1, head_dim + 1)
     means = sample.evenly(rows, num_clusters)
-    for _ in range(_ITERATIONS):
-        member = _memberships(sample.k, means[..., :head_dim], sample.valid)
-        means, number = _means(member, rows, means)
-    centers = means[..., :head_dim].detach()
+    for columns in (*[slice(head_dim + 1)] * (_ITERATIONS - 1), slice(None)):
+        member = _memberships(k, means[..., keys], sample.valid)
+        means, number = _means(member, rows[..., columns], means[..., columns])
+        if columns.stop:
+            means = F.pad(means, (0, rows.shape[-1] - means.shape[-1]))
     residual = rows - member @ means
-    r_k, r_v = residual[..., :head_dim], residual[..., head_dim:-1]
+    r_k, r_v = residual[..., keys], residual[..., head_dim + 1 :]
+    if sample.valid is not None:
+        r_k = r_k * sample.valid
+    centers = means[..., keys].detach()
     with torch.no_grad():
         num_groups = min(NUM_GROUPS, num_clusters)
         seeds = _every(means, num_clusters // num_groups, num_groups)
-        seeds, _ = _means(_memberships(centers, seeds[..., :head_dim]), means, seeds)
-        groups = _memberships(centers, seeds[..., :head_dim])
+        seeds, _ = _means(_memberships(centers, seeds[..., keys]), means, seeds)
+        groups = _memberships(centers, seeds[..., keys])
         weight = member @ groups
     by_group = (weight.unsqueeze(-1) * r_k.unsqueeze(-2)).flatten(-2)
     of_groups = weight.sum(dim=2).clamp(min=_LEAST)[..., None, None]
-    covariance = (by_group.mT @ r_v).unflatten(2, (num_groups, head_dim)) / of_groups
-    variance = r_k.square() @ sample.mean_square_q().mT
+    covariance = (by_group.mT @ r_v).unflatten(2, (num_groups, head_dim)) * (scale.unsqueeze(-1) / of_groups)
+    variance = r_k.square() @ (sample.mean_square_q() * scale.square() / (2 * head_dim)).mT
     spread = member.mT @ variance / number
-    return Clusters(centers, spread / (2 * head_dim), groups, covariance)
+    return Clusters(mean, centers * scale, spread, groups, covariance)
 
 
 def sample_tokens(q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None) -> Sample:
-    """Take every s-th token, about 1,000 to 4,400 of them in images of 1,000 and more; with a mask, every s-th of the visible ones.
+    """Take every s-th token, 1,000 to 5,500 of them in images of 1,000 tokens and more.
 
-    The step s is odd: a step that divides the number of columns would take few columns of the grid, and most grids have
-    an even number.
+    With a mask, it is every s-th of the visible tokens. The step s is odd: a step that divides the number of columns
+    would take few columns of the grid, and most grids have an even number.
 
     Args:
         q: Queries, [B, H, N, D].
@@ -170,9 +193,15 @@ def _memberships(k: Tensor, centers: Tensor, valid: Tensor | None = None) -> Ten
 
 
 def _means(member: Tensor, rows: Tensor, before: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the mean row of each cluster, [B, H, M, C], which a cluster without rows keeps, and its number of rows."""
+    """Return the mean row of each cluster, [B, H, M, C], and its number of rows, [B, H, M, 1].
+
+    Args:
+        member: Memberships, [B, H, n, M].
+        rows: 1 for a row that counts or 0, and other columns, [B, H, n, C].
+        before: Rows that clusters without members keep, [B, H, M, C].
+    """
     sums = member.mT @ rows
-    number = sums[..., -1:] + _LEAST
+    number = sums[..., :1] + _LEAST
     return (sums + _LEAST * before.detach()) / number, number
 
 

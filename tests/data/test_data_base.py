@@ -1,6 +1,7 @@
 """Which samples each of several processes gets, and what the processes that load them may use."""
 
 import cv2
+import numpy as np
 import pytest
 import torch
 from rasterio.env import get_gdal_config
@@ -50,8 +51,11 @@ def test_a_loader_process_computes_in_one_thread(loader, monkeypatch) -> None:
     monkeypatch.delenv("GDAL_NUM_THREADS", raising=False)
     before = cv2.getNumThreads()
     cv2.setNumThreads(3)
+    # Its threads run here, and don't in a forked process.
+    cv2.GaussianBlur(np.zeros((2000, 2000, 3), np.uint8), (31, 31), 9)
     try:
         batches = list(loader(_Threads(), batch_size=2, num_workers=2, collate_fn=list))
     finally:
         cv2.setNumThreads(before)
     assert batches == [[(1, 1, "1")] * 2] * 2
+    assert cv2.getNumThreads() == before

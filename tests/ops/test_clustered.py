@@ -34,6 +34,8 @@ def test_value_and_gradient_match_the_dense_definition(
 ) -> None:
     grid = (rows, columns)
     q, k, v = make(grid, num_prefix)
+    # Values of other size than keys.
+    v = torch.cat([v, v[..., :8].flip(-1)], dim=-1)
     mask = torch.rand(q.shape[0], q.shape[2], generator=torch.Generator().manual_seed(rows)) > 0.3 if masked else None
     keys = k if mask is None else k.masked_fill(~mask[:, None, :, None], 0.0)
     sinks = choose_sinks(q, keys, num_sinks, num_prefix, mask, SINK_QUERIES)
@@ -84,8 +86,9 @@ def test_clusters_windows_and_sinks_each_bring_it_closer_to_softmax() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("norm", [2.0, 30.0])
-def test_low_precision_and_long_keys_stay_exact(dtype: torch.dtype, norm: float) -> None:
-    q, k, v = make((20, 30), 1, head_dim=64)
+@pytest.mark.parametrize("head_dim", [64, 72])
+def test_low_precision_and_long_keys_stay_exact(dtype: torch.dtype, norm: float, head_dim: int) -> None:
+    q, k, v = make((20, 30), 1, head_dim=head_dim)
     k = norm * k / k.norm(dim=-1, keepdim=True)
     q, k, v = (x.to(dtype).requires_grad_() for x in (q, k, v))
     out = clustered_attention(q, k, v, (20, 30), 8, 16, 32)
@@ -157,3 +160,20 @@ def test_clusters_that_a_window_holds_weigh_nothing_however_far_their_keys_sprea
         30 * q, 30 * k, v, (6, 6), window_size=6, num_sinks=0, num_clusters=2, num_prefix_tokens=0
     )
     torch.testing.assert_close(out, softmax_attention(30 * q, 30 * k, v), rtol=1e-4, atol=1e-4)
+
+
+def test_neither_the_scale_nor_an_offset_of_keys_changes_what_is_attended() -> None:
+    q, k, v = make((30, 30), 1)
+    sizes = {"grid": (30, 30), "window_size": 5, "num_clusters": 20}
+    expected = clustered_attention(q, k, v, **sizes)
+    torch.testing.assert_close(clustered_attention(50 * q, k / 50, v, **sizes), expected, rtol=1e-6, atol=1e-6)
+    offset = torch.linspace(-3, 3, 16, dtype=torch.float64)
+    torch.testing.assert_close(clustered_attention(q, k + offset, v, **sizes), expected, rtol=1e-6, atol=1e-6)
+
+
+def test_queries_and_keys_may_be_more_precise_than_values() -> None:
+    q, k, v = (x.float() for x in make((9, 9), 1))
+    out = clustered_attention(q, k, v.bfloat16(), (9, 9), window_size=4)
+    assert out.dtype == torch.float32
+    expected = clustered_attention(q, k, v, (9, 9), window_size=4)
+    assert (out - expected).norm() < 0.02 * expected.norm()

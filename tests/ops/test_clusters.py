@@ -16,10 +16,10 @@ def make(number: int, kinds: int = 30) -> tuple[torch.Tensor, ...]:
     return q, centers[:, :, of_kind] + 0.3 * k, v + centers[:, :, of_kind].flip(-1)
 
 
-def test_statistics_are_those_of_their_definition() -> None:
+def test_statistics_are_those_of_their_definition(monkeypatch) -> None:
+    # Soft k-means in the limit of k-means.
+    monkeypatch.setattr("perf_vit.ops.clusters._SHARPNESS", 1e6)
     q, k, v = make(400)
-    # Far apart, soft k-means is k-means.
-    k = 30 * k
     found = describe_clusters(Sample(q, k, v), 20)
     centers = k[:, :, :: 400 // 20][:, :, :20]
     for _ in range(2):
@@ -28,7 +28,7 @@ def test_statistics_are_those_of_their_definition() -> None:
         number = member.sum(2).unsqueeze(-1)
         centers = torch.where(number > 0, member.mT @ k / number, centers)
     number = number.clamp(min=1)
-    torch.testing.assert_close(found.centers, centers, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(found.mean + found.centers, centers, rtol=1e-5, atol=1e-4)
     r_k, r_v = (x - (member.mT @ x / number).take_along_dim(nearest.unsqueeze(-1), 2) for x in (k, v))
     spread = member.mT @ (r_k.square() * q.square().mean(2, keepdim=True)).sum(-1, keepdim=True) / number / 16
     torch.testing.assert_close(found.spread, spread, rtol=1e-5, atol=1e-4)
@@ -68,9 +68,8 @@ def test_a_masked_sample_is_that_of_the_visible_tokens(visible: int) -> None:
     assert all(x.isfinite().all() for x in (found.centers, found.spread, found.groups, found.covariance))
     if visible >= 20:
         cropped = describe_clusters(sample_tokens(*(x[:, :, 500 : 500 + visible] for x in (q, k, v)), None), 20)
-        torch.testing.assert_close(found.centers, cropped.centers)
-        torch.testing.assert_close(found.covariance, cropped.covariance)
-        torch.testing.assert_close(found.spread, cropped.spread)
+        for name in ("mean", "centers", "covariance", "spread"):
+            torch.testing.assert_close(getattr(found, name), getattr(cropped, name), rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("grid", [(1, 1), (5, 7), (16, 16), (37, 37), (3, 50)])
