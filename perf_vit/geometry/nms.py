@@ -82,9 +82,13 @@ class Overlaps:
 
 
 def _most_meetings(spans: FloatArray) -> IndexArray:
-    """Return an upper bound of the number of spans that each span [n, 2] meets, [n]."""
+    """Return an upper bound of the number of spans that each span [n, 2] meets, [n].
+
+    Spans of NaN, as of empty polygons, meet none; they are counted at 0.
+    """
     if not len(spans):
         return np.zeros(0, np.int64)
+    spans = np.nan_to_num(spans)
     origin, extent = spans.min(), np.ptp(spans) or 1.0
     low, high = ((spans - origin) / extent * (_BINS - 1)).astype(np.int64).T
     begun = np.cumsum(np.bincount(low, minlength=_BINS))

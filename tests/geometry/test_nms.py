@@ -138,3 +138,15 @@ def test_a_crowd_costs_no_more_than_its_size() -> None:
 
     assert (greedy_nms(overlaps, same) < 0).sum() == 1
     assert sum(seen) < 2_000 + 128**2
+
+
+@pytest.mark.parametrize(
+    ("kind", "geometry"),
+    [
+        ("polygons", np.array([shapely.box(0, 0, 4, 4), shapely.Polygon(), shapely.box(0, 0, 4, 5)])),
+        ("boxes", np.array([[0, 0, 4, 4], [np.nan] * 4, [0, 0, 4, 5]])),
+    ],
+)
+def test_an_object_without_an_extent_meets_no_other(kind: str, geometry: np.ndarray) -> None:
+    overlaps = Overlaps(kind, geometry)
+    assert greedy_nms(overlaps, lambda shared, first, second: shared > 0).tolist() == [-1, -1, 0]
