@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import ctypes
 import os
+import re
 import sys
 import threading
+from collections.abc import Iterable
+from contextlib import suppress
+from pathlib import Path
 
 __all__ = ["wait_passively"]
 
 # How users choose it themselves: the variables of the standard, of GNU's OpenMP, and of LLVM's and Intel's.
 _CHOICES = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME")
+_LIBRARY = re.compile(r"/.*/libgomp[^/]*\.so[^/]*")
 
 
 def wait_passively() -> None:
@@ -19,7 +24,9 @@ def wait_passively() -> None:
     Call it before or after `import torch`. It sets `OMP_WAIT_POLICY=passive` for this process and those started later.
     OpenMP reads the variable only once, when torch is imported. After that, this function starts sleeping threads in
     GNU's OpenMP, which torch uses on Linux: with more threads than cores, it spins for microseconds only. Other OpenMP
-    libraries, as on macOS and Windows, can't be changed after the import.
+    libraries, as on macOS and Windows, can't be changed after the import. Neither can GNU's where OMP_DYNAMIC or
+    OMP_THREAD_LIMIT keeps it from starting more threads than cores, or where the limit of processes (RLIMIT_NPROC)
+    leaves no room for them.
 
     Does nothing if the environment contains OMP_WAIT_POLICY, GOMP_SPINCOUNT or KMP_BLOCKTIME.
     """
@@ -35,22 +42,43 @@ def _loaded_openmp() -> ctypes.CDLL | None:
     """Return GNU's OpenMP if this process has loaded it."""
     if sys.platform != "linux":
         return None
-    try:
-        return ctypes.CDLL("libgomp.so.1", mode=os.RTLD_NOLOAD)
-    except OSError:
-        return None
+    paths = {line.split(maxsplit=5)[-1] for line in Path("/proc/self/maps").read_text().splitlines()}
+    for path in _as_torch_prefers(paths):
+        # A file that was replaced since is another library, or none.
+        with suppress(OSError):
+            return ctypes.CDLL(path, mode=os.RTLD_NOLOAD)
+    return None
+
+
+def _as_torch_prefers(paths: Iterable[str]) -> list[str]:
+    """Return the paths of GNU's OpenMP; wheels bring their own under names such as libgomp-a34b3233.so.1."""
+    # Torch uses the one of its wheel, else that of the system.
+    return sorted(filter(_LIBRARY.fullmatch, paths), key=lambda path: ("/torch" not in path, "/libgomp-" in path, path))
 
 
 def _exceed_cores(openmp: ctypes.CDLL) -> None:
     """Start more threads than cores and keep them asleep."""
+    num_threads = openmp.omp_get_num_procs() + 1
+    if not _may_start(num_threads):
+        return
     started = threading.Event()
 
     def own_team() -> None:
-        # A parallel region without work: each of its threads calls a function that returns a number.
-        openmp.GOMP_parallel(openmp.omp_get_level, None, openmp.omp_get_num_procs() + 1, 0)
-        started.set()
+        try:
+            # A parallel region without work: each of its threads calls a function that returns a number.
+            openmp.GOMP_parallel(openmp.omp_get_level, None, num_threads, 0)
+        finally:
+            started.set()
         # The threads of the region end with this one.
         threading.Event().wait()
 
     threading.Thread(target=own_team, name="perf_vit-openmp", daemon=True).start()
     started.wait()
+
+
+def _may_start(num_threads: int) -> bool:
+    """Return whether this process may start so many threads; OpenMP ends a process that may not."""
+    import resource  # Not on Windows.
+
+    limit, _ = resource.getrlimit(resource.RLIMIT_NPROC)
+    return limit == resource.RLIM_INFINITY or len(os.listdir("/proc/self/task")) + num_threads <= limit

@@ -7,9 +7,12 @@ import sys
 
 import pytest
 
+from perf_vit import threads
 from perf_vit.threads import wait_passively
 
 CHOICES = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME")
+# A thread that fails on purpose is seen in this test or in the next.
+pytestmark = pytest.mark.filterwarnings("ignore:Exception in thread perf_vit-openmp")
 only_gnu = pytest.mark.skipif(sys.platform != "linux", reason="torch brings GNU's OpenMP on Linux only")
 
 
@@ -78,3 +81,47 @@ def test_a_choice_in_the_environment_is_left_alone(name: str, monkeypatch: pytes
     monkeypatch.setattr("perf_vit.threads._loaded_openmp", lambda: pytest.fail("looked for OpenMP"))
     wait_passively()
     assert dict(os.environ) == before
+
+
+class Openmp:
+    """Stands for the library: keeps the numbers of threads it was asked for, and fails for more than `most`."""
+
+    def __init__(self, num_cores: int, most: int = 10_000) -> None:
+        self.num_cores, self.most, self.asked = num_cores, most, []
+
+    def omp_get_num_procs(self) -> int:
+        return self.num_cores
+
+    def omp_get_level(self) -> int:
+        return 0
+
+    def GOMP_parallel(self, call: object, data: object, num_threads: int, flags: int) -> None:
+        self.asked.append(num_threads)
+        if num_threads > self.most:
+            raise OSError("no more threads")
+
+
+@only_gnu
+def test_a_failure_of_openmp_blocks_nothing() -> None:
+    failing = Openmp(2, most=0)
+    threads._exceed_cores(failing)
+    assert failing.asked == [3]
+
+
+@only_gnu
+def test_no_thread_is_asked_for_beyond_the_limit_of_processes(monkeypatch: pytest.MonkeyPatch) -> None:
+    import resource
+
+    few, many = Openmp(2), Openmp(5000)
+    monkeypatch.setattr(resource, "getrlimit", lambda which: (4096, 4096))
+    for each in (few, many):
+        threads._exceed_cores(each)
+    assert (few.asked, many.asked) == ([3], [])
+
+
+@only_gnu
+def test_torchs_own_openmp_is_found_among_those_of_other_wheels() -> None:
+    others = ["", "[heap]", "/usr/lib/libgomp.so.1/a.so", "/usr/lib/libgompx.txt"]
+    expected = ["/p/torch/lib/libgomp-a34b3233.so.1", "/usr/lib/libgomp.so.1", "/p/a.libs/libgomp-e985bcbb.so.1.0.0"]
+    assert threads._as_torch_prefers([*others, *reversed(expected)]) == expected
+    assert threads._loaded_openmp() is not None

@@ -24,6 +24,7 @@ from rich.table import Table
 from rich.text import Text
 
 from perf_vit.text import printable, to_json
+from perf_vit.threads import wait_passively
 
 if TYPE_CHECKING:
     # They bring lightning, which an error in the words of a command need not wait for.
@@ -157,7 +158,8 @@ _shown: ContextVar[bool] = ContextVar("shown", default=True)
 
 @contextmanager
 def progress_shown(shown: bool) -> Iterator[None]:
-    """Show progress bars and notes of the work inside, or none."""
+    """Do the work of a function as its command does: threads wait passively; progress bars and notes show, or none."""
+    wait_passively()
     token = _shown.set(shown)
     try:
         yield
