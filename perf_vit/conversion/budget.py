@@ -71,6 +71,8 @@ CANDIDATES: tuple[dict[str, int], ...] = tuple(
         (16, 256, 96),
         (24, 256, 96),
         (16, 256, 512),
+        (16, 0, 160),
+        (24, 0, 160),
     )
 )
 """Default candidates of `choose_layer_options`."""
@@ -222,6 +224,11 @@ def _with_fixed_options(candidates: Sequence[Mapping[str, int]], fixed: Mapping[
 def _check_candidates(candidates: Sequence[Mapping[str, int]], options: Mapping[str, Any]) -> None:
     """Validate candidates before any measurement."""
     for candidate in candidates:
+        if candidate.get("max_exact_tokens"):
+            raise ValueError(
+                "candidates must be options of clusters, which are measured at every size, got "
+                f"max_exact_tokens={candidate['max_exact_tokens']!r}; give it to linearize"
+            )
         twice = [name for name, value in candidate.items() if options.get(name, value) != value]
         if twice:
             raise ValueError(

@@ -386,7 +386,7 @@ def _notes(measured: MeasuredConversion) -> list[str]:
     exact, (given, larger) = measured.max_exact_px, measured.speeds
     notes = []
     if exact:
-        notes.append(f"Attention is exact (softmax) up to {exact} x {exact} px, and linear in larger images.")
+        notes.append(f"Converted layers are exact (softmax) up to {exact} x {exact} px, and linear in larger images.")
     if given.size_px <= exact:
         notes.append(f"At {given.size_px} px the converted model equals the softmax model.")
     if given.size_px <= exact < larger.size_px and larger.softmax is not None and len(measured.fidelity) == 1:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import difflib
+import operator
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -193,9 +194,9 @@ def _parse_limit(limit: int | str | None) -> int | str | None:
     if limit is None or limit == "auto":
         return limit
     try:
-        return int(limit)
-    except ValueError as error:
-        raise OptionError(f"max_exact_tokens must be a number of tokens or auto, got {limit}") from error
+        return int(limit) if isinstance(limit, str) else operator.index(limit)
+    except (TypeError, ValueError) as error:
+        raise OptionError(f"max_exact_tokens must be a whole number of tokens or auto, got {limit}") from error
 
 
 def _check_files(request: _Request) -> None:

@@ -12,7 +12,7 @@ import torch
 from rich.table import Table
 from torch import nn
 
-from perf_vit.conversion.linearize import max_exact_side
+from perf_vit.conversion.linearize import convertible_layers, max_exact_side
 from perf_vit.conversion.weights import is_model
 from perf_vit.errors import ConfigError, OptionError
 from perf_vit.models import load_segmenter
@@ -40,6 +40,7 @@ class Workload:
         seconds: of all windows.
         device: where it was measured.
         max_exact_px: Size in pixels of the largest square window with exact attention, None unless attention is linear.
+        num_softmax_layers: Number of attention layers that a conversion left as they were, 0 for other models.
     """
 
     model: str
@@ -52,6 +53,7 @@ class Workload:
     seconds: float
     device: str
     max_exact_px: int | None
+    num_softmax_layers: int
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -136,6 +138,7 @@ def estimate_workload(source: Source, model: str, window_size: int | None = None
         seconds=seconds * num_windows,
         device=device,
         max_exact_px=None if side is None else side * patch_px,
+        num_softmax_layers=0 if side is None else len(convertible_layers(network)),
     )
 
 
@@ -218,7 +221,12 @@ def _work(work: Workload) -> list[tuple[str, str]]:
 
 def _attention(work: Workload) -> str:
     exact = work.max_exact_px
-    return f"exact in windows of up to {exact:,} px, linear in larger ones" if exact else "linear at every size"
+    left = f" except in {work.num_softmax_layers} layers of softmax attention" if work.num_softmax_layers else ""
+    return (
+        f"exact in windows of up to {exact:,} px, linear in larger ones{left}"
+        if exact
+        else f"linear at every size{left}"
+    )
 
 
 def _duration(seconds: float) -> str:

@@ -105,7 +105,7 @@ def test_a_model_that_is_exact_at_its_size_is_measured_above_it(weights, images,
     options = ["--img-size", "32", "--window-size", "2", "--num-sinks", "4", "--max-exact-tokens", "10"]
     assert convert(MODEL, tmp_path / "a", *given(weights), *options, "--images", images) == 0
     page = (tmp_path / "a" / "fidelity.html").read_text()
-    assert "Attention is exact (softmax) up to 48 x 48 px, and linear in larger images." in page
+    assert "Converted layers are exact (softmax) up to 48 x 48 px, and linear in larger images." in page
     assert "At 32 px the converted model equals the softmax model." in page
     assert "<td>32</td><td>patch tokens</td><td>4</td><td>1.0000</td><td>1.0000</td>" in page
     assert "<td>64</td><td>patch tokens</td><td>2</td>" in page
@@ -180,7 +180,16 @@ def test_softmax_is_left_out_where_it_would_take_long(weights, tmp_path, monkeyp
         (MODEL, ["VIT", "--layers", "a"], "--layers must be indices such as 0-5,8, got a"),
         (MODEL, ["VIT", "--mixer", "performer", "--num-features", "0"], "at least 1, got 0"),
         (MODEL, ["VIT", "--max-exact-tokens", "-1"], "max_exact_tokens must be at least 0, got -1"),
-        (MODEL, ["VIT", "--max-exact-tokens", "few"], "--max-exact-tokens must be a number of tokens or auto, got few"),
+        (
+            MODEL,
+            ["VIT", "--max-exact-tokens", "few"],
+            "--max-exact-tokens must be a whole number of tokens or auto, got few",
+        ),
+        (
+            MODEL,
+            ["VIT", "--max-exact-tokens", "2.9"],
+            "--max-exact-tokens must be a whole number of tokens or auto, got",
+        ),
         (MODEL, ["VIT", "--mixer", "performer", "--max-exact-tokens", "auto"], "is an option of mixer='clustered'"),
         (MODEL, ["VIT", "--budget", "1.5"], "--budget learns from images, got none; give --images"),
         (MODEL, ["VIT", "--images", "NONE"], "no image file or folder"),

@@ -147,7 +147,7 @@ def test_times_are_measured_and_layers_can_be_chosen() -> None:
 
 
 def test_wrong_arguments_of_the_choice_are_named() -> None:
-    with pytest.raises(ValueError, match="expected images and candidates to choose by, got 0 and 22"):
+    with pytest.raises(ValueError, match="expected images and candidates to choose by, got 0 and 24"):
         perf_vit.conversion.choose_layer_options(build(), [])
     with pytest.raises(ValueError, match="did you mean 'num_sinks'"):
         perf_vit.conversion.choose_layer_options(build(), images(1), candidates=[{"num_sink": 3}])
@@ -155,6 +155,9 @@ def test_wrong_arguments_of_the_choice_are_named() -> None:
         perf_vit.conversion.choose_layer_options(build(), images(1), layers=[])
     with pytest.raises(ValueError, match=r"num_sinks must not be both an option of all layers \(7\) and one to choose"):
         perf_vit.conversion.choose_layer_options(build(), images(1), candidates=CANDIDATES, num_sinks=7)
+    exact = [{"num_clusters": 8, "max_exact_tokens": 64}]
+    with pytest.raises(ValueError, match=r"every size, got max_exact_tokens=64; give it to linearize"):
+        perf_vit.conversion.choose_layer_options(build(), images(1), candidates=exact)
 
 
 def test_options_that_do_not_fit_are_refused_before_anything_is_measured() -> None:

@@ -2,10 +2,13 @@ import json
 
 import numpy as np
 import pytest
+import timm
 from command_line import call
 from synthetic_slide import make_slide
 
+from perf_vit.conversion import linearize
 from perf_vit.sources import describe_source, open_source
+from perf_vit.workflows import info
 from perf_vit.workflows.info import estimate_workload
 from perf_vit.writers import CogWriter, RasterLayout
 
@@ -69,6 +72,15 @@ def test_the_crossover_of_a_model_with_clusters_is_told(make_scene, capsys) -> N
     assert "exact in windows of up to 768 px, linear in larger ones" in capsys.readouterr().out
     assert call([*command, "vit_tiny_patch16_224", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["workload"]["max_exact_px"] is None
+
+
+def test_layers_that_a_conversion_left_are_named(make_scene, monkeypatch, capsys) -> None:
+    softmax = timm.create_model("vit_tiny_patch16_224", img_size=32, num_classes=0, depth=3)
+    for size, text in ((0, "linear at every size"), (4, "exact in windows of up to 32 px, linear in larger ones")):
+        converted = linearize(softmax, layers=[1], max_exact_tokens=size, window_size=1, num_sinks=0)
+        monkeypatch.setattr(info, "_backbone", lambda *_, model=converted: (model, model, 16, 32))
+        assert call(["info", make_scene(num_bands=3), "--model", "some_vit"]) == 0
+        assert f"{text} except in 2 layers of softmax attention" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
