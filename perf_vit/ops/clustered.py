@@ -16,7 +16,7 @@ from perf_vit.ops.clusters import NUM_GROUPS, Clusters, describe_clusters, sampl
 from perf_vit.ops.features import without_autocast
 from perf_vit.ops.sinks import choose_sinks
 from perf_vit.ops.state import check_attention_keys
-from perf_vit.ops.windows import WindowGrid, check_grid
+from perf_vit.ops.windows import WindowGrid, check_grid, split_dim
 
 __all__ = ["clustered_attention"]
 
@@ -286,13 +286,13 @@ class _Attention:
         Every value is written once: joining and padding columns would copy all of them several times.
         """
         buffers = {chunk[0].shape[2]: chunk for chunk in chunks}
-        near = {rows: self._near_buffer(*chunk[1:], extra=0) for rows, chunk in buffers.items()}
+        near = {rows: self._near_buffer(chunk[1], 0) for rows, chunk in buffers.items()}
         own = [self._sums(self._fill(near[chunk[0].shape[2]], *chunk[1:]), chunk[3] is not None) for chunk in chunks]
         del near
         total = own[0].sum(dim=2)
         for part in own[1:]:
             total += part.sum(dim=2)
-        filled = {rows: self._buffers(*chunk) for rows, chunk in buffers.items()}
+        filled = {rows: self._buffers(*chunk[:2]) for rows, chunk in buffers.items()}
         for (q, k, v, valid), part in zip(chunks, own, strict=True):
             queries, keys = filled[q.shape[2]]
             self.windows.write(q, queries[..., : self.sizes[0]])
@@ -302,7 +302,7 @@ class _Attention:
             keys[:, :, :, num_near + self.shared[0].shape[2] :] = self._far(part, total)
             yield self.windows.join(self._attend_to(queries, keys), q.shape[2])
 
-    def _near_buffer(self, k: Tensor, v: Tensor, valid: Tensor | None, extra: int) -> Tensor:
+    def _near_buffer(self, k: Tensor, extra: int) -> Tensor:
         """Return columns of the keys of windows and `extra` keys, of which only the validity of the first is set."""
         tokens = self.windows.height * self.windows.width
         down = -(-k.shape[2] // self.windows.height)
@@ -312,11 +312,11 @@ class _Attention:
         self._hide(near)
         return columns
 
-    def _buffers(self, q: Tensor, k: Tensor, v: Tensor, valid: Tensor | None) -> tuple[Tensor, Tensor]:
+    def _buffers(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
         """Return the columns of queries and keys of a chunk, of which only the parts that all chunks share are set."""
         head_dim, shared = self.sizes[0], self._shared_columns()
         if self.exact_near:
-            keys = self._near_buffer(k, v, valid, shared.shape[2] + self.clusters.num_clusters)
+            keys = self._near_buffer(k, shared.shape[2] + self.clusters.num_clusters)
         else:
             number = -(-q.shape[2] // self.windows.height) * self.windows.across
             size = (*q.shape[:2], number, shared.shape[2] + self.clusters.num_clusters, 2 * self.width)
@@ -354,7 +354,9 @@ class _Attention:
         number = left[..., self.valid_column, None].detach()
         far = left / number.clamp(min=1.0)
         # Counts are exact: a cluster that lies within the window has weight 0, whatever its variance.
-        log_weight = (number.log() + self.clusters.spread.unsqueeze(2)) * (head_dim**0.5 / self.constant)
+        log_weight = number.log() + self.clusters.spread.unsqueeze(2)
+        if self.constant != head_dim**0.5:
+            log_weight = log_weight * (head_dim**0.5 / self.constant)
         log_weight = log_weight.clamp(_lowest(self.dtype), -_lowest(self.dtype))
         rounded = log_weight.to(self.dtype)
         rest = log_weight - rounded if self.dtype != log_weight.dtype else far[..., head_dim + 1, None]
@@ -376,7 +378,7 @@ def _rows(grid: tuple[int, int]) -> WindowGrid:
 
 def _split_rows(x: Tensor | None, grid: tuple[int, int], rows: int) -> list[Any]:
     """Split [B, H, n, C] into chunks of rows, [B, H, rows, columns, C]; None gives [None]."""
-    return [None] if x is None else list(x.unflatten(2, grid).split(rows, dim=2))
+    return [None] if x is None else list(torch.split(split_dim(x, 2, *grid), rows, dim=2))
 
 
 def _called(function: Callable[..., Tensor], *arguments: Any) -> Tensor:

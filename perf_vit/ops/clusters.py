@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from perf_vit.ops.windows import split_dim
+
 __all__ = ["Clusters", "Sample", "choose_clusters", "describe_clusters", "sample_tokens"]
 
 NUM_GROUPS = 4
@@ -49,9 +51,11 @@ class Clusters:
     def nearest(self, k: Tensor) -> Tensor:
         """Return the index of the nearest centre of each key, [B, H, n, D] -> [B, H, n]."""
         # |k - mean - c|^2 without a copy of all keys: -k.c + mean.c + |c|^2 / 2.
-        away = (self.centers.square().sum(dim=-1, keepdim=True) / 2 + self.centers @ self.mean.mT).mT.flatten(0, 1)
-        closeness = torch.baddbmm(away, k.detach().flatten(0, 1), self.centers.flatten(0, 1).mT, beta=-1)
-        return closeness.max(dim=-1).indices.unflatten(0, k.shape[:2])
+        centers = self.centers.flatten(0, 1)
+        length = centers.square().sum(dim=-1, keepdim=True)
+        away = torch.baddbmm(length, centers, self.mean.flatten(0, 1).mT, beta=0.5).mT
+        closeness = torch.baddbmm(away, k.detach().flatten(0, 1), centers.mT, beta=-1)
+        return split_dim(closeness.max(dim=-1).indices, 0, *k.shape[:2])
 
 
 @dataclass(frozen=True, eq=False)
@@ -70,7 +74,6 @@ class Sample:
     v: Tensor
     valid: Tensor | None = None
 
-    @torch.no_grad()
     def mean_and_scale_k(self) -> tuple[Tensor, Tensor]:
         """Return the mean key, [B, H, 1, D], and the root mean square of keys around it, [B, H, 1, 1]."""
         if self.valid is None:
@@ -112,7 +115,8 @@ def describe_clusters(sample: Sample, num_clusters: int) -> Clusters:
         num_clusters: Largest number of clusters; there are at most as many as tokens in the sample.
     """
     head_dim, num_clusters = sample.k.shape[-1], min(num_clusters, sample.k.shape[2])
-    mean, scale = sample.mean_and_scale_k()
+    with torch.no_grad():
+        mean, scale = sample.mean_and_scale_k()
     # Without their mean and scale, the keys of every model are told apart by the same distance.
     k = (sample.k - mean) / scale
     ones = k.new_ones(1).expand(*k.shape[:-1], 1) if sample.valid is None else sample.valid.expand(*k.shape[:-1], 1)
@@ -137,7 +141,7 @@ def describe_clusters(sample: Sample, num_clusters: int) -> Clusters:
         weight = member @ groups
     by_group = (weight.unsqueeze(-1) * r_k.unsqueeze(-2)).flatten(-2)
     of_groups = weight.sum(dim=2).clamp(min=_LEAST)[..., None, None]
-    covariance = (by_group.mT @ r_v).unflatten(2, (num_groups, head_dim)) * (scale.unsqueeze(-1) / of_groups)
+    covariance = split_dim(by_group.mT @ r_v, 2, num_groups, head_dim) * (scale.unsqueeze(-1) / of_groups)
     variance = r_k.square() @ (sample.mean_square_q() * scale.square() / (2 * head_dim)).mT
     spread = member.mT @ variance / number
     return Clusters(mean, centers * scale, spread, groups, covariance)
@@ -158,13 +162,15 @@ def sample_tokens(q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None) -> S
     dtype = torch.promote_types(k.dtype, torch.float32)
     if key_mask is None:
         step = _step(k.shape[2])
-        return Sample(*(_every(x, step, x.shape[2] // step).to(dtype) for x in (q, k, v)))
+        q, k, v = (_every(x, step, x.shape[2] // step).to(dtype) for x in (q, k, v))
+        return Sample(q, k, v)
     seen = key_mask.sum(dim=1, keepdim=True)
     step, places = _step(seen), torch.arange(min(k.shape[2], _SAMPLE * 2 // 3), device=k.device)
     seen_first = (~key_mask).to(torch.uint8).argsort(dim=1, stable=True)
     indices = seen_first.gather(1, (places * step).clamp(max=k.shape[2] - 1))[:, None, :, None]
     valid = (places < seen // step)[:, None, :, None]
-    return Sample(*(x.take_along_dim(indices, 2).to(dtype).where(valid, 0.0) for x in (q, k, v)), valid.to(dtype))
+    q, k, v = (x.take_along_dim(indices, 2).to(dtype).where(valid, 0.0) for x in (q, k, v))
+    return Sample(q, k, v, valid.to(dtype))
 
 
 def choose_clusters(q: Tensor, k: Tensor, v: Tensor, num_clusters: int, key_mask: Tensor | None = None) -> Tensor:
@@ -181,7 +187,7 @@ def _step(number: Any) -> Any:
 
 def _every(x: Tensor, step: int, number: int) -> Tensor:
     """Return the first `number` of every `step`-th token: a view with sizes that torch.compile can keep symbolic."""
-    return x[:, :, : number * step].unflatten(2, (number, step))[:, :, :, 0]
+    return split_dim(x[:, :, : number * step], 2, number, step)[:, :, :, 0]
 
 
 def _memberships(k: Tensor, centers: Tensor, valid: Tensor | None = None) -> Tensor:
@@ -202,11 +208,11 @@ def _means(member: Tensor, rows: Tensor, before: Tensor) -> tuple[Tensor, Tensor
     """
     sums = member.mT @ rows
     number = sums[..., :1] + _LEAST
-    return (sums + _LEAST * before.detach()) / number, number
+    return torch.add(sums, before.detach(), alpha=_LEAST) / number, number
 
 
 def _closeness(k: Tensor, centers: Tensor, factor: float = 1.0) -> Tensor:
     """Return k.c - |c|^2 / 2 times a factor, which is largest for the nearest centre, [B, H, n, M]."""
     length = centers.square().sum(dim=-1).flatten(0, 1).unsqueeze(1)
     found = torch.baddbmm(length, k.flatten(0, 1), centers.flatten(0, 1).mT, beta=-0.5 * factor, alpha=factor)
-    return found.unflatten(0, k.shape[:2])
+    return split_dim(found, 0, *k.shape[:2])

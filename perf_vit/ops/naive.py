@@ -11,7 +11,7 @@ from torch import Tensor
 from perf_vit.ops.balancing import Balancing
 from perf_vit.ops.clusters import describe_clusters, sample_tokens
 from perf_vit.ops.kernels import Kernel, get_kernel
-from perf_vit.ops.windows import window_indices
+from perf_vit.ops.windows import split_dim, window_indices
 
 __all__ = ["kernel_matrix", "naive_clustered_attention", "naive_favor_attention", "softmax_attention"]
 
@@ -97,7 +97,7 @@ def naive_clustered_attention(
     left = (visible & ~exact)[:, :, first:, first:].to(q.dtype)
     number = left @ member
     mean_k, mean_v = (
-        (left @ torch.einsum("bhjc,bhjd->bhjcd", member, x).flatten(3)).unflatten(3, (-1, x.shape[-1]))
+        split_dim(left @ torch.einsum("bhjc,bhjd->bhjcd", member, x).flatten(3), 3, -1, x.shape[-1])
         / number.clamp(min=1).unsqueeze(-1)
         for x in (grid_k, grid_v)
     )

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-__all__ = ["WindowGrid", "check_grid", "window_indices"]
+__all__ = ["WindowGrid", "check_grid", "split_dim", "window_indices"]
 
 
 @dataclass(frozen=True)
@@ -58,11 +58,11 @@ class WindowGrid:
         The values of `out` outside the grid stay as they are.
         """
         down = _ceil(x.shape[2], self.height)
-        out = out.unflatten(3, (self.height, self.width)).unflatten(2, (down, self.across)).transpose(3, 4)
+        out = split_dim(split_dim(out, 3, self.height, self.width), 2, down, self.across).transpose(3, 4)
         for rows in _full_and_rest(x.shape[2], self.height):
             for columns in _full_and_rest(self.columns, self.width):
                 part = x[:, :, rows.tokens, columns.tokens]
-                part = part.unflatten(3, (-1, columns.size)).unflatten(2, (-1, rows.size))
+                part = split_dim(split_dim(part, 3, -1, columns.size), 2, -1, rows.size)
                 out[:, :, rows.windows, : rows.size, columns.windows, : columns.size] = part
 
     def join(self, x: Tensor, rows: int) -> Tensor:
@@ -105,6 +105,11 @@ def check_grid(
             f"{num_prefix_tokens} prefix tokens and a grid of {grid[0]} x {grid[1]} are {expected} tokens, got "
             f"{q.shape[2]}; pass grid=(rows, columns) of the patches"
         )
+
+
+def split_dim(x: Tensor, dim: int, *sizes: int) -> Tensor:
+    """Return a view with one dimension split into several."""
+    return x.view(*x.shape[:dim], *sizes, *x.shape[dim + 1 :])
 
 
 @dataclass(frozen=True)

@@ -101,13 +101,18 @@ def test_what_has_no_one_grid_is_converted_but_not_saved(tmp_path) -> None:
 @pytest.mark.parametrize("name", ["vit_tiny_patch16_224", "vit_small_patch16_dinov3"])
 @torch.no_grad()
 def test_clusters_compile_as_one_graph(name: str) -> None:
-    model, size = perf_vit.linearize(build(name), max_exact_tokens=0), image_size(name)
+    options = {"max_exact_tokens": 0, "window_size": 3, "num_sinks": 4, "num_clusters": 5}
+    model, size = perf_vit.linearize(build(name), **options), image_size(name)
     x = torch.randn(2, 3, size, size, generator=torch.Generator().manual_seed(0))
     torch.compiler.reset()
     compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
     torch.testing.assert_close(compiled(x), model(x), rtol=1e-4, atol=1e-5)
     with torch.enable_grad():
-        compiled(x).square().sum().backward()
+        found, expected = (
+            torch.autograd.grad(each(x).square().sum(), list(model.parameters())) for each in (compiled, model)
+        )
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-4 * float(other.abs().max()))
 
 
 def test_pooling_by_attention_stays_softmax() -> None:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import csv
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -49,7 +49,9 @@ class PopularAttention(nn.Module):
 
 
 def main(
-    images: Annotated[list[Path], typer.Argument(help="Rasters or slides; two crops are taken of each.")],
+    images: Annotated[list[Path] | None, typer.Argument(help="Rasters or slides; two crops are taken of each.")] = None,
+    corners: Annotated[list[Path] | None, typer.Option(help="A raster of which the four corners are taken.")] = None,
+    *,
     weights: Annotated[Path, typer.Option(help="State dict, .safetensors.")],
     model_name: Annotated[str, typer.Option(help="timm's name of the model.")] = "vit_small_patch14_dinov2",
     size: Annotated[int, typer.Option(help="Side of a crop in pixels.")] = 518,
@@ -59,7 +61,8 @@ def main(
 ) -> None:
     """Print a table of fidelity."""
     model = load_vit(model_name, weights, size)
-    crops = [crop for path in images for crop in read_crops(path, size)]
+    crops = [crop for path in images or [] for crop in read_crops(path, size)]
+    crops += [crop for path in corners or [] for crop in read_crops(path, size, CORNERS)]
     exact, seconds = tokens_of(model, crops)
     rows = [("softmax", 1.0, 1.0, 1.0, 1.0, seconds)]
     for name, make in conversions(model, only).items():
@@ -95,11 +98,15 @@ def popular(model: nn.Module, seed: int) -> nn.Module:
     return copied.eval()
 
 
-def read_crops(path: Path, size: int) -> Iterator[Tensor]:
-    """Two crops, [3, size, size], a third and two thirds of the way from corner to corner."""
+DIAGONAL = ((1, 1), (2, 2))
+CORNERS = ((0, 0), (0, 3), (3, 0), (3, 3))
+
+
+def read_crops(path: Path, size: int, thirds: Sequence[tuple[int, int]] = DIAGONAL) -> Iterator[Tensor]:
+    """Crops, [3, size, size], so many thirds of the way from the top and from the left; by default on the diagonal."""
     with rasterio.open(path) as source:
-        for part in (1, 2):
-            row, column = ((side - size) * part // 3 for side in (source.height, source.width))
+        for down, across in thirds:
+            row, column = (source.height - size) * down // 3, (source.width - size) * across // 3
             pixels = source.read([1, 2, 3], window=Window(max(column, 0), max(row, 0), size, size))
             if pixels.shape[1:] != (size, size):
                 raise typer.BadParameter(f"expected {size} x {size} px at least, got {path} with less")
