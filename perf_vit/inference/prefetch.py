@@ -10,6 +10,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice
+from threading import Event
 from typing import Any, Protocol, TypeVar
 
 import numpy as np
@@ -288,14 +289,27 @@ def in_batches(
         Each of the results of `consume`, in order.
 
     Raises:
-        Exception: What a function or the generator raises. Batches before it are consumed.
+        Exception: What a function or the generator raises. Batches before it are consumed, none after it.
     """
+    failed = Event()
+
+    def guarded(batch: list[AnyEntry], scores: Tensor | None, computed: torch.cuda.Event | None) -> Sequence[Result]:
+        # What follows a batch that failed would be blended without its share.
+        if failed.is_set():
+            return ()
+        try:
+            return _consume(consume, batch, scores, computed)
+        except BaseException:
+            failed.set()
+            raise
+
     waiting: deque[Future[Sequence[Result]]] = deque()
     pool = ThreadPoolExecutor(1, thread_name_prefix="perf_vit-blender")
     try:
         for batch in _batches(entries, batch_size):
             used = [entry for entry in batch if entry.pixels is not None]
-            waiting.append(pool.submit(_consume, consume, batch, forward(used) if used else None))
+            scores = forward(used) if used else None
+            waiting.append(pool.submit(guarded, batch, scores, _end_of(scores)))
             while len(waiting) > _BATCHES_BEHIND:
                 yield from waiting.popleft().result()
         while waiting:
@@ -312,9 +326,21 @@ def _consume(
     consume: Callable[[list[AnyEntry], list[FloatArray | None]], Sequence[Result]],
     batch: list[AnyEntry],
     scores: Tensor | None,
+    computed: torch.cuda.Event | None,
 ) -> Sequence[Result]:
+    if computed is not None:
+        computed.synchronize()
     found = iter(() if scores is None else scores.cpu().numpy())
     return consume(batch, [None if entry.pixels is None else next(found) for entry in batch])
+
+
+def _end_of(scores: Tensor | None) -> torch.cuda.Event | None:
+    """When a GPU has computed scores: another thread copies them in its own stream, which doesn't wait for this one."""
+    if scores is None or scores.device.type != "cuda":
+        return None
+    event = torch.cuda.Event()
+    event.record(torch.cuda.current_stream(scores.device))
+    return event
 
 
 def _batches(entries: Iterable[AnyEntry], batch_size: int) -> Iterator[list[AnyEntry]]:

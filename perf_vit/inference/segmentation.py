@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
+from contextlib import closing
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -106,8 +107,10 @@ class SegmentationPredictor(InputPredictor[Segmenter, SegmentationPredictOptions
         with self.opened(source) as opened, bounded_cache():
             reader = self.reader(opened, store.folder)
             for gap in store.gaps(*(rows or (0, opened.height))):
-                for _ in self.strips(reader, opened.extent, gap, finish=write, on_progress=on_progress):
-                    pass
+                strips = self.strips(reader, opened.extent, gap, finish=write, on_progress=on_progress)
+                with closing(strips):
+                    for _ in strips:
+                        pass
 
     def strips(
         self,
@@ -117,7 +120,7 @@ class SegmentationPredictor(InputPredictor[Segmenter, SegmentationPredictOptions
         *,
         finish: Callable[[Strip], Any] | None = None,
         on_progress: OnProgress = ignore_progress,
-    ) -> Iterator[Any]:
+    ) -> Generator[Any, None, None]:
         """Blended logits of a part of a source, strip by strip; see `predict_strips`.
 
         Args:

@@ -17,7 +17,7 @@ from perf_vit.data import ClassificationViews
 from perf_vit.errors import DataWarning, InputError
 from perf_vit.inference import ClassificationPredictOptions, ClassificationPredictor
 from perf_vit.inference.options import move_to_device
-from perf_vit.inference.prefetch import FirstWindows, load_ahead, num_processors, to_device
+from perf_vit.inference.prefetch import FirstWindows, Tile, in_batches, load_ahead, num_processors, to_device
 from perf_vit.models import (
     InputBands,
     SegmentationModelConfig,
@@ -73,6 +73,44 @@ def test_an_error_comes_in_its_turn_and_nothing_is_loaded_after_it() -> None:
         for item in load_ahead(range(100), load, num_threads=2, depth=4):
             found.append(item)
     assert found == [0, 1, 2, 3, 4]
+
+
+def test_batches_after_one_that_failed_are_not_consumed() -> None:
+    computed, consumed = [], []
+    last = threading.Event()
+
+    def forward(entries: list[Tile]) -> torch.Tensor:
+        computed.append(len(entries))
+        if len(computed) == 4:
+            last.set()
+        return torch.zeros(len(entries), 1, 2, 2)
+
+    def consume(entries: list[Tile], scores) -> list[int]:
+        consumed.append(entries[0].window.row)
+        if len(consumed) == 2:
+            # The third batch waits in the queue once the fourth is computed.
+            assert last.wait(20)
+            raise OSError("the second batch")
+        return []
+
+    tiles = (Tile(Window(row, 0, 2, 2), np.ones((2, 2), bool), np.zeros((1, 2, 2), np.float32)) for row in range(9))
+    with pytest.raises(OSError, match="the second batch"):
+        list(in_batches(forward, tiles, consume, 1))
+    assert len(computed) == 4
+    assert consumed == [0, 1]
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
+def test_scores_that_are_computed_in_a_stream_of_the_caller_are_complete() -> None:
+    def forward(entries: list[Tile]) -> torch.Tensor:
+        torch.cuda._sleep(200_000_000)
+        return torch.stack([torch.full((1, 512, 512), entry.window.row + 1.0, device="cuda") for entry in entries])
+
+    valid, pixels = np.ones((512, 512), bool), np.zeros((1, 512, 512), np.float32)
+    tiles = (Tile(Window(row, 0, 512, 512), valid, pixels) for row in range(6))
+    with torch.cuda.stream(torch.cuda.Stream()):
+        found = list(in_batches(forward, tiles, lambda _, scores: [np.unique(s).tolist() for s in scores], 2))
+    assert found == [[row + 1.0] for row in range(6)]
 
 
 def test_no_thread_is_left_when_a_caller_stops_early() -> None:

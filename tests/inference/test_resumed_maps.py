@@ -6,16 +6,19 @@ import resource
 import shutil
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
 import mapping_process
 import pytest
+from stub_segmenter import StubSegmenter
 
 import perf_vit.inference.jobs.journal as journals
 from perf_vit.errors import InputError, OptionError, OutputError
-from perf_vit.inference import SegmentationPredictOptions
+from perf_vit.inference import SegmentationPredictOptions, SegmentationPredictor
 from perf_vit.inference.jobs.journal import open_journal
+from perf_vit.writers import StripStore
 
 SCRIPT = Path(mapping_process.__file__)
 
@@ -95,6 +98,41 @@ def test_other_settings_are_not_mixed_in(scene, tmp_path) -> None:
     assert refused.returncode == 1
     assert "made with window_size = 64, now 32" in errors
     assert sorted(path.name for path in (tmp_path / "map.tif.partial").iterdir()) == kept
+
+
+def test_a_strip_that_failed_once_leaves_no_wrong_rows(scene, tmp_path, monkeypatch) -> None:
+    queued, calls = threading.Event(), []
+
+    class Model(StubSegmenter):
+        def forward(self, tiles):
+            calls.append(len(tiles))
+            if len(calls) == 5:
+                queued.set()
+            return super().forward(tiles)
+
+    def predict(out: Path) -> None:
+        # A batch is a row of windows.
+        options = SegmentationPredictOptions(kind="probabilities", device="cpu", overlap=16, batch_size=3)
+        SegmentationPredictor(Model(), options).run(scene, out)
+
+    write, failures = StripStore.write, []
+
+    def fail_once(store: StripStore, row: int, block) -> None:
+        if row > 0 and not failures:
+            # A further batch waits in the queue by then.
+            assert queued.wait(20)
+            failures.append(row)
+            raise OSError("the disk is away")
+        write(store, row, block)
+
+    monkeypatch.setattr(StripStore, "write", fail_once)
+    with pytest.raises(OSError, match="the disk is away"):
+        predict(tmp_path / "map.tif")
+    kept = {path.name for path in (tmp_path / "map.tif.partial").glob("rows_*")}
+    assert len(failures) == len(kept) == 1
+    predict(tmp_path / "map.tif")
+    predict(tmp_path / "whole.tif")
+    assert (tmp_path / "map.tif").read_bytes() == (tmp_path / "whole.tif").read_bytes()
 
 
 def test_a_changed_input_is_not_mixed_in(scene, tmp_path) -> None:
