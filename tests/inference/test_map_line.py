@@ -9,7 +9,7 @@ import rasterio
 import torch
 from stub_segmenter import StubSegmenter
 
-from perf_vit.errors import InputError
+from perf_vit.errors import InputError, OutputError
 from perf_vit.inference import MapInput, SegmentationPredictOptions, SegmentationPredictor, predict_many
 from perf_vit.inference.jobs.journal import open_journal
 from perf_vit.writers import RasterLayout, StripStore
@@ -220,6 +220,28 @@ def test_an_error_of_finishing_is_part_of_the_report(scenes, tmp_path, monkeypat
     report = _predict(_predictor(on_error="stop"), _inputs(scenes, tmp_path / "maps"), on_error="skip")
     assert _statuses(report) == ["done", "done", "failed", "done", "done"]
     assert report.inputs[2].error == "OSError: no space"
+
+
+@pytest.mark.parametrize("name", [".map.tmp.a1b2c3d4", "map.tmp.aux.xml", ".pyramid.tmp.a1b2c3d4", "map.tmp.ovr"])
+def test_what_writers_leave_next_to_a_map_is_ours(scenes, tmp_path, name: str) -> None:
+    folder = tmp_path / "map.tif.partial"
+    folder.mkdir()
+    (folder / "lock").touch()
+    if name.startswith("."):
+        (folder / name).mkdir()
+        (folder / name / "map.tmp").write_bytes(b"half")
+    else:
+        (folder / name).write_bytes(b"half")
+    assert _predictor().run(scenes[0], tmp_path / "map.tif").made
+    assert not folder.exists()
+
+
+@pytest.mark.parametrize("name", [".map.tmp", "amap.tmp.b", "notes.txt", ".other.tmp.a1b2c3d4"])
+def test_a_folder_with_other_files_is_not_ours(scenes, tmp_path, name: str) -> None:
+    (tmp_path / "map.tif.partial").mkdir()
+    (tmp_path / "map.tif.partial" / name).touch()
+    with pytest.raises(OutputError, match="was not made by perf_vit"):
+        _predictor().run(scenes[0], tmp_path / "map.tif")
 
 
 @pytest.mark.parametrize("leftover", ["map.tmp", "damage_0123456789abcdef0123456789abcdef.jsonl"])

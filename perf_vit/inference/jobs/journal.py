@@ -42,8 +42,16 @@ MADE_PYRAMID = "pyramid.tmp"
 """Name of the pyramid that an OME-TIFF is being written from."""
 _PIECES = ("rows_*", "windows_*", "items_*")
 """Names of finished pieces of work: rows of a map, windows of a detector, rows of a table."""
+_NEXT_TO_MADE = r"\.?(map|pyramid)\.tmp\..+"
+"""Names of what writers keep next to a map while they write it, such as a staging folder or a file of statistics."""
 _WITHOUT_JOURNAL = re.compile(
-    "|".join([*map(re.escape, (_LOCK, _UNFINISHED_SETTINGS, MADE_MAP, MADE_PYRAMID)), r"damage_[0-9a-f]{32}\.jsonl"])
+    "|".join(
+        [
+            *map(re.escape, (_LOCK, _UNFINISHED_SETTINGS, MADE_MAP, MADE_PYRAMID)),
+            r"damage_[0-9a-f]{32}\.jsonl",
+            _NEXT_TO_MADE,
+        ]
+    )
 )
 """Names of what a killed process leaves that kept no pieces."""
 
