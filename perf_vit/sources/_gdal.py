@@ -72,10 +72,12 @@ class PerThread(Generic[T]):
 
     def get(self) -> T:
         """Return this thread's handle."""
-        if getattr(self._local, "pid", None) != os.getpid():
-            self._local.handle = self._open_handle()
-            self._local.pid = os.getpid()
-        handle: T = self._local.handle
+        # `close` replaces it, maybe in another thread.
+        local = self._local
+        if getattr(local, "pid", None) != os.getpid():
+            local.handle = self._open_handle()
+            local.pid = os.getpid()
+        handle: T = local.handle
         return handle
 
     def close(self) -> None:

@@ -2,12 +2,14 @@ import errno
 import json
 import resource
 import signal
+import threading
 import time
 import uuid
 
 import geopandas as gpd
 import jsonschema
 import numpy as np
+import pyogrio
 import pytest
 import shapely
 from affine import Affine
@@ -19,6 +21,7 @@ from perf_vit.geometry.boxes import oriented_box_corners
 from perf_vit.sources import open_source
 from perf_vit.writers import CogWriter, RasterLayout, polygonize_classes, write_objects
 from perf_vit.writers import vector as vector_writers
+from perf_vit.writers.gis import _fixed_date
 
 CLASSES = ("ship", "Öltank", 'a "quay"')
 BOXES = np.array([[10, 12, 30, 40], [50.25, 5, 60, 9.5], [0, 60, 8, 69]])
@@ -333,3 +336,30 @@ def test_a_disk_that_fills_up_leaves_no_part_of_a_file(suffix, make_scene, tmp_p
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
         signal.signal(signal.SIGXFSZ, ignored)
+
+
+def test_geopackages_of_two_threads_have_the_same_date(tmp_path) -> None:
+    before = pyogrio.get_gdal_config_option("OGR_CURRENT_DATE")
+    inside, leave, entered = threading.Event(), threading.Event(), threading.Event()
+    dates = []
+
+    def first() -> None:
+        with _fixed_date():
+            inside.set()
+            assert leave.wait(20)
+
+    def second() -> None:
+        with _fixed_date():
+            entered.set()
+            dates.append(pyogrio.get_gdal_config_option("OGR_CURRENT_DATE"))
+
+    threads = [threading.Thread(target=first), threading.Thread(target=second)]
+    threads[0].start()
+    assert inside.wait(20)
+    threads[1].start()
+    assert not entered.wait(0.2)
+    leave.set()
+    for thread in threads:
+        thread.join()
+    assert dates == ["1970-01-01T00:00:00.000Z"]
+    assert pyogrio.get_gdal_config_option("OGR_CURRENT_DATE") == before
