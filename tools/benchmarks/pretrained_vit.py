@@ -18,19 +18,18 @@ from torch import Tensor, nn
 import perf_vit
 
 MEAN, STD = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
-# Name -> options of `linearize`. Where nothing else is said, clusters are 96 beside windows of 16 and 256 sinks or
-# fewer by the image's size, and plain FAVOR+ has 256 features.
+# Name -> options of `linearize`. Where nothing else is said, clusters are 160 beside windows of 16 and, up to 2,560
+# tokens, 256 sinks; plain FAVOR+ has 256 features.
 CONVERSIONS: dict[str, dict[str, Any]] = {
     "plain FAVOR+": {"mixer": "performer"},
     "clusters": {},
     "clusters, windows 12": {"window_size": 12},
     "clusters, windows 24": {"window_size": 24},
     "clusters, no windows": {"window_size": 0},
-    "clusters, no sinks": {"num_sinks": 0},
     "clusters, 64 sinks": {"num_sinks": 64},
-    "64 clusters": {"num_clusters": 64},
+    "96 clusters": {"num_clusters": 96},
+    "128 clusters": {"num_clusters": 128},
     "256 clusters": {"num_clusters": 256},
-    "512 clusters": {"num_clusters": 512},
 }
 
 
