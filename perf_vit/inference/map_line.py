@@ -130,6 +130,7 @@ class _Input:
         num_done: Windows that went through the model.
         error: First failure.
         is_closed: Whether input and output are let go of.
+        ended: Time when they were.
     """
 
     item: MapInput
@@ -143,6 +144,7 @@ class _Input:
     num_done: int = 0
     error: Exception | None = None
     is_closed: bool = False
+    ended: float = 0.0
 
     def fail(self, error: Exception) -> None:
         self.error = self.error or error
@@ -232,7 +234,9 @@ class MapLine:
             pieces = load_ahead(self._windows(begun), self._read, num_threads=readers, depth=depth)
             batches = in_batches(self._forward, pieces, self._consume, options.batch_size)
             for finishing in stack.enter_context(closing(batches)):
-                pending.append(finishing)
+                # None after each batch, so that a map is reported, and its error stops, while a long one is computed.
+                if finishing is not None:
+                    pending.append(finishing)
                 while pending and (len(pending) > _MAPS_BEHIND or pending[0][1].done()):
                     yield self._settled(*pending.popleft())
             while pending:
@@ -332,20 +336,29 @@ class MapLine:
 
     def _consume(
         self, pieces: Sequence[_Piece], scores: Sequence[FloatArray | None]
-    ) -> list[tuple[_Input, Future[JobResult | Exception]]]:
+    ) -> list[tuple[_Input, Future[JobResult | Exception]] | None]:
         """Blend scores, write rows, and have maps finished of which these were the last."""
-        finishing = []
+        finishing: list[tuple[_Input, Future[JobResult | Exception]] | None] = []
         for piece, found in zip(pieces, scores, strict=True):
             try:
                 self._add(piece, found)
             except Exception as error:
                 piece.input.fail(error)
             if piece.is_last and not self._is_stopped:
-                future = self._finishers.submit(piece.input.close, MapWork.finish)
-                finishing.append((piece.input, future))
-                self._is_stopped = self._stops_at(piece.input)
+                finishing.append((piece.input, self._finishers.submit(self._finish, piece.input)))
+                if self._stops_at(piece.input):
+                    self._is_stopped = True
         self._show(pieces[-1].input)
-        return finishing
+        return [*finishing, None]
+
+    def _finish(self, found: _Input) -> JobResult | Exception:
+        outcome = found.close(MapWork.finish)
+        found.ended = time.monotonic()
+        if isinstance(outcome, Exception):
+            found.fail(outcome)
+            if self._stops_at(found):
+                self._is_stopped = True
+        return outcome
 
     def _show(self, found: _Input) -> None:
         if found.makers:
@@ -361,11 +374,11 @@ class MapLine:
         found.num_done += 1
 
     def _settled(self, found: _Input, future: Future[JobResult | Exception]) -> InputReport:
-        outcome, now = future.result(), time.monotonic()
+        outcome = future.result()
         self._unsettled.discard(found)
         # Of the time that it shares with the input before, none counts twice.
-        seconds = now - max(found.started, self._settled_at)
-        self._settled_at = now
+        seconds = max(0.0, found.ended - max(found.started, self._settled_at))
+        self._settled_at = max(found.ended, self._settled_at)
         return report_of(found.item, outcome, seconds)
 
     def _let_go(self) -> None:
@@ -374,3 +387,4 @@ class MapLine:
                 found.is_closed = True
                 with suppress(GeneratorExit, PerfVitError), found.work:
                     raise GeneratorExit
+        self._unsettled.clear()

@@ -1,6 +1,7 @@
 """Maps of many inputs are made side by side, and nobody sees the difference but in time."""
 
 import threading
+import time
 from pathlib import Path
 
 import numpy as np
@@ -207,6 +208,26 @@ def test_a_map_is_finished_while_the_model_computes_the_next(scenes, tmp_path, m
     monkeypatch.setattr("perf_vit.inference.jobs.job.write_cog", write_late)
     inputs = _inputs([scenes[0], scenes[2], scenes[3]], tmp_path / "maps")
     assert _statuses(_predict(_predictor(Recorder(let_finish)), inputs)) == ["done"] * 3
+
+
+def test_an_error_of_finishing_stops_while_a_long_map_is_computed(scenes, tmp_path, monkeypatch) -> None:
+    failing = threading.Event()
+
+    def wait(_: torch.Tensor) -> None:
+        if len(model.sizes) > 1:
+            assert failing.wait(20)
+            time.sleep(0.05)
+
+    def fail(*_) -> None:
+        failing.set()
+        raise OSError("no space")
+
+    monkeypatch.setattr("perf_vit.inference.jobs.job.write_cog", fail)
+    model = Recorder(wait)
+    with pytest.raises(OSError, match="no space"):
+        _predict(_predictor(model, on_error="stop"), _inputs(scenes[:2], tmp_path / "maps"), on_error="stop")
+    # The second map has 45 windows.
+    assert len(model.sizes) < 40
 
 
 def test_an_error_of_finishing_is_part_of_the_report(scenes, tmp_path, monkeypatch) -> None:
