@@ -123,7 +123,8 @@ class _Part:
 
 def _full_and_rest(length: int, size: int) -> list[_Part]:
     """Return the whole windows of `length` tokens, and the last one where it reaches outside."""
-    number, rest = divmod(length, size)
+    # Sizes are tensors under torch.jit.trace.
+    number, rest = divmod(int(length), size)
     parts = [_Part(slice(0, number * size), slice(0, number), size)] if number else []
     return [*parts, _Part(slice(number * size, length), slice(number, number + 1), rest)] if rest else parts
 
