@@ -81,8 +81,7 @@ def transform_geometries(geometries: Any, path: str, source: Source) -> npt.NDAr
 def _check_degrees(geometries: Any, path: str) -> None:
     if not len(geometries) or not geometries.crs.is_geographic:
         return
-    bounds = np.abs(geometries.bounds.to_numpy())
-    if (bounds > np.tile(_MOST_DEGREES, 2)).any(axis=1).all():
+    if (np.abs(geometries.bounds.to_numpy()) > np.tile(_MOST_DEGREES, 2)).any(axis=1).all():
         raise InputError(
             f"labels {path} cover {span(tuple(geometries.total_bounds))}, which are no longitudes and latitudes, as "
             f"assumed ({crs_name(geometries.crs)}) for GeoJSON without a crs member (RFC 7946); "
@@ -105,8 +104,7 @@ def check_overlap(
     Raises:
         InputError: They don't overlap.
     """
-    left, bottom, right, top = source.bounds
-    if bounds[0] < right and bounds[2] > left and bounds[1] < top and bounds[3] > bottom:
+    if _meet(bounds, source.bounds):
         return
     own = "" if own_bounds is None else f" (in the file {span(own_bounds)}, {crs_name(own_crs)})"
     raise InputError(

@@ -285,16 +285,18 @@ class _Attention:
 
         Every value is written once: joining and padding columns would copy all of them several times.
         """
-        buffers = {chunk[0].shape[2]: chunk for chunk in chunks}
+        buffers = {int(chunk[0].shape[2]): chunk for chunk in chunks}
         near = {rows: self._near_buffer(chunk[1], 0) for rows, chunk in buffers.items()}
-        own = [self._sums(self._fill(near[chunk[0].shape[2]], *chunk[1:]), chunk[3] is not None) for chunk in chunks]
+        own = [
+            self._sums(self._fill(near[int(chunk[0].shape[2])], *chunk[1:]), chunk[3] is not None) for chunk in chunks
+        ]
         del near
         total = own[0].sum(dim=2)
         for part in own[1:]:
             total += part.sum(dim=2)
         filled = {rows: self._buffers(*chunk[:2]) for rows, chunk in buffers.items()}
         for (q, k, v, valid), part in zip(chunks, own, strict=True):
-            queries, keys = filled[q.shape[2]]
+            queries, keys = filled[int(q.shape[2])]
             self.windows.write(q, queries[..., : self.sizes[0]])
             num_near = queries.shape[3] if self.exact_near else 0
             if num_near:

@@ -13,12 +13,13 @@ def stops(monkeypatch) -> ModuleType:
     return importlib.import_module("stops")
 
 
-def test_a_prediction_passes_six_frames_and_35_modules_before_the_network(stops, tmp_path) -> None:
+def test_a_prediction_passes_six_frames_and_38_modules_before_the_network(stops, tmp_path) -> None:
     found = stops.predict_stops(tmp_path)
     assert found.frames[0] == "workflows/predict.py:predict"
     assert len(found.frames) <= 6, found.frames
-    assert len(found.modules_before) <= 35, sorted(found.modules_before)
-    assert len(found.modules) <= 44, sorted(found.modules)
+    # Several maps are made side by side, so one is, too.
+    assert len(found.modules_before) <= 38, sorted(found.modules_before)
+    assert len(found.modules) <= 46, sorted(found.modules)
 
 
 def test_a_training_passes_six_frames_before_the_network(stops, tmp_path) -> None:

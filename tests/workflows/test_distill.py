@@ -17,7 +17,7 @@ from perf_vit.config import load_config
 from perf_vit.workflows.run_config import DistillationRun
 
 KWARGS = {"patch_size": 8, "embed_dim": 64, "depth": 2, "num_heads": 2, "img_size": 64, "num_classes": 0}
-OPTIONS = {"max_exact_tokens": 0, "window_size": 2, "num_sinks": 2, "num_clusters": 16}
+OPTIONS = {"max_exact_tokens": 0, "window_size": 2, "num_sinks": 0, "num_clusters": 3}
 
 
 def _yaml(values: dict) -> str:
@@ -102,7 +102,7 @@ def test_a_run_leaves_a_student_that_is_nearer_to_its_teacher(args, weights, tmp
     assert float(rows[-1]["train/token_loss"]) > 0
     assert all("val/class_cosine" in row for row in rows)
     student = perf_vit.conversion.load_converted(out / "student")
-    assert student.blocks[0].attn.options.num_clusters == 16
+    assert student.blocks[0].attn.options.num_clusters == 3
     state = student.state_dict()
     assert all(torch.equal(state[name], value) for name, value in _best(out).items())
     teacher = timm.create_model("vit_tiny_patch16_224", **KWARGS)
