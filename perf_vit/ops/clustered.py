@@ -199,7 +199,8 @@ class _Attention:
         if valid is None:
             parts[-1] *= len(parts[0])
         chunks = list(zip(*parts, strict=True))
-        if call is _called and q.device.type == "cpu" and not torch.compiler.is_compiling():
+        is_eager = not (torch.compiler.is_compiling() or torch.jit.is_tracing())  # type: ignore[attr-defined, no-untyped-call]
+        if call is _called and q.device.type == "cpu" and is_eager:
             return list(self._in_buffers(chunks))
         if len(chunks) == 1:
             return [call(self._whole, *chunks[0])]
@@ -420,7 +421,7 @@ def _shared_keys(
         every_key = (
             torch.ones_like(k[:, :, first:, :1], dtype=torch.bool) if on_grid is None else every[2][:, :, first:]
         )
-        on_grid = every_key.scatter(2, sinks - first, False)
+        on_grid = every_key.scatter(2, sinks - first, 0)
     return (shared[0], shared[1], None if valid is None else shared[2]), on_grid
 
 
