@@ -338,7 +338,7 @@ def _end_of(scores: Tensor | None) -> torch.cuda.Event | None:
     """When a GPU has computed scores: another thread copies them in its own stream, which doesn't wait for this one."""
     if scores is None or scores.device.type != "cuda":
         return None
-    event = torch.cuda.Event()
+    event = torch.cuda.Event()  # type: ignore[no-untyped-call]
     event.record(torch.cuda.current_stream(scores.device))
     return event
 
