@@ -42,7 +42,10 @@ def _loaded_openmp() -> ctypes.CDLL | None:
     """Return GNU's OpenMP if this process has loaded it."""
     if sys.platform != "linux":
         return None
-    paths = {line.split(maxsplit=5)[-1] for line in Path("/proc/self/maps").read_text().splitlines()}
+    paths = {
+        line.split(maxsplit=5)[-1]
+        for line in Path("/proc/self/maps").read_text(encoding="utf-8", errors="surrogateescape").splitlines()
+    }
     for path in _as_torch_prefers(paths):
         # A file that was replaced since is another library, or none.
         with suppress(OSError):
