@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,19 +12,17 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from perf_vit.ops.clusters import NUM_GROUPS, Clusters, describe_clusters, sample_tokens
+from perf_vit.ops.clusters import NUM_GROUPS, Clusters, describe_clusters, sample_tokens, sum_by_label
 from perf_vit.ops.features import without_autocast
-from perf_vit.ops.sinks import choose_sinks
+from perf_vit.ops.sinks import shared_keys
 from perf_vit.ops.state import check_attention_keys
 from perf_vit.ops.windows import WindowGrid, check_grid, split_dim
 
 __all__ = ["clustered_attention"]
 
-SINK_QUERIES = 32
-
 # Tokens x samples x heads of a chunk: on a CPU, its intermediate results fit in the cache; elsewhere only memory
 # limits them, to about 6 GiB in float32.
-_CPU_TOKENS, _DEVICE_TOKENS = 2**15, 2**21
+_CPU_TOKENS, _DEVICE_TOKENS = 2**14, 2**21
 # Fused attention on GPUs takes at most this many windows x samples x heads.
 _MOST_WINDOWS = 2**16 - 1
 
@@ -115,7 +113,7 @@ def _clustered_attention(
             masked = ~key_mask[:, None, :, None]
             k, v = (x.masked_fill(masked, 0.0) for x in (k, v))
         prefix = _exact(q[:, :, :first], k, v, key_mask)
-        shared, valid = _shared_keys(q, k, v, num_sinks, first, key_mask)
+        shared, valid = shared_keys(q, k, v, num_sinks, first, key_mask)
         q, k, v = (x[:, :, first:] for x in (q, k, v))
         sample = sample_tokens(q, k, v, None if key_mask is None else key_mask[:, first:])
         windows = WindowGrid.of(grid, window_size) if window_size else _rows(grid)
@@ -129,7 +127,7 @@ def _clustered_attention(
             zero=q.new_zeros(1),
             one=q.new_ones(1),
         )
-        return _join(prefix, attention.run(q, k, v, valid, grid)).to(dtype)
+        return attention.run(prefix, q, k, v, valid, grid).to(dtype)
 
 
 _compiled = torch.library.custom_op("perf_vit::clustered_attention", _clustered_attention, mutates_args=())
@@ -190,18 +188,24 @@ class _Attention:
         """Index of the column for valid keys in the joint columns of keys and values."""
         return self.width + self.sizes[1] + NUM_GROUPS
 
-    def run(self, q: Tensor, k: Tensor, v: Tensor, valid: Tensor | None, grid: tuple[int, int]) -> list[Tensor]:
-        """Return the attended values of chunks of rows, [B, rows, columns, H, Dv] each, from top to bottom."""
-        call = _checkpointed if torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v)) else _called
+    def run(
+        self, prefix: Tensor, q: Tensor, k: Tensor, v: Tensor, valid: Tensor | None, grid: tuple[int, int]
+    ) -> Tensor:
+        """Attend with the queries of the grid and append them to the prefix, [B, H, P, Dv] -> [B, H, P + n, Dv]."""
+        needs_gradient = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))
+        is_traced = torch.compiler.is_compiling() or torch.jit.is_tracing()  # type: ignore[attr-defined, no-untyped-call]
         rows = self._rows_at_once(q, grid)
         # Split, not sliced: the gradients of slices would be summed as a full-size tensor each.
         parts = [_split_rows(x, grid, rows) for x in (q, k, v, valid)]
         if valid is None:
             parts[-1] *= len(parts[0])
         chunks = list(zip(*parts, strict=True))
-        is_eager = not (torch.compiler.is_compiling() or torch.jit.is_tracing())  # type: ignore[attr-defined, no-untyped-call]
-        if call is _called and q.device.type == "cpu" and is_eager:
-            return list(self._in_buffers(chunks))
+        if q.device.type == "cpu" and not (needs_gradient or is_traced):
+            return self._in_buffers(prefix, chunks, grid)
+        return _join(prefix, self._in_chunks(_checkpointed if needs_gradient else _called, chunks))
+
+    def _in_chunks(self, call: Callable[..., Tensor], chunks: list[tuple[Any, ...]]) -> list[Tensor]:
+        """Return the attended values of chunks of rows, [B, rows, columns, H, Dv] each, from top to bottom."""
         if len(chunks) == 1:
             return [call(self._whole, *chunks[0])]
         own = [call(self._sums_of_rows, *chunk[1:]) for chunk in chunks]
@@ -256,9 +260,8 @@ class _Attention:
         columns = columns.to(self.clusters.centers.dtype)
         nearest = self.clusters.nearest(columns[..., : self.sizes[0]].flatten(2, 3)).view(columns.shape[:-1])
         if masked:
-            nearest = nearest.masked_fill(columns[..., self.valid_column] == 0, -1)
-        numbers = torch.arange(self.clusters.num_clusters, device=columns.device).unsqueeze(-1)
-        return (nearest.unsqueeze(-2) == numbers).to(columns.dtype) @ columns
+            nearest = nearest.masked_fill(columns[..., self.valid_column] == 0, self.clusters.num_clusters)
+        return sum_by_label(columns, nearest, self.clusters.num_clusters)
 
     def _attend(self, tokens: Tensor, own: Tensor, total: Tensor, masked: bool) -> Tensor:
         """Attend with the queries of windows, [B, H, W, T, 3 x width] -> [B, H, W, T, Dv]."""
@@ -269,41 +272,58 @@ class _Attention:
             keys.insert(0, self._hide(near) if masked or self.padded else near)
         return self._attend_to(tokens[..., : self.width], torch.cat(keys, dim=3))
 
-    def _attend_to(self, queries: Tensor, keys: Tensor) -> Tensor:
+    def _attend_to(self, queries: Tensor, keys: Tensor, moved: Tensor | None = None) -> Tensor:
         """Attend with the columns of queries, [B, H, W, T, width], to those of keys, [B, H, W, n, 2 x width]."""
         head_dim = self.sizes[0]
         q, kv = (x.flatten(0, 2).unsqueeze(1) for x in (queries, keys))
         out = F.scaled_dot_product_attention(q, kv[..., : self.width], kv[..., self.width :], scale=head_dim**-0.5)
-        return self._corrected(queries[..., :head_dim], out.view(*queries.shape[:-1], self.width))
+        return self._corrected(queries[..., :head_dim], out.view(*queries.shape[:-1], self.width), moved)
 
     def _shared_columns(self) -> Tensor:
         """Return the columns of the keys that all queries attend to, [B, H, s, 2 x width]."""
         shared = torch.cat(self._key_columns(*self.shared), dim=-1)
         return shared if self.shared[2] is None else self._hide(shared)
 
-    def _in_buffers(self, chunks: list[tuple[Any, ...]]) -> Iterator[Tensor]:
+    def _in_buffers(self, prefix: Tensor, chunks: list[tuple[Any, ...]], grid: tuple[int, int]) -> Tensor:
         """Attend as `run` does, without a gradient, in buffers that all chunks of one height share.
 
         Every value is written once: joining and padding columns would copy all of them several times.
         """
         buffers = {int(chunk[0].shape[2]): chunk for chunk in chunks}
         near = {rows: self._near_buffer(chunk[1], 0) for rows, chunk in buffers.items()}
-        own = [
-            self._sums(self._fill(near[int(chunk[0].shape[2])], *chunk[1:]), chunk[3] is not None) for chunk in chunks
-        ]
+        own = [self._sums(self._fill(near[int(q.shape[2])], *keys), keys[-1] is not None) for q, *keys in chunks]
         del near
         total = own[0].sum(dim=2)
         for part in own[1:]:
             total += part.sum(dim=2)
         filled = {rows: self._buffers(*chunk[:2]) for rows, chunk in buffers.items()}
+        out = prefix.new_empty(prefix.shape[0], prefix.shape[2] + grid[0] * grid[1], *prefix.shape[1::2])
+        out[:, : prefix.shape[2]] = prefix.transpose(1, 2)
+        on_grid = split_dim(out[:, prefix.shape[2] :], 1, *grid).permute(0, 3, 1, 2, 4)
+        first = 0
         for (q, k, v, valid), part in zip(chunks, own, strict=True):
-            queries, keys = filled[int(q.shape[2])]
+            rows, (queries, keys, moved) = int(q.shape[2]), filled[int(q.shape[2])]
             self.windows.write(q, queries[..., : self.sizes[0]])
             num_near = queries.shape[3] if self.exact_near else 0
             if num_near:
                 self._fill(keys[:, :, :, :num_near], k, v, valid)
-            keys[:, :, :, num_near + self.shared[0].shape[2] :] = self._far(part, total)
-            yield self.windows.join(self._attend_to(queries, keys), q.shape[2])
+            self._write_far(part, total, keys[:, :, :, num_near + self.shared[0].shape[2] :])
+            self.windows.read(self._attend_to(queries, keys, moved), on_grid[:, :, first : first + rows])
+            first += rows
+        return out.transpose(1, 2)
+
+    def _write_far(self, own: Tensor, total: Tensor, out: Tensor) -> None:
+        """Write the columns of `_far` into `out`."""
+        if self.dtype != total.dtype:
+            out.copy_(self._far(own, total))
+            return
+        left = torch.sub(total.unsqueeze(2), own, out=out) if self.exact_near else out.copy_(total.unsqueeze(2))
+        number = left[..., self.valid_column, None].clone()
+        left /= number.clamp(min=1.0)
+        out[..., self.sizes[0], None] = self._log_weight(number)
+        groups = self.clusters.groups.unsqueeze(2)
+        start = self.width + self.sizes[1]
+        out[..., start : start + groups.shape[-1]] = groups
 
     def _near_buffer(self, k: Tensor, extra: int) -> Tensor:
         """Return columns of the keys of windows and `extra` keys, of which only the validity of the first is set."""
@@ -315,8 +335,8 @@ class _Attention:
         self._hide(near)
         return columns
 
-    def _buffers(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the columns of queries and keys of a chunk, of which only the parts that all chunks share are set."""
+    def _buffers(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Return the columns of queries and keys of a chunk, whose shared parts are set, and room for `_corrected`."""
         head_dim, shared = self.sizes[0], self._shared_columns()
         if self.exact_near:
             keys = self._near_buffer(k, shared.shape[2] + self.clusters.num_clusters)
@@ -328,7 +348,8 @@ class _Attention:
         keys[:, :, :, start : start + shared.shape[2]] = shared.unsqueeze(2)
         queries = q.new_zeros(*keys.shape[:3], self.windows.height * self.windows.width, self.width)
         queries[..., head_dim : head_dim + 2] = self.constant
-        return queries, keys
+        moved = q.new_empty(*queries.shape[:4], self.clusters.groups.shape[-1], head_dim)
+        return queries, keys, moved
 
     def _fill(self, columns: Tensor, k: Tensor, v: Tensor, valid: Tensor | None) -> Tensor:
         """Write keys, values and validity into the columns of windows."""
@@ -340,12 +361,12 @@ class _Attention:
             self._hide(columns)
         return columns
 
-    def _corrected(self, q: Tensor, out: Tensor) -> Tensor:
-        """Add the first-order change of the values of clusters, [B, H, W, T, Dv]."""
+    def _corrected(self, q: Tensor, out: Tensor, moved: Tensor | None) -> Tensor:
+        """Add the first-order change of the values of clusters, [B, H, W, T, Dv]; `moved` may be room for a result."""
         head_dim, value_dim = self.sizes
         covariance = self.clusters.covariance.flatten(0, 1)
         mass = out[..., value_dim : value_dim + covariance.shape[1]]
-        moved = (mass.unsqueeze(-1) * q.unsqueeze(-2)).flatten(-2).flatten(2, 3).flatten(0, 1)
+        moved = torch.mul(mass.unsqueeze(-1), q.unsqueeze(-2), out=moved).flatten(-2).flatten(2, 3).flatten(0, 1)
         values = out[..., :value_dim].flatten(2, 3).flatten(0, 1)
         covariance = (covariance.flatten(1, 2) * head_dim**-0.5).to(moved.dtype)
         return torch.baddbmm(values, moved, covariance).view(*out.shape[:-1], value_dim)
@@ -356,17 +377,21 @@ class _Attention:
         left = total.unsqueeze(2) - own if self.exact_near else total.unsqueeze(2)
         number = left[..., self.valid_column, None].detach()
         far = left / number.clamp(min=1.0)
-        # Counts are exact: a cluster that lies within the window has weight 0, whatever its variance.
-        log_weight = number.log() + self.clusters.spread.unsqueeze(2)
-        if self.constant != head_dim**0.5:
-            log_weight = log_weight * (head_dim**0.5 / self.constant)
-        log_weight = log_weight.clamp(_lowest(self.dtype), -_lowest(self.dtype))
+        log_weight = self._log_weight(number)
         rounded = log_weight.to(self.dtype)
         rest = log_weight - rounded if self.dtype != log_weight.dtype else far[..., head_dim + 1, None]
         groups = self.clusters.groups.unsqueeze(2).expand(*far.shape[:-1], -1)
         after_v = self.zero.expand(*far.shape[:-1], self.width - value_dim - groups.shape[-1])
         parts = [far[..., :head_dim], rounded, rest, far[..., head_dim + 2 : self.width + value_dim], groups, after_v]
         return torch.cat([part.to(self.dtype) for part in parts], dim=-1)
+
+    def _log_weight(self, number: Tensor) -> Tensor:
+        """Return the log weight of clusters with so many keys outside the window, [B, H, W, M, 1]."""
+        # Counts are exact: a cluster that lies within the window has weight 0, whatever its variance.
+        log_weight = number.log() + self.clusters.spread.unsqueeze(2)
+        if self.constant != self.sizes[0] ** 0.5:
+            log_weight = log_weight * (self.sizes[0] ** 0.5 / self.constant)
+        return log_weight.clamp(_lowest(self.dtype), -_lowest(self.dtype))
 
 
 def _lowest(dtype: torch.dtype) -> float:
@@ -400,29 +425,6 @@ def _exact(q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None) -> Tensor:
         return F.scaled_dot_product_attention(q, k, v)
     hidden = q.new_zeros(key_mask.shape).masked_fill(~key_mask, _lowest(q.dtype))
     return F.scaled_dot_product_attention(q, k, v, attn_mask=hidden[:, None, None])
-
-
-def _shared_keys(
-    q: Tensor, k: Tensor, v: Tensor, num_sinks: int, num_prefix_tokens: int, key_mask: Tensor | None
-) -> tuple[tuple[Tensor, Tensor, Tensor | None], Tensor | None]:
-    """Return prefix tokens and sinks as (keys, values, validity), and which tokens of the grid are in neither.
-
-    Returns:
-        [B, H, s, C] each and the validity of the grid, [B, H or 1, n, 1]; None for a validity where all are.
-    """
-    first = num_prefix_tokens
-    valid = None if key_mask is None else key_mask[:, None, :, None]
-    every = [k, v] if valid is None else [k, v, valid.expand(-1, k.shape[1], -1, -1)]
-    shared = [x[:, :, :first] for x in every]
-    on_grid = None if valid is None else valid[:, :, first:]
-    if num_sinks:
-        sinks = choose_sinks(q, k, num_sinks, first, key_mask, SINK_QUERIES).unsqueeze(-1)
-        shared = [torch.cat([few, x.take_along_dim(sinks, dim=2)], dim=2) for few, x in zip(shared, every, strict=True)]
-        every_key = (
-            torch.ones_like(k[:, :, first:, :1], dtype=torch.bool) if on_grid is None else every[2][:, :, first:]
-        )
-        on_grid = every_key.scatter(2, sinks - first, 0)
-    return (shared[0], shared[1], None if valid is None else shared[2]), on_grid
 
 
 def _join(prefix: Tensor, parts: list[Tensor]) -> Tensor:

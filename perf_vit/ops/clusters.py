@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,7 +12,15 @@ from torch.nn import functional as F
 
 from perf_vit.ops.windows import split_dim
 
-__all__ = ["Clusters", "Sample", "choose_clusters", "describe_clusters", "sample_tokens"]
+__all__ = [
+    "Clusters",
+    "Sample",
+    "choose_clusters",
+    "describe_clusters",
+    "nearest_center",
+    "sample_tokens",
+    "sum_by_label",
+]
 
 NUM_GROUPS = 4
 """Groups of clusters, each with its own covariance of keys and values."""
@@ -19,10 +28,6 @@ NUM_GROUPS = 4
 # The sample has fewer tokens than this.
 _SAMPLE = 8192
 _ITERATIONS = 2
-# Below the number of tokens of a cluster or group that has any.
-_LEAST = 1e-6
-# Inverse temperature of soft k-means, for keys whose mean square is 1 in each channel.
-_SHARPNESS = 10.0
 
 
 @dataclass(frozen=True, eq=False)
@@ -33,7 +38,7 @@ class Clusters:
         mean: Mean key of the sample, [B, H, 1, D].
         centers: Centres minus that mean; a key belongs to the nearest one, [B, H, M, D].
         spread: Half the variance of a logit within each cluster, [B, H, M, 1].
-        groups: Membership of each cluster in the G groups, [B, H, M, G]; a row sums to 1.
+        groups: 1 for the group of each cluster and 0 for the others, [B, H, M, G].
         covariance: Covariance of keys and values within the clusters of a group, [B, H, G, D, Dv].
     """
 
@@ -50,12 +55,7 @@ class Clusters:
 
     def nearest(self, k: Tensor) -> Tensor:
         """Return the index of the nearest centre of each key, [B, H, n, D] -> [B, H, n]."""
-        # |k - mean - c|^2 without a copy of all keys: -k.c + mean.c + |c|^2 / 2.
-        centers = self.centers.flatten(0, 1)
-        length = centers.square().sum(dim=-1, keepdim=True)
-        away = torch.baddbmm(length, centers, self.mean.flatten(0, 1).mT, beta=0.5).mT
-        closeness = torch.baddbmm(away, k.detach().flatten(0, 1), centers.mT, beta=-1)
-        return split_dim(closeness.max(dim=-1).indices, 0, *k.shape[:2])
+        return nearest_center(k, self.centers, self.mean)
 
 
 @dataclass(frozen=True, eq=False)
@@ -74,17 +74,11 @@ class Sample:
     v: Tensor
     valid: Tensor | None = None
 
-    def mean_and_scale_k(self) -> tuple[Tensor, Tensor]:
-        """Return the mean key, [B, H, 1, D], and the root mean square of keys around it, [B, H, 1, 1]."""
+    def mean_k(self) -> Tensor:
+        """Return the mean key, [B, H, 1, D]."""
         if self.valid is None:
-            mean = self.k.mean(dim=2, keepdim=True)
-            square = (self.k - mean).square().mean(dim=(2, 3), keepdim=True)
-        else:
-            number = self.valid.sum(dim=2, keepdim=True).clamp(min=1.0)
-            mean = self.k.sum(dim=2, keepdim=True) / number
-            off = (self.k - mean) * self.valid
-            square = off.square().sum(dim=(2, 3), keepdim=True) / (number * self.k.shape[-1])
-        return mean, (square + torch.finfo(self.k.dtype).tiny).sqrt()
+            return self.k.mean(dim=2, keepdim=True)
+        return self.k.sum(dim=2, keepdim=True) / self.valid.sum(dim=2, keepdim=True).clamp(min=1.0)
 
     def mean_square_q(self) -> Tensor:
         """Return the mean square of each channel of the queries, [B, H, 1, D]."""
@@ -106,7 +100,7 @@ class Sample:
 def describe_clusters(sample: Sample, num_clusters: int) -> Clusters:
     """Find clusters of keys, and their statistics, in a sample of the tokens.
 
-    Centres come from two iterations of soft k-means, initialised with evenly spaced keys (Lloyd 1982, "Least squares
+    Centres come from two iterations of k-means, initialised with evenly spaced keys (Lloyd 1982, "Least squares
     quantization in PCM"). The statistics are those of the second assignment. The clusters form G groups, by one
     iteration of the same on their centres. The assignments have no gradient.
 
@@ -116,35 +110,67 @@ def describe_clusters(sample: Sample, num_clusters: int) -> Clusters:
     """
     head_dim, num_clusters = sample.k.shape[-1], min(num_clusters, sample.k.shape[2])
     with torch.no_grad():
-        mean, scale = sample.mean_and_scale_k()
-    # Without their mean and scale, the keys of every model are told apart by the same distance.
-    k = (sample.k - mean) / scale
-    ones = k.new_ones(1).expand(*k.shape[:-1], 1) if sample.valid is None else sample.valid.expand(*k.shape[:-1], 1)
-    rows = torch.cat([ones, k, sample.v], dim=-1)
-    keys = slice(1, head_dim + 1)
-    means = sample.evenly(rows, num_clusters)
-    for columns in (*[slice(head_dim + 1)] * (_ITERATIONS - 1), slice(None)):
-        member = _memberships(k, means[..., keys], sample.valid)
-        means, number = _means(member, rows[..., columns], means[..., columns])
-        if columns.stop:
-            means = F.pad(means, (0, rows.shape[-1] - means.shape[-1]))
-    residual = rows - member @ means
-    r_k, r_v = residual[..., keys], residual[..., head_dim + 1 :]
+        mean = sample.mean_k()
+    # Distances of keys that share a large mean would be lost in its rounding.
+    k = sample.k - mean
+    ones = k.new_ones(1) if sample.valid is None else sample.valid
+    k = k if sample.valid is None else k * sample.valid
+    rows = torch.cat([ones.expand(*k.shape[:-1], 1), k, sample.v], dim=-1)
+    centers = sample.evenly(k, num_clusters).detach()
+    for _ in range(_ITERATIONS - 1):
+        centers, _ = _means(rows[..., : head_dim + 1].detach(), nearest_center(k, centers), centers)
+    labels = nearest_center(k, centers)
+    means, number = _means(rows, labels, F.pad(centers, (0, sample.v.shape[-1])))
+    residual = rows[..., 1:] - _of_label(means, labels)
+    r_k, r_v = residual[..., :head_dim], residual[..., head_dim:]
     if sample.valid is not None:
         r_k = r_k * sample.valid
-    centers = means[..., keys].detach()
-    with torch.no_grad():
-        num_groups = min(NUM_GROUPS, num_clusters)
-        seeds = _every(means, num_clusters // num_groups, num_groups)
-        seeds, _ = _means(_memberships(centers, seeds[..., keys]), means, seeds)
-        groups = _memberships(centers, seeds[..., keys])
-        weight = member @ groups
+    centers = means[..., :head_dim].detach()
+    groups = _group(centers)
+    weight = _of_label(groups, labels)
     by_group = (weight.unsqueeze(-1) * r_k.unsqueeze(-2)).flatten(-2)
-    of_groups = weight.sum(dim=2).clamp(min=_LEAST)[..., None, None]
-    covariance = split_dim(by_group.mT @ r_v, 2, num_groups, head_dim) * (scale.unsqueeze(-1) / of_groups)
-    variance = r_k.square() @ (sample.mean_square_q() * scale.square() / (2 * head_dim)).mT
-    spread = member.mT @ variance / number
-    return Clusters(mean, centers * scale, spread, groups, covariance)
+    of_groups = (groups.mT @ number).clamp(min=1.0).unsqueeze(-1)
+    covariance = split_dim(by_group.mT @ r_v, 2, groups.shape[-1], head_dim) / of_groups
+    variance = r_k.square() @ (sample.mean_square_q() / (2 * head_dim)).mT
+    spread = sum_by_label(variance, labels, num_clusters) / number.clamp(min=1.0)
+    return Clusters(mean, centers, spread, groups, covariance)
+
+
+def nearest_center(k: Tensor, centers: Tensor, offset: Tensor | None = None) -> Tensor:
+    """Return the index of the nearest centre of each key, which has no gradient, [B, H, n, D] -> [B, H, n].
+
+    Args:
+        k: Keys, [B, H, n, D].
+        centers: Centres, [B, H, M, D].
+        offset: What all centres are to be moved by, [B, H, 1, D]; None for nothing.
+    """
+    # |k - offset - c|^2 / 2, without the same term in all centres and without a copy of all keys.
+    k, c = k.detach().flatten(0, 1), centers.flatten(0, 1)
+    away = c.square().sum(dim=-1, keepdim=True)
+    factor = 0.5
+    if offset is not None:
+        away, factor = torch.baddbmm(away, c, offset.flatten(0, 1).mT, beta=0.5), 1.0
+    closeness = torch.baddbmm(away.mT, k, c.mT, beta=-factor)
+    # `max` takes half the time of `argmax`.
+    return split_dim(closeness.max(dim=-1).indices, 0, *centers.shape[:2])
+
+
+def sum_by_label(x: Tensor, labels: Tensor, number: int) -> Tensor:
+    """Sum the rows of each label, [..., n, C] -> [..., number, C]; rows with the label `number` are left out.
+
+    Args:
+        x: Rows, [..., n, C].
+        labels: Labels from 0 to `number`, [..., n].
+        number: Number of labels.
+    """
+    if x.device.type != "cpu" or torch.compiler.is_compiling():
+        # Atomic additions of a GPU have no fixed order.
+        return (labels.unsqueeze(-2) == torch.arange(number, device=x.device).unsqueeze(-1)).to(x.dtype) @ x
+    leading = labels.shape[:-1]
+    first = torch.arange(math.prod(leading)).view(*leading, 1) * (number + 1)
+    sums = x.new_zeros(math.prod(leading) * (number + 1), x.shape[-1])
+    sums = sums.index_add_(0, (first + labels).flatten(), x.reshape(-1, x.shape[-1]))
+    return sums.view(*leading, number + 1, x.shape[-1])[..., :number, :]
 
 
 def sample_tokens(q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None) -> Sample:
@@ -190,29 +216,30 @@ def _every(x: Tensor, step: int, number: int) -> Tensor:
     return split_dim(x[:, :, : number * step], 2, number, step)[:, :, :, 0]
 
 
-def _memberships(k: Tensor, centers: Tensor, valid: Tensor | None = None) -> Tensor:
-    """Return the soft membership of each key in the cluster of each centre, [B, H, n, M]; a row sums to 1, or to 0."""
-    # The assignment has no gradient.
-    with torch.no_grad():
-        member = _closeness(k, centers, _SHARPNESS).softmax(dim=-1)
-    return member if valid is None else member * valid
+def _of_label(x: Tensor, labels: Tensor) -> Tensor:
+    """Return the row of each label, [B, H, M, C] and [B, H, n] -> [B, H, n, C]."""
+    # `take_along_dim` would first wrap negative indices.
+    return x.gather(2, labels.unsqueeze(-1).expand(*labels.shape, x.shape[-1]))
 
 
-def _means(member: Tensor, rows: Tensor, before: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the mean row of each cluster, [B, H, M, C], and its number of rows, [B, H, M, 1].
+def _means(rows: Tensor, labels: Tensor, before: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the mean row of each label, [B, H, M, C], and its number of rows, [B, H, M, 1].
 
     Args:
-        member: Memberships, [B, H, n, M].
-        rows: 1 for a row that counts or 0, and other columns, [B, H, n, C].
-        before: Rows that clusters without members keep, [B, H, M, C].
+        rows: 1 for a row that counts or 0, and other columns, [B, H, n, 1 + C].
+        labels: Labels, [B, H, n].
+        before: Means that labels without rows keep, [B, H, M, C].
     """
-    sums = member.mT @ rows
-    number = sums[..., :1] + _LEAST
-    return torch.add(sums, before.detach(), alpha=_LEAST) / number, number
+    sums = sum_by_label(rows, labels, before.shape[2])
+    number = sums[..., :1]
+    return torch.where(number > 0, sums[..., 1:] / number.clamp(min=1.0), before), number
 
 
-def _closeness(k: Tensor, centers: Tensor, factor: float = 1.0) -> Tensor:
-    """Return k.c - |c|^2 / 2 times a factor, which is largest for the nearest centre, [B, H, n, M]."""
-    length = centers.square().sum(dim=-1).flatten(0, 1).unsqueeze(1)
-    found = torch.baddbmm(length, k.flatten(0, 1), centers.flatten(0, 1).mT, beta=-0.5 * factor, alpha=factor)
-    return split_dim(found, 0, *k.shape[:2])
+def _group(centers: Tensor) -> Tensor:
+    """Return the group of each cluster as 1 in a row of zeros, [B, H, M, D] -> [B, H, M, G]."""
+    number = min(NUM_GROUPS, centers.shape[2])
+    seeds = _every(centers, centers.shape[2] // number, number)
+    rows = F.pad(centers, (1, 0), value=1.0)
+    seeds, _ = _means(rows, nearest_center(centers, seeds), seeds)
+    labels = nearest_center(centers, seeds)
+    return (labels.unsqueeze(-1) == torch.arange(number, device=centers.device)).to(centers.dtype)

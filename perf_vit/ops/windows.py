@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -57,13 +58,23 @@ class WindowGrid:
 
         The values of `out` outside the grid stay as they are.
         """
-        down = _ceil(x.shape[2], self.height)
-        out = split_dim(split_dim(out, 3, self.height, self.width), 2, down, self.across).transpose(3, 4)
-        for rows in _full_and_rest(x.shape[2], self.height):
-            for columns in _full_and_rest(self.columns, self.width):
-                part = x[:, :, rows.tokens, columns.tokens]
-                part = split_dim(split_dim(part, 3, -1, columns.size), 2, -1, rows.size)
-                out[:, :, rows.windows, : rows.size, columns.windows, : columns.size] = part
+        for rows, windows in self._parts(x, out):
+            windows.copy_(rows)
+
+    def read(self, x: Tensor, out: Tensor) -> None:
+        """Write windows, [B, H, W, height x width, C], into rows of tokens, [B, H, rows, columns, C]."""
+        for rows, windows in self._parts(out, x):
+            rows.copy_(windows)
+
+    def _parts(self, rows: Tensor, windows: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield views of one shape of both, for the windows of each size."""
+        down = _ceil(rows.shape[2], self.height)
+        windows = split_dim(split_dim(windows, 3, self.height, self.width), 2, down, self.across).transpose(3, 4)
+        for high in _full_and_rest(rows.shape[2], self.height):
+            for wide in _full_and_rest(self.columns, self.width):
+                part = rows[:, :, high.tokens, wide.tokens]
+                part = split_dim(split_dim(part, 3, -1, wide.size), 2, -1, high.size)
+                yield part, windows[:, :, high.windows, : high.size, wide.windows, : wide.size]
 
     def join(self, x: Tensor, rows: int) -> Tensor:
         """Arrange windows as rows of tokens, [B, H, W, height x width, C] -> [B, rows, columns, H, C]."""

@@ -7,7 +7,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from perf_vit.ops import clustered_attention
-from perf_vit.ops.clustered import SINK_QUERIES
 from perf_vit.ops.naive import naive_clustered_attention, softmax_attention
 from perf_vit.ops.sinks import choose_sinks
 
@@ -38,7 +37,7 @@ def test_value_and_gradient_match_the_dense_definition(
     v = torch.cat([v, v[..., :8].flip(-1)], dim=-1)
     mask = torch.rand(q.shape[0], q.shape[2], generator=torch.Generator().manual_seed(rows)) > 0.3 if masked else None
     keys = k if mask is None else k.masked_fill(~mask[:, None, :, None], 0.0)
-    sinks = choose_sinks(q, keys, num_sinks, num_prefix, mask, SINK_QUERIES)
+    sinks = choose_sinks(q, keys, num_sinks, num_prefix, mask)
     options = (num_prefix, mask)
     with few_tokens_at_a_time(at_a_time):
         actual = value_and_gradients(clustered_attention, q, k, v, grid, window_size, num_sinks, num_clusters, *options)
