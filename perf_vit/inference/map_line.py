@@ -35,6 +35,9 @@ __all__ = ["MapLine", "MapWork", "strip_writer"]
 # Small inputs that are opened, and have their outputs locked, before the model comes to them.
 _INPUTS_AHEAD = 4
 
+# Tiles read ahead beyond the next batch: each of a small input holds a lock, which is an open file.
+_TILES_AHEAD = 32
+
 # Maps that are predicted and not written yet.
 _MAPS_BEHIND = 4
 
@@ -229,7 +232,7 @@ class MapLine:
             stack.enter_context(bounded_cache())
             stack.callback(self._let_go)
             stack.callback(self._finishers.shutdown, cancel_futures=True)
-            depth = 2 * options.batch_size + readers
+            depth = options.batch_size + min(options.batch_size, _TILES_AHEAD) + readers
             begun = stack.enter_context(closing(self._begun(inputs, depth)))
             pieces = load_ahead(self._windows(begun), self._read, num_threads=readers, depth=depth)
             batches = in_batches(self._forward, pieces, self._consume, options.batch_size)
