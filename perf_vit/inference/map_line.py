@@ -7,11 +7,9 @@ from collections import deque
 from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, closing, suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from itertools import islice
-from pathlib import Path
-from types import TracebackType
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -19,18 +17,17 @@ from torch import Tensor
 from perf_vit.errors import BusyError, PerfVitError
 from perf_vit.inference.batch import InputReport, report_of
 from perf_vit.inference.dense import FloatArray, Forward, Strip, StripMaker
-from perf_vit.inference.dense_output import DenseOutput
 from perf_vit.inference.inputs import MapInput
-from perf_vit.inference.jobs import DamagedPiece, JobResult
+from perf_vit.inference.jobs import JobResult
 from perf_vit.inference.prefetch import Reads, Tile, in_batches, load_ahead, num_processors, read_tile
 from perf_vit.sources import bounded_cache
-from perf_vit.types import BoolArray, Source, Window
+from perf_vit.types import BoolArray, Window
 from perf_vit.writers import HeldRows, StripStore
 
 if TYPE_CHECKING:
-    from perf_vit.inference.segmentation import SegmentationPredictor
+    from perf_vit.inference.segmentation import MapWork, SegmentationPredictor
 
-__all__ = ["MapLine", "MapWork", "strip_writer"]
+__all__ = ["MapLine"]
 
 # Small inputs that are opened, and have their outputs locked, before the model comes to them.
 _INPUTS_AHEAD = 4
@@ -43,78 +40,6 @@ _MAPS_BEHIND = 4
 
 # Small maps mostly wait for the disk; large ones use all processors each.
 _NUM_FINISHERS = 2
-
-
-class MapWork:
-    """A map in the making: the open input and the journal, for this process alone until the `with` block ends.
-
-    Args:
-        predictor: Model and options.
-        source: What `perf_vit.open` opens, or a source.
-        out: Path of the map.
-        shared: Whether several processes write rows.
-
-    Attributes:
-        source: Open input.
-        job: What is to be made.
-        store: Rows of the map; None where it is there.
-
-    Raises:
-        BusyError: Another process makes the map.
-        InputError: The input can't be read, or doesn't fit the model.
-        OutputError: The map can't be written, or is another file without `overwrite`.
-    """
-
-    def __init__(self, predictor: SegmentationPredictor, source: Any, out: str | Path, *, shared: bool = False) -> None:
-        self._predictor = predictor
-        with ExitStack() as stack:
-            self.source: Source = stack.enter_context(predictor.opened(source))
-            self.job = replace(predictor.job(self.source, out), shared=shared)
-            self._working = stack.enter_context(ExitStack())
-            self._journal = self._working.enter_context(self.job.work())
-            self.store: StripStore | HeldRows | None = None
-            if self._journal is not None:
-                self.store = self.job.store(self._journal.folder.absolute())
-            self._stack = stack.pop_all()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        """Let go of input and outputs; after an exception, keep finished rows for a later call."""
-        self._stack.__exit__(kind, error, trace)
-
-    def finish(self) -> JobResult:
-        """Put the map under its name, if it was made, and make the files next to it that are missing.
-
-        Raises:
-            OutputError: Rows are missing, or the disk is full.
-        """
-        made = self._journal is not None
-        damaged: tuple[DamagedPiece, ...] = ()
-        if self._journal is not None and self.store is not None:
-            damaged = self.job.finish(self._journal, self.store)
-        self._working.close()
-        is_damaged = bool(damaged) if made else self._predictor.options.on_error == "skip"
-        self._predictor.write_beside(self.job, made=made, damaged=is_damaged)
-        return JobResult(
-            made=made,
-            out=self.job.out,
-            num_windows=self.job.num_windows,
-            num_pixels=self.source.height * self.source.width,
-            damaged=damaged,
-        )
-
-
-def strip_writer(output: DenseOutput, store: StripStore | HeldRows) -> Callable[[Strip], None]:
-    """Return a function that encodes a strip and writes it to a store."""
-
-    def write(strip: Strip) -> None:
-        store.write(strip.window.row, output.encode(strip))
-
-    return write
 
 
 @dataclass(eq=False)
@@ -152,8 +77,8 @@ class _Input:
     def fail(self, error: Exception) -> None:
         self.error = self.error or error
 
-    def close(self, finish: Callable[[MapWork], JobResult]) -> JobResult | Exception:
-        """Call a function of the map, let go of everything, and give the result or the error."""
+    def close(self) -> JobResult | Exception:
+        """Finish the map, let go of everything, and give the result or the error."""
         self.is_closed = True
         try:
             if self.work is None:
@@ -162,7 +87,7 @@ class _Input:
             with self.work:
                 if self.error is not None:
                     raise self.error
-                return finish(self.work)
+                return self.work.finish()
         except Exception as error:
             return error
 
@@ -268,7 +193,7 @@ class MapLine:
         found = _Input(item, time.monotonic())
         self._unsettled.add(found)
         try:
-            found.work = work = MapWork(self._predictor, item.path, item.output)
+            found.work = work = self._predictor.work(item.path, item.output)
             if work.store is not None:
                 self._prepare(found, work, work.store)
         except Exception as error:
@@ -277,7 +202,7 @@ class MapLine:
 
     def _prepare(self, found: _Input, work: MapWork, store: StripStore | HeldRows) -> None:
         found.problem = self._predictor.check_input.problem(work.source)
-        found.write = strip_writer(self._predictor.output(), store)
+        found.write = self._predictor.writer(store)
         found.reader = self._predictor.reader(work.source, store.folder)
         found.makers = [
             StripMaker(
@@ -355,7 +280,7 @@ class MapLine:
         return [*finishing, None]
 
     def _finish(self, found: _Input) -> JobResult | Exception:
-        outcome = found.close(MapWork.finish)
+        outcome = found.close()
         found.ended = time.monotonic()
         if isinstance(outcome, Exception):
             found.fail(outcome)

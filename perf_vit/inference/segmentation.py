@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Generator, Sequence
-from contextlib import closing
+from contextlib import ExitStack, closing
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from types import TracebackType
+from typing import Any, Self
 
 from perf_vit.errors import InputError, OptionError
 from perf_vit.inference.batch import InputReport, PredictOne
 from perf_vit.inference.dense import Strip, predict_strips
 from perf_vit.inference.dense_output import DenseOutput, class_output
 from perf_vit.inference.inputs import MapInput
-from perf_vit.inference.jobs import JobResult, MapJob, check_map_name, files_beside
+from perf_vit.inference.jobs import DamagedPiece, JobResult, MapJob, check_map_name, files_beside
 from perf_vit.inference.jobs.journal import DamageLog
-from perf_vit.inference.map_line import MapLine, MapWork, strip_writer
+from perf_vit.inference.map_line import MapLine
 from perf_vit.inference.options import SegmentationPredictOptions
 from perf_vit.inference.predictor import InputPredictor, OnProgress, ignore_progress
 from perf_vit.inference.prefetch import Reads, SalvagingReader
@@ -33,6 +35,69 @@ from perf_vit.writers import (
 )
 
 __all__ = ["SegmentationPredictor"]
+
+
+class MapWork:
+    """A map in the making: the open input and the journal, for this process alone until the `with` block ends.
+
+    Args:
+        predictor: Model and options.
+        source: What `perf_vit.open` opens, or a source.
+        out: Path of the map.
+        shared: Whether several processes write rows.
+
+    Attributes:
+        source: Open input.
+        job: What is to be made.
+        store: Rows of the map; None where it is there.
+
+    Raises:
+        BusyError: Another process makes the map.
+        InputError: The input can't be read, or doesn't fit the model.
+        OutputError: The map can't be written, or is another file without `overwrite`.
+    """
+
+    def __init__(self, predictor: SegmentationPredictor, source: Any, out: str | Path, *, shared: bool = False) -> None:
+        self._predictor = predictor
+        with ExitStack() as stack:
+            self.source: Source = stack.enter_context(predictor.opened(source))
+            self.job = replace(predictor.job(self.source, out), shared=shared)
+            self._working = stack.enter_context(ExitStack())
+            self._journal = self._working.enter_context(self.job.work())
+            self.store: StripStore | HeldRows | None = None
+            if self._journal is not None:
+                self.store = self.job.store(self._journal.folder.absolute())
+            self._stack = stack.pop_all()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Let go of input and outputs; after an exception, keep finished rows for a later call."""
+        self._stack.__exit__(kind, error, trace)
+
+    def finish(self) -> JobResult:
+        """Put the map under its name, if it was made, and make the files next to it that are missing.
+
+        Raises:
+            OutputError: Rows are missing, or the disk is full.
+        """
+        made = self._journal is not None
+        damaged: tuple[DamagedPiece, ...] = ()
+        if self._journal is not None and self.store is not None:
+            damaged = self.job.finish(self._journal, self.store)
+        self._working.close()
+        is_damaged = bool(damaged) if made else self._predictor.options.on_error == "skip"
+        self._predictor.write_beside(self.job, made=made, damaged=is_damaged)
+        return JobResult(
+            made=made,
+            out=self.job.out,
+            num_windows=self.job.num_windows,
+            num_pixels=self.source.height * self.source.width,
+            damaged=damaged,
+        )
 
 
 class SegmentationPredictor(InputPredictor[Segmenter, SegmentationPredictOptions]):
@@ -68,7 +133,7 @@ class SegmentationPredictor(InputPredictor[Segmenter, SegmentationPredictOptions
             InputError: The input can't be read, or doesn't fit the model.
             OutputError: The map can't be written, or is another file without `overwrite`.
         """
-        with MapWork(self, source, out, shared=pool is not None) as work:
+        with self.work(source, out, shared=pool is not None) as work:
             if work.store is not None:
                 self.check_input(work.source)
                 if pool is None:
@@ -103,7 +168,7 @@ class SegmentationPredictor(InputPredictor[Segmenter, SegmentationPredictOptions
             InputError: A window can't be read, or the model's output has another shape.
             OutputError: The disk is full.
         """
-        write = strip_writer(self.output(), store)
+        write = self.writer(store)
         with self.opened(source) as opened, bounded_cache():
             reader = self.reader(opened, store.folder)
             for gap in store.gaps(*(rows or (0, opened.height))):
@@ -165,6 +230,15 @@ class SegmentationPredictor(InputPredictor[Segmenter, SegmentationPredictOptions
             nearest = max(1, round(size / multiple)) * multiple
             raise OptionError(f"window_size must be a multiple of the patch size {multiple}, got {size}; try {nearest}")
         return {"window_size": size, "overlap": overlap}
+
+    def work(self, source: Any, out: str | Path, *, shared: bool = False) -> MapWork:
+        """Begin or resume a map; see `MapWork`."""
+        return MapWork(self, source, out, shared=shared)
+
+    def writer(self, store: StripStore | HeldRows) -> Callable[[Strip], None]:
+        """Return a function that encodes a strip and writes it to a store."""
+        output = self.output()
+        return lambda strip: store.write(strip.window.row, output.encode(strip))
 
     def reader(self, source: Source, folder: Path) -> Reads:
         """The source, or with `on_error="skip"` one that notes damaged pixels in a folder and leaves them out."""
