@@ -1,8 +1,8 @@
 """Outputs: Cloud-Optimised GeoTIFF, OME-TIFF, vector files, quicklooks."""
 
 from perf_vit.writers.coco import write_coco_labels
-from perf_vit.writers.cog import CogWriter, is_one_block, write_cog
-from perf_vit.writers.layout import HeldRows, RasterLayout, holds_layout, is_ome_tiff_name
+from perf_vit.writers.cog import CogWriter, write_cog
+from perf_vit.writers.layout import HeldRows, RasterLayout, holds_layout, is_ome_tiff_name, is_one_block
 from perf_vit.writers.ome_tiff import write_ome_tiff
 from perf_vit.writers.outputs import check_outputs, existing_error, existing_outputs, input_files
 from perf_vit.writers.polygonize import polygonize_classes

@@ -19,17 +19,10 @@ from perf_vit.errors import OutputError
 from perf_vit.files import staged
 from perf_vit.sources import bounded_cache
 from perf_vit.sources._gdal import GDAL_ERRORS, plain_images_allowed, reason_of
-from perf_vit.writers.layout import HeldRows, RasterLayout
+from perf_vit.writers.layout import BLOCK_PX, HeldRows, RasterLayout
 from perf_vit.writers.strips import StripStore, fast_compression
 
-__all__ = ["CogWriter", "is_one_block", "write_cog"]
-
-_BLOCK_PX = 512
-
-
-def is_one_block(height: int, width: int) -> bool:
-    """Return whether a map is a single block without overviews: its rows may be `HeldRows`, which are faster."""
-    return max(height, width) <= _BLOCK_PX
+__all__ = ["CogWriter", "write_cog"]
 
 
 def write_cog(store: StripStore | HeldRows, layout: RasterLayout, made: Path, path: Path) -> None:
@@ -85,7 +78,7 @@ def _copy(source: str | Path, layout: RasterLayout, made: Path, *, num_threads: 
         predictor="no" if layout.colormap else "yes",
         # Measurements are noise in their last digits: higher levels take up to twice the time for at most 5 %.
         level=6 if layout.colormap else 1,
-        blocksize=_BLOCK_PX,
+        blocksize=BLOCK_PX,
         bigtiff="if_safer",
         overview_resampling=_resampling(layout),
         num_threads=num_threads,
@@ -99,12 +92,12 @@ def _resampling(layout: RasterLayout) -> str:
 def _add_overviews(mosaic: Path, layout: RasterLayout) -> None:
     """Build overviews of the mosaic, which the COG driver copies: its own are single-threaded and compressed twice."""
     longest = max(layout.height, layout.width)
-    factors = [2**level for level in range(1, 32) if longest > _BLOCK_PX * 2 ** (level - 1)]
+    factors = [2**level for level in range(1, 32) if longest > BLOCK_PX * 2 ** (level - 1)]
     if not factors:
         return
     predictor = 3 if layout.dtype.kind == "f" else 2
     compression = {"COMPRESS_OVERVIEW": fast_compression(), "ZSTD_LEVEL_OVERVIEW": 1, "PREDICTOR_OVERVIEW": predictor}
-    shape = {"INTERLEAVE_OVERVIEW": "BAND", "GDAL_TIFF_OVR_BLOCKSIZE": _BLOCK_PX}
+    shape = {"INTERLEAVE_OVERVIEW": "BAND", "GDAL_TIFF_OVR_BLOCKSIZE": BLOCK_PX}
     with rasterio.Env(GDAL_NUM_THREADS="ALL_CPUS", **compression, **shape), rasterio.open(mosaic, "r+") as dataset:
         dataset.build_overviews(factors, Resampling[_resampling(layout)])
 
@@ -119,8 +112,8 @@ def _compare(store: StripStore, layout: RasterLayout, made: Path, path: Path) ->
                 raise OutputError(f"can't write {path}: rows from {strip.row} on differ on disk; is the disk full?")
     for level in range(num_overviews):
         with rasterio.open(made, overview_level=level, num_threads="all_cpus") as overview:
-            for row in range(0, overview.height, _BLOCK_PX):
-                rows = min(_BLOCK_PX, overview.height - row)
+            for row in range(0, overview.height, BLOCK_PX):
+                rows = min(BLOCK_PX, overview.height - row)
                 overview.read(window=rasterio.windows.Window(0, row, overview.width, rows))
 
 

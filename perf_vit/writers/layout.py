@@ -17,7 +17,10 @@ from perf_vit.sources._gdal import GDAL_ERRORS, plain_images_allowed
 from perf_vit.sources.slides.ome_xml import parse_ome_tags, parse_ome_xml
 from perf_vit.text import xml_text
 
-__all__ = ["HeldRows", "RasterLayout", "holds_layout", "is_ome_tiff_name"]
+__all__ = ["BLOCK_PX", "HeldRows", "RasterLayout", "holds_layout", "is_ome_tiff_name", "is_one_block"]
+
+BLOCK_PX = 512
+"""Side of a block of a Cloud-Optimised GeoTIFF in pixels."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -116,6 +119,11 @@ class RasterLayout:
         """
         if missing := sum(stop - start for start, stop in gaps):
             raise OutputError(f"expected {self.height} rows for {path}, got {self.height - missing}")
+
+
+def is_one_block(height: int, width: int) -> bool:
+    """Return whether a map is a single block without overviews: its rows may be `HeldRows`, which are faster."""
+    return max(height, width) <= BLOCK_PX
 
 
 class HeldRows:
