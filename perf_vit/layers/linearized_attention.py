@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any, Self
+from typing import Any
 
 import torch
 from timm.layers import Attention, apply_rot_embed_cat, register_notrace_module
@@ -12,7 +11,7 @@ from timm.models.eva import EvaAttention
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from perf_vit.layers.mixer import MixerOptions, make_mixer
+from perf_vit.layers.mixer import DerivedBuffers, MixerOptions, make_mixer
 from perf_vit.layers.token_grid import TokenGrid, to_key_mask
 
 __all__ = ["CONVERTIBLE", "LinearizedAttention", "LocalEnhancement"]
@@ -89,7 +88,7 @@ CONVERTIBLE = (Attention, AttentionRope, EvaAttention)
 
 # A leaf for tracers: a graph can't hold the grid.
 @register_notrace_module
-class LinearizedAttention(nn.Module):
+class LinearizedAttention(DerivedBuffers):
     """timm attention layer whose N x N attention is replaced by a mixer of linear cost.
 
     It takes over the modules of an `Attention`, `AttentionRope` or `EvaAttention` under the same names, so the state
@@ -151,16 +150,9 @@ class LinearizedAttention(nn.Module):
         return self.mixer.needs_grid or self.local_enhancement is not None
 
     def init_non_persistent_buffers(self) -> None:
-        """Set the bias of EVA's keys to 0; timm calls this when a model leaves the meta device."""
+        """Set the bias of EVA's keys to 0."""
         if getattr(self, "k_bias", None) is not None:
             self.k_bias.zero_()
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        was_meta = next(self.parameters()).is_meta
-        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        if was_meta and not next(self.parameters()).is_meta:
-            self.init_non_persistent_buffers()
-        return self
 
     def forward(
         self,

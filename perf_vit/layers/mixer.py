@@ -7,7 +7,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, fields
 from numbers import Integral
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +17,7 @@ from perf_vit.registry import Registry, did_you_mean
 
 __all__ = [
     "MIXERS",
+    "DerivedBuffers",
     "Mixer",
     "MixerOptions",
     "check_integers",
@@ -77,7 +78,24 @@ class MixerOptions:
         return {}
 
 
-class Mixer(nn.Module, ABC):
+class DerivedBuffers(nn.Module):
+    """Module whose non-persistent buffers are computed, also when it leaves the meta device."""
+
+    def init_non_persistent_buffers(self) -> None:
+        """Compute the buffers on the module's device; timm calls this when a model leaves the meta device."""
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        was_meta = self._is_meta()
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        if was_meta and not self._is_meta():
+            self.init_non_persistent_buffers()
+        return self
+
+    def _is_meta(self) -> bool:
+        return any(tensor.is_meta for tensor in itertools.chain(self.parameters(), self.buffers()))
+
+
+class Mixer(DerivedBuffers, ABC):
     """Attention of linear cost between queries, keys and values, without input and output projections.
 
     Args:

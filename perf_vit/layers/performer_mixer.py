@@ -107,7 +107,7 @@ class PerformerMixer(Mixer):
         self.projection.copy_(self._draw_projection(self.projection.device))
 
     def init_non_persistent_buffers(self) -> None:
-        """Draw the projection on the module's device; timm calls this when a model leaves the meta device."""
+        """Draw the projection on the module's device."""
         self.projection = self._draw_projection(self.projection.device)
 
     def _draw_projection(self, device: torch.device) -> Tensor:
@@ -123,10 +123,8 @@ class PerformerMixer(Mixer):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         before = self.projection
-        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        if before.is_meta and not self.projection.is_meta:
-            self.init_non_persistent_buffers()
-        elif self.projection.dtype != before.dtype:
+        super()._apply(fn, recurse)
+        if self.projection.dtype != before.dtype:
             self.projection = before.to(self.projection.device)
         return self
 
