@@ -46,6 +46,7 @@ CONTRACT = {
         "SegmentationPredictor",
         "SlideClassificationPredictor",
         "Strip",
+        "StripMaker",
         "TileModel",
         "class_map",
         "class_probabilities",

@@ -140,10 +140,7 @@ def choose_layer_options(
     fastest = seconds.index(min(seconds))
     alone = {index: [layers[fastest]] for index, layers in alternatives.items()}
     moved = final_errors(model, alone, images, steps)
-    losses = [
-        [moved[index] * (error / of_layer[fastest]) ** 2 if of_layer[fastest] else error for error in of_layer]
-        for index, of_layer in errors.items()
-    ]
+    losses = _predicted_losses(errors, moved, fastest)
 
     def relative_time(indices: Sequence[int]) -> float:
         made = linearize(model, "clustered", layers, _by_layer(alternatives, candidates, indices), **options)
@@ -154,6 +151,16 @@ def choose_layer_options(
         raise ValueError(_budget_message(budget, (rest + len(alternatives) * min(seconds)) / whole))
     steps()
     return _by_layer(alternatives, candidates, chosen)
+
+
+def _predicted_losses(
+    errors: Mapping[int, Sequence[float]], moved: Mapping[int, float], fastest: int
+) -> list[list[float]]:
+    """Predict the loss of each candidate in each layer from that of the fastest one, `moved`."""
+    return [
+        [moved[index] * (error / of_layer[fastest]) ** 2 if of_layer[fastest] else error for error in of_layer]
+        for index, of_layer in errors.items()
+    ]
 
 
 def _choose(

@@ -11,7 +11,7 @@ from perf_vit.inference.batch import (
     reserve_report,
 )
 from perf_vit.inference.classification import ClassificationPredictor
-from perf_vit.inference.dense import Strip, TileModel, predict_strips
+from perf_vit.inference.dense import Strip, StripMaker, TileModel, predict_strips
 from perf_vit.inference.dense_output import DenseOutput, class_map, class_output, class_probabilities
 from perf_vit.inference.detect import ObjectModel, predict_objects
 from perf_vit.inference.detection import DetectionPredictor
@@ -62,6 +62,7 @@ __all__ = [
     "SlideClassificationPredictOptions",
     "SlideClassificationPredictor",
     "Strip",
+    "StripMaker",
     "TablePredictor",
     "TileModel",
     "attempt",

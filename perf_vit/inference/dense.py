@@ -160,14 +160,8 @@ def predict_strips(
     model: TileModel,
     source: Reads,
     normalize: Callable[[GeoImage], FloatArray],
+    maker: StripMaker,
     *,
-    extent: Window,
-    num_channels: int,
-    window_size: int,
-    overlap: int,
-    start_row: int | None = None,
-    stop_row: int | None = None,
-    blend: str = "hann",
     flips: bool = False,
     batch_size: int = 1,
     num_readers: int | None = None,
@@ -176,57 +170,39 @@ def predict_strips(
     finish: Callable[[Strip], Any] | None = None,
     on_progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Generator[Any, None, None]:
-    """Run a model over a scene in overlapping windows and give the rows as they are finished, top to bottom.
+    """Run a model over a scene in overlapping windows and yield the rows as they are finished, top to bottom.
 
-    Threads read ahead, and another one blends, and finishes strips, while the model computes the next batch in the
+    Threads read ahead, and another one blends and finishes strips while the model computes the next batch in the
     calling thread. Batches run across rows of windows; windows without a valid pixel skip the model. Windows are
     blended in the order of the grid, so the strips don't depend on the batch size (as far as the model's scores don't)
     nor on which window was read first. Memory is that of one row of windows, and of the strips that are not taken yet.
 
     Args:
-        model: tiles to scores; put an `nn.Module` into evaluation mode and onto the device yourself.
-        source: where pixels come from; several threads read it.
-        normalize: a window's pixels to the model's input, [C, h, w].
-        extent: the part of the source to predict.
-        num_channels: K, the channels of the model's output.
-        window_size: side of a window, in pixels.
-        overlap: pixels that neighbouring windows share.
-        start_row: first row wanted; the extent's first by default. The strips that hold wanted rows are the same bits
-            as those of the whole extent; windows above that reach into them are computed again.
-        stop_row: first row below those wanted; the extent's end by default.
-        blend: weights by name, "hann", "gaussian" or a registered one; a window counts least at its edge, where it has
-            seen least.
-        flips: average the scores of a tile and its three mirror images.
-        batch_size: windows a forward pass.
-        num_readers: threads that read; one a processor by default.
-        device: where the tiles go.
+        model: Function from tiles to scores; put an `nn.Module` into evaluation mode and onto the device yourself.
+        source: Source of the pixels; several threads read it.
+        normalize: Function from a window's pixels to the model's input, [C, h, w].
+        maker: Windows and blending of the wanted rows; used up.
+        flips: Average the scores of a tile and its three mirror images.
+        batch_size: Number of windows in a forward pass.
+        num_readers: Number of threads that read; one per processor by default.
+        device: Device of the tiles.
         precision: torch.float32, or torch.bfloat16 / torch.float16 for autocast.
-        finish: function of a strip, called in the thread that blends; its arrays hold until it returns. None to yield
+        finish: Function of a strip, called in the thread that blends; its arrays hold until it returns. None to yield
             the strips.
-        on_progress: called with (windows done, windows in all), for a progress bar; in the thread that blends.
+        on_progress: Function of the number of windows done and the total, called in the thread that blends.
 
     Yields:
         Strips of at most 128 rows that cover the wanted rows once, in order; the first and the last may hold others.
-        With `finish`, what that returns for each.
+        With `finish`, its result for each.
 
     Raises:
-        InputError: a window can't be read, or the model's output is not [B, num_channels, h, w].
-        Exception: what `finish` raises.
+        InputError: A window can't be read, or the model's output is not [B, num_channels, h, w].
+        Exception: Any error of `finish`.
     """
-    maker = StripMaker(
-        extent=extent,
-        num_channels=num_channels,
-        window_size=window_size,
-        overlap=overlap,
-        start_row=start_row,
-        stop_row=stop_row,
-        blend=blend,
-    )
-    forward = Forward(model, num_channels, device, precision, flips)
+    forward = Forward(model, maker.num_channels, device, precision, flips)
     readers = num_readers or num_processors()
     tiles = read_ahead(maker.windows, source, normalize, num_threads=readers, depth=2 * batch_size + readers)
     finish = finish or _copied
-
     done = maker.num_before
 
     def blended(batch: Sequence[Tile], scores: Sequence[FloatArray | None]) -> list[Any]:
@@ -252,11 +228,14 @@ class StripMaker:
         num_channels: K, the channels of the scores.
         window_size: Side of a window in pixels.
         overlap: Pixels that neighbouring windows share.
-        start_row: First row wanted; the extent's first by default.
+        start_row: First row wanted; the extent's first by default. The strips that hold wanted rows are the same bits
+            as those of the whole extent; windows above that reach into them are computed again.
         stop_row: First row below those wanted; the extent's end by default.
-        blend: Weights by name.
+        blend: Weights by name, "hann", "gaussian" or a registered one; a window counts least at its edge, where it has
+            seen least.
 
     Attributes:
+        num_channels: K.
         windows: Windows that are needed, row by row.
         num_before: Number of the extent's windows above them.
         num_windows: Number of the extent's windows.
@@ -285,7 +264,8 @@ class StripMaker:
         self._weights = BLENDS[blend](window_size)
         begin = needed[0].windows[0].row if needed else extent.row
         self._extent = Window(begin, extent.col, extent.row_stop - begin, extent.width)
-        self._shape = window_size, num_channels
+        self.num_channels = num_channels
+        self._window_size = window_size
         self._stitcher: RowStitcher | None = None
 
     def add(self, tile: Tile, scores: FloatArray | None) -> Iterator[Strip]:
@@ -300,7 +280,7 @@ class StripMaker:
         """
         if self._stitcher is None:
             # Made late, as it is large: many scenes may wait for their turn.
-            self._stitcher = RowStitcher(self._extent, *self._shape)
+            self._stitcher = RowStitcher(self._extent, self._window_size, self.num_channels)
         yield from self._finished(tile.window.row)
         if scores is not None:
             self._stitcher.add(tile.window, scores, tile.valid, self._weights)

@@ -204,17 +204,8 @@ class MapLine:
         found.problem = self._predictor.check_input.problem(work.source)
         found.write = self._predictor.writer(store)
         found.reader = self._predictor.reader(work.source, store.folder)
-        found.makers = [
-            StripMaker(
-                extent=work.source.extent,
-                num_channels=len(self._spec.classes),
-                start_row=start,
-                stop_row=stop,
-                blend=self._predictor.options.blend,
-                **self._predictor.grid(),
-            )
-            for start, stop in store.gaps(0, work.source.height)
-        ]
+        gaps = store.gaps(0, work.source.height)
+        found.makers = [self._predictor.maker(work.source.extent, gap) for gap in gaps]
         windows = [window for maker in found.makers for window in maker.windows]
         if len(windows) == 1:
             found.tile = read_tile(found.reader, self._spec.normalizer, windows[0])

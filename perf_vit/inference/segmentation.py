@@ -12,7 +12,7 @@ from typing import Any, Self
 
 from perf_vit.errors import InputError, OptionError
 from perf_vit.inference.batch import InputReport, PredictOne
-from perf_vit.inference.dense import Strip, predict_strips
+from perf_vit.inference.dense import Strip, StripMaker, predict_strips
 from perf_vit.inference.dense_output import DenseOutput, class_output
 from perf_vit.inference.inputs import MapInput
 from perf_vit.inference.jobs import DamagedPiece, JobResult, MapJob, check_map_name, files_beside
@@ -203,11 +203,7 @@ class SegmentationPredictor(InputPredictor[Segmenter, SegmentationPredictOptions
             self.model,
             source,
             self.model.spec.normalizer,
-            extent=extent,
-            num_channels=len(self.model.spec.classes),
-            start_row=rows[0] if rows else None,
-            stop_row=rows[1] if rows else None,
-            blend=self.options.blend,
+            self.maker(extent, rows),
             flips=self.options.flips,
             batch_size=self.options.batch_size,
             num_readers=self.options.num_readers,
@@ -215,6 +211,25 @@ class SegmentationPredictor(InputPredictor[Segmenter, SegmentationPredictOptions
             precision=self.options.dtype,
             finish=finish,
             on_progress=on_progress,
+        )
+
+    def maker(self, extent: Window, rows: tuple[int, int] | None = None) -> StripMaker:
+        """Windows and blending of a part of a source.
+
+        Args:
+            extent: Part to predict.
+            rows: (first, first below) of it; all by default.
+
+        Raises:
+            OptionError: A window size that doesn't fit the patch size.
+        """
+        start, stop = rows or (None, None)
+        return StripMaker(
+            extent=extent,
+            num_channels=len(self.model.spec.classes),
+            start_row=start,
+            stop_row=stop,
+            blend=self.options.blend,
             **self.grid(),
         )
 

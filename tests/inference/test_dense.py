@@ -1,5 +1,7 @@
 import threading
 import time
+from collections.abc import Generator
+from typing import Any
 
 import numpy as np
 import pytest
@@ -10,9 +12,9 @@ from hypothesis import strategies as st
 
 import perf_vit  # noqa: F401  (registers the backbones)
 from perf_vit.errors import DamagedDataError, InputError, UnreachableError
-from perf_vit.inference import Strip, predict_strips
+from perf_vit.inference import Strip, StripMaker, TileModel, predict_strips
 from perf_vit.inference.dense_output import class_map
-from perf_vit.inference.prefetch import SalvagingReader
+from perf_vit.inference.prefetch import Reads, SalvagingReader
 from perf_vit.sources import open_source
 from perf_vit.types import GeoImage, Window
 from perf_vit.writers import CogWriter, RasterLayout
@@ -31,6 +33,31 @@ class Recorder:
     def __call__(self, tiles: torch.Tensor) -> torch.Tensor:
         self.num_tiles += len(tiles)
         return tiles
+
+
+def strips_of(
+    model: TileModel,
+    source: Reads,
+    *,
+    extent: Window,
+    num_channels: int,
+    window_size: int,
+    overlap: int,
+    rows: tuple[int | None, int | None] = (None, None),
+    blend: str = "hann",
+    **options: Any,
+) -> Generator[Any, None, None]:
+    """Strips of unnormalised pixels."""
+    maker = StripMaker(
+        extent=extent,
+        num_channels=num_channels,
+        window_size=window_size,
+        overlap=overlap,
+        start_row=rows[0],
+        stop_row=rows[1],
+        blend=blend,
+    )
+    return predict_strips(model, source, as_float, maker, **options)
 
 
 @pytest.mark.parametrize("dtype", ["uint8", "uint16", "float32"])
@@ -57,10 +84,9 @@ def test_an_identity_model_returns_the_raster_bit_for_bit(
             nodata=source.nodata,
         ),
     )
-    strips = predict_strips(
+    strips = strips_of(
         Recorder(),
         source,
-        as_float,
         extent=source.extent,
         num_channels=num_bands,
         window_size=window,
@@ -96,9 +122,7 @@ def test_windows_without_a_valid_pixel_skip_the_model() -> None:
     valid = np.zeros((64, 64), bool)
     valid[:16, :16] = True
     plane, model = Plane(np.ones((1, 64, 64), np.float32), valid), Recorder()
-    strips = list(
-        predict_strips(model, plane, as_float, extent=Window(0, 0, 64, 64), num_channels=1, window_size=16, overlap=0)
-    )
+    strips = list(strips_of(model, plane, extent=Window(0, 0, 64, 64), num_channels=1, window_size=16, overlap=0))
     assert model.num_tiles == 1
     assert np.array_equal(np.concatenate([s.valid for s in strips]), valid)
 
@@ -108,10 +132,9 @@ def test_strips_cover_the_extent_once_in_order_and_report_progress() -> None:
     seen = []
     extent = Window(3, 5, 61, 40)
     strips = list(
-        predict_strips(
+        strips_of(
             Recorder(),
             plane,
-            as_float,
             extent=extent,
             num_channels=1,
             window_size=16,
@@ -137,7 +160,7 @@ def test_batches_run_across_rows_of_windows_and_leave_out_windows_without_data()
         return tiles
 
     options = {"extent": Window(0, 0, 64, 48), "num_channels": 1, "window_size": 16, "overlap": 0}
-    strips = list(predict_strips(model, plane, as_float, batch_size=4, **options))
+    strips = list(strips_of(model, plane, batch_size=4, **options))
     # Rows of windows hold 3, 1, 3 and 3 windows with data.
     assert sizes == [4, 4, 2]
     assert np.array_equal(np.concatenate([strip.valid for strip in strips]), valid[:64, :48])
@@ -149,9 +172,7 @@ def test_a_long_gap_without_data_holds_no_batch_of_it() -> None:
     plane, done = Plane(np.ones((1, *valid.shape), np.float32), valid), []
     options = {"extent": Window(0, 0, *valid.shape), "num_channels": 1, "window_size": 16, "overlap": 0}
     model = Recorder()
-    [strip] = predict_strips(
-        model, plane, as_float, batch_size=8, on_progress=lambda count, total: done.append(count), **options
-    )
+    [strip] = strips_of(model, plane, batch_size=8, on_progress=lambda count, total: done.append(count), **options)
     assert model.num_tiles == 2
     assert np.array_equal(strip.valid, valid)
     assert max(np.diff([0, *done])) <= 40
@@ -178,7 +199,7 @@ def test_strips_are_finished_in_another_thread_while_the_model_computes() -> Non
         return strip.window.row
 
     options = {"extent": Window(0, 0, 64, 16), "num_channels": 1, "window_size": 16, "overlap": 0}
-    rows = list(predict_strips(model, plane, as_float, finish=finish, **options))
+    rows = list(strips_of(model, plane, finish=finish, **options))
     assert rows == [0, 16, 32, 48]
     assert len(threads) == 2
 
@@ -199,8 +220,8 @@ def test_errors_of_finishing_and_of_the_model_reach_the_caller_and_leave_no_thre
     def fail(_: object) -> None:
         raise error
 
-    assert _num_threads_after(lambda: list(predict_strips(Recorder(), plane, as_float, finish=fail, **options))) == 0
-    assert _num_threads_after(lambda: list(predict_strips(fail, plane, as_float, **options))) == 0
+    assert _num_threads_after(lambda: list(strips_of(Recorder(), plane, finish=fail, **options))) == 0
+    assert _num_threads_after(lambda: list(strips_of(fail, plane, **options))) == 0
 
 
 def test_rows_before_an_error_are_finished() -> None:
@@ -213,14 +234,14 @@ def test_rows_before_an_error_are_finished() -> None:
     plane, rows = Broken(np.ones((1, 64, 16), np.float32), np.ones((64, 16), bool)), []
     options = {"extent": Window(0, 0, 64, 16), "num_channels": 1, "window_size": 16, "overlap": 0}
     with pytest.raises(DamagedDataError):
-        list(predict_strips(Recorder(), plane, as_float, finish=lambda strip: rows.append(strip.window.row), **options))
+        list(strips_of(Recorder(), plane, finish=lambda strip: rows.append(strip.window.row), **options))
     assert rows == [0, 16]
 
 
 def test_closing_early_stops_all_threads_and_asks_the_model_for_nothing_more() -> None:
     plane, model, before = _random_plane(1, 640, 64), Recorder(), threading.active_count()
     options = {"extent": Window(0, 0, 640, 64), "num_channels": 1, "window_size": 16, "overlap": 0}
-    strips = predict_strips(model, plane, as_float, **options)
+    strips = strips_of(model, plane, **options)
     next(strips)
     num_tiles = model.num_tiles
     strips.close()
@@ -230,10 +251,9 @@ def test_closing_early_stops_all_threads_and_asks_the_model_for_nothing_more() -
 
 def test_a_model_of_another_output_shape_is_refused() -> None:
     plane = Plane(np.ones((1, 16, 16), np.float32), np.ones((16, 16), bool))
-    strips = predict_strips(
+    strips = strips_of(
         lambda tiles: tiles[..., ::2, ::2],
         plane,
-        as_float,
         extent=Window(0, 0, 16, 16),
         num_channels=1,
         window_size=16,
@@ -250,7 +270,7 @@ def test_bfloat16_autocast_stays_close_to_float32() -> None:
     plane = Plane(rng.standard_normal((3, 40, 40)).astype(np.float32), np.ones((40, 40), bool))
     options = {"extent": Window(0, 0, 40, 40), "num_channels": 2, "window_size": 16, "overlap": 4}
     exact, half = (
-        np.concatenate([s.scores for s in predict_strips(conv, plane, as_float, precision=p, **options)], axis=1)
+        np.concatenate([s.scores for s in strips_of(conv, plane, precision=p, **options)], axis=1)
         for p in (torch.float32, torch.bfloat16)
     )
     assert 0 < np.abs(exact - half).max() < 0.05
@@ -268,7 +288,7 @@ class Slow:
 
 
 def _scores(model, plane, **options) -> np.ndarray:
-    strips = predict_strips(model, plane, as_float, **options)
+    strips = strips_of(model, plane, **options)
     return np.concatenate([strip.scores for strip in strips], axis=1)
 
 
@@ -342,8 +362,8 @@ def test_strips_of_some_rows_are_the_same_bits(height: int, size: int, share: fl
     plane = Padded(_random_plane(2, height, 40))
     options = {"extent": Window(0, 0, height, 40), "num_channels": 2, "window_size": size, "overlap": int(size * share)}
     start_row, stop_row = (round(row * height) for row in rows)
-    whole = list(predict_strips(_tile_sum, plane, as_float, **options))
-    some = list(predict_strips(_tile_sum, plane, as_float, start_row=start_row, stop_row=stop_row, **options))
+    whole = list(strips_of(_tile_sum, plane, **options))
+    some = list(strips_of(_tile_sum, plane, rows=(start_row, stop_row), **options))
     expected = [strip for strip in whole if strip.window.row_stop > start_row and strip.window.row < stop_row]
     assert [strip.window for strip in some] == [strip.window for strip in expected]
     for got, strip in zip(some, expected, strict=True):
@@ -380,9 +400,7 @@ def test_an_error_of_reading_reaches_the_caller_and_stops_the_readers() -> None:
 
     plane = Broken(np.ones((1, 64, 64), np.float32), np.ones((64, 64), bool))
     before = threading.active_count()
-    strips = predict_strips(
-        Recorder(), plane, as_float, extent=Window(0, 0, 64, 64), num_channels=1, window_size=16, overlap=0
-    )
+    strips = strips_of(Recorder(), plane, extent=Window(0, 0, 64, 64), num_channels=1, window_size=16, overlap=0)
     with pytest.raises(InputError, match="can't be read"):
         list(strips)
     assert threading.active_count() == before
@@ -402,9 +420,7 @@ def test_of_a_damaged_window_only_what_is_damaged_is_lost() -> None:
     lost = []
     source = SalvagingReader(plane, lambda window, reason: lost.append((window, reason)))
     strips = list(
-        predict_strips(
-            Recorder(), source, as_float, extent=Window(0, 0, 512, 512), num_channels=1, window_size=192, overlap=64
-        )
+        strips_of(Recorder(), source, extent=Window(0, 0, 512, 512), num_channels=1, window_size=192, overlap=64)
     )
     valid = np.concatenate([strip.valid for strip in strips])
     scores = np.concatenate([strip.scores for strip in strips], axis=1)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from perf_vit.data import image_tile, standardized
-from perf_vit.inference import embed_windows, predict_objects, predict_strips
+from perf_vit.inference import StripMaker, embed_windows, predict_objects, predict_strips
 from perf_vit.sources import open_source
 from perf_vit.tiling import grid_windows
 from perf_vit.transforms import Normalizer
@@ -60,8 +60,8 @@ def maps(source: Source, see: See) -> None:
         see(tiles, valid)
         return tiles[:, :1]
 
-    options = {"extent": source.extent, "num_channels": 1, "window_size": 64, "overlap": 8, "flips": True}
-    list(predict_strips(model, source, NORMALIZER, **options))
+    maker = StripMaker(extent=source.extent, num_channels=1, window_size=64, overlap=8)
+    list(predict_strips(model, source, NORMALIZER, maker, flips=True))
 
 
 def objects(source: Source, see: See) -> None:
@@ -118,8 +118,7 @@ def test_windows_of_valid_pixels_are_given_without_a_mask(make_scene, task) -> N
 
 def test_a_model_without_an_argument_for_valid_pixels_gets_tiles_alone(make_scene) -> None:
     source = open_source(make_scene(pixels=pixels_with_holes(0, "uint16"), nodata=0))
-    options = {"extent": source.extent, "num_channels": 2, "window_size": 64, "overlap": 8, "flips": True}
-    scores = np.concatenate(
-        [strip.scores for strip in predict_strips(torch.nn.Identity(), source, NORMALIZER, **options)], 1
-    )
+    maker = StripMaker(extent=source.extent, num_channels=2, window_size=64, overlap=8)
+    strips = predict_strips(torch.nn.Identity(), source, NORMALIZER, maker, flips=True)
+    scores = np.concatenate([strip.scores for strip in strips], 1)
     np.testing.assert_array_equal(scores, NORMALIZER(source.read(source.extent)))
