@@ -17,6 +17,7 @@ from perf_vit.errors import DataWarning, InputError, OutputError, reason_line
 from perf_vit.sources import (
     FOLDER_SUFFIXES,
     GEOTIFF_SUFFIXES,
+    PARQUET_SUFFIXES,
     PICTURE_SUFFIXES,
     files_below,
     find_reader,
@@ -29,8 +30,7 @@ from perf_vit.writers import check_outputs
 
 __all__ = ["MapInput", "find_inputs", "find_paths", "is_one_file", "resolve_one", "scene_files"]
 
-_PARQUET = frozenset({".parquet", ".geoparquet"})
-_LISTS = _PARQUET | {".csv"}
+_LISTS = PARQUET_SUFFIXES | {".csv"}
 
 _OUTPUT_COLUMN = "output"
 
@@ -213,7 +213,7 @@ def _beside(folder: Path, name: str) -> str:
 def _read_list(path: Path, path_column: str) -> list[tuple[str, str]]:
     """(path, output) of each row, "" where there is none."""
     try:
-        if path.suffix.lower() in _PARQUET:
+        if path.suffix.lower() in PARQUET_SUFFIXES:
             names = pyarrow.parquet.read_schema(path).names
             wanted = [name for name in (path_column, _OUTPUT_COLUMN) if name in names]
             rows = pyarrow.parquet.read_table(path, columns=wanted).to_pylist()

@@ -1,8 +1,7 @@
 """Ground truth: masks, polygons, tables and objects."""
 
 from perf_vit.labels.image_folder import is_labelled_folder
-from perf_vit.labels.open import LabelSource, open_labels
+from perf_vit.labels.open import LabelSource, open_labels, warn_of_polygons_outside
 from perf_vit.labels.paired import LabelFiles
-from perf_vit.labels.vector import warn_of_polygons_outside
 
 __all__ = ["LabelFiles", "LabelSource", "is_labelled_folder", "open_labels", "warn_of_polygons_outside"]

@@ -3,21 +3,23 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Protocol
+
+import numpy as np
 
 from perf_vit.errors import InputError
 from perf_vit.labels.classes import LabelClasses
 from perf_vit.labels.raster import RasterLabels, RasterLayers, VectorLayers, open_all_bands
-from perf_vit.labels.vector import VectorLabels
+from perf_vit.labels.vector import VectorLabels, warn_of_polygons
 from perf_vit.sources import RasterSource, is_vector_name, open_raster, split_layer
 from perf_vit.sources._gdal import check_exists
 from perf_vit.sources.slides import SlideSource
 from perf_vit.sources.vector_file import opens_as_vector
 from perf_vit.types import LabelArray, Window
 
-__all__ = ["LabelSource", "open_labels"]
+__all__ = ["LabelSource", "open_labels", "warn_of_polygons_outside"]
 
 
 class LabelSource(Protocol):
@@ -106,6 +108,17 @@ def open_labels(
     if multilabel:
         return RasterLayers(mask, source, len(mapping.values), mapping, **options)
     return RasterLabels(mask, source, mapping, **options)
+
+
+def warn_of_polygons_outside(labels: Iterable[LabelSource]) -> None:
+    """Warn about polygons outside of all the sources that their file labels, once per file."""
+    of_files: dict[str, list[VectorLabels]] = {}
+    for each in labels:
+        if isinstance(each, VectorLabels):
+            of_files.setdefault(each.path, []).append(each)
+    for path, of_file in of_files.items():
+        beside = ~np.any([each.is_on_source for each in of_file], axis=0)
+        warn_of_polygons("lie outside of the images", beside, of_file[0].numbers, path)
 
 
 def _background_index(

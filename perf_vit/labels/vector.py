@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -27,7 +27,7 @@ from perf_vit.sources.slides import SlideSource
 from perf_vit.sources.vector_file import read_features
 from perf_vit.types import IGNORE_INDEX, BoolArray, LabelArray, Window
 
-__all__ = ["VectorLabels", "contain_pixel_centre", "to_pixels", "warn_of_polygons_outside"]
+__all__ = ["VectorLabels", "contain_pixel_centre", "to_pixels", "warn_of_polygons"]
 
 # Half the diagonal of a pixel: a wider shape contains a pixel centre in any position.
 _WIDEST = 0.7072
@@ -196,7 +196,7 @@ class VectorLabels:
         labelled = np.zeros(len(self.numbers), bool)
         labelled[owners[near[contain_pixel_centre(self._polygons[near])]]] = True
         what = "contain no pixel centre and label nothing (all_touched labels all pixels that polygons touch)"
-        _warn_of(what, self.is_on_source & ~labelled, self.numbers, self.path)
+        warn_of_polygons(what, self.is_on_source & ~labelled, self.numbers, self.path)
 
     def _code_without_attribute(self, path: str, background: int | None) -> int:
         if not self._classes.explicit:
@@ -237,17 +237,6 @@ def _to_coordinates(source: RasterSource | SlideSource) -> Affine:
     return source.transform
 
 
-def warn_of_polygons_outside(labels: Iterable[object]) -> None:
-    """Warn about polygons outside of all the sources that their file labels, once per file."""
-    of_files: dict[str, list[VectorLabels]] = {}
-    for each in labels:
-        if isinstance(each, VectorLabels):
-            of_files.setdefault(each.path, []).append(each)
-    for path, of_file in of_files.items():
-        beside = ~np.any([each.is_on_source for each in of_file], axis=0)
-        _warn_of("lie outside of the images", beside, of_file[0].numbers, path)
-
-
 def _read_polygons(
     path: str, source: RasterSource | SlideSource, attribute: str | None, *, required: bool, in_pixels: bool
 ) -> Any:
@@ -280,8 +269,8 @@ def _warn_of_flat(frame: Any, path: str) -> None:
     shapes = frame.geometry.to_numpy()
     flat = shapely.area(shapely.make_valid(shapes)) == 0
     crossed = ~shapely.is_valid(shapes) & ~flat
-    _warn_of("have no area and label nothing", flat, _numbers(frame), path)
-    _warn_of("intersect themselves; everything they enclose is labelled", crossed, _numbers(frame), path)
+    warn_of_polygons("have no area and label nothing", flat, _numbers(frame), path)
+    warn_of_polygons("intersect themselves; everything they enclose is labelled", crossed, _numbers(frame), path)
 
 
 def _numbers(frame: Any) -> npt.NDArray[np.int64]:
@@ -289,7 +278,15 @@ def _numbers(frame: Any) -> npt.NDArray[np.int64]:
     return np.asarray(frame.index.to_numpy() + 1, np.int64)
 
 
-def _warn_of(what: str, polygons: npt.NDArray[np.bool_], numbers: npt.NDArray[np.int64], path: str) -> None:
+def warn_of_polygons(what: str, polygons: npt.NDArray[np.bool_], numbers: npt.NDArray[np.int64], path: str) -> None:
+    """Warn about some polygons of a file, if any.
+
+    Args:
+        what: End of a sentence about them.
+        polygons: True for these, [n].
+        numbers: Numbers of all polygons in the file, [n].
+        path: File.
+    """
     if polygons.any():
         warnings.warn(
             f"{polygons.sum()} of {len(polygons)} polygons of {path} {what}; the first is number "

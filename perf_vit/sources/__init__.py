@@ -6,6 +6,7 @@ from perf_vit.sources.files import (
     FOLDER_SUFFIXES,
     GEOTIFF_SUFFIXES,
     MASK_SUFFIXES,
+    PARQUET_SUFFIXES,
     PICTURE_SUFFIXES,
     READERS,
     file_stats,
@@ -16,6 +17,7 @@ from perf_vit.sources.files import (
     image_suffixes,
     is_by_product,
     is_image_name,
+    is_vector_name,
     previews_among,
     register_source,
     split_layer,
@@ -26,12 +28,12 @@ from perf_vit.sources.open import merged_options, open_input, open_raster, open_
 from perf_vit.sources.pixel_size import PixelSize, common_unit, unit_of
 from perf_vit.sources.raster import RasterSource
 from perf_vit.sources.slides import Level, PyramidReader, SlideSource
-from perf_vit.sources.vector_file import is_vector_name
 
 __all__ = [
     "FOLDER_SUFFIXES",
     "GEOTIFF_SUFFIXES",
     "MASK_SUFFIXES",
+    "PARQUET_SUFFIXES",
     "PICTURE_SUFFIXES",
     "READERS",
     "Level",

@@ -19,6 +19,7 @@ __all__ = [
     "FOLDER_SUFFIXES",
     "GEOTIFF_SUFFIXES",
     "MASK_SUFFIXES",
+    "PARQUET_SUFFIXES",
     "PICTURE_SUFFIXES",
     "RASTER_SUFFIXES",
     "READERS",
@@ -34,6 +35,7 @@ __all__ = [
     "is_glob",
     "is_image_name",
     "is_item_list",
+    "is_vector_name",
     "previews_among",
     "register_source",
     "split_layer",
@@ -57,6 +59,11 @@ FOLDER_SUFFIXES = frozenset({".zarr"})
 
 MASK_SUFFIXES = RASTER_SUFFIXES - {".jpg", ".jpeg"}
 """Suffixes of masks, without JPEG, which changes values."""
+
+PARQUET_SUFFIXES = frozenset({".geoparquet", ".parquet"})
+"""Suffixes of GeoParquet."""
+
+_VECTOR_SUFFIXES = PARQUET_SUFFIXES | {".fgb", ".geojson", ".geojsonl", ".gml", ".gpkg", ".json", ".kml", ".shp"}
 
 _BY_PRODUCTS = frozenset({"thumbs.db", "desktop.ini", "ehthumbs.db", "__macosx", "@eadir", "$recycle.bin"})
 
@@ -113,6 +120,11 @@ def split_layer(name: str) -> tuple[str, str | None]:
     """
     path, mark, layer = name.partition("|layername=")
     return (path, layer) if mark and not os.path.exists(name) else (name, None)
+
+
+def is_vector_name(path: str) -> bool:
+    """Return whether a file has the suffix of a vector format."""
+    return Path(split_layer(path)[0]).suffix.lower() in _VECTOR_SUFFIXES
 
 
 def is_by_product(name: str) -> bool:

@@ -20,9 +20,9 @@ from pyogrio.errors import DataLayerError, DataSourceError
 
 from perf_vit.errors import DataWarning, InputError, reason_line
 from perf_vit.sources._gdal import reason_of
-from perf_vit.sources.files import split_layer
+from perf_vit.sources.files import PARQUET_SUFFIXES, split_layer
 
-__all__ = ["is_vector_name", "layer_name", "opens_as_vector", "read_features", "reading_path", "writing_path"]
+__all__ = ["layer_name", "opens_as_vector", "read_features", "reading_path", "writing_path"]
 
 # pyogrio parses names as URLs: it drops the part after ";" and control characters, and "!" separates the path in an
 # archive.
@@ -73,16 +73,6 @@ def _unicode(text: str) -> str:
     return text.encode("utf-8", errors="backslashreplace").decode("utf-8")
 
 
-_PARQUET = {".geoparquet", ".parquet"}
-
-_SUFFIXES = {".fgb", ".geojson", ".geojsonl", ".gml", ".gpkg", ".json", ".kml", ".shp"} | _PARQUET
-
-
-def is_vector_name(path: str) -> bool:
-    """Return whether a file has the suffix of a vector format."""
-    return Path(split_layer(path)[0]).suffix.lower() in _SUFFIXES
-
-
 def opens_as_vector(path: str) -> bool:
     """Return whether a file with another suffix can be opened as a vector file."""
     try:
@@ -119,7 +109,7 @@ def read_features(path: str, attribute: str | None) -> Any:
 
 def _read(path: str, attribute: str | None) -> Any:
     file, layer = split_layer(path)
-    if Path(file).suffix.lower() in _PARQUET:
+    if Path(file).suffix.lower() in PARQUET_SUFFIXES:
         return _read_parquet(path, attribute)
     with reading_path(file) as found:
         layers = [str(name) for name, kind in pyogrio.list_layers(found) if kind is not None]
