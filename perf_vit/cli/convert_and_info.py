@@ -28,7 +28,7 @@ def convert(
         int | None, typer.Option(help="Keys that all see exactly; 64 to 256 by image size by default (clustered).")
     ] = None,
     num_clusters: Annotated[
-        int | None, typer.Option(help="Clusters of all other keys; 96 by default (clustered).")
+        int | None, typer.Option(help="Clusters of all other keys; by default 128, or 160 above 32,768 patches (clustered).")
     ] = None,
     max_exact_tokens: Annotated[
         str | None,

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from perf_vit.layers.mixer import Mixer, MixerOptions, check_integers, register_mixer, softmax_attention
 from perf_vit.ops import clustered_attention
+from perf_vit.ops.clusters import clusters_for_size
 from perf_vit.ops.sinks import sinks_for_size
 
 __all__ = ["ClusteredMixer", "ClusteredOptions"]
@@ -22,7 +23,8 @@ class ClusteredOptions(MixerOptions):
         window_size: Largest number of rows and columns of a window in which attention is exact; 0 for no windows.
         num_sinks: Number of keys per head to which every query attends exactly; 0 for none, None for 256 in images of
             up to 2,560 tokens and none in larger ones.
-        num_clusters: Number of clusters per head, which summarise all other keys.
+        num_clusters: Number of clusters per head, which summarise all other keys; None for 128 in images of up to
+            32,768 tokens and 160 in larger ones.
         max_exact_tokens: Largest number of patch tokens of an image for which softmax attention runs instead, which is
             exact and not slower; 0 for clusters at every size. The default is the crossover of heads of 64 channels.
 
@@ -32,12 +34,13 @@ class ClusteredOptions(MixerOptions):
 
     window_size: int = 16
     num_sinks: int | None = None
-    num_clusters: int = 160
+    num_clusters: int | None = None
     max_exact_tokens: int = 48 * 48
 
     def __post_init__(self) -> None:
         check_integers(window_size=self.window_size, max_exact_tokens=self.max_exact_tokens)
-        check_integers(1, num_clusters=self.num_clusters)
+        if self.num_clusters is not None:
+            check_integers(1, num_clusters=self.num_clusters)
         if self.num_sinks is not None:
             check_integers(num_sinks=self.num_sinks)
         super().__post_init__()
@@ -46,6 +49,10 @@ class ClusteredOptions(MixerOptions):
         """Return the number of sinks for an image with a grid of (rows, columns) of tokens."""
         num_tokens = grid[0] * grid[1]
         return min(num_tokens, sinks_for_size(num_tokens) if self.num_sinks is None else self.num_sinks)
+
+    def clusters_of(self, grid: tuple[int, int]) -> int:
+        """Return the number of clusters for an image with a grid of (rows, columns) of tokens."""
+        return clusters_for_size(grid[0] * grid[1]) if self.num_clusters is None else self.num_clusters
 
     def is_exact(self, grid: tuple[int, int]) -> bool:
         """Return whether softmax attention runs for an image with a grid of (rows, columns) of tokens.
@@ -60,7 +67,7 @@ class ClusteredOptions(MixerOptions):
 
     def summary(self, grid: tuple[int, int]) -> dict[str, int]:
         """Return the sizes shown in reports for an image with a grid of (rows, columns) of tokens."""
-        return {"window": self.window_size, "sinks": self.sinks_of(grid), "clusters": self.num_clusters}
+        return {"window": self.window_size, "sinks": self.sinks_of(grid), "clusters": self.clusters_of(grid)}
 
 
 @register_mixer("clustered")
@@ -101,7 +108,7 @@ class ClusteredMixer(Mixer):
             grid,
             options.window_size,
             options.sinks_of(grid),
-            options.num_clusters,
+            options.clusters_of(grid),
             options.num_prefix_tokens,
             key_mask,
         )

@@ -145,7 +145,8 @@ class _Attention:
     Queries, keys and values get extra columns, so that one call of `scaled_dot_product_attention` computes logits with
     additive terms and, beside the attended values, the weight of each group of clusters:
 
-    - queries [q, c, c], keys [k, log weight x sqrt(D) / c, its rounding error]; products are divided by sqrt(D);
+    - queries [q, c, c, 0], keys [k, log weight x sqrt(D) / c, its rounding error, 1]; products are divided by sqrt(D),
+      and the column of ones is for the search of the nearest centre;
     - values [v, membership in the G groups, 1 for a valid key]; near keys are in no group.
 
     Attributes:
@@ -176,7 +177,7 @@ class _Attention:
     @property
     def width(self) -> int:
         """Number of columns of queries, keys and values each; fused attention on GPUs needs a multiple of 8."""
-        return -(-max(self.sizes[0] + 2, self.sizes[1] + NUM_GROUPS + 1) // 8) * 8
+        return -(-max(self.sizes[0] + 3, self.sizes[1] + NUM_GROUPS + 1) // 8) * 8
 
     @property
     def constant(self) -> float:
@@ -244,11 +245,12 @@ class _Attention:
     def _key_columns(self, k: Tensor, v: Tensor, valid: Tensor | None) -> list[Tensor]:
         """Return the parts of the columns of keys and values, [..., 2 x width] together; the log weight is 0."""
         size = k.shape[:-1]
-        ones = (self.one if valid is None else valid.to(k.dtype)).expand(*size, 1)
+        one = self.one.expand(*size, 1)
+        ones = one if valid is None else valid.to(k.dtype).expand(*size, 1)
         empty = self.zero.expand(*size, self.width)
-        gaps = (self.width - self.sizes[0], NUM_GROUPS, 2 * self.width - self.valid_column - 1)
-        after_k, groups, after_v = (empty[..., :gap] for gap in gaps)
-        return [k, after_k, v, groups, ones, after_v]
+        gaps = (2, self.width - self.sizes[0] - 3, NUM_GROUPS, 2 * self.width - self.valid_column - 1)
+        weight, after_k, groups, after_v = (empty[..., :gap] for gap in gaps)
+        return [k, weight, one, after_k, v, groups, ones, after_v]
 
     def _hide(self, columns: Tensor) -> Tensor:
         """Set the log weight of invalid keys far below any logit, in place."""
@@ -258,7 +260,8 @@ class _Attention:
     def _sums(self, columns: Tensor, masked: bool) -> Tensor:
         """Sum the columns over the keys of each cluster in each window, [B, H, W, T, C] -> [B, H, W, M, C]."""
         columns = columns.to(self.clusters.centers.dtype)
-        nearest = self.clusters.nearest(columns[..., : self.sizes[0]].flatten(2, 3)).view(columns.shape[:-1])
+        keys = columns[..., : self.sizes[0] + 3]
+        nearest = self.clusters.nearest(keys.flatten(2, 3)).view(columns.shape[:-1])
         if masked:
             nearest = nearest.masked_fill(columns[..., self.valid_column] == 0, self.clusters.num_clusters)
         return sum_by_label(columns, nearest, self.clusters.num_clusters)
@@ -332,6 +335,7 @@ class _Attention:
         columns = k.new_zeros(*k.shape[:2], down * self.windows.across, tokens + extra, 2 * self.width)
         near = columns[:, :, :, :tokens]
         self.windows.write(self.one.expand(*k.shape[:-1], 1), near[..., self.valid_column, None])
+        near[..., self.sizes[0] + 2] = 1.0
         self._hide(near)
         return columns
 

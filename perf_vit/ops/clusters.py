@@ -16,6 +16,7 @@ __all__ = [
     "Clusters",
     "Sample",
     "choose_clusters",
+    "clusters_for_size",
     "describe_clusters",
     "nearest_center",
     "sample_tokens",
@@ -24,6 +25,9 @@ __all__ = [
 
 NUM_GROUPS = 4
 """Groups of clusters, each with its own covariance of keys and values."""
+
+# Saved conversions depend on these values.
+_CLUSTERS, _MOST_CLUSTERS, _MANY_TOKENS = 128, 160, 2**15
 
 # The sample has fewer tokens than this.
 _SAMPLE = 8192
@@ -54,7 +58,7 @@ class Clusters:
         return int(self.centers.shape[2])
 
     def nearest(self, k: Tensor) -> Tensor:
-        """Return the index of the nearest centre of each key, [B, H, n, D] -> [B, H, n]."""
+        """Return the index of the nearest centre of each key, as `nearest_center`, [B, H, n, C] -> [B, H, n]."""
         return nearest_center(k, self.centers, self.mean)
 
 
@@ -90,19 +94,25 @@ class Sample:
     def evenly(self, x: Tensor, number: int) -> Tensor:
         """Select evenly spaced tokens that count, [B, H, n, C] -> [B, H, number, C]."""
         if self.valid is None:
-            return _every(x, x.shape[2] // number, number)
-        steps = torch.arange(number, device=x.device).view(-1, 1)
+            return _spaced(x, number)
         most = self.valid.sum(dim=2, keepdim=True).long()
-        indices = (steps * (most // number).clamp(min=1)).minimum((most - 1).clamp(min=0))
-        return x.take_along_dim(indices, dim=2)
+        step = (most // number).clamp(min=1)
+        first = (most - step * number).clamp(min=0) // 2 + step // 2
+        indices = first + step * torch.arange(number, device=x.device).view(-1, 1)
+        return x.take_along_dim(indices.minimum((most - 1).clamp(min=0)), dim=2)
+
+
+def clusters_for_size(num_tokens: int) -> int:
+    """Return the number of clusters for an image: 128 up to 32,768 tokens, else 160."""
+    return _CLUSTERS if num_tokens <= _MANY_TOKENS else _MOST_CLUSTERS
 
 
 def describe_clusters(sample: Sample, num_clusters: int) -> Clusters:
     """Find clusters of keys, and their statistics, in a sample of the tokens.
 
     Centres come from two iterations of k-means, initialised with evenly spaced keys (Lloyd 1982, "Least squares
-    quantization in PCM"). The statistics are those of the second assignment. The clusters form G groups, by one
-    iteration of the same on their centres. The assignments have no gradient.
+    quantization in PCM"). The statistics are those of the second assignment. The clusters form G groups: those
+    nearest to each of G of them. The assignments have no gradient.
 
     Args:
         sample: Tokens of the grid.
@@ -115,42 +125,42 @@ def describe_clusters(sample: Sample, num_clusters: int) -> Clusters:
     k = sample.k - mean
     ones = k.new_ones(1) if sample.valid is None else sample.valid
     k = k if sample.valid is None else k * sample.valid
-    rows = torch.cat([ones.expand(*k.shape[:-1], 1), k, sample.v], dim=-1)
-    centers = sample.evenly(k, num_clusters).detach()
+    weight = (sample.mean_square_q() / (2 * head_dim)).mT
+    rows = torch.cat([k, ones.expand(*k.shape[:-1], 1), k.square() @ weight, sample.v], dim=-1)
+    keys = rows[..., : head_dim + 1].detach()
+    centers = sample.evenly(keys[..., :head_dim], num_clusters)
     for _ in range(_ITERATIONS - 1):
-        centers, _ = _means(rows[..., : head_dim + 1].detach(), nearest_center(k, centers), centers)
-    labels = nearest_center(k, centers)
-    means, number = _means(rows, labels, F.pad(centers, (0, sample.v.shape[-1])))
-    residual = rows[..., 1:] - _of_label(means, labels)
-    r_k, r_v = residual[..., :head_dim], residual[..., head_dim:]
+        centers = _means(keys, nearest_center(keys, centers), num_clusters, head_dim)[0][..., :head_dim]
+    labels = nearest_center(keys, centers)
+    means, number = _means(rows, labels, num_clusters, head_dim)
+    spread = (means[..., head_dim + 1, None] - means[..., :head_dim].square() @ weight).clamp(min=0.0)
+    residual = rows - _of_label(means, labels)
+    r_k, r_v = residual[..., :head_dim], residual[..., head_dim + 2 :]
     if sample.valid is not None:
         r_k = r_k * sample.valid
     centers = means[..., :head_dim].detach()
     groups = _group(centers)
-    weight = _of_label(groups, labels)
-    by_group = (weight.unsqueeze(-1) * r_k.unsqueeze(-2)).flatten(-2)
+    by_group = (_of_label(groups, labels).unsqueeze(-1) * r_k.unsqueeze(-2)).flatten(-2)
     of_groups = (groups.mT @ number).clamp(min=1.0).unsqueeze(-1)
     covariance = split_dim(by_group.mT @ r_v, 2, groups.shape[-1], head_dim) / of_groups
-    variance = r_k.square() @ (sample.mean_square_q() / (2 * head_dim)).mT
-    spread = sum_by_label(variance, labels, num_clusters) / number.clamp(min=1.0)
     return Clusters(mean, centers, spread, groups, covariance)
 
 
 def nearest_center(k: Tensor, centers: Tensor, offset: Tensor | None = None) -> Tensor:
-    """Return the index of the nearest centre of each key, which has no gradient, [B, H, n, D] -> [B, H, n].
+    """Return the index of the nearest centre of each key, which has no gradient, [B, H, n, C] -> [B, H, n].
 
     Args:
-        k: Keys, [B, H, n, D].
+        k: Keys and a last column of ones, [B, H, n, C]. Columns between the D of the keys and the last are 0 or finite.
         centers: Centres, [B, H, M, D].
         offset: What all centres are to be moved by, [B, H, 1, D]; None for nothing.
     """
-    # |k - offset - c|^2 / 2, without the same term in all centres and without a copy of all keys.
-    k, c = k.detach().flatten(0, 1), centers.flatten(0, 1)
-    away = c.square().sum(dim=-1, keepdim=True)
-    factor = 0.5
-    if offset is not None:
-        away, factor = torch.baddbmm(away, c, offset.flatten(0, 1).mT, beta=0.5), 1.0
-    closeness = torch.baddbmm(away.mT, k, c.mT, beta=-factor)
+    # -|k - offset - c|^2 / 2, without the same term in all centres: a product with an extra column, as a bias added to
+    # a product would be copied for each key.
+    c = centers.flatten(0, 1)
+    bias = (c.square() if offset is None else c * (c + 2 * offset.flatten(0, 1))).sum(dim=-1, keepdim=True)
+    between = k.shape[-1] - 1 - c.shape[-1]
+    columns = [c, bias * -0.5] if between == 0 else [c, c.new_zeros(1).expand(*c.shape[:2], between), bias * -0.5]
+    closeness = k.detach().flatten(0, 1) @ torch.cat(columns, dim=-1).mT
     # `max` takes half the time of `argmax`.
     return split_dim(closeness.max(dim=-1).indices, 0, *centers.shape[:2])
 
@@ -165,7 +175,7 @@ def sum_by_label(x: Tensor, labels: Tensor, number: int) -> Tensor:
     """
     if x.device.type != "cpu" or torch.compiler.is_compiling():
         # Atomic additions of a GPU have no fixed order.
-        return (labels.unsqueeze(-2) == torch.arange(number, device=x.device).unsqueeze(-1)).to(x.dtype) @ x
+        return _one_hot(labels, number + 1, x.dtype)[..., :number].mT @ x
     leading = labels.shape[:-1]
     first = torch.arange(math.prod(leading)).view(*leading, 1) * (number + 1)
     sums = x.new_zeros(math.prod(leading) * (number + 1), x.shape[-1])
@@ -202,7 +212,7 @@ def sample_tokens(q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None) -> S
 def choose_clusters(q: Tensor, k: Tensor, v: Tensor, num_clusters: int, key_mask: Tensor | None = None) -> Tensor:
     """Return the cluster of each key, [B, H, N, D] -> [B, H, N]; arguments as in `describe_clusters`."""
     clusters = describe_clusters(sample_tokens(q, k, v, key_mask), num_clusters)
-    return clusters.nearest(k.to(clusters.centers.dtype))
+    return clusters.nearest(F.pad(k.to(clusters.centers.dtype), (0, 1), value=1.0))
 
 
 def _step(number: Any) -> Any:
@@ -216,30 +226,41 @@ def _every(x: Tensor, step: int, number: int) -> Tensor:
     return split_dim(x[:, :, : number * step], 2, number, step)[:, :, :, 0]
 
 
+def _spaced(x: Tensor, number: int) -> Tensor:
+    """Return as many evenly spaced tokens of [B, H, n, C], a view."""
+    step = x.shape[2] // number
+    first = (x.shape[2] - step * number) // 2
+    return split_dim(x[:, :, first : first + step * number], 2, number, step)[:, :, :, step // 2]
+
+
 def _of_label(x: Tensor, labels: Tensor) -> Tensor:
     """Return the row of each label, [B, H, M, C] and [B, H, n] -> [B, H, n, C]."""
     # `take_along_dim` would first wrap negative indices.
     return x.gather(2, labels.unsqueeze(-1).expand(*labels.shape, x.shape[-1]))
 
 
-def _means(rows: Tensor, labels: Tensor, before: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the mean row of each label, [B, H, M, C], and its number of rows, [B, H, M, 1].
+def _one_hot(labels: Tensor, number: int, dtype: torch.dtype) -> Tensor:
+    """Return 1 in the column of the label of each row, [..., n] -> [..., n, number]."""
+    zeros = torch.zeros(*labels.shape, number, dtype=dtype, device=labels.device)
+    return zeros.scatter_(-1, labels.unsqueeze(-1), 1.0)
+
+
+def _means(rows: Tensor, labels: Tensor, number: int, ones: int) -> tuple[Tensor, Tensor]:
+    """Return the mean row of each label, 0 for labels without rows, [B, H, M, C], and the number of rows, [B, H, M, 1].
 
     Args:
-        rows: 1 for a row that counts or 0, and other columns, [B, H, n, 1 + C].
+        rows: Keys, 1 for a row that counts or 0, and other columns, [B, H, n, C].
         labels: Labels, [B, H, n].
-        before: Means that labels without rows keep, [B, H, M, C].
+        number: Number of labels, M.
+        ones: Index of the column that counts.
     """
-    sums = sum_by_label(rows, labels, before.shape[2])
-    number = sums[..., :1]
-    return torch.where(number > 0, sums[..., 1:] / number.clamp(min=1.0), before), number
+    sums = sum_by_label(rows, labels, number)
+    counted = sums[..., ones, None]
+    return sums / counted.clamp(min=1.0), counted
 
 
 def _group(centers: Tensor) -> Tensor:
     """Return the group of each cluster as 1 in a row of zeros, [B, H, M, D] -> [B, H, M, G]."""
     number = min(NUM_GROUPS, centers.shape[2])
-    seeds = _every(centers, centers.shape[2] // number, number)
-    rows = F.pad(centers, (1, 0), value=1.0)
-    seeds, _ = _means(rows, nearest_center(centers, seeds), seeds)
-    labels = nearest_center(centers, seeds)
-    return (labels.unsqueeze(-1) == torch.arange(number, device=centers.device)).to(centers.dtype)
+    nearest = nearest_center(F.pad(centers, (0, 1), value=1.0), _spaced(centers, number))
+    return _one_hot(nearest, number, centers.dtype)

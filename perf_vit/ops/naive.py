@@ -93,7 +93,8 @@ def naive_clustered_attention(
     exact = _exact_pairs(q @ k.mT, grid, window_size, sinks, first) & visible
     weights = (q @ k.mT * scale).exp() * exact
     # Sums over the keys of each cluster that a query doesn't attend to exactly, [B, H, n, M, C].
-    member = torch.nn.functional.one_hot(clusters.nearest(grid_k), clusters.num_clusters).to(q.dtype)
+    nearest = clusters.nearest(torch.nn.functional.pad(grid_k, (0, 1), value=1.0))
+    member = torch.nn.functional.one_hot(nearest, clusters.num_clusters).to(q.dtype)
     left = (visible & ~exact)[:, :, first:, first:].to(q.dtype)
     number = left @ member
     mean_k, mean_v = (

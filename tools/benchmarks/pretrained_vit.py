@@ -18,8 +18,8 @@ from torch import Tensor, nn
 import perf_vit
 
 MEAN, STD = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
-# Name -> options of `linearize`. Where nothing else is said, clusters are 160 beside windows of 16 and, up to 2,560
-# tokens, 256 sinks; plain FAVOR+ has 256 features.
+# Name -> options of `linearize`. Where nothing else is said, clusters are 128 (160 above 32,768 tokens) beside windows of
+# 16 and, up to 2,560 tokens, 256 sinks; plain FAVOR+ has 256 features.
 CONVERSIONS: dict[str, dict[str, Any]] = {
     "plain FAVOR+": {"mixer": "performer"},
     "clusters": {},
@@ -28,7 +28,7 @@ CONVERSIONS: dict[str, dict[str, Any]] = {
     "clusters, no windows": {"window_size": 0},
     "clusters, 64 sinks": {"num_sinks": 64},
     "96 clusters": {"num_clusters": 96},
-    "128 clusters": {"num_clusters": 128},
+    "160 clusters": {"num_clusters": 160},
     "256 clusters": {"num_clusters": 256},
 }
 
