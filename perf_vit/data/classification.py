@@ -177,7 +177,7 @@ def build_classification_datamodule(config: ImageDataConfig, seed: int) -> Class
             f"data.val has images of {val.num_bands} bands, data.train of {train.num_bands}; choose common ones with "
             "data.bands"
         )
-    length = _epoch_length(config, len(train))
+    tiles_per_epoch = _tiles_per_epoch(config, len(train))
     given = given_normalizer(config.mean, config.std, train.num_bands)
     seen = sample_images(train.read_reduced, train_part.paths, seed)
     normalizer, trained_on = measure_bands(seen, train.sources, given)
@@ -188,7 +188,7 @@ def build_classification_datamodule(config: ImageDataConfig, seed: int) -> Class
             make_augmentation(config.augment),
             tile_px=config.tile_px,
             resize=config.resize,
-            length=length,
+            tiles_per_epoch=tiles_per_epoch,
             seed=seed,
             balanced=isinstance(config, ClassificationDataConfig) and config.sampler == "balanced",
             stain=make_stain_jitter(config.augment, train.sources, train.num_bands),
@@ -208,14 +208,14 @@ def _split(labelled: ImageTargets, config: ImageDataConfig, seed: int) -> tuple[
     return labelled.part(chosen), labelled.part(rest)
 
 
-def _epoch_length(config: ImageDataConfig, num_images: int) -> int:
-    length = config.tiles_per_epoch or num_images
-    if length < config.batch_size:
+def _tiles_per_epoch(config: ImageDataConfig, num_images: int) -> int:
+    tiles_per_epoch = config.tiles_per_epoch or num_images
+    if tiles_per_epoch < config.batch_size:
         raise ConfigError(
-            f"data.batch_size must be at most the {length} tiles of an epoch, got {config.batch_size}; take a smaller "
-            "one, or give data.tiles_per_epoch"
+            f"data.batch_size must be at most the {tiles_per_epoch} tiles of an epoch, got {config.batch_size}; take a "
+            "smaller one, or give data.tiles_per_epoch"
         )
-    return length
+    return tiles_per_epoch
 
 
 def read_image_targets(

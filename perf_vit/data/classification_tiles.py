@@ -84,7 +84,7 @@ class ClassificationTiles(Dataset[ClassificationSample]):
         augmentation: Augmentation of the tiles.
         tile_px: Tile size in pixels.
         resize: Whether to resize whole images; otherwise tiles are crops at full resolution.
-        length: Number of tiles per epoch.
+        tiles_per_epoch: Number of tiles per epoch.
         seed: Seed of order, crops and augmentation.
         balanced: Whether to draw classes equally often; single-label only.
         stain: Stain jitter, applied before the normalizer; None for none.
@@ -98,7 +98,7 @@ class ClassificationTiles(Dataset[ClassificationSample]):
         *,
         tile_px: int,
         resize: bool,
-        length: int,
+        tiles_per_epoch: int,
         seed: int,
         balanced: bool = False,
         stain: StainJitter | None = None,
@@ -108,14 +108,14 @@ class ClassificationTiles(Dataset[ClassificationSample]):
         self.augmentation = augmentation
         self.tile_px = tile_px
         self.resize = resize
-        self.length = length
+        self.tiles_per_epoch = tiles_per_epoch
         self.seed = seed
         self.stain = stain
         targets = images.labelled.targets
         self._by_class = [np.flatnonzero(targets == index) for index in np.unique(targets)] if balanced else None
 
     def __len__(self) -> int:
-        return self.length
+        return self.tiles_per_epoch
 
     def __getitem__(self, index: int) -> ClassificationSample:
         """Return tile, target and valid pixels; any index >= 0 is allowed."""

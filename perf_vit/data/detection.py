@@ -51,13 +51,13 @@ class DetectionSplitConfig(SplitConfig):
     Attributes:
         image: Folder of images, image file, glob, or list of these.
         labels: Label file, or folder with one label file per image, depending on the format.
-        format: Label format: coco, voc, yolo, dota, instances, polygons or csv; see
+        label_format: Format of the labels: coco, voc, yolo, dota, instances, polygons or csv; see
             `perf_vit.labels.objects.read_object_labels`.
         names: Text file with one image name per line, with or without suffix; None for all labelled images.
     """
 
     labels: str
-    format: str = "coco"
+    label_format: str = "coco"
     names: str | None = None
 
 
@@ -182,7 +182,7 @@ def build_detection_datamodule(
         make_sampler(config.sampler, train_index.records, config.tile_px, config.random_share),
         normalizer,
         tile_px=config.tile_px,
-        length=config.tiles_per_epoch,
+        tiles_per_epoch=config.tiles_per_epoch,
         seed=seed,
         flips=augment.flips,
         scale=augment.scale,
@@ -287,7 +287,7 @@ def _read(
     return read_object_labels(
         split.labels,
         split.image,
-        label_format=split.format,
+        label_format=split.label_format,
         classes=config.classes,
         skip_classes=config.skip_classes,
         attribute=config.attribute,

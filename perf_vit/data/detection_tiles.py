@@ -113,7 +113,7 @@ class DetectionTiles(Dataset[DetectionSample]):
         sampler: Sampler of windows.
         normalizer: Normalizer of the pixels; invalid ones become 0.
         tile_px: Tile size in pixels.
-        length: Number of tiles per epoch.
+        tiles_per_epoch: Number of tiles per epoch.
         seed: Seed of windows and augmentation.
         flips: Whether to apply the eight symmetries of the square.
         scale: Zoom range (min, max).
@@ -130,7 +130,7 @@ class DetectionTiles(Dataset[DetectionSample]):
         normalizer: Normalizer,
         *,
         tile_px: int,
-        length: int,
+        tiles_per_epoch: int,
         seed: int,
         flips: bool = True,
         scale: tuple[float, float] = (1.0, 1.0),
@@ -143,7 +143,7 @@ class DetectionTiles(Dataset[DetectionSample]):
         self.sampler = sampler
         self.normalizer = normalizer
         self.tile_px = tile_px
-        self.length = length
+        self.tiles_per_epoch = tiles_per_epoch
         self.seed = seed
         self.flips = flips
         self.scale = scale
@@ -153,7 +153,7 @@ class DetectionTiles(Dataset[DetectionSample]):
         self.pixel_sizes = None if pixel_sizes is None else np.asarray(pixel_sizes)
 
     def __len__(self) -> int:
-        return self.length
+        return self.tiles_per_epoch
 
     def __getitem__(self, index: int) -> DetectionSample:
         """Return tile, objects and valid pixels; any index >= 0 is allowed."""

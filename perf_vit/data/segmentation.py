@@ -292,7 +292,7 @@ def build_segmentation_datamodule(
             normalizer,
             make_augmentation(config.augment),
             tile_px=config.tile_px,
-            length=len(sampler) if isinstance(sampler, GridSampler) else config.tiles_per_epoch,
+            tiles_per_epoch=len(sampler) if isinstance(sampler, GridSampler) else config.tiles_per_epoch,
             seed=seed,
             stain=stain,
             resolution=config.augment.resolution,

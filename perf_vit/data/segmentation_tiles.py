@@ -110,7 +110,7 @@ def _inside(region: Window, window: Window) -> npt.NDArray[np.bool_]:
 
 
 class SegmentationTiles(Dataset[LabelledTile]):
-    """Augmented training tiles; item `i` of epoch `e` depends on (seed, e * length + i) only.
+    """Augmented training tiles; item `i` of epoch `e` depends on (seed, e * tiles_per_epoch + i) only.
 
     Without a sampler, windows are random; those without labelled pixels are drawn again, up to ten times.
 
@@ -119,7 +119,7 @@ class SegmentationTiles(Dataset[LabelledTile]):
         normalizer: Normalizer, applied before augmentation.
         augmentation: Augmentation of image and labels.
         tile_px: Tile size in pixels.
-        length: Number of tiles per epoch.
+        tiles_per_epoch: Number of tiles per epoch.
         seed: Seed of windows and augmentation, whatever the number of workers.
         stain: Stain jitter, applied before the normalizer; None for none.
         resolution: Pixel size range (min, max) of tiles, in the unit of `pixel_sizes`. Larger or smaller windows are
@@ -135,7 +135,7 @@ class SegmentationTiles(Dataset[LabelledTile]):
         augmentation: Augmentation,
         *,
         tile_px: int,
-        length: int,
+        tiles_per_epoch: int,
         seed: int,
         stain: StainJitter | None = None,
         resolution: tuple[float, float] | None = None,
@@ -148,7 +148,7 @@ class SegmentationTiles(Dataset[LabelledTile]):
         self.normalizer = normalizer
         self.augmentation = augmentation
         self.tile_px = tile_px
-        self.length = length
+        self.tiles_per_epoch = tiles_per_epoch
         self.seed = seed
         self.stain = stain
         self.resolution = resolution
@@ -156,7 +156,7 @@ class SegmentationTiles(Dataset[LabelledTile]):
         self.sampler = sampler
 
     def __len__(self) -> int:
-        return self.length
+        return self.tiles_per_epoch
 
     def __getitem__(self, index: int) -> LabelledTile:
         """Return tile, labels and valid pixels; any index >= 0 is allowed."""

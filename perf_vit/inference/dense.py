@@ -166,7 +166,7 @@ def predict_strips(
     batch_size: int = 1,
     num_readers: int | None = None,
     device: str | torch.device = "cpu",
-    precision: torch.dtype = torch.float32,
+    dtype: torch.dtype = torch.float32,
     finish: Callable[[Strip], Any] | None = None,
     on_progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Generator[Any, None, None]:
@@ -186,7 +186,7 @@ def predict_strips(
         batch_size: Number of windows in a forward pass.
         num_readers: Number of threads that read; one per processor by default.
         device: Device of the tiles.
-        precision: torch.float32, or torch.bfloat16 / torch.float16 for autocast.
+        dtype: torch.float32, or torch.bfloat16 / torch.float16 for autocast.
         finish: Function of a strip, called in the thread that blends; its arrays hold until it returns. None to yield
             the strips.
         on_progress: Function of the number of windows done and the total, called in the thread that blends.
@@ -199,7 +199,7 @@ def predict_strips(
         InputError: A window can't be read, or the model's output is not [B, num_channels, h, w].
         Exception: Any error of `finish`.
     """
-    forward = Forward(model, maker.num_channels, device, precision, flips)
+    forward = Forward(model, maker.num_channels, device, dtype, flips)
     readers = num_readers or num_processors()
     tiles = read_ahead(maker.windows, source, normalize, num_threads=readers, depth=2 * batch_size + readers)
     finish = finish or _copied
@@ -336,17 +336,17 @@ class Forward:
         model: Tiles to scores.
         num_channels: K, the channels of the scores.
         device: Device of the tiles.
-        precision: torch.float32, or torch.bfloat16 / torch.float16 for autocast.
+        dtype: torch.float32, or torch.bfloat16 / torch.float16 for autocast.
         flips: Average the scores of a tile and its three mirror images.
     """
 
     def __init__(
-        self, model: TileModel, num_channels: int, device: str | torch.device, precision: torch.dtype, flips: bool
+        self, model: TileModel, num_channels: int, device: str | torch.device, dtype: torch.dtype, flips: bool
     ) -> None:
         self._model = model
         self._num_channels = num_channels
         self._device = torch.device(device)
-        self._precision = precision
+        self._dtype = dtype
         self._flips = flips
         self._takes_valid = takes_valid(model)
 
@@ -360,7 +360,7 @@ class Forward:
         batch = to_device(torch.from_numpy(arrays[0][None] if len(arrays) == 1 else np.stack(arrays)), self._device)
         valid = valid_pixels(tiles) if self._takes_valid else None
         valid = None if valid is None else valid.to(self._device)
-        autocast = torch.autocast(self._device.type, dtype=self._precision, enabled=self._precision != torch.float32)
+        autocast = torch.autocast(self._device.type, dtype=self._dtype, enabled=self._dtype != torch.float32)
         with torch.inference_mode(), autocast:
             # To float32 in this thread: another one would make further threads of OpenMP.
             scores = self._checked(self._model(batch) if valid is None else self._model(batch, valid=valid), batch)

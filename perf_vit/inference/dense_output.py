@@ -78,7 +78,7 @@ def class_output(
     *,
     background: int | None = None,
     multilabel: bool = False,
-    threshold: float = 0.5,
+    score_threshold: float = 0.5,
 ) -> DenseOutput:
     """The output of a semantic segmenter, whose scores are one logit a class.
 
@@ -91,14 +91,14 @@ def class_output(
         background: index of the class that is background, if one is; it is dark grey.
         multilabel: each class is true or not by itself. "classes" is then a uint8 band of 0 and 1 a class, and
             probabilities are sigmoids.
-        threshold: with `multilabel`, the probability from which on a class is true.
+        score_threshold: with `multilabel`, the probability from which on a class is true.
 
     Raises:
         PerfVitError: none of these, or a threshold that is no probability between 0 and 1.
     """
     tags = {"PERF_VIT_CLASSES": ",".join(classes)}
     if kind == "classes" and multilabel:
-        return _true_classes(classes, threshold, tags)
+        return _true_classes(classes, score_threshold, tags)
     to_probabilities = sigmoid if multilabel else softmax
     if kind == "classes":
         return DenseOutput(
@@ -172,13 +172,13 @@ def _quantised(to_probabilities: ToProbabilities, strip: Strip) -> npt.NDArray[n
     return np.where(strip.valid, np.rint(scaled).astype(np.uint8), np.uint8(IGNORE_INDEX))
 
 
-def _true_classes(classes: Sequence[str], threshold: float, tags: Mapping[str, str]) -> DenseOutput:
-    if not 0 < threshold < 1:
-        raise PerfVitError(f"the threshold of labels must lie between 0 and 1, got {threshold:g}")
-    least_score = np.float32(math.log(threshold / (1 - threshold)))
+def _true_classes(classes: Sequence[str], score_threshold: float, tags: Mapping[str, str]) -> DenseOutput:
+    if not 0 < score_threshold < 1:
+        raise PerfVitError(f"score_threshold must lie between 0 and 1, got {score_threshold:g}")
+    least_score = np.float32(math.log(score_threshold / (1 - score_threshold)))
 
     def encode(strip: Strip) -> npt.NDArray[np.uint8]:
         return np.where(strip.valid, (strip.scores > least_score).astype(np.uint8), np.uint8(IGNORE_INDEX))
 
-    tags = {**tags, "PERF_VIT_THRESHOLD": str(float(threshold))}
+    tags = {**tags, "PERF_VIT_THRESHOLD": str(float(score_threshold))}
     return DenseOutput(encode=encode, band_names=classes, dtype="uint8", nodata=IGNORE_INDEX, tags=tags)

@@ -47,7 +47,7 @@ def predict_objects(
     batch_size: int = 1,
     num_readers: int | None = None,
     device: str | torch.device = "cpu",
-    precision: torch.dtype = torch.float32,
+    dtype: torch.dtype = torch.float32,
     score_threshold: float = 0.5,
     iou_threshold: float = 0.5,
     log: WindowLog | None = None,
@@ -69,7 +69,7 @@ def predict_objects(
         batch_size: windows a forward pass.
         num_readers: threads that read ahead; one per processor by default.
         device: where the tiles go.
-        precision: torch.float32, or torch.bfloat16 / torch.float16 for autocast.
+        dtype: torch.float32, or torch.bfloat16 / torch.float16 for autocast.
         score_threshold: lowest score of an object.
         iou_threshold: of two objects of a class with a larger IoU, the one with the higher score stays.
         log: Objects of windows that are finished already, which skip the model; those of further ones are added.
@@ -91,7 +91,7 @@ def predict_objects(
     with closing(tiles):
         for batch, empty in _batches(tiles, batch_size):
             found = []
-            for tile, detections in zip(batch, _forward(model, batch, device, precision), strict=True):
+            for tile, detections in zip(batch, _forward(model, batch, device, dtype), strict=True):
                 objects = scene_objects(detections, tile.window, score_threshold)
                 found.append((tile.window, stitcher.add(tile.window, objects, tile.valid)))
             if log is not None:
@@ -118,14 +118,14 @@ def _batches(tiles: Iterator[Tile], batch_size: int) -> Iterator[tuple[list[Tile
 
 
 def _forward(
-    model: ObjectModel, tiles: Sequence[Tile], device: str | torch.device, precision: torch.dtype
+    model: ObjectModel, tiles: Sequence[Tile], device: str | torch.device, dtype: torch.dtype
 ) -> Sequence[Detections]:
     if not tiles:
         return []
     pixels = np.stack([tile.pixels for tile in tiles if tile.pixels is not None])
     batch = to_device(torch.from_numpy(pixels), device)
     valid = valid_pixels(tiles) if takes_valid(model) else None
-    autocast = torch.autocast(batch.device.type, dtype=precision, enabled=precision != torch.float32)
+    autocast = torch.autocast(batch.device.type, dtype=dtype, enabled=dtype != torch.float32)
     with torch.inference_mode(), autocast:
         found = model(batch) if valid is None else model(batch, valid=valid.to(device))
     if len(found) != len(tiles) or not all(isinstance(detections, Detections) for detections in found):

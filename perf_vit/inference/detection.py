@@ -179,7 +179,7 @@ class DetectionPredictor(InputPredictor[Detector, DetectionPredictOptions]):
             batch_size=self.options.batch_size,
             num_readers=self.options.num_readers,
             device=self.ready(),
-            precision=self.options.dtype,
+            dtype=self.options.dtype,
             score_threshold=self.score_threshold,
             log=log,
             on_progress=on_progress,

@@ -208,7 +208,7 @@ class SegmentationPredictor(InputPredictor[Segmenter, SegmentationPredictOptions
             batch_size=self.options.batch_size,
             num_readers=self.options.num_readers,
             device=self.ready(),
-            precision=self.options.dtype,
+            dtype=self.options.dtype,
             finish=finish,
             on_progress=on_progress,
         )
@@ -299,17 +299,17 @@ class SegmentationPredictor(InputPredictor[Segmenter, SegmentationPredictOptions
         Raises:
             OptionError: Options of another kind of model.
         """
-        spec, threshold = self.model.spec, self.options.score_threshold
+        spec, score_threshold = self.model.spec, self.options.score_threshold
         if spec.multilabel and self.options.polygons:
             raise OptionError("polygons are of classes that exclude each other; this model's classes don't")
-        if not spec.multilabel and threshold is not None:
+        if not spec.multilabel and score_threshold is not None:
             raise OptionError("score_threshold is for objects and for classes that don't exclude each other")
         return class_output(
             self.options.kind,
             spec.classes,
             background=spec.background_index,
             multilabel=spec.multilabel,
-            threshold=0.5 if threshold is None else threshold,
+            score_threshold=0.5 if score_threshold is None else score_threshold,
         )
 
     def write_beside(self, job: MapJob, *, made: bool, damaged: bool) -> None:

@@ -43,7 +43,7 @@ def embed_windows(
     batch_size: int = 16,
     num_readers: int | None = None,
     device: str | torch.device = "cpu",
-    precision: torch.dtype = torch.float32,
+    dtype: torch.dtype = torch.float32,
     on_progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> FloatArray:
     """Features of windows, in their order; threads read ahead.
@@ -57,7 +57,7 @@ def embed_windows(
         batch_size: windows a forward pass.
         num_readers: threads that read; one per processor by default.
         device: where the windows go.
-        precision: torch.float32, or torch.bfloat16 / torch.float16 for autocast.
+        dtype: torch.float32, or torch.bfloat16 / torch.float16 for autocast.
         on_progress: called with (windows done, windows in all), for a progress bar.
 
     Returns:
@@ -67,7 +67,7 @@ def embed_windows(
         InputError: a window can't be read.
     """
     device = torch.device(device)
-    autocast = torch.autocast(device.type, dtype=precision, enabled=precision != torch.float32)
+    autocast = torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32)
     readers = num_readers or num_processors()
     tiles = read_ahead(windows, source, normalize, num_threads=readers, depth=2 * batch_size + readers)
     found: list[FloatArray] = []
@@ -221,7 +221,7 @@ class SlideClassificationPredictor(TablePredictor[SlideClassifier, SlideClassifi
                 num_readers=self.options.num_readers,
                 # The encoder is always in evaluation mode; the rest keeps its mode, as training embeds slides too.
                 device=move_to_device(self.model, self.options.device),
-                precision=self.options.dtype,
+                dtype=self.options.dtype,
                 on_progress=on_window,
             )
         return SlideFeatures(features, tuple(windows))

@@ -191,7 +191,7 @@ def _spec(config: DetectionRun, data: DetectionDataModule) -> DetectionSpec:
         data,
         category_ids=data.train_index.category_ids,
         label_options={
-            "label_format": split.format,
+            "label_format": split.label_format,
             "skip_classes": list(config.data.skip_classes),
             "attribute": config.data.attribute,
         },

@@ -34,8 +34,8 @@ DETECTION = """
 out: ???
 task: detection
 data:
-  train: {image: "???", labels: "???", format: polygons}
-  val: {image: "???", labels: "???", format: polygons}
+  train: {image: "???", labels: "???", label_format: polygons}
+  val: {image: "???", labels: "???", label_format: polygons}
   classes: [Tumor]
   attribute: classification
   mpp: 1.0

@@ -16,8 +16,8 @@ DETECTION = """
 out: ???
 task: detection
 data:
-  train: {image: "???", labels: "???", format: csv}
-  val: {image: "???", labels: "???", format: csv}
+  train: {image: "???", labels: "???", label_format: csv}
+  val: {image: "???", labels: "???", label_format: csv}
   classes: [car]
   tile_px: 32
   tiles_per_epoch: 2

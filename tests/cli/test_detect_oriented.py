@@ -17,7 +17,7 @@ CONFIG = """
 out: ???
 task: detection
 data:
-  train: {image: "???", labels: "???", format: dota}
+  train: {image: "???", labels: "???", label_format: dota}
   classes: [ship]
   tile_px: 64
   tiles_per_epoch: 32
@@ -72,7 +72,7 @@ def test_oriented_ships_go_from_labels_to_outlines_on_the_map(
     images, labels = tmp_path / "images", tmp_path / folder
     (tmp_path / "ships.yaml").write_text(CONFIG)
     files = [f"data.train.image={images}", f"data.train.labels={labels}", f"out={tmp_path / 'run'}"]
-    files += [f"data.train.format={label_format}"]
+    files += [f"data.train.label_format={label_format}"]
     assert call(["train", str(tmp_path / "ships.yaml"), *files]) == 0
     checkpoint = ["--checkpoint", tmp_path / "run" / "checkpoints" / "best.ckpt"]
 

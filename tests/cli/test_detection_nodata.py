@@ -29,7 +29,7 @@ def split(tmp_path) -> DetectionSplitConfig:
     write_half_empty(tmp_path / "a.tif", nodata=None)
     lines = ["image,xmin,ymin,xmax,ymax,label", *(f"a.tif,{row},car" for row in ROWS)]
     (tmp_path / "labels.csv").write_text("\n".join(lines))
-    return DetectionSplitConfig(image=str(tmp_path / "a.tif"), labels=str(tmp_path / "labels.csv"), format="csv")
+    return DetectionSplitConfig(image=str(tmp_path / "a.tif"), labels=str(tmp_path / "labels.csv"), label_format="csv")
 
 
 @pytest.mark.parametrize(("nodata", "num_seen"), [(None, 4), (0, 2)])
@@ -46,7 +46,9 @@ def test_training_and_validation_leave_missing_pixels_out(split, nodata, num_see
 def test_a_trained_detector_keeps_the_nodata_value(split, tmp_path) -> None:
     (tmp_path / "config.yaml").write_text(TRAIN)
     args = [
-        f"data.{part}.{key}={getattr(split, key)}" for part in ("train", "val") for key in ("image", "labels", "format")
+        f"data.{part}.{key}={getattr(split, key)}"
+        for part in ("train", "val")
+        for key in ("image", "labels", "label_format")
     ]
     assert call(["train", tmp_path / "config.yaml", f"out={tmp_path / 'run'}", *args]) == 0
     model = load_detector(tmp_path / "run" / "checkpoints" / "last.ckpt")

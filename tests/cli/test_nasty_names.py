@@ -131,7 +131,7 @@ def detection(root: Path) -> Case:
     ]
     with (root / "labels.csv").open("w", newline="", encoding="utf-8") as file:
         csv.writer(file).writerows([["image", "xmin", "ymin", "xmax", "ymax", "label"], *rows])
-    split = {"image": str(root / "images"), "labels": str(root / "labels.csv"), "format": "csv"}
+    split = {"image": str(root / "images"), "labels": str(root / "labels.csv"), "label_format": "csv"}
     head = {"head": "fcos", "head_kwargs": {"num_convs": 1, "detections_per_tile": 20}}
     run = train(
         root,

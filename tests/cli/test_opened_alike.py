@@ -34,8 +34,8 @@ model: {VIT}
     "detection": f"""
 task: detection
 data:
-  train: {{image: IMAGE, labels: LABELS, format: polygons}}
-  val: {{image: IMAGE, labels: LABELS, format: polygons}}
+  train: {{image: IMAGE, labels: LABELS, label_format: polygons}}
+  val: {{image: IMAGE, labels: LABELS, label_format: polygons}}
   classes: [thing]
   tile_px: 64
   tiles_per_epoch: 2

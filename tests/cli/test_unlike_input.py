@@ -22,7 +22,7 @@ CONFIGS = {
     ],
     "detection": [
         "data: {classes: [a], tile_px: 32, tiles_per_epoch: 2, batch_size: 2, "
-        "train: {format: csv}, val: {format: csv}}",
+        "train: {label_format: csv}, val: {label_format: csv}}",
         "model: {backbone: resnet18, strides: [8], channels: 64, head: fcos, head_kwargs: {num_convs: 1}}",
         TRAINER % "",
     ],

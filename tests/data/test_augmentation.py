@@ -82,7 +82,7 @@ def maps(
 
 
 def objects_of(folder: Path, augment: AugmentConfig, **changes) -> DetectionDataConfig:
-    split = DetectionSplitConfig(image=str(folder / "images"), labels=str(folder / "masks"), format="instances")
+    split = DetectionSplitConfig(image=str(folder / "images"), labels=str(folder / "masks"), label_format="instances")
     given = {"classes": ["building"], "tile_px": 32, "batch_size": 2, "tiles_per_epoch": 6, "random_share": 0.0}
     return DetectionDataConfig(train=split, val=split, augment=augment, **{**given, **changes})
 
@@ -136,7 +136,7 @@ def test_oriented_boxes_follow_pixels_through_flips_and_sizes(tmp_path) -> None:
     (tmp_path / "labels").mkdir()
     line = " ".join(f"{value:g}" for value in corners.ravel())
     (tmp_path / "labels" / "a.txt").write_text(f"{line} ship 0\n")
-    split = DetectionSplitConfig(image=str(tmp_path / "images"), labels=str(tmp_path / "labels"), format="dota")
+    split = DetectionSplitConfig(image=str(tmp_path / "images"), labels=str(tmp_path / "labels"), label_format="dota")
     given = {"classes": ["ship"], "tile_px": 64, "batch_size": 2, "tiles_per_epoch": 6, "random_share": 0.0}
     augment = AugmentConfig(resolution=(0.4, 0.6))
     data = build_detection_datamodule(DetectionDataConfig(train=split, val=split, augment=augment, **given), seed=0)
@@ -242,7 +242,7 @@ def test_tiles_of_a_slide_at_its_own_size_are_its_pixels(slide) -> None:
 
 @pytest.mark.parametrize(("sizes", "side"), [((0.5, 0.5), 0.5), ((2.0, 2.0), 2.0), ((0.25, 0.25), 0.25)])
 def test_objects_of_slides_have_their_size_in_micrometres(slide, sizes, side) -> None:
-    split = DetectionSplitConfig(image=slide.image, labels=slide.labels, format="polygons")
+    split = DetectionSplitConfig(image=slide.image, labels=slide.labels, label_format="polygons")
     given = {"classes": ["building"], "attribute": "classification", "batch_size": 2, "tiles_per_epoch": 4}
     augment = AugmentConfig(flips=False, resolution=sizes)
     config = DetectionDataConfig(
@@ -340,7 +340,7 @@ def test_images_without_a_pixel_size_and_classifiers_refuse_sizes_of_pixels(tmp_
     augment = AugmentConfig(resolution=(0.5, 1.0))
     boxes = tmp_path / "boxes.csv"
     boxes.write_text("image,xmin,ymin,xmax,ymax,label\na.png,1,1,20,20,car\nb.png,1,1,20,20,car\n")
-    cars = DetectionSplitConfig(image=str(tmp_path / "images"), labels=str(boxes), format="csv")
+    cars = DetectionSplitConfig(image=str(tmp_path / "images"), labels=str(boxes), label_format="csv")
     config = DetectionDataConfig(train=cars, classes=["car"], tile_px=32, augment=augment)
     with pytest.raises(ConfigError, match=r"needs the pixel size, which .*png doesn't have; .* data\.augment\.scale"):
         build_detection_datamodule(config, seed=0)

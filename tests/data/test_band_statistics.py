@@ -69,7 +69,9 @@ def folders(tmp_path, options) -> ClassificationDataConfig:
 def objects(tmp_path, options) -> DetectionDataConfig:
     write_image(tmp_path / "objects" / "a.png", height=70, width=90)
     (tmp_path / "objects.csv").write_text("image_path,xmin,ymin,xmax,ymax,label\na.png,3,4,20,30,ship\n")
-    split = DetectionSplitConfig(image=str(tmp_path / "objects"), labels=str(tmp_path / "objects.csv"), format="csv")
+    split = DetectionSplitConfig(
+        image=str(tmp_path / "objects"), labels=str(tmp_path / "objects.csv"), label_format="csv"
+    )
     return DetectionDataConfig(train=split, val=split, classes=["ship"], tile_px=32, **options)
 
 

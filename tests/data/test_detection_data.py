@@ -106,7 +106,7 @@ def test_augmentation_of_every_kind_keeps_shapes_and_boxes_inside(ships) -> None
 
 
 def test_the_config_loads_from_yaml(ships, tmp_path) -> None:
-    text = f"classes: [ship, dock]\ntrain:\n  image: {ships.image}\n  labels: {ships.labels}\n  format: coco\n"
+    text = f"classes: [ship, dock]\ntrain:\n  image: {ships.image}\n  labels: {ships.labels}\n  label_format: coco\n"
     (tmp_path / "data.yaml").write_text(text + "augment:\n  scale: [0.8, 1.25]\n")
     config = load_config(tmp_path / "data.yaml", DetectionDataConfig, ["sampler=random", "tile_px=32"])
     assert len(build_detection_datamodule(config, seed=0).train) == 200
@@ -179,7 +179,7 @@ def test_objects_on_no_data_are_counted_and_refused_where_all_are(make_scene, tm
     def split(name: str, image: Path, *rows: str) -> DetectionSplitConfig:
         lines = ["image,xmin,ymin,xmax,ymax,label", *(f"{image.name},{row},ship" for row in rows)]
         (tmp_path / f"{name}.csv").write_text("\n".join(lines))
-        return DetectionSplitConfig(image=str(image), labels=str(tmp_path / f"{name}.csv"), format="csv")
+        return DetectionSplitConfig(image=str(image), labels=str(tmp_path / f"{name}.csv"), label_format="csv")
 
     def build(**parts: DetectionSplitConfig) -> None:
         whole = split("whole", good, "2,2,9,9")
@@ -197,6 +197,6 @@ def test_objects_on_no_data_are_counted_and_refused_where_all_are(make_scene, tm
 def test_images_without_a_valid_pixel_are_an_error(make_scene, tmp_path) -> None:
     scene = make_scene(pixels=np.zeros((3, 40, 40), np.uint8), nodata=0)
     (tmp_path / "t.csv").write_text(f"image,xmin,ymin,xmax,ymax,label\n{scene.name},1,1,9,9,ship\n")
-    split = DetectionSplitConfig(image=str(scene), labels=str(tmp_path / "t.csv"), format="csv")
+    split = DetectionSplitConfig(image=str(scene), labels=str(tmp_path / "t.csv"), label_format="csv")
     with pytest.raises(InputError, match="1 of 1 objects in the 1 training images checked cover no valid pixel"):
         build_detection_datamodule(_config(split, classes=["ship"], val=split), seed=0)

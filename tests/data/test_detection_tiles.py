@@ -48,7 +48,7 @@ def nuclei(tmp_path_factory):
 
 
 def _windows(index, seed: int = 0, sampler: str = "objects", **changes) -> DetectionTiles:
-    options = {"tile_px": 48, "length": 8, "scale": (0.7, 1.4), **changes}
+    options = {"tile_px": 48, "tiles_per_epoch": 8, "scale": (0.7, 1.4), **changes}
     made = make_sampler(sampler, index.records, options["tile_px"])
     return DetectionTiles(DetectionImages(index.records), made, NORMALIZER, seed=seed, **options)
 
@@ -136,7 +136,7 @@ def test_pixels_under_a_mask_move_with_it(tmp_path) -> None:
     index = read_object_labels(tmp_path / "masks", tmp_path / "images", label_format="instances")
     sampler = make_sampler("objects", index.records, 40, random_share=0)
     plain = Normalizer((0.0,), (1.0,))
-    dataset = DetectionTiles(DetectionImages(index.records), sampler, plain, tile_px=40, length=1, seed=0)
+    dataset = DetectionTiles(DetectionImages(index.records), sampler, plain, tile_px=40, tiles_per_epoch=1, seed=0)
     for i in range(20):
         image, objects, _ = dataset[i]
         assert len(objects) > 0

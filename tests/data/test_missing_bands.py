@@ -54,7 +54,7 @@ def maps(image, make_scene, augment):
 def objects(image, make_scene, augment):
     table = image.with_suffix(".csv")
     table.write_text(f"image_path,xmin,ymin,xmax,ymax,label\n{image.name},30,40,90,70,ship\n")
-    split = DetectionSplitConfig(image=str(image), labels=str(table), format="csv")
+    split = DetectionSplitConfig(image=str(image), labels=str(table), label_format="csv")
     config = DetectionDataConfig(train=split, val=split, classes=["ship"], tile_px=48, augment=augment, **STATISTICS)
     data = build_detection_datamodule(config, seed=0)
     return [data.train[index] for index in range(20)]

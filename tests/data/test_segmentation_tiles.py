@@ -24,7 +24,7 @@ def ships(tmp_path_factory):
 
 def _random(ships, seed: int = 0) -> SegmentationTiles:
     augmentation = Augmentation(flips=True, scale=(0.7, 1.3), gain=0.1, offset=0.1)
-    return SegmentationTiles([ships], NORMALIZER, augmentation, tile_px=64, length=6, seed=seed)
+    return SegmentationTiles([ships], NORMALIZER, augmentation, tile_px=64, tiles_per_epoch=6, seed=seed)
 
 
 def test_samples_depend_on_seed_and_index_whatever_the_workers(ships) -> None:
@@ -67,7 +67,7 @@ def test_a_region_keeps_labels_of_the_other_part_out(ships) -> None:
     upper = LabelledSource(ships.source, ships.labels, Window(0, 0, 100, 200))
     _, labels = upper.read(Window(60, 40, 64, 64), NORMALIZER)
     assert (labels[40:] == IGNORE_INDEX).all()
-    dataset = SegmentationTiles([upper], NORMALIZER, Augmentation(flips=False), tile_px=64, length=50, seed=0)
+    dataset = SegmentationTiles([upper], NORMALIZER, Augmentation(flips=False), tile_px=64, tiles_per_epoch=50, seed=0)
     rows = [np.flatnonzero((dataset[i][1] != IGNORE_INDEX).any(1)).max() for i in range(20)]
     assert max(rows) <= 63
 
@@ -90,7 +90,7 @@ def test_tiles_of_several_rasters_come_in_proportion_to_their_size(ships) -> Non
             seen.append(super()._choose(rng))
             return seen[-1]
 
-    options = {"tile_px": 32, "length": 200, "seed": 0}
+    options = {"tile_px": 32, "tiles_per_epoch": 200, "seed": 0}
     mixed = Watched([ships, upper], NORMALIZER, Augmentation(flips=False), **options)
     for index in range(200):
         mixed[index]

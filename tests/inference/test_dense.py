@@ -270,7 +270,7 @@ def test_bfloat16_autocast_stays_close_to_float32() -> None:
     plane = Plane(rng.standard_normal((3, 40, 40)).astype(np.float32), np.ones((40, 40), bool))
     options = {"extent": Window(0, 0, 40, 40), "num_channels": 2, "window_size": 16, "overlap": 4}
     exact, half = (
-        np.concatenate([s.scores for s in strips_of(conv, plane, precision=p, **options)], axis=1)
+        np.concatenate([s.scores for s in strips_of(conv, plane, dtype=p, **options)], axis=1)
         for p in (torch.float32, torch.bfloat16)
     )
     assert 0 < np.abs(exact - half).max() < 0.05

@@ -248,5 +248,5 @@ def test_bfloat16_answers_are_taken() -> None:
         return [Detections(scores=scores, labels=torch.tensor([0]), boxes_xyxy=torch.tensor([[1.0, 1, 5, 5]]))]
 
     assert as_float(Places(4, 4).read(Window(0, 0, 4, 4))).dtype == np.float32
-    found = search(model, Places(16, 16), window_size=16, overlap=0, precision=torch.bfloat16)
+    found = search(model, Places(16, 16), window_size=16, overlap=0, dtype=torch.bfloat16)
     assert found.scores.tolist() == [0.75]

@@ -125,7 +125,7 @@ def test_slides_may_lack_their_ending_and_are_named_once(root) -> None:
 
 
 def tiles_of(labelled: ImageTargets, **options) -> ClassificationTiles:
-    given = {"tile_px": 4, "resize": False, "length": len(labelled), "seed": 3, **options}
+    given = {"tile_px": 4, "resize": False, "tiles_per_epoch": len(labelled), "seed": 3, **options}
     return ClassificationTiles(ClassificationImages(labelled), PLAIN, Augmentation(), **given)
 
 
@@ -147,7 +147,7 @@ def test_tiles_are_the_same_whatever_the_number_of_workers(root) -> None:
 def test_balanced_tiles_draw_each_class_alike(tmp_path) -> None:
     for number in range(9):
         save_image(tmp_path / ("rare" if number == 0 else "often") / f"{number}.png")
-    tiles = tiles_of(read_class_folders(tmp_path), length=200, balanced=True)
+    tiles = tiles_of(read_class_folders(tmp_path), tiles_per_epoch=200, balanced=True)
     assert np.mean([int(tiles[i][1]) for i in range(200)]) == pytest.approx(0.5, abs=0.1)
 
 
@@ -192,7 +192,7 @@ def test_parts_without_a_valid_pixel_are_drawn_anew(tmp_path) -> None:
     ) as file:
         file.write(pixels)
     images = ClassificationImages(read_class_folders(tmp_path))
-    options = {"tile_px": 8, "resize": False, "length": 40, "seed": 0}
+    options = {"tile_px": 8, "resize": False, "tiles_per_epoch": 40, "seed": 0}
     tiles = ClassificationTiles(images, PLAIN, Augmentation(flips=False), **options)
     assert all(tiles[index][0].max() == 9 for index in range(40))
 

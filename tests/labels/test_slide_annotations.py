@@ -124,7 +124,7 @@ def test_objects_of_slides_are_in_pixels_of_the_size_that_is_read(slide, mpp, sc
 
 
 def test_detectors_train_on_tiles_at_the_mpp_of_the_config(slide) -> None:
-    split = DetectionSplitConfig(image=str(slide), labels=str(slide.with_suffix(".geojson")), format="polygons")
+    split = DetectionSplitConfig(image=str(slide), labels=str(slide.with_suffix(".geojson")), label_format="polygons")
     given = {"classes": ["Tumor", "Stroma"], "attribute": "classification", "tile_px": 128, "tiles_per_epoch": 4}
     data = build_detection_datamodule(DetectionDataConfig(train=split, val=split, mpp=2.0, **given), seed=0)
     tile, objects, _ = data.val[0]

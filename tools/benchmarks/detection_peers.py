@@ -241,7 +241,7 @@ def score_images(
     index = read_object_labels(
         labels,
         images,
-        label_format=data.train.format,
+        label_format=data.train.label_format,
         classes=data.classes,
         skip_classes=data.skip_classes,
         names=None if names is None else list(names),

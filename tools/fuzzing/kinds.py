@@ -151,7 +151,7 @@ def _object_commands(label_format: str) -> Commands:
         files = [f"data.train.labels={labels}", f"data.train.image={images}"]
         as_train = ["data.val.labels", "data.val.image"]
         validated = [f"{key}={item.split('=', 1)[1]}" for key, item in zip(as_train, files, strict=True)]
-        named = [f"data.train.format={label_format}", f"data.val.format={label_format}"]
+        named = [f"data.train.label_format={label_format}", f"data.val.label_format={label_format}"]
         uses = [
             _evaluate(shop, "detection", images, labels, "--label-format", label_format),
             _train(shop, "detection", out, *files, *validated, *named),
