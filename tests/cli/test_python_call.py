@@ -6,6 +6,7 @@ import numpy as np
 import rasterio
 import torch
 from command_line import call
+from doc_examples import examples, run
 from synthetic_slide import make_slide
 
 import perf_vit
@@ -78,3 +79,15 @@ def test_the_call_reads_the_bands_of_the_model(tmp_path: Path, make_scene) -> No
 def test_the_call_reads_slides_at_the_pixel_size_of_the_model(tmp_path: Path) -> None:
     slide = make_slide(tmp_path / "slide.tif", 320, 400, mpp=0.5, tile_px=64, tissue_share=1.0)
     assert_equal_maps(maps(trained(tmp_path / "x.ckpt", mpp=1.0), slide, tmp_path))
+
+
+def test_the_strips_of_the_page_are_those_of_the_scene(tmp_path: Path, make_scene, monkeypatch, capsys) -> None:
+    make_scene(height=200).rename(tmp_path / "scene.tif")
+    trained(tmp_path / "x.ckpt")
+    monkeypatch.chdir(tmp_path)
+    run(["import perf_vit\nmodel = perf_vit.load('x.ckpt')", *examples("inference.md", "Other models")])
+    shown = capsys.readouterr().out.splitlines()
+    assert shown == [
+        "Window(row=0, col=0, height=128, width=90) (2, 128, 90)",
+        "Window(row=128, col=0, height=72, width=90) (2, 72, 90)",
+    ]
