@@ -122,7 +122,7 @@ def linearize(
         per_layer: Options by layer index, which override `options`: {11: {"window_size": 8}}. They may set another
             "mixer", for which `options` are ignored.
         **options: Options of the mixer: fields of `ClusteredOptions` (window_size, num_sinks, num_clusters,
-            max_exact_tokens) or of `PerformerOptions` (num_features, kernel, seed and others).
+            max_exact_tokens, chunk_size) or of `PerformerOptions` (num_features, kernel, seed and others).
 
     Returns:
         The converted copy, in the same mode (training or evaluation). Its attribute `conversion` holds the arguments.

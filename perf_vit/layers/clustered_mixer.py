@@ -27,15 +27,18 @@ class ClusteredOptions(MixerOptions):
             32,768 tokens and 160 in larger ones.
         max_exact_tokens: Largest number of patch tokens of an image for which softmax attention runs instead, which is
             exact and not slower; 0 for clusters at every size. The default is the crossover of heads of 64 channels.
+        chunk_size: Largest number of tokens per sample and head that are processed at once, see
+            `perf_vit.ops.clustered_attention`; None suits the device.
 
     Raises:
-        ValueError: a value is negative or not an integer, or `num_clusters` is 0.
+        ValueError: a value is negative or not an integer, or `num_clusters` or `chunk_size` is 0.
     """
 
     window_size: int = 16
     num_sinks: int | None = None
     num_clusters: int | None = None
     max_exact_tokens: int = 48 * 48
+    chunk_size: int | None = None
 
     def __post_init__(self) -> None:
         check_integers(window_size=self.window_size, max_exact_tokens=self.max_exact_tokens)
@@ -43,6 +46,8 @@ class ClusteredOptions(MixerOptions):
             check_integers(1, num_clusters=self.num_clusters)
         if self.num_sinks is not None:
             check_integers(num_sinks=self.num_sinks)
+        if self.chunk_size is not None:
+            check_integers(1, chunk_size=self.chunk_size)
         super().__post_init__()
 
     def sinks_of(self, grid: tuple[int, int]) -> int:
@@ -111,4 +116,5 @@ class ClusteredMixer(Mixer):
             options.clusters_of(grid),
             options.num_prefix_tokens,
             key_mask,
+            options.chunk_size,
         )

@@ -31,6 +31,8 @@ class PerformerOptions(MixerOptions):
         center: Whether queries and keys are centred by their means per call and head (see `fit_balancing`).
         balance: Whether their channels are balanced per call and head.
         seed: Seed of the model's projections, at least 0; each layer draws its own.
+        chunk_size: Number of tokens per sample and head whose features are in memory at once, see
+            `perf_vit.ops.favor_attention`; None suits the device.
 
     Raises:
         ValueError: The kernel is unknown or incompatible with centring and balancing, or a value is negative or not
@@ -44,6 +46,7 @@ class PerformerOptions(MixerOptions):
     center: bool = False
     balance: bool = False
     seed: int = 0
+    chunk_size: int | None = None
 
     def __post_init__(self) -> None:
         if (self.center or self.balance) and not get_kernel(self.kernel).estimates_softmax:
@@ -53,6 +56,8 @@ class PerformerOptions(MixerOptions):
             )
         check_integers(1, num_features=self.num_features)
         check_integers(seed=self.seed)
+        if self.chunk_size is not None:
+            check_integers(1, chunk_size=self.chunk_size)
         super().__post_init__()
 
     def summary(self, grid: tuple[int, int]) -> dict[str, int]:
@@ -146,8 +151,10 @@ def _attend(
             raise ValueError(
                 "is_causal=True needs center=False and balance=False: the statistics of a call include future tokens"
             )
-        balancing = fit_balancing(q, k, key_mask, center=options.center, balance=options.balance)
-    return favor_attention(q, k, v, projection, options.kernel, key_mask, is_causal, balancing)
+        balancing = fit_balancing(
+            q, k, key_mask, center=options.center, balance=options.balance, chunk_size=options.chunk_size
+        )
+    return favor_attention(q, k, v, projection, options.kernel, key_mask, is_causal, balancing, options.chunk_size)
 
 
 def current_draw(model: nn.Module) -> int:

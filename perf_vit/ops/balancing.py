@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-__all__ = ["Balancing", "fit_balancing"]
+__all__ = ["Balancing", "fit_balancing", "moment_tokens"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -48,7 +48,7 @@ def fit_balancing(
     *,
     center: bool = True,
     balance: bool = True,
-    chunk_size: int = 2048,
+    chunk_size: int | None = None,
 ) -> Balancing:
     """Fit the balancing to queries and keys.
 
@@ -62,7 +62,7 @@ def fit_balancing(
         key_mask: [B, N_k] bool, False for keys to ignore; applied to the queries too where N_q = N_k.
         center: Whether to fit the centres; False sets them to 0.
         balance: Whether to fit the scale; False sets it to 1.
-        chunk_size: Number of tokens processed at once, which bounds memory.
+        chunk_size: Number of tokens processed at once; None for 2,048, and on GPUs for all.
 
     Returns:
         The balancing, in float32, or float64 for float64 inputs.
@@ -86,7 +86,12 @@ def fit_balancing(
     return Balancing(query_center, key_center, scale)
 
 
-def _moments(x: Tensor, mask: Tensor | None, center: bool, chunk_size: int) -> tuple[Tensor, Tensor]:
+def moment_tokens(x: Tensor) -> int:
+    """Return how many tokens of [B, H, N, D] are summed at once: those that fit in a processor's cache, or all."""
+    return 2048 if x.device.type == "cpu" else max(1, x.shape[2])
+
+
+def _moments(x: Tensor, mask: Tensor | None, center: bool, chunk_size: int | None) -> tuple[Tensor, Tensor]:
     """Return the mean (0 unless `center`) and the mean square about it, [B, H, 1, D]."""
     dtype = torch.promote_types(x.dtype, torch.float32)
     count = x.shape[2] if mask is None else mask.sum(dim=1).reshape(-1, 1, 1, 1).clamp(min=1)
@@ -96,8 +101,9 @@ def _moments(x: Tensor, mask: Tensor | None, center: bool, chunk_size: int) -> t
     return mean, _sum(x, mask, mean, 2, chunk_size) / count
 
 
-def _sum(x: Tensor, mask: Tensor | None, center: Tensor, power: int, chunk_size: int) -> Tensor:
+def _sum(x: Tensor, mask: Tensor | None, center: Tensor, power: int, chunk_size: int | None) -> Tensor:
     total = torch.zeros_like(center)
+    chunk_size = chunk_size or moment_tokens(x)
     for start in range(0, x.shape[2], chunk_size):
         part = (x[:, :, start : start + chunk_size].to(center.dtype) - center).pow_(power)
         if mask is not None:

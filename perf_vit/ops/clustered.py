@@ -40,6 +40,7 @@ def clustered_attention(
     num_clusters: int = 160,
     num_prefix_tokens: int = 1,
     key_mask: Tensor | None = None,
+    chunk_size: int | None = None,
 ) -> Tensor:
     """Softmax attention in which clusters replace the keys outside a query's window.
 
@@ -72,18 +73,23 @@ def clustered_attention(
         num_clusters: Largest number of clusters per sample and head.
         num_prefix_tokens: Number of class and register tokens, which come first.
         key_mask: [B, N] bool, False for keys to ignore.
+        chunk_size: Largest number of tokens per sample and head that are processed at once, at least a row of windows;
+            changes the result by rounding only. None for as many as fit in a processor's cache, on other devices in
+            about 6 GiB.
 
     Returns:
         Attended values, [B, H, N, Dv], in the dtype of `q`; 0 for queries without a visible key.
 
     Raises:
-        ValueError: The shapes are inconsistent or `num_clusters` is below 1.
+        ValueError: The shapes are inconsistent, or `num_clusters` or `chunk_size` is below 1.
     """
     check_attention_keys(k, v, key_mask)
     check_grid(q, k, grid, window_size, num_sinks, num_prefix_tokens)
     if num_clusters < 1:
         raise ValueError(f"num_clusters must be 1 or more, got {num_clusters}; 160 suits images of 700 px and up")
-    options = (window_size, num_sinks, num_clusters, num_prefix_tokens, key_mask)
+    if chunk_size is not None and chunk_size < 1:
+        raise ValueError(f"chunk_size must be at least 1, got {chunk_size}; None suits most machines")
+    options = (window_size, num_sinks, num_clusters, num_prefix_tokens, key_mask, chunk_size)
     needs_gradient = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))
     if torch.compiler.is_dynamo_compiling() and not torch.compiler.is_exporting() and not needs_gradient:
         # One node of the graph: the sizes of its windows would make a graph of every image size.
@@ -101,6 +107,7 @@ def _clustered_attention(
     num_clusters: int,
     num_prefix_tokens: int,
     key_mask: Tensor | None,
+    chunk_size: int | None,
 ) -> Tensor:
     # Under torch.jit.trace sizes are tensors; a trace is valid for one image size.
     rows, columns = grid if torch.compiler.is_compiling() else (int(grid[0]), int(grid[1]))
@@ -126,6 +133,7 @@ def _clustered_attention(
             sizes=(int(k.shape[-1]), int(v.shape[-1])),
             zero=q.new_zeros(1),
             one=q.new_ones(1),
+            chunk_size=chunk_size,
         )
         return attention.run(prefix, q, k, v, valid, grid).to(dtype)
 
@@ -158,6 +166,7 @@ class _Attention:
         sizes: Channels of keys and of values, D and Dv.
         zero: 0 in the dtype of the attention, [1]; sums over clusters are in at least float32.
         one: 1 in the same dtype, [1].
+        chunk_size: Largest number of tokens per sample and head to process at once; None for the default.
     """
 
     clusters: Clusters
@@ -168,6 +177,7 @@ class _Attention:
     sizes: tuple[int, int]
     zero: Tensor
     one: Tensor
+    chunk_size: int | None
 
     @property
     def dtype(self) -> torch.dtype:
@@ -218,9 +228,12 @@ class _Attention:
     def _rows_at_once(self, q: Tensor, grid: tuple[int, int]) -> int:
         if torch.compiler.is_compiling():
             return grid[0]
-        each, across = q.shape[0] * q.shape[1], self.windows.across
-        limit = _CPU_TOKENS if q.device.type == "cpu" else min(_DEVICE_TOKENS, _MOST_WINDOWS // across * grid[1])
-        return self.windows.height * max(1, limit // (each * self.windows.height * grid[1]))
+        each, is_cpu = q.shape[0] * q.shape[1], q.device.type == "cpu"
+        tokens = (_CPU_TOKENS if is_cpu else _DEVICE_TOKENS) // each if self.chunk_size is None else self.chunk_size
+        most = tokens // (self.windows.height * grid[1])
+        if not is_cpu:
+            most = min(most, _MOST_WINDOWS // (each * self.windows.across))
+        return self.windows.height * max(1, most)
 
     def _whole(self, q: Tensor, k: Tensor, v: Tensor, valid: Tensor | None) -> Tensor:
         """Attend with all queries at once, [B, H, rows, columns, D] -> [B, rows, columns, H, Dv]."""

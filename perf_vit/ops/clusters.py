@@ -134,7 +134,8 @@ def describe_clusters(sample: Sample, num_clusters: int) -> Clusters:
     labels = nearest_center(keys, centers)
     means, number = _means(rows, labels, num_clusters, head_dim)
     spread = (means[..., head_dim + 1, None] - means[..., :head_dim].square() @ weight).clamp(min=0.0)
-    residual = rows - _of_label(means, labels)
+    # Residuals of a cluster sum to 0, so that its mean has no gradient in products of them.
+    residual = rows - _of_label(means.detach(), labels)
     r_k, r_v = residual[..., :head_dim], residual[..., head_dim + 2 :]
     if sample.valid is not None:
         r_k = r_k * sample.valid

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any
@@ -10,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from perf_vit.ops.balancing import Balancing
+from perf_vit.ops.balancing import Balancing, moment_tokens
 from perf_vit.ops.causal import causal_favor
 from perf_vit.ops.features import FeatureMap, invert_key_mask, join_chunks, token_slices, without_autocast
 from perf_vit.ops.kernels import Kernel
@@ -18,10 +19,14 @@ from perf_vit.ops.state import KVState, check_keys, make_feature_map, masked_val
 
 __all__ = ["favor_attention", "optimal_parameter"]
 
+# Tokens whose features fit in a processor's cache. Elsewhere chunks only limit memory: features of a chunk, 1 GiB in
+# float32.
+_CPU_TOKENS, _DEVICE_FEATURES = 512, 2**28
+
 
 @torch.no_grad()
 def optimal_parameter(
-    feature_map: FeatureMap, q: Tensor, k: Tensor, key_mask: Tensor | None = None, chunk_size: int = 2048
+    feature_map: FeatureMap, q: Tensor, k: Tensor, key_mask: Tensor | None = None, chunk_size: int | None = None
 ) -> Tensor:
     """Return the A that minimises the log second moment of the estimator at the mean |x + y|^2 over all pairs.
 
@@ -34,7 +39,7 @@ def optimal_parameter(
         q: Queries, [B, H, N_q, D].
         k: Keys, [B, H, N_k, D].
         key_mask: [B, N_k] bool, False for keys to ignore; applied to the queries too where N_q = N_k.
-        chunk_size: Number of tokens processed at once, which bounds memory.
+        chunk_size: Number of tokens processed at once; None for 2,048, and on GPUs for all.
 
     Returns:
         A <= 0 per sample and head, [B, H, 1, 1].
@@ -51,10 +56,11 @@ def optimal_parameter(
 
 
 def _means(
-    inputs: Callable[[Tensor], Tensor], tokens: Tensor, mask: Tensor | None, chunk_size: int
+    inputs: Callable[[Tensor], Tensor], tokens: Tensor, mask: Tensor | None, chunk_size: int | None
 ) -> tuple[Tensor, Tensor]:
     """Return the means of x, [B, H, 1, D], and of |x|^2, [B, H, 1, 1]."""
     sums, squares = [], []
+    chunk_size = chunk_size or moment_tokens(tokens)
     for start in range(0, tokens.shape[2], chunk_size):
         x = inputs(tokens[:, :, start : start + chunk_size])
         if mask is not None:
@@ -74,7 +80,7 @@ def favor_attention(
     key_mask: Tensor | None = None,
     causal: bool = False,
     balancing: Balancing | None = None,
-    chunk_size: int = 512,
+    chunk_size: int | None = None,
 ) -> Tensor:
     """Attention through random features (FAVOR+).
 
@@ -99,7 +105,8 @@ def favor_attention(
         balancing: Constants from `fit_balancing` that centre and balance q and k first; the estimate of softmax
             attention improves. With `causal` they must not be fitted to this call's tokens, which would leak future
             tokens.
-        chunk_size: Number of tokens whose features are in memory at once; changes the result by rounding only.
+        chunk_size: Number of tokens per sample and head whose features are in memory at once; changes the result by
+            rounding only. None for 512, and on GPUs for as many as have 1 GiB of features.
 
     Returns:
         Attended values, [B, H, N_q, Dv], in the dtype of `q`.
@@ -108,6 +115,7 @@ def favor_attention(
         ValueError: The kernel is unknown, there are no keys, or the shapes are inconsistent.
     """
     feature_map = make_feature_map(kernel, projection, balancing)
+    chunk_size = _tokens_at_once(q, feature_map) if chunk_size is None else chunk_size
     _check(q, k, v, feature_map, key_mask, causal, chunk_size)
     if torch.compiler.is_exporting() and not causal:
         # A single chunk exports as one graph for any number of tokens, with the features of all of them in memory.
@@ -268,6 +276,13 @@ def _rebuild(
     if kernel.bind is not None and parameter is not None:
         kernel = kernel.bind(parameter)
     return FeatureMap(kernel, projection, Balancing(*constants) if constants else None)
+
+
+def _tokens_at_once(q: Tensor, feature_map: FeatureMap) -> int:
+    if q.device.type == "cpu":
+        return _CPU_TOKENS
+    num_features = feature_map.projection.shape[0] * feature_map.kernel.features_per_row
+    return max(1, _DEVICE_FEATURES // max(1, math.prod(q.shape[:2]) * num_features))
 
 
 def _check(
