@@ -400,8 +400,8 @@ def _wait(settings: Settings) -> None:
 
 
 def _free(settings: Settings) -> None:
-    gc.collect()
     if settings.is_gpu:
+        gc.collect()
         torch.cuda.empty_cache()
 
 
