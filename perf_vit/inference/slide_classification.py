@@ -26,6 +26,7 @@ from perf_vit.inference.prefetch import Reads, Tile, num_processors, read_ahead,
 from perf_vit.inference.table_predictor import Rows, TablePredictor
 from perf_vit.models import InputCheck, SlideClassifier, load_slide_classifier
 from perf_vit.plotting import rgb_from, save_png
+from perf_vit.plotting.panels import with_color_bar
 from perf_vit.types import GeoImage, Source, Window
 from perf_vit.writers import write_objects
 
@@ -101,6 +102,8 @@ _SIZE_PX = 2048
 
 _OPACITY = 0.55
 
+_COLORMAP = "turbo"
+
 
 def attention_picture(
     source: Source, windows: Sequence[Window], weights: npt.NDArray[np.floating], max_size_px: int = _SIZE_PX
@@ -119,9 +122,7 @@ def attention_picture(
     Raises:
         InputError: the slide can't be read.
     """
-    image = source.read_reduced(max_size_px)
-    is_rgb = image.pixels.dtype == np.uint8 and len(image.pixels) == 3
-    picture = image.pixels.transpose(1, 2, 0) if is_rgb else rgb_from(image)
+    picture = rgb_from(source.read_reduced(max_size_px))
     height, width = picture.shape[:2]
     heat = np.full((height, width), np.nan)
     for index in np.argsort(weights, kind="stable"):
@@ -130,7 +131,7 @@ def attention_picture(
         cols = slice(*_pixels(window.col, window.col_stop, width / source.width))
         heat[rows, cols] = weights[index]
     seen = ~np.isnan(heat)
-    colors = matplotlib.colormaps["turbo"](np.nan_to_num(heat))[..., :3] * 255
+    colors = matplotlib.colormaps[_COLORMAP](np.nan_to_num(heat))[..., :3] * 255
     mixed = np.where(seen[..., None], (1 - _OPACITY) * picture + _OPACITY * colors, picture)
     return np.rint(mixed).astype(np.uint8)
 
@@ -265,12 +266,13 @@ class SlideClassificationPredictor(TablePredictor[SlideClassifier, SlideClassifi
         found = self.embed(path, self.on_window, windows)
         probabilities, attention = self.classify(found)
         predicted = int(probabilities.argmax())
-        self._write_attention(path, found, attention, predicted, folder)
+        title = f"{self.model.spec.classes[predicted]}, probability {probabilities[predicted]:.2f}: {Path(path).name}"
+        self._write_attention(path, found, attention, predicted, title, folder)
         scores = [f"{value:.6g}" for value in probabilities]
         return [self.model.spec.classes[predicted], *scores, str(len(attention))]
 
     def _write_attention(
-        self, path: str, found: SlideFeatures, attention: FloatArray, predicted: int, folder: Path
+        self, path: str, found: SlideFeatures, attention: FloatArray, predicted: int, title: str, folder: Path
     ) -> None:
         weights = attention / attention.max()
         boxes = np.array([[w.col, w.row, w.col_stop, w.row_stop] for w in found.windows], np.float32)
@@ -278,7 +280,8 @@ class SlideClassificationPredictor(TablePredictor[SlideClassifier, SlideClassifi
         objects, picture = _unfinished(folder, path)
         with closing(self.open_with_glass(path)) as source:
             write_objects(objects, boxes, weights, labels, self.model.spec.classes, source=source)
-            save_png(picture, attention_picture(source, found.windows, weights))
+            painted = attention_picture(source, found.windows, weights)
+            save_png(picture, with_color_bar(painted, title, _COLORMAP, ("no attention", "most attention")))
 
 
 def attention_folder(out: Path) -> Path:

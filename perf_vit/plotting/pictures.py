@@ -21,6 +21,7 @@ from perf_vit.types import GeoImage, Source
 
 __all__ = [
     "add_legend",
+    "color_bands",
     "figure_height",
     "figure_name",
     "label_font",
@@ -89,7 +90,9 @@ _STRETCH_SAMPLES = 1_000_000
 
 
 def rgb_from(image: GeoImage, bands: Sequence[int] | None = None) -> Picture:
-    """Stretch bands between their 2nd and 98th percentiles to an RGB picture; invalid pixels are white.
+    """Return an RGB picture: three bands of 8 bits as they are, others stretched between two percentiles.
+
+    The stretch is from the 2nd to the 98th percentile of each band. Invalid pixels are white.
 
     Args:
         image: Pixels and valid mask.
@@ -107,7 +110,9 @@ def rgb_from(image: GeoImage, bands: Sequence[int] | None = None) -> Picture:
     if len(chosen) not in (1, 3) or not all(1 <= band <= count for band in chosen):
         raise InputError(f"expected one or three of the bands 1 to {count} for a picture, got {chosen}")
     mask = np.broadcast_to(image.mask, image.pixels.shape)
-    channels = [_stretch(image.pixels[band - 1], mask[band - 1]) for band in chosen]
+    as_is = image.pixels.dtype == np.uint8 and len(chosen) == 3
+    bands_of = [(image.pixels[band - 1], mask[band - 1]) for band in chosen]
+    channels = [pixels if as_is else _stretch(pixels, valid) for pixels, valid in bands_of]
     picture = np.stack(channels * (3 // len(channels)), axis=-1)
     picture[~image.valid] = 255
     return picture
@@ -153,6 +158,11 @@ def _stretch(band: npt.NDArray[Any], valid: npt.NDArray[np.bool_]) -> Picture:
 
 def natural_bands(source: Source) -> list[int] | None:
     """Return the 1-based indices of the bands named red, green and blue ("Red", "red_B4"), None unless all exist."""
-    words = [re.findall("[a-z]+", name.lower()) for name in source.band_names]
+    return color_bands(source.band_names)
+
+
+def color_bands(names: Sequence[str]) -> list[int] | None:
+    """Return the 1-based indices of the names with red, green and blue; see `natural_bands`."""
+    words = [re.findall("[a-z]+", name.lower()) for name in names]
     found = [next((i for i, name in enumerate(words, 1) if color in name), 0) for color in ("red", "green", "blue")]
     return found if all(found) else None

@@ -13,7 +13,13 @@ import lightning
 import numpy as np
 import torch
 from lightning.fabric.plugins.io import TorchCheckpointIO
-from lightning.pytorch.callbacks import Checkpoint, EarlyStopping, EMAWeightAveraging, ModelCheckpoint
+from lightning.pytorch.callbacks import (
+    Checkpoint,
+    EarlyStopping,
+    EMAWeightAveraging,
+    ModelCheckpoint,
+    RichProgressBar,
+)
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from torch import Tensor
@@ -27,6 +33,7 @@ __all__ = [
     "SEGMENTATION_CURVES",
     "Curves",
     "EpochMeans",
+    "EpochProgressBar",
     "FolderCheckpoint",
     "HistoryCallback",
     "Patience",
@@ -69,8 +76,8 @@ class HistoryCallback(lightning.Callback):
     """Writer of `metrics.csv` and `loss_curve.png` in the run folder, updated after each epoch.
 
     It also logs a line per epoch to the logger "perf_vit" at INFO, for runs without a terminal. The rows are part of
-    the checkpoint, so a resumed run's files hold all epochs (Lightning's CSVLogger starts a new file). The row of a
-    validation before training has epoch -1.
+    the checkpoint, so a resumed run's files hold all epochs (Lightning's CSVLogger starts a new file). Epochs are
+    counted from 1; the row of a validation before training has epoch 0.
 
     Args:
         folder: Run folder.
@@ -94,7 +101,7 @@ class HistoryCallback(lightning.Callback):
     def on_sanity_check_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
         """Add a row with the scores before training, unless the run was resumed."""
         if not self.rows:
-            self.rows = [{"epoch": -1, **{key: float(value) for key, value in trainer.callback_metrics.items()}}]
+            self.rows = [{"epoch": 0, **{key: float(value) for key, value in trainer.callback_metrics.items()}}]
 
     def on_validation_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
         """Mark the scores as those of this epoch."""
@@ -109,14 +116,15 @@ class HistoryCallback(lightning.Callback):
             if self._is_validated or not key.startswith("val/")
         }
         self._is_validated = False
-        rows = [row for row in self.rows if row["epoch"] < trainer.current_epoch]
+        epoch = trainer.current_epoch + 1
+        rows = [row for row in self.rows if row["epoch"] < epoch]
         lr = trainer.optimizers[0].param_groups[0]["lr"]
-        self.rows = [*rows, {"epoch": trainer.current_epoch, "lr": lr, **dict(sorted(values.items()))}]
+        self.rows = [*rows, {"epoch": epoch, "lr": lr, **dict(sorted(values.items()))}]
         if trainer.is_global_zero:
             self._write()
             names = (*self.curves.losses, *self.curves.scores)
             shown = ", ".join(f"{key} {values[key]:.4f}" for key in names if key in values)
-            _logger.info("epoch %d of %s: %s", trainer.current_epoch + 1, trainer.max_epochs, shown)
+            _logger.info("epoch %d of %s: %s", epoch, trainer.max_epochs, shown)
 
     def _write(self) -> None:
         columns = list(dict.fromkeys(key for row in self.rows for key in row))
@@ -150,6 +158,15 @@ def plot_history(rows: list[dict[str, float]], path: Path, curves: Curves = SEGM
     if curves.score_range is not None:
         scores.set_ylim(*curves.score_range)
     figure.savefig(path, dpi=110, format="png")
+
+
+class EpochProgressBar(RichProgressBar):
+    """Lightning's progress bar, with epochs counted from 1, as in logs and file names."""
+
+    def _get_train_description(self, current_epoch: int) -> str:
+        of_all = "" if self.trainer.max_epochs in (None, -1) else f" of {self.trainer.max_epochs}"
+        # A width of its own would make the bar flicker between training and validation.
+        return f"Epoch {current_epoch + 1}{of_all}".ljust(len(self.validation_description))
 
 
 class RedrawProjections(lightning.Callback):

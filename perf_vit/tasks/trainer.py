@@ -11,11 +11,7 @@ from typing import Any
 import lightning
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.callbacks import (
-    Callback,
-    EMAWeightAveraging,
-    RichProgressBar,
-)
+from lightning.pytorch.callbacks import Callback, EMAWeightAveraging
 from lightning.pytorch.loggers import Logger, TensorBoardLogger, WandbLogger
 
 from perf_vit.distributed import training_precision
@@ -24,6 +20,7 @@ from perf_vit.tasks.callbacks import (
     SEGMENTATION_CURVES,
     Curves,
     EpochMeans,
+    EpochProgressBar,
     FolderCheckpoint,
     HistoryCallback,
     Patience,
@@ -214,7 +211,7 @@ def lightning_trainer(
             deterministic="warn",
             default_root_dir=folder,
             logger=_loggers(logger, folder),
-            callbacks=[EpochMeans(), *callbacks, *([RichProgressBar()] if progress else [])],
+            callbacks=[EpochMeans(), *callbacks, *([EpochProgressBar()] if progress else [])],
             plugins=[WholeCheckpoints()],
             enable_progress_bar=progress,
             # Our samplers split the samples of one process; Lightning's would shuffle them.

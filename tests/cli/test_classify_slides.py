@@ -107,7 +107,7 @@ def test_a_run_resumes(slides, tmp_path) -> None:
     assert call(train_args(slides, out, "trainer.max_epochs=2")) == 0
     assert call(train_args(slides, out, "trainer.max_epochs=4", "resume=true")) == 0
     rows = list(csv.DictReader((out / "metrics.csv").open()))
-    assert [int(row["epoch"]) for row in rows] == [0, 1, 2, 3]
+    assert [int(row["epoch"]) for row in rows] == [1, 2, 3, 4]
 
 
 def test_evaluation_prints_classes_and_writes_scores_and_confusion_matrix(run, slides, tmp_path, capsys) -> None:
@@ -139,6 +139,12 @@ def test_prediction_writes_probabilities_and_attention_in_pixels_of_level_0(run,
     assert max(scores) == 1
     assert min(scores) >= 0
     corners = np.array([each["geometry"]["coordinates"][0] for each in found])
+    picture = np.asarray(Image.open(folder / "s0.png"))
+    # The title is black on white above the slide, and the bar beside it goes from red to blue.
+    assert (picture[:40] == 0).all(-1).any()
+    bar = picture[40:, -150:].reshape(-1, 3).astype(int)
+    assert (bar[:, 0] - bar[:, 2] > 100).any()
+    assert (bar[:, 2] - bar[:, 0] > 100).any()
     # A window of 32 px at 1 um is 64 px of level 0 wide.
     assert np.ptp(corners[..., 0], axis=1) == pytest.approx(64, abs=0.1)
     assert corners[..., 0].max() <= 600.1

@@ -28,7 +28,7 @@ def test_run_folder_holds_config_checkpoints_metrics_and_curve(trained) -> None:
     assert config.data.tile_px == 64
     assert {p.name for p in (folder / "checkpoints").iterdir()} == {"best.ckpt", "last.ckpt"}
     rows = list(csv.DictReader((folder / "metrics.csv").open()))
-    assert [row["epoch"] for row in rows] == ["0", "1"]
+    assert [row["epoch"] for row in rows] == ["1", "2"]
     assert {"train/loss", "val/loss", "val/iou/ship", "val/f1/ship", "lr"} <= set(rows[0])
     assert Image.open(folder / "loss_curve.png").size[0] > 500
     assert list((folder / "tensorboard").glob("events.*"))

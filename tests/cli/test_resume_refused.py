@@ -301,7 +301,7 @@ def test_what_may_change_is_followed_and_kept_in_the_config(trained, run, tmp_pa
     config = load_config(run / "config.yaml", SegmentationRun)
     assert (config.optim.lr, config.trainer.max_epochs) == (0.003, 3)
     rows = list(csv.DictReader((run / "metrics.csv").open()))
-    assert [row["epoch"] for row in rows] == ["0", "1", "2"]
+    assert [row["epoch"] for row in rows] == ["1", "2", "3"]
     # Now that is what the run was trained with.
     assert call(["train", run / "config.yaml", "resume=true", "trainer.max_epochs=4"]) == 0
     assert len(list(csv.DictReader((run / "metrics.csv").open()))) == 4

@@ -275,7 +275,7 @@ def train_maps(root: Path) -> Job:
         "extends: configs/segmentation/demo.yaml\n",
         files,
         [scene, mask],
-        "pictures/epoch_0000.png",
+        "pictures/epoch_0001.png",
         "tensorboard/x",
     )
 

@@ -13,8 +13,10 @@ from torch.utils.data import DataLoader
 
 from perf_vit.errors import ConfigError
 from perf_vit.plotting import default_colormap
+from perf_vit.plotting.panels import ERROR_COLOR, standardized_picture
 from perf_vit.tasks import TrainerConfig, build_trainer, draw_classification, draw_objects, draw_segmentation
-from perf_vit.types import Detections, ObjectLabels
+from perf_vit.transforms import Normalizer
+from perf_vit.types import Detections, GeoImage, ObjectLabels
 
 IMAGE = torch.linspace(0, 1, 5 * 16 * 24).reshape(5, 16, 24)
 
@@ -29,19 +31,25 @@ def color(index: int) -> np.ndarray:
     return np.array(default_colormap(3, 0)[index][:3], np.uint8)
 
 
-def test_classes_have_the_colours_of_the_map_and_what_is_ignored_is_white() -> None:
+def test_classes_have_the_colours_of_the_map_and_errors_are_those_of_labelled_pixels() -> None:
     labels = torch.zeros(16, 24, dtype=torch.long)
     labels[4:8], labels[12:] = 1, 255
     logits = torch.zeros(2, 16, 24)
     logits[1, :, :5] = 1.0
-    image, truth, predicted = draw_segmentation(IMAGE, labels, network(), logits)
-    assert image.shape == truth.shape == predicted.shape == (16, 24, 3)
+    image, truth, predicted, errors = draw_segmentation(IMAGE, labels, network(), logits)
+    assert image.shape == truth.shape == predicted.shape == errors.shape == (16, 24, 3)
     assert (truth[5, 10] == color(1)).all()
     assert (truth[0, 0] == color(0)).all()
     assert (predicted[0, 4] == color(1)).all()
     assert (predicted[0, 5] == color(0)).all()
     assert (truth[12:] == 255).all()
-    assert (predicted[12:] == 255).all()
+    # The whole prediction, also where nothing is labelled.
+    assert (predicted[12:, 4] == color(1)).all()
+    assert (predicted[12:, 5] == color(0)).all()
+    wrong = (errors == ERROR_COLOR).all(-1)
+    expected = (logits.argmax(0) != labels).numpy()
+    expected[12:] = False
+    assert (wrong == expected).all()
 
 
 def test_of_classes_that_do_not_exclude_each_other_the_last_is_shown() -> None:
@@ -49,11 +57,24 @@ def test_of_classes_that_do_not_exclude_each_other_the_last_is_shown() -> None:
     labels[0, :8], labels[1, 4:12], labels[:, 14:] = 1, 1, 255
     logits = torch.full((2, 16, 24), -1.0)
     logits[0, :, :5] = 1.0
-    _, truth, predicted = draw_segmentation(IMAGE, labels, network(multilabel=True), logits)
+    _, truth, predicted, errors = draw_segmentation(IMAGE, labels, network(multilabel=True), logits)
     assert [tuple(truth[row, 0]) for row in (0, 5, 9, 12)] == [tuple(color(index)) for index in (1, 2, 2, 0)]
     assert (truth[14:] == 255).all()
+    assert (predicted[15, 4] == color(1)).all()
     assert (predicted[0, 4] == color(1)).all()
     assert (predicted[0, 5] == color(0)).all()
+    assert [(errors[row, 0] == ERROR_COLOR).all() for row in (0, 5, 9, 12, 15)] == [False, True, True, True, False]
+
+
+def test_8_bit_imagery_is_shown_as_it_was() -> None:
+    pixels = np.random.default_rng(0).integers(60, 90, (4, 5, 6)).astype(np.uint8)
+    normalizer = Normalizer((70.0, 75.0, 80.0, 60.0), (9.0, 8.0, 7.0, 6.0))
+    image = GeoImage(pixels, np.ones((5, 6), bool))
+    names = ("Blue", "Green", "Red", "NIR")
+    spec = SimpleNamespace(normalizer=normalizer, trained_on=SimpleNamespace(dtype="uint8", names=names))
+    assert (standardized_picture(normalizer(image), spec) == pixels[[2, 1, 0]].transpose(1, 2, 0)).all()
+    spec.trained_on.dtype = "uint16"
+    assert np.ptp(standardized_picture(normalizer(image), spec)) == 255
 
 
 def test_boxes_that_count_and_sure_detections_are_outlined() -> None:
@@ -158,13 +179,15 @@ def test_each_validation_leaves_a_picture_of_the_averaged_weights(tmp_path) -> N
     )
     trainer = build_trainer(config, tmp_path, progress=False, draw=draw_segmentation)
     trainer.fit(Task(), DataLoader(data, batch_size=7), DataLoader(data, batch_size=7))
-    assert sorted(path.name for path in (tmp_path / "pictures").iterdir()) == ["epoch_0000.png", "epoch_0001.png"]
-    picture = np.asarray(Image.open(tmp_path / "pictures" / "epoch_0001.png"))
-    # Two rows of three panels, sixteen times as large, with margins.
-    assert picture.shape == (2 * (16 * 16 + 6), 3 * (16 * 24 + 6), 3)
+    assert sorted(path.name for path in (tmp_path / "pictures").iterdir()) == ["epoch_0001.png", "epoch_0002.png"]
+    picture = np.asarray(Image.open(tmp_path / "pictures" / "epoch_0002.png"))
+    # Two rows of four panels, sixteen times as large, with margins.
+    assert picture.shape == (2 * (16 * 16 + 6), 4 * (16 * 24 + 6), 3)
     # The weight is -.2 by now, its average .34.
-    assert (picture[10, -20] == color(1)).all()
-    assert (picture[10, picture.shape[1] // 2] == color(0)).all()
+    panels = [picture[10, number * (16 * 24 + 6) + 10] for number in range(4)]
+    assert (panels[1] == color(0)).all()
+    assert (panels[2] == color(1)).all()
+    assert (panels[3] == ERROR_COLOR).all()
     (folder,) = {path.parent for path in (tmp_path / "tensorboard").rglob("events*")}
     events = EventAccumulator(str(folder)).Reload()
     assert len(events.Images("val/pictures")) == 2
@@ -190,7 +213,7 @@ def test_detections_are_drawn_from_the_threshold_of_the_same_validation(tmp_path
     trainer = build_trainer(config, tmp_path, progress=False, draw=draw_objects)
     loaders = [DataLoader(data, collate_fn=lambda samples: samples[0][0]) for _ in range(2)]
     trainer.fit(Detecting(), *loaders)
-    picture = np.asarray(Image.open(tmp_path / "pictures" / "epoch_0000.png"))
+    picture = np.asarray(Image.open(tmp_path / "pictures" / "epoch_0001.png"))
     assert (picture == color(1)).all(-1).any()
 
 

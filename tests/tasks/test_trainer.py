@@ -1,6 +1,7 @@
 """Options of the trainer, on a small scene through the real task."""
 
 import csv
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from perf_vit.data import (
 from perf_vit.errors import ConfigError
 from perf_vit.models import SegmentationModelConfig, SegmentationSpec, load_segmenter
 from perf_vit.tasks import SegmentationOptimConfig, SegmentationTask, TrainerConfig, build_trainer
+from perf_vit.tasks.callbacks import EpochProgressBar
 
 MODEL = SegmentationModelConfig(
     backbone="performer_vit_tiny_patch16_224",
@@ -93,8 +95,8 @@ def test_epochs_without_a_validation_have_no_scores(data_config, tmp_path) -> No
     _fit(data_config, tmp_path, max_epochs=4, val_every_epochs=2)
     with (tmp_path / "metrics.csv").open() as file:
         rows = list(csv.DictReader(file))
-    assert [bool(row["val/iou"]) for row in rows if int(row["epoch"]) >= 0] == [False, True, False, True]
-    assert all(row["train/loss"] for row in rows if int(row["epoch"]) >= 0)
+    assert [bool(row["val/iou"]) for row in rows if int(row["epoch"]) > 0] == [False, True, False, True]
+    assert all(row["train/loss"] for row in rows if int(row["epoch"]) > 0)
 
 
 @pytest.mark.parametrize("options", [{"devices": "0"}, {"devices": "x"}, {"accelerator": "abacus"}])
@@ -102,3 +104,9 @@ def test_values_that_lightning_refuses_are_one_line(tmp_path, options) -> None:
     with pytest.raises(ConfigError, match=r"^trainer: ") as error:
         build_trainer(TrainerConfig(**{"accelerator": "cpu", **options}), tmp_path, progress=False)
     assert "\n" not in str(error.value)
+
+
+def test_the_progress_bar_counts_epochs_from_one() -> None:
+    bar = EpochProgressBar()
+    bar._trainer = SimpleNamespace(max_epochs=10)
+    assert [bar._get_train_description(epoch).rstrip() for epoch in (0, 9)] == ["Epoch 1 of 10", "Epoch 10 of 10"]

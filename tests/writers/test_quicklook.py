@@ -22,6 +22,13 @@ def test_a_stretch_uses_the_whole_range_and_shows_invalid_pixels_white(num_bands
     assert np.ptp(rgb[5:]) == 255
 
 
+def test_three_bands_of_8_bits_are_shown_as_they_are() -> None:
+    pixels = np.random.default_rng(0).integers(60, 90, (4, 8, 9)).astype(np.uint8)
+    image = GeoImage(pixels, np.ones((8, 9), bool))
+    assert (rgb_from(image, [3, 2, 1]) == pixels[[2, 1, 0]].transpose(1, 2, 0)).all()
+    assert np.ptp(rgb_from(image, [1])) == 255
+
+
 def test_colours_are_distinct_and_ignored_is_transparent() -> None:
     table = default_colormap(40)
     assert len({table[i] for i in range(40)}) == 40
