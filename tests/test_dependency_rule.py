@@ -29,6 +29,7 @@ LEVELS = {
     "conversion": 3,
     "models": 4,
     "metrics": 5,
+    "reporting": 5,
     "writers": 5,
     "data": 5,
     "tasks": 6,

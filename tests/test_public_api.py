@@ -34,9 +34,10 @@ CONTRACT = {
     "perf_vit.labels.objects": ["RawImage", "RawLabels", "RawObject", "read_object_labels", "register_label_format"],
     "perf_vit.metrics": ["register_metric"],
     "perf_vit.models.heads": ["DetectionHead", "register_detection_head", "register_segmentation_head"],
+    "perf_vit.reporting": ["Page", "Preview", "picture_layer", "read_picture"],
     "perf_vit.sources": ["Level", "PyramidReader", "register_source"],
     "perf_vit.workflows.registry": ["TASKS", "register_task"],
-    "perf_vit.writers": ["polygonize_classes", "write_objects"],
+    "perf_vit.writers": ["polygonize_classes", "tidy_polygons", "write_objects"],
     "perf_vit.inference": [
         "ClassificationPredictor",
         "DetectionPredictor",

@@ -95,7 +95,7 @@ def predict_stops(folder: Path, predict: Callable[..., Any] = perf_vit.predict) 
 
 
 def train_stops(folder: Path, train: Callable[..., Any] = perf_vit.train) -> Stops:
-    """The stops of a training on a small raster."""
+    """The stops of a training on a small raster, without the report that is written afterwards."""
     image = _write(folder / "image.tif", num_bands=3, stop=256)
     labels = _write(folder / "labels.tif", num_bands=1, stop=2)
     config = {
@@ -108,7 +108,7 @@ def train_stops(folder: Path, train: Callable[..., Any] = perf_vit.train) -> Sto
             "batch_size": 2,
             "num_workers": 0,
         },
-        "trainer": {"max_epochs": 1, "accelerator": "cpu", "precision": "32-true"},
+        "trainer": {"max_epochs": 1, "accelerator": "cpu", "precision": "32-true", "report": False},
     }
     with watched() as stops:
         train(config, out=folder / "run", progress=False)

@@ -28,7 +28,8 @@ def convert(
         int | None, typer.Option(help="Keys that all see exactly; 64 to 256 by image size by default (clustered).")
     ] = None,
     num_clusters: Annotated[
-        int | None, typer.Option(help="Clusters of all other keys; by default 128, or 160 above 32,768 patches (clustered).")
+        int | None,
+        typer.Option(help="Clusters of all other keys; by default 128, or 160 above 32,768 patches (clustered)."),
     ] = None,
     max_exact_tokens: Annotated[
         str | None,
@@ -55,16 +56,23 @@ def convert(
 
 
 def info(
-    image: Annotated[str, typer.Argument(metavar="FILE", help="A raster or a slide; a path or a URL.")],
+    image: Annotated[
+        str,
+        typer.Argument(
+            metavar="FILE",
+            help="A raster or a slide (a path or a URL); or a run folder, checkpoint, config, vector or COCO file.",
+        ),
+    ],
     model: Annotated[
-        str | None, typer.Option(help="A segmenter's .ckpt file, or a model of timm: count its tokens and time it.")
+        str | None,
+        typer.Option(help="A segmenter's run folder or .ckpt file, or a model of timm: count its tokens and time it."),
     ] = None,
     window_size: WindowSize = None,
     mpp: Mpp = None,
     slide_mpp: SlideMpp = None,
     json: Annotated[bool, typer.Option("--json", help="For programs.")] = False,
 ) -> None:
-    """Tell what a raster or slide is, and how long a model would take for it."""
+    """Tell what a raster, slide, model, config or vector file is, and how long a model would take for a raster."""
     from perf_vit.workflows.info import describe
     from perf_vit.workflows.progress import say, say_json, show
 
@@ -72,7 +80,7 @@ def info(
     if json:
         say_json(found.to_dict())
     else:
-        say(found.source.path)
+        say(image)
         show(found.table())
 
 

@@ -63,7 +63,7 @@ def predict(
     ] = False,
     path_column: Annotated[str, typer.Option(help="Column of a list that holds the paths.")] = "path",
     quicklook: Annotated[
-        bool, typer.Option("--quicklook/--no-quicklook", help="Write a picture next to the map, .png.")
+        bool, typer.Option("--quicklook/--no-quicklook", help="Write a picture next to the map or objects, .png.")
     ] = True,
     polygons: Annotated[
         Literal["gpkg", "geojson", "parquet", "json"] | None,
@@ -72,6 +72,21 @@ def predict(
             "Of a detector: the format of several outputs, gpkg by default, geojson of images without CRS."
         ),
     ] = None,
+    min_area: Annotated[
+        float,
+        typer.Option(
+            help="Smallest area of a polygon or object: m2 of rasters with a CRS, um2 of slides, else pixels.", min=0
+        ),
+    ] = 0,
+    simplify: Annotated[
+        float, typer.Option(help="Largest displacement of a simplified outline: m, um or pixels.", min=0)
+    ] = 0,
+    report: Annotated[
+        bool, typer.Option("--report/--no-report", help="Write a page of the result next to the output, .html.")
+    ] = True,
+    style: Annotated[
+        bool, typer.Option("--style/--no-style", help="Write class names and colours for QGIS next to the output.")
+    ] = True,
     coco_images: Annotated[
         Path | None,
         typer.Option(
@@ -110,8 +125,9 @@ def predict(
 
     task = task_of(find_model(checkpoint))
     given = given_options(context, {"checkpoint", "inputs", "more_inputs", "output"})
-    if hasattr(task.predict_options, "quicklook"):
-        given.setdefault("quicklook", True)
+    for name in ("quicklook", "style", "report"):
+        if hasattr(task.predict_options, name):
+            given.setdefault(name, True)
     done = predict(checkpoint, [*inputs, *(more_inputs or ())], output, **given)
     say_prediction(task.name, done, output)
 
@@ -130,6 +146,10 @@ def evaluate(
     json: Annotated[
         Path | None,
         typer.Option(help="Write the scores here too; curves and confusion matrix go beside it, as .png."),
+    ] = None,
+    report: Annotated[
+        Path | None,
+        typer.Option(help="Write a page of scores and pictures here, .html; next to --json by default."),
     ] = None,
     label_format: Annotated[
         str | None, typer.Option(help="Of labels of objects: coco, voc, yolo, ...; as in training by default.")

@@ -14,6 +14,9 @@ if TYPE_CHECKING:
 
 __all__ = ["say_prediction"]
 
+# Names of files next to an output by their suffix; others are polygons.
+_BESIDE = {".html": "report", ".png": "quicklook", ".qml": "QGIS style", ".xml": "class names"}
+
 _THERE = ", there already with this input, model and settings; --overwrite makes it again"
 
 
@@ -35,6 +38,7 @@ def say_prediction(task: str, found: JobResult | RunReport, output: Path) -> Non
         print_damage(found.damaged)
         objects = _objects(found.num_objects or 0, found.score_threshold) if found.made else "objects"
         say(f"{objects}: {found.out}{'' if found.made else _THERE}")
+        _say_beside(found)
     else:
         _say_map(found, output)
 
@@ -42,8 +46,13 @@ def say_prediction(task: str, found: JobResult | RunReport, output: Path) -> Non
 def _say_map(found: JobResult, output: Path) -> None:
     print_damage(found.damaged)
     say(f"map: {output}{'' if found.made else _THERE}")
-    if found.made and (quicklook := output.with_suffix(".png")).exists():
-        say(f"quicklook: {quicklook}")
+    _say_beside(found)
+
+
+def _say_beside(found: JobResult) -> None:
+    """Say where the files next to the main output are."""
+    for path in found.beside:
+        say(f"{_BESIDE.get(path.suffix, 'polygons')}: {path}")
 
 
 def _say_table(task: str, found: JobResult, output: Path) -> None:
@@ -57,6 +66,8 @@ def _say_table(task: str, found: JobResult, output: Path) -> None:
     say(f"{found.num_rows:,} {noun}{left_out}: {output}")
     if task == "slide_classification":
         say(f"attention: {attention_folder(output)}")
+    if (page := output.with_suffix(".html")) in found.beside:
+        say(f"report: {page}")
 
 
 def _say_report(found: RunReport, folder: Path) -> None:

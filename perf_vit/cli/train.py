@@ -20,6 +20,8 @@ def train(
     show_log()
     run = train(config, overrides)
     say(f"best checkpoint: {run.best}")
+    if (report := run.folder / "report.html").exists():
+        say(f"report: {report}")
 
 
 def fit_tile(

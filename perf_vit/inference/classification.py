@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -16,6 +17,8 @@ from perf_vit.inference.options import ClassificationPredictOptions
 from perf_vit.inference.prefetch import to_device
 from perf_vit.inference.table_predictor import Rows, TablePredictor
 from perf_vit.models import Classifier, InputCheck, load_classifier
+from perf_vit.plotting.pictures import Picture
+from perf_vit.reporting.samples import text_sample
 
 __all__ = ["ClassificationPredictor"]
 
@@ -44,8 +47,14 @@ class ClassificationPredictor(TablePredictor[Classifier, ClassificationPredictOp
 
     def job(self, paths: Sequence[str], out: str | Path) -> TableJob:
         """What is to be made of some images; see `TablePredictor.job`."""
+        out = Path(out)
         return TableJob(
-            paths=paths, out=Path(out), settings=self.model_settings, options=self.options, device=self.device
+            paths=paths,
+            out=out,
+            settings=self.model_settings,
+            options=self.options,
+            device=self.device,
+            beside=[out.with_suffix(".html")] if self.options.report else [],
         )
 
     def read_input(self, path: str) -> _Tile:
@@ -63,6 +72,10 @@ class ClassificationPredictor(TablePredictor[Classifier, ClassificationPredictOp
         tiles = [(tile.pixels, tile.valid) for tile in inputs.values()]
         scores = self.scores(*collate_tiles(tiles)).tolist()
         return {path: self._row(found) for path, found in zip(inputs, scores, strict=True)}
+
+    def picture_of(self, folder: Path, path: str) -> Callable[[], dict[str, Picture]]:
+        """Draw an image for the report; see `TablePredictor.picture_of`."""
+        return text_sample(path, partial(self.model.spec.open, path, check=InputCheck(None))).draw
 
     def scores(self, tiles: Tensor, valid: Tensor | None) -> Tensor:
         """Probabilities or targets [B, K], on the CPU.

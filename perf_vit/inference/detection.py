@@ -9,6 +9,7 @@ from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from perf_vit.data import standardized
@@ -26,11 +27,21 @@ from perf_vit.inference.predictor import InputPredictor, OnProgress, ignore_prog
 from perf_vit.inference.prefetch import Reads, SalvagingReader
 from perf_vit.labels.objects import CocoImages
 from perf_vit.models import Detector, load_detector
+from perf_vit.plotting import default_colormap
+from perf_vit.reporting.outputs import write_object_report
 from perf_vit.sources import GEOTIFF_SUFFIXES
 from perf_vit.text import to_json
 from perf_vit.tiling import grid_windows
 from perf_vit.types import Source, Window
-from perf_vit.writers import check_vector_output, existing_error, existing_outputs, write_objects
+from perf_vit.writers import (
+    check_vector_output,
+    existing_error,
+    existing_outputs,
+    tidy_polygons,
+    write_object_quicklook,
+    write_objects,
+    write_qgis_style,
+)
 
 __all__ = ["COCO_RESULTS", "DetectionPredictor", "ObjectJob", "check_coco_results", "join_coco_results"]
 
@@ -56,6 +67,11 @@ class ObjectJob(RecordedJob):
     device: str = "cpu"
 
     @property
+    def beside(self) -> Sequence[Path]:
+        """Picture, report and colours of the objects, as far as they are asked for."""
+        return files_beside_objects(self.out, self.options)
+
+    @property
     def input_files(self) -> Sequence[str]:
         """Paths of the source, several of a mosaic."""
         return tuple(getattr(self.source, "paths", (self.source.path,)))
@@ -77,6 +93,13 @@ class ObjectJob(RecordedJob):
     @cached_property
     def _source_identity(self) -> SourceIdentity:
         return SourceIdentity(self.source)
+
+
+def files_beside_objects(out: Path, options: DetectionPredictOptions) -> list[Path]:
+    """Picture, report and colours of objects, as far as they are asked for; QGIS has no style for COCO files."""
+    suffixes = [*([".png"] if options.quicklook else []), *([".html"] if options.report else [])]
+    suffixes += [".qml"] if options.style and out.suffix.lower() != ".json" else []
+    return [out.with_suffix(suffix) for suffix in suffixes]
 
 
 COCO_RESULTS = "coco_results.json"
@@ -121,6 +144,19 @@ def _is_results(path: Path, ids: frozenset[int]) -> bool:
         isinstance(each, dict) and isinstance(each.get("image_id"), int) and each["image_id"] in ids and "score" in each
         for each in content
     )
+
+
+def tidied(objects: Objects, source: Source, options: DetectionPredictOptions) -> Objects:
+    """Objects that are large enough, with simplified outlines; each outline is one polygon, its largest part."""
+    polygons, kept = tidy_polygons(objects.polygons(), source, **options.tidying)
+    geometry = objects.geometry
+    if objects.kind == "polygons":
+        geometry = np.array([*map(_largest_part, polygons), None], object)[:-1]
+    return Objects(objects.kind, geometry[kept], objects.scores[kept], objects.labels[kept])
+
+
+def _largest_part(geometry: Any) -> Any:
+    return max(geometry.geoms, key=lambda part: part.area) if geometry.geom_type == "MultiPolygon" else geometry
 
 
 class DetectionPredictor(InputPredictor[Detector, DetectionPredictOptions]):
@@ -191,8 +227,10 @@ class DetectionPredictor(InputPredictor[Detector, DetectionPredictOptions]):
         reader = SalvagingReader(job.source, damage.add) if self.options.on_error == "skip" else job.source
         objects = self.find(reader, job.source.extent, log=WindowLog(journal.folder), on_progress=on_progress)
         damaged = tuple(damage.pieces())
-        made = self._write(journal.folder / job.out.name, objects, job.source)
-        job.finish(journal, {job.out: made}, num_damaged=len(damaged))
+        objects = tidied(objects, job.source, self.options)
+        made = {job.out: self._write(journal.folder / job.out.name, objects, job.source)}
+        made |= self._write_beside(job, journal.folder, objects)
+        job.finish(journal, made, num_damaged=len(damaged))
         threshold = self.score_threshold
         return JobResult(
             made=True, num_objects=len(objects), score_threshold=threshold, damaged=damaged, **self._size(job)
@@ -201,7 +239,9 @@ class DetectionPredictor(InputPredictor[Detector, DetectionPredictOptions]):
     def _size(self, job: ObjectJob) -> dict[str, Any]:
         source = job.source
         num_windows = len(grid_windows(source.extent, *self.options.windows(self.model.spec.tile_px)))
-        return {"out": job.out, "num_windows": num_windows, "num_pixels": source.height * source.width}
+        beside = tuple(path for path in job.beside if path.exists())
+        size = {"num_windows": num_windows, "num_pixels": source.height * source.width}
+        return {"out": job.out, "beside": beside, **size}
 
     @property
     def score_threshold(self) -> float:
@@ -224,7 +264,7 @@ class DetectionPredictor(InputPredictor[Detector, DetectionPredictOptions]):
                 "overlap": overlap,
                 "score_threshold": self.score_threshold,
             },
-            meaning=self._coco_options(scene),
+            meaning={**self._coco_options(scene), **self.options.tidying},
             options=self.options,
             device=self.device,
         )
@@ -241,7 +281,8 @@ class DetectionPredictor(InputPredictor[Detector, DetectionPredictOptions]):
             OptionError: Options that choose another format than the name.
         """
         names = self._names(out)
-        return [*names, *(OutputRecord(name).path for name in names)]
+        beside = dict.fromkeys(path for name in names for path in files_beside_objects(name, self.options))
+        return [*names, *beside, *(OutputRecord(name).path for name in names)]
 
     def _names(self, out: Path) -> list[Path]:
         """Names that an input's file may have: with a CRS the first, without one the last.
@@ -302,6 +343,19 @@ class DetectionPredictor(InputPredictor[Detector, DetectionPredictOptions]):
             "category_ids": self.coco_images.category_ids(spec.classes),
             "image_id": self.coco_images.image_id(scene.path, scene.size),
         }
+
+    def _write_beside(self, job: ObjectJob, folder: Path, objects: Objects) -> dict[Path, Path]:
+        """Write picture, report and colours into the job's folder; by their final paths."""
+        classes = self.model.spec.classes
+        made = {path: folder / f"beside{path.suffix}.tmp" for path in job.beside}
+        for path, file in made.items():
+            if path.suffix == ".qml":
+                write_qgis_style(file, classes, default_colormap(len(classes)))
+            elif path.suffix == ".html":
+                write_object_report(file, job.source, objects, classes, settings=self.described())
+            else:
+                write_object_quicklook(job.source, objects, file, classes)
+        return made
 
     def _write(self, path: Path, objects: Objects, scene: Source) -> Path:
         spec = self.model.spec

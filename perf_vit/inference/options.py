@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -53,6 +54,8 @@ class PredictOptions:
             it, else "32", when the options are made.
         on_error: "stop" at pixels or inputs that can't be read, or "skip" them.
         resume: Go on with unfinished outputs; else begin again.
+        report: Write a page with pictures of the result, .html, next to the output; of several maps or files of objects
+            one for all, `report.html`.
         overwrite: Replace outputs that exist. Without it, outputs of the same model, inputs and settings are left as
             they are, and other files are refused.
 
@@ -66,6 +69,7 @@ class PredictOptions:
     precision: Precision = "32"
     on_error: OnError = "stop"
     resume: bool = True
+    report: bool = False
     overwrite: bool = False
 
     def __post_init__(self) -> None:
@@ -133,7 +137,36 @@ class WindowedPredictOptions(PredictOptions):
 
 
 @dataclass(frozen=True, kw_only=True)
-class SegmentationPredictOptions(WindowedPredictOptions):
+class PolygonOptions(WindowedPredictOptions):
+    """Options of predictions with outlines.
+
+    Attributes:
+        min_area: Smallest area of a polygon or object, in square metres of rasters with a CRS, square micrometres of
+            slides with a known pixel size, else pixels.
+        simplify: Largest displacement of an outline in metres, micrometres or pixels; 0 keeps all corners.
+        quicklook: Write a picture next to the output, .png.
+        style: Write class names and colours for QGIS next to the output.
+    """
+
+    min_area: float = 0.0
+    simplify: float = 0.0
+    quicklook: bool = False
+    style: bool = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("min_area", "simplify"):
+            if not 0 <= (given := getattr(self, name)) < math.inf:
+                raise OptionError(f"{name} must be 0 or more, got {given:g}")
+
+    @property
+    def tidying(self) -> dict[str, float]:
+        """Arguments of `perf_vit.writers.tidy_polygons`."""
+        return {"min_area": float(self.min_area), "simplify": float(self.simplify)}
+
+
+@dataclass(frozen=True, kw_only=True)
+class SegmentationPredictOptions(PolygonOptions):
     """Options of segmentation maps.
 
     Attributes:
@@ -143,7 +176,6 @@ class SegmentationPredictOptions(WindowedPredictOptions):
         score_threshold: Probability from which a class of a multi-label model is true; 0.5 by default.
         blend: Weights of overlapping windows: "hann", "gaussian" or a registered one.
         flips: Average the scores of a window and its three mirror images.
-        quicklook: Write a picture of the map next to it, .png.
         polygons: Write the areas of the classes next to the map, in the format of this suffix.
     """
 
@@ -151,11 +183,13 @@ class SegmentationPredictOptions(WindowedPredictOptions):
     score_threshold: float | None = None
     blend: str = "hann"
     flips: bool = False
-    quicklook: bool = False
     polygons: PolygonSuffix | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        for name in ("min_area", "simplify"):
+            if getattr(self, name) and self.polygons is None:
+                raise OptionError(f"{name} is of polygons; choose their format with `polygons`, or leave it out")
         _check_choice(self, "kind", get_args(OutputKind))
         _check_choice(self, "blend", tuple(BLENDS))
         if self.polygons is not None:
@@ -168,7 +202,7 @@ class SegmentationPredictOptions(WindowedPredictOptions):
 
 
 @dataclass(frozen=True, kw_only=True)
-class DetectionPredictOptions(WindowedPredictOptions):
+class DetectionPredictOptions(PolygonOptions):
     """Options of detection.
 
     Attributes:

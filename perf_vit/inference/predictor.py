@@ -87,7 +87,11 @@ class Predictor(ABC, Generic[Model, Options]):
 
     def on(self, device: str) -> Self:
         """The same predictor on another device."""
-        return type(self)(self._given, replace(self.options, device=device))
+        return self.with_options(replace(self.options, device=device))
+
+    def with_options(self, options: Options) -> Self:
+        """The same predictor with other options."""
+        return type(self)(self._given, options)
 
     def ready(self) -> str:
         """Put the model on its device, in evaluation mode; give the device's name.
@@ -114,6 +118,11 @@ class Predictor(ABC, Generic[Model, Options]):
     def model_settings(self) -> dict[str, Any]:
         """Plain values that decide what the model says."""
         return {"model": self.model_id, "precision": str(self.options.dtype).removeprefix("torch.")}
+
+    def described(self) -> dict[str, Any]:
+        """The model and the options, for reports."""
+        checkpoint = self.checkpoint and str(self.checkpoint.absolute())
+        return {"model": self.model_id, "checkpoint": checkpoint, "settings": self.options.to_dict()}
 
     def __getstate__(self) -> dict[str, Any]:
         here = {"check_input", "on_window", *({"model", "model_id"} if self.checkpoint else ())}
@@ -217,8 +226,3 @@ class InputPredictor(Predictor[Model, Options]):
             on_progress: Called with (windows done, windows in all) of the current input.
         """
         return in_turn(predict_one, inputs)
-
-    def described(self) -> dict[str, Any]:
-        """The model and the options, for the report of many inputs."""
-        checkpoint = self.checkpoint and str(self.checkpoint.absolute())
-        return {"model": self.model_id, "checkpoint": checkpoint, "settings": self.options.to_dict()}

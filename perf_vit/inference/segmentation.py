@@ -17,21 +17,28 @@ from perf_vit.inference.dense_output import DenseOutput, class_output
 from perf_vit.inference.inputs import MapInput
 from perf_vit.inference.jobs import DamagedPiece, JobResult, MapJob, check_map_name, files_beside
 from perf_vit.inference.jobs.journal import DamageLog
+from perf_vit.inference.jobs.polygon_record import PolygonRecord
 from perf_vit.inference.map_line import MapLine
 from perf_vit.inference.options import SegmentationPredictOptions
 from perf_vit.inference.predictor import InputPredictor, OnProgress, ignore_progress
 from perf_vit.inference.prefetch import Reads, SalvagingReader
 from perf_vit.inference.ray import RayPool, row_ranges
 from perf_vit.models import Segmenter, load_segmenter
+from perf_vit.plotting import default_colormap
+from perf_vit.reporting.outputs import write_map_report
 from perf_vit.sources import bounded_cache
 from perf_vit.types import Source, Window
 from perf_vit.writers import (
     HeldRows,
     StripStore,
+    category_names_path,
     check_vector_output,
     polygonize_classes,
+    tidy_polygons,
+    write_category_names,
     write_map_quicklook,
     write_objects,
+    write_qgis_style,
 )
 
 __all__ = ["SegmentationPredictor"]
@@ -97,6 +104,7 @@ class MapWork:
             num_windows=self.job.num_windows,
             num_pixels=self.source.height * self.source.width,
             damaged=damaged,
+            beside=tuple(path for path in self.job.beside if path.exists()),
         )
 
 
@@ -263,7 +271,10 @@ class SegmentationPredictor(InputPredictor[Segmenter, SegmentationPredictOptions
         """What is to be made of an input; see `InputPredictor.job`."""
         opened, out = self.open(source), Path(out)
         if self.options.polygons:
-            check_vector_output(out.with_suffix(f".{self.options.polygons}"), opened)
+            polygons = out.with_suffix(f".{self.options.polygons}")
+            check_vector_output(polygons, opened)
+            if not self.options.overwrite:
+                PolygonRecord(polygons, self.options.tidying).check()
         grid = self.grid()
         return MapJob(
             source=opened,
@@ -277,13 +288,15 @@ class SegmentationPredictor(InputPredictor[Segmenter, SegmentationPredictOptions
         )
 
     def outputs(self, out: Path) -> list[Path]:
-        """The map, its quicklook and its polygons.
+        """The map and the files next to it.
 
         Raises:
             OutputError: The map isn't named .tif.
         """
         check_map_name(out)
-        return [out, *files_beside(out, self.options)]
+        suffix, tidying = self.options.polygons, self.options.tidying
+        records = [PolygonRecord(out.with_suffix(f".{suffix}"), tidying).path] if suffix else []
+        return [out, *files_beside(out, self.options), *records]
 
     def _run_in_pool(self, pool: RayPool, source: Any, work: MapWork, on_progress: OnProgress) -> None:
         assert work.store is not None
@@ -317,8 +330,24 @@ class SegmentationPredictor(InputPredictor[Segmenter, SegmentationPredictOptions
         missing = {path.suffix for path in job.beside if made or not path.exists()}
         if ".png" in missing:
             self._write_quicklook(job, job.out.with_suffix(".png"), damaged=damaged)
-        if self.options.polygons and f".{self.options.polygons}" in missing:
-            self._write_polygons(job, job.out.with_suffix(f".{self.options.polygons}"))
+        if self.options.polygons and (f".{self.options.polygons}" in missing or not made):
+            self._write_polygons(job, job.out.with_suffix(f".{self.options.polygons}"), is_there=not made)
+        spec = self.model.spec
+        if ".qml" in missing and not spec.multilabel:
+            colors = default_colormap(len(spec.classes), spec.background_index)
+            write_qgis_style(job.out.with_suffix(".qml"), spec.classes, colors)
+        if ".xml" in missing and not spec.multilabel:
+            write_category_names(category_names_path(job.out), spec.classes)
+        if ".html" in missing:
+            write_map_report(
+                job.out.with_suffix(".html"),
+                job.source,
+                job.out,
+                spec.classes,
+                background=spec.background_index,
+                multilabel=spec.multilabel,
+                settings=self.described(),
+            )
 
     def _write_quicklook(self, job: MapJob, path: Path, *, damaged: bool) -> None:
         spec = self.model.spec
@@ -332,11 +361,17 @@ class SegmentationPredictor(InputPredictor[Segmenter, SegmentationPredictOptions
             # The picture of the whole scene needs pixels that can't be read; an earlier map's would mislead.
             path.unlink(missing_ok=True)
 
-    def _write_polygons(self, job: MapJob, path: Path) -> None:
-        spec = self.model.spec
-        background = spec.background_index
+    def _write_polygons(self, job: MapJob, path: Path, *, is_there: bool) -> None:
+        """Write the areas of the classes, but of a declared background, unless they are there as they are asked for."""
+        tidying = self.options.tidying
+        record = PolygonRecord(path, tidying)
+        if is_there and record.is_done():
+            return
+        spec, background = self.model.spec, self.model.spec.background_index
         polygons, labels = polygonize_classes(job.out, skip=() if background is None else (background,))
+        polygons, kept = tidy_polygons(polygons, job.source, **tidying)
         write_objects(
-            path, polygons, None, labels, spec.classes, source=job.source, object_type="annotation",
+            path, polygons[kept], None, labels[kept], spec.classes, source=job.source, object_type="annotation",
             background=background,
         )  # fmt: skip
+        record.keep()

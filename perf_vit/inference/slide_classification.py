@@ -27,6 +27,8 @@ from perf_vit.inference.table_predictor import Rows, TablePredictor
 from perf_vit.models import InputCheck, SlideClassifier, load_slide_classifier
 from perf_vit.plotting import rgb_from, save_png
 from perf_vit.plotting.panels import with_color_bar
+from perf_vit.plotting.pictures import Picture
+from perf_vit.reporting.outputs import thumbnail_of
 from perf_vit.types import GeoImage, Source, Window
 from perf_vit.writers import write_objects
 
@@ -178,7 +180,10 @@ class SlideClassificationPredictor(TablePredictor[SlideClassifier, SlideClassifi
             },
             options=self.options,
             device=self.device,
-            beside=[file for name in names.values() for file in _attention_files(attention_folder(out), name)],
+            beside=[
+                *(file for name in names.values() for file in _attention_files(attention_folder(out), name)),
+                *([out.with_suffix(".html")] if self.options.report else []),
+            ],
             further_inputs=[] if tissue in (None, "otsu") else [str(tissue)],
         )
 
@@ -257,6 +262,11 @@ class SlideClassificationPredictor(TablePredictor[SlideClassifier, SlideClassifi
         made = (file for path in done for file in _unfinished(folder / _ATTENTION, path))
         return dict(zip(final, made, strict=True))
 
+    def picture_of(self, folder: Path, path: str) -> Callable[[], dict[str, Picture]]:
+        """Draw the attention of a slide for the report; see `TablePredictor.picture_of`."""
+        file = _unfinished(folder / _ATTENTION, path)[1]
+        return lambda: {"attention": thumbnail_of(file)}
+
     def open_with_glass(self, path: str) -> Source:
         """A slide with all of its pixels: the glass in a window of tissue is part of what the encoder knows."""
         options = {name: value for name, value in self.options.input_options.items() if name != "tissue"}
@@ -271,6 +281,18 @@ class SlideClassificationPredictor(TablePredictor[SlideClassifier, SlideClassifi
         scores = [f"{value:.6g}" for value in probabilities]
         return [self.model.spec.classes[predicted], *scores, str(len(attention))]
 
+    @staticmethod
+    def attention_figure(
+        source: Source, windows: Sequence[Window], attention: FloatArray, title: str
+    ) -> npt.NDArray[np.uint8]:
+        """A slide under the colours of its attention, with a title and a colour bar, [H, W, 3].
+
+        Raises:
+            InputError: The slide can't be read.
+        """
+        painted = attention_picture(source, windows, attention / attention.max())
+        return with_color_bar(painted, title, _COLORMAP, ("no attention", "most attention"))
+
     def _write_attention(
         self, path: str, found: SlideFeatures, attention: FloatArray, predicted: int, title: str, folder: Path
     ) -> None:
@@ -280,8 +302,7 @@ class SlideClassificationPredictor(TablePredictor[SlideClassifier, SlideClassifi
         objects, picture = _unfinished(folder, path)
         with closing(self.open_with_glass(path)) as source:
             write_objects(objects, boxes, weights, labels, self.model.spec.classes, source=source)
-            painted = attention_picture(source, found.windows, weights)
-            save_png(picture, with_color_bar(painted, title, _COLORMAP, ("no attention", "most attention")))
+            save_png(picture, self.attention_figure(source, found.windows, attention, title))
 
 
 def attention_folder(out: Path) -> Path:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import closing
 from functools import partial
 from itertools import islice
@@ -19,6 +19,8 @@ from perf_vit.inference.options import PredictOptions
 from perf_vit.inference.predictor import OnProgress, Predictor, ignore_progress
 from perf_vit.inference.prefetch import attempted, load_ahead, num_processors
 from perf_vit.inference.ray import RayPool
+from perf_vit.plotting.pictures import Picture
+from perf_vit.reporting.outputs import write_table_report
 
 __all__ = ["TablePredictor"]
 
@@ -63,7 +65,7 @@ class TablePredictor(Predictor[Model, Options]):
         job = self.job(paths, out)
         with job.work() as journal:
             if journal is None:
-                return JobResult(made=False, out=job.out)
+                return JobResult(made=False, out=job.out, beside=tuple(path for path in job.beside if path.exists()))
             log, failed = RowLog(job, journal.folder), dict[str, str]()
             todo = [path for path in paths if path not in log.rows]
             with closing(self._computed(todo, journal.folder.absolute(), pool)) as batches:
@@ -76,8 +78,30 @@ class TablePredictor(Predictor[Model, Options]):
                 )
             table = write_table(journal.folder / job.out.name, *self._table(paths, log.rows, failed))
             made = {job.out: table, **self.files_of(job.out, list(log.rows), paths, journal.folder)}
+            if self.options.report:
+                made[job.out.with_suffix(".html")] = self._report(journal.folder, table)
             job.finish(journal, made, num_damaged=len(failed))
-        return JobResult(made=True, out=job.out, num_rows=len(log.rows), failed=failed)
+        beside = tuple(path for path in job.beside if path.exists())
+        return JobResult(made=True, out=job.out, num_rows=len(log.rows), failed=failed, beside=beside)
+
+    def _report(self, folder: Path, table: Path) -> Path:
+        path, settings = folder / "report.tmp", self.described()
+        write_table_report(path, table, partial(self.picture_of, folder), column=self.class_column, settings=settings)
+        return path
+
+    @property
+    def class_column(self) -> str | None:
+        """Column with the predicted class, None for numbers."""
+        return next((name for name in self.columns if name in ("prediction", "predictions")), None)
+
+    @abstractmethod
+    def picture_of(self, folder: Path, path: str) -> Callable[[], dict[str, Picture]]:
+        """A function that draws an input for the report.
+
+        Args:
+            folder: Where files of single rows are until the table is finished.
+            path: Path of the input.
+        """
 
     @abstractmethod
     def read_input(self, path: str) -> Any:

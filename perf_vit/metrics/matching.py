@@ -136,6 +136,55 @@ def _values(shapes: Sequence[Shape], key: str) -> npt.NDArray[np.float64]:
     return np.array([shape[key] for shape in shapes], np.float64)
 
 
+FALSE_ALARM = -1
+"""In place of a labelled object: there is none under the detection."""
+
+NOT_COUNTED = -2
+"""In place of a labelled object: the detection has a low score, or lies on an ignored object."""
+
+
+def match_objects(
+    found: Detections,
+    truth: ObjectLabels,
+    kind: Literal["boxes", "oriented_boxes", "masks"],
+    *,
+    score_threshold: float,
+    iou_threshold: float = 0.5,
+) -> IndexArray:
+    """Match detections, in descending score, each to the free labelled object with the largest IoU of any class.
+
+    Args:
+        found: Detections of an image.
+        truth: Labelled objects of the image.
+        kind: Geometry to compare.
+        score_threshold: Minimum score of a detection.
+        iou_threshold: Minimum IoU of a match.
+
+    Returns:
+        Labelled object of each detection, `FALSE_ALARM` or `NOT_COUNTED`, [n].
+
+    Raises:
+        InputError: The objects have no geometry of this kind.
+    """
+    scores = torch.as_tensor(found.scores).cpu()
+    found_index, objects, iou = overlapping_iou(found, truth, kind)
+    hits = iou >= iou_threshold
+    found_index, objects, iou = found_index[hits], objects[hits], iou[hits]
+    starts = np.searchsorted(found_index, np.arange(len(scores) + 1))
+    free, owners = ~truth.ignored, np.full(len(scores), NOT_COUNTED)
+    for index in scores.argsort(descending=True, stable=True).tolist():
+        if scores[index] < score_threshold:
+            break
+        own = slice(starts[index], starts[index + 1])
+        met = objects[own]
+        if free[met].any():
+            owners[index] = met[np.where(free[met], iou[own], -1).argmax()]
+            free[owners[index]] = False
+        elif not truth.ignored[met].any():
+            owners[index] = FALSE_ALARM
+    return owners
+
+
 class DetectionConfusion:
     """Confusion matrix of object classes, with background as an additional class.
 
@@ -181,21 +230,12 @@ class DetectionConfusion:
 
     def _update_image(self, found: Detections, truth: ObjectLabels) -> None:
         background = len(self.matrix) - 1
-        scores, classes = torch.as_tensor(found.scores).cpu(), torch.as_tensor(found.labels).cpu().tolist()
-        found_index, objects, iou = overlapping_iou(found, truth, self.kind)
-        hits = iou >= self.iou_threshold
-        found_index, objects, iou = found_index[hits], objects[hits], iou[hits]
-        starts = np.searchsorted(found_index, np.arange(len(scores) + 1))
-        free = ~truth.ignored
-        for index in scores.argsort(descending=True, stable=True).tolist():
-            if scores[index] < self.score_threshold:
-                break
-            own = slice(starts[index], starts[index + 1])
-            met = objects[own]
-            if free[met].any():
-                owner = int(met[np.where(free[met], iou[own], -1).argmax()])
-                free[owner] = False
-                self.matrix[truth.labels[owner], classes[index]] += 1
-            elif not truth.ignored[met].any():
-                self.matrix[background, classes[index]] += 1
+        owners = match_objects(
+            found, truth, self.kind, score_threshold=self.score_threshold, iou_threshold=self.iou_threshold
+        )
+        classes = torch.as_tensor(found.labels).cpu().numpy()
+        hits, free = owners >= 0, ~truth.ignored
+        free[owners[hits]] = False
+        np.add.at(self.matrix, (truth.labels[owners[hits]], classes[hits]), 1)
+        np.add.at(self.matrix[background], classes[owners == FALSE_ALARM], 1)
         np.add.at(self.matrix[:, background], truth.labels[free], 1)

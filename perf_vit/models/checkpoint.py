@@ -33,6 +33,7 @@ __all__ = [
     "CHECKPOINT_KEY",
     "NETWORKS",
     "Network",
+    "checkpoint_facts",
     "checkpoint_metadata",
     "checkpoint_task",
     "load_classifier",
@@ -147,6 +148,26 @@ def checkpoint_task(path: str | Path) -> str:
     return _task_of(_read(Path(path))[CHECKPOINT_KEY])
 
 
+def checkpoint_facts(path: str | Path) -> dict[str, Any]:
+    """Return what a checkpoint says of its network, without building it.
+
+    Keys are those of `checkpoint_metadata`, with "epoch" (from 1), "num_parameters" and "label", what messages call the
+    network.
+
+    Raises:
+        CheckpointError: The file is missing, not a checkpoint, or not written by perf_vit.
+    """
+    content = _read(Path(path))
+    metadata, weights = content[CHECKPOINT_KEY], content["state_dict"]
+    epoch = content.get("epoch")
+    return {
+        **metadata,
+        "label": NETWORKS[_task_of(metadata)].label,
+        "epoch": epoch + 1 if isinstance(epoch, int) else None,
+        "num_parameters": sum(value.numel() for value in weights.values() if isinstance(value, Tensor)),
+    }
+
+
 def load_segmenter(path: str | Path) -> Segmenter:
     """Load a segmentation network; see `load_model`."""
     model: Segmenter = load_model(path, "segmentation")
@@ -175,7 +196,7 @@ def load_model(path: str | Path, *tasks: str) -> Any:
     """Load the network of a checkpoint, in evaluation mode, on the CPU.
 
     Args:
-        path: Checkpoint that a training run wrote.
+        path: Checkpoint that a training run wrote, or the run folder, of which the best is loaded.
         *tasks: Accepted tasks; none for any task.
 
     Raises:
@@ -258,6 +279,8 @@ def _task_of(metadata: dict[str, Any]) -> str:
 
 
 def _read(path: Path, tasks: tuple[str, ...] = ()) -> dict[str, Any]:
+    if (best := path / "checkpoints" / "best.ckpt").is_file():
+        path = best
     if not path.is_file():
         raise CheckpointError(f"no checkpoint {path}; check the path")
     with parsing(path, "a checkpoint", CheckpointError):

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import colorsys
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 from PIL import Image
 
 from perf_vit.plotting.pictures import Picture, natural_bands, rgb_from
-from perf_vit.types import IGNORE_INDEX, LabelArray, Source
+from perf_vit.types import IGNORE_INDEX, GeoImage, LabelArray, Source
 
-__all__ = ["colorize", "default_colormap", "thumbnail"]
+__all__ = ["colorize", "default_colormap", "last_true", "on_light_color", "shown_classes", "thumbnail"]
 
 Color = tuple[int, int, int, int]
 
@@ -81,3 +83,48 @@ def _generated(index: int) -> Color:
     hue = (0.11 + index * 0.618034) % 1
     lightness = (0.35, 0.55, 0.75)[index % 3]
     return _opaque([round(255 * channel) for channel in colorsys.hls_to_rgb(hue, lightness, 0.7)])
+
+
+# A contrast of 3 against white, as WCAG 2.1 asks of graphics.
+_LARGEST_LUMINANCE = 0.3
+
+
+def on_light_color(color: Sequence[int]) -> list[int]:
+    """Return a colour as red, green and blue, darkened until lines in it can be seen on the white of a slide."""
+    red, green, blue = color[:3]
+    hue, lightness, saturation = colorsys.rgb_to_hls(red / 255, green / 255, blue / 255)
+    while _luminance(found := colorsys.hls_to_rgb(hue, lightness, saturation)) > _LARGEST_LUMINANCE:
+        lightness *= 0.97
+    return [round(255 * channel) for channel in found]
+
+
+def _luminance(color: Sequence[float]) -> float:
+    """Return the relative luminance of WCAG 2.1 of a colour from 0 to 1."""
+    linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in color]
+    return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+
+
+def shown_classes(image: GeoImage, *, multilabel: bool = False) -> LabelArray:
+    """Return the class to show at each pixel of a map; with `multilabel`, from 1, and 0 for none."""
+    return _shown_labels(image) if multilabel else _class_indices(image)
+
+
+def _class_indices(image: GeoImage) -> LabelArray:
+    best = image.pixels[0] if len(image.pixels) == 1 else np.nan_to_num(image.pixels, nan=-1).argmax(0)
+    return np.where(image.valid, best, IGNORE_INDEX).astype(np.uint8)
+
+
+def _shown_labels(image: GeoImage) -> LabelArray:
+    """Return the class to show at each pixel, from 1; 0 for none."""
+    scores = np.where(image.valid, np.nan_to_num(image.pixels, nan=0), 0)
+    # Quantised probabilities range to 254, labels and other probabilities to 1.
+    half = 127 if scores.max() > 1 else 0.5
+    # The last one of equal scores.
+    best = len(scores) - 1 - scores[::-1].argmax(0)
+    return np.where(image.valid, np.where(scores.max(0) > half, best + 1, 0), IGNORE_INDEX).astype(np.uint8)
+
+
+def last_true(layers: npt.NDArray[Any]) -> npt.NDArray[np.int64]:
+    """Return 1 + the last class present in layers [K, H, W] of 0 and 1; 0 for none."""
+    numbers = np.arange(1, len(layers) + 1)[:, None, None]
+    return np.where((layers == IGNORE_INDEX).all(0), IGNORE_INDEX, ((layers == 1) * numbers).max(0))

@@ -8,6 +8,7 @@ from typing import Any
 import matplotlib
 import numpy as np
 import numpy.typing as npt
+import shapely
 from PIL import Image, ImageDraw
 
 from perf_vit.geometry.boxes import oriented_box_corners
@@ -19,15 +20,17 @@ __all__ = [
     "ERROR_COLOR",
     "enlarged",
     "error_panel",
-    "last_true",
     "on_white",
     "outlined",
+    "outlined_polygons",
     "standardized_picture",
     "with_color_bar",
 ]
 
 ERROR_COLOR = (213, 0, 120)
 """Colour of wrong pixels: no class has it, and it differs from grey imagery with any colour vision."""
+
+_LINE_PX = 2
 
 # Share of the imagery under errors that is left, so that errors stand out.
 _IMAGERY = 0.45
@@ -73,12 +76,6 @@ def error_panel(picture: Picture, truth: npt.NDArray[Any], predicted: npt.NDArra
     return faded
 
 
-def last_true(layers: npt.NDArray[Any]) -> npt.NDArray[np.int64]:
-    """Return 1 + the last class present in layers [K, H, W] of 0 and 1; 0 for none."""
-    numbers = np.arange(1, len(layers) + 1)[:, None, None]
-    return np.where((layers == IGNORE_INDEX).all(0), IGNORE_INDEX, ((layers == 1) * numbers).max(0))
-
-
 def outlined(
     picture: Picture, objects: Any, keep: BoolArray, kind: str, colors: Mapping[int, Color] | Sequence[Color]
 ) -> Picture:
@@ -102,6 +99,29 @@ def outlined(
         elif corners is not None:
             drawn = _with_line(drawn, corners[number], color)
     return drawn
+
+
+def outlined_polygons(
+    picture: Picture,
+    polygons: Sequence[Any] | npt.NDArray[Any],
+    colors: Sequence[Sequence[int]],
+    scale_xy: tuple[float, float],
+) -> Picture:
+    """Draw the outlines of polygons, each in its colour; later ones are on top.
+
+    Args:
+        picture: Imagery, [H, W, 3].
+        polygons: Shapely polygons or multipolygons, in pixels of the source.
+        colors: Colour of each polygon.
+        scale_xy: Pixels of the picture in one of the source, along x and y.
+    """
+    drawn = Image.fromarray(picture)
+    draw = ImageDraw.Draw(drawn)
+    for polygon, color in zip(polygons, colors, strict=True):
+        for ring in shapely.get_rings(polygon):
+            points = shapely.get_coordinates(ring) * scale_xy - 0.5
+            draw.line([tuple(point) for point in points.tolist()], fill=tuple(color[:3]), width=_LINE_PX)
+    return np.asarray(drawn)
 
 
 def _corners(objects: Any, kind: str) -> npt.NDArray[np.floating[Any]]:

@@ -30,6 +30,7 @@ __all__ = [
     "rgb_from",
     "save_figure",
     "save_png",
+    "stretch_limits",
 ]
 
 # Longer names would leave no room for the plot.
@@ -85,11 +86,12 @@ def add_legend(axes: Any, lines: Sequence[Any], labels: Sequence[str]) -> None:
 Picture = npt.NDArray[np.uint8]
 
 _FIGURE_DPI = 110
-
 _STRETCH_SAMPLES = 1_000_000
 
 
-def rgb_from(image: GeoImage, bands: Sequence[int] | None = None) -> Picture:
+def rgb_from(
+    image: GeoImage, bands: Sequence[int] | None = None, limits: Sequence[tuple[float, float]] | None = None
+) -> Picture:
     """Return an RGB picture: three bands of 8 bits as they are, others stretched between two percentiles.
 
     The stretch is from the 2nd to the 98th percentile of each band. Invalid pixels are white.
@@ -98,6 +100,7 @@ def rgb_from(image: GeoImage, bands: Sequence[int] | None = None) -> Picture:
         image: Pixels and valid mask.
         bands: 1-based indices of the red, green and blue band, or of one grey band; None for the first three bands, or
             the first if there are fewer.
+        limits: Result of `stretch_limits`, for pictures of several parts of a source; None for those of the image.
 
     Returns:
         RGB image, [H, W, 3] uint8.
@@ -105,17 +108,32 @@ def rgb_from(image: GeoImage, bands: Sequence[int] | None = None) -> Picture:
     Raises:
         InputError: There are neither one nor three bands, or a band doesn't exist.
     """
+    chosen = _chosen_bands(image, bands)
+    if image.pixels.dtype == np.uint8 and len(chosen) == 3:
+        channels = [image.pixels[band - 1] for band in chosen]
+    else:
+        mask = np.broadcast_to(image.mask, image.pixels.shape)
+        spans = limits or stretch_limits(image, bands)
+        channels = [
+            _stretch(image.pixels[band - 1], mask[band - 1], span) for band, span in zip(chosen, spans, strict=True)
+        ]
+    picture = np.stack(channels * (3 // len(channels)), axis=-1)
+    picture[~image.valid] = 255
+    return picture
+
+
+def stretch_limits(image: GeoImage, bands: Sequence[int] | None = None) -> list[tuple[float, float]]:
+    """Return the values of each band that become black and white; see `rgb_from`."""
+    mask = np.broadcast_to(image.mask, image.pixels.shape)
+    return [_limits(image.pixels[band - 1][mask[band - 1]]) for band in _chosen_bands(image, bands)]
+
+
+def _chosen_bands(image: GeoImage, bands: Sequence[int] | None) -> list[int]:
     count = len(image.pixels)
     chosen = list(bands or ([1, 2, 3] if count >= 3 else [1]))
     if len(chosen) not in (1, 3) or not all(1 <= band <= count for band in chosen):
         raise InputError(f"expected one or three of the bands 1 to {count} for a picture, got {chosen}")
-    mask = np.broadcast_to(image.mask, image.pixels.shape)
-    as_is = image.pixels.dtype == np.uint8 and len(chosen) == 3
-    bands_of = [(image.pixels[band - 1], mask[band - 1]) for band in chosen]
-    channels = [pixels if as_is else _stretch(pixels, valid) for pixels, valid in bands_of]
-    picture = np.stack(channels * (3 // len(channels)), axis=-1)
-    picture[~image.valid] = 255
-    return picture
+    return chosen
 
 
 def save_png(path: str | Path, picture: Picture) -> None:
@@ -146,12 +164,16 @@ def save_figure(path: str | Path, figure: Any) -> None:
             raise OutputError(f"can't write {path}: {error.strerror}; choose another output") from error
 
 
-def _stretch(band: npt.NDArray[Any], valid: npt.NDArray[np.bool_]) -> Picture:
-    values = band[valid]
+def _limits(values: npt.NDArray[Any]) -> tuple[float, float]:
     if values.size == 0:
-        return np.zeros(band.shape, np.uint8)
+        return 0.0, 0.0
     sample = values[:: max(1, values.size // _STRETCH_SAMPLES)].astype(np.float64)
     low, high = np.percentile(sample, (2, 98))
+    return float(low), float(high)
+
+
+def _stretch(band: npt.NDArray[Any], valid: npt.NDArray[np.bool_], limits: tuple[float, float]) -> Picture:
+    low, high = limits
     scaled = (np.where(valid, band, low).astype(np.float64) - low) / max(high - low, np.finfo(float).tiny)
     return np.round(scaled.clip(0, 1) * 255).astype(np.uint8)
 

@@ -2,17 +2,27 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import geopandas as gpd
+import pyogrio
 import rasterio
+from pyogrio.errors import DataLayerError, DataSourceError
 
-from perf_vit.sources._gdal import crs_name, open_dataset
+from perf_vit.errors import InputError, reason_line
+from perf_vit.sources._gdal import crs_name, open_dataset, reason_of
+from perf_vit.sources.files import PARQUET_SUFFIXES, split_layer
 from perf_vit.sources.slides import SlideSource
+from perf_vit.sources.vector_file import chosen_layer, opens_as_vector, reading_path
 from perf_vit.types import Source
 
-__all__ = ["SourceInfo", "describe_source"]
+__all__ = ["SourceInfo", "describe_source", "describe_vector", "is_vector"]
+
+# Columns with more values are only named.
+_MAX_VALUES = 20
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -124,3 +134,50 @@ def _stored(source: Source) -> dict[str, Any]:
             "block_px": dataset.block_shapes[0][turned],
             "compression": None if compression is None else rasterio.enums.Compression(compression).value,
         }
+
+
+def is_vector(path: str) -> bool:
+    """Return whether a file with the suffix of a vector format holds geometries, and not a raster."""
+    return Path(path).suffix.lower() in PARQUET_SUFFIXES or opens_as_vector(path)
+
+
+def describe_vector(path: str) -> dict[str, Any]:
+    """Describe the features and columns of a vector file as plain values, with the values of columns that have few.
+
+    Raises:
+        InputError: The file can't be read, or has several layers and none is given.
+    """
+    frame = _read_table(path)
+    columns = [name for name in frame.columns if name != frame.geometry.name]
+    values = {name: frame[name].value_counts(dropna=False).to_dict() for name in columns}
+    few = {name: found for name, found in values.items() if len(found) <= _MAX_VALUES}
+    bounds = [float(f"{value:.8g}") for value in frame.total_bounds] if len(frame) else None
+    return {
+        "features": len(frame),
+        "geometry": dict(Counter(frame.geom_type.dropna())),
+        "CRS": None if frame.crs is None else crs_name(frame.crs),
+        "bounds_crs": bounds,
+        "columns": columns,
+        **{f"values of {name}": {str(key): int(num) for key, num in found.items()} for name, found in few.items()},
+    }
+
+
+def _read_table(path: str) -> Any:
+    """Read a layer of a vector file with all its columns, as geopandas frame.
+
+    Raises:
+        InputError: The file can't be read, or has several layers and none is given.
+    """
+    if Path(path).suffix.lower() in PARQUET_SUFFIXES:
+        with reading_path(path) as found:
+            try:
+                return gpd.read_parquet(found)
+            except (ValueError, OSError) as error:
+                raise InputError(f"can't open {path} as GeoParquet: {reason_line(error)}") from error
+    file, layer = split_layer(path)
+    try:
+        with reading_path(file) as found:
+            layers = [str(name) for name, kind in pyogrio.list_layers(found) if kind is not None]
+            return gpd.read_file(found, layer=chosen_layer(file, layers, layer), engine="pyogrio", on_invalid="ignore")
+    except (DataSourceError, DataLayerError) as error:
+        raise InputError(f"can't open {path} as a vector file: {reason_of(error)}") from error

@@ -7,14 +7,17 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import pyproj
 from rasterio.errors import CRSError
 from rasterio.warp import transform
 
 from perf_vit.errors import InputError
 from perf_vit.sources._gdal import crs_name
+from perf_vit.types import Source
 
-__all__ = ["PixelSize", "Unit", "common_unit", "unit_of"]
+__all__ = ["PixelSize", "Unit", "common_unit", "pixel_areas", "unit_of"]
 
 Unit = tuple[str, float | None]
 """Name of a unit and its length in metres; None for degrees, whose length varies."""
@@ -105,3 +108,51 @@ def _utm_zone(crs: Any, place_xy: tuple[float, float]) -> str:
         return "EPSG:CODE"
     zone = math.floor((longitude + 180) / 6) % 60 + 1
     return f"EPSG:{(32600 if latitude >= 0 else 32700) + zone}"
+
+
+_FloatArray = npt.NDArray[np.float64]
+
+# Of WGS 84: half the equator's diameter in metres, and the square of the eccentricity.
+_RADIUS, _ECCENTRICITY2 = 6378137.0, 0.00669437999014
+
+
+def pixel_areas(source: Source, xy_px: _FloatArray) -> tuple[_FloatArray, str]:
+    """Return the area of a pixel at each of some places, and its unit.
+
+    - "m2" of rasters with a CRS: on the ellipsoid, so that maps in degrees or Web Mercator have true areas too;
+    - "um2" of slides whose pixel size is known;
+    - "px" of all others: 1.
+
+    Args:
+        source: Raster, mosaic or slide.
+        xy_px: Places in pixels, [n, 2].
+    """
+    if source.mpp is not None:
+        return np.full(len(xy_px), source.mpp**2), "um2"
+    if source.crs is None:
+        return np.ones(len(xy_px)), "px"
+    areas = _areas_on_ellipsoid(source, xy_px)
+    if not np.isfinite(areas).all():
+        # Local grids have no place on the Earth.
+        metres = unit_of(source.crs)[1] or 1.0
+        areas = np.full(len(xy_px), abs(source.transform.determinant) * metres**2)
+    return areas, "m2"
+
+
+def _areas_on_ellipsoid(source: Source, xy_px: _FloatArray) -> _FloatArray:
+    assert source.crs is not None
+    steps = np.array([[0.0, 0.0], [-0.5, 0.0], [0.5, 0.0], [0.0, -0.5], [0.0, 0.5]])
+    points = (xy_px[:, None] + steps).reshape(-1, 2)
+    x, y = source.transform @ tuple(points.T)
+    try:
+        to_degrees = pyproj.Transformer.from_crs(source.crs.to_wkt(), "EPSG:4326", always_xy=True)
+        longitude, latitude = np.radians(to_degrees.transform(x, y)).reshape(2, -1, 5)
+    except (pyproj.exceptions.CRSError, pyproj.exceptions.ProjError):
+        return np.full(len(xy_px), np.nan)
+    east, north = np.diff(longitude[:, 1:].reshape(-1, 2, 2)), np.diff(latitude[:, 1:].reshape(-1, 2, 2))
+    bend = 1 - _ECCENTRICITY2 * np.sin(latitude[:, 0]) ** 2
+    along_meridian = _RADIUS * (1 - _ECCENTRICITY2) / bend**1.5
+    along_parallel = _RADIUS / np.sqrt(bend) * np.cos(latitude[:, 0])
+    cross = east[:, 0, 0] * north[:, 1, 0] - east[:, 1, 0] * north[:, 0, 0]
+    found: _FloatArray = np.abs(cross) * along_meridian * along_parallel
+    return found

@@ -22,7 +22,7 @@ from perf_vit.errors import DataWarning, InputError, reason_line
 from perf_vit.sources._gdal import reason_of
 from perf_vit.sources.files import PARQUET_SUFFIXES, split_layer
 
-__all__ = ["layer_name", "opens_as_vector", "read_features", "reading_path", "writing_path"]
+__all__ = ["chosen_layer", "layer_name", "opens_as_vector", "read_features", "reading_path", "writing_path"]
 
 # pyogrio parses names as URLs: it drops the part after ";" and control characters, and "!" separates the path in an
 # archive.
@@ -113,7 +113,7 @@ def _read(path: str, attribute: str | None) -> Any:
         return _read_parquet(path, attribute)
     with reading_path(file) as found:
         layers = [str(name) for name, kind in pyogrio.list_layers(found) if kind is not None]
-        layer = _chosen_layer(file, layers, layer)
+        layer = chosen_layer(file, layers, layer)
         info = pyogrio.read_info(found, layer=layer, force_feature_count=True)
         wanted = _column(path, info["fields"].tolist(), info["features"], attribute)
         # Invalid rings shouldn't prevent reading the rest.
@@ -147,7 +147,8 @@ def _column(path: str, columns: list[str], num_features: int, attribute: str | N
     return [attribute]
 
 
-def _chosen_layer(file: str, layers: list[str], layer: str | None) -> str:
+def chosen_layer(file: str, layers: list[str], layer: str | None) -> str:
+    """Return the given layer, or the only one."""
     if layer in layers:
         return str(layer)
     if layer is not None:

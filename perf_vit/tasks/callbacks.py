@@ -7,7 +7,7 @@ import logging
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import lightning
 import numpy as np
@@ -137,7 +137,12 @@ class HistoryCallback(lightning.Callback):
             plot_history(self.rows, new, self.curves)
 
 
-def plot_history(rows: list[dict[str, float]], path: Path, curves: Curves = SEGMENTATION_CURVES) -> None:
+def plot_history(
+    rows: list[dict[str, float]],
+    path: Path,
+    curves: Curves = SEGMENTATION_CURVES,
+    format: Literal["png", "svg"] = "png",  # noqa: A002
+) -> None:
     """Plot losses (left) and validation scores (right) against the epoch."""
     figure = Figure(figsize=(9, 3.4), layout="constrained")
     FigureCanvasAgg(figure)
@@ -157,7 +162,7 @@ def plot_history(rows: list[dict[str, float]], path: Path, curves: Curves = SEGM
     scores.set_title(curves.title)
     if curves.score_range is not None:
         scores.set_ylim(*curves.score_range)
-    figure.savefig(path, dpi=110, format="png")
+    figure.savefig(path, dpi=110, format=format)
 
 
 class EpochProgressBar(RichProgressBar):

@@ -16,7 +16,8 @@ from PIL import Image, ImageDraw
 from torch import Tensor
 
 from perf_vit.plotting import colorize, default_colormap, label_font, label_text, save_png
-from perf_vit.plotting.panels import enlarged, error_panel, last_true, on_white, outlined, standardized_picture
+from perf_vit.plotting.colors import last_true
+from perf_vit.plotting.panels import enlarged, error_panel, on_white, outlined, standardized_picture
 from perf_vit.tasks.optim import with_valid
 from perf_vit.types import Detections, ObjectLabels
 

@@ -62,6 +62,7 @@ class TrainerConfig:
             only.
         num_pictures: Number of validation tiles drawn with truth and prediction after each validation, into the folder
             `pictures` and to the logger; 0 for none.
+        report: Whether to write `report.html` when training ends: curves, scores and pictures of the best model.
         logger: tensorboard, or wandb for TensorBoard and Weights & Biases (extra `wandb`); `metrics.csv` is always
             written.
         strategy: Strategy for several devices: fsdp2, which shards weights, gradients and optimizer states, or a
@@ -80,6 +81,7 @@ class TrainerConfig:
     early_stop_epochs: int = 0
     checkpoint_every_steps: int = 0
     num_pictures: int = 4
+    report: bool = True
     logger: str = "tensorboard"
     strategy: str = "auto"
 

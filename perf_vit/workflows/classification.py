@@ -24,7 +24,8 @@ from perf_vit.data import (
 from perf_vit.inference import ClassificationPredictOptions, ClassificationPredictor
 from perf_vit.inference.prefetch import load_ahead
 from perf_vit.metrics import ClassificationMetrics, RegisteredMetrics, RegressionScores
-from perf_vit.models import ClassificationSpec
+from perf_vit.models import ClassificationSpec, InputCheck
+from perf_vit.reporting import ImageSamples, Sample, text_sample
 from perf_vit.tasks import ClassificationTask
 from perf_vit.transforms import replace_tiny_std
 from perf_vit.workflows.progress import windows_progress
@@ -94,20 +95,40 @@ def evaluate_classification(
     ahead = load_ahead(
         range(len(views)), views.__getitem__, num_threads=readers, depth=2 * options.batch_size + readers
     )
-    done = 0
+    shown, done = ImageSamples(num=6), 0
     with windows_progress(f"evaluating {images.name}", "images") as on_image, closing(ahead) as samples:
         while batch := list(islice(samples, options.batch_size)):
             tiles, targets, valid = collate_tiles(batch)
             found = predictor.scores(tiles, valid)
             metrics.update(found, targets)
             registered.update(found, targets)
+            for path, each, target in zip(labelled.paths[done:], found, targets, strict=False):
+                shown.offer(*_sample(predictor, path, each, target))
             done += len(batch)
             on_image(done, len(views))
     title = f"{images.name} against {labels.name if labels else 'its folders'}"
     scores = metrics.summary(with_curves=True)
+    evaluation: ClassificationEvaluation | RegressionEvaluation
     if isinstance(scores, RegressionScores):
-        return RegressionEvaluation(scores, title=title, registered=registered)
-    return ClassificationEvaluation(scores, title=title, registered=registered)
+        evaluation = RegressionEvaluation(scores, title=title, registered=registered)
+    else:
+        evaluation = ClassificationEvaluation(scores, title=title, registered=registered)
+    evaluation.samples = shown
+    return evaluation
+
+
+def _sample(predictor: ClassificationPredictor, path: str, found: torch.Tensor, target: Any) -> tuple[float, Sample]:
+    """Score of an image, higher for better, and its picture with truth and prediction."""
+    spec = predictor.model.spec
+    if spec.kind == "single_label":
+        best, true = int(found.argmax()), int(target)
+        score = float(found[true])
+        said = f"{spec.classes[best]} {float(found[best]):.2f}, true {spec.classes[true]} {score:.2f}"
+    else:
+        score = -float((found - torch.as_tensor(target)).abs().mean())
+        pairs = zip(spec.classes, found.tolist(), torch.as_tensor(target).tolist(), strict=True)
+        said = "; ".join(f"{name} {value:.4g}, true {truth:.4g}" for name, value, truth in pairs)
+    return score, text_sample(f"{said}: {Path(path).name}", partial(spec.open, path, check=InputCheck(None)))
 
 
 def _spec(config: ClassificationRun | RegressionRun, data: ClassificationDataModule) -> ClassificationSpec:

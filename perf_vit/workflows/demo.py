@@ -2,34 +2,24 @@
 
 from __future__ import annotations
 
-import base64
-import html
-import io
-import platform
 import time
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-import numpy as np
-import torch
-from PIL import Image
-
-from perf_vit._version import __version__
 from perf_vit.data import make_ship_scene
-from perf_vit.files import write_text
 from perf_vit.labels import open_labels
-from perf_vit.metrics import ClassScores
-from perf_vit.plotting import colorize, default_colormap, natural_bands, rgb_from
+from perf_vit.plotting import colorize, default_colormap
+from perf_vit.reporting import Page, Preview, Row, picture_layer, read_picture
+from perf_vit.reporting.preview import pixel_size
+from perf_vit.reporting.samples import class_legend, imagery
 from perf_vit.sources import RasterSource, open_raster
-from perf_vit.types import IGNORE_INDEX
+from perf_vit.tasks.callbacks import plot_history
 from perf_vit.workflows.evaluate import evaluate
 from perf_vit.workflows.predict import predict
 from perf_vit.workflows.progress import note
 from perf_vit.workflows.run_folder import RUN_FILES, check_run_files
 from perf_vit.workflows.task import Evaluation
-from perf_vit.workflows.train import train
+from perf_vit.workflows.train import Run, train
 from perf_vit.writers import check_outputs, existing_error, existing_outputs
 
 __all__ = ["Demo", "run_demo", "write_report"]
@@ -88,7 +78,8 @@ def run_demo(out: Path, seed: int = 0, *, overwrite: bool = False) -> Demo:
         "data.train.region": upper,
         "data.val.region": lower,
     }
-    checkpoint = train("segmentation/demo", overrides, out=run).best
+    trained = train("segmentation/demo", overrides, out=run)
+    checkpoint = trained.best
 
     output = out / "map.tif"
     # What a killed demo left is of another scene file.
@@ -101,9 +92,8 @@ def run_demo(out: Path, seed: int = 0, *, overwrite: bool = False) -> Demo:
         image=scene.image,
         labels=scene.labels,
         prediction=output,
-        loss_curve=run / "loss_curve.png",
-        scores=[ClassScores(**row) for row in scored.table],
-        seconds=time.perf_counter() - start,
+        run=trained,
+        scores=scored,
     )
     return Demo(map=output, report=report, scores=scored, seconds=time.perf_counter() - start)
 
@@ -114,91 +104,49 @@ def _files(out: Path) -> list[Path]:
     return [*scene, *(out / name for name in ("map.tif", "map.png", "scores.json", "report.html"))]
 
 
-_DETAIL_PX = 128
+def write_report(path: Path, *, image: Path, labels: Path, prediction: Path, run: Run, scores: Evaluation) -> Path:
+    """Write the page of a demo: scene, labels and map, scores of the lower half, and curves.
 
-_STYLE = """
-body { font: 16px/1.5 system-ui, sans-serif; margin: 2rem auto; max-width: 72rem; padding: 0 1rem; color: #222 }
-.row { display: grid; grid-template-columns: repeat(3, 1fr); gap: 1rem }
-figure { margin: 0 } img { width: 100%; image-rendering: pixelated; border: 1px solid #ccc }
-table { border-collapse: collapse } td, th { padding: .3rem .9rem; text-align: right; border-bottom: 1px solid #ddd }
-td:first-child, th:first-child { text-align: left }
-"""
+    Args:
+        path: Output file.
+        image: Scene.
+        labels: Its labels.
+        prediction: Its map.
+        run: Training run.
+        scores: Scores of the lower half.
 
-
-def write_report(
-    path: Path,
-    *,
-    image: Path,
-    labels: Path,
-    prediction: Path,
-    loss_curve: Path,
-    scores: Sequence[ClassScores],
-    seconds: float,
-) -> Path:
-    """Write a self-contained HTML page: scene, labels and prediction side by side, loss curve, metrics."""
+    Raises:
+        OutputError: The page can't be written.
+    """
     source = open_raster(image)
-    pictures = _pictures(source, labels, prediction, [score.name for score in scores])
-    row, col = int(0.72 * source.height), int(0.4 * source.width)
-    detail = {name: picture[row : row + _DETAIL_PX, col : col + _DETAIL_PX] for name, picture in pictures.items()}
-    curve = base64.b64encode(loss_curve.read_bytes()).decode()
-    page = f"""<!doctype html>
-<html lang="en"><head><meta charset="utf-8"><title>perf_vit demo</title><style>{_STYLE}</style></head><body>
-<h1>perf_vit demo</h1>
-<p>{html.escape(_summary(source.height, source.width, source.num_bands, str(source.crs), seconds))}</p>
-{_row(pictures)}
-<h2>A part of the lower half, every pixel enlarged</h2>
-{_row(detail)}
-<h2>Metrics on the lower half: never trained on, though it chose the best epoch</h2>
-{_table(scores)}
-<h2>Training</h2>
-<img style="max-width: 60rem; border: 0; image-rendering: auto" src="data:image/png;base64,{curve}" alt="loss curve">
-</body></html>
-"""
-    write_text(path, page)
-    return path
-
-
-def _pictures(
-    source: RasterSource, labels: Path, prediction: Path, classes: Sequence[str]
-) -> dict[str, np.ndarray[Any, Any]]:
-    colors = default_colormap(len(classes), background=0)
-    scene = source.read(source.extent)
-    truth = open_labels(labels, source, classes=classes).read(source.extent)
-    mapped = open_raster(prediction).read(source.extent).pixels[0]
-    return {
-        "scene": rgb_from(scene, natural_bands(source)),
-        "labels": colorize(np.where(scene.valid, truth, np.uint8(IGNORE_INDEX)), colors),
-        "prediction": colorize(mapped, colors),
-    }
-
-
-def _row(pictures: Mapping[str, np.ndarray[Any, Any]]) -> str:
-    figures = "\n".join(
-        f'<figure><img src="{_data_uri(pixels)}" alt="{name}"><figcaption>{name}</figcaption></figure>'
-        for name, pixels in pictures.items()
+    names = [str(row["name"]) for row in scores.table]
+    colors = default_colormap(len(names), background=0)
+    clear = {**colors, 0: (0, 0, 0, 0)}
+    truth = open_labels(labels, source, classes=names).read(source.extent)
+    layers = [
+        picture_layer("image", read_picture(source, imagery(source))),
+        picture_layer("labels", colorize(truth, clear), shown=False),
+        picture_layer("map", colorize(open_raster(prediction).read(source.extent).pixels[0], clear), opacity=0.6),
+    ]
+    page = Page(title="perf_vit demo", subtitle=_summary(source), numbers=scores.headline)
+    page.add(
+        "Scene",
+        Preview(size=source.size, layers=layers, pixel_size=pixel_size(source)),
+        text="Drag to move, scroll to zoom. The upper half was trained on.",
+        legend=class_legend(names, colors),
     )
-    return f'<div class="row">\n{figures}\n</div>'
+    scores.add_to(page)
+
+    def curves(first: Path) -> list[Path]:
+        plot_history(run.metrics, first, format="svg")
+        return [first]
+
+    page.add("Training", Row.of_plots(curves, ["losses and validation scores by epoch"]))
+    return page.write(path)
 
 
-def _summary(height: int, width: int, num_bands: int, crs: str, seconds: float) -> str:
-    machine = f"{platform.machine()}, threads: {torch.get_num_threads()}, torch {torch.__version__}"
+def _summary(source: RasterSource) -> str:
     return (
-        f"A generated scene of {height} x {width} pixels, {num_bands} bands, {crs}. Trained on the upper half, mapped "
-        f"as a whole, in {seconds:.0f} s ({machine}, perf_vit {__version__})."
+        f"A generated scene of {source.height} x {source.width} px, {source.num_bands} bands, {source.crs}: trained "
+        "on its upper half, mapped as a whole, scored on its lower half."
     )
-
-
-def _data_uri(pixels: np.ndarray[Any, Any]) -> str:
-    buffer = io.BytesIO()
-    Image.fromarray(pixels).save(buffer, format="PNG")
-    return f"data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}"
-
-
-def _table(scores: Sequence[ClassScores]) -> str:
-    rows = "".join(
-        f"<tr><td>{html.escape(s.name)}</td><td>{s.iou:.3f}</td><td>{s.f1:.3f}</td><td>{s.precision:.3f}</td>"
-        f"<td>{s.recall:.3f}</td><td>{s.num_pixels:,}</td></tr>"
-        for s in scores
-    )
-    head = "".join(f"<th>{name}</th>" for name in ("class", "IoU", "F1", "precision", "recall", "pixels"))
-    return f"<table><tr>{head}</tr>{rows}</table>"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from contextlib import closing
 from dataclasses import dataclass, replace
 from functools import partial
@@ -14,9 +15,11 @@ from perf_vit.errors import InputError
 from perf_vit.geometry import Objects
 from perf_vit.inference import DetectionPredictOptions, DetectionPredictor
 from perf_vit.inference.prefetch import FirstWindows, load_ahead, num_processors
-from perf_vit.labels.objects import ImageRecord, OutlineMasks, objects_in, read_object_labels
+from perf_vit.labels.objects import ImageRecord, OutlineMasks, objects_in, outlines_of, read_object_labels
 from perf_vit.metrics import RegisteredMetrics
+from perf_vit.metrics.matching import NOT_COUNTED, match_objects
 from perf_vit.models import DetectionSpec, InputCheck, detector_kind
+from perf_vit.reporting import MATCH_LEGEND, ImageSamples, Sample, object_sample
 from perf_vit.tasks import DetectionTask, TrainingSteps
 from perf_vit.tiling import grid_windows
 from perf_vit.types import Detections, ObjectLabels, Source
@@ -143,13 +146,16 @@ def evaluate_detection(
         title=f"{images.name} against {labels.name}",
         registered=RegisteredMetrics("detection", spec),
     )
+    found.samples = samples = ImageSamples(MATCH_LEGEND)
     ahead = load_ahead(index, partial(_opened, predictor), num_threads=1, depth=1)
     with windows_progress(f"evaluating {images.name}", "images") as on_image, closing(ahead) as opened:
         for done, (record, each) in enumerate(zip(index, opened, strict=True), 1):
             objects = predictor.find(each.first, each.source.extent)
             each.source.close()
             truth = replace(each.truth, ignored=each.truth.ignored | ~each.validity.seen)
-            found.update(_as_detections(objects, record), truth)
+            detections = _as_detections(objects, record)
+            found.update(detections, truth)
+            samples.offer(*_sample(predictor, record, objects, detections, truth))
             on_image(done, len(index))
     return found
 
@@ -182,6 +188,31 @@ def _opened(predictor: DetectionPredictor, record: ImageRecord) -> _LabelledImag
         readers = options.num_readers or num_processors()
         first = FirstWindows(validity, windows[: 2 * options.batch_size + readers])
     return _LabelledImage(source, truth, validity, first)
+
+
+def _sample(
+    predictor: DetectionPredictor, record: ImageRecord, objects: Objects, found: Detections, truth: ObjectLabels
+) -> tuple[float, Sample]:
+    """F1 of an image at the model's score threshold, and its pictures."""
+    spec = predictor.model.spec
+    owners = match_objects(found, truth, spec.kind, score_threshold=spec.score_threshold)
+    counted, known = owners != NOT_COUNTED, ~truth.ignored
+    labels = np.asarray(objects.labels, np.int64)
+    right = np.zeros(len(owners), bool)
+    right[owners >= 0] = truth.labels[owners[owners >= 0]] == labels[owners >= 0]
+    was_found = np.zeros(len(truth), bool)
+    was_found[owners[right]] = True
+    f1 = 2 * right.sum() / max(1, counted.sum() + known.sum())
+    title = f"F1 {f1:.3f}: {Path(record.path).name}, {known.sum()} objects, {counted.sum()} detections"
+    outlines = outlines_of(record)
+    return float(f1) if counted.any() or known.any() else math.nan, object_sample(
+        title,
+        partial(spec.open, record.path, check=InputCheck(None)),
+        (outlines[known], was_found[known]),
+        (objects.polygons()[counted], right[counted]),
+        (truth.labels[known], labels[counted]),
+        len(spec.classes),
+    )
 
 
 def _spec(config: DetectionRun, data: DetectionDataModule) -> DetectionSpec:

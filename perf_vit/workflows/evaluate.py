@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -57,19 +58,26 @@ def evaluate(
             "CSV file"
         )
     image, truth = Path(input), None if labels is None else Path(labels)
-    if parsed.json is not None:
+    if parsed.page is not None:
         _check_outputs(task, parsed, [None if isinstance(given, nn.Module) else given, image, truth])
     with progress_shown(progress), evaluating(given):
         found = task.evaluate(given, image, truth, parsed)
+    found.settings = {"model": str(model) if isinstance(model, str | Path) else type(model).__name__, **_plain(parsed)}
     if parsed.json is not None:
         found.to_json(parsed.json)
         found.plot(parsed.json)
+    if parsed.page is not None:
+        found.report(parsed.page)
     return found
 
 
+def _plain(options: EvaluateOptions) -> dict[str, Any]:
+    return {name: str(value) if isinstance(value, Path) else value for name, value in asdict(options).items()}
+
+
 def _check_outputs(task: Task, options: EvaluateOptions, inputs: list[Path | None]) -> None:
-    """Refuse scores and pictures that would replace an input or, without `overwrite`, another file."""
-    assert options.json is not None
+    """Refuse scores, pictures and a report that would replace an input or, without `overwrite`, another file."""
     further = [getattr(options, name, None) for name in ("names", "tissue")]
-    outputs = [Path(options.json), *task.evaluation.picture_paths(options.json)]
+    outputs = [] if options.json is None else [Path(options.json), *task.evaluation.picture_paths(options.json)]
+    outputs += [] if options.page is None else [options.page]
     check_outputs(outputs, [*inputs, *further], overwrite=options.overwrite)

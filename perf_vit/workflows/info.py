@@ -2,27 +2,62 @@
 
 from __future__ import annotations
 
+import csv
+import glob
+import json
 import time
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import timm
 import torch
+from omegaconf import MISSING, OmegaConf
 from rich.table import Table
 from torch import nn
 
+from perf_vit.config import config_value
 from perf_vit.conversion.linearize import convertible_layers, max_exact_side
+from perf_vit.conversion.save import CONFIG, is_converted
 from perf_vit.conversion.weights import is_model
 from perf_vit.errors import ConfigError, OptionError
-from perf_vit.models import load_segmenter
-from perf_vit.sources import SourceInfo, describe_source, open_source
+from perf_vit.models import checkpoint_facts, load_segmenter
+from perf_vit.sources import SourceInfo, describe_source, open_source, split_layer
+from perf_vit.sources.describe import describe_vector, is_vector
+from perf_vit.sources.files import TILE_INDEX_SUFFIXES, is_vector_name
 from perf_vit.tiling import grid_windows
 from perf_vit.types import Source
+from perf_vit.workflows.load import find_model
 
-__all__ = ["Description", "Workload", "describe", "estimate_workload"]
+__all__ = ["Description", "FileDescription", "Workload", "describe", "describe_file", "estimate_workload"]
 
 _DEFAULT_WINDOW_PX = 1024
+
+# Longer lists are cut.
+_MAX_LISTED = 20
+
+
+def _two_columns(rows: Sequence[tuple[str, str]]) -> Table:
+    table = Table(show_header=False)
+    table.add_column(style="bold")
+    table.add_column(overflow="fold")
+    for name, value in rows:
+        table.add_row(name, value)
+    return table
+
+
+def _shown(value: Any) -> str:
+    """A plain value in words."""
+    if isinstance(value, Mapping):
+        return ", ".join(f"{key} {_shown(each)}" for key, each in list(value.items())[:_MAX_LISTED])
+    if isinstance(value, list | tuple):
+        more = f", ... ({len(value)})" if len(value) > _MAX_LISTED else ""
+        return ", ".join(map(_shown, value[:_MAX_LISTED])) + more
+    if isinstance(value, int) and not isinstance(value, bool):
+        return f"{value:,}"
+    return f"{value:.8g}" if isinstance(value, float) else str(value)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,12 +109,142 @@ class Description:
 
     def table(self) -> Table:
         """All of it for people."""
-        table = Table(show_header=False)
-        table.add_column(style="bold")
-        table.add_column(overflow="fold")
-        for name, value in _facts(self.source) + ([] if self.workload is None else _work(self.workload)):
-            table.add_row(name, value)
-        return table
+        return _two_columns(_facts(self.source) + ([] if self.workload is None else _work(self.workload)))
+
+
+@dataclass(frozen=True, kw_only=True)
+class FileDescription:
+    """What a model, a vector file or a config is.
+
+    Attributes:
+        path: Path as given.
+        kind: Such as "checkpoint", "run folder", "converted model", "vector file", "COCO file" or "config".
+        facts: What is known of it, as plain values.
+    """
+
+    path: str
+    kind: str
+    facts: dict[str, Any]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values of JSON."""
+        return {"path": self.path, "kind": self.kind, **self.facts}
+
+    def table(self) -> Table:
+        """All of it for people."""
+        facts = {"kind": self.kind, **self.facts}
+        return _two_columns([(name.replace("_", " "), _shown(value)) for name, value in facts.items() if value])
+
+
+def describe_file(path: str) -> FileDescription | None:
+    """Describe a run folder, checkpoint, converted model, vector file, COCO file or config; None for other files.
+
+    Raises:
+        PerfVitError: The file is one of these, and can't be read.
+    """
+    file = Path(path)
+    name = file.name.lower()
+    if file.is_dir():
+        return _describe_folder(path)
+    if not Path(split_layer(path)[0]).is_file():
+        return None
+    if name.endswith(".ckpt"):
+        return FileDescription(path=path, kind="checkpoint", facts=_checkpoint_facts(file))
+    if name.endswith((".yaml", ".yml")):
+        return FileDescription(path=path, kind="config", facts=_config_facts(file))
+    if name.endswith(".json") and (found := _coco_facts(file)):
+        return FileDescription(path=path, kind="COCO file", facts=found)
+    is_index = name.endswith((".json", *TILE_INDEX_SUFFIXES))
+    if is_vector_name(path) and not is_index and is_vector(path):
+        return FileDescription(path=path, kind="vector file", facts=describe_vector(path))
+    return None
+
+
+def _describe_folder(path: str) -> FileDescription | None:
+    folder = Path(path)
+    best = folder / "checkpoints" / "best.ckpt"
+    if best.is_file():
+        facts = {**_checkpoint_facts(best), **_run_facts(folder)}
+        return FileDescription(path=path, kind="run folder", facts=facts)
+    for place in (folder / "student", folder):
+        if (place / CONFIG).is_file():
+            config = json.loads((place / CONFIG).read_bytes())
+            known = {"backbone": config.get("architecture"), "classes": config.get("num_classes")}
+            kind = "converted model" if is_converted(place) else "model of timm"
+            return FileDescription(path=path, kind=kind, facts={**known, "conversion": config.get("perf_vit")})
+    return None
+
+
+def _checkpoint_facts(path: Path) -> dict[str, Any]:
+    found = checkpoint_facts(path)
+    spec, model = found["spec"], found["model"]
+    named = ("background", "tile_px", "resolution", "mpp", "score_threshold", "bands", "nodata")
+    trained = spec.get("trained_on") or {}
+    return {
+        "task": found.get("task"),
+        "model": found["label"],
+        "backbone": model.get("backbone"),
+        "head": model.get("head"),
+        "parameters": found["num_parameters"],
+        "classes": list(spec.get("classes") or ()),
+        "trained_on": " ".join(filter(None, (trained.get("dtype"), ", ".join(trained.get("names") or ())))),
+        **{name: spec.get(name) for name in named},
+        "epoch": found["epoch"],
+        "perf_vit": found.get("version"),
+    }
+
+
+def _run_facts(folder: Path) -> dict[str, Any]:
+    """The length of a run and the last scores of its validation."""
+    metrics = folder / "metrics.csv"
+    if not metrics.is_file():
+        return {}
+    with metrics.open(newline="", encoding="utf-8") as file:
+        rows = [row for row in csv.DictReader(file) if int(float(row["epoch"])) > 0]
+    scored = [{key: float(v) for key, v in row.items() if key.startswith("val/") and v} for row in rows]
+    last: dict[str, float] = next((scores for scores in reversed(scored) if scores), {})
+    return {"epochs_done": len(rows), "last_scores": dict(list(last.items())[:_MAX_LISTED])}
+
+
+def _config_facts(path: Path) -> dict[str, Any]:
+    task = config_value(path, "task", default="segmentation")
+    data, model = (_plain(config_value(path, name, default={})) for name in ("data", "model"))
+    splits = {part: data.get(part) for part in ("train", "val") if isinstance(data.get(part), Mapping)}
+    files = {f"{part} {key}": value for part, split in splits.items() for key, value in split.items() if value}
+    return {
+        "task": task,
+        "out": _plain(config_value(path, "out")),
+        "backbone": model.get("backbone"),
+        "head": model.get("head"),
+        "classes": data.get("classes"),
+        "tile_px": data.get("tile_px"),
+        "batch_size": data.get("batch_size"),
+        **files,
+        "to_be_given": [f"data.{name.replace(' ', '.')}" for name, value in files.items() if value == MISSING],
+        "missing_files": [v for v in files.values() if isinstance(v, str) and _is_missing(v)],
+    }
+
+
+def _plain(value: Any) -> Any:
+    """Nested mappings and lists of a config; "???" for values to be given."""
+    return OmegaConf.to_container(value) if OmegaConf.is_config(value) else value
+
+
+def _is_missing(value: str) -> bool:
+    return "/" in value and "://" not in value and not glob.glob(split_layer(value)[0])
+
+
+def _coco_facts(path: Path) -> dict[str, Any]:
+    """Images, objects and classes of a COCO file; nothing for other JSON."""
+    try:
+        content = json.loads(path.read_bytes())
+    except (OSError, ValueError, RecursionError):
+        return {}
+    if not (isinstance(content, dict) and content.keys() >= {"images", "annotations", "categories"}):
+        return {}
+    names = {each.get("id"): str(each.get("name")) for each in content["categories"]}
+    counts = Counter(names.get(each.get("category_id"), "unknown") for each in content["annotations"])
+    return {"images": len(content["images"]), "objects": len(content["annotations"]), "classes": dict(counts)}
 
 
 def describe(
@@ -89,12 +254,12 @@ def describe(
     window_size: int | None = None,
     mpp: float | None = None,
     slide_mpp: float | None = None,
-) -> Description:
-    """Describe a raster or slide and, if a model is given, the time that it would take.
+) -> Description | FileDescription:
+    """Describe a raster or slide and, if a model is given, the time that it would take; or see `describe_file`.
 
     Args:
         path: Path or URL.
-        model: Checkpoint of a segmentation model, or a timm name; see `estimate_workload`.
+        model: Run folder or checkpoint of a segmentation model, or a timm name; see `estimate_workload`.
         window_size: Size of the model's windows in pixels.
         mpp: Micrometres per pixel to read a slide at.
         slide_mpp: Micrometres per pixel of a slide's level 0, where the file doesn't say.
@@ -103,6 +268,8 @@ def describe(
         InputError: The file can't be opened.
         PerfVitError: The model can't be loaded or doesn't fit.
     """
+    if (model, window_size, mpp, slide_mpp) == (None,) * 4 and (file := describe_file(path)) is not None:
+        return file
     with open_source(path, mpp=mpp, slide_mpp=slide_mpp) as source:
         work = None if model is None else estimate_workload(source, model, window_size)
         return Description(source=describe_source(source), workload=work)
@@ -113,7 +280,7 @@ def estimate_workload(source: Source, model: str, window_size: int | None = None
 
     Args:
         source: what would be predicted.
-        model: a .ckpt file of `perf-vit train`, or a name of timm's, whose backbone alone is timed.
+        model: a run folder or .ckpt file of `perf-vit train`, or a name of timm's, whose backbone alone is timed.
         window_size: in pixels; by default the checkpoint's tile, or 1,024.
 
     Raises:
@@ -121,7 +288,7 @@ def estimate_workload(source: Source, model: str, window_size: int | None = None
         CheckpointError: the file is not a checkpoint.
     """
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    load = _checkpoint if model.endswith(".ckpt") else _backbone
+    load = _checkpoint if model.endswith(".ckpt") or Path(model).is_dir() else _backbone
     network, forward, patch_px, size = load(model, source.num_bands, window_size, device)
     side = max_exact_side(network)
     overlap = size // 4
@@ -145,7 +312,7 @@ def estimate_workload(source: Source, model: str, window_size: int | None = None
 def _checkpoint(
     path: str, num_bands: int, window_size: int | None, device: str
 ) -> tuple[nn.Module, Callable[[torch.Tensor], Any], int, int]:
-    model = load_segmenter(path).to(device)
+    model = load_segmenter(find_model(path)).to(device)
     expected = len(model.spec.normalizer.mean)
     if expected != num_bands:
         raise ConfigError(

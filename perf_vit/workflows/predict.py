@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
@@ -34,6 +34,7 @@ from perf_vit.inference import (
 )
 from perf_vit.inference.jobs import JobResult
 from perf_vit.models import InputSpec
+from perf_vit.reporting.outputs import is_report, write_run_report
 from perf_vit.sources import GEOTIFF_SUFFIXES
 from perf_vit.workflows.load import as_segmenter, find_model
 from perf_vit.workflows.progress import inputs_progress, note, progress_shown, run_table, windows_progress
@@ -43,6 +44,9 @@ from perf_vit.writers import check_outputs
 __all__ = ["Engine", "InputsOptions", "evaluating", "predict"]
 
 Engine = Literal["local", "ray"]
+
+_PAGE = "report.html"
+"""Name of a run's page in its output folder."""
 
 _FILE_SUFFIXES = frozenset({*GEOTIFF_SUFFIXES, ".gpkg", ".geojson", ".parquet", ".json", ".csv"})
 
@@ -197,16 +201,35 @@ def _predict_folder(
     found = find_inputs(inputs, output, path_column=given.path_column)
     outputs = [path for item in found for path in predictor.outputs(item.output)]
     outputs += [*predictor.folder_files(output), output / REPORT]
+    page = output / _PAGE if predictor.options.report else None
+    if page is not None:
+        # One page of all outputs, none of each.
+        predictor = predictor.with_options(replace(predictor.options, report=False))
+        outputs = [each for each in outputs if each.suffix != page.suffix] + [page]
     read = [*predictor.read_files, *(each for each in inputs if Path(each).is_file()), *(item.path for item in found)]
     check_outputs(outputs, read, overwrite=True)
     check_report(output, overwrite=predictor.options.overwrite)
+    if page is not None and not (predictor.options.overwrite or is_report(page)):
+        check_outputs([page], [])
     predictor.check_folder(output)
     with given.pool(predictor.options.device) as pool:
         if pool is not None:
             predictor = predictor.on(_device_of(pool, predictor))
             found = [MapInput(_absolute(item.path), item.output.absolute()) for item in found]
         predictor.check(found)
-        return _predict_many(predictor, found, output, pool)
+        report = _predict_many(predictor, found, output, pool)
+    if page is not None:
+        _write_page(predictor, report, page)
+    if num_failed := report.count("failed"):
+        raise InputError(f"{num_failed} of {len(found)} inputs failed, all others were gone through; see {report.path}")
+    return report
+
+
+def _write_page(predictor: InputPredictor[Any, Any], report: RunReport, page: Path) -> None:
+    """Write the page of a run; while another run has the report, under its own name too."""
+    own = page if report.path is None else report.path.with_suffix(page.suffix)
+    pictures = [(Path(each.input).name, Path(each.output).with_suffix(".png")) for each in report.inputs]
+    write_run_report(own, report.to_dict(), pictures)
 
 
 def _predict_table(
@@ -285,8 +308,6 @@ def _predict_many(
             if report.inputs:
                 note(run_table(report))
             predictor.finish_folder(_of_this_run(inputs, report, options.overwrite), folder)
-    if num_failed := report.count("failed"):
-        raise InputError(f"{num_failed} of {len(inputs)} inputs failed, all others were gone through; see {path}")
     return report
 
 

@@ -54,6 +54,7 @@ from perf_vit.workflows.reports import (
     RegressionEvaluation,
     SegmentationEvaluation,
 )
+from perf_vit.workflows.reports.tile_scores import ClassificationTiles, DetectionTiles, SegmentationTiles
 from perf_vit.workflows.run_config import (
     ClassificationRun,
     DetectionRun,
@@ -163,6 +164,7 @@ register_task(
         build_module=build_segmentation_task,
         monitor="val/iou",
         curves=SEGMENTATION_CURVES,
+        tile_scores=SegmentationTiles,
         draw=draw_segmentation,
         training_steps=segmentation_steps,
         predictor=SegmentationPredictor,
@@ -181,6 +183,7 @@ register_task(
         build_module=build_detection_task,
         monitor=DETECTION_MONITOR,
         curves=DETECTION_CURVES,
+        tile_scores=DetectionTiles,
         draw=draw_objects,
         training_steps=detection_steps,
         predictor=DetectionPredictor,
@@ -199,6 +202,7 @@ register_task(
         build_module=build_classification_task,
         monitor=CLASSIFICATION_MONITOR,
         curves=CLASSIFICATION_CURVES,
+        tile_scores=ClassificationTiles,
         draw=draw_classification,
         predictor=ClassificationPredictor,
         predict_options=ClassificationPredictOptions,

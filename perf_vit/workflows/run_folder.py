@@ -27,7 +27,7 @@ __all__ = ["CONFIG", "RUN_FILES", "RunFolder", "check_config_kept", "check_run_f
 CONFIG = "config.yaml"
 """The resolved config, whose first line says that the folder is a run's."""
 
-RUN_FILES = (CONFIG, "checkpoints", "metrics.csv", "loss_curve.png", "pictures", "tensorboard", "wandb")
+RUN_FILES = (CONFIG, "checkpoints", "metrics.csv", "loss_curve.png", "pictures", "report.html", "tensorboard", "wandb")
 """Files and folders that a run writes into its folder."""
 
 

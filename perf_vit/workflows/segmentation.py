@@ -27,6 +27,7 @@ from perf_vit.inference import (
 from perf_vit.labels import is_labelled_folder, warn_of_polygons_outside
 from perf_vit.metrics import RegisteredMetrics
 from perf_vit.models import InputCheck, SegmentationSpec
+from perf_vit.reporting import MapSamples
 from perf_vit.sources import unit_of
 from perf_vit.tasks import SegmentationOptimConfig, SegmentationTask, TrainingSteps, balanced_weights
 from perf_vit.types import IGNORE_INDEX, Source, Window
@@ -184,14 +185,20 @@ def evaluate_segmentation(
         title=f"{image.name} against {labels.name}",
         registered=RegisteredMetrics("segmentation", spec),
     )
+    found.samples = samples = MapSamples(
+        spec.classes, spec.background_index, spec.multilabel, spec.tile_px, overview=not is_folder
+    )
     with windows_progress(f"evaluating {image.name}", "images" if is_folder else "windows") as on_done:
         on_window = ignore_progress if is_folder else on_done
         for number, (source, truth) in enumerate(labelled, 1):
+            samples.begin(source, part or source.extent)
             for strip in predictor.strips(source, part or source.extent, on_progress=on_window):
                 expected = truth.read(strip.window)
                 expected[..., ~strip.valid] = IGNORE_INDEX
                 decided = segmenter.to_labels(torch.from_numpy(strip.scores)[None])[0]
                 found.update(decided, class_probabilities(strip, multilabel=spec.multilabel), expected)
+                samples.add(decided.cpu().numpy(), expected)
+            samples.end()
             if is_folder:
                 source.close()
                 on_done(number, len(labelled))

@@ -6,8 +6,10 @@ from collections.abc import Generator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
 from perf_vit.data import (
@@ -24,16 +26,19 @@ from perf_vit.inference import SlideClassificationPredictOptions, SlideClassific
 from perf_vit.inference.prefetch import load_ahead
 from perf_vit.metrics import ClassificationMetrics, ClassificationScores, RegisteredMetrics
 from perf_vit.models import InputBands, SlideClassificationSpec, SlideClassifier, pretrained_statistics
+from perf_vit.reporting import ImageSamples, Sample
 from perf_vit.sources import open_input
 from perf_vit.tasks import SlideClassificationTask
 from perf_vit.transforms import Normalizer
-from perf_vit.types import GeoImage, InputOptions
+from perf_vit.types import GeoImage, InputOptions, Window
 from perf_vit.workflows.progress import windows_progress
 from perf_vit.workflows.reports import ClassificationEvaluation
 from perf_vit.workflows.run_config import SlideClassificationRun
 from perf_vit.workflows.task import EvaluateOptions, TrainedModel
 
 __all__ = ["LabelledSlides", "build_slide_data", "build_slide_task", "embed_slides", "evaluate_slide_classification"]
+
+FloatArray = npt.NDArray[np.float32]
 
 _EMBEDDINGS = "embeddings"
 """Folder of a run's features."""
@@ -119,15 +124,39 @@ def evaluate_slide_classification(
     registered = RegisteredMetrics("slide_classification", spec)
     stored = [store is not None and store.has(path) for path in targets.paths]
     missing = [path for path, is_stored in zip(targets.paths, stored, strict=True) if not is_stored]
+    samples = ImageSamples()
     with closing(_embedded(predictor, missing)) as embedded:
         for path, label, is_stored in zip(targets.paths, targets.labels.tolist(), stored, strict=True):
             found = store.read(path) if store is not None and is_stored else next(embedded)
-            probabilities, _ = predictor.classify(found)
+            probabilities, attention = predictor.classify(found)
             for each in (metrics, registered):
                 each.update(torch.from_numpy(probabilities)[None], torch.tensor([label]))
+            sample = _sample(predictor, path, label, probabilities, found.windows, attention)
+            samples.offer(float(probabilities[label]), sample)
     scores = metrics.summary(with_curves=True)
     assert isinstance(scores, ClassificationScores)
-    return ClassificationEvaluation(scores, title=f"{slides.name} against {labels.name}", registered=registered)
+    evaluation = ClassificationEvaluation(scores, title=f"{slides.name} against {labels.name}", registered=registered)
+    evaluation.samples = samples
+    return evaluation
+
+
+def _sample(
+    predictor: SlideClassificationPredictor,
+    path: str,
+    label: int,
+    probabilities: FloatArray,
+    windows: Sequence[Window],
+    attention: FloatArray,
+) -> Sample:
+    """A slide with its attention, and its true and predicted class."""
+    classes, best = predictor.model.spec.classes, int(probabilities.argmax())
+    said = f"{classes[best]} {probabilities[best]:.2f}, true {classes[label]} {probabilities[label]:.2f}"
+
+    def draw() -> dict[str, Any]:
+        with closing(predictor.open_with_glass(path)) as source:
+            return {"attention": predictor.attention_figure(source, windows, attention, said)}
+
+    return Sample(title=f"{said}: {Path(path).name}", draw=draw)
 
 
 def _store(model: SlideClassifier, folder: str | Path) -> EmbeddingStore:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any, ClassVar, TypeAlias, TypeVar
+from types import MappingProxyType
+from typing import Any, ClassVar, Protocol, TypeAlias, TypeVar
 
 from rich.table import Table
 from torch import nn
@@ -15,13 +16,14 @@ from perf_vit.files import write_json
 from perf_vit.inference import PredictOptions, Predictor
 from perf_vit.metrics import RegisteredMetrics
 from perf_vit.models import Network
+from perf_vit.reporting import Page, Preview, Row, Sample, Settings, TextTable, sample_rows
 from perf_vit.tasks import TrainingSteps
 from perf_vit.tasks.callbacks import Curves
 from perf_vit.tasks.pictures import Draw
 from perf_vit.text import without_nan
 from perf_vit.workflows.progress import as_text, new_table
 
-__all__ = ["EvaluateOptions", "Evaluation", "Task", "TrainedModel", "WindowedEvaluateOptions"]
+__all__ = ["EvaluateOptions", "Evaluation", "Samples", "Task", "TileScores", "TrainedModel", "WindowedEvaluateOptions"]
 
 Options = TypeVar("Options", bound=PredictOptions)
 
@@ -37,15 +39,24 @@ class EvaluateOptions:
         batch_size: Windows or images in a forward pass.
         device: "auto" for a GPU if there is one, "cpu", "cuda", "cuda:1", "mps".
         precision: "32", or "bf16" or "16" for autocast; "auto" for "bf16" where the device is fast in it, else "32".
-        json: File to write the scores to, with curves and confusion matrix next to it as .png.
-        overwrite: Replace scores and pictures that exist.
+        json: File to write the scores to, with curves and confusion matrix next to it as .png, and the report as .html.
+        report: File to write the report to, .html.
+        overwrite: Replace scores, pictures and a report that exist.
     """
 
     batch_size: int = 1
     device: str = "auto"
     precision: str = "32"
     json: str | Path | None = None
+    report: str | Path | None = None
     overwrite: bool = False
+
+    @property
+    def page(self) -> Path | None:
+        """Path of the report, None for none."""
+        if self.report is None:
+            return None if self.json is None else Path(self.json).with_suffix(".html")
+        return Path(self.report)
 
     def for_prediction(self, options: type[Options], more: Mapping[str, Any] | None = None) -> Options:
         """Options of the prediction that is scored.
@@ -57,7 +68,8 @@ class EvaluateOptions:
         Raises:
             OptionError: An unknown value.
         """
-        shared = {each.name for each in fields(self)} & {each.name for each in fields(options)} - {"overwrite"}
+        shared = {each.name for each in fields(self)} & {each.name for each in fields(options)}
+        shared -= {"overwrite", "report"}
         return options(**{name: getattr(self, name) for name in shared}, **(more or {}))
 
 
@@ -74,6 +86,25 @@ class WindowedEvaluateOptions(EvaluateOptions):
     overlap: int | None = None
 
 
+class Samples(Protocol):
+    """Worst and best samples of an evaluation, and their legend."""
+
+    @property
+    def legend(self) -> Sequence[tuple[str, str]]:
+        """Names and colours, in CSS."""
+
+    @property
+    def worst(self) -> Sequence[Sample]:
+        """Samples of lowest score."""
+
+    @property
+    def best(self) -> Sequence[Sample]:
+        """Samples of highest score."""
+
+    def preview(self) -> Preview | None:
+        """A zoomable picture of the only input, None where there is none."""
+
+
 class Evaluation(ABC):
     """Scores of a model on labelled inputs.
 
@@ -83,9 +114,15 @@ class Evaluation(ABC):
 
     Attributes:
         pictures: Endings of the names of pictures next to the scores, some of which a model may have no scores for.
+        captions: What these show.
+        samples: Worst and best samples, None for none.
+        settings: Plain values that decided the scores.
     """
 
     pictures: ClassVar[tuple[str, ...]] = ()
+    captions: ClassVar[tuple[str, ...]] = ()
+    samples: Samples | None = None
+    settings: Mapping[str, Any] = MappingProxyType({})
 
     def __init__(self, title: str = "scores", registered: RegisteredMetrics | None = None) -> None:
         self.title = title
@@ -129,7 +166,7 @@ class Evaluation(ABC):
         """Write curves and the confusion matrix as pictures, as far as the task has them.
 
         Args:
-            path: Path of the first picture, .png; the names of others begin with its name.
+            path: Path of the first picture, .png or .svg; the names of others begin with its name.
 
         Returns:
             Paths of the pictures.
@@ -137,6 +174,37 @@ class Evaluation(ABC):
         Raises:
             OutputError: They can't be written there.
         """
+
+    @property
+    def headline(self) -> dict[str, str]:
+        """Main scores by name, as texts."""
+        return {}
+
+    def report(self, path: str | Path) -> Path:
+        """Write scores, curves, confusion matrix, worst and best samples and settings as one HTML page.
+
+        Raises:
+            OutputError: Nothing can be written there.
+        """
+        page = Page(title=self.title, numbers=self.headline)
+        self.add_to(page)
+        page.add("Settings", Settings.of_values("Model and options", self.settings))
+        return page.write(path)
+
+    def add_to(self, page: Page) -> None:
+        """Add scores, plots and samples to a page."""
+        samples = self.samples
+        legend = [] if samples is None else samples.legend
+        if samples is not None and (preview := samples.preview()) is not None:
+            text = "Drag to move, scroll to zoom. Errors are pixels whose class differs from their label."
+            page.add("Map", preview, text=text, legend=legend)
+        tables = [TextTable.of_rich(table, dict(legend)) for table in self.tables()]
+        page.add("Scores", *tables)
+        plots = Row.of_plots(self.plot, self.captions)
+        page.add("Curves and confusion", plots if plots.figures else None)
+        if samples is not None:
+            page.add("Worst", *sample_rows(samples.worst), legend=legend)
+            page.add("Best", *sample_rows(samples.best), legend=legend)
 
     def to_json(self, path: str | Path) -> Path:
         """Write all scores as JSON.
@@ -149,13 +217,28 @@ class Evaluation(ABC):
 
     @classmethod
     def picture_paths(cls, path: str | Path) -> list[Path]:
-        """Paths of the pictures next to scores."""
-        return [Path(path).with_name(f"{Path(path).stem}{ending}.png") for ending in cls.pictures]
+        """Paths of the pictures next to scores: .svg next to .svg, else .png."""
+        suffix = ".svg" if Path(path).suffix == ".svg" else ".png"
+        return [Path(path).with_name(f"{Path(path).stem}{ending}{suffix}") for ending in cls.pictures]
 
     def __str__(self) -> str:
         return as_text(*self.tables())
 
     __repr__ = __str__
+
+
+class TileScores(Protocol):
+    """Scores of a network on validation tiles."""
+
+    @property
+    def legend(self) -> Sequence[tuple[str, str]]:
+        """Names and colours of the pictures, in CSS."""
+
+    def update(self, found: Any, labels: Any, /) -> tuple[float, str]:
+        """Add a tile; return its score and the score in words."""
+
+    def finish(self) -> Evaluation:
+        """The scores of all tiles."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -174,6 +257,7 @@ class Task:
         curves: Scores that are drawn while it trains.
         draw: Draws a validation tile with truth and prediction, None for no pictures.
         training_steps: Gives what `perf-vit fit-tile` measures for a config, None where tiles can't be fitted.
+        tile_scores: Makes the scores of a network on validation tiles, for the report of a run; None for no pictures.
         predictor: Class of its predictor.
         predict_options: Class of the options of its predictor.
         evaluate: Called with model, input, labels and options, gives an `Evaluation`.
@@ -198,6 +282,7 @@ class Task:
     prepare_data: Callable[[Any, Any, Any, Path], Any] | None = None
     draw: Draw | None = None
     training_steps: Callable[[Any], TrainingSteps] | None = None
+    tile_scores: Callable[[Any], TileScores] | None = None
 
     @property
     def label(self) -> str:

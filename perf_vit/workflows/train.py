@@ -17,8 +17,9 @@ from perf_vit.errors import ConfigError, OptionError
 from perf_vit.tasks import TileFit, build_trainer, fit_max_tile
 from perf_vit.workflows.progress import progress_shown
 from perf_vit.workflows.registry import TASKS
+from perf_vit.workflows.reports.training import REPORT, write_training_report
 from perf_vit.workflows.run_config import TaskRunConfig
-from perf_vit.workflows.run_folder import RunFolder, check_config_kept
+from perf_vit.workflows.run_folder import CONFIG, RunFolder, check_config_kept
 from perf_vit.workflows.task import Task
 
 __all__ = ["Run", "fit_tile", "parse_bytes", "read_run", "train", "train_run", "with_out"]
@@ -53,6 +54,27 @@ class Run:
         from perf_vit.workflows.load import load
 
         return load(self.folder)
+
+    def report(self, path: str | Path | None = None) -> Path:
+        """Write curves, scores, worst and best validation tiles and settings as one HTML page.
+
+        The data of the run must be there.
+
+        Args:
+            path: Output file; `report.html` in the folder by default.
+
+        Raises:
+            PerfVitError: The data of the run can't be read, or nothing can be written there.
+        """
+        config = read_run(self.folder / CONFIG, out=self.folder)
+        task = TASKS[config.task]
+        return self.write_report(task, task.build_data(config), path)
+
+    def write_report(self, task: Task, data: Any, path: str | Path | None = None) -> Path:
+        """Write the report with the run's data module; see `report`."""
+        tiles = getattr(data, "val", None)
+        target = self.folder / REPORT if path is None else Path(path)
+        return write_training_report(target, self.folder, self.metrics, task, self.load(), tiles)
 
     def plot(self) -> Image.Image:
         """Losses and scores by epoch, as a picture."""
@@ -129,7 +151,10 @@ def train_run(config: TaskRunConfig, *, progress: bool = True) -> Run:
     if task.prepare_data is not None:
         data = task.prepare_data(config, data, module, run.path)
     run.fit(trainer, module, data)
-    return Run(run.path)
+    found = Run(run.path)
+    if config.trainer.report and trainer.is_global_zero:
+        found.write_report(task, data)
+    return found
 
 
 def fit_tile(

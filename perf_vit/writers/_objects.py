@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -13,8 +13,10 @@ from affine import Affine
 
 from perf_vit.errors import OutputError
 from perf_vit.geometry.boxes import oriented_box_corners
+from perf_vit.sources.pixel_size import pixel_areas
+from perf_vit.types import Source
 
-__all__ = ["ObjectTable"]
+__all__ = ["ObjectTable", "tidy_polygons"]
 
 # Names of the oriented box parameters in all formats.
 _BOX_FIELDS = ("cx_px", "cy_px", "width_px", "height_px", "angle_rad")
@@ -31,6 +33,7 @@ class ObjectTable:
         scores: Scores, [n]; None for objects without, such as the areas of a class map.
         oriented_boxes: Centre x, centre y, width, height in pixels and angle in radians, [n, 5]; None for other
             objects.
+        areas: Areas, [n], and the name of their column, such as "area_m2".
     """
 
     polygons: npt.NDArray[Any]
@@ -38,6 +41,7 @@ class ObjectTable:
     class_names: tuple[str, ...]
     scores: npt.NDArray[np.float64] | None
     oriented_boxes: npt.NDArray[np.float64] | None
+    areas: tuple[str, npt.NDArray[np.float64]] | None = None
 
     @classmethod
     def make(cls, geometries: Any, scores: Any, labels: Any, class_names: Sequence[str]) -> ObjectTable:
@@ -71,9 +75,17 @@ class ObjectTable:
     def measurements(self) -> dict[str, npt.NDArray[np.float64]]:
         """Return the measurements of all objects by name, [n] each, written as columns, measurements or keys."""
         found = {} if self.scores is None else {"score": self.scores}
+        if self.areas is not None:
+            found[self.areas[0]] = self.areas[1]
         if self.oriented_boxes is not None:
             found.update(zip(_BOX_FIELDS, self.oriented_boxes.T, strict=True))
         return found
+
+    def with_areas(self, source: Source) -> ObjectTable:
+        """Return the table with the areas of the objects on the ground, or in the slide."""
+        areas, unit = _areas(self.polygons, source)
+        # More digits than any outline has.
+        return replace(self, areas=(f"area_{unit}", np.array([float(f"{area:.6g}") for area in areas])))
 
     def measurements_of(self, index: int) -> dict[str, float]:
         """Return the measurements of one object by name."""
@@ -101,3 +113,34 @@ def _outlines(geometries: Any) -> tuple[npt.NDArray[Any], npt.NDArray[np.float64
         "expected polygons [n], boxes_xyxy [n, 4] or oriented boxes [n, 5] as geometries, got "
         f"{values.dtype} {list(values.shape)}"
     )
+
+
+def _areas(polygons: npt.NDArray[Any], source: Source) -> tuple[npt.NDArray[np.float64], str]:
+    if len(polygons) == 0:
+        return np.zeros(0), pixel_areas(source, np.zeros((1, 2)))[1]
+    of_pixels, unit = pixel_areas(source, shapely.get_coordinates(shapely.centroid(polygons)))
+    return shapely.area(polygons) * of_pixels, unit
+
+
+def tidy_polygons(
+    polygons: npt.NDArray[Any], source: Source, *, min_area: float = 0, simplify: float = 0
+) -> tuple[npt.NDArray[Any], npt.NDArray[np.bool_]]:
+    """Simplify polygons and tell which are large enough.
+
+    Args:
+        polygons: Shapely polygons or multipolygons in source pixels, [n].
+        source: Scene or slide of the polygons.
+        min_area: Smallest area, in square metres of rasters with a CRS, square micrometres of slides with a known pixel
+            size, else pixels.
+        simplify: Largest displacement of an outline, in metres, micrometres or pixels; 0 keeps all corners.
+
+    Returns:
+        Polygons, [n], and whether each is large enough before simplification, [n].
+    """
+    if len(polygons) == 0:
+        return polygons, np.zeros(0, bool)
+    of_pixels, _ = pixel_areas(source, shapely.get_coordinates(shapely.centroid(polygons)))
+    kept = shapely.area(polygons) * of_pixels >= min_area
+    if simplify > 0:
+        polygons = shapely.simplify(polygons, simplify / np.sqrt(of_pixels), preserve_topology=True)
+    return polygons, kept

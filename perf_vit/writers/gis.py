@@ -19,6 +19,7 @@ from affine import Affine
 from pyogrio.errors import DataLayerError, DataSourceError, FeatureError
 
 from perf_vit.plotting import default_colormap
+from perf_vit.plotting.colors import on_light_color
 from perf_vit.sources.vector_file import layer_name, writing_path
 from perf_vit.text import to_json
 from perf_vit.writers._objects import ObjectTable
@@ -121,9 +122,7 @@ def write_qupath(
         background: Index of the background class; None for none.
     """
     colors = default_colormap(len(table.class_names), background)
-    classes = [
-        {"name": name, "color": list(map(int, colors[index][:3]))} for index, name in enumerate(table.class_names)
-    ]
+    classes = [{"name": name, "color": on_light_color(colors[index])} for index, name in enumerate(table.class_names)]
     with path.open("w", encoding="utf-8") as file:
         file.write('{"type": "FeatureCollection", "features": [')
         for index, polygon in enumerate(table.placed(scale)):

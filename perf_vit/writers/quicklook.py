@@ -1,4 +1,4 @@
-"""Quicklooks of a scene and its map in one PNG."""
+"""Quicklooks: a scene and its map in one PNG, or a scene with its objects."""
 
 from __future__ import annotations
 
@@ -8,13 +8,15 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw
 
+from perf_vit.geometry import Objects
 from perf_vit.plotting import colorize, default_colormap, label_font, label_text, natural_bands, rgb_from, save_png
-from perf_vit.plotting.colors import Color
+from perf_vit.plotting.colors import Color, shown_classes
+from perf_vit.plotting.panels import outlined_polygons
 from perf_vit.plotting.pictures import Picture
 from perf_vit.sources import open_source
-from perf_vit.types import IGNORE_INDEX, GeoImage, LabelArray, Source
+from perf_vit.types import Source
 
-__all__ = ["write_map_quicklook"]
+__all__ = ["write_map_quicklook", "write_object_quicklook"]
 
 _PANEL_PX = 1024
 
@@ -57,7 +59,7 @@ def write_map_quicklook(
     result = open_source(map_path)
     image = result.read_reduced(_PANEL_PX)
     result.close()
-    labels = _shown_labels(image) if multilabel else _class_indices(image)
+    labels = shown_classes(image, multilabel=multilabel)
     scene = rgb_from(source.read_reduced(_PANEL_PX), natural_bands(source))
     painted = colorize(labels, colors)
     painted[painted[..., 3] == 0] = 255
@@ -65,19 +67,26 @@ def write_map_quicklook(
     save_png(path, _with_legend(_beside(panels), names, colors))
 
 
-def _class_indices(image: GeoImage) -> LabelArray:
-    best = image.pixels[0] if len(image.pixels) == 1 else np.nan_to_num(image.pixels, nan=-1).argmax(0)
-    return np.where(image.valid, best, IGNORE_INDEX).astype(np.uint8)
+def write_object_quicklook(source: Source, objects: Objects, path: str | Path, classes: Sequence[str]) -> None:
+    """Write a scene with the outlines of its objects, and a legend.
 
+    Args:
+        source: Scene or slide.
+        objects: Objects in pixels of the source.
+        path: Output PNG.
+        classes: Class names for the legend, in the order of the class indices.
 
-def _shown_labels(image: GeoImage) -> LabelArray:
-    """Return the class to show at each pixel, from 1; 0 for none."""
-    scores = np.where(image.valid, np.nan_to_num(image.pixels, nan=0), 0)
-    # Quantised probabilities range to 254, labels and other probabilities to 1.
-    half = 127 if scores.max() > 1 else 0.5
-    # The last one of equal scores.
-    best = len(scores) - 1 - scores[::-1].argmax(0)
-    return np.where(image.valid, np.where(scores.max(0) > half, best + 1, 0), IGNORE_INDEX).astype(np.uint8)
+    Raises:
+        InputError: The scene can't be read.
+        OutputError: The picture can't be written.
+    """
+    colors = default_colormap(len(classes))
+    scene = _enlarge(rgb_from(source.read_reduced(2 * _PANEL_PX), natural_bands(source)))
+    scale = scene.shape[1] / source.width, scene.shape[0] / source.height
+    # The surest come last, on top.
+    labels = objects.labels[::-1].tolist()
+    drawn = outlined_polygons(scene, objects.polygons()[::-1], [colors[label] for label in labels], scale)
+    save_png(path, _with_legend(_framed(drawn), classes, colors))
 
 
 def _enlarge(picture: Picture) -> Picture:
@@ -89,8 +98,11 @@ def _beside(panels: Sequence[Picture]) -> Picture:
     height, width = panels[0].shape[:2]
     axis = 0 if width > 2 * height else 1
     gap = np.full((_MARGIN_PX, width, 3) if axis == 0 else (height, _MARGIN_PX, 3), 255, np.uint8)
-    joined = np.concatenate([panels[0], gap, panels[1]], axis=axis)
-    return np.pad(joined, ((_MARGIN_PX, _MARGIN_PX), (_MARGIN_PX, _MARGIN_PX), (0, 0)), constant_values=255)
+    return _framed(np.concatenate([panels[0], gap, panels[1]], axis=axis))
+
+
+def _framed(picture: Picture) -> Picture:
+    return np.pad(picture, ((_MARGIN_PX, _MARGIN_PX), (_MARGIN_PX, _MARGIN_PX), (0, 0)), constant_values=255)
 
 
 def _with_legend(picture: Picture, classes: Sequence[str], colors: Mapping[int, Color]) -> Picture:

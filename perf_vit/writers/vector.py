@@ -80,7 +80,7 @@ def write_objects(
     """
     target = Path(path)
     chosen = check_vector_output(target, source, format=format)
-    table = ObjectTable.make(geometries, scores, labels, class_names)
+    table = ObjectTable.make(geometries, scores, labels, class_names).with_areas(source)
     with staged(target) as folder:
         made = folder / target.name
         try:

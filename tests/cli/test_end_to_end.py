@@ -96,7 +96,8 @@ def test_predict_writes_a_valid_cog_on_the_grid_of_the_input(trained, tmp_path) 
     picture = np.asarray(Image.open(out.with_suffix(".png")))
     assert picture.shape[0] > 100
     assert len(np.unique(picture.reshape(-1, picture.shape[-1]), axis=0)) > 10
-    assert sorted(p.name for p in out.parent.iterdir()) == ["map.png", "map.tif"]
+    names = ["map.html", "map.png", "map.qml", "map.tif", "map.tif.aux.xml"]
+    assert sorted(p.name for p in out.parent.iterdir()) == names
 
 
 def test_a_model_trained_on_coarser_pixels_maps_at_them(trained, tmp_path) -> None:

@@ -226,6 +226,7 @@ def demo(tmp_path, monkeypatch) -> list[str | Path]:
         assert not list((run / "checkpoints").glob("*"))
         dump_config(read_run(config, overrides, out), run / "config.yaml")
         plot_history([], run / "loss_curve.png")
+        (run / "metrics.csv").write_text("epoch,train/loss,val/iou\n1,0.5,0.25\n")
         put(run / "checkpoints" / "last.ckpt")
         small_models.save_segmenter(run / "checkpoints" / "best.ckpt", "ship", num_bands=4, tile_px=256)
         return Run(run)

@@ -1,5 +1,6 @@
 """The same command again: what is there stays, what is missing is made."""
 
+import json
 import shutil
 from pathlib import Path
 
@@ -23,7 +24,7 @@ def predict(request, trained, tmp_path):
         assert call(args) == 0
         return {path.name: path.read_bytes() for path in out.glob("map.*")}
 
-    _predict.out = out
+    _predict.out, _predict.many = out, request.param == "many"
     return _predict
 
 
@@ -40,10 +41,57 @@ def test_polygons_that_are_asked_for_later_are_made_of_the_map_that_is_there(pre
     predict()
     made = (predict.out / "map.tif").stat().st_mtime_ns
     later = predict(*options)
-    assert set(later) == {"map.tif", "map.png", "map.geojson"}
+    names = {"map.tif", "map.png", "map.qml", "map.tif.aux.xml", "map.geojson"}
+    names |= set() if predict.many else {"map.html"}
+    assert set(later) == names
     assert (predict.out / "map.tif").stat().st_mtime_ns == made
     shutil.rmtree(predict.out)
     assert predict(*options) == later
+
+
+def test_polygons_are_tidied_again_while_the_map_stays(predict) -> None:
+    def num_polygons() -> int:
+        return len(json.loads((predict.out / "map.geojson").read_bytes())["features"])
+
+    predict("--polygons", "geojson")
+    made, all_of_them = (predict.out / "map.tif").stat().st_mtime_ns, num_polygons()
+    few = predict("--polygons", "geojson", "--min-area", "50")
+    assert 0 < num_polygons() < all_of_them
+    assert predict("--polygons", "geojson", "--min-area", "50") == few
+    predict("--polygons", "geojson")
+    assert num_polygons() == all_of_them
+    assert (predict.out / "map.tif").stat().st_mtime_ns == made
+
+
+def test_polygons_that_were_edited_are_not_tidied_away(trained, tmp_path, capsys) -> None:
+    polygons = tmp_path / "map.geojson"
+    args = ["predict", "--checkpoint", trained.checkpoint, "--input", trained.scene.image, "--polygons", "geojson"]
+    args += ["--output", tmp_path / "map.tif"]
+    assert call(args) == 0
+    polygons.write_text(polygons.read_text() + "\n")
+    edited = polygons.read_bytes()
+    assert call(args) == 0
+    assert call([*args, "--simplify", "1"]) == 2
+    assert "but tidied otherwise, or changed since it was made" in capsys.readouterr().err
+    assert polygons.read_bytes() == edited
+
+
+def test_each_file_is_announced_with_its_path(trained, tmp_path, capsys) -> None:
+    out = tmp_path / "map.tif"
+    args = ["predict", "--checkpoint", trained.folder, "--input", trained.scene.image, "--polygons", "gpkg", "--output"]
+    for _ in range(2):
+        assert call([*args, out]) == 0
+        said = dict(line.split(": ") for line in capsys.readouterr().out.splitlines())
+        paths = {name: path.split(",")[0] for name, path in said.items()}
+        assert paths == {
+            "map": str(out),
+            "quicklook": str(tmp_path / "map.png"),
+            "polygons": str(tmp_path / "map.gpkg"),
+            "QGIS style": str(tmp_path / "map.qml"),
+            "class names": str(tmp_path / "map.tif.aux.xml"),
+            "report": str(tmp_path / "map.html"),
+        }
+        assert all(Path(path).is_file() for path in paths.values())
 
 
 @pytest.mark.parametrize(

@@ -43,7 +43,8 @@ def test_a_folder_becomes_a_folder_of_maps_and_a_second_run_has_nothing_to_do(tr
     out = tmp_path / "maps"
     _ok(_predict(trained, [scenes], out))
     assert sorted(str(path.relative_to(out)) for path in out.rglob("*.*")) == [
-        "a.png", "a.tif", "report.json", "sub/b.png", "sub/b.tif"
+        "a.png", "a.qml", "a.tif", "a.tif.aux.xml", "report.html", "report.json",
+        "sub/b.png", "sub/b.qml", "sub/b.tif", "sub/b.tif.aux.xml",
     ]  # fmt: skip
     with rasterio.open(out / "a.tif") as dataset:
         model = dataset.tags()["PERF_VIT_MODEL"]

@@ -73,9 +73,9 @@ def _predict(checkpoint: Path, given: Path | str, output: Path, *extra: str) -> 
 def predict_map(root: Path) -> Job:
     """One raster, with quicklook and polygons."""
     checkpoint, scene = save_segmenter(root / "model.ckpt"), write_scene(root / "in" / "scene.tif")
-    outputs = [root / "out" / f"map.{suffix}" for suffix in ("tif", "png", "geojson")]
+    outputs = [root / "out" / f"map.{suffix}" for suffix in ("tif", "png", "geojson", "qml", "tif.aux.xml", "html")]
     args = _predict(checkpoint, scene, outputs[0], "--polygons", "geojson")
-    return Job(args, [checkpoint, scene], outputs)
+    return Job(args, [checkpoint, scene], [*outputs, record_of(outputs[2])])
 
 
 def predict_map_of_vrt(root: Path) -> Job:
@@ -124,14 +124,16 @@ def predict_maps(root: Path) -> Job:
     folder = root / "out" / "maps"
     outputs = [folder / f"{name}.{suffix}" for name in ("scene", "virtual") for suffix in ("tif", "png", "gpkg")]
     args = _predict(checkpoint, listed, folder, "--polygons", "gpkg")
-    return Job(args, [checkpoint, scene, virtual, member, listed], [*outputs, folder / "report.json"])
+    outputs += [folder / "report.json", folder / "report.html"]
+    return Job(args, [checkpoint, scene, virtual, member, listed], outputs)
 
 
 def predict_objects(root: Path, suffix: str = "gpkg") -> Job:
     """The objects of one raster."""
     checkpoint, scene = save_small_detector(root / "model.ckpt"), write_scene(root / "in" / "scene.tif")
     output = root / "out" / f"found.{suffix}"
-    return Job(_predict(checkpoint, scene, output), [checkpoint, scene], [output, record_of(output)])
+    beside = [output.with_suffix(ending) for ending in (".png", ".html", *([] if suffix == "json" else [".qml"]))]
+    return Job(_predict(checkpoint, scene, output), [checkpoint, scene], [output, *beside, record_of(output)])
 
 
 def predict_objects_of_many(root: Path) -> Job:
@@ -142,7 +144,7 @@ def predict_objects_of_many(root: Path) -> Job:
     outputs = [folder / "0.json", folder / "1.json"]
     args = _predict(checkpoint, root / "in", folder, "--polygons", "json")
     records = [record_of(output) for output in outputs]
-    return Job(args, [checkpoint, *scenes], [*outputs, *records, folder / "report.json"])
+    return Job(args, [checkpoint, *scenes], [*outputs, *records, folder / "report.json", folder / "report.html"])
 
 
 def predict_results_of_many(root: Path) -> Job:
@@ -153,7 +155,7 @@ def predict_results_of_many(root: Path) -> Job:
     labels = root / "in" / "labels.json"
     labels.write_text(json.dumps({"images": listed, "annotations": [], "categories": [{"id": 3, "name": "car"}]}))
     folder = root / "out" / "found"
-    names = ("0.json", "1.json", "coco_results.json", "report.json")
+    names = ("0.json", "1.json", "coco_results.json", "report.json", "report.html")
     args = _predict(checkpoint, scenes[0].parent, folder, "--coco-images", labels)
     outputs = [*(folder / name for name in names), *(record_of(folder / name) for name in names[:2])]
     return Job(args, [checkpoint, labels, *scenes], outputs)
@@ -163,7 +165,8 @@ def _predict_images(root: Path, kind: str) -> Job:
     checkpoint, scene = save_classifier(root / "model.ckpt", kind), write_scene(root / "in" / "scene.tif")
     listed, output = root / "in" / "list.csv", root / "out" / "found.csv"
     listed.write_text("path,label\nscene.tif,a\n")
-    return Job(_predict(checkpoint, listed, output), [checkpoint, scene, listed], [output, record_of(output)])
+    outputs = [output, output.with_suffix(".html"), record_of(output)]
+    return Job(_predict(checkpoint, listed, output), [checkpoint, scene, listed], outputs)
 
 
 def predict_classes(root: Path) -> Job:
@@ -188,13 +191,14 @@ def predict_slide_classes(root: Path) -> Job:
     checkpoint, slide = _slide(root)
     output = root / "out" / "found.csv"
     attention = [root / "out" / "found_attention" / f"a.{suffix}" for suffix in ("png", "geojson")]
-    return Job(_predict(checkpoint, slide, output), [checkpoint, slide], [output, record_of(output), *attention])
+    outputs = [output, output.with_suffix(".html"), record_of(output), *attention]
+    return Job(_predict(checkpoint, slide, output), [checkpoint, slide], outputs)
 
 
 def _evaluate(root: Path, checkpoint: Path, given: Path, labels: Path, inputs: list[Path], *endings: str) -> Job:
     report = root / "out" / "scores.json"
     args = ["evaluate", "--checkpoint", checkpoint, "--input", given, "--labels", labels, "--json", report, *CPU]
-    outputs = [report, *(report.with_name(f"scores{ending}.png") for ending in endings)]
+    outputs = [report, report.with_suffix(".html"), *(report.with_name(f"scores{ending}.png") for ending in endings)]
     return Job(args, [checkpoint, *inputs], outputs)
 
 
@@ -251,7 +255,7 @@ def evaluate_slide_classifier(root: Path) -> Job:
     return _evaluate(root, checkpoint, slide.parent, table, [slide, table], "", "_precision_recall")
 
 
-RUN = ["config.yaml", "metrics.csv", "loss_curve.png", "checkpoints/best.ckpt", "checkpoints/last.ckpt"]
+RUN = ["config.yaml", "metrics.csv", "loss_curve.png", "report.html", "checkpoints/best.ckpt", "checkpoints/last.ckpt"]
 
 
 def _train(root: Path, config: str, overrides: list[str], inputs: list[Path], *more: str) -> Job:

@@ -1,16 +1,22 @@
 import json
+from pathlib import Path
 
+import geopandas as gpd
 import numpy as np
 import pytest
+import rasterio
+import shapely
 import timm
 from command_line import call
+from small_models import save_segmenter
 from synthetic_slide import make_slide
 
 from perf_vit.conversion import linearize
+from perf_vit.models import checkpoint_task, load_segmenter
 from perf_vit.sources import describe_source, open_source
 from perf_vit.workflows import info
 from perf_vit.workflows.info import estimate_workload
-from perf_vit.writers import CogWriter, RasterLayout
+from perf_vit.writers import CogWriter, RasterLayout, write_objects
 
 
 def test_a_raster_is_described_from_its_header(make_scene, capsys) -> None:
@@ -101,3 +107,70 @@ def test_bad_arguments_are_one_line(make_scene, capsys, args, match) -> None:
     error = capsys.readouterr().err
     assert match in error
     assert error.count("\n") == 1
+
+
+def told(capsys, path: Path) -> dict:
+    """What `info` says for programs, and a look at what it says for people."""
+    assert call(["info", path]) == 0
+    assert str(path) in capsys.readouterr().out
+    assert call(["info", path, "--json"]) == 0
+    found: dict = json.loads(capsys.readouterr().out)
+    return found
+
+
+def test_models_are_described(tmp_path, capsys) -> None:
+    checkpoint = save_segmenter(tmp_path / "run" / "checkpoints" / "best.ckpt", target="ship")
+    (tmp_path / "run" / "metrics.csv").write_text("epoch,lr,val/iou\n0,,0.1\n1,0.01,0.25\n2,0.005,\n")
+    for path, kind in ((checkpoint, "checkpoint"), (tmp_path / "run", "run folder")):
+        found = told(capsys, path)
+        assert (found["kind"], found["task"], found["classes"]) == (kind, "segmentation", ["rest", "ship"])
+        assert (found["backbone"], found["tile_px"]) == ("performer_vit_tiny_patch16_224", 32)
+        assert found["parameters"] == sum(p.numel() for p in load_segmenter(checkpoint).parameters())
+    assert (found["epochs_done"], found["last_scores"]) == (2, {"val/iou": 0.25})
+    timm.models.save_for_hf(timm.create_model("test_vit", num_classes=3), tmp_path / "timm", safe_serialization=True)
+    assert (found := told(capsys, tmp_path / "timm"))["kind"] == "model of timm"
+    assert found["backbone"] == "test_vit"
+
+
+def test_a_run_folder_is_a_model(tmp_path, make_scene, capsys) -> None:
+    save_segmenter(tmp_path / "run" / "checkpoints" / "best.ckpt")
+    assert call(["info", make_scene(dtype="uint8"), "--model", tmp_path / "run"]) == 0
+    assert "windows" in capsys.readouterr().out
+    assert load_segmenter(tmp_path / "run").task == checkpoint_task(tmp_path / "run") == "segmentation"
+
+
+def test_vectors_and_coco_files_are_described(tmp_path, make_scene, capsys) -> None:
+    source = open_source(make_scene())
+    boxes = np.array([[1.0, 1, 5, 5], [8, 8, 20, 20], [30, 8, 40, 20]])
+    for suffix in ("gpkg", "geojson", "parquet"):
+        path = write_objects(tmp_path / f"o.{suffix}", boxes, [0.9, 0.8, 0.7], [1, 0, 1], ["a", "b"], source=source)
+        found = told(capsys, path)
+        assert (found["kind"], found["features"], found["geometry"]) == ("vector file", 3, {"Polygon": 3})
+        assert found["CRS"] == ("EPSG:4326" if suffix == "geojson" else "EPSG:32637")
+        assert found["columns"][:2] == ["class", "label"]
+        assert found["values of class"] == {"b": 2, "a": 1}
+    path = write_objects(tmp_path / "o.json", boxes, None, [1, 0, 1], ["a", "b"], source=source)
+    found = told(capsys, path)
+    assert (found["kind"], found["images"], found["objects"]) == ("COCO file", 1, 3)
+    assert found["classes"] == {"b": 2, "a": 1}
+
+
+def test_a_config_is_described_with_its_missing_files(tmp_path, capsys) -> None:
+    (tmp_path / "run.yaml").write_text(
+        "extends: configs/segmentation/demo.yaml\n"
+        f"data: {{train: {{image: {tmp_path}/a.tif, labels: {tmp_path}/run.yaml}}, tile_px: 96}}\n"
+    )
+    found = told(capsys, tmp_path / "run.yaml")
+    assert (found["kind"], found["task"], found["tile_px"]) == ("config", "segmentation", 96)
+    assert found["train image"] == f"{tmp_path}/a.tif"
+    assert found["missing_files"] == [f"{tmp_path}/a.tif"]
+
+
+def test_an_index_of_tiles_is_still_a_raster(tmp_path, make_scene, capsys) -> None:
+    """A GeoPackage that GDAL reads as a mosaic."""
+    scene = make_scene()
+    source = open_source(scene)
+    outline = shapely.box(*rasterio.open(scene).bounds)
+    frame = gpd.GeoDataFrame({"location": [str(scene)]}, geometry=[outline], crs=source.crs.to_wkt())
+    frame.to_file(tmp_path / "tiles.gti.gpkg")
+    assert told(capsys, tmp_path / "tiles.gti.gpkg")["kind"] == "raster"

@@ -18,8 +18,8 @@ from torch import Tensor, nn
 import perf_vit
 
 MEAN, STD = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
-# Name -> options of `linearize`. Where nothing else is said, clusters are 128 (160 above 32,768 tokens) beside windows of
-# 16 and, up to 2,560 tokens, 256 sinks; plain FAVOR+ has 256 features.
+# Name -> options of `linearize`. Where nothing else is said, clusters are 128 (160 above 32,768 tokens) beside windows
+# of 16 and, up to 2,560 tokens, 256 sinks; plain FAVOR+ has 256 features.
 CONVERSIONS: dict[str, dict[str, Any]] = {
     "plain FAVOR+": {"mixer": "performer"},
     "clusters": {},

@@ -36,6 +36,7 @@ from perf_vit.writers import (
     HeldRows,
     RasterLayout,
     StripStore,
+    category_names_path,
     check_outputs,
     existing_error,
     existing_outputs,
@@ -63,6 +64,7 @@ class JobResult:
         num_rows: Inputs in a table but those that failed, None for other outputs.
         damaged: Parts of the input that couldn't be read and were skipped.
         failed: Errors of inputs of a table that were skipped, by path.
+        beside: Further outputs, next to the main one.
     """
 
     made: bool
@@ -74,6 +76,7 @@ class JobResult:
     num_rows: int | None = None
     damaged: tuple[DamagedPiece, ...] = ()
     failed: Mapping[str, str] | None = None
+    beside: tuple[Path, ...] = ()
 
 
 class Job(ABC):
@@ -278,7 +281,7 @@ class MapJob(Job):
 
     @property
     def beside(self) -> Sequence[Path]:
-        """Quicklook and polygons, as far as they are asked for."""
+        """Quicklook, report, polygons and names of classes, as far as they are asked for."""
         return files_beside(self.out, self.options)
 
     @property
@@ -416,7 +419,10 @@ def check_map_name(out: Path) -> None:
 
 
 def files_beside(out: Path, options: SegmentationPredictOptions) -> list[Path]:
-    """The quicklook and the polygons of a map, as far as they are asked for."""
-    suffixes = [".png"] if options.quicklook else []
+    """The quicklook, the report, the polygons and the names of classes of a map, as far as they are asked for."""
+    suffixes = [*([".png"] if options.quicklook else []), *([".html"] if options.report else [])]
     suffixes += [f".{options.polygons}"] if options.polygons else []
-    return [out.with_suffix(suffix) for suffix in suffixes]
+    found = [out.with_suffix(suffix) for suffix in suffixes]
+    if options.style and options.kind == "classes" and not is_ome_tiff_name(out):
+        found += [out.with_suffix(".qml"), category_names_path(out)]
+    return found

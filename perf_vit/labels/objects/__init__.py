@@ -3,7 +3,7 @@
 # Importing a module of a format registers it.
 from perf_vit.labels.objects import coco, csv, dota, instances, vector, voc, yolo  # noqa: F401
 from perf_vit.labels.objects.coco import CocoImages, category_ids_by_name, default_category_ids, ids_of_classes
-from perf_vit.labels.objects.masks import OutlineMasks, objects_in
+from perf_vit.labels.objects.masks import OutlineMasks, objects_in, outlines_of
 from perf_vit.labels.objects.read import read_object_labels
 from perf_vit.labels.objects.records import (
     LABEL_FORMATS,
@@ -33,6 +33,7 @@ __all__ = [
     "default_category_ids",
     "ids_of_classes",
     "objects_in",
+    "outlines_of",
     "read_object_labels",
     "register_label_format",
     "validate_labels",

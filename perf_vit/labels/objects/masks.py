@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 import shapely
 from affine import Affine
-from rasterio.features import rasterize
+from rasterio.features import rasterize, shapes
 from scipy import ndimage
 
 from perf_vit.errors import InputError
@@ -20,7 +20,7 @@ from perf_vit.labels.objects.records import ImageRecord
 from perf_vit.sources import open_raster
 from perf_vit.types import BoolArray, MaskCrops, ObjectLabels, Window
 
-__all__ = ["InstanceMasks", "OutlineMasks", "Rle", "objects_in"]
+__all__ = ["InstanceMasks", "OutlineMasks", "Rle", "objects_in", "outlines_of"]
 
 # Masks are unpacked to one byte per pixel, and a short RLE can declare any size.
 _LARGEST_MASK = 2**30
@@ -309,3 +309,21 @@ def _chosen(objects: ObjectLabels, kept: BoolArray) -> ObjectLabels:
         masks=None if objects.masks is None else objects.masks[kept],
         mask_crops=None if objects.mask_crops is None else objects.mask_crops.take(kept),
     )
+
+
+def outlines_of(record: ImageRecord) -> npt.NDArray[Any]:
+    """Return the objects of an image as shapely geometries in its pixels, [n]: masks, oriented boxes or boxes."""
+    if record.masks is not None:
+        crops = record.masks.read_crops(np.arange(len(record)), record.extent)
+        pairs = zip(crops.crops, crops.corners.tolist(), strict=True)
+        # The last element makes an array of objects whatever they are.
+        return np.array([*(_traced(crop, row, col) for crop, (row, col) in pairs), None], object)[:-1]
+    if record.oriented_boxes is not None:
+        return np.asarray(shapely.polygons(oriented_box_corners(record.oriented_boxes)), object)
+    return np.asarray(shapely.box(*record.boxes_xyxy.T), object)
+
+
+def _traced(crop: BoolArray, row: int, col: int) -> Any:
+    """A mask as polygons along its pixels."""
+    found = shapes(crop.astype(np.uint8), mask=crop, transform=Affine.translation(col, row))
+    return shapely.unary_union([shapely.geometry.shape(each) for each, _ in found])

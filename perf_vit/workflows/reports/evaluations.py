@@ -50,6 +50,7 @@ class SegmentationEvaluation(Evaluation):
     """
 
     pictures = ("", "_confusion")
+    captions = ("precision and recall", "confusion matrix")
 
     def __init__(
         self,
@@ -88,6 +89,12 @@ class SegmentationEvaluation(Evaluation):
         """A row a class; see `Evaluation.table`."""
         return [asdict(each) for each in self.scores]
 
+    @property
+    def headline(self) -> dict[str, str]:
+        """Means over the classes that occur."""
+        means = {"mean IoU": "iou", "mean F1": "f1"}
+        return {name: digits(mean_over_present(self.scores, key)) for name, key in means.items()}
+
     def builtin_tables(self) -> list[Table]:
         """All built-in scores for people."""
         return [score_table(self.scores, self.title)]
@@ -117,6 +124,7 @@ class ClassificationEvaluation(Evaluation):
     """
 
     pictures = ("", "_precision_recall")
+    captions = ("confusion matrix or precision and recall", "precision and recall")
 
     def __init__(
         self, scores: ClassificationScores, *, title: str = "scores", registered: RegisteredMetrics | None = None
@@ -128,6 +136,11 @@ class ClassificationEvaluation(Evaluation):
     def table(self) -> list[dict[str, Any]]:
         """A row a class; see `Evaluation.table`."""
         return [asdict(each) for each in self.scores.classes]
+
+    @property
+    def headline(self) -> dict[str, str]:
+        """Accuracy, and means over classes."""
+        return {"accuracy": digits(self.scores.accuracy), "mean F1": digits(self.scores.f1)}
 
     def builtin_tables(self) -> list[Table]:
         """All built-in scores for people."""
@@ -171,6 +184,11 @@ class RegressionEvaluation(Evaluation):
     def table(self) -> list[dict[str, Any]]:
         """A row a target; see `Evaluation.table`."""
         return [asdict(each) for each in self.scores.targets]
+
+    @property
+    def headline(self) -> dict[str, str]:
+        """Mean absolute error of each target."""
+        return {f"MAE of {each.name}": f"{each.mae:.4g}" for each in self.scores.targets[:4]}
 
     def builtin_tables(self) -> list[Table]:
         """All built-in errors for people."""
@@ -219,6 +237,7 @@ class DetectionEvaluation(Evaluation):
     """
 
     pictures = ("", "_confusion")
+    captions = ("precision and recall", "confusion matrix")
 
     def __init__(
         self,
@@ -258,6 +277,11 @@ class DetectionEvaluation(Evaluation):
         """A row a class; see `Evaluation.table`."""
         names = ("name", "ap", "ap50", "f1", "precision", "recall", "threshold", "num_objects")
         return [{name: getattr(each, name) for name in names} for each in self.scores.classes]
+
+    @property
+    def headline(self) -> dict[str, str]:
+        """Average precision over classes."""
+        return {"AP": digits(self.scores.ap), "AP50": digits(self.scores.ap50)}
 
     def builtin_tables(self) -> list[Table]:
         """All built-in scores for people."""

@@ -1,0 +1,300 @@
+"""Reports of predictions: maps, objects, tables, and runs of many inputs."""
+
+from __future__ import annotations
+
+import csv
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import shapely
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure as Plot
+from PIL import Image
+
+from perf_vit.errors import InputError
+from perf_vit.geometry import Objects
+from perf_vit.plotting import colorize, default_colormap, save_figure
+from perf_vit.plotting.colors import shown_classes
+from perf_vit.plotting.pictures import Picture, figure_name
+from perf_vit.reporting.page import Page, Row, Settings, TextTable, figure_of, hex_color
+from perf_vit.reporting.preview import Preview, picture_layer, pixel_size, read_picture, shape_layer
+from perf_vit.reporting.samples import Sample, class_legend, imagery, sample_rows
+from perf_vit.sources import open_source
+from perf_vit.sources.pixel_size import pixel_areas
+from perf_vit.types import GeoImage, Source
+
+__all__ = [
+    "is_report",
+    "thumbnail_of",
+    "write_map_report",
+    "write_object_report",
+    "write_run_report",
+    "write_table_report",
+]
+
+# More lines would take a browser seconds.
+_MAX_SHAPES = 20_000
+
+_MAX_THUMBNAILS = 24
+
+_UNITS = {"m2": "m²", "um2": "µm²", "px": "px"}
+
+
+def is_report(path: Path) -> bool:
+    """Return whether a file is a page of perf_vit, which a new one may replace."""
+    try:
+        with path.open(encoding="utf-8", errors="replace") as file:
+            return '<meta name="generator" content="perf_vit">' in file.read(1024)
+    except OSError:
+        return False
+
+
+def write_map_report(
+    path: Path,
+    source: Source,
+    map_path: Path,
+    classes: Sequence[str],
+    *,
+    background: int | None = None,
+    multilabel: bool = False,
+    settings: Mapping[str, Any],
+) -> None:
+    """Write a page with a zoomable map over its scene, and the area of each class.
+
+    Args:
+        path: Output file.
+        source: Scene of the map.
+        map_path: Map with one band of class indices, or one band per class.
+        classes: Class names.
+        background: Index of the background class, which is transparent over the scene; None for none.
+        multilabel: Whether the map has a band per class that may be true or not.
+        settings: Plain values to show.
+
+    Raises:
+        InputError: The scene or the map can't be read.
+        OutputError: The page can't be written.
+    """
+    names = ["none", *classes] if multilabel else list(classes)
+    clear = 0 if multilabel else background
+    colors = default_colormap(len(names), clear)
+    with open_source(map_path) as result:
+
+        def draw(image: GeoImage) -> Picture:
+            return shown_classes(image, multilabel=multilabel)[..., None].repeat(3, axis=-1)
+
+        labels = read_picture(result, draw)[..., 0]
+    over = {**colors, **({} if clear is None else {clear: (0, 0, 0, 0)})}
+    page = Page(title=Path(source.path).name, subtitle=f"Map of {len(classes)} classes: {map_path}")
+    seen = _seen(source)
+    layers = [] if seen is None else [picture_layer("image", seen)]
+    layers.append(picture_layer("map", colorize(labels, over if layers else colors), opacity=0.6 if layers else 1.0))
+    page.numbers = {"size": f"{source.width:,} x {source.height:,} px", "pixel": _length(source)}
+    page.add(
+        "Map",
+        Preview(size=source.size, layers=layers, pixel_size=pixel_size(source)),
+        text="Drag to move, scroll to zoom.",
+        legend=class_legend(names, colors),
+    )
+    page.add("Classes", _areas(labels, names, source, {name: hex_color(colors[i]) for i, name in enumerate(names)}))
+    page.add("Settings", Settings.of_values("Model and options", settings))
+    page.write(path)
+
+
+def _seen(source: Source) -> Picture | None:
+    """The scene, None where pixels are damaged."""
+    try:
+        return read_picture(source, imagery(source))
+    except InputError:
+        return None
+
+
+def _length(source: Source) -> str:
+    size, unit = pixel_size(source)
+    return f"{size:.4g} {unit}"
+
+
+def _areas(labels: Picture, names: Sequence[str], source: Source, colors: Mapping[str, str]) -> TextTable:
+    """Share and area of each class, by the pixels of the reduced map."""
+    counts = np.bincount(labels.ravel(), minlength=256)[: len(names)]
+    middle, unit = pixel_areas(source, np.array([[source.width / 2, source.height / 2]]))
+    each = float(middle[0]) * source.width * source.height / labels.size
+    total = max(1, counts.sum())
+    order = np.argsort(-counts, kind="stable")
+    rows = [[names[i], f"{counts[i] / total:.3f}", f"{counts[i] * each:,.4g}"] for i in order]
+    return TextTable(columns=["class", "share", f"area, {_UNITS[unit]}"], rows=rows, colors=colors)
+
+
+def write_object_report(
+    path: Path, source: Source, objects: Objects, classes: Sequence[str], *, settings: Mapping[str, Any]
+) -> None:
+    """Write a page with the objects over their zoomable scene, and numbers, scores and areas of each class.
+
+    Args:
+        path: Output file.
+        source: Scene of the objects.
+        objects: Objects in pixels of the source.
+        classes: Class names.
+        settings: Plain values to show.
+
+    Raises:
+        OutputError: The page can't be written.
+    """
+    colors = default_colormap(len(classes))
+    polygons, labels = objects.polygons(), objects.labels.tolist()
+    drawn = list(zip(polygons, labels, strict=True))[:_MAX_SHAPES]
+    shapes = [
+        (hex_color(colors[label]), shapely.get_coordinates(ring).ravel().tolist())
+        for polygon, label in reversed(drawn)
+        for ring in shapely.get_rings(polygon)
+    ]
+    seen = _seen(source)
+    layers = [*([] if seen is None else [picture_layer("image", seen)]), shape_layer("objects", shapes)]
+    left_out = len(objects) - len(drawn)
+    page = Page(title=Path(source.path).name, subtitle=f"{len(objects):,} objects of {len(classes)} classes")
+    page.numbers = {"objects": f"{len(objects):,}", "size": f"{source.width:,} x {source.height:,} px"}
+    page.add(
+        "Objects",
+        Preview(size=source.size, layers=layers, pixel_size=pixel_size(source)),
+        text="Drag to move, scroll to zoom."
+        + (f" The {left_out:,} objects of lowest score are left out." if left_out else ""),
+        legend=class_legend(classes, colors),
+    )
+    table = _object_table(objects, polygons, classes, source, {n: hex_color(colors[i]) for i, n in enumerate(classes)})
+    plots = Row.of_plots(lambda first: _score_plot(objects, classes, first), ["objects by score"]) if labels else None
+    page.add("Classes", table, plots)
+    page.add("Settings", Settings.of_values("Model and options", settings))
+    page.write(path)
+
+
+def _object_table(
+    objects: Objects, polygons: Any, classes: Sequence[str], source: Source, colors: Mapping[str, str]
+) -> TextTable:
+    centres = shapely.get_coordinates(shapely.centroid(polygons)) if len(polygons) else np.zeros((1, 2))
+    of_pixels, unit = pixel_areas(source, centres)
+    areas = shapely.area(polygons) * of_pixels[: len(polygons)] if len(polygons) else np.zeros(0)
+    rows = []
+    for index, name in enumerate(classes):
+        own = objects.labels == index
+        if own.any():
+            middle = [f"{objects.scores[own].mean():.3f}", f"{np.median(areas[own]):,.4g}", f"{areas[own].sum():,.4g}"]
+        else:
+            middle = ["-", "-", "-"]
+        rows.append([name, f"{int(own.sum()):,}", *middle])
+    columns = ["class", "objects", "mean score", f"median area, {_UNITS[unit]}", f"sum of areas, {_UNITS[unit]}"]
+    return TextTable(columns=columns, rows=rows, colors=colors)
+
+
+def _score_plot(objects: Objects, classes: Sequence[str], path: Path) -> list[Path]:
+    figure = Plot(figsize=(5, 3), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes, colors = figure.subplots(), default_colormap(len(classes))
+    present = [index for index in range(len(classes)) if (objects.labels == index).any()]
+    axes.hist(
+        [objects.scores[objects.labels == index] for index in present],
+        bins=20,
+        range=(0, 1),
+        stacked=True,
+        color=[hex_color(colors[index]) for index in present],
+        label=[figure_name(classes[index]) for index in present],
+    )
+    axes.set(xlabel="score", ylabel="objects")
+    save_figure(path, figure)
+    return [path]
+
+
+def write_table_report(
+    path: Path,
+    table: Path,
+    pictures: Callable[[str], Callable[[], dict[str, Picture]]],
+    *,
+    column: str | None,
+    settings: Mapping[str, Any],
+) -> None:
+    """Write a page with some inputs of a table as pictures, and how often each class was predicted.
+
+    Args:
+        path: Output file.
+        table: Table of a prediction, .csv, with the path of each input in the first column.
+        pictures: Gives the function that draws the picture of an input.
+        column: Column with the predicted class; None for numbers.
+        settings: Plain values to show.
+
+    Raises:
+        OutputError: The page can't be written.
+    """
+    with table.open(newline="", encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    first = next(iter(rows[0])) if rows else ""
+    fine = [row for row in rows if any(list(row.values())[1:]) and not row.get("error")]
+    page = Page(title=table.stem, subtitle=f"{len(fine):,} of {len(rows):,} inputs: {table.name}")
+    if column is not None:
+        counts = Counter(row[column] or "none" for row in fine)
+        lines = [[name, f"{num:,}", f"{num / max(1, len(fine)):.3f}"] for name, num in counts.most_common()]
+        page.add("Predictions", TextTable(columns=["class", "inputs", "share"], rows=lines))
+    chosen = (
+        [fine[i] for i in np.unique(np.linspace(0, len(fine) - 1, _MAX_THUMBNAILS).round().astype(int))] if fine else []
+    )
+    samples = [Sample(title=_row_title(row, first, column), draw=pictures(row[first])) for row in chosen]
+    drawn = sample_rows(samples)
+    figures = [_renamed(row) for row in drawn]
+    rows_of = [Row(figures=figures[at : at + 4]) for at in range(0, len(figures), 4)]
+    page.add("Inputs", *rows_of, text=f"{len(figures)} of {len(fine):,}, evenly spaced.")
+    page.add("Settings", Settings.of_values("Model and options", settings))
+    page.write(path)
+
+
+def _spread(items: Sequence[Any], num: int) -> list[Any]:
+    """At most `num` items, evenly spaced."""
+    return [items[i] for i in np.unique(np.linspace(0, len(items) - 1, num).round().astype(int))] if items else []
+
+
+def _renamed(row: Row) -> Any:
+    """The only figure of a sample, with the sample's title as its caption."""
+    figure = row.figures[0]
+    return type(figure)(**{**vars(figure), "caption": row.title, "note": ""})
+
+
+def _row_title(row: Mapping[str, str], first: str, column: str | None) -> str:
+    name = Path(row[first]).name
+    if column is None:
+        return f"{name}: " + ", ".join(f"{key} {value}" for key, value in row.items() if key != first)
+    found = row[column] or "none"
+    return f"{name}: {found}" + (f", {float(row[found]):.2f}" if row.get(found) else "")
+
+
+def write_run_report(path: Path, report: Mapping[str, Any], pictures: Sequence[tuple[str, Path]]) -> None:
+    """Write a page of a run of many inputs: what became of each, and some outputs as pictures.
+
+    Args:
+        path: Output file.
+        report: Plain values of `RunReport.to_dict`.
+        pictures: Caption and path of pictures to choose from.
+
+    Raises:
+        OutputError: The page can't be written.
+    """
+    totals = report["totals"]
+    page = Page(title=f"{totals['inputs']:,} inputs", subtitle=str(path.parent))
+    page.numbers = {name: f"{totals[name]:,}" for name in ("done", "skipped-existing", "failed", "busy")}
+    page.numbers["seconds"] = f"{totals['seconds']:,.1f}"
+    there = [(caption, file) for caption, file in pictures if file.is_file()]
+    chosen = _spread(there, 12)
+    figures = [figure_of(thumbnail_of(file), caption) for caption, file in chosen]
+    rows = [Row(figures=figures[at : at + 2]) for at in range(0, len(figures), 2)]
+    page.add("Outputs", *rows, text=f"{len(figures)} of {len(there):,}, evenly spaced.")
+    names = ("input", "status", "seconds", "num_windows", "error")
+    listed = [[str("" if each[name] is None else each[name]) for name in names] for each in report["inputs"]]
+    page.add("Inputs", TextTable(columns=["input", "status", "seconds", "windows", "error"], rows=listed[:1000]))
+    values = {name: value for name, value in report.items() if name not in ("totals", "inputs")}
+    page.add("Settings", Settings.of_values("Model and options", values))
+    page.write(path)
+
+
+def thumbnail_of(path: Path) -> Picture:
+    """Return a picture on disk, at most 960 px wide and high."""
+    with Image.open(path) as image:
+        image.thumbnail((960, 960))
+        return np.asarray(image.convert("RGB"))
