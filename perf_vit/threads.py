@@ -1,4 +1,4 @@
-"""How the threads of OpenMP, with which torch computes on the CPU, wait for work."""
+"""Threads: how many, and how those of OpenMP, with which torch computes on the CPU, wait for work."""
 
 from __future__ import annotations
 
@@ -7,15 +7,26 @@ import os
 import re
 import sys
 import threading
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from pathlib import Path
 
-__all__ = ["wait_passively"]
+__all__ = ["num_processors", "wait_passively"]
+
+# More threads than that don't read or write faster.
+_MAX_THREADS = 16
 
 # How users choose it themselves: the variables of the standard, of GNU's OpenMP, and of LLVM's and Intel's.
 _CHOICES = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME")
+_CONTROL_GROUPS = Path("/sys/fs/cgroup")
+_LISTED_GROUPS = Path("/proc/self/cgroup")
 _LIBRARY = re.compile(r"/.*/libgomp[^/]*\.so[^/]*")
+
+
+def num_processors() -> int:
+    """Return the number of processors that this process may use, at most 16: for threads that read or compress."""
+    allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return min(allowed, _MAX_THREADS)
 
 
 def wait_passively() -> None:
@@ -25,8 +36,8 @@ def wait_passively() -> None:
     OpenMP reads the variable only once, when torch is imported. After that, this function starts sleeping threads in
     GNU's OpenMP, which torch uses on Linux: with more threads than cores, it spins for microseconds only. Other OpenMP
     libraries, as on macOS and Windows, can't be changed after the import. Neither can GNU's where OMP_DYNAMIC or
-    OMP_THREAD_LIMIT keeps it from starting more threads than cores, or where the limit of processes (RLIMIT_NPROC)
-    leaves no room for them.
+    OMP_THREAD_LIMIT keeps it from starting more threads than cores, or where a limit of processes (RLIMIT_NPROC, or
+    pids.max of a control group) leaves no room for them.
 
     Does nothing if the environment contains OMP_WAIT_POLICY, GOMP_SPINCOUNT or KMP_BLOCKTIME.
     """
@@ -84,4 +95,30 @@ def _may_start(num_threads: int) -> bool:
     import resource  # Not on Windows.
 
     limit, _ = resource.getrlimit(resource.RLIMIT_NPROC)
-    return limit == resource.RLIM_INFINITY or len(os.listdir("/proc/self/task")) + num_threads <= limit
+    if limit != resource.RLIM_INFINITY and len(os.listdir("/proc/self/task")) + num_threads > limit:
+        return False
+    return all(_has_room(group, num_threads) for group in _process_groups())
+
+
+def _process_groups() -> Iterator[Path]:
+    """Yield the folders of the control groups that may limit this process's threads, up to the root."""
+    with suppress(OSError):
+        for line in _LISTED_GROUPS.read_text(encoding="utf-8", errors="surrogateescape").splitlines():
+            # Version 2 has one tree with no name; version 1 has one for each controller.
+            _, controllers, name = line.split(":", 2)
+            if controllers and "pids" not in controllers.split(","):
+                continue
+            root = _CONTROL_GROUPS / "pids" if controllers else _CONTROL_GROUPS
+            group = root / name.lstrip("/")
+            # In a container, the name may be that outside of it, where the root is the container's group.
+            yield from (each for each in (group, *group.parents) if each.is_relative_to(root))
+
+
+def _has_room(group: Path, num_threads: int) -> bool:
+    """Return whether a control group may have so many threads more."""
+    try:
+        most = (group / "pids.max").read_text(encoding="utf-8").strip()
+        return most == "max" or int((group / "pids.current").read_text(encoding="utf-8")) + num_threads <= int(most)
+    except (OSError, ValueError):
+        # The root has no such files.
+        return True

@@ -120,6 +120,32 @@ def test_no_thread_is_asked_for_beyond_the_limit_of_processes(monkeypatch: pytes
 
 
 @only_gnu
+@pytest.mark.parametrize("listed", ["0::/user/job\n", "9:name=systemd:/x\n8:pids:/user/job\n0::/\n"])
+@pytest.mark.parametrize("limited", ["user/job", "user", "."])
+def test_no_thread_is_asked_for_beyond_the_limit_of_a_control_group(monkeypatch, tmp_path, listed, limited) -> None:
+    root = tmp_path / "pids" if "pids" in listed else tmp_path
+    for name in ("user/job", "user", "."):
+        (root / name).mkdir(parents=True, exist_ok=True)
+        (root / name / "pids.current").write_text("95\n")
+        (root / name / "pids.max").write_text("100\n" if name == limited else "max\n")
+    (tmp_path / "listed").write_text(listed)
+    monkeypatch.setattr(threads, "_CONTROL_GROUPS", tmp_path)
+    monkeypatch.setattr(threads, "_LISTED_GROUPS", tmp_path / "listed")
+    few, many = Openmp(4), Openmp(5)
+    for each in (few, many):
+        threads._exceed_cores(each)
+    assert (few.asked, many.asked) == ([5], [])
+
+
+@only_gnu
+def test_a_system_without_control_groups_sets_no_limit(monkeypatch, tmp_path) -> None:
+    monkeypatch.setattr(threads, "_LISTED_GROUPS", tmp_path / "missing")
+    found = Openmp(4)
+    threads._exceed_cores(found)
+    assert found.asked == [5]
+
+
+@only_gnu
 def test_torchs_own_openmp_is_found_among_those_of_other_wheels() -> None:
     others = ["", "[heap]", "/usr/lib/libgomp.so.1/a.so", "/usr/lib/libgompx.txt"]
     expected = ["/p/torch/lib/libgomp-a34b3233.so.1", "/usr/lib/libgomp.so.1", "/p/a.libs/libgomp-e985bcbb.so.1.0.0"]

@@ -243,6 +243,7 @@ def predict_many(
     on_error: OnError = "stop",
     report: RunReport | None = None,
     report_path: Path | None = None,
+    settled: Sequence[InputReport] = (),
     num_rounds: int = 3,
     wait_s: float = 1.0,
     on_input: Callable[[InputReport], None] = lambda report: None,
@@ -258,6 +259,7 @@ def predict_many(
         on_error: "stop" at the first input that fails, or "skip" it.
         report: one to go on with, for its header.
         report_path: where to keep the report, also of a run that stops.
+        settled: reports of inputs that need nothing, and come first in the report.
         num_rounds: how often to come back to inputs that were busy.
         wait_s: seconds before each of these rounds.
         on_input: called with each input that is settled.
@@ -270,13 +272,18 @@ def predict_many(
     """
     run = _Run(report or RunReport(), report_path, on_input)
     try:
+        for known in settled:
+            run.settle(known)
+        done = {known.output for known in settled}
+        inputs = [item for item in inputs if str(item.output) not in done]
         for last in [False] * num_rounds + [True]:
+            if not inputs:
+                break
             # A pool stops what goes on elsewhere when its generator is closed.
             with closing(each(predict_one, inputs)) as reports:
                 inputs = _round(reports, run, on_error, last)
-            if not inputs:
-                break
-            time.sleep(wait_s)
+            if inputs:
+                time.sleep(wait_s)
     finally:
         run.write()
     return run.report

@@ -18,12 +18,12 @@ from perf_vit.inference.prefetch import (
     Reads,
     Tile,
     in_batches,
-    num_processors,
     read_ahead,
     takes_valid,
     to_device,
     valid_pixels,
 )
+from perf_vit.threads import num_processors
 from perf_vit.tiling import BLENDS, grid_windows
 from perf_vit.types import BoolArray, GeoImage, Window
 
@@ -288,6 +288,10 @@ class StripMaker:
         if self._num_left == 0:
             yield from self._finished(self._end)
             self._stitcher = None
+
+    def close(self) -> None:
+        """Give up the rows that are not finished, whoever holds this object."""
+        self._stitcher = None
 
     def _finished(self, row: int) -> Iterator[Strip]:
         assert self._stitcher is not None

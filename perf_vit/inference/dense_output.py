@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections import deque
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, Literal
@@ -16,12 +18,15 @@ from perf_vit.inference.dense import Strip
 from perf_vit.inference.options import OutputKind
 from perf_vit.plotting import default_colormap
 from perf_vit.types import IGNORE_INDEX, Source
-from perf_vit.writers import RasterLayout
+from perf_vit.writers import HeldRows, RasterLayout, StripStore
 
-__all__ = ["DenseOutput", "class_map", "class_output", "class_probabilities"]
+__all__ = ["DenseOutput", "StripWriter", "class_map", "class_output", "class_probabilities"]
 
 FloatArray = npt.NDArray[np.float32]
 ToProbabilities = Callable[[FloatArray, float], FloatArray]
+
+# Strips that are encoded and not written yet: each takes memory.
+_STRIPS_BEHIND = 2
 
 _LEVELS = 254
 """Steps of a quantised probability; 255 is nodata."""
@@ -70,6 +75,49 @@ class DenseOutput:
         """The file on a source's grid, with further tags."""
         colors = None if self.colormap is None else self.colormap()
         return replace(self.layout(source), colormap=colors, tags={**self.tags, **tags})
+
+
+class StripWriter:
+    """Encodes strips and has a thread compress and write them.
+
+    Args:
+        output: How strips become pixels.
+        store: Rows of the map.
+        pool: Thread that writes.
+    """
+
+    def __init__(self, output: DenseOutput, store: StripStore | HeldRows, pool: ThreadPoolExecutor) -> None:
+        self._output = output
+        self._store = store
+        self._pool = pool
+        self._waiting: deque[Future[None]] = deque()
+
+    def __call__(self, strip: Strip) -> None:
+        """Encode a strip and hand it over, once all but one of those before it are written.
+
+        Raises:
+            OutputError: One of those can't be written.
+        """
+        pixels = self._output.encode(strip)
+        if isinstance(self._store, HeldRows):
+            self._store.write(strip.window.row, pixels)
+            return
+        if any(np.may_share_memory(pixels, held) for held in (strip.scores, strip.valid)):
+            pixels = pixels.copy()
+        while len(self._waiting) >= _STRIPS_BEHIND:
+            self._waiting.popleft().result()
+        self._waiting.append(self._pool.submit(self._store.write, strip.window.row, pixels))
+
+    def flush(self) -> None:
+        """Wait until all strips are written.
+
+        Raises:
+            OutputError: One of them can't be written.
+        """
+        waiting, self._waiting = self._waiting, deque()
+        wait(waiting)
+        for future in waiting:
+            future.result()
 
 
 def class_output(

@@ -21,7 +21,8 @@ from perf_vit.geometry import Objects
 from perf_vit.geometry.objects import ObjectKind
 from perf_vit.inference.jobs.journal import LineLog
 from perf_vit.inference.merge_objects import ObjectStitcher
-from perf_vit.inference.prefetch import Reads, Tile, num_processors, read_ahead, takes_valid, to_device, valid_pixels
+from perf_vit.inference.prefetch import Reads, Tile, read_ahead, takes_valid, to_device, valid_pixels
+from perf_vit.threads import num_processors
 from perf_vit.tiling import grid_windows
 from perf_vit.types import Detections, GeoImage, Window
 

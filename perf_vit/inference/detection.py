@@ -16,6 +16,7 @@ from perf_vit.data import standardized
 from perf_vit.errors import OptionError
 from perf_vit.files import write_text
 from perf_vit.geometry import Objects
+from perf_vit.inference.batch import InputReport
 from perf_vit.inference.detect import WindowLog, predict_objects
 from perf_vit.inference.inputs import MapInput
 from perf_vit.inference.jobs import JobResult
@@ -31,7 +32,6 @@ from perf_vit.plotting import default_colormap
 from perf_vit.reporting.outputs import write_object_report
 from perf_vit.sources import GEOTIFF_SUFFIXES
 from perf_vit.text import to_json
-from perf_vit.tiling import grid_windows
 from perf_vit.types import Source, Window
 from perf_vit.writers import (
     check_vector_output,
@@ -186,7 +186,7 @@ class DetectionPredictor(InputPredictor[Detector, DetectionPredictOptions]):
             job = self.job(scene, out)
             with job.work() as journal:
                 if journal is None:
-                    return JobResult(made=False, **self._size(job))
+                    return JobResult(made=False, **self.size_of(job))
                 return self._search(job, journal, on_progress)
 
     def find(
@@ -233,15 +233,8 @@ class DetectionPredictor(InputPredictor[Detector, DetectionPredictOptions]):
         job.finish(journal, made, num_damaged=len(damaged))
         threshold = self.score_threshold
         return JobResult(
-            made=True, num_objects=len(objects), score_threshold=threshold, damaged=damaged, **self._size(job)
+            made=True, num_objects=len(objects), score_threshold=threshold, damaged=damaged, **self.size_of(job)
         )
-
-    def _size(self, job: ObjectJob) -> dict[str, Any]:
-        source = job.source
-        num_windows = len(grid_windows(source.extent, *self.options.windows(self.model.spec.tile_px)))
-        beside = tuple(path for path in job.beside if path.exists())
-        size = {"num_windows": num_windows, "num_pixels": source.height * source.width}
-        return {"out": job.out, "beside": beside, **size}
 
     @property
     def score_threshold(self) -> float:
@@ -297,11 +290,11 @@ class DetectionPredictor(InputPredictor[Detector, DetectionPredictOptions]):
         suffix = self.options.suffix
         return [out.with_name(name + each) for each in ([suffix] if suffix else [".gpkg", ".geojson"])]
 
-    def check(self, inputs: Sequence[MapInput]) -> None:
+    def check(self, inputs: Sequence[MapInput]) -> list[InputReport]:
         """Refuse inputs whose outputs would replace other files, or that the COCO file doesn't list."""
         if self.coco_images is not None:
             self.coco_images.check(item.path for item in inputs)
-        super().check(inputs)
+        return super().check(inputs)
 
     def folder_files(self, folder: Path) -> list[Path]:
         """The COCO results of all inputs, if they are asked for."""

@@ -8,7 +8,6 @@ from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, closing, suppress
 from dataclasses import dataclass, field
-from itertools import islice
 from typing import TYPE_CHECKING
 
 import torch
@@ -16,11 +15,13 @@ from torch import Tensor
 
 from perf_vit.errors import BusyError, PerfVitError
 from perf_vit.inference.batch import InputReport, report_of
-from perf_vit.inference.dense import FloatArray, Forward, Strip, StripMaker
+from perf_vit.inference.dense import FloatArray, Forward, StripMaker
+from perf_vit.inference.dense_output import StripWriter
 from perf_vit.inference.inputs import MapInput
 from perf_vit.inference.jobs import JobResult
-from perf_vit.inference.prefetch import Reads, Tile, in_batches, load_ahead, num_processors, read_tile
+from perf_vit.inference.prefetch import Reads, Tile, in_batches, load_ahead, read_tile
 from perf_vit.sources import bounded_cache
+from perf_vit.threads import num_processors
 from perf_vit.types import BoolArray, Window
 from perf_vit.writers import HeldRows, StripStore
 
@@ -65,7 +66,7 @@ class _Input:
     started: float
     work: MapWork | None = None
     makers: list[StripMaker] = field(default_factory=list)
-    write: Callable[[Strip], None] | None = None
+    write: StripWriter | None = None
     reader: Reads | None = None
     tile: Tile | None = None
     problem: str | None = None
@@ -85,11 +86,32 @@ class _Input:
                 assert self.error is not None
                 raise self.error
             with self.work:
+                self.flush()
                 if self.error is not None:
                     raise self.error
                 return self.work.finish()
         except Exception as error:
             return error
+        finally:
+            for maker in self.makers:
+                maker.close()
+
+    def flush(self) -> None:
+        """Wait until all rows so far are on disk."""
+        try:
+            if self.write is not None:
+                self.write.flush()
+        except Exception as error:
+            self.fail(error)
+
+    def let_go(self) -> None:
+        """Let go of input and output, with finished rows for a later call."""
+        if self.is_closed or self.work is None:
+            return
+        self.is_closed = True
+        with suppress(GeneratorExit, PerfVitError), self.work:
+            self.flush()
+            raise GeneratorExit
 
 
 @dataclass(frozen=True, slots=True)
@@ -152,9 +174,11 @@ class MapLine:
         self._is_stopped = False
         options, readers = self._predictor.options, self._predictor.options.num_readers or num_processors()
         self._finishers = ThreadPoolExecutor(_NUM_FINISHERS, thread_name_prefix="perf_vit-finisher")
+        self._writers = ThreadPoolExecutor(1, thread_name_prefix="perf_vit-writer")
         pending: deque[tuple[_Input, Future[JobResult | Exception]]] = deque()
         with ExitStack() as stack:
             stack.enter_context(bounded_cache())
+            stack.callback(self._writers.shutdown)
             stack.callback(self._let_go)
             stack.callback(self._finishers.shutdown, cancel_futures=True)
             depth = options.batch_size + min(options.batch_size, _TILES_AHEAD) + readers
@@ -172,22 +196,36 @@ class MapLine:
 
     def _begun(self, inputs: Sequence[MapInput], num_ahead: int) -> Generator[_Input, None, None]:
         """Begin inputs in threads: several ahead while they are small, else none, as other processes may take them."""
-        todo, begun = iter(inputs), deque[Future[_Input]]()
+        todo, begun = deque(inputs), deque[tuple[MapInput, Future[_Input]]]()
         pool = ThreadPoolExecutor(2, thread_name_prefix="perf_vit-opener")
 
         def begin(depth: int) -> None:
-            begun.extend(pool.submit(self._begin, item) for item in islice(todo, max(0, depth - len(begun))))
+            while todo and len(begun) < depth:
+                item = todo.popleft()
+                begun.append((item, pool.submit(self._begin, item)))
 
         try:
             begin(1)
             while begun:
-                found = begun.popleft().result()
-                is_small = sum(len(maker.windows) for maker in found.makers) <= num_ahead
-                begin(_INPUTS_AHEAD if is_small else 0)
+                found = begun.popleft()[1].result()
+                if sum(len(maker.windows) for maker in found.makers) <= num_ahead:
+                    begin(_INPUTS_AHEAD)
+                else:
+                    todo.extendleft(item for item, _ in reversed(begun))
+                    self._return([future for _, future in begun])
+                    begun.clear()
                 yield found
                 begin(1)
         finally:
             pool.shutdown(cancel_futures=True)
+
+    def _return(self, begun: Sequence[Future[_Input]]) -> None:
+        """Let go of inputs that were begun behind a small one, and are behind a large one now."""
+        for future in begun:
+            if not future.cancel():
+                found = future.result()
+                found.let_go()
+                self._unsettled.discard(found)
 
     def _begin(self, item: MapInput) -> _Input:
         found = _Input(item, time.monotonic())
@@ -202,7 +240,7 @@ class MapLine:
 
     def _prepare(self, found: _Input, work: MapWork, store: StripStore | HeldRows) -> None:
         found.problem = self._predictor.check_input.problem(work.source)
-        found.write = self._predictor.writer(store)
+        found.write = self._predictor.writer(store, self._writers)
         found.reader = self._predictor.reader(work.source, store.folder)
         gaps = store.gaps(0, work.source.height)
         found.makers = [self._predictor.maker(work.source.extent, gap) for gap in gaps]
@@ -213,7 +251,11 @@ class MapLine:
     def _windows(self, begun: Iterator[_Input]) -> Iterator[tuple[_Input, StripMaker | None, Window | None, bool]]:
         """All windows, and whether one is its input's last; one without window ends an input early."""
         for found in begun:
-            self._predictor.check_input.warn(found.problem)
+            try:
+                self._predictor.check_input.warn(found.problem)
+            except Exception as error:
+                # A filter of warnings turns them into errors.
+                found.fail(error)
             windows = [(maker, window) for maker in found.makers for window in maker.windows]
             is_last = False
             for number, (maker, window) in enumerate(windows, 1):
@@ -295,6 +337,8 @@ class MapLine:
     def _settled(self, found: _Input, future: Future[JobResult | Exception]) -> InputReport:
         outcome = future.result()
         self._unsettled.discard(found)
+        # The error's traceback holds the frames that hold this: all rows of windows would stay in memory.
+        found.error = None
         # Of the time that it shares with the input before, none counts twice.
         seconds = max(0.0, found.ended - max(found.started, self._settled_at))
         self._settled_at = max(found.ended, self._settled_at)
@@ -302,8 +346,5 @@ class MapLine:
 
     def _let_go(self) -> None:
         for found in self._unsettled:
-            if not found.is_closed and found.work is not None:
-                found.is_closed = True
-                with suppress(GeneratorExit, PerfVitError), found.work:
-                    raise GeneratorExit
+            found.let_go()
         self._unsettled.clear()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -14,13 +15,14 @@ from typing import Any, Generic, Self, TypeVar
 from torch import nn
 
 from perf_vit.errors import InputError
-from perf_vit.inference.batch import InputReport, PredictOne, in_turn
+from perf_vit.inference.batch import InputReport, PredictOne, in_turn, report_of
 from perf_vit.inference.inputs import MapInput
 from perf_vit.inference.jobs import JobResult
 from perf_vit.inference.jobs.job import Job
 from perf_vit.inference.jobs.journal import check_partial_folder
 from perf_vit.inference.options import PredictOptions, move_to_device, resolve_device
 from perf_vit.models import InputCheck, network_id
+from perf_vit.tiling import grid_windows
 from perf_vit.types import Source
 from perf_vit.writers import existing_outputs
 
@@ -185,21 +187,39 @@ class InputPredictor(Predictor[Model, Options]):
             OutputError: The output can't be made of this input.
         """
 
-    def check(self, inputs: Sequence[MapInput]) -> None:
+    def check(self, inputs: Sequence[MapInput]) -> list[InputReport]:
         """Refuse inputs whose outputs would replace other files, before anything is computed.
+
+        Returns:
+            Reports of inputs whose outputs are all there: they need not be opened again.
 
         Raises:
             OutputError: Names the first file.
         """
+        there = []
         for item in inputs:
-            outputs = self.outputs(item.output)
+            start, outputs = time.monotonic(), self.outputs(item.output)
             for out in outputs:
                 check_partial_folder(out)
             if not existing_outputs(outputs):
                 continue
             # An input that can't be opened is reported in its turn.
             with suppress(InputError), self.opened(item.path) as source:
-                self.job(source, item.output).check()
+                job = self.job(source, item.output)
+                if job.check() and job.is_complete():
+                    result = JobResult(made=False, **self.size_of(job))
+                    there.append(report_of(item, result, time.monotonic() - start))
+        return there
+
+    def size_of(self, job: Any) -> dict[str, Any]:
+        """Outputs, windows and pixels of a job, as fields of its result."""
+        spec: Any = self.model.spec
+        options: Any = self.options
+        source = job.source
+        num_windows = len(grid_windows(source.extent, *options.windows(spec.tile_px)))
+        beside = tuple(path for path in job.beside if path.exists())
+        size = {"num_windows": num_windows, "num_pixels": source.height * source.width}
+        return {"out": job.out, "beside": beside, **size}
 
     def folder_files(self, folder: Path) -> list[Path]:
         """Files in the folder of many inputs that are of all of them."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import os
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -30,7 +29,6 @@ __all__ = [
     "attempted",
     "in_batches",
     "load_ahead",
-    "num_processors",
     "read_ahead",
     "read_tile",
     "takes_valid",
@@ -43,9 +41,6 @@ FloatArray = npt.NDArray[np.float32]
 Item = TypeVar("Item")
 
 Loaded = TypeVar("Loaded")
-
-# More readers than that don't deliver more windows.
-_MAX_READERS = 16
 
 # Side of the smallest piece that a damaged window is read in: a tile of most files is no smaller.
 _SALVAGE_PX = 64
@@ -141,12 +136,6 @@ def read_tile(source: Reads, normalize: Callable[[GeoImage], FloatArray], window
     """
     image = source.read(window)
     return Tile(window, image.valid, normalize(image) if image.valid.any() else None)
-
-
-def num_processors() -> int:
-    """Return the number of processors that this process may use, at most 16: the number of readers by default."""
-    allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return min(allowed, _MAX_READERS)
 
 
 def to_device(tiles: Tensor, device: str | torch.device) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Generator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, closing
 from dataclasses import replace
 from functools import partial
@@ -13,7 +14,7 @@ from typing import Any, Self
 from perf_vit.errors import InputError, OptionError
 from perf_vit.inference.batch import InputReport, PredictOne
 from perf_vit.inference.dense import Strip, StripMaker, predict_strips
-from perf_vit.inference.dense_output import DenseOutput, class_output
+from perf_vit.inference.dense_output import DenseOutput, StripWriter, class_output
 from perf_vit.inference.inputs import MapInput
 from perf_vit.inference.jobs import DamagedPiece, JobResult, MapJob, check_map_name, files_beside
 from perf_vit.inference.jobs.journal import DamageLog
@@ -98,14 +99,7 @@ class MapWork:
         self._working.close()
         is_damaged = bool(damaged) if made else self._predictor.options.on_error == "skip"
         self._predictor.write_beside(self.job, made=made, damaged=is_damaged)
-        return JobResult(
-            made=made,
-            out=self.job.out,
-            num_windows=self.job.num_windows,
-            num_pixels=self.source.height * self.source.width,
-            damaged=damaged,
-            beside=tuple(path for path in self.job.beside if path.exists()),
-        )
+        return JobResult(made=made, damaged=damaged, **self._predictor.size_of(self.job))
 
 
 class SegmentationPredictor(InputPredictor[Segmenter, SegmentationPredictOptions]):
@@ -176,14 +170,16 @@ class SegmentationPredictor(InputPredictor[Segmenter, SegmentationPredictOptions
             InputError: A window can't be read, or the model's output has another shape.
             OutputError: The disk is full.
         """
-        write = self.writer(store)
-        with self.opened(source) as opened, bounded_cache():
+        writers = ThreadPoolExecutor(1, thread_name_prefix="perf_vit-writer")
+        write = self.writer(store, writers)
+        with self.opened(source) as opened, bounded_cache(), writers:
             reader = self.reader(opened, store.folder)
             for gap in store.gaps(*(rows or (0, opened.height))):
                 strips = self.strips(reader, opened.extent, gap, finish=write, on_progress=on_progress)
                 with closing(strips):
                     for _ in strips:
                         pass
+            write.flush()
 
     def strips(
         self,
@@ -258,10 +254,9 @@ class SegmentationPredictor(InputPredictor[Segmenter, SegmentationPredictOptions
         """Begin or resume a map; see `MapWork`."""
         return MapWork(self, source, out, shared=shared)
 
-    def writer(self, store: StripStore | HeldRows) -> Callable[[Strip], None]:
-        """Return a function that encodes a strip and writes it to a store."""
-        output = self.output()
-        return lambda strip: store.write(strip.window.row, output.encode(strip))
+    def writer(self, store: StripStore | HeldRows, pool: ThreadPoolExecutor) -> StripWriter:
+        """Return a function that encodes a strip and has a thread write it to a store."""
+        return StripWriter(self.output(), store, pool)
 
     def reader(self, source: Source, folder: Path) -> Reads:
         """The source, or with `on_error="skip"` one that notes damaged pixels in a folder and leaves them out."""

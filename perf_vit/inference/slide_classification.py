@@ -22,13 +22,14 @@ from perf_vit.errors import InputError
 from perf_vit.inference.jobs.table_job import TableJob
 from perf_vit.inference.options import SlideClassificationPredictOptions, move_to_device
 from perf_vit.inference.predictor import OnProgress, ignore_progress
-from perf_vit.inference.prefetch import Reads, Tile, num_processors, read_ahead, takes_valid, to_device, valid_pixels
+from perf_vit.inference.prefetch import Reads, Tile, read_ahead, takes_valid, to_device, valid_pixels
 from perf_vit.inference.table_predictor import Rows, TablePredictor
 from perf_vit.models import InputCheck, SlideClassifier, load_slide_classifier
 from perf_vit.plotting import rgb_from, save_png
 from perf_vit.plotting.panels import with_color_bar
 from perf_vit.plotting.pictures import Picture
 from perf_vit.reporting.outputs import thumbnail_of
+from perf_vit.threads import num_processors
 from perf_vit.types import GeoImage, Source, Window
 from perf_vit.writers import write_objects
 

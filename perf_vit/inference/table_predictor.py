@@ -17,10 +17,11 @@ from perf_vit.inference.jobs import JobResult
 from perf_vit.inference.jobs.table_job import RowLog, TableJob, write_table
 from perf_vit.inference.options import PredictOptions
 from perf_vit.inference.predictor import OnProgress, Predictor, ignore_progress
-from perf_vit.inference.prefetch import attempted, load_ahead, num_processors
+from perf_vit.inference.prefetch import attempted, load_ahead
 from perf_vit.inference.ray import RayPool
 from perf_vit.plotting.pictures import Picture
 from perf_vit.reporting.outputs import write_table_report
+from perf_vit.threads import num_processors
 
 __all__ = ["TablePredictor"]
 

@@ -275,8 +275,9 @@ class InputCheck:
     def warn(self, problem: str | None, stacklevel: int = 2) -> None:
         """Warn of the result of `problem`, unless the check has warned before."""
         if problem is not None and not self._warned:
-            self._warned = True
             warnings.warn(problem, DataWarning, stacklevel=stacklevel)
+            # Not where a filter makes an error of it: the next input is to fail, too.
+            self._warned = True
 
     def _value_problem(self, source: Source, trained: InputBands) -> str | None:
         if self._num_looked_at >= _MAX_INPUTS or source.num_bands != len(trained.low):

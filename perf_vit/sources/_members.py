@@ -258,35 +258,39 @@ def check_sources(dataset: Any, window: Window, bands: Iterable[int], *, reduced
 
 
 class _PlainImages:
-    """Filter of rasterio's warning, on as long as any thread needs it.
+    """Filter of rasterio's warning in the threads that need it.
 
-    `warnings.catch_warnings` changes the filters of all threads: one that leaves would take those of the others.
+    The filter stays in `warnings.filters` and asks this object for a match. `warnings.catch_warnings` would change the
+    filters of all threads, and put back those of a while ago.
     """
 
     def __init__(self) -> None:
+        self._depth = threading.local()
+        # A filter's pattern of messages is whatever has `match`.
+        self._filter = ("ignore", self, NotGeoreferencedWarning, None, 0)
         self._lock = threading.Lock()
-        self._num_users = 0
+
+    def match(self, _: str) -> bool:
+        """Return whether this thread ignores the warning."""
+        return getattr(self._depth, "value", 0) > 0
 
     def __enter__(self) -> None:
+        self._depth.value = getattr(self._depth, "value", 0) + 1
+        filters: Any = warnings.filters
+        # It stays there; others may have put theirs before it, or replaced the list.
         with self._lock:
-            if self._num_users == 0:
-                self._filters = warnings.catch_warnings()
-                self._filters.__enter__()
-                warnings.simplefilter("ignore", NotGeoreferencedWarning)
-            self._num_users += 1
+            if not filters or filters[0] is not self._filter:
+                filters[:] = [self._filter, *(each for each in filters if each is not self._filter)]
 
     def __exit__(self, *exception: object) -> None:
-        with self._lock:
-            self._num_users -= 1
-            if self._num_users == 0:
-                self._filters.__exit__(None, None, None)
+        self._depth.value -= 1
 
 
 _PLAIN_IMAGES = _PlainImages()
 
 
 def plain_images_allowed() -> AbstractContextManager[None]:
-    """Suppress warnings about files without georeference; callers that require one check it."""
+    """Suppress warnings about files without georeference in this thread; callers that require one check it."""
     return _PLAIN_IMAGES
 
 

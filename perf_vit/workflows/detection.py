@@ -14,13 +14,14 @@ from perf_vit.data import DetectionDataModule, ObjectValidity, build_detection_d
 from perf_vit.errors import InputError
 from perf_vit.geometry import Objects
 from perf_vit.inference import DetectionPredictOptions, DetectionPredictor
-from perf_vit.inference.prefetch import FirstWindows, load_ahead, num_processors
+from perf_vit.inference.prefetch import FirstWindows, load_ahead
 from perf_vit.labels.objects import ImageRecord, OutlineMasks, objects_in, outlines_of, read_object_labels
 from perf_vit.metrics import RegisteredMetrics
 from perf_vit.metrics.matching import NOT_COUNTED, match_objects
 from perf_vit.models import DetectionSpec, InputCheck, detector_kind
 from perf_vit.reporting import MATCH_LEGEND, ImageSamples, Sample, object_sample
 from perf_vit.tasks import DetectionTask, TrainingSteps
+from perf_vit.threads import num_processors
 from perf_vit.tiling import grid_windows
 from perf_vit.types import Detections, ObjectLabels, Source
 from perf_vit.workflows.progress import windows_progress

@@ -16,6 +16,7 @@ from perf_vit.errors import InputError, OptionError, OutputError
 from perf_vit.inference import (
     REPORT,
     InputPredictor,
+    InputReport,
     MapInput,
     RayPool,
     RunReport,
@@ -216,8 +217,7 @@ def _predict_folder(
         if pool is not None:
             predictor = predictor.on(_device_of(pool, predictor))
             found = [MapInput(_absolute(item.path), item.output.absolute()) for item in found]
-        predictor.check(found)
-        report = _predict_many(predictor, found, output, pool)
+        report = _predict_many(predictor, found, output, pool, predictor.check(found))
     if page is not None:
         _write_page(predictor, report, page)
     if num_failed := report.count("failed"):
@@ -283,9 +283,13 @@ def _predict_rows(predictor: Any, source: Any, output: Path, given: InputsOption
 
 
 def _predict_many(
-    predictor: InputPredictor[Any, Any], inputs: list[MapInput], folder: Path, pool: RayPool | None
+    predictor: InputPredictor[Any, Any],
+    inputs: list[MapInput],
+    folder: Path,
+    pool: RayPool | None,
+    settled: Sequence[InputReport],
 ) -> RunReport:
-    """Predict all inputs, in this process or in a pool, keep a report and note it."""
+    """Predict all inputs but those that are settled, in this process or in a pool, keep a report and note it."""
     options = predictor.options
     # A checkpoint that can't be read is no input's fault.
     header = predictor.described() | {"started": datetime.now(UTC).isoformat(timespec="seconds")}
@@ -302,6 +306,7 @@ def _predict_many(
                     on_error=options.on_error,
                     report=report,
                     report_path=path,
+                    settled=settled,
                     on_input=on_input,
                 )
         finally:

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 import glob
+import itertools
 import zlib
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
@@ -19,8 +23,9 @@ from perf_vit.errors import OutputError
 from perf_vit.files import staged
 from perf_vit.sources import bounded_cache
 from perf_vit.sources._gdal import GDAL_ERRORS, plain_images_allowed, reason_of
+from perf_vit.threads import num_processors
 from perf_vit.writers.layout import BLOCK_PX, HeldRows, RasterLayout
-from perf_vit.writers.strips import StripStore, fast_compression
+from perf_vit.writers.strips import StoredStrip, StripStore, fast_compression
 
 __all__ = ["CogWriter", "write_cog"]
 
@@ -103,18 +108,27 @@ def _add_overviews(mosaic: Path, layout: RasterLayout) -> None:
 
 
 def _compare(store: StripStore, layout: RasterLayout, made: Path, path: Path) -> None:
-    """Compare the file with the strips, as GDAL doesn't report errors at closing, e.g. of a full disk."""
-    with rasterio.open(made, num_threads="all_cpus") as dataset:
-        num_overviews = len(dataset.overviews(1))
-        for strip in store.strips():
+    """Compare the file with the strips by rows of blocks: GDAL reports no errors at closing, e.g. of a full disk."""
+    groups = [list(group) for _, group in itertools.groupby(store.strips(), lambda strip: strip.row // BLOCK_PX)]
+    with rasterio.open(made) as dataset:
+        levels = range(len(dataset.overviews(1)))
+    with ThreadPoolExecutor(num_processors(), thread_name_prefix="perf_vit-verifier") as pool:
+        overviews = pool.map(functools.partial(_read_overview, made), levels)
+        list(itertools.chain(overviews, pool.map(functools.partial(_compare_strips, layout, made, path), groups)))
+
+
+def _compare_strips(layout: RasterLayout, made: Path, path: Path, strips: Sequence[StoredStrip]) -> None:
+    with plain_images_allowed(), rasterio.open(made) as dataset:
+        for strip in strips:
             block = dataset.read(window=rasterio.windows.Window(0, strip.row, layout.width, strip.num_rows))
             if zlib.crc32(block) != strip.checksum:
                 raise OutputError(f"can't write {path}: rows from {strip.row} on differ on disk; is the disk full?")
-    for level in range(num_overviews):
-        with rasterio.open(made, overview_level=level, num_threads="all_cpus") as overview:
-            for row in range(0, overview.height, BLOCK_PX):
-                rows = min(BLOCK_PX, overview.height - row)
-                overview.read(window=rasterio.windows.Window(0, row, overview.width, rows))
+
+
+def _read_overview(made: Path, level: int) -> None:
+    with plain_images_allowed(), rasterio.open(made, overview_level=level) as overview:
+        for _, window in overview.block_windows(1):
+            overview.read(window=window)
 
 
 class CogWriter:

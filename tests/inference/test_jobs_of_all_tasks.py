@@ -19,10 +19,12 @@ from affine import Affine
 from small_models import save_classifier, save_segmenter, save_slide_classifier, save_small_detector
 from synthetic_slide import make_slide
 
+import perf_vit
 from perf_vit.errors import InputError, OptionError, OutputError
 from perf_vit.inference import RayPool, find_inputs, predict_many
 from perf_vit.inference.jobs import JobResult
 from perf_vit.sources import open_source
+from perf_vit.sources._gdal import open_dataset
 from perf_vit.sources.slides import SlideSource
 from perf_vit.workflows.registry import TASKS
 
@@ -254,6 +256,41 @@ def test_the_report_of_many_inputs_has_all_of_them(task, tmp_path) -> None:
         assert {Path(each["output"]).suffix for each in written["inputs"] if each["status"] == status} == {
             ".tif" if task == "segmentation" else ".gpkg"
         }
+
+
+@pytest.mark.parametrize("task", ["segmentation", "detection"])
+def test_inputs_whose_outputs_are_there_are_opened_once(task, tmp_path, monkeypatch) -> None:
+    images = [write_image(tmp_path / "in" / f"{number}.tif", 64, number) for number in range(3)]
+    checkpoint = CASES[task].save(tmp_path / "model.ckpt")
+
+    def run() -> list[Any]:
+        report = perf_vit.predict(checkpoint, tmp_path / "in", tmp_path / "out", progress=False, device="cpu")
+        return sorted(({**each.to_dict(), "seconds": 0} for each in report.inputs), key=lambda each: each["input"])
+
+    def count(path: str, **options: Any) -> Any:
+        opened.append(path)
+        return open_dataset(path, **options)
+
+    def made() -> dict[str, tuple[int, bytes]]:
+        found = (path for path in (tmp_path / "out").iterdir() if path.name != "report.json")
+        return {path.name: (path.stat().st_mtime_ns, path.read_bytes()) for path in found}
+
+    first, files, opened = run(), made(), []
+    monkeypatch.setattr("perf_vit.sources.open.open_dataset", count)
+    again = run()
+    assert [opened.count(str(path)) for path in images] == [1, 1, 1]
+    differing = {"status": "skipped-existing", **({} if task == "segmentation" else {"num_objects": None})}
+    assert [{**each, **differing} for each in again] == [{**each, **differing} for each in first]
+    assert {each["status"] for each in again} == {"skipped-existing"}
+    assert made() == files
+    # What is missing is made, and what a killed process left is removed.
+    left = Path(f"{again[1]['output']}.partial")
+    left.mkdir()
+    for path in (tmp_path / "out").glob("*2.*"):
+        path.unlink()
+    assert [each["status"] for each in run()] == ["skipped-existing", "skipped-existing", "done"]
+    assert made().keys() == files.keys()
+    assert not left.exists()
 
 
 @pytest.mark.parametrize("task", ["classification", "regression", "slide classification"])

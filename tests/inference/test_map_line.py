@@ -1,7 +1,10 @@
 """Maps of many inputs are made side by side, and nobody sees the difference but in time."""
 
+import gc
 import threading
 import time
+import warnings
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -10,9 +13,13 @@ import rasterio
 import torch
 from stub_segmenter import StubSegmenter
 
-from perf_vit.errors import InputError, OutputError
+from perf_vit.errors import DataWarning, InputError, OutputError
 from perf_vit.inference import MapInput, SegmentationPredictOptions, SegmentationPredictor, predict_many
+from perf_vit.inference.dense import RowStitcher, Strip
+from perf_vit.inference.dense_output import DenseOutput, StripWriter
 from perf_vit.inference.jobs.journal import open_journal
+from perf_vit.models.input_spec import InputBands, InputCheck
+from perf_vit.types import Window
 from perf_vit.writers import RasterLayout, StripStore
 from perf_vit.writers.cog import write_cog
 from perf_vit.writers.layout import HeldRows
@@ -158,6 +165,94 @@ def test_inputs_after_a_large_one_are_left_to_other_processes_meanwhile(scenes, 
     assert locked == [["1.tif.partial"]] * 2
 
 
+def test_inputs_behind_a_large_one_are_left_to_other_processes_where_a_small_one_comes_first(scenes, tmp_path) -> None:
+    def look(_: torch.Tensor) -> None:
+        # The large one is the second: all its windows but the last ones.
+        if 1 < len(model.sizes) < 40:
+            locked.update(path.name for path in (tmp_path / "maps").glob("*.partial"))
+
+    locked: set[str] = set()
+    model = Recorder(look)
+    inputs = _inputs([scenes[0], scenes[1], scenes[2], scenes[3]], tmp_path / "maps")
+    assert _statuses(_predict(_predictor(model), inputs)) == ["done"] * 4
+    assert "1.tif.partial" in locked
+    assert locked <= {"0.tif.partial", "1.tif.partial"}
+
+
+def test_a_failed_input_leaves_no_rows_in_memory_without_the_garbage_collector(scenes, tmp_path) -> None:
+    def fail(_: torch.Tensor) -> None:
+        if len(model.sizes) == 30:
+            raise RuntimeError("out of memory")
+
+    gc.collect()
+    gc.disable()
+    try:
+        model = Recorder(fail)
+        report = _predict(_predictor(model, on_error="skip"), _inputs(scenes[:3], tmp_path / "maps"), on_error="skip")
+        held = [each for each in gc.get_objects() if isinstance(each, RowStitcher)]
+    finally:
+        gc.enable()
+    assert _statuses(report) == ["done", "failed", "done"]
+    assert held == []
+
+
+def test_a_warning_as_an_error_costs_its_own_input_only(scenes, tmp_path) -> None:
+    colours = ("red", "green", "blue")
+    for index, path in enumerate(scenes[:4]):
+        with rasterio.open(path, "r+") as dataset:
+            dataset.descriptions = colours[::-1] if index in (0, 2) else colours
+    predictor = _predictor(on_error="skip")
+    predictor.check_input = InputCheck(InputBands(names=colours, dtype="uint8", low=(), high=()))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", DataWarning)
+        report = _predict(predictor, _inputs(scenes[:4], tmp_path / "maps"), on_error="skip")
+    assert _statuses(report) == ["failed", "done", "failed", "done"]
+    assert "in another order" in report.inputs[0].error
+
+
+def test_strips_that_cannot_be_written_fail_their_input(scenes, tmp_path, monkeypatch) -> None:
+    def fail(self, row: int, block: np.ndarray) -> None:
+        if row >= 600:
+            raise OutputError("no space")
+        write(self, row, block)
+
+    write = StripStore.write
+    monkeypatch.setattr(StripStore, "write", fail)
+    before = threading.active_count()
+    report = _predict(_predictor(on_error="skip"), _inputs(scenes[:3], tmp_path / "maps"), on_error="skip")
+    assert _statuses(report) == ["done", "failed", "done"]
+    assert "no space" in report.inputs[1].error
+    with pytest.raises(OutputError, match="no space"):
+        _predictor().run(scenes[1], tmp_path / "single.tif")
+    assert threading.active_count() == before
+    assert list(tmp_path.glob("single.tif.partial/rows_*"))
+    monkeypatch.undo()
+    assert _predictor().run(scenes[1], tmp_path / "single.tif").made
+    assert _predictor().run(scenes[1], tmp_path / "whole.tif").made
+    assert (tmp_path / "single.tif").read_bytes() == (tmp_path / "whole.tif").read_bytes()
+
+
+def test_scores_that_are_written_as_they_are_do_not_change_behind_the_writer(tmp_path) -> None:
+    scores = np.zeros((1, 4, 5), np.float32)
+    strips = [Strip(Window(row, 0, 4, 5), scores, np.ones((4, 5), bool)) for row in (0, 4)]
+    output = DenseOutput(encode=lambda strip: strip.scores, band_names=["x"], dtype="float32", nodata=None)
+    written, go_on = {}, threading.Event()
+
+    class Slow:
+        def write(self, row: int, block: np.ndarray) -> None:
+            assert go_on.wait(20)
+            written[row] = block.copy()
+
+    with ThreadPoolExecutor(1) as pool:
+        writer = StripWriter(output, Slow(), pool)
+        for value, strip in enumerate(strips):
+            scores[:] = value
+            writer(strip)
+        go_on.set()
+        writer.flush()
+    assert {row: block.max() for row, block in written.items()} == {0: 0, 4: 1}
+
+
 def test_closing_early_leaves_no_thread_and_no_lock_and_a_later_call_goes_on(scenes, tmp_path) -> None:
     inputs = _inputs([scenes[0], scenes[1], scenes[2], scenes[4]], tmp_path / "maps")
     before, model = threading.active_count(), Recorder()
@@ -241,6 +336,24 @@ def test_an_error_of_finishing_is_part_of_the_report(scenes, tmp_path, monkeypat
     report = _predict(_predictor(on_error="stop"), _inputs(scenes, tmp_path / "maps"), on_error="skip")
     assert _statuses(report) == ["done", "done", "failed", "done", "done"]
     assert report.inputs[2].error == "OSError: no space"
+
+
+def test_a_folder_that_other_processes_remove_meanwhile_is_made_again(tmp_path, monkeypatch) -> None:
+    def make(self: Path, *arguments, **options) -> None:
+        if self.name == "map.tif.partial" and errors:
+            # What `Path.mkdir` raises if a parent, or the folder itself, goes while it looks.
+            raise errors.pop()(2, "gone", str(self))
+        mkdir(self, *arguments, **options)
+
+    mkdir, errors = Path.mkdir, [FileNotFoundError, FileExistsError, FileNotFoundError]
+    monkeypatch.setattr(Path, "mkdir", make)
+    with open_journal(tmp_path / "maps" / "map.tif") as journal:
+        assert journal.folder.is_dir()
+    assert errors == []
+    assert list(tmp_path.iterdir()) == []
+    (tmp_path / "file").touch()
+    with pytest.raises(OutputError, match="a parent is not a folder"), open_journal(tmp_path / "file" / "map.tif"):
+        pass
 
 
 @pytest.mark.parametrize("name", [".map.tmp.a1b2c3d4", "map.tmp.aux.xml", ".pyramid.tmp.a1b2c3d4", "map.tmp.ovr"])

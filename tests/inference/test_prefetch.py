@@ -2,6 +2,7 @@ import csv
 import threading
 import time
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,7 +18,7 @@ from perf_vit.data import ClassificationViews
 from perf_vit.errors import DataWarning, InputError
 from perf_vit.inference import ClassificationPredictOptions, ClassificationPredictor
 from perf_vit.inference.options import move_to_device
-from perf_vit.inference.prefetch import FirstWindows, Tile, in_batches, load_ahead, num_processors, to_device
+from perf_vit.inference.prefetch import FirstWindows, Tile, in_batches, load_ahead, to_device
 from perf_vit.models import (
     InputBands,
     SegmentationModelConfig,
@@ -28,6 +29,7 @@ from perf_vit.models import (
 from perf_vit.models.heads import SEGMENTATION_HEADS
 from perf_vit.sources import open_source
 from perf_vit.sources._gdal import plain_images_allowed
+from perf_vit.threads import num_processors
 from perf_vit.types import GeoImage, Window
 from perf_vit.workflows.slide_classification import _embedded
 
@@ -308,7 +310,28 @@ def test_threads_that_open_plain_images_leave_each_others_filters_alone(tmp_path
         second.__exit__(None, None, None)
         warnings.warn("no place", NotGeoreferencedWarning, stacklevel=1)
         assert len(said) == 1
-    assert list(warnings.filters) == before
+    others = [each for each in warnings.filters if each[2] is not NotGeoreferencedWarning]
+    assert others == [each for each in before if each[2] is not NotGeoreferencedWarning]
+    assert len(warnings.filters) - len(others) <= 1
+
+
+def test_filters_that_are_set_while_plain_images_are_open_stay() -> None:
+    with warnings.catch_warnings():
+        with plain_images_allowed():
+            warnings.simplefilter("error", DataWarning)
+        with pytest.raises(DataWarning):
+            warnings.warn("of data", DataWarning, stacklevel=1)
+
+
+def test_a_thread_that_needs_a_place_is_warned_while_another_allows_plain_images() -> None:
+    def warn() -> int:
+        with warnings.catch_warnings(record=True) as said:
+            warnings.simplefilter("always")
+            warnings.warn("no place", NotGeoreferencedWarning, stacklevel=1)
+        return len(said)
+
+    with plain_images_allowed(), ThreadPoolExecutor(1) as pool:
+        assert pool.submit(warn).result() == 1
 
 
 @pytest.mark.parametrize("device", ["cpu", "cuda"])

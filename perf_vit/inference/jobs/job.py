@@ -25,6 +25,7 @@ from perf_vit.inference.jobs.journal import (
     Journal,
     check_partial_folder,
     discard_journal,
+    has_partial_folder,
     open_journal,
 )
 from perf_vit.inference.options import PredictOptions, SegmentationPredictOptions
@@ -141,6 +142,10 @@ class Job(ABC):
         check_partial_folder(self.out)
         found = existing_outputs([self.out, *self.beside])
         return bool(found) and not self.options.overwrite and self.is_done(found)
+
+    def is_complete(self) -> bool:
+        """Whether a job that has nothing to do has no file to make next to its output, and none to remove."""
+        return all(path.exists() for path in self.beside) and not has_partial_folder(self.out)
 
     @contextmanager
     def work(self) -> Iterator[Journal | None]:
@@ -329,11 +334,6 @@ class MapJob(Job):
         """The first row of each row of windows."""
         return sorted({window.row for window in self._windows})
 
-    @property
-    def num_windows(self) -> int:
-        """Windows of the whole source."""
-        return len(self._windows)
-
     def is_done(self, found: Sequence[Path]) -> bool:
         """Whether the map is there, of the same model, settings and input, and not older than that.
 
@@ -348,6 +348,10 @@ class MapJob(Job):
                 return True
         other = "not as this model's map of this input with these settings, or is older than the input, or has damaged "
         raise self._other(found[0], f"{other}pixels" if found[0] == self.out else "")
+
+    def is_complete(self) -> bool:
+        """Whether nothing is to be made; polygons that are there may have to be tidied otherwise."""
+        return not self.options.polygons and super().is_complete()
 
     @property
     def keeps_pieces(self) -> bool:

@@ -30,12 +30,14 @@ __all__ = [
     "LineLog",
     "check_partial_folder",
     "discard_journal",
+    "has_partial_folder",
     "open_journal",
 ]
 
 _SETTINGS = "journal.json"
 _UNFINISHED_SETTINGS = f"{_SETTINGS}.tmp"
 _LOCK = "lock"
+_MKDIR_TRIES = 20
 MADE_MAP = "map.tmp"
 """Name of a map that is being written."""
 MADE_PYRAMID = "pyramid.tmp"
@@ -158,9 +160,14 @@ def check_partial_folder(path: Path) -> None:
     )
 
 
+def has_partial_folder(path: Path) -> bool:
+    """Whether an output has a folder `OUTPUT.partial`."""
+    return _partial_folder(path).is_dir()
+
+
 def discard_journal(path: Path) -> None:
     """Remove the folder that a process left which was killed right after it had finished an output."""
-    if _partial_folder(path).is_dir():
+    if has_partial_folder(path):
         with suppress(BusyError), open_journal(path):
             pass
 
@@ -210,7 +217,7 @@ def _locked(folder: Path, path: Path) -> Iterator[None]:
     lock = FileLock(folder / _LOCK, timeout=0, thread_local=False)
     try:
         with _refusing(path):
-            folder.mkdir(parents=True, exist_ok=True)
+            _make_folder(folder)
             _acquire(lock)
     except Timeout as error:
         raise busy from error
@@ -222,6 +229,18 @@ def _locked(folder: Path, path: Path) -> Iterator[None]:
         yield
     finally:
         lock.release()
+
+
+def _make_folder(folder: Path) -> None:
+    """Make a folder and its parents, whatever other processes that end meanwhile remove of them."""
+    for num_left in reversed(range(_MKDIR_TRIES)):
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            return
+        except (FileNotFoundError, FileExistsError):
+            # Also where a parent is a file, which no further try changes.
+            if num_left == 0:
+                raise
 
 
 def _acquire(lock: FileLock) -> None:
