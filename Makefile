@@ -2,6 +2,7 @@
 #   make demo           scene, training, map and report in under four minutes
 #   make test           the fast suite        make slow    the rest
 #   make check          lint, format, types, dependency rule
+#   make wheel          dist/perf_vit-VERSION-py3-none-any.whl, without installing anything else
 # VENV=DIR puts the environment elsewhere; PYTHON=python3.12 chooses its interpreter;
 # PROCESSES=8 runs the tests in eight processes.
 VENV ?= .venv
@@ -10,7 +11,7 @@ PROCESSES ?= 2
 PY := $(VENV)/bin/python
 STAMP := $(VENV)/.perf_vit_installed
 
-.PHONY: demo test slow check format install clean
+.PHONY: demo test slow check format install wheel clean
 
 demo: $(STAMP)
 	$(PY) -m perf_vit demo --out demo --overwrite
@@ -24,6 +25,7 @@ slow: $(STAMP)
 check: $(STAMP)
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
+	$(VENV)/bin/hadolint Dockerfile
 	$(PY) -m mypy
 	$(PY) -m pytest tests/test_dependency_rule.py
 
@@ -33,11 +35,16 @@ format: $(STAMP)
 
 install: $(STAMP)
 
+wheel: $(PY)
+	$(PY) -m pip wheel --quiet --no-deps --wheel-dir dist .
+
+$(PY):
+	$(PYTHON) -m venv $(VENV)
+
 # The stamp is written last, so an interrupted installation is repeated.
-$(STAMP): pyproject.toml
-	test -x $(PY) || $(PYTHON) -m venv $(VENV)
+$(STAMP): pyproject.toml | $(PY)
 	$(PY) -m pip install --quiet --upgrade pip
-	$(PY) -m pip install --quiet --editable ".[dev,integrations,slides,ray,peft]"
+	$(PY) -m pip install --quiet --editable ".[dev,integrations,train,slides,ray,export,peft]"
 	touch $(STAMP)
 
 clean:

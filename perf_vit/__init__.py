@@ -73,4 +73,4 @@ def _is_command() -> bool:
 
 
 if not _is_command():
-    importlib.import_module("perf_vit.models.backbones")
+    importlib.import_module("perf_vit.backbones")

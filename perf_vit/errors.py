@@ -14,10 +14,12 @@ __all__ = [
     "DamagedDataError",
     "DataWarning",
     "InputError",
+    "MissingPackageError",
     "OptionError",
     "OutputError",
     "PerfVitError",
     "UnreachableError",
+    "extra",
     "parsing",
     "reason_line",
     "warn_once",
@@ -62,6 +64,46 @@ class BusyError(OutputError):
 
 class CheckpointError(PerfVitError):
     """Checkpoint that can't be read or doesn't match the data."""
+
+
+class MissingPackageError(ImportError, PerfVitError):
+    """Package of an extra that can't be imported; the message ends with the pip line that installs it.
+
+    Attributes:
+        problem: Package and what is wrong with it, such as "rasterio, which isn't installed".
+    """
+
+    problem = ""
+
+
+@contextmanager
+def extra(name: str, what: str) -> Iterator[None]:
+    """Convert import errors of other packages to a one-line error with the pip line that installs them.
+
+    Of nested blocks the outermost one decides, as its extra contains those of the inner ones.
+
+    Args:
+        name: Extra of perf-vit, such as "geo".
+        what: Operation, option or module that needs it, such as "training".
+
+    Raises:
+        MissingPackageError: A package is missing, too old or broken.
+    """
+    try:
+        yield
+    except ImportError as error:
+        package = (error.name or "").partition(".")[0]
+        if isinstance(error, MissingPackageError):
+            problem = error.problem
+        elif package in ("", "perf_vit"):
+            raise
+        elif isinstance(error, ModuleNotFoundError):
+            problem = f"{package}, which isn't installed"
+        else:
+            problem = f"{package}, which can't be imported ({reason_line(error)})"
+        missing = MissingPackageError(f'{what} needs {problem}; pip install "perf-vit[{name}]"', name=package)
+        missing.problem = problem
+        raise missing from error
 
 
 _warned: set[str] = set()

@@ -1,10 +1,12 @@
 """What a library raises on a damaged file is one line about that file."""
 
+import importlib
+import pickle
 from pathlib import Path
 
 import pytest
 
-from perf_vit.errors import CheckpointError, InputError, parsing
+from perf_vit.errors import CheckpointError, InputError, MissingPackageError, PerfVitError, extra, parsing
 
 
 @pytest.mark.parametrize(
@@ -33,3 +35,37 @@ def test_our_own_errors_pass_as_they_are() -> None:
 def test_interrupts_are_no_damage() -> None:
     with pytest.raises(KeyboardInterrupt), parsing("a.bin", "JSON"):
         raise KeyboardInterrupt
+
+
+def test_a_missing_package_is_one_line_with_the_extra_s_pip_line() -> None:
+    with pytest.raises(MissingPackageError) as caught, extra("geo", "prediction"):
+        importlib.import_module("no_such_package.part")
+    line = 'prediction needs no_such_package, which isn\'t installed; pip install "perf-vit[geo]"'
+    assert str(caught.value) == line
+    assert isinstance(caught.value, PerfVitError)
+    copy = pickle.loads(pickle.dumps(caught.value))
+    assert (str(copy), copy.name, copy.problem) == (line, "no_such_package", caught.value.problem)
+
+
+def test_a_package_that_is_too_old_or_broken_is_named_with_the_reason() -> None:
+    with pytest.raises(MissingPackageError) as caught, extra("geo", "prediction"):
+        raise ImportError("libgdal.so: no such file", name="rasterio._base")
+    assert str(caught.value) == (
+        "prediction needs rasterio, which can't be imported (ImportError: libgdal.so: no such file); "
+        'pip install "perf-vit[geo]"'
+    )
+
+
+def test_of_nested_extras_the_outermost_is_named() -> None:
+    with pytest.raises(MissingPackageError) as caught, extra("train", "training"), extra("geo", "perf_vit.sources"):
+        importlib.import_module("no_such_package")
+    assert str(caught.value) == (
+        'training needs no_such_package, which isn\'t installed; pip install "perf-vit[train]"'
+    )
+
+
+def test_our_own_import_errors_are_not_missing_packages() -> None:
+    with pytest.raises(ModuleNotFoundError, match=r"No module named 'perf_vit\.nothing'"), extra("geo", "prediction"):
+        importlib.import_module("perf_vit.nothing")
+    with pytest.raises(ImportError, match=r"^circular$"), extra("geo", "prediction"):
+        raise ImportError("circular")

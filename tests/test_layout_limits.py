@@ -14,9 +14,9 @@ TIMM_SIGNATURES = {
     "conversion/save.py:load_converted",
     "conversion/save.py:load_softmax",
     "conversion/weights.py:create_with_weights",
-    "models/backbones/hct.py:hct_base",
-    "models/backbones/linear_vit.py:__init__",
-    "models/backbones/rope_vit.py:__init__",
+    "backbones/hct.py:hct_base",
+    "backbones/linear_vit.py:__init__",
+    "backbones/rope_vit.py:__init__",
     "models/valid_tokens.py:forward",
 }
 # Signatures of other libraries, which call or are called with them.

@@ -5,8 +5,8 @@ from pathlib import Path
 import timm
 from torch import nn
 
+from perf_vit import backbones
 from perf_vit.layers import LinearizedAttention
-from perf_vit.models import backbones
 
 PAGE = Path(__file__).parents[1] / "docs" / "models.md"
 BEGIN = "<!-- The table is written by tools/model_table.py. -->\n"

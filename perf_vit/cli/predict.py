@@ -119,17 +119,16 @@ def predict(
     ] = None,
 ) -> None:
     """Map rasters with a trained model, find objects in them, or tell what whole images or slides show."""
-    from perf_vit.workflows.load import find_model
-    from perf_vit.workflows.predict import predict
-    from perf_vit.workflows.registry import task_of
+    from perf_vit.workflows.load import find_model, task_name
+    from perf_vit.workflows.predict import PREDICTORS, predict
 
-    task = task_of(find_model(checkpoint))
+    task = task_name(find_model(checkpoint))
     given = given_options(context, {"checkpoint", "inputs", "more_inputs", "output"})
     for name in ("quicklook", "style", "report"):
-        if hasattr(task.predict_options, name):
+        if hasattr(PREDICTORS[task][1], name):
             given.setdefault(name, True)
     done = predict(checkpoint, [*inputs, *(more_inputs or ())], output, **given)
-    say_prediction(task.name, done, output)
+    say_prediction(task, done, output)
 
 
 def evaluate(

@@ -1,43 +1,60 @@
 """Training data of each task: configs, data modules, tile datasets and samplers."""
 
-from perf_vit.data.augmentation import AugmentConfig
-from perf_vit.data.bags import EmbeddingStore, SlideFeatures, SlideTargets, read_slide_table, tissue_windows
-from perf_vit.data.base import collate_tiles, given_normalizer
-from perf_vit.data.classification import (
-    ClassificationDataConfig,
-    ClassificationDataModule,
-    ClassificationSplitConfig,
-    RegressionDataConfig,
-    build_classification_datamodule,
-    read_image_targets,
-)
-from perf_vit.data.classification_tiles import ClassificationImages, ClassificationViews, image_tile, middle_window
-from perf_vit.data.config import (
-    BaseDataConfig,
-    SegmentationDataConfig,
-    SegmentationSplitConfig,
-    SplitConfig,
-    TileDataConfig,
-    label_options,
-)
-from perf_vit.data.detection import (
-    DetectionDataConfig,
-    DetectionDataModule,
-    DetectionSplitConfig,
-    build_detection_datamodule,
-    read_names,
-)
-from perf_vit.data.detection_tiles import ObjectValidity, collate_objects, standardized
-from perf_vit.data.segmentation import SegmentationDataModule, build_segmentation_datamodule, open_pairs, region_window
-from perf_vit.data.segmentation_tiles import count_class_pixels
-from perf_vit.data.slide_classification import (
-    SlideClassificationDataConfig,
-    SlideClassificationDataModule,
-    SlideClassificationSplitConfig,
-    read_slides,
-)
-from perf_vit.data.synthetic import make_ship_scene
-from perf_vit.data.unlabelled import DistillationDataConfig, UnlabelledCrops, build_distillation_datamodule
+from perf_vit.errors import extra
+
+with extra("train", __name__):
+    from perf_vit.data.augmentation import AugmentConfig
+    from perf_vit.data.bags import EmbeddingStore, SlideTargets, read_slide_table
+    from perf_vit.data.base import given_normalizer
+    from perf_vit.data.classification import (
+        ClassificationDataConfig,
+        ClassificationDataModule,
+        ClassificationSplitConfig,
+        RegressionDataConfig,
+        build_classification_datamodule,
+        read_image_targets,
+    )
+    from perf_vit.data.classification_tiles import ClassificationImages, ClassificationViews
+    from perf_vit.data.config import (
+        BaseDataConfig,
+        SegmentationDataConfig,
+        SegmentationSplitConfig,
+        SplitConfig,
+        TileDataConfig,
+        label_options,
+    )
+    from perf_vit.data.detection import (
+        DetectionDataConfig,
+        DetectionDataModule,
+        DetectionSplitConfig,
+        build_detection_datamodule,
+        read_names,
+    )
+    from perf_vit.data.detection_tiles import ObjectValidity, collate_objects
+    from perf_vit.data.segmentation import (
+        SegmentationDataModule,
+        build_segmentation_datamodule,
+        open_pairs,
+        region_window,
+    )
+    from perf_vit.data.segmentation_tiles import count_class_pixels
+    from perf_vit.data.slide_classification import (
+        SlideClassificationDataConfig,
+        SlideClassificationDataModule,
+        SlideClassificationSplitConfig,
+        read_slides,
+    )
+    from perf_vit.data.synthetic import make_ship_scene
+    from perf_vit.data.unlabelled import DistillationDataConfig, build_distillation_datamodule
+    from perf_vit.models import (
+        SlideFeatures,
+        UnlabelledCrops,
+        collate_tiles,
+        image_tile,
+        middle_window,
+        standardized,
+        tissue_windows,
+    )
 
 __all__ = [
     "AugmentConfig",

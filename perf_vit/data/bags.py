@@ -22,36 +22,21 @@ from perf_vit.data.base import shuffled_indices
 from perf_vit.errors import InputError, OutputError
 from perf_vit.files import staged
 from perf_vit.labels.tables import CsvRow, class_index, read_csv_rows
-from perf_vit.tiling import grid_windows
-from perf_vit.types import BoolArray, Source, Window
+from perf_vit.models import SlideFeatures
+from perf_vit.types import Window
 
 __all__ = [
     "Bag",
     "EmbeddingStore",
     "SlideBags",
-    "SlideFeatures",
     "SlideTargets",
     "collate_bags",
     "read_slide_table",
-    "tissue_windows",
 ]
 
 FloatArray = npt.NDArray[np.float32]
 
 _KEY_DIGITS = 16
-
-
-@dataclass(frozen=True, slots=True)
-class SlideFeatures:
-    """Features of the windows of a slide.
-
-    Attributes:
-        features: Features, [N, D].
-        windows: N windows, in pixels of the slide at the resolution it was read at.
-    """
-
-    features: FloatArray
-    windows: tuple[Window, ...]
 
 
 class EmbeddingStore:
@@ -116,56 +101,6 @@ class EmbeddingStore:
                     np.savez(file, features=features, windows=rectangles)
             except OSError as error:
                 raise OutputError(f"can't write {path}: {error.strerror}") from error
-
-
-# Pixels of the reduced mask along a window, for fractions to about a percent.
-_MASK_PX = 8
-
-_MAX_MASK_PX = 8192
-
-
-def tissue_windows(source: Source, tile_px: int, min_tissue: float) -> list[Window]:
-    """Return the windows of a grid without overlap that show enough tissue, row by row.
-
-    Tissue fractions are those of the valid mask at low resolution, about 8 pixels along a window.
-
-    Args:
-        source: Slide opened with `tissue`, so that only tissue is valid; or any other source.
-        tile_px: Window size in pixels.
-        min_tissue: Minimum fraction of valid pixels, 0 to 1; windows without valid pixels are always left out.
-
-    Raises:
-        InputError: No window has enough valid pixels, or the slide can't be read.
-    """
-    windows = grid_windows(source.extent, tile_px, overlap=0)
-    size_px = min(_MAX_MASK_PX, -(-max(source.size) * _MASK_PX // tile_px))
-    mask = source.read_reduced(size_px).valid
-    shares = _shares(mask, windows, source.height, source.width)
-    chosen = [window for window, share in zip(windows, shares, strict=True) if share > 0 and share >= min_tissue]
-    if not chosen:
-        raise InputError(
-            f"no window of {tile_px} px in {source.path} has {min_tissue:.0%} of tissue, the most is "
-            f"{max(shares):.0%}; lower data.min_tissue, or leave the slide out"
-        )
-    return chosen
-
-
-def _shares(mask: BoolArray, windows: Sequence[Window], height: int, width: int) -> npt.NDArray[np.float64]:
-    """Return the fraction of valid pixels in each window; pixels outside the source are not valid."""
-    rows, cols = mask.shape
-    summed = np.zeros((rows + 1, cols + 1))
-    summed[1:, 1:] = mask.cumsum(0).cumsum(1)
-    edges = np.array([[w.row, w.row_stop, w.col, w.col_stop] for w in windows], np.float64)
-    scale = np.array([rows / height, rows / height, cols / width, cols / width])
-    limits = np.array([rows, rows, cols, cols])
-    top, bottom, left, right = np.clip(np.rint(edges * scale), 0, limits).astype(np.int64).T
-    # Windows smaller than a mask pixel cover one pixel.
-    top, left = np.minimum(top, rows - 1), np.minimum(left, cols - 1)
-    bottom, right = np.maximum(bottom, top + 1), np.maximum(right, left + 1)
-    valid = summed[bottom, right] - summed[top, right] - summed[bottom, left] + summed[top, left]
-    inside = np.minimum(edges[:, 1], height) - edges[:, 0], np.minimum(edges[:, 3], width) - edges[:, 2]
-    covered = inside[0] * inside[1] / ((edges[:, 1] - edges[:, 0]) * (edges[:, 3] - edges[:, 2]))
-    return np.asarray(valid / ((bottom - top) * (right - left)) * covered)
 
 
 Bag = tuple[Tensor, Tensor]

@@ -15,7 +15,7 @@ import lightning
 import numpy as np
 import numpy.typing as npt
 from torch import Tensor
-from torch.utils.data import DataLoader, Sampler, default_collate
+from torch.utils.data import DataLoader, Sampler
 
 from perf_vit.distributed import rank_and_world_size
 from perf_vit.errors import ConfigError, DataWarning
@@ -30,7 +30,6 @@ __all__ = [
     "ShareLoader",
     "ShareSampler",
     "TileBatch",
-    "collate_tiles",
     "given_normalizer",
     "measure_bands",
     "sample_images",
@@ -93,13 +92,6 @@ class ShareSampler(Sampler[int]):
         """Number of samples of this process to count; they come first."""
         rank, world_size = rank_and_world_size()
         return len(range(rank, self.length, world_size))
-
-
-def collate_tiles(samples: Sequence[tuple[Tensor, ...]]) -> Any:
-    """Collate samples that end with valid pixels [H, W] bool; these become None if all pixels are valid."""
-    *parts, valid = zip(*samples, strict=True)
-    all_valid = all(each.all() for each in valid)
-    return *(default_collate(list(part)) for part in parts), None if all_valid else default_collate(list(valid))
 
 
 def _read_in_one_thread(worker: int) -> None:

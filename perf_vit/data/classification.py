@@ -14,7 +14,6 @@ from perf_vit.data.base import (
     EpochDataModule,
     EpochLoader,
     ShareLoader,
-    collate_tiles,
     given_normalizer,
     measure_bands,
     sample_images,
@@ -28,7 +27,7 @@ from perf_vit.data.classification_tiles import (
 from perf_vit.data.config import SplitConfig, TileDataConfig, check_base
 from perf_vit.errors import ConfigError
 from perf_vit.labels.tables import ImageTargets, read_class_folders, read_class_table, read_target_table
-from perf_vit.models import InputBands, accepts_bands
+from perf_vit.models import InputBands, accepts_bands, collate_tiles
 from perf_vit.sources import open_input
 from perf_vit.types import InputOptions
 

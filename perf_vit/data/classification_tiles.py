@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from functools import partial
 
 import numpy as np
@@ -15,19 +14,18 @@ from perf_vit.data.base import shuffled_indices
 from perf_vit.data.detection_tiles import common_bands, open_closed
 from perf_vit.errors import InputError
 from perf_vit.labels.tables import ImageTargets
-from perf_vit.models import repeat_grey_band
+from perf_vit.models import image_tile, middle_window, repeat_grey_band
+from perf_vit.models.tiles import reduced, standard_tile
 from perf_vit.sources import open_source
 from perf_vit.tiling import random_window
-from perf_vit.transforms import Augmentation, Normalizer, StainJitter, resize_masked
-from perf_vit.types import BoolArray, GeoImage, OpenInput, Source, Window
+from perf_vit.transforms import Augmentation, Normalizer, StainJitter
+from perf_vit.types import GeoImage, OpenInput, Source
 
 __all__ = [
     "ClassificationImages",
     "ClassificationSample",
     "ClassificationTiles",
     "ClassificationViews",
-    "image_tile",
-    "middle_window",
 ]
 
 FloatArray = npt.NDArray[np.float32]
@@ -125,7 +123,9 @@ class ClassificationTiles(Dataset[ClassificationSample]):
         image = self._read(source, rng)
         source.close()
         stain = None if self.stain is None else partial(self.stain, seed=int(rng.integers(2**31)))
-        pixels, mask = _tile_of(image, source.path, self.normalizer, self.tile_px, resize=self.resize, recolor=stain)
+        pixels, mask = standard_tile(
+            image, source.path, self.normalizer, self.tile_px, resize=self.resize, recolor=stain
+        )
         no_labels = np.zeros(pixels.shape[1:], np.uint8)
         pixels, _, valid = self.augmentation(pixels, no_labels, seed=int(rng.integers(2**31)), mask=mask)
         return torch.from_numpy(pixels), self.images.target(chosen), torch.from_numpy(valid)
@@ -133,7 +133,7 @@ class ClassificationTiles(Dataset[ClassificationSample]):
     def _read(self, source: Source, rng: np.random.Generator) -> GeoImage:
         """Read the whole image, or a random crop with a valid pixel; the central crop if several draws have none."""
         if self.resize:
-            return _reduced(source, self.tile_px)
+            return reduced(source, self.tile_px)
         for _ in range(_TURNS):
             image = source.read(random_window(source.extent, self.tile_px, rng))
             if image.valid.any():
@@ -173,70 +173,3 @@ class ClassificationViews(Dataset[ClassificationSample]):
         pixels, valid = image_tile(source, self.normalizer, self.tile_px, place)
         source.close()
         return torch.from_numpy(pixels), self.images.target(index), torch.from_numpy(valid)
-
-
-def middle_window(source: Source, tile_px: int) -> Window:
-    """Return the central window of an image; along axes shorter than a tile it starts at 0."""
-    row, col = (max(0, (side - tile_px) // 2) for side in source.size)
-    return Window(row, col, tile_px, tile_px)
-
-
-def image_tile(
-    source: Source,
-    normalizer: Normalizer,
-    tile_px: int,
-    window: Window | None,
-) -> tuple[FloatArray, BoolArray]:
-    """Read a standardised tile of an image.
-
-    Args:
-        source: Image.
-        normalizer: Normalizer of the pixels; invalid ones become 0.
-        tile_px: Tile size in pixels.
-        window: Part of the image; None to resize the whole image (bilinear, antialiased).
-
-    Returns:
-        Pixels [C, tile_px, tile_px] and valid mask [tile_px, tile_px].
-
-    Raises:
-        InputError: The image can't be read, has no valid pixel there, or has another number of bands.
-    """
-    image = _reduced(source, tile_px) if window is None else source.read(window)
-    pixels, mask = _tile_of(image, source.path, normalizer, tile_px, resize=window is None)
-    return pixels, np.asarray(mask.any(0))
-
-
-def _tile_of(
-    image: GeoImage,
-    path: str,
-    normalizer: Normalizer,
-    tile_px: int,
-    *,
-    resize: bool,
-    recolor: Callable[[GeoImage], GeoImage] | None = None,
-) -> tuple[FloatArray, BoolArray]:
-    """Build the tile of an image and its mask; `recolor` changes colours before standardisation.
-
-    Raises:
-        InputError: There is no valid pixel, or the number of bands differs.
-    """
-    if not image.valid.any():
-        raise InputError(f"{path} has no valid pixel in its tile of {tile_px} px; leave it out, or check nodata")
-    image = repeat_grey_band(image, len(normalizer.mean))
-    if recolor is not None:
-        image = recolor(image)
-    try:
-        pixels = normalizer(image)
-    except InputError as error:
-        raise InputError(f"{path}: {error}") from error
-    return resize_masked(pixels, image.mask, tile_px, tile_px) if resize else (pixels, image.mask)
-
-
-def _reduced(source: Source, tile_px: int) -> GeoImage:
-    # Larger images are reduced while reading, to at least twice the tile size, so that the final resizing stays sharp.
-    return source.read_reduced(_reduced_size(source, tile_px))
-
-
-def _reduced_size(source: Source, tile_px: int) -> int:
-    shortest = min(source.size)
-    return max(1, -(-max(source.size) * min(shortest, 2 * tile_px) // shortest))

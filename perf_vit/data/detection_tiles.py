@@ -17,7 +17,7 @@ from perf_vit.data.augmentation import draw_log_uniform
 from perf_vit.data.samplers import DetectionSampler
 from perf_vit.errors import DataWarning, InputError
 from perf_vit.labels.objects import ImageRecord, objects_in
-from perf_vit.models import accepts_bands, repeat_grey_band
+from perf_vit.models import accepts_bands, repeat_grey_band, standardized
 from perf_vit.sources import open_source
 from perf_vit.tiling import grid_windows
 from perf_vit.transforms import Augmentation, Normalizer, StainJitter, resize_with_objects, turn, turn_with_objects
@@ -31,7 +31,6 @@ __all__ = [
     "ObjectValidity",
     "check_object_validity",
     "collate_objects",
-    "standardized",
 ]
 
 DetectionSample = tuple[Tensor, ObjectLabels, Tensor]
@@ -259,19 +258,6 @@ def common_bands(sources: Sequence[Source]) -> int:
                 "data.bands"
             )
     return most.num_bands
-
-
-def standardized(image: GeoImage, normalizer: Normalizer) -> FloatArray:
-    """Standardise a detector's input [C, H, W], in the same way for training, validation, evaluation and prediction.
-
-    Args:
-        image: Image with the normalizer's bands, or a grey one if these are three.
-        normalizer: Normalizer of the pixels; invalid ones become 0.
-
-    Raises:
-        InputError: The number of bands differs.
-    """
-    return normalizer(repeat_grey_band(image, len(normalizer.mean)))
 
 
 def touch_valid(boxes_xyxy: npt.NDArray[np.number], valid: BoolArray) -> BoolArray:

@@ -17,7 +17,6 @@ from perf_vit.data.base import (
     EpochDataModule,
     EpochLoader,
     ShareLoader,
-    collate_tiles,
     given_normalizer,
     measure_bands,
     sample_images,
@@ -36,7 +35,7 @@ from perf_vit.data.segmentation_tiles import (
 from perf_vit.errors import ConfigError, DataWarning, InputError
 from perf_vit.labels import LabelFiles, LabelSource, is_labelled_folder, open_labels, warn_of_polygons_outside
 from perf_vit.labels.image_folder import find_label_pairs
-from perf_vit.models import InputBands
+from perf_vit.models import InputBands, collate_tiles
 from perf_vit.sources import RasterSource, common_unit, open_input
 from perf_vit.sources.slides import SlideSource
 from perf_vit.transforms import Normalizer

@@ -11,12 +11,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from perf_vit.data import collate_tiles, image_tile, middle_window
 from perf_vit.inference.jobs.table_job import TableJob
 from perf_vit.inference.options import ClassificationPredictOptions
+from perf_vit.inference.predictor import register_predictor
 from perf_vit.inference.prefetch import to_device
 from perf_vit.inference.table_predictor import Rows, TablePredictor
-from perf_vit.models import Classifier, InputCheck, load_classifier
+from perf_vit.models import Classifier, InputCheck, collate_tiles, image_tile, load_classifier, middle_window
 from perf_vit.plotting.pictures import Picture
 from perf_vit.reporting.samples import text_sample
 
@@ -106,3 +106,7 @@ class ClassificationPredictor(TablePredictor[Classifier, ClassificationPredictOp
         elif spec.kind == "multilabel":
             leading = [" ".join(name for name, score in zip(spec.classes, scores, strict=True) if score > 0.5)]
         return [*leading, *(f"{score:.6g}" for score in scores)]
+
+
+register_predictor("classification", ClassificationPredictor, ClassificationPredictOptions)
+register_predictor("regression", ClassificationPredictor, ClassificationPredictOptions)

@@ -12,7 +12,6 @@ from typing import Any
 import numpy as np
 import torch
 
-from perf_vit.data import standardized
 from perf_vit.errors import OptionError
 from perf_vit.files import write_text
 from perf_vit.geometry import Objects
@@ -24,10 +23,10 @@ from perf_vit.inference.jobs.identity import OutputRecord, SourceIdentity
 from perf_vit.inference.jobs.job import RecordedJob
 from perf_vit.inference.jobs.journal import DamageLog, Journal
 from perf_vit.inference.options import DetectionPredictOptions
-from perf_vit.inference.predictor import InputPredictor, OnProgress, ignore_progress
+from perf_vit.inference.predictor import InputPredictor, OnProgress, ignore_progress, register_predictor
 from perf_vit.inference.prefetch import Reads, SalvagingReader
 from perf_vit.labels.objects import CocoImages
-from perf_vit.models import Detector, load_detector
+from perf_vit.models import Detector, load_detector, standardized
 from perf_vit.plotting import default_colormap
 from perf_vit.reporting.outputs import write_object_report
 from perf_vit.sources import GEOTIFF_SUFFIXES
@@ -361,3 +360,6 @@ class DetectionPredictor(InputPredictor[Detector, DetectionPredictOptions]):
             source=scene,
             **self._coco_options(scene),
         )
+
+
+register_predictor("detection", DetectionPredictor, DetectionPredictOptions)

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal, TypeVar, get_args
 
 import torch
 from torch import nn
 
 from perf_vit.distributed import fast_dtype
 from perf_vit.errors import OptionError, reason_line
+from perf_vit.registry import did_you_mean
 from perf_vit.tiling import BLENDS
 
 __all__ = [
@@ -25,9 +27,13 @@ __all__ = [
     "SegmentationPredictOptions",
     "SlideClassificationPredictOptions",
     "WindowedPredictOptions",
+    "checked_options",
     "move_to_device",
+    "options_of",
     "resolve_device",
 ]
+
+Options = TypeVar("Options")
 
 OnError = Literal["stop", "skip"]
 
@@ -296,3 +302,42 @@ def move_to_device(model: nn.Module, device: str) -> str:
     except (RuntimeError, AssertionError) as error:
         raise OptionError(f"device {device}: {reason_line(error)}") from error
     return device
+
+
+def options_of(
+    kind: type[Options], given: Mapping[str, Any], label: str, others: Iterable[tuple[str, type[Any]]]
+) -> Options:
+    """Options of the prediction or evaluation of a task.
+
+    Args:
+        kind: Their dataclass.
+        given: Options by name.
+        label: What messages call the task's model, such as "a segmentation model".
+        others: Label and dataclass of every task.
+
+    Raises:
+        OptionError: The task has no such option, or it takes no such value.
+    """
+    for name in sorted(given.keys() - _names(kind)):
+        having = [other for other, options in others if name in _names(options)]
+        if having:
+            raise OptionError(f"{name} is not for {label}, but for {' and '.join(having)}; leave it out")
+    return checked_options(kind, given)
+
+
+def checked_options(kind: type[Options], given: Mapping[str, Any]) -> Options:
+    """Options as their dataclass.
+
+    Raises:
+        OptionError: There is no such option, or it takes no such value.
+    """
+    known = _names(kind)
+    for name in sorted(given.keys() - known):
+        otherwise = f"; expected one of {', '.join(sorted(known))}"
+        raise OptionError(f"{name} is no option here{did_you_mean(name, known, otherwise)}")
+    return kind(**given)
+
+
+def _names(kind: type[Any]) -> set[str]:
+    """Names of the options of a dataclass."""
+    return {each.name for each in fields(kind)}

@@ -14,7 +14,7 @@ from typing import Any, Generic, Self, TypeVar
 
 from torch import nn
 
-from perf_vit.errors import InputError
+from perf_vit.errors import CheckpointError, InputError
 from perf_vit.inference.batch import InputReport, PredictOne, in_turn, report_of
 from perf_vit.inference.inputs import MapInput
 from perf_vit.inference.jobs import JobResult
@@ -22,11 +22,12 @@ from perf_vit.inference.jobs.job import Job
 from perf_vit.inference.jobs.journal import check_partial_folder
 from perf_vit.inference.options import PredictOptions, move_to_device, resolve_device
 from perf_vit.models import InputCheck, network_id
+from perf_vit.registry import Registry
 from perf_vit.tiling import grid_windows
 from perf_vit.types import Source
 from perf_vit.writers import existing_outputs
 
-__all__ = ["InputPredictor", "OnProgress", "Predictor", "ignore_progress"]
+__all__ = ["PREDICTORS", "InputPredictor", "OnProgress", "Predictor", "ignore_progress", "register_predictor"]
 
 Model = TypeVar("Model", bound=nn.Module)
 Options = TypeVar("Options", bound=PredictOptions)
@@ -134,6 +135,26 @@ class Predictor(ABC, Generic[Model, Options]):
         files = {name: os.path.abspath(path) for name, path in given.items() if path and os.path.isfile(path)}
         found["options"] = replace(self.options, **files)
         return {**found, "_given": self.checkpoint.absolute()} if self.checkpoint else found
+
+
+PREDICTORS: Registry[tuple[type[Predictor[Any, Any]], type[PredictOptions]]] = Registry(
+    "task of a checkpoint", CheckpointError
+)
+"""Class of the predictor of each task and of its options, by the name of the task."""
+
+
+def register_predictor(task: str, predictor: type[Predictor[Any, Any]], options: type[PredictOptions]) -> None:
+    """Register the predictor of a task.
+
+    Args:
+        task: Name of the task.
+        predictor: Class of its predictor.
+        options: Class of the options of its predictor.
+
+    Raises:
+        ValueError: If the name is taken.
+    """
+    PREDICTORS.add(task, (predictor, options))
 
 
 class InputPredictor(Predictor[Model, Options]):

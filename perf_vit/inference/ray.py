@@ -11,7 +11,7 @@ from dataclasses import replace
 from types import TracebackType
 from typing import Any, TypeVar
 
-from perf_vit.errors import ConfigError, DataWarning, PerfVitError, reason_line
+from perf_vit.errors import ConfigError, DataWarning, PerfVitError, extra, reason_line
 from perf_vit.inference.batch import InputReport, PredictOne, attempt
 from perf_vit.inference.inputs import MapInput
 
@@ -180,11 +180,9 @@ class _Attempt:
 def _import_ray() -> Any:
     # Before the import, which reads it: nothing is to be sent anywhere.
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    try:
+    with extra("ray", "`engine=ray`"):
         import ray
         import ray.exceptions
-    except ImportError as error:
-        raise ConfigError('Ray isn\'t installed; pip install "perf-vit[ray]"') from error
     return ray
 
 

@@ -21,7 +21,7 @@ from perf_vit.inference.jobs.journal import DamageLog
 from perf_vit.inference.jobs.polygon_record import PolygonRecord
 from perf_vit.inference.map_line import MapLine
 from perf_vit.inference.options import SegmentationPredictOptions
-from perf_vit.inference.predictor import InputPredictor, OnProgress, ignore_progress
+from perf_vit.inference.predictor import InputPredictor, OnProgress, ignore_progress, register_predictor
 from perf_vit.inference.prefetch import Reads, SalvagingReader
 from perf_vit.inference.ray import RayPool, row_ranges
 from perf_vit.models import Segmenter, load_segmenter
@@ -370,3 +370,6 @@ class SegmentationPredictor(InputPredictor[Segmenter, SegmentationPredictOptions
             background=background,
         )  # fmt: skip
         record.keep()
+
+
+register_predictor("segmentation", SegmentationPredictor, SegmentationPredictOptions)

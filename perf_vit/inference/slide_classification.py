@@ -17,14 +17,13 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from perf_vit.data import SlideFeatures, tissue_windows
 from perf_vit.errors import InputError
 from perf_vit.inference.jobs.table_job import TableJob
 from perf_vit.inference.options import SlideClassificationPredictOptions, move_to_device
-from perf_vit.inference.predictor import OnProgress, ignore_progress
+from perf_vit.inference.predictor import OnProgress, ignore_progress, register_predictor
 from perf_vit.inference.prefetch import Reads, Tile, read_ahead, takes_valid, to_device, valid_pixels
 from perf_vit.inference.table_predictor import Rows, TablePredictor
-from perf_vit.models import InputCheck, SlideClassifier, load_slide_classifier
+from perf_vit.models import InputCheck, SlideClassifier, SlideFeatures, load_slide_classifier, tissue_windows
 from perf_vit.plotting import rgb_from, save_png
 from perf_vit.plotting.panels import with_color_bar
 from perf_vit.plotting.pictures import Picture
@@ -304,6 +303,9 @@ class SlideClassificationPredictor(TablePredictor[SlideClassifier, SlideClassifi
         with closing(self.open_with_glass(path)) as source:
             write_objects(objects, boxes, weights, labels, self.model.spec.classes, source=source)
             save_png(picture, self.attention_figure(source, found.windows, attention, title))
+
+
+register_predictor("slide_classification", SlideClassificationPredictor, SlideClassificationPredictOptions)
 
 
 def attention_folder(out: Path) -> Path:

@@ -13,7 +13,7 @@ from typing import Any
 import timm
 from torch import nn
 
-import perf_vit.models.backbones  # noqa: F401  (registers the backbones)
+import perf_vit.backbones  # noqa: F401  (registers the backbones)
 from perf_vit.conversion import load_converted
 from perf_vit.conversion.save import build_converted, read_saved_config
 from perf_vit.conversion.weights import check_file_arguments, is_model

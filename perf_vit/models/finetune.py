@@ -10,7 +10,7 @@ from typing import Any
 from timm.models import group_parameters
 from torch import Tensor, nn
 
-from perf_vit.errors import ConfigError, reason_line
+from perf_vit.errors import ConfigError, extra, reason_line
 from perf_vit.models.backbone import BackboneConfig
 
 __all__ = [
@@ -191,10 +191,8 @@ def _freeze_first_layers(backbone: nn.Module, num_trainable: int, layers: Mappin
 
 
 def _inject_lora(backbone: nn.Module, lora: LoraConfig) -> None:
-    try:
+    with extra("peft", "model.lora"):
         import peft
-    except ImportError as error:
-        raise ConfigError(f"model.lora needs peft ({error}); pip install perf-vit[peft]") from error
     layers = {name.rpartition(".attn.")[2] for name, _ in backbone.named_modules() if ".attn." in name}
     missing = [name for name in lora.targets if name not in layers]
     if missing or not lora.targets:

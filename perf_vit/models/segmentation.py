@@ -12,7 +12,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
-import perf_vit.models.backbones  # noqa: F401  (registers the backbones)
+import perf_vit.backbones  # noqa: F401  (registers the backbones)
 from perf_vit.errors import ConfigError
 from perf_vit.models.backbone import build_backbone, check_argument_names, constructor_errors, feature_specs
 from perf_vit.models.finetune import BackboneTuning, evaluate_frozen, tune_backbone

@@ -1,33 +1,36 @@
 """Pixel sources: rasters, mosaics and whole slides, read by window."""
 
-from perf_vit.sources._gdal import bounded_cache
-from perf_vit.sources.describe import SourceInfo, describe_source
-from perf_vit.sources.files import (
-    FOLDER_SUFFIXES,
-    GEOTIFF_SUFFIXES,
-    MASK_SUFFIXES,
-    PARQUET_SUFFIXES,
-    PICTURE_SUFFIXES,
-    READERS,
-    file_stats,
-    files_below,
-    find_images,
-    find_reader,
-    fingerprint,
-    image_suffixes,
-    is_by_product,
-    is_image_name,
-    is_vector_name,
-    previews_among,
-    register_source,
-    split_layer,
-    without_repeats,
-)
-from perf_vit.sources.mosaic import MosaicSource
-from perf_vit.sources.open import merged_options, open_input, open_raster, open_source
-from perf_vit.sources.pixel_size import PixelSize, common_unit, unit_of
-from perf_vit.sources.raster import RasterSource
-from perf_vit.sources.slides import Level, PyramidReader, SlideSource
+from perf_vit.errors import extra
+
+with extra("geo", __name__):
+    from perf_vit.sources._gdal import bounded_cache
+    from perf_vit.sources.describe import SourceInfo, describe_source
+    from perf_vit.sources.files import (
+        FOLDER_SUFFIXES,
+        GEOTIFF_SUFFIXES,
+        MASK_SUFFIXES,
+        PARQUET_SUFFIXES,
+        PICTURE_SUFFIXES,
+        READERS,
+        file_stats,
+        files_below,
+        find_images,
+        find_reader,
+        fingerprint,
+        image_suffixes,
+        is_by_product,
+        is_image_name,
+        is_vector_name,
+        previews_among,
+        register_source,
+        split_layer,
+        without_repeats,
+    )
+    from perf_vit.sources.mosaic import MosaicSource
+    from perf_vit.sources.open import merged_options, open_input, open_raster, open_source
+    from perf_vit.sources.pixel_size import PixelSize, common_unit, unit_of
+    from perf_vit.sources.raster import RasterSource
+    from perf_vit.sources.slides import Level, PyramidReader, SlideSource
 
 __all__ = [
     "FOLDER_SUFFIXES",

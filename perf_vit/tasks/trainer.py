@@ -15,7 +15,7 @@ from lightning.pytorch.callbacks import Callback, EMAWeightAveraging
 from lightning.pytorch.loggers import Logger, TensorBoardLogger, WandbLogger
 
 from perf_vit.distributed import training_precision
-from perf_vit.errors import ConfigError, reason_line
+from perf_vit.errors import ConfigError, extra, reason_line
 from perf_vit.tasks.callbacks import (
     SEGMENTATION_CURVES,
     Curves,
@@ -249,12 +249,11 @@ def _loggers(name: str, folder: Path) -> list[Logger]:
         return [tensorboard]
     if name != "wandb":
         raise ConfigError(f"trainer.logger must be tensorboard or wandb, got {name}")
-    try:
-        return [tensorboard, WandbLogger(project="perf_vit", name=folder.name, save_dir=folder)]
-    except ModuleNotFoundError as error:
-        raise ConfigError(
-            "trainer.logger=wandb needs wandb; pip install perf-vit[wandb], or use tensorboard"
-        ) from error
+    with extra("wandb", "trainer.logger=wandb"):
+        try:
+            return [tensorboard, WandbLogger(project="perf_vit", name=folder.name, save_dir=folder)]
+        except ModuleNotFoundError as error:
+            raise ModuleNotFoundError(str(error), name="wandb") from error
 
 
 def _quieten() -> None:

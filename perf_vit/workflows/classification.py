@@ -18,13 +18,12 @@ from perf_vit.data import (
     ClassificationViews,
     RegressionDataConfig,
     build_classification_datamodule,
-    collate_tiles,
     read_image_targets,
 )
 from perf_vit.inference import ClassificationPredictOptions, ClassificationPredictor
 from perf_vit.inference.prefetch import load_ahead
 from perf_vit.metrics import ClassificationMetrics, RegisteredMetrics, RegressionScores
-from perf_vit.models import ClassificationSpec, InputCheck
+from perf_vit.models import ClassificationSpec, InputCheck, collate_tiles
 from perf_vit.reporting import ImageSamples, Sample, text_sample
 from perf_vit.tasks import ClassificationTask
 from perf_vit.transforms import replace_tiny_std

@@ -15,22 +15,24 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from perf_vit.conversion import choose_layer_options, linearize, load_softmax, measure_crossover, save_converted
-from perf_vit.conversion.save import MODEL_FILES, check_output_folder, input_bands, staged_folder
-from perf_vit.conversion.weights import create_with_weights, is_model, read_weights
-from perf_vit.data import UnlabelledCrops
-from perf_vit.errors import ConfigError, InputError, OptionError, PerfVitError, reason_line
-from perf_vit.sources import find_images
-from perf_vit.transforms import Normalizer
-from perf_vit.workflows.conversion_report import (
-    ConversionReport,
-    MeasuredConversion,
-    measure_conversion,
-    write_conversion,
-)
-from perf_vit.workflows.progress import progress_shown, windows_progress, working
-from perf_vit.workflows.registry import checked_options
-from perf_vit.writers import check_outputs
+from perf_vit.errors import ConfigError, InputError, OptionError, PerfVitError, extra, reason_line
+
+with extra("geo", "convert"):
+    from perf_vit.conversion import choose_layer_options, linearize, load_softmax, measure_crossover, save_converted
+    from perf_vit.conversion.save import MODEL_FILES, check_output_folder, input_bands, staged_folder
+    from perf_vit.conversion.weights import create_with_weights, is_model, read_weights
+    from perf_vit.inference.options import checked_options
+    from perf_vit.models import UnlabelledCrops
+    from perf_vit.sources import find_images
+    from perf_vit.transforms import Normalizer
+    from perf_vit.workflows.conversion_report import (
+        ConversionReport,
+        MeasuredConversion,
+        measure_conversion,
+        write_conversion,
+    )
+    from perf_vit.workflows.progress import progress_shown, windows_progress, working
+    from perf_vit.writers import check_outputs
 
 __all__ = ["ConvertOptions", "convert"]
 

@@ -6,21 +6,24 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from perf_vit.data import make_ship_scene
-from perf_vit.labels import open_labels
-from perf_vit.plotting import colorize, default_colormap
-from perf_vit.reporting import Page, Preview, Row, picture_layer, read_picture
-from perf_vit.reporting.preview import pixel_size
-from perf_vit.reporting.samples import class_legend, imagery
-from perf_vit.sources import RasterSource, open_raster
-from perf_vit.tasks.callbacks import plot_history
-from perf_vit.workflows.evaluate import evaluate
-from perf_vit.workflows.predict import predict
-from perf_vit.workflows.progress import note
-from perf_vit.workflows.run_folder import RUN_FILES, check_run_files
-from perf_vit.workflows.task import Evaluation
-from perf_vit.workflows.train import Run, train
-from perf_vit.writers import check_outputs, existing_error, existing_outputs
+from perf_vit.errors import extra
+
+with extra("train", "the demo"):
+    from perf_vit.data import make_ship_scene
+    from perf_vit.labels import open_labels
+    from perf_vit.plotting import colorize, default_colormap
+    from perf_vit.reporting import Page, Preview, Row, picture_layer, read_picture
+    from perf_vit.reporting.preview import pixel_size
+    from perf_vit.reporting.samples import class_legend, imagery
+    from perf_vit.sources import RasterSource, open_raster
+    from perf_vit.tasks.callbacks import plot_history
+    from perf_vit.workflows.evaluate import evaluate
+    from perf_vit.workflows.predict import predict
+    from perf_vit.workflows.progress import note
+    from perf_vit.workflows.run_folder import RUN_FILES, check_run_files
+    from perf_vit.workflows.task import Evaluation
+    from perf_vit.workflows.train import Run, train
+    from perf_vit.writers import check_outputs, existing_error, existing_outputs
 
 __all__ = ["Demo", "run_demo", "write_report"]
 

@@ -11,18 +11,20 @@ import timm
 import torch
 from torch import nn
 
-from perf_vit.config import Config, Overrides, load_config
-from perf_vit.conversion import linearize, load_converted, save_converted
-from perf_vit.conversion.linearize import max_exact_side
-from perf_vit.conversion.save import check_output_folder
-from perf_vit.conversion.weights import check_file_arguments, create_with_weights, is_model, read_weights
-from perf_vit.data import build_distillation_datamodule
-from perf_vit.errors import ConfigError, PerfVitError, reason_line
-from perf_vit.tasks import DistillationTask, build_distillation_trainer
-from perf_vit.workflows.progress import progress_shown
-from perf_vit.workflows.run_config import DistillationModelConfig, DistillationRun
-from perf_vit.workflows.run_folder import RunFolder, check_config_kept
-from perf_vit.workflows.train import Run, with_out
+from perf_vit.errors import ConfigError, PerfVitError, extra, reason_line
+
+with extra("train", "distillation"):
+    from perf_vit.config import Config, Overrides, load_config
+    from perf_vit.conversion import linearize, load_converted, save_converted
+    from perf_vit.conversion.linearize import max_exact_side
+    from perf_vit.conversion.save import check_output_folder
+    from perf_vit.conversion.weights import check_file_arguments, create_with_weights, is_model, read_weights
+    from perf_vit.data import build_distillation_datamodule
+    from perf_vit.tasks import DistillationTask, build_distillation_trainer
+    from perf_vit.workflows.progress import progress_shown
+    from perf_vit.workflows.run_config import DistillationModelConfig, DistillationRun
+    from perf_vit.workflows.run_folder import RunFolder, check_config_kept
+    from perf_vit.workflows.train import Run, with_out
 
 __all__ = ["distill"]
 

@@ -8,13 +8,16 @@ from typing import Any
 
 from torch import nn
 
-from perf_vit.errors import InputError
-from perf_vit.workflows.load import find_model
-from perf_vit.workflows.predict import evaluating
-from perf_vit.workflows.progress import progress_shown
-from perf_vit.workflows.registry import options_of, task_of
-from perf_vit.workflows.task import EvaluateOptions, Evaluation, Task
-from perf_vit.writers import check_outputs
+from perf_vit.errors import InputError, extra
+
+with extra("train", "evaluation"):
+    from perf_vit.inference.options import options_of
+    from perf_vit.workflows.load import find_model
+    from perf_vit.workflows.predict import evaluating
+    from perf_vit.workflows.progress import progress_shown
+    from perf_vit.workflows.registry import TASKS, task_of
+    from perf_vit.workflows.task import EvaluateOptions, Evaluation, Task
+    from perf_vit.writers import check_outputs
 
 __all__ = ["evaluate"]
 
@@ -51,7 +54,8 @@ def evaluate(
     if not isinstance(input, str | Path) or "://" in str(input):
         raise InputError(f"evaluations read local files, got {input}; give the path of a raster, image or folder")
     task = task_of(given)
-    parsed: EvaluateOptions = options_of(task, "evaluate", options)
+    kinds = ((each.label, each.evaluate_options) for each in TASKS.values())
+    parsed: EvaluateOptions = options_of(task.evaluate_options, options, task.label, kinds)
     if labels is None and task.needs_labels:
         raise InputError(
             f"{task.label} needs `labels` to be scored: a mask raster or a vector file, labels of objects, or a "

@@ -14,22 +14,25 @@ from typing import Any
 
 import timm
 import torch
-from omegaconf import MISSING, OmegaConf
 from rich.table import Table
 from torch import nn
 
-from perf_vit.config import config_value
-from perf_vit.conversion.linearize import convertible_layers, max_exact_side
-from perf_vit.conversion.save import CONFIG, is_converted
-from perf_vit.conversion.weights import is_model
-from perf_vit.errors import ConfigError, OptionError
-from perf_vit.models import checkpoint_facts, load_segmenter
-from perf_vit.sources import SourceInfo, describe_source, open_source, split_layer
-from perf_vit.sources.describe import describe_vector, is_vector
-from perf_vit.sources.files import TILE_INDEX_SUFFIXES, is_vector_name
-from perf_vit.tiling import grid_windows
+from perf_vit.errors import ConfigError, OptionError, extra
 from perf_vit.types import Source
-from perf_vit.workflows.load import find_model
+
+with extra("geo", "info"):
+    from omegaconf import MISSING, OmegaConf
+
+    from perf_vit.config import config_value
+    from perf_vit.conversion.linearize import convertible_layers, max_exact_side
+    from perf_vit.conversion.save import CONFIG, is_converted
+    from perf_vit.conversion.weights import is_model
+    from perf_vit.models import checkpoint_facts, load_segmenter
+    from perf_vit.sources import SourceInfo, describe_source, open_source, split_layer
+    from perf_vit.sources.describe import describe_vector, is_vector
+    from perf_vit.sources.files import TILE_INDEX_SUFFIXES, is_vector_name
+    from perf_vit.tiling import grid_windows
+    from perf_vit.workflows.load import find_model
 
 __all__ = ["Description", "FileDescription", "Workload", "describe", "describe_file", "estimate_workload"]
 

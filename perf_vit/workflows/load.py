@@ -2,27 +2,18 @@
 
 from __future__ import annotations
 
-from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
 from perf_vit.conversion import load_converted, load_softmax
 from perf_vit.conversion.save import CONFIG, is_converted
-from perf_vit.errors import CheckpointError, ConfigError, reason_line
-from perf_vit.inference.prefetch import takes_valid
-from perf_vit.models import InputSpec, SegmentationSpec, load_model
-from perf_vit.transforms import Normalizer
-from perf_vit.types import Source
+from perf_vit.errors import CheckpointError, ConfigError, extra, reason_line
 
-__all__ = ["as_segmenter", "find_model", "load"]
+__all__ = ["find_model", "load", "task_name"]
 
 _HUB = "hf-hub:"
-
-# Of networks that don't say how large their tiles are.
-_TILE_PX = 512
 
 
 def load(model: str | Path) -> nn.Module:
@@ -38,9 +29,26 @@ def load(model: str | Path) -> nn.Module:
     """
     found = find_model(model)
     if found.is_file():
+        with extra("geo", "a checkpoint"):
+            from perf_vit.models import load_model
         network: nn.Module = load_model(found)
         return network
     return load_converted(found) if is_converted(found) else load_softmax(found).eval()
+
+
+def task_name(model: nn.Module | str | Path) -> str:
+    """The name of the task of a model, or of its checkpoint; a model that doesn't say is one of segmentation.
+
+    Raises:
+        CheckpointError: It can't be read, or holds a backbone without a task.
+    """
+    if isinstance(model, nn.Module):
+        return str(getattr(model, "task", "segmentation"))
+    if Path(model).is_dir():
+        raise CheckpointError(f"{model} holds a backbone, whose features are no map; train a model with it first")
+    with extra("geo", "a checkpoint"):
+        from perf_vit.models import checkpoint_task
+    return checkpoint_task(model)
 
 
 def find_model(model: str | Path) -> Path:
@@ -86,70 +94,3 @@ def _download(name: str) -> Path:
     if not (folder / CONFIG).is_file():
         raise CheckpointError(f"{name} on the Hugging Face hub holds no {CONFIG}, so it is no model")
     return folder
-
-
-class BareSegmenter(nn.Module):
-    """Any network that gives a score per class and pixel, with what prediction needs to know of it.
-
-    Args:
-        network: Tiles [B, C, h, w] to logits [B, K, h, w]; one channel is the logit of a single class. If it has an
-            argument `valid`, it is given the valid pixels, bool [B, h, w], or None if all are.
-        spec: What it expects and means.
-    """
-
-    task = "segmentation"
-    size_multiple = 1
-
-    def __init__(self, network: nn.Module, spec: SegmentationSpec) -> None:
-        super().__init__()
-        self.network = network
-        self.spec = spec
-
-    def forward(self, image: Tensor, valid: Tensor | None = None) -> Tensor:
-        """Logits [B, K, h, w] of tiles [B, C, h, w] and their valid pixels, bool [B, h, w]."""
-        logits: Tensor = self.network(image, valid=valid) if takes_valid(self.network) else self.network(image)
-        return logits
-
-    def to_labels(self, logits: Tensor) -> Tensor:
-        """Class indices [B, h, w], or 0 and 1 of a single class, [B, 1, h, w]; see `Segmenter.to_labels`."""
-        return (logits > 0).long() if self.spec.multilabel else logits.argmax(1)
-
-
-def as_segmenter(network: nn.Module, source: Source, tile_px: int | None = None) -> BareSegmenter:
-    """Take any network for a segmentation model.
-
-    Args:
-        network: Network, with an `InputSpec` as its attribute `spec` or without one: it reads all bands then, and
-            pixels as they are.
-        source: An input of it, opened as the spec says.
-        tile_px: Size of its tiles; that of the spec, or 512, by default.
-
-    Raises:
-        ConfigError: It gives no scores per pixel, or of another number of classes than the spec has.
-    """
-    given = getattr(network, "spec", None)
-    known = given if isinstance(given, InputSpec) else InputSpec()
-    size = tile_px or known.tile_px or _TILE_PX
-    num_classes = _count_classes(network, source.num_bands, size)
-    classes = known.classes or tuple(f"class_{index}" for index in range(num_classes))
-    if len(classes) != num_classes:
-        raise ConfigError(f"the spec has {len(classes)} classes, and the model gives {num_classes} scores per pixel")
-    values = {each.name: getattr(known, each.name) for each in fields(InputSpec)}
-    identity = Normalizer((0.0,) * source.num_bands, (1.0,) * source.num_bands)
-    values |= {"classes": classes, "normalizer": known.normalizer or identity, "tile_px": size}
-    return BareSegmenter(network, SegmentationSpec(**values, multilabel=num_classes == 1))
-
-
-def _count_classes(network: nn.Module, num_bands: int, size: int) -> int:
-    """Scores per pixel that a network gives for a tile of zeros."""
-    parameter = next(network.parameters(), None)
-    tile = torch.zeros(1, num_bands, size, size, device=None if parameter is None else parameter.device)
-    try:
-        with torch.inference_mode():
-            shape = tuple(network(tile).shape)
-    # The network is the user's.
-    except Exception as error:
-        raise ConfigError(f"the model doesn't take tiles of {tuple(tile.shape)}: {reason_line(error)}") from error
-    if len(shape) != 4 or shape[-2:] != (size, size):
-        raise ConfigError(f"expected scores [1, K, {size}, {size}] from the model, got {list(shape)}")
-    return int(shape[1])

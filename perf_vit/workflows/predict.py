@@ -10,41 +10,51 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
-from perf_vit.errors import InputError, OptionError, OutputError
-from perf_vit.inference import (
-    REPORT,
-    InputPredictor,
-    InputReport,
-    MapInput,
-    RayPool,
-    RunReport,
-    SegmentationPredictor,
-    TablePredictor,
-    attention_folder,
-    check_report,
-    find_inputs,
-    find_paths,
-    ignore_progress,
-    is_one_file,
-    predict_many,
-    reserve_report,
-    resolve_one,
-    scene_files,
-)
-from perf_vit.inference.jobs import JobResult
-from perf_vit.models import InputSpec
-from perf_vit.reporting.outputs import is_report, write_run_report
-from perf_vit.sources import GEOTIFF_SUFFIXES
-from perf_vit.workflows.load import as_segmenter, find_model
-from perf_vit.workflows.progress import inputs_progress, note, progress_shown, run_table, windows_progress
-from perf_vit.workflows.registry import options_of, task_of
-from perf_vit.writers import check_outputs
+from perf_vit.errors import ConfigError, InputError, OptionError, OutputError, extra, reason_line
+from perf_vit.types import Source
 
-__all__ = ["Engine", "InputsOptions", "evaluating", "predict"]
+with extra("geo", "prediction"):
+    from perf_vit.inference import (
+        REPORT,
+        InputPredictor,
+        InputReport,
+        MapInput,
+        RayPool,
+        RunReport,
+        SegmentationPredictor,
+        TablePredictor,
+        attention_folder,
+        check_report,
+        find_inputs,
+        find_paths,
+        ignore_progress,
+        is_one_file,
+        predict_many,
+        reserve_report,
+        resolve_one,
+        scene_files,
+    )
+    from perf_vit.inference.jobs import JobResult
+    from perf_vit.inference.options import options_of
+    from perf_vit.inference.predictor import PREDICTORS
+    from perf_vit.inference.prefetch import takes_valid
+    from perf_vit.models import NETWORKS, InputSpec, SegmentationSpec
+    from perf_vit.reporting.outputs import is_report, write_run_report
+    from perf_vit.sources import GEOTIFF_SUFFIXES
+    from perf_vit.transforms import Normalizer
+    from perf_vit.workflows.load import find_model, task_name
+    from perf_vit.workflows.progress import inputs_progress, note, progress_shown, run_table, windows_progress
+    from perf_vit.writers import check_outputs
+
+__all__ = ["PREDICTORS", "Engine", "InputsOptions", "as_segmenter", "evaluating", "predict"]
 
 Engine = Literal["local", "ray"]
+
+# Of networks that don't say how large their tiles are.
+_TILE_PX = 512
 
 _PAGE = "report.html"
 """Name of a run's page in its output folder."""
@@ -147,16 +157,18 @@ def _predictor(
     shared: InputsOptions,
 ) -> Any:
     found = model if isinstance(model, nn.Module) else find_model(model)
-    task = task_of(found)
-    options = options_of(task, "predict", given)
+    name = task_name(found)
+    predictor, kind = PREDICTORS[name]
+    kinds = ((NETWORKS[task].label, options) for task, (_, options) in PREDICTORS.items())
+    options: Any = options_of(kind, given, NETWORKS[name].label, kinds)
     if not isinstance(found, nn.Module) or hasattr(found, "task"):
-        return task.predictor(found, options)
+        return predictor(found, options)
     spec = getattr(found, "spec", None)
     is_one = shared.mosaic or hasattr(inputs[0], "read")
     first = inputs[0] if is_one else find_paths(inputs, path_column=shared.path_column, outputs=output)[0]
     opened = (spec if isinstance(spec, InputSpec) else InputSpec()).open(first, **options.input_options)
     try:
-        return task.predictor(as_segmenter(found, opened, options.window_size), options)
+        return predictor(as_segmenter(found, opened, options.window_size), options)
     finally:
         opened.close()
 
@@ -333,3 +345,70 @@ def _device_of(pool: RayPool, predictor: Any) -> str:
 def _absolute(path: str) -> str:
     """Workers stand in other folders."""
     return str(Path(path).absolute()) if Path(path).exists() else path
+
+
+class BareSegmenter(nn.Module):
+    """Any network that gives a score per class and pixel, with what prediction needs to know of it.
+
+    Args:
+        network: Tiles [B, C, h, w] to logits [B, K, h, w]; one channel is the logit of a single class. If it has an
+            argument `valid`, it is given the valid pixels, bool [B, h, w], or None if all are.
+        spec: What it expects and means.
+    """
+
+    task = "segmentation"
+    size_multiple = 1
+
+    def __init__(self, network: nn.Module, spec: SegmentationSpec) -> None:
+        super().__init__()
+        self.network = network
+        self.spec = spec
+
+    def forward(self, image: Tensor, valid: Tensor | None = None) -> Tensor:
+        """Logits [B, K, h, w] of tiles [B, C, h, w] and their valid pixels, bool [B, h, w]."""
+        logits: Tensor = self.network(image, valid=valid) if takes_valid(self.network) else self.network(image)
+        return logits
+
+    def to_labels(self, logits: Tensor) -> Tensor:
+        """Class indices [B, h, w], or 0 and 1 of a single class, [B, 1, h, w]; see `Segmenter.to_labels`."""
+        return (logits > 0).long() if self.spec.multilabel else logits.argmax(1)
+
+
+def as_segmenter(network: nn.Module, source: Source, tile_px: int | None = None) -> BareSegmenter:
+    """Take any network for a segmentation model.
+
+    Args:
+        network: Network, with an `InputSpec` as its attribute `spec` or without one: it reads all bands then, and
+            pixels as they are.
+        source: An input of it, opened as the spec says.
+        tile_px: Size of its tiles; that of the spec, or 512, by default.
+
+    Raises:
+        ConfigError: It gives no scores per pixel, or of another number of classes than the spec has.
+    """
+    given = getattr(network, "spec", None)
+    known = given if isinstance(given, InputSpec) else InputSpec()
+    size = tile_px or known.tile_px or _TILE_PX
+    num_classes = _count_classes(network, source.num_bands, size)
+    classes = known.classes or tuple(f"class_{index}" for index in range(num_classes))
+    if len(classes) != num_classes:
+        raise ConfigError(f"the spec has {len(classes)} classes, and the model gives {num_classes} scores per pixel")
+    values = {each.name: getattr(known, each.name) for each in fields(InputSpec)}
+    identity = Normalizer((0.0,) * source.num_bands, (1.0,) * source.num_bands)
+    values |= {"classes": classes, "normalizer": known.normalizer or identity, "tile_px": size}
+    return BareSegmenter(network, SegmentationSpec(**values, multilabel=num_classes == 1))
+
+
+def _count_classes(network: nn.Module, num_bands: int, size: int) -> int:
+    """Scores per pixel that a network gives for a tile of zeros."""
+    parameter = next(network.parameters(), None)
+    tile = torch.zeros(1, num_bands, size, size, device=None if parameter is None else parameter.device)
+    try:
+        with torch.inference_mode():
+            shape = tuple(network(tile).shape)
+    # The network is the user's.
+    except Exception as error:
+        raise ConfigError(f"the model doesn't take tiles of {tuple(tile.shape)}: {reason_line(error)}") from error
+    if len(shape) != 4 or shape[-2:] != (size, size):
+        raise ConfigError(f"expected scores [1, K, {size}, {size}] from the model, got {list(shape)}")
+    return int(shape[1])

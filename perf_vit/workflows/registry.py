@@ -2,86 +2,84 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import fields, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal, TypeVar
 
 from torch import nn
 
-from perf_vit.errors import CheckpointError, ConfigError, OptionError
-from perf_vit.inference import (
-    ClassificationPredictOptions,
-    ClassificationPredictor,
-    DetectionPredictOptions,
-    DetectionPredictor,
-    SegmentationPredictOptions,
-    SegmentationPredictor,
-    SlideClassificationPredictOptions,
-    SlideClassificationPredictor,
-)
-from perf_vit.models import NETWORKS, checkpoint_task, register_network
-from perf_vit.registry import Registry, did_you_mean
-from perf_vit.tasks import (
-    CLASSIFICATION_CURVES,
-    CLASSIFICATION_MONITOR,
-    DETECTION_CURVES,
-    DETECTION_MONITOR,
-    REGRESSION_CURVES,
-    REGRESSION_MONITOR,
-    SLIDE_CURVES,
-    SLIDE_MONITOR,
-    draw_classification,
-    draw_objects,
-    draw_segmentation,
-)
-from perf_vit.tasks.callbacks import SEGMENTATION_CURVES
-from perf_vit.workflows.classification import (
-    build_classification_data,
-    build_classification_task,
-    evaluate_classification,
-)
-from perf_vit.workflows.detection import (
-    DetectionEvaluateOptions,
-    build_detection_data,
-    build_detection_task,
-    detection_steps,
-    evaluate_detection,
-)
-from perf_vit.workflows.reports import (
-    ClassificationEvaluation,
-    DetectionEvaluation,
-    RegressionEvaluation,
-    SegmentationEvaluation,
-)
-from perf_vit.workflows.reports.tile_scores import ClassificationTiles, DetectionTiles, SegmentationTiles
-from perf_vit.workflows.run_config import (
-    ClassificationRun,
-    DetectionRun,
-    RegressionRun,
-    SegmentationRun,
-    SlideClassificationRun,
-)
-from perf_vit.workflows.segmentation import (
-    SegmentationEvaluateOptions,
-    build_segmentation_data,
-    build_segmentation_task,
-    evaluate_segmentation,
-    segmentation_steps,
-)
-from perf_vit.workflows.slide_classification import (
-    build_slide_data,
-    build_slide_task,
-    embed_slides,
-    evaluate_slide_classification,
-)
-from perf_vit.workflows.task import EvaluateOptions, Task
+from perf_vit.errors import ConfigError, extra
+from perf_vit.registry import Registry
 
-__all__ = ["TASKS", "Verb", "checked_options", "option_names", "options_of", "register_task", "task_of"]
+with extra("train", __name__):
+    from perf_vit.inference import (
+        ClassificationPredictOptions,
+        ClassificationPredictor,
+        DetectionPredictOptions,
+        DetectionPredictor,
+        SegmentationPredictOptions,
+        SegmentationPredictor,
+        SlideClassificationPredictOptions,
+        SlideClassificationPredictor,
+    )
+    from perf_vit.inference.predictor import PREDICTORS, register_predictor
+    from perf_vit.models import NETWORKS, register_network
+    from perf_vit.tasks import (
+        CLASSIFICATION_CURVES,
+        CLASSIFICATION_MONITOR,
+        DETECTION_CURVES,
+        DETECTION_MONITOR,
+        REGRESSION_CURVES,
+        REGRESSION_MONITOR,
+        SLIDE_CURVES,
+        SLIDE_MONITOR,
+        draw_classification,
+        draw_objects,
+        draw_segmentation,
+    )
+    from perf_vit.tasks.callbacks import SEGMENTATION_CURVES
+    from perf_vit.workflows.classification import (
+        build_classification_data,
+        build_classification_task,
+        evaluate_classification,
+    )
+    from perf_vit.workflows.detection import (
+        DetectionEvaluateOptions,
+        build_detection_data,
+        build_detection_task,
+        detection_steps,
+        evaluate_detection,
+    )
+    from perf_vit.workflows.load import task_name
+    from perf_vit.workflows.reports import (
+        ClassificationEvaluation,
+        DetectionEvaluation,
+        RegressionEvaluation,
+        SegmentationEvaluation,
+    )
+    from perf_vit.workflows.reports.tile_scores import ClassificationTiles, DetectionTiles, SegmentationTiles
+    from perf_vit.workflows.run_config import (
+        ClassificationRun,
+        DetectionRun,
+        RegressionRun,
+        SegmentationRun,
+        SlideClassificationRun,
+    )
+    from perf_vit.workflows.segmentation import (
+        SegmentationEvaluateOptions,
+        build_segmentation_data,
+        build_segmentation_task,
+        evaluate_segmentation,
+        segmentation_steps,
+    )
+    from perf_vit.workflows.slide_classification import (
+        build_slide_data,
+        build_slide_task,
+        embed_slides,
+        evaluate_slide_classification,
+    )
+    from perf_vit.workflows.task import EvaluateOptions, Task
 
-Options = TypeVar("Options")
-
-Verb = Literal["predict", "evaluate"]
+__all__ = ["TASKS", "register_task", "task_of"]
 
 TASKS: Registry[Task] = Registry("task", ConfigError)
 """Tasks by name."""
@@ -99,6 +97,8 @@ def register_task(task: Task) -> None:
     TASKS.add(task.name, task)
     if task.name not in NETWORKS:
         register_network(task.name, task.network)
+    if task.name not in PREDICTORS:
+        register_predictor(task.name, task.predictor, task.predict_options)
 
 
 def task_of(model: nn.Module | str | Path) -> Task:
@@ -107,52 +107,7 @@ def task_of(model: nn.Module | str | Path) -> Task:
     Raises:
         CheckpointError: It can't be read, or holds a backbone without a task.
     """
-    if isinstance(model, nn.Module):
-        return TASKS[str(getattr(model, "task", "segmentation"))]
-    if Path(model).is_dir():
-        raise CheckpointError(f"{model} holds a backbone, whose features are no map; train a model with it first")
-    return TASKS[checkpoint_task(model)]
-
-
-def options_of(task: Task, verb: Verb, given: Mapping[str, Any]) -> Any:
-    """The options of a task's prediction or evaluation.
-
-    Args:
-        task: The task.
-        verb: "predict" or "evaluate".
-        given: Options by name.
-
-    Raises:
-        OptionError: The task has no such option, or it takes no such value.
-    """
-    kind = _class(task, verb)
-    for name in sorted(given.keys() - option_names(kind)):
-        having = [each.label for each in TASKS.values() if name in option_names(_class(each, verb))]
-        if having:
-            raise OptionError(f"{name} is not for {task.label}, but for {' and '.join(having)}; leave it out")
-    return checked_options(kind, given)
-
-
-def checked_options(kind: type[Options], given: Mapping[str, Any]) -> Options:
-    """Options as their dataclass.
-
-    Raises:
-        OptionError: There is no such option, or it takes no such value.
-    """
-    known = option_names(kind)
-    for name in sorted(given.keys() - known):
-        otherwise = f"; expected one of {', '.join(sorted(known))}"
-        raise OptionError(f"{name} is no option here{did_you_mean(name, known, otherwise)}")
-    return kind(**given)
-
-
-def option_names(kind: type[Any]) -> set[str]:
-    """Names of the options of a dataclass."""
-    return {each.name for each in fields(kind)}
-
-
-def _class(task: Task, verb: Verb) -> type[Any]:
-    return task.predict_options if verb == "predict" else task.evaluate_options
+    return TASKS[task_name(model)]
 
 
 register_task(

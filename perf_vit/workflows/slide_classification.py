@@ -15,7 +15,6 @@ import torch
 from perf_vit.data import (
     EmbeddingStore,
     SlideClassificationDataModule,
-    SlideFeatures,
     SlideTargets,
     given_normalizer,
     read_slide_table,
@@ -25,7 +24,13 @@ from perf_vit.errors import ConfigError
 from perf_vit.inference import SlideClassificationPredictOptions, SlideClassificationPredictor
 from perf_vit.inference.prefetch import load_ahead
 from perf_vit.metrics import ClassificationMetrics, ClassificationScores, RegisteredMetrics
-from perf_vit.models import InputBands, SlideClassificationSpec, SlideClassifier, pretrained_statistics
+from perf_vit.models import (
+    InputBands,
+    SlideClassificationSpec,
+    SlideClassifier,
+    SlideFeatures,
+    pretrained_statistics,
+)
 from perf_vit.reporting import ImageSamples, Sample
 from perf_vit.sources import open_input
 from perf_vit.tasks import SlideClassificationTask

@@ -12,15 +12,17 @@ from typing import Any
 from PIL import Image
 from torch import nn
 
-from perf_vit.config import Config, Overrides, config_value, load_config
-from perf_vit.errors import ConfigError, OptionError
-from perf_vit.tasks import TileFit, build_trainer, fit_max_tile
-from perf_vit.workflows.progress import progress_shown
-from perf_vit.workflows.registry import TASKS
-from perf_vit.workflows.reports.training import REPORT, write_training_report
-from perf_vit.workflows.run_config import TaskRunConfig
-from perf_vit.workflows.run_folder import CONFIG, RunFolder, check_config_kept
-from perf_vit.workflows.task import Task
+from perf_vit.errors import ConfigError, OptionError, extra
+
+with extra("train", "training"):
+    from perf_vit.config import Config, Overrides, config_value, load_config
+    from perf_vit.tasks import TileFit, build_trainer, fit_max_tile
+    from perf_vit.workflows.progress import progress_shown
+    from perf_vit.workflows.registry import TASKS
+    from perf_vit.workflows.reports.training import REPORT, write_training_report
+    from perf_vit.workflows.run_config import TaskRunConfig
+    from perf_vit.workflows.run_folder import CONFIG, RunFolder, check_config_kept
+    from perf_vit.workflows.task import Task
 
 __all__ = ["Run", "fit_tile", "parse_bytes", "read_run", "train", "train_run", "with_out"]
 

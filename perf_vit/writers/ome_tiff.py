@@ -12,7 +12,7 @@ import numpy.typing as npt
 import rasterio
 import rasterio.windows
 
-from perf_vit.errors import InputError, OutputError
+from perf_vit.errors import InputError, OutputError, extra
 from perf_vit.files import staged
 from perf_vit.sources._gdal import GDAL_ERRORS, check_exists, color_kinds, plain_images_allowed, reason_of
 from perf_vit.sources.slides.ome_xml import make_ome_xml
@@ -75,10 +75,8 @@ def _as_pair(mpp: float | tuple[float, float]) -> tuple[float, float]:
 
 
 def _tifffile(out: str | Path) -> Any:
-    try:
+    with extra("slides", f"writing {out}"):
         return importlib.import_module("tifffile")
-    except ImportError as error:
-        raise OutputError(f'writing {out} needs the package tifffile: pip install "perf-vit[slides]"') from error
 
 
 def _write_band(

@@ -10,9 +10,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from perf_vit.data import EmbeddingStore, SlideTargets, tissue_windows
-from perf_vit.data.bags import SlideBags, _shares, collate_bags
+from perf_vit.data.bags import SlideBags, collate_bags
 from perf_vit.data.slide_classification import _stratified
 from perf_vit.errors import InputError
+from perf_vit.models.tiles import _shares
 from perf_vit.tiling import grid_windows
 from perf_vit.types import GeoImage, Window
 

@@ -12,7 +12,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from perf_vit.errors import ConfigError, DataWarning, InputError, PerfVitError
+from perf_vit.errors import DataWarning, InputError, MissingPackageError, PerfVitError
 from perf_vit.inference import MapInput, RayPool, predict_many
 from perf_vit.inference.jobs import JobResult
 from perf_vit.inference.ray import row_ranges
@@ -113,7 +113,7 @@ def test_a_worker_that_dies_is_replaced_and_one_that_dies_always_is_an_error(poo
 
 def test_without_ray_the_error_says_how_to_install_it(monkeypatch) -> None:
     monkeypatch.setitem(sys.modules, "ray", None)
-    with pytest.raises(ConfigError, match=r'pip install "perf-vit\[ray\]"'):
+    with pytest.raises(MissingPackageError, match=r'pip install "perf-vit\[ray\]"'):
         RayPool()
 
 

@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from perf_vit.errors import ConfigError
+from perf_vit.errors import ConfigError, MissingPackageError
 from perf_vit.models import (
     CHECKPOINT_KEY,
     ClassificationModelConfig,
@@ -99,7 +99,7 @@ def test_options_that_do_not_fit_are_one_line(change, message) -> None:
 
 def test_without_peft_the_error_says_what_to_install(monkeypatch) -> None:
     monkeypatch.setitem(__import__("sys").modules, "peft", None)
-    with pytest.raises(ConfigError, match=r"pip install perf-vit\[peft\]"):
+    with pytest.raises(MissingPackageError, match=r'^model\.lora needs peft, .*pip install "perf-vit\[peft\]"$'):
         build_segmenter(replace(TINY, lora=LoraConfig()), SPEC)
 
 

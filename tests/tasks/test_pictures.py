@@ -11,7 +11,7 @@ from PIL import Image, ImageDraw
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch.utils.data import DataLoader
 
-from perf_vit.errors import ConfigError
+from perf_vit.errors import ConfigError, MissingPackageError
 from perf_vit.plotting import default_colormap
 from perf_vit.plotting.panels import ERROR_COLOR, standardized_picture
 from perf_vit.tasks import TrainerConfig, build_trainer, draw_classification, draw_objects, draw_segmentation
@@ -242,7 +242,7 @@ def test_weights_and_biases_comes_beside_tensorboard(tmp_path, monkeypatch) -> N
 
 def test_loggers_that_are_missing_or_unknown_are_one_line(tmp_path, monkeypatch) -> None:
     monkeypatch.setattr("lightning.pytorch.loggers.wandb._WANDB_AVAILABLE", False)
-    with pytest.raises(ConfigError, match=r"needs wandb; pip install perf-vit\[wandb\]"):
+    with pytest.raises(MissingPackageError, match=r'needs wandb, .*; pip install "perf-vit\[wandb\]"$'):
         build_trainer(TrainerConfig(logger="wandb"), tmp_path)
     with pytest.raises(ConfigError, match=r"trainer\.logger must be tensorboard or wandb, got csv"):
         build_trainer(TrainerConfig(logger="csv"), tmp_path)

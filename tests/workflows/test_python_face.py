@@ -17,7 +17,7 @@ import perf_vit
 from perf_vit.errors import CheckpointError, ConfigError, InputError, OptionError, OutputError
 from perf_vit.inference import RunReport, SegmentationPredictOptions, SegmentationPredictor
 from perf_vit.transforms import Normalizer
-from perf_vit.workflows.load import as_segmenter
+from perf_vit.workflows.predict import as_segmenter
 
 
 def pixels_of(path: Path) -> np.ndarray:

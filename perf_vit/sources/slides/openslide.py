@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import ImageCms
 
-from perf_vit.errors import DamagedDataError, InputError
+from perf_vit.errors import DamagedDataError, InputError, extra, reason_line
 from perf_vit.sources._gdal import PerThread, check_exists, check_name
 from perf_vit.sources.files import register_source
 from perf_vit.sources.slides.pyramid import Level, PyramidReader, true_downsample
@@ -26,14 +26,13 @@ def import_slide_library(name: str, path: str) -> Any:
     """Import a package of the extra `slides`.
 
     Raises:
-        InputError: The package isn't installed, or doesn't find its binary.
+        MissingPackageError: The package isn't installed, or doesn't find its binary.
     """
-    try:
-        return importlib.import_module(name)
-    except (ImportError, OSError) as error:
-        raise InputError(
-            f'{path} needs the package {name}, which can\'t be imported: pip install "perf-vit[slides]"'
-        ) from error
+    with extra("slides", path):
+        try:
+            return importlib.import_module(name)
+        except OSError as error:
+            raise ImportError(reason_line(error), name=name) from error
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,7 +55,8 @@ class OpenSlideReader(PyramidReader):
         to_srgb: Whether to convert with the slide's colour profile, if it has one.
 
     Raises:
-        InputError: The slide can't be opened, or OpenSlide isn't installed.
+        InputError: The slide can't be opened.
+        MissingPackageError: OpenSlide isn't installed.
     """
 
     dtype = np.dtype(np.uint8)

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from PIL import Image, ImageCms
 from slides import levels_of, noise, write_pyramid
 
-from perf_vit.errors import InputError
+from perf_vit.errors import InputError, MissingPackageError
 from perf_vit.sources import RasterSource, open_source
 from perf_vit.sources.slides import SlideSource
 from perf_vit.sources.slides.pyramid import true_downsample
@@ -286,7 +286,7 @@ def test_a_damaged_tile_is_an_input_error_and_others_are_still_read(tmp_path: Pa
 
 def test_without_openslide_a_slide_says_what_to_install(slide: Path, monkeypatch) -> None:
     monkeypatch.setitem(sys.modules, "openslide", None)
-    with pytest.raises(InputError, match=r'openslide.*pip install "perf-vit\[slides\]"'):
+    with pytest.raises(MissingPackageError, match=r'needs openslide, .*pip install "perf-vit\[slides\]"'):
         open_source(slide)
 
 

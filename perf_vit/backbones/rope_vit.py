@@ -6,8 +6,8 @@ from typing import Any
 from timm.models import generate_default_cfgs, register_model
 from timm.models.eva import Eva, checkpoint_filter_fn
 
+from perf_vit.backbones.linear_vit import SIZES, entrypoint, keep_own_enhancement, vit_cfg
 from perf_vit.conversion.linearize import Conversion, convert_attention
-from perf_vit.models.backbones.linear_vit import SIZES, entrypoint, keep_own_enhancement, vit_cfg
 
 # `register_model` adds the names of the models.
 __all__ = ["LinearRopeVisionTransformer"]

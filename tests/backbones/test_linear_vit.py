@@ -8,8 +8,8 @@ import torch
 from torch import nn
 
 import perf_vit
+from perf_vit import backbones
 from perf_vit.layers import MIXERS, LinearizedAttention
-from perf_vit.models import backbones
 
 NAMES = [
     f"{mixer}_vit_{size}_patch{patch_size}_224"

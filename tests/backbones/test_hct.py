@@ -7,8 +7,8 @@ import torch
 from torch import nn
 
 import perf_vit  # noqa: F401  (registers the models)
+from perf_vit.backbones.hct import AttentionConvBlock, ResidualBlock
 from perf_vit.layers import LinearizedAttention
-from perf_vit.models.backbones.hct import AttentionConvBlock, ResidualBlock
 from perf_vit.ops.naive import naive_favor_attention
 
 
