@@ -3,6 +3,7 @@
 #   make test           the fast suite        make slow    the rest
 #   make check          lint, format, types, dependency rule
 #   make wheel          dist/perf_vit-VERSION-py3-none-any.whl, without installing anything else
+#   make docs           the documentation site in docs/_build/html
 # VENV=DIR puts the environment elsewhere; PYTHON=python3.12 chooses its interpreter;
 # PROCESSES=8 runs the tests in eight processes.
 VENV ?= .venv
@@ -10,8 +11,9 @@ PYTHON ?= python3
 PROCESSES ?= 2
 PY := $(VENV)/bin/python
 STAMP := $(VENV)/.perf_vit_installed
+DOCS_STAMP := $(VENV)/.perf_vit_docs_installed
 
-.PHONY: demo test slow check format install wheel clean
+.PHONY: demo test slow check format docs install wheel clean
 
 demo: $(STAMP)
 	$(PY) -m perf_vit demo --out demo --overwrite
@@ -33,6 +35,11 @@ format: $(STAMP)
 	$(PY) -m ruff check --fix .
 	$(PY) -m ruff format .
 
+# Warnings are errors; links inside the site are checked, others are not fetched.
+docs: $(DOCS_STAMP)
+	$(PY) -m sphinx --builder html --fail-on-warning --doctree-dir docs/_build/doctrees docs docs/_build/html
+	$(PY) tools/check_site.py docs/_build/html
+
 install: $(STAMP)
 
 wheel: $(PY)
@@ -47,5 +54,9 @@ $(STAMP): pyproject.toml | $(PY)
 	$(PY) -m pip install --quiet --editable ".[dev,integrations,train,slides,ray,export,peft]"
 	touch $(STAMP)
 
+$(DOCS_STAMP): $(STAMP)
+	$(PY) -m pip install --quiet --editable ".[docs]"
+	touch $(DOCS_STAMP)
+
 clean:
-	rm -rf .venv demo build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf .venv demo docs/_build build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis

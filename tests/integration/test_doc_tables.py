@@ -21,7 +21,8 @@ from perf_vit.workflows.run_config import (
 )
 
 ROOT = Path(__file__).parents[2]
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+DOCS = ROOT / "docs"
+PAGES = [ROOT / "README.md", *sorted(path for path in DOCS.rglob("*.md") if "_build" not in path.parts)]
 TASKS = (SegmentationRun, DetectionRun, ClassificationRun, RegressionRun, SlideClassificationRun)
 OF_PAGE = {
     "segmentation.md": (SegmentationRun,),

@@ -16,6 +16,13 @@ def examples(page: str, heading: str | None = None) -> list[str]:
     return re.findall(r"^```python\n(.*?)^```", text, flags=re.MULTILINE | re.DOTALL)
 
 
+def cells(tutorial: str) -> list[str]:
+    """The code cells of docs/tutorials/`tutorial`, in their order."""
+    text = (_DOCS / "tutorials" / tutorial).read_text(encoding="utf-8")
+    found = re.findall(r"^```\{code-cell\}[^\n]*\n(.*?)^```", text, flags=re.MULTILINE | re.DOTALL)
+    return [re.sub(r"\A(:\w+:.*\n)+", "", each) for each in found]
+
+
 def run(blocks: list[str]) -> dict[str, Any]:
     """Execute blocks one after the other and return the names they leave behind."""
     names: dict[str, Any] = {"__name__": "example"}
