@@ -276,7 +276,7 @@ def test_inputs_whose_outputs_are_there_are_opened_once(task, tmp_path, monkeypa
         return {path.name: (path.stat().st_mtime_ns, path.read_bytes()) for path in found}
 
     first, files, opened = run(), made(), []
-    monkeypatch.setattr("perf_vit.sources.open.open_dataset", count)
+    monkeypatch.setattr("perf_vit.sources.raster.open_dataset", count)
     again = run()
     assert [opened.count(str(path)) for path in images] == [1, 1, 1]
     differing = {"status": "skipped-existing", **({} if task == "segmentation" else {"num_objects": None})}
