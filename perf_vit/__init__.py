@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from perf_vit.workflows.convert import convert
     from perf_vit.workflows.distill import distill
     from perf_vit.workflows.evaluate import evaluate
+    from perf_vit.workflows.first_config import init
     from perf_vit.workflows.load import load
     from perf_vit.workflows.predict import predict
     from perf_vit.workflows.train import train
@@ -29,6 +30,7 @@ __all__ = [
     "convert",
     "distill",
     "evaluate",
+    "init",
     "linearize",
     "load",
     "open",
@@ -44,6 +46,7 @@ _LAZY = {
     "convert": ("perf_vit.workflows.convert", "convert"),
     "distill": ("perf_vit.workflows.distill", "distill"),
     "evaluate": ("perf_vit.workflows.evaluate", "evaluate"),
+    "init": ("perf_vit.workflows.first_config", "init"),
     "linearize": ("perf_vit.conversion", "linearize"),
     "load": ("perf_vit.workflows.load", "load"),
     "open": ("perf_vit.sources", "open_source"),

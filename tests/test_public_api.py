@@ -15,6 +15,7 @@ CONTRACT = {
         "convert",
         "distill",
         "evaluate",
+        "init",
         "linearize",
         "load",
         "open",

@@ -11,6 +11,11 @@ import typer
 from perf_vit.errors import OptionError, PerfVitError
 
 __all__ = [
+    "INPUT",
+    "OUTPUT",
+    "SLIDES",
+    "SPEED",
+    "TILING",
     "BatchSize",
     "Checkpoint",
     "Device",
@@ -24,6 +29,9 @@ __all__ = [
     "given_options",
     "with_flags",
 ]
+
+INPUT, OUTPUT, TILING, SPEED, SLIDES = "Input", "Output", "Tiling", "Speed", "Slides"
+"""Groups of options in the help of a command."""
 
 _OPTION = re.compile(r"`(\w+)(?:=([^`]+))?`")
 
@@ -54,28 +62,45 @@ def with_flags(error: PerfVitError, text: str, command: Any) -> str:
     return _OPTION.sub(flag, text)
 
 
-Checkpoint = Annotated[Path, typer.Option(help="A run folder, or a .ckpt file that `perf-vit train` wrote.")]
+Checkpoint = Annotated[
+    Path, typer.Option(help="A run folder, or a .ckpt file that `perf-vit train` wrote.", rich_help_panel=INPUT)
+]
 
 Input = Annotated[
     Path,
-    typer.Option("--input", help="The raster, or a folder of images; of a detector, an image or a folder of them."),
+    typer.Option(
+        "--input",
+        help="The raster, or a folder of images; of a detector, an image or a folder of them.",
+        rich_help_panel=INPUT,
+    ),
 ]
 
-WindowSize = Annotated[int | None, typer.Option(help="Side of a window in pixels; the training tile's by default.")]
+WindowSize = Annotated[
+    int | None, typer.Option(help="Side of a window in pixels; the training tile's by default.", rich_help_panel=TILING)
+]
 
-Overlap = Annotated[int | None, typer.Option(help="Pixels that neighbours share; a quarter window by default.")]
+Overlap = Annotated[
+    int | None, typer.Option(help="Pixels that neighbours share; a quarter window by default.", rich_help_panel=TILING)
+]
 
-BatchSize = Annotated[int, typer.Option(help="Windows a forward pass.", min=1)]
+BatchSize = Annotated[int, typer.Option(help="Windows a forward pass.", min=1, rich_help_panel=SPEED)]
 
-Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, mps.")]
+Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, mps.", rich_help_panel=SPEED)]
 
-Mpp = Annotated[float | None, typer.Option(help="Micrometres per pixel to read slides at.")]
+Mpp = Annotated[float | None, typer.Option(help="Micrometres per pixel to read slides at.", rich_help_panel=SLIDES)]
 
-SlideMpp = Annotated[float | None, typer.Option(help="Of a slide's level 0, where the file doesn't say.")]
+SlideMpp = Annotated[
+    float | None, typer.Option(help="Of a slide's level 0, where the file doesn't say.", rich_help_panel=SLIDES)
+]
 
-Tissue = Annotated[str | None, typer.Option(help="Only the tissue of slides: otsu, or a GeoJSON file of polygons.")]
+Tissue = Annotated[
+    str | None,
+    typer.Option(help="Only the tissue of slides: otsu, or a GeoJSON file of polygons.", rich_help_panel=SLIDES),
+]
 
-Precision = Annotated[str, typer.Option(help="32, bf16, 16, or auto: bf16 where the device is fast in it.")]
+Precision = Annotated[
+    str, typer.Option(help="32, bf16, 16, or auto: bf16 where the device is fast in it.", rich_help_panel=SPEED)
+]
 
 
 def given_options(context: typer.Context, others: set[str]) -> dict[str, Any]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Annotated, Any
 
@@ -12,6 +12,7 @@ import typer
 
 from perf_vit._version import __version__
 from perf_vit.cli.arguments import with_flags
+from perf_vit.cli.configs import CommandWithKeys, config, init
 from perf_vit.cli.convert_and_info import convert, demo, info
 from perf_vit.cli.predict import evaluate, predict
 from perf_vit.cli.train import distill, fit_tile, train
@@ -25,11 +26,15 @@ app = typer.Typer(
     name="perf-vit",
     help="Vision transformers with linear attention for imagery too large to downsample.",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for _command in (train, fit_tile, distill, predict, evaluate, convert, info, demo):
+app.command()(init)
+# Overrides with dashes reach the config loader, whose error says how they are written.
+_WITH_KEYS: tuple[Callable[..., None], ...] = (train, fit_tile, distill)
+for _trainer in _WITH_KEYS:
+    app.command(cls=CommandWithKeys, context_settings={"ignore_unknown_options": True})(_trainer)
+for _command in (predict, evaluate, convert, info, config, demo):
     app.command()(_command)
 
 

@@ -8,6 +8,10 @@ from typing import Annotated, Literal
 import typer
 
 from perf_vit.cli.arguments import (
+    INPUT,
+    OUTPUT,
+    SPEED,
+    TILING,
     BatchSize,
     Checkpoint,
     Device,
@@ -29,13 +33,17 @@ def predict(
     context: typer.Context,
     checkpoint: Checkpoint,
     inputs: Annotated[
-        list[str], typer.Option("--input", help="A raster, a folder, a glob, or a list as CSV or Parquet; repeat it.")
+        list[str],
+        typer.Option(
+            "--input", help="A raster, a folder, a glob, or a list as CSV or Parquet; repeat it.", rich_help_panel=INPUT
+        ),
     ],
     output: Annotated[
         Path,
         typer.Option(
             help="The map to write, .tif; a quicklook .png goes beside it. A folder for several outputs. "
-            "Objects: .gpkg, .geojson, .parquet or COCO's .json."
+            "Objects: .gpkg, .geojson, .parquet or COCO's .json.",
+            rich_help_panel=OUTPUT,
         ),
     ],
     more_inputs: Annotated[
@@ -43,79 +51,124 @@ def predict(
     ] = None,
     kind: Annotated[
         Literal["classes", "probabilities", "probabilities-uint8"],
-        typer.Option(help="Class indices, one float32 band a class, or the same in steps of 1/254."),
+        typer.Option(
+            help="Class indices, one float32 band a class, or the same in steps of 1/254.", rich_help_panel=OUTPUT
+        ),
     ] = "classes",
     window_size: WindowSize = None,
     overlap: Overlap = None,
     batch_size: BatchSize = 1,
-    blend: Annotated[str, typer.Option(help="Weights of overlapping windows: hann or gaussian.")] = "hann",
-    flips: Annotated[bool, typer.Option("--flips", help="Average over mirror images: four times the work.")] = False,
+    blend: Annotated[
+        str, typer.Option(help="Weights of overlapping windows: hann or gaussian.", rich_help_panel=TILING)
+    ] = "hann",
+    flips: Annotated[
+        bool, typer.Option("--flips", help="Average over mirror images: four times the work.", rich_help_panel=TILING)
+    ] = False,
     num_readers: Annotated[
-        int | None, typer.Option(help="Threads that read ahead; one per processor by default.", min=1)
+        int | None,
+        typer.Option(help="Threads that read ahead; one per processor by default.", min=1, rich_help_panel=SPEED),
     ] = None,
-    resume: Annotated[bool, typer.Option("--resume/--no-resume", help="Go on with an interrupted map.")] = True,
+    resume: Annotated[
+        bool, typer.Option("--resume/--no-resume", help="Go on with an interrupted map.", rich_help_panel=OUTPUT)
+    ] = True,
     on_error: Annotated[
         Literal["stop", "skip"],
-        typer.Option(help="Stop at an error, or leave pixels that can't be read as nodata and go on after bad files."),
+        typer.Option(
+            help="Stop at an error, or leave pixels that can't be read as nodata and go on after bad files.",
+            rich_help_panel=INPUT,
+        ),
     ] = "stop",
     overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Replace outputs that exist; an input never is.")
+        bool, typer.Option("--overwrite", help="Replace outputs that exist; an input never is.", rich_help_panel=OUTPUT)
     ] = False,
-    path_column: Annotated[str, typer.Option(help="Column of a list that holds the paths.")] = "path",
+    path_column: Annotated[
+        str, typer.Option(help="Column of a list that holds the paths.", rich_help_panel=INPUT)
+    ] = "path",
     quicklook: Annotated[
-        bool, typer.Option("--quicklook/--no-quicklook", help="Write a picture next to the map or objects, .png.")
+        bool,
+        typer.Option(
+            "--quicklook/--no-quicklook",
+            help="Write a picture next to the map or objects, .png.",
+            rich_help_panel=OUTPUT,
+        ),
     ] = True,
     polygons: Annotated[
         Literal["gpkg", "geojson", "parquet", "json"] | None,
         typer.Option(
             help="Write the areas of the classes, but the background, beside the map; geojson of slides is QuPath's. "
-            "Of a detector: the format of several outputs, gpkg by default, geojson of images without CRS."
+            "Of a detector: the format of several outputs, gpkg by default, geojson of images without CRS.",
+            rich_help_panel=OUTPUT,
         ),
     ] = None,
     min_area: Annotated[
         float,
         typer.Option(
-            help="Smallest area of a polygon or object: m2 of rasters with a CRS, um2 of slides, else pixels.", min=0
+            help="Smallest area of a polygon or object: m2 of rasters with a CRS, um2 of slides, else pixels.",
+            min=0,
+            rich_help_panel=OUTPUT,
         ),
     ] = 0,
     simplify: Annotated[
-        float, typer.Option(help="Largest displacement of a simplified outline: m, um or pixels.", min=0)
+        float,
+        typer.Option(
+            help="Largest displacement of a simplified outline: m, um or pixels.", min=0, rich_help_panel=OUTPUT
+        ),
     ] = 0,
     report: Annotated[
-        bool, typer.Option("--report/--no-report", help="Write a page of the result next to the output, .html.")
+        bool,
+        typer.Option(
+            "--report/--no-report", help="Write a page of the result next to the output, .html.", rich_help_panel=OUTPUT
+        ),
     ] = True,
     style: Annotated[
-        bool, typer.Option("--style/--no-style", help="Write class names and colours for QGIS next to the output.")
+        bool,
+        typer.Option(
+            "--style/--no-style",
+            help="Write class names and colours for QGIS next to the output.",
+            rich_help_panel=OUTPUT,
+        ),
     ] = True,
     coco_images: Annotated[
         Path | None,
         typer.Option(
-            help="COCO file of labels of the images: write COCO results, .json, that go by its ids (detection)."
+            help="COCO file of labels of the images: write COCO results, .json, that go by its ids (detection).",
+            rich_help_panel=OUTPUT,
         ),
     ] = None,
     score_threshold: Annotated[
         float | None,
         typer.Option(
             help="Lowest score of an object; where F1 was best in validation, by default. In maps of classes that "
-            "don't exclude each other, the probability above which one is true; 0.5 by default."
+            "don't exclude each other, the probability above which one is true; 0.5 by default.",
+            rich_help_panel=OUTPUT,
         ),
     ] = None,
-    mosaic: Annotated[bool, typer.Option("--mosaic", help="Read a folder, glob or STAC items as one scene.")] = False,
-    crs: Annotated[str | None, typer.Option(help="Read rasters in this CRS, as EPSG:32637.")] = None,
+    mosaic: Annotated[
+        bool, typer.Option("--mosaic", help="Read a folder, glob or STAC items as one scene.", rich_help_panel=INPUT)
+    ] = False,
+    crs: Annotated[
+        str | None, typer.Option(help="Read rasters in this CRS, as EPSG:32637.", rich_help_panel=INPUT)
+    ] = None,
     resolution: Annotated[
-        float | None, typer.Option(help="Read rasters with pixels of this size, in CRS units.")
+        float | None, typer.Option(help="Read rasters with pixels of this size, in CRS units.", rich_help_panel=INPUT)
     ] = None,
     mpp: Mpp = None,
     slide_mpp: SlideMpp = None,
     tissue: Tissue = None,
     device: Device = "auto",
     precision: Precision = "32",
-    engine: Annotated[Literal["local", "ray"], typer.Option(help="This process, or a Ray cluster.")] = "local",
+    engine: Annotated[
+        Literal["local", "ray"], typer.Option(help="This process, or a Ray cluster.", rich_help_panel=SPEED)
+    ] = "local",
     num_actors: Annotated[
-        int | None, typer.Option(help="Ray processes; one a GPU, else one a CPU, by default.", min=1)
+        int | None,
+        typer.Option(help="Ray processes; one a GPU, else one a CPU, by default.", min=1, rich_help_panel=SPEED),
     ] = None,
     ray_address: Annotated[
-        str | None, typer.Option(help="Of a running cluster, as auto; RAY_ADDRESS, else a Ray of its own, by default.")
+        str | None,
+        typer.Option(
+            help="Of a running cluster, as auto; RAY_ADDRESS, else a Ray of its own, by default.", rich_help_panel=SPEED
+        ),
     ] = None,
 ) -> None:
     """Map rasters with a trained model, find objects in them, or tell what whole images or slides show."""

@@ -4,27 +4,27 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-import types
 import typing
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Literal, TypeAlias, TypeVar, cast
+from typing import Any, TypeAlias, TypeVar, cast
 
 import yaml
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from perf_vit.config.values import MISSING, build_config, dataclass_in, options_of_hint, shown
 from perf_vit.config.yaml_text import check_interpolations, load_yaml
 from perf_vit.errors import ConfigError, reason_line
 
 __all__ = [
     "Config",
     "Overrides",
-    "check_values",
     "config_value",
     "dump_config",
     "find_config",
+    "given_keys",
     "is_dumped",
     "load_config",
     "shipped_configs",
@@ -64,57 +64,6 @@ def find_config(name: str | Path) -> Path:
     raise ConfigError(f"no config file {name}; {hint}")
 
 
-def check_values(instance: Any, prefix: str = "") -> None:
-    """Check the values of a dataclass against the types of its fields.
-
-    Dataclasses don't check types, and OmegaConf accepts nested lists for lists of strings. Integers are accepted as
-    floats, and tuples as lists; `Any` and types that configs don't use accept everything.
-
-    Args:
-        instance: Dataclass instance, possibly nested.
-        prefix: Prefix of field names in the message, such as "data.".
-
-    Raises:
-        ConfigError: A value has another type; the message names the field, the type and the value.
-    """
-    hints = typing.get_type_hints(type(instance))
-    for field in dataclasses.fields(instance):
-        value, hint = getattr(instance, field.name), hints[field.name]
-        if dataclasses.is_dataclass(value) and not isinstance(value, type):
-            check_values(value, f"{prefix}{field.name}.")
-        elif not _fits(value, hint):
-            raise ConfigError(f"{prefix}{field.name} must be {_name(hint)}, got {value!r:.100}")
-
-
-def _name(hint: Any) -> str:
-    if typing.get_origin(hint) is Literal:
-        return f"one of {', '.join(map(str, typing.get_args(hint)))}"
-    return hint.__name__ if isinstance(hint, type) and not typing.get_args(hint) else str(hint)
-
-
-def _fits(value: Any, hint: Any) -> bool:
-    origin, inner = typing.get_origin(hint), typing.get_args(hint)
-    if origin in (typing.Union, types.UnionType):
-        return any(_fits(value, option) for option in inner)
-    if origin is Literal:
-        return value in inner
-    if origin is tuple and inner[-1] is not Ellipsis:
-        return isinstance(value, tuple) and len(value) == len(inner) and all(map(_fits, value, inner))
-    if origin in (tuple, list):
-        # Configs made in Python may hold either.
-        return isinstance(value, tuple | list) and all(_fits(each, inner[0]) for each in value)
-    if origin in (dict, Mapping):
-        pairs = value.items() if isinstance(value, Mapping) else [(None, None)]
-        return isinstance(value, Mapping) and all(_fits(k, inner[0]) and _fits(v, inner[1]) for k, v in pairs)
-    if hint is float:
-        return isinstance(value, int | float) and not isinstance(value, bool)
-    if hint is int:
-        return isinstance(value, int) and not isinstance(value, bool)
-    if hint in (str, bool, types.NoneType):
-        return isinstance(value, hint)
-    return not dataclasses.is_dataclass(hint) or isinstance(value, typing.cast(type, hint))
-
-
 T = TypeVar("T")
 
 _DUMPED = "# Resolved config of a run of perf-vit.\n"
@@ -129,14 +78,17 @@ Overrides: TypeAlias = Sequence[str] | Mapping[str, Any]
 def load_config(config: Config, schema: type[T], overrides: Overrides = ()) -> T:
     """Load a config into a dataclass.
 
-    A top-level `extends: other.yaml` (relative to the file, or a shipped name) is loaded first and overridden key by
-    key. Unknown keys, values of another type and missing required values are errors. `${key}` refers to the value of
-    another key; resolvers such as `${oc.env:NAME}` are allowed in overrides only.
+    A top-level `extends: other.yaml` (relative to the file, or a shipped name) is loaded first. Groups of keys are
+    merged key by key; other values are replaced, also mappings such as `head_kwargs`. Values are converted to the
+    types of their keys as in `perf_vit.config.build_config`. Unknown keys, values that don't fit and missing required
+    values are errors. `${key}` refers to the value of another key; resolvers such as `${oc.env:NAME}` are allowed in
+    overrides only.
 
     Args:
         config: YAML file, name of a shipped config, or mapping with the content of a config.
         schema: Dataclass, possibly nested.
-        overrides: Values by dotted key, or "dotted.key=value" strings, whose values are parsed as YAML; applied last.
+        overrides: Values by dotted key, or "dotted.key=value" strings, whose values are parsed as YAML; applied last. A
+            mapping replaces the value of its key; top-level sections are merged.
 
     Returns:
         Instance of the schema.
@@ -144,18 +96,14 @@ def load_config(config: Config, schema: type[T], overrides: Overrides = ()) -> T
     Raises:
         ConfigError: The config is invalid; the one-line message names the key or file.
     """
-    path, merged = _name_of(config), _merged(config, overrides)
-    for prefix, keys, known in _unknown_keys(merged, schema):
-        raise ConfigError(_unknown_key_message(prefix, keys, known))
+    path, merged = _name_of(config), _merged(config, overrides, schema)
+    for prefix, key, known in _unknown_keys(merged, schema):
+        raise ConfigError(_unknown_key_message(prefix, key, known, schema))
     with _one_line(path):
-        typed = OmegaConf.merge(OmegaConf.structured(schema), merged)
-        missing = sorted(OmegaConf.missing_keys(typed))
-        if missing:
-            raise ConfigError(f"{path}: give {' '.join(f'{key}=...' for key in missing)}")
-        loaded = cast(T, OmegaConf.to_object(typed))
-    _make_tuples(loaded)
-    check_values(loaded)
-    return loaded
+        # Interpolations may refer to defaults.
+        complete = OmegaConf.create(_merge(_defaults(schema), merged, schema))
+        values = cast(dict[str, Any], OmegaConf.to_container(complete, resolve=True))
+    return build_config(schema, values, str(path))
 
 
 def config_value(config: Config, key: str, overrides: Overrides = (), default: Any = None) -> Any:
@@ -165,12 +113,28 @@ def config_value(config: Config, key: str, overrides: Overrides = (), default: A
         ConfigError: The config is invalid; the one-line message names the key or file.
     """
     with _one_line(_name_of(config)):
-        return _merged(config, overrides).get(key, default)
+        return OmegaConf.create(_merged(config, overrides)).get(key, default)
+
+
+def given_keys(config: Config) -> set[str]:
+    """Return the dotted keys that a config and its bases give, groups included.
+
+    Raises:
+        ConfigError: The config is invalid.
+    """
+
+    def walk(values: Mapping[str, Any], prefix: str) -> Iterator[str]:
+        for key, value in values.items():
+            yield f"{prefix}{key}"
+            if isinstance(value, Mapping):
+                yield from walk(value, f"{prefix}{key}.")
+
+    return set(walk(_merged(config, ()), ""))
 
 
 def dump_config(config: Any, path: Path) -> None:
     """Write a dataclass as YAML that `load_config` can read and `is_dumped` recognises."""
-    path.write_text(_DUMPED + OmegaConf.to_yaml(OmegaConf.structured(config)), encoding="utf-8")
+    path.write_text(_DUMPED + OmegaConf.to_yaml(OmegaConf.create(dataclasses.asdict(config))), encoding="utf-8")
 
 
 def is_dumped(path: Path) -> bool:
@@ -199,21 +163,34 @@ def _name_of(config: Config) -> str | Path:
     return "the config" if isinstance(config, Mapping) else config
 
 
-def _merged(config: Config, overrides: Overrides) -> DictConfig:
+def _defaults(schema: Any) -> dict[str, Any]:
+    """Return the default of each key as plain values, "???" for required ones."""
+    values: dict[str, Any] = {}
+    hints = typing.get_type_hints(schema)
+    for field in dataclasses.fields(schema):
+        if field.default is not dataclasses.MISSING:
+            value = field.default
+        elif field.default_factory is not dataclasses.MISSING:
+            value = field.default_factory()
+        else:
+            value = _defaults(hints[field.name]) if dataclasses.is_dataclass(hints[field.name]) else MISSING
+        is_group = dataclasses.is_dataclass(value) and not isinstance(value, type)
+        values[field.name] = dataclasses.asdict(cast(Any, value)) if is_group else value
+    return values
+
+
+def _merged(config: Config, overrides: Overrides, schema: Any = None) -> dict[str, Any]:
     name = _name_of(config)
     with _one_line(name):
         if isinstance(config, Mapping):
             content = _plain(config)
             check_interpolations(content, name)
-            merged = OmegaConf.create(_with_base(content, Path(), ()))
+            merged = _with_base(content, Path(), (), schema)
         else:
-            merged = OmegaConf.create(_read_with_bases(find_config(config), seen=()))
-        if isinstance(overrides, Mapping):
-            for key, value in overrides.items():
-                OmegaConf.update(merged, key, _plain(value))
-        else:
-            merged.merge_with(_parse_overrides(overrides))
-        return merged
+            merged = _read_with_bases(find_config(config), (), schema)
+    for key, value in _parsed(overrides, schema):
+        merged = _assigned(merged, key, value, schema, name)
+    return merged
 
 
 def _plain(value: Any) -> Any:
@@ -225,27 +202,38 @@ def _plain(value: Any) -> Any:
     return str(value) if isinstance(value, Path) else value
 
 
-def _read_with_bases(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
+def _read_with_bases(path: Path, seen: tuple[Path, ...], schema: Any) -> dict[str, Any]:
     if path.resolve() in seen:
         raise ConfigError(f"{path} extends itself; remove the cycle")
-    return _with_base(_read_yaml(path), path, (*seen, path.resolve()))
+    return _with_base(_read_yaml(path, schema), path, (*seen, path.resolve()), schema)
 
 
-def _with_base(content: dict[str, Any], path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
+def _with_base(content: dict[str, Any], path: Path, seen: tuple[Path, ...], schema: Any) -> dict[str, Any]:
     """Merge a config onto that of its key `extends`, whose path is relative to `path`."""
     base = content.pop("extends", None)
     if base is None:
         return content
     beside = path.parent / str(base)
-    parent = _read_with_bases(beside if beside.is_file() else find_config(str(base)), seen)
-    merged = cast(dict[str, Any], OmegaConf.to_container(OmegaConf.merge(parent, content)))
+    parent = _read_with_bases(beside if beside.is_file() else find_config(str(base)), seen, schema)
+    merged = _merge(parent, content, schema)
     check_interpolations(merged, path)
     return merged
 
 
-def _read_yaml(path: Path) -> dict[str, Any]:
+def _merge(base: dict[str, Any], changes: Mapping[str, Any], schema: Any) -> dict[str, Any]:
+    """Replace values of a config, groups of keys key by key; without a schema, all mappings are groups."""
+    hints = {} if schema is None else typing.get_type_hints(schema)
+    merged = dict(base)
+    for key, value in changes.items():
+        group, before = dataclass_in(hints.get(key)), merged.get(key)
+        is_group = (schema is None or group is not None) and isinstance(before, dict) and isinstance(value, Mapping)
+        merged[key] = _merge(cast(dict[str, Any], before), value, group) if is_group else value
+    return merged
+
+
+def _read_yaml(path: Path, schema: Any) -> dict[str, Any]:
     try:
-        content = load_yaml(path.read_text(encoding="utf-8"))
+        content = load_yaml(path.read_text(encoding="utf-8"), Any if schema is None else schema)
     # On malformed numbers, dates and deep nesting the parser raises builtin exceptions.
     except (yaml.YAMLError, ValueError, RecursionError, TypeError) as error:
         raise ConfigError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from error
@@ -256,54 +244,106 @@ def _read_yaml(path: Path) -> dict[str, Any]:
     return content
 
 
-def _parse_overrides(overrides: Sequence[str]) -> DictConfig:
+def _parsed(overrides: Overrides, schema: Any) -> Iterator[tuple[str, Any]]:
+    if isinstance(overrides, Mapping):
+        for key, value in overrides.items():
+            yield key, _plain(value)
+        return
     for item in overrides:
-        if "=" not in item:
-            raise ConfigError(f"overrides must be key=value, got {item!r}; add the value")
+        key, sign, text = item.partition("=")
+        if item.startswith("-"):
+            raise ConfigError(f"overrides have no dashes, got {item!r}; write {key.lstrip('-')}={text or 'VALUE'}")
+        if not sign or not key:
+            raise ConfigError(f"overrides must be key=value, got {item!r}; {_as_override(item)}")
+        yield key.strip(), _parsed_value(key.strip(), text, schema)
+
+
+def _as_override(item: str) -> str:
+    key, colon, value = item.partition(":")
+    return f"write {key}={value.strip()}" if colon and value else "add the value"
+
+
+def _parsed_value(key: str, text: str, schema: Any) -> Any:
+    hint = _hint_of(key, schema)
+    text = text.strip()
+    if _is_list(hint) and "," in text and text[0] not in "[{\"'":
+        text = f"[{text}]"
     try:
-        return OmegaConf.from_dotlist(list(overrides))
-    except (OmegaConfBaseException, yaml.YAMLError) as error:
-        raise ConfigError(f"can't read the overrides {list(overrides)}: {reason_line(error)}") from error
+        return load_yaml(text, hint)
+    except (yaml.YAMLError, ValueError, RecursionError, TypeError) as error:
+        problem = getattr(error, "problem", None) or reason_line(error)
+        raise ConfigError(
+            f"can't read {key}={text:.100}: {problem}; close brackets and quote text with special characters"
+        ) from error
+
+
+def _is_list(hint: Any) -> bool:
+    """Return whether a key takes nothing but lists, so that commas separate their items."""
+    options = [each for each in options_of_hint(hint) if each is not type(None)]
+    return bool(options) and all(typing.get_origin(each) in (list, tuple) for each in options)
+
+
+def _path_of(key: str) -> list[str]:
+    """Split a dotted key; items of lists are numbers, as in extra_train[0].image."""
+    return [part for part in key.replace("[", ".").replace("]", "").split(".") if part]
+
+
+def _hint_of(key: str, schema: Any) -> Any:
+    hint = schema
+    for part in _path_of(key):
+        group = dataclass_in(hint)
+        if group is None:
+            return Any
+        hint = typing.get_type_hints(group).get(part, Any)
+    return Any if hint is None else hint
+
+
+def _assigned(tree: Any, key: str, value: Any, schema: Any, name: str | Path) -> Any:
+    """Return a config with another value of a dotted key."""
+    path = _path_of(key)
+    if len(path) == 1 and isinstance(value, dict) and isinstance(tree.get(path[0]), dict):
+        return _merge(tree, {path[0]: value}, schema)
+    return _with_value(tree, path, value, "", name)
+
+
+def _with_value(tree: Any, path: Sequence[str], value: Any, above: str, name: str | Path) -> Any:
+    if not path:
+        return value
+    first, rest = path[0], path[1:]
+    here = f"{above}.{first}" if above else first
+    if isinstance(tree, list) and first.isdigit() and int(first) < len(tree):
+        place = int(first)
+        return [*tree[:place], _with_value(tree[place], rest, value, here, name), *tree[place + 1 :]]
+    if tree is not None and tree != MISSING and not isinstance(tree, dict):
+        raise ConfigError(f"{name}: {above} must be a mapping to set {here}, got {shown(tree)}; give all of {above}")
+    before = tree if isinstance(tree, dict) else {}
+    return {**before, first: _with_value(before.get(first), rest, value, here, name)}
 
 
 def _unknown_keys(config: Mapping[Any, Any], schema: type, prefix: str = "") -> Iterator[tuple[str, str, list[str]]]:
     """Yield (prefix, key, known keys) of every key that the schema lacks."""
     hints = typing.get_type_hints(schema)
     known = [field.name for field in dataclasses.fields(cast(Any, schema))]
-    for key in config:
+    for key, value in config.items():
         if key not in known:
             yield prefix, str(key), known
             continue
-        nested = _dataclass_in(hints[key])
-        value = None if OmegaConf.is_missing(config, key) else config[key]
-        if nested is not None and isinstance(value, Mapping | DictConfig):
+        nested = dataclass_in(hints[key])
+        if nested is not None and isinstance(value, Mapping):
             yield from _unknown_keys(value, nested, f"{prefix}{key}.")
 
 
-def _dataclass_in(hint: Any) -> type | None:
-    """Return the dataclass of a type hint, also for `X | None`."""
-    options = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
-    return next((option for option in options if isinstance(option, type) and dataclasses.is_dataclass(option)), None)
-
-
-def _make_tuples(config: Any) -> None:
-    """Convert lists of tuple fields to tuples, which OmegaConf does from version 2.4."""
-    hints = typing.get_type_hints(type(config))
-    for field in dataclasses.fields(config):
-        value = getattr(config, field.name)
-        if dataclasses.is_dataclass(value):
-            _make_tuples(value)
-        elif isinstance(value, list) and _holds_tuple(hints[field.name]):
-            setattr(config, field.name, tuple(value))
-
-
-def _holds_tuple(hint: Any) -> bool:
-    options = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
-    return any(typing.get_origin(option) is tuple for option in options)
-
-
-def _unknown_key_message(prefix: str, key: str, known: list[str]) -> str:
+def _unknown_key_message(prefix: str, key: str, known: list[str], schema: type) -> str:
+    elsewhere = [name for name in _all_keys(schema) if name.rpartition(".")[2] == key]
     near = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
+    near = near if not elsewhere or (near and difflib.SequenceMatcher(None, key, near[0]).ratio() > 0.8) else elsewhere
     hint = f"Did you mean: '{near[0]}'?" if near else f"Known: {', '.join(known)}"
     where = f" in '{prefix.rstrip('.')}'" if prefix else ""
     return f"Key '{key}' not{where or ' in the config'}. {hint}"
+
+
+def _all_keys(schema: type, prefix: str = "") -> Iterator[str]:
+    for name, hint in typing.get_type_hints(schema).items():
+        yield f"{prefix}{name}"
+        if (nested := dataclass_in(hint)) is not None:
+            yield from _all_keys(nested, f"{prefix}{name}.")

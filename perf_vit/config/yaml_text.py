@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import dataclasses
+import re
+import typing
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import yaml
 from omegaconf.errors import GrammarParseError
 from omegaconf.grammar.gen.OmegaConfGrammarParser import OmegaConfGrammarParser
 from omegaconf.grammar_parser import parse
 
+from perf_vit.config.values import options_of_hint
 from perf_vit.errors import ConfigError
 
 __all__ = ["MOST_CHARACTERS", "NODE_CHARACTERS", "check_interpolations", "load_yaml"]
@@ -26,8 +30,26 @@ _LONGEST_TEXT = 1_000_000
 _DEEPEST = 50
 
 
-def load_yaml(text: str) -> Any:
+class _Loader(yaml.SafeLoader):
+    """Safe loader for which 1e-6 is a number, as in YAML 1.2, and 2024-01-31 is text, as configs have no dates."""
+
+
+_Loader.yaml_implicit_resolvers = {
+    first: [(tag, pattern) for tag, pattern in resolvers if tag != "tag:yaml.org,2002:timestamp"]
+    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+_EXPONENTIAL = re.compile(r"^[-+]?(?:[0-9][0-9_]*\.?|[0-9]*\.[0-9]+)[eE][-+]?[0-9]+$")
+_Loader.add_implicit_resolver("tag:yaml.org,2002:float", _EXPONENTIAL, list("-+.0123456789"))
+
+_NOT_TEXT = tuple(f"tag:yaml.org,2002:{kind}" for kind in ("bool", "int", "float"))
+
+
+def load_yaml(text: str, hint: Any = Any) -> Any:
     """Parse YAML into plain values.
+
+    Args:
+        text: YAML.
+        hint: Type of the content; where it says text, unquoted words such as no, 1.10 and 2024-01-01 are text.
 
     Raises:
         yaml.YAMLError: The text isn't YAML.
@@ -36,7 +58,47 @@ def load_yaml(text: str) -> Any:
     if len(text) > _LONGEST_TEXT:
         raise ValueError(f"at most {_LONGEST_TEXT:,} characters are read, got {len(text):,}")
     _check_growth(text)
-    return yaml.safe_load(text)
+    loader = _Loader(text)
+    try:
+        node = loader.get_single_node()
+        if node is None:
+            return None
+        _keep_text(node, hint)
+        return loader.construct_document(node)
+    finally:
+        loader.dispose()
+
+
+def _keep_text(node: yaml.Node, hint: Any) -> None:
+    """Tag unquoted scalars as text where a type says so."""
+    if hint is Any:
+        return
+    for option in options_of_hint(hint):
+        items = typing.get_args(option)[:1] if typing.get_origin(option) in (list, tuple) else ()
+        if isinstance(node, yaml.MappingNode) and isinstance(option, type) and dataclasses.is_dataclass(option):
+            hints = {"<<": option, **typing.get_type_hints(option)}
+            for key, value in node.value:
+                _keep_text(value, hints.get(str(key.value), Any))
+        elif isinstance(node, yaml.SequenceNode):
+            for each in node.value:
+                _keep_text(each, items[0] if items else option)
+        elif isinstance(node, yaml.ScalarNode) and items:
+            _keep_text(node, items[0])
+    if isinstance(node, yaml.ScalarNode) and node.style is None and node.tag in _NOT_TEXT and _is_text(hint):
+        node.tag = "tag:yaml.org,2002:str"
+
+
+def _is_text(hint: Any) -> bool:
+    """Return whether scalars of a type are text; null and lists of text are left to other rules."""
+    scalars = [each for each in options_of_hint(hint) if typing.get_origin(each) not in (list, tuple, dict)]
+    kinds = [_text_kind(each) for each in scalars if each is not type(None) and not dataclasses.is_dataclass(each)]
+    return bool(kinds) and all(kinds)
+
+
+def _text_kind(hint: Any) -> bool:
+    if typing.get_origin(hint) is Literal:
+        return all(isinstance(each, str) for each in typing.get_args(hint))
+    return hint is str
 
 
 def _check_growth(text: str) -> None:

@@ -25,6 +25,7 @@ from perf_vit.conversion.weights import (
     is_model,
     pretrained_cfg_of_file,
     read_weights,
+    weights_file,
 )
 from perf_vit.errors import CheckpointError, OutputError, parsing, reason_line
 from perf_vit.layers import current_draw, redraw_projections
@@ -39,6 +40,7 @@ __all__ = [
     "is_converted",
     "load_converted",
     "load_softmax",
+    "read_model_config",
     "read_saved_config",
     "save_converted",
     "staged_folder",
@@ -117,8 +119,8 @@ def load_softmax(folder: str | Path, **timm_kwargs: Any) -> nn.Module:
     Raises:
         CheckpointError: a file is missing or damaged, or the weights don't match the config.
     """
-    config = _read_json(Path(folder, CONFIG))
-    return _build(config, read_weights(Path(folder, WEIGHTS)), folder, **timm_kwargs)
+    config = read_model_config(folder)
+    return _build(config, read_weights(weights_file(folder)), folder, **timm_kwargs)
 
 
 def build_converted(
@@ -128,10 +130,10 @@ def build_converted(
     origin: str | Path = "",
     **timm_kwargs: Any,
 ) -> nn.Module:
-    """Build the model described by a saved config.
+    """Build the model described by a saved config, converted if the config has a conversion.
 
     Args:
-        config: Result of `read_saved_config`.
+        config: Result of `read_saved_config` or `read_model_config`.
         weights: State dict of the softmax model; None for random weights.
         origin: Path of the weights, for error messages.
         **timm_kwargs: Arguments of `timm.create_model` that override those of the config.
@@ -140,6 +142,8 @@ def build_converted(
         CheckpointError: The weights don't match the config, or the conversion is of another version.
     """
     model = _build(config, weights, origin, **timm_kwargs)
+    if CONFIG_KEY not in config:
+        return model.eval()
     body, ours = find_vit(model), config[CONFIG_KEY]
     if weights is not None:
         _check_names(model, weights, origin)
@@ -171,6 +175,15 @@ def read_saved_config(folder: str | Path) -> dict[str, Any]:
             "`perf-vit convert`"
         )
     return config
+
+
+def read_model_config(folder: str | Path) -> dict[str, Any]:
+    """Read the config of a folder in timm's hub format, with or without a conversion.
+
+    Raises:
+        CheckpointError: The config is missing or damaged, or this timm lacks the architecture.
+    """
+    return _read_json(Path(folder, CONFIG))
 
 
 def is_converted(folder: str | Path) -> bool:

@@ -10,10 +10,12 @@ from typing import Any
 
 import timm
 import torch
+from huggingface_hub import hf_hub_download
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from perf_vit.errors import CheckpointError, ConfigError, parsing
+from perf_vit.errors import CheckpointError, ConfigError, parsing, reason_line
 from perf_vit.registry import load_extensions
 
 __all__ = [
@@ -23,6 +25,8 @@ __all__ = [
     "is_model",
     "pretrained_cfg_of_file",
     "read_weights",
+    "stored_folder",
+    "weights_file",
 ]
 
 
@@ -30,6 +34,57 @@ def is_model(name: str) -> bool:
     """Return whether timm has a model, of its own, of this package or of an installed extension."""
     load_extensions()
     return bool(timm.is_model(name))
+
+
+_HUB, _FOLDER = ("hf-hub:", "hf_hub:"), ("local-dir:", "local_dir:")
+_WEIGHTS = ("model.safetensors", "pytorch_model.bin")
+
+
+def stored_folder(name: str) -> Path | None:
+    """Return the folder with `config.json` and weights, in timm's hub format, that the name of a backbone stands for.
+
+    Args:
+        name: "local-dir:FOLDER" or a folder, or "hf-hub:OWNER/MODEL" with or without "@REVISION", whose files are
+            fetched once and then kept in the cache of huggingface_hub; anything else is taken for a timm model.
+
+    Returns:
+        The folder; None for a timm model.
+
+    Raises:
+        ConfigError: There is no such folder, or the hub doesn't give the model.
+    """
+    if name.startswith(_HUB):
+        return _fetched(name)
+    if not name.startswith(_FOLDER):
+        return Path(name) if not is_model(name) and Path(name).is_dir() else None
+    folder = Path(name.partition(":")[2])
+    if not folder.is_dir():
+        raise ConfigError(f"model.backbone {name}: there is no folder {folder}; check the path")
+    return folder
+
+
+def _fetched(name: str) -> Path:
+    model, _, revision = name.partition(":")[2].partition("@")
+    problem: Exception | None = None
+    for weights in _WEIGHTS:
+        try:
+            config = hf_hub_download(model, "config.json", revision=revision or None)
+            hf_hub_download(model, weights, revision=revision or None)
+            return Path(config).parent
+        # Without network, and without the file in the cache, there is an OSError.
+        except (HfHubHTTPError, HFValidationError, OSError) as error:
+            problem = error
+    assert problem is not None
+    reason = reason_line(problem).partition(". ")[0]
+    raise ConfigError(
+        f"model.backbone {name} can't be fetched: {reason}; check name and network, or give a folder that holds "
+        "config.json and model.safetensors, as local-dir:FOLDER"
+    ) from problem
+
+
+def weights_file(folder: str | Path) -> Path:
+    """Return the file with the weights of a folder in timm's hub format."""
+    return next((file for name in _WEIGHTS if (file := Path(folder, name)).is_file()), Path(folder, _WEIGHTS[0]))
 
 
 _COMMON = """

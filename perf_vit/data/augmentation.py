@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -48,6 +49,16 @@ class AugmentConfig:
     offset: float = 0.0
     shuffle: float = 0.0
     stain: float = 0.0
+
+    @staticmethod
+    def from_short(value: Any, key: str) -> dict[str, Any] | None:
+        """Return the keys that none or false in place of a mapping stands for: no changes at all."""
+        return {"flips": False} if str(value).lower() in ("none", "null", "false", "no", "off") else None
+
+    @staticmethod
+    def short_schema() -> dict[str, Any]:
+        """Return the JSON schema of what `from_short` takes."""
+        return {"enum": ["none", False, None]}
 
 
 def check_augment(config: AugmentConfig) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import Literal
 
 import numpy as np
 from torch.utils.data import DataLoader
@@ -94,7 +95,7 @@ class ClassificationDataConfig(ImageDataConfig):
     classes: list[str] | None = None
     multilabel: bool = False
     label_column: str = "label"
-    sampler: str = "random"
+    sampler: Literal["random", "balanced"] = "random"
 
 
 @dataclass(kw_only=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 from perf_vit.data.augmentation import AugmentConfig, check_augment
 from perf_vit.data.samplers import SAMPLERS
@@ -32,8 +32,12 @@ class SplitConfig:
         image: File, folder, glob, or list of these.
     """
 
-    # OmegaConf has no union of str and list.
-    image: Any
+    image: str | list[str]
+
+    @staticmethod
+    def from_short(value: Any, key: str) -> dict[str, Any] | None:
+        """Return the keys that a path in place of a mapping stands for: `image`."""
+        return {"image": value} if isinstance(value, str) and value.lower() not in ("none", "null") else None
 
     def __post_init__(self) -> None:
         paths = image_paths(self.image)
@@ -152,7 +156,7 @@ class SegmentationDataConfig(TileDataConfig):
     classes: list[str]
     extra_train: list[SegmentationSplitConfig] = field(default_factory=list)
     values: list[int] | None = None
-    ignore_values: list[Any] = field(default_factory=list)
+    ignore_values: list[int | float | str | None] = field(default_factory=list)
     attribute: str | None = None
     background: str | None = None
     all_touched: bool = False
@@ -162,7 +166,7 @@ class SegmentationDataConfig(TileDataConfig):
     slide_mpp: float | None = None
     tissue: str | None = None
     tile_px: int = 512
-    sampler: str = "random"
+    sampler: Literal["random", "balanced", "grid"] = "random"
     tiles_per_epoch: int = 200
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 from torch.utils.data import DataLoader
@@ -92,7 +93,7 @@ class DetectionDataConfig(TileDataConfig):
     mpp: float | None = None
     slide_mpp: float | None = None
     tile_px: int = 512
-    sampler: str = "objects"
+    sampler: Literal["random", "objects", "balanced"] = "objects"
     random_share: float = 0.25
     min_visible: float = 0.3
     tiles_per_epoch: int = 200

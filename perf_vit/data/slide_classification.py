@@ -33,7 +33,7 @@ class SlideClassificationSplitConfig(SplitConfig):
         labels: CSV file with the columns slide and label.
     """
 
-    image: str | None = None
+    image: str | None = None  # type: ignore[assignment]
     labels: str
 
     def __post_init__(self) -> None:

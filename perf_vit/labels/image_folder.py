@@ -152,7 +152,7 @@ def find_label_pairs(images: InputPath, labels: str | Path) -> list[tuple[Path, 
     are left out with a warning.
 
     Args:
-        images: Folder, glob, or list of these and of files.
+        images: Folder, glob, or list of these and of files; of a list of files, labels of other images are left out.
         labels: Folder.
 
     Returns:
@@ -167,7 +167,10 @@ def find_label_pairs(images: InputPath, labels: str | Path) -> list[tuple[Path, 
     folder = ImageFolder(given, without=[inner for root in roots if (inner := _inside(root, at_labels)) is not None])
     files = _label_files(at_labels, roots)
     orphans = [file for file in files if not folder.has(_name(file, at_labels))]
-    if orphans:
+    if len(orphans) < len(files) and all(Path(each).is_file() for each in given):
+        # A list of files chooses some of the labelled images.
+        files = [file for file in files if file not in set(orphans)]
+    elif orphans:
         raise InputError(
             f"{len(orphans)} of {len(files)} label files in {labels} have no image of their name among the "
             f"{len(folder.paths)} in {folder.root}, the first {orphans[0]}; a label file has the name of its image "

@@ -27,7 +27,7 @@ with extra("geo", __name__):
         pretrained_statistics,
     )
     from perf_vit.models.detection import DetectionModelConfig, DetectionSpec, Detector, build_detector, detector_kind
-    from perf_vit.models.finetune import LoraConfig, backbone_body, backbone_layers
+    from perf_vit.models.finetune import LoraConfig, backbone_body, backbone_layers, check_not_random
     from perf_vit.models.input_spec import (
         InputBands,
         InputCheck,
@@ -89,6 +89,7 @@ __all__ = [
     "build_detector",
     "build_segmenter",
     "build_slide_classifier",
+    "check_not_random",
     "checkpoint_facts",
     "checkpoint_metadata",
     "checkpoint_task",

@@ -1,4 +1,4 @@
-"""Config of backbones, and backbones built from it: timm models and folders of converted models."""
+"""Config of backbones, and backbones built from it: timm models and folders of stored models."""
 
 from __future__ import annotations
 
@@ -6,17 +6,24 @@ import difflib
 import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import timm
+import torch
 from torch import nn
 
 import perf_vit.backbones  # noqa: F401  (registers the backbones)
 from perf_vit.conversion import load_converted
-from perf_vit.conversion.save import build_converted, read_saved_config
-from perf_vit.conversion.weights import check_file_arguments, is_model
+from perf_vit.conversion.save import build_converted, is_converted, load_softmax, read_model_config
+from perf_vit.conversion.weights import (
+    check_file_arguments,
+    create_with_weights,
+    is_model,
+    read_weights,
+    stored_folder,
+)
 from perf_vit.errors import ConfigError, PerfVitError, reason_line
 from perf_vit.models.valid_tokens import with_key_mask
 from perf_vit.types import FeatureSpec
@@ -27,7 +34,10 @@ __all__ = [
     "check_argument_names",
     "constructor_errors",
     "create_backbone",
+    "default_indices",
     "feature_specs",
+    "is_random",
+    "map_strides",
 ]
 
 
@@ -36,13 +46,17 @@ class BackboneConfig:
     """Backbone of a model.
 
     Attributes:
-        backbone: Name of a timm model, or folder of a converted model, whose weights are loaded.
+        backbone: Name of a timm model; or a model with its weights: a folder of `perf-vit convert` or in timm's hub
+            format, also as local-dir:FOLDER, or hf-hub:OWNER/MODEL.
+        weights: Weights file for the timm model, .safetensors or .pth, with the names of timm or of the model's
+            authors; None for random weights, or those of `pretrained`.
         backbone_kwargs: Arguments of `timm.create_model`, such as {attn_kwargs: {num_features: 128}}; limited to those
             of `perf_vit.conversion.weights`.
         pretrained: Whether to load timm's weights for the backbone.
     """
 
     backbone: str = "performer_vit_small_patch16_224"
+    weights: str | None = None
     backbone_kwargs: dict[str, Any] = field(default_factory=dict)
     pretrained: bool = False
 
@@ -80,8 +94,71 @@ def build_backbone(
         "features_only": True,
         **({} if out_indices is None else {"out_indices": tuple(out_indices)}),
     }
-    backbone, saved_backbone = create_backbone(config, in_chans, tile_px, saved_backbone, options)
+    try:
+        backbone, saved_backbone = create_backbone(config, in_chans, tile_px, saved_backbone, options)
+    except ConfigError as error:
+        _check_indices(config, out_indices, tile_px, saved_backbone, error)
+        raise
     return with_key_mask(backbone), saved_backbone
+
+
+def map_strides(config: BackboneConfig, tile_px: int, saved_backbone: Mapping[str, Any] | None = None) -> list[int]:
+    """Return the strides of all feature maps of a backbone, from which `out_indices` choose.
+
+    Args:
+        config: Backbone.
+        tile_px: Tile size in pixels.
+        saved_backbone: Config of the stored model that the backbone was built from, used instead of its folder.
+
+    Raises:
+        ConfigError: The backbone is unknown, or gives no maps.
+    """
+    plain = replace(config, pretrained=False, weights=None)
+    if saved_backbone is None and (folder := stored_folder(config.backbone)) is not None:
+        saved_backbone = read_model_config(folder)
+    options = {"features_only": True, "out_indices": (0,)}
+    # Neither time nor random numbers are spent on weights that are thrown away.
+    with torch.random.fork_rng(devices=[]):
+        try:
+            with torch.device("meta"):
+                probe: Any = _create(plain, 3, tile_px, saved_backbone, options)
+        # Some constructors need values, which meta tensors lack.
+        except ConfigError:
+            probe = _create(plain, 3, tile_px, saved_backbone, options)
+    return [each["reduction"] for each in probe.feature_info.info]
+
+
+def default_indices(strides: Sequence[int]) -> list[int]:
+    """Return indices of maps for a segmentation head: four blocks of a plain ViT, or strides 4 to 32 of a pyramid.
+
+    Args:
+        strides: Result of `map_strides`.
+    """
+    if len(set(strides)) == 1:
+        return sorted({-(-len(strides) * part // 4) - 1 for part in (1, 2, 3, 4)})
+    last = {stride: index for index, stride in enumerate(strides)}
+    return [index for stride, index in last.items() if 4 <= stride <= 32] or list(last.values())
+
+
+def _check_indices(
+    config: BackboneConfig,
+    out_indices: Sequence[int] | None,
+    tile_px: int,
+    saved_backbone: Mapping[str, Any] | None,
+    error: ConfigError,
+) -> None:
+    """Explain an error of `out_indices` that the backbone doesn't have."""
+    if not out_indices:
+        return
+    try:
+        strides = map_strides(config, tile_px, saved_backbone)
+    except PerfVitError:
+        return
+    if not all(-len(strides) <= index < len(strides) for index in out_indices):
+        raise ConfigError(
+            f"model.out_indices must be from 0 to {len(strides) - 1}, as {config.backbone} has maps of strides "
+            f"{strides}, got {list(out_indices)}; leave it out for {default_indices(strides)}"
+        ) from error
 
 
 def create_backbone(
@@ -110,11 +187,16 @@ def create_backbone(
     check_file_arguments(config.backbone_kwargs, "model.backbone_kwargs")
     if not 1 <= tile_px <= _LARGEST_TILE_PX:
         raise ConfigError(f"data.tile_px must be from 1 to {_LARGEST_TILE_PX}, got {tile_px}")
-    in_folder = saved_backbone is None and not is_model(config.backbone) and Path(config.backbone).is_dir()
-    if in_folder:
-        saved_backbone = read_saved_config(config.backbone)
-    made = _create(config, in_chans, tile_px, saved_backbone, options or {}, load_weights=in_folder)
+    folder = stored_folder(config.backbone) if saved_backbone is None else None
+    if folder is not None:
+        saved_backbone = read_model_config(folder)
+    made = _create(config, in_chans, tile_px, saved_backbone, options or {}, folder)
     return made, saved_backbone
+
+
+def is_random(config: BackboneConfig) -> bool:
+    """Return whether training starts from random weights of the backbone."""
+    return not config.pretrained and config.weights is None and is_model(config.backbone)
 
 
 def feature_specs(backbone: nn.Module) -> list[FeatureSpec]:
@@ -129,31 +211,57 @@ def _create(
     tile_px: int,
     saved: Mapping[str, Any] | None,
     options: Mapping[str, Any],
-    *,
-    load_weights: bool,
+    folder: Path | None = None,
 ) -> nn.Module:
     if saved is None and not is_model(config.backbone):
         near = difflib.get_close_matches(config.backbone, timm.list_models(), n=1, cutoff=0.5)
         hint = f"did you mean {near[0]}?" if near else "see `timm.list_models('performer_*')`"
         raise ConfigError(f"model.backbone: timm has no model {config.backbone}, nor is it a folder; {hint}")
+    if config.weights is not None and (saved is not None or config.pretrained):
+        other = "model.pretrained" if config.pretrained else f"model.backbone {config.backbone}"
+        raise ConfigError(f"model.weights and {other} both give weights; leave one of them out")
+    given = {**options, "in_chans": in_chans}
+    name = config.backbone if saved is None else str(saved["architecture"])
     with constructor_errors(f"model.backbone {config.backbone}"):
-        options = {
-            **options,
-            "in_chans": in_chans,
-            **_size_options(config.backbone if saved is None else saved["architecture"], tile_px),
-            **config.backbone_kwargs,
-        }
-        if load_weights:
-            return load_converted(config.backbone, **options).train()
-        if saved is not None:
-            return build_converted(saved, **options).train()
-        return timm.create_model(config.backbone, pretrained=config.pretrained, **options)
+        *tried, last = _size_options(name, tile_px)
+        for size in tried:
+            try:
+                return _built(config, saved, folder, {**given, **size, **config.backbone_kwargs}).train()
+            except TypeError as error:
+                # Models take other sizes by different arguments.
+                if not any(argument in str(error) for argument in size):
+                    raise
+        return _built(config, saved, folder, {**given, **last, **config.backbone_kwargs}).train()
 
 
-def _size_options(name: str, tile_px: int) -> dict[str, Any]:
-    # Models of fixed input size need these options; others (convolutions, rotary positions) accept any size.
+def _built(
+    config: BackboneConfig, saved: Mapping[str, Any] | None, folder: Path | None, options: Mapping[str, Any]
+) -> nn.Module:
+    """Build a backbone with its weights, from a folder, a file or timm, or with random ones."""
+    if folder is not None:
+        return load_converted(folder, **options) if is_converted(folder) else load_softmax(folder, **options)
+    if saved is not None:
+        return build_converted(saved, **options)
+    if config.weights is None:
+        model: nn.Module = timm.create_model(config.backbone, pretrained=config.pretrained, **options)
+        return model
+    cfg = timm.get_pretrained_cfg(config.backbone)
+    classifier = () if cfg is None or cfg.classifier is None else cfg.classifier
+    classifiers = tuple(f"{layer}." for layer in ([classifier] if isinstance(classifier, str) else classifier))
+    weights = {name: value for name, value in read_weights(config.weights).items() if not name.startswith(classifiers)}
+    # With as many classes in the config of the weights, timm checks all names.
+    return create_with_weights(
+        config.backbone, weights, config.weights, {"num_classes": 0}, **{**options, "num_classes": 0}
+    )
+
+
+def _size_options(name: str, tile_px: int) -> list[dict[str, Any]]:
+    """Return arguments that set the tile size, to be tried in turn; models of any size (convolutions) need none."""
     cfg = timm.get_pretrained_cfg(name)
-    return {"img_size": tile_px, "dynamic_img_size": True} if cfg is not None and cfg.fixed_input_size else {}
+    if cfg is None or not cfg.fixed_input_size:
+        return [{}]
+    any_size = [{"dynamic_img_size": True}, {"strict_img_size": False}, {}]
+    return [{"img_size": tile_px, **more} for more in any_size]
 
 
 @contextmanager

@@ -207,7 +207,9 @@ def load_model(path: str | Path, *tasks: str) -> Any:
     metadata = content[CHECKPOINT_KEY]
     network = NETWORKS[_task_of(metadata)]
     with _other_versions(path, metadata):
-        made_with, state = _plain(network.config(**{**metadata["model"], "pretrained": False}), content)
+        # The weights are those of the checkpoint.
+        no_weights = {"pretrained": False, **({"weights": None} if "weights" in metadata["model"] else {})}
+        made_with, state = _plain(network.config(**{**metadata["model"], **no_weights}), content)
         meaning, saved_backbone = network.spec.from_dict(metadata["spec"]), metadata.get("saved_backbone")
         _check_names_no_files(path, made_with.backbone, saved_backbone, getattr(meaning, "tissue", None))
         check_values(made_with, "model.")

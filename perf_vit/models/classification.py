@@ -12,8 +12,8 @@ from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.layers import AttentionPoolLatent
 from torch import Tensor, nn
 
-from perf_vit.conversion.save import read_saved_config
-from perf_vit.conversion.weights import is_model
+from perf_vit.conversion.save import read_model_config
+from perf_vit.conversion.weights import stored_folder
 from perf_vit.errors import ConfigError
 from perf_vit.models.backbone import BackboneConfig, constructor_errors, create_backbone
 from perf_vit.models.finetune import BackboneTuning, backbone_layers, evaluate_frozen, tune_backbone
@@ -83,16 +83,17 @@ def pretrained_statistics(backbone: str) -> Normalizer:
     """Return the mean and standard deviation of RGB that a backbone was pretrained with, for 8-bit pixels.
 
     Args:
-        backbone: Name of a timm model, or folder of a converted model.
+        backbone: Name of a timm model, or what else `model.backbone` takes.
 
     Raises:
-        CheckpointError: The folder has no converted model.
+        CheckpointError: The folder has no model.
     """
-    if is_model(backbone):
+    folder = stored_folder(backbone)
+    if folder is None:
         config = timm.get_pretrained_cfg(backbone)
         found = {} if config is None else {"mean": config.mean, "std": config.std}
     else:
-        found = read_saved_config(backbone).get("pretrained_cfg") or {}
+        found = read_model_config(folder).get("pretrained_cfg") or {}
     mean, std = found.get("mean", IMAGENET_DEFAULT_MEAN), found.get("std", IMAGENET_DEFAULT_STD)
     return Normalizer(tuple(255.0 * value for value in mean), tuple(255.0 * value for value in std))
 

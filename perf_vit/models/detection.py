@@ -179,8 +179,9 @@ class DetectionModelConfig(BackboneTuning):
     """Backbone, neck and head; `BackboneTuning` has further keys.
 
     Attributes:
-        backbone: Name of a timm model that supports `features_only`, or folder of a converted model, whose weights are
-            loaded. A plain ViT gets the neck `SimpleFPN`, a pyramid `TopDownFPN`.
+        backbone: Name of a timm model; or a model with its weights: a folder of `perf-vit convert` or in timm's hub
+            format, also as local-dir:FOLDER, or hf-hub:OWNER/MODEL. A plain ViT gets the neck `SimpleFPN`, a pyramid
+            `TopDownFPN`.
         reduce: Factor by which the backbone's input is downsampled, to save time on objects much larger than a pixel.
             Strides, labels and detections stay in image pixels.
         out_indices: Indices of the backbone's maps for the neck; None for the last map of a plain ViT, all of a

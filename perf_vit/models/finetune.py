@@ -11,13 +11,14 @@ from timm.models import group_parameters
 from torch import Tensor, nn
 
 from perf_vit.errors import ConfigError, extra, reason_line
-from perf_vit.models.backbone import BackboneConfig
+from perf_vit.models.backbone import BackboneConfig, is_random
 
 __all__ = [
     "BackboneTuning",
     "LoraConfig",
     "backbone_body",
     "backbone_layers",
+    "check_not_random",
     "evaluate_frozen",
     "merge_lora",
     "tune_backbone",
@@ -41,6 +42,16 @@ class LoraConfig:
     alpha: float = 16.0
     dropout: float = 0.0
     targets: list[str] = field(default_factory=lambda: ["qkv", "proj"])
+
+    @staticmethod
+    def from_short(value: Any, key: str) -> dict[str, Any] | None:
+        """Return the keys that true in place of a mapping stands for: all defaults."""
+        return {} if str(value).lower() in ("true", "yes", "on") else None
+
+    @staticmethod
+    def short_schema() -> dict[str, Any]:
+        """Return the JSON schema of what `from_short` takes."""
+        return {"const": True}
 
 
 @dataclass(kw_only=True)
@@ -113,6 +124,26 @@ def tune_backbone(
         if not hasattr(body, "set_grad_checkpointing"):
             raise ConfigError(f"model.grad_checkpointing: {type(body).__name__} doesn't support it; leave it out")
         body.set_grad_checkpointing(True)
+
+
+def check_not_random(config: BackboneConfig) -> None:
+    """Refuse to freeze random weights of a backbone, which would never learn anything.
+
+    Raises:
+        ConfigError: The backbone, or a part of it, is random and frozen.
+    """
+    frozen = [
+        name
+        for name in ("freeze_backbone", "trainable_blocks", "lora")
+        if getattr(config, name, None) not in (None, False)
+    ]
+    is_encoder = not isinstance(config, BackboneTuning)
+    if is_random(config) and (frozen or is_encoder):
+        what = "the encoder, which is not trained," if is_encoder else f"model.{frozen[0]} freezes weights that"
+        raise ConfigError(
+            f"{what} would be random: give model.pretrained=true, model.weights=FILE, or as model.backbone the folder "
+            "of a trained model"
+        )
 
 
 def backbone_body(backbone: nn.Module) -> nn.Module:

@@ -14,7 +14,14 @@ from torch import Tensor, nn
 
 import perf_vit.backbones  # noqa: F401  (registers the backbones)
 from perf_vit.errors import ConfigError
-from perf_vit.models.backbone import build_backbone, check_argument_names, constructor_errors, feature_specs
+from perf_vit.models.backbone import (
+    build_backbone,
+    check_argument_names,
+    constructor_errors,
+    default_indices,
+    feature_specs,
+    map_strides,
+)
 from perf_vit.models.finetune import BackboneTuning, evaluate_frozen, tune_backbone
 from perf_vit.models.heads import SEGMENTATION_HEADS
 from perf_vit.models.input_spec import TaskSpec
@@ -126,15 +133,15 @@ class SegmentationModelConfig(BackboneTuning):
     """Backbone and head; `BackboneTuning` has further keys.
 
     Attributes:
-        backbone: Name of a timm model that supports `features_only`, and `img_size` and `dynamic_img_size` if its input
-            size is fixed; or folder of a converted model, whose weights are loaded.
-        out_indices: Indices of the blocks whose outputs are the head's input.
-        head: full_resolution, linear, upernet, dpt, segformer or a registered one.
+        out_indices: Indices of the backbone's maps that are the head's input; None for four blocks of a plain ViT, or
+            the maps of strides 4 to 32 of a pyramid.
+        head: full_resolution, linear, upernet, dpt, segformer or a registered one; None for full_resolution on a plain
+            ViT, upernet on a pyramid.
         head_kwargs: Further arguments of the head.
     """
 
-    out_indices: list[int] = field(default_factory=lambda: [2, 5, 8, 11])
-    head: str = "full_resolution"
+    out_indices: list[int] | None = None
+    head: str | None = None
     head_kwargs: dict[str, Any] = field(default_factory=dict)
 
 
@@ -153,8 +160,10 @@ def build_segmenter(
         ConfigError: The backbone or head is unknown or doesn't accept its arguments, or the tile size is not a
             multiple of the patch size.
     """
-    in_chans = len(spec.normalizer.mean)
-    backbone, saved_backbone = build_backbone(config, config.out_indices, in_chans, spec.tile_px, saved_backbone)
+    in_chans, indices = len(spec.normalizer.mean), config.out_indices
+    if indices is None:
+        indices = default_indices(map_strides(config, spec.tile_px, saved_backbone))
+    backbone, saved_backbone = build_backbone(config, indices, in_chans, spec.tile_px, saved_backbone)
     specs = feature_specs(backbone)
     size_multiple = max(s.stride for s in specs)
     if spec.tile_px % size_multiple:
@@ -162,9 +171,11 @@ def build_segmenter(
         raise ConfigError(
             f"data.tile_px must be a multiple of the patch size {size_multiple}, got {spec.tile_px}; try {nearest}"
         )
-    make_head = SEGMENTATION_HEADS[config.head]
-    check_argument_names(make_head, config.head_kwargs, f"model.head_kwargs of {config.head}", given=3)
-    with constructor_errors(f"model.head {config.head}"):
+    has_one_stride = len({s.stride for s in specs}) == 1
+    name = config.head or ("full_resolution" if has_one_stride else "upernet")
+    make_head = SEGMENTATION_HEADS[name]
+    check_argument_names(make_head, config.head_kwargs, f"model.head_kwargs of {name}", given=3)
+    with constructor_errors(f"model.head {name}"):
         head = make_head(specs, in_chans, len(spec.classes), **config.head_kwargs)
     tune_backbone(backbone, config)
     return Segmenter(backbone, head, spec, size_multiple, saved_backbone)

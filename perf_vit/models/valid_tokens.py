@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+from timm.layers import Format
 from timm.models import checkpoint
 from timm.models._features import FeatureGetterNet
 from timm.models.eva import Eva
@@ -81,7 +82,7 @@ def key_mask(model: nn.Module, valid: Tensor | None, pixel_px: int = 1) -> Tenso
 
 
 def forward_maps(backbone: nn.Module, image: Tensor, valid: Tensor | None, pixel_px: int = 1) -> list[Tensor]:
-    """Compute the feature maps of a `features_only` backbone.
+    """Compute the feature maps of a `features_only` backbone, [B, C, h, w], also of one that gives [B, h, w, C].
 
     Args:
         backbone: Result of `with_key_mask`.
@@ -91,6 +92,8 @@ def forward_maps(backbone: nn.Module, image: Tensor, valid: Tensor | None, pixel
     """
     mask = key_mask(backbone, valid, pixel_px)
     maps: list[Tensor] = backbone(image) if mask is None else backbone(image, attn_mask=mask)
+    if getattr(backbone, "output_fmt", None) == Format.NHWC:
+        return [each.permute(0, 3, 1, 2).contiguous() for each in maps]
     return maps
 
 

@@ -22,7 +22,15 @@ from perf_vit.errors import DataWarning, InputError, reason_line
 from perf_vit.sources._gdal import reason_of
 from perf_vit.sources.files import PARQUET_SUFFIXES, split_layer
 
-__all__ = ["chosen_layer", "layer_name", "opens_as_vector", "read_features", "reading_path", "writing_path"]
+__all__ = [
+    "chosen_layer",
+    "layer_name",
+    "opens_as_vector",
+    "read_columns",
+    "read_features",
+    "reading_path",
+    "writing_path",
+]
 
 # pyogrio parses names as URLs: it drops the part after ";" and control characters, and "!" separates the path in an
 # archive.
@@ -105,6 +113,28 @@ def read_features(path: str, attribute: str | None) -> Any:
     if attribute is not None and attribute in frame:
         frame[attribute] = frame[attribute].map(_class_name)
     return _without_shapeless(frame, path)
+
+
+def read_columns(path: str) -> list[str]:
+    """Return the names of the columns of a vector file's layer, without the geometry.
+
+    Raises:
+        InputError: The file can't be read, or has several layers and none is given.
+    """
+    file, layer = split_layer(path)
+    try:
+        with reading_path(file) as found:
+            if Path(file).suffix.lower() in PARQUET_SUFFIXES:
+                fields = pyarrow.parquet.read_metadata(found).schema.to_arrow_schema()
+                geometry = json.loads((fields.metadata or {}).get(b"geo", b"{}")).get("primary_column", "geometry")
+                return [name for name in fields.names if name != geometry]
+            layers = [str(name) for name, kind in pyogrio.list_layers(found) if kind is not None]
+            names: list[str] = pyogrio.read_info(found, layer=chosen_layer(file, layers, layer))["fields"].tolist()
+            return names
+    except (DataSourceError, DataLayerError, OSError, ValueError) as error:
+        if isinstance(error, InputError):
+            raise
+        raise InputError(f"can't open {path} as a vector file: {reason_line(error)}") from error
 
 
 def _read(path: str, attribute: str | None) -> Any:

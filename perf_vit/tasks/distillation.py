@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import lightning
 import torch
@@ -21,7 +21,7 @@ from perf_vit.layers import LinearizedAttention
 from perf_vit.models.valid_tokens import forward_tokens, key_mask
 from perf_vit.tasks.callbacks import Curves, HistoryCallback
 from perf_vit.tasks.optim import warmup_cosine
-from perf_vit.tasks.trainer import best_and_last, lightning_trainer
+from perf_vit.tasks.trainer import best_and_last, lightning_trainer, precision_name
 
 __all__ = [
     "BlockCall",
@@ -167,7 +167,7 @@ class DistillationOptimConfig:
     block_lr: float = 3e-5
     token_steps: int = 0
     token_lr: float = 1e-5
-    trainable: str = "attention"
+    trainable: Literal["attention", "all"] = "attention"
     warmup_fraction: float = 0.1
     gradient_clip: float = 1.0
     max_minutes: float | None = None
@@ -373,6 +373,9 @@ class DistillationTrainerConfig:
     val_every_steps: int = 50
     precision: str = "32-true"
     accelerator: str = "auto"
+
+    def __post_init__(self) -> None:
+        self.precision = precision_name(self.precision)
 
 
 def build_distillation_trainer(

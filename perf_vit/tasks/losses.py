@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 import torch
@@ -14,6 +14,7 @@ from torch.nn import functional as F
 
 from perf_vit.distributed import mean_normalizer, sum_over_processes
 from perf_vit.errors import ConfigError
+from perf_vit.registry import did_you_mean
 from perf_vit.types import IGNORE_INDEX
 
 __all__ = [
@@ -47,6 +48,29 @@ class LossConfig:
     dice: float = 0.0
     focal: float = 0.0
     lovasz: float = 0.0
+
+    @staticmethod
+    def from_short(value: Any, key: str) -> dict[str, Any] | None:
+        """Return the weights that names of terms in place of a mapping stand for: 1 each, 0 for all others.
+
+        Raises:
+            ConfigError: A term is unknown.
+        """
+        terms = value.replace(",", " ").split() if isinstance(value, str) else value
+        if not isinstance(terms, list | tuple) or not terms:
+            return None
+        known = [each.name for each in fields(LossConfig)]
+        for term in terms:
+            if term not in known:
+                near = did_you_mean(term, known, "; weights are given as in {ce: 1, dice: 0.5}")
+                raise ConfigError(f"{key} must be one or more of {', '.join(known)}, got {term!r}{near}")
+        return {name: float(name in terms) for name in known}
+
+    @staticmethod
+    def short_schema() -> dict[str, Any]:
+        """Return the JSON schema of what `from_short` takes."""
+        names = {"enum": [each.name for each in fields(LossConfig)]}
+        return {"anyOf": [names, {"type": "array", "items": names}]}
 
 
 class SegmentationLoss(nn.Module):

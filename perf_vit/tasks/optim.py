@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal, get_args
 
 import lightning
 import torch
@@ -75,7 +75,8 @@ def _blocks(body: nn.Module) -> Iterator[nn.Module]:
 
 _NO_DECAY = ("pos_embed", "cls_token", "reg_token")
 
-_SCHEDULES = ("cosine", "constant", "multistep", "poly", "rsqrt", "step", "tanh", "wsd")
+_Schedule = Literal["cosine", "constant", "multistep", "poly", "rsqrt", "step", "tanh", "wsd"]
+_SCHEDULES: tuple[str, ...] = get_args(_Schedule)
 
 
 @dataclass(kw_only=True)
@@ -99,7 +100,7 @@ class OptimizerConfig:
     layer_decay: float = 1.0
     weight_decay: float = 0.05
     warmup_fraction: float = 0.05
-    schedule: str = "cosine"
+    schedule: _Schedule = "cosine"
     schedule_kwargs: dict[str, Any] = field(default_factory=dict)
 
 

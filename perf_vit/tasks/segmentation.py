@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 from torch import Tensor
 
@@ -36,7 +36,7 @@ class SegmentationOptimConfig(OptimizerConfig):
     """
 
     loss: LossConfig = field(default_factory=LossConfig)
-    class_weights: Any = None
+    class_weights: Literal["balanced"] | list[float] | None = None
 
 
 class SegmentationTask(TrainingTask):
@@ -54,6 +54,7 @@ class SegmentationTask(TrainingTask):
         super().__init__(optim)
         num_classes = len(spec.classes)
         check_class_weights(optim.class_weights, num_classes)
+        assert not isinstance(optim.class_weights, str)
         self.model_config = model_config
         self.model = build_segmenter(model_config, spec)
         self.loss = (MultilabelLoss if spec.multilabel else SegmentationLoss)(optim.loss, optim.class_weights)

@@ -6,7 +6,7 @@ import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import lightning
 import torch
@@ -16,6 +16,7 @@ from lightning.pytorch.loggers import Logger, TensorBoardLogger, WandbLogger
 
 from perf_vit.distributed import training_precision
 from perf_vit.errors import ConfigError, extra, reason_line
+from perf_vit.registry import did_you_mean
 from perf_vit.tasks.callbacks import (
     SEGMENTATION_CURVES,
     Curves,
@@ -33,9 +34,15 @@ from perf_vit.tasks.callbacks import (
 from perf_vit.tasks.optim import FullyShardedStrategy
 from perf_vit.tasks.pictures import Draw, PredictionPictures
 
-__all__ = ["TrainerConfig", "best_and_last", "build_trainer", "lightning_trainer"]
+__all__ = ["TrainerConfig", "best_and_last", "build_trainer", "lightning_trainer", "precision_name"]
 
 _PRECISIONS = ("32-true", "bf16-mixed", "16-mixed", "64-true")
+_SHORT_PRECISIONS = {"32": "32-true", "64": "64-true", "bf16": "bf16-mixed", "16": "16-mixed", "fp16": "16-mixed"}
+
+
+def precision_name(precision: str) -> str:
+    """Return Lightning's name of a precision: "bf16-mixed" for "bf16", as prediction calls it, and so on."""
+    return _SHORT_PRECISIONS.get(precision, precision)
 
 
 @dataclass(kw_only=True)
@@ -44,10 +51,10 @@ class TrainerConfig:
 
     Attributes:
         max_epochs: Number of epochs of `data.tiles_per_epoch` tiles.
-        precision: Precision: 32-true, bf16-mixed, 16-mixed (GPU) or 64-true; auto for bf16-mixed on GPUs and CPUs with
-            instructions for bfloat16, else 32-true.
+        precision: Precision: 32-true, bf16-mixed, 16-mixed (GPU) or 64-true, for short 32, bf16, 16 or 64; auto for
+            bf16-mixed on GPUs and CPUs with instructions for bfloat16, else 32-true.
         accelerator: Lightning accelerator: auto, cpu, gpu, mps.
-        devices: Number of devices; "auto" for all.
+        devices: Number of devices, or list of the indices of GPUs; "auto" for all.
         gradient_clip: Maximum gradient norm; 0 for no clipping.
         val_every_epochs: Number of epochs between validations.
         redraw_every_steps: Number of optimizer steps between redraws of the attention's random projections; 0 to keep
@@ -72,7 +79,7 @@ class TrainerConfig:
     max_epochs: int = 50
     precision: str = "32-true"
     accelerator: str = "auto"
-    devices: str = "auto"
+    devices: int | str | list[int] = "auto"
     gradient_clip: float = 1.0
     val_every_epochs: int = 1
     redraw_every_steps: int = 0
@@ -82,8 +89,11 @@ class TrainerConfig:
     checkpoint_every_steps: int = 0
     num_pictures: int = 4
     report: bool = True
-    logger: str = "tensorboard"
+    logger: Literal["tensorboard", "wandb"] = "tensorboard"
     strategy: str = "auto"
+
+    def __post_init__(self) -> None:
+        self.precision = precision_name(self.precision)
 
 
 def build_trainer(
@@ -178,7 +188,7 @@ def lightning_trainer(
     *,
     precision: str,
     accelerator: str,
-    devices: str | int,
+    devices: int | str | list[int],
     progress: bool,
     logger: str = "tensorboard",
     options: Mapping[str, Any],
@@ -190,7 +200,7 @@ def lightning_trainer(
         callbacks: Callbacks of the task.
         precision: Precision, as Lightning names it, or "auto".
         accelerator: Lightning accelerator.
-        devices: Number of devices, or "auto".
+        devices: Number of devices, list of their indices, or "auto".
         progress: Whether to show a progress bar.
         logger: "tensorboard" or "wandb".
         options: Further arguments of `lightning.Trainer`.
@@ -200,7 +210,8 @@ def lightning_trainer(
     """
     precision = training_precision(precision, accelerator)
     if precision not in _PRECISIONS:
-        raise ConfigError(f"trainer.precision must be one of {', '.join(_PRECISIONS)}, auto, got {precision}")
+        near = did_you_mean(precision, _PRECISIONS)
+        raise ConfigError(f"trainer.precision must be one of {', '.join(_PRECISIONS)}, auto, got {precision}{near}")
     _quieten()
     # Deterministic mode fills new tensors with NaN, a debugging aid that costs a sixth of the step time.
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
@@ -208,7 +219,7 @@ def lightning_trainer(
         return lightning.Trainer(
             precision=precision,
             accelerator=accelerator,
-            devices=devices,
+            devices=_devices(devices, accelerator),
             # Bilinear resizing has no deterministic backward on CUDA, so warn instead of raising.
             deterministic="warn",
             default_root_dir=folder,
@@ -224,6 +235,12 @@ def lightning_trainer(
         )
     except (TypeError, ValueError, RuntimeError, MisconfigurationException) as error:
         raise ConfigError(f"trainer: {reason_line(error)}") from error
+
+
+def _devices(devices: int | str | list[int], accelerator: str) -> int | str | list[int]:
+    """Return devices as Lightning takes them: on a CPU, whose processes have no indices, their number."""
+    on_cpu = accelerator == "cpu" or (accelerator == "auto" and not torch.accelerator.is_available())
+    return len(devices) if isinstance(devices, list) and on_cpu else devices
 
 
 def best_and_last(folder: Path, monitor: str) -> list[Callback]:

@@ -23,7 +23,7 @@ from perf_vit.data import (
 from perf_vit.inference import ClassificationPredictOptions, ClassificationPredictor
 from perf_vit.inference.prefetch import load_ahead
 from perf_vit.metrics import ClassificationMetrics, RegisteredMetrics, RegressionScores
-from perf_vit.models import ClassificationSpec, InputCheck, collate_tiles
+from perf_vit.models import ClassificationSpec, InputCheck, check_not_random, collate_tiles
 from perf_vit.reporting import ImageSamples, Sample, text_sample
 from perf_vit.tasks import ClassificationTask
 from perf_vit.transforms import replace_tiny_std
@@ -59,6 +59,7 @@ def build_classification_task(
     Raises:
         PerfVitError: A model that doesn't fit.
     """
+    check_not_random(config.model)
     return task_class(config.model, _spec(config, data), config.optim)
 
 

@@ -18,7 +18,7 @@ from perf_vit.inference.prefetch import FirstWindows, load_ahead
 from perf_vit.labels.objects import ImageRecord, OutlineMasks, objects_in, outlines_of, read_object_labels
 from perf_vit.metrics import RegisteredMetrics
 from perf_vit.metrics.matching import NOT_COUNTED, match_objects
-from perf_vit.models import DetectionSpec, InputCheck, detector_kind
+from perf_vit.models import DetectionSpec, InputCheck, check_not_random, detector_kind
 from perf_vit.reporting import MATCH_LEGEND, ImageSamples, Sample, object_sample
 from perf_vit.tasks import DetectionTask, TrainingSteps
 from perf_vit.threads import num_processors
@@ -54,6 +54,7 @@ def build_detection_task(config: DetectionRun, data: DetectionDataModule) -> Det
     Raises:
         PerfVitError: A model that doesn't fit, or labels without the geometry that it learns.
     """
+    check_not_random(config.model)
     task = DetectionTask(config.model, _spec(config, data), config.optim)
     _check_geometry(data, task.model.spec.kind, config.model.head)
     return task

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from torch import nn
 
+from perf_vit.config import ConfigKey, config_keys, config_value, given_keys, json_schema, shipped_configs
 from perf_vit.errors import ConfigError, extra
-from perf_vit.registry import Registry
+from perf_vit.registry import Registry, did_you_mean
 
 with extra("train", __name__):
     from perf_vit.inference import (
@@ -60,6 +62,7 @@ with extra("train", __name__):
     from perf_vit.workflows.run_config import (
         ClassificationRun,
         DetectionRun,
+        DistillationRun,
         RegressionRun,
         SegmentationRun,
         SlideClassificationRun,
@@ -79,7 +82,7 @@ with extra("train", __name__):
     )
     from perf_vit.workflows.task import EvaluateOptions, Task
 
-__all__ = ["TASKS", "register_task", "task_of"]
+__all__ = ["TASKS", "config_schema", "config_schemas", "register_task", "task_keys", "task_of"]
 
 TASKS: Registry[Task] = Registry("task", ConfigError)
 """Tasks by name."""
@@ -99,6 +102,37 @@ def register_task(task: Task) -> None:
         register_network(task.name, task.network)
     if task.name not in PREDICTORS:
         register_predictor(task.name, task.predictor, task.predict_options)
+
+
+def config_schemas() -> dict[str, type[Any]]:
+    """The dataclasses of configs, by the value of the key `task`: of all tasks, and of distillation."""
+    return {**{name: task.run_config for name, task in TASKS.items()}, "distillation": DistillationRun}
+
+
+def config_schema() -> dict[str, Any]:
+    """A JSON schema of configs of all tasks, for editors."""
+    return json_schema(config_schemas(), "segmentation")
+
+
+def task_keys(task: str, *, usual: bool = False) -> list[ConfigKey]:
+    """The config keys of a task with type, default and meaning.
+
+    Args:
+        task: Name of a task, or "distillation".
+        usual: Leave out keys that are neither required nor set by a shipped config of the task.
+
+    Raises:
+        ConfigError: There is no such task.
+    """
+    schemas = config_schemas()
+    if task not in schemas:
+        raise ConfigError(f"task must be one of {', '.join(schemas)}, got {task!r}{did_you_mean(task, schemas)}")
+    keys = config_keys(schemas[task])
+    if not usual:
+        return keys
+    shipped = [name for name in shipped_configs() if config_value(name, "task") == task]
+    given = {key for name in shipped for key in given_keys(name)}
+    return [key for key in keys if key.default is None or key.name in given]
 
 
 def task_of(model: nn.Module | str | Path) -> Task:

@@ -66,7 +66,7 @@ def _rules(*, free: str = "", moved: str = "", measured: str = "") -> Rules:
 
 RULES: dict[type, Rules] = {
     RunConfig: _rules(free="out resume"),
-    BackboneConfig: _rules(free="pretrained"),
+    BackboneConfig: _rules(free="pretrained", moved="weights"),
     BackboneTuning: _rules(free="grad_checkpointing"),
     OptimizerConfig: _rules(
         free="lr backbone_lr_scale layer_decay weight_decay warmup_fraction schedule schedule_kwargs"

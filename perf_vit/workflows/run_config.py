@@ -46,10 +46,10 @@ class RunConfig:
     """What every run has.
 
     Attributes:
-        out: run folder.
-        task: name of the task.
-        seed: seed of weights, tiles, augmentation, and of the choice of validation data where `data.val` is left out.
-        resume: continue from the run folder's last checkpoint.
+        out: Run folder.
+        task: Name of the task.
+        seed: Seed of weights, tiles, augmentation, and of the choice of validation data where `data.val` is left out.
+        resume: Continue from the run folder's last checkpoint.
     """
 
     out: str
@@ -63,7 +63,7 @@ class TaskRunConfig(RunConfig):
     """What every run of `perf-vit train` has.
 
     Attributes:
-        trainer: how long and where.
+        trainer: Length, hardware and outputs of the training.
     """
 
     trainer: TrainerConfig = field(default_factory=TrainerConfig)
@@ -74,9 +74,9 @@ class SegmentationRun(TaskRunConfig):
     """Everything that decides a segmentation run; dumped into its folder.
 
     Attributes:
-        data: rasters, labels and tiles.
-        model: backbone and head.
-        optim: loss, optimizer and schedule.
+        data: Rasters, labels and tiles.
+        model: Backbone and head.
+        optim: Loss, optimizer and schedule.
     """
 
     data: SegmentationDataConfig
@@ -90,9 +90,9 @@ class DetectionRun(TaskRunConfig):
     """Everything that decides a run of object detection; dumped into its folder.
 
     Attributes:
-        data: images, labels of objects and tiles.
-        model: backbone, neck and head.
-        optim: optimizer and schedule.
+        data: Images, labels of objects and tiles.
+        model: Backbone, neck and head.
+        optim: Optimizer and schedule.
     """
 
     data: DetectionDataConfig
@@ -106,9 +106,9 @@ class ClassificationRun(TaskRunConfig):
     """Everything that decides a run of image classification; dumped into its folder.
 
     Attributes:
-        data: images, their classes and tiles.
-        model: backbone and pooling.
-        optim: loss, optimizer and schedule.
+        data: Images, their classes and tiles.
+        model: Backbone and pooling.
+        optim: Loss, optimizer and schedule.
     """
 
     data: ClassificationDataConfig
@@ -122,9 +122,9 @@ class RegressionRun(TaskRunConfig):
     """Everything that decides a run that learns to predict targets from images; dumped into its folder.
 
     Attributes:
-        data: images, their targets and tiles.
-        model: backbone and pooling.
-        optim: optimizer and schedule.
+        data: Images, their targets and tiles.
+        model: Backbone and pooling.
+        optim: Optimizer and schedule.
     """
 
     data: RegressionDataConfig
@@ -138,9 +138,9 @@ class SlideClassificationRun(TaskRunConfig):
     """Everything that decides a run of slide classification; dumped into its folder.
 
     Attributes:
-        data: slides, their classes and windows.
-        model: encoder and attention.
-        optim: loss, optimizer and schedule.
+        data: Slides, their classes and windows.
+        model: Encoder and attention.
+        optim: Loss, optimizer and schedule.
     """
 
     data: SlideClassificationDataConfig
@@ -156,12 +156,14 @@ class DistillationModelConfig:
     """A softmax model and how its copy is made linear.
 
     Attributes:
-        backbone: timm's name of the model.
-        weights: its weights, .safetensors or .pth, as timm or the model's authors name them; timm's own if left out.
-        backbone_kwargs: passed to `timm.create_model`.
-        mixer: mixer of the student, as `perf_vit.linearize` takes it.
-        options: of the mixer; of "clustered": window_size, num_sinks, num_clusters, max_exact_tokens (0 by default).
-        student: folder of a converted or distilled model to start from, instead of `mixer` and `options`.
+        backbone: Name of the timm model.
+        weights: Weights file, .safetensors or .pth, with the names of timm or of the model's authors; None for
+            timm's own.
+        backbone_kwargs: Arguments of `timm.create_model`.
+        mixer: Mixer of the student, as `perf_vit.linearize` takes it.
+        options: Options of the mixer; of "clustered": window_size, num_sinks, num_clusters, max_exact_tokens (0 by
+            default).
+        student: Folder of a converted or distilled model to start from, instead of `mixer` and `options`.
     """
 
     backbone: str
@@ -177,10 +179,10 @@ class DistillationRun(RunConfig):
     """Everything that decides a distillation; dumped into its folder.
 
     Attributes:
-        model: teacher and student.
-        data: images to take tiles of.
-        optim: stages and schedule.
-        trainer: where to train and how often to validate.
+        model: Teacher and student.
+        data: Images to take tiles of.
+        optim: Stages and schedule.
+        trainer: Hardware and validation interval.
     """
 
     model: DistillationModelConfig

@@ -26,7 +26,7 @@ from perf_vit.inference import (
 )
 from perf_vit.labels import is_labelled_folder, warn_of_polygons_outside
 from perf_vit.metrics import RegisteredMetrics
-from perf_vit.models import InputCheck, SegmentationSpec
+from perf_vit.models import InputCheck, SegmentationSpec, check_not_random
 from perf_vit.reporting import MapSamples
 from perf_vit.sources import unit_of
 from perf_vit.tasks import SegmentationOptimConfig, SegmentationTask, TrainingSteps, balanced_weights
@@ -86,6 +86,7 @@ def build_segmentation_task(config: SegmentationRun, data: SegmentationDataModul
     Raises:
         PerfVitError: A model or loss that doesn't fit.
     """
+    check_not_random(config.model)
     optim = with_measured_weights(config.optim, data, multilabel=config.data.multilabel)
     return SegmentationTask(config.model, _spec(config, data), optim)
 

@@ -29,6 +29,7 @@ from perf_vit.models import (
     SlideClassificationSpec,
     SlideClassifier,
     SlideFeatures,
+    check_not_random,
     pretrained_statistics,
 )
 from perf_vit.reporting import ImageSamples, Sample
@@ -87,6 +88,7 @@ def build_slide_task(config: SlideClassificationRun, data: LabelledSlides) -> Sl
     Raises:
         PerfVitError: A model that doesn't fit, or a slide that can't be read.
     """
+    check_not_random(config.model)
     return SlideClassificationTask(config.model, _spec(config, data.train), config.optim)
 
 

@@ -220,7 +220,7 @@ def test_label_values_that_are_no_class(trained, tmp_path, refused) -> None:
 
 def test_unknown_sampler(trained, tmp_path, refused) -> None:
     message = refused(train_args(trained.scene, tmp_path / "out", "data.sampler=even"))
-    assert "data.sampler must be one of random, balanced, grid, got even" in message
+    assert "data.sampler must be one of random, balanced, grid, got 'even'" in message
 
 
 def test_unknown_option_and_command(capsys) -> None:

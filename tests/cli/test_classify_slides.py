@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from command_line import call
+from encoder_weights import save_encoder
 from PIL import Image
 from synthetic_slide import make_slide
 
@@ -34,6 +35,7 @@ data:
 model:
   backbone: performer_vit_tiny_patch16_224
   backbone_kwargs: {depth: 1, embed_dim: 64, num_heads: 2, attn_kwargs: {num_features: 16}}
+  weights: WEIGHTS
   pool: avg
   hidden_dim: 32
   attention_dim: 16
@@ -54,7 +56,8 @@ def slides(tmp_path_factory) -> Path:
         make_slide(root / f"s{number}.svs", 640, 600, mpp=mpp, tile_px=64, tissue_share=0.5, seed=number)
         rows.append(f"s{number}{'.svs' if number < 3 else ''},{'small' if number % 2 else 'large'}")
     (root / "labels.csv").write_text("slide,label\n" + "\n".join(rows))
-    (root / "slides.yaml").write_text(CONFIG)
+    weights = save_encoder(root / "encoder.safetensors")
+    (root / "slides.yaml").write_text(CONFIG.replace("WEIGHTS", str(weights)))
     return root
 
 

@@ -17,6 +17,7 @@ import timm
 import torch
 import yaml
 from command_line import call
+from encoder_weights import save_encoder
 from nasty_names import NASTY_NAMES, UNSEEN_NAMES
 from safetensors.torch import save_file
 from synthetic_slide import make_slide
@@ -213,6 +214,7 @@ def slide(root: Path) -> Case:
     names = FILES[:4]
     slides = root / "images"
     slides.mkdir(parents=True)
+    weights = save_encoder(root / "encoder.safetensors")
     for number, name in enumerate(2 * names):
         make_slide(slides / f"{name}{number}.svs", 320, 300, mpp=0.5, tile_px=64, tissue_share=0.6, seed=number)
     with (root / "labels.csv").open("w", newline="", encoding="utf-8") as file:
@@ -231,7 +233,7 @@ def slide(root: Path) -> Case:
                 "batch_size": 2,
                 "val_share": 0.4,
             },
-            "model": {**BACKBONE, "pool": "avg", "hidden_dim": 16, "attention_dim": 8},
+            "model": {**BACKBONE, "weights": str(weights), "pool": "avg", "hidden_dim": 16, "attention_dim": 8},
             "trainer": {**TRAINER, "num_pictures": 0},
         },
     )

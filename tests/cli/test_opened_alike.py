@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 from command_line import call
+from encoder_weights import save_encoder
 from synthetic_slide import make_slide
 
 import perf_vit.sources.open
@@ -59,6 +60,7 @@ data:
   tile_px: 32
   min_tissue: 0.1
 model: {VIT}
+  weights: WEIGHTS
   pool: avg
   hidden_dim: 16
   attention_dim: 8
@@ -142,6 +144,7 @@ def test_inputs_are_opened_with_the_options_of_the_config(task, files, options, 
     folder, table = files["folder"], files["folder"] / ("slides.csv" if task == "slide_classification" else "table.csv")
     text = CONFIGS[task].replace("IMAGE", str(files["image"])).replace("LABELS", str(files["labels"]))
     text = text.replace("FOLDER", str(folder)).replace("TABLE", str(table))
+    text = text.replace("WEIGHTS", str(save_encoder(tmp_path / "encoder.safetensors")))
     (tmp_path / "config.yaml").write_text(f"{text}\nout: ???\ntrainer: {{max_epochs: 1, accelerator: cpu}}\n")
     given = [f"data.{name}={json.dumps(value)}" for name, value in options.items()]
     assert call(["train", tmp_path / "config.yaml", f"out={tmp_path / 'run'}", *given]) == 0

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import rasterio
 from command_line import call
+from encoder_weights import save_encoder
 
 from perf_vit.models import load_classifier, load_detector, load_segmenter, load_slide_classifier
 
@@ -77,7 +78,9 @@ def train_args(task: str, root: Path) -> list[str]:
     header = "image_path,xmin,ymin,xmax,ymax,label" if task == "detection" else "slide,label"
     (root / "labels.csv").write_text("\n".join([header, *rows]))
     if task == "slide_classification":
-        return [f"data.train.labels={root / 'labels.csv'}", f"data.train.image={root / 'images'}"]
+        weights = save_encoder(root / "encoder.safetensors")
+        files = [f"data.train.labels={root / 'labels.csv'}", f"data.train.image={root / 'images'}"]
+        return [*files, f"model.weights={weights}"]
     return [f"data.{part}.{key}={root / name}" for part in ("train", "val")
             for key, name in (("image", "images"), ("labels", "labels.csv"))]  # fmt: skip
 

@@ -125,8 +125,8 @@ def test_a_small_file_makes_no_large_config(kind: str, tmp_path: Path) -> None:
 def test_two_files_make_no_larger_config_than_one(tmp_path: Path) -> None:
     base = written(tmp_path, interpolations(8, "text"), "base.yaml")
     assert len(load_config(base, Schema).values["l8"]) == 3 * 2**8
-    goes_on = interpolations(16, "text").splitlines()[10:]
-    path = written(tmp_path, "extends: base.yaml\nvalues:\n" + "\n".join(goes_on), "child.yaml")
+    names = ", ".join(["'${values.l8}${values.l8}'"] * 8)
+    path = written(tmp_path, f"extends: base.yaml\npart: {{names: [{names}]}}", "child.yaml")
     with pytest.raises(ConfigError, match=r"child\.yaml has 32 interpolations, too many for its size"):
         load_config(path, Schema)
 

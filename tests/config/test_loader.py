@@ -58,12 +58,12 @@ def test_a_config_that_extends_itself_is_an_error(write) -> None:
     [
         ("out: x\ntiler: {sizee: 3}", [], "Key 'sizee' not in 'tiler'. Did you mean: 'size'?"),
         ("out: x", ["tilr.size=3"], "Key 'tilr' not in the config. Did you mean: 'tiler'?"),
-        ("out: x", ["tiler.size=big"], "tiler.size: "),
+        ("out: x", ["tiler.size=big"], "tiler.size must be a whole number, got 'big'"),
         ("tiler: {}", [], "give out=..."),
         ("out: x", ["tiler.size"], "overrides must be key=value, got 'tiler.size'"),
         ("- a list", [], "must hold a mapping"),
         ("out: [", [], "is not valid YAML"),
-        ("out: 2024-13-45", [], "is not valid YAML"),
+        ("out: x\nextra: {a: 2024-13-45}", [], "extra must be a mapping"),
         ("out: " + "[" * 3000 + "]" * 3000, [], "is not valid YAML"),
     ],
 )
@@ -78,7 +78,7 @@ def test_errors_name_the_key_in_one_line(write, text: str, overrides: list[str],
     "read", [lambda *args: load_config(*args), lambda path, _, keys: config_value(path, "out", keys)]
 )
 def test_a_list_where_an_override_sets_a_key_is_one_line(write, read) -> None:
-    with pytest.raises(ConfigError, match=r"run\.yaml: Cannot merge DictConfig with ListConfig"):
+    with pytest.raises(ConfigError, match=r"run\.yaml: tiler must be a mapping to set tiler\.size, got \[\[\]\]"):
         read(write("out: x\ntiler: [[]]"), Run, ["tiler.size=3"])
 
 

@@ -175,4 +175,4 @@ def test_options_exist(page: Path) -> None:
         source = script.read_text(encoding="utf-8")
         scripts |= set(re.findall(r"\"(--[a-z][a-z-]+)\"", source))
         scripts |= {f"--{name.replace('_', '-')}" for name in re.findall(r"^\s+(\w+): Annotated", source, re.MULTILINE)}
-    assert used - known - scripts - {"--help", "--version", "--logdir"} == set()
+    assert used - known - scripts - {"--help", "--version", "--logdir", "--install-completion"} == set()

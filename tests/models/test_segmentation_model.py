@@ -86,7 +86,10 @@ def test_a_single_pixel_changes_the_output_beside_it_most() -> None:
     ("change", "message"),
     [
         ({"backbone": "performer_vit_tinny_patch16_224"}, "did you mean performer_vit_tiny_patch16_224?"),
-        ({"backbone": "hct_base", "backbone_kwargs": {}, "out_indices": [0, 1]}, "one stride"),
+        (
+            {"backbone": "hct_base", "backbone_kwargs": {}, "out_indices": [0, 1], "head": "full_resolution"},
+            "one stride",
+        ),
         ({"backbone": "hct_base", "backbone_kwargs": {"img_size": 64}}, "unexpected keyword argument 'img_size'"),
         ({"backbone_kwargs": {"num_heads": 0}}, "model.backbone performer_vit_tiny_patch16_224: ZeroDivisionError"),
         ({"out_indices": [0, 0]}, "model.out_indices must not repeat an index, got [0, 0]"),

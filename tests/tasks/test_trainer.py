@@ -110,3 +110,13 @@ def test_the_progress_bar_counts_epochs_from_one() -> None:
     bar = EpochProgressBar()
     bar._trainer = SimpleNamespace(max_epochs=10)
     assert [bar._get_train_description(epoch).rstrip() for epoch in (0, 9)] == ["Epoch 1 of 10", "Epoch 10 of 10"]
+
+
+def test_a_list_of_devices_is_a_number_of_processes_on_a_cpu(tmp_path) -> None:
+    config = TrainerConfig(accelerator="cpu", devices=[0], max_epochs=1)
+    assert build_trainer(config, tmp_path, progress=False).num_devices == 1
+
+
+@pytest.mark.parametrize(("short", "name"), [("bf16", "bf16-mixed"), ("16", "16-mixed"), ("auto", "auto")])
+def test_precisions_have_short_names(short: str, name: str) -> None:
+    assert TrainerConfig(precision=short).precision == name

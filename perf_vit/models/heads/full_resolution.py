@@ -95,7 +95,10 @@ class FullResolutionHead(nn.Module):
 def _common_stride(feature_specs: Sequence[FeatureSpec]) -> int:
     strides = {spec.stride for spec in feature_specs}
     if len(strides) != 1:
-        raise ValueError(f"expected feature maps of one stride, got strides {sorted(strides)}; use a plain ViT")
+        raise ValueError(
+            f"expected feature maps of one stride, got strides {sorted(strides)}; use a plain ViT, or a head for "
+            "pyramids: upernet, segformer, dpt or linear"
+        )
     return strides.pop()
 
 

@@ -142,7 +142,10 @@ def check_growing_strides(feature_specs: Sequence[FeatureSpec]) -> None:
     """
     strides = [spec.stride for spec in feature_specs]
     if strides != sorted(set(strides)):
-        raise ValueError(f"expected maps of one stride or of growing strides, got strides {strides}")
+        raise ValueError(
+            f"expected maps of one stride or of growing strides, got strides {strides}; leave model.out_indices out, "
+            "or give growing ones"
+        )
 
 
 def padded_to(feature: Tensor, multiple: int) -> Tensor:

@@ -7,6 +7,8 @@ os.environ.setdefault("MKL_NUM_THREADS", "1")
 from pathlib import Path
 import numpy as np
 
+from encoder_weights import save_encoder
+
 PINK, VIOLET, GLASS = (228, 168, 200), (104, 62, 150), (243, 243, 243)
 
 
@@ -183,6 +185,7 @@ def cli(*args):
 
 
 TINY = "backbone_kwargs: {depth: 1, embed_dim: 64, num_heads: 2, attn_kwargs: {num_features: 16}}"
+ENCODER = tempfile.TemporaryDirectory()
 SLIDE_CONFIG = f"""
 out: ???
 task: slide_classification
@@ -190,6 +193,7 @@ data: {{train: {{labels: "???", image: "???"}}, mpp: 1.0, tile_px: 32, min_tissu
 model:
   backbone: performer_vit_tiny_patch16_224
   {TINY}
+  weights: {save_encoder(Path(ENCODER.name, "encoder.safetensors"))}
   pool: avg
   hidden_dim: 32
   attention_dim: 16
