@@ -136,7 +136,7 @@ def registries() -> str:
             "labels.objects.LABEL_FORMATS",
             LABEL_FORMATS,
             "labels.objects.register_label_format",
-            "`data.train.format` and `--label-format`",
+            "`data.train.label_format` and `--label-format`",
         ),
         (
             "Readers of slides",

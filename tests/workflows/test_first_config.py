@@ -174,7 +174,7 @@ def test_a_coco_file() -> None:
     Path("coco.json").write_text(json.dumps({"images": images, "annotations": annotations, "categories": categories}))
     made = perf_vit.init("detection", "photos", "coco.json", out="cells.yaml", progress=False)
     data = config_of(made.path)["data"]
-    assert data["train"]["format"] == "coco"
+    assert data["train"]["label_format"] == "coco"
     assert data["classes"] == ["cell", "platelet"]
     # 11 to 1.
     assert data["sampler"] == "balanced"
@@ -195,13 +195,13 @@ def test_a_voc_folder_and_one_of_yolo() -> None:
         )
     made = perf_vit.init("detection", "photos", "xml", out="trees.yaml", progress=False)
     data = config_of(made.path)["data"]
-    assert (data["train"]["format"], data["classes"], data["sampler"]) == ("voc", ["tree"], "objects")
+    assert (data["train"]["label_format"], data["classes"], data["sampler"]) == ("voc", ["tree"], "objects")
     Path("yolo").mkdir()
     for number in range(3):
         Path(f"yolo/{number}.txt").write_text("0 0.5 0.5 0.2 0.2\n")
     Path("yolo/classes.txt").write_text("car\n")
     made = perf_vit.init("detection", "photos", "yolo", out="cars.yaml", progress=False)
-    assert config_of(made.path)["data"]["train"]["format"] == "yolo"
+    assert config_of(made.path)["data"]["train"]["label_format"] == "yolo"
 
 
 def test_images_in_folders_by_class() -> None:

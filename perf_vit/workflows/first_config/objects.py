@@ -67,7 +67,7 @@ def draft_detection(files: Files) -> Draft:
     facts += [f"labels  {Path(labels).name}: {label_format}, {len(sides):,} objects with {sizes}"]
     facts += shares_fact(list(counts), list(counts.values()), "objects")
     values: dict[str, Any] = {"task": "detection", "out": files.run, "data.train.image": files.image}
-    values |= {"data.train.labels": labels, "data.train.format": label_format}
+    values |= {"data.train.labels": labels, "data.train.label_format": label_format}
     draft = Draft(values=values, facts=facts)
     scored = _set_apart(files, draft, index, label_format)
     values |= {"data.classes": list(index.classes), "data.bands": bands[0], "data.mean": None, "data.std": None}
@@ -122,9 +122,13 @@ def _set_apart(files: Files, draft: Draft, index: ObjectIndex, label_format: str
     """Set validation images apart; return the arguments that score them."""
     if files.val_image is not None:
         draft.values |= {"data.val.image": files.val_image, "data.val.labels": files.val_labels or files.labels}
-        draft.values["data.val.format"] = label_format
+        draft.values["data.val.label_format"] = label_format
         return ["--input", files.val_image, "--labels", str(draft.values["data.val.labels"])]
-    draft.values |= {"data.val.image": files.image, "data.val.labels": files.labels, "data.val.format": label_format}
+    draft.values |= {
+        "data.val.image": files.image,
+        "data.val.labels": files.labels,
+        "data.val.label_format": label_format,
+    }
     scored = ["--input", files.first_image, "--labels", str(files.labels)]
     if len(index) < 2:
         draft.facts.append("There is one image: it is trained on and validated on; give --val-image for honest scores.")
@@ -134,7 +138,7 @@ def _set_apart(files: Files, draft: Draft, index: ObjectIndex, label_format: str
         names = [_name(files, each) for place, each in enumerate(index) if (place in chosen) is is_val]
         draft.files[files.beside(f"_{part}.txt")] = "\n".join(names) + "\n"
     # The keys of a split stand together.
-    items = {"data.train.format": ("data.train.names", "_train.txt"), "data.val.format": ("data.val.names", "_val.txt")}
+    items = {f"data.{part}.label_format": (f"data.{part}.names", f"_{part}.txt") for part in ("train", "val")}
     values: dict[str, Any] = {}
     for key, value in draft.values.items():
         values[key] = value
