@@ -146,6 +146,16 @@ def test_all_is_all_and_train_contains_geo() -> None:
     assert EXTRAS["all"] == set().union(*(EXTRAS[name] for name in EXTRAS if name != "all"))
 
 
+def test_every_extra_that_is_named_exists() -> None:
+    texts = [*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md"), *(ROOT / "perf_vit").rglob("*.py")]
+    named = re.findall(
+        r"""perf-vit\[([\w,]+)\]|\bextra\("(\w+)\"""", "".join(path.read_text(encoding="utf-8") for path in texts)
+    )
+    names = {name for pair in named for name in "".join(pair).split(",")}
+    assert {"geo", "train", "slides", "ray", "export", "peft", "wandb"} <= names
+    assert names <= PROJECT["optional-dependencies"].keys()
+
+
 # Finds no module of the given packages, as if they weren't installed.
 WITHOUT = """
 import json, sys

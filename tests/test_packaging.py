@@ -3,11 +3,14 @@
 import os
 import subprocess
 import sys
+import tomllib
 import zipfile
 from pathlib import Path
 
 import pytest
+import yaml
 
+from perf_vit import __version__
 from perf_vit.config import shipped_configs
 
 ROOT = Path(__file__).parent.parent
@@ -47,3 +50,24 @@ def test_the_wheel_holds_package_configs_and_licence_only(unpacked_wheel: Path) 
     (metadata,) = unpacked_wheel.glob("*.dist-info")
     assert list(metadata.rglob("LICENSE"))
     assert "perf-vit = perf_vit.cli.main:run" in (metadata / "entry_points.txt").read_text()
+
+
+def test_the_citation_names_this_version_and_its_licence() -> None:
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    assert (citation["version"], citation["license"]) == (__version__, project["license"])
+    assert citation["repository-code"] == project["urls"]["Repository"]
+
+
+def test_the_readme_names_the_wheel_that_is_built() -> None:
+    assert f"dist/perf_vit-{__version__}-py3-none-any.whl" in (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def test_issue_forms_have_what_github_asks_for() -> None:
+    forms = sorted((ROOT / ".github/ISSUE_TEMPLATE").glob("*_*.yml"))
+    assert len(forms) == 2
+    for path in forms:
+        form = yaml.safe_load(path.read_text(encoding="utf-8"))
+        assert form.keys() >= {"name", "description", "body"}
+        assert all(part["type"] == "textarea" and part["attributes"]["label"] for part in form["body"])
+        assert len({part["id"] for part in form["body"]}) == len(form["body"])
