@@ -9,6 +9,7 @@ import typer
 from typer.core import TyperCommand
 
 from perf_vit.cli.arguments import INPUT, OUTPUT, given_options
+from perf_vit.errors import MissingPackageError, extra
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -74,9 +75,11 @@ def config(
     """List the config keys of a task: type, default and meaning."""
     from dataclasses import asdict
 
-    from perf_vit.config import shipped_configs
     from perf_vit.workflows.progress import say, say_json, show
-    from perf_vit.workflows.registry import config_schema, config_schemas, task_keys
+
+    with extra("train", "config"):
+        from perf_vit.config import shipped_configs
+        from perf_vit.workflows.registry import config_schema, config_schemas, task_keys
 
     if schema:
         say_json(config_schema())
@@ -110,8 +113,14 @@ class CommandWithKeys(TyperCommand):
     def format_help(self, ctx: Any, formatter: Any) -> None:
         """Print the help of the command, then the names of the keys of all tasks."""
         super().format_help(ctx, formatter)
-        from perf_vit.workflows.progress import new_table, show
-        from perf_vit.workflows.registry import config_schemas, task_keys
+        from perf_vit.workflows.progress import new_table, say, show
+
+        try:
+            with extra("train", "the list of keys"):
+                from perf_vit.workflows.registry import config_schemas, task_keys
+        except MissingPackageError as error:
+            say(str(error))
+            return
 
         tasks_of: dict[str, dict[str, list[str]]] = {}
         schemas = [task for task in config_schemas() if (task == "distillation") is (self.name == "distill")]
