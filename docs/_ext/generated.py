@@ -25,12 +25,10 @@ def first_line(item: Any) -> str:
 
 def configuration() -> str:
     """Every key of every run: type, default, tasks and meaning."""
-    from perf_vit.config import config_keys
-    from perf_vit.workflows.registry import TASKS
-    from perf_vit.workflows.run_config import DistillationRun
+    from perf_vit.workflows.registry import config_schemas, task_keys
 
-    schemas = {name: task.run_config for name, task in TASKS.items()} | {"distillation": DistillationRun}
-    keys = {task: {key.name: key for key in config_keys(schema)} for task, schema in schemas.items()}
+    schemas = config_schemas()
+    keys = {task: {key.name: key for key in task_keys(task)} for task in schemas}
     names = list(dict.fromkeys(name for each in keys.values() for name in each))
     sections = list(dict.fromkeys(_section(name) for name in names))
     parts = []

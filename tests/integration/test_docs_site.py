@@ -10,6 +10,8 @@ from types import ModuleType
 
 import pytest
 
+from perf_vit.workflows.registry import config_schemas, task_keys
+
 ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs"
 
@@ -41,7 +43,22 @@ def test_links_of_the_repository_become_links_of_the_site(extension, folder: str
 def test_every_mark_of_a_page_is_filled(extension) -> None:
     pages = [path for path in DOCS.rglob("*.md") if "_build" not in path.parts]
     marks = {name for page in pages for name in re.findall(r"<!-- generated: (\w+) -->", page.read_text())}
-    assert marks <= set(extension.GENERATED)
+    assert marks == set(extension.GENERATED)
+
+
+@pytest.mark.parametrize("extension", ["generated"], indirect=True)
+def test_every_key_has_a_type_a_default_its_tasks_and_a_meaning(extension) -> None:
+    entries = dict(
+        re.findall(r"^### `([\w.]+)`\n\n(.*?)(?=^\(config-|^## |\Z)", extension.configuration(), re.M | re.S)
+    )
+    for task in config_schemas():
+        for key in task_keys(task):
+            shown = [part for part in entries[key.name].split("\n\n: ")[:-1] if key.type in part]
+            assert any(task in part or "all tasks" in part for part in shown), (task, key.name)
+            assert key.meaning, (task, key.name)
+            assert "required" in entries[key.name] if key.default is None else "default" in entries[key.name]
+    assert "`224` (classification, regression, slide_classification)" in entries["data.tile_px"]
+    assert len(entries) > 100
 
 
 @pytest.mark.parametrize("extension", ["generated"], indirect=True)
