@@ -15,7 +15,7 @@ from lightning.pytorch.callbacks import Callback, EMAWeightAveraging
 from lightning.pytorch.loggers import Logger, TensorBoardLogger, WandbLogger
 
 from perf_vit.distributed import training_precision
-from perf_vit.errors import ConfigError, extra, reason_line
+from perf_vit.errors import ConfigError, PerfVitError, extra, reason_line
 from perf_vit.registry import did_you_mean
 from perf_vit.tasks.callbacks import (
     SEGMENTATION_CURVES,
@@ -233,6 +233,8 @@ def lightning_trainer(
             log_every_n_steps=10,
             **options,
         )
+    except PerfVitError:
+        raise
     except (TypeError, ValueError, RuntimeError, MisconfigurationException) as error:
         raise ConfigError(f"trainer: {reason_line(error)}") from error
 

@@ -10,9 +10,8 @@ from timm.layers import create_feature_extractor
 from timm.models._manipulate import reinit_non_persistent_buffers
 from torch import nn
 
-import perf_vit  # noqa: F401  (registers the models)
+from perf_vit import backbones
 from perf_vit.layers import LinearizedAttention
-from perf_vit.models import backbones
 
 SIZES = ("tiny", "small", "base", "large")
 NAMES = [f"performer_vit_{size}_patch{patch_size}_224" for size in SIZES for patch_size in (8, 14, 16)]
