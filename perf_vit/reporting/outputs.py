@@ -234,14 +234,10 @@ def write_table_report(
         counts = Counter(row[column] or "none" for row in fine)
         lines = [[name, f"{num:,}", f"{num / max(1, len(fine)):.3f}"] for name, num in counts.most_common()]
         page.add("Predictions", TextTable(columns=["class", "inputs", "share"], rows=lines))
-    chosen = (
-        [fine[i] for i in np.unique(np.linspace(0, len(fine) - 1, _MAX_THUMBNAILS).round().astype(int))] if fine else []
-    )
+    chosen = _spread(fine, _MAX_THUMBNAILS)
     samples = [Sample(title=_row_title(row, first, column), draw=pictures(row[first])) for row in chosen]
-    drawn = sample_rows(samples)
-    figures = [_renamed(row) for row in drawn]
-    rows_of = [Row(figures=figures[at : at + 4]) for at in range(0, len(figures), 4)]
-    page.add("Inputs", *rows_of, text=f"{len(figures)} of {len(fine):,}, evenly spaced.")
+    text = f"{len(samples)} of {len(fine):,}, evenly spaced."
+    page.add("Inputs", *sample_rows(samples), text=text)
     page.add("Settings", Settings.of_values("Model and options", settings))
     page.write(path)
 
@@ -249,12 +245,6 @@ def write_table_report(
 def _spread(items: Sequence[Any], num: int) -> list[Any]:
     """At most `num` items, evenly spaced."""
     return [items[i] for i in np.unique(np.linspace(0, len(items) - 1, num).round().astype(int))] if items else []
-
-
-def _renamed(row: Row) -> Any:
-    """The only figure of a sample, with the sample's title as its caption."""
-    figure = row.figures[0]
-    return type(figure)(**{**vars(figure), "caption": row.title, "note": ""})
 
 
 def _row_title(row: Mapping[str, str], first: str, column: str | None) -> str:
@@ -283,8 +273,8 @@ def write_run_report(path: Path, report: Mapping[str, Any], pictures: Sequence[t
     there = [(caption, file) for caption, file in pictures if file.is_file()]
     chosen = _spread(there, 12)
     figures = [figure_of(thumbnail_of(file), caption) for caption, file in chosen]
-    rows = [Row(figures=figures[at : at + 2]) for at in range(0, len(figures), 2)]
-    page.add("Outputs", *rows, text=f"{len(figures)} of {len(there):,}, evenly spaced.")
+    text = f"{len(figures)} of {len(there):,}, evenly spaced."
+    page.add("Outputs", Row(figures=figures, num_columns=2) if figures else None, text=text)
     names = ("input", "status", "seconds", "num_windows", "error")
     listed = [[str("" if each[name] is None else each[name]) for name in names] for each in report["inputs"]]
     page.add("Inputs", TextTable(columns=["input", "status", "seconds", "windows", "error"], rows=listed[:1000]))

@@ -139,17 +139,19 @@ class Row:
         figures: Pictures.
         title: Title.
         plots: Whether the pictures are plots, which are as wide as there is room.
+        num_columns: Number of columns of a wide page; by default one for each picture.
     """
 
     kind: ClassVar[str] = "row"
     figures: Sequence[Figure]
     title: str = ""
     plots: bool = False
+    num_columns: int | None = None
 
     @property
     def columns(self) -> int:
         """Number of columns of a wide page."""
-        return max(1, min(len(self.figures), 6))
+        return self.num_columns or max(1, min(len(self.figures), 6))
 
     @classmethod
     def of_plots(cls, plot: Callable[[Path], Sequence[Path]], captions: Sequence[str]) -> Row:

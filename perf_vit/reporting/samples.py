@@ -5,7 +5,7 @@ from __future__ import annotations
 import heapq
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
@@ -40,6 +40,9 @@ T = TypeVar("T")
 _OVERVIEW_PX = 2048
 
 _CELL_PX = (128, 512)
+
+# Pictures of single samples side by side.
+_NUM_COLUMNS = 4
 
 # Cells with fewer labelled pixels say little.
 _LEAST_LABELLED = 0.02
@@ -100,7 +103,7 @@ class Sample:
 
 
 def sample_rows(samples: Sequence[Sample]) -> list[Row]:
-    """Draw samples, each as a row; those that can't be read any more are left out."""
+    """Draw samples, each as a row, those of one picture side by side; what can't be read any more is left out."""
     rows = []
     for sample in samples:
         try:
@@ -112,6 +115,8 @@ def sample_rows(samples: Sequence[Sample]) -> list[Row]:
             for caption, picture in panels.items()
         ]
         rows.append(Row(figures=figures, title=sample.title))
+    if rows and all(len(row.figures) == 1 for row in rows):
+        return [Row(figures=[replace(row.figures[0], caption=row.title) for row in rows], num_columns=_NUM_COLUMNS)]
     return rows
 
 

@@ -19,7 +19,9 @@ from perf_vit.labels.objects import ImageRecord, OutlineMasks, objects_in, outli
 from perf_vit.metrics import RegisteredMetrics
 from perf_vit.metrics.matching import NOT_COUNTED, match_objects
 from perf_vit.models import DetectionSpec, InputCheck, check_not_random, detector_kind
+from perf_vit.plotting import default_colormap
 from perf_vit.reporting import MATCH_LEGEND, ImageSamples, Sample, object_sample
+from perf_vit.reporting.samples import class_legend
 from perf_vit.tasks import DetectionTask, TrainingSteps
 from perf_vit.threads import num_processors
 from perf_vit.tiling import grid_windows
@@ -148,7 +150,8 @@ def evaluate_detection(
         title=f"{images.name} against {labels.name}",
         registered=RegisteredMetrics("detection", spec),
     )
-    found.samples = samples = ImageSamples(MATCH_LEGEND)
+    legend = class_legend(spec.classes, default_colormap(len(spec.classes)))
+    found.samples = samples = ImageSamples([*legend, *MATCH_LEGEND])
     ahead = load_ahead(index, partial(_opened, predictor), num_threads=1, depth=1)
     with windows_progress(f"evaluating {images.name}", "images") as on_image, closing(ahead) as opened:
         for done, (record, each) in enumerate(zip(index, opened, strict=True), 1):

@@ -26,6 +26,7 @@ REPORT = "report.html"
 _MAX_TILES = 256
 
 _PANELS = ("image", "labels", "prediction", "errors")
+_WITH_TEXT = ("image", "labels and prediction")
 
 
 def write_training_report(
@@ -89,6 +90,7 @@ def _validated(task: Task, network: Any, tiles: Any) -> tuple[Evaluation, str]:
 def _sample(task: Task, network: Any, title: str, image: Any, labels: Any, found: Any) -> Sample:
     def draw() -> dict[str, Any]:
         assert task.draw is not None
-        return dict(zip(_PANELS, task.draw(image, labels, network, found), strict=False))
+        panels = task.draw(image, labels, network, found)
+        return dict(zip(_PANELS if len(panels) > 2 else _WITH_TEXT, panels, strict=False))
 
-    return Sample(title=title, draw=draw, lossless=("labels", "prediction", "errors"))
+    return Sample(title=title, draw=draw, lossless=(*_PANELS[1:], *_WITH_TEXT[1:]))
