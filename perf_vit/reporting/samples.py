@@ -39,6 +39,8 @@ T = TypeVar("T")
 
 _OVERVIEW_PX = 2048
 
+_STRETCH_PX = 1024
+
 _CELL_PX = (128, 512)
 
 # Pictures of single samples side by side.
@@ -165,8 +167,8 @@ def imagery(source: Source) -> Callable[[GeoImage], Picture]:
         InputError: The source can't be read.
     """
     bands = natural_bands(source)
-    reduced = source.read_reduced(1024)
-    limits = stretch_limits(reduced, bands)
+    is_shown_as_it_is = source.dtype == np.uint8 and source.num_bands >= 3
+    limits = None if is_shown_as_it_is else stretch_limits(source.read_reduced(_STRETCH_PX), bands)
     return lambda image: rgb_from(image, bands, limits)
 
 
@@ -238,6 +240,7 @@ class MapSamples:
     _reduced: list[tuple[npt.NDArray[Any], npt.NDArray[Any]]] = field(default_factory=list)
     _num_rows: int = 0
     _shape: tuple[int, int] = (0, 0)
+    _drawing: dict[str, Callable[[GeoImage], Picture]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.cell_px = min(max(self.cell_px, _CELL_PX[0]), _CELL_PX[1])
@@ -319,7 +322,7 @@ class MapSamples:
         place = f"{Path(cell.source.path).name}, row {cell.window.row}, column {cell.window.col}"
 
         def draw() -> dict[str, Picture]:
-            seen = imagery(cell.source)(cell.source.read(cell.window))
+            seen = self._imagery(cell.source)(cell.source.read(cell.window))
             truth, predicted = (on_white(self._painted(each)) for each in (cell.truth, cell.predicted))
             errors = error_panel(seen, cell.truth, cell.predicted)
             return {"image": seen, "labels": truth, "prediction": predicted, "errors": errors}
@@ -330,6 +333,12 @@ class MapSamples:
             lossless=("labels", "prediction", "errors"),
             pixel_size=pixel_size(cell.source),
         )
+
+    def _imagery(self, source: Source) -> Callable[[GeoImage], Picture]:
+        """How a source is drawn, which takes a look at all of it, once."""
+        if source.path not in self._drawing:
+            self._drawing[source.path] = imagery(source)
+        return self._drawing[source.path]
 
     def _painted(self, labels: npt.NDArray[Any]) -> Picture:
         shown = last_true(labels) if self.multilabel else labels
@@ -342,7 +351,7 @@ class MapSamples:
         source, extent = self._source, self._extent
         predicted, truth = (np.concatenate([pair[part] for pair in self._reduced], axis=-2) for part in (0, 1))
         try:
-            seen = read_picture(source, imagery(source), _OVERVIEW_PX, extent)
+            seen = read_picture(source, self._imagery(source), _OVERVIEW_PX, extent)
         except InputError:
             return None
         wrong = (predicted != truth) & (truth != IGNORE_INDEX)
