@@ -40,6 +40,8 @@ _MAX_SHAPES = 20_000
 
 _MAX_THUMBNAILS = 24
 
+_MAX_NAMES = 8
+
 _UNITS = {"m2": "m²", "um2": "µm²", "px": "px"}
 
 
@@ -87,7 +89,7 @@ def write_map_report(
 
         labels = read_picture(result, draw)[..., 0]
     over = {**colors, **({} if clear is None else {clear: (0, 0, 0, 0)})}
-    page = Page(title=Path(source.path).name, subtitle=f"Map of {len(classes)} classes: {map_path}")
+    page = Page(title=Path(source.path).name, subtitle=f"Map of {_listed(classes)}: {map_path}")
     seen = _seen(source)
     layers = [] if seen is None else [picture_layer("image", seen)]
     layers.append(picture_layer("map", colorize(labels, over if layers else colors), opacity=0.6 if layers else 1.0))
@@ -101,6 +103,15 @@ def write_map_report(
     page.add("Classes", _areas(labels, names, source, {name: hex_color(colors[i]) for i, name in enumerate(names)}))
     page.add("Settings", Settings.of_values("Model and options", settings))
     page.write(path)
+
+
+def _listed(names: Sequence[str]) -> str:
+    more = f" and {len(names) - _MAX_NAMES} more" if len(names) > _MAX_NAMES else ""
+    return ", ".join(names[:_MAX_NAMES]) + more
+
+
+def _number(value: float) -> str:
+    return f"{value:,.0f}" if value >= 1000 else f"{value:.4g}"
 
 
 def _seen(source: Source) -> Picture | None:
@@ -123,7 +134,7 @@ def _areas(labels: Picture, names: Sequence[str], source: Source, colors: Mappin
     each = float(middle[0]) * source.width * source.height / labels.size
     total = max(1, counts.sum())
     order = np.argsort(-counts, kind="stable")
-    rows = [[names[i], f"{counts[i] / total:.3f}", f"{counts[i] * each:,.4g}"] for i in order]
+    rows = [[names[i], f"{counts[i] / total:.3f}", _number(counts[i] * each)] for i in order]
     return TextTable(columns=["class", "share", f"area, {_UNITS[unit]}"], rows=rows, colors=colors)
 
 
@@ -153,7 +164,7 @@ def write_object_report(
     seen = _seen(source)
     layers = [*([] if seen is None else [picture_layer("image", seen)]), shape_layer("objects", shapes)]
     left_out = len(objects) - len(drawn)
-    page = Page(title=Path(source.path).name, subtitle=f"{len(objects):,} objects of {len(classes)} classes")
+    page = Page(title=Path(source.path).name, subtitle=f"Objects of {_listed(classes)}")
     page.numbers = {"objects": f"{len(objects):,}", "size": f"{source.width:,} x {source.height:,} px"}
     page.add(
         "Objects",
@@ -163,7 +174,9 @@ def write_object_report(
         legend=class_legend(classes, colors),
     )
     table = _object_table(objects, polygons, classes, source, {n: hex_color(colors[i]) for i, n in enumerate(classes)})
-    plots = Row.of_plots(lambda first: _score_plot(objects, classes, first), ["objects by score"]) if labels else None
+    plots = (
+        Row.of_plots(lambda first: _score_plot(objects, classes, first), {"": "objects by score"}) if labels else None
+    )
     page.add("Classes", table, plots)
     page.add("Settings", Settings.of_values("Model and options", settings))
     page.write(path)
@@ -179,7 +192,7 @@ def _object_table(
     for index, name in enumerate(classes):
         own = objects.labels == index
         if own.any():
-            middle = [f"{objects.scores[own].mean():.3f}", f"{np.median(areas[own]):,.4g}", f"{areas[own].sum():,.4g}"]
+            middle = [f"{objects.scores[own].mean():.3f}", _number(np.median(areas[own])), _number(areas[own].sum())]
         else:
             middle = ["-", "-", "-"]
         rows.append([name, f"{int(own.sum()):,}", *middle])

@@ -154,19 +154,19 @@ class Row:
         return self.num_columns or max(1, min(len(self.figures), 6))
 
     @classmethod
-    def of_plots(cls, plot: Callable[[Path], Sequence[Path]], captions: Sequence[str]) -> Row:
+    def of_plots(cls, plot: Callable[[Path], Sequence[Path]], captions: Mapping[str, str]) -> Row:
         """Make a row of the plots of a function that writes them.
 
         Args:
             plot: Called with the path of the first plot, .svg; gives the paths of all.
-            captions: Caption of each.
+            captions: Caption of each by what its name adds to that of the first.
         """
         # Text stays text, and the same plot gives the same bytes.
         with tempfile.TemporaryDirectory() as folder, matplotlib.rc_context(_SVG_OPTIONS):
-            paths = plot(Path(folder, "plot.svg"))
-            plots = [path.read_bytes() for path in paths]
-        named = zip(plots, captions[: len(plots)], strict=True)
-        return cls(figures=[_plot_figure(content, caption) for content, caption in named], plots=True)
+            first = Path(folder, "plot.svg")
+            plots = {path.stem.removeprefix(first.stem): path.read_bytes() for path in plot(first)}
+        figures = [_plot_figure(content, captions[ending]) for ending, content in plots.items()]
+        return cls(figures=figures, plots=True)
 
 
 _SVG_OPTIONS: Any = {"svg.fonttype": "none", "svg.hashsalt": "perf_vit"}
@@ -221,8 +221,12 @@ class Settings:
 
     @classmethod
     def of_values(cls, title: str, values: Mapping[str, Any]) -> Settings:
-        """Return plain values, one a line."""
-        lines = [f"{name}: {to_json(value)}" for name, value in without_nan(dict(values)).items()]
+        """Return plain values, one a line; those of a mapping are indented."""
+        lines = []
+        for name, value in without_nan(dict(values)).items():
+            inner = value if isinstance(value, dict) else {}
+            lines.append(f"{name}:" if inner else f"{name}: {to_json(value)}")
+            lines += [f"    {key}: {to_json(each)}" for key, each in inner.items()]
         return cls(title=title, text=printable_lines("\n".join(lines)))
 
 

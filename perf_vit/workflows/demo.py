@@ -144,7 +144,7 @@ def write_report(path: Path, *, image: Path, labels: Path, prediction: Path, run
         plot_history(run.metrics, first, format="svg")
         return [first]
 
-    page.add("Training", Row.of_plots(curves, ["losses and validation scores by epoch"]))
+    page.add("Training", Row.of_plots(curves, {"": "losses and validation scores by epoch"}))
     return page.write(path)
 
 

@@ -114,13 +114,13 @@ class Evaluation(ABC):
 
     Attributes:
         pictures: Endings of the names of pictures next to the scores, some of which a model may have no scores for.
-        captions: What these show.
+        captions: What these show, by their endings.
         samples: Worst and best samples, None for none.
         settings: Plain values that decided the scores.
     """
 
     pictures: ClassVar[tuple[str, ...]] = ()
-    captions: ClassVar[tuple[str, ...]] = ()
+    captions: ClassVar[Mapping[str, str]] = MappingProxyType({})
     samples: Samples | None = None
     settings: Mapping[str, Any] = MappingProxyType({})
 

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from functools import cached_property
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Literal
 
 import torch
@@ -50,7 +51,7 @@ class SegmentationEvaluation(Evaluation):
     """
 
     pictures = ("", "_confusion")
-    captions = ("precision and recall", "confusion matrix")
+    captions = MappingProxyType({"": "precision and recall", "_confusion": "confusion matrix"})
 
     def __init__(
         self,
@@ -124,7 +125,7 @@ class ClassificationEvaluation(Evaluation):
     """
 
     pictures = ("", "_precision_recall")
-    captions = ("confusion matrix or precision and recall", "precision and recall")
+    captions = MappingProxyType({"": "confusion matrix", "_precision_recall": "precision and recall"})
 
     def __init__(
         self, scores: ClassificationScores, *, title: str = "scores", registered: RegisteredMetrics | None = None
@@ -237,7 +238,7 @@ class DetectionEvaluation(Evaluation):
     """
 
     pictures = ("", "_confusion")
-    captions = ("precision and recall", "confusion matrix")
+    captions = MappingProxyType({"": "precision and recall", "_confusion": "confusion matrix"})
 
     def __init__(
         self,

@@ -55,7 +55,7 @@ def write_training_report(
         plot_history(list(rows), first, task.curves, format="svg")
         return [first]
 
-    page.add("Curves", Row.of_plots(curves, ["losses and validation scores by epoch"]))
+    page.add("Curves", Row.of_plots(curves, {"": "losses and validation scores by epoch"}))
     if task.tile_scores is not None and task.draw is not None:
         evaluation, text = _validated(task, network, tiles)
         evaluation.add_to(page)
@@ -82,7 +82,8 @@ def _validated(task: Task, network: Any, tiles: Any) -> tuple[Evaluation, str]:
             samples.offer(score, _sample(task, network, f"{text}: tile {index}", image, labels, found))
             on_tile(done, len(chosen))
     evaluation = scores.finish()
-    evaluation.title = f"{len(chosen):,} of {len(tiles):,} validation tiles"
+    of_all = "" if len(chosen) == len(tiles) else f" of {len(tiles):,}"
+    evaluation.title = f"{len(chosen):,}{of_all} validation tiles"
     evaluation.samples = samples
     return evaluation, f"Best model on {evaluation.title}, which also chose it."
 
