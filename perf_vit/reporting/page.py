@@ -165,7 +165,7 @@ class Row:
         with tempfile.TemporaryDirectory() as folder, matplotlib.rc_context(_SVG_OPTIONS):
             first = Path(folder, "plot.svg")
             plots = {path.stem.removeprefix(first.stem): path.read_bytes() for path in plot(first)}
-        figures = [_plot_figure(content, captions[ending]) for ending, content in plots.items()]
+        figures = [_plot_figure(content, captions.get(ending, ending.strip("_"))) for ending, content in plots.items()]
         return cls(figures=figures, plots=True)
 
 
