@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from perf_vit.errors import OptionError
+from perf_vit.errors import InputError, OptionError
 from perf_vit.files import write_text
 from perf_vit.geometry import Objects
 from perf_vit.inference.batch import InputReport
@@ -346,8 +346,16 @@ class DetectionPredictor(InputPredictor[Detector, DetectionPredictOptions]):
             elif path.suffix == ".html":
                 write_object_report(file, job.source, objects, classes, settings=self.described())
             else:
-                write_object_quicklook(job.source, objects, file, classes)
-        return made
+                self._write_quicklook(job, objects, file)
+        return {path: file for path, file in made.items() if file.exists()}
+
+    def _write_quicklook(self, job: ObjectJob, objects: Objects, path: Path) -> None:
+        """Write the picture, unless the whole scene can't be read and damaged parts may be left out."""
+        try:
+            write_object_quicklook(job.source, objects, path, self.model.spec.classes)
+        except InputError:
+            if self.options.on_error == "stop":
+                raise
 
     def _write(self, path: Path, objects: Objects, scene: Source) -> Path:
         spec = self.model.spec

@@ -297,7 +297,8 @@ class Page:
         Raises:
             OutputError: The path isn't writable.
         """
-        write_text(path, self.html())
+        # Bytes of file names that are no UTF-8 are surrogates.
+        write_text(path, self.html().encode("utf-8", errors="backslashreplace").decode("utf-8"))
         return Path(path)
 
 

@@ -170,7 +170,8 @@ def test_a_folder_of_images_becomes_a_folder_of_files_with_a_report(run, tmp_pat
     out = tmp_path / "found"
     assert call([*args, out, "--on-error", "skip", "--score-threshold", "0.1"]) == 2
     assert "1 of 5 inputs failed" in capsys.readouterr().err
-    assert sorted(path.name for path in (out / "north").glob("[!.]*")) == ["0.gpkg", "1.gpkg", "2.gpkg", "3.gpkg"]
+    assert sorted(path.name for path in (out / "north").glob("[!.]*.gpkg")) == ["0.gpkg", "1.gpkg", "2.gpkg", "3.gpkg"]
+    assert all((out / "north" / f"{number}.{suffix}").exists() for number in range(4) for suffix in ("png", "qml"))
     report = json.loads((out / "report.json").read_text())
     assert report["totals"] | {"done": 4, "failed": 1} == report["totals"]
     alone = tmp_path / "alone.gpkg"

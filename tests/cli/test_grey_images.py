@@ -33,10 +33,10 @@ def test_a_grey_image_is_predicted_and_evaluated_as_three_equal_bands(tmp_path) 
         args = ["--checkpoint", checkpoint, "--input", folder / "a.png"]
         out = ["--output", tmp_path / f"{name}.geojson", "--score-threshold", "0"]
         assert call(["predict", *args, *out]) == 0
-        labels = ["--labels", tmp_path / "labels.json", "--json", tmp_path / f"{name}.json"]
+        labels = ["--labels", tmp_path / "labels.json", "--json", tmp_path / f"{name}_scores.json"]
         assert call(["evaluate", *args, *labels]) == 0
         found.append(geopandas.read_file(tmp_path / f"{name}.geojson"))
-        scores.append(json.loads((tmp_path / f"{name}.json").read_text()))
+        scores.append(json.loads((tmp_path / f"{name}_scores.json").read_text()))
     assert len(found[0])
     assert found[0].equals(found[1])
     assert scores[0] == scores[1]

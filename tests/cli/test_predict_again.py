@@ -46,7 +46,9 @@ def test_polygons_that_are_asked_for_later_are_made_of_the_map_that_is_there(pre
     assert set(later) == names
     assert (predict.out / "map.tif").stat().st_mtime_ns == made
     shutil.rmtree(predict.out)
-    assert predict(*options) == later
+    # The page says what was asked for when it was written.
+    later.pop("map.html", None)
+    assert {name: content for name, content in predict(*options).items() if name != "map.html"} == later
 
 
 def test_polygons_are_tidied_again_while_the_map_stays(predict) -> None:

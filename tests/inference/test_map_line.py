@@ -81,7 +81,8 @@ def test_maps_of_many_inputs_are_the_same_bytes_as_one_at_a_time(scenes, tmp_pat
     assert [each.input for each in report.inputs] == list(map(str, scenes))
     assert _statuses(report) == ["done"] * len(scenes)
     assert _files(tmp_path / "many") == _files(tmp_path / "single")
-    assert len(_files(tmp_path / "many")) == 3 * len(scenes)
+    # Maps, quicklooks, polygons and what these were tidied with.
+    assert len(_files(tmp_path / "many")) == 4 * len(scenes)
 
 
 def test_batches_run_across_inputs(scenes, tmp_path) -> None:

@@ -84,7 +84,7 @@ def predict_map_of_vrt(root: Path) -> Job:
     inner, outer = root / "in" / "inner.vrt", root / "in" / "outer.vrt"
     for path, member in ((inner, "tiles/scene.tif"), (outer, "inner.vrt")):
         path.write_text(VRT.format("".join(VRT_BAND.format(band, member) for band in (1, 2, 3))))
-    outputs = [root / "out" / f"map.{suffix}" for suffix in ("tif", "png")]
+    outputs = [root / "out" / f"map.{suffix}" for suffix in ("tif", "png", "html", "qml", "tif.aux.xml")]
     return Job(_predict(checkpoint, outer, outputs[0]), [checkpoint, outer, inner, scene], outputs)
 
 
@@ -93,7 +93,7 @@ def _mosaic(root: Path, given: str) -> Job:
     tiles = [write_scene(root / "in" / f"{number}.tif", number, 64 * number) for number in range(2)]
     items = [{"assets": {"data": {"href": tile.name, "roles": ["data"]}}} for tile in tiles]
     (root / "in" / "items.json").write_text(json.dumps(items))
-    outputs = [root / "out" / f"map.{suffix}" for suffix in ("tif", "png")]
+    outputs = [root / "out" / f"map.{suffix}" for suffix in ("tif", "png", "html", "qml", "tif.aux.xml")]
     listed = [root / "in" / given] if given.endswith(".json") else []
     args = _predict(checkpoint, f"{root}/in/{given}", outputs[0], "--mosaic")
     return Job(args, [checkpoint, *tiles, *listed], outputs)
@@ -122,7 +122,9 @@ def predict_maps(root: Path) -> Job:
     virtual.write_text(VRT.format("".join(VRT_BAND.format(band, "member.tif") for band in (1, 2, 3))))
     listed.write_text("path\nscene.tif\nvirtual.vrt\n")
     folder = root / "out" / "maps"
-    outputs = [folder / f"{name}.{suffix}" for name in ("scene", "virtual") for suffix in ("tif", "png", "gpkg")]
+    endings = ("tif", "png", "gpkg", "qml", "tif.aux.xml")
+    outputs = [folder / f"{name}.{ending}" for name in ("scene", "virtual") for ending in endings]
+    outputs += [record_of(folder / f"{name}.gpkg") for name in ("scene", "virtual")]
     args = _predict(checkpoint, listed, folder, "--polygons", "gpkg")
     outputs += [folder / "report.json", folder / "report.html"]
     return Job(args, [checkpoint, scene, virtual, member, listed], outputs)
@@ -143,7 +145,7 @@ def predict_objects_of_many(root: Path) -> Job:
     folder = root / "out" / "found"
     outputs = [folder / "0.json", folder / "1.json"]
     args = _predict(checkpoint, root / "in", folder, "--polygons", "json")
-    records = [record_of(output) for output in outputs]
+    records = [*(record_of(output) for output in outputs), *(output.with_suffix(".png") for output in outputs)]
     return Job(args, [checkpoint, *scenes], [*outputs, *records, folder / "report.json", folder / "report.html"])
 
 
@@ -155,7 +157,7 @@ def predict_results_of_many(root: Path) -> Job:
     labels = root / "in" / "labels.json"
     labels.write_text(json.dumps({"images": listed, "annotations": [], "categories": [{"id": 3, "name": "car"}]}))
     folder = root / "out" / "found"
-    names = ("0.json", "1.json", "coco_results.json", "report.json", "report.html")
+    names = ("0.json", "1.json", "0.png", "1.png", "coco_results.json", "report.json", "report.html")
     args = _predict(checkpoint, scenes[0].parent, folder, "--coco-images", labels)
     outputs = [*(folder / name for name in names), *(record_of(folder / name) for name in names[:2])]
     return Job(args, [checkpoint, labels, *scenes], outputs)
