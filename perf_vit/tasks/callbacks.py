@@ -22,6 +22,7 @@ from lightning.pytorch.callbacks import (
 )
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 from torch import Tensor
 
 from perf_vit.errors import OutputError, reason_line
@@ -153,6 +154,7 @@ def plot_history(
             if points:
                 axes.plot(*zip(*points, strict=True), marker=".", label=key)
         axes.set_xlabel("epoch")
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.grid(alpha=0.3)
         if axes.lines:
             axes.legend()

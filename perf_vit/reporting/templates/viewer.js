@@ -88,8 +88,8 @@ for (const box of document.querySelectorAll(".preview")) {
   };
   const tools = box.appendChild(document.createElement("div"));
   tools.className = "tools";
-  const actions = { "+": () => zoomAt(1.5, width / 2, height / 2), "\u2212": () => zoomAt(1 / 1.5, width / 2, height / 2), "\u26f6": fit };
-  const names = { "+": "zoom in", "\u2212": "zoom out", "\u26f6": "show all" };
+  const actions = { "+": () => zoomAt(1.5, width / 2, height / 2), "\u2212": () => zoomAt(1 / 1.5, width / 2, height / 2), "fit": fit };
+  const names = { "+": "zoom in", "\u2212": "zoom out", "fit": "show all" };
   for (const [text, act] of Object.entries(actions)) {
     const button = tools.appendChild(document.createElement("button"));
     button.textContent = text;
