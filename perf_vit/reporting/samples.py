@@ -361,7 +361,7 @@ class MapSamples:
             picture_layer("image", seen),
             picture_layer("labels", self._painted(truth), shown=False),
             picture_layer("prediction", self._painted(predicted), opacity=0.5, shown=False),
-            picture_layer("errors", errors),
+            picture_layer("errors", errors, opacity=0.7),
         ]
         return Preview(size=extent.shape, layers=layers, pixel_size=pixel_size(source))
 
