@@ -246,8 +246,10 @@ def _one_of(value: Any, options: Sequence[Any], key: str, missing: list[str]) ->
     takes_text = str in options
     if types.NoneType in options and isinstance(value, str) and not takes_text and value.lower() in _NOTHING:
         return None
-    if any(_fits(value, option) for option in options):
-        return value
+    for option in options:
+        if _fits(value, option):
+            # A whole number is a number, too.
+            return _converted(value, option, key, missing)
     for option in options:
         try:
             return _converted(value, option, key, missing)

@@ -184,7 +184,6 @@ def create_backbone(
         CheckpointError: The folder has no converted model.
         ConfigError: The model is unknown or doesn't accept its arguments, or the tile size is out of range.
     """
-    check_file_arguments(config.backbone_kwargs, "model.backbone_kwargs")
     if not 1 <= tile_px <= _LARGEST_TILE_PX:
         raise ConfigError(f"data.tile_px must be from 1 to {_LARGEST_TILE_PX}, got {tile_px}")
     folder = stored_folder(config.backbone) if saved_backbone is None else None
@@ -213,6 +212,8 @@ def _create(
     options: Mapping[str, Any],
     folder: Path | None = None,
 ) -> nn.Module:
+    # Before anything is built: the argument of a file must not load other files.
+    check_file_arguments(config.backbone_kwargs, "model.backbone_kwargs")
     if saved is None and not is_model(config.backbone):
         near = difflib.get_close_matches(config.backbone, timm.list_models(), n=1, cutoff=0.5)
         hint = f"did you mean {near[0]}?" if near else "see `timm.list_models('performer_*')`"

@@ -11,6 +11,11 @@ from perf_vit.config import shipped_configs
 from perf_vit.workflows.registry import task_keys
 
 
+@pytest.fixture(autouse=True)
+def _wide(monkeypatch) -> None:
+    monkeypatch.setenv("COLUMNS", "1000")
+
+
 def printed(capsys, *args: str) -> str:
     assert call(list(args)) == 0
     return capsys.readouterr().out

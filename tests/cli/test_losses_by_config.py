@@ -45,7 +45,7 @@ def test_a_mixture_of_losses_with_balanced_weights_trains_a_decoder(scene, tmp_p
         ("optim.dice_weight=1", "Key 'dice_weight' not in 'optim'"),
         ("optim.loss.dise=1", "Did you mean: 'dice'?"),
         ("optim.loss={ce: 0, dice: 0}", "one of them above 0"),
-        ("optim.class_weights=balance", "must be balanced, or numbers"),
+        ("optim.class_weights=balance", "must be balanced or a list of numbers"),
         ("optim.class_weights=[1]", "got 1 for 2"),
     ],
 )

@@ -263,7 +263,7 @@ def run(trained, tmp_path) -> Path:
             "data.classes=[water_or_land,ship,cloud]",
             "data.classes from ['water_or_land', 'ship'] to ['water_or_land',",
         ),
-        ("model.head=linear", "model.head from full_resolution to linear"),
+        ("model.head=linear", "model.head from None to linear"),
         ("model.backbone_kwargs.depth=3", "model.backbone_kwargs from {'depth': 2"),
         ("data.bands=[3,2,1]", "data.bands from None to [3, 2, 1]"),
         ("data.tile_px=128", "data.tile_px from 64 to 128"),
