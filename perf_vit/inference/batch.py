@@ -10,6 +10,7 @@ from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager, suppress
 from dataclasses import astuple, dataclass, field, replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Literal, get_args
 
 from filelock import FileLock, Timeout
@@ -243,7 +244,7 @@ def predict_many(
     on_error: OnError = "stop",
     report: RunReport | None = None,
     report_path: Path | None = None,
-    settled: Sequence[InputReport] = (),
+    settled: Mapping[MapInput, InputReport] = MappingProxyType({}),
     num_rounds: int = 3,
     wait_s: float = 1.0,
     on_input: Callable[[InputReport], None] = lambda report: None,
@@ -272,10 +273,9 @@ def predict_many(
     """
     run = _Run(report or RunReport(), report_path, on_input)
     try:
-        for known in settled:
+        for known in settled.values():
             run.settle(known)
-        done = {known.output for known in settled}
-        inputs = [item for item in inputs if str(item.output) not in done]
+        inputs = [item for item in inputs if item not in settled]
         for last in [False] * num_rounds + [True]:
             if not inputs:
                 break

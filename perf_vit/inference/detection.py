@@ -289,7 +289,7 @@ class DetectionPredictor(InputPredictor[Detector, DetectionPredictOptions]):
         suffix = self.options.suffix
         return [out.with_name(name + each) for each in ([suffix] if suffix else [".gpkg", ".geojson"])]
 
-    def check(self, inputs: Sequence[MapInput]) -> list[InputReport]:
+    def check(self, inputs: Sequence[MapInput]) -> dict[MapInput, InputReport]:
         """Refuse inputs whose outputs would replace other files, or that the COCO file doesn't list."""
         if self.coco_images is not None:
             self.coco_images.check(item.path for item in inputs)

@@ -208,7 +208,7 @@ class InputPredictor(Predictor[Model, Options]):
             OutputError: The output can't be made of this input.
         """
 
-    def check(self, inputs: Sequence[MapInput]) -> list[InputReport]:
+    def check(self, inputs: Sequence[MapInput]) -> dict[MapInput, InputReport]:
         """Refuse inputs whose outputs would replace other files, before anything is computed.
 
         Returns:
@@ -217,7 +217,7 @@ class InputPredictor(Predictor[Model, Options]):
         Raises:
             OutputError: Names the first file.
         """
-        there = []
+        there = {}
         for item in inputs:
             start, outputs = time.monotonic(), self.outputs(item.output)
             for out in outputs:
@@ -229,7 +229,7 @@ class InputPredictor(Predictor[Model, Options]):
                 job = self.job(source, item.output)
                 if job.check() and job.is_complete():
                     result = JobResult(made=False, **self.size_of(job))
-                    there.append(report_of(item, result, time.monotonic() - start))
+                    there[item] = report_of(item, result, time.monotonic() - start)
         return there
 
     def size_of(self, job: Any) -> dict[str, Any]:

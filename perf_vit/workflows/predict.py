@@ -299,7 +299,7 @@ def _predict_many(
     inputs: list[MapInput],
     folder: Path,
     pool: RayPool | None,
-    settled: Sequence[InputReport],
+    settled: Mapping[MapInput, InputReport],
 ) -> RunReport:
     """Predict all inputs but those that are settled, in this process or in a pool, keep a report and note it."""
     options = predictor.options

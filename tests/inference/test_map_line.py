@@ -4,6 +4,7 @@ import gc
 import threading
 import time
 import warnings
+import weakref
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -180,21 +181,26 @@ def test_inputs_behind_a_large_one_are_left_to_other_processes_where_a_small_one
     assert locked <= {"0.tif.partial", "1.tif.partial"}
 
 
-def test_a_failed_input_leaves_no_rows_in_memory_without_the_garbage_collector(scenes, tmp_path) -> None:
+def test_a_failed_input_leaves_no_rows_in_memory_without_the_garbage_collector(scenes, tmp_path, monkeypatch) -> None:
     def fail(_: torch.Tensor) -> None:
         if len(model.sizes) == 30:
             raise RuntimeError("out of memory")
 
-    gc.collect()
+    def make(self: RowStitcher, *arguments) -> None:
+        made.append(weakref.ref(self))
+        init(self, *arguments)
+
+    init, made = RowStitcher.__init__, []
+    monkeypatch.setattr(RowStitcher, "__init__", make)
     gc.disable()
     try:
         model = Recorder(fail)
         report = _predict(_predictor(model, on_error="skip"), _inputs(scenes[:3], tmp_path / "maps"), on_error="skip")
-        held = [each for each in gc.get_objects() if isinstance(each, RowStitcher)]
+        held = [each() for each in made]
     finally:
         gc.enable()
     assert _statuses(report) == ["done", "failed", "done"]
-    assert held == []
+    assert held == [None] * 3
 
 
 def test_a_warning_as_an_error_costs_its_own_input_only(scenes, tmp_path) -> None:

@@ -128,8 +128,10 @@ def test_a_strip_that_failed_once_leaves_no_wrong_rows(scene, tmp_path, monkeypa
     monkeypatch.setattr(StripStore, "write", fail_once)
     with pytest.raises(OSError, match="the disk is away"):
         predict(tmp_path / "map.tif")
-    kept = {path.name for path in (tmp_path / "map.tif.partial").glob("rows_*")}
-    assert len(failures) == len(kept) == 1
+    kept = {int(path.name.split("_")[1]) for path in (tmp_path / "map.tif.partial").glob("rows_*")}
+    # The strip behind it may have been on its way.
+    assert failures == [48]
+    assert {0} <= kept <= {0, 96}
     predict(tmp_path / "map.tif")
     predict(tmp_path / "whole.tif")
     assert (tmp_path / "map.tif").read_bytes() == (tmp_path / "whole.tif").read_bytes()
