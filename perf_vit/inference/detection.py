@@ -145,12 +145,13 @@ def _is_results(path: Path, ids: frozenset[int]) -> bool:
     )
 
 
-def tidied(objects: Objects, source: Source, options: DetectionPredictOptions) -> Objects:
-    """Objects that are large enough, with simplified outlines; each outline is one polygon, its largest part."""
+def tidied(objects: Objects, source: Source, options: DetectionPredictOptions, *, keep_parts: bool = False) -> Objects:
+    """Objects that are large enough, with simplified outlines: all parts of each, or one polygon, its largest part."""
     polygons, kept = tidy_polygons(objects.polygons(), source, **options.tidying)
     geometry = objects.geometry
     if objects.kind == "polygons":
-        geometry = np.array([*map(_largest_part, polygons), None], object)[:-1]
+        whole = polygons if keep_parts else map(_largest_part, polygons)
+        geometry = np.array([*whole, None], object)[:-1]
     return Objects(objects.kind, geometry[kept], objects.scores[kept], objects.labels[kept])
 
 
@@ -226,7 +227,8 @@ class DetectionPredictor(InputPredictor[Detector, DetectionPredictOptions]):
         reader = SalvagingReader(job.source, damage.add) if self.options.on_error == "skip" else job.source
         objects = self.find(reader, job.source.extent, log=WindowLog(journal.folder), on_progress=on_progress)
         damaged = tuple(damage.pieces())
-        objects = tidied(objects, job.source, self.options)
+        # Results that are scored keep every pixel of a mask.
+        objects = tidied(objects, job.source, self.options, keep_parts=job.out.suffix.lower() == ".json")
         made = {job.out: self._write(journal.folder / job.out.name, objects, job.source)}
         made |= self._write_beside(job, journal.folder, objects)
         job.finish(journal, made, num_damaged=len(damaged))
