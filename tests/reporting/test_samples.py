@@ -80,7 +80,11 @@ def test_samples_that_cannot_be_read_any_more_are_left_out() -> None:
         raise InputError("gone")
 
     drawn = Sample(title="b", draw=lambda: {"image": np.zeros((4, 4, 3), np.uint8)})
-    assert [row.title for row in sample_rows([Sample(title="a", draw=fail), drawn])] == ["b"]
+    # Samples of one picture lie side by side, under their titles.
+    [row] = sample_rows([Sample(title="a", draw=fail), drawn, drawn])
+    assert [figure.caption for figure in row.figures] == ["b", "b"]
+    two = Sample(title="c", draw=lambda: dict.fromkeys(("image", "labels"), np.zeros((4, 4, 3), np.uint8)))
+    assert [row.title for row in sample_rows([Sample(title="a", draw=fail), two, two])] == ["c", "c"]
 
 
 @pytest.mark.parametrize("dtype", ["uint8", "uint16"])
