@@ -15,7 +15,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from perf_vit.config.values import MISSING, build_config, dataclass_in, options_of_hint, shown
-from perf_vit.config.yaml_text import check_interpolations, load_yaml
+from perf_vit.config.yaml_text import check_interpolations, load_yaml, takes_text
 from perf_vit.errors import ConfigError, reason_line
 
 __all__ = [
@@ -266,11 +266,17 @@ def _as_override(item: str) -> str:
 def _parsed_value(key: str, text: str, schema: Any) -> Any:
     hint = _hint_of(key, schema)
     text = text.strip()
+    if takes_text(hint) and text and text[0] not in "[{\"'" and text not in ("null", "~"):
+        # Not YAML, which ends at " #" and reads "a: b" as a mapping.
+        return text
     if _is_list(hint) and "," in text and text[0] not in "[{\"'":
         text = f"[{text}]"
     try:
         return load_yaml(text, hint)
     except (yaml.YAMLError, ValueError, RecursionError, TypeError) as error:
+        if schema is None:
+            # Another key is asked for; the schema tells whether this one is text.
+            return text
         problem = getattr(error, "problem", None) or reason_line(error)
         raise ConfigError(
             f"can't read {key}={text:.100}: {problem}; close brackets and quote text with special characters"

@@ -246,6 +246,8 @@ def _one_of(value: Any, options: Sequence[Any], key: str, missing: list[str]) ->
     takes_text = str in options
     if types.NoneType in options and isinstance(value, str) and not takes_text and value.lower() in _NOTHING:
         return None
+    if value is False and types.NoneType in options and bool not in options and any(map(_is_dataclass, options)):
+        return None
     for option in options:
         if _fits(value, option):
             # A whole number is a number, too.

@@ -17,7 +17,7 @@ from omegaconf.grammar_parser import parse
 from perf_vit.config.values import options_of_hint
 from perf_vit.errors import ConfigError
 
-__all__ = ["MOST_CHARACTERS", "NODE_CHARACTERS", "check_interpolations", "load_yaml"]
+__all__ = ["MOST_CHARACTERS", "NODE_CHARACTERS", "check_interpolations", "load_yaml", "takes_text"]
 
 MOST_CHARACTERS = 20_000_000
 """Largest size in characters of a file with its aliases or interpolations expanded."""
@@ -84,11 +84,11 @@ def _keep_text(node: yaml.Node, hint: Any) -> None:
                 _keep_text(each, items[0] if items else option)
         elif isinstance(node, yaml.ScalarNode) and items:
             _keep_text(node, items[0])
-    if isinstance(node, yaml.ScalarNode) and node.style is None and node.tag in _NOT_TEXT and _is_text(hint):
+    if isinstance(node, yaml.ScalarNode) and node.style is None and node.tag in _NOT_TEXT and takes_text(hint):
         node.tag = "tag:yaml.org,2002:str"
 
 
-def _is_text(hint: Any) -> bool:
+def takes_text(hint: Any) -> bool:
     """Return whether scalars of a type are text; null and lists of text are left to other rules."""
     scalars = [each for each in options_of_hint(hint) if typing.get_origin(each) not in (list, tuple, dict)]
     kinds = [_text_kind(each) for each in scalars if each is not type(None) and not dataclasses.is_dataclass(each)]

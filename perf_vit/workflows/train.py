@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import json
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
@@ -130,7 +131,7 @@ def with_out(overrides: Overrides | None, out: str | Path | None) -> Overrides:
     given: Overrides = () if overrides is None else overrides
     if out is None:
         return given
-    return {**given, "out": str(out)} if isinstance(given, Mapping) else [*given, f"out={out}"]
+    return {**given, "out": str(out)} if isinstance(given, Mapping) else [*given, f"out={json.dumps(str(out))}"]
 
 
 def train_run(config: TaskRunConfig, *, progress: bool = True) -> Run:

@@ -53,6 +53,9 @@ def value_of(run: Any, key: str) -> Any:
         (BUILDINGS, "optim.lr=1e-6", "optim.lr", 1e-6),
         (BUILDINGS, "optim.schedule_kwargs={lr_min: 1e-6}", "optim.schedule_kwargs", {"lr_min": 1e-6}),
         (BUILDINGS, "resume=yes", "resume", True),
+        (BUILDINGS, "out=runs/a #1: b", "out", "runs/a #1: b"),
+        (BUILDINGS, "data.train.image=town #2.tif", "data.train.image", "town #2.tif"),
+        (BUILDINGS, "model.lora=false", "model.lora", None),
         (BUILDINGS, "data.train={image: [a.tif, b.tif], labels: ab.gpkg}", "data.train.image", ["a.tif", "b.tif"]),
         (BUILDINGS, "trainer={max_epochs: 3}", "trainer.max_epochs", 3),
         (BUILDINGS, "optim={lr: 0.1}", "optim.loss.dice", 1.0),
@@ -106,6 +109,12 @@ def test_typical_mistakes_are_answered_in_one_line_of_words(override: str, messa
         read_run(BUILDINGS, [*FILES, override])
     assert message in str(error.value)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("out", ["runs/a #1", "[b]", "a: b", '"q"', "{x}", "C:\\runs"])
+def test_a_run_folder_may_have_any_name(out: str) -> None:
+    assert read_run(BUILDINGS, FILES[:-1], out).out == out
+    assert read_run(BUILDINGS, [*FILES[:-1], "seed=3"], Path(out)).out == out
 
 
 def test_mappings_of_a_file_replace_those_of_its_base(tmp_path: Path) -> None:

@@ -108,6 +108,34 @@ def test_classes_of_a_column_and_a_rare_one() -> None:
     assert "column crop: wheat 8, maize 1" in found.path.read_text()
 
 
+def test_columns_that_name_no_classes_are_passed_over() -> None:
+    write_scene("field.tif")
+    columns = {
+        "class": [1.5, 2.5, 1.5, 2.5],
+        "type": ["a", "b", "a", "b"],
+        "kind": [["x"], ["y"], ["x"], ["y"]],
+        "date": np.array(["2024-01-01", "2024-01-02"] * 2, "datetime64[ms]"),
+    }
+    frame = gpd.GeoDataFrame(
+        {name: columns[name] for name in ("class", "type", "date")},
+        geometry=[shapely.box(*(PLACE @ (x, 60)), *(PLACE @ (x + 20, 20))) for x in (5, 40, 75, 110)],
+        crs=CRS,
+    )
+    frame.to_file("fields.gpkg")
+    made = perf_vit.init("segmentation", "field.tif", "fields.gpkg", out="f.yaml", progress=False)
+    assert config_of(made.path)["data"]["attribute"] == "type"
+    for column in ("class", "date"):
+        with pytest.raises(InputError, match=f"the column {column} must hold text or whole numbers"):
+            perf_vit.init("segmentation", "field.tif", "fields.gpkg", attribute=column, out="g.yaml", progress=False)
+    content = json.loads(frame[["geometry"]].to_json())
+    for feature, kind in zip(content["features"], columns["kind"], strict=True):
+        feature["properties"] = {"kind": kind}
+    content["crs"] = {"type": "name", "properties": {"name": "urn:ogc:def:crs:EPSG::32637"}}
+    Path("lists.geojson").write_text(json.dumps(content))
+    made = perf_vit.init("segmentation", "field.tif", "lists.geojson", out="h.yaml", progress=False)
+    assert "attribute" not in config_of(made.path)["data"]
+
+
 def test_values_of_a_mask_and_a_balanced_sampler() -> None:
     write_scene("scene.tif", num_bands=7)
     values = np.full((SIDE, SIDE), 3)
@@ -229,12 +257,36 @@ def test_slides_with_classes() -> None:
     Path("slides").mkdir()
     for number in range(4):
         make_slide(Path(f"slides/s{number}.svs"), 320, 300, mpp=0.5, tile_px=64, tissue_share=0.6, seed=number)
-    rows = [f"s{number}.svs,{'ab'[number % 2]}" for number in range(4)]
+    # Names may lack their suffix.
+    rows = [f"s{number},{'ab'[number % 2]}" for number in range(4)]
     Path("slides.csv").write_text("\n".join(["slide,label", *rows]))
     made = perf_vit.init("slide_classification", "slides", "slides.csv", out="t.yaml", progress=False)
     config = config_of(made.path)
     assert config["data"]["classes"] == ["a", "b"]
     assert config["model"]["pretrained"] is True
+
+
+def test_lists_of_the_user_are_never_replaced() -> None:
+    write_images("scenes/forest", 4)
+    write_images("scenes/town", 4)
+    Path("s_train.csv").write_text("mine")
+    for overwrite in (False, True):
+        with pytest.raises(OutputError, match=r"s_train\.csv"):
+            perf_vit.init("classification", "scenes", out="s.yaml", overwrite=overwrite, progress=False)
+    assert Path("s_train.csv").read_text() == "mine"
+    Path("s_train.csv").unlink()
+    perf_vit.init("classification", "scenes", out="s.yaml", progress=False)
+    perf_vit.init("classification", "scenes", out="s.yaml", overwrite=True, progress=False)
+    with pytest.raises(OutputError):
+        perf_vit.init("classification", "scenes", val_image="scenes", val_labels="s_val.csv", out="s_val.csv",
+                      overwrite=True, progress=False)  # fmt: skip
+
+
+def test_a_table_that_is_not_text_is_one_line() -> None:
+    write_images("plots", 3)
+    Path("t.csv").write_bytes(b"image,label\n0.png,b\xe9ton\n"[:8] + b"\xff\xfe\n")
+    with pytest.raises(InputError, match=r"can't read t\.csv as CSV"):
+        perf_vit.init("classification", "plots", "t.csv", out="t.yaml", progress=False)
 
 
 def test_validation_files_are_used_as_given() -> None:

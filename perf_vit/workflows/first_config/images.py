@@ -9,7 +9,8 @@ from pathlib import Path
 
 import numpy as np
 
-from perf_vit.errors import InputError, OptionError
+from perf_vit.data.bags import read_slide_table
+from perf_vit.errors import InputError, OptionError, reason_line
 from perf_vit.labels.tables import read_class_folders, read_csv_rows
 from perf_vit.sources import find_images, open_source
 from perf_vit.sources.files import image_root
@@ -78,7 +79,8 @@ def draft_slides(files: Files) -> Draft:
     columns = _columns_of(files)
     names, labels = _labelled(files, columns)
     classes = sorted(set(labels))
-    with open_source(Path(files.first_image) / names[0]) as source:
+    given = {"image_column": columns[0], "label_column": columns[1]}
+    with open_source(read_slide_table(str(files.labels), files.first_image, **given).paths[0]) as source:
         facts = [f"slides  {len(names)}, the first {image_fact(source)}"]
     draft = Draft(values={"task": files.task, "out": files.run, "data.train.image": files.image}, facts=facts)
     _set_apart(files, draft, columns, list(zip(names, labels, strict=True)), [classes.index(each) for each in labels])
@@ -99,8 +101,11 @@ def _columns_of(files: Files) -> list[str]:
     """Return the columns of image names and of classes, or the names that a table of folders by class gets."""
     if files.labels is None:
         return ["image", "label"]
-    with Path(files.labels).open(newline="", encoding="utf-8-sig") as file:
-        names = next(csv.reader(file), [])
+    try:
+        with Path(files.labels).open(newline="", encoding="utf-8-sig") as file:
+            names = next(csv.reader(file), [])
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise InputError(f"can't read {files.labels} as CSV: {reason_line(error)}; save it as UTF-8") from error
     image = next((name for name in _IMAGE_COLUMNS if name in names), None)
     label = files.attribute or next((name for name in _CLASS_COLUMNS if name in names), None)
     if image is None or (label is None and files.task != "regression"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections import Counter
 from collections.abc import Iterable
@@ -134,7 +135,12 @@ def _vector_classes(paths: list[str], attribute: str | None) -> _Classes:
     found: Counter[Any] = Counter()
     for path in paths:
         frame = read_features(path, column)
-        found.update([None] * len(frame) if column is None or column not in frame else frame[column].tolist())
+        values = [None] * len(frame) if column is None or column not in frame else frame[column].tolist()
+        if not _are_classes([value for value in values if not _is_absent(value)]):
+            raise InputError(
+                f"{path}: the column {column} must hold text or whole numbers to name classes; give another `attribute`"
+            )
+        found.update(None if _is_absent(value) else value for value in values)
     absent = sum(count for value, count in found.items() if _is_absent(value))
     known = sorted((value for value in found if not _is_absent(value)), key=lambda value: (-found[value], str(value)))
     number, columns = sum(found.values()), [name for name in read_columns(paths[0]) if name != column]
@@ -178,7 +184,15 @@ def _choose_background(keys: dict[str, Any], notes: dict[str, str], known: list[
 
 
 def _is_absent(value: Any) -> bool:
-    return value is None or value != value or value == ""
+    is_nan = isinstance(value, float) and math.isnan(value)
+    return value is None or is_nan or (isinstance(value, str) and not value) or type(value).__name__ == "NaTType"
+
+
+def _are_classes(values: list[Any]) -> bool:
+    """Return whether all values are text, or all are whole numbers."""
+    if all(isinstance(value, int | float) for value in values):
+        return all(float(value).is_integer() for value in values)
+    return all(isinstance(value, str) for value in values)
 
 
 def _named(known: list[Any]) -> dict[str, Any]:
@@ -196,12 +210,10 @@ def _class_column(path: str) -> str | None:
     candidates = [lower[name] for name in _CLASS_COLUMNS if name in lower]
     for name in [*candidates, *(each for each in columns if each not in candidates)]:
         values = [value for value in read_features(path, name)[name].tolist() if not _is_absent(value)]
-        kinds = {type(value) for value in values}
         distinct = len(set(map(str, values)))
         repeats = distinct <= max(1, len(values) // 2) or (name in candidates and distinct <= len(values))
-        is_text = kinds == {str}
-        is_number = name in candidates and all(float(value).is_integer() for value in values if kinds <= {int, float})
-        if values and distinct <= _MOST_CLASSES and repeats and (is_text or (is_number and kinds <= {int, float})):
+        is_likely = name in candidates or all(isinstance(value, str) for value in values)
+        if values and distinct <= _MOST_CLASSES and repeats and is_likely and _are_classes(values):
             return name
     return None
 

@@ -112,14 +112,19 @@ def init(
         config=path,
         run=Path(run or Path("runs", path.stem)).as_posix(),
     )
-    check_outputs([path], [labels], overwrite=overwrite)
+    inputs = [each for each in (image, labels, val_image, val_labels) if isinstance(each, str | Path)]
+    kept = [each for each in inputs if Path(each).is_file()]
+    check_outputs([path], kept, overwrite=overwrite)
     with progress_shown(progress):
         draft = _DRAFTS[task](files)
     draft.values = {key: value for key, value in draft.values.items() if value is not None}
     text = _rendered(draft)
     read_run(yaml.safe_load(text))
     further = [Path(name) for name in draft.files]
-    check_outputs([path, *further], [labels], overwrite=overwrite)
+    # A list is replaced only if the config that is replaced, too, names it.
+    before = path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
+    check_outputs([each for each in further if each.as_posix() not in before], kept)
+    check_outputs([path, *further], kept, overwrite=overwrite)
     path.parent.mkdir(parents=True, exist_ok=True)
     for name, content in {**draft.files, str(path): text}.items():
         write_text(name, content)
