@@ -26,7 +26,7 @@ from perf_vit.inference.options import DetectionPredictOptions
 from perf_vit.inference.predictor import InputPredictor, OnProgress, ignore_progress, register_predictor
 from perf_vit.inference.prefetch import Reads, SalvagingReader
 from perf_vit.labels.objects import CocoImages
-from perf_vit.models import Detector, load_detector, standardized
+from perf_vit.models import Detector, check_window_size, load_detector, standardized
 from perf_vit.plotting import default_colormap
 from perf_vit.reporting.outputs import write_object_report
 from perf_vit.sources import GEOTIFF_SUFFIXES
@@ -205,6 +205,7 @@ class DetectionPredictor(InputPredictor[Detector, DetectionPredictOptions]):
             OptionError: An overlap that isn't below the window size.
         """
         window_size, overlap = self.options.windows(self.model.spec.tile_px)
+        check_window_size(self.model, window_size)
         return predict_objects(
             self.model,
             source,
@@ -249,6 +250,7 @@ class DetectionPredictor(InputPredictor[Detector, DetectionPredictOptions]):
         target = self._names(Path(out))[0 if scene.crs is not None else -1]
         check_vector_output(target, scene)
         window_size, overlap = self.options.windows(self.model.spec.tile_px)
+        check_window_size(self.model, window_size)
         return ObjectJob(
             source=scene,
             out=target,

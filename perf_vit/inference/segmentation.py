@@ -24,7 +24,7 @@ from perf_vit.inference.options import SegmentationPredictOptions
 from perf_vit.inference.predictor import InputPredictor, OnProgress, ignore_progress, register_predictor
 from perf_vit.inference.prefetch import Reads, SalvagingReader
 from perf_vit.inference.ray import RayPool, row_ranges
-from perf_vit.models import Segmenter, load_segmenter
+from perf_vit.models import Segmenter, check_window_size, load_segmenter
 from perf_vit.plotting import default_colormap
 from perf_vit.reporting.outputs import write_map_report
 from perf_vit.sources import bounded_cache
@@ -201,7 +201,7 @@ class SegmentationPredictor(InputPredictor[Segmenter, SegmentationPredictOptions
 
         Raises:
             InputError: A window can't be read, or the model's output has another shape.
-            OptionError: A window size that doesn't fit the patch size.
+            OptionError: A window size that doesn't fit the patch size, or the only size of the backbone.
         """
         return predict_strips(
             self.model,
@@ -248,6 +248,7 @@ class SegmentationPredictor(InputPredictor[Segmenter, SegmentationPredictOptions
         if size % multiple:
             nearest = max(1, round(size / multiple)) * multiple
             raise OptionError(f"window_size must be a multiple of the patch size {multiple}, got {size}; try {nearest}")
+        check_window_size(self.model, size)
         return {"window_size": size, "overlap": overlap}
 
     def work(self, source: Any, out: str | Path, *, shared: bool = False) -> MapWork:

@@ -10,7 +10,8 @@ import timm
 import torch
 from safetensors.torch import save_file
 
-from perf_vit.errors import CheckpointError, ConfigError
+from perf_vit.errors import CheckpointError, ConfigError, OptionError
+from perf_vit.inference import SegmentationPredictOptions, SegmentationPredictor
 from perf_vit.models import (
     CHECKPOINT_KEY,
     DetectionModelConfig,
@@ -230,6 +231,20 @@ def test_random_weights_are_not_frozen(changes: dict, tmp_path: Path) -> None:
     for given in ({"pretrained": True}, {"weights": "x.pth"}, {"backbone": str(tmp_path)}):
         check_not_random(replace(config, **given))
     check_not_random(replace(config, freeze_backbone=False, trainable_blocks=None, lora=None))
+
+
+def test_windows_of_another_size_than_the_only_one_are_refused() -> None:
+    kwargs = {"depth": 1, "embed_dim": 32, "num_heads": 2}
+    only = build_segmenter(SegmentationModelConfig(backbone="cait_xxs24_224", backbone_kwargs=kwargs), SPEC).eval()
+    predictor = SegmentationPredictor(only, SegmentationPredictOptions(window_size=96))
+    with pytest.raises(OptionError, match="window_size must be 64, as the backbone takes no other size, got 96"):
+        predictor.grid()
+    assert only(torch.randn(1, 3, 64, 64)).shape[-2:] == (64, 64)
+    assert SegmentationPredictor(only, SegmentationPredictOptions()).grid()["window_size"] == 64
+    for backbone, small in (("vit_tiny_patch16_224", VIT), (SWIN, SMALL_SWIN), ("resnet10t", {})):
+        config = SegmentationModelConfig(backbone=backbone, backbone_kwargs=small)
+        found = SegmentationPredictor(build_segmenter(config, SPEC), SegmentationPredictOptions(window_size=96))
+        assert found.grid()["window_size"] == 96
 
 
 def test_a_random_encoder_of_slides_is_refused() -> None:
