@@ -258,7 +258,9 @@ class MapSamples:
         if self.overview:
             step = self._step
             first = -self._rows_done % step
-            self._reduced.append((predicted[..., first::step, ::step], truth[..., first::step, ::step]))
+            # Copies: a view would keep all rows of the map.
+            rows = slice(first, None, step), slice(None, None, step)
+            self._reduced.append((predicted[..., *rows].astype(np.uint8), truth[..., *rows].astype(np.uint8)))
         self._strips.append((predicted.astype(np.uint8), truth.astype(np.uint8)))
         while sum(each.shape[-2] for each, _ in self._strips) >= self._shape[0]:
             self._take(self._shape[0])

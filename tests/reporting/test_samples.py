@@ -1,5 +1,7 @@
 """Worst and best samples of evaluations."""
 
+import weakref
+
 import numpy as np
 import pytest
 
@@ -71,6 +73,21 @@ def test_cells_of_a_map_do_not_depend_on_its_strips(make_scene, strips: list[int
     assert preview is not None
     assert preview.size == (700, 510)
     assert [layer["name"] for layer in preview.layers] == ["image", "labels", "prediction", "errors"]
+
+
+def test_rows_of_a_map_are_not_kept(make_scene) -> None:
+    source = open_source(make_scene(height=720, width=530, dtype="uint8"))
+    samples = MapSamples(["a", "b"], 0, cell_px=64, overview=True)
+    samples.begin(source, source.extent)
+    kept = []
+    for _ in range(3):
+        predicted, truth = np.zeros((240, 530), np.int64), np.ones((240, 530), np.uint8)
+        kept += [weakref.ref(predicted), weakref.ref(truth)]
+        samples.add(predicted, truth)
+    del predicted, truth
+    assert [each() for each in kept] == [None] * 6
+    samples.end()
+    assert samples.preview() is not None
 
 
 def test_samples_that_cannot_be_read_any_more_are_left_out() -> None:
