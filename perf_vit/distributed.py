@@ -8,7 +8,15 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-__all__ = ["fast_dtype", "mean_normalizer", "rank_and_world_size", "sum_over_processes", "training_precision"]
+__all__ = [
+    "end_processes",
+    "fast_dtype",
+    "has_processes",
+    "mean_normalizer",
+    "rank_and_world_size",
+    "sum_over_processes",
+    "training_precision",
+]
 
 
 def fast_dtype(device: str | torch.device) -> torch.dtype:
@@ -54,9 +62,21 @@ def training_precision(precision: str, accelerator: str) -> str:
 
 def rank_and_world_size() -> tuple[int, int]:
     """Return the rank of this process and the number of processes, (0, 1) without distributed training."""
-    if dist.is_available() and dist.is_initialized():
-        return dist.get_rank(), dist.get_world_size()
-    return 0, 1
+    return (dist.get_rank(), dist.get_world_size()) if has_processes() else (0, 1)
+
+
+def has_processes() -> bool:
+    """Return whether this process belongs to a process group."""
+    return dist.is_available() and dist.is_initialized()
+
+
+def end_processes() -> None:
+    """Leave the process group, so that each process can go on alone.
+
+    In a group, metrics wait for all processes.
+    """
+    if has_processes():
+        dist.destroy_process_group()
 
 
 def mean_normalizer(total: Tensor, least: float = 1) -> Tensor:

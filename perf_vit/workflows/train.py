@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import re
+import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -13,7 +14,8 @@ from typing import Any
 from PIL import Image
 from torch import nn
 
-from perf_vit.errors import ConfigError, OptionError, extra
+from perf_vit.distributed import end_processes, has_processes, rank_and_world_size
+from perf_vit.errors import ConfigError, DataWarning, OptionError, extra, reason_line
 
 with extra("train", "training"):
     from perf_vit.config import Config, Overrides, config_value, load_config
@@ -71,13 +73,16 @@ class Run:
         """
         config = read_run(self.folder / CONFIG, out=self.folder)
         task = TASKS[config.task]
-        return self.write_report(task, task.build_data(config), path)
+        device = "cpu" if config.trainer.accelerator == "cpu" else "auto"
+        return self.write_report(task, task.build_data(config), path, device=device)
 
-    def write_report(self, task: Task, data: Any, path: str | Path | None = None) -> Path:
-        """Write the report with the run's data module; see `report`."""
-        tiles = getattr(data, "val", None)
+    def write_report(self, task: Task, data: Any, path: str | Path | None = None, *, device: str = "auto") -> Path:
+        """Write the report with the run's data module, scoring tiles on a device; see `report`."""
         target = self.folder / REPORT if path is None else Path(path)
-        return write_training_report(target, self.folder, self.metrics, task, self.load(), tiles)
+        # A run that was never validated has no best model.
+        network = self.load() if self.best.exists() else None
+        tiles = getattr(data, "val", None)
+        return write_training_report(target, self.folder, self.metrics, task, network, tiles, device)
 
     def plot(self) -> Image.Image:
         """Losses and scores by epoch, as a picture."""
@@ -153,11 +158,27 @@ def train_run(config: TaskRunConfig, *, progress: bool = True) -> Run:
     )
     if task.prepare_data is not None:
         data = task.prepare_data(config, data, module, run.path)
+    is_own_group = not has_processes()
     run.fit(trainer, module, data)
+    if is_own_group:
+        # Only the first process writes the report, and the others don't wait for it.
+        end_processes()
     found = Run(run.path)
     if config.trainer.report and trainer.is_global_zero:
-        found.write_report(task, data)
+        _report_or_warn(found, task, data, str(trainer.strategy.root_device))
     return found
+
+
+def _report_or_warn(run: Run, task: Task, data: Any, device: str) -> None:
+    """Write the report of a run that has ended well, which it stays without a report."""
+    try:
+        if rank_and_world_size()[1] > 1:
+            raise ConfigError("the caller's process group is still there; call Run.report in a single process")
+        run.write_report(task, data, device=device)
+    # Data, registered tasks and metrics, drawing and the device have errors of their own.
+    except Exception as error:
+        message = f"{run.folder} is trained but has no report: {reason_line(error)}"
+        warnings.warn(message, DataWarning, stacklevel=2)
 
 
 def fit_tile(

@@ -30,7 +30,13 @@ _WITH_TEXT = ("image", "labels and prediction")
 
 
 def write_training_report(
-    path: Path, folder: Path, rows: Sequence[dict[str, float]], task: Task, network: nn.Module, tiles: Any
+    path: Path,
+    folder: Path,
+    rows: Sequence[dict[str, float]],
+    task: Task,
+    network: nn.Module | None,
+    tiles: Any,
+    device: str,
 ) -> Path:
     """Write the page of a run.
 
@@ -39,8 +45,9 @@ def write_training_report(
         folder: Run folder.
         rows: Rows of `metrics.csv`.
         task: Task of the run.
-        network: Best network.
+        network: Best network; None for none, which leaves out scores and tiles.
         tiles: Validation data.
+        device: Device that scores the tiles, "auto" for a GPU if there is one.
 
     Raises:
         OutputError: The page can't be written.
@@ -56,8 +63,8 @@ def write_training_report(
         return [first]
 
     page.add("Curves", Row.of_plots(curves, {"": "losses and validation scores by epoch"}))
-    if task.tile_scores is not None and task.draw is not None:
-        evaluation, text = _validated(task, network, tiles)
+    if network is not None and task.tile_scores is not None and task.draw is not None:
+        evaluation, text = _validated(task, network, tiles, device)
         evaluation.add_to(page)
         page.subtitle = text
     else:
@@ -67,10 +74,10 @@ def write_training_report(
     return page.write(path)
 
 
-def _validated(task: Task, network: Any, tiles: Any) -> tuple[Evaluation, str]:
+def _validated(task: Task, network: Any, tiles: Any, device: str) -> tuple[Evaluation, str]:
     """Score the best network on validation tiles, and keep the worst and best as pictures."""
     assert task.tile_scores is not None
-    device = move_to_device(network, "auto")
+    device = move_to_device(network, device)
     scores = task.tile_scores(network.eval())
     samples = ImageSamples(scores.legend)
     chosen = np.unique(np.linspace(0, len(tiles) - 1, _MAX_TILES).round().astype(int))
