@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+import traceback
 from collections import deque
 from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -95,6 +96,9 @@ class _Input:
         finally:
             for maker in self.makers:
                 maker.close()
+            if self.error is not None:
+                # Its frames hold rows of windows, and it is held by frames of this thread.
+                traceback.clear_frames(self.error.__traceback__)
 
     def flush(self) -> None:
         """Wait until all rows so far are on disk."""
@@ -337,7 +341,7 @@ class MapLine:
     def _settled(self, found: _Input, future: Future[JobResult | Exception]) -> InputReport:
         outcome = future.result()
         self._unsettled.discard(found)
-        # The error's traceback holds the frames that hold this: all rows of windows would stay in memory.
+        # The error's traceback holds the frames that hold this.
         found.error = None
         # Of the time that it shares with the input before, none counts twice.
         seconds = max(0.0, found.ended - max(found.started, self._settled_at))

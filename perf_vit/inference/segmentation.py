@@ -17,7 +17,7 @@ from perf_vit.inference.dense import Strip, StripMaker, predict_strips
 from perf_vit.inference.dense_output import DenseOutput, StripWriter, class_output
 from perf_vit.inference.inputs import MapInput
 from perf_vit.inference.jobs import DamagedPiece, JobResult, MapJob, check_map_name, files_beside
-from perf_vit.inference.jobs.journal import DamageLog
+from perf_vit.inference.jobs.journal import DamageLog, open_journal
 from perf_vit.inference.jobs.polygon_record import PolygonRecord
 from perf_vit.inference.map_line import MapLine
 from perf_vit.inference.options import SegmentationPredictOptions
@@ -363,14 +363,18 @@ class SegmentationPredictor(InputPredictor[Segmenter, SegmentationPredictOptions
         record = PolygonRecord(path, tidying)
         if is_there and record.is_done():
             return
-        spec, background = self.model.spec, self.model.spec.background_index
-        polygons, labels = polygonize_classes(job.out, skip=() if background is None else (background,))
-        polygons, kept = tidy_polygons(polygons, job.source, **tidying)
-        write_objects(
-            path, polygons[kept], None, labels[kept], spec.classes, source=job.source, object_type="annotation",
-            background=background,
-        )  # fmt: skip
-        record.keep()
+        # Alone: another process may write them tidied otherwise, and file and record belong together.
+        with open_journal(path):
+            if is_there and record.is_done():
+                return
+            spec, background = self.model.spec, self.model.spec.background_index
+            polygons, labels = polygonize_classes(job.out, skip=() if background is None else (background,))
+            polygons, kept = tidy_polygons(polygons, job.source, **tidying)
+            write_objects(
+                path, polygons[kept], None, labels[kept], spec.classes, source=job.source, object_type="annotation",
+                background=background,
+            )  # fmt: skip
+            record.keep()
 
 
 register_predictor("segmentation", SegmentationPredictor, SegmentationPredictOptions)

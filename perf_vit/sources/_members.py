@@ -270,6 +270,10 @@ class _PlainImages:
         self._filter = ("ignore", self, NotGeoreferencedWarning, None, 0)
         self._lock = threading.Lock()
 
+    def __reduce__(self) -> str:
+        # Libraries send the filters to other processes.
+        return "_PLAIN_IMAGES"
+
     def match(self, _: str) -> bool:
         """Return whether this thread ignores the warning."""
         return getattr(self._depth, "value", 0) > 0

@@ -14,7 +14,7 @@ import rasterio
 import torch
 from stub_segmenter import StubSegmenter
 
-from perf_vit.errors import DataWarning, InputError, OutputError
+from perf_vit.errors import BusyError, DataWarning, InputError, OutputError
 from perf_vit.inference import MapInput, SegmentationPredictOptions, SegmentationPredictor, predict_many
 from perf_vit.inference.dense import RowStitcher, Strip
 from perf_vit.inference.dense_output import DenseOutput, StripWriter
@@ -145,6 +145,18 @@ def test_an_input_that_cannot_be_read_stops_the_run_or_is_skipped(scenes, tmp_pa
     assert not (on_error == "stop" and (tmp_path / "maps" / "4.tif").exists())
 
 
+def test_polygons_that_another_process_writes_are_left_to_it(scenes, tmp_path) -> None:
+    out = tmp_path / "maps" / "0.tif"
+    predictor = _predictor(polygons="geojson")
+    with open_journal(out.with_suffix(".geojson")), pytest.raises(BusyError):
+        predictor.run(scenes[0], out)
+    assert out.exists()
+    assert not out.with_suffix(".geojson").exists()
+    assert not predictor.run(scenes[0], out).made
+    assert out.with_suffix(".geojson").exists()
+    assert not list(out.parent.glob("*.partial"))
+
+
 def test_an_input_of_another_process_comes_back_busy(scenes, tmp_path) -> None:
     inputs = _inputs(scenes, tmp_path / "maps")
     with open_journal(tmp_path / "maps" / "2.tif"):
@@ -181,26 +193,33 @@ def test_inputs_behind_a_large_one_are_left_to_other_processes_where_a_small_one
     assert locked <= {"0.tif.partial", "1.tif.partial"}
 
 
-def test_a_failed_input_leaves_no_rows_in_memory_without_the_garbage_collector(scenes, tmp_path, monkeypatch) -> None:
-    def fail(_: torch.Tensor) -> None:
-        if len(model.sizes) == 30:
+@pytest.mark.parametrize("part", ["model", "encoding", "writing"])
+def test_a_failed_input_leaves_no_rows_in_memory_without_the_garbage_collector(
+    scenes, tmp_path, monkeypatch, part: str
+) -> None:
+    def fail(*arguments, **options) -> None:
+        if part != "model" or len(model.sizes) == 30:
             raise RuntimeError("out of memory")
 
     def make(self: RowStitcher, *arguments) -> None:
-        made.append(weakref.ref(self))
         init(self, *arguments)
+        made.append(weakref.ref(self._mean))
 
     init, made = RowStitcher.__init__, []
     monkeypatch.setattr(RowStitcher, "__init__", make)
+    if part == "writing":
+        monkeypatch.setattr(StripStore, "write", fail)
+    if part == "encoding":
+        monkeypatch.setattr("perf_vit.inference.dense_output.class_map", fail)
     gc.disable()
     try:
-        model = Recorder(fail)
+        model = Recorder(fail if part == "model" else lambda _: None)
         report = _predict(_predictor(model, on_error="skip"), _inputs(scenes[:3], tmp_path / "maps"), on_error="skip")
         held = [each() for each in made]
     finally:
         gc.enable()
-    assert _statuses(report) == ["done", "failed", "done"]
-    assert held == [None] * 3
+    assert _statuses(report) == ["failed" if part == "encoding" else "done", "failed", report.inputs[0].status]
+    assert [each is None for each in held] == [True] * 3
 
 
 def test_a_warning_as_an_error_costs_its_own_input_only(scenes, tmp_path) -> None:

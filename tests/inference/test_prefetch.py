@@ -1,4 +1,5 @@
 import csv
+import pickle
 import threading
 import time
 import warnings
@@ -321,6 +322,13 @@ def test_filters_that_are_set_while_plain_images_are_open_stay() -> None:
             warnings.simplefilter("error", DataWarning)
         with pytest.raises(DataWarning):
             warnings.warn("of data", DataWarning, stacklevel=1)
+
+
+def test_filters_can_be_sent_to_other_processes() -> None:
+    with warnings.catch_warnings(), plain_images_allowed():
+        ours = [each for each in warnings.filters if each[2] is NotGeoreferencedWarning]
+        assert ours
+        assert pickle.loads(pickle.dumps(ours)) == ours
 
 
 def test_a_thread_that_needs_a_place_is_warned_while_another_allows_plain_images() -> None:
