@@ -1,0 +1,86 @@
+"""Make the picture of a slide in the README.
+
+    python tools/readme_pictures.py dinov2_linear CMU-1-Small-Region.svs docs/images/tokens.jpg
+
+It shows a slide, and the first three principal components of the patch tokens that a converted ViT computes from all of
+it in one forward pass, as red, green and blue. `dinov2_linear` is a folder made by `perf-vit convert`.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import numpy as np
+import numpy.typing as npt
+import torch
+import typer
+from PIL import Image
+
+import perf_vit
+from perf_vit.conversion import load_converted
+from perf_vit.types import Window
+
+# Of the backbone's pretraining, for 8-bit values.
+MEAN, STD = np.array([123.675, 116.28, 103.53]), np.array([58.395, 57.12, 57.375])
+GAP_PX = 12
+PATCH_PX = 14
+
+Picture = npt.NDArray[np.uint8]
+
+
+def main(
+    model: Path,
+    slide: Path,
+    out: Path,
+    block: Annotated[int, typer.Option(help="Block of the tokens, from 0.")] = 7,
+    width: Annotated[int, typer.Option(help="Width of a panel in pixels.")] = 440,
+) -> None:
+    """Show a slide and the principal components of the patch tokens on its tissue, at full resolution."""
+    source = perf_vit.open(slide, tissue="otsu")
+    height, columns = (side // PATCH_PX * PATCH_PX for side in source.size)
+    image = source.read(Window(0, 0, height, columns))
+    vit = load_converted(model, img_size=(height, columns)).eval()
+    inputs = (image.pixels - MEAN[:, None, None]) / STD[:, None, None]
+    with torch.inference_mode():
+        (grid,) = vit.forward_intermediates(
+            torch.from_numpy(inputs).float()[None], indices=[block], norm=True, intermediates_only=True
+        )
+    picture = image.pixels.transpose(1, 2, 0)
+    _save(out, [picture, components(grid[0].numpy(), image.valid)], width)
+
+
+def components(tokens: npt.NDArray[np.floating], valid: npt.NDArray[np.bool_]) -> Picture:
+    """Return the first three principal components of the patches on tissue as colours, others white.
+
+    Args:
+        tokens: Tokens, [C, H, W].
+        valid: Pixels on tissue, [H * PATCH_PX, W * PATCH_PX].
+    """
+    rows, columns = tokens.shape[1:]
+    is_tissue = valid.reshape(rows, PATCH_PX, columns, PATCH_PX).mean(axis=(1, 3)) > 0.5
+    flat = tokens[:, is_tissue].T.astype(np.float64)
+    flat -= flat.mean(axis=0)
+    _, vectors = np.linalg.eigh(flat.T @ flat)
+    parts = flat @ vectors[:, :-4:-1]
+    low, high = np.percentile(parts, (1, 99), axis=0)
+    colors = np.full((rows, columns, 3), 255, np.uint8)
+    colors[is_tissue] = np.round(((parts - low) / (high - low)).clip(0, 1) * 255)
+    return colors
+
+
+def _save(out: Path, pictures: list[Picture], width: int) -> None:
+    """Write panels side by side on white, as a JPEG."""
+    height = round(width * len(pictures[0]) / len(pictures[0][0]))
+    sheet = Image.new("RGB", (len(pictures) * (width + GAP_PX) - GAP_PX, height), "white")
+    for index, picture in enumerate(pictures):
+        is_enlarged = len(picture) < height
+        panel = Image.fromarray(picture).resize(
+            (width, height), Image.Resampling.NEAREST if is_enlarged else Image.Resampling.LANCZOS
+        )
+        sheet.paste(panel, (index * (width + GAP_PX), 0))
+    sheet.save(out, quality=85)
+
+
+if __name__ == "__main__":
+    typer.run(main)
