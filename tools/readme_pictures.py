@@ -1,9 +1,11 @@
-"""Make the picture of a slide in the README.
+"""Make the pictures of the README, which show what a converted ViT sees.
 
-    python tools/readme_pictures.py dinov2_linear CMU-1-Small-Region.svs docs/images/tokens.jpg
+    python tools/readme_pictures.py dinov2_linear CMU-1-Small-Region.svs docs/images/tokens.jpg --tissue otsu
+    python tools/readme_pictures.py dinov2_linear nairobi_0.tif docs/images/nairobi.jpg --window 2560 256 1526 1526
 
-It shows a slide, and the first three principal components of the patch tokens that a converted ViT computes from all of
-it in one forward pass, as red, green and blue. `dinov2_linear` is a folder made by `perf-vit convert`.
+A picture has two panels: a slide or raster, and the first three principal components of the patch tokens that the model
+computes from all of it in one forward pass, as red, green and blue. `dinov2_linear` is a folder
+made by `perf-vit convert`.
 """
 
 from __future__ import annotations
@@ -31,15 +33,18 @@ Picture = npt.NDArray[np.uint8]
 
 def main(
     model: Path,
-    slide: Path,
+    path: Path,
     out: Path,
+    window: Annotated[tuple[int, int, int, int] | None, typer.Option(help="Row, column, height, width.")] = None,
+    tissue: Annotated[str | None, typer.Option(help="Tissue of a slide: otsu.")] = None,
     block: Annotated[int, typer.Option(help="Block of the tokens, from 0.")] = 7,
     width: Annotated[int, typer.Option(help="Width of a panel in pixels.")] = 440,
 ) -> None:
-    """Show a slide and the principal components of the patch tokens on its tissue, at full resolution."""
-    source = perf_vit.open(slide, tissue="otsu")
-    height, columns = (side // PATCH_PX * PATCH_PX for side in source.size)
-    image = source.read(Window(0, 0, height, columns))
+    """Show an image and the principal components of its patch tokens, at full resolution."""
+    source = perf_vit.open(path, tissue=tissue)
+    row, column, *size = window or (0, 0, *source.size)
+    height, columns = (side // PATCH_PX * PATCH_PX for side in size)
+    image = source.read(Window(row, column, height, columns))
     vit = load_converted(model, img_size=(height, columns)).eval()
     inputs = (image.pixels - MEAN[:, None, None]) / STD[:, None, None]
     with torch.inference_mode():
@@ -51,21 +56,21 @@ def main(
 
 
 def components(tokens: npt.NDArray[np.floating], valid: npt.NDArray[np.bool_]) -> Picture:
-    """Return the first three principal components of the patches on tissue as colours, others white.
+    """Return the first three principal components of the valid patches as colours, others white.
 
     Args:
         tokens: Tokens, [C, H, W].
-        valid: Pixels on tissue, [H * PATCH_PX, W * PATCH_PX].
+        valid: Valid pixels, [H * PATCH_PX, W * PATCH_PX].
     """
     rows, columns = tokens.shape[1:]
-    is_tissue = valid.reshape(rows, PATCH_PX, columns, PATCH_PX).mean(axis=(1, 3)) > 0.5
-    flat = tokens[:, is_tissue].T.astype(np.float64)
+    is_valid = valid.reshape(rows, PATCH_PX, columns, PATCH_PX).mean(axis=(1, 3)) > 0.5
+    flat = tokens[:, is_valid].T.astype(np.float64)
     flat -= flat.mean(axis=0)
     _, vectors = np.linalg.eigh(flat.T @ flat)
     parts = flat @ vectors[:, :-4:-1]
     low, high = np.percentile(parts, (1, 99), axis=0)
     colors = np.full((rows, columns, 3), 255, np.uint8)
-    colors[is_tissue] = np.round(((parts - low) / (high - low)).clip(0, 1) * 255)
+    colors[is_valid] = np.round(((parts - low) / (high - low)).clip(0, 1) * 255)
     return colors
 
 
