@@ -209,11 +209,10 @@ def _sample(
     was_found[owners[right]] = True
     f1 = 2 * right.sum() / max(1, counted.sum() + known.sum())
     title = f"F1 {f1:.3f}: {Path(record.path).name}, {known.sum()} objects, {counted.sum()} detections"
-    outlines = outlines_of(record)
     return float(f1) if counted.any() or known.any() else math.nan, object_sample(
         title,
         partial(spec.open, record.path, check=InputCheck(None)),
-        (outlines[known], was_found[known]),
+        (outlines_of(truth)[known], was_found[known]),
         (objects.polygons()[counted], right[counted]),
         (truth.labels[known], labels[counted]),
         len(spec.classes),

@@ -1,10 +1,12 @@
 """Scores of a detector on images as they come: with holes, and large."""
 
+import json
 import threading
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import pytest
 import shapely
 from command_line import save_detector
 from PIL import Image
@@ -14,6 +16,7 @@ from perf_vit.data import ObjectValidity
 from perf_vit.geometry import Objects
 from perf_vit.inference import DetectionPredictor
 from perf_vit.labels.objects import OutlineMasks, objects_in, read_object_labels
+from perf_vit.reporting import object_sample
 from perf_vit.sources import open_source
 from perf_vit.types import Detections, Window
 from perf_vit.workflows import detection
@@ -61,6 +64,40 @@ def test_masks_are_scored_inside_their_rectangles_as_whole_ones_are(tmp_path, mo
     )
     assert report.to_dict() == whole.to_dict()
     assert 0.1 < report.scores.ap50 < 1
+
+
+@pytest.mark.parametrize("head", ["mask_rcnn", "fcos"])
+def test_outlines_without_a_pixel_at_the_edge_do_not_shift_the_others(tmp_path, monkeypatch, head) -> None:
+    """A polygon of which the image holds no pixel's centre has no mask."""
+    Image.fromarray(np.full((90, 110, 3), 90, np.uint8)).save(tmp_path / "a.png")
+    # The first and third reach 0.3 px into the image.
+    corners = [(-9, 10, 0.3, 20), (20, 30, 50, 45), (109.7, 50, 130, 60), (60, 70, 90, 80)]
+    annotations = [
+        {
+            "id": index,
+            "image_id": 1,
+            "category_id": 1,
+            "bbox": [left, top, right - left, bottom - top],
+            "segmentation": [[left, top, right, top, right, bottom, left, bottom]],
+        }
+        for index, (left, top, right, bottom) in enumerate(corners, 1)
+    ]
+    images = [{"id": 1, "file_name": "a.png", "width": 110, "height": 90}]
+    content = {"images": images, "annotations": annotations, "categories": [{"id": 1, "name": "car"}]}
+    (tmp_path / "labels.json").write_text(json.dumps(content))
+    drawn = []
+
+    def noted(title, source, truth, *rest):
+        drawn.append(truth)
+        return object_sample(title, source, truth, *rest)
+
+    monkeypatch.setattr(detection, "object_sample", noted)
+    spec = replace(DETECTOR_SPEC, label_options={"label_format": "coco"})
+    checkpoint = save_detector(tmp_path / "last.ckpt", spec, head=head, strides=[8])
+    report = evaluate(checkpoint, tmp_path / "a.png", tmp_path / "labels.json")
+    ((outlines, found),) = drawn
+    assert report.scores.classes[0].num_objects == len(outlines) == len(found) == 2
+    assert shapely.bounds(outlines).tolist() == [[20, 30, 50, 45], [60, 70, 90, 80]]
 
 
 def test_an_object_is_seen_once_a_window_shows_a_valid_pixel_of_it(tmp_path) -> None:

@@ -311,16 +311,15 @@ def _chosen(objects: ObjectLabels, kept: BoolArray) -> ObjectLabels:
     )
 
 
-def outlines_of(record: ImageRecord) -> npt.NDArray[Any]:
-    """Return the objects of an image as shapely geometries in its pixels, [n]: masks, oriented boxes or boxes."""
-    if record.masks is not None:
-        crops = record.masks.read_crops(np.arange(len(record)), record.extent)
-        pairs = zip(crops.crops, crops.corners.tolist(), strict=True)
+def outlines_of(objects: ObjectLabels) -> npt.NDArray[Any]:
+    """Return objects with cropped masks, oriented boxes or boxes as shapely geometries in their pixels, [n]."""
+    if (masks := objects.mask_crops) is not None:
+        pairs = zip(masks.crops, masks.corners.tolist(), strict=True)
         # The last element makes an array of objects whatever they are.
         return np.array([*(_traced(crop, row, col) for crop, (row, col) in pairs), None], object)[:-1]
-    if record.oriented_boxes is not None:
-        return np.asarray(shapely.polygons(oriented_box_corners(record.oriented_boxes)), object)
-    return np.asarray(shapely.box(*record.boxes_xyxy.T), object)
+    if objects.oriented_boxes is not None:
+        return np.asarray(shapely.polygons(oriented_box_corners(objects.oriented_boxes)), object)
+    return np.asarray(shapely.box(*objects.boxes_xyxy.T), object)
 
 
 def _traced(crop: BoolArray, row: int, col: int) -> Any:
