@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import re
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -27,7 +28,8 @@ from perf_vit.sources.pixel_size import pixel_areas
 from perf_vit.types import GeoImage, Source
 
 __all__ = [
-    "is_report",
+    "is_run_report",
+    "run_page",
     "thumbnail_of",
     "write_map_report",
     "write_object_report",
@@ -45,13 +47,29 @@ _MAX_NAMES = 8
 _UNITS = {"m2": "m²", "um2": "µm²", "px": "px"}
 
 
-def is_report(path: Path) -> bool:
-    """Return whether a file is a page of perf_vit, which a new one may replace."""
+_RUN = "predictions"
+"""Kind of the page of a run of many inputs."""
+
+
+def run_page(folder: Path) -> Path:
+    """Return the path of the page of a run: `report.html`, or `predictions.html` next to a page of training."""
+    path = folder / "report.html"
+    return folder / "predictions.html" if _kind_of(path) not in (None, _RUN) else path
+
+
+def is_run_report(path: Path) -> bool:
+    """Return whether a file is the page of a run, which that of a new run may replace."""
+    return _kind_of(path) == _RUN
+
+
+def _kind_of(path: Path) -> str | None:
+    """Kind of a page of perf_vit, None of any other file."""
     try:
         with path.open(encoding="utf-8", errors="replace") as file:
-            return '<meta name="generator" content="perf_vit">' in file.read(1024)
+            found = re.search('<meta name="perf_vit-page" content="([^"]*)">', file.read(1024))
     except OSError:
-        return False
+        return None
+    return None if found is None else found[1]
 
 
 def write_map_report(
@@ -280,7 +298,7 @@ def write_run_report(path: Path, report: Mapping[str, Any], pictures: Sequence[t
         OutputError: The page can't be written.
     """
     totals = report["totals"]
-    page = Page(title=f"{totals['inputs']:,} inputs", subtitle=str(path.parent))
+    page = Page(title=f"{totals['inputs']:,} inputs", subtitle=str(path.parent), kind=_RUN)
     page.numbers = {name: f"{totals[name]:,}" for name in ("done", "skipped-existing", "failed", "busy")}
     page.numbers["seconds"] = f"{totals['seconds']:,.1f}"
     there = [(caption, file) for caption, file in pictures if file.is_file()]

@@ -266,12 +266,14 @@ class Page:
         subtitle: What was done with what.
         numbers: Main results by name, as texts.
         sections: Parts; empty ones are left out.
+        kind: What it is a page of, such as "predictions"; by it, a new page replaces only its own kind.
     """
 
     title: str
     subtitle: str = ""
     numbers: dict[str, str] = field(default_factory=dict)
     sections: list[Section] = field(default_factory=list)
+    kind: str = "results"
 
     @property
     def footer(self) -> str:

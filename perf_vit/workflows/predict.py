@@ -42,7 +42,7 @@ with extra("geo", "prediction"):
     from perf_vit.inference.predictor import PREDICTORS
     from perf_vit.inference.prefetch import takes_valid
     from perf_vit.models import NETWORKS, InputSpec, SegmentationSpec
-    from perf_vit.reporting.outputs import is_report, write_run_report
+    from perf_vit.reporting.outputs import is_run_report, run_page, write_run_report
     from perf_vit.sources import GEOTIFF_SUFFIXES
     from perf_vit.transforms import Normalizer
     from perf_vit.workflows.load import find_model, task_name
@@ -55,9 +55,6 @@ Engine = Literal["local", "ray"]
 
 # Of networks that don't say how large their tiles are.
 _TILE_PX = 512
-
-_PAGE = "report.html"
-"""Name of a run's page in its output folder."""
 
 _FILE_SUFFIXES = frozenset({*GEOTIFF_SUFFIXES, ".gpkg", ".geojson", ".parquet", ".json", ".csv"})
 
@@ -214,7 +211,7 @@ def _predict_folder(
     found = find_inputs(inputs, output, path_column=given.path_column)
     outputs = [path for item in found for path in predictor.outputs(item.output)]
     outputs += [*predictor.folder_files(output), output / REPORT]
-    page = output / _PAGE if predictor.options.report else None
+    page = run_page(output) if predictor.options.report else None
     if page is not None:
         # One page of all outputs, none of each.
         predictor = predictor.with_options(replace(predictor.options, report=False))
@@ -222,7 +219,7 @@ def _predict_folder(
     read = [*predictor.read_files, *(each for each in inputs if Path(each).is_file()), *(item.path for item in found)]
     check_outputs(outputs, read, overwrite=True)
     check_report(output, overwrite=predictor.options.overwrite)
-    if page is not None and not (predictor.options.overwrite or is_report(page)):
+    if page is not None and not (predictor.options.overwrite or is_run_report(page)):
         check_outputs([page], [])
     predictor.check_folder(output)
     with given.pool(predictor.options.device) as pool:
@@ -239,7 +236,7 @@ def _predict_folder(
 
 def _write_page(predictor: InputPredictor[Any, Any], report: RunReport, page: Path) -> None:
     """Write the page of a run; while another run has the report, under its own name too."""
-    own = page if report.path is None else report.path.with_suffix(page.suffix)
+    own = page if report.path is None or report.path.name == REPORT else report.path.with_suffix(page.suffix)
     pictures = [(Path(each.input).name, Path(each.output).with_suffix(".png")) for each in report.inputs]
     write_run_report(own, report.to_dict(), pictures)
 

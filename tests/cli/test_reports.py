@@ -14,6 +14,7 @@ from small_models import save_classifier, save_segmenter, save_slide_classifier,
 from synthetic_slide import make_slide
 
 import perf_vit
+from perf_vit.reporting import Page
 from perf_vit.workflows.train import Run
 
 
@@ -71,6 +72,18 @@ def test_several_maps_have_one_report(tmp_path, scene) -> None:
     args = ["predict", "--checkpoint", checkpoint, "--input", scene.parent, "--output", out, *CPU]
     assert call(args) == 2
     assert (out / "report.html").read_text() == "mine"
+
+
+def test_the_report_of_training_stays_when_its_folder_gets_maps(tmp_path, scene) -> None:
+    write_scene(scene.with_name("b.tif"), 1)
+    checkpoint, run = save_segmenter(tmp_path / "m.ckpt"), tmp_path / "run"
+    run.mkdir()
+    content = Page(title="training").write(run / "report.html").read_bytes()
+    predict(checkpoint, scene.parent, run)
+    # The page of the first run is replaced by that of the second.
+    predict(checkpoint, scene.parent, run, "--overwrite")
+    assert (run / "report.html").read_bytes() == content
+    assert page(run / "predictions.html", "Outputs", "Inputs").captions == ["a.tif", "b.tif"]
 
 
 def test_objects_are_drawn_on_their_scene(tmp_path, scene) -> None:
