@@ -342,6 +342,7 @@ class SegmentationPredictor(InputPredictor[Segmenter, SegmentationPredictOptions
                 spec.classes,
                 background=spec.background_index,
                 multilabel=spec.multilabel,
+                scale=self.output().scale,
                 settings=self.described(),
             )
 
@@ -349,7 +350,13 @@ class SegmentationPredictor(InputPredictor[Segmenter, SegmentationPredictOptions
         spec = self.model.spec
         try:
             write_map_quicklook(
-                job.source, job.out, path, spec.classes, background=spec.background_index, multilabel=spec.multilabel
+                job.source,
+                job.out,
+                path,
+                spec.classes,
+                background=spec.background_index,
+                multilabel=spec.multilabel,
+                scale=self.output().scale,
             )
         except InputError:
             if not damaged:

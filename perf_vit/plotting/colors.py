@@ -11,9 +11,9 @@ import numpy.typing as npt
 from PIL import Image
 
 from perf_vit.plotting.pictures import Picture, natural_bands, rgb_from
-from perf_vit.types import IGNORE_INDEX, GeoImage, LabelArray, Source
+from perf_vit.types import IGNORE_INDEX, BoolArray, GeoImage, LabelArray, Source
 
-__all__ = ["colorize", "default_colormap", "last_true", "on_light_color", "shown_classes", "thumbnail"]
+__all__ = ["colorize", "default_colormap", "last_true", "on_light_color", "shown_classes", "thumbnail", "true_classes"]
 
 Color = tuple[int, int, int, int]
 
@@ -104,9 +104,15 @@ def _luminance(color: Sequence[float]) -> float:
     return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
 
 
-def shown_classes(image: GeoImage, *, multilabel: bool = False) -> LabelArray:
-    """Return the class to show at each pixel of a map; with `multilabel`, from 1, and 0 for none."""
-    return _shown_labels(image) if multilabel else _class_indices(image)
+def shown_classes(image: GeoImage, *, multilabel: bool = False, scale: float = 1.0) -> LabelArray:
+    """Return the class to show at each pixel of a map.
+
+    Args:
+        image: Part of a map with one band of class indices, or one band per class.
+        multilabel: Whether each class is true or not by itself; classes begin at 1 then, and 0 stands for none.
+        scale: Factor from pixels to probabilities.
+    """
+    return _shown_labels(image, scale) if multilabel else _class_indices(image)
 
 
 def _class_indices(image: GeoImage) -> LabelArray:
@@ -114,14 +120,23 @@ def _class_indices(image: GeoImage) -> LabelArray:
     return np.where(image.valid, best, IGNORE_INDEX).astype(np.uint8)
 
 
-def _shown_labels(image: GeoImage) -> LabelArray:
+def true_classes(image: GeoImage, scale: float = 1.0) -> BoolArray:
+    """Return where each class of a multi-label map is true, [K, H, W].
+
+    Args:
+        image: Part of a map with one band of 0 and 1, or of probabilities, per class.
+        scale: Factor from pixels to probabilities.
+    """
+    return (image.pixels * scale > 0.5) & image.valid
+
+
+def _shown_labels(image: GeoImage, scale: float) -> LabelArray:
     """Return the class to show at each pixel, from 1; 0 for none."""
     scores = np.where(image.valid, np.nan_to_num(image.pixels, nan=0), 0)
-    # Quantised probabilities range to 254, labels and other probabilities to 1.
-    half = 127 if scores.max() > 1 else 0.5
     # The last one of equal scores.
     best = len(scores) - 1 - scores[::-1].argmax(0)
-    return np.where(image.valid, np.where(scores.max(0) > half, best + 1, 0), IGNORE_INDEX).astype(np.uint8)
+    any_true = true_classes(image, scale).any(0)
+    return np.where(image.valid, np.where(any_true, best + 1, 0), IGNORE_INDEX).astype(np.uint8)
 
 
 def last_true(layers: npt.NDArray[Any]) -> npt.NDArray[np.int64]:

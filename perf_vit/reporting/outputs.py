@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import shapely
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure as Plot
@@ -18,14 +19,14 @@ from PIL import Image
 from perf_vit.errors import InputError
 from perf_vit.geometry import Objects
 from perf_vit.plotting import colorize, default_colormap, save_figure
-from perf_vit.plotting.colors import shown_classes
+from perf_vit.plotting.colors import shown_classes, true_classes
 from perf_vit.plotting.pictures import Picture, figure_name
 from perf_vit.reporting.page import Page, Row, Settings, TextTable, figure_of, hex_color
 from perf_vit.reporting.preview import Preview, picture_layer, pixel_size, read_picture, shape_layer
 from perf_vit.reporting.samples import Sample, class_legend, imagery, sample_rows
 from perf_vit.sources import open_source
 from perf_vit.sources.pixel_size import pixel_areas
-from perf_vit.types import GeoImage, Source
+from perf_vit.types import GeoImage, LabelArray, Source
 
 __all__ = [
     "is_run_report",
@@ -80,6 +81,7 @@ def write_map_report(
     *,
     background: int | None = None,
     multilabel: bool = False,
+    scale: float = 1.0,
     settings: Mapping[str, Any],
 ) -> None:
     """Write a page with a zoomable map over its scene, and the area of each class.
@@ -91,6 +93,7 @@ def write_map_report(
         classes: Class names.
         background: Index of the background class, which is transparent over the scene; None for none.
         multilabel: Whether the map has a band per class that may be true or not.
+        scale: Factor from pixels of such a map to probabilities.
         settings: Plain values to show.
 
     Raises:
@@ -100,10 +103,13 @@ def write_map_report(
     names = ["none", *classes] if multilabel else list(classes)
     clear = 0 if multilabel else background
     colors = default_colormap(len(names), clear)
+    blocks = []
     with open_source(map_path) as result:
 
         def draw(image: GeoImage) -> Picture:
-            return shown_classes(image, multilabel=multilabel)[..., None].repeat(3, axis=-1)
+            shown = shown_classes(image, multilabel=multilabel, scale=scale)
+            blocks.append(_counts(image, shown, len(names), scale if multilabel else None))
+            return shown[..., None].repeat(3, axis=-1)
 
         labels = read_picture(result, draw)[..., 0]
     over = {**colors, **({} if clear is None else {clear: (0, 0, 0, 0)})}
@@ -118,7 +124,9 @@ def write_map_report(
         text="Drag to move, scroll to zoom.",
         legend=class_legend(names, colors),
     )
-    page.add("Classes", _areas(labels, names, source, {name: hex_color(colors[i]) for i, name in enumerate(names)}))
+    page.add(
+        "Classes", _areas(sum(blocks), names, source, {name: hex_color(colors[i]) for i, name in enumerate(names)})
+    )
     page.add("Settings", Settings.of_values("Model and options", settings))
     page.write(path)
 
@@ -145,14 +153,21 @@ def _length(source: Source) -> str:
     return f"{size:.4g} {unit}"
 
 
-def _areas(labels: Picture, names: Sequence[str], source: Source, colors: Mapping[str, str]) -> TextTable:
-    """Share and area of each class, by the pixels of the reduced map."""
-    counts = np.bincount(labels.ravel(), minlength=256)[: len(names)]
+def _counts(image: GeoImage, shown: LabelArray, num: int, scale: float | None) -> npt.NDArray[np.int64]:
+    """Number of pixels of each class, of valid and of all; with the scale of a multi-label map, classes overlap."""
+    counts = np.bincount(shown.ravel(), minlength=256)[:num]
+    if scale is not None:
+        counts[1:] = true_classes(image, scale).sum((1, 2))
+    return np.array([*counts, image.valid.sum(), image.valid.size])
+
+
+def _areas(found: Any, names: Sequence[str], source: Source, colors: Mapping[str, str]) -> TextTable:
+    """Share and area of each class, by `_counts` of the reduced map."""
+    *counts, num_valid, num_pixels = found.tolist()
     middle, unit = pixel_areas(source, np.array([[source.width / 2, source.height / 2]]))
-    each = float(middle[0]) * source.width * source.height / labels.size
-    total = max(1, counts.sum())
-    order = np.argsort(-counts, kind="stable")
-    rows = [[names[i], f"{counts[i] / total:.3f}", _number(counts[i] * each)] for i in order]
+    each = float(middle[0]) * source.width * source.height / num_pixels
+    order = sorted(range(len(names)), key=lambda i: -counts[i])
+    rows = [[names[i], f"{counts[i] / max(1, num_valid):.3f}", _number(counts[i] * each)] for i in order]
     return TextTable(columns=["class", "share", f"area, {_UNITS[unit]}"], rows=rows, colors=colors)
 
 

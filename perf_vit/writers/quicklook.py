@@ -38,6 +38,7 @@ def write_map_quicklook(
     *,
     background: int | None = None,
     multilabel: bool = False,
+    scale: float = 1.0,
 ) -> None:
     """Write a scene and its map side by side, or one above the other, with a legend.
 
@@ -49,6 +50,7 @@ def write_map_quicklook(
         background: Index of the background class, drawn in dark grey; None for none.
         multilabel: Whether the map has a band of 0 and 1, or of probabilities, per class. Of several classes at a
             pixel, the most probable or last one is shown.
+        scale: Factor from pixels of such a map to probabilities.
 
     Raises:
         InputError: The scene or the map can't be read.
@@ -59,7 +61,7 @@ def write_map_quicklook(
     result = open_source(map_path)
     image = result.read_reduced(_PANEL_PX)
     result.close()
-    labels = shown_classes(image, multilabel=multilabel)
+    labels = shown_classes(image, multilabel=multilabel, scale=scale)
     scene = rgb_from(source.read_reduced(_PANEL_PX), natural_bands(source))
     painted = colorize(labels, colors)
     painted[painted[..., 3] == 0] = 255

@@ -95,10 +95,11 @@ def test_a_quicklook_of_several_labels_shows_where_none_is_true(make_scene, tmp_
     scores = np.full((2, 40, 40), low, dtype)
     scores[1, 10:30] = high
     scores[:, 30:] = nodata
-    layout = {"height": 40, "width": 40, "num_bands": 2, "dtype": dtype, "nodata": nodata}
+    scale = 1 / 254 if high > 1 else 1.0
+    layout = {"height": 40, "width": 40, "num_bands": 2, "dtype": dtype, "nodata": nodata, "scale": scale}
     with CogWriter(tmp_path / "p.tif", RasterLayout(crs=source.crs, transform=source.transform, **layout)) as writer:
         writer.write(0, scores)
-    write_map_quicklook(source, tmp_path / "p.tif", tmp_path / "p.png", ["wet", "built"], multilabel=True)
+    write_map_quicklook(source, tmp_path / "p.tif", tmp_path / "p.png", ["wet", "built"], multilabel=True, scale=scale)
     picture = np.asarray(Image.open(tmp_path / "p.png"))
     colors = default_colormap(3, background=0)
     none, wet, built = ((picture == colors[index][:3]).all(-1).mean() for index in range(3))
