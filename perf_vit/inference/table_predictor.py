@@ -87,7 +87,14 @@ class TablePredictor(Predictor[Model, Options]):
 
     def _report(self, folder: Path, table: Path) -> Path:
         path, settings = folder / "report.tmp", self.described()
-        write_table_report(path, table, partial(self.picture_of, folder), column=self.class_column, settings=settings)
+        write_table_report(
+            path,
+            table,
+            partial(self.picture_of, folder),
+            columns=self.columns,
+            column=self.class_column,
+            settings=settings,
+        )
         return path
 
     @property

@@ -256,6 +256,7 @@ def write_table_report(
     table: Path,
     pictures: Callable[[str], Callable[[], dict[str, Picture]]],
     *,
+    columns: Sequence[str],
     column: str | None,
     settings: Mapping[str, Any],
 ) -> None:
@@ -265,6 +266,7 @@ def write_table_report(
         path: Output file.
         table: Table of a prediction, .csv, with the path of each input in the first column.
         pictures: Gives the function that draws the picture of an input.
+        columns: Columns of every table of the model; a further one has the errors.
         column: Column with the predicted class; None for numbers.
         settings: Plain values to show.
 
@@ -272,16 +274,17 @@ def write_table_report(
         OutputError: The page can't be written.
     """
     with table.open(newline="", encoding="utf-8") as file:
-        rows = list(csv.DictReader(file))
-    first = next(iter(rows[0])) if rows else ""
-    fine = [row for row in rows if any(list(row.values())[1:]) and not row.get("error")]
+        rows = list(csv.reader(file))[1:]
+    # By places, not by names: a class may be called as any column is.
+    fine = [row for row in rows if any(row[1:]) and not any(row[len(columns) :])]
+    place = None if column is None else columns.index(column)
     page = Page(title=table.stem, subtitle=f"{len(fine):,} of {len(rows):,} inputs: {table.name}")
-    if column is not None:
-        counts = Counter(row[column] or "none" for row in fine)
+    if place is not None:
+        counts = Counter(row[place] or "none" for row in fine)
         lines = [[name, f"{num:,}", f"{num / max(1, len(fine)):.3f}"] for name, num in counts.most_common()]
         page.add("Predictions", TextTable(columns=["class", "inputs", "share"], rows=lines))
     chosen = _spread(fine, _MAX_THUMBNAILS)
-    samples = [Sample(title=_row_title(row, first, column), draw=pictures(row[first])) for row in chosen]
+    samples = [Sample(title=_row_title(row, columns, place), draw=pictures(row[0])) for row in chosen]
     text = f"{len(samples)} of {len(fine):,}, evenly spaced."
     page.add("Inputs", *sample_rows(samples), text=text)
     page.add("Settings", Settings.of_values("Model and options", settings))
@@ -293,12 +296,13 @@ def _spread(items: Sequence[Any], num: int) -> list[Any]:
     return [items[i] for i in np.unique(np.linspace(0, len(items) - 1, num).round().astype(int))] if items else []
 
 
-def _row_title(row: Mapping[str, str], first: str, column: str | None) -> str:
-    name = Path(row[first]).name
-    if column is None:
-        return f"{name}: " + ", ".join(f"{key} {value}" for key, value in row.items() if key != first)
-    found = row[column] or "none"
-    return f"{name}: {found}" + (f", {float(row[found]):.2f}" if row.get(found) else "")
+def _row_title(row: Sequence[str], columns: Sequence[str], place: int | None) -> str:
+    name, values = Path(row[0]).name, list(zip(columns, row, strict=False))
+    if place is None:
+        return f"{name}: " + ", ".join(f"{key} {value}" for key, value in values[1:])
+    # Of equal names the first one, which is the class.
+    found, scores = row[place] or "none", dict(reversed(values[place + 1 :]))
+    return f"{name}: {found}" + (f", {float(scores[found]):.2f}" if scores.get(found) else "")
 
 
 def write_run_report(path: Path, report: Mapping[str, Any], pictures: Sequence[tuple[str, Path]]) -> None:

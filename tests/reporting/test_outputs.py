@@ -1,11 +1,11 @@
-"""Pages of single maps."""
+"""Pages of predictions."""
 
 import re
 
 import numpy as np
 from pages import parsed
 
-from perf_vit.reporting.outputs import write_map_report
+from perf_vit.reporting.outputs import write_map_report, write_table_report
 from perf_vit.sources import open_source
 from perf_vit.writers import CogWriter, RasterLayout
 
@@ -23,3 +23,21 @@ def test_classes_that_overlap_are_counted_each_with_one_threshold_for_all_parts(
     write_map_report(out, source, tmp_path / "p.tif", ["wet", "built"], multilabel=True, scale=1 / 254, settings={})
     shares = dict(re.findall(r"(none|wet|built)\W*([01]\.\d{3})", parsed(out).text))
     assert shares == {"none": "0.800", "built": "0.200", "wet": "0.100"}
+
+
+def test_a_class_may_be_called_as_any_column_is(tmp_path) -> None:
+    table = tmp_path / "t.csv"
+    rows = ["image,prediction,error,prediction,error", "a.png,error,0.75,0.25,", "b.png,prediction,0.375,0.625,"]
+    table.write_text("\n".join([*rows, "c.png,,,,no such file: c.png"]) + "\n")
+    picture = np.zeros((8, 8, 3), np.uint8)
+    write_table_report(
+        tmp_path / "t.html",
+        table,
+        lambda _: lambda: {"image": picture},
+        columns=["image", "prediction", "error", "prediction"],
+        column="prediction",
+        settings={},
+    )
+    found = parsed(tmp_path / "t.html")
+    assert found.captions == ["a.png: error, 0.75", "b.png: prediction, 0.62"]
+    assert "2 of 3 inputs" in found.text
