@@ -17,7 +17,7 @@ with extra("train", "evaluation"):
     from perf_vit.workflows.progress import progress_shown
     from perf_vit.workflows.registry import TASKS, task_of
     from perf_vit.workflows.task import EvaluateOptions, Evaluation, Task
-    from perf_vit.writers import check_outputs
+    from perf_vit.writers import check_outputs, existing_error, existing_outputs
 
 __all__ = ["evaluate"]
 
@@ -84,4 +84,15 @@ def _check_outputs(task: Task, options: EvaluateOptions, inputs: list[Path | Non
     further = [getattr(options, name, None) for name in ("names", "tissue")]
     outputs = [] if options.json is None else [Path(options.json), *task.evaluation.picture_paths(options.json)]
     outputs += [] if options.page is None else [options.page]
-    check_outputs(outputs, [*inputs, *further], overwrite=options.overwrite)
+    check_outputs(outputs, [*inputs, *further], overwrite=True)
+    existing = [] if options.overwrite else existing_outputs(outputs)
+    if existing:
+        raise existing_error(existing[0], _name_taken(existing[0], options))
+
+
+def _name_taken(path: Path, options: EvaluateOptions) -> str:
+    """Say why a file that wasn't named is an output, such as the quicklook of a map with the name of the scores."""
+    if options.json is None or path in (Path(options.json), options.report and Path(options.report)):
+        return ""
+    json = Path(options.json)
+    return f", and pictures and report of {json.name} take its name; try {json.stem}_scores{json.suffix}"

@@ -133,12 +133,13 @@ def test_an_evaluation_of_a_map_shows_the_worst_cells_and_all_of_it(tmp_path, sc
     assert not list(tmp_path.glob("scores*.png"))
 
 
-def test_the_report_lies_next_to_the_scores(tmp_path, scene) -> None:
+def test_the_report_lies_next_to_the_scores(tmp_path, scene, capsys) -> None:
     mask = write_mask(tmp_path / "in" / "mask.tif")
     args = ["evaluate", "--checkpoint", save_segmenter(tmp_path / "m.ckpt"), "--input", scene, "--labels", mask, *CPU]
     (tmp_path / "s.html").write_text("mine")
     assert call([*args, "--json", tmp_path / "s.json"]) == 2
     assert (tmp_path / "s.html").read_text() == "mine"
+    assert "take its name; try s_scores.json" in " ".join(capsys.readouterr().err.split())
     assert call([*args, "--json", tmp_path / "s.json", "--overwrite"]) == 0
     page(tmp_path / "s.html", "Scores")
 
