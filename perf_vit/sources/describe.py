@@ -16,7 +16,7 @@ from perf_vit.errors import InputError, reason_line
 from perf_vit.sources._gdal import crs_name, open_dataset, reason_of
 from perf_vit.sources.files import PARQUET_SUFFIXES, split_layer
 from perf_vit.sources.slides import SlideSource
-from perf_vit.sources.vector_file import chosen_layer, opens_as_vector, reading_path
+from perf_vit.sources.vector_file import chosen_layer, hashable_value, opens_as_vector, reading_path
 from perf_vit.types import Source
 
 __all__ = ["SourceInfo", "describe_source", "describe_vector", "is_vector"]
@@ -149,7 +149,7 @@ def describe_vector(path: str) -> dict[str, Any]:
     """
     frame = _read_table(path)
     columns = [name for name in frame.columns if name != frame.geometry.name]
-    values = {name: frame[name].value_counts(dropna=False).to_dict() for name in columns}
+    values = {name: _counted(frame[name]) for name in columns}
     few = {name: found for name, found in values.items() if len(found) <= _MAX_VALUES}
     bounds = [float(f"{value:.8g}") for value in frame.total_bounds] if len(frame) else None
     return {
@@ -160,6 +160,12 @@ def describe_vector(path: str) -> dict[str, Any]:
         "columns": columns,
         **{f"values of {name}": {str(key): int(num) for key, num in found.items()} for name, found in few.items()},
     }
+
+
+def _counted(column: Any) -> dict[Any, int]:
+    comparable = column.map(hashable_value) if column.dtype == object else column
+    found: dict[Any, int] = comparable.value_counts(dropna=False).to_dict()
+    return found
 
 
 def _read_table(path: str) -> Any:

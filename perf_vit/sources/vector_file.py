@@ -6,7 +6,7 @@ import json
 import os
 import tempfile
 import warnings
-from collections.abc import Iterator
+from collections.abc import Hashable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,7 @@ from perf_vit.sources.files import PARQUET_SUFFIXES, split_layer
 
 __all__ = [
     "chosen_layer",
+    "hashable_value",
     "layer_name",
     "opens_as_vector",
     "read_columns",
@@ -214,4 +215,11 @@ def _class_name(value: Any) -> Any:
             found = json.loads(value)
         except ValueError:
             return value
-    return found.get("name", value) if isinstance(found, dict) else value
+    return hashable_value(found.get("name", value) if isinstance(found, dict) else value)
+
+
+def hashable_value(value: Any) -> Any:
+    """Return a value of a column, as text if it is a list or mapping, which can't be counted or compared."""
+    if isinstance(value, np.ndarray):
+        value = value.tolist()
+    return value if isinstance(value, Hashable) else str(value)

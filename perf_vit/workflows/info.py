@@ -17,7 +17,7 @@ import torch
 from rich.table import Table
 from torch import nn
 
-from perf_vit.errors import ConfigError, OptionError, extra
+from perf_vit.errors import CheckpointError, ConfigError, OptionError, extra, parsing
 from perf_vit.types import Source
 
 with extra("geo", "info"):
@@ -171,7 +171,10 @@ def _describe_folder(path: str) -> FileDescription | None:
         return FileDescription(path=path, kind="run folder", facts=facts)
     for place in (folder / "student", folder):
         if (place / CONFIG).is_file():
-            config = json.loads((place / CONFIG).read_bytes())
+            with parsing(place / CONFIG, "JSON", CheckpointError):
+                config = json.loads((place / CONFIG).read_bytes())
+            if not isinstance(config, dict) or "architecture" not in config:
+                continue
             known = {"backbone": config.get("architecture"), "classes": config.get("num_classes")}
             kind = "converted model" if is_converted(place) else "model of timm"
             return FileDescription(path=path, kind=kind, facts={**known, "conversion": config.get("perf_vit")})
@@ -202,16 +205,16 @@ def _run_facts(folder: Path) -> dict[str, Any]:
     metrics = folder / "metrics.csv"
     if not metrics.is_file():
         return {}
-    with metrics.open(newline="", encoding="utf-8") as file:
+    with parsing(metrics, "the metrics of a run"), metrics.open(newline="", encoding="utf-8") as file:
         rows = [row for row in csv.DictReader(file) if int(float(row["epoch"])) > 0]
-    scored = [{key: float(v) for key, v in row.items() if key.startswith("val/") and v} for row in rows]
+        scored = [{key: float(v) for key, v in row.items() if key.startswith("val/") and v} for row in rows]
     last: dict[str, float] = next((scores for scores in reversed(scored) if scores), {})
     return {"epochs_done": len(rows), "last_scores": dict(list(last.items())[:_MAX_LISTED])}
 
 
 def _config_facts(path: Path) -> dict[str, Any]:
     task = config_value(path, "task", default="segmentation")
-    data, model = (_plain(config_value(path, name, default={})) for name in ("data", "model"))
+    data, model = (_section(path, name) for name in ("data", "model"))
     splits = {part: data.get(part) for part in ("train", "val") if isinstance(data.get(part), Mapping)}
     files = {f"{part} {key}": value for part, split in splits.items() for key, value in split.items() if value}
     return {
@@ -226,6 +229,16 @@ def _config_facts(path: Path) -> dict[str, Any]:
         "to_be_given": [f"data.{name.replace(' ', '.')}" for name, value in files.items() if value == MISSING],
         "missing_files": [v for v in files.values() if isinstance(v, str) and _is_missing(v)],
     }
+
+
+def _section(path: Path, name: str) -> Mapping[str, Any]:
+    """A section of a config, which may be empty."""
+    found = _plain(config_value(path, name))
+    if found is not None and not isinstance(found, Mapping):
+        raise ConfigError(
+            f"{path}: {name} must be a mapping of keys to values, got {found!s:.100}; it is no config of perf-vit"
+        )
+    return found or {}
 
 
 def _plain(value: Any) -> Any:
@@ -245,9 +258,10 @@ def _coco_facts(path: Path) -> dict[str, Any]:
         return {}
     if not (isinstance(content, dict) and content.keys() >= {"images", "annotations", "categories"}):
         return {}
-    names = {each.get("id"): str(each.get("name")) for each in content["categories"]}
-    counts = Counter(names.get(each.get("category_id"), "unknown") for each in content["annotations"])
-    return {"images": len(content["images"]), "objects": len(content["annotations"]), "classes": dict(counts)}
+    with parsing(path, "a COCO file"):
+        names = {each.get("id"): str(each.get("name")) for each in content["categories"]}
+        counts = Counter(names.get(each.get("category_id"), "unknown") for each in content["annotations"])
+        return {"images": len(content["images"]), "objects": len(content["annotations"]), "classes": dict(counts)}
 
 
 def describe(

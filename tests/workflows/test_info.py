@@ -12,10 +12,12 @@ from small_models import save_segmenter
 from synthetic_slide import make_slide
 
 from perf_vit.conversion import linearize
+from perf_vit.errors import InputError
+from perf_vit.labels import open_labels
 from perf_vit.models import checkpoint_task, load_segmenter
 from perf_vit.sources import describe_source, open_source
 from perf_vit.workflows import info
-from perf_vit.workflows.info import estimate_workload
+from perf_vit.workflows.info import describe_file, estimate_workload
 from perf_vit.writers import CogWriter, RasterLayout, write_objects
 
 
@@ -153,6 +155,54 @@ def test_vectors_and_coco_files_are_described(tmp_path, make_scene, capsys) -> N
     found = told(capsys, path)
     assert (found["kind"], found["images"], found["objects"]) == ("COCO file", 1, 3)
     assert found["classes"] == {"b": 2, "a": 1}
+
+
+@pytest.mark.parametrize("suffix", ["geojson", "parquet"])
+def test_columns_of_lists_and_mappings_are_described_and_label(tmp_path, make_scene, capsys, suffix) -> None:
+    source = open_source(make_scene())
+    columns = {"tags": [["a", "b"], ["a", "b"], None], "more": [{"x": 1}, {"x": 1}, {"y": [2]}]}
+    left, _, _, top = rasterio.open(source.path).bounds
+    boxes = [shapely.box(left + 10 * i, top - 10, left + 10 * i + 8, top) for i in range(3)]
+    frame = gpd.GeoDataFrame(columns, geometry=boxes, crs=source.crs.to_wkt())
+    path = tmp_path / f"o.{suffix}"
+    frame.to_parquet(path) if suffix == "parquet" else frame.to_file(path)
+    found = told(capsys, path)
+    assert found["columns"] == ["tags", "more"]
+    assert sorted(found["values of tags"].values()) == sorted(found["values of more"].values()) == [1, 2]
+    with pytest.raises(InputError, match=r"tags of .* holds \['a', 'b'\], null; the classes are"):
+        open_labels(path, source, attribute="tags", classes=["rest", "a"])
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "match"),
+    [
+        ("args.yaml", "task: detect\ndata: coco8.yaml\nmodel: yolov8n.pt\n", "data must be a mapping"),
+        ("list.yaml", "data: {}\nmodel: [1, 2]\n", "model must be a mapping"),
+        ("coco.json", '{"images": [], "annotations": [1], "categories": []}', "as a COCO file"),
+        ("coco.json", '{"images": [], "annotations": [], "categories": [{"id": []}]}', "as a COCO file"),
+        ("model/config.json", '{"architecture": "test_v', "as JSON"),
+        ("run/metrics.csv", "step,loss\n1,2\n", "as the metrics of a run"),
+        ("run/metrics.csv", "epoch,val/iou\n1,good\n", "as the metrics of a run"),
+    ],
+)
+def test_damaged_files_and_those_of_other_programs_are_one_line(tmp_path, capsys, name, text, match) -> None:
+    path = tmp_path / name
+    path.parent.mkdir(exist_ok=True)
+    if path.parent.name == "run":
+        save_segmenter(path.parent / "checkpoints" / "best.ckpt")
+    path.write_text(text)
+    assert call(["info", path.parent if path.parent != tmp_path else path]) == 2
+    error = capsys.readouterr().err
+    assert match in error
+    assert path.name in error
+    assert error.count("\n") == 1
+
+
+def test_empty_sections_of_a_config_and_configs_of_other_models_are_no_error(tmp_path, capsys) -> None:
+    (tmp_path / "run.yaml").write_text("data: {tile_px: 96}\nmodel:\n")
+    assert told(capsys, tmp_path / "run.yaml")["tile_px"] == 96
+    (tmp_path / "config.json").write_text("[1, 2]")
+    assert describe_file(str(tmp_path)) is None
 
 
 def test_a_config_is_described_with_its_missing_files(tmp_path, capsys) -> None:
