@@ -215,7 +215,7 @@ def _run_facts(folder: Path) -> dict[str, Any]:
 def _config_facts(path: Path) -> dict[str, Any]:
     task = config_value(path, "task", default="segmentation")
     data, model = (_section(path, name) for name in ("data", "model"))
-    splits = {part: data.get(part) for part in ("train", "val") if isinstance(data.get(part), Mapping)}
+    splits = {part: found for part in ("train", "val") if isinstance(found := data.get(part), Mapping)}
     files = {f"{part} {key}": value for part, split in splits.items() for key, value in split.items() if value}
     return {
         "task": task,
