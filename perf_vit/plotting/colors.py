@@ -127,7 +127,8 @@ def true_classes(image: GeoImage, scale: float = 1.0) -> BoolArray:
         image: Part of a map with one band of 0 and 1, or of probabilities, per class.
         scale: Factor from pixels to probabilities.
     """
-    return (image.pixels * scale > 0.5) & image.valid
+    found: BoolArray = (image.pixels * scale > 0.5) & image.valid
+    return found
 
 
 def _shown_labels(image: GeoImage, scale: float) -> LabelArray:

@@ -103,7 +103,7 @@ def write_map_report(
     names = ["none", *classes] if multilabel else list(classes)
     clear = 0 if multilabel else background
     colors = default_colormap(len(names), clear)
-    blocks = []
+    blocks: list[npt.NDArray[np.int64]] = []
     with open_source(map_path) as result:
 
         def draw(image: GeoImage) -> Picture:
