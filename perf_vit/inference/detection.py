@@ -23,10 +23,16 @@ from perf_vit.inference.jobs.identity import OutputRecord, SourceIdentity
 from perf_vit.inference.jobs.job import RecordedJob
 from perf_vit.inference.jobs.journal import DamageLog, Journal
 from perf_vit.inference.options import DetectionPredictOptions
-from perf_vit.inference.predictor import InputPredictor, OnProgress, ignore_progress, register_predictor
+from perf_vit.inference.predictor import (
+    InputPredictor,
+    OnProgress,
+    check_window_size,
+    ignore_progress,
+    register_predictor,
+)
 from perf_vit.inference.prefetch import Reads, SalvagingReader
 from perf_vit.labels.objects import CocoImages
-from perf_vit.models import Detector, check_window_size, load_detector, standardized
+from perf_vit.models import Detector, load_detector, standardized
 from perf_vit.plotting import default_colormap
 from perf_vit.reporting.outputs import write_object_report
 from perf_vit.sources import GEOTIFF_SUFFIXES

@@ -14,7 +14,7 @@ from typing import Any, Generic, Self, TypeVar
 
 from torch import nn
 
-from perf_vit.errors import CheckpointError, InputError
+from perf_vit.errors import CheckpointError, InputError, OptionError
 from perf_vit.inference.batch import InputReport, PredictOne, in_turn, report_of
 from perf_vit.inference.inputs import MapInput
 from perf_vit.inference.jobs import JobResult
@@ -27,13 +27,38 @@ from perf_vit.tiling import grid_windows
 from perf_vit.types import Source
 from perf_vit.writers import existing_outputs
 
-__all__ = ["PREDICTORS", "InputPredictor", "OnProgress", "Predictor", "ignore_progress", "register_predictor"]
+__all__ = [
+    "PREDICTORS",
+    "InputPredictor",
+    "OnProgress",
+    "Predictor",
+    "check_window_size",
+    "ignore_progress",
+    "register_predictor",
+]
 
 Model = TypeVar("Model", bound=nn.Module)
 Options = TypeVar("Options", bound=PredictOptions)
 
 OnProgress = Callable[[int, int], None]
 """Called with what is done and how much there is, for a progress bar."""
+
+
+def check_window_size(model: nn.Module, window_size: int) -> None:
+    """Refuse windows of another size than the only one that a network's backbone takes.
+
+    Args:
+        model: Network of a task, or any other one.
+        window_size: Window size in pixels.
+
+    Raises:
+        OptionError: The backbone takes another size only.
+    """
+    backbone = getattr(model, "backbone", None)
+    embed: Any = getattr(getattr(backbone, "model", backbone), "patch_embed", None)
+    size = getattr(embed, "img_size", None) if getattr(embed, "strict_img_size", False) else None
+    if size is not None and window_size != (only := max(size) * getattr(model, "reduce", 1)):
+        raise OptionError(f"window_size must be {only}, as the backbone takes no other size, got {window_size}")
 
 
 def ignore_progress(done: int, total: int) -> None:

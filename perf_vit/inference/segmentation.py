@@ -21,10 +21,16 @@ from perf_vit.inference.jobs.journal import DamageLog, open_journal
 from perf_vit.inference.jobs.polygon_record import PolygonRecord
 from perf_vit.inference.map_line import MapLine
 from perf_vit.inference.options import SegmentationPredictOptions
-from perf_vit.inference.predictor import InputPredictor, OnProgress, ignore_progress, register_predictor
+from perf_vit.inference.predictor import (
+    InputPredictor,
+    OnProgress,
+    check_window_size,
+    ignore_progress,
+    register_predictor,
+)
 from perf_vit.inference.prefetch import Reads, SalvagingReader
 from perf_vit.inference.ray import RayPool, row_ranges
-from perf_vit.models import Segmenter, check_window_size, load_segmenter
+from perf_vit.models import Segmenter, load_segmenter
 from perf_vit.plotting import default_colormap
 from perf_vit.reporting.outputs import write_map_report
 from perf_vit.sources import bounded_cache

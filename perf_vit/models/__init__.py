@@ -27,7 +27,7 @@ with extra("geo", __name__):
         pretrained_statistics,
     )
     from perf_vit.models.detection import DetectionModelConfig, DetectionSpec, Detector, build_detector, detector_kind
-    from perf_vit.models.finetune import LoraConfig, backbone_body, backbone_layers, check_not_random, check_window_size
+    from perf_vit.models.finetune import LoraConfig, backbone_body, backbone_layers, check_not_random
     from perf_vit.models.input_spec import (
         InputBands,
         InputCheck,
@@ -90,7 +90,6 @@ __all__ = [
     "build_segmenter",
     "build_slide_classifier",
     "check_not_random",
-    "check_window_size",
     "checkpoint_facts",
     "checkpoint_metadata",
     "checkpoint_task",

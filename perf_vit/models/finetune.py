@@ -10,7 +10,7 @@ from typing import Any
 from timm.models import group_parameters
 from torch import Tensor, nn
 
-from perf_vit.errors import ConfigError, OptionError, extra, reason_line
+from perf_vit.errors import ConfigError, extra, reason_line
 from perf_vit.models.backbone import BackboneConfig, is_random
 
 __all__ = [
@@ -19,7 +19,6 @@ __all__ = [
     "backbone_body",
     "backbone_layers",
     "check_not_random",
-    "check_window_size",
     "evaluate_frozen",
     "merge_lora",
     "tune_backbone",
@@ -125,23 +124,6 @@ def tune_backbone(
         if not hasattr(body, "set_grad_checkpointing"):
             raise ConfigError(f"model.grad_checkpointing: {type(body).__name__} doesn't support it; leave it out")
         body.set_grad_checkpointing(True)
-
-
-def check_window_size(model: nn.Module, window_size: int) -> None:
-    """Refuse windows of another size than the only one that a network's backbone takes.
-
-    Args:
-        model: Network of a task, or any other one.
-        window_size: Window size in pixels.
-
-    Raises:
-        OptionError: The backbone takes another size only.
-    """
-    backbone = getattr(model, "backbone", None)
-    embed: Any = None if backbone is None else getattr(backbone_body(backbone), "patch_embed", None)
-    size = getattr(embed, "img_size", None) if getattr(embed, "strict_img_size", False) else None
-    if size is not None and window_size != (only := max(size) * getattr(model, "reduce", 1)):
-        raise OptionError(f"window_size must be {only}, as the backbone takes no other size, got {window_size}")
 
 
 def check_not_random(config: BackboneConfig) -> None:

@@ -8,12 +8,15 @@ import pytest
 from command_line import call
 
 from perf_vit.config import shipped_configs
+from perf_vit.workflows.progress import console
 from perf_vit.workflows.registry import task_keys
 
 
 @pytest.fixture(autouse=True)
 def _wide(monkeypatch) -> None:
     monkeypatch.setenv("COLUMNS", "1000")
+    # Where it was set before, as by test runners of several processes, the console has taken it.
+    monkeypatch.setattr(console, "_width", 1000)
 
 
 def printed(capsys, *args: str) -> str:
