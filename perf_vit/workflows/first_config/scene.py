@@ -212,7 +212,9 @@ def _class_column(path: str) -> str | None:
         values = [value for value in read_features(path, name)[name].tolist() if not _is_absent(value)]
         distinct = len(set(map(str, values)))
         repeats = distinct <= max(1, len(values) // 2) or (name in candidates and distinct <= len(values))
-        is_likely = name in candidates or all(isinstance(value, str) for value in values)
+        # Lists and mappings are read as text.
+        is_flat = not any(str(value).startswith(("[", "{")) for value in values)
+        is_likely = is_flat and (name in candidates or all(isinstance(value, str) for value in values))
         if values and distinct <= _MOST_CLASSES and repeats and is_likely and _are_classes(values):
             return name
     return None
