@@ -47,7 +47,9 @@ def test_a_subclass_describes_a_field_of_its_base_anew() -> None:
 
 @pytest.mark.parametrize("name", shipped_configs())
 def test_shipped_configs_are_valid_in_editors(name: str) -> None:
-    jsonschema.validate(yaml.safe_load(find_config(name).read_text(encoding="utf-8")), config_schema())
+    content = yaml.safe_load(find_config(name).read_text(encoding="utf-8"))
+    validator = jsonschema.Draft202012Validator(config_schema())
+    assert [error.message for error in validator.iter_errors(content)] == []
 
 
 @pytest.mark.parametrize(
