@@ -26,7 +26,7 @@ from perf_vit.sources.mosaic import MosaicSource, item_paths
 from perf_vit.sources.pixel_size import PixelSize
 from perf_vit.sources.raster import RasterSource
 from perf_vit.sources.slides import SlideSource
-from perf_vit.sources.slides.ome import is_multiscale, open_ome_zarr
+from perf_vit.sources.slides.ome_zarr import is_multiscale, open_ome_zarr
 from perf_vit.sources.slides.openslide import OpenSlideReader
 from perf_vit.sources.slides.pyramid import PyramidReader
 from perf_vit.types import InputOptions, InputPath

@@ -1,4 +1,4 @@
-"""OME-TIFF and OME-Zarr slides with any number of channels, read by tile or chunk."""
+"""Slides with any number of channels, read by tile or chunk from arrays."""
 
 from __future__ import annotations
 
@@ -7,32 +7,34 @@ import itertools
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from perf_vit.errors import DamagedDataError, InputError, parsing
+from perf_vit.errors import DamagedDataError, InputError
 from perf_vit.sources._bands import is_finite
-from perf_vit.sources._gdal import PerThread, check_exists, check_name
-from perf_vit.sources.files import register_source
-from perf_vit.sources.slides.ome_xml import micrometres, parse_ome_xml
-from perf_vit.sources.slides.openslide import import_slide_library
+from perf_vit.sources._gdal import PerThread
 from perf_vit.sources.slides.pyramid import Level, PyramidReader, true_downsample
 from perf_vit.types import BoolArray, Window
 
-__all__ = ["ArrayReader", "is_multiscale", "open_ome_tiff", "open_ome_zarr", "stored_mask"]
+__all__ = ["ArrayReader", "OpenArrays", "stored_mask"]
 
 _COLOURS = ("red", "green", "blue")
 
-# TIFF ExtraSamples: premultiplied and straight alpha.
-_ALPHA_SAMPLES = {1, 2}
-
 
 @dataclass(frozen=True, slots=True)
-class _Arrays:
-    """Open file: one array per level with common axes, and metadata."""
+class OpenArrays:
+    """Open file: one array per level with common axes, and metadata.
+
+    Attributes:
+        arrays: Zarr array of each level, finest first.
+        axes: Letter of each axis: Y, X, C (channels), S (colours), others of length 1.
+        mpp_yx: Micrometres per pixel of level 0 that the file states; None for none.
+        names: Channel names; empty for channels without name.
+        close: Function that closes the file.
+        has_alpha: Whether the fourth colour is opacity.
+    """
 
     arrays: Sequence[Any]
     axes: str
@@ -54,7 +56,7 @@ class ArrayReader(PyramidReader):
         InputError: The file can't be opened, or its axes or pixels aren't supported.
     """
 
-    def __init__(self, path: str, open_arrays: Callable[[str], _Arrays], format_name: str) -> None:
+    def __init__(self, path: str, open_arrays: Callable[[str], OpenArrays], format_name: str) -> None:
         self._path = path
         self.format = format_name
         self._handle = PerThread(functools.partial(open_arrays, path))
@@ -124,37 +126,6 @@ class ArrayReader(PyramidReader):
             raise InputError(f"{self._path} must hold integers or floating-point numbers, got {dtype}")
 
 
-@register_source(".ome.tif", ".ome.tiff", ".ome.tf2", ".ome.tf8", ".ome.btf")
-def open_ome_tiff(path: str) -> ArrayReader:
-    """Open the first image of an OME-TIFF; others, such as labels, are never read.
-
-    Raises:
-        InputError: The file can't be opened, or isn't a single image.
-    """
-    return ArrayReader(path, _open_tiff, "ome-tiff")
-
-
-@register_source(".ome.zarr")
-def open_ome_zarr(path: str) -> ArrayReader:
-    """Open the first image of an OME-Zarr folder of version 0.4 or 0.5.
-
-    Raises:
-        InputError: The folder can't be opened, or isn't a single image.
-    """
-    return ArrayReader(path, _open_zarr, "ome-zarr")
-
-
-def is_multiscale(path: str) -> bool:
-    """Return whether a folder is an OME-Zarr image."""
-    folder = Path(path)
-    return any(
-        b'"multiscales"' in (place / name).read_bytes()
-        for place in (folder, folder / "0")
-        for name in (".zattrs", "zarr.json")
-        if (place / name).is_file()
-    )
-
-
 def _levels(sizes: Sequence[tuple[int, int]]) -> tuple[Level, ...]:
     full = sizes[0]
     return tuple(
@@ -166,60 +137,6 @@ def _levels(sizes: Sequence[tuple[int, int]]) -> tuple[Level, ...]:
 def _channel_names(names: Sequence[str], count: int) -> tuple[str, ...]:
     given = tuple(names) + ("",) * count
     return tuple(given[index] or f"band_{index + 1}" for index in range(count))
-
-
-def _open_tiff(path: str) -> _Arrays:
-    tifffile = import_slide_library("tifffile", path)
-    zarr = import_slide_library("zarr", path)
-    check_name(path)
-    check_exists(path)
-    with parsing(path, "an OME-TIFF"):
-        tiff = tifffile.TiffFile(path)
-        series = tiff.series[0]
-        arrays = [zarr.open(series.aszarr(level=level), mode="r") for level in range(len(series.levels))]
-        found = parse_ome_xml(tiff.ome_metadata or "")
-        samples = {int(kind) for kind in series.keyframe.extrasamples}
-        has_alpha = bool(samples & _ALPHA_SAMPLES)
-        return _Arrays(arrays, series.axes, found.mpp_yx, found.channel_names, tiff.close, has_alpha)
-
-
-def _open_zarr(path: str) -> _Arrays:
-    zarr = import_slide_library("zarr", path)
-    check_name(path)
-    check_exists(path)
-    with parsing(path, "an OME-Zarr image of version 0.4 or 0.5"):
-        group = zarr.open_group(path, mode="r")
-        # Converters of multi-image files write each image to a numbered folder.
-        image = group if _metadata(group).get("multiscales") else group["0"]
-        metadata = _metadata(image)
-        scales = metadata["multiscales"][0]
-        arrays = [image[entry["path"]] for entry in scales["datasets"]]
-        axes = "".join(str(axis["name"])[0].upper() for axis in scales["axes"])
-        names = tuple(str(channel.get("label", "")) for channel in metadata.get("omero", {}).get("channels", []))
-        return _Arrays(arrays, axes, _scale_yx(scales), names, lambda: None)
-
-
-def _metadata(group: Any) -> dict[str, Any]:
-    attributes = dict(group.attrs)
-    found: dict[str, Any] = attributes.get("ome", attributes)
-    return found
-
-
-def _scale_yx(scales: Mapping[str, Any]) -> tuple[float, float] | None:
-    """Return the micrometres per pixel of the first level, from its scale and the common one."""
-    factors = np.ones(len(scales["axes"]))
-    for entry in (
-        *scales["datasets"][0].get("coordinateTransformations", ()),
-        *scales.get("coordinateTransformations", ()),
-    ):
-        if entry["type"] == "scale":
-            factors = factors * np.asarray(entry["scale"], float)
-    sizes = {
-        axis["name"]: micrometres(float(factor), axis.get("unit"))
-        for axis, factor in zip(scales["axes"], factors, strict=True)
-    }
-    y, x = sizes["y"], sizes["x"]
-    return None if y is None or x is None else (y, x)
 
 
 def stored_mask(array: Any, selection: Sequence[int | slice]) -> BoolArray | None:
