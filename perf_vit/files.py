@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import tempfile
 from collections.abc import Iterator
@@ -13,7 +14,7 @@ from typing import Any
 from perf_vit.errors import OutputError
 from perf_vit.text import to_json
 
-__all__ = ["atomic_file", "sibling_path", "staged", "write_json", "write_text"]
+__all__ = ["atomic_file", "read_json_or_none", "sibling_path", "staged", "write_json", "write_text"]
 
 # Longest file name of most file systems, in bytes; temporary names add up to eight random characters.
 _MAX_NAME = 255
@@ -31,6 +32,14 @@ def sibling_path(path: Path, beginning: str, ending: str) -> Path:
         return path.with_name(name)
     digest = hashlib.sha256(os.fsencode(path.name)).hexdigest()[:16]
     return path.with_name(f"{beginning}{digest}{ending}")
+
+
+def read_json_or_none(path: str | Path) -> Any:
+    """Return the content of a JSON file; None if it can't be read, isn't JSON or is nested too deeply."""
+    try:
+        return json.loads(Path(path).read_bytes())
+    except (OSError, ValueError, RecursionError):
+        return None
 
 
 @contextmanager

@@ -4,7 +4,7 @@ import os
 import pytest
 
 from perf_vit.errors import OutputError
-from perf_vit.files import write_json, write_text
+from perf_vit.files import read_json_or_none, write_json, write_text
 
 
 def test_json_files_are_strict_utf8_that_hold_names_exactly(tmp_path) -> None:
@@ -25,6 +25,22 @@ def test_a_file_that_cannot_be_completed_leaves_the_one_before(tmp_path) -> None
         write_text(path, "\udce9")
     assert path.read_text(encoding="utf-8") == "before\n"
     assert os.listdir(tmp_path) == ["scores.json"]
+
+
+@pytest.mark.parametrize(
+    "content", [b"", b"{", b"\xff", b"[" * 200_000 + b"]" * 200_000], ids=["empty", "cut", "bytes", "deep"]
+)
+def test_a_file_that_is_not_json_is_none(tmp_path, content) -> None:
+    path = tmp_path / "scores.json"
+    path.write_bytes(content)
+    assert read_json_or_none(path) is None
+    assert read_json_or_none(tmp_path / "missing.json") is None
+    assert read_json_or_none(tmp_path) is None
+
+
+def test_json_is_read(tmp_path) -> None:
+    write_json(tmp_path / "scores.json", {"a": [1, None]})
+    assert read_json_or_none(tmp_path / "scores.json") == {"a": [1, None]}
 
 
 def test_a_folder_in_the_place_is_named(tmp_path) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import socket
 import time
@@ -17,7 +16,7 @@ from filelock import FileLock, Timeout
 
 from perf_vit._version import __version__
 from perf_vit.errors import BusyError, OutputError, PerfVitError
-from perf_vit.files import write_json
+from perf_vit.files import read_json_or_none, write_json
 from perf_vit.inference.inputs import MapInput
 from perf_vit.inference.jobs import DamagedPiece, JobResult
 from perf_vit.inference.options import OnError
@@ -184,10 +183,7 @@ def reserve_report(folder: Path, *, overwrite: bool = False) -> Iterator[Path]:
 
 def _is_report(path: Path) -> bool:
     """Whether a file is the report of a run."""
-    try:
-        content = json.loads(path.read_bytes())
-    except (OSError, ValueError):
-        return False
+    content = read_json_or_none(path)
     return isinstance(content, dict) and content.keys() >= {"perf_vit_version", "totals", "inputs"}
 
 

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from perf_vit.errors import InputError, OptionError
-from perf_vit.files import write_text
+from perf_vit.files import read_json_or_none, write_text
 from perf_vit.geometry import Objects
 from perf_vit.inference.batch import InputReport
 from perf_vit.inference.detect import WindowLog, predict_objects
@@ -141,10 +141,7 @@ def join_coco_results(parts: Iterable[Path], folder: Path) -> None:
 
 
 def _is_results(path: Path, ids: frozenset[int]) -> bool:
-    try:
-        content: Any = json.loads(path.read_bytes())
-    except (OSError, ValueError):
-        return False
+    content = read_json_or_none(path)
     return isinstance(content, list) and all(
         isinstance(each, dict) and isinstance(each.get("image_id"), int) and each["image_id"] in ids and "score" in each
         for each in content

@@ -18,6 +18,7 @@ from rich.table import Table
 from torch import nn
 
 from perf_vit.errors import CheckpointError, ConfigError, OptionError, extra, parsing
+from perf_vit.files import read_json_or_none
 from perf_vit.types import Source
 
 with extra("geo", "info"):
@@ -252,10 +253,7 @@ def _is_missing(value: str) -> bool:
 
 def _coco_facts(path: Path) -> dict[str, Any]:
     """Images, objects and classes of a COCO file; nothing for other JSON."""
-    try:
-        content = json.loads(path.read_bytes())
-    except (OSError, ValueError, RecursionError):
-        return {}
+    content = read_json_or_none(path)
     if not (isinstance(content, dict) and content.keys() >= {"images", "annotations", "categories"}):
         return {}
     with parsing(path, "a COCO file"):

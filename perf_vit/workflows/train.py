@@ -15,7 +15,7 @@ from PIL import Image
 from torch import nn
 
 from perf_vit.distributed import end_processes, has_processes, rank_and_world_size
-from perf_vit.errors import ConfigError, DataWarning, OptionError, extra, reason_line
+from perf_vit.errors import ConfigError, DataWarning, OptionError, extra, parsing, reason_line
 
 with extra("train", "training"):
     from perf_vit.config import Config, Overrides, config_value, load_config
@@ -50,8 +50,13 @@ class Run:
 
     @property
     def metrics(self) -> list[dict[str, float]]:
-        """Rows of `metrics.csv`, one per epoch, without the values that an epoch has none of."""
-        with (self.folder / "metrics.csv").open(newline="", encoding="utf-8") as file:
+        """Rows of `metrics.csv`, one per epoch, without the values that an epoch has none of.
+
+        Raises:
+            InputError: The file is missing or damaged.
+        """
+        path = self.folder / "metrics.csv"
+        with parsing(path, "CSV of numbers"), path.open(newline="", encoding="utf-8") as file:
             return [{key: float(value) for key, value in row.items() if value} for row in csv.DictReader(file)]
 
     def load(self) -> nn.Module:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import glob
-import json
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -14,6 +13,7 @@ import pyogrio
 import rasterio
 
 from perf_vit.errors import OutputError
+from perf_vit.files import read_json_or_none
 from perf_vit.sources import split_layer
 from perf_vit.sources._gdal import GDAL_ERRORS, plain_images_allowed
 from perf_vit.sources._members import beside_index, describe_index
@@ -89,10 +89,7 @@ def _gdal_files(path: str) -> list[str]:
 
 def _stac_assets(path: str) -> list[str]:
     """Return the links of all assets of STAC items."""
-    try:
-        content = json.loads(Path(path).read_bytes())
-    except (OSError, ValueError, RecursionError):
-        return []
+    content = read_json_or_none(path)
     items = content.get("features", [content]) if isinstance(content, dict) else content
     found = []
     for item in items if isinstance(items, list) else []:

@@ -12,6 +12,7 @@ from perf_vit.data import ClassificationDataConfig, ClassificationSplitConfig
 from perf_vit.errors import CheckpointError, ConfigError, InputError, OutputError
 from perf_vit.workflows.run_config import ClassificationRun
 from perf_vit.workflows.run_folder import RUN_FILES, RunFolder, check_config_kept
+from perf_vit.workflows.train import Run
 
 DATA = SimpleNamespace(train=range(8))
 
@@ -93,3 +94,14 @@ def test_best_weights_of_a_run_whose_last_checkpoint_is_gone_are_not_trained_ove
     best.write_bytes(before[:100])
     with pytest.raises(CheckpointError, match=r"best\.ckpt"):
         RunFolder(_config(tmp_path))
+
+
+def test_damaged_metrics_are_named(tmp_path) -> None:
+    run = Run(tmp_path)
+    with pytest.raises(InputError, match=r"can't read .*metrics\.csv as CSV of numbers: No such file"):
+        _ = run.metrics
+    (tmp_path / "metrics.csv").write_text("epoch,loss\n0,0.5\n1,\n")
+    assert run.metrics == [{"epoch": 0.0, "loss": 0.5}, {"epoch": 1.0}]
+    (tmp_path / "metrics.csv").write_text("epoch,loss\n0,half\n")
+    with pytest.raises(InputError, match=r"metrics\.csv as CSV of numbers: could not convert"):
+        _ = run.metrics

@@ -12,7 +12,7 @@ from types import MappingProxyType
 from typing import Any
 
 from perf_vit._version import __version__
-from perf_vit.files import sibling_path, write_json
+from perf_vit.files import read_json_or_none, sibling_path, write_json
 from perf_vit.sources import file_stats, fingerprint
 from perf_vit.text import to_json
 from perf_vit.types import Source
@@ -141,10 +141,7 @@ class OutputRecord:
 
     def read(self) -> dict[str, Any] | None:
         """Its content, None where there is none."""
-        try:
-            content = json.loads(self.path.read_bytes())
-        except (OSError, ValueError):
-            return None
+        content = read_json_or_none(self.path)
         return content if isinstance(content, dict) and content.keys() >= _KEYS else None
 
     def is_foreign(self) -> bool:

@@ -17,7 +17,7 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from perf_vit.errors import BusyError, OutputError, PerfVitError
-from perf_vit.files import sibling_path
+from perf_vit.files import read_json_or_none, sibling_path
 from perf_vit.text import to_json
 from perf_vit.types import Window
 
@@ -269,10 +269,7 @@ def _partial_folder(path: Path) -> Path:
 
 def _read_settings(folder: Path) -> dict[str, Any] | None:
     """What the journal of a folder says, None where it has none."""
-    try:
-        settings = json.loads((folder / _SETTINGS).read_bytes())
-    except (OSError, ValueError):
-        return None
+    settings = read_json_or_none(folder / _SETTINGS)
     return settings if isinstance(settings, dict) else None
 
 
@@ -334,7 +331,7 @@ class LineLog:
             for line in file.read_bytes().splitlines():
                 try:
                     entry = json.loads(line)
-                except ValueError:
+                except (ValueError, RecursionError):
                     # A crash cut it: what it stands for is computed again.
                     continue
                 yield entry

@@ -37,15 +37,13 @@ class CocoImages:
 
     def __init__(self, path: str | Path) -> None:
         self.path = os.fspath(path)
-        try:
+        with parsing(path, "a COCO file"):
             content = json.loads(Path(path).read_bytes())
             self._images = {
                 PurePath(image["file_name"]): (_whole(image["id"]), (image.get("height"), image.get("width")))
                 for image in content["images"]
             }
             self._categories = category_ids_by_name(content)
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            raise InputError(f"can't read {path} as a COCO file: {type(error).__name__} {error}") from error
         self.ids = frozenset(number for number, _ in self._images.values())
         if not self._images:
             raise InputError(f"{path} lists no images; give a COCO file of labels, or of images alone")

@@ -51,3 +51,11 @@ def test_work_for_an_image_does_not_grow_with_the_number_of_images(tmp_path, mon
 def test_files_whose_ids_no_result_could_have_are_refused(tmp_path, images, message: str) -> None:
     with pytest.raises(InputError, match=message):
         CocoImages(write_coco(tmp_path / "l.json", [], images=images))
+
+
+@pytest.mark.parametrize("content", ["{", "[" * 200_000 + "]" * 200_000, "[]", '{"images": [{}]}'])
+def test_files_that_are_not_coco_are_refused_in_one_line(tmp_path, content: str) -> None:
+    path = tmp_path / "l.json"
+    path.write_text(content)
+    with pytest.raises(InputError, match=r"^can't read .*l\.json as a COCO file: [^\n]*$"):
+        CocoImages(path)
