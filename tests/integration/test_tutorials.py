@@ -3,6 +3,7 @@
 import json
 import re
 from pathlib import Path
+from typing import Any
 
 import matplotlib as mpl
 import numpy as np
@@ -12,7 +13,9 @@ import torch
 from doc_examples import cells, run
 from safetensors.torch import save_file
 
+import perf_vit
 from perf_vit.layers import MIXERS
+from perf_vit.workflows.train import read_run
 
 TUTORIALS = Path(__file__).parents[2] / "docs" / "tutorials"
 STORED = TUTORIALS / "linearize_dinov2.ipynb"
@@ -25,6 +28,22 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setattr(MIXERS, "_objects", dict(MIXERS))
     mpl.use("agg")
     return tmp_path
+
+
+class _Trained(Exception):
+    """Ends a tutorial where it would train."""
+
+
+@pytest.mark.parametrize("tutorial", ["first_map.md", "small_objects.md", "slide_to_qupath.md", "own_mixer.md"])
+def test_the_config_that_a_tutorial_trains_with_is_valid(folder: Path, monkeypatch, tutorial: str) -> None:
+    def check(*arguments: Any, **options: Any) -> None:
+        options.pop("progress")
+        read_run(*arguments, **options)
+        raise _Trained
+
+    monkeypatch.setattr(perf_vit, "train", check)
+    with pytest.raises(_Trained):
+        run(cells(tutorial))
 
 
 @pytest.mark.slow

@@ -130,7 +130,7 @@ def _write_classes(shop: Workshop, rng: np.random.Generator) -> None:
 def _config(task: str, shop: Workshop) -> dict[str, Any]:
     backbone = {"backbone": _BACKBONE, "backbone_kwargs": _BACKBONE_KWARGS}
     labelled = {"image": str(shop.image), "labels": str(shop.folder / "mask.tif")}
-    objects = {"image": str(shop.images), "labels": str(shop.seeds / "coco" / "boxes.json"), "format": "coco"}
+    objects = {"image": str(shop.images), "labels": str(shop.seeds / "coco" / "boxes.json"), "label_format": "coco"}
     small = {"tile_px": 32, "batch_size": 1}
     data: dict[str, dict[str, object]] = {
         "segmentation": {
