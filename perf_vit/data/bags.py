@@ -23,6 +23,7 @@ from perf_vit.errors import InputError, OutputError
 from perf_vit.files import staged
 from perf_vit.labels.tables import CsvRow, class_index, read_csv_rows
 from perf_vit.models import SlideFeatures
+from perf_vit.sources import find_named, image_name
 from perf_vit.types import Window
 
 __all__ = [
@@ -65,7 +66,7 @@ class EmbeddingStore:
             # URLs have no modification time.
             identity = [slide]
         digest = hashlib.sha256(json.dumps([self._meaning, identity]).encode()).hexdigest()
-        return self.folder / f"{Path(slide).stem}-{digest[:_KEY_DIGITS]}.npz"
+        return self.folder / f"{image_name(slide)}-{digest[:_KEY_DIGITS]}.npz"
 
     def has(self, slide: str) -> bool:
         """Return whether a slide's features exist."""
@@ -165,10 +166,9 @@ def read_slide_table(
 
 def _find(row: CsvRow, folder: Path, column: str) -> str:
     name = row.values[column]
-    if "://" in name or (folder / name).exists():
-        return name if "://" in name else str(folder / name)
-    parent = (folder / name).parent
-    near = sorted(path for path in parent.glob("*") if path.stem == Path(name).name) if parent.is_dir() else []
+    if "://" in name:
+        return name
+    near = find_named(folder, name)
     if len(near) == 1:
         return str(near[0])
     several = f", but {' and '.join(path.name for path in near[:2])}; give the ending" if near else ""

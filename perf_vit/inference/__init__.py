@@ -38,7 +38,6 @@ with extra("geo", __name__):
         attention_folder,
         attention_picture,
         embed_windows,
-        slide_names,
     )
     from perf_vit.inference.table_predictor import TablePredictor
 
@@ -89,5 +88,4 @@ __all__ = [
     "resolve_device",
     "resolve_one",
     "scene_files",
-    "slide_names",
 ]

@@ -8,23 +8,21 @@ import os
 import re
 import warnings
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 
 import pyarrow.parquet
 
 from perf_vit.errors import DataWarning, InputError, OutputError, reason_line
 from perf_vit.sources import (
-    FOLDER_SUFFIXES,
     GEOTIFF_SUFFIXES,
     PARQUET_SUFFIXES,
     PICTURE_SUFFIXES,
-    files_below,
     find_reader,
-    image_suffixes,
-    is_by_product,
-    is_image_name,
-    without_repeats,
+    image_name,
+    images_at,
+    is_image_folder,
 )
 from perf_vit.writers import check_outputs
 
@@ -57,8 +55,10 @@ def resolve_one(given: Sequence[str], output: Path) -> list[str]:
     """Inputs, but for a glob that finds one file, that file, if the output is a file too."""
     if len(given) != 1 or not _is_glob(given[0]) or not output.suffix or output.is_dir():
         return list(given)
-    found = _matches(given[0])
-    return [str(found[0])] if len(found) == 1 else list(given)
+    with suppress(InputError):
+        found = images_at(Path(given[0]))
+        return [str(found[0])] if len(found) == 1 else list(given)
+    return list(given)
 
 
 def is_one_file(given: Sequence[str | Path]) -> bool:
@@ -66,7 +66,7 @@ def is_one_file(given: Sequence[str | Path]) -> bool:
     if len(given) != 1:
         return False
     path = Path(given[0])
-    is_folder = path.is_dir() and path.suffix.lower() not in FOLDER_SUFFIXES
+    is_folder = path.is_dir() and not is_image_folder(path)
     return not (is_folder or _is_glob(os.fspath(given[0])) or path.suffix.lower() in _LISTS)
 
 
@@ -105,7 +105,7 @@ def scene_files(given: str) -> str:
 
     Sub-folders are not read, so outputs may lie there.
     """
-    is_folder = os.path.isdir(given) and Path(given).suffix.lower() not in FOLDER_SUFFIXES
+    is_folder = os.path.isdir(given) and not is_image_folder(given)
     return os.path.join(glob.escape(given), "*") if is_folder else given
 
 
@@ -139,12 +139,11 @@ def _expand(item: str, folder: Path, path_column: str) -> Iterator[MapInput]:
     if path.suffix.lower() in _LISTS:
         yield from _listed(path, folder, path_column)
     elif _is_glob(item):
-        root = _fixed_part(path)
-        yield from _below(root, _matches(item), folder, item)
-    elif path.is_dir() and path.suffix.lower() not in FOLDER_SUFFIXES:
-        yield from _below(path, files_below(path, is_image_name), folder, item)
+        yield from _below(_fixed_part(path), images_at(path), folder, item)
+    elif path.is_dir() and not is_image_folder(path):
+        yield from _below(path, images_at(path), folder, item)
     else:
-        yield MapInput(item, folder / _map_name(PurePosixPath(item.split("?")[0]).name))
+        yield MapInput(item, folder / _map_name(item))
 
 
 def _below(root: Path, images: Sequence[Path], folder: Path, given: str) -> Iterator[MapInput]:
@@ -153,23 +152,16 @@ def _below(root: Path, images: Sequence[Path], folder: Path, given: str) -> Iter
     inside = mine != root.resolve() and mine.is_relative_to(root.resolve())
     images = [image for image in images if not (inside and image.resolve().is_relative_to(mine))]
     if not images:
-        raise InputError(f"found no image in {given}; expected {' '.join(image_suffixes())}")
+        raise InputError(f"no image in {given} but those in {folder}, where outputs go")
     for image in sorted(images) if folder == _NOWHERE else _without_previews(images):
-        yield MapInput(str(image), folder / image.relative_to(root).with_name(_map_name(image.name)))
-
-
-def _matches(pattern: str) -> list[Path]:
-    """The files and image folders that a glob finds, each by one of its names."""
-    found = without_repeats(Path(match) for match in glob.glob(pattern, recursive=True))
-    images = (path for path in found if path.is_file() or path.suffix.lower() in FOLDER_SUFFIXES)
-    return [path for path in images if not is_by_product(path.name)]
+        yield MapInput(str(image), folder / image.relative_to(root).with_name(_map_name(image)))
 
 
 def _without_previews(images: Sequence[Path]) -> list[Path]:
     """Images but for pictures beside a raster or slide of the same name: both would become one map."""
     pictures = {image for image in images if image.suffix.lower() in PICTURE_SUFFIXES}
-    maps = {image.with_name(_map_name(image.name)) for image in set(images) - pictures}
-    previews = {image for image in pictures if image.with_name(_map_name(image.name)) in maps}
+    names = {image.with_name(image_name(image)) for image in set(images) - pictures}
+    previews = {image for image in pictures if image.with_name(image_name(image)) in names}
     if previews:
         warnings.warn(
             f"{len(previews)} of {len(images)} images are taken as previews of the rasters beside them and left out, "
@@ -190,7 +182,7 @@ def _listed(path: Path, folder: Path, path_column: str) -> Iterator[MapInput]:
         if "\0" in image + output:
             raise InputError(f"{path}: row {number} has a null byte in {image + output!r}; no file has such a name")
         image = _beside(path.parent, image)
-        name = output or _map_name(PurePosixPath(image.split("?")[0]).name)
+        name = output or _map_name(image)
         place = folder / (name if Path(name).suffix else f"{name}.tif")
         if folder != _NOWHERE:
             _check_inside(place, folder, f"{path}: {_OUTPUT_COLUMN} of row {number}, {name},")
@@ -258,12 +250,8 @@ def _check_names(inputs: Sequence[MapInput]) -> None:
     check_outputs(written, [item.path for item in inputs], overwrite=True)
 
 
-def _map_name(name: str) -> str:
-    # Of a dataset in a file, NETCDF:file.nc:variable, the name has both.
-    if dataset := re.fullmatch(r'(?:\w+:)?"?([^":]+)\.\w+"?:+([^:]+)', name):
-        return f"{dataset[1]}_{dataset[2]}.tif"
-    stem = PurePosixPath(name).stem
-    return f"{stem.removesuffix('.ome')}.ome.tif" if find_reader(name) is not None else f"{stem}.tif"
+def _map_name(image: str | Path) -> str:
+    return f"{image_name(image)}{'.tif' if find_reader(os.fspath(image)) is None else '.ome.tif'}"
 
 
 def _is_remote(path: str) -> bool:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import itertools
 import os
-from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import replace
@@ -28,11 +27,13 @@ from perf_vit.plotting import rgb_from, save_png
 from perf_vit.plotting.panels import with_color_bar
 from perf_vit.plotting.pictures import Picture
 from perf_vit.reporting.outputs import thumbnail_of
+from perf_vit.sources import image_name, image_names
+from perf_vit.sources.image_search import ATTENTION_ENDING
 from perf_vit.threads import num_processors
 from perf_vit.types import GeoImage, Source, Window
 from perf_vit.writers import write_objects
 
-__all__ = ["SlideClassificationPredictor", "attention_folder", "attention_picture", "embed_windows", "slide_names"]
+__all__ = ["SlideClassificationPredictor", "attention_folder", "attention_picture", "embed_windows"]
 
 FloatArray = npt.NDArray[np.float32]
 
@@ -168,7 +169,7 @@ class SlideClassificationPredictor(TablePredictor[SlideClassifier, SlideClassifi
     def job(self, paths: Sequence[str], out: str | Path) -> TableJob:
         """What is to be made of some slides; see `TablePredictor.job`."""
         out, tissue = Path(out), self.options.tissue
-        names = slide_names(paths)
+        names = image_names(paths)
         return TableJob(
             paths=paths,
             out=out,
@@ -257,7 +258,7 @@ class SlideClassificationPredictor(TablePredictor[SlideClassifier, SlideClassifi
 
     def files_of(self, out: Path, done: Sequence[str], paths: Sequence[str], folder: Path) -> dict[Path, Path]:
         """Attention files of the slides that are done: under their final names, those in the folder."""
-        names = slide_names(paths)
+        names = image_names(paths)
         final = (file for path in done for file in _attention_files(attention_folder(out), names[path]))
         made = (file for path in done for file in _unfinished(folder / _ATTENTION, path))
         return dict(zip(final, made, strict=True))
@@ -310,22 +311,7 @@ register_predictor("slide_classification", SlideClassificationPredictor, SlideCl
 
 def attention_folder(out: Path) -> Path:
     """Folder of the attention files of a table."""
-    return out.with_name(f"{out.stem}_attention")
-
-
-def slide_names(paths: Sequence[str]) -> dict[str, str]:
-    """A file name for each slide; those of one name in several folders get a number."""
-    stems = Counter(Path(path).stem for path in paths)
-    taken: set[str] = set()
-    names = {}
-    for path in paths:
-        stem = Path(path).stem
-        # A number that makes it the name of another slide is passed over.
-        numbered = (f"{stem}-{number}" for number in itertools.count(2))
-        name = stem if stem not in taken else next(each for each in numbered if each not in taken and each not in stems)
-        taken.add(name)
-        names[path] = name
-    return names
+    return out.with_name(f"{out.stem}{ATTENTION_ENDING}")
 
 
 def _attention_files(folder: Path, name: str) -> tuple[Path, Path]:
@@ -338,4 +324,4 @@ def _unfinished(folder: Path, path: str) -> tuple[Path, Path]:
     """Attention files of a slide until the table is finished."""
     # Ray's workers know a slide by its absolute path.
     place = os.path.abspath(path) if os.path.exists(path) else path
-    return _attention_files(folder / hashlib.sha256(os.fsencode(place)).hexdigest()[:16], Path(path).stem)
+    return _attention_files(folder / hashlib.sha256(os.fsencode(place)).hexdigest()[:16], image_name(path))

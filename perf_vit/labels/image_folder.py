@@ -7,8 +7,8 @@ from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
 
 from perf_vit.errors import DataWarning, InputError
-from perf_vit.sources import MASK_SUFFIXES, files_below, find_images, is_vector_name, previews_among
-from perf_vit.sources.files import image_root, is_glob
+from perf_vit.sources import MASK_SUFFIXES, files_below, find_images, is_vector_name, names_of, previews_among
+from perf_vit.sources.image_search import image_root, is_glob
 from perf_vit.types import InputPath
 
 __all__ = ["ImageFolder", "find_label_pairs", "is_labelled_folder", "label_files", "read_lines"]
@@ -45,8 +45,8 @@ class ImageFolder:
         self._known: dict[str, set[Path]] = {}
         for path, root in roots:
             inside = path.relative_to(root)
-            bare = () if path in previews else (str(inside.with_suffix("")), path.stem)
-            for name in (str(inside), path.name, *bare):
+            for name in names_of(path)[: 1 if path in previews else None]:
+                self._known.setdefault(str(inside.with_name(name)), set()).add(path)
                 self._known.setdefault(name, set()).add(path)
         _warn_of_previews(previews, len(found))
         self._wanted = None if names is None else {self.find(name, "the list of names") for name in names}

@@ -15,7 +15,7 @@ import numpy.typing as npt
 from perf_vit.errors import InputError
 from perf_vit.labels.image_folder import ImageFolder
 from perf_vit.sources import find_images
-from perf_vit.sources.files import image_root
+from perf_vit.sources.image_search import image_root
 from perf_vit.types import InputPath
 
 __all__ = [

@@ -13,6 +13,7 @@ import numpy as np
 import numpy.typing as npt
 from matplotlib.ft2font import FT2Font
 from PIL import Image, ImageFont
+from PIL.PngImagePlugin import PngInfo
 
 from perf_vit.errors import InputError, OutputError
 from perf_vit.files import staged
@@ -20,6 +21,7 @@ from perf_vit.text import printable
 from perf_vit.types import GeoImage, Source
 
 __all__ = [
+    "SOFTWARE",
     "add_legend",
     "color_bands",
     "figure_height",
@@ -32,6 +34,9 @@ __all__ = [
     "save_png",
     "stretch_limits",
 ]
+
+SOFTWARE = "perf_vit"
+"""Value of the tag "Software" of pictures, by which a search for images knows them as outputs."""
 
 # Longer names would leave no room for the plot.
 _MAX_CHARS = 40
@@ -145,7 +150,9 @@ def save_png(path: str | Path, picture: Picture) -> None:
     target = Path(path)
     with staged(target) as folder:
         try:
-            Image.fromarray(picture).save(folder / target.name, format="PNG")
+            mark = PngInfo()
+            mark.add_text("Software", SOFTWARE)
+            Image.fromarray(picture).save(folder / target.name, format="PNG", pnginfo=mark)
         except OSError as error:
             raise OutputError(f"can't write {path}: {error.strerror or error}") from error
 
@@ -159,7 +166,8 @@ def save_figure(path: str | Path, figure: Any) -> None:
     target = Path(path)
     with staged(target) as folder:
         try:
-            figure.savefig(folder / target.name, dpi=_FIGURE_DPI)
+            metadata = {"Software": SOFTWARE} if target.suffix.lower() == ".png" else None
+            figure.savefig(folder / target.name, dpi=_FIGURE_DPI, metadata=metadata)
         except OSError as error:
             raise OutputError(f"can't write {path}: {error.strerror}; choose another output") from error
 

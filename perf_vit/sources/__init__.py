@@ -13,23 +13,30 @@ with extra("geo", __name__):
         PICTURE_SUFFIXES,
         READERS,
         file_stats,
-        files_below,
-        find_images,
         find_reader,
         fingerprint,
         image_suffixes,
         is_by_product,
         is_image_name,
         is_vector_name,
-        previews_among,
         register_source,
         split_layer,
+    )
+    from perf_vit.sources.image_search import (
+        files_below,
+        find_images,
+        find_named,
+        images_at,
+        is_image_folder,
+        previews_among,
         without_repeats,
     )
     from perf_vit.sources.mosaic import MosaicSource
+    from perf_vit.sources.names import image_name, image_names, names_of
     from perf_vit.sources.open import merged_options, open_input, open_raster, open_source
     from perf_vit.sources.pixel_size import PixelSize, common_unit, unit_of
     from perf_vit.sources.raster import RasterSource
+    from perf_vit.sources.slide_files import slide_members
     from perf_vit.sources.slides import Level, PyramidReader, SlideSource
 
 __all__ = [
@@ -52,18 +59,25 @@ __all__ = [
     "file_stats",
     "files_below",
     "find_images",
+    "find_named",
     "find_reader",
     "fingerprint",
+    "image_name",
+    "image_names",
     "image_suffixes",
+    "images_at",
     "is_by_product",
+    "is_image_folder",
     "is_image_name",
     "is_vector_name",
     "merged_options",
+    "names_of",
     "open_input",
     "open_raster",
     "open_source",
     "previews_among",
     "register_source",
+    "slide_members",
     "split_layer",
     "unit_of",
     "without_repeats",

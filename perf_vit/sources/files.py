@@ -1,16 +1,16 @@
-"""Search for image files, and fingerprints of files."""
+"""Suffixes of image files, readers of formats, and fingerprints of files."""
 
 from __future__ import annotations
 
-import glob
 import hashlib
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
 from perf_vit.errors import InputError
 from perf_vit.registry import Registry
+from perf_vit.sources.slide_files import is_dicom_folder
 
 if TYPE_CHECKING:
     from perf_vit.sources.slides.pyramid import PyramidReader
@@ -25,21 +25,15 @@ __all__ = [
     "READERS",
     "TILE_INDEX_SUFFIXES",
     "file_stats",
-    "files_below",
-    "find_images",
     "find_reader",
     "fingerprint",
-    "image_root",
     "image_suffixes",
     "is_by_product",
-    "is_glob",
     "is_image_name",
     "is_item_list",
     "is_vector_name",
-    "previews_among",
     "register_source",
     "split_layer",
-    "without_repeats",
 ]
 
 PICTURE_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp"})
@@ -101,8 +95,11 @@ def register_source(*suffixes: str) -> Callable[[R], R]:
 
 
 def find_reader(path: str) -> OpenReader | None:
-    """Return the reader with the longest suffix that a path ends in, None if there is none."""
-    name = path.lower().rstrip("/")
+    """Return the reader with the longest suffix that a path ends in, None if there is none.
+
+    A folder with the DICOM files of one slide has that of these.
+    """
+    name = ".dcm" if is_dicom_folder(path) else path.lower().rstrip("/")
     suffixes = [suffix for suffix in READERS if name.endswith(suffix)]
     return READERS[max(suffixes, key=len)] if suffixes else None
 
@@ -141,101 +138,6 @@ def image_suffixes() -> tuple[str, ...]:
 def is_image_name(name: str) -> bool:
     """Return whether a file name has a suffix that folders are searched for."""
     return name.lower().endswith(image_suffixes())
-
-
-def files_below(root: Path, wanted: Callable[[str], bool]) -> list[Path]:
-    """Find files and image folders below a folder, sorted, without hidden files and by-products of other programs.
-
-    Links to folders are followed once per folder, so that cyclic links end.
-
-    Args:
-        root: Folder.
-        wanted: Function that tells whether a file name is searched for.
-    """
-    return sorted(path for path in _walk(root) if wanted(path.name))
-
-
-def without_repeats(paths: Iterable[Path]) -> list[Path]:
-    """Remove paths of the same file through links to folders, keeping the shortest ones."""
-    found: dict[tuple[str, str], Path] = {}
-    for path in sorted(paths, key=lambda path: (len(path.parts), path)):
-        found.setdefault((os.path.realpath(path.parent), path.name), path)
-    return sorted(found.values())
-
-
-def previews_among(paths: Iterable[Path]) -> set[Path]:
-    """Return the previews, i.e. photos next to a raster or slide of the same name: `a.png` next to `a.tif`."""
-    found = list(paths)
-    images = {path.with_suffix("") for path in found if path.suffix.lower() not in PICTURE_SUFFIXES}
-    pictures = (path for path in found if path.suffix.lower() in PICTURE_SUFFIXES)
-    return {path for path in pictures if path.with_suffix("") in images}
-
-
-def _walk(root: Path) -> Iterator[Path]:
-    seen = set()
-    for parent, folders, files in os.walk(root, followlinks=True):
-        real = os.path.realpath(parent)
-        if real in seen:
-            folders.clear()
-            continue
-        seen.add(real)
-        folders[:] = sorted(name for name in folders if not is_by_product(name))
-        images = [name for name in folders if os.path.splitext(name)[1].lower() in FOLDER_SUFFIXES]
-        folders[:] = [name for name in folders if name not in images]
-        regular = [name for name in files if not is_by_product(name) and os.path.isfile(os.path.join(parent, name))]
-        yield from (Path(parent, name) for name in [*images, *regular])
-
-
-def find_images(paths: Sequence[str | Path]) -> list[Path]:
-    """Find the images of files, folders and globs.
-
-    Files are taken as they are. Folders are searched recursively for the suffixes of rasters, slides and photos,
-    without hidden files and by-products of other programs; so are globs, in which `**` matches any folders. Masks among
-    the images are found, too, so keep them elsewhere or list the images.
-
-    Args:
-        paths: Files, folders and globs.
-
-    Returns:
-        Unique images in the order of the paths, sorted by name within a folder or glob.
-
-    Raises:
-        InputError: There are no paths, a path doesn't exist, or a folder or glob has no images.
-    """
-    if not paths:
-        raise InputError("expected files, folders or globs of images, got none")
-    found = [image for path in map(Path, paths) for image in _images_at(path)]
-    return list(dict.fromkeys(found))
-
-
-def is_glob(path: str | Path) -> bool:
-    """Return whether a path has wildcards and isn't an existing file or folder."""
-    return glob.has_magic(str(path)) and not Path(path).exists()
-
-
-def image_root(path: str | Path) -> Path:
-    """Return the folder that image names are relative to: a folder, a file's parent, or the folder of a glob."""
-    path = Path(path)
-    if path.is_dir():
-        return path
-    return next(parent for parent in path.parents if not is_glob(parent))
-
-
-def _images_at(path: Path) -> list[Path]:
-    if is_glob(path):
-        matches = without_repeats(map(Path, glob.glob(str(path), recursive=True)))
-        found = [each for each in matches if is_image_name(each.name) and not is_by_product(each.name)]
-        if not found:
-            raise InputError(f"no image matches {path}; expected files that end in {', '.join(image_suffixes())}")
-        return found
-    if path.is_file() or (path.is_dir() and path.suffix.lower() in FOLDER_SUFFIXES):
-        return [path]
-    if not path.is_dir():
-        raise InputError(f"no image file or folder {path}; check the path")
-    found = files_below(path, is_image_name)
-    if not found:
-        raise InputError(f"no images in {path}; expected files that end in {', '.join(image_suffixes())}")
-    return found
 
 
 _PIECE_BYTES = 4096

@@ -19,12 +19,12 @@ from perf_vit.sources.files import (
     find_reader,
     is_by_product,
     is_item_list,
-    previews_among,
-    without_repeats,
 )
+from perf_vit.sources.image_search import previews_among, without_own, without_repeats
 from perf_vit.sources.mosaic import MosaicSource, item_paths
 from perf_vit.sources.pixel_size import PixelSize
 from perf_vit.sources.raster import RasterSource
+from perf_vit.sources.slide_files import file_to_open
 from perf_vit.sources.slides import SlideSource
 from perf_vit.sources.slides.ome_zarr import is_multiscale, open_ome_zarr
 from perf_vit.sources.slides.openslide import OpenSlideReader
@@ -191,7 +191,7 @@ def _rasters_in(folder: str) -> list[str]:
             DataWarning,
             stacklevel=4,
         )
-    return sorted(map(str, files - previews))
+    return sorted(map(str, without_own(sorted(files - previews))))
 
 
 def _matching(pattern: str) -> list[str]:
@@ -249,10 +249,10 @@ def open_slide(
 def _reader(path: str, icc: str | None) -> PyramidReader:
     open_reader = find_reader(path) or (open_ome_zarr if _is_multiscale_zarr(path) else OpenSlideReader)
     if icc is None:
-        return open_reader(path)
+        return open_reader(file_to_open(path))
     if open_reader is not OpenSlideReader:
         raise InputError(f"icc is for slides that OpenSlide reads, and {path} is not one; leave it out")
-    return OpenSlideReader(path, to_srgb=True)
+    return OpenSlideReader(file_to_open(path), to_srgb=True)
 
 
 def _is_multiscale_zarr(path: str) -> bool:

@@ -13,8 +13,6 @@ HERE = Path(__file__).parent
 SLOW = {"08_xview_as_published", "slides/09_pen_hides_pale_tissue"}
 FAULTS = {
     "slides/01_mrxs_bounds_annotations": "QuPath counts from the bounds of MIRAX slides",
-    "slides/04_mrxs_companion_folder": "a name without suffix finds the folder of a MIRAX slide",
-    "slides/05_csv_name_of_ome_tiff": "a name without suffix doesn't find .ome.tif",
     "slides/09_pen_hides_pale_tissue": "ink raises Otsu's threshold above pale tissue",
     "slides/10_tiff_72_dpi": "resolution tags of print are taken for micrometres",
     "slides/11_uint16_tiled_tiff": "16-bit TIFFs lose their values when they are read with mpp",
@@ -22,8 +20,6 @@ FAULTS = {
     "slides/19_nan_features": "features that aren't finite are classified",
     "slides/28_bad_icc_profile": "unreadable ICC profiles raise an error of PIL",
     "slides/29_tile_missing_at_level_0": "a window with tissue in the overview only has no valid pixel",
-    "slides/31_rerun_on_its_own_pictures": "pictures of attention are taken for slides",
-    "slides/38_polygon_folder_names": "polygons named after the stem of .ome.tif aren't paired",
     "slides/40_prediction_of_many_slides_is_lost": "finished rows stay in OUT.partial until the run ends",
 }
 

@@ -14,7 +14,7 @@ import perf_vit
 from perf_vit.config import dump_config
 from perf_vit.data import make_ship_scene
 from perf_vit.errors import OutputError
-from perf_vit.inference import slide_names
+from perf_vit.sources import image_names
 from perf_vit.tasks.callbacks import plot_history
 from perf_vit.workflows.train import Run, read_run
 
@@ -192,7 +192,7 @@ def test_python_keeps_files_too(place) -> None:
 
 def test_slides_of_one_name_have_attention_files_of_their_own() -> None:
     paths = ["x/a.svs", "y/a.svs", "a-2.svs", "z/a.svs", "b.svs"]
-    assert list(slide_names(paths).values()) == ["a", "a-3", "a-2", "a-4", "b"]
+    assert list(image_names(paths).values()) == ["a", "a-3", "a-2", "a-4", "b"]
 
 
 def test_a_saved_model_is_not_converted_onto_itself(place, capsys) -> None:

@@ -118,7 +118,10 @@ def test_slides_may_lack_their_ending_and_are_named_once(root) -> None:
     assert [Path(path).name for path in found.paths] == ["b.png", "a.png"]
     assert found.labels.tolist() == [1, 0]
     save_image(root / "sea" / "b.tif")
-    with pytest.raises(InputError, match=r"but b.png and b.tif; give the ending"):
+    # The picture is a preview then.
+    assert Path(read_slide_table(table, root).paths[0]).name == "b.tif"
+    save_image(root / "sea" / "b.tiff")
+    with pytest.raises(InputError, match=r"but b.tif and b.tiff; give the ending"):
         read_slide_table(table, root)
     with pytest.raises(InputError, match="as does line 2"):
         read_slide_table(write_table(root, "slide,label", "sea/d,wet", "sea/d.png,dry"), root)

@@ -13,7 +13,7 @@ from perf_vit.data.bags import read_slide_table
 from perf_vit.errors import InputError, OptionError, reason_line
 from perf_vit.labels.tables import read_class_folders, read_csv_rows
 from perf_vit.sources import find_images, open_source
-from perf_vit.sources.files import image_root
+from perf_vit.sources.image_search import image_root
 from perf_vit.workflows.first_config.draft import (
     Draft,
     Files,

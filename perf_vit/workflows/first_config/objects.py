@@ -14,7 +14,7 @@ from perf_vit.data import DetectionDataConfig, build_detection_datamodule
 from perf_vit.errors import InputError
 from perf_vit.labels.objects import ImageRecord, ObjectIndex, read_object_labels
 from perf_vit.sources import is_vector_name, open_source
-from perf_vit.sources.files import image_root
+from perf_vit.sources.image_search import image_root
 from perf_vit.workflows.first_config.draft import (
     Draft,
     Files,

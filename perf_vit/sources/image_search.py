@@ -1,0 +1,225 @@
+"""Search for images in files, folders and globs, the same for every task."""
+
+from __future__ import annotations
+
+import glob
+import os
+import re
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
+
+from perf_vit.errors import DataWarning, InputError
+from perf_vit.sources.files import (
+    FOLDER_SUFFIXES,
+    GEOTIFF_SUFFIXES,
+    PICTURE_SUFFIXES,
+    image_suffixes,
+    is_by_product,
+    is_image_name,
+)
+from perf_vit.sources.names import image_name, names_of
+from perf_vit.sources.slide_files import data_folders, is_dicom_folder, one_per_slide
+
+__all__ = [
+    "ATTENTION_ENDING",
+    "files_below",
+    "find_images",
+    "find_named",
+    "image_root",
+    "images_at",
+    "is_glob",
+    "is_image_folder",
+    "previews_among",
+    "without_own",
+    "without_repeats",
+]
+
+ATTENTION_ENDING = "_attention"
+"""Ending of the folders of attention pictures."""
+
+# A written map has its tags, and a picture its mark, before the pixels.
+_MARK = re.compile(rb"PERF_VIT_VERSION|Software\0perf_vit")
+
+_MARK_BYTES = 8192
+
+
+def is_image_folder(path: str | Path) -> bool:
+    """Return whether a folder is one image: a Zarr, or the DICOM files of a slide."""
+    return os.path.isdir(path) and (Path(path).suffix.lower() in FOLDER_SUFFIXES or is_dicom_folder(path))
+
+
+def is_glob(path: str | Path) -> bool:
+    """Return whether a path has wildcards and isn't an existing file or folder."""
+    return glob.has_magic(str(path)) and not Path(path).exists()
+
+
+def image_root(path: str | Path) -> Path:
+    """Return the folder that image names are relative to: a folder, an image's parent, or the folder of a glob."""
+    path = Path(path)
+    if path.is_dir() and not is_image_folder(path):
+        return path
+    return next(parent for parent in path.parents if not is_glob(parent))
+
+
+def files_below(root: Path, wanted: Callable[[str], bool]) -> list[Path]:
+    """Find files and image folders below a folder, sorted, without hidden files and by-products of other programs.
+
+    Links to folders are followed once per folder, so that cyclic links end.
+
+    Args:
+        root: Folder.
+        wanted: Function that tells whether a file name is searched for.
+    """
+    return sorted(Path(parent, name) for parent, names in _walk(root) for name in names if wanted(name))
+
+
+def without_repeats(paths: Iterable[Path]) -> list[Path]:
+    """Remove paths of the same file through links to folders, keeping the shortest ones."""
+    found: dict[tuple[str, str], Path] = {}
+    for path in sorted(paths, key=lambda path: (len(path.parts), path)):
+        found.setdefault((os.path.realpath(path.parent), path.name), path)
+    return sorted(found.values())
+
+
+def previews_among(paths: Iterable[Path]) -> set[Path]:
+    """Return the previews, i.e. photos next to a raster or slide of the same name: `a.png` next to `a.tif`."""
+    found = list(paths)
+    others = [path for path in found if path.suffix.lower() not in PICTURE_SUFFIXES]
+    images = {path.with_name(name) for path in others for name in names_of(path)[1:]}
+    pictures = (path for path in found if path.suffix.lower() in PICTURE_SUFFIXES)
+    return {path for path in pictures if path.with_name(image_name(path)) in images}
+
+
+def find_images(paths: Sequence[str | Path]) -> list[Path]:
+    """Find the images of files, folders and globs; see `images_at`.
+
+    Args:
+        paths: Files, folders and globs.
+
+    Returns:
+        Unique images in the order of the paths, sorted by name within a folder or glob.
+
+    Raises:
+        InputError: There are no paths, a path doesn't exist, or a folder or glob has no images.
+    """
+    if not paths:
+        raise InputError("expected files, folders or globs of images, got none")
+    found = [image for path in map(Path, paths) for image in images_at(path)]
+    return list(dict.fromkeys(found))
+
+
+def images_at(path: Path) -> list[Path]:
+    """Find the images of a file, folder or glob.
+
+    Files are taken as they are, and so is a folder that is one image. Other folders are searched recursively for the
+    suffixes of rasters, slides and photos, without hidden files, by-products of other programs and, where there are
+    other images, outputs of perf_vit; so are globs, in which `**` matches any folders. A slide of several files (DICOM,
+    MIRAX, VMS) is found once. Masks among the images are found, too, so keep them elsewhere or list the images.
+
+    Raises:
+        InputError: The path doesn't exist, or a folder or glob has no images.
+    """
+    if is_glob(path):
+        found = list(_matches(path))
+        if not found:
+            raise InputError(f"no image matches {path}; expected files that end in {', '.join(image_suffixes())}")
+        return without_own(found)
+    if path.is_file() or is_image_folder(path):
+        return [path]
+    if not path.is_dir():
+        raise InputError(f"no image file or folder {path}; check the path")
+    found = _images_below(path)
+    if not found:
+        raise InputError(f"no images in {path}; expected files that end in {', '.join(image_suffixes())}")
+    return without_own(found)
+
+
+def find_named(folder: Path, name: str) -> list[Path]:
+    """Find an image in a folder by its path or name; suffixes may be left out.
+
+    Args:
+        folder: Folder that the name is relative to.
+        name: Name, with the sub-folders in which the image lies.
+
+    Returns:
+        The image; several if the name fits as many, none if it fits none.
+    """
+    target = folder / name
+    if target.is_file():
+        return [target]
+    names = os.listdir(target.parent) if target.parent.is_dir() else []
+    kept = [each for each in sorted(names) if not is_by_product(each)]
+    images = [path for path in _images_among(target.parent, kept) if target.name in names_of(path)]
+    images = [path for path in images if path not in previews_among(images)]
+    exact = [path for path in images if path.name == target.name]
+    return exact or images or ([target] if target.exists() else [])
+
+
+def without_own(paths: Sequence[Path]) -> list[Path]:
+    """Remove outputs of perf_vit from images that a search found, unless there are no others; warn about them."""
+    own = {path for path in paths if _is_own(path)}
+    if not own or len(own) == len(paths):
+        return list(paths)
+    warnings.warn(
+        f"{len(own)} of {len(paths)} images found are outputs of perf_vit and left out, the first {min(own)}; "
+        "name one itself to use it",
+        DataWarning,
+        stacklevel=4,
+    )
+    return [path for path in paths if path not in own]
+
+
+def _is_own(path: Path) -> bool:
+    """Return whether an image is a picture or map that perf_vit wrote."""
+    suffix = path.suffix.lower()
+    if suffix in PICTURE_SUFFIXES and path.parent.name.endswith(ATTENTION_ENDING):
+        return True
+    if suffix not in (".png", *GEOTIFF_SUFFIXES):
+        return False
+    try:
+        with path.open("rb") as file:
+            return _MARK.search(file.read(_MARK_BYTES)) is not None
+    except OSError:
+        return False
+
+
+def _images_below(root: Path) -> list[Path]:
+    return sorted(path for parent, names in _walk(root) for path in _images_among(Path(parent), names))
+
+
+def _images_among(parent: Path, names: Sequence[str]) -> list[Path]:
+    """Return the images among files and folders of a folder, each slide once."""
+    data = data_folders(names)
+    images = [name for name in names if is_image_name(name) or is_dicom_folder(parent / name)]
+    return one_per_slide(parent, [name for name in images if name.lower() not in data])
+
+
+def _matches(pattern: Path) -> Iterator[Path]:
+    """Yield the images that a glob matches; of a glob that names a suffix, whatever the suffix is."""
+    matches = without_repeats(map(Path, glob.glob(str(pattern), recursive=True)))
+    any_suffix = bool(pattern.suffix) and not glob.has_magic(pattern.suffix)
+    names: dict[Path, list[str]] = {}
+    for path in matches:
+        is_found = is_image_folder(path) or (path.is_file() and (any_suffix or is_image_name(path.name)))
+        if is_found and not is_by_product(path.name):
+            names.setdefault(path.parent, []).append(path.name)
+    for parent, found in names.items():
+        yield from one_per_slide(parent, found)
+
+
+def _walk(root: Path) -> Iterator[tuple[str, list[str]]]:
+    """Yield the folders below a folder with the names of their files and Zarrs."""
+    seen = set()
+    for parent, folders, files in os.walk(root, followlinks=True):
+        real = os.path.realpath(parent)
+        if real in seen:
+            folders.clear()
+            continue
+        seen.add(real)
+        folders[:] = sorted(name for name in folders if not is_by_product(name))
+        images = [name for name in folders if os.path.splitext(name)[1].lower() in FOLDER_SUFFIXES]
+        data = data_folders(files)
+        folders[:] = [name for name in folders if name not in images and name.lower() not in data]
+        regular = [name for name in files if not is_by_product(name) and os.path.isfile(os.path.join(parent, name))]
+        yield parent, sorted([*images, *regular])

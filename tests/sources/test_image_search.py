@@ -1,0 +1,159 @@
+"""What one image is, and what it is called: the same for training, labels, tables and prediction."""
+
+import os
+import struct
+from pathlib import Path
+
+import numpy as np
+import pytest
+from dicom_slides import write_dicom_slide
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
+from slides import levels_of, write_pyramid
+
+from perf_vit.data import read_slide_table
+from perf_vit.errors import DataWarning, InputError
+from perf_vit.inference import find_inputs, find_paths, is_one_file
+from perf_vit.labels.image_folder import ImageFolder
+from perf_vit.plotting import save_png
+from perf_vit.sources import find_images, image_name, image_names, open_source, slide_members
+from perf_vit.sources.image_search import is_image_folder
+from perf_vit.types import Window
+
+
+def found_by_every_task(place: Path) -> list[str]:
+    """Names of the images of a place, which are the same for prediction, training and labels."""
+    found = find_images([place])
+    assert [Path(path) for path in find_paths([place])] == found
+    assert [Path(item.path) for item in find_inputs([place], place.parent / "out")] == found
+    assert ImageFolder(place).paths == found
+    return [path.relative_to(place).as_posix() for path in found]
+
+
+def touch(folder: Path, *names: str) -> Path:
+    for name in names:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(b"x")
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("path", "name"),
+    [
+        ("a.svs", "a"),
+        ("dir/fluo.ome.tif", "fluo"),
+        ("FLUO.OME.TIFF", "FLUO"),
+        ("s.ome.zarr/", "s"),
+        ("stack.zarr", "stack"),
+        ("T.C.G-A.1234 (2).svs", "T.C.G-A.1234 (2)"),
+        ("b.of.dots.unknown", "b.of.dots"),
+        ("https://host/x/one.tif?token=a.b", "one"),
+        ('NETCDF:"x/file.nc":red', "file_red"),
+        (".svs", ".svs"),
+    ],
+)
+def test_the_name_of_an_image_is_without_its_suffix(path: str, name: str) -> None:
+    assert image_name(path) == name
+
+
+@given(st.lists(st.sampled_from(["a", "A", "a-2", "a-3", "b", "a-2-2"]), max_size=9))
+def test_names_of_images_differ_whatever_folders_hold(stems: list[str]) -> None:
+    names = image_names(f"{number}/{stem}.svs" for number, stem in enumerate(stems))
+    assert len({name.casefold() for name in names.values()}) == len(stems)
+    first = {stem.casefold(): number for number, stem in reversed(list(enumerate(stems)))}
+    assert all(names[f"{number}/{stems[number]}.svs"] == stems[number] for number in first.values())
+
+
+def test_three_slides_of_near_names_have_three_names() -> None:
+    assert list(image_names(["x/a.svs", "y/a.ndpi", "z/a-2.svs"]).values()) == ["a", "a-3", "a-2"]
+
+
+def test_a_folder_of_dicom_files_is_one_slide_with_the_folders_name(tmp_path: Path) -> None:
+    levels = levels_of(128, 192, 2)
+    for number, name in enumerate(("case.1", "case.2")):
+        write_dicom_slide(tmp_path / "slides" / name, levels, series=f"1.2.3.{number}")
+    assert found_by_every_task(tmp_path / "slides") == ["case.1", "case.2"]
+    folder = tmp_path / "slides" / "case.1"
+    assert is_one_file([folder])
+    assert find_images([folder]) == [folder]
+    assert image_name(folder) == "case.1"
+    assert find_inputs([folder], tmp_path / "maps")[0].output.name == "case.1.ome.tif"
+    with open_source(folder, mpp=0.5) as slide:
+        assert (slide.size, slide.mpp) == ((128, 192), 0.5)
+        np.testing.assert_array_equal(slide.read(Window(0, 0, 128, 192)).pixels.transpose(1, 2, 0), levels[0])
+    assert find_images([tmp_path / "slides" / "*"]) == [folder, folder.with_name("case.2")]
+    assert find_images([tmp_path / "slides" / "*" / "*.dcm"]) == [folder, folder.with_name("case.2")]
+
+
+def test_several_dicom_slides_in_a_folder_are_a_file_each(tmp_path: Path) -> None:
+    for series in ("1.2.3.1", "1.2.3.2"):
+        write_dicom_slide(tmp_path / "both", levels_of(64, 64, 2), series=series)
+    assert not is_image_folder(tmp_path / "both")
+    assert found_by_every_task(tmp_path / "both") == ["1.2.3.1.level-0.dcm", "1.2.3.2.level-0.dcm"]
+    assert len(slide_members(tmp_path / "both" / "1.2.3.1.level-0.dcm")) == 2
+
+
+def test_a_mirax_slide_beats_its_data_folder(tmp_path: Path) -> None:
+    touch(tmp_path, "s1.mrxs", "s1/Slidedat.ini", "s1/Data0000.dat", "s1/preview.png", "S2.MRXS", "s2/Index.dat")
+    assert found_by_every_task(tmp_path) == ["S2.MRXS", "s1.mrxs"]
+    (tmp_path / "t.csv").write_text("slide,label\ns1,a\nS2,b\n")
+    paths = read_slide_table(tmp_path / "t.csv", tmp_path).paths
+    assert [Path(path).name for path in paths] == ["s1.mrxs", "S2.MRXS"]
+    assert next(path.name for path in slide_members(tmp_path / "s1.mrxs")) == "s1.mrxs"
+    assert len(slide_members(tmp_path / "s1.mrxs")) == 4
+
+
+def test_pictures_that_an_index_file_names_are_parts_of_its_slide(tmp_path: Path) -> None:
+    touch(tmp_path, "s.jpg", "s(1,0).jpg", "s_map.jpg", "s.opt", "other.jpg")
+    (tmp_path / "s.vms").write_text("[Virtual Microscope Specimen]\nNoLayers=1\nImageFile=s.jpg\nMapFile=s_map.jpg\n")
+    with (tmp_path / "s.vms").open("a") as file:
+        file.write("ImageFile(1,0)=s(1,0).jpg\nOptimisationFile=s.opt\n")
+    assert found_by_every_task(tmp_path) == ["other.jpg", "s.vms"]
+    members = {path.name for path in slide_members(tmp_path / "s.vms")}
+    assert members == {"s.vms", "s.jpg", "s(1,0).jpg", "s_map.jpg", "s.opt"}
+
+
+@pytest.mark.parametrize("stem", ["plain", "T.C.G-A.1234 (2)", "with space"])
+@pytest.mark.parametrize("suffix", [".svs", ".ome.tif", ".ome.zarr", ".NDPI", ".tiff"])
+def test_tables_and_labels_find_slides_by_name_of_every_format(tmp_path: Path, stem: str, suffix: str) -> None:
+    slide = tmp_path / "s" / f"{stem}{suffix}"
+    slide.mkdir(parents=True) if suffix.endswith("zarr") else touch(tmp_path / "s", slide.name)
+    for name in (stem, slide.name):
+        (tmp_path / "t.csv").write_text(f'slide,label\n"{name}",a\n')
+        assert read_slide_table(tmp_path / "t.csv", tmp_path / "s").paths == (str(slide),)
+        assert ImageFolder(tmp_path / "s").find(name, "labels") == slide
+
+
+def test_a_name_that_fits_two_slides_asks_for_the_suffix(tmp_path: Path) -> None:
+    touch(tmp_path, "a.svs", "a.ndpi", "a.png", "t.csv")
+    (tmp_path / "t.csv").write_text("slide,label\na,x\n")
+    with pytest.raises(InputError, match=r"a\.ndpi and a\.svs; give the ending"):
+        read_slide_table(tmp_path / "t.csv", tmp_path)
+
+
+def test_pictures_of_perf_vit_are_found_only_where_nothing_else_is(tmp_path: Path) -> None:
+    write_pyramid(tmp_path / "a.svs", levels_of(64, 64, 1))
+    (tmp_path / "found_attention").mkdir()
+    Image.new("RGB", (8, 8)).save(tmp_path / "found_attention" / "a.png")
+    save_png(tmp_path / "overview.png", np.zeros((8, 8, 3), np.uint8))
+    Image.new("RGB", (8, 8)).save(tmp_path / "photo.png")
+    with pytest.warns(DataWarning, match=r"2 of 4 images found are outputs of perf_vit and left out, the first"):
+        assert found_by_every_task(tmp_path) == ["a.svs", "photo.png"]
+    with pytest.warns(DataWarning, match="outputs of perf_vit"):
+        assert find_images([tmp_path / "**" / "*"]) == [tmp_path / "a.svs", tmp_path / "photo.png"]
+    assert find_images([tmp_path / "overview.png"]) == [tmp_path / "overview.png"]
+    assert find_images([tmp_path / "found_attention"]) == [tmp_path / "found_attention" / "a.png"]
+
+
+def test_dicom_files_of_other_kinds_stay_images_of_their_own(tmp_path: Path) -> None:
+    header = b"\0" * 128 + b"DICM" + struct.pack("<HH", 2, 2) + b"UI\x1a\x001.2.840.10008.5.1.4.1.1.2\0"
+    for number in range(3):
+        (tmp_path / f"{number}.dcm").write_bytes(header)
+    assert not is_image_folder(tmp_path)
+    assert found_by_every_task(tmp_path) == ["0.dcm", "1.dcm", "2.dcm"]
+
+
+def test_members_of_what_is_missing_or_remote_are_none(tmp_path: Path) -> None:
+    assert slide_members(tmp_path / "gone.svs") == slide_members("https://host/a.svs") == []
+    assert os.path.exists(slide_members(touch(tmp_path, "a.mrxs") / "a.mrxs")[0])
