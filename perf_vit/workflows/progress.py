@@ -54,6 +54,7 @@ __all__ = [
     "show",
     "show_any_text",
     "show_log",
+    "two_columns",
     "windows_progress",
     "working",
 ]
@@ -150,6 +151,16 @@ def new_table(title: str | None, columns: Sequence[str], left: Sequence[str] | N
     for place, name in enumerate(columns):
         is_left = place == 0 if left is None else name in left
         table.add_column(name, justify="left" if is_left else "right", overflow="fold")
+    return table
+
+
+def two_columns(rows: Sequence[tuple[str, str]]) -> Table:
+    """Make a table of names and values, without a header."""
+    table = Table(show_header=False)
+    table.add_column(style="bold")
+    table.add_column(overflow="fold")
+    for name, value in rows:
+        table.add_row(name, value)
     return table
 
 

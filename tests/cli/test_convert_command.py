@@ -149,7 +149,8 @@ def test_a_saved_folder_is_converted_anew_and_overwritten_when_told(weights, tmp
 
 
 def test_softmax_is_left_out_where_it_would_take_long(weights, tmp_path, monkeypatch) -> None:
-    monkeypatch.setattr("perf_vit.workflows.conversion_report._SOFTMAX_TOKENS", 20)
+    for module in ("measure", "report"):
+        monkeypatch.setattr(f"perf_vit.workflows.conversion_report.{module}.SOFTMAX_TOKENS", 20)
     assert convert(MODEL, tmp_path / "out", *given(weights), *FAST) == 0
     page = (tmp_path / "out" / "fidelity.html").read_text()
     assert "<td>128</td><td>65</td><td>not run</td>" in page

@@ -16,8 +16,7 @@ from perf_vit.errors import InputError
 from perf_vit.labels import open_labels
 from perf_vit.models import checkpoint_task, load_segmenter
 from perf_vit.sources import describe_source, open_source
-from perf_vit.workflows import info
-from perf_vit.workflows.info import describe_file, estimate_workload
+from perf_vit.workflows.info import describe_file, estimate_workload, workload
 from perf_vit.writers import CogWriter, RasterLayout, write_objects
 
 
@@ -86,7 +85,7 @@ def test_layers_that_a_conversion_left_are_named(make_scene, monkeypatch, capsys
     softmax = timm.create_model("vit_tiny_patch16_224", img_size=32, num_classes=0, depth=3)
     for size, text in ((0, "linear at every size"), (4, "exact in windows of up to 32 px, linear in larger ones")):
         converted = linearize(softmax, layers=[1], max_exact_tokens=size, window_size=1, num_sinks=0)
-        monkeypatch.setattr(info, "_backbone", lambda *_, model=converted: (model, model, 16, 32))
+        monkeypatch.setattr(workload, "_backbone", lambda *_, model=converted: (model, model, 16, 32))
         assert call(["info", make_scene(num_bands=3), "--model", "some_vit"]) == 0
         # Long paths leave little room for the lines of the table.
         printed = " ".join(capsys.readouterr().out.replace("│", " ").split())

@@ -14,16 +14,23 @@ from perf_vit.sources import describe_source
 from perf_vit.types import Source
 
 __all__ = [
+    "BACKBONE_NOTE",
     "Draft",
     "Files",
     "augmentation_for",
     "bands_note",
     "image_fact",
+    "nested",
     "rounded",
     "shares_fact",
     "split_indices",
     "tile_size",
 ]
+
+BACKBONE_NOTE = (
+    "Any timm model, or a folder of `perf-vit convert`; with model.pretrained=true, timm's weights are loaded."
+)
+"""Comment of `model.backbone` in tasks with maps of features."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -141,6 +148,20 @@ def augmentation_for(source: Source) -> dict[str, Any]:
 def bands_note(names: Sequence[str]) -> dict[str, str]:
     """Return a comment with the names of bands that have some."""
     return {} if all(name.startswith("band_") for name in names) else {"data.bands": f"{', '.join(names)}."}
+
+
+def nested(values: dict[str, Any], section: str) -> dict[str, Any]:
+    """Return the values of a section as nested mappings, from values by dotted key."""
+    found: dict[str, Any] = {}
+    for key, value in values.items():
+        first, *path = key.split(".")
+        if first != section:
+            continue
+        place = found
+        for part in path[:-1]:
+            place = place.setdefault(part, {})
+        place[path[-1]] = value
+    return found
 
 
 def rounded(values: Sequence[float]) -> list[float]:

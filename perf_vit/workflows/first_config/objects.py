@@ -16,16 +16,17 @@ from perf_vit.labels.objects import ImageRecord, ObjectIndex, read_object_labels
 from perf_vit.sources import is_vector_name, open_source
 from perf_vit.sources.image_search import image_root
 from perf_vit.workflows.first_config.draft import (
+    BACKBONE_NOTE,
     Draft,
     Files,
     augmentation_for,
     bands_note,
     image_fact,
+    nested,
     rounded,
     shares_fact,
     tile_size,
 )
-from perf_vit.workflows.first_config.scene import nested
 from perf_vit.workflows.progress import working
 
 __all__ = ["draft_detection"]
@@ -206,9 +207,7 @@ def _choose_model(draft: Draft, label_format: str, small: float, large: float) -
         "trainer.max_epochs": 10,
         "trainer.precision": "auto",
     }
-    draft.notes["model.backbone"] = (
-        "Any timm model, or a folder of `perf-vit convert`; with model.pretrained=true, timm's weights are loaded."
-    )
+    draft.notes["model.backbone"] = BACKBONE_NOTE
     draft.notes["model.strides"] = f"Strides of the levels in pixels; objects have sides from {small:.0f} px."
     draft.notes["trainer.max_epochs"] = "More epochs find more: increase it while val/ap50 in metrics.csv rises."
 

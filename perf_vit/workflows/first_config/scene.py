@@ -26,18 +26,20 @@ from perf_vit.sources.vector_file import read_columns, read_features
 from perf_vit.tiling import grid_windows
 from perf_vit.types import Source, Window
 from perf_vit.workflows.first_config.draft import (
+    BACKBONE_NOTE,
     Draft,
     Files,
     augmentation_for,
     bands_note,
     image_fact,
+    nested,
     rounded,
     shares_fact,
     tile_size,
 )
 from perf_vit.workflows.progress import working
 
-__all__ = ["draft_segmentation", "nested"]
+__all__ = ["draft_segmentation"]
 
 # Names of columns with classes, the likeliest first.
 _CLASS_COLUMNS = ("classification", "class", "class_name", "label", "category", "type", "landcover", "land_cover",
@@ -60,20 +62,6 @@ class _Classes:
     keys: dict[str, Any]
     notes: dict[str, str] = field(default_factory=dict)
     fact: str
-
-
-def nested(values: dict[str, Any], section: str) -> dict[str, Any]:
-    """Return the values of a section as nested mappings, from values by dotted key."""
-    found: dict[str, Any] = {}
-    for key, value in values.items():
-        first, *path = key.split(".")
-        if first != section:
-            continue
-        place = found
-        for part in path[:-1]:
-            place = place.setdefault(part, {})
-        place[path[-1]] = value
-    return found
 
 
 def draft_segmentation(files: Files) -> Draft:
@@ -380,9 +368,7 @@ def _choose_model(draft: Draft, *, coarse: bool) -> None:
         "trainer.max_epochs": 10,
         "trainer.precision": "auto",
     }
-    draft.notes["model.backbone"] = (
-        "Any timm model, or a folder of `perf-vit convert`; with model.pretrained=true, timm's weights are loaded."
-    )
+    draft.notes["model.backbone"] = BACKBONE_NOTE
     draft.notes["optim.loss"] = "Cross-entropy and soft Dice, which gives small classes the weight of large ones."
     draft.notes["trainer.max_epochs"] = "More epochs give better maps: increase it while val/iou in metrics.csv rises."
 

@@ -1,0 +1,130 @@
+"""Report of a conversion: where the model lies, tables of measurements, and notes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.table import Table
+from torch import nn
+
+from perf_vit.conversion import load_converted
+from perf_vit.layers import MixerOptions
+from perf_vit.workflows.conversion_report.measure import SOFTMAX_TOKENS, MeasuredConversion
+from perf_vit.workflows.progress import as_text, new_table
+
+__all__ = ["ConversionReport", "notes_of", "tables_of"]
+
+# Columns of the table of layers, as mixers name their sizes.
+_SIZES = ("window", "sinks", "clusters", "features")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ConversionReport:
+    """A converted model and what was measured of it.
+
+    Attributes:
+        folder: Folder of the model.
+        path: Path of the report, an HTML page.
+        measured: Fidelity of the layers and of the final tokens, and times.
+    """
+
+    folder: Path
+    path: Path
+    measured: MeasuredConversion
+
+    @property
+    def table(self) -> list[dict[str, Any]]:
+        """Relative error of the outputs of each converted layer, at the largest size of `measured.fidelity`."""
+        return [{"layer": index, "error": error} for index, error in self.measured.fidelity[-1].errors.items()]
+
+    @property
+    def notes(self) -> list[str]:
+        """What was not measured."""
+        return notes_of(self.measured)
+
+    def tables(self) -> list[Table]:
+        """All figures for people."""
+        return [_filled(*each) for each in tables_of(self.measured)]
+
+    def load(self) -> nn.Module:
+        """Load the converted model, in evaluation mode, on the CPU."""
+        return load_converted(self.folder)
+
+    def __str__(self) -> str:
+        return "\n".join([as_text(*self.tables()), *self.notes])
+
+    __repr__ = __str__
+
+
+def _filled(title: str, head: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
+    table = new_table(title, head)
+    for row in rows:
+        table.add_row(*row)
+    return table
+
+
+def tables_of(measured: MeasuredConversion) -> list[tuple[str, list[str], list[list[str]]]]:
+    """Return (title, header, rows) of each table."""
+    largest = measured.fidelity[-1]
+    cosines = [
+        [f"{each.size_px:,}", name, str(len(x)), f"{sum(x) / len(x):.4f}", f"{min(x):.4f}"]
+        for each in measured.fidelity
+        for name, x in (("patch tokens", each.patch_cosines), ("class token", each.class_cosines))
+        if x
+    ]
+    layers = [
+        [str(index), f"{error:.4f}", *_sizes(measured.options[index], largest.grid)]
+        for index, error in largest.errors.items()
+    ]
+    speeds = [
+        [
+            f"{speed.size_px:,}",
+            f"{speed.num_tokens:,}",
+            "not run" if speed.softmax is None else f"{speed.softmax:.3f}",
+            f"{speed.plain:.3f}",
+            f"{speed.converted:.3f}",
+            "-" if speed.softmax is None else f"{speed.converted / speed.softmax:.2f}",
+            f"{speed.converted / speed.plain:.2f}",
+        ]
+        for speed in measured.speeds
+    ]
+    head = ["px", "tokens", "softmax", "plain FAVOR+", "converted", "/ softmax", "/ plain"]
+    return [
+        (
+            "Cosine of final tokens with those of the softmax model",
+            ["px", "", "images", "mean", "worst image"],
+            cosines,
+        ),
+        ("Seconds of one image, and the converted model's over the others'", head, speeds),
+        (
+            f"Relative error of attention outputs at {largest.size_px:,} px, on the softmax model's inputs",
+            ["layer", "error", *_SIZES],
+            layers,
+        ),
+    ]
+
+
+def _sizes(options: MixerOptions, grid: tuple[int, int]) -> list[str]:
+    summary = options.summary(grid)
+    return [str(summary.get(name, "-")) for name in _SIZES]
+
+
+def notes_of(measured: MeasuredConversion) -> list[str]:
+    """Return what holds by itself, and what was not measured."""
+    exact, (given, larger) = measured.max_exact_px, measured.speeds
+    notes = []
+    if exact:
+        notes.append(f"Converted layers are exact (softmax) up to {exact} x {exact} px, and linear in larger images.")
+    if given.size_px <= exact:
+        notes.append(f"At {given.size_px} px the converted model equals the softmax model.")
+    if given.size_px <= exact < larger.size_px and larger.softmax is not None and len(measured.fidelity) == 1:
+        notes.append(f"Fidelity at {larger.size_px} px was not measured, because an image is smaller.")
+    left_out = [speed for speed in measured.speeds if speed.softmax is None]
+    return notes + [
+        f"Softmax was not run at {speed.size_px} px: {speed.num_tokens:,} tokens are more than {SOFTMAX_TOKENS:,}; "
+        "`time_softmax` runs it."
+        for speed in left_out
+    ]
