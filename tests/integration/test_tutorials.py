@@ -30,7 +30,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-class _Trained(Exception):
+class _TrainedError(Exception):
     """Ends a tutorial where it would train."""
 
 
@@ -39,10 +39,10 @@ def test_the_config_that_a_tutorial_trains_with_is_valid(folder: Path, monkeypat
     def check(*arguments: Any, **options: Any) -> None:
         options.pop("progress")
         read_run(*arguments, **options)
-        raise _Trained
+        raise _TrainedError
 
     monkeypatch.setattr(perf_vit, "train", check)
-    with pytest.raises(_Trained):
+    with pytest.raises(_TrainedError):
         run(cells(tutorial))
 
 
