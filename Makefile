@@ -36,7 +36,9 @@ format: $(STAMP)
 	$(PY) -m ruff format .
 
 # Warnings are errors; links inside the site are checked, others are not fetched.
+# After a failed build the theme would write its logo as a file in place of a missing folder _static.
 docs: $(DOCS_STAMP)
+	mkdir -p docs/_build/html/_static
 	$(PY) -m sphinx --builder html --fail-on-warning --doctree-dir docs/_build/doctrees docs docs/_build/html
 	$(PY) tools/check_site.py docs/_build/html
 
