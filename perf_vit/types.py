@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
+from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -141,7 +141,9 @@ class InputOptions:
         resolution_unit: name and metres of the unit of `resolution`, (name, None) for degrees; None for the unit of
             each raster's CRS.
         mpp: Micrometres per pixel at which slides are read; None for level 0, and for rasters.
-        slide_mpp: Micrometres per pixel of level 0 of slides whose files lack it.
+        slide_mpp: Micrometres per pixel of level 0 of slides whose files state none, or "objective" for 10 divided by
+            the magnification of the objective.
+        slide_mpp_override: Micrometres per pixel of level 0, whatever the files state.
         tissue: "otsu", or path of a GeoJSON file of outlines; pixels outside the tissue are invalid.
     """
 
@@ -150,7 +152,8 @@ class InputOptions:
     resolution: float | None = None
     resolution_unit: tuple[str, float | None] | None = None
     mpp: float | None = None
-    slide_mpp: float | None = None
+    slide_mpp: float | Literal["objective"] | None = None
+    slide_mpp_override: float | None = None
     tissue: str | None = None
 
     @classmethod

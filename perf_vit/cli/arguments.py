@@ -24,6 +24,7 @@ __all__ = [
     "Overlap",
     "Precision",
     "SlideMpp",
+    "SlideMppOverride",
     "Tissue",
     "WindowSize",
     "given_options",
@@ -89,8 +90,28 @@ Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, mps.", rich_
 
 Mpp = Annotated[float | None, typer.Option(help="Micrometres per pixel to read slides at.", rich_help_panel=SLIDES)]
 
+
+def _slide_mpp(text: str) -> float | str:
+    if text.lower() == "objective":
+        return "objective"
+    try:
+        return float(text)
+    except ValueError as error:
+        raise typer.BadParameter(f"expected micrometres per pixel, such as 0.25, or objective, got {text}") from error
+
+
 SlideMpp = Annotated[
-    float | None, typer.Option(help="Of a slide's level 0, where the file doesn't say.", rich_help_panel=SLIDES)
+    Any,
+    typer.Option(
+        help="Of a slide's level 0, where the file states none; or objective, for 10 / its magnification.",
+        metavar="FLOAT|objective",
+        parser=_slide_mpp,
+        rich_help_panel=SLIDES,
+    ),
+]
+
+SlideMppOverride = Annotated[
+    float | None, typer.Option(help="Of a slide's level 0, whatever the file states.", rich_help_panel=SLIDES)
 ]
 
 Tissue = Annotated[

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from perf_vit.cli.arguments import Mpp, SlideMpp, WindowSize, given_options
+from perf_vit.cli.arguments import Mpp, SlideMpp, SlideMppOverride, WindowSize, given_options
 
 __all__ = ["convert", "demo", "info"]
 
@@ -70,13 +70,15 @@ def info(
     window_size: WindowSize = None,
     mpp: Mpp = None,
     slide_mpp: SlideMpp = None,
+    slide_mpp_override: SlideMppOverride = None,
     json: Annotated[bool, typer.Option("--json", help="For programs.")] = False,
 ) -> None:
     """Tell what a raster, slide, model, config or vector file is, and how long a model would take for a raster."""
     from perf_vit.workflows.info import describe
     from perf_vit.workflows.progress import say, say_json, show
 
-    found = describe(image, model=model, window_size=window_size, mpp=mpp, slide_mpp=slide_mpp)
+    of_slides = {"mpp": mpp, "slide_mpp": slide_mpp, "slide_mpp_override": slide_mpp_override}
+    found = describe(image, model=model, window_size=window_size, **of_slides)
     if json:
         say_json(found.to_dict())
     else:

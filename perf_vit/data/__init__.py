@@ -5,7 +5,7 @@ from perf_vit.errors import extra
 with extra("train", __name__):
     from perf_vit.data.augmentation import AugmentConfig
     from perf_vit.data.bags import EmbeddingStore, SlideTargets, read_slide_table
-    from perf_vit.data.base import given_normalizer
+    from perf_vit.data.base import given_normalizer, warn_of_mixed_mpp
     from perf_vit.data.classification import (
         ClassificationDataConfig,
         ClassificationDataModule,
@@ -102,4 +102,5 @@ __all__ = [
     "region_window",
     "standardized",
     "tissue_windows",
+    "warn_of_mixed_mpp",
 ]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import sys
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
@@ -34,6 +34,7 @@ __all__ = [
     "measure_bands",
     "sample_images",
     "shuffled_indices",
+    "warn_of_mixed_mpp",
 ]
 
 TileBatch = tuple[Tensor, Tensor, Tensor | None]
@@ -246,6 +247,29 @@ class EpochDataModule(lightning.LightningDataModule):
             self._num_skipped = state_dict["num_batches"]
         else:
             self._loader.num_skipped = state_dict["num_batches"]
+
+
+# Scanners of one nominal magnification differ by less than this.
+_MIXED_SCALE = 1.15
+
+
+def warn_of_mixed_mpp(sources: Iterable[Source], hint: str = "give data.mpp") -> None:
+    """Warn if slides are read at different pixel sizes, as they are at level 0.
+
+    Args:
+        sources: Training and validation sources; rasters don't count.
+        hint: What to do, for the warning.
+    """
+    sized = sorted((source.mpp, source.path) for source in sources if source.mpp is not None)
+    if not sized or sized[-1][0] <= _MIXED_SCALE * sized[0][0]:
+        return
+    (low, finest), (high, coarsest) = sized[0], sized[-1]
+    warnings.warn(
+        f"{len(sized)} slides are read at their own pixel sizes, from {low:.4g} micrometres ({finest}) to {high:.4g} "
+        f"({coarsest}), and objects in them have different sizes in pixels; {hint}",
+        DataWarning,
+        stacklevel=3,
+    )
 
 
 # Number and longest side of the images to measure: enough for two digits, read within a second.

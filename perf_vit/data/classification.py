@@ -18,6 +18,7 @@ from perf_vit.data.base import (
     given_normalizer,
     measure_bands,
     sample_images,
+    warn_of_mixed_mpp,
 )
 from perf_vit.data.classification_tiles import (
     ClassificationImages,
@@ -177,6 +178,8 @@ def build_classification_datamodule(config: ImageDataConfig, seed: int) -> Class
             f"data.val has images of {val.num_bands} bands, data.train of {train.num_bands}; choose common ones with "
             "data.bands"
         )
+    if not config.resize:
+        warn_of_mixed_mpp([*train.sources, *val.sources], "write them at one pixel size, or give data.resize")
     tiles_per_epoch = _tiles_per_epoch(config, len(train))
     given = given_normalizer(config.mean, config.std, train.num_bands)
     seen = sample_images(train.read_reduced, train_part.paths, seed)

@@ -144,7 +144,9 @@ class SegmentationDataConfig(TileDataConfig):
             resolution.
         mpp: Resolution to read slides at, in micrometres per pixel; None if images are rasters. Prediction reads at the
             same resolution.
-        slide_mpp: Micrometres per pixel of slides' level 0 if files don't give it.
+        slide_mpp: Micrometres per pixel of slides' level 0 for files that state none; `objective` for 10 divided by the
+            magnification of the objective.
+        slide_mpp_override: Micrometres per pixel of slides' level 0, whatever files state. Not kept with the model.
         tissue: "otsu" to train and validate on the tissue of slides only.
         sampler: Sampler of training tiles: random (anywhere), balanced (a random pixel of a class, classes equally
             often, at a random position in the tile) or grid (all tiles of a grid once per epoch).
@@ -163,7 +165,8 @@ class SegmentationDataConfig(TileDataConfig):
     multilabel: bool = False
     resolution: float | None = None
     mpp: float | None = None
-    slide_mpp: float | None = None
+    slide_mpp: float | Literal["objective"] | None = None
+    slide_mpp_override: float | None = None
     tissue: str | None = None
     tile_px: int = 512
     sampler: Literal["random", "balanced", "grid"] = "random"
@@ -186,8 +189,9 @@ def check_data(config: SegmentationDataConfig) -> None:
     Raises:
         ConfigError: A value is out of range or doesn't fit another.
     """
-    if config.mpp is None and (config.slide_mpp is not None or config.tissue is not None):
-        raise ConfigError("data.slide_mpp and data.tissue are for slides, which need data.mpp; give it, such as 0.5")
+    of_slides = [name for name in ("slide_mpp", "slide_mpp_override", "tissue") if getattr(config, name) is not None]
+    if config.mpp is None and of_slides:
+        raise ConfigError(f"data.{of_slides[0]} is for slides, which need data.mpp; give it, such as 0.5")
     if config.mpp is not None and (config.nodata is not None or config.resolution is not None):
         raise ConfigError("data.nodata and data.resolution are for rasters, data.mpp for slides; leave one out")
     if config.sampler not in SAMPLERS:

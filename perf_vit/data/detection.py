@@ -18,6 +18,7 @@ from perf_vit.data.base import (
     given_normalizer,
     measure_bands,
     sample_images,
+    warn_of_mixed_mpp,
 )
 from perf_vit.data.config import SplitConfig, TileDataConfig, check_base
 from perf_vit.data.detection_tiles import (
@@ -75,7 +76,9 @@ class DetectionDataConfig(TileDataConfig):
         attribute: Column with class names (polygons format); None for a single class.
         mpp: Resolution to read slides at, in micrometres per pixel; None for level 0, and for rasters. Labels are in
             pixels of level 0. Prediction reads at the same resolution.
-        slide_mpp: Micrometres per pixel of slides' level 0 if files don't give it.
+        slide_mpp: Micrometres per pixel of slides' level 0 for files that state none; `objective` for 10 divided by the
+            magnification of the objective.
+        slide_mpp_override: Micrometres per pixel of slides' level 0, whatever files state. Not kept with the model.
         sampler: Sampler of training tiles: random (anywhere), objects (around objects, drawn equally often) or balanced
             (around objects, classes drawn equally often).
         random_share: Fraction of tiles drawn anywhere by the samplers objects and balanced.
@@ -91,7 +94,8 @@ class DetectionDataConfig(TileDataConfig):
     skip_classes: list[str] = field(default_factory=list)
     attribute: str | None = None
     mpp: float | None = None
-    slide_mpp: float | None = None
+    slide_mpp: float | Literal["objective"] | None = None
+    slide_mpp_override: float | None = None
     tile_px: int = 512
     sampler: Literal["random", "objects", "balanced"] = "objects"
     random_share: float = 0.25
@@ -213,6 +217,8 @@ def _open_images(
     )
     for index, part in ((train_index, "train"), (val_index, "val")):
         _check_objects(index, part)
+    if config.mpp is None:
+        warn_of_mixed_mpp([*train.sources, *val.sources])
     if not accepts_bands(val.num_bands, train.num_bands):
         raise ConfigError(
             f"the validation images have {val.num_bands} bands, the training images {train.num_bands}; choose common "
@@ -308,8 +314,9 @@ def _check(config: DetectionDataConfig) -> None:
         raise ConfigError(f"data.classes must name at least one class, each once, got {config.classes}")
     if config.sampler not in OBJECT_SAMPLERS:
         raise ConfigError(f"data.sampler must be one of {', '.join(OBJECT_SAMPLERS)}, got {config.sampler}")
-    if config.nodata is not None and (config.mpp is not None or config.slide_mpp is not None):
-        raise ConfigError("data.nodata is for rasters, data.mpp and data.slide_mpp for slides; leave one out")
+    of_slides = [name for name in ("mpp", "slide_mpp", "slide_mpp_override") if getattr(config, name) is not None]
+    if config.nodata is not None and of_slides:
+        raise ConfigError(f"data.nodata is for rasters, data.{of_slides[0]} for slides; leave one out")
     for key in ("val_share", "random_share", "min_visible"):
         if not 0 <= getattr(config, key) <= 1:
             raise ConfigError(f"data.{key} must lie between 0 and 1, got {getattr(config, key):g}")

@@ -20,6 +20,7 @@ from perf_vit.data.base import (
     given_normalizer,
     measure_bands,
     sample_images,
+    warn_of_mixed_mpp,
 )
 from perf_vit.data.config import SegmentationDataConfig, SegmentationSplitConfig, check_data, label_options
 from perf_vit.data.samplers import ClassSampler, GridSampler, SegmentationSampler
@@ -274,6 +275,8 @@ def build_segmentation_datamodule(
     check_data(config)
     rasters, val = _open_all(config)
     sources = [one.source for one in rasters]
+    if config.mpp is None:
+        warn_of_mixed_mpp(one.source for one in (*rasters, *val))
     num_bands = sources[0].num_bands
     stain = make_stain_jitter(config.augment, sources, num_bands)
     sizes = pixel_sizes(config.augment, sources)

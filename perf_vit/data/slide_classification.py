@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 from torch import Tensor
@@ -57,7 +58,9 @@ class SlideClassificationDataConfig(BaseDataConfig):
         image_column: CSV column with slide names.
         label_column: CSV column with class names.
         mpp: Resolution to read slides at, in micrometres per pixel; None for level 0, or for a raster's own pixels.
-        slide_mpp: Micrometres per pixel of level 0 if files don't give it.
+        slide_mpp: Micrometres per pixel of level 0 for files that state none; `objective` for 10 divided by the
+            magnification of the objective.
+        slide_mpp_override: Micrometres per pixel of level 0, whatever files state. Not kept with the model.
         tissue: "otsu" for tissue windows only; None to include windows of glass, and for rasters.
         min_tissue: Minimum fraction of tissue in a window.
         max_windows: Maximum number of windows of a slide in a training step, drawn again each time; None for all.
@@ -73,7 +76,8 @@ class SlideClassificationDataConfig(BaseDataConfig):
     image_column: str = "slide"
     label_column: str = "label"
     mpp: float | None = 0.5
-    slide_mpp: float | None = None
+    slide_mpp: float | Literal["objective"] | None = None
+    slide_mpp_override: float | None = None
     tissue: str | None = "otsu"
     min_tissue: float = 0.25
     max_windows: int | None = None

@@ -45,7 +45,7 @@ Precision = Literal["32", "bf16", "16", "auto"]
 
 _DTYPES = {"32": torch.float32, "bf16": torch.bfloat16, "16": torch.float16}
 
-_INPUT_OPTIONS = ("crs", "resolution", "mpp", "slide_mpp", "tissue")
+_INPUT_OPTIONS = ("crs", "resolution", "mpp", "slide_mpp", "slide_mpp_override", "tissue")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -115,7 +115,9 @@ class WindowedPredictOptions(PredictOptions):
         crs: CRS to read rasters in; their own by default.
         resolution: Pixel size to read rasters at, in CRS units; that of the training by default.
         mpp: Micrometres per pixel to read slides at; those of the training by default.
-        slide_mpp: Micrometres per pixel of a slide's level 0, where the file doesn't say.
+        slide_mpp: Micrometres per pixel of a slide's level 0 where the file states none, or "objective" for 10 divided
+            by the magnification of the objective.
+        slide_mpp_override: Micrometres per pixel of a slide's level 0, whatever the file states.
         tissue: "otsu" or a GeoJSON file of polygons: the part of a slide that is read.
     """
 
@@ -124,7 +126,8 @@ class WindowedPredictOptions(PredictOptions):
     crs: str | None = None
     resolution: float | None = None
     mpp: float | None = None
-    slide_mpp: float | None = None
+    slide_mpp: float | Literal["objective"] | None = None
+    slide_mpp_override: float | None = None
     tissue: str | None = None
 
     def windows(self, tile_px: int) -> tuple[int, int]:
@@ -249,11 +252,14 @@ class SlideClassificationPredictOptions(PredictOptions):
     """Options of slide classification.
 
     Attributes:
-        slide_mpp: Micrometres per pixel of a slide's level 0, where the file doesn't say.
+        slide_mpp: Micrometres per pixel of a slide's level 0 where the file states none, or "objective" for 10 divided
+            by the magnification of the objective.
+        slide_mpp_override: Micrometres per pixel of a slide's level 0, whatever the file states.
         tissue: "otsu" or a GeoJSON file of polygons: the part of a slide that is read.
     """
 
-    slide_mpp: float | None = None
+    slide_mpp: float | Literal["objective"] | None = None
+    slide_mpp_override: float | None = None
     tissue: str | None = None
 
 

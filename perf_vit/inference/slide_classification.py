@@ -177,6 +177,7 @@ class SlideClassificationPredictor(TablePredictor[SlideClassifier, SlideClassifi
             settings={
                 **self.model_settings,
                 "slide_mpp": self.options.slide_mpp,
+                "slide_mpp_override": self.options.slide_mpp_override,
                 "tissue": tissue if tissue in (None, "otsu") else "file",
             },
             options=self.options,

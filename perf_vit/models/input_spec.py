@@ -55,7 +55,8 @@ class InputSpec(InputOptions):
             **more: Values of other fields.
         """
         found = {each.name: getattr(data, each.name, getattr(config, each.name, MISSING)) for each in fields(cls)}
-        found |= more
+        # What one cohort's files state wrongly says nothing about other slides.
+        found |= {"slide_mpp_override": None, **more}
         return cls(**{name: _without_lists(value) for name, value in found.items() if value is not MISSING})
 
     def open(self, path: InputPath | Source, *, check: InputCheck | None = None, **overrides: Any) -> Source:

@@ -29,6 +29,7 @@ from perf_vit.sources.slides import SlideSource
 from perf_vit.sources.slides.ome_zarr import is_multiscale, open_ome_zarr
 from perf_vit.sources.slides.openslide import OpenSlideReader
 from perf_vit.sources.slides.pyramid import PyramidReader
+from perf_vit.sources.slides.scale import SlideMpp
 from perf_vit.types import InputOptions, InputPath
 
 __all__ = ["is_slide", "merged_options", "open_input", "open_raster", "open_slide", "open_source"]
@@ -48,7 +49,8 @@ def open_source(
     asset: str | None = None,
     mpp: float | None = None,
     level: int | None = None,
-    slide_mpp: float | tuple[float, float] | None = None,
+    slide_mpp: SlideMpp | None = None,
+    slide_mpp_override: float | tuple[float, float] | None = None,
     tissue: str | Path | None = None,
     icc: Literal["srgb"] | None = None,
 ) -> RasterSource | SlideSource:
@@ -78,7 +80,9 @@ def open_source(
         asset: Asset to read from each STAC item; None for its only data asset.
         mpp: Micrometres per pixel to read a slide at. A level within 1 % of it is read without resampling.
         level: Level of a slide to read, instead of `mpp`; None for 0, the finest.
-        slide_mpp: Micrometres per pixel of a slide's level 0, or (x, y), if missing or wrong in the file.
+        slide_mpp: Micrometres per pixel of a slide's level 0, or (x, y), where the file states no plausible value;
+            "objective" for 10 divided by the magnification of the objective.
+        slide_mpp_override: Micrometres per pixel of a slide's level 0, or (x, y), whatever the file states.
         tissue: "otsu" to detect a slide's tissue by colour, or a GeoJSON file of polygons in pixels of level 0, as
             QuPath exports them; other pixels are invalid.
         icc: "srgb" to convert colours with the ICC profile of a slide (OpenSlide only).
@@ -86,7 +90,8 @@ def open_source(
     Raises:
         InputError: A file can't be opened or placed, a band or level doesn't exist, or an option doesn't fit.
     """
-    of_slides = _given(mpp=mpp, level=level, slide_mpp=slide_mpp, tissue=tissue, icc=icc)
+    scale = _given(mpp=mpp, level=level, slide_mpp=slide_mpp, slide_mpp_override=slide_mpp_override)
+    of_slides = {**scale, **_given(tissue=tissue, icc=icc)}
     of_rasters = _given(
         nodata=nodata,
         crs=crs,
@@ -328,6 +333,7 @@ def merged_options(options: InputOptions, overrides: Mapping[str, Any]) -> dict[
         # `level` is an alternative to `mpp`.
         "mpp": None if "level" in given else options.mpp,
         "slide_mpp": options.slide_mpp,
+        "slide_mpp_override": options.slide_mpp_override,
         "tissue": options.tissue,
     }
     return {**{name: value for name, value in own.items() if value is not None}, **given}

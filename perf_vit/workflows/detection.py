@@ -139,7 +139,7 @@ def evaluate_detection(
         images,
         classes=spec.classes,
         names=None if options.names is None else read_names(options.names, "names"),
-        open_input=partial(spec.open, check=InputCheck(None)),
+        open_input=partial(spec.open, check=InputCheck(None), **predictor.options.input_options),
         oriented=spec.kind == "oriented_boxes",
         **{**spec.label_options, **given},
     )

@@ -75,6 +75,7 @@ with extra("train", __name__):
         segmentation_steps,
     )
     from perf_vit.workflows.slide_classification import (
+        SlideClassificationEvaluateOptions,
         build_slide_data,
         build_slide_task,
         embed_slides,
@@ -225,7 +226,7 @@ register_task(
         predictor=SlideClassificationPredictor,
         predict_options=SlideClassificationPredictOptions,
         evaluate=evaluate_slide_classification,
-        evaluate_options=EvaluateOptions,
+        evaluate_options=SlideClassificationEvaluateOptions,
         evaluation=ClassificationEvaluation,
     )
 )

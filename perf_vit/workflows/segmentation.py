@@ -140,14 +140,12 @@ class SegmentationEvaluateOptions(WindowedEvaluateOptions):
 
     Attributes:
         flips: Average the scores of a window and its three mirror images.
-        slide_mpp: Micrometres per pixel of a slide's level 0, where the file doesn't say.
         tissue: "otsu" or a GeoJSON file of polygons: the part of a slide that is scored.
         region: Row, column, height and width of the part to score, in pixels.
         all_touched: Whether polygons label every pixel that they touch; as in training by default.
     """
 
     flips: bool = False
-    slide_mpp: float | None = None
     tissue: str | None = None
     region: tuple[int, int, int, int] | None = None
     all_touched: bool | None = None
@@ -216,6 +214,6 @@ def _part(region: tuple[int, int, int, int], source: Source) -> Window:
 def _check_options(options: SegmentationEvaluateOptions, spec: SegmentationSpec, folder: Path | None) -> None:
     if folder is not None and options.region is not None:
         raise OptionError(f"region is a part of one raster, and {folder} is a folder; leave it out")
-    for name in ("slide_mpp", "tissue"):
+    for name in ("slide_mpp", "slide_mpp_override", "tissue"):
         if getattr(options, name) is not None and spec.mpp is None:
             raise OptionError(f"{name} is for slides, and this model is one of rasters; leave it out")

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Generator, Sequence
-from contextlib import closing
-from dataclasses import dataclass
+from contextlib import closing, suppress
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -19,15 +19,15 @@ from perf_vit.data import (
     given_normalizer,
     read_slide_table,
     read_slides,
+    warn_of_mixed_mpp,
 )
-from perf_vit.errors import ConfigError
+from perf_vit.errors import ConfigError, InputError
 from perf_vit.inference import SlideClassificationPredictOptions, SlideClassificationPredictor
 from perf_vit.inference.prefetch import load_ahead
 from perf_vit.metrics import ClassificationMetrics, ClassificationScores, RegisteredMetrics
 from perf_vit.models import (
     InputBands,
     SlideClassificationSpec,
-    SlideClassifier,
     SlideFeatures,
     check_not_random,
     pretrained_statistics,
@@ -42,7 +42,14 @@ from perf_vit.workflows.reports import ClassificationEvaluation
 from perf_vit.workflows.run_config import SlideClassificationRun
 from perf_vit.workflows.task import EvaluateOptions, TrainedModel
 
-__all__ = ["LabelledSlides", "build_slide_data", "build_slide_task", "embed_slides", "evaluate_slide_classification"]
+__all__ = [
+    "LabelledSlides",
+    "SlideClassificationEvaluateOptions",
+    "build_slide_data",
+    "build_slide_task",
+    "embed_slides",
+    "evaluate_slide_classification",
+]
 
 FloatArray = npt.NDArray[np.float32]
 
@@ -89,6 +96,8 @@ def build_slide_task(config: SlideClassificationRun, data: LabelledSlides) -> Sl
         PerfVitError: A model that doesn't fit, or a slide that can't be read.
     """
     check_not_random(config.model)
+    if config.data.mpp is None:
+        _warn_of_mixed_mpp([*data.train.paths, *data.val.paths], InputOptions.from_config(config.data))
     return SlideClassificationTask(config.model, _spec(config, data.train), config.optim)
 
 
@@ -100,15 +109,32 @@ def embed_slides(
     Raises:
         PerfVitError: A slide can't be read, or its features can't be written.
     """
-    store = _store(task.model, config.data.embeddings or folder / _EMBEDDINGS)
     device = "cpu" if config.trainer.accelerator == "cpu" else "auto"
-    options = SlideClassificationPredictOptions(batch_size=config.data.embed_batch_size, device=device)
-    _embed_all(SlideClassificationPredictor(task.model, options), store, [*data.train.paths, *data.val.paths])
+    options = SlideClassificationPredictOptions(
+        batch_size=config.data.embed_batch_size, device=device, slide_mpp_override=config.data.slide_mpp_override
+    )
+    predictor = SlideClassificationPredictor(task.model, options)
+    store = _store(predictor, config.data.embeddings or folder / _EMBEDDINGS)
+    _embed_all(predictor, store, [*data.train.paths, *data.val.paths])
     return SlideClassificationDataModule.of(config.data, data.train, data.val, store, config.seed)
 
 
+@dataclass(frozen=True, kw_only=True)
+class SlideClassificationEvaluateOptions(EvaluateOptions):
+    """Options of the evaluation of slide classification.
+
+    Attributes:
+        slide_mpp: Micrometres per pixel of a slide's level 0 where the file states none, or "objective" for 10 divided
+            by the magnification of the objective.
+        slide_mpp_override: Micrometres per pixel of a slide's level 0, whatever the file states.
+    """
+
+    slide_mpp: float | Literal["objective"] | None = None
+    slide_mpp_override: float | None = None
+
+
 def evaluate_slide_classification(
-    model: TrainedModel, slides: Path, labels: Path, options: EvaluateOptions
+    model: TrainedModel, slides: Path, labels: Path, options: SlideClassificationEvaluateOptions
 ) -> ClassificationEvaluation:
     """Score a classifier on labelled slides; features that the run of its checkpoint made are used again.
 
@@ -126,7 +152,7 @@ def evaluate_slide_classification(
     spec = predictor.model.spec
     targets = read_slide_table(labels, slides, spec.classes, **spec.label_options)
     checkpoint = predictor.checkpoint
-    store = None if checkpoint is None else _store(predictor.model, checkpoint.absolute().parents[1] / _EMBEDDINGS)
+    store = None if checkpoint is None else _store(predictor, checkpoint.absolute().parents[1] / _EMBEDDINGS)
     metrics = ClassificationMetrics(spec.classes, "single_label")
     registered = RegisteredMetrics("slide_classification", spec)
     stored = [store is not None and store.has(path) for path in targets.paths]
@@ -166,10 +192,10 @@ def _sample(
     return Sample(title=f"{said}: {Path(path).name}", draw=draw)
 
 
-def _store(model: SlideClassifier, folder: str | Path) -> EmbeddingStore:
-    spec = model.spec
+def _store(predictor: SlideClassificationPredictor, folder: str | Path) -> EmbeddingStore:
     names = ("tile_px", "mpp", "bands", "tissue", "min_tissue", "slide_mpp")
-    return EmbeddingStore(folder, model.encoder_id(), {name: getattr(spec, name) for name in names})
+    options = {name: getattr(predictor.model.spec, name) for name in names}
+    return EmbeddingStore(folder, predictor.model.encoder_id(), {**options, **predictor.options.input_options})
 
 
 def _embed_all(predictor: SlideClassificationPredictor, store: EmbeddingStore, paths: Sequence[str]) -> None:
@@ -207,6 +233,16 @@ def _spec(config: SlideClassificationRun, train: SlideTargets) -> SlideClassific
         trained_on=InputBands.measure(images, first.band_names),
         label_options={"image_column": data.image_column, "label_column": data.label_column},
     )
+
+
+def _warn_of_mixed_mpp(paths: Sequence[str], options: InputOptions) -> None:
+    sources = []
+    for path in paths:
+        # What can't be opened is said when features are made.
+        with suppress(InputError):
+            sources.append(open_input(path, replace(options, tissue=None)))
+            sources[-1].close()
+    warn_of_mixed_mpp(sources)
 
 
 def _reduced(path: str, options: InputOptions) -> GeoImage:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, ClassVar, Protocol, TypeAlias, TypeVar
+from typing import Any, ClassVar, Literal, Protocol, TypeAlias, TypeVar
 
 from rich.table import Table
 from torch import nn
@@ -80,10 +80,15 @@ class WindowedEvaluateOptions(EvaluateOptions):
     Attributes:
         window_size: Side of a window in pixels; the training tile's by default.
         overlap: Pixels that neighbouring windows share; a quarter of the window by default.
+        slide_mpp: Micrometres per pixel of a slide's level 0 where the file states none, or "objective" for 10 divided
+            by the magnification of the objective.
+        slide_mpp_override: Micrometres per pixel of a slide's level 0, whatever the file states.
     """
 
     window_size: int | None = None
     overlap: int | None = None
+    slide_mpp: float | Literal["objective"] | None = None
+    slide_mpp_override: float | None = None
 
 
 class Samples(Protocol):

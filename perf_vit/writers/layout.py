@@ -179,7 +179,8 @@ def holds_layout(path: Path, layout: RasterLayout, *, other_tags: Container[str]
             if is_ome_tiff_name(path):
                 # Channels are separate images, and tags are part of the description.
                 xml = tags.get("TIFFTAG_IMAGEDESCRIPTION", "")
-                tags, names = parse_ome_tags(xml), parse_ome_xml(xml).channel_names
+                tags = parse_ome_tags(xml)
+                names = next((image.channel_names for image in parse_ome_xml(xml)), ())
             same = (
                 (dataset.height, dataset.width, len(names)) == (layout.height, layout.width, layout.num_bands)
                 and set(dataset.dtypes) == {str(layout.dtype)}

@@ -14,7 +14,6 @@ SLOW = {"08_xview_as_published", "slides/09_pen_hides_pale_tissue"}
 FAULTS = {
     "slides/01_mrxs_bounds_annotations": "QuPath counts from the bounds of MIRAX slides",
     "slides/09_pen_hides_pale_tissue": "ink raises Otsu's threshold above pale tissue",
-    "slides/10_tiff_72_dpi": "resolution tags of print are taken for micrometres",
     "slides/11_uint16_tiled_tiff": "16-bit TIFFs lose their values when they are read with mpp",
     "slides/12_qupath_derived_class": "QuPath's derived classes are lists of names",
     "slides/19_nan_features": "features that aren't finite are classified",

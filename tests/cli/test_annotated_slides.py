@@ -100,6 +100,40 @@ def test_a_segmenter_is_scored_on_slides_as_it_was_trained(slide, tmp_path, caps
     assert num_pixels("--slide-mpp", "0.25") == int(coarse.read(coarse.extent).valid.sum())
 
 
+def test_an_override_replaces_what_slides_state_and_is_not_kept_with_the_model(slide, tmp_path) -> None:
+    # The file states 0.5, and the config knows better.
+    labels, out, mapped = slide.with_suffix(".geojson"), tmp_path / "run", tmp_path / "map.tif"
+    files = [f"data.{part}={{image: {slide}, labels: {labels}}}" for part in ("train", "val")]
+    given = "data.slide_mpp_override=0.25"
+    assert call(["train", slide.with_name("segmentation.yaml"), *files, given, f"out={out}"]) == 0
+    checkpoint = out / "checkpoints" / "best.ckpt"
+    spec = load_segmenter(checkpoint).spec
+    assert (spec.slide_mpp, spec.slide_mpp_override) == (None, None)
+    options = ["--checkpoint", checkpoint, "--input", slide]
+    for flags, size in (
+        ([], (160, 200)),
+        (["--slide-mpp-override", "0.25"], (80, 100)),
+        (["--slide-mpp", "objective"], (160, 200)),
+    ):
+        assert call(["predict", *options, *flags, "--output", mapped, "--overwrite"]) == 0
+        assert open_source(mapped).size == size
+    report = tmp_path / "scores.json"
+    scoring = ["--labels", labels, "--json", report, "--slide-mpp-override", "0.25"]
+    assert call(["evaluate", *options, *scoring]) == 0
+    assert [each["num_pixels"] for each in json.loads(report.read_text())["classes"]] == [80 * 100 - 40 * 20, 40 * 20]
+
+
+def test_flags_of_pixel_size_are_checked(slide, capsys) -> None:
+    for flag, said in (
+        ("--slide-mpp", "such as 0.25, or objective, got wide"),
+        ("--slide-mpp-override", "as a number"),
+    ):
+        assert call(["info", slide, flag, "wide"]) == 2
+        assert said in " ".join(capsys.readouterr().err.replace("│", " ").split())
+    assert call(["info", slide, "--slide-mpp-override", "353"]) == 2
+    assert "slide_mpp_override of" in capsys.readouterr().err
+
+
 def test_objects_are_trained_and_found_at_the_mpp_of_the_config(slide, tmp_path) -> None:
     labels, out = slide.with_suffix(".geojson"), tmp_path / "run"
     files = [f"data.{part}.{key}={path}" for part in ("train", "val") for key, path in

@@ -51,9 +51,10 @@ def slides(tmp_path_factory) -> Path:
     root = tmp_path_factory.mktemp("slides")
     rows = []
     for number in range(2 * PER_CLASS):
-        # What the file says of its pixels is overruled by the config, so only the nuclei differ.
         mpp = 0.5 if number % 2 else 0.15
-        make_slide(root / f"s{number}.svs", 640, 600, mpp=mpp, tile_px=64, tissue_share=0.5, seed=number)
+        path = make_slide(root / f"s{number}.svs", 640, 600, mpp=mpp, tile_px=64, tissue_share=0.5, seed=number)
+        # The config says how large pixels are where the file doesn't, so only the nuclei differ.
+        path.write_bytes(path.read_bytes().replace(b"|MPP = ", b"|XXX = "))
         rows.append(f"s{number}{'.svs' if number < 3 else ''},{'small' if number % 2 else 'large'}")
     (root / "labels.csv").write_text("slide,label\n" + "\n".join(rows))
     weights = save_encoder(root / "encoder.safetensors")

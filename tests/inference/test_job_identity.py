@@ -147,7 +147,7 @@ CASES = {
     "scale": options({}, {"apply_scale": True}),
     "CRS to read in": options({}, {"crs": "EPSG:32636"}),
     "tissue": slide_options({}, {"tissue": "otsu"}),
-    "size of a slide's pixels": slide_options({"mpp": 1.0}, {"mpp": 1.0, "slide_mpp": 0.4}),
+    "size of a slide's pixels": slide_options({"mpp": 1.0}, {"mpp": 1.0, "slide_mpp_override": 0.4}),
     "member of a VRT": Case(through_vrt(0), through_vrt(1)),
     "member of a mosaic": Case(mosaic(0), mosaic(1)),
     "place": Case(placed(), placed(transform=rasterio.Affine(2, 0, 5e5, 0, -2, 4.5e6))),

@@ -28,10 +28,14 @@ def write_pyramid(
     *,
     mpp_xy: tuple[float, float] | None = None,
     aperio_mpp: float | None = None,
+    magnification: float | None = 20,
     icc: bytes | None = None,
 ) -> Path:
     """A tiled TIFF that OpenSlide opens, levels [H, W, 3] as they are given."""
-    description = None if aperio_mpp is None else f"Aperio Image Library\r\n|AppMag = 20|MPP = {aperio_mpp}"
+    stated = {"AppMag": magnification, "MPP": aperio_mpp}
+    listed = "".join(f"|{name} = {value}" for name, value in stated.items() if value is not None)
+    is_aperio = aperio_mpp is not None or path.suffix == ".svs"
+    description = f"Aperio Image Library\r\n{listed}" if is_aperio else None
     with tifffile.TiffWriter(path) as writer:
         for k, level in enumerate(levels):
             place = {}
@@ -53,8 +57,9 @@ def write_pyramid(
 
 
 def write_tiff(path: Path, levels: list[np.ndarray], axes: str = "CYX", *, unit: str = "µm", size=(0.65, 0.65)) -> Path:
-    metadata = {"axes": axes, "PhysicalSizeX": size[0], "PhysicalSizeXUnit": unit}
-    metadata |= {"PhysicalSizeY": size[1], "PhysicalSizeYUnit": unit}
+    metadata = {"axes": axes}
+    for axis, side in zip("XY", size or (), strict=False):
+        metadata |= {f"PhysicalSize{axis}": side, f"PhysicalSize{axis}Unit": unit}
     if "C" in axes:
         metadata["Channel"] = {"Name": list(NAMES)}
     photometric = "rgb" if axes.endswith("S") else "minisblack"

@@ -34,6 +34,7 @@ class OpenArrays:
         names: Channel names; empty for channels without name.
         close: Function that closes the file.
         has_alpha: Whether the fourth colour is opacity.
+        objective_power: Magnification of the objective that the file states; None for none.
     """
 
     arrays: Sequence[Any]
@@ -42,6 +43,7 @@ class OpenArrays:
     names: tuple[str, ...]
     close: Callable[[], None]
     has_alpha: bool = False
+    objective_power: float | None = None
 
 
 class ArrayReader(PyramidReader):
@@ -67,6 +69,7 @@ class ArrayReader(PyramidReader):
         self.dtype = np.dtype(opened.arrays[0].dtype).newbyteorder("=")
         self.levels = _levels([(size["Y"], size["X"]) for size in sizes])
         self.mpp_yx = opened.mpp_yx
+        self.objective_power = opened.objective_power
         self._is_colour = "S" in sizes[0]
         self.band_names = (
             (*_COLOURS, "alpha" if opened.has_alpha else "band_4")[: sizes[0]["S"]]

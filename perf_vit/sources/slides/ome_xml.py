@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import xml.etree.ElementTree as ET
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -40,15 +41,21 @@ _TYPES = {"float32": "float", "float64": "double"}
 
 @dataclass(frozen=True, slots=True)
 class OmeImage:
-    """Metadata of the first image.
+    """Metadata of an image.
 
     Attributes:
+        name: Name of the image.
+        size_yx: Number of rows and columns; (0, 0) if unknown.
         mpp_yx: Micrometres per pixel; None if unknown.
         channel_names: Channel names; empty for channels without name.
+        objective_power: Nominal magnification of the objective; None if unknown.
     """
 
-    mpp_yx: tuple[float, float] | None
-    channel_names: tuple[str, ...]
+    name: str = ""
+    size_yx: tuple[int, int] = (0, 0)
+    mpp_yx: tuple[float, float] | None = None
+    channel_names: tuple[str, ...] = ()
+    objective_power: float | None = None
 
 
 def micrometres(value: float, unit: str | None) -> float | None:
@@ -57,16 +64,34 @@ def micrometres(value: float, unit: str | None) -> float | None:
     return value * factor if factor is not None and value > 0 else None
 
 
-def parse_ome_xml(text: str) -> OmeImage:
-    """Parse pixel size and channel names of the first image; empty if the XML isn't well-formed."""
+def parse_ome_xml(text: str) -> tuple[OmeImage, ...]:
+    """Parse the images of OME-XML; none if it isn't well-formed."""
     try:
-        pixels = next(element for element in ET.fromstring(text).iter() if _local(element) == "Pixels")
-    except (ET.ParseError, StopIteration):
-        return OmeImage(None, ())
-    sizes = [_physical_size(pixels, axis) for axis in "YX"]
-    names = tuple(element.get("Name", "") for element in pixels if _local(element) == "Channel")
-    mpp_yx = (sizes[0], sizes[1]) if sizes[0] is not None and sizes[1] is not None else None
-    return OmeImage(mpp_yx, names)
+        root = ET.fromstring(text)
+    except ET.ParseError:
+        return ()
+    powers = {
+        element.get("ID", ""): _number(element.get("NominalMagnification"))
+        for element in root.iter()
+        if _local(element) == "Objective"
+    }
+    images = (element for element in root.iter() if _local(element) == "Image")
+    return tuple(_image(image, pixels, powers) for image in images for pixels in image if _local(pixels) == "Pixels")
+
+
+def _image(image: ET.Element, pixels: ET.Element, powers: Mapping[str, float | None]) -> OmeImage:
+    y, x = (_physical_size(pixels, axis) for axis in "YX")
+    height, width = (_number(pixels.get(f"Size{axis}")) or 0 for axis in "YX")
+    settings = [element.get("ID", "") for element in image if _local(element) == "ObjectiveSettings"]
+    # Without a reference, the only objective is that of the image.
+    objective = settings[0] if settings else next(iter(powers), "") if len(powers) == 1 else ""
+    return OmeImage(
+        name=image.get("Name", ""),
+        size_yx=(int(height), int(width)),
+        mpp_yx=None if y is None or x is None else (y, x),
+        channel_names=tuple(element.get("Name", "") for element in pixels if _local(element) == "Channel"),
+        objective_power=powers.get(objective),
+    )
 
 
 def parse_ome_tags(text: str) -> dict[str, str]:
@@ -146,11 +171,17 @@ def _add_pixels(
 
 
 def _physical_size(pixels: ET.Element, axis: str) -> float | None:
-    value = pixels.get(f"PhysicalSize{axis}")
+    value = _number(pixels.get(f"PhysicalSize{axis}"))
+    return None if value is None else micrometres(value, pixels.get(f"PhysicalSize{axis}Unit", "µm"))
+
+
+def _number(text: str | None) -> float | None:
+    """Return a finite number above 0; None for other text."""
     try:
-        return None if value is None else micrometres(float(value), pixels.get(f"PhysicalSize{axis}Unit", "µm"))
+        value = float(text or "")
     except ValueError:
         return None
+    return value if 0 < value < math.inf else None
 
 
 def _tag(name: str) -> str:

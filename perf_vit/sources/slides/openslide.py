@@ -72,6 +72,7 @@ class OpenSlideReader(PyramidReader):
         self._downsamples = tuple(float(value) for value in slide.level_downsamples)
         self.levels = _levels(slide.level_dimensions)
         self.mpp_yx = _mpp_yx(slide.properties)
+        self.objective_power = _number(slide.properties, "openslide.objective-power")
 
     def read(self, level: int, window: Window) -> tuple[npt.NDArray[Any], BoolArray]:
         """Read pixels [3, h, w], white where not scanned, and a mask of scanned pixels, [1, h, w].
@@ -156,11 +157,17 @@ def _levels(sizes: Any) -> tuple[Level, ...]:
 
 
 def _mpp_yx(properties: Any) -> tuple[float, float] | None:
+    y, x = (_number(properties, f"openslide.mpp-{axis}") for axis in "yx")
+    return None if y is None or x is None else (y, x)
+
+
+def _number(properties: Any, name: str) -> float | None:
+    """Return a property that is a number above 0; None for others."""
     try:
-        mpp_yx = float(properties["openslide.mpp-y"]), float(properties["openslide.mpp-x"])
+        number = float(properties[name])
     except (KeyError, ValueError):
         return None
-    return mpp_yx if min(mpp_yx) > 0 else None
+    return number if number > 0 else None
 
 
 def _reason(error: Exception) -> str:

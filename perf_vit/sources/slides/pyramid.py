@@ -51,7 +51,8 @@ class PyramidReader(ABC):
 
     Attributes:
         levels: Levels, finest first; level 0 has downsample (1, 1).
-        mpp_yx: Micrometres per pixel of level 0; None if unknown.
+        mpp_yx: Micrometres per pixel of level 0 that the file states; None for none.
+        objective_power: Magnification of the objective that the file states; None for none.
         dtype: Data type of the pixels.
         band_names: Name of each band.
         alpha: Index of the opacity band, or None; it is read only on request.
@@ -61,6 +62,7 @@ class PyramidReader(ABC):
 
     levels: tuple[Level, ...]
     mpp_yx: tuple[float, float] | None = None
+    objective_power: float | None = None
     dtype: np.dtype[Any]
     band_names: tuple[str, ...]
     alpha: int | None = None

@@ -14,6 +14,7 @@ from perf_vit.errors import InputError
 from perf_vit.sources._bands import warn_of_alpha
 from perf_vit.sources.base import BaseSource
 from perf_vit.sources.slides.pyramid import LevelGrid, PyramidReader, finest_enough, grid_at, grid_of_level, read_grid
+from perf_vit.sources.slides.scale import SlideMpp, choose_mpp, unknown_mpp
 from perf_vit.sources.slides.tissue import TissueMask, open_tissue
 from perf_vit.types import BoolArray, GeoImage, Window
 
@@ -30,7 +31,8 @@ class SlideSource(BaseSource):
         reader: Reader of its levels.
         mpp: Micrometres per pixel to read at.
         level: Level to read, instead of `mpp`; None for 0.
-        slide_mpp: Micrometres per pixel of level 0, or (x, y), which replaces that of the file.
+        slide_mpp: Micrometres per pixel of level 0, (x, y) or "objective", for a file that states none.
+        slide_mpp_override: Micrometres per pixel of level 0, or (x, y), which replaces that of the file.
         bands: Names or 1-based numbers of the channels to read, in this order; None for all but alpha.
         tissue: "otsu", or a GeoJSON file of polygons in pixels of level 0; other pixels are invalid.
 
@@ -66,7 +68,8 @@ class SlideSource(BaseSource):
         *,
         mpp: float | None = None,
         level: int | None = None,
-        slide_mpp: float | tuple[float, float] | None = None,
+        slide_mpp: SlideMpp | None = None,
+        slide_mpp_override: float | tuple[float, float] | None = None,
         bands: Sequence[int | str] | None = None,
         tissue: str | None = None,
     ) -> None:
@@ -74,7 +77,9 @@ class SlideSource(BaseSource):
         self._reader = reader
         self.format = reader.format
         self.levels = tuple((level.height, level.width) for level in reader.levels)
-        mpp_yx = _checked_mpp(path, slide_mpp) or reader.mpp_yx
+        mpp_yx = choose_mpp(path, reader, slide_mpp, slide_mpp_override, warn=mpp is None)
+        if mpp is not None and mpp_yx is None:
+            raise unknown_mpp(path, reader, mpp, slide_mpp)
         self.slide_mpp = None if mpp_yx is None else (mpp_yx[1], mpp_yx[0])
         self._grid = _choose_grid(path, reader, mpp, level, mpp_yx)
         down_y, down_x = reader.levels[self._grid.level].downsample_yx
@@ -168,15 +173,6 @@ class SlideSource(BaseSource):
         return LevelGrid(index, window.height, window.width, step_yx, start_yx)
 
 
-def _checked_mpp(path: str, slide_mpp: float | tuple[float, float] | None) -> tuple[float, float] | None:
-    if slide_mpp is None:
-        return None
-    x, y = slide_mpp if isinstance(slide_mpp, tuple) else (slide_mpp, slide_mpp)
-    if not (0 < x < math.inf and 0 < y < math.inf):
-        raise InputError(f"slide_mpp of {path} must be above 0, in micrometres per pixel of level 0; got {slide_mpp}")
-    return float(y), float(x)
-
-
 def _choose_grid(
     path: str, reader: PyramidReader, mpp: float | None, level: int | None, mpp_yx: tuple[float, float] | None
 ) -> LevelGrid:
@@ -189,11 +185,7 @@ def _choose_grid(
         raise InputError(f"give mpp or level of {path}, not both; got mpp={mpp:g} and level={level}")
     if not 0 < mpp < math.inf:
         raise InputError(f"mpp must be above 0, in micrometres per pixel; got {mpp:g}")
-    if mpp_yx is None:
-        raise InputError(
-            f"{path} doesn't say how large its pixels are, so it can't be read at mpp={mpp:g}; give the micrometres "
-            "per pixel of level 0, such as slide_mpp=0.25, or read a level"
-        )
+    assert mpp_yx is not None
     return grid_at(reader.levels, (mpp / mpp_yx[0], mpp / mpp_yx[1]))
 
 

@@ -6,7 +6,7 @@ from perf_vit.errors import parsing
 from perf_vit.sources._gdal import check_exists, check_name
 from perf_vit.sources.files import register_source
 from perf_vit.sources.slides.arrays import ArrayReader, OpenArrays
-from perf_vit.sources.slides.ome_xml import parse_ome_xml
+from perf_vit.sources.slides.ome_xml import OmeImage, parse_ome_xml
 from perf_vit.sources.slides.openslide import import_slide_library
 
 __all__ = ["open_ome_tiff"]
@@ -34,7 +34,9 @@ def _open_tiff(path: str) -> OpenArrays:
         tiff = tifffile.TiffFile(path)
         series = tiff.series[0]
         arrays = [zarr.open(series.aszarr(level=level), mode="r") for level in range(len(series.levels))]
-        found = parse_ome_xml(tiff.ome_metadata or "")
+        found = next(iter(parse_ome_xml(tiff.ome_metadata or "")), OmeImage())
         samples = {int(kind) for kind in series.keyframe.extrasamples}
         has_alpha = bool(samples & _ALPHA_SAMPLES)
-        return OpenArrays(arrays, series.axes, found.mpp_yx, found.channel_names, tiff.close, has_alpha)
+        return OpenArrays(
+            arrays, series.axes, found.mpp_yx, found.channel_names, tiff.close, has_alpha, found.objective_power
+        )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, Literal
 
 from rich.table import Table
 
@@ -42,7 +42,8 @@ def describe(
     model: str | None = None,
     window_size: int | None = None,
     mpp: float | None = None,
-    slide_mpp: float | None = None,
+    slide_mpp: float | Literal["objective"] | None = None,
+    slide_mpp_override: float | None = None,
 ) -> Description | FileDescription:
     """Describe a raster or slide and, if a model is given, the time that it would take; or see `describe_file`.
 
@@ -51,15 +52,17 @@ def describe(
         model: Run folder or checkpoint of a segmentation model, or a timm name; see `estimate_workload`.
         window_size: Size of the model's windows in pixels.
         mpp: Micrometres per pixel to read a slide at.
-        slide_mpp: Micrometres per pixel of a slide's level 0, where the file doesn't say.
+        slide_mpp: Micrometres per pixel of a slide's level 0 where the file states none, or "objective".
+        slide_mpp_override: Micrometres per pixel of a slide's level 0, whatever the file states.
 
     Raises:
         InputError: The file can't be opened.
         PerfVitError: The model can't be loaded or doesn't fit.
     """
-    if (model, window_size, mpp, slide_mpp) == (None,) * 4 and (file := describe_file(path)) is not None:
+    given = (model, window_size, mpp, slide_mpp, slide_mpp_override)
+    if all(each is None for each in given) and (file := describe_file(path)) is not None:
         return file
-    with open_source(path, mpp=mpp, slide_mpp=slide_mpp) as source:
+    with open_source(path, mpp=mpp, slide_mpp=slide_mpp, slide_mpp_override=slide_mpp_override) as source:
         work = None if model is None else estimate_workload(source, model, window_size)
         return Description(source=describe_source(source), workload=work)
 

@@ -145,10 +145,6 @@ def test_missing_pixel_size_says_how_to_give_one(tmp_path: Path) -> None:
     assert (source.size, source.mpp) == ((50, 40), 2)
 
 
-def test_a_wrong_pixel_size_is_overruled(slide: Path) -> None:
-    assert open_source(slide, slide_mpp=0.25, level=1).mpp == 0.5
-
-
 def test_pixels_that_are_not_square_become_square(tmp_path: Path) -> None:
     path = write_pyramid(tmp_path / "oblong.tif", [noise(300, 200)], mpp_xy=(0.5, 0.25))
     level, even = open_source(path, slide_mpp=(0.5, 0.25)), open_source(path, mpp=1.0)
@@ -253,7 +249,6 @@ def test_a_closed_slide_opens_again(slide: Path) -> None:
         ({"level": -1}, "level of .* must be 0 to 2"),
         ({"mpp": 1.0, "level": 1}, "mpp or level"),
         ({"mpp": 0.0}, "mpp must be above 0"),
-        ({"slide_mpp": -1.0}, "slide_mpp of .* above 0"),
         ({"bands": ["green", "infrared"]}, "red, green, blue; got 'infrared'"),
         ({"nodata": 0}, "nodata is for rasters"),
     ],
