@@ -14,6 +14,7 @@ from rasterio.warp import transform_bounds
 from perf_vit.errors import InputError, warn_once
 from perf_vit.sources import RasterSource
 from perf_vit.sources._gdal import crs_name
+from perf_vit.sources._qupath import FrameName
 from perf_vit.sources.raster import Bounds
 from perf_vit.sources.slides import SlideSource
 from perf_vit.types import Source
@@ -113,23 +114,34 @@ def check_overlap(
     )
 
 
-def check_on_slide(source: SlideSource, path: str, bounds: Bounds) -> None:
+def check_on_slide(source: SlideSource, path: str, bounds: Bounds, frame: FrameName) -> None:
     """Check that labels overlap a slide.
 
     Args:
         source: Slide, read at any resolution.
         path: Name of the labels, for errors.
         bounds: Bounds of the labels in pixels of level 0.
+        frame: Frame of these coordinates.
 
     Raises:
         InputError: They don't overlap.
     """
-    height, width = source.levels[0]
+    width, height = source.frame.size_xy(frame, source.levels[0])
     if bounds[0] < width and bounds[2] > 0 and bounds[1] < height and bounds[3] > 0:
         return
     raise InputError(
         f"labels {path} don't overlap {source.path}: they cover {span(bounds)}, the slide {width} x {height} pixels "
-        "of level 0; labels of slides are in these pixels, as QuPath exports them"
+        f"of level 0{_counted_from(source, frame)}"
+    )
+
+
+def _counted_from(source: SlideSource, frame: FrameName) -> str:
+    bounds = source.frame.bounds
+    if frame == "level 0" or source.frame.size_xy(frame, source.levels[0]) == source.levels[0][::-1]:
+        return "; labels of slides are in these pixels, as QuPath exports them"
+    return (
+        f" from the corner ({bounds.col}, {bounds.row}) of its bounds, as QuPath exports them; labels from the corner "
+        'of level 0 say so with "frame": "level 0" in their GeoJSON'
     )
 
 

@@ -61,7 +61,7 @@ def open_labels(
 
     Args:
         path: Raster of label values, or polygons (GeoJSON, GeoPackage, shapefile, GeoParquet, ...), with several layers
-            as `FILE|layername=LAYER`. Polygons on a slide are in pixels of level 0, as QuPath exports them.
+            as `FILE|layername=LAYER`. Polygons on a slide are in QuPath's coordinates, or in those that the file names.
         source: Raster or slide that the labels belong to.
         attribute: Column with class names or values of polygons ("classification" in QuPath's files); None if polygons
             are the one of two classes that isn't the background.

@@ -23,8 +23,9 @@ from perf_vit.labels._placement import (
 )
 from perf_vit.labels.classes import LabelClasses
 from perf_vit.sources import RasterSource
+from perf_vit.sources._qupath import FrameName
 from perf_vit.sources.slides import SlideSource
-from perf_vit.sources.vector_file import read_features
+from perf_vit.sources.vector_file import read_features, slide_frame
 from perf_vit.types import IGNORE_INDEX, BoolArray, LabelArray, Window
 
 __all__ = ["VectorLabels", "contain_pixel_centre", "to_pixels", "warn_of_polygons"]
@@ -135,7 +136,7 @@ class VectorLabels:
         # Parts of multipolygons are looked up separately, so distant parts are not burnt.
         parts, owners = shapely.get_parts(_mended(frame.geometry.to_numpy()), return_index=True)
         bounds = tuple(frame.total_bounds)
-        place = local_transform(source, path, bounds) if in_pixels else _to_coordinates(source)
+        place = local_transform(source, path, bounds) if in_pixels else _to_coordinates(source, slide_frame(frame))
         self._polygons = to_pixels(parts, place)
         self._codes = codes[owners]
         self._tree = shapely.STRtree(self._polygons)
@@ -229,18 +230,15 @@ def _blocks_around(window: Window) -> Iterator[Window]:
             yield Window(row * _BLOCK_PX, col * _BLOCK_PX, _BLOCK_PX, _BLOCK_PX)
 
 
-def _to_coordinates(source: RasterSource | SlideSource) -> Affine:
-    """Return the transform from a source's pixels to the coordinates of its polygons."""
-    if isinstance(source, SlideSource):
-        # Pixels of level 0, as in QuPath.
-        return Affine.scale(*source.downsample_xy)
-    return source.transform
+def _to_coordinates(source: RasterSource | SlideSource, frame: FrameName) -> Affine:
+    """Return the transform from a source's pixels to the coordinates of its polygons, of which slides have a frame."""
+    return source.frame.transform(frame) if isinstance(source, SlideSource) else source.transform
 
 
 def _read_polygons(
     path: str, source: RasterSource | SlideSource, attribute: str | None, *, required: bool, in_pixels: bool
 ) -> Any:
-    """Read polygons and their attribute, in the source's CRS or in pixels of a slide's level 0."""
+    """Read polygons and their attribute, in the source's CRS or in the frame of a slide that the file is in."""
     frame = read_features(path, attribute)
     if not isinstance(source, SlideSource) and not in_pixels:
         check_both_have_crs(source, path, frame.crs)
@@ -254,7 +252,7 @@ def _read_polygons(
         return frame
     _warn_of_flat(frame, path)
     if isinstance(source, SlideSource):
-        check_on_slide(source, path, tuple(frame.total_bounds))
+        check_on_slide(source, path, tuple(frame.total_bounds), slide_frame(frame))
         return frame
     if in_pixels:
         check_on_pixels(source, path, tuple(frame.total_bounds))

@@ -28,6 +28,7 @@ __all__ = [
     "find_reader",
     "fingerprint",
     "image_suffixes",
+    "is_asap",
     "is_by_product",
     "is_image_name",
     "is_item_list",
@@ -58,6 +59,8 @@ PARQUET_SUFFIXES = frozenset({".geoparquet", ".parquet"})
 """Suffixes of GeoParquet."""
 
 _VECTOR_SUFFIXES = PARQUET_SUFFIXES | {".fgb", ".geojson", ".geojsonl", ".gml", ".gpkg", ".json", ".kml", ".shp"}
+
+_HEAD_BYTES = 4096
 
 _BY_PRODUCTS = frozenset({"thumbs.db", "desktop.ini", "ehthumbs.db", "__macosx", "@eadir", "$recycle.bin"})
 
@@ -119,9 +122,18 @@ def split_layer(name: str) -> tuple[str, str | None]:
     return (path, layer) if mark and not os.path.exists(name) else (name, None)
 
 
+def is_asap(path: str) -> bool:
+    """Return whether a file is XML of ASAP, by its suffix and first lines."""
+    if not path.lower().endswith(".xml") or not os.path.isfile(path):
+        return False
+    with open(path, "rb") as file:
+        return b"<ASAP_Annotations" in file.read(_HEAD_BYTES)
+
+
 def is_vector_name(path: str) -> bool:
-    """Return whether a file has the suffix of a vector format."""
-    return Path(split_layer(path)[0]).suffix.lower() in _VECTOR_SUFFIXES
+    """Return whether a file has the suffix of a vector format; XML of ASAP is known by its first lines."""
+    file = split_layer(path)[0]
+    return Path(file).suffix.lower() in _VECTOR_SUFFIXES or is_asap(file)
 
 
 def is_by_product(name: str) -> bool:

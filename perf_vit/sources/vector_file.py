@@ -19,17 +19,21 @@ import shapely
 from pyogrio.errors import DataLayerError, DataSourceError
 
 from perf_vit.errors import DataWarning, InputError, reason_line
+from perf_vit.sources._asap import read_asap
 from perf_vit.sources._gdal import reason_of
-from perf_vit.sources.files import PARQUET_SUFFIXES, split_layer
+from perf_vit.sources._qupath import FrameName, class_name, is_qupath, read_qupath
+from perf_vit.sources.files import PARQUET_SUFFIXES, is_asap, split_layer
 
 __all__ = [
     "chosen_layer",
     "hashable_value",
     "layer_name",
     "opens_as_vector",
+    "read_annotations",
     "read_columns",
     "read_features",
     "reading_path",
+    "slide_frame",
     "writing_path",
 ]
 
@@ -91,12 +95,13 @@ def opens_as_vector(path: str) -> bool:
         return False
 
 
-def read_features(path: str, attribute: str | None) -> Any:
+def read_features(path: str, attribute: str | None, *, required: bool = True) -> Any:
     """Read the geometries of a layer of a vector file and one of its columns, as geopandas frame.
 
     Args:
         path: Vector file; with several layers as `FILE|layername=LAYER`.
         attribute: Column to read; not required for a file without features.
+        required: Whether the column must be there; otherwise a missing one is None for all features.
 
     Raises:
         InputError: The file can't be read, has several layers and none is given, or lacks the layer or column.
@@ -105,15 +110,40 @@ def read_features(path: str, attribute: str | None) -> Any:
         with warnings.catch_warnings():
             # The error below reports damaged files once.
             warnings.simplefilter("ignore", RuntimeWarning)
-            frame = _read(path, attribute)
+            frame = _read(path, attribute, required=required)
     except (DataSourceError, DataLayerError) as error:
         # GDAL appends advice for programmers.
         reason = reason_of(error).split("; It might")[0]
         hint = "; COCO files label objects, for detectors" if path.lower().endswith(".json") else ""
         raise InputError(f"can't open {path} as a vector file: {reason}{hint}") from error
+    if attribute is not None and attribute not in frame and not required:
+        frame[attribute] = None
     if attribute is not None and attribute in frame:
-        frame[attribute] = frame[attribute].map(_class_name)
-    return _without_shapeless(frame, path)
+        frame[attribute] = frame[attribute].map(lambda value: hashable_value(class_name(value))).astype(object)
+    return _areas_of(_without_shapeless(frame, path), path)
+
+
+def read_annotations(path: str) -> Any:
+    """Read a file of QuPath or ASAP with all columns, as geopandas frame; None for other files.
+
+    `attrs["frame"]` of the frame is the `FrameName` of the coordinates.
+
+    Raises:
+        InputError: The file can't be read.
+    """
+    if is_qupath(path):
+        return read_qupath(path)
+    return read_asap(path) if is_asap(path) else None
+
+
+def _columns_of(frame: Any) -> list[str]:
+    return [str(name) for name in frame.columns if name != frame.geometry.name]
+
+
+def slide_frame(frame: Any) -> FrameName:
+    """Return the frame of the coordinates of `read_features` on a slide; QuPath's, unless the file says otherwise."""
+    found: FrameName = frame.attrs.get("frame", "QuPath")
+    return found
 
 
 def read_columns(path: str) -> list[str]:
@@ -123,6 +153,8 @@ def read_columns(path: str) -> list[str]:
         InputError: The file can't be read, or has several layers and none is given.
     """
     file, layer = split_layer(path)
+    if (frame := read_annotations(file)) is not None:
+        return _columns_of(frame)
     try:
         with reading_path(file) as found:
             if Path(file).suffix.lower() in PARQUET_SUFFIXES:
@@ -138,20 +170,23 @@ def read_columns(path: str) -> list[str]:
         raise InputError(f"can't open {path} as a vector file: {reason_line(error)}") from error
 
 
-def _read(path: str, attribute: str | None) -> Any:
+def _read(path: str, attribute: str | None, *, required: bool) -> Any:
     file, layer = split_layer(path)
+    if (frame := read_annotations(file)) is not None:
+        wanted = _column(path, _columns_of(frame), len(frame), attribute, required)
+        return frame[[*wanted, frame.geometry.name]]
     if Path(file).suffix.lower() in PARQUET_SUFFIXES:
-        return _read_parquet(path, attribute)
+        return _read_parquet(path, attribute, required=required)
     with reading_path(file) as found:
         layers = [str(name) for name, kind in pyogrio.list_layers(found) if kind is not None]
         layer = chosen_layer(file, layers, layer)
         info = pyogrio.read_info(found, layer=layer, force_feature_count=True)
-        wanted = _column(path, info["fields"].tolist(), info["features"], attribute)
+        wanted = _column(path, info["fields"].tolist(), info["features"], attribute, required)
         # Invalid rings shouldn't prevent reading the rest.
         return gpd.read_file(found, layer=layer, engine="pyogrio", columns=wanted, on_invalid="ignore")
 
 
-def _read_parquet(path: str, attribute: str | None) -> Any:
+def _read_parquet(path: str, attribute: str | None, *, required: bool) -> Any:
     try:
         with reading_path(path) as found:
             file = pyarrow.parquet.read_metadata(found)
@@ -160,7 +195,7 @@ def _read_parquet(path: str, attribute: str | None) -> Any:
                 raise InputError(f"{path} is a Parquet file without geometries; write it as GeoParquet")
             geometry = json.loads(geo)["primary_column"]
             fields = [name for name in file.schema.to_arrow_schema().names if name != geometry]
-            wanted = _column(path, fields, file.num_rows, attribute)
+            wanted = _column(path, fields, file.num_rows, attribute, required)
             return gpd.read_parquet(found, columns=[*wanted, geometry]).reset_index(drop=True)
     except (OSError, KeyError, ValueError) as error:
         if isinstance(error, InputError):
@@ -168,10 +203,12 @@ def _read_parquet(path: str, attribute: str | None) -> Any:
         raise InputError(f"can't open {path} as GeoParquet: {reason_line(error)}") from error
 
 
-def _column(path: str, columns: list[str], num_features: int, attribute: str | None) -> list[str]:
+def _column(path: str, columns: list[str], num_features: int, attribute: str | None, required: bool) -> list[str]:
     """Return the columns to read, i.e. the attribute, if any."""
     if attribute is None or num_features == 0:
         # A GeoJSON file without features has no columns.
+        return []
+    if attribute not in columns and not required:
         return []
     if attribute not in columns:
         raise InputError(f"attribute {attribute!r} is not a column of {path}; columns: {', '.join(columns) or '-'}")
@@ -190,6 +227,28 @@ def chosen_layer(file: str, layers: list[str], layer: str | None) -> str:
     return layers[0]
 
 
+def _areas_of(frame: Any, path: str) -> Any:
+    """Reduce collections to their polygons, and leave out points and lines of viewers' files, which hold both."""
+    shapes = frame.geometry.to_numpy().copy()
+    mixed = np.flatnonzero(shapely.get_type_id(shapes) == shapely.GeometryType.GEOMETRYCOLLECTION)
+    for index in mixed.tolist():
+        parts = shapely.get_parts(shapely.get_parts(shapes[index]))
+        polygons = parts[shapely.get_type_id(parts) == shapely.GeometryType.POLYGON]
+        shapes[index] = shapely.multipolygons(polygons) if len(polygons) else shapes[index]
+    areas = np.isin(shapely.get_type_id(shapes), (shapely.GeometryType.POLYGON, shapely.GeometryType.MULTIPOLYGON))
+    if len(mixed):
+        frame = frame.set_geometry(gpd.GeoSeries(shapes, index=frame.index, crs=frame.crs))
+    if areas.all() or not areas.any() or "frame" not in frame.attrs:
+        return frame
+    warnings.warn(
+        f"{(~areas).sum()} of {len(areas)} objects of {path} are points or lines and are left out, the first is "
+        f"number {frame.index[int(np.argmin(areas))] + 1}",
+        DataWarning,
+        stacklevel=4,
+    )
+    return frame[areas]
+
+
 def _without_shapeless(frame: Any, path: str) -> Any:
     """Remove features without usable geometry, such as null geometries and outlines with too few points."""
     shapeless = np.array(frame.geometry.isna() | frame.geometry.is_empty)
@@ -204,18 +263,6 @@ def _without_shapeless(frame: Any, path: str) -> Any:
         stacklevel=4,
     )
     return frame[~shapeless]
-
-
-def _class_name(value: Any) -> Any:
-    """Return the name in a value like {"name": "Tumor", "color": [200, 0, 0]}, QuPath's classification."""
-    found = value
-    # Whether a JSON object comes as text depends on the version of pyogrio.
-    if isinstance(value, str) and value.startswith("{"):
-        try:
-            found = json.loads(value)
-        except ValueError:
-            return value
-    return hashable_value(found.get("name", value) if isinstance(found, dict) else value)
 
 
 def hashable_value(value: Any) -> Any:

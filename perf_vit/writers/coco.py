@@ -13,6 +13,7 @@ import shapely
 
 from perf_vit.files import write_text
 from perf_vit.labels.objects import ImageRecord, ObjectIndex, default_category_ids
+from perf_vit.sources.slides.frame import SlideFrame
 from perf_vit.text import to_json
 from perf_vit.writers._objects import ObjectTable
 
@@ -22,7 +23,14 @@ _DECIMALS = 3
 
 
 def write_coco(
-    path: Path, table: ObjectTable, category_ids: Sequence[int], *, name: str, height: int, width: int
+    path: Path,
+    table: ObjectTable,
+    category_ids: Sequence[int],
+    *,
+    name: str,
+    height: int,
+    width: int,
+    frame: SlideFrame | None = None,
 ) -> None:
     """Write objects as a COCO data set of one image.
 
@@ -35,8 +43,12 @@ def write_coco(
         name: Name of the image.
         height: Image height in pixels.
         width: Image width in pixels.
+        frame: Coordinates of a slide; the image then holds the factors and shifts from its pixels to QuPath.
     """
-    image = {"id": 1, "file_name": name, "height": height, "width": width}
+    image: dict[str, Any] = {"id": 1, "file_name": name, "height": height, "width": width}
+    if frame is not None:
+        place = frame.to_qupath
+        image["to_qupath"] = {"scale_xy": [place.a, place.e], "shift_xy": [place.c, place.f]}
     categories = [{"id": id_, "name": name} for id_, name in zip(category_ids, table.class_names, strict=True)]
     with path.open("w", encoding="utf-8") as file:
         file.write(f'{{"images": [{to_json(image)}],\n"categories": {to_json(categories)},\n"annotations": [')

@@ -1,4 +1,4 @@
-"""Objects as tables with a CRS: GeoPackage, GeoParquet, GeoJSON; QuPath GeoJSON, in pixels of a slide's level 0."""
+"""Objects as tables with a CRS: GeoPackage, GeoParquet, GeoJSON; QuPath GeoJSON, in the coordinates of QuPath."""
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ from pyogrio.errors import DataLayerError, DataSourceError, FeatureError
 
 from perf_vit.plotting import default_colormap
 from perf_vit.plotting.colors import on_light_color
+from perf_vit.sources.slides.frame import SlideFrame
 from perf_vit.sources.vector_file import layer_name, writing_path
 from perf_vit.text import to_json
 from perf_vit.writers._objects import ObjectTable
@@ -110,7 +111,7 @@ _DECIMALS = 2
 
 
 def write_qupath(
-    path: Path, table: ObjectTable, *, object_type: str, scale: Affine, background: int | None = None
+    path: Path, table: ObjectTable, *, object_type: str, frame: SlideFrame | None, background: int | None = None
 ) -> None:
     """Write a FeatureCollection, feature by feature.
 
@@ -118,14 +119,16 @@ def write_qupath(
         path: Output file.
         table: Objects.
         object_type: "detection" or "annotation".
-        scale: Transform from source pixels to pixels of level 0.
+        frame: Coordinates of the slide, which the file names; None for rasters, whose pixels are written.
         background: Index of the background class; None for none.
     """
     colors = default_colormap(len(table.class_names), background)
     classes = [{"name": name, "color": on_light_color(colors[index])} for index, name in enumerate(table.class_names)]
+    place = Affine.identity() if frame is None else frame.to_qupath
+    named = "" if frame is None else to_json(frame.described())[1:-1] + ", "
     with path.open("w", encoding="utf-8") as file:
-        file.write('{"type": "FeatureCollection", "features": [')
-        for index, polygon in enumerate(table.placed(scale)):
+        file.write(f'{{"type": "FeatureCollection", {named}"features": [')
+        for index, polygon in enumerate(table.placed(place)):
             properties: dict[str, Any] = {
                 "objectType": object_type,
                 "classification": classes[table.labels[index]],

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 import numpy as np
-from affine import Affine
 from pyproj import Transformer
 from pyproj.exceptions import CRSError, ProjError
 
@@ -53,7 +52,7 @@ def write_objects(
     - `.geojson`: longitude and latitude (EPSG:4326), as RFC 7946 requires; QuPath's GeoJSON for a source without CRS.
     - `.json`: COCO, in source pixels: a data set of one image; with `image_id`, a list of results for
       `pycocotools.coco.COCO.loadRes`.
-    - `format="qupath"`: QuPath's GeoJSON, in pixels of the slide's level 0.
+    - `format="qupath"`: QuPath's GeoJSON, in pixels of the slide's level 0 from the corner of its bounds.
 
     The file appears when it is complete. It is byte-reproducible with the same versions of the libraries.
 
@@ -88,7 +87,8 @@ def write_objects(
                 ids = category_ids or default_category_ids(len(table.class_names))
                 _write_coco(made, table, ids, source, image_id)
             elif chosen == "qupath":
-                write_qupath(made, table, object_type=object_type, scale=_to_level0(source), background=background)
+                frame = source.frame if isinstance(source, SlideSource) else None
+                write_qupath(made, table, object_type=object_type, frame=frame, background=background)
             else:
                 write_gis(made, table, chosen, layer=target.stem, crs=source.crs, transform=source.transform)
         except OSError as error:
@@ -101,7 +101,8 @@ def _write_coco(
 ) -> None:
     if image_id is None:
         name = Path(source.path).name
-        write_coco(path, table, category_ids, name=name, height=source.height, width=source.width)
+        frame = source.frame if isinstance(source, SlideSource) else None
+        write_coco(path, table, category_ids, name=name, height=source.height, width=source.width, frame=frame)
     else:
         write_coco_results(path, table, category_ids, image_id=image_id)
 
@@ -143,10 +144,6 @@ def _has_longitudes(source: Source) -> bool:
     except (CRSError, ProjError):
         return False
     return bool(np.isfinite(placed).all(axis=0).any())
-
-
-def _to_level0(source: Source) -> Affine:
-    return Affine.scale(*source.downsample_xy) if isinstance(source, SlideSource) else Affine.identity()
 
 
 def _format_of(path: Path, source: Source) -> VectorFormat:

@@ -132,6 +132,10 @@ QUPATH = {
     "additionalProperties": False,
     "properties": {
         "type": {"const": "FeatureCollection"},
+        # Members of our own, which RFC 7946 allows and readers pass over.
+        "frame": {"const": "QuPath"},
+        "frame_unit": {"const": "pixel of level 0"},
+        "frame_origin_level0_px": {"type": "array", "items": {"type": "integer"}, "minItems": 2, "maxItems": 2},
         "features": {
             "type": "array",
             "items": {

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import shapely
+from affine import Affine
 
 from perf_vit.errors import DataWarning, InputError
 from perf_vit.geometry.boxes import box_areas
@@ -215,6 +216,7 @@ def _measured(image: RawImage, open_input: OpenInput) -> tuple[int, int]:
     source = open_input(image.path)
     source.close()
     labelled = source.levels[0] if isinstance(source, SlideSource) else source.size
+    _place_in_level0(image, source)
     if image.size is not None and min(image.size) > 0 and image.size != labelled:
         raise InputError(
             f"{image.labels} describes an image of {image.size[0]} x {image.size[1]} px, {image.path} has "
@@ -227,14 +229,26 @@ def _measured(image: RawImage, open_input: OpenInput) -> tuple[int, int]:
             f"{image.labels} holds a mask of {height} x {width} px for {image.path}, which has {labelled[0]} x "
             f"{labelled[1]}; make masks of the size of the image"
         )
-    if isinstance(source, SlideSource) and source.downsample_xy != (1, 1):
+    if isinstance(source, SlideSource) and not source.frame.to_level0.is_identity:
         if image.masks is not None or any(isinstance(item.outline, Rle) for item in image.objects):
             raise InputError(
                 f"{image.labels} holds masks of the pixels of {image.path}, which can't be read at another mpp; give "
                 "polygons, or leave data.mpp out"
             )
-        image.objects = [_reduced(item, source.downsample_xy) for item in image.objects]
+        image.objects = [_placed(item, source.frame.to_level0) for item in image.objects]
     return source.size
+
+
+def _place_in_level0(image: RawImage, source: Source) -> None:
+    """Move objects of a picture of a slide's bounds, which QuPath exports, to level 0."""
+    if not isinstance(source, SlideSource):
+        return
+    bounds, level0 = source.frame.bounds, source.levels[0]
+    if image.size != bounds.shape or bounds.shape == level0 or image.masks is not None:
+        return
+    if not any(isinstance(item.outline, Rle) for item in image.objects):
+        image.objects = [_placed(item, Affine.translation(-bounds.col, -bounds.row)) for item in image.objects]
+        image.size = level0
 
 
 def _turned(source: Source) -> str:
@@ -242,14 +256,15 @@ def _turned(source: Source) -> str:
     return f" as viewers show it (EXIF orientation {orientation})" if orientation > 1 else ""
 
 
-def _reduced(item: RawObject, downsample_xy: tuple[float, float]) -> RawObject:
-    """Scale an object from pixels of level 0 to those of a lower resolution."""
-    scale = 1 / np.array(downsample_xy)
+def _placed(item: RawObject, place: Affine) -> RawObject:
+    """Return an object in pixels of a slide, given the transform from these to the object's coordinates."""
+    scale, shift = 1 / np.array([place.a, place.e]), np.array([place.c, place.f])
+    box = None if item.box is None else ((np.reshape(item.box, (2, 2)) - shift) * scale).ravel().tolist()
     return replace(
         item,
-        box=None if item.box is None else (np.asarray(item.box, np.float64) * np.tile(scale, 2)).tolist(),
-        corners=None if item.corners is None else item.corners * scale,
-        outline=None if item.outline is None else shapely.transform(item.outline, lambda xy: xy * scale),
+        box=box,
+        corners=None if item.corners is None else (item.corners - shift) * scale,
+        outline=None if item.outline is None else shapely.transform(item.outline, lambda xy: (xy - shift) * scale),
     )
 
 

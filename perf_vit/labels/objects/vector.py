@@ -18,7 +18,8 @@ from perf_vit.labels.objects.records import LabelOptions, RawImage, RawLabels, R
 from perf_vit.labels.vector import to_pixels
 from perf_vit.sources import files_below, is_vector_name, open_source, split_layer
 from perf_vit.sources._gdal import check_exists, crs_name
-from perf_vit.sources.vector_file import read_features
+from perf_vit.sources.slides import SlideSource
+from perf_vit.sources.vector_file import read_features, slide_frame
 from perf_vit.types import Source
 
 __all__ = ["PolygonFile", "read_polygons"]
@@ -49,7 +50,7 @@ class PolygonFile:
             raise InputError(
                 f"{self.path} holds {', '.join(other)}; objects must be polygons (buffer lines and points first)"
             )
-        self._geometry = frame.geometry
+        self._geometry, self._frame = frame.geometry, slide_frame(frame)
         self.numbers = np.asarray(frame.index.to_numpy() + 1, np.int64)
         self.values: npt.NDArray[Any] | None = None
         if attribute is not None:
@@ -69,11 +70,14 @@ class PolygonFile:
         """Return polygons and multipolygons in pixels of a source, [n], including those outside of it.
 
         On a source without CRS, coordinates are those of its world file if the polygons lie on it there, else pixels,
-        whatever CRS the file has. A polygon outside of the domain of the source's CRS becomes empty.
+        whatever CRS the file has; on a slide they are in the frame of the file. A polygon outside of the domain of the
+        source's CRS becomes empty.
 
         Raises:
             InputError: The source has a CRS, but the file has none.
         """
+        if isinstance(source, SlideSource):
+            return source.frame.in_source(shapely.force_2d(self._geometry.to_numpy()), self._frame)
         if source.crs is None:
             geometries: npt.NDArray[Any] = shapely.force_2d(self._geometry.to_numpy())
             place = local_transform(source, self.path, tuple(self._geometry.total_bounds))

@@ -73,6 +73,7 @@ class OpenSlideReader(PyramidReader):
         self.levels = _levels(slide.level_dimensions)
         self.mpp_yx = _mpp_yx(slide.properties)
         self.objective_power = _number(slide.properties, "openslide.objective-power")
+        self.bounds = _bounds(slide.properties, self.levels[0])
 
     def read(self, level: int, window: Window) -> tuple[npt.NDArray[Any], BoolArray]:
         """Read pixels [3, h, w], white where not scanned, and a mask of scanned pixels, [1, h, w].
@@ -168,6 +169,19 @@ def _number(properties: Any, name: str) -> float | None:
     except (KeyError, ValueError):
         return None
     return number if number > 0 else None
+
+
+def _bounds(properties: Any, full: Level) -> Window | None:
+    """Return the scanned area, which QuPath shows; None if the file gives none, or all of level 0."""
+    try:
+        row, col, height, width = (
+            int(properties[f"openslide.bounds-{side}"]) for side in ("y", "x", "height", "width")
+        )
+    except (KeyError, ValueError):
+        return None
+    whole = Window(0, 0, full.height, full.width)
+    bounds = Window(row, col, height, width).intersect(whole)
+    return None if bounds == whole else bounds
 
 
 def _reason(error: Exception) -> str:

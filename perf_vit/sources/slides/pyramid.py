@@ -12,6 +12,7 @@ import numpy as np
 import numpy.typing as npt
 from scipy.sparse import csr_array
 
+from perf_vit.sources.slides.frame import inside_bounds
 from perf_vit.types import BoolArray, Window
 
 __all__ = [
@@ -57,6 +58,7 @@ class PyramidReader(ABC):
         band_names: Name of each band.
         alpha: Index of the opacity band, or None; it is read only on request.
         fill: Value of missing pixels.
+        bounds: Scanned area in pixels of level 0, outside of which nothing is valid; None for all of it.
         format: Name of the format, such as "aperio".
     """
 
@@ -67,6 +69,7 @@ class PyramidReader(ABC):
     band_names: tuple[str, ...]
     alpha: int | None = None
     fill: int = 0
+    bounds: Window | None = None
     format: str = "unknown"
 
     @abstractmethod
@@ -187,7 +190,13 @@ def _read_bands(
     # An alpha band that is read as data is not a mask.
     if reader.alpha is not None and reader.alpha not in bands:
         mask = mask & (pixels[reader.alpha] > 0)
-    return pixels[list(bands)], mask
+    pixels = pixels[list(bands)]
+    if reader.bounds is None:
+        return pixels, mask
+    inside = inside_bounds(reader.bounds, reader.levels[level].downsample_yx, window)
+    if inside is None:
+        return pixels, mask
+    return np.where(inside, pixels, np.array(reader.fill, pixels.dtype)), mask & inside
 
 
 def _read_halves(

@@ -13,6 +13,7 @@ from affine import Affine
 from perf_vit.errors import InputError
 from perf_vit.sources._bands import warn_of_alpha
 from perf_vit.sources.base import BaseSource
+from perf_vit.sources.slides.frame import SlideFrame
 from perf_vit.sources.slides.pyramid import LevelGrid, PyramidReader, finest_enough, grid_at, grid_of_level, read_grid
 from perf_vit.sources.slides.scale import SlideMpp, choose_mpp, unknown_mpp
 from perf_vit.sources.slides.tissue import TissueMask, open_tissue
@@ -34,7 +35,7 @@ class SlideSource(BaseSource):
         slide_mpp: Micrometres per pixel of level 0, (x, y) or "objective", for a file that states none.
         slide_mpp_override: Micrometres per pixel of level 0, or (x, y), which replaces that of the file.
         bands: Names or 1-based numbers of the channels to read, in this order; None for all but alpha.
-        tissue: "otsu", or a GeoJSON file of polygons in pixels of level 0; other pixels are invalid.
+        tissue: "otsu", or a file of outlines in QuPath's coordinates; other pixels are invalid.
 
     Attributes:
         path: Path as given.
@@ -46,6 +47,7 @@ class SlideSource(BaseSource):
         mpp: Micrometres per pixel at the resolution read, the geometric mean for non-square pixels; None if unknown.
         slide_mpp: Micrometres per pixel of level 0 (x, y); None if unknown.
         downsample_xy: Width and height of a pixel of this source, in pixels of level 0.
+        frame: Transforms from pixels of this source to level 0, QuPath's coordinates and micrometres.
         transform: The identity.
         format: Format of the file, such as "aperio".
         levels: Size (height, width) of each level in the file, finest first.
@@ -85,6 +87,8 @@ class SlideSource(BaseSource):
         down_y, down_x = reader.levels[self._grid.level].downsample_yx
         self.downsample_xy = (self._grid.step_yx[1] * down_x, self._grid.step_yx[0] * down_y)
         self.mpp = None if mpp_yx is None else math.sqrt(math.prod(mpp_yx) * math.prod(self.downsample_xy))
+        bounds = reader.bounds or Window(0, 0, *self.levels[0])
+        self.frame = SlideFrame(Affine.scale(*self.downsample_xy), bounds, self.slide_mpp)
         self.height, self.width = self._grid.height, self._grid.width
         self.dtype = reader.dtype
         self._indices = _choose_bands(path, reader, bands)

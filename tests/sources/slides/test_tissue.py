@@ -128,8 +128,10 @@ def test_outlines_are_in_pixels_of_level_0(slide: Path, outlines, content: objec
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ("{not json", "is not GeoJSON"),
-        ({"kind": "FeatureCollection"}, "is not GeoJSON"),
+        ("{not json", "as a vector file"),
+        ("[not json", "is not GeoJSON"),
+        ({"kind": "FeatureCollection"}, "as a vector file"),
+        ([{"kind": "FeatureCollection"}], "is not GeoJSON: expected features"),
         ({"type": "FeatureCollection", "features": []}, "holds no polygons"),
         ({"type": "Point", "coordinates": [1, 2]}, "holds no polygons"),
     ],
