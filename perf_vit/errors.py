@@ -15,6 +15,7 @@ __all__ = [
     "DataWarning",
     "InputError",
     "MissingPackageError",
+    "NotFiniteError",
     "OptionError",
     "OutputError",
     "PerfVitError",
@@ -44,6 +45,10 @@ class DataWarning(UserWarning):
 
 class InputError(PerfVitError):
     """Image or label file that can't be read or is inconsistent with others."""
+
+
+class NotFiniteError(InputError):
+    """Values computed from an input that are infinite or not a number."""
 
 
 class DamagedDataError(InputError):

@@ -17,6 +17,7 @@ LEVELS = {
     # Above errors, which they raise, and below all else.
     "config": 1,
     "files": 1,
+    "finite": 1,
     "ops": 1,
     "tiling": 1,
     "distributed": 1,

@@ -17,6 +17,9 @@ __all__ = ["say_prediction"]
 # Names of files next to an output by their suffix; others are polygons.
 _BESIDE = {".html": "report", ".png": "quicklook", ".qml": "QGIS style", ".xml": "class names"}
 
+# Failed inputs that are named; the table has them all.
+_NUM_FAILED = 10
+
 _THERE = ", there already with this input, model and settings; --overwrite makes it again"
 
 
@@ -64,10 +67,19 @@ def _say_table(task: str, found: JobResult, output: Path) -> None:
     left_out = f", {len(found.failed)} could not be read" if found.failed else ""
     noun = "slides" if task == "slide_classification" else "images"
     say(f"{found.num_rows:,} {noun}{left_out}: {output}")
+    _say_failed(dict(found.failed or {}))
     if task == "slide_classification":
         say(f"attention: {attention_folder(output)}")
     if (page := output.with_suffix(".html")) in found.beside:
         say(f"report: {page}")
+
+
+def _say_failed(failed: dict[str, str]) -> None:
+    for path, reason in list(failed.items())[:_NUM_FAILED]:
+        said = " ".join(reason.split())
+        say(f"failed: {said}" if path in said else f"failed: {path}: {said}")
+    if len(failed) > _NUM_FAILED:
+        say(f"failed: {len(failed) - _NUM_FAILED} more, see the column error of the table")
 
 
 def _say_report(found: RunReport, folder: Path) -> None:

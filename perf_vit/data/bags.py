@@ -21,9 +21,10 @@ from torch.utils.data import Dataset
 from perf_vit.data.base import shuffled_indices
 from perf_vit.errors import InputError, OutputError
 from perf_vit.files import staged
+from perf_vit.finite import check_finite
 from perf_vit.labels.tables import CsvRow, class_index, read_csv_rows
 from perf_vit.models import SlideFeatures
-from perf_vit.sources import find_named, image_name
+from perf_vit.sources import find_named, image_name, slide_members
 from perf_vit.types import Window
 
 __all__ = [
@@ -43,8 +44,10 @@ _KEY_DIGITS = 16
 class EmbeddingStore:
     """Folder of `.npz` files with the features of slides for one encoder; each file is complete or absent.
 
-    File names contain a hash of the encoder, the window options, and the name, size and modification time of the slide,
-    so features of another encoder, option or slide version are never returned.
+    File names contain a hash of the encoder, the window options and the slide: the names, sizes and modification times
+    of all its files, such as the chunks of a Zarr, the data folder of MIRAX or the files of a DICOM series. So features
+    of another encoder, option or slide version are never returned. A store looks again at the files of a slide when its
+    main file or folder changes.
 
     Args:
         folder: Folder; created with the first file.
@@ -55,18 +58,16 @@ class EmbeddingStore:
     def __init__(self, folder: str | Path, encoder_id: str, options: Mapping[str, Any]) -> None:
         self.folder = Path(folder)
         self._meaning = json.dumps([encoder_id, dict(options)], sort_keys=True)
+        self._paths: dict[tuple[str, int | None, int | None], Path] = {}
 
     def path(self, slide: str) -> Path:
         """Return the path of a slide's features, whether or not the file exists."""
-        name = Path(slide).name
-        try:
-            status = os.stat(slide)
-            identity = [name, status.st_size, status.st_mtime_ns]
-        except OSError:
-            # URLs have no modification time.
-            identity = [slide]
-        digest = hashlib.sha256(json.dumps([self._meaning, identity]).encode()).hexdigest()
-        return self.folder / f"{image_name(slide)}-{digest[:_KEY_DIGITS]}.npz"
+        stat = os.stat(slide) if os.path.exists(slide) else None
+        key = slide, stat and stat.st_size, stat and stat.st_mtime_ns
+        if key not in self._paths:
+            digest = hashlib.sha256(json.dumps([self._meaning, _identity(slide)]).encode()).hexdigest()
+            self._paths[key] = self.folder / f"{image_name(slide)}-{digest[:_KEY_DIGITS]}.npz"
+        return self._paths[key]
 
     def has(self, slide: str) -> bool:
         """Return whether a slide's features exist."""
@@ -76,7 +77,7 @@ class EmbeddingStore:
         """Read the features of a slide.
 
         Raises:
-            InputError: The features are missing or damaged.
+            InputError: The features are missing, damaged or not finite.
         """
         path = self.path(slide)
         try:
@@ -86,14 +87,18 @@ class EmbeddingStore:
             raise InputError(f"the features of {slide} are not in {self.folder}; restart the run") from error
         except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
             raise InputError(f"{path} is damaged: {error}; delete it and restart the run") from error
-        return SlideFeatures(features, tuple(Window(*rectangle) for rectangle in rectangles.tolist()))
+        windows = tuple(Window(*rectangle) for rectangle in rectangles.tolist())
+        _check_features(slide, features, windows, hint=f"delete {path} and restart the run")
+        return SlideFeatures(features, windows)
 
     def write(self, slide: str, features: FloatArray, windows: Sequence[Window]) -> None:
         """Write the features of a slide.
 
         Raises:
+            NotFiniteError: Features are infinite or not a number.
             OutputError: The folder can't be written, e.g. because the disk is full.
         """
+        _check_features(slide, features, windows)
         path = self.path(slide)
         rectangles = np.array([[w.row, w.col, w.height, w.width] for w in windows], np.int64)
         with staged(path) as folder:
@@ -102,6 +107,19 @@ class EmbeddingStore:
                     np.savez(file, features=features, windows=rectangles)
             except OSError as error:
                 raise OutputError(f"can't write {path}: {error.strerror}") from error
+
+
+def _identity(slide: str) -> list[Any]:
+    """Return what tells a slide from another version of it, as plain values."""
+    members = slide_members(slide)
+    # URLs have no files.
+    root = slide if os.path.isdir(slide) else os.path.dirname(slide)
+    stats = [(os.path.relpath(member, root), os.stat(member)) for member in members]
+    return [Path(slide).name if members else slide, *([n, s.st_size, s.st_mtime_ns] for n, s in stats)]
+
+
+def _check_features(slide: str, features: FloatArray, windows: Sequence[Window], hint: str | None = None) -> None:
+    check_finite(features, "features", lambda index: f"{slide}, window {windows[index]},", hint)
 
 
 Bag = tuple[Tensor, Tensor]

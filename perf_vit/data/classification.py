@@ -27,6 +27,7 @@ from perf_vit.data.classification_tiles import (
     ClassificationViews,
 )
 from perf_vit.data.config import SplitConfig, TileDataConfig, check_base
+from perf_vit.data.splits import check_groups_apart, read_groups, split_groups
 from perf_vit.errors import ConfigError
 from perf_vit.labels.tables import ImageTargets, read_class_folders, read_class_table, read_target_table
 from perf_vit.models import InputBands, accepts_bands, collate_tiles
@@ -65,6 +66,8 @@ class ImageDataConfig(TileDataConfig):
         train: Training images.
         val: Validation images; None for a random part of `train`.
         val_share: Fraction of the images of `train` to validate on if `val` is None.
+        group_column: CSV column with the patient, place or another group whose images all belong in the same split;
+            None if each image is a group of its own.
         image_column: CSV column with image names.
         resize: Whether to resize whole images to a tile; otherwise a tile is a crop at full resolution, random in
             training and central otherwise, and smaller images are padded.
@@ -74,6 +77,7 @@ class ImageDataConfig(TileDataConfig):
     train: ClassificationSplitConfig
     val: ClassificationSplitConfig | None = None
     val_share: float = 0.2
+    group_column: str | None = None
     image_column: str = "image"
     resize: bool = False
     tiles_per_epoch: int | None = None
@@ -205,8 +209,16 @@ def build_classification_datamodule(config: ImageDataConfig, seed: int) -> Class
 
 def _split(labelled: ImageTargets, config: ImageDataConfig, seed: int) -> tuple[ImageTargets, ImageTargets]:
     """Return the training and validation images."""
+    column = config.group_column
+    groups = None if column is None else read_groups(config.train.labels, column)
     if config.val is not None:
+        if column is not None and groups is not None:
+            check_groups_apart(groups, read_groups(config.val.labels, column), column)
         return labelled, read_image_targets(config, config.val, names=labelled.names, allow_missing=True)
+    if column is not None and groups is not None:
+        kinds = labelled.targets.astype(np.int64) if labelled.targets.ndim == 1 else None
+        parts = split_groups(groups, kinds, config.val_share, seed, column)
+        return labelled.part(parts[0]), labelled.part(parts[1])
     chosen, rest = split_off(len(labelled), config.val_share, seed, "images")
     return labelled.part(chosen), labelled.part(rest)
 

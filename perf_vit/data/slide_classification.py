@@ -12,6 +12,7 @@ from torch.utils.data import DataLoader
 from perf_vit.data.bags import EmbeddingStore, SlideBags, SlideTargets, collate_bags, read_slide_table
 from perf_vit.data.base import EpochDataModule, EpochLoader, ShareLoader
 from perf_vit.data.config import BaseDataConfig, SplitConfig, check_base
+from perf_vit.data.splits import check_groups_apart, read_groups, split_groups
 from perf_vit.errors import ConfigError
 
 __all__ = [
@@ -51,9 +52,10 @@ class SlideClassificationDataConfig(BaseDataConfig):
 
     Attributes:
         train: Training slides.
-        val: Validation slides; None for a random part of `train`, stratified by class. All slides of a patient belong
-            in the same split.
+        val: Validation slides; None for a random part of `train`, stratified by class.
         val_share: Fraction of the slides of `train` to validate on if `val` is None.
+        group_column: CSV column with the patient, or another group whose slides all belong in the same split; None if
+            each slide is a group of its own.
         classes: Class names; None for all that occur in `train`, sorted by name.
         image_column: CSV column with slide names.
         label_column: CSV column with class names.
@@ -66,12 +68,15 @@ class SlideClassificationDataConfig(BaseDataConfig):
         max_windows: Maximum number of windows of a slide in a training step, drawn again each time; None for all.
         embeddings: Folder for the windows' features, to share them between runs; None for the run folder.
         embed_batch_size: Number of windows per encoder batch.
+        on_error: "stop" to refuse training when slides can't be embedded, once all others are; or "skip" to leave them
+            out.
         batch_size: Number of slides per step.
     """
 
     train: SlideClassificationSplitConfig
     val: SlideClassificationSplitConfig | None = None
     val_share: float = 0.2
+    group_column: str | None = None
     classes: list[str] | None = None
     image_column: str = "slide"
     label_column: str = "label"
@@ -83,6 +88,7 @@ class SlideClassificationDataConfig(BaseDataConfig):
     max_windows: int | None = None
     embeddings: str | None = None
     embed_batch_size: int = 16
+    on_error: str = "stop"
     batch_size: int = 1
 
 
@@ -155,7 +161,14 @@ def read_slides(config: SlideClassificationDataConfig, seed: int) -> tuple[Slide
         common = sorted(set(train.paths) & set(val.paths))
         if common:
             raise ConfigError(f"{common[0]} is in both data.train and data.val; keep it in one of them")
+        if config.group_column is not None:
+            groups, others = (read_groups(part.labels, config.group_column) for part in (config.train, config.val))
+            check_groups_apart(groups, others, config.group_column)
         return train, val
+    if config.group_column is not None:
+        groups = read_groups(config.train.labels, config.group_column)
+        parts = split_groups(groups, train.labels, config.val_share, seed, config.group_column)
+        return train.part(parts[0]), train.part(parts[1])
     chosen = _stratified(train.labels, config.val_share, seed)
     if not chosen or len(chosen) == len(train):
         raise ConfigError(
@@ -181,6 +194,8 @@ def _check(config: SlideClassificationDataConfig) -> None:
         raise ConfigError(f"data.classes must name at least two classes, each once, got {config.classes}")
     if config.tissue not in ("otsu", None):
         raise ConfigError(f"data.tissue must be otsu or null, got {config.tissue}")
+    if config.on_error not in ("stop", "skip"):
+        raise ConfigError(f"data.on_error must be stop or skip, got {config.on_error}")
     for key in ("val_share", "min_tissue"):
         if not 0 <= getattr(config, key) <= 1:
             raise ConfigError(f"data.{key} must lie between 0 and 1, got {getattr(config, key):g}")

@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from perf_vit.finite import check_finite
 from perf_vit.inference.jobs.table_job import TableJob
 from perf_vit.inference.options import ClassificationPredictOptions
 from perf_vit.inference.predictor import register_predictor
@@ -70,8 +71,9 @@ class ClassificationPredictor(TablePredictor[Classifier, ClassificationPredictOp
         for tile in inputs.values():
             self.check_input.warn(tile.problem)
         tiles = [(tile.pixels, tile.valid) for tile in inputs.values()]
-        scores = self.scores(*collate_tiles(tiles)).tolist()
-        return {path: self._row(found) for path, found in zip(inputs, scores, strict=True)}
+        scores = self.scores(*collate_tiles(tiles))
+        check_finite(scores, "scores", list(inputs).__getitem__)
+        return {path: self._row(found) for path, found in zip(inputs, scores.tolist(), strict=True)}
 
     def picture_of(self, folder: Path, path: str) -> Callable[[], dict[str, Picture]]:
         """Draw an image for the report; see `TablePredictor.picture_of`."""

@@ -17,7 +17,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
-from perf_vit.errors import DamagedDataError, InputError
+from perf_vit.errors import DamagedDataError
 from perf_vit.types import BoolArray, GeoImage, Source, Window
 
 __all__ = [
@@ -26,7 +26,6 @@ __all__ = [
     "Reads",
     "SalvagingReader",
     "Tile",
-    "attempted",
     "in_batches",
     "load_ahead",
     "read_ahead",
@@ -94,14 +93,6 @@ def load_ahead(
             yield loaded
     finally:
         pool.shutdown(cancel_futures=True)
-
-
-def attempted(load: Callable[[Item], Loaded], item: Item) -> Loaded | InputError:
-    """Load an item, and return an error of its input instead of raising it, which would end `load_ahead`."""
-    try:
-        return load(item)
-    except InputError as error:
-        return error
 
 
 def read_ahead(

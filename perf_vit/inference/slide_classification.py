@@ -8,6 +8,7 @@ import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import matplotlib
@@ -16,7 +17,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from perf_vit.errors import InputError
+from perf_vit.finite import check_finite
 from perf_vit.inference.jobs.table_job import TableJob
 from perf_vit.inference.options import SlideClassificationPredictOptions, move_to_device
 from perf_vit.inference.predictor import OnProgress, ignore_progress, register_predictor
@@ -69,6 +70,7 @@ def embed_windows(
 
     Raises:
         InputError: a window can't be read.
+        NotFiniteError: Features are infinite or not a number.
     """
     device = torch.device(device)
     autocast = torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32)
@@ -79,11 +81,17 @@ def embed_windows(
     with closing(tiles):
         for batch in _batches(tiles, batch_size):
             with torch.inference_mode(), autocast:
-                features = _encoded(encode, batch, device)
-            found.append(features.float().cpu().numpy())
+                features = _encoded(encode, batch, device).float().cpu().numpy()
+            batch_windows = windows[done : done + len(batch)]
+            check_finite(features, "features", partial(_place, source, batch_windows))
+            found.append(features)
             done += len(batch)
             on_progress(done, len(windows))
     return np.concatenate(found)
+
+
+def _place(source: Reads, windows: Sequence[Window], index: int) -> str:
+    return f"{getattr(source, 'path', 'the source')}, window {windows[index]},"
 
 
 def _batches(tiles: Iterator[Tile], batch_size: int) -> Iterator[list[Tile]]:
@@ -197,13 +205,7 @@ class SlideClassificationPredictor(TablePredictor[SlideClassifier, SlideClassifi
 
     def rows(self, folder: Path, inputs: Mapping[str, tuple[Window, ...]]) -> Rows:
         """Compute the rows of some slides; their attention goes into the folder. See `TablePredictor.rows`."""
-        rows: dict[str, list[str] | InputError] = {}
-        for path, windows in inputs.items():
-            try:
-                rows[path] = self._row(path, windows, folder / _ATTENTION)
-            except InputError as error:
-                rows[path] = error
-        return rows
+        return {path: self._row(path, windows, folder / _ATTENTION) for path, windows in inputs.items()}
 
     def embed(
         self, path: str, on_window: OnProgress = ignore_progress, windows: Sequence[Window] | None = None
@@ -235,12 +237,18 @@ class SlideClassificationPredictor(TablePredictor[SlideClassifier, SlideClassifi
         return SlideFeatures(features, tuple(windows))
 
     def classify(self, found: SlideFeatures) -> tuple[FloatArray, FloatArray]:
-        """Probabilities [K] of a slide and the attention [N] of its windows."""
+        """Probabilities [K] of a slide and the attention [N] of its windows.
+
+        Raises:
+            NotFiniteError: They are infinite or not a number.
+        """
         device = torch.device(self.ready())
         bag = torch.from_numpy(found.features)[None].to(device)
         with torch.inference_mode():
             logits, attention = self.model(bag, torch.ones(bag.shape[:2], dtype=torch.bool, device=device))
-        return logits[0].float().softmax(0).cpu().numpy(), attention[0].cpu().numpy()
+        probabilities = logits.float().softmax(1).cpu().numpy()
+        check_finite(probabilities, "probabilities", lambda _: "the slide")
+        return probabilities[0], attention[0].float().cpu().numpy()
 
     @property
     def columns(self) -> list[str]:

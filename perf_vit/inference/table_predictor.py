@@ -12,12 +12,19 @@ from typing import Any, ClassVar, TypeVar
 
 from torch import nn
 
-from perf_vit.errors import InputError
+from perf_vit.errors import (
+    CheckpointError,
+    InputError,
+    MissingPackageError,
+    OptionError,
+    OutputError,
+    reason_line,
+)
 from perf_vit.inference.jobs import JobResult
-from perf_vit.inference.jobs.table_job import RowLog, TableJob, write_table
+from perf_vit.inference.jobs.table_job import GrowingTable, RowLog, TableJob, write_table
 from perf_vit.inference.options import PredictOptions
 from perf_vit.inference.predictor import OnProgress, Predictor, ignore_progress
-from perf_vit.inference.prefetch import attempted, load_ahead
+from perf_vit.inference.prefetch import load_ahead
 from perf_vit.inference.ray import RayPool
 from perf_vit.plotting.pictures import Picture
 from perf_vit.reporting.outputs import write_table_report
@@ -27,16 +34,21 @@ __all__ = ["TablePredictor"]
 
 Model = TypeVar("Model", bound=nn.Module)
 Options = TypeVar("Options", bound=PredictOptions)
+Result = TypeVar("Result")
 
 Rows = Mapping[str, list[str] | InputError]
 """The row of each input, or why it can't be read."""
+
+
+# Of no single input: a full disk, a device that isn't there.
+_FAULTS_OF_THE_RUN = (OutputError, OptionError, CheckpointError, MissingPackageError)
 
 
 class TablePredictor(Predictor[Model, Options]):
     """Writes a CSV file with a row an input.
 
     Threads read inputs ahead of the model. Rows go into the folder `OUT.partial` as they come, where an interrupted
-    call goes on.
+    call goes on, and every few seconds into the table itself, where they can be looked at.
     """
 
     noun: ClassVar[str] = "images"
@@ -68,11 +80,7 @@ class TablePredictor(Predictor[Model, Options]):
             if journal is None:
                 return JobResult(made=False, out=job.out, beside=tuple(path for path in job.beside if path.exists()))
             log, failed = RowLog(job, journal.folder), dict[str, str]()
-            todo = [path for path in paths if path not in log.rows]
-            with closing(self._computed(todo, journal.folder.absolute(), pool)) as batches:
-                for rows in batches:
-                    failed |= self._noted(rows, log)
-                    on_progress(len(log.rows) + len(failed), len(paths))
+            self._fill(job, log, failed, journal.folder.absolute(), on_progress, pool)
             if not log.rows:
                 raise InputError(
                     f"none of {len(paths)} {self.noun} could be read, the first: {next(iter(failed.values()))}"
@@ -84,6 +92,35 @@ class TablePredictor(Predictor[Model, Options]):
             job.finish(journal, made, num_damaged=len(failed))
         beside = tuple(path for path in job.beside if path.exists())
         return JobResult(made=True, out=job.out, num_rows=len(log.rows), failed=failed, beside=beside)
+
+    def _fill(
+        self,
+        job: TableJob,
+        log: RowLog,
+        failed: dict[str, str],
+        folder: Path,
+        on_progress: OnProgress,
+        pool: RayPool | None,
+    ) -> None:
+        """Compute the missing rows; the table holds those that are known meanwhile, however the call ends."""
+        growing = GrowingTable(job.out, folder)
+
+        def grow() -> None:
+            known = [path for path in job.paths if path in log.rows or path in failed]
+            growing.write(*self._table(known, log.rows, failed))
+
+        todo = [path for path in job.paths if path not in log.rows]
+        try:
+            with closing(self._computed(todo, folder, pool)) as batches:
+                for rows in batches:
+                    failed |= self._noted(rows, log)
+                    on_progress(len(log.rows) + len(failed), len(job.paths))
+                    if log.rows and growing.is_due:
+                        grow()
+        except BaseException:
+            if log.rows:
+                grow()
+            raise
 
     def _report(self, folder: Path, table: Path) -> Path:
         path, settings = folder / "report.tmp", self.described()
@@ -166,7 +203,7 @@ class TablePredictor(Predictor[Model, Options]):
         # Before several threads need it, as each would make one of its own.
         _ = self.check_input
         size, readers = self.rows_at_once, self.num_readers
-        read = partial(attempted, self.read_input)
+        read = partial(self.attempted, self.read_input)
         with closing(load_ahead(paths, read, num_threads=readers, depth=2 * size + readers)) as inputs:
             named = zip(paths, inputs, strict=True)
             while batch := list(islice(named, size)):
@@ -180,7 +217,38 @@ class TablePredictor(Predictor[Model, Options]):
             (failed if isinstance(each, InputError) else found)[path] = each
             if failed and self.options.on_error == "stop":
                 break
-        return {**(self.rows(folder, found) if found else {}), **failed}
+        return {**(self._attempted_rows(folder, found) if found else {}), **failed}
+
+    def attempted(self, compute: Callable[[str], Result], path: str) -> Result | InputError:
+        """Compute something of an input, or give the reason why it can't be computed.
+
+        Raises:
+            Exception: What fails, if it is no fault of the input; or of an unknown kind, without `on_error="skip"`.
+        """
+        try:
+            return compute(path)
+        except Exception as error:
+            return self._failure(path, error)
+
+    def _attempted_rows(self, folder: Path, inputs: Mapping[str, Any]) -> Rows:
+        """Rows of a batch; if it fails, of each of its inputs alone, so that one doesn't spoil those of others."""
+        try:
+            return self.rows(folder, inputs)
+        except Exception as error:
+            if len(inputs) == 1:
+                return {path: self._failure(path, error) for path in inputs}
+        return {
+            path: row for each in inputs.items() for path, row in self._attempted_rows(folder, dict([each])).items()
+        }
+
+    def _failure(self, path: str, error: Exception) -> InputError:
+        """The reason why an input has no row; raises what `attempted` doesn't take for one."""
+        if isinstance(error, InputError):
+            return error
+        if isinstance(error, _FAULTS_OF_THE_RUN) or self.options.on_error == "stop":
+            error.add_note(f"in the row of {path}")
+            raise error
+        return InputError(f"{path}: {type(error).__name__}: {reason_line(error)}")
 
     def _rows_from(self, folder: Path, start: Path, paths: Sequence[str]) -> Rows:
         """Compute the rows of inputs whose paths are relative to a folder, as workers stand in other ones."""

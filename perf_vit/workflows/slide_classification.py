@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Sequence
+import warnings
+from collections.abc import Generator, Mapping, Sequence
 from contextlib import closing, suppress
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -21,7 +23,7 @@ from perf_vit.data import (
     read_slides,
     warn_of_mixed_mpp,
 )
-from perf_vit.errors import ConfigError, InputError
+from perf_vit.errors import ConfigError, DataWarning, InputError
 from perf_vit.inference import SlideClassificationPredictOptions, SlideClassificationPredictor
 from perf_vit.inference.prefetch import load_ahead
 from perf_vit.metrics import ClassificationMetrics, ClassificationScores, RegisteredMetrics
@@ -36,8 +38,8 @@ from perf_vit.reporting import ImageSamples, Sample
 from perf_vit.sources import open_input
 from perf_vit.tasks import SlideClassificationTask
 from perf_vit.transforms import Normalizer
-from perf_vit.types import GeoImage, InputOptions, Window
-from perf_vit.workflows.progress import windows_progress
+from perf_vit.types import GeoImage, InputOptions, Source, Window
+from perf_vit.workflows.progress import say_line, windows_progress
 from perf_vit.workflows.reports import ClassificationEvaluation
 from perf_vit.workflows.run_config import SlideClassificationRun
 from perf_vit.workflows.task import EvaluateOptions, TrainedModel
@@ -106,17 +108,46 @@ def embed_slides(
 ) -> SlideClassificationDataModule:
     """Compute the features of all slides that have none yet, in the run folder or in `data.embeddings`.
 
+    All slides are gone through, whatever goes wrong with single ones.
+
     Raises:
-        PerfVitError: A slide can't be read, or its features can't be written.
+        InputError: Slides have no features, without `data.on_error=skip`; or too few are left.
+        OutputError: Features can't be written.
     """
     device = "cpu" if config.trainer.accelerator == "cpu" else "auto"
     options = SlideClassificationPredictOptions(
-        batch_size=config.data.embed_batch_size, device=device, slide_mpp_override=config.data.slide_mpp_override
+        batch_size=config.data.embed_batch_size,
+        device=device,
+        slide_mpp_override=config.data.slide_mpp_override,
+        on_error="skip",
     )
     predictor = SlideClassificationPredictor(task.model, options)
     store = _store(predictor, config.data.embeddings or folder / _EMBEDDINGS)
-    _embed_all(predictor, store, [*data.train.paths, *data.val.paths])
+    failed = _embed_all(predictor, store, [*data.train.paths, *data.val.paths])
+    if failed:
+        data = _without(data, failed, config.data.on_error, store.folder)
     return SlideClassificationDataModule.of(config.data, data.train, data.val, store, config.seed)
+
+
+def _without(data: LabelledSlides, failed: Mapping[str, str], on_error: str, folder: Path) -> LabelledSlides:
+    """The slides that have features; refuses failed ones unless they are to be skipped."""
+    num = len(data.train) + len(data.val)
+    for reason in failed.values():
+        say_line("failed", reason)
+    if on_error == "stop":
+        raise InputError(
+            f"{len(failed)} of {num} slides have no features, the first: {next(iter(failed.values()))}; leave them out "
+            f"of the table, or set data.on_error=skip. {folder} keeps the features of the others"
+        )
+    train, val = (
+        part.part([i for i, path in enumerate(part.paths) if path not in failed]) for part in (data.train, data.val)
+    )
+    lost = sorted(set(data.train.labels.tolist()) - set(train.labels.tolist()))
+    if lost or not len(val):
+        what = f"no training slide of class {train.classes[lost[0]]}" if lost else "no validation slide"
+        raise InputError(f"{len(failed)} of {num} slides have no features, which leaves {what}; repair or replace them")
+    warnings.warn(f"{len(failed)} of {num} slides have no features and are left out", DataWarning, stacklevel=2)
+    return LabelledSlides(train, val)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -147,7 +178,7 @@ def evaluate_slide_classification(
     Raises:
         PerfVitError: Labels or slides can't be read or don't fit.
     """
-    given = options.for_prediction(SlideClassificationPredictOptions)
+    given = options.for_prediction(SlideClassificationPredictOptions, {"on_error": "skip"})
     predictor = SlideClassificationPredictor(model, given)  # type: ignore[arg-type]
     spec = predictor.model.spec
     targets = read_slide_table(labels, slides, spec.classes, **spec.label_options)
@@ -158,14 +189,25 @@ def evaluate_slide_classification(
     stored = [store is not None and store.has(path) for path in targets.paths]
     missing = [path for path, is_stored in zip(targets.paths, stored, strict=True) if not is_stored]
     samples = ImageSamples()
+    failed: dict[str, str] = {}
     with closing(_embedded(predictor, missing)) as embedded:
         for path, label, is_stored in zip(targets.paths, targets.labels.tolist(), stored, strict=True):
             found = store.read(path) if store is not None and is_stored else next(embedded)
+            if isinstance(found, InputError):
+                failed[path] = str(found)
+                continue
+            if store is not None and not is_stored and store.folder.is_dir():
+                store.write(path, found.features, found.windows)
             probabilities, attention = predictor.classify(found)
             for each in (metrics, registered):
                 each.update(torch.from_numpy(probabilities)[None], torch.tensor([label]))
             sample = _sample(predictor, path, label, probabilities, found.windows, attention)
             samples.offer(float(probabilities[label]), sample)
+    if failed:
+        raise InputError(
+            f"{len(failed)} of {len(targets)} slides can't be scored, the first: {next(iter(failed.values()))}; repair "
+            "them or leave them out of the table"
+        )
     scores = metrics.summary(with_curves=True)
     assert isinstance(scores, ClassificationScores)
     evaluation = ClassificationEvaluation(scores, title=f"{slides.name} against {labels.name}", registered=registered)
@@ -198,34 +240,43 @@ def _store(predictor: SlideClassificationPredictor, folder: str | Path) -> Embed
     return EmbeddingStore(folder, predictor.model.encoder_id(), {**options, **predictor.options.input_options})
 
 
-def _embed_all(predictor: SlideClassificationPredictor, store: EmbeddingStore, paths: Sequence[str]) -> None:
+def _embed_all(predictor: SlideClassificationPredictor, store: EmbeddingStore, paths: Sequence[str]) -> dict[str, str]:
+    """Store the features of slides that have none yet, each as it is known; the reasons of those that failed."""
     missing = [path for path in paths if not store.has(path)]
+    failed = {}
     with closing(_embedded(predictor, missing)) as embedded:
         for path, found in zip(missing, embedded, strict=True):
-            store.write(path, found.features, found.windows)
+            if isinstance(found, InputError):
+                failed[path] = str(found)
+            else:
+                store.write(path, found.features, found.windows)
+    return failed
 
 
-def _embedded(predictor: SlideClassificationPredictor, paths: Sequence[str]) -> Generator[SlideFeatures, None, None]:
-    """Yield the features of slides; the tissue of the next slide is looked for meanwhile."""
-    with closing(load_ahead(paths, predictor.read_input, num_threads=1, depth=1)) as found:
+def _embedded(
+    predictor: SlideClassificationPredictor, paths: Sequence[str]
+) -> Generator[SlideFeatures | InputError, None, None]:
+    """Yield the features of slides or why they have none; the tissue of the next slide is looked for meanwhile."""
+    read = partial(predictor.attempted, predictor.read_input)
+    with closing(load_ahead(paths, read, num_threads=1, depth=1)) as found:
         for number, (path, windows) in enumerate(zip(paths, found, strict=True), 1):
+            if isinstance(windows, InputError):
+                yield windows
+                continue
             with windows_progress(f"embedding {Path(path).name}, {number} of {len(paths)}") as on_window:
-                features = predictor.embed(path, on_window, windows)
-            yield features
+                yield predictor.attempted(partial(predictor.embed, on_window=on_window, windows=windows), path)
 
 
 def _spec(config: SlideClassificationRun, train: SlideTargets) -> SlideClassificationSpec:
     data, options = config.data, InputOptions.from_config(config.data)
-    first = open_input(train.paths[0], options)
+    first, images = _reduced(train.paths[:_RANGE_SLIDES], options)
     given = given_normalizer(data.mean, data.std, first.num_bands)
     if first.num_bands == 3 and first.dtype == np.uint8:
         # Those that the encoder knows: they don't depend on the slides, so features stay valid when there are more.
         normalizer = pretrained_statistics(config.model.backbone)
-        images = [_reduced(path, options) for path in train.paths[:_RANGE_SLIDES]]
     else:
-        images = [_reduced(path, options) for path in train.paths]
+        first, images = _reduced(train.paths, options)
         normalizer = Normalizer.from_images(images, first.band_names)
-    first.close()
     return SlideClassificationSpec.from_data_config(
         data,
         train,
@@ -245,8 +296,16 @@ def _warn_of_mixed_mpp(paths: Sequence[str], options: InputOptions) -> None:
     warn_of_mixed_mpp(sources)
 
 
-def _reduced(path: str, options: InputOptions) -> GeoImage:
-    source = open_input(path, options)
-    image = source.read_reduced(_STATISTICS_PX)
-    source.close()
-    return image
+def _reduced(paths: Sequence[str], options: InputOptions) -> tuple[Source, list[GeoImage]]:
+    """The first slide that can be read, closed, and overviews of all that can; embedding reports the others."""
+    found: list[tuple[Source, GeoImage]] = []
+    errors: list[Exception] = []
+    for path in paths:
+        try:
+            with closing(open_input(path, options)) as source:
+                found.append((source, source.read_reduced(_STATISTICS_PX)))
+        except Exception as error:
+            errors.append(error)
+    if not found:
+        raise errors[0]
+    return found[0][0], [image for _, image in found]

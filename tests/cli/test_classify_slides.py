@@ -106,6 +106,22 @@ def test_damaged_features_are_named(slides, run, tmp_path, capsys) -> None:
     assert "is damaged" in capsys.readouterr().err
 
 
+def test_slides_without_features_are_reported_after_all_others(slides, run, tmp_path, capsys) -> None:
+    root = tmp_path / "slides"
+    shutil.copytree(slides, root, ignore=shutil.ignore_patterns("run"))
+    broken = [root / "s4.svs", root / "s7.svs"]
+    for path in broken:
+        path.write_bytes(path.read_bytes()[:4000])
+    assert call(train_args(root, tmp_path / "stopped", f"data.embeddings={tmp_path / 'e'}")) == 2
+    said = capsys.readouterr().err
+    assert "2 of 10 slides have no features" in said
+    assert all(f"failed: {path}" in said.replace("can't open ", "") or str(path) in said for path in broken)
+    assert len(list((tmp_path / "e").iterdir())) == 2 * PER_CLASS - 2
+    skip = ["data.on_error=skip", f"data.embeddings={tmp_path / 'e'}", "trainer.max_epochs=1"]
+    assert call(train_args(root, tmp_path / "skipped", *skip)) == 0
+    assert (tmp_path / "skipped" / "checkpoints" / "best.ckpt").is_file()
+
+
 def test_a_run_resumes(slides, tmp_path) -> None:
     out = tmp_path / "run"
     assert call(train_args(slides, out, "trainer.max_epochs=2")) == 0

@@ -140,8 +140,15 @@ class Job(ABC):
         """
         check_outputs(self.files, self.input_files, overwrite=True)
         check_partial_folder(self.out)
-        found = existing_outputs([self.out, *self.beside])
+        found = self.found()
         return bool(found) and not self.options.overwrite and self.is_done(found)
+
+    def found(self) -> list[Path]:
+        """Outputs that exist."""
+        return existing_outputs([self.out, *self.beside])
+
+    def discard_begun(self) -> None:  # noqa: B027  (most jobs have nothing there)
+        """Remove what an interrupted call left outside of its folder."""
 
     def is_complete(self) -> bool:
         """Whether a job that has nothing to do has no file to make next to its output, and none to remove."""
@@ -164,6 +171,8 @@ class Job(ABC):
             if self.check():
                 yield None
                 return
+            if not self.options.resume:
+                self.discard_begun()
             if self.keeps_pieces or journal.settings() is not None:
                 journal.begin({**self.begun_with, "version": __version__}, resume=self.options.resume)
             else:

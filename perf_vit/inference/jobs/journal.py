@@ -32,6 +32,7 @@ __all__ = [
     "discard_journal",
     "has_partial_folder",
     "open_journal",
+    "partial_folder",
 ]
 
 _SETTINGS = "journal.json"
@@ -145,7 +146,7 @@ def check_partial_folder(path: Path) -> None:
     Raises:
         OutputError: it is another folder, or a file.
     """
-    folder = _partial_folder(path)
+    folder = partial_folder(path)
     if not os.path.lexists(folder) or _read_settings(folder) is not None:
         return
     with suppress(OSError):
@@ -162,7 +163,7 @@ def check_partial_folder(path: Path) -> None:
 
 def has_partial_folder(path: Path) -> bool:
     """Whether an output has a folder `OUTPUT.partial`."""
-    return _partial_folder(path).is_dir()
+    return partial_folder(path).is_dir()
 
 
 def discard_journal(path: Path) -> None:
@@ -185,7 +186,7 @@ def open_journal(path: Path) -> Iterator[Journal]:
         BusyError: another process works on it.
         OutputError: nothing can be written there, or the folder is somebody else's.
     """
-    folder = _partial_folder(path)
+    folder = partial_folder(path)
     if path.is_dir():
         raise OutputError(f"can't write {path}: it is a folder; choose a file in it")
     check_partial_folder(path)
@@ -263,7 +264,8 @@ def _refusing(path: Path) -> Iterator[None]:
         raise OutputError(f"can't write {path}: {reason}; choose another output or make room") from error
 
 
-def _partial_folder(path: Path) -> Path:
+def partial_folder(path: Path) -> Path:
+    """Folder in which an output is made."""
     return sibling_path(path, "", ".partial")
 
 

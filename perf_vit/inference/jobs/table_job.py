@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import csv
 import hashlib
+import os
+import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -15,11 +17,16 @@ import torch
 from perf_vit.errors import OutputError
 from perf_vit.inference.jobs.identity import content_of, newer_than, stats_of
 from perf_vit.inference.jobs.job import RecordedJob
-from perf_vit.inference.jobs.journal import LineLog
+from perf_vit.inference.jobs.journal import LineLog, partial_folder
 from perf_vit.inference.options import PredictOptions
+from perf_vit.sources import fingerprint
 from perf_vit.text import to_json
 
-__all__ = ["RowLog", "TableJob", "write_table"]
+__all__ = ["GrowingTable", "RowLog", "TableJob", "is_growing", "write_table"]
+
+_GROWN = "table"
+
+_GROWN_EVERY_S = 10.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,6 +73,15 @@ class TableJob(RecordedJob):
         inputs = hashlib.sha256(to_json([[path, self.content(path)] for path in self.paths]).encode()).hexdigest()
         return {**self.settings, "inputs": inputs, "further_inputs": content_of(self.further_inputs)}
 
+    def found(self) -> list[Path]:
+        """Outputs that exist, without the rows so far of an unfinished table."""
+        return [path for path in super().found() if path != self.out or not is_growing(path)]
+
+    def discard_begun(self) -> None:
+        """Remove the rows so far of an unfinished table, before the log that knows them goes."""
+        if is_growing(self.out):
+            self.out.unlink()
+
     def changed_since(self, out: Path) -> bool:
         """Whether an input is newer than the table."""
         return newer_than(self.input_files, out)
@@ -109,6 +125,57 @@ class RowLog:
 
     def _content(self, path: str) -> Any:
         return [self._job.content(path), *stats_of([path])]
+
+
+class GrowingTable:
+    """The rows so far under the table's own name, to look at while others are computed.
+
+    It is written now and then, and left alone where another file, or an earlier table, has the name. A log in the
+    folder knows what was written, so that the next call replaces it, and no other file.
+
+    Args:
+        path: Table.
+        folder: Folder in which it is made.
+    """
+
+    def __init__(self, path: Path, folder: Path) -> None:
+        self._path = path
+        self._folder = folder
+        self._log = LineLog(folder, _GROWN)
+        self._next = 0.0
+
+    def write(self, header: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
+        """Write all rows so far.
+
+        Raises:
+            OutputError: Nothing can be written there.
+        """
+        if os.path.lexists(self._path) and not is_growing(self._path):
+            return
+        start = time.monotonic()
+        made = write_table(self._folder / f"{_GROWN}.tmp", header, rows)
+        # First, as a crash may come between.
+        self._log.add({"fingerprint": fingerprint([made])})
+        try:
+            os.replace(made, self._path)
+        except OSError as error:
+            raise OutputError(f"can't write {self._path}: {error.strerror}; choose another output") from error
+        # Tables of many rows take a while.
+        self._next = time.monotonic() + max(_GROWN_EVERY_S, 20 * (time.monotonic() - start))
+
+    @property
+    def is_due(self) -> bool:
+        """Whether it is time to write."""
+        return time.monotonic() >= self._next
+
+
+def is_growing(path: Path) -> bool:
+    """Whether a file is a table of some rows that an unfinished call wrote, and nobody changed since."""
+    folder = partial_folder(path)
+    if path.is_symlink() or not path.is_file() or not folder.is_dir():
+        return False
+    known = {entry.get("fingerprint") for entry in LineLog(folder, _GROWN).entries()}
+    return bool(known) and fingerprint([path]) in known
 
 
 def write_table(path: Path, header: Sequence[str], rows: Iterable[Sequence[object]]) -> Path:

@@ -1,0 +1,88 @@
+"""Groups such as patients are never divided between training and validation."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from perf_vit.data import SlideClassificationDataConfig, SlideClassificationSplitConfig
+from perf_vit.data.slide_classification import read_slides
+from perf_vit.data.splits import split_groups
+from perf_vit.errors import ConfigError, InputError
+
+ITEMS = st.lists(st.tuples(st.integers(0, 7), st.integers(0, 2)), min_size=2, max_size=60)
+
+
+@given(ITEMS, st.floats(0.05, 0.6), st.integers(0, 99))
+@settings(max_examples=300, deadline=None)
+def test_no_group_is_divided_and_each_class_is_still_trained_on(items, share: float, seed: int) -> None:
+    groups, labels = [f"P{group}" for group, _ in items], np.array([label for _, label in items])
+    try:
+        train, val = split_groups(groups, labels, share, seed, "patient")
+    except ConfigError:
+        # Each group has all items of some class.
+        assert all(
+            any(set(np.flatnonzero(labels == k)) <= {i for i, g in enumerate(groups) if g == group} for k in labels)
+            for group in groups
+        )
+        return
+    assert sorted(train + val) == list(range(len(items)))
+    assert val
+    assert not {groups[index] for index in train} & {groups[index] for index in val}
+    assert set(labels[train]) == set(labels)
+    assert (train, val) == split_groups(groups, labels, share, seed, "patient")
+
+
+def test_the_share_of_each_class_is_held_out_where_groups_are_small() -> None:
+    labels = np.repeat([0, 1], [60, 20])
+    groups = [f"P{index // 2}" for index in range(80)]
+    for seed in range(20):
+        _, val = split_groups(groups, labels, 0.25, seed, "patient")
+        assert np.bincount(labels[val]).tolist() == pytest.approx([15, 5], abs=1)
+
+
+def test_one_group_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"data.group_column patient has 1 groups, none of which can be held out"):
+        split_groups(["P1"] * 4, np.array([0, 1, 0, 1]), 0.2, 0, "patient")
+
+
+def write_table(path: Path, rows: list[str], header: str = "slide,label,patient") -> str:
+    for row in rows:
+        path.with_name(f"{row.split(',')[0]}.svs").touch()
+    path.write_text("\n".join([header, *rows]) + "\n")
+    return str(path)
+
+
+def config_of(root: Path, train: list[str], val: list[str] | None = None, **options) -> SlideClassificationDataConfig:
+    given = {"group_column": "patient", "val_share": 0.3, **options}
+    tables = [None if rows is None else write_table(root / f"{k}.csv", rows) for k, rows in enumerate((train, val))]
+    parts = [t and SlideClassificationSplitConfig(labels=t, image=str(root)) for t in tables]
+    return SlideClassificationDataConfig(train=parts[0], val=parts[1], **given)
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_slides_of_a_patient_are_on_one_side(tmp_path: Path, seed: int) -> None:
+    rows = [f"s{i},{'ab'[i // 3 % 2]},P{i // 3}" for i in range(24)]
+    train, val = read_slides(config_of(tmp_path, rows), seed)
+    patients = [{int(Path(path).stem[1:]) // 3 for path in part.paths} for part in (train, val)]
+    assert not patients[0] & patients[1]
+    assert len(train) + len(val) == 24
+    assert 3 <= len(val) <= 12
+
+
+def test_a_patient_in_both_tables_is_refused_in_one_line(tmp_path: Path) -> None:
+    train, val = ["a,x,P1", "b,y,P2"], ["c,x,P3", "d,y,P2"]
+    with pytest.raises(ConfigError, match=r"^patient P2 is in both data.train and data.val, .* keep each"):
+        read_slides(config_of(tmp_path, train, val), 0)
+    assert len(read_slides(config_of(tmp_path, train, val, group_column=None), 0)[1]) == 2
+
+
+def test_a_table_without_the_column_or_a_value_is_named(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="has no column patient"):
+        config = config_of(tmp_path, ["a,x,P1", "b,y,P2"])
+        write_table(tmp_path / "0.csv", ["a,x", "b,y"], header="slide,label")
+        read_slides(config, 0)
+    with pytest.raises(InputError, match=r"line 3 of .* has no patient"):
+        read_slides(config_of(tmp_path, ["a,x,P1", "b,y,"]), 0)
