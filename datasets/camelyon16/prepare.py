@@ -2,16 +2,13 @@
 
 import csv
 import json
-import xml.etree.ElementTree as ET
 from pathlib import Path
 
 import shapely
 import typer
 
 from perf_vit.errors import InputError, PerfVitError
-
-# Groups _0 and _1 are tumour like Tumor; _2 and Exclusion are areas inside that are not.
-EXCLUDED = {"_2", "Exclusion"}
+from perf_vit.sources.vector_file import read_features
 
 
 def prepare(source: Path, out: Path) -> None:
@@ -38,7 +35,7 @@ def write_slide(slide: Path, source: Path, out: Path) -> list[shapely.Geometry]:
     annotations = source / "lesion_annotations" / f"{slide.stem}.xml"
     if slide.parent.name == "tumor" and not annotations.is_file():
         raise InputError(f"{slide} has no annotations {annotations}; unpack lesion_annotations.zip there")
-    areas = read_asap(annotations) if annotations.is_file() else []
+    areas = list(read_features(str(annotations), None).geometry) if annotations.is_file() else []
     features = [
         {"type": "Feature", "properties": {"class": "tumor"}, "geometry": shapely.geometry.mapping(area)}
         for area in areas
@@ -46,29 +43,6 @@ def write_slide(slide: Path, source: Path, out: Path) -> list[shapely.Geometry]:
     content = {"type": "FeatureCollection", "features": features}
     (out / "labels" / f"{slide.stem}.geojson").write_text(json.dumps(content))
     return areas
-
-
-def read_asap(path: Path) -> list[shapely.Geometry]:
-    """Tumour areas of an ASAP file, what is excluded cut out, in pixels of level 0."""
-    try:
-        annotations = list(ET.parse(path).getroot().iter("Annotation"))
-    except ET.ParseError as error:
-        raise InputError(f"can't read {path} as XML: {error}; it may be damaged") from error
-    excluded = [outline(item, path) for item in annotations if item.get("PartOfGroup") in EXCLUDED]
-    cut = shapely.union_all(excluded)
-    tumors = [outline(item, path) for item in annotations if item.get("PartOfGroup") not in EXCLUDED]
-    areas = [shapely.difference(tumor, cut) for tumor in tumors]
-    return [area for area in areas if not area.is_empty]
-
-
-def outline(annotation: ET.Element, path: Path) -> shapely.Geometry:
-    """The polygons of an annotation, its corners in their order."""
-    corners = sorted(annotation.iter("Coordinate"), key=lambda corner: float(corner.get("Order", 0)))
-    xy = [(float(corner.get("X", "nan")), float(corner.get("Y", "nan"))) for corner in corners]
-    if len(xy) < 3:
-        raise InputError(f"{path} has an annotation {annotation.get('Name')} of {len(xy)} corners; expected 3 or more")
-    # Outlines drawn by hand cross themselves.
-    return shapely.make_valid(shapely.Polygon(xy), method="structure", keep_collapsed=False)
 
 
 if __name__ == "__main__":

@@ -109,7 +109,7 @@ class SegmentationSplitConfig(SplitConfig):
     Attributes:
         image: Raster in any format of rasterio, slide (with `data.mpp`), or folder, glob or list of rasters. With a
             single label file, several rasters are a mosaic.
-        labels: Mask raster, or vector file in any CRS; for slides, polygons in pixels of level 0. Or folder of label
+        labels: Mask raster, or vector file in any CRS; for slides, polygons in QuPath's coordinates. Or folder of label
             files with the names of their images except for the suffix.
         region: [row, col, height, width] in pixels; None for the whole raster. One raster can be split into training
             and validation by two regions.
@@ -131,7 +131,8 @@ class SegmentationDataConfig(TileDataConfig):
             proportion to their size.
         values: Value of each class in the label file; None for 0, 1, 2, ...
         ignore_values: Label values that mark unlabelled pixels, in addition to the nodata value of the file; for
-            polygons also text, and null for features without a value.
+            polygons also text, and null for features without a value. QuPath's class `Ignore*` is one of them.
+        skip_classes: Classes of polygons to leave out, as if they were not there; null for those without a class.
         attribute: Vector column with class names or values; None if polygons are the one of two classes that isn't the
             background.
         background: Background class, which pixels outside of polygons get and which is left out of the polygons of a
@@ -159,6 +160,7 @@ class SegmentationDataConfig(TileDataConfig):
     extra_train: list[SegmentationSplitConfig] = field(default_factory=list)
     values: list[int] | None = None
     ignore_values: list[int | float | str | None] = field(default_factory=list)
+    skip_classes: list[str | None] = field(default_factory=list)
     attribute: str | None = None
     background: str | None = None
     all_touched: bool = False
@@ -179,6 +181,7 @@ def label_options(config: SegmentationDataConfig) -> dict[str, Any]:
         "attribute": config.attribute,
         "values": config.values,
         "ignore_values": list(config.ignore_values),
+        "skip_classes": list(config.skip_classes),
         "all_touched": config.all_touched,
     }
 
@@ -204,6 +207,8 @@ def check_data(config: SegmentationDataConfig) -> None:
         raise ConfigError(f"data.values must give one value a class, got {len(config.values)} for {num_classes}")
     if not all(isinstance(value, int | float | str | None) for value in config.ignore_values):
         raise ConfigError(f"data.ignore_values must be numbers, text or null, got {list(config.ignore_values)}")
+    if config.skip_classes and config.attribute is None:
+        raise ConfigError("data.skip_classes are of polygons, whose classes data.attribute tells; give it")
     known = [*(["none"] if config.multilabel else config.classes), "ignore"]
     if config.background is not None and config.background not in known:
         raise ConfigError(

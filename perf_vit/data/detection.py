@@ -75,7 +75,7 @@ class DetectionDataConfig(TileDataConfig):
         skip_classes: Names of labelled objects to leave out, as if they were background.
         attribute: Column with class names (polygons format); None for a single class.
         mpp: Resolution to read slides at, in micrometres per pixel; None for level 0, and for rasters. Labels are in
-            pixels of level 0. Prediction reads at the same resolution.
+            QuPath's coordinates, whatever the resolution. Prediction reads at the same resolution.
         slide_mpp: Micrometres per pixel of slides' level 0 for files that state none; `objective` for 10 divided by the
             magnification of the objective.
         slide_mpp_override: Micrometres per pixel of slides' level 0, whatever files state. Not kept with the model.

@@ -10,6 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from perf_vit.errors import InputError
+from perf_vit.sources._qupath import is_ignored_class
 from perf_vit.types import IGNORE_INDEX, BoolArray, LabelArray
 
 __all__ = ["LabelClasses"]
@@ -24,12 +25,14 @@ class LabelClasses:
         values: Label value of class 0, 1, ...
         ignore_values: Values read as `IGNORE_INDEX`; for polygons also text, and None for features without a value.
         explicit: Whether names or values were given; otherwise each value up to 254 is a class.
+        skip_classes: Values of polygons that are left out, as if they were not there.
     """
 
     names: tuple[str, ...] | None
     values: tuple[float, ...]
     ignore_values: tuple[float | str | None, ...]
     explicit: bool
+    skip_classes: tuple[float | str | None, ...] = ()
 
     @classmethod
     def make(
@@ -37,6 +40,7 @@ class LabelClasses:
         names: Sequence[str] | None,
         values: Sequence[float] | None,
         ignore_values: Sequence[float | str | None],
+        skip_classes: Sequence[float | str | None] = (),
     ) -> Self:
         """Build the mapping, with defaults for what is not given.
 
@@ -51,7 +55,7 @@ class LabelClasses:
             raise InputError(f"values must give one value for each of {num_classes} classes, got {len(chosen)}")
         if len(set(chosen)) != len(chosen) or len(chosen) > IGNORE_INDEX:
             raise InputError(f"values must be up to {IGNORE_INDEX} different numbers, got {list(chosen)}")
-        return cls(None if names is None else tuple(names), chosen, tuple(ignore_values), explicit)
+        return cls(None if names is None else tuple(names), chosen, tuple(ignore_values), explicit, tuple(skip_classes))
 
     def indices_of(self, pixels: npt.NDArray[Any], valid: BoolArray, path: str) -> LabelArray:
         """Map label values to class indices.
@@ -88,7 +92,8 @@ class LabelClasses:
     def index_of(self, value: Any) -> int | None:
         """Return the class index of a class name or value, `IGNORE_INDEX` for ignored values, None for unknown ones.
 
-        Text that isn't a class name is parsed as a number, as in GIS exports of ids.
+        Text that isn't a class name is parsed as a number, as in GIS exports of ids. QuPath's class `Ignore*` is
+        ignored, unless it is one of the names.
         """
         if value in self.ignore_values:
             return IGNORE_INDEX
@@ -96,6 +101,8 @@ class LabelClasses:
             return self.values.index(value) if value in self.values else None
         if self.names is not None and value in self.names:
             return self.names.index(value)
+        if is_ignored_class(value):
+            return IGNORE_INDEX
         number = _number(value)
         return None if number is None else self.index_of(number)
 

@@ -11,7 +11,7 @@ from perf_vit.sources import MASK_SUFFIXES, files_below, find_images, is_vector_
 from perf_vit.sources.image_search import image_root, is_glob
 from perf_vit.types import InputPath
 
-__all__ = ["ImageFolder", "find_label_pairs", "is_labelled_folder", "label_files", "read_lines"]
+__all__ = ["ImageFolder", "find_label_pairs", "is_labelled_folder", "label_files", "read_lines", "vector_files_below"]
 
 
 class ImageFolder:
@@ -196,12 +196,19 @@ def _inside(outer: Path, inner: Path) -> Path | None:
     return outer / part.relative_to(whole) if whole in part.parents else None
 
 
+def vector_files_below(folder: Path, suffixes: Collection[str] = ()) -> list[Path]:
+    """Find the files of polygons below a folder, and those with other suffixes; XML only of ASAP."""
+    known = {*suffixes, ".xml"}
+    found = files_below(folder, lambda name: Path(name).suffix.lower() in known or is_vector_name(name))
+    return [path for path in found if path.suffix.lower() != ".xml" or is_vector_name(str(path))]
+
+
 def _label_files(labels: Path, images: Sequence[Path]) -> list[Path]:
     """Find the masks and polygon files in a folder, except for those in image folders inside it."""
     same = any(labels.resolve() == root.resolve() for root in images)
     suffixes = frozenset[str]() if same else MASK_SUFFIXES
     inner = {_inside(labels, root) for root in images}
-    found = files_below(labels, lambda name: Path(name).suffix.lower() in suffixes or is_vector_name(name))
+    found = vector_files_below(labels, suffixes)
     files = [file for file in found if not inner.intersection(file.parents)]
     if not files:
         raise InputError(f"no label files in {labels}; expected masks ({', '.join(sorted(MASK_SUFFIXES))}) or polygons")

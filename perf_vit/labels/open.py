@@ -51,6 +51,7 @@ def open_labels(
     classes: Sequence[str] | None = None,
     values: Sequence[float] | None = None,
     ignore_values: Sequence[float | str | None] = (),
+    skip_classes: Sequence[float | str | None] = (),
     background: int | str | None = 0,
     all_touched: bool = False,
     multilabel: bool = False,
@@ -69,7 +70,8 @@ def open_labels(
             indices.
         values: Label value of each class; None for 0, 1, 2, ...
         ignore_values: Label values that mark unlabelled pixels, in addition to a mask's nodata; for polygons also text,
-            and None for features without a value.
+            and None for features without a value. QuPath's class `Ignore*` is one of them.
+        skip_classes: Values of polygons that are left out, as if they were not there; None for those without a value.
         background: Class of the pixels outside of polygons, by name or index; "ignore" leaves them unlabelled; "none",
             with `multilabel`, gives them no class. Polygons are rejected if it is None.
         all_touched: Whether polygons label all pixels that they touch, instead of those whose centre they contain.
@@ -84,7 +86,7 @@ def open_labels(
     """
     name = os.fspath(path)
     check_exists(split_layer(name)[0])
-    mapping = LabelClasses.make(classes, values, ignore_values)
+    mapping = LabelClasses.make(classes, values, ignore_values, skip_classes)
 
     def from_vector() -> LabelSource:
         burn = VectorLayers if multilabel else VectorLabels

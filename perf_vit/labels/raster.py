@@ -256,6 +256,9 @@ class VectorLayers(VectorLabels):
         burnt[:, unlabelled] = IGNORE_INDEX
         return burnt
 
+    def _warn_of_covered(self, owners: npt.NDArray[np.int64]) -> None:
+        """Do nothing, as each class has a layer of its own."""
+
     def _code_without_attribute(self, path: str, background: int | None) -> int:
         if self._num_classes != 1:
             raise InputError(

@@ -126,7 +126,8 @@ class VectorLabels:
         paired: bool = False,
     ) -> None:
         in_pixels = paired and not isinstance(source, SlideSource) and source.crs is None
-        frame = _read_polygons(path, source, attribute, required=background is None, in_pixels=in_pixels)
+        options = {"required": background is None, "in_pixels": in_pixels}
+        frame = _read_polygons(path, source, attribute, classes.skip_classes, **options)
         self._classes = classes
         self._num_classes = len(classes.values)
         if attribute is None:
@@ -149,6 +150,7 @@ class VectorLabels:
         self._all_touched = all_touched
         if not all_touched:
             self._warn_of_tiny(owners)
+        self._warn_of_covered(owners)
 
     def read(self, window: Window) -> LabelArray:
         """Read class indices of a window of the source, [height, width]; `IGNORE_INDEX` for pixels without label.
@@ -199,6 +201,19 @@ class VectorLabels:
         what = "contain no pixel centre and label nothing (all_touched labels all pixels that polygons touch)"
         warn_of_polygons(what, self.is_on_source & ~labelled, self.numbers, self.path)
 
+    def _warn_of_covered(self, owners: npt.NDArray[np.int64]) -> None:
+        """Warn about polygons on the source that lie wholly under a later one of another class."""
+        if len(np.unique(self._codes)) < 2:
+            return
+        below, above = self._tree.query(self._polygons, predicate="covered_by")
+        over = (owners[above] > owners[below]) & (self._codes[above] != self._codes[below])
+        covered = np.zeros(len(self._polygons), bool)
+        covered[below[over]] = True
+        seen = np.zeros(len(self.numbers), bool)
+        seen[owners[~covered]] = True
+        what = "lie wholly under a later polygon of another class and label nothing (save larger areas first)"
+        warn_of_polygons(what, self.is_on_source & ~seen, self.numbers, self.path)
+
     def _code_without_attribute(self, path: str, background: int | None) -> int:
         if not self._classes.explicit:
             return 1
@@ -236,10 +251,16 @@ def _to_coordinates(source: RasterSource | SlideSource, frame: FrameName) -> Aff
 
 
 def _read_polygons(
-    path: str, source: RasterSource | SlideSource, attribute: str | None, *, required: bool, in_pixels: bool
+    path: str,
+    source: RasterSource | SlideSource,
+    attribute: str | None,
+    skip_classes: Sequence[Any] = (),
+    *,
+    required: bool,
+    in_pixels: bool,
 ) -> Any:
     """Read polygons and their attribute, in the source's CRS or in the frame of a slide that the file is in."""
-    frame = read_features(path, attribute)
+    frame = _without_skipped(read_features(path, attribute), attribute, skip_classes)
     if not isinstance(source, SlideSource) and not in_pixels:
         check_both_have_crs(source, path, frame.crs)
     other = sorted(set(frame.geom_type) - {"Polygon", "MultiPolygon"})
@@ -260,6 +281,14 @@ def _read_polygons(
     placed = transform_geometries(frame.geometry, path, source)
     check_overlap(source, path, tuple(shapely.total_bounds(placed)), tuple(frame.total_bounds), frame.crs)
     return frame.set_geometry(placed, crs=source.crs.to_wkt())
+
+
+def _without_skipped(frame: Any, attribute: str | None, skip_classes: Sequence[Any]) -> Any:
+    if not skip_classes or attribute is None or attribute not in frame:
+        return frame
+    column = frame[attribute]
+    skipped = column.isin([name for name in skip_classes if name is not None])
+    return frame[~(skipped | column.isna())] if None in skip_classes else frame[~skipped]
 
 
 def _warn_of_flat(frame: Any, path: str) -> None:
@@ -331,7 +360,7 @@ def _unknown_message(path: str, attribute: str, unknown: Sequence[Any], classes:
     names = f"{', '.join(classes.names)}, " if classes.names else ""
     return (
         f"{attribute} of {path} holds {shown}; the classes are {names}{classes.described_values()}: "
-        f"add it to classes, values or ignore_values (ignore_values=[{shown}])"
+        f"add it to classes, values or ignore_values (ignore_values=[{shown}]), or leave it out with skip_classes"
     )
 
 

@@ -25,9 +25,7 @@ _SUFFIXES = (".geojson", ".json")
 _MARKS = (b'"objectType"', b'"object_type"', b'"isLocked"', b'"colorRGB"', b'"PathAnnotationObject"', b'"frame"')
 _COLLECTIONS = (b'"GeometryCollection"', b'"FeatureCollection"')
 
-_GEOMETRIES = frozenset(
-    {"Point", "MultiPoint", "LineString", "MultiLineString", "Polygon", "MultiPolygon", "GeometryCollection"}
-)
+_GEOMETRIES = ("Point", "MultiPoint", "LineString", "MultiLineString", "Polygon", "MultiPolygon", "GeometryCollection")
 
 
 def is_qupath(path: str) -> bool:

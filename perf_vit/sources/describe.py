@@ -14,9 +14,17 @@ from pyogrio.errors import DataLayerError, DataSourceError
 
 from perf_vit.errors import InputError, reason_line
 from perf_vit.sources._gdal import crs_name, open_dataset, reason_of
+from perf_vit.sources._qupath import class_name
 from perf_vit.sources.files import PARQUET_SUFFIXES, split_layer
 from perf_vit.sources.slides import SlideSource
-from perf_vit.sources.vector_file import chosen_layer, hashable_value, opens_as_vector, reading_path
+from perf_vit.sources.vector_file import (
+    chosen_layer,
+    hashable_value,
+    is_annotations,
+    opens_as_vector,
+    read_annotations,
+    reading_path,
+)
 from perf_vit.types import Source
 
 __all__ = ["SourceInfo", "describe_source", "describe_vector", "is_vector"]
@@ -138,7 +146,7 @@ def _stored(source: Source) -> dict[str, Any]:
 
 def is_vector(path: str) -> bool:
     """Return whether a file with the suffix of a vector format holds geometries, and not a raster."""
-    return Path(path).suffix.lower() in PARQUET_SUFFIXES or opens_as_vector(path)
+    return Path(path).suffix.lower() in PARQUET_SUFFIXES or is_annotations(path) or opens_as_vector(path)
 
 
 def describe_vector(path: str) -> dict[str, Any]:
@@ -174,6 +182,9 @@ def _read_table(path: str) -> Any:
     Raises:
         InputError: The file can't be read, or has several layers and none is given.
     """
+    if (frame := read_annotations(split_layer(path)[0])) is not None:
+        frame["classification"] = frame["classification"].map(class_name)
+        return frame
     if Path(path).suffix.lower() in PARQUET_SUFFIXES:
         with reading_path(path) as found:
             try:

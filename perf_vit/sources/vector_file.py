@@ -27,6 +27,7 @@ from perf_vit.sources.files import PARQUET_SUFFIXES, is_asap, split_layer
 __all__ = [
     "chosen_layer",
     "hashable_value",
+    "is_annotations",
     "layer_name",
     "opens_as_vector",
     "read_annotations",
@@ -121,6 +122,11 @@ def read_features(path: str, attribute: str | None, *, required: bool = True) ->
     if attribute is not None and attribute in frame:
         frame[attribute] = frame[attribute].map(lambda value: hashable_value(class_name(value))).astype(object)
     return _areas_of(_without_shapeless(frame, path), path)
+
+
+def is_annotations(path: str) -> bool:
+    """Return whether a file is of QuPath or ASAP."""
+    return is_qupath(path) or is_asap(path)
 
 
 def read_annotations(path: str) -> Any:

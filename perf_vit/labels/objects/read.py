@@ -14,6 +14,7 @@ from perf_vit.labels.objects.coco import ids_of_classes
 from perf_vit.labels.objects.records import LABEL_FORMATS, LabelOptions, ObjectIndex, RawLabels
 from perf_vit.labels.objects.validate import validate_labels
 from perf_vit.sources import open_source, split_layer
+from perf_vit.sources._qupath import is_ignored_class
 from perf_vit.types import InputPath, OpenInput
 
 __all__ = ["read_object_labels"]
@@ -42,8 +43,8 @@ def read_object_labels(
         skip_classes: Names of objects to leave out, as if they were background.
         attribute: Column with class names of polygons; None if all objects have the same class.
         names: Names of the images to use, with or without suffix; None for all labelled images.
-        open_input: Function that opens an image by path. Labels of slides are in pixels of level 0, whatever the
-            resolution they are read at.
+        open_input: Function that opens an image by path. Labels of slides are in pixels of level 0 (polygons: in
+            QuPath's coordinates), whatever the resolution they are read at.
         oriented: Whether objects are oriented boxes; outlines, such as YOLO's four corners, become the smallest
             oriented boxes around them.
 
@@ -87,7 +88,7 @@ def _check_unique(raw: RawLabels) -> None:
 
 def _own_classes(raw: RawLabels, skip_classes: Collection[str]) -> tuple[str, ...]:
     found = raw.classes or sorted({item.name for image in raw.images for item in image.objects})
-    return tuple(name for name in found if name not in skip_classes)
+    return tuple(name for name in found if name not in skip_classes and not is_ignored_class(name))
 
 
 def _warn_of_absent(index: ObjectIndex, labels: Path) -> None:

@@ -19,6 +19,7 @@ from perf_vit.geometry.boxes import box_areas
 from perf_vit.labels.objects.masks import OutlineMasks, Rle
 from perf_vit.labels.objects.records import ImageRecord, MaskReader, ObjectIndex, RawImage, RawObject
 from perf_vit.sources import open_source
+from perf_vit.sources._qupath import is_ignored_class
 from perf_vit.sources.slides import SlideSource
 from perf_vit.types import OpenInput, Source
 
@@ -102,6 +103,7 @@ def validate_labels(
     counts = tally.counts
     indices = {name: index for index, name in enumerate(classes)}
     _check_names(images, indices, skip_classes)
+    _ignore_for_all(images, classes)
     if oriented:
         _orient(images, tally)
     kinds = _kinds(images, tally)
@@ -142,12 +144,21 @@ def _check_names(images: Sequence[RawImage], indices: dict[str, int], skip_class
         image.objects = (
             [item for item in image.objects if item.name not in skip_classes] if skip_classes else (image.objects)
         )
-        unknown = sorted({item.name for item in image.objects} - set(indices))
+        unknown = sorted({item.name for item in image.objects if not is_ignored_class(item.name)} - set(indices))
         if unknown:
             raise InputError(
                 f"{image.labels} holds objects of class {', '.join(unknown[:8])}; the classes are "
                 f"{', '.join(indices)}: add it to classes or skip_classes"
             )
+
+
+def _ignore_for_all(images: Sequence[RawImage], classes: Sequence[str]) -> None:
+    """Replace areas of QuPath's class `Ignore*` by ignored objects of each class."""
+    for image in images:
+        areas = [item for item in image.objects if is_ignored_class(item.name) and item.name not in classes]
+        if areas:
+            kept = [item for item in image.objects if item.name in classes]
+            image.objects = kept + [replace(item, name=name, ignored=True) for item in areas for name in classes]
 
 
 def _orient(images: Sequence[RawImage], tally: Tally) -> None:

@@ -13,10 +13,10 @@ import shapely
 
 from perf_vit.errors import DataWarning, InputError
 from perf_vit.labels._placement import local_transform, span, transform_geometries
-from perf_vit.labels.image_folder import ImageFolder
+from perf_vit.labels.image_folder import ImageFolder, vector_files_below
 from perf_vit.labels.objects.records import LabelOptions, RawImage, RawLabels, RawObject, register_label_format
 from perf_vit.labels.vector import to_pixels
-from perf_vit.sources import files_below, is_vector_name, open_source, split_layer
+from perf_vit.sources import open_source, split_layer
 from perf_vit.sources._gdal import check_exists, crs_name
 from perf_vit.sources.slides import SlideSource
 from perf_vit.sources.vector_file import read_features, slide_frame
@@ -133,7 +133,7 @@ def read_polygons(labels: Path, folder: ImageFolder, options: LabelOptions) -> R
 
 
 def _pairs(labels: Path, folder: ImageFolder) -> list[tuple[Path, Path]]:
-    files = files_below(labels, is_vector_name)
+    files = vector_files_below(labels)
     if not files:
         raise InputError(f"no label files in {labels}; expected .geojson, .gpkg, .shp, .parquet or the like")
     pairs = [(folder.find(str(file.relative_to(labels).with_suffix("")), str(file)), file) for file in files]

@@ -96,7 +96,7 @@ def _recognised(labels: Path) -> str:
         return "polygons"
     endings = {path.suffix.lower() for path in labels.rglob("*") if path.is_file()} if labels.is_dir() else set()
     if ".xml" in endings:
-        return "voc"
+        return "polygons" if is_vector_name(str(min(labels.rglob("*.xml")))) else "voc"
     if ".txt" in endings:
         return "dota" if any(map(_is_dota, sorted(labels.rglob("*.txt"))[:20])) else "yolo"
     if endings & {".geojson", ".gpkg", ".shp"}:

@@ -21,6 +21,7 @@ from perf_vit.errors import InputError
 from perf_vit.labels import is_labelled_folder
 from perf_vit.labels.image_folder import find_label_pairs
 from perf_vit.sources import describe_source, is_vector_name, open_raster, open_source
+from perf_vit.sources._qupath import is_ignored_class
 from perf_vit.sources.slides import SlideSource
 from perf_vit.sources.vector_file import read_columns, read_features
 from perf_vit.tiling import grid_windows
@@ -130,7 +131,8 @@ def _vector_classes(paths: list[str], attribute: str | None) -> _Classes:
             )
         found.update(None if _is_absent(value) else value for value in values)
     absent = sum(count for value, count in found.items() if _is_absent(value))
-    known = sorted((value for value in found if not _is_absent(value)), key=lambda value: (-found[value], str(value)))
+    named = [value for value in found if not _is_absent(value) and not is_ignored_class(value)]
+    known = sorted(named, key=lambda value: (-found[value], str(value)))
     number, columns = sum(found.values()), [name for name in read_columns(paths[0]) if name != column]
     if not number:
         raise InputError(f"{paths[0]} has no polygons; give labels with polygons")
