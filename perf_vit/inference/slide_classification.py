@@ -58,7 +58,8 @@ def embed_windows(
             yourself. One that has an argument `valid` is given the valid pixels, bool [B, h, w], or None where all are.
         source: where pixels come from; several threads read it.
         normalize: a window's pixels to the encoder's input, [C, h, w].
-        windows: at least one, all of one size, each with a valid pixel.
+        windows: at least one, all of one size. Those without a valid pixel, of which tiles are missing at the level
+            that is read, have the features of a window of mean colours.
         batch_size: windows a forward pass.
         num_readers: threads that read; one per processor by default.
         device: where the windows go.
@@ -80,8 +81,11 @@ def embed_windows(
     done = 0
     with closing(tiles):
         for batch in _batches(tiles, batch_size):
+            blank = next((tile.pixels for tile in batch if tile.pixels is not None), None)
+            if blank is None:
+                blank = normalize(source.read(batch[0].window))
             with torch.inference_mode(), autocast:
-                features = _encoded(encode, batch, device).float().cpu().numpy()
+                features = _encoded(encode, batch, np.zeros_like(blank), device).float().cpu().numpy()
             batch_windows = windows[done : done + len(batch)]
             check_finite(features, "features", partial(_place, source, batch_windows))
             found.append(features)
@@ -99,11 +103,9 @@ def _batches(tiles: Iterator[Tile], batch_size: int) -> Iterator[list[Tile]]:
         yield batch
 
 
-def _encoded(encode: Callable[..., Tensor], tiles: Sequence[Tile], device: torch.device) -> Tensor:
-    known = next((tile.pixels for tile in tiles if tile.pixels is not None), None)
-    assert known is not None, "windows without valid pixels have no features"
+def _encoded(encode: Callable[..., Tensor], tiles: Sequence[Tile], blank: FloatArray, device: torch.device) -> Tensor:
     # What isn't valid is 0, the mean.
-    pixels = np.stack([np.zeros_like(known) if tile.pixels is None else tile.pixels for tile in tiles])
+    pixels = np.stack([blank if tile.pixels is None else tile.pixels for tile in tiles])
     batch = to_device(torch.from_numpy(pixels), device)
     valid = valid_pixels(tiles) if takes_valid(encode) else None
     return encode(batch) if valid is None else encode(batch, valid=valid.to(device))

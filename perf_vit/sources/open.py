@@ -30,6 +30,7 @@ from perf_vit.sources.slides.ome_zarr import is_multiscale, open_ome_zarr
 from perf_vit.sources.slides.openslide import OpenSlideReader
 from perf_vit.sources.slides.pyramid import PyramidReader
 from perf_vit.sources.slides.scale import SlideMpp
+from perf_vit.sources.slides.tiff import holds_colours, open_array_tiff
 from perf_vit.types import InputOptions, InputPath
 
 __all__ = ["is_slide", "merged_options", "open_input", "open_raster", "open_slide", "open_source"]
@@ -253,6 +254,9 @@ def open_slide(
 
 def _reader(path: str, icc: str | None) -> PyramidReader:
     open_reader = find_reader(path) or (open_ome_zarr if _is_multiscale_zarr(path) else OpenSlideReader)
+    if open_reader is OpenSlideReader and not holds_colours(file_to_open(path)):
+        # OpenSlide reduces other values to 8 bits.
+        open_reader = open_array_tiff
     if icc is None:
         return open_reader(file_to_open(path))
     if open_reader is not OpenSlideReader:

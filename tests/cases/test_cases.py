@@ -13,9 +13,6 @@ HERE = Path(__file__).parent
 SLOW = {"08_xview_as_published", "slides/09_pen_hides_pale_tissue"}
 FAULTS = {
     "slides/09_pen_hides_pale_tissue": "ink raises Otsu's threshold above pale tissue",
-    "slides/11_uint16_tiled_tiff": "16-bit TIFFs lose their values when they are read with mpp",
-    "slides/28_bad_icc_profile": "unreadable ICC profiles raise an error of PIL",
-    "slides/29_tile_missing_at_level_0": "a window with tissue in the overview only has no valid pixel",
 }
 
 

@@ -56,12 +56,20 @@ def write_pyramid(
     return path
 
 
-def write_tiff(path: Path, levels: list[np.ndarray], axes: str = "CYX", *, unit: str = "µm", size=(0.65, 0.65)) -> Path:
+def write_tiff(
+    path: Path,
+    levels: list[np.ndarray],
+    axes: str = "CYX",
+    *,
+    unit: str = "µm",
+    size: tuple[float, float] | None = (0.65, 0.65),
+    names: tuple[str, ...] = NAMES,
+) -> Path:
     metadata = {"axes": axes}
     for axis, side in zip("XY", size or (), strict=False):
         metadata |= {f"PhysicalSize{axis}": side, f"PhysicalSize{axis}Unit": unit}
     if "C" in axes:
-        metadata["Channel"] = {"Name": list(NAMES)}
+        metadata["Channel"] = {"Name": list(names)}
     photometric = "rgb" if axes.endswith("S") else "minisblack"
     with tifffile.TiffWriter(path, ome=True) as writer:
         options = {"tile": (64, 64), "photometric": photometric, "compression": "zlib"}
@@ -72,8 +80,15 @@ def write_tiff(path: Path, levels: list[np.ndarray], axes: str = "CYX", *, unit:
 
 
 def write_zarr(
-    path: Path, levels: list[np.ndarray], version: str, *, axes: str = "cyx", unit: str | None = "micrometer"
-):
+    path: Path,
+    levels: list[np.ndarray],
+    version: str,
+    *,
+    axes: str = "cyx",
+    unit: str | None = "micrometer",
+    mpp: float = 0.5,
+    names: tuple[str, ...] = NAMES,
+) -> Path:
     group = zarr.open_group(path, mode="w", zarr_format=2 if version == "0.4" else 3)
     datasets = []
     for k, level in enumerate(levels):
@@ -81,13 +96,13 @@ def write_zarr(
             str(k), shape=level.shape, chunks=(1,) * (level.ndim - 2) + (64, 64), dtype=level.dtype
         )
         array[...] = level
-        scale = [1.0] * (level.ndim - 2) + [0.5 * 2**k] * 2
+        scale = [1.0] * (level.ndim - 2) + [mpp * 2**k] * 2
         datasets.append({"path": str(k), "coordinateTransformations": [{"type": "scale", "scale": scale}]})
     place = {} if unit is None else {"unit": unit}
     listed = [{"name": a, "type": "space", **place} if a in "yx" else {"name": a, "type": "channel"} for a in axes]
     content = {
         "multiscales": [{"version": version, "axes": listed, "datasets": datasets}],
-        "omero": {"channels": [{"label": name} for name in NAMES]},
+        "omero": {"channels": [{"label": name} for name in names]},
     }
     group.attrs.update(content if version == "0.4" else {"ome": {"version": "0.5", **content}})
     return path

@@ -7,6 +7,7 @@ import itertools
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from importlib import import_module
 from typing import Any
 
 import numpy as np
@@ -33,7 +34,7 @@ class OpenArrays:
         mpp_yx: Micrometres per pixel of level 0 that the file states; None for none.
         names: Channel names; empty for channels without name.
         close: Function that closes the file.
-        has_alpha: Whether the fourth colour is opacity.
+        alpha: Index of the band that is opacity, or None.
         objective_power: Magnification of the objective that the file states; None for none.
     """
 
@@ -42,7 +43,7 @@ class OpenArrays:
     mpp_yx: tuple[float, float] | None
     names: tuple[str, ...]
     close: Callable[[], None]
-    has_alpha: bool = False
+    alpha: int | None = None
     objective_power: float | None = None
 
 
@@ -70,14 +71,16 @@ class ArrayReader(PyramidReader):
         self.levels = _levels([(size["Y"], size["X"]) for size in sizes])
         self.mpp_yx = opened.mpp_yx
         self.objective_power = opened.objective_power
-        self._is_colour = "S" in sizes[0]
-        self.band_names = (
-            (*_COLOURS, "alpha" if opened.has_alpha else "band_4")[: sizes[0]["S"]]
-            if self._is_colour
-            else _channel_names(opened.names, sizes[0].get("C", 1))
-        )
-        self.alpha = len(_COLOURS) if "alpha" in self.band_names[3:] and self._is_colour else None
-        self.fill = 255 if self._is_colour and self.dtype == np.uint8 else 0
+        self._band_axis = "S" if "S" in sizes[0] else "C"
+        self.alpha = opened.alpha
+        given, count = _COLOURS if self._band_axis == "S" else opened.names, sizes[0].get(self._band_axis, 1)
+        names = list(_channel_names(given, count))
+        if self.alpha is not None:
+            names[self.alpha] = "alpha"
+        self.band_names = tuple(names)
+        # Colours may be channels as well, as in all of OME-Zarr.
+        is_colour = tuple(name.lower() for name in names[:3]) == _COLOURS
+        self.fill = 255 if is_colour and self.dtype == np.uint8 else 0
 
     def read(self, level: int, window: Window) -> tuple[npt.NDArray[Any], BoolArray]:
         """Read pixels [C, h, w] and a mask of finite and stored ones, [C, h, w] or [1, h, w].
@@ -104,10 +107,10 @@ class ArrayReader(PyramidReader):
         kept = [axis for axis in self._axes if axis in places]
         if len(kept) == 2:
             found, kept = found[None], ["C", *kept]
-        order = [kept.index("S" if self._is_colour else "C"), kept.index("Y"), kept.index("X")]
+        order = [kept.index(self._band_axis), kept.index("Y"), kept.index("X")]
         pixels = np.ascontiguousarray(found.transpose(order), dtype=self.dtype)
         mask = is_finite(pixels) if self.dtype.kind == "f" else np.ones((1, *window.shape), bool)
-        if stored is None or stored.all():
+        if stored is None:
             return pixels, mask
         return pixels, mask & stored.reshape(found.shape).transpose(order)
 
@@ -143,40 +146,53 @@ def _channel_names(names: Sequence[str], count: int) -> tuple[str, ...]:
 
 
 def stored_mask(array: Any, selection: Sequence[int | slice]) -> BoolArray | None:
-    """Return which selected pixels lie in chunks (or shards) that are stored.
+    """Return which selected pixels lie in chunks, shards or TIFF tiles that are stored.
 
     Zarr reads missing chunks as the fill value. Writers omit chunks with fill values only, which can't be told from
     lost files. An array without fill value must have all chunks.
 
     Args:
-        array: Zarr array.
+        array: Zarr array, of a folder or of `tifffile`.
         selection: Index or slice per axis, inside the array.
 
     Returns:
-        Mask in the shape of `array[selection]`; None for an array that isn't in a folder.
+        Mask in the shape of `array[selection]`; None if all are stored.
 
     Raises:
         DamagedDataError: A chunk of an array without fill value is missing.
     """
-    root = getattr(array.store, "root", None)
-    if root is None:
-        return None
-    folder = os.path.join(os.fspath(root), array.path)
     starts, stops = zip(
         *(_bounds(part, length) for part, length in zip(selection, array.shape, strict=True)), strict=True
     )
     sizes = array.shards or array.chunks
+    spans = (range(start // n, -(-stop // n)) for start, stop, n in zip(starts, stops, sizes, strict=True))
+    missing = _missing(array, list(itertools.product(*spans)))
+    if not missing:
+        return None
     mask = np.ones([stop - start for start, stop in zip(starts, stops, strict=True)], bool)
-    cells = (range(start // n, -(-stop // n)) for start, stop, n in zip(starts, stops, sizes, strict=True))
-    for cell in itertools.product(*cells):
-        file = os.path.join(folder, array.metadata.encode_chunk_key(cell))
-        if os.path.exists(file):
-            continue
-        if array.metadata.fill_value is None:
-            raise DamagedDataError(f"the chunk {file} is missing")
-        spans = zip(cell, sizes, starts, strict=True)
-        mask[tuple(slice(max(0, i * n - start), (i + 1) * n - start) for i, n, start in spans)] = False
+    for cell in missing:
+        place = zip(cell, sizes, starts, strict=True)
+        mask[tuple(slice(max(0, i * n - start), (i + 1) * n - start) for i, n, start in place)] = False
     return mask[tuple(0 if isinstance(part, int) else slice(None) for part in selection)]
+
+
+def _missing(array: Any, cells: Sequence[tuple[int, ...]]) -> list[tuple[int, ...]]:
+    """Return the positions of chunks that aren't stored."""
+    keys = [array.metadata.encode_chunk_key(cell) for cell in cells]
+    root = getattr(array.store, "root", None)
+    if root is None:
+        store_keys = [f"{array.path}/{key}".lstrip("/") for key in keys]
+        found = import_module("zarr.core.sync").sync(_exist(array.store, store_keys))
+        return [cell for cell, is_stored in zip(cells, found, strict=True) if not is_stored]
+    files = [os.path.join(os.fspath(root), array.path, key) for key in keys]
+    missing = [(cell, file) for cell, file in zip(cells, files, strict=True) if not os.path.exists(file)]
+    if missing and array.metadata.fill_value is None:
+        raise DamagedDataError(f"the chunk {missing[0][1]} is missing")
+    return [cell for cell, _ in missing]
+
+
+async def _exist(store: Any, keys: Sequence[str]) -> list[bool]:
+    return [await store.exists(key) for key in keys]
 
 
 def _bounds(part: int | slice, length: int) -> tuple[int, int]:

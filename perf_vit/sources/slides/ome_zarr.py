@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,8 @@ from perf_vit.errors import parsing
 from perf_vit.sources._gdal import check_exists, check_name
 from perf_vit.sources.files import register_source
 from perf_vit.sources.slides.arrays import ArrayReader, OpenArrays
-from perf_vit.sources.slides.ome_xml import micrometres
+from perf_vit.sources.slides.main_image import StoredImage, choose_image
+from perf_vit.sources.slides.ome_xml import micrometres, parse_ome_xml
 from perf_vit.sources.slides.openslide import import_slide_library
 
 __all__ = ["is_multiscale", "open_ome_zarr"]
@@ -20,7 +22,7 @@ __all__ = ["is_multiscale", "open_ome_zarr"]
 
 @register_source(".ome.zarr")
 def open_ome_zarr(path: str) -> ArrayReader:
-    """Open the first image of an OME-Zarr folder of version 0.4 or 0.5.
+    """Open the main image of an OME-Zarr folder of version 0.4 or 0.5; label and macro images are never read.
 
     Raises:
         InputError: The folder can't be opened, or isn't a single image.
@@ -45,14 +47,35 @@ def _open_zarr(path: str) -> OpenArrays:
     check_exists(path)
     with parsing(path, "an OME-Zarr image of version 0.4 or 0.5"):
         group = zarr.open_group(path, mode="r")
-        # Converters of multi-image files write each image to a numbered folder.
-        image = group if _metadata(group).get("multiscales") else group["0"]
+        image = group if _metadata(group).get("multiscales") else _main_image(path, group)
         metadata = _metadata(image)
         scales = metadata["multiscales"][0]
         arrays = [image[entry["path"]] for entry in scales["datasets"]]
-        axes = "".join(str(axis["name"])[0].upper() for axis in scales["axes"])
+        axes = _axes(scales)
         names = tuple(str(channel.get("label", "")) for channel in metadata.get("omero", {}).get("channels", []))
         return OpenArrays(arrays, axes, _scale_yx(scales), names, lambda: None)
+
+
+def _main_image(path: str, group: Any) -> Any:
+    """Return the slide among the numbered images that converters of files with several images write."""
+    numbers = sorted((name for name, _ in group.groups() if name.isdigit()), key=int)
+    images = [image for image in (group[name] for name in numbers) if _metadata(image).get("multiscales")]
+    if not images:
+        raise ValueError("it has no multiscales")
+    listed = Path(path, "OME", "METADATA.ome.xml")
+    names = [image.name for image in parse_ome_xml(listed.read_text(encoding="utf-8"))] if listed.is_file() else []
+    stored = [_stored(image, name) for image, name in zip_longest(images, names[: len(images)])]
+    return images[choose_image(path, stored)]
+
+
+def _stored(image: Any, name: str | None) -> StoredImage:
+    scales = _metadata(image)["multiscales"][0]
+    sizes = dict(zip(_axes(scales), image[scales["datasets"][0]["path"]].shape, strict=True))
+    return StoredImage(name or str(scales.get("name", "")), (sizes.get("Y", 1), sizes.get("X", 1)))
+
+
+def _axes(scales: Mapping[str, Any]) -> str:
+    return "".join(str(axis["name"])[0].upper() for axis in scales["axes"])
 
 
 def _metadata(group: Any) -> dict[str, Any]:

@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import ImageCms
 
-from perf_vit.errors import DamagedDataError, InputError, extra, reason_line
+from perf_vit.errors import DamagedDataError, InputError, extra, reason_line, warn_once
 from perf_vit.sources._gdal import PerThread, check_exists, check_name
 from perf_vit.sources.files import register_source
 from perf_vit.sources.slides.pyramid import Level, PyramidReader, true_downsample
@@ -139,14 +139,24 @@ def _open(path: str, to_srgb: bool) -> _Handle:
         slide = openslide.OpenSlide(path)
     except openslide.OpenSlideError as error:
         raise InputError(f"can't open {path} as a slide: {_reason(error)}") from error
-    return _Handle(slide, _srgb_transform(slide.color_profile) if to_srgb else None)
+    return _Handle(slide, _srgb_transform(slide, path) if to_srgb else None)
 
 
-def _srgb_transform(profile: Any) -> Any:
-    if profile is None:
+def _srgb_transform(slide: Any, path: str) -> Any:
+    """Return the conversion to sRGB; None, with a warning, if the slide has a profile that can't be used."""
+    try:
+        profile = slide.color_profile
+        if profile is None:
+            return None
+        srgb = ImageCms.createProfile("sRGB")
+        return ImageCms.buildTransform(profile, srgb, "RGB", "RGB", ImageCms.Intent.RELATIVE_COLORIMETRIC)
+    # Which errors damaged profiles raise isn't documented: OSError, PyCMSError, ...
+    except Exception as error:
+        warn_once(
+            f"profile of {path}",
+            f"{path} is read without conversion to sRGB, because its ICC profile can't be used: {reason_line(error)}",
+        )
         return None
-    srgb = ImageCms.createProfile("sRGB")
-    return ImageCms.buildTransform(profile, srgb, "RGB", "RGB", ImageCms.Intent.RELATIVE_COLORIMETRIC)
 
 
 def _levels(sizes: Any) -> tuple[Level, ...]:

@@ -191,12 +191,15 @@ def _read_bands(
     if reader.alpha is not None and reader.alpha not in bands:
         mask = mask & (pixels[reader.alpha] > 0)
     pixels = pixels[list(bands)]
-    if reader.bounds is None:
-        return pixels, mask
-    inside = inside_bounds(reader.bounds, reader.levels[level].downsample_yx, window)
-    if inside is None:
-        return pixels, mask
-    return np.where(inside, pixels, np.array(reader.fill, pixels.dtype)), mask & inside
+    inside = None
+    if reader.bounds is not None:
+        inside = inside_bounds(reader.bounds, reader.levels[level].downsample_yx, window)
+    if inside is not None:
+        pixels, mask = np.where(inside, pixels, np.array(reader.fill, pixels.dtype)), mask & inside
+    # NaN and the like stay.
+    if pixels.dtype.kind != "f" and not mask.all():
+        pixels = np.where(mask, pixels, np.array(reader.fill, pixels.dtype))
+    return pixels, mask
 
 
 def _read_halves(

@@ -199,6 +199,9 @@ def _choose_bands(path: str, reader: PyramidReader, bands: Sequence[int | str] |
         return tuple(index for index in range(len(names)) if index != reader.alpha)
     known: dict[int | str, int] = {name: index for index, name in reversed(list(enumerate(names)))}
     known |= {index + 1: index for index in range(len(names))}
+    for name in {band for band in bands if isinstance(band, str) and names.count(band) > 1}:
+        numbers = " and ".join(str(index + 1) for index, each in enumerate(names) if each == name)
+        raise InputError(f"{name!r} is the name of bands {numbers} of {path}; give the number of one of them")
     wrong = [band for band in bands if band not in known]
     if wrong or not bands:
         got = f"got {wrong[0]!r}" if wrong else "got none"

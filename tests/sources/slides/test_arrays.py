@@ -69,6 +69,20 @@ def test_channels_are_chosen_by_number_or_name(files, kind: str) -> None:
     assert np.array_equal(source.read(source.extent).pixels, planes()[0][[2, 0]])
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_name_of_two_channels_is_refused(tmp_path, kind: str) -> None:
+    names = ("DAPI", "CD3", "DAPI")
+    path = tmp_path / ("a.ome.tif" if kind == "tiff" else "a.ome.zarr")
+    write = write_tiff if kind == "tiff" else write_zarr
+    write(path, planes(), *(() if kind == "tiff" else (kind[-3:],)), names=names)
+    with pytest.raises(InputError, match=r"'DAPI' is the name of bands 1 and 3 of .*; give the number of one of them"):
+        open_source(path, bands=["CD3", "DAPI"])
+    source = open_source(path, bands=["CD3", 3])
+    assert source.band_names == ("CD3", "DAPI")
+    assert np.array_equal(source.read(source.extent).pixels, planes()[0][1:])
+    assert open_source(path).band_names == names
+
+
 def test_other_sizes_agree_between_formats(files) -> None:
     reads = [open_source(files[kind], mpp=1.2) for kind in KINDS]
     first, *others = [source.read(source.extent).pixels for source in reads]

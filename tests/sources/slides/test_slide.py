@@ -8,12 +8,14 @@ from pathlib import Path
 import numpy as np
 import openslide
 import pytest
+import tifffile
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageCms
 from slides import levels_of, noise, write_pyramid
 
-from perf_vit.errors import InputError, MissingPackageError
+import perf_vit.errors
+from perf_vit.errors import DataWarning, InputError, MissingPackageError
 from perf_vit.sources import RasterSource, open_source
 from perf_vit.sources.slides import SlideSource
 from perf_vit.sources.slides.pyramid import true_downsample
@@ -220,6 +222,42 @@ def test_colours_are_converted_with_the_profile_when_asked(tmp_path: Path) -> No
     assert np.abs(before[::-1].astype(int) - after).max() <= 3
     with pytest.raises(InputError, match="icc must be"):
         open_source(path, slide_mpp=0.5, icc="p3")
+
+
+def test_a_profile_that_cannot_be_used_is_named_and_colours_stay(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr(perf_vit.errors, "_warned", set())
+    good = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+    lab = ImageCms.ImageCmsProfile(ImageCms.createProfile("LAB")).tobytes()
+    for name, profile in {"junk": b"not a profile" * 20, "truncated": good[:200], "lab": lab}.items():
+        path = write_pyramid(tmp_path / f"{name}.svs", levels_of(128, 128, 1), aperio_mpp=0.5, icc=profile)
+        with pytest.warns(DataWarning, match=rf"{name}\.svs is read without conversion to sRGB, because its ICC"):
+            source = open_source(path, icc="srgb")
+        assert np.array_equal(source.read(source.extent).pixels, levels_of(128, 128, 1)[0].transpose(2, 0, 1))
+
+
+@pytest.mark.parametrize("suffix", [".tif", ".svs"])
+@pytest.mark.parametrize("dtype", ["uint16", "float32", "uint8"])
+@pytest.mark.parametrize("num_bands", [1, 2, 3, 5])
+def test_pixels_other_than_colours_keep_their_values(tmp_path: Path, suffix: str, dtype: str, num_bands: int) -> None:
+    path, pixels = tmp_path / f"a{suffix}", noise(200, 130, num_bands, dtype)
+    photometric = "rgb" if num_bands == 3 else "minisblack"
+    stated = {"resolution": (2e4, 2e4), "resolutionunit": "CENTIMETER"}
+    if suffix == ".svs":
+        stated = {"description": "Aperio Image Library\r\n|AppMag = 20|MPP = 0.5"}
+    with tifffile.TiffWriter(path, bigtiff=True) as writer:
+        for level in (pixels, pixels[::2, ::2]):
+            options = {"tile": (64, 64), "photometric": photometric, "metadata": None, "planarconfig": "contig"}
+            writer.write(level.squeeze(), subfiletype=int(level is not pixels), **options, **stated)
+            stated = {name: value for name, value in stated.items() if name == "description"}
+    # The second picture of an SVS is its thumbnail.
+    for mpp, level in ((0.5, pixels), (1.0, pixels[::2, ::2]))[: 1 if suffix == ".svs" else 2]:
+        source = open_source(path, mpp=mpp)
+        image = source.read(source.extent)
+        assert (source.dtype, source.slide_mpp, source.num_bands) == (np.dtype(dtype), (0.5, 0.5), num_bands)
+        assert np.array_equal(image.pixels, level.transpose(2, 0, 1))
+        assert image.valid.all()
+    colours = ("red", "green", "blue") if num_bands == 3 else tuple(f"band_{n}" for n in range(1, num_bands + 1))
+    assert source.band_names == colours
 
 
 def _checksum(source: SlideSource) -> int:
