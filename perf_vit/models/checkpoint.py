@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -145,7 +146,15 @@ def checkpoint_task(path: str | Path) -> str:
     Raises:
         CheckpointError: The file is missing, not a checkpoint, or not written by perf_vit.
     """
-    return _task_of(_read(Path(path))[CHECKPOINT_KEY])
+    file = _checkpoint_file(Path(path))
+    found = file.stat()
+    return _task_of_file(file, found.st_ino, found.st_mtime_ns, found.st_size)
+
+
+@lru_cache(maxsize=16)
+def _task_of_file(path: Path, inode: int, mtime_ns: int, size: int) -> str:
+    # A command asks several times, and a file may hold gigabytes.
+    return _task_of(_read(path)[CHECKPOINT_KEY])
 
 
 def checkpoint_facts(path: str | Path) -> dict[str, Any]:
@@ -280,11 +289,16 @@ def _task_of(metadata: dict[str, Any]) -> str:
     return str(metadata.get("task", "segmentation"))
 
 
-def _read(path: Path, tasks: tuple[str, ...] = ()) -> dict[str, Any]:
+def _checkpoint_file(path: Path) -> Path:
     if (best := path / "checkpoints" / "best.ckpt").is_file():
         path = best
     if not path.is_file():
         raise CheckpointError(f"no checkpoint {path}; check the path")
+    return path
+
+
+def _read(path: Path, tasks: tuple[str, ...] = ()) -> dict[str, Any]:
+    path = _checkpoint_file(path)
     with parsing(path, "a checkpoint", CheckpointError):
         content = torch.load(path, map_location="cpu", weights_only=True)
     if not isinstance(content, dict) or CHECKPOINT_KEY not in content:

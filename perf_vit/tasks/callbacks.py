@@ -5,6 +5,8 @@ from __future__ import annotations
 import csv
 import logging
 import os
+import time
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -48,6 +50,9 @@ __all__ = [
 
 _logger = logging.getLogger("perf_vit")
 
+# Least time between two pictures of the history.
+_PLOT_SECONDS = 10
+
 
 @dataclass(frozen=True, kw_only=True)
 class Curves:
@@ -74,11 +79,13 @@ SEGMENTATION_CURVES = Curves(
 
 
 class HistoryCallback(lightning.Callback):
-    """Writer of `metrics.csv` and `loss_curve.png` in the run folder, updated after each epoch.
+    """Writer of `metrics.csv` and `loss_curve.png` in the run folder.
 
-    It also logs a line per epoch to the logger "perf_vit" at INFO, for runs without a terminal. The rows are part of
-    the checkpoint, so a resumed run's files hold all epochs (Lightning's CSVLogger starts a new file). Epochs are
-    counted from 1; the row of a validation before training has epoch 0.
+    The table is written after each epoch. The picture takes longer than a short epoch: it is written at the end of an
+    epoch if the last one is ten seconds old, and when training ends or fails. The callback also logs a line per epoch
+    to the logger "perf_vit" at INFO, for runs without a terminal. The rows are part of the checkpoint, so a resumed
+    run's files hold all epochs (Lightning's CSVLogger starts a new file). Epochs are counted from 1; the row of a
+    validation before training has epoch 0.
 
     Args:
         folder: Run folder.
@@ -90,6 +97,8 @@ class HistoryCallback(lightning.Callback):
         self.curves = curves
         self.rows: list[dict[str, float]] = []
         self._is_validated = False
+        self._is_plotted = True
+        self._plotted_at = time.monotonic()
 
     def state_dict(self) -> dict[str, Any]:
         """Return the rows so far."""
@@ -109,7 +118,7 @@ class HistoryCallback(lightning.Callback):
         self._is_validated = not trainer.sanity_checking
 
     def on_train_epoch_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
-        """Add the row of this epoch and rewrite both files."""
+        """Add the row of this epoch and write the files."""
         # Lightning keeps the scores of the last validation in epochs without one.
         values = {
             key: float(value)
@@ -123,9 +132,24 @@ class HistoryCallback(lightning.Callback):
         self.rows = [*rows, {"epoch": epoch, "lr": lr, **dict(sorted(values.items()))}]
         if trainer.is_global_zero:
             self._write()
+            self._is_plotted = False
+            if time.monotonic() - self._plotted_at >= _PLOT_SECONDS:
+                self._plot()
             names = (*self.curves.losses, *self.curves.scores)
             shown = ", ".join(f"{key} {values[key]:.4f}" for key in names if key in values)
             _logger.info("epoch %d of %s: %s", epoch, trainer.max_epochs, shown)
+
+    def on_train_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
+        """Plot the rows that the picture lacks."""
+        if not self._is_plotted:
+            self._plot()
+
+    def on_exception(
+        self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, exception: BaseException
+    ) -> None:
+        """Plot the rows that the picture lacks, unless that fails, too."""
+        with suppress(OutputError):
+            self.on_train_end(trainer, pl_module)
 
     def _write(self) -> None:
         columns = list(dict.fromkeys(key for row in self.rows for key in row))
@@ -134,8 +158,11 @@ class HistoryCallback(lightning.Callback):
             writer = csv.DictWriter(file, columns)
             writer.writeheader()
             writer.writerows(self.rows)
+
+    def _plot(self) -> None:
         with atomic_file(self.folder / "loss_curve.png") as new:
             plot_history(self.rows, new, self.curves)
+        self._is_plotted, self._plotted_at = True, time.monotonic()
 
 
 def plot_history(

@@ -29,17 +29,24 @@ CATEGORIES = {"bus": 3, "car": 7, "boat": 12}
 IMAGES = {"north/x.png": 42, "south/x.png": 17, "south/y.png": 5}
 
 
-@pytest.fixture(scope="module", params=["boxes", "masks"])
-def shop(request, tmp_path_factory):
+@pytest.fixture(scope="module")
+def shop(tmp_path_factory):
+    return make_shop(tmp_path_factory.mktemp("boxes"), "boxes")
+
+
+@pytest.fixture(scope="module")
+def mask_shop(tmp_path_factory):
+    return make_shop(tmp_path_factory.mktemp("masks"), "masks")
+
+
+def make_shop(folder, kind):
     """Images, an untrained detector, and labels that are some of its objects, moved a little."""
-    folder = tmp_path_factory.mktemp(request.param)
     rng = np.random.default_rng(0)
     for name in IMAGES:
         (folder / "images" / name).parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(rng.integers(0, 255, (90, 120, 3)).astype(np.uint8)).save(folder / "images" / name)
-    head = "mask_rcnn" if request.param == "masks" else "fcos"
-    options = {"head": head, "head_kwargs": {"detections_per_tile": 60}}
-    detector = save_detector(folder / "d.ckpt", replace(SPEC, kind=request.param), **options)
+    options = {"head": "mask_rcnn" if kind == "masks" else "fcos", "head_kwargs": {"detections_per_tile": 60}}
+    detector = save_detector(folder / "d.ckpt", replace(SPEC, kind=kind), **options)
     args = ["--checkpoint", detector, "--input", folder / "images", "--output", folder / "first"]
     assert call(["predict", *args, "--score-threshold", "0", "--polygons", "json"]) == 0
     images, annotations = [], []
@@ -73,14 +80,14 @@ def predict(shop, *more: object) -> int:
     return call(["predict", *args, *more])
 
 
-def test_results_of_many_images_score_in_pycocotools_what_evaluate_says(shop, tmp_path) -> None:
-    out = tmp_path / "out"
+@pytest.mark.parametrize("kind", ["boxes", "masks"])
+def test_results_of_many_images_score_in_pycocotools_what_evaluate_says(kind, request, tmp_path) -> None:
+    shop, out = request.getfixturevalue("shop" if kind == "boxes" else "mask_shop"), tmp_path / "out"
     assert predict(shop, "--input", shop / "images", "--output", out) == 0
-    kind = "segm" if shop.name.startswith("masks") else "bbox"
     with contextlib.redirect_stdout(io.StringIO()):
         truth = COCO(str(shop / "labels.json"))
         found = truth.loadRes(str(out / "coco_results.json"))
-        run = COCOeval(truth, found, kind)
+        run = COCOeval(truth, found, "segm" if kind == "masks" else "bbox")
         run.params.maxDets = [1, 10, 1500]
         # Evaluation leaves out classes that the model doesn't know.
         run.params.catIds = [CATEGORIES["bus"], CATEGORIES["car"]]

@@ -14,7 +14,7 @@ import perf_vit
 from perf_vit.conversion.linearize import converted_layers
 from perf_vit.workflows import convert as convert_command
 
-MODEL = "vit_tiny_patch16_224"
+MODEL = "test_vit"
 FORCED = ["--max-exact-tokens", "0"]
 FAST = ["--img-size", "64", "--window-size", "2", "--num-sinks", "4", "--num-clusters", "5", *FORCED]
 
@@ -24,6 +24,13 @@ def weights(tmp_path_factory) -> Path:
     torch.manual_seed(0)
     path = tmp_path_factory.mktemp("weights") / "vit.safetensors"
     save_file(timm.create_model(MODEL, num_classes=0).state_dict(), path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def resnet_weights(tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("weights") / "resnet.safetensors"
+    save_file(timm.create_model("resnet18").state_dict(), path)
     return path
 
 
@@ -47,12 +54,12 @@ def given(weights: Path) -> list[str | Path]:
 
 def test_a_model_is_converted_and_the_report_says_what_it_was_measured_on(weights, tmp_path, capsys) -> None:
     out = tmp_path / "out"
-    assert convert(MODEL, out, *given(weights), *FAST, "--layers", "0-1,11") == 0
+    assert convert(MODEL, out, *given(weights), *FAST, "--layers", "0-1,5") == 0
     printed = capsys.readouterr().out
     assert f"report: {out / 'fidelity.html'}" in printed
     model = perf_vit.conversion.load_converted(out)
-    assert sorted(converted_layers(model)) == [0, 1, 11]
-    options = model.blocks[11].attn.options
+    assert sorted(converted_layers(model)) == [0, 1, 5]
+    options = model.blocks[5].attn.options
     assert (options.window_size, options.num_sinks, options.num_clusters) == (2, 4, 5)
     assert model.num_classes == 0
     # Weights from a file are not the ones that timm's config tells of.
@@ -166,7 +173,7 @@ def test_softmax_is_left_out_where_it_would_take_long(weights, tmp_path, monkeyp
         ("resnet18", ["--weights", "RESNET"], "expected a vision transformer of square patches, got ResNet"),
         (MODEL, ["--weights", "nowhere.pth"], "no weights file nowhere.pth"),
         (MODEL, ["--weights", "BROKEN"], "as weights: "),
-        (MODEL, ["--weights", "WEIGHTS"], "doesn't fit vit_tiny_patch16_224: missing head.weight, head.bias"),
+        (MODEL, ["--weights", "WEIGHTS"], "doesn't fit test_vit: missing head.weight, head.bias"),
         ("vit_small_patch16_224", ["--weights", "WEIGHTS", "--num-classes", "0"], "mis-shaped cls_token (expected"),
         ("swin_tiny_patch4_window7_224", [], "give a file of them as --weights"),
         (MODEL, ["VIT", "--img-size", "100"], "multiple of the patch size 16, got 100; try 96"),
@@ -177,7 +184,7 @@ def test_softmax_is_left_out_where_it_would_take_long(weights, tmp_path, monkeyp
             ["VIT", "--mixer", "performer", "--budget", "2", "--images", "SMALL"],
             "--budget chooses options of --mixer clustered, got performer",
         ),
-        (MODEL, ["VIT", "--layers", "3-12"], "from 0 to 11, got 12"),
+        (MODEL, ["VIT", "--layers", "3-6"], "from 0 to 5, got 6"),
         (MODEL, ["VIT", "--layers", "a"], "--layers must be indices such as 0-5,8, got a"),
         (MODEL, ["VIT", "--mixer", "performer", "--num-features", "0"], "at least 1, got 0"),
         (MODEL, ["VIT", "--max-exact-tokens", "-1"], "max_exact_tokens must be at least 0, got -1"),
@@ -199,15 +206,14 @@ def test_softmax_is_left_out_where_it_would_take_long(weights, tmp_path, monkeyp
     ],
 )
 def test_what_a_user_gets_wrong_is_one_line_and_nothing_is_left(
-    source, extra, message, weights, images, tmp_path, capsys, monkeypatch
+    source, extra, message, weights, resnet_weights, images, tmp_path, capsys, monkeypatch
 ) -> None:
     # Nothing is downloaded in a test.
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     (tmp_path / "broken.pth").write_bytes(b"nothing")
-    save_file(timm.create_model("resnet18").state_dict(), tmp_path / "resnet.safetensors")
     words = {
-        "RESNET": tmp_path / "resnet.safetensors",
+        "RESNET": resnet_weights,
         "WEIGHTS": weights,
         "BROKEN": tmp_path / "broken.pth",
         "NONE": tmp_path / "none",

@@ -65,7 +65,8 @@ def test_training_and_evaluation_read_labels_alike(
         "data.background=null",
         *options,
     ]
-    longer = ["trainer.max_epochs=4", "data.tiles_per_epoch=64", "optim.lr=0.005"]
+    # One of the runs is long enough to learn.
+    longer = ["trainer.max_epochs=4", "data.tiles_per_epoch=64", "optim.lr=0.005"] if "tif" in labels else []
     assert call(["train", *args, *longer]) == 0
     base = ["--checkpoint", run / "checkpoints" / "last.ckpt", "--input", seven_bands / "seven.tif"]
 
@@ -76,7 +77,8 @@ def test_training_and_evaluation_read_labels_alike(
 
     scores = evaluated()
     assert sum(entry["num_pixels"] for entry in scores["classes"]) == num_labelled
-    assert scores["mean"]["iou"] > 0.7
-    if "tif" not in labels:
+    if "tif" in labels:
+        assert scores["mean"]["iou"] > 0.7
+    else:
         for option, side in (("--all-touched", 26), ("--no-all-touched", 24)):
             assert sum(entry["num_pixels"] for entry in evaluated(option)["classes"]) == 16 * side**2

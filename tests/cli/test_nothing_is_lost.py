@@ -43,9 +43,20 @@ def test_the_outputs_of_this_list_are_all_that_a_command_writes(job, out) -> Non
     assert written == set(map(str, job.outputs))
 
 
-def test_a_file_that_exists_is_not_replaced(job, out, capsys) -> None:
-    for output in job.outputs:
-        for kind in ("file", "link", "link to nothing"):
+KINDS = ("file", "link", "link to nothing")
+# Each pair of an output and what stands in its place is a command; the fast suite has each output and each thing.
+pairs = pytest.mark.parametrize("pairs", ["in turn", pytest.param("all", marks=pytest.mark.slow)])
+
+
+def chosen(pairs: str, number: int, all_of_them: list) -> list:
+    """What the output of a number meets."""
+    return all_of_them if pairs == "all" or not all_of_them else [all_of_them[number % len(all_of_them)]]
+
+
+@pairs
+def test_a_file_that_exists_is_not_replaced(job, out, capsys, pairs) -> None:
+    for number, output in enumerate(job.outputs):
+        for kind in chosen(pairs, number, KINDS):
             if kind == "file":
                 put(output)
             else:
@@ -57,13 +68,17 @@ def test_a_file_that_exists_is_not_replaced(job, out, capsys) -> None:
             out.mkdir()
 
 
-def test_an_input_is_not_replaced_even_on_demand(job, out, capsys) -> None:
+@pairs
+def test_an_input_is_not_replaced_even_on_demand(job, out, capsys, pairs) -> None:
     extra = ["--overwrite"] if job.overwrite else []
-    for output in job.outputs:
-        for number, given in enumerate(job.inputs):
+    by_symlink = False
+    for number in range(max(len(job.outputs), len(job.inputs))):
+        output = job.outputs[number % len(job.outputs)]
+        for given in chosen(pairs, number, job.inputs):
             output.parent.mkdir(parents=True, exist_ok=True)
-            # Each output meets each input, by links of both kinds in turn.
-            if number % 2:
+            # Links of both kinds in turn.
+            by_symlink = not by_symlink
+            if by_symlink:
                 output.symlink_to(given)
             else:
                 os.link(given, output)
@@ -89,11 +104,12 @@ def test_files_that_exist_are_replaced_on_demand_and_nothing_else_changes(job, o
     assert {name for name in before if after[name] != before[name]} == outputs
 
 
-def test_an_unfinished_output_of_somebody_else_is_never_touched(job, out, capsys) -> None:
+@pairs
+def test_an_unfinished_output_of_somebody_else_is_never_touched(job, out, capsys, pairs) -> None:
     predicted = [output for output in job.outputs if output.suffix == ".tif"]
     predicted = predicted or [output for output in job.outputs if record_of(output) in job.outputs]
-    for output in predicted if job.args[0] == "predict" else []:
-        for content in ("notes.txt", "rows_1.tif", ""):
+    for number, output in enumerate(predicted if job.args[0] == "predict" else []):
+        for content in chosen(pairs, number, ["notes.txt", "rows_1.tif", ""]):
             put(
                 output.with_name(f"{output.name}.partial") / content
                 if content

@@ -87,6 +87,15 @@ def test_an_undamaged_checkpoint_loads(contents, task, tmp_path) -> None:
     assert _load(task, contents[task], tmp_path).spec == TASKS[task][3]
 
 
+def test_the_task_of_a_file_is_read_once_and_of_another_file_again(contents, tmp_path, monkeypatch) -> None:
+    path, read, load = tmp_path / "best.ckpt", [], torch.load
+    monkeypatch.setattr(torch, "load", lambda *args, **kwargs: read.append(args[0]) or load(*args, **kwargs))
+    for number, task in enumerate(("segmentation", "detection"), 1):
+        torch.save(contents[task], path)
+        assert [checkpoint_task(path), checkpoint_task(path)] == [task, task]
+        assert len(read) == number
+
+
 def _put(place: str, value: object):
     def change(metadata: dict) -> None:
         *parents, key = place.split(".")

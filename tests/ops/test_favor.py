@@ -17,6 +17,12 @@ from perf_vit.ops import draw_projection, favor_attention, fit_balancing
 from perf_vit.ops.naive import naive_favor_attention, softmax_attention
 
 each_kernel = pytest.mark.parametrize("kernel", KERNELS, ids=kernel_id)
+# Each kernel takes seconds to compile.
+each_compiled_kernel = pytest.mark.parametrize(
+    "kernel",
+    [pytest.param(kernel, marks=() if kernel == "softmax+" else pytest.mark.slow) for kernel in KERNELS],
+    ids=kernel_id,
+)
 each_positive_kernel = pytest.mark.parametrize("kernel", POSITIVE, ids=kernel_id)
 
 
@@ -155,7 +161,7 @@ def test_more_features_approach_exact_softmax() -> None:
     assert errors[2] < 0.05
 
 
-@each_kernel
+@each_compiled_kernel
 def test_a_compiled_graph_is_whole_and_takes_any_length(kernel) -> None:
     # Each kernel and length compiles anew, and Dynamo counts them over the whole process.
     torch._dynamo.reset()
@@ -211,7 +217,7 @@ def test_training_keeps_nothing_of_size_tokens_times_features() -> None:
     assert max(kept) < 300 * 64 * 4
 
 
-@each_kernel
+@each_compiled_kernel
 def test_training_compiles_whole(kernel) -> None:
     torch._dynamo.reset()
     compiled = torch.compile(favor_attention, backend="aot_eager", fullgraph=True)

@@ -27,7 +27,7 @@ def by_features(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, w: torch.Tens
     return (x @ w.mT + log_z.unsqueeze(-2)).softmax(dim=-1) @ means
 
 
-@pytest.mark.parametrize("norm", [8.0, 30.0])
+@pytest.mark.parametrize("norm", [pytest.param(8.0, marks=pytest.mark.slow), 30.0])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 def test_long_keys_stay_exact_in_any_dtype(norm: float, dtype: torch.dtype) -> None:
     q, k, v = (x.to(dtype) for x in make(norm))
@@ -43,7 +43,9 @@ def test_long_keys_stay_exact_in_any_dtype(norm: float, dtype: torch.dtype) -> N
     assert denominator.min() >= 1
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(
+    "dtype", [torch.float16, *(pytest.param(each, marks=pytest.mark.slow) for each in (torch.float32, torch.bfloat16))]
+)
 def test_gradients_of_long_keys_are_finite(dtype: torch.dtype) -> None:
     leaves = [x.to(dtype).requires_grad_() for x in make(30.0)]
     w = draw_projection(NUM_FEATURES, HEAD_DIM, generator=torch.Generator().manual_seed(1))

@@ -54,7 +54,7 @@ def closed_form(kernel_name: str, x, y, num_features: int) -> float:
     return math.exp(z2) * softmax**-2 * (1 - math.exp(-difference2)) ** 2 / (2 * rows)
 
 
-@pytest.mark.parametrize("point", POINTS)
+@pytest.mark.parametrize("point", [*(pytest.param(each, marks=pytest.mark.slow) for each in POINTS[:2]), POINTS[2]])
 @pytest.mark.parametrize("name", ["softmax+", "softmax-hyp+", "softmax-trig"])
 def test_the_error_of_independent_rows_is_that_of_the_closed_form(name: str, point: tuple[float, float]) -> None:
     x, y = pair(*point)
@@ -73,8 +73,10 @@ def test_the_second_moment_of_oprf_is_that_of_the_gaussian_integral() -> None:
 
 
 @pytest.mark.parametrize("kernel", SOFTMAX, ids=kernel_id)
-@pytest.mark.parametrize("sign", [1, -1])
-@pytest.mark.parametrize("num_features", [32, 40])
+@pytest.mark.parametrize(
+    ("num_features", "sign"),
+    [(32, -1), (40, 1), *(pytest.param(*each, marks=pytest.mark.slow) for each in ((32, 1), (40, -1)))],
+)
 def test_orthogonal_draws_are_unbiased(kernel, sign: int, num_features: int) -> None:
     # Where uncorrected factors of QR fail: |z| = 2 along the diagonal, on either side.
     z = sign * 2 * torch.full((D,), D**-0.5, dtype=torch.float64)

@@ -15,7 +15,7 @@ from perf_vit.errors import ConfigError
 from perf_vit.layers import PerformerMixer, current_draw, redraw_projections
 from perf_vit.models import CHECKPOINT_KEY, SegmentationModelConfig, SegmentationSpec, load_segmenter
 from perf_vit.tasks import SegmentationOptimConfig, SegmentationTask, TrainerConfig, build_trainer
-from perf_vit.tasks.callbacks import RedrawnWeightAveraging, RedrawProjections
+from perf_vit.tasks.callbacks import HistoryCallback, RedrawnWeightAveraging, RedrawProjections
 from perf_vit.transforms import Normalizer
 
 TINY = SegmentationModelConfig(
@@ -296,3 +296,36 @@ def test_only_projections_that_are_redrawn_are_copied_into_the_average(tmp_path)
     assert not equal_states(averaged, plain)
     copied = train(0, RedrawnWeightAveraging(decay=0.5))[0]
     assert equal_states(averaged, copied)
+
+
+@pytest.fixture
+def drawn(monkeypatch) -> list[int]:
+    """Numbers of rows of the pictures of the history."""
+    found: list[int] = []
+
+    def plot(rows, path: Path, *_) -> None:
+        found.append(len(rows))
+        path.touch()
+
+    monkeypatch.setattr("perf_vit.tasks.callbacks.plot_history", plot)
+    return found
+
+
+@pytest.mark.parametrize(("seconds", "num_rows"), [(0, [1, 2, 3]), (1000, [3])])
+def test_the_curve_is_drawn_every_few_seconds_and_at_the_end(drawn, monkeypatch, tmp_path, seconds, num_rows) -> None:
+    monkeypatch.setattr("perf_vit.tasks.callbacks._PLOT_SECONDS", seconds)
+    train(0, HistoryCallback(tmp_path))
+    assert drawn == num_rows
+    assert len((tmp_path / "metrics.csv").read_text().splitlines()) == 4
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError])
+def test_the_curve_of_a_run_that_fails_has_its_last_epoch(drawn, tmp_path, error) -> None:
+    class Fail(lightning.Callback):
+        def on_train_batch_start(self, trainer, *_) -> None:
+            if trainer.current_epoch == 2:
+                raise error
+
+    with pytest.raises((error, SystemExit)):
+        train(0, HistoryCallback(tmp_path), Fail())
+    assert drawn == [2]

@@ -38,8 +38,8 @@ def train(rank: int, world_size: int, folder: str) -> None:
 
 
 def test_two_processes_equal_each_other_and_one(tmp_path: Path) -> None:
-    for world_size in (1, 2):
-        spawn(train, (world_size, str(tmp_path)), nprocs=world_size)
+    train(0, 1, str(tmp_path))
+    spawn(train, (2, str(tmp_path)), nprocs=2)
     one, first, second = (torch.load(tmp_path / f"{name}.pt") for name in ("1-0", "2-0", "2-1"))
     for a, b, c in zip(one, first, second, strict=True):
         assert torch.equal(b, c)

@@ -55,7 +55,7 @@ def test_more_epochs_other_rates_and_another_schedule(task, kill_at, tmp_path, r
 
 @pytest.mark.parametrize(
     "schedule",
-    [pytest.param(name, marks=() if name in {"cosine", "multistep"} else pytest.mark.slow) for name in SCHEDULES],
+    [pytest.param(name, marks=() if name == "multistep" else pytest.mark.slow) for name in SCHEDULES],
 )
 def test_every_schedule_goes_on_where_the_longer_run_would_be(slides, schedule, tmp_path) -> None:
     assert_follows(slides, tmp_path, kill_at=None, optim={"schedule": schedule, "schedule_kwargs": SCHEDULES[schedule]})
@@ -73,7 +73,7 @@ def test_momenta_are_those_of_the_checkpoint(slides, tmp_path) -> None:
             assert (after[key]["exp_avg_sq"] >= 0.999**3 * state["exp_avg_sq"] * (1 - 1e-5)).all()
 
 
-@pytest.mark.parametrize(("patience", "num_epochs"), [(1, 2), (3, 4), (0, 6)])
+@pytest.mark.parametrize(("patience", "num_epochs"), [(1, 2), pytest.param(3, 4, marks=pytest.mark.slow), (0, 6)])
 def test_early_stopping_has_the_patience_of_the_new_config(slides, tmp_path, patience, num_epochs) -> None:
     # At such a rate no validation is better than the first.
     options = {"optim": {"lr": 1e-12}, "ema_decay": 0.0, "max_epochs": 6}

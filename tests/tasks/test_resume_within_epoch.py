@@ -17,8 +17,14 @@ def uninterrupted(segmentation, detection, scenes, slides, tmp_path_factory):
     return {name: fit(build, tmp_path_factory.mktemp(name)) for name, build in builds.items()}
 
 
-@pytest.mark.parametrize("task", ["segmentation", "detection", "scenes", "slides"])
-@pytest.mark.parametrize("num_workers", [0, 2])
+@pytest.mark.parametrize(
+    ("task", "num_workers"),
+    [
+        *((task, 0) for task in ("segmentation", "detection", "scenes", "slides")),
+        ("segmentation", 2),
+        *(pytest.param(task, 2, marks=pytest.mark.slow) for task in ("detection", "scenes", "slides")),
+    ],
+)
 def test_a_run_killed_inside_an_epoch_ends_in_the_same_weights(
     task, num_workers, uninterrupted, tmp_path, request
 ) -> None:
@@ -40,7 +46,7 @@ def test_a_run_killed_inside_an_epoch_ends_in_the_same_weights(
 @pytest.mark.parametrize(
     "options",
     [
-        {"sampler": "balanced"},
+        pytest.param({"sampler": "balanced"}, marks=pytest.mark.slow),
         pytest.param({"sampler": "grid", "tile_px": 64, "batch_size": 1}, marks=pytest.mark.slow),
         {"sampler": "grid", "batch_size": 3},
     ],
@@ -58,7 +64,7 @@ def test_every_sampler_of_maps_goes_on_where_it_was(segmentation, options, tmp_p
     assert_equal(whole["state_dict"], resumed["state_dict"])
 
 
-@pytest.mark.parametrize(("kill_at", "gone_on_from"), [(3, 2), (5, 5), (7, 6)])
+@pytest.mark.parametrize(("kill_at", "gone_on_from"), [(3, 2), (5, 5), pytest.param(7, 6, marks=pytest.mark.slow)])
 def test_samples_after_the_last_checkpoint_are_seen_again(
     segmentation, uninterrupted, kill_at, gone_on_from, tmp_path
 ) -> None:

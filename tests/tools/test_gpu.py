@@ -63,6 +63,7 @@ def fake_times(tool, monkeypatch, lacking=lambda cell: False, broken=lambda cell
     return begun
 
 
+@pytest.mark.slow
 def test_a_quick_run_on_a_processor_measures_every_cell(tool, tmp_path, capsys) -> None:
     assert call(tool, tmp_path / "out", *QUICK) == 0
     found = json.loads((tmp_path / "out" / "gpu.json").read_text())

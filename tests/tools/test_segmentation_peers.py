@@ -38,6 +38,7 @@ def config(make_scene, tmp_path) -> tuple[Path, Path, Path]:
     return path, image, labels
 
 
+@pytest.mark.slow
 def test_a_unet_learns_bright_squares_within_its_time_and_every_pixel_is_scored(tool, config, tmp_path, capsys) -> None:
     path, image, labels = config
     out = tmp_path / "scores.json"
