@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -107,9 +107,48 @@ def open_labels(
             raise
         return from_vector()
     options = {"paired": paired, "spot_check": spot_check}
-    if multilabel:
-        return RasterLayers(mask, source, len(mapping.values), mapping, **options)
-    return RasterLabels(mask, source, mapping, **options)
+    labelled, row, col = _labelled(mask, source)
+    labels: LabelSource = (
+        RasterLayers(mask, labelled, len(mapping.values), mapping, **options)
+        if multilabel
+        else RasterLabels(mask, labelled, mapping, **options)
+    )
+    return _MovedLabels(labels, row, col) if (row, col) != (0, 0) else labels
+
+
+class _MovedLabels:
+    """Labels of a source of which another one is a part.
+
+    Args:
+        labels: Labels of the whole.
+        row: Row of the whole where the part begins.
+        col: Column of the whole where the part begins.
+    """
+
+    def __init__(self, labels: LabelSource, row: int, col: int) -> None:
+        self._labels = labels
+        self._row, self._col = row, col
+
+    def read(self, window: Window) -> LabelArray:
+        """Read a window of the part, see `LabelSource.read`."""
+        return self._labels.read(Window(window.row + self._row, window.col + self._col, window.height, window.width))
+
+    def close(self) -> None:
+        """Close this thread's file handles; the next read opens them again."""
+        self._labels.close()
+
+
+def _labelled(mask: RasterSource, source: RasterSource | SlideSource) -> tuple[Any, int, int]:
+    """Return the source that a mask labels by its size, and where the given one begins in it.
+
+    A slide at level 0 is labelled as a whole, or inside its bounds, as QuPath exports masks.
+    """
+    if not isinstance(source, SlideSource):
+        return source, 0, 0
+    inside = source.within_bounds()
+    labelled = inside if mask.size == inside.size else source.whole
+    begin, own = labelled.frame.to_level0, source.frame.to_level0
+    return labelled, round(own.f - begin.f), round(own.c - begin.c)
 
 
 def warn_of_polygons_outside(labels: Iterable[LabelSource]) -> None:

@@ -63,7 +63,8 @@ class InputSpec(InputOptions):
         """Open an input as in training: bands, nodata, pixel size, tissue.
 
         A source from `perf_vit.open` is reopened if its options differ from the model's; options given to
-        `perf_vit.open` take precedence. Other sources are used unchanged.
+        `perf_vit.open` take precedence. Other sources are used unchanged. Of a slide given by its path, the part inside
+        its bounds is read, which QuPath shows.
 
         Args:
             path: Input of `perf_vit.open`, or a source.
@@ -116,9 +117,11 @@ class InputSpec(InputOptions):
     def _opened(self, path: InputPath | Source, overrides: dict[str, Any]) -> Source:
         # Imported lazily, so that loading a network doesn't import rasterio.
         from perf_vit.sources import merged_options, open_input
+        from perf_vit.sources.slides import SlideSource
 
         if isinstance(path, str | Path | Sequence):
-            return open_input(path, self, overrides)
+            opened = open_input(path, self, overrides)
+            return opened.within_bounds() if isinstance(opened, SlideSource) else opened
         opened_from = getattr(path, "opened_from", None)
         given = getattr(path, "options", {})
         overrides = {name: value for name, value in overrides.items() if value is not None}

@@ -56,6 +56,8 @@ class SourceInfo:
         orientation: EXIF orientation applied while reading, 1 to 8; 1 for none.
         mpp: Micrometres per pixel of a slide.
         levels: Size (height, width) of each level in the file, finest first.
+        bounds_level0_px: Left, top, right and bottom of the scanned area of a slide, which QuPath shows, in pixels of
+            level 0; None for all of it.
         block_px: Size (height, width) of the blocks in the file.
         compression: Name of the compression; None if there is none or it is unknown.
         file_bytes: File size in bytes; None for a folder or URL.
@@ -78,6 +80,7 @@ class SourceInfo:
     orientation: int
     mpp: float | None
     levels: tuple[tuple[int, int], ...]
+    bounds_level0_px: tuple[int, int, int, int] | None
     block_px: tuple[int, int] | None
     compression: str | None
     file_bytes: int | None
@@ -91,11 +94,16 @@ def describe_source(source: Source) -> SourceInfo:
     """
     stored: dict[str, Any]
     if isinstance(source, SlideSource):
-        stored = {"kind": "slide", "format": source.format, "levels": source.levels}
+        bounds = source.frame.bounds
+        corners = (
+            None if bounds.shape == source.levels[0] else (bounds.col, bounds.row, bounds.col_stop, bounds.row_stop)
+        )
+        stored = {"kind": "slide", "format": source.format, "levels": source.levels, "bounds_level0_px": corners}
     else:
         stored = {"kind": "raster", **_stored(source)}
     file = Path(source.path)
-    facts = {"format": None, "levels": ((source.height, source.width),), "block_px": None, "compression": None}
+    facts: dict[str, Any] = dict.fromkeys(("format", "block_px", "compression", "bounds_level0_px"))
+    facts["levels"] = ((source.height, source.width),)
     return SourceInfo(
         path=source.path,
         height=source.height,

@@ -394,7 +394,8 @@ class MapJob(Job):
         if is_ome_tiff_name(self.out):
             pyramid = journal.folder / MADE_PYRAMID
             write_cog(store, layout, pyramid, self.out)
-            write_ome_tiff(made, pyramid, mpp=_mpp_xy(self.source), tags=layout.tags)
+            frame = self.source.frame.tags() if isinstance(self.source, SlideSource) else {}
+            write_ome_tiff(made, pyramid, mpp=_mpp_xy(self.source), tags={**layout.tags, **frame})
         else:
             write_cog(store, layout, made, self.out)
         # If this process ends before it makes them, none of an earlier map is taken for one of this map.
@@ -415,10 +416,8 @@ def _mpp_xy(source: Source) -> tuple[float, float]:
             f"an OME-TIFF tells the size of its pixels, and that of {source.path} is not known; give `slide_mpp`, or "
             "a name that ends in .tif alone"
         )
-    if not isinstance(source, SlideSource) or source.slide_mpp is None:
-        return source.mpp, source.mpp
-    (mpp_x, mpp_y), (down_x, down_y) = source.slide_mpp, source.downsample_xy
-    return mpp_x * down_x, mpp_y * down_y
+    pixel_um_xy = source.frame.pixel_um_xy if isinstance(source, SlideSource) else None
+    return pixel_um_xy or (source.mpp, source.mpp)
 
 
 def check_map_name(out: Path) -> None:

@@ -75,6 +75,14 @@ class SlideFrame:
             "frame_origin_level0_px": [self.bounds.col, self.bounds.row],
         }
 
+    def tags(self) -> dict[str, str]:
+        """Return the frame of the source's own pixels as text, which maps hold."""
+        place = self.to_qupath
+        return {
+            "PERF_VIT_FRAME": f"QuPath: x = {place.a:.9g} * column + {place.c:.9g}, y = {place.e:.9g} * row + "
+            f"{place.f:.9g}, in pixels of level 0 from ({self.bounds.col}, {self.bounds.row})"
+        }
+
 
 def inside_bounds(bounds: Window, downsample_yx: tuple[float, float], window: Window) -> BoolArray | None:
     """Return which pixels of a level have their centre inside the bounds of a slide, [h, w]; None if all have.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -22,6 +22,7 @@ __all__ = [
     "finest_enough",
     "grid_at",
     "grid_of_level",
+    "grid_within",
     "read_grid",
     "true_downsample",
 ]
@@ -98,10 +99,13 @@ class LevelGrid:
     step_yx: tuple[float, float] = (1.0, 1.0)
     start_yx: tuple[float, float] = (0.0, 0.0)
 
-    @property
-    def is_level(self) -> bool:
-        """Whether the grid's pixels are those of the level."""
-        return self.step_yx == (1.0, 1.0) and self.start_yx == (0.0, 0.0)
+    def window_of(self, window: Window, level: Level) -> Window | None:
+        """Return a window of the grid in pixels of the level, if these are the grid's pixels and the level has them."""
+        if self.step_yx != (1.0, 1.0) or not all(start.is_integer() for start in self.start_yx):
+            return None
+        row, col = window.row + int(self.start_yx[0]), window.col + int(self.start_yx[1])
+        found = Window(row, col, window.height, window.width)
+        return found if found.intersect(Window(0, 0, level.height, level.width)) == found else None
 
 
 def true_downsample(full: int, reduced: int) -> float:
@@ -138,6 +142,23 @@ def grid_at(levels: Sequence[Level], factor_yx: tuple[float, float]) -> LevelGri
     return LevelGrid(index, height, width, (step_y, step_x))
 
 
+def grid_within(grid: LevelGrid, bounds: Window, level: Level) -> LevelGrid:
+    """Return the part of a grid over the bounds of a slide, in pixels of level 0.
+
+    The grid's corner is that of the bounds, on a level that isn't resampled the nearest one of its pixels.
+    """
+    start = [corner / down for corner, down in zip((bounds.row, bounds.col), level.downsample_yx, strict=True)]
+    sides = [
+        side / (down * step) for side, down, step in zip(bounds.shape, level.downsample_yx, grid.step_yx, strict=True)
+    ]
+    height, width = (max(1, math.floor(side + 0.5)) for side in sides)
+    if grid.step_yx != (1.0, 1.0):
+        return replace(grid, height=height, width=width, start_yx=(start[0], start[1]))
+    row, col = (math.floor(at + 0.5) for at in start)
+    height, width = max(1, min(height, level.height - row)), max(1, min(width, level.width - col))
+    return replace(grid, height=height, width=width, start_yx=(float(row), float(col)))
+
+
 def finest_enough(levels: Sequence[Level], factor_yx: tuple[float, float]) -> int:
     """Return the index of the coarsest level whose pixels are at most `factor_yx` pixels of level 0; 0 for none."""
     fitting = [
@@ -171,9 +192,9 @@ def read_grid(
     Returns:
         Pixels [C, h, w] in the reader's dtype, and their mask, [C, h, w] or [1, h, w].
     """
-    if grid.is_level:
-        return _read_bands(reader, grid.level, window, bands)
     level = reader.levels[grid.level]
+    if (own := grid.window_of(window, level)) is not None:
+        return _read_bands(reader, grid.level, own, bands)
     rows = _Taps(grid.start_yx[0], grid.step_yx[0], level.height, window.row, window.row_stop)
     cols = _Taps(grid.start_yx[1], grid.step_yx[1], level.width, window.col, window.col_stop)
     if rows.span * cols.span > _MAX_PIXELS and max(window.shape) > 1:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -14,7 +16,15 @@ from perf_vit.errors import InputError
 from perf_vit.sources._bands import warn_of_alpha
 from perf_vit.sources.base import BaseSource
 from perf_vit.sources.slides.frame import SlideFrame
-from perf_vit.sources.slides.pyramid import LevelGrid, PyramidReader, finest_enough, grid_at, grid_of_level, read_grid
+from perf_vit.sources.slides.pyramid import (
+    LevelGrid,
+    PyramidReader,
+    finest_enough,
+    grid_at,
+    grid_of_level,
+    grid_within,
+    read_grid,
+)
 from perf_vit.sources.slides.scale import SlideMpp, choose_mpp, unknown_mpp
 from perf_vit.sources.slides.tissue import TissueMask, open_tissue
 from perf_vit.types import BoolArray, GeoImage, Window
@@ -99,6 +109,7 @@ class SlideSource(BaseSource):
         self.bands = tuple(index + 1 for index in self._indices)
         self.band_names = tuple(reader.band_names[index] for index in self._indices)
         self.transform = Affine.identity()
+        self._whole: SlideSource | None = None
         self._tissue: TissueMask | None = None if tissue is None else open_tissue(tissue, path, reader, mpp_yx)
 
     @property
@@ -119,7 +130,7 @@ class SlideSource(BaseSource):
             rows, cols = shared.slices_in(window)
             pixels[:, rows, cols], inside = self._read_inside(self._grid, shared)
             if self._tissue is not None:
-                inside = inside & self._tissue.read(shared, self.downsample_xy)
+                inside = inside & self._tissue.read(shared, self.downsample_xy, self._start_xy)
             mask = np.zeros((len(inside), *window.shape), bool)
             mask[:, rows, cols] = inside
         return GeoImage.from_mask(pixels, mask, None, Affine.translation(window.col, window.row), self.mpp)
@@ -149,11 +160,35 @@ class SlideSource(BaseSource):
         if self._tissue is not None:
             down_x, down_y = self.downsample_xy
             coarse_xy = (down_x * scale_yx[1], down_y * scale_yx[0])
-            start_xy = (shared.col * down_x, shared.row * down_y)
+            start_xy = (self._start_xy[0] + shared.col * down_x, self._start_xy[1] + shared.row * down_y)
             mask = mask & self._tissue.read(Window(0, 0, height, width), coarse_xy, start_xy)
         mpp = None if self.mpp is None else self.mpp * math.sqrt(math.prod(scale_yx))
         scale = Affine.scale(scale_yx[1], scale_yx[0])
         return GeoImage.from_mask(pixels, mask, None, Affine.translation(shared.col, shared.row) @ scale, mpp)
+
+    def within_bounds(self) -> SlideSource:
+        """Return the slide as QuPath shows it, of its bounds only; itself if it has none."""
+        if self._reader.bounds is None or self._whole is not None:
+            return self
+        level = self._reader.levels[self._grid.level]
+        cropped = copy.copy(self)
+        cropped._whole = self
+        cropped._grid = grid_within(self._grid, self._reader.bounds, level)
+        cropped.height, cropped.width = cropped._grid.height, cropped._grid.width
+        start_y, start_x = (at * down for at, down in zip(cropped._grid.start_yx, level.downsample_yx, strict=True))
+        place = Affine.translation(start_x, start_y) @ Affine.scale(*self.downsample_xy)
+        cropped.frame = replace(self.frame, to_level0=place)
+        return cropped
+
+    @property
+    def whole(self) -> SlideSource:
+        """The slide with all of level 0, of which `within_bounds` gave a part."""
+        return self if self._whole is None else self._whole
+
+    @property
+    def _start_xy(self) -> tuple[float, float]:
+        """Upper left corner of the source in pixels of level 0."""
+        return self.frame.to_level0.c, self.frame.to_level0.f
 
     def close(self) -> None:
         """Close this thread's file handle; the next read opens it again."""
@@ -173,7 +208,10 @@ class SlideSource(BaseSource):
         index = finest_enough(self._reader.levels, factor_yx)
         level_yx = self._reader.levels[index].downsample_yx
         step_yx = (factor_yx[0] / level_yx[0], factor_yx[1] / level_yx[1])
-        start_yx = (window.row * down_yx[0] / level_yx[0], window.col * down_yx[1] / level_yx[1])
+        start_yx = (
+            (self._start_xy[1] + window.row * down_yx[0]) / level_yx[0],
+            (self._start_xy[0] + window.col * down_yx[1]) / level_yx[1],
+        )
         return LevelGrid(index, window.height, window.width, step_yx, start_yx)
 
 

@@ -81,6 +81,11 @@ def _facts(info: SourceInfo) -> list[tuple[str, str]]:
         ("CRS", info.crs or ("none" if info.kind == "raster" else None)),
         ("resolution", resolution and f"{resolution} {info.units or ''}"),
         ("bounds", info.bounds_crs and "x {0:.8g} to {2:.8g}, y {1:.8g} to {3:.8g}".format(*info.bounds_crs)),
+        (
+            "bounds",
+            info.bounds_level0_px
+            and "x {0:,} to {2:,}, y {1:,} to {3:,} of level 0, which QuPath shows".format(*info.bounds_level0_px),
+        ),
         ("mpp", f"{info.mpp:.4g} um" if info.mpp else ("unknown: give slide_mpp" if info.kind == "slide" else None)),
         ("levels", ", ".join(f"{height:,} x {width:,}" for height, width in info.levels)),
         ("blocks", info.block_px and f"{info.block_px[0]} x {info.block_px[1]}, {info.compression or 'uncompressed'}"),

@@ -8,6 +8,7 @@ import pytest
 import shapely
 from affine import Affine
 from bounded import BOUNDS, bounded_slide, with_bounds
+from command_line import call
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -15,6 +16,7 @@ from perf_vit.errors import InputError
 from perf_vit.labels import open_labels
 from perf_vit.labels.objects import read_object_labels
 from perf_vit.sources import open_source
+from perf_vit.sources.describe import describe_source
 from perf_vit.sources.slides.frame import SlideFrame, inside_bounds
 from perf_vit.types import IGNORE_INDEX, Window
 from perf_vit.writers import write_objects
@@ -210,3 +212,10 @@ def test_pixels_are_inside_where_their_centre_is(row, col, down) -> None:
         [17 <= (row + i + 0.5) * down < 77 and 9 <= (col + j + 0.5) * down < 79 for j in range(11)] for i in range(8)
     ]
     assert np.array_equal(np.ones((8, 11), bool) if inside is None else inside, expected)
+
+
+def test_info_names_the_bounds(slide, capsys) -> None:
+    found = describe_source(open_source(slide))
+    assert found.bounds_level0_px == (96, 64, 396, 284)
+    assert call(["info", slide]) == 0
+    assert "x 96 to 396, y 64 to 284 of level 0, which QuPath shows" in " ".join(capsys.readouterr().out.split())
