@@ -20,6 +20,7 @@ __all__ = [
     "describe_clusters",
     "nearest_center",
     "sample_tokens",
+    "sampled_places",
     "sum_by_label",
 ]
 
@@ -208,6 +209,12 @@ def sample_tokens(q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None) -> S
     valid = (places < seen // step)[:, None, :, None]
     q, k, v = (x.take_along_dim(indices, 2).to(dtype).where(valid, 0.0) for x in (q, k, v))
     return Sample(q, k, v, valid.to(dtype))
+
+
+def sampled_places(num_tokens: int) -> Tensor:
+    """Return the indices of the tokens that `sample_tokens` takes of a number of visible tokens, [n]."""
+    step = int(_step(num_tokens))
+    return torch.arange(num_tokens // step) * step
 
 
 def choose_clusters(q: Tensor, k: Tensor, v: Tensor, num_clusters: int, key_mask: Tensor | None = None) -> Tensor:

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-__all__ = ["WindowGrid", "check_grid", "split_dim", "window_indices"]
+__all__ = ["WindowGrid", "check_grid", "row_windows", "split_dim", "split_rows", "window_indices"]
+
+_ROW_TOKENS = 1024
+"""Queries that are processed together where there are no windows."""
 
 
 @dataclass(frozen=True)
@@ -81,6 +85,16 @@ class WindowGrid:
         B, H, C = *x.shape[:2], x.shape[-1]
         x = x.view(B, H, -1, self.across, self.height, self.width, C).permute(0, 2, 4, 3, 5, 1, 6)
         return x.flatten(3, 4).flatten(1, 2)[:, :rows, : self.columns]
+
+
+def row_windows(grid: tuple[int, int]) -> WindowGrid:
+    """Return whole rows, for queries without windows."""
+    return WindowGrid(grid[1], min(grid[0], max(1, _ROW_TOKENS // grid[1])), grid[1])
+
+
+def split_rows(x: Tensor | None, grid: tuple[int, int], rows: int) -> list[Any]:
+    """Split [B, H, n, C] into chunks of rows, [B, H, rows, columns, C]; None gives [None]."""
+    return [None] if x is None else list(torch.split(split_dim(x, 2, *grid), rows, dim=2))
 
 
 def window_indices(grid: tuple[int, int], window_size: int) -> Tensor:

@@ -75,8 +75,8 @@ def transcription(q, k, v, w, kernel, key_mask=None, causal: bool = False):
 def few_tokens_at_a_time(tokens: int) -> Iterator[None]:
     """Attention with windows and clusters goes through this many tokens at a time."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("perf_vit.ops.clustered._CPU_TOKENS", tokens)
-        patch.setattr("perf_vit.ops.clustered._ROW_TOKENS", tokens)
+        patch.setattr("perf_vit.ops.clustered_call._CPU_TOKENS", tokens)
+        patch.setattr("perf_vit.ops.windows._ROW_TOKENS", tokens)
         yield
 
 

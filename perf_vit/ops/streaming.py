@@ -1,0 +1,234 @@
+"""Attention over an image that is read in parts: every query attends to all keys, and memory holds one part."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from perf_vit.ops.clustered_call import ClusteredCall
+from perf_vit.ops.clusters import Sample, describe_clusters, sampled_places
+from perf_vit.ops.features import token_slices
+from perf_vit.ops.state import KVState
+
+__all__ = ["AttentionStream", "ClusteredStream", "LinearStream", "Part", "sampled_places"]
+
+_FEATURE_TOKENS = 512
+"""Tokens whose random features are in memory at once, as in `favor_attention` on a CPU."""
+
+_WINDOW_TOKENS = 2**14
+"""Tokens x samples x heads whose windows are attended to at once, as in `clustered_attention` on a CPU."""
+
+
+@dataclass(frozen=True, eq=False)
+class Part:
+    """Tokens of some rows of a grid; tokens that don't count are left out.
+
+    Attributes:
+        rows: Number of rows of the grid that the part covers.
+        places: Index of each token in the row-major order of these rows, increasing, [n].
+    """
+
+    rows: int
+    places: Tensor
+
+
+class AttentionStream(ABC):
+    """Attention of one layer in two passes over the parts of an image: `collect` from all, then `attend` with each.
+
+    Memory is that of one part and of sums whose size doesn't depend on the image. Queries, keys and values are [B, H,
+    n, D]; parts are given in any order, each once.
+    """
+
+    @abstractmethod
+    def collect(self, k: Tensor, v: Tensor, part: Part) -> None:
+        """Add the keys and values of a part."""
+
+    @abstractmethod
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, part: Part) -> Tensor:
+        """Attend with the queries of a part to all that was collected, [B, H, n, Dv]."""
+
+    @abstractmethod
+    def attend_prefix(self) -> Tensor:
+        """Attend with the queries of the prefix tokens to all that was collected, [B, H, P, Dv]."""
+
+
+class LinearStream(AttentionStream):
+    """FAVOR+ attention in parts: their states add up (see `KVState`).
+
+    Args:
+        prefix: Queries, keys and values of the prefix tokens, [B, H, P, D].
+        projection: Rows of the feature map, [R, D].
+        kernel: Name of the feature map.
+
+    Raises:
+        ValueError: The kernel fits a parameter to all queries and keys.
+    """
+
+    def __init__(self, prefix: tuple[Tensor, Tensor, Tensor], projection: Tensor, kernel: str) -> None:
+        self._queries, *keys = prefix
+        self._projection, self._kernel = projection, kernel
+        self._state: KVState | None = None
+        self._normalized: KVState | None = None
+        if self._queries.shape[2]:
+            self._add(*keys)
+
+    def collect(self, k: Tensor, v: Tensor, part: Part) -> None:
+        """Add the keys and values of a part."""
+        for tokens in token_slices(k, _FEATURE_TOKENS):
+            self._add(k[tokens], v[tokens])
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, part: Part) -> Tensor:
+        """Attend with the queries of a part to all that was collected, [B, H, n, Dv]."""
+        if self._normalized is None:
+            assert self._state is not None
+            self._normalized = self._state.normalized()
+        return torch.cat([self._normalized.attend(q[tokens]) for tokens in token_slices(q, _FEATURE_TOKENS)], dim=2)
+
+    def attend_prefix(self) -> Tensor:
+        """Attend with the queries of the prefix tokens to all that was collected, [B, H, P, Dv]."""
+        assert self._state is not None
+        return self._state.attend(self._queries)
+
+    def _add(self, k: Tensor, v: Tensor) -> None:
+        state = self._state
+        self._state = KVState.from_keys(k, v, self._projection, self._kernel) if state is None else state.update(k, v)
+
+
+class ClusteredStream(AttentionStream):
+    """Clustered attention without sinks in parts: sums over clusters add up, and windows lie within a part.
+
+    Args:
+        sample: Queries, keys and values of the tokens at `sampled_places`, [B, H, n, D] each.
+        prefix: Queries, keys and values of the prefix tokens, [B, H, P, D] each.
+        grid: Rows and columns of the image's tokens.
+        window_size: Largest number of rows and columns of a window; 0 for no windows.
+        num_clusters: Largest number of clusters per sample and head.
+    """
+
+    def __init__(
+        self,
+        sample: tuple[Tensor, Tensor, Tensor],
+        prefix: tuple[Tensor, Tensor, Tensor],
+        grid: tuple[int, int],
+        window_size: int,
+        num_clusters: int,
+    ) -> None:
+        dtype = torch.promote_types(sample[1].dtype, torch.float32)
+        clusters = describe_clusters(Sample(*(x.to(dtype) for x in sample)), num_clusters)
+        q, k, v = prefix
+        self._call = ClusteredCall.of(clusters, grid, window_size, (k, v, None))
+        self._total: Tensor | None = None
+        self._prefix = _ExactQueries(q)
+        if k.shape[2]:
+            self._prefix.collect(k, v)
+
+    @property
+    def rows_at_once(self) -> int:
+        """Number of rows of a window: parts begin at a multiple of it."""
+        return self._call.windows.height
+
+    def collect(self, k: Tensor, v: Tensor, part: Part) -> None:
+        """Add the keys and values of a part."""
+        self._prefix.collect(k, v)
+        call, slots = self._call, self._slots(part, k)
+        columns = slots.fill(torch.cat(call.key_columns(k, v, None), dim=-1))
+        for windows in slots.groups(columns):
+            sums = call.sums(windows, slots.is_padded).sum(dim=2)
+            self._total = sums if self._total is None else self._total + sums
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, part: Part) -> Tensor:
+        """Attend with the queries of a part to all that was collected, [B, H, n, Dv]."""
+        assert self._total is not None
+        call, slots, masked = self._call, self._slots(part, k), self._slots(part, k).is_padded
+        tokens = slots.fill(torch.cat([*call.query_columns(q), *call.key_columns(k, v, None)], dim=-1))
+        found = [
+            call.attend(windows, call.sums(windows[..., call.width :], masked), self._total, masked)
+            for windows in slots.groups(tokens)
+        ]
+        return slots.take(torch.cat(found, dim=2))
+
+    def attend_prefix(self) -> Tensor:
+        """Attend with the queries of the prefix tokens to all that was collected, [B, H, P, Dv]."""
+        return self._prefix.attend()
+
+    def _slots(self, part: Part, k: Tensor) -> _Slots:
+        windows = self._call.windows
+        row, column = part.places // windows.columns, part.places % windows.columns
+        window = row // windows.height * windows.across + column // windows.width
+        kept, rank = torch.unique(window, return_inverse=True)
+        size = windows.height * windows.width
+        inner = row % windows.height * windows.width + column % windows.width
+        at_once = max(1, _WINDOW_TOKENS // (size * k.shape[0] * k.shape[1]))
+        return _Slots(rank * size + inner, len(kept), size, at_once)
+
+
+@dataclass(frozen=True, eq=False)
+class _Slots:
+    """Where the tokens of a part lie in its windows; windows without a token are left out.
+
+    Attributes:
+        slot: Index of each token among those of all windows, [n].
+        num_windows: Number of windows W.
+        size: Number of tokens of a window, T.
+        at_once: Windows of a group.
+    """
+
+    slot: Tensor
+    num_windows: int
+    size: int
+    at_once: int
+
+    @property
+    def is_padded(self) -> bool:
+        """Whether some places of the windows hold no token."""
+        return len(self.slot) < self.num_windows * self.size
+
+    def fill(self, x: Tensor) -> Tensor:
+        """Arrange tokens as windows, 0 where there is none, [B, H, n, C] -> [B, H, W, T, C]."""
+        filled = x.new_zeros(*x.shape[:2], self.num_windows * self.size, x.shape[-1]).index_copy(2, self.slot, x)
+        return filled.view(*x.shape[:2], self.num_windows, self.size, x.shape[-1])
+
+    def take(self, x: Tensor) -> Tensor:
+        """Return the tokens of windows, [B, H, W, T, C] -> [B, H, n, C]."""
+        return x.flatten(2, 3).index_select(2, self.slot)
+
+    def groups(self, x: Tensor) -> list[Tensor]:
+        """Split windows, [B, H, W, T, C], into groups."""
+        return list(x.split(self.at_once, dim=2))
+
+
+class _ExactQueries:
+    """Exact attention of a few queries to keys that arrive in parts.
+
+    Sums are rescaled when a larger logit arrives (Milakov and Gimelshein 2018, "Online normalizer calculation for
+    softmax", algorithm 3).
+
+    Args:
+        q: Queries, [B, H, P, D].
+    """
+
+    def __init__(self, q: Tensor) -> None:
+        self._q = q * q.shape[-1] ** -0.5
+        self._largest: Tensor | None = None
+        self._sums: Tensor
+        self._weights: Tensor
+
+    def collect(self, k: Tensor, v: Tensor) -> None:
+        """Add keys, [B, H, n, D], and values, [B, H, n, Dv]."""
+        logits = self._q @ k.mT
+        largest = logits.amax(dim=-1, keepdim=True)
+        if self._largest is not None:
+            largest = torch.maximum(largest, self._largest)
+        weights = (logits - largest).exp()
+        sums, number = weights @ v, weights.sum(dim=-1, keepdim=True)
+        if self._largest is not None:
+            kept = (self._largest - largest).exp()
+            sums, number = sums + kept * self._sums, number + kept * self._weights
+        self._largest, self._sums, self._weights = largest, sums, number
+
+    def attend(self) -> Tensor:
+        """Return the attended values, [B, H, P, Dv]."""
+        return self._sums / self._weights
