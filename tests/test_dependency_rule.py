@@ -32,6 +32,7 @@ LEVELS = {
     "models": 5,
     "metrics": 6,
     "reporting": 6,
+    "streaming": 6,
     "writers": 6,
     "data": 6,
     "tasks": 7,

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from perf_vit.layers.linearized_attention import LinearizedAttention
 
-__all__ = ["chunk_modules", "to_chunked"]
+__all__ = ["chunk_modules", "finish_block", "to_chunked"]
 
 # Chunk sizes whose queries, keys and values, or hidden layer of an MLP, fit in a processor's cache.
 _BLOCK_TOKENS = 1024
@@ -121,22 +121,38 @@ class _ChunkedPreNorm(_Chunked):
         """Apply projection, residual and MLP to some tokens, [B, n, C], and their attended values, [B, n, H x D]."""
 
 
+def finish_block(block: Block | EvaBlock, x: Tensor, attended: Tensor) -> Tensor:
+    """Apply what follows the attention of a pre-norm block in evaluation mode: residual, norm and MLP.
+
+    Args:
+        block: Block of timm.
+        x: Input of the block, [B, n, C]; any tokens of the image.
+        attended: Output of its attention for these tokens, [B, n, C].
+
+    Returns:
+        Output of the block, [B, n, C].
+    """
+    if isinstance(block, Block):
+        x = x + block.ls1(attended)
+        return x + block.ls2(block.mlp(block.norm2(x)))
+    gamma_1, gamma_2 = block.gamma_1, block.gamma_2
+    x = x + (attended if gamma_1 is None else gamma_1 * attended)
+    grown = block.mlp(block.norm2(x))
+    return x + (grown if gamma_2 is None else gamma_2 * grown)
+
+
 class _ChunkedBlock(_ChunkedPreNorm, Block):
     _options = ("attn_mask", "is_causal")
 
     def _after_attention(self, x: Tensor, out: Tensor) -> Tensor:
-        x = x + self.ls1(self.attn.finish(out))
-        return x + self.ls2(self.mlp(self.norm2(x)))
+        return finish_block(self, x, self.attn.finish(out))
 
 
 class _ChunkedEvaBlock(_ChunkedPreNorm, EvaBlock):
     _options = ("rope", "attn_mask", "is_causal")
 
     def _after_attention(self, x: Tensor, out: Tensor) -> Tensor:
-        attended, gamma_1, gamma_2 = self.attn.finish(out), self.gamma_1, self.gamma_2
-        x = x + (attended if gamma_1 is None else gamma_1 * attended)
-        grown = self.mlp(self.norm2(x))
-        return x + (grown if gamma_2 is None else gamma_2 * grown)
+        return finish_block(self, x, self.attn.finish(out))
 
 
 _CHUNKED: dict[type[nn.Module], type[_Chunked]] = {

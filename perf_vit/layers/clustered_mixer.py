@@ -11,6 +11,7 @@ from perf_vit.layers.mixer import Mixer, MixerOptions, check_integers, register_
 from perf_vit.ops import clustered_attention
 from perf_vit.ops.clusters import clusters_for_size
 from perf_vit.ops.sinks import sinks_for_size
+from perf_vit.ops.streaming import AttentionStream, ClusteredStream
 
 __all__ = ["ClusteredMixer", "ClusteredOptions"]
 
@@ -81,6 +82,7 @@ class ClusteredMixer(Mixer):
 
     options_type = ClusteredOptions
     needs_grid: ClassVar[bool] = True
+    needs_sample: ClassVar[bool] = True
     options: ClusteredOptions
 
     def forward(
@@ -118,3 +120,19 @@ class ClusteredMixer(Mixer):
             key_mask,
             options.chunk_size,
         )
+
+    def stream(
+        self,
+        prefix: tuple[Tensor, Tensor, Tensor],
+        sample: tuple[Tensor, Tensor, Tensor] | None,
+        grid: tuple[int, int],
+    ) -> AttentionStream:
+        """Start the attention over an image in parts, see `Mixer.stream`.
+
+        Raises:
+            ValueError: The image is large and the layer has sinks, which are chosen among all keys.
+        """
+        options = self.options
+        if sample is None or options.is_exact(grid) or options.sinks_of(grid):
+            return super().stream(prefix, sample, grid)
+        return ClusteredStream(sample, prefix, grid, options.window_size, options.clusters_of(grid))

@@ -227,7 +227,8 @@ class LinearizedAttention(DerivedBuffers):
     def unpack(self, packed: Tensor, rope: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
         """Split the result of `pack` into that of `queries_keys_values`."""
         batch, length = packed.shape[:2]
-        q, k, v = packed.reshape(batch, length, 3, -1, self.head_dim).permute(2, 0, 3, 1, 4).unbind(0)
+        heads = packed.shape[2] // (3 * self.head_dim)
+        q, k, v = packed.reshape(batch, length, 3, heads, self.head_dim).permute(2, 0, 3, 1, 4).unbind(0)
         return self._normed_and_rotated(q, k, v, rope)
 
     def _normed_and_rotated(

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from perf_vit.ops.streaming import AttentionStream, WholeStream
 from perf_vit.registry import Registry, did_you_mean
 
 __all__ = [
@@ -29,6 +30,9 @@ __all__ = [
 
 # Rows and columns of the largest grid that `MixerOptions.max_exact_side` tries.
 _LARGEST_SIDE = 4096
+
+# Largest image whose queries, keys and values an `AttentionStream` may hold: 75 MiB in a ViT-S.
+_WHOLE_TOKENS = 2**14
 
 # Options that the model sets for each layer; users can't set them.
 _SET_BY_MODEL = ("num_prefix_tokens", "layer_index")
@@ -107,11 +111,13 @@ class Mixer(DerivedBuffers, ABC):
         options_type: Dataclass of the options.
         name: Name in the registry.
         needs_grid: Whether it needs the rows and columns of the tokens.
+        needs_sample: Whether `stream` needs a sample of the tokens.
     """
 
     options_type: ClassVar[type[MixerOptions]]
     name: ClassVar[str]
     needs_grid: ClassVar[bool] = False
+    needs_sample: ClassVar[bool] = False
 
     def __init__(self, options: MixerOptions, head_dim: int, device: torch.device | None = None) -> None:
         super().__init__()
@@ -143,6 +149,30 @@ class Mixer(DerivedBuffers, ABC):
         Raises:
             ValueError: `is_causal` is set and the mixer doesn't support it.
         """
+
+    def stream(
+        self,
+        prefix: tuple[Tensor, Tensor, Tensor],
+        sample: tuple[Tensor, Tensor, Tensor] | None,
+        grid: tuple[int, int],
+    ) -> AttentionStream:
+        """Start the attention over an image that is read in parts.
+
+        Args:
+            prefix: Queries, keys and values of the prefix tokens, [B, H, P, D] each.
+            sample: Those of the tokens at `perf_vit.ops.streaming.sampled_places`; None unless `needs_sample`.
+            grid: Rows and columns of tokens.
+
+        Raises:
+            ValueError: The mixer or one of its options needs all tokens at once.
+        """
+        if grid[0] * grid[1] > _WHOLE_TOKENS:
+            raise ValueError(
+                f"mixer={self.name!r} with these options needs all tokens at once, which is possible up to "
+                f"{_WHOLE_TOKENS:,} tokens, got {grid[0]} x {grid[1]}; in larger images 'clustered' needs num_sinks=0 "
+                "and 'performer' center=False, balance=False and a kernel other than 'oprf'"
+            )
+        return WholeStream(lambda q, k, v, mask: self(q, k, v, grid, mask), prefix, grid)
 
     def extra_repr(self) -> str:
         """Format the options for printing."""

@@ -15,6 +15,7 @@ from perf_vit.layers.mixer import Mixer, MixerOptions, check_integers, register_
 from perf_vit.ops import draw_projection, favor_attention, fit_balancing
 from perf_vit.ops.kernels import get_kernel
 from perf_vit.ops.projection import ProjectionNorms
+from perf_vit.ops.streaming import AttentionStream, LinearStream
 
 __all__ = ["PerformerMixer", "PerformerOptions", "copy_projections", "current_draw", "redraw_projections"]
 
@@ -101,6 +102,22 @@ class PerformerMixer(Mixer):
             ValueError: `is_causal` is combined with centring or balancing.
         """
         return _attend(q, k, v, self.projection, self.options, key_mask, is_causal)
+
+    def stream(
+        self,
+        prefix: tuple[Tensor, Tensor, Tensor],
+        sample: tuple[Tensor, Tensor, Tensor] | None,
+        grid: tuple[int, int],
+    ) -> AttentionStream:
+        """Start the attention over an image in parts, see `Mixer.stream`.
+
+        Raises:
+            ValueError: The image is large and the layer centres or balances, or fits a parameter to all tokens.
+        """
+        options = self.options
+        if options.center or options.balance or get_kernel(options.kernel).needs_parameter:
+            return super().stream(prefix, sample, grid)
+        return LinearStream(prefix, self.projection, options.kernel)
 
     def redraw(self, draw: int) -> None:
         """Replace the projection in place by draw number `draw` of the same seed; 0 is the initial one.

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from perf_vit.ops.clustered_call import ClusteredCall
 from perf_vit.ops.clusters import Sample, describe_clusters, sampled_places
 from perf_vit.ops.features import token_slices
 from perf_vit.ops.state import KVState
 
-__all__ = ["AttentionStream", "ClusteredStream", "LinearStream", "Part", "sampled_places"]
+__all__ = ["AttentionStream", "ClusteredStream", "LinearStream", "Part", "WholeStream", "sampled_places"]
 
 _FEATURE_TOKENS = 512
 """Tokens whose random features are in memory at once, as in `favor_attention` on a CPU."""
@@ -27,10 +29,12 @@ class Part:
     """Tokens of some rows of a grid; tokens that don't count are left out.
 
     Attributes:
-        rows: Number of rows of the grid that the part covers.
+        first_row: First row of the grid that the part covers.
+        rows: Number of rows.
         places: Index of each token in the row-major order of these rows, increasing, [n].
     """
 
+    first_row: int
     rows: int
     places: Tensor
 
@@ -42,9 +46,14 @@ class AttentionStream(ABC):
     n, D]; parts are given in any order, each once.
     """
 
+    @property
+    def rows_at_once(self) -> int:
+        """Number of rows of the grid that belong together: parts begin at a multiple of it."""
+        return 1
+
     @abstractmethod
-    def collect(self, k: Tensor, v: Tensor, part: Part) -> None:
-        """Add the keys and values of a part."""
+    def collect(self, q: Tensor, k: Tensor, v: Tensor, part: Part) -> None:
+        """Add the tokens of a part."""
 
     @abstractmethod
     def attend(self, q: Tensor, k: Tensor, v: Tensor, part: Part) -> Tensor:
@@ -53,6 +62,52 @@ class AttentionStream(ABC):
     @abstractmethod
     def attend_prefix(self) -> Tensor:
         """Attend with the queries of the prefix tokens to all that was collected, [B, H, P, Dv]."""
+
+
+class WholeStream(AttentionStream):
+    """Any attention, of a small image: all queries, keys and values stay in memory.
+
+    Args:
+        function: Attention of queries, keys and values, [B, H, P + rows x columns, D], given the keys that count, bool
+            [B, P + rows x columns].
+        prefix: Queries, keys and values of the prefix tokens, [B, H, P, D] each.
+        grid: Rows and columns of the image's tokens.
+    """
+
+    def __init__(
+        self,
+        function: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor],
+        prefix: tuple[Tensor, Tensor, Tensor],
+        grid: tuple[int, int],
+    ) -> None:
+        self._function, self._columns, self._num_prefix = function, grid[1], prefix[0].shape[2]
+        self._tensors = [F.pad(x, (0, 0, 0, grid[0] * grid[1])) for x in prefix]
+        self._valid = torch.arange(self._tensors[0].shape[2]) < self._num_prefix
+        self._attended: Tensor | None = None
+
+    def collect(self, q: Tensor, k: Tensor, v: Tensor, part: Part) -> None:
+        """Add the tokens of a part."""
+        index = self._index(part)
+        for whole, some in zip(self._tensors, (q, k, v), strict=True):
+            whole[:, :, index] = some
+        self._valid[index] = True
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, part: Part) -> Tensor:
+        """Attend with the queries of a part to all that was collected, [B, H, n, Dv]."""
+        return self._all()[:, :, self._index(part)]
+
+    def attend_prefix(self) -> Tensor:
+        """Attend with the queries of the prefix tokens to all that was collected, [B, H, P, Dv]."""
+        return self._all()[:, :, : self._num_prefix]
+
+    def _all(self) -> Tensor:
+        if self._attended is None:
+            q, k, v = self._tensors
+            self._attended = self._function(q, k, v, self._valid.expand(q.shape[0], -1))
+        return self._attended
+
+    def _index(self, part: Part) -> Tensor:
+        return part.places + self._num_prefix + part.first_row * self._columns
 
 
 class LinearStream(AttentionStream):
@@ -75,8 +130,8 @@ class LinearStream(AttentionStream):
         if self._queries.shape[2]:
             self._add(*keys)
 
-    def collect(self, k: Tensor, v: Tensor, part: Part) -> None:
-        """Add the keys and values of a part."""
+    def collect(self, q: Tensor, k: Tensor, v: Tensor, part: Part) -> None:
+        """Add the tokens of a part."""
         for tokens in token_slices(k, _FEATURE_TOKENS):
             self._add(k[tokens], v[tokens])
 
@@ -127,11 +182,11 @@ class ClusteredStream(AttentionStream):
 
     @property
     def rows_at_once(self) -> int:
-        """Number of rows of a window: parts begin at a multiple of it."""
+        """Number of rows of a window."""
         return self._call.windows.height
 
-    def collect(self, k: Tensor, v: Tensor, part: Part) -> None:
-        """Add the keys and values of a part."""
+    def collect(self, q: Tensor, k: Tensor, v: Tensor, part: Part) -> None:
+        """Add the tokens of a part."""
         self._prefix.collect(k, v)
         call, slots = self._call, self._slots(part, k)
         columns = slots.fill(torch.cat(call.key_columns(k, v, None), dim=-1))
@@ -142,10 +197,10 @@ class ClusteredStream(AttentionStream):
     def attend(self, q: Tensor, k: Tensor, v: Tensor, part: Part) -> Tensor:
         """Attend with the queries of a part to all that was collected, [B, H, n, Dv]."""
         assert self._total is not None
-        call, slots, masked = self._call, self._slots(part, k), self._slots(part, k).is_padded
+        call, slots = self._call, self._slots(part, k)
         tokens = slots.fill(torch.cat([*call.query_columns(q), *call.key_columns(k, v, None)], dim=-1))
         found = [
-            call.attend(windows, call.sums(windows[..., call.width :], masked), self._total, masked)
+            call.attend(windows, call.sums(windows[..., call.width :], slots.is_padded), self._total, slots.is_padded)
             for windows in slots.groups(tokens)
         ]
         return slots.take(torch.cat(found, dim=2))
@@ -197,7 +252,7 @@ class _Slots:
 
     def groups(self, x: Tensor) -> list[Tensor]:
         """Split windows, [B, H, W, T, C], into groups."""
-        return list(x.split(self.at_once, dim=2))
+        return list(torch.split(x, self.at_once, dim=2))
 
 
 class _ExactQueries:

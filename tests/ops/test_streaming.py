@@ -23,7 +23,7 @@ def parts_of(valid: Tensor, rows: int) -> list[tuple[Part, Tensor]]:
     found = []
     for first in range(0, valid.shape[0], rows):
         places = valid[first : first + rows].flatten().nonzero().flatten()
-        found.append((Part(min(rows, valid.shape[0] - first), places), places + first * valid.shape[1]))
+        found.append((Part(first, min(rows, valid.shape[0] - first), places), places + first * valid.shape[1]))
     return [each for each in found if len(each[1])]
 
 
@@ -32,7 +32,7 @@ def run(stream: AttentionStream, tensors: list[Tensor], parts: list[tuple[Part, 
     q, k, v = (x[:, :, num_prefix:] for x in tensors)
     # The order of parts doesn't matter.
     for part, at in reversed(parts):
-        stream.collect(k[:, :, at], v[:, :, at], part)
+        stream.collect(q[:, :, at], k[:, :, at], v[:, :, at], part)
     attended = [stream.attend(q[:, :, at], k[:, :, at], v[:, :, at], part) for part, at in parts]
     return torch.cat([stream.attend_prefix(), *attended], dim=2)
 

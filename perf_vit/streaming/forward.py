@@ -1,0 +1,285 @@
+"""Forward pass of a ViT over an image of any size: every token attends to the whole image, memory holds a part."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from timm.models.eva import EvaBlock
+from timm.models.vision_transformer import Block
+from torch import Tensor, nn
+
+from perf_vit.errors import CheckpointError, InputError
+from perf_vit.layers.chunked import finish_block
+from perf_vit.layers.linearized_attention import LinearizedAttention
+from perf_vit.layers.mixer import Mixer
+from perf_vit.ops.streaming import AttentionStream, sampled_places
+from perf_vit.streaming.embedding import ImageTokens
+from perf_vit.streaming.layout import TokenLayout
+from perf_vit.streaming.store import TokenStore
+
+__all__ = ["StreamedTokens", "check_streamable", "stream_tokens"]
+
+_PART_TOKENS = 2**14
+"""Tokens of a part: their queries, keys, values and hidden layers take about 0.3 GiB in a ViT-S."""
+
+OnProgress = Callable[[int, int], None]
+
+
+@dataclass(frozen=True, eq=False)
+class StreamedTokens:
+    """Tokens of an image after a block, before the model's last norm.
+
+    Attributes:
+        prefix: Class and register tokens, [P, C].
+        store: Tokens with a valid pixel.
+        layout: Where they are.
+        norm: Last norm of the model.
+    """
+
+    prefix: Tensor
+    store: TokenStore
+    layout: TokenLayout
+    norm: nn.Module
+
+    @torch.no_grad()
+    def normed_prefix(self) -> Tensor:
+        """Return the class and register tokens after the last norm, [P, C]."""
+        normed: Tensor = self.norm(self.prefix)
+        return normed
+
+    @torch.no_grad()
+    def rows(self, first_row: int, stop_row: int, *, norm: bool = True) -> Tensor:
+        """Return rows of the grid as a map, 0 where no pixel is valid, [C, rows, columns]."""
+        part, columns = self.layout.part(first_row, stop_row), self.layout.grid[1]
+        x = self.store.read(self.layout.tokens(part))
+        x = self.norm(x) if norm else x
+        plane = x.new_zeros(part.rows * columns, x.shape[1])
+        plane[part.places] = x
+        return plane.mT.reshape(-1, part.rows, columns)
+
+    @torch.no_grad()
+    def mean(self) -> Tensor:
+        """Return the mean of the tokens after the last norm, [C]."""
+        total = torch.zeros(self.prefix.shape[-1], dtype=torch.float64)
+        for part in self.layout.parts(1, _PART_TOKENS):
+            total += self.norm(self.store.read(self.layout.tokens(part))).sum(dim=0, dtype=torch.float64)
+        return (total / max(1, self.layout.num_tokens)).to(self.prefix.dtype)
+
+
+def check_streamable(model: Any) -> None:
+    """Check that a model can run over an image in parts.
+
+    Raises:
+        CheckpointError: It is in training mode, or one of its blocks needs all tokens at once; the message names it.
+    """
+    if model.training:
+        raise CheckpointError("the model must be in evaluation mode to run over an image in parts; call model.eval()")
+    for index, block in enumerate(getattr(model, "blocks", ())):
+        attention = getattr(block, "attn", None)
+        if not isinstance(block, Block | EvaBlock):
+            raise CheckpointError(f"block {index} must be a pre-norm block of timm's ViT, got {type(block).__name__}")
+        if not isinstance(attention, LinearizedAttention):
+            raise CheckpointError(
+                f"block {index} has softmax attention ({type(attention).__name__}), which needs all tokens at once; "
+                "convert the model with perf_vit.linearize"
+            )
+        if attention.local_enhancement is not None:
+            raise CheckpointError(f"block {index} has local_enhancement, whose convolution reaches past a part of rows")
+
+
+def stream_tokens(
+    model: Any,
+    image: ImageTokens,
+    *,
+    indices: tuple[int, ...] = (),
+    folder: Path | None = None,
+    dtype: torch.dtype | None = None,
+    part_tokens: int = _PART_TOKENS,
+    on_progress: OnProgress = lambda done, total: None,
+) -> tuple[StreamedTokens, list[StreamedTokens]]:
+    """Run a ViT over an image: each block goes over the parts of the image once or twice.
+
+    FAVOR+ takes one pass a block, as the sums of a block are collected while the one before writes its tokens.
+    Clustered attention takes two, as clusters are chosen among tokens of the whole image.
+
+    Args:
+        model: ViT in evaluation mode; see `check_streamable`.
+        image: Its first tokens.
+        indices: Blocks, from 0, whose tokens are kept as well.
+        folder: Folder for the tokens' files; None to keep tokens in memory.
+        dtype: Dtype of stored tokens; that of the model by default.
+        part_tokens: Number of tokens that are processed at once.
+        on_progress: Called with (passes over parts done, in all).
+
+    Returns:
+        Tokens after the last block, and after the blocks at `indices`.
+
+    Raises:
+        CheckpointError: The model needs all tokens at once.
+        OutputError: The disk is too small.
+        InputError: The image can't be read, or has no valid pixel.
+    """
+    check_streamable(model)
+    with torch.no_grad():
+        return _Forward(model, image, folder, dtype, part_tokens, on_progress).run(indices)
+
+
+class _Forward:
+    def __init__(
+        self,
+        model: Any,
+        image: ImageTokens,
+        folder: Path | None,
+        dtype: torch.dtype | None,
+        part_tokens: int,
+        on_progress: OnProgress,
+    ) -> None:
+        self._model, self._image, self._folder = model, image, folder
+        self._computed = model.patch_embed.proj.weight.dtype
+        self._dtype = self._computed if dtype is None else dtype
+        self._part_tokens, self._on_progress = part_tokens, on_progress
+        self._blocks = list(model.blocks)
+        # One to embed and one to attend in each block; one to collect where the block before can't.
+        collects = [index == 0 or block.attn.mixer.needs_sample for index, block in enumerate(self._blocks)]
+        self._passes_done, self._num_passes = 0, 1 + len(self._blocks) + sum(collects)
+
+    def run(self, indices: tuple[int, ...]) -> tuple[StreamedTokens, list[StreamedTokens]]:
+        store, layout = self._embed()
+        prefix = self._image.prefix()
+        kept: list[StreamedTokens] = []
+        stream: AttentionStream | None = None
+        for index in range(len(self._blocks)):
+            if stream is None:
+                stream = self._collected(index, prefix, store, layout)
+            prefix, stream = self._attend(index, prefix, store, layout, stream)
+            if index in indices:
+                kept.append(StreamedTokens(prefix, self._copied(store, layout, index), layout, self._model.norm))
+        return StreamedTokens(prefix, store, layout, self._model.norm), kept
+
+    def _embed(self) -> tuple[TokenStore, TokenLayout]:
+        """Read the image and store its first tokens; tokens without a valid pixel are left out."""
+        rows, columns = self._image.grid
+        valid = torch.zeros(rows, columns, dtype=torch.bool)
+        store, start = self._new_store(rows * columns, "tokens"), 0
+        step = max(1, self._part_tokens // columns)
+        for first in range(0, rows, step):
+            stop = min(first + step, rows)
+            pixels, valid[first:stop] = self._image.read(first, stop)
+            part = TokenLayout(valid).part(first, stop)
+            if len(part.places):
+                store.write(slice(start, start + len(part.places)), self._image.embed(pixels, part))
+                start += len(part.places)
+        if start == 0:
+            raise InputError("the image has no valid pixel, so there is nothing to compute; check nodata and tissue")
+        self._finish_pass()
+        return store, TokenLayout(valid)
+
+    def _collected(self, index: int, prefix: Tensor, store: TokenStore, layout: TokenLayout) -> AttentionStream:
+        """Start the attention of a block and go over the image to collect its sums."""
+        stream = self._start(index, prefix, store, layout)
+        for part in layout.parts(stream.rows_at_once, self._part_tokens):
+            x = store.read(layout.tokens(part))
+            stream.collect(*self._project(index, prefix, x, layout.places_of(part)).tokens, part)
+        self._finish_pass()
+        return stream
+
+    def _attend(
+        self, index: int, prefix: Tensor, store: TokenStore, layout: TokenLayout, stream: AttentionStream
+    ) -> tuple[Tensor, AttentionStream | None]:
+        """Go over the image to apply a block; collect the sums of the next one where it needs no sample of tokens."""
+        following, own = index + 1, self._project(index, prefix)
+        after = self._finish(index, prefix, stream.attend_prefix(), own.prefix_gate)
+        fused = following < len(self._blocks) and not self._blocks[following].attn.mixer.needs_sample
+        collecting = self._start(following, after, store, layout) if fused else None
+        for part in layout.parts(stream.rows_at_once, self._part_tokens):
+            x, places = store.read(layout.tokens(part)), layout.places_of(part)
+            projected = self._project(index, prefix, x, places)
+            x = self._finish(index, x, stream.attend(*projected.tokens, part), projected.gate)
+            store.write(layout.tokens(part), x)
+            if collecting is not None:
+                x = store.read(layout.tokens(part))
+                collecting.collect(*self._project(following, after, x, places).tokens, part)
+        self._finish_pass()
+        return after, collecting
+
+    def _start(self, index: int, prefix: Tensor, store: TokenStore, layout: TokenLayout) -> AttentionStream:
+        mixer: Mixer = self._blocks[index].attn.mixer
+        sample = None
+        if mixer.needs_sample:
+            tokens = sampled_places(layout.num_tokens)
+            sample = self._project(index, prefix, store.read(tokens), layout.places(tokens)).tokens
+        try:
+            return mixer.stream(self._project(index, prefix).prefix, sample, layout.grid)
+        except ValueError as error:
+            raise CheckpointError(f"block {index} can't run over an image in parts: {error}") from error
+
+    def _project(
+        self, index: int, prefix: Tensor, x: Tensor | None = None, places: tuple[Tensor, Tensor] | None = None
+    ) -> _Projected:
+        """Compute queries, keys and values of the prefix and of tokens, [n, C], at rows and columns."""
+        block = self._blocks[index]
+        if x is None or places is None:
+            x, nowhere = prefix[:0], torch.zeros(0, dtype=torch.int64)
+            places = nowhere, nowhere
+        normed = block.norm1(torch.cat([prefix, x])[None])
+        gate = getattr(block.attn, "gate", None)
+        return _Projected(
+            block.attn.queries_keys_values(normed, self._image.rope(*places)),
+            None if gate is None else gate(normed).sigmoid(),
+            len(prefix),
+        )
+
+    def _finish(self, index: int, x: Tensor, attended: Tensor, gate: Tensor | None) -> Tensor:
+        """Apply the rest of a block to tokens, [n, C], and their attended values, [1, H, n, D]."""
+        block = self._blocks[index]
+        attended = block.attn.finish(attended.transpose(1, 2).flatten(2), gate)
+        return finish_block(block, x[None], attended)[0]
+
+    def _new_store(self, num_tokens: int, name: str) -> TokenStore:
+        path = None if self._folder is None else self._folder / f"{name}.bin"
+        return TokenStore(num_tokens, self._model.embed_dim, self._dtype, self._computed, path)
+
+    def _copied(self, store: TokenStore, layout: TokenLayout, index: int) -> TokenStore:
+        copy = self._new_store(layout.num_tokens, f"block_{index}")
+        for part in layout.parts(1, self._part_tokens):
+            copy.write(layout.tokens(part), store.read(layout.tokens(part)))
+        return copy
+
+    def _finish_pass(self) -> None:
+        self._passes_done += 1
+        self._on_progress(self._passes_done, self._num_passes)
+
+
+@dataclass(frozen=True, eq=False)
+class _Projected:
+    """Queries, keys and values of prefix tokens and others, [1, H, P + n, D] each, and the gate of their values."""
+
+    queries_keys_values: tuple[Tensor, Tensor, Tensor]
+    gate_of_all: Tensor | None
+    num_prefix: int
+
+    @property
+    def prefix(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Those of the prefix tokens, [1, H, P, D]."""
+        q, k, v = (x[:, :, : self.num_prefix] for x in self.queries_keys_values)
+        return q, k, v
+
+    @property
+    def tokens(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Those of the others, [1, H, n, D]."""
+        q, k, v = (x[:, :, self.num_prefix :] for x in self.queries_keys_values)
+        return q, k, v
+
+    @property
+    def prefix_gate(self) -> Tensor | None:
+        """Gate of the prefix tokens, [1, P, H x D]."""
+        return None if self.gate_of_all is None else self.gate_of_all[:, : self.num_prefix]
+
+    @property
+    def gate(self) -> Tensor | None:
+        """Gate of the others, [1, n, H x D]."""
+        return None if self.gate_of_all is None else self.gate_of_all[:, self.num_prefix :]

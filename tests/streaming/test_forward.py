@@ -1,0 +1,198 @@
+"""A forward pass over parts of an image equals that over the whole image."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import timm
+import torch
+from torch import Tensor, nn
+
+import perf_vit
+from perf_vit.errors import CheckpointError, InputError
+from perf_vit.streaming import ImageTokens, StreamedTokens, stream_tokens
+from perf_vit.types import GeoImage, Window
+
+SMALL = {"embed_dim": 32, "depth": 3, "num_heads": 2, "num_classes": 5, "dynamic_img_size": True}
+
+
+class Image:
+    """Image in memory, of which windows are read."""
+
+    path = "image"
+
+    def __init__(self, height: int, width: int, valid: np.ndarray | None = None) -> None:
+        self.height, self.width = height, width
+        self.pixels = np.random.default_rng(0).normal(size=(3, height, width))
+        self.valid = np.ones((height, width), bool) if valid is None else valid
+
+    def read(self, window: Window) -> GeoImage:
+        rows, columns = min(window.row_stop, self.height), min(window.col_stop, self.width)
+        pixels, valid = np.zeros((3, *window.shape)), np.zeros(window.shape, bool)
+        part = np.s_[: rows - window.row, : columns - window.col]
+        valid[part] = self.valid[window.row : rows, window.col : columns]
+        pixels[:, *part] = self.pixels[:, window.row : rows, window.col : columns] * valid[part]
+        return GeoImage(pixels, valid)
+
+    def whole(self, patch: int) -> tuple[Tensor, Tensor]:
+        """Pixels [1, 3, H, W] padded to whole patches, and the mask of tokens with a valid pixel, bool [rows, cols]."""
+        rows, columns = -(-self.height // patch), -(-self.width // patch)
+        image = self.read(Window(0, 0, rows * patch, columns * patch))
+        tokens = image.valid.reshape(rows, patch, columns, patch).any((1, 3))
+        return torch.from_numpy(image.pixels)[None], torch.from_numpy(tokens)
+
+
+def build(name: str, seed: int = 0, **options) -> nn.Module:
+    torch.manual_seed(seed)
+    model = timm.create_model(name, **{**SMALL, **options}).double().eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter), alpha=0.1)
+    return model
+
+
+def streamed(model: nn.Module, image: Image, **options) -> tuple[StreamedTokens, list[StreamedTokens]]:
+    return stream_tokens(model, ImageTokens(model, image, lambda found: found.pixels), **options)
+
+
+def check(model: nn.Module, image: Image, patch: int, *, rtol: float = 1e-9, **options) -> None:
+    """Compare the tokens after the last norm, and after block 1, with those of the model."""
+    pixels, valid = image.whole(patch)
+    prefix = torch.ones(model.num_prefix_tokens, dtype=torch.bool)
+    mask = torch.cat([prefix, valid.flatten()])
+    with torch.inference_mode():
+        masked = {} if mask.all() else {"attn_mask": mask[None, None, None]}
+        dtype = model.patch_embed.proj.weight.dtype
+        last, (middle,) = model.forward_intermediates(
+            pixels.to(dtype), indices=[1], output_fmt="NLC", return_prefix_tokens=False, **masked
+        )
+    found, (kept,) = streamed(model, image, indices=(1,), **options)
+    tokens = torch.cat([found.normed_prefix(), found.norm(found.store.read(slice(0, int(valid.sum()))))])
+    for ours, expected in ((tokens, last[0, mask]), (kept.store.read(slice(None)), middle[0, valid.flatten()])):
+        assert ours.dtype == expected.dtype
+        assert float((ours - expected).norm() / expected.norm()) < rtol
+
+
+MODELS = {
+    "performer": ("performer_vit_tiny_patch16_224", {}),
+    "performer without a class token": ("performer_vit_tiny_patch16_224", {"class_token": False, "global_pool": "avg"}),
+    "performer with registers": ("performer_vit_tiny_patch16_224", {"reg_tokens": 4, "no_embed_class": True}),
+    "clustered": ("clustered_vit_tiny_patch8_224", {"attn_kwargs": {"max_exact_tokens": 0, "num_clusters": 9}}),
+    "clustered, exact": ("clustered_vit_tiny_patch8_224", {}),
+    "clustered without windows": (
+        "clustered_vit_tiny_patch8_224",
+        {"attn_kwargs": {"max_exact_tokens": 0, "num_clusters": 9, "window_size": 0, "num_sinks": 0}},
+    ),
+    "clustered without sinks": (
+        "clustered_vit_tiny_patch8_224",
+        {"attn_kwargs": {"max_exact_tokens": 0, "num_clusters": 9, "window_size": 5, "num_sinks": 0}},
+    ),
+    "performer, centred": ("performer_vit_tiny_patch16_224", {"attn_kwargs": {"center": True, "balance": True}}),
+    "rope": ("performer_vit_rope_small_patch16_224", {}),
+    "clustered rope": (
+        "clustered_vit_rope_small_patch16_224",
+        {"attn_kwargs": {"max_exact_tokens": 0, "num_clusters": 7, "window_size": 4, "num_sinks": 0}},
+    ),
+}
+
+
+@pytest.mark.parametrize("part_tokens", [1, 40, 10**6])
+@pytest.mark.parametrize("holes", [False, True], ids=["all valid", "nodata"])
+@pytest.mark.parametrize("name", MODELS)
+def test_tokens_equal_those_of_the_whole_image(name: str, holes: bool, part_tokens: int) -> None:
+    model_name, options = MODELS[name]
+    patch = 8 if "patch8" in model_name else 16
+    # Positions of this grid: timm resamples others in float32.
+    model = build(model_name, img_size=(-(-203 // patch) * patch, -(-311 // patch) * patch), **options)
+    valid = np.ones((203, 311), bool)
+    if holes:
+        valid[:70, :200], valid[150:, 100:130], valid[100:110] = False, False, False
+    check(model, Image(203, 311, valid), patch, part_tokens=part_tokens)
+
+
+@pytest.mark.parametrize("size", [(203, 311), (64, 500), (300, 100)])
+def test_resampled_positions_equal_those_of_timm(size: tuple[int, int]) -> None:
+    check(build("performer_vit_tiny_patch16_224"), Image(*size), 16, rtol=1e-8, part_tokens=30)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_tokens_in_a_file_equal_tokens_in_memory(tmp_path: Path, dtype: str) -> None:
+    model = build("performer_vit_tiny_patch16_224").float()
+    image = Image(100, 164)
+    options = {"dtype": getattr(torch, dtype), "part_tokens": 20}
+    inside, _ = streamed(model, image, **options)
+    outside, _ = streamed(model, image, folder=tmp_path, **options)
+    num = inside.layout.num_tokens
+    assert num == 7 * 11
+    assert torch.equal(inside.store.read(slice(0, num)), outside.store.read(slice(0, num)))
+    assert (tmp_path / "tokens.bin").stat().st_size == num * 32 * outside.store.num_bytes // (num * 32)
+    outside.store.remove()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_float32_tokens_are_close() -> None:
+    for name in ("performer", "clustered without sinks", "rope"):
+        model_name, options = MODELS[name]
+        model = build(model_name, **options).float()
+        check(model, Image(203, 311), 8 if "patch8" in model_name else 16, rtol=1e-5, part_tokens=50)
+
+
+def test_a_linearized_model_equals_the_model_in_memory() -> None:
+    torch.manual_seed(0)
+    vit = timm.create_model(
+        "vit_small_patch14_dinov2",
+        img_size=98,
+        embed_dim=32,
+        depth=3,
+        num_heads=2,
+        num_classes=0,
+        dynamic_img_size=True,
+    )
+    linear = perf_vit.linearize(vit.double().eval(), mixer="clustered", max_exact_tokens=0, num_sinks=0, num_clusters=6)
+    check(linear, Image(210, 301), 14, rtol=1e-8, part_tokens=100)
+
+
+def test_maps_and_means_leave_out_what_is_invalid() -> None:
+    model = build("performer_vit_tiny_patch16_224")
+    valid = np.ones((64, 96), bool)
+    valid[:32, :48] = False
+    found, _ = streamed(model, Image(64, 96, valid), part_tokens=7)
+    tokens = found.norm(found.store.read(slice(0, 18)))
+    torch.testing.assert_close(found.mean(), tokens.mean(0))
+    plane = found.rows(1, 3)
+    assert plane.shape == (32, 2, 6)
+    assert plane[:, 0, :3].abs().sum() == 0
+    torch.testing.assert_close(plane[:, 1], tokens[6:12].mT)
+    pooled = model.forward_head(torch.cat([found.normed_prefix(), tokens])[None], pre_logits=True)
+    torch.testing.assert_close(found.normed_prefix()[0], pooled[0])
+
+
+def test_progress_counts_the_passes_over_the_image() -> None:
+    calls: list[tuple[int, int]] = []
+    streamed(build("performer_vit_tiny_patch16_224"), Image(64, 64), on_progress=lambda *call: calls.append(call))
+    # The embedding, the sums of the first block, and each block.
+    assert calls == [(number, 5) for number in range(1, 6)]
+    calls.clear()
+    streamed(
+        build(*MODELS["clustered"][:1], **MODELS["clustered"][1]), Image(64, 64), on_progress=lambda *c: calls.append(c)
+    )
+    assert calls == [(number, 7) for number in range(1, 8)]
+
+
+def test_models_that_need_all_tokens_are_refused() -> None:
+    image = Image(64, 64)
+    for model, message in (
+        (build("performer_vit_tiny_patch16_224").train(), r"evaluation mode.*call model\.eval\(\)"),
+        (build("vit_tiny_patch16_224"), r"block 0 has softmax attention \(Attention\).*perf_vit\.linearize"),
+        (build("performer_vit_tiny_patch16_224", attn_kwargs={"local_enhancement": True}), "block 0 has local_enhance"),
+    ):
+        with pytest.raises(CheckpointError, match=message):
+            streamed(model, image)
+    large = Image(16 * 129, 16 * 128)
+    centred = build(MODELS["performer, centred"][0], **MODELS["performer, centred"][1], depth=1)
+    with pytest.raises(CheckpointError, match="block 0 can't run over an image in parts: mixer='performer' with these"):
+        streamed(centred, large)
+    with pytest.raises(ValueError, match="plain ViT with timm's PatchEmbed, got ResNet"):
+        ImageTokens(timm.create_model("resnet18"), image, lambda found: found.pixels)
+    with pytest.raises(InputError, match="no valid pixel"):
+        streamed(build("performer_vit_tiny_patch16_224"), Image(64, 64, np.zeros((64, 64), bool)))
