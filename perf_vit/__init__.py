@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from perf_vit.workflows.first_config import init
     from perf_vit.workflows.load import load
     from perf_vit.workflows.predict import predict
+    from perf_vit.workflows.stream import stream
     from perf_vit.workflows.train import train
 
 __all__ = [
@@ -37,6 +38,7 @@ __all__ = [
     "ops",
     "predict",
     "save_converted",
+    "stream",
     "train",
     "wait_passively",
 ]
@@ -52,6 +54,7 @@ _LAZY = {
     "open": ("perf_vit.sources", "open_source"),
     "predict": ("perf_vit.workflows.predict", "predict"),
     "save_converted": ("perf_vit.conversion", "save_converted"),
+    "stream": ("perf_vit.workflows.stream", "stream"),
     "train": ("perf_vit.workflows.train", "train"),
 }
 

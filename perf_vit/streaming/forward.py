@@ -16,7 +16,7 @@ from perf_vit.errors import CheckpointError, InputError
 from perf_vit.layers.chunked import finish_block
 from perf_vit.layers.linearized_attention import LinearizedAttention
 from perf_vit.layers.mixer import Mixer
-from perf_vit.ops.streaming import AttentionStream, sampled_places
+from perf_vit.ops.streaming import AttentionStream, Part, sampled_places
 from perf_vit.streaming.embedding import ImageTokens
 from perf_vit.streaming.layout import TokenLayout
 from perf_vit.streaming.store import TokenStore
@@ -113,7 +113,7 @@ def stream_tokens(
         folder: Folder for the tokens' files; None to keep tokens in memory.
         dtype: Dtype of stored tokens; that of the model by default.
         part_tokens: Number of tokens that are processed at once.
-        on_progress: Called with (passes over parts done, in all).
+        on_progress: Called with (rows of tokens done, in all), counted in each pass over the image.
 
     Returns:
         Tokens after the last block, and after the blocks at `indices`.
@@ -173,9 +173,10 @@ class _Forward:
             if len(part.places):
                 store.write(slice(start, start + len(part.places)), self._image.embed(pixels, part))
                 start += len(part.places)
+            self._report(part)
         if start == 0:
             raise InputError("the image has no valid pixel, so there is nothing to compute; check nodata and tissue")
-        self._finish_pass()
+        self._passes_done += 1
         return store, TokenLayout(valid)
 
     def _collected(self, index: int, prefix: Tensor, store: TokenStore, layout: TokenLayout) -> AttentionStream:
@@ -184,7 +185,8 @@ class _Forward:
         for part in layout.parts(stream.rows_at_once, self._part_tokens):
             x = store.read(layout.tokens(part))
             stream.collect(*self._project(index, prefix, x, layout.places_of(part)).tokens, part)
-        self._finish_pass()
+            self._report(part)
+        self._passes_done += 1
         return stream
 
     def _attend(
@@ -203,7 +205,8 @@ class _Forward:
             if collecting is not None:
                 x = store.read(layout.tokens(part))
                 collecting.collect(*self._project(following, after, x, places).tokens, part)
-        self._finish_pass()
+            self._report(part)
+        self._passes_done += 1
         return after, collecting
 
     def _start(self, index: int, prefix: Tensor, store: TokenStore, layout: TokenLayout) -> AttentionStream:
@@ -249,9 +252,9 @@ class _Forward:
             copy.write(layout.tokens(part), store.read(layout.tokens(part)))
         return copy
 
-    def _finish_pass(self) -> None:
-        self._passes_done += 1
-        self._on_progress(self._passes_done, self._num_passes)
+    def _report(self, part: Part) -> None:
+        rows = self._image.grid[0]
+        self._on_progress(self._passes_done * rows + part.first_row + part.rows, self._num_passes * rows)
 
 
 @dataclass(frozen=True, eq=False)

@@ -167,16 +167,17 @@ def test_maps_and_means_leave_out_what_is_invalid() -> None:
     torch.testing.assert_close(found.normed_prefix()[0], pooled[0])
 
 
-def test_progress_counts_the_passes_over_the_image() -> None:
+@pytest.mark.parametrize(("name", "num_passes"), [("performer", 5), ("clustered", 7)])
+def test_progress_counts_the_rows_of_each_pass(name: str, num_passes: int) -> None:
+    """The embedding and each block are a pass; the sums of the first block, or of each clustered block, another."""
     calls: list[tuple[int, int]] = []
-    streamed(build("performer_vit_tiny_patch16_224"), Image(64, 64), on_progress=lambda *call: calls.append(call))
-    # The embedding, the sums of the first block, and each block.
-    assert calls == [(number, 5) for number in range(1, 6)]
-    calls.clear()
-    streamed(
-        build(*MODELS["clustered"][:1], **MODELS["clustered"][1]), Image(64, 64), on_progress=lambda *c: calls.append(c)
-    )
-    assert calls == [(number, 7) for number in range(1, 8)]
+    model_name, options = MODELS[name]
+    size = 6 * (8 if "patch8" in model_name else 16)
+    image = Image(size, size)
+    streamed(build(model_name, **options), image, part_tokens=12, on_progress=lambda *call: calls.append(call))
+    assert calls[-1] == (6 * num_passes, 6 * num_passes)
+    assert calls == sorted(set(calls))
+    assert len(calls) > num_passes
 
 
 def test_models_that_need_all_tokens_are_refused() -> None:
