@@ -56,8 +56,8 @@ def test_bfloat16_tokens_take_half_the_space(model: nn.Module, raster: Path) -> 
     full = perf_vit.stream(model, raster, progress=False).last
     half = perf_vit.stream(model, raster, dtype="bfloat16", progress=False).last
     assert half.store.num_bytes * 2 == full.store.num_bytes
-    cosine = torch.nn.functional.cosine_similarity(full.mean(), half.mean(), dim=0)
-    assert 0.999 < cosine < 1
+    assert not torch.equal(half.mean(), full.mean())
+    torch.testing.assert_close(half.mean(), full.mean(), rtol=0.02, atol=0.02)
 
 
 def test_wrong_arguments_are_one_line_and_leave_no_file(model: nn.Module, raster: Path, tmp_path: Path) -> None:
