@@ -22,6 +22,7 @@ CONTRACT = {
         "ops",
         "predict",
         "save_converted",
+        "stream",
         "train",
         "wait_passively",
     ],
