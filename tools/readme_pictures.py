@@ -1,11 +1,15 @@
-"""Make the pictures of the README, which show what a converted ViT sees.
+"""Make the pictures of the README, which show what a converted ViT sees, and a map that a trained one makes.
 
-    python tools/readme_pictures.py dinov2_linear CMU-1-Small-Region.svs docs/images/tokens.jpg --tissue otsu
-    python tools/readme_pictures.py dinov2_linear nairobi_0.tif docs/images/nairobi.jpg --window 2560 256 1526 1526
+    python tools/readme_pictures.py tokens dinov2_linear CMU-1-Small-Region.svs docs/images/tokens.jpg --tissue otsu
+    python tools/readme_pictures.py tokens dinov2_linear nairobi_0.tif docs/images/nairobi.jpg \\
+        --window 2560 256 1526 1526
+    python tools/readme_pictures.py map nairobi_0.tif map.tif docs/images/buildings.jpg --window 0 0 4096 4096
 
-A picture has two panels: a slide or raster, and the first three principal components of the patch tokens that the model
-computes from all of it in one forward pass, as red, green and blue. `dinov2_linear` is a folder
-made by `perf-vit convert`.
+A picture has two panels. The left one is a slide or raster. The right one of `tokens` shows the first three principal
+components of the patch tokens that the model computes from all of it in one forward pass, as red, green and blue;
+`dinov2_linear` is a folder made by `perf-vit convert`. The right one of `map` shows the classes of a map but the first
+one, as colours over the image. The map of the README is made by the commands in `configs/segmentation/
+buildings_pretrained.yaml` and by `perf-vit predict --overlap 130`.
 """
 
 from __future__ import annotations
@@ -18,20 +22,26 @@ import numpy.typing as npt
 import torch
 import typer
 from PIL import Image
+from scipy import ndimage
 
 import perf_vit
 from perf_vit.conversion import load_converted
-from perf_vit.types import Window
+from perf_vit.types import IGNORE_INDEX, Window
 
 # Of the backbone's pretraining, for 8-bit values.
 MEAN, STD = np.array([123.675, 116.28, 103.53]), np.array([58.395, 57.12, 57.375])
 GAP_PX = 12
 PATCH_PX = 14
+FILL, OPACITY, EDGE_PX = (0, 102, 255), 0.45, 4
 
 Picture = npt.NDArray[np.uint8]
 
 
-def main(
+app = typer.Typer()
+
+
+@app.command()
+def tokens(
     model: Path,
     path: Path,
     out: Path,
@@ -53,6 +63,38 @@ def main(
         )
     picture = image.pixels.transpose(1, 2, 0)
     _save(out, [picture, components(grid[0].numpy(), image.valid)], width)
+
+
+@app.command("map")
+def draw_map(
+    path: Path,
+    map_path: Annotated[Path, typer.Argument(metavar="MAP", help="Map of the same scene, by `perf-vit predict`.")],
+    out: Path,
+    window: Annotated[tuple[int, int, int, int], typer.Option(help="Row, column, height, width, in the scene.")],
+    width: Annotated[int, typer.Option(help="Width of a panel in pixels.")] = 440,
+) -> None:
+    """Show part of a scene, and the classes of its map but the first one over it."""
+    source = perf_vit.open(path)
+    image = source.read(Window(*window))
+    # A map has the pixel size that its model was trained with.
+    whole = perf_vit.open(map_path).read().pixels[0]
+    classes = whole[np.ix_(*(_nearest(*span) for span in _spans(Window(*window), source.size, whole.shape)))]
+    picture = image.pixels.transpose(1, 2, 0)
+    inside = (classes > 0) & (classes != IGNORE_INDEX)
+    edge = inside & ~ndimage.binary_erosion(inside, iterations=EDGE_PX)
+    painted = np.where(inside[..., None], (1 - OPACITY) * picture + OPACITY * np.array(FILL), picture)
+    painted[edge] = FILL
+    _save(out, [picture, np.round(painted).astype(np.uint8)], width)
+
+
+def _spans(window: Window, size: tuple[int, int], map_size: tuple[int, ...]) -> list[tuple[int, int, float]]:
+    """Return first and last pixel of a window's rows and columns, and how many pixels of the map each of them is."""
+    starts, stops = (window.row, window.col), (window.row_stop, window.col_stop)
+    return [(*each[:2], each[3] / each[2]) for each in zip(starts, stops, size, map_size, strict=True)]
+
+
+def _nearest(start: int, stop: int, scale: float) -> npt.NDArray[np.int64]:
+    return ((np.arange(start, stop) + 0.5) * scale).astype(np.int64)
 
 
 def components(tokens: npt.NDArray[np.floating], valid: npt.NDArray[np.bool_]) -> Picture:
@@ -88,4 +130,4 @@ def _save(out: Path, pictures: list[Picture], width: int) -> None:
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    app()
