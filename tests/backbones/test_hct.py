@@ -111,6 +111,7 @@ def test_a_pickled_model_gives_the_same_output() -> None:
     assert torch.equal(pickle.loads(pickle.dumps(model))(x), model(x))
 
 
+@pytest.mark.slow
 def test_an_exported_program_takes_other_sizes() -> None:
     model = build()
     sides = {axis: torch.export.Dim(f"side_{axis}", min=300, max=4096) for axis in (2, 3)}

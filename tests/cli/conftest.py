@@ -24,5 +24,5 @@ class TrainedRun:
 def trained(tmp_path_factory) -> TrainedRun:
     root = tmp_path_factory.mktemp("trained")
     scene = make_ship_scene(root / "scene", seed=0, size_px=192, num_targets=10)
-    assert call(train_args(scene, root / "run")) == 0
+    assert call(train_args(scene, root / "run", "trainer.report=true")) == 0
     return TrainedRun(scene, root / "run")

@@ -28,7 +28,7 @@ model:
   {MODEL}
   out_indices: [0]
   head: linear
-trainer: {{max_epochs: 1, accelerator: cpu}}
+trainer: {{max_epochs: 1, accelerator: cpu, report: false}}
 """
 DETECTION = """
 out: ???
@@ -43,7 +43,7 @@ data:
   tiles_per_epoch: 2
   batch_size: 2
 model: {backbone: resnet10t, strides: [8, 16], channels: 64, head: fcos, head_kwargs: {num_convs: 1}}
-trainer: {max_epochs: 1, accelerator: cpu}
+trainer: {max_epochs: 1, accelerator: cpu, report: false}
 """
 
 

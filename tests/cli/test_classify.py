@@ -28,7 +28,7 @@ model:
   backbone_kwargs: {depth: 1, embed_dim: 64, num_heads: 2, attn_kwargs: {num_features: 16}}
   pool: avg
 optim: {lr: 0.005}
-trainer: {max_epochs: 4, accelerator: cpu}
+trainer: {max_epochs: 4, accelerator: cpu, report: false}
 """
 KINDS = ("field", "sea", "town")
 

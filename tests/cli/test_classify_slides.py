@@ -40,7 +40,7 @@ model:
   hidden_dim: 32
   attention_dim: 16
 optim: {lr: 0.01}
-trainer: {max_epochs: 8, accelerator: cpu}
+trainer: {max_epochs: 8, accelerator: cpu, report: false}
 """
 PER_CLASS = 5
 

@@ -35,7 +35,7 @@ model:
   head: fcos
   head_kwargs: {num_convs: 1, detections_per_tile: 100}
 optim: {lr: 0.002}
-trainer: {max_epochs: 5, accelerator: cpu, val_every_epochs: 5}
+trainer: {max_epochs: 5, accelerator: cpu, val_every_epochs: 5, report: false}
 """
 
 

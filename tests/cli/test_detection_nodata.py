@@ -19,7 +19,7 @@ TRAIN = """
 task: detection
 data: {classes: [car], tile_px: 64, tiles_per_epoch: 2, batch_size: 2, nodata: 0}
 model: {backbone: resnet18, strides: [8], channels: 64, head: fcos, head_kwargs: {num_convs: 1}}
-trainer: {max_epochs: 1, accelerator: cpu}
+trainer: {max_epochs: 1, accelerator: cpu, report: false}
 """
 
 

@@ -203,7 +203,7 @@ def test_a_saved_model_is_not_converted_onto_itself(place, capsys) -> None:
     assert "would replace the input" in refused([*args, "--overwrite"], place, capsys)
     inside = ["convert", linear, "--out", place / "new", "--weights", linear / "model.safetensors"]
     assert "a folder with weights of its own" in refused(inside, place, capsys)
-    weights = ["convert", "vit_tiny_patch16_224", "--weights", linear / "model.safetensors", "--out", linear]
+    weights = ["convert", "test_vit", "--weights", linear / "model.safetensors", "--out", linear]
     assert "would replace the input" in refused([*weights, "--overwrite"], place, capsys)
 
 

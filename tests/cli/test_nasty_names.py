@@ -363,10 +363,10 @@ def test_a_model_is_converted_into_a_folder_of_any_name(encoding, tmp_path, monk
     root = tmp_path / FOLDER
     root.mkdir()
     weights = root / "[/]weights.safetensors".replace("/", "")
-    save_file(timm.create_model("vit_tiny_patch16_224", num_classes=0).state_dict(), weights)
+    save_file(timm.create_model("test_vit", num_classes=0).state_dict(), weights)
     out = root / "[bold]out"
     small = ["--img-size", "64", "--window-size", "2", "--max-exact-tokens", "0", "--layers", "0", "--num-classes", "0"]
-    args = ["convert", "vit_tiny_patch16_224", "--weights", weights, "--out", out, *small]
+    args = ["convert", "test_vit", "--weights", weights, "--out", out, *small]
     code, printed, err = run_in(encoding, args, monkeypatch)
     assert code == 0, err
     assert "Traceback" not in err

@@ -32,7 +32,25 @@ def out(job) -> Path:
     return folder
 
 
-def test_the_outputs_of_this_list_are_all_that_a_command_writes(job, out) -> None:
+def assert_the_same_command_changes_no_file(job, out, capsys) -> None:
+    before = tree(out.parent)
+    capsys.readouterr()
+    code = call(job.args)
+    captured = capsys.readouterr()
+    after = tree(out.parent)
+    # The report of many inputs is written again, as a page too.
+    reports = {str(output.relative_to(out.parent)) for output in job.outputs if output.stem == "report"}
+    assert {name for name in after if after[name] != before.get(name)} <= reports
+    assert set(after) == set(before)
+    if job.args[0] == "predict":
+        assert code == 0
+        assert "there already" in captured.out or reports
+    else:
+        assert code == 2
+        assert "--overwrite" in captured.err
+
+
+def test_a_command_writes_the_outputs_of_this_list_once(job, out, capsys) -> None:
     if job.is_slow:
         pytest.skip("run to its end by tests of its own")
     before = tree(out.parent)
@@ -41,6 +59,7 @@ def test_the_outputs_of_this_list_are_all_that_a_command_writes(job, out) -> Non
         str(out.parent / name) for name, kind in tree(out.parent).items() if name not in before and kind != "folder"
     }
     assert written == set(map(str, job.outputs))
+    assert_the_same_command_changes_no_file(job, out, capsys)
 
 
 KINDS = ("file", "link", "link to nothing")
@@ -119,24 +138,3 @@ def test_an_unfinished_output_of_somebody_else_is_never_touched(job, out, capsys
                 assert "was not made by perf_vit" in refused([*job.args, *extra], out.parent, capsys)
             shutil.rmtree(out)
             out.mkdir()
-
-
-def test_the_same_command_again_changes_no_file(job, out, capsys) -> None:
-    if job.is_slow:
-        pytest.skip("run to its end by tests of its own")
-    assert call(job.args) == 0
-    before = tree(out.parent)
-    capsys.readouterr()
-    code = call(job.args)
-    captured = capsys.readouterr()
-    after = tree(out.parent)
-    # The report of many inputs is written again, as a page too.
-    reports = {str(output.relative_to(out.parent)) for output in job.outputs if output.stem == "report"}
-    assert {name for name in after if after[name] != before.get(name)} <= reports
-    assert set(after) == set(before)
-    if job.args[0] == "predict":
-        assert code == 0
-        assert "there already" in captured.out or reports
-    else:
-        assert code == 2
-        assert "--overwrite" in captured.err

@@ -145,7 +145,9 @@ def test_inputs_are_opened_with_the_options_of_the_config(task, files, options, 
     text = CONFIGS[task].replace("IMAGE", str(files["image"])).replace("LABELS", str(files["labels"]))
     text = text.replace("FOLDER", str(folder)).replace("TABLE", str(table))
     text = text.replace("WEIGHTS", str(save_encoder(tmp_path / "encoder.safetensors")))
-    (tmp_path / "config.yaml").write_text(f"{text}\nout: ???\ntrainer: {{max_epochs: 1, accelerator: cpu}}\n")
+    (tmp_path / "config.yaml").write_text(
+        f"{text}\nout: ???\ntrainer: {{max_epochs: 1, accelerator: cpu, report: false}}\n"
+    )
     given = [f"data.{name}={json.dumps(value)}" for name, value in options.items()]
     assert call(["train", tmp_path / "config.yaml", f"out={tmp_path / 'run'}", *given]) == 0
     expected = {json.dumps(options, sort_keys=True)}

@@ -10,22 +10,30 @@ from jobs_that_write import write_scene
 from small_models import save_segmenter, save_small_detector
 
 
-@pytest.fixture(params=["one", "many"])
-def predict(request, trained, tmp_path):
+@pytest.fixture(params=["one", pytest.param("many", marks=pytest.mark.slow)])
+def predict(request, predict_as):
     """Predict into `out/map.tif`, as one input or as one of a folder."""
+    return predict_as(request.param)
+
+
+@pytest.fixture
+def predict_as(trained, tmp_path):
     image = tmp_path / "images" / "map.tif"
     image.parent.mkdir()
     shutil.copy(trained.scene.image, image)
     out = tmp_path / "out"
 
-    def _predict(*extra: str) -> dict[str, bytes]:
-        ends = [image, out / "map.tif"] if request.param == "one" else [image.parent, out]
-        args = ["predict", "--checkpoint", trained.checkpoint, "--input", ends[0], "--output", ends[1], *extra]
-        assert call(args) == 0
-        return {path.name: path.read_bytes() for path in out.glob("map.*")}
+    def _predict_as(how: str):
+        def _predict(*extra: str) -> dict[str, bytes]:
+            ends = [image, out / "map.tif"] if how == "one" else [image.parent, out]
+            args = ["predict", "--checkpoint", trained.checkpoint, "--input", ends[0], "--output", ends[1], *extra]
+            assert call(args) == 0
+            return {path.name: path.read_bytes() for path in out.glob("map.*")}
 
-    _predict.out, _predict.many = out, request.param == "many"
-    return _predict
+        _predict.out, _predict.many = out, how == "many"
+        return _predict
+
+    return _predict_as
 
 
 def test_a_missing_quicklook_is_made(predict) -> None:
@@ -121,6 +129,11 @@ def test_a_process_killed_after_the_map_leaves_the_rest_to_the_next(predict, mon
     assert (predict.out / "map.tif").exists()
     assert predict(*options) == whole
     assert not list(Path(predict.out).glob("*.partial"))
+
+
+def test_a_process_killed_between_the_files_of_one_of_many_leaves_them_to_the_next(predict_as, monkeypatch) -> None:
+    place = "perf_vit.inference.segmentation.write_map_quicklook"
+    test_a_process_killed_after_the_map_leaves_the_rest_to_the_next(predict_as("many"), monkeypatch, place)
 
 
 def test_files_of_an_earlier_map_are_not_left_next_to_another(predict, monkeypatch) -> None:

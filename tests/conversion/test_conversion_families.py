@@ -36,6 +36,14 @@ FAMILIES = [
 # Not every timm that we take knows all of them.
 NUM_FAMILIES = len(FAMILIES)
 FAMILIES = [name for name in FAMILIES if timm.is_model(name)]
+# These take most of the time and have nothing that others of the list lack.
+LARGE = {
+    "vit_base_patch16_18x2_224", "deit3_small_patch16_224", "vit_base_patch16_siglip_224", "aimv2_large_patch14_224",
+    "vitamin_small_224", "vit_small_patch16_rope_ape_224", "vit_pe_spatial_tiny_patch16_512", "qwen3_vit_88m_enc",
+}  # fmt: skip
+each_family = pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.slow if name in LARGE else ()) for name in FAMILIES]
+)
 # Their trunk of convolutions is no argument of theirs.
 FIXED_DEPTH = {"vitamin_small_224"}
 
@@ -63,7 +71,7 @@ def test_no_name_is_misspelt() -> None:
     assert len(FAMILIES) == NUM_FAMILIES
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@each_family
 @torch.no_grad()
 def test_exact_everywhere_a_converted_model_is_the_softmax_model(name: str) -> None:
     model, size = build(name), image_size(name)
@@ -80,7 +88,7 @@ def test_exact_everywhere_a_converted_model_is_the_softmax_model(name: str) -> N
     assert not torch.allclose(performer.forward_features(x), expected, rtol=1e-3, atol=1e-3)
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@each_family
 @torch.no_grad()
 def test_a_converted_model_is_saved_and_loaded(name: str, tmp_path) -> None:
     options = {"max_exact_tokens": 0, "window_size": 4, "num_sinks": 3, "num_clusters": 5}

@@ -178,9 +178,9 @@ def test_nms_keeps_what_a_greedy_walk_over_polygons_keeps(threshold, monkeypatch
     assert oriented_nms(boxes, scores, labels, threshold).tolist() == expected
 
 
-def test_nms_keeps_what_a_greedy_walk_keeps_in_a_thousand_small_crowds() -> None:
+def test_nms_keeps_what_a_greedy_walk_keeps_in_small_crowds() -> None:
     suppressed = 0
-    for case in range(1000):
+    for case in range(300):
         generator = torch.Generator().manual_seed(case)
         number = int(torch.randint(1, 25, (1,), generator=generator))
         boxes, labels = (
@@ -192,7 +192,7 @@ def test_nms_keeps_what_a_greedy_walk_keeps_in_a_thousand_small_crowds() -> None
         expected = reference_nms(boxes, scores, labels, threshold)
         assert oriented_nms(boxes, scores, labels, threshold).tolist() == expected
         suppressed += len(expected) < number
-    assert suppressed > 200
+    assert suppressed > 60
 
 
 def test_nms_of_no_boxes_keeps_none() -> None:

@@ -35,7 +35,7 @@ def in_order(objects: Objects, scores: np.ndarray) -> np.ndarray:
     return np.array([int(np.flatnonzero(scores == score)[0]) for score in objects.scores], int)
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(**SCENES)
 def test_boxes_smaller_than_the_overlap_come_back_once(seed, height, width, window, shared, batch_size) -> None:
     _, overlap, boxes, labels, scores = scene(seed, height, width, window, shared)
@@ -47,7 +47,7 @@ def test_boxes_smaller_than_the_overlap_come_back_once(seed, height, width, wind
     assert np.array_equal(found.labels, labels[order])
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=15, deadline=None)
 @given(**SCENES)
 def test_oriented_boxes_smaller_than_the_overlap_come_back_once(
     seed, height, width, window, shared, batch_size
@@ -62,7 +62,7 @@ def test_oriented_boxes_smaller_than_the_overlap_come_back_once(
     assert np.array_equal(found.labels, labels[order])
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=15, deadline=None)
 @given(**SCENES)
 def test_masks_smaller_than_the_overlap_come_back_once_and_whole(
     seed, height, width, window, shared, batch_size

@@ -38,6 +38,7 @@ def fit(model: Detector, batches: list[list[tuple[np.ndarray, ObjectLabels]]]) -
     return model.eval()
 
 
+@pytest.mark.slow
 def test_a_detector_learns_four_pictures() -> None:
     rng = np.random.default_rng(0)
     pictures = [draw_rectangles(rng, 96, 96, 4) for _ in range(4)]

@@ -16,6 +16,9 @@ VITS = [
     "performer_vit_rope_small_patch16_224",
     "clustered_vit_tiny_patch16_224",
 ]
+each_vit = pytest.mark.parametrize(
+    "name", [VITS[0], *(pytest.param(name, marks=pytest.mark.slow) for name in VITS[1:])]
+)
 NUM_CLASSES = 3
 
 
@@ -49,7 +52,7 @@ def assert_learns(task: lightning.LightningModule, height: int, width: int, dens
     assert not torch.equal(first_weight(task.model), before)
 
 
-@pytest.mark.parametrize("name", VITS)
+@each_vit
 def test_classification_task_trains_a_vit(name: str) -> None:
     assert_learns(trainers.ClassificationTask(model=name, num_classes=NUM_CLASSES), 224, 224, dense=False)
 
@@ -58,7 +61,7 @@ def test_classification_task_trains_hct_at_any_size() -> None:
     assert_learns(trainers.ClassificationTask(model="hct_base", num_classes=NUM_CLASSES), 256, 192, dense=False)
 
 
-@pytest.mark.parametrize("name", VITS)
+@each_vit
 def test_segmentation_task_trains_a_vit_under_dpt(name: str) -> None:
     task = trainers.SemanticSegmentationTask(model="dpt", backbone=f"tu-{name}", num_classes=NUM_CLASSES)
     task.model.encoder.model.set_input_size(img_size=(32, 64))

@@ -65,8 +65,15 @@ def assert_trains_and_detects(model: nn.Module, first: nn.Parameter) -> None:
     assert [set(each) for each in found] == [{"boxes", "labels", "scores"}] * 2
 
 
-@pytest.mark.parametrize("kind", ["faster_rcnn", "retinanet", "fcos"])
-@pytest.mark.parametrize("name", VITS)
+# Each detector and each model once.
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [
+        pytest.param(name, kind, marks=() if column == row else pytest.mark.slow)
+        for row, name in enumerate(VITS)
+        for column, kind in enumerate(["faster_rcnn", "retinanet", "fcos"])
+    ],
+)
 def test_detectors_train_on_a_vit(documented: dict, name: str, kind: str) -> None:
     torch.manual_seed(0)
     vit = timm.create_model(name, **OPTIONS)

@@ -80,7 +80,7 @@ def reentrant(request):
 @pytest.mark.parametrize(
     ("name", "reentrant"),
     [
-        (name, reentrant)
+        pytest.param(name, reentrant, marks=pytest.mark.slow if reentrant and name in CONVERTED[1:] else ())
         for name in (*OWN, *CONVERTED, "hct_base")
         for reentrant in (False, True)
         if not (reentrant and name in EVAS)

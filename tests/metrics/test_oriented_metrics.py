@@ -97,7 +97,10 @@ def measure(images: list[tuple[Detections, ObjectLabels]], **kwargs) -> dict[str
     return metric.compute()
 
 
-@pytest.mark.parametrize(("num_images", "num_cases"), [(1, 850), (7, 150)])
+@pytest.mark.parametrize(
+    ("num_images", "num_cases"),
+    [(1, 300), (7, 50), *(pytest.param(*each, marks=pytest.mark.slow) for each in ((1, 850), (7, 150)))],
+)
 def test_precision_is_that_of_a_walk_over_polygons(num_images, num_cases) -> None:
     rng = np.random.default_rng(num_images)
     for _ in range(num_cases):

@@ -24,7 +24,9 @@ def images(batch: int = 2) -> torch.Tensor:
     return torch.randn(batch, 3, 112, 112, generator=torch.Generator().manual_seed(0))
 
 
-@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize(
+    "kernel", [pytest.param(kernel, marks=() if kernel == "softmax+" else pytest.mark.slow) for kernel in KERNELS]
+)
 @torch.no_grad()
 def test_an_exported_backbone_equals_the_model_at_any_batch_size(kernel: str) -> None:
     model = backbone(kernel)
@@ -61,7 +63,7 @@ def test_a_program_of_one_size_equals_every_kind_of_model(name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=pytest.mark.slow if "clustered" in name else ()) for name in FAMILY]
+    "name", [pytest.param(name, marks=() if "rope" in name else pytest.mark.slow) for name in FAMILY]
 )
 @torch.no_grad()
 def test_an_onnx_file_of_one_size_equals_every_kind_of_model(name: str, tmp_path: Path) -> None:
@@ -74,7 +76,11 @@ def test_an_onnx_file_of_one_size_equals_every_kind_of_model(name: str, tmp_path
 
 
 @pytest.mark.parametrize(
-    ("kernel", "options"), [*((kernel, {}) for kernel in KERNELS), ("softmax+", {"center": True, "balance": True})]
+    ("kernel", "options"),
+    [
+        ("softmax+", {"center": True, "balance": True}),
+        *(pytest.param(kernel, {}, marks=pytest.mark.slow) for kernel in KERNELS),
+    ],
 )
 @torch.no_grad()
 def test_an_onnx_backbone_equals_the_model(kernel: str, options: dict, tmp_path: Path) -> None:

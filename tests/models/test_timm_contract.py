@@ -29,6 +29,11 @@ SMALL_VITS = [
     "clustered_vit_rope_small_patch16_224",
 ]
 SMALL = [*SMALL_VITS, "hct_base"]
+# The patch size makes no difference to what these compute again, cut or record.
+each_kind = pytest.mark.parametrize(
+    "name",
+    [pytest.param(name, marks=pytest.mark.slow if "patch8" in name or "patch14" in name else ()) for name in SMALL],
+)
 # Windows and sinks that leave something to the clusters of few tokens.
 SMALL_ATTENTION = {"max_exact_tokens": 0, "window_size": 3, "num_sinks": 4, "num_clusters": 8}
 # A multiple of each patch size, non-square.
@@ -213,7 +218,7 @@ def test_forward_is_head_of_features(name: str) -> None:
         assert torch.equal(model(images()), pooled)
 
 
-@pytest.mark.parametrize("name", SMALL)
+@each_kind
 def test_features_only_gives_the_maps_of_out_indices(name: str) -> None:
     whole = build(name)
     with torch.no_grad():
@@ -241,7 +246,7 @@ def test_intermediates_are_those_of_the_forward_pass(name: str) -> None:
         assert torch.equal(model.forward_intermediates(images(), 1, norm=True, intermediates_only=True)[0], maps[-1])
 
 
-@pytest.mark.parametrize("name", SMALL)
+@each_kind
 def test_pruning_keeps_the_maps_and_no_unused_parameter(name: str) -> None:
     model = build(name)
     last = len(model.feature_info) - 1
@@ -261,7 +266,7 @@ def test_pruning_keeps_the_maps_and_no_unused_parameter(name: str) -> None:
     assert torch.equal(kept_head(images()), model(images()))
 
 
-@pytest.mark.parametrize("name", SMALL)
+@each_kind
 def test_every_parameter_gets_a_finite_gradient(name: str) -> None:
     model = build(name).train()
     model(images()).square().sum().backward()
@@ -270,7 +275,7 @@ def test_every_parameter_gets_a_finite_gradient(name: str) -> None:
         assert parameter.grad.isfinite().all(), key
 
 
-@pytest.mark.parametrize("name", SMALL)
+@each_kind
 def test_gradient_checkpointing_changes_neither_output_nor_gradients(name: str) -> None:
     results = []
     for enable in (False, True):
@@ -317,7 +322,9 @@ def test_copies_and_pickles_give_the_same_output(name: str) -> None:
 @pytest.mark.parametrize(
     "name",
     [
-        pytest.param(name, marks=pytest.mark.slow if name == "clustered_vit_rope_small_patch16_224" else ())
+        pytest.param(
+            name, marks=pytest.mark.slow if name in {"clustered_vit_rope_small_patch16_224", "hct_base"} else ()
+        )
         for name in SMALL
         if "patch8" not in name and "patch14" not in name
     ],
@@ -329,7 +336,7 @@ def test_dynamo_takes_a_model_as_one_graph(name: str) -> None:
     torch.testing.assert_close(compiled(images()), model(images()))
 
 
-@pytest.mark.parametrize("name", SMALL)
+@each_kind
 def test_traced_graph_equals_eager_bit_for_bit(name: str) -> None:
     model = build(name)
     head = model.default_cfg["classifier"]
@@ -343,7 +350,7 @@ def test_traced_graph_equals_eager_bit_for_bit(name: str) -> None:
 # TorchScript's compiler takes no autograd.Function, keyword-only dataclass or registry of kernels, all of which the
 # attention is made of, and torch has put it aside for `torch.export`; its tracer records what is computed.
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("name", SMALL)
+@each_kind
 def test_torchscript_records_a_model_but_does_not_compile_it(name: str) -> None:
     model = build(name)
     # On some processors oneDNN takes another kernel for a recorded convolution, which rounds otherwise.

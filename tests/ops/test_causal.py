@@ -87,6 +87,7 @@ def test_training_keeps_one_state_a_chunk_and_nothing_of_tokens_times_features()
     assert sum(kept) < 300 * 64 * 4
 
 
+@pytest.mark.slow
 def test_it_compiles_whole() -> None:
     torch._dynamo.reset()
     q, k, v, w = make(63, 63)

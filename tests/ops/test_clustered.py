@@ -17,7 +17,7 @@ def make(grid: tuple[int, int], num_prefix: int, batch: int = 2, head_dim: int =
     return torch.randn(shape, generator=generator, dtype=torch.float64).unbind(0)
 
 
-@settings(max_examples=60, deadline=None, derandomize=True)
+@settings(max_examples=40, deadline=None, derandomize=True)
 @given(
     rows=st.integers(1, 14),
     columns=st.integers(1, 14),

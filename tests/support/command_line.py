@@ -17,6 +17,8 @@ SMALL = [
     "model.out_indices=[0,1]",
     "model.head_kwargs={channels: [8, 8, 16, 16]}",
     "trainer.max_epochs=2",
+    # It takes longer than the training.
+    "trainer.report=false",
 ]
 
 

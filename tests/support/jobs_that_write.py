@@ -327,11 +327,11 @@ def convert(root: Path) -> Job:
     weights = root / "in" / "weights.safetensors"
     weights.parent.mkdir(parents=True)
     kwargs = {"num_classes": 0, "img_size": 32}
-    save_file(timm.create_model("vit_tiny_patch16_224", **kwargs).state_dict(), weights)
+    save_file(timm.create_model("test_vit", **kwargs).state_dict(), weights)
     scene = write_scene(root / "in" / "scene.tif")
     outputs = [root / "out" / "linear" / name for name in ("model.safetensors", "config.json", "fidelity.html")]
     sizes = ["--img-size", "32", "--window-size", "2", "--num-clusters", "4", "--max-exact-tokens", "0"]
-    args = ["convert", "vit_tiny_patch16_224", "--out", outputs[0].parent, "--weights", weights, *sizes]
+    args = ["convert", "test_vit", "--out", outputs[0].parent, "--weights", weights, *sizes]
     args += ["--num-classes", "0", "--images", scene]
     return Job(args, [weights, scene], outputs)
 

@@ -67,7 +67,13 @@ def distil(tmp_path):
     return _distil
 
 
-@pytest.mark.parametrize("block_steps", [8, 12], ids=["inside an epoch", "at the end of an epoch"])
+@pytest.mark.parametrize(
+    "block_steps",
+    [
+        pytest.param(8, id="inside an epoch"),
+        pytest.param(12, id="at the end of an epoch", marks=pytest.mark.slow),
+    ],
+)
 def test_a_finished_run_given_another_stage_ends_as_one_that_had_it_from_the_start(
     distil, tmp_path, block_steps
 ) -> None:

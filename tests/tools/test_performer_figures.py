@@ -57,6 +57,7 @@ def test_positive_features_win_beyond_the_crossing_angle(tool) -> None:
         assert kernel_mse.crossing_angle(length, trig_rows=0.5) < angle
 
 
+@pytest.mark.slow
 def test_error_of_attention_falls_with_features_and_is_drawn(tool, tmp_path, monkeypatch) -> None:
     attention_error = tool("attention_error")
     case = attention_error.Case(64, 8, 0.3)

@@ -67,6 +67,7 @@ def test_training_runs_are_equal(scene, tmp_path) -> None:
         "model.out_indices": [0, 1],
         "model.head_kwargs": {"channels": [8, 8, 16, 16]},
         "trainer.max_epochs": 2,
+        "trainer.report": False,
     }
     assert len(small) == len(SMALL)
     run = perf_vit.train("segmentation/demo", {**overrides, **small}, out=tmp_path / "python", progress=False)

@@ -23,7 +23,8 @@ from perf_vit.workflows.train import read_run
 
 CRS, PLACE = "EPSG:32637", Affine(0.5, 0, 401_000, 0, -0.5, 4_510_000)
 SIDE = 160
-FEW = ["trainer.max_epochs=1", "data.tile_px=64", "data.tiles_per_epoch=4", "trainer.accelerator=cpu"]
+WHERE = ["trainer.accelerator=cpu", "trainer.report=false"]
+FEW = ["trainer.max_epochs=1", "data.tile_px=64", "data.tiles_per_epoch=4", *WHERE]
 SMALL_VIT = "model.backbone_kwargs={depth: 1, embed_dim: 32, num_heads: 2, attn_kwargs: {num_features: 8}}"
 
 
@@ -241,7 +242,7 @@ def test_images_in_folders_by_class() -> None:
     rows = Path("scenes_val.csv").read_text().splitlines()
     assert rows[0] == "image,label"
     assert sorted(row.split(",")[1] for row in rows[1:]) == ["forest", "forest", "town"]
-    run_commands(made, "trainer.max_epochs=1", "data.batch_size=4", "trainer.accelerator=cpu")
+    run_commands(made, *WHERE, "trainer.max_epochs=1", "data.batch_size=4")
 
 
 def test_numbers_of_images() -> None:

@@ -125,7 +125,7 @@ def test_a_resumed_run_keeps_the_precision_that_it_began_in(machine, tmp_path) -
         "task": "classification",
         "data": {"train": {"image": str(tmp_path / "images")}, "tile_px": 32, "batch_size": 4, "val_share": 0.25},
         "model": {"backbone": "performer_vit_tiny_patch16_224", "backbone_kwargs": backbone, "pool": "avg"},
-        "trainer": {"max_epochs": 1, "accelerator": "cpu", "precision": "auto", "num_pictures": 0},
+        "trainer": {"max_epochs": 1, "accelerator": "cpu", "precision": "auto", "num_pictures": 0, "report": False},
     }
     out = tmp_path / "run"
 

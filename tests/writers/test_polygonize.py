@@ -22,7 +22,7 @@ def whole(labels: np.ndarray) -> list[tuple[int, shapely.Polygon]]:
     return [(int(value), shapely.geometry.shape(shape)) for shape, value in shapes]
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     seed=st.integers(0, 10_000),
     height=st.integers(1, 45),

@@ -27,8 +27,15 @@ STEMS = [
 CLASSES = (*NASTY_NAMES, *UNSEEN_NAMES)
 
 
-@pytest.mark.parametrize("where", ["file", "folder"])
-@pytest.mark.parametrize("suffix", [".gpkg", ".geojson", ".parquet", ".json"])
+# The fast suite writes one format into folders of these names.
+@pytest.mark.parametrize(
+    ("suffix", "where"),
+    [
+        *((suffix, "file") for suffix in (".gpkg", ".geojson", ".parquet", ".json")),
+        (".gpkg", "folder"),
+        *(pytest.param(suffix, "folder", marks=pytest.mark.slow) for suffix in (".geojson", ".parquet", ".json")),
+    ],
+)
 @pytest.mark.parametrize("stem", STEMS)
 def test_objects_are_written_under_any_name_and_read_with_their_classes(
     stem, suffix, where, make_scene, tmp_path
