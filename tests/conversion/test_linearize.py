@@ -216,7 +216,7 @@ def test_what_cannot_be_converted_is_named() -> None:
 
 @torch.no_grad()
 def test_sinks_are_as_many_as_the_size_of_an_image_affords() -> None:
-    model = build("vit_tiny_patch16_224", depth=1, dynamic_img_size=True)
+    model = build("vit_tiny_patch16_224", depth=2, dynamic_img_size=True)
     for rows, columns, number in ((10, 40, 256), (40, 65, 0), (120, 180, 0)):
         by_size = perf_vit.linearize(model, max_exact_tokens=0, window_size=5, num_clusters=8)
         given = perf_vit.linearize(model, max_exact_tokens=0, window_size=5, num_clusters=8, num_sinks=number)
