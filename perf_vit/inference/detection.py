@@ -36,6 +36,7 @@ from perf_vit.models import Detector, load_detector, standardized
 from perf_vit.plotting import default_colormap
 from perf_vit.reporting.outputs import write_object_report
 from perf_vit.sources import GEOTIFF_SUFFIXES
+from perf_vit.sources.slides import SlideSource
 from perf_vit.text import to_json
 from perf_vit.types import Source, Window
 from perf_vit.writers import (
@@ -246,6 +247,13 @@ class DetectionPredictor(InputPredictor[Detector, DetectionPredictOptions]):
         """Lowest score of an object."""
         given = self.options.score_threshold
         return self.model.spec.score_threshold if given is None else given
+
+    def open(self, source: Any) -> Source:
+        """Open an input; COCO results are in pixels of the listed image, of a slide all of level 0 or its bounds."""
+        opened = super().open(source)
+        if self.coco_images is None or not isinstance(opened, SlideSource):
+            return opened
+        return opened if self.coco_images.size_of(opened.path) == opened.size else opened.whole
 
     def job(self, source: Any, out: str | Path) -> ObjectJob:
         """What is to be made of an input; see `InputPredictor.job`."""

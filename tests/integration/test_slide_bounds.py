@@ -1,6 +1,7 @@
 """A slide with bounds from prediction to labels: all that leaves lies where QuPath shows it."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -9,16 +10,25 @@ import shapely
 import tifffile
 import torch
 from bounded import BOUNDS, bounded_slide, with_bounds
+from small_models import save_slide_classifier
 from torch import nn
 
-from perf_vit.inference import SegmentationPredictor
-from perf_vit.inference.options import SegmentationPredictOptions
+from perf_vit.inference import (
+    DetectionPredictOptions,
+    DetectionPredictor,
+    SegmentationPredictOptions,
+    SegmentationPredictor,
+    SlideClassificationPredictOptions,
+    SlideClassificationPredictor,
+)
 from perf_vit.labels import open_labels
-from perf_vit.models import SegmentationSpec
+from perf_vit.models import DetectionSpec, SegmentationSpec
 from perf_vit.sources import open_source
 from perf_vit.sources.slides.ome_xml import parse_ome_tags
 from perf_vit.transforms import Normalizer
-from perf_vit.types import IGNORE_INDEX, Window
+from perf_vit.types import IGNORE_INDEX, Detections, Window
+from perf_vit.workflows.detection import DetectionEvaluateOptions, evaluate_detection
+from perf_vit.workflows.segmentation import SegmentationEvaluateOptions, evaluate_segmentation
 from perf_vit.writers import CogWriter, RasterLayout
 
 # In pixels of level 0: left, top, right, bottom.
@@ -40,6 +50,9 @@ class PinkSegmenter(nn.Module):
 
     def forward(self, tiles: torch.Tensor) -> torch.Tensor:
         return torch.stack([tiles[:, 1] - 200, 200 - tiles[:, 1]], 1)
+
+    def to_labels(self, logits: torch.Tensor) -> torch.Tensor:
+        return logits.argmax(1)
 
 
 @pytest.fixture
@@ -127,3 +140,91 @@ def test_masks_label_all_of_level_0_or_the_picture_of_qupath_by_their_size(slide
         outside = Window(0, 0, 1, 1) if source is whole and not is_whole else None
         assert outside is None or (labels.read(outside) == IGNORE_INDEX).all()
         labels.close()
+
+
+class PinkDetector(nn.Module):
+    """Finds one box around what has little green in a tile."""
+
+    task = "detection"
+    size_multiple = 1
+
+    def __init__(self, mpp: float) -> None:
+        super().__init__()
+        labels = {"label_format": "polygons", "attribute": "classification"}
+        normalizer = Normalizer((0.0,) * 3, (1.0,) * 3)
+        self.spec = DetectionSpec(classes=("Tumor",), normalizer=normalizer, tile_px=256, mpp=mpp, label_options=labels)
+
+    def forward(self, tiles: torch.Tensor) -> list[Detections]:
+        return [self._box((tile[1] > 0) & (tile[1] < 200)) for tile in tiles]
+
+    def _box(self, pink: torch.Tensor) -> Detections:
+        rows, cols = torch.nonzero(pink.any(1)).flatten(), torch.nonzero(pink.any(0)).flatten()
+        boxes = [[cols[0], rows[0], cols[-1] + 1, rows[-1] + 1]] if len(rows) else []
+        found = torch.tensor(boxes, dtype=torch.float32).reshape(-1, 4)
+        return Detections(
+            boxes_xyxy=found, scores=torch.full((len(found),), 0.9), labels=torch.zeros(len(found), dtype=torch.int64)
+        )
+
+
+OPTIONS = {"window_size": 384, "overlap": 64, "device": "cpu"}
+
+
+@pytest.mark.parametrize("scale", [1, 2])
+def test_detections_lie_over_the_picture_of_qupath_and_score_against_its_annotations(slide, tmp_path, scale) -> None:
+    model = PinkDetector(0.5 * scale)
+    out = tmp_path / "case.geojson"
+    DetectionPredictor(model, DetectionPredictOptions(**OPTIONS)).run(slide, out)
+    (feature,) = json.loads(out.read_text())["features"]
+    assert shapely.geometry.shape(feature["geometry"]).bounds == inside(*TISSUE)
+    options = DetectionEvaluateOptions(**OPTIONS, label_format="polygons")
+    scores = evaluate_detection(model, slide, annotation(tmp_path / "drawn.geojson"), options).scores
+    assert scores.ap50 == pytest.approx(1.0)
+
+
+@pytest.mark.parametrize("is_whole", [True, False], ids=["level0", "bounds"])
+def test_coco_results_are_in_pixels_of_the_listed_image(slide, tmp_path, is_whole) -> None:
+    height, width = (400, 480) if is_whole else (BOUNDS["height"], BOUNDS["width"])
+    listed = {
+        "images": [{"id": 7, "file_name": "case.svs", "height": height, "width": width}],
+        "categories": [{"id": 3, "name": "Tumor"}],
+        "annotations": [],
+    }
+    (tmp_path / "listed.json").write_text(json.dumps(listed))
+    options = DetectionPredictOptions(**OPTIONS, coco_images=str(tmp_path / "listed.json"))
+    DetectionPredictor(PinkDetector(0.5), options).run(slide, tmp_path / "out.json")
+    (result,) = json.loads((tmp_path / "out.json").read_text())
+    left, top, right, bottom = TISSUE if is_whole else inside(*TISSUE)
+    assert (result["image_id"], result["bbox"]) == (7, [left, top, right - left, bottom - top])
+
+
+def annotation(path: Path) -> Path:
+    """The tissue as QuPath's annotation."""
+    left, top, right, bottom = inside(*TISSUE)
+    ring = [[left, top], [right, top], [right, bottom], [left, bottom], [left, top]]
+    properties = {"objectType": "annotation", "classification": {"name": "Tumor"}}
+    feature = {"type": "Feature", "geometry": {"type": "Polygon", "coordinates": [ring]}, "properties": properties}
+    path.write_text(json.dumps([feature]))
+    return path
+
+
+@pytest.mark.parametrize("scale", [1, 2])
+def test_segmentation_scores_against_annotations_of_qupath(slide, tmp_path, scale) -> None:
+    drawn = annotation(tmp_path / "drawn.geojson")
+    model = PinkSegmenter(0.5 * scale)
+    model.spec = replace(model.spec, label_options={"attribute": "classification"})
+    options = SegmentationEvaluateOptions(window_size=64, device="cpu")
+    scores = evaluate_segmentation(model, slide, drawn, options)
+    assert [each.iou for each in scores.scores] == [1.0, 1.0]
+
+
+def test_attention_lies_over_the_tissue_of_the_picture_of_qupath(slide, tmp_path) -> None:
+    checkpoint = save_slide_classifier(tmp_path / "model" / "slides.ckpt")
+    options = SlideClassificationPredictOptions(device="cpu", tissue=str(annotation(tmp_path / "tissue.geojson")))
+    predictor = SlideClassificationPredictor(checkpoint, options)
+    predictor.run(str(slide), tmp_path / "out.csv")
+    content = json.loads((tmp_path / "out_attention" / "case.geojson").read_text())
+    assert content["frame_origin_level0_px"] == [BOUNDS["x"], BOUNDS["y"]]
+    boxes = [shapely.geometry.shape(feature["geometry"]) for feature in content["features"]]
+    tissue = shapely.box(*inside(*TISSUE))
+    assert all(each.intersects(tissue) for each in boxes)
+    assert shapely.union_all(boxes).intersection(tissue).area > 0.9 * tissue.area

@@ -75,6 +75,12 @@ class CocoImages:
             )
         return number
 
+    def size_of(self, image: str) -> tuple[int, int] | None:
+        """Return the size (height, width) of an image in the file; None if it isn't listed, or without a size."""
+        name = self._listed_name(PurePath(image))
+        height, width = (None, None) if name is None else self._images[name][1]
+        return None if height is None or width is None else (height, width)
+
     def _listed_name(self, image: PurePath) -> PurePath | None:
         """Return the longest name in the file that a path ends with."""
         paths = (image, image.with_suffix(""))
