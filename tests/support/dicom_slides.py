@@ -13,8 +13,8 @@ def element(tag: int, vr: str, value: object) -> bytes:
     if vr == "SQ":
         assert isinstance(value, bytes)
         value = struct.pack("<HHI", 0xFFFE, 0xE000, len(value)) + value
-    elif vr in ("US", "UL", "FD"):
-        value = struct.pack({"US": "<H", "UL": "<I", "FD": "<d"}[vr], value)
+    elif vr in ("US", "UL", "FL", "FD"):
+        value = struct.pack({"US": "<H", "UL": "<I", "FL": "<f", "FD": "<d"}[vr], value)
     elif isinstance(value, str):
         value = value.encode()
     assert isinstance(value, bytes)
@@ -53,6 +53,8 @@ def write_level(path: Path, pixels: np.ndarray, *, mpp: float, series: str, numb
         element(0x00280101, "US", 8),
         element(0x00280102, "US", 7),
         element(0x00280103, "US", 0),
+        element(0x00480001, "FL", width * mpp / 1000),
+        element(0x00480002, "FL", height * mpp / 1000),
         element(0x00480006, "UL", width),
         element(0x00480007, "UL", height),
         element(0x00480303, "UL", 1),

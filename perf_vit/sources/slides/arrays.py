@@ -80,6 +80,8 @@ class ArrayReader(PyramidReader):
         self.band_names = tuple(names)
         # Colours may be channels as well, as in all of OME-Zarr.
         is_colour = tuple(name.lower() for name in names[:3]) == _COLOURS
+        if is_colour and names[3:] == ["alpha"]:
+            self.alpha = len(_COLOURS)
         self.fill = 255 if is_colour and self.dtype == np.uint8 else 0
 
     def read(self, level: int, window: Window) -> tuple[npt.NDArray[Any], BoolArray]:
