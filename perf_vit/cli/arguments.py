@@ -116,7 +116,10 @@ SlideMppOverride = Annotated[
 
 Tissue = Annotated[
     str | None,
-    typer.Option(help="Only the tissue of slides: otsu, or a GeoJSON file of polygons.", rich_help_panel=SLIDES),
+    typer.Option(
+        help="Only the tissue of slides: otsu, or a file of outlines (GeoJSON of QuPath, XML of ASAP).",
+        rich_help_panel=SLIDES,
+    ),
 ]
 
 Precision = Annotated[

@@ -103,7 +103,8 @@ def open_labels(
     try:
         mask = open_all_bands(name) if multilabel else open_raster(name)
     except InputError:
-        if not opens_as_vector(name):
+        # Reading XML of other viewers says what is read.
+        if not opens_as_vector(name) and not name.lower().endswith(".xml"):
             raise
         return from_vector()
     options = {"paired": paired, "spot_check": spot_check}

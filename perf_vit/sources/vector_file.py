@@ -46,6 +46,13 @@ _URL_MARKS = frozenset(";!?\t\r\n")
 _NOT_FIRST = "`~!@#$%^&*()+-={}|[]\\:\";'<>?,./"
 
 
+_OTHER_FILES = {
+    ".json": "; COCO files label objects, for detectors",
+    ".xml": "; of XML, annotations of ASAP are read, so export GeoJSON from other viewers",
+}
+"""Advice for files that are of none of the formats, by suffix."""
+
+
 def layer_name(stem: str) -> str:
     """Return a layer name from a file name, without leading characters that GeoPackage doesn't allow."""
     return _unicode(stem).lstrip(_NOT_FIRST) or "objects"
@@ -115,7 +122,7 @@ def read_features(path: str, attribute: str | None, *, required: bool = True) ->
     except (DataSourceError, DataLayerError) as error:
         # GDAL appends advice for programmers.
         reason = reason_of(error).split("; It might")[0]
-        hint = "; COCO files label objects, for detectors" if path.lower().endswith(".json") else ""
+        hint = _OTHER_FILES.get(Path(split_layer(path)[0]).suffix.lower(), "")
         raise InputError(f"can't open {path} as a vector file: {reason}{hint}") from error
     if attribute is not None and attribute not in frame and not required:
         frame[attribute] = None

@@ -140,7 +140,7 @@ class SegmentationEvaluateOptions(WindowedEvaluateOptions):
 
     Attributes:
         flips: Average the scores of a window and its three mirror images.
-        tissue: "otsu" or a GeoJSON file of polygons: the part of a slide that is scored.
+        tissue: "otsu" or a file of outlines in QuPath's coordinates: the part of a slide that is scored.
         region: Row, column, height and width of the part to score, in pixels.
         all_touched: Whether polygons label every pixel that they touch; as in training by default.
     """

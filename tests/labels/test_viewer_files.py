@@ -237,6 +237,14 @@ def test_damaged_asap_is_one_clear_line(slide, text) -> None:
         burnt(slide, text, name="a.xml")
 
 
+def test_xml_of_other_viewers_is_refused_with_what_to_do(slide) -> None:
+    text = "<Annotations MicronsPerPixel='0.25'><Annotation Id='1'><Regions /></Annotation></Annotations>"
+    with pytest.raises(InputError, match="annotations of ASAP are read, so export GeoJSON"):
+        burnt(slide, text, name="a.xml")
+    with pytest.raises(InputError, match="annotations of ASAP are read, so export GeoJSON"):
+        open_source(slide, tissue=slide.parent / "a.xml")
+
+
 NAMES = st.text(st.characters(codec="utf-8", exclude_categories=["Cs", "Cc"]), min_size=1, max_size=8)
 LEAVES = st.tuples(st.lists(NAMES, min_size=1, max_size=3), st.booleans(), st.integers(0, 300))
 
