@@ -224,15 +224,22 @@ class SlideBags(Dataset[Bag]):
 
     def __getitem__(self, index: int) -> Bag:
         """Return features [N, D] float32 and the class index; with a seed, any index >= 0 is allowed."""
-        chosen = index
-        if self.seed is not None:
-            turn, position = divmod(index, len(self.slides))
-            chosen = int(shuffled_indices(self.seed, turn, len(self.slides))[position])
+        chosen = self._chosen(index)
         features = self.store.read(self.slides.paths[chosen]).features
         if self.max_windows is not None and len(features) > self.max_windows:
             rng = np.random.default_rng((self.seed or 0, index))
             features = features[np.sort(rng.choice(len(features), self.max_windows, replace=False))]
         return torch.from_numpy(features), torch.tensor(self.slides.labels[chosen])
+
+    def describe(self, index: int) -> str:
+        """Return the path of the slide of a sample."""
+        return self.slides.paths[self._chosen(index)]
+
+    def _chosen(self, index: int) -> int:
+        if self.seed is None:
+            return index
+        turn, position = divmod(index, len(self.slides))
+        return int(shuffled_indices(self.seed, turn, len(self.slides))[position])
 
 
 def collate_bags(bags: Sequence[Bag]) -> tuple[Tensor, Tensor, Tensor]:

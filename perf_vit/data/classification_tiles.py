@@ -115,6 +115,10 @@ class ClassificationTiles(Dataset[ClassificationSample]):
     def __len__(self) -> int:
         return self.tiles_per_epoch
 
+    def describe(self, index: int) -> str:
+        """Return the path of the image of a sample."""
+        return self.images.sources[self._choose(index, np.random.default_rng((self.seed, index)))].path
+
     def __getitem__(self, index: int) -> ClassificationSample:
         """Return tile, target and valid pixels; any index >= 0 is allowed."""
         rng = np.random.default_rng((self.seed, index))
@@ -165,6 +169,10 @@ class ClassificationViews(Dataset[ClassificationSample]):
 
     def __len__(self) -> int:
         return len(self.images)
+
+    def describe(self, index: int) -> str:
+        """Return the path of an image."""
+        return self.images.sources[index].path
 
     def __getitem__(self, index: int) -> ClassificationSample:
         """Return tile, target and valid pixels."""

@@ -157,11 +157,7 @@ class DetectionTiles(Dataset[DetectionSample]):
     def __getitem__(self, index: int) -> DetectionSample:
         """Return tile, objects and valid pixels; any index >= 0 is allowed."""
         rng = np.random.default_rng((self.seed, index))
-        size_px = self._draw_size(rng)
-        for _ in range(10):
-            image, objects = self.images.read(*self.sampler.draw(rng, size_px))
-            if image.valid.any():
-                break
+        _, _, image, objects = self._read(rng)
         if self.stain is not None:
             image = self.stain(image, int(rng.integers(2**31)))
         pixels, mask, objects = resize_with_objects(
@@ -172,6 +168,21 @@ class DetectionTiles(Dataset[DetectionSample]):
             pixels = _recolored(pixels, mask, self.colors, int(rng.integers(2**31)))
         pixels, objects = turn_with_objects(pixels, objects, symmetry)
         return torch.from_numpy(pixels), objects, torch.from_numpy(turn(np.asarray(mask.any(0)), symmetry))
+
+    def describe(self, index: int) -> str:
+        """Return image and window of a sample."""
+        chosen, window, *_ = self._read(np.random.default_rng((self.seed, index)))
+        return f"{self.images.records[chosen].path}, {window}"
+
+    def _read(self, rng: np.random.Generator) -> tuple[int, Window, GeoImage, ObjectLabels]:
+        """Return an image, a window of it with a valid pixel, and what it holds."""
+        size_px = self._draw_size(rng)
+        for _ in range(10):
+            chosen, window = self.sampler.draw(rng, size_px)
+            image, objects = self.images.read(chosen, window)
+            if image.valid.any():
+                break
+        return chosen, window, image, objects
 
     def _draw_size(self, rng: np.random.Generator) -> int | Sequence[int]:
         """Draw the size of the window in pixels, or one size per image."""
@@ -205,6 +216,11 @@ class DetectionGrid(Dataset[DetectionSample]):
 
     def __len__(self) -> int:
         return len(self.tiles)
+
+    def describe(self, index: int) -> str:
+        """Return image and window of a sample."""
+        chosen, window, *_ = self.tiles[index]
+        return f"{self.images.records[chosen].path}, {window}"
 
     def __getitem__(self, index: int) -> DetectionSample:
         """Return tile, objects and valid pixels."""

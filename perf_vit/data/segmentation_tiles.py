@@ -161,12 +161,7 @@ class SegmentationTiles(Dataset[LabelledTile]):
     def __getitem__(self, index: int) -> LabelledTile:
         """Return tile, labels and valid pixels; any index >= 0 is allowed."""
         rng = np.random.default_rng((self.seed, index))
-        pixel_size = None if self.resolution is None else draw_log_uniform(self.resolution, rng)
-        for _ in range(10):
-            chosen, window = self._draw(index, rng, pixel_size)
-            image, labels = self.sources[chosen].read_image(window)
-            if self.sampler is not None or (labels != IGNORE_INDEX).any():
-                break
+        _, _, image, labels = self._read(index, rng)
         if self.stain is not None:
             image = self.stain(image, int(rng.integers(2**31)))
         pixels, mask, labels = resize_with_labels(
@@ -174,6 +169,21 @@ class SegmentationTiles(Dataset[LabelledTile]):
         )
         pixels, labels, valid = self.augmentation(pixels, labels, seed=int(rng.integers(2**31)), mask=mask)
         return torch.from_numpy(pixels), torch.from_numpy(labels).long(), torch.from_numpy(valid)
+
+    def describe(self, index: int) -> str:
+        """Return image and window of a sample."""
+        chosen, window, *_ = self._read(index, np.random.default_rng((self.seed, index)))
+        return f"{self.sources[chosen].source.path}, {window}"
+
+    def _read(self, index: int, rng: np.random.Generator) -> tuple[int, Window, GeoImage, LabelArray]:
+        """Return a source, a window of it with a label, and what it holds."""
+        pixel_size = None if self.resolution is None else draw_log_uniform(self.resolution, rng)
+        for _ in range(10):
+            chosen, window = self._draw(index, rng, pixel_size)
+            image, labels = self.sources[chosen].read_image(window)
+            if self.sampler is not None or (labels != IGNORE_INDEX).any():
+                break
+        return chosen, window, image, labels
 
     def _draw(self, index: int, rng: np.random.Generator, pixel_size: float | None) -> tuple[int, Window]:
         """Return the index of a source and a window of it."""
@@ -219,6 +229,10 @@ class SegmentationGrid(Dataset[LabelledTile]):
 
     def __len__(self) -> int:
         return len(self.windows)
+
+    def describe(self, index: int) -> str:
+        """Return image and window of a sample."""
+        return f"{self.source.source.path}, {self.windows[index]}"
 
     def __getitem__(self, index: int) -> LabelledTile:
         """Return tile, labels and valid pixels."""

@@ -12,7 +12,8 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from perf_vit.errors import InputError
+from perf_vit.errors import InputError, NotFiniteError
+from perf_vit.finite import check_finite
 from perf_vit.inference.prefetch import (
     Entry,
     Reads,
@@ -208,7 +209,10 @@ def predict_strips(
     def blended(batch: Sequence[Tile], scores: Sequence[FloatArray | None]) -> list[Any]:
         nonlocal done
         strips = itertools.chain.from_iterable(map(maker.add, batch, scores))
-        finished = [finish(strip) for strip in strips]
+        try:
+            finished = [finish(strip) for strip in strips]
+        except NotFiniteError as error:
+            raise NotFiniteError(f"{getattr(source, 'path', 'the source')}: {error}") from error
         done += len(batch)
         on_progress(done, maker.num_windows)
         return finished
@@ -277,12 +281,17 @@ class StripMaker:
 
         Yields:
             Strips, whose arrays hold until the next one is asked for.
+
+        Raises:
+            NotFiniteError: A score is infinite or not a number.
         """
         if self._stitcher is None:
             # Made late, as it is large: many scenes may wait for their turn.
             self._stitcher = RowStitcher(self._extent, self._window_size, self.num_channels)
         yield from self._finished(tile.window.row)
         if scores is not None:
+            if not (np.isfinite(scores.min()) and np.isfinite(scores.max())):
+                check_finite(scores[None], "scores", lambda _: str(tile.window))
             self._stitcher.add(tile.window, scores, tile.valid, self._weights)
         self._num_left -= 1
         if self._num_left == 0:

@@ -14,9 +14,10 @@ import rasterio.features
 import shapely
 import torch
 from scipy import ndimage
-from torch import Tensor
+from torch import Tensor, nn
 
 from perf_vit.errors import InputError
+from perf_vit.finite import check_finite, finite_outputs
 from perf_vit.geometry import Objects
 from perf_vit.geometry.objects import ObjectKind
 from perf_vit.inference.jobs.journal import LineLog
@@ -92,7 +93,9 @@ def predict_objects(
     with closing(tiles):
         for batch, empty in _batches(tiles, batch_size):
             found = []
-            for tile, detections in zip(batch, _forward(model, batch, device, dtype), strict=True):
+            with finite_outputs(_scoring_parts(model), _named(source, batch)):
+                detected = _forward(model, batch, device, dtype)
+            for tile, detections in zip(batch, detected, strict=True):
                 objects = scene_objects(detections, tile.window, score_threshold)
                 found.append((tile.window, stitcher.add(tile.window, objects, tile.valid)))
             if log is not None:
@@ -116,6 +119,18 @@ def _batches(tiles: Iterator[Tile], batch_size: int) -> Iterator[tuple[list[Tile
             batch, empty = [], []
     if batch or empty:
         yield batch, empty
+
+
+def _scoring_parts(model: ObjectModel) -> list[nn.Module]:
+    """Neck and head of one of our detectors; of others, scores and coordinates are looked at only."""
+    parts = (getattr(model, name, None) for name in ("neck", "head"))
+    return [part for part in parts if isinstance(part, nn.Module)]
+
+
+def _named(source: Reads, tiles: Sequence[Tile]) -> str:
+    first = tiles[0].window if tiles else None
+    more = f" and {len(tiles) - 1} more" if len(tiles) > 1 else ""
+    return f"{getattr(source, 'path', 'the source')}, {first}{more},"
 
 
 def _forward(
@@ -189,8 +204,10 @@ def _check(
             f"expected scores [n], labels [n] and {kind} {['n', *expected[kind][1:]]} of the same n, got "
             f"{list(scores.shape)}, {list(labels.shape)} and {list(geometry.shape)}"
         )
-    if kind in {"boxes_xyxy", "oriented_boxes"} and not np.isfinite(geometry).all():
-        raise InputError(f"{kind} of the window at row {window.row}, column {window.col} are not all finite numbers")
+    place = f"the window at row {window.row}, column {window.col},"
+    check_finite(scores, "scores", lambda index: f"object {index} in {place}")
+    if kind in {"boxes_xyxy", "oriented_boxes"}:
+        check_finite(geometry, kind, lambda index: f"object {index} in {place}")
 
 
 def _kind_of(name: str) -> ObjectKind:

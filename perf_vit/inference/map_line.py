@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from perf_vit.errors import BusyError, PerfVitError
+from perf_vit.errors import BusyError, NotFiniteError, PerfVitError
 from perf_vit.inference.batch import InputReport, report_of
 from perf_vit.inference.dense import FloatArray, Forward, StripMaker
 from perf_vit.inference.dense_output import StripWriter
@@ -334,8 +334,11 @@ class MapLine:
         if piece.tile is None or piece.maker is None or found.error is not None:
             return
         assert found.write is not None
-        for strip in piece.maker.add(piece.tile, scores):
-            found.write(strip)
+        try:
+            for strip in piece.maker.add(piece.tile, scores):
+                found.write(strip)
+        except NotFiniteError as error:
+            raise NotFiniteError(f"{found.item.path}: {error}") from error
         found.num_done += 1
 
     def _settled(self, found: _Input, future: Future[JobResult | Exception]) -> InputReport:

@@ -102,7 +102,7 @@ def find_reader(path: str) -> OpenReader | None:
 
     A folder with the DICOM files of one slide has that of these.
     """
-    name = ".dcm" if is_dicom_folder(path) else path.lower().rstrip("/")
+    name = ".dcm" if os.path.isdir(path) and is_dicom_folder(path) else path.lower().rstrip("/")
     suffixes = [suffix for suffix in READERS if name.endswith(suffix)]
     return READERS[max(suffixes, key=len)] if suffixes else None
 

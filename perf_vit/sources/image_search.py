@@ -191,7 +191,7 @@ def _images_below(root: Path) -> list[Path]:
 def _images_among(parent: Path, names: Sequence[str]) -> list[Path]:
     """Return the images among files and folders of a folder, each slide once."""
     data = data_folders(names)
-    images = [name for name in names if is_image_name(name) or is_dicom_folder(parent / name)]
+    images = [name for name in names if is_image_name(name) or is_image_folder(parent / name)]
     return one_per_slide(parent, [name for name in images if name.lower() not in data])
 
 

@@ -130,6 +130,7 @@ class TrainingTask(lightning.LightningModule):
         _check(optim)
         self.optim: Any = optim
         self._is_sharded = False
+        self.counted_loss: Tensor | float | None = None
 
     @property
     def body(self) -> nn.Module:
@@ -168,6 +169,8 @@ class TrainingTask(lightning.LightningModule):
             num: Number of counted samples in the batch.
             prog_bar: Whether to show the value in the progress bar.
         """
+        if name == "val/loss":
+            self.counted_loss = mean
         # Lightning rounds the mean of integers over processes down.
         self.log(name, mean, batch_size=float(num), sync_dist=True, prog_bar=prog_bar)
 

@@ -13,10 +13,12 @@ import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import Callback, EMAWeightAveraging
 from lightning.pytorch.loggers import Logger, TensorBoardLogger, WandbLogger
+from torch import Tensor
 
 from perf_vit.distributed import training_precision
-from perf_vit.errors import ConfigError, PerfVitError, extra, reason_line
+from perf_vit.errors import ConfigError, NotFiniteError, PerfVitError, extra, reason_line
 from perf_vit.registry import did_you_mean
+from perf_vit.tasks.batch_samples import samples_of
 from perf_vit.tasks.callbacks import (
     SEGMENTATION_CURVES,
     Curves,
@@ -94,6 +96,75 @@ class TrainerConfig:
 
     def __post_init__(self) -> None:
         self.precision = precision_name(self.precision)
+
+
+# On GPUs, each look waits for the device.
+_EVERY_BATCHES = 20
+
+
+class FiniteLoss(Callback):
+    """Stops training at a loss that is infinite or not a number, before validation could save such a model.
+
+    On CPUs each batch is checked; on GPUs a flag is looked at every 20 batches and at the end of an epoch, which names
+    the first bad batch all the same.
+    """
+
+    def __init__(self) -> None:
+        self._first: Tensor | None = None
+
+    def on_train_epoch_start(self, trainer: Any, pl_module: Any) -> None:
+        """Forget the last epoch."""
+        self._first = None
+
+    def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        """Look at the loss of a training batch."""
+        loss = outputs.get("loss") if isinstance(outputs, Mapping) else outputs
+        if isinstance(loss, Tensor):
+            self._note(loss.detach(), batch_idx)
+        is_cpu = self._first is not None and self._first.device.type == "cpu"
+        if is_cpu or (batch_idx + 1) % _EVERY_BATCHES == 0:
+            self._raise("training", trainer.train_dataloader, trainer.current_epoch)
+
+    def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
+        """Look at the losses of the last batches."""
+        self._raise("training", trainer.train_dataloader, trainer.current_epoch)
+
+    def on_validation_epoch_start(self, trainer: Any, pl_module: Any) -> None:
+        """Look at the losses of training before the model is validated, and begin with those of validation."""
+        if not trainer.sanity_checking and trainer.train_dataloader is not None:
+            self._raise("training", trainer.train_dataloader, trainer.current_epoch)
+        self._first = None
+
+    def on_validation_batch_end(
+        self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
+    ) -> None:
+        """Look at the loss of a validation batch, which the task keeps in `counted_loss`."""
+        loss = getattr(pl_module, "counted_loss", None)
+        if isinstance(loss, Tensor):
+            self._note(loss.detach(), batch_idx)
+            pl_module.counted_loss = None
+
+    def on_validation_epoch_end(self, trainer: Any, pl_module: Any) -> None:
+        """Look at the losses of validation."""
+        self._raise("validation", trainer.val_dataloaders, 0)
+        self._first = None
+
+    def _note(self, loss: Tensor, batch_idx: int) -> None:
+        if self._first is None:
+            self._first = torch.full((), -1, device=loss.device)
+        is_first = ~torch.isfinite(loss).all() & (self._first < 0)
+        self._first = torch.where(is_first, batch_idx, self._first)
+
+    def _raise(self, part: str, loader: Any, epoch: int) -> None:
+        number = -1 if self._first is None else int(self._first)
+        if number < 0:
+            return
+        names = samples_of(loader, number, epoch)
+        samples = f", of {' and '.join(names)}," if names else ""
+        raise NotFiniteError(
+            f"the {part} loss of batch {number + 1}{samples} is not a finite number (NaN or inf), so the model is "
+            "useless; look at these samples, lower optim.lr, or train with trainer.precision bf16 or 32"
+        )
 
 
 def build_trainer(
@@ -224,7 +295,7 @@ def lightning_trainer(
             deterministic="warn",
             default_root_dir=folder,
             logger=_loggers(logger, folder),
-            callbacks=[EpochMeans(), *callbacks, *([EpochProgressBar()] if progress else [])],
+            callbacks=[FiniteLoss(), EpochMeans(), *callbacks, *([EpochProgressBar()] if progress else [])],
             plugins=[WholeCheckpoints()],
             enable_progress_bar=progress,
             # Our samplers split the samples of one process; Lightning's would shuffle them.

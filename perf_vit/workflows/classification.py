@@ -20,6 +20,7 @@ from perf_vit.data import (
     build_classification_datamodule,
     read_image_targets,
 )
+from perf_vit.finite import check_finite
 from perf_vit.inference import ClassificationPredictOptions, ClassificationPredictor
 from perf_vit.inference.prefetch import load_ahead
 from perf_vit.metrics import ClassificationMetrics, RegisteredMetrics, RegressionScores
@@ -100,6 +101,7 @@ def evaluate_classification(
         while batch := list(islice(samples, options.batch_size)):
             tiles, targets, valid = collate_tiles(batch)
             found = predictor.scores(tiles, valid)
+            check_finite(found, "scores", labelled.paths[done:].__getitem__)
             metrics.update(found, targets)
             registered.update(found, targets)
             for path, each, target in zip(labelled.paths[done:], found, targets, strict=False):

@@ -223,7 +223,7 @@ def test_masks_in_parts_and_with_holes_keep_their_pixels() -> None:
         ([Detections(scores=[0.9], labels=[0, 1], boxes_xyxy=[[0, 0, 1, 1]])], "of the same n, got"),
         ([Detections(scores=[0.9], labels=[0], boxes_xyxy=[[0, 0, 1]])], "of the same n, got"),
         ([Detections(scores=[0.9], labels=[0], masks=np.ones((1, 8, 8), bool))], "of the same n, got"),
-        ([Detections(scores=[0.9], labels=[0], boxes_xyxy=[[0, 0, np.nan, 1]])], "not all finite"),
+        ([Detections(scores=[0.9], labels=[0], boxes_xyxy=[[0, 0, np.nan, 1]])], "are not finite numbers"),
     ],
 )
 def test_answers_that_are_no_detections_are_refused(answer, message) -> None:

@@ -71,22 +71,26 @@ class Runs:
         os.kill(process.pid, signal.SIGKILL)
         process.join(60)
 
-    def check_killed_at(self, moments: list[float], folder: str) -> int:
-        """Kill a run at shares of its time, one after the other, and finish it; number of rows that were there."""
-        whole, num_known = rows_of(self.root / "whole" / "found.csv"), 0
-        for moment in moments:
-            self.kill(folder, moment * self.seconds)
-            table = self.root / folder / "found.csv"
-            if table.exists():
-                known = rows_of(table)
-                assert known == whole[: len(known)]
-                assert len(known) - 1 >= num_known
-                num_known = len(known) - 1
+    def kill_with_rows(self, folder: str, num_rows: int) -> None:
+        """Kill a run as soon as it has kept some rows."""
+        process = self.start(folder)
+        kept = self.root / folder / "found.csv.partial"
+        until = time.monotonic() + 60
+        while sum(file.read_bytes().count(b"\n") for file in kept.glob("items_*.jsonl")) < num_rows:
+            assert time.monotonic() < until
+            time.sleep(0.002)
+        os.kill(process.pid, signal.SIGKILL)
+        process.join(60)
+
+    def check_finished(self, folder: str) -> None:
+        """Finish a run that was killed and compare it with a whole one."""
+        whole, table = rows_of(self.root / "whole" / "found.csv"), self.root / folder / "found.csv"
+        if table.exists():
+            known = rows_of(table)
+            assert known == whole[: len(known)]
         self.finish(folder)
         assert files_of(self.root / folder) == files_of(self.root / "whole")
-        paths = [row[0] for row in rows_of(self.root / folder / "found.csv")[1:]]
-        assert paths == self.slides
-        return num_known
+        assert [row[0] for row in rows_of(table)[1:]] == self.slides
 
 
 @pytest.fixture(scope="module")
@@ -96,14 +100,19 @@ def runs(tmp_path_factory) -> Runs:
 
 def test_a_run_over_slides_that_is_killed_twice_has_each_row_once(runs: Runs) -> None:
     assert len(rows_of(runs.root / "whole" / "found.csv")) == 1 + NUM_SLIDES
-    assert runs.check_killed_at([0.5, 0.6], "twice") >= 1
+    for num_rows in (3, 8):
+        runs.kill_with_rows("twice", num_rows)
+        # The table is written with the first row, and every ten seconds.
+        assert len(rows_of(runs.root / "twice" / "found.csv")) > 1
+    runs.check_finished("twice")
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", range(20))
 def test_a_run_over_slides_that_is_killed_at_any_moment_has_each_row_once(runs: Runs, seed: int) -> None:
     moment = float(np.random.default_rng(seed).random())
-    runs.check_killed_at([moment], f"random_{seed}")
+    runs.kill(f"random_{seed}", moment * runs.seconds)
+    runs.check_finished(f"random_{seed}")
 
 
 def predictor_of(root: Path, **options) -> SlideClassificationPredictor:
