@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Literal, Protocol
 
 import torch
 from torch import Tensor
@@ -12,16 +13,23 @@ from torch.nn import functional as F
 
 from perf_vit.ops.clustered_call import ClusteredCall
 from perf_vit.ops.clusters import Sample, describe_clusters, sampled_places
-from perf_vit.ops.features import token_slices
+from perf_vit.ops.features import LOWEST_SCALE, exp_, token_slices
 from perf_vit.ops.state import KVState
 
-__all__ = ["AttentionStream", "ClusteredStream", "LinearStream", "Part", "WholeStream", "sampled_places"]
+__all__ = ["AttentionStream", "ClusteredStream", "LinearStream", "Part", "Reduce", "WholeStream", "sampled_places"]
 
 _FEATURE_TOKENS = 512
 """Tokens whose random features are in memory at once, as in `favor_attention` on a CPU."""
 
 _WINDOW_TOKENS = 2**14
 """Tokens x samples x heads whose windows are attended to at once, as in `clustered_attention` on a CPU."""
+
+
+class Reduce(Protocol):
+    """Element-wise reduction of a tensor over processes."""
+
+    def __call__(self, values: Tensor, operation: Literal["sum", "max"]) -> Tensor:
+        """Return the sum or maximum of a tensor over all processes, which call it with tensors of one shape."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -43,7 +51,8 @@ class AttentionStream(ABC):
     """Attention of one layer in two passes over the parts of an image: `collect` from all, then `attend` with each.
 
     Memory is that of one part and of sums whose size doesn't depend on the image. Queries, keys and values are [B, H,
-    n, D]; parts are given in any order, each once.
+    n, D]; parts are given in any order, each once. Several processes may hold parts of one image: each collects from
+    its own, and `reduce` adds up the sums of all before any attends.
     """
 
     @property
@@ -54,6 +63,14 @@ class AttentionStream(ABC):
     @abstractmethod
     def collect(self, q: Tensor, k: Tensor, v: Tensor, part: Part) -> None:
         """Add the tokens of a part."""
+
+    @abstractmethod
+    def reduce(self, reduce: Reduce) -> None:
+        """Replace what this process collected by what all processes collected; all of them must call it.
+
+        Args:
+            reduce: Element-wise sum or maximum over processes.
+        """
 
     @abstractmethod
     def attend(self, q: Tensor, k: Tensor, v: Tensor, part: Part) -> Tensor:
@@ -81,8 +98,9 @@ class WholeStream(AttentionStream):
         grid: tuple[int, int],
     ) -> None:
         self._function, self._columns, self._num_prefix = function, grid[1], prefix[0].shape[2]
-        self._tensors = [F.pad(x, (0, 0, 0, grid[0] * grid[1])) for x in prefix]
-        self._valid = torch.arange(self._tensors[0].shape[2]) < self._num_prefix
+        self._prefix = prefix
+        self._tensors = [F.pad(torch.zeros_like(x), (0, 0, 0, grid[0] * grid[1])) for x in prefix]
+        self._valid = torch.zeros(self._tensors[0].shape[2], dtype=torch.bool)
         self._attended: Tensor | None = None
 
     def collect(self, q: Tensor, k: Tensor, v: Tensor, part: Part) -> None:
@@ -91,6 +109,11 @@ class WholeStream(AttentionStream):
         for whole, some in zip(self._tensors, (q, k, v), strict=True):
             whole[:, :, index] = some
         self._valid[index] = True
+
+    def reduce(self, reduce: Reduce) -> None:
+        """Replace what this process collected by what all processes collected."""
+        self._tensors = [reduce(x, "sum") for x in self._tensors]
+        self._valid = reduce(self._valid.to(torch.uint8), "max").bool()
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, part: Part) -> Tensor:
         """Attend with the queries of a part to all that was collected, [B, H, n, Dv]."""
@@ -102,6 +125,9 @@ class WholeStream(AttentionStream):
 
     def _all(self) -> Tensor:
         if self._attended is None:
+            for whole, some in zip(self._tensors, self._prefix, strict=True):
+                whole[:, :, : self._num_prefix] = some
+            self._valid[: self._num_prefix] = True
             q, k, v = self._tensors
             self._attended = self._function(q, k, v, self._valid.expand(q.shape[0], -1))
         return self._attended
@@ -123,33 +149,43 @@ class LinearStream(AttentionStream):
     """
 
     def __init__(self, prefix: tuple[Tensor, Tensor, Tensor], projection: Tensor, kernel: str) -> None:
-        self._queries, *keys = prefix
+        self._prefix = prefix
         self._projection, self._kernel = projection, kernel
-        self._state: KVState | None = None
+        # The state of no keys.
+        none = torch.zeros_like(prefix[1][:, :, :1]) if prefix[1].shape[2] else F.pad(prefix[1], (0, 0, 0, 1))
+        mask = torch.zeros(none.shape[0], 1, dtype=torch.bool)
+        self._state = KVState.from_keys(none, none, projection, kernel, mask)
         self._normalized: KVState | None = None
-        if self._queries.shape[2]:
-            self._add(*keys)
 
     def collect(self, q: Tensor, k: Tensor, v: Tensor, part: Part) -> None:
         """Add the tokens of a part."""
         for tokens in token_slices(k, _FEATURE_TOKENS):
-            self._add(k[tokens], v[tokens])
+            self._state = self._state.update(k[tokens], v[tokens])
+
+    def reduce(self, reduce: Reduce) -> None:
+        """Replace what this process collected by what all processes collected."""
+        state = self._state
+        log_scale = reduce(state.log_scale, "max")
+        by = exp_(state.log_scale - log_scale)
+        sums, weights = reduce(state.S * by.unsqueeze(-1), "sum"), reduce(state.z * by, "sum")
+        self._state = replace(state, S=sums, z=weights, log_scale=log_scale)
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, part: Part) -> Tensor:
         """Attend with the queries of a part to all that was collected, [B, H, n, Dv]."""
-        if self._normalized is None:
-            assert self._state is not None
-            self._normalized = self._state.normalized()
-        return torch.cat([self._normalized.attend(q[tokens]) for tokens in token_slices(q, _FEATURE_TOKENS)], dim=2)
+        state = self._all()
+        return torch.cat([state.attend(q[tokens]) for tokens in token_slices(q, _FEATURE_TOKENS)], dim=2)
 
     def attend_prefix(self) -> Tensor:
         """Attend with the queries of the prefix tokens to all that was collected, [B, H, P, Dv]."""
-        assert self._state is not None
-        return self._state.attend(self._queries)
+        return self._all().attend(self._prefix[0])
 
-    def _add(self, k: Tensor, v: Tensor) -> None:
-        state = self._state
-        self._state = KVState.from_keys(k, v, self._projection, self._kernel) if state is None else state.update(k, v)
+    def _all(self) -> KVState:
+        """Return the state of all keys, those of the prefix included."""
+        if self._normalized is None:
+            _, k, v = self._prefix
+            state = self._state.update(k, v) if k.shape[2] else self._state
+            self._normalized = state.normalized()
+        return self._normalized
 
 
 class ClusteredStream(AttentionStream):
@@ -173,12 +209,12 @@ class ClusteredStream(AttentionStream):
     ) -> None:
         dtype = torch.promote_types(sample[1].dtype, torch.float32)
         clusters = describe_clusters(Sample(*(x.to(dtype) for x in sample)), num_clusters)
-        q, k, v = prefix
-        self._call = ClusteredCall.of(clusters, grid, window_size, (k, v, None))
-        self._total: Tensor | None = None
-        self._prefix = _ExactQueries(q)
-        if k.shape[2]:
-            self._prefix.collect(k, v)
+        self._prefix_keys = prefix[1:]
+        self._call = ClusteredCall.of(clusters, grid, window_size, (*prefix[1:], None))
+        shape = (*clusters.centers.shape[:3], 2 * self._call.width)
+        self._total = torch.zeros(shape, dtype=clusters.centers.dtype)
+        self._prefix = _ExactQueries(prefix[0], prefix[2].shape[-1])
+        self._attended_prefix: Tensor | None = None
 
     @property
     def rows_at_once(self) -> int:
@@ -191,12 +227,15 @@ class ClusteredStream(AttentionStream):
         call, slots = self._call, self._slots(part, k)
         columns = slots.fill(torch.cat(call.key_columns(k, v, None), dim=-1))
         for windows in slots.groups(columns):
-            sums = call.sums(windows, slots.is_padded).sum(dim=2)
-            self._total = sums if self._total is None else self._total + sums
+            self._total += call.sums(windows, slots.is_padded).sum(dim=2)
+
+    def reduce(self, reduce: Reduce) -> None:
+        """Replace what this process collected by what all processes collected."""
+        self._total = reduce(self._total, "sum")
+        self._prefix.reduce(reduce)
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, part: Part) -> Tensor:
         """Attend with the queries of a part to all that was collected, [B, H, n, Dv]."""
-        assert self._total is not None
         call, slots = self._call, self._slots(part, k)
         tokens = slots.fill(torch.cat([*call.query_columns(q), *call.key_columns(k, v, None)], dim=-1))
         found = [
@@ -207,7 +246,11 @@ class ClusteredStream(AttentionStream):
 
     def attend_prefix(self) -> Tensor:
         """Attend with the queries of the prefix tokens to all that was collected, [B, H, P, Dv]."""
-        return self._prefix.attend()
+        if self._attended_prefix is None:
+            if self._prefix_keys[0].shape[2]:
+                self._prefix.collect(*self._prefix_keys)
+            self._attended_prefix = self._prefix.attend()
+        return self._attended_prefix
 
     def _slots(self, part: Part, k: Tensor) -> _Slots:
         windows = self._call.windows
@@ -263,27 +306,31 @@ class _ExactQueries:
 
     Args:
         q: Queries, [B, H, P, D].
+        value_dim: Channels of values, Dv.
     """
 
-    def __init__(self, q: Tensor) -> None:
+    def __init__(self, q: Tensor, value_dim: int) -> None:
         self._q = q * q.shape[-1] ** -0.5
-        self._largest: Tensor | None = None
-        self._sums: Tensor
-        self._weights: Tensor
+        self._largest = q.new_full((*q.shape[:3], 1), LOWEST_SCALE)
+        self._sums, self._weights = q.new_zeros(*q.shape[:3], value_dim), q.new_zeros(*q.shape[:3], 1)
 
     def collect(self, k: Tensor, v: Tensor) -> None:
         """Add keys, [B, H, n, D], and values, [B, H, n, Dv]."""
         logits = self._q @ k.mT
-        largest = logits.amax(dim=-1, keepdim=True)
-        if self._largest is not None:
-            largest = torch.maximum(largest, self._largest)
-        weights = (logits - largest).exp()
-        sums, number = weights @ v, weights.sum(dim=-1, keepdim=True)
-        if self._largest is not None:
-            kept = (self._largest - largest).exp()
-            sums, number = sums + kept * self._sums, number + kept * self._weights
-        self._largest, self._sums, self._weights = largest, sums, number
+        self._rescale(torch.maximum(logits.amax(dim=-1, keepdim=True), self._largest))
+        weights = (logits - self._largest).exp()
+        self._sums = self._sums + weights @ v
+        self._weights = self._weights + weights.sum(dim=-1, keepdim=True)
+
+    def reduce(self, reduce: Reduce) -> None:
+        """Replace what this process collected by what all processes collected."""
+        self._rescale(reduce(self._largest, "max"))
+        self._sums, self._weights = reduce(self._sums, "sum"), reduce(self._weights, "sum")
 
     def attend(self) -> Tensor:
         """Return the attended values, [B, H, P, Dv]."""
         return self._sums / self._weights
+
+    def _rescale(self, largest: Tensor) -> None:
+        kept = (self._largest - largest).exp()
+        self._largest, self._sums, self._weights = largest, kept * self._sums, kept * self._weights

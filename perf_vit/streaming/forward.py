@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,8 +18,10 @@ from perf_vit.layers.chunked import finish_block
 from perf_vit.layers.linearized_attention import LinearizedAttention
 from perf_vit.layers.mixer import Mixer
 from perf_vit.ops.streaming import AttentionStream, Part, sampled_places
+from perf_vit.ops.windows import WindowGrid
 from perf_vit.streaming.embedding import ImageTokens
 from perf_vit.streaming.layout import TokenLayout
+from perf_vit.streaming.processes import Processes
 from perf_vit.streaming.store import TokenStore
 
 __all__ = ["StreamedTokens", "check_streamable", "stream_tokens"]
@@ -38,12 +41,14 @@ class StreamedTokens:
         store: Tokens with a valid pixel.
         layout: Where they are.
         norm: Last norm of the model.
+        processes: Processes that share the image; each has the tokens of its stripe of rows.
     """
 
     prefix: Tensor
     store: TokenStore
     layout: TokenLayout
     norm: nn.Module
+    processes: Processes
 
     @torch.no_grad()
     def normed_prefix(self) -> Tensor:
@@ -53,7 +58,7 @@ class StreamedTokens:
 
     @torch.no_grad()
     def rows(self, first_row: int, stop_row: int, *, norm: bool = True) -> Tensor:
-        """Return rows of the grid as a map, 0 where no pixel is valid, [C, rows, columns]."""
+        """Return rows of this process's stripe as a map, 0 where no pixel is valid, [C, rows, columns]."""
         part, columns = self.layout.part(first_row, stop_row), self.layout.grid[1]
         x = self.store.read(self.layout.tokens(part))
         x = self.norm(x) if norm else x
@@ -63,11 +68,11 @@ class StreamedTokens:
 
     @torch.no_grad()
     def mean(self) -> Tensor:
-        """Return the mean of the tokens after the last norm, [C]."""
+        """Return the mean of all tokens after the last norm, [C]; all processes must call it."""
         total = torch.zeros(self.prefix.shape[-1], dtype=torch.float64)
         for part in self.layout.parts(1, _PART_TOKENS):
             total += self.norm(self.store.read(self.layout.tokens(part))).sum(dim=0, dtype=torch.float64)
-        return (total / max(1, self.layout.num_tokens)).to(self.prefix.dtype)
+        return (self.processes.reduce(total, "sum") / self.layout.num_tokens).to(self.prefix.dtype)
 
 
 def check_streamable(model: Any) -> None:
@@ -115,6 +120,9 @@ def stream_tokens(
         part_tokens: Number of tokens that are processed at once.
         on_progress: Called with (rows of tokens done, in all), counted in each pass over the image.
 
+    Processes of a group, if there is one, share the image: each holds a stripe of rows, and for each block only sums,
+    and the tokens of a sample, cross between them. Their number doesn't depend on the size of the image.
+
     Returns:
         Tokens after the last block, and after the blocks at `indices`.
 
@@ -146,6 +154,7 @@ class _Forward:
         # One to embed and one to attend in each block; one to collect where the block before can't.
         collects = [index == 0 or block.attn.mixer.needs_sample for index, block in enumerate(self._blocks)]
         self._passes_done, self._num_passes = 0, 1 + len(self._blocks) + sum(collects)
+        self._processes = Processes()
 
     def run(self, indices: tuple[int, ...]) -> tuple[StreamedTokens, list[StreamedTokens]]:
         store, layout = self._embed()
@@ -157,27 +166,39 @@ class _Forward:
                 stream = self._collected(index, prefix, store, layout)
             prefix, stream = self._attend(index, prefix, store, layout, stream)
             if index in indices:
-                kept.append(StreamedTokens(prefix, self._copied(store, layout, index), layout, self._model.norm))
-        return StreamedTokens(prefix, store, layout, self._model.norm), kept
+                kept.append(
+                    StreamedTokens(
+                        prefix, self._copied(store, layout, index), layout, self._model.norm, self._processes
+                    )
+                )
+        return StreamedTokens(prefix, store, layout, self._model.norm, self._processes), kept
 
     def _embed(self) -> tuple[TokenStore, TokenLayout]:
-        """Read the image and store its first tokens; tokens without a valid pixel are left out."""
+        """Read this process's rows and store their first tokens; tokens without a valid pixel are left out."""
         rows, columns = self._image.grid
+        first_row, stop_row = self._processes.stripe(rows, self._rows_of_windows())
         valid = torch.zeros(rows, columns, dtype=torch.bool)
-        store, start = self._new_store(rows * columns, "tokens"), 0
+        store, start = self._new_store((stop_row - first_row) * columns, "tokens"), 0
         step = max(1, self._part_tokens // columns)
-        for first in range(0, rows, step):
-            stop = min(first + step, rows)
+        for first in range(first_row, stop_row, step):
+            stop = min(first + step, stop_row)
             pixels, valid[first:stop] = self._image.read(first, stop)
             part = TokenLayout(valid).part(first, stop)
             if len(part.places):
                 store.write(slice(start, start + len(part.places)), self._image.embed(pixels, part))
                 start += len(part.places)
             self._report(part)
-        if start == 0:
+        valid = self._processes.reduce(valid.to(torch.uint8), "max").bool()
+        if not valid.any():
             raise InputError("the image has no valid pixel, so there is nothing to compute; check nodata and tissue")
         self._passes_done += 1
-        return store, TokenLayout(valid)
+        self._processes.num_bytes = 0
+        return store, TokenLayout(valid, first_row, stop_row)
+
+    def _rows_of_windows(self) -> int:
+        """Return the number of rows of a stripe's units: windows of all blocks lie within a stripe."""
+        sizes = {getattr(block.attn.options, "window_size", 0) for block in self._blocks}
+        return math.lcm(*(WindowGrid.of(self._image.grid, size).height for size in sizes if size))
 
     def _collected(self, index: int, prefix: Tensor, store: TokenStore, layout: TokenLayout) -> AttentionStream:
         """Start the attention of a block and go over the image to collect its sums."""
@@ -186,6 +207,7 @@ class _Forward:
             x = store.read(layout.tokens(part))
             stream.collect(*self._project(index, prefix, x, layout.places_of(part)).tokens, part)
             self._report(part)
+        stream.reduce(self._processes.reduce)
         self._passes_done += 1
         return stream
 
@@ -206,6 +228,8 @@ class _Forward:
                 x = store.read(layout.tokens(part))
                 collecting.collect(*self._project(following, after, x, places).tokens, part)
             self._report(part)
+        if collecting is not None:
+            collecting.reduce(self._processes.reduce)
         self._passes_done += 1
         return after, collecting
 
@@ -213,12 +237,27 @@ class _Forward:
         mixer: Mixer = self._blocks[index].attn.mixer
         sample = None
         if mixer.needs_sample:
-            tokens = sampled_places(layout.num_tokens)
-            sample = self._project(index, prefix, store.read(tokens), layout.places(tokens)).tokens
+            sample = self._sampled(index, prefix, store, layout)
         try:
             return mixer.stream(self._project(index, prefix).prefix, sample, layout.grid)
         except ValueError as error:
             raise CheckpointError(f"block {index} can't run over an image in parts: {error}") from error
+
+    def _sampled(
+        self, index: int, prefix: Tensor, store: TokenStore, layout: TokenLayout
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Return queries, keys and values of a sample of all tokens, [1, H, n, D] each."""
+        tokens, own = sampled_places(layout.num_tokens), layout.own_tokens
+        is_own = (tokens >= own.start) & (tokens < own.stop)
+        mine = tokens[is_own]
+        projected = self._project(index, prefix, store.read(mine - own.start), layout.places(mine)).tokens
+        if self._processes.number == 1:
+            return projected
+        stacked = torch.stack(projected)
+        whole = stacked.new_zeros(*stacked.shape[:3], len(tokens), stacked.shape[4])
+        whole[:, :, :, is_own] = stacked
+        q, k, v = self._processes.reduce(whole, "sum").unbind(0)
+        return q, k, v
 
     def _project(
         self, index: int, prefix: Tensor, x: Tensor | None = None, places: tuple[Tensor, Tensor] | None = None
@@ -247,7 +286,7 @@ class _Forward:
         return TokenStore(num_tokens, self._model.embed_dim, self._dtype, self._computed, path)
 
     def _copied(self, store: TokenStore, layout: TokenLayout, index: int) -> TokenStore:
-        copy = self._new_store(layout.num_tokens, f"block_{index}")
+        copy = self._new_store(len(layout.own_tokens), f"block_{index}")
         for part in layout.parts(1, self._part_tokens):
             copy.write(layout.tokens(part), store.read(layout.tokens(part)))
         return copy

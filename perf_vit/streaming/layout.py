@@ -18,11 +18,17 @@ __all__ = ["TokenLayout"]
 class TokenLayout:
     """Which tokens of a grid count: those with a valid pixel. Only they are stored, row by row, and computed.
 
+    Of several processes, each has a stripe of rows.
+
     Attributes:
         valid: Tokens that count, bool [rows, columns].
+        first_row: First row of the stripe of this process.
+        stop_row: First row below it; None for all rows.
     """
 
     valid: Tensor
+    first_row: int = 0
+    stop_row: int | None = None
 
     @property
     def grid(self) -> tuple[int, int]:
@@ -32,8 +38,14 @@ class TokenLayout:
 
     @property
     def num_tokens(self) -> int:
-        """Number of tokens that count."""
+        """Number of tokens that count, in all stripes."""
         return int(self.starts[-1])
+
+    @property
+    def own_tokens(self) -> range:
+        """Which of all tokens that count are in the stripe of this process."""
+        stop = len(self.valid) if self.stop_row is None else self.stop_row
+        return range(int(self.starts[self.first_row]), int(self.starts[stop]))
 
     @cached_property
     def starts(self) -> Tensor:
@@ -41,16 +53,16 @@ class TokenLayout:
         return torch.cat([torch.zeros(1, dtype=torch.int64), self.valid.sum(dim=1).cumsum(0)])
 
     def parts(self, rows_at_once: int, num_tokens: int) -> Iterator[Part]:
-        """Yield parts of about a number of tokens, from top to bottom, without those that hold no token.
+        """Yield parts of this stripe of about a number of tokens, from top to bottom, without those that hold no token.
 
         Args:
             rows_at_once: A part begins at a multiple of this number of rows.
             num_tokens: Number of tokens of the grid in a part, at least `rows_at_once` rows.
         """
-        rows, columns = self.grid
+        columns, stop = self.grid[1], self.grid[0] if self.stop_row is None else self.stop_row
         step = max(1, num_tokens // (columns * rows_at_once)) * rows_at_once
-        for first in range(0, rows, step):
-            part = self.part(first, min(first + step, rows))
+        for first in range(self.first_row, stop, step):
+            part = self.part(first, min(first + step, stop))
             if len(part.places):
                 yield part
 
@@ -60,8 +72,8 @@ class TokenLayout:
         return Part(first_row, stop_row - first_row, places)
 
     def tokens(self, part: Part) -> slice:
-        """Return where the tokens of a part are among all tokens that count."""
-        first = int(self.starts[part.first_row])
+        """Return where the tokens of a part are among those of this stripe."""
+        first = int(self.starts[part.first_row] - self.starts[self.first_row])
         return slice(first, first + len(part.places))
 
     def places_of(self, part: Part) -> tuple[Tensor, Tensor]:

@@ -68,6 +68,8 @@ def stream(
     computed nor stored, and no token attends to them. Each block goes over the tokens once (FAVOR+) or twice (clustered
     attention).
 
+    Processes of an initialised group (`torch.distributed`) share the image: each has the tokens of a stripe of rows.
+
     Args:
         model: Plain ViT of timm with linear attention, in evaluation mode: a backbone of this package, or the result of
             `linearize`.
@@ -84,7 +86,7 @@ def stream(
 
     Raises:
         CheckpointError: The model needs all tokens at once; the message names the block.
-        OptionError: An option has no such value.
+        OptionError: An option has no such value, or there are more processes than rows of windows.
         InputError: The image can't be read or has no valid pixel.
         OutputError: The disk is too small for the tokens.
     """

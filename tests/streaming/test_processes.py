@@ -1,0 +1,79 @@
+"""Several processes that share an image compute what one process computes."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from run_stripe import SIZES
+from streamed_models import MODELS, Image, build_for, holes, streamed
+
+from perf_vit.errors import OptionError
+from perf_vit.streaming.processes import Processes
+
+SUPPORT = Path(__file__).parents[1] / "support"
+
+
+@pytest.fixture(scope="module", params=[2, 3])
+def results(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> list[dict]:
+    """What each process found, by model and size."""
+    folder = tmp_path_factory.mktemp("stripes")
+    paths = [str(Path(__file__).parents[2]), str(SUPPORT), os.environ.get("PYTHONPATH", "")]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, str(SUPPORT / "run_stripe.py"), str(folder)]
+    running = [
+        subprocess.Popen([*command, str(rank), str(request.param)], env=environment) for rank in range(request.param)
+    ]
+    try:
+        assert [each.wait(timeout=300) for each in running] == [0] * request.param
+    finally:
+        for each in running:
+            each.kill()
+    return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(request.param)]
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_stripes_equal_the_image_in_one_process(results: list[dict], name: str) -> None:
+    size = SIZES[0]
+    model, _ = build_for(name, *size)
+    expected, (middle,) = streamed(model, Image(*size, holes(*size)), indices=(1,))
+    ours = [each[name, size] for each in results]
+    assert [each["own"][1] for each in ours[:-1]] == [each["own"][0] for each in ours[1:]]
+    assert all(start < stop for start, stop in (each["own"] for each in ours))
+    for key, reference in (("tokens", expected), ("middle", middle)):
+        whole = torch.cat([each[key] for each in ours])
+        everything = reference.store.read(slice(0, reference.layout.num_tokens))
+        assert float((whole - everything).norm() / everything.norm()) < 1e-9
+    for each in ours:
+        torch.testing.assert_close(each["prefix"], expected.normed_prefix(), rtol=1e-9, atol=1e-9)
+        torch.testing.assert_close(each["mean"], expected.mean(), rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("name", ["performer", "rope", "clustered without sinks", "clustered rope"])
+def test_traffic_does_not_grow_with_the_image(results: list[dict], name: str) -> None:
+    small, large = (results[0][name, size]["num_bytes"] for size in SIZES)
+    if "clustered" not in name:
+        # Features: sums, weights and scales of 2 heads in 3 blocks, and the mean of the tokens at the end.
+        num_features = build_for(name, *SIZES[0])[0].blocks[0].attn.options.num_features
+        assert small == large == 3 * 2 * num_features * (16 + 1 + 1) * 8 + 32 * 8
+    else:
+        # A sample of less than 8,192 tokens crosses as well.
+        assert small < large < small + 3 * 3 * 32 * 8192 * 8
+
+
+def test_more_processes_than_rows_of_windows_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("perf_vit.streaming.processes.rank_and_world_size", lambda: (0, 5))
+    with pytest.raises(OptionError, match=r"processes must be at most 4 for an image of 64 rows .* got 5; start fewer"):
+        Processes().stripe(64, 16)
+
+
+@pytest.mark.parametrize("number", [1, 2, 3, 7])
+def test_stripes_cover_all_rows_in_whole_groups(monkeypatch: pytest.MonkeyPatch, number: int) -> None:
+    stripes = []
+    for rank in range(number):
+        monkeypatch.setattr("perf_vit.streaming.processes.rank_and_world_size", lambda rank=rank: (rank, number))
+        stripes.append(Processes().stripe(103, 13))
+    assert [row for first, stop in stripes for row in range(first, stop)] == list(range(103))
+    assert all(first % 13 == 0 and first < stop for first, stop in stripes)
