@@ -256,6 +256,7 @@ command("info", "a.tif")
     assert [line for name, line in said.items() if not re.fullmatch(expected[name], line)] == []
 
 
+@pytest.mark.slow
 def test_geo_predicts_with_a_trained_model_and_training_names_its_extra(tmp_path) -> None:
     script = """
 import numpy as np, perf_vit, rasterio, torch

@@ -229,6 +229,7 @@ def test_unknown_option_and_command(capsys) -> None:
     assert "Traceback" not in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_no_traceback_reaches_the_terminal(trained, tmp_path) -> None:
     args = _predict(trained, tmp_path / "nowhere.tif", tmp_path / "map.tif")
     done = subprocess.run(

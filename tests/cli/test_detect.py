@@ -25,17 +25,17 @@ data:
   train: {image: "???", labels: "???"}
   classes: [car, bus]
   tile_px: 64
-  tiles_per_epoch: 24
+  tiles_per_epoch: 32
   batch_size: 4
   val_share: 0.25
 model:
-  backbone: resnet18
+  backbone: test_resnet
   strides: [4, 8]
   channels: 64
   head: fcos
   head_kwargs: {num_convs: 1, detections_per_tile: 100}
-optim: {lr: 0.002}
-trainer: {max_epochs: 5, accelerator: cpu, val_every_epochs: 5, report: false}
+optim: {lr: 0.005}
+trainer: {max_epochs: 6, accelerator: cpu, val_every_epochs: 6, report: false}
 """
 
 

@@ -18,7 +18,7 @@ ROWS = ["5,5,20,20", "30,40,50,60", "75,5,90,20", "120,70,140,90"]
 TRAIN = """
 task: detection
 data: {classes: [car], tile_px: 64, tiles_per_epoch: 2, batch_size: 2, nodata: 0}
-model: {backbone: resnet18, strides: [8], channels: 64, head: fcos, head_kwargs: {num_convs: 1}}
+model: {backbone: test_resnet, strides: [8], channels: 64, head: fcos, head_kwargs: {num_convs: 1}}
 trainer: {max_epochs: 1, accelerator: cpu, report: false}
 """
 

@@ -147,7 +147,7 @@ def detection(root: Path) -> Case:
                 "tiles_per_epoch": 2,
                 "batch_size": 2,
             },
-            "model": {"backbone": "resnet18", "pretrained": False, "strides": [8, 16], "channels": 64, **head},
+            "model": {"backbone": "test_resnet", "pretrained": False, "strides": [8, 16], "channels": 64, **head},
             "trainer": TRAINER,
         },
     )

@@ -76,6 +76,7 @@ def test_a_slide_becomes_a_pyramid_and_polygons_for_qupath(slide_model, tmp_path
     assert not (tmp_path / "map.ome.tif.partial").exists()
 
 
+@pytest.mark.slow
 def test_a_map_of_a_slide_is_made_once(slide_model, tmp_path) -> None:
     (tmp_path / "slides").mkdir()
     make_slide(tmp_path / "slides" / "a.tif", 600, 700)

@@ -24,7 +24,7 @@ CONFIGS = {
     "detection": [
         "data: {classes: [a], tile_px: 32, tiles_per_epoch: 2, batch_size: 2, "
         "train: {label_format: csv}, val: {label_format: csv}}",
-        "model: {backbone: resnet18, strides: [8], channels: 64, head: fcos, head_kwargs: {num_convs: 1}}",
+        "model: {backbone: test_resnet, strides: [8], channels: 64, head: fcos, head_kwargs: {num_convs: 1}}",
         TRAINER % "",
     ],
     "classification": ["data: {tile_px: 32, batch_size: 2}", NETWORK % "pool: avg", TRAINER % ""],

@@ -142,6 +142,7 @@ def test_half_precision_and_autocast() -> None:
     assert F.cosine_similarity(half(images().bfloat16()).float(), expected).min() > 0.99
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_a_converted_model_exports() -> None:
     model = perf_vit.linearize(build("vit_tiny_patch16_224", depth=2), max_exact_tokens=0, window_size=3, num_sinks=8)

@@ -33,7 +33,7 @@ def images(height: int, width: int, in_chans: int = 4) -> torch.Tensor:
     return torch.randn(2, in_chans, height, width, generator=torch.Generator().manual_seed(0))
 
 
-@pytest.mark.parametrize("name", VITS)
+@pytest.mark.parametrize("name", [VITS[0], *(pytest.param(name, marks=pytest.mark.slow) for name in VITS[1:])])
 def test_dpt_trains_on_a_vit_at_any_size(name: str) -> None:
     model = dpt(name)
     for height, width in [(64, 64), (64, 160), (224, 96)]:

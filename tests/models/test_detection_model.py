@@ -237,6 +237,7 @@ def test_regions_are_pooled_from_the_level_of_their_size(strides, strides_of_sid
     assert pooled.flatten(1).amin(1).tolist() == pooled.flatten(1).amax(1).tolist() == list(strides_of_sides.values())
 
 
+@pytest.mark.slow
 def test_a_detector_learns_objects_of_3_to_20_px() -> None:
     model = detector(
         "fcos", 1, backbone="resnet18", backbone_kwargs={}, out_indices=None, strides=[4, 8], freeze_norms=True

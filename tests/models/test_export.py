@@ -54,7 +54,9 @@ def sibling(name: str) -> torch.nn.Module:
     return model.eval()
 
 
-@pytest.mark.parametrize("name", FAMILY)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=() if "clustered" in name else pytest.mark.slow) for name in FAMILY]
+)
 @torch.no_grad()
 def test_a_program_of_one_size_equals_every_kind_of_model(name: str) -> None:
     model = sibling(name)

@@ -31,7 +31,7 @@ def train_args(scene: ShipScene, out: Path, *extra: str) -> list[str]:
 def save_detector(path: Path, spec: DetectionSpec, **changes) -> Path:
     """The checkpoint of an untrained detector, which finds something everywhere."""
     torch.manual_seed(0)
-    config = DetectionModelConfig(**{"backbone": "resnet18", "strides": [8, 16], "channels": 64, **changes})
+    config = DetectionModelConfig(**{"backbone": "test_resnet", "strides": [8, 16], "channels": 64, **changes})
     model = build_detector(config, spec)
     state = {f"model.{name}": value for name, value in model.state_dict().items()}
     torch.save({"state_dict": state, CHECKPOINT_KEY: checkpoint_metadata(config, model)}, path)

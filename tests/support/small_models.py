@@ -75,7 +75,7 @@ def save_slide_classifier(path: Path) -> Path:
 
 def save_small_detector(path: Path) -> Path:
     """Of one class."""
-    return save_detector(path, DETECTOR_SPEC, backbone="resnet10t", head="fcos", head_kwargs={"num_convs": 1})
+    return save_detector(path, DETECTOR_SPEC, head="fcos", head_kwargs={"num_convs": 1})
 
 
 def write_half_empty(path, nodata: float | None = 0) -> None:

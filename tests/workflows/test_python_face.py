@@ -44,7 +44,7 @@ def test_help_waits_for_neither_torch_nor_timm(args) -> None:
         "from perf_vit.cli.main import run\n"
         "try:\n    run()\nexcept SystemExit as end:\n    assert not end.code\n"
         "assert not {'torch', 'timm', 'numpy', 'rasterio'} & set(sys.modules)\n"
-        "import timm, perf_vit.workflows.registry\n"
+        "import timm, perf_vit.models\n"
         "assert timm.is_model('performer_vit_tiny_patch16_224')\n"
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
