@@ -205,7 +205,8 @@ class VectorLabels:
         """Warn about polygons on the source that lie wholly under a later one of another class."""
         if len(np.unique(self._codes)) < 2:
             return
-        below, above = self._tree.query(self._polygons, predicate="covered_by")
+        # Of the two, the tree prepares the geometries that it is asked about, which are to be the larger ones.
+        above, below = self._tree.query(self._polygons, predicate="covers")
         over = (owners[above] > owners[below]) & (self._codes[above] != self._codes[below])
         covered = np.zeros(len(self._polygons), bool)
         covered[below[over]] = True
