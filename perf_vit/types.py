@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "IGNORE_INDEX",
+    "TISSUE_METHODS",
     "BoolArray",
     "Detections",
     "FeatureSpec",
@@ -35,6 +36,9 @@ LabelArray = npt.NDArray[np.uint8]
 
 IGNORE_INDEX = 255
 """Label of pixels excluded from losses and metrics; classes are 0 to 254."""
+
+TISSUE_METHODS = ("auto", "otsu")
+"""Methods that detect tissue; any other value of an option `tissue` is a file of outlines."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,7 +148,7 @@ class InputOptions:
         slide_mpp: Micrometres per pixel of level 0 of slides whose files state none, or "objective" for 10 divided by
             the magnification of the objective.
         slide_mpp_override: Micrometres per pixel of level 0, whatever the files state.
-        tissue: "otsu", or path of a GeoJSON file of outlines; pixels outside the tissue are invalid.
+        tissue: "auto" or "otsu", or path of a GeoJSON file of outlines; pixels outside the tissue are invalid.
     """
 
     bands: tuple[int, ...] | None = None

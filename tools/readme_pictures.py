@@ -1,6 +1,6 @@
 """Make the pictures of the README, which show what a converted ViT sees, and a map that a trained one makes.
 
-    python tools/readme_pictures.py tokens dinov2_linear CMU-1-Small-Region.svs docs/images/tokens.jpg --tissue otsu
+    python tools/readme_pictures.py tokens dinov2_linear CMU-1-Small-Region.svs docs/images/tokens.jpg --tissue auto
     python tools/readme_pictures.py tokens dinov2_linear nairobi_0.tif docs/images/nairobi.jpg \\
         --window 2560 256 1526 1526
     python tools/readme_pictures.py map nairobi_0.tif map.tif docs/images/buildings.jpg --window 0 0 4096 4096
@@ -46,7 +46,7 @@ def tokens(
     path: Path,
     out: Path,
     window: Annotated[tuple[int, int, int, int] | None, typer.Option(help="Row, column, height, width.")] = None,
-    tissue: Annotated[str | None, typer.Option(help="Tissue of a slide: otsu.")] = None,
+    tissue: Annotated[str | None, typer.Option(help="Tissue of a slide: auto.")] = None,
     block: Annotated[int, typer.Option(help="Block of the tokens, from 0.")] = 7,
     width: Annotated[int, typer.Option(help="Width of a panel in pixels.")] = 440,
 ) -> None:

@@ -117,7 +117,7 @@ SlideMppOverride = Annotated[
 Tissue = Annotated[
     str | None,
     typer.Option(
-        help="Only the tissue of slides: otsu, or a file of outlines (GeoJSON of QuPath, XML of ASAP).",
+        help="Only the tissue of slides: auto, otsu, or a file of outlines (GeoJSON of QuPath, XML of ASAP).",
         rich_help_panel=SLIDES,
     ),
 ]

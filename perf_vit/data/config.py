@@ -148,7 +148,7 @@ class SegmentationDataConfig(TileDataConfig):
         slide_mpp: Micrometres per pixel of slides' level 0 for files that state none; `objective` for 10 divided by the
             magnification of the objective.
         slide_mpp_override: Micrometres per pixel of slides' level 0, whatever files state. Not kept with the model.
-        tissue: "otsu" to train and validate on the tissue of slides only.
+        tissue: "auto" or "otsu" to train and validate on the tissue of slides only.
         sampler: Sampler of training tiles: random (anywhere), balanced (a random pixel of a class, classes equally
             often, at a random position in the tile) or grid (all tiles of a grid once per epoch).
         tiles_per_epoch: Number of training tiles per epoch; the grid sampler uses as many as cover the regions.

@@ -14,6 +14,7 @@ from perf_vit.data.base import EpochDataModule, EpochLoader, ShareLoader
 from perf_vit.data.config import BaseDataConfig, SplitConfig, check_base
 from perf_vit.data.splits import check_groups_apart, read_groups, split_groups
 from perf_vit.errors import ConfigError
+from perf_vit.types import TISSUE_METHODS
 
 __all__ = [
     "SlideClassificationDataConfig",
@@ -63,7 +64,7 @@ class SlideClassificationDataConfig(BaseDataConfig):
         slide_mpp: Micrometres per pixel of level 0 for files that state none; `objective` for 10 divided by the
             magnification of the objective.
         slide_mpp_override: Micrometres per pixel of level 0, whatever files state. Not kept with the model.
-        tissue: "otsu" for tissue windows only; None to include windows of glass, and for rasters.
+        tissue: "auto" or "otsu" for tissue windows only; None to include windows of glass, and for rasters.
         min_tissue: Minimum fraction of tissue in a window.
         max_windows: Maximum number of windows of a slide in a training step, drawn again each time; None for all.
         embeddings: Folder for the windows' features, to share them between runs; None for the run folder.
@@ -83,7 +84,7 @@ class SlideClassificationDataConfig(BaseDataConfig):
     mpp: float | None = 0.5
     slide_mpp: float | Literal["objective"] | None = None
     slide_mpp_override: float | None = None
-    tissue: str | None = "otsu"
+    tissue: str | None = "auto"
     min_tissue: float = 0.25
     max_windows: int | None = None
     embeddings: str | None = None
@@ -192,8 +193,8 @@ def _stratified(labels: np.ndarray, share: float, seed: int) -> set[int]:
 def _check(config: SlideClassificationDataConfig) -> None:
     if config.classes is not None and (len(config.classes) < 2 or len(set(config.classes)) != len(config.classes)):
         raise ConfigError(f"data.classes must name at least two classes, each once, got {config.classes}")
-    if config.tissue not in ("otsu", None):
-        raise ConfigError(f"data.tissue must be otsu or null, got {config.tissue}")
+    if config.tissue not in (*TISSUE_METHODS, None):
+        raise ConfigError(f"data.tissue must be auto, otsu or null, got {config.tissue}")
     if config.on_error not in ("stop", "skip"):
         raise ConfigError(f"data.on_error must be stop or skip, got {config.on_error}")
     for key in ("val_share", "min_tissue"):

@@ -118,7 +118,7 @@ class WindowedPredictOptions(PredictOptions):
         slide_mpp: Micrometres per pixel of a slide's level 0 where the file states none, or "objective" for 10 divided
             by the magnification of the objective.
         slide_mpp_override: Micrometres per pixel of a slide's level 0, whatever the file states.
-        tissue: "otsu" or a file of outlines in QuPath's coordinates: the part of a slide that is read.
+        tissue: "auto", "otsu" or a file of outlines in QuPath's coordinates: the part of a slide that is read.
     """
 
     window_size: int | None = None
@@ -255,7 +255,7 @@ class SlideClassificationPredictOptions(PredictOptions):
         slide_mpp: Micrometres per pixel of a slide's level 0 where the file states none, or "objective" for 10 divided
             by the magnification of the objective.
         slide_mpp_override: Micrometres per pixel of a slide's level 0, whatever the file states.
-        tissue: "otsu" or a file of outlines in QuPath's coordinates: the part of a slide that is read.
+        tissue: "auto", "otsu" or a file of outlines in QuPath's coordinates: the part of a slide that is read.
     """
 
     slide_mpp: float | Literal["objective"] | None = None

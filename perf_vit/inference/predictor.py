@@ -24,7 +24,7 @@ from perf_vit.inference.options import PredictOptions, move_to_device, resolve_d
 from perf_vit.models import InputCheck, network_id
 from perf_vit.registry import Registry
 from perf_vit.tiling import grid_windows
-from perf_vit.types import Source
+from perf_vit.types import TISSUE_METHODS, Source
 from perf_vit.writers import existing_outputs
 
 __all__ = [
@@ -111,7 +111,7 @@ class Predictor(ABC, Generic[Model, Options]):
     def read_files(self) -> list[str | Path]:
         """Files that are read besides inputs: the checkpoint, outlines of tissue."""
         tissue = self.options.input_options.get("tissue")
-        return [each for each in (self.checkpoint, tissue) if each is not None and each != "otsu"]
+        return [each for each in (self.checkpoint, tissue) if each is not None and each not in TISSUE_METHODS]
 
     def on(self, device: str) -> Self:
         """The same predictor on another device."""

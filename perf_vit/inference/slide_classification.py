@@ -31,7 +31,7 @@ from perf_vit.reporting.outputs import thumbnail_of
 from perf_vit.sources import image_name, image_names
 from perf_vit.sources.image_search import ATTENTION_ENDING
 from perf_vit.threads import num_processors
-from perf_vit.types import GeoImage, Source, Window
+from perf_vit.types import TISSUE_METHODS, GeoImage, Source, Window
 from perf_vit.writers import write_objects
 
 __all__ = ["SlideClassificationPredictor", "attention_folder", "attention_picture", "embed_windows"]
@@ -188,7 +188,7 @@ class SlideClassificationPredictor(TablePredictor[SlideClassifier, SlideClassifi
                 **self.model_settings,
                 "slide_mpp": self.options.slide_mpp,
                 "slide_mpp_override": self.options.slide_mpp_override,
-                "tissue": tissue if tissue in (None, "otsu") else "file",
+                "tissue": tissue if tissue in (None, *TISSUE_METHODS) else "file",
             },
             options=self.options,
             device=self.device,
@@ -196,7 +196,7 @@ class SlideClassificationPredictor(TablePredictor[SlideClassifier, SlideClassifi
                 *(file for name in names.values() for file in _attention_files(attention_folder(out), name)),
                 *([out.with_suffix(".html")] if self.options.report else []),
             ],
-            further_inputs=[] if tissue in (None, "otsu") else [str(tissue)],
+            further_inputs=[] if tissue in (None, *TISSUE_METHODS) else [str(tissue)],
         )
 
     def read_input(self, path: str) -> tuple[Window, ...]:

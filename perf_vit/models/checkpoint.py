@@ -29,6 +29,7 @@ from perf_vit.models.slide_classification import (
     build_slide_classifier,
 )
 from perf_vit.registry import Registry
+from perf_vit.types import TISSUE_METHODS
 
 __all__ = [
     "CHECKPOINT_KEY",
@@ -233,7 +234,7 @@ def load_model(path: str | Path, *tasks: str) -> Any:
 def _check_names_no_files(path: str | Path, backbone: Any, saved_backbone: Any, tissue: Any) -> None:
     """Refuse a checkpoint that refers to other files or URLs, which training never writes."""
     named = None if saved_backbone is not None or is_model(str(backbone)) else backbone
-    named = tissue if named is None and tissue not in (None, "otsu") else named
+    named = tissue if named is None and tissue not in (None, *TISSUE_METHODS) else named
     if named is not None:
         raise CheckpointError(f"{path} names {named!r:.80}, but a checkpoint must do without other files; train again")
 

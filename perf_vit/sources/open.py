@@ -84,8 +84,8 @@ def open_source(
         slide_mpp: Micrometres per pixel of a slide's level 0, or (x, y), where the file states no plausible value;
             "objective" for 10 divided by the magnification of the objective.
         slide_mpp_override: Micrometres per pixel of a slide's level 0, or (x, y), whatever the file states.
-        tissue: "otsu" to detect a slide's tissue by colour, or a file of outlines, as QuPath and ASAP write them;
-            other pixels are invalid.
+        tissue: "auto" to detect a slide's tissue, "otsu" to detect it by saturation alone, or a file of outlines, as
+            QuPath and ASAP write them; other pixels are invalid.
         icc: "srgb" to convert colours with the ICC profile of a slide (OpenSlide only).
 
     Raises:

@@ -30,7 +30,7 @@ from perf_vit.models import InputCheck, SegmentationSpec, check_not_random
 from perf_vit.reporting import MapSamples
 from perf_vit.sources import unit_of
 from perf_vit.tasks import SegmentationOptimConfig, SegmentationTask, TrainingSteps, balanced_weights
-from perf_vit.types import IGNORE_INDEX, Source, Window
+from perf_vit.types import IGNORE_INDEX, TISSUE_METHODS, Source, Window
 from perf_vit.workflows.progress import new_table, note, windows_progress
 from perf_vit.workflows.reports import SegmentationEvaluation
 from perf_vit.workflows.run_config import SegmentationRun
@@ -129,7 +129,7 @@ def _spec(config: SegmentationRun, data: SegmentationDataModule) -> Segmentation
         data,
         resolution_unit=None if config.data.resolution is None else unit_of(data.train.sources[0].source.crs),
         # Outlines are those of one slide.
-        tissue="otsu" if config.data.tissue == "otsu" else None,
+        tissue=config.data.tissue if config.data.tissue in TISSUE_METHODS else None,
         label_options=label_options(config.data),
     )
 
@@ -140,7 +140,7 @@ class SegmentationEvaluateOptions(WindowedEvaluateOptions):
 
     Attributes:
         flips: Average the scores of a window and its three mirror images.
-        tissue: "otsu" or a file of outlines in QuPath's coordinates: the part of a slide that is scored.
+        tissue: "auto", "otsu" or a file of outlines in QuPath's coordinates: the part of a slide that is scored.
         region: Row, column, height and width of the part to score, in pixels.
         all_touched: Whether polygons label every pixel that they touch; as in training by default.
     """

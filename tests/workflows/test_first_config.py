@@ -179,7 +179,7 @@ def test_a_slide_with_annotations() -> None:
     Path("slide.geojson").write_text(json.dumps({"type": "FeatureCollection", "features": features}))
     made = perf_vit.init("segmentation", "slide.svs", "slide.geojson", out="s.yaml", progress=False)
     data = config_of(made.path)["data"]
-    assert (data["mpp"], data["tissue"]) == (0.5, "otsu")
+    assert (data["mpp"], data["tissue"]) == (0.5, "auto")
     assert (data["attribute"], data["classes"]) == ("classification", ["Tumor", "Stroma"])
     assert made.commands[2].endswith("--output runs/s/map.ome.tif")
 

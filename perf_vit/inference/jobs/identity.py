@@ -15,7 +15,7 @@ from perf_vit._version import __version__
 from perf_vit.files import read_json_or_none, sibling_path, write_json
 from perf_vit.sources import file_stats, fingerprint
 from perf_vit.text import to_json
-from perf_vit.types import Source
+from perf_vit.types import TISSUE_METHODS, Source
 from perf_vit.writers import input_files
 
 __all__ = ["OutputRecord", "SourceIdentity", "content_of", "newer_than", "stats_of"]
@@ -112,7 +112,9 @@ def _files_behind(paths: Iterable[str], opened: Mapping[str, Sequence[str]] = Ma
 def _options(source: Source) -> dict[str, Any]:
     """How a source was opened, as plain values; outlines of tissue are a file, which counts by its content."""
     options: dict[str, Any] = json.loads(json.dumps(dict(getattr(source, "options", {})), default=str), parse_int=float)
-    return {name: "file" if name == "tissue" and value != "otsu" else value for name, value in options.items()}
+    return {
+        name: "file" if name == "tissue" and value not in TISSUE_METHODS else value for name, value in options.items()
+    }
 
 
 def _outermost(files: Iterable[Path]) -> Iterator[Path]:

@@ -67,7 +67,7 @@ def read_outlines(path: str, bounds: Window | None) -> PolygonMask:
         InputError: The file can't be read, or has no polygons.
     """
     if not Path(path).exists():
-        raise InputError(f"can't open {path}: no such file or directory; tissue must be otsu or a file of outlines")
+        raise InputError(f"can't open {path}: no such file or directory; tissue must be auto, otsu or a file")
     frame = read_features(path, "classification", required=False)
     parts, owners = shapely.get_parts(shapely.force_2d(frame.geometry.to_numpy()), return_index=True)
     areas = shapely.get_type_id(parts) == shapely.GeometryType.POLYGON

@@ -45,7 +45,7 @@ class SlideSource(BaseSource):
         slide_mpp: Micrometres per pixel of level 0, (x, y) or "objective", for a file that states none.
         slide_mpp_override: Micrometres per pixel of level 0, or (x, y), which replaces that of the file.
         bands: Names or 1-based numbers of the channels to read, in this order; None for all but alpha.
-        tissue: "otsu", or a file of outlines in QuPath's coordinates; other pixels are invalid.
+        tissue: "auto" or "otsu", or a file of outlines in QuPath's coordinates; other pixels are invalid.
 
     Attributes:
         path: Path as given.

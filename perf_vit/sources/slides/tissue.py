@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
-from typing import Protocol
+from collections.abc import Sequence
+from typing import Any, Protocol
 
 import numpy as np
+import numpy.typing as npt
 
 from perf_vit.errors import InputError
+from perf_vit.sources.slides.brightfield import find_stained
+from perf_vit.sources.slides.fluorescence import find_fluorescent, is_dark
+from perf_vit.sources.slides.glass import find_padding
 from perf_vit.sources.slides.otsu import find_tissue
 from perf_vit.sources.slides.outlines import read_outlines
-from perf_vit.sources.slides.pyramid import PyramidReader, grid_at, read_grid
-from perf_vit.types import BoolArray, Window
+from perf_vit.sources.slides.pyramid import LevelGrid, PyramidReader, grid_at, read_grid
+from perf_vit.types import TISSUE_METHODS, BoolArray, Window
 
 __all__ = ["RasterMask", "TissueMask", "open_tissue"]
 
@@ -66,26 +71,61 @@ def open_tissue(tissue: str, path: str, reader: PyramidReader, mpp_yx: tuple[flo
     """Detect the tissue of a slide, or read its outlines.
 
     Args:
-        tissue: "otsu", or a file of outlines, see `read_outlines`.
+        tissue: "auto" or "otsu", or a file of outlines, see `read_outlines`.
         path: Name of the slide, for errors.
         reader: Reader of the slide.
         mpp_yx: Micrometres per pixel of level 0; None if unknown.
 
     Raises:
-        InputError: The slide isn't 8-bit RGB, or the file has no polygons.
+        InputError: The method is "otsu" and the slide isn't 8-bit RGB, or the file has no polygons.
     """
-    if tissue != "otsu":
+    if tissue not in TISSUE_METHODS:
         return read_outlines(tissue, reader.bounds)
-    if reader.dtype != np.uint8 or len(reader.band_names) - (reader.alpha is not None) != 3:
-        raise InputError(
-            f'tissue="otsu" needs red, green and blue of 8 bits, {path} has {len(reader.band_names)} channels of '
-            f"{reader.dtype}; give a GeoJSON file of outlines"
-        )
     full = reader.levels[0]
     by_side = max(1.0, max(full.height, full.width) / _MAX_SIDE_PX)
     factor_yx = (by_side, by_side) if mpp_yx is None else (max(1.0, _MPP / mpp_yx[0]), max(1.0, _MPP / mpp_yx[1]))
     grid = grid_at(reader.levels, factor_yx)
-    pixels, mask = read_grid(reader, grid, Window(0, 0, grid.height, grid.width), (0, 1, 2))
     level_yx = reader.levels[grid.level].downsample_yx
-    downsample_yx = (grid.step_yx[0] * level_yx[0], grid.step_yx[1] * level_yx[1])
-    return RasterMask(find_tissue(pixels, np.asarray(mask.any(0))), downsample_yx)
+    mask = _find_otsu(path, reader, grid) if tissue == "otsu" else _find_auto(reader, grid)
+    return RasterMask(mask, (grid.step_yx[0] * level_yx[0], grid.step_yx[1] * level_yx[1]))
+
+
+def _bands_of(reader: PyramidReader) -> list[int]:
+    return [index for index in range(len(reader.band_names)) if index != reader.alpha]
+
+
+def _read(reader: PyramidReader, grid: LevelGrid, bands: Sequence[int]) -> tuple[npt.NDArray[Any], BoolArray]:
+    pixels, mask = read_grid(reader, grid, Window(0, 0, grid.height, grid.width), bands)
+    return pixels, np.asarray(mask.any(0))
+
+
+def _find_otsu(path: str, reader: PyramidReader, grid: LevelGrid) -> BoolArray:
+    bands = _bands_of(reader)
+    if reader.dtype != np.uint8 or len(bands) != 3:
+        raise InputError(
+            f'tissue="otsu" needs red, green and blue of 8 bits, {path} has {len(reader.band_names)} channels of '
+            f'{reader.dtype}; use tissue="auto", or give a GeoJSON file of outlines'
+        )
+    return find_tissue(*_read(reader, grid, bands))
+
+
+def _find_auto(reader: PyramidReader, grid: LevelGrid) -> BoolArray:
+    bands = _bands_of(reader)
+    has_colors = [reader.band_names[index].lower() for index in bands] == ["red", "green", "blue"]
+    if len(bands) == 3 and (has_colors or reader.dtype == np.uint8):
+        pixels, seen = _read(reader, grid, bands)
+        colors = _to_bytes(pixels, seen)
+        if not is_dark(colors, seen & ~find_padding(colors, seen)):
+            return find_stained(colors, seen)
+        return find_fluorescent((band, seen) for band in pixels)
+    # One channel at a time: there may be dozens.
+    each = (_read(reader, grid, [index]) for index in bands)
+    return find_fluorescent((pixels[0], seen) for pixels, seen in each)
+
+
+def _to_bytes(pixels: npt.NDArray[Any], seen: BoolArray) -> npt.NDArray[np.uint8]:
+    """Return colours of 8 bits; of other types, the brightest light becomes nearly white."""
+    if pixels.dtype == np.uint8:
+        return pixels
+    white = max(1e-9, float(np.percentile(pixels[:, seen], 99.9))) if seen.any() else 1.0
+    return np.clip(np.nan_to_num(pixels.astype(np.float32)) * (250 / white), 0, 255).astype(np.uint8)

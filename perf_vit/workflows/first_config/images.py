@@ -87,7 +87,7 @@ def draft_slides(files: Files) -> Draft:
     _count(draft, classes, labels)
     draft.values.pop("data.sampler", None)
     draft.values |= {"data.classes": classes, "data.image_column": columns[0], "data.label_column": columns[1]}
-    draft.values |= {"data.mpp": 0.5, "data.tile_px": 224, "data.tissue": "otsu", "data.max_windows": 4096}
+    draft.values |= {"data.mpp": 0.5, "data.tile_px": 224, "data.tissue": "auto", "data.max_windows": 4096}
     draft.values |= {"model.backbone": "vit_small_patch14_dinov2", "model.pretrained": True}
     draft.values |= {"optim.lr": 0.0002, "trainer.max_epochs": 50, "trainer.accumulate_batches": 4}
     draft.notes["model.backbone"] = (

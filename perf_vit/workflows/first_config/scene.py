@@ -88,7 +88,7 @@ def draft_segmentation(files: Files) -> Draft:
     values |= {"data.val.labels": files.val_labels or labels, **classes.keys, "data.bands": bands[0]}
     notes = {**bands_note(bands[1]), **classes.notes}
     if mpp is not None:
-        values |= {"data.mpp": mpp, "data.tissue": "otsu"}
+        values |= {"data.mpp": mpp, "data.tissue": "auto"}
     draft = Draft(values=values, facts=[*facts, f"labels  {classes.fact}"], notes=notes)
     with working("counting the pixels of the classes"):
         counts, sides, area = _split(files, draft, is_folder=is_folder)
