@@ -50,7 +50,7 @@ class Runs:
         self._context.set_forkserver_preload(["perf_vit.inference"])
         self.root = root
         self.finish("warm-up")
-        self.seconds = self.finish("whole")
+        self.seconds = min(self.finish("again"), self.finish("whole"))
 
     def start(self, folder: str) -> multiprocessing.process.BaseProcess:
         out = str(self.root / folder / "found.csv")
@@ -68,7 +68,8 @@ class Runs:
     def kill(self, folder: str, after_s: float) -> None:
         process = self.start(folder)
         time.sleep(after_s)
-        os.kill(process.pid, signal.SIGKILL)
+        # It may have ended before, on a machine that got faster.
+        process.kill()
         process.join(60)
 
     def kill_with_rows(self, folder: str, num_rows: int) -> None:
