@@ -71,7 +71,7 @@ def _files(folder: Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
 
 
-@pytest.mark.parametrize("batch_size", [1, 3, 100])
+@pytest.mark.parametrize("batch_size", [3, *(pytest.param(number, marks=pytest.mark.slow) for number in (1, 100))])
 def test_maps_of_many_inputs_are_the_same_bytes_as_one_at_a_time(scenes, tmp_path, batch_size: int) -> None:
     predictor = _predictor(batch_size=batch_size, quicklook=True, polygons="geojson")
     for item in _inputs(scenes, tmp_path / "single"):

@@ -137,6 +137,7 @@ def test_a_strip_that_failed_once_leaves_no_wrong_rows(scene, tmp_path, monkeypa
     assert (tmp_path / "map.tif").read_bytes() == (tmp_path / "whole.tif").read_bytes()
 
 
+@pytest.mark.slow
 def test_a_changed_input_is_not_mixed_in(scene, tmp_path) -> None:
     process = _start(scene, tmp_path / "map.tif", 0.02)
     _wait_for(process, 25)
