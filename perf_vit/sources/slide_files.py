@@ -7,13 +7,24 @@ import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-__all__ = ["data_folders", "file_to_open", "is_dicom_folder", "named_files", "one_per_slide", "slide_members"]
+__all__ = [
+    "SLIDES_OF_SEVERAL_FILES",
+    "data_folders",
+    "file_to_open",
+    "is_dicom_folder",
+    "named_files",
+    "one_per_slide",
+    "slide_members",
+]
 
 _DICOM = ".dcm"
 
 _MIRAX = ".mrxs"
 
 _HAMAMATSU = (".vms", ".vmu")
+
+SLIDES_OF_SEVERAL_FILES = (_DICOM, _MIRAX, *_HAMAMATSU)
+"""Suffixes of slides whose other files lie beside them."""
 
 # VL Whole Slide Microscopy Image Storage.
 _WHOLE_SLIDE = b"1.2.840.10008.5.1.4.1.1.77.1.6"

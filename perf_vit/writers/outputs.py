@@ -19,6 +19,7 @@ from perf_vit.sources._gdal import GDAL_ERRORS, plain_images_allowed
 from perf_vit.sources._members import beside_index, describe_index
 from perf_vit.sources._remote import is_remote
 from perf_vit.sources.files import TILE_INDEX_SUFFIXES
+from perf_vit.sources.slide_files import SLIDES_OF_SEVERAL_FILES, slide_members
 
 __all__ = ["check_outputs", "existing_error", "existing_outputs", "input_files"]
 
@@ -73,6 +74,8 @@ def _named_by(path: str, opened: Mapping[str, Sequence[str]]) -> Sequence[str]:
         return [file]
     if path.lower().endswith(".json"):
         return _stac_assets(path)
+    if path.lower().endswith(SLIDES_OF_SEVERAL_FILES):
+        return [str(member) for member in slide_members(path)]
     index = path.removeprefix("GTI:")
     if path != index or index.lower().endswith(TILE_INDEX_SUFFIXES):
         return [index, *_indexed(path)]

@@ -18,7 +18,7 @@ from stub_segmenter import StubSegmenter
 
 from perf_vit.errors import OutputError
 from perf_vit.inference import SegmentationPredictOptions, SegmentationPredictor
-from perf_vit.inference.jobs.identity import SourceIdentity
+from perf_vit.inference.jobs.identity import SourceIdentity, content_of, newer_than
 from perf_vit.sources import open_source
 from perf_vit.types import Source
 
@@ -254,3 +254,15 @@ def test_outlines_of_tissue_count_by_what_they_hold_not_by_their_name(tmp_path, 
     Path("other.geojson").write_text(outlines(30))
     assert identity("other.geojson").tags != relative.tags
     assert identity("otsu").tags != relative.tags
+
+
+def test_the_data_folder_of_a_mirax_slide_is_a_part_of_it(tmp_path) -> None:
+    (tmp_path / "s").mkdir()
+    (tmp_path / "s.mrxs").write_bytes(b"x")
+    data = tmp_path / "s" / "Data0000.dat"
+    data.write_bytes(b"tiles")
+    before = content_of([str(tmp_path / "s.mrxs")])
+    data.write_bytes(b"other tiles")
+    assert content_of([str(tmp_path / "s.mrxs")]) != before
+    os.utime(tmp_path / "s.mrxs", ns=(1, 1))
+    assert newer_than([str(tmp_path / "s.mrxs")], tmp_path / "s.mrxs")
