@@ -5,6 +5,7 @@ from perf_vit.errors import extra
 with extra("geo", __name__):
     from perf_vit.plotting.colors import colorize, default_colormap, thumbnail
     from perf_vit.plotting.pictures import label_font, label_text, natural_bands, rgb_from, save_figure, save_png
+    from perf_vit.plotting.tissue import tissue_picture
 
 __all__ = [
     "colorize",
@@ -16,4 +17,5 @@ __all__ = [
     "save_figure",
     "save_png",
     "thumbnail",
+    "tissue_picture",
 ]

@@ -6,6 +6,7 @@ from slides import write_pyramid, write_tiff
 from tissue_pictures import BRIGHTFIELD, TissuePicture, fluorescence_picture, stained_picture
 
 from perf_vit.errors import InputError
+from perf_vit.plotting import tissue_picture
 from perf_vit.sources import open_source
 from perf_vit.sources.slides.brightfield import find_stained
 from perf_vit.sources.slides.fluorescence import find_fluorescent
@@ -105,3 +106,14 @@ def test_a_small_or_empty_picture_has_a_mask() -> None:
         zeros = np.zeros(shape, np.uint16)
         assert not find_fluorescent([(zeros, np.zeros(shape, bool))]).any()
         assert find_fluorescent([(zeros, np.ones(shape, bool))]).shape == shape
+
+
+def test_a_picture_shows_the_outline_and_keeps_the_rest(tmp_path: Path) -> None:
+    made = stained_picture("he", 26)
+    path = write_pyramid(tmp_path / "a.svs", levels_of(made.pixels.transpose(1, 2, 0).copy()), aperio_mpp=8.0)
+    source = open_source(path, tissue="auto")
+    image, picture = source.read(source.extent), tissue_picture(source)
+    changed = (picture != image.pixels.transpose(1, 2, 0)).any(-1)
+    assert 0.002 < changed.mean() < 0.1
+    assert not (changed & ~image.valid).any()
+    assert np.array_equal(np.asarray(source.plot()), picture)
