@@ -24,6 +24,7 @@ from perf_vit.files import staged
 from perf_vit.finite import check_finite
 from perf_vit.labels.tables import CsvRow, class_index, read_csv_rows
 from perf_vit.models import SlideFeatures
+from perf_vit.plotting import save_png
 from perf_vit.sources import find_named, image_name, slide_members
 from perf_vit.types import Window
 
@@ -48,6 +49,8 @@ class EmbeddingStore:
     of all its files, such as the chunks of a Zarr, the data folder of MIRAX or the files of a DICOM series. So features
     of another encoder, option or slide version are never returned. A store looks again at the files of a slide when its
     main file or folder changes.
+
+    Of slides that are read with tissue, a picture of the same name, `.png`, shows the outline.
 
     Args:
         folder: Folder; created with the first file.
@@ -91,8 +94,20 @@ class EmbeddingStore:
         _check_features(slide, features, windows, hint=f"delete {path} and restart the run")
         return SlideFeatures(features, windows)
 
-    def write(self, slide: str, features: FloatArray, windows: Sequence[Window]) -> None:
+    def write(
+        self,
+        slide: str,
+        features: FloatArray,
+        windows: Sequence[Window],
+        picture: npt.NDArray[np.uint8] | None = None,
+    ) -> None:
         """Write the features of a slide.
+
+        Args:
+            slide: Slide.
+            features: Features, [N, D].
+            windows: N windows.
+            picture: Slide with the outline of its tissue, [H, W, 3], to be written next to the features.
 
         Raises:
             NotFiniteError: Features are infinite or not a number.
@@ -100,6 +115,9 @@ class EmbeddingStore:
         """
         _check_features(slide, features, windows)
         path = self.path(slide)
+        if picture is not None:
+            # First, as the file of features tells that all is there.
+            save_png(path.with_suffix(".png"), picture)
         rectangles = np.array([[w.row, w.col, w.height, w.width] for w in windows], np.int64)
         with staged(path) as folder:
             try:

@@ -7,7 +7,7 @@ import itertools
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -24,7 +24,7 @@ from perf_vit.inference.predictor import OnProgress, ignore_progress, register_p
 from perf_vit.inference.prefetch import Reads, Tile, read_ahead, takes_valid, to_device, valid_pixels
 from perf_vit.inference.table_predictor import Rows, TablePredictor
 from perf_vit.models import InputCheck, SlideClassifier, SlideFeatures, load_slide_classifier, tissue_windows
-from perf_vit.plotting import rgb_from, save_png
+from perf_vit.plotting import rgb_from, save_png, tissue_picture
 from perf_vit.plotting.panels import with_color_bar
 from perf_vit.plotting.pictures import Picture
 from perf_vit.reporting.outputs import thumbnail_of
@@ -34,7 +34,7 @@ from perf_vit.threads import num_processors
 from perf_vit.types import TISSUE_METHODS, GeoImage, Source, Window
 from perf_vit.writers import write_objects
 
-__all__ = ["SlideClassificationPredictor", "attention_folder", "attention_picture", "embed_windows"]
+__all__ = ["SlideClassificationPredictor", "TissueWindows", "attention_folder", "attention_picture", "embed_windows"]
 
 FloatArray = npt.NDArray[np.float32]
 
@@ -158,12 +158,29 @@ def _pixels(start: int, stop: int, scale: float) -> tuple[int, int]:
 _ATTENTION = "items_attention"
 """Folder of attention files until the table is finished."""
 
+_TISSUE = "tissue"
+"""Folder of pictures of the tissue, in that of attention files."""
+
+
+@dataclass(frozen=True, slots=True)
+class TissueWindows:
+    """Windows of a slide that are embedded.
+
+    Attributes:
+        windows: Windows, at least one.
+        picture: Slide with the outline of its tissue, [H, W, 3]; None without `tissue`.
+    """
+
+    windows: tuple[Window, ...]
+    picture: Picture | None = None
+
 
 class SlideClassificationPredictor(TablePredictor[SlideClassifier, SlideClassificationPredictOptions]):
     """Writes a CSV file with a row a slide, and the attention of each slide.
 
     Attention goes into the folder `OUT_attention`: for each slide a picture, .png, and its windows as QuPath's GeoJSON,
-    with the attention as the measurement "score", 1 where it is highest.
+    with the attention as the measurement "score", 1 where it is highest. Of slides that are read with tissue,
+    `OUT_attention/tissue` shows the outline.
 
     Attributes:
         on_window: Called with (windows done, windows in all) of the current slide; not pickled.
@@ -193,42 +210,48 @@ class SlideClassificationPredictor(TablePredictor[SlideClassifier, SlideClassifi
             options=self.options,
             device=self.device,
             beside=[
-                *(file for name in names.values() for file in _attention_files(attention_folder(out), name)),
+                *(file for name in names.values() for file in self._files(attention_folder(out), name)),
                 *([out.with_suffix(".html")] if self.options.report else []),
             ],
             further_inputs=[] if tissue in (None, *TISSUE_METHODS) else [str(tissue)],
         )
 
-    def read_input(self, path: str) -> tuple[Window, ...]:
+    @property
+    def draws_tissue(self) -> bool:
+        """Whether slides are read with tissue, of which a picture shows the outline."""
+        return self.options.tissue is not None or self.model.spec.tissue is not None
+
+    def read_input(self, path: str) -> TissueWindows:
         """Find the windows of tissue of a slide; see `TablePredictor.read_input`."""
         spec = self.model.spec
         with closing(spec.open(path, check=self.check_input, **self.options.input_options)) as source:
-            return tuple(tissue_windows(source, spec.tile_px, spec.min_tissue))
+            windows = tuple(tissue_windows(source, spec.tile_px, spec.min_tissue))
+            return TissueWindows(windows, tissue_picture(source) if self.draws_tissue else None)
 
-    def rows(self, folder: Path, inputs: Mapping[str, tuple[Window, ...]]) -> Rows:
+    def rows(self, folder: Path, inputs: Mapping[str, TissueWindows]) -> Rows:
         """Compute the rows of some slides; their attention goes into the folder. See `TablePredictor.rows`."""
-        return {path: self._row(path, windows, folder / _ATTENTION) for path, windows in inputs.items()}
+        return {path: self._row(path, tissue, folder / _ATTENTION) for path, tissue in inputs.items()}
 
     def embed(
-        self, path: str, on_window: OnProgress = ignore_progress, windows: Sequence[Window] | None = None
+        self, path: str, on_window: OnProgress = ignore_progress, tissue: TissueWindows | None = None
     ) -> SlideFeatures:
         """Windows of tissue and their features.
 
         Args:
             path: Slide.
             on_window: Called with (windows done, windows in all).
-            windows: Result of `read_input`; None to find the windows now.
+            tissue: Result of `read_input`; None to find the windows now.
 
         Raises:
             InputError: The slide can't be read, has no tissue, or other channels than those of training.
         """
-        windows = self.read_input(path) if windows is None else windows
+        tissue = self.read_input(path) if tissue is None else tissue
         with closing(self.open_with_glass(path)) as source:
             features = embed_windows(
                 self.model.embed,
                 source,
                 self.model.spec.normalizer,
-                windows,
+                tissue.windows,
                 batch_size=self.options.batch_size,
                 num_readers=self.options.num_readers,
                 # The encoder is always in evaluation mode; the rest keeps its mode, as training embeds slides too.
@@ -236,7 +259,7 @@ class SlideClassificationPredictor(TablePredictor[SlideClassifier, SlideClassifi
                 dtype=self.options.dtype,
                 on_progress=on_window,
             )
-        return SlideFeatures(features, tuple(windows))
+        return SlideFeatures(features, tissue.windows, tissue.picture)
 
     def classify(self, found: SlideFeatures) -> tuple[FloatArray, FloatArray]:
         """Probabilities [K] of a slide and the attention [N] of its windows.
@@ -270,22 +293,23 @@ class SlideClassificationPredictor(TablePredictor[SlideClassifier, SlideClassifi
     def files_of(self, out: Path, done: Sequence[str], paths: Sequence[str], folder: Path) -> dict[Path, Path]:
         """Attention files of the slides that are done: under their final names, those in the folder."""
         names = image_names(paths)
-        final = (file for path in done for file in _attention_files(attention_folder(out), names[path]))
-        made = (file for path in done for file in _unfinished(folder / _ATTENTION, path))
+        final = (file for path in done for file in self._files(attention_folder(out), names[path]))
+        made = (file for path in done for file in self._unfinished(folder / _ATTENTION, path))
         return dict(zip(final, made, strict=True))
 
     def picture_of(self, folder: Path, path: str) -> Callable[[], dict[str, Picture]]:
-        """Draw the attention of a slide for the report; see `TablePredictor.picture_of`."""
-        file = _unfinished(folder / _ATTENTION, path)[1]
-        return lambda: {"attention": thumbnail_of(file)}
+        """Draw the tissue and the attention of a slide for the report; see `TablePredictor.picture_of`."""
+        _, attention, *tissue = self._unfinished(folder / _ATTENTION, path)
+        captions = ("tissue", "attention") if tissue else ("attention",)
+        return lambda: {name: thumbnail_of(file) for name, file in zip(captions, (*tissue, attention), strict=True)}
 
     def open_with_glass(self, path: str) -> Source:
         """A slide with all of its pixels: the glass in a window of tissue is part of what the encoder knows."""
         options = {name: value for name, value in self.options.input_options.items() if name != "tissue"}
         return replace(self.model.spec, tissue=None).open(path, check=InputCheck(None), **options)
 
-    def _row(self, path: str, windows: Sequence[Window], folder: Path) -> list[str]:
-        found = self.embed(path, self.on_window, windows)
+    def _row(self, path: str, tissue: TissueWindows, folder: Path) -> list[str]:
+        found = self.embed(path, self.on_window, tissue)
         probabilities, attention = self.classify(found)
         predicted = int(probabilities.argmax())
         title = f"{self.model.spec.classes[predicted]}, probability {probabilities[predicted]:.2f}: {Path(path).name}"
@@ -311,10 +335,25 @@ class SlideClassificationPredictor(TablePredictor[SlideClassifier, SlideClassifi
         weights = attention / attention.max()
         boxes = np.array([[w.col, w.row, w.col_stop, w.row_stop] for w in found.windows], np.float32)
         labels = np.full(len(boxes), predicted)
-        objects, picture = _unfinished(folder, path)
+        objects, picture, *outlines = self._unfinished(folder, path)
+        for file in outlines:
+            assert found.picture is not None
+            save_png(file, found.picture)
         with closing(self.open_with_glass(path)) as source:
             write_objects(objects, boxes, weights, labels, self.model.spec.classes, source=source)
             save_png(picture, self.attention_figure(source, found.windows, attention, title))
+
+    def _files(self, folder: Path, name: str) -> tuple[Path, ...]:
+        """Windows with their attention, the picture of it, and of slides with tissue that of the outline."""
+        # Slides' names may hold dots, so no suffix is replaced.
+        attention = folder / f"{name}.geojson", folder / f"{name}.png"
+        return (*attention, folder / _TISSUE / f"{name}.png") if self.draws_tissue else attention
+
+    def _unfinished(self, folder: Path, path: str) -> tuple[Path, ...]:
+        """Files of a slide until the table is finished."""
+        # Ray's workers know a slide by its absolute path.
+        place = os.path.abspath(path) if os.path.exists(path) else path
+        return self._files(folder / hashlib.sha256(os.fsencode(place)).hexdigest()[:16], image_name(path))
 
 
 register_predictor("slide_classification", SlideClassificationPredictor, SlideClassificationPredictOptions)
@@ -323,16 +362,3 @@ register_predictor("slide_classification", SlideClassificationPredictor, SlideCl
 def attention_folder(out: Path) -> Path:
     """Folder of the attention files of a table."""
     return out.with_name(f"{out.stem}{ATTENTION_ENDING}")
-
-
-def _attention_files(folder: Path, name: str) -> tuple[Path, Path]:
-    """Windows with their attention, and the picture of it."""
-    # Slides' names may hold dots, so no suffix is replaced.
-    return folder / f"{name}.geojson", folder / f"{name}.png"
-
-
-def _unfinished(folder: Path, path: str) -> tuple[Path, Path]:
-    """Attention files of a slide until the table is finished."""
-    # Ray's workers know a slide by its absolute path.
-    place = os.path.abspath(path) if os.path.exists(path) else path
-    return _attention_files(folder / hashlib.sha256(os.fsencode(place)).hexdigest()[:16], image_name(path))

@@ -208,10 +208,12 @@ class SlideFeatures:
     Attributes:
         features: Features, [N, D].
         windows: N windows, in pixels of the slide at the resolution it was read at.
+        picture: Slide with the outline of its tissue, [H, W, 3]; None without `tissue`, or if it is not known.
     """
 
     features: FloatArray
     windows: tuple[Window, ...]
+    picture: npt.NDArray[np.uint8] | None = None
 
 
 # Pixels of the reduced mask along a window, for fractions to about a percent.

@@ -11,7 +11,7 @@ import numpy.typing as npt
 from PIL import Image
 
 from perf_vit.plotting.pictures import Picture, natural_bands, rgb_from
-from perf_vit.plotting.tissue import tissue_picture
+from perf_vit.plotting.tissue import has_tissue, tissue_picture
 from perf_vit.types import IGNORE_INDEX, BoolArray, GeoImage, LabelArray, Source
 
 __all__ = ["colorize", "default_colormap", "last_true", "on_light_color", "shown_classes", "thumbnail", "true_classes"]
@@ -48,7 +48,7 @@ def thumbnail(source: Source, max_size_px: int = 1024, bands: Sequence[int] | No
         max_size_px: Longest side in pixels.
         bands: 1-based numbers of one or three bands; by default those called red, green and blue, else the first ones.
     """
-    if bands is None and source.num_bands in (1, 3) and getattr(source, "options", {}).get("tissue") is not None:
+    if bands is None and source.num_bands in (1, 3) and has_tissue(source):
         return Image.fromarray(tissue_picture(source, max_size_px))
     image = source.read_reduced(max_size_px)
     if source.colormap is None or bands is not None or len(image.pixels) > 1:

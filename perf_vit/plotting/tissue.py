@@ -8,9 +8,14 @@ from scipy import ndimage
 from perf_vit.plotting.pictures import Picture, rgb_from
 from perf_vit.types import GeoImage, Source
 
-__all__ = ["tissue_picture"]
+__all__ = ["has_tissue", "tissue_picture"]
 
 _COLOR = (0, 160, 60)
+
+
+def has_tissue(source: Source) -> bool:
+    """Return whether a source is a slide opened with `tissue`."""
+    return getattr(source, "options", {}).get("tissue") is not None
 
 
 def tissue_picture(source: Source, max_size_px: int = 1024) -> Picture:

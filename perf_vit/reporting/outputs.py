@@ -6,6 +6,7 @@ import csv
 import re
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from perf_vit.geometry import Objects
 from perf_vit.plotting import colorize, default_colormap, save_figure
 from perf_vit.plotting.colors import shown_classes, true_classes
 from perf_vit.plotting.pictures import Picture, figure_name
+from perf_vit.plotting.tissue import has_tissue, tissue_picture
 from perf_vit.reporting.page import Page, Row, Settings, TextTable, figure_of, hex_color
 from perf_vit.reporting.preview import Preview, picture_layer, pixel_size, read_picture, shape_layer
 from perf_vit.reporting.samples import Sample, class_legend, imagery, sample_rows
@@ -44,6 +46,8 @@ _MAX_SHAPES = 20_000
 _MAX_THUMBNAILS = 24
 
 _MAX_NAMES = 8
+
+_TISSUE_PX = 960
 
 _UNITS = {"m2": "m²", "um2": "µm²", "px": "px"}
 
@@ -84,7 +88,7 @@ def write_map_report(
     scale: float = 1.0,
     settings: Mapping[str, Any],
 ) -> None:
-    """Write a page with a zoomable map over its scene, and the area of each class.
+    """Write a page with a zoomable map over its scene, the area of each class, and the tissue of a slide.
 
     Args:
         path: Output file.
@@ -127,6 +131,7 @@ def write_map_report(
     page.add(
         "Classes", _areas(sum(blocks), names, source, {name: hex_color(colors[i]) for i, name in enumerate(names)})
     )
+    _add_tissue(page, source)
     page.add("Settings", Settings.of_values("Model and options", settings))
     page.write(path)
 
@@ -146,6 +151,13 @@ def _seen(source: Source) -> Picture | None:
         return read_picture(source, imagery(source))
     except InputError:
         return None
+
+
+def _add_tissue(page: Page, source: Source) -> None:
+    """Show the tissue of a slide that is read with it, unless pixels are damaged."""
+    if has_tissue(source):
+        with suppress(InputError):
+            page.add("Tissue", Row(figures=[figure_of(tissue_picture(source, _TISSUE_PX), "outline of the tissue")]))
 
 
 def _length(source: Source) -> str:
@@ -211,6 +223,7 @@ def write_object_report(
         Row.of_plots(lambda first: _score_plot(objects, classes, first), {"": "objects by score"}) if labels else None
     )
     page.add("Classes", table, plots)
+    _add_tissue(page, source)
     page.add("Settings", Settings.of_values("Model and options", settings))
     page.write(path)
 

@@ -197,7 +197,7 @@ def evaluate_slide_classification(
                 failed[path] = str(found)
                 continue
             if store is not None and not is_stored and store.folder.is_dir():
-                store.write(path, found.features, found.windows)
+                store.write(path, found.features, found.windows, found.picture)
             probabilities, attention = predictor.classify(found)
             for each in (metrics, registered):
                 each.update(torch.from_numpy(probabilities)[None], torch.tensor([label]))
@@ -249,7 +249,7 @@ def _embed_all(predictor: SlideClassificationPredictor, store: EmbeddingStore, p
             if isinstance(found, InputError):
                 failed[path] = str(found)
             else:
-                store.write(path, found.features, found.windows)
+                store.write(path, found.features, found.windows, found.picture)
     return failed
 
 
@@ -259,12 +259,12 @@ def _embedded(
     """Yield the features of slides or why they have none; the tissue of the next slide is looked for meanwhile."""
     read = partial(predictor.attempted, predictor.read_input)
     with closing(load_ahead(paths, read, num_threads=1, depth=1)) as found:
-        for number, (path, windows) in enumerate(zip(paths, found, strict=True), 1):
-            if isinstance(windows, InputError):
-                yield windows
+        for number, (path, tissue) in enumerate(zip(paths, found, strict=True), 1):
+            if isinstance(tissue, InputError):
+                yield tissue
                 continue
             with windows_progress(f"embedding {Path(path).name}, {number} of {len(paths)}") as on_window:
-                yield predictor.attempted(partial(predictor.embed, on_window=on_window, windows=windows), path)
+                yield predictor.attempted(partial(predictor.embed, on_window=on_window, tissue=tissue), path)
 
 
 def _spec(config: SlideClassificationRun, train: SlideTargets) -> SlideClassificationSpec:

@@ -5,6 +5,7 @@ import csv
 import json
 import os
 import shutil
+from contextlib import closing
 from pathlib import Path
 
 import numpy as np
@@ -15,9 +16,11 @@ from PIL import Image
 from synthetic_slide import make_slide
 
 from perf_vit.config import load_config
-from perf_vit.errors import InputError
+from perf_vit.errors import DataWarning, InputError
 from perf_vit.inference import SlideClassificationPredictor
 from perf_vit.models import load_slide_classifier
+from perf_vit.plotting import tissue_picture
+from perf_vit.sources import find_images
 from perf_vit.workflows.run_config import SlideClassificationRun
 
 CONFIG = """
@@ -78,8 +81,12 @@ def test_the_run_folder_holds_config_checkpoints_metrics_and_a_file_of_features_
     assert load_config(run / "config.yaml", SlideClassificationRun).model.hidden_dim == 32
     assert {p.name for p in (run / "checkpoints").iterdir()} == {"best.ckpt", "last.ckpt"}
     assert {"train/loss", "val/auroc", "val/f1/large"} <= set(next(csv.DictReader((run / "metrics.csv").open())))
-    features = sorted((run / "embeddings").iterdir())
+    features = sorted((run / "embeddings").glob("*.npz"))
     assert len(features) == 2 * PER_CLASS
+    pictures = sorted((run / "embeddings").glob("*.png"))
+    assert [path.stem for path in pictures] == [path.stem for path in features]
+    with closing(load_slide_classifier(run / "checkpoints" / "best.ckpt").spec.open(run.parent / "s0.svs")) as source:
+        assert np.array_equal(np.asarray(Image.open(pictures[0])), tissue_picture(source))
     with np.load(features[0]) as file:
         assert file["features"].shape == (len(file["windows"]), 64)
     spec = load_slide_classifier(run / "checkpoints" / "best.ckpt").spec
@@ -100,7 +107,7 @@ def test_features_are_computed_once(slides, run, tmp_path) -> None:
 def test_damaged_features_are_named(slides, run, tmp_path, capsys) -> None:
     shared = tmp_path / "features"
     shared.mkdir()
-    for path in (run / "embeddings").iterdir():
+    for path in (run / "embeddings").glob("*.npz"):
         (shared / path.name).write_bytes(path.read_bytes()[:200])
     assert call(train_args(slides, tmp_path / "again", f"data.embeddings={shared}")) == 2
     assert "is damaged" in capsys.readouterr().err
@@ -116,7 +123,7 @@ def test_slides_without_features_are_reported_after_all_others(slides, run, tmp_
     said = capsys.readouterr().err
     assert "2 of 10 slides have no features" in said
     assert all(f"failed: {path}" in said.replace("can't open ", "") or str(path) in said for path in broken)
-    assert len(list((tmp_path / "e").iterdir())) == 2 * PER_CLASS - 2
+    assert len(list((tmp_path / "e").glob("*.npz"))) == 2 * PER_CLASS - 2
     skip = ["data.on_error=skip", f"data.embeddings={tmp_path / 'e'}", "trainer.max_epochs=1"]
     assert call(train_args(root, tmp_path / "skipped", *skip)) == 0
     assert (tmp_path / "skipped" / "checkpoints" / "best.ckpt").is_file()
@@ -152,7 +159,10 @@ def test_prediction_writes_probabilities_and_attention_in_pixels_of_level_0(run,
     assert [row["prediction"] for row in rows] == ["large", "small"]
     assert float(rows[0]["large"]) + float(rows[0]["small"]) == pytest.approx(1, abs=1e-4)
     folder = tmp_path / "new" / "found_attention"
-    assert {path.name for path in folder.iterdir()} == {"s0.png", "s0.geojson", "s1.png", "s1.geojson"}
+    assert {path.name for path in folder.iterdir()} == {"s0.png", "s0.geojson", "s1.png", "s1.geojson", "tissue"}
+    assert {path.name for path in (folder / "tissue").iterdir()} == {"s0.png", "s1.png"}
+    with closing(load_slide_classifier(run / "checkpoints" / "best.ckpt").spec.open(slides / "s1.svs")) as source:
+        assert np.array_equal(np.asarray(Image.open(folder / "tissue" / "s1.png")), tissue_picture(source))
     found = json.loads((folder / "s0.geojson").read_text())["features"]
     assert len(found) == int(rows[0]["windows"])
     scores = [each["properties"]["measurements"]["score"] for each in found]
@@ -288,3 +298,5 @@ def test_pictures_of_an_earlier_prediction_in_the_folder_of_slides_are_no_slides
     before = output.read_text()
     assert call([*args, "--overwrite"]) == 0
     assert output.read_text() == before
+    with pytest.warns(DataWarning, match="4 of 6 images found are outputs of perf_vit"):
+        assert [path.name for path in find_images([tmp_path])] == ["s0.svs", "s1.svs"]

@@ -110,13 +110,25 @@ def test_images_of_a_table_are_shown_with_what_was_predicted(tmp_path, scene, ki
         assert found.captions[0] == f"a.tif: height {rows[0]['height']}"
 
 
+def test_maps_and_objects_of_slides_show_the_outline_of_tissue(tmp_path) -> None:
+    slide = make_slide(tmp_path / "a.svs", 640, 600, mpp=0.5, tile_px=64, tissue_share=0.5)
+    for model, out in (
+        (save_segmenter(tmp_path / "map.ckpt"), tmp_path / "out" / "map.tif"),
+        (save_small_detector(tmp_path / "objects.ckpt"), tmp_path / "out" / "objects.geojson"),
+    ):
+        predict(model, slide, out, "--tissue", "auto")
+        assert "outline of the tissue" in page(out.with_suffix(".html"), "Tissue").captions
+        predict(model, slide, out, "--overwrite")
+        assert "Tissue" not in page(out.with_suffix(".html")).headings
+
+
 def test_slides_are_shown_with_their_attention(tmp_path) -> None:
     slide = tmp_path / "a.svs"
     make_slide(slide, 640, 600, mpp=0.5, tile_px=64, tissue_share=0.5)
     checkpoint = save_slide_classifier(tmp_path / "run" / "checkpoints" / "best.ckpt")
     predict(checkpoint, slide, tmp_path / "out" / "found.csv")
     found = page(tmp_path / "out" / "found.html", "Predictions", "Inputs")
-    assert len(found.images) == 1
+    assert found.captions == ["tissue", "attention"]
     (tmp_path / "labels.csv").write_text("slide,label\na.svs,small\n")
     evaluate(checkpoint, tmp_path, tmp_path / "labels.csv", tmp_path / "scores.html")
     found = page(tmp_path / "scores.html", "Scores", "Curves and confusion", "Worst")

@@ -8,12 +8,14 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from PIL import Image
 
 from perf_vit.data import EmbeddingStore, SlideTargets, tissue_windows
 from perf_vit.data.bags import SlideBags, collate_bags
 from perf_vit.data.slide_classification import _stratified
-from perf_vit.errors import InputError
+from perf_vit.errors import DataWarning, InputError
 from perf_vit.models.tiles import _shares
+from perf_vit.sources import find_images
 from perf_vit.tiling import grid_windows
 from perf_vit.types import GeoImage, Window
 
@@ -83,6 +85,16 @@ def test_features_come_back_as_they_were_written(slides, store) -> None:
     found = store.read(slides.paths[1])
     assert found.features.tolist() == [[0, 1, 1, 1], [1, 1, 1, 1], [2, 1, 1, 1]]
     assert found.windows == (Window(0, 0, 8, 8), Window(1, 0, 8, 8), Window(2, 0, 8, 8))
+
+
+def test_the_picture_of_a_slide_lies_next_to_its_features_and_is_no_image_for_a_search(slides, store) -> None:
+    outline = np.random.default_rng(0).integers(0, 255, (9, 7, 3)).astype(np.uint8)
+    store.write(slides.paths[0], np.zeros((1, 4), np.float32), [Window(0, 0, 8, 8)], outline)
+    pictures = list(store.folder.glob("*.png"))
+    assert pictures == [store.path(slides.paths[0]).with_suffix(".png")]
+    assert np.array_equal(np.asarray(Image.open(pictures[0])), outline)
+    with pytest.warns(DataWarning, match="1 of 4 images found are outputs of perf_vit"):
+        assert list(map(str, find_images([store.folder.parent]))) == list(slides.paths)
 
 
 def test_features_are_of_one_encoder_one_set_of_windows_and_one_state_of_the_slide(slides, store) -> None:

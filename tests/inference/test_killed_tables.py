@@ -6,6 +6,7 @@ import os
 import signal
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -169,6 +170,25 @@ def test_what_is_no_fault_of_a_slide_ends_the_run_and_keeps_its_rows(slides, tmp
         failing(predictor_of(tmp_path, on_error="skip"), 2, error).run(slides, tmp_path / "found.csv")
     assert [row[0] for row in rows_of(tmp_path / "found.csv")[1:]] == slides[:2]
     assert predictor_of(tmp_path).run(slides, tmp_path / "found.csv").num_rows == 4
+
+
+def test_slides_that_are_read_with_tissue_have_a_picture_of_it(slides, tmp_path) -> None:
+    predictor = predictor_of(tmp_path)
+    predictor.model.spec = replace(predictor.model.spec, tissue=None)
+    predictor.run(slides, tmp_path / "without" / "found.csv")
+    assert not (tmp_path / "without" / "found_attention" / "tissue").exists()
+    predictor.options = replace(predictor.options, tissue="auto")
+    made = predictor.run(slides, tmp_path / "with" / "found.csv")
+    pictures = [tmp_path / "with" / "found_attention" / "tissue" / f"{seed}.png" for seed in range(4)]
+    assert set(pictures) < set(made.beside)
+    assert all(path.is_file() for path in pictures)
+    # One that was deleted is missed, and one that was drawn over is never replaced.
+    pictures[0].unlink()
+    assert predictor.run(slides, tmp_path / "with" / "found.csv").made
+    pictures[1].write_bytes(b"mine")
+    with pytest.raises(OutputError, match=r"tissue/1\.png exists already"):
+        predictor.run(slides, tmp_path / "with" / "found.csv")
+    assert pictures[1].read_bytes() == b"mine"
 
 
 def stopped(slides: list[str], root: Path, **options) -> Path:

@@ -192,7 +192,7 @@ def predict_slide_classes(root: Path) -> Job:
     """A slide's class, and where the classifier looked."""
     checkpoint, slide = _slide(root)
     output = root / "out" / "found.csv"
-    attention = [root / "out" / "found_attention" / f"a.{suffix}" for suffix in ("png", "geojson")]
+    attention = [root / "out" / "found_attention" / name for name in ("a.png", "a.geojson", "tissue/a.png")]
     outputs = [output, output.with_suffix(".html"), record_of(output), *attention]
     return Job(_predict(checkpoint, slide, output), [checkpoint, slide], outputs)
 

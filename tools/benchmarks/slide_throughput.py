@@ -1,6 +1,6 @@
 """Measure how many slides, and how many tiles, one core prepares for a model.
 
-    python tools/benchmarks/slide_throughput.py --folder /scratch --tissue auto
+    python tools/benchmarks/slide_throughput.py --folder /scratch
 
 The slide is generated: a pyramidal JPEG of 40,000 x 40,000 px at 0.25 micrometres per pixel, of which 30 % is tissue.
 `preparing` opens it, finds its tissue and lists the tiles; `reading` decodes these tiles at 0.5 micrometres per pixel,
@@ -39,7 +39,7 @@ NORMALIZER = Normalizer(mean=(180.0, 150.0, 190.0), std=(40.0, 50.0, 35.0))
 def main(
     folder: Annotated[Path, typer.Option(help="Folder for the slide, which is kept.")],
     side: Annotated[int, typer.Option(help="Pixels a side.")] = 40_000,
-    tissue: Annotated[str, typer.Option(help="How tissue is found.")] = "otsu",
+    tissue: Annotated[str, typer.Option(help="How tissue is found.")] = "auto",
     tiles: Annotated[int, typer.Option(help="Tiles that are read.")] = 2000,
     repeats: Annotated[int, typer.Option(help="Runs of each; the fastest counts.")] = 3,
 ) -> None:

@@ -115,7 +115,7 @@ def _stac_commands(victim: Path, shop: Workshop, out: Path, rng: Rng) -> list[li
 def _slide_commands(victim: Path, shop: Workshop, out: Path, rng: Rng) -> list[list[str]]:
     uses = [
         _predict(shop, "segmentation", victim, out / "map.tif"),
-        _predict(shop, "segmentation", victim, out / "map.tif", "--tissue", "otsu", "--mpp", "1"),
+        _predict(shop, "segmentation", victim, out / "map.tif", "--tissue", "auto", "--mpp", "1"),
         _predict(shop, "slide_classification", victim, out / "slides.csv"),
     ]
     return [["info", str(victim), "--json"], _one_of(rng, uses)]
