@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
+from scipy import ndimage
 
 from perf_vit.sources.slides.background import Planes, local_spread
 from perf_vit.sources.slides.glass import stain_of
@@ -22,6 +23,15 @@ _GREY_SHARE = 0.11
 _MARGIN_PX = 3
 
 _GAP_PX, _HOLE_PX = 9, 600
+
+# What haematoxylin and eosin absorb of red, green and blue (Ruifrok and Johnston 2001).
+_HAEMATOXYLIN, _EOSIN = (0.65, 0.70, 0.29), (0.07, 0.99, 0.11)
+
+# Red ink over tissue has at least this share of the density of ink on glass, and more than tissue elsewhere, whose
+# colour varies between laboratories.
+_OVER_TISSUE, _DEVIATIONS = 0.5, 5.0
+
+_SMOOTH_PX, _STAINED = 5, 0.05
 
 
 def find_ink(density: Planes, seen: BoolArray) -> BoolArray:
@@ -48,7 +58,24 @@ def find_ink(density: Planes, seen: BoolArray) -> BoolArray:
     ink = np.zeros(seen.shape, bool)
     for color, core in (blue_or_green, violet, red_ink, black):
         ink |= parts_with(color & seen, core, _MIN_CORE_PX)
+    pure = ink & red_core
+    if pure.sum() >= _MIN_CORE_PX:
+        ink |= parts_with((_red_over_tissue(density, pure, seen) | pure) & seen, pure, _MIN_CORE_PX)
     return _compact(ink) if ink.any() else ink
+
+
+def _red_over_tissue(density: Planes, pure: BoolArray, seen: BoolArray) -> BoolArray:
+    """Find red ink over tissue, which has the colours of tissue, by unmixing it from haematoxylin and eosin.
+
+    The colour of the ink is that of its strokes on glass.
+    """
+    color = np.median(density[:, pure], axis=1)
+    shares = np.linalg.inv(np.stack([_HAEMATOXYLIN, _EOSIN, color], axis=1))[2]
+    amount = ndimage.uniform_filter(np.tensordot(shares, density, 1), _SMOOTH_PX)
+    tissue = amount[seen & ~pure & (stain_of(density) > _STAINED)]
+    middle = np.median(tissue) if tissue.size else 0.0
+    spread = 1.48 * np.median(np.abs(tissue - middle)) if tissue.size else 0.0
+    return np.asarray(amount > max(_OVER_TISSUE, middle + _DEVIATIONS * spread))
 
 
 def _compact(ink: BoolArray) -> BoolArray:
