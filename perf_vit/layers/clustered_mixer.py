@@ -130,9 +130,13 @@ class ClusteredMixer(Mixer):
         """Start the attention over an image in parts, see `Mixer.stream`.
 
         Raises:
-            ValueError: The image is large and the layer has sinks, which are chosen among all keys.
+            ValueError: The image is large, and attention is exact or has sinks, which are chosen among all keys.
         """
         options = self.options
-        if sample is None or options.is_exact(grid) or options.sinks_of(grid):
+        if sample is None or not self.adds_up(grid):
             return super().stream(prefix, sample, grid)
         return ClusteredStream(sample, prefix, grid, options.window_size, options.clusters_of(grid))
+
+    def adds_up(self, grid: tuple[int, int]) -> bool:
+        """Return whether the attention is made of sums over parts, see `Mixer.adds_up`."""
+        return not (self.options.is_exact(grid) or self.options.sinks_of(grid))

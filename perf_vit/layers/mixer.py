@@ -164,15 +164,30 @@ class Mixer(DerivedBuffers, ABC):
             grid: Rows and columns of tokens.
 
         Raises:
-            ValueError: The mixer or one of its options needs all tokens at once.
+            ValueError: See `check_stream`.
         """
-        if grid[0] * grid[1] > _WHOLE_TOKENS:
+        self.check_stream(grid)
+        return WholeStream(lambda q, k, v, mask: self(q, k, v, grid, mask), prefix, grid)
+
+    def adds_up(self, grid: tuple[int, int]) -> bool:
+        """Return whether the attention over an image is made of sums over its parts, for a grid of tokens."""
+        return False
+
+    def check_stream(self, grid: tuple[int, int]) -> None:
+        """Check that the attention can run over an image in parts.
+
+        Args:
+            grid: Rows and columns of tokens.
+
+        Raises:
+            ValueError: The mixer or one of its options needs all tokens at once, and the image is large.
+        """
+        if grid[0] * grid[1] > _WHOLE_TOKENS and not self.adds_up(grid):
             raise ValueError(
                 f"mixer={self.name!r} with these options needs all tokens at once, which is possible up to "
                 f"{_WHOLE_TOKENS:,} tokens, got {grid[0]} x {grid[1]}; in larger images 'clustered' needs num_sinks=0 "
-                "and 'performer' center=False, balance=False and a kernel other than 'oprf'"
+                "and a smaller max_exact_tokens, 'performer' center=False, balance=False and a kernel other than 'oprf'"
             )
-        return WholeStream(lambda q, k, v, mask: self(q, k, v, grid, mask), prefix, grid)
 
     def extra_repr(self) -> str:
         """Format the options for printing."""

@@ -114,10 +114,14 @@ class PerformerMixer(Mixer):
         Raises:
             ValueError: The image is large and the layer centres or balances, or fits a parameter to all tokens.
         """
-        options = self.options
-        if options.center or options.balance or get_kernel(options.kernel).needs_parameter:
+        if not self.adds_up(grid):
             return super().stream(prefix, sample, grid)
-        return LinearStream(prefix, self.projection, options.kernel)
+        return LinearStream(prefix, self.projection, self.options.kernel)
+
+    def adds_up(self, grid: tuple[int, int]) -> bool:
+        """Return whether the attention is made of sums over parts, see `Mixer.adds_up`."""
+        options = self.options
+        return not (options.center or options.balance or get_kernel(options.kernel).needs_parameter)
 
     def redraw(self, draw: int) -> None:
         """Replace the projection in place by draw number `draw` of the same seed; 0 is the initial one.

@@ -310,12 +310,16 @@ class _ExactQueries:
     """
 
     def __init__(self, q: Tensor, value_dim: int) -> None:
+        self._dtype = q.dtype
+        # Parts of a large image would be lost in the rounding of 16-bit sums.
+        q = q.to(torch.promote_types(q.dtype, torch.float32))
         self._q = q * q.shape[-1] ** -0.5
         self._largest = q.new_full((*q.shape[:3], 1), LOWEST_SCALE)
         self._sums, self._weights = q.new_zeros(*q.shape[:3], value_dim), q.new_zeros(*q.shape[:3], 1)
 
     def collect(self, k: Tensor, v: Tensor) -> None:
         """Add keys, [B, H, n, D], and values, [B, H, n, Dv]."""
+        k, v = k.to(self._q.dtype), v.to(self._q.dtype)
         logits = self._q @ k.mT
         self._rescale(torch.maximum(logits.amax(dim=-1, keepdim=True), self._largest))
         weights = (logits - self._largest).exp()
@@ -329,7 +333,7 @@ class _ExactQueries:
 
     def attend(self) -> Tensor:
         """Return the attended values, [B, H, P, Dv]."""
-        return self._sums / self._weights
+        return (self._sums / self._weights).to(self._dtype)
 
     def _rescale(self, largest: Tensor) -> None:
         kept = (self._largest - largest).exp()

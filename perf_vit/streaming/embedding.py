@@ -13,6 +13,7 @@ from timm.models.eva import Eva
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
+from perf_vit.errors import InputError
 from perf_vit.ops.streaming import Part
 from perf_vit.streaming.positions import AbsolutePositions, RotaryPositions
 from perf_vit.types import BoolArray, GeoImage, Window
@@ -35,7 +36,8 @@ class ImageTokens:
         grid: Rows and columns of tokens; patches at the right and lower edge may reach past the image.
 
     Raises:
-        ValueError: The patch embedding or the positions need the whole image.
+        ValueError: The patch embedding or the positions need the whole image, or the prefix is not that of a plain ViT.
+        InputError: The image has another number of bands than the model.
     """
 
     def __init__(self, model: Any, source: Any, normalize: Normalize) -> None:
@@ -50,6 +52,17 @@ class ImageTokens:
         self._absolute = None if model.pos_embed is None else AbsolutePositions(model, self.grid)
         rope = getattr(model, "rope", None)
         self._rotary = None if rope is None else RotaryPositions(rope, self.grid)
+        bands, expected = getattr(source, "num_bands", None), model.patch_embed.proj.in_channels
+        if bands not in (None, expected):
+            raise InputError(f"the model takes {expected} bands, {source.path} has {bands}; choose bands with spec=")
+        if len(self.prefix()) != model.num_prefix_tokens:
+            raise ValueError(f"{type(model).__name__} has prefix tokens other than class and register tokens")
+
+    @property
+    def identity(self) -> str:
+        """What is the same in all processes that share the image."""
+        path = getattr(self._source, "path", "an image")
+        return f"{path} of {self.grid[0]} x {self.grid[1]} tokens, {type(self._model).__name__}"
 
     def read(self, first_row: int, stop_row: int) -> tuple[Tensor, Tensor]:
         """Read rows of tokens.
@@ -78,7 +91,7 @@ class ImageTokens:
         model = self._model
         found = [token[0] for token in (model.cls_token, model.reg_token) if token is not None]
         x = torch.cat(found) if found else model.patch_embed.proj.weight.new_zeros(0, model.embed_dim)
-        if self._absolute is not None and len(self._absolute.prefix):
+        if self._absolute is not None and 0 < len(self._absolute.prefix) == len(x):
             x = x + self._absolute.prefix
         return self._before_blocks(x)
 

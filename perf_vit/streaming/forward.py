@@ -13,7 +13,7 @@ from timm.models.eva import EvaBlock
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
-from perf_vit.errors import CheckpointError, InputError
+from perf_vit.errors import CheckpointError, InputError, OptionError
 from perf_vit.layers.chunked import finish_block
 from perf_vit.layers.linearized_attention import LinearizedAttention
 from perf_vit.layers.mixer import Mixer
@@ -58,7 +58,16 @@ class StreamedTokens:
 
     @torch.no_grad()
     def rows(self, first_row: int, stop_row: int, *, norm: bool = True) -> Tensor:
-        """Return rows of this process's stripe as a map, 0 where no pixel is valid, [C, rows, columns]."""
+        """Return rows of this process's stripe as a map, 0 where no pixel is valid, [C, rows, columns].
+
+        Raises:
+            OptionError: The rows aren't within the stripe, which is the whole grid of a single process.
+        """
+        first, stop = self.layout.stripe
+        if not first <= first_row < stop_row <= stop:
+            raise OptionError(
+                f"rows must be within {first} to {stop}, which this process has, got {first_row} to {stop_row}"
+            )
         part, columns = self.layout.part(first_row, stop_row), self.layout.grid[1]
         x = self.store.read(self.layout.tokens(part))
         x = self.norm(x) if norm else x
@@ -75,14 +84,24 @@ class StreamedTokens:
         return (self.processes.reduce(total, "sum") / self.layout.num_tokens).to(self.prefix.dtype)
 
 
-def check_streamable(model: Any) -> None:
+def check_streamable(model: Any, grid: tuple[int, int]) -> None:
     """Check that a model can run over an image in parts.
 
+    Args:
+        model: Model.
+        grid: Rows and columns of the image's tokens.
+
     Raises:
-        CheckpointError: It is in training mode, or one of its blocks needs all tokens at once; the message names it.
+        CheckpointError: It is in training mode or not on the CPU, or one of its blocks needs all tokens at once; the
+            message names it.
     """
     if model.training:
         raise CheckpointError("the model must be in evaluation mode to run over an image in parts; call model.eval()")
+    devices = {parameter.device.type for parameter in model.parameters()}
+    if devices != {"cpu"}:
+        raise CheckpointError(
+            f"the model must be on the CPU to run over an image in parts, got {devices.pop()}; call .cpu()"
+        )
     for index, block in enumerate(getattr(model, "blocks", ())):
         attention = getattr(block, "attn", None)
         if not isinstance(block, Block | EvaBlock):
@@ -94,6 +113,10 @@ def check_streamable(model: Any) -> None:
             )
         if attention.local_enhancement is not None:
             raise CheckpointError(f"block {index} has local_enhancement, whose convolution reaches past a part of rows")
+        try:
+            attention.mixer.check_stream(grid)
+        except ValueError as error:
+            raise CheckpointError(f"block {index} can't run over an image in parts: {error}") from error
 
 
 def stream_tokens(
@@ -131,7 +154,7 @@ def stream_tokens(
         OutputError: The disk is too small.
         InputError: The image can't be read, or has no valid pixel.
     """
-    check_streamable(model)
+    check_streamable(model, image.grid)
     with torch.no_grad():
         return _Forward(model, image, folder, dtype, part_tokens, on_progress).run(indices)
 
@@ -157,8 +180,9 @@ class _Forward:
         self._processes = Processes()
 
     def run(self, indices: tuple[int, ...]) -> tuple[StreamedTokens, list[StreamedTokens]]:
-        store, layout = self._embed()
         prefix = self._image.prefix()
+        self._processes.check_same(self._image.identity)
+        store, layout = self._embed()
         kept: list[StreamedTokens] = []
         stream: AttentionStream | None = None
         for index in range(len(self._blocks)):
@@ -178,22 +202,28 @@ class _Forward:
         rows, columns = self._image.grid
         first_row, stop_row = self._processes.stripe(rows, self._rows_of_windows())
         valid = torch.zeros(rows, columns, dtype=torch.bool)
-        store, start = self._new_store((stop_row - first_row) * columns, "tokens"), 0
-        step = max(1, self._part_tokens // columns)
-        for first in range(first_row, stop_row, step):
-            stop = min(first + step, stop_row)
-            pixels, valid[first:stop] = self._image.read(first, stop)
-            part = TokenLayout(valid).part(first, stop)
-            if len(part.places):
-                store.write(slice(start, start + len(part.places)), self._image.embed(pixels, part))
-                start += len(part.places)
-            self._report(part)
+        with self._processes.failing_together():
+            store = self._new_store((stop_row - first_row) * columns, "tokens")
+            self._embed_rows(range(first_row, stop_row), store, valid)
         valid = self._processes.reduce(valid.to(torch.uint8), "max").bool()
         if not valid.any():
             raise InputError("the image has no valid pixel, so there is nothing to compute; check nodata and tissue")
         self._passes_done += 1
         self._processes.num_bytes = 0
         return store, TokenLayout(valid, first_row, stop_row)
+
+    def _embed_rows(self, rows: range, store: TokenStore, valid: Tensor) -> None:
+        """Read and embed rows; fill in which of their tokens have a valid pixel."""
+        start, step = 0, max(1, self._part_tokens // self._image.grid[1])
+        for first in range(rows.start, rows.stop, step):
+            stop = min(first + step, rows.stop)
+            pixels, valid[first:stop] = self._image.read(first, stop)
+            part = TokenLayout(valid).part(first, stop)
+            if len(part.places):
+                store.write(slice(start, start + len(part.places)), self._image.embed(pixels, part))
+                start += len(part.places)
+            self._report(part)
+        store.shrink(start)
 
     def _rows_of_windows(self) -> int:
         """Return the number of rows of a stripe's units: windows of all blocks lie within a stripe."""
@@ -238,10 +268,7 @@ class _Forward:
         sample = None
         if mixer.needs_sample:
             sample = self._sampled(index, prefix, store, layout)
-        try:
-            return mixer.stream(self._project(index, prefix).prefix, sample, layout.grid)
-        except ValueError as error:
-            raise CheckpointError(f"block {index} can't run over an image in parts: {error}") from error
+        return mixer.stream(self._project(index, prefix).prefix, sample, layout.grid)
 
     def _sampled(
         self, index: int, prefix: Tensor, store: TokenStore, layout: TokenLayout

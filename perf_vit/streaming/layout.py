@@ -42,10 +42,15 @@ class TokenLayout:
         return int(self.starts[-1])
 
     @property
+    def stripe(self) -> tuple[int, int]:
+        """First row of the stripe of this process, and the first below it."""
+        return self.first_row, len(self.valid) if self.stop_row is None else self.stop_row
+
+    @property
     def own_tokens(self) -> range:
         """Which of all tokens that count are in the stripe of this process."""
-        stop = len(self.valid) if self.stop_row is None else self.stop_row
-        return range(int(self.starts[self.first_row]), int(self.starts[stop]))
+        first, stop = (int(self.starts[row]) for row in self.stripe)
+        return range(first, stop)
 
     @cached_property
     def starts(self) -> Tensor:
@@ -59,7 +64,7 @@ class TokenLayout:
             rows_at_once: A part begins at a multiple of this number of rows.
             num_tokens: Number of tokens of the grid in a part, at least `rows_at_once` rows.
         """
-        columns, stop = self.grid[1], self.grid[0] if self.stop_row is None else self.stop_row
+        columns, stop = self.grid[1], self.stripe[1]
         step = max(1, num_tokens // (columns * rows_at_once)) * rows_at_once
         for first in range(self.first_row, stop, step):
             part = self.part(first, min(first + step, stop))

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Literal
 
 import torch
@@ -9,7 +12,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from perf_vit.distributed import rank_and_world_size
-from perf_vit.errors import OptionError
+from perf_vit.errors import InputError, OptionError
 
 __all__ = ["Processes"]
 
@@ -45,6 +48,38 @@ class Processes:
             )
         first, stop = (min(rows, groups * index // self.number * at_once) for index in (self.rank, self.rank + 1))
         return first, stop
+
+    def check_same(self, identity: str) -> None:
+        """Check that all processes, which all must call this, have one image.
+
+        Args:
+            identity: Description of the image; the same in all processes.
+
+        Raises:
+            OptionError: They don't.
+        """
+        # A number of 31 bits, which the negative of a maximum compares with the minimum.
+        number = torch.tensor([zlib.crc32(identity.encode()) >> 1], dtype=torch.int64)
+        if int(self.reduce(number, "max")) != -int(self.reduce(-number, "max")):
+            raise OptionError(
+                f"processes of a group share one image, but they were given different ones, here {identity}; "
+                "end the group with torch.distributed.destroy_process_group() to process one image in each"
+            )
+
+    @contextmanager
+    def failing_together(self) -> Iterator[None]:
+        """Raise in all processes where a block of code fails in one; they would wait for it forever.
+
+        Raises:
+            InputError: Another process failed.
+        """
+        try:
+            yield
+        except Exception:
+            self.reduce(torch.ones(1), "max")
+            raise
+        if float(self.reduce(torch.zeros(1), "max")) > 0:
+            raise InputError("another process that shares the image failed, its message says why; start all again")
 
     def reduce(self, values: Tensor, operation: Literal["sum", "max"]) -> Tensor:
         """Return the element-wise sum or maximum of a tensor over all processes, which all must call."""

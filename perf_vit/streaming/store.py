@@ -5,6 +5,8 @@ from __future__ import annotations
 import errno
 import os
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -37,7 +39,7 @@ class TokenStore:
 
     Raises:
         OptionError: The file exists.
-        OutputError: The file can't be made, or its disk is too small.
+        OutputError: The file can't be made, or there is not enough memory.
     """
 
     def __init__(
@@ -51,15 +53,20 @@ class TokenStore:
         self.path = path
         self._computed = computed
         shape = (num_tokens, num_channels)
+        self._bytes_per_token = num_channels * dtype.itemsize
+        self._num_reserved = 0
         if path is None:
-            self._tokens = torch.empty(shape, dtype=dtype)
+            try:
+                self._tokens = torch.empty(shape, dtype=dtype)
+            except RuntimeError as error:
+                size = num_tokens * self._bytes_per_token / 1e9
+                raise OutputError(f"can't hold {size:.2f} GB of tokens in memory; give a folder for a file") from error
             return
-        num_bytes = num_tokens * num_channels * dtype.itemsize
-        _check_disk(path, num_bytes)
+        self._make(path, num_tokens)
         integers = _INTEGERS[dtype.itemsize]
         name = str(integers).removeprefix("torch.")
-        self._file = np.memmap(path, dtype=np.dtype(name), mode="r+", shape=shape)
-        self._tokens = torch.from_numpy(self._file).view(dtype)
+        mapped = np.memmap(path, dtype=np.dtype(name), mode="r+", shape=shape)
+        self._tokens = torch.from_numpy(mapped).view(dtype)
 
     def __len__(self) -> int:
         return len(self._tokens)
@@ -74,32 +81,49 @@ class TokenStore:
         return self._tokens[tokens].to(self._computed, copy=True)
 
     def write(self, tokens: slice, values: Tensor) -> None:
-        """Replace some tokens, [n, C]."""
+        """Replace some tokens, [n, C].
+
+        Raises:
+            OutputError: The disk is too small.
+        """
+        if self.path is not None and tokens.stop > self._num_reserved:
+            self._reserve(self.path, tokens.stop)
         self._tokens[tokens] = values.to(self._tokens.dtype)
+
+    def shrink(self, num_tokens: int) -> None:
+        """Leave out all tokens but the first ones."""
+        self._tokens = self._tokens[:num_tokens]
 
     def remove(self) -> None:
         """Delete the file, if there is one."""
         if self.path is not None:
             self.path.unlink(missing_ok=True)
 
+    def _make(self, path: Path, num_tokens: int) -> None:
+        """Make a file of the final size without content, which takes no room on the disk."""
+        if os.path.lexists(path):
+            raise OptionError(f"tokens must be a file that doesn't exist yet, got {path}; delete it or choose another")
+        with self._writing(path), path.open("xb") as file:
+            file.truncate(max(1, num_tokens * self._bytes_per_token))
 
-def _check_disk(path: Path, num_bytes: int) -> None:
-    """Make an empty file of its final size, and check that the disk has room for all of it.
+    def _reserve(self, path: Path, num_tokens: int) -> None:
+        """Take room for more tokens: where a disk is full, writing to mapped memory would end the process."""
+        start, stop = (number * self._bytes_per_token for number in (self._num_reserved, num_tokens))
+        with self._writing(path):
+            if shutil.disk_usage(path.parent).free < stop - start + _SPARE_BYTES:
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            # Other systems than Linux have only the check above.
+            if hasattr(os, "posix_fallocate"):
+                with path.open("r+b") as file:
+                    os.posix_fallocate(file.fileno(), start, stop - start)
+        self._num_reserved = num_tokens
 
-    Files are sparse: a disk that is full later would end the process instead of raising an error.
-    """
-    if os.path.lexists(path):
-        raise OptionError(f"tokens must be a file that doesn't exist yet, got {path}; delete it or choose another")
-    try:
-        free = shutil.disk_usage(path.parent).free
-        if free < num_bytes + _SPARE_BYTES:
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        with path.open("xb") as file:
-            if num_bytes:
-                os.posix_fallocate(file.fileno(), 0, num_bytes)
-    except OSError as error:
-        path.unlink(missing_ok=True)
-        raise OutputError(
-            f"can't make {path} with {num_bytes / 1e9:.2f} GB of tokens: {(error.strerror or str(error)).lower()}; "
-            "choose a folder on a larger disk, or dtype='bfloat16' for half of it"
-        ) from error
+    @contextmanager
+    def _writing(self, path: Path) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise OutputError(
+                f"can't write tokens to {path}: {(error.strerror or str(error)).lower()}; choose a folder on a larger "
+                "disk, or dtype='bfloat16' for half of it"
+            ) from error

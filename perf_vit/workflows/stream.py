@@ -98,8 +98,10 @@ def stream(
     spec = InputSpec() if spec is None else spec
     with ExitStack() as files:
         place = None if folder is None else Path(files.enter_context(_temporary(Path(folder))))
-        with progress_shown(progress), windows_progress("streaming", unit="rows") as on_progress:
+        with ExitStack() as opened, progress_shown(progress), windows_progress("streaming", "rows") as on_progress:
             source = spec.open(image)
+            if source is not image:
+                opened.callback(source.close)
             try:
                 tokens = ImageTokens(model, source, spec.normalizer or _as_they_are)
             except ValueError as error:

@@ -1,5 +1,6 @@
 """A forward pass over parts of an image equals that over the whole image."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -10,8 +11,8 @@ from streamed_models import MODELS, Image, build, build_for, holes, streamed
 from torch import nn
 
 import perf_vit
-from perf_vit.errors import CheckpointError, InputError
-from perf_vit.streaming import ImageTokens
+from perf_vit.errors import CheckpointError, InputError, OptionError
+from perf_vit.streaming import ImageTokens, TokenLayout
 
 
 def check(model: nn.Module, image: Image, patch: int, *, rtol: float = 1e-9, **options) -> None:
@@ -120,6 +121,8 @@ def test_models_that_need_all_tokens_are_refused() -> None:
         with pytest.raises(CheckpointError, match=message):
             streamed(model, image)
     large = Image(16 * 129, 16 * 128)
+    # Before anything is read.
+    large.read = None
     centred = build(MODELS["performer, centred"][0], **MODELS["performer, centred"][1], depth=1)
     with pytest.raises(CheckpointError, match="block 0 can't run over an image in parts: mixer='performer' with these"):
         streamed(centred, large)
@@ -127,3 +130,25 @@ def test_models_that_need_all_tokens_are_refused() -> None:
         ImageTokens(timm.create_model("resnet18"), image, lambda found: found.pixels)
     with pytest.raises(InputError, match="no valid pixel"):
         streamed(build("performer_vit_tiny_patch16_224"), Image(64, 64, np.zeros((64, 64), bool)))
+
+
+def test_other_prefixes_and_bands_are_refused() -> None:
+    image = Image(64, 64)
+    with pytest.raises(ValueError, match="VisionTransformerDistilled has prefix tokens other than class and register"):
+        ImageTokens(timm.create_model("deit_tiny_distilled_patch16_224"), image, lambda found: found.pixels)
+    image.num_bands = 4
+    with pytest.raises(InputError, match=r"the model takes 3 bands, image has 4; choose bands with spec="):
+        streamed(build("performer_vit_tiny_patch16_224"), image)
+
+
+def test_rows_that_a_process_does_not_have_are_refused() -> None:
+    found, _ = streamed(build("performer_vit_tiny_patch16_224"), Image(64, 96))
+    for first, stop in ((-1, 2), (0, 5), (2, 2)):
+        with pytest.raises(
+            OptionError, match=f"rows must be within 0 to 4, which this process has, got {first} to {stop}"
+        ):
+            found.rows(first, stop)
+    stripe = replace(found, layout=TokenLayout(found.layout.valid, 2, 4))
+    with pytest.raises(OptionError, match="rows must be within 2 to 4"):
+        stripe.rows(0, 4)
+    assert stripe.rows(2, 4).shape == (32, 2, 6)

@@ -10,7 +10,7 @@ import torch
 from run_stripe import SIZES
 from streamed_models import MODELS, Image, build_for, holes, streamed
 
-from perf_vit.errors import OptionError
+from perf_vit.errors import InputError, OptionError
 from perf_vit.streaming.processes import Processes
 
 SUPPORT = Path(__file__).parents[1] / "support"
@@ -67,6 +67,30 @@ def test_more_processes_than_rows_of_windows_are_refused(monkeypatch: pytest.Mon
     monkeypatch.setattr("perf_vit.streaming.processes.rank_and_world_size", lambda: (0, 5))
     with pytest.raises(OptionError, match=r"processes must be at most 4 for an image of 64 rows .* got 5; start fewer"):
         Processes().stripe(64, 16)
+
+
+def test_different_images_in_one_group_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The other process has another image, so the largest number of all isn't this one's."""
+    processes = Processes()
+    processes.check_same("a.tif of 3 x 4 tokens")
+    monkeypatch.setattr(processes, "reduce", lambda values, operation: torch.maximum(values, torch.tensor([7])))
+    with pytest.raises(OptionError, match=r"share one image, but they were given different ones, here a\.tif of 3 x 4"):
+        processes.check_same("a.tif of 3 x 4 tokens")
+
+
+def test_a_process_that_fails_ends_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    processes, given = Processes(), []
+
+    def reduce(values: torch.Tensor, operation: str) -> torch.Tensor:
+        given.append(float(values))
+        return torch.ones(1)
+
+    monkeypatch.setattr(processes, "reduce", reduce)
+    with pytest.raises(InputError, match="another process that shares the image failed"), processes.failing_together():
+        pass
+    with pytest.raises(OSError, match="mine"), processes.failing_together():
+        raise OSError("mine")
+    assert given == [0, 1]
 
 
 @pytest.mark.parametrize("number", [1, 2, 3, 7])

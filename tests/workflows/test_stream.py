@@ -82,6 +82,6 @@ def test_a_disk_that_is_too_small_is_refused_before_any_work(
 ) -> None:
     free = type("Usage", (), {"free": 1000})
     monkeypatch.setattr("perf_vit.streaming.store.shutil.disk_usage", lambda path: free)
-    with pytest.raises(OutputError, match=r"can't make .* GB of tokens: no space left on device; choose a folder"):
+    with pytest.raises(OutputError, match=r"can't write tokens to .*: no space left on device; choose a folder"):
         perf_vit.stream(model, raster, folder=tmp_path, progress=False)
     assert list(tmp_path.iterdir()) == []
