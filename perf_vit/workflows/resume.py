@@ -80,7 +80,7 @@ RULES: dict[type, Rules] = {
     # checkpoint holds, `accumulate_batches` how many steps an epoch has.
     TrainerConfig: _rules(
         free="max_epochs precision accelerator devices gradient_clip val_every_epochs early_stop_epochs "
-        "checkpoint_every_steps num_pictures logger"
+        "checkpoint_every_steps num_pictures report logger"
     ),
     DistillationTrainerConfig: _rules(free="precision accelerator"),
     SplitConfig: _rules(moved="image"),
@@ -93,7 +93,9 @@ RULES: dict[type, Rules] = {
     ClassificationSplitConfig: _rules(moved="labels"),
     ClassificationDataConfig: _rules(free="sampler", measured="classes"),
     SlideClassificationSplitConfig: _rules(free="image", moved="labels"),
-    SlideClassificationDataConfig: _rules(free="max_windows embeddings embed_batch_size", measured="classes mean std"),
+    SlideClassificationDataConfig: _rules(
+        free="max_windows embeddings embed_batch_size on_error", measured="classes mean std"
+    ),
 }
 """Rules by the class that declares the fields; those of base classes hold for their subclasses, too."""
 
