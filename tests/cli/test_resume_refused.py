@@ -144,7 +144,8 @@ OPTIM = ["optim.lr=0.5", "optim.layer_decay=0.55", "optim.backbone_lr_scale=0.55
          "optim.warmup_fraction=0.55", "optim.schedule=step", "optim.schedule_kwargs={decay_rate: 0.5}"]  # fmt: skip
 WHERE = ["trainer.max_epochs=777", "trainer.precision=64-true", "trainer.accelerator=gpu", "trainer.devices=3",
          "trainer.gradient_clip=0.55", "trainer.val_every_epochs=7", "trainer.early_stop_epochs=7",
-         "trainer.checkpoint_every_steps=7", "trainer.num_pictures=7", "trainer.report=false", "trainer.logger=wandb", "data.num_workers=7",
+         "trainer.checkpoint_every_steps=7", "trainer.num_pictures=7", "trainer.report=false", "trainer.logger=wandb",
+         "data.num_workers=7",
          "model.pretrained=true", "out=elsewhere", "resume=true"]  # fmt: skip
 PATHS = ["data.train.image=moved", "data.train.labels=moved", "data.val.image=moved", "data.val.labels=moved"]
 ALLOWED = {
