@@ -1,5 +1,5 @@
 # Everything runs from a virtual environment that these targets make themselves.
-#   make demo           scene, training, map and report in under four minutes
+#   make demo           scene, training, map and report in about two minutes
 #   make test           the fast suite        make slow    the rest
 #   make check          lint, format, types, dependency rule
 #   make wheel          dist/perf_vit-VERSION-py3-none-any.whl, without installing anything else
