@@ -24,6 +24,7 @@ from perf_vit.sources import (
     images_at,
     is_image_folder,
 )
+from perf_vit.sources.image_search import image_root
 from perf_vit.writers import check_outputs
 
 __all__ = ["MapInput", "find_inputs", "find_paths", "is_one_file", "resolve_one", "scene_files"]
@@ -139,7 +140,7 @@ def _expand(item: str, folder: Path, path_column: str) -> Iterator[MapInput]:
     if path.suffix.lower() in _LISTS:
         yield from _listed(path, folder, path_column)
     elif _is_glob(item):
-        yield from _below(_fixed_part(path), images_at(path), folder, item)
+        yield from _below(image_root(path), images_at(path), folder, item)
     elif path.is_dir() and not is_image_folder(path):
         yield from _below(path, images_at(path), folder, item)
     else:
@@ -260,10 +261,3 @@ def _is_remote(path: str) -> bool:
 
 def _is_glob(path: str) -> bool:
     return glob.has_magic(path) and not _is_remote(path) and not Path(path).exists()
-
-
-def _fixed_part(pattern: Path) -> Path:
-    """The folders of a glob before its first wildcard."""
-    parts = pattern.parts
-    first = next(i for i, part in enumerate(parts) if re.search(r"[*?[]", part))
-    return Path(*parts[:first])

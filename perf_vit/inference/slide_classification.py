@@ -29,7 +29,7 @@ from perf_vit.plotting.panels import with_color_bar
 from perf_vit.plotting.pictures import Picture
 from perf_vit.reporting.outputs import thumbnail_of
 from perf_vit.sources import image_name, image_names
-from perf_vit.sources.image_search import ATTENTION_ENDING
+from perf_vit.sources.files import ATTENTION_ENDING
 from perf_vit.threads import num_processors
 from perf_vit.types import TISSUE_METHODS, GeoImage, Source, Window
 from perf_vit.writers import write_objects

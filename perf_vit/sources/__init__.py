@@ -13,7 +13,6 @@ with extra("geo", __name__):
         PICTURE_SUFFIXES,
         READERS,
         file_stats,
-        find_reader,
         fingerprint,
         image_suffixes,
         is_by_product,
@@ -33,7 +32,7 @@ with extra("geo", __name__):
     )
     from perf_vit.sources.mosaic import MosaicSource
     from perf_vit.sources.names import image_name, image_names, names_of
-    from perf_vit.sources.open import merged_options, open_input, open_raster, open_source
+    from perf_vit.sources.open import find_reader, merged_options, open_input, open_raster, open_source
     from perf_vit.sources.pixel_size import PixelSize, common_unit, unit_of
     from perf_vit.sources.raster import RasterSource
     from perf_vit.sources.slide_files import slide_members

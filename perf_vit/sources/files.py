@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
 from perf_vit.errors import InputError
 from perf_vit.registry import Registry
-from perf_vit.sources.slide_files import is_dicom_folder
 
 if TYPE_CHECKING:
     from perf_vit.sources.slides.pyramid import PyramidReader
 
 __all__ = [
+    "ATTENTION_ENDING",
     "FOLDER_SUFFIXES",
     "GEOTIFF_SUFFIXES",
     "MASK_SUFFIXES",
@@ -24,14 +25,15 @@ __all__ = [
     "RASTER_SUFFIXES",
     "READERS",
     "TILE_INDEX_SUFFIXES",
+    "OpenReader",
     "file_stats",
-    "find_reader",
     "fingerprint",
     "image_suffixes",
     "is_asap",
     "is_by_product",
     "is_image_name",
     "is_item_list",
+    "is_own",
     "is_vector_name",
     "register_source",
     "split_layer",
@@ -59,6 +61,14 @@ PARQUET_SUFFIXES = frozenset({".geoparquet", ".parquet"})
 """Suffixes of GeoParquet."""
 
 _VECTOR_SUFFIXES = PARQUET_SUFFIXES | {".fgb", ".geojson", ".geojsonl", ".gml", ".gpkg", ".json", ".kml", ".shp"}
+
+ATTENTION_ENDING = "_attention"
+"""Ending of the folders of attention pictures."""
+
+# A written map has its tags, and a picture its mark, before the pixels.
+_MARK = re.compile(rb"PERF_VIT_VERSION|Software\0perf_vit")
+
+_MARK_BYTES = 8192
 
 _HEAD_BYTES = 4096
 
@@ -97,16 +107,6 @@ def register_source(*suffixes: str) -> Callable[[R], R]:
     return register
 
 
-def find_reader(path: str) -> OpenReader | None:
-    """Return the reader with the longest suffix that a path ends in, None if there is none.
-
-    A folder with the DICOM files of one slide has that of these.
-    """
-    name = ".dcm" if os.path.isdir(path) and is_dicom_folder(path) else path.lower().rstrip("/")
-    suffixes = [suffix for suffix in READERS if name.endswith(suffix)]
-    return READERS[max(suffixes, key=len)] if suffixes else None
-
-
 def is_item_list(path: str) -> bool:
     """Return whether a file may hold STAC items, by its name."""
     return path.lower().endswith(".json") and os.path.isfile(path)
@@ -140,6 +140,20 @@ def is_by_product(name: str) -> bool:
     """Return whether a file or folder is hidden or a by-product of other programs, by its name."""
     name = name.lower()
     return name.startswith(".") or name in _BY_PRODUCTS or name.endswith(_BY_PRODUCT_ENDINGS)
+
+
+def is_own(path: Path) -> bool:
+    """Return whether an image is a picture or map that perf_vit wrote."""
+    suffix = path.suffix.lower()
+    if suffix in PICTURE_SUFFIXES and path.parent.name.endswith(ATTENTION_ENDING):
+        return True
+    if suffix not in (".png", *GEOTIFF_SUFFIXES):
+        return False
+    try:
+        with path.open("rb") as file:
+            return _MARK.search(file.read(_MARK_BYTES)) is not None
+    except OSError:
+        return False
 
 
 def image_suffixes() -> tuple[str, ...]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import glob
 import os
-import re
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
@@ -12,17 +11,16 @@ from pathlib import Path
 from perf_vit.errors import DataWarning, InputError
 from perf_vit.sources.files import (
     FOLDER_SUFFIXES,
-    GEOTIFF_SUFFIXES,
     PICTURE_SUFFIXES,
     image_suffixes,
     is_by_product,
     is_image_name,
+    is_own,
 )
-from perf_vit.sources.names import image_name, names_of
-from perf_vit.sources.slide_files import data_folders, is_dicom_folder, one_per_slide
+from perf_vit.sources.names import image_name, names_of, with_name
+from perf_vit.sources.slide_files import data_folders, is_dicom_folder, one_per_slide, walk
 
 __all__ = [
-    "ATTENTION_ENDING",
     "files_below",
     "find_images",
     "find_named",
@@ -35,17 +33,9 @@ __all__ = [
     "without_repeats",
 ]
 
-ATTENTION_ENDING = "_attention"
-"""Ending of the folders of attention pictures."""
-
-# A written map has its tags, and a picture its mark, before the pixels.
-_MARK = re.compile(rb"PERF_VIT_VERSION|Software\0perf_vit")
-
-_MARK_BYTES = 8192
-
 
 def is_image_folder(path: str | Path) -> bool:
-    """Return whether a folder is one image: a Zarr, or the DICOM files of a slide."""
+    """Return whether a folder is one image: a Zarr, or the DICOM files of a slide and no other images."""
     return os.path.isdir(path) and (Path(path).suffix.lower() in FOLDER_SUFFIXES or is_dicom_folder(path))
 
 
@@ -55,11 +45,17 @@ def is_glob(path: str | Path) -> bool:
 
 
 def image_root(path: str | Path) -> Path:
-    """Return the folder that image names are relative to: a folder, an image's parent, or the folder of a glob."""
-    path = Path(path)
+    """Return the folder that image names are relative to: a folder, an image's parent, or the folder of a glob.
+
+    Of a glob in a folder that is one slide, it is the parent of that folder.
+    """
+    path = with_name(Path(path))
     if path.is_dir() and not is_image_folder(path):
         return path
-    return next(parent for parent in path.parents if not is_glob(parent))
+    if not is_glob(path):
+        return path.parent
+    root = next(parent for parent in path.parents if not glob.has_magic(str(parent)))
+    return with_name(root).parent if is_dicom_folder(root) else root
 
 
 def files_below(root: Path, wanted: Callable[[str], bool]) -> list[Path]:
@@ -71,7 +67,7 @@ def files_below(root: Path, wanted: Callable[[str], bool]) -> list[Path]:
         root: Folder.
         wanted: Function that tells whether a file name is searched for.
     """
-    return sorted(Path(parent, name) for parent, names in _walk(root) for name in names if wanted(name))
+    return sorted(Path(parent, name) for parent, names in walk(root) for name in names if wanted(name))
 
 
 def without_repeats(paths: Iterable[Path]) -> list[Path]:
@@ -126,7 +122,7 @@ def images_at(path: Path) -> list[Path]:
             raise InputError(f"no image matches {path}; expected files that end in {', '.join(image_suffixes())}")
         return without_own(found)
     if path.is_file() or is_image_folder(path):
-        return [path]
+        return [with_name(path)]
     if not path.is_dir():
         raise InputError(f"no image file or folder {path}; check the path")
     found = _images_below(path)
@@ -158,7 +154,7 @@ def find_named(folder: Path, name: str) -> list[Path]:
 
 def without_own(paths: Sequence[Path]) -> list[Path]:
     """Remove outputs of perf_vit from images that a search found, unless there are no others; warn about them."""
-    own = {path for path in paths if _is_own(path)}
+    own = {path for path in paths if is_own(path)}
     if not own or len(own) == len(paths):
         return list(paths)
     warnings.warn(
@@ -170,22 +166,8 @@ def without_own(paths: Sequence[Path]) -> list[Path]:
     return [path for path in paths if path not in own]
 
 
-def _is_own(path: Path) -> bool:
-    """Return whether an image is a picture or map that perf_vit wrote."""
-    suffix = path.suffix.lower()
-    if suffix in PICTURE_SUFFIXES and path.parent.name.endswith(ATTENTION_ENDING):
-        return True
-    if suffix not in (".png", *GEOTIFF_SUFFIXES):
-        return False
-    try:
-        with path.open("rb") as file:
-            return _MARK.search(file.read(_MARK_BYTES)) is not None
-    except OSError:
-        return False
-
-
 def _images_below(root: Path) -> list[Path]:
-    return sorted(path for parent, names in _walk(root) for path in _images_among(Path(parent), names))
+    return sorted(path for parent, names in walk(root) for path in _images_among(Path(parent), names))
 
 
 def _images_among(parent: Path, names: Sequence[str]) -> list[Path]:
@@ -206,20 +188,3 @@ def _matches(pattern: Path) -> Iterator[Path]:
             names.setdefault(path.parent, []).append(path.name)
     for parent, found in names.items():
         yield from one_per_slide(parent, found)
-
-
-def _walk(root: Path) -> Iterator[tuple[str, list[str]]]:
-    """Yield the folders below a folder with the names of their files and Zarrs."""
-    seen = set()
-    for parent, folders, files in os.walk(root, followlinks=True):
-        real = os.path.realpath(parent)
-        if real in seen:
-            folders.clear()
-            continue
-        seen.add(real)
-        folders[:] = sorted(name for name in folders if not is_by_product(name))
-        images = [name for name in folders if os.path.splitext(name)[1].lower() in FOLDER_SUFFIXES]
-        data = data_folders(files)
-        folders[:] = [name for name in folders if name not in images and name.lower() not in data]
-        regular = [name for name in files if not is_by_product(name) and os.path.isfile(os.path.join(parent, name))]
-        yield parent, sorted([*images, *regular])

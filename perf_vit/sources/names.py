@@ -10,7 +10,7 @@ from pathlib import Path, PurePosixPath
 
 from perf_vit.sources.files import image_suffixes
 
-__all__ = ["image_name", "image_names", "names_of"]
+__all__ = ["image_name", "image_names", "names_of", "with_name"]
 
 _DATASET = re.compile(r'(?:\w+:)?"?([^":]+)\.\w+"?:+([^:]+)')
 
@@ -25,7 +25,7 @@ def image_name(path: str | Path) -> str:
         path: File, folder, URL or GDAL path.
     """
     given = os.fspath(path)
-    name = PurePosixPath(given.partition("?")[0] if "://" in given else Path(given).as_posix()).name
+    name = PurePosixPath(given.partition("?")[0] if "://" in given else with_name(Path(given)).as_posix()).name
     if dataset := _DATASET.fullmatch(name):
         return f"{dataset[1]}_{dataset[2]}"
     lower = name.lower()
@@ -33,6 +33,11 @@ def image_name(path: str | Path) -> str:
     if 0 < len(known) < len(name):
         return name[: -len(known)]
     return name if os.path.isdir(given) else PurePosixPath(name).stem
+
+
+def with_name(path: Path) -> Path:
+    """Return a path whose last part is a name: an absolute one for `.` and `..`."""
+    return path.resolve() if path.name in ("", "..") else path
 
 
 def names_of(path: str | Path) -> tuple[str, ...]:

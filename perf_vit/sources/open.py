@@ -16,7 +16,8 @@ from perf_vit.sources._grid import Bounds, GridOptions
 from perf_vit.sources.files import (
     GEOTIFF_SUFFIXES,
     RASTER_SUFFIXES,
-    find_reader,
+    READERS,
+    OpenReader,
     is_by_product,
     is_item_list,
 )
@@ -24,7 +25,7 @@ from perf_vit.sources.image_search import previews_among, without_own, without_r
 from perf_vit.sources.mosaic import MosaicSource, item_paths
 from perf_vit.sources.pixel_size import PixelSize
 from perf_vit.sources.raster import RasterSource
-from perf_vit.sources.slide_files import file_to_open
+from perf_vit.sources.slide_files import file_to_open, is_dicom_folder
 from perf_vit.sources.slides import SlideSource
 from perf_vit.sources.slides.ome_zarr import is_multiscale, open_ome_zarr
 from perf_vit.sources.slides.openslide import OpenSlideReader
@@ -33,7 +34,7 @@ from perf_vit.sources.slides.scale import SlideMpp
 from perf_vit.sources.slides.tiff import holds_colours, open_array_tiff
 from perf_vit.types import InputOptions, InputPath
 
-__all__ = ["is_slide", "merged_options", "open_input", "open_raster", "open_slide", "open_source"]
+__all__ = ["find_reader", "is_slide", "merged_options", "open_input", "open_raster", "open_slide", "open_source"]
 
 
 def open_source(
@@ -206,6 +207,16 @@ def _matching(pattern: str) -> list[str]:
     if not files:
         raise InputError(f"no file matches {pattern}")
     return files
+
+
+def find_reader(path: str) -> OpenReader | None:
+    """Return the reader with the longest suffix that a path ends in, None if there is none.
+
+    A folder with the DICOM files of one slide has that of these.
+    """
+    name = ".dcm" if os.path.isdir(path) and is_dicom_folder(path) else path.lower().rstrip("/")
+    suffixes = [suffix for suffix in READERS if name.endswith(suffix)]
+    return READERS[max(suffixes, key=len)] if suffixes else None
 
 
 def is_slide(path: str, *, asked: bool | None) -> bool:

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
+
+from perf_vit.sources.files import FOLDER_SUFFIXES, is_by_product, is_image_name, is_own
+from perf_vit.sources.names import with_name
 
 __all__ = [
     "SLIDES_OF_SEVERAL_FILES",
@@ -15,6 +18,7 @@ __all__ = [
     "named_files",
     "one_per_slide",
     "slide_members",
+    "walk",
 ]
 
 _DICOM = ".dcm"
@@ -38,11 +42,14 @@ _NUM_LOOKED_AT = 8
 
 
 def is_dicom_folder(path: str | Path) -> bool:
-    """Return whether a folder holds the DICOM files of one slide, i.e. of one series of whole-slide images."""
+    """Return whether a folder holds one slide as DICOM files, i.e. one series of whole-slide images.
+
+    A folder that holds other images as well, itself or in its subfolders, is no slide; outputs of perf_vit don't count.
+    """
     files = _dicom_files(path) if os.path.isdir(path) else []
     # Volumes of radiology have thousands of files.
     is_of_slides = any(_series(file) is not None for file in files[:_NUM_LOOKED_AT])
-    return is_of_slides and len({_series(file) for file in files} - {None}) == 1
+    return is_of_slides and len({_series(file) for file in files} - {None}) == 1 and not _has_others(path)
 
 
 def file_to_open(path: str) -> str:
@@ -98,6 +105,7 @@ def one_per_slide(parent: Path, names: Sequence[str]) -> list[Path]:
     parts = {part for name in names if name.lower().endswith(_HAMAMATSU) for part in named_files(parent / name)}
     dicom = [name for name in names if name.lower().endswith(_DICOM)]
     whole = bool(dicom) and is_dicom_folder(parent)
+    folder = with_name(parent)
     found: dict[Path, None] = {}
     seen: set[bytes] = set()
     for name in names:
@@ -106,8 +114,39 @@ def one_per_slide(parent: Path, names: Sequence[str]) -> list[Path]:
             continue
         if series is not None:
             seen.add(series)
-        found[parent if whole and series is not None else parent / name] = None
+        found[folder if whole and series is not None else parent / name] = None
     return list(found)
+
+
+def walk(root: str | Path) -> Iterator[tuple[str, list[str]]]:
+    """Yield the folders below a folder with the names of their files and Zarrs, sorted.
+
+    Hidden files and by-products of other programs are left out, as are data folders of MIRAX slides. Links to folders
+    are followed once per folder, so that cyclic links end.
+    """
+    seen = set()
+    for parent, folders, files in os.walk(root, followlinks=True):
+        real = os.path.realpath(parent)
+        if real in seen:
+            folders.clear()
+            continue
+        seen.add(real)
+        folders[:] = sorted(name for name in folders if not is_by_product(name))
+        images = [name for name in folders if os.path.splitext(name)[1].lower() in FOLDER_SUFFIXES]
+        data = data_folders(files)
+        folders[:] = [name for name in folders if name not in images and name.lower() not in data]
+        regular = [name for name in files if not is_by_product(name) and os.path.isfile(os.path.join(parent, name))]
+        yield parent, sorted([*images, *regular])
+
+
+def _has_others(folder: str | Path) -> bool:
+    """Return whether a folder has images other than the DICOM files that lie in it, and outputs of perf_vit."""
+    top = os.fspath(folder)
+    return any(
+        is_image_name(name) and not (parent == top and name.lower().endswith(_DICOM)) and not is_own(Path(parent, name))
+        for parent, names in walk(top)
+        for name in names
+    )
 
 
 def _dicom_files(folder: str | Path) -> list[Path]:

@@ -16,6 +16,7 @@ from perf_vit.data import read_slide_table
 from perf_vit.errors import DataWarning, InputError
 from perf_vit.inference import find_inputs, find_paths, is_one_file
 from perf_vit.labels.image_folder import ImageFolder
+from perf_vit.labels.tables import read_class_folders, read_class_table
 from perf_vit.plotting import save_png
 from perf_vit.sources import find_images, image_name, image_names, open_source, slide_members
 from perf_vit.sources.image_search import is_image_folder
@@ -92,6 +93,68 @@ def test_several_dicom_slides_in_a_folder_are_a_file_each(tmp_path: Path) -> Non
     assert not is_image_folder(tmp_path / "both")
     assert found_by_every_task(tmp_path / "both") == ["1.2.3.1.level-0.dcm", "1.2.3.2.level-0.dcm"]
     assert len(slide_members(tmp_path / "both" / "1.2.3.1.level-0.dcm")) == 2
+
+
+@pytest.mark.parametrize("other", ["b.svs", "sub/deep/b.svs", "b.png", "sub/b.zarr/0"])
+def test_a_dicom_series_hides_no_other_images_of_its_folder(tmp_path: Path, other: str) -> None:
+    folder = write_dicom_slide(tmp_path / "slides", levels_of(128, 192, 3))
+    assert is_image_folder(folder)
+    touch(folder, "readme.txt", ".hidden/c.svs", "sub/notes.csv")
+    assert find_images([folder]) == [folder]
+    touch(folder, other)
+    assert not is_image_folder(folder)
+    name = other.removesuffix("/0")
+    assert found_by_every_task(folder) == ["1.2.3.1.level-0.dcm", name]
+    assert find_images([folder / "*.dcm"]) == [folder / "1.2.3.1.level-0.dcm"]
+    assert len(slide_members(folder / "1.2.3.1.level-0.dcm")) == 3
+    with open_source(folder / "1.2.3.1.level-0.dcm") as slide:
+        assert slide.size == (128, 192)
+
+
+def test_outputs_in_a_dicom_folder_leave_it_one_slide(tmp_path: Path) -> None:
+    folder = write_dicom_slide(tmp_path / "case", levels_of(64, 64, 2))
+    save_png(folder / "overview.png", np.zeros((8, 8, 3), np.uint8))
+    (folder / "found_attention").mkdir()
+    Image.new("RGB", (8, 8)).save(folder / "found_attention" / "a.png")
+    assert find_images([folder]) == [folder]
+
+
+@pytest.mark.parametrize("pattern", ["*.dcm", "**/*.dcm", "1.2.3.?.level-*"])
+def test_a_glob_of_the_files_of_a_dicom_slide_is_the_slide(tmp_path: Path, pattern: str) -> None:
+    folder = write_dicom_slide(tmp_path / "case.1", levels_of(64, 64, 2))
+    given = folder / pattern
+    assert find_images([given]) == [folder]
+    assert find_paths([given]) == [str(folder)]
+    assert [(item.path, item.output.name) for item in find_inputs([given], tmp_path / "out")] == [
+        (str(folder), "case.1.ome.tif")
+    ]
+    images = ImageFolder(given)
+    assert (images.paths, images.find("case.1", "labels")) == ([folder], folder)
+    (tmp_path / "t.csv").write_text("image,label\ncase.1,a\n")
+    assert read_class_table(tmp_path / "t.csv", given).paths == (str(folder),)
+    with pytest.raises(InputError, match=r"case\.1 is not in a class folder; move it to .*/CLASS/case\.1, or give"):
+        read_class_folders(given)
+
+
+@pytest.mark.parametrize("given", [".", "*.dcm", "../case.1", "sub/..", "./*"])
+def test_a_dicom_slide_in_the_working_folder_has_its_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, given: str
+) -> None:
+    folder = write_dicom_slide(tmp_path / "case.1", levels_of(64, 64, 2))
+    (folder / "sub").mkdir()
+    monkeypatch.chdir(folder)
+    assert [path.resolve() for path in find_images([given])] == [folder]
+    assert [item.output for item in find_inputs([given], "out")] == [Path("out/case.1.ome.tif")]
+    assert [image_name(path) for path in find_paths([given])] == ["case.1"]
+    assert ImageFolder(given).find("case.1", "labels").resolve() == folder
+
+
+def test_class_folders_hold_dicom_slides(tmp_path: Path) -> None:
+    for number, name in enumerate(("a/one", "b/two")):
+        write_dicom_slide(tmp_path / name, levels_of(64, 64, 2), series=f"1.2.3.{number}")
+    for place in (tmp_path, tmp_path / "*" / "*" / "*.dcm"):
+        found = read_class_folders(place)
+        assert (found.names, found.targets.tolist()) == (("a", "b"), [0, 1])
 
 
 def test_a_mirax_slide_beats_its_data_folder(tmp_path: Path) -> None:
