@@ -67,7 +67,7 @@ class DetectionImages:
             raise InputError("expected labelled images to cut tiles from, got none")
         self.records = list(records)
         self.min_visible = min_visible
-        self.sources = [open_closed(record.path, open_input) for record in self.records]
+        self.sources = [record.labelled(open_closed(record.path, open_input)) for record in self.records]
         self.num_bands = common_bands(self.sources)
 
     def read(self, index: int, window: Window, owned: Window | None = None) -> tuple[GeoImage, ObjectLabels]:

@@ -63,8 +63,8 @@ class InputSpec(InputOptions):
         """Open an input as in training: bands, nodata, pixel size, tissue.
 
         A source from `perf_vit.open` is reopened if its options differ from the model's; options given to
-        `perf_vit.open` take precedence. Other sources are used unchanged. Of a slide given by its path, the part inside
-        its bounds is read, which QuPath shows.
+        `perf_vit.open` take precedence. Other sources are used unchanged. Of a slide, by its path or open, the part
+        inside its bounds is read, which QuPath shows.
 
         Args:
             path: Input of `perf_vit.open`, or a source.
@@ -120,8 +120,7 @@ class InputSpec(InputOptions):
         from perf_vit.sources.slides import SlideSource
 
         if isinstance(path, str | Path | Sequence):
-            opened = open_input(path, self, overrides)
-            return opened.within_bounds() if isinstance(opened, SlideSource) else opened
+            return open_input(path, self, overrides)
         opened_from = getattr(path, "opened_from", None)
         given = getattr(path, "options", {})
         overrides = {name: value for name, value in overrides.items() if value is not None}
@@ -132,7 +131,8 @@ class InputSpec(InputOptions):
             )
         wanted = merged_options(self, {**given, **overrides})
         if opened_from is None or wanted == dict(given):
-            return path
+            # All of level 0 would give other coordinates than the path of the same slide.
+            return path.within_bounds() if isinstance(path, SlideSource) else path
         return open_input(opened_from, self, wanted)
 
 

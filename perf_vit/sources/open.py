@@ -317,7 +317,7 @@ def _slide_format(path: str) -> str | None:
 def open_input(
     path: InputPath, options: InputOptions, overrides: Mapping[str, Any] | None = None
 ) -> RasterSource | SlideSource:
-    """Open an input of a model.
+    """Open an input of a model; of a slide the part inside its bounds, which QuPath shows.
 
     Args:
         path: What `open_source` opens.
@@ -327,7 +327,8 @@ def open_input(
     Raises:
         InputError: The input can't be opened, or the options don't fit it.
     """
-    return open_source(path, **merged_options(options, overrides or {}))
+    source = open_source(path, **merged_options(options, overrides or {}))
+    return source.within_bounds() if isinstance(source, SlideSource) else source
 
 
 def merged_options(options: InputOptions, overrides: Mapping[str, Any]) -> dict[str, Any]:

@@ -182,11 +182,17 @@ class _LabelledImage:
     first: FirstWindows
 
 
+def _open(predictor: DetectionPredictor, record: ImageRecord, check: InputCheck) -> Source:
+    """Open an image as its labels were read."""
+    opened = predictor.model.spec.open(record.path, check=check, **predictor.options.input_options)
+    return record.labelled(opened)
+
+
 def _opened(predictor: DetectionPredictor, record: ImageRecord) -> _LabelledImage:
     """Open an image, and read its objects and as many windows as are read ahead."""
     options, spec = predictor.options, predictor.model.spec
     # Closes the handle of this thread; other threads open their own.
-    with closing(spec.open(record.path, check=predictor.check_input)) as source:
+    with closing(_open(predictor, record, predictor.check_input)) as source:
         truth = objects_in(record, record.extent, min_visible=0.0, crop_masks=True)
         validity = ObjectValidity(source, truth.boxes_xyxy)
         windows = grid_windows(source.extent, *options.windows(spec.tile_px))
@@ -211,7 +217,7 @@ def _sample(
     title = f"F1 {f1:.3f}: {Path(record.path).name}, {known.sum()} objects, {counted.sum()} detections"
     return float(f1) if counted.any() or known.any() else math.nan, object_sample(
         title,
-        partial(spec.open, record.path, check=InputCheck(None)),
+        partial(_open, predictor, record, InputCheck(None)),
         (outlines_of(truth)[known], was_found[known]),
         (objects.polygons()[counted], right[counted]),
         (truth.labels[known], labels[counted]),

@@ -23,7 +23,7 @@ from perf_vit.data import (
     read_slides,
     warn_of_mixed_mpp,
 )
-from perf_vit.errors import ConfigError, DataWarning, InputError
+from perf_vit.errors import ConfigError, DataWarning, InputError, OutputError
 from perf_vit.inference import SlideClassificationPredictOptions, SlideClassificationPredictor
 from perf_vit.inference.prefetch import load_ahead
 from perf_vit.metrics import ClassificationMetrics, ClassificationScores, RegisteredMetrics
@@ -36,9 +36,10 @@ from perf_vit.models import (
 )
 from perf_vit.reporting import ImageSamples, Sample
 from perf_vit.sources import open_input
+from perf_vit.sources.slides.tissue import TISSUE_VERSION
 from perf_vit.tasks import SlideClassificationTask
 from perf_vit.transforms import Normalizer
-from perf_vit.types import GeoImage, InputOptions, Source, Window
+from perf_vit.types import TISSUE_METHODS, GeoImage, InputOptions, Source, Window
 from perf_vit.workflows.progress import say_line, windows_progress
 from perf_vit.workflows.reports import ClassificationEvaluation
 from perf_vit.workflows.run_config import SlideClassificationRun
@@ -183,7 +184,8 @@ def evaluate_slide_classification(
     spec = predictor.model.spec
     targets = read_slide_table(labels, slides, spec.classes, **spec.label_options)
     checkpoint = predictor.checkpoint
-    store = None if checkpoint is None else _store(predictor, checkpoint.absolute().parents[1] / _EMBEDDINGS)
+    store = None if checkpoint is None else _store(predictor, checkpoint.absolute().parent.parent / _EMBEDDINGS)
+    kept = None if store is None or not store.folder.is_dir() else store
     metrics = ClassificationMetrics(spec.classes, "single_label")
     registered = RegisteredMetrics("slide_classification", spec)
     stored = [store is not None and store.has(path) for path in targets.paths]
@@ -196,8 +198,8 @@ def evaluate_slide_classification(
             if isinstance(found, InputError):
                 failed[path] = str(found)
                 continue
-            if store is not None and not is_stored and store.folder.is_dir():
-                store.write(path, found.features, found.windows, found.picture)
+            if kept is not None and not is_stored:
+                kept = kept if _is_kept(kept, path, found) else None
             probabilities, attention = predictor.classify(found)
             for each in (metrics, registered):
                 each.update(torch.from_numpy(probabilities)[None], torch.tensor([label]))
@@ -213,6 +215,18 @@ def evaluate_slide_classification(
     evaluation = ClassificationEvaluation(scores, title=f"{slides.name} against {labels.name}", registered=registered)
     evaluation.samples = samples
     return evaluation
+
+
+def _is_kept(store: EmbeddingStore, path: str, found: SlideFeatures) -> bool:
+    """Store the features of a slide for other evaluations; warn and return False where they can't be written."""
+    try:
+        store.write(path, found.features, found.windows, found.picture)
+    except OutputError as error:
+        warnings.warn(
+            f"features are not kept, the next evaluation makes them again: {error}", DataWarning, stacklevel=2
+        )
+        return False
+    return True
 
 
 def _sample(
@@ -236,8 +250,13 @@ def _sample(
 
 def _store(predictor: SlideClassificationPredictor, folder: str | Path) -> EmbeddingStore:
     names = ("tile_px", "mpp", "bands", "tissue", "min_tissue", "slide_mpp")
-    options = {name: getattr(predictor.model.spec, name) for name in names}
-    return EmbeddingStore(folder, predictor.model.encoder_id(), {**options, **predictor.options.input_options})
+    options = {name: getattr(predictor.model.spec, name) for name in names} | predictor.options.input_options
+    if options["tissue"] in TISSUE_METHODS:
+        options["tissue_version"] = TISSUE_VERSION
+    if predictor.options.dtype != torch.float32:
+        # Features of float32 keep their names.
+        options["dtype"] = str(predictor.options.dtype)
+    return EmbeddingStore(folder, predictor.model.encoder_id(), options)
 
 
 def _embed_all(predictor: SlideClassificationPredictor, store: EmbeddingStore, paths: Sequence[str]) -> dict[str, str]:

@@ -13,6 +13,15 @@ from bounded import BOUNDS, bounded_slide, with_bounds
 from small_models import save_slide_classifier
 from torch import nn
 
+from perf_vit.data import (
+    DetectionDataConfig,
+    DetectionSplitConfig,
+    SegmentationDataConfig,
+    SegmentationSplitConfig,
+    build_detection_datamodule,
+    build_segmentation_datamodule,
+)
+from perf_vit.errors import InputError
 from perf_vit.inference import (
     DetectionPredictOptions,
     DetectionPredictor,
@@ -215,6 +224,115 @@ def test_segmentation_scores_against_annotations_of_qupath(slide, tmp_path, scal
     options = SegmentationEvaluateOptions(window_size=64, device="cpu")
     scores = evaluate_segmentation(model, slide, drawn, options)
     assert [each.iou for each in scores.scores] == [1.0, 1.0]
+
+
+@pytest.mark.parametrize("scale", [1, 2])
+def test_segmentation_trains_on_the_region_that_it_is_scored_on(slide, tmp_path, scale) -> None:
+    left, top, right, bottom = (side // scale for side in inside(*TISSUE))
+    # Half of the tissue, in pixels of the picture of QuPath.
+    region = [top, left, bottom - top, (right - left) // 2]
+    part = SegmentationSplitConfig(
+        image=str(slide), labels=str(annotation(tmp_path / "drawn.geojson")), region=[0, 0, bottom, right]
+    )
+    config = SegmentationDataConfig(
+        train=replace(part, region=region), val=part, classes=["other", "Tumor"], background="other",
+        attribute="classification", mpp=0.5 * scale, tile_px=32, batch_size=1, tiles_per_epoch=1, num_workers=0,
+    )  # fmt: skip
+    data = build_segmentation_datamodule(config, 0)
+    trained = data.train.sources[0]
+    assert trained.source.size == (BOUNDS["height"] // scale, BOUNDS["width"] // scale)
+    image, labels = trained.read_image(Window(*region))
+    assert (labels == 1).all()
+    assert (image.pixels[1] < 200).all()
+    model = PinkSegmenter(0.5 * scale)
+    model.spec = replace(model.spec, label_options={"attribute": "classification"})
+    options = SegmentationEvaluateOptions(window_size=64, device="cpu", region=tuple(region))
+    scores = evaluate_segmentation(model, slide, tmp_path / "drawn.geojson", options)
+    assert scores.curves.confusion.tolist() == [[0, 0], [0, region[2] * region[3]]]
+
+
+def detection_data(slide: Path, labels: Path, label_format: str, mpp: float | None):
+    split = DetectionSplitConfig(image=str(slide), labels=str(labels), label_format=label_format)
+    attribute = "classification" if label_format == "polygons" else None
+    config = DetectionDataConfig(
+        train=split, val=split, classes=["Tumor"], attribute=attribute, mpp=mpp, tile_px=64, batch_size=1,
+        tiles_per_epoch=1, num_workers=0,
+    )  # fmt: skip
+    return build_detection_datamodule(config, 0, oriented=False)
+
+
+@pytest.mark.parametrize("scale", [1, 2])
+def test_detectors_train_on_the_picture_of_qupath(slide, tmp_path, scale) -> None:
+    data = detection_data(slide, annotation(tmp_path / "drawn.geojson"), "polygons", 0.5 * scale)
+    (record,) = data.train_index
+    assert record.extent.shape == (BOUNDS["height"] // scale, BOUNDS["width"] // scale)
+    assert record.boxes_xyxy.tolist() == [[side / scale for side in inside(*TISSUE)]]
+    image, objects = data.train.images.read(0, record.extent)
+    left, top, right, bottom = objects.boxes_xyxy[0].astype(int)
+    pink = image.pixels[1] < 200
+    assert pink[top:bottom, left:right].all()
+    assert pink.sum() == (bottom - top) * (right - left)
+
+
+def coco_mask(path: Path, *, is_whole: bool) -> Path:
+    """The tissue as COCO's uncompressed run lengths, of all of level 0 or the picture of QuPath."""
+    height, width = (400, 480) if is_whole else (BOUNDS["height"], BOUNDS["width"])
+    left, top, right, bottom = (int(side) for side in (TISSUE if is_whole else inside(*TISSUE)))
+    mask = np.zeros((height, width), np.uint8)
+    mask[top:bottom, left:right] = 1
+    changes = np.flatnonzero(np.diff(mask.T.ravel())) + 1
+    counts = np.diff([0, *changes, mask.size]).tolist()
+    annotation = {
+        "id": 1, "image_id": 7, "category_id": 3, "bbox": [left, top, right - left, bottom - top], "iscrowd": 0,
+        "area": int(mask.sum()), "segmentation": {"size": [height, width], "counts": counts},
+    }  # fmt: skip
+    images = [{"id": 7, "file_name": "case.svs", "height": height, "width": width}]
+    categories = [{"id": 3, "name": "Tumor"}]
+    path.write_text(json.dumps({"images": images, "categories": categories, "annotations": [annotation]}))
+    return path
+
+
+@pytest.mark.parametrize("is_whole", [True, False], ids=["level0", "bounds"])
+def test_masks_of_coco_train_and_score_on_the_pixels_that_they_label(slide, tmp_path, is_whole) -> None:
+    labels = coco_mask(tmp_path / "masks.json", is_whole=is_whole)
+    data = detection_data(slide, labels, "coco", None)
+    (record,) = data.train_index
+    assert record.extent.shape == ((400, 480) if is_whole else (BOUNDS["height"], BOUNDS["width"]))
+    image, _ = data.train.images.read(0, record.extent)
+    (mask,) = record.masks.read(np.arange(1), record.extent)
+    assert np.array_equal(mask, image.valid & (image.pixels[1] < 200))
+    options = DetectionEvaluateOptions(**OPTIONS, label_format="coco")
+    assert evaluate_detection(PinkDetector(0.5), slide, labels, options).scores.ap50 == pytest.approx(1.0)
+
+
+def test_masks_of_slides_need_level_0(slide, tmp_path) -> None:
+    labels = coco_mask(tmp_path / "masks.json", is_whole=False)
+    with pytest.raises(InputError, match=r"masks of the pixels of .*case.svs, which can't be read at another mpp"):
+        detection_data(slide, labels, "coco", 1.0)
+
+
+def test_scores_take_the_pixel_size_that_replaces_that_of_the_file(slide, tmp_path) -> None:
+    # Pixels of level 0 count as 0.25 um wide, so those of the model, of 1 um, are four as wide.
+    options = DetectionEvaluateOptions(**OPTIONS, label_format="polygons", slide_mpp_override=0.25)
+    found = evaluate_detection(PinkDetector(1.0), slide, annotation(tmp_path / "drawn.geojson"), options)
+    assert found.scores.ap50 == pytest.approx(1.0)
+    model = PinkSegmenter(1.0)
+    model.spec = replace(model.spec, label_options={"attribute": "classification"})
+    mapped = SegmentationEvaluateOptions(window_size=64, device="cpu", slide_mpp_override=0.25)
+    scores = evaluate_segmentation(model, slide, tmp_path / "drawn.geojson", mapped)
+    assert scores.curves.confusion.sum() == BOUNDS["height"] // 4 * (BOUNDS["width"] // 4)
+    assert [each.iou for each in scores.scores] == [1.0, 1.0]
+
+
+@pytest.mark.parametrize("options", [{}, {"mpp": 1.0}, {"level": 1}])
+def test_open_slides_are_read_like_their_paths(slide, options) -> None:
+    spec = PinkSegmenter(1.0).spec
+    expected = spec.open(slide)
+    for given in (open_source(slide, **options), open_source(slide, **options).within_bounds()):
+        opened = spec.open(given)
+        assert opened.size == expected.size == (BOUNDS["height"] // 2, BOUNDS["width"] // 2)
+        assert np.array_equal(opened.read(opened.extent).pixels, expected.read(expected.extent).pixels)
+        assert spec.open(opened) is opened
 
 
 def test_attention_lies_over_the_tissue_of_the_picture_of_qupath(slide, tmp_path) -> None:

@@ -14,7 +14,8 @@ import numpy.typing as npt
 from perf_vit.errors import ConfigError
 from perf_vit.labels.image_folder import ImageFolder
 from perf_vit.registry import Registry
-from perf_vit.types import BoolArray, MaskCrops, Window
+from perf_vit.sources.slides import SlideSource
+from perf_vit.types import BoolArray, MaskCrops, Source, Window
 
 __all__ = [
     "LABEL_FORMATS",
@@ -69,6 +70,16 @@ class ImageRecord:
     def extent(self) -> Window:
         """Window of all pixels."""
         return Window(0, 0, self.height, self.width)
+
+    def labelled(self, source: Source) -> Source:
+        """Return the source on whose pixels the objects lie: of a slide, all of it or the part inside its bounds.
+
+        Args:
+            source: The opened image.
+        """
+        if not isinstance(source, SlideSource) or source.size == self.extent.shape:
+            return source
+        return source.whole if source.whole.size == self.extent.shape else source.within_bounds()
 
     def __len__(self) -> int:
         return len(self.labels)

@@ -226,38 +226,55 @@ def _measured(image: RawImage, open_input: OpenInput) -> tuple[int, int]:
     """Return the size of an image as read; its objects are scaled to it."""
     source = open_input(image.path)
     source.close()
-    labelled = source.levels[0] if isinstance(source, SlideSource) else source.size
+    masks = {(item.outline.height, item.outline.width) for item in image.objects if isinstance(item.outline, Rle)}
+    if not isinstance(source, SlideSource):
+        _check_size(image, masks, source, source.size)
+        return source.size
+    if masks or image.masks is not None:
+        return _masked_size(image, masks, source)
     _place_in_level0(image, source)
+    _check_size(image, masks, source, source.levels[0])
+    if not source.frame.to_level0.is_identity:
+        image.objects = [_placed(item, source.frame.to_level0) for item in image.objects]
+    return source.size
+
+
+def _masked_size(image: RawImage, masks: set[tuple[int, int]], source: SlideSource) -> tuple[int, int]:
+    """Return the size of the part of a slide that masks label: all of level 0, or its bounds, as QuPath exports it."""
+    bounds = source.frame.bounds.shape
+    labelled = bounds if bounds in (image.size, *masks) else source.levels[0]
+    _check_size(image, masks, source, labelled)
+    if not source.whole.frame.to_level0.is_identity:
+        raise InputError(
+            f"{image.labels} holds masks of the pixels of {image.path}, which can't be read at another mpp; give "
+            "polygons, or leave data.mpp out"
+        )
+    return labelled
+
+
+def _check_size(image: RawImage, masks: set[tuple[int, int]], source: Source, labelled: tuple[int, int]) -> None:
+    """Check that labels are of an image of the size that they label.
+
+    Raises:
+        InputError: The size that they state, or that of their masks, is another.
+    """
     if image.size is not None and min(image.size) > 0 and image.size != labelled:
         raise InputError(
             f"{image.labels} describes an image of {image.size[0]} x {image.size[1]} px, {image.path} has "
             f"{labelled[0]} x {labelled[1]}{_turned(source)}; use the image that was labelled"
         )
-    sizes = {(item.outline.height, item.outline.width) for item in image.objects if isinstance(item.outline, Rle)}
-    if sizes - {labelled}:
-        height, width = min(sizes - {labelled})
+    if masks - {labelled}:
+        height, width = min(masks - {labelled})
         raise InputError(
             f"{image.labels} holds a mask of {height} x {width} px for {image.path}, which has {labelled[0]} x "
             f"{labelled[1]}; make masks of the size of the image"
         )
-    if isinstance(source, SlideSource) and not source.frame.to_level0.is_identity:
-        if image.masks is not None or any(isinstance(item.outline, Rle) for item in image.objects):
-            raise InputError(
-                f"{image.labels} holds masks of the pixels of {image.path}, which can't be read at another mpp; give "
-                "polygons, or leave data.mpp out"
-            )
-        image.objects = [_placed(item, source.frame.to_level0) for item in image.objects]
-    return source.size
 
 
-def _place_in_level0(image: RawImage, source: Source) -> None:
+def _place_in_level0(image: RawImage, source: SlideSource) -> None:
     """Move objects of a picture of a slide's bounds, which QuPath exports, to level 0."""
-    if not isinstance(source, SlideSource):
-        return
     bounds, level0 = source.frame.bounds, source.levels[0]
-    if image.size != bounds.shape or bounds.shape == level0 or image.masks is not None:
-        return
-    if not any(isinstance(item.outline, Rle) for item in image.objects):
+    if image.size == bounds.shape and bounds.shape != level0:
         image.objects = [_placed(item, Affine.translation(-bounds.col, -bounds.row)) for item in image.objects]
         image.size = level0
 

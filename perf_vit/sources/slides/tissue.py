@@ -17,7 +17,10 @@ from perf_vit.sources.slides.outlines import read_outlines
 from perf_vit.sources.slides.pyramid import LevelGrid, PyramidReader, grid_at, read_grid
 from perf_vit.types import TISSUE_METHODS, BoolArray, Window
 
-__all__ = ["RasterMask", "TissueMask", "open_tissue"]
+__all__ = ["TISSUE_VERSION", "RasterMask", "TissueMask", "open_tissue"]
+
+TISSUE_VERSION = 1
+"""Version of the methods that find tissue, in the names of stored features; increase it when masks change."""
 
 _MPP = 8.0
 

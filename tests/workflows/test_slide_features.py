@@ -1,0 +1,105 @@
+"""Evaluation of slide classifiers and the features that their runs keep."""
+
+import shutil
+import tempfile
+from pathlib import Path
+
+import pytest
+import torch
+from small_models import save_slide_classifier
+from synthetic_slide import make_slide
+
+from perf_vit.errors import DataWarning
+from perf_vit.inference import SlideClassificationPredictOptions, SlideClassificationPredictor
+from perf_vit.workflows import slide_classification
+from perf_vit.workflows.slide_classification import (
+    SlideClassificationEvaluateOptions,
+    evaluate_slide_classification,
+)
+
+
+@pytest.fixture(scope="module")
+def slides(tmp_path_factory) -> Path:
+    root = tmp_path_factory.mktemp("slides")
+    for number, name in enumerate(("large", "small")):
+        make_slide(root / f"{name}.svs", 320, 300, mpp=0.5, tile_px=64, tissue_share=0.5, seed=number)
+    (root / "labels.csv").write_text("slide,label\nlarge,large\nsmall,small\n")
+    return root
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Path:
+    """Run folder of a classifier, without features."""
+    save_slide_classifier(tmp_path / "run" / "checkpoints" / "best.ckpt")
+    (tmp_path / "run" / "embeddings").mkdir()
+    return tmp_path / "run"
+
+
+def evaluate(run: Path, slides: Path, **options):
+    given = SlideClassificationEvaluateOptions(device="cpu", **options)
+    model = run / "checkpoints" / "best.ckpt"
+    return evaluate_slide_classification(model, slides, slides / "labels.csv", given).scores
+
+
+def features(run: Path) -> set[str]:
+    return {path.name for path in (run / "embeddings").glob("*.npz")}
+
+
+def test_features_of_another_precision_are_others(run, slides) -> None:
+    evaluate(run, slides, precision="bf16")
+    half = features(run)
+    assert len(half) == 2
+    evaluate(run, slides)
+    assert len(features(run)) == 4
+    evaluate(run, slides, precision="bf16")
+    assert len(features(run)) == 4
+
+
+def test_features_of_another_version_of_tissue_detection_are_others(run, slides, monkeypatch) -> None:
+    evaluate(run, slides)
+    before = features(run)
+    monkeypatch.setattr(slide_classification, "TISSUE_VERSION", slide_classification.TISSUE_VERSION + 1)
+    evaluate(run, slides)
+    assert len(features(run) - before) == len(before) == 2
+
+
+@pytest.mark.parametrize("precision", ["32", "bf16"])
+def test_stored_features_are_those_that_the_precision_gives(run, slides, precision) -> None:
+    # Those of the other precision are there, too.
+    evaluate(run, slides, precision="bf16" if precision == "32" else "32")
+    evaluate(run, slides, precision=precision)
+    options = SlideClassificationPredictOptions(device="cpu", precision=precision)
+    predictor = SlideClassificationPredictor(run / "checkpoints" / "best.ckpt", options)
+    slide = str(slides / "large.svs")
+    stored = slide_classification._store(predictor, run / "embeddings").read(slide).features
+    assert torch.equal(torch.from_numpy(stored), torch.from_numpy(predictor.embed(slide).features))
+
+
+def test_a_run_folder_that_cant_be_written_is_one_warning(run, slides, monkeypatch) -> None:
+    expected = evaluate(run, slides).to_dict()
+    shutil.rmtree(run / "embeddings")
+    (run / "embeddings").mkdir()
+    make = tempfile.TemporaryDirectory
+
+    def refuse(*args, **options):
+        # Permissions don't bind root.
+        if options.get("dir") == run / "embeddings":
+            raise PermissionError(13, "Permission denied")
+        return make(*args, **options)
+
+    monkeypatch.setattr(tempfile, "TemporaryDirectory", refuse)
+    with pytest.warns(DataWarning) as warned:
+        assert evaluate(run, slides).to_dict() == expected
+    said = [str(each.message) for each in warned if "features are not kept" in str(each.message)]
+    assert len(said) == 1
+    assert "permission denied" in said[0]
+    assert not features(run)
+
+
+def test_a_checkpoint_in_the_root_folder_has_no_stored_features(run, slides, monkeypatch) -> None:
+    expected = evaluate(run, slides).to_dict()
+    checkpoint, absolute = run / "checkpoints" / "best.ckpt", Path.absolute
+    monkeypatch.setattr(Path, "absolute", lambda self: Path("/best.ckpt") if self == checkpoint else absolute(self))
+    before = features(run)
+    assert evaluate(run, slides).to_dict() == expected
+    assert features(run) == before
