@@ -25,7 +25,7 @@ from perf_vit.finite import check_finite
 from perf_vit.labels.tables import CsvRow, class_index, read_csv_rows
 from perf_vit.models import SlideFeatures
 from perf_vit.plotting import save_png
-from perf_vit.sources import find_named, image_name, slide_members
+from perf_vit.sources import NamedImages, image_name, slide_members
 from perf_vit.types import Window
 
 __all__ = [
@@ -192,24 +192,25 @@ def read_slide_table(
     classes = tuple(sorted(set(names)) if classes is None else classes)
     labels = [class_index(name, classes, row.location) for name, row in zip(names, rows, strict=True)]
     paths: dict[str, str] = {}
+    images = NamedImages(Path(slides))
     for row in rows:
-        path = _find(row, Path(slides), image_column)
+        path = _find(row, images, image_column)
         if path in paths:
             raise InputError(f"{row.location} names {path}, as does {paths[path]}; give each slide once")
         paths[path] = row.location
     return SlideTargets(tuple(paths), np.array(labels, np.int64), classes)
 
 
-def _find(row: CsvRow, folder: Path, column: str) -> str:
+def _find(row: CsvRow, images: NamedImages, column: str) -> str:
     name = row.values[column]
     if "://" in name:
         return name
-    near = find_named(folder, name)
+    near = images.find(name)
     if len(near) == 1:
         return str(near[0])
     several = f", but {' and '.join(path.name for path in near[:2])}; give the ending" if near else ""
     raise InputError(
-        f"{row.location} names the slide {name}, which is not in {folder}{several or '; check data.train.image'}"
+        f"{row.location} names the slide {name}, which is not in {images.folder}{several or '; check data.train.image'}"
     )
 
 

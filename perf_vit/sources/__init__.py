@@ -22,9 +22,9 @@ with extra("geo", __name__):
         split_layer,
     )
     from perf_vit.sources.image_search import (
+        NamedImages,
         files_below,
         find_images,
-        find_named,
         images_at,
         is_image_folder,
         previews_among,
@@ -47,6 +47,7 @@ __all__ = [
     "READERS",
     "Level",
     "MosaicSource",
+    "NamedImages",
     "PixelSize",
     "PyramidReader",
     "RasterSource",
@@ -58,7 +59,6 @@ __all__ = [
     "file_stats",
     "files_below",
     "find_images",
-    "find_named",
     "find_reader",
     "fingerprint",
     "image_name",

@@ -18,12 +18,12 @@ from perf_vit.sources.files import (
     is_own,
 )
 from perf_vit.sources.names import image_name, names_of, with_name
-from perf_vit.sources.slide_files import data_folders, is_dicom_folder, one_per_slide, walk
+from perf_vit.sources.slide_files import data_folders, is_dicom_folder, one_per_slide, parts_of_slides, walk
 
 __all__ = [
+    "NamedImages",
     "files_below",
     "find_images",
-    "find_named",
     "image_root",
     "images_at",
     "is_glob",
@@ -131,25 +131,46 @@ def images_at(path: Path) -> list[Path]:
     return without_own(found)
 
 
-def find_named(folder: Path, name: str) -> list[Path]:
-    """Find an image in a folder by its path or name; suffixes may be left out.
+class NamedImages:
+    """Images of a folder, found by path or name; suffixes may be left out.
+
+    Each folder is listed once, and only images whose name fits are opened.
 
     Args:
-        folder: Folder that the name is relative to.
-        name: Name, with the sub-folders in which the image lies.
-
-    Returns:
-        The image; several if the name fits as many, none if it fits none.
+        folder: Folder that names are relative to.
     """
-    target = folder / name
-    if target.is_file():
-        return [target]
-    names = os.listdir(target.parent) if target.parent.is_dir() else []
-    kept = [each for each in sorted(names) if not is_by_product(each)]
-    images = [path for path in _images_among(target.parent, kept) if target.name in names_of(path)]
-    images = [path for path in images if path not in previews_among(images)]
-    exact = [path for path in images if path.name == target.name]
-    return exact or images or ([target] if target.exists() else [])
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self._entries: dict[Path, dict[str, list[str]]] = {}
+
+    def find(self, name: str) -> list[Path]:
+        """Return the image of a name; several if it fits as many, none if it fits none.
+
+        Args:
+            name: Name, with the subfolders in which the image lies.
+        """
+        target = self.folder / name
+        if target.is_file():
+            return [target]
+        fitting = self._entries_in(target.parent).get(target.name, [])
+        images = [path for path in _images_among(target.parent, fitting) if target.name in names_of(path)]
+        images = [path for path in images if path not in previews_among(images)]
+        exact = [path for path in images if path.name == target.name]
+        return exact or images or ([target] if target.exists() else [])
+
+    def _entries_in(self, parent: Path) -> dict[str, list[str]]:
+        """Return the files and folders in a folder by each of their names, without those that are parts of slides."""
+        if parent not in self._entries:
+            found: dict[str, list[str]] = {}
+            listed = sorted(os.listdir(parent)) if parent.is_dir() else []
+            data, parts = data_folders(listed), parts_of_slides(parent, listed)
+            for entry in listed:
+                if not is_by_product(entry) and entry not in parts and entry.lower() not in data:
+                    for name in names_of(parent / entry):
+                        found.setdefault(name, []).append(entry)
+            self._entries[parent] = found
+        return self._entries[parent]
 
 
 def without_own(paths: Sequence[Path]) -> list[Path]:

@@ -17,6 +17,7 @@ __all__ = [
     "is_dicom_folder",
     "named_files",
     "one_per_slide",
+    "parts_of_slides",
     "slide_members",
     "walk",
 ]
@@ -92,6 +93,11 @@ def named_files(index: Path) -> set[str]:
     return {value for value in values if "." in value and not {"/", "\\", "\0"}.intersection(value)}
 
 
+def parts_of_slides(parent: Path, names: Iterable[str]) -> set[str]:
+    """Return the names of files that index files of Hamamatsu among the files of a folder list."""
+    return {part for name in names if name.lower().endswith(_HAMAMATSU) for part in named_files(parent / name)}
+
+
 def one_per_slide(parent: Path, names: Sequence[str]) -> list[Path]:
     """Return the paths of images among the files of a folder: one for each slide of several files.
 
@@ -102,7 +108,7 @@ def one_per_slide(parent: Path, names: Sequence[str]) -> list[Path]:
     Returns:
         Paths in the order of the names; the folder itself where its DICOM files are one slide.
     """
-    parts = {part for name in names if name.lower().endswith(_HAMAMATSU) for part in named_files(parent / name)}
+    parts = parts_of_slides(parent, names)
     dicom = [name for name in names if name.lower().endswith(_DICOM)]
     whole = bool(dicom) and is_dicom_folder(parent)
     folder = with_name(parent)

@@ -2,6 +2,7 @@
 
 import os
 import struct
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -186,6 +187,36 @@ def test_tables_and_labels_find_slides_by_name_of_every_format(tmp_path: Path, s
         (tmp_path / "t.csv").write_text(f'slide,label\n"{name}",a\n')
         assert read_slide_table(tmp_path / "t.csv", tmp_path / "s").paths == (str(slide),)
         assert ImageFolder(tmp_path / "s").find(name, "labels") == slide
+
+
+def test_a_table_of_slides_opens_each_dicom_file_a_few_times(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for number in range(12):
+        write_dicom_slide(tmp_path / "slides" / f"case.{number}", levels_of(64, 64, 3), series=f"1.2.3.{number}")
+    (tmp_path / "t.csv").write_text("slide,label\n" + "".join(f"case.{number},a\n" for number in range(12)))
+    opened, listed = Counter(), Counter()
+    open_file, list_folder = Path.open, os.listdir
+    monkeypatch.setattr(Path, "open", lambda path, *args, **kw: opened.update([path]) or open_file(path, *args, **kw))
+    monkeypatch.setattr(os, "listdir", lambda path: listed.update([path]) or list_folder(path))
+    paths = read_slide_table(tmp_path / "t.csv", tmp_path / "slides").paths
+    assert paths == tuple(str(tmp_path / "slides" / f"case.{number}") for number in range(12))
+    num_opens = {path: count for path, count in opened.items() if path.suffix == ".dcm"}
+    assert len(num_opens) == 36
+    assert max(num_opens.values()) <= 4
+    assert listed[tmp_path / "slides"] == 1
+    opened.clear()
+    (tmp_path / "t.csv").write_text("slide,label\ncase.7,a\n")
+    assert read_slide_table(tmp_path / "t.csv", tmp_path / "slides").paths == (paths[7],)
+    assert {path.parent.name for path in opened if path.suffix == ".dcm"} == {"case.7"}
+
+
+def test_parts_of_slides_are_no_slides_of_a_table(tmp_path: Path) -> None:
+    touch(tmp_path, "s.jpg", "s_map.jpg")
+    (tmp_path / "s.vms").write_text("[Virtual Microscope Specimen]\nImageFile=s.jpg\nMapFile=s_map.jpg\n")
+    (tmp_path / "t.csv").write_text("slide,label\ns,a\n")
+    assert read_slide_table(tmp_path / "t.csv", tmp_path).paths == (str(tmp_path / "s.vms"),)
+    (tmp_path / "t.csv").write_text("slide,label\ns_map,a\n")
+    with pytest.raises(InputError, match="the slide s_map, which is not in"):
+        read_slide_table(tmp_path / "t.csv", tmp_path)
 
 
 def test_a_name_that_fits_two_slides_asks_for_the_suffix(tmp_path: Path) -> None:
