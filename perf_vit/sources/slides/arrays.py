@@ -91,8 +91,30 @@ class ArrayReader(PyramidReader):
             DamagedDataError: The file is damaged there.
             InputError: The system can't read it.
         """
+        return self._read_slice(level, window, slice(0, len(self.band_names)))
+
+    def read_bands(self, level: int, window: Window, bands: Sequence[int]) -> tuple[npt.NDArray[Any], BoolArray]:
+        """Read some bands as `read` does, and decode no chunks of others."""
+        step = self.bands_per_chunk(level)
+        parts = _runs({band // step for band in bands}, step, len(self.band_names))
+        read = [self._read_slice(level, window, part) for part in parts]
+        held = [band for part in parts for band in range(part.start, part.stop)]
+        order = [held.index(band) for band in bands]
+        pixels = np.concatenate([pixels for pixels, _ in read])[order]
+        if all(len(mask) == 1 and mask.all() for _, mask in read):
+            return pixels, read[0][1]
+        masks = [np.broadcast_to(mask, found.shape) for found, mask in read]
+        return pixels, np.concatenate(masks)[order]
+
+    def bands_per_chunk(self, level: int) -> int:
+        """Return the number of bands in a chunk of a level."""
+        if self._band_axis not in self._axes:
+            return 1
+        return int(self._handle.get().arrays[level].chunks[self._axes.index(self._band_axis)])
+
+    def _read_slice(self, level: int, window: Window, bands: slice) -> tuple[npt.NDArray[Any], BoolArray]:
         places: dict[str, Any] = {"Y": slice(window.row, window.row_stop), "X": slice(window.col, window.col_stop)}
-        places |= {"C": slice(None), "S": slice(None)}
+        places |= {"C": slice(None), "S": slice(None), self._band_axis: bands}
         try:
             array, chosen = self._handle.get().arrays[level], tuple(places.get(axis, 0) for axis in self._axes)
             found, stored = np.asarray(array[chosen]), stored_mask(array, chosen)
@@ -140,6 +162,13 @@ def _levels(sizes: Sequence[tuple[int, int]]) -> tuple[Level, ...]:
         Level(height, width, (true_downsample(full[0], height), true_downsample(full[1], width)))
         for height, width in sizes
     )
+
+
+def _runs(chunks: set[int], step: int, count: int) -> list[slice]:
+    """Return the bands of chunks, one slice for adjacent chunks."""
+    starts = [chunk for chunk in sorted(chunks) if chunk - 1 not in chunks]
+    stops = [chunk + 1 for chunk in sorted(chunks) if chunk + 1 not in chunks]
+    return [slice(start * step, min(stop * step, count)) for start, stop in zip(starts, stops, strict=True)]
 
 
 def _channel_names(names: Sequence[str], count: int) -> tuple[str, ...]:

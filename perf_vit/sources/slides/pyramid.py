@@ -77,6 +77,15 @@ class PyramidReader(ABC):
     def read(self, level: int, window: Window) -> tuple[npt.NDArray[Any], BoolArray]:
         """Read pixels [C, h, w] of a window inside the level, and their mask, [C or 1, h, w]; must be thread-safe."""
 
+    def read_bands(self, level: int, window: Window, bands: Sequence[int]) -> tuple[npt.NDArray[Any], BoolArray]:
+        """Read some bands, given by index in any order, as `read` does; override it where this takes less."""
+        pixels, mask = self.read(level, window)
+        return pixels[list(bands)], mask if len(mask) == 1 else mask[list(bands)]
+
+    def bands_per_chunk(self, level: int) -> int:
+        """Return the number of adjacent bands, counted from the first, that are decoded together."""
+        return len(self.band_names)
+
     def close(self) -> None:  # noqa: B027
         """Close this thread's handle, if any."""
 
@@ -206,12 +215,11 @@ def read_grid(
 def _read_bands(
     reader: PyramidReader, level: int, window: Window, bands: Sequence[int]
 ) -> tuple[npt.NDArray[Any], BoolArray]:
-    pixels, mask = reader.read(level, window)
-    mask = mask if len(mask) == 1 else mask[list(bands)]
     # An alpha band that is read as data is not a mask.
-    if reader.alpha is not None and reader.alpha not in bands:
-        mask = mask & (pixels[reader.alpha] > 0)
-    pixels = pixels[list(bands)]
+    alpha = [] if reader.alpha is None or reader.alpha in bands else [reader.alpha]
+    pixels, mask = reader.read_bands(level, window, [*bands, *alpha])
+    if alpha:
+        pixels, mask = pixels[:-1], (mask if len(mask) == 1 else mask[:-1]) & (pixels[-1] > 0)
     inside = None
     if reader.bounds is not None:
         inside = inside_bounds(reader.bounds, reader.levels[level].downsample_yx, window)

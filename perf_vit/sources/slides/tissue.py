@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import itertools
+from collections.abc import Iterator, Sequence
 from typing import Any, Protocol
 
 import numpy as np
@@ -121,9 +122,17 @@ def _find_auto(reader: PyramidReader, grid: LevelGrid) -> BoolArray:
         if not is_dark(colors, seen & ~find_padding(colors, seen)):
             return find_stained(colors, seen)
         return find_fluorescent((band, seen) for band in pixels)
-    # One channel at a time: there may be dozens.
-    each = (_read(reader, grid, [index]) for index in bands)
-    return find_fluorescent((pixels[0], seen) for pixels, seen in each)
+    return find_fluorescent(_channels(reader, grid, bands))
+
+
+def _channels(
+    reader: PyramidReader, grid: LevelGrid, bands: Sequence[int]
+) -> Iterator[tuple[npt.NDArray[Any], BoolArray]]:
+    """Yield channels with their masks, read by chunk: there may be dozens."""
+    step = reader.bands_per_chunk(grid.level)
+    for _, chunk in itertools.groupby(bands, lambda band: band // step):
+        pixels, mask = read_grid(reader, grid, Window(0, 0, grid.height, grid.width), list(chunk))
+        yield from zip(pixels, np.broadcast_to(mask, pixels.shape), strict=True)
 
 
 def _to_bytes(pixels: npt.NDArray[Any], seen: BoolArray) -> npt.NDArray[np.uint8]:

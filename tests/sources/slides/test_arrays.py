@@ -14,6 +14,8 @@ from slides import NAMES, noise, planes, write_tiff, write_zarr
 
 from perf_vit.errors import DamagedDataError, InputError
 from perf_vit.sources import open_source
+from perf_vit.sources.slides.arrays import ArrayReader
+from perf_vit.sources.slides.fluorescence import find_fluorescent
 from perf_vit.types import Window
 
 
@@ -25,6 +27,29 @@ def files(tmp_path_factory) -> dict[str, Path]:
         "zarr-0.4": write_zarr(folder / "a.ome.zarr", planes(), "0.4"),
         "zarr-0.5": write_zarr(folder / "b.zarr", planes(), "0.5"),
     }
+
+
+class CountingSlices:
+    """Counts the bands that are decoded."""
+
+    def __init__(self, read) -> None:
+        self._read = read
+        self.num_bands = 0
+
+    def __get__(self, reader, owner):
+        def read(level: int, window: Window, bands: slice):
+            self.num_bands += bands.stop - bands.start
+            return self._read(reader, level, window, bands)
+
+        return read
+
+
+def write_channels(path: Path, pixels: np.ndarray, chunk: int) -> Path:
+    """An OME-Zarr of one level, 8 micrometres per pixel, with several channels in a chunk."""
+    names = tuple(f"c{number}" for number in range(1, len(pixels) + 1))
+    write_zarr(path, [pixels], "0.5", mpp=8, names=names)
+    zarr.open_group(path, mode="r+").create_array("0", data=pixels, chunks=(chunk, 32, 32), overwrite=True)
+    return path
 
 
 KINDS = ["tiff", "zarr-0.4", "zarr-0.5"]
@@ -156,6 +181,37 @@ def test_a_window_reads_only_the_tiles_it_needs(files, monkeypatch) -> None:
     # One tile of each of three channels, of 105 tiles on this level.
     assert len(places) <= 3
     assert sum(places) < 4 * 64 * 64 * 2
+
+
+@pytest.mark.parametrize(("chunk", "bands", "num_bands"), [(1, [7, 2, 3], 3), (4, [7, 2, 3], 8), (9, [2], 9)])
+def test_bands_are_read_without_the_chunks_of_others(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, chunk: int, bands: list[int], num_bands: int
+) -> None:
+    pixels = np.random.default_rng(0).integers(0, 60000, (9, 70, 65), np.uint16)
+    path = write_channels(tmp_path / "a.zarr", pixels, chunk)
+    monkeypatch.setattr(ArrayReader, "_read_slice", counting := CountingSlices(ArrayReader._read_slice))
+    with open_source(path, bands=bands) as source:
+        assert np.array_equal(source.read(source.extent).pixels, pixels[[band - 1 for band in bands]])
+    assert counting.num_bands == num_bands
+
+
+@pytest.mark.parametrize("chunk", [1, 4, 9])
+def test_tissue_reads_each_channel_once_and_is_that_of_single_channels(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, chunk: int
+) -> None:
+    rng = np.random.default_rng(0)
+    pixels = rng.normal(200, 4, (9, 150, 140))
+    for band in range(9):
+        pixels[band, 10 + 10 * band : 40 + 10 * band, 30:70] += 900
+    path = write_channels(tmp_path / "a.zarr", pixels.astype(np.uint16), chunk)
+    with open_source(path) as source:
+        image = source.read(source.extent)
+    expected = find_fluorescent((band, np.ones(band.shape, bool)) for band in image.pixels)
+    monkeypatch.setattr(ArrayReader, "_read_slice", counting := CountingSlices(ArrayReader._read_slice))
+    with open_source(path, tissue="auto") as source:
+        assert counting.num_bands == 9
+        assert np.array_equal(source.read(source.extent).valid, expected)
+    assert 0.1 < expected.mean() < 0.9
 
 
 @pytest.mark.parametrize("kind", KINDS)
