@@ -49,9 +49,10 @@ def image_root(path: str | Path) -> Path:
 
     Of a glob in a folder that is one slide, it is the parent of that folder.
     """
-    path = with_name(Path(path))
-    if path.is_dir() and not is_image_folder(path):
-        return path
+    given = Path(path)
+    if given.is_dir() and not is_image_folder(given):
+        return given
+    path = with_name(given)
     if not is_glob(path):
         return path.parent
     root = next(parent for parent in path.parents if not glob.has_magic(str(parent)))
@@ -188,7 +189,13 @@ def without_own(paths: Sequence[Path]) -> list[Path]:
 
 
 def _images_below(root: Path) -> list[Path]:
-    return sorted(path for parent, names in walk(root) for path in _images_among(Path(parent), names))
+    return _outside_slides(sorted(path for parent, names in walk(root) for path in _images_among(Path(parent), names)))
+
+
+def _outside_slides(paths: Sequence[Path]) -> list[Path]:
+    """Remove photos in the folder of a slide, such as its thumbnail."""
+    folders = {path for path in paths if path.is_dir()}
+    return [path for path in paths if folders.isdisjoint(path.parents)]
 
 
 def _images_among(parent: Path, names: Sequence[str]) -> list[Path]:
@@ -207,5 +214,4 @@ def _matches(pattern: Path) -> Iterator[Path]:
         is_found = is_image_folder(path) or (path.is_file() and (any_suffix or is_image_name(path.name)))
         if is_found and not is_by_product(path.name):
             names.setdefault(path.parent, []).append(path.name)
-    for parent, found in names.items():
-        yield from one_per_slide(parent, found)
+    yield from _outside_slides([path for parent, found in names.items() for path in one_per_slide(parent, found)])

@@ -7,7 +7,7 @@ import re
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
-from perf_vit.sources.files import FOLDER_SUFFIXES, is_by_product, is_image_name, is_own
+from perf_vit.sources.files import FOLDER_SUFFIXES, PICTURE_SUFFIXES, is_by_product, is_image_name, is_own
 from perf_vit.sources.names import with_name
 
 __all__ = [
@@ -146,10 +146,16 @@ def walk(root: str | Path) -> Iterator[tuple[str, list[str]]]:
 
 
 def _has_others(folder: str | Path) -> bool:
-    """Return whether a folder has images other than the DICOM files that lie in it, and outputs of perf_vit."""
+    """Return whether a folder has images other than the DICOM files that lie in it, and outputs of perf_vit.
+
+    Photos don't count: scanners and viewers leave thumbnails and pictures of labels beside a slide.
+    """
     top = os.fspath(folder)
     return any(
-        is_image_name(name) and not (parent == top and name.lower().endswith(_DICOM)) and not is_own(Path(parent, name))
+        is_image_name(name)
+        and os.path.splitext(name)[1].lower() not in PICTURE_SUFFIXES
+        and not (parent == top and name.lower().endswith(_DICOM))
+        and not is_own(Path(parent, name))
         for parent, names in walk(top)
         for name in names
     )

@@ -313,9 +313,10 @@ class _Forward:
         return TokenStore(num_tokens, self._model.embed_dim, self._dtype, self._computed, path)
 
     def _copied(self, store: TokenStore, layout: TokenLayout, index: int) -> TokenStore:
-        copy = self._new_store(len(layout.own_tokens), f"block_{index}")
-        for part in layout.parts(1, self._part_tokens):
-            copy.write(layout.tokens(part), store.read(layout.tokens(part)))
+        with self._processes.failing_together():
+            copy = self._new_store(len(layout.own_tokens), f"block_{index}")
+            for part in layout.parts(1, self._part_tokens):
+                copy.write(layout.tokens(part), store.read(layout.tokens(part)))
         return copy
 
     def _report(self, part: Part) -> None:

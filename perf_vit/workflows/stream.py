@@ -14,12 +14,13 @@ import numpy as np
 import numpy.typing as npt
 from torch import nn
 
-from perf_vit.errors import CheckpointError, OptionError, OutputError, extra
+from perf_vit.errors import CheckpointError, OptionError, OutputError, PerfVitError, extra
 from perf_vit.types import GeoImage, InputPath, Source
 
 with extra("geo", "stream"):
     from perf_vit.models import InputSpec
-    from perf_vit.streaming import ImageTokens, StreamedTokens, stream_tokens
+    from perf_vit.streaming import ImageTokens, StreamedTokens, check_streamable, stream_tokens
+    from perf_vit.streaming.processes import Processes
     from perf_vit.streaming.store import STORED_DTYPES
     from perf_vit.workflows.progress import progress_shown, windows_progress
 
@@ -99,13 +100,12 @@ def stream(
     with ExitStack() as files:
         place = None if folder is None else Path(files.enter_context(_temporary(Path(folder))))
         with ExitStack() as opened, progress_shown(progress), windows_progress("streaming", "rows") as on_progress:
-            source = spec.open(image)
-            if source is not image:
-                opened.callback(source.close)
-            try:
-                tokens = ImageTokens(model, source, spec.normalizer or _as_they_are)
-            except ValueError as error:
-                raise CheckpointError(str(error)) from error
+            with Processes().failing_together():
+                source = spec.open(image)
+                if source is not image:
+                    opened.callback(source.close)
+                tokens = _tokens_of(model, source, spec)
+                check_streamable(model, tokens.grid)
             last, kept = stream_tokens(
                 model,
                 tokens,
@@ -116,6 +116,15 @@ def stream(
             )
         blocks = dict(zip(sorted(set(indices)), kept, strict=True))
         return StreamedImage(last, blocks, files.pop_all())
+
+
+def _tokens_of(model: nn.Module, source: Source, spec: InputSpec) -> ImageTokens:
+    try:
+        return ImageTokens(model, source, spec.normalizer or _as_they_are)
+    except PerfVitError:
+        raise
+    except ValueError as error:
+        raise CheckpointError(str(error)) from error
 
 
 def _as_they_are(image: GeoImage) -> npt.NDArray[np.float32]:

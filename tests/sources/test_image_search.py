@@ -20,7 +20,7 @@ from perf_vit.labels.image_folder import ImageFolder
 from perf_vit.labels.tables import read_class_folders, read_class_table
 from perf_vit.plotting import save_png
 from perf_vit.sources import find_images, image_name, image_names, open_source, slide_members
-from perf_vit.sources.image_search import is_image_folder
+from perf_vit.sources.image_search import image_root, is_image_folder
 from perf_vit.types import Window
 
 
@@ -96,7 +96,7 @@ def test_several_dicom_slides_in_a_folder_are_a_file_each(tmp_path: Path) -> Non
     assert len(slide_members(tmp_path / "both" / "1.2.3.1.level-0.dcm")) == 2
 
 
-@pytest.mark.parametrize("other", ["b.svs", "sub/deep/b.svs", "b.png", "sub/b.zarr/0"])
+@pytest.mark.parametrize("other", ["b.svs", "sub/deep/b.svs", "b.tif", "sub/b.zarr/0"])
 def test_a_dicom_series_hides_no_other_images_of_its_folder(tmp_path: Path, other: str) -> None:
     folder = write_dicom_slide(tmp_path / "slides", levels_of(128, 192, 3))
     assert is_image_folder(folder)
@@ -110,6 +110,24 @@ def test_a_dicom_series_hides_no_other_images_of_its_folder(tmp_path: Path, othe
     assert len(slide_members(folder / "1.2.3.1.level-0.dcm")) == 3
     with open_source(folder / "1.2.3.1.level-0.dcm") as slide:
         assert slide.size == (128, 192)
+
+
+@pytest.mark.parametrize("photo", ["thumbnail.jpg", "label.PNG", "qupath/data/1/thumbnail.jpg"])
+def test_photos_beside_a_dicom_slide_are_part_of_it(tmp_path: Path, photo: str) -> None:
+    folder = write_dicom_slide(tmp_path / "case", levels_of(128, 192, 3))
+    touch(folder, photo)
+    assert is_image_folder(folder)
+    assert find_images([folder]) == find_images([tmp_path]) == [folder]
+
+
+@pytest.mark.parametrize("place", [".", "../photos", "../photos/sub/.."])
+def test_folders_named_by_dots_are_roots_of_their_images(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: str
+) -> None:
+    touch(tmp_path / "photos", "a.jpg", "sub/b.jpg")
+    monkeypatch.chdir(tmp_path / "photos")
+    found = [str(path.relative_to(image_root(place))) for path in find_images([place])]
+    assert found == ["a.jpg", os.path.join("sub", "b.jpg")]
 
 
 def test_outputs_in_a_dicom_folder_leave_it_one_slide(tmp_path: Path) -> None:

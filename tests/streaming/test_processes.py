@@ -55,9 +55,9 @@ def test_stripes_equal_the_image_in_one_process(results: list[dict], name: str) 
 def test_traffic_does_not_grow_with_the_image(results: list[dict], name: str) -> None:
     small, large = (results[0][name, size]["num_bytes"] for size in SIZES)
     if "clustered" not in name:
-        # Features: sums, weights and scales of 2 heads in 3 blocks, and the mean of the tokens at the end.
+        # Sums, weights and scales of features of 2 heads in 3 blocks, the mean of the tokens, and a flag of the copy.
         num_features = build_for(name, *SIZES[0])[0].blocks[0].attn.options.num_features
-        assert small == large == 3 * 2 * num_features * (16 + 1 + 1) * 8 + 32 * 8
+        assert small == large == 3 * 2 * num_features * (16 + 1 + 1) * 8 + 32 * 8 + 4
     else:
         # A sample of less than 8,192 tokens crosses as well.
         assert small < large < small + 3 * 3 * 32 * 8192 * 8
