@@ -251,10 +251,10 @@ def test_the_tissue_of_the_next_slide_is_found_while_a_slide_is_embedded() -> No
             found[path].set()
             return (f"windows of {path}",)
 
-        def embed(self, path: str, on_window, windows) -> tuple[str, ...]:
+        def embed(self, path: str, on_window, tissue) -> tuple[str, ...]:
             following = chr(ord(path) + 1)
             assert following not in found or found[following].wait(10)
-            return windows
+            return tissue
 
     assert list(_embedded(Slides(), list("abc"))) == [(f"windows of {name}",) for name in "abc"]
 
