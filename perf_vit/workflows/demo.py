@@ -5,11 +5,13 @@ from __future__ import annotations
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from perf_vit.errors import extra
 
 with extra("train", "the demo"):
     from perf_vit.data import make_ship_scene
+    from perf_vit.data.synthetic import ShipScene
     from perf_vit.labels import open_labels
     from perf_vit.plotting import colorize, default_colormap
     from perf_vit.reporting import Page, Preview, Row, picture_layer, read_picture
@@ -71,19 +73,11 @@ def run_demo(out: Path, seed: int = 0, *, overwrite: bool = False) -> Demo:
     note(f"scene: {scene.image} ({scene.num_targets} ships), labels: {scene.labels}")
 
     half = scene.size_px // 2
-    upper, lower = [0, 0, half, scene.size_px], [half, 0, scene.size_px - half, scene.size_px]
+    lower = [half, 0, scene.size_px - half, scene.size_px]
     for name in ("last.ckpt", "best.ckpt"):
         (run / "checkpoints" / name).unlink(missing_ok=True)
-    files = {"image": scene.image, "labels": scene.labels}
-    overrides = {
-        "seed": seed,
-        **{f"data.{part}.{key}": path for part in ("train", "val") for key, path in files.items()},
-        "data.train.region": upper,
-        "data.val.region": lower,
-        # Each validation takes a second and a half.
-        "trainer.val_every_epochs": 2,
-    }
-    trained = train("segmentation/demo", overrides, out=run)
+    regions = {"data.train.region": [0, 0, half, scene.size_px], "data.val.region": lower}
+    trained = train("segmentation/demo", {"seed": seed, **_overrides(scene), **regions}, out=run)
     checkpoint = trained.best
 
     output = out / "map.tif"
@@ -101,6 +95,16 @@ def run_demo(out: Path, seed: int = 0, *, overwrite: bool = False) -> Demo:
         scores=scored,
     )
     return Demo(map=output, report=report, scores=scored, seconds=time.perf_counter() - start)
+
+
+def _overrides(scene: ShipScene) -> dict[str, Any]:
+    """Files of training and validation, and how often the model is validated, by key of the config."""
+    files = {"image": scene.image, "labels": scene.labels}
+    # Each validation takes a second and a half.
+    return {
+        **{f"data.{part}.{key}": path for part in ("train", "val") for key, path in files.items()},
+        "trainer.val_every_epochs": 2,
+    }
 
 
 def _files(out: Path) -> list[Path]:
