@@ -1,4 +1,4 @@
-"""Reading ahead of the model in threads, the transfer of what was read to the device, and use of its scores."""
+"""Windows of an image that the model waits for, damaged windows, and use of its scores while it computes."""
 
 from __future__ import annotations
 
@@ -6,11 +6,8 @@ import inspect
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
-from functools import partial
-from itertools import islice
 from threading import Event
-from typing import Any, Protocol, TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -18,7 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from perf_vit.errors import DamagedDataError
-from perf_vit.types import BoolArray, GeoImage, Source, Window
+from perf_vit.models.read_ahead import Entry, Reads, Tile, load_ahead, read_ahead, read_tile, to_device, valid_pixels
+from perf_vit.types import GeoImage, Source, Window
 
 __all__ = [
     "Entry",
@@ -37,108 +35,8 @@ __all__ = [
 
 FloatArray = npt.NDArray[np.float32]
 
-Item = TypeVar("Item")
-
-Loaded = TypeVar("Loaded")
-
 # Side of the smallest piece that a damaged window is read in: a tile of most files is no smaller.
 _SALVAGE_PX = 64
-
-
-class Reads(Protocol):
-    """What the engine reads from: anything that gives a window's pixels and valid mask."""
-
-    def read(self, window: Window) -> GeoImage:
-        """Pixels and valid mask of a window, padded where it reaches past the edge; from any thread."""
-
-
-@dataclass(frozen=True, slots=True)
-class Tile:
-    """A window, ready for the model.
-
-    Attributes:
-        window: where it lies.
-        valid: [h, w], where the source has data.
-        pixels: the model's input, [C, h, w]; None where no pixel is valid.
-    """
-
-    window: Window
-    valid: BoolArray
-    pixels: FloatArray | None
-
-
-def load_ahead(
-    items: Iterable[Item], load: Callable[[Item], Loaded], *, num_threads: int, depth: int
-) -> Generator[Loaded, None, None]:
-    """Load items in threads and yield the results in the order of the items, however long each takes.
-
-    Items are taken from their iterable by the caller's thread.
-
-    Args:
-        items: Items to load.
-        load: Function that loads an item; called from several threads.
-        num_threads: Number of threads.
-        depth: Maximum number of items that are loaded or being loaded and not yet taken.
-
-    Raises:
-        Exception: Whatever `load` raises, in the item's turn; no further item is loaded.
-    """
-    pool = ThreadPoolExecutor(num_threads, thread_name_prefix="perf_vit-reader")
-    todo = iter(items)
-    try:
-        waiting: deque[Future[Loaded]] = deque(pool.submit(load, item) for item in islice(todo, depth))
-        while waiting:
-            loaded = waiting.popleft().result()
-            waiting.extend(pool.submit(load, item) for item in islice(todo, 1))
-            yield loaded
-    finally:
-        pool.shutdown(cancel_futures=True)
-
-
-def read_ahead(
-    windows: Iterable[Window],
-    source: Reads,
-    normalize: Callable[[GeoImage], FloatArray],
-    *,
-    num_threads: int,
-    depth: int,
-) -> Generator[Tile, None, None]:
-    """Read and normalise windows of a source in threads and yield a tile per window, in order; see `load_ahead`.
-
-    Args:
-        windows: Windows to read.
-        source: Source of the pixels.
-        normalize: Function from pixels to the model's input.
-        num_threads: Number of threads that read.
-        depth: Maximum number of windows that are held or being read.
-
-    Raises:
-        InputError: A window can't be read.
-    """
-    load = partial(read_tile, source, normalize)
-    return load_ahead(windows, load, num_threads=num_threads, depth=depth)
-
-
-def read_tile(source: Reads, normalize: Callable[[GeoImage], FloatArray], window: Window) -> Tile:
-    """Read and normalise a window.
-
-    Raises:
-        InputError: It can't be read.
-    """
-    image = source.read(window)
-    return Tile(window, image.valid, normalize(image) if image.valid.any() else None)
-
-
-def to_device(tiles: Tensor, device: str | torch.device) -> Tensor:
-    """Copy tiles [B, C, h, w] to a device.
-
-    To a GPU, they are copied from pinned memory, while it computes, and laid out channels-last, as its convolutions
-    are fastest on.
-    """
-    device = torch.device(device)
-    if device.type != "cuda":
-        return tiles.to(device)
-    return tiles.pin_memory().to(device, non_blocking=True).contiguous(memory_format=torch.channels_last)
 
 
 def takes_valid(model: Callable[..., Any]) -> bool:
@@ -150,13 +48,6 @@ def takes_valid(model: Callable[..., Any]) -> bool:
     except ValueError:
         # Functions written in C have no signature.
         return False
-
-
-def valid_pixels(tiles: Sequence[Entry]) -> Tensor | None:
-    """Valid pixels of some tiles, bool [B, h, w], None where all are."""
-    if all(tile.valid.all() for tile in tiles):
-        return None
-    return torch.from_numpy(np.stack([tile.valid for tile in tiles]))
 
 
 class FirstWindows:
@@ -230,18 +121,6 @@ def _halves(start: int, length: int) -> list[tuple[int, int]]:
 _BATCHES_BEHIND = 2
 
 Result = TypeVar("Result")
-
-
-class Entry(Protocol):
-    """A tile, or something that holds one."""
-
-    @property
-    def pixels(self) -> FloatArray | None:
-        """Input of the model, [C, h, w]; None to skip it."""
-
-    @property
-    def valid(self) -> BoolArray:
-        """Valid pixels, [h, w]."""
 
 
 AnyEntry = TypeVar("AnyEntry", bound=Entry)

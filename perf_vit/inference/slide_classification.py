@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-import itertools
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
 from functools import partial
@@ -21,16 +20,16 @@ from perf_vit.finite import check_finite
 from perf_vit.inference.jobs.table_job import TableJob
 from perf_vit.inference.options import SlideClassificationPredictOptions, move_to_device
 from perf_vit.inference.predictor import OnProgress, ignore_progress, register_predictor
-from perf_vit.inference.prefetch import Reads, Tile, read_ahead, takes_valid, to_device, valid_pixels
+from perf_vit.inference.prefetch import takes_valid
 from perf_vit.inference.table_predictor import Rows, TablePredictor
 from perf_vit.models import InputCheck, SlideClassifier, SlideFeatures, load_slide_classifier, tissue_windows
+from perf_vit.models.read_ahead import Reads, to_device, window_batches
 from perf_vit.plotting import rgb_from, save_png, tissue_picture
 from perf_vit.plotting.panels import with_color_bar
 from perf_vit.plotting.pictures import Picture
 from perf_vit.reporting.outputs import thumbnail_of
 from perf_vit.sources import image_name, image_names
 from perf_vit.sources.files import ATTENTION_ENDING
-from perf_vit.threads import num_processors
 from perf_vit.types import TISSUE_METHODS, GeoImage, Source, Window
 from perf_vit.writers import write_objects
 
@@ -75,40 +74,24 @@ def embed_windows(
     """
     device = torch.device(device)
     autocast = torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32)
-    readers = num_readers or num_processors()
-    tiles = read_ahead(windows, source, normalize, num_threads=readers, depth=2 * batch_size + readers)
+    with_valid = takes_valid(encode)
     found: list[FloatArray] = []
     done = 0
-    with closing(tiles):
-        for batch in _batches(tiles, batch_size):
-            blank = next((tile.pixels for tile in batch if tile.pixels is not None), None)
-            if blank is None:
-                blank = normalize(source.read(batch[0].window))
+    with closing(window_batches(source, normalize, windows, batch_size, num_readers=num_readers)) as batches:
+        for pixels, valid in batches:
             with torch.inference_mode(), autocast:
-                features = _encoded(encode, batch, np.zeros_like(blank), device).float().cpu().numpy()
-            batch_windows = windows[done : done + len(batch)]
+                given = {} if valid is None or not with_valid else {"valid": valid.to(device)}
+                features = encode(to_device(pixels, device), **given).float().cpu().numpy()
+            batch_windows = windows[done : done + len(pixels)]
             check_finite(features, "features", partial(_place, source, batch_windows))
             found.append(features)
-            done += len(batch)
+            done += len(pixels)
             on_progress(done, len(windows))
     return np.concatenate(found)
 
 
 def _place(source: Reads, windows: Sequence[Window], index: int) -> str:
     return f"{getattr(source, 'path', 'the source')}, window {windows[index]},"
-
-
-def _batches(tiles: Iterator[Tile], batch_size: int) -> Iterator[list[Tile]]:
-    while batch := list(itertools.islice(tiles, batch_size)):
-        yield batch
-
-
-def _encoded(encode: Callable[..., Tensor], tiles: Sequence[Tile], blank: FloatArray, device: torch.device) -> Tensor:
-    # What isn't valid is 0, the mean.
-    pixels = np.stack([blank if tile.pixels is None else tile.pixels for tile in tiles])
-    batch = to_device(torch.from_numpy(pixels), device)
-    valid = valid_pixels(tiles) if takes_valid(encode) else None
-    return encode(batch) if valid is None else encode(batch, valid=valid.to(device))
 
 
 _SIZE_PX = 2048
