@@ -12,10 +12,12 @@ from typing import Any, TypeAlias, TypeVar, cast
 
 import yaml
 from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
+from omegaconf.errors import GrammarParseError, OmegaConfBaseException
+from omegaconf.grammar.gen.OmegaConfGrammarParser import OmegaConfGrammarParser
+from omegaconf.grammar_parser import parse
 
 from perf_vit.config.values import MISSING, build_config, dataclass_in, options_of_hint, shown
-from perf_vit.config.yaml_text import check_interpolations, load_yaml, takes_text
+from perf_vit.config.yaml_text import MOST_CHARACTERS, NODE_CHARACTERS, load_yaml, takes_text
 from perf_vit.errors import ConfigError, reason_line
 
 __all__ = [
@@ -184,7 +186,7 @@ def _merged(config: Config, overrides: Overrides, schema: Any = None) -> dict[st
     with _one_line(name):
         if isinstance(config, Mapping):
             content = _plain(config)
-            check_interpolations(content, name)
+            _check_interpolations(content, name)
             merged = _with_base(content, Path(), (), schema)
         else:
             merged = _read_with_bases(find_config(config), (), schema)
@@ -216,7 +218,7 @@ def _with_base(content: dict[str, Any], path: Path, seen: tuple[Path, ...], sche
     beside = path.parent / str(base)
     parent = _read_with_bases(beside if beside.is_file() else find_config(str(base)), seen, schema)
     merged = _merge(parent, content, schema)
-    check_interpolations(merged, path)
+    _check_interpolations(merged, path)
     return merged
 
 
@@ -240,7 +242,7 @@ def _read_yaml(path: Path, schema: Any) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise ConfigError(f"{path} must hold a mapping of keys to values, got {type(content).__name__}")
     # Checked before merging, which resolves some interpolations.
-    check_interpolations(content, path)
+    _check_interpolations(content, path)
     return content
 
 
@@ -353,3 +355,63 @@ def _all_keys(schema: type, prefix: str = "") -> Iterator[str]:
         yield f"{prefix}{name}"
         if (nested := dataclass_in(hint)) is not None:
             yield from _all_keys(nested, f"{prefix}{name}.")
+
+
+# n nested interpolations expand a value at most 3^(n / 3) times.
+_GROWTH = 3 ** (1 / 3)
+
+_LONGEST = 1000
+
+
+def _check_interpolations(content: Mapping[Any, Any], path: str | Path) -> None:
+    """Refuse resolvers, such as `${oc.env:NAME}`, and interpolations that could expand a config too much.
+
+    Resolvers read the environment, which a file from elsewhere must not do; overrides may use them.
+
+    Raises:
+        ConfigError: A value has one; the message names the key.
+    """
+    size, count = 0, 0
+    for key, value in _leaves(content):
+        size += NODE_CHARACTERS + len(value)
+        for node in _interpolations(key, value, path):
+            if isinstance(node, OmegaConfGrammarParser.InterpolationResolverContext):
+                raise ConfigError(
+                    f"{path}: {key} uses the resolver {node.getText()}, which a file must not; give the value on the "
+                    f"command line, {key}='{node.getText()}'"
+                )
+            count += 1
+    if count and size * _GROWTH**count > MOST_CHARACTERS:
+        raise ConfigError(f"{path} has {count} interpolations, too many for its size; write some of their values out")
+
+
+def _leaves(value: Any, key: str = "") -> Iterator[tuple[str, str]]:
+    """Yield (dotted key, text) of all values except mappings and lists."""
+    if isinstance(value, Mapping):
+        for name, each in value.items():
+            yield from _leaves(each, f"{key}.{name}" if key else str(name))
+    elif isinstance(value, list):
+        for place, each in enumerate(value):
+            yield from _leaves(each, f"{key}.{place}")
+    else:
+        yield key, str(value)
+
+
+def _interpolations(key: str, text: str, path: str | Path) -> Iterator[Any]:
+    if "${" not in text:
+        return
+    if len(text) > _LONGEST:
+        raise ConfigError(f"{path}: {key} is an interpolation of {len(text)} characters; at most {_LONGEST} are read")
+    try:
+        nodes: list[Any] = [parse(text)]
+    except (GrammarParseError, RecursionError) as error:
+        raise ConfigError(f"{path}: {key} is not a valid interpolation: {text:.80}") from error
+    while nodes:
+        node = nodes.pop()
+        nodes.extend(getattr(node, "children", None) or ())
+        kinds = (
+            OmegaConfGrammarParser.InterpolationNodeContext,
+            OmegaConfGrammarParser.InterpolationResolverContext,
+        )
+        if isinstance(node, kinds):
+            yield node

@@ -8,10 +8,10 @@ from pathlib import Path
 
 from perf_vit.errors import DataWarning, InputError
 from perf_vit.sources import MASK_SUFFIXES, files_below, find_images, is_vector_name, names_of, previews_among
-from perf_vit.sources.image_search import image_root, is_glob
+from perf_vit.sources.image_search import image_root
 from perf_vit.types import InputPath
 
-__all__ = ["ImageFolder", "find_label_pairs", "is_labelled_folder", "label_files", "read_lines", "vector_files_below"]
+__all__ = ["ImageFolder", "find_label_pairs", "label_files", "read_lines", "vector_files_below"]
 
 
 class ImageFolder:
@@ -135,13 +135,6 @@ def label_files(labels: Path, folder: ImageFolder, suffix: str) -> list[tuple[Pa
     root = labels if labels.is_dir() else labels.parent
     pairs = [(folder.find(str(file.relative_to(root).with_suffix("")), str(file)), file) for file in files]
     return [(image, file) for image, file in pairs if folder.wanted(image)]
-
-
-def is_labelled_folder(images: InputPath, labels: str | Path) -> bool:
-    """Return whether labels are a folder and images a folder, glob or list, so each image has its own label file."""
-    if not Path(labels).is_dir():
-        return False
-    return not isinstance(images, str | Path) or Path(images).is_dir() or is_glob(images)
 
 
 def find_label_pairs(images: InputPath, labels: str | Path) -> list[tuple[Path, Path]]:

@@ -15,11 +15,12 @@ from perf_vit.labels.raster import RasterLabels, RasterLayers, VectorLayers, ope
 from perf_vit.labels.vector import VectorLabels, warn_of_polygons
 from perf_vit.sources import RasterSource, is_vector_name, open_raster, split_layer
 from perf_vit.sources._gdal import check_exists
+from perf_vit.sources.image_search import is_glob
 from perf_vit.sources.slides import SlideSource
 from perf_vit.sources.vector_file import opens_as_vector
-from perf_vit.types import LabelArray, Window
+from perf_vit.types import InputPath, LabelArray, Window
 
-__all__ = ["LabelSource", "open_labels", "warn_of_polygons_outside"]
+__all__ = ["LabelSource", "is_labelled_folder", "open_labels", "warn_of_polygons_outside"]
 
 
 class LabelSource(Protocol):
@@ -41,6 +42,13 @@ class LabelSource(Protocol):
 
     def close(self) -> None:
         """Close this thread's file handles; the next read opens them again."""
+
+
+def is_labelled_folder(images: InputPath, labels: str | Path) -> bool:
+    """Return whether labels are a folder and images a folder, glob or list, so each image has its own label file."""
+    if not Path(labels).is_dir():
+        return False
+    return not isinstance(images, str | Path) or Path(images).is_dir() or is_glob(images)
 
 
 def open_labels(

@@ -52,12 +52,12 @@ with extra("geo", __name__):
     from perf_vit.models.tiles import (
         SlideFeatures,
         UnlabelledCrops,
-        collate_tiles,
         image_tile,
         middle_window,
         standardized,
         tissue_windows,
     )
+    from perf_vit.models.valid_tokens import collate_tiles
 
 __all__ = [
     "CHECKPOINT_KEY",

@@ -6,13 +6,12 @@ from collections.abc import Callable, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset, default_collate
+from torch.utils.data import Dataset
 
 from perf_vit.errors import InputError
 from perf_vit.models.input_spec import repeat_grey_band
@@ -24,7 +23,6 @@ from perf_vit.types import BoolArray, GeoImage, Source, Window
 __all__ = [
     "SlideFeatures",
     "UnlabelledCrops",
-    "collate_tiles",
     "image_tile",
     "middle_window",
     "reduced",
@@ -34,13 +32,6 @@ __all__ = [
 ]
 
 FloatArray = npt.NDArray[np.float32]
-
-
-def collate_tiles(samples: Sequence[tuple[Tensor, ...]]) -> Any:
-    """Collate samples that end with valid pixels [H, W] bool; these become None if all pixels are valid."""
-    *parts, valid = zip(*samples, strict=True)
-    all_valid = all(each.all() for each in valid)
-    return *(default_collate(list(part)) for part in parts), None if all_valid else default_collate(list(valid))
 
 
 def standardized(image: GeoImage, normalizer: Normalizer) -> FloatArray:

@@ -1,8 +1,8 @@
-"""Masks of valid tokens for timm's ViTs, derived from valid pixels."""
+"""Valid pixels of batches, and the masks of valid tokens that timm's ViTs derive from them."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -14,8 +14,24 @@ from timm.models.eva import Eva
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.data import default_collate
 
-__all__ = ["MaskedFeatures", "forward_head", "forward_maps", "forward_tokens", "key_mask", "with_key_mask"]
+__all__ = [
+    "MaskedFeatures",
+    "collate_tiles",
+    "forward_head",
+    "forward_maps",
+    "forward_tokens",
+    "key_mask",
+    "with_key_mask",
+]
+
+
+def collate_tiles(samples: Sequence[tuple[Tensor, ...]]) -> Any:
+    """Collate samples that end with valid pixels [H, W] bool; these become None if all pixels are valid."""
+    *parts, valid = zip(*samples, strict=True)
+    all_valid = all(each.all() for each in valid)
+    return *(default_collate(list(part)) for part in parts), None if all_valid else default_collate(list(valid))
 
 
 class MaskedFeatures(FeatureGetterNet):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import os
 import threading
+import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -15,17 +16,16 @@ import rasterio
 import rasterio.windows
 from rasterio._err import CPLE_BaseError
 from rasterio.enums import ColorInterp
-from rasterio.errors import RasterioError
+from rasterio.errors import NotGeoreferencedWarning, RasterioError
 
 from perf_vit.errors import DamagedDataError, InputError, UnreachableError, parsing
 from perf_vit.sources._members import (
     MASK,
+    MEMBER_DRIVERS,
     check_members,
     check_sources,
     leads_to_server,
     open_tiles,
-    opens_members,
-    plain_images_allowed,
 )
 from perf_vit.sources._remote import is_decoding_error, is_remote, network_limits, with_remote_settings
 from perf_vit.types import Window
@@ -202,6 +202,47 @@ def _driver_hint(path: str) -> str:
     )
 
 
+class _PlainImages:
+    """Filter of rasterio's warning in the threads that need it.
+
+    The filter stays in `warnings.filters` and asks this object for a match. `warnings.catch_warnings` would change the
+    filters of all threads, and put back those of a while ago.
+    """
+
+    def __init__(self) -> None:
+        self._depth = threading.local()
+        # A filter's pattern of messages is whatever has `match`.
+        self._filter = ("ignore", self, NotGeoreferencedWarning, None, 0)
+        self._lock = threading.Lock()
+
+    def __reduce__(self) -> str:
+        # Libraries send the filters to other processes.
+        return "_PLAIN_IMAGES"
+
+    def match(self, _: str) -> bool:
+        """Return whether this thread ignores the warning."""
+        return getattr(self._depth, "value", 0) > 0
+
+    def __enter__(self) -> None:
+        self._depth.value = getattr(self._depth, "value", 0) + 1
+        filters: Any = warnings.filters
+        # It stays there; others may have put theirs before it, or replaced the list.
+        with self._lock:
+            if not filters or filters[0] is not self._filter:
+                filters[:] = [self._filter, *(each for each in filters if each is not self._filter)]
+
+    def __exit__(self, *exception: object) -> None:
+        self._depth.value -= 1
+
+
+_PLAIN_IMAGES = _PlainImages()
+
+
+def plain_images_allowed() -> AbstractContextManager[None]:
+    """Suppress warnings about files without georeference in this thread; callers that require one check it."""
+    return _PLAIN_IMAGES
+
+
 @contextmanager
 def bounded_cache() -> Iterator[None]:
     """Limit GDAL's block cache to 256 MiB, by default a twentieth of the memory.
@@ -265,10 +306,16 @@ def read_window(dataset: Any, path: str, window: Window, **options: Any) -> Any:
     read = dataset.read_masks if masks else dataset.read
     shape = options.get("out_shape")
     reduced = shape is not None and tuple(shape[-2:]) != window.shape
-    check_members(dataset, path, window, reduced=reduced)
+    has_members = dataset.driver in MEMBER_DRIVERS
+    if has_members:
+        check_members(dataset, path, window, reduced=reduced)
     place = rasterio.windows.Window(window.col, window.row, window.width, window.height)
     try:
-        with _settings_for(dataset):
+        if not has_members:
+            # Most settings are kept from opening it.
+            with rasterio.Env(**_CAREFUL) if dataset.driver == "PNG" else nullcontext():
+                return _read_bands(read, dataset, window=place, **options)
+        with rasterio.Env(**network_limits()), plain_images_allowed():
             open_tiles(dataset, path, window)
             pixels = _read_bands(read, dataset, window=place, **options)
             bands = [*_bands_of(dataset, options), *([MASK] if masks else [])]
@@ -295,13 +342,6 @@ def _bands_of(dataset: Any, options: dict[str, Any]) -> Sequence[int]:
     """Return the bands that `dataset.read` would read."""
     bands = options.get("indexes")
     return [bands] if isinstance(bands, int) else bands or dataset.indexes
-
-
-def _settings_for(dataset: Any) -> AbstractContextManager[Any]:
-    """Return the GDAL settings for reading a dataset; most settings are kept from opening it."""
-    if opens_members(dataset):
-        return rasterio.Env(**network_limits())
-    return rasterio.Env(**_CAREFUL) if dataset.driver == "PNG" else nullcontext()
 
 
 def reason_of(error: BaseException) -> str:

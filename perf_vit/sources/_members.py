@@ -5,10 +5,7 @@ from __future__ import annotations
 import functools
 import itertools
 import os
-import threading
-import warnings
 from collections.abc import Iterable, Iterator
-from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -18,7 +15,7 @@ import rasterio
 import rasterio.windows
 import shapely
 from affine import Affine
-from rasterio.errors import NotGeoreferencedWarning, RasterioIOError
+from rasterio.errors import RasterioIOError
 
 from perf_vit.errors import DamagedDataError, InputError
 from perf_vit.sources._remote import is_remote
@@ -27,6 +24,7 @@ from perf_vit.types import Window
 
 __all__ = [
     "MASK",
+    "MEMBER_DRIVERS",
     "beside_index",
     "check_members",
     "check_sources",
@@ -34,13 +32,12 @@ __all__ = [
     "leads_to_server",
     "members_of",
     "open_tiles",
-    "opens_members",
-    "plain_images_allowed",
 ]
 
 _SERVICES = frozenset({"WMS", "WMTS", "WCS", "STACIT", "STACTA", "EEDAI", "DAAS", "PLMOSAIC", "HTTP"})
 
-_INDEXES = frozenset({"VRT", "GTI"})
+MEMBER_DRIVERS = _SERVICES | {"VRT", "GTI"}
+"""GDAL's drivers whose datasets open further files when they are read."""
 
 # Default fields in which GDAL looks for file names in a tile index.
 _LOCATION_FIELDS = ("location", "assets.data.href", "assets.image.href")
@@ -52,11 +49,6 @@ class _Index:
 
     files: list[str]
     tree: shapely.STRtree
-
-
-def opens_members(dataset: Any) -> bool:
-    """Return whether reading an open dataset opens further files."""
-    return dataset.driver in _INDEXES | _SERVICES
 
 
 def leads_to_server(dataset: Any, path: str) -> bool:
@@ -257,51 +249,9 @@ def check_sources(dataset: Any, window: Window, bands: Iterable[int], *, reduced
                 _sum(dataset, band, file, part.bounds, window, whole=whole)
 
 
-class _PlainImages:
-    """Filter of rasterio's warning in the threads that need it.
-
-    The filter stays in `warnings.filters` and asks this object for a match. `warnings.catch_warnings` would change the
-    filters of all threads, and put back those of a while ago.
-    """
-
-    def __init__(self) -> None:
-        self._depth = threading.local()
-        # A filter's pattern of messages is whatever has `match`.
-        self._filter = ("ignore", self, NotGeoreferencedWarning, None, 0)
-        self._lock = threading.Lock()
-
-    def __reduce__(self) -> str:
-        # Libraries send the filters to other processes.
-        return "_PLAIN_IMAGES"
-
-    def match(self, _: str) -> bool:
-        """Return whether this thread ignores the warning."""
-        return getattr(self._depth, "value", 0) > 0
-
-    def __enter__(self) -> None:
-        self._depth.value = getattr(self._depth, "value", 0) + 1
-        filters: Any = warnings.filters
-        # It stays there; others may have put theirs before it, or replaced the list.
-        with self._lock:
-            if not filters or filters[0] is not self._filter:
-                filters[:] = [self._filter, *(each for each in filters if each is not self._filter)]
-
-    def __exit__(self, *exception: object) -> None:
-        self._depth.value -= 1
-
-
-_PLAIN_IMAGES = _PlainImages()
-
-
-def plain_images_allowed() -> AbstractContextManager[None]:
-    """Suppress warnings about files without georeference in this thread; callers that require one check it."""
-    return _PLAIN_IMAGES
-
-
 def _open_mask(file: str) -> None:
     """Read a mask instead of its checksum, which rasterio doesn't compute."""
-    with plain_images_allowed():
-        rasterio.open(file).close()
+    rasterio.open(file).close()
 
 
 def _sum(dataset: Any, band: int, file: str, bounds: tuple[float, ...], window: Window, *, whole: bool) -> None:

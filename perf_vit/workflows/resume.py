@@ -39,7 +39,7 @@ from perf_vit.tasks import (
 )
 from perf_vit.workflows.run_config import RunConfig
 
-__all__ = ["RULES", "Change", "KeepRun", "ResumedRun", "Rules", "changes", "same"]
+__all__ = ["RULES", "RUN_KEY", "Change", "ResumedRun", "Rules", "changes", "same"]
 
 Change = tuple[str, Any, Any]
 """A key, the value that the run was trained with, and the value asked for."""
@@ -149,29 +149,11 @@ def _differences(key: str, old: Any, value: Any) -> Iterator[Change]:
             yield key, old, plain
 
 
-_KEY = "perf_vit_run"
+RUN_KEY = "perf_vit_run"
 """Where the run lies inside a Lightning checkpoint."""
 
 # Training decides it.
 _LEARNT = {"score_threshold"}
-
-
-class KeepRun(lightning.Callback):
-    """Adds to each checkpoint the config it was trained with, and the samples and processes of an epoch.
-
-    Args:
-        config: of the run.
-        num_samples: training samples an epoch.
-    """
-
-    def __init__(self, config: Any, num_samples: int) -> None:
-        self._run = {"config": asdict(config), "num_samples": num_samples}
-
-    def on_save_checkpoint(
-        self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, checkpoint: dict[str, Any]
-    ) -> None:
-        """Add them."""
-        checkpoint[_KEY] = {**self._run, "num_processes": trainer.world_size}
 
 
 class _Batches(lightning.Callback):
@@ -198,7 +180,7 @@ class ResumedRun:
         self.path = path
         content = _read(path)
         with parsing(path, "the checkpoint of a run", CheckpointError):
-            self._run = dict(content[_KEY])
+            self._run = dict(content[RUN_KEY])
             self._config = dict(self._run["config"])
             self._spec = content.get(CHECKPOINT_KEY, {}).get("spec")
             self._num_steps = int(content["global_step"])
@@ -306,7 +288,7 @@ def _shown(value: Any) -> str:
 def _read(path: Path) -> dict[str, Any]:
     with parsing(path, "a checkpoint", CheckpointError):
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    if not isinstance(content, dict) or _KEY not in content:
+    if not isinstance(content, dict) or RUN_KEY not in content:
         raise CheckpointError(
             f"{path} doesn't hold the config that it was trained with, so it can't be resumed; train in another out="
         )

@@ -7,7 +7,7 @@ import logging
 import os
 import shutil
 from collections.abc import Iterable, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -19,7 +19,7 @@ from perf_vit.config import dump_config, find_config, is_dumped
 from perf_vit.distributed import training_precision
 from perf_vit.errors import CheckpointError, ConfigError, OutputError, PerfVitError, parsing, reason_line
 from perf_vit.files import atomic_file
-from perf_vit.workflows.resume import KeepRun, ResumedRun
+from perf_vit.workflows.resume import RUN_KEY, ResumedRun
 from perf_vit.writers import check_outputs
 
 __all__ = ["CONFIG", "RUN_FILES", "RunFolder", "check_config_kept", "check_run_files"]
@@ -71,6 +71,24 @@ _NUM_SEEDS = 2**32
 
 _INTERRUPTED = 130
 """Exit code of a run that somebody stopped, as shells have it."""
+
+
+class KeepRun(lightning.Callback):
+    """Adds to each checkpoint the config it was trained with, and the samples and processes of an epoch.
+
+    Args:
+        config: of the run.
+        num_samples: training samples an epoch.
+    """
+
+    def __init__(self, config: Any, num_samples: int) -> None:
+        self._run = {"config": asdict(config), "num_samples": num_samples}
+
+    def on_save_checkpoint(
+        self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """Add them."""
+        checkpoint[RUN_KEY] = {**self._run, "num_processes": trainer.world_size}
 
 
 class _Run(Protocol):

@@ -138,7 +138,7 @@ def _task_of(config: Config, overrides: Overrides) -> Task:
 
 def with_out(overrides: Overrides | None, out: str | Path | None) -> Overrides:
     """Overrides with a run folder, if one is given."""
-    given: Overrides = () if overrides is None else overrides
+    given: Overrides = {} if overrides is None else overrides
     if out is None:
         return given
     return {**given, "out": str(out)} if isinstance(given, Mapping) else [*given, f"out={json.dumps(str(out))}"]
