@@ -47,6 +47,7 @@ def test_an_installed_package_finds_the_configs_of_the_checkout(unpacked_wheel: 
 def test_the_wheel_holds_package_configs_and_licence_only(unpacked_wheel: Path) -> None:
     assert {path.name.split("-")[0] for path in unpacked_wheel.iterdir()} == {"perf_vit"}
     assert (unpacked_wheel / "perf_vit" / "py.typed").is_file()
+    assert (unpacked_wheel / "perf_vit" / "cli" / "help_keys.json").is_file()
     (metadata,) = unpacked_wheel.glob("*.dist-info")
     assert list(metadata.rglob("LICENSE"))
     assert "perf-vit = perf_vit.cli.main:run" in (metadata / "entry_points.txt").read_text()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from importlib import resources
+from json import loads
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -9,7 +11,7 @@ import typer
 from typer.core import TyperCommand
 
 from perf_vit.cli.arguments import INPUT, OUTPUT, given_options
-from perf_vit.errors import MissingPackageError, extra
+from perf_vit.errors import extra
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -108,29 +110,23 @@ def _tables(keys: list[ConfigKey]) -> list[Table]:
 
 
 class CommandWithKeys(TyperCommand):
-    """Command whose help lists the keys of configs, by section."""
+    """Command whose help lists the keys of configs, by section.
+
+    Their names are read from `help_keys.json`, which `tools/help_keys.py` writes, because the dataclasses that declare
+    them import torch. Keys of tasks in other packages are listed by `perf-vit config TASK` only.
+    """
 
     def format_help(self, ctx: Any, formatter: Any) -> None:
         """Print the help of the command, then the names of the keys of all tasks."""
         super().format_help(ctx, formatter)
-        from perf_vit.workflows.progress import new_table, say, show
+        from perf_vit.workflows.progress import new_table, show
 
-        try:
-            with extra("train", "the list of keys"):
-                from perf_vit.workflows.registry import config_schemas, task_keys
-        except MissingPackageError as error:
-            say(str(error))
-            return
-
-        tasks_of: dict[str, dict[str, list[str]]] = {}
-        schemas = [task for task in config_schemas() if (task == "distillation") is (self.name == "distill")]
-        for task in schemas:
-            for key in task_keys(task):
-                tasks_of.setdefault(key.group, {}).setdefault(key.name, []).append(task)
+        text = resources.files("perf_vit.cli").joinpath("help_keys.json").read_text(encoding="utf-8")
+        sections = loads(text)["distill" if self.name == "distill" else "train"]
         title = "keys (perf-vit config TASK --all: type, default and meaning)"
         table = new_table(title, ("section", "keys"), left=("section", "keys"))
-        for group, names in tasks_of.items():
-            some = [name if len(of) == len(schemas) else f"{name}*" for name, of in names.items()]
-            table.add_row(group, ", ".join(some))
-        table.caption = None if len(schemas) == 1 else "* of some tasks only"
+        for section, names in sections.items():
+            table.add_row(section, ", ".join(names))
+        some = any(name.endswith("*") for names in sections.values() for name in names)
+        table.caption = "* of some tasks only" if some else None
         show(table)
