@@ -6,6 +6,7 @@ with extra("train", __name__):
     from perf_vit.data.augmentation import AugmentConfig
     from perf_vit.data.bags import EmbeddingStore, SlideTargets, read_slide_table
     from perf_vit.data.base import given_normalizer, warn_of_mixed_mpp
+    from perf_vit.data.class_pixels import count_class_pixels
     from perf_vit.data.classification import (
         ClassificationDataConfig,
         ClassificationDataModule,
@@ -37,7 +38,6 @@ with extra("train", __name__):
         open_pairs,
         region_window,
     )
-    from perf_vit.data.segmentation_tiles import count_class_pixels
     from perf_vit.data.slide_classification import (
         SlideClassificationDataConfig,
         SlideClassificationDataModule,

@@ -17,10 +17,12 @@ __all__ = [
     "AugmentConfig",
     "check_augment",
     "draw_log_uniform",
+    "draw_zoom",
     "make_augmentation",
     "make_stain_jitter",
     "pixel_size",
     "pixel_sizes",
+    "zoomed_px",
 ]
 
 # Larger ratios of pixel sizes are mistakes, e.g. metres for a raster in degrees.
@@ -33,7 +35,8 @@ class AugmentConfig:
 
     Attributes:
         flips: Whether to apply the eight symmetries of the square, which suit imagery seen from above.
-        scale: Zoom range (min, max); (1, 1) for none. In segmentation and classification each axis has its own zoom.
+        scale: Zoom range (min, max); (1, 1) for none. A tile of zoom z is a window of tile_px / z pixels, resized;
+            windows larger than a tile stay within their image, except in detection.
         resolution: Pixel size range (min, max) of tiles, instead of `scale`: micrometres for slides, CRS units for
             rasters. Windows are read larger or smaller than a tile accordingly.
         gain: Bands are multiplied by random factors from [1 - gain, 1 + gain].
@@ -83,10 +86,8 @@ def check_augment(config: AugmentConfig) -> None:
 
 
 def make_augmentation(config: AugmentConfig) -> Augmentation:
-    """Build the augmentation of a config, without `resolution` and stain."""
-    return Augmentation(
-        flips=config.flips, scale=config.scale, gain=config.gain, offset=config.offset, shuffle=config.shuffle
-    )
+    """Build the augmentation of a config, without stain and what changes the window: `scale` and `resolution`."""
+    return Augmentation(flips=config.flips, gain=config.gain, offset=config.offset, shuffle=config.shuffle)
 
 
 def make_stain_jitter(config: AugmentConfig, sources: Sequence[Source], num_bands: int) -> StainJitter | None:
@@ -138,6 +139,22 @@ def pixel_sizes(config: AugmentConfig, sources: Sequence[Source]) -> list[float]
 def draw_log_uniform(bounds: tuple[float, float], rng: np.random.Generator) -> float:
     """Draw a number between two bounds from a log-uniform distribution."""
     return float(np.exp(rng.uniform(*np.log(bounds))))
+
+
+def draw_zoom(scale: tuple[float, float], rng: np.random.Generator) -> float:
+    """Draw a zoom; no random number is drawn if there is none."""
+    return 1.0 if tuple(scale) == (1.0, 1.0) else draw_log_uniform(scale, rng)
+
+
+def zoomed_px(tile_px: int, zoom: float, size: tuple[int, int]) -> int:
+    """Return the size in pixels of the window of a zoomed tile; a zoom below 1 doesn't reach past an image.
+
+    Args:
+        tile_px: Tile size in pixels.
+        zoom: Size of objects in the tile, relative to the image.
+        size: Height and width of the image or of the region to stay inside.
+    """
+    return min(max(1, round(tile_px / zoom)), max(tile_px, min(size)))
 
 
 def _checked_pixel_size(source: Source, resolution: tuple[float, float]) -> float:

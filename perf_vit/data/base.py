@@ -212,13 +212,38 @@ class EpochDataModule(lightning.LightningDataModule):
     """Data module whose position in an epoch is saved in checkpoints.
 
     A run resumed within an epoch continues with exactly the remaining samples. Subclasses build their training loader
-    with `train_loader`.
+    with `train_loader`, and their loaders with `loader_batch_size`.
+
+    Attributes:
+        batch_size: Number of samples per step, of each process.
+        global_batch_size: Number of samples per step of all processes together, instead of `batch_size`; None for none.
     """
+
+    batch_size: int
+    global_batch_size: int | None = None
 
     def __init__(self) -> None:
         super().__init__()
         self._loader: EpochLoader | None = None
         self._num_skipped = 0
+
+    @property
+    def loader_batch_size(self) -> int:
+        """Number of samples per step of this process.
+
+        Raises:
+            ConfigError: The processes can't share the global batch equally.
+        """
+        if self.global_batch_size is None:
+            return self.batch_size
+        num_processes = rank_and_world_size()[1]
+        if self.global_batch_size % num_processes:
+            nearest = max(1, round(self.global_batch_size / num_processes)) * num_processes
+            raise ConfigError(
+                f"data.global_batch_size must be a multiple of the {num_processes} processes, got "
+                f"{self.global_batch_size}; take {nearest}"
+            )
+        return self.global_batch_size // num_processes
 
     def train_loader(self, loader: EpochLoader) -> EpochLoader:
         """Return the training loader, which starts at the checkpoint's position, if any.

@@ -27,10 +27,10 @@ from perf_vit.data.classification_tiles import (
     ClassificationViews,
 )
 from perf_vit.data.config import SplitConfig, TileDataConfig, check_base
-from perf_vit.data.splits import check_groups_apart, read_groups, split_groups
+from perf_vit.data.splits import HoldOutConfig, check_groups_apart, read_groups, split_items, warn_of_shared_places
 from perf_vit.errors import ConfigError
 from perf_vit.labels.tables import ImageTargets, read_class_folders, read_class_table, read_target_table
-from perf_vit.models import InputBands, accepts_bands, collate_tiles
+from perf_vit.models import InputBands, accepts_bands, collate_tiles, middle_window
 from perf_vit.sources import open_input
 from perf_vit.types import InputOptions
 
@@ -42,7 +42,6 @@ __all__ = [
     "RegressionDataConfig",
     "build_classification_datamodule",
     "read_image_targets",
-    "split_off",
 ]
 
 
@@ -59,13 +58,12 @@ class ClassificationSplitConfig(SplitConfig):
 
 
 @dataclass(kw_only=True)
-class ImageDataConfig(TileDataConfig):
-    """Data of image classification and regression; `TileDataConfig` has further keys.
+class ImageDataConfig(TileDataConfig, HoldOutConfig):
+    """Data of image classification and regression; `TileDataConfig` and `HoldOutConfig` have further keys.
 
     Attributes:
         train: Training images.
-        val: Validation images; None for a random part of `train`.
-        val_share: Fraction of the images of `train` to validate on if `val` is None.
+        val: Validation images; None for a part of `train`.
         group_column: CSV column with the patient, place or another group whose images all belong in the same split;
             None if each image is a group of its own.
         image_column: CSV column with image names.
@@ -76,7 +74,6 @@ class ImageDataConfig(TileDataConfig):
 
     train: ClassificationSplitConfig
     val: ClassificationSplitConfig | None = None
-    val_share: float = 0.2
     group_column: str | None = None
     image_column: str = "image"
     resize: bool = False
@@ -109,9 +106,12 @@ class RegressionDataConfig(ImageDataConfig):
 
     Attributes:
         targets: CSV columns, one per target.
+        crop: Whether targets also describe each crop of an image, as a mean height or a share does and a count doesn't.
+            Otherwise images must fit in a tile, or be resized to one with `resize`.
     """
 
     targets: list[str]
+    crop: bool = False
 
 
 class ClassificationDataModule(EpochDataModule):
@@ -146,14 +146,16 @@ class ClassificationDataModule(EpochDataModule):
     def train_dataloader(self) -> DataLoader[ClassificationSample]:
         """Return the loader of augmented tiles, new ones each epoch; drops a smaller last batch (batch statistics)."""
         return self.train_loader(
-            EpochLoader(self.train, batch_size=self.batch_size, num_workers=self.num_workers, collate_fn=collate_tiles)
+            EpochLoader(
+                self.train, batch_size=self.loader_batch_size, num_workers=self.num_workers, collate_fn=collate_tiles
+            )
         )
 
     def val_dataloader(self) -> DataLoader[ClassificationSample]:
         """Return the loader of the validation images, in order."""
         return ShareLoader(
             self.val,
-            batch_size=self.batch_size,
+            batch_size=self.loader_batch_size,
             num_workers=self.num_workers,
             collate_fn=collate_tiles,
         )
@@ -182,9 +184,14 @@ def build_classification_datamodule(config: ImageDataConfig, seed: int) -> Class
             f"data.val has images of {val.num_bands} bands, data.train of {train.num_bands}; choose common ones with "
             "data.bands"
         )
+    if config.val is not None:
+        warn_of_shared_places(*([(one, one.extent) for one in images.sources] for images in (train, val)))
     if not config.resize:
         warn_of_mixed_mpp([*train.sources, *val.sources], "write them at one pixel size, or give data.resize")
     tiles_per_epoch = _tiles_per_epoch(config, len(train))
+    whole = _needs_whole_images(config)
+    for source in (*train.sources, *val.sources) if whole else ():
+        middle_window(source, config.tile_px, whole=True)
     given = given_normalizer(config.mean, config.std, train.num_bands)
     seen = sample_images(train.read_reduced, train_part.paths, seed)
     normalizer, trained_on = measure_bands(seen, train.sources, given)
@@ -198,9 +205,11 @@ def build_classification_datamodule(config: ImageDataConfig, seed: int) -> Class
             tiles_per_epoch=tiles_per_epoch,
             seed=seed,
             balanced=isinstance(config, ClassificationDataConfig) and config.sampler == "balanced",
+            scale=config.augment.scale,
+            whole=whole,
             stain=make_stain_jitter(config.augment, train.sources, train.num_bands),
         ),
-        ClassificationViews(val, normalizer, tile_px=config.tile_px, resize=config.resize),
+        ClassificationViews(val, normalizer, tile_px=config.tile_px, resize=config.resize, whole=whole),
         trained_on=trained_on,
         batch_size=config.batch_size,
         num_workers=config.num_workers,
@@ -215,12 +224,14 @@ def _split(labelled: ImageTargets, config: ImageDataConfig, seed: int) -> tuple[
         if column is not None and groups is not None:
             check_groups_apart(groups, read_groups(config.val.labels, column), column)
         return labelled, read_image_targets(config, config.val, names=labelled.names, allow_missing=True)
-    if column is not None and groups is not None:
-        kinds = labelled.targets.astype(np.int64) if labelled.targets.ndim == 1 else None
-        parts = split_groups(groups, kinds, config.val_share, seed, column)
-        return labelled.part(parts[0]), labelled.part(parts[1])
-    chosen, rest = split_off(len(labelled), config.val_share, seed, "images")
-    return labelled.part(chosen), labelled.part(rest)
+    kinds = labelled.targets.astype(np.int64) if labelled.targets.ndim == 1 else None
+    train, val = split_items(len(labelled), config, seed, "images", labels=kinds, groups=groups, column=column)
+    return labelled.part(train), labelled.part(val)
+
+
+def _needs_whole_images(config: ImageDataConfig) -> bool:
+    """Whether each tile must hold its whole image, in pixels of the image."""
+    return isinstance(config, RegressionDataConfig) and not config.crop and not config.resize
 
 
 def _tiles_per_epoch(config: ImageDataConfig, num_images: int) -> int:
@@ -272,27 +283,9 @@ def read_image_targets(
     )
 
 
-def split_off(length: int, val_share: float, seed: int, what: str) -> tuple[list[int], list[int]]:
-    """Split indices at random into training and validation, both sorted.
-
-    Args:
-        length: Number of items.
-        val_share: Fraction of items to validate on.
-        seed: Seed of the split.
-        what: Name of the items, for errors.
-
-    Raises:
-        ConfigError: One of the parts would be empty.
-    """
-    num_val = max(1, round(length * val_share))
-    if num_val >= length:
-        raise ConfigError(f"data.val_share {val_share:g} of {length} {what} leaves none to train on; give data.val")
-    order = np.random.default_rng(seed).permutation(length)
-    return sorted(order[num_val:].tolist()), sorted(order[:num_val].tolist())
-
-
 def _check(config: ImageDataConfig) -> None:
     check_base(config)
+    config.check_hold_out()
     if config.augment.resolution is not None:
         raise ConfigError("data.augment.resolution is for segmentation and detection; use data.augment.scale")
     if isinstance(config, ClassificationDataConfig):
@@ -303,9 +296,12 @@ def _check(config: ImageDataConfig) -> None:
             raise ConfigError("data.multilabel needs data.classes, the columns of 0 and 1")
         if config.sampler not in ("random", "balanced") or (config.sampler == "balanced" and config.multilabel):
             raise ConfigError(f"data.sampler must be random, or balanced for single-label images, got {config.sampler}")
+    if isinstance(config, RegressionDataConfig) and config.resize and not config.crop and config.augment.scale[1] > 1:
+        raise ConfigError(
+            f"data.augment.scale up to {config.augment.scale[1]:g} cuts images whose targets are those of the whole; "
+            "leave it out, or give data.crop=true if targets also describe each crop"
+        )
     if isinstance(config, RegressionDataConfig) and not config.targets:
         raise ConfigError("data.targets must name at least one column of the CSV file")
-    if not 0 <= config.val_share <= 1:
-        raise ConfigError(f"data.val_share must lie between 0 and 1, got {config.val_share:g}")
     if config.tiles_per_epoch is not None and config.tiles_per_epoch < 1:
         raise ConfigError(f"data.tiles_per_epoch must be at least 1, got {config.tiles_per_epoch}")

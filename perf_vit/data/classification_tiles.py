@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from perf_vit.data.augmentation import draw_zoom, zoomed_px
 from perf_vit.data.base import shuffled_indices
 from perf_vit.data.detection_tiles import common_bands, open_closed
 from perf_vit.errors import InputError
@@ -19,7 +20,7 @@ from perf_vit.models.tiles import reduced, standard_tile
 from perf_vit.sources import open_source
 from perf_vit.tiling import random_window
 from perf_vit.transforms import Augmentation, Normalizer, StainJitter
-from perf_vit.types import GeoImage, OpenInput, Source
+from perf_vit.types import GeoImage, OpenInput, Source, Window
 
 __all__ = [
     "ClassificationImages",
@@ -73,8 +74,9 @@ class ClassificationImages:
 class ClassificationTiles(Dataset[ClassificationSample]):
     """Augmented training tiles; item i depends on (seed, i) only, whatever the number of workers.
 
-    A tile is a random crop of an image, with a valid pixel if one of ten draws has one, or the whole image resized.
-    Each pass shows every image once in random order; if `balanced`, classes are drawn equally often.
+    A tile is a random crop of an image, with a valid pixel if one of ten draws has one, or the whole image resized. A
+    zoom of z makes it a crop of tile_px / z pixels, or of 1 / z of the image's sides, resized, as far as the image
+    reaches. Each pass shows every image once in random order; if `balanced`, classes are drawn equally often.
 
     Args:
         images: Labelled images.
@@ -85,6 +87,8 @@ class ClassificationTiles(Dataset[ClassificationSample]):
         tiles_per_epoch: Number of tiles per epoch.
         seed: Seed of order, crops and augmentation.
         balanced: Whether to draw classes equally often; single-label only.
+        scale: Zoom range (min, max).
+        whole: Whether each tile must hold its whole image; a zoom then cuts nothing off.
         stain: Stain jitter, applied before the normalizer; None for none.
     """
 
@@ -99,6 +103,8 @@ class ClassificationTiles(Dataset[ClassificationSample]):
         tiles_per_epoch: int,
         seed: int,
         balanced: bool = False,
+        scale: tuple[float, float] = (1.0, 1.0),
+        whole: bool = False,
         stain: StainJitter | None = None,
     ) -> None:
         self.images = images
@@ -108,6 +114,8 @@ class ClassificationTiles(Dataset[ClassificationSample]):
         self.resize = resize
         self.tiles_per_epoch = tiles_per_epoch
         self.seed = seed
+        self.scale = scale
+        self.whole = whole
         self.stain = stain
         targets = images.labelled.targets
         self._by_class = [np.flatnonzero(targets == index) for index in np.unique(targets)] if balanced else None
@@ -127,28 +135,37 @@ class ClassificationTiles(Dataset[ClassificationSample]):
         image = self._read(source, rng)
         source.close()
         stain = None if self.stain is None else partial(self.stain, seed=int(rng.integers(2**31)))
-        pixels, mask = standard_tile(
-            image, source.path, self.normalizer, self.tile_px, resize=self.resize, recolor=stain
-        )
+        pixels, mask = standard_tile(image, source.path, self.normalizer, self.tile_px, resize=True, recolor=stain)
         no_labels = np.zeros(pixels.shape[1:], np.uint8)
         pixels, _, valid = self.augmentation(pixels, no_labels, seed=int(rng.integers(2**31)), mask=mask)
         return torch.from_numpy(pixels), self.images.target(chosen), torch.from_numpy(valid)
 
     def _read(self, source: Source, rng: np.random.Generator) -> GeoImage:
         """Read the whole image, or a random crop with a valid pixel; the central crop if several draws have none."""
+        zoom = draw_zoom(self.scale, rng)
         if self.resize:
-            return reduced(source, self.tile_px)
+            return reduced(source, self.tile_px, _part(source, zoom, rng) if zoom > 1 else None)
+        size_px = zoomed_px(self.tile_px, zoom, source.size)
+        if self.whole:
+            return source.read(middle_window(source, max(size_px, *source.size)))
         for _ in range(_TURNS):
-            image = source.read(random_window(source.extent, self.tile_px, rng))
+            image = source.read(random_window(source.extent, size_px, rng))
             if image.valid.any():
                 return image
-        return source.read(middle_window(source, self.tile_px))
+        return source.read(middle_window(source, size_px))
 
     def _choose(self, index: int, rng: np.random.Generator) -> int:
         if self._by_class is not None:
             return int(rng.choice(self._by_class[int(rng.integers(len(self._by_class)))]))
         turn, position = divmod(index, len(self.images))
         return int(shuffled_indices(self.seed, turn, len(self.images))[position])
+
+
+def _part(source: Source, zoom: float, rng: np.random.Generator) -> Window:
+    """Draw a window whose sides are 1 / zoom of the image's."""
+    height, width = (max(1, round(side / zoom)) for side in source.size)
+    row, col = int(rng.integers(source.height - height + 1)), int(rng.integers(source.width - width + 1))
+    return Window(row, col, height, width)
 
 
 class ClassificationViews(Dataset[ClassificationSample]):
@@ -159,13 +176,17 @@ class ClassificationViews(Dataset[ClassificationSample]):
         normalizer: Normalizer of the pixels; invalid ones become 0.
         tile_px: Tile size in pixels.
         resize: Whether to resize whole images; otherwise tiles are crops at full resolution.
+        whole: Whether each tile must hold its whole image.
     """
 
-    def __init__(self, images: ClassificationImages, normalizer: Normalizer, *, tile_px: int, resize: bool) -> None:
+    def __init__(
+        self, images: ClassificationImages, normalizer: Normalizer, *, tile_px: int, resize: bool, whole: bool = False
+    ) -> None:
         self.images = images
         self.normalizer = normalizer
         self.tile_px = tile_px
         self.resize = resize
+        self.whole = whole
 
     def __len__(self) -> int:
         return len(self.images)
@@ -177,7 +198,7 @@ class ClassificationViews(Dataset[ClassificationSample]):
     def __getitem__(self, index: int) -> ClassificationSample:
         """Return tile, target and valid pixels."""
         source = self.images.sources[index]
-        place = None if self.resize else middle_window(source, self.tile_px)
+        place = None if self.resize else middle_window(source, self.tile_px, whole=self.whole)
         pixels, valid = image_tile(source, self.normalizer, self.tile_px, place)
         source.close()
         return torch.from_numpy(pixels), self.images.target(index), torch.from_numpy(valid)

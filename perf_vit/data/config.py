@@ -55,7 +55,9 @@ class BaseDataConfig:
             to measure it on training images.
         std: Standard deviation of each band; required with `mean`.
         tile_px: Tile size in pixels; a multiple of the backbone's patch size.
-        batch_size: Number of tiles per step.
+        batch_size: Number of tiles per step, of each process.
+        global_batch_size: Number of tiles per step of all processes together, instead of `batch_size`; a multiple of
+            the number of processes. Keeps the step and its learning rate when the number of devices changes.
         num_workers: Number of loader processes; 0 loads in the training process.
     """
 
@@ -64,6 +66,7 @@ class BaseDataConfig:
     std: list[float] | None = None
     tile_px: int = 224
     batch_size: int = 4
+    global_batch_size: int | None = None
     num_workers: int = 0
 
 
@@ -97,6 +100,8 @@ def check_base(config: BaseDataConfig, least: Mapping[str, int] | None = None) -
     """
     if isinstance(config, TileDataConfig):
         check_augment(config.augment)
+    if config.global_batch_size is not None and config.global_batch_size < 1:
+        raise ConfigError(f"data.global_batch_size must be at least 1, got {config.global_batch_size}")
     for key, smallest in {"tile_px": 1, "batch_size": 1, "num_workers": 0, **(least or {})}.items():
         if getattr(config, key) < smallest:
             raise ConfigError(f"data.{key} must be at least {smallest}, got {getattr(config, key)}")

@@ -7,7 +7,6 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
-import numpy as np
 from torch.utils.data import DataLoader
 
 from perf_vit.data.augmentation import make_stain_jitter, pixel_sizes
@@ -30,8 +29,10 @@ from perf_vit.data.detection_tiles import (
     collate_objects,
 )
 from perf_vit.data.samplers import OBJECT_SAMPLERS, make_sampler
+from perf_vit.data.splits import HoldOutConfig, split_items, warn_of_shared_places
 from perf_vit.errors import ConfigError, InputError
 from perf_vit.labels.objects import ImageRecord, ObjectIndex, read_object_labels
+from perf_vit.labels.tables import read_csv_rows
 from perf_vit.models import InputBands, accepts_bands
 from perf_vit.sources import open_input
 from perf_vit.transforms import Augmentation
@@ -64,14 +65,15 @@ class DetectionSplitConfig(SplitConfig):
 
 
 @dataclass(kw_only=True)
-class DetectionDataConfig(TileDataConfig):
-    """Data of object detection; `TileDataConfig` has further keys.
+class DetectionDataConfig(TileDataConfig, HoldOutConfig):
+    """Data of object detection; `TileDataConfig` and `HoldOutConfig` have further keys.
 
     Attributes:
         train: Training images.
         classes: Class names; labels are indices into them.
-        val: Validation images; None for a random part of `train`.
-        val_share: Fraction of the images of `train` to validate on if `val` is None.
+        val: Validation images; None for a part of `train`.
+        groups: CSV file with the columns `image` and `group`: the patient, place or another group of each image, whose
+            images all belong in the same split. None if each image is a group of its own.
         skip_classes: Names of labelled objects to leave out, as if they were background.
         attribute: Column with class names (polygons format); None for a single class.
         mpp: Resolution to read slides at, in micrometres per pixel; None for level 0, and for rasters. Labels are in
@@ -90,7 +92,7 @@ class DetectionDataConfig(TileDataConfig):
     train: DetectionSplitConfig
     classes: list[str]
     val: DetectionSplitConfig | None = None
-    val_share: float = 0.2
+    groups: str | None = None
     skip_classes: list[str] = field(default_factory=list)
     attribute: str | None = None
     mpp: float | None = None
@@ -144,7 +146,7 @@ class DetectionDataModule(EpochDataModule):
         """Return the loader of augmented tiles, new ones each epoch; drops a smaller last batch (batch statistics)."""
         return self.train_loader(
             EpochLoader(
-                self.train, batch_size=self.batch_size, num_workers=self.num_workers, collate_fn=collate_objects
+                self.train, batch_size=self.loader_batch_size, num_workers=self.num_workers, collate_fn=collate_objects
             )
         )
 
@@ -152,7 +154,7 @@ class DetectionDataModule(EpochDataModule):
         """Return the loader of the validation tiles, in order."""
         return ShareLoader(
             self.val,
-            batch_size=self.batch_size,
+            batch_size=self.loader_batch_size,
             num_workers=self.num_workers,
             collate_fn=collate_objects,
         )
@@ -215,6 +217,8 @@ def _open_images(
         DetectionImages(index.records, open_input=_opener(config, mpp), min_visible=config.min_visible)
         for index, mpp in ((train_index, _training_mpp(config)), (val_index, config.mpp))
     )
+    if config.val is not None:
+        warn_of_shared_places(*([(one, one.extent) for one in images.sources] for images in (train, val)))
     for index, part in ((train_index, "train"), (val_index, "val")):
         _check_objects(index, part)
     if config.mpp is None:
@@ -252,18 +256,31 @@ def _indices(config: DetectionDataConfig, seed: int, *, oriented: bool) -> tuple
     train = read(config.train, "data.train", _training_mpp(config))
     if config.val is not None:
         return train, read(config.val, "data.val", config.mpp)
-    num_val = max(1, round(len(train) * config.val_share))
-    if num_val >= len(train):
-        raise ConfigError(
-            f"data.val_share {config.val_share:g} of {len(train)} images leaves none to train on; give data.val"
-        )
-    order = np.random.default_rng(seed).permutation(len(train))
-    chosen = set(order[:num_val].tolist())
+    groups = None if config.groups is None else _groups_of(train, config.groups)
+    column = None if config.groups is None else f"group of {config.groups}"
+    chosen = set(split_items(len(train), config, seed, "images", groups=groups, column=column)[1])
     val = train if _training_mpp(config) == config.mpp else read(config.train, "data.train", config.mpp)
     return (
         replace(train, records=_part(train, chosen, inside=False)),
         replace(val, records=_part(val, chosen, inside=True)),
     )
+
+
+def _groups_of(index: ObjectIndex, table: str) -> list[str]:
+    """Return the group of each image, whose name the table gives with or without suffix."""
+    given: dict[str, str] = {}
+    for row in read_csv_rows(table, ["image", "group"]):
+        name = Path(row.values["image"]).name
+        if given.setdefault(name, row.values["group"]) != row.values["group"]:
+            raise InputError(f"{row.location} gives {name} a second group; name each image once")
+    groups = []
+    for record in index:
+        path = Path(record.path)
+        found = given.get(path.name, given.get(path.stem))
+        if found is None:
+            raise InputError(f"data.groups {table} has no row for {path.name}; give each image of data.train a group")
+        groups.append(found)
+    return groups
 
 
 def _check_objects(index: ObjectIndex, part: str) -> None:
@@ -317,7 +334,8 @@ def _check(config: DetectionDataConfig) -> None:
     of_slides = [name for name in ("mpp", "slide_mpp", "slide_mpp_override") if getattr(config, name) is not None]
     if config.nodata is not None and of_slides:
         raise ConfigError(f"data.nodata is for rasters, data.{of_slides[0]} for slides; leave one out")
-    for key in ("val_share", "random_share", "min_visible"):
+    config.check_hold_out()
+    for key in ("random_share", "min_visible"):
         if not 0 <= getattr(config, key) <= 1:
             raise ConfigError(f"data.{key} must lie between 0 and 1, got {getattr(config, key):g}")
     check_base(config, {"tiles_per_epoch": config.batch_size})

@@ -75,9 +75,16 @@ class GridSampler:
         regions: Region of each source to cover.
         tile_px: Tile size in pixels, of each source.
         seed: Seed of the orders.
+        keep: Function (source, tile) that says which tiles to keep if there are several; None for all.
     """
 
-    def __init__(self, regions: Sequence[Window], tile_px: Sequence[int], seed: int) -> None:
+    def __init__(
+        self,
+        regions: Sequence[Window],
+        tile_px: Sequence[int],
+        seed: int,
+        keep: Callable[[int, Window], bool] | None = None,
+    ) -> None:
         self.regions = tuple(regions)
         self.seed = seed
         self.tiles = [
@@ -85,6 +92,8 @@ class GridSampler:
             for source, (region, size) in enumerate(zip(regions, tile_px, strict=True))
             for tile in grid_windows(region, size, overlap=0)
         ]
+        if keep is not None and len(self.tiles) > 1:
+            self.tiles = [(source, tile) for source, tile in self.tiles if keep(source, tile)]
         self._order: tuple[int, npt.NDArray[np.int64]] = (-1, np.zeros(0, np.int64))
 
     def __len__(self) -> int:

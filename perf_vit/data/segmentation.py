@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeAlias
 
-import numpy as np
 from torch.utils.data import ConcatDataset, DataLoader
 
 from perf_vit.data.augmentation import make_augmentation, make_stain_jitter, pixel_size, pixel_sizes
@@ -22,6 +20,13 @@ from perf_vit.data.base import (
     sample_images,
     warn_of_mixed_mpp,
 )
+from perf_vit.data.class_pixels import (
+    check_labelled,
+    find_class_pixels,
+    find_labelled_pixels,
+    labelled_share,
+    warn_of_absent_classes,
+)
 from perf_vit.data.config import SegmentationDataConfig, SegmentationSplitConfig, check_data, label_options
 from perf_vit.data.samplers import ClassSampler, GridSampler, SegmentationSampler
 from perf_vit.data.segmentation_tiles import (
@@ -29,11 +34,10 @@ from perf_vit.data.segmentation_tiles import (
     LabelledTile,
     SegmentationGrid,
     SegmentationTiles,
-    count_labelled_pixels,
-    find_class_pixels,
     window_px,
 )
-from perf_vit.errors import ConfigError, DataWarning, InputError
+from perf_vit.data.splits import warn_of_shared_places
+from perf_vit.errors import ConfigError
 from perf_vit.labels import LabelFiles, LabelSource, is_labelled_folder, open_labels, warn_of_polygons_outside
 from perf_vit.labels.image_folder import find_label_pairs
 from perf_vit.models import InputBands, collate_tiles
@@ -95,7 +99,7 @@ class SegmentationDataModule(EpochDataModule):
         return self.train_loader(
             EpochLoader(
                 self.train,
-                batch_size=self.batch_size,
+                batch_size=self.loader_batch_size,
                 num_workers=self.num_workers,
                 collate_fn=collate_tiles,
                 drop_last=not isinstance(self.train.sampler, GridSampler),
@@ -106,7 +110,7 @@ class SegmentationDataModule(EpochDataModule):
         """Return the loader of the validation tiles, in order."""
         return ShareLoader(
             self.val,
-            batch_size=self.batch_size,
+            batch_size=self.loader_batch_size,
             num_workers=self.num_workers,
             collate_fn=collate_tiles,
         )
@@ -251,11 +255,6 @@ def _scaled(window: Window, factor: float, extent: Window) -> Window:
 # Enough pixels for a mean with three digits, few enough to read within a second.
 _STATISTICS_PX = 2048
 
-# Number of windows of 512 x 512 pixels to search for classes.
-_WINDOWS_CHECKED = 64
-
-_IMAGES_CHECKED = 64
-
 
 def build_segmentation_datamodule(
     config: SegmentationDataConfig, seed: int, on_window: Callable[[int, int], None] | None = None
@@ -280,12 +279,14 @@ def build_segmentation_datamodule(
     num_bands = sources[0].num_bands
     stain = make_stain_jitter(config.augment, sources, num_bands)
     sizes = pixel_sizes(config.augment, sources)
-    _check_labelled(rasters, config, "train")
-    _check_labelled(val, config, "val")
+    check_labelled(rasters, config, "train")
+    check_labelled(val, config, "val")
+    warn_of_shared_places(*([(one.source, one.region) for one in part] for part in (rasters, val)))
     warn_of_polygons_outside(one.labels for one in (*rasters, *val))
     sampler = _make_sampler(rasters, config, sizes, seed, on_window)
-    _warn_of_absent_classes(rasters, config, "train", sampler)
-    _warn_of_absent_classes(val, config, "val")
+    of_classes = sampler if config.sampler == "balanced" else None
+    warn_of_absent_classes(rasters, config, "train", of_classes)  # type: ignore[arg-type]
+    warn_of_absent_classes(val, config, "val")
     given = given_normalizer(config.mean, config.std, num_bands)
     normalizer, trained_on = measure_bands(_seen(rasters, seed), sources, given)
     return SegmentationDataModule(
@@ -296,6 +297,7 @@ def build_segmentation_datamodule(
             tile_px=config.tile_px,
             tiles_per_epoch=len(sampler) if isinstance(sampler, GridSampler) else config.tiles_per_epoch,
             seed=seed,
+            scale=config.augment.scale,
             stain=stain,
             resolution=config.augment.resolution,
             pixel_sizes=sizes,
@@ -358,6 +360,10 @@ def _seen(rasters: Sequence[LabelledSource], seed: int) -> list[GeoImage]:
     return sample_images(lambda index, size_px: rasters[index].read_reduced(size_px), paths, seed)
 
 
+# With fewer labelled windows than that, ten random ones may all be empty.
+_SPARSE = 0.5
+
+
 def _make_sampler(
     rasters: Sequence[LabelledSource],
     config: SegmentationDataConfig,
@@ -365,65 +371,19 @@ def _make_sampler(
     seed: int,
     on_window: Callable[[int, int], None] | None,
 ) -> SegmentationSampler | None:
-    """Build the configured sampler; None for random windows."""
+    """Build the configured sampler; None for random windows, most of which have labels."""
     regions = [one.region for one in rasters]
     if config.sampler == "grid":
         bounds = config.augment.resolution
         # With a range of pixel sizes, tiles of the geometric mean cover the regions.
         middle = None if bounds is None else math.sqrt(math.prod(bounds))
         each = [None] * len(regions) if sizes is None else list(sizes)
-        return GridSampler(regions, [window_px(config.tile_px, middle, own) for own in each], seed)
+        tiles_px = [window_px(config.tile_px, middle, own) for own in each]
+        return GridSampler(regions, tiles_px, seed, lambda source, tile: rasters[source].may_teach(tile))
     if config.sampler == "balanced":
         num_classes = len(config.classes)
         pixels = find_class_pixels(rasters, num_classes, multilabel=config.multilabel, seed=seed, on_window=on_window)
         return ClassSampler(regions, pixels)
+    if labelled_share(rasters, config.tile_px, seed) < _SPARSE:
+        return ClassSampler(regions, [find_labelled_pixels(rasters, seed=seed, on_window=on_window)])
     return None
-
-
-def _check_labelled(sources: Sequence[LabelledSource], config: SegmentationDataConfig, part: str) -> None:
-    """Check a sample of 64 rasters for pixels to learn from; warn if some have none.
-
-    Raises:
-        InputError: No raster has a pixel that is valid and labelled.
-    """
-    order = np.random.default_rng(0).permutation(len(sources)).tolist()
-    chosen = [sources[index] for index in sorted(order[:_IMAGES_CHECKED])]
-    bare = [one for one in chosen if not one.has_labels(config.tile_px)]
-    rest = (sources[index] for index in order[_IMAGES_CHECKED:])
-    if len(bare) == len(chosen) and not any(one.has_labels(config.tile_px) for one in rest):
-        raise InputError(
-            f"data.{part} has no pixel that is valid and labelled: {bare[0].source.path}"
-            f"{f' and {len(sources) - 1} more' if len(sources) > 1 else ''}; check nodata, region and labels"
-        )
-    if bare:
-        checked = "checked " if len(chosen) < len(sources) else ""
-        warnings.warn(
-            f"{len(bare)} of {len(chosen)} {checked}rasters to {part} on have no pixel that is valid and labelled, "
-            f"the first {bare[0].source.path}",
-            DataWarning,
-            stacklevel=3,
-        )
-
-
-def _warn_of_absent_classes(
-    sources: Sequence[LabelledSource],
-    config: SegmentationDataConfig,
-    part: str,
-    sampler: SegmentationSampler | None = None,
-) -> None:
-    """Warn about classes without pixels; in large data a sample of windows is searched."""
-    if isinstance(sampler, ClassSampler):
-        pixels, among = sampler.num_pixels[: len(config.classes)], f"all labelled ones of data.{part}"
-    else:
-        pixels, labelled = count_labelled_pixels(sources, len(config.classes), max_windows=_WINDOWS_CHECKED)
-        # The sample may have missed sparse labels.
-        if not labelled:
-            return
-        among = f"{labelled:,} labelled ones of data.{part} checked"
-    absent = [name for name, count in zip(config.classes, pixels, strict=True) if not count]
-    if absent:
-        warnings.warn(
-            f"{len(absent)} of {len(pixels)} classes have no pixel among {among}: {', '.join(absent)}",
-            DataWarning,
-            stacklevel=3,
-        )

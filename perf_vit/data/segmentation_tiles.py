@@ -1,8 +1,8 @@
-"""Tile datasets of segmentation; counts and samples of the labelled pixels of each class."""
+"""Tile datasets of segmentation."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from perf_vit.data.augmentation import draw_log_uniform
+from perf_vit.data.augmentation import draw_log_uniform, draw_zoom, zoomed_px
 from perf_vit.data.samplers import SegmentationSampler
 from perf_vit.labels import LabelSource
 from perf_vit.tiling import grid_windows, random_window
@@ -23,10 +23,6 @@ __all__ = [
     "LabelledTile",
     "SegmentationGrid",
     "SegmentationTiles",
-    "count_class_pixels",
-    "count_labelled_pixels",
-    "find_class_pixels",
-    "pieces",
 ]
 
 LabelledTile = tuple[Tensor, Tensor, Tensor]
@@ -63,6 +59,10 @@ class LabelledSource:
             if labelled.any() and (self._pixels(window).valid & labelled).any():
                 return True
         return False
+
+    def may_teach(self, window: Window) -> bool:
+        """Return whether any pixel of a window is labelled, whatever its validity: reads the labels only."""
+        return bool(((self.labels.read(window) != IGNORE_INDEX) & _inside(self.region, window)).any())
 
     def read(self, window: Window, normalizer: Normalizer) -> tuple[npt.NDArray[np.float32], LabelArray]:
         """Return standardised pixels [C, H, W] and labels [(K,) H, W], `IGNORE_INDEX` where invalid or outside."""
@@ -112,7 +112,8 @@ def _inside(region: Window, window: Window) -> npt.NDArray[np.bool_]:
 class SegmentationTiles(Dataset[LabelledTile]):
     """Augmented training tiles; item `i` of epoch `e` depends on (seed, e * tiles_per_epoch + i) only.
 
-    Without a sampler, windows are random; those without labelled pixels are drawn again, up to ten times.
+    Without a sampler, windows are random; those without labelled pixels are drawn again, up to ten times, which is
+    enough where most windows have some.
 
     Args:
         sources: Labelled sources; each gives tiles in proportion to its number of pixels.
@@ -121,9 +122,9 @@ class SegmentationTiles(Dataset[LabelledTile]):
         tile_px: Tile size in pixels.
         tiles_per_epoch: Number of tiles per epoch.
         seed: Seed of windows and augmentation, whatever the number of workers.
+        scale: Zoom range (min, max). A larger or smaller window is read and resized, up to the size of the region.
         stain: Stain jitter, applied before the normalizer; None for none.
-        resolution: Pixel size range (min, max) of tiles, in the unit of `pixel_sizes`. Larger or smaller windows are
-            read and resized, so no padding is needed.
+        resolution: Pixel size range (min, max) of tiles, instead of `scale`, in the unit of `pixel_sizes`.
         pixel_sizes: Pixel size of each source; required with `resolution`.
         sampler: Sampler of windows; None for random windows.
     """
@@ -137,6 +138,7 @@ class SegmentationTiles(Dataset[LabelledTile]):
         tile_px: int,
         tiles_per_epoch: int,
         seed: int,
+        scale: tuple[float, float] = (1.0, 1.0),
         stain: StainJitter | None = None,
         resolution: tuple[float, float] | None = None,
         pixel_sizes: Sequence[float] | None = None,
@@ -150,6 +152,7 @@ class SegmentationTiles(Dataset[LabelledTile]):
         self.tile_px = tile_px
         self.tiles_per_epoch = tiles_per_epoch
         self.seed = seed
+        self.scale = scale
         self.stain = stain
         self.resolution = resolution
         self.pixel_sizes = pixel_sizes
@@ -177,23 +180,28 @@ class SegmentationTiles(Dataset[LabelledTile]):
 
     def _read(self, index: int, rng: np.random.Generator) -> tuple[int, Window, GeoImage, LabelArray]:
         """Return a source, a window of it with a label, and what it holds."""
-        pixel_size = None if self.resolution is None else draw_log_uniform(self.resolution, rng)
+        size_px = self._draw_size(rng)
         for _ in range(10):
-            chosen, window = self._draw(index, rng, pixel_size)
+            chosen, window = self._draw(index, rng, size_px)
             image, labels = self.sources[chosen].read_image(window)
             if self.sampler is not None or (labels != IGNORE_INDEX).any():
                 break
         return chosen, window, image, labels
 
-    def _draw(self, index: int, rng: np.random.Generator, pixel_size: float | None) -> tuple[int, Window]:
+    def _draw(self, index: int, rng: np.random.Generator, size_px: Callable[[int], int]) -> tuple[int, Window]:
         """Return the index of a source and a window of it."""
         if self.sampler is not None:
-            return self.sampler.draw(index, rng, lambda source: self._window_px(source, pixel_size))
+            return self.sampler.draw(index, rng, size_px)
         chosen = self._choose(rng)
-        return chosen, random_window(self.sources[chosen].region, self._window_px(chosen, pixel_size), rng)
+        return chosen, random_window(self.sources[chosen].region, size_px(chosen), rng)
 
-    def _window_px(self, source: int, pixel_size: float | None) -> int:
-        return window_px(self.tile_px, pixel_size, None if self.pixel_sizes is None else self.pixel_sizes[source])
+    def _draw_size(self, rng: np.random.Generator) -> Callable[[int], int]:
+        """Draw a zoom or pixel size; return the function from the index of a source to the window size there."""
+        if self.resolution is not None:
+            pixel_size, own = draw_log_uniform(self.resolution, rng), self.pixel_sizes
+            return lambda source: window_px(self.tile_px, pixel_size, None if own is None else own[source])
+        zoom = draw_zoom(self.scale, rng)
+        return lambda source: zoomed_px(self.tile_px, zoom, self.sources[source].region.shape)
 
     def _choose(self, rng: np.random.Generator) -> int:
         # A single source needs no random number.
@@ -209,9 +217,10 @@ def window_px(tile_px: int, pixel_size: float | None, source_pixel_size: float |
 
 
 class SegmentationGrid(Dataset[LabelledTile]):
-    """All tiles of a grid over the region, without augmentation; each pixel counts once.
+    """All labelled tiles of a grid over the region, without augmentation; each pixel counts once.
 
-    Windows at the end are shifted back to the edge; pixels already covered by an earlier window are ignored in the
+    If there are several, tiles without a labelled pixel are left out: they say nothing and cost a forward pass. Windows
+    at the end are shifted back to the edge; pixels already covered by an earlier window are ignored in the
     labels.
 
     Args:
@@ -223,9 +232,10 @@ class SegmentationGrid(Dataset[LabelledTile]):
     def __init__(self, source: LabelledSource, normalizer: Normalizer, *, tile_px: int) -> None:
         self.source = source
         self.normalizer = normalizer
-        self.windows = grid_windows(source.region, tile_px, overlap=0)
-        self._row_stops = _previous_stops(sorted({w.row for w in self.windows}), tile_px)
-        self._col_stops = _previous_stops(sorted({w.col for w in self.windows}), tile_px)
+        windows = grid_windows(source.region, tile_px, overlap=0)
+        self._row_stops = _previous_stops(sorted({w.row for w in windows}), tile_px)
+        self._col_stops = _previous_stops(sorted({w.col for w in windows}), tile_px)
+        self.windows = [w for w in windows if source.may_teach(w)] if len(windows) > 1 else windows
 
     def __len__(self) -> int:
         return len(self.windows)
@@ -247,135 +257,3 @@ class SegmentationGrid(Dataset[LabelledTile]):
 def _previous_stops(starts: list[int], size: int) -> dict[int, int]:
     """Map each start to the end of the previous window."""
     return {start: before + size for before, start in zip([starts[0] - size, *starts], starts, strict=False)}
-
-
-_WINDOW_PX = 512
-
-# 260 million pixels, read in about a minute: enough to find a class with one pixel in a million.
-_MAX_WINDOWS = 1000
-
-
-def count_class_pixels(
-    sources: Sequence[LabelledSource],
-    num_classes: int,
-    *,
-    window_px: int = _WINDOW_PX,
-    max_windows: int = _MAX_WINDOWS,
-) -> list[int]:
-    """Count the pixels of each class available for training: labelled, valid and within the region.
-
-    Args:
-        sources: Rasters with labels and regions.
-        num_classes: Number of classes K.
-        window_px: Size of the windows read, in pixels.
-        max_windows: Maximum number of windows to read; if there are more, a fixed random subset is read.
-
-    Returns:
-        Number of pixels per class; for multi-label layers, the pixels where the class is present.
-    """
-    return count_labelled_pixels(sources, num_classes, window_px=window_px, max_windows=max_windows)[0]
-
-
-def count_labelled_pixels(
-    sources: Sequence[LabelledSource],
-    num_classes: int,
-    *,
-    window_px: int = _WINDOW_PX,
-    max_windows: int = _MAX_WINDOWS,
-) -> tuple[list[int], int]:
-    """Count pixels as `count_class_pixels`, and all labelled pixels read, including those without any class."""
-    windows = [(source, window) for source in sources for window in pieces(source.region, window_px)]
-    # Random, as equal steps through the rows of a grid may read its diagonal only.
-    chosen = np.sort(np.random.default_rng(0).permutation(len(windows))[:max_windows])
-    counts, num_labelled = np.zeros(num_classes, np.int64), 0
-    for index in chosen.tolist():
-        source, window = windows[index]
-        labels = source.read_labels(window)
-        labelled = labels != IGNORE_INDEX
-        if labels.ndim == 3:
-            counts += (labels == 1).sum((1, 2))
-            labelled = labelled.any(0)
-        else:
-            # IGNORE_INDEX is above all class indices.
-            counts += np.bincount(labels.ravel(), minlength=num_classes)[:num_classes]
-        num_labelled += int(labelled.sum())
-    return [int(count) for count in counts], num_labelled
-
-
-def pieces(region: Window, size: int) -> Iterator[Window]:
-    """Yield windows that cover a region exactly once; those at the end are smaller."""
-    for row in range(region.row, region.row_stop, size):
-        for col in range(region.col, region.col_stop, size):
-            yield Window(row, col, min(size, region.row_stop - row), min(size, region.col_stop - col))
-
-
-# Few enough to store for hundreds of classes, enough for varied tiles of common classes.
-_MAX_PIXELS = 4096
-
-
-def find_class_pixels(
-    sources: Sequence[LabelledSource],
-    num_classes: int,
-    *,
-    multilabel: bool = False,
-    seed: int = 0,
-    max_pixels: int = _MAX_PIXELS,
-    window_px: int = _WINDOW_PX,
-    on_window: Callable[[int, int], None] | None = None,
-) -> list[npt.NDArray[np.int64]]:
-    """Sample pixels of each class, without replacement, from all pixels available for training; reads all windows once.
-
-    Args:
-        sources: Rasters with labels and regions.
-        num_classes: Number of classes K.
-        multilabel: Whether labels have a layer per class; pixels without any class then form an additional, last class.
-        seed: Seed of the sample.
-        max_pixels: Maximum number of pixels per class.
-        window_px: Size of the windows read, in pixels.
-        on_window: Function called with the number of windows done and the total.
-
-    Returns:
-        Pixels (source, row, column) of each class, [n, 3].
-    """
-    windows = [(index, window) for index, one in enumerate(sources) for window in pieces(one.region, window_px)]
-    rng = np.random.default_rng(seed)
-    samples = [_Sample(max_pixels, rng) for _ in range(num_classes + int(multilabel))]
-    for done, (index, window) in enumerate(windows, 1):
-        labels = sources[index].read_labels(window)
-        for number, here in _of_classes(labels, num_classes):
-            samples[number].add(index, window.row, window.col, here)
-        if on_window is not None:
-            on_window(done, len(windows))
-    return [sample.pixels for sample in samples]
-
-
-def _of_classes(labels: LabelArray, num_classes: int) -> list[tuple[int, BoolArray]]:
-    """Return the classes of a window and their pixels [h, w]."""
-    if labels.ndim == 2:
-        return [(int(k), labels == k) for k in np.unique(labels) if k != IGNORE_INDEX]
-    true = labels == 1
-    none = (labels == 0).any(0) & ~true.any(0)
-    return [*enumerate(true), (num_classes, none)]
-
-
-class _Sample:
-    """Uniform random sample of a stream of pixels: those with the smallest random keys."""
-
-    def __init__(self, size: int, rng: np.random.Generator) -> None:
-        self.pixels: npt.NDArray[np.int64] = np.zeros((0, 3), np.int64)
-        self._keys: npt.NDArray[np.float64] = np.zeros(0)
-        self._size = size
-        self._rng = rng
-
-    def add(self, source: int, row: int, col: int, here: BoolArray) -> None:
-        """Add pixels of a window [h, w] that starts at a row and column."""
-        positions = np.flatnonzero(here)
-        keys = self._rng.random(len(positions))
-        if len(self._keys) == self._size:
-            low = keys < self._keys.max()
-            positions, keys = positions[low], keys[low]
-        rows, cols = np.divmod(positions, here.shape[1])
-        new = np.stack([np.full(len(positions), source), rows + row, cols + col], axis=1)
-        pixels, keys = np.concatenate([self.pixels, new]), np.concatenate([self._keys, keys])
-        kept = np.argpartition(keys, self._size)[: self._size] if len(keys) > self._size else slice(None)
-        self.pixels, self._keys = pixels[kept], keys[kept]

@@ -5,14 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-import numpy as np
 from torch import Tensor
 from torch.utils.data import DataLoader
 
 from perf_vit.data.bags import EmbeddingStore, SlideBags, SlideTargets, collate_bags, read_slide_table
 from perf_vit.data.base import EpochDataModule, EpochLoader, ShareLoader
 from perf_vit.data.config import BaseDataConfig, SplitConfig, check_base
-from perf_vit.data.splits import check_groups_apart, read_groups, split_groups
+from perf_vit.data.splits import HoldOutConfig, check_groups_apart, read_groups, split_items
 from perf_vit.errors import ConfigError
 from perf_vit.types import TISSUE_METHODS
 
@@ -45,16 +44,15 @@ class SlideClassificationSplitConfig(SplitConfig):
 
 
 @dataclass(kw_only=True)
-class SlideClassificationDataConfig(BaseDataConfig):
-    """Labelled slides as bags of tissue windows; `BaseDataConfig` has further keys.
+class SlideClassificationDataConfig(BaseDataConfig, HoldOutConfig):
+    """Labelled slides as bags of tissue windows; `BaseDataConfig` and `HoldOutConfig` have further keys.
 
     Windows correspond to the tiles of other tasks. For 8-bit RGB slides, `mean` and `std` default to those of the
     encoder's pretraining.
 
     Attributes:
         train: Training slides.
-        val: Validation slides; None for a random part of `train`, stratified by class.
-        val_share: Fraction of the slides of `train` to validate on if `val` is None.
+        val: Validation slides; None for a part of `train`.
         group_column: CSV column with the patient, or another group whose slides all belong in the same split; None if
             each slide is a group of its own.
         classes: Class names; None for all that occur in `train`, sorted by name.
@@ -76,7 +74,6 @@ class SlideClassificationDataConfig(BaseDataConfig):
 
     train: SlideClassificationSplitConfig
     val: SlideClassificationSplitConfig | None = None
-    val_share: float = 0.2
     group_column: str | None = None
     classes: list[str] | None = None
     image_column: str = "slide"
@@ -125,7 +122,7 @@ class SlideClassificationDataModule(EpochDataModule):
         return self.train_loader(
             EpochLoader(
                 self.train,
-                batch_size=self.batch_size,
+                batch_size=self.loader_batch_size,
                 num_workers=self.num_workers,
                 collate_fn=collate_bags,
                 drop_last=False,
@@ -163,31 +160,13 @@ def read_slides(config: SlideClassificationDataConfig, seed: int) -> tuple[Slide
         if common:
             raise ConfigError(f"{common[0]} is in both data.train and data.val; keep it in one of them")
         if config.group_column is not None:
-            groups, others = (read_groups(part.labels, config.group_column) for part in (config.train, config.val))
-            check_groups_apart(groups, others, config.group_column)
+            given, others = (read_groups(part.labels, config.group_column) for part in (config.train, config.val))
+            check_groups_apart(given, others, config.group_column)
         return train, val
-    if config.group_column is not None:
-        groups = read_groups(config.train.labels, config.group_column)
-        parts = split_groups(groups, train.labels, config.val_share, seed, config.group_column)
-        return train.part(parts[0]), train.part(parts[1])
-    chosen = _stratified(train.labels, config.val_share, seed)
-    if not chosen or len(chosen) == len(train):
-        raise ConfigError(
-            f"data.val_share {config.val_share:g} of {len(train)} slides leaves none to train or validate on; give "
-            "data.val"
-        )
-    return train.part([i for i in range(len(train)) if i not in chosen]), train.part(sorted(chosen))
-
-
-def _stratified(labels: np.ndarray, share: float, seed: int) -> set[int]:
-    """Draw a fraction of each class with at least two slides, at least one slide and not all."""
-    rng = np.random.default_rng(seed)
-    chosen: set[int] = set()
-    for label in np.unique(labels):
-        members = rng.permutation(np.flatnonzero(labels == label))
-        number = min(len(members) - 1, max(1, round(len(members) * share)))
-        chosen.update(members[:number].tolist())
-    return chosen
+    column = config.group_column
+    groups = None if column is None else read_groups(config.train.labels, column)
+    parts = split_items(len(train), config, seed, "slides", labels=train.labels, groups=groups, column=column)
+    return train.part(parts[0]), train.part(parts[1])
 
 
 def _check(config: SlideClassificationDataConfig) -> None:
@@ -197,9 +176,9 @@ def _check(config: SlideClassificationDataConfig) -> None:
         raise ConfigError(f"data.tissue must be auto, otsu or null, got {config.tissue}")
     if config.on_error not in ("stop", "skip"):
         raise ConfigError(f"data.on_error must be stop or skip, got {config.on_error}")
-    for key in ("val_share", "min_tissue"):
-        if not 0 <= getattr(config, key) <= 1:
-            raise ConfigError(f"data.{key} must lie between 0 and 1, got {getattr(config, key):g}")
+    config.check_hold_out()
+    if not 0 <= config.min_tissue <= 1:
+        raise ConfigError(f"data.min_tissue must lie between 0 and 1, got {config.min_tissue:g}")
     check_base(config, {"embed_batch_size": 1})
     if config.max_windows is not None and config.max_windows < 1:
         raise ConfigError(f"data.max_windows must be at least 1, or left out, got {config.max_windows}")

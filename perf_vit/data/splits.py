@@ -2,16 +2,199 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import os
+import warnings
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from perf_vit.errors import ConfigError
+from perf_vit.errors import ConfigError, DataWarning
 from perf_vit.labels.tables import read_csv_rows
+from perf_vit.types import Source, Window
 
-__all__ = ["check_groups_apart", "read_groups", "split_groups"]
+__all__ = ["HoldOutConfig", "check_groups_apart", "read_groups", "split_groups", "split_items", "warn_of_shared_places"]
+
+
+@dataclass(kw_only=True)
+class HoldOutConfig:
+    """What is held out for validation where `val` is left out.
+
+    Attributes:
+        val_share: Fraction of the images of `train` to validate on if `val` is None, of each class alike.
+        num_folds: Number of parts of `train` for cross-validation, one of which is held out instead of `val_share`:
+            runs with fold 0, 1, ... validate on each image once. None for a single split.
+        fold: Part that is held out, from 0.
+    """
+
+    val_share: float = 0.2
+    num_folds: int | None = None
+    fold: int = 0
+
+    def check_hold_out(self) -> None:
+        """Check the ranges of the keys.
+
+        Raises:
+            ConfigError: A value is out of range.
+        """
+        if not 0 <= self.val_share <= 1:
+            raise ConfigError(f"data.val_share must lie between 0 and 1, got {self.val_share:g}")
+        if self.num_folds is None:
+            if self.fold:
+                raise ConfigError(f"data.fold {self.fold} is one of data.num_folds, which is left out; give both")
+        elif self.num_folds < 2 or not 0 <= self.fold < self.num_folds:
+            raise ConfigError(
+                "data.num_folds must be at least 2 and data.fold from 0 to data.num_folds - 1, got "
+                f"{self.num_folds} and {self.fold}"
+            )
+
+
+def split_items(
+    num_items: int,
+    config: HoldOutConfig,
+    seed: int,
+    what: str,
+    *,
+    labels: npt.NDArray[np.int64] | None = None,
+    groups: Sequence[str] | None = None,
+    column: str | None = None,
+) -> tuple[list[int], list[int]]:
+    """Split items at random into training and validation, or hold out a fold.
+
+    Args:
+        num_items: Number of items.
+        config: Share, or number of folds and fold.
+        seed: Seed of the split; all folds of a cross-validation need the same.
+        what: Name of the items, for errors.
+        labels: Class index of each item, whose shares both sides keep; None for items of one kind.
+        groups: Group of each item; all items of a group are on one side. None if each item is a group of its own.
+        column: What the groups are, for errors.
+
+    Returns:
+        Indices of training and validation items, sorted.
+
+    Raises:
+        ConfigError: One of the sides would be empty, or no group can be held out.
+    """
+    if config.num_folds is not None:
+        return _hold_out_fold(num_items, config, seed, what, labels=labels, groups=groups, column=column)
+    if groups is not None:
+        return split_groups(groups, labels, config.val_share, seed, column or what)
+    kinds = np.zeros(num_items, np.int64) if labels is None else labels
+    rng = np.random.default_rng(seed)
+    held: list[int] = []
+    for kind in np.unique(kinds):
+        members = rng.permutation(np.flatnonzero(kinds == kind))
+        number = min(len(members) - 1, max(1, round(len(members) * config.val_share)))
+        held += members[:number].tolist()
+    if not held or config.val_share == 1:
+        raise ConfigError(
+            f"data.val_share {config.val_share:g} of {num_items} {what} leaves none to train or validate on; give "
+            "data.val"
+        )
+    return sorted(set(range(num_items)) - set(held)), sorted(held)
+
+
+def _hold_out_fold(
+    num_items: int,
+    config: HoldOutConfig,
+    seed: int,
+    what: str,
+    *,
+    labels: npt.NDArray[np.int64] | None,
+    groups: Sequence[str] | None,
+    column: str | None,
+) -> tuple[list[int], list[int]]:
+    """Deal groups to folds, the largest first, each to the fold that has least of its classes."""
+    assert config.num_folds is not None
+    own = np.arange(num_items) if groups is None else np.asarray(groups, dtype=object).astype(str)
+    counts, members = _class_counts(own, labels)
+    if len(counts) < config.num_folds:
+        of = f"groups of data.group_column {column}" if groups is not None else what
+        raise ConfigError(
+            f"data.num_folds {config.num_folds} needs at least as many {of}, got {len(counts)}; take fewer folds"
+        )
+    shares = counts / counts.sum(axis=0)
+    order = np.random.default_rng(seed).permutation(len(counts))
+    order = order[np.argsort(-counts[order].sum(axis=1), kind="stable")]
+    dealt, sizes = np.zeros((config.num_folds, shares.shape[1])), np.zeros(config.num_folds)
+    fold_of = np.zeros(len(counts), np.int64)
+    for group in order.tolist():
+        # Of folds with equal shares of its classes, the smallest.
+        fold = int(np.lexsort((sizes, np.round(dealt @ (counts[group] > 0), 9)))[0])
+        fold_of[group] = fold
+        dealt[fold] += shares[group]
+        sizes[fold] += counts[group].sum()
+    is_val = fold_of[members] == config.fold
+    return np.flatnonzero(~is_val).tolist(), np.flatnonzero(is_val).tolist()
+
+
+def _class_counts(
+    groups: npt.NDArray[Any], labels: npt.NDArray[np.int64] | None
+) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+    """Return the number of items of each group and class that occurs, [G, K], and the group of each item."""
+    kinds = np.zeros(len(groups), np.int64) if labels is None else np.unique(labels, return_inverse=True)[1]
+    names, members = np.unique(groups, return_inverse=True)
+    counts = np.zeros((len(names), int(kinds.max()) + 1), np.int64)
+    np.add.at(counts, (members, kinds), 1)
+    return counts, members
+
+
+def warn_of_shared_places(train: Iterable[tuple[Source, Window]], val: Iterable[tuple[Source, Window]]) -> None:
+    """Warn if pixels to validate on are also trained on.
+
+    Places are compared by their coordinates in files that have the same CRS, and by pixels of the same file otherwise.
+
+    Args:
+        train: Images and the windows of them to train on.
+        val: The same for validation.
+    """
+    known: dict[str, list[tuple[float, ...]]] = {}
+    for source, window in train:
+        key, box = _place(source, window)
+        known.setdefault(key, []).append(box)
+    boxes = {key: np.array(group) for key, group in known.items()}
+    shared, total, first = 0.0, 0.0, ""
+    for source, window in val:
+        key, box = _place(source, window)
+        area = float(window.height * window.width)
+        common = _common_share(np.array(box), boxes[key]) if key in boxes else 0.0
+        total += area
+        # Files side by side may overlap by rounding.
+        if common > _ROUNDING:
+            shared += area * common
+            first = first or source.path
+    if first:
+        warnings.warn(
+            f"{max(1, round(100 * shared / total))} % of data.val is also in data.train, the first {first}, so "
+            "validation scores will be too good; choose other images or regions for one of them",
+            DataWarning,
+            stacklevel=3,
+        )
+
+
+_ROUNDING = 1e-3
+
+
+def _common_share(box: npt.NDArray[np.float64], others: npt.NDArray[np.float64]) -> float:
+    """Return the part of a box (left, top, right, bottom) that others cover, at most 1, counting overlaps twice."""
+    low, high = np.maximum(box[:2], others[:, :2]), np.minimum(box[2:], others[:, 2:])
+    return min(1.0, float((high - low).clip(min=0).prod(axis=1).sum() / (box[2:] - box[:2]).prod()))
+
+
+def _place(source: Source, window: Window) -> tuple[str, tuple[float, ...]]:
+    """Return a coordinate system and the bounds of a window in it."""
+    if source.crs is None or source.mpp is not None:
+        # The file may be read at other pixel sizes; its sides are 1.
+        corner = np.array([window.col / source.width, window.row / source.height])
+        sides = np.array([window.width / source.width, window.height / source.height])
+        return os.path.realpath(source.path), (*corner, *(corner + sides))
+    rows, cols = (window.row, window.row_stop), (window.col, window.col_stop)
+    corners = np.array([source.transform @ (float(col), float(row)) for row in rows for col in cols])
+    return str(source.crs), (*corners.min(axis=0), *corners.max(axis=0))
 
 
 def read_groups(table: str | Path | None, column: str) -> list[str]:
@@ -62,15 +245,11 @@ def split_groups(
     Raises:
         ConfigError: No group can be held out.
     """
-    kinds = np.zeros(len(groups), np.int64) if labels is None else labels
-    names, members = np.unique(np.asarray(groups, dtype=object).astype(str), return_inverse=True)
-    # Items of each group and class.
-    counts = np.zeros((len(names), int(kinds.max()) + 1), np.int64)
-    np.add.at(counts, (members, kinds), 1)
+    counts, members = _class_counts(np.asarray(groups, dtype=object).astype(str), labels)
     total = counts.sum(axis=0)
     wanted = np.minimum(total - 1, np.maximum(1, np.rint(total * share))).clip(min=0)
     held, chosen = np.zeros_like(total), set[int]()
-    order = np.random.default_rng(seed).permutation(len(names)).tolist()
+    order = np.random.default_rng(seed).permutation(len(counts)).tolist()
     for group in order:
         new = held + counts[group]
         is_nearer = np.abs(wanted - new).sum() < np.abs(wanted - held).sum()
@@ -80,7 +259,7 @@ def split_groups(
         free = [group for group in order if _leaves_all(total, counts[group])]
         if not free:
             raise ConfigError(
-                f"data.group_column {column} has {len(names)} groups, none of which can be held out without leaving a "
+                f"data.group_column {column} has {len(counts)} groups, none of which can be held out without leaving a "
                 "class without training data; give data.val"
             )
         chosen = {min(free, key=lambda group: int(counts[group].sum()))}

@@ -62,7 +62,7 @@ class ClassificationPredictor(TablePredictor[Classifier, ClassificationPredictOp
         """Read the tile of an image; see `TablePredictor.read_input`."""
         spec = self.model.spec
         with closing(spec.open(path, check=InputCheck(None))) as source:
-            window = None if spec.resize else middle_window(source, spec.tile_px)
+            window = None if spec.resize else middle_window(source, spec.tile_px, whole=spec.whole)
             pixels, valid = image_tile(source, spec.normalizer, spec.tile_px, window)
             return _Tile(torch.from_numpy(pixels), torch.from_numpy(valid), self.check_input.problem(source))
 

@@ -162,6 +162,7 @@ class ClassificationSpec(TaskSpec):
     Attributes:
         kind: Kind of the outputs.
         resize: Whether images are resized to a tile; False for a centre crop at full resolution.
+        whole: Whether a tile must hold the whole image, as a count needs; only without `resize`.
         target_mean: Mean of each target in the training data; empty for classes.
         target_std: Standard deviation of each target in the training data; empty for classes.
 
@@ -173,6 +174,7 @@ class ClassificationSpec(TaskSpec):
 
     kind: ImageLabelKind
     resize: bool = False
+    whole: bool = False
     target_mean: tuple[float, ...] = ()
     target_std: tuple[float, ...] = ()
 

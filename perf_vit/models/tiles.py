@@ -47,8 +47,23 @@ def standardized(image: GeoImage, normalizer: Normalizer) -> FloatArray:
     return normalizer(repeat_grey_band(image, len(normalizer.mean)))
 
 
-def middle_window(source: Source, tile_px: int) -> Window:
-    """Return the central window of an image; along axes shorter than a tile it starts at 0."""
+def middle_window(source: Source, tile_px: int, *, whole: bool = False) -> Window:
+    """Return the central window of an image; along axes shorter than a tile it starts at 0.
+
+    Args:
+        source: Image.
+        tile_px: Tile size in pixels.
+        whole: Whether the window must hold the whole image.
+
+    Raises:
+        InputError: It must, and the image is larger than a tile.
+    """
+    if whole and max(source.size) > tile_px:
+        raise InputError(
+            f"{source.path} has {source.height} x {source.width} px, more than the tile of {tile_px} px that must hold "
+            "the whole image, as its target is that of the whole; train with a larger data.tile_px, with "
+            "data.resize=true, or, if targets also describe each crop (a mean, not a count), with data.crop=true"
+        )
     row, col = (max(0, (side - tile_px) // 2) for side in source.size)
     return Window(row, col, tile_px, tile_px)
 
@@ -104,15 +119,13 @@ def standard_tile(
     return resize_masked(pixels, image.mask, tile_px, tile_px) if resize else (pixels, image.mask)
 
 
-def reduced(source: Source, tile_px: int) -> GeoImage:
-    """Read a whole image at a resolution from which it is resized to a tile."""
+def reduced(source: Source, tile_px: int, window: Window | None = None) -> GeoImage:
+    """Read a whole image, or a window inside it, at a resolution from which it is resized to a tile."""
+    place = source.extent if window is None else window
     # Larger images are reduced while reading, to at least twice the tile size, so that the final resizing stays sharp.
-    return source.read_reduced(_reduced_size(source, tile_px))
-
-
-def _reduced_size(source: Source, tile_px: int) -> int:
-    shortest = min(source.size)
-    return max(1, -(-max(source.size) * min(shortest, 2 * tile_px) // shortest))
+    shortest = min(place.shape)
+    size_px = max(1, -(-max(place.shape) * min(shortest, 2 * tile_px) // shortest))
+    return source.read_reduced(size_px) if window is None else source.read_reduced(size_px, window)
 
 
 class UnlabelledCrops(Dataset[tuple[Tensor, Tensor]]):

@@ -10,8 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from perf_vit.errors import ConfigError, InputError
-from perf_vit.transforms.resize import divide_by_weight
-from perf_vit.types import IGNORE_INDEX, BoolArray, GeoImage, LabelArray
+from perf_vit.types import BoolArray, GeoImage, LabelArray
 
 # Disable albumentations' check for updates on import, which needs a network.
 os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")
@@ -70,26 +69,11 @@ class BandShuffle(A.ImageOnlyTransform):
         return np.ascontiguousarray(img[..., order])
 
 
-class ValidMeans(A.ImageOnlyTransform):
-    """Division of interpolated bands by their interpolated masks, which are the second half of the channels.
-
-    Invalid values become NaN, so that they stay with their band when bands are shuffled.
-    """
-
-    def apply(self, img: FloatArray, **params: Any) -> FloatArray:
-        """Divide [H, W, 2 C] to [H, W, C]."""
-        planes = img.transpose(2, 0, 1)
-        pixels, held = divide_by_weight(*np.split(planes, 2))
-        return _channels_last(np.where(held, pixels, np.float32(np.nan)))
-
-
 class Augmentation:
-    """Random flips, quarter turns, scale and colour, determined by a seed per sample.
+    """Random flips, quarter turns and colour, determined by a seed per sample.
 
     Args:
         flips: Whether to apply the eight symmetries of the square, suitable for imagery from above.
-        scale: Range (smallest, largest) of the zoom about the centre of the tile, drawn separately for both axes; (1,
-            1) for none. Pixels uncovered by a zoom below 1 are 0 in the image and ignored in the labels.
         gain: Range of the gain, see `BandGainOffset`; 0 for none.
         offset: Range of the offset, see `BandGainOffset`; 0 for none.
         shuffle: Probability of a random order of the bands, for tasks where shape matters more than colour.
@@ -99,24 +83,18 @@ class Augmentation:
         self,
         *,
         flips: bool = True,
-        scale: tuple[float, float] = (1.0, 1.0),
         gain: float = 0.0,
         offset: float = 0.0,
         shuffle: float = 0.0,
     ) -> None:
-        geometry: list[Any] = []
+        steps: list[Any] = []
         if flips:
-            geometry.append(A.D4(p=1.0))
-        if tuple(scale) != (1.0, 1.0):
-            geometry.append(A.Affine(scale=tuple(scale), fill=0, fill_mask=IGNORE_INDEX, p=0.8))
-        colors: list[Any] = []
+            steps.append(A.D4(p=1.0))
         if shuffle:
-            colors.append(BandShuffle(p=shuffle))
+            steps.append(BandShuffle(p=shuffle))
         if gain or offset:
-            colors.append(BandGainOffset(gain, offset))
-        self._whole = A.Compose([*geometry, *colors])
-        # `ValidMeans` draws no random numbers, so a mask doesn't change the result of a seed.
-        self._masked = A.Compose([*geometry, ValidMeans(p=1.0), *colors])
+            steps.append(BandGainOffset(gain, offset))
+        self._compose = A.Compose(steps)
 
     def __call__(
         self, image: FloatArray, labels: LabelArray, seed: int, mask: BoolArray | None = None
@@ -128,23 +106,20 @@ class Augmentation:
             labels: Class indices, [H, W], or layers, [K, H, W].
             seed: Seed of all random numbers; a seed gives the same sample in any process.
             mask: True where a value holds data, [C, H, W], or [1, H, W] for all bands; None if all do. Invalid values
-                don't affect their neighbours and stay 0.
+                become 0.
 
         Returns:
             The augmented image and labels, with shapes and dtypes unchanged, and the mask of pixels with a valid value,
-            [H, W]. If `mask` has no invalid values, all pixels are valid, including those uncovered by a zoom.
+            [H, W].
         """
         masks = labels.reshape(-1, *labels.shape[-2:])
-        if mask is None or mask.all():
-            self._whole.set_random_seed(seed)
-            out = self._whole(image=_channels_last(image), masks=masks)
-            pixels = _channels_first(out["image"], len(image))
-            valid: BoolArray = np.ones(pixels.shape[1:], bool)
-        else:
-            weights = np.broadcast_to(mask, image.shape).astype(np.float32)
-            self._masked.set_random_seed(seed)
-            out = self._masked(image=_channels_last(np.concatenate([image, weights])), masks=masks)
-            pixels = _channels_first(out["image"], len(image))
+        # NaN stays with its pixel when an image is turned and with its band when bands are shuffled.
+        marked = image if mask is None or mask.all() else np.where(mask, image, np.float32(np.nan))
+        self._compose.set_random_seed(seed)
+        out = self._compose(image=_channels_last(marked), masks=masks)
+        pixels = _channels_first(out["image"], len(image))
+        valid: BoolArray = np.ones(pixels.shape[1:], bool)
+        if marked is not image:
             held = ~np.isnan(pixels)
             pixels, valid = np.where(held, pixels, np.float32(0)), np.asarray(held.any(0))
         layers = np.stack(out["masks"])

@@ -89,7 +89,9 @@ def evaluate_classification(
         config = ClassificationDataConfig(train=split, multilabel=spec.kind == "multilabel", **columns)
         labelled = read_image_targets(config, split, names=spec.classes, allow_missing=True)
     images_seen = ClassificationImages(labelled, partial(spec.open, check=predictor.check_input))
-    views = ClassificationViews(images_seen, spec.normalizer, tile_px=spec.tile_px, resize=spec.resize)
+    views = ClassificationViews(
+        images_seen, spec.normalizer, tile_px=spec.tile_px, resize=spec.resize, whole=spec.whole
+    )
     metrics = ClassificationMetrics(spec.classes, spec.kind)
     registered = RegisteredMetrics(predictor.model.task, spec)
     readers = predictor.num_readers
@@ -144,6 +146,7 @@ def _spec(config: ClassificationRun | RegressionRun, data: ClassificationDataMod
             data,
             classes=data.names,
             kind="regression",
+            whole=data.val.whole,
             target_mean=tuple(numbers.mean(0).tolist()),
             target_std=replace_tiny_std(std.tolist(), floor.tolist(), [f"the target {name}" for name in data.names]),
             label_options={"image_column": given.image_column},

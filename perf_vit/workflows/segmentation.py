@@ -97,9 +97,7 @@ def build_segmentation_data(config: SegmentationRun) -> SegmentationDataModule:
     Raises:
         PerfVitError: A config or input that doesn't fit.
     """
-    if config.data.sampler != "balanced":
-        return build_segmentation_datamodule(config.data, config.seed)
-    with windows_progress("looking for pixels of the classes") as on_window:
+    with windows_progress("looking for labelled pixels") as on_window:
         return build_segmentation_datamodule(config.data, config.seed, on_window)
 
 

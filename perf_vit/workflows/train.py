@@ -163,6 +163,8 @@ def train_run(config: TaskRunConfig, *, progress: bool = True) -> Run:
     )
     if task.prepare_data is not None:
         data = task.prepare_data(config, data, module, run.path)
+    # A task of one's own may have other keys of data.
+    data.global_batch_size = getattr(getattr(config, "data", None), "global_batch_size", None)
     is_own_group = not has_processes()
     run.fit(trainer, module, data)
     if is_own_group:

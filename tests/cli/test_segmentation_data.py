@@ -101,7 +101,7 @@ def test_a_region_of_a_folder_is_refused(photos, run, tmp_path, capsys) -> None:
 def test_training_takes_each_sampler(trained, tmp_path, capsys, sampler) -> None:
     args = train_args(trained.scene, tmp_path / "run", f"data.sampler={sampler}", "trainer.max_epochs=1")
     assert call(args) == 0
-    assert ("looking for pixels of the classes" in capsys.readouterr().err) == (sampler == "balanced")
+    assert ("looking for labelled pixels" in capsys.readouterr().err) == (sampler == "balanced")
     assert f"sampler: {sampler}" in (tmp_path / "run" / "config.yaml").read_text()
 
 

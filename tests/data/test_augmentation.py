@@ -362,3 +362,33 @@ def test_sizes_of_pixels_load_from_yaml(tmp_path) -> None:
     (tmp_path / "a.yaml").write_text("{train: {image: a, labels: b}, classes: [x], augment: {resolution: [0.25, 1]}}")
     config = load_config(tmp_path / "a.yaml", DetectionDataConfig, ["augment.stain=0.2"])
     assert config.augment == AugmentConfig(resolution=(0.25, 1.0), stain=0.2)
+
+
+@pytest.mark.parametrize("sampler", ["random", "balanced", "grid"])
+def test_a_zoom_out_reads_more_of_the_scene_instead_of_black(tmp_path, sampler) -> None:
+    data = build_segmentation_datamodule(
+        maps(scene(tmp_path, "a", 1.0, 3), augment=AugmentConfig(scale=(0.5, 1.0)), sampler=sampler), seed=0
+    )
+    for index in range(40):
+        tile, labels, valid = data.train[index]
+        assert valid.all()
+        assert (labels != IGNORE_INDEX).all()
+        assert not (tile == 0).all(0).any()
+
+
+def test_the_pixel_that_a_tile_was_drawn_for_stays_in_it(tmp_path) -> None:
+    pixels = np.random.default_rng(0).integers(1, 200, (3, 300, 300)).astype(np.uint8)
+    raster(tmp_path / "a.tif", pixels, 1.0)
+    labels = np.zeros((1, 300, 300), np.uint8)
+    labels[0, 200:204, 100:104] = 1
+    raster(tmp_path / "labels.tif", labels, 1.0)
+    split = SegmentationSplitConfig(image=str(tmp_path / "a.tif"), labels=str(tmp_path / "labels.tif"))
+    keys = {
+        "classes": ["rest", "rare"],
+        "tile_px": 32,
+        "sampler": "balanced",
+        "augment": AugmentConfig(scale=(0.6, 1.6)),
+    }
+    train = build_segmentation_datamodule(SegmentationDataConfig(train=split, val=split, **keys), seed=0).train
+    # Half of the tiles are drawn for the rare class, which chance alone puts into few.
+    assert sum(bool((train[index][1] == 1).any()) for index in range(200)) >= 90

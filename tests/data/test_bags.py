@@ -12,7 +12,7 @@ from PIL import Image
 
 from perf_vit.data import EmbeddingStore, SlideTargets, tissue_windows
 from perf_vit.data.bags import SlideBags, collate_bags
-from perf_vit.data.slide_classification import _stratified
+from perf_vit.data.splits import HoldOutConfig, split_items
 from perf_vit.errors import DataWarning, InputError
 from perf_vit.models.tiles import _shares
 from perf_vit.sources import find_images
@@ -143,5 +143,5 @@ def test_training_bags_come_once_a_round_and_draw_other_windows(slides, store) -
 def test_validation_slides_are_of_every_class_with_two_slides(tmp_path: Path) -> None:
     labels = np.array([0] * 20 + [1] * 2 + [2])
     for seed in range(5):
-        chosen = labels[sorted(_stratified(labels, 0.2, seed))]
+        chosen = labels[split_items(len(labels), HoldOutConfig(), seed, "slides", labels=labels)[1]]
         assert np.bincount(chosen, minlength=3).tolist() == [4, 1, 0]

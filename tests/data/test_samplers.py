@@ -13,8 +13,9 @@ from torch.utils.data import DataLoader
 
 from perf_vit.data import AugmentConfig, SegmentationDataConfig, SegmentationSplitConfig, build_segmentation_datamodule
 from perf_vit.data.base import EpochSampler
+from perf_vit.data.class_pixels import find_class_pixels
 from perf_vit.data.samplers import ClassSampler, GridSampler
-from perf_vit.data.segmentation_tiles import LabelledSource, find_class_pixels
+from perf_vit.data.segmentation_tiles import LabelledSource
 from perf_vit.errors import ConfigError, DataWarning
 from perf_vit.labels import open_labels
 from perf_vit.sources import open_raster

@@ -23,8 +23,10 @@ def ships(tmp_path_factory):
 
 
 def _random(ships, seed: int = 0) -> SegmentationTiles:
-    augmentation = Augmentation(flips=True, scale=(0.7, 1.3), gain=0.1, offset=0.1)
-    return SegmentationTiles([ships], NORMALIZER, augmentation, tile_px=64, tiles_per_epoch=6, seed=seed)
+    augmentation = Augmentation(flips=True, gain=0.1, offset=0.1)
+    return SegmentationTiles(
+        [ships], NORMALIZER, augmentation, tile_px=64, tiles_per_epoch=6, seed=seed, scale=(0.7, 1.3)
+    )
 
 
 def test_samples_depend_on_seed_and_index_whatever_the_workers(ships) -> None:

@@ -1,16 +1,19 @@
-"""Groups such as patients are never divided between training and validation."""
+"""What is held out for validation: groups such as patients are never divided, folds hold out each item once."""
 
+import warnings
 from pathlib import Path
 
 import numpy as np
 import pytest
+from affine import Affine
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from perf_vit.data import SlideClassificationDataConfig, SlideClassificationSplitConfig
 from perf_vit.data.slide_classification import read_slides
-from perf_vit.data.splits import split_groups
+from perf_vit.data.splits import HoldOutConfig, split_groups, split_items, warn_of_shared_places
 from perf_vit.errors import ConfigError, InputError
+from perf_vit.types import Window
 
 ITEMS = st.lists(st.tuples(st.integers(0, 7), st.integers(0, 2)), min_size=2, max_size=60)
 
@@ -86,3 +89,90 @@ def test_a_table_without_the_column_or_a_value_is_named(tmp_path: Path) -> None:
         read_slides(config, 0)
     with pytest.raises(InputError, match=r"line 3 of .* has no patient"):
         read_slides(config_of(tmp_path, ["a,x,P1", "b,y,"]), 0)
+
+
+@given(
+    ITEMS.filter(lambda items: len({group for group, _ in items}) > 2),
+    st.integers(2, 3),
+    st.booleans(),
+    st.integers(0, 9),
+)
+@settings(max_examples=100, deadline=None)
+def test_folds_hold_out_each_item_once_and_no_group_twice(items, num_folds: int, with_labels: bool, seed: int) -> None:
+    groups, labels = [f"P{group}" for group, _ in items], np.array([label for _, label in items])
+    held: list[int] = []
+    for fold in range(num_folds):
+        config = HoldOutConfig(num_folds=num_folds, fold=fold)
+        given_labels = labels if with_labels else None
+        train, val = split_items(len(items), config, seed, "slides", labels=given_labels, groups=groups)
+        assert val
+        assert sorted(train + val) == list(range(len(items)))
+        assert not {groups[index] for index in train} & {groups[index] for index in val}
+        held += val
+    assert sorted(held) == list(range(len(items)))
+
+
+def test_folds_have_equal_shares_of_each_class() -> None:
+    labels = np.repeat([0, 1, 2], [60, 20, 5])
+    for seed in range(5):
+        for fold in range(5):
+            _, val = split_items(85, HoldOutConfig(num_folds=5, fold=fold), seed, "images", labels=labels)
+            assert np.bincount(labels[val]).tolist() == [12, 4, 1]
+
+
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        ({"num_folds": 1}, r"data\.num_folds must be at least 2 .* got 1 and 0"),
+        ({"num_folds": 3, "fold": 3}, r"data\.fold from 0 to data\.num_folds - 1, got 3 and 3"),
+        ({"fold": 1}, r"data\.fold 1 is one of data\.num_folds, which is left out"),
+        ({"val_share": 1.5}, r"data\.val_share must lie between 0 and 1, got 1\.5"),
+    ],
+)
+def test_keys_of_folds_out_of_range_are_refused(keys, message) -> None:
+    with pytest.raises(ConfigError, match=message):
+        HoldOutConfig(**keys).check_hold_out()
+
+
+def test_more_folds_than_groups_are_refused() -> None:
+    with pytest.raises(
+        ConfigError, match=r"num_folds 3 needs at least as many groups of data.group_column site, got 2"
+    ):
+        split_items(4, HoldOutConfig(num_folds=3), 0, "slides", groups=["a", "a", "b", "b"], column="site")
+
+
+class Placed:
+    """What tells the place of an image."""
+
+    mpp = None
+
+    def __init__(self, path: str, *, crs: str | None = "EPSG:32622", left: float = 0.0, pixel: float = 1.0) -> None:
+        self.path, self.crs = path, crs
+        self.height = self.width = 100
+        self.transform = Affine(pixel, 0, left, 0, -pixel, 0)
+
+
+@pytest.mark.parametrize(
+    ("train", "val", "share"),
+    [
+        ((Placed("a.tif"), Window(0, 0, 100, 50)), (Placed("a.tif"), Window(0, 50, 100, 50)), None),
+        ((Placed("a.tif"), Window(0, 0, 100, 75)), (Placed("a.tif"), Window(0, 50, 100, 50)), 50),
+        # The same ground in another file, with other pixels.
+        ((Placed("a.tif"), Window(0, 0, 100, 100)), (Placed("b.tif", left=50, pixel=0.5), Window(0, 0, 100, 100)), 100),
+        ((Placed("a.tif"), Window(0, 0, 100, 100)), (Placed("b.tif", left=100), Window(0, 0, 100, 100)), None),
+        ((Placed("a.tif"), Window(0, 0, 100, 100)), (Placed("b.tif", crs="EPSG:4326"), Window(0, 0, 100, 100)), None),
+        # Images without a place are the same only as files.
+        (
+            (Placed("a.png", crs=None), Window(0, 0, 100, 100)),
+            (Placed("b.png", crs=None), Window(0, 0, 100, 100)),
+            None,
+        ),
+        ((Placed("a.png", crs=None), Window(0, 0, 100, 100)), (Placed("./a.png", crs=None), Window(0, 0, 9, 9)), 100),
+    ],
+)
+def test_places_that_are_trained_and_validated_on_are_told(train, val, share) -> None:
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        warn_of_shared_places([train], [val])
+    expected = [] if share is None else [f"{share} % of data.val is also in data.train, the first {val[0].path}"]
+    assert [str(one.message).split(", so")[0] for one in told] == expected

@@ -17,8 +17,8 @@ from perf_vit.data import (
     build_classification_datamodule,
     read_slide_table,
 )
-from perf_vit.data.classification import split_off
 from perf_vit.data.classification_tiles import ClassificationTiles
+from perf_vit.data.splits import HoldOutConfig, split_items
 from perf_vit.errors import ConfigError, InputError
 from perf_vit.labels.tables import ImageTargets, read_class_folders, read_class_table, read_target_table
 from perf_vit.transforms import Augmentation, Normalizer
@@ -217,8 +217,8 @@ def test_images_of_other_band_counts_and_without_valid_pixels_are_named(tmp_path
 
 
 def test_a_split_shares_out_every_image_once_and_refuses_an_empty_side() -> None:
-    train, val = split_off(11, 0.3, seed=0, what="images")
+    train, val = split_items(11, HoldOutConfig(val_share=0.3), 0, "images")
     assert sorted(train + val) == list(range(11))
     assert len(val) == 3
-    with pytest.raises(ConfigError, match="leaves none to train on"):
-        split_off(1, 0.3, seed=0, what="images")
+    with pytest.raises(ConfigError, match="leaves none to train or validate on"):
+        split_items(1, HoldOutConfig(val_share=0.3), 0, "images")

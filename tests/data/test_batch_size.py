@@ -1,0 +1,26 @@
+"""The size of a step, of each process or of all together."""
+
+import pytest
+
+from perf_vit.data import base
+from perf_vit.data.base import EpochDataModule
+from perf_vit.errors import ConfigError
+
+
+def module(batch_size: int, global_batch_size: int | None) -> EpochDataModule:
+    data = EpochDataModule()
+    data.batch_size, data.global_batch_size = batch_size, global_batch_size
+    return data
+
+
+@pytest.mark.parametrize(("processes", "expected"), [(1, 8), (2, 4), (4, 2), (8, 1)])
+def test_a_global_batch_is_shared_out_equally(monkeypatch, processes, expected) -> None:
+    monkeypatch.setattr(base, "rank_and_world_size", lambda: (0, processes))
+    assert module(3, 8).loader_batch_size == expected
+    assert module(3, None).loader_batch_size == 3
+
+
+def test_a_global_batch_that_processes_cannot_share_is_refused(monkeypatch) -> None:
+    monkeypatch.setattr(base, "rank_and_world_size", lambda: (0, 3))
+    with pytest.raises(ConfigError, match=r"must be a multiple of the 3 processes, got 8; take 9"):
+        _ = module(1, 8).loader_batch_size
