@@ -33,15 +33,23 @@ def write_corners(labels: Path, folder: Path) -> int:
     names = {item["id"]: item["name"].replace(" ", "-") for item in content["categories"]}
     lines = defaultdict(list)
     for annotation in content["annotations"]:
-        rings = annotation.get("segmentation")
-        if isinstance(rings, list) and len(rings) == 1 and len(rings[0]) == 8:
-            ring = " ".join(f"{value:g}" for value in rings[0])
+        corners = four_corners(annotation.get("segmentation"))
+        if corners is not None:
+            ring = " ".join(f"{value:g}" for value in corners)
             name, crowd = names[annotation["category_id"]], annotation.get("iscrowd", 0)
             lines[annotation["image_id"]].append(f"{ring} {name} {crowd}\n")
     folder.mkdir(exist_ok=True)
     for image in content["images"]:
         (folder / Path(image["file_name"]).with_suffix(".txt").name).write_text("".join(lines[image["id"]]))
     return sum(map(len, lines.values()))
+
+
+def four_corners(outline: object) -> list[float] | None:
+    """Return x and y of the corners of an outline, a list of eight numbers or COCO's list of one such list."""
+    if isinstance(outline, list) and len(outline) == 1:
+        outline = outline[0]
+    is_ring = isinstance(outline, list) and len(outline) == 8 and all(isinstance(one, int | float) for one in outline)
+    return outline if is_ring else None
 
 
 if __name__ == "__main__":

@@ -112,6 +112,8 @@ def _xview_feature(image: str, box: str, type_id: int) -> dict:
 def test_dota_images_that_are_tiffs_are_not_replaced(tmp_path) -> None:
     (tmp_path / "images").mkdir()
     (tmp_path / "images" / "P0.tif").write_bytes(b"mine")
+    (tmp_path / "labelTxt").mkdir()
+    (tmp_path / "labelTxt" / "P0.txt").touch()
     with pytest.raises(OutputError, match=r"P0\.tif would replace the input"):
         load_prepare("dota").prepare(tmp_path, tmp_path)
     assert (tmp_path / "images" / "P0.tif").read_bytes() == b"mine"
@@ -135,13 +137,45 @@ def test_dota_images_become_tiled_and_keep_their_pixels_and_labels(tmp_path) -> 
     assert not list((tmp_path / "out").rglob("*.part"))
 
 
+@pytest.mark.parametrize(
+    ("folders", "chosen", "given"),
+    [
+        (["labelTxt-v1.0/labelTxt", "labelTxt-v1.0/trainset_reclabelTxt"], "labelTxt-v1.0/labelTxt", ""),
+        (["labelTxt-v1.5/DOTA-v1.5_train", "labelTxt-v1.5/DOTA-v1.5_train_hbb"], "labelTxt-v1.5/DOTA-v1.5_train", ""),
+        (["labelTxt-v1.0/labelTxt", "labelTxt-v1.5/DOTA-v1.5_train"], "labelTxt-v1.5/DOTA-v1.5_train", None),
+    ],
+)
+def test_dota_labels_of_todays_archives_are_found(tmp_path, folders, chosen, given) -> None:
+    source, prepare = tmp_path / "train", load_prepare("dota").prepare
+    _image(source / "images" / "P0001.png")
+    for folder in folders:
+        (source / folder).mkdir(parents=True)
+        name = "ship" if folder == chosen else "plane"
+        (source / folder / "P0001.txt").write_text(f"gsd:0.1\n20 20 30 20 30 30 20 30 {name} 0\n")
+    if given is None:
+        with pytest.raises(InputError, match=r"several folders of labels: .*choose one with --labels"):
+            prepare(source, tmp_path / "out")
+    prepare(source, tmp_path / "out", labels=chosen if given is None else given)
+    index = read_object_labels(tmp_path / "out" / "labelTxt", tmp_path / "out" / "images", label_format="dota")
+    assert index.class_counts() == {"ship": 1}
+
+
+def test_dota_without_labels_is_refused_before_anything_is_written(tmp_path) -> None:
+    _image(tmp_path / "images" / "P0.png")
+    with pytest.raises(InputError, match=r"expected label files in .*labelTxt-v1\.0/labelTxt, got none"):
+        load_prepare("dota").prepare(tmp_path, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
 def test_shiprsimagenet_gives_boxes_and_oriented_boxes(tmp_path) -> None:
     root = tmp_path / "ShipRSImageNet"
     categories = [{"id": 1, "name": "Other Ship"}, {"id": 2, "name": "Dock"}]
     for split in ("train", "val"):
         _image(root / "VOC_Format" / "JPEGImages" / f"{split}.bmp")
         annotation = {"id": 1, "image_id": 5, "category_id": 1, "bbox": [10, 8, 30, 20], "iscrowd": 0}
-        annotation["segmentation"] = [[10, 18, 30, 8, 40, 18, 20, 28]]
+        corners = [10, 18, 30, 8, 40, 18, 20, 28]
+        # Some files lack COCO's outer list.
+        annotation["segmentation"] = corners if split == "val" else [corners]
         content = {"images": [{"id": 5, "file_name": f"{split}.bmp", "height": 40, "width": 60}]}
         content |= {"annotations": [annotation], "categories": categories}
         (root / "COCO_Format").mkdir(exist_ok=True)
@@ -155,24 +189,39 @@ def test_shiprsimagenet_gives_boxes_and_oriented_boxes(tmp_path) -> None:
     assert oriented.records[0].oriented_boxes[0, :2] == pytest.approx([25, 18], abs=1.5)
 
 
-def test_spacenet_labels_get_their_images_names(tmp_path, make_scene, capsys) -> None:
-    source = tmp_path / "AOI_2_Vegas_Train"
+@pytest.mark.parametrize(
+    ("product", "image_name", "labels_name"),
+    [
+        (
+            "PS-RGB",
+            "PS-RGB/SN2_buildings_train_AOI_2_Vegas_PS-RGB_img{}.tif",
+            "geojson_buildings/SN2_buildings_train_AOI_2_Vegas_geojson_buildings_img{}.geojson",
+        ),
+        (
+            "RGB-PanSharpen",
+            "RGB-PanSharpen/RGB-PanSharpen_AOI_2_Vegas_img{}.tif",
+            "geojson/buildings/buildings_AOI_2_Vegas_img{}.geojson",
+        ),
+    ],
+)
+def test_spacenet_labels_get_their_images_names(tmp_path, make_scene, capsys, product, image_name, labels_name) -> None:
+    source = tmp_path / "AOI_2_Vegas"
     scene = make_scene(height=65, width=65)
     with rasterio.open(scene) as raster:
         corners = np.array([raster.transform @ p for p in ((10, 10), (30, 10), (30, 20), (10, 20))])
     outline = shapely.geometry.mapping(shapely.Polygon(corners))
     crs = {"type": "name", "properties": {"name": "urn:ogc:def:crs:EPSG::32637"}}
     for number, features in ((1, [{"type": "Feature", "properties": {}, "geometry": outline}]), (25, [])):
-        image = source / "RGB-PanSharpen" / f"RGB-PanSharpen_AOI_2_Vegas_img{number}.tif"
+        image = source / image_name.format(number)
         image.parent.mkdir(parents=True, exist_ok=True)
         image.write_bytes(scene.read_bytes())
-        labels = source / "geojson" / "buildings" / f"buildings_AOI_2_Vegas_img{number}.geojson"
+        labels = source / labels_name.format(number)
         labels.parent.mkdir(parents=True, exist_ok=True)
         labels.write_text(json.dumps({"type": "FeatureCollection", "crs": crs, "features": features}))
     prepare = load_prepare("spacenet").prepare
     prepare(source, tmp_path / "out")
     assert "2 images, 1 buildings, 1 without" in capsys.readouterr().out
-    pairs = find_label_pairs(source / "RGB-PanSharpen", tmp_path / "out" / "labels")
+    pairs = find_label_pairs(source / product, tmp_path / "out" / "labels")
     assert [image.stem for image, _ in pairs] == [labels.stem for _, labels in pairs]
     assert len(pairs) == 2
     labels.unlink()
@@ -217,9 +266,32 @@ def _asap(group: str, polygon: shapely.Polygon) -> str:
     return f"<Annotation {kind}><Coordinates>{corners}</Coordinates></Annotation>"
 
 
+def test_camelyon16_of_the_bucket_has_a_table_of_test_slides(tmp_path) -> None:
+    source = tmp_path / "CAMELYON16"
+    for name in ("normal_001", "tumor_001", "test_001", "test_002"):
+        _image(source / "images" / f"{name}.tif", 300, 400)
+    (source / "annotations").mkdir()
+    text = _asap("Tumor", shapely.box(20, 30, 120, 130))
+    for name in ("tumor_001", "test_002"):
+        (source / "annotations" / f"{name}.xml").write_text(
+            f'<?xml version="1.0"?><ASAP_Annotations><Annotations>{text}</Annotations></ASAP_Annotations>'
+        )
+    load_prepare("camelyon16").prepare(source, tmp_path / "out")
+    tables = {}
+    for part in ("slides", "test"):
+        table = read_slide_table(tmp_path / "out" / f"{part}.csv", source)
+        names = [Path(path).stem for path in table.paths]
+        tables[part] = dict(zip(names, [table.classes[label] for label in table.labels], strict=True))
+    assert tables == {
+        "slides": {"normal_001": "normal", "tumor_001": "tumor"},
+        "test": {"test_001": "normal", "test_002": "tumor"},
+    }
+    assert len(list((tmp_path / "out" / "labels").iterdir())) == 4
+
+
 def test_a_tumor_slide_without_annotations_is_an_error(tmp_path) -> None:
     _image(tmp_path / "training" / "tumor" / "tumor_001.tif")
-    with pytest.raises(InputError, match=r"has no annotations .*unpack lesion_annotations\.zip"):
+    with pytest.raises(InputError, match=r"has no annotations .*download or unpack them there"):
         load_prepare("camelyon16").prepare(tmp_path / "training", tmp_path / "out")
 
 

@@ -224,6 +224,9 @@ def _object(annotation: Any, categories: dict[Any, str], labels: Path) -> RawObj
         left, top, width, height = (float(value) for value in box)
         box = (left, top, left + width, top + height)
     segmentation = annotation.get("segmentation")
+    # Some files have a single ring without COCO's outer list.
+    if isinstance(segmentation, list) and segmentation and all(isinstance(one, int | float) for one in segmentation):
+        segmentation = [segmentation]
     outline = _outline(segmentation, labels)
     if box is None and outline is None:
         raise InputError(f"{labels} has an annotation without bbox and segmentation: {str(annotation)[:200]}")
