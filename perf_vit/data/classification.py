@@ -32,7 +32,7 @@ from perf_vit.errors import ConfigError
 from perf_vit.labels.tables import ImageTargets, read_class_folders, read_class_table, read_target_table
 from perf_vit.models import InputBands, accepts_bands, collate_tiles, middle_window
 from perf_vit.sources import open_input
-from perf_vit.types import InputOptions
+from perf_vit.types import InputOptions, Source
 
 __all__ = [
     "ClassificationDataConfig",
@@ -176,24 +176,11 @@ def build_classification_datamodule(config: ImageDataConfig, seed: int) -> Class
     labelled = read_image_targets(config, config.train)
     if isinstance(config, ClassificationDataConfig) and not config.multilabel and len(labelled.names) < 2:
         raise ConfigError(f"all images of data.train are of the class {labelled.names[0]}; expected at least two")
-    train_part, val_part = _split(labelled, config, seed)
-    opener = partial(open_input, options=InputOptions.from_config(config))
-    train, val = (ClassificationImages(part, opener) for part in (train_part, val_part))
-    if not accepts_bands(val.num_bands, train.num_bands):
-        raise ConfigError(
-            f"data.val has images of {val.num_bands} bands, data.train of {train.num_bands}; choose common ones with "
-            "data.bands"
-        )
-    if config.val is not None:
-        warn_of_shared_places(*([(one, one.extent) for one in images.sources] for images in (train, val)))
-    if not config.resize:
-        warn_of_mixed_mpp([*train.sources, *val.sources], "write them at one pixel size, or give data.resize")
+    train, val = _open_images(config, *_split(labelled, config, seed))
     tiles_per_epoch = _tiles_per_epoch(config, len(train))
-    whole = _needs_whole_images(config)
-    for source in (*train.sources, *val.sources) if whole else ():
-        middle_window(source, config.tile_px, whole=True)
+    whole = _needs_whole_images(config, [*train.sources, *val.sources])
     given = given_normalizer(config.mean, config.std, train.num_bands)
-    seen = sample_images(train.read_reduced, train_part.paths, seed)
+    seen = sample_images(train.read_reduced, train.labelled.paths, seed)
     normalizer, trained_on = measure_bands(seen, train.sources, given)
     return ClassificationDataModule(
         ClassificationTiles(
@@ -216,6 +203,24 @@ def build_classification_datamodule(config: ImageDataConfig, seed: int) -> Class
     )
 
 
+def _open_images(
+    config: ImageDataConfig, train_part: ImageTargets, val_part: ImageTargets
+) -> tuple[ClassificationImages, ClassificationImages]:
+    """Open the training and validation images and check that they fit together."""
+    opener = partial(open_input, options=InputOptions.from_config(config))
+    train, val = (ClassificationImages(part, opener) for part in (train_part, val_part))
+    if not accepts_bands(val.num_bands, train.num_bands):
+        raise ConfigError(
+            f"data.val has images of {val.num_bands} bands, data.train of {train.num_bands}; choose common ones with "
+            "data.bands"
+        )
+    if config.val is not None:
+        warn_of_shared_places(*([(one, one.extent) for one in images.sources] for images in (train, val)))
+    if not config.resize:
+        warn_of_mixed_mpp([*train.sources, *val.sources], "write them at one pixel size, or give data.resize")
+    return train, val
+
+
 def _split(labelled: ImageTargets, config: ImageDataConfig, seed: int) -> tuple[ImageTargets, ImageTargets]:
     """Return the training and validation images."""
     column = config.group_column
@@ -229,9 +234,16 @@ def _split(labelled: ImageTargets, config: ImageDataConfig, seed: int) -> tuple[
     return labelled.part(train), labelled.part(val)
 
 
-def _needs_whole_images(config: ImageDataConfig) -> bool:
-    """Whether each tile must hold its whole image, in pixels of the image."""
-    return isinstance(config, RegressionDataConfig) and not config.crop and not config.resize
+def _needs_whole_images(config: ImageDataConfig, sources: Sequence[Source]) -> bool:
+    """Return whether each tile must hold its whole image, in pixels of the image.
+
+    Raises:
+        InputError: It must, and an image is larger than a tile.
+    """
+    whole = isinstance(config, RegressionDataConfig) and not config.crop and not config.resize
+    for source in sources if whole else ():
+        middle_window(source, config.tile_px, whole=True)
+    return whole
 
 
 def _tiles_per_epoch(config: ImageDataConfig, num_images: int) -> int:

@@ -274,15 +274,10 @@ def build_segmentation_datamodule(
     check_data(config)
     rasters, val = _open_all(config)
     sources = [one.source for one in rasters]
-    if config.mpp is None:
-        warn_of_mixed_mpp(one.source for one in (*rasters, *val))
     num_bands = sources[0].num_bands
     stain = make_stain_jitter(config.augment, sources, num_bands)
     sizes = pixel_sizes(config.augment, sources)
-    check_labelled(rasters, config, "train")
-    check_labelled(val, config, "val")
-    warn_of_shared_places(*([(one.source, one.region) for one in part] for part in (rasters, val)))
-    warn_of_polygons_outside(one.labels for one in (*rasters, *val))
+    _check_all(config, rasters, val)
     sampler = _make_sampler(rasters, config, sizes, seed, on_window)
     of_classes = sampler if config.sampler == "balanced" else None
     warn_of_absent_classes(rasters, config, "train", of_classes)  # type: ignore[arg-type]
@@ -325,6 +320,20 @@ def _open_all(config: SegmentationDataConfig) -> tuple[list[LabelledSource], lis
     if config.resolution is not None:
         common_unit([(one.source.path, one.source.crs) for group in (train | val).values() for one in group])
     return [one for group in train.values() for one in group], val["data.val"]
+
+
+def _check_all(config: SegmentationDataConfig, train: list[LabelledSource], val: list[LabelledSource]) -> None:
+    """Check that there are labels, and warn of pixel sizes, places and polygons that don't fit.
+
+    Raises:
+        InputError: Nothing is labelled.
+    """
+    if config.mpp is None:
+        warn_of_mixed_mpp(one.source for one in (*train, *val))
+    check_labelled(train, config, "train")
+    check_labelled(val, config, "val")
+    warn_of_shared_places(*([(one.source, one.region) for one in part] for part in (train, val)))
+    warn_of_polygons_outside(one.labels for one in (*train, *val))
 
 
 def _check_bands(group: Sequence[LabelledSource], key: str, first: Source) -> None:

@@ -178,7 +178,7 @@ def test_numbers_are_estimated_in_their_unit(folders, config, table, tmp_path) -
 
 def test_options_of_classes_are_refused_for_numbers(folders, config, table, tmp_path, capsys) -> None:
     labels = [f"data.train.image={folders}", f"data.train.labels={table}", f"out={tmp_path / 'run'}"]
-    numbers = ["task=regression", "data.targets=[height]"]
+    numbers = ["task=regression", "data.targets=[height]", "data.crop=true"]
     assert call(["train", config, *numbers, *labels, "optim.label_smoothing=0.1"]) == 2
     assert "for classification, not regression" in capsys.readouterr().err
 
@@ -209,7 +209,7 @@ def test_a_constant_number_is_named_and_has_std_1(folders, config, tmp_path, cap
     rows = [f"{path.relative_to(folders)},{0.1},{number}" for number, path in enumerate(sorted(folders.rglob("*.tif")))]
     (tmp_path / "numbers.csv").write_text("image,depth,height\n" + "\n".join(rows))
     files = [f"data.train.image={folders}", f"data.train.labels={tmp_path / 'numbers.csv'}", f"out={tmp_path / 'run'}"]
-    options = ["task=regression", "data.targets=[depth,height]", "trainer.max_epochs=1"]
+    options = ["task=regression", "data.targets=[depth,height]", "data.crop=true", "trainer.max_epochs=1"]
     assert call(["train", config, *options, *files]) == 0
     spec = load_classifier(tmp_path / "run" / "checkpoints" / "last.ckpt").spec
     assert spec.target_std[0] == 1

@@ -127,7 +127,7 @@ def test_the_documented_config_fits_the_schema(tmp_path) -> None:
         ({"classes": []}, r"data\.classes must name at least one class"),
         ({"sampler": "grid"}, r"data\.sampler must be one of random, objects, balanced, got grid"),
         ({"min_visible": 2}, r"data\.min_visible must lie between 0 and 1, got 2"),
-        ({"val_share": 1.0}, "of 10 images leaves none to train on"),
+        ({"val_share": 1.0}, "of 10 images leaves none to train or validate on"),
         ({"batch_size": 7}, r"data\.tiles_per_epoch must be at least 7, got 6"),
     ],
 )
