@@ -30,6 +30,24 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
+# Sizes that the config doesn't depend on.
+SMALLER = {
+    "size=2048": "size=512",
+    "size_px=768": "size_px=256",
+    "size_px=512": "size_px=256",
+    "num_targets=90": "num_targets=9",
+    "num_targets=120": "num_targets=12",
+    "num_targets=50": "num_targets=5",
+    "(224, 448, 896, 1344)": "(224,)",
+}
+
+
+def shortened(cell: str) -> str:
+    for size, smaller in SMALLER.items():
+        cell = cell.replace(size, smaller)
+    return cell
+
+
 class _TrainedError(Exception):
     """Ends a tutorial where it would train."""
 
@@ -43,7 +61,7 @@ def test_the_config_that_a_tutorial_trains_with_is_valid(folder: Path, monkeypat
 
     monkeypatch.setattr(perf_vit, "train", check)
     with pytest.raises(_TrainedError):
-        run(cells(tutorial))
+        run([shortened(cell) for cell in cells(tutorial)])
 
 
 @pytest.mark.slow

@@ -1,42 +1,28 @@
 """Several processes that share an image compute what one process computes."""
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
-from run_stripe import SIZES
+import torch.multiprocessing
+from run_stripe import COMPARED, LARGE_SIZE, SMALL_SIZE, run_stripe
 from streamed_models import MODELS, Image, build_for, holes, streamed
 
 from perf_vit.errors import InputError, OptionError
 from perf_vit.streaming.processes import Processes
-
-SUPPORT = Path(__file__).parents[1] / "support"
 
 
 @pytest.fixture(scope="module", params=[2, 3])
 def results(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> list[dict]:
     """What each process found, by model and size."""
     folder = tmp_path_factory.mktemp("stripes")
-    paths = [str(Path(__file__).parents[2]), str(SUPPORT), os.environ.get("PYTHONPATH", "")]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, str(SUPPORT / "run_stripe.py"), str(folder)]
-    running = [
-        subprocess.Popen([*command, str(rank), str(request.param)], env=environment) for rank in range(request.param)
-    ]
-    try:
-        assert [each.wait(timeout=300) for each in running] == [0] * request.param
-    finally:
-        for each in running:
-            each.kill()
+    # Forked processes need not import everything again.
+    arguments = (str(folder), request.param)
+    torch.multiprocessing.start_processes(run_stripe, arguments, nprocs=request.param, start_method="fork")
     return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(request.param)]
 
 
 @pytest.mark.parametrize("name", MODELS)
 def test_stripes_equal_the_image_in_one_process(results: list[dict], name: str) -> None:
-    size = SIZES[0]
+    size = SMALL_SIZE
     model, _ = build_for(name, *size)
     expected, (middle,) = streamed(model, Image(*size, holes(*size)), indices=(1,))
     ours = [each[name, size] for each in results]
@@ -51,12 +37,12 @@ def test_stripes_equal_the_image_in_one_process(results: list[dict], name: str) 
         torch.testing.assert_close(each["mean"], expected.mean(), rtol=1e-9, atol=1e-9)
 
 
-@pytest.mark.parametrize("name", ["performer", "rope", "clustered without sinks", "clustered rope"])
+@pytest.mark.parametrize("name", COMPARED)
 def test_traffic_does_not_grow_with_the_image(results: list[dict], name: str) -> None:
-    small, large = (results[0][name, size]["num_bytes"] for size in SIZES)
+    small, large = (results[0][name, size]["num_bytes"] for size in (SMALL_SIZE, LARGE_SIZE))
     if "clustered" not in name:
         # Sums, weights and scales of features of 2 heads in 3 blocks, the mean of the tokens, and a flag of the copy.
-        num_features = build_for(name, *SIZES[0])[0].blocks[0].attn.options.num_features
+        num_features = build_for(name, *SMALL_SIZE)[0].blocks[0].attn.options.num_features
         assert small == large == 3 * 2 * num_features * (16 + 1 + 1) * 8 + 32 * 8 + 4
     else:
         # A sample of less than 8,192 tokens crosses as well.

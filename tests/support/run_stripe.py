@@ -1,26 +1,24 @@
-"""One of several processes that share an image; run as a script by `test_processes`.
-
-`python run_stripe.py FOLDER RANK NUMBER` leaves FOLDER/RANK.pt.
-"""
+"""One of several processes that share an image, as `test_processes` starts them; leaves FOLDER/RANK.pt."""
 
 import os
-import sys
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 from streamed_models import MODELS, Image, build_for, holes, streamed
 
-SIZES = ((406, 311), (812, 622))
+SMALL_SIZE, LARGE_SIZE = (406, 311), (812, 622)
+COMPARED = ("performer", "rope", "clustered without sinks", "clustered rope")
+"""Models whose traffic is that of both sizes; all others see the small image only."""
 
 
-def main(folder: str, rank: str, number: str) -> None:
+def run_stripe(rank: int, folder: str, number: int) -> None:
     torch.set_num_threads(1)
-    store = dist.FileStore(os.path.join(folder, "store"), int(number))
-    dist.init_process_group("gloo", store=store, rank=int(rank), world_size=int(number))
+    store = dist.FileStore(os.path.join(folder, "store"), number)
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=number)
     results = {}
     for name in MODELS:
-        for size in SIZES:
+        for size in (SMALL_SIZE, *([LARGE_SIZE] if name in COMPARED else [])):
             model, _ = build_for(name, *size)
             found, (kept,) = streamed(model, Image(*size, holes(*size)), indices=(1,), part_tokens=60)
             own = found.layout.own_tokens
@@ -34,7 +32,3 @@ def main(folder: str, rank: str, number: str) -> None:
             }
     torch.save(results, Path(folder) / f"{rank}.pt")
     dist.destroy_process_group()
-
-
-if __name__ == "__main__":
-    main(*sys.argv[1:])

@@ -1,11 +1,12 @@
 """Two processes that redraw from the step counter alone train as one does."""
 
+import multiprocessing
 from pathlib import Path
 
 import timm
 import torch
 import torch.distributed as dist
-from torch.multiprocessing.spawn import spawn
+from torch.multiprocessing import start_processes
 from torch.nn.parallel import DistributedDataParallel
 
 import perf_vit  # noqa: F401  (registers the backbones)
@@ -39,7 +40,9 @@ def train(rank: int, world_size: int, folder: str) -> None:
 
 def test_two_processes_equal_each_other_and_one(tmp_path: Path) -> None:
     train(0, 1, str(tmp_path))
-    spawn(train, (2, str(tmp_path)), nprocs=2)
+    # Both processes start from one that has imported everything.
+    multiprocessing.set_forkserver_preload(["perf_vit"])
+    start_processes(train, (2, str(tmp_path)), nprocs=2, start_method="forkserver")
     one, first, second = (torch.load(tmp_path / f"{name}.pt") for name in ("1-0", "2-0", "2-1"))
     for a, b, c in zip(one, first, second, strict=True):
         assert torch.equal(b, c)

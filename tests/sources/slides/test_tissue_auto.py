@@ -16,6 +16,12 @@ from perf_vit.sources.slides.otsu import find_tissue
 VERY_PALE = "pale counterstain"
 
 
+def held_out(*seeds: int) -> pytest.MarkDecorator:
+    """The first of several seeds in the fast suite, the others in the slow one."""
+    first, *others = seeds
+    return pytest.mark.parametrize("seed", [first, *(pytest.param(each, marks=pytest.mark.slow) for each in others)])
+
+
 def overlap(mask: np.ndarray, truth: np.ndarray) -> float:
     """Intersection over union; 1 for two empty masks."""
     return float((mask & truth).sum() / max(1, (mask | truth).sum())) if mask.any() or truth.any() else 1.0
@@ -26,14 +32,14 @@ def check(mask: np.ndarray, made: TissuePicture, least: float = 0.9, most: float
     assert (mask & made.glass).sum() <= most * max(1, made.glass.sum())
 
 
-@pytest.mark.parametrize("seed", [20, 21, 22])
+@held_out(20, 21, 22)
 @pytest.mark.parametrize("kind", sorted(set(BRIGHTFIELD) - {VERY_PALE}))
 def test_tissue_of_stained_slides(kind: str, seed: int) -> None:
     made = stained_picture(kind, seed, (600, 840))
     check(find_stained(made.pixels, made.valid), made)
 
 
-@pytest.mark.parametrize("seed", [18, 20, 29, 31, 33])
+@held_out(18, 20, 29, 31, 33)
 def test_red_ink_over_dark_tissue_is_left_out(seed: int) -> None:
     made = stained_picture("red ink", seed, (600, 840))
     mask = find_stained(made.pixels, made.valid)
@@ -42,18 +48,18 @@ def test_red_ink_over_dark_tissue_is_left_out(seed: int) -> None:
     assert (mask & under_ink).sum() < 0.01 * under_ink.sum()
 
 
-@pytest.mark.parametrize("seed", [20, 21, 22])
+@held_out(20, 21, 22)
 def test_counterstain_that_is_hardly_seen_is_mostly_found(seed: int) -> None:
     made = stained_picture(VERY_PALE, seed, (600, 840))
     check(find_stained(made.pixels, made.valid), made, least=0.7)
 
 
+@held_out(20, 21)
 @pytest.mark.parametrize("cover", ["some", "all", "none"])
 @pytest.mark.parametrize(("num_channels", "dtype"), [(1, "uint8"), (1, "uint16"), (2, "uint16"), (5, "uint8")])
-def test_tissue_of_fluorescence(num_channels: int, dtype: str, cover: str) -> None:
-    for seed in (20, 21):
-        made = fluorescence_picture(seed, num_channels=num_channels, dtype=dtype, cover=cover)
-        check(find_fluorescent((band, made.valid) for band in made.pixels), made)
+def test_tissue_of_fluorescence(num_channels: int, dtype: str, cover: str, seed: int) -> None:
+    made = fluorescence_picture(seed, num_channels=num_channels, dtype=dtype, cover=cover)
+    check(find_fluorescent((band, made.valid) for band in made.pixels), made)
 
 
 def test_otsu_does_not_take_ink_for_tissue() -> None:
