@@ -50,15 +50,20 @@ def assert_the_same_command_changes_no_file(job, out, capsys) -> None:
         assert "--overwrite" in captured.err
 
 
-def test_a_command_writes_the_outputs_of_this_list_once(job, out, capsys) -> None:
+def test_a_command_writes_the_outputs_of_this_list_once_and_replaces_them_on_demand(job, out, capsys) -> None:
     if job.is_slow:
         pytest.skip("run to its end by tests of its own")
+    if job.overwrite:
+        for output in job.outputs:
+            put(output)
+    put(out / "notes.txt")
     before = tree(out.parent)
-    assert call(job.args) == 0
-    written = {
-        str(out.parent / name) for name, kind in tree(out.parent).items() if name not in before and kind != "folder"
-    }
+    assert call([*job.args, "--overwrite"] if job.overwrite else job.args) == 0
+    after = tree(out.parent)
+    written = {str(out.parent / name) for name in after if after[name] not in (before.get(name), "folder")}
     assert written == set(map(str, job.outputs))
+    assert before.keys() <= after.keys()
+    assert all(output.read_bytes() != MINE for output in job.outputs)
     assert_the_same_command_changes_no_file(job, out, capsys)
 
 
@@ -106,21 +111,6 @@ def test_an_input_is_not_replaced_even_on_demand(job, out, capsys, pairs) -> Non
             assert not job.overwrite or "would replace " in line
             shutil.rmtree(out)
             out.mkdir()
-
-
-def test_files_that_exist_are_replaced_on_demand_and_nothing_else_changes(job, out) -> None:
-    if job.is_slow or not job.overwrite:
-        pytest.skip("has no such option, or is run to its end by tests of its own")
-    for output in job.outputs:
-        put(output)
-    put(out / "notes.txt")
-    before = tree(out.parent)
-    assert call([*job.args, "--overwrite"]) == 0
-    assert all(output.read_bytes() != MINE for output in job.outputs)
-    after = tree(out.parent)
-    outputs = {str(output.relative_to(out.parent)) for output in job.outputs}
-    assert set(after) == set(before)
-    assert {name for name in before if after[name] != before[name]} == outputs
 
 
 @pairs

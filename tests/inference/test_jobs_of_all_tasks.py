@@ -1,6 +1,7 @@
 """What holds for the predictions of all tasks: killed, gone on with, made once, never mixed, reported."""
 
 import contextlib
+import copy
 import csv
 import json
 import os
@@ -111,6 +112,17 @@ class Bench:
         self.checkpoint = case.save(root / "model.ckpt")
         self.source = case.write(root / "in")
 
+    def elsewhere(self, root: Path) -> "Bench":
+        """The same model and inputs with outputs in another folder, where those of the folder "whole" are copied."""
+        other = copy.copy(self)
+        other.root = root
+        shutil.copytree(self.root / "whole", root / "whole")
+        return other
+
+    def finish(self, folder: str) -> None:
+        """Leave what an uninterrupted prediction leaves."""
+        shutil.copytree(self.root / "whole", self.root / folder)
+
     @property
     def first_input(self) -> Path:
         return Path(self.source if isinstance(self.source, str) else self.source[0])
@@ -142,13 +154,26 @@ class Bench:
         return {str(path.relative_to(root)): path.read_bytes() for path in root.rglob("*") if path.is_file()}
 
 
-@pytest.fixture(params=CASES.values(), ids=CASES)
-def bench(request, tmp_path) -> Bench:
-    return Bench(request.param, tmp_path)
+@pytest.fixture(scope="module", params=CASES.values(), ids=CASES)
+def predicted(request, tmp_path_factory) -> tuple[Bench, int]:
+    """A prediction that was run to its end, and how many forward passes it took."""
+    bench = Bench(request.param, tmp_path_factory.mktemp("bench"))
+    return bench, bench.run("whole")[1]
 
 
-def test_a_killed_prediction_goes_on_and_its_outputs_are_those_of_an_uninterrupted_one(bench) -> None:
-    _, number = bench.run("whole")
+@pytest.fixture
+def bench(predicted, tmp_path) -> Bench:
+    """One with inputs that no test may change."""
+    return predicted[0].elsewhere(tmp_path)
+
+
+@pytest.fixture
+def number(predicted) -> int:
+    """Forward passes of a whole prediction."""
+    return predicted[1]
+
+
+def test_a_killed_prediction_goes_on_and_its_outputs_are_those_of_an_uninterrupted_one(bench, number) -> None:
     assert number >= 3
     bench.kill("killed", number // 2)
     found = bench.root / "killed" / bench.case.out
@@ -166,7 +191,7 @@ def test_a_killed_prediction_goes_on_and_its_outputs_are_those_of_an_uninterrupt
 
 
 def test_a_prediction_that_is_done_is_not_made_again(bench) -> None:
-    bench.run("out")
+    bench.finish("out")
     before = {path: path.stat().st_mtime_ns for path in (bench.root / "out").rglob("*")}
     result, number = bench.run("out")
     assert (result.made, number) == (False, 0)
@@ -174,7 +199,7 @@ def test_a_prediction_that_is_done_is_not_made_again(bench) -> None:
 
 
 def test_outputs_of_other_settings_are_refused_and_replaced_on_demand(bench) -> None:
-    bench.run("out")
+    bench.finish("out")
     before = bench.files("out")
     with pytest.raises(OutputError, match="exists already, but not as this model's"):
         bench.run("out", precision="bf16")
@@ -183,7 +208,8 @@ def test_outputs_of_other_settings_are_refused_and_replaced_on_demand(bench) -> 
     assert not bench.run("out", precision="bf16")[0].made
 
 
-def test_outputs_of_another_input_are_refused(bench) -> None:
+def test_outputs_of_another_input_are_refused(bench, tmp_path_factory) -> None:
+    bench = Bench(bench.case, tmp_path_factory.mktemp("own"))
     bench.run("out")
     before = bench.files("out")
     others = Path(bench.case.write(bench.root / "other") if isinstance(bench.source, str) else bench.source[1])
@@ -202,7 +228,7 @@ def test_outputs_of_another_input_are_refused(bench) -> None:
 def test_outputs_that_were_edited_are_refused(bench) -> None:
     if bench.case.task == "segmentation":
         pytest.skip("tags of a map say what it is, whoever edits its pixels")
-    bench.run("out")
+    bench.finish("out")
     out = bench.root / "out" / bench.case.out
     out.write_bytes(out.read_bytes() + b"\n")
     before = bench.files("out")
@@ -212,7 +238,7 @@ def test_outputs_that_were_edited_are_refused(bench) -> None:
 
 
 def test_a_broken_link_in_the_place_of_an_output_is_refused(bench) -> None:
-    bench.run("out")
+    bench.finish("out")
     out = bench.root / "out" / bench.case.out
     out.unlink()
     out.symlink_to("nowhere")
@@ -221,18 +247,16 @@ def test_a_broken_link_in_the_place_of_an_output_is_refused(bench) -> None:
     assert os.readlink(out) == "nowhere"
 
 
-def test_what_was_begun_with_other_settings_is_not_gone_on_with(bench) -> None:
-    _, number = bench.run("first")
+def test_what_was_begun_with_other_settings_is_not_gone_on_with(bench, number) -> None:
     bench.kill("out", number // 2)
     with pytest.raises(OutputError, match=r"holds the unfinished .*, made with precision = float32, now bfloat16"):
         bench.run("out", precision="bf16")
-    _, number = bench.run("whole", precision="bf16")
+    _, number = bench.run("whole in bf16", precision="bf16")
     assert bench.run("out", precision="bf16", resume=False)[1] == number
-    assert bench.files("out") == bench.files("whole")
+    assert bench.files("out") == bench.files("whole in bf16")
 
 
 def test_a_process_killed_while_it_moves_its_outputs_leaves_the_rest_to_the_next(bench, monkeypatch) -> None:
-    bench.run("whole")
     with monkeypatch.context() as patch:
 
         def kill(*_: Any) -> None:

@@ -56,15 +56,17 @@ def test_every_sampler_of_maps_goes_on_where_it_was(segmentation, options, tmp_p
     seen, whole = fit(build, tmp_path / "whole")
     # Killed inside the second epoch, which has tiles and an order of its own.
     kill_at = len(seen) // 2 + 3
-    before, _ = fit(build, tmp_path / "killed", num_workers=2, kill_at=kill_at)
+    before, _ = fit(build, tmp_path / "killed", kill_at=kill_at)
     assert before == seen[:kill_at]
-    after, resumed = fit(build, tmp_path / "killed", num_workers=2, resume=True)
+    after, resumed = fit(build, tmp_path / "killed", resume=True)
     assert after == seen[-len(after) :]
     assert len(after) < len(seen) // 2
     assert_equal(whole["state_dict"], resumed["state_dict"])
 
 
-@pytest.mark.parametrize(("kill_at", "gone_on_from"), [(3, 2), (5, 5), pytest.param(7, 6, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    ("kill_at", "gone_on_from"), [(3, 2), *(pytest.param(*each, marks=pytest.mark.slow) for each in ((5, 5), (7, 6)))]
+)
 def test_samples_after_the_last_checkpoint_are_seen_again(
     segmentation, uninterrupted, kill_at, gone_on_from, tmp_path
 ) -> None:
