@@ -65,6 +65,24 @@ def predict(
     flips: Annotated[
         bool, typer.Option("--flips", help="Average over mirror images: four times the work.", rich_help_panel=TILING)
     ] = False,
+    whole: Annotated[
+        bool,
+        typer.Option(
+            "--whole",
+            help="No windows: every token attends to the whole image (ViTs with linear attention).",
+            rich_help_panel=TILING,
+        ),
+    ] = False,
+    store: Annotated[
+        Literal["float32", "bfloat16", "float16", "memory"],
+        typer.Option(help="With --whole: dtype of the file of tokens, or memory.", rich_help_panel=TILING),
+    ] = "float32",
+    token_folder: Annotated[
+        Path | None,
+        typer.Option(
+            help="With --whole: folder of the file of tokens; next to the output by default.", rich_help_panel=TILING
+        ),
+    ] = None,
     num_readers: Annotated[
         int | None,
         typer.Option(help="Threads that read ahead; one per processor by default.", min=1, rich_help_panel=SPEED),

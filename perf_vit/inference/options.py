@@ -26,6 +26,7 @@ __all__ = [
     "PredictOptions",
     "SegmentationPredictOptions",
     "SlideClassificationPredictOptions",
+    "TokenStorage",
     "WindowedPredictOptions",
     "checked_options",
     "move_to_device",
@@ -42,6 +43,8 @@ OutputKind = Literal["classes", "probabilities", "probabilities-uint8"]
 PolygonSuffix = Literal["gpkg", "geojson", "parquet", "json"]
 
 Precision = Literal["32", "bf16", "16", "auto"]
+
+TokenStorage = Literal["float32", "bfloat16", "float16", "memory"]
 
 _DTYPES = {"32": torch.float32, "bf16": torch.bfloat16, "16": torch.float16}
 
@@ -186,6 +189,10 @@ class SegmentationPredictOptions(PolygonOptions):
         blend: Weights of overlapping windows: "hann", "gaussian" or a registered one.
         flips: Average the scores of a window and its three mirror images.
         polygons: Write the areas of the classes next to the map, in the format of this suffix.
+        whole: Predict the image in one forward pass, in which every token attends to the whole image, instead of in
+            windows. The model must be a plain ViT with linear attention; it runs on the CPU.
+        store: With `whole`, where tokens are: "float32", "bfloat16" or "float16" for a file of that dtype, or "memory".
+        token_folder: With `whole`, folder of the tokens' file on a local disk; next to the output by default.
     """
 
     kind: OutputKind = "classes"
@@ -193,9 +200,13 @@ class SegmentationPredictOptions(PolygonOptions):
     blend: str = "hann"
     flips: bool = False
     polygons: PolygonSuffix | None = None
+    whole: bool = False
+    store: TokenStorage = "float32"
+    token_folder: str | Path | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        self._check_whole()
         for name in ("min_area", "simplify"):
             if getattr(self, name) and self.polygons is None:
                 raise OptionError(f"{name} is of polygons; choose their format with `polygons`, or leave it out")
@@ -208,6 +219,37 @@ class SegmentationPredictOptions(PolygonOptions):
                 raise OptionError(f"polygons must be one of {choices}, of kind classes, got kind {self.kind}")
         if self.score_threshold is not None and not 0 < self.score_threshold < 1:
             raise OptionError(f"score_threshold must lie between 0 and 1, got {self.score_threshold:g}")
+
+    @property
+    def token_dtype(self) -> torch.dtype:
+        """Dtype of stored tokens."""
+        dtype: torch.dtype = getattr(torch, "float32" if self.store == "memory" else self.store)
+        return dtype
+
+    def scoring(self, window_size: int, overlap: int) -> dict[str, Any]:
+        """Plain values that decide the scores besides the model: those of windows, or of whole images.
+
+        Args:
+            window_size: Side of a window in pixels.
+            overlap: Pixels that neighbouring windows share.
+        """
+        if self.whole:
+            return {"whole": str(self.token_dtype).removeprefix("torch.")}
+        return {"window_size": window_size, "overlap": overlap, "blend": self.blend, "flips": self.flips}
+
+    def _check_whole(self) -> None:
+        """Refuse options of windows with `whole`, and options of whole images without it."""
+        _check_choice(self, "store", get_args(TokenStorage))
+        defaults = {each.name: each.default for each in fields(self)}
+        own, others = ("store", "token_folder"), ("window_size", "overlap", "blend", "flips", "precision", "batch_size")
+        for name in others if self.whole else own:
+            if getattr(self, name) != defaults[name]:
+                what = "is of windows, and `whole` has none" if self.whole else "is for `whole`"
+                raise OptionError(f"{name} {what}; leave {'one of them' if self.whole else 'it'} out")
+        if self.whole:
+            if self.device not in ("auto", "cpu"):
+                raise OptionError(f"device must be cpu with `whole`, got {self.device}; leave it out")
+            object.__setattr__(self, "device", "cpu")
 
 
 @dataclass(frozen=True, kw_only=True)

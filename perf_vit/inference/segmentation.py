@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Generator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, closing
@@ -30,6 +31,7 @@ from perf_vit.inference.predictor import (
 )
 from perf_vit.inference.prefetch import Reads, SalvagingReader
 from perf_vit.inference.ray import RayPool, row_ranges
+from perf_vit.inference.whole import WholeImage
 from perf_vit.models import Segmenter, load_segmenter
 from perf_vit.plotting import default_colormap
 from perf_vit.reporting.outputs import write_map_report
@@ -154,6 +156,8 @@ class SegmentationPredictor(InputPredictor[Segmenter, SegmentationPredictOptions
         self, predict_one: PredictOne, inputs: Sequence[MapInput], *, on_progress: OnProgress = ignore_progress
     ) -> Generator[InputReport, None, None]:
         """Make the maps of inputs, several of them at a time, each in another step; see `MapLine`."""
+        if self.options.whole:
+            return super().each(predict_one, inputs)
         return MapLine(self, on_progress).run(inputs)
 
     def run_rows(
@@ -179,13 +183,43 @@ class SegmentationPredictor(InputPredictor[Segmenter, SegmentationPredictOptions
         writers = ThreadPoolExecutor(1, thread_name_prefix="perf_vit-writer")
         write = self.writer(store, writers)
         with self.opened(source) as opened, bounded_cache(), writers:
-            reader = self.reader(opened, store.folder)
-            for gap in store.gaps(*(rows or (0, opened.height))):
+            reader, gaps = self.reader(opened, store.folder), store.gaps(*(rows or (0, opened.height)))
+            if self.options.whole:
+                self._run_whole(opened, reader, store.folder, gaps, write, on_progress)
+            for gap in () if self.options.whole else gaps:
                 strips = self.strips(reader, opened.extent, gap, finish=write, on_progress=on_progress)
                 with closing(strips):
                     for _ in strips:
                         pass
             write.flush()
+
+    def _run_whole(
+        self,
+        source: Source,
+        reader: Reads,
+        folder: Path,
+        gaps: list[tuple[int, int]],
+        write: StripWriter,
+        on_progress: OnProgress,
+    ) -> None:
+        """Predict rows of a map in one forward pass."""
+        self.ready()
+        options, spec = self.options, self.model.spec
+        WholeImage(self.model, source, reader, len(spec.classes)).run(
+            gaps,
+            write,
+            folder=None if options.store == "memory" else self._token_folder(folder),
+            token_dtype=options.token_dtype,
+            num_readers=options.num_readers,
+            on_progress=on_progress,
+        )
+
+    def _token_folder(self, folder: Path) -> Path:
+        """Folder of a map's tokens, of one name for each output: in that of its rows, or in the one that is given."""
+        if self.options.token_folder is None:
+            return folder / "tokens"
+        name = hashlib.sha256(str(folder.absolute()).encode()).hexdigest()[:12]
+        return Path(self.options.token_folder, f"perf_vit_tokens_{name}")
 
     def strips(
         self,
@@ -299,6 +333,11 @@ class SegmentationPredictor(InputPredictor[Segmenter, SegmentationPredictOptions
         suffix, tidying = self.options.polygons, self.options.tidying
         records = [PolygonRecord(out.with_suffix(f".{suffix}"), tidying).path] if suffix else []
         return [out, *files_beside(out, self.options), *records]
+
+    def size_of(self, job: MapJob) -> dict[str, Any]:
+        """Outputs, windows and pixels of a job; a whole image is one window."""
+        size = super().size_of(job)
+        return {**size, "num_windows": 1} if self.options.whole else size
 
     def _run_in_pool(self, pool: RayPool, source: Any, work: MapWork, on_progress: OnProgress) -> None:
         assert work.store is not None

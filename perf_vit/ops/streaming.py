@@ -34,17 +34,27 @@ class Reduce(Protocol):
 
 @dataclass(frozen=True, eq=False)
 class Part:
-    """Tokens of some rows of a grid; tokens that don't count are left out.
+    """Tokens of some rows of a grid; tokens that aren't computed are left out.
 
     Attributes:
         first_row: First row of the grid that the part covers.
         rows: Number of rows.
         places: Index of each token in the row-major order of these rows, increasing, [n].
+        counted: Tokens that queries attend to, bool [n]; None for all.
     """
 
     first_row: int
     rows: int
     places: Tensor
+    counted: Tensor | None = None
+
+    def keys(self, x: Tensor) -> Tensor:
+        """Return the tokens that queries attend to, [B, H, n, D]."""
+        return x if self.counted is None else x[:, :, self.counted]
+
+    def of_keys(self) -> Part:
+        """Return the part without the other tokens."""
+        return self if self.counted is None else replace(self, places=self.places[self.counted], counted=None)
 
 
 class AttentionStream(ABC):
@@ -108,7 +118,7 @@ class WholeStream(AttentionStream):
         index = self._index(part)
         for whole, some in zip(self._tensors, (q, k, v), strict=True):
             whole[:, :, index] = some
-        self._valid[index] = True
+        self._valid[index] = True if part.counted is None else part.counted
 
     def reduce(self, reduce: Reduce) -> None:
         """Replace what this process collected by what all processes collected."""
@@ -159,6 +169,7 @@ class LinearStream(AttentionStream):
 
     def collect(self, q: Tensor, k: Tensor, v: Tensor, part: Part) -> None:
         """Add the tokens of a part."""
+        k, v = part.keys(k), part.keys(v)
         for tokens in token_slices(k, _FEATURE_TOKENS):
             self._state = self._state.update(k[tokens], v[tokens])
 
@@ -223,8 +234,11 @@ class ClusteredStream(AttentionStream):
 
     def collect(self, q: Tensor, k: Tensor, v: Tensor, part: Part) -> None:
         """Add the tokens of a part."""
+        k, v, call = part.keys(k), part.keys(v), self._call
+        if not k.shape[2]:
+            return
         self._prefix.collect(k, v)
-        call, slots = self._call, self._slots(part, k)
+        slots = self._slots(part.of_keys(), k)
         columns = slots.fill(torch.cat(call.key_columns(k, v, None), dim=-1))
         for windows in slots.groups(columns):
             self._total += call.sums(windows, slots.is_padded).sum(dim=2)
@@ -237,9 +251,11 @@ class ClusteredStream(AttentionStream):
     def attend(self, q: Tensor, k: Tensor, v: Tensor, part: Part) -> Tensor:
         """Attend with the queries of a part to all that was collected, [B, H, n, Dv]."""
         call, slots = self._call, self._slots(part, k)
-        tokens = slots.fill(torch.cat([*call.query_columns(q), *call.key_columns(k, v, None)], dim=-1))
+        counted = None if part.counted is None else part.counted[:, None]
+        tokens = slots.fill(torch.cat([*call.query_columns(q), *call.key_columns(k, v, counted)], dim=-1))
+        masked = slots.is_padded or counted is not None
         found = [
-            call.attend(windows, call.sums(windows[..., call.width :], slots.is_padded), self._total, slots.is_padded)
+            call.attend(windows, call.sums(windows[..., call.width :], masked), self._total, masked)
             for windows in slots.groups(tokens)
         ]
         return slots.take(torch.cat(found, dim=2))

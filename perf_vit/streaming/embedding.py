@@ -64,22 +64,21 @@ class ImageTokens:
         path = getattr(self._source, "path", "an image")
         return f"{path} of {self.grid[0]} x {self.grid[1]} tokens, {type(self._model).__name__}"
 
-    def read(self, first_row: int, stop_row: int) -> tuple[Tensor, Tensor]:
+    def read(self, first_row: int, stop_row: int) -> tuple[GeoImage, Tensor]:
         """Read rows of tokens.
 
         Returns:
-            Input of the patch embedding, [1, C, h, w], and the tokens with a valid pixel, bool [rows, columns].
+            Their pixels, and the tokens with a valid pixel, bool [rows, columns].
         """
         height, width = self._patch
         window = Window(first_row * height, 0, (stop_row - first_row) * height, self.grid[1] * width)
         image = self._source.read(window)
-        valid = _any_of_patches(image.valid, height, width)
-        pixels = self._normalize(image) if valid.any() else np.zeros((1, 1, 1), np.float32)
-        return torch.from_numpy(np.ascontiguousarray(pixels))[None], torch.from_numpy(valid)
+        return image, torch.from_numpy(_any_of_patches(image.valid, height, width))
 
-    def embed(self, pixels: Tensor, part: Part) -> Tensor:
-        """Return the tokens of a part that count, [n, C], given the pixels of its rows."""
+    def embed(self, image: GeoImage, part: Part) -> Tensor:
+        """Return the tokens of a part, [n, C], given the pixels of its rows."""
         model = self._model
+        pixels = torch.from_numpy(np.ascontiguousarray(self._normalize(image)))[None]
         x = model.patch_embed.proj(pixels.to(model.patch_embed.proj.weight.dtype))
         x = model.patch_embed.norm(x.flatten(2).mT[0, part.places])
         if self._absolute is not None:

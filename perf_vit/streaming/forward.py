@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +13,7 @@ import torch
 from timm.models.eva import EvaBlock
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from perf_vit.errors import CheckpointError, InputError, OptionError
 from perf_vit.layers.chunked import finish_block
@@ -23,6 +25,7 @@ from perf_vit.streaming.embedding import ImageTokens
 from perf_vit.streaming.layout import TokenLayout
 from perf_vit.streaming.processes import Processes
 from perf_vit.streaming.store import TokenStore
+from perf_vit.types import GeoImage, Window
 
 __all__ = ["StreamedTokens", "check_streamable", "stream_tokens"]
 
@@ -68,19 +71,28 @@ class StreamedTokens:
             raise OptionError(
                 f"rows must be within {first} to {stop}, which this process has, got {first_row} to {stop_row}"
             )
-        part, columns = self.layout.part(first_row, stop_row), self.layout.grid[1]
-        x = self.store.read(self.layout.tokens(part))
+        return self.window(Window(first_row, 0, stop_row - first_row, self.layout.grid[1]), norm=norm)
+
+    @torch.no_grad()
+    def window(self, window: Window, *, norm: bool = True) -> Tensor:
+        """Return rows and columns of this process's stripe as a map, 0 where no token is stored, [C, h, w]."""
+        part, columns = self.layout.part(window.row, window.row_stop), self.layout.grid[1]
+        row, column = part.places // columns, part.places % columns - window.col
+        inside = (column >= 0) & (column < window.width)
+        tokens = inside.nonzero().flatten() + self.layout.tokens(part).start
+        x = self.store.read(tokens)
         x = self.norm(x) if norm else x
-        plane = x.new_zeros(part.rows * columns, x.shape[1])
-        plane[part.places] = x
-        return plane.mT.reshape(-1, part.rows, columns)
+        plane = x.new_zeros(window.height * window.width, x.shape[1])
+        plane[(row * window.width + column)[inside]] = x
+        return plane.mT.reshape(-1, *window.shape)
 
     @torch.no_grad()
     def mean(self) -> Tensor:
         """Return the mean of all tokens after the last norm, [C]; all processes must call it."""
         total = torch.zeros(self.prefix.shape[-1], dtype=torch.float64)
         for part in self.layout.parts(1, _PART_TOKENS):
-            total += self.norm(self.store.read(self.layout.tokens(part))).sum(dim=0, dtype=torch.float64)
+            x = self.store.read(self.layout.tokens(part))
+            total += self.norm(x if part.counted is None else x[part.counted]).sum(dim=0, dtype=torch.float64)
         return (self.processes.reduce(total, "sum") / self.layout.num_tokens).to(self.prefix.dtype)
 
 
@@ -124,6 +136,8 @@ def stream_tokens(
     image: ImageTokens,
     *,
     indices: tuple[int, ...] = (),
+    num_blocks: int | None = None,
+    margin: int = 0,
     folder: Path | None = None,
     dtype: torch.dtype | None = None,
     part_tokens: int = _PART_TOKENS,
@@ -138,6 +152,9 @@ def stream_tokens(
         model: ViT in evaluation mode; see `check_streamable`.
         image: Its first tokens.
         indices: Blocks, from 0, whose tokens are kept as well.
+        num_blocks: Number of blocks to run; None for all.
+        margin: Tokens without a valid pixel that are computed too: those at most so many rows and columns from one that
+            counts. They attend to others, and no other attends to them, as in a forward pass with a mask.
         folder: Folder for the tokens' files; None to keep tokens in memory.
         dtype: Dtype of stored tokens; that of the model by default.
         part_tokens: Number of tokens that are processed at once.
@@ -156,24 +173,27 @@ def stream_tokens(
     """
     check_streamable(model, image.grid)
     with torch.no_grad():
-        return _Forward(model, image, folder, dtype, part_tokens, on_progress).run(indices)
+        blocks = list(model.blocks)[:num_blocks]
+        return _Forward(model, blocks, image, margin, folder, dtype, part_tokens, on_progress).run(indices)
 
 
 class _Forward:
     def __init__(
         self,
         model: Any,
+        blocks: list[Any],
         image: ImageTokens,
+        margin: int,
         folder: Path | None,
         dtype: torch.dtype | None,
         part_tokens: int,
         on_progress: OnProgress,
     ) -> None:
-        self._model, self._image, self._folder = model, image, folder
+        self._model, self._image, self._margin, self._folder = model, image, margin, folder
         self._computed = model.patch_embed.proj.weight.dtype
         self._dtype = self._computed if dtype is None else dtype
         self._part_tokens, self._on_progress = part_tokens, on_progress
-        self._blocks = list(model.blocks)
+        self._blocks = blocks
         # One to embed and one to attend in each block; one to collect where the block before can't.
         collects = [index == 0 or block.attn.mixer.needs_sample for index, block in enumerate(self._blocks)]
         self._passes_done, self._num_passes = 0, 1 + len(self._blocks) + sum(collects)
@@ -190,11 +210,9 @@ class _Forward:
                 stream = self._collected(index, prefix, store, layout)
             prefix, stream = self._attend(index, prefix, store, layout, stream)
             if index in indices:
-                kept.append(
-                    StreamedTokens(
-                        prefix, self._copied(store, layout, index), layout, self._model.norm, self._processes
-                    )
-                )
+                # Those of the last block are given anyway.
+                own = store if index + 1 == len(self._blocks) else self._copied(store, layout, index)
+                kept.append(StreamedTokens(prefix, own, layout, self._model.norm, self._processes))
         return StreamedTokens(prefix, store, layout, self._model.norm, self._processes), kept
 
     def _embed(self) -> tuple[TokenStore, TokenLayout]:
@@ -202,27 +220,38 @@ class _Forward:
         rows, columns = self._image.grid
         first_row, stop_row = self._processes.stripe(rows, self._rows_of_windows())
         valid = torch.zeros(rows, columns, dtype=torch.bool)
+        stored = torch.zeros_like(valid) if self._margin else valid
         with self._processes.failing_together():
             store = self._new_store((stop_row - first_row) * columns, "tokens")
-            self._embed_rows(range(first_row, stop_row), store, valid)
+            self._embed_rows(range(first_row, stop_row), store, valid, stored)
         valid = self._processes.reduce(valid.to(torch.uint8), "max").bool()
         if not valid.any():
             raise InputError("the image has no valid pixel, so there is nothing to compute; check nodata and tissue")
         self._passes_done += 1
         self._processes.num_bytes = 0
-        return store, TokenLayout(valid, first_row, stop_row)
+        has_more = self._margin and not torch.equal(valid, stored)
+        return store, TokenLayout(valid, first_row, stop_row, stored if has_more else None)
 
-    def _embed_rows(self, rows: range, store: TokenStore, valid: Tensor) -> None:
-        """Read and embed rows; fill in which of their tokens have a valid pixel."""
-        start, step = 0, max(1, self._part_tokens // self._image.grid[1])
+    def _embed_rows(self, rows: range, store: TokenStore, valid: Tensor, stored: Tensor) -> None:
+        """Read and embed rows; fill in which of their tokens have a valid pixel, and which are stored."""
+        start, margin, step = 0, self._margin, max(1, self._part_tokens // self._image.grid[1])
+        waiting: deque[tuple[int, int, GeoImage]] = deque()
         for first in range(rows.start, rows.stop, step):
             stop = min(first + step, rows.stop)
-            pixels, valid[first:stop] = self._image.read(first, stop)
-            part = TokenLayout(valid).part(first, stop)
-            if len(part.places):
-                store.write(slice(start, start + len(part.places)), self._image.embed(pixels, part))
-                start += len(part.places)
-            self._report(part)
+            image, valid[first:stop] = self._image.read(first, stop)
+            waiting.append((first, stop, image))
+            # Which tokens are stored depends on the rows below.
+            while waiting and (waiting[0][1] + margin <= stop or stop == rows.stop):
+                above, below, image = waiting.popleft()
+                if margin:
+                    stored[above:below] = _near(valid[max(0, above - margin) : below + margin], margin)[
+                        min(above, margin) :
+                    ][: below - above]
+                part = TokenLayout(stored).part(above, below)
+                if len(part.places):
+                    store.write(slice(start, start + len(part.places)), self._image.embed(image, part))
+                    start += len(part.places)
+                self._report(part)
         store.shrink(start)
 
     def _rows_of_windows(self) -> int:
@@ -277,7 +306,8 @@ class _Forward:
         tokens, own = sampled_places(layout.num_tokens), layout.own_tokens
         is_own = (tokens >= own.start) & (tokens < own.stop)
         mine = tokens[is_own]
-        projected = self._project(index, prefix, store.read(mine - own.start), layout.places(mine)).tokens
+        places = layout.places(mine)
+        projected = self._project(index, prefix, store.read(layout.stored_at(*places)), places).tokens
         if self._processes.number == 1:
             return projected
         stacked = torch.stack(projected)
@@ -314,7 +344,7 @@ class _Forward:
 
     def _copied(self, store: TokenStore, layout: TokenLayout, index: int) -> TokenStore:
         with self._processes.failing_together():
-            copy = self._new_store(len(layout.own_tokens), f"block_{index}")
+            copy = self._new_store(layout.num_stored, f"block_{index}")
             for part in layout.parts(1, self._part_tokens):
                 copy.write(layout.tokens(part), store.read(layout.tokens(part)))
         return copy
@@ -322,6 +352,11 @@ class _Forward:
     def _report(self, part: Part) -> None:
         rows = self._image.grid[0]
         self._on_progress(self._passes_done * rows + part.first_row + part.rows, self._num_passes * rows)
+
+
+def _near(valid: Tensor, margin: int) -> Tensor:
+    """Return which tokens are at most `margin` rows and columns from one that counts."""
+    return F.max_pool2d(valid[None, None].float(), 2 * margin + 1, stride=1, padding=margin)[0, 0] > 0
 
 
 @dataclass(frozen=True, eq=False)

@@ -272,7 +272,8 @@ def _predict_one(predictor: InputPredictor[Any, Any], source: Any, output: Path,
     check_outputs(predictor.outputs(output), files, overwrite=True)
     if given.engine == "ray":
         return _predict_rows(predictor, source, output, given)
-    with windows_progress(f"predicting {Path(name).name}") as on_progress:
+    unit = "rows of tokens" if getattr(predictor.options, "whole", False) else "windows"
+    with windows_progress(f"predicting {Path(name).name}", unit) as on_progress:
         return predictor.run(source, output, on_progress=on_progress)
 
 
@@ -280,6 +281,8 @@ def _predict_rows(predictor: Any, source: Any, output: Path, given: InputsOption
     """Share the rows of one map out."""
     if not isinstance(predictor, SegmentationPredictor) or not isinstance(source, str):
         raise OptionError("engine ray shares several inputs, or the rows of one map, by their paths; leave it out")
+    if predictor.options.whole:
+        raise OptionError("engine ray shares windows, and `whole` has none; leave one of them out")
     # Before a pool is made.
     job = predictor.job(source, output)
     job.check()

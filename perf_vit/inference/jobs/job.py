@@ -304,10 +304,7 @@ class MapJob(Job):
         return {
             "model": self.model_id,
             "kind": self.options.kind,
-            "window_size": self.window_size,
-            "overlap": self.overlap,
-            "blend": self.options.blend,
-            "flips": self.options.flips,
+            **self.options.scoring(self.window_size, self.overlap),
             "precision": str(self.options.dtype).removeprefix("torch."),
         }
 
@@ -366,7 +363,7 @@ class MapJob(Job):
     def keeps_pieces(self) -> bool:
         """Whether rows go into files: not where they are few, in one row of windows, and all finished at once."""
         is_small = is_one_block(self.source.height, self.source.width) and len(self.window_rows) == 1
-        return self.shared or not is_small
+        return self.shared or self.options.whole or not is_small
 
     def store(self, folder: Path) -> StripStore | HeldRows:
         """Rows of the map, in a folder unless it is small."""

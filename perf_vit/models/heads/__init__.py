@@ -6,6 +6,7 @@ from perf_vit.models.heads.fcos import FCOSHead
 from perf_vit.models.heads.full_resolution import FullResolutionHead
 from perf_vit.models.heads.linear import LinearHead
 from perf_vit.models.heads.oriented_fcos import OrientedFCOSHead
+from perf_vit.models.heads.parts import GridPart, Reach
 from perf_vit.models.heads.rcnn import FasterRCNNHead, MaskRCNNHead
 from perf_vit.models.heads.registry import (
     DETECTION_HEADS,
@@ -25,9 +26,11 @@ __all__ = [
     "FCOSHead",
     "FasterRCNNHead",
     "FullResolutionHead",
+    "GridPart",
     "LinearHead",
     "MaskRCNNHead",
     "OrientedFCOSHead",
+    "Reach",
     "RetinaNetHead",
     "SegFormerHead",
     "UPerNetHead",

@@ -16,6 +16,7 @@ from perf_vit.models.heads.level_maps import (
     has_one_stride,
     padded_to,
 )
+from perf_vit.models.heads.parts import Reach
 from perf_vit.models.heads.registry import register_segmentation_head
 from perf_vit.models.necks import nearest_power_of_two
 from perf_vit.types import FeatureSpec
@@ -81,6 +82,14 @@ class DPTHead(nn.Module):
         apply_norm(self.decoder, norm)
         apply_norm(self.refine, norm)
         self.scores = PixelScores(channels, num_classes, drop_rate)
+
+    def reach(self) -> Reach:
+        """Refuse to run over parts of an image.
+
+        Raises:
+            ValueError: Always.
+        """
+        raise ValueError("it resizes maps from corner to corner, so that places in them depend on the image's size")
 
     def forward(self, features: Sequence[Tensor], image: Tensor) -> Tensor:
         """Compute the class scores of every pixel.

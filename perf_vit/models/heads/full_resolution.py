@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Literal
 
@@ -10,6 +11,7 @@ from timm.layers import LayerNorm2d
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from perf_vit.models.heads.parts import GridPart, Placement, Reach, resize_part
 from perf_vit.models.heads.registry import register_segmentation_head
 from perf_vit.types import FeatureSpec
 
@@ -49,7 +51,7 @@ class FullResolutionHead(nn.Module):
         super().__init__()
         if norm not in ("batch", "group"):
             raise ValueError(f"norm must be batch or group, got {norm}")
-        stride = _common_stride(feature_specs)
+        self.stride = stride = _common_stride(feature_specs)
         num_steps = (stride - 1).bit_length()
         widths = [channels[min(step, len(channels) - 1)] for step in range(num_steps + 1)]
 
@@ -68,12 +70,21 @@ class FullResolutionHead(nn.Module):
         self.drop = nn.Dropout2d(drop_rate)
         self.classifier = nn.Conv2d(widths[0], num_classes, 1)
 
-    def forward(self, features: Sequence[Tensor], image: Tensor) -> Tensor:
+    def reach(self) -> Reach:
+        """Return how far the head looks: convolutions and resizing at each stride."""
+        coarsest = 2 ** len(self.fuse)
+        pixels = 3 * (coarsest - 1) + self.stride
+        # One more for tokens whose centres lie off those of the cells that they are resized to.
+        margin = math.ceil(pixels / self.stride) + 1
+        return Reach(margin, coarsest // 2 // math.gcd(coarsest // 2, self.stride) if len(self.fuse) > 1 else 1)
+
+    def forward(self, features: Sequence[Tensor], image: Tensor, part: GridPart | None = None) -> Tensor:
         """Compute the class scores of every pixel.
 
         Args:
             features: One map per feature spec, [B, C_i, H / stride, W / stride].
             image: Images, [B, in_chans, H, W].
+            part: Which part of a larger image is given; None for whole images.
 
         Returns:
             Logits, [B, num_classes, H, W].
@@ -86,10 +97,19 @@ class FullResolutionHead(nn.Module):
             details.append(detail)
         projected = [lateral(feature) for lateral, feature in zip(self.laterals, features, strict=True)]
         x = self.context(torch.stack(projected).sum(0).contiguous(memory_format=torch.channels_last))
-        for stage, detail in zip(self.fuse, reversed(details), strict=True):
-            x = F.interpolate(x, size=detail.shape[-2:], mode="bilinear", align_corners=False)
+        placements = [] if part is None else self._placements(part)
+        for step, (stage, detail) in enumerate(zip(self.fuse, reversed(details), strict=True)):
+            if part is None:
+                x = F.interpolate(x, size=detail.shape[-2:], mode="bilinear", align_corners=False)
+            else:
+                x = resize_part(x, detail.shape[-2:], placements[step], placements[step + 1])
             x = stage(torch.cat([x, detail], dim=1))
         return self.classifier(self.drop(x))
+
+    def _placements(self, part: GridPart) -> list[tuple[Placement, Placement]]:
+        """Return where tokens, and then cells of each map of the image from coarse to fine, lie in the image."""
+        tokens = Placement(part.window.row, part.grid[0]), Placement(part.window.col, part.grid[1])
+        return [tokens, *reversed(Placement.of_strides(part, self.stride, len(self.detail)))]
 
 
 def _common_stride(feature_specs: Sequence[FeatureSpec]) -> int:

@@ -10,6 +10,7 @@ from timm.layers import LayerNorm2d
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from perf_vit.models.heads.parts import Reach
 from perf_vit.models.necks import SimpleFPN, nearest_power_of_two
 from perf_vit.types import FeatureSpec
 
@@ -107,6 +108,19 @@ class LevelMaps(nn.Module):
             self.neck = SimpleFPN(specs, _STRIDES, channels)
         else:
             check_growing_strides(feature_specs)
+
+    def reach(self) -> Reach:
+        """Return how far levels that are resized to the finest look: a convolution and two resizings on each.
+
+        Raises:
+            ValueError: The maps are a pyramid.
+        """
+        if not self.base_stride:
+            raise ValueError("its maps are a pyramid, not those of a plain ViT")
+        coarsest = max(1, _STRIDES[-1] // self.base_stride)
+        # A convolution, a resizing and the cell of the coarsest level, and the resizing of the finest.
+        pixels = 3 * max(_STRIDES[-1], self.base_stride) + _STRIDES[0]
+        return Reach(math.ceil(pixels / self.base_stride), coarsest)
 
     def forward(self, features: Sequence[Tensor], decode: Callable[[list[Tensor]], Tensor]) -> Tensor:
         """Apply a decoder to the levels and crop the padding of its output.

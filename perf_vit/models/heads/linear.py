@@ -9,6 +9,7 @@ from timm.layers import LayerNorm2d
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from perf_vit.models.heads.parts import Reach
 from perf_vit.models.heads.registry import register_segmentation_head
 from perf_vit.types import FeatureSpec
 
@@ -39,6 +40,10 @@ class LinearHead(nn.Module):
             nn.Sequential(LayerNorm2d(spec.channels), nn.Dropout2d(drop_rate), nn.Conv2d(spec.channels, num_classes, 1))
             for spec in feature_specs
         )
+
+    def reach(self) -> Reach:
+        """Return how far the head looks: to the next token."""
+        return Reach(1)
 
     def forward(self, features: Sequence[Tensor], image: Tensor) -> Tensor:
         """Compute the class scores of every pixel.

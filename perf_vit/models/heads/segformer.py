@@ -8,6 +8,7 @@ from segmentation_models_pytorch.decoders.segformer.decoder import SegformerDeco
 from torch import Tensor, nn
 
 from perf_vit.models.heads.level_maps import LevelMaps, Norm, PixelScores, apply_norm
+from perf_vit.models.heads.parts import Reach
 from perf_vit.models.heads.registry import register_segmentation_head
 from perf_vit.types import FeatureSpec
 
@@ -51,6 +52,10 @@ class SegFormerHead(nn.Module):
         self.decoder = SegformerDecoder([in_chans, *self.levels.channels], segmentation_channels=channels)
         apply_norm(self.decoder, norm)
         self.scores = PixelScores(channels, num_classes, drop_rate)
+
+    def reach(self) -> Reach:
+        """Return how far the head looks on the maps of a plain ViT: mostly on the coarsest level."""
+        return self.levels.reach()
 
     def forward(self, features: Sequence[Tensor], image: Tensor) -> Tensor:
         """Compute the class scores of every pixel.

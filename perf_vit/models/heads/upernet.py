@@ -8,6 +8,7 @@ from segmentation_models_pytorch.decoders.upernet.decoder import UPerNetDecoder
 from torch import Tensor, nn
 
 from perf_vit.models.heads.level_maps import LevelMaps, Norm, PixelScores, apply_norm, with_group_norm
+from perf_vit.models.heads.parts import Reach
 from perf_vit.models.heads.registry import register_segmentation_head
 from perf_vit.types import FeatureSpec
 
@@ -53,6 +54,14 @@ class UPerNetHead(nn.Module):
         with_group_norm(self.decoder.psp)
         apply_norm(self.decoder, norm)
         self.scores = PixelScores(channels, num_classes, drop_rate)
+
+    def reach(self) -> Reach:
+        """Refuse to run over parts of an image.
+
+        Raises:
+            ValueError: Always.
+        """
+        raise ValueError("its pyramid pooling averages over all tokens")
 
     def forward(self, features: Sequence[Tensor], image: Tensor) -> Tensor:
         """Compute the class scores of every pixel.

@@ -1,0 +1,240 @@
+"""Dense prediction of a whole image in one forward pass, band after band, without windows."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Generator, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from perf_vit.errors import CheckpointError, NotFiniteError, PerfVitError
+from perf_vit.finite import check_finite
+from perf_vit.inference.dense import FloatArray, Strip
+from perf_vit.inference.prefetch import Reads, Tile, load_ahead, read_tile
+from perf_vit.streaming import ImageTokens, StreamedTokens, stream_tokens
+from perf_vit.streaming.dense import DenseHead
+from perf_vit.threads import num_processors
+from perf_vit.types import GeoImage, Source, Window
+
+__all__ = ["WholeImage"]
+
+_STRIP_ROWS = 128
+"""Most rows of a strip, as in prediction in windows."""
+
+_BAND_BYTES = 2**28
+"""Bytes of the scores of a band of parts, as far as margins allow."""
+
+OnProgress = Callable[[int, int], None]
+
+
+@dataclass(frozen=True, eq=False)
+class _Image:
+    """Source that is read through another reader, such as one that leaves out what is damaged."""
+
+    source: Source
+    reader: Reads
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.source, name)
+
+    def read(self, window: Window) -> GeoImage:
+        return self.reader.read(window)
+
+
+class WholeImage:
+    """Segmentation network that runs over a whole image at once: every token attends to all others.
+
+    Args:
+        segmenter: Network in evaluation mode, on the CPU.
+        source: Image.
+        reader: Where its pixels come from.
+        num_classes: Number of scores per pixel.
+
+    Raises:
+        CheckpointError: The backbone or the head needs all tokens at once; the message names it.
+        InputError: The image has other bands than the network.
+    """
+
+    def __init__(self, segmenter: Any, source: Source, reader: Reads, num_classes: int) -> None:
+        self._head = DenseHead(segmenter)
+        self._source, self._reader, self._num_classes = source, reader, num_classes
+        self._normalize = segmenter.spec.normalizer
+        try:
+            self._image = ImageTokens(self._head.vit, _Image(source, reader), self._normalize)
+        except PerfVitError:
+            raise
+        except ValueError as error:
+            raise CheckpointError(str(error)) from error
+        width = self._image.grid[1] * self._head.patch[1]
+        self._part = self._head.part_size(_BAND_BYTES // (4 * num_classes * width))
+
+    def run(
+        self,
+        gaps: list[tuple[int, int]],
+        finish: Callable[[Strip], Any],
+        *,
+        folder: Path | None,
+        token_dtype: torch.dtype,
+        num_readers: int | None = None,
+        on_progress: OnProgress = lambda done, total: None,
+    ) -> None:
+        """Predict some rows.
+
+        Args:
+            gaps: Rows of pixels, as (first, first below).
+            finish: Function of a strip, whose arrays hold until it returns; strips may hold other rows too.
+            folder: Folder for the tokens' files, which are deleted at the end; None for memory.
+            token_dtype: Dtype of stored tokens.
+            num_readers: Number of threads that read; one per processor by default.
+            on_progress: Called with (rows of tokens done, in all), counted in each pass over the image.
+
+        Raises:
+            InputError: The image can't be read, or has no valid pixel.
+            OutputError: The disk or the memory is too small.
+            NotFiniteError: A score is infinite or not a number.
+        """
+        if not gaps:
+            return
+        rows, before = self._image.grid[0], 0
+
+        def on_block(done: int, total: int) -> None:
+            nonlocal before
+            before = total
+            on_progress(done, total + rows)
+
+        def on_band(done: int, total: int) -> None:
+            on_progress(before + done, before + total)
+
+        with _made_empty(folder):
+            tokens = self.tokens(folder, token_dtype, on_block)
+            for gap in gaps:
+                strips = self.strips(
+                    tokens, gap, lambda done, _: on_progress(before + done, before + rows), num_readers
+                )
+                for strip in strips:
+                    finish(strip)
+
+    def tokens(self, folder: Path | None, dtype: torch.dtype, on_progress: OnProgress) -> list[StreamedTokens]:
+        """Run the backbone, and return the tokens that the head takes.
+
+        Args:
+            folder: Folder for the tokens' files; None for memory.
+            dtype: Dtype of stored tokens.
+            on_progress: Called with (rows of tokens done, in all), counted in each pass over the image.
+
+        Raises:
+            InputError: The image can't be read, or has no valid pixel.
+            OutputError: The disk or the memory is too small.
+        """
+        return stream_tokens(
+            self._head.vit,
+            self._image,
+            indices=self._head.indices,
+            num_blocks=self._head.indices[-1] + 1,
+            margin=self._head.reach.margin,
+            folder=folder,
+            dtype=dtype,
+            on_progress=on_progress,
+        )[1]
+
+    def strips(
+        self,
+        tokens: list[StreamedTokens],
+        rows: tuple[int, int],
+        on_progress: OnProgress,
+        num_readers: int | None = None,
+    ) -> Generator[Strip, None, None]:
+        """Run the head over bands of parts, and yield their rows from top to bottom.
+
+        Args:
+            tokens: Result of `tokens`.
+            rows: First row of pixels wanted, and the first below; strips may hold others.
+            on_progress: Called with (rows of tokens done, in all).
+            num_readers: Number of threads that read; one per processor by default.
+
+        Raises:
+            InputError: A part can't be read.
+            NotFiniteError: A score is infinite or not a number.
+        """
+        bands = list(self._bands(*rows))
+        parts = [part for band in bands for part in self._parts(band)]
+        readers = num_readers or num_processors()
+        tiles = load_ahead(parts, self._read, num_threads=readers, depth=readers + 1)
+        try:
+            for band in bands:
+                height = min(band.height * self._head.patch[0], self._source.height - band.row * self._head.patch[0])
+                yield from self._strips_of(self._band(tokens, band, height, tiles))
+                on_progress(band.row_stop, self._image.grid[0])
+        finally:
+            tiles.close()
+
+    def _bands(self, start: int, stop: int) -> Iterator[Window]:
+        """Yield the bands of tokens that hold rows of pixels; bands don't depend on the rows."""
+        (rows, columns), height = self._image.grid, self._part[0]
+        for row in range(0, rows, height):
+            band = Window(row, 0, min(height, rows - row), columns)
+            pixels = self._head.in_pixels(band)
+            if pixels.row < stop and pixels.row_stop > start:
+                yield band
+
+    def _parts(self, band: Window) -> Iterator[Window]:
+        width = self._part[1]
+        for column in range(0, band.width, width):
+            yield Window(band.row, column, band.height, min(width, band.width - column))
+
+    def _read(self, part: Window) -> tuple[Window, Tile]:
+        outer = self._head.in_pixels(self._head.with_margin(part, self._image.grid))
+        return part, read_tile(self._reader, self._normalize, outer)
+
+    def _band(
+        self, tokens: list[StreamedTokens], band: Window, height: int, tiles: Iterator[tuple[Window, Tile]]
+    ) -> Strip:
+        """Compute the scores of a band."""
+        window = Window(self._head.in_pixels(band).row, 0, height, self._source.width)
+        scores = np.zeros((self._num_classes, *window.shape), np.float32)
+        valid = np.zeros(window.shape, bool)
+        for _ in self._parts(band):
+            part, tile = next(tiles)
+            inner = self._head.in_pixels(part)
+            kept = inner.intersect(window)
+            assert kept is not None
+            found = tile.valid[inner.slices_in(tile.window)][kept.slices_in(inner)]
+            valid[kept.slices_in(window)] = found
+            if tile.pixels is not None and found.any():
+                scores[:, *kept.slices_in(window)] = self._scores(tokens, part, tile)[:, *kept.slices_in(inner)]
+        return Strip(window, scores, valid)
+
+    def _scores(self, tokens: list[StreamedTokens], part: Window, tile: Tile) -> FloatArray:
+        assert tile.pixels is not None
+        pixels = torch.from_numpy(np.ascontiguousarray(tile.pixels))[None]
+        scores: FloatArray = self._head.scores(tokens, part, pixels).float().numpy()
+        try:
+            check_finite(scores[None], "scores", lambda _: str(self._head.in_pixels(part)))
+        except NotFiniteError as error:
+            raise NotFiniteError(f"{self._source.path}: {error}") from error
+        return scores
+
+    def _strips_of(self, band: Strip) -> Iterator[Strip]:
+        for first in range(0, band.window.height, _STRIP_ROWS):
+            rows = slice(first, min(first + _STRIP_ROWS, band.window.height))
+            window = Window(band.window.row + first, 0, rows.stop - rows.start, band.window.width)
+            yield Strip(window, band.scores[:, rows], band.valid[rows])
+
+
+@contextmanager
+def _made_empty(folder: Path | None) -> Iterator[None]:
+    """Make a folder, without what a killed process left in it, and delete it at the end."""
+    if folder is None:
+        yield
+        return
+    shutil.rmtree(folder, ignore_errors=True)
+    try:
+        folder.mkdir(parents=True)
+        yield
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
