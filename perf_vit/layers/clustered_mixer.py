@@ -7,7 +7,7 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from perf_vit.layers.mixer import Mixer, MixerOptions, check_integers, register_mixer, softmax_attention
+from perf_vit.layers.mixer import Mixer, MixerOptions, check_integers, refuse_causal, register_mixer, softmax_attention
 from perf_vit.ops import clustered_attention
 from perf_vit.ops.clusters import clusters_for_size
 from perf_vit.ops.sinks import sinks_for_size
@@ -99,11 +99,7 @@ class ClusteredMixer(Mixer):
         Raises:
             ValueError: `is_causal` is set.
         """
-        if is_causal:
-            raise ValueError(
-                "is_causal=True isn't possible with mixer='clustered', whose windows and clusters include future "
-                "tokens; use mixer='performer'"
-            )
+        refuse_causal(self.name, is_causal)
         assert grid is not None
         options = self.options
         if options.is_exact(grid):

@@ -136,7 +136,7 @@ class LinearizedAttention(DerivedBuffers):
         self.training = attention.training
         self.head_dim = self._head_dim()
         self.grid = grid
-        self.mixer = make_mixer(options, self.head_dim, next(self.parameters()).device)
+        self.mixer = make_mixer(options, self.head_dim, next(self.parameters()).device, self.num_heads)
         self.local_enhancement = _enhancement(self) if options.local_enhancement else None
 
     @property

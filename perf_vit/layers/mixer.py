@@ -24,6 +24,7 @@ __all__ = [
     "check_integers",
     "check_option_names",
     "make_mixer",
+    "refuse_causal",
     "register_mixer",
     "softmax_attention",
 ]
@@ -106,6 +107,7 @@ class Mixer(DerivedBuffers, ABC):
         options: Options of the mixer.
         head_dim: Number of channels of a head, D.
         device: Device of buffers and parameters.
+        num_heads: Number of heads, H, for mixers with parameters of each head.
 
     Attributes:
         options_type: Dataclass of the options.
@@ -119,9 +121,11 @@ class Mixer(DerivedBuffers, ABC):
     needs_grid: ClassVar[bool] = False
     needs_sample: ClassVar[bool] = False
 
-    def __init__(self, options: MixerOptions, head_dim: int, device: torch.device | None = None) -> None:
+    def __init__(
+        self, options: MixerOptions, head_dim: int, device: torch.device | None = None, num_heads: int = 1
+    ) -> None:
         super().__init__()
-        self.options, self.head_dim = options, head_dim
+        self.options, self.head_dim, self.num_heads = options, head_dim, num_heads
 
     @abstractmethod
     def forward(
@@ -222,9 +226,21 @@ def register_mixer(name: str) -> Callable[[type[Mixer]], type[Mixer]]:
     return register
 
 
-def make_mixer(options: MixerOptions, head_dim: int, device: torch.device | None = None) -> Mixer:
+def make_mixer(options: MixerOptions, head_dim: int, device: torch.device | None = None, num_heads: int = 1) -> Mixer:
     """Make the mixer whose options have the type of `options`."""
-    return _BY_OPTIONS[type(options)](options, head_dim, device)
+    return _BY_OPTIONS[type(options)](options, head_dim, device, num_heads)
+
+
+def refuse_causal(name: str, is_causal: bool) -> None:
+    """Refuse causal order in a mixer that looks both ways.
+
+    Raises:
+        ValueError: `is_causal` is set.
+    """
+    if is_causal:
+        raise ValueError(
+            f"is_causal=True isn't possible with mixer={name!r}, which includes future tokens; use mixer='performer'"
+        )
 
 
 def check_option_names(name: str, options: Iterable[str]) -> None:

@@ -17,7 +17,14 @@ from perf_vit.ops.kernels import get_kernel
 from perf_vit.ops.projection import ProjectionNorms
 from perf_vit.ops.streaming import AttentionStream, LinearStream
 
-__all__ = ["PerformerMixer", "PerformerOptions", "copy_projections", "current_draw", "redraw_projections"]
+__all__ = [
+    "PerformerMixer",
+    "PerformerOptions",
+    "copy_projections",
+    "current_draw",
+    "redraw_projections",
+    "seeded_generator",
+]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,8 +89,10 @@ class PerformerMixer(Mixer):
     options: PerformerOptions
     projection: Tensor
 
-    def __init__(self, options: PerformerOptions, head_dim: int, device: torch.device | None = None) -> None:
-        super().__init__(options, head_dim, device)
+    def __init__(
+        self, options: PerformerOptions, head_dim: int, device: torch.device | None = None, num_heads: int = 1
+    ) -> None:
+        super().__init__(options, head_dim, device, num_heads)
         self.draw = 0
         self.register_buffer("projection", self._draw_projection(torch.device(device or "cpu")), persistent=False)
 
@@ -141,7 +150,7 @@ class PerformerMixer(Mixer):
         if device.type == "meta":
             num_rows = get_kernel(options.kernel).num_rows(options.num_features)
             return torch.empty(num_rows, self.head_dim, dtype=torch.float32, device=device)
-        generator = _generator(options.seed, options.layer_index, self.draw)
+        generator = seeded_generator(options.seed, options.layer_index, self.draw)
         projection = draw_projection(
             options.num_features, self.head_dim, options.orthogonal, options.norms, generator, options.kernel
         )
@@ -214,7 +223,8 @@ def _performer_layers(model: nn.Module) -> Iterator[PerformerMixer]:
     return (module for module in model.modules() if isinstance(module, PerformerMixer))
 
 
-def _generator(*entropy: int) -> torch.Generator:
+def seeded_generator(*entropy: int) -> torch.Generator:
+    """Return a generator that follows from several numbers, such as a seed and the index of a layer."""
     # SeedSequence gives independent streams for neighbouring seeds, layers and draws; sums of them would collide.
     seed = int(np.random.SeedSequence(entropy).generate_state(1, np.uint64)[0])
     return torch.Generator().manual_seed(seed)

@@ -5,6 +5,7 @@ Construction and shapes are checked for all names on the meta device; whatever c
 
 import copy
 import fnmatch
+import functools
 import pickle
 
 import pytest
@@ -371,3 +372,28 @@ def test_a_model_saves_its_parameters_and_no_projection(name: str) -> None:
     twin.load_state_dict(model.state_dict(), strict=True)
     assert torch.equal(twin(images()), model(images()))
     assert any(isinstance(module, LinearizedAttention) for module in model.modules())
+
+
+@pytest.mark.parametrize(
+    "check",
+    [
+        test_a_new_classifier_has_the_promised_shapes,
+        test_shapes_follow_a_change_of_dtype,
+        test_forward_is_head_of_features,
+        test_features_only_gives_the_maps_of_out_indices,
+        test_intermediates_are_those_of_the_forward_pass,
+        test_pruning_keeps_the_maps_and_no_unused_parameter,
+        test_every_parameter_gets_a_finite_gradient,
+        test_gradient_checkpointing_changes_neither_output_nor_gradients,
+        test_input_size_can_change_afterwards,
+        test_images_of_any_size_go_through_one_model,
+        test_copies_and_pickles_give_the_same_output,
+        test_dynamo_takes_a_model_as_one_graph,
+        test_traced_graph_equals_eager_bit_for_bit,
+    ],
+)
+@pytest.mark.parametrize("mixer", ["linformer", "reformer", "s4", "h3", "windowed", "registers"])
+@pytest.mark.slow
+def test_a_model_with_another_mixer_keeps_the_contract(mixer: str, check, monkeypatch) -> None:
+    monkeypatch.setitem(globals(), "build", functools.partial(build, mixer=mixer))
+    check("performer_vit_tiny_patch16_224")
