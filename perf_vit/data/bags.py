@@ -214,7 +214,7 @@ def _find(row: CsvRow, images: NamedImages, column: str) -> str:
     )
 
 
-class SlideBags(Dataset[Bag]):
+class SlideBags(Dataset[Any]):
     """Bags of features, one per slide.
 
     With a seed, slides are shuffled in each pass and large bags are random subsets of the slide's windows; item i
@@ -241,14 +241,19 @@ class SlideBags(Dataset[Bag]):
     def __len__(self) -> int:
         return len(self.slides)
 
-    def __getitem__(self, index: int) -> Bag:
-        """Return features [N, D] float32 and the class index; with a seed, any index >= 0 is allowed."""
+    def __getitem__(self, index: int) -> Any:
+        """Return a `Bag`; with a seed, any index >= 0 is allowed."""
+        found, kept, label = self._drawn(index)
+        return torch.from_numpy(found.features if kept is None else found.features[kept]), label
+
+    def _drawn(self, index: int) -> tuple[SlideFeatures, npt.NDArray[np.int64] | None, Tensor]:
+        """Return a slide, the indices of its drawn windows, None for all, and its class index."""
         chosen = self._chosen(index)
-        features = self.store.read(self.slides.paths[chosen]).features
-        if self.max_windows is not None and len(features) > self.max_windows:
+        found, kept = self.store.read(self.slides.paths[chosen]), None
+        if self.max_windows is not None and len(found.windows) > self.max_windows:
             rng = np.random.default_rng((self.seed or 0, index))
-            features = features[np.sort(rng.choice(len(features), self.max_windows, replace=False))]
-        return torch.from_numpy(features), torch.tensor(self.slides.labels[chosen])
+            kept = np.sort(rng.choice(len(found.windows), self.max_windows, replace=False))
+        return found, kept, torch.tensor(self.slides.labels[chosen])
 
     def describe(self, index: int) -> str:
         """Return the path of the slide of a sample."""

@@ -11,8 +11,10 @@ from torch.utils.data import DataLoader
 from perf_vit.data.bags import EmbeddingStore, SlideBags, SlideTargets, collate_bags, read_slide_table
 from perf_vit.data.base import EpochDataModule, EpochLoader, ShareLoader
 from perf_vit.data.config import BaseDataConfig, SplitConfig, check_base
+from perf_vit.data.slide_windows import WindowBags, WindowBatch, collate_windows
 from perf_vit.data.splits import HoldOutConfig, check_groups_apart, read_groups, split_items
 from perf_vit.errors import ConfigError
+from perf_vit.models import SlideClassificationSpec
 from perf_vit.types import TISSUE_METHODS
 
 __all__ = [
@@ -22,7 +24,7 @@ __all__ = [
     "read_slides",
 ]
 
-BagBatch = tuple[Tensor, Tensor, Tensor]
+BagBatch = tuple[Tensor, Tensor, Tensor] | WindowBatch
 
 
 @dataclass(kw_only=True)
@@ -65,8 +67,10 @@ class SlideClassificationDataConfig(BaseDataConfig, HoldOutConfig):
         tissue: "auto" or "otsu" for tissue windows only; None to include windows of glass, and for rasters.
         min_tissue: Minimum fraction of tissue in a window.
         max_windows: Maximum number of windows of a slide in a training step, drawn again each time; None for all.
-        embeddings: Folder for the windows' features, to share them between runs; None for the run folder.
-        embed_batch_size: Number of windows per encoder batch.
+        embeddings: Folder for the windows' features, to share them between runs; None for the run folder. Not for
+            `model.through_encoder`, which keeps none.
+        embed_batch_size: Number of windows per encoder batch; with `model.through_encoder` it decides the memory of a
+            step.
         on_error: "stop" to refuse training when slides can't be embedded, once all others are; or "skip" to leave them
             out.
         batch_size: Number of slides per step.
@@ -91,7 +95,14 @@ class SlideClassificationDataConfig(BaseDataConfig, HoldOutConfig):
 
 
 class SlideClassificationDataModule(EpochDataModule):
-    """Data module of slide classification: bags of training slides, shuffled each epoch, and of validation slides."""
+    """Data module of slide classification: training slides, shuffled each epoch, and validation slides.
+
+    Args:
+        train: Training slides as bags of features, or of windows that are read in each step.
+        val: Validation slides in the same form.
+        batch_size: Number of slides in a batch.
+        num_workers: Number of loader processes.
+    """
 
     def __init__(self, train: SlideBags, val: SlideBags, *, batch_size: int, num_workers: int) -> None:
         super().__init__()
@@ -99,6 +110,7 @@ class SlideClassificationDataModule(EpochDataModule):
         self.val = val
         self.batch_size = batch_size
         self.num_workers = num_workers
+        self._collate = collate_windows if isinstance(train, WindowBags) else collate_bags
 
     @classmethod
     def of(
@@ -108,14 +120,25 @@ class SlideClassificationDataModule(EpochDataModule):
         val: SlideTargets,
         store: EmbeddingStore,
         seed: int,
+        spec: SlideClassificationSpec | None = None,
     ) -> SlideClassificationDataModule:
-        """Build the data module of a config whose features are in the store."""
-        return cls(
-            SlideBags(train, store, max_windows=config.max_windows, seed=seed),
-            SlideBags(val, store),
-            batch_size=config.batch_size,
-            num_workers=config.num_workers,
-        )
+        """Build the data module of a config.
+
+        Args:
+            config: Config.
+            train: Training slides.
+            val: Validation slides.
+            store: Folder with the features of all slides, or with their windows only.
+            seed: Seed of order and windows.
+            spec: How windows are read in each step; None to use the features in the store.
+        """
+        drawn = {"max_windows": config.max_windows, "seed": seed}
+        if spec is None:
+            bags = SlideBags(train, store, **drawn), SlideBags(val, store)
+        else:
+            override = config.slide_mpp_override
+            bags = WindowBags(train, store, spec, override, **drawn), WindowBags(val, store, spec, override)
+        return cls(*bags, batch_size=config.batch_size, num_workers=config.num_workers)
 
     def train_dataloader(self) -> DataLoader[BagBatch]:
         """Return the loader of training bags, in a new order each epoch."""
@@ -124,7 +147,7 @@ class SlideClassificationDataModule(EpochDataModule):
                 self.train,
                 batch_size=self.loader_batch_size,
                 num_workers=self.num_workers,
-                collate_fn=collate_bags,
+                collate_fn=self._collate,
                 drop_last=False,
             )
         )
@@ -135,7 +158,7 @@ class SlideClassificationDataModule(EpochDataModule):
             self.val,
             batch_size=1,
             num_workers=self.num_workers,
-            collate_fn=collate_bags,
+            collate_fn=self._collate,
         )
 
 

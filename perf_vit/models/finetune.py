@@ -18,6 +18,7 @@ __all__ = [
     "LoraConfig",
     "backbone_body",
     "backbone_layers",
+    "batch_norms",
     "check_not_random",
     "evaluate_frozen",
     "merge_lora",
@@ -199,9 +200,14 @@ def _stages(body: nn.Module) -> dict[str, int]:
     return layers
 
 
-def _freeze_batch_norms(backbone: nn.Module) -> None:
+def batch_norms(model: nn.Module) -> list[nn.Module]:
+    """Return the batch norms of a model."""
     # timm's norms with an activation are subclasses, too.
-    norms = [module for module in backbone.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
+    return [module for module in model.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
+
+
+def _freeze_batch_norms(backbone: nn.Module) -> None:
+    norms = batch_norms(backbone)
     if not norms:
         name = type(backbone_body(backbone)).__name__
         raise ConfigError(f"model.freeze_norms: {name} has no batch norms; leave it out")

@@ -1,4 +1,4 @@
-"""Slide classification by multiple-instance learning: frozen encoder, gated attention pooling, classifier."""
+"""Slide classification by multiple-instance learning: encoder, gated attention pooling, classifier."""
 
 from __future__ import annotations
 
@@ -11,7 +11,9 @@ from torch import Tensor, nn
 
 from perf_vit.errors import ConfigError
 from perf_vit.models.backbone import BackboneConfig, constructor_errors
+from perf_vit.models.batched_pooling import ReadWindows, pool_in_batches
 from perf_vit.models.classification import build_pooled
+from perf_vit.models.finetune import batch_norms
 from perf_vit.models.input_spec import TaskSpec
 from perf_vit.models.segmentation import network_id
 from perf_vit.models.valid_tokens import forward_head, forward_tokens, key_mask
@@ -27,13 +29,16 @@ __all__ = [
 
 @dataclass(kw_only=True)
 class SlideClassificationModelConfig(BackboneConfig):
-    """Frozen encoder of windows and the pooling of its features; `BackboneConfig` has further keys.
+    """Encoder of windows and the pooling of its features; `BackboneConfig` has further keys.
 
     Attributes:
-        pool: Pooling of the encoder, token, avg, max or avgmax; None for the backbone's own.
+        pool: Pooling of the encoder, token, avg, max or avgmax, or map with `through_encoder`; None for the backbone's
+            own.
         hidden_dim: Dimension of the features that are pooled.
         attention_dim: Dimension of the hidden layer of the attention.
         drop_rate: Dropout of the features during training.
+        through_encoder: Whether to train the encoder, too, with gradients from all windows of a slide; else it is
+            frozen, and features are computed once.
     """
 
     backbone: str = "vit_small_patch14_dinov2"
@@ -41,6 +46,7 @@ class SlideClassificationModelConfig(BackboneConfig):
     hidden_dim: int = 256
     attention_dim: int = 128
     drop_rate: float = 0.25
+    through_encoder: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -84,20 +90,27 @@ class GatedAttentionPool(nn.Module):
         Returns:
             Pooled features, [B, D], and attention, [B, N], which sums to 1 and is 0 for padding.
         """
-        logits = self.weight(self.value(bags).tanh() * self.gate(bags).sigmoid()).squeeze(-1)
-        attention = logits.float().masked_fill(~mask, -torch.inf).softmax(dim=1)
+        scores = self.scores(bags)
+        wide = scores.to(torch.promote_types(scores.dtype, torch.float32))
+        attention = wide.masked_fill(~mask, -torch.inf).softmax(dim=1)
         pooled = torch.einsum("bn,bnd->bd", attention.to(bags.dtype), bags)
         return pooled, attention
+
+    def scores(self, bags: Tensor) -> Tensor:
+        """Compute the logits of the attention, [...], of features [..., D]."""
+        logits: Tensor = self.weight(self.value(bags).tanh() * self.gate(bags).sigmoid())
+        return logits.squeeze(-1)
 
 
 class SlideClassifier(nn.Module):
     """Classifier of bags of window features, with the encoder that computes the features.
 
     Args:
-        encoder: timm model without classifier, windows [B, C, H, W] -> features [B, D]; never trained.
+        encoder: timm model without classifier, windows [B, C, H, W] -> features [B, D]; trained with
+            `through_encoder` only.
         embed_dim: Dimension of the features, D.
         spec: Input and output of the network.
-        config: Sizes of the trained part.
+        config: Sizes of the other layers, and whether the encoder is trained.
         saved_backbone: Config of the converted model that the encoder was built from, None for a timm model.
     """
 
@@ -112,7 +125,8 @@ class SlideClassifier(nn.Module):
         saved_backbone: Mapping[str, Any] | None = None,
     ) -> None:
         super().__init__()
-        self.encoder = encoder.requires_grad_(False).eval()
+        self.through_encoder = config.through_encoder
+        self.encoder = encoder if config.through_encoder else encoder.requires_grad_(False).eval()
         self.embed_dim = embed_dim
         self.spec = spec
         self.saved_backbone = saved_backbone
@@ -135,8 +149,28 @@ class SlideClassifier(nn.Module):
         pooled, attention = self.pool(self.project(bags), mask)
         return self.classifier(pooled), attention
 
-    def embed(self, windows: Tensor, valid: Tensor | None = None) -> Tensor:
-        """Compute features, [B, D], of standardised windows, without gradient.
+    def classify_windows(self, read: ReadWindows, seed: int | None = None) -> Tensor:
+        """Classify a slide, with gradients through the encoder, in the memory of a batch of windows.
+
+        Args:
+            read: Reader of all windows of the slide, standardised, as batches. It is called again for the gradients.
+            seed: Seed of dropout, see `pool_in_batches`.
+
+        Returns:
+            Logits, [K].
+        """
+
+        def score(windows: Tensor, valid: Tensor | None) -> tuple[Tensor, Tensor]:
+            hidden = self.project(self.encode(windows, valid))
+            return hidden, self.pool.scores(hidden)
+
+        layers = self.encoder, self.project, self.pool
+        trained = [each for layer in layers for each in layer.parameters() if each.requires_grad]
+        logits: Tensor = self.classifier(pool_in_batches(score, trained, read, seed=seed).to(trained[0].dtype))
+        return logits
+
+    def encode(self, windows: Tensor, valid: Tensor | None = None) -> Tensor:
+        """Compute features, [B, D], of standardised windows.
 
         Args:
             windows: Windows of a slide, [B, C, H, W].
@@ -145,21 +179,27 @@ class SlideClassifier(nn.Module):
         """
         mask = key_mask(self.encoder, valid)
         features: Tensor
-        with torch.no_grad():
-            if mask is None:
-                features = self.encoder(windows)
-            else:
-                features = forward_head(self.encoder, forward_tokens(self.encoder, windows, mask), mask)
+        if mask is None:
+            features = self.encoder(windows)
+        else:
+            features = forward_head(self.encoder, forward_tokens(self.encoder, windows, mask), mask)
         return features
+
+    def embed(self, windows: Tensor, valid: Tensor | None = None) -> Tensor:
+        """Compute features, [B, D], of standardised windows without gradient; see `encode`."""
+        with torch.no_grad():
+            return self.encode(windows, valid)
 
     def encoder_id(self) -> str:
         """Return a hash of 12 hex digits of the encoder and its standardisation."""
         return network_id(self.encoder, self.spec.normalizer.to_dict())
 
     def train(self, mode: bool = True) -> Self:
-        """Set the mode; the encoder stays in evaluation mode."""
+        """Set the mode; a frozen encoder stays in evaluation mode, and so do the batch norms of any encoder."""
         super().train(mode)
-        self.encoder.eval()
+        # Statistics of a batch of windows would make the gradients those of another loss.
+        for module in batch_norms(self.encoder) if self.through_encoder else [self.encoder]:
+            module.eval()
         return self
 
 
@@ -180,8 +220,11 @@ def build_slide_classifier(
         ConfigError: The backbone or pooling is unknown, doesn't accept its arguments, or the tile size is not a
             multiple of the patch size.
     """
-    if config.pool == "map":
-        raise ConfigError("model.pool map has trainable weights, but the encoder is frozen; use token or avg")
+    if config.pool == "map" and not config.through_encoder:
+        raise ConfigError(
+            "model.pool map has trainable weights, but the encoder is frozen; use token or avg, or "
+            "model.through_encoder=true"
+        )
     if config.hidden_dim < 1 or config.attention_dim < 1 or not 0 <= config.drop_rate < 1:
         raise ConfigError(
             "model.hidden_dim and model.attention_dim must be at least 1 and model.drop_rate in [0, 1), got "

@@ -23,6 +23,7 @@ with extra("train", __name__):
     from perf_vit.tasks.pictures import draw_classification, draw_objects, draw_segmentation
     from perf_vit.tasks.segmentation import SegmentationOptimConfig, SegmentationTask
     from perf_vit.tasks.slide_classification import SLIDE_CURVES, SLIDE_MONITOR, SlideClassificationTask
+    from perf_vit.tasks.through_encoder import ThroughEncoderTask
     from perf_vit.tasks.trainer import TrainerConfig, build_trainer
 
 __all__ = [
@@ -47,6 +48,7 @@ __all__ = [
     "SegmentationOptimConfig",
     "SegmentationTask",
     "SlideClassificationTask",
+    "ThroughEncoderTask",
     "TileFit",
     "TrainerConfig",
     "TrainingSteps",

@@ -25,12 +25,14 @@ from lightning.pytorch.callbacks import (
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
+from rich.markup import escape
 from torch import Tensor
 
 from perf_vit.errors import OutputError, reason_line
 from perf_vit.files import atomic_file
 from perf_vit.layers import redraw_projections
 from perf_vit.layers.performer_mixer import copy_projections
+from perf_vit.text import printable
 
 __all__ = [
     "SEGMENTATION_CURVES",
@@ -197,10 +199,34 @@ def plot_history(
 class EpochProgressBar(RichProgressBar):
     """Lightning's progress bar, with epochs counted from 1, as in logs and file names."""
 
+    _windows_bar: Any = None
+
     def _get_train_description(self, current_epoch: int) -> str:
         of_all = "" if self.trainer.max_epochs in (None, -1) else f" of {self.trainer.max_epochs}"
         # A width of its own would make the bar flicker between training and validation.
         return f"Epoch {current_epoch + 1}{of_all}".ljust(len(self.validation_description))
+
+    def show_windows(self, description: str, done: int, total: int) -> None:
+        """Show how many windows of the current slide are done, in a bar of its own.
+
+        Args:
+            description: Name of the slide, and what is done with its windows.
+            done: Number of windows that are done.
+            total: Number of windows.
+        """
+        if self.progress is None or not self.is_enabled:
+            return
+        if self._windows_bar is None:
+            self._windows_bar = self.progress.add_task("", total=total)
+        text = f"[{self.theme.description}]{escape(printable(description))}"
+        self.progress.update(self._windows_bar, description=text, completed=done, total=total)
+        self.refresh()
+
+    def hide_windows(self) -> None:
+        """Remove the bar of `show_windows`."""
+        if self.progress is not None and self._windows_bar is not None:
+            self.progress.remove_task(self._windows_bar)
+        self._windows_bar = None
 
 
 class RedrawProjections(lightning.Callback):

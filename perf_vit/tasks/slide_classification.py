@@ -77,18 +77,24 @@ class SlideClassificationTask(TrainingTask):
         each = F.cross_entropy(logits.float(), labels, self.class_weights, reduction="none", label_smoothing=smoothing)
         return each.mean()
 
-    def training_step(self, batch: tuple[Tensor, Tensor, Tensor], batch_idx: int) -> Tensor:
-        """Compute the loss of a batch."""
+    def classify(self, batch: Any) -> tuple[Tensor, Tensor]:
+        """Compute the logits [B, K] of a batch, and return them with its class indices [B]."""
         bags, mask, labels = batch
-        loss = self.loss(self.model(bags, mask)[0], labels)
-        self.log("train/loss", loss, on_step=False, on_epoch=True, prog_bar=True, sync_dist=True, batch_size=len(bags))
+        return self.model(bags, mask)[0], labels
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        """Compute the loss of a batch."""
+        logits, labels = self.classify(batch)
+        loss = self.loss(logits, labels)
+        size = len(labels)
+        self.log("train/loss", loss, on_step=False, on_epoch=True, prog_bar=True, sync_dist=True, batch_size=size)
         return loss
 
-    def validation_step(self, batch: tuple[Tensor, Tensor, Tensor], batch_idx: int) -> None:
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
         """Update loss and scores with a batch."""
-        bags, mask, labels = batch
-        num = self.num_counted(batch_idx, len(bags))
-        logits, labels = self.model(bags, mask)[0][:num], labels[:num]
+        logits, labels = self.classify(batch)
+        num = self.num_counted(batch_idx, len(labels))
+        logits, labels = logits[:num], labels[:num]
         loss = self.loss(logits, labels) if num else 0.0
         self.log_counted("val/loss", loss, num, prog_bar=True)
         self.log_counted(SLIDE_MONITOR, -loss, num)

@@ -78,8 +78,8 @@ with extra("train", __name__):
         SlideClassificationEvaluateOptions,
         build_slide_data,
         build_slide_task,
-        embed_slides,
         evaluate_slide_classification,
+        prepare_slides,
     )
     from perf_vit.workflows.task import EvaluateOptions, Task
 
@@ -220,7 +220,7 @@ register_task(
         run_config=SlideClassificationRun,
         build_data=build_slide_data,
         build_module=build_slide_task,
-        prepare_data=embed_slides,
+        prepare_data=prepare_slides,
         monitor=SLIDE_MONITOR,
         curves=SLIDE_CURVES,
         predictor=SlideClassificationPredictor,

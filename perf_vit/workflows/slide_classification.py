@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import closing, suppress
 from dataclasses import dataclass, replace
 from functools import partial
@@ -25,7 +25,6 @@ from perf_vit.data import (
 )
 from perf_vit.errors import ConfigError, DataWarning, InputError, OutputError
 from perf_vit.inference import SlideClassificationPredictOptions, SlideClassificationPredictor
-from perf_vit.inference.prefetch import load_ahead
 from perf_vit.metrics import ClassificationMetrics, ClassificationScores, RegisteredMetrics
 from perf_vit.models import (
     InputBands,
@@ -34,10 +33,13 @@ from perf_vit.models import (
     check_not_random,
     pretrained_statistics,
 )
+from perf_vit.models.backbone import is_random
+from perf_vit.models.finetune import batch_norms
+from perf_vit.models.read_ahead import load_ahead
 from perf_vit.reporting import ImageSamples, Sample
 from perf_vit.sources import open_input
 from perf_vit.sources.slides.tissue import TISSUE_VERSION
-from perf_vit.tasks import SlideClassificationTask
+from perf_vit.tasks import SlideClassificationTask, ThroughEncoderTask
 from perf_vit.transforms import Normalizer
 from perf_vit.types import TISSUE_METHODS, GeoImage, InputOptions, Source, Window
 from perf_vit.workflows.progress import say_line, windows_progress
@@ -50,14 +52,17 @@ __all__ = [
     "SlideClassificationEvaluateOptions",
     "build_slide_data",
     "build_slide_task",
-    "embed_slides",
     "evaluate_slide_classification",
+    "prepare_slides",
 ]
 
 FloatArray = npt.NDArray[np.float32]
 
 _EMBEDDINGS = "embeddings"
 """Folder of a run's features."""
+
+_WINDOWS = "windows"
+"""Folder of the windows of a run that trains through the encoder."""
 
 _STATISTICS_PX = 1024
 # Slides that stand for all where only the range of colours is measured.
@@ -66,7 +71,7 @@ _RANGE_SLIDES = 8
 
 @dataclass(frozen=True)
 class LabelledSlides:
-    """Slides of a run, before their features are known.
+    """Slides of a run, before their windows and features are known.
 
     Attributes:
         train: Slides to train on.
@@ -83,13 +88,38 @@ def build_slide_data(config: SlideClassificationRun) -> LabelledSlides:
     Raises:
         PerfVitError: A config or table that doesn't fit.
     """
-    if config.trainer.redraw_every_steps:
-        raise ConfigError("trainer.redraw_every_steps would change the encoder that features were made with; use 0")
     if config.trainer.num_pictures:
-        raise ConfigError("trainer.num_pictures must be 0: a slide is a bag of features here, which nobody could draw")
-    if (config.optim.layer_decay, config.optim.backbone_lr_scale) != (1.0, 1.0):
-        raise ConfigError("optim.layer_decay and optim.backbone_lr_scale are of trained encoders; leave them out")
+        raise ConfigError("trainer.num_pictures must be 0: a slide is a bag of windows here, which nobody could draw")
+    (_check_trained if config.model.through_encoder else _check_frozen)(config)
     return LabelledSlides(*read_slides(config.data, config.seed))
+
+
+def _check_frozen(config: SlideClassificationRun) -> None:
+    """Refuse what changes an encoder whose features are made once."""
+    trained = "or train the encoder, with model.through_encoder=true"
+    if config.trainer.redraw_every_steps:
+        raise ConfigError(
+            f"trainer.redraw_every_steps would change the encoder that features were made with; use 0, {trained}"
+        )
+    if (config.optim.layer_decay, config.optim.backbone_lr_scale) != (1.0, 1.0):
+        raise ConfigError(
+            f"optim.layer_decay and optim.backbone_lr_scale are of trained encoders; leave them out, {trained}"
+        )
+
+
+def _check_trained(config: SlideClassificationRun) -> None:
+    """Refuse what doesn't go with an encoder that is trained."""
+    if config.data.embeddings is not None:
+        raise ConfigError(
+            "data.embeddings keeps features of a frozen encoder, which model.through_encoder trains; leave one of the "
+            "two out"
+        )
+    strategy = config.trainer.strategy
+    if strategy != "auto" and not strategy.startswith("ddp"):
+        raise ConfigError(
+            f"trainer.strategy must be auto or ddp with model.through_encoder, got {strategy}: sharded weights "
+            "aren't there when windows are computed again"
+        )
 
 
 def build_slide_task(config: SlideClassificationRun, data: LabelledSlides) -> SlideClassificationTask:
@@ -98,23 +128,36 @@ def build_slide_task(config: SlideClassificationRun, data: LabelledSlides) -> Sl
     Raises:
         PerfVitError: A model that doesn't fit, or a slide that can't be read.
     """
-    check_not_random(config.model)
+    through = config.model.through_encoder
+    if not through:
+        check_not_random(config.model)
     if config.data.mpp is None:
         _warn_of_mixed_mpp([*data.train.paths, *data.val.paths], InputOptions.from_config(config.data))
-    return SlideClassificationTask(config.model, _spec(config, data.train), config.optim)
+    spec = _spec(config, data.train)
+    if not through:
+        return SlideClassificationTask(config.model, spec, config.optim)
+    task = ThroughEncoderTask(config.model, spec, config.optim, batch_size=config.data.embed_batch_size)
+    if is_random(config.model) and batch_norms(task.model.encoder):
+        raise ConfigError(
+            f"model.through_encoder: {config.model.backbone} has batch norms, whose statistics stay as they are and "
+            "would be random; give model.pretrained=true or model.weights=FILE, or choose a ViT"
+        )
+    return task
 
 
-def embed_slides(
+def prepare_slides(
     config: SlideClassificationRun, data: LabelledSlides, task: SlideClassificationTask, folder: Path
 ) -> SlideClassificationDataModule:
-    """Compute the features of all slides that have none yet, in the run folder or in `data.embeddings`.
+    """Find the windows of all slides, and compute their features if the encoder is frozen.
 
-    All slides are gone through, whatever goes wrong with single ones.
+    Features lie in the run folder or in `data.embeddings`, windows without features in the run folder. Those that are
+    there are used again. All slides are gone through, whatever goes wrong with single ones.
 
     Raises:
-        InputError: Slides have no features, without `data.on_error=skip`; or too few are left.
-        OutputError: Features can't be written.
+        InputError: Slides have no windows or features, without `data.on_error=skip`; or too few are left.
+        OutputError: They can't be written.
     """
+    through = config.model.through_encoder
     device = "cpu" if config.trainer.accelerator == "cpu" else "auto"
     options = SlideClassificationPredictOptions(
         batch_size=config.data.embed_batch_size,
@@ -123,21 +166,27 @@ def embed_slides(
         on_error="skip",
     )
     predictor = SlideClassificationPredictor(task.model, options)
-    store = _store(predictor, config.data.embeddings or folder / _EMBEDDINGS)
-    failed = _embed_all(predictor, store, [*data.train.paths, *data.val.paths])
+    paths = [*data.train.paths, *data.val.paths]
+    if through:
+        store = _store(predictor, folder / _WINDOWS, of_windows=True)
+        failed = _store_all(partial(_found, predictor), store, paths)
+    else:
+        store = _store(predictor, config.data.embeddings or folder / _EMBEDDINGS)
+        failed = _store_all(partial(_embedded, predictor), store, paths)
     if failed:
-        data = _without(data, failed, config.data.on_error, store.folder)
-    return SlideClassificationDataModule.of(config.data, data.train, data.val, store, config.seed)
+        data = _without(data, failed, config.data.on_error, store.folder, "windows" if through else "features")
+    spec = task.model.spec if through else None
+    return SlideClassificationDataModule.of(config.data, data.train, data.val, store, config.seed, spec)
 
 
-def _without(data: LabelledSlides, failed: Mapping[str, str], on_error: str, folder: Path) -> LabelledSlides:
-    """The slides that have features; refuses failed ones unless they are to be skipped."""
+def _without(data: LabelledSlides, failed: Mapping[str, str], on_error: str, folder: Path, what: str) -> LabelledSlides:
+    """The slides that have features or windows, `what`; refuses failed ones unless they are to be skipped."""
     num = len(data.train) + len(data.val)
     for reason in failed.values():
         say_line("failed", reason)
     if on_error == "stop":
         raise InputError(
-            f"{len(failed)} of {num} slides have no features, the first: {next(iter(failed.values()))}; leave them out "
+            f"{len(failed)} of {num} slides have no {what}, the first: {next(iter(failed.values()))}; leave them out "
             f"of the table, or set data.on_error=skip. {folder} keeps the features of the others"
         )
     train, val = (
@@ -145,9 +194,9 @@ def _without(data: LabelledSlides, failed: Mapping[str, str], on_error: str, fol
     )
     lost = sorted(set(data.train.labels.tolist()) - set(train.labels.tolist()))
     if lost or not len(val):
-        what = f"no training slide of class {train.classes[lost[0]]}" if lost else "no validation slide"
-        raise InputError(f"{len(failed)} of {num} slides have no features, which leaves {what}; repair or replace them")
-    warnings.warn(f"{len(failed)} of {num} slides have no features and are left out", DataWarning, stacklevel=2)
+        left = f"no training slide of class {train.classes[lost[0]]}" if lost else "no validation slide"
+        raise InputError(f"{len(failed)} of {num} slides have no {what}, which leaves {left}; repair or replace them")
+    warnings.warn(f"{len(failed)} of {num} slides have no {what} and are left out", DataWarning, stacklevel=2)
     return LabelledSlides(train, val)
 
 
@@ -248,23 +297,31 @@ def _sample(
     return Sample(title=f"{said}: {Path(path).name}", draw=draw)
 
 
-def _store(predictor: SlideClassificationPredictor, folder: str | Path) -> EmbeddingStore:
+def _store(predictor: SlideClassificationPredictor, folder: str | Path, *, of_windows: bool = False) -> EmbeddingStore:
+    """The folder of features of the predictor's encoder, or of windows without features."""
     names = ("tile_px", "mpp", "bands", "tissue", "min_tissue", "slide_mpp")
     options = {name: getattr(predictor.model.spec, name) for name in names} | predictor.options.input_options
     if options["tissue"] in TISSUE_METHODS:
         options["tissue_version"] = TISSUE_VERSION
+    if of_windows:
+        return EmbeddingStore(folder, _WINDOWS, options)
     if predictor.options.dtype != torch.float32:
         # Features of float32 keep their names.
         options["dtype"] = str(predictor.options.dtype)
     return EmbeddingStore(folder, predictor.model.encoder_id(), options)
 
 
-def _embed_all(predictor: SlideClassificationPredictor, store: EmbeddingStore, paths: Sequence[str]) -> dict[str, str]:
-    """Store the features of slides that have none yet, each as it is known; the reasons of those that failed."""
+FoundSlides = Generator[SlideFeatures | InputError, None, None]
+
+
+def _store_all(
+    find: Callable[[Sequence[str]], FoundSlides], store: EmbeddingStore, paths: Sequence[str]
+) -> dict[str, str]:
+    """Store what is found of slides that aren't stored yet, each as it is known; the reasons of those that failed."""
     missing = [path for path in paths if not store.has(path)]
     failed = {}
-    with closing(_embedded(predictor, missing)) as embedded:
-        for path, found in zip(missing, embedded, strict=True):
+    with closing(find(missing)) as results:
+        for path, found in zip(missing, results, strict=True):
             if isinstance(found, InputError):
                 failed[path] = str(found)
             else:
@@ -272,9 +329,23 @@ def _embed_all(predictor: SlideClassificationPredictor, store: EmbeddingStore, p
     return failed
 
 
-def _embedded(
-    predictor: SlideClassificationPredictor, paths: Sequence[str]
-) -> Generator[SlideFeatures | InputError, None, None]:
+def _found(predictor: SlideClassificationPredictor, paths: Sequence[str]) -> FoundSlides:
+    """Yield the windows of slides, with features of length 0, or why they have none."""
+    read = partial(predictor.attempted, predictor.read_input)
+    with (
+        closing(load_ahead(paths, read, num_threads=1, depth=2)) as found,
+        windows_progress("finding tissue", "slides") as on_slide,
+    ):
+        for number, tissue in enumerate(found, 1):
+            on_slide(number, len(paths))
+            if isinstance(tissue, InputError):
+                yield tissue
+            else:
+                features = np.zeros((len(tissue.windows), 0), np.float32)
+                yield SlideFeatures(features, tissue.windows, tissue.picture)
+
+
+def _embedded(predictor: SlideClassificationPredictor, paths: Sequence[str]) -> FoundSlides:
     """Yield the features of slides or why they have none; the tissue of the next slide is looked for meanwhile."""
     read = partial(predictor.attempted, predictor.read_input)
     with closing(load_ahead(paths, read, num_threads=1, depth=1)) as found:

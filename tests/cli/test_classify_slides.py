@@ -247,7 +247,7 @@ def test_one_slide_on_both_sides_is_refused(slides, tmp_path, capsys, folder) ->
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("trainer.num_pictures=3", "trainer.num_pictures must be 0: a slide is a bag of features"),
+        ("trainer.num_pictures=3", "trainer.num_pictures must be 0: a slide is a bag of windows"),
         ("optim.layer_decay=0.7", "are of trained encoders"),
     ],
 )

@@ -16,6 +16,7 @@ from torch.utils.data import DataLoader, Dataset
 from perf_vit.data import collate_objects
 from perf_vit.data.bags import collate_bags
 from perf_vit.data.base import EpochDataModule, EpochLoader, ShareSampler
+from perf_vit.data.slide_windows import collate_windows
 from perf_vit.models import (
     ClassificationModelConfig,
     ClassificationSpec,
@@ -35,6 +36,7 @@ from perf_vit.tasks import (
     SegmentationOptimConfig,
     SegmentationTask,
     SlideClassificationTask,
+    ThroughEncoderTask,
     TrainerConfig,
     build_trainer,
 )
@@ -52,6 +54,7 @@ MONITORS = {
     "fcos": "val/ap50",
     "oriented_fcos": "val/ap50",
     "slides": "val/log_likelihood",
+    "through": "val/log_likelihood",
     "classification": "val/f1",
     "regression": "val/r2",
 }
@@ -168,6 +171,37 @@ def slides() -> tuple:
     return SlideClassificationTask(config, spec, ClassificationOptimConfig()), bag, collate_bags
 
 
+class Windows:
+    """Windows of a slide that are there already."""
+
+    path = "slide"
+
+    def __init__(self, pixels: torch.Tensor) -> None:
+        self.pixels = pixels
+
+    def __len__(self) -> int:
+        return len(self.pixels)
+
+    def batches(self, batch_size: int):
+        for part in self.pixels.split(batch_size):
+            yield part, None
+
+
+def windows(rng):
+    pixels = rng.normal(size=(int(rng.integers(2, 9)), 3, SIZE, SIZE)).astype(np.float32)
+    return Windows(torch.from_numpy(pixels)), torch.tensor(int(rng.integers(2)))
+
+
+def through() -> tuple:
+    """Slides, with a trained encoder."""
+    spec = SlideClassificationSpec(classes=("a", "b"), **SPEC)
+    config = SlideClassificationModelConfig(
+        **BACKBONE, hidden_dim=16, attention_dim=8, drop_rate=0.0, through_encoder=True
+    )
+    task = ThroughEncoderTask(config, spec, ClassificationOptimConfig(), batch_size=3)
+    return task, windows, collate_windows
+
+
 def segmentation() -> tuple:
     config = SegmentationModelConfig(**BACKBONE, out_indices=[0, 1], head_kwargs={"norm": "group"})
     spec = SegmentationSpec(classes=("a", "b", "c"), **SPEC)
@@ -201,7 +235,7 @@ def _detector(head: str) -> DetectionTask:
     return DetectionTask(config, DetectionSpec(classes=("a", "b"), **SPEC), DetectionOptimConfig())
 
 
-POOLED = {"classification": classification, "regression": regression, "slides": slides}
+POOLED = {"classification": classification, "regression": regression, "slides": slides, "through": through}
 DENSE = {"segmentation": segmentation, "multilabel": multilabel, "fcos": fcos, "oriented_fcos": oriented_fcos}
 CASES = {**POOLED, **DENSE}
 

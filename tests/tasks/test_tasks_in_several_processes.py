@@ -64,6 +64,12 @@ def test_unequal_shares_of_what_is_labelled_count_as_in_one_process(tmp_path, st
 
 
 @pytest.mark.slow
+def test_slides_are_shared_out_whose_encoder_is_trained(tmp_path) -> None:
+    one = trained(tmp_path / "one", 1, "auto", 7, ("through",))
+    assert_same(one, trained(tmp_path / "two", 2, "ddp", 7, ("through",)))
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
 def test_processes_may_outnumber_what_is_validated_on(tmp_path, strategy) -> None:
     cases = ("slides", "segmentation", "fcos")
