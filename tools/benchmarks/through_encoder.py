@@ -44,6 +44,7 @@ def main(
     folder: Annotated[Path, typer.Option(help="Folder for the generated slides.")],
     tiles: Annotated[list[int] | None, typer.Option(help="Tiles of the slide; repeatable.")] = None,
     backbone: Annotated[str, typer.Option(help="timm name of the encoder.")] = "performer_vit_tiny_patch16_224",
+    depth: Annotated[int, typer.Option(help="Blocks of the encoder.")] = 4,
     batch_size: Annotated[int, typer.Option(help="Tiles in an encoder batch.")] = 32,
     steps: Annotated[int, typer.Option(help="Training steps; the last is timed.")] = 2,
     plain: Annotated[bool, typer.Option(help="Plain back-propagation through all tiles at once.")] = False,
@@ -53,12 +54,22 @@ def main(
     """Train on slides of several sizes, and print time and peak memory."""
     numbers = tiles or [1000, 4000, 16_000]
     if alone:
-        print(json.dumps(measure(folder, numbers[0], backbone, batch_size, steps, plain=plain)))
+        print(json.dumps(measure(folder, numbers[0], (backbone, depth), batch_size, steps, plain=plain)))
         return
     rows = []
     for each in numbers:
         make_slide(folder, each)
-        options = ["--folder", str(folder), "--tiles", str(each), "--backbone", backbone, "--alone"]
+        options = [
+            "--folder",
+            str(folder),
+            "--tiles",
+            str(each),
+            "--backbone",
+            backbone,
+            "--depth",
+            str(depth),
+            "--alone",
+        ]
         options += ["--batch-size", str(batch_size), "--steps", str(steps), *(["--plain"] if plain else [])]
         ran = subprocess.run([sys.executable, __file__, *options], stdout=subprocess.PIPE, text=True, check=True)
         rows.append(json.loads(ran.stdout.splitlines()[-1]))
@@ -105,7 +116,7 @@ def make_slide(folder: Path, number: int) -> None:
 
 
 def measure(
-    folder: Path, number: int, backbone: str, batch_size: int, steps: int, *, plain: bool
+    folder: Path, number: int, encoder: tuple[str, int], batch_size: int, steps: int, *, plain: bool
 ) -> dict[str, float | int]:
     """Run training steps and return the row of the table."""
     torch.manual_seed(0)
@@ -120,7 +131,10 @@ def measure(
     watcher.start()
     normalizer = Normalizer((157.0,) * 3, (56.0,) * 3)
     spec = SlideClassificationSpec(classes=("a", "b"), normalizer=normalizer, tile_px=TILE_PX, mpp=0.5)
-    config = SlideClassificationModelConfig(backbone=backbone, through_encoder=True)
+    backbone, depth = encoder
+    config = SlideClassificationModelConfig(
+        backbone=backbone, backbone_kwargs={"depth": depth}, pool="avg", through_encoder=True
+    )
     model = build_slide_classifier(config, spec).train()
     with closing(spec.open(slide_path(folder, number))) as source:
         windows = grid_windows(source.extent, TILE_PX, overlap=0)[:number]
