@@ -218,7 +218,7 @@ class EpochProgressBar(RichProgressBar):
             return
         if self._windows_bar is None:
             self._windows_bar = self.progress.add_task("", total=total)
-        text = f"[{self.theme.description}]{escape(printable(description))}"
+        text = escape(printable(description))
         self.progress.update(self._windows_bar, description=text, completed=done, total=total)
         self.refresh()
 
