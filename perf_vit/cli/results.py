@@ -49,6 +49,8 @@ def say_prediction(task: str, found: JobResult | RunReport, output: Path) -> Non
 def _say_map(found: JobResult, output: Path) -> None:
     print_damage(found.damaged)
     say(f"map: {output}{'' if found.made else _THERE}")
+    if found.seam_disagreement is not None:
+        say(f"seam_disagreement: {found.seam_disagreement:.4f} of the pixels under several windows")
     _say_beside(found)
 
 

@@ -43,6 +43,10 @@ REPORT = "report.json"
 InputStatus = Literal["done", "skipped-existing", "failed", "busy"]
 
 
+_OF_SOME = ("num_objects", "seam_disagreement")
+"""What is reported of some tasks only."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class InputReport:
     """What became of one input.
@@ -55,6 +59,7 @@ class InputReport:
         num_windows: of the source.
         num_pixels: of the source.
         num_objects: that were found in this run, None where none are looked for.
+        seam_disagreement: share of a map's pixels on which overlapping windows disagree, None where none overlap.
         damaged: what couldn't be read and is left out.
         error: one line, None where there is none.
         cause: the error itself, where it isn't lost between processes.
@@ -67,6 +72,7 @@ class InputReport:
     num_windows: int = 0
     num_pixels: int = 0
     num_objects: int | None = None
+    seam_disagreement: float | None = None
     damaged: tuple[DamagedPiece, ...] = ()
     error: str | None = None
     cause: Exception | None = field(default=None, repr=False, compare=False)
@@ -80,7 +86,7 @@ class InputReport:
             "seconds": round(self.seconds, 3),
             "num_windows": self.num_windows,
             "num_pixels": self.num_pixels,
-            **({} if self.num_objects is None else {"num_objects": self.num_objects}),
+            **{name: value for name in _OF_SOME if (value := getattr(self, name)) is not None},
             "damaged": [{"window": list(astuple(piece.window)), "reason": piece.reason} for piece in self.damaged],
             "error": self.error,
         }
@@ -222,6 +228,7 @@ def report_of(item: MapInput, outcome: JobResult | Exception, seconds: float) ->
         num_windows=outcome.num_windows,
         num_pixels=outcome.num_pixels,
         num_objects=outcome.num_objects,
+        seam_disagreement=outcome.seam_disagreement,
         damaged=outcome.damaged,
     )
 

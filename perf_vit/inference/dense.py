@@ -24,6 +24,7 @@ from perf_vit.inference.prefetch import (
     to_device,
     valid_pixels,
 )
+from perf_vit.inference.seams import Decide, SeamCount, SeamCounter
 from perf_vit.threads import num_processors
 from perf_vit.tiling import BLENDS, grid_windows
 from perf_vit.types import BoolArray, GeoImage, Window
@@ -32,6 +33,9 @@ __all__ = ["FloatArray", "Forward", "RowStitcher", "Strip", "StripMaker", "TileM
 
 # So few that intermediate results stay in the processor's cache.
 _ROWS_AT_ONCE = 32
+
+# Fewer take longer in Python than the comparison takes.
+_ROWS_COMPARED = 128
 
 _STRIP_ROWS = 128
 """Rows of a strip at most: a whole row of windows at once would double what the engine holds."""
@@ -59,15 +63,17 @@ class RowStitcher:
         extent: the rows and columns to fill.
         window_height: of every window.
         num_channels: C.
+        seams: Counter of the pixels on which windows disagree; None to count none.
     """
 
-    def __init__(self, extent: Window, window_height: int, num_channels: int) -> None:
+    def __init__(self, extent: Window, window_height: int, num_channels: int, seams: SeamCounter | None = None) -> None:
         self._extent = extent
         self._held = Window(extent.row, extent.col, window_height, extent.width)
         # Where the weight is 0, the mean has no meaning yet.
         self._mean = np.empty((num_channels, *self._held.shape), np.float32)
         self._weight = np.zeros(self._held.shape, np.float32)
         self._valid = np.zeros(self._held.shape, bool)
+        self._seams = seams
 
     def add(self, window: Window, scores: FloatArray, valid: BoolArray, weights: FloatArray) -> None:
         """Blend in one window of the current row of windows; what reaches past the extent is cut off.
@@ -82,6 +88,7 @@ class RowStitcher:
         assert inside is not None
         assert inside.intersect(self._held) == inside, "windows must come row by row"
         _, held_cols = inside.slices_in(self._held)
+        self._compare(window, inside, scores)
         for part, held_rows in self._ring_parts(inside, _ROWS_AT_ONCE):
             source, held = part.slices_in(window), (held_rows, held_cols)
             self._valid[held] |= valid[source]
@@ -99,7 +106,7 @@ class RowStitcher:
             mean += step
             before[:] = total
 
-    def advance(self, row: int, max_rows: int | None = None) -> Iterator[tuple[Window, FloatArray, BoolArray]]:
+    def advance(self, row: int, max_rows: int | None = None) -> Iterator[Strip]:
         """Take out the rows above `row`, which no later window reaches, in blocks.
 
         Args:
@@ -107,8 +114,7 @@ class RowStitcher:
             max_rows: Maximum number of rows of a block; None for no limit.
 
         Yields:
-            Window of the block, its scores [C, rows, width], 0 where no window was added, and its valid pixels
-            [rows, width]. The arrays hold until the next block is asked for.
+            Blocks, with scores of 0 where no window was added. The arrays hold until the next block is asked for.
         """
         while self._held.row < row:
             count = min(row - self._held.row, max_rows or self._held.height)
@@ -117,15 +123,31 @@ class RowStitcher:
             for rows in parts:
                 if not self._weight[rows].all():
                     self._mean[:, rows][:, self._weight[rows] == 0] = 0
-            yield (
+            yield Strip(
                 block,
                 _joined([self._mean[:, rows] for rows in parts], axis=1),
                 _joined([self._valid[rows] for rows in parts]),
+                self._count_seams(parts),
             )
             for rows in parts:
                 self._weight[rows] = 0
                 self._valid[rows] = False
             self._held = Window(block.row_stop, self._held.col, *self._held.shape)
+
+    def _compare(self, window: Window, inside: Window, scores: FloatArray) -> None:
+        """Compare the part of a window that counts with the windows before it."""
+        if self._seams is None:
+            return
+        for shared in self._seams.shared_parts(window, inside):
+            _, held_cols = shared.slices_in(self._held)
+            for part, held_rows in self._ring_parts(shared, _ROWS_COMPARED):
+                self._seams.add((held_rows, held_cols), scores[:, *part.slices_in(window)])
+
+    def _count_seams(self, parts: list[slice]) -> SeamCount | None:
+        """Count the seams of some rows of the ring, and forget them."""
+        if self._seams is None:
+            return None
+        return sum((self._seams.take(rows, self._valid[rows]) for rows in parts), SeamCount())
 
     def _ring_parts(self, window: Window, max_rows: int | None = None) -> Iterator[tuple[Window, slice]]:
         """A window's rows, cut where the ring begins anew: the part, and its rows of the buffers."""
@@ -150,11 +172,13 @@ class Strip:
         window: where they lie in the source.
         scores: [K, h, w] float32, blended.
         valid: [h, w], False where the source has no data.
+        seams: Pixels on which overlapping windows disagree; None where no windows overlap, or none are compared.
     """
 
     window: Window
     scores: FloatArray
     valid: BoolArray
+    seams: SeamCount | None = None
 
 
 def predict_strips(
@@ -221,7 +245,7 @@ def predict_strips(
 
 
 def _copied(strip: Strip) -> Strip:
-    return Strip(strip.window, strip.scores.copy(), strip.valid.copy())
+    return Strip(strip.window, strip.scores.copy(), strip.valid.copy(), strip.seams)
 
 
 class StripMaker:
@@ -237,6 +261,8 @@ class StripMaker:
         stop_row: First row below those wanted; the extent's end by default.
         blend: Weights by name, "hann", "gaussian" or a registered one; a window counts least at its edge, where it has
             seen least.
+        decide: Function from scores to decisions, to count the pixels on which overlapping windows disagree; see
+            `perf_vit.inference.seams`. None to count none.
 
     Attributes:
         num_channels: K.
@@ -255,6 +281,7 @@ class StripMaker:
         start_row: int | None = None,
         stop_row: int | None = None,
         blend: str = "hann",
+        decide: Decide | None = None,
     ) -> None:
         self._start = extent.row if start_row is None else start_row
         self._stop = extent.row_stop if stop_row is None else stop_row
@@ -270,6 +297,8 @@ class StripMaker:
         self._extent = Window(begin, extent.col, extent.row_stop - begin, extent.width)
         self.num_channels = num_channels
         self._window_size = window_size
+        self._decide = decide if _overlap(rows) else None
+        self._grid = [window for row in rows for window in row.windows]
         self._stitcher: RowStitcher | None = None
 
     def add(self, tile: Tile, scores: FloatArray | None) -> Iterator[Strip]:
@@ -287,7 +316,7 @@ class StripMaker:
         """
         if self._stitcher is None:
             # Made late, as it is large: many scenes may wait for their turn.
-            self._stitcher = RowStitcher(self._extent, self._window_size, self.num_channels)
+            self._stitcher = RowStitcher(self._extent, self._window_size, self.num_channels, self._counter())
         yield from self._finished(tile.window.row)
         if scores is not None:
             if not (np.isfinite(scores.min()) and np.isfinite(scores.max())):
@@ -298,15 +327,18 @@ class StripMaker:
             yield from self._finished(self._end)
             self._stitcher = None
 
+    def _counter(self) -> SeamCounter | None:
+        return None if self._decide is None else SeamCounter(self._decide, self._grid, self._extent.width)
+
     def close(self) -> None:
         """Give up the rows that are not finished, whoever holds this object."""
         self._stitcher = None
 
     def _finished(self, row: int) -> Iterator[Strip]:
         assert self._stitcher is not None
-        for window, blended, valid in self._stitcher.advance(row, _STRIP_ROWS):
-            if window.row_stop > self._start and window.row < self._stop:
-                yield Strip(window, blended, valid)
+        for strip in self._stitcher.advance(row, _STRIP_ROWS):
+            if strip.window.row_stop > self._start and strip.window.row < self._stop:
+                yield strip
 
 
 @dataclass(frozen=True, slots=True)
@@ -329,6 +361,13 @@ def _window_rows(extent: Window, window_size: int, overlap: int) -> list[_Window
     groups = [list(group) for _, group in itertools.groupby(windows, key=lambda window: window.row)]
     stops = [group[0].row for group in groups[1:]] + [extent.row_stop]
     return [_WindowRow(group, stop, i * len(group)) for i, (group, stop) in enumerate(zip(groups, stops, strict=True))]
+
+
+def _overlap(rows: list[_WindowRow]) -> bool:
+    """Whether any two windows of a grid overlap."""
+    across = itertools.pairwise(rows[0].windows)
+    down = itertools.pairwise(row.windows[0] for row in rows)
+    return any(b.row < a.row_stop and b.col < a.col_stop for a, b in itertools.chain(across, down))
 
 
 def _needed_rows(rows: list[_WindowRow], start_row: int, stop_row: int) -> list[_WindowRow]:

@@ -16,8 +16,9 @@ import numpy.typing as npt
 from perf_vit.errors import PerfVitError
 from perf_vit.inference.dense import Strip
 from perf_vit.inference.options import OutputKind
+from perf_vit.inference.seams import SeamCount, largest_score
 from perf_vit.plotting import default_colormap
-from perf_vit.types import IGNORE_INDEX, Source
+from perf_vit.types import IGNORE_INDEX, Source, Window
 from perf_vit.writers import HeldRows, RasterLayout, StripStore
 
 __all__ = ["DenseOutput", "StripWriter", "class_map", "class_output", "class_probabilities"]
@@ -84,11 +85,19 @@ class StripWriter:
         output: How strips become pixels.
         store: Rows of the map.
         pool: Thread that writes.
+        note_seams: Called with the rows and the count of each strip that has one, before its pixels are written.
     """
 
-    def __init__(self, output: DenseOutput, store: StripStore | HeldRows, pool: ThreadPoolExecutor) -> None:
+    def __init__(
+        self,
+        output: DenseOutput,
+        store: StripStore | HeldRows,
+        pool: ThreadPoolExecutor,
+        note_seams: Callable[[Window, SeamCount], None] = lambda window, count: None,
+    ) -> None:
         self._output = output
         self._store = store
+        self._note_seams = note_seams
         self._pool = pool
         self._waiting: deque[Future[None]] = deque()
 
@@ -100,13 +109,18 @@ class StripWriter:
         """
         pixels = self._output.encode(strip)
         if isinstance(self._store, HeldRows):
-            self._store.write(strip.window.row, pixels)
+            self._write(strip.window, strip.seams, pixels)
             return
         if any(np.may_share_memory(pixels, held) for held in (strip.scores, strip.valid)):
             pixels = pixels.copy()
         while len(self._waiting) >= _STRIPS_BEHIND:
             self._waiting.popleft().result()
-        self._waiting.append(self._pool.submit(self._store.write, strip.window.row, pixels))
+        self._waiting.append(self._pool.submit(self._write, strip.window, strip.seams, pixels))
+
+    def _write(self, window: Window, seams: SeamCount | None, pixels: npt.NDArray[Any]) -> None:
+        if seams is not None:
+            self._note_seams(window, seams)
+        self._store.write(window.row, pixels)
 
     def flush(self) -> None:
         """Wait until all strips are written.
@@ -180,16 +194,7 @@ def class_output(
 
 def class_map(strip: Strip) -> npt.NDArray[np.uint8]:
     """The class of largest score, `IGNORE_INDEX` where there is no data: [h, w]."""
-    return np.where(strip.valid, _argmax(strip.scores), np.uint8(IGNORE_INDEX))
-
-
-def _argmax(scores: FloatArray) -> npt.NDArray[np.uint8]:
-    """Index of the first largest score, [h, w], of [K, h, w]: numpy's, in a tenth of its time along the first axis."""
-    found, best = np.zeros(scores.shape[1:], np.uint8), scores[0]
-    for index in range(1, len(scores)):
-        np.maximum(found, (scores[index] > best).view(np.uint8) * np.uint8(index), out=found)
-        best = np.maximum(best, scores[index])
-    return found
+    return np.where(strip.valid, largest_score(strip.scores), np.uint8(IGNORE_INDEX))
 
 
 def softmax(scores: FloatArray, scale: float = 1.0) -> FloatArray:

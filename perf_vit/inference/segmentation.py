@@ -18,7 +18,7 @@ from perf_vit.inference.dense import Strip, StripMaker, predict_strips
 from perf_vit.inference.dense_output import DenseOutput, StripWriter, class_output
 from perf_vit.inference.inputs import MapInput
 from perf_vit.inference.jobs import DamagedPiece, JobResult, MapJob, check_map_name, files_beside
-from perf_vit.inference.jobs.journal import DamageLog, open_journal
+from perf_vit.inference.jobs.journal import DamageLog, SeamLog, open_journal
 from perf_vit.inference.jobs.polygon_record import PolygonRecord
 from perf_vit.inference.map_line import MapLine
 from perf_vit.inference.options import SegmentationPredictOptions
@@ -31,6 +31,7 @@ from perf_vit.inference.predictor import (
 )
 from perf_vit.inference.prefetch import Reads, SalvagingReader
 from perf_vit.inference.ray import RayPool, row_ranges
+from perf_vit.inference.seams import decide_classes
 from perf_vit.inference.whole import WholeImage
 from perf_vit.models import Segmenter, load_segmenter
 from perf_vit.plotting import default_colormap
@@ -274,6 +275,11 @@ class SegmentationPredictor(InputPredictor[Segmenter, SegmentationPredictOptions
             start_row=start,
             stop_row=stop,
             blend=self.options.blend,
+            decide=partial(
+                decide_classes,
+                multilabel=self.model.spec.multilabel,
+                score_threshold=self.options.score_threshold,
+            ),
             **self.grid(),
         )
 
@@ -297,7 +303,9 @@ class SegmentationPredictor(InputPredictor[Segmenter, SegmentationPredictOptions
 
     def writer(self, store: StripStore | HeldRows, pool: ThreadPoolExecutor) -> StripWriter:
         """Return a function that encodes a strip and has a thread write it to a store."""
-        return StripWriter(self.output(), store, pool)
+        # What is held in memory is lost with its counts.
+        seams = SeamLog(store.folder, is_kept=not isinstance(store, HeldRows))
+        return StripWriter(self.output(), store, pool, seams.add)
 
     def reader(self, source: Source, folder: Path) -> Reads:
         """The source, or with `on_error="skip"` one that notes damaged pixels in a folder and leaves them out."""
@@ -335,9 +343,13 @@ class SegmentationPredictor(InputPredictor[Segmenter, SegmentationPredictOptions
         return [out, *files_beside(out, self.options), *records]
 
     def size_of(self, job: MapJob) -> dict[str, Any]:
-        """Outputs, windows and pixels of a job; a whole image is one window."""
+        """Outputs, windows, pixels and seams of a map that is there; a whole image is one window."""
         size = super().size_of(job)
-        return {**size, "num_windows": 1} if self.options.whole else size
+        return {
+            **size,
+            "seam_disagreement": job.seam_disagreement(),
+            **({"num_windows": 1} if self.options.whole else {}),
+        }
 
     def _run_in_pool(self, pool: RayPool, source: Any, work: MapWork, on_progress: OnProgress) -> None:
         assert work.store is not None
@@ -388,6 +400,7 @@ class SegmentationPredictor(InputPredictor[Segmenter, SegmentationPredictOptions
                 background=spec.background_index,
                 multilabel=spec.multilabel,
                 scale=self.output().scale,
+                seam_disagreement=job.seam_disagreement(),
                 settings=self.described(),
             )
 

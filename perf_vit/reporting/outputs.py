@@ -86,6 +86,7 @@ def write_map_report(
     background: int | None = None,
     multilabel: bool = False,
     scale: float = 1.0,
+    seam_disagreement: float | None = None,
     settings: Mapping[str, Any],
 ) -> None:
     """Write a page with a zoomable map over its scene, the area of each class, and the tissue of a slide.
@@ -98,6 +99,7 @@ def write_map_report(
         background: Index of the background class, which is transparent over the scene; None for none.
         multilabel: Whether the map has a band per class that may be true or not.
         scale: Factor from pixels of such a map to probabilities.
+        seam_disagreement: Share of the pixels under several windows on which these disagree; None for no overlap.
         settings: Plain values to show.
 
     Raises:
@@ -122,6 +124,8 @@ def write_map_report(
     layers = [] if seen is None else [picture_layer("image", seen)]
     layers.append(picture_layer("map", colorize(labels, over if layers else colors), opacity=0.6 if layers else 1.0))
     page.numbers = {"size": f"{source.width:,} x {source.height:,} px", "pixel": _length(source)}
+    if seam_disagreement is not None:
+        page.numbers["seam_disagreement"] = f"{seam_disagreement:.4f}"
     page.add(
         "Map",
         Preview(size=source.size, layers=layers, pixel_size=pixel_size(source)),
@@ -338,12 +342,19 @@ def write_run_report(path: Path, report: Mapping[str, Any], pictures: Sequence[t
     figures = [figure_of(thumbnail_of(file), caption) for caption, file in chosen]
     text = f"{len(figures)} of {len(there):,}, evenly spaced."
     page.add("Outputs", Row(figures=figures, num_columns=2) if figures else None, text=text)
-    names = ("input", "status", "seconds", "num_windows", "error")
-    listed = [[str("" if each[name] is None else each[name]) for name in names] for each in report["inputs"]]
-    page.add("Inputs", TextTable(columns=["input", "status", "seconds", "windows", "error"], rows=listed[:1000]))
+    names = {"input": "input", "status": "status", "seconds": "seconds", "num_windows": "windows"}
+    if any("seam_disagreement" in each for each in report["inputs"]):
+        names["seam_disagreement"] = "seam_disagreement"
+    names["error"] = "error"
+    listed = [[_cell(each.get(name)) for name in names] for each in report["inputs"][:1000]]
+    page.add("Inputs", TextTable(columns=list(names.values()), rows=listed))
     values = {name: value for name, value in report.items() if name not in ("totals", "inputs")}
     page.add("Settings", Settings.of_values("Model and options", values))
     page.write(path)
+
+
+def _cell(value: Any) -> str:
+    return "" if value is None else str(value)
 
 
 def thumbnail_of(path: Path) -> Picture:

@@ -15,8 +15,9 @@ from pyogrio.errors import DataLayerError, DataSourceError
 from perf_vit.errors import InputError, reason_line
 from perf_vit.sources._gdal import crs_name, open_dataset, reason_of
 from perf_vit.sources._qupath import class_name
-from perf_vit.sources.files import PARQUET_SUFFIXES, split_layer
+from perf_vit.sources.files import GEOTIFF_SUFFIXES, PARQUET_SUFFIXES, split_layer
 from perf_vit.sources.slides import SlideSource
+from perf_vit.sources.slides.ome_xml import parse_ome_tags
 from perf_vit.sources.vector_file import (
     chosen_layer,
     hashable_value,
@@ -27,7 +28,10 @@ from perf_vit.sources.vector_file import (
 )
 from perf_vit.types import Source
 
-__all__ = ["SourceInfo", "describe_source", "describe_vector", "is_vector"]
+__all__ = ["SEAM_TAG", "SourceInfo", "describe_source", "describe_vector", "is_vector", "seam_disagreement_of"]
+
+SEAM_TAG = "PERF_VIT_SEAM_DISAGREEMENT"
+"""Tag of a map: share of its pixels on which overlapping windows disagree."""
 
 # Columns with more values are only named.
 _MAX_VALUES = 20
@@ -61,6 +65,8 @@ class SourceInfo:
         block_px: Size (height, width) of the blocks in the file.
         compression: Name of the compression; None if there is none or it is unknown.
         file_bytes: File size in bytes; None for a folder or URL.
+        seam_disagreement: Share of the pixels of a map under several windows on which these disagree; None for other
+            files and for maps of windows without overlap.
     """
 
     path: str
@@ -84,6 +90,7 @@ class SourceInfo:
     block_px: tuple[int, int] | None
     compression: str | None
     file_bytes: int | None
+    seam_disagreement: float | None = None
 
 
 def describe_source(source: Source) -> SourceInfo:
@@ -116,6 +123,7 @@ def describe_source(source: Source) -> SourceInfo:
         orientation=getattr(source, "orientation", 1),
         mpp=source.mpp,
         file_bytes=file.stat().st_size if file.is_file() else None,
+        seam_disagreement=seam_disagreement_of(file) if file.is_file() else None,
         **_place(source),
         **{**facts, **stored},
     )
@@ -150,6 +158,23 @@ def _stored(source: Source) -> dict[str, Any]:
             "block_px": dataset.block_shapes[0][turned],
             "compression": None if compression is None else rasterio.enums.Compression(compression).value,
         }
+
+
+def seam_disagreement_of(path: Path) -> float | None:
+    """Return the seam disagreement in the tags of a map, a GeoTIFF or an OME-TIFF; None for a file without it.
+
+    Raises:
+        InputError: The file can't be opened.
+    """
+    if not path.name.lower().endswith(GEOTIFF_SUFFIXES):
+        return None
+    with open_dataset(str(path)) as dataset:
+        tags = dataset.tags()
+    tags = {**parse_ome_tags(tags.get("TIFFTAG_IMAGEDESCRIPTION", "")), **tags}
+    try:
+        return float(tags[SEAM_TAG])
+    except (KeyError, ValueError):
+        return None
 
 
 def is_vector(path: str) -> bool:

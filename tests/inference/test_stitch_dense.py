@@ -16,7 +16,7 @@ def _stitch(extent: Window, size: int, overlap: int, scores_of, max_rows: int | 
         stitcher.add(window, scores_of(window), np.ones(window.shape, bool), hann_weights(size))
         following = windows[index + 1].row if index + 1 < len(windows) else extent.row_stop
         if following != window.row:
-            strips += [scores.copy() for _, scores, _ in stitcher.advance(following, max_rows)]
+            strips += [strip.scores.copy() for strip in stitcher.advance(following, max_rows)]
     return np.concatenate(strips, axis=1)
 
 

@@ -23,6 +23,7 @@ from perf_vit.inference.jobs.journal import (
     DamagedPiece,
     DamageLog,
     Journal,
+    SeamLog,
     check_partial_folder,
     discard_journal,
     has_partial_folder,
@@ -30,6 +31,7 @@ from perf_vit.inference.jobs.journal import (
 )
 from perf_vit.inference.options import PredictOptions, SegmentationPredictOptions
 from perf_vit.sources import GEOTIFF_SUFFIXES
+from perf_vit.sources.describe import seam_disagreement_of
 from perf_vit.sources.slides import SlideSource
 from perf_vit.tiling import grid_windows
 from perf_vit.types import Source, Window
@@ -63,6 +65,7 @@ class JobResult:
         num_objects: Objects found in this call, None where none are looked for.
         score_threshold: Lowest score of these objects.
         num_rows: Inputs in a table but those that failed, None for other outputs.
+        seam_disagreement: Share of a map's pixels on which windows disagree (`perf_vit.inference.seams`), or None.
         damaged: Parts of the input that couldn't be read and were skipped.
         failed: Errors of inputs of a table that were skipped, by path.
         beside: Further outputs, next to the main one.
@@ -75,6 +78,7 @@ class JobResult:
     num_objects: int | None = None
     score_threshold: float | None = None
     num_rows: int | None = None
+    seam_disagreement: float | None = None
     damaged: tuple[DamagedPiece, ...] = ()
     failed: Mapping[str, str] | None = None
     beside: tuple[Path, ...] = ()
@@ -386,7 +390,8 @@ class MapJob(Job):
         """
         damaged = DamageLog(journal.folder).pieces()
         layout = self.layout
-        layout = replace(layout, tags={**layout.tags, _DAMAGE_TAG: str(len(damaged))})
+        tags = {_DAMAGE_TAG: str(len(damaged)), **SeamLog(journal.folder).tags(self.source.height)}
+        layout = replace(layout, tags={**layout.tags, **tags})
         made = journal.folder / MADE_MAP
         if is_ome_tiff_name(self.out):
             pyramid = journal.folder / MADE_PYRAMID
@@ -400,6 +405,11 @@ class MapJob(Job):
             journal.discard(path)
         journal.move(made)
         return tuple(damaged)
+
+    def seam_disagreement(self) -> float | None:
+        """Return the share of pixels on which overlapping windows disagree, of the map that is there, if it has one."""
+        can_have = len(self._windows) > 1 and self.out.exists()
+        return seam_disagreement_of(self.out) if can_have else None
 
     @cached_property
     def _windows(self) -> list[Window]:

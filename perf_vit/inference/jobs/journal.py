@@ -18,6 +18,8 @@ from filelock import FileLock, Timeout
 
 from perf_vit.errors import BusyError, OutputError, PerfVitError
 from perf_vit.files import read_json_or_none, sibling_path
+from perf_vit.inference.seams import SeamCount
+from perf_vit.sources.describe import SEAM_TAG
 from perf_vit.text import to_json
 from perf_vit.types import Window
 
@@ -28,6 +30,7 @@ __all__ = [
     "DamagedPiece",
     "Journal",
     "LineLog",
+    "SeamLog",
     "check_partial_folder",
     "discard_journal",
     "has_partial_folder",
@@ -51,7 +54,7 @@ _WITHOUT_JOURNAL = re.compile(
     "|".join(
         [
             *map(re.escape, (_LOCK, _UNFINISHED_SETTINGS, MADE_MAP, MADE_PYRAMID)),
-            r"damage_[0-9a-f]{32}\.jsonl",
+            r"(damage|seams)_[0-9a-f]{32}\.jsonl",
             _NEXT_TO_MADE,
         ]
     )
@@ -311,21 +314,24 @@ class LineLog:
     Args:
         folder: Existing folder.
         name: Beginning of the log's file names.
+        is_kept: Whether entries outlive a crash of the machine.
     """
 
-    def __init__(self, folder: Path, name: str) -> None:
+    def __init__(self, folder: Path, name: str, *, is_kept: bool = True) -> None:
         self.folder = folder
         self._name = name
+        self._is_kept = is_kept
         # A file of its own: no other process writes it, and no entry follows a line that a crash cut.
         self._file = folder / f"{name}_{uuid.uuid4().hex}.jsonl"
         self._lock = Lock()
 
     def add(self, entry: Mapping[str, Any]) -> None:
-        """Add an entry of plain values, which is on disk when this returns; any thread may call it."""
+        """Add an entry of plain values; any thread may call it. One that is kept is on disk when this returns."""
         with self._lock, self._file.open("a", encoding="utf-8") as file:
             file.write(to_json(entry) + "\n")
             file.flush()
-            os.fsync(file.fileno())
+            if self._is_kept:
+                os.fsync(file.fileno())
 
     def entries(self) -> Iterator[dict[str, Any]]:
         """The complete entries of all processes; those of one process are in their order."""
@@ -377,3 +383,30 @@ class DamageLog:
         entries = ((Window(*entry["window"]), entry["reason"]) for entry in self._log.entries())
         found = {window: DamagedPiece(window, reason) for window, reason in entries}
         return sorted(found.values(), key=lambda piece: astuple(piece.window))
+
+
+class SeamLog:
+    """Counts of the strips in a folder: pixels under several windows, and those on which the windows disagree.
+
+    A strip's count is noted before its pixels are written, so that whoever finds the pixels finds the count. A strip
+    that is made again, after a crash in between, has the same count, and counts once.
+
+    Args:
+        folder: Existing folder.
+        is_kept: Whether strips outlive a crash of the machine.
+    """
+
+    def __init__(self, folder: Path, *, is_kept: bool = True) -> None:
+        self._log = LineLog(folder, "seams", is_kept=is_kept)
+
+    def add(self, window: Window, count: SeamCount) -> None:
+        """Note the count of a strip; from any thread."""
+        with _refusing(self._log.folder):
+            self._log.add({"rows": [window.row, window.height], "count": astuple(count)})
+
+    def tags(self, height: int) -> dict[str, str]:
+        """Tags of a map of a number of rows: none where no windows overlap, or counts of rows are missing."""
+        found = {tuple(entry["rows"]): SeamCount(*entry["count"]) for entry in self._log.entries()}
+        share = sum(found.values(), SeamCount()).share
+        is_whole = sum(num_rows for _, num_rows in found) == height
+        return {SEAM_TAG: f"{share:.6f}"} if is_whole and share is not None else {}

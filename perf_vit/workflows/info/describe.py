@@ -90,6 +90,12 @@ def _facts(info: SourceInfo) -> list[tuple[str, str]]:
         ("levels", ", ".join(f"{height:,} x {width:,}" for height, width in info.levels)),
         ("blocks", info.block_px and f"{info.block_px[0]} x {info.block_px[1]}, {info.compression or 'uncompressed'}"),
         ("file", None if info.file_bytes is None else f"{info.file_bytes / 2**20:,.1f} MiB"),
+        (
+            "seam_disagreement",
+            None
+            if info.seam_disagreement is None
+            else f"{info.seam_disagreement:.4f} of the pixels under several windows",
+        ),
     ]
     return [(name, value) for name, value in facts if value]
 
