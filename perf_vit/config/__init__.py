@@ -3,7 +3,6 @@
 from perf_vit.errors import extra
 
 with extra("geo", __name__):
-    from perf_vit.config.json_schema import json_schema
     from perf_vit.config.loader import (
         Config,
         Overrides,
@@ -15,7 +14,7 @@ with extra("geo", __name__):
         load_config,
         shipped_configs,
     )
-    from perf_vit.config.reference import ConfigKey, config_keys, field_meanings
+    from perf_vit.config.reference import ConfigKey, config_keys, field_meanings, json_schema
     from perf_vit.config.values import build_config, check_values
     from perf_vit.config.yaml_text import load_yaml
 

@@ -10,8 +10,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-from perf_vit.plotting.pictures import Picture, natural_bands, rgb_from
-from perf_vit.plotting.tissue import has_tissue, tissue_picture
+from perf_vit.plotting.pictures import Picture, has_tissue, natural_bands, rgb_from, tissue_picture
 from perf_vit.types import IGNORE_INDEX, BoolArray, GeoImage, LabelArray, Source
 
 __all__ = ["colorize", "default_colormap", "last_true", "on_light_color", "shown_classes", "thumbnail", "true_classes"]

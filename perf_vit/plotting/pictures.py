@@ -14,6 +14,7 @@ import numpy.typing as npt
 from matplotlib.ft2font import FT2Font
 from PIL import Image, ImageFont
 from PIL.PngImagePlugin import PngInfo
+from scipy import ndimage
 
 from perf_vit.errors import InputError, OutputError
 from perf_vit.files import staged
@@ -26,6 +27,7 @@ __all__ = [
     "color_bands",
     "figure_height",
     "figure_name",
+    "has_tissue",
     "label_font",
     "label_text",
     "natural_bands",
@@ -33,6 +35,7 @@ __all__ = [
     "save_figure",
     "save_png",
     "stretch_limits",
+    "tissue_picture",
 ]
 
 SOFTWARE = "perf_vit"
@@ -196,3 +199,29 @@ def color_bands(names: Sequence[str]) -> list[int] | None:
     words = [re.findall("[a-z]+", name.lower()) for name in names]
     found = [next((i for i, name in enumerate(words, 1) if color in name), 0) for color in ("red", "green", "blue")]
     return found if all(found) else None
+
+
+_TISSUE_COLOR = (0, 160, 60)
+
+
+def has_tissue(source: Source) -> bool:
+    """Return whether a source is a slide opened with `tissue`."""
+    return getattr(source, "options", {}).get("tissue") is not None
+
+
+def tissue_picture(source: Source, max_size_px: int = 1024) -> Picture:
+    """Draw a whole slide with the outline of its tissue: the first picture to look at.
+
+    Args:
+        source: Slide, opened with `tissue`.
+        max_size_px: Maximum size of the longest side in pixels.
+
+    Returns:
+        RGB picture, [H, W, 3].
+    """
+    image = source.read_reduced(max_size_px)
+    everything = np.ones((1, *image.valid.shape), bool)
+    picture = rgb_from(GeoImage.from_mask(image.pixels, everything, None, image.transform, image.mpp)).copy()
+    rim = image.valid & ~ndimage.binary_erosion(image.valid, np.ones((3, 3)), iterations=2)
+    picture[rim] = _TISSUE_COLOR
+    return picture

@@ -21,8 +21,7 @@ from perf_vit.errors import InputError
 from perf_vit.geometry import Objects
 from perf_vit.plotting import colorize, default_colormap, save_figure
 from perf_vit.plotting.colors import shown_classes, true_classes
-from perf_vit.plotting.pictures import Picture, figure_name
-from perf_vit.plotting.tissue import has_tissue, tissue_picture
+from perf_vit.plotting.pictures import Picture, figure_name, has_tissue, tissue_picture
 from perf_vit.reporting.page import Page, Row, Settings, TextTable, figure_of, hex_color
 from perf_vit.reporting.preview import Preview, picture_layer, pixel_size, read_picture, shape_layer
 from perf_vit.reporting.samples import Sample, class_legend, imagery, sample_rows

@@ -14,10 +14,13 @@ with extra("geo", __name__):
         READERS,
         file_stats,
         fingerprint,
+        image_name,
+        image_names,
         image_suffixes,
         is_by_product,
         is_image_name,
         is_vector_name,
+        names_of,
         register_source,
         split_layer,
     )
@@ -31,7 +34,6 @@ with extra("geo", __name__):
         without_repeats,
     )
     from perf_vit.sources.mosaic import MosaicSource
-    from perf_vit.sources.names import image_name, image_names, names_of
     from perf_vit.sources.open import find_reader, merged_options, open_input, open_raster, open_source
     from perf_vit.sources.pixel_size import PixelSize, common_unit, unit_of
     from perf_vit.sources.raster import RasterSource

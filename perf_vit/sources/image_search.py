@@ -12,12 +12,14 @@ from perf_vit.errors import DataWarning, InputError
 from perf_vit.sources.files import (
     FOLDER_SUFFIXES,
     PICTURE_SUFFIXES,
+    image_name,
     image_suffixes,
     is_by_product,
     is_image_name,
     is_own,
+    names_of,
+    with_name,
 )
-from perf_vit.sources.names import image_name, names_of, with_name
 from perf_vit.sources.slide_files import data_folders, is_dicom_folder, one_per_slide, parts_of_slides, walk
 
 __all__ = [

@@ -7,8 +7,7 @@ import re
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
-from perf_vit.sources.files import FOLDER_SUFFIXES, PICTURE_SUFFIXES, is_by_product, is_image_name, is_own
-from perf_vit.sources.names import with_name
+from perf_vit.sources.files import FOLDER_SUFFIXES, PICTURE_SUFFIXES, is_by_product, is_image_name, is_own, with_name
 
 __all__ = [
     "SLIDES_OF_SEVERAL_FILES",

@@ -4,8 +4,7 @@ from perf_vit.errors import extra
 
 with extra("geo", "convert"):
     from perf_vit.workflows.conversion_report.measure import MeasuredConversion, measure_conversion
-    from perf_vit.workflows.conversion_report.page import write_conversion
-    from perf_vit.workflows.conversion_report.report import ConversionReport
+    from perf_vit.workflows.conversion_report.report import ConversionReport, write_conversion
     from perf_vit.workflows.conversion_report.timing import Call, alternating_medians, machine_name
 
 __all__ = [

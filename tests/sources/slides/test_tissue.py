@@ -9,7 +9,7 @@ from slides import write_pyramid
 
 from perf_vit.errors import InputError
 from perf_vit.sources import open_source
-from perf_vit.sources.slides.otsu import find_tissue, otsu_threshold
+from perf_vit.sources.slides.brightfield import find_tissue, otsu_threshold
 from perf_vit.types import Window
 
 STAR = [(900.3, 200.0), (1500.0, 700.7), (1200.5, 1400.0), (300.0, 1100.2), (900.3, 200.0)]

@@ -8,9 +8,8 @@ from tissue_pictures import BRIGHTFIELD, TissuePicture, fluorescence_picture, st
 from perf_vit.errors import InputError
 from perf_vit.plotting import tissue_picture
 from perf_vit.sources import open_source
-from perf_vit.sources.slides.brightfield import find_stained
+from perf_vit.sources.slides.brightfield import find_stained, find_tissue
 from perf_vit.sources.slides.fluorescence import find_fluorescent
-from perf_vit.sources.slides.otsu import find_tissue
 
 # Half of this haematoxylin is a difference of 3 grey levels.
 VERY_PALE = "pale counterstain"
