@@ -23,7 +23,7 @@ data:
   tiles_per_epoch: 2
   batch_size: 2
 model: {backbone: test_resnet, strides: [8], channels: 64, head: fcos, head_kwargs: {num_convs: 1}}
-trainer: {max_epochs: 1, accelerator: cpu}
+trainer: {max_epochs: 1, accelerator: cpu, report: false}
 """
 ROWS = ["0.tif,8,8,20,18,car", "1.tif,5,5,12,12,car"]
 

@@ -14,24 +14,24 @@ PLACE = rasterio.Affine(1, 0, 5e5, 0, -1, 4e6)
 NAMES = ("red", "nir")
 VIT = "{depth: 1, embed_dim: 64, num_heads: 2, attn_kwargs: {num_features: 16}}"
 NETWORK = f"model: {{backbone: performer_vit_tiny_patch16_224, backbone_kwargs: {VIT}, %s}}"
-TRAINER = "trainer: {max_epochs: 1, accelerator: cpu%s}"
+TRAINER = "trainer: {max_epochs: 1, accelerator: cpu, report: false}"
 CONFIGS = {
     "segmentation": [
         "data: {classes: [a, b], tile_px: 32, tiles_per_epoch: 2, batch_size: 2}",
         NETWORK % "out_indices: [0], head: linear",
-        TRAINER % "",
+        TRAINER,
     ],
     "detection": [
         "data: {classes: [a], tile_px: 32, tiles_per_epoch: 2, batch_size: 2, "
         "train: {label_format: csv}, val: {label_format: csv}}",
         "model: {backbone: test_resnet, strides: [8], channels: 64, head: fcos, head_kwargs: {num_convs: 1}}",
-        TRAINER % "",
+        TRAINER,
     ],
-    "classification": ["data: {tile_px: 32, batch_size: 2}", NETWORK % "pool: avg", TRAINER % ""],
+    "classification": ["data: {tile_px: 32, batch_size: 2}", NETWORK % "pool: avg", TRAINER],
     "slide_classification": [
         "data: {mpp: null, tissue: null, tile_px: 32, batch_size: 2}",
         NETWORK % "pool: avg, hidden_dim: 16, attention_dim: 8",
-        TRAINER % "",
+        TRAINER,
     ],
 }
 LOAD = {
