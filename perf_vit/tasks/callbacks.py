@@ -46,6 +46,7 @@ __all__ = [
     "RedrawnWeightAveraging",
     "StepCheckpoint",
     "StepSeeds",
+    "ValidateLastEpoch",
     "WholeCheckpoints",
     "plot_history",
 ]
@@ -227,6 +228,22 @@ class EpochProgressBar(RichProgressBar):
         if self.progress is not None and self._windows_bar is not None:
             self.progress.remove_task(self._windows_bar)
         self._windows_bar = None
+
+
+class ValidateLastEpoch(lightning.Callback):
+    """Validation of the last epoch, whatever Lightning's `check_val_every_n_epoch` is, so that a best model exists.
+
+    Args:
+        every_n_epochs: Number of epochs between the other validations.
+    """
+
+    def __init__(self, every_n_epochs: int) -> None:
+        self.every_n_epochs = every_n_epochs
+
+    def on_train_epoch_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
+        """Set the interval that decides whether this epoch is validated."""
+        is_last = trainer.current_epoch + 1 == trainer.max_epochs
+        trainer.check_val_every_n_epoch = 1 if is_last else self.every_n_epochs
 
 
 class RedrawProjections(lightning.Callback):

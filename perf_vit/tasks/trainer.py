@@ -31,6 +31,7 @@ from perf_vit.tasks.callbacks import (
     RedrawProjections,
     StepCheckpoint,
     StepSeeds,
+    ValidateLastEpoch,
     WholeCheckpoints,
 )
 from perf_vit.tasks.optim import FullyShardedStrategy
@@ -58,7 +59,7 @@ class TrainerConfig:
         accelerator: Lightning accelerator: auto, cpu, gpu, mps.
         devices: Number of devices, or list of the indices of GPUs; "auto" for all.
         gradient_clip: Maximum gradient norm; 0 for no clipping.
-        val_every_epochs: Number of epochs between validations.
+        val_every_epochs: Number of epochs between validations; the last epoch is always validated.
         redraw_every_steps: Number of optimizer steps between redraws of the attention's random projections; 0 to keep
             the first draw. Redrawing keeps the weights from fitting a single, possibly poor draw (Choromanski et al.
             2020). It has no effect on models without Performer attention.
@@ -196,7 +197,8 @@ def build_trainer(
         ConfigError: Values are out of range or unknown to Lightning.
     """
     _check(config)
-    callbacks = [StepSeeds(seed), HistoryCallback(folder, curves), *best_and_last(folder, monitor=monitor)]
+    callbacks = [StepSeeds(seed), ValidateLastEpoch(config.val_every_epochs), HistoryCallback(folder, curves)]
+    callbacks += best_and_last(folder, monitor=monitor)
     if config.num_pictures and draw is not None:
         # Before weight averaging, which restores the training weights when validation ends.
         callbacks.append(PredictionPictures(folder, config.num_pictures, draw))

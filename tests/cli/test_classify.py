@@ -144,7 +144,13 @@ def test_options_of_maps_are_refused(run, folders, extra, message, capsys) -> No
 def test_several_classes_an_image_train_evaluate_and_predict(folders, config, table, tmp_path, capsys) -> None:
     out = tmp_path / "run"
     labels = [f"data.train.image={folders}", f"data.train.labels={table}", f"out={out}"]
-    more = ["data.multilabel=true", "data.classes=[first,second]", "trainer.max_epochs=6", "optim.lr=0.01"]
+    more = [
+        "data.multilabel=true",
+        "data.classes=[first,second]",
+        "trainer.max_epochs=6",
+        "trainer.val_every_epochs=9",
+        "optim.lr=0.01",
+    ]
     assert call(["train", config, "task=classification", *labels, *more]) == 0
     checkpoint, report = out / "checkpoints" / "best.ckpt", tmp_path / "scores.json"
     assert call(["evaluate", "--checkpoint", checkpoint, "--input", folders, "--labels", table, "--json", report]) == 0
@@ -163,7 +169,13 @@ def test_several_classes_an_image_train_evaluate_and_predict(folders, config, ta
 def test_numbers_are_estimated_in_their_unit(folders, config, table, tmp_path) -> None:
     out = tmp_path / "run"
     labels = [f"data.train.image={folders}", f"data.train.labels={table}", f"out={out}"]
-    more = ["data.targets=[height]", "data.resize=true", "trainer.max_epochs=6", "optim.lr=0.01"]
+    more = [
+        "data.targets=[height]",
+        "data.resize=true",
+        "trainer.max_epochs=6",
+        "trainer.val_every_epochs=9",
+        "optim.lr=0.01",
+    ]
     assert call(["train", config, "task=regression", *labels, *more]) == 0
     checkpoint, report = out / "checkpoints" / "best.ckpt", tmp_path / "scores.json"
     assert call(["evaluate", "--checkpoint", checkpoint, "--input", folders, "--labels", table, "--json", report]) == 0

@@ -43,7 +43,7 @@ model:
   hidden_dim: 32
   attention_dim: 16
 optim: {lr: 0.01}
-trainer: {max_epochs: 8, accelerator: cpu, report: false}
+trainer: {max_epochs: 8, accelerator: cpu, val_every_epochs: 9, report: false}
 """
 PER_CLASS = 5
 

@@ -35,7 +35,7 @@ model:
   head: fcos
   head_kwargs: {num_convs: 1, detections_per_tile: 100}
 optim: {lr: 0.005}
-trainer: {max_epochs: 6, accelerator: cpu, val_every_epochs: 6, report: false}
+trainer: {max_epochs: 6, accelerator: cpu, val_every_epochs: 9, report: false}
 """
 
 

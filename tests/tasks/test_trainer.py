@@ -91,11 +91,15 @@ def test_an_unknown_strategy_is_one_line(tmp_path) -> None:
         build_trainer(TrainerConfig(strategy="no_such_strategy"), tmp_path)
 
 
-def test_epochs_without_a_validation_have_no_scores(data_config, tmp_path) -> None:
-    _fit(data_config, tmp_path, max_epochs=4, val_every_epochs=2)
+@pytest.mark.parametrize(("every", "validated"), [(2, [False, True, True]), (9, [False, False, True])])
+def test_epochs_without_a_validation_have_no_scores_and_the_last_one_has(
+    data_config, tmp_path, every, validated
+) -> None:
+    _fit(data_config, tmp_path, max_epochs=3, val_every_epochs=every)
+    assert (tmp_path / "checkpoints" / "best.ckpt").is_file()
     with (tmp_path / "metrics.csv").open() as file:
         rows = list(csv.DictReader(file))
-    assert [bool(row["val/iou"]) for row in rows if int(row["epoch"]) > 0] == [False, True, False, True]
+    assert [bool(row["val/iou"]) for row in rows if int(row["epoch"]) > 0] == validated
     assert all(row["train/loss"] for row in rows if int(row["epoch"]) > 0)
 
 
