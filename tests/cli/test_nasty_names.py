@@ -29,7 +29,7 @@ BACKBONE = {
     "backbone": "performer_vit_tiny_patch16_224",
     "backbone_kwargs": {"depth": 1, "embed_dim": 64, "num_heads": 2, "attn_kwargs": {"num_features": 16}},
 }
-TRAINER = {"max_epochs": 1, "accelerator": "cpu", "num_pictures": 1}
+TRAINER = {"max_epochs": 1, "accelerator": "cpu", "num_pictures": 1, "report": False}
 TILES = {"tile_px": 64, "tiles_per_epoch": 2, "batch_size": 2}
 SIDE = 64
 
@@ -109,7 +109,7 @@ def segmentation(root: Path) -> Case:
                 "batch_size": 2,
             },
             "model": {**BACKBONE, "out_indices": [0], "head_kwargs": {"channels": [8, 8, 16, 16]}},
-            "trainer": TRAINER,
+            "trainer": {**TRAINER, "report": True},
         },
     )
     evaluate = ["--input", files[0], "--labels", mask]
@@ -318,6 +318,7 @@ def test_a_run_folder_holds_the_names_as_they_are(case) -> None:
     # Those without a pixel or an image in validation have no score.
     assert logged <= set(case.names)
     assert (case.run / "loss_curve.png").exists()
+    assert (case.run / "report.html").exists() == ("segmentation" in str(case.run))
     config = yaml.safe_load((case.run / "config.yaml").read_text(encoding="utf-8"))
     assert config["out"] == str(case.run)
 
