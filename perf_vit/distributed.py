@@ -14,6 +14,8 @@ __all__ = [
     "has_processes",
     "mean_normalizer",
     "rank_and_world_size",
+    "sample_rank_and_world_size",
+    "share_samples",
     "sum_over_processes",
     "training_precision",
 ]
@@ -60,9 +62,28 @@ def training_precision(precision: str, accelerator: str) -> str:
     return "bf16-mixed" if is_known and fast_dtype(device) == torch.bfloat16 else "32-true"
 
 
-def rank_and_world_size() -> tuple[int, int]:
-    """Return the rank of this process and the number of processes, (0, 1) without distributed training."""
-    return (dist.get_rank(), dist.get_world_size()) if has_processes() else (0, 1)
+def rank_and_world_size(group: Any = None) -> tuple[int, int]:
+    """Return the rank of this process and the number of processes, (0, 1) without distributed training.
+
+    Args:
+        group: Process group that holds this process; None for all processes.
+    """
+    return (dist.get_rank(group), dist.get_world_size(group)) if has_processes() else (0, 1)
+
+
+_per_sample = 1
+
+
+def share_samples(number: int) -> None:
+    """Let each `number` consecutive processes work on the same samples, until the group ends; 1 for none."""
+    global _per_sample
+    _per_sample = number
+
+
+def sample_rank_and_world_size() -> tuple[int, int]:
+    """Return the rank and number as `rank_and_world_size`, with processes that share samples counted as one."""
+    rank, world_size = rank_and_world_size()
+    return rank // _per_sample, max(1, world_size // _per_sample)
 
 
 def has_processes() -> bool:
@@ -75,11 +96,12 @@ def end_processes() -> None:
 
     In a group, metrics wait for all processes.
     """
+    share_samples(1)
     if has_processes():
         dist.destroy_process_group()
 
 
-def mean_normalizer(total: Tensor, least: float = 1) -> Tensor:
+def mean_normalizer(total: Tensor, least: float = 1, group: Any = None) -> Tensor:
     """Return the divisor of a sum of losses such that the mean over processes is the mean over all samples.
 
     A collective operation: all processes must call it.
@@ -87,26 +109,31 @@ def mean_normalizer(total: Tensor, least: float = 1) -> Tensor:
     Args:
         total: Weight of this process's samples, such as a number of pixels; detached.
         least: Lower bound of the total over all processes.
+        group: Process group; None for all processes.
 
     Returns:
         The total over all processes, at least `least`, divided by the number of processes.
     """
-    world_size = rank_and_world_size()[1]
+    world_size = rank_and_world_size(group)[1]
     if world_size == 1:
         return total.clamp(min=least)
     everywhere = total.detach().clone()
-    dist.all_reduce(everywhere)
+    dist.all_reduce(everywhere, group=group)
     return everywhere.clamp(min=least) / world_size
 
 
-def sum_over_processes(values: Tensor) -> Tensor:
+def sum_over_processes(values: Tensor, group: Any = None) -> Tensor:
     """Sum a tensor over processes, with gradients from all of them.
 
     A collective operation: all processes must call it, with tensors of one shape.
+
+    Args:
+        values: Tensor.
+        group: Process group; None for all processes.
     """
-    if rank_and_world_size()[1] == 1:
+    if rank_and_world_size(group)[1] == 1:
         return values
-    summed: Tensor = _SumOverProcesses.apply(values)
+    summed: Tensor = _SumOverProcesses.apply(values, group)
     return summed
 
 
@@ -114,15 +141,16 @@ class _SumOverProcesses(torch.autograd.Function):
     """Differentiable all-reduce; torch's own in `torch.distributed.nn` is deprecated."""
 
     @staticmethod
-    def forward(ctx: Any, values: Tensor) -> Tensor:
-        return _summed(values)
+    def forward(ctx: Any, values: Tensor, group: Any) -> Tensor:
+        ctx.group = group
+        return _summed(values, group)
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> Tensor:
-        return _summed(gradients[0])
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        return _summed(gradients[0], ctx.group), None
 
 
-def _summed(values: Tensor) -> Tensor:
+def _summed(values: Tensor, group: Any) -> Tensor:
     total = values.detach().clone(memory_format=torch.contiguous_format)
-    dist.all_reduce(total)
+    dist.all_reduce(total, group=group)
     return total

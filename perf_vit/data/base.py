@@ -17,7 +17,7 @@ import numpy.typing as npt
 from torch import Tensor
 from torch.utils.data import DataLoader, Sampler
 
-from perf_vit.distributed import rank_and_world_size
+from perf_vit.distributed import sample_rank_and_world_size
 from perf_vit.errors import ConfigError, DataWarning
 from perf_vit.models import InputBands, common_names
 from perf_vit.transforms import Normalizer, band_labels, replace_tiny_std
@@ -62,13 +62,13 @@ class EpochSampler(Sampler[int]):
         self._num_skipped = num_samples
 
     def __iter__(self) -> Iterator[int]:
-        rank, world_size = rank_and_world_size()
+        rank, world_size = sample_rank_and_world_size()
         start = self.epoch * self.length
         skipped, self._num_skipped = self._num_skipped, 0
         return iter(range(start + rank, start + len(self) * world_size, world_size)[skipped:])
 
     def __len__(self) -> int:
-        return self.length // rank_and_world_size()[1]
+        return self.length // sample_rank_and_world_size()[1]
 
 
 class ShareSampler(Sampler[int]):
@@ -82,16 +82,16 @@ class ShareSampler(Sampler[int]):
         self.length = length
 
     def __iter__(self) -> Iterator[int]:
-        rank, world_size = rank_and_world_size()
+        rank, world_size = sample_rank_and_world_size()
         return (min(rank + turn * world_size, self.length - 1) for turn in range(len(self)))
 
     def __len__(self) -> int:
-        return -(-self.length // rank_and_world_size()[1])
+        return -(-self.length // sample_rank_and_world_size()[1])
 
     @property
     def num_counted(self) -> int:
         """Number of samples of this process to count; they come first."""
-        rank, world_size = rank_and_world_size()
+        rank, world_size = sample_rank_and_world_size()
         return len(range(rank, self.length, world_size))
 
 
@@ -253,9 +253,9 @@ class EpochDataModule(lightning.LightningDataModule):
         """
         self._loader = loader
         if not len(loader):
-            num_samples = loader.epoch_sampler.length
+            num_samples, num_processes = loader.epoch_sampler.length, sample_rank_and_world_size()[1]
             raise ConfigError(
-                f"data.batch_size: {rank_and_world_size()[1]} processes share the {num_samples} samples of an epoch, "
+                f"data.batch_size: {num_processes} processes share the {num_samples} samples of an epoch, "
                 f"too few for a batch of {loader.batch_size} each; take smaller batches or fewer trainer.devices"
             )
         loader.num_skipped, self._num_skipped = self._num_skipped, 0

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from perf_vit.layers.mixer import Mixer, MixerOptions, check_integers, refuse_causal, register_mixer, softmax_attention
 from perf_vit.ops import clustered_attention
+from perf_vit.ops.clustered import clustered_stripe
 from perf_vit.ops.clusters import clusters_for_size
 from perf_vit.ops.sinks import sinks_for_size
 from perf_vit.ops.streaming import AttentionStream, ClusteredStream
@@ -102,6 +103,18 @@ class ClusteredMixer(Mixer):
         refuse_causal(self.name, is_causal)
         assert grid is not None
         options = self.options
+        if self.stripe is not None:
+            return clustered_stripe(
+                q,
+                k,
+                v,
+                self.stripe,
+                options.window_size,
+                options.clusters_of(self.stripe.grid),
+                options.num_prefix_tokens,
+                key_mask,
+                options.chunk_size,
+            )
         if options.is_exact(grid):
             return softmax_attention(q, k, v, key_mask)
         return clustered_attention(

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from perf_vit.ops.streaming import AttentionStream, WholeStream
+from perf_vit.ops.stripes import Stripe
 from perf_vit.registry import Registry, did_you_mean
 
 __all__ = [
@@ -114,12 +115,14 @@ class Mixer(DerivedBuffers, ABC):
         name: Name in the registry.
         needs_grid: Whether it needs the rows and columns of the tokens.
         needs_sample: Whether `stream` needs a sample of the tokens.
+        stripe: Stripe of the image that `forward` gets, the rest of which other processes have; None for whole images.
     """
 
     options_type: ClassVar[type[MixerOptions]]
     name: ClassVar[str]
     needs_grid: ClassVar[bool] = False
     needs_sample: ClassVar[bool] = False
+    stripe: Stripe | None = None
 
     def __init__(
         self, options: MixerOptions, head_dim: int, device: torch.device | None = None, num_heads: int = 1

@@ -16,6 +16,7 @@ from perf_vit.ops import draw_projection, favor_attention, fit_balancing
 from perf_vit.ops.kernels import get_kernel
 from perf_vit.ops.projection import ProjectionNorms
 from perf_vit.ops.streaming import AttentionStream, LinearStream
+from perf_vit.ops.stripes import Reduce
 
 __all__ = [
     "PerformerMixer",
@@ -110,7 +111,11 @@ class PerformerMixer(Mixer):
         Raises:
             ValueError: `is_causal` is combined with centring or balancing.
         """
-        return _attend(q, k, v, self.projection, self.options, key_mask, is_causal)
+        reduce = None
+        if self.stripe is not None:
+            reduce, first = self.stripe.reduce, self.stripe.first_key(self.options.num_prefix_tokens)
+            k, v, key_mask = k[:, :, first:], v[:, :, first:], None if key_mask is None else key_mask[:, first:]
+        return _attend(q, k, v, self.projection, self.options, key_mask, is_causal, reduce)
 
     def stream(
         self,
@@ -174,6 +179,7 @@ def _attend(
     options: PerformerOptions,
     key_mask: Tensor | None,
     is_causal: bool,
+    reduce: Reduce | None = None,
 ) -> Tensor:
     balancing = None
     if options.center or options.balance:
@@ -184,7 +190,8 @@ def _attend(
         balancing = fit_balancing(
             q, k, key_mask, center=options.center, balance=options.balance, chunk_size=options.chunk_size
         )
-    return favor_attention(q, k, v, projection, options.kernel, key_mask, is_causal, balancing, options.chunk_size)
+    chunk_size = options.chunk_size
+    return favor_attention(q, k, v, projection, options.kernel, key_mask, is_causal, balancing, chunk_size, reduce)
 
 
 def current_draw(model: nn.Module) -> int:

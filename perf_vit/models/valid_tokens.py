@@ -97,7 +97,13 @@ def key_mask(model: nn.Module, valid: Tensor | None, pixel_px: int = 1) -> Tenso
     return torch.cat([prefix, kept], dim=1)[:, None, None]
 
 
-def forward_maps(backbone: nn.Module, image: Tensor, valid: Tensor | None, pixel_px: int = 1) -> list[Tensor]:
+def forward_maps(
+    backbone: nn.Module,
+    image: Tensor,
+    valid: Tensor | None,
+    pixel_px: int = 1,
+    attn_mask: Tensor | None = None,
+) -> list[Tensor]:
     """Compute the feature maps of a `features_only` backbone, [B, C, h, w], also of one that gives [B, h, w, C].
 
     Args:
@@ -105,8 +111,9 @@ def forward_maps(backbone: nn.Module, image: Tensor, valid: Tensor | None, pixel
         image: Images, [B, C, H, W].
         valid: Valid pixels, as in `key_mask`.
         pixel_px: Pixel size, as in `key_mask`.
+        attn_mask: Result of `key_mask`, in place of `valid`.
     """
-    mask = key_mask(backbone, valid, pixel_px)
+    mask = key_mask(backbone, valid, pixel_px) if attn_mask is None else attn_mask
     maps: list[Tensor] = backbone(image) if mask is None else backbone(image, attn_mask=mask)
     if getattr(backbone, "output_fmt", None) == Format.NHWC:
         return [each.permute(0, 3, 1, 2).contiguous() for each in maps]

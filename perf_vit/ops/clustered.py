@@ -14,9 +14,10 @@ from perf_vit.ops.clusters import describe_clusters, sample_tokens
 from perf_vit.ops.features import without_autocast
 from perf_vit.ops.sinks import shared_keys
 from perf_vit.ops.state import check_attention_keys
+from perf_vit.ops.stripes import Stripe
 from perf_vit.ops.windows import check_grid
 
-__all__ = ["clustered_attention"]
+__all__ = ["clustered_attention", "clustered_stripe"]
 
 
 def clustered_attention(
@@ -113,6 +114,52 @@ def _clustered_attention(
         q, k, v = (x[:, :, first:] for x in (q, k, v))
         sample = sample_tokens(q, k, v, None if key_mask is None else key_mask[:, first:])
         call = ClusteredCall.of(describe_clusters(sample, num_clusters), grid, window_size, shared, chunk_size)
+        return call.run(prefix, q, k, v, valid, grid).to(dtype)
+
+
+def clustered_stripe(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    stripe: Stripe,
+    window_size: int,
+    num_clusters: int,
+    num_prefix_tokens: int,
+    key_mask: Tensor | None,
+    chunk_size: int | None = None,
+) -> Tensor:
+    """Clustered attention without sinks over an image of which this process holds a stripe.
+
+    All processes must call it, also in the backward pass. Stripes begin at the border of a window.
+
+    Args:
+        q: Queries, [B, H, N, D]: prefix tokens, then the tokens of the stripe.
+        k: Keys, [B, H, N, D].
+        v: Values, [B, H, N, Dv].
+        stripe: Where the tokens are in the image.
+        window_size: See `clustered_attention`.
+        num_clusters: See `clustered_attention`.
+        num_prefix_tokens: Number of class and register tokens, which come first.
+        key_mask: [B, N] bool, False for keys to ignore; in all processes or in none.
+        chunk_size: See `clustered_attention`.
+
+    Returns:
+        Attended values, [B, H, N, Dv], in the dtype of `q`.
+    """
+    first, own, dtype = num_prefix_tokens, stripe.first_key(num_prefix_tokens), q.dtype
+    grid = ((q.shape[2] - first) // stripe.grid[1], stripe.grid[1])
+    q, k = q.to(v.dtype), k.to(v.dtype)
+    with without_autocast(q):
+        if key_mask is not None:
+            masked = ~key_mask[:, None, :, None]
+            k, v = (x.masked_fill(masked, 0.0) for x in (k, v))
+        counting = None if key_mask is None else key_mask[:, own:]
+        prefix = stripe.exact(q[:, :, :first], k[:, :, own:], v[:, :, own:], counting)
+        shared, valid = shared_keys(q, k, v, 0, first, key_mask)
+        q, k, v = (x[:, :, first:] for x in (q, k, v))
+        sample = stripe.sample(q, k, v, None if key_mask is None else key_mask[:, first:])
+        clusters = describe_clusters(sample, num_clusters)
+        call = ClusteredCall.of(clusters, stripe.grid, window_size, shared, chunk_size, stripe.reduce)
         return call.run(prefix, q, k, v, valid, grid).to(dtype)
 
 

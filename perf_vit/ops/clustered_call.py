@@ -13,6 +13,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from perf_vit.ops.clusters import NUM_GROUPS, Clusters, sum_by_label
+from perf_vit.ops.stripes import Reduce
 from perf_vit.ops.windows import WindowGrid, row_windows, split_dim, split_rows
 
 __all__ = ["ClusteredCall", "lowest_logit"]
@@ -45,6 +46,7 @@ class ClusteredCall:
         zero: 0 in the dtype of the attention, [1]; sums over clusters are in at least float32.
         one: 1 in the same dtype, [1].
         chunk_size: Largest number of tokens per sample and head to process at once; None for the default.
+        reduce: Sum over the processes that share the image; None if there is one.
     """
 
     clusters: Clusters
@@ -56,6 +58,7 @@ class ClusteredCall:
     zero: Tensor
     one: Tensor
     chunk_size: int | None
+    reduce: Reduce | None
 
     @classmethod
     def of(
@@ -65,6 +68,7 @@ class ClusteredCall:
         window_size: int,
         shared: tuple[Tensor, Tensor, Tensor | None],
         chunk_size: int | None = None,
+        reduce: Reduce | None = None,
     ) -> ClusteredCall:
         """Return the call for a grid, with windows of at most `window_size` tokens a side; 0 for no windows."""
         windows = WindowGrid.of(grid, window_size) if window_size else row_windows(grid)
@@ -79,6 +83,7 @@ class ClusteredCall:
             zero=k.new_zeros(1),
             one=k.new_ones(1),
             chunk_size=chunk_size,
+            reduce=reduce,
         )
 
     @property
@@ -119,13 +124,18 @@ class ClusteredCall:
 
     def _in_chunks(self, call: Callable[..., Tensor], chunks: list[tuple[Any, ...]]) -> list[Tensor]:
         """Return the attended values of chunks of rows, [B, rows, columns, H, Dv] each, from top to bottom."""
-        if len(chunks) == 1:
+        if len(chunks) == 1 and self.reduce is None:
             return [call(self._whole, *chunks[0])]
         own = [call(self._sums_of_rows, *chunk[1:]) for chunk in chunks]
+        total = self._total(own)
+        return [call(self._attend_rows, *chunk, part, total) for chunk, part in zip(chunks, own, strict=True)]
+
+    def _total(self, own: list[Tensor]) -> Tensor:
+        """Sum the results of `_sums_of_rows` over all windows of the image, also of other processes."""
         total = own[0].sum(dim=2)
         for part in own[1:]:
             total = total + part.sum(dim=2)
-        return [call(self._attend_rows, *chunk, part, total) for chunk, part in zip(chunks, own, strict=True)]
+        return total if self.reduce is None else self.reduce(total, "sum")
 
     def _rows_at_once(self, q: Tensor, grid: tuple[int, int]) -> int:
         if torch.compiler.is_compiling():
@@ -229,9 +239,7 @@ class ClusteredCall:
         near = {rows: self._near_buffer(chunk[1], 0) for rows, chunk in buffers.items()}
         own = [self.sums(self._fill(near[int(q.shape[2])], *keys), keys[-1] is not None) for q, *keys in chunks]
         del near
-        total = own[0].sum(dim=2)
-        for part in own[1:]:
-            total += part.sum(dim=2)
+        total = self._total(own)
         filled = {rows: self._buffers(*chunk[:2]) for rows, chunk in buffers.items()}
         out = prefix.new_empty(prefix.shape[0], prefix.shape[2] + grid[0] * grid[1], *prefix.shape[1::2])
         out[:, : prefix.shape[2]] = prefix.transpose(1, 2)

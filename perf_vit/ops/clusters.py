@@ -13,12 +13,14 @@ from torch.nn import functional as F
 from perf_vit.ops.windows import split_dim
 
 __all__ = [
+    "SAMPLE_TOKENS",
     "Clusters",
     "Sample",
     "choose_clusters",
     "clusters_for_size",
     "describe_clusters",
     "nearest_center",
+    "sample_step",
     "sample_tokens",
     "sampled_places",
     "sum_by_label",
@@ -32,6 +34,10 @@ _CLUSTERS, _MOST_CLUSTERS, _MANY_TOKENS = 128, 160, 2**15
 
 # The sample has fewer tokens than this.
 _SAMPLE = 8192
+
+SAMPLE_TOKENS = _SAMPLE * 2 // 3
+"""Largest number of tokens of a sample."""
+
 _ITERATIONS = 2
 
 
@@ -199,11 +205,11 @@ def sample_tokens(q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None) -> S
     """
     dtype = torch.promote_types(k.dtype, torch.float32)
     if key_mask is None:
-        step = _step(k.shape[2])
+        step = sample_step(k.shape[2])
         q, k, v = (_every(x, step, x.shape[2] // step).to(dtype) for x in (q, k, v))
         return Sample(q, k, v)
     seen = key_mask.sum(dim=1, keepdim=True)
-    step, places = _step(seen), torch.arange(min(k.shape[2], _SAMPLE * 2 // 3), device=k.device)
+    step, places = sample_step(seen), torch.arange(min(k.shape[2], SAMPLE_TOKENS), device=k.device)
     seen_first = (~key_mask).to(torch.uint8).argsort(dim=1, stable=True)
     indices = seen_first.gather(1, (places * step).clamp(max=k.shape[2] - 1))[:, None, :, None]
     valid = (places < seen // step)[:, None, :, None]
@@ -213,7 +219,7 @@ def sample_tokens(q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None) -> S
 
 def sampled_places(num_tokens: int) -> Tensor:
     """Return the indices of the tokens that `sample_tokens` takes of a number of visible tokens, [n]."""
-    step = int(_step(num_tokens))
+    step = int(sample_step(num_tokens))
     return torch.arange(num_tokens // step) * step
 
 
@@ -223,7 +229,7 @@ def choose_clusters(q: Tensor, k: Tensor, v: Tensor, num_clusters: int, key_mask
     return clusters.nearest(F.pad(k.to(clusters.centers.dtype), (0, 1), value=1.0))
 
 
-def _step(number: Any) -> Any:
+def sample_step(number: Any) -> Any:
     """Return the distance of sampled tokens: 1 below 3,072 tokens, 3 below 8,192, then 3, 5, 7 .."""
     some = (number >= _SAMPLE // 8 * 3) & (number < _SAMPLE)
     return number // _SAMPLE * 2 + 1 + some * 2

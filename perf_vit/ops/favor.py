@@ -16,6 +16,7 @@ from perf_vit.ops.causal import causal_favor
 from perf_vit.ops.features import FeatureMap, invert_key_mask, join_chunks, token_slices, without_autocast
 from perf_vit.ops.kernels import Kernel
 from perf_vit.ops.state import KVState, check_keys, make_feature_map, masked_values, sum_keys
+from perf_vit.ops.stripes import Reduce
 
 __all__ = ["favor_attention", "optimal_parameter"]
 
@@ -81,6 +82,7 @@ def favor_attention(
     causal: bool = False,
     balancing: Balancing | None = None,
     chunk_size: int | None = None,
+    reduce: Reduce | None = None,
 ) -> Tensor:
     """Attention through random features (FAVOR+).
 
@@ -107,6 +109,8 @@ def favor_attention(
             tokens.
         chunk_size: Number of tokens per sample and head whose features are in memory at once; changes the result by
             rounding only. None for 512, and on GPUs for as many as have 1 GiB of features.
+        reduce: Sum or maximum over the processes that hold the other keys and queries of the samples, see `Stripe`; for
+            bidirectional attention with a fixed parameter. All must call this function, also in the backward pass.
 
     Returns:
         Attended values, [B, H, N_q, Dv], in the dtype of `q`.
@@ -115,6 +119,8 @@ def favor_attention(
         ValueError: The kernel is unknown, there are no keys, or the shapes are inconsistent.
     """
     feature_map = make_feature_map(kernel, projection, balancing)
+    if reduce is not None and (causal or feature_map.kernel.needs_parameter):
+        raise ValueError("reduce needs causal=False and a kernel without a fitted parameter; leave reduce out")
     chunk_size = _tokens_at_once(q, feature_map) if chunk_size is None else chunk_size
     _check(q, k, v, feature_map, key_mask, causal, chunk_size)
     if torch.compiler.is_exporting() and not causal:
@@ -126,13 +132,20 @@ def favor_attention(
     if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
         constants = () if balancing is None else balancing.tensors()
         kernel_, parameter = feature_map.kernel, feature_map.kernel.parameter
-        return _FavorAttention.apply(q, k, v, projection, key_mask, kernel_, parameter, chunk_size, *constants)
-    state = _accumulate(k, v, feature_map, key_mask, chunk_size).normalized()
+        return _FavorAttention.apply(q, k, v, projection, key_mask, kernel_, parameter, chunk_size, reduce, *constants)
+    state = _accumulate(k, v, feature_map, key_mask, chunk_size, reduce).normalized()
     with without_autocast(q):
         return join_chunks((_attend(state, q[tokens])[0] for tokens in token_slices(q, chunk_size)), q.shape[2])
 
 
-def _accumulate(k: Tensor, v: Tensor, feature_map: FeatureMap, key_mask: Tensor | None, chunk_size: int) -> KVState:
+def _accumulate(
+    k: Tensor,
+    v: Tensor,
+    feature_map: FeatureMap,
+    key_mask: Tensor | None,
+    chunk_size: int,
+    reduce: Reduce | None,
+) -> KVState:
     state: KVState | None = None
     with without_autocast(k):
         for tokens in token_slices(k, chunk_size):
@@ -140,7 +153,7 @@ def _accumulate(k: Tensor, v: Tensor, feature_map: FeatureMap, key_mask: Tensor 
             part = sum_keys(keys, v[tokens], feature_map)
             state = part if state is None else state.merge(part)
     assert state is not None
-    return state
+    return state if reduce is None else state.reduced(reduce)
 
 
 def _attend(state: KVState, q: Tensor) -> tuple[Tensor, Tensor]:
@@ -172,10 +185,11 @@ class _FavorAttention(torch.autograd.Function):
         kernel: Kernel,
         parameter: float | Tensor | None,
         chunk_size: int,
+        reduce: Reduce | None,
         *constants: Tensor,
     ) -> Tensor:
         feature_map = _rebuild(kernel, parameter, projection, constants)
-        state = _accumulate(k, v, feature_map, key_mask, chunk_size).normalized()
+        state = _accumulate(k, v, feature_map, key_mask, chunk_size, reduce).normalized()
         denominator = q.new_empty(*q.shape[:-1], 1, dtype=state.z.dtype)
 
         def attended() -> Iterator[Tensor]:
@@ -191,6 +205,7 @@ class _FavorAttention(torch.autograd.Function):
             q, k, v, projection, key_mask, state.S, state.z, state.log_scale, out, denominator, *constants, *kept
         )
         ctx.kernel, ctx.parameter, ctx.chunk_size = kernel, None if ctx.is_tensor else parameter, chunk_size
+        ctx.reduce = reduce
         return out
 
     @staticmethod
@@ -201,8 +216,10 @@ class _FavorAttention(torch.autograd.Function):
         state = KVState(s, z, log_scale, _rebuild(ctx.kernel, parameter, projection, tuple(rest)))
         with without_autocast(q):
             grad_q, grad_s, grad_z = _query_gradients(state, q, grad_out, out, denominator, ctx.chunk_size)
+            if ctx.reduce is not None:
+                grad_s, grad_z = ctx.reduce(grad_s, "sum"), ctx.reduce(grad_z, "sum")
             grad_k, grad_v = _key_gradients(state, k, v, key_mask, grad_s, grad_z, ctx.chunk_size)
-        return grad_q, grad_k, grad_v, *(None for _ in range(5 + len(rest)))
+        return grad_q, grad_k, grad_v, *(None for _ in range(6 + len(rest)))
 
 
 def _query_gradients(

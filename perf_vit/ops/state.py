@@ -10,6 +10,7 @@ from torch import Tensor
 from perf_vit.ops.balancing import Balancing
 from perf_vit.ops.features import FeatureMap, KeyFeatures, exp_, invert_key_mask, without_autocast
 from perf_vit.ops.kernels import Kernel, get_kernel
+from perf_vit.ops.stripes import Reduce
 
 __all__ = ["KVState", "check_attention_keys", "check_keys", "make_feature_map", "masked_values", "sum_keys"]
 
@@ -109,6 +110,17 @@ class KVState:
             z=self.z * mine_by + other.z * theirs_by,
             log_scale=log_scale,
         )
+
+    def reduced(self, reduce: Reduce) -> KVState:
+        """Return the merged states of all processes, which all must call this.
+
+        Args:
+            reduce: Element-wise sum or maximum over processes.
+        """
+        log_scale = reduce(self.log_scale, "max")
+        by = exp_(self.log_scale - log_scale)
+        sums, weights = reduce(self.S * by.unsqueeze(-1), "sum"), reduce(self.z * by, "sum")
+        return replace(self, S=sums, z=weights, log_scale=log_scale)
 
     def normalized(self) -> KVState:
         """Rescale a log-domain state to z = 1, so that S holds the mean value of each feature.

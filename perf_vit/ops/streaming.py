@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from dataclasses import dataclass, replace
-from typing import Literal, Protocol
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -13,8 +12,9 @@ from torch.nn import functional as F
 
 from perf_vit.ops.clustered_call import ClusteredCall
 from perf_vit.ops.clusters import Sample, describe_clusters, sampled_places
-from perf_vit.ops.features import LOWEST_SCALE, exp_, token_slices
+from perf_vit.ops.features import LOWEST_SCALE, token_slices
 from perf_vit.ops.state import KVState
+from perf_vit.ops.stripes import Reduce
 
 __all__ = ["AttentionStream", "ClusteredStream", "LinearStream", "Part", "Reduce", "WholeStream", "sampled_places"]
 
@@ -23,13 +23,6 @@ _FEATURE_TOKENS = 512
 
 _WINDOW_TOKENS = 2**14
 """Tokens x samples x heads whose windows are attended to at once, as in `clustered_attention` on a CPU."""
-
-
-class Reduce(Protocol):
-    """Element-wise reduction of a tensor over processes."""
-
-    def __call__(self, values: Tensor, operation: Literal["sum", "max"]) -> Tensor:
-        """Return the sum or maximum of a tensor over all processes, which call it with tensors of one shape."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -175,11 +168,7 @@ class LinearStream(AttentionStream):
 
     def reduce(self, reduce: Reduce) -> None:
         """Replace what this process collected by what all processes collected."""
-        state = self._state
-        log_scale = reduce(state.log_scale, "max")
-        by = exp_(state.log_scale - log_scale)
-        sums, weights = reduce(state.S * by.unsqueeze(-1), "sum"), reduce(state.z * by, "sum")
-        self._state = replace(state, S=sums, z=weights, log_scale=log_scale)
+        self._state = self._state.reduced(reduce)
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, part: Part) -> Tensor:
         """Attend with the queries of a part to all that was collected, [B, H, n, Dv]."""

@@ -27,7 +27,7 @@ from perf_vit.streaming.processes import Processes
 from perf_vit.streaming.store import TokenStore
 from perf_vit.types import GeoImage, Window
 
-__all__ = ["StreamedTokens", "check_streamable", "stream_tokens"]
+__all__ = ["StreamedTokens", "check_blocks", "check_streamable", "stream_tokens"]
 
 _PART_TOKENS = 2**14
 """Tokens of a part: their queries, keys, values and hidden layers take about 0.3 GiB in a ViT-S."""
@@ -114,6 +114,11 @@ def check_streamable(model: Any, grid: tuple[int, int]) -> None:
         raise CheckpointError(
             f"the model must be on the CPU to run over an image in parts, got {devices.pop()}; call .cpu()"
         )
+    check_blocks(model, grid)
+
+
+def check_blocks(model: Any, grid: tuple[int, int]) -> None:
+    """Check that no block of a model needs all tokens of an image at once; see `check_streamable`."""
     for index, block in enumerate(getattr(model, "blocks", ())):
         attention = getattr(block, "attn", None)
         if not isinstance(block, Block | EvaBlock):

@@ -5,11 +5,12 @@ from __future__ import annotations
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from perf_vit.distributed import rank_and_world_size
 from perf_vit.errors import InputError, OptionError
@@ -20,15 +21,18 @@ __all__ = ["Processes"]
 class Processes:
     """Process group of this process, or this process alone.
 
+    Args:
+        group: Process group; None for all processes.
+
     Attributes:
         rank: Index of this process.
         number: Number of processes.
-        num_bytes: Bytes of the tensors that this process gave to `reduce`.
+        num_bytes: Bytes of the tensors that this process gave to `reduce`, those of gradients included.
     """
 
-    def __init__(self) -> None:
-        self.rank, self.number = rank_and_world_size()
-        self.num_bytes = 0
+    def __init__(self, group: Any = None) -> None:
+        self.rank, self.number = rank_and_world_size(group)
+        self.num_bytes, self._group = 0, group
 
     def stripe(self, rows: int, at_once: int) -> tuple[int, int]:
         """Return the first row of this process's stripe, and the first below it.
@@ -82,10 +86,33 @@ class Processes:
             raise InputError("another process that shares the image failed, its message says why; start all again")
 
     def reduce(self, values: Tensor, operation: Literal["sum", "max"]) -> Tensor:
-        """Return the element-wise sum or maximum of a tensor over all processes, which all must call."""
+        """Return the element-wise sum or maximum of a tensor over all processes, which all must call.
+
+        The gradient of a sum is the sum of the gradients of all processes, which all must compute; a maximum has none.
+        """
         if self.number == 1:
             return values
+        if operation == "sum" and torch.is_grad_enabled() and values.requires_grad:
+            summed: Tensor = _CountedSum.apply(values, self)
+            return summed
         reduced = values.detach().clone(memory_format=torch.contiguous_format)
         self.num_bytes += reduced.numel() * reduced.element_size()
-        dist.all_reduce(reduced, dist.ReduceOp.SUM if operation == "sum" else dist.ReduceOp.MAX)
+        self._all_reduce(reduced, operation)
         return reduced
+
+    def _all_reduce(self, values: Tensor, operation: Literal["sum", "max"]) -> None:
+        dist.all_reduce(values, dist.ReduceOp.SUM if operation == "sum" else dist.ReduceOp.MAX, self._group)
+
+
+class _CountedSum(torch.autograd.Function):
+    """Sum over processes whose gradient is such a sum, too."""
+
+    @staticmethod
+    def forward(ctx: Any, values: Tensor, processes: Processes) -> Tensor:
+        ctx.processes = processes
+        return processes.reduce(values.detach(), "sum")
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        return ctx.processes.reduce(gradients[0], "sum"), None

@@ -10,7 +10,7 @@ from typing import Any
 from torch.utils.data import ConcatDataset
 
 from perf_vit.data.base import EpochSampler
-from perf_vit.distributed import rank_and_world_size
+from perf_vit.distributed import sample_rank_and_world_size
 
 __all__ = ["samples_of"]
 
@@ -36,7 +36,7 @@ def samples_of(loader: Any, batch_idx: int, epoch: int) -> list[str]:
 
 def _indices(sampler: Any, start: int, size: int, epoch: int) -> Iterator[int]:
     if isinstance(sampler, EpochSampler):
-        rank, world_size = rank_and_world_size()
+        rank, world_size = sample_rank_and_world_size()
         first = epoch * sampler.length + rank
         return iter(range(first, first + len(sampler) * world_size, world_size)[start : start + size])
     return islice(iter(sampler), start, start + size)

@@ -28,6 +28,7 @@ from matplotlib.ticker import MaxNLocator
 from rich.markup import escape
 from torch import Tensor
 
+from perf_vit.distributed import sample_rank_and_world_size
 from perf_vit.errors import OutputError, reason_line
 from perf_vit.files import atomic_file
 from perf_vit.layers import redraw_projections
@@ -373,7 +374,8 @@ class StepSeeds(lightning.Callback):
         self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, batch: Any, batch_idx: int
     ) -> None:
         """Seed torch's generators."""
-        place = (self.seed, trainer.current_epoch, batch_idx, trainer.global_rank)
+        # Processes that share a tile decide alike which layers to drop.
+        place = (self.seed, trainer.current_epoch, batch_idx, sample_rank_and_world_size()[0])
         torch.manual_seed(int(np.random.SeedSequence(place).generate_state(1, np.uint64)[0] >> 1))
 
 

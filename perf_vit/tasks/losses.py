@@ -84,6 +84,9 @@ class SegmentationLoss(nn.Module):
         class_weights: One factor per class in cross-entropy and focal loss; None for 1. The other terms weight all
             classes equally.
 
+    Attributes:
+        group: Process group over which the mean is that of one process in evaluation mode, too; None for no group.
+
     Raises:
         ConfigError: A weight is negative, or none is above 0.
     """
@@ -96,6 +99,7 @@ class SegmentationLoss(nn.Module):
         factors = None if class_weights is None else torch.tensor(class_weights, dtype=torch.float32)
         self.register_buffer("class_weights", factors, persistent=False)
         self.lovasz = LovaszLoss("multiclass", ignore_index=IGNORE_INDEX)
+        self.group: Any = None
 
     def forward(self, logits: Tensor, labels: Tensor) -> Tensor:
         """Compute the mean loss; 0 with a gradient of 0 if there are no labelled pixels.
@@ -113,7 +117,7 @@ class SegmentationLoss(nn.Module):
         if terms.ce or terms.focal:
             loss = loss + self._by_pixel(logits, labels)
         if terms.dice:
-            loss = loss + terms.dice * soft_dice(logits, labels, over_processes=self.training)
+            loss = loss + terms.dice * soft_dice(logits, labels, over_processes=_over(self))
         if terms.lovasz:
             # The Lovasz loss is an empty tensor if there are no labelled pixels.
             loss = loss + terms.lovasz * self.lovasz(logits, labels).sum()
@@ -126,11 +130,22 @@ class SegmentationLoss(nn.Module):
         keep = labels != IGNORE_INDEX
         if self.class_weights is not None:
             per_pixel = per_pixel * self.class_weights[labels.masked_fill(~keep, 0)]
-        num_labelled = keep.sum()
-        return per_pixel.sum() / (mean_normalizer(num_labelled) if self.training else num_labelled.clamp(min=1))
+        return per_pixel.sum() / _mean_divisor(self, keep.sum())
 
 
-def soft_dice(logits: Tensor, labels: Tensor, *, over_processes: bool = False) -> Tensor:
+def _over(loss: Any) -> Any:
+    """Return the processes over which a loss is one: False for none, True for all, or a group."""
+    return loss.training or (loss.group is not None and loss.group)
+
+
+def _mean_divisor(loss: Any, num_labelled: Tensor) -> Tensor:
+    over = _over(loss)
+    if over is False:
+        return num_labelled.clamp(min=1)
+    return mean_normalizer(num_labelled, group=None if over is True else over)
+
+
+def soft_dice(logits: Tensor, labels: Tensor, *, over_processes: Any = False) -> Tensor:
     """Compute 1 - soft Dice over the batch, averaged over the classes present (Milletari et al. 2016, eq. 5).
 
     No one-hot labels are stored, which would dominate memory with many classes.
@@ -138,7 +153,8 @@ def soft_dice(logits: Tensor, labels: Tensor, *, over_processes: bool = False) -
     Args:
         logits: Logits, [B, K, H, W] float.
         labels: Class indices, [B, H, W] int64; `IGNORE_INDEX` for unlabelled pixels.
-        over_processes: Whether to treat the batches of all processes as one; all processes must call it then.
+        over_processes: Whether to treat the batches of all processes, or of a process group, as one; all of them must
+            call it then.
 
     Returns:
         A scalar in [0, 1]; 0 if there are no labelled pixels.
@@ -151,7 +167,7 @@ def soft_dice(logits: Tensor, labels: Tensor, *, over_processes: bool = False) -
     size = present_labels.bincount(minlength=logits.shape[1])
     squares = probs.square().sum((0, 2, 3))
     if over_processes:
-        overlap, squares, size = (sum_over_processes(each) for each in (overlap, squares, size))
+        overlap, squares, size = _summed((overlap, squares, size), over_processes)
     dice = 2 * overlap / (squares + size).clamp(min=1e-6)
     present = size > 0
     return ((1 - dice) * present).sum() / present.sum().clamp(min=1)
@@ -222,6 +238,7 @@ class MultilabelLoss(nn.Module):
         factors = None if class_weights is None else torch.tensor(class_weights, dtype=torch.float32).view(1, -1, 1, 1)
         self.register_buffer("class_weights", factors, persistent=False)
         self.lovasz = LovaszLoss("binary", ignore_index=IGNORE_INDEX)
+        self.group: Any = None
 
     def forward(self, logits: Tensor, labels: Tensor) -> Tensor:
         """Compute the mean loss; 0 with a gradient of 0 if there are no labels.
@@ -241,7 +258,7 @@ class MultilabelLoss(nn.Module):
         if terms.ce or terms.focal:
             loss = loss + self._by_label(logits, target, keep)
         if terms.dice:
-            loss = loss + terms.dice * _soft_dice(logits, target, keep, over_processes=self.training)
+            loss = loss + terms.dice * _soft_dice(logits, target, keep, over_processes=_over(self))
         if terms.lovasz:
             by_class = [self.lovasz(logits[:, k], labels[:, k]) for k in range(logits.shape[1])]
             loss = loss + terms.lovasz * torch.stack(by_class).mean()
@@ -253,14 +270,17 @@ class MultilabelLoss(nn.Module):
         values = (self.terms.ce + self.terms.focal * focal_factor(entropy)) * entropy * keep
         if self.class_weights is not None:
             values = values * self.class_weights
-        num_labelled = keep.sum()
-        return values.sum() / (mean_normalizer(num_labelled) if self.training else num_labelled.clamp(min=1))
+        return values.sum() / _mean_divisor(self, keep.sum())
 
 
-def _soft_dice(logits: Tensor, target: Tensor, keep: Tensor, *, over_processes: bool) -> Tensor:
+def _summed(sums: Sequence[Tensor], over_processes: Any) -> list[Tensor]:
+    return [sum_over_processes(each, None if over_processes is True else over_processes) for each in sums]
+
+
+def _soft_dice(logits: Tensor, target: Tensor, keep: Tensor, *, over_processes: Any) -> Tensor:
     probs = logits.sigmoid() * keep
     sums = [values.sum((0, 2, 3)) for values in (probs * target, probs.square(), target)]
-    overlap, squares, size = (sum_over_processes(each) for each in sums) if over_processes else sums
+    overlap, squares, size = _summed(sums, over_processes) if over_processes else sums
     dice = 2 * overlap / (squares + size).clamp(min=1e-6)
     present = size > 0
     return ((1 - dice) * present).sum() / present.sum().clamp(min=1)

@@ -18,6 +18,7 @@ from perf_vit.models import (
     checkpoint_metadata,
     restore_draw,
 )
+from perf_vit.streaming.stripes import StripedSegmenter
 from perf_vit.tasks.losses import LossConfig, MultilabelLoss, SegmentationLoss, check_class_weights
 from perf_vit.tasks.optim import OptimizerConfig, TrainingTask, with_valid
 from perf_vit.types import IGNORE_INDEX
@@ -60,6 +61,8 @@ class SegmentationTask(TrainingTask):
         self.loss = (MultilabelLoss if spec.multilabel else SegmentationLoss)(optim.loss, optim.class_weights)
         self.val_metrics = segmentation_metrics(num_classes, multilabel=spec.multilabel)
         self.registered_metrics = RegisteredMetrics(self.model.task, self.model.spec)
+        # Set while several processes share each tile.
+        self.stripes: StripedSegmenter | None = None
         self.save_hyperparameters({"model": asdict(model_config), "optim": asdict(optim)})
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -71,18 +74,18 @@ class SegmentationTask(TrainingTask):
         restore_draw(self.model, checkpoint[CHECKPOINT_KEY])
 
     def forward(self, image: Tensor, valid: Tensor | None = None) -> Tensor:
-        """Compute logits, [B, K, H, W].
+        """Compute logits, [B, K, H, W]; only those of this process's rows where several share a tile.
 
         Args:
             image: Standardised tiles, [B, C, H, W].
             valid: Valid pixels as for `Segmenter`.
         """
-        return self.model(image, valid)
+        return self.model(image, valid) if self.stripes is None else self.stripes.logits(image, valid)
 
     def training_step(self, batch: TileBatch, batch_idx: int) -> Tensor:
         """Compute the loss of a batch."""
         image, labels, valid = with_valid(batch)
-        loss = self.loss(self(image, valid), labels)
+        loss = self.loss(self(image, valid), self._own(labels))
         size = len(image)
         self.log("train/loss", loss, on_step=False, on_epoch=True, prog_bar=True, sync_dist=True, batch_size=size)
         return loss
@@ -92,11 +95,15 @@ class SegmentationTask(TrainingTask):
         image, labels, valid = with_valid(batch)
         num = self.num_counted(batch_idx, len(image))
         labels[num:] = IGNORE_INDEX
-        logits = self(image, valid)
+        logits, labels = self(image, valid), self._own(labels)
         self.log_counted("val/loss", self.loss(logits, labels), num, prog_bar=True)
         predicted = self.model.to_labels(logits)
         self.val_metrics.update(predicted, labels)
         self.registered_metrics.update(predicted, labels)
+
+    def _own(self, labels: Tensor) -> Tensor:
+        """Return the labels of the pixels whose logits this process computes."""
+        return labels if self.stripes is None else self.stripes.own(labels)
 
     def on_validation_epoch_end(self) -> None:
         """Log IoU and F1 per class and their means over the classes present."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -10,6 +11,7 @@ from typing import Any, Literal
 
 import lightning
 import torch
+import torch.distributed as dist
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import Callback, EMAWeightAveraging
 from lightning.pytorch.loggers import Logger, TensorBoardLogger, WandbLogger
@@ -36,6 +38,7 @@ from perf_vit.tasks.callbacks import (
 )
 from perf_vit.tasks.optim import FullyShardedStrategy
 from perf_vit.tasks.pictures import Draw, PredictionPictures
+from perf_vit.tasks.sequence_parallel import SequenceParallel
 
 __all__ = ["TrainerConfig", "best_and_last", "build_trainer", "lightning_trainer", "precision_name"]
 
@@ -77,6 +80,8 @@ class TrainerConfig:
             written.
         strategy: Strategy for several devices: fsdp2, which shards weights, gradients and optimizer states, or a
             Lightning strategy: auto, ddp, ...
+        sequence_parallel: Whether all processes share each tile, of which each computes a stripe of rows; or the
+            number of processes that do. For segmentation with linear attention.
     """
 
     max_epochs: int = 50
@@ -94,6 +99,7 @@ class TrainerConfig:
     report: bool = True
     logger: Literal["tensorboard", "wandb"] = "tensorboard"
     strategy: str = "auto"
+    sequence_parallel: bool | int = False
 
     def __post_init__(self) -> None:
         self.precision = precision_name(self.precision)
@@ -237,6 +243,10 @@ def _check(config: TrainerConfig) -> None:
     for key in ("checkpoint_every_steps", "num_pictures"):
         if getattr(config, key) < 0:
             raise ConfigError(f"trainer.{key} must be 0 or more, got {getattr(config, key)}")
+    if not isinstance(config.sequence_parallel, bool) and config.sequence_parallel < 2:
+        raise ConfigError(
+            f"trainer.sequence_parallel must be true, false or 2 or more processes, got {config.sequence_parallel}"
+        )
     if config.strategy == "fsdp2" and config.ema_decay:
         raise ConfigError("trainer.ema_decay can't average weights that strategy=fsdp2 shards; leave one of them out")
 
@@ -252,6 +262,8 @@ def _optional_callbacks(config: TrainerConfig, folder: Path, monitor: str) -> li
         callbacks.append(RedrawProjections(config.redraw_every_steps))
     if config.checkpoint_every_steps:
         callbacks.append(StepCheckpoint(folder / "checkpoints" / "last.ckpt", config.checkpoint_every_steps))
+    if config.sequence_parallel:
+        callbacks.append(SequenceParallel(None if config.sequence_parallel is True else config.sequence_parallel))
     return callbacks
 
 
@@ -315,6 +327,9 @@ def lightning_trainer(
 def _devices(devices: int | str | list[int], accelerator: str) -> int | str | list[int]:
     """Return devices as Lightning takes them: on a CPU, whose processes have no indices, their number."""
     on_cpu = accelerator == "cpu" or (accelerator == "auto" and not torch.accelerator.is_available())
+    if on_cpu and devices == "auto" and dist.is_torchelastic_launched():
+        # Lightning would take one process, and refuse that torchrun has started more.
+        return int(os.environ["LOCAL_WORLD_SIZE"])
     return len(devices) if isinstance(devices, list) and on_cpu else devices
 
 

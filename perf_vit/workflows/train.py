@@ -20,6 +20,7 @@ from perf_vit.errors import ConfigError, DataWarning, OptionError, extra, parsin
 with extra("train", "training"):
     from perf_vit.config import Config, Overrides, config_value, load_config
     from perf_vit.tasks import TileFit, build_trainer, fit_max_tile
+    from perf_vit.tasks.sequence_parallel import check_sequence_parallel
     from perf_vit.workflows.progress import progress_shown
     from perf_vit.workflows.registry import TASKS
     from perf_vit.workflows.reports.training import REPORT, write_training_report
@@ -161,6 +162,7 @@ def train_run(config: TaskRunConfig, *, progress: bool = True) -> Run:
         draw=task.draw,
         seed=config.seed,
     )
+    check_sequence_parallel(trainer, module)
     if task.prepare_data is not None:
         data = task.prepare_data(config, data, module, run.path)
     # A task of one's own may have other keys of data.
