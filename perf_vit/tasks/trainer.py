@@ -305,6 +305,7 @@ def lightning_trainer(
             precision=precision,
             accelerator=accelerator,
             devices=_devices(devices, accelerator),
+            num_nodes=_num_machines(),
             # Bilinear resizing has no deterministic backward on CUDA, so warn instead of raising.
             deterministic="warn",
             default_root_dir=folder,
@@ -331,6 +332,13 @@ def _devices(devices: int | str | list[int], accelerator: str) -> int | str | li
         # Lightning would take one process, and refuse that torchrun has started more.
         return int(os.environ["LOCAL_WORLD_SIZE"])
     return len(devices) if isinstance(devices, list) and on_cpu else devices
+
+
+def _num_machines() -> int:
+    """Return the number of machines on which torchrun has started processes; 1 without torchrun."""
+    if not dist.is_torchelastic_launched():
+        return 1
+    return int(os.environ["WORLD_SIZE"]) // int(os.environ["LOCAL_WORLD_SIZE"])
 
 
 def best_and_last(folder: Path, monitor: str) -> list[Callback]:

@@ -42,7 +42,7 @@ def test_runs_of_torchrun_and_of_two_devices_equal_one_process(tmp_path: Path) -
     started = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "-m", "perf_vit"]
     together = "trainer.sequence_parallel=true"
     run(alone, *train_args(scene, tmp_path / "one", *OPTIONS, "trainer.devices=1"))
-    run(started, *train_args(scene, tmp_path / "torchrun", *OPTIONS, together))
+    run(started, *train_args(scene, tmp_path / "torchrun", *OPTIONS, together, "trainer.devices=auto"))
     run(alone, *train_args(scene, tmp_path / "devices", *OPTIONS, together, "trainer.devices=2"))
     one = rows(tmp_path / "one")
     assert len(one) == 2
