@@ -328,15 +328,19 @@ def lightning_trainer(
 def _devices(devices: int | str | list[int], accelerator: str) -> int | str | list[int]:
     """Return devices as Lightning takes them: on a CPU, whose processes have no indices, their number."""
     on_cpu = accelerator == "cpu" or (accelerator == "auto" and not torch.accelerator.is_available())
-    if on_cpu and devices == "auto" and dist.is_torchelastic_launched():
+    if on_cpu and devices == "auto" and _is_torchrun():
         # Lightning would take one process, and refuse that torchrun has started more.
         return int(os.environ["LOCAL_WORLD_SIZE"])
     return len(devices) if isinstance(devices, list) and on_cpu else devices
 
 
+def _is_torchrun() -> bool:
+    return dist.is_available() and dist.is_torchelastic_launched()
+
+
 def _num_machines() -> int:
     """Return the number of machines on which torchrun has started processes; 1 without torchrun."""
-    if not dist.is_torchelastic_launched():
+    if not _is_torchrun():
         return 1
     return int(os.environ["WORLD_SIZE"]) // int(os.environ["LOCAL_WORLD_SIZE"])
 
