@@ -236,7 +236,7 @@ class EpochDataModule(lightning.LightningDataModule):
         """
         if self.global_batch_size is None:
             return self.batch_size
-        num_processes = rank_and_world_size()[1]
+        num_processes = sample_rank_and_world_size()[1]
         if self.global_batch_size % num_processes:
             nearest = max(1, round(self.global_batch_size / num_processes)) * num_processes
             raise ConfigError(

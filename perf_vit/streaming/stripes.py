@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -17,11 +18,13 @@ from torch.nn.modules.dropout import _DropoutNd
 from perf_vit.errors import CheckpointError, ConfigError
 from perf_vit.layers.mixer import Mixer
 from perf_vit.models import Segmenter, backbone_body
+from perf_vit.models.heads.parts import GridPart, Reach
 from perf_vit.models.valid_tokens import MaskedFeatures, forward_maps, key_mask
 from perf_vit.ops.stripes import Stripe
 from perf_vit.ops.windows import WindowGrid, split_dim
 from perf_vit.streaming.forward import check_blocks
 from perf_vit.streaming.processes import Processes
+from perf_vit.types import Window
 
 __all__ = ["StripedSegmenter", "check_striped"]
 
@@ -94,7 +97,11 @@ class StripedSegmenter:
         with torch.set_grad_enabled(torch.is_grad_enabled() and not model.is_backbone_frozen):
             maps = forward_maps(model.backbone, self.own(image), None, attn_mask=mask)
         seen = image[:, :, cut.first_seen * patch[0] : cut.stop_seen * patch[0]]
-        logits: Tensor = model.head(self._with_neighbours(maps, cut), seen)
+        options = {}
+        if "part" in inspect.signature(model.head.forward).parameters:
+            window = Window(cut.first_seen, 0, cut.stop_seen - cut.first_seen, columns)
+            options = {"part": GridPart(window, (cut.rows, columns))}
+        logits: Tensor = model.head(self._with_neighbours(maps, cut), seen, **options)
         first, number = (cut.first - cut.first_seen) * patch[0], (cut.stop - cut.first) * patch[0]
         return logits[:, :, first : first + number]
 
@@ -173,8 +180,7 @@ def check_striped(model: Segmenter, size_px: int, number: int) -> None:
     Raises:
         ConfigError: It can't; the message names the layer or the option.
     """
-    start = "trainer.sequence_parallel needs"
-    body, name = _body(model), type(model.head).__name__
+    start, body = "trainer.sequence_parallel needs", _body(model)
     if not isinstance(model.backbone, MaskedFeatures) or not getattr(body, "dynamic_img_size", False):
         raise ConfigError(f"{start} a plain ViT of any image size as model.backbone, got {type(body).__name__}")
     height, width = _patch_px(body)
@@ -183,10 +189,7 @@ def check_striped(model: Segmenter, size_px: int, number: int) -> None:
         check_blocks(body, grid)
     except CheckpointError as error:
         raise ConfigError(f"{start} a model.backbone whose attention is made of sums: {error}") from error
-    if not hasattr(model.head, "reach_px"):
-        raise ConfigError(
-            f"{start} a head with a bounded view, got {name}; set model.head to full_resolution or linear"
-        )
+    _reach(model)
     for layer, module in model.named_modules():
         if isinstance(module, _BatchNorm) and module.training:
             hint = "model.head_kwargs={norm: group}" if layer.startswith("head.") else "model.freeze_norms=true"
@@ -198,15 +201,15 @@ def check_striped(model: Segmenter, size_px: int, number: int) -> None:
 
 
 def _check_size(model: Segmenter, size_px: int, grid: tuple[int, int], number: int) -> None:
-    head: Any = model.head
     halo, together = _halo_rows(model), _rows_together(model, grid)
     groups, needed = -(-grid[0] // together), -(-halo // together)
     # The last group of rows may be incomplete.
     shortest = min(groups // number * together, grid[0] - groups * (number - 1) // number * together)
-    if size_px % head.size_multiple or shortest < max(1, halo):
+    multiple = _rows_of_head(model) * _patch_px(_body(model))[0]
+    if size_px % multiple or shortest < max(1, halo):
         least = number * needed * together * _patch_px(_body(model))[0]
         raise ConfigError(
-            f"trainer.sequence_parallel needs a data.tile_px that is a multiple of {head.size_multiple} and "
+            f"trainer.sequence_parallel needs a data.tile_px that is a multiple of {multiple} and "
             f"gives each of {number} processes {needed} times {together} rows of patches, about {least}, got {size_px}"
         )
 
@@ -228,13 +231,28 @@ def _rows_together(model: Segmenter, grid: tuple[int, int]) -> int:
 
 
 def _rows_of_head(model: Segmenter) -> int:
-    head: Any = model.head
-    patch = _patch_px(_body(model))[0]
-    return int(math.lcm(patch, head.size_multiple) // patch)
+    return _reach(model).multiple
 
 
 def _halo_rows(model: Segmenter) -> int:
     """Return the number of rows of tokens above and below a stripe that the head sees."""
+    reach = _reach(model)
+    return -(-reach.margin // reach.multiple) * reach.multiple
+
+
+def _reach(model: Segmenter) -> Reach:
+    """Return how far the head looks, but for group norms, whose sums cross.
+
+    Raises:
+        ConfigError: It needs whole tiles.
+    """
     head: Any = model.head
-    step = _rows_of_head(model)
-    return int(-(-head.reach_px // (_patch_px(_body(model))[0] * step)) * step)
+    try:
+        reach: Reach = head.reach()
+    except (AttributeError, ValueError) as error:
+        name = type(head).__name__
+        raise ConfigError(
+            f"trainer.sequence_parallel needs a head that sees a part of a tile, got {name}; set model.head to "
+            "full_resolution, segformer or linear"
+        ) from error
+    return reach

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from perf_vit.errors import ConfigError
 from perf_vit.models import SegmentationModelConfig, SegmentationSpec, Segmenter, build_segmenter
+from perf_vit.models.heads.parts import Reach
 from perf_vit.streaming.stripes import StripedSegmenter, check_striped
 from perf_vit.transforms import Normalizer
 
@@ -31,6 +32,13 @@ BACKBONES = {
     "clustered rope": ("clustered_vit_rope_small_patch16_224", {"attn_kwargs": CLUSTERED}),
 }
 
+HEADS = {
+    "linear": {},
+    "upernet": {},
+    "full_resolution": {"norm": "group", "channels": [2, 2, 4]},
+    "segformer": {"norm": "group", "channels": 8, "drop_rate": 0.0},
+}
+
 
 def build(
     name: str, tile_px: int, head: str = "linear", *, patch: int | None = None, attn: dict | None = None, **options
@@ -44,7 +52,7 @@ def build(
         backbone_kwargs={**SMALL, **kwargs, "attn_kwargs": {**kwargs["attn_kwargs"], **(attn or {})}, **more},
         out_indices=[0, 2],
         head=head,
-        head_kwargs={"norm": "group", "channels": [2, 2, 4]} if head == "full_resolution" else {},
+        head_kwargs=HEADS[head],
         **options,
     )
     spec = SegmentationSpec(classes=("a", "b", "c"), normalizer=Normalizer((0.0,) * 3, (1.0,) * 3), tile_px=tile_px)
@@ -104,9 +112,16 @@ def test_logits_and_gradients_equal_those_of_one_process(name: str, with_holes: 
     assert_equal(build(name, size), *tiles(size, with_holes), 2)
 
 
-@pytest.mark.parametrize(("name", "number", "size"), [("performer", 3, 192), ("clustered rope", 2, 192)])
-def test_heads_see_their_neighbours_rows_and_norms_the_whole_tile(name: str, number: int, size: int) -> None:
-    assert_equal(build(name, size, "full_resolution"), *tiles(size, True), number)
+@pytest.mark.parametrize(
+    ("name", "head", "number", "size"),
+    [
+        ("performer", "full_resolution", 3, 240),
+        ("clustered rope", "full_resolution", 2, 192),
+        ("rope", "segformer", 2, 256),
+    ],
+)
+def test_heads_see_their_neighbours_rows_and_norms_the_whole_tile(name: str, head: str, number: int, size: int) -> None:
+    assert_equal(build(name, size, head), *tiles(size, True), number)
 
 
 def test_patches_of_14_px_are_cut_where_the_heads_steps_meet() -> None:
@@ -138,7 +153,7 @@ def test_traffic_of_blocks_does_not_depend_on_the_size_of_tiles(name: str) -> No
     for size in (48, 96, 192) if name == "clustered" else (64, 128, 256):
         model = build(name, size)
         # Of the head, rows at the edges of stripes cross, as wide as the tile.
-        model.head.reach_px = 0
+        model.head.reach = lambda: Reach(0)
         sent.append(shared(model, *tiles(size, False), 2)[2][0])
     (forward, both) = sent[0]
     blocks, heads, head_dim, features, itemsize, batch = 3, 2, 16, 24, 8, 2
@@ -177,7 +192,7 @@ def _begun_and_ended(model: Segmenter, processes) -> None:
             "performer",
             "upernet",
             None,
-            "a head with a bounded view, got UPerNetHead; set model.head to full_resolution",
+            "a head that sees a part of a tile, got UPerNetHead; set model.head to full_resolution",
         ),
         ("performer", "full_resolution", "batch", r"got batch norm in head\.\S+; set model.head_kwargs={norm: group}"),
         ("performer", "linear", "dropout", r"without dropout, got 0\.2 in head\.classifiers\.0\.1; set it to 0"),

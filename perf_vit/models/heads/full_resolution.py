@@ -37,10 +37,6 @@ class FullResolutionHead(nn.Module):
         drop_rate: Dropout before the classifier.
         norm: "batch" or "group"; group norm is independent of the other tiles of a batch and of its distribution over
             devices.
-
-    Attributes:
-        reach_px: Largest distance in pixels at which a pixel or token changes an output, but for group norms.
-        size_multiple: Multiple of the rows at which an image may be cut into parts.
     """
 
     def __init__(
@@ -71,9 +67,6 @@ class FullResolutionHead(nn.Module):
         self.fuse = nn.ModuleList(
             _conv_norm_act(widths[step + 1] + widths[step], widths[step], norm) for step in reversed(range(num_steps))
         )
-        # A 3 x 3 convolution of the tokens, and for each step a resize from the coarser map and a convolution.
-        self.reach_px = stride + 3 * (2**num_steps - 1)
-        self.size_multiple = 2 ** max(0, num_steps - 1)
         self.drop = nn.Dropout2d(drop_rate)
         self.classifier = nn.Conv2d(widths[0], num_classes, 1)
 

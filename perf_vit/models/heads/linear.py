@@ -29,10 +29,6 @@ class LinearHead(nn.Module):
         in_chans: Number of bands of the image, which is not used.
         num_classes: Number of output channels.
         drop_rate: Dropout of whole feature channels.
-
-    Attributes:
-        reach_px: Largest distance in pixels at which a pixel or token changes an output.
-        size_multiple: Multiple of the rows at which an image may be cut into parts.
     """
 
     def __init__(
@@ -44,7 +40,6 @@ class LinearHead(nn.Module):
             nn.Sequential(LayerNorm2d(spec.channels), nn.Dropout2d(drop_rate), nn.Conv2d(spec.channels, num_classes, 1))
             for spec in feature_specs
         )
-        self.reach_px = self.size_multiple = max(spec.stride for spec in feature_specs)
 
     def reach(self) -> Reach:
         """Return how far the head looks: to the next token."""
