@@ -49,7 +49,10 @@ def test_runs_of_torchrun_and_of_two_devices_equal_one_process(tmp_path: Path) -
     expected = torch.load(tmp_path / "one" / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"]
     for name in ("torchrun", "devices"):
         for ours, theirs in zip(rows(tmp_path / name), one, strict=True):
-            assert ours == pytest.approx(theirs, abs=1e-5, rel=1e-4)
+            losses = {key for key in theirs if "loss" in key}
+            assert {key: ours[key] for key in losses} == pytest.approx({key: theirs[key] for key in losses}, abs=1e-5)
+            # Weights that differ in their last digits decide a pixel or two otherwise.
+            assert ours == pytest.approx(theirs, abs=1e-3)
         found = torch.load(tmp_path / name / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"]
         assert found.keys() == expected.keys()
         # Adam's first steps are signs of gradients, so weights whose gradient is about 0 may differ by twice a step.
