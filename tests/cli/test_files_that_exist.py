@@ -106,7 +106,7 @@ def place(tmp_path, monkeypatch) -> Path:
     return tmp_path
 
 
-@pytest.mark.parametrize("overwrite", [[], ["--overwrite"]])
+@pytest.mark.parametrize("overwrite", [pytest.param([], marks=pytest.mark.slow), ["--overwrite"]])
 @pytest.mark.parametrize(("command", "message"), EXAMPLES)
 def test_an_input_by_any_way_to_name_it_is_refused(
     place, capsys, command: str, message: str, overwrite: list[str]

@@ -66,7 +66,7 @@ def test_training_and_evaluation_read_labels_alike(
         *options,
     ]
     # One of the runs is long enough to learn.
-    longer = ["trainer.max_epochs=4", "data.tiles_per_epoch=64", "optim.lr=0.005"] if "tif" in labels else []
+    longer = ["trainer.max_epochs=4", "data.tiles_per_epoch=40", "optim.lr=0.005"] if "tif" in labels else []
     assert call(["train", *args, *longer]) == 0
     base = ["--checkpoint", run / "checkpoints" / "last.ckpt", "--input", seven_bands / "seven.tif"]
 

@@ -60,8 +60,9 @@ class Case:
 
 
 def write_image(path: Path, height: int, seed: int) -> Path:
-    """A raster of three bands, 64 px wide."""
-    pixels = np.random.default_rng(seed).integers(1, 255, (3, height, 64)).astype(np.uint8)
+    """A raster of three bands, 64 px wide, of squares: noise has a polygon for each pixel."""
+    squares = np.random.default_rng(seed).integers(1, 255, (3, -(-height // 4), 16)).astype(np.uint8)
+    pixels = squares.repeat(4, 1).repeat(4, 2)[:, :height]
     profile = {"driver": "GTiff", "height": height, "width": 64, "count": 3, "dtype": "uint8", "crs": "EPSG:32636"}
     path.parent.mkdir(parents=True, exist_ok=True)
     with rasterio.open(path, "w", transform=Affine(1, 0, 5e5, 0, -1, 4e6), **profile) as file:

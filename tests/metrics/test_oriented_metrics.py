@@ -99,7 +99,7 @@ def measure(images: list[tuple[Detections, ObjectLabels]], **kwargs) -> dict[str
 
 @pytest.mark.parametrize(
     ("num_images", "num_cases"),
-    [(1, 300), (7, 50), *(pytest.param(*each, marks=pytest.mark.slow) for each in ((1, 850), (7, 150)))],
+    [(1, 120), (7, 20), *(pytest.param(*each, marks=pytest.mark.slow) for each in ((1, 850), (7, 150)))],
 )
 def test_precision_is_that_of_a_walk_over_polygons(num_images, num_cases) -> None:
     rng = np.random.default_rng(num_images)

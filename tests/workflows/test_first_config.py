@@ -211,7 +211,9 @@ def test_a_coco_file() -> None:
     assert sorted(names[0] + names[1]) == [f"{n}.png" for n in range(6)]
     assert len(names[1]) == 1
     assert [path.name for path in made.files] == ["cells_train.txt", "cells_val.txt"]
-    run_commands(made, *FEW, "model.strides=[8]", "model.channels=64", "data.batch_size=2")
+    run_commands(
+        made, *FEW, "model.backbone=test_resnet", "model.strides=[8]", "model.channels=64", "data.batch_size=2"
+    )
 
 
 def test_a_voc_folder_and_one_of_yolo() -> None:
