@@ -100,7 +100,7 @@ class SequenceParallel(lightning.Callback):
 
 
 def check_sequence_parallel(trainer: lightning.Trainer, task: lightning.LightningModule) -> None:
-    """Check that a run fits `trainer.sequence_parallel`, if it is set.
+    """Check that a run fits `trainer.sequence_parallel`.
 
     Args:
         trainer: Trainer of the run.

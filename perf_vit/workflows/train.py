@@ -162,7 +162,8 @@ def train_run(config: TaskRunConfig, *, progress: bool = True) -> Run:
         draw=task.draw,
         seed=config.seed,
     )
-    check_sequence_parallel(trainer, module)
+    if config.trainer.sequence_parallel:
+        check_sequence_parallel(trainer, module)
     if task.prepare_data is not None:
         data = task.prepare_data(config, data, module, run.path)
     # A task of one's own may have other keys of data.
