@@ -69,7 +69,7 @@ class DenseOutput:
             nodata=self.nodata,
             band_names=tuple(self.band_names),
             scale=self.scale,
-            overviews=self.overviews,
+            overviews=self.overviews or ("average" if self.colormap is None else "nearest"),
         )
 
     def map_layout(self, source: Source, tags: Mapping[str, str]) -> RasterLayout:

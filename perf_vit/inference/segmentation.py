@@ -84,6 +84,7 @@ class MapWork:
             self.store: StripStore | HeldRows | None = None
             if self._journal is not None:
                 self.store = self.job.store(self._journal.folder.absolute())
+                self._working.callback(self.store.close)
             self._stack = stack.pop_all()
 
     def __enter__(self) -> Self:

@@ -63,6 +63,11 @@ class RasterLayout:
         object.__setattr__(self, "band_names", names)
         object.__setattr__(self, "tags", {xml_text(key): xml_text(value) for key, value in self.tags.items()})
 
+    @property
+    def resampling(self) -> Literal["nearest", "average"]:
+        """Resampling of overviews."""
+        return self.overviews or ("nearest" if self.colormap else "average")
+
     def profile(self, height: int | None = None) -> dict[str, Any]:
         """Return rasterio's creation options for the whole raster or for some rows."""
         return {
@@ -148,21 +153,14 @@ class HeldRows:
         self.pixels[:, rows] = block
         self._missing[rows] = False
 
+    def close(self) -> None:
+        """Do nothing, as all is in memory."""
+
     def gaps(self, start: int, stop: int) -> list[tuple[int, int]]:
         """Return the missing rows of [start, stop) as (first, stop) pairs, from top to bottom."""
         missing = np.concatenate([[False], self._missing[start:stop], [False]])
         edges = np.flatnonzero(missing[1:] != missing[:-1]) + start
         return list(zip(edges[::2].tolist(), edges[1::2].tolist(), strict=True))
-
-    def copy_to(self, path: str, layout: RasterLayout) -> None:
-        """Write a plain GeoTIFF of a layout with all metadata.
-
-        Raises:
-            OutputError: Rows are missing.
-        """
-        layout.check_complete(self.gaps(0, layout.height), self._path)
-        with layout.create(path, {}) as dataset:
-            dataset.write(self.pixels)
 
 
 def holds_layout(path: Path, layout: RasterLayout, *, other_tags: Container[str] = ()) -> bool:

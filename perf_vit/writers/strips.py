@@ -6,8 +6,10 @@ import functools
 import os
 import re
 import uuid
-import xml.etree.ElementTree as ET
 import zlib
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,17 +17,18 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import rasterio
-import rasterio.shutil
 from affine import Affine
 
 from perf_vit.errors import OutputError
 from perf_vit.sources._gdal import GDAL_ERRORS, plain_images_allowed, reason_of
-from perf_vit.writers.layout import RasterLayout
+from perf_vit.writers.layout import BLOCK_PX, RasterLayout
+from perf_vit.writers.pyramid import Pyramid
 
-__all__ = ["StoredStrip", "StripStore", "fast_compression"]
+__all__ = ["StoredStrip", "StripStore"]
 
 _NAME = re.compile(r"rows_(\d+)_(\d+)_([0-9a-f]{8})\.tif")
-_BLOCK_PX = 512
+# Rows of wide maps of many bands are compressed once the model's memory is free.
+_EARLY_BYTES = 1 << 26
 # TIFF tile sizes are multiples of 16.
 _BLOCK_STEP_PX = 16
 
@@ -50,24 +53,34 @@ class StoredStrip:
 class StripStore:
     """Folder of full-width strips, written in any order; complete strips survive a crash.
 
+    Whoever has written strips calls `close` at the end, which leaves them where they are.
+
     Several processes may write to the same folder.
 
     Args:
         folder: Existing folder.
-        layout: Layout of the whole raster.
+        layout: Layout of the whole raster; its tags and colours don't matter.
         path: Name of the output, for errors.
+        encode_early: Compress the final blocks in a thread as soon as their rows are stored, where this takes little
+            memory. Only for the process that finishes the map.
 
     Attributes:
         folder: Folder as given.
     """
 
-    def __init__(self, folder: Path, layout: RasterLayout, path: Path) -> None:
+    def __init__(self, folder: Path, layout: RasterLayout, path: Path, *, encode_early: bool = False) -> None:
         self.folder = folder
         self._layout = layout
         self._path = path
+        block_row_bytes = layout.num_bands * layout.width * BLOCK_PX * layout.dtype.itemsize
+        self._encodes_early = encode_early and block_row_bytes <= _EARLY_BYTES
+        self._encoder: ThreadPoolExecutor | None = None
+        self._encoding: Future[None] | None = None
+        self._pyramid: Pyramid | None = None
+        self._is_closed = False
 
     def write(self, row: int, block: npt.NDArray[Any]) -> None:
-        """Write a strip of rows.
+        """Write a strip of rows, as several files where it is part of several rows of blocks.
 
         Args:
             row: First row of the strip.
@@ -77,14 +90,40 @@ class StripStore:
             OutputError: The strip has another shape or dtype or exceeds the raster, or the disk is full.
         """
         self._layout.check_rows(row, block, self._path)
-        block = np.ascontiguousarray(block)
-        name = f"rows_{row:010d}_{block.shape[1]:05d}_{zlib.crc32(block.data):08x}.tif"
-        try:
-            with rasterio.MemoryFile() as memory:
-                self._encode(memory, block)
-                self._write_file(name, memory.getbuffer())
-        except (*GDAL_ERRORS, OSError) as error:
-            raise OutputError(f"can't write {self._path}: {reason_of(error)}; is the disk full?") from error
+        with self._refusing():
+            for first in range(row - row % BLOCK_PX, row + block.shape[1], BLOCK_PX):
+                start = max(first, row)
+                self._write(start, block[:, start - row : first + BLOCK_PX - row])
+            if self._encodes_early:
+                self._encode_later()
+
+    def pyramid(self) -> Pyramid:
+        """Return the compressed blocks of all rows; the caller closes it.
+
+        Raises:
+            OutputError: A strip has changed on disk, or the disk is full.
+        """
+        with self._refusing():
+            if self._encoder is not None:
+                self._encoder.shutdown()
+                self._encoder = None
+            if self._encoding is not None:
+                self._encoding.result()
+                self._encoding = None
+            self._encode_ready()
+            pyramid, self._pyramid = self._pyramid, None
+        assert pyramid is not None
+        assert pyramid.is_complete
+        return pyramid
+
+    def close(self) -> None:
+        """Stop compressing, and give up blocks that nobody has asked for."""
+        self._is_closed = True
+        if self._encoder is not None:
+            self._encoder.shutdown(cancel_futures=True)
+        if self._pyramid is not None:
+            self._pyramid.close()
+        self._encoder = self._encoding = self._pyramid = None
 
     def strips(self) -> list[StoredStrip]:
         """Return the stored strips, from top to bottom."""
@@ -104,51 +143,65 @@ class StripStore:
             start = max(start, strip.row + strip.num_rows)
         return [*missing, (start, stop)] if start < stop else missing
 
-    def mosaic(self, layout: RasterLayout) -> Path:
-        """Write a VRT of all strips into the folder, and return its path.
+    def _encode_later(self) -> None:
+        """Have a thread compress the blocks whose rows are stored."""
+        if self._encoding is not None:
+            if not self._encoding.done():
+                # It looks for further rows itself; those that it misses come with the next strip.
+                return
+            self._encoding.result()
+        if self._encoder is None:
+            self._encoder = ThreadPoolExecutor(1, thread_name_prefix="perf_vit-encoder")
+        self._encoding = self._encoder.submit(self._encode_ready)
 
-        Args:
-            layout: Layout of the raster with all its metadata.
+    def _encode_ready(self) -> None:
+        """Compress the blocks whose rows are stored, from top to bottom."""
+        if self._pyramid is None:
+            self._pyramid = Pyramid(self._layout, self.folder)
+        while not (self._is_closed or self._pyramid.is_complete or self.gaps(*self._pyramid.next_rows)):
+            self._pyramid.add(self._read(*self._pyramid.next_rows))
+
+    def _read(self, start: int, stop: int) -> npt.NDArray[Any]:
+        """Return stored rows [C, stop - start, width].
 
         Raises:
-            OutputError: Rows are missing, or the disk is full.
+            OutputError: A strip has changed on disk.
         """
-        layout.check_complete(self.gaps(0, layout.height), self._path)
-        template, mosaic = self.folder / "template.tif", self.folder / "mosaic.vrt"
-        try:
-            options = {"sparse_ok": True, "tiled": True, "blockxsize": 512, "blockysize": 512}
-            layout.create(str(template), options).close()
-            with plain_images_allowed():
-                rasterio.shutil.copy(template, mosaic, driver="VRT")
-            tree = ET.parse(mosaic)
-            for band, element in enumerate(tree.getroot().iter("VRTRasterBand"), 1):
-                self._fill(element, band)
-            tree.write(mosaic)
-        except (*GDAL_ERRORS, OSError, ET.ParseError) as error:
-            raise OutputError(f"can't write {self._path}: {reason_of(error)}; is the disk full?") from error
-        return mosaic
-
-    def _fill(self, element: ET.Element, band: int) -> None:
-        """Set the strips as sources of a VRT band."""
-        for source in [child for child in element if child.tag.endswith("Source")]:
-            element.remove(source)
-        width = str(self._layout.width)
+        rows = np.empty((self._layout.num_bands, stop - start, self._layout.width), self._layout.dtype)
         for strip in self.strips():
-            source = ET.SubElement(element, "SimpleSource")
-            ET.SubElement(source, "SourceFilename", relativeToVRT="1").text = strip.name
-            ET.SubElement(source, "SourceBand").text = str(band)
-            rows = str(strip.num_rows)
-            ET.SubElement(source, "SrcRect", xOff="0", yOff="0", xSize=width, ySize=rows)
-            ET.SubElement(source, "DstRect", xOff="0", yOff=str(strip.row), xSize=width, ySize=rows)
+            first, below = max(start, strip.row), min(stop, strip.row + strip.num_rows)
+            if first < below:
+                with rasterio.open(self.folder / strip.name) as file:
+                    block = file.read()
+                if zlib.crc32(block) != strip.checksum:
+                    raise OutputError(
+                        f"can't write {self._path}: rows from {strip.row} on differ on disk; is the disk full?"
+                    )
+                rows[:, first - start : below - start] = block[:, first - strip.row : below - strip.row]
+        return rows
+
+    @contextmanager
+    def _refusing(self) -> Iterator[None]:
+        try:
+            yield
+        except (*GDAL_ERRORS, OSError) as error:
+            raise OutputError(f"can't write {self._path}: {reason_of(error)}; is the disk full?") from error
+
+    def _write(self, row: int, block: npt.NDArray[Any]) -> None:
+        block = np.ascontiguousarray(block)
+        name = f"rows_{row:010d}_{block.shape[1]:05d}_{zlib.crc32(block.data):08x}.tif"
+        with rasterio.MemoryFile() as memory:
+            self._encode(memory, block)
+            self._write_file(name, memory.getbuffer())
 
     def _encode(self, memory: Any, block: npt.NDArray[Any]) -> None:
         """Encode as TIFF in memory: unlike GDAL, Python reports errors when a file is closed."""
         num_rows = block.shape[1]
-        tile_rows = min(_BLOCK_PX, -(-num_rows // _BLOCK_STEP_PX) * _BLOCK_STEP_PX)
-        tiles = {"tiled": True, "blockxsize": _BLOCK_PX, "blockysize": tile_rows}
+        tile_rows = min(BLOCK_PX, -(-num_rows // _BLOCK_STEP_PX) * _BLOCK_STEP_PX)
+        tiles = {"tiled": True, "blockxsize": BLOCK_PX, "blockysize": tile_rows}
         # Band interleaving, as pixel interleaving takes longer than compression.
         options = {"interleave": "band", **_compression(block.dtype), **tiles, **self._layout.profile(num_rows)}
-        # A dummy transform avoids rasterio's warning; the mosaic has the true one.
+        # A dummy transform avoids rasterio's warning.
         with memory.open(driver="GTiff", transform=Affine(1, 0, 1, 0, -1, 1), **options) as file:
             file.write(block)
 
@@ -162,11 +215,11 @@ class StripStore:
 
 
 def _compression(dtype: np.dtype[Any]) -> dict[str, Any]:
-    return {"compress": fast_compression(), "zlevel": 1, "zstd_level": 1, "predictor": 3 if dtype.kind == "f" else 2}
+    return {"compress": _fast_compression(), "zlevel": 1, "zstd_level": 1, "predictor": 3 if dtype.kind == "f" else 2}
 
 
 @functools.cache
-def fast_compression() -> str:
+def _fast_compression() -> str:
     """Return the fastest compression that this GDAL supports, zstd or deflate, for temporary files."""
     with rasterio.MemoryFile() as memory, plain_images_allowed():
         try:

@@ -11,6 +11,7 @@ from rio_cogeo.cogeo import cog_validate
 from perf_vit.errors import OutputError
 from perf_vit.sources import open_source
 from perf_vit.writers import CogWriter, RasterLayout
+from perf_vit.writers.pyramid import Level
 
 UTM = CRS.from_epsg(32637)
 PLACE = Affine(2.5, 0, 401_000.125, 0, -3.25, 4_510_000.5)
@@ -113,6 +114,31 @@ def test_overviews_of_a_map_without_colours_can_be_asked_for(tmp_path) -> None:
     _write(tmp_path / "map.tif", pixels, overviews="nearest")
     with rasterio.open(tmp_path / "map.tif", overview_level=0) as overview:
         assert set(np.unique(overview.read(1))) == {0, 200}
+
+
+def test_a_file_too_large_for_offsets_of_32_bits_is_a_bigtiff(tmp_path, monkeypatch) -> None:
+    pixels = np.random.default_rng(0).integers(0, 200, (3, 600, 1301)).astype(np.uint16)
+    _write(tmp_path / "small.tif", pixels, nodata=0)
+    monkeypatch.setattr("perf_vit.writers.cog_file._MOST_BYTES", 1000)
+    _write(tmp_path / "big.tif", pixels, nodata=0)
+    assert (tmp_path / "big.tif").read_bytes()[:4] == b"II\x2b\0"
+    assert cog_validate(tmp_path / "big.tif", strict=True) == (True, [], [])
+    with rasterio.open(tmp_path / "big.tif") as big, rasterio.open(tmp_path / "small.tif") as small:
+        assert np.array_equal(big.read(), pixels)
+        assert (big.crs, big.transform, big.nodata) == (small.crs, small.transform, small.nodata)
+
+
+def test_blocks_that_differ_on_disk_are_found(tmp_path, monkeypatch) -> None:
+    read = Level.append
+
+    def append(self: Level, block: bytes) -> None:
+        read(self, block)
+        self.checksum += 1
+
+    monkeypatch.setattr(Level, "append", append)
+    with pytest.raises(OutputError, match="blocks differ on disk"):
+        _write(tmp_path / "out.tif", np.ones((1, 50, 50), np.uint8))
+    assert list(tmp_path.iterdir()) == []
 
 
 def _write_part(path, pixels, block) -> None:

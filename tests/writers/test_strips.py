@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from perf_vit.errors import OutputError
-from perf_vit.writers import RasterLayout, StripStore
+from perf_vit.writers import RasterLayout, StripStore, write_cog
 
 HEIGHT = 40
 LAYOUT = RasterLayout(height=HEIGHT, width=3, num_bands=1, dtype=np.dtype("uint8"))
@@ -50,4 +50,56 @@ def test_a_raster_with_missing_rows_is_refused(tmp_path) -> None:
     store.write(0, _strip(10))
     store.write(30, _strip(10))
     with pytest.raises(OutputError, match=r"expected 40 rows for map.tif, got 20"):
-        store.mosaic(LAYOUT)
+        write_cog(store, LAYOUT, tmp_path / "map.tmp", Path("map.tif"))
+
+
+def _made(store: StripStore, layout: RasterLayout) -> bytes:
+    made = store.folder / "map.tmp"
+    write_cog(store, layout, made, Path("map.tif"))
+    return made.read_bytes()
+
+
+def test_the_map_is_the_same_however_its_rows_came(tmp_path) -> None:
+    pixels = np.random.default_rng(0).integers(0, 255, (2, 1301, 700)).astype(np.uint8)
+    layout = RasterLayout(height=1301, width=700, num_bands=2, dtype=pixels.dtype, nodata=9)
+    starts = list(range(0, 1301, 90))
+    orders = {"down": starts, "up": starts[::-1], "at once": [0]}
+    made = {}
+    for early in (False, True):
+        for name, rows in orders.items():
+            folder = tmp_path / f"{name} {early}"
+            folder.mkdir()
+            store = StripStore(folder, layout, Path("map.tif"), encode_early=early)
+            step = 1301 if name == "at once" else 90
+            for row in rows:
+                store.write(row, pixels[:, row : row + step])
+            made[name, early] = _made(store, layout)
+            store.close()
+            assert not [path for path in folder.iterdir() if not path.name.startswith(("rows_", "map.tmp"))]
+    assert len(set(made.values())) == 1
+
+
+def test_a_strip_that_changed_on_disk_is_found(tmp_path) -> None:
+    store = StripStore(tmp_path, LAYOUT, Path("map.tif"))
+    store.write(0, _strip(HEIGHT))
+    (good,) = tmp_path.iterdir()
+    store.write(0, 2 * _strip(HEIGHT))
+    (other,) = set(tmp_path.iterdir()) - {good}
+    other.replace(good)
+    with pytest.raises(OutputError, match="rows from 0 on differ on disk"):
+        write_cog(store, LAYOUT, tmp_path / "map.tmp", Path("map.tif"))
+
+
+def test_an_error_of_early_blocks_is_reported(tmp_path, monkeypatch) -> None:
+    layout = RasterLayout(height=600, width=20, num_bands=1, dtype=np.dtype("uint8"))
+    store = StripStore(tmp_path, layout, Path("map.tif"), encode_early=True)
+
+    def fail(*_: object) -> None:
+        raise OSError("no space left")
+
+    monkeypatch.setattr("perf_vit.writers.pyramid.encode_blocks", fail)
+    for row in (0, 512):
+        store.write(row, np.ones((1, min(512, 600 - row), 20), np.uint8))
+    with pytest.raises(OutputError, match="no space left"):
+        write_cog(store, layout, tmp_path / "map.tmp", Path("map.tif"))
+    store.close()

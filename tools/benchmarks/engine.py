@@ -3,7 +3,7 @@
 python tools/benchmarks/engine.py scene big.tif --height 20000 --width 20000
 python tools/benchmarks/engine.py memory big.tif small.tif
 python tools/benchmarks/engine.py overhead big.tif
-python tools/benchmarks/engine.py model small.tif
+python tools/benchmarks/engine.py model small.tif --name FOLDER --window-size 1022
 python tools/benchmarks/engine.py files folder --count 2000 --before CHECKOUT
 """
 
@@ -20,6 +20,7 @@ from typing import Annotated, Any
 
 import numpy as np
 import rasterio
+import rasterio.shutil
 import timm
 import torch
 import typer
@@ -27,6 +28,7 @@ from rasterio.windows import Window as RasterioWindow
 from torch import nn
 
 import perf_vit
+from perf_vit.conversion import load_converted
 from perf_vit.inference import DenseOutput, SegmentationPredictOptions, SegmentationPredictor, Strip
 from perf_vit.models import SegmentationSpec
 from perf_vit.sources import open_source
@@ -39,6 +41,8 @@ app = typer.Typer(add_completion=False, help=__doc__)
 
 # Deflate as maps of measurements have it; rasterio's defaults are level 6 and no predictor.
 _FAST = {"zlevel": 1, "predictor": 2}
+
+_MODEL = "performer_vit_small_patch16_224"
 
 Runs = Annotated[int, typer.Option(help="Repetitions; the median counts.")]
 WindowSize = Annotated[int, typer.Option(help="Side of a window, in pixels.")]
@@ -85,19 +89,20 @@ def map_once(path: Path, window_size: WindowSize = 1024, overlap: int = 256) -> 
 
 @app.command()
 def overhead(path: Path, runs: Runs = 3, window_size: WindowSize = 1024) -> None:
-    """Throughput with a stub model beside a bare loop of reads and writes of the same windows."""
+    """Throughput with a stub model beside bare loops of reads and writes of the same windows."""
     source = open_source(path)
     with tempfile.TemporaryDirectory(dir=path.parent) as folder:
-        bare, fast, engine = (Path(folder, name) for name in ("bare.tif", "fast.tif", "map.tif"))
+        bare, fast, cog, engine = (Path(folder, name) for name in ("bare.tif", "fast.tif", "cog.tif", "map.tif"))
         times = _alternate(
             {
                 "bare reads and writes": lambda: _copy_bare(path, bare, window_size),
                 "the same with the engine's compression": lambda: _copy_bare(path, fast, window_size, **_FAST),
+                "the same, copied to a COG": lambda: _copy_to_cog(path, cog, window_size),
                 "engine": lambda: _map_with_stub(path, engine, window_size, 0),
             },
             runs,
         )
-        sizes = ", ".join(f"{each.stat().st_size / 1e6:.0f}" for each in (bare, fast, engine))
+        sizes = ", ".join(f"{each.stat().st_size / 1e6:.0f}" for each in (bare, fast, cog, engine))
         typer.echo(f"files of {sizes} MB")
         with rasterio.open(bare) as a, rasterio.open(engine) as b:
             for row in range(0, source.height, window_size):
@@ -108,12 +113,17 @@ def overhead(path: Path, runs: Runs = 3, window_size: WindowSize = 1024) -> None
 
 @app.command()
 def model(
-    path: Path, runs: Runs = 3, window_size: WindowSize = 512, name: str = "performer_vit_small_patch16_224"
+    path: Path,
+    runs: Runs = 3,
+    window_size: WindowSize = 512,
+    name: Annotated[str, typer.Option(help="timm's name, or the folder of a converted model.")] = _MODEL,
 ) -> None:
     """Time of a real backbone in the engine beside its forwards alone, on the same tiles."""
     source = open_source(path)
     windows = grid_windows(source.extent, window_size, 0)
-    network = timm.create_model(name, img_size=window_size, in_chans=source.num_bands, num_classes=0).eval()
+    make = load_converted if Path(name).is_dir() else timm.create_model
+    network: Any = make(name, img_size=window_size, in_chans=source.num_bands, num_classes=0).eval()
+    prefix, patch_px = network.num_prefix_tokens, network.patch_embed.patch_size[0]
     tiles = [torch.from_numpy(_as_float(source.read(window)))[None] for window in windows]
 
     class Scores(_Stub):
@@ -121,9 +131,9 @@ def model(
             return scores(tiles)
 
     def scores(tiles: torch.Tensor) -> torch.Tensor:
-        tokens = network.forward_features(tiles)[:, 1:, :3].transpose(1, 2)
-        side = window_size // 16
-        return torch.nn.functional.interpolate(tokens.reshape(-1, 3, side, side), scale_factor=16.0)
+        tokens = network.forward_features(tiles)[:, prefix:, :3].transpose(1, 2)
+        side = window_size // patch_px
+        return torch.nn.functional.interpolate(tokens.reshape(-1, 3, side, side), scale_factor=float(patch_px))
 
     def alone() -> None:
         with torch.inference_mode():
@@ -247,13 +257,23 @@ def _map(model: Any, source: Source, out: Path, window_size: int, overlap: int) 
 def _copy_bare(path: Path, out: Path, window_size: int, **options: Any) -> None:
     with rasterio.open(path) as source:
         profile = {"driver": "GTiff", "tiled": True, "blockxsize": 512, "blockysize": 512, "compress": "deflate"}
+        profile |= options
         layout = {key: source.profile[key] for key in ("height", "width", "count", "dtype", "crs", "transform")}
-        with rasterio.open(out, "w", **layout, **profile, **options) as target:
+        with rasterio.open(out, "w", **layout, **profile) as target:
             for row in range(0, source.height, window_size):
                 for col in range(0, source.width, window_size):
                     size = min(window_size, source.width - col), min(window_size, source.height - row)
                     window = RasterioWindow(col, row, *size)
                     target.write(source.read(window=window), window=window)
+
+
+def _copy_to_cog(path: Path, out: Path, window_size: int) -> None:
+    """Write the kind of file that the engine writes: a loop, and GDAL's driver with all processors."""
+    tiles = out.with_suffix(".tiles.tif")
+    _copy_bare(path, tiles, window_size, compress="none")
+    options = {"compress": "deflate", "predictor": "yes", "level": 1, "blocksize": 512, "num_threads": "all_cpus"}
+    rasterio.shutil.copy(tiles, out, driver="COG", overview_resampling="average", **options)
+    tiles.unlink()
 
 
 def _as_float(image: GeoImage) -> Any:

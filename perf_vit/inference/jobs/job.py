@@ -372,8 +372,10 @@ class MapJob(Job):
     def store(self, folder: Path) -> StripStore | HeldRows:
         """Rows of the map, in a folder unless it is small."""
         # Tags, which take a look at all files of the source, are of the finished map.
-        store = StripStore if self.keeps_pieces else HeldRows
-        return store(folder, self.output.layout(self.source), self.out)
+        layout = self.output.layout(self.source)
+        if not self.keeps_pieces:
+            return HeldRows(folder, layout, self.out)
+        return StripStore(folder, layout, self.out, encode_early=not self.shared)
 
     def finish(self, journal: Journal, store: StripStore | HeldRows) -> tuple[DamagedPiece, ...]:
         """Make the map of all rows and put it under its name.

@@ -1,0 +1,169 @@
+"""Compressed blocks of a raster and its overviews, added from top to bottom."""
+
+from __future__ import annotations
+
+import struct
+import tempfile
+import zlib
+from collections import deque
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+
+from perf_vit.threads import num_processors
+from perf_vit.writers.blocks import encode_blocks, parts_to_encode
+from perf_vit.writers.halving import Array, half_average, half_nearest
+from perf_vit.writers.layout import BLOCK_PX, RasterLayout
+
+__all__ = ["Level", "Pyramid"]
+
+# Blocks of a small map stay in memory.
+_BYTES_IN_MEMORY = 1 << 20
+
+# Parts of rows of blocks that wait for each thread, so that none is idle while the next rows are read.
+_PARTS_AHEAD = 2
+
+
+class Level:
+    """Compressed blocks of one resolution, row by row, in a temporary file that nobody else sees.
+
+    Each block lies between its size and a copy of its last four bytes, as in a Cloud-Optimised GeoTIFF.
+
+    Args:
+        height: Number of rows of pixels.
+        width: Number of columns of pixels.
+        folder: Existing folder for the file.
+
+    Attributes:
+        height: As given.
+        width: As given.
+        file: Blocks so far.
+        sizes: Bytes of each block, without what surrounds it.
+        checksum: CRC-32 of the file.
+    """
+
+    def __init__(self, height: int, width: int, folder: Path) -> None:
+        self.height, self.width = height, width
+        self.sizes: list[int] = []
+        self.checksum = 0
+        self.file = tempfile.SpooledTemporaryFile(_BYTES_IN_MEMORY, dir=str(folder))  # noqa: SIM115  (lives as long as this)
+        self._rows: list[Array] = []
+        self._num_taken = 0
+        self._last: Array | None = None
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of the file."""
+        return sum(self.sizes) + 8 * len(self.sizes)
+
+    def offsets(self, start: int) -> Iterator[int]:
+        """Yield where each block lies if the file's content begins at `start`."""
+        for size in self.sizes:
+            yield start + 4
+            start += size + 8
+
+    def append(self, block: bytes) -> None:
+        """Append a block.
+
+        Raises:
+            OSError: The disk is full.
+        """
+        content = struct.pack("<I", len(block)) + block + block[-4:]
+        self.file.write(content)
+        self.checksum = zlib.crc32(content, self.checksum)
+        self.sizes.append(len(block))
+
+    def take(self, rows: Array) -> tuple[Array, Array | None, int] | None:
+        """Take the next rows, and return a row of blocks once it is full: its rows, the row above, and the first."""
+        self._rows.append(rows)
+        num_rows = sum(part.shape[1] for part in self._rows)
+        first, above = self._num_taken, self._last
+        if num_rows < min(BLOCK_PX, self.height - first):
+            return None
+        block = self._rows[0] if len(self._rows) == 1 else np.concatenate(self._rows, axis=1)
+        self._rows, self._num_taken, self._last = [], first + num_rows, block[:, -1:].copy()
+        return block, above, first
+
+
+class Pyramid:
+    """Compressed blocks of a raster and of its overviews, each of half the resolution of the one before.
+
+    Args:
+        layout: Layout of the raster.
+        folder: Existing folder for temporary files, which vanish with this object or its process.
+
+    Attributes:
+        levels: Resolutions, the raster's own first; the last fits into a block.
+        num_rows: Rows added so far.
+    """
+
+    def __init__(self, layout: RasterLayout, folder: Path) -> None:
+        self._layout = layout
+        self._pool = ThreadPoolExecutor(num_processors(), thread_name_prefix="perf_vit-compressor")
+        self._encoding: deque[tuple[Level, Future[list[bytes]]]] = deque()
+        self.num_rows = 0
+        height, width = layout.height, layout.width
+        self.levels = [Level(height, width, folder)]
+        while max(height, width) > BLOCK_PX:
+            height, width = -(-height // 2), -(-width // 2)
+            self.levels.append(Level(height, width, folder))
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether all rows were added."""
+        return self.num_rows == self._layout.height
+
+    @property
+    def next_rows(self) -> tuple[int, int]:
+        """First row to add next, and the first after these."""
+        return self.num_rows, min(self.num_rows + BLOCK_PX, self._layout.height)
+
+    def add(self, rows: Array) -> None:
+        """Add the rows `next_rows`, [C, h, w].
+
+        Raises:
+            OSError: The disk is full.
+        """
+        self.num_rows += rows.shape[1]
+        for level in self.levels:
+            taken = level.take(rows)
+            if taken is None:
+                return
+            block, above, first = taken
+            self._encode(level, block)
+            if level is not self.levels[-1]:
+                rows = self._half(block, above, first, (level.height, level.width))
+
+    def close(self) -> None:
+        """Remove the temporary files."""
+        self._pool.shutdown(cancel_futures=True)
+        for level in self.levels:
+            level.file.close()
+
+    def finish(self) -> None:
+        """Wait for the last blocks.
+
+        Raises:
+            OSError: The disk is full.
+        """
+        while self._encoding:
+            self._append_next()
+
+    def _encode(self, level: Level, rows: Array) -> None:
+        """Have threads encode a row of blocks, and append the first of those that are on their way."""
+        for part in parts_to_encode(rows):
+            self._encoding.append((level, self._pool.submit(encode_blocks, part, self._layout)))
+        while len(self._encoding) > _PARTS_AHEAD * num_processors():
+            self._append_next()
+
+    def _append_next(self) -> None:
+        level, blocks = self._encoding.popleft()
+        for block in blocks.result():
+            level.append(block)
+
+    def _half(self, rows: Array, above: Array | None, first: int, shape: tuple[int, int]) -> Array:
+        if self._layout.resampling == "nearest":
+            return half_nearest(rows, above, first, shape)
+        return half_average(rows, above, first, shape, self._layout.nodata)
