@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ctypes
+import functools
+import math
 import os
 import re
 import sys
@@ -24,9 +26,33 @@ _LIBRARY = re.compile(r"/.*/libgomp[^/]*\.so[^/]*")
 
 
 def num_processors() -> int:
-    """Return the number of processors that this process may use, at most 16: for threads that read or compress."""
+    """Return the number of processors that this process may use, at most 16: for threads that read or compress.
+
+    A container's share of the processors (cpu.max of a control group) counts, rounded up.
+    """
     allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return min(allowed, _MAX_THREADS)
+    return min(allowed, _MAX_THREADS, _granted_processors())
+
+
+@functools.cache
+def _granted_processors() -> int:
+    """Return the processors that the control groups of this process grant."""
+    shares = [share for group in _process_groups("cpu") if (share := _share_of(group)) is not None]
+    return max(1, math.ceil(min(shares, default=_MAX_THREADS)))
+
+
+def _share_of(group: Path) -> float | None:
+    """Return the processors that a control group grants; None without a limit."""
+    with suppress(OSError, ValueError):
+        if (group / "cpu.max").exists():
+            quota, period = (group / "cpu.max").read_text(encoding="utf-8").split()
+        else:
+            # Version 1.
+            names = ("cpu.cfs_quota_us", "cpu.cfs_period_us")
+            quota, period = ((group / name).read_text(encoding="utf-8") for name in names)
+        # "max" is no number, and version 1 has -1 without a limit.
+        return int(quota) / int(period) if int(quota) > 0 and int(period) > 0 else None
+    return None
 
 
 def wait_passively() -> None:
@@ -97,18 +123,18 @@ def _may_start(num_threads: int) -> bool:
     limit, _ = resource.getrlimit(resource.RLIMIT_NPROC)
     if limit != resource.RLIM_INFINITY and len(os.listdir("/proc/self/task")) + num_threads > limit:
         return False
-    return all(_has_room(group, num_threads) for group in _process_groups())
+    return all(_has_room(group, num_threads) for group in _process_groups("pids"))
 
 
-def _process_groups() -> Iterator[Path]:
-    """Yield the folders of the control groups that may limit this process's threads, up to the root."""
+def _process_groups(controller: str) -> Iterator[Path]:
+    """Yield the folders of the control groups that may limit this process by a controller, up to the root."""
     with suppress(OSError):
         for line in _LISTED_GROUPS.read_text(encoding="utf-8", errors="surrogateescape").splitlines():
             # Version 2 has one tree with no name; version 1 has one for each controller.
             _, controllers, name = line.split(":", 2)
-            if controllers and "pids" not in controllers.split(","):
+            if controllers and controller not in controllers.split(","):
                 continue
-            root = _CONTROL_GROUPS / "pids" if controllers else _CONTROL_GROUPS
+            root = _CONTROL_GROUPS / controller if controllers else _CONTROL_GROUPS
             group = root / name.lstrip("/")
             # In a container, the name may be that outside of it, where the root is the container's group.
             yield from (each for each in (group, *group.parents) if each.is_relative_to(root))

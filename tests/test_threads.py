@@ -142,6 +142,34 @@ def test_no_thread_is_asked_for_beyond_the_limit_of_a_control_group(monkeypatch,
     assert (few.asked, many.asked) == ([5], [])
 
 
+@pytest.mark.parametrize(
+    ("listed", "folder", "files", "expected"),
+    [
+        ("0::/job\n", "job", {"cpu.max": "150000 100000\n"}, 2),
+        ("0::/job\n", ".", {"cpu.max": "10000 100000\n"}, 1),
+        ("0::/job\n", "job", {"cpu.max": "max 100000\n"}, 16),
+        ("3:cpu,cpuacct:/job\n", "cpu/job", {"cpu.cfs_quota_us": "300000\n", "cpu.cfs_period_us": "100000\n"}, 3),
+        ("3:cpu,cpuacct:/job\n", "cpu/job", {"cpu.cfs_quota_us": "-1\n", "cpu.cfs_period_us": "100000\n"}, 16),
+        ("", ".", {}, 16),
+    ],
+)
+def test_threads_follow_the_share_of_processors_of_a_container(
+    monkeypatch, tmp_path, listed: str, folder: str, files: dict[str, str], expected: int
+) -> None:
+    (tmp_path / folder).mkdir(parents=True, exist_ok=True)
+    for name, text in files.items():
+        (tmp_path / folder / name).write_text(text)
+    (tmp_path / "listed").write_text(listed)
+    monkeypatch.setattr(threads, "_CONTROL_GROUPS", tmp_path)
+    monkeypatch.setattr(threads, "_LISTED_GROUPS", tmp_path / "listed")
+    monkeypatch.setattr(threads.os, "sched_getaffinity", lambda _: range(64), raising=False)
+    threads._granted_processors.cache_clear()
+    try:
+        assert threads.num_processors() == expected
+    finally:
+        threads._granted_processors.cache_clear()
+
+
 @only_gnu
 def test_a_system_without_control_groups_sets_no_limit(monkeypatch, tmp_path) -> None:
     monkeypatch.setattr(threads, "_LISTED_GROUPS", tmp_path / "missing")
