@@ -31,7 +31,7 @@ class Processes:
     """
 
     def __init__(self, group: Any = None) -> None:
-        self.rank, self.number = rank_and_world_size(group)
+        self.rank, self.number = rank_and_world_size() if group is None else rank_and_world_size(group)
         self.num_bytes, self._group = 0, group
 
     def stripe(self, rows: int, at_once: int) -> tuple[int, int]:

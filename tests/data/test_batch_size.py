@@ -15,12 +15,12 @@ def module(batch_size: int, global_batch_size: int | None) -> EpochDataModule:
 
 @pytest.mark.parametrize(("processes", "expected"), [(1, 8), (2, 4), (4, 2), (8, 1)])
 def test_a_global_batch_is_shared_out_equally(monkeypatch, processes, expected) -> None:
-    monkeypatch.setattr(base, "rank_and_world_size", lambda: (0, processes))
+    monkeypatch.setattr(base, "sample_rank_and_world_size", lambda: (0, processes))
     assert module(3, 8).loader_batch_size == expected
     assert module(3, None).loader_batch_size == 3
 
 
 def test_a_global_batch_that_processes_cannot_share_is_refused(monkeypatch) -> None:
-    monkeypatch.setattr(base, "rank_and_world_size", lambda: (0, 3))
+    monkeypatch.setattr(base, "sample_rank_and_world_size", lambda: (0, 3))
     with pytest.raises(ConfigError, match=r"must be a multiple of the 3 processes, got 8; take 9"):
         _ = module(1, 8).loader_batch_size

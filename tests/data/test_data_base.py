@@ -17,7 +17,7 @@ from perf_vit.errors import ConfigError
 def test_processes_validate_on_equally_many_samples_and_each_counts_once(length, world_size, monkeypatch) -> None:
     counted, turns = [], set()
     for rank in range(world_size):
-        monkeypatch.setattr(epochs, "rank_and_world_size", lambda place=(rank, world_size): place)
+        monkeypatch.setattr(epochs, "sample_rank_and_world_size", lambda place=(rank, world_size): place)
         sampler = ShareSampler(length)
         indices = list(sampler)
         assert len(indices) == len(sampler)
@@ -31,7 +31,7 @@ def test_processes_validate_on_equally_many_samples_and_each_counts_once(length,
 def test_too_few_samples_for_a_batch_of_each_process_are_refused(monkeypatch) -> None:
     data = EpochDataModule()
     assert len(data.train_loader(EpochLoader(range(100), batch_size=16, num_workers=0))) == 6
-    monkeypatch.setattr(epochs, "rank_and_world_size", lambda: (0, 8))
+    monkeypatch.setattr(epochs, "sample_rank_and_world_size", lambda: (0, 8))
     with pytest.raises(ConfigError, match="8 processes share the 100 samples of an epoch, too few for a batch of 16"):
         data.train_loader(EpochLoader(range(100), batch_size=16, num_workers=0))
 
