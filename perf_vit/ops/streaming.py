@@ -163,7 +163,7 @@ class LinearStream(AttentionStream):
     def collect(self, q: Tensor, k: Tensor, v: Tensor, part: Part) -> None:
         """Add the tokens of a part."""
         k, v = part.keys(k), part.keys(v)
-        for tokens in token_slices(k, _FEATURE_TOKENS):
+        for tokens in token_slices(k, _FEATURE_TOKENS) if k.shape[2] else ():
             self._state = self._state.update(k[tokens], v[tokens])
 
     def reduce(self, reduce: Reduce) -> None:
