@@ -26,7 +26,7 @@ from perf_vit.reporting.page import Page, Row, Settings, TextTable, figure_of, h
 from perf_vit.reporting.preview import Preview, picture_layer, pixel_size, read_picture, shape_layer
 from perf_vit.reporting.samples import Sample, class_legend, imagery, sample_rows
 from perf_vit.sources import open_source
-from perf_vit.sources.pixel_size import pixel_areas
+from perf_vit.sources.pixel_size import pixel_area_grid, pixel_areas, polygon_areas
 from perf_vit.types import GeoImage, LabelArray, Source
 
 __all__ = [
@@ -108,12 +108,12 @@ def write_map_report(
     names = ["none", *classes] if multilabel else list(classes)
     clear = 0 if multilabel else background
     colors = default_colormap(len(names), clear)
-    blocks: list[npt.NDArray[np.int64]] = []
+    blocks: list[npt.NDArray[np.float64]] = []
     with open_source(map_path) as result:
 
         def draw(image: GeoImage) -> Picture:
             shown = shown_classes(image, multilabel=multilabel, scale=scale)
-            blocks.append(_counts(image, shown, len(names), scale if multilabel else None))
+            blocks.append(_class_areas(image, shown, len(names), scale if multilabel else None))
             return shown[..., None].repeat(3, axis=-1)
 
         labels = read_picture(result, draw)[..., 0]
@@ -168,21 +168,23 @@ def _length(source: Source) -> str:
     return f"{size:.4g} {unit}"
 
 
-def _counts(image: GeoImage, shown: LabelArray, num: int, scale: float | None) -> npt.NDArray[np.int64]:
-    """Number of pixels of each class, of valid and of all; with the scale of a multi-label map, classes overlap."""
-    counts = np.bincount(shown.ravel(), minlength=256)[:num]
+def _class_areas(image: GeoImage, shown: LabelArray, num: int, scale: float | None) -> npt.NDArray[np.float64]:
+    """Area of each class, of valid pixels and of all; with the scale of a multi-label map, classes overlap."""
+    each, _ = pixel_area_grid(image)
+    areas = np.bincount(shown.ravel(), each.ravel(), minlength=256)[:num]
     if scale is not None:
-        counts[1:] = true_classes(image, scale).sum((1, 2))
-    return np.array([*counts, image.valid.sum(), image.valid.size])
+        areas[1:] = (true_classes(image, scale) * each).sum((1, 2))
+    return np.array([*areas, each[image.valid].sum(), each.sum()])
 
 
 def _areas(found: Any, names: Sequence[str], source: Source, colors: Mapping[str, str]) -> TextTable:
-    """Share and area of each class, by `_counts` of the reduced map."""
-    *counts, num_valid, num_pixels = found.tolist()
+    """Share and area of each class, by `_class_areas` of the reduced map."""
+    *areas, valid, every = found.tolist()
     middle, unit = pixel_areas(source, np.array([[source.width / 2, source.height / 2]]))
-    each = float(middle[0]) * source.width * source.height / num_pixels
-    order = sorted(range(len(names)), key=lambda i: -counts[i])
-    rows = [[names[i], f"{counts[i] / max(1, num_valid):.3f}", _number(counts[i] * each)] for i in order]
+    # Pixels of photos and slides are all alike; those of the reduced map may have no size.
+    scale = 1.0 if unit == "m2" else float(middle[0]) * source.width * source.height / every
+    order = sorted(range(len(names)), key=lambda i: -areas[i])
+    rows = [[names[i], f"{areas[i] / valid if valid else 0:.3f}", _number(areas[i] * scale)] for i in order]
     return TextTable(columns=["class", "share", f"area, {_UNITS[unit]}"], rows=rows, colors=colors)
 
 
@@ -234,9 +236,7 @@ def write_object_report(
 def _object_table(
     objects: Objects, polygons: Any, classes: Sequence[str], source: Source, colors: Mapping[str, str]
 ) -> TextTable:
-    centres = shapely.get_coordinates(shapely.centroid(polygons)) if len(polygons) else np.zeros((1, 2))
-    of_pixels, unit = pixel_areas(source, centres)
-    areas = shapely.area(polygons) * of_pixels[: len(polygons)] if len(polygons) else np.zeros(0)
+    areas, unit = polygon_areas(source, polygons)
     rows = []
     for index, name in enumerate(classes):
         own = objects.labels == index

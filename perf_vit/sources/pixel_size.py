@@ -3,21 +3,25 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import pyproj
+import shapely
+from affine import Affine
+from rasterio.crs import CRS
 from rasterio.errors import CRSError
 from rasterio.warp import transform
 
 from perf_vit.errors import InputError
 from perf_vit.sources._gdal import crs_name
-from perf_vit.types import Source
+from perf_vit.types import GeoImage, Source
 
-__all__ = ["PixelSize", "Unit", "common_unit", "pixel_areas", "unit_of"]
+__all__ = ["PixelSize", "Unit", "common_unit", "pixel_area_grid", "pixel_areas", "polygon_areas", "unit_of"]
 
 Unit = tuple[str, float | None]
 """Name of a unit and its length in metres; None for degrees, whose length varies."""
@@ -116,7 +120,11 @@ _FloatArray = npt.NDArray[np.float64]
 _RADIUS, _ECCENTRICITY2 = 6378137.0, 0.00669437999014
 
 
-def pixel_areas(source: Source, xy_px: _FloatArray) -> tuple[_FloatArray, str]:
+# Cells a side, within which the area of a pixel is nearly linear in its place.
+_CELLS, _GRID_CELLS = 64, 32
+
+
+def pixel_areas(source: Source | GeoImage, xy_px: _FloatArray) -> tuple[_FloatArray, str]:
     """Return the area of a pixel at each of some places, and its unit.
 
     - "m2" of rasters with a CRS: on the ellipsoid, so that maps in degrees or Web Mercator have true areas too;
@@ -124,35 +132,104 @@ def pixel_areas(source: Source, xy_px: _FloatArray) -> tuple[_FloatArray, str]:
     - "px" of all others: 1.
 
     Args:
-        source: Raster, mosaic or slide.
+        source: Raster, mosaic or slide, or an image of one.
         xy_px: Places in pixels, [n, 2].
     """
     if source.mpp is not None:
         return np.full(len(xy_px), source.mpp**2), "um2"
-    if source.crs is None:
+    if source.crs is None or source.transform is None:
         return np.ones(len(xy_px)), "px"
-    areas = _areas_on_ellipsoid(source, xy_px)
-    if not np.isfinite(areas).all():
-        # Local grids have no place on the Earth.
-        metres = unit_of(source.crs)[1] or 1.0
-        areas = np.full(len(xy_px), abs(source.transform.determinant) * metres**2)
-    return areas, "m2"
+    areas = _areas_on_ellipsoid(source.crs, source.transform, xy_px)
+    # Local grids have no place on the Earth, corners of world maps may have none.
+    metres = unit_of(source.crs)[1] or 1.0
+    return np.where(np.isfinite(areas), areas, abs(source.transform.determinant) * metres**2), "m2"
 
 
-def _areas_on_ellipsoid(source: Source, xy_px: _FloatArray) -> _FloatArray:
-    assert source.crs is not None
+def pixel_area_grid(image: GeoImage) -> tuple[_FloatArray, str]:
+    """Return the area of each pixel of an image, [H, W], and its unit; see `pixel_areas`."""
+    height, width = image.valid.shape
+    rows, cols = _knots(height), _knots(width)
+    places = np.stack(np.meshgrid(cols, rows), axis=-1).reshape(-1, 2)
+    areas, unit = pixel_areas(image, places)
+    by_row, by_col = _interpolation(height, rows), _interpolation(width, cols)
+    return by_row @ areas.reshape(len(rows), len(cols)) @ by_col.T, unit
+
+
+def polygon_areas(source: Source, polygons: npt.NDArray[Any]) -> tuple[_FloatArray, str]:
+    """Return the areas of polygons on the ground or in the slide, [n], and their unit; see `pixel_areas`.
+
+    A polygon that is large in a raster with pixels of different areas is cut into pieces, which are measured apart.
+
+    Args:
+        source: Raster, mosaic or slide.
+        polygons: Shapely polygons or multipolygons in pixels, none empty, [n].
+    """
+    if len(polygons) == 0:
+        return np.zeros(0), pixel_areas(source, np.zeros((1, 2)))[1]
+    x, y = np.linspace(0, source.width, 5), np.linspace(0, source.height, 5)
+    everywhere, unit = pixel_areas(source, np.stack(np.meshgrid(x, y), axis=-1).reshape(-1, 2))
+    owners = np.arange(len(polygons))
+    # Where the area is linear in the place, that at the centroid is the mean.
+    if everywhere.max() > 1.02 * everywhere.min():
+        size = max(1.0, source.width / _CELLS), max(1.0, source.height / _CELLS)
+        bounds = shapely.bounds(polygons)
+        large = (bounds[:, 2:] - bounds[:, :2] > size).any(axis=1)
+        parts = [list(_pieces(polygon, size)) for polygon in polygons[large]]
+        owners = np.concatenate([owners[~large], np.repeat(owners[large], [len(each) for each in parts])])
+        polygons = np.array([*polygons[~large], *(piece for each in parts for piece in each)], object)
+    of_pixels, _ = pixel_areas(source, shapely.get_coordinates(shapely.centroid(polygons)))
+    return np.asarray(np.bincount(owners, shapely.area(polygons) * of_pixels), np.float64), unit
+
+
+def _pieces(polygon: Any, size_xy: tuple[float, float]) -> Iterator[Any]:
+    """Yield the parts of a polygon, none larger than a size; the polygon itself where it is smaller."""
+    left, top, right, bottom = polygon.bounds
+    shares = (right - left) / size_xy[0], (bottom - top) / size_xy[1]
+    if max(shares) <= 1:
+        yield polygon
+        return
+    x, y = (left + right) / 2, (top + bottom) / 2
+    halves = (
+        ((left, top, x, bottom), (x, top, right, bottom))
+        if shares[0] > shares[1]
+        else ((left, top, right, y), (left, y, right, bottom))
+    )
+    for half in halves:
+        part = shapely.clip_by_rect(polygon, *half)
+        if not part.is_empty:
+            yield from _pieces(part, size_xy)
+
+
+def _knots(length: int) -> _FloatArray:
+    return np.linspace(0, length, min(length, _GRID_CELLS) + 1)
+
+
+def _interpolation(length: int, knots: _FloatArray) -> _FloatArray:
+    """Return the weights of values at knots for values at the centres of pixels, [length, knots]."""
+    centres = np.arange(length) + 0.5
+    return np.stack([np.interp(centres, knots, row) for row in np.eye(len(knots))], axis=1)
+
+
+@lru_cache(maxsize=8)
+def _to_degrees(wkt: str) -> pyproj.Transformer:
+    return pyproj.Transformer.from_crs(wkt, "EPSG:4326", always_xy=True)
+
+
+def _areas_on_ellipsoid(crs: CRS, transform: Affine, xy_px: _FloatArray) -> _FloatArray:
     steps = np.array([[0.0, 0.0], [-0.5, 0.0], [0.5, 0.0], [0.0, -0.5], [0.0, 0.5]])
     points = (xy_px[:, None] + steps).reshape(-1, 2)
-    x, y = source.transform @ tuple(points.T)
+    x, y = transform @ tuple(points.T)
     try:
-        to_degrees = pyproj.Transformer.from_crs(source.crs.to_wkt(), "EPSG:4326", always_xy=True)
-        longitude, latitude = np.radians(to_degrees.transform(x, y)).reshape(2, -1, 5)
+        longitude, latitude = np.radians(_to_degrees(crs.to_wkt()).transform(x, y)).reshape(2, -1, 5)
     except (pyproj.exceptions.CRSError, pyproj.exceptions.ProjError):
         return np.full(len(xy_px), np.nan)
     east, north = np.diff(longitude[:, 1:].reshape(-1, 2, 2)), np.diff(latitude[:, 1:].reshape(-1, 2, 2))
+    # Across the meridian of 180 degrees.
+    east = (east + np.pi) % (2 * np.pi) - np.pi
     bend = 1 - _ECCENTRICITY2 * np.sin(latitude[:, 0]) ** 2
     along_meridian = _RADIUS * (1 - _ECCENTRICITY2) / bend**1.5
-    along_parallel = _RADIUS / np.sqrt(bend) * np.cos(latitude[:, 0])
+    # Grids of pixel centres end half a pixel beyond the poles.
+    along_parallel = _RADIUS / np.sqrt(bend) * np.maximum(np.cos(latitude[:, 0]), 0)
     cross = east[:, 0, 0] * north[:, 1, 0] - east[:, 1, 0] * north[:, 0, 0]
     found: _FloatArray = np.abs(cross) * along_meridian * along_parallel
     return found

@@ -13,7 +13,7 @@ from affine import Affine
 
 from perf_vit.errors import OutputError
 from perf_vit.geometry.boxes import oriented_box_corners
-from perf_vit.sources.pixel_size import pixel_areas
+from perf_vit.sources.pixel_size import pixel_areas, polygon_areas
 from perf_vit.types import Source
 
 __all__ = ["ObjectTable", "tidy_polygons"]
@@ -83,7 +83,7 @@ class ObjectTable:
 
     def with_areas(self, source: Source) -> ObjectTable:
         """Return the table with the areas of the objects on the ground, or in the slide."""
-        areas, unit = _areas(self.polygons, source)
+        areas, unit = polygon_areas(source, self.polygons)
         # More digits than any outline has.
         return replace(self, areas=(f"area_{unit}", np.array([float(f"{area:.6g}") for area in areas])))
 
@@ -115,13 +115,6 @@ def _outlines(geometries: Any) -> tuple[npt.NDArray[Any], npt.NDArray[np.float64
     )
 
 
-def _areas(polygons: npt.NDArray[Any], source: Source) -> tuple[npt.NDArray[np.float64], str]:
-    if len(polygons) == 0:
-        return np.zeros(0), pixel_areas(source, np.zeros((1, 2)))[1]
-    of_pixels, unit = pixel_areas(source, shapely.get_coordinates(shapely.centroid(polygons)))
-    return shapely.area(polygons) * of_pixels, unit
-
-
 def tidy_polygons(
     polygons: npt.NDArray[Any], source: Source, *, min_area: float = 0, simplify: float = 0
 ) -> tuple[npt.NDArray[Any], npt.NDArray[np.bool_]]:
@@ -139,8 +132,8 @@ def tidy_polygons(
     """
     if len(polygons) == 0:
         return polygons, np.zeros(0, bool)
-    of_pixels, _ = pixel_areas(source, shapely.get_coordinates(shapely.centroid(polygons)))
-    kept = shapely.area(polygons) * of_pixels >= min_area
+    kept = polygon_areas(source, polygons)[0] >= min_area if min_area > 0 else np.ones(len(polygons), bool)
     if simplify > 0:
+        of_pixels, _ = pixel_areas(source, shapely.get_coordinates(shapely.centroid(polygons)))
         polygons = shapely.simplify(polygons, simplify / np.sqrt(of_pixels), preserve_topology=True)
     return polygons, kept

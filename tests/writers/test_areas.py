@@ -1,4 +1,6 @@
-"""Areas of objects on the ground, and polygons that are tidied by them."""
+"""Areas of objects and classes on the ground, and polygons that are tidied by them."""
+
+import re
 
 import geopandas as gpd
 import numpy as np
@@ -9,8 +11,10 @@ from affine import Affine
 from rasterio.crs import CRS
 from synthetic_slide import make_slide
 
+from perf_vit.geometry import Objects
+from perf_vit.reporting.outputs import write_map_report, write_object_report
 from perf_vit.sources import open_source
-from perf_vit.sources.pixel_size import pixel_areas
+from perf_vit.sources.pixel_size import pixel_areas, polygon_areas
 from perf_vit.writers import tidy_polygons, write_objects
 
 LOCAL = CRS.from_wkt('LOCAL_CS["Local Coordinates (m)",UNIT["metre",1]]')
@@ -44,6 +48,57 @@ def test_areas_are_those_on_the_ellipsoid(make_scene, tmp_path, crs: str, transf
     assert shapely.area(BOXES) * areas == pytest.approx(expected, rel=2e-5)
     path = write_objects(tmp_path / "o.gpkg", BOXES, None, [0, 0], ["a"], source=source)
     assert gpd.read_file(path)["area_m2"].tolist() == pytest.approx(expected, rel=2e-5)
+
+
+# Of half a degree, 21 km at the equator, and 25 km.
+WIDE = {
+    "degrees": ("EPSG:4326", Affine(0.5, 0, -60, 0, -0.5, 75), (300, 400)),
+    "mercator": ("EPSG:3857", Affine(21_000, 0, -6_000_000, 0, -21_000, 15_000_000), (1400, 600)),
+    "polar": ("EPSG:3413", Affine(25_000, 0, -3_850_000, 0, -25_000, 5_850_000), (448, 304)),
+    "date line": ("EPSG:3832", Affine(21_000, 0, 1_000_000, 0, -21_000, 9_000_000), (600, 300)),
+}
+LARGE = [
+    shapely.box(20, 10, 280, 250),
+    shapely.box(100, 20, 120, 280),
+    shapely.box(150, 100, 151, 101),
+    shapely.Point(150, 140).buffer(90).difference(shapely.box(140, 100, 300, 130)),
+    shapely.MultiPolygon([shapely.box(10, 10, 60, 40), shapely.box(200, 200, 290, 260)]),
+]
+
+
+def pieces_on_ellipsoid(polygon, source) -> float:
+    """Area of a polygon by its parts, each with its holes."""
+    parts = list(getattr(polygon, "geoms", [polygon]))
+    return sum(geodesic_areas(np.array(parts, object), source))
+
+
+@pytest.mark.parametrize("kind", WIDE)
+def test_areas_of_objects_that_span_many_degrees_are_those_on_the_ellipsoid(make_scene, kind: str) -> None:
+    crs, transform, (height, width) = WIDE[kind]
+    source = open_source(make_scene(crs=crs, transform=transform, height=height, width=width, num_bands=1))
+    polygons = np.array(LARGE, object)
+    areas, unit = polygon_areas(source, polygons)
+    assert unit == "m2"
+    assert areas == pytest.approx([pieces_on_ellipsoid(each, source) for each in polygons], rel=5e-4)
+    kept = tidy_polygons(polygons, source, min_area=areas[1])[1]
+    assert kept.tolist() == (areas >= areas[1]).tolist()
+
+
+def test_areas_of_classes_and_objects_in_a_report_are_those_on_the_ellipsoid(make_scene, tmp_path) -> None:
+    labels = np.zeros((1, 1800, 100), np.uint8)
+    labels[:, 200:500, 20:90] = 1
+    transform = Affine(0.1, 0, 10, 0, -0.1, 90)
+    path = make_scene(pixels=labels, crs="EPSG:4326", transform=transform, nodata=None)
+    source = open_source(path)
+    square = shapely.box(20, 200, 90, 500)
+    (expected,) = geodesic_areas(np.array([square], object), source)
+    write_map_report(tmp_path / "map.html", source, path, ["sea", "land"], settings={})
+    objects = Objects("boxes", np.array([square.bounds]), np.array([0.9], np.float32), np.array([0], np.int32))
+    write_object_report(tmp_path / "objects.html", source, objects, ["land"], settings={})
+    for page, column in (("map", 1), ("objects", 3)):
+        (row,) = re.findall(r"land</th>(.*?)</tr>", (tmp_path / f"{page}.html").read_text())
+        cells = re.findall(r"<td[^>]*>([^<]*)</td>", row)
+        assert float(cells[column].replace(",", "")) == pytest.approx(expected, rel=0.005)
 
 
 def test_areas_of_local_grids_slides_and_photos_have_their_own_units(make_scene, tmp_path) -> None:
