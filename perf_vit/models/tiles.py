@@ -247,9 +247,15 @@ def tissue_windows(source: Source, tile_px: int, min_tissue: float) -> list[Wind
     if not chosen:
         raise InputError(
             f"no window of {tile_px} px in {source.path} has {min_tissue:.0%} of tissue, the most is "
-            f"{max(shares):.0%}; lower data.min_tissue, or leave the slide out"
+            f"{max(shares):.0%}; look at {_plot_call(source)}, lower data.min_tissue, or leave the slide out"
         )
     return chosen
+
+
+def _plot_call(source: Source) -> str:
+    """Return the call that draws a slide with the outline of its tissue."""
+    tissue = getattr(source, "options", {}).get("tissue")
+    return f"perf_vit.open({source.path!r}{'' if tissue is None else f', tissue={tissue!r}'}).plot()"
 
 
 def _shares(mask: BoolArray, windows: Sequence[Window], height: int, width: int) -> npt.NDArray[np.float64]:

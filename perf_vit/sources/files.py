@@ -188,7 +188,7 @@ def fingerprint(paths: Iterable[str | Path]) -> str:
     """Hash the sizes and evenly spaced pieces of files, including their first and last bytes.
 
     Copies in other places have the same fingerprint. For folders, the names and sizes of all files count, and pieces of
-    64 evenly spaced files; for missing files, such as URLs, the name.
+    64 evenly spaced files; only DICOM files where there are any; for missing files, such as URLs, the name.
 
     Args:
         paths: Paths, in order.
@@ -219,7 +219,11 @@ def file_stats(path: str | Path) -> tuple[int, int] | None:
 
 
 def _files_in(folder: str | Path) -> list[str]:
-    """Return all files below a folder, sorted."""
+    """Return all files below a folder, sorted; of a DICOM slide those of its levels, as outputs may lie beside them."""
+    with os.scandir(folder) as entries:
+        levels = sorted(entry.path for entry in entries if entry.name.lower().endswith(".dcm") and entry.is_file())
+    if levels:
+        return levels
     found = (os.path.join(parent, name) for parent, _, names in os.walk(folder) for name in names)
     return sorted(file for file in found if os.path.isfile(file))
 

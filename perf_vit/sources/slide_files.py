@@ -60,13 +60,13 @@ def file_to_open(path: str) -> str:
 def slide_members(path: str | Path) -> list[Path]:
     """Return the files of an image, sorted: the file itself, and those that its format keeps in other places.
 
-    These are all files of a folder; of MIRAX those of the data folder; of DICOM those of the series; of Hamamatsu's
-    index files those that it names. Missing files and URLs have none.
+    These are all files of a folder, or its DICOM files; of MIRAX those of the data folder; of DICOM those of the
+    series; of Hamamatsu's index files those that it names. Missing files and URLs have none.
     """
     path = Path(path)
     suffix = path.suffix.lower()
     if path.is_dir():
-        return _files_in(path)
+        return _dicom_files(path) or _files_in(path)
     if not path.is_file():
         return []
     if suffix == _MIRAX:

@@ -18,8 +18,8 @@ from perf_vit.sources import split_layer
 from perf_vit.sources._gdal import GDAL_ERRORS, plain_images_allowed
 from perf_vit.sources._members import beside_index, describe_index
 from perf_vit.sources._remote import is_remote
-from perf_vit.sources.files import TILE_INDEX_SUFFIXES
-from perf_vit.sources.slide_files import SLIDES_OF_SEVERAL_FILES, slide_members
+from perf_vit.sources.files import TILE_INDEX_SUFFIXES, is_image_name, is_own
+from perf_vit.sources.slide_files import SLIDES_OF_SEVERAL_FILES, is_dicom_folder, slide_members
 
 __all__ = ["check_outputs", "existing_error", "existing_outputs", "input_files"]
 
@@ -51,7 +51,7 @@ def input_files(
             if os.path.exists(path):
                 yield origin, Path(path)
             if os.path.isdir(path):
-                for file in _files_in(path):
+                for file in _files_in_slide(path) if is_dicom_folder(path) else _files_in(path):
                     yield origin, file
                     # Opening all files of an image folder would take long.
                     waiting += [str(file)] if file.name.lower().endswith(_VIRTUAL) else []
@@ -61,6 +61,11 @@ def input_files(
 def _files_in(folder: str) -> Iterator[Path]:
     for parent, _, names in os.walk(folder):
         yield from (file for name in names if (file := Path(parent, name)).exists())
+
+
+def _files_in_slide(folder: str) -> Iterator[Path]:
+    """Yield the DICOM files of a slide and the photos beside them, without outputs of earlier calls."""
+    return (file for file in _files_in(folder) if is_image_name(file.name) and not is_own(file))
 
 
 def _named_by(path: str, opened: Mapping[str, Sequence[str]]) -> Sequence[str]:
@@ -127,7 +132,7 @@ def check_outputs(
     Args:
         outputs: All output files of a job.
         inputs: All inputs of the job: files, folders, globs and lists, with their members; None and URLs are skipped.
-            No file in an input folder may be replaced.
+            No file in an input folder may be replaced; in that of a DICOM slide, no DICOM file and no photo.
         overwrite: Whether outputs that exist and aren't inputs may be replaced.
 
     Raises:

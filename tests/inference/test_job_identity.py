@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import rasterio
+from dicom_slides import write_dicom_slide
 from rasterio.shutil import copy as copy_raster
 from slides import levels_of, planes, write_pyramid, write_zarr
 from stub_segmenter import StubSegmenter
@@ -21,6 +22,7 @@ from perf_vit.inference import SegmentationPredictOptions, SegmentationPredictor
 from perf_vit.inference.jobs.identity import SourceIdentity, content_of, newer_than
 from perf_vit.sources import open_source
 from perf_vit.types import Source
+from perf_vit.writers import check_outputs
 
 
 class KilledError(BaseException):
@@ -266,3 +268,19 @@ def test_the_data_folder_of_a_mirax_slide_is_a_part_of_it(tmp_path) -> None:
     assert content_of([str(tmp_path / "s.mrxs")]) != before
     os.utime(tmp_path / "s.mrxs", ns=(1, 1))
     assert newer_than([str(tmp_path / "s.mrxs")], tmp_path / "s.mrxs")
+
+
+def test_a_map_in_the_folder_of_its_dicom_slide_is_made_once(tmp_path) -> None:
+    folder = write_dicom_slide(tmp_path / "case", levels_of(64, 48, 2))
+    (folder / "label.jpg").write_bytes(b"photo")
+    options = SegmentationPredictOptions(window_size=32, device="cpu", quicklook=True, report=True, polygons="geojson")
+    predictor = SegmentationPredictor(StubSegmenter(), options)
+    made = [predictor.run(str(folder), folder / "map.ome.tif").made for _ in range(2)]
+    assert made == [True, False]
+    level = next(folder.glob("*level-0.dcm"))
+    level.write_bytes(level.read_bytes()[:-2] + b"zz")
+    with pytest.raises(OutputError, match="not as this model's map of this input"):
+        predictor.run(str(folder), folder / "map.ome.tif")
+    for kept in (level, folder / "label.jpg"):
+        with pytest.raises(OutputError, match="would replace a part of the input"):
+            check_outputs([kept], [folder], overwrite=True)
