@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from perf_vit.ops.clustered_call import ClusteredCall, lowest_logit
-from perf_vit.ops.clusters import describe_clusters, sample_tokens
+from perf_vit.ops.clusters import describe_clusters, mean_key, sample_tokens
 from perf_vit.ops.features import without_autocast
 from perf_vit.ops.sinks import shared_keys
 from perf_vit.ops.state import check_attention_keys
@@ -110,10 +110,19 @@ def _clustered_attention(
             masked = ~key_mask[:, None, :, None]
             k, v = (x.masked_fill(masked, 0.0) for x in (k, v))
         prefix = _exact(q[:, :, :first], k, v, key_mask)
+        grid_mask = None if key_mask is None else key_mask[:, first:]
+        mean = mean_key(k[:, :, first:], grid_mask)
+        # One vector subtracted from all keys changes no weight, but would round 16-bit keys.
+        is_rounded = k.dtype != mean.dtype
+        k = k if is_rounded else k - mean
         shared, valid = shared_keys(q, k, v, num_sinks, first, key_mask)
         q, k, v = (x[:, :, first:] for x in (q, k, v))
-        sample = sample_tokens(q, k, v, None if key_mask is None else key_mask[:, first:])
-        call = ClusteredCall.of(describe_clusters(sample, num_clusters), grid, window_size, shared, chunk_size)
+        sample = sample_tokens(q, k, v, grid_mask)
+        if is_rounded:
+            clusters = describe_clusters(sample.minus(mean), num_clusters).moved(mean)
+        else:
+            clusters = describe_clusters(sample, num_clusters)
+        call = ClusteredCall.of(clusters, grid, window_size, shared, chunk_size)
         return call.run(prefix, q, k, v, valid, grid).to(dtype)
 
 
@@ -155,12 +164,18 @@ def clustered_stripe(
             k, v = (x.masked_fill(masked, 0.0) for x in (k, v))
         counting = None if key_mask is None else key_mask[:, own:]
         prefix = stripe.exact(q[:, :, :first], k[:, :, own:], v[:, :, own:], counting)
-        shared, valid = shared_keys(q, k, v, 0, first, key_mask)
+        valid = None if key_mask is None else key_mask[:, first:]
+        sample = stripe.sample(q[:, :, first:], k[:, :, first:], v[:, :, first:], valid)
+        mean = sample.mean_k().detach()
+        clusters = describe_clusters(sample.minus(mean), num_clusters)
+        if k.dtype == mean.dtype:
+            k = k - mean
+        else:
+            clusters = clusters.moved(mean)
+        shared, on_grid = shared_keys(q, k, v, 0, first, key_mask)
         q, k, v = (x[:, :, first:] for x in (q, k, v))
-        sample = stripe.sample(q, k, v, None if key_mask is None else key_mask[:, first:])
-        clusters = describe_clusters(sample, num_clusters)
         call = ClusteredCall.of(clusters, stripe.grid, window_size, shared, chunk_size, stripe.reduce)
-        return call.run(prefix, q, k, v, valid, grid).to(dtype)
+        return call.run(prefix, q, k, v, on_grid, grid).to(dtype)
 
 
 _compiled = torch.library.custom_op("perf_vit::clustered_attention", _clustered_attention, mutates_args=())

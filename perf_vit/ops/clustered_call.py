@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from perf_vit.ops.clusters import NUM_GROUPS, Clusters, sum_by_label
+from perf_vit.ops.clusters import NUM_GROUPS, Clusters, constant, sum_by_label
 from perf_vit.ops.stripes import Reduce
 from perf_vit.ops.windows import WindowGrid, row_windows, split_dim, split_rows
 
@@ -32,9 +32,9 @@ class ClusteredCall:
     Queries, keys and values get extra columns, so that one call of `scaled_dot_product_attention` computes logits with
     additive terms and, beside the attended values, the weight of each group of clusters:
 
-    - queries [q, c, c, 0], keys [k, log weight x sqrt(D) / c, its rounding error, 1]; products are divided by sqrt(D),
-      and the column of ones is for the search of the nearest centre;
-    - values [v, membership in the G groups, 1 for a valid key]; near keys are in no group.
+    - queries [q, 0, c, c], keys [k, 1 for a valid key, and two parts of the log weight x sqrt(D) / c]; products are
+      divided by sqrt(D), and the column of ones counts keys and is for the search of the nearest cluster;
+    - values [v, membership in the G groups]; near keys are in no group.
 
     Attributes:
         clusters: Clusters of the keys of the grid.
@@ -45,6 +45,7 @@ class ClusteredCall:
         sizes: Channels of keys and of values, D and Dv.
         zero: 0 in the dtype of the attention, [1]; sums over clusters are in at least float32.
         one: 1 in the same dtype, [1].
+        constant: Value of the constant columns of queries, c, in the same dtype, [1].
         chunk_size: Largest number of tokens per sample and head to process at once; None for the default.
         reduce: Sum over the processes that share the image; None if there is one.
     """
@@ -57,6 +58,7 @@ class ClusteredCall:
     sizes: tuple[int, int]
     zero: Tensor
     one: Tensor
+    constant: Tensor
     chunk_size: int | None
     reduce: Reduce | None
 
@@ -80,8 +82,9 @@ class ClusteredCall:
             exact_near=window_size > 0,
             padded=windows.reaches_outside(grid),
             sizes=(int(k.shape[-1]), int(v.shape[-1])),
-            zero=k.new_zeros(1),
-            one=k.new_ones(1),
+            zero=constant(0.0, k),
+            one=constant(1.0, k),
+            constant=constant(_query_constant(int(k.shape[-1])), k),
             chunk_size=chunk_size,
             reduce=reduce,
         )
@@ -94,17 +97,7 @@ class ClusteredCall:
     @property
     def width(self) -> int:
         """Number of columns of queries, keys and values each; fused attention on GPUs needs a multiple of 8."""
-        return -(-max(self.sizes[0] + 3, self.sizes[1] + NUM_GROUPS + 1) // 8) * 8
-
-    @property
-    def constant(self) -> float:
-        """Value of the constant columns of queries: about sqrt(D), and the same in every dtype."""
-        return 2.0 ** round(math.log2(self.sizes[0]) / 2)
-
-    @property
-    def valid_column(self) -> int:
-        """Index of the column for valid keys in the joint columns of keys and values."""
-        return self.width + self.sizes[1] + NUM_GROUPS
+        return -(-max(self.sizes[0] + 3, self.sizes[1] + NUM_GROUPS) // 8) * 8
 
     def run(
         self, prefix: Tensor, q: Tensor, k: Tensor, v: Tensor, valid: Tensor | None, grid: tuple[int, int]
@@ -149,13 +142,13 @@ class ClusteredCall:
 
     def _whole(self, q: Tensor, k: Tensor, v: Tensor, valid: Tensor | None) -> Tensor:
         """Attend with all queries at once, [B, H, rows, columns, D] -> [B, rows, columns, H, Dv]."""
-        tokens = self.windows.split(torch.cat([*self.query_columns(q), *self.key_columns(k, v, valid)], dim=-1))
+        tokens = self.windows.split(*self.query_columns(q), *self.key_columns(k, v, valid))
         own = self.sums(tokens[..., self.width :], valid is not None)
         return self.windows.join(self.attend(tokens, own, own.sum(dim=2), valid is not None), q.shape[2])
 
     def _sums_of_rows(self, k: Tensor, v: Tensor, valid: Tensor | None) -> Tensor:
         """Sum keys and values of rows of windows by cluster, [B, H, rows, columns, D] -> [B, H, W, M, 2 x width]."""
-        columns = self.windows.split(torch.cat(self.key_columns(k, v, valid), dim=-1))
+        columns = self.windows.split(*self.key_columns(k, v, valid))
         return self.sums(columns, valid is not None)
 
     def _attend_rows(self, q: Tensor, k: Tensor, v: Tensor, valid: Tensor | None, own: Tensor, total: Tensor) -> Tensor:
@@ -169,37 +162,34 @@ class ClusteredCall:
             own: Result of `_sums_of_rows`.
             total: Sum over all windows of the image, [B, H, M, 2 x width].
         """
-        tokens = self.windows.split(torch.cat([*self.query_columns(q), *self.key_columns(k, v, valid)], dim=-1))
+        tokens = self.windows.split(*self.query_columns(q), *self.key_columns(k, v, valid))
         return self.windows.join(self.attend(tokens, own, total, valid is not None), q.shape[2])
 
     def query_columns(self, q: Tensor) -> list[Tensor]:
         """Return the parts of the columns of queries, [..., width] together."""
-        head_dim = self.sizes[0]
-        constant = q.new_full((1,), self.constant).expand(*q.shape[:-1], 2)
-        return [q, constant, self.zero.expand(*q.shape[:-1], self.width - head_dim - 2)]
+        size, head_dim = q.shape[:-1], self.sizes[0]
+        after = self.zero.expand(*size, self.width - head_dim - 3)
+        return [q, self.zero.expand(*size, 1), self.constant.expand(*size, 2), after]
 
     def key_columns(self, k: Tensor, v: Tensor, valid: Tensor | None) -> list[Tensor]:
-        """Return the parts of the columns of keys and values, [..., 2 x width] together; the log weight is 0."""
+        """Return the parts of the columns of keys and values, [..., 2 x width] together; log weights are 0."""
         size = k.shape[:-1]
-        one = self.one.expand(*size, 1)
-        ones = one if valid is None else valid.to(k.dtype).expand(*size, 1)
-        empty = self.zero.expand(*size, self.width)
-        gaps = (2, self.width - self.sizes[0] - 3, NUM_GROUPS, 2 * self.width - self.valid_column - 1)
-        weight, after_k, groups, after_v = (empty[..., :gap] for gap in gaps)
-        return [k, weight, one, after_k, v, groups, ones, after_v]
+        ones = self.one.expand(*size, 1) if valid is None else valid.to(k.dtype).expand(*size, 1)
+        after_k, after_v = (self.zero.expand(*size, self.width - gap) for gap in (self.sizes[0] + 1, self.sizes[1]))
+        return [k, ones, after_k, v, after_v]
 
     def _hide(self, columns: Tensor) -> Tensor:
         """Set the log weight of invalid keys far below any logit, in place."""
-        columns[..., self.sizes[0]].masked_fill_(columns[..., self.valid_column] == 0, lowest_logit(self.dtype))
+        head_dim = self.sizes[0]
+        columns[..., head_dim + 1].masked_fill_(columns[..., head_dim] == 0, lowest_logit(self.dtype))
         return columns
 
     def sums(self, columns: Tensor, masked: bool) -> Tensor:
         """Sum the columns over the keys of each cluster in each window, [B, H, W, T, C] -> [B, H, W, M, C]."""
-        columns = columns.to(self.clusters.centers.dtype)
-        keys = columns[..., : self.sizes[0] + 3]
-        nearest = self.clusters.nearest(keys.flatten(2, 3)).view(columns.shape[:-1])
+        columns, head_dim = columns.to(self.clusters.columns.dtype), self.sizes[0]
+        nearest = self.clusters.nearest(columns[..., : head_dim + 1].flatten(2, 3)).view(columns.shape[:-1])
         if masked:
-            nearest = nearest.masked_fill(columns[..., self.valid_column] == 0, self.clusters.num_clusters)
+            nearest = nearest.masked_fill(columns[..., head_dim] == 0, self.clusters.num_clusters)
         return sum_by_label(columns, nearest, self.clusters.num_clusters)
 
     def attend(self, tokens: Tensor, own: Tensor, total: Tensor, masked: bool) -> Tensor:
@@ -262,9 +252,11 @@ class ClusteredCall:
             out.copy_(self._far(own, total))
             return
         left = torch.sub(total.unsqueeze(2), own, out=out) if self.exact_near else out.copy_(total.unsqueeze(2))
-        number = left[..., self.valid_column, None].clone()
+        head_dim = self.sizes[0]
+        number = left[..., head_dim, None].clone()
         left /= number.clamp(min=1.0)
-        out[..., self.sizes[0], None] = self._log_weight(number)
+        for column, part in enumerate(self._log_weights(number), head_dim + 1):
+            out[..., column, None] = part
         groups = self.clusters.groups.unsqueeze(2)
         start = self.width + self.sizes[1]
         out[..., start : start + groups.shape[-1]] = groups
@@ -275,8 +267,7 @@ class ClusteredCall:
         down = -(-k.shape[2] // self.windows.height)
         columns = k.new_zeros(*k.shape[:2], down * self.windows.across, tokens + extra, 2 * self.width)
         near = columns[:, :, :, :tokens]
-        self.windows.write(self.one.expand(*k.shape[:-1], 1), near[..., self.valid_column, None])
-        near[..., self.sizes[0] + 2] = 1.0
+        self.windows.write(self.one.expand(*k.shape[:-1], 1), near[..., self.sizes[0], None])
         self._hide(near)
         return columns
 
@@ -292,7 +283,7 @@ class ClusteredCall:
         start = keys.shape[3] - self.clusters.num_clusters - shared.shape[2]
         keys[:, :, :, start : start + shared.shape[2]] = shared.unsqueeze(2)
         queries = q.new_zeros(*keys.shape[:3], self.windows.height * self.windows.width, self.width)
-        queries[..., head_dim : head_dim + 2] = self.constant
+        queries[..., head_dim + 1 : head_dim + 3] = self.constant
         moved = q.new_empty(*queries.shape[:4], self.clusters.groups.shape[-1], head_dim)
         return queries, keys, moved
 
@@ -301,8 +292,8 @@ class ClusteredCall:
         self.windows.write(k, columns[..., : self.sizes[0]])
         self.windows.write(v, columns[..., self.width : self.width + self.sizes[1]])
         if valid is not None:
-            self.windows.write(valid.expand(*k.shape[:-1], 1).to(k.dtype), columns[..., self.valid_column, None])
-            columns[..., self.sizes[0]] = 0.0
+            self.windows.write(valid.expand(*k.shape[:-1], 1).to(k.dtype), columns[..., self.sizes[0], None])
+            columns[..., self.sizes[0] + 1] = 0.0
             self._hide(columns)
         return columns
 
@@ -313,30 +304,39 @@ class ClusteredCall:
         mass = out[..., value_dim : value_dim + covariance.shape[1]]
         moved = torch.mul(mass.unsqueeze(-1), q.unsqueeze(-2), out=moved).flatten(-2).flatten(2, 3).flatten(0, 1)
         values = out[..., :value_dim].flatten(2, 3).flatten(0, 1)
-        covariance = (covariance.flatten(1, 2) * head_dim**-0.5).to(moved.dtype)
-        return torch.baddbmm(values, moved, covariance).view(*out.shape[:-1], value_dim)
+        covariance = covariance.flatten(1, 2).to(moved.dtype)
+        return torch.baddbmm(values, moved, covariance, alpha=head_dim**-0.5).view(*out.shape[:-1], value_dim)
 
     def _far(self, own: Tensor, total: Tensor) -> Tensor:
         """Return the columns of the clusters outside each window, [B, H, W or 1, M, 2 x width]."""
         head_dim, value_dim = self.sizes
         left = total.unsqueeze(2) - own if self.exact_near else total.unsqueeze(2)
-        number = left[..., self.valid_column, None].detach()
+        number = left[..., head_dim, None].detach()
         far = left / number.clamp(min=1.0)
-        log_weight = self._log_weight(number)
-        rounded = log_weight.to(self.dtype)
-        rest = log_weight - rounded if self.dtype != log_weight.dtype else far[..., head_dim + 1, None]
         groups = self.clusters.groups.unsqueeze(2).expand(*far.shape[:-1], -1)
         after_v = self.zero.expand(*far.shape[:-1], self.width - value_dim - groups.shape[-1])
-        parts = [far[..., :head_dim], rounded, rest, far[..., head_dim + 2 : self.width + value_dim], groups, after_v]
+        of_keys, of_values = far[..., : head_dim + 1], far[..., head_dim + 3 : self.width + value_dim]
+        parts = [of_keys, *self._log_weights(number), of_values, groups, after_v]
         return torch.cat([part.to(self.dtype) for part in parts], dim=-1)
 
-    def _log_weight(self, number: Tensor) -> Tensor:
-        """Return the log weight of clusters with so many keys outside the window, [B, H, W, M, 1]."""
+    def _log_weights(self, number: Tensor) -> tuple[Tensor, Tensor]:
+        """Return two parts of the log weight of clusters with so many keys outside the window, [B, H, W, M, 1]."""
         # Counts are exact: a cluster that lies within the window has weight 0, whatever its variance.
-        log_weight = number.log() + self.clusters.spread.unsqueeze(2)
-        if self.constant != self.sizes[0] ** 0.5:
-            log_weight = log_weight * (self.sizes[0] ** 0.5 / self.constant)
-        return log_weight.clamp(lowest_logit(self.dtype), -lowest_logit(self.dtype))
+        log_number, spread, lowest = number.log(), self.clusters.spread.unsqueeze(2), lowest_logit(self.dtype)
+        factor = self.sizes[0] ** 0.5 / _query_constant(self.sizes[0])
+        if factor != 1.0:
+            log_number, spread = log_number * factor, spread * factor
+        if self.dtype == number.dtype:
+            return log_number.clamp(min=lowest), spread.expand(number.shape)
+        # The second part is the rounding error of the first.
+        both = (log_number + spread).clamp(lowest, -lowest)
+        rounded = both.to(self.dtype)
+        return rounded, both - rounded
+
+
+def _query_constant(head_dim: int) -> float:
+    """Return the value of the constant columns of queries: about sqrt(D), and the same in every dtype."""
+    return 2.0 ** round(math.log2(head_dim) / 2)
 
 
 def lowest_logit(dtype: torch.dtype) -> float:

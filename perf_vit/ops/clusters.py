@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import lru_cache
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch._C._functorch import is_functorch_wrapped_tensor
 from torch.nn import functional as F
 
 from perf_vit.ops.windows import split_dim
@@ -18,8 +20,10 @@ __all__ = [
     "Sample",
     "choose_clusters",
     "clusters_for_size",
+    "constant",
     "describe_clusters",
-    "nearest_center",
+    "mean_key",
+    "nearest_cluster",
     "sample_step",
     "sample_tokens",
     "sampled_places",
@@ -40,33 +44,47 @@ SAMPLE_TOKENS = _SAMPLE * 2 // 3
 
 _ITERATIONS = 2
 
+# Weight of the rows of other labels in a mean, far below rounding where a label has rows.
+_OUTSIDE = 1e-12
+
 
 @dataclass(frozen=True, eq=False)
 class Clusters:
     """What describes the M clusters of each sample and head; all in at least float32.
 
     Attributes:
-        mean: Mean key of the sample, [B, H, 1, D].
-        centers: Centres minus that mean; a key belongs to the nearest one, [B, H, M, D].
+        columns: Centres c, and minus half the mean square norm of their keys, see `nearest_cluster`, [B, H, M, D + 1].
         spread: Half the variance of a logit within each cluster, [B, H, M, 1].
         groups: 1 for the group of each cluster and 0 for the others, [B, H, M, G].
         covariance: Covariance of keys and values within the clusters of a group, [B, H, G, D, Dv].
     """
 
-    mean: Tensor
-    centers: Tensor
+    columns: Tensor
     spread: Tensor
     groups: Tensor
     covariance: Tensor
 
     @property
+    def centers(self) -> Tensor:
+        """Mean keys of the clusters in the sample, [B, H, M, D]."""
+        return self.columns[..., :-1]
+
+    @property
     def num_clusters(self) -> int:
         """Number of clusters."""
-        return int(self.centers.shape[2])
+        return int(self.columns.shape[2])
+
+    def moved(self, mean: Tensor) -> Clusters:
+        """Return the clusters for keys to which a vector, [B, H, 1, D], has been added."""
+        norms = torch.baddbmm(
+            self.columns[..., -1, None].flatten(0, 1), self.centers.flatten(0, 1), mean.flatten(0, 1).mT, alpha=-1
+        )
+        columns = torch.cat([self.centers, split_dim(norms, 0, *self.columns.shape[:2])], dim=-1)
+        return replace(self, columns=columns)
 
     def nearest(self, k: Tensor) -> Tensor:
-        """Return the index of the nearest centre of each key, as `nearest_center`, [B, H, n, C] -> [B, H, n]."""
-        return nearest_center(k, self.centers, self.mean)
+        """Return the cluster of each key, as `nearest_cluster`, [B, H, n, D + 1] -> [B, H, n]."""
+        return nearest_cluster(k, self.columns)
 
 
 @dataclass(frozen=True, eq=False)
@@ -91,12 +109,32 @@ class Sample:
             return self.k.mean(dim=2, keepdim=True)
         return self.k.sum(dim=2, keepdim=True) / self.valid.sum(dim=2, keepdim=True).clamp(min=1.0)
 
+    def means(self, rows: Tensor, labels: Tensor, number: int) -> tuple[Tensor, Tensor]:
+        """Return the mean row of each label, and the number of rows, [B, H, n, C] -> [B, H, M, C] and [B, H, M, 1].
+
+        The mean of a label without rows is that of all rows, its number is near 0.
+
+        Args:
+            rows: 1 for a token that counts or 0, and other columns, [B, H, n, C].
+            labels: Labels from 0 to M - 1, [B, H, n].
+            number: Number of labels, M.
+        """
+        sums = sum_by_label(rows, labels, number, _OUTSIDE)
+        counted = sums[..., :1]
+        if self.valid is not None:
+            counted = counted.clamp(min=_OUTSIDE)
+        return sums / counted, counted
+
     def mean_square_q(self) -> Tensor:
         """Return the mean square of each channel of the queries, [B, H, 1, D]."""
         square = self.q.square()
         if self.valid is None:
             return square.mean(dim=2, keepdim=True)
         return square.sum(dim=2, keepdim=True) / self.valid.sum(dim=2, keepdim=True).clamp(min=1.0)
+
+    def minus(self, mean: Tensor) -> Sample:
+        """Subtract a vector from the keys."""
+        return replace(self, k=self.k - mean)
 
     def evenly(self, x: Tensor, number: int) -> Tensor:
         """Select evenly spaced tokens that count, [B, H, n, C] -> [B, H, number, C]."""
@@ -118,77 +156,84 @@ def describe_clusters(sample: Sample, num_clusters: int) -> Clusters:
     """Find clusters of keys, and their statistics, in a sample of the tokens.
 
     Centres come from two iterations of k-means, initialised with evenly spaced keys (Lloyd 1982, "Least squares
-    quantization in PCM"). The statistics are those of the second assignment. The clusters form G groups: those
+    quantization in PCM"), in which a key's distance from a cluster is |k - c|^2 plus the mean square distance of the
+    cluster's keys from c. The statistics are those of the second assignment. The clusters form G groups: those
     nearest to each of G of them. The assignments have no gradient.
 
     Args:
-        sample: Tokens of the grid.
+        sample: Tokens of the grid. The mean key should be near 0: squares of keys that share a large mean
+            lose the differences of the keys in rounding.
         num_clusters: Largest number of clusters; there are at most as many as tokens in the sample.
     """
     head_dim, num_clusters = sample.k.shape[-1], min(num_clusters, sample.k.shape[2])
-    with torch.no_grad():
-        mean = sample.mean_k()
-    # Distances of keys that share a large mean would be lost in its rounding.
-    k = sample.k - mean
-    ones = k.new_ones(1) if sample.valid is None else sample.valid
-    k = k if sample.valid is None else k * sample.valid
-    weight = (sample.mean_square_q() / (2 * head_dim)).mT
-    rows = torch.cat([k, ones.expand(*k.shape[:-1], 1), k.square() @ weight, sample.v], dim=-1)
+    weight = sample.mean_square_q().mT
+    rows, end = _rows(sample, weight), 2 * head_dim + 2
     keys = rows[..., : head_dim + 1].detach()
-    centers = sample.evenly(keys[..., :head_dim], num_clusters)
+    columns = sample.evenly(rows, num_clusters)[..., head_dim + 1 : end].detach()
     for _ in range(_ITERATIONS - 1):
-        centers = _means(keys, nearest_center(keys, centers), num_clusters, head_dim)[0][..., :head_dim]
-    labels = nearest_center(keys, centers)
-    means, number = _means(rows, labels, num_clusters, head_dim)
-    spread = (means[..., head_dim + 1, None] - means[..., :head_dim].square() @ weight).clamp(min=0.0)
+        labels = nearest_cluster(keys, columns)
+        columns = sample.means(rows[..., head_dim:end].detach(), labels, num_clusters)[0][..., 1:]
+    labels = nearest_cluster(keys, columns)
+    rows = rows[..., head_dim:]
+    means, number = sample.means(rows, labels, num_clusters)
+    spread = torch.baddbmm(
+        means[..., head_dim + 2, None].flatten(0, 1),
+        means[..., 1 : head_dim + 1].square().flatten(0, 1),
+        weight.flatten(0, 1),
+        beta=-1 / head_dim,
+        alpha=-0.5 / head_dim,
+    )
     # Residuals of a cluster sum to 0, so that its mean has no gradient in products of them.
     residual = rows - _of_label(means.detach(), labels)
-    r_k, r_v = residual[..., :head_dim], residual[..., head_dim + 2 :]
+    r_k, r_v = residual[..., 1 : head_dim + 1], residual[..., head_dim + 3 :]
     if sample.valid is not None:
         r_k = r_k * sample.valid
-    centers = means[..., :head_dim].detach()
-    groups = _group(centers)
+    columns = means[..., 1 : head_dim + 2].detach()
+    groups = _group(columns)
     by_group = (_of_label(groups, labels).unsqueeze(-1) * r_k.unsqueeze(-2)).flatten(-2)
-    of_groups = (groups.mT @ number).clamp(min=1.0).unsqueeze(-1)
+    of_groups = (groups.mT @ number).unsqueeze(-1)
     covariance = split_dim(by_group.mT @ r_v, 2, groups.shape[-1], head_dim) / of_groups
-    return Clusters(mean, centers, spread, groups, covariance)
+    return Clusters(columns, split_dim(spread, 0, *columns.shape[:2]), groups, covariance)
 
 
-def nearest_center(k: Tensor, centers: Tensor, offset: Tensor | None = None) -> Tensor:
-    """Return the index of the nearest centre of each key, which has no gradient, [B, H, n, C] -> [B, H, n].
+def nearest_cluster(k: Tensor, columns: Tensor) -> Tensor:
+    """Return the index of the nearest cluster of each key, which has no gradient, [B, H, n, D + 1] -> [B, H, n].
 
     Args:
-        k: Keys and a last column of ones, [B, H, n, C]. Columns between the D of the keys and the last are 0 or finite.
-        centers: Centres, [B, H, M, D].
-        offset: What all centres are to be moved by, [B, H, 1, D]; None for nothing.
+        k: Keys and a column of ones, [B, H, n, D + 1].
+        columns: Centres c and minus half the mean of |k|^2 over the keys of each cluster, [B, H, M, D + 1], so that the
+            product with a key k is half the mean of |k|^2 - |k - k_j|^2 over the keys k_j of the cluster.
     """
-    # -|k - offset - c|^2 / 2, without the same term in all centres: a product with an extra column, as a bias added to
-    # a product would be copied for each key.
-    c = centers.flatten(0, 1)
-    bias = (c.square() if offset is None else c * (c + 2 * offset.flatten(0, 1))).sum(dim=-1, keepdim=True)
-    between = k.shape[-1] - 1 - c.shape[-1]
-    columns = [c, bias * -0.5] if between == 0 else [c, c.new_zeros(1).expand(*c.shape[:2], between), bias * -0.5]
-    closeness = k.detach().flatten(0, 1) @ torch.cat(columns, dim=-1).mT
+    # The column of ones adds a term for each cluster: a bias added to the product would be copied for each key.
+    closeness = k.detach().flatten(0, 1) @ columns.flatten(0, 1).mT
     # `max` takes half the time of `argmax`.
-    return split_dim(closeness.max(dim=-1).indices, 0, *centers.shape[:2])
+    return split_dim(closeness.max(dim=-1).indices, 0, *columns.shape[:2])
 
 
-def sum_by_label(x: Tensor, labels: Tensor, number: int) -> Tensor:
+def sum_by_label(x: Tensor, labels: Tensor, number: int, outside: float = 0.0) -> Tensor:
     """Sum the rows of each label, [..., n, C] -> [..., number, C]; rows with the label `number` are left out.
 
     Args:
         x: Rows, [..., n, C].
         labels: Labels from 0 to `number`, [..., n].
         number: Number of labels.
+        outside: Weight of the rows of all other labels.
     """
     if x.device.type != "cpu" or torch.compiler.is_compiling():
         # Atomic additions of a GPU have no fixed order.
-        return _one_hot(labels, number + 1, x.dtype)[..., :number].mT @ x
+        return _one_hot(labels, number + 1, x, outside)[..., :number].mT @ x
     leading = labels.shape[:-1]
     first = torch.arange(math.prod(leading)).view(*leading, 1) * (number + 1)
     sums = x.new_zeros(math.prod(leading) * (number + 1), x.shape[-1])
     sums = sums.index_add_(0, (first + labels).flatten(), x.reshape(-1, x.shape[-1]))
-    return sums.view(*leading, number + 1, x.shape[-1])[..., :number, :]
+    sums = sums.view(*leading, number + 1, x.shape[-1])[..., :number, :]
+    return sums + outside * sums.sum(dim=-2, keepdim=True) if outside else sums
+
+
+def mean_key(k: Tensor, key_mask: Tensor | None) -> Tensor:
+    """Return the mean of the keys that `sample_tokens` takes, in at least float32, [B, H, N, D] -> [B, H, 1, D]."""
+    with torch.no_grad():
+        return sample_tokens(k, k, k, key_mask).mean_k()
 
 
 def sample_tokens(q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None) -> Sample:
@@ -203,7 +248,7 @@ def sample_tokens(q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None) -> S
         v: Values, [B, H, N, Dv].
         key_mask: [B, N] bool, False for tokens to leave out.
     """
-    dtype = torch.promote_types(k.dtype, torch.float32)
+    dtype = torch.float64 if k.dtype == torch.float64 else torch.float32
     if key_mask is None:
         step = sample_step(k.shape[2])
         q, k, v = (_every(x, step, x.shape[2] // step).to(dtype) for x in (q, k, v))
@@ -225,8 +270,9 @@ def sampled_places(num_tokens: int) -> Tensor:
 
 def choose_clusters(q: Tensor, k: Tensor, v: Tensor, num_clusters: int, key_mask: Tensor | None = None) -> Tensor:
     """Return the cluster of each key, [B, H, N, D] -> [B, H, N]; arguments as in `describe_clusters`."""
+    k = k - mean_key(k, key_mask)
     clusters = describe_clusters(sample_tokens(q, k, v, key_mask), num_clusters)
-    return clusters.nearest(F.pad(k.to(clusters.centers.dtype), (0, 1), value=1.0))
+    return clusters.nearest(F.pad(k.to(clusters.columns.dtype), (0, 1), value=1.0))
 
 
 def sample_step(number: Any) -> Any:
@@ -253,28 +299,38 @@ def _of_label(x: Tensor, labels: Tensor) -> Tensor:
     return x.gather(2, labels.unsqueeze(-1).expand(*labels.shape, x.shape[-1]))
 
 
-def _one_hot(labels: Tensor, number: int, dtype: torch.dtype) -> Tensor:
-    """Return 1 in the column of the label of each row, [..., n] -> [..., n, number]."""
-    zeros = torch.zeros(*labels.shape, number, dtype=dtype, device=labels.device)
-    return zeros.scatter_(-1, labels.unsqueeze(-1), 1.0)
+def _one_hot(labels: Tensor, number: int, like: Tensor, outside: float = 0.0) -> Tensor:
+    """Return 1 in the column of the label of each row and `outside` elsewhere, [..., n] -> [..., n, number]."""
+    return constant(outside, like).expand(*labels.shape, number).scatter(-1, labels.unsqueeze(-1), 1.0)
 
 
-def _means(rows: Tensor, labels: Tensor, number: int, ones: int) -> tuple[Tensor, Tensor]:
-    """Return the mean row of each label, 0 for labels without rows, [B, H, M, C], and the number of rows, [B, H, M, 1].
-
-    Args:
-        rows: Keys, 1 for a row that counts or 0, and other columns, [B, H, n, C].
-        labels: Labels, [B, H, n].
-        number: Number of labels, M.
-        ones: Index of the column that counts.
-    """
-    sums = sum_by_label(rows, labels, number)
-    counted = sums[..., ones, None]
-    return sums / counted.clamp(min=1.0), counted
+def _rows(sample: Sample, weight: Tensor) -> Tensor:
+    """Return the columns of sampled tokens, [k, 1, k, -|k|^2 / 2, -k^2 @ weight / 2, v], [B, H, n, C]."""
+    k, one = sample.k, constant(1.0, sample.k)
+    k = k if sample.valid is None else k * sample.valid
+    weights = torch.cat([one.expand(weight.shape), weight], dim=-1).flatten(0, 1)
+    squares = torch.baddbmm(one, k.square().flatten(0, 1), weights, beta=0, alpha=-0.5)
+    counts = (one if sample.valid is None else sample.valid).expand(*k.shape[:-1], 1)
+    return torch.cat([k, counts, k, split_dim(squares, 0, *k.shape[:2]), sample.v], dim=-1)
 
 
-def _group(centers: Tensor) -> Tensor:
-    """Return the group of each cluster as 1 in a row of zeros, [B, H, M, D] -> [B, H, M, G]."""
-    number = min(NUM_GROUPS, centers.shape[2])
-    nearest = nearest_center(F.pad(centers, (0, 1), value=1.0), _spaced(centers, number))
-    return _one_hot(nearest, number, centers.dtype)
+def _group(columns: Tensor) -> Tensor:
+    """Return the group of each cluster as 1 in a row of almost 0, [B, H, M, D + 1] -> [B, H, M, G]."""
+    number = min(NUM_GROUPS, columns.shape[2])
+    some, every = _spaced(columns, number).flatten(0, 1), columns[..., :-1].flatten(0, 1)
+    closeness = torch.baddbmm(some[..., -1, None].mT, every, some[..., :-1].mT)
+    return _one_hot(split_dim(closeness.max(dim=-1).indices, 0, *columns.shape[:2]), number, columns, _OUTSIDE)
+
+
+def constant(value: float, like: Tensor) -> Tensor:
+    """Return a value as a tensor of one element, with the device and dtype of another, which is made once."""
+    if torch.compiler.is_compiling() or type(like) is not Tensor or is_functorch_wrapped_tensor(like):
+        return like.new_full((1,), value)
+    return _constant(value, like.dtype, like.device)
+
+
+@lru_cache
+def _constant(value: float, dtype: torch.dtype, device: torch.device) -> Tensor:
+    # Tensors of inference mode can't be part of a later graph of gradients.
+    with torch.inference_mode(False):
+        return torch.full((1,), value, dtype=dtype, device=device)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from perf_vit.ops.balancing import Balancing
-from perf_vit.ops.clusters import describe_clusters, sample_tokens
+from perf_vit.ops.clusters import describe_clusters, mean_key, sample_tokens
 from perf_vit.ops.kernels import Kernel, get_kernel
 from perf_vit.ops.windows import split_dim, window_indices
 
@@ -86,10 +86,11 @@ def naive_clustered_attention(
     """
     scale, first = q.shape[-1] ** -0.5, num_prefix_tokens
     visible = _visible(q @ k.mT, key_mask, causal=False).expand(*q.shape[:2], q.shape[2], -1)
+    grid_mask = None if key_mask is None else key_mask[:, first:]
+    # One vector added to all keys changes no weight.
+    k = k - mean_key(k[:, :, first:], grid_mask)
     grid_q, grid_k, grid_v = (x[:, :, first:] for x in (q, k, v))
-    clusters = describe_clusters(
-        sample_tokens(grid_q, grid_k, grid_v, None if key_mask is None else key_mask[:, first:]), num_clusters
-    )
+    clusters = describe_clusters(sample_tokens(grid_q, grid_k, grid_v, grid_mask), num_clusters)
     exact = _exact_pairs(q @ k.mT, grid, window_size, sinks, first) & visible
     weights = (q @ k.mT * scale).exp() * exact
     # Sums over the keys of each cluster that a query doesn't attend to exactly, [B, H, n, M, C].

@@ -208,11 +208,17 @@ class ClusteredStream(AttentionStream):
         num_clusters: int,
     ) -> None:
         dtype = torch.promote_types(sample[1].dtype, torch.float32)
-        clusters = describe_clusters(Sample(*(x.to(dtype) for x in sample)), num_clusters)
-        self._prefix_keys = prefix[1:]
-        self._call = ClusteredCall.of(clusters, grid, window_size, (*prefix[1:], None))
-        shape = (*clusters.centers.shape[:3], 2 * self._call.width)
-        self._total = torch.zeros(shape, dtype=clusters.centers.dtype)
+        tokens = Sample(*(x.to(dtype) for x in sample))
+        mean = tokens.mean_k().detach()
+        clusters = describe_clusters(tokens.minus(mean), num_clusters)
+        # One vector subtracted from all keys changes no weight, but would round 16-bit keys.
+        if dtype != prefix[1].dtype:
+            clusters, mean = clusters.moved(mean), mean.new_zeros(1, dtype=prefix[1].dtype)
+        self._mean = mean
+        self._prefix_keys = (prefix[1] - self._mean, prefix[2])
+        self._call = ClusteredCall.of(clusters, grid, window_size, (*self._prefix_keys, None))
+        shape = (*clusters.columns.shape[:3], 2 * self._call.width)
+        self._total = torch.zeros(shape, dtype=clusters.columns.dtype)
         self._prefix = _ExactQueries(prefix[0], prefix[2].shape[-1])
         self._attended_prefix: Tensor | None = None
 
@@ -226,6 +232,7 @@ class ClusteredStream(AttentionStream):
         k, v, call = part.keys(k), part.keys(v), self._call
         if not k.shape[2]:
             return
+        k = k - self._mean
         self._prefix.collect(k, v)
         slots = self._slots(part.of_keys(), k)
         columns = slots.fill(torch.cat(call.key_columns(k, v, None), dim=-1))
@@ -241,7 +248,8 @@ class ClusteredStream(AttentionStream):
         """Attend with the queries of a part to all that was collected, [B, H, n, Dv]."""
         call, slots = self._call, self._slots(part, k)
         counted = None if part.counted is None else part.counted[:, None]
-        tokens = slots.fill(torch.cat([*call.query_columns(q), *call.key_columns(k, v, counted)], dim=-1))
+        columns = [*call.query_columns(q), *call.key_columns(k - self._mean, v, counted)]
+        tokens = slots.fill(torch.cat(columns, dim=-1))
         masked = slots.is_padded or counted is not None
         found = [
             call.attend(windows, call.sums(windows[..., call.width :], masked), self._total, masked)

@@ -45,16 +45,26 @@ class WindowGrid:
         """Return whether windows reach outside a grid; True where torch.compile may not know its size."""
         return torch.compiler.is_compiling() or bool(grid[0] % self.height or grid[1] % self.width)
 
-    def split(self, x: Tensor) -> Tensor:
-        """Arrange rows of tokens as windows, [B, H, rows, columns, C] -> [B, H, W, height x width, C].
+    def split(self, *parts: Tensor) -> Tensor:
+        """Join columns of rows of tokens, and arrange them as windows.
 
         Tokens of a window that lie outside the grid are 0.
+
+        Args:
+            parts: Columns of the tokens, [B, H, rows, columns, c] each.
+
+        Returns:
+            [B, H, W, height x width, C], C being the sum of all c.
         """
-        down = _ceil(x.shape[2], self.height)
-        missing = (0, 0, 0, self.across * self.width - self.columns, 0, down * self.height - x.shape[2])
+        rows = parts[0].shape[2]
+        down = _ceil(rows, self.height)
+        missing = (0, 0, 0, self.across * self.width - self.columns, 0, down * self.height - rows)
         if torch.compiler.is_compiling() or any(missing):
-            x = F.pad(x, missing)
-        x = x.view(*x.shape[:2], down, self.height, self.across, self.width, x.shape[-1]).transpose(3, 4)
+            parts = (F.pad(torch.cat(parts, dim=-1), missing),)
+        sizes = (down, self.height, self.across, self.width)
+        # One copy both joins and arranges.
+        by_window = [x.view(*x.shape[:2], *sizes, x.shape[-1]).transpose(3, 4) for x in parts]
+        x = torch.cat(by_window, dim=-1) if len(parts) > 1 else by_window[0]
         return x.reshape(*x.shape[:2], down * self.across, self.height * self.width, x.shape[-1])
 
     def write(self, x: Tensor, out: Tensor) -> None:

@@ -36,12 +36,16 @@ def operations_of_a_layer(side: int, monkeypatch, **options) -> float:
     with torch.device("meta"):
         model = timm.create_model("vit_small_patch16_224", img_size=side, num_classes=0, depth=4).eval()
         linear = perf_vit.linearize(model, **options)
+        with torch.no_grad():
+            # Constants are made once for a device.
+            linear(torch.empty(1, 3, side, side))
+        counted.number = 0
         with torch.no_grad(), counted:
             linear(torch.empty(1, 3, side, side))
     return counted.number / 4
 
 
-@pytest.mark.parametrize(("options", "most"), [({}, 97), ({"mixer": "softmax"}, 13)], ids=["clusters", "softmax"])
+@pytest.mark.parametrize(("options", "most"), [({}, 60), ({"mixer": "softmax"}, 13)], ids=["clusters", "softmax"])
 def test_a_device_gets_as_many_operations_at_every_size(options: dict, most: int, monkeypatch) -> None:
     numbers = {operations_of_a_layer(side, monkeypatch, **options) for side in (1024, 2048, 4096)}
     assert len(numbers) == 1

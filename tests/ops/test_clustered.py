@@ -78,7 +78,7 @@ def test_clusters_windows_and_sinks_each_bring_it_closer_to_softmax() -> None:
         out = clustered_attention(q, k, v, (24, 24), window_size, num_sinks, num_clusters)
         return float((out - exact).norm() / exact.norm())
 
-    assert error(0, 0, 128) < error(0, 0, 16) < error(0, 0, 1)
+    assert error(0, 0, 128) < error(0, 0, 64) < error(0, 0, 1)
     assert error(8, 0, 16) < error(0, 0, 16)
     assert error(8, 64, 16) < error(8, 0, 16)
 
