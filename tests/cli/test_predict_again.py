@@ -92,6 +92,7 @@ def test_each_file_is_announced_with_its_path(trained, tmp_path, capsys) -> None
     for _ in range(2):
         assert call([*args, out]) == 0
         said = dict(line.split(": ") for line in capsys.readouterr().out.splitlines())
+        assert said.pop("seam_disagreement").endswith("of the pixels under several windows")
         paths = {name: path.split(",")[0] for name, path in said.items()}
         assert paths == {
             "map": str(out),
