@@ -25,7 +25,7 @@ from perf_vit.cli.arguments import (
     WindowSize,
     given_options,
 )
-from perf_vit.cli.results import say_prediction
+from perf_vit.cli.results import say_plan, say_prediction
 
 __all__ = ["evaluate", "predict"]
 
@@ -83,6 +83,16 @@ def predict(
             help="With --whole: folder of the file of tokens; next to the output by default.", rich_help_panel=TILING
         ),
     ] = None,
+    keep_tokens: Annotated[
+        bool,
+        typer.Option("--keep-tokens", help="With --whole: keep finished blocks after Ctrl-C.", rich_help_panel=TILING),
+    ] = False,
+    plan: Annotated[
+        bool,
+        typer.Option(
+            "--plan", help="With --whole: print tokens, time, memory and disk, and end.", rich_help_panel=TILING
+        ),
+    ] = False,
     num_readers: Annotated[
         int | None,
         typer.Option(help="Threads that read ahead; one per processor by default.", min=1, rich_help_panel=SPEED),
@@ -194,9 +204,13 @@ def predict(
     """Map rasters with a trained model, find objects in them, or tell what whole images or slides show."""
     from perf_vit.workflows.load import find_model, task_name
     from perf_vit.workflows.predict import PREDICTORS, predict
+    from perf_vit.workflows.predict import plan as plan_map
 
     task = task_name(find_model(checkpoint))
-    given = given_options(context, {"checkpoint", "inputs", "more_inputs", "output"})
+    given = given_options(context, {"checkpoint", "inputs", "more_inputs", "output", "plan"})
+    if plan:
+        say_plan(plan_map(checkpoint, [*inputs, *(more_inputs or ())], output, **given))
+        return
     for name in ("quicklook", "style", "report"):
         if hasattr(PREDICTORS[task][1], name):
             given.setdefault(name, True)

@@ -5,14 +5,15 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from perf_vit.workflows.progress import print_damage, say
+from perf_vit.workflows.progress import print_damage, say, show, two_columns
 
 if TYPE_CHECKING:
     # They bring torch, which an error in the words of a command need not wait for.
     from perf_vit.inference import RunReport
     from perf_vit.inference.jobs import JobResult
+    from perf_vit.inference.whole_plan import WholePlan
 
-__all__ = ["say_prediction"]
+__all__ = ["say_plan", "say_prediction"]
 
 # Names of files next to an output by their suffix; others are polygons.
 _BESIDE = {".html": "report", ".png": "quicklook", ".qml": "QGIS style", ".xml": "class names"}
@@ -44,6 +45,31 @@ def say_prediction(task: str, found: JobResult | RunReport, output: Path) -> Non
         _say_beside(found)
     else:
         _say_map(found, output)
+
+
+def say_plan(plan: WholePlan) -> None:
+    """Say what the map of a whole image takes, and refuse what doesn't fit.
+
+    Raises:
+        OutputError: The disk or the memory is too small.
+    """
+    minutes, gigabytes = (plan.seconds or 0.0) / 60, [plan.memory_bytes / 1e9, plan.disk_bytes / 1e9]
+    (rows, columns), timed = plan.grid, plan.timed or (0, 0)
+    duration = f"{60 * minutes:.0f} s" if minutes < 2 else f"{minutes:.0f} min"
+    free = ["" if number is None else f", {number / 1e9:.1f} GB free" for number in (plan.free_memory, plan.free_disk)]
+    where = "none, tokens are in memory" if plan.folder is None else f"{plan.num_files} files of tokens, {plan.folder}"
+    show(
+        two_columns(
+            [
+                ("tokens", f"{plan.num_tokens:,} of {rows:,} x {columns:,}"),
+                ("trips", f"{plan.num_trips} over the image"),
+                ("time", f"about {duration}, from {timed[0]} x {timed[1]} tokens through two blocks and the head now"),
+                ("memory", f"about {gigabytes[0]:.1f} GB{free[0]}"),
+                ("disk", f"{gigabytes[1]:.1f} GB{free[1]}: {where}"),
+            ]
+        )
+    )
+    plan.check()
 
 
 def _say_map(found: JobResult, output: Path) -> None:

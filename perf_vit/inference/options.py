@@ -193,6 +193,7 @@ class SegmentationPredictOptions(PolygonOptions):
             windows. The model must be a plain ViT with linear attention; it runs on the CPU.
         store: With `whole`, where tokens are: "float32", "bfloat16" or "float16" for a file of that dtype, or "memory".
         token_folder: With `whole`, folder of the tokens' file on a local disk; next to the output by default.
+        keep_tokens: With `whole`, keep finished blocks after Ctrl-C, as after a crash, to go on there.
     """
 
     kind: OutputKind = "classes"
@@ -203,6 +204,7 @@ class SegmentationPredictOptions(PolygonOptions):
     whole: bool = False
     store: TokenStorage = "float32"
     token_folder: str | Path | None = None
+    keep_tokens: bool = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -241,7 +243,10 @@ class SegmentationPredictOptions(PolygonOptions):
         """Refuse options of windows with `whole`, and options of whole images without it."""
         _check_choice(self, "store", get_args(TokenStorage))
         defaults = {each.name: each.default for each in fields(self)}
-        own, others = ("store", "token_folder"), ("window_size", "overlap", "blend", "flips", "precision", "batch_size")
+        own, others = (
+            ("store", "token_folder", "keep_tokens"),
+            ("window_size", "overlap", "blend", "flips", "precision", "batch_size"),
+        )
         for name in others if self.whole else own:
             if getattr(self, name) != defaults[name]:
                 what = "is of windows, and `whole` has none" if self.whole else "is for `whole`"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Generator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, closing
@@ -32,7 +31,7 @@ from perf_vit.inference.predictor import (
 from perf_vit.inference.prefetch import Reads, SalvagingReader
 from perf_vit.inference.ray import RayPool, row_ranges
 from perf_vit.inference.seams import decide_classes
-from perf_vit.inference.whole import WholeImage
+from perf_vit.inference.whole import map_whole
 from perf_vit.models import Segmenter, load_segmenter
 from perf_vit.plotting import default_colormap
 from perf_vit.reporting.outputs import write_map_report
@@ -187,41 +186,13 @@ class SegmentationPredictor(InputPredictor[Segmenter, SegmentationPredictOptions
         with self.opened(source) as opened, bounded_cache(), writers:
             reader, gaps = self.reader(opened, store.folder), store.gaps(*(rows or (0, opened.height)))
             if self.options.whole:
-                self._run_whole(opened, reader, store.folder, gaps, write, on_progress)
+                map_whole(self, opened, reader, store.folder, gaps, write, on_progress)
             for gap in () if self.options.whole else gaps:
                 strips = self.strips(reader, opened.extent, gap, finish=write, on_progress=on_progress)
                 with closing(strips):
                     for _ in strips:
                         pass
             write.flush()
-
-    def _run_whole(
-        self,
-        source: Source,
-        reader: Reads,
-        folder: Path,
-        gaps: list[tuple[int, int]],
-        write: StripWriter,
-        on_progress: OnProgress,
-    ) -> None:
-        """Predict rows of a map in one forward pass."""
-        self.ready()
-        options, spec = self.options, self.model.spec
-        WholeImage(self.model, source, reader, len(spec.classes)).run(
-            gaps,
-            write,
-            folder=None if options.store == "memory" else self._token_folder(folder),
-            token_dtype=options.token_dtype,
-            num_readers=options.num_readers,
-            on_progress=on_progress,
-        )
-
-    def _token_folder(self, folder: Path) -> Path:
-        """Folder of a map's tokens, of one name for each output: in that of its rows, or in the one that is given."""
-        if self.options.token_folder is None:
-            return folder / "tokens"
-        name = hashlib.sha256(str(folder.absolute()).encode()).hexdigest()[:12]
-        return Path(self.options.token_folder, f"perf_vit_tokens_{name}")
 
     def strips(
         self,

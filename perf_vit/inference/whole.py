@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import shutil
+import hashlib
 from collections.abc import Callable, Generator, Iterator
-from contextlib import contextmanager
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,16 +12,21 @@ from typing import Any
 import numpy as np
 import torch
 
-from perf_vit.errors import CheckpointError, NotFiniteError, PerfVitError
+from perf_vit.errors import CheckpointError, NotFiniteError, OptionError, PerfVitError
 from perf_vit.finite import check_finite
 from perf_vit.inference.dense import FloatArray, Strip
-from perf_vit.inference.prefetch import Reads, Tile, load_ahead, read_tile
-from perf_vit.streaming import ImageTokens, StreamedTokens, stream_tokens
+from perf_vit.inference.jobs.identity import SourceIdentity
+from perf_vit.inference.jobs.journal import TOKEN_FOLDER, partial_folder
+from perf_vit.inference.prefetch import Reads, SalvagingReader, Tile, load_ahead, read_tile
+from perf_vit.inference.whole_plan import WholePlan, measured, plan_whole
+from perf_vit.streaming import ImageTokens, StreamedTokens, check_streamable, stream_tokens
 from perf_vit.streaming.dense import DenseHead
+from perf_vit.streaming.journal import TokenJournal
+from perf_vit.streaming.processes import Processes
 from perf_vit.threads import num_processors
 from perf_vit.types import GeoImage, Source, Window
 
-__all__ = ["WholeImage"]
+__all__ = ["WholeImage", "map_whole", "plan_map"]
 
 _STRIP_ROWS = 128
 """Most rows of a strip, as in prediction in windows."""
@@ -62,7 +67,9 @@ class WholeImage:
 
     def __init__(self, segmenter: Any, source: Source, reader: Reads, num_classes: int) -> None:
         self._head = DenseHead(segmenter)
-        self._source, self._reader, self._num_classes = source, reader, num_classes
+        self._source, self._num_classes = source, num_classes
+        # Pixels that can't be read were noted when the image was embedded.
+        self._reader = source if reader is source else SalvagingReader(source, lambda window, reason: None)
         self._normalize = segmenter.spec.normalizer
         try:
             self._image = ImageTokens(self._head.vit, _Image(source, reader), self._normalize)
@@ -71,15 +78,32 @@ class WholeImage:
         except ValueError as error:
             raise CheckpointError(str(error)) from error
         width = self._image.grid[1] * self._head.patch[1]
-        self._part = self._head.part_size(_BAND_BYTES // (4 * num_classes * width))
+        self._part: tuple[int, int] = self._head.part_size(_BAND_BYTES // (4 * num_classes * width))
+
+    def plan(self, journal: TokenJournal | None, token_dtype: torch.dtype, *, timed: bool = False) -> WholePlan:
+        """Return what the map takes.
+
+        Args:
+            journal: Folder for the tokens' files; None for memory.
+            token_dtype: Dtype of stored tokens.
+            timed: Whether to measure the time.
+
+        Raises:
+            CheckpointError: A block needs all tokens at once.
+        """
+        check_streamable(self._head.vit, self._image.grid)
+        folder = None if journal is None else journal.folder
+        plan = plan_whole(self._head, self._source, self._part, self._num_classes, folder, token_dtype)
+        return measured(plan, self._head, self._source, self._normalize, self._part) if timed else plan
 
     def run(
         self,
         gaps: list[tuple[int, int]],
         finish: Callable[[Strip], Any],
         *,
-        folder: Path | None,
+        journal: TokenJournal | None,
         token_dtype: torch.dtype,
+        keep_tokens: bool = False,
         num_readers: int | None = None,
         on_progress: OnProgress = lambda done, total: None,
     ) -> None:
@@ -88,8 +112,10 @@ class WholeImage:
         Args:
             gaps: Rows of pixels, as (first, first below).
             finish: Function of a strip, whose arrays hold until it returns; strips may hold other rows too.
-            folder: Folder for the tokens' files, which are deleted at the end; None for memory.
+            journal: Folder for the tokens' files, which are deleted at the end, and kept after an error; None for
+                memory.
             token_dtype: Dtype of stored tokens.
+            keep_tokens: Keep the files after Ctrl-C too.
             num_readers: Number of threads that read; one per processor by default.
             on_progress: Called with (rows of tokens done, in all), counted in each pass over the image.
 
@@ -100,6 +126,7 @@ class WholeImage:
         """
         if not gaps:
             return
+        self.plan(journal, token_dtype).check()
         rows, before = self._image.grid[0], 0
 
         def on_block(done: int, total: int) -> None:
@@ -110,20 +137,17 @@ class WholeImage:
         def on_band(done: int, total: int) -> None:
             on_progress(before + done, before + total)
 
-        with _made_empty(folder):
-            tokens = self.tokens(folder, token_dtype, on_block)
+        with nullcontext() if journal is None else journal.kept(after_interrupt=keep_tokens):
+            tokens = self.tokens(journal, token_dtype, on_block)
             for gap in gaps:
-                strips = self.strips(
-                    tokens, gap, lambda done, _: on_progress(before + done, before + rows), num_readers
-                )
-                for strip in strips:
+                for strip in self.strips(tokens, gap, on_band, num_readers):
                     finish(strip)
 
-    def tokens(self, folder: Path | None, dtype: torch.dtype, on_progress: OnProgress) -> list[StreamedTokens]:
+    def tokens(self, journal: TokenJournal | None, dtype: torch.dtype, on_progress: OnProgress) -> list[StreamedTokens]:
         """Run the backbone, and return the tokens that the head takes.
 
         Args:
-            folder: Folder for the tokens' files; None for memory.
+            journal: Folder for the tokens' files; None for memory.
             dtype: Dtype of stored tokens.
             on_progress: Called with (rows of tokens done, in all), counted in each pass over the image.
 
@@ -137,7 +161,7 @@ class WholeImage:
             indices=self._head.indices,
             num_blocks=self._head.indices[-1] + 1,
             margin=self._head.reach.margin,
-            folder=folder,
+            journal=journal,
             dtype=dtype,
             on_progress=on_progress,
         )[1]
@@ -226,15 +250,78 @@ class WholeImage:
             yield Strip(window, band.scores[:, rows], band.valid[rows])
 
 
-@contextmanager
-def _made_empty(folder: Path | None) -> Iterator[None]:
-    """Make a folder, without what a killed process left in it, and delete it at the end."""
-    if folder is None:
-        yield
-        return
-    shutil.rmtree(folder, ignore_errors=True)
-    try:
-        folder.mkdir(parents=True)
-        yield
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
+def map_whole(
+    predictor: Any,
+    source: Source,
+    reader: Reads,
+    folder: Path,
+    gaps: list[tuple[int, int]],
+    finish: Callable[[Strip], Any],
+    on_progress: OnProgress,
+) -> None:
+    """Predict rows of a map in one forward pass.
+
+    Args:
+        predictor: Segmentation model and options.
+        source: Image.
+        reader: Where its pixels come from.
+        folder: Folder of the unfinished map.
+        gaps: Rows of pixels, as (first, first below).
+        finish: Function of a strip.
+        on_progress: Called with (rows of tokens done, in all).
+
+    Raises:
+        CheckpointError: The model needs all tokens at once.
+        InputError: The image can't be read, or has no valid pixel.
+        OptionError: Several processes form a group.
+        OutputError: The disk or the memory is too small, or the folder of tokens holds those of another model or image.
+    """
+    if (number := Processes().number) > 1:
+        raise OptionError(f"whole maps are made by one process, got a group of {number}; end the group first")
+    options = predictor.options
+    whole, journal = _begun(predictor, source, reader, folder)
+    whole.run(
+        gaps,
+        finish,
+        journal=journal,
+        token_dtype=options.token_dtype,
+        keep_tokens=options.keep_tokens,
+        num_readers=options.num_readers,
+        on_progress=on_progress,
+    )
+
+
+def plan_map(predictor: Any, source: Source, out: Path) -> WholePlan:
+    """Return what the map of a whole image takes, with the time of its model on this machine.
+
+    Args:
+        predictor: Segmentation model and options.
+        source: Image.
+        out: Path of the map.
+
+    Raises:
+        CheckpointError: The model needs all tokens at once.
+    """
+    whole, journal = _begun(predictor, source, source, partial_folder(out), resume=True)
+    return whole.plan(journal, predictor.options.token_dtype, timed=True)
+
+
+def _begun(
+    predictor: Any, source: Source, reader: Reads, folder: Path, *, resume: bool | None = None
+) -> tuple[WholeImage, TokenJournal | None]:
+    predictor.ready()
+    options, spec = predictor.options, predictor.model.spec
+    whole = WholeImage(predictor.model, source, reader, len(spec.classes))
+    if options.store == "memory":
+        return whole, None
+    identity = {**predictor.model_settings, **SourceIdentity(source).settings}
+    resume = options.resume if resume is None else resume
+    return whole, TokenJournal(_token_folder(options.token_folder, folder), identity, resume=resume)
+
+
+def _token_folder(given: str | Path | None, folder: Path) -> Path:
+    """Folder of a map's tokens, of one name for each output: in that of its rows, or in the one that is given."""
+    if given is None:
+        return folder / TOKEN_FOLDER
+    name = hashlib.sha256(str(folder.absolute()).encode()).hexdigest()[:12]
+    return Path(given, f"perf_vit_tokens_{name}")

@@ -12,12 +12,13 @@ from torch import Tensor, nn
 
 from perf_vit.errors import CheckpointError
 from perf_vit.models.heads.parts import GridPart, Reach, reach_of
-from perf_vit.streaming.forward import StreamedTokens
+from perf_vit.streaming.forward import num_passes, rows_of_windows
+from perf_vit.streaming.tokens import StreamedTokens
 from perf_vit.types import Window
 
-__all__ = ["DenseHead"]
+__all__ = ["PART_PX", "DenseHead"]
 
-_PART_PX = 2**20
+PART_PX = 2**20
 """Pixels of a part with its margins: decoders take 0.4 to 0.6 GB for them."""
 
 
@@ -52,6 +53,32 @@ class DenseHead:
         self._head, self._norm = head, bool(backbone.norm)
         self._takes_part = "part" in inspect.signature(head.forward).parameters
 
+    @property
+    def num_trips(self) -> int:
+        """How often a map goes over the image or its tokens: to embed them, in each block, and for the head."""
+        return 1 + num_passes(self._blocks()) + 1
+
+    def num_files(self, *, in_place: bool) -> int:
+        """Return the number of files of all tokens at a time.
+
+        Args:
+            in_place: Whether blocks replace their input, as without a journal.
+        """
+        if in_place:
+            return len(self.indices)
+        # Of each block: what is kept before it, its input, its output.
+        return max(
+            len({*(each for each in self.indices if each < index), index - 1}) + 1
+            for index in range(len(self._blocks()))
+        )
+
+    def rows_at_once(self, grid: tuple[int, int]) -> int:
+        """Return the number of rows of tokens that a part has at least."""
+        return rows_of_windows(self._blocks(), grid)
+
+    def _blocks(self) -> list[Any]:
+        return list(self.vit.blocks)[: self.indices[-1] + 1]
+
     def part_size(self, most_rows_px: int) -> tuple[int, int]:
         """Return rows and columns of a part in tokens, without margins.
 
@@ -60,7 +87,7 @@ class DenseHead:
         """
         step = self.reach.multiple
         around = 2 * self.reach.margin + step - 1
-        side = int((_PART_PX / (self.patch[0] * self.patch[1])) ** 0.5)
+        side = int((PART_PX / (self.patch[0] * self.patch[1])) ** 0.5)
         rows = max(1, min(side - around, most_rows_px // self.patch[0]) // step) * step
         columns = max(1, (side * side // (rows + around) - around) // step) * step
         return rows, columns

@@ -41,6 +41,11 @@ class ImageTokens:
     """
 
     def __init__(self, model: Any, source: Any, normalize: Normalize) -> None:
+        if _has_relative_biases(model):
+            raise ValueError(
+                f"the model must have absolute or rotary positions, got {type(model).__name__} with relative position "
+                "biases, which need all pairs of tokens"
+            )
         if not isinstance(model, VisionTransformer | Eva) or type(model.patch_embed) is not PatchEmbed:
             embed = type(getattr(model, "patch_embed", None)).__name__
             raise ValueError(
@@ -101,6 +106,11 @@ class ImageTokens:
     def _before_blocks(self, x: Tensor) -> Tensor:
         normed: Tensor = self._model.norm_pre(x)
         return normed
+
+
+def _has_relative_biases(model: Any) -> bool:
+    names = "rel_pos", "relative_position_bias_table"
+    return any(getattr(module, name, None) is not None for module in model.modules() for name in names)
 
 
 def _any_of_patches(valid: BoolArray, height: int, width: int) -> BoolArray:

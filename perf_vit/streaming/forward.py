@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,88 +12,26 @@ from typing import Any
 import torch
 from timm.models.eva import EvaBlock
 from timm.models.vision_transformer import Block
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
-from perf_vit.errors import CheckpointError, InputError, OptionError
+from perf_vit.errors import CheckpointError, InputError
 from perf_vit.layers.chunked import finish_block
 from perf_vit.layers.linearized_attention import LinearizedAttention
 from perf_vit.layers.mixer import Mixer
 from perf_vit.ops.streaming import AttentionStream, Part, sampled_places
 from perf_vit.ops.windows import WindowGrid
 from perf_vit.streaming.embedding import ImageTokens
+from perf_vit.streaming.journal import TokenJournal
 from perf_vit.streaming.layout import TokenLayout
 from perf_vit.streaming.processes import Processes
 from perf_vit.streaming.store import TokenStore
-from perf_vit.types import GeoImage, Window
+from perf_vit.streaming.tokens import PART_TOKENS, StreamedTokens
+from perf_vit.types import GeoImage
 
-__all__ = ["StreamedTokens", "check_blocks", "check_streamable", "stream_tokens"]
-
-_PART_TOKENS = 2**14
-"""Tokens of a part: their queries, keys, values and hidden layers take about 0.3 GiB in a ViT-S."""
+__all__ = ["check_blocks", "check_streamable", "num_passes", "rows_of_windows", "stream_tokens"]
 
 OnProgress = Callable[[int, int], None]
-
-
-@dataclass(frozen=True, eq=False)
-class StreamedTokens:
-    """Tokens of an image after a block, before the model's last norm.
-
-    Attributes:
-        prefix: Class and register tokens, [P, C].
-        store: Tokens with a valid pixel.
-        layout: Where they are.
-        norm: Last norm of the model.
-        processes: Processes that share the image; each has the tokens of its stripe of rows.
-    """
-
-    prefix: Tensor
-    store: TokenStore
-    layout: TokenLayout
-    norm: nn.Module
-    processes: Processes
-
-    @torch.no_grad()
-    def normed_prefix(self) -> Tensor:
-        """Return the class and register tokens after the last norm, [P, C]."""
-        normed: Tensor = self.norm(self.prefix)
-        return normed
-
-    @torch.no_grad()
-    def rows(self, first_row: int, stop_row: int, *, norm: bool = True) -> Tensor:
-        """Return rows of this process's stripe as a map, 0 where no pixel is valid, [C, rows, columns].
-
-        Raises:
-            OptionError: The rows aren't within the stripe, which is the whole grid of a single process.
-        """
-        first, stop = self.layout.stripe
-        if not first <= first_row < stop_row <= stop:
-            raise OptionError(
-                f"rows must be within {first} to {stop}, which this process has, got {first_row} to {stop_row}"
-            )
-        return self.window(Window(first_row, 0, stop_row - first_row, self.layout.grid[1]), norm=norm)
-
-    @torch.no_grad()
-    def window(self, window: Window, *, norm: bool = True) -> Tensor:
-        """Return rows and columns of this process's stripe as a map, 0 where no token is stored, [C, h, w]."""
-        part, columns = self.layout.part(window.row, window.row_stop), self.layout.grid[1]
-        row, column = part.places // columns, part.places % columns - window.col
-        inside = (column >= 0) & (column < window.width)
-        tokens = inside.nonzero().flatten() + self.layout.tokens(part).start
-        x = self.store.read(tokens)
-        x = self.norm(x) if norm else x
-        plane = x.new_zeros(window.height * window.width, x.shape[1])
-        plane[(row * window.width + column)[inside]] = x
-        return plane.mT.reshape(-1, *window.shape)
-
-    @torch.no_grad()
-    def mean(self) -> Tensor:
-        """Return the mean of all tokens after the last norm, [C]; all processes must call it."""
-        total = torch.zeros(self.prefix.shape[-1], dtype=torch.float64)
-        for part in self.layout.parts(1, _PART_TOKENS):
-            x = self.store.read(self.layout.tokens(part))
-            total += self.norm(x if part.counted is None else x[part.counted]).sum(dim=0, dtype=torch.float64)
-        return (self.processes.reduce(total, "sum") / self.layout.num_tokens).to(self.prefix.dtype)
 
 
 def check_streamable(model: Any, grid: tuple[int, int]) -> None:
@@ -144,8 +82,9 @@ def stream_tokens(
     num_blocks: int | None = None,
     margin: int = 0,
     folder: Path | None = None,
+    journal: TokenJournal | None = None,
     dtype: torch.dtype | None = None,
-    part_tokens: int = _PART_TOKENS,
+    part_tokens: int = PART_TOKENS,
     on_progress: OnProgress = lambda done, total: None,
 ) -> tuple[StreamedTokens, list[StreamedTokens]]:
     """Run a ViT over an image: each block goes over the parts of the image once or twice.
@@ -161,6 +100,8 @@ def stream_tokens(
         margin: Tokens without a valid pixel that are computed too: those at most so many rows and columns from one that
             counts. They attend to others, and no other attends to them, as in a forward pass with a mask.
         folder: Folder for the tokens' files; None to keep tokens in memory.
+        journal: Used instead of `folder`: a call that was killed goes on after its last finished block. Each block then
+            writes a file of its own, so there is one file more.
         dtype: Dtype of stored tokens; that of the model by default.
         part_tokens: Number of tokens that are processed at once.
         on_progress: Called with (rows of tokens done, in all), counted in each pass over the image.
@@ -179,7 +120,8 @@ def stream_tokens(
     check_streamable(model, image.grid)
     with torch.no_grad():
         blocks = list(model.blocks)[:num_blocks]
-        return _Forward(model, blocks, image, margin, folder, dtype, part_tokens, on_progress).run(indices)
+        place = folder if journal is None else journal
+        return _Forward(model, blocks, image, margin, place, dtype, part_tokens, on_progress).run(indices)
 
 
 class _Forward:
@@ -189,41 +131,88 @@ class _Forward:
         blocks: list[Any],
         image: ImageTokens,
         margin: int,
-        folder: Path | None,
+        place: Path | TokenJournal | None,
         dtype: torch.dtype | None,
         part_tokens: int,
         on_progress: OnProgress,
     ) -> None:
-        self._model, self._image, self._margin, self._folder = model, image, margin, folder
+        self._model, self._image, self._margin = model, image, margin
+        self._journal = place if isinstance(place, TokenJournal) else None
+        self._folder = place.folder if isinstance(place, TokenJournal) else place
         self._computed = model.patch_embed.proj.weight.dtype
         self._dtype = self._computed if dtype is None else dtype
         self._part_tokens, self._on_progress = part_tokens, on_progress
         self._blocks = blocks
-        # One to embed and one to attend in each block; one to collect where the block before can't.
-        collects = [index == 0 or block.attn.mixer.needs_sample for index, block in enumerate(self._blocks)]
-        self._passes_done, self._num_passes = 0, 1 + len(self._blocks) + sum(collects)
+        self._collects = _collects(blocks)
+        # One to embed.
+        self._passes_done, self._num_passes = 0, 1 + num_passes(blocks)
         self._processes = Processes()
 
     def run(self, indices: tuple[int, ...]) -> tuple[StreamedTokens, list[StreamedTokens]]:
-        prefix = self._image.prefix()
         self._processes.check_same(self._image.identity)
-        store, layout = self._embed()
+        first = self._begin(indices)
         kept: list[StreamedTokens] = []
+        if self._journal is None or first is None:
+            prefix = self._image.prefix()
+            store, layout = self._embed()
+            self._commit(0, prefix, store, layout, 1)
+        else:
+            prefix, store, layout, kept = self._resumed(self._journal, first, indices)
         stream: AttentionStream | None = None
-        for index in range(len(self._blocks)):
+        for index in range(first or 0, len(self._blocks)):
             if stream is None:
                 stream = self._collected(index, prefix, store, layout)
-            prefix, stream = self._attend(index, prefix, store, layout, stream)
+            target = store if self._journal is None else self._new_store(layout.num_stored, f"block_{index}")
+            rows_at_once = stream.rows_at_once
+            prefix, stream = self._attend(index, prefix, store, target, layout, stream)
+            self._commit(index + 1, prefix, target, layout, rows_at_once)
+            if target is not store and index - 1 not in indices:
+                store.remove()
+            store = target
             if index in indices:
-                # Those of the last block are given anyway.
-                own = store if index + 1 == len(self._blocks) else self._copied(store, layout, index)
-                kept.append(StreamedTokens(prefix, own, layout, self._model.norm, self._processes))
-        return StreamedTokens(prefix, store, layout, self._model.norm, self._processes), kept
+                # Those of the last block are given anyway, and others have files of their own with a journal.
+                is_own = self._journal is not None or index + 1 == len(self._blocks)
+                kept.append(self._given(prefix, store if is_own else self._copied(store, layout, index), layout))
+        return self._given(prefix, store, layout), kept
+
+    def _given(self, prefix: Tensor, store: TokenStore, layout: TokenLayout) -> StreamedTokens:
+        return StreamedTokens(prefix, store, layout, self._model.norm, self._processes)
+
+    def _begin(self, indices: tuple[int, ...]) -> int | None:
+        """Return the number of blocks that an earlier call finished, None without its tokens."""
+        if self._journal is None:
+            return None
+        settings = {"indices": indices, "num_blocks": len(self._blocks), "margin": self._margin}
+        settings |= {"grid": self._image.grid, "part_tokens": self._part_tokens, "processes": self._processes.number}
+        self._journal.begin({**settings, "dtype": str(self._dtype).removeprefix("torch.")})
+        return self._journal.num_done
+
+    def _resumed(
+        self, journal: TokenJournal, num_done: int, indices: tuple[int, ...]
+    ) -> tuple[Tensor, TokenStore, TokenLayout, list[StreamedTokens]]:
+        """Open what an earlier call finished: prefix and tokens after the last block, and tokens that are kept."""
+        layout, is_fused = journal.layout(), 0 < num_done < len(self._blocks) and not self._collects[num_done]
+        self._passes_done = 1 + num_done + sum(self._collects[:num_done])
+        # Sums that the pass before would have collected.
+        self._num_passes += is_fused
+        names = {
+            index: f"block_{index}" if index >= 0 else "tokens"
+            for index in sorted({*(each for each in indices if each < num_done), num_done - 1})
+        }
+        journal.keep_only(f"{name}.bin" for name in names.values())
+        opened = {index: self._opened_store(layout, name) for index, name in names.items()}
+        kept = [self._given(journal.prefix(index + 1), opened[index], layout) for index in opened if index in indices]
+        return journal.prefix(num_done), opened[num_done - 1], layout, kept
+
+    def _commit(self, num_done: int, prefix: Tensor, store: TokenStore, layout: TokenLayout, rows_at_once: int) -> None:
+        if self._journal is not None:
+            store.flush()
+            self._journal.commit(num_done, prefix, layout, rows_at_once)
 
     def _embed(self) -> tuple[TokenStore, TokenLayout]:
         """Read this process's rows and store their first tokens; tokens without a valid pixel are left out."""
         rows, columns = self._image.grid
-        first_row, stop_row = self._processes.stripe(rows, self._rows_of_windows())
+        first_row, stop_row = self._processes.stripe(rows, rows_of_windows(self._blocks, self._image.grid))
         valid = torch.zeros(rows, columns, dtype=torch.bool)
         stored = torch.zeros_like(valid) if self._margin else valid
         with self._processes.failing_together():
@@ -259,15 +248,12 @@ class _Forward:
                 self._report(part)
         store.shrink(start)
 
-    def _rows_of_windows(self) -> int:
-        """Return the number of rows of a stripe's units: windows of all blocks lie within a stripe."""
-        sizes = {getattr(block.attn.options, "window_size", 0) for block in self._blocks}
-        return math.lcm(*(WindowGrid.of(self._image.grid, size).height for size in sizes if size))
-
     def _collected(self, index: int, prefix: Tensor, store: TokenStore, layout: TokenLayout) -> AttentionStream:
         """Start the attention of a block and go over the image to collect its sums."""
         stream = self._start(index, prefix, store, layout)
-        for part in layout.parts(stream.rows_at_once, self._part_tokens):
+        # Of a call that is resumed, sums are collected in the same order as while the block before wrote its tokens.
+        unit = stream.rows_at_once if self._collects[index] or self._journal is None else self._journal.rows_at_once
+        for part in layout.parts(unit, self._part_tokens):
             x = store.read(layout.tokens(part))
             stream.collect(*self._project(index, prefix, x, layout.places_of(part)).tokens, part)
             self._report(part)
@@ -276,7 +262,13 @@ class _Forward:
         return stream
 
     def _attend(
-        self, index: int, prefix: Tensor, store: TokenStore, layout: TokenLayout, stream: AttentionStream
+        self,
+        index: int,
+        prefix: Tensor,
+        store: TokenStore,
+        target: TokenStore,
+        layout: TokenLayout,
+        stream: AttentionStream,
     ) -> tuple[Tensor, AttentionStream | None]:
         """Go over the image to apply a block; collect the sums of the next one where it needs no sample of tokens."""
         following, own = index + 1, self._project(index, prefix)
@@ -287,9 +279,9 @@ class _Forward:
             x, places = store.read(layout.tokens(part)), layout.places_of(part)
             projected = self._project(index, prefix, x, places)
             x = self._finish(index, x, stream.attend(*projected.tokens, part), projected.gate)
-            store.write(layout.tokens(part), x)
+            target.write(layout.tokens(part), x)
             if collecting is not None:
-                x = store.read(layout.tokens(part))
+                x = target.read(layout.tokens(part))
                 collecting.collect(*self._project(following, after, x, places).tokens, part)
             self._report(part)
         if collecting is not None:
@@ -345,7 +337,15 @@ class _Forward:
 
     def _new_store(self, num_tokens: int, name: str) -> TokenStore:
         path = None if self._folder is None else self._folder / f"{name}.bin"
+        if self._journal is not None and path is not None:
+            # Of a block that was not finished.
+            path.unlink(missing_ok=True)
         return TokenStore(num_tokens, self._model.embed_dim, self._dtype, self._computed, path)
+
+    def _opened_store(self, layout: TokenLayout, name: str) -> TokenStore:
+        assert self._folder is not None
+        path, channels = self._folder / f"{name}.bin", self._model.embed_dim
+        return TokenStore(layout.num_stored, channels, self._dtype, self._computed, path, existing=True)
 
     def _copied(self, store: TokenStore, layout: TokenLayout, index: int) -> TokenStore:
         with self._processes.failing_together():
@@ -357,6 +357,21 @@ class _Forward:
     def _report(self, part: Part) -> None:
         rows = self._image.grid[0]
         self._on_progress(self._passes_done * rows + part.first_row + part.rows, self._num_passes * rows)
+
+
+def num_passes(blocks: Sequence[Any]) -> int:
+    """Return how often blocks go over an image: to attend, and to collect where the block before can't."""
+    return len(blocks) + sum(_collects(blocks))
+
+
+def _collects(blocks: Sequence[Any]) -> list[bool]:
+    return [index == 0 or block.attn.mixer.needs_sample for index, block in enumerate(blocks)]
+
+
+def rows_of_windows(blocks: Sequence[Any], grid: tuple[int, int]) -> int:
+    """Return the number of rows that belong together: windows of all blocks lie within a stripe."""
+    sizes = {getattr(block.attn.options, "window_size", 0) for block in blocks}
+    return math.lcm(*(WindowGrid.of(grid, size).height for size in sizes if size))
 
 
 def _near(valid: Tensor, margin: int) -> Tensor:

@@ -8,6 +8,7 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -36,10 +37,11 @@ class TokenStore:
         dtype: Dtype of the stored values; results of `read` have the dtype of `computed`.
         computed: Dtype of the values that are read.
         path: File to make; None for memory.
+        existing: Open a file that was made before instead.
 
     Raises:
         OptionError: The file exists.
-        OutputError: The file can't be made, or there is not enough memory.
+        OutputError: The file can't be made or opened, or there is not enough memory.
     """
 
     def __init__(
@@ -49,8 +51,11 @@ class TokenStore:
         dtype: torch.dtype = torch.float32,
         computed: torch.dtype = torch.float32,
         path: Path | None = None,
+        *,
+        existing: bool = False,
     ) -> None:
         self.path = path
+        self._mapped: np.memmap[Any, Any] | None = None
         self._computed = computed
         shape = (num_tokens, num_channels)
         self._bytes_per_token = num_channels * dtype.itemsize
@@ -62,11 +67,18 @@ class TokenStore:
                 size = num_tokens * self._bytes_per_token / 1e9
                 raise OutputError(f"can't hold {size:.2f} GB of tokens in memory; give a folder for a file") from error
             return
-        self._make(path, num_tokens)
+        if not existing:
+            self._make(path, num_tokens)
+        elif not path.is_file() or path.stat().st_size < num_tokens * self._bytes_per_token:
+            raise OutputError(
+                f"{path} must hold {num_tokens:,} tokens and is gone or cut; begin again with `resume=False`"
+            )
+        else:
+            self._num_reserved = num_tokens
         integers = _INTEGERS[dtype.itemsize]
         name = str(integers).removeprefix("torch.")
-        mapped = np.memmap(path, dtype=np.dtype(name), mode="r+", shape=shape)
-        self._tokens = torch.from_numpy(mapped).view(dtype)
+        self._mapped = np.memmap(path, dtype=np.dtype(name), mode="r+", shape=shape)
+        self._tokens = torch.from_numpy(self._mapped).view(dtype)
 
     def __len__(self) -> int:
         return len(self._tokens)
@@ -93,6 +105,16 @@ class TokenStore:
     def shrink(self, num_tokens: int) -> None:
         """Leave out all tokens but the first ones."""
         self._tokens = self._tokens[:num_tokens]
+
+    def flush(self) -> None:
+        """Wait until all that was written is on disk.
+
+        Raises:
+            OutputError: It can't be written.
+        """
+        if self._mapped is not None and self.path is not None:
+            with self._writing(self.path):
+                self._mapped.flush()
 
     def remove(self) -> None:
         """Delete the file, if there is one."""

@@ -41,6 +41,8 @@ with extra("geo", "prediction"):
     from perf_vit.inference.options import options_of
     from perf_vit.inference.predictor import PREDICTORS
     from perf_vit.inference.prefetch import takes_valid
+    from perf_vit.inference.whole import plan_map
+    from perf_vit.inference.whole_plan import WholePlan
     from perf_vit.models import NETWORKS, InputSpec, SegmentationSpec
     from perf_vit.reporting.outputs import is_run_report, run_page, write_run_report
     from perf_vit.sources import GEOTIFF_SUFFIXES
@@ -49,7 +51,7 @@ with extra("geo", "prediction"):
     from perf_vit.workflows.progress import inputs_progress, note, progress_shown, run_table, windows_progress
     from perf_vit.writers import check_outputs
 
-__all__ = ["PREDICTORS", "Engine", "InputsOptions", "as_segmenter", "evaluating", "predict"]
+__all__ = ["PREDICTORS", "Engine", "InputsOptions", "as_segmenter", "evaluating", "plan", "predict"]
 
 Engine = Literal["local", "ray"]
 
@@ -144,6 +146,32 @@ def predict(
         if source is not None:
             return _predict_one(predictor, source, Path(output), shared)
         return _predict_folder(predictor, [str(each) for each in inputs], Path(output), shared)
+
+
+def plan(model: nn.Module | str | Path, input: Any, output: str | Path, **options: Any) -> WholePlan:  # noqa: A002
+    """Return what the map of a whole image would take: tokens, time, memory and disk; see `perf_vit.predict`.
+
+    Args:
+        model: As in `predict`.
+        input: Path, URL or open source of one image.
+        output: Path of the map.
+        **options: As in `predict`, with `whole=True`.
+
+    Raises:
+        CheckpointError: The model needs all tokens at once.
+        OptionError: There are several inputs, or no `whole`.
+    """
+    own = {each.name for each in fields(InputsOptions)}
+    shared = InputsOptions(**{name: value for name, value in options.items() if name in own})
+    given = {name: value for name, value in options.items() if name not in own}
+    inputs = [input] if isinstance(input, str | Path) or hasattr(input, "read") else list(input)
+    with evaluating(model):
+        predictor = _predictor(model, inputs, Path(output), given, shared)
+        source = _only_source(inputs, Path(output), shared)
+        if source is None or not getattr(predictor.options, "whole", False):
+            raise OptionError("plan is of the map of one image with `whole`; give one image, or leave it out")
+        with predictor.opened(source) as opened:
+            return plan_map(predictor, opened, Path(output))
 
 
 def _predictor(

@@ -1,18 +1,23 @@
 """The map of a whole image in one forward pass."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import rasterio
+import timm
 import torch
+from command_line import call
 from small_models import save_segmenter, write_half_empty
 
 import perf_vit
-from perf_vit.errors import CheckpointError, NotFiniteError, OptionError
+from perf_vit.errors import CheckpointError, NotFiniteError, OptionError, OutputError
 from perf_vit.inference import SegmentationPredictOptions, SegmentationPredictor
 from perf_vit.inference.whole import WholeImage
+from perf_vit.models import SegmentationModelConfig, build_segmenter
 from perf_vit.types import Window
+from perf_vit.workflows.predict import plan
 
 
 @pytest.fixture(scope="module")
@@ -94,9 +99,25 @@ def test_options_of_windows_are_refused(files, tmp_path) -> None:
     ):
         with pytest.raises(OptionError, match=message):
             predict(files, tmp_path / "map.tif", **options)
+    softmax = SegmentationModelConfig(
+        backbone="vit_tiny_patch16_224", backbone_kwargs={"depth": 1, "embed_dim": 32, "num_heads": 2}, head="linear"
+    )
+    spec = perf_vit.load(files[0]).spec
+    with pytest.raises(
+        CheckpointError, match=r"block 0 has softmax attention .* convert the model with perf_vit\.linear"
+    ):
+        perf_vit.predict(
+            build_segmenter(softmax, spec), files[1], tmp_path / "map.tif", whole=True, progress=False
+        )  # fmt: skip
     with pytest.raises(CheckpointError, match="must be a plain ViT of perf_vit with a head"):
         perf_vit.predict(torch.nn.Conv2d(3, 2, 1), files[1], tmp_path / "map.tif", whole=True, progress=False)
     assert not list(tmp_path.iterdir())
+
+
+def test_relative_biases_are_refused(files) -> None:
+    model = timm.create_model("vit_relpos_small_patch16_224", depth=1, embed_dim=32, num_heads=2).eval()
+    with pytest.raises(CheckpointError, match="got VisionTransformerRelPos with relative position biases, which need"):
+        perf_vit.stream(model, files[1], progress=False)
 
 
 def test_several_images_give_a_map_each(files, tmp_path) -> None:
@@ -106,3 +127,98 @@ def test_several_images_give_a_map_each(files, tmp_path) -> None:
     assert [each.status for each in report.inputs] == ["done", "done"]
     with rasterio.open(tmp_path / "maps/scene.tif") as first, rasterio.open(tmp_path / "maps/other.tif") as second:
         assert (first.read() == second.read()).all()
+
+
+class Stop:
+    """Progress that raises an error after some rows of tokens."""
+
+    def __init__(self, error: type[BaseException], after: int) -> None:
+        self.error, self.after, self.calls = error, after, []
+
+    def __call__(self, done: int, total: int) -> None:
+        self.calls.append((done, total))
+        if done >= self.after:
+            raise self.error
+
+
+@pytest.mark.parametrize(
+    ("error", "keep_tokens", "is_kept"),
+    [(RuntimeError, False, True), (KeyboardInterrupt, False, False), (KeyboardInterrupt, True, True)],
+)
+@pytest.mark.parametrize("elsewhere", [False, True])
+def test_an_interrupted_map_goes_on(
+    files, tmp_path, error: type[BaseException], keep_tokens: bool, is_kept: bool, elsewhere: bool
+) -> None:
+    given = {"token_folder": tmp_path / "scratch"} if elsewhere else {}
+    options = SegmentationPredictOptions(whole=True, keep_tokens=keep_tokens, **given)
+    predict(files, tmp_path / "expected.tif")
+    # In the pass of the only block.
+    stop = Stop(error, 14)
+    with pytest.raises(error):
+        SegmentationPredictor(files[0], options).run(files[1], tmp_path / "map.tif", on_progress=stop)
+    kept = list((tmp_path / "scratch").glob("*/journal.json") if elsewhere else tmp_path.glob("*/tokens/journal.json"))
+    assert len(kept) == is_kept
+    goes_on = Stop(error, 10**6)
+    SegmentationPredictor(files[0], options).run(files[1], tmp_path / "map.tif", on_progress=goes_on)
+    # Six rows of tokens: they are embedded, collected, attended to and given to the head.
+    assert goes_on.calls[-1] == (24, 24)
+    assert (goes_on.calls[0][0] > 6) == is_kept
+    assert (tmp_path / "map.tif").read_bytes() == (tmp_path / "expected.tif").read_bytes()
+    assert not any((tmp_path / "scratch").glob("*"))
+    assert not any(tmp_path.glob("*.partial"))
+
+
+def test_tokens_of_another_model_are_refused(files, tmp_path) -> None:
+    options = {"whole": True, "token_folder": tmp_path / "scratch"}
+    first = SegmentationPredictor(files[0], SegmentationPredictOptions(**options))
+    with pytest.raises(RuntimeError):
+        first.run(files[1], tmp_path / "map.tif", on_progress=Stop(RuntimeError, 14))
+    other = save_segmenter(tmp_path / "other.ckpt", target="another")
+    with pytest.raises(OutputError, match=r"unfinished tokens made with model = .* begin again with `resume=False`"):
+        perf_vit.predict(other, files[1], tmp_path / "map.tif", progress=False, **options)
+    # They stay as they are.
+    assert len(list((tmp_path / "scratch").glob("*/tokens.bin"))) == 1
+    assert perf_vit.predict(other, files[1], tmp_path / "map.tif", progress=False, **options, resume=False).made
+    assert not any((tmp_path / "scratch").glob("*"))
+
+
+def test_a_plan_tells_what_a_map_takes(files, tmp_path, monkeypatch) -> None:
+    found = plan(*files, tmp_path / "map.tif", whole=True)
+    # One block: embedded, collected, attended to, given to the head; its input and its output are files.
+    assert (found.grid, found.num_tokens, found.num_trips, found.num_files) == ((6, 10), 60, 4, 2)
+    assert found.disk_bytes == 2 * 60 * 64 * 4
+    assert found.seconds > 0
+    assert found.timed == (6, 10)
+    in_memory = plan(*files, tmp_path / "map.tif", whole=True, store="memory")
+    assert in_memory.disk_bytes == 0
+    assert in_memory.memory_bytes == found.memory_bytes + 60 * 64 * 4
+    replace(found, free_disk=10**9, free_memory=10**10).check()
+    for change, message in (
+        (
+            {"free_disk": 1000},
+            r"the tokens need .* GB in .*map\.tif\.partial/tokens, got 0\.0 GB free; give `token_f",
+        ),
+        ({"free_memory": 1000}, r"a whole image needs .* GB of memory, got 0\.0 GB free; use more memory, or windows"),
+        ({"free_memory": 1000, "folder": None}, "use `store=float32` for a file"),
+    ):
+        with pytest.raises(OutputError, match=message):
+            replace(found, **change).check()
+    with pytest.raises(OptionError, match="plan is of the map of one image with `whole`"):
+        plan(*files, tmp_path / "map.tif")
+    # Every run begins with the check.
+    monkeypatch.setattr("perf_vit.inference.whole_plan._free_memory", lambda: 1000)
+    with pytest.raises(OutputError, match="a whole image needs"):
+        predict(files, tmp_path / "map.tif")
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_command_prints_the_plan_and_ends(files, tmp_path, capsys) -> None:
+    out = tmp_path / "map.tif"
+    command = ["predict", "--checkpoint", str(files[0]), "--input", str(files[1]), "--output", str(out), "--whole"]
+    assert call([*command, "--plan"]) == 0
+    printed = capsys.readouterr().out
+    for text in ("60 of 6 x 10", "4 over the image", "from 6 x 10 tokens", "2 files of tokens"):
+        assert text in printed
+    assert not list(tmp_path.iterdir())
+    assert call([*command, "--keep-tokens", "--no-report"]) == 0
+    assert out.exists()

@@ -1,5 +1,6 @@
 """Checkpoints of untrained networks for rasters of three bands, one a task, and a raster with missing pixels."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -42,10 +43,20 @@ def _save(path: Path, config: Any, model: torch.nn.Module) -> Path:
     return path
 
 
-def save_segmenter(path: Path, target: str = "thing", num_bands: int = 3, tile_px: int = 32) -> Path:
+def save_segmenter(
+    path: Path,
+    target: str = "thing",
+    num_bands: int = 3,
+    tile_px: int = 32,
+    *,
+    depth: int = 1,
+    out_indices: Sequence[int] = (0,),
+    head: str = "linear",
+) -> Path:
     """Of two classes."""
     normalizer = Normalizer((100.0,) * num_bands, (50.0,) * num_bands)
-    config = SegmentationModelConfig(**BACKBONE, out_indices=[0], head="linear")
+    options = {"backbone_kwargs": {**BACKBONE["backbone_kwargs"], "depth": depth}, "out_indices": list(out_indices)}
+    config = SegmentationModelConfig(**{**BACKBONE, **options}, head=head)
     labels = {"background": "rest"}
     spec = SegmentationSpec(classes=("rest", target), normalizer=normalizer, tile_px=tile_px, label_options=labels)
     return _save(path, config, build_segmenter(config, spec))

@@ -26,6 +26,7 @@ from perf_vit.types import Window
 __all__ = [
     "MADE_MAP",
     "MADE_PYRAMID",
+    "TOKEN_FOLDER",
     "DamageLog",
     "DamagedPiece",
     "Journal",
@@ -46,8 +47,10 @@ MADE_MAP = "map.tmp"
 """Name of a map that is being written."""
 MADE_PYRAMID = "pyramid.tmp"
 """Name of the pyramid that an OME-TIFF is being written from."""
-_PIECES = ("rows_*", "windows_*", "items_*")
-"""Names of finished pieces of work: rows of a map, windows of a detector, rows of a table."""
+TOKEN_FOLDER = "tokens"
+"""Name of the folder of a whole image's tokens."""
+_PIECES = ("rows_*", "windows_*", "items_*", f"{TOKEN_FOLDER}/{_SETTINGS}")
+"""Names of finished pieces of work: rows of a map, windows of a detector, rows of a table, tokens of a whole image."""
 _NEXT_TO_MADE = r"\.?(map|pyramid)\.tmp\..+"
 """Names of what writers keep next to a map while they write it, such as a staging folder or a file of statistics."""
 _WITHOUT_JOURNAL = re.compile(
