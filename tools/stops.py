@@ -95,14 +95,19 @@ def predict_stops(folder: Path, predict: Callable[..., Any] = perf_vit.predict) 
 
 
 def train_stops(folder: Path, train: Callable[..., Any] = perf_vit.train) -> Stops:
-    """The stops of a training on a small raster, without the report that is written afterwards."""
-    image = _write(folder / "image.tif", num_bands=3, stop=256)
-    labels = _write(folder / "labels.tif", num_bands=1, stop=2)
+    """The stops of a training on two small rasters, without the report that is written afterwards."""
+    files = {
+        part: {
+            "image": str(_write(folder / f"{part}.tif", num_bands=3, stop=256, left=left)),
+            "labels": str(_write(folder / f"{part}_labels.tif", num_bands=1, stop=2, left=left)),
+        }
+        for part, left in (("train", 4e5), ("val", 5e5))
+    }
     config = {
         "model": {**SMALL, "backbone_kwargs": {"depth": 2}},
         "data": {
             "classes": ["a", "b"],
-            **{part: {"image": str(image), "labels": str(labels)} for part in ("train", "val")},
+            **files,
             "tile_px": 32,
             "tiles_per_epoch": 4,
             "batch_size": 2,
@@ -115,9 +120,9 @@ def train_stops(folder: Path, train: Callable[..., Any] = perf_vit.train) -> Sto
     return stops
 
 
-def _write(path: Path, num_bands: int, stop: int) -> Path:
+def _write(path: Path, num_bands: int, stop: int, left: float = 4e5) -> Path:
     pixels = np.random.default_rng(0).integers(0, stop, (num_bands, 96, 96), dtype=np.uint8)
-    place = {"crs": "EPSG:32637", "transform": Affine(1, 0, 4e5, 0, -1, 4.5e6)}
+    place = {"crs": "EPSG:32637", "transform": Affine(1, 0, left, 0, -1, 4.5e6)}
     with rasterio.open(path, "w", "GTiff", 96, 96, num_bands, dtype="uint8", **place) as file:
         file.write(pixels)
     return path

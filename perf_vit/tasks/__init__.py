@@ -17,11 +17,16 @@ with extra("train", __name__):
         DistillationTrainerConfig,
         build_distillation_trainer,
     )
-    from perf_vit.tasks.losses import LossConfig, SegmentationLoss, balanced_weights
     from perf_vit.tasks.memory import TileFit, TrainingSteps, fit_max_tile
     from perf_vit.tasks.optim import ClassificationOptimConfig, OptimizerConfig, TrainingTask
     from perf_vit.tasks.pictures import draw_classification, draw_objects, draw_segmentation
-    from perf_vit.tasks.segmentation import SegmentationOptimConfig, SegmentationTask
+    from perf_vit.tasks.segmentation import (
+        LossConfig,
+        SegmentationLoss,
+        SegmentationOptimConfig,
+        SegmentationTask,
+        balanced_weights,
+    )
     from perf_vit.tasks.slide_classification import SLIDE_CURVES, SLIDE_MONITOR, SlideClassificationTask
     from perf_vit.tasks.through_encoder import ThroughEncoderTask
     from perf_vit.tasks.trainer import TrainerConfig, build_trainer

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from perf_vit.errors import ConfigError
 from perf_vit.tasks import LossConfig, SegmentationLoss, balanced_weights
-from perf_vit.tasks.losses import check_class_weights, soft_dice
+from perf_vit.tasks.segmentation import check_class_weights, soft_dice
 from perf_vit.types import IGNORE_INDEX
 
 TERMS = [field.name for field in fields(LossConfig)]

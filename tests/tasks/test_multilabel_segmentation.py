@@ -11,7 +11,7 @@ from torch import Tensor
 
 from perf_vit.metrics import class_scores, segmentation_metrics
 from perf_vit.tasks import LossConfig
-from perf_vit.tasks.losses import MultilabelLoss
+from perf_vit.tasks.segmentation import MultilabelLoss
 from perf_vit.types import IGNORE_INDEX
 
 TERMS = [field.name for field in fields(LossConfig)]
