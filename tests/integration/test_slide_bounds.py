@@ -37,7 +37,9 @@ from perf_vit.sources.slides.ome_xml import parse_ome_tags
 from perf_vit.transforms import Normalizer
 from perf_vit.types import IGNORE_INDEX, Detections, Window
 from perf_vit.workflows.detection import DetectionEvaluateOptions, evaluate_detection
+from perf_vit.workflows.first_config import init
 from perf_vit.workflows.segmentation import SegmentationEvaluateOptions, evaluate_segmentation
+from perf_vit.workflows.train import read_run
 from perf_vit.writers import CogWriter, RasterLayout
 
 # In pixels of level 0: left, top, right, bottom.
@@ -124,6 +126,20 @@ def test_the_part_inside_the_bounds_is_a_part_of_the_slide(slide, options) -> No
     reduced = part.read_reduced(40)
     assert max(reduced.pixels.shape[1:]) == 40
     assert reduced.valid.mean() > 0.9
+
+
+def test_the_first_config_of_a_slide_shares_out_what_lies_inside_the_bounds(slide, tmp_path) -> None:
+    drawn = annotation(tmp_path / "drawn.geojson")
+    made = init("segmentation", str(slide), str(drawn), out=tmp_path / "config.yaml", run=str(tmp_path / "run"))
+    config = read_run(made.path).data
+    assert config.classes == ["background", "Tumor"]
+    data = build_segmentation_datamodule(config, 0)
+    parts = [data.train.sources[0], data.val.source]
+    assert {part.source.size for part in parts} == {(BOUNDS["height"], BOUNDS["width"])}
+    assert all(part.region.row_stop <= BOUNDS["height"] for part in parts)
+    assert all(part.region.col_stop <= BOUNDS["width"] for part in parts)
+    assert sum(part.region.height * part.region.width for part in parts) == BOUNDS["height"] * BOUNDS["width"]
+    assert all((part.read_image(part.region)[1] == 1).any() for part in parts)
 
 
 def test_slides_without_bounds_are_their_own_part(tmp_path) -> None:
