@@ -8,6 +8,7 @@ from typing import Literal
 from torch import Tensor
 from torch.utils.data import DataLoader
 
+from perf_vit.data.augmentation import AugmentConfig, check_augment
 from perf_vit.data.bags import EmbeddingStore, SlideBags, SlideTargets, collate_bags, read_slide_table
 from perf_vit.data.base import EpochDataModule, EpochLoader, ShareLoader
 from perf_vit.data.config import BaseDataConfig, SplitConfig, check_base
@@ -71,6 +72,7 @@ class SlideClassificationDataConfig(BaseDataConfig, HoldOutConfig):
             `model.through_encoder`, which keeps none.
         embed_batch_size: Number of windows per encoder batch; with `model.through_encoder` it decides the memory of a
             step.
+        augment: Augmentation of training windows with `model.through_encoder`, without `resolution`; None for none.
         on_error: "stop" to refuse training when slides can't be embedded, once all others are; or "skip" to leave them
             out.
         batch_size: Number of slides per step.
@@ -90,6 +92,7 @@ class SlideClassificationDataConfig(BaseDataConfig, HoldOutConfig):
     max_windows: int | None = None
     embeddings: str | None = None
     embed_batch_size: int = 16
+    augment: AugmentConfig | None = None
     on_error: str = "stop"
     batch_size: int = 1
 
@@ -137,7 +140,8 @@ class SlideClassificationDataModule(EpochDataModule):
             bags = SlideBags(train, store, **drawn), SlideBags(val, store)
         else:
             override = config.slide_mpp_override
-            bags = WindowBags(train, store, spec, override, **drawn), WindowBags(val, store, spec, override)
+            val_bags = WindowBags(val, store, spec, override)
+            bags = WindowBags(train, store, spec, override, **drawn, augment=config.augment), val_bags
         return cls(*bags, batch_size=config.batch_size, num_workers=config.num_workers)
 
     def train_dataloader(self) -> DataLoader[BagBatch]:
@@ -203,5 +207,9 @@ def _check(config: SlideClassificationDataConfig) -> None:
     if not 0 <= config.min_tissue <= 1:
         raise ConfigError(f"data.min_tissue must lie between 0 and 1, got {config.min_tissue:g}")
     check_base(config, {"embed_batch_size": 1})
+    if config.augment is not None:
+        check_augment(config.augment)
+        if config.augment.resolution is not None:
+            raise ConfigError("data.augment.resolution is not for slide classification; use data.augment.scale")
     if config.max_windows is not None and config.max_windows < 1:
         raise ConfigError(f"data.max_windows must be at least 1, or left out, got {config.max_windows}")

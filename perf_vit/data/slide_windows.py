@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from contextlib import closing
 from dataclasses import replace
+from threading import Lock
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from perf_vit.data.augmentation import AugmentConfig, make_augmentation
 from perf_vit.data.bags import EmbeddingStore, SlideBags, SlideTargets
 from perf_vit.models import InputCheck, SlideClassificationSpec
-from perf_vit.models.read_ahead import window_batches
-from perf_vit.types import Window
+from perf_vit.models.read_ahead import Reads, Tile, window_batches
+from perf_vit.transforms import StainJitter
+from perf_vit.types import GeoImage, Source, Window
 
 __all__ = ["SlideWindows", "WindowBags", "WindowBatch", "collate_windows"]
 
@@ -29,6 +32,8 @@ class SlideWindows:
         rectangles: Row, column, height and width of each window, [N, 4].
         spec: How the slide is read.
         slide_mpp_override: Micrometres per pixel of level 0, whatever the file states; None to believe it.
+        augment: Augmentation of the windows; None for none.
+        seed: Seed of the augmentation. A window changes in the same way whenever it is read.
     """
 
     def __init__(
@@ -37,11 +42,16 @@ class SlideWindows:
         rectangles: npt.NDArray[np.int64],
         spec: SlideClassificationSpec,
         slide_mpp_override: float | None = None,
+        *,
+        augment: AugmentConfig | None = None,
+        seed: int = 0,
     ) -> None:
         self.path = path
         self.rectangles = rectangles
         self.spec = spec
         self.slide_mpp_override = slide_mpp_override
+        self.augment = augment
+        self.seed = seed
 
     def __len__(self) -> int:
         return len(self.rectangles)
@@ -62,8 +72,61 @@ class SlideWindows:
         spec = replace(self.spec, tissue=None)
         source = spec.open(self.path, check=InputCheck(None), slide_mpp_override=self.slide_mpp_override)
         windows = (Window(*rectangle.tolist()) for rectangle in self.rectangles)
-        with closing(source), closing(window_batches(source, spec.normalizer, windows, batch_size)) as batches:
+        change = None if self.augment is None else WindowAugmentation(self.augment, self.seed)
+        reads = source if change is None else change.stained(source)
+        batches = window_batches(reads, spec.normalizer, windows, batch_size, change=change)
+        with closing(source), closing(batches):
             yield from batches
+
+
+class WindowAugmentation:
+    """Random changes of windows, which depend on the seed and the place of a window only; for several threads.
+
+    Args:
+        config: Augmentation, without `resolution`.
+        seed: Seed.
+    """
+
+    def __init__(self, config: AugmentConfig, seed: int) -> None:
+        self._augmentation = make_augmentation(config)
+        self._stain = StainJitter(config.stain) if config.stain else None
+        self._seed = seed
+        # Augmentations keep the state of their random numbers.
+        self._lock = Lock()
+
+    def __call__(self, tile: Tile) -> Tile:
+        """Change a standardised window and its valid pixels in the same way."""
+        if tile.pixels is None:
+            return tile
+        no_labels, mask = np.zeros(tile.valid.shape, np.uint8), tile.valid[None]
+        with self._lock:
+            changed = self._augmentation(tile.pixels, no_labels, seed=self._seed_of(tile.window, 0), mask=mask)
+        return Tile(tile.window, changed[2], changed[0])
+
+    def stained(self, source: Source) -> Reads:
+        """Return the source with the colours of its windows changed, before they are standardised."""
+        return source if self._stain is None else _StainedSource(source, self._changed_stain)
+
+    def _changed_stain(self, image: GeoImage, window: Window) -> GeoImage:
+        assert self._stain is not None
+        with self._lock:
+            return self._stain(image, seed=self._seed_of(window, 1))
+
+    def _seed_of(self, window: Window, number: int) -> int:
+        # The seeds of albumentations have 32 bits.
+        place = np.random.SeedSequence((self._seed, window.row, window.col, number))
+        return int(place.generate_state(1)[0] >> 1)
+
+
+class _StainedSource:
+    """Source whose windows are changed when they are read."""
+
+    def __init__(self, source: Source, change: Callable[[GeoImage, Window], GeoImage]) -> None:
+        self._source = source
+        self._change = change
+
+    def read(self, window: Window) -> GeoImage:
+        return self._change(self._source.read(window), window)
 
 
 WindowBatch = tuple[Sequence[SlideWindows], Tensor]
@@ -79,7 +142,8 @@ class WindowBags(SlideBags):
         spec: How the slides are read.
         slide_mpp_override: Micrometres per pixel of level 0, whatever files state.
         max_windows: Maximum number of windows per bag, drawn again each time; None for all.
-        seed: Seed of order and windows; None to keep the given order.
+        seed: Seed of order, windows and augmentation; None to keep the given order.
+        augment: Augmentation of the windows; None for none.
     """
 
     def __init__(
@@ -91,17 +155,22 @@ class WindowBags(SlideBags):
         *,
         max_windows: int | None = None,
         seed: int | None = None,
+        augment: AugmentConfig | None = None,
     ) -> None:
         super().__init__(slides, store, max_windows=max_windows, seed=seed)
         self.spec = spec
         self.slide_mpp_override = slide_mpp_override
+        self.augment = augment
 
     def __getitem__(self, index: int) -> tuple[SlideWindows, Tensor]:
         """Return the windows of a slide and its class index; with a seed, any index >= 0 is allowed."""
         found, kept, label = self._drawn(index)
         rectangles = np.array([[w.row, w.col, w.height, w.width] for w in found.windows], np.int64)
         chosen = rectangles if kept is None else rectangles[kept]
-        return SlideWindows(self.slides.paths[self._chosen(index)], chosen, self.spec, self.slide_mpp_override), label
+        path = self.slides.paths[self._chosen(index)]
+        seed = int(np.random.SeedSequence((self.seed or 0, index)).generate_state(1)[0])
+        slide = SlideWindows(path, chosen, self.spec, self.slide_mpp_override, augment=self.augment, seed=seed)
+        return slide, label
 
 
 def collate_windows(bags: Sequence[tuple[SlideWindows, Tensor]]) -> WindowBatch:

@@ -160,6 +160,7 @@ def window_batches(
     batch_size: int,
     *,
     num_readers: int | None = None,
+    change: Callable[[Tile], Tile] | None = None,
 ) -> Generator[tuple[Tensor, Tensor | None], None, None]:
     """Read windows of one size in threads and yield them in order, in batches as a model takes them.
 
@@ -170,6 +171,7 @@ def window_batches(
             windows of mean colours.
         batch_size: Number of windows in a batch.
         num_readers: Number of threads that read; None for one per processor.
+        change: Function that changes each tile, such as an augmentation; called from these threads.
 
     Yields:
         Windows, [B, C, h, w], and their valid pixels, bool [B, h, w], None where all are.
@@ -178,7 +180,12 @@ def window_batches(
         InputError: A window can't be read.
     """
     readers = num_readers or num_processors()
-    tiles = read_ahead(windows, source, normalize, num_threads=readers, depth=2 * batch_size + readers)
+
+    def load(window: Window) -> Tile:
+        tile = read_tile(source, normalize, window)
+        return tile if change is None else change(tile)
+
+    tiles = load_ahead(windows, load, num_threads=readers, depth=2 * batch_size + readers)
     with closing(tiles):
         while batch := list(islice(tiles, batch_size)):
             known = next((tile.pixels for tile in batch if tile.pixels is not None), None)

@@ -94,7 +94,7 @@ RULES: dict[type, Rules] = {
     ClassificationDataConfig: _rules(free="sampler", measured="classes"),
     SlideClassificationSplitConfig: _rules(free="image", moved="labels"),
     SlideClassificationDataConfig: _rules(
-        free="max_windows embeddings embed_batch_size on_error", measured="classes mean std"
+        free="max_windows embeddings embed_batch_size augment on_error", measured="classes mean std"
     ),
 }
 """Rules by the class that declares the fields; those of base classes hold for their subclasses, too."""

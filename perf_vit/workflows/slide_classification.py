@@ -95,7 +95,7 @@ def build_slide_data(config: SlideClassificationRun) -> LabelledSlides:
 
 
 def _check_frozen(config: SlideClassificationRun) -> None:
-    """Refuse what changes an encoder whose features are made once."""
+    """Refuse what changes an encoder whose features are made once, or its windows."""
     trained = "or train the encoder, with model.through_encoder=true"
     if config.trainer.redraw_every_steps:
         raise ConfigError(
@@ -105,6 +105,8 @@ def _check_frozen(config: SlideClassificationRun) -> None:
         raise ConfigError(
             f"optim.layer_decay and optim.backbone_lr_scale are of trained encoders; leave them out, {trained}"
         )
+    if config.data.augment is not None:
+        raise ConfigError(f"data.augment would change windows whose features are made once; leave it out, {trained}")
 
 
 def _check_trained(config: SlideClassificationRun) -> None:
@@ -136,6 +138,13 @@ def build_slide_task(config: SlideClassificationRun, data: LabelledSlides) -> Sl
     spec = _spec(config, data.train)
     if not through:
         return SlideClassificationTask(config.model, spec, config.optim)
+    if config.data.augment is not None and config.data.augment.stain:
+        bands = spec.trained_on
+        if bands is None or (len(bands.low), bands.dtype) != (3, "uint8"):
+            raise ConfigError(
+                "data.augment.stain is for slides of 3 bands of uint8 (red, green, blue); leave it out or choose those "
+                "bands with data.bands"
+            )
     task = ThroughEncoderTask(config.model, spec, config.optim, batch_size=config.data.embed_batch_size)
     if is_random(config.model) and batch_norms(task.model.encoder):
         raise ConfigError(

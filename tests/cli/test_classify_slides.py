@@ -249,6 +249,7 @@ def test_one_slide_on_both_sides_is_refused(slides, tmp_path, capsys, folder) ->
     [
         ("trainer.num_pictures=3", "trainer.num_pictures must be 0: a slide is a bag of windows"),
         ("optim.layer_decay=0.7", "are of trained encoders"),
+        ("data.augment={gain: 0.1}", "data.augment would change windows whose features are made once"),
     ],
 )
 def test_options_that_bags_of_features_have_no_use_for_are_refused(slides, tmp_path, override, message, capsys) -> None:

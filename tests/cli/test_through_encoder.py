@@ -35,6 +35,7 @@ data:
   tile_px: 32
   min_tissue: 0.2
   embed_batch_size: 4
+  augment: {flips: true, gain: 0.1}
   val_share: 0.5
 model:
   backbone: performer_vit_tiny_patch16_224
@@ -136,6 +137,8 @@ def test_a_slide_has_the_same_scores_by_all_ways(run, slides, tmp_path) -> None:
         (["trainer.strategy=fsdp2"], "trainer.strategy must be auto or ddp with model.through_encoder, got fsdp2"),
         (["trainer.num_pictures=2"], "trainer.num_pictures must be 0"),
         (["model.backbone=resnet10t", "model.backbone_kwargs={}"], "resnet10t has batch norms, whose statistics stay"),
+        (["data.augment.resolution=[0.5,1]"], "data.augment.resolution is not for slide classification"),
+        (["data.augment.stain=2"], "data.augment.stain must lie between 0 and 1"),
         (["data.embed_batch_size=0"], "data.embed_batch_size must be at least 1"),
     ],
 )

@@ -1,0 +1,100 @@
+"""Windows of slides that are read in each pass, and their augmentation."""
+
+import pickle
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from perf_vit.data import AugmentConfig, EmbeddingStore, SlideTargets
+from perf_vit.data.slide_windows import SlideWindows, WindowBags, collate_windows
+from perf_vit.models import SlideClassificationSpec
+from perf_vit.transforms import Normalizer
+from perf_vit.types import Window
+
+WINDOWS = [Window(row, col, 16, 16) for row in range(0, 40, 16) for col in range(0, 50, 16)]
+NORMALIZER = Normalizer((128.0,) * 3, (64.0,) * 3)
+AUGMENTS = {
+    "flips": AugmentConfig(),
+    "colours": AugmentConfig(flips=False, gain=0.3, offset=0.3),
+    "stain": AugmentConfig(flips=False, stain=0.5),
+    "zoom": AugmentConfig(scale=(0.5, 1.5)),
+}
+
+
+@pytest.fixture(scope="module")
+def slide(tmp_path_factory) -> Path:
+    """Noise of 40 x 50 px, of which windows of 16 px reach past the edge."""
+    path = tmp_path_factory.mktemp("slides") / "slide.png"
+    pixels = np.random.default_rng(0).integers(0, 255, (40, 50, 3), np.uint8)
+    Image.fromarray(pixels).save(path)
+    return path
+
+
+def windows_of(slide: Path, **options) -> SlideWindows:
+    spec = SlideClassificationSpec(classes=("a", "b"), normalizer=NORMALIZER, tile_px=16)
+    rectangles = np.array([[each.row, each.col, each.height, each.width] for each in WINDOWS], np.int64)
+    return SlideWindows(str(slide), rectangles, spec, **options)
+
+
+def read(slide: SlideWindows, batch_size: int = 5) -> tuple[torch.Tensor, torch.Tensor]:
+    batches = list(slide.batches(batch_size))
+    valid = [torch.ones(len(p), 16, 16, dtype=torch.bool) if v is None else v for p, v in batches]
+    return torch.cat([pixels for pixels, _ in batches]), torch.cat(valid)
+
+
+def test_windows_are_those_of_the_slide_in_order(slide) -> None:
+    pixels, valid = read(windows_of(slide))
+    image = np.asarray(Image.open(slide)).transpose(2, 0, 1).astype(np.float32)
+    assert len(pixels) == 12
+    assert pixels[5].numpy() == pytest.approx((image[:, 16:32, 16:32] - 128) / 64, abs=1e-6)
+    assert valid[5].all()
+    # The last window has 8 rows and 2 columns inside.
+    assert int(valid[11].sum()) == 16
+    assert (pixels[11][:, ~valid[11]] == 0).all()
+
+
+@pytest.mark.parametrize("kind", AUGMENTS)
+def test_random_changes_repeat_in_each_pass_and_for_any_batches(slide, kind) -> None:
+    plain, _ = read(windows_of(slide))
+    augmented = windows_of(slide, augment=AUGMENTS[kind], seed=3)
+    first, valid = read(augmented)
+    again, valid_again = read(pickle.loads(pickle.dumps(augmented)), batch_size=7)
+    assert torch.equal(first, again)
+    assert torch.equal(valid, valid_again)
+    assert not torch.equal(first, plain)
+    assert not torch.equal(first, read(windows_of(slide, augment=AUGMENTS[kind], seed=4))[0])
+    assert (first[11][:, ~valid[11]] == 0).all()
+
+
+def test_windows_are_changed_differently(slide) -> None:
+    plain, _ = read(windows_of(slide))
+    changed, _ = read(windows_of(slide, augment=AUGMENTS["flips"], seed=0))
+    kinds = set()
+    for before, after in zip(plain, changed, strict=True):
+        turned = [before.rot90(number, (1, 2)) for number in range(4)]
+        symmetries = torch.stack([*turned, *(each.flip(2) for each in turned)])
+        kinds.add(int((symmetries == after).flatten(1).all(1).nonzero()[0]))
+    assert len(kinds) > 2
+
+
+def test_bags_of_windows_draw_windows_and_seeds_by_index(slide, tmp_path) -> None:
+    store = EmbeddingStore(tmp_path, "windows", {})
+    store.write(str(slide), np.zeros((12, 0), np.float32), WINDOWS)
+    slides = SlideTargets((str(slide),), np.array([1]), ("a", "b"))
+    spec = windows_of(slide).spec
+    bags = WindowBags(slides, store, spec, max_windows=5, seed=0, augment=AugmentConfig())
+    (first, label), (other, _) = bags[0], bags[1]
+    assert (len(first), int(label)) == (5, 1)
+    assert not np.array_equal(first.rectangles, other.rectangles)
+    assert first.seed != other.seed
+    again, _ = bags[0]
+    assert np.array_equal(first.rectangles, again.rectangles)
+    assert first.seed == again.seed
+    whole, _ = WindowBags(slides, store, spec)[0]
+    assert len(whole) == 12
+    assert whole.augment is None
+    found, labels = collate_windows([bags[0], bags[1]])
+    assert ([each.path for each in found], labels.tolist()) == ([str(slide)] * 2, [1, 1])
