@@ -170,7 +170,8 @@ def seam_disagreement_of(path: Path) -> float | None:
         return None
     with open_dataset(str(path)) as dataset:
         tags = dataset.tags()
-    tags = {**parse_ome_tags(tags.get("TIFFTAG_IMAGEDESCRIPTION", "")), **tags}
+    if SEAM_TAG not in tags:
+        tags = parse_ome_tags(tags.get("TIFFTAG_IMAGEDESCRIPTION", ""))
     try:
         return float(tags[SEAM_TAG])
     except (KeyError, ValueError):
