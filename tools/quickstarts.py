@@ -133,9 +133,11 @@ PEFT = [
     [*TRAIN, "model.backbone=vit", "model.backbone_kwargs={}", "model.head=linear", "model.head_kwargs={}",
      "model.lora={rank: 8}"],
     """
-import perf_vit
-names = perf_vit.load("run").state_dict()
-assert any("lora" in name for name in names), sorted(names)[:5]
+import perf_vit, torch
+before, after = perf_vit.load("vit").state_dict(), perf_vit.load("run").backbone.model.state_dict()
+blocks = [name for name in before.keys() & after.keys() if name.startswith("blocks.")]
+changed = {name for name in blocks if not torch.equal(before[name], after[name])}
+assert changed and all(name.endswith(("attn.qkv.weight", "attn.proj.weight")) for name in changed), changed
 """,
 ]  # fmt: skip
 WANDB = [
