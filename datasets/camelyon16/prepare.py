@@ -38,11 +38,15 @@ def prepare(source: Path, out: Path) -> None:
     slides = find_slides(source)
     (out / "labels").mkdir(parents=True, exist_ok=True)
     rows = [(slide, write_slide(slide, out)) for slide in slides]
+    test = [areas for slide, areas in rows if slide.is_test]
+    if test and not any(test):
+        raise InputError(f"none of {len(test)} test slides has annotations in {source}/annotations; download them all")
     for name, is_test in (("slides.csv", False), ("test.csv", True)):
         chosen = [(slide, areas) for slide, areas in rows if slide.is_test is is_test]
         if chosen:
             write_table(out / name, source, chosen)
-    print(f"{len(rows)} slides, {sum(bool(areas) for _, areas in rows)} with tumour areas")
+    without = f"; {sum(not areas for areas in test)} of {len(test)} test slides have none and count as normal"
+    print(f"{len(rows)} slides, {sum(bool(areas) for _, areas in rows)} with tumour areas{without if test else ''}")
 
 
 def find_slides(source: Path) -> list[Slide]:

@@ -248,9 +248,13 @@ def _needs_whole_images(config: ImageDataConfig, sources: Sequence[Source]) -> b
 
 def _tiles_per_epoch(config: ImageDataConfig, num_images: int) -> int:
     tiles_per_epoch = config.tiles_per_epoch or num_images
-    if tiles_per_epoch < config.batch_size:
+    batch_size, key = (
+        config.process_batch_size(),
+        "batch_size" if config.global_batch_size is None else "global_batch_size",
+    )
+    if tiles_per_epoch < batch_size:
         raise ConfigError(
-            f"data.batch_size must be at most the {tiles_per_epoch} tiles of an epoch, got {config.batch_size}; take a "
+            f"data.{key} must be at most the {tiles_per_epoch} tiles of an epoch, got {batch_size}; take a "
             "smaller one, or give data.tiles_per_epoch"
         )
     return tiles_per_epoch
@@ -297,7 +301,7 @@ def read_image_targets(
 
 def _check(config: ImageDataConfig) -> None:
     check_base(config)
-    config.check_hold_out()
+    config.check_hold_out(config.val)
     if config.augment.resolution is not None:
         raise ConfigError("data.augment.resolution is for segmentation and detection; use data.augment.scale")
     if isinstance(config, ClassificationDataConfig):

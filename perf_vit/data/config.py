@@ -69,6 +69,10 @@ class BaseDataConfig:
     global_batch_size: int | None = None
     num_workers: int = 0
 
+    def process_batch_size(self, num_processes: int = 1) -> int:
+        """Return the number of tiles per step of one of several processes."""
+        return self.batch_size if self.global_batch_size is None else -(-self.global_batch_size // num_processes)
+
 
 @dataclass(kw_only=True)
 class TileDataConfig(BaseDataConfig):
@@ -221,4 +225,4 @@ def check_data(config: SegmentationDataConfig) -> None:
             f"{config.background}"
         )
     # The grid sampler ignores tiles_per_epoch.
-    check_base(config, {"tiles_per_epoch": 0 if config.sampler == "grid" else config.batch_size})
+    check_base(config, {"tiles_per_epoch": 0 if config.sampler == "grid" else config.process_batch_size()})

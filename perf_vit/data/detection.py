@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from dataclasses import dataclass, field, replace
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Literal
 
 from torch.utils.data import DataLoader
@@ -29,7 +29,7 @@ from perf_vit.data.detection_tiles import (
     collate_objects,
 )
 from perf_vit.data.samplers import OBJECT_SAMPLERS, make_sampler
-from perf_vit.data.splits import HoldOutConfig, split_items, warn_of_shared_places
+from perf_vit.data.splits import HoldOutConfig, check_groups_apart, split_items, warn_of_shared_places
 from perf_vit.errors import ConfigError, InputError
 from perf_vit.labels.objects import ImageRecord, ObjectIndex, read_object_labels
 from perf_vit.labels.tables import read_csv_rows
@@ -255,7 +255,10 @@ def _indices(config: DetectionDataConfig, seed: int, *, oriented: bool) -> tuple
     read = functools.partial(_read, config, oriented=oriented)
     train = read(config.train, "data.train", _training_mpp(config))
     if config.val is not None:
-        return train, read(config.val, "data.val", config.mpp)
+        val = read(config.val, "data.val", config.mpp)
+        if config.groups is not None:
+            check_groups_apart(*(_groups_of(index, config.groups) for index in (train, val)), column="group")
+        return train, val
     groups = None if config.groups is None else _groups_of(train, config.groups)
     column = None if config.groups is None else f"group of {config.groups}"
     chosen = set(split_items(len(train), config, seed, "images", groups=groups, column=column)[1])
@@ -267,19 +270,30 @@ def _indices(config: DetectionDataConfig, seed: int, *, oriented: bool) -> tuple
 
 
 def _groups_of(index: ObjectIndex, table: str) -> list[str]:
-    """Return the group of each image, whose name the table gives with or without suffix."""
-    given: dict[str, str] = {}
+    """Return the group of each image, which the table names with or without suffix, and folders where names repeat.
+
+    Raises:
+        InputError: The table can't be read, lacks an image, or gives one two groups.
+    """
+    given: dict[str, list[tuple[tuple[str, ...], str]]] = {}
     for row in read_csv_rows(table, ["image", "group"]):
-        name = Path(row.values["image"]).name
-        if given.setdefault(name, row.values["group"]) != row.values["group"]:
-            raise InputError(f"{row.location} gives {name} a second group; name each image once")
+        parts = PurePath(row.values["image"]).parts
+        given.setdefault(parts[-1], []).append((parts[:-1], row.values["group"]))
     groups = []
     for record in index:
-        path = Path(record.path)
-        found = given.get(path.name, given.get(path.stem))
-        if found is None:
-            raise InputError(f"data.groups {table} has no row for {path.name}; give each image of data.train a group")
-        groups.append(found)
+        path = PurePath(record.path)
+        rows = [*given.get(path.name, []), *given.get(path.stem, [])]
+        fitting = [
+            (folders, group)
+            for folders, group in rows
+            if path.parts[:-1][len(path.parts) - 1 - len(folders) :] == folders
+        ]
+        depth = max((len(folders) for folders, _ in fitting), default=0)
+        found = {group for folders, group in fitting if len(folders) == depth}
+        if len(found) != 1:
+            what = "no row" if not found else f"{len(found)} groups"
+            raise InputError(f"data.groups {table} has {what} for {record.path}; give each image one, with its folder")
+        groups.append(found.pop())
     return groups
 
 
@@ -334,8 +348,8 @@ def _check(config: DetectionDataConfig) -> None:
     of_slides = [name for name in ("mpp", "slide_mpp", "slide_mpp_override") if getattr(config, name) is not None]
     if config.nodata is not None and of_slides:
         raise ConfigError(f"data.nodata is for rasters, data.{of_slides[0]} for slides; leave one out")
-    config.check_hold_out()
+    config.check_hold_out(config.val)
     for key in ("random_share", "min_visible"):
         if not 0 <= getattr(config, key) <= 1:
             raise ConfigError(f"data.{key} must lie between 0 and 1, got {getattr(config, key):g}")
-    check_base(config, {"tiles_per_epoch": config.batch_size})
+    check_base(config, {"tiles_per_epoch": config.process_batch_size()})

@@ -203,7 +203,7 @@ def _check(config: SlideClassificationDataConfig) -> None:
         raise ConfigError(f"data.tissue must be auto, otsu or null, got {config.tissue}")
     if config.on_error not in ("stop", "skip"):
         raise ConfigError(f"data.on_error must be stop or skip, got {config.on_error}")
-    config.check_hold_out()
+    config.check_hold_out(config.val)
     if not 0 <= config.min_tissue <= 1:
         raise ConfigError(f"data.min_tissue must lie between 0 and 1, got {config.min_tissue:g}")
     check_base(config, {"embed_batch_size": 1})

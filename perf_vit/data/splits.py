@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import shapely
 
 from perf_vit.errors import ConfigError, DataWarning
 from perf_vit.labels.tables import read_csv_rows
@@ -34,12 +35,17 @@ class HoldOutConfig:
     num_folds: int | None = None
     fold: int = 0
 
-    def check_hold_out(self) -> None:
+    def check_hold_out(self, val: object) -> None:
         """Check the ranges of the keys.
 
+        Args:
+            val: Validation images of the config; None if they are held out.
+
         Raises:
-            ConfigError: A value is out of range.
+            ConfigError: A value is out of range, or folds are asked for beside images to validate on.
         """
+        if val is not None and self.num_folds is not None:
+            raise ConfigError("data.num_folds holds out a part of data.train, and data.val is given; leave one out")
         if not 0 <= self.val_share <= 1:
             raise ConfigError(f"data.val_share must lie between 0 and 1, got {self.val_share:g}")
         if self.num_folds is None:
@@ -129,6 +135,14 @@ def _hold_out_fold(
         dealt[fold] += shares[group]
         sizes[fold] += counts[group].sum()
     is_val = fold_of[members] == config.fold
+    untrained = counts[fold_of != config.fold].sum(axis=0) == 0
+    if untrained.any():
+        warnings.warn(
+            f"fold {config.fold} holds all {what} of {int(untrained.sum())} of {len(untrained)} classes, which are not "
+            "trained on; take fewer folds or other groups",
+            DataWarning,
+            stacklevel=3,
+        )
     return np.flatnonzero(~is_val).tolist(), np.flatnonzero(is_val).tolist()
 
 
@@ -152,21 +166,18 @@ def warn_of_shared_places(train: Iterable[tuple[Source, Window]], val: Iterable[
         train: Images and the windows of them to train on.
         val: The same for validation.
     """
-    known: dict[str, list[tuple[float, ...]]] = {}
-    for source, window in train:
-        key, box = _place(source, window)
-        known.setdefault(key, []).append(box)
-    boxes = {key: np.array(group) for key, group in known.items()}
-    shared, total, first = 0.0, 0.0, ""
-    for source, window in val:
-        key, box = _place(source, window)
-        area = float(window.height * window.width)
-        common = _common_share(np.array(box), boxes[key]) if key in boxes else 0.0
-        total += area
+    trained, validated = _by_system(train), _by_system(val)
+    total = sum(float(area) for _, _, areas in validated.values() for area in areas)
+    shared, first = 0.0, ""
+    for key, (boxes, paths, areas) in validated.items():
+        if key not in trained:
+            continue
+        common = _common_shares(boxes, trained[key][0])
         # Files side by side may overlap by rounding.
-        if common > _ROUNDING:
-            shared += area * common
-            first = first or source.path
+        common = np.where(common > _ROUNDING, common, 0.0)
+        shared += float((common * areas).sum())
+        if common.any():
+            first = first or paths[int(np.argmax(common > 0))]
     if first:
         warnings.warn(
             f"{max(1, round(100 * shared / total))} % of data.val is also in data.train, the first {first}, so "
@@ -176,13 +187,35 @@ def warn_of_shared_places(train: Iterable[tuple[Source, Window]], val: Iterable[
         )
 
 
+def _by_system(
+    places: Iterable[tuple[Source, Window]],
+) -> dict[str, tuple[npt.NDArray[np.float64], list[str], npt.NDArray[np.float64]]]:
+    """Return boxes [n, 4], paths and areas in pixels of windows, by the coordinate system that they share."""
+    found: dict[str, list[tuple[tuple[float, ...], str, float]]] = {}
+    for source, window in places:
+        key, box = _place(source, window)
+        found.setdefault(key, []).append((box, source.path, float(window.height * window.width)))
+    return {
+        key: (
+            np.array([box for box, _, _ in rows]),
+            [path for _, path, _ in rows],
+            np.array([area for *_, area in rows]),
+        )
+        for key, rows in found.items()
+    }
+
+
 _ROUNDING = 1e-3
 
 
-def _common_share(box: npt.NDArray[np.float64], others: npt.NDArray[np.float64]) -> float:
-    """Return the part of a box (left, top, right, bottom) that others cover, at most 1, counting overlaps twice."""
-    low, high = np.maximum(box[:2], others[:, :2]), np.minimum(box[2:], others[:, 2:])
-    return min(1.0, float((high - low).clip(min=0).prod(axis=1).sum() / (box[2:] - box[:2]).prod()))
+def _common_shares(boxes: npt.NDArray[np.float64], others: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+    """Return the part of each box (left, top, right, bottom) that others cover, at most 1, counting overlaps twice."""
+    ours, theirs = shapely.STRtree(shapely.box(*others.T)).query(shapely.box(*boxes.T))
+    low = np.maximum(boxes[ours, :2], others[theirs, :2])
+    high = np.minimum(boxes[ours, 2:], others[theirs, 2:])
+    covered = np.zeros(len(boxes))
+    np.add.at(covered, ours, (high - low).clip(min=0).prod(axis=1))
+    return np.minimum(1.0, covered / (boxes[:, 2:] - boxes[:, :2]).prod(axis=1))
 
 
 def _place(source: Source, window: Window) -> tuple[str, tuple[float, ...]]:

@@ -104,6 +104,13 @@ class TrainerConfig:
     def __post_init__(self) -> None:
         self.precision = precision_name(self.precision)
 
+    @property
+    def num_devices(self) -> int:
+        """Number of devices, 1 where it isn't known yet."""
+        if isinstance(self.devices, list):
+            return len(self.devices)
+        return max(1, int(self.devices)) if str(self.devices).lstrip("-").isdigit() else 1
+
 
 # On GPUs, each look waits for the device.
 _EVERY_BATCHES = 20

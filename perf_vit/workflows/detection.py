@@ -77,7 +77,7 @@ def detection_steps(config: DetectionRun) -> TrainingSteps:
         trainer=config.trainer,
         num_bands=len(data.normalizer.mean),
         classes=data.classes,
-        batch_size=config.data.batch_size,
+        batch_size=config.data.process_batch_size(config.trainer.num_devices),
         objects_per_mpx=1e6 * sum(len(record.labels) for record in records) / pixels,
     )
 

@@ -116,7 +116,7 @@ def segmentation_steps(config: SegmentationRun) -> TrainingSteps:
         trainer=config.trainer,
         num_bands=len(data.normalizer.mean),
         classes=data.classes,
-        batch_size=config.data.batch_size,
+        batch_size=config.data.process_batch_size(config.trainer.num_devices),
         multilabel=config.data.multilabel,
     )
 

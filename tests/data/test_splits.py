@@ -131,7 +131,7 @@ def test_folds_have_equal_shares_of_each_class() -> None:
 )
 def test_keys_of_folds_out_of_range_are_refused(keys, message) -> None:
     with pytest.raises(ConfigError, match=message):
-        HoldOutConfig(**keys).check_hold_out()
+        HoldOutConfig(**keys).check_hold_out(None)
 
 
 def test_more_folds_than_groups_are_refused() -> None:
@@ -176,3 +176,28 @@ def test_places_that_are_trained_and_validated_on_are_told(train, val, share) ->
         warn_of_shared_places([train], [val])
     expected = [] if share is None else [f"{share} % of data.val is also in data.train, the first {val[0].path}"]
     assert [str(one.message).split(", so")[0] for one in told] == expected
+
+
+def test_folds_beside_images_to_validate_on_are_refused(tmp_path: Path) -> None:
+    config = config_of(tmp_path, ["a,x,P1", "b,y,P2"], ["c,x,P3", "d,y,P4"], num_folds=2)
+    with pytest.raises(ConfigError, match=r"data\.num_folds holds out a part of data\.train, and data\.val is given"):
+        read_slides(config, 0)
+
+
+def test_a_fold_with_all_images_of_a_class_is_told() -> None:
+    labels, groups = np.array([0, 0, 0, 1]), ["a", "b", "c", "d"]
+    told = []
+    for fold in range(2):
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            split_items(4, HoldOutConfig(num_folds=2, fold=fold), 0, "images", labels=labels, groups=groups)
+        told += [str(one.message) for one in caught]
+    assert len(told) == 1
+    assert "holds all images of 1 of 2 classes" in told[0]
+
+
+def test_places_of_many_images_are_compared_fast() -> None:
+    places = [(Placed(f"{n}.tif", left=200.0 * n), Window(0, 0, 100, 100)) for n in range(3000)]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        warn_of_shared_places(places[::2], places[1::2])
