@@ -58,8 +58,11 @@ def write_cog_file(made: Path, layout: RasterLayout, pyramid: Pyramid, path: Pat
     pyramid.finish()
     levels = pyramid.levels
     tags = _tags(layout)
-    big = len(_header(tags, levels, big=False, start=0)) + sum(level.num_bytes for level in levels) > _MOST_BYTES
-    start = len(_header(tags, levels, big=big, start=0))
+    # Offsets of 64 bits hold any place: this header can be made before the file's size is known, and is the longer one.
+    start = len(_header(tags, levels, big=True, start=0))
+    big = start + sum(level.num_bytes for level in levels) > _MOST_BYTES
+    if not big:
+        start = len(_header(tags, levels, big=False, start=0))
     with made.open("wb") as file:
         file.write(_header(tags, levels, big=big, start=start))
         for level in reversed(levels):

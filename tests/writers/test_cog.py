@@ -1,5 +1,7 @@
+import struct
 import subprocess
 import sys
+from contextlib import closing
 
 import numpy as np
 import pytest
@@ -11,7 +13,10 @@ from rio_cogeo.cogeo import cog_validate
 from perf_vit.errors import OutputError
 from perf_vit.sources import open_source
 from perf_vit.writers import CogWriter, RasterLayout
-from perf_vit.writers.pyramid import Level
+from perf_vit.writers.blocks import encode_blocks
+from perf_vit.writers.cog_file import write_cog_file
+from perf_vit.writers.layout import BLOCK_PX
+from perf_vit.writers.pyramid import Level, Pyramid
 
 UTM = CRS.from_epsg(32637)
 PLACE = Affine(2.5, 0, 401_000.125, 0, -3.25, 4_510_000.5)
@@ -126,6 +131,50 @@ def test_a_file_too_large_for_offsets_of_32_bits_is_a_bigtiff(tmp_path, monkeypa
     with rasterio.open(tmp_path / "big.tif") as big, rasterio.open(tmp_path / "small.tif") as small:
         assert np.array_equal(big.read(), pixels)
         assert (big.crs, big.transform, big.nodata) == (small.crs, small.transform, small.nodata)
+
+
+def test_blocks_beyond_4_gib_are_found_in_a_bigtiff(tmp_path, monkeypatch) -> None:
+    """Sizes of blocks are made up: the file is written without them, and gets its last block at its true place."""
+    pixels = np.random.default_rng(0).integers(0, 200, (2, 512, 1500)).astype(np.uint8)
+    layout = RasterLayout(height=512, width=1500, num_bands=2, dtype=pixels.dtype, crs=UTM, transform=PLACE)
+    path = tmp_path / "big.tif"
+    blocks = encode_blocks(pixels, layout)
+    with closing(Pyramid(layout, tmp_path)) as pyramid:
+        for level in pyramid.levels:
+            level.sizes = [len(blocks[-1])] * -(-level.width // BLOCK_PX)
+        raster = pyramid.levels[0]
+        raster.sizes = [3 << 30, 3 << 30, len(blocks[-1])]
+        monkeypatch.setattr("perf_vit.writers.cog_file._verify", lambda *_: None)
+        write_cog_file(path, layout, pyramid, path)
+        start = path.stat().st_size + sum(level.num_bytes for level in pyramid.levels[1:])
+    offset = start + 2 * (3 << 30) + 2 * 8 + 4
+    with path.open("rb+") as file:
+        file.seek(offset)
+        file.write(blocks[-1])
+    with path.open("rb") as file:
+        assert file.read(4) == b"II\x2b\0"
+    with rasterio.open(path) as dataset:
+        assert dataset.get_tag_item("BLOCK_OFFSET_2_0", "TIFF", bidx=1) == str(offset)
+        assert dataset.get_tag_item("BLOCK_OFFSET_0_0", "TIFF", bidx=1) == str(start + 4)
+        assert np.array_equal(dataset.read(window=((0, 512), (1024, 1500))), pixels[:, :, 1024:])
+
+
+@pytest.mark.parametrize(("spare", "magic"), [(0, 42), (-1, 43)])
+def test_the_largest_file_with_offsets_of_32_bits(tmp_path, monkeypatch, spare: int, magic: int) -> None:
+    layout = RasterLayout(height=20, width=900, num_bands=1, dtype=np.dtype("uint8"))
+    monkeypatch.setattr("perf_vit.writers.cog_file._verify", lambda *_: None)
+    with closing(Pyramid(layout, tmp_path)) as pyramid:
+        for level in pyramid.levels:
+            level.sizes = [100] * -(-level.width // BLOCK_PX)
+        monkeypatch.setattr("perf_vit.writers.cog_file._MOST_BYTES", 0)
+        write_cog_file(tmp_path / "header", layout, pyramid, tmp_path)
+        monkeypatch.undo()
+        monkeypatch.setattr("perf_vit.writers.cog_file._verify", lambda *_: None)
+        header = (tmp_path / "header").stat().st_size
+        rest = sum(level.num_bytes for level in pyramid.levels) - 100
+        pyramid.levels[0].sizes[0] = (1 << 32) - 1 - header - rest - spare
+        write_cog_file(tmp_path / "made", layout, pyramid, tmp_path)
+    assert struct.unpack("<2sH", (tmp_path / "made").read_bytes()[:4]) == (b"II", magic)
 
 
 def test_blocks_that_differ_on_disk_are_found(tmp_path, monkeypatch) -> None:
