@@ -257,7 +257,7 @@ def _indices(config: DetectionDataConfig, seed: int, *, oriented: bool) -> tuple
     if config.val is not None:
         val = read(config.val, "data.val", config.mpp)
         if config.groups is not None:
-            check_groups_apart(*(_groups_of(index, config.groups) for index in (train, val)), column="group")
+            check_groups_apart(_groups_of(train, config.groups), _groups_of(val, config.groups), "group")
         return train, val
     groups = None if config.groups is None else _groups_of(train, config.groups)
     column = None if config.groups is None else f"group of {config.groups}"
