@@ -1,6 +1,8 @@
 """An interrupted map goes on where it was, and nobody sees the difference."""
 
+import errno
 import json
+import os
 import random
 import resource
 import shutil
@@ -179,6 +181,37 @@ def test_a_full_disk_is_a_clear_error_and_the_run_can_go_on(scene, tmp_path, ste
     mapping_process.main(scene, out)
     assert out.read_bytes() == expected
     assert not (tmp_path / "map.tif.partial").exists()
+
+
+def test_a_finished_file_is_on_disk_before_it_has_its_name(tmp_path, monkeypatch) -> None:
+    out, synced = tmp_path / "map.tif", []
+
+    def sync(file: int) -> None:
+        synced.append((os.fstat(file).st_ino, out.exists()))
+
+    with open_journal(out) as journal:
+        made = journal.folder / "map.tmp"
+        made.write_bytes(b"map")
+        monkeypatch.setattr("perf_vit.inference.jobs.journal.os.fsync", sync)
+        journal.move(made)
+        assert synced == [(out.stat().st_ino, False)]
+
+
+def test_an_error_of_the_disk_at_the_last_moment_keeps_the_rows_and_the_earlier_map(tmp_path, monkeypatch) -> None:
+    out = tmp_path / "map.tif"
+    out.write_bytes(b"before")
+
+    def sync(file: int) -> None:
+        raise OSError(errno.EIO, "Input/output error")
+
+    with pytest.raises(OutputError, match=r"can't write .*map.tif: input/output error"), open_journal(out) as journal:
+        (journal.folder / "rows_1").write_bytes(b"")
+        made = journal.folder / "map.tmp"
+        made.write_bytes(b"map")
+        monkeypatch.setattr("perf_vit.inference.jobs.journal.os.fsync", sync)
+        journal.move(made)
+    assert out.read_bytes() == b"before"
+    assert (tmp_path / "map.tif.partial" / "rows_1").exists()
 
 
 def test_a_second_process_is_told_of_the_first(scene, tmp_path) -> None:

@@ -116,14 +116,17 @@ class Journal:
             _clear(self.folder)
 
     def move(self, made: Path, out: Path | None = None) -> None:
-        """Move a finished file to an output's name, by default that of the main one.
+        """Move a finished file to an output's name, by default that of the main one, once it is on disk.
 
         Raises:
-            OutputError: it can't be written there.
+            OutputError: it can't be written there, or its last bytes don't reach the disk.
         """
         out = out or self.path
         with _refusing(out):
             out.parent.mkdir(parents=True, exist_ok=True)
+            # Its pieces are removed next: a crash of the machine must not keep the name but lose the content.
+            with made.open("rb+") as file:
+                os.fsync(file.fileno())
             os.replace(made, out)
 
     def discard(self, out: Path) -> None:
