@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Iterable, Sequence
 from contextlib import closing
 from dataclasses import replace
 from threading import Lock
@@ -12,11 +12,11 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from perf_vit.data.augmentation import AugmentConfig, make_augmentation
+from perf_vit.data.augmentation import AugmentConfig, draw_zoom, make_augmentation, zoomed_px
 from perf_vit.data.bags import EmbeddingStore, SlideBags, SlideTargets
 from perf_vit.models import InputCheck, SlideClassificationSpec
 from perf_vit.models.read_ahead import Reads, Tile, window_batches
-from perf_vit.transforms import StainJitter
+from perf_vit.transforms import StainJitter, resize_masked
 from perf_vit.types import GeoImage, Source, Window
 
 __all__ = ["SlideWindows", "WindowBags", "WindowBatch", "collate_windows"]
@@ -71,9 +71,12 @@ class SlideWindows:
         # The encoder sees the glass in a window of tissue, too.
         spec = replace(self.spec, tissue=None)
         source = spec.open(self.path, check=InputCheck(None), slide_mpp_override=self.slide_mpp_override)
-        windows = (Window(*rectangle.tolist()) for rectangle in self.rectangles)
-        change = None if self.augment is None else WindowAugmentation(self.augment, self.seed)
-        reads = source if change is None else change.stained(source)
+        windows: Iterable[Window] = (Window(*rectangle.tolist()) for rectangle in self.rectangles)
+        change: WindowAugmentation | None = None
+        reads: Reads = source
+        if self.augment is not None:
+            change = WindowAugmentation(self.augment, self.seed, spec.tile_px, len(spec.normalizer.mean))
+            windows, reads = (change.zoomed(window, source.extent) for window in windows), change.stained(source)
         batches = window_batches(reads, spec.normalizer, windows, batch_size, change=change)
         with closing(source), closing(batches):
             yield from batches
@@ -85,9 +88,12 @@ class WindowAugmentation:
     Args:
         config: Augmentation, without `resolution`.
         seed: Seed.
+        tile_px: Window size in pixels.
+        num_bands: Number of bands.
     """
 
-    def __init__(self, config: AugmentConfig, seed: int) -> None:
+    def __init__(self, config: AugmentConfig, seed: int, tile_px: int, num_bands: int) -> None:
+        self._scale, self._shape = config.scale, (num_bands, tile_px, tile_px)
         self._augmentation = make_augmentation(config)
         self._stain = StainJitter(config.stain) if config.stain else None
         self._seed = seed
@@ -95,13 +101,25 @@ class WindowAugmentation:
         self._lock = Lock()
 
     def __call__(self, tile: Tile) -> Tile:
-        """Change a standardised window and its valid pixels in the same way."""
+        """Change a standardised window and its valid pixels in the same way, to the size of a tile."""
         if tile.pixels is None:
-            return tile
-        no_labels, mask = np.zeros(tile.valid.shape, np.uint8), tile.valid[None]
+            return Tile(tile.window, np.zeros(self._shape[1:], bool), np.zeros(self._shape, np.float32))
+        pixels, mask = resize_masked(tile.pixels, tile.valid[None], *self._shape[1:])
+        no_labels = np.zeros(self._shape[1:], np.uint8)
         with self._lock:
-            changed = self._augmentation(tile.pixels, no_labels, seed=self._seed_of(tile.window, 0), mask=mask)
+            changed = self._augmentation(pixels, no_labels, seed=self._seed_of(tile.window, 0), mask=mask)
         return Tile(tile.window, changed[2], changed[0])
+
+    def zoomed(self, window: Window, extent: Window) -> Window:
+        """Return the larger or smaller window about the centre of one, as far as the slide reaches."""
+        tile_px = self._shape[1]
+        zoom = draw_zoom(self._scale, np.random.default_rng((self._seed, window.row, window.col, 2)))
+        if zoom == 1:
+            return window
+        size = zoomed_px(tile_px, zoom, extent.shape)
+        row = _centred(window.row, tile_px, size, extent.row, extent.height)
+        col = _centred(window.col, tile_px, size, extent.col, extent.width)
+        return Window(row, col, size, size)
 
     def stained(self, source: Source) -> Reads:
         """Return the source with the colours of its windows changed, before they are standardised."""
@@ -116,6 +134,11 @@ class WindowAugmentation:
         # The seeds of albumentations have 32 bits.
         place = np.random.SeedSequence((self._seed, window.row, window.col, number))
         return int(place.generate_state(1)[0] >> 1)
+
+
+def _centred(start: int, tile_px: int, size: int, first: int, length: int) -> int:
+    """Return the first pixel of a window about the centre of another, moved inside as far as it fits."""
+    return max(first, min(start + (tile_px - size) // 2, first + length - size))
 
 
 class _StainedSource:

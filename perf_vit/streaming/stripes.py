@@ -189,6 +189,15 @@ def check_striped(model: Segmenter, size_px: int, number: int) -> None:
         check_blocks(body, grid)
     except CheckpointError as error:
         raise ConfigError(f"{start} a model.backbone whose attention is made of sums: {error}") from error
+    for index, block in enumerate(body.blocks):
+        mixer = block.attn.mixer
+        # Small images could be held whole, but each process sees its own rows only.
+        if not mixer.adds_up(grid):
+            raise ConfigError(
+                f"{start} a model.backbone whose attention is made of sums: mixer={mixer.name!r} of block {index} "
+                f"needs all {grid[0]} x {grid[1]} tokens of a tile at once; with 'clustered' set max_exact_tokens=0 "
+                "and num_sinks=0, with 'performer' center=False, balance=False and a kernel other than 'oprf'"
+            )
     _reach(model)
     for layer, module in model.named_modules():
         if isinstance(module, _BatchNorm) and module.training:

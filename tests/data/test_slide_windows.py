@@ -20,7 +20,7 @@ AUGMENTS = {
     "flips": AugmentConfig(),
     "colours": AugmentConfig(flips=False, gain=0.3, offset=0.3),
     "stain": AugmentConfig(flips=False, stain=0.5),
-    "zoom": AugmentConfig(scale=(0.5, 1.5)),
+    "zoom": AugmentConfig(flips=False, scale=(0.5, 1.5)),
 }
 
 
@@ -67,6 +67,19 @@ def test_random_changes_repeat_in_each_pass_and_for_any_batches(slide, kind) -> 
     assert not torch.equal(first, plain)
     assert not torch.equal(first, read(windows_of(slide, augment=AUGMENTS[kind], seed=4))[0])
     assert (first[11][:, ~valid[11]] == 0).all()
+
+
+def test_a_zoom_shows_more_or_less_of_the_slide_around_a_window(tmp_path) -> None:
+    # Values grow by a pixel along the rows.
+    path = tmp_path / "ramp.png"
+    Image.fromarray(np.repeat(np.arange(64, dtype=np.uint8)[:, None], 64, 1)[..., None].repeat(3, 2)).save(path)
+    for scale, steps in (((0.5, 0.5), 2.0), ((2.0, 2.0), 0.5)):
+        zoomed, valid = read(windows_of(path, augment=AugmentConfig(flips=False, scale=scale)))
+        rows = zoomed[5][0].mean(dim=1) * 64 + 128
+        assert valid[5].all()
+        assert float((rows[12] - rows[4]) / 8) == pytest.approx(steps, rel=0.05)
+        # The centre stays.
+        assert float(rows[7:9].mean()) == pytest.approx(23.5, abs=1)
 
 
 def test_windows_are_changed_differently(slide) -> None:

@@ -3,6 +3,7 @@
 from copy import deepcopy
 
 import pytest
+import timm
 import torch
 from threaded_processes import in_threads
 from timm.layers import Attention
@@ -212,6 +213,29 @@ def test_what_does_not_fit_is_refused(name: str, head: str, change: str | None, 
         model.head.classifiers[0][1].p = 0.2
     with pytest.raises(ConfigError, match=f"trainer.sequence_parallel needs .*{message}"):
         check_striped(model, size, 5 if change == "size" else 2)
+
+
+@pytest.mark.parametrize(
+    ("mixer", "options"),
+    [
+        ("clustered", {}),
+        ("clustered", {"max_exact_tokens": 0}),
+        ("clustered", {"max_exact_tokens": 0, "num_sinks": 4}),
+        ("performer", {"center": True}),
+        ("performer", {"balance": True}),
+        ("performer", {"kernel": "oprf"}),
+        *((name, {}) for name in ("linformer", "reformer", "s4", "h3", "windowed", "registers")),
+    ],
+)
+def test_attention_that_needs_all_tokens_of_a_small_tile_is_refused(mixer: str, options: dict) -> None:
+    model = build("performer", 64)
+    backbone = timm.create_model(
+        "performer_vit_tiny_patch16_224", img_size=64, mixer=mixer, attn_kwargs=options, **SMALL
+    )
+    for block, other in zip(model.backbone.model.blocks, backbone.blocks, strict=True):
+        block.attn = other.attn
+    with pytest.raises(ConfigError, match=f"made of sums: mixer='{mixer}' of block 0 needs all 4 x 4 tokens"):
+        check_striped(model, 64, 2)
 
 
 def test_a_fitting_network_is_accepted() -> None:
