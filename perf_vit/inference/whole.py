@@ -15,6 +15,7 @@ import torch
 from perf_vit.errors import CheckpointError, NotFiniteError, OptionError, PerfVitError
 from perf_vit.finite import check_finite
 from perf_vit.inference.dense import FloatArray, Strip
+from perf_vit.inference.dense_output import StripWriter
 from perf_vit.inference.jobs.identity import SourceIdentity
 from perf_vit.inference.jobs.journal import TOKEN_FOLDER, partial_folder
 from perf_vit.inference.prefetch import Reads, SalvagingReader, Tile, load_ahead, read_tile
@@ -101,6 +102,7 @@ class WholeImage:
         gaps: list[tuple[int, int]],
         finish: Callable[[Strip], Any],
         *,
+        flush: Callable[[], Any] = lambda: None,
         journal: TokenJournal | None,
         token_dtype: torch.dtype,
         keep_tokens: bool = False,
@@ -112,7 +114,8 @@ class WholeImage:
         Args:
             gaps: Rows of pixels, as (first, first below).
             finish: Function of a strip, whose arrays hold until it returns; strips may hold other rows too.
-            journal: Folder for the tokens' files, which are deleted at the end, and kept after an error; None for
+            flush: Called after the last strip; when it returns, all rows are safe.
+            journal: Folder for the tokens' files, which are deleted after that, and kept after an error; None for
                 memory.
             token_dtype: Dtype of stored tokens.
             keep_tokens: Keep the files after Ctrl-C too.
@@ -142,6 +145,7 @@ class WholeImage:
             for gap in gaps:
                 for strip in self.strips(tokens, gap, on_band, num_readers):
                     finish(strip)
+            flush()
 
     def tokens(self, journal: TokenJournal | None, dtype: torch.dtype, on_progress: OnProgress) -> list[StreamedTokens]:
         """Run the backbone, and return the tokens that the head takes.
@@ -256,7 +260,7 @@ def map_whole(
     reader: Reads,
     folder: Path,
     gaps: list[tuple[int, int]],
-    finish: Callable[[Strip], Any],
+    write: StripWriter,
     on_progress: OnProgress,
 ) -> None:
     """Predict rows of a map in one forward pass.
@@ -267,7 +271,7 @@ def map_whole(
         reader: Where its pixels come from.
         folder: Folder of the unfinished map.
         gaps: Rows of pixels, as (first, first below).
-        finish: Function of a strip.
+        write: Where its strips go.
         on_progress: Called with (rows of tokens done, in all).
 
     Raises:
@@ -282,7 +286,8 @@ def map_whole(
     whole, journal = _begun(predictor, source, reader, folder)
     whole.run(
         gaps,
-        finish,
+        write,
+        flush=write.flush,
         journal=journal,
         token_dtype=options.token_dtype,
         keep_tokens=options.keep_tokens,

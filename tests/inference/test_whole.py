@@ -168,6 +168,25 @@ def test_an_interrupted_map_goes_on(
     assert not any(tmp_path.glob("*.partial"))
 
 
+@pytest.mark.parametrize("elsewhere", [False, True])
+def test_tokens_stay_until_the_last_rows_are_on_disk(files, tmp_path, monkeypatch, elsewhere: bool) -> None:
+    given = {"token_folder": tmp_path / "scratch"} if elsewhere else {}
+    options = SegmentationPredictOptions(whole=True, **given)
+
+    def fail(*_: object) -> None:
+        raise OutputError("the disk is full")
+
+    with monkeypatch.context() as patch, pytest.raises(OutputError, match="the disk is full"):
+        patch.setattr("perf_vit.writers.StripStore.write", fail)
+        SegmentationPredictor(files[0], options).run(files[1], tmp_path / "map.tif")
+    goes_on = Stop(RuntimeError, 10**6)
+    SegmentationPredictor(files[0], options).run(files[1], tmp_path / "map.tif", on_progress=goes_on)
+    # Only the head is left to do.
+    assert goes_on.calls == [(6, 6)]
+    assert not any((tmp_path / "scratch").glob("*"))
+    assert [path.name for path in tmp_path.glob("map*")] == ["map.tif"]
+
+
 def test_tokens_of_another_model_are_refused(files, tmp_path) -> None:
     options = {"whole": True, "token_folder": tmp_path / "scratch"}
     first = SegmentationPredictor(files[0], SegmentationPredictOptions(**options))
