@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from perf_vit.errors import OutputError
-from perf_vit.files import read_json_or_none, write_json
+from perf_vit.files import atomic_file, read_json_or_none
 from perf_vit.streaming.layout import TokenLayout
 from perf_vit.text import to_json
 
@@ -23,6 +23,8 @@ __all__ = ["JOURNAL", "TokenJournal"]
 
 JOURNAL = "journal.json"
 """Name of the file in the folder that tells which blocks are finished."""
+
+_KEYS = {"identity", "num_done", "rows_at_once"}
 
 
 class TokenJournal:
@@ -54,7 +56,7 @@ class TokenJournal:
         if not resume:
             self.remove()
         before = read_json_or_none(folder / JOURNAL)
-        self._before = before if isinstance(before, dict) and "identity" in before else None
+        self._before = before if isinstance(before, dict) and before.keys() >= _KEYS else None
 
     def begin(self, settings: Mapping[str, Any]) -> None:
         """Go on with tokens of the same model, image and settings, or begin.
@@ -91,22 +93,23 @@ class TokenJournal:
         """
         with self._writing():
             if num_done == 0:
-                np.save(self.folder / "valid.npy", layout.valid.numpy())
-                np.save(self.folder / "stored.npy", (layout.valid if layout.stored is None else layout.stored).numpy())
-            np.save(self.folder / f"prefix_{num_done}.npy", prefix.numpy())
+                self._save("valid", layout.valid)
+                self._save("stored", layout.valid if layout.stored is None else layout.stored)
+            self._save(f"prefix_{num_done}", prefix)
             content = {"identity": self._identity, "num_done": num_done, "rows_at_once": rows_at_once}
-            write_json(self.folder / JOURNAL, content)
+            with atomic_file(self.folder / JOURNAL) as path:
+                path.write_text(to_json(content), encoding="utf-8")
         self.num_done = num_done
 
     def prefix(self, num_done: int) -> Tensor:
         """Return the prefix tokens after a number of blocks, [P, C]."""
         with self._writing():
-            return torch.from_numpy(np.load(self.folder / f"prefix_{num_done}.npy"))
+            return self._load(f"prefix_{num_done}")
 
     def layout(self) -> TokenLayout:
         """Return which tokens are stored."""
         with self._writing():
-            valid, stored = (torch.from_numpy(np.load(self.folder / f"{name}.npy")) for name in ("valid", "stored"))
+            valid, stored = self._load("valid"), self._load("stored")
         return TokenLayout(valid, stored=None if torch.equal(valid, stored) else stored)
 
     def keep_only(self, names: Iterable[str]) -> None:
@@ -147,12 +150,22 @@ class TokenJournal:
                     f"{self._identity.get(name)}; go on with the same, or begin again with `resume=False`"
                 )
 
+    def _save(self, name: str, values: Tensor) -> None:
+        """Write an array that is on the disk before the journal names it."""
+        with atomic_file(self.folder / f"{name}.npy") as path, path.open("wb") as file:
+            np.save(file, values.numpy())
+
+    def _load(self, name: str) -> Tensor:
+        return torch.from_numpy(np.load(self.folder / f"{name}.npy"))
+
     @contextmanager
     def _writing(self) -> Iterator[None]:
         try:
             yield
-        except (OSError, ValueError) as error:
-            reason = os.strerror(error.errno) if isinstance(error, OSError) and error.errno else str(error)
+        # NumPy raises EOFError at an empty file.
+        except (OSError, ValueError, EOFError) as error:
+            cause = error.__cause__ if isinstance(error, OutputError) else error
+            reason = os.strerror(cause.errno) if isinstance(cause, OSError) and cause.errno else str(error)
             raise OutputError(
                 f"can't keep tokens in {self.folder}: {reason.lower()}; choose a folder on a larger disk, or begin "
                 "again with `resume=False`"

@@ -1,6 +1,7 @@
 """A forward pass that was killed goes on after its last finished block, to the same bits."""
 
 import json
+import os
 from contextlib import suppress
 from pathlib import Path
 
@@ -88,13 +89,39 @@ def test_other_tokens_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert folder.is_dir()
 
 
-@pytest.mark.parametrize("name", ["tokens.bin", "valid.npy"])
-def test_files_that_were_damaged_are_one_line(tmp_path: Path, name: str) -> None:
+@pytest.mark.parametrize("content", [b"cut", b"", bytes(500)])
+def test_files_that_were_damaged_are_one_line(tmp_path: Path, content: bytes) -> None:
+    folder = tmp_path / "tokens"
     with pytest.raises(KilledError):
-        run("performer", tmp_path / "tokens", kill_at=8)
-    (tmp_path / "tokens" / name).write_bytes(b"cut")
-    with pytest.raises(OutputError, match="begin again with `resume=False`"):
-        run("performer", tmp_path / "tokens")
+        run("performer", folder, kill_at=8)
+    for name in ("tokens.bin", "valid.npy", "stored.npy", "prefix_0.npy"):
+        before = (folder / name).read_bytes()
+        (folder / name).write_bytes(content[: len(before) - 1])
+        with pytest.raises(OutputError, match="begin again with `resume=False`") as error:
+            run("performer", folder)
+        assert "\n" not in str(error.value)
+        (folder / name).write_bytes(before)
+
+
+@pytest.mark.parametrize("content", ["", '{"identity": {"model": "performer"}}', '{"identity": {"mo'])
+def test_a_journal_that_was_cut_begins_again(tmp_path: Path, content: str) -> None:
+    with pytest.raises(KilledError):
+        run("performer", tmp_path, kill_at=20)
+    (tmp_path / JOURNAL).write_text(content)
+    assert TokenJournal(tmp_path, {})._before is None
+
+
+def test_all_that_a_journal_names_is_on_the_disk_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    events: list[str] = []
+    real_sync, real_move = os.fsync, os.replace
+    monkeypatch.setattr("perf_vit.files.os.fsync", lambda file: (events.append("on disk"), real_sync(file)))
+    monkeypatch.setattr(
+        "perf_vit.files.os.replace", lambda made, path: (events.append(path.name), real_move(made, path))
+    )
+    run("performer", tmp_path / "tokens")
+    names = ["valid.npy", "stored.npy", "prefix_0.npy", JOURNAL]
+    names += [name for number in (1, 2, 3) for name in (f"prefix_{number}.npy", JOURNAL)]
+    assert events == [event for name in names for event in ("on disk", name)]
 
 
 def test_what_is_kept_after_an_error(tmp_path: Path) -> None:
