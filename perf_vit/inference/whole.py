@@ -128,6 +128,9 @@ class WholeImage:
             NotFiniteError: A score is infinite or not a number.
         """
         if not gaps:
+            if journal is not None:
+                # Those of a process that ended before it deleted them.
+                journal.remove()
             return
         self.plan(journal, token_dtype).check()
         rows, before = self._image.grid[0], 0

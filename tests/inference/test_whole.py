@@ -16,6 +16,7 @@ from perf_vit.errors import CheckpointError, NotFiniteError, OptionError, Output
 from perf_vit.inference import SegmentationPredictOptions, SegmentationPredictor
 from perf_vit.inference.whole import WholeImage
 from perf_vit.models import SegmentationModelConfig, build_segmenter
+from perf_vit.streaming.journal import TokenJournal
 from perf_vit.types import Window
 from perf_vit.workflows.predict import plan
 
@@ -185,6 +186,26 @@ def test_tokens_stay_until_the_last_rows_are_on_disk(files, tmp_path, monkeypatc
     assert goes_on.calls == [(6, 6)]
     assert not any((tmp_path / "scratch").glob("*"))
     assert [path.name for path in tmp_path.glob("map*")] == ["map.tif"]
+
+
+def test_tokens_that_stayed_after_the_last_row_are_deleted_by_the_next_call(files, tmp_path, monkeypatch) -> None:
+    options = SegmentationPredictOptions(whole=True, token_folder=tmp_path / "scratch")
+    remove = TokenJournal.remove
+
+    def remove_or_end(journal: TokenJournal) -> None:
+        if journal.num_done is not None:
+            raise RuntimeError
+        remove(journal)
+
+    with monkeypatch.context() as patched, pytest.raises(RuntimeError):
+        patched.setattr(TokenJournal, "remove", remove_or_end)
+        SegmentationPredictor(files[0], options).run(files[1], tmp_path / "map.tif")
+    assert any((tmp_path / "scratch").glob("*/*.bin"))
+    progress = Stop(RuntimeError, 10**6)
+    assert SegmentationPredictor(files[0], options).run(files[1], tmp_path / "map.tif", on_progress=progress).made
+    # All rows were there.
+    assert not progress.calls
+    assert not any((tmp_path / "scratch").glob("*"))
 
 
 def test_tokens_of_another_model_are_refused(files, tmp_path) -> None:
