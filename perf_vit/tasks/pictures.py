@@ -59,7 +59,8 @@ class PredictionPictures(lightning.Callback):
         dataset = trainer.val_dataloaders.dataset
         for index in np.unique(np.linspace(0, len(dataset) - 1, self.num_tiles).round().astype(int)):
             image, labels, valid = with_valid(dataset[int(index)])
-            tile = [each[None].to(pl_module.device) for each in (image, valid) if each is not None]
+            parts = [each[None].to(pl_module.device) for each in (image, valid) if each is not None]
+            tile = trainer.precision_plugin.convert_input(parts)
             with torch.no_grad(), trainer.precision_plugin.val_step_context():
                 found = network(*tile)[0]
             self._predicted.append((image, labels, found))

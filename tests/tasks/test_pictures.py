@@ -217,6 +217,23 @@ def test_detections_are_drawn_from_the_threshold_of_the_same_validation(tmp_path
     assert (picture == color(1)).all(-1).any()
 
 
+def test_pictures_are_of_tiles_in_the_precision_of_the_training(tmp_path) -> None:
+    seen = []
+
+    class InDouble(Task):
+        def __init__(self) -> None:
+            super().__init__()
+            forward = self.model.forward
+            self.model.forward = lambda images, *rest: (seen.append(images.dtype), forward(images, *rest))[1]
+
+    data = [(IMAGE, torch.zeros(16, 24, dtype=torch.long))]
+    config = TrainerConfig(accelerator="cpu", devices="1", max_epochs=1, num_pictures=1, precision="64")
+    build_trainer(config, tmp_path, progress=False, draw=draw_segmentation).fit(
+        InDouble(), DataLoader(data), DataLoader(data)
+    )
+    assert set(seen) == {torch.float64}
+
+
 def test_no_pictures_are_drawn_where_none_are_asked_for(tmp_path) -> None:
     data = [(IMAGE, torch.zeros(16, 24, dtype=torch.long))]
     config = TrainerConfig(accelerator="cpu", devices="1", max_epochs=1, num_pictures=0)
