@@ -184,9 +184,10 @@ class SegmentationPredictor(InputPredictor[Segmenter, SegmentationPredictOptions
         writers = ThreadPoolExecutor(1, thread_name_prefix="perf_vit-writer")
         write = self.writer(store, writers)
         with self.opened(source) as opened, bounded_cache(), writers:
-            reader, gaps = self.reader(opened, store.folder), store.gaps(*(rows or (0, opened.height)))
+            gaps = store.gaps(*(rows or (0, opened.height)))
             if self.options.whole:
-                map_whole(self, opened, reader, store.folder, gaps, write, on_progress)
+                map_whole(self, opened, store.folder, gaps, write, on_progress)
+            reader = self.reader(opened, store.folder)
             for gap in () if self.options.whole else gaps:
                 strips = self.strips(reader, opened.extent, gap, finish=write, on_progress=on_progress)
                 with closing(strips):

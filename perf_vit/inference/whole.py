@@ -17,7 +17,7 @@ from perf_vit.finite import check_finite
 from perf_vit.inference.dense import FloatArray, Strip
 from perf_vit.inference.dense_output import StripWriter
 from perf_vit.inference.jobs.identity import SourceIdentity
-from perf_vit.inference.jobs.journal import TOKEN_FOLDER, partial_folder
+from perf_vit.inference.jobs.journal import TOKEN_FOLDER, DamageLog, partial_folder
 from perf_vit.inference.prefetch import Reads, SalvagingReader, Tile, load_ahead, read_tile
 from perf_vit.inference.whole_plan import WholePlan, measured, plan_whole
 from perf_vit.streaming import ImageTokens, StreamedTokens, check_streamable, stream_tokens
@@ -102,6 +102,7 @@ class WholeImage:
         gaps: list[tuple[int, int]],
         finish: Callable[[Strip], Any],
         *,
+        on_tokens: Callable[[], Any] = lambda: None,
         flush: Callable[[], Any] = lambda: None,
         journal: TokenJournal | None,
         token_dtype: torch.dtype,
@@ -114,6 +115,7 @@ class WholeImage:
         Args:
             gaps: Rows of pixels, as (first, first below).
             finish: Function of a strip, whose arrays hold until it returns; strips may hold other rows too.
+            on_tokens: Called once all tokens are there, before the first strip.
             flush: Called after the last strip; when it returns, all rows are safe.
             journal: Folder for the tokens' files, which are deleted after that, and kept after an error; None for
                 memory.
@@ -145,6 +147,7 @@ class WholeImage:
 
         with nullcontext() if journal is None else journal.kept(after_interrupt=keep_tokens):
             tokens = self.tokens(journal, token_dtype, on_block)
+            on_tokens()
             for gap in gaps:
                 for strip in self.strips(tokens, gap, on_band, num_readers):
                     finish(strip)
@@ -260,7 +263,6 @@ class WholeImage:
 def map_whole(
     predictor: Any,
     source: Source,
-    reader: Reads,
     folder: Path,
     gaps: list[tuple[int, int]],
     write: StripWriter,
@@ -271,7 +273,6 @@ def map_whole(
     Args:
         predictor: Segmentation model and options.
         source: Image.
-        reader: Where its pixels come from.
         folder: Folder of the unfinished map.
         gaps: Rows of pixels, as (first, first below).
         write: Where its strips go.
@@ -286,10 +287,19 @@ def map_whole(
     if (number := Processes().number) > 1:
         raise OptionError(f"whole maps are made by one process, got a group of {number}; end the group first")
     options = predictor.options
-    whole, journal = _begun(predictor, source, reader, folder)
+    # What couldn't be read belongs to the tokens, which outlive the map's folder where they are elsewhere.
+    noted = folder if options.store == "memory" else _token_folder(options.token_folder, folder)
+    whole, journal = _begun(predictor, source, predictor.reader(source, noted), folder)
+
+    def keep_damage() -> None:
+        log = DamageLog(folder)
+        for piece in DamageLog(noted).pieces() if noted != folder else ():
+            log.add(piece.window, piece.reason)
+
     whole.run(
         gaps,
         write,
+        on_tokens=keep_damage,
         flush=write.flush,
         journal=journal,
         token_dtype=options.token_dtype,
@@ -322,7 +332,8 @@ def _begun(
     whole = WholeImage(predictor.model, source, reader, len(spec.classes))
     if options.store == "memory":
         return whole, None
-    identity = {**predictor.model_settings, **SourceIdentity(source).settings}
+    # Tokens that leave out what can't be read are none of a map that stops there.
+    identity = {**predictor.model_settings, **SourceIdentity(source).settings, "on_error": options.on_error}
     resume = options.resume if resume is None else resume
     return whole, TokenJournal(_token_folder(options.token_folder, folder), identity, resume=resume)
 

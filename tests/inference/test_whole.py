@@ -8,6 +8,7 @@ import pytest
 import rasterio
 import timm
 import torch
+from affine import Affine
 from command_line import call
 from small_models import save_segmenter, write_half_empty
 
@@ -205,6 +206,42 @@ def test_tokens_that_stayed_after_the_last_row_are_deleted_by_the_next_call(file
     assert SegmentationPredictor(files[0], options).run(files[1], tmp_path / "map.tif", on_progress=progress).made
     # All rows were there.
     assert not progress.calls
+    assert not any((tmp_path / "scratch").glob("*"))
+
+
+@pytest.fixture
+def damaged_files(files, tmp_path) -> tuple[Path, Path]:
+    """A checkpoint, and a raster of 160 x 160 px of which a block of 64 px can't be read."""
+    path = tmp_path / "damaged.tif"
+    pixels = np.random.default_rng(0).integers(1, 255, (3, 160, 160)).astype(np.uint8)
+    with rasterio.open(
+        path, "w", driver="GTiff", height=160, width=160, count=3, dtype="uint8", crs="EPSG:32636", compress="deflate",
+        transform=Affine(0.5, 0, 500_000, 0, -0.5, 4_000_000), tiled=True, blockxsize=64, blockysize=64,
+        interleave="pixel",
+    ) as file:  # fmt: skip
+        file.write(pixels)
+    with rasterio.open(path) as file:
+        place = int(file.get_tag_item("BLOCK_OFFSET_1_1", "TIFF", bidx=1))
+    content = bytearray(path.read_bytes())
+    content[place : place + 5000] = bytes(5000)
+    path.write_bytes(content)
+    return files[0], path
+
+
+@pytest.mark.parametrize("elsewhere", [False, True])
+def test_damage_that_tokens_were_made_with_is_in_the_map_that_goes_on(damaged_files, tmp_path, elsewhere) -> None:
+    given = {"whole": True, **({"token_folder": tmp_path / "scratch"} if elsewhere else {})}
+    skip = SegmentationPredictOptions(on_error="skip", **given)
+    expected = SegmentationPredictor(damaged_files[0], skip).run(damaged_files[1], tmp_path / "expected.tif")
+    assert len(expected.damaged) >= 1
+    out = tmp_path / "map.tif"
+    with pytest.raises(RuntimeError):
+        SegmentationPredictor(damaged_files[0], skip).run(damaged_files[1], out, on_progress=Stop(RuntimeError, 14))
+    assert (tmp_path / "map.tif.partial").exists() != elsewhere
+    with pytest.raises(OutputError, match=r"unfinished tokens made with on_error = skip, now stop; .*`resume=False`"):
+        perf_vit.predict(*damaged_files, out, progress=False, **given)
+    assert SegmentationPredictor(damaged_files[0], skip).run(damaged_files[1], out).damaged == expected.damaged
+    assert out.read_bytes() == (tmp_path / "expected.tif").read_bytes()
     assert not any((tmp_path / "scratch").glob("*"))
 
 
