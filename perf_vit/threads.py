@@ -13,7 +13,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from pathlib import Path
 
-__all__ = ["num_processors", "wait_passively"]
+__all__ = ["num_processors", "process_groups", "wait_passively"]
 
 # More threads than that don't read or write faster.
 _MAX_THREADS = 16
@@ -37,7 +37,7 @@ def num_processors() -> int:
 @functools.cache
 def _granted_processors() -> int:
     """Return the processors that the control groups of this process grant."""
-    shares = [share for group in _process_groups("cpu") if (share := _share_of(group)) is not None]
+    shares = [share for group in process_groups("cpu") if (share := _share_of(group)) is not None]
     return max(1, math.ceil(min(shares, default=_MAX_THREADS)))
 
 
@@ -123,10 +123,10 @@ def _may_start(num_threads: int) -> bool:
     limit, _ = resource.getrlimit(resource.RLIMIT_NPROC)
     if limit != resource.RLIM_INFINITY and len(os.listdir("/proc/self/task")) + num_threads > limit:
         return False
-    return all(_has_room(group, num_threads) for group in _process_groups("pids"))
+    return all(_has_room(group, num_threads) for group in process_groups("pids"))
 
 
-def _process_groups(controller: str) -> Iterator[Path]:
+def process_groups(controller: str) -> Iterator[Path]:
     """Yield the folders of the control groups that may limit this process by a controller, up to the root."""
     with suppress(OSError):
         for line in _LISTED_GROUPS.read_text(encoding="utf-8", errors="surrogateescape").splitlines():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from perf_vit.sources.slides import SlideSource
 from perf_vit.streaming import ImageTokens, stream_tokens
 from perf_vit.streaming.dense import PART_PX, DenseHead
 from perf_vit.streaming.tokens import PART_TOKENS
+from perf_vit.threads import process_groups
 from perf_vit.types import GeoImage, Source, Window
 
 __all__ = ["WholePlan", "measured", "plan_whole"]
@@ -37,6 +39,7 @@ _SIDE = 72
 """Rows and columns of tokens that are timed: more than are attended to exactly."""
 
 _REDUCED_PX = 1024
+_MEMORY_INFO = Path("/proc/meminfo")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,7 +54,7 @@ class WholePlan:
         num_files: Number of such files at a time, or of arrays in memory.
         folder: Folder of the files; None for memory.
         memory_bytes: Peak memory beyond that of the imports.
-        free_memory: Memory that is free; None where the system doesn't say.
+        free_memory: Memory that is free, on the machine and in its container; None where the system doesn't say.
         free_disk: Room on the disk of the folder; None for memory.
         seconds: Time; None unless `measured`.
         timed: Rows and columns of tokens that were timed.
@@ -186,11 +189,30 @@ def _valid_share(source: Source) -> float:
 
 
 def _free_memory() -> int | None:
+    """Return the memory that is free on this machine, and in the container that this process may run in."""
+    found = [_free_of_machine(), *map(_free_in_group, process_groups("memory"))]
+    return min((each for each in found if each is not None), default=None)
+
+
+def _free_of_machine() -> int | None:
     try:
-        lines: Sequence[str] = Path("/proc/meminfo").read_text(encoding="utf-8").splitlines()
+        lines: Sequence[str] = _MEMORY_INFO.read_text(encoding="utf-8").splitlines()
     except OSError:
         return None
     return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable")), None)
+
+
+def _free_in_group(group: Path) -> int | None:
+    """Return the memory that a control group leaves, with pages of files, which it gives back; None without a limit."""
+    is_second = (group / "memory.max").exists()
+    names = ("max", "current") if is_second else ("limit_in_bytes", "usage_in_bytes")
+    # Of a group of version 1, only these include the groups below it.
+    of_files = [f"{'' if is_second else 'total_'}{name}_file" for name in ("active", "inactive")]
+    with suppress(OSError, ValueError):
+        limit, used = (int((group / f"memory.{name}").read_text(encoding="utf-8")) for name in names)
+        stat = dict(line.split() for line in (group / "memory.stat").read_text(encoding="utf-8").splitlines())
+        return max(0, limit - used + sum(int(stat.get(name, 0)) for name in of_files))
+    return None
 
 
 def _existing(folder: Path) -> Path:

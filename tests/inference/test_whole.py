@@ -14,7 +14,7 @@ from small_models import save_segmenter, write_half_empty
 
 import perf_vit
 from perf_vit.errors import CheckpointError, NotFiniteError, OptionError, OutputError
-from perf_vit.inference import SegmentationPredictOptions, SegmentationPredictor
+from perf_vit.inference import SegmentationPredictOptions, SegmentationPredictor, whole_plan
 from perf_vit.inference.whole import WholeImage
 from perf_vit.models import SegmentationModelConfig, build_segmenter
 from perf_vit.streaming.journal import TokenJournal
@@ -287,6 +287,41 @@ def test_a_plan_tells_what_a_map_takes(files, tmp_path, monkeypatch) -> None:
     with pytest.raises(OutputError, match="a whole image needs"):
         predict(files, tmp_path / "map.tif")
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("listed", "folder", "files_of_group", "expected"),
+    [
+        ("0::/job\n", "job", {"max": "7000\n", "current": "5000\n", "stat": "anon 2000\nactive_file 1000\n"}, 3000),
+        ("0::/job\n", ".", {"max": "7000\n", "current": "9000\n", "stat": ""}, 0),
+        ("0::/job\n", "job", {"max": "max\n", "current": "5000\n", "stat": ""}, 8 * 1024),
+        ("0::/job\n", "job", {"max": "99999\n", "current": "5000\n", "stat": ""}, 8 * 1024),
+        (
+            "4:memory:/job\n0::/\n",
+            "memory/job",
+            {
+                "limit_in_bytes": "7000\n",
+                "usage_in_bytes": "5000\n",
+                "stat": "active_file 1\ntotal_inactive_file 500\n",
+            },
+            2500,
+        ),
+        ("4:memory:/job\n", "memory", {"limit_in_bytes": f"{2**63}\n", "usage_in_bytes": "5\n", "stat": ""}, 8 * 1024),
+        ("", ".", {}, 8 * 1024),
+    ],
+)
+def test_free_memory_is_that_of_the_machine_and_of_its_container(
+    monkeypatch, tmp_path, listed: str, folder: str, files_of_group: dict[str, str], expected: int
+) -> None:
+    (tmp_path / folder).mkdir(parents=True, exist_ok=True)
+    for name, text in files_of_group.items():
+        (tmp_path / folder / f"memory.{name}").write_text(text)
+    (tmp_path / "listed").write_text(listed)
+    (tmp_path / "meminfo").write_text("MemTotal: 16 kB\nMemAvailable: 8 kB\n")
+    monkeypatch.setattr("perf_vit.threads._CONTROL_GROUPS", tmp_path)
+    monkeypatch.setattr("perf_vit.threads._LISTED_GROUPS", tmp_path / "listed")
+    monkeypatch.setattr("perf_vit.inference.whole_plan._MEMORY_INFO", tmp_path / "meminfo")
+    assert whole_plan._free_memory() == expected
 
 
 def test_the_command_prints_the_plan_and_ends(files, tmp_path, capsys) -> None:
