@@ -60,7 +60,8 @@ class TrainerConfig:
         precision: Precision: 32-true, bf16-mixed, 16-mixed (GPU) or 64-true, for short 32, bf16, 16 or 64; auto for
             bf16-mixed on GPUs and CPUs with instructions for bfloat16, else 32-true.
         accelerator: Lightning accelerator: auto, cpu, gpu, mps.
-        devices: Number of devices, or list of the indices of GPUs; "auto" for all.
+        devices: Number of devices, or list of the indices of GPUs; "auto" for all, or with torchrun for as many as it
+            started processes.
         gradient_clip: Maximum gradient norm; 0 for no clipping.
         val_every_epochs: Number of epochs between validations; the last epoch is always validated.
         redraw_every_steps: Number of optimizer steps between redraws of the attention's random projections; 0 to keep
@@ -333,12 +334,25 @@ def lightning_trainer(
 
 
 def _devices(devices: int | str | list[int], accelerator: str) -> int | str | list[int]:
-    """Return devices as Lightning takes them: on a CPU, whose processes have no indices, their number."""
+    """Return devices as Lightning takes them: with torchrun as many as it started processes on this machine.
+
+    Processes on a CPU have no indices, so a list of them is their number.
+    """
     on_cpu = accelerator == "cpu" or (accelerator == "auto" and not torch.accelerator.is_available())
-    if on_cpu and devices == "auto" and _is_torchrun():
-        # Lightning would take one process, and refuse that torchrun has started more.
-        return int(os.environ["LOCAL_WORLD_SIZE"])
-    return len(devices) if isinstance(devices, list) and on_cpu else devices
+    taken = len(devices) if isinstance(devices, list) and on_cpu else devices
+    if not _is_torchrun():
+        return taken
+    started = int(os.environ["LOCAL_WORLD_SIZE"])
+    if devices == "auto":
+        # Lightning would take all GPUs, or one process on a CPU, and refuse another number of processes.
+        return started
+    number = str(len(devices) if isinstance(devices, list) else devices)
+    if number.isdigit() and int(number) != started:
+        raise ConfigError(
+            f"trainer.devices must be auto or the number of processes that torchrun started on this machine, "
+            f"{started}, got {devices}; pass trainer.devices=auto"
+        )
+    return taken
 
 
 def _is_torchrun() -> bool:

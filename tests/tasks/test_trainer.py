@@ -17,6 +17,7 @@ from perf_vit.errors import ConfigError
 from perf_vit.models import SegmentationModelConfig, SegmentationSpec, load_segmenter
 from perf_vit.tasks import SegmentationOptimConfig, SegmentationTask, TrainerConfig, build_trainer
 from perf_vit.tasks.callbacks import EpochProgressBar
+from perf_vit.tasks.trainer import _devices
 
 MODEL = SegmentationModelConfig(
     backbone="performer_vit_tiny_patch16_224",
@@ -119,6 +120,24 @@ def test_the_progress_bar_counts_epochs_from_one() -> None:
 def test_a_list_of_devices_is_a_number_of_processes_on_a_cpu(tmp_path) -> None:
     config = TrainerConfig(accelerator="cpu", devices=[0], max_epochs=1)
     assert build_trainer(config, tmp_path, progress=False).num_devices == 1
+
+
+@pytest.mark.parametrize("accelerator", ["cpu", "gpu", "auto"])
+def test_devices_are_the_processes_of_torchrun(tmp_path, monkeypatch, accelerator: str) -> None:
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    for given in ("auto", 2, "2"):
+        assert str(_devices(given, accelerator)) == "2"
+    assert _devices([0, 3], "gpu") == [0, 3]
+    for other in (1, "1", [0]):
+        config = TrainerConfig(accelerator=accelerator, devices=other)
+        with pytest.raises(
+            ConfigError, match=r"torchrun started on this machine, 2, got .*; pass trainer\.devices=auto$"
+        ):
+            build_trainer(config, tmp_path, progress=False)
+    monkeypatch.delenv("TORCHELASTIC_RUN_ID")
+    assert _devices("auto", accelerator) == "auto"
 
 
 @pytest.mark.parametrize(("short", "name"), [("bf16", "bf16-mixed"), ("16", "16-mixed"), ("auto", "auto")])
