@@ -7,7 +7,17 @@ from pathlib import Path
 
 import pytest
 from command_line import call
-from jobs_that_write import JOBS, Job, record_of
+from jobs_that_write import (
+    JOBS,
+    Job,
+    convert,
+    evaluate_numbers,
+    predict_classes,
+    predict_map_of_vrt,
+    predict_objects,
+    predict_slide_classes,
+    record_of,
+)
 from kept_files import MINE, put, refused, tree
 
 
@@ -50,6 +60,15 @@ def assert_the_same_command_changes_no_file(job, out, capsys) -> None:
         assert "--overwrite" in captured.err
 
 
+def assert_outputs_are_all_that_changed(job, out, before: dict[str, str]) -> None:
+    after = tree(out.parent)
+    written = {str(out.parent / name) for name in after if after[name] not in (before.get(name), "folder")}
+    assert written == set(map(str, job.outputs))
+    # Nothing else is left, such as a folder of unfinished files.
+    paths = {path for output in job.outputs for path in (output, *output.parents) if path.is_relative_to(out)}
+    assert after.keys() == before.keys() | {str(path.relative_to(out.parent)) for path in paths}
+
+
 def test_a_command_writes_the_outputs_of_this_list_once_and_replaces_them_on_demand(job, out, capsys) -> None:
     if job.is_slow:
         pytest.skip("run to its end by tests of its own")
@@ -59,12 +78,26 @@ def test_a_command_writes_the_outputs_of_this_list_once_and_replaces_them_on_dem
     put(out / "notes.txt")
     before = tree(out.parent)
     assert call([*job.args, "--overwrite"] if job.overwrite else job.args) == 0
-    after = tree(out.parent)
-    written = {str(out.parent / name) for name in after if after[name] not in (before.get(name), "folder")}
-    assert written == set(map(str, job.outputs))
-    assert before.keys() <= after.keys()
+    assert_outputs_are_all_that_changed(job, out, before)
     assert all(output.read_bytes() != MINE for output in job.outputs)
     assert_the_same_command_changes_no_file(job, out, capsys)
+
+
+# One of each command and task, those that take the least time.
+FIRST_RUNS = (predict_map_of_vrt, predict_objects, predict_classes, predict_slide_classes, evaluate_numbers, convert)
+
+
+@pytest.mark.parametrize(
+    "job",
+    [pytest.param(make, marks=() if make in FIRST_RUNS else pytest.mark.slow, id=make.__name__) for make in JOBS],
+    indirect=True,
+)
+def test_a_first_run_into_an_empty_folder_needs_no_option(job, out) -> None:
+    if job.is_slow or not job.overwrite:
+        pytest.skip("run to its end by tests of its own, or without the option by the test above")
+    before = tree(out.parent)
+    assert call(job.args) == 0
+    assert_outputs_are_all_that_changed(job, out, before)
 
 
 KINDS = ("file", "link", "link to nothing")
