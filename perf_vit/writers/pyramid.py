@@ -25,6 +25,9 @@ _BYTES_IN_MEMORY = 1 << 20
 # Parts of rows of blocks that wait for each thread, so that none is idle while the next rows are read.
 _PARTS_AHEAD = 2
 
+# Most bytes of all these parts; a single one may be larger.
+_WAITING_BYTES = 1 << 28
+
 
 class Level:
     """Compressed blocks of one resolution, row by row, in a temporary file that nobody else sees.
@@ -102,7 +105,8 @@ class Pyramid:
     def __init__(self, layout: RasterLayout, folder: Path) -> None:
         self._layout = layout
         self._pool = ThreadPoolExecutor(num_processors(), thread_name_prefix="perf_vit-compressor")
-        self._encoding: deque[tuple[Level, Future[list[bytes]]]] = deque()
+        self._encoding: deque[tuple[Level, int, Future[list[bytes]]]] = deque()
+        self._waiting_bytes = 0
         self.num_rows = 0
         height, width = layout.height, layout.width
         self.levels = [Level(height, width, folder)]
@@ -154,14 +158,23 @@ class Pyramid:
     def _encode(self, level: Level, rows: Array) -> None:
         """Have threads encode a row of blocks, and append the first of those that are on their way."""
         for part in parts_to_encode(rows):
-            self._encoding.append((level, self._pool.submit(encode_blocks, part, self._layout)))
-        while len(self._encoding) > _PARTS_AHEAD * num_processors():
-            self._append_next()
+            while self._encoding and not self._has_room(part.nbytes):
+                self._append_next()
+            # A copy of a part doesn't hold the rest of a large row while the next one is read.
+            pixels = part.copy() if rows.nbytes > _WAITING_BYTES else part
+            self._encoding.append((level, part.nbytes, self._pool.submit(encode_blocks, pixels, self._layout)))
+            self._waiting_bytes += part.nbytes
+
+    def _has_room(self, num_bytes: int) -> bool:
+        """Whether a part may wait too."""
+        is_short = len(self._encoding) < _PARTS_AHEAD * num_processors()
+        return is_short and self._waiting_bytes + num_bytes <= _WAITING_BYTES
 
     def _append_next(self) -> None:
-        level, blocks = self._encoding.popleft()
+        level, num_bytes, blocks = self._encoding.popleft()
         for block in blocks.result():
             level.append(block)
+        self._waiting_bytes -= num_bytes
 
     def _half(self, rows: Array, above: Array | None, first: int, shape: tuple[int, int]) -> Array:
         if self._layout.resampling == "nearest":

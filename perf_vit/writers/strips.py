@@ -171,14 +171,21 @@ class StripStore:
         for strip in self.strips():
             first, below = max(start, strip.row), min(stop, strip.row + strip.num_rows)
             if first < below:
-                with rasterio.open(self.folder / strip.name) as file:
-                    block = file.read()
-                if zlib.crc32(block) != strip.checksum:
-                    raise OutputError(
-                        f"can't write {self._path}: rows from {strip.row} on differ on disk; is the disk full?"
-                    )
-                rows[:, first - start : below - start] = block[:, first - strip.row : below - strip.row]
+                self._read_strip(
+                    strip, rows[:, first - start : below - start], slice(first - strip.row, below - strip.row)
+                )
         return rows
+
+    def _read_strip(self, strip: StoredStrip, into: npt.NDArray[Any], rows: slice) -> None:
+        """Read rows of a strip, band by band."""
+        checksum = 0
+        with rasterio.open(self.folder / strip.name) as file:
+            for band in range(self._layout.num_bands):
+                pixels = file.read(band + 1)
+                checksum = zlib.crc32(pixels, checksum)
+                into[band] = pixels[rows]
+        if checksum != strip.checksum:
+            raise OutputError(f"can't write {self._path}: rows from {strip.row} on differ on disk; is the disk full?")
 
     @contextmanager
     def _refusing(self) -> Iterator[None]:

@@ -1,6 +1,10 @@
 """Strips of a raster come in any order, from several writers."""
 
+import threading
+import time
+import tracemalloc
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from itertools import pairwise
 from pathlib import Path
 
@@ -11,6 +15,8 @@ from hypothesis import strategies as st
 
 from perf_vit.errors import OutputError
 from perf_vit.writers import RasterLayout, StripStore, write_cog
+from perf_vit.writers.layout import BLOCK_PX
+from perf_vit.writers.pyramid import Pyramid
 
 HEIGHT = 40
 LAYOUT = RasterLayout(height=HEIGHT, width=3, num_bands=1, dtype=np.dtype("uint8"))
@@ -103,3 +109,49 @@ def test_an_error_of_early_blocks_is_reported(tmp_path, monkeypatch) -> None:
     with pytest.raises(OutputError, match="no space left"):
         write_cog(store, layout, tmp_path / "map.tmp", Path("map.tif"))
     store.close()
+
+
+class Encoder:
+    """Encodes blocks slowly, and counts the bytes of the parts that are being encoded."""
+
+    def __init__(self) -> None:
+        self.most, self.num_bytes, self.lock = 0, 0, threading.Lock()
+
+    def __call__(self, pixels: np.ndarray, layout: RasterLayout) -> list[bytes]:
+        with self.lock:
+            self.num_bytes += pixels.nbytes
+            self.most = max(self.most, self.num_bytes)
+        time.sleep(0.01)
+        with self.lock:
+            self.num_bytes -= pixels.nbytes
+        return [bytes(8)] * -(-pixels.shape[2] // BLOCK_PX)
+
+
+@pytest.mark.parametrize("num_parts", [1, 3])
+def test_parts_that_wait_for_compression_are_bounded_in_bytes(tmp_path, monkeypatch, num_parts: int) -> None:
+    encoder, part_bytes = Encoder(), 2 * BLOCK_PX**2
+    monkeypatch.setattr("perf_vit.writers.blocks._BYTES_AT_ONCE", part_bytes)
+    monkeypatch.setattr("perf_vit.writers.pyramid._WAITING_BYTES", num_parts * part_bytes)
+    monkeypatch.setattr("perf_vit.writers.pyramid.num_processors", lambda: 8)
+    monkeypatch.setattr("perf_vit.writers.pyramid.encode_blocks", encoder)
+    layout = RasterLayout(height=512, width=10 * 512, num_bands=2, dtype=np.dtype("uint8"))
+    with closing(Pyramid(layout, tmp_path)) as pyramid:
+        pyramid.add(np.ones((2, 512, 10 * 512), np.uint8))
+        pyramid.finish()
+    assert part_bytes <= encoder.most <= num_parts * part_bytes
+    assert [len(level.sizes) for level in pyramid.levels] == [10, 5, 3, 2, 1]
+
+
+def test_rows_of_many_bands_are_read_band_by_band(tmp_path) -> None:
+    pixels = np.random.default_rng(0).integers(0, 255, (40, 100, 300)).astype(np.uint8)
+    layout = RasterLayout(height=100, width=300, num_bands=40, dtype=pixels.dtype)
+    store = StripStore(tmp_path, layout, Path("map.tif"))
+    store.write(0, pixels)
+    tracemalloc.start()
+    try:
+        rows = store._read(0, 100)
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert np.array_equal(rows, pixels)
+    assert peak < 1.3 * pixels.nbytes
