@@ -14,7 +14,8 @@ from perf_vit.workflows.registry import TASKS
 CALLS = {
     "predict": (
         [InputsOptions, *(task.predict_options for task in TASKS.values())],
-        {"checkpoint", "inputs", "more_inputs", "output"},
+        # A plan is printed, by a call of its own.
+        {"checkpoint", "inputs", "more_inputs", "output", "plan"},
     ),
     "evaluate": ([task.evaluate_options for task in TASKS.values()], {"checkpoint", "image", "labels"}),
     "convert": ([ConvertOptions], {"source", "out"}),

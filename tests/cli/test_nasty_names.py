@@ -196,6 +196,7 @@ def regression(root: Path) -> Case:
                 "batch_size": 2,
                 "val_share": 0.3,
                 "targets": names,
+                "crop": True,
             },
             "model": {**BACKBONE, "pool": "avg"},
             "trainer": TRAINER,

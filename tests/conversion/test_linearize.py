@@ -176,7 +176,7 @@ def test_wrong_options_for_single_layers_are_named() -> None:
         perf_vit.linearize(model, layers=[5, 2], per_layer={3: {"window_size": 8}})
     with pytest.raises(ValueError, match=r"got 'sinks'; did you mean 'num_sinks'\?"):
         perf_vit.linearize(model, per_layer={3: {"sinks": 8}})
-    with pytest.raises(ValueError, match="one of clustered, performer, softmax, got 'linear'"):
+    with pytest.raises(ValueError, match=r"one of clustered, .*, got 'linear'"):
         perf_vit.linearize(model, per_layer={3: {"mixer": "linear"}})
 
 
@@ -192,8 +192,8 @@ def test_a_features_only_model_converts_too() -> None:
 
 def test_what_cannot_be_converted_is_named() -> None:
     model = build("vit_tiny_patch16_224")
-    with pytest.raises(ValueError, match="one of clustered, performer, softmax, got 'linformer'"):
-        perf_vit.linearize(model, "linformer")
+    with pytest.raises(ValueError, match=r"one of clustered, .*, got 'longformer'"):
+        perf_vit.linearize(model, "longformer")
     with pytest.raises(ValueError, match=r"ResNet with none of them"):
         perf_vit.linearize(timm.create_model("resnet18"))
     with pytest.raises(ValueError, match="from 0 to 11, got 12"):
