@@ -6,8 +6,9 @@ import struct
 import tempfile
 import zlib
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +17,7 @@ from perf_vit.threads import num_processors
 from perf_vit.writers.blocks import encode_blocks, parts_to_encode
 from perf_vit.writers.halving import Array, half_average, half_nearest
 from perf_vit.writers.layout import BLOCK_PX, RasterLayout
+from perf_vit.writers.scratch import empty_array, is_large
 
 __all__ = ["Level", "Pyramid"]
 
@@ -52,6 +54,7 @@ class Level:
         self.sizes: list[int] = []
         self.checksum = 0
         self.file = tempfile.SpooledTemporaryFile(_BYTES_IN_MEMORY, dir=str(folder))  # noqa: SIM115  (lives as long as this)
+        self._folder = folder
         self._rows: list[Array] = []
         self._num_taken = 0
         self._last: Array | None = None
@@ -85,7 +88,10 @@ class Level:
         first, above = self._num_taken, self._last
         if num_rows < min(BLOCK_PX, self.height - first):
             return None
-        block = self._rows[0] if len(self._rows) == 1 else np.concatenate(self._rows, axis=1)
+        block = self._rows[0]
+        if len(self._rows) > 1:
+            shape = (len(block), num_rows, self.width)
+            block = np.concatenate(self._rows, axis=1, out=empty_array(shape, block.dtype, self._folder))
         self._rows, self._num_taken, self._last = [], first + num_rows, block[:, -1:].copy()
         return block, above, first
 
@@ -103,7 +109,7 @@ class Pyramid:
     """
 
     def __init__(self, layout: RasterLayout, folder: Path) -> None:
-        self._layout = layout
+        self._layout, self._folder = layout, folder
         self._pool = ThreadPoolExecutor(num_processors(), thread_name_prefix="perf_vit-compressor")
         self._encoding: deque[tuple[Level, int, Future[list[bytes]]]] = deque()
         self._waiting_bytes = 0
@@ -161,7 +167,7 @@ class Pyramid:
             while self._encoding and not self._has_room(part.nbytes):
                 self._append_next()
             # A copy of a part doesn't hold the rest of a large row while the next one is read.
-            pixels = part.copy() if rows.nbytes > _WAITING_BYTES else part
+            pixels = np.array(part) if rows.nbytes > _WAITING_BYTES else part
             self._encoding.append((level, part.nbytes, self._pool.submit(encode_blocks, pixels, self._layout)))
             self._waiting_bytes += part.nbytes
 
@@ -177,6 +183,13 @@ class Pyramid:
         self._waiting_bytes -= num_bytes
 
     def _half(self, rows: Array, above: Array | None, first: int, shape: tuple[int, int]) -> Array:
-        if self._layout.resampling == "nearest":
-            return half_nearest(rows, above, first, shape)
-        return half_average(rows, above, first, shape, self._layout.nodata)
+        half: Callable[..., Array] = half_nearest
+        if self._layout.resampling == "average":
+            half = partial(half_average, nodata=self._layout.nodata)
+        if not is_large(rows.shape, rows.dtype):
+            return half(rows, above, first, shape)
+        halved = empty_array((len(rows), -(-rows.shape[1] // 2), -(-rows.shape[2] // 2)), rows.dtype, self._folder)
+        for band in range(len(rows)):
+            bands = slice(band, band + 1)
+            halved[bands] = half(rows[bands], None if above is None else above[bands], first, shape)
+        return halved

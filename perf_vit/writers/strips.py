@@ -23,6 +23,7 @@ from perf_vit.errors import OutputError
 from perf_vit.sources._gdal import GDAL_ERRORS, plain_images_allowed, reason_of
 from perf_vit.writers.layout import BLOCK_PX, RasterLayout
 from perf_vit.writers.pyramid import Pyramid
+from perf_vit.writers.scratch import empty_array
 
 __all__ = ["StoredStrip", "StripStore"]
 
@@ -165,9 +166,11 @@ class StripStore:
         """Return stored rows [C, stop - start, width].
 
         Raises:
+            OSError: The disk is full.
             OutputError: A strip has changed on disk.
         """
-        rows = np.empty((self._layout.num_bands, stop - start, self._layout.width), self._layout.dtype)
+        shape = (self._layout.num_bands, stop - start, self._layout.width)
+        rows = empty_array(shape, self._layout.dtype, self.folder)
         for strip in self.strips():
             first, below = max(start, strip.row), min(stop, strip.row + strip.num_rows)
             if first < below:

@@ -1,5 +1,8 @@
 """Strips of a raster come in any order, from several writers."""
 
+import errno
+import os
+import tempfile
 import threading
 import time
 import tracemalloc
@@ -17,6 +20,7 @@ from perf_vit.errors import OutputError
 from perf_vit.writers import RasterLayout, StripStore, write_cog
 from perf_vit.writers.layout import BLOCK_PX
 from perf_vit.writers.pyramid import Pyramid
+from perf_vit.writers.scratch import _allocate
 
 HEIGHT = 40
 LAYOUT = RasterLayout(height=HEIGHT, width=3, num_bands=1, dtype=np.dtype("uint8"))
@@ -155,3 +159,65 @@ def test_rows_of_many_bands_are_read_band_by_band(tmp_path) -> None:
         tracemalloc.stop()
     assert np.array_equal(rows, pixels)
     assert peak < 1.3 * pixels.nbytes
+
+
+def test_memory_for_blocks_of_many_bands_does_not_grow_with_the_width(tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr("perf_vit.writers.pyramid.encode_blocks", Encoder())
+    monkeypatch.setattr("perf_vit.writers.pyramid._WAITING_BYTES", 1 << 20)
+    monkeypatch.setattr("perf_vit.writers.scratch.LARGE_BYTES", 1 << 20)
+    layout = RasterLayout(height=1030, width=1500, num_bands=16, dtype=np.dtype("uint16"))
+    store = StripStore(tmp_path, layout, Path("map.tif"))
+    for row in range(0, 1030, 103):
+        store.write(row, np.zeros((16, 103, 1500), np.uint16))
+    tracemalloc.start()
+    try:
+        store.pyramid().close()
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    # One block of all bands, and one band of a row of blocks as numbers of 32 bits, a few times.
+    row_bytes = 16 * 512 * 1500 * 2
+    assert peak < 0.9 * row_bytes
+
+
+@pytest.mark.parametrize("overviews", ["nearest", "average"])
+def test_rows_that_are_kept_on_disk_give_the_same_map(tmp_path, monkeypatch, overviews: str) -> None:
+    pixels = np.random.default_rng(0).integers(0, 20, (3, 1025, 601)).astype(np.uint8)
+    layout = RasterLayout(height=1025, width=601, num_bands=3, dtype=pixels.dtype, nodata=9, overviews=overviews)
+    made = []
+    for name, most in (("memory", 1 << 28), ("disk", 1)):
+        (tmp_path / name).mkdir()
+        store = StripStore(tmp_path / name, layout, Path("map.tif"))
+        store.write(0, pixels)
+        monkeypatch.setattr("perf_vit.writers.scratch.LARGE_BYTES", most)
+        made.append(_made(store, layout))
+    assert made[0] == made[1]
+    assert {path.name[:5] for path in (tmp_path / "disk").iterdir()} == {"rows_", "map.t"}
+
+
+@pytest.mark.parametrize("error", [None, errno.EOPNOTSUPP])
+def test_room_for_an_array_is_taken_before_it_is_written(tmp_path, monkeypatch, error: int | None) -> None:
+    def refuse(*_: object) -> None:
+        raise OSError(error, "not supported")
+
+    if error is not None:
+        monkeypatch.setattr("perf_vit.writers.scratch.os.posix_fallocate", refuse, raising=False)
+    with tempfile.TemporaryFile(dir=tmp_path) as file:
+        _allocate(file, 5_000_000)
+        status = os.fstat(file.fileno())
+    assert status.st_size == 5_000_000
+    # Not a sparse file.
+    assert status.st_blocks * 512 >= 5_000_000
+
+
+def test_rows_for_which_the_disk_has_no_room_are_a_clear_error(tmp_path, monkeypatch) -> None:
+    store = StripStore(tmp_path, LAYOUT, Path("map.tif"))
+    store.write(0, _strip(HEIGHT))
+    monkeypatch.setattr("perf_vit.writers.scratch.LARGE_BYTES", 1)
+
+    def fail(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("perf_vit.writers.scratch._allocate", fail)
+    with pytest.raises(OutputError, match=r"can't write map.tif: No space left on device"):
+        write_cog(store, LAYOUT, tmp_path / "map.tmp", Path("map.tif"))
