@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from torch import Tensor
 from torch.utils.data import DataLoader
@@ -74,7 +74,7 @@ class SlideClassificationDataConfig(BaseDataConfig, HoldOutConfig):
             step.
         augment: Augmentation of training windows with `model.through_encoder`, without `resolution`; None for none.
         on_error: "stop" to refuse training when slides can't be embedded, once all others are; or "skip" to leave them
-            out.
+            out, and with `model.through_encoder` damaged pixels of the others.
         batch_size: Number of slides per step.
     """
 
@@ -135,13 +135,13 @@ class SlideClassificationDataModule(EpochDataModule):
             seed: Seed of order and windows.
             spec: How windows are read in each step; None to use the features in the store.
         """
-        drawn = {"max_windows": config.max_windows, "seed": seed}
+        drawn: dict[str, Any] = {"max_windows": config.max_windows, "seed": seed}
         if spec is None:
             bags = SlideBags(train, store, **drawn), SlideBags(val, store)
         else:
-            override = config.slide_mpp_override
-            val_bags = WindowBags(val, store, spec, override)
-            bags = WindowBags(train, store, spec, override, **drawn, augment=config.augment), val_bags
+            override, salvages = config.slide_mpp_override, config.on_error == "skip"
+            train_bags = WindowBags(train, store, spec, override, **drawn, augment=config.augment, salvages=salvages)
+            bags = train_bags, WindowBags(val, store, spec, override, salvages=salvages)
         return cls(*bags, batch_size=config.batch_size, num_workers=config.num_workers)
 
     def train_dataloader(self) -> DataLoader[BagBatch]:

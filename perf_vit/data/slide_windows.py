@@ -14,10 +14,11 @@ from torch import Tensor
 
 from perf_vit.data.augmentation import AugmentConfig, draw_zoom, make_augmentation, zoomed_px
 from perf_vit.data.bags import EmbeddingStore, SlideBags, SlideTargets
+from perf_vit.errors import warn_once
 from perf_vit.models import InputCheck, SlideClassificationSpec
-from perf_vit.models.read_ahead import Reads, Tile, window_batches
+from perf_vit.models.read_ahead import Reads, SalvagingReader, Tile, window_batches
 from perf_vit.transforms import StainJitter, resize_masked
-from perf_vit.types import GeoImage, Source, Window
+from perf_vit.types import GeoImage, Window
 
 __all__ = ["SlideWindows", "WindowBags", "WindowBatch", "collate_windows"]
 
@@ -34,6 +35,7 @@ class SlideWindows:
         slide_mpp_override: Micrometres per pixel of level 0, whatever the file states; None to believe it.
         augment: Augmentation of the windows; None for none.
         seed: Seed of the augmentation. A window changes in the same way whenever it is read.
+        salvages: Whether damaged pixels count as invalid, with a warning, instead of being an error.
     """
 
     def __init__(
@@ -45,6 +47,7 @@ class SlideWindows:
         *,
         augment: AugmentConfig | None = None,
         seed: int = 0,
+        salvages: bool = False,
     ) -> None:
         self.path = path
         self.rectangles = rectangles
@@ -52,6 +55,7 @@ class SlideWindows:
         self.slide_mpp_override = slide_mpp_override
         self.augment = augment
         self.seed = seed
+        self.salvages = salvages
 
     def __len__(self) -> int:
         return len(self.rectangles)
@@ -73,13 +77,16 @@ class SlideWindows:
         source = spec.open(self.path, check=InputCheck(None), slide_mpp_override=self.slide_mpp_override)
         windows: Iterable[Window] = (Window(*rectangle.tolist()) for rectangle in self.rectangles)
         change: WindowAugmentation | None = None
-        reads: Reads = source
+        reads: Reads = SalvagingReader(source, self._warn) if self.salvages else source
         if self.augment is not None:
             change = WindowAugmentation(self.augment, self.seed, spec.tile_px, len(spec.normalizer.mean))
-            windows, reads = (change.zoomed(window, source.extent) for window in windows), change.stained(source)
+            windows, reads = (change.zoomed(window, source.extent) for window in windows), change.stained(reads)
         batches = window_batches(reads, spec.normalizer, windows, batch_size, change=change)
         with closing(source), closing(batches):
             yield from batches
+
+    def _warn(self, window: Window, reason: str) -> None:
+        warn_once(f"damaged {self.path}", f"damaged pixels of {self.path} count as invalid: {reason}")
 
 
 class WindowAugmentation:
@@ -121,7 +128,7 @@ class WindowAugmentation:
         col = _centred(window.col, tile_px, size, extent.col, extent.width)
         return Window(row, col, size, size)
 
-    def stained(self, source: Source) -> Reads:
+    def stained(self, source: Reads) -> Reads:
         """Return the source with the colours of its windows changed, before they are standardised."""
         return source if self._stain is None else _StainedSource(source, self._changed_stain)
 
@@ -144,7 +151,7 @@ def _centred(start: int, tile_px: int, size: int, first: int, length: int) -> in
 class _StainedSource:
     """Source whose windows are changed when they are read."""
 
-    def __init__(self, source: Source, change: Callable[[GeoImage, Window], GeoImage]) -> None:
+    def __init__(self, source: Reads, change: Callable[[GeoImage, Window], GeoImage]) -> None:
         self._source = source
         self._change = change
 
@@ -167,6 +174,7 @@ class WindowBags(SlideBags):
         max_windows: Maximum number of windows per bag, drawn again each time; None for all.
         seed: Seed of order, windows and augmentation; None to keep the given order.
         augment: Augmentation of the windows; None for none.
+        salvages: Whether damaged pixels count as invalid, with a warning, instead of being an error.
     """
 
     def __init__(
@@ -179,11 +187,13 @@ class WindowBags(SlideBags):
         max_windows: int | None = None,
         seed: int | None = None,
         augment: AugmentConfig | None = None,
+        salvages: bool = False,
     ) -> None:
         super().__init__(slides, store, max_windows=max_windows, seed=seed)
         self.spec = spec
         self.slide_mpp_override = slide_mpp_override
         self.augment = augment
+        self.salvages = salvages
 
     def __getitem__(self, index: int) -> tuple[SlideWindows, Tensor]:
         """Return the windows of a slide and its class index; with a seed, any index >= 0 is allowed."""
@@ -192,7 +202,8 @@ class WindowBags(SlideBags):
         chosen = rectangles if kept is None else rectangles[kept]
         path = self.slides.paths[self._chosen(index)]
         seed = int(np.random.SeedSequence((self.seed or 0, index)).generate_state(1)[0])
-        slide = SlideWindows(path, chosen, self.spec, self.slide_mpp_override, augment=self.augment, seed=seed)
+        override, salvages = self.slide_mpp_override, self.salvages
+        slide = SlideWindows(path, chosen, self.spec, override, augment=self.augment, seed=seed, salvages=salvages)
         return slide, label
 
 

@@ -1,4 +1,4 @@
-"""Windows read ahead of a model in threads, and the transfer of what was read to its device."""
+"""Windows read ahead of a model in threads, damaged windows, and the transfer of what was read to its device."""
 
 from __future__ import annotations
 
@@ -16,12 +16,14 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from perf_vit.errors import DamagedDataError
 from perf_vit.threads import num_processors
-from perf_vit.types import BoolArray, GeoImage, Window
+from perf_vit.types import BoolArray, GeoImage, Source, Window
 
 __all__ = [
     "Entry",
     "Reads",
+    "SalvagingReader",
     "Tile",
     "load_ahead",
     "read_ahead",
@@ -32,6 +34,9 @@ __all__ = [
 ]
 
 FloatArray = npt.NDArray[np.float32]
+
+# Side of the smallest piece that a damaged window is read in: a tile of most files is no smaller.
+_SALVAGE_PX = 64
 
 Item = TypeVar("Item")
 
@@ -70,6 +75,52 @@ class Tile:
     window: Window
     valid: BoolArray
     pixels: FloatArray | None
+
+
+class SalvagingReader:
+    """A source that gives what can be read of a damaged window: the rest is invalid.
+
+    A window that is damaged is read again in quarters, and these likewise, down to 64 px. Any other error, such as that
+    of a server that doesn't deliver, ends the reading: a later try may get these pixels.
+
+    Args:
+        source: where pixels come from.
+        on_damage: called with each piece that can't be read and the reason; from several threads.
+    """
+
+    def __init__(self, source: Source, on_damage: Callable[[Window, str], None]) -> None:
+        self._source = source
+        self._on_damage = on_damage
+
+    def read(self, window: Window) -> GeoImage:
+        """Pixels and valid mask of a window."""
+        try:
+            return self._source.read(window)
+        except DamagedDataError as error:
+            pixels = np.zeros((self._source.num_bands, *window.shape), self._source.dtype)
+            mask = np.zeros(pixels.shape, bool)
+            if max(window.shape) <= _SALVAGE_PX:
+                self._on_damage(window, str(error))
+                return GeoImage.from_mask(pixels, mask)
+        for quarter in _quarters(window):
+            part = self.read(quarter)
+            rows, cols = quarter.slices_in(window)
+            pixels[:, rows, cols], mask[:, rows, cols] = part.pixels, part.mask
+        return GeoImage.from_mask(pixels, mask)
+
+
+def _quarters(window: Window) -> list[Window]:
+    rows = _halves(window.row, window.height)
+    cols = _halves(window.col, window.width)
+    return [Window(row, col, height, width) for row, height in rows for col, width in cols]
+
+
+def _halves(start: int, length: int) -> list[tuple[int, int]]:
+    """Cut on multiples of the smallest piece, on which tiles of files begin."""
+    middle = -(-(start + length // 2) // _SALVAGE_PX) * _SALVAGE_PX
+    if length <= _SALVAGE_PX or not start < middle < start + length:
+        middle = start + length // 2
+    return [(start, length)] if length <= 1 else [(start, middle - start), (middle, start + length - middle)]
 
 
 def load_ahead(

@@ -5,11 +5,20 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import tifffile
 import torch
 from PIL import Image
 
-from perf_vit.data import AugmentConfig, EmbeddingStore, SlideTargets
+from perf_vit.data import (
+    AugmentConfig,
+    EmbeddingStore,
+    SlideClassificationDataConfig,
+    SlideClassificationDataModule,
+    SlideClassificationSplitConfig,
+    SlideTargets,
+)
 from perf_vit.data.slide_windows import SlideWindows, WindowBags, collate_windows
+from perf_vit.errors import DamagedDataError, DataWarning
 from perf_vit.models import SlideClassificationSpec
 from perf_vit.transforms import Normalizer
 from perf_vit.types import Window
@@ -41,7 +50,7 @@ def windows_of(slide: Path, **options) -> SlideWindows:
 
 def read(slide: SlideWindows, batch_size: int = 5) -> tuple[torch.Tensor, torch.Tensor]:
     batches = list(slide.batches(batch_size))
-    valid = [torch.ones(len(p), 16, 16, dtype=torch.bool) if v is None else v for p, v in batches]
+    valid = [torch.ones(len(p), *p.shape[-2:], dtype=torch.bool) if v is None else v for p, v in batches]
     return torch.cat([pixels for pixels, _ in batches]), torch.cat(valid)
 
 
@@ -54,6 +63,32 @@ def test_windows_are_those_of_the_slide_in_order(slide) -> None:
     # The last window has 8 rows and 2 columns inside.
     assert int(valid[11].sum()) == 16
     assert (pixels[11][:, ~valid[11]] == 0).all()
+
+
+@pytest.mark.parametrize("augment", [None, AugmentConfig(flips=False, stain=0.5)])
+def test_pixels_of_a_damaged_tile_are_an_error_or_invalid(tmp_path, augment: AugmentConfig | None) -> None:
+    path = tmp_path / "slide.tif"
+    pixels = np.random.default_rng(0).integers(1, 255, (128, 128, 3), np.uint8)
+    tifffile.imwrite(path, pixels, tile=(64, 64), compression="zlib", photometric="rgb")
+    with tifffile.TiffFile(path) as file:
+        place, size = file.pages[0].dataoffsets[3], file.pages[0].databytecounts[3]
+    with path.open("r+b") as file:
+        file.seek(place)
+        file.write(bytes(size))
+    spec = SlideClassificationSpec(classes=("a", "b"), normalizer=NORMALIZER, tile_px=128)
+    rectangles = np.array([[0, 0, 128, 128], [64, 64, 128, 128]])
+    with pytest.raises(DamagedDataError, match=r"slide\.tif"):
+        list(SlideWindows(str(path), rectangles, spec, augment=augment).batches(2))
+    with pytest.warns(DataWarning, match=r"damaged pixels of .*slide\.tif count as invalid: can't read") as warned:
+        found, valid = read(SlideWindows(str(path), rectangles, spec, augment=augment, salvages=True))
+    assert len(warned) == 1
+    expected = np.ones((2, 128, 128), bool)
+    expected[0, 64:, 64:] = expected[1] = False
+    assert np.array_equal(valid, expected)
+    assert (found.movedim(1, -1)[~valid] == 0).all()
+    if augment is None:
+        values = (pixels.transpose(2, 0, 1).astype(np.float32) - 128) / 64
+        assert found[0][:, valid[0]].numpy() == pytest.approx(values[:, expected[0]], abs=1e-6)
 
 
 @pytest.mark.parametrize("kind", AUGMENTS)
@@ -111,3 +146,7 @@ def test_bags_of_windows_draw_windows_and_seeds_by_index(slide, tmp_path) -> Non
     assert whole.augment is None
     found, labels = collate_windows([bags[0], bags[1]])
     assert ([each.path for each in found], labels.tolist()) == ([str(slide)] * 2, [1, 1])
+    for on_error in ("stop", "skip"):
+        config = SlideClassificationDataConfig(train=SlideClassificationSplitConfig(labels="a.csv"), on_error=on_error)
+        data = SlideClassificationDataModule.of(config, slides, slides, store, 0, spec)
+        assert [bags[0][0].salvages for bags in (data.train, data.val)] == [on_error == "skip"] * 2
