@@ -52,17 +52,24 @@ def test_a_map_that_is_killed_at_random_moments_has_the_same_bytes(make_scene, t
     duration = time.monotonic() - started
     expected, out = (tmp_path / "whole.tif").read_bytes(), tmp_path / "map.tif"
     rng, kills, blocks = random.Random(0), 0, set()
-    for _ in range(12):
+    patterns = ["map.tif.partial/tokens/block_*.bin", "scratch/*/block_*.bin"]
+    for turn in range(12):
         process = start(checkpoint, scene, out, *options)
-        time.sleep(rng.uniform(0.2, 1) * duration)
+        # At a random moment after each block in turn has begun; a run that is past it goes on to its end.
+        deadline = time.monotonic() + 4 * duration
+        found: set[str] = set()
+        while process.poll() is None and f"block_{turn % 6}.bin" not in found and time.monotonic() < deadline:
+            time.sleep(0.005)
+            found = {path.name for pattern in patterns for path in tmp_path.glob(pattern)}
+        time.sleep(rng.uniform(0, 0.1) * duration)
         process.kill()
         process.communicate()
         kills += process.returncode == -9
-        journals = [*tmp_path.glob("map.tif.partial/tokens/block_*.bin"), *tmp_path.glob("scratch/*/block_*.bin")]
-        blocks |= {path.name for path in journals}
+        blocks |= {path.name for pattern in patterns for path in tmp_path.glob(pattern)}
         if out.exists() and not (tmp_path / "map.tif.partial").exists():
             assert out.read_bytes() == expected
-            out.unlink()
+            for path in tmp_path.glob("map.*"):
+                path.unlink()
     wait(start(checkpoint, scene, out, *options))
     assert out.read_bytes() == expected
     assert kills >= 6

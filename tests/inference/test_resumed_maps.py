@@ -77,7 +77,7 @@ def test_runs_killed_at_random_moments_of_their_life_give_the_same_bytes(make_sc
     for _ in range(10):
         process = _start(scene, tmp_path / "map.tif", 0, 256)
         # From before the first window to the middle of writing the final file.
-        time.sleep(rng.uniform(0.5, 1) * duration)
+        time.sleep(rng.uniform(0.3, 0.9) * duration)
         process.kill()
         process.communicate()
         kills += process.returncode == -9
