@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from perf_vit.layers.mixer import Mixer, MixerOptions, check_integers, refuse_causal, register_mixer
+from perf_vit.layers.mixer import BidirectionalMixer, MixerOptions, check_integers, register_mixer
 from perf_vit.ops.state_space import at_least_float
 from perf_vit.ops.windows import split_dim
 
@@ -42,7 +42,7 @@ class LinformerOptions(MixerOptions):
 
 
 @register_mixer("linformer")
-class LinformerMixer(Mixer):
+class LinformerMixer(BidirectionalMixer):
     """Softmax attention to K learnt sums of keys and of values (Wang et al. 2020, "Linformer", equation 7).
 
     Both projections are shared by all heads. Over a grid of N tokens of another size they are interpolated bilinearly
@@ -68,21 +68,8 @@ class LinformerMixer(Mixer):
             # Sums of N keys of unit variance keep it.
             nn.init.normal_(projection, std=length**-0.5)
 
-    def forward(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        grid: tuple[int, int] | None = None,
-        key_mask: Tensor | None = None,
-        is_causal: bool = False,
-    ) -> Tensor:
-        """Attend, see `Mixer.forward`; keys to ignore are left out of the sums.
-
-        Raises:
-            ValueError: `is_causal` is set.
-        """
-        refuse_causal(self.name, is_causal)
+    def mix(self, q: Tensor, k: Tensor, v: Tensor, grid: tuple[int, int] | None, key_mask: Tensor | None) -> Tensor:
+        """Attend, see `Mixer.forward`; keys to ignore are left out of the sums."""
         assert grid is not None
         if key_mask is not None:
             hidden = ~key_mask[:, None, :, None]

@@ -19,6 +19,7 @@ from perf_vit.registry import Registry, did_you_mean
 
 __all__ = [
     "MIXERS",
+    "BidirectionalMixer",
     "DerivedBuffers",
     "Mixer",
     "MixerOptions",
@@ -199,6 +200,31 @@ class Mixer(DerivedBuffers, ABC):
     def extra_repr(self) -> str:
         """Format the options for printing."""
         return ", ".join(f"{field.name}={getattr(self.options, field.name)!r}" for field in fields(self.options))
+
+
+class BidirectionalMixer(Mixer):
+    """Mixer that looks both ways, and so has no causal order: subclasses define `mix`."""
+
+    def forward(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        grid: tuple[int, int] | None = None,
+        key_mask: Tensor | None = None,
+        is_causal: bool = False,
+    ) -> Tensor:
+        """Attend, see `Mixer.forward`.
+
+        Raises:
+            ValueError: `is_causal` is set.
+        """
+        refuse_causal(self.name, is_causal)
+        return self.mix(q, k, v, grid, key_mask)
+
+    @abstractmethod
+    def mix(self, q: Tensor, k: Tensor, v: Tensor, grid: tuple[int, int] | None, key_mask: Tensor | None) -> Tensor:
+        """Attend, with the arguments and the result of `Mixer.forward`."""
 
 
 MIXERS: Registry[type[Mixer]] = Registry("mixer")

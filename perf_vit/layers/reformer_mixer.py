@@ -8,7 +8,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from perf_vit.layers.mixer import Mixer, MixerOptions, check_integers, refuse_causal, register_mixer
+from perf_vit.layers.mixer import BidirectionalMixer, MixerOptions, check_integers, register_mixer
 from perf_vit.layers.performer_mixer import seeded_generator
 from perf_vit.ops.lsh import draw_rotations, lsh_attention
 
@@ -46,7 +46,7 @@ class ReformerOptions(MixerOptions):
 
 
 @register_mixer("reformer")
-class ReformerMixer(Mixer):
+class ReformerMixer(BidirectionalMixer):
     """Attention within hash buckets, in both directions (`lsh_attention`). Queries are keys; the layer's are unused.
 
     The rotations, [rounds, D, buckets / 2], follow from (seed, layer_index), so checkpoints don't store them.
@@ -63,21 +63,8 @@ class ReformerMixer(Mixer):
         super().__init__(options, head_dim, device, num_heads)
         self.register_buffer("rotations", self._draw(torch.device(device or "cpu")), persistent=False)
 
-    def forward(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        grid: tuple[int, int] | None = None,
-        key_mask: Tensor | None = None,
-        is_causal: bool = False,
-    ) -> Tensor:
-        """Attend, see `Mixer.forward`; `k` is unused.
-
-        Raises:
-            ValueError: `is_causal` is set.
-        """
-        refuse_causal(self.name, is_causal)
+    def mix(self, q: Tensor, k: Tensor, v: Tensor, grid: tuple[int, int] | None, key_mask: Tensor | None) -> Tensor:
+        """Attend, see `Mixer.forward`; `k` is unused."""
         options = self.options
         return lsh_attention(q, v, self.rotations, options.chunk_size, key_mask, options.max_buckets)
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from perf_vit.layers.mixer import Mixer, MixerOptions, check_integers, refuse_causal, register_mixer
+from perf_vit.layers.mixer import BidirectionalMixer, MixerOptions, check_integers, register_mixer
 from perf_vit.ops.state_space import DiagonalStates, at_least_float, convolve_grid
 from perf_vit.ops.windows import split_dim
 
@@ -43,7 +43,7 @@ class H3Options(S4Options):
     """Options of H3."""
 
 
-class _StateSpaceMixer(Mixer):
+class _StateSpaceMixer(BidirectionalMixer):
     """State-space models along rows and columns, in both directions, one for each channel of all heads.
 
     Prefix tokens have no place on the grid: they read the mean of the result over all valid tokens, and no token reads
@@ -67,7 +67,7 @@ class _StateSpaceMixer(Mixer):
         self.columns = DiagonalStates(channels, options.num_states, device)
         self.skip = nn.Parameter(torch.ones(channels, device=device))
 
-    def mix(self, u: Tensor) -> Tensor:
+    def run_models(self, u: Tensor) -> Tensor:
         """Return the models' outputs and the skip of a map [B, C, rows, columns], in float32 at least."""
         kernels = self.rows.kernel(u.shape[3]), self.columns.kernel(u.shape[2])
         return convolve_grid(u, *kernels) + self.skip[:, None, None] * at_least_float(u)
@@ -104,24 +104,11 @@ class S4Mixer(_StateSpaceMixer):
 
     options_type = S4Options
 
-    def forward(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        grid: tuple[int, int] | None = None,
-        key_mask: Tensor | None = None,
-        is_causal: bool = False,
-    ) -> Tensor:
-        """Mix, see `Mixer.forward`; tokens to ignore weigh nothing.
-
-        Raises:
-            ValueError: `is_causal` is set.
-        """
-        refuse_causal(self.name, is_causal)
+    def mix(self, q: Tensor, k: Tensor, v: Tensor, grid: tuple[int, int] | None, key_mask: Tensor | None) -> Tensor:
+        """Mix, see `Mixer.forward`; tokens to ignore weigh nothing."""
         assert grid is not None
         seen = self.seen(key_mask)
-        mixed = F.gelu(self.mix(self.on_grid(v, grid, seen)))
+        mixed = F.gelu(self.run_models(self.on_grid(v, grid, seen)))
         return self.with_prefix(mixed, seen).to(v.dtype)
 
 
@@ -144,23 +131,10 @@ class H3Mixer(_StateSpaceMixer):
         channels = head_dim * num_heads
         self.shift = nn.Conv2d(channels, channels, 3, padding=1, groups=channels, bias=False, device=device)
 
-    def forward(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        grid: tuple[int, int] | None = None,
-        key_mask: Tensor | None = None,
-        is_causal: bool = False,
-    ) -> Tensor:
-        """Mix, see `Mixer.forward`; tokens to ignore weigh nothing.
-
-        Raises:
-            ValueError: `is_causal` is set.
-        """
-        refuse_causal(self.name, is_causal)
+    def mix(self, q: Tensor, k: Tensor, v: Tensor, grid: tuple[int, int] | None, key_mask: Tensor | None) -> Tensor:
+        """Mix, see `Mixer.forward`; tokens to ignore weigh nothing."""
         assert grid is not None
         seen = self.seen(key_mask)
         keys, values = (self.on_grid(x, grid, seen) for x in (k, v))
-        mixed = self.mix(self.shift(keys) * values)
+        mixed = self.run_models(self.shift(keys) * values)
         return q * self.with_prefix(mixed, seen).to(q.dtype)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from perf_vit.layers.mixer import Mixer, MixerOptions, check_integers, refuse_causal, register_mixer, softmax_attention
+from perf_vit.layers.mixer import BidirectionalMixer, MixerOptions, check_integers, register_mixer, softmax_attention
 from perf_vit.ops.windows import WindowGrid, split_dim
 
 __all__ = ["RegistersMixer", "RegistersOptions", "WindowedMixer", "WindowedOptions", "window_attention"]
@@ -42,26 +42,13 @@ class RegistersOptions(WindowedOptions):
     """Options of attention within windows and to the prefix tokens."""
 
 
-class _WindowMixer(Mixer):
+class _WindowMixer(BidirectionalMixer):
     needs_grid: ClassVar[bool] = True
     to_prefix: ClassVar[bool]
     options: WindowedOptions
 
-    def forward(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        grid: tuple[int, int] | None = None,
-        key_mask: Tensor | None = None,
-        is_causal: bool = False,
-    ) -> Tensor:
-        """Attend, see `Mixer.forward`.
-
-        Raises:
-            ValueError: `is_causal` is set.
-        """
-        refuse_causal(self.name, is_causal)
+    def mix(self, q: Tensor, k: Tensor, v: Tensor, grid: tuple[int, int] | None, key_mask: Tensor | None) -> Tensor:
+        """Attend, see `Mixer.forward`."""
         assert grid is not None
         options = self.options
         return window_attention(

@@ -196,8 +196,11 @@ def test_a_fold_with_all_images_of_a_class_is_told() -> None:
     assert "holds all images of 1 of 2 classes" in told[0]
 
 
-def test_places_of_many_images_are_compared_fast() -> None:
+def test_the_one_place_of_many_that_is_shared_is_found() -> None:
     places = [(Placed(f"{n}.tif", left=200.0 * n), Window(0, 0, 100, 100)) for n in range(3000)]
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        warn_of_shared_places(places[::2], places[1::2])
+    again = (Placed("again.tif", left=200.0 * 1000), Window(0, 0, 100, 100))
+    for val, expected in ((places[1::2], []), ([*places[1::2], again], ["1 % of data.val is also in data.train"])):
+        with warnings.catch_warnings(record=True) as told:
+            warnings.simplefilter("always")
+            warn_of_shared_places(places[::2], val)
+        assert [str(one.message).split(", ")[0] for one in told] == expected
