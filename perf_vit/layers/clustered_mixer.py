@@ -7,7 +7,7 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from perf_vit.layers.mixer import Mixer, MixerOptions, check_integers, refuse_causal, register_mixer, softmax_attention
+from perf_vit.layers.mixer import BidirectionalMixer, MixerOptions, check_integers, register_mixer, softmax_attention
 from perf_vit.ops import clustered_attention
 from perf_vit.ops.clustered import clustered_stripe
 from perf_vit.ops.clusters import clusters_for_size
@@ -78,7 +78,7 @@ class ClusteredOptions(MixerOptions):
 
 
 @register_mixer("clustered")
-class ClusteredMixer(Mixer):
+class ClusteredMixer(BidirectionalMixer):
     """Clustered attention (`clustered_attention`) in large images, softmax attention in small ones."""
 
     options_type = ClusteredOptions
@@ -86,21 +86,8 @@ class ClusteredMixer(Mixer):
     needs_sample: ClassVar[bool] = True
     options: ClusteredOptions
 
-    def forward(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        grid: tuple[int, int] | None = None,
-        key_mask: Tensor | None = None,
-        is_causal: bool = False,
-    ) -> Tensor:
-        """Attend, see `Mixer.forward`.
-
-        Raises:
-            ValueError: `is_causal` is set.
-        """
-        refuse_causal(self.name, is_causal)
+    def mix(self, q: Tensor, k: Tensor, v: Tensor, grid: tuple[int, int] | None, key_mask: Tensor | None) -> Tensor:
+        """Attend, see `Mixer.forward`."""
         assert grid is not None
         options = self.options
         if self.stripe is not None:

@@ -13,7 +13,6 @@ import json
 import math
 import subprocess
 import sys
-import threading
 import time
 from contextlib import closing
 from pathlib import Path
@@ -23,6 +22,7 @@ import numpy as np
 import tifffile
 import torch
 import typer
+from anonymous_memory import AnonymousPeak
 from rich.console import Console
 from rich.table import Table
 from torch.nn import functional as F
@@ -120,15 +120,7 @@ def measure(
 ) -> dict[str, float | int]:
     """Run training steps and return the row of the table."""
     torch.manual_seed(0)
-    before, peak, is_done = anonymous_mib(), 0.0, threading.Event()
-
-    def watch() -> None:
-        nonlocal peak
-        while not is_done.wait(0.01):
-            peak = max(peak, anonymous_mib())
-
-    watcher = threading.Thread(target=watch)
-    watcher.start()
+    memory = AnonymousPeak()
     normalizer = Normalizer((157.0,) * 3, (56.0,) * 3)
     spec = SlideClassificationSpec(classes=("a", "b"), normalizer=normalizer, tile_px=TILE_PX, mpp=0.5)
     backbone, depth = encoder
@@ -157,24 +149,16 @@ def measure(
         loss.backward()
         optimizer.step()
         seconds, cpu_seconds = time.perf_counter() - start, time.process_time() - cpu
-    is_done.set()
-    watcher.join()
+    peak_mib = memory.stop()
     assert math.isfinite(loss.item()), "the loss must be finite"
     return {
         "tiles": number,
         "seconds": seconds,
         "ms a tile": seconds / number * 1e3,
         "CPU ms a tile": cpu_seconds / number * 1e3,
-        "peak MiB": peak - before,
+        "peak MiB": peak_mib,
         "features MiB": number * model.embed_dim * 4 / 2**20,
     }
-
-
-def anonymous_mib() -> float:
-    """Return the anonymous memory of this process in MiB."""
-    status = Path("/proc/self/status").read_text(encoding="ascii")
-    (line,) = [each for each in status.splitlines() if each.startswith("RssAnon:")]
-    return int(line.split()[1]) / 1024
 
 
 if __name__ == "__main__":

@@ -12,7 +12,6 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-import threading
 import time
 from pathlib import Path
 from typing import Annotated
@@ -21,6 +20,7 @@ import numpy as np
 import timm
 import torch
 import typer
+from anonymous_memory import AnonymousPeak
 from rich.console import Console
 from rich.table import Table
 
@@ -86,21 +86,12 @@ def measure(name: str, side: int, folder: Path, dtype: str) -> dict[str, float]:
         vit = perf_vit.conversion.load_converted(name, dynamic_img_size=True).eval()
     else:
         vit = timm.create_model(name, num_classes=0, dynamic_img_size=True).eval()
-    before, peak, is_done = anonymous_mib(), 0.0, threading.Event()
-
-    def watch() -> None:
-        nonlocal peak
-        while not is_done.wait(0.02):
-            peak = max(peak, anonymous_mib())
-
-    watcher = threading.Thread(target=watch)
-    watcher.start()
+    memory = AnonymousPeak()
     start, cpu = time.perf_counter(), time.process_time()
     image = ImageTokens(vit, Scene(side), lambda found: found.pixels)
     found, _ = stream_tokens(vit, image, folder=folder, dtype=getattr(torch, dtype))
     seconds, cpu_seconds = time.perf_counter() - start, time.process_time() - cpu
-    is_done.set()
-    watcher.join()
+    peak_mib = memory.stop()
     assert torch.isfinite(found.mean()).all(), "tokens must be finite"
     number = found.layout.num_tokens
     found.store.remove()
@@ -110,16 +101,9 @@ def measure(name: str, side: int, folder: Path, dtype: str) -> dict[str, float]:
         "seconds": seconds,
         "us": seconds / number * 1e6,
         "cpu_us": cpu_seconds / number * 1e6,
-        "peak_mib": peak - before,
+        "peak_mib": peak_mib,
         "file_gib": found.store.num_bytes / 2**30,
     }
-
-
-def anonymous_mib() -> float:
-    """Return the anonymous memory of this process in MiB."""
-    status = Path("/proc/self/status").read_text(encoding="ascii")
-    (line,) = [each for each in status.splitlines() if each.startswith("RssAnon:")]
-    return int(line.split()[1]) / 1024
 
 
 if __name__ == "__main__":
