@@ -61,7 +61,8 @@ def test_a_map_that_is_killed_at_random_moments_has_the_same_bytes(make_scene, t
         while process.poll() is None and f"block_{turn % 6}.bin" not in found and time.monotonic() < deadline:
             time.sleep(0.005)
             found = {path.name for pattern in patterns for path in tmp_path.glob(pattern)}
-        time.sleep(rng.uniform(0, 0.1) * duration)
+        # Blocks take a few hundredths of the whole.
+        time.sleep(rng.uniform(0, 0.01) * duration)
         process.kill()
         process.communicate()
         kills += process.returncode == -9
