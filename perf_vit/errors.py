@@ -114,11 +114,11 @@ def extra(name: str, what: str) -> Iterator[None]:
 _warned: set[str] = set()
 
 
-def warn_once(kind: str, message: str) -> None:
-    """Emit a `DataWarning`, only the first time for each `kind` in this process."""
+def warn_once(kind: str, message: str, category: type[Warning] = DataWarning) -> None:
+    """Emit a warning, only the first time for each `kind` in this process."""
     if kind not in _warned:
         _warned.add(kind)
-        warnings.warn(message, DataWarning, stacklevel=3)
+        warnings.warn(message, category, stacklevel=3)
 
 
 @contextmanager

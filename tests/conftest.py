@@ -10,10 +10,15 @@ os.environ["OMP_NUM_THREADS"] = "1"
 # What several test files share is imported by its name: `from command_line import call`.
 sys.path.insert(0, str(Path(__file__).parent / "support"))
 
+import torch
+
+if not torch.cuda.is_available():
+    # Triton kernels run in their interpreter, if the variable is there before the first import of triton, as by timm.
+    os.environ["TRITON_INTERPRET"] = "1"
+
 import numpy as np
 import pytest
 import rasterio
-import torch
 from affine import Affine
 
 from perf_vit import errors

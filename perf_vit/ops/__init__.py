@@ -6,6 +6,7 @@ The N x N references are in `perf_vit.ops.naive`, which is imported explicitly.
 from perf_vit.ops.balancing import Balancing, fit_balancing
 from perf_vit.ops.clustered import clustered_attention
 from perf_vit.ops.favor import favor_attention
+from perf_vit.ops.fused.dispatch import attention_backend, set_attention_backend
 from perf_vit.ops.kernels import KERNELS, Kernel, make_kernel, oprf_kernel, register_kernel
 from perf_vit.ops.projection import draw_projection
 from perf_vit.ops.state import KVState
@@ -15,6 +16,7 @@ __all__ = [
     "Balancing",
     "KVState",
     "Kernel",
+    "attention_backend",
     "clustered_attention",
     "draw_projection",
     "favor_attention",
@@ -22,4 +24,5 @@ __all__ = [
     "make_kernel",
     "oprf_kernel",
     "register_kernel",
+    "set_attention_backend",
 ]

@@ -12,6 +12,7 @@ from torch.nn import functional as F
 from perf_vit.ops.clustered_call import ClusteredCall, lowest_logit
 from perf_vit.ops.clusters import describe_clusters, mean_key, sample_tokens
 from perf_vit.ops.features import without_autocast
+from perf_vit.ops.fused.dispatch import fused_attention
 from perf_vit.ops.sinks import shared_keys
 from perf_vit.ops.state import check_attention_keys
 from perf_vit.ops.stripes import Stripe
@@ -105,6 +106,9 @@ def _clustered_attention(
     # Under autocast, layers with normalised queries and keys give these in float32.
     q, k = q.to(v.dtype), k.to(v.dtype)
     with without_autocast(q):
+        found = fused_attention("clustered", q, k, v, grid, window_size, num_sinks, num_clusters, first, key_mask)
+        if found is not None:
+            return found.to(dtype)
         if key_mask is not None:
             # Masked keys may hold any value, including NaN.
             masked = ~key_mask[:, None, :, None]

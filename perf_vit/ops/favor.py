@@ -14,6 +14,7 @@ from torch.autograd.function import once_differentiable
 from perf_vit.ops.balancing import Balancing, moment_tokens
 from perf_vit.ops.causal import causal_favor
 from perf_vit.ops.features import FeatureMap, invert_key_mask, join_chunks, token_slices, without_autocast
+from perf_vit.ops.fused.dispatch import fused_attention
 from perf_vit.ops.kernels import Kernel
 from perf_vit.ops.state import KVState, check_keys, make_feature_map, masked_values, sum_keys
 from perf_vit.ops.stripes import Reduce
@@ -129,6 +130,11 @@ def favor_attention(
     if causal:
         return causal_favor(q, k, v, feature_map, key_mask, chunk_size)
     feature_map = _with_parameter(feature_map, q, k, key_mask, chunk_size)
+    if reduce is None:
+        with without_autocast(q):
+            found = fused_attention("favor", q, k, v, feature_map, key_mask)
+        if found is not None:
+            return found
     if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
         constants = () if balancing is None else balancing.tensors()
         kernel_, parameter = feature_map.kernel, feature_map.kernel.parameter
