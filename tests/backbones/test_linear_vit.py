@@ -5,6 +5,7 @@ import pickle
 import pytest
 import timm
 import torch
+from lively import sharpened
 from torch import nn
 
 import perf_vit
@@ -22,7 +23,7 @@ TINY = "clustered_vit_tiny_patch16_224"
 
 def build(name: str = TINY, model_seed: int = 0, **kwargs) -> nn.Module:
     torch.manual_seed(model_seed)
-    return timm.create_model(name, **{"depth": 3, "img_size": 64, "num_classes": 7, **kwargs}).eval()
+    return sharpened(timm.create_model(name, **{"depth": 3, "img_size": 64, "num_classes": 7, **kwargs}).eval())
 
 
 def images(height: int = 64, width: int = 64) -> torch.Tensor:
@@ -83,8 +84,8 @@ def test_wrong_attention_arguments_are_named() -> None:
 FAMILIES = {
     "performer_vit_tiny_patch16_224": {"depth": 2, "img_size": 64},
     "clustered_vit_tiny_patch16_224": {"depth": 2, "img_size": 64},
-    "performer_vit_rope_small_patch16_224": {"depth": 2, "embed_dim": 96, "num_heads": 3},
-    "clustered_vit_rope_small_patch16_224": {"depth": 2, "embed_dim": 96, "num_heads": 3},
+    "performer_vit_rope_small_patch16_224": {"depth": 2, "embed_dim": 96, "num_heads": 3, "init_values": 1.0},
+    "clustered_vit_rope_small_patch16_224": {"depth": 2, "embed_dim": 96, "num_heads": 3, "init_values": 1.0},
     "hct_base": {"depths": (1, 1, 1, 1, 1)},
 }
 SIZES = {

@@ -3,6 +3,7 @@ import pickle
 import pytest
 import timm
 import torch
+from lively import sharpened
 from timm.layers import GluMlp, Mlp, SwiGLU
 from timm.models.eva import EvaBlock
 from timm.models.vision_transformer import Block
@@ -25,11 +26,7 @@ def build(name: str, mixer: str = "clustered") -> torch.nn.Module:
     torch.manual_seed(0)
     kwargs = {"depth": 3, "embed_dim": 96, "num_heads": 3, "num_classes": 5, "dynamic_img_size": True, "patch_size": 16}
     kwargs["img_size"] = 112
-    model = timm.create_model(name, **kwargs).eval()
-    with torch.no_grad():
-        for parameter_name, parameter in model.named_parameters():
-            if "gamma" in parameter_name:
-                parameter.fill_(0.5)
+    model = sharpened(timm.create_model(name, **kwargs).eval(), 0.5)
     options = {"max_exact_tokens": 0, "window_size": 3, "num_sinks": 4} if mixer == "clustered" else {}
     return perf_vit.linearize(model, mixer, **options)
 

@@ -3,6 +3,7 @@
 import pytest
 import timm
 import torch
+from lively import sharpened
 from timm.layers import Attention
 from torch import nn
 
@@ -100,7 +101,7 @@ def test_it_is_added_to_what_a_layer_puts_out_before_the_projection() -> None:
 def build(name: str, model_seed: int = 0, **attn_kwargs) -> nn.Module:
     torch.manual_seed(model_seed)
     model = timm.create_model(name, depth=2, num_classes=7, img_size=64, dynamic_img_size=True, attn_kwargs=attn_kwargs)
-    return model.eval()
+    return sharpened(model.eval())
 
 
 def images(height: int = 64, width: int = 64) -> torch.Tensor:

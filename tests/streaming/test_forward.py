@@ -7,12 +7,13 @@ import numpy as np
 import pytest
 import timm
 import torch
+from lively import sharpened
 from streamed_models import MODELS, Image, build, build_for, holes, streamed
 from torch import nn
 
 import perf_vit
 from perf_vit.errors import CheckpointError, InputError, OptionError
-from perf_vit.streaming import ImageTokens, TokenLayout
+from perf_vit.streaming import ImageTokens, TokenLayout, check_streamable
 
 
 def check(model: nn.Module, image: Image, patch: int, *, rtol: float = 1e-9, **options) -> None:
@@ -79,7 +80,8 @@ def test_a_linearized_model_equals_the_model_in_memory() -> None:
         num_classes=0,
         dynamic_img_size=True,
     )
-    linear = perf_vit.linearize(vit.double().eval(), mixer="clustered", max_exact_tokens=0, num_sinks=0, num_clusters=6)
+    options = {"max_exact_tokens": 0, "num_sinks": 0, "num_clusters": 6}
+    linear = perf_vit.linearize(sharpened(vit.double().eval()), mixer="clustered", **options)
     check(linear, Image(210, 301), 14, rtol=1e-8, part_tokens=100)
 
 
@@ -130,6 +132,28 @@ def test_models_that_need_all_tokens_are_refused() -> None:
         ImageTokens(timm.create_model("resnet18"), image, lambda found: found.pixels)
     with pytest.raises(InputError, match="no valid pixel"):
         streamed(build("performer_vit_tiny_patch16_224"), Image(64, 64, np.zeros((64, 64), bool)))
+
+
+@pytest.mark.parametrize(
+    ("mixer", "options"),
+    [
+        ("clustered", {"max_exact_tokens": 0, "num_sinks": 8}),
+        ("clustered", {"max_exact_tokens": 10**6, "num_sinks": 0}),
+        ("performer", {"center": True}),
+        ("performer", {"balance": True}),
+        ("performer", {"kernel": "oprf"}),
+    ],
+)
+def test_options_that_need_all_tokens_are_refused_in_large_images(mixer: str, options: dict) -> None:
+    model = build(f"{mixer}_vit_tiny_patch16_224", depth=1, attn_kwargs=options)
+    check_streamable(model, (128, 128))
+    with pytest.raises(CheckpointError) as refused:
+        check_streamable(model, (128, 129))
+    assert str(refused.value) == (
+        f"block 0 can't run over an image in parts: mixer='{mixer}' with these options needs all tokens at once, which "
+        "is possible up to 16,384 tokens, got 128 x 129; in larger images 'clustered' needs num_sinks=0 and a smaller "
+        "max_exact_tokens, 'performer' center=False, balance=False and a kernel other than 'oprf'"
+    )
 
 
 def test_other_prefixes_and_bands_are_refused() -> None:
