@@ -136,10 +136,16 @@ def test_blocks_that_are_computed_again_give_the_same_gradients(name: str) -> No
     assert_equal(build(name, size, grad_checkpointing=True), *tiles(size, True), 2)
 
 
+@pytest.mark.parametrize("head", ["linear", "full_resolution"])
 @pytest.mark.parametrize("name", ["performer", "clustered", "rope"])
-def test_float32_is_close(name: str) -> None:
-    size = 80 if "patch8" in BACKBONES[name][0] else 160
-    (image, valid), model = tiles(size, True), build(name, size).float()
+def test_float32_is_close(name: str, head: str) -> None:
+    size = 96 if "patch8" in BACKBONES[name][0] else 160
+    (image, valid), model = tiles(size, True), build(name, size, head).float()
+    # The gradient of ReLU jumps where rounding changes the sign of a value, also in one process.
+    for module in model.head.modules():
+        for child, layer in module.named_children():
+            if isinstance(layer, nn.ReLU):
+                setattr(module, child, nn.SiLU())
     expected, gradients = alone(model, image.float(), valid)
     logits, summed, _ = shared(model, image.float(), valid, 2)
     assert float((logits - expected).norm() / expected.norm()) < 1e-5

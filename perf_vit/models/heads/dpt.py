@@ -9,13 +9,12 @@ from timm.layers import LayerNorm2d
 from torch import Tensor, nn
 
 from perf_vit.models.heads.level_maps import (
-    Norm,
     PixelScores,
-    apply_norm,
     check_growing_strides,
     has_one_stride,
     padded_to,
 )
+from perf_vit.models.heads.norms import Norm, apply_norm
 from perf_vit.models.heads.parts import Reach
 from perf_vit.models.heads.registry import register_segmentation_head
 from perf_vit.models.necks import nearest_power_of_two

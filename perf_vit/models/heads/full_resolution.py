@@ -11,6 +11,7 @@ from timm.layers import LayerNorm2d
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from perf_vit.models.heads.norms import GroupNorm
 from perf_vit.models.heads.parts import GridPart, Placement, Reach, resize_part
 from perf_vit.models.heads.registry import register_segmentation_head
 from perf_vit.types import FeatureSpec
@@ -125,6 +126,6 @@ def _common_stride(feature_specs: Sequence[FeatureSpec]) -> int:
 def _conv_norm_act(in_channels: int, out_channels: int, norm: str, stride: int = 1) -> nn.Sequential:
     return nn.Sequential(
         nn.Conv2d(in_channels, out_channels, 3, stride=stride, padding=1, bias=False),
-        nn.BatchNorm2d(out_channels) if norm == "batch" else nn.GroupNorm(min(8, out_channels), out_channels),
+        nn.BatchNorm2d(out_channels) if norm == "batch" else GroupNorm(min(8, out_channels), out_channels),
         nn.ReLU(inplace=True),
     )

@@ -1,10 +1,9 @@
-"""Common parts of pyramid-based segmentation heads: levels, norms, classifier."""
+"""Common parts of pyramid-based segmentation heads: levels, classifier."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Literal
 
 from timm.layers import LayerNorm2d
 from torch import Tensor, nn
@@ -16,38 +15,11 @@ from perf_vit.types import FeatureSpec
 
 __all__ = [
     "LevelMaps",
-    "Norm",
     "PixelScores",
-    "apply_norm",
     "check_growing_strides",
     "has_one_stride",
     "padded_to",
-    "with_group_norm",
 ]
-
-Norm = Literal["batch", "group"]
-
-
-def apply_norm(module: nn.Module, norm: Norm) -> None:
-    """Keep a module's batch norms, or replace them by group norms.
-
-    Raises:
-        ValueError: `norm` is neither "batch" nor "group".
-    """
-    if norm not in ("batch", "group"):
-        raise ValueError(f"norm must be batch or group, got {norm}")
-    if norm == "group":
-        with_group_norm(module)
-
-
-def with_group_norm(module: nn.Module) -> None:
-    """Replace batch norms by group norms of up to 8 groups."""
-    for name, child in module.named_children():
-        if isinstance(child, nn.BatchNorm2d):
-            # At least two channels per group: a group of one channel has zero variance on a map of one cell.
-            setattr(module, name, nn.GroupNorm(math.gcd(8, child.num_features // 2), child.num_features))
-        else:
-            with_group_norm(child)
 
 
 class PixelScores(nn.Module):

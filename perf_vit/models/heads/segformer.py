@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from segmentation_models_pytorch.decoders.segformer.decoder import SegformerDecoder
 from torch import Tensor, nn
 
-from perf_vit.models.heads.level_maps import LevelMaps, Norm, PixelScores, apply_norm
+from perf_vit.models.heads.level_maps import LevelMaps, PixelScores
+from perf_vit.models.heads.norms import Norm, apply_norm
 from perf_vit.models.heads.parts import Reach
 from perf_vit.models.heads.registry import register_segmentation_head
 from perf_vit.types import FeatureSpec
