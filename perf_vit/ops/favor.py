@@ -17,7 +17,7 @@ from perf_vit.ops.features import FeatureMap, invert_key_mask, join_chunks, toke
 from perf_vit.ops.fused.dispatch import fused_attention
 from perf_vit.ops.kernels import Kernel
 from perf_vit.ops.state import KVState, check_keys, make_feature_map, masked_values, sum_keys
-from perf_vit.ops.stripes import Reduce
+from perf_vit.ops.stripes import Reduce, sum_together
 
 __all__ = ["favor_attention", "optimal_parameter"]
 
@@ -223,7 +223,7 @@ class _FavorAttention(torch.autograd.Function):
         with without_autocast(q):
             grad_q, grad_s, grad_z = _query_gradients(state, q, grad_out, out, denominator, ctx.chunk_size)
             if ctx.reduce is not None:
-                grad_s, grad_z = ctx.reduce(grad_s, "sum"), ctx.reduce(grad_z, "sum")
+                grad_s, grad_z = sum_together(ctx.reduce, grad_s, grad_z)
             grad_k, grad_v = _key_gradients(state, k, v, key_mask, grad_s, grad_z, ctx.chunk_size)
         return grad_q, grad_k, grad_v, *(None for _ in range(6 + len(rest)))
 

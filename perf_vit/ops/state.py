@@ -10,7 +10,7 @@ from torch import Tensor
 from perf_vit.ops.balancing import Balancing
 from perf_vit.ops.features import FeatureMap, KeyFeatures, exp_, invert_key_mask, without_autocast
 from perf_vit.ops.kernels import Kernel, get_kernel
-from perf_vit.ops.stripes import Reduce
+from perf_vit.ops.stripes import Reduce, sum_together
 
 __all__ = ["KVState", "check_attention_keys", "check_keys", "make_feature_map", "masked_values", "sum_keys"]
 
@@ -119,7 +119,7 @@ class KVState:
         """
         log_scale = reduce(self.log_scale, "max")
         by = exp_(self.log_scale - log_scale)
-        sums, weights = reduce(self.S * by.unsqueeze(-1), "sum"), reduce(self.z * by, "sum")
+        sums, weights = sum_together(reduce, self.S * by.unsqueeze(-1), self.z * by)
         return replace(self, S=sums, z=weights, log_scale=log_scale)
 
     def normalized(self) -> KVState:

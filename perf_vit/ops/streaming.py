@@ -14,7 +14,7 @@ from perf_vit.ops.clustered_call import ClusteredCall
 from perf_vit.ops.clusters import Sample, describe_clusters, sampled_places
 from perf_vit.ops.features import LOWEST_SCALE, token_slices
 from perf_vit.ops.state import KVState
-from perf_vit.ops.stripes import Reduce
+from perf_vit.ops.stripes import Reduce, sum_together
 
 __all__ = ["AttentionStream", "ClusteredStream", "LinearStream", "Part", "Reduce", "WholeStream", "sampled_places"]
 
@@ -241,8 +241,7 @@ class ClusteredStream(AttentionStream):
 
     def reduce(self, reduce: Reduce) -> None:
         """Replace what this process collected by what all processes collected."""
-        self._total = reduce(self._total, "sum")
-        self._prefix.reduce(reduce)
+        self._total = self._prefix.reduce(reduce, self._total)
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, part: Part) -> Tensor:
         """Attend with the queries of a part to all that was collected, [B, H, n, Dv]."""
@@ -339,10 +338,11 @@ class _ExactQueries:
         self._sums = self._sums + weights @ v
         self._weights = self._weights + weights.sum(dim=-1, keepdim=True)
 
-    def reduce(self, reduce: Reduce) -> None:
-        """Replace what this process collected by what all processes collected."""
+    def reduce(self, reduce: Reduce, other: Tensor) -> Tensor:
+        """Replace what this process collected by what all processes collected, and return other sums over them."""
         self._rescale(reduce(self._largest, "max"))
-        self._sums, self._weights = reduce(self._sums, "sum"), reduce(self._weights, "sum")
+        other, self._sums, self._weights = sum_together(reduce, other, self._sums, self._weights)
+        return other
 
     def attend(self) -> Tensor:
         """Return the attended values, [B, H, P, Dv]."""

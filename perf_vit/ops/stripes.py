@@ -10,7 +10,7 @@ from torch import Tensor
 
 from perf_vit.ops.clusters import SAMPLE_TOKENS, Sample, sample_step
 
-__all__ = ["Reduce", "Stripe"]
+__all__ = ["Reduce", "Stripe", "sum_together"]
 
 
 class Reduce(Protocol):
@@ -21,6 +21,13 @@ class Reduce(Protocol):
 
         Sums have a gradient: the sum of the gradients of all processes.
         """
+
+
+def sum_together(reduce: Reduce, *tensors: Tensor) -> list[Tensor]:
+    """Return the sums of tensors of one dtype over all processes, which wait for each other once."""
+    sums = reduce(torch.cat([each.flatten() for each in tensors]), "sum")
+    parts = torch.split(sums, [each.numel() for each in tensors])
+    return [part.view(each.shape) for part, each in zip(parts, tensors, strict=True)]
 
 
 @dataclass(eq=False)
