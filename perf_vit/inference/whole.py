@@ -52,25 +52,71 @@ class _Image:
         return self.reader.read(window)
 
 
+class _Damage:
+    """Damaged pieces of an image, which tokens are made without, and which the map leaves out.
+
+    Args:
+        source: Image.
+        of_tokens: Pieces that tokens were made without.
+        of_map: All pieces that the map leaves out.
+    """
+
+    def __init__(self, source: Source, of_tokens: DamageLog, of_map: DamageLog) -> None:
+        self.reader: Reads = SalvagingReader(source, of_tokens.add)
+        self._source, self._of_tokens, self._of_map = source, of_tokens, of_map
+        self._known: list[Window] = []
+
+    def tokens_are_made(self) -> None:
+        """Note the pieces that tokens were made without as pieces of the map."""
+        pieces = self._of_tokens.pieces()
+        self._known = [piece.window for piece in pieces]
+        for piece in pieces:
+            self._of_map.add(piece.window, piece.reason)
+
+    def of_part(self, part: Window) -> Reads:
+        """Return a reader of a part and its margins without these pieces, which notes others within the part."""
+        return _PartReader(self._source, self._known, part, self._of_map)
+
+
+@dataclass(frozen=True, eq=False)
+class _PartReader:
+    source: Source
+    known: list[Window]
+    part: Window
+    log: DamageLog
+
+    def read(self, window: Window) -> GeoImage:
+        image = SalvagingReader(self.source, self._note).read(window)
+        mask = image.mask.copy()
+        for known in map(window.intersect, self.known):
+            if known is not None:
+                mask[:, *known.slices_in(window)] = False
+        return GeoImage.from_mask(image.pixels, mask)
+
+    def _note(self, piece: Window, reason: str) -> None:
+        lost = piece.intersect(self.part)
+        if lost is not None and lost not in map(lost.intersect, self.known):
+            self.log.add(lost, reason)
+
+
 class WholeImage:
     """Segmentation network that runs over a whole image at once: every token attends to all others.
 
     Args:
         segmenter: Network in evaluation mode, on the CPU.
         source: Image.
-        reader: Where its pixels come from.
         num_classes: Number of scores per pixel.
+        damage: Pieces that can't be read; None where such a piece is an error.
 
     Raises:
         CheckpointError: The backbone or the head needs all tokens at once; the message names it.
         InputError: The image has other bands than the network.
     """
 
-    def __init__(self, segmenter: Any, source: Source, reader: Reads, num_classes: int) -> None:
+    def __init__(self, segmenter: Any, source: Source, num_classes: int, damage: _Damage | None = None) -> None:
         self._head = DenseHead(segmenter)
-        self._source, self._num_classes = source, num_classes
-        # Pixels that can't be read were noted when the image was embedded.
-        self._reader = source if reader is source else SalvagingReader(source, lambda window, reason: None)
+        self._source, self._num_classes, self._damage = source, num_classes, damage
+        reader = source if damage is None else damage.reader
         self._normalize = segmenter.spec.normalizer
         try:
             self._image = ImageTokens(self._head.vit, _Image(source, reader), self._normalize)
@@ -223,7 +269,8 @@ class WholeImage:
 
     def _read(self, part: Window) -> tuple[Window, Tile]:
         outer = self._head.in_pixels(self._head.with_margin(part, self._image.grid))
-        return part, read_tile(self._reader, self._normalize, outer)
+        reader = self._source if self._damage is None else self._damage.of_part(self._head.in_pixels(part))
+        return part, read_tile(reader, self._normalize, outer)
 
     def _band(
         self, tokens: list[StreamedTokens], band: Window, height: int, tiles: Iterator[tuple[Window, Tile]]
@@ -289,17 +336,13 @@ def map_whole(
     options = predictor.options
     # What couldn't be read belongs to the tokens, which outlive the map's folder where they are elsewhere.
     noted = folder if options.store == "memory" else _token_folder(options.token_folder, folder)
-    whole, journal = _begun(predictor, source, predictor.reader(source, noted), folder)
-
-    def keep_damage() -> None:
-        log = DamageLog(folder)
-        for piece in DamageLog(noted).pieces() if noted != folder else ():
-            log.add(piece.window, piece.reason)
+    damage = _Damage(source, DamageLog(noted), DamageLog(folder)) if options.on_error == "skip" else None
+    whole, journal = _begun(predictor, source, folder, damage)
 
     whole.run(
         gaps,
         write,
-        on_tokens=keep_damage,
+        on_tokens=(lambda: None) if damage is None else damage.tokens_are_made,
         flush=write.flush,
         journal=journal,
         token_dtype=options.token_dtype,
@@ -320,16 +363,16 @@ def plan_map(predictor: Any, source: Source, out: Path) -> WholePlan:
     Raises:
         CheckpointError: The model needs all tokens at once.
     """
-    whole, journal = _begun(predictor, source, source, partial_folder(out), resume=True)
+    whole, journal = _begun(predictor, source, partial_folder(out), resume=True)
     return whole.plan(journal, predictor.options.token_dtype, timed=True)
 
 
 def _begun(
-    predictor: Any, source: Source, reader: Reads, folder: Path, *, resume: bool | None = None
+    predictor: Any, source: Source, folder: Path, damage: _Damage | None = None, *, resume: bool | None = None
 ) -> tuple[WholeImage, TokenJournal | None]:
     predictor.ready()
     options, spec = predictor.options, predictor.model.spec
-    whole = WholeImage(predictor.model, source, reader, len(spec.classes))
+    whole = WholeImage(predictor.model, source, len(spec.classes), damage)
     if options.store == "memory":
         return whole, None
     # Tokens that leave out what can't be read are none of a map that stops there.

@@ -73,7 +73,7 @@ def test_bands_of_any_height_give_the_same_map(files, monkeypatch) -> None:
     predictor = SegmentationPredictor(files[0], SegmentationPredictOptions(whole=True))
     source = predictor.open(files[1])
     probabilities, valid = expected(files)
-    whole = WholeImage(predictor.model.eval(), source, source, 2)
+    whole = WholeImage(predictor.model.eval(), source, 2)
     tokens = whole.tokens(None, torch.float32, lambda done, total: None)
     monkeypatch.setattr("perf_vit.inference.whole._STRIP_ROWS", 30)
     whole._part = 3, 4
@@ -243,6 +243,19 @@ def test_damage_that_tokens_were_made_with_is_in_the_map_that_goes_on(damaged_fi
     assert SegmentationPredictor(damaged_files[0], skip).run(damaged_files[1], out).damaged == expected.damaged
     assert out.read_bytes() == (tmp_path / "expected.tif").read_bytes()
     assert not any((tmp_path / "scratch").glob("*"))
+
+
+def test_damaged_pieces_are_those_that_the_map_leaves_out(damaged_files, tmp_path, monkeypatch) -> None:
+    # The head reads other windows than the embedding, so other pieces can't be read.
+    monkeypatch.setattr("perf_vit.streaming.dense.DenseHead.part_size", lambda self, rows: (2, 3))
+    options = SegmentationPredictOptions(on_error="skip", whole=True)
+    made = SegmentationPredictor(damaged_files[0], options).run(damaged_files[1], tmp_path / "map.tif")
+    left_out = np.zeros((160, 160), bool)
+    for piece in made.damaged:
+        left_out[piece.window.row : piece.window.row_stop, piece.window.col : piece.window.col_stop] = True
+    with rasterio.open(tmp_path / "map.tif") as found:
+        np.testing.assert_array_equal(found.read_masks(1) == 0, left_out)
+    assert 64 * 64 <= left_out.sum() < 160 * 160
 
 
 def test_tokens_of_another_model_are_refused(files, tmp_path) -> None:
