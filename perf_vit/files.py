@@ -14,7 +14,7 @@ from typing import Any
 from perf_vit.errors import OutputError
 from perf_vit.text import to_json
 
-__all__ = ["atomic_file", "read_json_or_none", "sibling_path", "staged", "write_json", "write_text"]
+__all__ = ["atomic_file", "put_in_place", "read_json_or_none", "sibling_path", "staged", "write_json", "write_text"]
 
 # Longest file name of most file systems, in bytes; temporary names add up to eight random characters.
 _MAX_NAME = 255
@@ -92,13 +92,30 @@ def atomic_file(path: Path) -> Iterator[Path]:
         with unfinished.open("rb") as file:
             # Without fsync, a crash of the machine may keep the name but lose the content.
             os.fsync(file.fileno())
-        os.replace(unfinished, path)
+        put_in_place(unfinished, path)
     except BaseException as error:
         with suppress(OSError):
             unfinished.unlink()
         if isinstance(error, OSError):
             raise _refusal(path, error) from error
         raise
+
+
+def put_in_place(made: Path, path: Path) -> None:
+    """Rename a file to another name in its place, which outlives a crash of the machine when this returns.
+
+    Without it, what is deleted next may be gone after a crash, and the new name not there yet.
+    """
+    os.replace(made, path)
+    try:
+        folder = os.open(path.absolute().parent, os.O_RDONLY)
+    except OSError:
+        # Windows opens no folders.
+        return
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)
 
 
 def _make_staging(path: Path, parent: Path) -> tempfile.TemporaryDirectory[str]:

@@ -1,10 +1,11 @@
 import json
 import os
+from stat import S_ISDIR
 
 import pytest
 
 from perf_vit.errors import OutputError
-from perf_vit.files import read_json_or_none, write_json, write_text
+from perf_vit.files import atomic_file, put_in_place, read_json_or_none, write_json, write_text
 
 
 def test_json_files_are_strict_utf8_that_hold_names_exactly(tmp_path) -> None:
@@ -57,3 +58,23 @@ def test_a_full_disk_is_an_output_error(tmp_path, monkeypatch) -> None:
     with pytest.raises(OutputError, match="No space left"):
         write_json(tmp_path / "scores.json", {})
     assert os.listdir(tmp_path) == []
+
+
+def test_a_new_name_is_on_the_disk_after_the_content(tmp_path, monkeypatch) -> None:
+    done: list[str] = []
+    fsync, replace = os.fsync, os.replace
+    monkeypatch.setattr(
+        os, "fsync", lambda file: done.append("folder" if S_ISDIR(os.fstat(file).st_mode) else "file") or fsync(file)
+    )
+    monkeypatch.setattr(os, "replace", lambda *paths: done.append("name") or replace(*paths))
+    with atomic_file(tmp_path / "a.txt") as path:
+        path.write_text("new", encoding="utf-8")
+    assert done == ["file", "name", "folder"]
+    done.clear()
+    put_in_place(tmp_path / "a.txt", tmp_path / "b.txt")
+    assert done == ["name", "folder"]
+    assert (tmp_path / "b.txt").read_text(encoding="utf-8") == "new"
+    # Where folders can't be opened, as on Windows, the name is there all the same.
+    monkeypatch.setattr(os, "open", lambda *arguments: (_ for _ in ()).throw(PermissionError()))
+    put_in_place(tmp_path / "b.txt", tmp_path / "c.txt")
+    assert os.listdir(tmp_path) == ["c.txt"]

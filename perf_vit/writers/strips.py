@@ -20,6 +20,7 @@ import rasterio
 from affine import Affine
 
 from perf_vit.errors import OutputError
+from perf_vit.files import put_in_place
 from perf_vit.sources._gdal import GDAL_ERRORS, plain_images_allowed, reason_of
 from perf_vit.writers.layout import BLOCK_PX, RasterLayout
 from perf_vit.writers.pyramid import Pyramid
@@ -221,7 +222,7 @@ class StripStore:
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
-        os.replace(unfinished, self.folder / name)
+        put_in_place(unfinished, self.folder / name)
 
 
 def _compression(dtype: np.dtype[Any]) -> dict[str, Any]:

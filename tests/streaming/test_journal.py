@@ -111,7 +111,9 @@ def test_a_journal_that_was_cut_begins_again(tmp_path: Path, content: str) -> No
     assert TokenJournal(tmp_path, {})._before is None
 
 
-def test_all_that_a_journal_names_is_on_the_disk_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_all_that_a_journal_names_is_on_the_disk_before_and_its_name_after(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     events: list[str] = []
     real_sync, real_move = os.fsync, os.replace
     monkeypatch.setattr("perf_vit.files.os.fsync", lambda file: (events.append("on disk"), real_sync(file)))
@@ -121,7 +123,7 @@ def test_all_that_a_journal_names_is_on_the_disk_before(tmp_path: Path, monkeypa
     run("performer", tmp_path / "tokens")
     names = ["valid.npy", "stored.npy", "prefix_0.npy", JOURNAL]
     names += [name for number in (1, 2, 3) for name in (f"prefix_{number}.npy", JOURNAL)]
-    assert events == [event for name in names for event in ("on disk", name)]
+    assert events == [event for name in names for event in ("on disk", name, "on disk")]
 
 
 def test_what_is_kept_after_an_error(tmp_path: Path) -> None:

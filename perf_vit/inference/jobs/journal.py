@@ -17,7 +17,7 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from perf_vit.errors import BusyError, OutputError, PerfVitError
-from perf_vit.files import read_json_or_none, sibling_path
+from perf_vit.files import put_in_place, read_json_or_none, sibling_path
 from perf_vit.inference.seams import SeamCount
 from perf_vit.sources.describe import SEAM_TAG
 from perf_vit.text import to_json
@@ -127,7 +127,7 @@ class Journal:
             # Its pieces are removed next: a crash of the machine must not keep the name but lose the content.
             with made.open("rb+") as file:
                 os.fsync(file.fileno())
-            os.replace(made, out)
+            put_in_place(made, out)
 
     def discard(self, out: Path) -> None:
         """Remove an output of an earlier call, if it is there.
@@ -290,7 +290,7 @@ def _write_settings(folder: Path, settings: Mapping[str, Any]) -> None:
         file.write(to_json(settings, indent=2))
         file.flush()
         os.fsync(file.fileno())
-    os.replace(unfinished, folder / _SETTINGS)
+    put_in_place(unfinished, folder / _SETTINGS)
 
 
 def _clear(folder: Path) -> None:
