@@ -6,6 +6,7 @@ import logging
 import time
 from collections.abc import Generator
 from contextlib import closing
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from perf_vit.tasks.callbacks import EpochProgressBar
 from perf_vit.tasks.optim import ClassificationOptimConfig
 from perf_vit.tasks.slide_classification import SlideClassificationTask
 
-__all__ = ["ThroughEncoderTask"]
+__all__ = ["ThroughEncoderTask", "wait_for_long_steps"]
 
 _logger = logging.getLogger("perf_vit")
 
@@ -84,6 +85,16 @@ class ThroughEncoderTask(SlideClassificationTask):
     def backbone_layers(self) -> dict[str, int]:
         """Return the layer index of each parameter of the encoder, but of its pooling."""
         return {f"encoder.{name}": layer for name, layer in trunk_layers(self.model.encoder).items()}
+
+
+def wait_for_long_steps(trainer: Any) -> None:
+    """Let processes wait a week for one whose slides are larger; Lightning ends them after 30 minutes.
+
+    Args:
+        trainer: Trainer that has no process group yet. A group that is there keeps its timeout.
+    """
+    if hasattr(trainer.strategy, "_timeout"):
+        trainer.strategy._timeout = timedelta(weeks=1)
 
 
 class _Progress:

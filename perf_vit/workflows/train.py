@@ -19,8 +19,9 @@ from perf_vit.errors import ConfigError, DataWarning, OptionError, extra, parsin
 
 with extra("train", "training"):
     from perf_vit.config import Config, Overrides, config_value, load_config
-    from perf_vit.tasks import TileFit, build_trainer, fit_max_tile
+    from perf_vit.tasks import ThroughEncoderTask, TileFit, build_trainer, fit_max_tile
     from perf_vit.tasks.sequence_parallel import check_sequence_parallel
+    from perf_vit.tasks.through_encoder import wait_for_long_steps
     from perf_vit.workflows.progress import progress_shown
     from perf_vit.workflows.registry import TASKS
     from perf_vit.workflows.reports.training import REPORT, write_training_report
@@ -164,6 +165,8 @@ def train_run(config: TaskRunConfig, *, progress: bool = True) -> Run:
     )
     if config.trainer.sequence_parallel:
         check_sequence_parallel(trainer, module)
+    if isinstance(module, ThroughEncoderTask):
+        wait_for_long_steps(trainer)
     if task.prepare_data is not None:
         data = task.prepare_data(config, data, module, run.path)
     # A task of one's own may have other keys of data.

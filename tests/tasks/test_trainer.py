@@ -1,6 +1,7 @@
 """Options of the trainer, on a small scene through the real task."""
 
 import csv
+from datetime import timedelta
 from types import SimpleNamespace
 
 import pytest
@@ -17,6 +18,7 @@ from perf_vit.errors import ConfigError
 from perf_vit.models import SegmentationModelConfig, SegmentationSpec, load_segmenter
 from perf_vit.tasks import SegmentationOptimConfig, SegmentationTask, TrainerConfig, build_trainer
 from perf_vit.tasks.callbacks import EpochProgressBar
+from perf_vit.tasks.through_encoder import wait_for_long_steps
 from perf_vit.tasks.trainer import _devices
 
 MODEL = SegmentationModelConfig(
@@ -143,3 +145,12 @@ def test_devices_are_the_processes_of_torchrun(tmp_path, monkeypatch, accelerato
 @pytest.mark.parametrize(("short", "name"), [("bf16", "bf16-mixed"), ("16", "16-mixed"), ("auto", "auto")])
 def test_precisions_have_short_names(short: str, name: str) -> None:
     assert TrainerConfig(precision=short).precision == name
+
+
+def test_processes_wait_for_one_whose_slide_takes_days(tmp_path, monkeypatch) -> None:
+    config = TrainerConfig(accelerator="cpu", devices="2", strategy="ddp", max_epochs=1)
+    trainer, given = build_trainer(config, tmp_path, progress=False), []
+    wait_for_long_steps(trainer)
+    monkeypatch.setattr(torch.distributed, "init_process_group", lambda *_, **options: given.append(options["timeout"]))
+    trainer.strategy.setup_distributed()
+    assert given == [timedelta(weeks=1)]
