@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 import timm
 import torch
+from lively import sharpened
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
@@ -32,7 +33,8 @@ OPTIONS = {"max_exact_tokens": 0, "window_size": 3, "num_sinks": 4, "num_cluster
 def build(name: str = NAMES[0], **kwargs) -> torch.nn.Module:
     torch.manual_seed(0)
     narrow = {"embed_dim": 96, "num_heads": 3} if "dinov3" in name else {}
-    return timm.create_model(name, **{"depth": 3, "img_size": SIZE, "num_classes": 5, **narrow, **kwargs}).eval()
+    model = timm.create_model(name, **{"depth": 3, "img_size": SIZE, "num_classes": 5, **narrow, **kwargs})
+    return sharpened(model.eval())
 
 
 def images(channels: int = 3, size: int = SIZE) -> torch.Tensor:
