@@ -13,7 +13,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from pathlib import Path
 
-__all__ = ["num_processors", "process_groups", "wait_passively"]
+__all__ = ["compute_alone", "num_processors", "process_groups", "wait_passively"]
 
 # More threads than that don't read or write faster.
 _MAX_THREADS = 16
@@ -73,6 +73,17 @@ def wait_passively() -> None:
     openmp = _loaded_openmp()
     if openmp is not None:
         _exceed_cores(openmp)
+
+
+def compute_alone() -> None:
+    """Let operations of torch in the calling thread use this thread only, and change nothing for others.
+
+    `torch.set_num_threads` would also set the number of all threads that are started later. Does nothing where torch
+    doesn't compute with GNU's OpenMP, as on macOS and Windows.
+    """
+    openmp = _loaded_openmp()
+    if openmp is not None:
+        openmp.omp_set_num_threads(1)
 
 
 def _loaded_openmp() -> ctypes.CDLL | None:

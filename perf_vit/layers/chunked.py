@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
+import threading
 from abc import abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any, ClassVar
 
 import torch
@@ -14,6 +16,7 @@ from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
 from perf_vit.layers.linearized_attention import LinearizedAttention
+from perf_vit.ops.workers import each_in_threads, num_workers
 
 __all__ = ["chunk_modules", "finish_block", "to_chunked"]
 
@@ -171,14 +174,18 @@ def _num_tokens(x: Tensor, on_cpu: int) -> int:
 
 def _apply_in_chunks(function: Callable[[slice], Tensor], x: Tensor, size: int) -> Tensor:
     """Apply a function of token slices, which returns [B, n, C], to all tokens of [B, N, ..]; return [B, N, C]."""
-    out: Tensor | None = None
-    for tokens in _chunks(x.shape[1], size):
+    made: list[Tensor] = []
+    one_at_a_time = threading.Lock()
+
+    def write(tokens: slice) -> None:
         part = function(tokens)
-        if out is None:
-            out = part.new_empty(*x.shape[:2], part.shape[-1])
-        out[:, tokens] = part
-    assert out is not None
-    return out
+        with one_at_a_time:
+            if not made:
+                made.append(part.new_empty(*x.shape[:2], part.shape[-1]))
+        made[0][:, tokens] = part
+
+    each_in_threads(write, _chunks(x.shape[1], size), num_workers(x))
+    return made[0]
 
 
 def _is_chunkable(attention: Any) -> bool:
@@ -186,6 +193,8 @@ def _is_chunkable(attention: Any) -> bool:
     return isinstance(attention, LinearizedAttention) and "forward" not in vars(attention) and attention.is_packed
 
 
-def _chunks(length: int, size: int) -> Iterator[slice]:
-    for start in range(0, length, size):
-        yield slice(start, start + size)
+def _chunks(length: int, size: int) -> list[slice]:
+    """Split tokens into an even number of chunks of one size, of at most `size`, so that two threads share the work."""
+    number = 2 * max(1, math.ceil(length / (2 * size)))
+    size = math.ceil(length / number)
+    return [slice(start, start + size) for start in range(0, length, size)]

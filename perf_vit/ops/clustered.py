@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -9,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from perf_vit.ops.clustered_call import ClusteredCall, lowest_logit
+from perf_vit.ops.clustered_call import ClusteredCall, lowest_logit, tokens_at_once
 from perf_vit.ops.clusters import describe_clusters, mean_key, sample_tokens
 from perf_vit.ops.features import without_autocast
 from perf_vit.ops.fused.dispatch import fused_attention
@@ -17,6 +18,7 @@ from perf_vit.ops.sinks import shared_keys
 from perf_vit.ops.state import check_attention_keys
 from perf_vit.ops.stripes import Stripe
 from perf_vit.ops.windows import check_grid
+from perf_vit.ops.workers import each_in_threads, num_workers
 
 __all__ = ["clustered_attention", "clustered_stripe"]
 
@@ -80,12 +82,22 @@ def clustered_attention(
         raise ValueError(f"num_clusters must be 1 or more, got {num_clusters}; 160 suits images of 700 px and up")
     if chunk_size is not None and chunk_size < 1:
         raise ValueError(f"chunk_size must be at least 1, got {chunk_size}; None suits most machines")
-    options = (window_size, num_sinks, num_clusters, num_prefix_tokens, key_mask, chunk_size)
+    options = (window_size, num_sinks, num_clusters, num_prefix_tokens, key_mask)
     needs_gradient = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))
     if torch.compiler.is_dynamo_compiling() and not torch.compiler.is_exporting() and not needs_gradient:
         # One node of the graph: the sizes of its windows would make a graph of every image size.
-        return _compiled(q, k, v, list(grid), *options)
-    return _clustered_attention(q, k, v, grid, *options)
+        return _compiled(q, k, v, list(grid), *options, chunk_size)
+    number = math.gcd(num_workers(q), q.shape[1])
+    if number == 1:
+        return _clustered_attention(q, k, v, grid, *options, chunk_size)
+    # No head depends on another.
+    heads = list(zip(*(x.chunk(number, dim=1) for x in (q, k, v)), strict=True))
+    tokens = tokens_at_once(q) if chunk_size is None else chunk_size
+
+    def attend(part: tuple[Tensor, Tensor, Tensor]) -> Tensor:
+        return _clustered_attention(*part, grid, *options, tokens).transpose(1, 2)
+
+    return torch.cat(each_in_threads(attend, heads, number), dim=2).transpose(1, 2)
 
 
 def _clustered_attention(

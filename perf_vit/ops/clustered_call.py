@@ -16,7 +16,7 @@ from perf_vit.ops.clusters import NUM_GROUPS, Clusters, constant, sum_by_label
 from perf_vit.ops.stripes import Reduce
 from perf_vit.ops.windows import WindowGrid, row_windows, split_dim, split_rows
 
-__all__ = ["ClusteredCall", "lowest_logit"]
+__all__ = ["ClusteredCall", "lowest_logit", "tokens_at_once"]
 
 # Tokens x samples x heads of a chunk: on a CPU, its intermediate results fit in the cache; elsewhere only memory
 # limits them, to about 6 GiB in float32.
@@ -133,11 +133,10 @@ class ClusteredCall:
     def _rows_at_once(self, q: Tensor, grid: tuple[int, int]) -> int:
         if torch.compiler.is_compiling():
             return grid[0]
-        each, is_cpu = q.shape[0] * q.shape[1], q.device.type == "cpu"
-        tokens = (_CPU_TOKENS if is_cpu else _DEVICE_TOKENS) // each if self.chunk_size is None else self.chunk_size
+        tokens = tokens_at_once(q) if self.chunk_size is None else self.chunk_size
         most = tokens // (self.windows.height * grid[1])
-        if not is_cpu:
-            most = min(most, _MOST_WINDOWS // (each * self.windows.across))
+        if q.device.type != "cpu":
+            most = min(most, _MOST_WINDOWS // (q.shape[0] * q.shape[1] * self.windows.across))
         return self.windows.height * max(1, most)
 
     def _whole(self, q: Tensor, k: Tensor, v: Tensor, valid: Tensor | None) -> Tensor:
@@ -337,6 +336,11 @@ class ClusteredCall:
 def _query_constant(head_dim: int) -> float:
     """Return the value of the constant columns of queries: about sqrt(D), and the same in every dtype."""
     return 2.0 ** round(math.log2(head_dim) / 2)
+
+
+def tokens_at_once(q: Tensor) -> int:
+    """Return how many tokens per sample and head, [B, H, N, D], to process at once on the device of the queries."""
+    return (_CPU_TOKENS if q.device.type == "cpu" else _DEVICE_TOKENS) // (q.shape[0] * q.shape[1])
 
 
 def lowest_logit(dtype: torch.dtype) -> float:
