@@ -95,7 +95,8 @@ def clustered_attention(
     tokens = tokens_at_once(q) if chunk_size is None else chunk_size
 
     def attend(part: tuple[Tensor, Tensor, Tensor]) -> Tensor:
-        return _clustered_attention(*part, grid, *options, tokens).transpose(1, 2)
+        q, k, v = part
+        return _clustered_attention(q, k, v, grid, *options, tokens).transpose(1, 2)
 
     return torch.cat(each_in_threads(attend, heads, number), dim=2).transpose(1, 2)
 
