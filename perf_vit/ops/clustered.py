@@ -8,9 +8,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
-from perf_vit.ops.clustered_call import ClusteredCall, lowest_logit, tokens_at_once
+from perf_vit.ops.clustered_call import ClusteredCall, exact_attention, tokens_at_once
 from perf_vit.ops.clusters import describe_clusters, mean_key, sample_tokens
 from perf_vit.ops.features import without_autocast
 from perf_vit.ops.fused.dispatch import fused_attention
@@ -126,7 +125,7 @@ def _clustered_attention(
             # Masked keys may hold any value, including NaN.
             masked = ~key_mask[:, None, :, None]
             k, v = (x.masked_fill(masked, 0.0) for x in (k, v))
-        prefix = _exact(q[:, :, :first], k, v, key_mask)
+        prefix = exact_attention(q[:, :, :first], k, v, key_mask)
         grid_mask = None if key_mask is None else key_mask[:, first:]
         mean = mean_key(k[:, :, first:], grid_mask)
         # One vector subtracted from all keys changes no weight, but would round 16-bit keys.
@@ -201,11 +200,3 @@ _compiled = torch.library.custom_op("perf_vit::clustered_attention", _clustered_
 @_compiled.register_fake
 def _(q: Tensor, k: Tensor, v: Tensor, *options: Any) -> Tensor:
     return q.new_empty(q.shape[0], q.shape[2], q.shape[1], v.shape[-1]).transpose(1, 2)
-
-
-def _exact(q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None) -> Tensor:
-    """Attend exactly; a sample without a visible key, whose values are 0, gets 0."""
-    if key_mask is None:
-        return F.scaled_dot_product_attention(q, k, v)
-    hidden = q.new_zeros(key_mask.shape).masked_fill(~key_mask, lowest_logit(q.dtype))
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=hidden[:, None, None])

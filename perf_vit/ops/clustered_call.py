@@ -16,7 +16,7 @@ from perf_vit.ops.clusters import NUM_GROUPS, Clusters, constant, sum_by_label
 from perf_vit.ops.stripes import Reduce
 from perf_vit.ops.windows import WindowGrid, row_windows, split_dim, split_rows
 
-__all__ = ["ClusteredCall", "lowest_logit", "tokens_at_once"]
+__all__ = ["ClusteredCall", "exact_attention", "lowest_logit", "tokens_at_once"]
 
 # Tokens x samples x heads of a chunk: on a CPU, its intermediate results fit in the cache; elsewhere only memory
 # limits them, to about 6 GiB in float32.
@@ -341,6 +341,14 @@ def _query_constant(head_dim: int) -> float:
 def tokens_at_once(q: Tensor) -> int:
     """Return how many tokens per sample and head, [B, H, N, D], to process at once on the device of the queries."""
     return (_CPU_TOKENS if q.device.type == "cpu" else _DEVICE_TOKENS) // (q.shape[0] * q.shape[1])
+
+
+def exact_attention(q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None) -> Tensor:
+    """Attend exactly; a sample without a visible key, whose values are 0, gets 0."""
+    if key_mask is None:
+        return F.scaled_dot_product_attention(q, k, v)
+    hidden = q.new_zeros(key_mask.shape).masked_fill(~key_mask, lowest_logit(q.dtype))
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=hidden[:, None, None])
 
 
 def lowest_logit(dtype: torch.dtype) -> float:

@@ -71,7 +71,9 @@ _HALF_AND_SINGLE = (torch.float32, torch.float16, torch.bfloat16)
 _INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 LIMITS = {
     "triton": Limits(
-        functions={},
+        functions={
+            "clustered": ("perf_vit.ops.fused.triton_clustered", "triton_clustered_attention"),
+        },
         package="triton",
         devices=("cuda", "cpu") if _INTERPRETED else ("cuda",),
         dtypes=_HALF_AND_SINGLE,
