@@ -17,8 +17,8 @@ from perf_vit.inference.dense import Strip, StripMaker, predict_strips
 from perf_vit.inference.dense_output import DenseOutput, StripWriter, class_output
 from perf_vit.inference.inputs import MapInput
 from perf_vit.inference.jobs import DamagedPiece, JobResult, MapJob, check_map_name, files_beside
+from perf_vit.inference.jobs.beside import PolygonRecord
 from perf_vit.inference.jobs.journal import DamageLog, SeamLog, open_journal
-from perf_vit.inference.jobs.polygon_record import PolygonRecord
 from perf_vit.inference.map_line import MapLine
 from perf_vit.inference.options import SegmentationPredictOptions
 from perf_vit.inference.predictor import (
@@ -291,7 +291,7 @@ class SegmentationPredictor(InputPredictor[Segmenter, SegmentationPredictOptions
             polygons = out.with_suffix(f".{self.options.polygons}")
             check_vector_output(polygons, opened)
             if not self.options.overwrite:
-                PolygonRecord(polygons, self.options.tidying).check()
+                PolygonRecord(polygons, self.options.tidying, out).check()
         grid = self.grid()
         return MapJob(
             source=opened,
@@ -312,7 +312,7 @@ class SegmentationPredictor(InputPredictor[Segmenter, SegmentationPredictOptions
         """
         check_map_name(out)
         suffix, tidying = self.options.polygons, self.options.tidying
-        records = [PolygonRecord(out.with_suffix(f".{suffix}"), tidying).path] if suffix else []
+        records = [PolygonRecord(out.with_suffix(f".{suffix}"), tidying, out).path] if suffix else []
         return [out, *files_beside(out, self.options), *records]
 
     def size_of(self, job: MapJob) -> dict[str, Any]:
@@ -352,8 +352,8 @@ class SegmentationPredictor(InputPredictor[Segmenter, SegmentationPredictOptions
         )
 
     def write_beside(self, job: MapJob, *, made: bool, damaged: bool) -> None:
-        """Write the files next to a map that are asked for, where the map was there those that are missing."""
-        missing = {path.suffix for path in job.beside if made or not path.exists()}
+        """Write the files next to a map that are asked for; of a map that was there those that it lacks."""
+        missing = {path.suffix for path in job.beside if made or job.lacks(path)}
         if ".png" in missing:
             self._write_quicklook(job, job.out.with_suffix(".png"), damaged=damaged)
         if self.options.polygons and (f".{self.options.polygons}" in missing or not made):
@@ -398,7 +398,7 @@ class SegmentationPredictor(InputPredictor[Segmenter, SegmentationPredictOptions
     def _write_polygons(self, job: MapJob, path: Path, *, is_there: bool) -> None:
         """Write the areas of the classes, but of a declared background, unless they are there as they are asked for."""
         tidying = self.options.tidying
-        record = PolygonRecord(path, tidying)
+        record = PolygonRecord(path, tidying, job.out)
         if is_there and record.is_done():
             return
         # Alone: another process may write them tidied otherwise, and file and record belong together.

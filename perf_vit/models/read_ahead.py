@@ -117,10 +117,12 @@ def _quarters(window: Window) -> list[Window]:
 
 def _halves(start: int, length: int) -> list[tuple[int, int]]:
     """Cut on multiples of the smallest piece, on which tiles of files begin."""
+    if length <= _SALVAGE_PX:
+        return [(start, length)]
     middle = -(-(start + length // 2) // _SALVAGE_PX) * _SALVAGE_PX
-    if length <= _SALVAGE_PX or not start < middle < start + length:
+    if not start < middle < start + length:
         middle = start + length // 2
-    return [(start, length)] if length <= 1 else [(start, middle - start), (middle, start + length - middle)]
+    return [(start, middle - start), (middle, start + length - middle)]
 
 
 def load_ahead(

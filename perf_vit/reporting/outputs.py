@@ -30,6 +30,7 @@ from perf_vit.sources.pixel_size import pixel_area_grid, pixel_areas, polygon_ar
 from perf_vit.types import GeoImage, LabelArray, Source
 
 __all__ = [
+    "is_map_report",
     "is_run_report",
     "run_page",
     "thumbnail_of",
@@ -54,6 +55,9 @@ _UNITS = {"m2": "m²", "um2": "µm²", "px": "px"}
 _RUN = "predictions"
 """Kind of the page of a run of many inputs."""
 
+_MAP = "map"
+"""Kind of the page of a map."""
+
 
 def run_page(folder: Path) -> Path:
     """Return the path of the page of a run: `report.html`, or `predictions.html` next to a page of training."""
@@ -64,6 +68,11 @@ def run_page(folder: Path) -> Path:
 def is_run_report(path: Path) -> bool:
     """Return whether a file is the page of a run, which that of a new run may replace."""
     return _kind_of(path) == _RUN
+
+
+def is_map_report(path: Path) -> bool:
+    """Return whether a file is the page of a map."""
+    return _kind_of(path) == _MAP
 
 
 def _kind_of(path: Path) -> str | None:
@@ -118,7 +127,7 @@ def write_map_report(
 
         labels = read_picture(result, draw)[..., 0]
     over = {**colors, **({} if clear is None else {clear: (0, 0, 0, 0)})}
-    page = Page(title=Path(source.path).name, subtitle=f"Map of {_listed(classes)}: {map_path}")
+    page = Page(title=Path(source.path).name, subtitle=f"Map of {_listed(classes)}: {map_path}", kind=_MAP)
     seen = _seen(source)
     layers = [] if seen is None else [picture_layer("image", seen)]
     layers.append(picture_layer("map", colorize(labels, over if layers else colors), opacity=0.6 if layers else 1.0))

@@ -5,9 +5,10 @@ from __future__ import annotations
 import hashlib
 import os
 import re
+import struct
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, BinaryIO, TypeVar
 
 from perf_vit.errors import InputError
 from perf_vit.registry import Registry
@@ -77,6 +78,15 @@ ATTENTION_ENDING = "_attention"
 _MARK = re.compile(rb"PERF_VIT_VERSION|Software\0perf_vit")
 
 _MARK_BYTES = 8192
+
+# ImageDescription, which has the tags of an OME-TIFF, and GDAL_METADATA.
+_MARKED_TAGS = {270, 42112}
+
+_BIG_TIFF = 43
+
+_MOST_TAGS = 4096
+
+_MOST_TEXT_BYTES = 1 << 20
 
 _HEAD_BYTES = 4096
 
@@ -159,9 +169,29 @@ def is_own(path: Path) -> bool:
         return False
     try:
         with path.open("rb") as file:
-            return _MARK.search(file.read(_MARK_BYTES)) is not None
-    except OSError:
+            head = file.read(_MARK_BYTES) if suffix == ".png" else _tiff_texts(file)
+            return _MARK.search(head) is not None
+    except (OSError, ValueError, struct.error):
         return False
+
+
+def _tiff_texts(file: BinaryIO) -> bytes:
+    """Return the texts that describe a TIFF, from its first directory, wherever in the file they are."""
+    head = file.read(16)
+    order = "<" if head[:2] == b"II" else ">"
+    is_big = struct.unpack_from(f"{order}H", head, 2)[0] == _BIG_TIFF
+    count, entry, pointer = (f"{order}{form}" for form in (("Q", "HHQ", "Q") if is_big else ("H", "HHI", "I")))
+    file.seek(struct.unpack_from(pointer, head, 8 if is_big else 4)[0])
+    (num_tags,) = struct.unpack(count, file.read(struct.calcsize(count)))
+    entry_bytes, inline = struct.calcsize(entry), struct.calcsize(pointer)
+    directory = file.read((entry_bytes + inline) * min(num_tags, _MOST_TAGS))
+    texts = []
+    for place in range(0, len(directory), entry_bytes + inline):
+        number, _, num_bytes = struct.unpack_from(entry, directory, place)
+        if number in _MARKED_TAGS and num_bytes > inline:
+            file.seek(struct.unpack_from(pointer, directory, place + entry_bytes)[0])
+            texts.append(file.read(min(num_bytes, _MOST_TEXT_BYTES)))
+    return b"\n".join(texts)
 
 
 def image_suffixes() -> tuple[str, ...]:

@@ -10,7 +10,7 @@ with extra("geo", __name__):
     from perf_vit.writers.ome_tiff import write_ome_tiff
     from perf_vit.writers.outputs import check_outputs, existing_error, existing_outputs, input_files
     from perf_vit.writers.polygonize import polygonize_classes
-    from perf_vit.writers.qgis import category_names_path, write_category_names, write_qgis_style
+    from perf_vit.writers.qgis import category_names_path, is_own_style, write_category_names, write_qgis_style
     from perf_vit.writers.quicklook import write_map_quicklook, write_object_quicklook
     from perf_vit.writers.strips import StripStore
     from perf_vit.writers.vector import check_vector_output, write_objects
@@ -29,6 +29,7 @@ __all__ = [
     "input_files",
     "is_ome_tiff_name",
     "is_one_block",
+    "is_own_style",
     "polygonize_classes",
     "tidy_polygons",
     "write_category_names",

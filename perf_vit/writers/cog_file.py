@@ -117,15 +117,16 @@ def _append_directory(header: bytearray, tags: dict[int, Tag], big: bool) -> int
     place = len(header) + struct.calcsize(count)
     pointer = place + entry_bytes * len(tags)
     header += struct.pack(count, len(tags)) + bytes(pointer - place + inline)
-    for number in sorted(tags):
-        tag = tags[number]
+    places = {number: place + entry_bytes * index for index, number in enumerate(sorted(tags))}
+    # Places and sizes of many blocks are long: metadata come before them, near the beginning of the file.
+    for number in sorted(tags, key=lambda number: (number in (TILE_OFFSETS, TILE_SIZES), number)):
+        tag, place = tags[number], places[number]
         value = tag.value
         if len(value) > inline:
             header += b"\0" * (len(header) % 2)
             value = len(header).to_bytes(inline, "little")
             header += tag.value
         header[place : place + entry_bytes] = struct.pack(entry, number, tag.type, tag.num) + value.ljust(inline, b"\0")
-        place += entry_bytes
     header += b"\0" * (len(header) % 2)
     return pointer
 

@@ -10,10 +10,12 @@ from perf_vit.files import write_text
 from perf_vit.plotting.colors import Color
 from perf_vit.text import xml_text
 
-__all__ = ["category_names_path", "write_category_names", "write_qgis_style"]
+__all__ = ["category_names_path", "is_own_style", "write_category_names", "write_qgis_style"]
 
 # Areas are drawn over imagery, so they let it through.
 _FILL_ALPHA = 90
+
+_ROOT = {"version": "3.22.0", "styleCategories": "Symbology", "hasScaleBasedVisibilityFlag": "0"}
 
 
 def category_names_path(map_path: Path) -> Path:
@@ -51,11 +53,21 @@ def write_qgis_style(path: Path, classes: Sequence[str], colors: Mapping[int, Co
     Raises:
         OutputError: The file can't be written.
     """
-    root = ET.Element("qgis", version="3.22.0", styleCategories="Symbology", hasScaleBasedVisibilityFlag="0")
+    root = ET.Element("qgis", _ROOT)
     names = [xml_text(name) for name in classes]
     _add_raster(root, names, colors)
     _add_vector(root, names, colors)
     _write(path, root)
+
+
+def is_own_style(path: Path) -> bool:
+    """Return whether a file is a style of `write_qgis_style`; QGIS begins those that it saves with a DOCTYPE."""
+    begin = ET.tostring(ET.Element("qgis", _ROOT)).removesuffix(b" />") + b">"
+    try:
+        with path.open("rb") as file:
+            return file.read(len(begin)) == begin
+    except OSError:
+        return False
 
 
 def _add_raster(root: ET.Element, names: Sequence[str], colors: Mapping[int, Color]) -> None:

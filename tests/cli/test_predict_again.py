@@ -82,7 +82,7 @@ def test_polygons_that_were_edited_are_not_tidied_away(trained, tmp_path, capsys
     edited = polygons.read_bytes()
     assert call(args) == 0
     assert call([*args, "--simplify", "1"]) == 2
-    assert "but tidied otherwise, or changed since it was made" in capsys.readouterr().err
+    assert "but of another map, tidied otherwise, or changed since it was made" in capsys.readouterr().err
     assert polygons.read_bytes() == edited
 
 

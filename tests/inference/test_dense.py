@@ -445,3 +445,16 @@ def test_salvaging_takes_nothing_but_damage_for_damage(error) -> None:
             Gone(np.ones((1, 200, 200), np.float32), np.ones((200, 200), bool)), lambda window, _: lost.append(window)
         ).read(Window(0, 0, 200, 200))
     assert lost == []
+
+
+def test_a_damaged_window_that_is_long_is_cut_into_squares() -> None:
+    class Damaged(Plane):
+        num_bands, dtype = 1, np.dtype(np.float32)
+
+        def read(self, window: Window) -> GeoImage:
+            raise DamagedDataError(f"can't read {window}")
+
+    plane = Damaged(np.ones((1, 64, 1024), np.float32), np.ones((64, 1024), bool))
+    lost: list[Window] = []
+    SalvagingReader(plane, lambda window, _: lost.append(window)).read(Window(0, 0, 64, 1024))
+    assert lost == [Window(0, col, 64, 64) for col in range(0, 1024, 64)]

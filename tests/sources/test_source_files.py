@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import rasterio
 from PIL import Image
 
 from perf_vit.data import SegmentationDataConfig, SegmentationSplitConfig, build_segmentation_datamodule
@@ -14,6 +15,7 @@ from perf_vit.labels.image_folder import find_label_pairs
 from perf_vit.labels.objects import read_object_labels
 from perf_vit.labels.tables import read_class_folders
 from perf_vit.sources import files_below, find_images, image_suffixes, is_image_name, open_source
+from perf_vit.sources.files import is_own
 
 JUNK = ["._0.png", ".DS_Store", "Thumbs.db", "desktop.ini", "0.png.aux.xml", "0.png.ovr", "0.png.msk", ".hidden.png",
         ".ipynb_checkpoints/0-checkpoint.png", "__MACOSX/._0.png", "@eaDir/0.png", "old.partial/0.png", "0.png~",
@@ -159,3 +161,27 @@ def test_labels_go_with_the_raster_not_its_preview(tmp_path, write) -> None:
     table.write_text("image,xmin,ymin,xmax,ymax,label\n0.png,1,1,9,9,t\n")
     named = read_object_labels(table, images, label_format="csv", classes=["t"])
     assert [record.path for record in named] == [str(images / "0.png")]
+
+
+@pytest.mark.parametrize("options", [{}, {"bigtiff": "YES"}, {"endianness": "BIG"}])
+def test_maps_are_known_however_long_their_header_is(tmp_path, options) -> None:
+    shape = {"driver": "GTiff", "width": 16, "height": 16, "count": 1, "dtype": "uint8", "crs": "EPSG:32636"}
+    place = rasterio.Affine(1, 0, 5e5, 0, -1, 4e6)
+    for name in ("PERF_VIT_VERSION", "OTHER"):
+        with rasterio.open(tmp_path / f"{name}.tif", "w", transform=place, **shape, **options) as file:
+            file.update_tags(A="x" * 10_000, **{name: "1"})
+    assert is_own(tmp_path / "PERF_VIT_VERSION.tif")
+    assert not is_own(tmp_path / "OTHER.tif")
+
+
+def test_what_is_no_tiff_is_nothing_of_perf_vit(tmp_path) -> None:
+    contents = [
+        b"",
+        b"II",
+        b"II*\0\xff\xff\xff\x7f",
+        b"II+\0\x08\0\0\0" + b"\xff" * 8,
+        b"II*\0\x08\0\0\0\x05\0\x0e\x01",
+    ]
+    for number, content in enumerate(contents):
+        (tmp_path / f"{number}.tif").write_bytes(content)
+        assert not is_own(tmp_path / f"{number}.tif")

@@ -12,6 +12,7 @@ from rio_cogeo.cogeo import cog_validate
 
 from perf_vit.errors import OutputError
 from perf_vit.sources import open_source
+from perf_vit.sources.files import is_own
 from perf_vit.writers import CogWriter, RasterLayout
 from perf_vit.writers.blocks import encode_blocks
 from perf_vit.writers.cog_file import write_cog_file
@@ -175,6 +176,26 @@ def test_the_largest_file_with_offsets_of_32_bits(tmp_path, monkeypatch, spare: 
         pyramid.levels[0].sizes[0] = (1 << 32) - 1 - header - rest - spare
         write_cog_file(tmp_path / "made", layout, pyramid, tmp_path)
     assert struct.unpack("<2sH", (tmp_path / "made").read_bytes()[:4]) == (b"II", magic)
+
+
+@pytest.mark.parametrize("most_bytes", [1 << 32, 0])
+def test_tags_precede_the_places_of_many_blocks(tmp_path, monkeypatch, most_bytes: int) -> None:
+    """A map of 2,400 blocks is known as one of perf_vit by its beginning; sizes of blocks are made up."""
+    tags = {"PERF_VIT_VERSION": "1"}
+    layout = RasterLayout(height=40 * 512, width=60 * 512, num_bands=1, dtype=np.dtype("uint8"), tags=tags)
+    path = tmp_path / "large.tif"
+    monkeypatch.setattr("perf_vit.writers.cog_file._verify", lambda *_: None)
+    monkeypatch.setattr("perf_vit.writers.cog_file._MOST_BYTES", most_bytes)
+    with closing(Pyramid(layout, tmp_path)) as pyramid:
+        for level in pyramid.levels:
+            level.sizes = [100] * (-(-level.width // BLOCK_PX) * -(-level.height // BLOCK_PX))
+        write_cog_file(path, layout, pyramid, path)
+    assert b"PERF_VIT_VERSION" in path.read_bytes()[:4096]
+    assert is_own(path)
+    with rasterio.open(path) as dataset:
+        assert dataset.tags()["PERF_VIT_VERSION"] == "1"
+        assert dataset.get_tag_item("BLOCK_SIZE_59_39", "TIFF", bidx=1) == "100"
+        assert dataset.overviews(1) == [2, 4, 8, 16, 32, 64]
 
 
 def test_blocks_that_differ_on_disk_are_found(tmp_path, monkeypatch) -> None:

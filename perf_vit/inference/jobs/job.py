@@ -16,6 +16,7 @@ import torch
 from perf_vit._version import __version__
 from perf_vit.errors import OutputError
 from perf_vit.inference.dense_output import DenseOutput
+from perf_vit.inference.jobs.beside import attached_files, check_map_name, files_beside, is_to_be_made
 from perf_vit.inference.jobs.identity import OutputRecord, SourceIdentity
 from perf_vit.inference.jobs.journal import (
     MADE_MAP,
@@ -30,7 +31,6 @@ from perf_vit.inference.jobs.journal import (
     open_journal,
 )
 from perf_vit.inference.options import PredictOptions, SegmentationPredictOptions
-from perf_vit.sources import GEOTIFF_SUFFIXES
 from perf_vit.sources.describe import seam_disagreement_of
 from perf_vit.sources.slides import SlideSource
 from perf_vit.tiling import grid_windows
@@ -50,7 +50,7 @@ from perf_vit.writers import (
     write_ome_tiff,
 )
 
-__all__ = ["Job", "JobResult", "MapJob", "RecordedJob", "check_map_name", "files_beside"]
+__all__ = ["Job", "JobResult", "MapJob", "RecordedJob"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -156,7 +156,11 @@ class Job(ABC):
 
     def is_complete(self) -> bool:
         """Whether a job that has nothing to do has no file to make next to its output, and none to remove."""
-        return all(path.exists() for path in self.beside) and not has_partial_folder(self.out)
+        return not any(map(self.lacks, self.beside)) and not has_partial_folder(self.out)
+
+    def lacks(self, beside: Path) -> bool:
+        """Whether a further output is to be made next to the main one, which is there."""
+        return not beside.exists()
 
     @contextmanager
     def work(self) -> Iterator[Journal | None]:
@@ -251,10 +255,17 @@ class RecordedJob(Job):
             OutputError: Nothing can be written there.
         """
         files = {out: file if file.exists() else out for out, file in made.items()}
+        self._discard_style(journal, made)
         self._record.write(self.identity, files, num_damaged)
         for out, file in sorted(files.items(), key=lambda pair: pair[0] == self.out):
             if file != out:
                 journal.move(file, out)
+
+    def _discard_style(self, journal: Journal, made: Mapping[Path, Path]) -> None:
+        """Remove the style that is recorded of the outputs before, if these have none: QGIS finds it by its name."""
+        style, before = self.out.with_suffix(".qml"), self._record.read()
+        if style not in made and before is not None and style.exists() and self._record.holds(style, before):
+            journal.discard(style)
 
 
 _VERSION_TAG = "PERF_VIT_VERSION"
@@ -359,6 +370,14 @@ class MapJob(Job):
         other = "not as this model's map of this input with these settings, or is older than the input, or has damaged "
         raise self._other(found[0], f"{other}pixels" if found[0] == self.out else "")
 
+    def found(self) -> list[Path]:
+        """Outputs that exist, and metadata that GDAL would take for those of the map, asked for or not."""
+        return existing_outputs(dict.fromkeys([self.out, *self.beside, category_names_path(self.out)]))
+
+    def lacks(self, beside: Path) -> bool:
+        """Whether a file next to the map that is there is missing, or of an earlier map."""
+        return is_to_be_made(beside, self.out)
+
     def is_complete(self) -> bool:
         """Whether nothing is to be made; polygons that are there may have to be tidied otherwise."""
         return not self.options.polygons and super().is_complete()
@@ -402,8 +421,8 @@ class MapJob(Job):
             write_ome_tiff(made, pyramid, mpp=_mpp_xy(self.source), tags={**layout.tags, **frame})
         else:
             write_cog(store, layout, made, self.out)
-        # If this process ends before it makes them, none of an earlier map is taken for one of this map.
-        for path in self.beside if self.options.overwrite else ():
+        # If this process ends before it makes them, or isn't to, none of an earlier map is taken for one of this map.
+        for path in [*self.beside, *attached_files(self.out)] if self.options.overwrite else ():
             journal.discard(path)
         journal.move(made)
         return tuple(damaged)
@@ -427,23 +446,3 @@ def _mpp_xy(source: Source) -> tuple[float, float]:
         )
     pixel_um_xy = source.frame.pixel_um_xy if isinstance(source, SlideSource) else None
     return pixel_um_xy or (source.mpp, source.mpp)
-
-
-def check_map_name(out: Path) -> None:
-    """Refuse a map whose name doesn't say that it is a GeoTIFF.
-
-    Raises:
-        OutputError: it doesn't end in .tif or .tiff.
-    """
-    if out.suffix.lower() not in GEOTIFF_SUFFIXES:
-        raise OutputError(f"the map is a GeoTIFF: its name must end in .tif, got {out}; try {out.with_suffix('.tif')}")
-
-
-def files_beside(out: Path, options: SegmentationPredictOptions) -> list[Path]:
-    """The quicklook, the report, the polygons and the names of classes of a map, as far as they are asked for."""
-    suffixes = [*([".png"] if options.quicklook else []), *([".html"] if options.report else [])]
-    suffixes += [f".{options.polygons}"] if options.polygons else []
-    found = [out.with_suffix(suffix) for suffix in suffixes]
-    if options.style and options.kind == "classes" and not is_ome_tiff_name(out):
-        found += [out.with_suffix(".qml"), category_names_path(out)]
-    return found

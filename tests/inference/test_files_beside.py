@@ -1,0 +1,109 @@
+"""Files next to a map are of the map that is there, whatever was there before."""
+
+import os
+from pathlib import Path
+
+import pytest
+from stub_segmenter import CLASSES, StubSegmenter
+
+from perf_vit.errors import OutputError
+from perf_vit.inference import DetectionPredictOptions, SegmentationPredictOptions, SegmentationPredictor
+from perf_vit.inference.detection import ObjectJob
+from perf_vit.sources import open_source
+from perf_vit.writers import write_qgis_style
+
+
+class Inverted(StubSegmenter):
+    def forward(self, tiles):
+        return -super().forward(tiles)
+
+
+@pytest.fixture
+def scene(make_scene) -> Path:
+    return make_scene(height=40, width=48, num_bands=3)
+
+
+@pytest.fixture
+def predict(scene, tmp_path):
+    """Map a scene into `map.tif` and return the files of that name."""
+
+    def _predict(model: StubSegmenter, **options) -> dict[str, bytes]:
+        given = SegmentationPredictOptions(device="cpu", **{"style": True, **options})
+        SegmentationPredictor(model, given).run(scene, tmp_path / "map.tif")
+        return {path.name: path.read_bytes() for path in tmp_path.glob("*map.*")}
+
+    return _predict
+
+
+ASKED = {"quicklook": True, "report": True, "polygons": "geojson"}
+
+
+def test_files_of_another_models_map_are_made_again_once_asked_for(predict, tmp_path) -> None:
+    predict(StubSegmenter("a"), **ASKED)
+    predict(Inverted("b"), overwrite=True)
+    found = predict(Inverted("b"), **ASKED)
+    for path in tmp_path.glob("*map.*"):
+        path.unlink()
+    assert found == predict(Inverted("b"), **ASKED)
+
+
+def test_polygons_of_another_map_that_were_edited_are_refused(predict, tmp_path) -> None:
+    predict(StubSegmenter("a"), polygons="geojson")
+    polygons = tmp_path / "map.geojson"
+    polygons.write_bytes(polygons.read_bytes() + b"\n")
+    predict(Inverted("b"), overwrite=True)
+    with pytest.raises(OutputError, match=r"map\.geojson exists already, but of another map"):
+        predict(Inverted("b"), polygons="geojson")
+
+
+def test_pictures_of_others_stay(predict, tmp_path) -> None:
+    for name in ("map.png", "map.html", "map.qml"):
+        (tmp_path / name).write_text("mine")
+        os.utime(tmp_path / name, (0, 0))
+    predict(StubSegmenter("a"), style=False)
+    found = predict(StubSegmenter("a"), quicklook=True, report=True)
+    assert [found[name] for name in ("map.png", "map.html", "map.qml")] == [b"mine"] * 3
+
+
+@pytest.mark.parametrize("options", [{"kind": "probabilities"}, {"style": False}])
+def test_names_and_colours_of_a_replaced_map_go_with_it(predict, tmp_path, options) -> None:
+    assert {"map.tif.aux.xml", "map.qml"} <= predict(StubSegmenter("a")).keys()
+    assert predict(StubSegmenter("b"), overwrite=True, **options).keys() == {"map.tif"}
+    (tmp_path / "map.qml").write_text("<!DOCTYPE qgis>\n<qgis/>")
+    assert predict(StubSegmenter("c"), overwrite=True, **options).keys() == {"map.tif", "map.qml"}
+
+
+def test_metadata_of_a_map_that_is_gone_are_not_attached_to_another(predict, tmp_path) -> None:
+    predict(StubSegmenter("a"))
+    (tmp_path / "map.tif").unlink()
+    with pytest.raises(OutputError, match=r"map\.tif\.aux\.xml exists already"):
+        predict(StubSegmenter("b"), kind="probabilities")
+
+
+def test_a_style_made_later_is_that_of_the_map(predict, tmp_path) -> None:
+    predict(StubSegmenter("a"), style=False)
+    for name in ("map.qml", "map.tif.aux.xml"):
+        write_qgis_style(tmp_path / name, ["x", "y", "z"], dict.fromkeys(range(3), (0, 0, 0)))
+        os.utime(tmp_path / name, (0, 0))
+    found = predict(StubSegmenter("a"))
+    assert all(CLASSES[0].encode() in found[name] for name in ("map.qml", "map.tif.aux.xml"))
+
+
+@pytest.mark.parametrize("is_edited", [False, True])
+def test_the_style_of_replaced_objects_goes_with_them(scene, tmp_path, is_edited) -> None:
+    def write(**options) -> None:
+        given = DetectionPredictOptions(**options)
+        out = tmp_path / "found.gpkg"
+        with open_source(scene) as source:
+            job = ObjectJob(source=source, out=out, settings={}, meaning={}, options=given)
+            with job.work() as journal:
+                made = {path: journal.folder / path.name for path in [out, *job.beside]}
+                for file in made.values():
+                    file.write_text(str(options))
+                job.finish(journal, made)
+
+    write(style=True)
+    if is_edited:
+        (tmp_path / "found.qml").write_text("mine")
+    write(overwrite=True, style=False)
+    assert (tmp_path / "found.qml").exists() == is_edited
