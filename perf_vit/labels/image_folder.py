@@ -15,7 +15,7 @@ __all__ = ["ImageFolder", "find_label_pairs", "label_files", "read_lines", "vect
 
 
 class ImageFolder:
-    """Images found by path within the folder or by file name, with or without suffix.
+    """Images found by path within the folder or by file name, with or without suffix, or else by their whole path.
 
     An image next to a raster of the same name is a preview, which is only found by its name with suffix.
 
@@ -40,6 +40,7 @@ class ImageFolder:
         roots = [(path, image_root(each)) for each in given for path in find_images([each])]
         roots = [(path, root) for path, root in roots if not set(without).intersection(path.parents)]
         found = list(dict(roots))
+        self._found = frozenset(found)
         previews = previews_among(found)
         self.paths = [path for path in found if path not in previews]
         self._known: dict[str, set[Path]] = {}
@@ -53,7 +54,7 @@ class ImageFolder:
 
     def has(self, name: str) -> bool:
         """Return whether any image matches a name from a label file."""
-        return str(Path(name)) in self._known
+        return str(Path(name)) in self._known or Path(name) in self._found
 
     def find(self, name: str, labels: str) -> Path:
         """Return the image that matches a name from a label file.
@@ -61,7 +62,7 @@ class ImageFolder:
         Raises:
             InputError: No image matches, or several do.
         """
-        found = self._known.get(str(Path(name)), set())
+        found = self._known.get(str(Path(name))) or {Path(name)} & self._found
         if len(found) == 1:
             return next(iter(found))
         if found:

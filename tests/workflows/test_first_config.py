@@ -19,6 +19,7 @@ from synthetic_slide import make_slide
 import perf_vit
 from perf_vit.errors import InputError, OptionError, OutputError
 from perf_vit.workflows.first_config import FirstConfig
+from perf_vit.workflows.registry import TASKS
 from perf_vit.workflows.train import read_run
 
 CRS, PLACE = "EPSG:32637", Affine(0.5, 0, 401_000, 0, -0.5, 4_510_000)
@@ -184,10 +185,10 @@ def test_a_slide_with_annotations() -> None:
     assert made.commands[2].endswith("--output runs/s/map.ome.tif")
 
 
-def write_images(folder: str, num: int) -> None:
+def write_images(folder: str, num: int, size: tuple[int, int] = (96, 128)) -> None:
     Path(folder).mkdir(parents=True)
     for number in range(num):
-        pixels = np.random.default_rng(number).integers(0, 255, (96, 128, 3), np.uint8)
+        pixels = np.random.default_rng(number).integers(0, 255, (*size, 3), np.uint8)
         Image.fromarray(pixels).save(f"{folder}/{number}.png")
 
 
@@ -254,6 +255,65 @@ def test_numbers_of_images() -> None:
     made = perf_vit.init("regression", "plots", "biomass.csv", out="b.yaml", progress=False)
     assert config_of(made.path)["data"]["targets"] == ["biomass", "height"]
     assert len(Path("b_val.csv").read_text().splitlines()) == 3
+
+
+@pytest.mark.parametrize(
+    ("task", "size", "tile"),
+    [
+        ("regression", (300, 280), {"tile_px": 224, "resize": True}),
+        ("regression", (96, 128), {"tile_px": 224, "resize": True}),
+        ("regression", (200, 190), {"tile_px": 224, "resize": False}),
+        ("classification", (200, 190), {"tile_px": 224, "resize": False}),
+        ("classification", (28, 28), {"tile_px": 64, "resize": False}),
+    ],
+)
+def test_the_first_batch_of_a_few_images_is_there_whatever_their_size(task: str, size, tile) -> None:
+    write_images("photos", 5, size)
+    # A grey photo among colour ones.
+    Image.open("photos/4.png").convert("L").save("photos/4.png")
+    rows = [f"{n}.png,{n},{'ab'[n % 2]}" for n in range(5)]
+    Path("t.csv").write_text("\n".join(["image,age,label", *rows]))
+    made = perf_vit.init(task, "photos", "t.csv", out="t.yaml", progress=False)
+    data = config_of(made.path)["data"]
+    assert {key: data[key] for key in tile} == tile
+    module = TASKS[task].build_data(read_run(made.path))
+    tiles, targets, _ = next(iter(module.train_dataloader()))
+    assert len(tiles) == len(targets) == data["batch_size"] == len(module.train)
+    assert len(module.val) == 5 - len(targets)
+
+
+def test_a_large_image_among_small_ones_is_found() -> None:
+    write_images("plots", 66, (16, 16))
+    Image.new("RGB", (400, 300), (9, 9, 9)).save("plots/33.png")
+    Path("t.csv").write_text("\n".join(["image,age", *(f"{n}.png,{n}" for n in range(66))]))
+    made = perf_vit.init("regression", "plots", "t.csv", out="t.yaml", progress=False)
+    assert config_of(made.path)["data"]["resize"] is True
+
+
+@pytest.mark.parametrize("task", ["classification", "detection"])
+def test_several_folders_whose_images_have_the_same_names(task: str, recwarn) -> None:
+    given = {}
+    for folder in ("a", "b"):
+        for name in ("forest", "town"):
+            write_images(f"{folder}/{name}", 3, (64, 64))
+    Image.new("RGB", (64, 64), (250, 250, 250)).save("b/town/1.png")
+    if task == "detection":
+        paths = sorted(map(str, Path().rglob("*.png")))
+        rows = ["image,xmin,ymin,xmax,ymax,label", *(f"{path},10,10,40,40,tree" for path in paths)]
+        Path("boxes.csv").write_text("\n".join(rows))
+        given = {"labels": "boxes.csv"}
+    made = perf_vit.init(task, ["a", "b"], out="c.yaml", progress=False, **given)
+    module = TASKS[task].build_data(read_run(made.path))
+    found = [images.sources for images in (module.train.images, module.val.images)]
+    train, val = ({one.path for one in sources} for sources in found)
+    assert len(train | val) == 12
+    assert not train & val
+    assert "--input . " in made.commands[1]
+    if task == "detection":
+        # The statistics are those of the training images alone.
+        found = TASKS[task].build_data(read_run(made.path, {"data.mean": None, "data.std": None})).normalizer
+        assert config_of(made.path)["data"]["mean"] == pytest.approx(found.mean, rel=1e-3)
+    assert [str(warning.message) for warning in recwarn if "is also in data.train" in str(warning.message)] == []
 
 
 def test_slides_with_classes() -> None:

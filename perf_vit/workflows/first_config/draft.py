@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
 
 from perf_vit.errors import OptionError
+from perf_vit.files import write_text
 from perf_vit.sources import describe_source
+from perf_vit.sources.image_search import image_root
 from perf_vit.types import Source
 
 __all__ = [
@@ -19,6 +24,7 @@ __all__ = [
     "Files",
     "augmentation_for",
     "bands_note",
+    "data_values",
     "image_fact",
     "nested",
     "rounded",
@@ -64,9 +70,34 @@ class Files:
             raise OptionError("val_labels needs `val_image`, the images that they belong to; give both")
 
     @property
+    def images(self) -> list[str]:
+        """The images as a list."""
+        return [self.image] if isinstance(self.image, str) else self.image
+
+    @property
     def first_image(self) -> str:
         """The image, or the first of several."""
-        return self.image if isinstance(self.image, str) else self.image[0]
+        return self.images[0]
+
+    @property
+    def all_images(self) -> str:
+        """The image, or the folder that contains several; the first of several that have no common folder."""
+        if len(self.images) == 1:
+            return self.first_image
+        roots = [image_root(image) for image in self.images]
+        try:
+            common = Path(os.path.commonpath(roots))
+        except ValueError:
+            return self.first_image
+        is_above = all(".." not in root.parts for root in roots)
+        return common.as_posix() if is_above and common != Path(common.anchor or "/") else self.first_image
+
+    def name(self, path: str) -> str:
+        """Return the name of an image in lists: relative to the folder of images, or its path if there are several."""
+        root, found = image_root(self.first_image), Path(path)
+        if len(self.images) == 1 and found != root and found.is_relative_to(root):
+            return found.relative_to(root).as_posix()
+        return found.as_posix()
 
     def beside(self, ending: str) -> str:
         """Path of another file next to the config, with a posix separator."""
@@ -148,6 +179,19 @@ def augmentation_for(source: Source) -> dict[str, Any]:
 def bands_note(names: Sequence[str]) -> dict[str, str]:
     """Return a comment with the names of bands that have some."""
     return {} if all(name.startswith("band_") for name in names) else {"data.bands": f"{', '.join(names)}."}
+
+
+@contextmanager
+def data_values(draft: Draft) -> Iterator[dict[str, Any]]:
+    """Yield the values of `data` as nested mappings, with the lists of images, which don't exist yet, in a folder."""
+    with TemporaryDirectory() as folder:
+        places = {name: str(Path(folder, str(number))) for number, name in enumerate(draft.files)}
+        for name, place in places.items():
+            write_text(place, draft.files[name])
+        yield nested(
+            {key: places.get(value, value) if isinstance(value, str) else value for key, value in draft.values.items()},
+            "data",
+        )
 
 
 def nested(values: dict[str, Any], section: str) -> dict[str, Any]:

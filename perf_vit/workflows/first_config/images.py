@@ -9,28 +9,41 @@ from pathlib import Path
 
 import numpy as np
 
+from perf_vit.config import build_config
+from perf_vit.data import (
+    ClassificationDataConfig,
+    ClassificationSplitConfig,
+    RegressionDataConfig,
+    SlideClassificationDataConfig,
+    build_classification_datamodule,
+    read_image_targets,
+)
 from perf_vit.data.bags import read_slide_table
-from perf_vit.errors import InputError, OptionError, reason_line
-from perf_vit.labels.tables import read_class_folders, read_csv_rows
-from perf_vit.sources import find_images, open_source
-from perf_vit.sources.image_search import image_root
+from perf_vit.data.classification import ImageDataConfig
+from perf_vit.data.slide_classification import read_slides
+from perf_vit.errors import InputError, reason_line
+from perf_vit.labels.tables import ImageTargets, read_csv_rows
+from perf_vit.sources import open_source
 from perf_vit.workflows.first_config.draft import (
     Draft,
     Files,
     augmentation_for,
     bands_note,
+    data_values,
     image_fact,
     shares_fact,
     split_indices,
-    tile_size,
 )
+from perf_vit.workflows.progress import working
 
 __all__ = ["draft_images", "draft_slides"]
 
 _IMAGE_COLUMNS = ("image", "image_path", "filename", "file", "path", "slide", "name")
 _CLASS_COLUMNS = ("label", "class", "category", "diagnosis", "type")
 _IMBALANCE = 5
-_IMAGES_MEASURED = 32
+_BATCH_SIZE = 16
+# Larger images are resized to the second size; tiles of whole images are a multiple of the third.
+_WHOLE_PX, _RESIZED_PX, _MULTIPLE = 256, 224, 32
 
 
 def draft_images(files: Files) -> Draft:
@@ -41,30 +54,34 @@ def draft_images(files: Files) -> Draft:
         OptionError: Labels are missing.
     """
     draft = Draft(values={"task": files.task, "out": files.run, "data.train.image": files.image}, facts=[])
-    if files.task == "regression":
+    is_regression = files.task == "regression"
+    if is_regression:
         files.required_labels("a CSV file with a column of image names and columns of numbers")
     columns = _columns_of(files)
+    if is_regression:
+        columns[1:] = _number_columns(files, columns)
+    labelled = _read_images(files, columns, files.image, files.labels)
+    names, kinds = labelled.names, [0] * len(labelled) if is_regression else labelled.targets.astype(int).tolist()
+    num_train = _set_apart(files, draft, columns, _table(files, columns, labelled), kinds)
     values = draft.values
-    if files.task == "regression":
-        targets = _number_columns(files, columns)
-        rows = [[row[name] for name in (columns[0], *targets)] for row in _rows(files, [columns[0], *targets])]
-        _set_apart(files, draft, [columns[0], *targets], rows, [0] * len(rows))
-        values["data.targets"] = targets
-        draft.facts.append(f"targets of {len(rows):,} images: {', '.join(targets)}")
+    if is_regression:
+        values["data.targets"] = list(names)
+        draft.facts.append(f"targets of {len(labelled):,} images: {', '.join(names)}")
     else:
-        names, labels = _labelled(files, columns)
-        classes = sorted(set(labels))
-        _set_apart(
-            files, draft, columns, list(zip(names, labels, strict=True)), [classes.index(each) for each in labels]
-        )
-        values["data.classes"] = classes
-        _count(draft, classes, labels)
-        draft.values["data.label_column"] = columns[1]
+        values["data.classes"] = list(names)
+        _count(draft, names, [names[kind] for kind in kinds])
+        values["data.label_column"] = columns[1]
     values["data.image_column"] = columns[0]
-    _choose_tiles(files, draft)
+    _choose_tiles(files, draft, columns, labelled)
+    values["data.batch_size"] = min(_BATCH_SIZE, num_train)
+    with data_values(draft) as data, working("opening the images"):
+        kind = RegressionDataConfig if is_regression else ClassificationDataConfig
+        build_classification_datamodule(build_config(kind, data), 0)
     values |= {"model.backbone": "resnet18", "optim.lr": 0.0005, "trainer.max_epochs": 20, "trainer.precision": "auto"}
     draft.notes["model.backbone"] = "Any timm model; with model.pretrained=true, timm's weights are loaded."
-    draft.predict = ["--input", files.val_image or files.first_image, "--output", f"{files.run}/predictions.csv"]
+    inputs = files.images if files.val_image is None else [files.val_image]
+    draft.predict = [*(part for each in inputs for part in ("--input", each)), "--output"]
+    draft.predict.append(f"{files.run}/predictions.csv")
     return draft
 
 
@@ -77,17 +94,20 @@ def draft_slides(files: Files) -> Draft:
     """
     files.required_labels("a CSV file with the columns slide and label")
     columns = _columns_of(files)
-    names, labels = _labelled(files, columns)
+    rows = [[row[column] for column in columns] for row in _rows(files, columns)]
+    labels = [row[1] for row in rows]
     classes = sorted(set(labels))
     given = {"image_column": columns[0], "label_column": columns[1]}
     with open_source(read_slide_table(str(files.labels), files.first_image, **given).paths[0]) as source:
-        facts = [f"slides  {len(names)}, the first {image_fact(source)}"]
+        facts = [f"slides  {len(rows)}, the first {image_fact(source)}"]
     draft = Draft(values={"task": files.task, "out": files.run, "data.train.image": files.image}, facts=facts)
-    _set_apart(files, draft, columns, list(zip(names, labels, strict=True)), [classes.index(each) for each in labels])
+    _set_apart(files, draft, columns, rows, [classes.index(each) for each in labels])
     _count(draft, classes, labels)
     draft.values.pop("data.sampler", None)
     draft.values |= {"data.classes": classes, "data.image_column": columns[0], "data.label_column": columns[1]}
     draft.values |= {"data.mpp": 0.5, "data.tile_px": 224, "data.tissue": "auto", "data.max_windows": 4096}
+    with data_values(draft) as data:
+        read_slides(build_config(SlideClassificationDataConfig, data), 0)
     draft.values |= {"model.backbone": "vit_small_patch14_dinov2", "model.pretrained": True}
     draft.values |= {"optim.lr": 0.0002, "trainer.max_epochs": 50, "trainer.accumulate_batches": 4}
     draft.notes["model.backbone"] = (
@@ -120,17 +140,24 @@ def _rows(files: Files, columns: Sequence[str]) -> list[Mapping[str, str]]:
     return [row.values for row in read_csv_rows(str(files.labels), list(dict.fromkeys(columns)))]
 
 
-def _labelled(files: Files, columns: Sequence[str]) -> tuple[list[str], list[str]]:
-    """Return names of images and their classes."""
-    if files.labels is not None:
-        rows = _rows(files, columns)
-        return [row[columns[0]] for row in rows], [row[columns[1]] for row in rows]
-    if files.task == "slide_classification":
-        raise OptionError("labels must be given: a CSV file with the columns slide and label")
-    found = read_class_folders(files.image)
-    root = image_root(files.first_image)
-    names = [Path(path).relative_to(root).as_posix() for path in found.paths]
-    return names, [found.names[index] for index in found.targets.astype(int).tolist()]
+def _read_images(files: Files, columns: Sequence[str], image: str | list[str], labels: str | None) -> ImageTargets:
+    """Read the labels of images as training does."""
+    split = ClassificationSplitConfig(image=image, labels=labels)
+    config: ImageDataConfig
+    if files.task == "regression":
+        config = RegressionDataConfig(train=split, targets=list(columns[1:]), image_column=columns[0])
+    else:
+        config = ClassificationDataConfig(train=split, image_column=columns[0], label_column=columns[1])
+    return read_image_targets(config, split)
+
+
+def _table(files: Files, columns: Sequence[str], labelled: ImageTargets) -> list[list[str]]:
+    """Return the rows of a table of images, whose names are clear where there are several folders."""
+    names = [files.name(path) for path in labelled.paths]
+    if files.labels is None:
+        return [[name, labelled.names[kind]] for name, kind in zip(names, labelled.targets.astype(int), strict=True)]
+    rows = [[row[column] for column in columns] for row in _rows(files, columns)]
+    return rows if len(files.images) == 1 else [[name, *row[1:]] for name, row in zip(names, rows, strict=True)]
 
 
 def _number_columns(files: Files, columns: Sequence[str]) -> list[str]:
@@ -152,16 +179,16 @@ def _number_columns(files: Files, columns: Sequence[str]) -> list[str]:
 
 
 def _set_apart(
-    files: Files, draft: Draft, columns: Sequence[str], rows: Sequence[Sequence[str]], groups: Sequence[int]
-) -> None:
-    """Write tables of training and validation images."""
+    files: Files, draft: Draft, columns: Sequence[str], rows: Sequence[Sequence[str]], kinds: Sequence[int]
+) -> int:
+    """Write tables of training and validation images; return the number of training images."""
     if files.val_image is not None:
         draft.values["data.train.labels"] = files.labels
         draft.values |= {"data.val.image": files.val_image, "data.val.labels": files.val_labels or files.labels}
         labels = draft.values["data.val.labels"]
         draft.evaluate = ["--input", files.val_image, *([] if labels is None else ["--labels", str(labels)])]
-        return
-    chosen = set(split_indices(groups))
+        return len(rows)
+    chosen = set(split_indices(kinds))
     if not chosen:
         raise InputError("expected two or more images of a class, of which one validates; give more images")
     for part, is_val in (("train", False), ("val", True)):
@@ -173,7 +200,8 @@ def _set_apart(
         draft.files[name] = table.getvalue()
         draft.values |= {f"data.{part}.image": files.image, f"data.{part}.labels": name}
     draft.notes["data.val.labels"] = f"{len(chosen)} of {len(rows)} images, a quarter of each class, drawn at random."
-    draft.evaluate = ["--input", files.first_image, "--labels", files.beside("_val.csv")]
+    draft.evaluate = ["--input", files.all_images, "--labels", files.beside("_val.csv")]
+    return len(rows) - len(chosen)
 
 
 def _count(draft: Draft, classes: Sequence[str], labels: Sequence[str]) -> None:
@@ -189,19 +217,27 @@ def _count(draft: Draft, classes: Sequence[str], labels: Sequence[str]) -> None:
     )
 
 
-def _choose_tiles(files: Files, draft: Draft) -> None:
-    paths = find_images([files.image] if isinstance(files.image, str) else files.image)
-    sizes: list[tuple[int, int]] = []
-    for path in paths[:: max(1, len(paths) // _IMAGES_MEASURED)]:
-        with open_source(path) as source:
-            sizes.append((source.height, source.width))
-            if len(sizes) == 1:
-                draft.facts.insert(0, f"images  {len(paths)}, the first {image_fact(source)}")
-                draft.values["data.bands"] = list(range(1, source.num_bands + 1))
-                draft.values["data.augment"] = augmentation_for(source)
-                draft.notes |= bands_note(source.band_names)
-    sides = [side for size in sizes for side in size]
-    is_whole = max(sides) <= 256 and max(sides) <= 1.25 * min(sides)
-    draft.values |= {"data.tile_px": tile_size(sides, 32, 256) if is_whole else 224, "data.resize": not is_whole}
-    draft.notes["data.resize"] = f"Images have sides from {min(sides)} to {max(sides)} px."
-    draft.values["data.batch_size"] = 16
+def _choose_tiles(files: Files, draft: Draft, columns: Sequence[str], labelled: ImageTargets) -> None:
+    paths = labelled.paths
+    if files.val_image is not None and files.task == "regression":
+        paths += _read_images(files, columns, files.val_image, files.val_labels or files.labels).paths
+    sides: set[int] = set()
+    numbers: set[int] = set()
+    with working("reading the sizes of the images"):
+        for path in paths:
+            with open_source(path) as source:
+                sides.update(source.size)
+                numbers.add(source.num_bands)
+    with open_source(paths[0]) as source:
+        draft.facts.insert(0, f"images  {len(labelled)}, the first {image_fact(source)}")
+        draft.values["data.bands"] = list(range(1, source.num_bands + 1)) if len(numbers) == 1 else None
+        augment = augmentation_for(source)
+        draft.notes |= bands_note(source.band_names)
+    smallest, largest = min(sides), max(sides)
+    is_whole = largest <= _WHOLE_PX and largest <= 1.25 * smallest
+    if files.task == "regression" and not is_whole:
+        # A zoom would cut images whose targets are those of the whole.
+        augment.pop("scale", None)
+    tile_px = max(64, -(-largest // _MULTIPLE) * _MULTIPLE) if is_whole else _RESIZED_PX
+    draft.values |= {"data.augment": augment, "data.tile_px": tile_px, "data.resize": not is_whole}
+    draft.notes["data.resize"] = f"Images have sides from {smallest} to {largest} px."

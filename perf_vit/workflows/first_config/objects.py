@@ -14,15 +14,14 @@ from perf_vit.data import DetectionDataConfig, build_detection_datamodule
 from perf_vit.errors import InputError
 from perf_vit.labels.objects import ImageRecord, ObjectIndex, read_object_labels
 from perf_vit.sources import is_vector_name, open_source
-from perf_vit.sources.image_search import image_root
 from perf_vit.workflows.first_config.draft import (
     BACKBONE_NOTE,
     Draft,
     Files,
     augmentation_for,
     bands_note,
+    data_values,
     image_fact,
-    nested,
     rounded,
     shares_fact,
     tile_size,
@@ -130,13 +129,13 @@ def _set_apart(files: Files, draft: Draft, index: ObjectIndex, label_format: str
         "data.val.labels": files.labels,
         "data.val.label_format": label_format,
     }
-    scored = ["--input", files.first_image, "--labels", str(files.labels)]
+    scored = ["--input", files.all_images, "--labels", str(files.labels)]
     if len(index) < 2:
         draft.facts.append("There is one image: it is trained on and validated on; give --val-image for honest scores.")
         return scored
     chosen = set(_chosen(index.records))
     for part, is_val in (("train", False), ("val", True)):
-        names = [_name(files, each) for place, each in enumerate(index) if (place in chosen) is is_val]
+        names = [files.name(each.path) for place, each in enumerate(index) if (place in chosen) is is_val]
         draft.files[files.beside(f"_{part}.txt")] = "\n".join(names) + "\n"
     # The keys of a split stand together.
     items = {f"data.{part}.label_format": (f"data.{part}.names", f"_{part}.txt") for part in ("train", "val")}
@@ -158,17 +157,11 @@ def _chosen(records: Sequence[ImageRecord]) -> list[int]:
     return max(draws, key=lambda draw: len({label for place in draw for label in records[place].labels.tolist()}))
 
 
-def _name(files: Files, record: ImageRecord) -> str:
-    root = image_root(files.first_image)
-    path = Path(record.path)
-    return path.relative_to(root).as_posix() if path.is_relative_to(root) and path != root else path.name
-
-
 def _first_scored(files: Files, index: ObjectIndex, draft: Draft) -> str:
     if files.val_image is not None:
         return files.val_image
     names = draft.files.get(files.beside("_val.txt"), "").splitlines()
-    return next((each.path for each in index if names and _name(files, each) == names[0]), index.records[0].path)
+    return next((each.path for each in index if names and files.name(each.path) == names[0]), index.records[0].path)
 
 
 def _choose_tiles(draft: Draft, index: ObjectIndex, large: float) -> None:
@@ -214,12 +207,8 @@ def _choose_model(draft: Draft, label_format: str, small: float, large: float) -
 
 def _measure(draft: Draft) -> None:
     """Open the data as training does, and write down the statistics of the bands."""
-    config = build_config(DetectionDataConfig, nested(draft.values, "data"))
-    # The lists of names aren't written yet.
-    for split in (config.train, config.val):
-        if split is not None:
-            split.names = None
     oriented = draft.values["model.head"] == "oriented_fcos"
-    measured = build_detection_datamodule(config, 0, oriented=oriented).normalizer
+    with data_values(draft) as data:
+        measured = build_detection_datamodule(build_config(DetectionDataConfig, data), 0, oriented=oriented).normalizer
     draft.values |= {"data.mean": rounded(measured.mean), "data.std": rounded(measured.std)}
-    draft.notes["data.mean"] = "Measured on the images; those of the pretraining suit a pretrained backbone."
+    draft.notes["data.mean"] = "Measured on the training images; those of the pretraining suit a pretrained backbone."
