@@ -22,6 +22,7 @@ __all__ = [
     "find_class_pixels",
     "find_labelled_pixels",
     "labelled_share",
+    "num_windows",
     "pieces",
     "warn_of_absent_classes",
 ]
@@ -43,19 +44,47 @@ def count_class_pixels(
     *,
     window_px: int = _WINDOW_PX,
     max_windows: int = _MAX_WINDOWS,
+    on_window: Callable[[int, int], None] | None = None,
 ) -> list[int]:
     """Count the pixels of each class available for training: labelled, valid and within the region.
+
+    In large data, the labels of all windows are read, and the pixels of a fixed random subset of those with labels. The
+    counts are then estimates. Classes that the subset lacks are counted in the windows that have them.
 
     Args:
         sources: Rasters with labels and regions.
         num_classes: Number of classes K.
         window_px: Size of the windows read, in pixels.
-        max_windows: Maximum number of windows to read; if there are more, a fixed random subset is read.
+        max_windows: Maximum number of windows to read with their pixels, in all and of each class that these lack.
+        on_window: Function called with the number of windows done and the total, while labels are read.
 
     Returns:
         Number of pixels per class; for multi-label layers, the pixels where the class is present.
     """
-    return count_labelled_pixels(sources, num_classes, window_px=window_px, max_windows=max_windows)[0]
+    windows = _windows(sources, window_px)
+    if len(windows) <= max_windows:
+        return _count(windows, num_classes)[0].tolist()
+    present = np.zeros((num_classes + 1, len(windows)), bool)
+    for index, (source, window) in enumerate(windows):
+        labels = source.labels.read(window)
+        present[[number for number, here in _of_classes(labels, num_classes) if here.any()], index] = True
+        present[-1, index] = (labels != IGNORE_INDEX).any()
+        if on_window is not None:
+            on_window(index + 1, len(windows))
+    counts = _estimate(windows, present[-1], num_classes, max_windows)
+    for number in np.flatnonzero((counts == 0) & present[:-1].any(axis=1)).tolist():
+        counts[number] = _estimate(windows, present[number], num_classes, max_windows)[number]
+    return counts.tolist()
+
+
+def _estimate(
+    windows: Sequence[tuple[LabelledSource, Window]], chosen: BoolArray, num_classes: int, max_windows: int
+) -> npt.NDArray[np.int64]:
+    """Return the number of pixels per class in the chosen windows, estimated from a random subset if it is large."""
+    places = np.flatnonzero(chosen)
+    drawn = np.sort(np.random.default_rng(0).permutation(places)[:max_windows]).tolist()
+    counts, _ = _count([windows[index] for index in drawn], num_classes)
+    return np.ceil(counts * (len(places) / max(1, len(drawn)))).astype(np.int64)
 
 
 def count_labelled_pixels(
@@ -65,13 +94,29 @@ def count_labelled_pixels(
     window_px: int = _WINDOW_PX,
     max_windows: int = _MAX_WINDOWS,
 ) -> tuple[list[int], int]:
-    """Count pixels as `count_class_pixels`, and all labelled pixels read, including those without any class."""
-    windows = [(source, window) for source in sources for window in pieces(source.region, window_px)]
+    """Count pixels of each class and all labelled pixels, including those without any class.
+
+    If there are more windows than `max_windows`, a fixed random subset is read, whether or not it has labels.
+    """
+    windows = _windows(sources, window_px)
     # Random, as equal steps through the rows of a grid may read its diagonal only.
     chosen = np.sort(np.random.default_rng(0).permutation(len(windows))[:max_windows])
+    counts, num_labelled = _count([windows[index] for index in chosen.tolist()], num_classes)
+    return counts.tolist(), num_labelled
+
+
+def num_windows(sources: Sequence[LabelledSource]) -> int:
+    """Return the number of windows that the regions of sources are counted in."""
+    return len(_windows(sources, _WINDOW_PX))
+
+
+def _windows(sources: Sequence[LabelledSource], window_px: int) -> list[tuple[LabelledSource, Window]]:
+    return [(source, window) for source in sources for window in pieces(source.region, window_px)]
+
+
+def _count(windows: Sequence[tuple[LabelledSource, Window]], num_classes: int) -> tuple[npt.NDArray[np.int64], int]:
     counts, num_labelled = np.zeros(num_classes, np.int64), 0
-    for index in chosen.tolist():
-        source, window = windows[index]
+    for source, window in windows:
         labels = source.read_labels(window)
         labelled = labels != IGNORE_INDEX
         if labels.ndim == 3:
@@ -81,7 +126,7 @@ def count_labelled_pixels(
             # IGNORE_INDEX is above all class indices.
             counts += np.bincount(labels.ravel(), minlength=num_classes)[:num_classes]
         num_labelled += int(labelled.sum())
-    return [int(count) for count in counts], num_labelled
+    return counts, num_labelled
 
 
 def pieces(region: Window, size: int) -> Iterator[Window]:
@@ -90,6 +135,9 @@ def pieces(region: Window, size: int) -> Iterator[Window]:
         for col in range(region.col, region.col_stop, size):
             yield Window(row, col, min(size, region.row_stop - row), min(size, region.col_stop - col))
 
+
+_PIXELS_PER_PLACE = 16
+_MAX_PLACES_PX = 1 << 18
 
 # Few enough to store for hundreds of classes, enough for varied tiles of common classes.
 _MAX_PIXELS = 4096
@@ -119,12 +167,11 @@ def find_class_pixels(
     Returns:
         Pixels (source, row, column) of each class, [n, 3].
     """
+    rng = np.random.default_rng(seed)
     return _find_pixels(
         sources,
-        num_classes + int(multilabel),
+        [_Sample(max_pixels, rng) for _ in range(num_classes + int(multilabel))],
         lambda labels: _of_classes(labels, num_classes),
-        seed=seed,
-        max_pixels=max_pixels,
         window_px=window_px,
         on_window=on_window,
     )
@@ -134,40 +181,45 @@ def find_labelled_pixels(
     sources: Sequence[LabelledSource],
     *,
     seed: int = 0,
-    max_pixels: int = 4 * _MAX_PIXELS,
     on_window: Callable[[int, int], None] | None = None,
 ) -> npt.NDArray[np.int64]:
-    """Sample pixels of any class as `find_class_pixels`; returns (source, row, column), [n, 3]."""
+    """Sample pixels of all labelled places, as many of each, so that small ones beside large ones are drawn, too.
+
+    A place is what a window of 512 x 512 pixels has of one class. 16 pixels of each are drawn with replacement, 262,144
+    in all at most: of more than 16,384 places fewer pixels are kept, and of more than 262,144 places not all.
+
+    Returns:
+        Pixels (source, row, column), [n, 3].
+    """
+
+    def places(labels: LabelArray) -> list[tuple[int, BoolArray]]:
+        return [(0, here) for _, here in _of_classes(labels, len(labels)) if here.any()]
+
     return _find_pixels(
-        sources, 1, _labelled, seed=seed, max_pixels=max_pixels, window_px=_WINDOW_PX, on_window=on_window
+        sources,
+        [_PlaceSample(_MAX_PLACES_PX, np.random.default_rng(seed))],
+        places,
+        window_px=_WINDOW_PX,
+        on_window=on_window,
     )[0]
 
 
 def _find_pixels(
     sources: Sequence[LabelledSource],
-    num_groups: int,
+    samples: Sequence[_Sample],
     groups_of: Callable[[LabelArray], list[tuple[int, BoolArray]]],
     *,
-    seed: int,
-    max_pixels: int,
     window_px: int,
     on_window: Callable[[int, int], None] | None,
 ) -> list[npt.NDArray[np.int64]]:
-    """Sample pixels of each group that a function finds in the labels of a window."""
+    """Add the pixels of each group that a function finds in the labels of a window to its sample."""
     windows = [(index, window) for index, one in enumerate(sources) for window in pieces(one.region, window_px)]
-    rng = np.random.default_rng(seed)
-    samples = [_Sample(max_pixels, rng) for _ in range(num_groups)]
     for done, (index, window) in enumerate(windows, 1):
         for number, here in groups_of(sources[index].read_labels(window)):
             samples[number].add(index, window.row, window.col, here)
         if on_window is not None:
             on_window(done, len(windows))
     return [sample.pixels for sample in samples]
-
-
-def _labelled(labels: LabelArray) -> list[tuple[int, BoolArray]]:
-    here = labels != IGNORE_INDEX
-    return [(0, here if here.ndim == 2 else here.any(0))]
 
 
 def _of_classes(labels: LabelArray, num_classes: int) -> list[tuple[int, BoolArray]]:
@@ -190,8 +242,7 @@ class _Sample:
 
     def add(self, source: int, row: int, col: int, here: BoolArray) -> None:
         """Add pixels of a window [h, w] that starts at a row and column."""
-        positions = np.flatnonzero(here)
-        keys = self._rng.random(len(positions))
+        positions, keys = self._draw(np.flatnonzero(here))
         if len(self._keys) == self._size:
             low = keys < self._keys.max()
             positions, keys = positions[low], keys[low]
@@ -200,6 +251,18 @@ class _Sample:
         pixels, keys = np.concatenate([self.pixels, new]), np.concatenate([self._keys, keys])
         kept = np.argpartition(keys, self._size)[: self._size] if len(keys) > self._size else slice(None)
         self.pixels, self._keys = pixels[kept], keys[kept]
+
+    def _draw(self, positions: npt.NDArray[np.int64]) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.float64]]:
+        """Return positions of pixels with their keys."""
+        return positions, self._rng.random(len(positions))
+
+
+class _PlaceSample(_Sample):
+    """Sample with as many pixels of each window, however few it has; above the size, the last of each go first."""
+
+    def _draw(self, positions: npt.NDArray[np.int64]) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.float64]]:
+        keys = np.arange(_PIXELS_PER_PLACE) + self._rng.random(_PIXELS_PER_PLACE)
+        return self._rng.choice(positions, _PIXELS_PER_PLACE), keys
 
 
 def labelled_share(sources: Sequence[LabelledSource], tile_px: int, seed: int = 0) -> float:

@@ -17,6 +17,7 @@ from perf_vit.data import (
     open_pairs,
     region_window,
 )
+from perf_vit.data.class_pixels import num_windows
 from perf_vit.errors import ConfigError, DataWarning, OptionError
 from perf_vit.inference import (
     SegmentationPredictOptions,
@@ -36,6 +37,8 @@ from perf_vit.workflows.reports import SegmentationEvaluation
 from perf_vit.workflows.run_config import SegmentationRun
 from perf_vit.workflows.task import TrainedModel, WindowedEvaluateOptions
 
+_WINDOWS_COUNTED = 1000
+
 __all__ = [
     "SegmentationEvaluateOptions",
     "build_segmentation_data",
@@ -51,6 +54,8 @@ def with_measured_weights(
 ) -> SegmentationOptimConfig:
     """The same with numbers in place of `class_weights: balanced`; notes them, with the pixels of each class.
 
+    In large data these are estimates, see `count_class_pixels`.
+
     Classes without a pixel in the training labels are a warning.
 
     Raises:
@@ -63,9 +68,13 @@ def with_measured_weights(
             "optim.class_weights: balanced is for classes that exclude each other; with data.multilabel, give numbers, "
             "or a loss that looks for the rare, as 'optim.loss={dice: 1}'"
         )
-    pixels = count_class_pixels(data.train.sources, len(data.classes))
+    sources = data.train.sources
+    with windows_progress("counting the pixels of the classes") as on_window:
+        pixels = count_class_pixels(sources, len(data.classes), max_windows=_WINDOWS_COUNTED, on_window=on_window)
     weights = balanced_weights(pixels)
-    table = new_table("balanced class weights", ("class", "pixels", "share", "weight"))
+    is_estimate = num_windows(sources) > _WINDOWS_COUNTED
+    how = f", estimated from {_WINDOWS_COUNTED:,} windows with labels" if is_estimate else ""
+    table = new_table(f"balanced class weights{how}", ("class", "pixels", "share", "weight"))
     for name, count, weight in zip(data.classes, pixels, weights, strict=True):
         table.add_row(name, f"{count:,}", f"{count / max(1, sum(pixels)):.3%}", f"{weight:.4g}")
     note(table)
