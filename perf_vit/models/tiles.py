@@ -169,6 +169,21 @@ class UnlabelledCrops(Dataset[tuple[Tensor, Tensor]]):
         self.seed = seed
         self.symmetries = symmetries
 
+    def check_bytes(self, hint: str) -> None:
+        """Check that the images have 8 bits, as the statistics of pretrained models are for such.
+
+        Args:
+            hint: What to do, for the error.
+
+        Raises:
+            InputError: An image has another type.
+        """
+        for source in self.sources:
+            if source.dtype != np.uint8:
+                raise InputError(
+                    f"the model's own mean and std are for 8-bit images, got {source.path} of {source.dtype}; {hint}"
+                )
+
     def __len__(self) -> int:
         return self.length
 

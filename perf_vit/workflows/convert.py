@@ -322,6 +322,7 @@ def _crops(request: _Request, model: Any, size: int) -> list[Tensor]:
         seed=request.options.seed,
         symmetries=False,
     )
+    crops.check_bytes("give `images` of 8 bits")
     return [crops[index][0] for index in range(len(crops))]
 
 

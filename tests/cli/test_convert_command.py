@@ -202,6 +202,7 @@ def test_softmax_is_left_out_where_it_would_take_long(weights, tmp_path, monkeyp
         (MODEL, ["VIT", "--budget", "1.5"], "--budget learns from images, got none; give --images"),
         (MODEL, ["VIT", "--images", "NONE"], "no image file or folder"),
         (MODEL, ["VIT", "--images", "SMALL", "--img-size", "96"], "crops of 96 px need images of that size"),
+        (MODEL, ["VIT", "--images", "DEEP"], "are for 8-bit images, got"),
         ("w.safetensors", [], "is a weights file: name its model, as"),
     ],
 )
@@ -212,12 +213,17 @@ def test_what_a_user_gets_wrong_is_one_line_and_nothing_is_left(
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     (tmp_path / "broken.pth").write_bytes(b"nothing")
+    with rasterio.open(
+        tmp_path / "deep.tif", "w", driver="GTiff", width=200, height=200, count=3, dtype="uint16"
+    ) as dataset:
+        dataset.write(np.full((3, 200, 200), 3000, np.uint16))
     words = {
         "RESNET": resnet_weights,
         "WEIGHTS": weights,
         "BROKEN": tmp_path / "broken.pth",
         "NONE": tmp_path / "none",
         "SMALL": images,
+        "DEEP": tmp_path / "deep.tif",
     }
     args = [x for word in extra for x in (given(weights) if word == "VIT" else [words.get(word, word)])]
     assert convert(source, tmp_path / "out", *args) == 2
