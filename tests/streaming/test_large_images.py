@@ -1,6 +1,6 @@
 """Images of thousands of tokens a side: a pass over parts equals one in memory.
 
-With `--log-cli-level=INFO`, the relative differences are shown.
+With `--log-cli-level=INFO`, the relative differences in the Frobenius norm are shown.
 """
 
 import logging
@@ -52,16 +52,33 @@ def holes(side: int) -> np.ndarray:
 @pytest.mark.parametrize(("name", "side"), CASES)
 def test_a_pass_over_parts_equals_one_in_memory(name: str, side: int, dtype: str, with_holes: bool) -> None:
     model, patch = build(name, side)
-    model = model.to(getattr(torch, dtype))
     image = Image(side, side, holes(side) if with_holes else None)
-    pixels, valid = image.whole(patch)
-    mask = torch.cat([torch.ones(model.num_prefix_tokens, dtype=torch.bool), valid.flatten()])
-    with torch.inference_mode():
-        masked = {"attn_mask": mask[None, None, None]} if with_holes else {}
-        expected, _ = model.forward_intermediates(pixels.to(getattr(torch, dtype)), indices=[0], **masked)
-    expected = expected[0, mask]
+    expected = in_memory(model, image, patch, dtype)
     found, _ = streamed(model, image)
     tokens = torch.cat([found.normed_prefix(), found.norm(found.store.read(slice(None)))])
-    off = float((tokens - expected).norm() / expected.norm())
+    off = distance(tokens, expected)
     logging.getLogger(__name__).info("%s, %d px, %s, %s tokens: %.1e", name, side, dtype, f"{len(tokens):,}", off)
-    assert off < TOLERANCES[dtype]
+    if off < TOLERANCES[dtype]:
+        return
+    # A sampled key between two clusters falls to the other one by rounding, and later layers amplify that. Then the
+    # parts must be as near to the result in float64 as the image in memory is.
+    assert dtype == "float32" and name.startswith("clustered")
+    exact = in_memory(model, image, patch, "float64")
+    off, inherent = distance(tokens, exact), distance(expected, exact)
+    logging.getLogger(__name__).info("from float64: %.1e, in memory %.1e", off, inherent)
+    assert off < 3 * inherent
+
+
+def in_memory(model: nn.Module, image: Image, patch: int, dtype: str) -> torch.Tensor:
+    """Final tokens of the valid patches, after those of the prefix, and the model in this dtype."""
+    model.to(getattr(torch, dtype))
+    pixels, valid = image.whole(patch)
+    mask = torch.cat([torch.ones(model.num_prefix_tokens, dtype=torch.bool), valid.flatten()])
+    masked = {} if valid.all() else {"attn_mask": mask[None, None, None]}
+    with torch.inference_mode():
+        tokens, _ = model.forward_intermediates(pixels.to(getattr(torch, dtype)), indices=[0], **masked)
+    return tokens[0, mask]
+
+
+def distance(found: torch.Tensor, expected: torch.Tensor) -> float:
+    return float((found.detach().double() - expected.double()).norm() / expected.double().norm())
