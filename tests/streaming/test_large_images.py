@@ -62,7 +62,8 @@ def test_a_pass_over_parts_equals_one_in_memory(name: str, side: int, dtype: str
         return
     # A sampled key between two clusters falls to the other one by rounding, and later layers amplify that. Then the
     # parts must be as near to the result in float64 as the image in memory is.
-    assert dtype == "float32" and name.startswith("clustered")
+    assert dtype == "float32"
+    assert name.startswith("clustered")
     exact = in_memory(model, image, patch, "float64")
     off, inherent = distance(tokens, exact), distance(expected, exact)
     logging.getLogger(__name__).info("from float64: %.1e, in memory %.1e", off, inherent)
