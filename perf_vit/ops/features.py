@@ -212,6 +212,13 @@ class KeyFeatures:
         """Return the first `num_tokens` keys."""
         return self._map(lambda part: part[:, :, :num_tokens])
 
+    def first_visible(self) -> KeyFeatures:
+        """Return the first key of each sample that isn't masked, or a masked one if all are."""
+        if self.mask is None:
+            return self.first(1)
+        index = (~self.mask).byte().argmax(dim=2, keepdim=True)
+        return self._map(lambda part: part.take_along_dim(index, dim=2))
+
     def first_halves(self, half: int) -> KeyFeatures:
         """Copy the first halves of the blocks of 2 * `half` keys, [B, H, N / (2 half), half, M]."""
         return self._map(lambda part: halves(part, half)[0].clone())
@@ -232,7 +239,12 @@ class KeyFeatures:
         """Return phi(k_j) exp(-log_scale), [B, H, N, M]; overwrites `values` in the log domain."""
         if self.log_domain:
             features = exp_(self.values.sub_(log_scale.unsqueeze(-2)))
-            return features if self.mask is None else features.masked_fill_(self.mask, 0.0)
+            if self.mask is None:
+                return features
+            # Autograd keeps the exponentials.
+            return (
+                features.masked_fill(self.mask, 0.0) if features.requires_grad else features.masked_fill_(self.mask, 0)
+            )
         if self.log_amplitude is None:
             return self.values
         return self.values * self._factor(log_scale)
