@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from perf_vit.layers.mixer import BidirectionalMixer, MixerOptions, check_integers, register_mixer
+from perf_vit.layers.mixer import Mixer, MixerOptions, check_integers, register_mixer
 from perf_vit.layers.performer_mixer import seeded_generator
 from perf_vit.ops.lsh import draw_rotations, lsh_attention
 
@@ -46,14 +45,13 @@ class ReformerOptions(MixerOptions):
 
 
 @register_mixer("reformer")
-class ReformerMixer(BidirectionalMixer):
-    """Attention within hash buckets, in both directions (`lsh_attention`). Queries are keys; the layer's are unused.
+class ReformerMixer(Mixer):
+    """Attention within hash buckets (`lsh_attention`). Queries are keys; the layer's are unused.
 
     The rotations, [rounds, D, buckets / 2], follow from (seed, layer_index), so checkpoints don't store them.
     """
 
     options_type = ReformerOptions
-    needs_grid: ClassVar[bool] = False
     options: ReformerOptions
     rotations: Tensor
 
@@ -63,10 +61,18 @@ class ReformerMixer(BidirectionalMixer):
         super().__init__(options, head_dim, device, num_heads)
         self.register_buffer("rotations", self._draw(torch.device(device or "cpu")), persistent=False)
 
-    def mix(self, q: Tensor, k: Tensor, v: Tensor, grid: tuple[int, int] | None, key_mask: Tensor | None) -> Tensor:
+    def forward(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        grid: tuple[int, int] | None = None,
+        key_mask: Tensor | None = None,
+        is_causal: bool = False,
+    ) -> Tensor:
         """Attend, see `Mixer.forward`; `k` is unused."""
         options = self.options
-        return lsh_attention(q, v, self.rotations, options.chunk_size, key_mask, options.max_buckets)
+        return lsh_attention(q, v, self.rotations, options.chunk_size, key_mask, options.max_buckets, is_causal)
 
     def init_non_persistent_buffers(self) -> None:
         """Draw the rotations on the module's device."""

@@ -40,7 +40,13 @@ def hash_buckets(q: Tensor, rotations: Tensor, num_buckets: int, key_mask: Tenso
 
 
 def lsh_attention(
-    q: Tensor, v: Tensor, rotations: Tensor, chunk_size: int, key_mask: Tensor | None = None, max_buckets: int = 1024
+    q: Tensor,
+    v: Tensor,
+    rotations: Tensor,
+    chunk_size: int,
+    key_mask: Tensor | None = None,
+    max_buckets: int = 1024,
+    is_causal: bool = False,
 ) -> Tensor:
     """Attention of each token to the tokens of its bucket, with queries as keys (Kitaev et al. 2020, section 2).
 
@@ -49,6 +55,9 @@ def lsh_attention(
     common counts once (equations 5 and 6), so the result is softmax attention over the union of all rounds. The cost is
     O(N log N). The hash has no gradient.
 
+    In causal order a token attends to the last `chunk_size` tokens of its bucket before it. Where chunks begin would
+    depend on later tokens.
+
     Args:
         q: Queries, [B, H, N, D].
         v: Values, [B, H, N, Dv].
@@ -56,6 +65,8 @@ def lsh_attention(
         chunk_size: Tokens of a chunk; buckets hold half as many on average.
         key_mask: [B, N] bool, False for tokens to ignore.
         max_buckets: Largest number of buckets.
+        is_causal: Whether token i attends to tokens 0 .. i only. Later ones change nothing but rounding, except by
+            their number, on which that of the buckets depends.
 
     Returns:
         Attended values, [B, H, N, Dv]; 0 for samples without a visible token.
@@ -68,11 +79,15 @@ def lsh_attention(
     buckets = hash_buckets(q.detach(), rotations, num_buckets, key_mask)
     order = torch.sort(buckets, dim=-1, stable=True).indices
     rank = torch.empty_like(order).scatter_(-1, order, torch.arange(N, device=q.device).expand_as(order))
-    # Chunk and bucket of each token in all rounds, [B, H, N, rounds].
-    places = torch.stack([rank.div(chunk_size, rounding_mode="floor"), buckets]).permute(0, 1, 2, 4, 3)
+    # Chunk (in causal order: place) and bucket of each token in all rounds, [B, H, N, rounds].
+    places = torch.stack([rank if is_causal else rank // chunk_size, buckets]).permute(0, 1, 2, 4, 3)
+    reach = (0, chunk_size) if is_causal else (-1, 1)
     k = F.normalize(q, dim=-1)
     outs, sums = zip(
-        *(_attend_round(q, k, v, order[:, :, index], places, index, chunk_size) for index in range(len(rotations))),
+        *(
+            _attend_round(q, k, v, order[:, :, index], places, index, chunk_size, reach)
+            for index in range(len(rotations))
+        ),
         strict=True,
     )
     weights = torch.softmax(torch.stack(sums), dim=0)
@@ -87,9 +102,19 @@ def num_buckets_of(num_tokens: int, chunk_size: int, max_buckets: int) -> int:
 
 
 def _attend_round(
-    q: Tensor, k: Tensor, v: Tensor, order: Tensor, places: Tensor, index: int, chunk_size: int
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    order: Tensor,
+    places: Tensor,
+    index: int,
+    chunk_size: int,
+    reach: tuple[int, int],
 ) -> tuple[Tensor, Tensor]:
-    """Attend within the buckets of one round; return values [B, H, N, Dv] and log-sums of exponentials [B, H, N]."""
+    """Attend within the buckets of one round; return values [B, H, N, Dv] and log-sums of exponentials [B, H, N].
+
+    `reach` has the smallest and the largest difference between the places of a query and of a key.
+    """
     chunks = -(-order.shape[-1] // chunk_size)
     missing = chunks * chunk_size - order.shape[-1]
     # Places behind the last token repeat the first one and are masked.
@@ -100,16 +125,16 @@ def _attend_round(
         rows = x.gather(2, padded[..., None].expand(*padded.shape, x.shape[-1]))
         return split_dim(rows, 2, chunks, chunk_size)
 
-    chunk, bucket = places
-    queries, *own = (sorted_rows(x) for x in (q, k, v, _ids(order), chunk, bucket))
-    own_ids, own_chunk, own_bucket = own[2:]
-    keys, values, ids, in_chunk, in_bucket = map(_with_neighbours, own)
+    place, bucket = places
+    queries, *own = (sorted_rows(x) for x in (q, k, v, _ids(order), place, bucket))
+    own_ids, own_place, own_bucket = own[2:]
+    keys, values, ids, in_place, in_bucket = map(_with_neighbours, own)
     seen = _with_neighbours(is_token.view(1, 1, chunks, chunk_size, 1), False)[..., 0]
     logits = queries @ keys.mT * q.shape[-1] ** -0.5
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     # Whether a pair is visible in each round, [..., chunk_size, 3 chunk_size, rounds].
-    near = (own_chunk.unsqueeze(-2) - in_chunk.unsqueeze(-3)).abs() <= 1
-    visible = near & (own_bucket.unsqueeze(-2) == in_bucket.unsqueeze(-3))
+    ahead = own_place.unsqueeze(-2) - in_place.unsqueeze(-3)
+    visible = (ahead >= reach[0]) & (ahead <= reach[1]) & (own_bucket.unsqueeze(-2) == in_bucket.unsqueeze(-3))
     is_own = own_ids == ids.mT
     logits = logits.masked_fill(is_own, _SELF) - visible.sum(-1).clamp(min=1).to(logits.dtype).log()
     logits = logits.masked_fill(~(visible[..., index] & seen.unsqueeze(-2)), -torch.inf)

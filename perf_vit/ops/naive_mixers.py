@@ -26,7 +26,13 @@ def naive_linformer(q: Tensor, k: Tensor, v: Tensor, keys: Tensor, values: Tenso
 
 
 def naive_lsh_attention(
-    q: Tensor, v: Tensor, rotations: Tensor, chunk_size: int, num_buckets: int, key_mask: Tensor | None = None
+    q: Tensor,
+    v: Tensor,
+    rotations: Tensor,
+    chunk_size: int,
+    num_buckets: int,
+    key_mask: Tensor | None = None,
+    is_causal: bool = False,
 ) -> Tensor:
     """Softmax attention over the pairs that any round of hashing makes visible, see `lsh_attention`."""
     N = q.shape[2]
@@ -35,8 +41,13 @@ def naive_lsh_attention(
     place = torch.arange(N)
     same = buckets[..., :, None] == buckets[..., None, :]
     rank = (buckets[..., None, :] < buckets[..., :, None]).sum(-1) + (same & (place[None, :] < place[:, None])).sum(-1)
-    chunk = rank // chunk_size
-    near = (chunk[..., :, None] - chunk[..., None, :]).abs() <= 1
+    if is_causal:
+        # Tokens of the same bucket after a key, up to the query.
+        since = rank[..., :, None] - rank[..., None, :]
+        near = (place[:, None] >= place) & (since <= chunk_size)
+    else:
+        chunk = rank // chunk_size
+        near = (chunk[..., :, None] - chunk[..., None, :]).abs() <= 1
     visible = (same & near).any(dim=2)
     logits = q @ F.normalize(q, dim=-1).mT * q.shape[-1] ** -0.5
     logits = logits.masked_fill(torch.eye(N, dtype=torch.bool), -1e5).masked_fill(~visible, -torch.inf)
